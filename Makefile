@@ -1,0 +1,166 @@
+# Threefold: `make` lists what there is. Everything that is built lives in build/<backend>/.
+#   knobs, probes, rules, programs, targets
+
+# ---- knobs
+
+DATA       ?=# files to train on: text, or llm.c's .bin shards; without it the project's own sources and docs
+ARGS       ?=# more options for the program of `make run`
+THREADS    ?= $(shell nproc)
+
+MPICXX     := $(firstword $(shell command -v mpicxx.mpich mpicxx 2>/dev/null) mpicxx)
+NVCC       := $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc),nvcc)
+CUDA_HOME  := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+PACKAGES   := mpich libmpich-dev libdnnl-dev
+
+# ---- which backend: GPUs that a compiled probe can see, else the CPU (BACKEND=cpu|cuda overrides)
+
+ifndef BACKEND
+-include build/detected.mk
+endif
+build/detected.mk:
+	@mkdir -p build
+	@printf '#include <cuda_runtime.h>\n#include <cublas_v2.h>\n#include <nccl.h>\nint main() { int n = 0, v; cublasHandle_t h; return cudaGetDeviceCount(&n) || n < 1 || cublasCreate(&h) || ncclGetVersion(&v); }\n' > build/detect.cu
+	@if $(NVCC) build/detect.cu -o build/detect -lcublas -lnccl >/dev/null 2>&1 && build/detect; then echo 'BACKEND := cuda'; else echo 'BACKEND := cpu'; fi > $@
+
+B := build/$(BACKEND)
+
+# ---- compilers
+#   cpu       cpu/ stands in for CUDA and cuBLAS, one thread a block (FAST)
+#   faithful  the same with every CUDA thread a fiber (FAITHFUL), for tests
+#   cuda      nvcc, cuBLAS, NCCL
+#   ptx       the CUDA build with LIBCUDART=dir in place of the CUDA runtime and cpu/cublas.cpp in place of cuBLAS, for tests without a GPU
+
+CXXFLAGS   := -std=c++20 -O2 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -I.
+KERNEL_FAST := -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -ffinite-math-only
+NVCCFLAGS  := -std=c++20 -O3 -lineinfo -I. -ccbin $(MPICXX) -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas -Werror all-warnings -Xcompiler -Werror
+GENCODE    := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
+SOURCES    := tensor.cu $(sort $(wildcard kernels/*.cu)) autograd.cpp gpt.cpp optimizer.cpp comm.cpp watch.cpp fsdp.cpp theory.cpp trainer.cpp report.cpp $(sort $(wildcard support/*.cpp))
+
+ifeq ($(BACKEND),cpu)
+  CXXFLAGS += -Icpu -DCPU_FAST -march=native -fopenmp
+  SOURCES  += cpu/runtime.cpp cpu/cublas.cpp $(sort $(wildcard cpu/nccl*.cpp))
+  LIBS     := -ldnnl -fopenmp
+else ifeq ($(BACKEND),faithful)
+  CXXFLAGS += -Icpu -DCPU_FAITHFUL -march=native -fopenmp
+  KERNEL_FAST :=
+  SOURCES  += cpu/runtime.cpp cpu/faithful.cpp cpu/cublas.cpp $(sort $(wildcard cpu/nccl*.cpp))
+  LIBS     := -ldnnl -fopenmp
+else ifeq ($(BACKEND),cuda)
+  CXXFLAGS += -I$(CUDA_HOME)/include
+  LIBS     := -L$(CUDA_HOME)/lib64 -lcublas -lnccl
+  LINK     := $(NVCC) -ccbin $(MPICXX)
+else ifeq ($(BACKEND),ptx)
+  CXXFLAGS += -I$(CUDA_HOME)/include -fopenmp -march=native
+  GENCODE  := -gencode arch=compute_80,code=compute_80 -no-compress
+  SOURCES  += cpu/cublas.cpp cpu/ptxrun_extra.cpp
+  LIBS     := -cudart none -L$(LIBCUDART) -lfakecudart -Xlinker -rpath=$(LIBCUDART) -ldnnl -Xcompiler -fopenmp
+  LINK     := $(NVCC) -ccbin $(MPICXX)
+else ifneq ($(BACKEND),)
+  $(error BACKEND is '$(BACKEND)', expected cpu or cuda)
+endif
+LINK ?= $(MPICXX)
+
+# ---- probes: what the backend needs is there when a program that uses it compiles and links
+
+define probe_cpu
+printf '#include <mpi.h>\n#include <oneapi/dnnl/dnnl.h>\n#ifndef MPICH_VERSION\n#error this MPI is not MPICH\n#endif\nint main() { MPI_Init(0, 0); return dnnl_version() == 0; }\n' > $(B)/probe.cpp && $(MPICXX) $(B)/probe.cpp -o $(B)/probe -ldnnl 2>$(B)/probe.log
+endef
+define probe_cuda
+printf '#include <mpi.h>\n#include <nccl.h>\n#include <cublas_v2.h>\n#ifndef MPICH_VERSION\n#error this MPI is not MPICH\n#endif\nint main() { int v; cublasHandle_t h; MPI_Init(0, 0); return cublasCreate(&h) || ncclGetVersion(&v); }\n' > $(B)/probe.cu && $(NVCC) -ccbin $(MPICXX) $(B)/probe.cu -o $(B)/probe -lcublas -lnccl 2>$(B)/probe.log
+endef
+probe = $(if $(filter cuda,$(BACKEND)),$(probe_cuda),$(probe_cpu))
+
+$(B)/ready:
+	@mkdir -p $(B)
+	@{ $(probe); } || { $(MAKE) --no-print-directory deps && { $(probe); } } || { cat $(B)/probe.log; echo "make: the $(BACKEND) backend needs MPICH and $(if $(filter cuda,$(BACKEND)),the CUDA Toolkit with cuBLAS and NCCL,oneDNN), and a program that uses them does not compile (above)"; exit 1; }
+	@touch $@
+
+# ---- rules
+
+OBJECTS = $(patsubst %,$(B)/obj/%.o,$(SOURCES))
+
+ifneq ($(filter cpu faithful,$(BACKEND)),)
+$(B)/gen/%.cu.cpp: %.cu cpu/launch.sed | $(B)/ready
+	@mkdir -p $(@D)
+	@{ printf '#line 1 "%s"\n' $<; sed -z -E -f cpu/launch.sed $<; } > $@
+$(B)/obj/%.cu.o: $(B)/gen/%.cu.cpp | $(B)/ready
+	@mkdir -p $(@D)
+	@echo "  $(BACKEND)  $*.cu"
+	@$(MPICXX) $(CXXFLAGS) $(KERNEL_FAST) -MMD -MP -c $< -o $@
+.PRECIOUS: $(B)/gen/%.cu.cpp
+else
+$(B)/obj/%.cu.o: %.cu | $(B)/ready
+	@mkdir -p $(@D)
+	@echo "  $(BACKEND)  $<"
+	@$(NVCC) $(NVCCFLAGS) $(GENCODE) -Xptxas -v -MMD -MP -c $< -o $@ 2>$(@:.o=.ptxas) || { cat $(@:.o=.ptxas); exit 1; }
+endif
+$(B)/obj/%.cpp.o: %.cpp | $(B)/ready
+	@mkdir -p $(@D)
+	@echo "  $(BACKEND)  $<"
+	@$(MPICXX) $(CXXFLAGS) -MMD -MP -c $< -o $@
+
+# ---- programs
+
+PROGRAMS := train_gpt
+TESTS    := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/test_*.cpp)))
+BENCHES  := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/bench_*.cpp)))
+
+$(B)/%: $(B)/obj/%.cpp.o $(OBJECTS)
+	@$(LINK) $^ -o $@ $(LIBS)
+$(B)/tests/%: $(B)/obj/tests/%.cpp.o $(OBJECTS)
+	@mkdir -p $(@D)
+	@$(LINK) $^ -o $@ $(LIBS)
+-include $(shell find build -name '*.d' 2>/dev/null)
+.SECONDARY:
+
+$(B)/show_schedule $(B)/tests/test_schedule: $(B)/obj/schedule.cpp.o
+$(B)/tests/test_cpu: $(B)/obj/tests/cpu_kernels.cu.o
+
+# ---- targets
+
+.PHONY: help build run test test-programs bench cuda check-spills test-ptx deps clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "Threefold ($(BACKEND) backend)"
+	@echo "  make run [DATA=file]     train a GPT and print a sample of what it learned"
+	@echo "  make build               compile the programs into $(B)/"
+	@echo "  make test                the whole suite"
+	@echo "  make bench               speed: kernels, tokens/s, memory"
+	@echo "  make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)"
+	@echo "  make deps                install what is missing (MPICH, oneDNN)"
+	@echo "  make clean               remove build/"
+	@echo "  BACKEND=cpu|cuda         overrides the backend that was found"
+	@echo "  $$(cat Makefile *.cu *.h *.cpp kernels/* support/* 2>/dev/null | wc -l) lines outside tests/ and cpu/ (cpu/: $$(cat cpu/* | wc -l))"
+
+build: $(PROGRAMS:%=$(B)/%)
+	@for p in $(PROGRAMS); do ln -sfn $(BACKEND)/$$p build/$$p; done
+
+run: build
+	build/train_gpt --model $(if $(filter cuda,$(BACKEND)),char,tiny) $(if $(DATA),--data $(DATA)) --sample 400 --eval-every 100 $(ARGS)
+
+# every test program of one backend; its exit status counts
+test-programs: $(TESTS:%=$(B)/tests/%)
+	@status=0; for t in $(TESTS); do echo "== $(BACKEND)/$$t"; OMP_NUM_THREADS=$(THREADS) $(B)/tests/$$t || status=1; done; exit $$status
+
+test: 
+	@tests/run.sh
+
+cuda:
+	@$(MAKE) --no-print-directory BACKEND=cuda cuda-build check-spills
+cuda-build: $(PROGRAMS:%=$(B)/%) $(TESTS:%=$(B)/tests/%)
+# ptxas spills registers in no kernel but those for f64, which are for proofs
+check-spills:
+	@cat $(B)/obj/*.ptxas $(B)/obj/*/*.ptxas | awk '/Compiling entry function/ { name = $$6; kernels++ } \
+	  /bytes spill stores/ { if ($$5 > 0 && name !~ /I[a-z0-9_]*d/) { print "spills:", name, $$0; bad = 1 } } \
+	  END { print kernels " kernels compiled for " "$(GENCODE)" "; spills outside f64: " (bad ? "yes" : "none"); exit bad }'
+
+deps:
+	@if ! command -v apt-get >/dev/null; then echo "make deps: install MPICH and oneDNN with this system's package manager (on Debian and Ubuntu: $(PACKAGES))"; exit 1; fi; \
+	if [ "$$(id -u)" = 0 ]; then sudo=; elif command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then sudo=sudo; \
+	else echo "make deps: missing packages; as root run: apt-get update && apt-get install -y $(PACKAGES)"; exit 1; fi; \
+	echo "make deps: installing $(PACKAGES)"; \
+	$$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >build/apt.log 2>&1 || { tail -5 build/apt.log; exit 1; }
+
+clean:
+	rm -rf build

@@ -1,0 +1,247 @@
+// autograd.cpp: each op, forward and backward side by side.
+// idea      read any op below: the lines before `tape.push` are the forward, the closure is the backward. Closures capture tensors (by
+//           counted reference) only when the backward reads them, which is what decides how much memory activations take.
+// cost      saved by a transformer block, in units of R*C elements: x 1, layernorm 1, qkv 3, attention 1, sum 1, layernorm 1, MLP 4 + 4
+// test      tests/test_autograd.cpp, tests/test_golden.cpp
+#include "autograd.h"
+
+// ---- parameters
+
+Shape Param::local_shape() const {
+  Shape local = shape;
+  int64_t outer = 1;
+  for (size_t d = 0; d < local.size(); d++) {  // the split dim is the one with `outer` elements before it
+    if (outer == slice.outer && local[d] == slice.split) {
+      local[d] = slice.end - slice.begin;
+      break;
+    }
+    outer *= local[d];
+  }
+  return local;
+}
+
+void Param::initialise(const Tensor& x, uint64_t seed, int64_t first) const {
+  if (std > 0) fill_random(x, seed, id, std, slice, first);
+  else fill(x, mean);
+}
+
+// ---- the tape
+
+void Tape::push(std::function<void()> backward) {
+  if (recording_) entries_.push_back(std::move(backward));
+}
+
+void Tape::weight_gradient(std::function<void()> work) {
+  if (deferred) deferred->push_back(std::move(work));
+  else work();
+}
+
+void Tape::backward() {
+  while (!entries_.empty()) {
+    auto entry = std::move(entries_.back());
+    entries_.pop_back();
+    entry();  // dropped at the end of this scope, with the activations that it alone holds
+  }
+}
+
+void accumulate(const std::shared_ptr<Tensor>& grad, Tensor g) {
+  if (grad->empty()) {
+    *grad = std::move(g);
+  } else if (!grad->shared()) {
+    add_into(*grad, g);
+  } else if (!g.shared()) {
+    add_into(g, *grad);
+    *grad = std::move(g);
+  } else {
+    Tensor sum(g.shape(), g.dtype(), Memory::activations);
+    ::add(sum, *grad, g);
+    *grad = std::move(sum);
+  }
+}
+
+Tensor take(const std::shared_ptr<Tensor>& grad) {
+  ASSERT(!grad->empty(), "the gradient of an output was not computed before it was needed");
+  return std::move(*grad);
+}
+
+static Tensor activation(Shape shape, Dtype dtype) { return Tensor(std::move(shape), dtype, Memory::activations); }
+static Tensor like(const Tensor& x) { return activation(x.shape(), x.dtype()); }
+// A tensor that an op may overwrite: the gradient itself when nobody else holds it.
+static Tensor writable(const Tensor& g) { return g.shared() ? like(g) : g; }
+
+// ---- embedding
+
+Tokens::Tokens(int64_t B, int64_t T, const std::vector<int>& in, const std::vector<int>& out) : B(B), T(T) {
+  ASSERT(int64_t(in.size()) == B * T && in.size() == out.size());
+  const auto to_device = [&](const std::vector<int>& host) {
+    Tensor t({B * T}, Dtype::i32, Memory::data);
+    upload(t, host.data());
+    return t;
+  };
+  inputs = to_device(in), targets = to_device(out), order = to_device(sort_rows(in));
+}
+
+Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
+  Var x{activation({tokens.B * tokens.T, wte.value.dim(1)}, wte.value.dtype())};
+  embedding_forward(x.value, tokens.inputs, wte.value, wpe.value, tokens.T);
+  tape.push([tokens, &wte, &wpe, dx = x.grad] {
+    embedding_backward(wte.grad, wpe.grad, take(dx), tokens.inputs, tokens.order, tokens.T);
+  });
+  return x;
+}
+
+// ---- matrix products
+
+// c = op(a) op(b) + beta c, for whole matrices
+static void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta) {
+  const int64_t m = c.dim(0), n = c.dim(1), k = ta ? a.dim(0) : a.dim(1);
+  matmul(a.dtype(), c.dtype(), m, n, k, {a.raw(), a.dim(1), ta}, {b.raw(), b.dim(1), tb}, {c.raw(), n}, 1, beta);
+}
+
+static Tensor as_matrix(const Tensor& w) { return w.view({w.dim(0), w.numel() / w.dim(0)}); }  // (K,3,C) is (K,3C)
+
+Var linear(Tape& tape, const Var& x, Param& w, Param* bias) {
+  const int64_t R = x.value.dim(0), N = w.value.numel() / w.value.dim(0);
+  Var y{activation({R, N}, x.value.dtype())};
+  product(y.value, x.value, false, as_matrix(w.value), false, 0);
+  if (bias) add_bias(y.value, bias->value.view({N}));
+  tape.push([&tape, &w, bias, x = x.value, dx = x.grad, dy_slot = y.grad] {
+    const Tensor dy = take(dy_slot);
+    Tensor d = like(x);
+    product(d, dy, false, as_matrix(w.value), true, 0);  // dx = dy w^T
+    accumulate(dx, std::move(d));
+    tape.weight_gradient([&w, bias, x, dy] {
+      product(as_matrix(w.grad), x, true, dy, false, 1);  // dw += x^T dy
+      if (bias) bias_backward(bias->grad.view({dy.dim(1)}), dy);
+    });
+  });
+  return y;
+}
+
+Var linear_transposed(Tape& tape, const Var& x, Param& w, Tensor& dw) {
+  Var y{activation({x.value.dim(0), w.value.dim(0)}, x.value.dtype())};
+  product(y.value, x.value, false, w.value, true, 0);
+  tape.push([&tape, &w, &dw, x = x.value, dx = x.grad, dy_slot = y.grad] {
+    const Tensor dy = take(dy_slot);
+    Tensor d = like(x);
+    product(d, dy, false, w.value, false, 0);  // dx = dy w
+    accumulate(dx, std::move(d));
+    tape.weight_gradient([&dw, x, dy] { product(dw, dy, true, x, false, 1); });  // dw += dy^T x
+  });
+  return y;
+}
+
+// ---- layernorm
+
+static Tensor row_statistics(const Tensor& x) { return activation({x.dim(0)}, master_dtype(x.dtype())); }
+
+Var layernorm(Tape& tape, const Var& x, Param& gain, Param& bias) {
+  Var y{like(x.value)};
+  const Tensor mean = row_statistics(x.value), rstd = row_statistics(x.value);
+  layernorm_forward(y.value, mean, rstd, x.value, gain.value, bias.value);
+  tape.push([&gain, &bias, x = x.value, mean, rstd, dx = x.grad, dy_slot = y.grad] {
+    // The gradient that x already has joins in the same pass.
+    const Tensor dy = take(dy_slot), residual = std::move(*dx);
+    const Tensor d = residual.empty() ? like(x) : writable(residual);
+    layernorm_backward(d, gain.grad, bias.grad, dy, residual, x, mean, rstd, gain.value);
+    *dx = d;
+  });
+  return y;
+}
+
+std::pair<Var, Var> add_layernorm(Tape& tape, const Var& x, const Var& h, Param& gain, Param& bias) {
+  Var sum{like(x.value)}, y{like(x.value)};
+  const Tensor mean = row_statistics(x.value), rstd = row_statistics(x.value);
+  add_layernorm_forward(sum.value, y.value, mean, rstd, x.value, h.value, gain.value, bias.value);
+  tape.push([&gain, &bias, s = sum.value, mean, rstd, dx = x.grad, dh = h.grad, dsum = sum.grad, dy_slot = y.grad] {
+    const Tensor dy = take(dy_slot), residual = std::move(*dsum);
+    const Tensor d = residual.empty() ? like(s) : writable(residual);
+    layernorm_backward(d, gain.grad, bias.grad, dy, residual, s, mean, rstd, gain.value);
+    accumulate(dx, d);  // a sum hands its gradient to both terms
+    accumulate(dh, d);
+  });
+  return {sum, y};
+}
+
+// ---- elementwise
+
+Var gelu(Tape& tape, const Var& x) {
+  Var y{like(x.value)};
+  gelu_forward(y.value, x.value);
+  tape.push([x = x.value, dx = x.grad, dy_slot = y.grad] {
+    const Tensor dy = take(dy_slot);
+    const Tensor d = writable(dy);
+    gelu_backward(d, dy, x);
+    accumulate(dx, d);
+  });
+  return y;
+}
+
+Var add(Tape& tape, const Var& a, const Var& b) {
+  Var y{like(a.value)};
+  add(y.value, a.value, b.value);
+  tape.push([da = a.grad, db = b.grad, dy_slot = y.grad] {
+    const Tensor dy = take(dy_slot);
+    accumulate(da, dy);
+    accumulate(db, dy);
+  });
+  return y;
+}
+
+// ---- attention
+
+Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, AttentionKind kind) {
+  const Dtype dtype = qkv.value.dtype();
+  Var y{activation({B * T, qkv.value.dim(1) / 3}, dtype)};
+  if (kind == AttentionKind::plain) {
+    const Tensor probabilities = activation({B, H, T, T}, dtype);
+    attention_plain_forward(y.value, probabilities, qkv.value, B, T, H);
+    tape.push([=, qkv = qkv.value, dqkv = qkv.grad, dy_slot = y.grad] {
+      Tensor d = like(qkv);
+      attention_plain_backward(d, take(dy_slot), probabilities, qkv, B, T, H);
+      accumulate(dqkv, std::move(d));
+    });
+  } else {
+    const Tensor lse = activation({B, H, T}, master_dtype(dtype));
+    attention_flash_forward(y.value, lse, qkv.value, B, T, H);
+    tape.push([=, qkv = qkv.value, out = y.value, dqkv = qkv.grad, dy_slot = y.grad] {
+      Tensor d = like(qkv);
+      attention_flash_backward(d, take(dy_slot), out, lse, qkv, B, T, H);
+      accumulate(dqkv, std::move(d));
+    });
+  }
+  return y;
+}
+
+// ---- loss
+
+void cross_entropy(Tape& tape, Var logits, const Tensor& targets, double scale, const Tensor& total) {
+  const Tensor losses = row_statistics(logits.value);
+  if (!tape.recording()) {
+    cross_entropy_loss(losses, logits.value, targets, scale);
+  } else {
+    cross_entropy(losses, logits.value, targets, scale);
+    *logits.grad = std::move(logits.value);  // the same memory: the gradient is ready before the backward starts
+  }
+  add_sum(total, losses);
+}
+
+// ---- activation checkpointing
+
+Var checkpoint(Tape& tape, const Var& x, const std::function<Var(Tape&, const Var&)>& f) {
+  if (!tape.recording()) return f(tape, x);
+  Tape forget(false);
+  Var y = f(forget, x);
+  y.grad = std::make_shared<Tensor>();
+  tape.push([&tape, f, x = x.value, dx = x.grad, dy = y.grad] {
+    Tape replay;
+    replay.deferred = tape.deferred;
+    Var leaf{x};
+    Var again = f(replay, leaf);
+    *again.grad = take(dy);
+    again.value = Tensor();  // only its gradient matters from here on
+    replay.backward();
+    accumulate(dx, take(leaf.grad));
+  });
+  return y;
+}

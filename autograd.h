@@ -1,0 +1,90 @@
+// autograd.h: the tape. An op computes its result now and appends the closure that will compute its gradient.
+//
+// idea      `backward` runs the closures from last to first and drops each once it has run, so that activations are returned as
+//           soon as nobody needs them. There is no graph: the order of the tape is a valid order.
+// gradients of activations belong to a Var and are summed when it is used twice; gradients of parameters belong to the Param and are
+//           always `+=`, so that micro-batches, and a weight used in two places, add up.
+// not here  second derivatives, in-place ops on values
+// test      tests/test_autograd.cpp (finite differences), tests/test_golden.cpp (PyTorch)
+#pragma once
+#include <deque>
+#include <functional>
+#include <string>
+
+#include "kernels/kernels.h"
+
+// ---- parameters
+
+// A parameter, or the slice of it that this rank owns. Closures hold Param&, never pointers into it: FSDP moves the data.
+struct Param {
+  std::string name;        // GPT-2's Hugging Face name
+  uint32_t id = 0;         // keys the random generator, with the global element index
+  Shape shape;             // global
+  Slice slice;             // what this rank owns: [begin, end) of one dim of `shape` seen as (outer, split, inner)
+  float std = 0, mean = 0; // initial values: normal(0, std), or the constant `mean` when std is 0
+  bool decay = false;      // weight decay: matrices only
+  Tensor value;            // compute dtype, the slice's shape
+  Tensor grad;             // master dtype
+  bool tied = false;       // used at both ends of the model: the head's use adds to tied_grad, so that every pipeline schedule
+  Tensor tied_grad;        // sums in the same order; the two are added once a step
+  Shape local_shape() const;
+  int64_t numel() const { return slice.outer * (slice.end - slice.begin) * slice.inner; }
+  // Initial values of the elements [first, first + x.numel()) of what this rank owns.
+  void initialise(const Tensor& x, uint64_t seed, int64_t first) const;
+};
+
+// ---- the tape
+
+// An activation: its value, and where its gradient will be put. Closures capture only what they need of it.
+struct Var {
+  Tensor value;
+  std::shared_ptr<Tensor> grad = std::make_shared<Tensor>();  // empty until a consumer's backward has run
+};
+// g becomes, or is added to, the gradient of an activation. Never writes into memory that others read.
+void accumulate(const std::shared_ptr<Tensor>& grad, Tensor g);
+// Takes the gradient of an op's output: after this nobody else holds it.
+Tensor take(const std::shared_ptr<Tensor>& grad);
+
+class Tape {
+ public:
+  explicit Tape(bool recording = true) : recording_(recording) {}
+  bool recording() const { return recording_; }
+  void push(std::function<void()> backward);
+  // Inside a backward closure: the part that computes a parameter's gradient. Runs now, or waits on `deferred` (zero-bubble
+  // pipelines fill their bubbles with it).
+  void weight_gradient(std::function<void()> work);
+  std::deque<std::function<void()>>* deferred = nullptr;
+  void backward();  // replay and empty the tape; gradients of the outputs must have been put first
+  size_t size() const { return entries_.size(); }
+
+ private:
+  bool recording_;
+  std::vector<std::function<void()>> entries_;
+};
+
+// ---- differentiable ops; shapes in the legend of tensor.h
+
+enum class AttentionKind { plain, flash };
+
+// Tokens of one micro-batch, on the device and sorted for the embedding's backward.
+struct Tokens {
+  int64_t B = 0, T = 0;
+  Tensor inputs, targets, order;  // (R) i32
+  Tokens() = default;
+  Tokens(int64_t B, int64_t T, const std::vector<int>& inputs, const std::vector<int>& targets);
+};
+
+Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
+Var linear(Tape& tape, const Var& x, Param& w, Param* bias);           // x (R,K) w (K,N) [+ bias (N)]
+Var linear_transposed(Tape& tape, const Var& x, Param& w, Tensor& dw); // x (R,K) w^T, w (N,K); its gradient goes to dw
+Var layernorm(Tape& tape, const Var& x, Param& gain, Param& bias);
+// {x + h, layernorm(x + h)}
+std::pair<Var, Var> add_layernorm(Tape& tape, const Var& x, const Var& h, Param& gain, Param& bias);
+Var gelu(Tape& tape, const Var& x);
+Var add(Tape& tape, const Var& a, const Var& b);
+Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, AttentionKind kind);
+// total (1) f64 += scale * the sum of the rows' losses. Takes `logits`: when recording, they become their gradient in place.
+void cross_entropy(Tape& tape, Var logits, const Tensor& targets, double scale, const Tensor& total);
+// Activation checkpointing: runs `f` without recording, keeps only x, and replays f on a fresh tape when its gradient is needed
+// (Chen et al., "Training deep nets with sublinear memory cost", 2016).
+Var checkpoint(Tape& tape, const Var& x, const std::function<Var(Tape&, const Var&)>& f);

@@ -1,0 +1,199 @@
+// comm.cpp: the job, the mesh and the ledger. See comm.h for the idea.
+// test      tests/test_comm.cpp
+#include "comm.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+
+std::string nccl_error(ncclResult_t status) {
+  const char* last = ncclGetLastError(nullptr);
+  return sentence(ncclGetErrorString(status), last && *last ? ": " : "", last ? last : "");
+}
+
+// ---- MPI without a spinning core
+
+void wait(MPI_Request& request) {
+  for (int done = 0; !done;) {
+    MPI_Test(&request, &done, MPI_STATUS_IGNORE);
+    if (!done) sched_yield();  // ranks may outnumber cores: whoever we wait for needs ours
+  }
+}
+
+void barrier() {
+  MPI_Request request;
+  MPI_Ibarrier(MPI_COMM_WORLD, &request);
+  wait(request);
+}
+
+// ---- the job
+
+Job::Job(int* argc, char*** argv) {
+  int provided;
+  MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided);
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  MPI_Comm_size(MPI_COMM_WORLD, &size);
+  MPI_Comm node;
+  MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &node);
+  MPI_Comm_rank(node, &local_rank);
+  MPI_Comm_size(node, &local_size);
+  MPI_Comm_free(&node);
+  // Launchers tell their processes how many there are. If that is more than our world, mpiexec is another MPI's.
+  for (const char* name : {"PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"})
+    if (const char* told = getenv(name); told && atoi(told) > 1 && size == 1)
+      throw Error(sentence("the launcher started ", told, " processes (", name, "), but each sees a world of 1 rank: this mpiexec belongs to "
+                           "another MPI than the one that the program was built with (MPICH)"));
+}
+
+Job::~Job() {
+  barrier();
+  MPI_Finalize();
+}
+
+std::string Job::agree(const std::string& error) const {
+  int mine = error.empty() ? size : rank, first = size;
+  MPI_Request request;
+  MPI_Iallreduce(&mine, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD, &request);
+  wait(request);
+  if (first == size) return "";
+  int length = int(error.size());
+  MPI_Ibcast(&length, 1, MPI_INT, first, MPI_COMM_WORLD, &request);
+  wait(request);
+  std::string text = rank == first ? error : std::string(length, ' ');
+  MPI_Ibcast(text.data(), length, MPI_CHAR, first, MPI_COMM_WORLD, &request);
+  wait(request);
+  return text;
+}
+
+void Job::abort(const std::string& why) const {
+  fflush(stdout);
+  fprintf(stderr, "rank %d: %s\n", rank, why.c_str());
+  fflush(stderr);
+  MPI_Abort(MPI_COMM_WORLD, 1);
+  _exit(1);
+}
+
+// ---- the mesh
+
+std::string to_string(const Layout& l) {
+  return sentence("pp ", l.pp, " x replicate ", l.replicate, " x fsdp ", l.fsdp, " x tp ", l.tp);
+}
+
+void check_ranks(const Layout& l, int ranks) {
+  REQUIRE(l.pp > 0 && l.replicate > 0 && l.fsdp > 0 && l.tp > 0, "every axis needs at least one rank: ", to_string(l));
+  REQUIRE(l.ranks() == ranks, to_string(l), " needs ", l.ranks(), l.ranks() == 1 ? " rank" : " ranks", ", but mpiexec started ", ranks,
+          ": mpiexec -n ", l.ranks());
+}
+
+Mesh open_mesh(const Job& job, const Layout& l) {
+  check_ranks(l, job.size);
+  Mesh m;
+  m.layout = l, m.rank = job.rank, m.size = job.size;
+  const int tp = job.rank % l.tp, fsdp = job.rank / l.tp % l.fsdp, replicate = job.rank / (l.tp * l.fsdp) % l.replicate;
+  const int pp = job.rank / (l.tp * l.fsdp * l.replicate);
+  m.pp = {"pp", l.pp, pp}, m.replicate = {"replicate", l.replicate, replicate}, m.fsdp = {"fsdp", l.fsdp, fsdp}, m.tp = {"tp", l.tp, tp};
+  m.world = {"world", job.size, job.rank};
+  CUDA_CHECK(cudaStreamCreateWithFlags(&m.stream, cudaStreamNonBlocking));
+  if (job.size == 1) return m;
+
+  ncclUniqueId id;
+  if (job.rank == 0) NCCL_CHECK(ncclGetUniqueId(&id));
+  MPI_Request request;
+  MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, &request);
+  wait(request);
+  NCCL_CHECK(ncclCommInitRank(&m.world.comm, job.size, id, job.rank));
+  // A rank's color on an axis names its line of the grid: its coordinates on the other axes.
+  const auto split = [&](Axis& axis, int color) {
+    if (axis.size > 1) NCCL_CHECK(ncclCommSplit(m.world.comm, color, axis.rank, &axis.comm, nullptr));
+  };
+  split(m.tp, job.rank - tp);
+  split(m.fsdp, job.rank - fsdp * l.tp);
+  split(m.replicate, job.rank - replicate * l.tp * l.fsdp);
+  split(m.pp, job.rank - pp * l.tp * l.fsdp * l.replicate);
+  return m;
+}
+
+// ---- the first minute
+
+// Every rank of the axis contributes 1 + its rank, twice n values; what must come out is known.
+static void check_axis(const Axis& axis, cudaStream_t stream) {
+  if (axis.size == 1) return;
+  const int n = axis.size;
+  const size_t values = size_t(2 * n), bytes = values * sizeof(float);
+  float *send, *receive;
+  CUDA_CHECK(cudaMallocAsync(&send, bytes, stream));
+  CUDA_CHECK(cudaMallocAsync(&receive, bytes * size_t(n), stream));
+  std::vector<float> mine(values, float(1 + axis.rank)), got(values * size_t(n));
+  CUDA_CHECK(cudaMemcpyAsync(send, mine.data(), bytes, cudaMemcpyHostToDevice, stream));
+  const float sum = float(n * (n + 1) / 2);
+  const auto expect = [&](const char* what, size_t count, const std::function<float(size_t)>& value) {
+    CUDA_CHECK(cudaMemcpyAsync(got.data(), receive, count * sizeof(float), cudaMemcpyDeviceToHost, stream));
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    for (size_t i = 0; i < count; i++)
+      REQUIRE(got[i] == value(i), "the first ", what, " on axis ", axis.name, " (rank ", axis.rank, " of ", n, ") gave ", got[i], " where ", value(i),
+              " was expected: check that no two ranks use one GPU, and GPU peer access (NCCL_P2P_DISABLE=1 avoids it)");
+  };
+  NCCL_CHECK(ncclAllReduce(send, receive, values, ncclFloat32, ncclSum, axis.comm, stream));
+  expect("all-reduce", values, [&](size_t) { return sum; });
+  NCCL_CHECK(ncclAllGather(send, receive, values, ncclFloat32, axis.comm, stream));
+  expect("all-gather", values * size_t(n), [&](size_t i) { return float(1 + i / values); });
+  NCCL_CHECK(ncclReduceScatter(send, receive, 2, ncclFloat32, ncclSum, axis.comm, stream));
+  expect("reduce-scatter", 2, [&](size_t) { return sum; });
+  const int next = (axis.rank + 1) % n, previous = (axis.rank + n - 1) % n;
+  NCCL_CHECK(ncclGroupStart());
+  NCCL_CHECK(ncclSend(send, values, ncclFloat32, next, axis.comm, stream));
+  NCCL_CHECK(ncclRecv(receive, values, ncclFloat32, previous, axis.comm, stream));
+  NCCL_CHECK(ncclGroupEnd());
+  expect("send and receive", values, [&](size_t) { return float(1 + previous); });
+  CUDA_CHECK(cudaFreeAsync(send, stream));
+  CUDA_CHECK(cudaFreeAsync(receive, stream));
+}
+
+void check_mesh(const Mesh& m) {
+  for (const Axis* axis : {&m.world, &m.tp, &m.fsdp, &m.replicate, &m.pp}) check_axis(*axis, m.stream);
+}
+
+void close_mesh(Mesh& m) {
+  if (m.stream) CUDA_CHECK(cudaStreamSynchronize(m.stream));
+  for (Axis* axis : {&m.tp, &m.fsdp, &m.replicate, &m.pp, &m.world}) {
+    if (axis->comm) NCCL_CHECK(ncclCommDestroy(axis->comm));
+    axis->comm = nullptr;
+  }
+  if (m.stream) CUDA_CHECK(cudaStreamDestroy(m.stream));
+  m.stream = nullptr;
+}
+
+std::string draw(const Layout& l) {
+  std::string s = "rank     pp  replicate  fsdp  tp\n";
+  for (int r = 0; r < l.ranks(); r++) {
+    char line[80];
+    snprintf(line, sizeof line, "%4d  %5d  %9d  %4d  %2d\n", r, r / (l.tp * l.fsdp * l.replicate), r / (l.tp * l.fsdp) % l.replicate,
+             r / l.tp % l.fsdp, r % l.tp);
+    s += line;
+  }
+  return s;
+}
+
+// ---- the ledger
+
+Ledger ledger;
+
+const char* name_of(Collective c) {
+  static const char* names[] = {"all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"};
+  return names[int(c)];
+}
+
+const char* name_of(Traffic t) {
+  static const char* names[] = {"training", "norm", "loss", "evaluation", "start"};
+  return names[int(t)];
+}
+
+void Ledger::enter(const Axis& axis, Collective c, int64_t numerator) {
+  Row& row = rows[{axis.name, c, purpose}];
+  row.calls++;
+  row.numerator += numerator;
+  row.n = axis.size;
+  if (on_enter) on_enter(axis, c);
+}

@@ -1,0 +1,99 @@
+// comm.h: ranks that talk: the job, the mesh of ranks with its NCCL communicators, and the ledger of what was sent.
+//
+// idea      rank r sits at one place of a grid pp x replicate x fsdp x tp (slowest to fastest); along each axis it shares a communicator
+//           with the ranks that differ from it in that place only. The strategies call NCCL on these communicators themselves.
+// one queue a rank issues all its NCCL calls, of all axes, on `mesh.stream`, from one thread, in an order that the layout alone decides. CUDA
+//           does not promise that two streams make progress independently, so two communicators in flight could wait for each other.
+// ledger    one line before each NCCL call enters what a bandwidth-optimal algorithm sends per rank (n ranks, buffer of W bytes):
+//           all-gather and reduce-scatter (n-1)/n W, all-reduce 2(n-1)/n W, send W. These are algorithm bytes, not wire bytes.
+// test      tests/test_comm.cpp
+#pragma once
+#include <cuda_runtime.h>
+#include <mpi.h>
+#include <nccl.h>
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "support/check.h"
+
+std::string nccl_error(ncclResult_t status);  // NCCL's own last sentence where it has one
+
+#define NCCL_CHECK(call)                                                                                              \
+  do {                                                                                                                \
+    const ncclResult_t status_ = (call);                                                                              \
+    if (status_ != ncclSuccess) throw Error(sentence(__FILE__, ":", __LINE__, ": ", #call, " failed: ", nccl_error(status_))); \
+  } while (0)
+
+// ---- the job: what mpiexec started
+
+class Job {
+ public:
+  Job(int* argc, char*** argv);  // MPI_Init; says so when mpiexec belongs to another MPI and started n worlds of one
+  ~Job();                        // MPI_Finalize
+  int rank = 0, size = 1;
+  int local_rank = 0, local_size = 1;  // among the ranks of this node: local_rank is the CUDA device
+  // Every rank calls it with its own error or "": each learns whether all are well, and the first failing rank's sentence.
+  std::string agree(const std::string& error) const;
+  [[noreturn]] void abort(const std::string& why) const;  // ends every rank with a non-zero status; prints "rank r: why" once
+};
+
+// Host-side MPI without a spinning core: started non-blocking, then tested, yielding between tests.
+void wait(MPI_Request& request);
+void barrier();
+
+// ---- the mesh
+
+struct Axis {
+  const char* name = "";
+  int size = 1, rank = 0;
+  ncclComm_t comm = nullptr;  // null when size is 1
+};
+
+struct Layout { int pp = 1, replicate = 1, fsdp = 1, tp = 1; int ranks() const { return pp * replicate * fsdp * tp; } };
+std::string to_string(const Layout& layout);  // "pp 2 x replicate 1 x fsdp 2 x tp 2"
+
+struct Mesh {
+  Layout layout;
+  int rank = 0, size = 1;
+  Axis pp, replicate, fsdp, tp, world;  // world: every rank, for sums over all axes
+  cudaStream_t stream = nullptr;        // the one communication queue
+};
+void check_ranks(const Layout& layout, int ranks);  // REQUIREs their product to be the ranks that mpiexec started
+// Collective. The communicators are split from the world's in the same order everywhere.
+Mesh open_mesh(const Job& job, const Layout& layout);
+// The first minute on a cluster: each axis and each kind of collective once, with known answers. Says what to look at when one fails; when
+// one hangs, the watch does.
+void check_mesh(const Mesh& mesh);
+void close_mesh(Mesh& mesh);  // before MPI_Finalize and before the device closes
+std::string draw(const Layout& layout);  // the grid as text, a rank a cell
+
+// ---- the ledger
+
+enum class Collective { all_reduce, all_gather, reduce_scatter, broadcast, send };
+const char* name_of(Collective c);
+enum class Traffic { training, norm, loss, evaluation, start };  // rows of their own, so that formulas stay pure
+const char* name_of(Traffic t);
+
+class Ledger {
+ public:
+  void all_reduce(const Axis& axis, int64_t buffer_bytes) { enter(axis, Collective::all_reduce, 2 * (axis.size - 1) * buffer_bytes); }
+  void all_gather(const Axis& axis, int64_t full_bytes) { enter(axis, Collective::all_gather, (axis.size - 1) * full_bytes); }
+  void reduce_scatter(const Axis& axis, int64_t full_bytes) { enter(axis, Collective::reduce_scatter, (axis.size - 1) * full_bytes); }
+  void broadcast(const Axis& axis, int64_t buffer_bytes) { enter(axis, Collective::broadcast, int64_t(axis.size) * buffer_bytes); }
+  void send(const Axis& axis, int64_t buffer_bytes) { enter(axis, Collective::send, int64_t(axis.size) * buffer_bytes); }
+
+  struct Row { int64_t calls = 0, numerator = 0; int n = 1; double bytes() const { return double(numerator) / n; } };
+  using Key = std::tuple<std::string, Collective, Traffic>;
+  std::map<Key, Row> rows;
+  Traffic purpose = Traffic::training;  // of what is entered now
+  std::function<void(const Axis&, Collective)> on_enter;  // the hang watch keeps its record through this
+
+ private:
+  void enter(const Axis& axis, Collective c, int64_t numerator);  // bytes sent by this rank = numerator / axis.size
+};
+extern Ledger ledger;

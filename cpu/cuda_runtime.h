@@ -1,0 +1,230 @@
+// cuda_runtime.h: the part of CUDA that Threefold uses, for a machine with no GPU. The sources above do not know the difference.
+//
+// idea      a kernel is a plain function that is called once for each block (FAST: one thread a block, blocks on OpenMP threads) or once
+//           for each thread (FAITHFUL: every thread a fiber); device memory is host memory; a stream runs its work at once.
+//           -DCPU_FAST or -DCPU_FAITHFUL chooses the form. launch.sed rewrites `kernel<<<...>>>(...)` to `cpu::launch(kernel, ...)(...)`.
+// stricter  the null stream waits for no other stream; asynchronous copies read pageable host memory when the stream reaches them
+// not here  driver API, graphs, textures, unified memory, printf in kernels
+// test      tests/test_cpu.cpp
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <type_traits>
+
+#if !defined(CPU_FAST) && !defined(CPU_FAITHFUL)
+#error "compile with -DCPU_FAST or -DCPU_FAITHFUL"
+#endif
+
+// ---- the language
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(n) __attribute__((aligned(n)))  // write `__shared__ __align__(16) float x[64];`
+
+struct uint3 { unsigned x, y, z; };
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// Vector types may alias: kernels read arrays of other types through them.
+#define CPU_VECTOR_TYPE(name, bytes, ...) struct __attribute__((may_alias, aligned(bytes))) name { __VA_ARGS__; }
+CPU_VECTOR_TYPE(float2, 8, float x, y);
+CPU_VECTOR_TYPE(float4, 16, float x, y, z, w);
+CPU_VECTOR_TYPE(double2, 16, double x, y);
+CPU_VECTOR_TYPE(int2, 8, int x, y);
+CPU_VECTOR_TYPE(int4, 16, int x, y, z, w);
+CPU_VECTOR_TYPE(uint2, 8, unsigned x, y);
+CPU_VECTOR_TYPE(uint4, 16, unsigned x, y, z, w);
+#undef CPU_VECTOR_TYPE
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline double2 make_double2(double x, double y) { return {x, y}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+// glibc offers these in SIMD form, but declares so only under the whole of -ffast-math. Kernels are compiled with less than that
+// (-ffinite-math-only is the part that shows), and need them: without, exp and tanh cost ten times as much.
+#if defined(CPU_FAST) && defined(__x86_64__) && defined(__GLIBC__) && defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#define CPU_SIMD_FORM __attribute__((simd("notinbranch"), const))
+extern "C" {
+CPU_SIMD_FORM float expf(float) noexcept;
+CPU_SIMD_FORM float logf(float) noexcept;
+CPU_SIMD_FORM double exp(double) noexcept;
+CPU_SIMD_FORM double log(double) noexcept;
+#if __GLIBC_PREREQ(2, 35)
+CPU_SIMD_FORM float tanhf(float) noexcept;
+CPU_SIMD_FORM double tanh(double) noexcept;
+#endif
+}
+#undef CPU_SIMD_FORM
+#endif
+
+namespace cpu {  // macros, not functions: newer C libraries have rsqrt of their own
+inline float rsqrt_f32(float x) { return 1.0f / std::sqrt(x); }
+inline double rsqrt_f64(double x) { return 1.0 / std::sqrt(x); }
+template <class To, class From> inline To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+}  // namespace cpu
+#define rsqrtf(x) cpu::rsqrt_f32(x)
+#define rsqrt(x) cpu::rsqrt_f64(x)
+#define __expf(x) expf(x)
+#define __logf(x) logf(x)
+inline float __fdividef(float a, float b) { return a / b; }
+inline int __float_as_int(float x) { return cpu::bits_as<int>(x); }
+inline float __int_as_float(int x) { return cpu::bits_as<float>(x); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x ? __builtin_clz(unsigned(x)) : 32; }
+template <class T> inline T __ldg(const T* p) { return *p; }
+inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+// Integers only: a sum of floats must not depend on who comes first.
+inline int atomicAdd(int* p, int x) { return __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }
+inline unsigned atomicAdd(unsigned* p, unsigned x) { return __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }
+
+// ---- errors
+
+enum cudaError_t {
+  cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9, cudaErrorNoDevice = 100,
+  cudaErrorInvalidDevice = 101, cudaErrorInvalidResourceHandle = 400, cudaErrorNotReady = 600, cudaErrorNotSupported = 801
+};
+const char* cudaGetErrorName(cudaError_t error);
+const char* cudaGetErrorString(cudaError_t error);
+cudaError_t cudaGetLastError();   // and forgets it
+cudaError_t cudaPeekAtLastError();
+
+// ---- devices: every rank may have one of its own
+
+enum cudaDeviceAttr {
+  cudaDevAttrMaxThreadsPerBlock = 1, cudaDevAttrMaxSharedMemoryPerBlock = 8, cudaDevAttrWarpSize = 10, cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+  cudaDevAttrMemoryPoolsSupported = 115
+};
+struct cudaDeviceProp {
+  char name[256];
+  size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin;
+  int major, minor, warpSize, maxThreadsPerBlock, multiProcessorCount, pciBusID;
+};
+cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaSetDevice(int device);
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+cudaError_t cudaDeviceGetPCIBusId(char* id, int length, int device);
+cudaError_t cudaDeviceSynchronize();
+cudaError_t cudaDriverGetVersion(int* version);
+cudaError_t cudaRuntimeGetVersion(int* version);
+
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+template <class R, class... P> cudaError_t cudaFuncSetAttribute(R (*kernel)(P...), cudaFuncAttribute attribute, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+// ---- streams and events
+
+using cudaStream_t = struct CUstream_st*;
+using cudaEvent_t = struct CUevent_st*;
+using cudaHostFn_t = void (*)(void*);
+constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1;
+constexpr unsigned cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2;
+cudaError_t cudaStreamCreate(cudaStream_t* stream);
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority);
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest);
+cudaError_t cudaStreamDestroy(cudaStream_t stream);
+cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamQuery(cudaStream_t stream);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags = 0);
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* argument);
+cudaError_t cudaEventCreate(cudaEvent_t* event);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream = nullptr);
+cudaError_t cudaEventSynchronize(cudaEvent_t event);
+cudaError_t cudaEventQuery(cudaEvent_t event);
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end);
+
+// ---- memory
+
+enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
+using cudaMemPool_t = struct CUmemPool_st*;
+enum cudaMemPoolAttr { cudaMemPoolAttrReleaseThreshold = 4, cudaMemPoolAttrReservedMemCurrent = 5, cudaMemPoolAttrUsedMemCurrent = 7 };
+cudaError_t cudaMalloc(void** data, size_t bytes);
+cudaError_t cudaFree(void* data);
+cudaError_t cudaMallocAsync(void** data, size_t bytes, cudaStream_t stream);
+cudaError_t cudaFreeAsync(void* data, cudaStream_t stream);
+cudaError_t cudaMallocHost(void** data, size_t bytes);
+cudaError_t cudaFreeHost(void* data);
+template <class T> cudaError_t cudaMalloc(T** data, size_t bytes) { return cudaMalloc(reinterpret_cast<void**>(data), bytes); }
+template <class T> cudaError_t cudaMallocAsync(T** data, size_t bytes, cudaStream_t stream) {
+  return cudaMallocAsync(reinterpret_cast<void**>(data), bytes, stream);
+}
+template <class T> cudaError_t cudaMallocHost(T** data, size_t bytes) { return cudaMallocHost(reinterpret_cast<void**>(data), bytes); }
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = nullptr);
+cudaError_t cudaMemset(void* data, int value, size_t bytes);
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream = nullptr);
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
+cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int device);
+cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t pool, cudaMemPoolAttr attribute, void* value);
+cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t pool, cudaMemPoolAttr attribute, void* value);
+
+// ---- for the stand-ins of the libraries (cublas.cpp, nccl.cpp) and for tests
+
+namespace cpu {
+
+// How streams run. Immediate: in the caller, at once. Queued: each stream is a queue that a thread of its own works off, with random
+// delays drawn from the seed, so that a forgotten wait between two streams shows. THREEFOLD_STREAMS=queued:SEED or these functions.
+void queue_streams(unsigned seed);
+void run_streams_at_once();
+extern bool streams_are_queued;
+
+// The one way for work that touches device memory to enter a stream.
+void enqueue(cudaStream_t stream, std::function<void()> work);
+template <class Work> void submit(cudaStream_t stream, Work&& work) {  // the same, and costs nothing when streams run at once
+  if (streams_are_queued) enqueue(stream, std::forward<Work>(work));
+  else work();
+}
+
+// All device memory of this process lies in one reserved range. With share_device_memory(), called before the first allocation, the
+// range belongs to a memfd that other ranks on this machine can map and read in place; fd is -1 otherwise.
+struct Arena { int fd; char* base; size_t size; };
+const Arena& arena();
+void share_device_memory();
+
+// Fills memory with NaN (0xff) when it is first handed out and when it is freed. On in FAITHFUL and with queued streams.
+void poison_memory(bool on);
+struct PoolCounts { size_t in_use, peak, carved; int64_t allocations, reuses; };  // bytes, as rounded; carved: taken from the arena so far
+PoolCounts pool_counts();
+
+void copy_bytes(void* to, const void* from, size_t bytes);  // all cores where it pays
+
+// Sets cudaErrorInvalidConfiguration and returns false where CUDA would refuse the launch.
+bool legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared);
+void set_error(cudaError_t error);
+
+}  // namespace cpu
+
+// ---- launches, threads, shared memory, warps
+
+#ifdef CPU_FAST
+#include "fast.h"
+#else
+#include "faithful.h"
+#endif

@@ -1,0 +1,105 @@
+// faithful.h: the FAITHFUL form of a launch, for tests. Every thread of a block is a fiber, with a stack of its own, that runs until it must
+// wait for others; barriers and shuffles are real. Threads and blocks run in a chosen order, so that a missing barrier shows as a wrong
+// answer in at least one of them (seldom in one alone: run all three, random with several seeds).
+//
+// reported  (with block, thread and line, then abort): a barrier or warp primitive that some thread does not reach, threads that wait in
+//           different lines, writes beyond dynamic shared memory
+// shared    memory holds NaN when a block starts
+// not here  masks that leave lanes out; kernels on two streams at a time (a launch runs alone); the limit of static shared memory (ptxas
+//           checks it)
+#pragma once
+
+constexpr int kWarp = 32;
+constexpr int block_threads(int threads) { return threads; }
+
+// All of it is one section, so that it can be filled. Kernels belong in an anonymous namespace: g++ puts a template's variables elsewhere.
+#define __shared__ static __attribute__((section("cuda_shared")))
+
+namespace cpu {
+
+enum class Order { forward, reverse, random };
+void run_in_order(Order order, uint64_t seed = 1);  // also THREEFOLD_ORDER=forward|reverse|random:SEED; takes effect with the next launch
+
+extern uint3 thread_index, block_index;  // of the running fiber
+extern dim3 block_shape, grid_shape;
+extern void* dynamic_shared;
+template <class T> inline T* dyn_shared() { return static_cast<T*>(dynamic_shared); }
+
+struct Site { const char *what, *file; int line; };  // where a thread waits
+void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+void wait_for_block(Site site);
+// Waits for the warp and returns the values of its lanes, valid until the thread waits again.
+const uint64_t* exchange_in_warp(unsigned mask, uint64_t value, Site site);
+[[noreturn]] void report(const char* what, Site site);  // names the running thread and its block, aborts
+int warp_index();
+int lane_index();
+int lanes_in_warp();  // fewer than 32 in a block's last warp, perhaps
+
+template <class T> T shuffle(unsigned mask, T value, int from, Site site) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  const uint64_t* values = exchange_in_warp(mask, bits_as<Bits>(value), site);
+  return from < 0 || from >= lanes_in_warp() ? value : bits_as<T>(static_cast<Bits>(values[from]));
+}
+inline unsigned ballot(unsigned mask, bool predicate, Site site) {
+  const uint64_t* values = exchange_in_warp(mask, predicate, site);
+  unsigned bits = 0;
+  for (int lane = 0; lane < lanes_in_warp(); lane++) bits |= unsigned(values[lane]) << lane;
+  return bits;
+}
+
+template <class... P> struct Launch {
+  void (*kernel)(P...);
+  dim3 grid, block;
+  size_t shared_bytes;
+  cudaStream_t stream;
+  bool legal;
+  void operator()(P... arguments) const {
+    if (!legal) return;
+    submit(stream, [=, launch = *this] { run_grid(launch.grid, launch.block, launch.shared_bytes, [&] { launch.kernel(arguments...); }); });
+  }
+};
+template <class... P>
+Launch<P...> launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes = 0, cudaStream_t stream = nullptr) {
+  return {kernel, grid, block, shared_bytes, stream, legal_launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes)};
+}
+
+}  // namespace cpu
+
+#define threadIdx cpu::thread_index
+#define blockDim cpu::block_shape
+#define blockIdx cpu::block_index
+#define gridDim cpu::grid_shape
+
+// The last two parameters are the caller's place.
+#define CPU_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+inline void __syncthreads(CPU_PLACE) { cpu::wait_for_block({"__syncthreads", file, line}); }
+inline void __syncwarp(unsigned mask = ~0u, CPU_PLACE) { cpu::exchange_in_warp(mask, 0, {"__syncwarp", file, line}); }
+inline void __threadfence_block() {}
+
+// `width` cuts the warp into segments; a lane beyond its segment is answered with its own value, as in CUDA.
+template <class T> T __shfl_sync(unsigned mask, T value, int lane, int width = 32, CPU_PLACE) {
+  const int segment = cpu::lane_index() / width * width;
+  return cpu::shuffle(mask, value, segment + (lane & (width - 1)), {"__shfl_sync", file, line});
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, CPU_PLACE) {
+  const int from = cpu::lane_index() ^ lanes, segment_end = (cpu::lane_index() / width + 1) * width;
+  return cpu::shuffle(mask, value, from < segment_end ? from : -1, {"__shfl_xor_sync", file, line});
+}
+template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, CPU_PLACE) {
+  const int from = cpu::lane_index() + int(by), segment_end = (cpu::lane_index() / width + 1) * width;
+  return cpu::shuffle(mask, value, from < segment_end ? from : -1, {"__shfl_down_sync", file, line});
+}
+template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, CPU_PLACE) {
+  const int from = cpu::lane_index() - int(by), segment = cpu::lane_index() / width * width;
+  return cpu::shuffle(mask, value, from >= segment ? from : -1, {"__shfl_up_sync", file, line});
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate, CPU_PLACE) {
+  return cpu::ballot(mask, predicate != 0, {"__ballot_sync", file, line});
+}
+inline int __any_sync(unsigned mask, int predicate, CPU_PLACE) {
+  return cpu::ballot(mask, predicate != 0, {"__any_sync", file, line}) != 0;
+}
+inline int __all_sync(unsigned mask, int predicate, CPU_PLACE) {
+  return cpu::ballot(mask, predicate == 0, {"__all_sync", file, line}) == 0;
+}

@@ -1,0 +1,591 @@
+// runtime.cpp: CUDA's runtime for a machine with no GPU: errors, device memory, streams, events, copies.
+//
+// memory    one reserved range; a free block goes on a list of its size (eight sizes an octave, so at most 1/8 is wasted) and is handed out
+//           again in the order of the stream that freed it, or to any stream once that stream has come to the place of the free
+// streams   at once in the caller, or queued: see cuda_runtime.h
+// test      tests/test_cpu.cpp
+#include <cuda_runtime.h>
+#include <omp.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+// ---- errors
+
+namespace {
+thread_local cudaError_t last_error = cudaSuccess;
+
+cudaError_t fail(cudaError_t error) {
+  last_error = error;
+  return error;
+}
+
+struct ErrorText { cudaError_t error; const char *name, *text; };
+const ErrorText error_texts[] = {
+    {cudaSuccess, "cudaSuccess", "no error"},
+    {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
+    {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
+    {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
+    {cudaErrorNoDevice, "cudaErrorNoDevice", "no CUDA-capable device is detected"},
+    {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
+    {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
+    {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
+    {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
+};
+const ErrorText& text_of(cudaError_t error) {
+  for (const auto& t : error_texts)
+    if (t.error == error) return t;
+  static const ErrorText unknown{error, "unknown", "unrecognized error code"};
+  return unknown;
+}
+}  // namespace
+
+const char* cudaGetErrorName(cudaError_t error) { return text_of(error).name; }
+const char* cudaGetErrorString(cudaError_t error) { return text_of(error).text; }
+cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
+cudaError_t cudaPeekAtLastError() { return last_error; }
+void cpu::set_error(cudaError_t error) { last_error = error; }
+
+// ---- devices
+
+namespace {
+constexpr int kDevices = 256;                             // one for any rank that asks
+constexpr int kMultiprocessors = 16;                      // not the number of cores: grids, and so sums, must not depend on the machine
+constexpr int kSharedBytes = 48 << 10, kSharedBytesOptIn = 227 << 10;  // a block's, as on sm_90
+int current_device = 0;
+std::mutex kernels_mutex;
+std::unordered_map<const void*, int> shared_opt_in;       // cudaFuncSetAttribute
+}  // namespace
+
+cudaError_t cudaGetDeviceCount(int* count) { return *count = kDevices, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= kDevices) return fail(cudaErrorInvalidDevice);
+  current_device = device;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
+  *p = {};
+#ifdef CPU_FAST
+  snprintf(p->name, sizeof p->name, "CPU, FAST form, %d threads", omp_get_max_threads());
+#else
+  snprintf(p->name, sizeof p->name, "CPU, FAITHFUL form");
+#endif
+  p->totalGlobalMem = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+  p->sharedMemPerBlock = kSharedBytes;
+  p->sharedMemPerBlockOptin = kSharedBytesOptIn;
+  p->major = 0;  // no compute capability: not a GPU
+  p->warpSize = kWarp;
+  p->maxThreadsPerBlock = 1024;
+  p->multiProcessorCount = kMultiprocessors;
+  p->pciBusID = device;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  switch (attribute) {
+    case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *value = kSharedBytes; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = kSharedBytesOptIn; break;
+    case cudaDevAttrWarpSize: *value = kWarp; break;
+    case cudaDevAttrMultiProcessorCount: *value = kMultiprocessors; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    case cudaDevAttrMemoryPoolsSupported: *value = 1; break;
+    default: return fail(cudaErrorInvalidValue);
+  }
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetPCIBusId(char* id, int length, int device) {
+  snprintf(id, size_t(length), "0000:%02x:00.0", unsigned(device));
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (value < 0 || value > kSharedBytesOptIn) return fail(cudaErrorInvalidValue);
+  std::lock_guard lock(kernels_mutex);
+  shared_opt_in[kernel] = value;
+  return cudaSuccess;
+}
+
+bool cpu::legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared) {
+  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+  const bool legal_grid = grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535;
+  const bool legal_block = threads >= 1 && threads <= 1024 && block.z <= 64;
+  if (!legal_grid || !legal_block) {
+    last_error = cudaErrorInvalidConfiguration;
+    return false;
+  }
+  if (dynamic_shared <= kSharedBytes) return true;
+  std::lock_guard lock(kernels_mutex);
+  const auto found = shared_opt_in.find(kernel);
+  if (found != shared_opt_in.end() && dynamic_shared <= size_t(found->second)) return true;
+  last_error = cudaErrorInvalidValue;
+  return false;
+}
+
+#ifdef CPU_FAST
+cpu::LaunchTime& cpu::launch_time(const void* kernel, int64_t blocks) {
+  struct Slot {
+    const void* kernel = nullptr;
+    int64_t blocks = 0;
+    LaunchTime time;
+  };
+  static thread_local Slot slots[256];  // a launch that finds its slot taken by another starts anew
+  Slot& slot = slots[(reinterpret_cast<uintptr_t>(kernel) / 16 + size_t(blocks) * 31) % 256];
+  if (slot.kernel != kernel || slot.blocks != blocks) slot = {kernel, blocks, {}};
+  return slot.time;
+}
+void* cpu::shared_block(size_t bytes) {
+  struct Block {
+    void* data = nullptr;
+    size_t bytes = 0;
+    ~Block() { free(data); }
+  };
+  static thread_local Block block;
+  if (bytes > block.bytes) {
+    free(block.data);
+    block.bytes = (bytes + 4095) / 4096 * 4096;
+    block.data = aligned_alloc(4096, block.bytes);
+  }
+  return block.data;
+}
+#endif
+
+// ---- streams
+
+namespace {
+
+// A stream's queue and the thread that works it off, started by the first work that is queued.
+class Queue {
+ public:
+  ~Queue() {
+    if (!worker_.joinable()) return;
+    push(nullptr);
+    worker_.join();
+  }
+  void push(std::function<void()> work) {
+    {
+      std::lock_guard lock(mutex_);
+      if (!worker_.joinable()) worker_ = std::thread([this] { run(); });
+      work_.push_back(std::move(work));
+      pending_++;
+    }
+    changed_.notify_all();
+  }
+  void drain() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return pending_ == 0; });
+  }
+  bool idle() {
+    std::lock_guard lock(mutex_);
+    return pending_ == 0;
+  }
+  void seed(unsigned seed) { random_.seed(seed); }  // while idle
+
+ private:
+  void run() {
+    for (;;) {
+      std::function<void()> work;
+      {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [this] { return !work_.empty(); });
+        work = std::move(work_.front());
+        work_.pop_front();
+      }
+      if (!work) return;
+      dawdle();
+      work();
+      work = nullptr;
+      {
+        std::lock_guard lock(mutex_);
+        pending_--;
+      }
+      changed_.notify_all();
+    }
+  }
+  // Mostly no delay, sometimes a short one, seldom one that is longer than any kernel of a test.
+  void dawdle() {
+    const unsigned draw = random_() % 100;
+    if (draw < 60) return;
+    const unsigned longest = draw < 95 ? 100 : 2000;
+    std::this_thread::sleep_for(std::chrono::microseconds(random_() % longest));
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::function<void()>> work_;
+  size_t pending_ = 0;  // queued or running
+  std::mt19937 random_;
+  std::thread worker_;
+};
+
+// What an event stands for since it was last recorded.
+class Moment {
+ public:
+  void reach() {
+    {
+      std::lock_guard lock(mutex_);
+      time_ = std::chrono::steady_clock::now();
+      reached_ = true;
+    }
+    changed_.notify_all();
+  }
+  void wait() {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [this] { return reached_; });
+  }
+  bool reached() {
+    std::lock_guard lock(mutex_);
+    return reached_;
+  }
+  std::chrono::steady_clock::time_point time() const { return time_; }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  bool reached_ = false;
+  std::chrono::steady_clock::time_point time_;
+};
+
+}  // namespace
+
+struct CUstream_st {
+  Queue queue;
+};
+struct CUevent_st {
+  std::shared_ptr<Moment> moment;  // null: never recorded
+};
+
+namespace {
+unsigned streams_seed = 0;
+
+struct Streams {  // all there are; the null stream is the first
+  std::mutex mutex;
+  std::vector<std::unique_ptr<CUstream_st>> all;
+  unsigned seeds = 0;
+  Streams() { create(); }
+  cudaStream_t create() {
+    std::lock_guard lock(mutex);
+    all.push_back(std::make_unique<CUstream_st>());
+    all.back()->queue.seed(streams_seed * 1000003 + seeds++);
+    return all.back().get();
+  }
+  void seed() {
+    std::lock_guard lock(mutex);
+    seeds = 0;
+    for (const auto& stream : all) stream->queue.seed(streams_seed * 1000003 + seeds++);
+  }
+};
+Streams& streams() {
+  static Streams& streams = *new Streams;  // never destroyed: see pool
+  return streams;
+}
+CUstream_st& of(cudaStream_t stream) { return stream ? *stream : *streams().all.front(); }
+
+bool streams_from_environment() {
+  const char* value = getenv("THREEFOLD_STREAMS");
+  if (!value || strncmp(value, "queued", 6)) return false;
+  streams_seed = value[6] == ':' ? unsigned(strtoul(value + 7, nullptr, 10)) : 1;
+  return true;
+}
+}  // namespace
+
+bool cpu::streams_are_queued = streams_from_environment();
+
+void cpu::queue_streams(unsigned seed) {
+  cudaDeviceSynchronize();
+  streams_seed = seed;
+  streams().seed();
+  streams_are_queued = true;
+  poison_memory(true);
+}
+void cpu::run_streams_at_once() {
+  cudaDeviceSynchronize();
+  streams_are_queued = false;
+}
+void cpu::enqueue(cudaStream_t stream, std::function<void()> work) {
+  if (streams_are_queued) of(stream).queue.push(std::move(work));
+  else work();
+}
+
+cudaError_t cudaStreamCreate(cudaStream_t* stream) { return *stream = streams().create(), cudaSuccess; }
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) { return cudaStreamCreate(stream); }
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) { return *least = *greatest = 0, cudaSuccess; }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (cpu::streams_are_queued) of(stream).queue.drain();
+  return cudaSuccess;
+}
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  return !cpu::streams_are_queued || of(stream).queue.idle() ? cudaSuccess : cudaErrorNotReady;
+}
+cudaError_t cudaDeviceSynchronize() {
+  if (!cpu::streams_are_queued) return cudaSuccess;
+  std::vector<CUstream_st*> all;
+  {
+    std::lock_guard lock(streams().mutex);
+    for (const auto& stream : streams().all) all.push_back(stream.get());
+  }
+  for (CUstream_st* stream : all) stream->queue.drain();
+  return cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (cpu::streams_are_queued && event->moment) cpu::enqueue(stream, [moment = event->moment] { moment->wait(); });
+  return cudaSuccess;
+}
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* argument) {
+  cpu::submit(stream, [=] { function(argument); });
+  return cudaSuccess;
+}
+
+// ---- events
+
+cudaError_t cudaEventCreate(cudaEvent_t* event) { return *event = new CUevent_st, cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return cudaEventCreate(event); }
+cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  event->moment = std::make_shared<Moment>();
+  cpu::submit(stream, [moment = event->moment] { moment->reach(); });
+  return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (event->moment) event->moment->wait();
+  return cudaSuccess;
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) { return !event->moment || event->moment->reached() ? cudaSuccess : cudaErrorNotReady; }
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
+  if (!start->moment || !end->moment) return fail(cudaErrorInvalidResourceHandle);
+  if (!start->moment->reached() || !end->moment->reached()) return fail(cudaErrorNotReady);
+  *milliseconds = std::chrono::duration<float, std::milli>(end->moment->time() - start->moment->time()).count();
+  return cudaSuccess;
+}
+
+// ---- device memory
+
+namespace {
+
+constexpr size_t kAlign = 256;
+
+// Eight sizes an octave.
+size_t rounded(size_t bytes) {
+  size_t step = kAlign;
+  while (step * 16 < bytes) step *= 2;
+  return std::max(kAlign, (bytes + step - 1) / step * step);
+}
+
+class Pool {
+ public:
+  // A block that is free everywhere or was freed in this stream; null when the arena is full.
+  void* take(size_t bytes, CUstream_st* stream = nullptr) {
+    std::lock_guard lock(mutex_);
+    bytes = rounded(bytes);
+    void* block = stream ? pop(freed_in_[stream][bytes]) : nullptr;
+    if (!block) block = pop(free_[bytes]);
+    if (block) counts_.reuses++;
+    else block = carve(bytes);
+    if (!block) return nullptr;
+    in_use_[block] = bytes;
+    counts_.allocations++;
+    counts_.in_use += bytes;
+    counts_.peak = std::max(counts_.peak, counts_.in_use);
+    return block;
+  }
+  // Free everywhere; or, with a stream, for that stream alone (what it runs next comes after the free) until `release`. Returns the
+  // block's size, 0 if it is no block of ours.
+  size_t give_back(void* block, CUstream_st* stream = nullptr) {
+    std::lock_guard lock(mutex_);
+    const auto found = in_use_.find(block);
+    if (found == in_use_.end()) return 0;
+    const size_t bytes = found->second;
+    in_use_.erase(found);
+    counts_.in_use -= bytes;
+    if (poison_ && !stream) memset(block, 0xff, bytes);
+    (stream ? freed_in_[stream] : free_)[bytes].push_back(block);
+    return bytes;
+  }
+  // The stream has come to the place of the free. If it has not taken the block again, any stream may.
+  void release(void* block, size_t bytes, CUstream_st* stream) {
+    std::lock_guard lock(mutex_);
+    if (poison_) memset(block, 0xff, bytes);
+    auto& list = freed_in_[stream][bytes];
+    const auto found = std::find(list.begin(), list.end(), block);
+    if (found == list.end()) return;
+    list.erase(found);
+    free_[bytes].push_back(block);
+  }
+  void poison(bool on) {
+    std::lock_guard lock(mutex_);
+    if (on && !poison_)
+      for (const auto& [bytes, blocks] : free_)
+        for (void* block : blocks) memset(block, 0xff, bytes);
+    poison_ = on;
+  }
+  cpu::PoolCounts counts() {
+    std::lock_guard lock(mutex_);
+    return counts_;
+  }
+
+ private:
+  using Lists = std::unordered_map<size_t, std::vector<void*>>;
+  static void* pop(std::vector<void*>& list) {
+    if (list.empty()) return nullptr;
+    void* block = list.back();
+    list.pop_back();
+    return block;
+  }
+  void* carve(size_t bytes) {
+    const cpu::Arena& arena = cpu::arena();
+    if (bytes > arena.size - counts_.carved) return nullptr;
+    char* block = arena.base + counts_.carved;
+    counts_.carved += bytes;
+    if (poison_) memset(block, 0xff, bytes);
+    return block;
+  }
+
+  std::mutex mutex_;
+  Lists free_;                                             // for any stream
+  std::unordered_map<CUstream_st*, Lists> freed_in_;       // for that stream alone
+  std::unordered_map<void*, size_t> in_use_;
+  cpu::PoolCounts counts_{};
+#ifdef CPU_FAITHFUL
+  bool poison_ = true;
+#else
+  bool poison_ = cpu::streams_are_queued || getenv("THREEFOLD_POISON");
+#endif
+};
+Pool& pool() {
+  static Pool& pool = *new Pool;  // never destroyed: streams may still return blocks while the program exits
+  return pool;
+}
+
+bool share_memory = getenv("THREEFOLD_SHARE_MEMORY") != nullptr;
+
+cpu::Arena reserve() {
+  const size_t size = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE)) >> 21 << 21;
+  int fd = -1;
+  if (share_memory) {
+    fd = memfd_create("threefold device memory", MFD_CLOEXEC);
+    if (fd >= 0 && ftruncate(fd, off_t(size))) close(fd), fd = -1;
+  }
+  const int flags = fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+  void* base = mmap(nullptr, size, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE, fd, 0);
+  if (base == MAP_FAILED) return {-1, nullptr, 0};
+  madvise(base, size, MADV_HUGEPAGE);
+  return {fd, static_cast<char*>(base), size};
+}
+}  // namespace
+
+const cpu::Arena& cpu::arena() {
+  static const Arena arena = reserve();
+  return arena;
+}
+void cpu::share_device_memory() { share_memory = true; }
+void cpu::poison_memory(bool on) { pool().poison(on); }
+cpu::PoolCounts cpu::pool_counts() { return pool().counts(); }
+
+cudaError_t cudaMallocAsync(void** data, size_t bytes, cudaStream_t stream) {
+  *data = bytes ? pool().take(bytes, &of(stream)) : nullptr;
+  return *data || !bytes ? cudaSuccess : fail(cudaErrorMemoryAllocation);
+}
+cudaError_t cudaFreeAsync(void* data, cudaStream_t stream) {
+  if (!data) return cudaSuccess;
+  if (!cpu::streams_are_queued) return pool().give_back(data) ? cudaSuccess : fail(cudaErrorInvalidValue);
+  CUstream_st* owner = &of(stream);
+  const size_t bytes = pool().give_back(data, owner);
+  if (!bytes) return fail(cudaErrorInvalidValue);
+  cpu::enqueue(stream, [=] { pool().release(data, bytes, owner); });
+  return cudaSuccess;
+}
+cudaError_t cudaMalloc(void** data, size_t bytes) {
+  *data = bytes ? pool().take(bytes) : nullptr;
+  return *data || !bytes ? cudaSuccess : fail(cudaErrorMemoryAllocation);
+}
+cudaError_t cudaFree(void* data) {
+  cudaDeviceSynchronize();
+  return !data || pool().give_back(data) ? cudaSuccess : fail(cudaErrorInvalidValue);
+}
+cudaError_t cudaMallocHost(void** data, size_t bytes) {
+  *data = aligned_alloc(4096, std::max<size_t>(4096, (bytes + 4095) / 4096 * 4096));
+  return *data ? cudaSuccess : fail(cudaErrorMemoryAllocation);
+}
+cudaError_t cudaFreeHost(void* data) { return free(data), cudaSuccess; }
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  *total = cpu::arena().size;
+  *free = *total - cpu::pool_counts().in_use;
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) { return *pool = nullptr, cudaSuccess; }
+cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return cudaSuccess; }
+cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr attribute, void* value) {
+  const cpu::PoolCounts counts = cpu::pool_counts();
+  *static_cast<uint64_t*>(value) = attribute == cudaMemPoolAttrUsedMemCurrent ? counts.in_use : counts.carved;
+  return cudaSuccess;
+}
+
+// ---- copies
+
+namespace {
+// part(begin, end) over [0, bytes): on all cores when there is enough.
+template <class Part> void in_parts(size_t bytes, Part part) {
+  constexpr size_t kWorthIt = 1 << 20;
+  if (bytes < kWorthIt || omp_get_max_threads() == 1) return part(0, bytes);
+#pragma omp parallel
+  {
+    const size_t thread = size_t(omp_get_thread_num()), threads = size_t(omp_get_num_threads());
+    const size_t share = (bytes / threads + 63) / 64 * 64;
+    const size_t begin = std::min(bytes, thread * share);
+    part(begin, thread + 1 == threads ? bytes : std::min(bytes, begin + share));
+  }
+}
+}  // namespace
+
+void cpu::copy_bytes(void* to, const void* from, size_t bytes) {
+  in_parts(bytes, [=](size_t begin, size_t end) {
+    memmove(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, end - begin);
+  });
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+  cpu::submit(stream, [=] { cpu::copy_bytes(to, from, bytes); });
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+  return cudaStreamSynchronize(nullptr);
+}
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  cpu::submit(stream, [=] {
+    in_parts(bytes, [=](size_t begin, size_t end) { memset(static_cast<char*>(data) + begin, value, end - begin); });
+  });
+  return cudaSuccess;
+}
+cudaError_t cudaMemset(void* data, int value, size_t bytes) {
+  cudaMemsetAsync(data, value, bytes, nullptr);
+  return cudaStreamSynchronize(nullptr);
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  cudaStreamSynchronize(stream);
+  auto& s = streams();
+  std::lock_guard lock(s.mutex);
+  const auto found = std::find_if(s.all.begin(), s.all.end(), [=](const auto& one) { return one.get() == stream; });
+  if (!stream || found == s.all.end()) return fail(cudaErrorInvalidResourceHandle);
+  s.all.erase(found);
+  return cudaSuccess;
+}

@@ -1,0 +1,322 @@
+// fsdp.cpp: each rank of the fsdp axis owns 1/n of every unit and borrows the rest while it computes.
+//
+// traffic   P a unit's elements, m micro-batches, in units of (n-1)/n P per rank and step; gathers in the compute dtype, scatters in f32:
+//                              all-gather   reduce-scatter
+//             ZeRO-1               1             1          (optimizer state sharded)
+//             ZeRO-2               1             m          (and gradients)
+//             ZeRO-3, kept         1             m          (and parameters, gathered once a step)
+//             ZeRO-3              2 m            m          (and given back after each forward)
+//           replicate: one all-reduce of the gradient shard a unit and step
+// memory    bytes a parameter in f32, ZeRO-1: 8 + 8/n, ZeRO-2: 4 + 12/n, ZeRO-3: 16/n; and the units in flight
+// not here  offloading to the host; gradients in bf16 on the wire
+// test      tests/test_fsdp.cpp
+//
+//   forward of unit u                     backward of unit u
+//     wait for gather(u)                    wait for gather(u)
+//     start gather(u+1 .. u+K)              start gather(u-1 .. u-K)
+//     compute                               compute: gradients into a full buffer
+//     give u back                           start reduce-scatter(u); give u back; finish that of u+1
+#include "fsdp.h"
+
+#include <algorithm>
+
+static ncclDataType_t nccl_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f32: return ncclFloat32;
+    case Dtype::bf16: return ncclBfloat16;
+    case Dtype::f64: return ncclFloat64;
+    default: return ncclInt32;
+  }
+}
+
+// ---- a use: what surrounds a piece of the model, forward and backward
+
+Var Fsdp::run(Tape& tape, int use, const std::function<Var()>& f) {
+  const Backward backward = uses_[use].backward;
+  const auto each_unit = [this, use](auto&& work) {
+    for (int u : uses_[use].units) work(units_[u]);
+  };
+  // Gathers this use's units and, ahead of need, those of the uses after it in the direction we go.
+  const auto gather = [this, use, each_unit](int direction) {
+    each_unit([&](Unit& u) { start_gather(u); });
+    for (int k = 1, next = use + direction; k <= options_.prefetch && next >= 0 && next < int(uses_.size()); k++, next += direction)
+      if (direction > 0 || uses_[next].backward == Backward::gathers)
+        for (int u : uses_[next].units) start_gather(units_[u]);
+    each_unit([&](Unit& u) { finish_gather(u); });
+  };
+  const bool returns = borrows() && options_.reshard;
+
+  // What stands on the tape before f runs in the backward after f's own entries: the gradients are complete.
+  if (tape.recording()) each_unit([](Unit& u) { u.recorded++; });
+  tape.push([this, each_unit, returns, &tape] {
+    tape.weight_gradient([this, each_unit] {  // behind the weight gradients that it needs, should those be deferred
+      each_unit([&](Unit& u) {
+        if (--u.recorded > 0) return;  // another use will add to this gradient
+        u.rounds++;
+        start_reduce(u);
+      });
+    });
+    if (returns) each_unit([&](Unit& u) { give_back(u); });
+  });
+
+  gather(+1);
+  Var y = f();
+  if (returns && (!tape.recording() || backward != Backward::keeps)) each_unit([&](Unit& u) { give_back(u); });
+
+  // What stands on the tape after f runs before f's entries in the backward.
+  tape.push([this, each_unit, gather, backward] {
+    if (backward == Backward::gathers || backward == Backward::keeps) gather(-1);
+    each_unit([&](Unit& u) { prepare_gradients(u); });
+  });
+  return y;
+}
+
+// ---- parameters: gather and give back
+
+void Fsdp::start_gather(Unit& u) {
+  if (u.gathered) return;
+  u.gathered = true;
+  if (u.full.empty()) u.full = Tensor({u.padded}, dtype_, Memory::gather);
+  if (mesh_.fsdp.size == 1) return;
+  computed_.record(device().compute);
+  computed_.make_wait(mesh_.stream);  // whoever used this memory before must be done with it, and the optimizer with the shard
+  ledger.all_gather(mesh_.fsdp, u.full.bytes());
+  NCCL_CHECK(ncclAllGather(u.own.raw(), u.full.raw(), u.shard, nccl_type(dtype_), mesh_.fsdp.comm, mesh_.stream));
+  u.ready.record(mesh_.stream);
+}
+
+void Fsdp::finish_gather(Unit& u) {
+  if (mesh_.fsdp.size > 1) u.ready.make_wait(device().compute);  // this unit's parameters must have arrived
+  for (size_t i = 0; i < u.params.size(); i++) u.params[i]->value = u.full.part(u.offsets[i], u.params[i]->local_shape());
+}
+
+void Fsdp::give_back(Unit& u) {
+  if (!u.gathered) return;
+  u.gathered = false;
+  if (!borrows()) return;
+  for (Param* p : u.params) p->value = Tensor();
+  u.full = Tensor();  // returned to the pool in the order of the compute stream, behind the last kernel that reads it
+}
+
+// ---- gradients: a full buffer while the backward fills it, then a shard
+
+void Fsdp::prepare_gradients(Unit& u) {
+  while (u.reducing) finish_reduce();  // the last micro-batch's sum still reads the buffer
+  if (!u.full_grad.empty()) return;
+  u.full_grad = Tensor({u.padded}, master_dtype(dtype_), Memory::gather);
+  fill(u.full_grad, 0);
+  point_at(u);
+}
+
+void Fsdp::point_at(Unit& u) {
+  for (size_t i = 0; i < u.params.size(); i++) {
+    Param& p = *u.params[i];
+    p.grad = u.full_grad.empty() ? Tensor() : u.full_grad.part(u.offsets[i], p.local_shape());
+    if (p.tied && scatters_each()) p.tied_grad = p.grad;  // a full gradient that lives for one micro-batch is summed in one buffer
+  }
+}
+
+// The gradients of one micro-batch (ZeRO-2 and 3) or of the whole step are complete on this rank: sum them over the others.
+void Fsdp::start_reduce(Unit& u) {
+  const bool last = u.rounds == microbatches_;
+  if (!scatters_each() && !last) return;  // they add up where they are
+  if (!scatters_each())
+    for (Param* p : u.params)
+      if (p->tied) add_into(p->grad, p->tied_grad);
+  computed_.record(device().compute);
+  computed_.make_wait(mesh_.stream);  // the gradients must have been computed
+  const ncclDataType_t type = nccl_type(u.full_grad.dtype());
+  if (mesh_.fsdp.size > 1) {
+    Tensor mine = u.full_grad.part(mesh_.fsdp.rank * u.shard, {u.shard});  // in place
+    ledger.reduce_scatter(mesh_.fsdp, u.full_grad.bytes());
+    NCCL_CHECK(ncclReduceScatter(u.full_grad.raw(), mine.raw(), u.shard, type, ncclSum, mesh_.fsdp.comm, mesh_.stream));
+  }
+  if (!scatters_each() && mesh_.replicate.size > 1) {
+    ledger.all_reduce(mesh_.replicate, u.own_grad.bytes());
+    NCCL_CHECK(ncclAllReduce(u.own_grad.raw(), u.own_grad.raw(), u.shard, type, ncclSum, mesh_.replicate.comm, mesh_.stream));
+  }
+  u.reduced.record(mesh_.stream);
+  u.reducing = true;
+  reducing_.push_back(&u);
+  while (int(reducing_.size()) > std::min(options_.prefetch, 1)) finish_reduce();  // two full gradients at most: one computed, one summed
+}
+
+void Fsdp::finish_reduce() {
+  Unit& u = *reducing_.front();
+  reducing_.pop_front();
+  u.reducing = false;
+  u.reduced.make_wait(device().compute);  // the sum must have arrived
+  if (!scatters_each()) return;
+  add_into(u.own_grad, u.full_grad.part(mesh_.fsdp.rank * u.shard, {u.shard}));
+  u.full_grad = Tensor();
+  point_at(u);
+  if (u.rounds == microbatches_ && mesh_.replicate.size > 1) {
+    computed_.record(device().compute);
+    computed_.make_wait(mesh_.stream);  // this rank's shard must be complete
+    ledger.all_reduce(mesh_.replicate, u.own_grad.bytes());
+    NCCL_CHECK(ncclAllReduce(u.own_grad.raw(), u.own_grad.raw(), u.shard, nccl_type(u.own_grad.dtype()), ncclSum, mesh_.replicate.comm,
+                             mesh_.stream));
+  }
+}
+
+// ---- a step
+
+void Fsdp::begin_step(int microbatches) {
+  microbatches_ = microbatches;
+  for (Unit& u : units_) {
+    u.gathered = mesh_.fsdp.size == 1;  // the optimizer has changed the shards: gather them anew
+    u.rounds = 0;
+    fill(scatters_each() ? u.own_grad : u.full_grad, 0);
+    for (Param* p : u.params)
+      if (p->tied && !scatters_each()) fill(p->tied_grad, 0);
+  }
+}
+
+void Fsdp::finish_backward() {
+  while (!reducing_.empty()) finish_reduce();
+  computed_.record(mesh_.stream);
+  computed_.make_wait(device().compute);  // the optimizer reads what the last collectives wrote
+}
+
+void Fsdp::end_step() {
+  for (Unit& u : units_) give_back(u);  // where nothing is borrowed, this marks the other ranks' shards as old
+}
+
+// Small sums over ranks, on the communication queue like everything else.
+static void all_reduce_here(Mesh& mesh, const Axis& axis, const Tensor& x, Event& event) {
+  if (axis.size == 1) return;
+  event.record(device().compute);
+  event.make_wait(mesh.stream);  // x must have been computed
+  ledger.all_reduce(axis, x.bytes());
+  NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), ncclSum, axis.comm, mesh.stream));
+  event.record(mesh.stream);
+  event.make_wait(device().compute);  // the sum must have arrived
+}
+
+void Fsdp::sum_squares(const Tensor& squares) {
+  ledger.purpose = Traffic::norm;
+  all_reduce_here(mesh_, mesh_.fsdp, squares, computed_);
+  ledger.purpose = Traffic::training;
+}
+
+void Fsdp::sum_loss(const Tensor& total) {
+  ledger.purpose = Traffic::loss;
+  all_reduce_here(mesh_, mesh_.fsdp, total, computed_);
+  all_reduce_here(mesh_, mesh_.replicate, total, computed_);
+  ledger.purpose = Traffic::training;
+}
+
+// ---- set-up
+
+static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+int64_t padded_unit(const std::vector<Param*>& params, int fsdp) {
+  int64_t end = 0;
+  for (const Param* p : params) end = round_up(end, kUnitAlignment) + p->numel();
+  return round_up(end, 16 * int64_t(fsdp));
+}
+
+Fsdp::Fsdp(Mesh& mesh, Dtype dtype, const FsdpOptions& options, uint64_t seed) : mesh_(mesh), dtype_(dtype), options_(options), seed_(seed) {
+  REQUIRE(options.zero >= 1 && options.zero <= 3, "--zero takes 1, 2 or 3, not ", options.zero);
+  REQUIRE(options.prefetch >= 0, "--prefetch takes 0 or more units, not ", options.prefetch);
+}
+
+Fsdp::~Fsdp() {
+  for (Unit& u : units_)
+    for (Param* p : u.params) p->value = p->grad = p->tied_grad = Tensor();
+}
+
+// Calls work(param, first element of it that is in the shard, how many, where in the shard) for each parameter that this rank's shard touches.
+template <class Unit, class Work> static void for_pieces(const Unit& u, int rank, Work work) {
+  const int64_t begin = rank * u.shard, end = begin + u.shard;
+  for (size_t i = 0; i < u.params.size(); i++) {
+    const int64_t first = std::max(begin, u.offsets[i]), last = std::min(end, u.offsets[i] + u.params[i]->numel());
+    if (first < last) work(*u.params[i], first - u.offsets[i], last - first, first - begin);
+  }
+}
+
+int Fsdp::add_unit(const std::vector<Param*>& params) {
+  Unit& u = units_.emplace_back();
+  u.params = params;
+  int64_t end = 0;
+  for (const Param* p : params) {
+    u.offsets.push_back(round_up(end, kUnitAlignment));
+    end = u.offsets.back() + p->numel();
+  }
+  u.padded = padded_unit(params, mesh_.fsdp.size);
+  u.shard = u.padded / mesh_.fsdp.size;
+
+  const int64_t mine = mesh_.fsdp.rank * u.shard;
+  if (borrows()) {
+    u.own = Tensor({u.shard}, dtype_, Memory::parameters);  // no rank ever holds the whole model
+  } else {
+    u.full = Tensor({u.padded}, dtype_, Memory::parameters);
+    u.own = u.full.part(mine, {u.shard});
+  }
+  const Dtype master = master_dtype(dtype_);
+  if (scatters_each()) {
+    u.own_grad = Tensor({u.shard}, master, Memory::gradients);
+  } else {
+    u.full_grad = Tensor({u.padded}, master, Memory::gradients);
+    u.own_grad = u.full_grad.part(mine, {u.shard});
+    point_at(u);
+    for (Param* p : params)
+      if (p->tied) p->tied_grad = Tensor(p->local_shape(), master, Memory::gradients);
+  }
+  fill(u.own, 0);  // the padding stays 0
+  for_pieces(u, mesh_.fsdp.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
+    p.initialise(u.own.part(at, {count}), seed_, first);
+  });
+  if (dtype_ != master) {
+    u.master = Tensor({u.shard}, master, Memory::optimizer);
+    cast(u.master, u.own);
+  }
+  u.m = Tensor({u.shard}, master, Memory::optimizer);
+  u.v = Tensor({u.shard}, master, Memory::optimizer);
+  fill(u.m, 0);
+  fill(u.v, 0);
+  return int(units_.size()) - 1;
+}
+
+int Fsdp::add_use(std::vector<int> units, Backward backward) {
+  uses_.push_back({std::move(units), backward});
+  return int(uses_.size()) - 1;
+}
+
+std::vector<Shard> Fsdp::optimizer_shards() const {
+  std::vector<Shard> shards;
+  for (const Unit& u : units_)
+    for_pieces(u, mesh_.fsdp.rank, [&](Param& p, int64_t, int64_t count, int64_t at) {
+      Shard s;
+      s.weights = (u.master.empty() ? u.own : u.master).part(at, {count});
+      if (!u.master.empty()) s.compute = u.own.part(at, {count});
+      s.gradient = u.own_grad.part(at, {count});
+      s.m = u.m.part(at, {count}), s.v = u.v.part(at, {count});
+      s.parameter = p.id, s.decay = p.decay;
+      shards.push_back(std::move(s));
+    });
+  return shards;
+}
+
+// ---- for tests
+
+std::vector<double> Fsdp::whole(const Param& p, const Tensor Unit::*own) {
+  for (Unit& u : units_)
+    for (size_t i = 0; i < u.params.size(); i++) {
+      if (u.params[i] != &p) continue;
+      const Tensor mine = u.*own;
+      Tensor full({u.padded}, mine.dtype(), Memory::workspace);
+      if (mesh_.fsdp.size == 1) {
+        copy(full, mine);
+      } else {
+        synchronize();
+        NCCL_CHECK(ncclAllGather(mine.raw(), full.raw(), u.shard, nccl_type(mine.dtype()), mesh_.fsdp.comm, mesh_.stream));
+        CUDA_CHECK(cudaStreamSynchronize(mesh_.stream));
+      }
+      return download(full.part(u.offsets[i], {p.numel()}));
+    }
+  throw Error("no unit holds " + p.name);
+}
+
+std::vector<double> Fsdp::whole_gradient(const Param& p) { return whole(p, &Unit::own_grad); }
+std::vector<double> Fsdp::whole_weights(const Param& p) { return whole(p, &Unit::own); }

@@ -1,0 +1,92 @@
+// fsdp.h: Fully Sharded Data Parallelism (ZeRO stages 1, 2 and 3), plain data parallelism, and the two combined.
+//
+// idea      each rank of the fsdp axis owns 1/n of every unit (a transformer block, or the embeddings) and borrows the rest while it computes.
+//           The replicate axis holds copies of that: gradients are summed over it. fsdp = 1 is plain data parallelism (DDP).
+// source    Rajbhandari et al., "ZeRO: Memory optimizations toward training trillion parameter models", SC 2020, sections 5 and 7;
+//           Zhao et al., "PyTorch FSDP", VLDB 2023 (units, flat parameters, prefetch)
+// test      tests/test_fsdp.cpp
+#pragma once
+#include <deque>
+#include <memory>
+
+#include "autograd.h"
+#include "comm.h"
+#include "optimizer.h"
+
+struct FsdpOptions {
+  int zero = 3;         // 1: optimizer state is sharded; 2: and gradients; 3: and parameters
+  bool reshard = true;  // ZeRO-3: give parameters back after the forward and gather them again for the backward
+  int prefetch = 1;     // units gathered ahead while compute goes on; above 0, one reduce-scatter is left behind, too
+};
+
+// What the backward of a use needs of the unit's parameters.
+enum class Backward {
+  gathers,  // their values: gather them again (a block)
+  keeps,    // their values, at once: the backward follows the forward (the head)
+  nothing,  // only a place for gradients (the embedding)
+};
+
+class Fsdp {
+ public:
+  Fsdp(Mesh& mesh, Dtype dtype, const FsdpOptions& options, uint64_t seed);
+  ~Fsdp();
+
+  // ---- set-up: name the units, then the uses, in the order in which the forward comes by
+  int add_unit(const std::vector<Param*>& params);  // allocates this rank's shard with its initial values; returns the unit's number
+  int add_use(std::vector<int> units, Backward backward);
+  std::vector<Shard> optimizer_shards() const;  // what this rank updates: its piece of each parameter, padding left out
+
+  // ---- a step
+  void begin_step(int microbatches);
+  // y = f(): computes with the parameters of a use's units in place, and puts what their gradients need on the tape.
+  Var run(Tape& tape, int use, const std::function<Var()>& f);
+  void finish_backward();  // after the last micro-batch: gradients of this rank's shard are summed over all data-parallel ranks
+  void end_step();         // after the optimizer: parameters that were borrowed go back
+  void sum_squares(const Tensor& squares);  // over the shards of the fsdp axis, for the gradient norm
+  void sum_loss(const Tensor& total);       // over all data-parallel ranks
+
+  // For tests: gradients or weights of a parameter, whole, on every rank. Collective.
+  std::vector<double> whole_gradient(const Param& p);
+  std::vector<double> whole_weights(const Param& p);
+
+ private:
+  struct Unit {
+    std::vector<Param*> params;
+    std::vector<int64_t> offsets;  // of each parameter in the flat unit, in elements
+    int64_t padded = 0;            // elements of the flat unit: n shards of `shard` elements
+    int64_t shard = 0;
+    Tensor full, own;              // compute dtype: (padded), empty while given back; (shard), always there
+    Tensor full_grad, own_grad;    // master dtype, likewise
+    Tensor master;                 // (shard) master weights when the compute dtype is bf16
+    Tensor m, v;                   // (shard) Adam's moments
+    bool gathered = false;         // `full` holds, or will hold once `ready` is reached, every rank's shard
+    int recorded = 0, rounds = 0;  // uses whose backward is to come; micro-batches whose backward is done
+    bool reducing = false;         // a reduce-scatter of `full_grad` is on its way
+    Event ready, reduced;
+  };
+  void start_gather(Unit& unit);
+  void finish_gather(Unit& unit);
+  void give_back(Unit& unit);
+  void prepare_gradients(Unit& unit);
+  void start_reduce(Unit& unit);
+  void finish_reduce();
+  void point_at(Unit& unit);
+  bool borrows() const { return mesh_.fsdp.size > 1 && options_.zero == 3; }           // parameters live only while needed
+  bool scatters_each() const { return mesh_.fsdp.size > 1 && options_.zero >= 2; }     // full gradients live only while needed
+  std::vector<double> whole(const Param& p, const Tensor Unit::*own);
+
+  struct Use { std::vector<int> units; Backward backward; };
+  Mesh& mesh_;
+  Dtype dtype_;
+  FsdpOptions options_;
+  uint64_t seed_;
+  std::deque<Unit> units_;  // a deque: closures hold references
+  std::vector<Use> uses_;
+  std::deque<Unit*> reducing_;  // reduce-scatters on their way, oldest first
+  int microbatches_ = 1;
+  Event computed_;
+};
+
+// How a unit is laid out; theory.cpp counts with the same sizes.
+constexpr int64_t kUnitAlignment = 128;  // elements: each parameter starts at a multiple of (at least) 256 bytes in every dtype
+int64_t padded_unit(const std::vector<Param*>& params, int fsdp);  // elements; shards are multiples of 16 elements

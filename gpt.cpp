@@ -1,0 +1,120 @@
+// gpt.cpp: the model. Its forward is the code below `the three parts`; its backward is nowhere, the tape writes it.
+#include "gpt.h"
+
+#include <cmath>
+
+// ---- parameters
+
+static Param make(std::string name, Shape shape, float std, float mean = 0) {
+  Param p;
+  p.name = std::move(name);
+  p.slice = {1, shape[0], elements(shape) / shape[0], 0, shape[0]};
+  p.decay = shape.size() > 1 && std > 0;
+  p.shape = std::move(shape);
+  p.std = std, p.mean = mean;
+  return p;
+}
+
+static Block make_block(const GptConfig& g, int64_t layer) {
+  const int64_t C = g.width;
+  const float std = 0.02f, residual_std = 0.02f / std::sqrt(2.0f * g.layers);
+  const std::string h = "h." + std::to_string(layer) + ".";
+  Block b;
+  b.ln_1_weight = make(h + "ln_1.weight", {C}, 0, 1);
+  b.ln_1_bias = make(h + "ln_1.bias", {C}, 0);
+  b.c_attn_weight = make(h + "attn.c_attn.weight", {C, 3, C}, std);
+  b.c_attn_bias = make(h + "attn.c_attn.bias", {3, C}, 0);
+  b.attn_c_proj_weight = make(h + "attn.c_proj.weight", {C, C}, residual_std);
+  b.attn_c_proj_bias = make(h + "attn.c_proj.bias", {C}, 0);
+  b.ln_2_weight = make(h + "ln_2.weight", {C}, 0, 1);
+  b.ln_2_bias = make(h + "ln_2.bias", {C}, 0);
+  b.c_fc_weight = make(h + "mlp.c_fc.weight", {C, 4 * C}, std);
+  b.c_fc_bias = make(h + "mlp.c_fc.bias", {4 * C}, 0);
+  b.mlp_c_proj_weight = make(h + "mlp.c_proj.weight", {4 * C, C}, residual_std);
+  b.mlp_c_proj_bias = make(h + "mlp.c_proj.bias", {C}, 0);
+  return b;
+}
+
+std::vector<Param*> Block::params() {
+  return {&ln_1_weight, &ln_1_bias, &c_attn_weight, &c_attn_bias, &attn_c_proj_weight, &attn_c_proj_bias,
+          &ln_2_weight, &ln_2_bias, &c_fc_weight,   &c_fc_bias,   &mlp_c_proj_weight,  &mlp_c_proj_bias};
+}
+
+std::vector<Param*> Gpt::params() {
+  std::vector<Param*> all = {&wte, &wpe};
+  for (Block& b : blocks)
+    for (Param* p : b.params()) all.push_back(p);
+  all.push_back(&ln_f_weight);
+  all.push_back(&ln_f_bias);
+  return all;
+}
+
+Gpt::Gpt(const GptConfig& g) : config(g) {
+  REQUIRE(g.width % g.heads == 0, "a width of ", g.width, " does not divide by ", g.heads, " heads");
+  wte = make("wte.weight", {g.vocab, g.width}, 0.02f);
+  wte.tied = true;
+  wpe = make("wpe.weight", {g.context, g.width}, 0.01f);
+  for (int64_t l = 0; l < g.layers; l++) blocks.push_back(make_block(g, l));
+  ln_f_weight = make("ln_f.weight", {g.width}, 0, 1);
+  ln_f_bias = make("ln_f.bias", {g.width}, 0);
+  uint32_t id = 0;
+  for (Param* p : params()) p->id = id++;
+}
+
+Gpt::Gpt(const GptConfig& g, uint64_t seed) : Gpt(g) {
+  for (Param* p : params()) {
+    p->value = Tensor(p->local_shape(), g.dtype, Memory::parameters);
+    p->grad = Tensor(p->local_shape(), master_dtype(g.dtype), Memory::gradients);
+    if (p->tied) p->tied_grad = Tensor(p->grad.shape(), p->grad.dtype(), Memory::gradients);
+    p->initialise(p->value, seed, 0);
+  }
+  zero_gradients();
+}
+
+void Gpt::zero_gradients() {
+  for (Param* p : params()) fill(p->grad, 0);
+  fill(wte.tied_grad, 0);
+}
+
+void Gpt::finish_gradients() { add_into(wte.grad, wte.tied_grad); }
+
+// ---- the three parts
+
+Var Gpt::embed(Tape& tape, const Tokens& tokens) { return embedding(tape, tokens, wte, wpe); }
+
+Var Gpt::block(Tape& tape, int64_t layer, const Var& x, int64_t B, int64_t T) {
+  Block& b = blocks[layer];
+  const auto run = [this, &b, B, T](Tape& tape, const Var& x) {
+    const Var normed = layernorm(tape, x, b.ln_1_weight, b.ln_1_bias);
+    const Var qkv = linear(tape, normed, b.c_attn_weight, &b.c_attn_bias);
+    const Var heads = attention(tape, qkv, B, T, config.heads, config.attention);
+    const Var attended = linear(tape, heads, b.attn_c_proj_weight, &b.attn_c_proj_bias);
+    const auto [sum, normed_2] = add_layernorm(tape, x, attended, b.ln_2_weight, b.ln_2_bias);
+    const Var hidden = gelu(tape, linear(tape, normed_2, b.c_fc_weight, &b.c_fc_bias));
+    const Var mlp = linear(tape, hidden, b.mlp_c_proj_weight, &b.mlp_c_proj_bias);
+    return add(tape, sum, mlp);
+  };
+  return config.recompute ? checkpoint(tape, x, run) : run(tape, x);
+}
+
+Var Gpt::logits(Tape& tape, const Var& x) {
+  return linear_transposed(tape, layernorm(tape, x, ln_f_weight, ln_f_bias), wte, wte.tied_grad);
+}
+
+void Gpt::loss(Tape& tape, const Tokens& tokens, double scale, const Tensor& total) {
+  Var x = embed(tape, tokens);
+  for (int64_t l = 0; l < config.layers; l++) x = block(tape, l, x, tokens.B, tokens.T);
+  cross_entropy(tape, logits(tape, x), tokens.targets, scale, total);
+}
+
+// ---- sizes
+
+int64_t parameter_count(const GptConfig& g) {
+  const int64_t C = g.width;
+  return (g.vocab + g.context) * C + g.layers * (12 * C * C + 13 * C) + 2 * C;
+}
+
+double flops_per_token(const GptConfig& g) {
+  const double C = g.width, multiplying = g.layers * 12 * C * C + g.vocab * C;
+  return 6 * multiplying + 6 * g.layers * C * g.context;  // attention: 2 products, 2 flops, T/2 keys, x3 with the backward
+}

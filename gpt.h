@@ -1,0 +1,51 @@
+// gpt.h: GPT-2, written once. Pre-layernorm blocks, learned positions, tanh GELU, the head tied to the token embedding.
+// idea      the model is a list of Params and three functions: embed, block, head. Training, evaluation, sampling and, later, each
+//           strategy call these three in their own way.
+// source    Radford et al., "Language models are unsupervised multitask learners", 2019; initial values as in its released code:
+//           normal(0, 0.02), positions 0.01, the two projections into the residual stream scaled by 1/sqrt(2 layers)
+// test      tests/test_golden.cpp (PyTorch), tests/test_autograd.cpp (finite differences)
+#pragma once
+#include "autograd.h"
+
+struct GptConfig {
+  int64_t layers, width, heads, context, vocab;
+  Dtype dtype = Dtype::f32;
+  AttentionKind attention = AttentionKind::plain;
+  bool recompute = false;  // keep only each block's input; run its forward again in the backward
+};
+
+struct Block {  // names as in GPT-2: h.<layer>.<name>
+  Param ln_1_weight, ln_1_bias;
+  Param c_attn_weight, c_attn_bias;  // (C,3,C), (3,C)
+  Param attn_c_proj_weight, attn_c_proj_bias;
+  Param ln_2_weight, ln_2_bias;
+  Param c_fc_weight, c_fc_bias;  // (C,4C), (4C)
+  Param mlp_c_proj_weight, mlp_c_proj_bias;
+  std::vector<Param*> params();
+};
+
+class Gpt {
+ public:
+  explicit Gpt(const GptConfig& config);        // declares the parameters; FSDP gives them memory
+  Gpt(const GptConfig& config, uint64_t seed);  // with memory and initial values, whole
+  Gpt(const Gpt&) = delete;
+
+  Var embed(Tape& tape, const Tokens& tokens);                               // (R,C)
+  Var block(Tape& tape, int64_t layer, const Var& x, int64_t B, int64_t T);  // (R,C)
+  Var logits(Tape& tape, const Var& x);                                      // (R,V)
+  // total (1) f64 += scale * sum of the losses of one micro-batch; the tape can then run backward
+  void loss(Tape& tape, const Tokens& tokens, double scale, const Tensor& total);
+
+  std::vector<Param*> params();  // in a fixed order; wte once
+  void zero_gradients();
+  void finish_gradients();  // once a step: adds the head's gradient of wte (tied_grad) to the embedding's
+
+  const GptConfig config;
+  Param wte, wpe, ln_f_weight, ln_f_bias;
+  std::vector<Block> blocks;
+};
+
+int64_t parameter_count(const GptConfig& config);
+// Products of a training step per token, forward and backward: 6 per weight that multiplies, and the causal attention's
+// (Chowdhery et al., "PaLM", 2022, appendix B, with half the scores for the causal mask). Counted in floating-point operations.
+double flops_per_token(const GptConfig& config);

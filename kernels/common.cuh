@@ -1,0 +1,127 @@
+// common.cuh: what every kernel file shares: types, the block's shape, packs of 16 bytes, the block reduction, dispatch over dtypes.
+//
+// The same text is compiled three ways (docs/kernels.md): by nvcc; on the CPU in FAST form, where a block has one thread, kWarp is 1, barriers
+// and shuffles vanish and loops vectorize; on the CPU in FAITHFUL form, where every thread of a block is a fiber. So:
+//   a block owns a row or a contiguous tile and its threads stride through it;  no literal 32 in lane arithmetic, only kWarp;
+//   the threads of a block are a constant, block_threads(256), so that values stay in registers;
+//   a loop whose turns touch different elements, perhaps in place, is marked INDEPENDENT: g++ cannot know it, and would not vectorize.
+#pragma once
+#include <cfloat>
+#include <climits>
+#include <cmath>
+#include <initializer_list>
+#include <type_traits>
+
+#include "kernels/kernels.h"
+
+#ifdef __CUDACC__
+constexpr int kWarp = 32;                                     // cpu/cuda_runtime.h: 1 in FAST, 32 in FAITHFUL
+constexpr int block_threads(int threads) { return threads; }  // cpu/cuda_runtime.h: 1 in FAST
+#endif
+
+#ifdef CPU_FAST
+#define INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define INDEPENDENT
+#endif
+
+#define LAUNCHED() CUDA_CHECK(cudaGetLastError())  // follows each launch
+
+// DISPATCH(x.dtype(), kernel<T><<<...>>>(x.data<T>())): the statement with T = float, double or __nv_bfloat16
+#define DISPATCH(dtype_, ...)                                              \
+  switch (dtype_) {                                                        \
+    case Dtype::f32: { using T = float; __VA_ARGS__; } break;              \
+    case Dtype::bf16: { using T = __nv_bfloat16; __VA_ARGS__; } break;     \
+    case Dtype::f64: { using T = double; __VA_ARGS__; } break;             \
+    default: throw Error(sentence("no kernel for ", name_of(dtype_)));     \
+  }                                                                        \
+  LAUNCHED()
+
+// The same, with N elements in a pack: 16 bytes where `packs` (see in_packs), else single elements.
+#define DISPATCH_PACKS(dtype_, packs_, ...)                                                       \
+  DISPATCH(dtype_, if (packs_) { constexpr int N = kPack<T>; __VA_ARGS__; } else { constexpr int N = 1; __VA_ARGS__; })
+
+namespace {
+
+template <class T> struct AccOf { using type = float; };
+template <> struct AccOf<double> { using type = double; };
+template <class T> using acc_t = typename AccOf<T>::type;  // what sums run in
+
+__device__ __forceinline__ float load(float x) { return x; }
+__device__ __forceinline__ double load(double x) { return x; }
+__device__ __forceinline__ float load(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class T, class A> __device__ __forceinline__ T store(A x) { return static_cast<T>(x); }
+template <> __device__ __forceinline__ __nv_bfloat16 store<__nv_bfloat16, float>(float x) { return __float2bfloat16(x); }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// float and double by one name
+__device__ __forceinline__ float exp_of(float x) { return expf(x); }
+__device__ __forceinline__ double exp_of(double x) { return exp(x); }
+__device__ __forceinline__ float log_of(float x) { return logf(x); }
+__device__ __forceinline__ double log_of(double x) { return log(x); }
+__device__ __forceinline__ float sqrt_of(float x) { return sqrtf(x); }
+__device__ __forceinline__ double sqrt_of(double x) { return sqrt(x); }
+
+// ---- packs: neighbours that a thread moves at once. 16 bytes on a GPU; one element in FAST, where loops over packs vectorize by themselves
+
+template <class T> constexpr int kPack = kWarp == 1 ? 1 : 16 / int(sizeof(T));
+
+template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
+  T v[N];
+};
+template <int N, class T> __device__ __forceinline__ Pack<T, N> load_pack(const T* p) { return *reinterpret_cast<const Pack<T, N>*>(p); }
+template <int N, class T> __device__ __forceinline__ void store_pack(T* p, Pack<T, N> x) { *reinterpret_cast<Pack<T, N>*>(p) = x; }
+
+template <int N> using Width = std::integral_constant<int, N>;  // a pack's width as an argument
+
+// Can rows of `width` elements of these tensors be read in packs? (Tensor::part may begin at any element.) Empty tensors do not matter.
+inline bool in_packs(int64_t width, std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors)
+    if (!t->empty() && (reinterpret_cast<uintptr_t>(t->raw()) % 16 || width * int64_t(size_of(t->dtype())) % 16)) return false;
+  return true;
+}
+
+// The packs of a row of `width` elements (a multiple of N), dealt to the kThreads threads of the block: f(first element of the pack)
+template <int kThreads, int N, class F> __device__ __forceinline__ void for_row(int width, F f) {
+  INDEPENDENT
+  for (int i = threadIdx.x * N; i < width; i += kThreads * N) f(i);
+}
+
+// ---- reductions over a block
+
+template <class A> struct Sum {
+  static constexpr A identity = 0;
+  __device__ static A combine(A a, A b) { return a + b; }
+};
+template <class A> struct Max {
+  static constexpr A identity = sizeof(A) == 8 ? A(-DBL_MAX) : A(-FLT_MAX);
+  __device__ static A combine(A a, A b) { return a > b ? a : b; }
+};
+
+template <class A> struct Two { A a, b; };  // two values that are reduced together
+template <class A> struct SumTwo {
+  static constexpr Two<A> identity{0, 0};
+  __device__ static Two<A> combine(Two<A> x, Two<A> y) { return {x.a + y.a, x.b + y.b}; }
+};
+
+template <class A> __device__ __forceinline__ A from_lane_xor(A v, int o) { return __shfl_xor_sync(~0u, v, o); }
+template <class A> __device__ __forceinline__ Two<A> from_lane_xor(Two<A> v, int o) { return {from_lane_xor(v.a, o), from_lane_xor(v.b, o)}; }
+
+// Every thread of the block returns the reduction of all their values V, combined in an order that the block's shape alone decides.
+template <template <class> class Op, class A, class V> __device__ __forceinline__ V block_reduce_as(V v) {
+  if constexpr (kWarp == 1) return v;  // FAST: one thread
+  __shared__ V part[32];
+  for (int o = kWarp / 2; o > 0; o >>= 1) v = Op<A>::combine(v, from_lane_xor(v, o));
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  if (lane == 0) part[warp] = v;
+  __syncthreads();
+  v = lane < warps ? part[lane] : Op<A>::identity;
+  for (int o = kWarp / 2; o > 0; o >>= 1) v = Op<A>::combine(v, from_lane_xor(v, o));
+  __syncthreads();  // `part` may be reused at once
+  return v;
+}
+template <template <class> class Op, class A> __device__ __forceinline__ A block_reduce(A v) { return block_reduce_as<Op, A>(v); }
+template <template <class> class Op, class A> __device__ __forceinline__ Two<A> block_reduce(Two<A> v) { return block_reduce_as<Op, A>(v); }
+
+}  // namespace

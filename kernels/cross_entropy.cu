@@ -1,0 +1,118 @@
+// cross_entropy.cu: softmax and cross-entropy over the vocabulary in one kernel, and the sum of the losses.
+//
+// idea      one block a row. The first pass finds the maximum and the sum of exponentials together: a thread that meets a new maximum scales
+//           down the sum that it has (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). The second pass turns the
+//           logits into their gradient in place, so they are never stored twice.
+// cost      loss: reads RV; gradient: reads RV, again through the caches (backwards, the end of a row is still there), and writes RV
+// not here  label smoothing, ignored targets
+// test      tests/test_kernels.cpp
+#include "kernels/common.cuh"
+
+namespace {
+
+constexpr int kThreads = block_threads(1024);
+
+// (maximum, sum of exp(x - maximum)) of two sets of x, of both
+template <class A> struct SoftmaxSum {
+  static constexpr Two<A> identity{Max<A>::identity, 0};
+  __device__ static Two<A> combine(Two<A> x, Two<A> y) {
+    const bool first = x.a > y.a;
+    const Two<A> high = first ? x : y, low = first ? y : x;
+    return {high.a, high.b + low.b * exp_of(low.a - high.a)};
+  }
+};
+
+// The row x (n), which may begin at any address, dealt to the threads of the block: f(first, Width<N>) for packs at multiples of 16 bytes,
+// f(first, Width<1>) for the elements before and behind them
+template <int N, bool kBackwards, class T, class F> __device__ __forceinline__ void for_unaligned_row(const T* x, int n, F f) {
+  const int unaligned = N > 1 ? int((16 - reinterpret_cast<uintptr_t>(x) % 16) % 16 / sizeof(T)) : 0;
+  const int head = unaligned < n ? unaligned : n, packs = (n - head) / N, tail = head + packs * N, i = threadIdx.x;
+  if (i < head) f(i, Width<1>());
+  for (int p = i; p < packs; p += kThreads) f(head + (kBackwards ? packs - 1 - p : p) * N, Width<N>());
+  if (i < n - tail) f(tail + i, Width<1>());
+}
+
+// losses (R) = (log of the sum of exp(logits (R,V)) - logits[target]) * scale; with kGradient: logits = (softmax - onehot) * scale.
+// One block a row; reads RV (kGradient: 2RV, writes RV); any V and alignment.
+template <class T, int N, bool kGradient>
+__global__ void __launch_bounds__(1024) cross_entropy_kernel(acc_t<T>* losses, T* logits, const int* targets, int V, acc_t<T> scale) {
+  using A = acc_t<T>;
+  constexpr bool kKeep = kWarp == 1 && kGradient && std::is_same_v<T, A>;  // the exponentials for the second pass, where T is exact enough
+  T* x = logits + int64_t(blockIdx.x) * V;
+  const int target = targets[blockIdx.x];
+  const A target_logit = load(x[target]);  // now: after the barriers of the reduction others write
+
+  Two<A> mine = SoftmaxSum<A>::identity;
+  if constexpr (kWarp == 1) {  // FAST: a thread that has all of the row, in its cache, finds the maximum first
+    for (int i = 0; i < V; i++) mine.a = Max<A>::combine(mine.a, load(x[i]));
+    INDEPENDENT
+    for (int i = 0; i < V; i++) {
+      const A e = exp_of(load(x[i]) - mine.a);
+      if constexpr (kKeep) x[i] = e;
+      mine.b += e;
+    }
+  } else {
+    for_unaligned_row<N, false>(x, V, [&](int i, auto width) {
+      constexpr int W = decltype(width)::value;
+      const auto p = load_pack<W>(x + i);
+      A top = load(p.v[0]);
+      for (int k = 1; k < W; k++) top = Max<A>::combine(top, load(p.v[k]));
+      if (top > mine.a) mine.b *= exp_of(mine.a - top), mine.a = top;
+      for (int k = 0; k < W; k++) mine.b += exp_of(load(p.v[k]) - mine.a);
+    });
+  }
+  const Two<A> all = block_reduce<SoftmaxSum>(mine);
+  if (threadIdx.x == 0) losses[blockIdx.x] = (log_of(all.b) + (all.a - target_logit)) * scale;
+  if (!kGradient) return;
+
+  const A factor = scale / all.b;
+  if constexpr (kWarp == 1) {
+    INDEPENDENT
+    for (int i = 0; i < V; i++) x[i] = store<T>((kKeep ? load(x[i]) : exp_of(load(x[i]) - all.a)) * factor);
+    x[target] = store<T>(exp_of(target_logit - all.a) * factor - scale);
+  } else {
+    for_unaligned_row<N, true>(x, V, [&](int i, auto width) {
+      constexpr int W = decltype(width)::value;
+      auto p = load_pack<W>(x + i);
+      for (int k = 0; k < W; k++) p.v[k] = store<T>(exp_of(load(p.v[k]) - all.a) * factor - (i + k == target ? scale : A(0)));
+      store_pack(x + i, p);
+    });
+  }
+}
+
+// total (1) += sum of x (n), in f64; one block; reads n
+template <class A> __global__ void __launch_bounds__(1024) add_sum_kernel(double* total, const A* x, int64_t n) {
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += x[i];
+  sum = block_reduce<Sum>(sum);
+  if (threadIdx.x == 0) *total += sum;
+}
+
+}  // namespace
+
+// ---- host side
+
+template <bool kGradient> static void launch(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale) {
+  const int64_t R = losses.numel(), V = R ? logits.numel() / R : 0;
+  ASSERT(logits.numel() == R * V && V <= INT_MAX && targets.numel() == R && losses.dtype() == master_dtype(logits.dtype()));
+  if (!R) return;
+  DISPATCH_PACKS(logits.dtype(), true, using A = acc_t<T>;
+                 cross_entropy_kernel<T, N, kGradient><<<unsigned(R), kThreads, 0, device().compute>>>(
+                     losses.data<A>(), logits.data<T>(), targets.data<int>(), int(V), A(scale)));
+}
+
+void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale) {
+  launch<true>(losses, logits, targets, scale);
+}
+
+void cross_entropy_loss(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale) {
+  launch<false>(losses, logits, targets, scale);
+}
+
+void add_sum(const Tensor& total, const Tensor& x) {
+  ASSERT(total.numel() == 1 && total.dtype() == Dtype::f64 && (x.dtype() == Dtype::f32 || x.dtype() == Dtype::f64));
+  const int64_t n = x.numel();
+  if (x.dtype() == Dtype::f32) add_sum_kernel<float><<<1, kThreads, 0, device().compute>>>(total.data<double>(), x.data<float>(), n);
+  else add_sum_kernel<double><<<1, kThreads, 0, device().compute>>>(total.data<double>(), x.data<double>(), n);
+  LAUNCHED();
+}

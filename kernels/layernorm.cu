@@ -1,0 +1,179 @@
+// layernorm.cu: layer normalisation (Ba et al., 2016), alone or with the residual add before it, and its backward.
+//
+// idea      one block a row. Forward: the row is read from memory once and kept in shared memory for the variance and for the result.
+//           Backward: a block takes a chunk of consecutive rows and keeps its sums for dgain and dbias in shared memory; each chunk's sums
+//           become one row of a workspace, whose columns bias_backward adds up.
+// cost      forward reads x (and h), writes y (and sum); backward reads dy, x (and residual), writes dx, and at most 512 rows of sums
+// not here  other epsilons, layernorm without bias
+// test      tests/test_kernels.cpp
+#include "kernels/common.cuh"
+
+namespace {
+
+// ---- forward
+
+constexpr int kForwardThreads = block_threads(128);
+constexpr int64_t kSharedBytes = 48 << 10;  // what a block may have without asking
+
+// y (R,C) = layernorm(x), or with kAdd: sum (R,C) = x + h, y = layernorm(sum); mean, rstd (R). Reads and writes RC of each; any C.
+// `keep`: the row fits into shared memory; else, and in FAST, it is read again through the caches.
+template <class T, int N, bool kAdd>
+__global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* mean, acc_t<T>* rstd, const T* x, const T* h, const T* gain,
+                                                      const T* bias, int C, bool keep) {
+  using A = acc_t<T>;
+  extern __shared__ float4 shared_row[];
+  const int64_t row = int64_t(blockIdx.x) * C;
+  const T* in = x + row;
+  T* kept = reinterpret_cast<T*>(shared_row);
+  A total = 0;
+  for_row<kForwardThreads, N>(C, [&](int i) {
+    auto p = load_pack<N>(in + i);
+    if constexpr (kAdd) {
+      const auto q = load_pack<N>(h + row + i);
+      for (int k = 0; k < N; k++) p.v[k] = store<T>(load(p.v[k]) + load(q.v[k]));
+      store_pack(sum + row + i, p);
+    }
+    for (int k = 0; k < N; k++) total += load(p.v[k]);
+    if (keep) store_pack(kept + i, p);
+  });
+  if (kAdd) in = sum + row;
+  if (keep) in = kept;  // a thread reads what it wrote itself: no barrier
+  const A m = block_reduce<Sum>(total) / C;
+
+  A squares = 0;
+  for_row<kForwardThreads, N>(C, [&](int i) {
+    const auto p = load_pack<N>(in + i);
+    for (int k = 0; k < N; k++) {
+      const A d = load(p.v[k]) - m;
+      squares += d * d;
+    }
+  });
+  const A s = 1 / sqrt_of(block_reduce<Sum>(squares) / C + A(1e-5));
+
+  T* out = y + row;
+  for_row<kForwardThreads, N>(C, [&](int i) {
+    const auto p = load_pack<N>(in + i), g = load_pack<N>(gain + i), b = load_pack<N>(bias + i);
+    Pack<T, N> r;
+    for (int k = 0; k < N; k++) r.v[k] = store<T>((load(p.v[k]) - m) * s * load(g.v[k]) + load(b.v[k]));
+    store_pack(out + i, r);
+  });
+  if (threadIdx.x == 0) mean[blockIdx.x] = m, rstd[blockIdx.x] = s;
+}
+
+// ---- backward
+
+constexpr int kBackwardThreads = block_threads(256);
+
+// Chunks of rows for R rows: enough blocks for a GPU; in FAST few, so that the workspace stays small.
+inline int64_t row_chunks(int64_t R) { return std::min(ceil_div(R, kWarp == 1 ? 32 : 4), int64_t(kWarp == 1 ? 64 : 512)); }
+
+// dx (R,C) = rstd (gain dy - a - xhat b) [+ residual], with xhat = (x - mean) rstd, a = mean of gain dy over the row, b = mean of gain dy
+// xhat. dgain, dbias (chunks,C) = sums of dy xhat and of dy over the chunk's rows. One block a chunk; reads and writes RC of each; dx may be dy
+// or residual; C as far as 2C sums fit into shared memory.
+template <class T, int N, bool kResidual>
+__global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, acc_t<T>* dbias, const T* dy, const T* residual, const T* x,
+                                                       const acc_t<T>* mean, const acc_t<T>* rstd, const T* gain, int64_t R, int C) {
+  using A = acc_t<T>;
+  extern __shared__ float4 shared_sums[];
+  A* gains = reinterpret_cast<A*>(shared_sums);  // element k of pack i at k * packs + i: neighbouring threads, neighbouring banks
+  A* biases = gains + C;
+  const int packs = C / N;
+  for_row<kBackwardThreads, N>(C, [&](int i) {  // a thread owns the same columns in every row: no barriers
+    for (int k = 0; k < N; k++) gains[k * packs + i / N] = biases[k * packs + i / N] = 0;
+  });
+  const int64_t begin = R * blockIdx.x / gridDim.x, end = R * (blockIdx.x + 1) / gridDim.x;
+  for (int64_t r = begin; r < end; r++) {
+    const int64_t row = r * C;
+    const A m = mean[r], s = rstd[r];
+    A sum_a = 0, sum_b = 0;
+    for_row<kBackwardThreads, N>(C, [&](int i) {
+      const auto p = load_pack<N>(x + row + i), q = load_pack<N>(dy + row + i), g = load_pack<N>(gain + i);
+      for (int k = 0; k < N; k++) {
+        const A xhat = (load(p.v[k]) - m) * s, d = load(q.v[k]), gd = load(g.v[k]) * d;
+        sum_a += gd;
+        sum_b += gd * xhat;
+        gains[k * packs + i / N] += d * xhat;
+        biases[k * packs + i / N] += d;
+      }
+    });
+    const Two<A> sums = block_reduce<SumTwo>(Two<A>{sum_a, sum_b});
+    const A a = sums.a / C, b = sums.b / C;
+    for_row<kBackwardThreads, N>(C, [&](int i) {  // x and dy again: from the first-level cache
+      const auto p = load_pack<N>(x + row + i), q = load_pack<N>(dy + row + i), g = load_pack<N>(gain + i);
+      Pack<T, N> more, result;
+      if constexpr (kResidual) more = load_pack<N>(residual + row + i);
+      for (int k = 0; k < N; k++) {
+        const A d = s * (load(g.v[k]) * load(q.v[k]) - a - (load(p.v[k]) - m) * s * b);
+        if constexpr (kResidual) result.v[k] = store<T>(load(more.v[k]) + d);
+        else result.v[k] = store<T>(d);
+      }
+      store_pack(dx + row + i, result);
+    });
+  }
+  for_row<kBackwardThreads, N>(C, [&](int i) {
+    for (int k = 0; k < N; k++) {
+      dgain[int64_t(blockIdx.x) * C + i + k] = gains[k * packs + i / N];
+      dbias[int64_t(blockIdx.x) * C + i + k] = biases[k * packs + i / N];
+    }
+  });
+}
+
+}  // namespace
+
+// ---- host side
+
+template <bool kAdd>
+static void forward(const Tensor& sum, const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x, const Tensor& h,
+                    const Tensor& gain, const Tensor& bias) {
+  const int64_t C = gain.numel(), R = mean.numel();
+  ASSERT(x.numel() == R * C && y.numel() == R * C && rstd.numel() == R && bias.numel() == C);
+  ASSERT(y.dtype() == x.dtype() && gain.dtype() == x.dtype() && bias.dtype() == x.dtype());
+  ASSERT(mean.dtype() == master_dtype(x.dtype()) && rstd.dtype() == mean.dtype());
+  if (kAdd) ASSERT(h.numel() == R * C && sum.numel() == R * C && h.dtype() == x.dtype() && sum.dtype() == x.dtype());
+  if (!R) return;
+  const int64_t bytes = C * int64_t(size_of(x.dtype()));
+  const bool keep = kWarp > 1 && bytes <= kSharedBytes;
+  DISPATCH_PACKS(x.dtype(), in_packs(C, {&sum, &y, &x, &h, &gain, &bias}),
+                 forward_kernel<T, N, kAdd><<<unsigned(R), kForwardThreads, keep ? bytes : 0, device().compute>>>(
+                     kAdd ? sum.data<T>() : nullptr, y.data<T>(), mean.data<acc_t<T>>(), rstd.data<acc_t<T>>(), x.data<T>(),
+                     kAdd ? h.data<T>() : nullptr, gain.data<T>(), bias.data<T>(), int(C), keep));
+}
+
+void layernorm_forward(const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x, const Tensor& gain, const Tensor& bias) {
+  forward<false>({}, y, mean, rstd, x, {}, gain, bias);
+}
+
+void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x, const Tensor& h,
+                           const Tensor& gain, const Tensor& bias) {
+  forward<true>(sum, y, mean, rstd, x, h, gain, bias);
+}
+
+template <bool kResidual>
+static void backward(const Tensor& dx, const Tensor& dgains, const Tensor& dbiases, const Tensor& dy, const Tensor& residual, const Tensor& x,
+                     const Tensor& mean, const Tensor& rstd, const Tensor& gain) {
+  const int64_t C = gain.numel(), R = mean.numel();
+  DISPATCH_PACKS(x.dtype(), in_packs(C, {&dx, &dy, &residual, &x, &gain}),
+                 const int64_t bytes = 2 * C * int64_t(sizeof(acc_t<T>));
+                 const auto kernel = backward_kernel<T, N, kResidual>;
+                 if (bytes > kSharedBytes)
+                   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+                 kernel<<<unsigned(dgains.dim(0)), kBackwardThreads, bytes, device().compute>>>(
+                     dx.data<T>(), dgains.data<acc_t<T>>(), dbiases.data<acc_t<T>>(), dy.data<T>(), kResidual ? residual.data<T>() : nullptr,
+                     x.data<T>(), mean.data<acc_t<T>>(), rstd.data<acc_t<T>>(), gain.data<T>(), R, int(C)));
+}
+
+void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbias, const Tensor& dy, const Tensor& residual, const Tensor& x,
+                        const Tensor& mean, const Tensor& rstd, const Tensor& gain) {
+  const int64_t C = gain.numel(), R = mean.numel();
+  ASSERT(dx.numel() == R * C && dy.numel() == R * C && x.numel() == R * C && rstd.numel() == R);
+  ASSERT(dgain.numel() == C && dbias.numel() == C && (residual.empty() || residual.numel() == R * C));
+  ASSERT(dx.dtype() == x.dtype() && dy.dtype() == x.dtype() && gain.dtype() == x.dtype());
+  ASSERT(residual.empty() || residual.dtype() == x.dtype());
+  ASSERT(mean.dtype() == master_dtype(x.dtype()) && rstd.dtype() == mean.dtype());
+  if (!R) return;
+  const Tensor dgains({row_chunks(R), C}, mean.dtype(), Memory::workspace), dbiases({row_chunks(R), C}, mean.dtype(), Memory::workspace);
+  residual.empty() ? backward<false>(dx, dgains, dbiases, dy, residual, x, mean, rstd, gain)
+                   : backward<true>(dx, dgains, dbiases, dy, residual, x, mean, rstd, gain);
+  bias_backward(dgain, dgains);
+  bias_backward(dbias, dbiases);
+}

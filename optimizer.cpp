@@ -1,0 +1,55 @@
+// optimizer.cpp: see optimizer.h.
+#include "optimizer.h"
+
+#include <cmath>
+
+std::vector<Shard> whole_shards(const std::vector<Param*>& params) {
+  std::vector<Shard> shards;
+  for (Param* p : params) {
+    Shard s;
+    s.gradient = p->grad, s.parameter = p->id, s.decay = p->decay;
+    if (p->value.dtype() == p->grad.dtype()) {
+      s.weights = p->value;
+    } else {
+      s.weights = Tensor(p->grad.shape(), p->grad.dtype(), Memory::optimizer);
+      s.compute = p->value;
+      cast(s.weights, p->value);
+    }
+    shards.push_back(std::move(s));
+  }
+  return shards;
+}
+
+Optimizer::Optimizer(std::vector<Shard> shards, int64_t parameters, double clip, double weight_decay)
+    : shards_(std::move(shards)), clip_(clip), weight_decay_(weight_decay) {
+  for (Shard& s : shards_) {
+    if (!s.m.empty()) continue;
+    s.m = Tensor(s.weights.shape(), s.weights.dtype(), Memory::optimizer);
+    s.v = Tensor(s.weights.shape(), s.weights.dtype(), Memory::optimizer);
+    fill(s.m, 0);
+    fill(s.v, 0);
+  }
+  squares_ = Tensor({parameters}, Dtype::f64, Memory::workspace);
+  norm_ = Tensor({1}, Dtype::f64, Memory::workspace);
+  clip_factor_ = Tensor({1}, Dtype::f64, Memory::workspace);
+}
+
+void Optimizer::step(double lr, const std::function<void(const Tensor&)>& sum_squares) {
+  fill(squares_, 0);
+  for (const Shard& s : shards_) sum_of_squares(squares_, s.parameter, s.gradient);
+  if (sum_squares) sum_squares(squares_);
+  norm_and_clip(norm_, clip_factor_, squares_, clip_);
+  AdamW options;
+  options.lr = lr;
+  options.step = ++steps_;
+  for (Shard& s : shards_) {
+    options.weight_decay = s.decay ? weight_decay_ : 0;
+    adamw(s.weights, s.compute, s.m, s.v, s.gradient, clip_factor_, options);
+  }
+}
+
+double learning_rate(int64_t step, int64_t steps, int64_t warmup, double lr, double min_lr) {
+  if (step <= warmup) return lr * step / warmup;
+  const double progress = steps > warmup ? double(step - warmup) / (steps - warmup) : 1;
+  return min_lr + 0.5 * (lr - min_lr) * (1 + std::cos(M_PI * progress));
+}

@@ -1,0 +1,39 @@
+// optimizer.h: AdamW over a list of shards, with the global gradient norm and clipping.
+// idea      a shard is what this rank updates: a whole parameter here, a slice of a flat FSDP unit later. Master weights and moments are
+//           f32 (f64 in proofs) whatever dtype computes; for f32 and f64 the master weights are the weights themselves.
+// order     norm, clip factor and update stay on the device: no step waits for the host
+// cost      memory a parameter: f32 m + v 8 bytes; bf16 m + v + master 12 bytes
+// test      tests/test_golden.cpp (three steps against PyTorch)
+#pragma once
+#include "autograd.h"
+
+struct Shard {
+  Tensor weights;   // master dtype
+  Tensor compute;   // the weights that compute, when their dtype differs; else empty
+  Tensor gradient;  // master dtype
+  Tensor m, v;
+  int64_t parameter = 0;  // whose part it is: indexes the vector of squares
+  bool decay = false;
+};
+std::vector<Shard> whole_shards(const std::vector<Param*>& params);  // each parameter one shard
+
+class Optimizer {
+ public:
+  // clip: the largest global norm that an update may see; 0 for none. Allocates m and v where a shard has none. `parameters`: how many there are in all.
+  Optimizer(std::vector<Shard> shards, int64_t parameters, double clip, double weight_decay);
+  Optimizer(const std::vector<Param*>& params, double clip, double weight_decay)
+      : Optimizer(whole_shards(params), int64_t(params.size()), clip, weight_decay) {}
+  // sum_squares adds up the vector of per-parameter squares over the ranks that share parameters; nothing to do on one rank.
+  void step(double lr, const std::function<void(const Tensor& squares)>& sum_squares = {});
+  double norm() const { return download(norm_)[0]; }  // of the last step's gradients, before clipping; waits for the device
+  const std::vector<Shard>& shards() const { return shards_; }
+
+ private:
+  std::vector<Shard> shards_;
+  Tensor squares_, norm_, clip_factor_;  // f64: (parameters), (1), (1)
+  double clip_, weight_decay_;
+  int64_t steps_ = 0;
+};
+
+// Linear warm-up from 0 over `warmup` steps, then half a cosine from `lr` to `min_lr` at the last step. step counts from 1.
+double learning_rate(int64_t step, int64_t steps, int64_t warmup, double lr, double min_lr);

@@ -1,0 +1,10 @@
+// report.h: the end of a run: what each rank held and sent, beside what theory says.
+#pragma once
+#include <string>
+
+#include "comm.h"
+#include "support/metrics.h"
+#include "trainer.h"
+
+// Collective. The tables as text for rank 0's terminal; the same numbers, of all ranks, become the metrics' summary line.
+std::string compare_with_theory(const Mesh& mesh, const GptConfig& config, const TrainerOptions& options, int64_t steps, Metrics& metrics);

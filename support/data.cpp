@@ -1,0 +1,158 @@
+// data.cpp: see data.h.
+#include "support/data.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <set>
+#include <utility>
+
+#include "support/philox.h"
+
+namespace fs = std::filesystem;
+
+// ---- files
+
+MappedFile::MappedFile(const std::string& name) : path(name) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer must not block
+  REQUIRE(fd >= 0, "--data: ", path, " cannot be opened: ", strerror(errno));
+  struct stat status = {};
+  const int failed = fstat(fd, &status) != 0 ? errno : 0;
+  bytes = status.st_size;
+  void* mapped = MAP_FAILED;
+  if (!failed && S_ISREG(status.st_mode) && bytes > 0) mapped = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+  const int map_error = errno;
+  close(fd);
+  REQUIRE(!failed, "--data: ", path, " cannot be examined: ", strerror(failed));
+  REQUIRE(!S_ISDIR(status.st_mode), "--data: ", path, " is a directory: name the files in it, such as ", path, "/*.txt");
+  REQUIRE(S_ISREG(status.st_mode), "--data: ", path, " is not a regular file");
+  REQUIRE(bytes > 0, "--data: ", path, " is empty");
+  REQUIRE(mapped != MAP_FAILED, "--data: ", path, " cannot be mapped into memory: ", strerror(map_error));
+  data = static_cast<const unsigned char*>(mapped);
+}
+
+MappedFile::MappedFile(MappedFile&& other) noexcept
+    : path(std::move(other.path)), data(std::exchange(other.data, nullptr)), bytes(other.bytes) {}
+
+MappedFile::~MappedFile() {
+  if (data) munmap(const_cast<unsigned char*>(data), bytes);
+}
+
+std::string project_root() {
+  std::error_code error;
+  for (fs::path p = fs::read_symlink("/proc/self/exe", error).parent_path(); p.has_relative_path(); p = p.parent_path())
+    if (fs::exists(p / "train_gpt.cpp", error)) return p;
+  return "";
+}
+
+std::vector<std::string> project_files(const std::string& root) {
+  constexpr auto kOptions = fs::directory_options::skip_permission_denied;
+  static const std::set<std::string> kExtensions = {".md", ".h", ".cpp", ".cu", ".cuh"};
+  std::vector<std::string> files;
+  std::error_code walk, none;  // what cannot be read is passed over
+  for (auto i = fs::recursive_directory_iterator(root, kOptions, walk); !walk && i != fs::end(i); i.increment(walk)) {
+    const std::string name = i->path().filename();
+    if (i->is_directory(none) && (name == "build" || name[0] == '.')) i.disable_recursion_pending();
+    const bool wanted = name == "Makefile" || kExtensions.count(i->path().extension());
+    if (wanted && i->is_regular_file(none) && i->file_size(none) > 0) files.push_back(i->path().lexically_relative(root));
+  }
+  std::sort(files.begin(), files.end());
+  for (std::string& file : files) file = fs::path(root) / file;
+  return files;
+}
+
+// ---- the dataset
+
+Dataset::Part Dataset::open_part(const std::string& path) {
+  constexpr int64_t kHeader = 256 * sizeof(int32_t);
+  constexpr int32_t kMagic16 = 20240520, kVersion16 = 1, kMagic32 = 20240801, kVersion32 = 7;
+  Part part{MappedFile(path), 0, 1, 0, 0};
+  const int64_t bytes = part.file.bytes;
+  int32_t header[3] = {};
+  memcpy(header, part.file.data, std::min<int64_t>(bytes, sizeof(header)));
+  const auto [magic, version, promised] = header;
+  if (magic != kMagic16 && magic != kMagic32) {
+    REQUIRE(!path.ends_with(".bin"), "--data: ", path, " is no token shard in llm.c's format: it begins with ", magic,
+            ", not with ", kMagic16, " (16-bit tokens) or ", kMagic32, " (32-bit tokens)");
+    part.count = bytes;
+    return part;
+  }
+  REQUIRE(bytes >= kHeader, "--data: ", path, " ends within its header: it has ", bytes, " bytes of ", kHeader);
+  const int32_t expected = magic == kMagic16 ? kVersion16 : kVersion32;
+  REQUIRE(version == expected, "--data: ", path, " is a token shard of version ", version, "; expected version ",
+          expected);
+  part.offset = kHeader;
+  part.width = magic == kMagic16 ? 2 : 4;
+  part.count = promised;
+  REQUIRE(promised > 0, "--data: ", path, " holds no tokens: its header says ", promised);
+  REQUIRE(bytes == kHeader + part.count * part.width, "--data: ", path, " promises ", promised, " tokens, which take ",
+          kHeader + part.count * part.width, " bytes, but has ", bytes, " bytes, room for ", (bytes - kHeader) / part.width, " tokens");
+  return part;
+}
+
+Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, int64_t vocab) {
+  constexpr int64_t kCheckedAtOpening = 1 << 20;
+  const std::vector<std::string> paths = files.empty() ? project_files(project_root()) : files;
+  REQUIRE(!paths.empty(), "no --data was given, and the sources of this project, the default, are not where the program is");
+  const auto kind = [](const Part& p) { return p.width == 1 ? "text" : p.width == 2 ? "16-bit tokens" : "32-bit tokens"; };
+  Dataset d;
+  d.from_ = files.empty() ? sentence("the ", paths.size(), " sources and docs of this project")
+          : paths.size() == 1 ? paths[0] : sentence(paths.size(), " files");
+  d.context_ = context;
+  d.vocab_ = vocab;
+  for (const std::string& path : paths) {
+    d.parts_.push_back(open_part(path));
+    Part &part = d.parts_.back(), &first = d.parts_.front();
+    REQUIRE(part.width == first.width, "--data mixes ", kind(first), " (", first.file.path, ") with ", kind(part), " (", path,
+            "): the files of a run must be of one kind");
+    part.first = d.tokens_;
+    d.tokens_ += part.count;
+    d.read(part.first, std::min(part.count, kCheckedAtOpening));
+  }
+  const int64_t length = context + 1;
+  REQUIRE(d.tokens_ >= 2 * length, "--data: a context of ", context, " needs at least ", 2 * length, " tokens, ", length,
+          " to train on and ", length, " held out; ", paths.size() == 1 ? paths[0] + " has " : "the files together have ", d.tokens_);
+  d.train_ = d.tokens_ - std::max(d.tokens_ / 10, length);
+  return d;
+}
+
+// Tokens [first, first + count) of the row, across files where need be.
+std::vector<int> Dataset::read(int64_t first, int64_t count) const {
+  std::vector<int> tokens;
+  tokens.reserve(count);
+  auto part = std::upper_bound(parts_.begin(), parts_.end(), first, [](int64_t n, const Part& p) { return n < p.first; }) - 1;
+  for (int64_t n = first; n < first + count; n++) {
+    if (n == part->first + part->count) ++part;
+    const int64_t position = n - part->first;
+    uint32_t token = 0;  // little-endian, as is every machine with a GPU
+    memcpy(&token, part->file.data + part->offset + position * part->width, part->width);
+    REQUIRE(token < uint64_t(vocab_), "--data: ", part->file.path, " has token ", token, " at position ", position,
+            ", outside the vocabulary of ", vocab_, " (--vocab)");
+    tokens.push_back(int(token));
+  }
+  return tokens;
+}
+
+std::vector<int> Dataset::sequence(int64_t step, int64_t index, uint64_t seed) const {
+  ASSERT(step >= 0 && index >= 0 && index <= UINT32_MAX);
+  const uint64_t starts = train_ - context_;  // a sequence may start at tokens 0 to train - context - 1
+  const Philox4 r = philox(uint32_t(index), uint32_t(step), uint32_t(step >> 32), 2, uint32_t(seed), uint32_t(seed >> 32));
+  const uint64_t bits = uint64_t(r.v[1]) << 32 | r.v[0];
+  const uint64_t start = uint64_t((unsigned __int128)bits * starts >> 64);  // the 64 bits as a fraction of 1, times starts
+  return read(int64_t(start), context_ + 1);
+}
+
+std::vector<int> Dataset::held_out(int64_t i) const {
+  ASSERT(i >= 0 && i < held_out_sequences());
+  return read(train_ + i * context_, context_ + 1);
+}
+
+std::string Dataset::describe() const {
+  return sentence(from_, ", ", is_text() ? "text" : "token shards", ": ", train_, " tokens to train on, ", tokens_ - train_, " held out");
+}

@@ -1,0 +1,57 @@
+// data.h: the tokens to train on, and which of them each step sees.
+// idea      files are mapped into memory and read as one row of tokens. Where a sequence starts is a function of (seed, step, number of
+//           the sequence in the global batch) alone, so every layout of ranks trains on the same batch without a word between ranks
+// formats   text, whose bytes are the tokens; llm.c's .bin shards: 256 int32 {magic, version, number of tokens, 0...}, then the tokens:
+//           uint16 (magic 20240520, version 1) or uint32 (magic 20240801, version 7). A file is a shard if it begins with a magic
+// split     the last 10 % of the tokens, at least one sequence, are never trained on
+// checks    the first million tokens of each file when it is opened, and every token when it is used: a shard outside the vocabulary
+//           fails at the start, and shards of many gigabytes are not read through first
+// not here  tokenizers, shuffled epochs, files that shrink while they are mapped
+// test      tests/test_support.cpp
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "support/check.h"
+
+struct MappedFile {  // the bytes of a regular file that is not empty
+  explicit MappedFile(const std::string& path);
+  ~MappedFile();
+  MappedFile(MappedFile&& other) noexcept;
+  MappedFile& operator=(MappedFile&&) = delete;
+  std::string path;
+  const unsigned char* data = nullptr;
+  int64_t bytes = 0;
+};
+
+class Dataset {
+ public:
+  // No files: the sources and docs of this project. Sequences have `context` inputs, so context + 1 tokens.
+  static Dataset open(const std::vector<std::string>& files, int64_t context, int64_t vocab);
+
+  std::vector<int> sequence(int64_t step, int64_t index, uint64_t seed) const;  // index: in the global batch of the step
+  std::vector<int> held_out(int64_t i) const;  // consecutive; each starts with the token that the one before ended with
+  int64_t held_out_sequences() const { return (tokens_ - train_ - 1) / context_; }
+  int64_t tokens() const { return tokens_; }
+  int64_t train_tokens() const { return train_; }
+  bool is_text() const { return parts_[0].width == 1; }
+  std::string describe() const;
+
+ private:
+  struct Part {
+    MappedFile file;
+    int64_t offset, width;  // bytes before the first token, bytes a token
+    int64_t first, count;   // number of its first token in the whole row, tokens
+  };
+  static Part open_part(const std::string& path);
+  std::vector<int> read(int64_t first, int64_t count) const;
+
+  std::string from_;  // for people
+  std::vector<Part> parts_;
+  int64_t context_ = 0, vocab_ = 0, tokens_ = 0, train_ = 0;
+};
+
+std::string project_root();  // the nearest directory above the program that holds train_gpt.cpp; empty: there is none
+// Sources and docs below `root`, sorted by name; nothing from build/ and hidden directories.
+std::vector<std::string> project_files(const std::string& root);

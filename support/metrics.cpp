@@ -1,0 +1,107 @@
+// metrics.cpp: see metrics.h.
+#include "support/metrics.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstring>
+
+template <class... Values> static std::string print_to_string(const char* format, Values... values) {
+  char text[160];
+  snprintf(text, sizeof(text), format, values...);
+  return text;
+}
+
+// ---- for programs
+
+std::string json_number(double x) {
+  return std::isfinite(x) ? print_to_string("%.17g", x) : "null";
+}
+
+Metrics::Metrics(const std::string& path) : path_(path) {
+  if (path.empty()) return;
+  file_ = fopen(path.c_str(), "we");
+  REQUIRE(file_, "--metrics: ", path, " cannot be opened for writing: ", strerror(errno));
+}
+
+Metrics::~Metrics() {
+  if (file_) fclose(file_);
+}
+
+void Metrics::line(const std::string& text) {
+  if (!file_) return;
+  errno = 0;
+  REQUIRE(fprintf(file_, "%s\n", text.c_str()) > 0 && fflush(file_) == 0, "--metrics: writing ", path_, " failed: ", strerror(errno));
+}
+
+void Metrics::step(const StepRecord& r) {
+  line(sentence("{\"step\":", r.step, ",\"loss\":", json_number(r.loss), ",\"grad_norm\":", json_number(r.grad_norm), ",\"lr\":",
+                json_number(r.lr), ",\"tokens_per_second\":", json_number(r.tokens_per_second), ",\"step_ms\":", json_number(r.step_ms),
+                "}"));
+}
+
+void Metrics::summary(int64_t peak_memory_bytes) { summary(sentence("\"peak_memory_bytes\":", peak_memory_bytes)); }
+
+void Metrics::summary(const std::string& members) { line("{\"summary\":true" + (members.empty() ? "" : "," + members) + "}"); }
+
+// ---- for people
+
+static double seconds(std::chrono::steady_clock::duration d) { return std::chrono::duration<double>(d).count(); }
+
+static std::string duration(double s) {
+  if (s < 60) return print_to_string("%.0f s", s);
+  if (s < 3600) return print_to_string("%.0f min %02.0f s", std::floor(s / 60), std::floor(std::fmod(s, 60)));
+  return print_to_string("%.0f h %02.0f min", std::floor(s / 3600), std::floor(std::fmod(s, 3600) / 60));
+}
+
+Progress::Progress(int64_t steps, FILE* out) : Progress(steps, out, isatty(fileno(out))) {}
+Progress::Progress(int64_t steps, FILE* out, bool terminal) : steps_(steps), out_(out), terminal_(terminal), started_(Clock::now()) {}
+
+void Progress::start_step() { step_started_ = Clock::now(); }
+
+StepRecord Progress::end_step(int64_t step, double loss, double norm, double lr, int64_t tokens) {
+  const double s = std::max(seconds(Clock::now() - step_started_), 1e-9);
+  if (first_step_ == 0) first_step_ = step;
+  if (timed_steps_ == 0 || step == first_step_ + 1) timed_steps_ = timed_tokens_ = 0, timed_seconds_ = 0;  // the second replaces the first
+  timed_steps_++;
+  timed_tokens_ += tokens;
+  timed_seconds_ += s;
+  const StepRecord r{step, loss, norm, lr, double(tokens) / s, s * 1e3};
+  print(r);
+  return r;
+}
+
+void Progress::print(const StepRecord& r) {
+  const Clock::time_point now = Clock::now();
+  const double since = seconds(now - printed_);
+  const bool landmark = r.step == first_step_ || r.step == steps_;
+  const bool due = terminal_ ? since > 0.1 : since > 10 || r.step % std::max<int64_t>(steps_ / 20, 1) == 0;
+  if (!landmark && !due) return;
+  printed_ = now;
+  const double left = seconds(now - started_) / double(r.step - first_step_ + 1) * double(steps_ - r.step);
+  const std::string text = print_to_string("step %lld/%lld  loss %.4f  norm %.3f  lr %.2e  %.0f tokens/s  %s left", (long long)r.step,
+      (long long)steps_, r.loss, r.grad_norm, r.lr, double(timed_tokens_) / timed_seconds_, duration(left).c_str());
+  fprintf(out_, terminal_ ? "\r%s\033[K" : "%s\n", text.c_str());
+  fflush(out_);
+  line_open_ = terminal_;
+}
+
+void Progress::say(int64_t step, const char* what, double value) {
+  fprintf(out_, "%sstep %lld/%lld  %s %.4f\n", line_open_ ? "\r\033[K" : "", (long long)step, (long long)steps_, what, value);
+  fflush(out_);
+  line_open_ = false;
+}
+
+void Progress::done() {
+  if (line_open_) fputc('\n', out_), fflush(out_);
+  line_open_ = false;
+}
+
+std::string Progress::summary(double flops_per_token) const {
+  if (timed_steps_ == 0) return "no step was timed";
+  const double rate = double(timed_tokens_) / timed_seconds_;
+  return print_to_string("%.0f tokens/s, %.1f ms a step, %.4g GFLOP/s", rate, timed_seconds_ * 1e3 / double(timed_steps_),
+                         rate * flops_per_token / 1e9);
+}

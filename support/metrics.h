@@ -1,0 +1,62 @@
+// metrics.h: what a run reports while it trains: a JSON object per step for programs, a line of progress for people.
+// idea      loss and norm are written with 17 digits, which say exactly which double they were: equal runs write equal text
+// cost      one write per step
+// not here  averaging over ranks: one rank reports for all
+// test      tests/test_support.cpp
+#pragma once
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <string>
+
+#include "support/check.h"
+
+struct StepRecord {
+  int64_t step = 0;  // from 1
+  double loss = 0, grad_norm = 0, lr = 0, tokens_per_second = 0, step_ms = 0;
+};
+
+// ---- for programs
+
+std::string json_number(double x);  // null for what JSON cannot say: infinities and NaN
+
+class Metrics {  // JSON lines
+ public:
+  explicit Metrics(const std::string& path);  // empty: nothing is written. A path that cannot be written fails here, before training
+  ~Metrics();
+  Metrics(const Metrics&) = delete;
+  Metrics& operator=(const Metrics&) = delete;
+  void step(const StepRecord& r);
+  void summary(int64_t peak_memory_bytes);  // the last line
+  void summary(const std::string& members);  // the same from members that are JSON already: "\"a\":1,\"b\":[2]"
+
+ private:
+  void line(const std::string& text);
+  std::string path_;
+  FILE* file_ = nullptr;
+};
+
+// ---- for people
+
+class Progress {  // on a terminal one line rewritten in place; elsewhere about twenty lines, or more of a slow run
+ public:
+  explicit Progress(int64_t steps, FILE* out = stdout);
+  Progress(int64_t steps, FILE* out, bool terminal);
+  ~Progress() { done(); }
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+  void start_step();
+  StepRecord end_step(int64_t step, double loss, double norm, double lr, int64_t tokens);  // prints, and times the step
+  void say(int64_t step, const char* what, double value);  // a line that stays
+  void done();
+  std::string summary(double flops_per_token) const;  // speed; the first step, which warms up, counts only if it is the only one
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  void print(const StepRecord& r);
+  int64_t steps_, first_step_ = 0, timed_steps_ = 0, timed_tokens_ = 0;
+  double timed_seconds_ = 0;
+  FILE* out_;
+  bool terminal_, line_open_ = false;
+  Clock::time_point started_, step_started_, printed_;
+};

@@ -1,0 +1,216 @@
+// options.cpp: the table of train_gpt's options, then the parser that serves any table.
+// test      tests/test_support.cpp
+#include "support/options.h"
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <numeric>
+#include <set>
+
+// ---- train_gpt: models, options, defaults, contradictions
+
+namespace {
+
+// The sizes of GPT-2 are those of Radford et al., 2019. Batches are modest: without --microbatch, a batch is one micro-batch.
+struct Preset { const char* name; ModelSize size; int64_t steps, batch; double lr; };
+const Preset kPresets[] = {
+  {"tiny",        { 4,  128,  4,  128,   256},  300, 16, 1e-3},
+  {"char",        { 6,  384,  6,  256,   256}, 2000, 64, 1e-3},
+  {"gpt2",        {12,  768, 12, 1024, 50257}, 1000, 16, 3e-4},
+  {"gpt2-medium", {24, 1024, 16, 1024, 50257}, 1000,  8, 3e-4},
+  {"gpt2-large",  {36, 1280, 20, 1024, 50257}, 1000,  8, 2e-4},
+  {"gpt2-xl",     {48, 1600, 25, 1024, 50257}, 1000,  4, 2e-4},
+};
+
+OptionTable table(Options& o) {
+  std::vector<std::string> models;
+  for (const Preset& p : kPresets) models.push_back(p.name);
+  const Preset& tiny = kPresets[0];
+  return {
+    {"Model", {
+      {"model", "", Choice{&o.model_name, models}, "size of the model", ""},
+      {"layers", "N", Whole{&o.model.layers, 1, 10'000}, "blocks", "the model's"},
+      {"width", "C", Whole{&o.model.width, 1, 1'000'000}, "channels", "the model's"},
+      {"heads", "H", Whole{&o.model.heads, 1, 1'000'000}, "attention heads; the width divides by them", "the model's"},
+      {"context", "T", Whole{&o.model.context, 1, 10'000'000}, "tokens in a sequence", "the model's"},
+      {"vocab", "V", Whole{&o.model.vocab}, "number of different tokens; bytes of text need 256", "the model's"},
+    }},
+    {"Data", {
+      {"data", "FILE...", List{&o.data}, "plain text (bytes are tokens) or llm.c's .bin token shards", "this project's sources"},
+    }},
+    {"Training", {
+      {"steps", "N", Whole{&o.steps}, "optimizer steps", sentence("by model, ", tiny.name, ": ", tiny.steps)},
+      {"batch", "B", Whole{&o.batch}, "sequences per optimizer step", sentence("by model, ", tiny.name, ": ", tiny.batch)},
+      {"microbatch", "B", Whole{&o.microbatch, 0}, "sequences per micro-batch", "the batch"},
+      {"lr", "X", Real{&o.lr, false}, "highest learning rate", sentence("by model, ", tiny.name, ": ", tiny.lr)},
+      {"min-lr", "X", Real{&o.min_lr}, "learning rate at the end", "a tenth of --lr"},
+      {"warmup", "N", Whole{&o.warmup, 0}, "steps until the learning rate is at its highest", "5% of --steps, at most 100"},
+      {"weight-decay", "X", Real{&o.weight_decay}, "AdamW's weight decay", ""},
+      {"clip", "X", Real{&o.clip}, "largest norm of the gradient; 0: no limit", ""},
+      {"seed", "N", Whole{&o.seed, 0, INT64_MAX}, "decides initial weights, batches and samples", ""},
+    }},
+    {"Computing", {
+      {"dtype", "", Choice{&o.dtype, {"f32", "bf16", "f64"}}, "what is computed in; f64 is for proofs", "bf16 on a GPU, else f32"},
+      {"matmul", "", Choice{&o.matmul, {"cublas", "own"}}, "who multiplies matrices: cuBLAS or the kernels of this project", ""},
+      {"attention", "", Choice{&o.attention, {"plain", "flash"}}, "whole score matrices, or tiles of them with an online softmax", ""},
+      {"recompute", "", Flag{&o.recompute}, "keep only the input of each block and run its forward again in the backward", ""},
+      {"device-memory", "MiB", Whole{&o.device_memory}, "stop when more device memory than this is asked for", "no cap"},
+    }},
+    {"Ranks: mpiexec -n (replicate x fsdp)", {
+      {"replicate", "R", Whole{&o.replicate, 1, 100'000}, "data parallelism: copies of the model, gradients summed over them", ""},
+      {"fsdp", "S", Whole{&o.fsdp, 1, 100'000}, "fully sharded data parallelism: each rank owns 1/S of every layer", ""},
+      {"zero", "STAGE", Whole{&o.zero, 1, 3}, "what fsdp shards: optimizer state, and gradients, and parameters", ""},
+      {"reshard-after-forward", "", Choice{&o.reshard, {"yes", "no"}}, "ZeRO-3: give parameters back after the forward", ""},
+      {"prefetch", "K", Whole{&o.prefetch, 0, 1000}, "layers gathered ahead while others compute", ""},
+      {"timeout", "SECONDS", Whole{&o.timeout, 1}, "without progress for so long, say where each rank stands and end", ""},
+    }},
+    {"Reports", {
+      {"eval-every", "K", Whole{&o.eval_every, 0}, "report the loss on held-out data every K steps; 0: never", ""},
+      {"sample", "K", Whole{&o.sample, 0}, "print K tokens that the trained model continues with", ""},
+      {"metrics", "FILE.jsonl", Text{&o.metrics}, "write one JSON object per step to this file", "none"},
+      {"help", "", Flag{&o.help}, "print this", ""},
+    }},
+  };
+}
+
+}  // namespace
+
+Options parse_options(int argc, const char* const* argv) {
+  Options options;
+  parse(argc, argv, table(options));
+  return options;
+}
+
+void print_help() {
+  Options defaults;
+  const char* usage = "usage: build/train_gpt [options]\nTrains a GPT on text. [In brackets: what holds without the option.]";
+  fputs(help_text(usage, table(defaults)).c_str(), stdout);
+}
+
+void resolve(Options& o, bool has_gpu) {
+  const auto preset = std::find_if(std::begin(kPresets), std::end(kPresets), [&](const Preset& p) { return p.name == o.model_name; });
+  ASSERT(preset != std::end(kPresets), o.model_name);
+  for (int64_t ModelSize::*size : {&ModelSize::layers, &ModelSize::width, &ModelSize::heads, &ModelSize::context, &ModelSize::vocab})
+    if (o.model.*size == 0) o.model.*size = preset->size.*size;
+  if (o.steps == 0) o.steps = preset->steps;
+  if (o.batch == 0) o.batch = preset->batch;
+  if (o.microbatch == 0) o.microbatch = std::max<int64_t>(1, o.batch / (o.replicate * o.fsdp));
+  if (o.lr == 0) o.lr = preset->lr;
+  if (o.min_lr < 0) o.min_lr = o.lr / 10;
+  if (o.warmup < 0) o.warmup = std::min<int64_t>(o.steps / 20, 100);
+  if (o.dtype.empty()) o.dtype = has_gpu ? "bf16" : "f32";
+}
+
+void check(const Options& o) {
+  const ModelSize& m = o.model;
+  REQUIRE(std::min({m.layers, m.width, m.heads, m.context, m.vocab}) > 0,
+          "--layers, --width, --heads, --context and --vocab must be at least 1");
+  REQUIRE(std::min({o.steps, o.batch, o.microbatch}) > 0, "--steps, --batch and --microbatch must be at least 1");
+  REQUIRE(o.lr > 0, "--lr must be above 0");
+  REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads, " heads: change --width or --heads");
+  REQUIRE(o.batch % (o.microbatch * o.replicate * o.fsdp) == 0, "a batch of ", o.batch, " does not divide into micro-batches of ",
+          o.microbatch, o.replicate * o.fsdp == 1 ? std::string() : sentence(" on ", o.replicate * o.fsdp, " data-parallel ranks (replicate x fsdp)"),
+          ": change --batch or --microbatch");
+  REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr, ": the learning rate ends at --min-lr");
+  REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps, " steps (--steps)");
+}
+
+// ---- the parser
+
+bool Whole::read(const std::string& word) const {
+  const char* end = word.data() + word.size();
+  const auto [stop, error] = std::from_chars(word.data(), end, *field);
+  return error == std::errc() && stop == end && *field >= low && *field <= high;
+}
+
+bool Real::read(const std::string& word) const {
+  const char* end = word.data() + word.size();
+  const auto [stop, error] = std::from_chars(word.data(), end, *field);
+  return error == std::errc() && stop == end && std::isfinite(*field) && (zero ? *field >= 0 : *field > 0);
+}
+
+bool Choice::read(const std::string& word) const {
+  *field = word;
+  return std::find(names.begin(), names.end(), word) != names.end();
+}
+
+std::string Choice::allowed() const {
+  std::string all = names[0];
+  for (size_t i = 1; i < names.size(); i++) all += (i + 1 == names.size() ? " or " : ", ") + names[i];
+  return all;
+}
+
+// Insertions, deletions and substitutions that turn `a` into `b` (Levenshtein), one row of the table at a time.
+static size_t edit_distance(const std::string& a, const std::string& b) {
+  std::vector<size_t> row(b.size() + 1);
+  std::iota(row.begin(), row.end(), 0);
+  for (size_t i = 1; i <= a.size(); i++) {
+    size_t diagonal = row[0]++;
+    for (size_t j = 1; j <= b.size(); j++) {
+      const size_t above = row[j];
+      row[j] = std::min({row[j - 1] + 1, above + 1, diagonal + (a[i - 1] != b[j - 1])});
+      diagonal = above;
+    }
+  }
+  return row[b.size()];
+}
+
+static const Option& find_option(const OptionTable& table, const std::string& word) {
+  REQUIRE(word[0] == '-', "'", word, "' belongs to no option: options begin with --, and --help lists them");
+  const std::string name = word.substr(std::min(word.find_first_not_of('-'), word.size())), left = name.substr(0, name.find('='));
+  const Option* nearest = nullptr;
+  size_t distance = 2 + left.size() / 4;  // further away is no likeness
+  for (const OptionGroup& group : table)
+    for (const Option& option : group.options) {
+      if (word == "--" + option.name) return option;
+      const bool abbreviated = left.size() > 2 && option.name.starts_with(left) && left != option.name;
+      const size_t d = abbreviated ? 1 : edit_distance(left, option.name);
+      if (d < distance) distance = d, nearest = &option;
+    }
+  REQUIRE(!nearest, "there is no option ", word, ": did you mean --", nearest->name,
+          left != name ? ", with a space before the value?" : "? (--help lists all options)");
+  throw Error(sentence("there is no option ", word, ": --help lists all options"));
+}
+
+void parse(int argc, const char* const* argv, const OptionTable& table) {
+  std::set<std::string> seen;
+  for (int i = 1; i < argc;) {
+    const Option& option = find_option(table, argv[i++]);
+    REQUIRE(seen.insert(option.name).second, "--", option.name, " is given twice");
+    std::visit([&](const auto& takes) {
+      using Takes = std::decay_t<decltype(takes)>;
+      if constexpr (std::is_same_v<Takes, Flag>) {
+        takes.read("");
+        REQUIRE(i == argc || argv[i][0] == '-', "--", option.name, " takes no value, but '", argv[i], "' follows it");
+      } else {
+        REQUIRE(i < argc && strncmp(argv[i], "--", 2) != 0, "--", option.name, " needs a value: ", takes.allowed());
+        do {
+          REQUIRE(takes.read(argv[i]), "--", option.name, " takes ", takes.allowed(), ", not '", argv[i], "'");
+          i++;
+        } while (std::is_same_v<Takes, List> && i < argc && strncmp(argv[i], "--", 2) != 0);
+      }
+    }, option.takes);
+  }
+}
+
+std::string help_text(const std::string& usage, const OptionTable& table) {
+  constexpr size_t kColumn = 27;
+  std::string text = usage + "\n";
+  for (const OptionGroup& group : table) {
+    text += "\n" + group.title + "\n";
+    for (const Option& option : group.options) {
+      std::string left = "  --" + option.name, value = option.value, unset = option.unset;
+      if (const auto* choice = std::get_if<Choice>(&option.takes))
+        for (const std::string& name : choice->names) value += (value.empty() ? "" : "|") + name;
+      if (!value.empty()) left += " " + value;
+      if (unset.empty()) unset = std::visit([](const auto& takes) { return takes.now(); }, option.takes);
+      if (left.size() + 2 > kColumn) left += "\n" + std::string(kColumn, ' ');
+      else left.resize(kColumn, ' ');
+      text += left + option.help + (unset.empty() ? "" : " [" + unset + "]") + "\n";
+    }
+  }
+  return text;
+}

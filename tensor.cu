@@ -1,0 +1,283 @@
+// tensor.cu: memory, the device, and the kernels that move, fill and initialise.
+// idea      cudaMallocAsync takes memory from a stream-ordered pool that never gives it back to the system while we run: a plain
+//           cudaMalloc or cudaFree inside a step would stop the whole device.
+// not here  the ops: kernels/ has one file for each
+// test      tests/test_tensor.cpp
+#include "tensor.h"
+
+#include <cstring>
+
+#include "kernels/common.cuh"
+#include "support/philox.h"
+
+// ---- types
+
+size_t size_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::bf16: return 2;
+    case Dtype::f64: return 8;
+    default: return 4;
+  }
+}
+
+const char* name_of(Dtype dtype) {
+  static const char* names[] = {"f32", "bf16", "f64", "i32"};
+  return names[int(dtype)];
+}
+
+const char* name_of(Memory category) {
+  static const char* names[] = {"parameters", "gradients", "optimizer", "activations", "gather buffers", "workspace", "data"};
+  return names[int(category)];
+}
+
+int64_t elements(const Shape& shape) {
+  int64_t n = 1;
+  for (int64_t d : shape) n *= d;
+  return n;
+}
+
+std::string to_string(const Shape& shape) {
+  std::string s = "(";
+  for (size_t i = 0; i < shape.size(); i++) s += (i ? ", " : "") + std::to_string(shape[i]);
+  return s + ")";
+}
+
+// ---- the device
+
+static std::unique_ptr<Device> opened;
+
+int device_count() {
+  int count = 0;
+  CUDA_CHECK(cudaGetDeviceCount(&count));
+  return count;
+}
+
+Device& open_device(int ordinal, int64_t memory_limit_bytes) {
+  ASSERT(!opened, "the device is open already");
+  const int count = device_count();
+  REQUIRE(ordinal < count, "device ", ordinal, " was asked for, but this machine has ", count);
+  CUDA_CHECK(cudaSetDevice(ordinal));
+  auto d = std::make_unique<Device>();
+  d->ordinal = ordinal;
+  d->memory_limit = memory_limit_bytes;
+  cudaDeviceProp properties;
+  CUDA_CHECK(cudaGetDeviceProperties(&properties, ordinal));
+  d->name = properties.name;
+  d->is_gpu = properties.major > 0;
+  d->multiprocessors = properties.multiProcessorCount;
+  CUDA_CHECK(cudaStreamCreateWithFlags(&d->compute, cudaStreamNonBlocking));
+  cudaMemPool_t pool;
+  uint64_t keep_all = UINT64_MAX;
+  CUDA_CHECK(cudaDeviceGetDefaultMemPool(&pool, ordinal));
+  CUDA_CHECK(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep_all));
+  CUBLAS_CHECK(cublasCreate(&d->blas));
+  CUBLAS_CHECK(cublasSetStream(d->blas, d->compute));
+  opened = std::move(d);
+  return *opened;
+}
+
+Device& device() { return opened ? *opened : open_device(0, 0); }
+
+void close_device() {
+  if (!opened) return;
+  synchronize();
+  cublasDestroy(opened->blas);
+  cudaStreamDestroy(opened->compute);
+  opened.reset();
+}
+
+void synchronize() { CUDA_CHECK(cudaStreamSynchronize(device().compute)); }
+
+// ---- memory
+
+static std::string mib(int64_t bytes) {
+  char text[32];
+  snprintf(text, sizeof text, "%.1f MiB", bytes / 1048576.0);
+  return text;
+}
+
+std::string describe_memory(const MemoryUse& m) {
+  std::string s;
+  for (int i = 0; i < kMemoryCategories; i++)
+    if (m.peak[i]) s += sentence("  ", name_of(Memory(i)), ": ", mib(m.now[i]), " now, ", mib(m.at_peak[i]), " at the peak\n");
+  return s + sentence("  all: ", mib(m.total), " now, ", mib(m.total_peak), " at the peak\n");
+}
+
+Buffer::Buffer(int64_t bytes, Memory category) : bytes(bytes), category(category) {
+  Device& d = device();
+  const auto refuse = [&](const std::string& limit) {
+    throw Error(sentence("out of device memory: ", mib(bytes), " more for ", name_of(category), " does not fit ", limit,
+                         "; what holds it:\n", describe_memory(d.memory)));
+  };
+  if (d.memory_limit && d.memory.total + bytes > d.memory_limit) refuse(sentence("under --device-memory ", mib(d.memory_limit)));
+  if (bytes) {
+    const cudaError_t status = cudaMallocAsync(&data, bytes, d.compute);
+    if (status == cudaErrorMemoryAllocation) {
+      cudaGetLastError();  // forget it: the program may go on, and the next launch asks for the last error
+      refuse(sentence("in what ", d.name, " has left"));
+    }
+    CUDA_CHECK(status);
+  }
+  MemoryUse& m = d.memory;
+  m.now[int(category)] += bytes;
+  m.peak[int(category)] = std::max(m.peak[int(category)], m.now[int(category)]);
+  m.total += bytes;
+  if (m.total > m.total_peak) m.total_peak = m.total, m.at_peak = m.now;
+}
+
+Buffer::~Buffer() {
+  if (!opened) return;  // the device was closed: its pool went with it
+  opened->memory.now[int(category)] -= bytes;
+  opened->memory.total -= bytes;
+  if (data) cudaFreeAsync(data, opened->compute);
+}
+
+// ---- tensors
+
+Tensor::Tensor(Shape shape, Dtype dtype, Memory category) : shape_(std::move(shape)), dtype_(dtype) {
+  buffer_ = std::make_shared<Buffer>(bytes(), category);
+  data_ = buffer_->data;
+}
+
+Tensor Tensor::view(Shape shape) const {
+  ASSERT(elements(shape) == numel(), "cannot see ", to_string(shape_), " as ", to_string(shape));
+  Tensor t = *this;
+  t.shape_ = std::move(shape);
+  return t;
+}
+
+Tensor Tensor::part(int64_t first, Shape shape) const {
+  ASSERT(first >= 0 && first + elements(shape) <= numel(), to_string(shape), " at ", first, " is not inside ", to_string(shape_));
+  Tensor t = *this;
+  t.shape_ = std::move(shape);
+  t.data_ = static_cast<char*>(data_) + first * int64_t(size_of(dtype_));
+  return t;
+}
+
+// ---- kernels: a block owns kTile consecutive elements
+
+namespace {
+
+constexpr int kThreads = block_threads(256);
+constexpr int64_t kTile = 4096;
+
+inline unsigned tiles(int64_t n) { return unsigned(ceil_div(n, kTile)); }
+
+// Calls f(i) for each element i of this block's tile.
+template <class F> __device__ __forceinline__ void for_tile(int64_t n, F f) {
+  const int64_t first = int64_t(blockIdx.x) * kTile, end = first + kTile < n ? first + kTile : n;
+  for (int64_t i = first + threadIdx.x; i < end; i += kThreads) f(i);
+}
+
+// x (n) = value; writes n
+template <class T> __global__ void __launch_bounds__(256) fill_kernel(T* __restrict__ x, double value, int64_t n) {
+  const T v = store<T>(static_cast<acc_t<T>>(value));
+  for_tile(n, [=](int64_t i) { x[i] = v; });
+}
+
+// y (n) of T = x (n) of U; reads n, writes n
+template <class T, class U> __global__ void __launch_bounds__(256) cast_kernel(T* __restrict__ y, const U* __restrict__ x, int64_t n) {
+  for_tile(n, [=](int64_t i) { y[i] = store<T>(static_cast<acc_t<T>>(load(x[i]))); });
+}
+
+// sum (n) += x (n); reads 2n, writes n
+template <class T> __global__ void __launch_bounds__(256) add_into_kernel(T* sum, const T* x, int64_t n) {
+  for_tile(n, [=](int64_t i) { sum[i] = store<T>(load(sum[i]) + load(x[i])); });
+}
+
+// x (n), the elements of (outer, end - begin, inner) from `start` on: element g of the whole parameter has the value that (seed, parameter, g) gives
+template <class T>
+__global__ void __launch_bounds__(256) random_kernel(T* __restrict__ x, uint64_t seed, uint32_t parameter, float scale, Slice s, int64_t start,
+                                                     int64_t n) {
+  const int64_t width = (s.end - s.begin) * s.inner;
+  for_tile(n, [=](int64_t i) {
+    const int64_t own = start + i, g = own / width * s.split * s.inner + s.begin * s.inner + own % width;
+    const Philox4 r = philox(uint32_t(g), uint32_t(g >> 32), parameter, 0, uint32_t(seed), uint32_t(seed >> 32));
+    int sum = 0;
+    for (int k = 0; k < 4; k++) sum += int(r.v[k] & 0xffff) + int(r.v[k] >> 16);
+    x[i] = store<T>(static_cast<acc_t<T>>(float(sum - 4 * 0xffff) * scale));  // eight halves of mean 0xffff / 2
+  });
+}
+
+}  // namespace
+
+// ---- host side
+
+void fill(const Tensor& x, double value) {
+  const int64_t n = x.numel();
+  if (!n) return;
+  if (value == 0) {
+    CUDA_CHECK(cudaMemsetAsync(x.raw(), 0, x.bytes(), device().compute));
+    return;
+  }
+  DISPATCH(x.dtype(), fill_kernel<T><<<tiles(n), kThreads, 0, device().compute>>>(x.data<T>(), value, n));
+}
+
+void copy(const Tensor& to, const Tensor& from) {
+  ASSERT(to.dtype() == from.dtype() && to.numel() == from.numel());
+  CUDA_CHECK(cudaMemcpyAsync(to.raw(), from.raw(), to.bytes(), cudaMemcpyDeviceToDevice, device().compute));
+}
+
+template <class U> static void cast_from(const Tensor& to, const Tensor& from) {
+  const int64_t n = to.numel();
+  DISPATCH(to.dtype(), cast_kernel<T, U><<<tiles(n), kThreads, 0, device().compute>>>(to.data<T>(), from.data<U>(), n));
+}
+
+void cast(const Tensor& to, const Tensor& from) {
+  ASSERT(to.numel() == from.numel());
+  if (!to.numel()) return;
+  if (to.dtype() == from.dtype()) return copy(to, from);
+  switch (from.dtype()) {
+    case Dtype::f32: return cast_from<float>(to, from);
+    case Dtype::bf16: return cast_from<__nv_bfloat16>(to, from);
+    case Dtype::f64: return cast_from<double>(to, from);
+    default: ASSERT(false, "cannot cast from ", name_of(from.dtype()));
+  }
+}
+
+void add_into(const Tensor& sum, const Tensor& x) {
+  ASSERT(sum.dtype() == x.dtype() && sum.numel() == x.numel());
+  const int64_t n = x.numel();
+  if (!n) return;
+  DISPATCH(x.dtype(), add_into_kernel<T><<<tiles(n), kThreads, 0, device().compute>>>(sum.data<T>(), x.data<T>(), n));
+}
+
+void upload(const Tensor& to, const void* host) {
+  // The copy is asynchronous: what it reads stays until the stream has passed it.
+  const char* first = static_cast<const char*>(host);
+  auto* kept = new std::vector<char>(first, first + to.bytes());
+  CUDA_CHECK(cudaMemcpyAsync(to.raw(), kept->data(), kept->size(), cudaMemcpyHostToDevice, device().compute));
+  CUDA_CHECK(cudaLaunchHostFunc(device().compute, [](void* p) { delete static_cast<std::vector<char>*>(p); }, kept));
+}
+
+std::vector<double> download(const Tensor& x) {
+  std::vector<char> bytes(x.bytes());
+  CUDA_CHECK(cudaMemcpyAsync(bytes.data(), x.raw(), bytes.size(), cudaMemcpyDeviceToHost, device().compute));
+  synchronize();
+  std::vector<double> values(x.numel());
+  for (size_t i = 0; i < values.size(); i++) {
+    const char* p = bytes.data() + i * size_of(x.dtype());
+    if (x.dtype() == Dtype::f64) {
+      memcpy(&values[i], p, 8);
+    } else if (x.dtype() == Dtype::i32) {
+      int32_t v;
+      memcpy(&v, p, 4);
+      values[i] = v;
+    } else {  // bf16 is the upper half of an f32
+      uint32_t bits = 0;
+      float v;
+      memcpy(x.dtype() == Dtype::bf16 ? reinterpret_cast<char*>(&bits) + 2 : reinterpret_cast<char*>(&bits), p, size_of(x.dtype()));
+      memcpy(&v, &bits, 4);
+      values[i] = v;
+    }
+  }
+  return values;
+}
+
+void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float std, const Slice& slice, int64_t first) {
+  const int64_t n = x.numel();
+  ASSERT(first + n <= slice.outer * (slice.end - slice.begin) * slice.inner);
+  if (!n) return;
+  const float scale = std / sqrtf(8 * (65536.0f * 65536.0f - 1) / 12);  // the deviation of a sum of eight uniform 16-bit integers
+  DISPATCH(x.dtype(), random_kernel<T><<<tiles(n), kThreads, 0, device().compute>>>(x.data<T>(), seed, parameter, scale, slice, first, n));
+}

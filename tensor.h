@@ -1,0 +1,138 @@
+// tensor.h: shaped, typed device memory, and the one device and compute stream that a rank uses.
+//
+// legend    B batch, T time (context), C channels (width), H heads, D = C/H, V vocabulary, R = B*T rows
+// idea      a Tensor owns its memory through a counted reference: copies and views share it, the last one returns it to the
+//           stream-ordered pool. Kernels take raw pointers. All tensors are dense and row-major.
+// cost      every byte is counted as requested, by category, when it is allocated: what `--device-memory` caps
+// not here  strides, broadcasting, operator overloading: each op says its shapes
+// test      tests/test_tensor.cpp
+#pragma once
+#include <cublas_v2.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "support/check.h"
+
+// ---- types
+
+enum class Dtype { f32, bf16, f64, i32 };
+size_t size_of(Dtype dtype);       // bytes of one element
+const char* name_of(Dtype dtype);  // "f32"
+// The dtype of gradients, master weights and moments beside values of `compute`: f64 for f64, else f32.
+inline Dtype master_dtype(Dtype compute) { return compute == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
+
+template <class T> struct DtypeOf;
+template <> struct DtypeOf<float> { static constexpr Dtype value = Dtype::f32; };
+template <> struct DtypeOf<double> { static constexpr Dtype value = Dtype::f64; };
+template <> struct DtypeOf<__nv_bfloat16> { static constexpr Dtype value = Dtype::bf16; };
+template <> struct DtypeOf<int> { static constexpr Dtype value = Dtype::i32; };
+
+using Shape = std::vector<int64_t>;
+int64_t elements(const Shape& shape);
+std::string to_string(const Shape& shape);  // "(2, 3)"
+
+// ---- memory
+
+enum class Memory { parameters, gradients, optimizer, activations, gather, workspace, data };
+constexpr int kMemoryCategories = 7;
+const char* name_of(Memory category);
+
+struct MemoryUse {  // bytes as requested
+  std::array<int64_t, kMemoryCategories> now{}, peak{}, at_peak{};  // at_peak: what each held when the total was highest
+  int64_t total = 0, total_peak = 0;
+};
+
+// The device of this rank. One compute stream: ops run in the order they are issued.
+struct Device {
+  int ordinal = 0;
+  std::string name;
+  bool is_gpu = false;
+  int multiprocessors = 1;
+  cudaStream_t compute = nullptr;
+  cublasHandle_t blas = nullptr;
+  int64_t memory_limit = 0;  // bytes; 0: no cap of our own
+  MemoryUse memory;
+};
+// Opens the device on first use. `open_device` chooses which and caps its memory; call it once, before anything else.
+int device_count();
+Device& device();
+Device& open_device(int ordinal, int64_t memory_limit_bytes);
+void close_device();                              // returns streams and handles; every Tensor must be gone
+void synchronize();                               // host waits for the compute stream
+std::string describe_memory(const MemoryUse& m);  // one line a category: now and peak, in MiB
+
+struct Buffer {  // a block of device memory; allocated and freed in the order of the compute stream
+  Buffer(int64_t bytes, Memory category);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  void* data = nullptr;
+  int64_t bytes = 0;
+  Memory category;
+};
+
+// ---- tensors
+
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(Shape shape, Dtype dtype, Memory category);  // uninitialised
+  bool empty() const { return !buffer_; }
+  const Shape& shape() const { return shape_; }
+  int64_t dim(int i) const { return shape_[i < 0 ? i + shape_.size() : i]; }
+  int64_t numel() const { return elements(shape_); }
+  int64_t bytes() const { return numel() * int64_t(size_of(dtype_)); }
+  Dtype dtype() const { return dtype_; }
+  void* raw() const { return data_; }
+  template <class T> T* data() const {
+    ASSERT(dtype_ == DtypeOf<T>::value, "asked a tensor of ", name_of(dtype_), " for ", name_of(DtypeOf<T>::value));
+    return static_cast<T*>(data_);
+  }
+  Tensor view(Shape shape) const;                        // the same elements in another shape
+  Tensor part(int64_t first_element, Shape shape) const;  // consecutive elements; shares the memory
+  bool shared() const { return buffer_.use_count() > 1; }  // somebody else may read it: do not write in place
+
+ private:
+  std::shared_ptr<Buffer> buffer_;
+  void* data_ = nullptr;
+  Shape shape_;
+  Dtype dtype_ = Dtype::f32;
+};
+
+// ---- streams
+
+class Event {  // a place in a stream that another stream can wait for
+ public:
+  Event() { CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
+  ~Event() { cudaEventDestroy(event_); }
+  Event(const Event&) = delete;
+  void record(cudaStream_t stream) { CUDA_CHECK(cudaEventRecord(event_, stream)); }
+  void make_wait(cudaStream_t stream) const { CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0)); }
+
+ private:
+  cudaEvent_t event_ = nullptr;
+};
+
+// ---- moving and filling; asynchronous on the compute stream unless said otherwise
+
+void fill(const Tensor& x, double value);
+void copy(const Tensor& to, const Tensor& from);      // same dtype and number of elements
+void cast(const Tensor& to, const Tensor& from);      // f32, bf16, f64, any to any
+void add_into(const Tensor& sum, const Tensor& x);    // sum += x; sum f32, bf16 or f64; x of the same dtype
+void upload(const Tensor& to, const void* host);      // returns when `host` may be reused
+std::vector<double> download(const Tensor& x);        // waits; any dtype, widened
+
+// Initial weights. Element i of the *global* parameter depends on (seed, parameter, i) alone, so that every layout starts from
+// the same bits: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) yields 128 bits, and the
+// sum of their eight 16-bit halves, centred and scaled to deviation `std`, is close to normal (Irwin-Hall, tails end at 4.9 std). The sum
+// is an integer and one product rounds it to f32, so the bits are the same on every machine, too.
+// A rank owns rows [begin, end) of the middle dim of a parameter seen as (outer, split, inner); x is the elements of that, in order,
+// from `first` on.
+struct Slice { int64_t outer = 1, split = 1, inner = 1, begin = 0, end = 1; };
+void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float std, const Slice& slice, int64_t first = 0);

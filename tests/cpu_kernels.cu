@@ -1,0 +1,189 @@
+// cpu_kernels.cu: kernels that exercise the stand-in for CUDA, and launches in every form that cpu/launch.sed must understand.
+#include "tests/cpu_kernels.h"
+
+#include <cuda_bf16.h>
+#ifndef CPU_FAST
+#include <mma.h>
+#endif
+
+#include <cmath>
+#include <cstdio>
+#include <utility>
+
+#ifdef __CUDACC__
+constexpr int kWarp = 32;
+constexpr int block_threads(int threads) { return threads; }
+#endif
+
+namespace {
+
+// ---- launches
+
+template <class T, int N> struct Times {
+  __device__ static T apply(T x) { return x * N; }
+};
+template <class Op, class T> __global__ void apply_kernel(T* y, const T* x, int width) {
+  for (int i = threadIdx.x; i < width; i += blockDim.x) y[blockIdx.x * width + i] = Op::apply(x[blockIdx.x * width + i]);
+}
+
+__global__ void places_kernel(Place* places) {
+  const int threads = int(blockDim.x * blockDim.y * blockDim.z);
+  const int thread = int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
+  const int block = int(blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z));
+  for (int i = thread; i < kTileOfBlock; i += threads)
+    places[block * kTileOfBlock + i] = {blockIdx.x, blockIdx.y, blockIdx.z, gridDim.x, gridDim.y, gridDim.z, unsigned(threads)};
+}
+
+__global__ void nothing_kernel() {}
+
+__global__ void add_kernel(float* x, int n, float value) {
+  for (int i = threadIdx.x; i < n; i += blockDim.x) x[i] += value;
+}
+
+// ---- shared memory
+
+__global__ void rotate_kernel(float* __restrict__ y, const float* __restrict__ x, int width, bool barrier) {
+  extern __shared__ __align__(16) float row[];
+  for (int i = threadIdx.x; i < width; i += blockDim.x) row[i] = x[blockIdx.x * width + i];
+  if (barrier) __syncthreads();
+  for (int i = threadIdx.x; i < width; i += blockDim.x) y[blockIdx.x * width + i] = row[(i + 1) % width];
+}
+
+__global__ void reverse_kernel(float* __restrict__ y, const float* __restrict__ x, int width) {
+  __shared__ alignas(16) float row[256];
+  for (int i = threadIdx.x; i < width; i += blockDim.x) row[i] = x[blockIdx.x * width + i];
+  __syncthreads();
+  for (int i = threadIdx.x; i < width; i += blockDim.x) y[blockIdx.x * width + i] = row[width - 1 - i];
+}
+
+// ---- warps
+
+__global__ void warp_sum_kernel(double* sums, const double* x) {
+  double sum = 0;
+  for (int i = threadIdx.x; i < 32; i += kWarp) sum += x[blockIdx.x * 32 + i];
+  for (int o = kWarp / 2; o > 0; o >>= 1) sum += __shfl_xor_sync(~0u, sum, o);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+#ifndef CPU_FAST
+template <class T> __device__ void shuffle_all(T* y, T value) {
+  const int i = threadIdx.x, n = blockDim.x;
+  y[0 * n + i] = __shfl_xor_sync(~0u, value, 5);
+  y[1 * n + i] = __shfl_xor_sync(~0u, value, 3, 8);
+  y[2 * n + i] = __shfl_down_sync(~0u, value, 7);
+  y[3 * n + i] = __shfl_down_sync(~0u, value, 3, 8);
+  y[4 * n + i] = __shfl_up_sync(~0u, value, 2);
+  y[5 * n + i] = __shfl_up_sync(~0u, value, 3, 16);
+  y[6 * n + i] = __shfl_sync(~0u, value, (i * 7 + 3) % 32);
+  y[7 * n + i] = T(__ballot_sync(~0u, value > T(0)) % 65536 + unsigned(__any_sync(~0u, i == 40)) + 2u * unsigned(__all_sync(~0u, i >= 32)));
+}
+__global__ void shuffles_kernel(float* y, double* z, const float* x, const double* t) {
+  shuffle_all(y, x[threadIdx.x]);
+  __syncwarp();
+  shuffle_all(z, t[threadIdx.x]);
+}
+
+namespace wmma = nvcuda::wmma;
+template <class LayoutA, class LayoutB> __global__ void tensor_core_kernel(float* c, const __nv_bfloat16* a, const __nv_bfloat16* b, float scale) {
+  wmma::fragment<wmma::matrix_a, 16, 16, 16, __nv_bfloat16, LayoutA> fa;
+  wmma::fragment<wmma::matrix_b, 16, 16, 16, __nv_bfloat16, LayoutB> fb;
+  wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum;
+  wmma::load_matrix_sync(fa, a, 16);
+  wmma::load_matrix_sync(fb, b, 16);
+  wmma::fill_fragment(sum, 1.0f);
+  wmma::mma_sync(sum, fa, fb, sum);
+  for (int i = 0; i < sum.num_elements; i++) sum.x[i] *= scale;
+  wmma::mma_sync(sum, fa, fb, sum);
+  wmma::store_matrix_sync(c, sum, 16, wmma::mem_row_major);
+}
+#endif
+
+// ---- functions
+
+__global__ void functions_kernel(float* __restrict__ y, double* __restrict__ z, const float* __restrict__ x, const double* __restrict__ t, int n) {
+  for (int i = threadIdx.x; i < n; i += blockDim.x) {
+    y[i] = expf(x[i]);
+    y[n + i] = tanhf(x[i]);
+    y[2 * n + i] = logf(x[i]);
+    z[i] = exp(t[i]);
+    z[n + i] = tanh(t[i]);
+    z[2 * n + i] = log(t[i]);
+  }
+}
+
+// ---- mistakes
+
+#ifdef CPU_FAITHFUL
+#define MISTAKE_IN_NEXT_LINE() do { if (i == 0) fprintf(stderr, "mistake in line %d\n", __LINE__ + 1); } while (0)
+
+__global__ void mistake_kernel(Mistake mistake) {
+  extern __shared__ float row[];
+  const int i = threadIdx.x;
+  if (mistake == Mistake::barrier_not_reached) {
+    MISTAKE_IN_NEXT_LINE();
+    if (i != 5) __syncthreads();
+  } else if (mistake == Mistake::two_barriers) {
+    MISTAKE_IN_NEXT_LINE();
+    if (i < 10) __syncthreads();
+    else __syncthreads();
+  } else if (mistake == Mistake::shuffle_not_reached) {
+    MISTAKE_IN_NEXT_LINE();
+    if (i != 7) row[0] = __shfl_xor_sync(~0u, 1.0f, 1);
+  } else if (mistake == Mistake::two_shuffles) {
+    MISTAKE_IN_NEXT_LINE();
+    if (i < 10) row[0] = __shfl_xor_sync(~0u, 1.0f, 1);
+    else row[0] = __shfl_down_sync(~0u, 1.0f, 1);
+  } else {
+    row[i + 1] = 1;
+  }
+}
+#endif
+
+}  // namespace
+
+// ---- host
+
+#define FOR_EACH_OF(...) __VA_ARGS__
+#define AS(T_, ...) { using T = T_; __VA_ARGS__; }
+
+void scale_rows(double* y, const double* x, int rows, int width) {
+  // see Times<int, 2> for what is applied: a comment with a template in it, and then a launch on several lines
+  apply_kernel<Times<std::pair<double, std::pair<int, int>>::first_type, 2>, double>
+      <<<dim3((rows >> 1) + (rows >= 1 ? rows - (rows >> 1) : 0)),
+         block_threads(64),
+         0,
+         nullptr>>>
+      (y, x,
+       width);
+  FOR_EACH_OF(AS(double, apply_kernel<Times<T, 4>, T><<<rows, block_threads(32)>>>(y, y, width)) AS(double, apply_kernel<Times<T, 2>, T><<<rows, block_threads(32)>>>(y, y, width)));
+}
+static_assert(__LINE__ == 160, "launches on several lines must not move the lines after them (after an edit above: this line's new number)");
+
+void write_places(Place* places, dim3 grid, dim3 block) { places_kernel<<<grid, block>>>(places); }
+void rotate_rows(float* y, const float* x, int rows, int width, int threads, bool barrier) {
+  rotate_kernel<<<rows, block_threads(threads), width * sizeof(float)>>>(y, x, width, barrier);
+}
+void reverse_rows(float* y, const float* x, int rows, int width) { reverse_kernel<<<rows, block_threads(128)>>>(y, x, width); }
+void sum_of_warp(double* sums, const double* x, int warps) { warp_sum_kernel<<<warps, block_threads(32)>>>(sums, x); }
+void functions(float* y, double* z, const float* x, const double* t, int n) { functions_kernel<<<1, block_threads(64)>>>(y, z, x, t, n); }
+void add_and_wait(float* x, int n, float value, cudaStream_t stream) { add_kernel<<<1, block_threads(64), 0, stream>>>(x, n, value); }
+cudaError_t launch_with(dim3 grid, dim3 block, size_t shared_bytes) {
+  nothing_kernel<<<grid, block, shared_bytes>>>();
+  const cudaError_t peeked = cudaPeekAtLastError(), error = cudaGetLastError();
+  return peeked == error && cudaGetLastError() == cudaSuccess ? error : cudaErrorNotSupported;
+}
+
+#ifndef CPU_FAST
+void shuffles(float* y, double* z, const float* x, const double* t) { shuffles_kernel<<<1, 64>>>(y, z, x, t); }
+void tensor_core_product(float* c, const void* a, const void* b, bool a_by_rows, bool b_by_rows, float scale) {
+  const auto *pa = static_cast<const __nv_bfloat16*>(a), *pb = static_cast<const __nv_bfloat16*>(b);
+  if (a_by_rows && b_by_rows) tensor_core_kernel<wmma::row_major, wmma::row_major><<<1, 32>>>(c, pa, pb, scale);
+  if (a_by_rows && !b_by_rows) tensor_core_kernel<wmma::row_major, wmma::col_major><<<1, 32>>>(c, pa, pb, scale);
+  if (!a_by_rows && b_by_rows) tensor_core_kernel<wmma::col_major, wmma::row_major><<<1, 32>>>(c, pa, pb, scale);
+  if (!a_by_rows && !b_by_rows) tensor_core_kernel<wmma::col_major, wmma::col_major><<<1, 32>>>(c, pa, pb, scale);
+}
+#endif
+
+#ifdef CPU_FAITHFUL
+void make_mistake(Mistake mistake) { mistake_kernel<<<2, 64, 64 * sizeof(float)>>>(mistake); }
+#endif

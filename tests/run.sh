@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# run.sh: the whole suite. Builds the test programs, runs each, and closes with the sum: `N passed, N failed` alone on a line.
+#   tests/run.sh [cpu|faithful|cuda|ptx]...   without arguments: cpu and faithful, and cuda where there are GPUs
+#   LIBCUDART=dir   for ptx: a CUDA runtime library (libfakecudart.so) that runs PTX without a GPU
+set -u
+cd "$(dirname "$0")/.."
+[ -f build/detected.mk ] || make --no-print-directory help >/dev/null
+detected=$(sed 's/.*= *//' build/detected.mk)
+backends=("$@")
+[ $# -gt 0 ] || { backends=(cpu faithful); [ "$detected" = cuda ] && backends+=(cuda); }
+
+kernels="test_cpu test_tensor test_kernels test_matmul test_attention test_autograd test_golden"  # the core, in every form
+alone="test_support test_schedule"                                                                 # plain C++
+ranks="test_fsdp"                                                                                  # under mpiexec
+worlds="1 2 3 4 8"
+cores=$(nproc)
+passed=0 failed=0 skipped=0
+log=$(mktemp); trap 'rm -f "$log"' EXIT
+
+# run LABEL COMMAND...: runs it, shows its lines, adds up its closing line
+run() {
+  local label=$1; shift
+  local began=$SECONDS status
+  echo "== $label"
+  timeout 900 "$@" 2>&1 | tee "$log" | grep -v ' passed, .* failed'
+  status=${PIPESTATUS[0]}
+  local sum
+  sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | tail -1)
+  if [ -z "$sum" ]; then
+    echo "FAIL $label  ended with status $status and no closing line"; failed=$((failed + 1))
+  else
+    set -- $(echo "$sum" | tr -dc '0-9 ')
+    passed=$((passed + $1)); failed=$((failed + $2)); skipped=$((skipped + ${3:-0}))
+    [ "$status" -ne 0 ] && [ "$2" -eq 0 ] && { echo "FAIL $label  ended with status $status"; failed=$((failed + 1)); }
+  fi
+  echo "   $((SECONDS - began)) s"
+}
+
+for backend in "${backends[@]}"; do
+  programs="$kernels"
+  [ "$backend" = cpu ] && programs="$kernels $alone $ranks"
+  [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks"
+  [ "$backend" = ptx ] && programs="${kernels#test_cpu }"
+  targets=""
+  for p in $programs; do targets="$targets build/$backend/tests/$p"; done
+  make --no-print-directory -j"$cores" BACKEND="$backend" $targets $([ "$backend" = cpu ] && echo build) || { echo "FAIL the $backend build"; failed=$((failed + 1)); continue; }
+  for p in $programs; do
+    case " $ranks " in
+      *" $p "*)
+        for n in $worlds; do
+          threads=$((cores / n)); [ $threads -gt 0 ] || threads=1
+          run "$backend/$p, $n ranks" env OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive mpiexec -n "$n" "build/$backend/tests/$p"
+        done ;;
+      *) run "$backend/$p" "build/$backend/tests/$p" ;;
+    esac
+  done
+  [ "$backend" = cpu ] && run "train_gpt from outside" tests/test_cli.sh
+done
+
+if [ $skipped -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi
+[ $failed -eq 0 ]

@@ -1,0 +1,466 @@
+// test_autograd.cpp: every op of the tape, and a whole small GPT, against central differences in double precision; who may write where;
+// and what memory the tape holds.
+//
+// A loss is a sum of an op's outputs with fixed random weights. `check_gradients` compares the tape's gradient of each input and parameter
+// with (loss(x + h) - loss(x - h)) / 2h, one element at a time (some of them, for a large tensor, always the last), and once along a random
+// direction through all elements of a tensor, so that none goes unchecked.
+#include <algorithm>
+#include <random>
+
+#include "gpt.h"
+#include "tests/test.h"
+
+// ---- tools
+
+static std::vector<double> noise(int64_t n, unsigned seed) {
+  std::mt19937 bits(seed);
+  std::vector<double> v(n);
+  for (double& x : v) x = bits() / 2147483648.0 - 1;  // uniform in [-1, 1)
+  return v;
+}
+
+static Tensor random_tensor(Shape shape, unsigned seed) {
+  Tensor t(std::move(shape), Dtype::f64, Memory::activations);
+  upload(t, noise(t.numel(), seed).data());
+  return t;
+}
+
+static Param random_param(const std::string& name, Shape shape, unsigned seed) {
+  Param p;
+  p.name = name;
+  p.slice = {1, shape[0], elements(shape) / shape[0], 0, shape[0]};
+  p.shape = shape;
+  p.value = random_tensor(shape, seed);
+  p.grad = Tensor(shape, Dtype::f64, Memory::gradients);
+  fill(p.grad, 0);
+  return p;
+}
+
+// The sum of y with random weights; when recording, those become y's gradient.
+static double weigh(Tape& tape, const Var& y, unsigned seed) {
+  const std::vector<double> values = download(y.value);
+  const Tensor weights = random_tensor(y.value.shape(), seed);
+  double sum = 0;
+  const std::vector<double> w = download(weights);
+  for (size_t i = 0; i < values.size(); i++) sum += w[i] * values[i];
+  if (tape.recording()) *y.grad = weights;
+  return sum;
+}
+
+using Loss = std::function<double(Tape&, const std::vector<Var>&)>;
+
+struct Checked {  // a tensor whose gradient is checked
+  std::string name;
+  Tensor value;
+  std::vector<double> gradient;
+};
+
+struct Worst {  // the largest differences, and the largest gradient
+  double element = 0, direction = 0, gradient = 0;
+  std::string name;
+  void see(double& worst, double d, const std::string& where) {
+    if (!(d <= worst)) worst = d, name = where;
+  }
+};
+
+// The tape's gradients of x and of each param.
+static std::vector<Checked> tape_gradients(const std::vector<Tensor>& x, const std::vector<Param*>& params, const Loss& loss,
+                                           const std::function<void()>& finish) {
+  for (Param* p : params) fill(p->grad, 0);
+  Tape tape;
+  std::vector<Var> vars;
+  for (const Tensor& t : x) vars.push_back({t});
+  loss(tape, vars);
+  tape.backward();
+  if (finish) finish();
+  CHECK_EQ(tape.size(), size_t(0));
+  std::vector<Checked> all;
+  for (size_t i = 0; i < x.size(); i++) all.push_back({sentence("input ", i), x[i], download(take(vars[i].grad))});
+  for (Param* p : params) all.push_back({p->name, p->value, download(p->grad)});
+  return all;
+}
+
+static Worst differences(const std::vector<Tensor>& x, const std::vector<Param*>& params, const Loss& loss,
+                         const std::function<void()>& finish = nullptr) {
+#ifdef CPU_FAST
+  const int64_t most = 40;  // elements a tensor
+#else
+  const int64_t most = 3;
+#endif
+  const double h = 1e-5;
+  const auto forward = [&] {
+    Tape tape(false);
+    std::vector<Var> vars;
+    for (const Tensor& t : x) vars.push_back({t});
+    return loss(tape, vars);
+  };
+  Worst worst;
+  for (const Checked& c : tape_gradients(x, params, loss, finish)) {
+    const std::vector<double> at = download(c.value), u = noise(at.size(), 77);
+    const auto slope = [&](const std::function<double(size_t)>& direction) {  // d loss / d epsilon of value + epsilon * direction
+      double sides[2];
+      for (int side : {0, 1}) {
+        std::vector<double> moved = at;
+        for (size_t j = 0; j < at.size(); j++) moved[j] += (side ? h : -h) * direction(j);
+        upload(c.value, moved.data());
+        sides[side] = forward();
+      }
+      return (sides[1] - sides[0]) / (2 * h);
+    };
+    const int64_t n = at.size(), stride = std::max<int64_t>(1, n / most);
+    for (int64_t i = n - 1; i >= 0; i -= stride)
+      worst.see(worst.element, std::abs(slope([&](size_t j) { return j == size_t(i) ? 1 : 0; }) - c.gradient[i]), c.name);
+    double along = 0;
+    for (int64_t i = 0; i < n; i++) {
+      along += c.gradient[i] * u[i];
+      worst.gradient = std::max(worst.gradient, std::abs(c.gradient[i]));
+    }
+    worst.see(worst.direction, std::abs(slope([&](size_t j) { return u[j]; }) - along), c.name);
+    upload(c.value, at.data());
+  }
+  return worst;
+}
+
+// Every difference must be below 1e-7 of the largest gradient of x and params. With h = 1e-5 the truncation is h^2 = 1e-10 times a third
+// derivative, and rounding 1e-16 / h = 1e-11 times the loss.
+static void check_gradients(const std::vector<Tensor>& x, const std::vector<Param*>& params, const Loss& loss,
+                            const std::function<void()>& finish = nullptr) {
+  static double element, direction;  // of this test
+  if (test::note.empty()) element = direction = 0;
+  const Worst w = differences(x, params, loss, finish);
+  CHECK_LE(w.element, 1e-7 * w.gradient, "the worst is ", w.name);
+  CHECK_LE(w.direction, 1e-7 * w.gradient, "the worst is ", w.name);
+  element = std::max(element, w.element / w.gradient), direction = std::max(direction, w.direction / w.gradient);
+  test::note = sentence("differences ", element, " of the largest gradient, ", direction, " along random directions");
+}
+
+// ---- ops
+
+TEST(gradient_of_linear) {
+  Param w = random_param("w", {5, 3, 2}, 2), bias = random_param("bias", {3, 2}, 3);
+  for (Param* b : {&bias, static_cast<Param*>(nullptr)}) {
+    std::vector<Param*> params = {&w};
+    if (b) params.push_back(b);
+    check_gradients({random_tensor({7, 5}, 1)}, params,
+                    [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, linear(tape, x[0], w, b), 4); });
+  }
+}
+
+TEST(gradient_of_linear_transposed) {
+  Param w = random_param("w", {6, 5}, 2);
+  check_gradients({random_tensor({7, 5}, 1)}, {&w},
+                  [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, linear_transposed(tape, x[0], w, w.grad), 3); });
+}
+
+TEST(gradient_of_layernorm) {
+  Param gain = random_param("gain", {9}, 2), bias = random_param("bias", {9}, 3);
+  check_gradients({random_tensor({7, 9}, 1)}, {&gain, &bias},
+                  [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, layernorm(tape, x[0], gain, bias), 4); });
+}
+
+TEST(gradient_of_add_layernorm) {
+  Param gain = random_param("gain", {9}, 3), bias = random_param("bias", {9}, 4);
+  const std::vector<Tensor> x = {random_tensor({7, 9}, 1), random_tensor({7, 9}, 2)};
+  check_gradients(x, {&gain, &bias}, [&](Tape& tape, const std::vector<Var>& x) {  // both outputs used
+    const auto [sum, y] = add_layernorm(tape, x[0], x[1], gain, bias);
+    return weigh(tape, sum, 5) + weigh(tape, y, 6);
+  });
+  check_gradients(x, {&gain, &bias}, [&](Tape& tape, const std::vector<Var>& x) {  // only the normalised one
+    return weigh(tape, add_layernorm(tape, x[0], x[1], gain, bias).second, 6);
+  });
+}
+
+TEST(gradient_of_gelu_and_add) {
+  const std::vector<Tensor> x = {random_tensor({7, 9}, 1), random_tensor({7, 9}, 2)};
+  for (const Tensor& t : x) add_into(t, t);  // to [-2, 2), where gelu bends
+  check_gradients({x[0]}, {}, [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, gelu(tape, x[0]), 3); });
+  check_gradients(x, {}, [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, add(tape, x[0], x[1]), 3); });
+}
+
+static void check_attention(AttentionKind kind) {
+  const int64_t B = 2, T = 5, H = 2, D = 8;
+  check_gradients({random_tensor({B * T, 3 * H * D}, 1)}, {}, [&](Tape& tape, const std::vector<Var>& x) {
+    return weigh(tape, attention(tape, x[0], B, T, H, kind), 2);
+  });
+}
+
+TEST(gradient_of_plain_attention) { check_attention(AttentionKind::plain); }
+TEST(gradient_of_flash_attention) { check_attention(AttentionKind::flash); }
+
+TEST(gradient_of_embedding_and_cross_entropy) {
+  const int64_t B = 2, T = 4, C = 6, V = 7;
+  Param wte = random_param("wte", {V, C}, 1), wpe = random_param("wpe", {T, C}, 2);
+  const Tokens tokens(B, T, {3, 1, 3, 3, 0, 6, 1, 3}, {1, 3, 3, 0, 6, 1, 3, 5});
+  const Tensor total({1}, Dtype::f64, Memory::workspace);
+  check_gradients({}, {&wte, &wpe}, [&](Tape& tape, const std::vector<Var>&) {  // logits = x wte^T: wte is used twice
+    fill(total, 0);
+    cross_entropy(tape, linear_transposed(tape, embedding(tape, tokens, wte, wpe), wte, wte.grad), tokens.targets, 0.37, total);
+    return download(total)[0];
+  });
+}
+
+TEST(loss_is_the_same_with_and_without_its_gradient) {
+  const Tensor logits = random_tensor({6, 11}, 1), targets({6}, Dtype::i32, Memory::data), total({1}, Dtype::f64, Memory::workspace);
+  const std::vector<int> ids = {0, 10, 3, 4, 4, 7};
+  const std::vector<double> before = download(logits);
+  upload(targets, ids.data());
+  double losses[2], expected = 0;
+  for (bool recording : {false, true}) {
+    Tape tape(recording);
+    fill(total, 1000);  // it adds to what is there
+    cross_entropy(tape, Var{logits}, targets, 0.5, total);
+    losses[recording] = download(total)[0] - 1000;
+    CHECK_EQ(download(logits) == before, !recording);  // recording, the logits turned into their gradient
+  }
+  for (int r = 0; r < 6; r++) {
+    double sum = 0;
+    for (int v = 0; v < 11; v++) sum += std::exp(before[r * 11 + v]);
+    expected += 0.5 * (std::log(sum) - before[r * 11 + ids[r]]);
+  }
+  CHECK_EQ(losses[0], losses[1]);
+  CHECK_LE(std::abs(losses[0] - expected), 1e-12);
+  measured("loss ", losses[0]);
+}
+
+// ---- a value used twice
+
+TEST(gradient_of_a_value_used_twice) {
+  Param w = random_param("w", {6, 6}, 2), gain = random_param("gain", {6}, 3), bias = random_param("bias", {6}, 4);
+  const Tensor x = random_tensor({5, 6}, 1);
+  check_gradients({x}, {}, [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, add(tape, x[0], x[0]), 5); });
+  check_gradients({x}, {}, [&](Tape& tape, const std::vector<Var>& x) {  // one gradient reaches two gelus: neither may write in it
+    return weigh(tape, add(tape, gelu(tape, x[0]), gelu(tape, x[0])), 5);
+  });
+  check_gradients({x}, {&w, &gain, &bias}, [&](Tape& tape, const std::vector<Var>& x) {  // a residual stream, and w used twice
+    const Var inner = linear(tape, layernorm(tape, x[0], gain, bias), w, nullptr);
+    const auto [sum, y] = add_layernorm(tape, x[0], inner, gain, bias);
+    return weigh(tape, add(tape, add(tape, sum, linear(tape, y, w, nullptr)), x[0]), 5);
+  });
+  check_gradients({x}, {&gain, &bias}, [&](Tape& tape, const std::vector<Var>& x) {  // both terms of a sum are the same value
+    const auto [sum, y] = add_layernorm(tape, x[0], x[0], gain, bias);
+    return weigh(tape, add(tape, layernorm(tape, sum, gain, bias), layernorm(tape, sum, gain, bias)), 5) + weigh(tape, y, 6);
+  });
+}
+
+TEST(gradient_of_checkpoint) {
+  Param w = random_param("w", {6, 6}, 2), gain = random_param("gain", {6}, 3), bias = random_param("bias", {6}, 4);
+  const auto f = [&](Tape& tape, const Var& x) {
+    return add(tape, x, gelu(tape, linear(tape, layernorm(tape, x, gain, bias), w, &bias)));
+  };
+  check_gradients({random_tensor({5, 6}, 1)}, {&w, &gain, &bias}, [&](Tape& tape, const std::vector<Var>& x) {
+    const Var twice = checkpoint(tape, checkpoint(tape, x[0], f), f);
+    return weigh(tape, add(tape, twice, x[0]), 5);
+  });
+}
+
+// ---- a whole GPT
+
+static std::unique_ptr<Gpt> random_gpt(GptConfig config) {  // no weight is 0 or 1, so that none can be forgotten
+  auto gpt = std::make_unique<Gpt>(config, 1);
+  for (Param* p : gpt->params()) {
+    std::vector<double> values = noise(p->numel(), 100 + p->id);
+    for (double& v : values) v = 0.4 * v + (p->std == 0 ? p->mean : 0);
+    const Tensor exact({p->numel()}, Dtype::f64, Memory::workspace);
+    upload(exact, values.data());
+    cast(p->value, exact);
+  }
+  return gpt;
+}
+
+static void check_gpt(AttentionKind kind, bool recompute) {
+  const int64_t B = 2, T = 3;
+  auto gpt = random_gpt({.layers = 2, .width = 8, .heads = 2, .context = 4, .vocab = 7, .dtype = Dtype::f64, .attention = kind,
+                         .recompute = recompute});
+  const Tokens tokens(B, T, {3, 1, 3, 0, 6, 1}, {1, 3, 3, 6, 1, 5});
+  const Tensor total({1}, Dtype::f64, Memory::workspace);
+  check_gradients({}, gpt->params(), [&](Tape& tape, const std::vector<Var>&) {
+    fill(total, 0);
+    gpt->loss(tape, tokens, 1.0 / (B * T), total);
+    return download(total)[0];
+  }, [&] { gpt->finish_gradients(); });
+}
+
+TEST(gradient_of_gpt_with_plain_attention) { check_gpt(AttentionKind::plain, false); }
+TEST(gradient_of_gpt_with_flash_attention) { check_gpt(AttentionKind::flash, false); }
+TEST(gradient_of_gpt_with_recompute) { check_gpt(AttentionKind::plain, true); }
+
+// ---- who may write where
+
+static Tensor constant(double value) {
+  Tensor t({3}, Dtype::f64, Memory::activations);
+  fill(t, value);
+  return t;
+}
+
+TEST(accumulate_never_writes_into_a_gradient_that_others_hold) {
+  using Values = std::vector<double>;
+  const auto slot = [](Tensor t) { return std::make_shared<Tensor>(std::move(t)); };
+  const auto all = [](double v) { return Values(3, v); };
+
+  auto grad = slot({});  // empty: takes g as it is
+  Tensor g = constant(1);
+  accumulate(grad, g);
+  CHECK_EQ(grad->raw(), g.raw());
+
+  grad = slot(constant(1));  // the gradient is ours alone: g is added in place
+  void* mine = grad->raw();
+  g = constant(2);
+  accumulate(grad, g);
+  CHECK_EQ(grad->raw(), mine);
+  CHECK(download(*grad) == all(3) && download(g) == all(2));
+
+  Tensor held = constant(1);  // somebody holds ours, nobody holds g: the sum goes into g
+  grad = slot(held);
+  g = constant(2);
+  void* theirs = g.raw();
+  accumulate(grad, std::move(g));
+  CHECK_EQ(grad->raw(), theirs);
+  CHECK(download(*grad) == all(3) && download(held) == all(1));
+
+  grad = slot(held);  // both are held: a new tensor
+  g = constant(2);
+  accumulate(grad, g);
+  CHECK(grad->raw() != held.raw() && grad->raw() != g.raw());
+  CHECK(download(*grad) == all(3) && download(held) == all(1) && download(g) == all(2));
+  measured("all four cases");
+}
+
+// Runs f's backward with a gradient that the test holds too (or not); the gradient must keep its bits. Returns what activations grew by.
+static int64_t growth(bool hold, const std::function<Var(Tape&, const Var&)>& f) {
+  Tape tape;
+  const Var x{random_tensor({4, 6}, 1)};
+  Var y = f(tape, x);
+  *y.grad = random_tensor(y.value.shape(), 2);
+  y.value = Tensor();
+  const Tensor held = hold ? *y.grad : Tensor();
+  const std::vector<double> before = hold ? download(held) : std::vector<double>();
+  MemoryUse& m = device().memory;
+  const int64_t start = m.now[int(Memory::activations)];
+  m.peak = m.now;
+  tape.backward();
+  CHECK(!hold || download(held) == before, "the backward wrote into a gradient that somebody else holds");
+  return m.peak[int(Memory::activations)] - start;
+}
+
+TEST(gradients_are_overwritten_in_place_only_when_nobody_holds_them) {
+  Param gain = random_param("gain", {6}, 3), bias = random_param("bias", {6}, 4);
+  const int64_t one = 4 * 6 * 8;  // bytes of an activation
+  const auto run_gelu = [](Tape& tape, const Var& x) { return gelu(tape, x); };
+  const auto run_add = [](Tape& tape, const Var& x) { return add(tape, x, x); };
+  const auto run_residual = [&](Tape& tape, const Var& x) { return add(tape, x, layernorm(tape, x, gain, bias)); };
+  CHECK_EQ(growth(false, run_gelu), 0);
+  CHECK_EQ(growth(true, run_gelu), one);
+  CHECK_EQ(growth(false, run_add), one);  // both terms want it: the sum needs memory of its own
+  CHECK_EQ(growth(true, run_add), one);
+  CHECK_EQ(growth(false, run_residual), one);  // the layernorm's dy is the residual's gradient as well
+  CHECK_EQ(growth(true, run_residual), one);
+
+  // a residual gradient that only the layernorm reads is updated in place
+  Tape tape;
+  const Var x{random_tensor({4, 6}, 1)};
+  const Var y = layernorm(tape, x, gain, bias);
+  *y.grad = random_tensor({4, 6}, 2), *x.grad = random_tensor({4, 6}, 3);
+  const void* residual = x.grad->raw();
+  tape.backward();
+  CHECK_EQ(x.grad->raw(), residual);
+  measured("gelu, add, residual and layernorm");
+}
+
+TEST(deferred_weight_gradients_wait_for_their_turn) {
+  Param w = random_param("w", {6, 5}, 2), bias = random_param("bias", {5}, 3);
+  std::deque<std::function<void()>> deferred;
+  std::vector<double> now;
+  for (auto* queue : {static_cast<decltype(&deferred)>(nullptr), &deferred}) {
+    fill(w.grad, 0);
+    fill(bias.grad, 0);
+    Tape tape;
+    tape.deferred = queue;
+    const Var x{random_tensor({4, 6}, 1)};
+    weigh(tape, linear(tape, x, w, &bias), 4);
+    tape.backward();
+    CHECK(!x.grad->empty());
+    if (!queue) now = download(w.grad);
+  }
+  CHECK_EQ(deferred.size(), size_t(1));
+  CHECK(download(w.grad) == std::vector<double>(30, 0) && download(bias.grad) == std::vector<double>(5, 0));
+  deferred.front()();
+  CHECK(download(w.grad) == now);
+  measured("one closure, the same 30 gradients afterwards");
+}
+
+// ---- memory
+
+struct Footprint { int64_t before, held, after, peak; };  // bytes of activations: forward done, backward done, highest
+
+static Footprint footprint(bool recompute) {
+  const int64_t B = 2, T = 8;
+  auto gpt = random_gpt({.layers = 4, .width = 16, .heads = 2, .context = T, .vocab = 16, .dtype = Dtype::f32, .recompute = recompute});
+  std::vector<int> ids(B * T, 3);
+  const Tokens tokens(B, T, ids, ids);
+  const Tensor total({1}, Dtype::f64, Memory::workspace);
+  fill(total, 0);
+  MemoryUse& m = device().memory;
+  const int a = int(Memory::activations);
+  Footprint f{m.now[a], 0, 0, 0};
+  m.peak = m.now;
+  Tape tape;
+  gpt->loss(tape, tokens, 1, total);
+  f.held = m.now[a];
+  tape.backward();
+  f.after = m.now[a], f.peak = m.peak[a];
+  return f;
+}
+
+TEST(backward_returns_every_activation) {
+  for (bool recompute : {false, true}) {
+    const Footprint f = footprint(recompute);
+    CHECK_LE(1000, f.held - f.before);
+    CHECK_EQ(f.after, f.before);
+    measured(recompute ? ", with recompute " : "held after the forward ", f.held - f.before, " bytes, after the backward ",
+             f.after - f.before);
+  }
+}
+
+TEST(recompute_lowers_the_peak_of_activations) {
+  const Footprint without = footprint(false), with = footprint(true);
+  measured("peak ", without.peak, " bytes without, ", with.peak, " with recompute (4 layers)");
+  CHECK_LE(with.peak, without.peak / 2);
+}
+
+TEST(the_tape_drops_each_entry_once_it_has_run) {
+  Tape tape;
+  MemoryUse& m = device().memory;
+  const int64_t before = m.total;
+  int64_t seen = -1;
+  tape.push([&] { seen = m.total - before; });
+  {
+    const Tensor big({1000}, Dtype::f64, Memory::activations);
+    tape.push([big] { CHECK_EQ(device().memory.now[int(Memory::activations)] >= 8000, true); });
+  }
+  CHECK_EQ(m.total - before, 8000);
+  tape.backward();
+  CHECK_EQ(seen, 0);
+  measured("8000 bytes held by one entry were back when the next one ran");
+}
+
+TEST(a_tape_that_does_not_record_keeps_nothing) {
+  const int64_t before = device().memory.total;
+  {
+    Tape tape(false);
+    const Var x{random_tensor({4, 6}, 1)};
+    const Var y = gelu(tape, gelu(tape, x));
+    CHECK_EQ(tape.size(), size_t(0));
+    CHECK_EQ(device().memory.total - before, 2 * 4 * 6 * 8);  // x and y; the value between them is gone
+  }
+  CHECK_EQ(device().memory.total, before);
+  measured("x and y only");
+}
+
+TEST(a_gradient_that_was_never_computed_is_named) {
+  Tape tape;
+  const Var y = gelu(tape, Var{random_tensor({4, 6}, 1)});
+  CHECK_SAYS(tape.backward(), "was not computed before it was needed");
+  measured("a sentence");
+}
+
+int main(int argc, char** argv) { return run_tests(argc, argv); }

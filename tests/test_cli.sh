@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# test_cli.sh: train_gpt as a user meets it: it learns, it repeats itself bit for bit, and bad input gets a sentence and a non-zero exit.
+set -u
+cd "$(dirname "$0")/.."
+train=build/cpu/train_gpt
+dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
+
+ok()   { echo "ok   $1  ${2:-}"; passed=$((passed + 1)); }
+fail() { echo "FAIL $1  ${2:-}"; failed=$((failed + 1)); }
+
+# refuses NAME 'part of the sentence' ARGS...: exits non-zero, says it on stderr in one line, prints no step
+refuses() {
+  local name=$1 part=$2; shift 2
+  if timeout 60 $train "$@" >"$dir/out" 2>"$dir/err"; then fail "$name" "exit status 0"
+  elif ! grep -qF -- "$part" "$dir/err"; then fail "$name" "said: $(head -c 300 "$dir/err")"
+  else ok "$name" "$(head -1 "$dir/err" | cut -c1-150)"; fi
+}
+losses() { sed -n 's/.*"loss":\([^,]*\),"grad_norm":\([^,]*\).*/\1 \2/p' "$1"; }
+small="--model tiny --layers 2 --width 32 --heads 2 --context 32 --batch 8 --steps 12"
+
+# ---- what it does
+
+$train $small --metrics "$dir/a.jsonl" --steps 60 --lr 3e-3 >"$dir/out" 2>&1
+first=$(losses "$dir/a.jsonl" | head -1 | cut -d' ' -f1) last=$(losses "$dir/a.jsonl" | tail -1 | cut -d' ' -f1)
+if awk "BEGIN { exit !($first > 5 && $last < 0.75 * $first) }"; then ok the_loss_falls_on_real_text "$first to $last in 60 steps"; else fail the_loss_falls_on_real_text "$first to $last: $(tail -3 "$dir/out")"; fi
+
+for dtype in f32 bf16 f64; do
+  $train $small --dtype $dtype --metrics "$dir/a.jsonl" >/dev/null 2>&1; $train $small --dtype $dtype --metrics "$dir/b.jsonl" >/dev/null 2>&1
+  if [ -s "$dir/a.jsonl" ] && [ "$(losses "$dir/a.jsonl")" = "$(losses "$dir/b.jsonl")" ]; then ok two_runs_give_identical_losses_$dtype "$(losses "$dir/a.jsonl" | wc -l) steps"; else fail two_runs_give_identical_losses_$dtype; fi
+done
+for matmul in cublas own; do for attention in plain flash; do
+  $train $small --matmul $matmul --attention $attention --metrics "$dir/a.jsonl" >/dev/null 2>&1
+  $train $small --matmul $matmul --attention $attention --recompute --metrics "$dir/b.jsonl" >/dev/null 2>&1
+  if [ -s "$dir/a.jsonl" ] && [ "$(losses "$dir/a.jsonl")" = "$(losses "$dir/b.jsonl")" ]; then ok recompute_gives_the_same_bits_${matmul}_$attention "$(losses "$dir/a.jsonl" | tail -1)"; else fail recompute_gives_the_same_bits_${matmul}_$attention; fi
+done; done
+$train $small --dtype f64 --metrics "$dir/a.jsonl" >/dev/null 2>&1; $train $small --dtype f64 --microbatch 2 --metrics "$dir/b.jsonl" >/dev/null 2>&1
+worst=$(paste <(losses "$dir/a.jsonl") <(losses "$dir/b.jsonl") | awk 'function abs(x) { return x < 0 ? -x : x } { d = abs($1 - $3) / $1; if (d > w) w = d } END { if (NR == 12) print w; else print 1 }')
+if awk "BEGIN { exit !($worst <= 1e-12) }"; then ok four_micro_batches_equal_one_batch_f64 "largest relative difference of the loss $worst in 12 steps"; else fail four_micro_batches_equal_one_batch_f64 "$worst"; fi
+
+# ---- what it refuses
+
+printf 'short' >"$dir/short.txt"; : >"$dir/empty.txt"; seq 4000 >"$dir/good.txt"
+head -c 2048 /dev/zero >"$dir/magic.bin"; printf '\x01\x02\x03\x04' | dd of="$dir/magic.bin" conv=notrunc 2>/dev/null
+bin() { # bin FILE TOKENS_PROMISED TOKENS_WRITTEN VALUE: llm.c's format
+  perl -e 'my ($f, $p, $w, $v) = @ARGV; open(F, ">", $f); binmode F; print F pack("l<256", 20240520, 1, $p, (0) x 253), pack("v*", ($v) x $w)' "$@"; }
+bin "$dir/good.bin" 5000 5000 7; bin "$dir/cut.bin" 5000 100 7; bin "$dir/vocab.bin" 5000 5000 300
+
+refuses an_unknown_option_is_refused "--lerning-rate" --lerning-rate 1
+refuses a_missing_value_is_refused "--steps" --steps
+refuses zero_steps_are_refused "--steps" --steps 0
+refuses a_negative_batch_is_refused "--batch" --batch -3
+refuses a_rate_that_is_no_number_is_refused "--lr" --lr fast
+refuses an_unknown_model_is_refused "--model" --model gpt5
+refuses a_missing_file_is_refused "nowhere.txt" --data "$dir/nowhere.txt"
+refuses an_empty_file_is_refused "empty" --data "$dir/empty.txt"
+refuses a_short_file_is_refused "short" --data "$dir/short.txt"
+refuses a_truncated_shard_is_refused "5000" --data "$dir/cut.bin"
+refuses a_token_outside_the_vocabulary_is_refused "300" --data "$dir/vocab.bin"
+refuses mixed_formats_are_refused "good" --data "$dir/good.bin" "$dir/good.txt"
+refuses an_unwritable_metrics_path_is_refused "/nowhere/metrics.jsonl" $small --metrics /nowhere/metrics.jsonl
+refuses heads_that_do_not_divide_are_refused "head" --width 100 --heads 3
+refuses a_batch_that_does_not_divide_is_refused "micro-batch" --batch 8 --microbatch 3
+refuses a_loss_that_is_not_finite_stops_with_the_step "at step" $small --lr 1e30 --clip 0
+refuses what_does_not_fit_says_what_holds_the_memory "parameters" --device-memory 5
+
+if $train --help | grep -q -- --device-memory; then ok help_lists_the_options; else fail help_lists_the_options; fi
+$train $small --data "$dir/good.bin" --steps 2 --sample 3 >"$dir/out" 2>&1 && ok a_shard_trains "$(grep '^data' "$dir/out")" || fail a_shard_trains "$(tail -1 "$dir/out")"
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]

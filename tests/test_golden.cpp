@@ -1,0 +1,267 @@
+// test_golden.cpp: the whole of training, model, loss, backward, clipping and AdamW, against what PyTorch computed once (tests/golden.py,
+// tests/golden.bin), and against itself where two ways must give the same bits.
+//
+// differences are relative: the largest absolute difference over the largest magnitude of the same kind in the whole model
+// bounds      f64 1e-12: rounding. f32 and bf16 are stated, with their reasons, at `Bounds`.
+#include <algorithm>
+#include <fstream>
+
+#include "gpt.h"
+#include "optimizer.h"
+#include "tests/test.h"
+
+// ---- what PyTorch computed
+
+struct Golden {
+  int layers = 0, width = 0, heads = 0, context = 0, vocab = 0, batch = 0, steps = 0;
+  uint64_t seed = 0;
+  double lr = 0, clip = 0, decay = 0;
+  std::vector<int> inputs, targets;
+  std::vector<float> initial;  // all parameters, in the order of Gpt::params()
+  std::vector<double> logits, losses, norms, gradients, weights;
+};
+
+class Reader {
+ public:
+  explicit Reader(const std::string& path) : file_(path, std::ios::binary) {
+    REQUIRE(file_, "cannot open ", path, ": run the tests from the directory of the Makefile");
+  }
+  template <class T> std::vector<T> many(size_t n) {
+    std::vector<T> values(n);
+    REQUIRE(file_.read(reinterpret_cast<char*>(values.data()), n * sizeof(T)), "golden.bin ends too early");
+    return values;
+  }
+  template <class T> T one() { return many<T>(1)[0]; }
+  bool at_end() { return file_.peek() == EOF; }
+
+ private:
+  std::ifstream file_;
+};
+
+static Golden read_golden() {
+  Reader in(std::string(__FILE__).substr(0, sizeof __FILE__ - sizeof "test_golden.cpp") + "golden.bin");
+  const std::vector<int> header = in.many<int>(8);
+  REQUIRE(header[0] == 0x33444c47, "golden.bin is not what tests/golden.py writes");
+  Golden g;
+  g.layers = header[1], g.width = header[2], g.heads = header[3], g.context = header[4], g.vocab = header[5];
+  g.batch = header[6], g.steps = header[7], g.seed = in.one<uint64_t>();
+  g.lr = in.one<double>(), g.clip = in.one<double>(), g.decay = in.one<double>();
+  for (int b = 0; b < g.batch; b++) {
+    const std::vector<int> row = in.many<int>(g.context + 1);
+    g.inputs.insert(g.inputs.end(), row.begin(), row.end() - 1);
+    g.targets.insert(g.targets.end(), row.begin() + 1, row.end());
+  }
+  const size_t P = parameter_count({g.layers, g.width, g.heads, g.context, g.vocab});
+  g.initial = in.many<float>(P);
+  g.logits = in.many<double>(g.inputs.size() * g.vocab);
+  g.losses = in.many<double>(g.steps), g.norms = in.many<double>(g.steps);
+  g.gradients = in.many<double>(P), g.weights = in.many<double>(P);
+  REQUIRE(in.at_end(), "golden.bin is longer than expected");
+  return g;
+}
+
+static const Golden& golden() {
+  static const Golden g = read_golden();
+  return g;
+}
+
+// ---- the same with Threefold
+
+struct How {
+  Dtype dtype = Dtype::f64;
+  AttentionKind attention = AttentionKind::plain;
+  bool recompute = false, deferred = false;
+  int micro_batch = 0;  // sequences; 0: the whole batch
+  int steps = 0;        // 0: as many as PyTorch took
+  double clip = -1, decay = -1;  // negative: the golden values
+};
+
+struct Run {
+  std::vector<double> initial, logits, losses, norms, gradients, weights;  // as in Golden
+  std::vector<std::string> names;                                          // of each element of the gradients and weights
+};
+
+static std::vector<double> gather(Gpt& gpt, Tensor Param::*which) {
+  std::vector<double> all;
+  for (Param* p : gpt.params()) {
+    const std::vector<double> values = download(p->*which);
+    all.insert(all.end(), values.begin(), values.end());
+  }
+  return all;
+}
+
+// One step's loss and gradients, as train_gpt computes them.
+static double loss_and_gradients(Gpt& gpt, const How& how) {
+  const Golden& g = golden();
+  const int micro = how.micro_batch ? how.micro_batch : g.batch;
+  const Tensor total({1}, Dtype::f64, Memory::workspace);
+  fill(total, 0);
+  gpt.zero_gradients();
+  for (int b = 0; b < g.batch; b += micro) {
+    const auto rows = [&](const std::vector<int>& v) {
+      return std::vector<int>(v.begin() + b * g.context, v.begin() + (b + micro) * g.context);
+    };
+    Tape tape;
+    std::deque<std::function<void()>> waiting;
+    if (how.deferred) tape.deferred = &waiting;
+    gpt.loss(tape, Tokens(micro, g.context, rows(g.inputs), rows(g.targets)), 1.0 / g.inputs.size(), total);
+    tape.backward();
+    if (how.deferred) CHECK(!waiting.empty(), "no weight gradient was deferred");
+    for (auto& work : waiting) work();
+  }
+  gpt.finish_gradients();
+  return download(total)[0];
+}
+
+static std::vector<double> forward_logits(Gpt& gpt) {
+  const Golden& g = golden();
+  Tape tape(false);
+  const Tokens tokens(g.batch, g.context, g.inputs, g.targets);
+  Var x = gpt.embed(tape, tokens);
+  for (int layer = 0; layer < g.layers; layer++) x = gpt.block(tape, layer, x, g.batch, g.context);
+  return download(gpt.logits(tape, x).value);
+}
+
+static Run train(const How& how) {
+  const Golden& g = golden();
+  GptConfig config{g.layers, g.width, g.heads, g.context, g.vocab};
+  config.dtype = how.dtype, config.attention = how.attention, config.recompute = how.recompute;
+  Gpt gpt(config, g.seed);
+  Optimizer optimizer(gpt.params(), how.clip < 0 ? g.clip : how.clip, how.decay < 0 ? g.decay : how.decay);
+  Run run;
+  for (Param* p : gpt.params()) run.names.insert(run.names.end(), p->numel(), p->name);
+  run.initial = gather(gpt, &Param::value);
+  run.logits = forward_logits(gpt);
+  for (int step = 0; step < (how.steps ? how.steps : g.steps); step++) {
+    run.losses.push_back(loss_and_gradients(gpt, how));
+    if (step == 0) run.gradients = gather(gpt, &Param::grad);
+    optimizer.step(g.lr);
+    run.norms.push_back(optimizer.norm());
+  }
+  for (const Shard& s : optimizer.shards()) {  // the master weights, when the model computes in bf16
+    const std::vector<double> values = download(s.weights);
+    run.weights.insert(run.weights.end(), values.begin(), values.end());
+  }
+  return run;
+}
+
+// The largest |a - b| over the largest |b|; NaN if anything is.
+static double difference(const std::vector<double>& a, const std::vector<double>& b) {
+  CHECK_EQ(a.size(), b.size());
+  double worst = 0, scale = 0;
+  for (size_t i = 0; i < a.size(); i++) {
+    if (!std::isfinite(a[i]) || !std::isfinite(b[i])) return NAN;
+    worst = std::max(worst, std::abs(a[i] - b[i]));
+    scale = std::max(scale, std::abs(b[i]));
+  }
+  return worst / scale;
+}
+
+// Where the worst element is, for the sentence of a failure.
+static std::string worst_name(const Run& run, const std::vector<double>& a, const std::vector<double>& b) {
+  size_t worst = 0;
+  for (size_t i = 0; i < a.size(); i++)
+    if (!(std::abs(a[i] - b[i]) <= std::abs(a[worst] - b[worst]))) worst = i;
+  return sentence("the worst is in ", run.names[worst], ": ", a[worst], ", expected ", b[worst]);
+}
+
+struct Bounds { double logits, loss, gradients, norm, weights; };
+
+static void compare(const How& how, const Bounds& bounds) {
+  const Golden& g = golden();
+  const Run run = train(how);
+  const double logits = difference(run.logits, g.logits), loss = difference(run.losses, g.losses), norm = difference(run.norms, g.norms);
+  const double gradients = difference(run.gradients, g.gradients), weights = difference(run.weights, g.weights);
+  measured("differences: logits ", logits, ", losses ", loss, ", gradients ", gradients, ", norms ", norm, ", weights after ", g.steps,
+           " steps ", weights);
+  CHECK_LE(logits, bounds.logits);
+  CHECK_LE(loss, bounds.loss);
+  CHECK_LE(gradients, bounds.gradients, worst_name(run, run.gradients, g.gradients));
+  CHECK_LE(norm, bounds.norm);
+  CHECK_LE(weights, bounds.weights, worst_name(run, run.weights, g.weights));
+}
+
+static void expect_same_bits(const Run& a, const Run& b) {
+  CHECK(a.logits == b.logits, "logits differ by ", difference(a.logits, b.logits));
+  CHECK(a.losses == b.losses, "losses differ by ", difference(a.losses, b.losses));
+  CHECK(a.gradients == b.gradients, "gradients differ by ", difference(a.gradients, b.gradients), "; ",
+        worst_name(a, a.gradients, b.gradients));
+  CHECK(a.norms == b.norms, "norms differ by ", difference(a.norms, b.norms));
+  CHECK(a.weights == b.weights, "weights differ by ", difference(a.weights, b.weights), "; ", worst_name(a, a.weights, b.weights));
+}
+
+// ---- against PyTorch
+
+TEST(initial_weights_equal_golden_bit_for_bit) {
+  const Golden& g = golden();
+  Gpt gpt({g.layers, g.width, g.heads, g.context, g.vocab}, g.seed);
+  size_t i = 0;
+  for (Param* p : gpt.params())
+    for (double value : download(p->value)) {
+      CHECK(i < g.initial.size(), "more weights than golden.bin has");
+      CHECK_EQ(float(value), g.initial[i], "weight ", i, ", in ", p->name);
+      i++;
+    }
+  CHECK_EQ(i, g.initial.size());
+  measured(i, " weights");
+}
+
+constexpr Bounds kRounding = {1e-12, 1e-12, 1e-12, 1e-12, 1e-12};
+// BOUNDS32
+constexpr Bounds kSingle = {1e-5, 1e-5, 1e-5, 1e-5, 1e-2};
+// BOUNDS16
+constexpr Bounds kBrain = {3e-2, 3e-2, 3e-2, 3e-2, 3e-2};
+
+TEST(f64_equals_pytorch_with_plain_attention) { compare({.attention = AttentionKind::plain}, kRounding); }
+TEST(f64_equals_pytorch_with_flash_attention) { compare({.attention = AttentionKind::flash}, kRounding); }
+TEST(f32_equals_pytorch_with_plain_attention) { compare({.dtype = Dtype::f32, .attention = AttentionKind::plain}, kSingle); }
+TEST(f32_equals_pytorch_with_flash_attention) { compare({.dtype = Dtype::f32, .attention = AttentionKind::flash}, kSingle); }
+TEST(bf16_equals_pytorch_with_plain_attention) { compare({.dtype = Dtype::bf16, .attention = AttentionKind::plain}, kBrain); }
+TEST(bf16_equals_pytorch_with_flash_attention) { compare({.dtype = Dtype::bf16, .attention = AttentionKind::flash}, kBrain); }
+
+// Adam hides a wrong scale; these must not hide behind it.
+TEST(weights_show_a_missing_clip_or_decay) {
+  const double unclipped = difference(train({.clip = 0}).weights, golden().weights);
+  const double undecayed = difference(train({.decay = 0}).weights, golden().weights);
+  measured("weights differ by ", unclipped, " without clipping, ", undecayed, " without weight decay");
+  CHECK_LE(1e-6, unclipped);
+  CHECK_LE(1e-6, undecayed);
+}
+
+// ---- against itself
+
+TEST(two_runs_give_the_same_bits) {
+  for (Dtype dtype : {Dtype::f64, Dtype::f32, Dtype::bf16})
+    for (AttentionKind attention : {AttentionKind::plain, AttentionKind::flash}) {
+      const How how{.dtype = dtype, .attention = attention, .steps = 2};
+      expect_same_bits(train(how), train(how));
+    }
+  measured("f64, f32, bf16, plain and flash attention, 2 steps");
+}
+
+TEST(recomputed_activations_give_the_same_bits) {
+  for (Dtype dtype : {Dtype::f64, Dtype::f32, Dtype::bf16})
+    for (AttentionKind attention : {AttentionKind::plain, AttentionKind::flash})
+      expect_same_bits(train({.dtype = dtype, .attention = attention, .recompute = true, .steps = 2}),
+                       train({.dtype = dtype, .attention = attention, .steps = 2}));
+  measured("f64, f32, bf16, plain and flash attention, 2 steps");
+}
+
+TEST(deferred_weight_gradients_give_the_same_bits) {
+  for (bool recompute : {false, true})
+    expect_same_bits(train({.dtype = Dtype::f32, .recompute = recompute, .deferred = true, .micro_batch = 1, .steps = 2}),
+                     train({.dtype = Dtype::f32, .micro_batch = 1, .steps = 2}));
+  measured("f32, with and without recompute, 3 micro-batches, 2 steps");
+}
+
+TEST(micro_batches_add_up_to_one_batch) {
+  const Run micro = train({.micro_batch = 1}), whole = train({});
+  const double loss = difference(micro.losses, whole.losses), gradients = difference(micro.gradients, whole.gradients);
+  const double weights = difference(micro.weights, whole.weights);
+  measured("3 micro-batches in f64: losses ", loss, ", gradients ", gradients, ", weights ", weights);
+  CHECK_LE(loss, 1e-12);
+  CHECK_LE(gradients, 1e-12, worst_name(whole, micro.gradients, whole.gradients));
+  CHECK_LE(weights, 1e-12, worst_name(whole, micro.weights, whole.weights));
+}
+
+int main(int argc, char** argv) { return run_tests(argc, argv); }

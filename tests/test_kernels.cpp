@@ -1,0 +1,612 @@
+// test_kernels.cpp: layernorm, elementwise, embedding, cross-entropy and AdamW kernels against plain loops in double precision.
+//
+// inputs    numbers that the dtype holds exactly, so that the reference sees what the kernel sees; parts of tensors at even and odd
+//           addresses, with guards before and behind them that must survive
+// measure   largest difference / largest magnitude of that output in the reference
+// bounds    f64 1e-13: some hundred roundings of 1e-16; f32 2e-6: some tens of 6e-8; bf16: the f32 bound plus 2^-8, the rounding of the result
+//           to 8 bits (half of the last, which is 2^-7 of a number just above a power of 2). Sums in f64 of any dtype: the f64 bound.
+// orders    FAITHFUL: each case runs with the threads in forward, reverse and random order. FAST: large cases with 1 and 2 OpenMP threads
+//           give the same bits.
+#include <algorithm>
+#include <cstdint>
+#include <map>
+#include <tuple>
+#ifdef CPU_FAST
+#include <omp.h>
+#endif
+
+#include "kernels/kernels.h"
+#include "tests/test.h"
+
+using Values = std::vector<double>;
+
+// ---- numbers
+
+static double rounded(double x, Dtype dtype) {  // to nearest, ties to even; to bf16 through f32, as the kernels do
+  if (dtype == Dtype::f64 || dtype == Dtype::i32) return x;
+  const float f = float(x);
+  if (dtype == Dtype::f32) return f;
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  float b;
+  memcpy(&b, &bits, 4);
+  return b;
+}
+
+static uint64_t state;
+static uint32_t next() {  // splitmix64
+  uint64_t z = state += 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return uint32_t((z ^ (z >> 31)) >> 32);
+}
+static Values numbers(int64_t n, Dtype dtype, double scale = 1, double center = 0) {  // evenly between center - scale and center + scale
+  Values v(n);
+  for (double& x : v) x = rounded(center + scale * (next() / 2147483648.0 - 1), dtype);
+  return v;
+}
+static Values tokens_below(int64_t n, int64_t V) {
+  Values v(n);
+  for (double& x : v) x = next() % V;
+  return v;
+}
+
+// ---- arrays on the device: values between guards, at addresses that the case chooses
+
+// Where the arrays of a case begin: all at multiples of 256 bytes; each some elements behind one; all but one. (A kernel that looks at the
+// alignment of all its arguments but one fails in the last.)
+enum class Addresses { aligned, odd, one_odd };
+static Addresses addresses;
+static int64_t cases, arrays;  // cases so far; arrays of this case so far
+static int64_t elements_behind_boundary() {
+  const int64_t j = arrays++;
+  return addresses == Addresses::aligned ? 0 : addresses == Addresses::odd ? 1 + j % 16 : j == cases % 8;
+}
+
+struct Array {
+  Tensor whole, tensor;
+  Dtype dtype;
+  static constexpr int64_t kGuard = 64;
+  static constexpr double kSentinel = 77;
+
+  Array(const Values& v, Dtype dtype) : dtype(dtype) {
+    const int64_t n = int64_t(v.size()), first = kGuard + elements_behind_boundary();
+    Values all(first + n + kGuard, kSentinel);
+    std::copy(v.begin(), v.end(), all.begin() + first);
+    whole = Tensor({int64_t(all.size())}, dtype, Memory::data);
+    if (dtype == Dtype::i32) {
+      const std::vector<int> ints(all.begin(), all.end());
+      upload(whole, ints.data());
+      synchronize();
+    } else {
+      const Tensor exact({int64_t(all.size())}, Dtype::f64, Memory::data);
+      upload(exact, all.data());
+      cast(whole, exact);
+      synchronize();
+    }
+    tensor = whole.part(first, {n});
+  }
+  static Array blank(int64_t n, Dtype dtype) { return Array(Values(n, kSentinel), dtype); }
+  Array& shaped(Shape shape) { tensor = tensor.view(std::move(shape)); return *this; }
+
+  operator const Tensor&() const { return tensor; }
+  Values values() const {
+    const Values all = download(whole);
+    const int64_t n = tensor.numel(), first = (static_cast<char*>(tensor.raw()) - static_cast<char*>(whole.raw())) / int64_t(size_of(dtype));
+    for (int64_t i = 0; i < int64_t(all.size()); i++)
+      if (i < first || i >= first + n) CHECK_EQ(all[i], kSentinel, "element ", i - first, " of ", n, " was written");
+    return Values(all.begin() + first, all.begin() + first + n);
+  }
+};
+
+// ---- cases
+
+struct Expected {
+  std::string name;
+  Values values;
+  double bound;
+};
+
+static double bound(Dtype dtype) { return dtype == Dtype::f64 ? 1e-13 : dtype == Dtype::f32 ? 2e-6 : 2e-6 + std::ldexp(1, -8); }
+
+static std::map<std::string, double> worst;  // of this test, by dtype
+
+static double difference(const Values& a, const Values& b) {
+  CHECK_EQ(a.size(), b.size());
+  double largest = 0, d = 0;
+  for (size_t i = 0; i < a.size(); i++) {
+    largest = std::max(largest, std::abs(b[i]));
+    if (!(std::abs(a[i] - b[i]) <= d)) d = std::abs(a[i] - b[i]);  // a NaN stays
+  }
+  return largest > 0 ? d / largest : d;
+}
+
+// `run` makes its arrays, launches and returns the outputs; it runs in every order of threads that this build knows.
+using Outputs = std::vector<Values>;
+using Run = std::function<Outputs()>;
+
+static void compare(const std::string& what, Dtype dtype, const Outputs& outputs, const std::vector<Expected>& expected) {
+  CHECK_EQ(outputs.size(), expected.size(), what);
+  for (size_t i = 0; i < expected.size(); i++) {
+    const double d = difference(outputs[i], expected[i].values);
+    CHECK_LE(d, expected[i].bound, what, ": ", expected[i].name);
+    double& w = worst[name_of(dtype)];
+    w = std::max(w, d);
+  }
+}
+
+static Outputs run_once(const Run& run) {
+  arrays = 0;
+  return run();  // braces make the arrays in the order in which they are written
+}
+
+static void verify(const std::string& what, Dtype dtype, const Run& run, const std::vector<Expected>& expected) {
+  const std::string where = sentence(what, ", ", name_of(dtype), ", addresses ", int(addresses));
+  cases++;
+#ifdef CPU_FAITHFUL
+  const std::pair<cpu::Order, uint64_t> orders[] = {{cpu::Order::forward, 1}, {cpu::Order::reverse, 1},
+                                                    {cpu::Order::random, uint64_t(2 * cases)}, {cpu::Order::random, uint64_t(2 * cases + 1)}};
+  for (const auto& [order, seed] : orders) {
+    cpu::run_in_order(order, seed);
+    compare(sentence(where, ", order ", int(order), " seed ", seed), dtype, run_once(run), expected);
+  }
+  cpu::run_in_order(cpu::Order::forward);
+#else
+  compare(where, dtype, run_once(run), expected);
+#endif
+}
+
+static void report() {
+  const char* comma = "";
+  measured("max|d|/max|y| = ");
+  for (const auto& [dtype, d] : worst) {
+    char text[40];
+    snprintf(text, sizeof text, "%s%s %.1e", comma, dtype.c_str(), d);
+    measured(text);
+    comma = ", ";
+  }
+}
+
+// Calls f() for every kind of address.
+template <class F> static void for_addresses(F f) {
+  for (Addresses a : {Addresses::aligned, Addresses::odd, Addresses::one_odd}) {
+    addresses = a;
+    f();
+  }
+  addresses = Addresses::aligned;
+}
+
+// Calls f(dtype) for every dtype and every kind of address.
+template <class F> static void for_dtypes(F f) {
+  worst.clear();
+  state = 1;
+  for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64}) for_addresses([&] { f(dtype); });
+  report();
+}
+
+#ifdef CPU_FAST
+constexpr bool kFast = true;  // chunks of rows are longer there (elementwise.cu, layernorm.cu)
+#else
+constexpr bool kFast = false;
+#endif
+static const std::vector<int64_t> kWidths = {1, 31, 33, 128, 1000};
+
+// ---- elementwise
+
+static double gelu(double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
+static double gelu_slope(double x) {
+  const double t = std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x));
+  return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * std::sqrt(2 / M_PI) * (1 + 3 * 0.044715 * x * x);
+}
+
+static const std::vector<int64_t> kSizes = {1, 7, 4096, 4099, 9001};  // around a tile of 4096
+
+TEST(add_is_the_sum) {
+  for_dtypes([](Dtype dtype) {
+    for (int64_t n : kSizes) {
+      const Values a = numbers(n, dtype), b = numbers(n, dtype, 3);
+      Values y(n);
+      for (int64_t i = 0; i < n; i++) y[i] = a[i] + b[i];
+      verify("add", dtype, [&] {
+        const Array A(a, dtype), B(b, dtype), Y = Array::blank(n, dtype);
+        add(Y, A, B);
+        add(A, A, B);  // in place
+        return Outputs{Y.values(), A.values()};
+      }, {{"y", y, bound(dtype)}, {"y in place", y, bound(dtype)}});
+    }
+  });
+}
+
+TEST(gelu_forward_is_the_tanh_form_and_backward_its_derivative) {
+  for_dtypes([](Dtype dtype) {
+    for (int64_t n : kSizes) {
+      Values x = numbers(n, dtype, 6), dy = numbers(n, dtype), y(n), dx(n);
+      for (int64_t i = 0; i < n; i += 9) x[i] = rounded(x[i] * 20, dtype);  // far out, too: exp must not overflow
+      for (int64_t i = 0; i < n; i++) y[i] = gelu(x[i]), dx[i] = dy[i] * gelu_slope(x[i]);
+      verify("gelu", dtype, [&] {
+        const Array X(x, dtype), DY(dy, dtype), Y = Array::blank(n, dtype), DX = Array::blank(n, dtype);
+        gelu_forward(Y, X);
+        gelu_backward(DX, DY, X);
+        gelu_backward(DY, DY, X);  // in place
+        return Outputs{Y.values(), DX.values(), DY.values()};
+      }, {{"y", y, bound(dtype)}, {"dx", dx, bound(dtype)}, {"dx in place", dx, bound(dtype)}});
+    }
+  });
+}
+
+TEST(gelu_of_large_negative_numbers_keeps_its_digits) {  // 1 + tanh would lose them: each value by itself, not beside the largest
+  const Values x = numbers(1000, Dtype::f32, 2, -3);
+  const Array X(x, Dtype::f32), Y = Array::blank(1000, Dtype::f32);
+  gelu_forward(Y, X);
+  const Values y = Y.values();
+  double d = 0;
+  for (size_t i = 0; i < x.size(); i++) {
+    const double u = std::sqrt(2 / M_PI) * (x[i] + 0.044715 * x[i] * x[i] * x[i]), exact = x[i] / (1 + std::exp(-2 * u));
+    d = std::max(d, std::abs(y[i] / exact - 1));
+  }
+  CHECK_LE(d, 5e-6);  // 2u is at most 17 there and off by a few units of 6e-8 * 17, which exp turns into a relative error
+  measured("max|d|/|y| = ", d, " for x from -5 to -1");
+}
+
+TEST(add_bias_adds_the_bias_to_every_row) {
+  for_dtypes([](Dtype dtype) {
+    for (int64_t R : {1, 5}) for (int64_t N : kWidths) {
+      const Values x = numbers(R * N, dtype), b = numbers(N, dtype, 3);
+      Values y(R * N);
+      for (int64_t i = 0; i < R * N; i++) y[i] = x[i] + b[i % N];
+      verify(sentence("add_bias (", R, ", ", N, ")"), dtype, [&] {
+        const Array Y(x, dtype), B(b, dtype);
+        add_bias(Y, B);
+        return Outputs{Y.values()};
+      }, {{"y", y, bound(dtype)}});
+    }
+  });
+}
+
+TEST(bias_backward_adds_the_column_sums) {
+  for_dtypes([](Dtype dtype) {
+    const Dtype acc = master_dtype(dtype);
+    for (const auto& [R, N] : {std::pair{1, 1}, {1, 33}, {5, 31}, {131, 1}, {131, 33}, {70, 128}, {131, 1000}, {3, 2500}}) {
+      const Values dy = numbers(R * N, dtype), before = numbers(N, acc, 10);
+      Values db = before;
+      for (int64_t i = 0; i < R * N; i++) db[i % N] += dy[i];
+      verify(sentence("bias_backward (", R, ", ", N, ")"), dtype, [&] {
+        const Array DY(dy, dtype), DB(before, acc);
+        bias_backward(DB, DY);
+        return Outputs{DB.values()};
+      }, {{"dbias", db, bound(acc)}});
+    }
+  });
+}
+
+// ---- layernorm
+
+struct Norm { Values y, mean, rstd; };
+static Norm layernorm(const Values& x, const Values& gain, const Values& bias) {
+  const size_t C = gain.size(), R = x.size() / C;
+  Norm n{Values(R * C), Values(R), Values(R)};
+  for (size_t r = 0; r < R; r++) {
+    const double* row = &x[r * C];
+    double m = 0, v = 0;
+    for (size_t i = 0; i < C; i++) m += row[i] / C;
+    for (size_t i = 0; i < C; i++) v += (row[i] - m) * (row[i] - m) / C;
+    n.mean[r] = m;
+    n.rstd[r] = 1 / std::sqrt(v + 1e-5);
+    for (size_t i = 0; i < C; i++) n.y[r * C + i] = (row[i] - m) * n.rstd[r] * gain[i] + bias[i];
+  }
+  return n;
+}
+
+TEST(layernorm_forward_normalises_each_row_and_adds_the_residual_before) {
+  for_dtypes([](Dtype dtype) {
+    const Dtype acc = master_dtype(dtype);
+    for (const auto& [R, C] : {std::pair{5, 1}, {1, 31}, {5, 33}, {3, 128}, {5, 1000}, {1, 25000}}) {  // 25000: not kept in shared memory
+      const Values x = numbers(R * C, dtype, 2, 1), h = numbers(R * C, dtype), gain = numbers(C, dtype, 1, 1), bias = numbers(C, dtype);
+      Values sum(R * C);
+      for (int64_t i = 0; i < R * C; i++) sum[i] = rounded(x[i] + h[i], dtype);
+      const Norm alone = layernorm(x, gain, bias), after = layernorm(sum, gain, bias);
+      verify(sentence("layernorm (", R, ", ", C, ")"), dtype, [&] {
+        const Array X(x, dtype), H(h, dtype), G(gain, dtype), B(bias, dtype), Y = Array::blank(R * C, dtype), M = Array::blank(R, acc),
+                    S = Array::blank(R, acc), Y2 = Array::blank(R * C, dtype), M2 = Array::blank(R, acc), S2 = Array::blank(R, acc),
+                    SUM = Array::blank(R * C, dtype);
+        layernorm_forward(Y, M, S, X, G, B);
+        add_layernorm_forward(SUM, Y2, M2, S2, X, H, G, B);
+        return Outputs{Y.values(), M.values(), S.values(), SUM.values(), Y2.values(), M2.values(), S2.values()};
+      }, {{"y", alone.y, bound(dtype)}, {"mean", alone.mean, bound(acc)}, {"rstd", alone.rstd, bound(acc)},
+          {"sum", sum, 0}, {"y after add", after.y, bound(dtype)}, {"mean after add", after.mean, bound(acc)}, {"rstd after add", after.rstd, bound(acc)}});
+    }
+  });
+}
+
+TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) {
+  for_dtypes([](Dtype dtype) {
+    const Dtype acc = master_dtype(dtype);
+    const int64_t many = kFast ? 70 : 9;  // several chunks
+    for (const auto& [R, C] : {std::pair{many, int64_t(1)}, {1, 31}, {many, 33}, {3, 128}, {many, 1000}, {1, 7000}}) {
+      // 7000: more shared memory than a block has without asking
+      const Values x = numbers(R * C, dtype, 2, 1), dy = numbers(R * C, dtype), more = numbers(R * C, dtype, 1, 3), gain = numbers(C, dtype, 1, 1);
+      Norm n = layernorm(x, gain, gain);
+      for (double& m : n.mean) m = rounded(m, acc);
+      for (double& s : n.rstd) s = rounded(s, acc);
+      const Values dgain_before = numbers(C, acc, 10), dbias_before = numbers(C, acc, 10);
+      Values dx(R * C), dx_more(R * C), dgain = dgain_before, dbias = dbias_before;
+      for (int64_t r = 0; r < R; r++) {
+        double a = 0, b = 0;
+        const auto xhat = [&](int64_t i) { return (x[r * C + i] - n.mean[r]) * n.rstd[r]; };
+        for (int64_t i = 0; i < C; i++) {
+          const double d = dy[r * C + i];
+          a += gain[i] * d / C;
+          b += gain[i] * d * xhat(i) / C;
+          dgain[i] += d * xhat(i);
+          dbias[i] += d;
+        }
+        for (int64_t i = 0; i < C; i++) {
+          dx[r * C + i] = n.rstd[r] * (gain[i] * dy[r * C + i] - a - xhat(i) * b);
+          dx_more[r * C + i] = dx[r * C + i] + more[r * C + i];
+        }
+      }
+      // C = 1: dx is 0, and the rounding of gain dy, at most 2, is multiplied by rstd = 316
+      const double slack = C > 1 ? 0 : 2 * 316 * std::ldexp(1, acc == Dtype::f64 ? -53 : -24);
+      verify(sentence("layernorm_backward (", R, ", ", C, ")"), dtype, [&] {
+        const Array X(x, dtype), DY(dy, dtype), MORE(more, dtype), G(gain, dtype), M(n.mean, acc), S(n.rstd, acc), DX = Array::blank(R * C, dtype),
+                    DX2 = Array::blank(R * C, dtype), DG(dgain_before, acc), DB(dbias_before, acc), DG2(dgain_before, acc), DB2(dbias_before, acc),
+                    DG3(dgain_before, acc), DB3(dbias_before, acc);
+        layernorm_backward(DX, DG, DB, DY, Tensor(), X, M, S, G);
+        layernorm_backward(DX2, DG2, DB2, DY, MORE, X, M, S, G);
+        layernorm_backward(MORE, DG3, DB3, DY, MORE, X, M, S, G);  // dx is the residual
+        layernorm_backward(DY, DG3, DB3, DY, Tensor(), X, M, S, G);  // dx is dy
+        return Outputs{DX.values(), DG.values(), DB.values(), DX2.values(), DG2.values(), DB2.values(), MORE.values(), DY.values()};
+      }, {{"dx", dx, bound(dtype) + slack}, {"dgain", dgain, bound(acc)}, {"dbias", dbias, bound(acc)}, {"dx with residual", dx_more, bound(dtype) + slack},
+          {"dgain with residual", dgain, bound(acc)}, {"dbias with residual", dbias, bound(acc)}, {"dx in place of the residual", dx_more, bound(dtype) + slack},
+          {"dx in place of dy", dx, bound(dtype) + slack}});
+    }
+  });
+}
+
+// ---- embedding
+
+// Tokens in which one stands `common` percent of the time: its run crosses many segments.
+static Values text(int64_t R, int64_t V, int common) {
+  Values t = tokens_below(R, V);
+  for (double& x : t)
+    if (int(next() % 100) < common) x = int(V / 2);
+  return t;
+}
+
+TEST(embedding_forward_adds_token_and_position) {
+  for_dtypes([](Dtype dtype) {
+    for (int64_t C : kWidths) for (const auto& [V, B, T] : {std::tuple{2, 1, 1}, {257, 3, 1}, {1000, 1, 7}, {257, 2, 5}}) {
+      const int64_t R = B * T;
+      const Values t = text(R, V, 0), wte = numbers(V * C, dtype), wpe = numbers((T + 2) * C, dtype);  // a longer context is allowed
+      Values x(R * C);
+      for (int64_t i = 0; i < R * C; i++) x[i] = wte[int64_t(t[i / C]) * C + i % C] + wpe[i / C % T * C + i % C];
+      verify(sentence("embedding_forward C ", C, " V ", V, " B ", B, " T ", T), dtype, [&] {
+        Array X = Array::blank(R * C, dtype), TOKENS(t, Dtype::i32), WTE(wte, dtype), WPE(wpe, dtype);
+        embedding_forward(X, TOKENS, WTE.shaped({V, C}), WPE.shaped({-1 + T + 3, C}), T);
+        return Outputs{X.values()};
+      }, {{"x", x, bound(dtype)}});
+    }
+  });
+}
+
+TEST(embedding_backward_adds_rows_by_token_and_by_position) {
+  for_dtypes([](Dtype dtype) {
+    const Dtype acc = master_dtype(dtype);
+    struct Case { int64_t C, V, B, T; };  // a segment of the sorted rows is 8 long, or 64
+    for (const auto& [C, V, B, T] : {Case{1, 1, 1, 1}, {33, 2, 5, 1}, {128, 2, 1, 8}, {1000, 1, 1, 9}, {31, 1000, 1, 67}, {33, 257, 3, 67}, {128, 257, 3, 67},
+                                     {1000, 3, 2, 70}, {8, 1, 1, 192}}) {
+          const int64_t R = B * T;
+          const Values t = text(R, V, V == 257 ? 60 : 0), dx = numbers(R * C, dtype), te = numbers(V * C, acc, 10), pe = numbers(T * C, acc, 10);
+          Values dwte = te, dwpe = pe;
+          for (int64_t i = 0; i < R * C; i++) dwte[int64_t(t[i / C]) * C + i % C] += dx[i], dwpe[i / C % T * C + i % C] += dx[i];
+          const std::vector<int> order = sort_rows(std::vector<int>(t.begin(), t.end()));
+          const Values sorted(order.begin(), order.end());
+          verify(sentence("embedding_backward C ", C, " V ", V, " B ", B, " T ", T), dtype, [&] {
+            Array DX(dx, dtype), TOKENS(t, Dtype::i32), ORDER(sorted, Dtype::i32), DWTE(te, acc), DWPE(pe, acc);
+            embedding_backward(DWTE.shaped({V, C}), DWPE.shaped({T, C}), DX, TOKENS, ORDER, T);
+            return Outputs{DWTE.values(), DWPE.values()};
+          }, {{"dwte", dwte, bound(acc)}, {"dwpe", dwpe, bound(acc)}});
+        }
+  });
+}
+
+TEST(rows_are_sorted_by_token_and_keep_their_order) {
+  const std::vector<int> order = sort_rows({3, 0, 3, 1, 0, 3});
+  CHECK(order == (std::vector<int>{1, 4, 3, 0, 2, 5}));
+  CHECK(sort_rows({}).empty());
+  measured("6 rows");
+}
+
+// ---- cross-entropy
+
+TEST(cross_entropy_gives_the_loss_and_turns_logits_into_their_gradient) {
+  for_dtypes([](Dtype dtype) {
+    const Dtype acc = master_dtype(dtype);
+    for (int64_t V : {1, 2, 257, 1000, 4111, 50257}) {
+      const int64_t R = V == 257 ? 5 : 2;
+      const double scale = 1.0 / 64;
+      const Values x = numbers(R * V, dtype, 6, 10), t = tokens_below(R, V);
+      Values losses(R), dx(R * V);
+      for (int64_t r = 0; r < R; r++) {
+        const double m = *std::max_element(&x[r * V], &x[r * V] + V);
+        long double exact = 0;
+        for (int64_t i = 0; i < V; i++) exact += std::exp(x[r * V + i] - m);
+        const double sum = double(exact);
+        losses[r] = (std::log(sum) + m - x[r * V + int64_t(t[r])]) * scale;
+        for (int64_t i = 0; i < V; i++) dx[r * V + i] = (std::exp(x[r * V + i] - m) / sum - (i == int64_t(t[r]))) * scale;
+      }
+      const auto at_targets = [&](Values g) {  // much larger than the others: measured apart
+        Values some(R);
+        for (int64_t r = 0; r < R; r++) std::swap(some[r], g[r * V + int64_t(t[r])]);
+        return std::pair{some, g};
+      };
+      const auto [dx_target, dx_others] = at_targets(dx);
+      verify(sentence("cross_entropy (", R, ", ", V, ")"), dtype, [&] {
+        const Array X(x, dtype), TARGETS(t, Dtype::i32), L = Array::blank(R, acc), L2 = Array::blank(R, acc);
+        cross_entropy_loss(L, X, TARGETS, scale);
+        const Values untouched = X.values();
+        cross_entropy(L2, X, TARGETS, scale);
+        const auto [target, others] = at_targets(X.values());
+        return Outputs{L.values(), untouched, L2.values(), target, others};
+      }, {{"losses", losses, bound(acc)}, {"logits of evaluation", x, 0}, {"losses with gradient", losses, bound(acc)},
+          {"gradient at the targets", dx_target, bound(dtype)}, {"gradient elsewhere", dx_others, bound(dtype)}});
+    }
+  });
+}
+
+TEST(add_sum_adds_in_f64) {
+  worst.clear();
+  state = 1;
+  for (Dtype dtype : {Dtype::f32, Dtype::f64})
+    for (int64_t n : {1, 33, 1000, 5000}) {
+      const Values x = numbers(n, dtype);
+      double total = 1e6;
+      for (double v : x) total += v;
+      verify(sentence("add_sum ", n), dtype, [&] {
+        const Array TOTAL({1e6}, Dtype::f64), X(x, dtype);
+        add_sum(TOTAL, X);
+        return Outputs{TOTAL.values()};
+      }, {{"total", {total}, bound(Dtype::f64)}});
+    }
+  report();
+}
+
+// ---- AdamW
+
+TEST(adamw_takes_the_steps_of_the_paper) {
+  worst.clear();
+  state = 1;
+  for (const auto& [dtype, compute] : {std::pair{Dtype::f32, Dtype::i32}, {Dtype::f32, Dtype::bf16}, {Dtype::f32, Dtype::f32}, {Dtype::f64, Dtype::i32},
+                                       {Dtype::f64, Dtype::f64}})  // i32 stands for no tensor of the compute dtype
+    for_addresses([&, dtype = dtype, compute = compute] {
+      for (int64_t n : kSizes) {
+        AdamW options{.lr = 0.01, .weight_decay = 0.1};
+        const double clip = 0.37;
+        const Values w0 = numbers(n, dtype), m0 = numbers(n, dtype, 0.1), g = numbers(n, dtype, 3);
+        Values v0 = numbers(n, dtype, 0.1, 0.1), w = w0, m = m0, v = v0;
+        for (int step = 1; step <= 3; step++)
+          for (int64_t i = 0; i < n; i++) {
+            m[i] = options.beta1 * m[i] + (1 - options.beta1) * g[i] * clip;
+            v[i] = options.beta2 * v[i] + (1 - options.beta2) * g[i] * clip * g[i] * clip;
+            const double m_hat = m[i] / (1 - std::pow(options.beta1, step)), v_hat = v[i] / (1 - std::pow(options.beta2, step));
+            w[i] -= options.lr * (m_hat / (std::sqrt(v_hat) + options.eps) + options.weight_decay * w[i]);
+          }
+        const bool has_compute = compute != Dtype::i32;
+        std::vector<Expected> expected = {{"weights", w, bound(dtype)}, {"m", m, bound(dtype)}, {"v", v, bound(dtype)}};
+        if (has_compute) expected.push_back({"compute", w, bound(compute)});
+        verify(sentence("adamw ", n, " compute ", has_compute ? name_of(compute) : "none"), has_compute ? compute : dtype, [&] {
+          const Array W(w0, dtype), M(m0, dtype), V(v0, dtype), G(g, dtype), CLIP({clip}, Dtype::f64);
+          const Array COMPUTE = Array::blank(n, has_compute ? compute : Dtype::f32);
+          for (int step = 1; step <= 3; step++) {
+            AdamW now = options;
+            now.step = step;
+            adamw(W, has_compute ? COMPUTE.tensor : Tensor(), M, V, G, CLIP, now);
+          }
+          Outputs outputs{W.values(), M.values(), V.values()};
+          if (has_compute) outputs.push_back(COMPUTE.values());
+          return outputs;
+        }, expected);
+      }
+    });
+  report();
+}
+
+TEST(sum_of_squares_and_the_clipping_factor_are_f64) {
+  for_dtypes([](Dtype dtype) {
+    for (int64_t n : {1, 7, 1000, 3 * 65536 + 17}) {  // more than a chunk
+      const Values x = numbers(n, dtype, 3);
+      long double sum = 0;  // more than 53 bits, or the reference would be the less exact one
+      for (double v : x) sum += static_cast<long double>(v) * v;
+      const Values squares = {2, double(sum), 0.5};
+      const double norm = double(std::sqrt(2.5L + sum));
+      verify(sentence("sum_of_squares ", n), dtype, [&] {
+        const Array X(x, dtype), S({2, 77, 0.5}, Dtype::f64), NORM({0}, Dtype::f64), TIGHT({0}, Dtype::f64), LOOSE({0}, Dtype::f64), NONE({0}, Dtype::f64);
+        sum_of_squares(S, 1, X);
+        norm_and_clip(NORM, LOOSE, S, 2 * norm);
+        norm_and_clip(NORM, NONE, S, 0);
+        norm_and_clip(NORM, TIGHT, S, 0.25 * norm);
+        return Outputs{S.values(), NORM.values(), TIGHT.values(), LOOSE.values(), NONE.values()};
+      }, {{"squares", squares, bound(Dtype::f64)}, {"norm", {norm}, bound(Dtype::f64)}, {"tight clip", {0.25}, bound(Dtype::f64)}, {"loose clip", {1}, 0},
+          {"no clip", {1}, 0}});
+    }
+  });
+}
+
+// ---- contracts
+
+TEST(wrong_shapes_and_dtypes_are_refused) {
+  const Tensor a({6}, Dtype::f32, Memory::data), b({5}, Dtype::f32, Memory::data), c({6}, Dtype::bf16, Memory::data), i({6}, Dtype::i32, Memory::data),
+      r({2}, Dtype::f32, Memory::data), d({1}, Dtype::f64, Memory::data);
+  CHECK_SAYS(add(a, a, b), "does not hold");
+  CHECK_SAYS(add(a, a, c), "does not hold");
+  CHECK_SAYS(add(i, i, i), "no kernel for i32");
+  CHECK_SAYS(gelu_forward(a, b), "does not hold");
+  CHECK_SAYS(gelu_backward(a, c, a), "does not hold");
+  CHECK_SAYS(add_bias(a, b), "does not hold");
+  CHECK_SAYS(bias_backward(c, c), "does not hold");  // the gradient of a bf16 bias is f32
+  CHECK_SAYS(layernorm_forward(a, r, r, a, b, b), "does not hold");
+  CHECK_SAYS(layernorm_backward(a, b, b, a, c, a, r, r, b), "does not hold");
+  CHECK_SAYS(cross_entropy(a, a, r, 1), "does not hold");
+  CHECK_SAYS(adamw(c, Tensor(), c, c, c, d, AdamW{.lr = 1}), "does not hold");
+  CHECK_SAYS(sum_of_squares(d, 1, a), "does not hold");
+  measured("12 calls");
+}
+
+// ---- the same bits for any number of threads
+
+#ifdef CPU_FAST
+// Launches may use a team of threads only once they are known to take long: the fifth run decides.
+static void expect_same_bits(const char* what, const Run& run) {
+  Outputs one;
+  for (int threads : {1, 2}) {
+    omp_set_num_threads(threads);
+    Outputs last;
+    for (int i = 0; i < 5; i++) last = run_once(run);
+    if (threads == 1) one = last;
+    else CHECK(last == one, what, " has other bits with 2 threads than with 1");
+  }
+}
+
+TEST(results_have_the_same_bits_with_1_and_2_threads) {
+  const int saved = omp_get_max_threads();
+  state = 1;
+  const int64_t R = 700, C = 384, V = 300, T = 70;
+  const Dtype f32 = Dtype::f32, f64 = Dtype::f64;
+  const Values x = numbers(R * C, f32), dy = numbers(R * C, f32), g = numbers(C, f32), s = numbers(R, f32), t = text(R, V, 20), w = numbers(V * C, f32);
+  const std::vector<int> order = sort_rows(std::vector<int>(t.begin(), t.end()));
+  expect_same_bits("elementwise", [&] {
+    const Array X(x, f32), DY(dy, f32), Y = Array::blank(R * C, f32), DX = Array::blank(R * C, f32), DB(g, f32);
+    gelu_forward(Y, X), gelu_backward(DX, DY, X), bias_backward(DB, DY);
+    return Outputs{Y.values(), DX.values(), DB.values()};
+  });
+  expect_same_bits("layernorm", [&] {
+    const Array X(x, f32), DY(dy, f32), G(g, f32), Y = Array::blank(R * C, f32), M(s, f32), S(s, f32), DX = Array::blank(R * C, f32), DG(g, f32), DB(g, f32);
+    layernorm_forward(Y, M, S, X, G, G), layernorm_backward(DX, DG, DB, DY, X, X, M, S, G);
+    return Outputs{Y.values(), DX.values(), DG.values(), DB.values()};
+  });
+  expect_same_bits("embedding", [&] {
+    Array DX(x, f32), TOKENS(t, Dtype::i32), ORDER(Values(order.begin(), order.end()), Dtype::i32), DWTE(w, f32), DWPE(w, f32);
+    embedding_backward(DWTE.shaped({V, C}), DWPE.shaped({V, C}), DX, TOKENS, ORDER, T);
+    return Outputs{DWTE.values(), DWPE.values()};
+  });
+  expect_same_bits("cross_entropy", [&] {
+    const Array X(x, f32), TARGETS(t, Dtype::i32), L = Array::blank(R, f32), TOTAL({0}, f64);
+    cross_entropy(L, X, TARGETS, 1), add_sum(TOTAL, L);
+    return Outputs{X.values(), L.values(), TOTAL.values()};
+  });
+  expect_same_bits("adamw", [&] {
+    const Array W(x, f32), M(dy, f32), S(Values(R * C, 0.5), f32), G(dy, f32), CLIP({1}, f64), SUM({0}, f64);
+    sum_of_squares(SUM, 0, G), adamw(W, Tensor(), M, S, G, CLIP, AdamW{.lr = 0.1});
+    return Outputs{W.values(), SUM.values()};
+  });
+  omp_set_num_threads(saved);
+  measured("5 groups of kernels, ", R, " rows of ", C);
+}
+#endif
+
+int main(int argc, char** argv) {
+  const int status = run_tests(argc, argv);
+  close_device();
+  return status;
+}

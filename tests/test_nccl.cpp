@@ -1,0 +1,866 @@
+// test_nccl.cpp: the NCCL stand-in computes what a plain loop computes, and refuses or reports what would hang or corrupt a cluster.
+//
+//   mpiexec -n 1..8 build/cpu/tests/test_nccl [part of a test's name]      worlds of 1..n are made by ncclCommSplit
+//
+// Values repeat with the prime period 251, so that the reference of a million elements is a table; sums are compared bit by bit.
+#include <cuda_bf16.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <csignal>
+#include <map>
+#include <memory>
+#include <random>
+#include <set>
+#include <thread>
+
+#include "cpu/nccl_referee.h"
+#include "tests/mpi_test.h"
+
+namespace {
+
+using nccl_referee::Call;
+
+#if defined(CPU_FAST) || defined(CPU_FAITHFUL)
+constexpr bool kCpu = true;
+void queue_streams(uint64_t seed) { seed ? cpu::queue_streams(seed) : cpu::run_streams_at_once(); }
+#else
+constexpr bool kCpu = false;
+void queue_streams(uint64_t) {}
+#endif
+struct Queued {
+  explicit Queued(uint64_t seed) { queue_streams(seed); }
+  ~Queued() { queue_streams(0); }
+};
+struct Strict {
+  Strict() { nccl_referee::strict(true); }
+  ~Strict() { nccl_referee::strict(false); }
+};
+struct Watch {
+  explicit Watch(double seconds) { nccl_referee::watch(seconds); }
+  ~Watch() { nccl_referee::watch(60); }
+};
+
+// ---- communicators and memory
+
+ncclComm_t new_world(bool shared_memory) {
+  ncclUniqueId id;
+  if (!job().rank) NCCL_CHECK(ncclGetUniqueId(&id));
+  MPI_Request request;
+  MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, &request);
+  wait(request);
+  ncclComm_t comm;
+  nccl_referee::use_shared_memory(shared_memory);
+  NCCL_CHECK(ncclCommInitRank(&comm, job().size, id, job().rank));
+  nccl_referee::use_shared_memory(true);
+  return comm;
+}
+ncclComm_t world(bool shared_memory = true) {
+  static std::map<bool, ncclComm_t> worlds;
+  if (!worlds.count(shared_memory)) worlds[shared_memory] = new_world(shared_memory);
+  return worlds[shared_memory];
+}
+// The first n ranks; null on the others. Fresh, so that a test may break it.
+struct Comm {
+  ncclComm_t comm = nullptr;
+  int rank = -1;
+  explicit Comm(int n, bool shared_memory = true) {
+    NCCL_CHECK(ncclCommSplit(world(shared_memory), job().rank < n ? 0 : NCCL_SPLIT_NOCOLOR, job().rank, &comm, nullptr));
+    if (comm) NCCL_CHECK(ncclCommUserRank(comm, &rank));
+  }
+  ~Comm() { if (comm) ncclCommDestroy(comm); }
+  Comm(const Comm&) = delete;
+};
+
+struct Stream {
+  cudaStream_t stream;
+  Stream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking)); }
+  ~Stream() { cudaStreamDestroy(stream); }
+  Stream(const Stream&) = delete;
+  void wait() const { CUDA_CHECK(cudaStreamSynchronize(stream)); }
+};
+
+template <class T> struct Array {
+  T* data = nullptr;
+  size_t count;
+  explicit Array(size_t count, const T* from = nullptr) : count(count) {
+    CUDA_CHECK(cudaMalloc(&data, std::max<size_t>(1, count) * sizeof(T)));
+    if (from) CUDA_CHECK(cudaMemcpy(data, from, count * sizeof(T), cudaMemcpyHostToDevice));
+    else CUDA_CHECK(cudaMemset(data, 0xee, std::max<size_t>(1, count) * sizeof(T)));
+  }
+  explicit Array(const std::vector<T>& from) : Array(from.size(), from.data()) {}
+  ~Array() { cudaFree(data); }
+  Array(const Array&) = delete;
+  std::vector<T> read() const {
+    std::vector<T> host(count);
+    CUDA_CHECK(cudaMemcpy(host.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost));
+    return host;
+  }
+};
+
+template <class T> void expect(const std::vector<T>& got, const std::vector<T>& wanted, const std::string& what) {
+  if (got.size() == wanted.size() && (got.empty() || !memcmp(got.data(), wanted.data(), got.size() * sizeof(T)))) return;
+  for (size_t i = 0; i < std::min(got.size(), wanted.size()); i++)
+    CHECK(!memcmp(&got[i], &wanted[i], sizeof(T)), what, ": element ", i, " is ", double(got[i]), ", expected ", double(wanted[i]));
+  CHECK(false, what, ": ", got.size(), " elements, expected ", wanted.size());
+}
+
+// ---- values and the plain reference
+
+constexpr size_t kPeriod = 251;
+
+template <class T> constexpr ncclDataType_t dtype_of();
+template <> constexpr ncclDataType_t dtype_of<int8_t>() { return ncclInt8; }
+template <> constexpr ncclDataType_t dtype_of<uint8_t>() { return ncclUint8; }
+template <> constexpr ncclDataType_t dtype_of<int32_t>() { return ncclInt32; }
+template <> constexpr ncclDataType_t dtype_of<int64_t>() { return ncclInt64; }
+template <> constexpr ncclDataType_t dtype_of<float>() { return ncclFloat32; }
+template <> constexpr ncclDataType_t dtype_of<double>() { return ncclFloat64; }
+template <> constexpr ncclDataType_t dtype_of<__nv_bfloat16>() { return ncclBfloat16; }
+
+template <class T> T value(int rank, size_t i) {
+  const int v = int((i % kPeriod * 37 + size_t(rank) * 101 + 11) % 199) - 99;
+  if constexpr (std::is_integral_v<T>) return T(v * 1234567);
+  else return T(float(v) * 0.37f);
+}
+template <class T> std::vector<T> values(int rank, size_t first, size_t count) {
+  std::vector<T> table(kPeriod), all(count);
+  for (size_t i = 0; i < kPeriod; i++) table[i] = value<T>(rank, i);
+  for (size_t i = 0, at = first % kPeriod; i < count; i++, at = at + 1 == kPeriod ? 0 : at + 1) all[i] = table[at];
+  return all;
+}
+// Element i of the reduction over ranks 0..n-1, in ascending rank; bf16 in f32.
+template <class T> T reduced(int n, size_t i, ncclRedOp_t op) {
+  using Wide = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, float, T>;
+  using Whole = std::conditional_t<std::is_integral_v<Wide>, uint64_t, Wide>;  // integers wrap
+  Wide sum = Wide(value<T>(0, i));
+  for (int r = 1; r < n; r++) {
+    const Wide x = Wide(value<T>(r, i));
+    if (op == ncclProd) sum = Wide(Whole(sum) * Whole(x));
+    else if (op == ncclMax) sum = std::max(sum, x);
+    else if (op == ncclMin) sum = std::min(sum, x);
+    else sum = Wide(Whole(sum) + Whole(x));
+  }
+  return T(op == ncclAvg ? Wide(sum / Wide(n)) : sum);
+}
+template <class T> std::vector<T> reductions(int n, size_t first, size_t count, ncclRedOp_t op) {
+  std::vector<T> table(kPeriod), all(count);
+  for (size_t i = 0; i < kPeriod; i++) table[i] = reduced<T>(n, i, op);
+  for (size_t i = 0, at = first % kPeriod; i < count; i++, at = at + 1 == kPeriod ? 0 : at + 1) all[i] = table[at];
+  return all;
+}
+
+struct Case { ncclComm_t comm; int n, me; size_t count; bool in_place; cudaStream_t stream; };
+
+template <class T> std::string name_of(const char* call, const Case& c, int op = 0) {
+  return sentence(call, " of ", c.count, " elements of dtype ", int(dtype_of<T>()), ", op ", op, ", ", c.n, " ranks", c.in_place ? ", in place" : "");
+}
+
+template <class T> void check_all_gather(const Case& c) {
+  std::vector<T> start(c.n * c.count), wanted;
+  for (int q = 0; q < c.n; q++) {
+    const std::vector<T> theirs = values<T>(q, 0, c.count);
+    wanted.insert(wanted.end(), theirs.begin(), theirs.end());
+    if (q == c.me) std::copy(theirs.begin(), theirs.end(), start.begin() + q * c.count);
+  }
+  Array<T> send(values<T>(c.me, 0, c.count)), all(start);
+  NCCL_CHECK(ncclAllGather(c.in_place ? all.data + c.me * c.count : send.data, all.data, c.count, dtype_of<T>(), c.comm, c.stream));
+  CUDA_CHECK(cudaStreamSynchronize(c.stream));
+  expect(all.read(), wanted, name_of<T>("all-gather", c));
+}
+
+template <class T> void check_broadcast(const Case& c) {
+  const int root = (c.n - 1) / 2;
+  Array<T> send(values<T>(c.me, 0, c.count)), recv(c.count);
+  T* to = c.in_place ? send.data : recv.data;
+  NCCL_CHECK(ncclBroadcast(send.data, to, c.count, dtype_of<T>(), root, c.comm, c.stream));
+  CUDA_CHECK(cudaStreamSynchronize(c.stream));
+  expect((c.in_place ? send : recv).read(), values<T>(root, 0, c.count), name_of<T>("broadcast", c));
+}
+
+template <class T> void check_reductions(const Case& c, ncclRedOp_t op) {
+  {
+    Array<T> send(values<T>(c.me, 0, c.count)), recv(c.count);
+    NCCL_CHECK(ncclAllReduce(send.data, c.in_place ? send.data : recv.data, c.count, dtype_of<T>(), op, c.comm, c.stream));
+    CUDA_CHECK(cudaStreamSynchronize(c.stream));
+    expect((c.in_place ? send : recv).read(), reductions<T>(c.n, 0, c.count, op), name_of<T>("all-reduce", c, op));
+  }
+  {
+    Array<T> send(values<T>(c.me, 0, c.n * c.count)), recv(c.count);
+    T* mine = send.data + c.me * c.count;
+    NCCL_CHECK(ncclReduceScatter(send.data, c.in_place ? mine : recv.data, c.count, dtype_of<T>(), op, c.comm, c.stream));
+    CUDA_CHECK(cudaStreamSynchronize(c.stream));
+    std::vector<T> got = (c.in_place ? send : recv).read();
+    if (c.in_place) got = std::vector<T>(got.begin() + c.me * c.count, got.begin() + (c.me + 1) * c.count);
+    expect(got, reductions<T>(c.n, c.me * c.count, c.count, op), name_of<T>("reduce-scatter", c, op));
+  }
+  {
+    const int root = c.n / 2;
+    Array<T> send(values<T>(c.me, 0, c.count)), recv(c.count);
+    NCCL_CHECK(ncclReduce(send.data, c.in_place ? send.data : recv.data, c.count, dtype_of<T>(), op, root, c.comm, c.stream));
+    CUDA_CHECK(cudaStreamSynchronize(c.stream));
+    if (c.me == root) expect((c.in_place ? send : recv).read(), reductions<T>(c.n, 0, c.count, op), name_of<T>("reduce", c, op));
+  }
+}
+
+constexpr ncclRedOp_t kOps[] = {ncclSum, ncclProd, ncclMax, ncclMin, ncclAvg};
+
+// Every call for one dtype; the large counts with one op each, the small ones with all.
+template <class T> int check_dtype(ncclComm_t comm, int n, const std::vector<size_t>& counts, cudaStream_t stream) {
+  int me, cases = 0;
+  NCCL_CHECK(ncclCommUserRank(comm, &me));
+  for (size_t count : counts)
+    for (bool in_place : {false, true}) {
+      const Case c{comm, n, me, count, in_place, stream};
+      check_all_gather<T>(c);
+      check_broadcast<T>(c);
+      for (ncclRedOp_t op : kOps)
+        if (count < 100 || op == (in_place ? ncclAvg : ncclSum)) check_reductions<T>(c, op), cases += 3;
+      cases += 2;
+    }
+  return cases;
+}
+
+template <class... T> int check_sizes(const std::vector<int>& sizes, const std::vector<size_t>& counts, bool shared, cudaStream_t stream) {
+  int cases = 0;
+  for (int n : sizes) {
+    if (n > job().size) continue;
+    Comm c(n, shared);
+    if (c.comm) ((cases += check_dtype<T>(c.comm, n, counts, stream)), ...);
+    barrier();
+  }
+  return cases;
+}
+
+void need(int ranks) {
+  if (job().size < ranks) skip(sentence("needs ", ranks, " ranks (mpiexec -n ", ranks, ")"));
+}
+
+}  // namespace
+
+// ---- results
+
+TEST(collectives_equal_a_plain_reference_in_every_dtype_on_1_to_n_ranks) {
+  const Stream s;
+  const int cases = check_sizes<int8_t, uint8_t, int32_t, int64_t, float, double, __nv_bfloat16>(
+      {1, 2, 3, 4, 5, 6, 7, 8}, {0, 1, 3, kCpu ? 1000003u : 10007u}, true, s.stream);
+  measured(cases, " cases on rank 0, every bit equal");
+}
+
+TEST(collectives_over_mpi_messages_equal_the_same_reference) {
+  const Stream s;
+  const int cases = check_sizes<int8_t, int64_t, float, __nv_bfloat16>({1, 2, 3, 5, 8}, {0, 1, 3, 5000, 100003}, false, s.stream);
+  measured(cases, " cases on rank 0, every bit equal");
+}
+
+TEST(collectives_in_queued_streams_equal_the_same_reference) {
+  const Queued queued(7);
+  const Strict strict;
+  const Stream s;
+  const int shared = check_sizes<float, __nv_bfloat16>({1, 2, 3, 8}, {0, 1, 3, 50021}, true, s.stream);
+  const int messages = check_sizes<float>({2, 3}, {3, 50021}, false, s.stream);
+  measured(shared + messages, " cases on rank 0, receive buffers filled with NaN before, send buffers checksummed");
+}
+
+TEST(sums_have_the_same_bits_whatever_the_algorithm_size_and_transport) {
+  const int n = job().size, me = job().rank;
+  const size_t small = 100, large = 65536 * size_t(n);
+  std::vector<float> mine(large);
+  std::mt19937 random(unsigned(me) + 1);
+  for (float& x : mine) x = float(random()) * 1e-9f * (random() % 2 ? 1e4f : -1.0f);
+  const Array<float> send(mine);
+  const auto reduce_all = [&](bool shared, size_t count) {
+    Array<float> recv(count);
+    NCCL_CHECK(ncclAllReduce(send.data, recv.data, count, ncclFloat, ncclSum, world(shared), nullptr));
+    CUDA_CHECK(cudaStreamSynchronize(nullptr));
+    return recv.read();
+  };
+  const std::vector<float> all = reduce_all(true, large), first(all.begin(), all.begin() + small);
+  expect(reduce_all(true, small), first, "small all-reduce");
+  expect(reduce_all(false, small), first, "small all-reduce over MPI");
+  expect(reduce_all(false, large), all, "large all-reduce over MPI");
+  Array<float> part(large / n);
+  NCCL_CHECK(ncclReduceScatter(send.data, part.data, large / n, ncclFloat, ncclSum, world(), nullptr));
+  CUDA_CHECK(cudaStreamSynchronize(nullptr));
+  expect(part.read(), std::vector<float>(all.begin() + me * (large / n), all.begin() + (me + 1) * (large / n)), "reduce-scatter");
+  measured(large, " random floats summed five ways");
+}
+
+// ---- sends and receives
+
+namespace {
+// Everyone sends two messages of different sizes to everyone, itself included, in one group.
+void exchange_with_all(ncclComm_t comm, cudaStream_t stream) {
+  int n, me;
+  NCCL_CHECK(ncclCommCount(comm, &n));
+  NCCL_CHECK(ncclCommUserRank(comm, &me));
+  const auto count = [n](int from, int to, int k) { return size_t((from * n + to) % 5 * 4001 + k * 3); };
+  std::vector<std::unique_ptr<Array<int32_t>>> sent, got;
+  std::vector<std::vector<int32_t>> wanted;
+  NCCL_CHECK(ncclGroupStart());
+  for (int k = 0; k < 2; k++)
+    for (int q = 0; q < n; q++) {
+      sent.push_back(std::make_unique<Array<int32_t>>(values<int32_t>(me * n + q + k, 5, count(me, q, k))));
+      got.push_back(std::make_unique<Array<int32_t>>(count(q, me, k)));
+      wanted.push_back(values<int32_t>(q * n + me + k, 5, count(q, me, k)));
+      NCCL_CHECK(ncclSend(sent.back()->data, sent.back()->count, ncclInt32, q, comm, stream));
+      NCCL_CHECK(ncclRecv(got.back()->data, got.back()->count, ncclInt32, q, comm, stream));
+    }
+  NCCL_CHECK(ncclGroupEnd());
+  CUDA_CHECK(cudaStreamSynchronize(stream));
+  for (size_t i = 0; i < got.size(); i++) expect(got[i]->read(), wanted[i], sentence("message ", i));
+}
+}  // namespace
+
+TEST(a_group_sends_to_itself_and_to_all_in_both_directions) {
+  for (bool shared : {true, false})
+    for (int n = 1; n <= job().size; n += shared ? 1 : 3) {
+      Comm c(n, shared);
+      if (c.comm) exchange_with_all(c.comm, nullptr);
+      const Queued queued(uint64_t(n) + 1);
+      const Stream s;
+      if (c.comm) exchange_with_all(c.comm, s.stream);
+    }
+  measured("two messages for each ordered pair of 1..", job().size, " ranks, both transports");
+}
+
+TEST(ungrouped_sends_and_receives_follow_a_ring) {
+  need(2);
+  for (bool shared : {true, false}) {
+    const int n = job().size, me = job().rank, right = (me + 1) % n, left = (me + n - 1) % n;
+    Array<float> token(values<float>(me, 0, 30000)), got(30000);
+    const auto send = [&] { NCCL_CHECK(ncclSend(token.data, token.count, ncclFloat, right, world(shared), nullptr)); };
+    const auto receive = [&] { NCCL_CHECK(ncclRecv(got.data, got.count, ncclFloat, left, world(shared), nullptr)); };
+    if (me == 0) send(), receive();
+    else receive(), send();
+    CUDA_CHECK(cudaStreamSynchronize(nullptr));
+    expect(got.read(), values<float>(left, 0, 30000), "token");
+  }
+}
+
+// ---- random programs
+
+namespace {
+
+// One program: a list of steps drawn from a seed, the same on every rank. A step is a group of collectives, or of messages, on some of the
+// communicators; a rank runs what concerns it and remembers what its buffers must hold in the end.
+class Program {
+ public:
+  struct Known { ncclComm_t comm; std::vector<int> ranks; };  // comm is null where this rank is no member
+  Program(const std::vector<Known>& comms, unsigned seed, cudaStream_t stream) : comms_(comms), random_(seed), stream_(stream) {}
+
+  void run() {
+    const int steps = 3 + draw(6);
+    for (int step = 0; step < steps; step++) {
+      const bool messages = draw(3) == 0;
+      const int calls = messages ? 1 + draw(12) : 1 + draw(3);
+      const bool grouped = calls > 1 || draw(2) || messages;
+      if (grouped) NCCL_CHECK(ncclGroupStart());
+      for (int i = 0; i < calls; i++) messages ? message() : collective();
+      if (grouped) NCCL_CHECK(ncclGroupEnd());
+    }
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    for (const auto& [buffer, wanted] : results_) expect(buffer->read(), wanted, "a buffer of a random program");
+  }
+  int calls = 0;
+
+ private:
+  int draw(int below) { return int(random_() % unsigned(below)); }
+  size_t draw_count() {
+    const size_t longest[] = {1, 20, 5000, 60000};
+    return random_() % longest[draw(4)];
+  }
+  int32_t* buffer(const std::vector<int32_t>& content) {
+    buffers_.push_back(std::make_shared<Array<int32_t>>(content));
+    return buffers_.back()->data;
+  }
+  int32_t* buffer(size_t count, const std::vector<int32_t>& wanted) {
+    buffers_.push_back(std::make_shared<Array<int32_t>>(count));
+    results_.push_back({buffers_.back(), wanted});
+    return buffers_.back()->data;
+  }
+
+  void message() {
+    const Known& k = comms_[draw(int(comms_.size()))];
+    const int n = int(k.ranks.size()), from = draw(n), to = draw(n), tag = draw(100);
+    const size_t count = draw_count();
+    calls++;
+    if (k.ranks[from] == job().rank)
+      NCCL_CHECK(ncclSend(buffer(values<int32_t>(k.ranks[from] + tag, 0, count)), count, ncclInt32, to, k.comm, stream_));
+    if (k.ranks[to] == job().rank)
+      NCCL_CHECK(ncclRecv(buffer(count, values<int32_t>(k.ranks[from] + tag, 0, count)), count, ncclInt32, from, k.comm, stream_));
+  }
+
+  void collective() {
+    const Known& k = comms_[draw(int(comms_.size()))];
+    const int n = int(k.ranks.size()), kind = draw(5), root = draw(n);
+    const size_t count = draw_count();
+    const ncclRedOp_t op = kOps[draw(4)];
+    calls++;
+    if (!k.comm) return;
+    const int me = int(std::find(k.ranks.begin(), k.ranks.end(), job().rank) - k.ranks.begin());
+    int32_t* send = buffer(values<int32_t>(me, 0, kind == 2 ? n * count : count));
+    if (kind == 0) NCCL_CHECK(ncclAllReduce(send, buffer(count, reductions<int32_t>(n, 0, count, op)), count, ncclInt32, op, k.comm, stream_));
+    if (kind == 1) {
+      std::vector<int32_t> wanted;
+      for (int q = 0; q < n; q++) {
+        const auto theirs = values<int32_t>(q, 0, count);
+        wanted.insert(wanted.end(), theirs.begin(), theirs.end());
+      }
+      NCCL_CHECK(ncclAllGather(send, buffer(n * count, wanted), count, ncclInt32, k.comm, stream_));
+    }
+    if (kind == 2)
+      NCCL_CHECK(ncclReduceScatter(send, buffer(count, reductions<int32_t>(n, me * count, count, op)), count, ncclInt32, op, k.comm, stream_));
+    if (kind == 3) NCCL_CHECK(ncclBroadcast(send, buffer(count, values<int32_t>(root, 0, count)), count, ncclInt32, root, k.comm, stream_));
+    if (kind == 4) {
+      int32_t* to = me == root ? buffer(count, reductions<int32_t>(n, 0, count, op)) : nullptr;
+      NCCL_CHECK(ncclReduce(send, to, count, ncclInt32, op, root, k.comm, stream_));
+    }
+  }
+
+  const std::vector<Known>& comms_;
+  std::mt19937 random_;
+  cudaStream_t stream_;
+  std::vector<std::shared_ptr<Array<int32_t>>> buffers_;
+  std::vector<std::pair<std::shared_ptr<Array<int32_t>>, std::vector<int32_t>>> results_;
+};
+
+// The world and random parts of it, split from it in the same order everywhere.
+std::vector<Program::Known> random_parts(unsigned seed, bool shared) {
+  std::mt19937 random(seed);
+  std::vector<Program::Known> known;
+  for (int split = 0; split < 3; split++) {
+    std::vector<int> color(job().size);
+    for (int& c : color) c = split ? int(random() % 3) : 0;
+    ncclComm_t mine;
+    NCCL_CHECK(ncclCommSplit(world(shared), color[job().rank], -job().rank, &mine, nullptr));  // reversed ranks
+    for (int c = 0; c < 3; c++) {
+      Program::Known part{color[job().rank] == c ? mine : nullptr, {}};
+      for (int r = job().size - 1; r >= 0; r--)
+        if (color[r] == c) part.ranks.push_back(r);
+      if (!part.ranks.empty()) known.push_back(part);
+    }
+  }
+  return known;
+}
+
+}  // namespace
+
+TEST(two_hundred_random_programs_end_and_agree) {
+  const Strict strict;
+  int calls = 0;
+  for (unsigned batch = 0; batch < 10; batch++) {
+    const bool shared = batch % 3 != 2;
+    const auto parts = random_parts(batch + 1, shared);
+    for (unsigned i = 0; i < 20; i++) {
+      const Queued queued(i % 2 ? batch * 20 + i : 0);
+      const Stream s;
+      Program program(parts, batch * 1000 + i, s.stream);
+      program.run();
+      calls += program.calls;
+    }
+    for (const auto& part : parts)
+      if (part.comm) NCCL_CHECK(ncclCommDestroy(part.comm));
+  }
+  measured(calls, " calls in groups over random parts of the world, half of the programs in queued streams, a third over MPI");
+}
+
+// ---- wrong programs
+
+namespace {
+
+struct Said { ncclResult_t result = ncclSuccess; std::string sentence; };
+Said say(ncclResult_t result) { return {result, result == ncclSuccess ? "" : ncclGetLastError(nullptr)}; }
+
+// Ranks `who` must have failed with a sentence that contains every part; afterwards the communicator stays failed.
+void must_say(const Comm& c, const Said& said, const std::vector<std::string>& parts) {
+  CHECK(said.result != ncclSuccess, "nothing was reported, expected '", parts[0], "'");
+  for (const std::string& part : parts)
+    CHECK(said.sentence.find(part) != std::string::npos, "said '", said.sentence, "', expected '", part, "'");
+  ncclResult_t later = ncclSuccess;
+  NCCL_CHECK(ncclCommGetAsyncError(c.comm, &later));
+  CHECK(later != ncclSuccess, "the communicator forgot its error");
+  Array<float> x(4);
+  CHECK(ncclAllReduce(x.data, x.data, 4, ncclFloat, ncclSum, c.comm, nullptr) != ncclSuccess, "a later call was accepted");
+}
+
+// Wrong programs leave messages that nobody receives.
+void clear_messages() {
+  barrier();
+  for (int found = 1; found;) {
+    MPI_Message message;
+    MPI_Status status;
+    MPI_Improbe(MPI_ANY_SOURCE, MPI_ANY_TAG, MPI_COMM_WORLD, &found, &message, &status);
+    if (!found) break;
+    int bytes;
+    MPI_Get_count(&status, MPI_BYTE, &bytes);
+    std::vector<char> nobodys(bytes);
+    MPI_Mrecv(nobodys.data(), bytes, MPI_BYTE, &message, &status);
+  }
+  barrier();
+}
+
+// Runs a wrong program of the first two ranks on both transports and checks what both say.
+void both_say(const std::function<ncclResult_t(const Comm&, float*)>& program, const std::vector<std::string>& parts, double watch = 5) {
+  need(2);
+  const Watch shorter(watch);
+  for (bool shared : {true, false}) {
+    Comm c(2, shared);
+    Array<float> x(100000);
+    if (c.comm) must_say(c, say(program(c, x.data)), parts);
+    clear_messages();
+  }
+}
+
+ncclResult_t all_reduce(const Comm& c, float* x, size_t count, ncclDataType_t dtype = ncclFloat, ncclRedOp_t op = ncclSum) {
+  return ncclAllReduce(x, x, count, dtype, op, c.comm, nullptr);
+}
+
+}  // namespace
+
+TEST(another_count_is_reported_with_both_calls) {
+  both_say([](const Comm& c, float* x) { return all_reduce(c, x, c.rank ? 1000 : 999); },
+           {"rank 1 called all_reduce #1 (1000 f32 sum), rank 0 called all_reduce #1 (999 f32 sum) on "});
+}
+TEST(another_dtype_is_reported_with_both_calls) {
+  both_say([](const Comm& c, float* x) { return all_reduce(c, x, 50, c.rank ? ncclFloat : ncclInt32); },
+           {"rank 1 called all_reduce #1 (50 f32 sum), rank 0 called all_reduce #1 (50 i32 sum)"});
+}
+TEST(another_reduction_is_reported_with_both_calls) {
+  both_say([](const Comm& c, float* x) { return all_reduce(c, x, 50000, ncclFloat, c.rank ? ncclMax : ncclAvg); },
+           {"rank 1 called all_reduce #1 (50000 f32 max), rank 0 called all_reduce #1 (50000 f32 avg)"});
+}
+TEST(another_root_is_reported_with_both_calls) {
+  both_say([](const Comm& c, float* x) { return ncclBroadcast(x, x, 10, ncclFloat, c.rank, c.comm, nullptr); },
+           {"rank 1 called broadcast #1 (10 f32 from rank 1), rank 0 called broadcast #1 (10 f32 from rank 0)"});
+}
+TEST(another_order_is_reported_with_both_calls) {
+  both_say([](const Comm& c, float* x) {
+    NCCL_CHECK(all_reduce(c, x, 7));
+    if (c.rank == 0) return ncclAllGather(x, x + 500, 500, ncclFloat, c.comm, nullptr);
+    return all_reduce(c, x, 1000);
+  }, {"rank 1 called all_reduce #2 (1000 f32 sum), rank 0 called all_gather #2 (500 f32)"});
+}
+TEST(another_group_is_reported_with_both_calls) {
+  both_say([](const Comm& c, float* x) {
+    if (c.rank == 0) return all_reduce(c, x, 10);
+    NCCL_CHECK(ncclGroupStart());
+    NCCL_CHECK(all_reduce(c, x, 10));
+    NCCL_CHECK(all_reduce(c, x + 10, 10));
+    return ncclGroupEnd();
+  }, {"rank 1 called all_reduce #1 (10 f32 sum) as collective 1 of 2 in its group, rank 0 called all_reduce #1 (10 f32 sum) on"});
+}
+TEST(a_split_against_a_collective_is_reported_with_both_calls) {
+  both_say([](const Comm& c, float* x) {
+    ncclComm_t part;
+    return c.rank ? ncclCommSplit(c.comm, 0, 0, &part, nullptr) : all_reduce(c, x, 3);
+  }, {"rank 1 called split #1, rank 0 called all_reduce #1 (3 f32 sum)"});
+}
+TEST(a_message_of_another_count_is_reported_with_both_calls) {
+  both_say([](const Comm& c, float* x) {
+    return c.rank ? ncclSend(x, 100, ncclFloat, 0, c.comm, nullptr) : ncclRecv(x, 50, ncclFloat, 1, c.comm, nullptr);
+  }, {"rank 1 called send #1 to rank 0 (100 f32), rank 0 called recv #1 from rank 1 (50 f32)"});
+}
+TEST(sends_that_face_each_other_outside_a_group_are_found_as_a_deadlock) {
+  both_say([](const Comm& c, float* x) {
+    const ncclResult_t sent = ncclSend(x, 10, ncclFloat, 1 - c.rank, c.comm, nullptr);
+    return sent != ncclSuccess ? sent : ncclRecv(x + 10, 10, ncclFloat, 1 - c.rank, c.comm, nullptr);
+  }, {"deadlock: rank ", "waits in send #1 to rank "}, 0.5);
+}
+TEST(a_message_in_another_order_than_a_collective_is_found_as_a_deadlock) {
+  both_say([](const Comm& c, float* x) {
+    if (c.rank == 0) return ncclSend(x, 10, ncclFloat, 1, c.comm, nullptr);
+    return all_reduce(c, x, 10);
+  }, {"deadlock: rank "}, 0.5);
+}
+
+TEST(a_missing_rank_is_found_and_the_report_says_where_everyone_stands) {
+  need(3);
+  const Watch shorter(0.6);
+  Comm c(3);
+  Array<float> x(64);
+  if (c.comm) {
+    nccl_referee::name(c.comm, "fsdp");
+    NCCL_CHECK(all_reduce(c, x.data, 7));
+  }
+  if (c.rank == 0 || c.rank == 1)
+    must_say(c, say(ncclAllGather(x.data, x.data + 8, 8, ncclFloat, c.comm, nullptr)),
+             {"deadlock: rank ", "waits in all_gather #2 (8 f32) on communicator 'fsdp' of ranks 0,1,2",
+              "rank 2 has completed all_reduce #1 (7 f32 sum) on communicator 'fsdp' of ranks 0,1,2 and called nothing since"});
+  barrier();
+  if (c.comm) measured(nccl_referee::where_ranks_stand(c.comm));
+}
+
+TEST(a_stopped_rank_is_named) {
+  need(2);
+  const Watch shorter(0.6);
+  Comm c(2);
+  Array<float> x(64);
+  if (c.comm) NCCL_CHECK(all_reduce(c, x.data, 7));
+  if (c.rank == 1) {
+    CHECK_EQ(system(sentence("(sleep 1.5; kill -CONT ", getpid(), ") &").c_str()), 0);
+    raise(SIGSTOP);
+  }
+  if (c.rank == 0) {
+    const auto start = std::chrono::steady_clock::now();
+    must_say(c, say(all_reduce(c, x.data, 8)), {"rank 1 has completed all_reduce #1 (7 f32 sum)", "(its process is stopped)"});
+    measured("after ", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), " s with a watch of 0.6 s");
+  }
+  barrier();
+}
+
+TEST(a_rank_that_is_missing_at_the_start_is_named) {
+  need(2);
+  const Watch shorter(0.6);
+  ncclUniqueId id;
+  if (!job().rank) NCCL_CHECK(ncclGetUniqueId(&id));
+  MPI_Request request;
+  MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, &request);
+  wait(request);
+  ncclComm_t comm;
+  if (job().rank == 0) {
+    const Said said = say(ncclCommInitRank(&comm, job().size, id, 0));
+    CHECK(said.sentence.find(sentence("rank 0 made the id and misses number ", job().size - 1)) != std::string::npos ||
+          said.sentence.find("misses number 1 2") != std::string::npos, "said '", said.sentence, "'");
+  }
+  clear_messages();
+}
+
+TEST(buffers_that_overlap_by_another_offset_than_in_place_are_refused) {
+  need(2);
+  struct Wrong { const char* what; std::function<ncclResult_t(const Comm&, float*)> call; };
+  const Wrong wrongs[] = {
+      {"send and receive buffers overlap", [](const Comm& c, float* x) { return ncclAllReduce(x, x + 1, 10, ncclFloat, ncclSum, c.comm, nullptr); }},
+      {"send and receive buffers overlap", [](const Comm& c, float* x) { return ncclAllGather(x + 1, x, 10, ncclFloat, c.comm, nullptr); }},
+      {"send and receive buffers overlap",
+       [](const Comm& c, float* x) { return ncclReduceScatter(x, x + 10 * (1 - c.rank), 10, ncclFloat, ncclSum, c.comm, nullptr); }},
+      {"its receive buffer overlaps with the send buffer of send #", [](const Comm& c, float* x) {
+         NCCL_CHECK(ncclGroupStart());
+         NCCL_CHECK(ncclSend(x, 10, ncclFloat, 1 - c.rank, c.comm, nullptr));
+         NCCL_CHECK(ncclRecv(x + 9, 10, ncclFloat, 1 - c.rank, c.comm, nullptr));
+         return ncclGroupEnd();
+       }},
+      {"its receive buffer overlaps with the receive buffer of recv #", [](const Comm& c, float* x) {
+         NCCL_CHECK(ncclGroupStart());
+         NCCL_CHECK(ncclRecv(x, 10, ncclFloat, 1 - c.rank, c.comm, nullptr));
+         NCCL_CHECK(ncclRecv(x, 10, ncclFloat, 1 - c.rank, c.comm, nullptr));
+         return ncclGroupEnd();
+       }}};
+  for (const Wrong& wrong : wrongs) {
+    Comm c(2);
+    Array<float> x(100);
+    if (c.comm) must_say(c, say(wrong.call(c, x.data)), {"rank ", wrong.what});
+    barrier();
+  }
+}
+
+TEST(host_memory_null_buffers_and_bad_ranks_are_refused) {
+  std::vector<float> host(8);
+  Array<float> x(8);
+  const auto refused = [&](const std::function<ncclResult_t(ncclComm_t)>& call, const std::string& part) {
+    Comm c(1);
+    if (c.comm) must_say(c, say(call(c.comm)), {part});
+  };
+  if (kCpu) refused([&](ncclComm_t c) { return ncclAllReduce(host.data(), x.data, 8, ncclFloat, ncclSum, c, nullptr); }, "send buffer is host memory");
+  refused([&](ncclComm_t c) { return ncclAllReduce(x.data, nullptr, 8, ncclFloat, ncclSum, c, nullptr); }, "receive buffer is null");
+  refused([&](ncclComm_t c) { return ncclBroadcast(x.data, x.data, 8, ncclFloat, 1, c, nullptr); }, "there is no rank 1 among its 1");
+  refused([&](ncclComm_t c) { return ncclSend(x.data, 8, ncclFloat, -1, c, nullptr); }, "there is no rank -1 among its 1");
+  CHECK_EQ(ncclAllReduce(x.data, x.data, 8, ncclFloat, ncclSum, nullptr, nullptr), ncclInvalidArgument);
+  CHECK_EQ(ncclGroupEnd(), ncclInvalidUsage);
+}
+
+TEST(a_failure_in_a_queued_stream_is_kept_and_told_to_the_peers) {
+  if (!kCpu) skip("streams are not queued on this backend");
+  need(3);
+  const Queued queued(3);
+  const Watch shorter(5);
+  Comm c(3);
+  Array<float> x(64);
+  const Stream s;
+  if (c.comm) {
+    NCCL_CHECK(ncclAllReduce(x.data, x.data, c.rank == 2 ? 9 : 10, ncclFloat, ncclSum, c.comm, s.stream));  // accepted: it is only queued
+    s.wait();
+    must_say(c, {ncclRemoteError, ncclGetLastError(c.comm)}, {"rank 2 called all_reduce #1 (9 f32 sum), rank "});
+  }
+  barrier();
+}
+
+// ---- the tests' mode
+
+TEST(a_writer_that_does_not_wait_is_caught_by_the_checksum) {
+  if (!kCpu) skip("send buffers are checksummed on the CPU");
+  need(2);
+  const Queued queued(5);
+  const Strict strict;
+  Comm c(2);
+  if (c.comm) {
+    const Stream s;
+    Array<float> send(values<float>(0, 0, 20000)), recv(20000);
+    if (c.rank == 1) usleep(200000);  // so that rank 0 writes while its all-reduce waits
+    NCCL_CHECK(ncclAllReduce(send.data, recv.data, send.count, ncclFloat, ncclSum, c.comm, s.stream));
+    if (c.rank == 0) {
+      usleep(50000);
+      send.data[7] = 1234;
+    }
+    s.wait();
+    if (c.rank == 0) must_say(c, {ncclInvalidUsage, ncclGetLastError(c.comm)}, {"rank 0: the send buffer of all_reduce #1 (20000 f32 sum)", "without waiting"});
+  }
+  barrier();
+}
+
+TEST(a_reader_that_does_not_wait_finds_nan) {
+  if (!kCpu) skip("device memory is read by the host");
+  need(2);
+  const Queued queued(6);
+  const Strict strict;
+  Comm c(2);
+  if (c.comm) {
+    const Stream s;
+    Array<float> send(values<float>(c.rank, 0, 20000)), recv(std::vector<float>(20000, 1.0f));
+    if (c.rank == 1) usleep(200000);
+    NCCL_CHECK(ncclAllReduce(send.data, recv.data, send.count, ncclFloat, ncclSum, c.comm, s.stream));
+    if (c.rank == 0) {
+      usleep(50000);
+      for (float x : std::vector<float>(recv.data, recv.data + 20000)) CHECK(std::isnan(x), "a receive buffer holds ", x, " before its call is done");
+    }
+    s.wait();
+    expect(recv.read(), reductions<float>(2, 0, 20000, ncclSum), "all-reduce");
+  }
+  barrier();
+}
+
+// ---- order, waiting, counts
+
+TEST(calls_on_two_streams_run_in_the_order_of_issue) {
+  const Queued queued(9);
+  const Stream a, b;
+  Array<int32_t> x(values<int32_t>(job().rank, 0, 5000));
+  std::vector<std::unique_ptr<Array<int32_t>>> got;
+  for (int i = 0; i < 20; i++) {
+    got.push_back(std::make_unique<Array<int32_t>>(5000));
+    NCCL_CHECK(ncclAllReduce(x.data, got.back()->data, 5000, ncclInt32, ncclSum, world(), (i + job().rank) % 3 ? a.stream : b.stream));
+  }
+  a.wait(), b.wait();
+  for (const auto& g : got) expect(g->read(), reductions<int32_t>(job().size, 0, 5000, ncclSum), "all-reduce");
+}
+
+TEST(a_waiting_rank_leaves_its_core_to_others) {
+  need(2);
+  for (bool shared : {true, false}) {
+    Comm c(2, shared);
+    if (c.comm) {
+      Array<float> x(1000);
+      if (c.rank == 1) usleep(1000000);
+      rusage before, after;
+      getrusage(RUSAGE_SELF, &before);
+      NCCL_CHECK(all_reduce(c, x.data, 1000));
+      getrusage(RUSAGE_SELF, &after);
+      const auto seconds = [](const timeval& t) { return double(t.tv_sec) + 1e-6 * double(t.tv_usec); };
+      const double used = seconds(after.ru_utime) + seconds(after.ru_stime) - seconds(before.ru_utime) - seconds(before.ru_stime);
+      CHECK_LE(used, 0.3, "a second's wait");
+      if (c.rank == 0) measured(shared ? "shared memory " : ", MPI ", used, " s of processor time");
+    }
+    barrier();
+  }
+  measured(" in a wait of 1 s");
+}
+
+TEST(the_stand_in_counts_the_bytes_of_the_formulas) {
+  using nccl_referee::traffic;
+  for (bool shared : {true, false}) {
+    const int n = job().size;
+    Comm c(n, shared);
+    const int64_t each = 4, count = 12000;
+    Array<float> x(size_t(n * count)), y(size_t(n * count));
+    NCCL_CHECK(ncclAllReduce(x.data, y.data, count, ncclFloat, ncclSum, c.comm, nullptr));
+    NCCL_CHECK(ncclAllGather(x.data, y.data, count, ncclFloat, c.comm, nullptr));
+    NCCL_CHECK(ncclReduceScatter(x.data, y.data, count, ncclFloat, ncclSum, c.comm, nullptr));
+    NCCL_CHECK(ncclGroupStart());
+    NCCL_CHECK(ncclSend(x.data, count, ncclFloat, (c.rank + 1) % n, c.comm, nullptr));
+    NCCL_CHECK(ncclRecv(y.data, count, ncclFloat, (c.rank + n - 1) % n, c.comm, nullptr));
+    NCCL_CHECK(ncclGroupEnd());
+    CUDA_CHECK(cudaStreamSynchronize(nullptr));
+    const int64_t slices = (n - 1) * n * count * each;  // n times what a rank sends in an all-gather
+    CHECK_EQ(traffic(c.comm, Call::all_gather).numerator, slices);
+    CHECK_EQ(traffic(c.comm, Call::all_gather).copied * n, slices);
+    CHECK_EQ(traffic(c.comm, Call::reduce_scatter).numerator, slices);
+    CHECK_EQ(traffic(c.comm, Call::reduce_scatter).copied * n, slices);
+    CHECK_EQ(traffic(c.comm, Call::all_reduce).numerator, 2 * (n - 1) * count * each);
+    CHECK_EQ(traffic(c.comm, Call::send).numerator, n * count * each);
+    CHECK_EQ(traffic(c.comm, Call::recv).copied, n > 1 ? count * each : 0);
+    CHECK_EQ(traffic(c.comm, Call::send).calls, 1);
+    CHECK_EQ(traffic(c.comm, Call::all_reduce).n, n);
+    // What all ranks read in an all-reduce adds up to what all send.
+    int64_t copied = traffic(c.comm, Call::all_reduce).copied, sum = 0;
+    MPI_Request request;
+    MPI_Iallreduce(&copied, &sum, 1, MPI_INT64_T, MPI_SUM, MPI_COMM_WORLD, &request);
+    wait(request);
+    CHECK_EQ(sum, 2 * (n - 1) * count * each);
+  }
+  measured("all-gather, reduce-scatter, all-reduce, send, exactly");
+}
+
+// ---- communicators
+
+TEST(split_orders_by_key_and_leaves_out_those_without_a_color) {
+  const int n = job().size, me = job().rank;
+  ncclComm_t part;
+  NCCL_CHECK(ncclCommSplit(world(), me == n - 1 && n > 1 ? NCCL_SPLIT_NOCOLOR : me % 2, -me, &part, nullptr));
+  if (me == n - 1 && n > 1) {
+    CHECK(part == nullptr);
+    return;
+  }
+  const int last = n > 1 ? n - 2 : 0, members = (last - me % 2) / 2 + 1;
+  int count, rank, device;
+  NCCL_CHECK(ncclCommCount(part, &count));
+  NCCL_CHECK(ncclCommUserRank(part, &rank));
+  NCCL_CHECK(ncclCommCuDevice(part, &device));
+  CHECK_EQ(count, members);
+  CHECK_EQ(rank, members - 1 - me / 2);
+  NCCL_CHECK(ncclCommFinalize(part));
+  NCCL_CHECK(ncclCommDestroy(part));
+  CHECK_EQ(ncclCommDestroy(part), ncclInvalidArgument);
+}
+
+TEST(abort_from_another_thread_ends_a_wait_and_the_peers_hear_of_it) {
+  need(3);
+  if (!kCpu) skip("calls do not wait on the host on this backend");
+  Comm c(3);
+  Array<float> x(8);
+  if (c.comm && c.rank < 2) {
+    const ncclComm_t comm = c.comm;
+    std::thread aborter;
+    if (c.rank == 0) aborter = std::thread([comm] {
+      usleep(100000);
+      ncclCommAbort(comm);
+    });
+    const Said said = say(all_reduce(c, x.data, 8));
+    if (aborter.joinable()) aborter.join();
+    if (c.rank == 0) c.comm = nullptr;  // Abort destroyed it
+    CHECK(said.sentence.find("rank 0 aborted") != std::string::npos, "said '", said.sentence, "'");
+  }
+  barrier();
+}
+
+TEST(versions_names_and_configurations_are_those_of_nccl) {
+  int version;
+  NCCL_CHECK(ncclGetVersion(&version));
+  CHECK(version >= 21800, "NCCL ", version);
+  CHECK_EQ(std::string(ncclGetErrorString(ncclInvalidUsage)), "invalid usage");
+  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+  config.blocking = 1;
+  ncclComm_t same;
+  NCCL_CHECK(ncclCommSplit(world(), 0, job().rank, &same, &config));
+  ncclResult_t error = ncclInternalError;
+  NCCL_CHECK(ncclCommGetAsyncError(same, &error));
+  CHECK_EQ(error, ncclSuccess);
+  NCCL_CHECK(ncclCommDestroy(same));
+}
+
+int main(int argc, char** argv) {
+#if defined(CPU_FAST) || defined(CPU_FAITHFUL)
+  if (!getenv("THREEFOLD_TEST_STAGING")) cpu::share_device_memory();  // else peers cannot map it and everything is staged
+#endif
+  return run_mpi_tests(argc, argv);
+}

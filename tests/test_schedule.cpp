@@ -1,0 +1,682 @@
+// test_schedule.cpp: schedules, checker, simulator and drawer against formulas, cases by hand and an interpreter that moves tokens.
+//
+// idea      everything here is integers: times are whole numbers, which doubles hold exactly, and shares are compared by cross products.
+// range     stages 1..8, micro-batches 1..32, chunks 1..4 wherever it says "all"
+#include "schedule.h"
+
+#include <algorithm>
+#include <array>
+#include <functional>
+#include <random>
+#include <set>
+
+#include "tests/test.h"
+
+namespace {
+
+const char* kNames[] = {"gpipe", "1f1b", "interleaved", "zb"};
+
+// Calls f(name, p, m, V) for all that is allowed.
+void for_all(const std::function<void(const std::string&, int, int, int)>& f) {
+  for (const std::string name : kNames)
+    for (int p = 1; p <= 8; p++)
+      for (int m = 1; m <= 32; m++)
+        for (int V = 1; V <= (name == "interleaved" ? 4 : 1); V++)
+          if (name != "interleaved" || m % p == 0) f(name, p, m, V);
+}
+
+std::string label(const Schedule& s) { return sentence(s.name, " p=", s.stages, " m=", s.microbatches, " V=", s.chunks); }
+
+int64_t whole(double x) {
+  CHECK_EQ(double(std::llround(x)), x, "a time that should be a whole number");
+  return std::llround(x);
+}
+
+// A few schedules to break: every kind, with stages in the middle, rings, and facing pairs.
+std::vector<Schedule> some() {
+  std::vector<Schedule> all;
+  for (int p : {2, 3, 4})
+    for (int m : {p, 2 * p + (p == 3 ? 3 : 0)}) {
+      for (const char* name : {"gpipe", "1f1b", "zb"}) all.push_back(make_schedule(name, p, m));
+      for (int V : {1, 2, 3}) all.push_back(make_schedule("interleaved", p, m, V));
+    }
+  return all;
+}
+
+// ---- an independent reading of a schedule: it moves tokens and never looks at schedule.cpp's rules
+
+// Two queues a stage, as the executor has: computations wait for their input, exchanges for what they send; the k-th send from a to b
+// meets the k-th receive of b from a when both stages have reached them. Stages take turns in random order. Returns what went wrong.
+struct Interpreter {
+  using Token = std::array<int, 3>;  // {payload, micro-batch, position that computed it}
+  struct End { int stage, index; Transfer transfer; };
+  const Schedule& s;
+  std::vector<int> computing, exchanging;
+  std::vector<std::set<Token>> has, made;                        // [stage]: received, computed here
+  std::map<std::pair<int, int>, std::vector<End>> sent, received;  // {from, to}: what has been reached so far
+  std::map<std::pair<int, int>, size_t> met;
+  std::map<std::pair<int, int>, int> open;                       // {stage, index}: transfers of a reached exchange not yet done
+  std::vector<std::vector<std::vector<int>>> input_order, weight_order;  // [stage][chunk]: micro-batches in the order of the sums
+  std::string wrong;
+
+  explicit Interpreter(const Schedule& schedule)
+      : s(schedule), computing(s.stages, 0), exchanging(s.stages, 0), has(s.stages), made(s.stages),
+        input_order(s.stages, std::vector<std::vector<int>>(s.chunks)), weight_order(input_order) {}
+
+  bool available(int stage, const Token& token) const { return has[stage].count(token) || (s.stages == 1 && made[stage].count(token)); }
+
+  bool compute(int stage) {
+    int& i = computing[stage];
+    while (i < int(s.ranks[stage].size()) && s.at(stage, i).kind == Action::exchange) i++;
+    if (i == int(s.ranks[stage].size())) return false;
+    const Action& a = s.at(stage, i);
+    const int v = s.position(stage, a.chunk), last = s.positions() - 1, m = a.microbatch;
+    if (a.kind == Action::forward) {
+      if (v > 0 && !available(stage, {Transfer::activation, m, v - 1})) return false;
+      made[stage].insert({Transfer::activation, m, v});
+    } else if (a.kind == Action::weight_gradient) {
+      if (!made[stage].count({Transfer::gradient, m, v})) wrong = "weight gradient without its input gradient";
+    } else {
+      if (!made[stage].count({Transfer::activation, m, v})) wrong = "backward without forward";
+      if (v < last && !available(stage, {Transfer::gradient, m, v + 1})) return false;
+      made[stage].insert({Transfer::gradient, m, v});
+      input_order[stage][a.chunk].push_back(m);
+    }
+    if (a.kind == Action::backward || a.kind == Action::weight_gradient) weight_order[stage][a.chunk].push_back(m);
+    i++;
+    return true;
+  }
+
+  bool exchange(int stage) {
+    int& i = exchanging[stage];
+    while (i < int(s.ranks[stage].size()) && s.at(stage, i).kind != Action::exchange) i++;
+    if (i == int(s.ranks[stage].size())) return false;
+    if (const auto now = open.find({stage, i}); now != open.end()) {
+      if (now->second > 0) return false;
+      i++;
+      return true;
+    }
+    for (const Transfer& t : s.at(stage, i).transfers)
+      if (t.send && !made[stage].count({t.payload, t.microbatch, s.position(stage, t.chunk)})) return false;
+    open[{stage, i}] = int(s.at(stage, i).transfers.size());
+    for (const Transfer& t : s.at(stage, i).transfers) {
+      const std::pair<int, int> pair = t.send ? std::pair{stage, t.peer} : std::pair{t.peer, stage};
+      (t.send ? sent : received)[pair].push_back({stage, i, t});
+      size_t& k = met[pair];
+      for (; k < std::min(sent[pair].size(), received[pair].size()); k++) meet(sent[pair][k], received[pair][k]);
+    }
+    return true;
+  }
+
+  void meet(const End& from, const End& to) {
+    const int sent_by = s.position(from.stage, from.transfer.chunk);
+    has[to.stage].insert({from.transfer.payload, from.transfer.microbatch, sent_by});
+    const int expected = s.position(to.stage, to.transfer.chunk) + (to.transfer.payload == Transfer::activation ? -1 : 1);
+    if (from.transfer.payload != to.transfer.payload || from.transfer.microbatch != to.transfer.microbatch || sent_by != expected)
+      wrong = "a receive got what another one should get";
+    open[{from.stage, from.index}]--;
+    open[{to.stage, to.index}]--;
+  }
+
+  std::string run(std::mt19937& random) {
+    std::vector<int> order(s.stages * 2);
+    for (size_t k = 0; k < order.size(); k++) order[k] = int(k);
+    for (bool moved = true; moved && wrong.empty();) {
+      moved = false;
+      std::shuffle(order.begin(), order.end(), random);
+      for (int k : order) moved = (k % 2 ? compute(k / 2) : exchange(k / 2)) || moved;
+    }
+    std::vector<int> ascending(s.microbatches);
+    for (int m = 0; m < s.microbatches; m++) ascending[m] = m;
+    for (int stage = 0; stage < s.stages && wrong.empty(); stage++) {
+      if (compute(stage) || computing[stage] < int(s.ranks[stage].size())) wrong = "hang: a computation never ran";
+      if (exchanging[stage] < int(s.ranks[stage].size())) wrong = "hang: an exchange never ended";
+      for (int c = 0; c < s.chunks; c++)
+        if (wrong.empty() && (input_order[stage][c] != ascending || weight_order[stage][c] != ascending))
+          wrong = "gradients summed in another order";
+    }
+    return wrong;
+  }
+};
+std::string interpret(const Schedule& s, int seed) {
+  std::mt19937 random(seed);
+  return Interpreter(s).run(random);
+}
+
+// When everything would end if each transfer had a wire of its own: what the one communication queue is compared with.
+double makespan_without_queues(const Schedule& s, const Times& times) {
+  const Durations d = durations(s, times);
+  std::map<std::array<int, 3>, double> done;
+  std::vector<size_t> next(s.stages, 0);
+  std::vector<double> now(s.stages, 0.0);
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (int stage = 0; stage < s.stages; stage++)
+      for (; next[stage] < s.ranks[stage].size(); next[stage]++, moved = true) {
+        const Action& a = s.ranks[stage][next[stage]];
+        if (a.kind == Action::exchange) continue;
+        const int forward = a.kind == Action::forward, v = s.position(stage, a.chunk), from = v + (forward ? -1 : 1);
+        double start = now[stage];
+        if (a.kind != Action::weight_gradient && from >= 0 && from < s.positions()) {
+          if (!done.count({forward, a.microbatch, from})) break;
+          start = std::max(start, done[{forward, a.microbatch, from}] + (s.stages > 1 ? times.send : 0));
+        }
+        now[stage] = start + d[stage][next[stage]];
+        if (a.kind != Action::weight_gradient) done[{forward, a.microbatch, v}] = now[stage];
+      }
+  }
+  return *std::max_element(now.begin(), now.end());
+}
+
+std::string marks(const std::string& name, int p, int m, int V = 1) {
+  const Schedule s = make_schedule(name, p, m, V);
+  return draw_text(s, simulate(s, durations(s, {})), 1);
+}
+
+}  // namespace
+
+// ---- generators
+
+TEST(the_checker_accepts_every_schedule) {
+  int schedules = 0;
+  int64_t actions = 0;
+  for_all([&](const std::string& name, int p, int m, int V) {
+    const Schedule s = make_schedule(name, p, m, V);
+    CHECK_EQ(check(s), "", label(s));
+    schedules++;
+    for (const auto& list : s.ranks) actions += list.size();
+  });
+  CHECK_EQ(schedules, 3 * 8 * 32 + 4 * (32 + 16 + 10 + 8 + 6 + 5 + 4 + 4));
+  measured(schedules, " schedules, ", actions, " actions");
+}
+
+TEST(every_schedule_runs_on_two_queues_a_stage) {
+  int runs = 0;
+  for_all([&](const std::string& name, int p, int m, int V) {
+    if (m > 12 && m % 8) return;
+    const Schedule s = make_schedule(name, p, m, V);
+    CHECK_EQ(interpret(s, ++runs), "", label(s));
+  });
+  measured(runs, " schedules, stages in random order");
+}
+
+TEST(bubbles_equal_the_formulas) {
+  int cases = 0;
+  for_all([&](const std::string& name, int p, int m, int V) {
+    const Schedule s = make_schedule(name, p, m, V);
+    const Timeline t = simulate(s, durations(s, {}));
+    // times of a chunk: all of a stage's work is 3 m V
+    const int64_t idle = name == "zb" ? p - 1 + std::max(p - m, 0) : 3 * (p - 1);
+    CHECK_EQ(whole(t.makespan), 3 * m * V + idle, label(s));
+    for (int stage = 0; stage < p; stage++) CHECK_EQ(whole(t.busy[stage]), 3 * m * V, label(s));
+    CHECK_EQ(whole(theoretical_idle(s)), idle, label(s));
+    // the textbook's shares, as cross products
+    const int64_t all = 3 * m * V + idle;
+    if (name == "gpipe" || name == "1f1b") CHECK_EQ(idle * (m + p - 1), all * (p - 1), label(s));
+    if (name == "interleaved") CHECK_EQ(idle * (V * m + p - 1), all * (p - 1), label(s));
+    CHECK_LE(std::fabs(t.bubble() - theoretical_bubble(s)), 1e-15);
+    cases++;
+  });
+  measured(cases, " cases, exact");
+}
+
+TEST(zero_bubble_idles_for_a_third_of_1f1b) {
+  int cases = 0;
+  for (int p = 1; p <= 8; p++)
+    for (int m = p; m <= 32; m++, cases++) {
+      const auto idle = [&](const char* name) {
+        const Schedule s = make_schedule(name, p, m);
+        const Timeline t = simulate(s, durations(s, {}));
+        return whole(t.makespan) - whole(t.busy[0]);
+      };
+      CHECK_EQ(3 * idle("zb"), idle("1f1b"));
+      CHECK_EQ(idle("zb"), p - 1);
+    }
+  measured(cases, " cases with m >= p, exact");
+}
+
+TEST(bubbles_equal_the_formulas_for_other_times) {
+  int cases = 0;
+  const Times all[] = {{10, 10, 8, 0}, {10, 12, 5, 0}, {8, 12, 10, 0}, {6, 12, 10, 0}, {10, 8, 12, 0}, {20, 10, 5, 0}, {3, 4, 20, 0}};
+  for (const Times& times : all)
+    for (const std::string name : {"gpipe", "1f1b", "zb"})
+      for (int p = 1; p <= 8; p++)
+        for (int m = name == "zb" ? p : 1; m <= 17; m += 2, cases++) {
+          const Schedule s = make_schedule(name, p, m);
+          const Timeline t = simulate(s, durations(s, times));
+          const double F = times.forward, B = times.input_gradient, W = times.weight_gradient;
+          const double idle = (p - 1) * (name == "zb" ? std::max({F, B, F + B - W}) : F + B + W);
+          CHECK_EQ(whole(t.makespan) - whole(t.busy[0]), whole(idle), label(s));
+          CHECK_EQ(theoretical_idle(s, times), idle, label(s));
+        }
+  measured(cases, " cases, exact");
+}
+
+TEST(live_micro_batches_equal_the_formulas) {
+  int cases = 0;
+  for_all([&](const std::string& name, int p, int m, int V) {
+    const Schedule s = make_schedule(name, p, m, V);
+    const auto live = peak_live(s);
+    for (int stage = 0; stage < p; stage++) {
+      int64_t expected = m;
+      if (name == "1f1b") expected = std::min(p - stage, m);
+      if (name == "zb") expected = std::min(p, m);
+      if (name == "interleaved") expected = std::min(2 * (p - stage - 1) + (V - 1) * p + 1, V * m);
+      CHECK_EQ(live[stage], expected, label(s), " stage ", stage);
+      CHECK_EQ(theoretical_live(s, stage), expected, label(s), " stage ", stage);
+      cases++;
+    }
+  });
+  measured(cases, " stages, exact");
+}
+
+TEST(each_cut_carries_each_micro_batch_once_each_way) {
+  int64_t transfers = 0;
+  for_all([&](const std::string& name, int p, int m, int V) {
+    const Schedule s = make_schedule(name, p, m, V);
+    std::map<std::pair<int, int>, int> sends;  // {payload, position that sends}
+    for (int stage = 0; stage < p; stage++)
+      for (const Action& a : s.ranks[stage])
+        for (const Transfer& t : a.transfers)
+          if (t.send) sends[{t.payload, s.position(stage, t.chunk)}]++;
+    CHECK_EQ(int(sends.size()), p == 1 ? 0 : 2 * (p * V - 1), label(s));
+    for (const auto& [from, count] : sends) {
+      CHECK_EQ(count, m, label(s));
+      transfers += count;
+    }
+  });
+  measured(transfers, " transfers");
+}
+
+TEST(facing_sends_share_a_group) {
+  int groups = 0;
+  for_all([&](const std::string& name, int p, int m, int V) {
+    if (m > 12 && m % 8) return;
+    const Schedule s = make_schedule(name, p, m, V);
+    const Timeline t = simulate(s, durations(s, {}));
+    std::map<std::array<int, 4>, double> made;              // {stage, payload, micro-batch, chunk}: when
+    std::map<std::pair<double, std::pair<int, int>>, int> alone;  // {when, between whom}: sends of one that are not in a group
+    for (int stage = 0; stage < p; stage++)
+      for (size_t i = 0; i < s.ranks[stage].size(); i++)
+        if (const Action& a = s.ranks[stage][i]; a.kind != Action::exchange && a.kind != Action::weight_gradient) {
+          const int what = a.kind == Action::forward ? Transfer::activation : Transfer::gradient;
+          made[{stage, what, a.microbatch, a.chunk}] = t.spans[stage][i].end;
+        }
+    for (int stage = 0; stage < p; stage++)
+      for (const Action& a : s.ranks[stage])
+        for (const Transfer& transfer : a.transfers) {
+          if (!transfer.send) continue;
+          const auto both = std::minmax(stage, transfer.peer);
+          const double when = made.at({stage, transfer.payload, transfer.microbatch, transfer.chunk});
+          CHECK_LE(int(a.transfers.size()), 2, label(s));
+          if (a.transfers.size() == 1) CHECK_EQ((++alone[{when, {both.first, both.second}}]), 1, label(s), " time ", when);
+          if (a.transfers.size() == 1) continue;
+          CHECK(a.transfers[0].send != a.transfers[1].send && a.transfers[0].peer == a.transfers[1].peer, label(s));
+          groups++;
+        }
+  });
+  CHECK(groups > 0);
+  measured(groups / 2, " pairs that exist at the same time are grouped, no other transfer is");
+}
+
+TEST(what_a_schedule_does_not_allow_is_refused) {
+  CHECK_SAYS(make_schedule("2f2b", 4, 8), "there is no schedule '2f2b': choose gpipe, 1f1b, interleaved or zb");
+  CHECK_SAYS(make_schedule("1f1b", 0, 8), "at least one stage, not 0");
+  CHECK_SAYS(make_schedule("gpipe", 4, 0), "at least one micro-batch, not 0");
+  CHECK_SAYS(make_schedule("interleaved", 4, 8, 0), "at least one chunk, not 0");
+  CHECK_SAYS(make_schedule("zb", 4, 8, 2), "schedule zb has one chunk a stage, not 2: choose interleaved");
+  CHECK_SAYS(make_schedule("zb", 1 << 20, 1 << 20), "more than a million");
+  int refused = 0;
+  for (int p = 1; p <= 8; p++)
+    for (int m = 1; m <= 32; m++)
+      if (m % p) {
+        CHECK_SAYS(make_schedule("interleaved", p, m, 2), sentence("micro-batches that its ", p, " stages divide, not ", m));
+        refused++;
+      }
+  measured(refused, " uneven interleaved schedules and 6 others");
+}
+
+// ---- the checker
+
+TEST(a_missing_action_is_rejected) {
+  int mutants = 0;
+  for (const Schedule& s : some())
+    for (int stage = 0; stage < s.stages; stage++)
+      for (size_t i = 0; i < s.ranks[stage].size(); i++, mutants++) {
+        Schedule broken = s;
+        broken.ranks[stage].erase(broken.ranks[stage].begin() + i);
+        CHECK(check(broken) != "", label(s), " without ", to_string(s.at(stage, int(i))), " on stage ", stage);
+      }
+  measured(mutants, " mutants, each action of ", some().size(), " schedules in turn");
+}
+
+TEST(a_doubled_action_is_rejected) {
+  int mutants = 0;
+  for (const Schedule& s : some())
+    for (int stage = 0; stage < s.stages; stage++)
+      for (size_t i = 0; i < s.ranks[stage].size(); i++)
+        for (size_t to : {i, s.ranks[stage].size()}) {  // at once, and at the end
+          Schedule broken = s;
+          const Action again = s.ranks[stage][i];
+          broken.ranks[stage].insert(broken.ranks[stage].begin() + to, again);
+          CHECK(check(broken).find("comes twice") != std::string::npos || check(broken).find("sends before") != std::string::npos, label(s),
+                " doubled ", to_string(again), ": ", check(broken));
+          mutants++;
+        }
+  Schedule twice = make_schedule("1f1b", 3, 4);
+  twice.ranks[2].push_back({Action::backward, 3, 0});
+  CHECK_EQ(check(twice), "stage 2, action 14 (backward of micro-batch 3, chunk 0) comes twice.");
+  measured(mutants, " mutants");
+}
+
+TEST(a_send_without_its_receive_is_rejected) {
+  int mutants = 0;
+  for (const Schedule& s : some())
+    for (int stage = 0; stage < s.stages; stage++)
+      for (size_t i = 0; i < s.ranks[stage].size(); i++)
+        for (size_t k = 0; k < s.ranks[stage][i].transfers.size(); k++) {
+          Schedule broken = s;
+          auto& transfers = broken.ranks[stage][i].transfers;
+          transfers.erase(transfers.begin() + k);
+          CHECK(check(broken).find("lacks its transfer") != std::string::npos, label(s), ": ", check(broken));
+          mutants++;
+          for (int change = 0; change < 4; change++) {  // there, but not the right one
+            broken = s;
+            Transfer& t = broken.ranks[stage][i].transfers[k];
+            if (change == 0) t.peer = (t.peer + 1) % s.stages;
+            if (change == 1) t.microbatch = (t.microbatch + 1) % s.microbatches;
+            if (change == 2) t.send = !t.send;
+            if (change == 3) t.chunk++;
+            CHECK(check(broken) != "", label(s), " change ", change);
+            mutants++;
+          }
+        }
+  measured(mutants, " mutants");
+}
+
+TEST(a_swapped_pair_is_rejected) {
+  int mutants = 0;
+  const auto rejected = [&](Schedule s, int stage, size_t i, size_t j) {
+    std::swap(s.ranks[stage][i], s.ranks[stage][j]);
+    CHECK(check(s) != "", label(s), " with actions ", i, " and ", j, " of stage ", stage, " swapped");
+    mutants++;
+  };
+  for (const Schedule& s : some())
+    for (int stage = 0; stage < s.stages; stage++) {
+      const auto& list = s.ranks[stage];
+      for (size_t i = 0; i < list.size(); i++)
+        for (size_t j = i + 1; j < list.size(); j++) {
+          const Action &a = list[i], &b = list[j];
+          const bool both_compute = a.kind != Action::exchange && b.kind != Action::exchange;
+          // gradients of one chunk in another order, or the steps of one micro-batch
+          if (both_compute && a.chunk == b.chunk && ((a.kind != Action::forward && a.kind == b.kind) || a.microbatch == b.microbatch))
+            rejected(s, stage, i, j);
+          // two transfers with the same stage in the same direction
+          if (a.transfers.size() == 1 && b.transfers.size() == 1 && a.transfers[0].peer == b.transfers[0].peer &&
+              a.transfers[0].send == b.transfers[0].send)
+            rejected(s, stage, i, j);
+          // what is sent and its computation, a computation and what it receives
+          const auto belongs = [](const Transfer& t, const Action& c) {
+            return c.kind != Action::exchange && c.kind != Action::weight_gradient && c.chunk == t.chunk && c.microbatch == t.microbatch &&
+                   (c.kind == Action::forward) == (t.payload == Transfer::activation);
+          };
+          for (const Transfer& t : b.transfers)
+            if (t.send && belongs(t, a)) rejected(s, stage, i, j);
+          for (const Transfer& t : a.transfers)
+            if (!t.send && belongs(t, b)) rejected(s, stage, i, j);
+        }
+    }
+  Schedule early = make_schedule("1f1b", 2, 4);
+  std::swap(early.ranks[1][0], early.ranks[1][1]);
+  CHECK_EQ(check(early), "stage 1, action 1 (receive activation of micro-batch 0, chunk 0 from stage 0) receives after forward of "
+                         "micro-batch 0, chunk 0.");
+  measured(mutants, " mutants");
+}
+
+TEST(receives_in_another_order_than_the_sends_are_rejected) {
+  // both activations leave in one group, and arrive in one group that lists them the other way round
+  const auto both = [](bool send, int first) {
+    const int peer = send ? 1 : 0;
+    return Action{Action::exchange, -1, -1, {{send, Transfer::activation, peer, first, 0}, {send, Transfer::activation, peer, 1 - first, 0}}};
+  };
+  Schedule s = make_schedule("gpipe", 2, 2);  // stage 0: F0 x0 F1 x1 ...    stage 1: x0 x1 F0 F1 ... in some order
+  auto &first = s.ranks[0], &last = s.ranks[1];
+  const auto activation = [](const Action& a) { return a.kind == Action::exchange && a.transfers[0].payload == Transfer::activation; };
+  first.erase(std::remove_if(first.begin(), first.end(), activation), first.end());
+  last.erase(std::remove_if(last.begin(), last.end(), activation), last.end());
+  first.insert(first.begin() + 2, both(true, 0));
+  last.insert(last.begin(), both(false, 0));
+  CHECK_EQ(check(s), "");
+  CHECK_EQ(interpret(s, 1), "");
+  last[0] = both(false, 1);
+  CHECK(check(s).find("transfer 0 from stage 0 to stage 1 should meet 'receive activation of micro-batch 0") == 0, check(s));
+  CHECK_EQ(interpret(s, 1), "a receive got what another one should get");
+  measured(check(s));
+}
+
+TEST(a_facing_pair_ungrouped_is_rejected) {
+  int mutants = 0;
+  for (const Schedule& s : some())
+    for (int stage = 0; stage < s.stages; stage++)
+      for (size_t i = 0; i < s.ranks[stage].size(); i++) {
+        const Action& group = s.ranks[stage][i];
+        if (group.transfers.size() < 2 || group.transfers[0].peer < stage) continue;
+        const int peer = group.transfers[0].peer;
+        // the group on the other side: the one that comes after as many exchanges between the two
+        const auto with = [](const Action& a, int other) { return a.kind == Action::exchange && a.transfers[0].peer == other; };
+        int count = 0;
+        for (size_t k = 0; k < i; k++) count += with(s.ranks[stage][k], peer);
+        size_t facing = 0;
+        for (int seen = 0;; facing++)
+          if (with(s.ranks[peer][facing], stage) && seen++ == count) break;
+        for (const bool send_first : {true, false}) {
+          Schedule broken = s;
+          for (const auto& [where, index] : {std::pair{stage, i}, std::pair{peer, facing}}) {
+            auto& list = broken.ranks[where];
+            Transfer first = list[index].transfers[0], second = list[index].transfers[1];
+            if (first.send != send_first) std::swap(first, second);
+            list[index].transfers = {first};
+            list.insert(list.begin() + index + 1, {Action::exchange, -1, -1, {second}});
+          }
+          CHECK(check(broken).find("deadlock: ") == 0, label(s), ": ", check(broken));
+          CHECK(interpret(broken, 1).find("hang") == 0, label(s), ": ", interpret(broken, 1));
+          mutants++;
+        }
+      }
+  CHECK(mutants > 0);
+  measured(mutants, " mutants, all deadlocks");
+}
+
+TEST(a_ring_of_ungrouped_sends_is_rejected) {
+  // three stages; each sends to the next and then receives from the one before: no two face each other, yet all wait
+  Schedule s = make_schedule("interleaved", 3, 3, 2);
+  for (auto& list : s.ranks) list.clear();
+  const auto forward = [&](int stage, int m, int c) { s.ranks[stage].push_back({Action::forward, m, c}); };
+  const auto move = [&](int stage, bool send, Transfer::Payload what, int m, int c) {
+    const int step = (what == Transfer::activation) == send ? 1 : 2;
+    s.ranks[stage].push_back({Action::exchange, -1, -1, {{send, what, (stage + step) % 3, m, c}}});
+  };
+  for (int stage = 0; stage < 3; stage++) {
+    for (int m = 0; m < 3; m++) {
+      if (stage > 0) move(stage, false, Transfer::activation, m, 0);
+      forward(stage, m, 0);
+      move(stage, true, Transfer::activation, m, 0);
+    }
+    for (int m = 0; m < 3; m++) {
+      move(stage, false, Transfer::activation, m, 1);
+      forward(stage, m, 1);
+      if (stage < 2) move(stage, true, Transfer::activation, m, 1);
+    }
+    for (int c : {1, 0})
+      for (int m = 0; m < 3; m++) {
+        if (stage < 2 || c == 0) move(stage, false, Transfer::gradient, m, c);
+        s.ranks[stage].push_back({Action::backward, m, c});
+        if (stage > 0 || c == 1) move(stage, true, Transfer::gradient, m, c);
+      }
+  }
+  CHECK(check(s).find("deadlock: stage 0") == 0, check(s));
+  CHECK(interpret(s, 1).find("hang") == 0, interpret(s, 1));
+  measured(check(s).substr(0, 90), "...");
+}
+
+TEST(what_the_checker_accepts_runs) {
+  // random damage: whatever the checker lets through must run in the interpreter and add up gradients in order
+  std::mt19937 random(7);
+  int accepted = 0, rejected = 0, hangs = 0;
+  const auto schedules = some();
+  for (int round = 0; round < 8000; round++) {
+    Schedule s = schedules[random() % schedules.size()];
+    auto& list = s.ranks[random() % s.stages];
+    const size_t i = random() % list.size(), j = std::min(list.size() - 1, i + 1 + random() % 3);
+    switch (random() % 4) {
+      case 0: std::swap(list[i], list[j]); break;
+      case 1: std::rotate(list.begin() + i, list.begin() + i + 1, list.begin() + j + 1); break;  // later
+      case 2: std::rotate(list.begin() + i, list.begin() + j, list.begin() + j + 1); break;      // earlier
+      case 3: {  // join two exchanges, or part one
+        if (list[i].transfers.size() == 2) {
+          const Transfer second = list[i].transfers[1];
+          list[i].transfers.pop_back();
+          list.insert(list.begin() + i + random() % 2, {Action::exchange, -1, -1, {second}});
+        } else if (i != j && list[i].kind == Action::exchange && list[j].kind == Action::exchange) {
+          list[i].transfers.insert(list[i].transfers.end(), list[j].transfers.begin(), list[j].transfers.end());
+          list.erase(list.begin() + j);
+        }
+      }
+    }
+    const bool fine = check(s).empty();
+    (fine ? accepted : rejected)++;
+    const std::string run = interpret(s, round);
+    hangs += !run.empty();
+    if (fine) {
+      CHECK_EQ(run, "", label(s), " round ", round);
+      CHECK(simulate(s, durations(s, {1, 1, 1, 0.25})).makespan > 0);
+    }
+  }
+  CHECK(accepted > 500 && hangs > 500);
+  measured(accepted, " mutants accepted and run, ", rejected, " rejected, of which ", hangs, " hang or sum wrongly");
+}
+
+TEST(one_stage_hands_over_in_memory) {
+  for (int V = 1; V <= 4; V++) {
+    const Schedule s = make_schedule("interleaved", 1, 5, V);
+    for (const Action& a : s.ranks[0]) CHECK(a.kind != Action::exchange);
+    CHECK_EQ(simulate(s, durations(s, {})).bubble(), 0.0);
+  }
+  Schedule s = make_schedule("interleaved", 1, 1, 2);  // forward 0, forward 1, backward 1, backward 0
+  std::swap(s.ranks[0][2], s.ranks[0][3]);
+  CHECK_EQ(check(s), "stage 0, action 2 (backward of micro-batch 0, chunk 0) comes before its input from chunk 1.");
+}
+
+// ---- the simulator
+
+TEST(the_simulator_equals_three_cases_by_hand) {
+  const auto spans = [](const Schedule& s, const Timeline& t, int stage) {
+    std::string text;
+    for (size_t i = 0; i < s.ranks[stage].size(); i++) text += sentence(t.spans[stage][i].start, "-", t.spans[stage][i].end, " ");
+    return text;
+  };
+  // 1f1b, two stages, sends that take 1:    F0 x0 F1 x1 g0 B0 g1 B1   |   x0 F0 x1 B0 g0 F1 B1 g1
+  Schedule s = make_schedule("1f1b", 2, 2);
+  Timeline t = simulate(s, durations(s, {2, 3, 1, 1}));
+  CHECK_EQ(spans(s, t, 0), "0-2 2-3 2-4 4-5 5-10 10-14 10-16 16-20 ");
+  CHECK_EQ(spans(s, t, 1), "0-3 3-5 3-5 5-9 9-10 9-11 11-15 15-16 ");
+  CHECK(t.makespan == 20 && t.busy[0] == 12 && t.busy[1] == 12 && t.bubble() == 0.4 && t.bubble(1) == 0.4);
+  // three micro-batches: activation 2 and gradient 1 face each other and leave as one group when both exist, at 9
+  s = make_schedule("1f1b", 2, 3);
+  t = simulate(s, durations(s, {1, 1, 1, 1}));
+  CHECK_EQ(spans(s, t, 0), "0-1 1-2 1-2 2-3 3-6 6-8 8-9 9-10 10-12 10-14 14-16 ");
+  CHECK_EQ(spans(s, t, 1), "0-2 2-3 2-3 3-5 5-6 5-6 6-8 8-10 10-11 11-13 13-14 ");
+  // zb, free sends; then stage 1 twice as slow
+  s = make_schedule("zb", 2, 2);
+  t = simulate(s, durations(s, {2, 2, 1, 0}));
+  CHECK(t.makespan == 13 && t.busy[0] == 10 && t.busy[1] == 10);
+  Durations d = durations(s, {2, 2, 1, 0});
+  for (double& x : d[1]) x *= 2;
+  t = simulate(s, d);
+  CHECK(t.makespan == 22 && t.busy[0] == 10 && t.busy[1] == 20);
+  CHECK_EQ(t.bubble(0), 1 - 10 / 22.0);
+}
+
+TEST(peak_bytes_are_weighed_by_chunk) {
+  const Schedule s = make_schedule("interleaved", 2, 2, 2);  // stage 0: F0 F0' in turn; all four chunk activations live
+  CHECK_EQ(peak_live(s)[0], 4);
+  CHECK_EQ(peak_live(s, {{100, 10}, {1000, 1}})[0], 220);
+  CHECK_EQ(peak_live(s, {{100, 10}, {1000, 1}})[1], 2001);  // at most 3 at once on stage 1: chunk 0 twice, chunk 1 once
+  CHECK_EQ(peak_live(make_schedule("gpipe", 3, 7), {{5}, {6}, {7}})[2], 49);
+}
+
+TEST(the_one_queue_costs_next_to_nothing) {
+  // against transfers with a wire each. Lists are made for F = B = W = 1; other times must not make exchanges wait in the wrong order.
+  const auto worst_of = [](const std::vector<Times>& all, const std::set<std::string>& names) {
+    double worst = 0;
+    for (const Times& times : all)
+      for_all([&](const std::string& name, int p, int m, int V) {
+        if (!names.count(name) || p == 1 || (m > 6 && m % 8)) return;
+        const Schedule s = make_schedule(name, p, m, V);
+        worst = std::max(worst, simulate(s, durations(s, times)).makespan / makespan_without_queues(s, times) - 1);
+      });
+    return worst;
+  };
+  const std::vector<Times> free{{1, 1, 1, 0}, {5, 6, 4, 0}, {5, 5, 3, 0}, {10, 7, 7, 0}};
+  CHECK_EQ(worst_of(free, {"gpipe", "1f1b", "zb", "interleaved"}), 0.0);
+  CHECK_EQ(worst_of({{1, 2, 1, 0}}, {"gpipe", "1f1b", "zb"}), 0.0);
+  const double recompute = worst_of({{1, 2, 1, 0}}, {"interleaved"});
+  const double slow = worst_of({{20, 20, 20, 1}}, {"gpipe", "1f1b", "zb", "interleaved"});
+  CHECK_LE(recompute, 0.02);
+  CHECK_LE(slow, 0.02);
+  measured("free sends: 0; interleaved with B + W = 3 F: ", recompute, "; sends of F/20: ", slow);
+}
+
+// ---- the drawer
+
+TEST(the_drawing_of_1f1b_is_the_one_in_the_books) {
+  CHECK_EQ(marks("1f1b", 4, 8),
+           "time      0         10        20        30\n"
+           "stage  0 |0123......aa4bb5cc6dd7ee.ff.gg.hh| idle 27.3 %\n"
+           "stage  1 |.012....aa3bb4cc5dd6ee7ff.gg.hh..| idle 27.3 %\n"
+           "stage  2 |..01..aa2bb3cc4dd5ee6ff7gg.hh....| idle 27.3 %\n"
+           "stage  3 |...0aa1bb2cc3dd4ee5ff6gg7hh......| idle 27.3 %\n"
+           "          0-9 forward of micro-batch 0-9   a-j its backward   . idle\n");
+}
+
+TEST(the_drawing_of_zb_is_the_papers_figure) {
+  CHECK_EQ(marks("zb", 4, 8),
+           "time      0         10        20\n"
+           "stage  0 |0123...aA4bB5cC6dD7eEfFgGhH| idle 11.1 %\n"
+           "stage  1 |.012..a3bA4cB5dC6eD7fEgFhGH| idle 11.1 %\n"
+           "stage  2 |..01.a2b3cA4dB5eC6fD7gEhFGH| idle 11.1 %\n"
+           "stage  3 |...0a1b2c3dA4eB5fC6gD7hEFGH| idle 11.1 %\n"
+           "          0-9 forward of micro-batch 0-9   a-j its input gradient   A-J its weight gradient   . idle\n");
+}
+
+TEST(the_drawing_of_interleaved_shows_chunks) {
+  CHECK_EQ(marks("interleaved", 2, 4, 2),
+           "time      0         10        20\n"
+           "stage  0 |01012.aa3bb2aa3bb.cc.ddccdd| idle 11.1 %\n"
+           "   chunk |00110 11011100100 11 110000|\n"
+           "stage  1 |.010aa1bb2aa3bb2cc3ddccdd..| idle 11.1 %\n"
+           "   chunk | 001111110000001111110000  |\n"
+           "          0-9 forward of micro-batch 0-9   a-j its backward   . idle\n");
+}
+
+TEST(the_svg_is_whole_and_stands_alone) {
+  const Schedule s = make_schedule("zb", 3, 4);
+  const std::string svg = draw_svg(s, simulate(s, durations(s, {})), "zb on three stages", "forwards");
+  const auto count = [&](const std::string& part) {
+    int n = 0;
+    for (size_t at = svg.find(part); at != std::string::npos; at = svg.find(part, at + 1)) n++;
+    return n;
+  };
+  const int computations = 3 * 4 * 3, legend = 3, ticks = 8;  // 14 units of time, a tick every 2
+  CHECK_EQ(count("<rect "), 1 + legend + computations + ticks);
+  CHECK_EQ(count("<g>"), computations);
+  CHECK_EQ(count("<text "), count("</text>"));
+  CHECK_EQ(count("<title>zb on three stages</title>"), 1);
+  CHECK_EQ(count(">time in forwards</text>"), 1);
+  CHECK_EQ(count("prefers-color-scheme:dark"), 1);
+  CHECK_EQ(count("http"), 1, "only the namespace");
+  CHECK_EQ(count("<title>weight gradient of micro-batch 3, chunk 0: 13 to 14</title>"), 3);
+  measured(svg.size(), " bytes");
+}
+
+int main(int argc, char** argv) { return run_tests(argc, argv); }

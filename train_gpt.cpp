@@ -1,0 +1,166 @@
+// train_gpt.cpp: trains a GPT on text, on one device or many. Parse the options, build the mesh, loop over steps, report.
+// idea      every rank runs this program; trainer.cpp composes the model with the strategies
+// test      tests/test_cli.sh (the program from outside), tests/test_golden.cpp and tests/test_fsdp.cpp (its numbers)
+#include <unistd.h>
+
+#include <cmath>
+#include <cstdio>
+
+#include "support/data.h"
+#include "support/metrics.h"
+#include "support/options.h"
+#include "support/philox.h"
+#include "report.h"
+#include "trainer.h"
+#include "watch.h"
+
+// ---- what the options mean
+
+static GptConfig model_config(const Options& o) {
+  GptConfig g{o.model.layers, o.model.width, o.model.heads, o.model.context, o.model.vocab};
+  g.dtype = o.dtype == "f64" ? Dtype::f64 : o.dtype == "bf16" ? Dtype::bf16 : Dtype::f32;
+  g.attention = o.attention == "flash" ? AttentionKind::flash : AttentionKind::plain;
+  g.recompute = o.recompute;
+  return g;
+}
+
+static TrainerOptions trainer_options(const Options& o) {
+  TrainerOptions t;
+  t.batch = o.batch, t.microbatch = o.microbatch, t.seed = uint64_t(o.seed);
+  t.clip = o.clip, t.weight_decay = o.weight_decay;
+  t.fsdp = {int(o.zero), o.reshard == "yes", int(o.prefetch)};
+  return t;
+}
+
+static Layout layout(const Options& o) { return {1, int(o.replicate), int(o.fsdp), 1}; }
+
+static void print_setup(const Options& o, const GptConfig& g, const Dataset& data) {
+  printf("model    %s: %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M parameters in %s\n", o.model_name.c_str(),
+         (long long)g.layers, (long long)g.width, (long long)g.heads, (long long)g.context, (long long)g.vocab, parameter_count(g) / 1e6,
+         name_of(g.dtype));
+  printf("device   %s\n", device().name.c_str());
+  printf("ranks    %s\n", to_string(layout(o)).c_str());
+  printf("data     %s\n", data.describe().c_str());
+  printf("steps    %lld of %lld sequences (%lld tokens), micro-batches of %lld\n\n", (long long)o.steps, (long long)o.batch,
+         (long long)(o.batch * g.context), (long long)o.microbatch);
+  fflush(stdout);
+}
+
+// ---- sampling
+
+// One token from softmax(logits / temperature), by a random number that the seed and the position decide.
+static int pick(const std::vector<double>& logits, double temperature, uint64_t seed, int64_t position) {
+  double largest = logits[0], sum = 0;
+  for (double l : logits) largest = std::max(largest, l);
+  std::vector<double> p;
+  for (double l : logits) sum += p.emplace_back(std::exp((l - largest) / temperature));
+  double u = philox(uint32_t(position), uint32_t(position >> 32), 0, 1, uint32_t(seed), uint32_t(seed >> 32)).v[0] / 4294967296.0 * sum;
+  for (size_t v = 0; v + 1 < p.size(); v++)
+    if ((u -= p[v]) < 0) return int(v);
+  return int(p.size() - 1);
+}
+
+static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, uint64_t seed, bool prints) {
+  const int64_t T = trainer.gpt.config.context;
+  std::vector<int> tokens = data.held_out(0);
+  tokens.resize(std::min<int64_t>(T / 2 + 1, 48));
+  const auto show = [&](int token) {
+    if (!prints) return;
+    if (!data.is_text()) printf(" %d", token);
+    else putchar(token == '\n' || token == '\t' || (token >= 32 && token < 127) ? token : '?');
+    fflush(stdout);
+  };
+  if (prints) printf("\n--- a sample: held-out text up to the bar, then the model's own\n");
+  for (int token : tokens) show(token);
+  if (prints) printf("|");
+  for (int64_t i = 0; i < count; i++) {
+    const std::vector<int> window(tokens.end() - std::min<int64_t>(int64_t(tokens.size()), T), tokens.end());
+    tokens.push_back(pick(trainer.next_logits(window), 0.8, seed, i));
+    show(tokens.back());
+  }
+  if (prints) printf("\n---\n");
+}
+
+// ---- training
+
+static void train(const Options& o, const Dataset& data, Mesh& mesh, Watch& watch, bool prints) {
+  Metrics metrics(prints ? o.metrics : "");
+  matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
+  const GptConfig config = model_config(o);
+  if (prints) print_setup(o, config, data);
+  Trainer trainer(mesh, config, trainer_options(o));
+  const std::unique_ptr<FILE, int (*)(FILE*)> silent(fopen("/dev/null", "w"), fclose);
+  Progress progress(o.steps, prints ? stdout : silent.get());
+  const auto held_out = [&](int64_t s) { return data.held_out(s); };
+  double first_loss = 0, loss = 0;
+  for (int64_t step = 1; step <= o.steps; step++) {
+    progress.start_step();
+    watch.step(step);
+    const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
+    trainer.gradients([&](int64_t s) { return data.sequence(step, s, o.seed); });
+    trainer.update(lr);
+    loss = trainer.loss();
+    const double norm = trainer.norm();
+    if (step == 1) first_loss = loss;
+    REQUIRE(std::isfinite(loss) && std::isfinite(norm), "at step ", step, " the loss is ", loss, " and the gradient norm ", norm,
+            ": training stops here; a smaller --lr or a longer --warmup may help");
+    metrics.step(progress.end_step(step, loss, norm, lr, o.batch * config.context));
+    if (o.eval_every && (step % o.eval_every == 0 || step == o.steps)) {
+      progress.say(step, "held-out loss", trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32), held_out));
+    }
+  }
+  progress.done();
+  if (o.sample) print_sample(trainer, data, o.sample, uint64_t(o.seed), prints);
+  const std::string tables = compare_with_theory(mesh, config, trainer_options(o), o.steps, metrics);
+  if (!prints) return;
+  printf("\nloss     %.4f at step 1, %.4f at step %lld\n", first_loss, loss, (long long)o.steps);
+  printf("speed    %s\n", progress.summary(flops_per_token(config)).c_str());
+  printf("%s", tables.c_str());
+}
+
+// ---- main
+
+static int run(const Job& job, int argc, char** argv) {
+  Options options;
+  std::unique_ptr<Dataset> data;
+  Mesh mesh;
+  std::string error;
+  try {
+    options = parse_options(argc, argv);
+    if (!options.help) {
+      open_device(job.local_rank % device_count(), options.device_memory << 20);
+      resolve(options, device().is_gpu);
+      check(options);
+      check_ranks(layout(options), job.size);
+      data = std::make_unique<Dataset>(Dataset::open(options.data, options.model.context, options.model.vocab));
+    }
+  } catch (const Error& e) {
+    error = e.what();
+  }
+  error = job.agree(error);  // what is wrong for one rank ends all, with one message
+  if (!error.empty()) {
+    if (job.rank == 0) fprintf(stderr, "train_gpt: %s\n", error.c_str());
+    return 1;
+  }
+  if (options.help) {
+    if (job.rank == 0) print_help();
+    return 0;
+  }
+  Watch watch(job, double(options.timeout));
+  mesh = open_mesh(job, layout(options));
+  check_mesh(mesh);
+  train(options, *data, mesh, watch, job.rank == 0);
+  close_mesh(mesh);
+  return 0;
+}
+
+int main(int argc, char** argv) {
+  Job job(&argc, &argv);
+  try {
+    const int status = run(job, argc, argv);
+    close_device();
+    return status;
+  } catch (const std::exception& e) {
+    job.abort(e.what());
+  }
+}

@@ -1,0 +1,49 @@
+// trainer.h: one training step, composed from the model, the strategies and the optimizer. train_gpt and the parity tests share it.
+//
+// idea      gradients(step) runs every micro-batch of this rank forward and backward; update(lr) is the optimizer. Between the two the gradients
+//           can be looked at: what the parity tests compare, since Adam would hide a wrong scale.
+// sums      the loss divides by the step's number of tokens once; everything after that is a sum
+// batch     sequence s of the global batch goes to the data-parallel rank and micro-batch that the layout says; which tokens it holds depends
+//           on (seed, step, s) alone
+#pragma once
+#include <memory>
+
+#include "fsdp.h"
+#include "gpt.h"
+
+struct TrainerOptions {
+  int64_t batch = 8, microbatch = 8;  // sequences: a step of the whole job; one forward of one rank
+  uint64_t seed = 1337;
+  double clip = 1, weight_decay = 0.1;
+  FsdpOptions fsdp;
+};
+
+// Sequence s of a batch: context + 1 tokens, the last ones are only targets.
+using Sequences = std::function<std::vector<int>(int64_t s)>;
+
+class Trainer {
+ public:
+  Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options);
+  void gradients(const Sequences& batch);
+  void update(double lr);
+  double loss() const { return download(total_)[0]; }  // of the last gradients(), over the whole batch; waits for the device
+  double norm() const { return optimizer_->norm(); }   // of the last update's gradients, before clipping; waits for the device
+
+  double evaluate(int64_t sequences, const Sequences& held_out);           // mean loss, the same in every layout
+  std::vector<double> next_logits(const std::vector<int>& tokens);         // (V) after the last token; every rank calls it
+
+  Gpt gpt;
+  std::unique_ptr<Fsdp> fsdp;
+
+ private:
+  int data_ranks() const { return mesh_.fsdp.size * mesh_.replicate.size; }
+  int data_rank() const { return mesh_.replicate.rank * mesh_.fsdp.size + mesh_.fsdp.rank; }
+  Var forward(Tape& tape, const Tokens& tokens);
+  void forward_loss(Tape& tape, const Tokens& tokens, double scale);
+
+  Mesh& mesh_;
+  TrainerOptions options_;
+  int head_use_ = 0;
+  std::unique_ptr<Optimizer> optimizer_;
+  Tensor total_;  // (1) f64
+};

@@ -1,0 +1,142 @@
+// watch.cpp: see watch.h.
+#include "watch.h"
+
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <csignal>
+#include <cstdio>
+#include <cstring>
+
+static int64_t now_ms() {
+  timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);  // the same clock in every process of a node
+  return int64_t(t.tv_sec) * 1000 + t.tv_nsec / 1000000;
+}
+
+// ---- records that outlive their rank
+
+// Memory that every rank of the node maps: the first one creates it, the others open it through its process.
+static void* share(const Job& job, size_t bytes) {
+  int place[2] = {int(getpid()), -1};
+  if (job.local_rank == 0) {
+    place[1] = memfd_create("threefold-watch", MFD_CLOEXEC);
+    ASSERT(place[1] >= 0 && ftruncate(place[1], off_t(bytes)) == 0, strerror(errno));
+  }
+  MPI_Comm node;
+  MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, job.rank, MPI_INFO_NULL, &node);
+  MPI_Request request;
+  MPI_Ibcast(place, 2, MPI_INT, 0, node, &request);
+  wait(request);
+  const int fd = job.local_rank == 0 ? place[1] : open(sentence("/proc/", place[0], "/fd/", place[1]).c_str(), O_RDWR | O_CLOEXEC);
+  REQUIRE(fd >= 0, "cannot open the watch's records of process ", place[0], ": ", strerror(errno), " (ranks of one node need the same user)");
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  ASSERT(memory != MAP_FAILED, strerror(errno));
+  MPI_Ibarrier(node, &request);
+  wait(request);  // nobody closes before all have opened
+  close(fd);
+  MPI_Comm_free(&node);
+  return memory;
+}
+
+Watch::Watch(const Job& job, double timeout_seconds) : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
+  records_ = static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * size_t(job.local_size)));
+  mine_ = &records_[job.local_rank];
+  mine_->rank = job.rank, mine_->pid = getpid();
+  mine_->heartbeat_ms = mine_->progress_ms = now_ms();
+  barrier();  // every record is filled in
+  if (job.local_rank == 0) start_child();
+  ledger.on_enter = [this](const Axis& axis, Collective c) {
+    strncpy(mine_->axis, axis.name, sizeof mine_->axis - 1);
+    mine_->collective = int(c);
+    mine_->collectives++;
+    mine_->progress_ms = now_ms();
+  };
+  thread_ = std::thread([this] { look(); });
+}
+
+Watch::~Watch() {
+  ledger.on_enter = {};
+  mine_->finished = true;
+  stop_ = true;
+  thread_.join();
+}
+
+void Watch::step(int64_t step) {
+  mine_->step = step;
+  mine_->progress_ms = now_ms();
+}
+
+// ---- a hang
+
+void Watch::look() {
+  while (!stop_) {
+    usleep(100000);
+    const int64_t now = now_ms();
+    mine_->heartbeat_ms = now;
+    if (now - mine_->progress_ms < timeout_ms_) continue;
+    // The first rank that notices speaks for all; a rank of higher number gives the lower ones a moment.
+    usleep(useconds_t(50000 * job_.local_rank));
+    if (stop_) return;
+    fprintf(stderr, "%s", report().c_str());
+    fflush(stderr);
+    MPI_Abort(MPI_COMM_WORLD, 1);
+    _exit(1);
+  }
+}
+
+std::string Watch::report() const {
+  const int64_t now = now_ms();
+  std::string s = sentence("no progress for ", timeout_ms_ / 1000.0, " s (--timeout), seen by rank ", job_.rank, "; where the ranks of this node stand:\n");
+  int64_t fewest = INT64_MAX, most = 0;
+  for (int i = 0; i < job_.local_size; i++) {
+    fewest = std::min(fewest, records_[i].collectives.load());
+    most = std::max(most, records_[i].collectives.load());
+  }
+  for (int i = 0; i < job_.local_size; i++) {
+    const WatchRecord& r = records_[i];
+    s += sentence("  rank ", r.rank, ": step ", r.step, ", ");
+    if (r.collectives == 0) s += "no collective entered";
+    else s += sentence(name_of(Collective(r.collective.load())), " #", r.collectives, " (", r.axis, ")");
+    if (now - r.heartbeat_ms > 1500) s += sentence("; DOES NOT RUN since ", (now - r.heartbeat_ms) / 1000, " s: stopped, or its process ", r.pid, " is stuck");
+    else if (r.finished) s += "; has finished";
+    else if (r.collectives == fewest && fewest < most) s += "; behind the others";
+    s += "\n";
+  }
+  return s;
+}
+
+// ---- a death
+
+// mpiexec ends the other ranks within a tenth of a second and prints a process number; this child outlives them and knows the rank.
+void Watch::start_child() {
+  const int parent = getpid();
+  const pid_t child = fork();
+  ASSERT(child >= 0, strerror(errno));
+  if (child > 0) return;
+  setsid();  // mpiexec ends the ranks' process groups
+  for (int s : {SIGTERM, SIGINT, SIGHUP, SIGPIPE}) signal(s, SIG_IGN);
+  const int ranks = job_.local_size;
+  std::vector<pollfd> processes(static_cast<size_t>(ranks));
+  for (int i = 0; i < ranks; i++) processes[size_t(i)] = {int(syscall(SYS_pidfd_open, records_[i].pid.load(), 0)), POLLIN, 0};
+  for (int left = ranks; left > 0 && poll(processes.data(), nfds_t(ranks), -1) >= 0;)
+    for (int i = 0; i < ranks; i++) {
+      if (!(processes[size_t(i)].revents & POLLIN)) continue;
+      processes[size_t(i)].fd = -1;
+      left--;
+      if (records_[i].finished) continue;
+      dprintf(2, "rank %d (process %d) ended without finishing: killed, or it crashed; its last collective was %s #%lld (%s) in step %lld\n",
+              records_[i].rank.load(), records_[i].pid.load(), name_of(Collective(records_[i].collective.load())),
+              (long long)records_[i].collectives.load(), records_[i].axis, (long long)records_[i].step.load());
+      if (kill(parent, 0) == 0) kill(parent, SIGTERM);  // should mpiexec have been told not to clean up
+      _exit(0);
+    }
+  _exit(0);
+}
