@@ -36,23 +36,25 @@ NVCCFLAGS  := -std=c++20 -O3 -lineinfo -I. -ccbin $(MPICXX) -Xcompiler -Wall,-We
 GENCODE    := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
 SOURCES    := tensor.cu $(sort $(wildcard kernels/*.cu)) autograd.cpp gpt.cpp optimizer.cpp comm.cpp watch.cpp fsdp.cpp theory.cpp trainer.cpp report.cpp $(sort $(wildcard support/*.cpp))
 
+NCCL_CPU   := $(sort $(wildcard cpu/nccl*.cpp))
+
 ifeq ($(BACKEND),cpu)
   CXXFLAGS += -Icpu -DCPU_FAST -march=native -fopenmp
-  SOURCES  += cpu/runtime.cpp cpu/cublas.cpp $(sort $(wildcard cpu/nccl*.cpp))
+  SOURCES  += cpu/runtime.cpp cpu/cublas.cpp $(NCCL_CPU)
   LIBS     := -ldnnl -fopenmp
 else ifeq ($(BACKEND),faithful)
   CXXFLAGS += -Icpu -DCPU_FAITHFUL -march=native -fopenmp
   KERNEL_FAST :=
-  SOURCES  += cpu/runtime.cpp cpu/faithful.cpp cpu/cublas.cpp $(sort $(wildcard cpu/nccl*.cpp))
+  SOURCES  += cpu/runtime.cpp cpu/faithful.cpp cpu/cublas.cpp $(NCCL_CPU)
   LIBS     := -ldnnl -fopenmp
 else ifeq ($(BACKEND),cuda)
   CXXFLAGS += -I$(CUDA_HOME)/include
-  LIBS     := -L$(CUDA_HOME)/lib64 -lcublas -lnccl
+  LIBS     := -L$(CUDA_HOME)/lib64 -lcublas -lnccl -Xcompiler -fopenmp
   LINK     := $(NVCC) -ccbin $(MPICXX)
 else ifeq ($(BACKEND),ptx)
   CXXFLAGS += -I$(CUDA_HOME)/include -fopenmp -march=native
   GENCODE  := -gencode arch=compute_80,code=compute_80 -no-compress
-  SOURCES  += cpu/cublas.cpp cpu/ptxrun_extra.cpp
+  SOURCES  += cpu/cublas.cpp tests/ptx_extra.cpp $(NCCL_CPU)
   LIBS     := -cudart none -L$(LIBCUDART) -lfakecudart -Xlinker -rpath=$(LIBCUDART) -ldnnl -Xcompiler -fopenmp
   LINK     := $(NVCC) -ccbin $(MPICXX)
 else ifneq ($(BACKEND),)
@@ -101,8 +103,9 @@ $(B)/obj/%.cpp.o: %.cpp | $(B)/ready
 
 # ---- programs
 
-PROGRAMS := train_gpt
+PROGRAMS := train_gpt show_schedule
 TESTS    := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/test_*.cpp)))
+CUDA_TESTS := $(filter-out test_cpu test_nccl,$(TESTS))
 BENCHES  := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/bench_*.cpp)))
 
 $(B)/%: $(B)/obj/%.cpp.o $(OBJECTS)
@@ -110,45 +113,68 @@ $(B)/%: $(B)/obj/%.cpp.o $(OBJECTS)
 $(B)/tests/%: $(B)/obj/tests/%.cpp.o $(OBJECTS)
 	@mkdir -p $(@D)
 	@$(LINK) $^ -o $@ $(LIBS)
+# COMM=mpi: ranks that share a GPU; cpu/nccl*.cpp stages through host memory in place of NCCL
+$(B)/comm-mpi/%: $(B)/obj/%.cpp.o $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
+	@mkdir -p $(@D)
+	@$(LINK) $^ -o $@ $(filter-out -lnccl,$(LIBS))
 -include $(shell find build -name '*.d' 2>/dev/null)
 .SECONDARY:
 
 $(B)/show_schedule $(B)/tests/test_schedule: $(B)/obj/schedule.cpp.o
 $(B)/tests/test_cpu: $(B)/obj/tests/cpu_kernels.cu.o
 
+# what tests/mutants.sh compiles and links with
+print-compile: ; @echo '$(MPICXX) $(CXXFLAGS)'
+print-link: ; @echo '$(LINK)'
+print-objects: ; @echo '$(OBJECTS)'
+
 # ---- targets
 
-.PHONY: help build run test test-programs bench cuda check-spills test-ptx deps clean
+.PHONY: help build run test mutants bench cuda cuda-build check-spills deps clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "Threefold ($(BACKEND) backend)"
-	@echo "  make run [DATA=file]     train a GPT and print a sample of what it learned"
+	@echo "  make run [DATA=file] [STRATEGY=serial|replicate|fsdp] [NP=ranks]"
+	@echo "                           train a GPT and print a sample of what it learned"
 	@echo "  make build               compile the programs into $(B)/"
 	@echo "  make test                the whole suite"
+	@echo "  make mutants             one-line faults that the suite must catch"
 	@echo "  make bench               speed: kernels, tokens/s, memory"
 	@echo "  make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)"
 	@echo "  make deps                install what is missing (MPICH, oneDNN)"
 	@echo "  make clean               remove build/"
+	@echo "  COMM=mpi                 with BACKEND=cuda: ranks share GPUs, host memory in place of NCCL"
 	@echo "  BACKEND=cpu|cuda         overrides the backend that was found"
 	@echo "  $$(cat Makefile *.cu *.h *.cpp kernels/* support/* 2>/dev/null | wc -l) lines outside tests/ and cpu/ (cpu/: $$(cat cpu/* | wc -l))"
 
-build: $(PROGRAMS:%=$(B)/%)
-	@for p in $(PROGRAMS); do ln -sfn $(BACKEND)/$$p build/$$p; done
+COMM ?= nccl
+WHERE := $(if $(filter cuda-mpi,$(BACKEND)-$(COMM)),/comm-mpi)
+build: $(PROGRAMS:%=$(B)$(WHERE)/%)
+	@for p in $(PROGRAMS); do ln -sfn $(BACKEND)$(WHERE)/$$p build/$$p; done
 
+# ranks: one a core without a GPU, one a GPU with; STRATEGY=serial|replicate|fsdp
+NP       ?= $(if $(filter serial,$(STRATEGY)),1,$(if $(filter cuda,$(BACKEND)),$(shell nvidia-smi -L 2>/dev/null | wc -l),$(shell nproc)))
+STRATEGY ?= replicate
+LAYOUT   := $(if $(filter serial,$(STRATEGY)),,--$(STRATEGY) $(NP))
 run: build
-	build/train_gpt --model $(if $(filter cuda,$(BACKEND)),char,tiny) $(if $(DATA),--data $(DATA)) --sample 400 --eval-every 100 $(ARGS)
+	@case "$(STRATEGY)" in serial|replicate|fsdp) ;; *) echo "make run: STRATEGY is '$(STRATEGY)', expected serial, replicate or fsdp"; exit 1;; esac
+	OMP_NUM_THREADS=$$(t=$$(($(THREADS) / $(NP))); [ $$t -gt 0 ] && echo $$t || echo 1) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
+	  mpiexec -n $(NP) build/train_gpt --model $(if $(filter cuda,$(BACKEND)),char,tiny) $(LAYOUT) $(if $(DATA),--data $(DATA)) --sample 400 --eval-every 100 $(ARGS)
 
-# every test program of one backend; its exit status counts
-test-programs: $(TESTS:%=$(B)/tests/%)
-	@status=0; for t in $(TESTS); do echo "== $(BACKEND)/$$t"; OMP_NUM_THREADS=$(THREADS) $(B)/tests/$$t || status=1; done; exit $$status
-
-test: 
+test:
 	@tests/run.sh
+
+mutants:
+	@$(MAKE) --no-print-directory BACKEND=cpu build/cpu/tests/test_fsdp
+	@tests/mutants.sh
+
+bench: build $(BENCHES:%=$(B)/tests/%)
+	@tests/bench.sh
 
 cuda:
 	@$(MAKE) --no-print-directory BACKEND=cuda cuda-build check-spills
-cuda-build: $(PROGRAMS:%=$(B)/%) $(TESTS:%=$(B)/tests/%)
+cuda-build: $(PROGRAMS:%=$(B)/%) $(CUDA_TESTS:%=$(B)/tests/%) $(B)/comm-mpi/train_gpt
 # ptxas spills registers in no kernel but those for f64, which are for proofs
 check-spills:
 	@cat $(B)/obj/*.ptxas $(B)/obj/*/*.ptxas | awk '/Compiling entry function/ { name = $$6; kernels++ } \

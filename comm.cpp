@@ -10,7 +10,10 @@
 
 std::string nccl_error(ncclResult_t status) {
   const char* last = ncclGetLastError(nullptr);
-  return sentence(ncclGetErrorString(status), last && *last ? ": " : "", last ? last : "");
+  std::string text = sentence(ncclGetErrorString(status), last && *last ? ": " : "", last ? last : "");
+  if (text.find("Duplicate GPU") != std::string::npos)
+    text += ". NCCL gives each rank a GPU of its own: start fewer ranks, or build with COMM=mpi (ranks share GPUs) or BACKEND=cpu";
+  return text;
 }
 
 // ---- MPI without a spinning core

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <map>
 #include <set>
 
 #include "support/check.h"
@@ -286,8 +287,8 @@ Walk walk(const Schedule& s, const Durations& durations) {
       const double start = std::max(computed[stage], input[stage][i]);
       computed[stage] = start + durations[stage][i];
       w.spans[stage][i] = {start, computed[stage]};
-    } else if (const bool arrives = w.spans[stage][i].start == kUnknown; !exchange(stage, i)) {
-      return arrives;  // true once: others may wait for just that
+    } else if (!exchange(stage, i)) {
+      return false;
     }
     w.head[stage]++;
     return true;

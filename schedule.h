@@ -19,7 +19,7 @@
 //           1f1b         3 (p-1)                (p-1)/(m+p-1)       min(p-s, m)                            2 (p-1) m
 //           interleaved  3 (p-1)/V              (p-1)/(Vm+p-1)      min(2(p-s-1) + (V-1)p + 1, Vm) / V     2 (pV-1) m
 //           zb           p-1, for m >= p        (p-1)/(3m+p-1)      min(p, m)                              2 (p-1) m
-//           Idle time for other F, B, W: (p-1)(F+B+W), for zb (p-1) max(F, B, F+B-W). zb with m < p and F = B = W: 2p-1-m.
+//           Idle time for other F, B, W of a chunk: (p-1)(F+B+W), zb (p-1) max(F, B, F+B-W). zb with m < p and F = B = W = 1: 2p-1-m.
 //           A micro-batch is live on a chunk from its forward to the end of its backward (zb: of its weight gradient). A send is one
 //           activation or gradient (B T C elements) between different stages.
 //
@@ -29,8 +29,8 @@
 // not here  ZB-H2 and ZB-V, uneven chunks a stage, schedules found by search
 // test      tests/test_schedule.cpp; build/show_schedule draws any of them
 #pragma once
+#include <compare>
 #include <cstdint>
-#include <map>
 #include <string>
 #include <vector>
 
@@ -112,11 +112,11 @@ std::vector<int64_t> peak_live(const Schedule& schedule, const std::vector<std::
 
 // ---- theory: the table above
 
-// How long each stage idles if sends are free. Exact for gpipe and 1f1b; for zb with m >= p or F = B = W; for interleaved unless a
-// backward takes more than three times its forward.
+// How long each stage idles if sends are free. Exact for gpipe and 1f1b; for zb with m >= p or F = B = W; for interleaved while a
+// backward takes at most two forwards.
 double theoretical_idle(const Schedule& schedule, const Times& times = {});
 double theoretical_bubble(const Schedule& schedule, const Times& times = {});  // that as a share of the time
-int64_t theoretical_live(const Schedule& schedule, int stage);  // in chunks' activations: V a micro-batch
+int64_t theoretical_live(const Schedule& schedule, int stage);                // in chunks' activations: V a micro-batch
 
 // ---- the drawer
 

@@ -130,8 +130,8 @@ static int run(const Job& job, int argc, char** argv) {
     if (!options.help) {
       open_device(job.local_rank % device_count(), options.device_memory << 20);
       resolve(options, device().is_gpu);
-      check(options);
       check_ranks(layout(options), job.size);
+      check(options);
       data = std::make_unique<Dataset>(Dataset::open(options.data, options.model.context, options.model.vocab));
     }
   } catch (const Error& e) {

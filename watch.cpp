@@ -2,7 +2,7 @@
 #include "watch.h"
 
 #include <fcntl.h>
-#include <poll.h>
+#include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/syscall.h>
@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
+#include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <cstring>
@@ -124,19 +124,24 @@ void Watch::start_child() {
   setsid();  // mpiexec ends the ranks' process groups
   for (int s : {SIGTERM, SIGINT, SIGHUP, SIGPIPE}) signal(s, SIG_IGN);
   const int ranks = job_.local_size;
-  std::vector<pollfd> processes(static_cast<size_t>(ranks));
-  for (int i = 0; i < ranks; i++) processes[size_t(i)] = {int(syscall(SYS_pidfd_open, records_[i].pid.load(), 0)), POLLIN, 0};
-  for (int left = ranks; left > 0 && poll(processes.data(), nfds_t(ranks), -1) >= 0;)
-    for (int i = 0; i < ranks; i++) {
-      if (!(processes[size_t(i)].revents & POLLIN)) continue;
-      processes[size_t(i)].fd = -1;
-      left--;
-      if (records_[i].finished) continue;
-      dprintf(2, "rank %d (process %d) ended without finishing: killed, or it crashed; its last collective was %s #%lld (%s) in step %lld\n",
-              records_[i].rank.load(), records_[i].pid.load(), name_of(Collective(records_[i].collective.load())),
-              (long long)records_[i].collectives.load(), records_[i].axis, (long long)records_[i].step.load());
-      if (kill(parent, 0) == 0) kill(parent, SIGTERM);  // should mpiexec have been told not to clean up
-      _exit(0);
-    }
+  const int queue = epoll_create1(0);  // lists what becomes ready in the order of its becoming so
+  for (int i = 0; i < ranks; i++) {
+    epoll_event event{EPOLLIN | EPOLLONESHOT, {.u32 = uint32_t(i)}};
+    epoll_ctl(queue, EPOLL_CTL_ADD, int(syscall(SYS_pidfd_open, records_[i].pid.load(), 0)), &event);
+  }
+  epoll_event event;
+  for (int left = ranks; left > 0;) {
+    const int ready = epoll_wait(queue, &event, 1, -1);
+    if (ready < 0 && errno != EINTR) break;
+    if (ready < 1) continue;
+    left--;
+    const uint32_t i = event.data.u32;
+    if (records_[i].finished) continue;
+    dprintf(2, "rank %d (process %d) ended without finishing: killed, or it crashed; its last collective was %s #%lld (%s) in step %lld\n",
+            records_[i].rank.load(), records_[i].pid.load(), name_of(Collective(records_[i].collective.load())),
+            (long long)records_[i].collectives.load(), records_[i].axis, (long long)records_[i].step.load());
+    if (kill(parent, 0) == 0) kill(parent, SIGTERM);  // should mpiexec have been told not to clean up
+    _exit(0);
+  }
   _exit(0);
 }

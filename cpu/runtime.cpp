@@ -15,7 +15,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -40,11 +39,9 @@ const ErrorText error_texts[] = {
     {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
     {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
     {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
-    {cudaErrorNoDevice, "cudaErrorNoDevice", "no CUDA-capable device is detected"},
     {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
     {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
-    {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
 };
 const ErrorText& text_of(cudaError_t error) {
   for (const auto& t : error_texts)
@@ -58,7 +55,6 @@ const char* cudaGetErrorName(cudaError_t error) { return text_of(error).name; }
 const char* cudaGetErrorString(cudaError_t error) { return text_of(error).text; }
 cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 cudaError_t cudaPeekAtLastError() { return last_error; }
-void cpu::set_error(cudaError_t error) { last_error = error; }
 
 // ---- devices
 
@@ -78,7 +74,7 @@ cudaError_t cudaSetDevice(int device) {
   current_device = device;
   return cudaSuccess;
 }
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   *p = {};
 #ifdef CPU_FAST
   snprintf(p->name, sizeof p->name, "CPU, FAST form, %d threads", omp_get_max_threads());
@@ -92,33 +88,12 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   p->warpSize = kWarp;
   p->maxThreadsPerBlock = 1024;
   p->multiProcessorCount = kMultiprocessors;
-  p->pciBusID = device;
   return cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
-    case cudaDevAttrMaxSharedMemoryPerBlock: *value = kSharedBytes; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = kSharedBytesOptIn; break;
-    case cudaDevAttrWarpSize: *value = kWarp; break;
-    case cudaDevAttrMultiProcessorCount: *value = kMultiprocessors; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    case cudaDevAttrMemoryPoolsSupported: *value = 1; break;
-    default: return fail(cudaErrorInvalidValue);
-  }
-  return cudaSuccess;
-}
-cudaError_t cudaDeviceGetPCIBusId(char* id, int length, int device) {
-  snprintf(id, size_t(length), "0000:%02x:00.0", unsigned(device));
-  return cudaSuccess;
-}
-cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || value > kSharedBytesOptIn) return fail(cudaErrorInvalidValue);
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > kSharedBytesOptIn)
+    return fail(cudaErrorInvalidValue);
   std::lock_guard lock(kernels_mutex);
   shared_opt_in[kernel] = value;
   return cudaSuccess;
@@ -327,8 +302,15 @@ void cpu::enqueue(cudaStream_t stream, std::function<void()> work) {
 
 cudaError_t cudaStreamCreate(cudaStream_t* stream) { return *stream = streams().create(), cudaSuccess; }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
-cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) { return cudaStreamCreate(stream); }
-cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) { return *least = *greatest = 0, cudaSuccess; }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  cudaStreamSynchronize(stream);
+  auto& s = streams();
+  std::lock_guard lock(s.mutex);
+  const auto found = std::find_if(s.all.begin(), s.all.end(), [=](const auto& one) { return one.get() == stream; });
+  if (!stream || found == s.all.end()) return fail(cudaErrorInvalidResourceHandle);
+  s.all.erase(found);
+  return cudaSuccess;
+}
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (cpu::streams_are_queued) of(stream).queue.drain();
   return cudaSuccess;
@@ -407,34 +389,34 @@ class Pool {
     counts_.peak = std::max(counts_.peak, counts_.in_use);
     return block;
   }
-  // Free everywhere; or, with a stream, for that stream alone (what it runs next comes after the free) until `release`. Returns the
-  // block's size, 0 if it is no block of ours.
-  size_t give_back(void* block, CUstream_st* stream = nullptr) {
+  // Free everywhere; or, with a stream, for that stream alone (what it runs next comes after the free) until `release`.
+  struct Free { void* block; size_t bytes; int64_t number; };  // bytes 0: no block of ours
+  Free give_back(void* block, CUstream_st* stream = nullptr) {
     std::lock_guard lock(mutex_);
     const auto found = in_use_.find(block);
-    if (found == in_use_.end()) return 0;
-    const size_t bytes = found->second;
+    if (found == in_use_.end()) return {block, 0, 0};
+    const Free free{block, found->second, ++frees_};
     in_use_.erase(found);
-    counts_.in_use -= bytes;
-    if (poison_ && !stream) memset(block, 0xff, bytes);
-    (stream ? freed_in_[stream] : free_)[bytes].push_back(block);
-    return bytes;
+    counts_.in_use -= free.bytes;
+    if (poison_ && !stream) memset(block, 0xff, free.bytes);
+    (stream ? freed_in_[stream] : free_)[free.bytes].push_back(free);
+    return free;
   }
-  // The stream has come to the place of the free. If it has not taken the block again, any stream may.
-  void release(void* block, size_t bytes, CUstream_st* stream) {
+  // The stream has come to the place of the free. If it has not taken the block again since, any stream may.
+  void release(const Free& free, CUstream_st* stream) {
     std::lock_guard lock(mutex_);
-    if (poison_) memset(block, 0xff, bytes);
-    auto& list = freed_in_[stream][bytes];
-    const auto found = std::find(list.begin(), list.end(), block);
+    if (poison_) memset(free.block, 0xff, free.bytes);
+    auto& list = freed_in_[stream][free.bytes];
+    const auto found = std::find_if(list.begin(), list.end(), [&](const Free& f) { return f.number == free.number; });
     if (found == list.end()) return;
     list.erase(found);
-    free_[bytes].push_back(block);
+    free_[free.bytes].push_back(free);
   }
   void poison(bool on) {
     std::lock_guard lock(mutex_);
     if (on && !poison_)
-      for (const auto& [bytes, blocks] : free_)
-        for (void* block : blocks) memset(block, 0xff, bytes);
+      for (const auto& [bytes, list] : free_)
+        for (const Free& free : list) memset(free.block, 0xff, bytes);
     poison_ = on;
   }
   cpu::PoolCounts counts() {
@@ -443,10 +425,10 @@ class Pool {
   }
 
  private:
-  using Lists = std::unordered_map<size_t, std::vector<void*>>;
-  static void* pop(std::vector<void*>& list) {
+  using Lists = std::unordered_map<size_t, std::vector<Free>>;
+  static void* pop(std::vector<Free>& list) {
     if (list.empty()) return nullptr;
-    void* block = list.back();
+    void* block = list.back().block;
     list.pop_back();
     return block;
   }
@@ -460,9 +442,10 @@ class Pool {
   }
 
   std::mutex mutex_;
-  Lists free_;                                             // for any stream
-  std::unordered_map<CUstream_st*, Lists> freed_in_;       // for that stream alone
+  Lists free_;                                        // for any stream
+  std::unordered_map<CUstream_st*, Lists> freed_in_;  // for that stream alone
   std::unordered_map<void*, size_t> in_use_;
+  int64_t frees_ = 0;
   cpu::PoolCounts counts_{};
 #ifdef CPU_FAITHFUL
   bool poison_ = true;
@@ -506,11 +489,10 @@ cudaError_t cudaMallocAsync(void** data, size_t bytes, cudaStream_t stream) {
 }
 cudaError_t cudaFreeAsync(void* data, cudaStream_t stream) {
   if (!data) return cudaSuccess;
-  if (!cpu::streams_are_queued) return pool().give_back(data) ? cudaSuccess : fail(cudaErrorInvalidValue);
-  CUstream_st* owner = &of(stream);
-  const size_t bytes = pool().give_back(data, owner);
-  if (!bytes) return fail(cudaErrorInvalidValue);
-  cpu::enqueue(stream, [=] { pool().release(data, bytes, owner); });
+  CUstream_st* owner = cpu::streams_are_queued ? &of(stream) : nullptr;
+  const Pool::Free free = pool().give_back(data, owner);
+  if (!free.bytes) return fail(cudaErrorInvalidValue);
+  if (owner) cpu::enqueue(stream, [=] { pool().release(free, owner); });
   return cudaSuccess;
 }
 cudaError_t cudaMalloc(void** data, size_t bytes) {
@@ -519,7 +501,7 @@ cudaError_t cudaMalloc(void** data, size_t bytes) {
 }
 cudaError_t cudaFree(void* data) {
   cudaDeviceSynchronize();
-  return !data || pool().give_back(data) ? cudaSuccess : fail(cudaErrorInvalidValue);
+  return !data || pool().give_back(data).bytes ? cudaSuccess : fail(cudaErrorInvalidValue);
 }
 cudaError_t cudaMallocHost(void** data, size_t bytes) {
   *data = aligned_alloc(4096, std::max<size_t>(4096, (bytes + 4095) / 4096 * 4096));
@@ -533,11 +515,6 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 }
 cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) { return *pool = nullptr, cudaSuccess; }
 cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return cudaSuccess; }
-cudaError_t cudaMemPoolGetAttribute(cudaMemPool_t, cudaMemPoolAttr attribute, void* value) {
-  const cpu::PoolCounts counts = cpu::pool_counts();
-  *static_cast<uint64_t*>(value) = attribute == cudaMemPoolAttrUsedMemCurrent ? counts.in_use : counts.carved;
-  return cudaSuccess;
-}
 
 // ---- copies
 
@@ -558,7 +535,7 @@ template <class Part> void in_parts(size_t bytes, Part part) {
 
 void cpu::copy_bytes(void* to, const void* from, size_t bytes) {
   in_parts(bytes, [=](size_t begin, size_t end) {
-    memmove(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, end - begin);
+    memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, end - begin);
   });
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
@@ -578,14 +555,4 @@ cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t st
 cudaError_t cudaMemset(void* data, int value, size_t bytes) {
   cudaMemsetAsync(data, value, bytes, nullptr);
   return cudaStreamSynchronize(nullptr);
-}
-
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  cudaStreamSynchronize(stream);
-  auto& s = streams();
-  std::lock_guard lock(s.mutex);
-  const auto found = std::find_if(s.all.begin(), s.all.end(), [=](const auto& one) { return one.get() == stream; });
-  if (!stream || found == s.all.end()) return fail(cudaErrorInvalidResourceHandle);
-  s.all.erase(found);
-  return cudaSuccess;
 }

@@ -1,296 +1,389 @@
-// attention_flash.cu: causal self-attention that never stores the (T,T) scores (Dao et al., "FlashAttention", 2022, algorithms 1 and 4).
+// attention_flash.cu: causal self-attention that never stores the scores (T,T). (Dao et al., "FlashAttention", 2022, algorithms 1 and 4.)
+//
+// idea      a block owns a tile of queries and walks over tiles of keys, up to the diagonal. The softmax is taken online: each row keeps its
+//           largest score and its sum of exponentials so far, and what was summed before is rescaled when a larger score appears. Kept for the
+//           backward: out, and lse (B,H,T), the logarithm of the row's sum, from which any tile of probabilities is exp(score - lse).
+// backward  with delta = sum over d of dout * out: ds = p (dp - delta), dq = ds k, dk = ds^T q, dv = p^T dout. Two kernels, since nothing is
+//           added atomically: one owns queries and sums dq, one owns keys and sums dk and dv; each computes its tiles of p again.
+//           FAST needs one: a block there walks over all tiles of its head, and dq is summed on the way.
+// cost      products of (tile, tile, D) for each pair of tiles on or below the diagonal: forward 2, backward 7 (FAST 5); plain: 2 and 4 for
+//           all pairs. Memory: lse, and B H T for delta while the backward runs (FAST: B H T D for dq too)
+// tiles     64 by 64; fewer where D or the type is wide, so that a block needs at most 92 KiB of shared memory
+// not here  tensor cores: bf16 is widened to f32 and multiplied in registers; dropout, windows, unequal numbers of queries and keys
+// test      tests/test_attention.cpp
 #include "kernels/block_product.cuh"
 
 namespace {
 
-// ---- shapes
+// ---- tiles in shared memory
 
-template <class T, int kD_> struct Shape_ {
+template <class T, int kWidth> struct Tiles {
   using A = acc_t<T>;
   static constexpr bool kFast = kWarp == 1;
-  static constexpr int kD = kD_, kThreads = kProductThreads, kPad = kFast ? 0 : 1;
-  static constexpr int kTile = kFast || kD * sizeof(A) <= 256 ? 64 : kD * sizeof(A) <= 512 ? 32 : 16;  // queries, keys
-  static constexpr int kRowLanes = kThreads > kTile ? kThreads / kTile : 1, kOwnRows = kTile * kRowLanes / kThreads;
-  static constexpr int kLdD = kD + kPad * 16 / int(sizeof(A));
-  static constexpr int kLdT = kTile + kPad * 4;
-  static constexpr int kLdP = kTile + kPad * kTile / 2 / int(sizeof(A));
-  static constexpr int kRows = kTile * kLdD, kColumns = kD * kLdT;
+  static constexpr int kThreads = kProductThreads, kD = kWidth, kRowBytes = kD * int(sizeof(A));  // kD: D, or more and filled with zeros
+  static constexpr int kTile = kRowBytes <= (kFast ? 512 : 256) ? 64 : kFast || kRowBytes <= 512 ? 32 : 16;  // queries, or keys
+  // Leading dims of tiles as (row, d), as (d, row), and of scores. Padded, so that threads side by side touch different banks.
+  static constexpr int kPad = kFast ? 0 : 1, kLd = kD + kPad * 16 / int(sizeof(A)), kLdT = kTile + kPad * 4;
+  static constexpr int kLdS = kTile + kPad * kTile / 2 / int(sizeof(A));
+  static constexpr int kSize = kTile * kLd, kSizeT = kD * kLdT, kScores = kTile * kLdS;
+  // The softmax of a row is shared by kLanes threads beside each other; or a thread has several rows to itself (FAST: all).
+  static constexpr int kLanes = kThreads > kTile ? kThreads / kTile : 1, kOwnRows = kTile * kLanes / kThreads;
   using Scores = BlockProduct<A, kTile, kTile>;
   using Output = BlockProduct<A, kTile, kD>;
 };
 
-// One head of one sequence: row t of a tensor lies at data + t * ld
-template <class T> struct Head {
+template <class T> struct Rows {  // row t of one head of one sequence lies at data + t * ld
   T* data;
   int64_t ld;
 };
+constexpr int kQ = 0, kK = 1, kV = 2;
 
 struct Sizes {
   int T, H, D;
-  bool packs;
-  template <class X> __device__ Head<X> packed(X* qkv, int part) const {  // q, k or v of qkv (B,T,3,H,D)
+  bool packs;  // rows begin at multiples of 16 bytes
+  // This block's head, of qkv (B,T,3,H,D) and of x (B,T,H,D); and its first row in (B,H,T)
+  template <class X> __device__ Rows<X> packed(X* qkv, int part) const {
     const int64_t b = blockIdx.y / H, h = blockIdx.y % H;
     return {qkv + ((b * T * 3 + part) * H + h) * D, int64_t(3) * H * D};
   }
-  template <class X> __device__ Head<X> rows(X* x) const {  // of x (B,T,H,D)
+  template <class X> __device__ Rows<X> rows(X* x) const {
     const int64_t b = blockIdx.y / H, h = blockIdx.y % H;
     return {x + (b * T * H + h) * D, int64_t(H) * D};
   }
+  __device__ int64_t statistics() const { return int64_t(blockIdx.y) * T; }
 };
 
-template <class S, bool kTransposed, class T> __device__ __forceinline__ void load_tile(typename S::A* tile, Head<const T> x, int first, Sizes n, typename S::A scale = 1) {
-  constexpr int kRun = 16 / int(sizeof(T)), kRuns = S::kD / kRun, kBeside = !kTransposed ? kRuns : sizeof(T) == sizeof(typename S::A) ? 2 : 1;
-  for (int i = threadIdx.x; i < S::kTile * kRuns; i += S::kThreads) {
-    const int row = i / kBeside % S::kTile, d = (i % kBeside + i / kBeside / S::kTile * kBeside) * kRun;
-    const int inside = first + row < n.T ? n.D - d : 0;
-    const T* p = x.data + (first + row) * x.ld + d;
-    Pack<T, kRun> v;
-    if (n.packs && inside >= kRun) v = load_pack<kRun>(p);
-    else for (int e = 0; e < kRun; e++) v.v[e] = e < inside ? p[e] : T(0.0f);
-    for (int e = 0; e < kRun; e++) tile[kTransposed ? (d + e) * S::kLdT + row : row * S::kLdD + d + e] = load(v.v[e]) * scale;
+// tile = rows first, first + 1, ... of x * scale, zero beyond T and D; kTransposed: as (d, row)
+template <class S, bool kTransposed, class T>
+__device__ __forceinline__ void load_tile(typename S::A* tile, Rows<const T> x, int first, Sizes n, typename S::A scale = 1) {
+  constexpr int kStep = kTransposed ? S::kLdT : 1, kRowStep = kTransposed ? 1 : S::kLd;
+  if constexpr (S::kFast) {
+    for (int row = 0; row < S::kTile; row++) {
+      const T* p = x.data + (first + row) * x.ld;
+      typename S::A* to = tile + row * kRowStep;
+      const int inside = first + row < n.T ? n.D : 0;
+      INDEPENDENT
+      for (int d = 0; d < inside; d++) to[d * kStep] = load(p[d]) * scale;
+      for (int d = inside; d < S::kD; d++) to[d * kStep] = 0;
+    }
+  } else {
+    // Runs of 16 bytes. kBeside of them belong to one row before the next thread turns to the next row: all, or when the tile is transposed so
+    // few that a warp writes to different banks.
+    constexpr int kRun = 16 / int(sizeof(T)), kRuns = S::kD / kRun, kFew = sizeof(T) == 2 ? 1 : 2, kBeside = kTransposed ? kFew : kRuns;
+    for (int i = threadIdx.x; i < S::kTile * kRuns; i += S::kThreads) {
+      const int row = i / kBeside % S::kTile, d = (i % kBeside + i / kBeside / S::kTile * kBeside) * kRun;
+      const int inside = first + row < n.T ? n.D - d : 0;
+      const T* p = x.data + (first + row) * x.ld + d;
+      Pack<T, kRun> run;
+      if (n.packs && inside >= kRun) run = load_pack<kRun>(p);
+      else for (int e = 0; e < kRun; e++) run.v[e] = e < inside ? p[e] : T(0.0f);
+      UNROLL for (int e = 0; e < kRun; e++) tile[row * kRowStep + (d + e) * kStep] = load(run.v[e]) * scale;
+    }
   }
 }
 
-// x (tile rows, D) = product * scale
-template <class S, class T, class F> __device__ __forceinline__ void store_tile(Head<T> x, int first, Sizes n, typename S::Output& product, F scale) {
-  constexpr int kRun = S::Output::kColumnRun;
-  product.for_each_run([&](int row, int d, const typename S::A* v) {
-    if (first + row >= n.T || d >= n.D) return;
-    T* p = x.data + (first + row) * x.ld + d;
-    const auto f = scale(row);
-    if (n.packs && d + kRun <= n.D) {
-      Pack<T, kRun> run;
-      for (int e = 0; e < kRun; e++) run.v[e] = store<T>(v[e] * f);
-      store_pack<kRun>(p, run);
-    } else {
-      for (int e = 0; e < kRun && d + e < n.D; e++) p[e] = store<T>(v[e] * f);
-    }
+// rows first, first + 1, ... of x = the product's * factor(row)
+template <class S, class T, class F>
+__device__ __forceinline__ void store_tile(Rows<T> x, int first, Sizes n, typename S::Output& product, F factor) {
+  product.for_each_run([&](int row, int d, const typename S::A* sum) {
+    if (first + row >= n.T) return;
+    const auto f = factor(row);
+    write_run<S::Output::kColumnRun>(x.data + (first + row) * x.ld + d, n.D - d, n.packs, [=](int e) { return sum[e] * f; });
   });
 }
+
+// ---- forward
 
 template <template <class> class Op, int kLanes, class A> __device__ __forceinline__ A reduce_lanes(A v) {
   for (int o = kLanes / 2; o > 0; o >>= 1) v = Op<A>::combine(v, __shfl_xor_sync(~0u, v, o));
   return v;
 }
 
-// ---- forward
-
+// The softmax of a tile's rows over all tiles of keys so far
 template <class S> struct OnlineSoftmax {
   using A = typename S::A;
-  A most[S::kOwnRows], sum[S::kOwnRows];
-  int first, lane;
-  __device__ OnlineSoftmax() : first(threadIdx.x / S::kRowLanes * S::kOwnRows), lane(threadIdx.x % S::kRowLanes) {
+  int first, lane;                            // this thread's rows begin at `first`
+  A most[S::kOwnRows], sum[S::kOwnRows];      // largest score; sum of exp(score - most)
+
+  __device__ OnlineSoftmax() : first(threadIdx.x / S::kLanes * S::kOwnRows), lane(threadIdx.x % S::kLanes) {
     for (int r = 0; r < S::kOwnRows; r++) most[r] = Max<A>::identity, sum[r] = 0;
   }
+
+  // s (key, row): scores become exp(score - most), or zero where the key comes later than the query, which is `ahead` of the tile's first key.
+  // factor (row) = what earlier sums must be multiplied with.
   __device__ __forceinline__ void add(A* s, A* factor, int ahead) {
     A now[S::kOwnRows], more[S::kOwnRows];
     s += first;
     for (int r = 0; r < S::kOwnRows; r++) now[r] = most[r], more[r] = 0;
-    for (int key = lane; key < S::kTile; key += S::kRowLanes)
+    for (int key = lane; key < S::kTile; key += S::kLanes)
       for (int r = 0; r < S::kOwnRows; r++) {
-        const A larger = Max<A>::combine(now[r], s[key * S::kLdP + r]);
+        const A larger = Max<A>::combine(now[r], s[key * S::kLdS + r]);
         now[r] = key <= first + r + ahead ? larger : now[r];
       }
-    for (int r = 0; r < S::kOwnRows; r++) now[r] = reduce_lanes<Max, S::kRowLanes>(now[r]);
-    for (int key = lane; key < S::kTile; key += S::kRowLanes)
+    for (int r = 0; r < S::kOwnRows; r++) now[r] = reduce_lanes<Max, S::kLanes>(now[r]);
+    for (int key = lane; key < S::kTile; key += S::kLanes)
       for (int r = 0; r < S::kOwnRows; r++) {
-        const A e = exp_of(s[key * S::kLdP + r] - now[r]), p = key <= first + r + ahead ? e : 0;
-        s[key * S::kLdP + r] = p;
+        const A e = exp_of(s[key * S::kLdS + r] - now[r]), p = key <= first + r + ahead ? e : A(0);
+        s[key * S::kLdS + r] = p;
         more[r] += p;
       }
     for (int r = 0; r < S::kOwnRows; r++) {
-      const A old = sum[r] == 0 ? A(0) : exp_of(most[r] - now[r]);
-      sum[r] = sum[r] * old + reduce_lanes<Sum, S::kRowLanes>(more[r]);
+      const A earlier = sum[r] == 0 ? A(0) : exp_of(most[r] - now[r]);
+      sum[r] = sum[r] * earlier + reduce_lanes<Sum, S::kLanes>(more[r]);
       most[r] = now[r];
-      if (lane == 0) factor[first + r] = old;
+      if (lane == 0) factor[first + r] = earlier;
     }
   }
 };
 
+template <class S> constexpr size_t forward_bytes() { return (S::kSizeT + S::kSize + S::kScores + S::kTile) * sizeof(typename S::A); }
+
+// out (B,T,H,D), lse (B,H,T) from qkv (B,T,3,H,D); block (x, head): a tile of queries; reads q once, k and v up to the diagonal; D <= kD, any T
 template <class T, int kD>
 __global__ void __launch_bounds__(256) flash_forward(T* out, acc_t<T>* lse, const T* qkv, Sizes n, acc_t<T> scale) {
-  using S = Shape_<T, kD>;
+  using S = Tiles<T, kD>;
   using A = acc_t<T>;
-  extern __shared__ alignas(64) char shared[];
-  A *q = reinterpret_cast<A*>(shared), *kv = q + S::kColumns, *p = kv + S::kRows, *factor = p + S::kTile * S::kLdP;
-  const int q0 = (gridDim.x - 1 - blockIdx.x) * S::kTile;
-  load_tile<S, true>(q, n.packed(qkv, 0), q0, n, scale);
+  extern __shared__ __align__(64) char shared[];
+  A *q = reinterpret_cast<A*>(shared), *kv = q + S::kSizeT, *p = kv + S::kSize, *factor = p + S::kScores;
+  const int q0 = (gridDim.x - 1 - blockIdx.x) * S::kTile;  // the longest walks begin first
   OnlineSoftmax<S> softmax;
   typename S::Output o;
   o.clear();
+  load_tile<S, true>(q, n.packed(qkv, kQ), q0, n, scale);
+
   for (int k0 = 0; k0 <= q0; k0 += S::kTile) {
-    load_tile<S, false>(kv, n.packed(qkv, 1), k0, n);
-    __syncthreads();
-    typename S::Scores s;
+    load_tile<S, false>(kv, n.packed(qkv, kK), k0, n);
+    __syncthreads();  // q and k are there
+    typename S::Scores s;  // (key, query)
     s.clear();
-    s.template add<true>(kv, S::kLdD, q, S::kLdT, kD);
-    s.for_each_run([&](int key, int row, const A* v) {
-      for (int e = 0; e < S::Scores::kColumnRun; e++) p[key * S::kLdP + row + e] = v[e];
+    s.template add<true>(kv, S::kLd, q, S::kLdT, kD);
+    s.for_each_run([&](int key, int row, const A* score) {
+      VECTOR for (int e = 0; e < S::Scores::kColumnRun; e++) p[key * S::kLdS + row + e] = score[e];
     });
-    __syncthreads();
-    load_tile<S, false>(kv, n.packed(qkv, 2), k0, n);
+    __syncthreads();  // scores are there; k is no longer needed
+    load_tile<S, false>(kv, n.packed(qkv, kV), k0, n);
     softmax.add(p, factor, q0 - k0);
-    __syncthreads();
-    o.for_each_run([&](int row, int, A* v) {
-      for (int e = 0; e < S::Output::kColumnRun; e++) v[e] *= factor[row];
+    __syncthreads();  // v, p and factors are there
+    o.for_each_run([&](int row, int, A* sum) {
+      const A f = factor[row];
+      VECTOR for (int e = 0; e < S::Output::kColumnRun; e++) sum[e] *= f;
     });
-    o.template add<false>(p, S::kLdP, kv, S::kLdD, S::kTile);
-    __syncthreads();
+    o.template add<false>(p, S::kLdS, kv, S::kLd, S::kTile);
+    __syncthreads();  // v, p and factors are no longer needed
   }
+
   for (int r = 0; r < S::kOwnRows; r++) {
     const int row = softmax.first + r;
-    if (softmax.lane == 0) {
-      factor[row] = 1 / softmax.sum[r];
-      if (q0 + row < n.T) lse[int64_t(blockIdx.y) * n.T + q0 + row] = softmax.most[r] + log_of(softmax.sum[r]);
-    }
+    if (softmax.lane == 0) factor[row] = 1 / softmax.sum[r];
+    if (softmax.lane == 0 && q0 + row < n.T) lse[n.statistics() + q0 + row] = softmax.most[r] + log_of(softmax.sum[r]);
   }
-  __syncthreads();
+  __syncthreads();  // factors are there
   store_tile<S>(n.rows(out), q0, n, o, [=](int row) { return factor[row]; });
 }
 
 // ---- backward
 
+constexpr int kDeltaRows = kProductThreads / kWarp;
+
+// delta (B,H,T) = sum over d of dout * out, both (B,T,H,D); a warp owns a row; reads both once; any D
+template <class T> __global__ void __launch_bounds__(256) flash_delta(acc_t<T>* delta, const T* dout, const T* out, Sizes n, int64_t rows) {
+  const int64_t row = int64_t(blockIdx.x) * kDeltaRows + threadIdx.x / kWarp;  // of (B,T,H)
+  if (row >= rows) return;
+  acc_t<T> sum = 0;
+  for (int d = threadIdx.x % kWarp; d < n.D; d += kWarp) sum += load(dout[row * n.D + d]) * load(out[row * n.D + d]);
+  sum = reduce_lanes<Sum, kWarp>(sum);
+  const int64_t h = row % n.H, t = row / n.H % n.T, b = row / n.H / n.T;
+  if (threadIdx.x % kWarp == 0) delta[(b * n.H + h) * n.T + t] = sum;
+}
+
+// lse and delta of a tile's rows; beyond T zeros, which with zeros in q and dout give gradients of zero
+template <class S, class A>
+__device__ __forceinline__ void load_statistics(A* row_lse, A* row_delta, const A* lse, const A* delta, int first, Sizes n) {
+  for (int i = threadIdx.x; i < S::kTile; i += S::kThreads) {
+    const bool inside = first + i < n.T;
+    row_lse[i] = inside ? lse[n.statistics() + first + i] : A(0);
+    row_delta[i] = inside ? delta[n.statistics() + first + i] : A(0);
+  }
+}
+
+template <class S> constexpr size_t backward_bytes() {
+  return (2 * S::kSizeT + (S::kFast ? 3 : 2) * S::kSize + S::kTile * S::kTile + 2 * S::kTile) * sizeof(typename S::A);
+}
+
+// dq of dqkv (B,T,3,H,D); block (x, head): a tile of queries; reads q and dout once, k and v up to the diagonal
 template <class T, int kD>
-__global__ void __launch_bounds__(256) flash_backward_q(T* dqkv, acc_t<T>* delta, const T* dout, const T* out, const acc_t<T>* lse, const T* qkv, Sizes n, acc_t<T> scale) {
-  using S = Shape_<T, kD>;
+__global__ void __launch_bounds__(256)
+    flash_backward_q(T* dqkv, const T* dout, const acc_t<T>* lse, const acc_t<T>* delta, const T* qkv, Sizes n, acc_t<T> scale) {
+  using S = Tiles<T, kD>;
   using A = acc_t<T>;
-  extern __shared__ alignas(64) char shared[];
-  A *q = reinterpret_cast<A*>(shared), *dy = q + S::kColumns, *k = dy + S::kColumns, *v = k + S::kRows, *ds = v + S::kRows;
+  extern __shared__ __align__(64) char shared[];
+  A *q = reinterpret_cast<A*>(shared), *dy = q + S::kSizeT, *k = dy + S::kSizeT, *v = k + S::kSize, *ds = v + S::kSize;
   A *row_lse = ds + S::kTile * S::kTile, *row_delta = row_lse + S::kTile;
   const int q0 = (gridDim.x - 1 - blockIdx.x) * S::kTile;
-  load_tile<S, true>(q, n.packed(qkv, 0), q0, n, scale);
+  load_tile<S, true>(q, n.packed(qkv, kQ), q0, n, scale);
   load_tile<S, true>(dy, n.rows(dout), q0, n);
-  const Head<const T> y = n.rows(out), g = n.rows(dout);
-  for (int i = threadIdx.x / S::kRowLanes; i < S::kTile; i += S::kThreads / S::kRowLanes) {
-    const int lane = threadIdx.x % S::kRowLanes;
-    const bool there = q0 + i < n.T;
-    A sum = 0;
-    if (there) for (int d = lane; d < n.D; d += S::kRowLanes) sum += load(y.data[(q0 + i) * y.ld + d]) * load(g.data[(q0 + i) * g.ld + d]);
-    sum = reduce_lanes<Sum, S::kRowLanes>(sum);
-    if (lane == 0) {
-      row_delta[i] = sum;
-      row_lse[i] = there ? lse[int64_t(blockIdx.y) * n.T + q0 + i] : A(0);
-      if (there) delta[int64_t(blockIdx.y) * n.T + q0 + i] = sum;
-    }
-  }
+  load_statistics<S>(row_lse, row_delta, lse, delta, q0, n);
   typename S::Output dq;
   dq.clear();
+
   for (int k0 = 0; k0 <= q0; k0 += S::kTile) {
-    load_tile<S, false>(k, n.packed(qkv, 1), k0, n);
-    load_tile<S, false>(v, n.packed(qkv, 2), k0, n);
-    __syncthreads();
-    typename S::Scores s, dp;
+    load_tile<S, false>(k, n.packed(qkv, kK), k0, n);
+    load_tile<S, false>(v, n.packed(qkv, kV), k0, n);
+    __syncthreads();  // all tiles are there
+    typename S::Scores s, dp;  // (key, query)
     s.clear();
     dp.clear();
-    s.template add<true>(k, S::kLdD, q, S::kLdT, kD);
-    dp.template add<true>(v, S::kLdD, dy, S::kLdT, kD);
+    s.template add<true>(k, S::kLd, q, S::kLdT, kD);
+    dp.template add<true>(v, S::kLd, dy, S::kLdT, kD);
     s.for_each_run([&](int key, int row, const A* s, const A* dp) {
-      for (int e = 0; e < S::Scores::kColumnRun; e++) {
+      VECTOR for (int e = 0; e < S::Scores::kColumnRun; e++) {
         const A x = exp_of(s[e] - row_lse[row + e]) * (dp[e] - row_delta[row + e]);
         ds[key * S::kTile + row + e] = k0 + key <= q0 + row + e ? x : A(0);
       }
     }, dp);
-    __syncthreads();
-    dq.template add<false>(ds, S::kTile, k, S::kLdD, S::kTile);
-    __syncthreads();
+    __syncthreads();  // ds is there
+    dq.template add<false>(ds, S::kTile, k, S::kLd, S::kTile);
+    __syncthreads();  // k, v and ds are no longer needed
   }
-  store_tile<S>(n.packed(dqkv, 0), q0, n, dq, [=](int) { return scale; });
+  store_tile<S>(n.packed(dqkv, kQ), q0, n, dq, [=](int) { return scale; });
 }
 
+// dk and dv of dqkv (B,T,3,H,D); block (x, head): a tile of keys; reads k and v once, q and dout from the diagonal on. FAST: block (0, head) has
+// all tiles of keys one after the other, and sums dq in dq_sums, tiles of (B,H) heads.
 template <class T, int kD>
-__global__ void __launch_bounds__(256) flash_backward_kv(T* dqkv, const acc_t<T>* delta, const T* dout, const acc_t<T>* lse, const T* qkv, Sizes n, acc_t<T> scale) {
-  using S = Shape_<T, kD>;
+__global__ void __launch_bounds__(256) flash_backward_kv(T* dqkv, [[maybe_unused]] typename Tiles<T, kD>::Output* dq_sums, const T* dout,
+                                                         const acc_t<T>* lse, const acc_t<T>* delta, const T* qkv, Sizes n, acc_t<T> scale) {
+  using S = Tiles<T, kD>;
   using A = acc_t<T>;
-  extern __shared__ alignas(64) char shared[];
-  A *k = reinterpret_cast<A*>(shared), *v = k + S::kColumns, *q = v + S::kColumns, *dy = q + S::kRows, *p = dy + S::kRows;
+  extern __shared__ __align__(64) char shared[];
+  A *k = reinterpret_cast<A*>(shared), *v = k + S::kSizeT, *q = v + S::kSizeT, *dy = q + S::kSize, *p = dy + S::kSize;
   A *row_lse = p + S::kTile * S::kTile, *row_delta = row_lse + S::kTile;
-  const int k0 = blockIdx.x * S::kTile;
-  load_tile<S, true>(k, n.packed(qkv, 1), k0, n);
-  load_tile<S, true>(v, n.packed(qkv, 2), k0, n);
-  typename S::Output dk, dv;
-  dk.clear();
-  dv.clear();
-  for (int q0 = k0; q0 < n.T; q0 += S::kTile) {
-    load_tile<S, false>(q, n.packed(qkv, 0), q0, n, scale);
-    load_tile<S, false>(dy, n.rows(dout), q0, n);
-    for (int i = threadIdx.x; i < S::kTile; i += S::kThreads) {
-      const bool there = q0 + i < n.T;
-      row_lse[i] = there ? lse[int64_t(blockIdx.y) * n.T + q0 + i] : A(0);
-      row_delta[i] = there ? delta[int64_t(blockIdx.y) * n.T + q0 + i] : A(0);
-    }
-    __syncthreads();
-    typename S::Scores s, dp;
-    s.clear();
-    dp.clear();
-    s.template add<true>(q, S::kLdD, k, S::kLdT, kD);
-    dp.template add<true>(dy, S::kLdD, v, S::kLdT, kD);
-    s.for_each_run([&](int row, int key, const A* s, A* dp) {
-      for (int e = 0; e < S::Scores::kColumnRun; e++) {
-        const A x = exp_of(s[e] - row_lse[row]), seen = k0 + key + e <= q0 + row ? x : A(0);
-        p[row * S::kTile + key + e] = seen;
-        dp[e] = seen * (dp[e] - row_delta[row]);
+  [[maybe_unused]] A* k_rows = row_delta + S::kTile;
+  [[maybe_unused]] const int64_t tiles = (n.T + S::kTile - 1) / S::kTile;
+  for (int k0 = blockIdx.x * S::kTile; k0 < n.T; k0 += gridDim.x * S::kTile) {
+    load_tile<S, true>(k, n.packed(qkv, kK), k0, n);
+    load_tile<S, true>(v, n.packed(qkv, kV), k0, n);
+    if constexpr (S::kFast) load_tile<S, false>(k_rows, n.packed(qkv, kK), k0, n);
+    typename S::Output dk, dv;
+    dk.clear();
+    dv.clear();
+
+    for (int q0 = k0; q0 < n.T; q0 += S::kTile) {
+      load_tile<S, false>(q, n.packed(qkv, kQ), q0, n, scale);
+      load_tile<S, false>(dy, n.rows(dout), q0, n);
+      load_statistics<S>(row_lse, row_delta, lse, delta, q0, n);
+      __syncthreads();  // all tiles are there
+      typename S::Scores s, dp;  // (query, key)
+      s.clear();
+      dp.clear();
+      s.template add<true>(q, S::kLd, k, S::kLdT, kD);
+      dp.template add<true>(dy, S::kLd, v, S::kLdT, kD);
+      s.for_each_run([&](int row, int key, const A* s, A* dp) {
+        const A lse = row_lse[row], delta = row_delta[row];
+        VECTOR for (int e = 0; e < S::Scores::kColumnRun; e++) {
+          const A x = exp_of(s[e] - lse), seen = k0 + key + e <= q0 + row ? x : A(0);
+          p[row * S::kTile + key + e] = seen;
+          dp[e] = seen * (dp[e] - delta);
+        }
+      }, dp);
+      __syncthreads();  // p is there
+      dv.template add<false>(p, S::kTile, dy, S::kLd, S::kTile);
+      __syncthreads();  // p is no longer needed: ds takes its place
+      dp.for_each_run([&](int row, int key, const A* ds) {
+        VECTOR for (int e = 0; e < S::Scores::kColumnRun; e++) p[row * S::kTile + key + e] = ds[e];
+      });
+      __syncthreads();  // ds is there
+      dk.template add<false>(p, S::kTile, q, S::kLd, S::kTile);
+      if constexpr (S::kFast) {
+        typename S::Output& dq = dq_sums[blockIdx.y * tiles + q0 / S::kTile];
+        if (k0 == 0) dq.clear();
+        dq.template add<true>(p, S::kTile, k_rows, S::kLd, S::kTile);
+        if (k0 == q0) store_tile<S>(n.packed(dqkv, kQ), q0, n, dq, [=](int) { return scale; });
       }
-    }, dp);
-    __syncthreads();
-    dv.template add<false>(p, S::kTile, dy, S::kLdD, S::kTile);
-    __syncthreads();
-    dp.for_each_run([&](int row, int key, const A* dp) {
-      for (int e = 0; e < S::Scores::kColumnRun; e++) p[row * S::kTile + key + e] = dp[e];
-    });
-    __syncthreads();
-    dk.template add<false>(p, S::kTile, q, S::kLdD, S::kTile);
-    __syncthreads();
+      __syncthreads();  // q, dy and ds are no longer needed
+    }
+    store_tile<S>(n.packed(dqkv, kK), k0, n, dk, [](int) { return A(1); });
+    store_tile<S>(n.packed(dqkv, kV), k0, n, dv, [](int) { return A(1); });
   }
-  store_tile<S>(n.packed(dqkv, 1), k0, n, dk, [](int) { return A(1); });
-  store_tile<S>(n.packed(dqkv, 2), k0, n, dv, [](int) { return A(1); });
 }
 
 // ---- launches
 
-template <class T, int kD> void forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, dim3 grid, Sizes n) {
-  using S = Shape_<T, kD>;
-  const size_t bytes = (S::kColumns + S::kRows + S::kTile * S::kLdP + S::kTile) * sizeof(acc_t<T>);
-  CUDA_CHECK(cudaFuncSetAttribute(flash_forward<T, kD>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-  flash_forward<T, kD><<<grid, S::kThreads, bytes, device().compute>>>(out.data<T>(), lse.data<acc_t<T>>(), qkv.data<T>(), n, acc_t<T>(1 / std::sqrt(double(n.D))));
-  LAUNCHED();
+template <class K> void allow_shared(K kernel, size_t bytes) {  // more than 48 KiB must be asked for
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
 }
 
-template <class T, int kD> void backward(const Tensor& dqkv, const Tensor& delta, const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& qkv, dim3 grid, Sizes n) {
-  using S = Shape_<T, kD>;
+template <class T, int kD> void forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, unsigned heads, Sizes n) {
+  using S = Tiles<T, kD>;
   using A = acc_t<T>;
-  const size_t bytes = (2 * S::kColumns + 2 * S::kRows + S::kTile * S::kTile + 2 * S::kTile) * sizeof(A);
-  const A scale = A(1 / std::sqrt(double(n.D)));
-  CUDA_CHECK(cudaFuncSetAttribute(flash_backward_q<T, kD>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-  CUDA_CHECK(cudaFuncSetAttribute(flash_backward_kv<T, kD>, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-  flash_backward_q<T, kD><<<grid, S::kThreads, bytes, device().compute>>>(dqkv.data<T>(), delta.data<A>(), dout.data<T>(), out.data<T>(), lse.data<A>(), qkv.data<T>(), n, scale);
-  LAUNCHED();
-  flash_backward_kv<T, kD><<<grid, S::kThreads, bytes, device().compute>>>(dqkv.data<T>(), delta.data<A>(), dout.data<T>(), lse.data<A>(), qkv.data<T>(), n, scale);
+  const dim3 grid(unsigned(ceil_div(n.T, S::kTile)), heads);
+  const size_t bytes = forward_bytes<S>();
+  allow_shared(flash_forward<T, kD>, bytes);
+  flash_forward<T, kD><<<grid, S::kThreads, bytes, device().compute>>>(out.data<T>(), lse.data<A>(), qkv.data<T>(), n,
+                                                                     A(1 / std::sqrt(double(n.D))));
   LAUNCHED();
 }
 
-#define DISPATCH_D(D_, ...)                                        \
-  if (D_ <= 32) { constexpr int kD = 32; __VA_ARGS__; }            \
-  else if (D_ <= 64) { constexpr int kD = 64; __VA_ARGS__; }       \
+template <class T, int kD>
+void backward(const Tensor& dqkv, const Tensor& delta, const Tensor& dout, const Tensor& lse, const Tensor& qkv, unsigned heads, Sizes n) {
+  using S = Tiles<T, kD>;
+  using A = acc_t<T>;
+  const unsigned tiles = unsigned(ceil_div(n.T, S::kTile));
+  const size_t bytes = backward_bytes<S>();
+  const A scale = A(1 / std::sqrt(double(n.D)));
+  const cudaStream_t stream = device().compute;
+  T *dx = dqkv.data<T>(), *dy = dout.data<T>(), *x = qkv.data<T>();
+  Tensor dq_sums;
+  if constexpr (S::kFast) {
+    dq_sums = Tensor({heads, tiles, S::kTile, kD}, delta.dtype(), Memory::workspace);
+  } else {
+    allow_shared(flash_backward_q<T, kD>, bytes);
+    flash_backward_q<T, kD><<<dim3(tiles, heads), S::kThreads, bytes, stream>>>(dx, dy, lse.data<A>(), delta.data<A>(), x, n, scale);
+    LAUNCHED();
+  }
+  allow_shared(flash_backward_kv<T, kD>, bytes);
+  auto* sums = static_cast<typename S::Output*>(dq_sums.raw());
+  flash_backward_kv<T, kD><<<dim3(S::kFast ? 1 : tiles, heads), S::kThreads, bytes, stream>>>(dx, sums, dy, lse.data<A>(), delta.data<A>(), x,
+                                                                                          n, scale);
+  LAUNCHED();
+}
+
+// The statement with the narrowest kD that holds D.
+#define DISPATCH_WIDTH(D, ...)                             \
+  if (D <= 32) { constexpr int kD = 32; __VA_ARGS__; }     \
+  else if (D <= 64) { constexpr int kD = 64; __VA_ARGS__; } \
   else { constexpr int kD = 128; __VA_ARGS__; }
 
-template <class T, int kD> int tile() { return Shape_<T, kD>::kTile; }
+Sizes sizes_of(const Tensor& qkv, const Tensor& out, const Tensor& lse, int64_t B, int64_t T, int64_t H, bool packs) {
+  const int64_t D = qkv.numel() / (B * T * 3 * H);
+  ASSERT(qkv.numel() == B * T * 3 * H * D && out.numel() == B * T * H * D && lse.numel() == B * H * T, to_string(qkv.shape()), ", ",
+         to_string(out.shape()), ", ", to_string(lse.shape()), " with B = ", B, ", T = ", T, ", H = ", H);
+  ASSERT(out.dtype() == qkv.dtype() && lse.dtype() == master_dtype(qkv.dtype()));
+  ASSERT(B * H < 65536, "the grid of a launch ends there");
+  REQUIRE(D <= 128, "flash attention holds heads of at most 128 elements, these have ", D, ": use plain attention");
+  return {int(T), int(H), int(D), packs};
+}
 
 }  // namespace
 
+// ---- host functions
+
 void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, int64_t B, int64_t T, int64_t H) {
   if (!qkv.numel()) return;
-  const int64_t D = qkv.numel() / (B * T * 3 * H);
-  const Sizes n{int(T), int(H), int(D), in_packs(D, {&out, &qkv})};
-  const int64_t heads = B * H, length = T;
-  DISPATCH(qkv.dtype(), DISPATCH_D(D, (forward<T, kD>(out, lse, qkv, dim3(unsigned(ceil_div(length, tile<T, kD>())), unsigned(heads)), n))));
+  const Sizes n = sizes_of(qkv, out, lse, B, T, H, in_packs(qkv.numel() / (B * T * 3 * H), {&out, &qkv}));
+  const unsigned heads = unsigned(B * H);
+  DISPATCH(qkv.dtype(), DISPATCH_WIDTH(n.D, forward<T, kD>(out, lse, qkv, heads, n)));
 }
 
 void attention_flash_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& qkv, int64_t B,
                               int64_t T, int64_t H) {
   if (!qkv.numel()) return;
-  const int64_t D = qkv.numel() / (B * T * 3 * H);
-  const Sizes n{int(T), int(H), int(D), in_packs(D, {&out, &qkv, &dout, &dqkv})};
-  const int64_t heads = B * H, length = T;
+  const Sizes n = sizes_of(qkv, out, lse, B, T, H, in_packs(qkv.numel() / (B * T * 3 * H), {&out, &qkv, &dout, &dqkv}));
+  ASSERT(dqkv.dtype() == qkv.dtype() && dqkv.numel() == qkv.numel() && dout.dtype() == qkv.dtype() && dout.numel() == out.numel());
   const Tensor delta({B, H, T}, lse.dtype(), Memory::workspace);
-  DISPATCH(qkv.dtype(), DISPATCH_D(D, (backward<T, kD>(dqkv, delta, dout, out, lse, qkv, dim3(unsigned(ceil_div(length, tile<T, kD>())), unsigned(heads)), n))));
+  const int64_t rows = B * T * H;
+  const unsigned heads = unsigned(B * H), blocks = unsigned(ceil_div(rows, kDeltaRows));
+  DISPATCH(qkv.dtype(), flash_delta<T><<<blocks, kProductThreads, 0, device().compute>>>(delta.data<acc_t<T>>(), dout.data<T>(), out.data<T>(),
+                                                                                        n, rows));
+  DISPATCH(qkv.dtype(), DISPATCH_WIDTH(n.D, backward<T, kD>(dqkv, delta, dout, lse, qkv, heads, n)));
 }

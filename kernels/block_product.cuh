@@ -9,14 +9,17 @@
 #pragma once
 #include "kernels/common.cuh"
 
-// UNROLL: a loop over what a thread holds in registers becomes straight-line code. ROLL_ON_CPU: the same on a GPU; on the CPU the loop is to
+// UNROLL: a loop over what a thread holds in registers becomes straight-line code. VECTOR: the same on a GPU; on the CPU the loop is to
 // become vector instructions, so g++ is kept from unrolling it before it vectorizes.
 #ifdef __CUDACC__
 #define UNROLL _Pragma("unroll")
-#define ROLL_ON_CPU _Pragma("unroll")
+#define VECTOR _Pragma("unroll")
+#elif defined(CPU_FAITHFUL)  // for tests: compiles quickly
+#define UNROLL
+#define VECTOR
 #else
 #define UNROLL _Pragma("GCC unroll 16")
-#define ROLL_ON_CPU _Pragma("GCC unroll 1")
+#define VECTOR _Pragma("GCC unroll 1")
 #endif
 
 namespace {
@@ -27,6 +30,32 @@ constexpr int kFastRows = 8;  // of a micro-tile in FAST: 8 rows of 64 bytes are
 #else
 constexpr int kFastRows = 4;  // 4 rows of 64 bytes are 8 registers of the 16
 #endif
+
+// p[e] = value(e), for as many of kRun elements as lie inside; packs: p begins at a multiple of 16 bytes, if kRun elements are 16 bytes
+template <int kRun, class T, class F> __device__ __forceinline__ void write_run(T* p, int inside, bool packs, F value) {
+  if (kWarp > 1 && packs && inside >= kRun) {
+    Pack<T, kRun> run;
+    for (int e = 0; e < kRun; e++) run.v[e] = store<T>(value(e));
+    store_pack<kRun>(p, run);
+  } else {
+    const int end = inside < kRun ? inside : kRun;
+    INDEPENDENT
+    for (int e = 0; e < end; e++) p[e] = store<T>(value(e));
+  }
+}
+
+// FAST: sum (kRows, kColumns) += a b over `depth`; a and b as in BlockProduct::add. One copy for all kernels: it is small, and all are made of it.
+template <bool kRowMajor, int kRows, int kColumns, class A>
+__attribute__((noinline)) void add_fast(A (&sum)[kRows][kColumns], const A* a, int64_t lda, const A* b, int64_t ldb, int depth) {
+  A s[kRows][kColumns];  // in vector registers
+  for (int r = 0; r < kRows; r++)
+    for (int c = 0; c < kColumns; c++) s[r][c] = sum[r][c];
+  for (int k = 0; k < depth; k++)
+    UNROLL for (int r = 0; r < kRows; r++)
+      VECTOR for (int c = 0; c < kColumns; c++) s[r][c] += a[kRowMajor ? r * lda + k : k * lda + r] * b[k * ldb + c];
+  for (int r = 0; r < kRows; r++)
+    for (int c = 0; c < kColumns; c++) sum[r][c] = s[r][c];
+}
 
 template <class A, int kI, int kJ> struct BlockProduct {
   static constexpr bool kFast = kWarp == 1;
@@ -47,22 +76,22 @@ template <class A, int kI, int kJ> struct BlockProduct {
   }
 
   __device__ __forceinline__ void clear() {
-    ROLL_ON_CPU for (int o = 0; o < kOwned; o++)
-      ROLL_ON_CPU for (int r = 0; r < kRows; r++)
-        ROLL_ON_CPU for (int c = 0; c < kColumns; c++) sum[o][r][c] = 0;
+    VECTOR for (int o = 0; o < kOwned; o++)
+      VECTOR for (int r = 0; r < kRows; r++)
+        VECTOR for (int c = 0; c < kColumns; c++) sum[o][r][c] = 0;
   }
 
   // f(row, first column, kColumnRun sums side by side, and those of other products) for everything that this thread owns
   template <class F, class... Others> __device__ __forceinline__ void for_each_run(F f, Others&... others) {
-    ROLL_ON_CPU for (int o = 0; o < kOwned; o++)
-      UNROLL for (int r = 0; r < kRows; r++)
-        ROLL_ON_CPU for (int c = 0; c < kColumns; c += kColumnRun)
+    VECTOR for (int o = 0; o < kOwned; o++)
+      VECTOR for (int r = 0; r < kRows; r++)
+        VECTOR for (int c = 0; c < kColumns; c += kColumnRun)
           f(row(micro_tile(o), r), column(micro_tile(o), c), &sum[o][r][c], &others.sum[o][r][c]...);
   }
 
   // sum (I,J) += a (I,K) b (K,J). Element (i,k) of a lies at a[k * lda + i], or with kRowMajor at a[i * lda + k]; (k,j) of b at b[k * ldb + j].
   template <bool kRowMajor> __device__ __forceinline__ void add(const A* a, int lda, const A* b, int ldb, int depth) {
-    ROLL_ON_CPU for (int o = 0; o < kOwned; o++) {
+    VECTOR for (int o = 0; o < kOwned; o++) {
       const int tile = micro_tile(o);
       if constexpr (kFast) add_fast<kRowMajor>(sum[o], a + row(tile, 0) * (kRowMajor ? lda : 1), lda, b + column(tile, 0), ldb, depth);
       else add_gpu<kRowMajor>(sum[o], a, lda, b, ldb, depth, tile);
@@ -70,19 +99,7 @@ template <class A, int kI, int kJ> struct BlockProduct {
   }
 
  private:
-  template <bool kRowMajor>
-  static __device__ __forceinline__ void add_fast(A (&total)[kRows][kColumns], const A* a, int lda, const A* b, int ldb, int depth) {
-    A s[kRows][kColumns];
-    for (int r = 0; r < kRows; r++)
-      for (int c = 0; c < kColumns; c++) s[r][c] = total[r][c];
-    for (int k = 0; k < depth; k++)
-      UNROLL for (int r = 0; r < kRows; r++)
-        ROLL_ON_CPU for (int c = 0; c < kColumns; c++) s[r][c] += a[kRowMajor ? r * lda + k : k * lda + r] * b[k * ldb + c];
-    for (int r = 0; r < kRows; r++)
-      for (int c = 0; c < kColumns; c++) total[r][c] = s[r][c];
-  }
-
-  // The same in reads of 16 bytes. Row-major tiles of a are read in runs along k, others in runs along i.
+  // In reads of 16 bytes. Row-major tiles of a are read in runs along k, others in runs along i.
   template <bool kRowMajor>
   static __device__ __forceinline__ void add_gpu(A (&s)[kRows][kColumns], const A* a, int lda, const A* b, int ldb, int depth, int tile) {
     constexpr int kStep = kRowMajor ? kRun : 1;

@@ -45,11 +45,16 @@ __global__ void __launch_bounds__(1024) cross_entropy_kernel(acc_t<T>* losses, T
   Two<A> mine = SoftmaxSum<A>::identity;
   if constexpr (kWarp == 1) {  // FAST: a thread that has all of the row, in its cache, finds the maximum first
     for (int i = 0; i < V; i++) mine.a = Max<A>::combine(mine.a, load(x[i]));
-    INDEPENDENT
-    for (int i = 0; i < V; i++) {
-      const A e = exp_of(load(x[i]) - mine.a);
-      if constexpr (kKeep) x[i] = e;
-      mine.b += e;
+    for (int begin = 0; begin < V; begin += 1024) {  // a sum of sums loses fewer digits than one long sum
+      const int end = V - begin < 1024 ? V : begin + 1024;
+      A sum = 0;
+      INDEPENDENT
+      for (int i = begin; i < end; i++) {
+        const A e = exp_of(load(x[i]) - mine.a);
+        if constexpr (kKeep) x[i] = e;
+        sum += e;
+      }
+      mine.b += sum;
     }
   } else {
     for_unaligned_row<N, false>(x, V, [&](int i, auto width) {

@@ -66,7 +66,7 @@ template <class T, int kX, int kK> struct Slice16 {
   }
   // tile[k * tile_ld + x] = element k of vector x
   template <class A> __device__ __forceinline__ void put_transposed(A* tile, int tile_ld, int k0) const {
-    ROLL_ON_CPU for (int r = 0; r < kRuns; r++) {
+    VECTOR for (int r = 0; r < kRuns; r++) {
       const auto run = kHeld ? held[r] : read(r, k0);
       A* at = tile + k_of(r) * tile_ld + x_of(r);
       for (int e = 0; e < kRun; e++) at[along_k ? e * tile_ld : e] = load(run.v[e]);
@@ -104,18 +104,11 @@ template <class T, int kX, int kK> struct Slice16 {
   }
 };
 
-// c[0..kRun) = alpha * sum + c, what lies inside
+// c[i][j...] = alpha * sum + c * add, for kRun sums side by side
 template <int kRun, class U, class A>
-__device__ __forceinline__ void write_run(const Result<U>& c, int64_t i, int j, int n, const A* sum, A alpha) {
+__device__ __forceinline__ void write_sums(const Result<U>& c, int64_t i, int j, int n, const A* sum, A alpha) {
   U* p = c.data + int64_t(blockIdx.z) * c.stride + i * c.ld + j;
-  if (c.packs && j + kRun <= n) {
-    Pack<U, kRun> v;
-    if (c.add) v = load_pack<kRun>(p);
-    for (int e = 0; e < kRun; e++) v.v[e] = store<U>(alpha * sum[e] + (c.add ? load(v.v[e]) : A(0)));
-    store_pack<kRun>(p, v);
-  } else {
-    for (int e = 0; e < kRun && j + e < n; e++) p[e] = store<U>(alpha * sum[e] + (c.add ? load(p[e]) : A(0)));
-  }
+  write_run<kRun>(p, n - j, c.packs, [=, add = c.add](int e) { return alpha * sum[e] + (add ? load(p[e]) : A(0)); });
 }
 
 // ---- in registers
@@ -153,7 +146,7 @@ __global__ void __launch_bounds__(256, 2) matmul_simt(Operand<T> a, Operand<T> b
   }
 
   product.for_each_run([&](int i, int j, const A* sum) {
-    if (i0 + i < m) write_run<BlockProduct<A, S::kI, S::kJ>::kColumnRun>(c, i0 + i, j0 + j, n, sum, alpha);
+    if (i0 + i < m) write_sums<BlockProduct<A, S::kI, S::kJ>::kColumnRun>(c, i0 + i, j0 + j, n, sum, alpha);
   });
 }
 
@@ -218,7 +211,7 @@ __global__ void __launch_bounds__(256, 2) matmul_tensor(Operand<bf16> a, Operand
     UNROLL for (int j = 0; j < 2; j++) wmma::store_matrix_sync(patch + j * 16, sum[i][j], kPatchLd, wmma::mem_row_major);
     __syncwarp();
     for (int r = lane / 8, row = i0 + wi + i * 16 + r; r < 16 && row < m; r += 4, row += 4)
-      write_run<4>(c, row, j0 + wj + column, n, patch + r * kPatchLd + column, alpha);
+      write_sums<4>(c, row, j0 + wj + column, n, patch + r * kPatchLd + column, alpha);
     __syncwarp();
   }
 }

@@ -43,8 +43,8 @@ OptionTable table(Options& o) {
     }},
     {"Training", {
       {"steps", "N", Whole{&o.steps}, "optimizer steps", sentence("by model, ", tiny.name, ": ", tiny.steps)},
-      {"batch", "B", Whole{&o.batch}, "sequences per optimizer step", sentence("by model, ", tiny.name, ": ", tiny.batch)},
-      {"microbatch", "B", Whole{&o.microbatch, 0}, "sequences per micro-batch", "the batch"},
+      {"batch", "B", Whole{&o.batch}, "sequences per optimizer step, over all ranks", sentence("by model, ", tiny.name, ": ", tiny.batch)},
+      {"microbatch", "B", Whole{&o.microbatch, 0, 100'000'000}, "sequences per micro-batch of a rank", "all of the rank's"},
       {"lr", "X", Real{&o.lr, false}, "highest learning rate", sentence("by model, ", tiny.name, ": ", tiny.lr)},
       {"min-lr", "X", Real{&o.min_lr}, "learning rate at the end", "a tenth of --lr"},
       {"warmup", "N", Whole{&o.warmup, 0}, "steps until the learning rate is at its highest", "5% of --steps, at most 100"},
@@ -96,7 +96,8 @@ void resolve(Options& o, bool has_gpu) {
   for (int64_t ModelSize::*size : {&ModelSize::layers, &ModelSize::width, &ModelSize::heads, &ModelSize::context, &ModelSize::vocab})
     if (o.model.*size == 0) o.model.*size = preset->size.*size;
   if (o.steps == 0) o.steps = preset->steps;
-  if (o.batch == 0) o.batch = preset->batch;
+  const int64_t ranks = o.replicate * o.fsdp;
+  if (o.batch == 0) o.batch = (preset->batch + ranks - 1) / ranks * ranks;
   if (o.microbatch == 0) o.microbatch = std::max<int64_t>(1, o.batch / (o.replicate * o.fsdp));
   if (o.lr == 0) o.lr = preset->lr;
   if (o.min_lr < 0) o.min_lr = o.lr / 10;
@@ -112,7 +113,7 @@ void check(const Options& o) {
   REQUIRE(o.lr > 0, "--lr must be above 0");
   REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads, " heads: change --width or --heads");
   REQUIRE(o.batch % (o.microbatch * o.replicate * o.fsdp) == 0, "a batch of ", o.batch, " does not divide into micro-batches of ",
-          o.microbatch, o.replicate * o.fsdp == 1 ? std::string() : sentence(" on ", o.replicate * o.fsdp, " data-parallel ranks (replicate x fsdp)"),
+          o.microbatch, o.replicate * o.fsdp == 1 ? "" : sentence(" on ", o.replicate * o.fsdp, " data-parallel ranks (replicate x fsdp)"),
           ": change --batch or --microbatch");
   REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr, ": the learning rate ends at --min-lr");
   REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps, " steps (--steps)");

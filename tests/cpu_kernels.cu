@@ -170,7 +170,7 @@ void add_and_wait(float* x, int n, float value, cudaStream_t stream) { add_kerne
 cudaError_t launch_with(dim3 grid, dim3 block, size_t shared_bytes) {
   nothing_kernel<<<grid, block, shared_bytes>>>();
   const cudaError_t peeked = cudaPeekAtLastError(), error = cudaGetLastError();
-  return peeked == error && cudaGetLastError() == cudaSuccess ? error : cudaErrorNotSupported;
+  return peeked == error && cudaGetLastError() == cudaSuccess ? error : cudaErrorNotReady;
 }
 
 #ifndef CPU_FAST

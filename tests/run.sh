@@ -11,7 +11,7 @@ backends=("$@")
 
 kernels="test_cpu test_tensor test_kernels test_matmul test_attention test_autograd test_golden"  # the core, in every form
 alone="test_support test_schedule"                                                                 # plain C++
-ranks="test_fsdp"                                                                                  # under mpiexec
+ranks="test_fsdp"                                                                                  # under mpiexec -n 1, 2, 3, 4, 8
 worlds="1 2 3 4 8"
 cores=$(nproc)
 passed=0 failed=0 skipped=0
@@ -54,7 +54,13 @@ for backend in "${backends[@]}"; do
       *) run "$backend/$p" "build/$backend/tests/$p" ;;
     esac
   done
-  [ "$backend" = cpu ] && run "train_gpt from outside" tests/test_cli.sh
+  [ "$backend" = cpu ] || continue
+  for n in 2 4; do
+    run "cpu/test_fsdp, $n ranks, queued streams" env THREEFOLD_STREAMS=queued:$n THREEFOLD_REFEREE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive mpiexec -n $n build/cpu/tests/test_fsdp data_parallel
+  done
+  run "removed event waits are caught" tests/mutants.sh waits
+  run "train_gpt from outside" tests/test_cli.sh
+  run "ranks that die, stop and refuse" tests/test_failures.sh
 done
 
 if [ $skipped -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi

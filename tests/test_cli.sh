@@ -18,11 +18,12 @@ refuses() {
   else ok "$name" "$(head -1 "$dir/err" | cut -c1-150)"; fi
 }
 losses() { sed -n 's/.*"loss":\([^,]*\),"grad_norm":\([^,]*\).*/\1 \2/p' "$1"; }
-small="--model tiny --layers 2 --width 32 --heads 2 --context 32 --batch 8 --steps 12"
+shape="--model tiny --layers 2 --width 32 --heads 2 --context 32 --batch 8"
+small="$shape --steps 12"
 
 # ---- what it does
 
-$train $small --metrics "$dir/a.jsonl" --steps 60 --lr 3e-3 >"$dir/out" 2>&1
+$train $shape --metrics "$dir/a.jsonl" --steps 60 --lr 3e-3 >"$dir/out" 2>&1
 first=$(losses "$dir/a.jsonl" | head -1 | cut -d' ' -f1) last=$(losses "$dir/a.jsonl" | tail -1 | cut -d' ' -f1)
 if awk "BEGIN { exit !($first > 5 && $last < 0.75 * $first) }"; then ok the_loss_falls_on_real_text "$first to $last in 60 steps"; else fail the_loss_falls_on_real_text "$first to $last: $(tail -3 "$dir/out")"; fi
 
@@ -66,7 +67,7 @@ refuses a_loss_that_is_not_finite_stops_with_the_step "at step" $small --lr 1e30
 refuses what_does_not_fit_says_what_holds_the_memory "parameters" --device-memory 5
 
 if $train --help | grep -q -- --device-memory; then ok help_lists_the_options; else fail help_lists_the_options; fi
-$train $small --data "$dir/good.bin" --steps 2 --sample 3 >"$dir/out" 2>&1 && ok a_shard_trains "$(grep '^data' "$dir/out")" || fail a_shard_trains "$(tail -1 "$dir/out")"
+$train $shape --data "$dir/good.bin" --steps 2 --sample 3 >"$dir/out" 2>&1 && ok a_shard_trains "$(grep '^data' "$dir/out")" || fail a_shard_trains "$(tail -1 "$dir/out")"
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

@@ -512,7 +512,9 @@ TEST(memory_freed_in_a_stream_goes_to_others_only_when_the_stream_is_there) {
   CUDA_CHECK(cudaStreamCreate(&one));
   CUDA_CHECK(cudaStreamCreate(&other));
   const size_t bytes = 54321;
-  char *a = nullptr, *b = nullptr, *c = nullptr, *d = nullptr;
+  char *a = nullptr, *b = nullptr, *c = nullptr, *d = nullptr, *e = nullptr;
+  cudaEvent_t first_free;
+  CUDA_CHECK(cudaEventCreate(&first_free));
   CUDA_CHECK(cudaMallocAsync(&a, bytes, one));
   CUDA_CHECK(cudaLaunchHostFunc(one, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }, nullptr));
   CUDA_CHECK(cudaFreeAsync(a, one));
@@ -520,15 +522,20 @@ TEST(memory_freed_in_a_stream_goes_to_others_only_when_the_stream_is_there) {
   CHECK(b != a, "the first stream has not come to its free");
   CUDA_CHECK(cudaMallocAsync(&c, bytes, one));
   CHECK(c == a, "the stream that freed it may have it at once");
+  CUDA_CHECK(cudaEventRecord(first_free, one));
+  CUDA_CHECK(cudaLaunchHostFunc(one, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }, nullptr));
   CUDA_CHECK(cudaFreeAsync(c, one));
-  CUDA_CHECK(cudaStreamSynchronize(one));
+  CUDA_CHECK(cudaEventSynchronize(first_free));
   CUDA_CHECK(cudaMallocAsync(&d, bytes, other));
-  CHECK(d == a, "now any stream may have it");
-  CUDA_CHECK(cudaFreeAsync(b, other));
-  CUDA_CHECK(cudaFreeAsync(d, other));
+  CHECK(d != a, "the first free is done, the second is not");
+  CUDA_CHECK(cudaStreamSynchronize(one));
+  CUDA_CHECK(cudaMallocAsync(&e, bytes, other));
+  CHECK(e == a, "now any stream may have it");
+  for (char* block : {b, d, e}) CUDA_CHECK(cudaFreeAsync(block, other));
   CUDA_CHECK(cudaDeviceSynchronize());
   CUDA_CHECK(cudaStreamDestroy(one));
   CUDA_CHECK(cudaStreamDestroy(other));
+  CUDA_CHECK(cudaEventDestroy(first_free));
   measured("in order of the streams");
 #else
   skip("the CPU stand-in's own");
@@ -618,6 +625,32 @@ TEST(products_in_f32_equal_a_plain_loop) { check_products<float, float>(5e-7); }
 TEST(products_in_f64_equal_a_plain_loop) { check_products<double, double>(1e-15); }
 TEST(products_of_bf16_into_f32_equal_a_plain_loop) { check_products<__nv_bfloat16, float>(5e-7); }
 TEST(products_of_bf16_are_rounded_once) { check_products<__nv_bfloat16, __nv_bfloat16>(5e-7); }
+
+TEST(products_of_bf16_round_ties_to_even_and_keep_nan) {
+  // 1 x 1 products with 1.5: 1.5 (1 + i/128) lies halfway between neighbours in bf16 when i is odd
+  cublasHandle_t blas;
+  CUBLAS_CHECK(cublasCreate(&blas));
+  const int n = 85;
+  std::vector<__nv_bfloat16> b(n);
+  for (int i = 0; i < n; i++) b[size_t(i)] = __nv_bfloat16(1 + float(i) / 128);
+  DeviceArray<__nv_bfloat16> da(std::vector<__nv_bfloat16>{__nv_bfloat16(1.5f)}), db(b), dc(n);
+  const float alpha = 1, beta = 0;
+  const auto multiply = [&] {
+    CUBLAS_CHECK(cublasGemmEx(blas, CUBLAS_OP_N, CUBLAS_OP_N, 1, n, 1, &alpha, da.data, CUDA_R_16BF, 1, db.data, CUDA_R_16BF, 1, &beta, dc.data,
+                              CUDA_R_16BF, 1, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    return dc.download();
+  };
+  const auto c = multiply();
+  for (int i = 0; i < n; i++) {
+    const float want = 128 * 1.5f * (1 + float(i) / 128);
+    const float grid = want < 256 ? 1 : 2;  // 1.5 (1 + i/128) in steps of 1/128, from 2 on of 2/128
+    CHECK_EQ(128 * float(c[size_t(i)]), grid * std::nearbyint(want / grid), "i ", i);
+  }
+  da.upload({__ushort_as_bfloat16(0xffff)});
+  for (const auto x : multiply()) CHECK(std::isnan(float(x)));
+  CUBLAS_CHECK(cublasDestroy(blas));
+  measured(n, " products, and NaN");
+}
 
 TEST(sums_in_f64_do_not_depend_on_the_number_of_threads) {
 #ifdef CPU_STAND_IN

@@ -106,7 +106,7 @@ static double loss_and_gradients(Gpt& gpt, const How& how) {
     if (how.deferred) tape.deferred = &waiting;
     gpt.loss(tape, Tokens(micro, g.context, rows(g.inputs), rows(g.targets)), 1.0 / g.inputs.size(), total);
     tape.backward();
-    if (how.deferred) CHECK(!waiting.empty(), "no weight gradient was deferred");
+    if (how.deferred) CHECK_EQ(int(waiting.size()), 1 + 4 * g.layers, "every matrix defers its weight gradient, recomputed or not");
     for (auto& work : waiting) work();
   }
   gpt.finish_gradients();
@@ -165,20 +165,29 @@ static std::string worst_name(const Run& run, const std::vector<double>& a, cons
   return sentence("the worst is in ", run.names[worst], ": ", a[worst], ", expected ", b[worst]);
 }
 
-struct Bounds { double logits, loss, gradients, norm, weights; };
+// How far training went astray: the root of the mean square of a - b over that of b - start. 1 is as good as no training at all.
+static double astray(const std::vector<double>& a, const std::vector<double>& b, const std::vector<float>& start) {
+  double wrong = 0, way = 0;
+  for (size_t i = 0; i < a.size(); i++) wrong += (a[i] - b[i]) * (a[i] - b[i]), way += (b[i] - start[i]) * (b[i] - start[i]);
+  return std::sqrt(wrong / way);
+}
+
+struct Bounds { double logits, loss, gradients, norm, weights, astray; };
 
 static void compare(const How& how, const Bounds& bounds) {
   const Golden& g = golden();
   const Run run = train(how);
   const double logits = difference(run.logits, g.logits), loss = difference(run.losses, g.losses), norm = difference(run.norms, g.norms);
   const double gradients = difference(run.gradients, g.gradients), weights = difference(run.weights, g.weights);
+  const double off = astray(run.weights, g.weights, g.initial);
   measured("differences: logits ", logits, ", losses ", loss, ", gradients ", gradients, ", norms ", norm, ", weights after ", g.steps,
-           " steps ", weights);
+           " steps ", weights, " (", off, " of the way that they went)");
   CHECK_LE(logits, bounds.logits);
   CHECK_LE(loss, bounds.loss);
   CHECK_LE(gradients, bounds.gradients, worst_name(run, run.gradients, g.gradients));
   CHECK_LE(norm, bounds.norm);
   CHECK_LE(weights, bounds.weights, worst_name(run, run.weights, g.weights));
+  CHECK_LE(off, bounds.astray);
 }
 
 static void expect_same_bits(const Run& a, const Run& b) {
@@ -206,18 +215,22 @@ TEST(initial_weights_equal_golden_bit_for_bit) {
   measured(i, " weights");
 }
 
-constexpr Bounds kRounding = {1e-12, 1e-12, 1e-12, 1e-12, 1e-12};
-// BOUNDS32
-constexpr Bounds kSingle = {1e-5, 1e-5, 1e-5, 1e-5, 1e-2};
-// BOUNDS16
-constexpr Bounds kBrain = {3e-2, 3e-2, 3e-2, 3e-2, 3e-2};
+// f64: rounding, 1.1e-16 an operation.
+constexpr Bounds kDouble = {1e-12, 1e-12, 1e-12, 1e-12, 1e-12, 1e-12};
+// f32: as many roundings, of 6e-8; about ten times what is measured. The weights are worse: Adam divides each gradient by its own size,
+// so that an element whose gradient is far below the largest takes a full step in a direction that is less exact.
+constexpr Bounds kSingle = {2e-6, 1e-6, 2e-6, 1e-6, 1e-5, 1e-4};
+// bf16: a rounding is 2e-3, of the weights and of every activation; about four times what is measured. Sums and gradients of parameters are
+// f32, so that the loss averages the errors out. A small gradient may have the wrong sign, and three steps of 1e-3 in the wrong direction
+// are 6e-3: what counts for the weights is how far they are off on the whole.
+constexpr Bounds kHalf = {2e-2, 1e-3, 3e-2, 1e-2, 6e-3, 0.15};
 
-TEST(f64_equals_pytorch_with_plain_attention) { compare({.attention = AttentionKind::plain}, kRounding); }
-TEST(f64_equals_pytorch_with_flash_attention) { compare({.attention = AttentionKind::flash}, kRounding); }
+TEST(f64_equals_pytorch_with_plain_attention) { compare({.attention = AttentionKind::plain}, kDouble); }
+TEST(f64_equals_pytorch_with_flash_attention) { compare({.attention = AttentionKind::flash}, kDouble); }
 TEST(f32_equals_pytorch_with_plain_attention) { compare({.dtype = Dtype::f32, .attention = AttentionKind::plain}, kSingle); }
 TEST(f32_equals_pytorch_with_flash_attention) { compare({.dtype = Dtype::f32, .attention = AttentionKind::flash}, kSingle); }
-TEST(bf16_equals_pytorch_with_plain_attention) { compare({.dtype = Dtype::bf16, .attention = AttentionKind::plain}, kBrain); }
-TEST(bf16_equals_pytorch_with_flash_attention) { compare({.dtype = Dtype::bf16, .attention = AttentionKind::flash}, kBrain); }
+TEST(bf16_equals_pytorch_with_plain_attention) { compare({.dtype = Dtype::bf16, .attention = AttentionKind::plain}, kHalf); }
+TEST(bf16_equals_pytorch_with_flash_attention) { compare({.dtype = Dtype::bf16, .attention = AttentionKind::flash}, kHalf); }
 
 // Adam hides a wrong scale; these must not hide behind it.
 TEST(weights_show_a_missing_clip_or_decay) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <functional>
+#include <map>
 #include <random>
 #include <set>
 
@@ -239,16 +240,16 @@ TEST(bubbles_equal_the_formulas_for_other_times) {
   int cases = 0;
   const Times all[] = {{10, 10, 8, 0}, {10, 12, 5, 0}, {8, 12, 10, 0}, {6, 12, 10, 0}, {10, 8, 12, 0}, {20, 10, 5, 0}, {3, 4, 20, 0}};
   for (const Times& times : all)
-    for (const std::string name : {"gpipe", "1f1b", "zb"})
-      for (int p = 1; p <= 8; p++)
-        for (int m = name == "zb" ? p : 1; m <= 17; m += 2, cases++) {
-          const Schedule s = make_schedule(name, p, m);
-          const Timeline t = simulate(s, durations(s, times));
-          const double F = times.forward, B = times.input_gradient, W = times.weight_gradient;
-          const double idle = (p - 1) * (name == "zb" ? std::max({F, B, F + B - W}) : F + B + W);
-          CHECK_EQ(whole(t.makespan) - whole(t.busy[0]), whole(idle), label(s));
-          CHECK_EQ(theoretical_idle(s, times), idle, label(s));
-        }
+    for_all([&](const std::string& name, int p, int m, int V) {
+      const double F = times.forward, B = times.input_gradient, W = times.weight_gradient;
+      if ((name == "zb" && m < p) || (name == "interleaved" && B + W > 2 * F) || (m > 8 && m % 8)) return;
+      const Schedule s = make_schedule(name, p, m, V);
+      const Timeline t = simulate(s, durations(s, times));
+      const double idle = (p - 1) * (name == "zb" ? std::max({F, B, F + B - W}) : F + B + W);
+      CHECK_EQ(whole(t.makespan) - whole(t.busy[0]), whole(idle), label(s));
+      CHECK_EQ(theoretical_idle(s, times), idle, label(s));
+      cases++;
+    });
   measured(cases, " cases, exact");
 }
 
@@ -437,7 +438,8 @@ TEST(receives_in_another_order_than_the_sends_are_rejected) {
   // both activations leave in one group, and arrive in one group that lists them the other way round
   const auto both = [](bool send, int first) {
     const int peer = send ? 1 : 0;
-    return Action{Action::exchange, -1, -1, {{send, Transfer::activation, peer, first, 0}, {send, Transfer::activation, peer, 1 - first, 0}}};
+    const Transfer one{send, Transfer::activation, peer, first, 0}, other{send, Transfer::activation, peer, 1 - first, 0};
+    return Action{Action::exchange, -1, -1, {one, other}};
   };
   Schedule s = make_schedule("gpipe", 2, 2);  // stage 0: F0 x0 F1 x1 ...    stage 1: x0 x1 F0 F1 ... in some order
   auto &first = s.ranks[0], &last = s.ranks[1];

@@ -83,10 +83,10 @@ static Options resolved(const std::vector<const char*>& words, bool has_gpu = fa
 TEST(every_option_reaches_its_field) {
   const std::vector<const char*> words = {
     "--model", "char", "--layers", "1", "--width", "2", "--heads", "3", "--context", "4", "--vocab", "5", "--data", "a", "b",
-    "--steps", "6", "--batch", "7", "--microbatch", "8", "--lr", "0.5", "--min-lr", "1e-3", "--warmup", "9", "--weight-decay", "0", "--clip", "2.5",
-    "--seed", "9223372036854775807", "--dtype", "f64", "--matmul", "own", "--attention", "flash", "--recompute", "--device-memory", "10",
-    "--eval-every", "11", "--sample", "12", "--metrics", "m.jsonl", "--replicate", "13", "--fsdp", "14", "--zero", "2",
-    "--reshard-after-forward", "no", "--prefetch", "15", "--timeout", "16", "--help"};
+    "--steps", "6", "--batch", "7", "--microbatch", "8", "--lr", "0.5", "--min-lr", "1e-3", "--warmup", "9", "--weight-decay", "0",
+    "--clip", "2.5", "--seed", "9223372036854775807", "--dtype", "f64", "--matmul", "own", "--attention", "flash", "--recompute",
+    "--device-memory", "10", "--eval-every", "11", "--sample", "12", "--metrics", "m.jsonl",
+    "--replicate", "13", "--fsdp", "14", "--zero", "2", "--reshard-after-forward", "no", "--prefetch", "15", "--timeout", "16", "--help"};
   const Options o = parsed(words);
   const ModelSize& m = o.model;
   CHECK(o.model_name == "char" && m.layers == 1 && m.width == 2 && m.heads == 3 && m.context == 4 && m.vocab == 5);

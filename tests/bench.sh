@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# bench.sh: what `make bench` prints: kernels beside copy bandwidth, collectives beside MPICH's own, training steps one process against ranks.
+#   ONLY=kernels|collectives|training|pytorch   one part; PyTorch only when asked for: ONLY=pytorch PYTHON=python3
+#   STEPS=n                                     timed steps a training run (3)
+# Compared in one run, medians of the steps after the first; speed is never asserted in tests.
+set -u
+cd "$(dirname "$0")/.."
+only=${ONLY:-} steps=${STEPS:-3} cores=$(nproc)
+backend=$(readlink build/train_gpt | cut -d/ -f1)
+dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
+wants() { [ -z "$only" ] || [ "$only" = "$1" ]; }
+
+if wants kernels; then
+  echo "== kernels"
+  OMP_NUM_THREADS=$cores "build/$backend/tests/bench_kernels"
+fi
+
+if wants collectives; then
+  for n in 2 4 8; do
+    echo "== collectives, $n ranks"
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive mpiexec -n $n "build/$backend/tests/bench_nccl"
+  done
+fi
+
+median() { sort -g | awk '{ a[NR] = $1 } END { print NR % 2 ? a[(NR + 1) / 2] : (a[NR / 2] + a[NR / 2 + 1]) / 2 }'; }
+# step_ms LABEL THREADS RANKS ARGS...: the median time of a step, in ms
+step_ms() {
+  local label=$1 threads=$2 ranks=$3; shift 3
+  OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=$([ "$ranks" -gt "$cores" ] && echo passive || echo active) \
+    mpiexec -n "$ranks" build/train_gpt "$@" --steps $((steps + 1)) --metrics "$dir/m.jsonl" >"$dir/$label.out" 2>&1 || { tail -3 "$dir/$label.out" >&2; echo nan; return; }
+  sed -n 's/.*"step_ms":\([0-9.e+]*\).*/\1/p' "$dir/m.jsonl" | tail -n +2 | median
+}
+row() { # row NAME TOKENS MS BASE_MS: one line, with the ratio of tokens/s to the base's
+  awk -v name="$1" -v tokens="$2" -v ms="$3" -v base="${4:-0}" 'BEGIN { printf "  %-42s %9.1f ms a step %9.0f tokens/s", name, ms, tokens / ms * 1000; if (base > 0) printf "   %5.2f of the line marked *", base / ms; printf "\n" }'
+}
+
+if wants training; then
+  for model in char gpt2; do
+    if [ $model = char ]; then args="--model char --context 256 --batch 16"; single=16; else args="--model gpt2 --context 256 --batch 4"; single=4; fi
+    args="$args --vocab $([ $model = char ] && echo 256 || echo 50257)"
+    echo "== training $model, $args"
+    one=$(step_ms one 1 1 $args); row "1 process, 1 thread" $((single * 256)) "$one"
+    two=$(step_ms two "$cores" 1 $args); row "1 process, $cores threads" $((single * 256)) "$two"
+    grep -E '^speed' "$dir/two.out" | sed 's/^/  /'
+    both="${args/--batch $single/--batch 8}"
+    echo "== $model over ranks, $both"
+    base=$(step_ms base "$cores" 1 $both); row "1 process, $cores threads *" 2048 "$base"
+    row "--replicate 2, 1 thread each" 2048 "$(step_ms replicate 1 2 $both --replicate 2)" "$base"
+    row "--fsdp 2, 1 thread each" 2048 "$(step_ms fsdp 1 2 $both --fsdp 2)" "$base"
+    row "--fsdp 8, 1 thread each" 2048 "$(step_ms fsdp8 1 8 $both --fsdp 8)" "$base"
+    [ $model = gpt2 ] && sed -n '/^memory/,$p' "$dir/two.out"
+  done
+fi
+
+if [ "$only" = pytorch ]; then
+  "${PYTHON:-python3}" tests/bench_pytorch.py
+fi
