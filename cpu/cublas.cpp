@@ -155,10 +155,13 @@ using Vector = double __attribute__((vector_size(kLanes * sizeof(double))));
 // Panels of `width` rows of op(x) (rows,depth), each stored depth-first
 template <int64_t width> void pack(double* to, const double* x, int64_t stride_row, int64_t stride_depth, int64_t rows, int64_t depth) {
   for (int64_t first = 0; first < rows; first += width) {
+    const double* from = x + first * stride_row;
     const int64_t here = std::min(width, rows - first);
-    for (int64_t l = 0; l < depth; l++) {
-      const double* from = x + first * stride_row + l * stride_depth;
-      for (int64_t i = 0; i < width; i++) *to++ = i < here ? from[i * stride_row] : 0;
+    for (int64_t l = 0; l < depth; l++, to += width, from += stride_depth) {
+      if (here == width)
+        for (int64_t i = 0; i < width; i++) to[i] = from[i * stride_row];
+      else
+        for (int64_t i = 0; i < width; i++) to[i] = i < here ? from[i * stride_row] : 0;
     }
   }
 }

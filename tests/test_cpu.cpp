@@ -70,7 +70,12 @@ std::string run_in_child(void (*body)(), int* status) {
   if (child == 0) {
     dup2(ends[1], 2);
     close(ends[0]);
-    body();
+    try {
+      body();
+    } catch (const std::exception& e) {
+      fprintf(stderr, "%s", e.what());
+      _exit(9);
+    }
     _exit(0);
   }
   close(ends[1]);
