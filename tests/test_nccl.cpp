@@ -245,6 +245,7 @@ struct Together {
       std::vector<char> nobodys(bytes);
       MPI_Mrecv(nobodys.data(), bytes, MPI_BYTE, &message, &status);
     }
+    barrier();
   }
 };
 
