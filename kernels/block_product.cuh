@@ -103,7 +103,7 @@ template <class A, int kI, int kJ> struct BlockProduct {
   template <bool kRowMajor>
   static __device__ __forceinline__ void add_gpu(A (&s)[kRows][kColumns], const A* a, int lda, const A* b, int ldb, int depth, int tile) {
     constexpr int kStep = kRowMajor ? kRun : 1;
-    [[maybe_unused]] constexpr int kTurns = 8 / kStep;  // in what nvcc unrolls
+    [[maybe_unused]] constexpr int kTurns = 4 / kStep;  // as far as nvcc unrolls without spilling registers
 #pragma unroll kTurns
     for (int k = 0; k < depth; k += kStep) {
       A x[kStep][kRows];
