@@ -24,6 +24,7 @@ run() {
   echo "== $label"
   timeout 900 "$@" 2>&1 | tee "$log" | grep -v ' passed, .* failed'
   status=${PIPESTATUS[0]}
+  if grep -q '^fakecudart:' "$log"; then echo "FAIL $label  the PTX runner reports a race or an error"; failed=$((failed + 1)); fi
   local sum
   sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | tail -1)
   if [ -z "$sum" ]; then
