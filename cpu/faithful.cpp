@@ -1,10 +1,11 @@
 // faithful.cpp: the scheduler behind faithful.h. Runs one block at a time: always the first thread in the chosen order that need not wait,
 // as far as it gets, and from the first again after each barrier.
 //
-// cost      a switch between fibers takes about 20 ns (a dozen lines of assembly on x86-64, ucontext elsewhere)
+// cost      a switch between fibers takes 20 to 50 ns (a dozen lines of assembly on x86-64, ucontext elsewhere)
 // test      tests/test_cpu.cpp
 #ifdef CPU_FAITHFUL
 #include <cuda_runtime.h>
+#include <link.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -15,21 +16,18 @@
 #include <random>
 #include <utility>
 #include <vector>
-#if !defined(__x86_64__) || defined(CPU_UCONTEXT)
-#include <ucontext.h>
+#ifndef __x86_64__
 #define CPU_UCONTEXT
 #endif
-
-// Every __shared__ variable of the program. The linker defines the names if there is one.
-extern "C" {
-extern char __start_cuda_shared[] __attribute__((weak));
-extern char __stop_cuda_shared[] __attribute__((weak));
-}
+#ifdef CPU_UCONTEXT
+#include <ucontext.h>
+#endif
 
 namespace cpu {
 uint3 thread_index, block_index;
 dim3 block_shape, grid_shape;
 void* dynamic_shared;
+int running_thread;
 }  // namespace cpu
 
 namespace {
@@ -98,12 +96,12 @@ struct Block {
   Site barrier;
   Warp warp[kMaxWarps];
   Context fiber[kMaxThreads];
+  uint3 index[kMaxThreads];     // threadIdx
   uint8_t parity[kMaxThreads];  // which of the warp's two sets of values a thread uses next
-  bool at_block_barrier[kMaxThreads], finished[kMaxThreads];
+  bool at_block_barrier[kMaxThreads];
 };
 Block block;
-Context scheduler;
-int running;  // the thread
+Context launcher;  // whoever called run_grid
 const std::function<void()>* thread_body;
 std::mutex one_launch;
 
@@ -111,15 +109,6 @@ std::mutex one_launch;
   fprintf(stderr, "CUDA stand-in: %s: %s at %s:%d, block (%u,%u,%u), thread %d\n", what, site.what, site.file, site.line, cpu::block_index.x,
           cpu::block_index.y, cpu::block_index.z, thread);
   abort();
-}
-
-void yield() { switch_to(block.fiber[running], scheduler); }
-
-void fiber_main() {
-  (*thread_body)();
-  block.finished[running] = true;
-  block.done++;
-  yield();
 }
 
 // A stack for each thread, with a page below it that nobody may touch.
@@ -136,6 +125,31 @@ char* stack_of(int thread) {
   return stacks[size_t(thread)];
 }
 
+// The thread_local variables of the program, on this thread: among them all that are __shared__. While a launch runs nobody else uses them;
+// what the others held comes back when it is over.
+class SharedVariables {
+ public:
+  SharedVariables() {
+    dl_iterate_phdr(find, this);
+    saved_.assign(data_, data_ + bytes_);
+  }
+  ~SharedVariables() { std::copy(saved_.begin(), saved_.end(), data_); }
+  void fill() { memset(data_, 0xff, bytes_); }
+
+ private:
+  static int find(dl_phdr_info* program, size_t, void* self) {
+    for (int i = 0; i < program->dlpi_phnum; i++)
+      if (program->dlpi_phdr[i].p_type == PT_TLS) {
+        static_cast<SharedVariables*>(self)->data_ = static_cast<char*>(program->dlpi_tls_data);
+        static_cast<SharedVariables*>(self)->bytes_ = program->dlpi_phdr[i].p_memsz;
+      }
+    return 1;  // the program itself comes first; libraries are of no interest
+  }
+  char* data_ = nullptr;
+  size_t bytes_ = 0;
+  std::vector<char> saved_;
+};
+
 // ---- the order
 
 Order order = Order::forward;
@@ -151,31 +165,37 @@ struct OrderFromEnvironment {
   }
 } order_from_environment;
 
-int warp_order[kMaxWarps];
+int warp_order[kMaxWarps];  // the warp that is first, second, ...
+int place_of[kMaxWarps];    // of a warp in that order
+unsigned ready_places;      // a bit for each place whose warp has a lane that can run
 int lane_rotation;
 
-// Random: drawn again after each barrier of the block, so that now this and now that warp is far ahead of the others.
-void draw_order() {
+unsigned lanes_mask(const Warp& warp) { return warp.lanes == 32 ? ~0u : (1u << warp.lanes) - 1; }
+
+// At the start of a block and after each of its barriers. Random: another order each time, so that now this and now that warp is far ahead.
+void make_all_ready() {
   std::iota(warp_order, warp_order + block.warps, 0);
   if (order == Order::reverse) std::reverse(warp_order, warp_order + block.warps);
   if (order == Order::random) std::shuffle(warp_order, warp_order + block.warps, random_bits);
   lane_rotation = order == Order::random ? int(random_bits() % 32) : 0;
+  ready_places = 0;
+  for (int i = 0; i < block.warps; i++) {
+    place_of[warp_order[i]] = i;
+    ready_places |= 1u << i;
+    block.warp[i].ready = lanes_mask(block.warp[i]);
+  }
 }
 
 int first_ready() {
-  for (int i = 0; i < block.warps; i++) {
-    const unsigned ready = block.warp[warp_order[i]].ready;
-    if (!ready) continue;
-    if (order == Order::reverse) return warp_order[i] * 32 + 31 - __builtin_clz(ready);
-    const unsigned rotated = lane_rotation ? ready >> lane_rotation | ready << (32 - lane_rotation) : ready;
-    return warp_order[i] * 32 + (__builtin_ctz(rotated) + lane_rotation) % 32;
-  }
-  return -1;
+  if (!ready_places) return -1;
+  const int warp = warp_order[__builtin_ctz(ready_places)];
+  const unsigned ready = block.warp[warp].ready;
+  if (order == Order::reverse) return warp * 32 + 31 - __builtin_clz(ready);
+  const unsigned rotated = ready >> lane_rotation | ready << (32 - lane_rotation) % 32;
+  return warp * 32 + (__builtin_ctz(rotated) + lane_rotation) % 32;
 }
 
 // ---- running
-
-unsigned lanes_mask(const Warp& warp) { return warp.lanes == 32 ? ~0u : (1u << warp.lanes) - 1; }
 
 [[noreturn]] void report_deadlock() {
   for (int i = 0; i < block.warps; i++) {
@@ -189,33 +209,47 @@ unsigned lanes_mask(const Warp& warp) { return warp.lanes == 32 ? ~0u : (1u << w
   abort();
 }
 
+void choose(int thread) {
+  cpu::running_thread = thread;
+  cpu::thread_index = block.index[thread];
+  Warp& warp = block.warp[cpu::warp_index()];
+  warp.ready &= ~(1u << cpu::lane_index());
+  if (!warp.ready) ready_places &= ~(1u << place_of[cpu::warp_index()]);
+}
+
+// The running thread cannot go on, or others come first. Fibers switch to each other, always in this place, so that the processor predicts
+// where `ret` will lead.
+__attribute__((noinline)) void yield() {
+  const int before = cpu::running_thread, next = first_ready();
+  if (next >= 0) choose(next);
+  else if (block.done < block.threads) report_deadlock();
+  if (next != before) switch_to(block.fiber[before], next >= 0 ? block.fiber[next] : launcher);
+}
+
+void fiber_main() {
+  (*thread_body)();
+  block.done++;
+  yield();
+}
+
 void start_block() {
   block.done = block.at_barrier = 0;
   for (int i = 0; i < block.warps; i++) {
-    Warp& warp = block.warp[i];
-    warp.lanes = std::min(32, block.threads - i * 32);
-    warp.ready = lanes_mask(warp);
-    warp.waiting = 0;
+    block.warp[i].lanes = std::min(32, block.threads - i * 32);
+    block.warp[i].waiting = 0;
   }
   for (int i = 0; i < block.threads; i++) {
-    block.parity[i] = block.at_block_barrier[i] = block.finished[i] = false;
+    block.parity[i] = block.at_block_barrier[i] = false;
     // staggered, or the stacks would compete for the same sets of the caches
     prepare(block.fiber[i], stack_of(i), kStack - size_t(i % 32) * 192, fiber_main);
   }
-  if (__start_cuda_shared) memset(__start_cuda_shared, 0xff, size_t(__stop_cuda_shared - __start_cuda_shared));
-  draw_order();
+  make_all_ready();
 }
 
 void run_block() {
   start_block();
-  while (block.done < block.threads) {
-    running = first_ready();
-    if (running < 0) report_deadlock();
-    const unsigned x = cpu::block_shape.x, y = cpu::block_shape.y, thread = unsigned(running);
-    cpu::thread_index = {thread % x, thread / x % y, thread / x / y};
-    block.warp[running / 32].ready &= ~(1u << running % 32);
-    switch_to(scheduler, block.fiber[running]);
-  }
+  choose(first_ready());
+  switch_to(launcher, block.fiber[cpu::running_thread]);  // comes back when the last thread has finished
 }
 }  // namespace
 
@@ -231,7 +265,10 @@ void cpu::run_grid(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::fu
   block_shape = block_dim;
   block.threads = int(block_dim.x * block_dim.y * block_dim.z);
   block.warps = (block.threads + 31) / 32;
+  for (unsigned i = 0; i < unsigned(block.threads); i++)
+    block.index[i] = {i % block_dim.x, i / block_dim.x % block_dim.y, i / block_dim.x / block_dim.y};
   thread_body = &thread;
+  SharedVariables variables;
   std::vector<unsigned char> shared(shared_bytes + 2 * kGuard);
   unsigned char* first = shared.data() + kGuard - reinterpret_cast<uintptr_t>(shared.data()) % kGuard;
   dynamic_shared = first;
@@ -243,46 +280,46 @@ void cpu::run_grid(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::fu
   for (const uint64_t i : blocks) {
     block_index = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
     std::fill(shared.begin(), shared.end(), 0xff);
+    variables.fill();
     run_block();
     for (unsigned char* end = first + shared_bytes; end < shared.data() + shared.size(); end++)
       if (*end != 0xff) report_thread("a write beyond dynamic shared memory", {"the kernel", "the launch", 0}, 0);
   }
 }
 
+static bool different(const Site& a, const Site& b) { return a.line != b.line || (a.file != b.file && strcmp(a.file, b.file)); }
+
 void cpu::wait_for_block(Site site) {
-  if (block.at_barrier && (site.line != block.barrier.line || strcmp(site.file, block.barrier.file)))
-    report("threads wait at different barriers, the other one is", block.barrier);
+  if (block.at_barrier && different(site, block.barrier)) report("threads wait at different barriers, the other one is", block.barrier);
   block.barrier = site;
-  block.at_block_barrier[running] = true;
+  block.at_block_barrier[running_thread] = true;
   if (++block.at_barrier == block.threads) {
     block.at_barrier = 0;
     std::fill(block.at_block_barrier, block.at_block_barrier + block.threads, false);
-    for (int i = 0; i < block.warps; i++) block.warp[i].ready = lanes_mask(block.warp[i]);
-    draw_order();
+    make_all_ready();
   }
   yield();
 }
 
 const uint64_t* cpu::exchange_in_warp(unsigned mask, uint64_t value, Site site) {
-  Warp& warp = block.warp[running / 32];
-  if ((mask & lanes_mask(warp)) != lanes_mask(warp)) report("the mask leaves lanes out, which this stand-in has not", site);
-  if (warp.waiting && (site.line != warp.site.line || strcmp(site.file, warp.site.file)))
-    report("lanes wait at different warp primitives, the other one is", warp.site);
-  uint64_t* values = warp.values[block.parity[running]];
-  block.parity[running] ^= 1;
-  values[running % 32] = value;
+  Warp& warp = block.warp[warp_index()];
+  const unsigned all = lanes_mask(warp), me = 1u << lane_index();
+  if ((mask & all) != all) report("the mask leaves lanes out, which this stand-in has not", site);
+  if (warp.waiting && different(site, warp.site)) report("lanes wait at different warp primitives, the other one is", warp.site);
+  uint64_t* values = warp.values[block.parity[running_thread]];
+  block.parity[running_thread] ^= 1;
+  values[lane_index()] = value;
   warp.site = site;
-  warp.waiting |= 1u << running % 32;
-  if (warp.waiting == lanes_mask(warp)) {
+  warp.waiting |= me;
+  if (warp.waiting == all) {
     warp.waiting = 0;
-    warp.ready = lanes_mask(warp);
+    warp.ready = all;
+    ready_places |= 1u << place_of[warp_index()];
   }
   yield();
   return values;
 }
 
-void cpu::report(const char* what, Site site) { report_thread(what, site, running); }
-int cpu::warp_index() { return running / 32; }
-int cpu::lane_index() { return running % 32; }
-int cpu::lanes_in_warp() { return block.warp[running / 32].lanes; }
+void cpu::report(const char* what, Site site) { report_thread(what, site, running_thread); }
+int cpu::lanes_in_warp() { return block.warp[warp_index()].lanes; }
 #endif

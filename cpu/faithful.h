@@ -12,8 +12,8 @@
 constexpr int kWarp = 32;
 constexpr int block_threads(int threads) { return threads; }
 
-// All of it is one section, so that it can be filled. Kernels belong in an anonymous namespace: g++ puts a template's variables elsewhere.
-#define __shared__ static __attribute__((section("cuda_shared")))
+// A thread's variables lie in one segment that can be found, saved and filled (faithful.cpp), those in templates, too.
+#define __shared__ static thread_local
 
 namespace cpu {
 
@@ -31,8 +31,9 @@ void wait_for_block(Site site);
 // Waits for the warp and returns the values of its lanes, valid until the thread waits again.
 const uint64_t* exchange_in_warp(unsigned mask, uint64_t value, Site site);
 [[noreturn]] void report(const char* what, Site site);  // names the running thread and its block, aborts
-int warp_index();
-int lane_index();
+extern int running_thread;  // in its block
+inline int warp_index() { return int(unsigned(running_thread) / 32); }
+inline int lane_index() { return int(unsigned(running_thread) % 32); }
 int lanes_in_warp();  // fewer than 32 in a block's last warp, perhaps
 
 template <class T> T shuffle(unsigned mask, T value, int from, Site site) {

@@ -1,15 +1,12 @@
-// nccl.cpp: NCCL's API for ranks without NCCL: calls become tasks in the order of the stream, and the collectives are written on a Link.
+// nccl.cpp: NCCL's API for ranks without NCCL: a call is checked, numbered and put into its stream as a task.
 //
-// idea      a call is checked, numbered and put into its stream; there it meets its peers, moves data and is done. The protocol stands in
-//           nccl_internal.h. Streams that run at once return the error from the call itself; others keep it for ncclCommGetAsyncError.
+// idea      when its stream has come to a task, it meets its peers, moves data and is done: the protocol stands in nccl_internal.h. Streams
+//           that run at once return the error from the call itself; others keep it for ncclCommGetAsyncError.
 // CUDA      without -DCPU_FAST or -DCPU_FAITHFUL device memory is copied to pinned host memory before, and back after, in the stream
 // test      tests/test_nccl.cpp, tests/bench_nccl.cpp
 #include <nccl.h>
-#include <sched.h>
 
 #include <algorithm>
-#include <cstring>
-#include <type_traits>
 #include <unordered_map>
 #include <utility>
 
@@ -17,269 +14,7 @@
 
 namespace nccl {
 
-// ---- threads: only where ranks leave cores free
-
-std::atomic<int> ranks_here{1};
-
-int cores() {
-  static const int count = [] {
-    cpu_set_t set;
-    return sched_getaffinity(0, sizeof set, &set) ? 1 : CPU_COUNT(&set);
-  }();
-  return count;
-}
-
 namespace {
-
-// part(begin, end) over [0, count), multiples of 64.
-template <class Part> void in_parts(size_t count, size_t bytes_each, const Part& part) {
-  const size_t threads = count * bytes_each < (1 << 20) ? 1 : std::max(1, cores() / ranks_here);
-  if (threads == 1) return part(0, count);
-  const size_t share = (count / threads + 64) / 64 * 64;
-#pragma omp parallel for num_threads(threads)
-  for (size_t t = 0; t < threads; t++) part(std::min(count, t * share), std::min(count, (t + 1) * share));
-}
-
-}  // namespace
-
-void copy(char* to, const char* from, size_t bytes) {
-  if (to != from && bytes) in_parts(bytes, 1, [=](size_t begin, size_t end) { memcpy(to + begin, from + begin, end - begin); });
-}
-
-// ---- sums, in ascending rank
-
-namespace {
-
-struct Bf16 { uint16_t bits; };
-inline float widen(Bf16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-template <class T> T widen(T x) { return x; }
-template <class T> T narrow(T x) { return x; }
-template <class T> requires std::is_same_v<T, Bf16> Bf16 narrow(float x) {  // to nearest, ties to even
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-  return {uint16_t(nan ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-
-struct Sum {
-  template <class T> T operator()(T a, T b) const {
-    if constexpr (std::is_integral_v<T>) return T(std::make_unsigned_t<T>(a) + std::make_unsigned_t<T>(b));  // wraps
-    else return a + b;
-  }
-};
-struct Prod {
-  template <class T> T operator()(T a, T b) const {
-    if constexpr (std::is_integral_v<T>) return T(std::make_unsigned_t<T>(a) * std::make_unsigned_t<T>(b));
-    else return a * b;
-  }
-};
-struct Max { template <class T> T operator()(T a, T b) const { return a < b ? b : a; } };
-struct Min { template <class T> T operator()(T a, T b) const { return b < a ? b : a; } };
-
-// to[i] = from[0][i] op from[1][i] op ...; `to` may be one of `from`.
-template <class T, class Fold> void fold(char* to, const std::vector<const char*>& from, size_t count, Fold op, int divide_by) {
-  using Wide = decltype(widen(T{}));
-  in_parts(count, sizeof(T) * from.size(), [&](size_t begin, size_t end) {
-    constexpr size_t kBlock = 1024;
-    alignas(64) Wide sum[kBlock];
-    for (; begin < end; begin += kBlock) {
-      const size_t m = std::min(kBlock, end - begin);
-      const T* first = reinterpret_cast<const T*>(from[0]) + begin;
-#pragma omp simd
-      for (size_t i = 0; i < m; i++) sum[i] = widen(first[i]);
-      for (size_t q = 1; q < from.size(); q++) {
-        const T* x = reinterpret_cast<const T*>(from[q]) + begin;
-#pragma omp simd
-        for (size_t i = 0; i < m; i++) sum[i] = op(sum[i], Wide(widen(x[i])));
-      }
-      if (divide_by > 1)
-        for (size_t i = 0; i < m; i++) sum[i] = Wide(sum[i] / Wide(divide_by));
-      T* out = reinterpret_cast<T*>(to) + begin;
-#pragma omp simd
-      for (size_t i = 0; i < m; i++) out[i] = narrow<T>(sum[i]);
-    }
-  });
-}
-
-template <class T> void fold(char* to, const std::vector<const char*>& from, size_t count, int op) {
-  switch (op) {
-    case ncclProd: return fold<T>(to, from, count, Prod{}, 1);
-    case ncclMax: return fold<T>(to, from, count, Max{}, 1);
-    case ncclMin: return fold<T>(to, from, count, Min{}, 1);
-    default: return fold<T>(to, from, count, Sum{}, op == ncclAvg ? int(from.size()) : 1);
-  }
-}
-
-void reduce(const Op& call, char* to, const std::vector<const char*>& from, size_t count) {
-  const int op = call.record.op;
-  switch (call.record.dtype) {
-    case ncclInt8: return fold<int8_t>(to, from, count, op);
-    case ncclUint8: return fold<uint8_t>(to, from, count, op);
-    case ncclInt32: return fold<int32_t>(to, from, count, op);
-    case ncclUint32: return fold<uint32_t>(to, from, count, op);
-    case ncclInt64: return fold<int64_t>(to, from, count, op);
-    case ncclUint64: return fold<uint64_t>(to, from, count, op);
-    case ncclFloat32: return fold<float>(to, from, count, op);
-    case ncclFloat64: return fold<double>(to, from, count, op);
-    case ncclBfloat16: return fold<Bf16>(to, from, count, op);
-  }
-}
-
-// ---- the collectives
-
-struct Bytes { size_t begin, bytes; };  // of a send buffer
-
-// The peers of `op`, beginning after this rank, so that not all read from the same one first.
-template <class Visit> void for_peers(const Op& op, Visit visit) {
-  for (int i = 1; i < op.comm->size; i++) visit((op.comm->rank + i) % op.comm->size);
-}
-
-// Everyone's record is there and agrees with mine.
-void meet(Task& task, Op& op) {
-  op.comm->link->announce(op);
-  std::vector<bool> met(size_t(op.comm->size));
-  met[op.comm->rank] = true;
-  wait_until(task, [&] {
-    bool all = true;
-    for (int q = 0; q < op.comm->size; q++) {
-      if (met[q]) continue;
-      if (const Record* theirs = op.comm->link->heard(op, q)) compare(op, q, *theirs), met[q] = true;
-      else all = false;
-    }
-    return all;
-  });
-}
-
-void finish_phase(Task& task, Op& op) {
-  op.comm->link->arrive(op);
-  wait_until(task, [&] { return op.comm->link->released(op); });
-  op.phase++;
-}
-
-// Everyone's `bytes` at `offset` of its send buffer, in ascending rank; where[q] is what rank q wants of mine.
-std::vector<const char*> gather_sources(Task& task, Op& op, size_t offset, size_t bytes, const std::function<Bytes(int)>& where) {
-  Link& link = *op.comm->link;
-  std::vector<const char*> from(size_t(op.comm->size));
-  from[op.comm->rank] = op.send + offset;
-  for_peers(op, [&](int q) {
-    const Bytes theirs = where(q);
-    if (theirs.bytes) link.offer(op, q, op.send + theirs.begin, theirs.bytes);
-    if (bytes) from[q] = link.fetch(op, q, Side::send, offset, bytes, nullptr);
-  });
-  wait_until(task, [&] { return link.fetched(op); });
-  return from;
-}
-
-void all_gather(Task& task, Op& op) {
-  const size_t slice = op.send_bytes;
-  for_peers(op, [&](int q) {
-    op.comm->link->offer(op, q, op.send, slice);
-    op.comm->link->fetch(op, q, Side::send, 0, slice, op.recv + size_t(q) * slice);
-  });
-  copy(op.recv + size_t(op.comm->rank) * slice, op.send, slice);
-  wait_until(task, [&] { return op.comm->link->fetched(op); });
-  finish_phase(task, op);
-}
-
-void reduce_scatter(Task& task, Op& op) {
-  const size_t slice = op.recv_bytes;
-  const auto from = gather_sources(task, op, size_t(op.comm->rank) * slice, slice, [&](int q) { return Bytes{size_t(q) * slice, slice}; });
-  reduce(op, op.recv, from, op.record.count);
-  finish_phase(task, op);
-}
-
-// Small: everyone sums everything. Large: rank q sums part q, then all gather the parts.
-void all_reduce(Task& task, Op& op) {
-  const size_t each = size_of(op.record.dtype), count = op.record.count, n = size_t(op.comm->size);
-  const size_t share = op.record.inlined ? count : (count / n + 64) / 64 * 64;
-  const auto part = [&](int q) {
-    const size_t begin = op.record.inlined ? 0 : std::min(count, size_t(q) * share);
-    return Bytes{begin * each, (std::min(count, begin + share) - begin) * each};
-  };
-  const Bytes mine = part(op.comm->rank);
-  const auto from = gather_sources(task, op, mine.begin, mine.bytes, part);
-  reduce(op, op.recv + mine.begin, from, mine.bytes / each);
-  if (op.record.inlined) return finish_phase(task, op);
-  finish_phase(task, op);
-  for_peers(op, [&](int q) {
-    const Bytes theirs = part(q);
-    if (mine.bytes) op.comm->link->offer(op, q, op.recv + mine.begin, mine.bytes);
-    if (theirs.bytes) op.comm->link->fetch(op, q, Side::recv, theirs.begin, theirs.bytes, op.recv + theirs.begin);
-  });
-  wait_until(task, [&] { return op.comm->link->fetched(op); });
-  finish_phase(task, op);
-}
-
-void broadcast(Task& task, Op& op) {
-  const size_t bytes = op.recv_bytes;
-  const bool root = op.comm->rank == op.record.peer;
-  if (!root) op.comm->link->fetch(op, op.record.peer, Side::send, 0, bytes, op.recv);
-  else for_peers(op, [&](int q) { op.comm->link->offer(op, q, op.send, bytes); });
-  if (root) copy(op.recv, op.send, bytes);
-  wait_until(task, [&] { return op.comm->link->fetched(op); });
-  finish_phase(task, op);
-}
-
-void reduce_to_root(Task& task, Op& op) {
-  const size_t bytes = op.send_bytes;
-  if (op.comm->rank == op.record.peer) {
-    const auto from = gather_sources(task, op, 0, bytes, [](int) { return Bytes{0, 0}; });
-    reduce(op, op.recv, from, op.record.count);
-  } else {
-    op.comm->link->offer(op, op.record.peer, op.send, bytes);
-  }
-  finish_phase(task, op);
-}
-
-void run_collective(Task& task, Op& op) {
-  meet(task, op);
-  if (op.record.count == 0) return finish_phase(task, op);
-  switch (op.record.call) {
-    case Call::all_gather: case Call::split: return all_gather(task, op);
-    case Call::reduce_scatter: return reduce_scatter(task, op);
-    case Call::all_reduce: return all_reduce(task, op);
-    case Call::broadcast: return broadcast(task, op);
-    default: return reduce_to_root(task, op);
-  }
-}
-
-// ---- sends and receives: all of a group make progress together
-
-// True when it is complete. Calls of one pair and direction follow one another.
-bool advance(Op& op) {
-  ncclComm& comm = *op.comm;
-  const int q = op.record.peer;
-  const bool sends = op.record.call == Call::send;
-  if (op.stage == 0) {
-    if (op.record.number != (sends ? comm.sent : comm.received)[q] + 1) return false;
-    comm.link->announce(op);
-    op.stage = 1;
-  }
-  if (op.stage == 1) {
-    const Record* theirs = comm.link->heard(op, q);
-    if (!theirs) return false;
-    compare(op, q, *theirs);
-    if (sends) comm.link->offer(op, q, op.send, op.send_bytes);
-    else comm.link->fetch(op, q, Side::send, 0, op.recv_bytes, op.recv);
-    op.stage = 2;
-  }
-  if (op.stage == 2) {
-    if (!comm.link->fetched(op)) return false;
-    if (!sends) comm.link->arrive(op);
-    op.stage = 3;
-  }
-  if (op.stage == 3) {
-    if (!comm.link->released(op)) return false;
-    (sends ? comm.sent : comm.received)[q]++;
-    op.stage = 4;
-  }
-  return true;
-}
 
 // ---- a task, when its stream has come to it
 
@@ -371,6 +106,7 @@ void run(Task& task) {
     run_calls(task);
   } catch (const Failure& failure) {
     task.result = failure.code;
+    my_status().state = 3;
     set_last_error(failure.sentence);
     for (const auto& comm : task.comms) set_failed(*comm, failure);
     abandon(task);
@@ -542,6 +278,7 @@ struct Arguments { Call call; const void* send; void* recv; size_t count; int dt
 Op make_op(const Arguments& a, const std::shared_ptr<ncclComm>& comm) {
   const size_t each = size_of(a.dtype), n = size_t(comm->size), bytes = a.count * each;
   if (!each) fail(ncclInvalidArgument, "this NCCL stand-in does not know dtype ", a.dtype);
+  if (a.op < ncclSum || a.op > ncclAvg) fail(ncclInvalidArgument, "this NCCL stand-in does not know reduction ", a.op);
   if (a.count >> 44) fail(ncclInvalidArgument, "a count of ", a.count, " elements");
   Op op;
   op.record.call = a.call, op.record.dtype = a.dtype, op.record.op = a.op, op.record.peer = a.peer, op.record.count = a.count;
@@ -568,13 +305,8 @@ ncclResult_t call(const Arguments& a) {
     comm = find(a.comm);
     Op op = make_op(a, comm);
     check_arguments(op);
-    if (!group.depth) {
-      std::vector<Op> ops;
-      ops.push_back(std::move(op));
-      return issue(std::move(ops));
-    }
     group.ops.push_back(std::move(op));
-    return ncclSuccess;
+    return group.depth ? ncclSuccess : issue(std::exchange(group.ops, {}));
   }, &comm);
 }
 
@@ -716,7 +448,8 @@ const char* ncclGetLastError(ncclComm_t comm) {
   return text.c_str();
 }
 
-ncclResult_t ncclAllReduce(const void* send, void* recv, size_t count, ncclDataType_t dtype, ncclRedOp_t op, ncclComm_t comm, cudaStream_t s) {
+ncclResult_t ncclAllReduce(const void* send, void* recv, size_t count, ncclDataType_t dtype, ncclRedOp_t op, ncclComm_t comm,
+                           cudaStream_t s) {
   return call({Call::all_reduce, send, recv, count, dtype, op, -1, comm, s});
 }
 ncclResult_t ncclAllGather(const void* send, void* recv, size_t count, ncclDataType_t dtype, ncclComm_t comm, cudaStream_t s) {
@@ -749,7 +482,7 @@ ncclResult_t ncclGroupEnd() {
   const ncclResult_t result = std::exchange(group.result, ncclSuccess);
   if (result != ncclSuccess || ops.empty()) {
     // One refused call ends its whole group: nothing of it is issued, and peers of the others hear why.
-    for (const Op& op : ops) set_failed(*op.comm, {result, last_error});
+    for (const Op& op : ops) set_failed(*op.comm, {result, ncclGetLastError(nullptr)});
     return result;
   }
   return enter([&] { return issue(std::move(ops)); });

@@ -1,7 +1,7 @@
 // nccl.h: the part of NCCL's API (level 2.18) that Threefold uses, for ranks that are MPI processes and have no NCCL below them.
 //
-// idea      the same names, types and meaning as the real nccl.h, over memory that the ranks of a node share and over MPI elsewhere. The CPU
-//           build includes this file; a CUDA build with COMM=mpi includes the real one and links the same sources, so that ranks share a GPU.
+// idea      the same names, types and meaning as the real nccl.h, over memory that the ranks of a node share and over MPI elsewhere. The
+//           CPU build includes this file; a CUDA build with COMM=mpi includes the real one and links the same sources: ranks share a GPU.
 // referee   stricter than NCCL: what could hang or corrupt a cluster fails here with a sentence. See nccl_internal.h for the protocol.
 // limits    one device a process; the process that calls ncclGetUniqueId is a member; MPI is initialised first; tags from 1 << 20 up on
 //           MPI_COMM_WORLD belong to this stand-in; MPI_THREAD_MULTIPLE wherever MPI carries data of queued streams or of CUDA

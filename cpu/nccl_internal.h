@@ -1,9 +1,10 @@
 // nccl_internal.h: the inside of the NCCL stand-in: what its files share, and the protocol.
 //
-//   nccl.cpp         the API: checks, groups, streams and staging, the collectives written on a Link
-//   nccl_referee.cpp what is compared and said: records, mismatches, overlaps, the watch, checksums
-//   nccl_shared.cpp  a Link between ranks of one node: peers read each other's memory in place
-//   nccl_mpi.cpp     a Link over MPI messages; and how a communicator is born
+//   nccl.cpp              the API: groups, numbers, streams, staging, splitting
+//   nccl_collectives.cpp  what moves, and the sums: written on a Link
+//   nccl_referee.cpp      what is compared and said: records, mismatches, overlaps, checksums, the watch
+//   nccl_shared.cpp       a Link between ranks of one node: peers read each other's memory in place
+//   nccl_mpi.cpp          a Link over MPI messages; and how a communicator is born
 //
 // protocol  Every call, collective or point-to-point, is a rendezvous of those who take part in it. One rank's part of one call:
 //
@@ -14,13 +15,13 @@
 //                                            │ no                                                         │ not in time, at any wait
 //                                            └──> a sentence with both calls <── the watch: where each rank stands <┘
 //
-//           All-reduce of large buffers goes twice through move, arrive, released: first for its sums, then for its gathering. What fits into
-//           kInline bytes travels with the record, so that small calls are done once everyone has met.
-// numbers   Collectives of a communicator are numbered from 1, and so are the sends of each ordered pair. Records of even and odd numbers lie
-//           in two places: a rank that announces k+2 has met all in k+1, and they announced k+1 after they had read what belongs to k.
-// order     A rank runs one NCCL task (a call or a group) at a time, in the order of issue, whatever the streams: CUDA does not promise that
-//           two streams progress independently, so nothing here may rely on it. In a group the collectives run one after another in the
-//           order of the calls, then all sends and receives together. Ranks that disagree wait for each other, and the watch finds them.
+//           All-reduce of large buffers goes twice through move, arrive, released: first for its sums, then for its gathering. What fits
+//           into kInline bytes travels with the record, so that small calls are done once everyone has met.
+// numbers   Collectives of a communicator are numbered from 1, and so are the sends of each ordered pair. Records of even and odd numbers
+//           lie in two places: a rank that announces k+2 has met all in k+1, and they announced k+1 after they had read what belongs to k.
+// order     A rank runs one NCCL task (a call or a group) at a time, in the order of issue, whatever the streams: CUDA does not promise
+//           that two streams progress independently, so nothing here may rely on it. In a group the collectives run one after another in
+//           the order of the calls, then all sends and receives together. Ranks that disagree wait for each other; the watch finds them.
 // sums      Ascending rank, one element after another, whatever the size, the transport and the timing; bf16 and avg sum in f32.
 // failure   Sticky for the communicator: the peers are told, and later calls return the error at once.
 #pragma once
@@ -167,7 +168,7 @@ namespace nccl {
 // ---- nccl_shared.cpp: memory of this process that peers can map
 
 struct Status {  // this process's last task, for the others' reports; every write is small and a torn read only garbles a report
-  std::atomic<uint32_t> state{0};  // 0 no call yet, 1 waiting, 2 done
+  std::atomic<uint32_t> state{0};  // 0 no call yet, 1 waiting, 2 done, 3 failed
   Record record;
   int32_t calls_in_task = 0;
   char comm[96] = "";
@@ -182,8 +183,10 @@ void describe_me(Member& me);
 bool map_peer(const Member& m);            // false: no shared memory with it
 void sleep_until_rung(const std::function<bool()>& ready);
 
-// ---- nccl.cpp
+// ---- nccl_collectives.cpp
 
+void run_collective(Task& task, Op& op);
+bool advance(Op& op);                                 // of a send or receive: true when it is complete
 void copy(char* to, const char* from, size_t bytes);  // on several threads where cores are free
 extern std::atomic<int> ranks_here;                   // the most ranks that one of our communicators has on this node
 int cores();

@@ -1,7 +1,7 @@
 // nccl_mpi.cpp: a Link over MPI messages, for ranks that share no memory; and how a communicator is born.
 //
 // idea      everything is started non-blocking and tested, yielding between tests, because a blocking MPI call spins a core away. A record
-//           and the data that it announces travel on tags of their own, so that messages between two ranks arrive in the order of the calls.
+//           and the data that it announces have tags of their own, so that messages between two ranks arrive in the order of the calls.
 // birth     ncclCommInitRank: every member says hello to the rank that made the id, which answers with the table of members; ranks of one
 //           node map each other's memory and say whether that worked. ncclCommSplit needs no MPI: it is an all-gather on the parent.
 // cost      n-1 small messages for each collective beside its data; all-gather and reduce-scatter (n-1)/n W, all-reduce twice that
@@ -36,7 +36,7 @@ class MpiLink final : public Link {
     several_threads = cpu::streams_are_queued;
 #endif
     if (several_threads && threads < MPI_THREAD_MULTIPLE)
-      fail(ncclInvalidUsage, "NCCL over MPI calls MPI from the streams' threads: start with MPI_Init_thread(..., MPI_THREAD_MULTIPLE, ...)");
+      fail(ncclInvalidUsage, "NCCL over MPI calls MPI from the streams' threads: ask MPI_Init_thread for MPI_THREAD_MULTIPLE");
   }
 
   void announce(Op& op) override {

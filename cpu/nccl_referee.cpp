@@ -62,7 +62,9 @@ std::string words(const Record& r, int peer_world) {
 }
 }  // namespace
 
-std::string words(const ncclComm& comm, const Record& r) { return words(r, r.peer >= 0 && r.peer < comm.size ? comm.world(r.peer) : r.peer); }
+std::string words(const ncclComm& comm, const Record& r) {
+  return words(r, r.peer >= 0 && r.peer < comm.size ? comm.world(r.peer) : r.peer);
+}
 
 std::string describe(const ncclComm& comm) {
   std::string ranks;
@@ -77,21 +79,23 @@ std::string describe(const ncclComm& comm) {
 
 // ---- before a call is issued
 
+namespace {
+template <class... Parts> [[noreturn]] void refuse(ncclResult_t code, const Op& op, const Parts&... why) {
+  fail(code, "rank ", op.comm->world(op.comm->rank), ": ", words(*op.comm, op.record), " on ", op.comm->description, ": ", why...);
+}
+}  // namespace
+
 void check_arguments(const Op& op) {
   const Record& r = op.record;
-  const auto refuse = [&](const auto&... why) {
-    fail(ncclInvalidArgument, "rank ", op.comm->world(op.comm->rank), ": ", words(*op.comm, r), " on ", op.comm->description, ": ", why...);
-  };
   if (r.peer < -1 || r.peer >= op.comm->size || (r.peer < 0 && (!op.collective() || r.call == Call::broadcast || r.call == Call::reduce)))
-    refuse("there is no rank ", r.peer, " among its ", op.comm->size);
-  if (reduces(r.call) && (r.op < 0 || r.op > ncclAvg)) refuse("unknown reduction ", r.op);
+    refuse(ncclInvalidArgument, op, "there is no rank ", r.peer, " among its ", op.comm->size);
   const auto check_buffer = [&](const char* p, size_t bytes, const char* which) {
     if (!bytes) return;
-    if (!p) refuse("the ", which, " buffer is null");
+    if (!p) refuse(ncclInvalidArgument, op, "the ", which, " buffer is null");
 #if defined(CPU_FAST) || defined(CPU_FAITHFUL)
     const cpu::Arena& arena = cpu::arena();
     if (p < arena.base || p + bytes > arena.base + arena.size)
-      refuse("the ", which, " buffer is host memory; NCCL moves device memory");
+      refuse(ncclInvalidArgument, op, "the ", which, " buffer is host memory; NCCL moves device memory");
 #endif
   };
   check_buffer(op.user_send, op.send_bytes, "send");
@@ -113,18 +117,15 @@ bool exactly_in_place(const Op& op) {
 
 void check_overlaps(const std::vector<Op>& ops) {
   for (const Op& op : ops) {
-    const auto refuse = [&](const auto&... why) {
-      fail(ncclInvalidUsage, "rank ", op.comm->world(op.comm->rank), ": ", words(*op.comm, op.record), " on ", op.comm->description, ": ", why...);
-    };
     if (overlap(op.user_send, op.send_bytes, op.user_recv, op.recv_bytes) && !exactly_in_place(op))
-      refuse("its send and receive buffers overlap by other than the in-place offset (the receive buffer starts ",
+      refuse(ncclInvalidUsage, op, "its send and receive buffers overlap by other than the in-place offset (the receive buffer starts ",
              op.user_recv - op.user_send, " bytes after the send buffer)");
     for (const Op& other : ops) {  // the calls of a group have no order among them
       if (&other == &op) continue;
       const bool both_receive = overlap(op.user_recv, op.recv_bytes, other.user_recv, other.recv_bytes);
       if (both_receive || overlap(op.user_recv, op.recv_bytes, other.user_send, other.send_bytes))
-        refuse("its receive buffer overlaps with the ", both_receive ? "receive" : "send", " buffer of ", words(*other.comm, other.record),
-               " in the same group");
+        refuse(ncclInvalidUsage, op, "its receive buffer overlaps with the ", both_receive ? "receive" : "send", " buffer of ",
+               words(*other.comm, other.record), " in the same group");
     }
   }
 }
@@ -139,8 +140,9 @@ void compare(const Op& op, int q, const Record& theirs) {
                               mine.group_index == theirs.group_index && mine.group_size == theirs.group_size));
   if (same) return;
   const auto says = [&](int rank, const Record& r) { return sentence("rank ", op.comm->world(rank), " called ", words(*op.comm, r)); };
-  const int me = op.comm->rank;
-  fail(ncclInvalidUsage, q > me ? says(q, theirs) : says(me, mine), ", ", q > me ? says(me, mine) : says(q, theirs), " on ", op.comm->description);
+  std::string higher = says(q, theirs), lower = says(op.comm->rank, mine);
+  if (q < op.comm->rank) std::swap(higher, lower);
+  fail(ncclInvalidUsage, higher, ", ", lower, " on ", op.comm->description);
 }
 
 // ---- the tests' mode: a reader or writer that does not wait for the communication stream shows
@@ -153,7 +155,8 @@ std::vector<Bytes> kept_parts(const Op& op) {
   if (!overlap(op.user_send, op.send_bytes, op.user_recv, op.recv_bytes) || op.record.call == Call::all_gather ||
       op.record.call == Call::broadcast)
     return {{op.user_send, op.send_bytes}};
-  if (op.record.call == Call::reduce_scatter) return {{op.user_send, before}, {op.user_send + before + slice, op.send_bytes - before - slice}};
+  if (op.record.call == Call::reduce_scatter)
+    return {{op.user_send, before}, {op.user_send + before + slice, op.send_bytes - before - slice}};
   return {};
 }
 uint64_t checksum(const Op& op) {
@@ -187,8 +190,8 @@ void fill_and_sum(Op& op) {
 
 void check_sum(const Op& op) {
   if (kCuda || op.checksum == checksum(op)) return;
-  fail(ncclInvalidUsage, "rank ", op.comm->world(op.comm->rank), ": the send buffer of ", words(*op.comm, op.record), " on ", op.comm->description,
-       " changed before the call was complete: something writes to it without waiting for the communication stream");
+  refuse(ncclInvalidUsage, op,
+         "the send buffer changed before the call was complete: something writes to it without waiting for the communication stream");
 }
 
 // ---- bytes
@@ -231,9 +234,10 @@ std::string stand_of(const ncclComm& comm, int q) {
   const uint32_t state = status->state;
   const Record r = status->record;
   if (state == 0) s += " has made no call";
-  else s += sentence(state == 1 ? " waits in " : " has completed ", words(r, status->peer_world), " on ", status->comm);
+  else s += state == 1 ? " waits in " : state == 2 ? " has completed " : " has failed in ";
+  if (state) s += sentence(words(r, status->peer_world), " on ", status->comm);
   if (state == 1 && status->calls_in_task > 1) s += sentence(", one of ", status->calls_in_task, " calls in its group");
-  if (state == 2) s += " and called nothing since";
+  if (state >= 2) s += " and called nothing since";
   const char process = m.pid == getpid() ? 'R' : process_state(m.pid);
   if (process == 'T' || process == 't') s += " (its process is stopped)";
   if (process == 'Z' || process == 'X') s += " (its process has ended)";
@@ -268,20 +272,21 @@ void look_around(Task& task, const std::function<bool()>& ready, double since, d
     for (const Member& m : comm->members) {
       const char process = m.rank == comm->rank || !status_of(m) ? 'R' : process_state(m.pid);
       if (process == 'Z' || process == 'X')
-        fail(ncclRemoteError, "rank ", m.world, "'s process has ended while others wait on ", comm->description, ". ", where_all_stand(*comm));
+        fail(ncclRemoteError, "rank ", m.world, "'s process has ended while others wait on ", comm->description, ". ",
+             where_all_stand(*comm));
     }
     if (time - since > watch_seconds())
-      fail(ncclRemoteError, "deadlock: rank ", comm->world(comm->rank), " has waited for ", watch_seconds(), " s on ", comm->description, ". ",
-           where_all_stand(*comm));
+      fail(ncclRemoteError, "deadlock: rank ", comm->world(comm->rank), " has waited for ", watch_seconds(), " s on ", comm->description,
+           ". ", where_all_stand(*comm));
   }
 }
 }  // namespace
 
-// With a core for every rank: spins a little, yields, sleeps. With fewer, the one we wait for needs our core: sleeps at once.
+// Spins a little where every rank has a core of its own, yields a few times, then sleeps: what we wait for may need our core.
 void wait_until(Task& task, const std::function<bool()>& ready) {
   bool messages = false;  // MPI has no doorbell
   for (const auto& comm : task.comms) messages |= !comm->shares;
-  const int spins = ranks_here <= cores() ? 1000 : 0, yields = messages ? 2000 : spins / 50;
+  const int spins = ranks_here <= cores() ? 1000 : 0, yields = messages ? 2000 : 20;
   double since = 0, next_look = 0;
   for (int turn = 0; !ready(); turn++) {
     if (turn < spins) {

@@ -40,7 +40,8 @@ class Region {
     fd = int(memfd_create("threefold nccl", MFD_CLOEXEC));
     if (fd < 0) fd = open("/tmp", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
     if (fd >= 0 && ftruncate(fd, off_t(kBytes))) close(fd), fd = -1;
-    void* memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, (fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS) | MAP_NORESERVE, fd, 0);
+    const int flags = (fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS) | MAP_NORESERVE;
+    void* memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, flags, fd, 0);
     if (memory == MAP_FAILED) fail(ncclSystemError, "mmap of ", kBytes >> 30, " GiB of address space failed: ", strerror(errno));
     base = static_cast<char*>(memory);
     std::random_device random;
@@ -117,6 +118,17 @@ const Peer* find_peer(int world) {
 
 #if defined(CPU_FAST) || defined(CPU_FAITHFUL)
 cpu::Arena my_arena() { return cpu::arena(); }
+// Peers can map device memory only if it is shared from the first allocation on, so it is when a launcher started more than one process.
+// (Both ways: the runtime may be initialised before this file or after it.) THREEFOLD_NCCL=staged leaves it alone, for tests.
+[[maybe_unused]] const bool shares_device_memory = [] {
+  bool several = false;
+  for (const char* name : {"PMI_SIZE", "SLURM_NTASKS"}) several |= getenv(name) && atoi(getenv(name)) > 1;
+  const char* transport = getenv("THREEFOLD_NCCL");
+  if (!several || (transport && !strcmp(transport, "staged"))) return false;
+  setenv("THREEFOLD_SHARE_MEMORY", "1", 1);
+  cpu::share_device_memory();
+  return true;
+}();
 #else
 struct NoArena { int fd; char* base; size_t size; };
 NoArena my_arena() { return {-1, nullptr, 0}; }

@@ -72,7 +72,6 @@ template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16
 };
 template <int N, class T> __device__ __forceinline__ Pack<T, N> load_pack(const T* p) { return *reinterpret_cast<const Pack<T, N>*>(p); }
 template <int N, class T> __device__ __forceinline__ void store_pack(T* p, Pack<T, N> x) { *reinterpret_cast<Pack<T, N>*>(p) = x; }
-
 template <int N> using Width = std::integral_constant<int, N>;  // a pack's width as an argument
 
 // Can rows of `width` elements of these tensors be read in packs? (Tensor::part may begin at any element.) Empty tensors do not matter.
@@ -86,6 +85,14 @@ inline bool in_packs(int64_t width, std::initializer_list<const Tensor*> tensors
 template <int kThreads, int N, class F> __device__ __forceinline__ void for_row(int width, F f) {
   INDEPENDENT
   for (int i = threadIdx.x * N; i < width; i += kThreads * N) f(i);
+}
+
+// The same for an f that only adds up. FAST: four places in turn, so that there are four sums and none waits for the one before.
+template <int kThreads, int N, class F> __device__ __forceinline__ void sum_row(int width, F f) {
+  if constexpr (kWarp > 1) return for_row<kThreads, N>(width, f);
+  const int quarter = width / 4;
+  for (int i = 0; i < quarter; i++) f(i), f(quarter + i), f(2 * quarter + i), f(3 * quarter + i);
+  for (int i = 4 * quarter; i < width; i++) f(i);
 }
 
 // ---- reductions over a block

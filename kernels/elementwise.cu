@@ -30,10 +30,10 @@ template <class A> struct Gelu {
   A slope;  // d(2u)/dx
   __device__ __forceinline__ explicit Gelu(A x) {
     constexpr A a = A(1.5957691216057307117597842397375), b = A(a * 0.044715), most = sizeof(A) == 8 ? A(600) : A(60);
-    const A u = -(a * x + b * x * x * x);
+    const A square = x * x, u = -x * (a + b * square);
     e = exp_of(u < most ? u : most);  // no overflow, not even of e times x^3
-    s = A(1) / (A(1) + e);
-    slope = a + 3 * b * x * x;
+    s = 1 / (1 + e);
+    slope = a + 3 * b * square;
   }
 };
 

@@ -51,11 +51,16 @@ template <int N, class T, class A> __device__ __forceinline__ void add_row(A* su
 }
 
 // to (n) = sum (n), or += it; sum (n) = 0
-template <class A> __device__ __forceinline__ void put_sum(A* to, A* sum, int n, bool add) {
-  INDEPENDENT
-  for (int k = 0; k < n; k++) to[k] = add ? to[k] + sum[k] : sum[k];
-  INDEPENDENT
-  for (int k = 0; k < n; k++) sum[k] = 0;
+template <int N, bool kAdd, class A> __device__ __forceinline__ void put_sum(A* to, A* sum, int n) {
+  if constexpr (kWarp == 1) {
+    INDEPENDENT
+    for (int k = 0; k < n; k++) to[k] = kAdd ? to[k] + sum[k] : sum[k], sum[k] = 0;
+  } else {
+    Pack<A, N> p{};
+    if constexpr (kAdd) p = load_pack<N>(to);
+    for (int k = 0; k < N; k++) p.v[k] += sum[k], sum[k] = 0;
+    store_pack(to, p);
+  }
 }
 
 // dwte (V,C) += the runs that lie within this block's segment of `order`; parts (segments,2,C) = [0] this segment's part of a run that began
@@ -75,9 +80,9 @@ __global__ void __launch_bounds__(256) segment_kernel(acc_t<T>* dwte, acc_t<T>* 
       const int row = order[j], token = tokens[row], next = j + 1 < end ? tokens[order[j + 1]] : -1;
       add_row<N>(sum, dx + int64_t(row) * C + i, n);
       if (token == next) continue;
-      if (from_before) put_sum(part + i, sum, n, false);
-      else if (j + 1 == end && token == behind) put_sum(part + C + i, sum, n, false);
-      else put_sum(dwte + int64_t(token) * C + i, sum, n, true);
+      if (from_before) put_sum<N, false>(part + i, sum, n);
+      else if (j + 1 == end && token == behind) put_sum<N, false>(part + C + i, sum, n);
+      else put_sum<N, true>(dwte + int64_t(token) * C + i, sum, n);
       from_before = false;
     }
   });
@@ -95,7 +100,7 @@ __global__ void __launch_bounds__(256) crossing_kernel(A* dwte, const A* parts, 
     for (int k = 0; k < kColumns<N>; k++) sum[k] = 0;
     add_row<N>(sum, parts + (int64_t(blockIdx.x) * 2 + 1) * C + i, n);
     for (int j = end; j < R && tokens[order[j]] == token; j += kSegment) add_row<N>(sum, parts + int64_t(j / kSegment) * 2 * C + i, n);
-    put_sum(dwte + int64_t(token) * C + i, sum, n, true);
+    put_sum<N, true>(dwte + int64_t(token) * C + i, sum, n);
   });
 }
 
@@ -107,7 +112,7 @@ __global__ void __launch_bounds__(256) position_kernel(acc_t<T>* dwpe, const T* 
     A sum[kColumns<N>];
     for (int k = 0; k < kColumns<N>; k++) sum[k] = 0;
     for (int64_t row = blockIdx.x; row < R; row += period) add_row<N>(sum, dx + row * C + i, n);
-    put_sum(dwpe + int64_t(blockIdx.x) * C + i, sum, n, true);
+    put_sum<N, true>(dwpe + int64_t(blockIdx.x) * C + i, sum, n);
   });
 }
 
@@ -141,7 +146,7 @@ void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx
   const int* token = tokens.data<int>();
   const int* sorted = order.data<int>();
   const cudaStream_t stream = device().compute;
-  DISPATCH_PACKS(dx.dtype(), in_packs(C, {&dx}), using A = acc_t<T>;
+  DISPATCH_PACKS(dx.dtype(), in_packs(C, {&dx, &dwte, &dwpe}), using A = acc_t<T>;
                  segment_kernel<T, N><<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), dx.data<T>(), token, sorted, int(R), int(C));
                  LAUNCHED();
                  crossing_kernel<A, N><<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), token, sorted, int(R), int(C));

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
   const T* in = x + row;
   T* kept = reinterpret_cast<T*>(shared_row);
   A total = 0;
-  for_row<kForwardThreads, N>(C, [&](int i) {
+  const auto take = [&](int i) {
     auto p = load_pack<N>(in + i);
     if constexpr (kAdd) {
       const auto q = load_pack<N>(h + row + i);
@@ -35,13 +35,15 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
     }
     for (int k = 0; k < N; k++) total += load(p.v[k]);
     if (keep) store_pack(kept + i, p);
-  });
+  };
+  if constexpr (kAdd) for_row<kForwardThreads, N>(C, take);
+  else sum_row<kForwardThreads, N>(C, take);
   if (kAdd) in = sum + row;
   if (keep) in = kept;  // a thread reads what it wrote itself: no barrier
   const A m = block_reduce<Sum>(total) / C;
 
   A squares = 0;
-  for_row<kForwardThreads, N>(C, [&](int i) {
+  sum_row<kForwardThreads, N>(C, [&](int i) {
     const auto p = load_pack<N>(in + i);
     for (int k = 0; k < N; k++) {
       const A d = load(p.v[k]) - m;
@@ -82,12 +84,13 @@ __global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, a
     for (int k = 0; k < N; k++) gains[k * packs + i / N] = biases[k * packs + i / N] = 0;
   });
   const int64_t begin = R * blockIdx.x / gridDim.x, end = R * (blockIdx.x + 1) / gridDim.x;
+  dx += begin * C, dy += begin * C, x += begin * C;
+  if (kResidual) residual += begin * C;
   for (int64_t r = begin; r < end; r++) {
-    const int64_t row = r * C;
     const A m = mean[r], s = rstd[r];
     A sum_a = 0, sum_b = 0;
     for_row<kBackwardThreads, N>(C, [&](int i) {
-      const auto p = load_pack<N>(x + row + i), q = load_pack<N>(dy + row + i), g = load_pack<N>(gain + i);
+      const auto p = load_pack<N>(x + i), q = load_pack<N>(dy + i), g = load_pack<N>(gain + i);
       for (int k = 0; k < N; k++) {
         const A xhat = (load(p.v[k]) - m) * s, d = load(q.v[k]), gd = load(g.v[k]) * d;
         sum_a += gd;
@@ -99,22 +102,23 @@ __global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, a
     const Two<A> sums = block_reduce<SumTwo>(Two<A>{sum_a, sum_b});
     const A a = sums.a / C, b = sums.b / C;
     for_row<kBackwardThreads, N>(C, [&](int i) {  // x and dy again: from the first-level cache
-      const auto p = load_pack<N>(x + row + i), q = load_pack<N>(dy + row + i), g = load_pack<N>(gain + i);
+      const auto p = load_pack<N>(x + i), q = load_pack<N>(dy + i), g = load_pack<N>(gain + i);
       Pack<T, N> more, result;
-      if constexpr (kResidual) more = load_pack<N>(residual + row + i);
+      if constexpr (kResidual) more = load_pack<N>(residual + i);
       for (int k = 0; k < N; k++) {
         const A d = s * (load(g.v[k]) * load(q.v[k]) - a - (load(p.v[k]) - m) * s * b);
         if constexpr (kResidual) result.v[k] = store<T>(load(more.v[k]) + d);
         else result.v[k] = store<T>(d);
       }
-      store_pack(dx + row + i, result);
+      store_pack(dx + i, result);
     });
+    dx += C, dy += C, x += C;
+    if (kResidual) residual += C;
   }
   for_row<kBackwardThreads, N>(C, [&](int i) {
-    for (int k = 0; k < N; k++) {
-      dgain[int64_t(blockIdx.x) * C + i + k] = gains[k * packs + i / N];
-      dbias[int64_t(blockIdx.x) * C + i + k] = biases[k * packs + i / N];
-    }
+    Pack<A, N> g, b;
+    for (int k = 0; k < N; k++) g.v[k] = gains[k * packs + i / N], b.v[k] = biases[k * packs + i / N];
+    store_pack(dgain + int64_t(blockIdx.x) * C + i, g), store_pack(dbias + int64_t(blockIdx.x) * C + i, b);
   });
 }
 

@@ -59,9 +59,9 @@ struct Times { double call, copy; };  // seconds
 // Rounds of the calls and of copies of as many bytes in turn, so that both meet the same machine.
 static Times measure(const std::vector<Call>& calls, const std::vector<Call>& copies) {
   std::vector<double> call, copy;
-  for (int i = 0; i < 4; i++) seconds_of_round(calls);
+  for (int i = 0; i < 4; i++) seconds_of_round(calls);  // first touch; and cpu/fast.h learns which launches are worth a team of threads
   double spent = 0;
-  while (call.size() < 7 || (spent < 0.5 && call.size() < 100)) {
+  while (call.size() < 7 || (spent < 0.3 && call.size() < 100)) {
     call.push_back(seconds_of_round(calls));
     if (!copies.empty()) copy.push_back(seconds_of_round(copies));
     spent += call.back() * double(calls.size());
@@ -272,6 +272,7 @@ static void memory_table(Dtype d, const std::vector<Row>& rows, const char* filt
 }
 
 static void product_table(Dtype d, const std::vector<Row>& rows, const char* filter) {
+  if (std::none_of(rows.begin(), rows.end(), [=](const Row& row) { return wanted(row, filter); })) return;
   std::vector<std::vector<double>> seconds(rows.size());
   std::vector<double> best(thread_counts().size());
   for (size_t i = 0; i < rows.size(); i++) {

@@ -66,6 +66,16 @@ __global__ void warp_sum_kernel(double* sums, const double* x) {
 }
 
 #ifndef CPU_FAST
+// What shared memory holds before anybody has written to it; then writes to it.
+template <class T> __global__ void fresh_kernel(T* y) {
+  extern __shared__ __align__(16) T dynamic[];
+  __shared__ T fixed[64];
+  const int i = threadIdx.x, n = blockDim.x;
+  y[(blockIdx.x * 2 + 0) * n + i] = dynamic[i];
+  y[(blockIdx.x * 2 + 1) * n + i] = fixed[i];
+  dynamic[i] = fixed[i] = 1;
+}
+
 template <class T> __device__ void shuffle_all(T* y, T value) {
   const int i = threadIdx.x, n = blockDim.x;
   y[0 * n + i] = __shfl_xor_sync(~0u, value, 5);
@@ -157,7 +167,7 @@ void scale_rows(double* y, const double* x, int rows, int width) {
        width);
   FOR_EACH_OF(AS(double, apply_kernel<Times<T, 4>, T><<<rows, block_threads(32)>>>(y, y, width)) AS(double, apply_kernel<Times<T, 2>, T><<<rows, block_threads(32)>>>(y, y, width)));
 }
-static_assert(__LINE__ == 160, "launches on several lines must not move the lines after them (after an edit above: this line's new number)");
+static_assert(__LINE__ == 170, "launches on several lines must not move the lines after them (after an edit above: this line's new number)");
 
 void write_places(Place* places, dim3 grid, dim3 block) { places_kernel<<<grid, block>>>(places); }
 void rotate_rows(float* y, const float* x, int rows, int width, int threads, bool barrier) {
@@ -174,6 +184,7 @@ cudaError_t launch_with(dim3 grid, dim3 block, size_t shared_bytes) {
 }
 
 #ifndef CPU_FAST
+void read_fresh_shared_memory(float* y, int blocks) { fresh_kernel<float><<<blocks, block_threads(64), 64 * sizeof(float)>>>(y); }
 void shuffles(float* y, double* z, const float* x, const double* t) { shuffles_kernel<<<1, 64>>>(y, z, x, t); }
 void tensor_core_product(float* c, const void* a, const void* b, bool a_by_rows, bool b_by_rows, float scale) {
   const auto *pa = static_cast<const __nv_bfloat16*>(a), *pb = static_cast<const __nv_bfloat16*>(b);

@@ -14,7 +14,8 @@ void functions(float* y, double* z, const float* x, const double* t, int n);  //
 void add_and_wait(float* x, int n, float value, cudaStream_t stream);         // x += value
 cudaError_t launch_with(dim3 grid, dim3 block, size_t shared_bytes);
 
-// Not in FAST, where a warp has one lane.
+// Not in FAST, where a warp has one lane and shared memory is a local variable.
+void read_fresh_shared_memory(float* y, int blocks);  // y (blocks,2,64): dynamic and static
 constexpr int kShuffles = 8;
 void shuffles(float* y, double* z, const float* x, const double* t);  // (kShuffles,64): see the kernel; two warps
 void tensor_core_product(float* c, const void* a, const void* b, bool a_by_rows, bool b_by_rows, float scale);  // 16 x 16, bf16

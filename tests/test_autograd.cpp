@@ -12,6 +12,12 @@
 
 // ---- tools
 
+#ifdef CPU_FAST
+constexpr int64_t kElements = 40, kLayers = 2;  // elements of a tensor that are checked one by one; layers of the whole GPT
+#else
+constexpr int64_t kElements = 1, kLayers = 1;  // where every thread of a kernel is simulated, time is short
+#endif
+
 static std::vector<double> noise(int64_t n, unsigned seed) {
   std::mt19937 bits(seed);
   std::vector<double> v(n);
@@ -63,13 +69,18 @@ struct Worst {  // the largest differences, and the largest gradient
   }
 };
 
+static std::vector<Var> leaves(const std::vector<Tensor>& x) {
+  std::vector<Var> vars(x.size());
+  for (size_t i = 0; i < x.size(); i++) vars[i].value = x[i];
+  return vars;
+}
+
 // The tape's gradients of x and of each param.
 static std::vector<Checked> tape_gradients(const std::vector<Tensor>& x, const std::vector<Param*>& params, const Loss& loss,
                                            const std::function<void()>& finish) {
   for (Param* p : params) fill(p->grad, 0);
   Tape tape;
-  std::vector<Var> vars;
-  for (const Tensor& t : x) vars.push_back({t});
+  const std::vector<Var> vars = leaves(x);
   loss(tape, vars);
   tape.backward();
   if (finish) finish();
@@ -82,17 +93,10 @@ static std::vector<Checked> tape_gradients(const std::vector<Tensor>& x, const s
 
 static Worst differences(const std::vector<Tensor>& x, const std::vector<Param*>& params, const Loss& loss,
                          const std::function<void()>& finish = nullptr) {
-#ifdef CPU_FAST
-  const int64_t most = 40;  // elements a tensor
-#else
-  const int64_t most = 3;
-#endif
   const double h = 1e-5;
   const auto forward = [&] {
     Tape tape(false);
-    std::vector<Var> vars;
-    for (const Tensor& t : x) vars.push_back({t});
-    return loss(tape, vars);
+    return loss(tape, leaves(x));
   };
   Worst worst;
   for (const Checked& c : tape_gradients(x, params, loss, finish)) {
@@ -107,7 +111,7 @@ static Worst differences(const std::vector<Tensor>& x, const std::vector<Param*>
       }
       return (sides[1] - sides[0]) / (2 * h);
     };
-    const int64_t n = at.size(), stride = std::max<int64_t>(1, n / most);
+    const int64_t n = at.size(), stride = std::max<int64_t>(1, n / kElements);
     for (int64_t i = n - 1; i >= 0; i -= stride)
       worst.see(worst.element, std::abs(slope([&](size_t j) { return j == size_t(i) ? 1 : 0; }) - c.gradient[i]), c.name);
     double along = 0;
@@ -269,7 +273,7 @@ static std::unique_ptr<Gpt> random_gpt(GptConfig config) {  // no weight is 0 or
 
 static void check_gpt(AttentionKind kind, bool recompute) {
   const int64_t B = 2, T = 3;
-  auto gpt = random_gpt({.layers = 2, .width = 8, .heads = 2, .context = 4, .vocab = 7, .dtype = Dtype::f64, .attention = kind,
+  auto gpt = random_gpt({.layers = kLayers, .width = 8, .heads = 2, .context = 4, .vocab = 7, .dtype = Dtype::f64, .attention = kind,
                          .recompute = recompute});
   const Tokens tokens(B, T, {3, 1, 3, 0, 6, 1}, {1, 3, 3, 6, 1, 5});
   const Tensor total({1}, Dtype::f64, Memory::workspace);

@@ -240,6 +240,20 @@ TEST(shared_memory_carries_values_between_threads) {
   measured(rows, " blocks, dynamic and static");
 }
 
+TEST(shared_memory_holds_nan_when_a_block_starts) {
+#ifdef CPU_FAITHFUL
+  const int blocks = 3;
+  DeviceArray<float> out(std::vector<float>(blocks * 2 * 64, 0.0f));
+  read_fresh_shared_memory(out.data, blocks);
+  int nans = 0;
+  for (float x : out.download()) nans += std::isnan(x);
+  CHECK_EQ(nans, blocks * 2 * 64);
+  measured(nans, " values, dynamic and static");
+#else
+  skip("shared memory is filled in the FAITHFUL form only");
+#endif
+}
+
 // ---- warps
 
 TEST(a_warp_adds_up_in_every_form) {

@@ -5,6 +5,7 @@
 // bounds      f64 1e-12: rounding. f32 and bf16 are stated, with their reasons, at `Bounds`.
 #include <algorithm>
 #include <fstream>
+#include <map>
 
 #include "gpt.h"
 #include "optimizer.h"
@@ -74,6 +75,7 @@ struct How {
   int micro_batch = 0;  // sequences; 0: the whole batch
   int steps = 0;        // 0: as many as PyTorch took
   double clip = -1, decay = -1;  // negative: the golden values
+  bool logits = false;
 };
 
 struct Run {
@@ -131,7 +133,7 @@ static Run train(const How& how) {
   Run run;
   for (Param* p : gpt.params()) run.names.insert(run.names.end(), p->numel(), p->name);
   run.initial = gather(gpt, &Param::value);
-  run.logits = forward_logits(gpt);
+  if (how.logits) run.logits = forward_logits(gpt);
   for (int step = 0; step < (how.steps ? how.steps : g.steps); step++) {
     run.losses.push_back(loss_and_gradients(gpt, how));
     if (step == 0) run.gradients = gather(gpt, &Param::grad);
@@ -174,8 +176,9 @@ static double astray(const std::vector<double>& a, const std::vector<double>& b,
 
 struct Bounds { double logits, loss, gradients, norm, weights, astray; };
 
-static void compare(const How& how, const Bounds& bounds) {
+static void compare(How how, const Bounds& bounds) {
   const Golden& g = golden();
+  how.logits = true;
   const Run run = train(how);
   const double logits = difference(run.logits, g.logits), loss = difference(run.losses, g.losses), norm = difference(run.norms, g.norms);
   const double gradients = difference(run.gradients, g.gradients), weights = difference(run.weights, g.weights);
@@ -191,7 +194,6 @@ static void compare(const How& how, const Bounds& bounds) {
 }
 
 static void expect_same_bits(const Run& a, const Run& b) {
-  CHECK(a.logits == b.logits, "logits differ by ", difference(a.logits, b.logits));
   CHECK(a.losses == b.losses, "losses differ by ", difference(a.losses, b.losses));
   CHECK(a.gradients == b.gradients, "gradients differ by ", difference(a.gradients, b.gradients), "; ",
         worst_name(a, a.gradients, b.gradients));
@@ -243,35 +245,55 @@ TEST(weights_show_a_missing_clip_or_decay) {
 
 // ---- against itself
 
+#ifdef CPU_FAST
+static const std::vector<Dtype> kDtypes = {Dtype::f64, Dtype::f32, Dtype::bf16};
+constexpr int kSteps = 2;
+#else
+static const std::vector<Dtype> kDtypes = {Dtype::f32};  // where every thread of a kernel is simulated, time is short
+constexpr int kSteps = 1;
+#endif
+
+static void measured_where(const std::string& more) {
+  for (Dtype dtype : kDtypes) measured(name_of(dtype), ", ");
+  measured(more, kSteps, kSteps == 1 ? " step" : " steps");
+}
+
+// The run that others must equal, made once.
+static const Run& reference(Dtype dtype, AttentionKind attention) {
+  static std::map<std::pair<Dtype, AttentionKind>, Run> runs;
+  const auto found = runs.find({dtype, attention});
+  if (found != runs.end()) return found->second;
+  return runs[{dtype, attention}] = train({.dtype = dtype, .attention = attention, .steps = kSteps});
+}
+
 TEST(two_runs_give_the_same_bits) {
-  for (Dtype dtype : {Dtype::f64, Dtype::f32, Dtype::bf16})
-    for (AttentionKind attention : {AttentionKind::plain, AttentionKind::flash}) {
-      const How how{.dtype = dtype, .attention = attention, .steps = 2};
-      expect_same_bits(train(how), train(how));
-    }
-  measured("f64, f32, bf16, plain and flash attention, 2 steps");
+  for (Dtype dtype : kDtypes)
+    for (AttentionKind attention : {AttentionKind::plain, AttentionKind::flash})
+      expect_same_bits(train({.dtype = dtype, .attention = attention, .steps = kSteps}), reference(dtype, attention));
+  measured_where("plain and flash attention, ");
 }
 
 TEST(recomputed_activations_give_the_same_bits) {
-  for (Dtype dtype : {Dtype::f64, Dtype::f32, Dtype::bf16})
+  for (Dtype dtype : kDtypes)
     for (AttentionKind attention : {AttentionKind::plain, AttentionKind::flash})
-      expect_same_bits(train({.dtype = dtype, .attention = attention, .recompute = true, .steps = 2}),
-                       train({.dtype = dtype, .attention = attention, .steps = 2}));
-  measured("f64, f32, bf16, plain and flash attention, 2 steps");
+      expect_same_bits(train({.dtype = dtype, .attention = attention, .recompute = true, .steps = kSteps}), reference(dtype, attention));
+  measured_where("plain and flash attention, ");
 }
 
 TEST(deferred_weight_gradients_give_the_same_bits) {
-  for (bool recompute : {false, true})
-    expect_same_bits(train({.dtype = Dtype::f32, .recompute = recompute, .deferred = true, .micro_batch = 1, .steps = 2}),
-                     train({.dtype = Dtype::f32, .micro_batch = 1, .steps = 2}));
-  measured("f32, with and without recompute, 3 micro-batches, 2 steps");
+  for (Dtype dtype : kDtypes) {
+    const Run now = train({.dtype = dtype, .micro_batch = 1, .steps = kSteps});
+    for (bool recompute : {false, true})
+      expect_same_bits(train({.dtype = dtype, .recompute = recompute, .deferred = true, .micro_batch = 1, .steps = kSteps}), now);
+  }
+  measured_where("with and without recompute, 3 micro-batches, ");
 }
 
 TEST(micro_batches_add_up_to_one_batch) {
-  const Run micro = train({.micro_batch = 1}), whole = train({});
+  const Run micro = train({.micro_batch = 1, .steps = kSteps}), whole = train({.steps = kSteps});
   const double loss = difference(micro.losses, whole.losses), gradients = difference(micro.gradients, whole.gradients);
   const double weights = difference(micro.weights, whole.weights);
-  measured("3 micro-batches in f64: losses ", loss, ", gradients ", gradients, ", weights ", weights);
+  measured("f64, 3 micro-batches: losses ", loss, ", gradients ", gradients, ", weights ", weights);
   CHECK_LE(loss, 1e-12);
   CHECK_LE(gradients, 1e-12, worst_name(whole, micro.gradients, whole.gradients));
   CHECK_LE(weights, 1e-12, worst_name(whole, micro.weights, whole.weights));

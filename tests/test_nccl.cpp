@@ -171,7 +171,8 @@ template <class T> struct Array {  // device memory
 struct Case { ncclComm_t comm; int n, me; size_t count; bool in_place; cudaStream_t stream; };
 
 template <class T> std::string name_of(const char* call, const Case& c, int op = 0) {
-  return sentence(call, " of ", c.count, " elements of dtype ", int(dtype_of<T>()), ", op ", op, ", ", c.n, " ranks", c.in_place ? ", in place" : "");
+  return sentence(call, " of ", c.count, " elements of dtype ", int(dtype_of<T>()), ", op ", op, ", ", c.n, " ranks",
+                  c.in_place ? ", in place" : "");
 }
 
 template <class T> void check_all_gather(const Case& c) {
@@ -293,7 +294,8 @@ TEST(collectives_in_queued_streams_equal_the_same_reference) {
 namespace {
 void expect_same(const std::vector<float>& got, const std::vector<float>& wanted, const char* what) {
   CHECK_EQ(got.size(), wanted.size());
-  for (size_t i = 0; i < got.size(); i++) CHECK(!memcmp(&got[i], &wanted[i], 4), what, ": element ", i, " is ", got[i], ", expected ", wanted[i]);
+  for (size_t i = 0; i < got.size(); i++)
+    CHECK(!memcmp(&got[i], &wanted[i], 4), what, ": element ", i, " is ", got[i], ", expected ", wanted[i]);
 }
 }  // namespace
 
@@ -651,7 +653,8 @@ TEST(buffers_that_overlap_by_another_offset_than_in_place_are_refused) {
   need(2);
   struct Wrong { const char* what; std::function<ncclResult_t(const Comm&, float*)> call; };
   const Wrong wrongs[] = {
-      {"send and receive buffers overlap", [](const Comm& c, float* x) { return ncclAllReduce(x, x + 1, 10, ncclFloat, ncclSum, c.comm, nullptr); }},
+      {"send and receive buffers overlap",
+       [](const Comm& c, float* x) { return ncclAllReduce(x, x + 1, 10, ncclFloat, ncclSum, c.comm, nullptr); }},
       {"send and receive buffers overlap", [](const Comm& c, float* x) { return ncclAllGather(x + 1, x, 10, ncclFloat, c.comm, nullptr); }},
       {"send and receive buffers overlap",
        [](const Comm& c, float* x) { return ncclReduceScatter(x, x + 10 * (1 - c.rank), 10, ncclFloat, ncclSum, c.comm, nullptr); }},
@@ -682,11 +685,13 @@ TEST(host_memory_null_buffers_and_bad_ranks_are_refused) {
     Comm c(1);
     if (c.comm) must_say(c, say(c.comm, call(c.comm)), {part});
   };
-  if (kCpu) refused([&](ncclComm_t c) { return ncclAllReduce(host.data(), x.data, 8, ncclFloat, ncclSum, c, nullptr); }, "send buffer is host memory");
+  if (kCpu) refused([&](ncclComm_t c) { return ncclAllReduce(host.data(), x.data, 8, ncclFloat, ncclSum, c, nullptr); }, "is host memory");
   refused([&](ncclComm_t c) { return ncclAllReduce(x.data, nullptr, 8, ncclFloat, ncclSum, c, nullptr); }, "receive buffer is null");
   refused([&](ncclComm_t c) { return ncclBroadcast(x.data, x.data, 8, ncclFloat, 1, c, nullptr); }, "there is no rank 1 among its 1");
   refused([&](ncclComm_t c) { return ncclSend(x.data, 8, ncclFloat, -1, c, nullptr); }, "there is no rank -1 among its 1");
   CHECK_EQ(ncclAllReduce(x.data, x.data, 8, ncclFloat, ncclSum, nullptr, nullptr), ncclInvalidArgument);
+  refused([&](ncclComm_t c) { return ncclAllReduce(x.data, x.data, 8, ncclHalf, ncclSum, c, nullptr); }, "does not know dtype 6");
+  refused([&](ncclComm_t c) { return ncclAllReduce(x.data, x.data, 8, ncclFloat, ncclNumOps, c, nullptr); }, "does not know reduction 5");
   CHECK_EQ(ncclGroupEnd(), ncclInvalidUsage);
 }
 
@@ -725,7 +730,7 @@ TEST(a_writer_that_does_not_wait_is_caught_by_the_checksum) {
       send.data[7] = 1234;
     }
     s.wait();
-    if (c.rank == 0) must_say(c, say(c.comm, ncclSuccess), {"rank 0: the send buffer of all_reduce #1 (20000 f32 sum)", "without waiting"});
+    if (c.rank == 0) must_say(c, say(c.comm, ncclSuccess), {"rank 0: all_reduce #1 (20000 f32 sum)", "send buffer changed", "without waiting"});
   }
 }
 
@@ -743,7 +748,7 @@ TEST(a_reader_that_does_not_wait_finds_nan) {
     NCCL_CHECK(ncclAllReduce(send.data, recv.data, send.count, ncclFloat, ncclSum, c.comm, s.stream));
     if (c.rank == 0) {
       usleep(50000);
-      for (float x : std::vector<float>(recv.data, recv.data + 20000)) CHECK(std::isnan(x), "a receive buffer holds ", x, " before its call is done");
+      for (int i = 0; i < 20000; i++) CHECK(std::isnan(recv.data[i]), "a receive buffer holds ", recv.data[i], " before its call is done");
     }
     s.wait();
     reductions<float>(2, 0, 20000, ncclSum).expect(recv.data, "all-reduce");
@@ -878,9 +883,4 @@ TEST(versions_names_and_configurations_are_those_of_nccl) {
   NCCL_CHECK(ncclCommDestroy(same));
 }
 
-int main(int argc, char** argv) {
-#if defined(CPU_FAST) || defined(CPU_FAITHFUL)
-  if (!getenv("THREEFOLD_TEST_STAGING")) cpu::share_device_memory();  // else peers cannot map it and everything is staged
-#endif
-  return run_mpi_tests(argc, argv);
-}
+int main(int argc, char** argv) { return run_mpi_tests(argc, argv); }
