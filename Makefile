@@ -34,7 +34,7 @@ CXXFLAGS   := -std=c++20 -O2 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -I.
 KERNEL_FAST := -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -ffinite-math-only
 NVCCFLAGS  := -std=c++20 -O3 -lineinfo -I. -ccbin $(MPICXX) -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas -Werror all-warnings -Xcompiler -Werror
 GENCODE    := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
-SOURCES    := tensor.cu $(sort $(wildcard kernels/*.cu)) autograd.cpp gpt.cpp optimizer.cpp comm.cpp watch.cpp fsdp.cpp theory.cpp trainer.cpp report.cpp $(sort $(wildcard support/*.cpp))
+SOURCES    := tensor.cu $(sort $(wildcard kernels/*.cu)) autograd.cpp gpt.cpp optimizer.cpp comm.cpp watch.cpp fsdp.cpp tensor_parallel.cpp theory.cpp trainer.cpp report.cpp $(sort $(wildcard support/*.cpp))
 
 NCCL_CPU   := $(sort $(wildcard cpu/nccl*.cpp))
 
@@ -135,7 +135,7 @@ print-objects: ; @echo '$(OBJECTS)'
 
 help:
 	@echo "Threefold ($(BACKEND) backend)"
-	@echo "  make run [DATA=file] [STRATEGY=serial|replicate|fsdp] [NP=ranks]"
+	@echo "  make run [DATA=file] [STRATEGY=serial|replicate|fsdp|tp] [NP=ranks]"
 	@echo "                           train a GPT and print a sample of what it learned"
 	@echo "  make build               compile the programs into $(B)/"
 	@echo "  make test                the whole suite"
@@ -153,12 +153,12 @@ WHERE := $(if $(filter cuda-mpi,$(BACKEND)-$(COMM)),/comm-mpi)
 build: $(PROGRAMS:%=$(B)$(WHERE)/%)
 	@for p in $(PROGRAMS); do ln -sfn $(BACKEND)$(WHERE)/$$p build/$$p; done
 
-# ranks: one a core without a GPU, one a GPU with; STRATEGY=serial|replicate|fsdp
+# ranks: one a core without a GPU, one a GPU with; STRATEGY=serial|replicate|fsdp|tp
 NP       ?= $(if $(filter serial,$(STRATEGY)),1,$(if $(filter cuda,$(BACKEND)),$(shell nvidia-smi -L 2>/dev/null | wc -l),$(shell nproc)))
 STRATEGY ?= replicate
 LAYOUT   := $(if $(filter serial,$(STRATEGY)),,--$(STRATEGY) $(NP))
 run: build
-	@case "$(STRATEGY)" in serial|replicate|fsdp) ;; *) echo "make run: STRATEGY is '$(STRATEGY)', expected serial, replicate or fsdp"; exit 1;; esac
+	@case "$(STRATEGY)" in serial|replicate|fsdp|tp) ;; *) echo "make run: STRATEGY is '$(STRATEGY)', expected serial, replicate, fsdp or tp"; exit 1;; esac
 	OMP_NUM_THREADS=$$(t=$$(($(THREADS) / $(NP))); [ $$t -gt 0 ] && echo $$t || echo 1) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
 	  mpiexec -n $(NP) build/train_gpt --model $(if $(filter cuda,$(BACKEND)),char,tiny) $(LAYOUT) $(if $(DATA),--data $(DATA)) --sample 400 --eval-every 100 $(ARGS)
 

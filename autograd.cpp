@@ -71,10 +71,12 @@ static Tensor writable(const Tensor& g) { return g.shared() ? like(g) : g; }
 
 // ---- embedding
 
-Tokens::Tokens(int64_t B, int64_t T, const std::vector<int>& in, const std::vector<int>& out) : B(B), T(T) {
+Tokens::Tokens(int64_t B, int64_t T, std::vector<int> in, std::vector<int> out, Range vocabulary) : B(B), T(T) {
   ASSERT(int64_t(in.size()) == B * T && in.size() == out.size());
-  const auto to_device = [&](const std::vector<int>& host) {
-    Tensor t({B * T}, Dtype::i32, Memory::data);
+  for (std::vector<int>* tokens : {&in, &out})
+    for (int& t : *tokens) t = t >= vocabulary.begin && t < vocabulary.end ? t - int(vocabulary.begin) : -1;
+  const auto to_device = [](const std::vector<int>& host) {
+    Tensor t({int64_t(host.size())}, Dtype::i32, Memory::data);
     upload(t, host.data());
     return t;
   };
@@ -92,13 +94,12 @@ Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
 
 // ---- matrix products
 
-// c = op(a) op(b) + beta c, for whole matrices
-static void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta) {
+void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta) {
   const int64_t m = c.dim(0), n = c.dim(1), k = ta ? a.dim(0) : a.dim(1);
   matmul(a.dtype(), c.dtype(), m, n, k, {a.raw(), a.dim(1), ta}, {b.raw(), b.dim(1), tb}, {c.raw(), n}, 1, beta);
 }
 
-static Tensor as_matrix(const Tensor& w) { return w.view({w.dim(0), w.numel() / w.dim(0)}); }  // (K,3,C) is (K,3C)
+Tensor as_matrix(const Tensor& w) { return w.view({w.dim(0), w.numel() / w.dim(0)}); }
 
 Var linear(Tape& tape, const Var& x, Param& w, Param* bias) {
   const int64_t R = x.value.dim(0), N = w.value.numel() / w.value.dim(0);
@@ -235,6 +236,7 @@ Var checkpoint(Tape& tape, const Var& x, const std::function<Var(Tape&, const Va
   y.grad = std::make_shared<Tensor>();
   tape.push([&tape, f, x = x.value, dx = x.grad, dy = y.grad] {
     Tape replay;
+    replay.replaying = true;
     replay.deferred = tape.deferred;
     Var leaf{x};
     Var again = f(replay, leaf);

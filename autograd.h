@@ -23,6 +23,8 @@ struct Param {
   Slice slice;             // what this rank owns: [begin, end) of one dim of `shape` seen as (outer, split, inner)
   float std = 0, mean = 0; // initial values: normal(0, std), or the constant `mean` when std is 0
   bool decay = false;      // weight decay: matrices only
+  bool counted = true;     // in this rank's part of the norm: false where another rank that holds the same values counts them
+  bool partial = false;    // each rank of the tp axis has only its rows' part of the gradient; the parts are to be summed
   Tensor value;            // compute dtype, the slice's shape
   Tensor grad;             // master dtype
   bool tied = false;       // used at both ends of the model: the head's use adds to tied_grad, so that every pipeline schedule
@@ -49,6 +51,7 @@ class Tape {
  public:
   explicit Tape(bool recording = true) : recording_(recording) {}
   bool recording() const { return recording_; }
+  bool replaying = false;  // of a checkpoint: runs a forward for the second time
   void push(std::function<void()> backward);
   // Inside a backward closure: the part that computes a parameter's gradient. Runs now, or waits on `deferred` (zero-bubble
   // pipelines fill their bubbles with it).
@@ -69,10 +72,16 @@ enum class AttentionKind { plain, flash };
 // Tokens of one micro-batch, on the device and sorted for the embedding's backward.
 struct Tokens {
   int64_t B = 0, T = 0;
-  Tensor inputs, targets, order;  // (R) i32
+  Tensor inputs, targets;  // (R) i32
+  Tensor order;            // rows sorted by input token: see sort_rows
   Tokens() = default;
-  Tokens(int64_t B, int64_t T, const std::vector<int>& inputs, const std::vector<int>& targets);
+  // Tokens outside this rank's part of the vocabulary become -1, the others count from its begin.
+  Tokens(int64_t B, int64_t T, std::vector<int> inputs, std::vector<int> targets, Range vocabulary = {0, INT32_MAX});
 };
+
+// c = op(a) op(b) + beta c, of whole matrices: what the linear layers are made of
+void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta);
+Tensor as_matrix(const Tensor& w);  // (K,3,C) is (K,3C)
 
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
 Var linear(Tape& tape, const Var& x, Param& w, Param* bias);           // x (R,K) w (K,N) [+ bias (N)]

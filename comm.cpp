@@ -181,6 +181,15 @@ std::string draw(const Layout& l) {
 
 // ---- the ledger
 
+ncclDataType_t nccl_type(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::f32: return ncclFloat32;
+    case Dtype::bf16: return ncclBfloat16;
+    case Dtype::f64: return ncclFloat64;
+    default: return ncclInt32;
+  }
+}
+
 Ledger ledger;
 
 const char* name_of(Collective c) {
@@ -189,7 +198,7 @@ const char* name_of(Collective c) {
 }
 
 const char* name_of(Traffic t) {
-  static const char* names[] = {"training", "norm", "loss", "evaluation", "start"};
+  static const char* names[] = {"training", "embedding", "loss", "recompute", "gathered again", "partial gradients", "norm", "evaluation"};
   return names[int(t)];
 }
 

@@ -19,7 +19,7 @@
 #include <tuple>
 #include <vector>
 
-#include "support/check.h"
+#include "tensor.h"
 
 std::string nccl_error(ncclResult_t status);  // NCCL's own last sentence where it has one
 
@@ -76,7 +76,9 @@ std::string draw(const Layout& layout);  // the grid as text, a rank a cell
 
 enum class Collective { all_reduce, all_gather, reduce_scatter, broadcast, send };
 const char* name_of(Collective c);
-enum class Traffic { training, norm, loss, evaluation, start };  // rows of their own, so that formulas stay pure
+// Rows of their own, so that formulas stay pure. embedding: with the head; recompute: forwards replayed; again: what sequence parallelism
+// gathers a second time; partial: gradients that it leaves in parts.
+enum class Traffic { training, embedding, loss, recompute, again, partial, norm, evaluation };
 const char* name_of(Traffic t);
 
 class Ledger {
@@ -90,10 +92,21 @@ class Ledger {
   struct Row { int64_t calls = 0, numerator = 0; int n = 1; double bytes() const { return double(numerator) / n; } };
   using Key = std::tuple<std::string, Collective, Traffic>;
   std::map<Key, Row> rows;
-  Traffic purpose = Traffic::training;  // of what is entered now
+  Traffic purpose = Traffic::training;  // of what is entered now: see Purpose
   std::function<void(const Axis&, Collective)> on_enter;  // the hang watch keeps its record through this
 
  private:
   void enter(const Axis& axis, Collective c, int64_t numerator);  // bytes sent by this rank = numerator / axis.size
 };
 extern Ledger ledger;
+
+class Purpose {  // what is entered while it lives serves `purpose`; all of an evaluation is evaluation
+ public:
+  explicit Purpose(Traffic purpose) : before_(ledger.purpose) { if (before_ != Traffic::evaluation) ledger.purpose = purpose; }
+  ~Purpose() { ledger.purpose = before_; }
+  Purpose(const Purpose&) = delete;
+
+ private:
+  Traffic before_;
+};
+ncclDataType_t nccl_type(Dtype dtype);

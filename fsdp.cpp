@@ -20,15 +20,6 @@
 
 #include <algorithm>
 
-static ncclDataType_t nccl_type(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f32: return ncclFloat32;
-    case Dtype::bf16: return ncclBfloat16;
-    case Dtype::f64: return ncclFloat64;
-    default: return ncclInt32;
-  }
-}
-
 // ---- a use: what surrounds a piece of the model, forward and backward
 
 Var Fsdp::run(Tape& tape, int use, const std::function<Var()>& f) {
@@ -125,6 +116,7 @@ void Fsdp::start_reduce(Unit& u) {
       if (p->tied) add_into(p->grad, p->tied_grad);
   computed_.record(device().compute);
   computed_.make_wait(mesh_.stream);  // the gradients must have been computed
+  if (complete_gradients) complete_gradients(u.params);
   const ncclDataType_t type = nccl_type(u.full_grad.dtype());
   if (mesh_.fsdp.size > 1) {
     Tensor mine = u.full_grad.part(mesh_.fsdp.rank * u.shard, {u.shard});  // in place
@@ -194,16 +186,14 @@ static void all_reduce_here(Mesh& mesh, const Axis& axis, const Tensor& x, Event
 }
 
 void Fsdp::sum_squares(const Tensor& squares) {
-  ledger.purpose = Traffic::norm;
+  const Purpose norm(Traffic::norm);
   all_reduce_here(mesh_, mesh_.fsdp, squares, computed_);
-  ledger.purpose = Traffic::training;
 }
 
 void Fsdp::sum_loss(const Tensor& total) {
-  ledger.purpose = Traffic::loss;
+  const Purpose loss(Traffic::loss);
   all_reduce_here(mesh_, mesh_.fsdp, total, computed_);
   all_reduce_here(mesh_, mesh_.replicate, total, computed_);
-  ledger.purpose = Traffic::training;
 }
 
 // ---- set-up
@@ -292,7 +282,7 @@ std::vector<Shard> Fsdp::optimizer_shards() const {
       if (!u.master.empty()) s.compute = u.own.part(at, {count});
       s.gradient = u.own_grad.part(at, {count});
       s.m = u.m.part(at, {count}), s.v = u.v.part(at, {count});
-      s.parameter = p.id, s.decay = p.decay;
+      s.parameter = p.id, s.decay = p.decay, s.counted = p.counted;
       shards.push_back(std::move(s));
     });
   return shards;

@@ -41,6 +41,8 @@ class Fsdp {
   // y = f(): computes with the parameters of a use's units in place, and puts what their gradients need on the tape.
   Var run(Tape& tape, int use, const std::function<Var()>& f);
   void finish_backward();  // after the last micro-batch: gradients of this rank's shard are summed over all data-parallel ranks
+  // Called on the communication stream before gradients leave this rank, should another strategy have left some of them in parts.
+  std::function<void(const std::vector<Param*>&)> complete_gradients;
   void end_step();         // after the optimizer: parameters that were borrowed go back
   void sum_squares(const Tensor& squares);  // over the shards of the fsdp axis, for the gradient norm
   void sum_loss(const Tensor& total);       // over all data-parallel ranks

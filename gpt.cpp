@@ -15,7 +15,7 @@ static Param make(std::string name, Shape shape, float std, float mean = 0) {
   return p;
 }
 
-static Block make_block(const GptConfig& g, int64_t layer) {
+static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t layer) {
   const int64_t C = g.width;
   const float std = 0.02f, residual_std = 0.02f / std::sqrt(2.0f * g.layers);
   const std::string h = "h." + std::to_string(layer) + ".";
@@ -32,6 +32,16 @@ static Block make_block(const GptConfig& g, int64_t layer) {
   b.c_fc_bias = make(h + "mlp.c_fc.bias", {4 * C}, 0);
   b.mlp_c_proj_weight = make(h + "mlp.c_proj.weight", {4 * C, C}, residual_std);
   b.mlp_c_proj_bias = make(h + "mlp.c_proj.bias", {C}, 0);
+
+  const Range heads = tp.part(g.heads), hidden = tp.part(4 * C);
+  const Range channels{heads.begin * (C / g.heads), heads.end * (C / g.heads)};
+  tp.split(b.c_attn_weight, 2, channels);  // columns: whole heads
+  tp.split(b.c_attn_bias, 1, channels);
+  tp.split(b.attn_c_proj_weight, 0, channels);  // rows
+  tp.split(b.c_fc_weight, 1, hidden);
+  tp.split(b.c_fc_bias, 0, hidden);
+  tp.split(b.mlp_c_proj_weight, 0, hidden);
+  for (Param* p : {&b.ln_1_weight, &b.ln_1_bias, &b.attn_c_proj_bias, &b.ln_2_weight, &b.ln_2_bias, &b.mlp_c_proj_bias}) tp.replicate(*p, true);
   return b;
 }
 
@@ -49,14 +59,19 @@ std::vector<Param*> Gpt::params() {
   return all;
 }
 
-Gpt::Gpt(const GptConfig& g) : config(g) {
+Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication) : config(g), tp(axis, communication, g.sequence_parallel) {
   REQUIRE(g.width % g.heads == 0, "a width of ", g.width, " does not divide by ", g.heads, " heads");
+  REQUIRE(axis.size <= g.heads, "--tp ", axis.size, " has more ranks than the ", g.heads, " attention heads that they would share");
+  REQUIRE(axis.size <= g.vocab, "--tp ", axis.size, " has more ranks than the vocabulary has tokens (", g.vocab, ")");
   wte = make("wte.weight", {g.vocab, g.width}, 0.02f);
   wte.tied = true;
   wpe = make("wpe.weight", {g.context, g.width}, 0.01f);
-  for (int64_t l = 0; l < g.layers; l++) blocks.push_back(make_block(g, l));
+  for (int64_t l = 0; l < g.layers; l++) blocks.push_back(make_block(g, tp, l));
   ln_f_weight = make("ln_f.weight", {g.width}, 0, 1);
   ln_f_bias = make("ln_f.bias", {g.width}, 0);
+  tp.split(wte, 0, tp.part(g.vocab));
+  tp.replicate(wpe, false);
+  for (Param* p : {&ln_f_weight, &ln_f_bias}) tp.replicate(*p, true);
   uint32_t id = 0;
   for (Param* p : params()) p->id = id++;
 }
@@ -80,31 +95,30 @@ void Gpt::finish_gradients() { add_into(wte.grad, wte.tied_grad); }
 
 // ---- the three parts
 
-Var Gpt::embed(Tape& tape, const Tokens& tokens) { return embedding(tape, tokens, wte, wpe); }
+Var Gpt::embed(Tape& tape, const Tokens& tokens) { return tp.embedding(tape, tokens, wte, wpe); }
 
 Var Gpt::block(Tape& tape, int64_t layer, const Var& x, int64_t B, int64_t T) {
   Block& b = blocks[layer];
   const auto run = [this, &b, B, T](Tape& tape, const Var& x) {
+    const int64_t R = B * T;
     const Var normed = layernorm(tape, x, b.ln_1_weight, b.ln_1_bias);
-    const Var qkv = linear(tape, normed, b.c_attn_weight, &b.c_attn_bias);
-    const Var heads = attention(tape, qkv, B, T, config.heads, config.attention);
-    const Var attended = linear(tape, heads, b.attn_c_proj_weight, &b.attn_c_proj_bias);
+    const Var qkv = tp.column_linear(tape, normed, R, b.c_attn_weight, b.c_attn_bias);
+    const Var heads = attention(tape, qkv, B, T, tp.part(config.heads).size(), config.attention);
+    const Var attended = tp.row_linear(tape, heads, R, b.attn_c_proj_weight, b.attn_c_proj_bias);
     const auto [sum, normed_2] = add_layernorm(tape, x, attended, b.ln_2_weight, b.ln_2_bias);
-    const Var hidden = gelu(tape, linear(tape, normed_2, b.c_fc_weight, &b.c_fc_bias));
-    const Var mlp = linear(tape, hidden, b.mlp_c_proj_weight, &b.mlp_c_proj_bias);
+    const Var hidden = gelu(tape, tp.column_linear(tape, normed_2, R, b.c_fc_weight, b.c_fc_bias));
+    const Var mlp = tp.row_linear(tape, hidden, R, b.mlp_c_proj_weight, b.mlp_c_proj_bias);
     return add(tape, sum, mlp);
   };
   return config.recompute ? checkpoint(tape, x, run) : run(tape, x);
 }
 
-Var Gpt::logits(Tape& tape, const Var& x) {
-  return linear_transposed(tape, layernorm(tape, x, ln_f_weight, ln_f_bias), wte, wte.tied_grad);
-}
+Var Gpt::logits(Tape& tape, const Var& x, int64_t rows) { return tp.head(tape, layernorm(tape, x, ln_f_weight, ln_f_bias), rows, wte); }
 
 void Gpt::loss(Tape& tape, const Tokens& tokens, double scale, const Tensor& total) {
   Var x = embed(tape, tokens);
   for (int64_t l = 0; l < config.layers; l++) x = block(tape, l, x, tokens.B, tokens.T);
-  cross_entropy(tape, logits(tape, x), tokens.targets, scale, total);
+  tp.cross_entropy(tape, logits(tape, x, tokens.B * tokens.T), tokens.targets, scale, total);
 }
 
 // ---- sizes

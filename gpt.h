@@ -1,17 +1,18 @@
 // gpt.h: GPT-2, written once. Pre-layernorm blocks, learned positions, tanh GELU, the head tied to the token embedding.
-// idea      the model is a list of Params and three functions: embed, block, head. Training, evaluation, sampling and, later, each
-//           strategy call these three in their own way.
+// idea      the model is a list of Params and three functions: embed, block, logits, written once on tensor_parallel's layers; on one rank these
+//           are plain layers. Training, evaluation, sampling and the other strategies call the three in their own way.
 // source    Radford et al., "Language models are unsupervised multitask learners", 2019; initial values as in its released code:
 //           normal(0, 0.02), positions 0.01, the two projections into the residual stream scaled by 1/sqrt(2 layers)
 // test      tests/test_golden.cpp (PyTorch), tests/test_autograd.cpp (finite differences)
 #pragma once
-#include "autograd.h"
+#include "tensor_parallel.h"
 
 struct GptConfig {
   int64_t layers, width, heads, context, vocab;
   Dtype dtype = Dtype::f32;
-  AttentionKind attention = AttentionKind::plain;
+  AttentionKind attention = AttentionKind::flash;
   bool recompute = false;  // keep only each block's input; run its forward again in the backward
+  bool sequence_parallel = false;
 };
 
 struct Block {  // names as in GPT-2: h.<layer>.<name>
@@ -26,13 +27,14 @@ struct Block {  // names as in GPT-2: h.<layer>.<name>
 
 class Gpt {
  public:
-  explicit Gpt(const GptConfig& config);        // declares the parameters; FSDP gives them memory
+  // Declares the parameters, this tp rank's part of each; FSDP gives them memory. Without an axis: all of each, on one rank.
+  explicit Gpt(const GptConfig& config, const Axis& tp = {}, cudaStream_t communication = nullptr);
   Gpt(const GptConfig& config, uint64_t seed);  // with memory and initial values, whole
   Gpt(const Gpt&) = delete;
 
   Var embed(Tape& tape, const Tokens& tokens);                               // (R,C)
   Var block(Tape& tape, int64_t layer, const Var& x, int64_t B, int64_t T);  // (R,C)
-  Var logits(Tape& tape, const Var& x);                                      // (R,V)
+  Var logits(Tape& tape, const Var& x, int64_t rows);                        // (R, this rank's part of V)
   // total (1) f64 += scale * sum of the losses of one micro-batch; the tape can then run backward
   void loss(Tape& tape, const Tokens& tokens, double scale, const Tensor& total);
 
@@ -41,6 +43,7 @@ class Gpt {
   void finish_gradients();  // once a step: adds the head's gradient of wte (tied_grad) to the embedding's
 
   const GptConfig config;
+  TensorParallel tp;
   Param wte, wpe, ln_f_weight, ln_f_bias;
   std::vector<Block> blocks;
 };

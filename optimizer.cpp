@@ -7,7 +7,7 @@ std::vector<Shard> whole_shards(const std::vector<Param*>& params) {
   std::vector<Shard> shards;
   for (Param* p : params) {
     Shard s;
-    s.gradient = p->grad, s.parameter = p->id, s.decay = p->decay;
+    s.gradient = p->grad, s.parameter = p->id, s.decay = p->decay, s.counted = p->counted;
     if (p->value.dtype() == p->grad.dtype()) {
       s.weights = p->value;
     } else {
@@ -36,7 +36,8 @@ Optimizer::Optimizer(std::vector<Shard> shards, int64_t parameters, double clip,
 
 void Optimizer::step(double lr, const std::function<void(const Tensor&)>& sum_squares) {
   fill(squares_, 0);
-  for (const Shard& s : shards_) sum_of_squares(squares_, s.parameter, s.gradient);
+  for (const Shard& s : shards_)
+    if (s.counted) sum_of_squares(squares_, s.parameter, s.gradient);
   if (sum_squares) sum_squares(squares_);
   norm_and_clip(norm_, clip_factor_, squares_, clip_);
   AdamW options;

@@ -13,7 +13,7 @@ struct Shard {
   Tensor gradient;  // master dtype
   Tensor m, v;
   int64_t parameter = 0;  // whose part it is: indexes the vector of squares
-  bool decay = false;
+  bool decay = false, counted = true;  // as the Param's
 };
 std::vector<Shard> whole_shards(const std::vector<Param*>& params);  // each parameter one shard
 

@@ -28,28 +28,29 @@ static std::vector<int64_t> collect(const Mesh& mesh, const std::vector<int64_t>
 
 static const Memory kPersistent[] = {Memory::parameters, Memory::gradients, Memory::optimizer};
 
-static std::string memory_table(const MemoryUse& m, const Theory& t) {
+static std::string memory_table(const MemoryUse& m, const Theory& t, int64_t activations) {
   std::string s = "\nmemory of rank 0, MiB       now   predicted  at the peak\n";
   for (int i = 0; i < kMemoryCategories; i++) {
     if (!m.peak[i]) continue;
     const int64_t predicted = t.persistent[i];
     s += format("  %-18s %10.2f %11s %12.2f\n", name_of(Memory(i)), mib(m.now[i]), predicted ? format("%.2f", mib(predicted)).c_str() : "-", mib(m.at_peak[i]));
   }
-  return s + format("  %-18s %10.2f %11s %12.2f\n", "all", mib(m.total), "", mib(m.total_peak));
+  s += format("  %-18s %10.2f %11s %12.2f\n", "all", mib(m.total), "", mib(m.total_peak));
+  return s + format("  activations kept for the backward of a micro-batch: %.2f, predicted %.2f\n", mib(activations), mib(t.activations));
 }
 
-static std::string memory_json(const Mesh& mesh, const MemoryUse& m, const Theory& t) {
-  std::vector<int64_t> mine = {m.total_peak};
-  for (int i = 0; i < kMemoryCategories; i++) mine.insert(mine.end(), {m.now[i], m.at_peak[i]});
+static std::string memory_json(const Mesh& mesh, const MemoryUse& m, const Theory& t, int64_t activations) {
+  std::vector<int64_t> mine = {m.total_peak, activations, t.activations};
+  for (int i = 0; i < kMemoryCategories; i++) mine.insert(mine.end(), {m.now[i], m.at_peak[i], t.persistent[size_t(i)]});
   const std::vector<int64_t> all = collect(mesh, mine);
   std::string s = "\"memory\":[";
   for (int r = 0; r < mesh.size; r++) {
     const int64_t* of = &all[size_t(r) * mine.size()];
-    s += sentence(r ? "," : "", "{\"rank\":", r, ",\"peak\":", of[0]);
+    s += sentence(r ? "," : "", "{\"rank\":", r, ",\"peak\":", of[0], ",\"kept_activations\":{\"bytes\":", of[1], ",\"predicted_bytes\":", of[2], "}");
     for (int i = 0; i < kMemoryCategories; i++) {
-      s += sentence(",", quoted(name_of(Memory(i))), ":{\"now\":", of[1 + 2 * i], ",\"at_peak\":", of[2 + 2 * i]);
+      s += sentence(",", quoted(name_of(Memory(i))), ":{\"now\":", of[3 + 3 * i], ",\"at_peak\":", of[4 + 3 * i]);
       for (Memory category : kPersistent)
-        if (Memory(i) == category) s += sentence(",\"predicted\":", t.persistent[size_t(i)]);
+        if (Memory(i) == category) s += sentence(",\"predicted\":", of[5 + 3 * i]);
       s += "}";
     }
     s += "}";
@@ -110,12 +111,13 @@ static std::string traffic_json(const Mesh& mesh, const std::vector<TrafficRow>&
 
 // ---- both
 
-std::string compare_with_theory(const Mesh& mesh, const GptConfig& config, const TrainerOptions& options, int64_t steps, Metrics& metrics) {
+std::string compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options, int64_t steps, Metrics& metrics) {
   const Layout& l = mesh.layout;
-  const Theory t = theory(config, l, options.fsdp, options.batch / (options.microbatch * l.replicate * l.fsdp));
+  const int64_t microbatches = options.batch / (options.microbatch * l.replicate * l.fsdp);
+  const Theory t = theory(trainer.gpt.config, l, mesh.tp.rank, options.fsdp, options.microbatch, microbatches);
   const MemoryUse& m = device().memory;
   const std::vector<TrafficRow> rows = traffic(t, steps);
   metrics.summary(sentence("\"layout\":{\"pp\":", l.pp, ",\"replicate\":", l.replicate, ",\"fsdp\":", l.fsdp, ",\"tp\":", l.tp, "},",
-                           memory_json(mesh, m, t), ",", traffic_json(mesh, rows)));
-  return memory_table(m, t) + traffic_table(rows, steps);
+                           memory_json(mesh, m, t, trainer.kept_activations()), ",", traffic_json(mesh, rows)));
+  return memory_table(m, t, trainer.kept_activations()) + traffic_table(rows, steps);
 }

@@ -7,4 +7,4 @@
 #include "trainer.h"
 
 // Collective. The tables as text for rank 0's terminal; the same numbers, of all ranks, become the metrics' summary line.
-std::string compare_with_theory(const Mesh& mesh, const GptConfig& config, const TrainerOptions& options, int64_t steps, Metrics& metrics);
+std::string compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options, int64_t steps, Metrics& metrics);

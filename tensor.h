@@ -135,4 +135,5 @@ std::vector<double> download(const Tensor& x);        // waits; any dtype, widen
 // A rank owns rows [begin, end) of the middle dim of a parameter seen as (outer, split, inner); x is the elements of that, in order,
 // from `first` on.
 struct Slice { int64_t outer = 1, split = 1, inner = 1, begin = 0, end = 1; };
+struct Range { int64_t begin = 0, end = 0; int64_t size() const { return end - begin; } };  // [begin, end)
 void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float std, const Slice& slice, int64_t first = 0);

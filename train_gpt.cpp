@@ -20,7 +20,7 @@ static GptConfig model_config(const Options& o) {
   GptConfig g{o.model.layers, o.model.width, o.model.heads, o.model.context, o.model.vocab};
   g.dtype = o.dtype == "f64" ? Dtype::f64 : o.dtype == "bf16" ? Dtype::bf16 : Dtype::f32;
   g.attention = o.attention == "flash" ? AttentionKind::flash : AttentionKind::plain;
-  g.recompute = o.recompute;
+  g.recompute = o.recompute, g.sequence_parallel = o.sequence_parallel;
   return g;
 }
 
@@ -32,7 +32,7 @@ static TrainerOptions trainer_options(const Options& o) {
   return t;
 }
 
-static Layout layout(const Options& o) { return {1, int(o.replicate), int(o.fsdp), 1}; }
+static Layout layout(const Options& o) { return {1, int(o.replicate), int(o.fsdp), int(o.tp)}; }
 
 static void print_setup(const Options& o, const GptConfig& g, const Dataset& data) {
   printf("model    %s: %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M parameters in %s\n", o.model_name.c_str(),
@@ -111,7 +111,7 @@ static void train(const Options& o, const Dataset& data, Mesh& mesh, Watch& watc
   }
   progress.done();
   if (o.sample) print_sample(trainer, data, o.sample, uint64_t(o.seed), prints);
-  const std::string tables = compare_with_theory(mesh, config, trainer_options(o), o.steps, metrics);
+  const std::string tables = compare_with_theory(mesh, trainer, trainer_options(o), o.steps, metrics);
   if (!prints) return;
   printf("\nloss     %.4f at step 1, %.4f at step %lld\n", first_loss, loss, (long long)o.steps);
   printf("speed    %s\n", progress.summary(flops_per_token(config)).c_str());

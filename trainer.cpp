@@ -6,7 +6,7 @@
 // ---- composition
 
 Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options)
-    : gpt(config), fsdp(std::make_unique<Fsdp>(mesh, config.dtype, options.fsdp, options.seed)), mesh_(mesh), options_(options) {
+    : gpt(config, mesh.tp, mesh.stream), fsdp(std::make_unique<Fsdp>(mesh, config.dtype, options.fsdp, options.seed)), mesh_(mesh), options_(options) {
   const int64_t all = options.microbatch * data_ranks();
   REQUIRE(options.batch % all == 0, "--batch ", options.batch, " does not divide by the ", options.microbatch, " sequences of a micro-batch on ",
           data_ranks(), " data-parallel ranks (", all, ")");
@@ -16,6 +16,7 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& opti
   fsdp->add_use({wte, root}, Backward::nothing);
   for (Block& b : gpt.blocks) fsdp->add_use({fsdp->add_unit(b.params())}, Backward::gathers);
   head_use_ = fsdp->add_use({wte, root}, Backward::keeps);
+  fsdp->complete_gradients = [this](const std::vector<Param*>& params) { gpt.tp.sum_partial_gradients(params); };
   optimizer_ = std::make_unique<Optimizer>(fsdp->optimizer_shards(), int64_t(gpt.params().size()), options.clip, options.weight_decay);
   total_ = Tensor({1}, Dtype::f64, Memory::workspace);
 }
@@ -29,13 +30,13 @@ Var Trainer::forward(Tape& tape, const Tokens& tokens) {
 void Trainer::forward_loss(Tape& tape, const Tokens& tokens, double scale) {
   const Var x = forward(tape, tokens);
   fsdp->run(tape, head_use_, [&] {
-    cross_entropy(tape, gpt.logits(tape, x), tokens.targets, scale, total_);
+    gpt.tp.cross_entropy(tape, gpt.logits(tape, x, tokens.B * tokens.T), tokens.targets, scale, total_);
     return Var{};
   });
 }
 
 // `count` sequences from `first` on, as inputs and, one token further, targets.
-static Tokens gather_tokens(int64_t first, int64_t count, const Sequences& sequence) {
+Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) const {
   std::vector<int> inputs, targets;
   int64_t T = 0;
   for (int64_t s = first; s < first + count; s++) {
@@ -44,7 +45,7 @@ static Tokens gather_tokens(int64_t first, int64_t count, const Sequences& seque
     inputs.insert(inputs.end(), tokens.begin(), tokens.end() - 1);
     targets.insert(targets.end(), tokens.begin() + 1, tokens.end());
   }
-  return Tokens(count, T, inputs, targets);
+  return Tokens(count, T, std::move(inputs), std::move(targets), gpt.tp.part(gpt.config.vocab));
 }
 
 // ---- a step
@@ -55,8 +56,9 @@ void Trainer::gradients(const Sequences& batch) {
   fsdp->begin_step(int(microbatches));
   for (int64_t i = 0; i < microbatches; i++) {
     Tape tape;
-    const Tokens tokens = gather_tokens((i * data_ranks() + data_rank()) * b, b, batch);
+    const Tokens tokens = read((i * data_ranks() + data_rank()) * b, b, batch);
     forward_loss(tape, tokens, 1.0 / double(options_.batch * tokens.T));
+    kept_activations_ = device().memory.now[int(Memory::activations)];
     tape.backward();
   }
   fsdp->finish_backward();
@@ -64,21 +66,24 @@ void Trainer::gradients(const Sequences& batch) {
 }
 
 void Trainer::update(double lr) {
-  optimizer_->step(lr, [this](const Tensor& squares) { fsdp->sum_squares(squares); });
+  optimizer_->step(lr, [this](const Tensor& squares) {
+    fsdp->sum_squares(squares);
+    gpt.tp.sum_squares(squares);
+  });
   fsdp->end_step();
 }
 
 // ---- forward only
 
 double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
-  ledger.purpose = Traffic::evaluation;
+  const Purpose purpose(Traffic::evaluation);
   fill(total_, 0);
   // Whole rounds first; then one sequence a rank, ranks that have none left repeating one at weight 0: all ranks run the same collectives.
   const int64_t round = options_.microbatch * data_ranks();
   int64_t done = 0;
   const auto add = [&](int64_t first, int64_t count, bool counts) {
     Tape tape(false);
-    const Tokens tokens = gather_tokens(first, count, held_out);
+    const Tokens tokens = read(first, count, held_out);
     forward_loss(tape, tokens, counts ? 1.0 / double(sequences * tokens.T) : 0.0);
   };
   for (; done + round <= sequences; done += round) add(done + data_rank() * options_.microbatch, options_.microbatch, true);
@@ -92,12 +97,11 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
 }
 
 std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
-  ledger.purpose = Traffic::evaluation;
-  const int64_t n = int64_t(tokens.size()), C = gpt.config.width;
+  const Purpose purpose(Traffic::evaluation);
+  const int64_t n = int64_t(tokens.size());
   Tape tape(false);
-  const Var x = forward(tape, Tokens(1, n, tokens, tokens));
-  const Var last{x.value.part((n - 1) * C, {1, C})};
-  const Var logits = fsdp->run(tape, head_use_, [&] { return gpt.logits(tape, last); });
-  ledger.purpose = Traffic::training;
-  return download(logits.value);
+  const Var x = forward(tape, Tokens(1, n, tokens, tokens, gpt.tp.part(gpt.config.vocab)));
+  const Var last{gpt.tp.one_row(x.value, n, n - 1)};
+  const Var logits = fsdp->run(tape, head_use_, [&] { return gpt.logits(tape, last, 1); });
+  return download(gpt.tp.whole_logits(logits.value, gpt.config.vocab));
 }

@@ -29,6 +29,8 @@ class Trainer {
   double loss() const { return download(total_)[0]; }  // of the last gradients(), over the whole batch; waits for the device
   double norm() const { return optimizer_->norm(); }   // of the last update's gradients, before clipping; waits for the device
 
+  int64_t kept_activations() const { return kept_activations_; }  // bytes, when the forward of a micro-batch was done
+
   double evaluate(int64_t sequences, const Sequences& held_out);           // mean loss, the same in every layout
   std::vector<double> next_logits(const std::vector<int>& tokens);         // (V) after the last token; every rank calls it
 
@@ -37,6 +39,7 @@ class Trainer {
 
  private:
   int data_ranks() const { return mesh_.fsdp.size * mesh_.replicate.size; }
+  Tokens read(int64_t first, int64_t count, const Sequences& sequence) const;
   int data_rank() const { return mesh_.replicate.rank * mesh_.fsdp.size + mesh_.fsdp.rank; }
   Var forward(Tape& tape, const Tokens& tokens);
   void forward_loss(Tape& tape, const Tokens& tokens, double scale);
@@ -44,6 +47,7 @@ class Trainer {
   Mesh& mesh_;
   TrainerOptions options_;
   int head_use_ = 0;
+  int64_t kept_activations_ = 0;
   std::unique_ptr<Optimizer> optimizer_;
   Tensor total_;  // (1) f64
 };

@@ -5,8 +5,6 @@
 #include <sys/epoll.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
-#include <sys/syscall.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -49,7 +47,8 @@ static void* share(const Job& job, size_t bytes) {
 Watch::Watch(const Job& job, double timeout_seconds) : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
   records_ = static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * size_t(job.local_size)));
   mine_ = &records_[job.local_rank];
-  mine_->rank = job.rank, mine_->pid = getpid();
+  ASSERT(pipe2(lifeline_, O_CLOEXEC) == 0, strerror(errno));
+  mine_->rank = job.rank, mine_->pid = getpid(), mine_->lifeline = lifeline_[0];
   mine_->heartbeat_ms = mine_->progress_ms = now_ms();
   barrier();  // every record is filled in
   if (job.local_rank == 0) start_child();
@@ -67,6 +66,7 @@ Watch::~Watch() {
   mine_->finished = true;
   stop_ = true;
   thread_.join();
+  for (int end : lifeline_) close(end);
 }
 
 void Watch::step(int64_t step) {
@@ -115,7 +115,9 @@ std::string Watch::report() const {
 
 // ---- a death
 
-// mpiexec ends the other ranks within a tenth of a second and prints a process number; this child outlives them and knows the rank.
+// mpiexec ends the other ranks within a tenth of a second and prints a process number; this child outlives them and knows the rank. Whoever
+// dies, its files close first, and what mpiexec knows of it is a file, too: an older one, which Linux closes after the pipe. So no rank that
+// mpiexec ends can come before the one that died.
 void Watch::start_child() {
   const int parent = getpid();
   const pid_t child = fork();
@@ -123,11 +125,13 @@ void Watch::start_child() {
   if (child > 0) return;
   setsid();  // mpiexec ends the ranks' process groups
   for (int s : {SIGTERM, SIGINT, SIGHUP, SIGPIPE}) signal(s, SIG_IGN);
+  close(lifeline_[1]);  // the parent's alone
   const int ranks = job_.local_size;
   const int queue = epoll_create1(0);  // lists what becomes ready in the order of its becoming so
   for (int i = 0; i < ranks; i++) {
     epoll_event event{EPOLLIN | EPOLLONESHOT, {.u32 = uint32_t(i)}};
-    epoll_ctl(queue, EPOLL_CTL_ADD, int(syscall(SYS_pidfd_open, records_[i].pid.load(), 0)), &event);
+    const int pipe = open(sentence("/proc/", records_[i].pid, "/fd/", records_[i].lifeline).c_str(), O_RDONLY);
+    if (pipe >= 0) epoll_ctl(queue, EPOLL_CTL_ADD, pipe, &event);
   }
   epoll_event event;
   for (int left = ranks; left > 0;) {

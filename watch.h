@@ -2,8 +2,8 @@
 //
 // idea      each rank keeps a record (last collective, step, a heartbeat) in memory that the ranks of its node share, so that the record of a
 //           stopped or killed rank can still be read. A thread a rank looks at it: a rank that has entered no collective and finished no
-//           step for `timeout` seconds reports where everybody stands and ends the job. A child process of each node's first rank waits for
-//           the ranks' processes and names the one that ended first without saying goodbye.
+//           step for `timeout` seconds reports where everybody stands and ends the job. A child process of each node's first rank holds
+//           the other end of a pipe from each rank and names the rank whose end closed first without a goodbye.
 // cost      one thread that wakes ten times a second; a record is written at each ledger line
 // not here  ranks of other nodes: each node reports its own
 // test      tests/test_failures.sh
@@ -22,6 +22,7 @@ struct WatchRecord {
   std::atomic<int> collective;                     // the last one entered
   char axis[16];                                   // its axis
   std::atomic<bool> finished;                      // said goodbye: may exit, or idle without being reported
+  std::atomic<int> lifeline;                       // the reading end of a pipe that nobody but this rank can write
 };
 
 class Watch {
@@ -38,6 +39,7 @@ class Watch {
   int64_t timeout_ms_;
   WatchRecord* records_ = nullptr;  // one for each rank of this node
   WatchRecord* mine_ = nullptr;
+  int lifeline_[2];
   std::atomic<bool> stop_ = false;
   std::thread thread_;
 };

@@ -2,7 +2,8 @@
 //
 // idea      one block a row. The first pass finds the maximum and the sum of exponentials together: a thread that meets a new maximum scales
 //           down the sum that it has (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). The second pass turns the
-//           logits into their gradient in place, so they are never stored twice.
+//           logits into their gradient in place, so they are never stored twice. Where ranks share the vocabulary, the two passes are two
+//           kernels, and between them the ranks exchange three numbers a row.
 // cost      loss: reads RV; gradient: reads RV, again through the caches (backwards, the end of a row is still there), and writes RV
 // not here  label smoothing, ignored targets
 // test      tests/test_kernels.cpp
@@ -32,16 +33,12 @@ template <int N, bool kBackwards, class T, class F> __device__ __forceinline__ v
   if (i < n - tail) f(tail + i, Width<1>());
 }
 
-// losses (R) = (log of the sum of exp(logits (R,V)) - logits[target]) * scale; with kGradient: logits = (softmax - onehot) * scale.
-// One block a row; reads RV (kGradient: 2RV, writes RV); any V and alignment.
-template <class T, int N, bool kGradient>
-__global__ void __launch_bounds__(1024) cross_entropy_kernel(acc_t<T>* losses, T* logits, const int* targets, int V, acc_t<T> scale) {
-  using A = acc_t<T>;
-  constexpr bool kKeep = kWarp == 1 && kGradient && std::is_same_v<T, A>;  // the exponentials for the second pass, where T is exact enough
-  T* x = logits + int64_t(blockIdx.x) * V;
-  const int target = targets[blockIdx.x];
-  const A target_logit = load(x[target]);  // now: after the barriers of the reduction others write
+// Can the exponentials of the first pass be kept in the logits' place for the second? FAST, where T is exact enough.
+template <class T> constexpr bool kCanKeep = kWarp == 1 && std::is_same_v<T, acc_t<T>>;
 
+// (maximum m, sum of exp(x - m)) of the row x (V); with kKeep, x becomes exp(x - m). Every thread of the block returns it.
+template <int N, bool kKeep, class T> __device__ __forceinline__ Two<acc_t<T>> row_softmax(T* x, int V) {
+  using A = acc_t<T>;
   Two<A> mine = SoftmaxSum<A>::identity;
   if constexpr (kWarp == 1) {  // FAST: a thread that has all of the row, in its cache, finds the maximum first
     for (int i = 0; i < V; i++) mine.a = Max<A>::combine(mine.a, load(x[i]));
@@ -66,23 +63,67 @@ __global__ void __launch_bounds__(1024) cross_entropy_kernel(acc_t<T>* losses, T
       for (int k = 0; k < W; k++) mine.b += exp_of(load(p.v[k]) - mine.a);
     });
   }
-  const Two<A> all = block_reduce<SoftmaxSum>(mine);
-  if (threadIdx.x == 0) losses[blockIdx.x] = (log_of(all.b) + (all.a - target_logit)) * scale;
-  if (!kGradient) return;
+  return block_reduce<SoftmaxSum>(mine);
+}
 
-  const A factor = scale / all.b;
+// The row's logits x (V), or what row_softmax kept of them, become exp(x - m) * factor, less `scale` at the target (-1: none here).
+template <int N, bool kKept, class T>
+__device__ __forceinline__ void row_gradient(T* x, int V, int target, acc_t<T> m, acc_t<T> factor, acc_t<T> scale) {
+  using A = acc_t<T>;
   if constexpr (kWarp == 1) {
+    const A at_target = target < 0 ? A(0) : (kKept ? load(x[target]) : exp_of(load(x[target]) - m)) * factor - scale;
     INDEPENDENT
-    for (int i = 0; i < V; i++) x[i] = store<T>((kKeep ? load(x[i]) : exp_of(load(x[i]) - all.a)) * factor);
-    x[target] = store<T>(exp_of(target_logit - all.a) * factor - scale);
+    for (int i = 0; i < V; i++) x[i] = store<T>((kKept ? load(x[i]) : exp_of(load(x[i]) - m)) * factor);
+    if (target >= 0) x[target] = store<T>(at_target);
   } else {
     for_unaligned_row<N, true>(x, V, [&](int i, auto width) {
       constexpr int W = decltype(width)::value;
       auto p = load_pack<W>(x + i);
-      for (int k = 0; k < W; k++) p.v[k] = store<T>(exp_of(load(p.v[k]) - all.a) * factor - (i + k == target ? scale : A(0)));
+      for (int k = 0; k < W; k++) p.v[k] = store<T>(exp_of(load(p.v[k]) - m) * factor - (i + k == target ? scale : A(0)));
       store_pack(x + i, p);
     });
   }
+}
+
+// losses (R) = (log of the sum of exp(logits (R,V)) - logits[target]) * scale; with kGradient: logits = (softmax - onehot) * scale.
+// One block a row; reads RV (kGradient: 2RV, writes RV); any V and alignment.
+template <class T, int N, bool kGradient>
+__global__ void __launch_bounds__(1024) cross_entropy_kernel(acc_t<T>* losses, T* logits, const int* targets, int V, acc_t<T> scale) {
+  using A = acc_t<T>;
+  constexpr bool kKeep = kGradient && kCanKeep<T>;
+  T* x = logits + int64_t(blockIdx.x) * V;
+  const int target = targets[blockIdx.x];
+  const A target_logit = load(x[target]);  // now: after the barriers of the reduction others write
+  const Two<A> all = row_softmax<N, kKeep>(x, V);
+  if (threadIdx.x == 0) losses[blockIdx.x] = (log_of(all.b) + (all.a - target_logit)) * scale;
+  if constexpr (kGradient) row_gradient<N, kKeep>(x, V, target, all.a, scale / all.b, scale);
+}
+
+// parts (3,R) = of each row's logits (R,V): maximum, sum of exponentials beside it, the target's logit (0: not here). Reads RV.
+template <class T, int N>
+__global__ void __launch_bounds__(1024) softmax_parts_kernel(acc_t<T>* parts, T* logits, const int* targets, int V, int R) {
+  T* x = logits + int64_t(blockIdx.x) * V;
+  const int target = targets[blockIdx.x];
+  const acc_t<T> target_logit = target < 0 ? acc_t<T>(0) : load(x[target]);
+  const auto all = row_softmax<N, kCanKeep<T>>(x, V);
+  if (threadIdx.x == 0) parts[blockIdx.x] = all.a, parts[R + blockIdx.x] = all.b, parts[2 * R + blockIdx.x] = target_logit;
+}
+
+// sums (n) *= exp(from (n) - to (n)): sums of exponentials beside one maximum, beside another; reads 3n, writes n
+template <class A> __global__ void __launch_bounds__(256) rescale_kernel(A* sums, const A* from, const A* to, int n) {
+  const int i = blockIdx.x * block_threads(256) + threadIdx.x;
+  if (i < n) sums[i] *= exp_of(from[i] - to[i]);
+}
+
+// The second half, with sum and target logit of all ranks in `parts` and their maximum in `top` (R). Reads and writes RV.
+template <class T, int N, bool kGradient>
+__global__ void __launch_bounds__(1024) cross_entropy_parts_kernel(acc_t<T>* losses, T* logits, const int* targets, const acc_t<T>* top,
+                                                                   const acc_t<T>* parts, int V, int R, acc_t<T> scale) {
+  using A = acc_t<T>;
+  const int r = blockIdx.x;
+  const A own = parts[r], sum = parts[R + r];
+  if (threadIdx.x == 0) losses[r] = (log_of(sum) + (top[r] - parts[2 * R + r])) * scale;
+  if constexpr (kGradient) row_gradient<N, kCanKeep<T>>(logits + int64_t(r) * V, V, targets[r], own, exp_of(own - top[r]) * scale / sum, scale);
 }
 
 // total (1) += sum of x (n), in f64; one block; reads n
@@ -112,6 +153,42 @@ void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& tar
 
 void cross_entropy_loss(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale) {
   launch<false>(losses, logits, targets, scale);
+}
+
+void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targets) {
+  const int64_t R = targets.numel(), V = R ? logits.numel() / R : 0;
+  ASSERT(logits.numel() == R * V && V <= INT_MAX && parts.numel() == 3 * R && parts.dtype() == master_dtype(logits.dtype()));
+  if (!R) return;
+  DISPATCH_PACKS(logits.dtype(), true, using A = acc_t<T>;
+                 softmax_parts_kernel<T, N><<<unsigned(R), kThreads, 0, device().compute>>>(parts.data<A>(), logits.data<T>(),
+                                                                                            targets.data<int>(), int(V), int(R)));
+}
+
+void softmax_rescale(const Tensor& parts, const Tensor& top) {
+  const int64_t R = top.numel();
+  ASSERT(parts.numel() == 3 * R && parts.dtype() == top.dtype() && top.dtype() != Dtype::bf16);
+  if (!R) return;
+  const unsigned blocks = unsigned(ceil_div(R, block_threads(256)));
+  if (top.dtype() == Dtype::f32)
+    rescale_kernel<float><<<blocks, block_threads(256), 0, device().compute>>>(parts.data<float>() + R, parts.data<float>(), top.data<float>(), int(R));
+  else
+    rescale_kernel<double><<<blocks, block_threads(256), 0, device().compute>>>(parts.data<double>() + R, parts.data<double>(), top.data<double>(), int(R));
+  LAUNCHED();
+}
+
+void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets, const Tensor& top, const Tensor& parts, double scale,
+                         bool gradient) {
+  const int64_t R = losses.numel(), V = R ? logits.numel() / R : 0;
+  ASSERT(logits.numel() == R * V && targets.numel() == R && top.numel() == R && parts.numel() == 3 * R && top.dtype() == losses.dtype());
+  if (!R) return;
+  const auto launch = [&](auto with_gradient) {
+    constexpr bool kGradient = decltype(with_gradient)::value;
+    DISPATCH_PACKS(logits.dtype(), true, using A = acc_t<T>;
+                   cross_entropy_parts_kernel<T, N, kGradient><<<unsigned(R), kThreads, 0, device().compute>>>(
+                       losses.data<A>(), logits.data<T>(), targets.data<int>(), top.data<A>(), parts.data<A>(), int(V), int(R), A(scale)));
+  };
+  if (gradient) launch(std::true_type());
+  else launch(std::false_type());
 }
 
 void add_sum(const Tensor& total, const Tensor& x) {

@@ -7,7 +7,6 @@
 // cost      forward reads and writes RC; backward reads RC twice (by token, by position) and updates each dwte row in use once
 // test      tests/test_kernels.cpp
 #include <algorithm>
-#include <numeric>
 
 #include "kernels/common.cuh"
 
@@ -16,11 +15,15 @@ namespace {
 constexpr int kThreads = block_threads(256);
 constexpr int kSegment = kWarp == 1 ? 64 : 8;
 
-// x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[row % T]; one block a row; reads 2RC, writes RC
+// x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[row % T], 0 where the token is -1; one block a row; reads 2RC, writes RC
 template <class T, int N>
 __global__ void __launch_bounds__(256) embedding_kernel(T* x, const int* tokens, const T* wte, const T* wpe, int64_t period, int C) {
   const int64_t row = blockIdx.x;
   x += row * C;
+  if (tokens[row] < 0) {
+    const Pack<T, N> zero{};
+    return for_row<kThreads, N>(C, [=](int i) { store_pack(x + i, zero); });
+  }
   wte += int64_t(tokens[row]) * C;
   wpe += row % period * C;
   for_row<kThreads, N>(C, [=](int i) {
@@ -130,26 +133,30 @@ void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte,
 }
 
 std::vector<int> sort_rows(const std::vector<int>& tokens) {
-  std::vector<int> order(tokens.size());
-  std::iota(order.begin(), order.end(), 0);
+  std::vector<int> order;
+  for (size_t row = 0; row < tokens.size(); row++)
+    if (tokens[row] >= 0) order.push_back(int(row));
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return tokens[a] < tokens[b]; });
   return order;
 }
 
 void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx, const Tensor& tokens, const Tensor& order, int64_t period) {
-  const int64_t C = dwte.dim(-1), R = tokens.numel(), positions = std::min(period, R);
-  ASSERT(dx.numel() == R * C && order.numel() == R && dwpe.numel() >= positions * C);
+  const int64_t C = dwte.dim(-1), R = tokens.numel(), sorted_rows = order.numel(), positions = std::min(period, R);
+  ASSERT(dx.numel() == R * C && sorted_rows <= R && dwpe.numel() >= positions * C);
   ASSERT(dwte.dtype() == master_dtype(dx.dtype()) && dwpe.dtype() == dwte.dtype());
   if (!R) return;
-  const unsigned segments = unsigned(ceil_div(R, kSegment));
+  const unsigned segments = unsigned(ceil_div(sorted_rows, kSegment));
   const Tensor parts({segments, 2, C}, dwte.dtype(), Memory::workspace);
   const int* token = tokens.data<int>();
   const int* sorted = order.data<int>();
   const cudaStream_t stream = device().compute;
   DISPATCH_PACKS(dx.dtype(), in_packs(C, {&dx, &dwte, &dwpe}), using A = acc_t<T>;
-                 segment_kernel<T, N><<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), dx.data<T>(), token, sorted, int(R), int(C));
-                 LAUNCHED();
-                 crossing_kernel<A, N><<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), token, sorted, int(R), int(C));
-                 LAUNCHED();
+                 if (segments) {
+                   segment_kernel<T, N><<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), dx.data<T>(), token, sorted,
+                                                                           int(sorted_rows), int(C));
+                   LAUNCHED();
+                   crossing_kernel<A, N><<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), token, sorted, int(sorted_rows), int(C));
+                   LAUNCHED();
+                 }
                  position_kernel<T, N><<<unsigned(positions), kThreads, 0, stream>>>(dwpe.data<A>(), dx.data<T>(), R, period, int(C)));
 }

@@ -47,12 +47,12 @@ void add(const Tensor& y, const Tensor& a, const Tensor& b);                  //
 
 // ---- embedding.cu
 
-// x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[row % T]
+// x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[row % T]; rows whose token is -1 (another rank's) are 0
 void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe, int64_t T);
-// dwte (V,C) += rows of dx (R,C) with that token, dwpe (T,C) += rows of dx at that position. `order` (R) lists the rows sorted by token
-// (stable), so that one block owns one token's run and nothing needs an atomic: see sort_rows.
+// dwte (V,C) += rows of dx (R,C) with that token, dwpe (T,C) += rows of dx at that position, all of them. `order` lists the rows that have a
+// token sorted by it (stable), so that one block owns one token's run and nothing needs an atomic: see sort_rows.
 void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx, const Tensor& tokens, const Tensor& order, int64_t T);
-std::vector<int> sort_rows(const std::vector<int>& tokens);  // on the host: row numbers in the order of their tokens, stable
+std::vector<int> sort_rows(const std::vector<int>& tokens);  // on the host: numbers of the rows with a token, in its order, stable
 
 // ---- attention.cu   causal self-attention over packed qkv (B,T,3,H,D); scale 1/sqrt(D)
 
@@ -72,6 +72,14 @@ void attention_flash_backward(const Tensor& dqkv, const Tensor& dout, const Tens
 void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale);
 // losses only; logits are read, not changed: for evaluation
 void cross_entropy_loss(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale);
+// The same where this rank holds V of the vocabulary's columns, in three steps; a target of -1 is another rank's.
+// parts (3,R) acc = each row's maximum m, sum of exp(x - m), target's logit or 0. `logits` then serve the third step only.
+void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targets);
+// after the maxima of all ranks were combined to top (R): the sums in parts become sums of exp(x - top)
+void softmax_rescale(const Tensor& parts, const Tensor& top);
+// after sums and target logits in parts were added up over the ranks: as cross_entropy, or without the gradient as cross_entropy_loss
+void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets, const Tensor& top, const Tensor& parts, double scale,
+                         bool gradient);
 void add_sum(const Tensor& total, const Tensor& x);  // total (1) f64 += sum of x (R), acc dtype; in f64, fixed order
 
 // ---- adamw.cu   (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2)

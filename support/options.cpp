@@ -59,12 +59,14 @@ OptionTable table(Options& o) {
       {"recompute", "", Flag{&o.recompute}, "keep only the input of each block and run its forward again in the backward", ""},
       {"device-memory", "MiB", Whole{&o.device_memory}, "stop when more device memory than this is asked for", "no cap"},
     }},
-    {"Ranks: mpiexec -n (replicate x fsdp)", {
+    {"Ranks: mpiexec -n (replicate x fsdp x tp)", {
       {"replicate", "R", Whole{&o.replicate, 1, 100'000}, "data parallelism: copies of the model, gradients summed over them", ""},
       {"fsdp", "S", Whole{&o.fsdp, 1, 100'000}, "fully sharded data parallelism: each rank owns 1/S of every layer", ""},
       {"zero", "STAGE", Whole{&o.zero, 1, 3}, "what fsdp shards: optimizer state, and gradients, and parameters", ""},
       {"reshard-after-forward", "", Choice{&o.reshard, {"yes", "no"}}, "ZeRO-3: give parameters back after the forward", ""},
       {"prefetch", "K", Whole{&o.prefetch, 0, 1000}, "layers gathered ahead while others compute", ""},
+      {"tp", "T", Whole{&o.tp, 1, 100'000}, "tensor parallelism: each layer's weights are split over T ranks", ""},
+      {"sequence-parallel", "", Flag{&o.sequence_parallel}, "with tp: activations between the split layers are split by tokens, too", ""},
       {"timeout", "SECONDS", Whole{&o.timeout, 1}, "without progress for so long, say where each rank stands and end", ""},
     }},
     {"Reports", {
@@ -115,6 +117,9 @@ void check(const Options& o) {
   REQUIRE(o.batch % (o.microbatch * o.replicate * o.fsdp) == 0, "a batch of ", o.batch, " does not divide into micro-batches of ",
           o.microbatch, o.replicate * o.fsdp == 1 ? "" : sentence(" on ", o.replicate * o.fsdp, " data-parallel ranks (replicate x fsdp)"),
           ": change --batch or --microbatch");
+  REQUIRE(o.tp <= m.heads, "--tp ", o.tp, " has more ranks than the ", m.heads, " attention heads that they would share (--heads)");
+  REQUIRE(o.tp <= m.vocab, "--tp ", o.tp, " has more ranks than the vocabulary has tokens, ", m.vocab, " (--vocab)");
+  REQUIRE(o.tp > 1 || !o.sequence_parallel, "--sequence-parallel splits activations over the ranks of --tp, which is 1: give --tp 2 or more");
   REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr, ": the learning rate ends at --min-lr");
   REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps, " steps (--steps)");
 }

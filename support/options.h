@@ -91,12 +91,13 @@ struct Options {
   int64_t seed = 1337;
 
   std::string dtype;
-  std::string matmul = "cublas", attention = "plain";
+  std::string matmul = "cublas", attention = "flash";
   bool recompute = false;
 
-  int64_t replicate = 1, fsdp = 1;  // ranks of the axes; their product is what mpiexec starts
+  int64_t replicate = 1, fsdp = 1, tp = 1;  // ranks of the axes; their product is what mpiexec starts
   int64_t zero = 3, prefetch = 1;
   std::string reshard = "yes";
+  bool sequence_parallel = false;
   int64_t timeout = 600;            // seconds
   int64_t device_memory = 0;  // MiB; 0: no cap
 

@@ -30,24 +30,33 @@ step_ms() {
     mpiexec -n "$ranks" build/train_gpt "$@" --steps $((steps + 1)) --metrics "$dir/m.jsonl" >"$dir/$label.out" 2>&1 || { tail -3 "$dir/$label.out" >&2; echo nan; return; }
   sed -n 's/.*"step_ms":\([0-9.e+]*\).*/\1/p' "$dir/m.jsonl" | tail -n +2 | median
 }
-row() { # row NAME TOKENS MS BASE_MS: one line, with the ratio of tokens/s to the base's
+row() { # row NAME TOKENS MS [BASE_MS]: one line, with the ratio of tokens/s to the base's
   awk -v name="$1" -v tokens="$2" -v ms="$3" -v base="${4:-0}" 'BEGIN { printf "  %-42s %9.1f ms a step %9.0f tokens/s", name, ms, tokens / ms * 1000; if (base > 0) printf "   %5.2f of the line marked *", base / ms; printf "\n" }'
+}
+# share LABEL PEAK: the run's GFLOP/s beside the machine's best product
+share() {
+  sed -n 's/^speed.* \([0-9.]*\) \([GT]\)FLOP.*/\1 \2/p' "$dir/$1.out" |
+    awk -v peak="$2" '{ rate = $1 * ($2 == "T" ? 1000 : 1); printf "    %.1f GFLOP/s, %.0f%% of the best product of the library (%.1f GFLOP/s)\n", rate, 100 * rate / peak, peak }'
 }
 
 if wants training; then
+  # GFLOP/s of the best library product: with 1 thread, with all (on a GPU the same)
+  peaks=$(OMP_NUM_THREADS=$cores "build/$backend/tests/bench_kernels" "matmul cublas" | awk -F'|' '/^matmul/ { split($2, a, " "); split($NF, b, " "); if (a[2] > one) one = a[2]; if (b[2] > all) all = b[2] } END { print one, all }')
   for model in char gpt2; do
     if [ $model = char ]; then args="--model char --context 256 --batch 16"; single=16; else args="--model gpt2 --context 256 --batch 4"; single=4; fi
     args="$args --vocab $([ $model = char ] && echo 256 || echo 50257)"
     echo "== training $model, $args"
-    one=$(step_ms one 1 1 $args); row "1 process, 1 thread" $((single * 256)) "$one"
-    two=$(step_ms two "$cores" 1 $args); row "1 process, $cores threads" $((single * 256)) "$two"
-    grep -E '^speed' "$dir/two.out" | sed 's/^/  /'
+    one=$(step_ms one 1 1 $args); row "1 process, 1 thread" $((single * 256)) "$one"; share one "${peaks% *}"
+    two=$(step_ms two "$cores" 1 $args); row "1 process, $cores threads" $((single * 256)) "$two"; share two "${peaks#* }"
     both="${args/--batch $single/--batch 8}"
     echo "== $model over ranks, $both"
     base=$(step_ms base "$cores" 1 $both); row "1 process, $cores threads *" 2048 "$base"
     row "--replicate 2, 1 thread each" 2048 "$(step_ms replicate 1 2 $both --replicate 2)" "$base"
     row "--fsdp 2, 1 thread each" 2048 "$(step_ms fsdp 1 2 $both --fsdp 2)" "$base"
     row "--fsdp 8, 1 thread each" 2048 "$(step_ms fsdp8 1 8 $both --fsdp 8)" "$base"
+    row "1 process, $cores threads *" $((single * 256)) "$two"
+    row "--tp 2, 1 thread each" $((single * 256)) "$(step_ms tp 1 2 $args --tp 2)" "$two"
+    row "--tp 2 --sequence-parallel, 1 thread each" $((single * 256)) "$(step_ms rows 1 2 $args --tp 2 --sequence-parallel)" "$two"
     [ $model = gpt2 ] && sed -n '/^memory/,$p' "$dir/two.out"
   done
 fi

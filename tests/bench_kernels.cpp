@@ -59,9 +59,10 @@ struct Times { double call, copy; };  // seconds
 // Rounds of the calls and of copies of as many bytes in turn, so that both meet the same machine.
 static Times measure(const std::vector<Call>& calls, const std::vector<Call>& copies) {
   std::vector<double> call, copy;
-  for (int i = 0; i < 4; i++) seconds_of_round(calls);  // first touch; and cpu/fast.h learns which launches are worth a team of threads
   double spent = 0;
-  while (call.size() < 7 || (spent < 0.3 && call.size() < 100)) {
+  for (int i = 0; i < 4 && spent < 1; i++) spent += seconds_of_round(calls) * double(calls.size());  // first touch; cpu/fast.h learns which launches are worth a team
+  spent = 0;
+  while (call.size() < 3 || (call.size() < 7 && spent < 3) || (spent < 0.3 && call.size() < 100)) {
     call.push_back(seconds_of_round(calls));
     if (!copies.empty()) copy.push_back(seconds_of_round(copies));
     spent += call.back() * double(calls.size());
@@ -225,13 +226,14 @@ static std::vector<Row> product_rows(Dtype d) {
 
 // ---- the table
 
-static std::vector<int> thread_counts() {
+static const std::vector<int>& thread_counts() {
 #ifdef CPU_FAST
-  const int most = omp_get_max_threads();
-  return most > 1 ? std::vector<int>{1, most} : std::vector<int>{1};
+  static const int most = omp_get_max_threads();  // before use_threads changes it
+  static const std::vector<int> counts = most > 1 ? std::vector<int>{1, most} : std::vector<int>{1};
 #else
-  return {0};  // a GPU
+  static const std::vector<int> counts = {0};  // a GPU
 #endif
+  return counts;
 }
 static void use_threads(int threads) {
 #ifdef CPU_FAST

@@ -1,105 +1,15 @@
 // test_fsdp.cpp: data parallelism and FSDP equal one rank, in f64 to rounding. Run under mpiexec -n 1..8: every layout replicate x fsdp of the
 // world's size is compared with a plain single-rank computation that each rank does by itself.
-//
-// relative here: the largest absolute difference over the largest magnitude of the same kind in the whole reference model
-#include "tests/mpi_test.h"
+#include "tests/parity.h"
 #include "theory.h"
-#include "trainer.h"
 
 namespace {
-
-constexpr int kSteps = 5;
-constexpr double kLearningRate = 1e-3;
 
 const GptConfig kConfig = [] {
   GptConfig g{3, 20, 2, 9, 31};  // nothing here divides by 8
   g.dtype = Dtype::f64;
   return g;
 }();
-
-std::vector<int> sequence(int64_t step, int64_t s, const GptConfig& g) {
-  std::vector<int> tokens;
-  for (int64_t t = 0; t <= g.context; t++) tokens.push_back(int((step * 7919 + s * 104729 + t * t * 31 + t * 17) % g.vocab));
-  return tokens;
-}
-
-struct Run {  // what a training run of kSteps steps computed
-  std::vector<double> losses, norms;
-  std::vector<std::vector<double>> gradients;  // one a step and parameter
-  std::vector<std::vector<double>> weights;
-};
-
-// The reference: whole parameters, no mesh, no units, the batch in one piece.
-Run one_rank(const GptConfig& config, int64_t batch, int steps) {
-  Gpt gpt(config, 1337);
-  Optimizer optimizer(gpt.params(), 1.0, 0.1);
-  Tensor total({1}, Dtype::f64, Memory::workspace);
-  Run run;
-  for (int step = 1; step <= steps; step++) {
-    std::vector<int> inputs, targets;
-    for (int64_t s = 0; s < batch; s++) {
-      const auto t = sequence(step, s, config);
-      inputs.insert(inputs.end(), t.begin(), t.end() - 1);
-      targets.insert(targets.end(), t.begin() + 1, t.end());
-    }
-    gpt.zero_gradients();
-    fill(total, 0);
-    Tape tape;
-    gpt.loss(tape, Tokens(batch, config.context, inputs, targets), 1.0 / double(batch * config.context), total);
-    tape.backward();
-    gpt.finish_gradients();
-    run.losses.push_back(download(total)[0]);
-    for (Param* p : gpt.params()) run.gradients.push_back(download(p->grad));
-    optimizer.step(kLearningRate);
-    run.norms.push_back(optimizer.norm());
-  }
-  for (Param* p : gpt.params()) run.weights.push_back(download(p->value));
-  return run;
-}
-
-Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, int steps) {
-  Trainer trainer(mesh, config, options);
-  Run run;
-  for (int step = 1; step <= steps; step++) {
-    trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
-    run.losses.push_back(trainer.loss());
-    for (Param* p : trainer.gpt.params()) run.gradients.push_back(trainer.fsdp->whole_gradient(*p));
-    trainer.update(kLearningRate);
-    run.norms.push_back(trainer.norm());
-  }
-  for (Param* p : trainer.gpt.params()) run.weights.push_back(trainer.fsdp->whole_weights(*p));
-  return run;
-}
-
-double largest(const std::vector<std::vector<double>>& a) {
-  double m = 0;
-  for (const auto& v : a)
-    for (double x : v) m = std::max(m, std::abs(x));
-  return m;
-}
-
-double relative(const std::vector<std::vector<double>>& a, const std::vector<std::vector<double>>& b) {
-  CHECK_EQ(a.size(), b.size());
-  double d = 0;
-  for (size_t i = 0; i < a.size(); i++) {
-    CHECK_EQ(a[i].size(), b[i].size());
-    for (size_t j = 0; j < a[i].size(); j++) d = a[i][j] == a[i][j] ? std::max(d, std::abs(a[i][j] - b[i][j])) : INFINITY;
-  }
-  return d / largest(b);
-}
-
-struct Difference {
-  double loss = 0, gradients = 0, norm = 0, weights = 0;
-  double worst() const { return std::max(std::max(loss, gradients), std::max(norm, weights)); }
-  void widen(const Difference& d) {
-    loss = std::max(loss, d.loss), gradients = std::max(gradients, d.gradients);
-    norm = std::max(norm, d.norm), weights = std::max(weights, d.weights);
-  }
-};
-
-Difference compare(const Run& a, const Run& b) {
-  return {relative({a.losses}, {b.losses}), relative(a.gradients, b.gradients), relative({a.norms}, {b.norms}), relative(a.weights, b.weights)};
-}
 
 // Runs `work(layout)` for each replicate x fsdp = the world's size, with fsdp one of 1, 2, 3, 4, 8 and replicate 1 or 2 (or all ranks).
 template <class Work> void each_layout(Work work) {
@@ -169,7 +79,7 @@ TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
             options.microbatch = 2, options.batch = 2 * m * layout.ranks();
             options.fsdp = {zero, reshard, int(m % 2)};
             const std::string name = sentence(name_of(dtype), " ", name_of(layout, options.fsdp, 2, false));
-            const Theory expected = theory(config, layout, options.fsdp, m);
+            const Theory expected = theory(config, layout, 0, options.fsdp, options.microbatch, m);
             const MemoryUse before = device().memory;
             device().memory.peak = before.now;
             ledger.rows.clear();

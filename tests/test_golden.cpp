@@ -121,7 +121,7 @@ static std::vector<double> forward_logits(Gpt& gpt) {
   const Tokens tokens(g.batch, g.context, g.inputs, g.targets);
   Var x = gpt.embed(tape, tokens);
   for (int layer = 0; layer < g.layers; layer++) x = gpt.block(tape, layer, x, g.batch, g.context);
-  return download(gpt.logits(tape, x).value);
+  return download(gpt.logits(tape, x, x.value.dim(0)).value);
 }
 
 static Run train(const How& how) {

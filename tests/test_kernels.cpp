@@ -366,6 +366,12 @@ TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) 
 
 // ---- embedding
 
+// A third of the tokens another rank's.
+static Values partly(Values t) {
+  for (size_t i = 0; i < t.size(); i += 3) t[i] = -1;
+  return t;
+}
+
 // Tokens in which one stands `common` percent of the time: its run crosses many segments.
 static Values text(int64_t R, int64_t V, int common) {
   Values t = tokens_below(R, V);
@@ -386,6 +392,14 @@ TEST(embedding_forward_adds_token_and_position) {
         embedding_forward(X, TOKENS, WTE.shaped({V, C}), WPE.shaped({-1 + T + 3, C}), T);
         return Outputs{X.values()};
       }, {{"x", x, bound(dtype)}});
+      const Values some = partly(t);
+      for (int64_t i = 0; i < R * C; i++)
+        if (some[i / C] < 0) x[i] = 0;
+      verify(sentence("embedding_forward of a part, C ", C, " V ", V, " B ", B, " T ", T), dtype, [&] {
+        Array X = Array::blank(R * C, dtype), TOKENS(some, Dtype::i32), WTE(wte, dtype), WPE(wpe, dtype);
+        embedding_forward(X, TOKENS, WTE.shaped({V, C}), WPE.shaped({-1 + T + 3, C}), T);
+        return Outputs{X.values()};
+      }, {{"x", x, bound(dtype)}});
     }
   });
 }
@@ -394,12 +408,15 @@ TEST(embedding_backward_adds_rows_by_token_and_by_position) {
   for_dtypes([](Dtype dtype) {
     const Dtype acc = master_dtype(dtype);
     struct Case { int64_t C, V, B, T; };  // a segment of the sorted rows is 8 long, or 64
-    for (const auto& [C, V, B, T] : {Case{1, 1, 1, 1}, {33, 2, 5, 1}, {128, 2, 1, 8}, {1000, 1, 1, 9}, {31, 1000, 1, 67}, {33, 257, 3, 67}, {128, 257, 3, 67},
+    for (bool part : {false, true}) for (const auto& [C, V, B, T] : {Case{1, 1, 1, 1}, {33, 2, 5, 1}, {128, 2, 1, 8}, {1000, 1, 1, 9}, {31, 1000, 1, 67}, {33, 257, 3, 67}, {128, 257, 3, 67},
                                      {1000, 3, 2, 70}, {8, 1, 1, 192}}) {
           const int64_t R = B * T;
-          const Values t = text(R, V, V == 257 ? 60 : 0), dx = numbers(R * C, dtype), te = numbers(V * C, acc, 10), pe = numbers(T * C, acc, 10);
+          const Values whole = text(R, V, V == 257 ? 60 : 0), t = part ? partly(whole) : whole, dx = numbers(R * C, dtype), te = numbers(V * C, acc, 10), pe = numbers(T * C, acc, 10);
           Values dwte = te, dwpe = pe;
-          for (int64_t i = 0; i < R * C; i++) dwte[int64_t(t[i / C]) * C + i % C] += dx[i], dwpe[i / C % T * C + i % C] += dx[i];
+          for (int64_t i = 0; i < R * C; i++) {
+            if (t[i / C] >= 0) dwte[int64_t(t[i / C]) * C + i % C] += dx[i];
+            dwpe[i / C % T * C + i % C] += dx[i];
+          }
           const std::vector<int> order = sort_rows(std::vector<int>(t.begin(), t.end()));
           const Values sorted(order.begin(), order.end());
           verify(sentence("embedding_backward C ", C, " V ", V, " B ", B, " T ", T), dtype, [&] {
@@ -415,6 +432,7 @@ TEST(rows_are_sorted_by_token_and_keep_their_order) {
   const std::vector<int> order = sort_rows({3, 0, 3, 1, 0, 3});
   CHECK(order == (std::vector<int>{1, 4, 3, 0, 2, 5}));
   CHECK(sort_rows({}).empty());
+  CHECK(sort_rows({3, -1, 0, -1}) == (std::vector<int>{2, 0}));
   measured("6 rows");
 }
 
@@ -454,6 +472,63 @@ TEST(cross_entropy_gives_the_loss_and_turns_logits_into_their_gradient) {
         return Outputs{L.values(), untouched, L2.values(), target, others};
       }, {{"losses", losses, loss_bound}, {"logits of evaluation", x, 0}, {"losses with gradient", losses, loss_bound},
           {"gradient at the targets", dx_target, bound(dtype)}, {"gradient elsewhere", dx_others, bound(dtype)}});
+    }
+  });
+}
+
+// Ranks that hold unequal parts of the vocabulary: what they exchange is computed here.
+TEST(cross_entropy_in_parts_equals_the_whole) {
+  for_dtypes([](Dtype dtype) {
+    const Dtype acc = master_dtype(dtype);
+    for (int64_t V : {3, 257, 1000, 4111}) {
+      const int64_t R = 3, cuts[] = {0, V / 3, V - 1, V};
+      const double scale = 1.0 / 64;
+      const Values x = numbers(R * V, dtype, 6, 10), t = tokens_below(R, V);
+      Values losses(R), dx(R * V);
+      for (int64_t r = 0; r < R; r++) {
+        const double m = *std::max_element(&x[r * V], &x[r * V] + V);
+        double sum = 0;
+        for (int64_t i = 0; i < V; i++) sum += std::exp(x[r * V + i] - m);
+        losses[r] = (std::log(sum) + m - x[r * V + int64_t(t[r])]) * scale;
+        for (int64_t i = 0; i < V; i++) dx[r * V + i] = (std::exp(x[r * V + i] - m) / sum - (i == int64_t(t[r]))) * scale;
+      }
+      const double loss_bound = bound(acc) * std::max(1.0, scale / *std::max_element(losses.begin(), losses.end()));
+      verify(sentence("cross_entropy in parts (", R, ", ", V, ")"), dtype, [&] {
+        struct Rank { Array logits, targets, parts; int64_t begin, n; };
+        std::vector<Rank> ranks;
+        Values top(R, -1e300), sums(2 * R, 0.0);
+        for (int k = 0; k < 3; k++) {
+          const int64_t begin = cuts[k], n = cuts[k + 1] - begin;
+          Values logits, targets;
+          for (int64_t r = 0; r < R; r++) {
+            logits.insert(logits.end(), &x[r * V + begin], &x[r * V + begin] + n);
+            const int64_t target = int64_t(t[r]) - begin;
+            targets.push_back(target >= 0 && target < n ? double(target) : -1);
+          }
+          Rank& rank = ranks.emplace_back(Rank{Array(logits, dtype), Array(targets, Dtype::i32), Array::blank(3 * R, acc), begin, n});
+          softmax_parts(rank.parts, rank.logits, rank.targets);
+          const Values parts = rank.parts.values();
+          for (int64_t r = 0; r < R; r++) top[r] = std::max(top[r], parts[r]);
+        }
+        const Array TOP(top, acc);
+        for (Rank& rank : ranks) {
+          softmax_rescale(rank.parts, TOP);
+          const Values parts = rank.parts.values();
+          for (int64_t i = 0; i < 2 * R; i++) sums[i] += parts[R + i];
+        }
+        Values gradient(R * V), loss, without;
+        for (Rank& rank : ranks) {
+          Values parts = rank.parts.values();
+          std::copy(sums.begin(), sums.end(), parts.begin() + R);
+          const Array PARTS(parts, acc), L = Array::blank(R, acc), L2 = Array::blank(R, acc);
+          cross_entropy_parts(L2, rank.logits, rank.targets, TOP, PARTS, scale, false);
+          cross_entropy_parts(L, rank.logits, rank.targets, TOP, PARTS, scale, true);
+          loss = L.values(), without = L2.values();
+          const Values g = rank.logits.values();
+          for (int64_t i = 0; i < R * rank.n; i++) gradient[i / rank.n * V + rank.begin + i % rank.n] = g[i];
+        }
+        return Outputs{loss, without, gradient};
+      }, {{"losses", losses, loss_bound}, {"losses without gradient", losses, loss_bound}, {"gradient", dx, bound(dtype)}});
     }
   });
 }

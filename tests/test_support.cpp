@@ -86,7 +86,7 @@ TEST(every_option_reaches_its_field) {
     "--steps", "6", "--batch", "7", "--microbatch", "8", "--lr", "0.5", "--min-lr", "1e-3", "--warmup", "9", "--weight-decay", "0",
     "--clip", "2.5", "--seed", "9223372036854775807", "--dtype", "f64", "--matmul", "own", "--attention", "flash", "--recompute",
     "--device-memory", "10", "--eval-every", "11", "--sample", "12", "--metrics", "m.jsonl",
-    "--replicate", "13", "--fsdp", "14", "--zero", "2", "--reshard-after-forward", "no", "--prefetch", "15", "--timeout", "16", "--help"};
+    "--replicate", "13", "--fsdp", "14", "--zero", "2", "--reshard-after-forward", "no", "--prefetch", "15", "--timeout", "16", "--tp", "18", "--sequence-parallel", "--help"};
   const Options o = parsed(words);
   const ModelSize& m = o.model;
   CHECK(o.model_name == "char" && m.layers == 1 && m.width == 2 && m.heads == 3 && m.context == 4 && m.vocab == 5);
@@ -94,7 +94,7 @@ TEST(every_option_reaches_its_field) {
   CHECK(o.steps == 6 && o.batch == 7 && o.microbatch == 8 && o.lr == 0.5 && o.min_lr == 1e-3 && o.warmup == 9 && o.weight_decay == 0);
   CHECK(o.clip == 2.5 && o.seed == INT64_MAX && o.attention == "flash" && o.recompute && o.help);
   CHECK(o.device_memory == 10 && o.eval_every == 11 && o.sample == 12);
-  CHECK(o.replicate == 13 && o.fsdp == 14 && o.zero == 2 && o.reshard == "no" && o.prefetch == 15 && o.timeout == 16);
+  CHECK(o.replicate == 13 && o.fsdp == 14 && o.zero == 2 && o.reshard == "no" && o.prefetch == 15 && o.timeout == 16 && o.tp == 18 && o.sequence_parallel);
   const Options none = parsed({});
   CHECK(none.model_name == "tiny" && none.data.empty() && !none.recompute && !none.help && none.seed == 1337 && none.matmul == "cublas");
   measured(std::count_if(words.begin(), words.end(), [](const char* word) { return word[0] == '-'; }), " options");

@@ -1,0 +1,118 @@
+// parity.h: one training run by a plain single rank, the same by a layout of many ranks, and how far they are apart.
+//
+// relative here: the largest absolute difference over the largest magnitude of the same kind in the whole reference model
+#pragma once
+#include "tests/mpi_test.h"
+#include "trainer.h"
+
+namespace {
+
+constexpr int kSteps = 5;
+constexpr double kLearningRate = 1e-3;
+
+std::vector<int> sequence(int64_t step, int64_t s, const GptConfig& g) {
+  std::vector<int> tokens;
+  for (int64_t t = 0; t <= g.context; t++) tokens.push_back(int((step * 7919 + s * 104729 + t * t * 31 + t * 17) % g.vocab));
+  return tokens;
+}
+
+struct Run {  // what a training run of kSteps steps computed
+  std::vector<double> losses, norms;
+  std::vector<std::vector<double>> gradients;  // one a step and parameter
+  std::vector<std::vector<double>> weights;
+};
+
+// The reference: whole parameters, no mesh, no units, the batch in one piece.
+Run one_rank(const GptConfig& config, int64_t batch, int steps) {
+  Gpt gpt(config, 1337);
+  Optimizer optimizer(gpt.params(), 1.0, 0.1);
+  Tensor total({1}, Dtype::f64, Memory::workspace);
+  Run run;
+  for (int step = 1; step <= steps; step++) {
+    std::vector<int> inputs, targets;
+    for (int64_t s = 0; s < batch; s++) {
+      const auto t = sequence(step, s, config);
+      inputs.insert(inputs.end(), t.begin(), t.end() - 1);
+      targets.insert(targets.end(), t.begin() + 1, t.end());
+    }
+    gpt.zero_gradients();
+    fill(total, 0);
+    Tape tape;
+    gpt.loss(tape, Tokens(batch, config.context, inputs, targets), 1.0 / double(batch * config.context), total);
+    tape.backward();
+    gpt.finish_gradients();
+    run.losses.push_back(download(total)[0]);
+    for (Param* p : gpt.params()) run.gradients.push_back(download(p->grad));
+    optimizer.step(kLearningRate);
+    run.norms.push_back(optimizer.norm());
+  }
+  for (Param* p : gpt.params()) run.weights.push_back(download(p->value));
+  return run;
+}
+
+// A parameter in its global shape, from what each rank of the tp axis has of it (its slice, or the same copy).
+std::vector<double> whole(Mesh& mesh, const Param& p, const std::vector<double>& mine) {
+  if (mesh.tp.size == 1) return mine;
+  const Slice& s = p.slice;
+  const int64_t n = s.end - s.begin, all = elements(p.shape);
+  const bool split = n < s.split;
+  std::vector<double> values(size_t(all), 0.0);
+  for (int64_t i = 0; i < int64_t(mine.size()); i++) {
+    const int64_t inner = i % s.inner, middle = i / s.inner % n, outer = i / s.inner / n;
+    values[size_t((outer * s.split + s.begin + middle) * s.inner + inner)] = split || mesh.tp.rank == 0 ? mine[size_t(i)] : 0;
+  }
+  const Tensor t({all}, Dtype::f64, Memory::workspace);
+  upload(t, values.data());
+  synchronize();
+  NCCL_CHECK(ncclAllReduce(t.raw(), t.raw(), size_t(all), ncclFloat64, ncclSum, mesh.tp.comm, mesh.stream));
+  CUDA_CHECK(cudaStreamSynchronize(mesh.stream));
+  const std::vector<double> sum = download(t);
+  if (!split) CHECK(sum == mine, p.name, " is not the same on all tp ranks");
+  return sum;
+}
+
+Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, int steps) {
+  Trainer trainer(mesh, config, options);
+  Run run;
+  for (int step = 1; step <= steps; step++) {
+    trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
+    run.losses.push_back(trainer.loss());
+    for (Param* p : trainer.gpt.params()) run.gradients.push_back(whole(mesh, *p, trainer.fsdp->whole_gradient(*p)));
+    trainer.update(kLearningRate);
+    run.norms.push_back(trainer.norm());
+  }
+  for (Param* p : trainer.gpt.params()) run.weights.push_back(whole(mesh, *p, trainer.fsdp->whole_weights(*p)));
+  return run;
+}
+
+double largest(const std::vector<std::vector<double>>& a) {
+  double m = 0;
+  for (const auto& v : a)
+    for (double x : v) m = std::max(m, std::abs(x));
+  return m;
+}
+
+double relative(const std::vector<std::vector<double>>& a, const std::vector<std::vector<double>>& b) {
+  CHECK_EQ(a.size(), b.size());
+  double d = 0;
+  for (size_t i = 0; i < a.size(); i++) {
+    CHECK_EQ(a[i].size(), b[i].size());
+    for (size_t j = 0; j < a[i].size(); j++) d = a[i][j] == a[i][j] ? std::max(d, std::abs(a[i][j] - b[i][j])) : INFINITY;
+  }
+  return d / largest(b);
+}
+
+struct Difference {
+  double loss = 0, gradients = 0, norm = 0, weights = 0;
+  double worst() const { return std::max(std::max(loss, gradients), std::max(norm, weights)); }
+  void widen(const Difference& d) {
+    loss = std::max(loss, d.loss), gradients = std::max(gradients, d.gradients);
+    norm = std::max(norm, d.norm), weights = std::max(weights, d.weights);
+  }
+};
+
+Difference compare(const Run& a, const Run& b) {
+  return {relative({a.losses}, {b.losses}), relative(a.gradients, b.gradients), relative({a.norms}, {b.norms}), relative(a.weights, b.weights)};
+}
+
+}  // namespace
