@@ -34,7 +34,7 @@ CXXFLAGS   := -std=c++20 -O2 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -I.
 KERNEL_FAST := -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -ffinite-math-only
 NVCCFLAGS  := -std=c++20 -O3 -lineinfo -I. -ccbin $(MPICXX) -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas -Werror all-warnings -Xcompiler -Werror
 GENCODE    := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
-SOURCES    := tensor.cu $(sort $(wildcard kernels/*.cu)) autograd.cpp gpt.cpp optimizer.cpp comm.cpp watch.cpp fsdp.cpp tensor_parallel.cpp theory.cpp trainer.cpp report.cpp $(sort $(wildcard support/*.cpp))
+SOURCES    := tensor.cu $(sort $(wildcard kernels/*.cu)) autograd.cpp gpt.cpp optimizer.cpp comm.cpp watch.cpp fsdp.cpp tensor_parallel.cpp schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp $(sort $(wildcard support/*.cpp))
 
 NCCL_CPU   := $(sort $(wildcard cpu/nccl*.cpp))
 
@@ -120,8 +120,6 @@ $(B)/comm-mpi/%: $(B)/obj/%.cpp.o $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
 -include $(shell find build -name '*.d' 2>/dev/null)
 .SECONDARY:
 
-$(B)/show_schedule $(B)/tests/test_schedule: $(B)/obj/schedule.cpp.o
-$(B)/tests/test_cpu: $(B)/obj/tests/cpu_kernels.cu.o
 
 # what tests/mutants.sh compiles and links with
 print-compile: ; @echo '$(MPICXX) $(CXXFLAGS)'

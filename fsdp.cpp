@@ -30,7 +30,8 @@ Var Fsdp::run(Tape& tape, int use, const std::function<Var()>& f) {
   // Gathers this use's units and, ahead of need, those of the uses after it in the direction we go.
   const auto gather = [this, use, each_unit](int direction) {
     each_unit([&](Unit& u) { start_gather(u); });
-    for (int k = 1, next = use + direction; k <= options_.prefetch && next >= 0 && next < int(uses_.size()); k++, next += direction)
+    const auto in_group = [&](int next) { return next >= 0 && next < int(uses_.size()) && uses_[next].group == uses_[use].group; };
+    for (int k = 1, next = use + direction; k <= options_.prefetch && in_group(next); k++, next += direction)
       if (direction > 0 || uses_[next].backward == Backward::gathers)
         for (int u : uses_[next].units) start_gather(units_[u]);
     each_unit([&](Unit& u) { finish_gather(u); });
@@ -38,11 +39,11 @@ Var Fsdp::run(Tape& tape, int use, const std::function<Var()>& f) {
   const bool returns = borrows() && options_.reshard;
 
   // What stands on the tape before f runs in the backward after f's own entries: the gradients are complete.
-  if (tape.recording()) each_unit([](Unit& u) { u.recorded++; });
   tape.push([this, each_unit, returns, &tape] {
     tape.weight_gradient([this, each_unit] {  // behind the weight gradients that it needs, should those be deferred
       each_unit([&](Unit& u) {
-        if (--u.recorded > 0) return;  // another use will add to this gradient
+        if (++u.done < u.uses) return;  // another use will add to this gradient
+        u.done = 0;
         u.rounds++;
         start_reduce(u);
       });
@@ -55,9 +56,11 @@ Var Fsdp::run(Tape& tape, int use, const std::function<Var()>& f) {
   if (returns && (!tape.recording() || backward != Backward::keeps)) each_unit([&](Unit& u) { give_back(u); });
 
   // What stands on the tape after f runs before f's entries in the backward.
-  tape.push([this, each_unit, gather, backward] {
+  tape.push([this, each_unit, gather, backward, &tape] {
     if (backward == Backward::gathers || backward == Backward::keeps) gather(-1);
     each_unit([&](Unit& u) { prepare_gradients(u); });
+    if (tape.deferred)  // until the weight gradients are computed, those of an earlier micro-batch may have left with the buffer
+      tape.weight_gradient([this, each_unit] { each_unit([&](Unit& u) { prepare_gradients(u); }); });
   });
   return y;
 }
@@ -268,8 +271,9 @@ int Fsdp::add_unit(const std::vector<Param*>& params) {
   return int(units_.size()) - 1;
 }
 
-int Fsdp::add_use(std::vector<int> units, Backward backward) {
-  uses_.push_back({std::move(units), backward});
+int Fsdp::add_use(std::vector<int> units, Backward backward, int group) {
+  for (int u : units) units_[u].uses++;
+  uses_.push_back({std::move(units), backward, group});
   return int(uses_.size()) - 1;
 }
 
@@ -286,6 +290,12 @@ std::vector<Shard> Fsdp::optimizer_shards() const {
       shards.push_back(std::move(s));
     });
   return shards;
+}
+
+bool Fsdp::holds(const Param& p) const {
+  for (const Unit& u : units_)
+    if (std::count(u.params.begin(), u.params.end(), &p)) return true;
+  return false;
 }
 
 // ---- for tests

@@ -33,7 +33,8 @@ class Fsdp {
 
   // ---- set-up: name the units, then the uses, in the order in which the forward comes by
   int add_unit(const std::vector<Param*>& params);  // allocates this rank's shard with its initial values; returns the unit's number
-  int add_use(std::vector<int> units, Backward backward);
+  // Uses of one group follow each other at once; a pipeline's chunks are groups. Units are gathered ahead within a group only.
+  int add_use(std::vector<int> units, Backward backward, int group = 0);
   std::vector<Shard> optimizer_shards() const;  // what this rank updates: its piece of each parameter, padding left out
 
   // ---- a step
@@ -44,9 +45,11 @@ class Fsdp {
   // Called on the communication stream before gradients leave this rank, should another strategy have left some of them in parts.
   std::function<void(const std::vector<Param*>&)> complete_gradients;
   void end_step();         // after the optimizer: parameters that were borrowed go back
+  Tensor gradient_shard(int unit) { return units_[unit].own_grad; }  // complete after finish_backward
   void sum_squares(const Tensor& squares);  // over the shards of the fsdp axis, for the gradient norm
   void sum_loss(const Tensor& total);       // over all data-parallel ranks
 
+  bool holds(const Param& p) const;
   // For tests: gradients or weights of a parameter, whole, on every rank. Collective.
   std::vector<double> whole_gradient(const Param& p);
   std::vector<double> whole_weights(const Param& p);
@@ -62,7 +65,8 @@ class Fsdp {
     Tensor master;                 // (shard) master weights when the compute dtype is bf16
     Tensor m, v;                   // (shard) Adam's moments
     bool gathered = false;         // `full` holds, or will hold once `ready` is reached, every rank's shard
-    int recorded = 0, rounds = 0;  // uses whose backward is to come; micro-batches whose backward is done
+    int uses = 0;                  // in the forward of a micro-batch
+    int done = 0, rounds = 0;      // uses whose backward is done, of this micro-batch; micro-batches whose backward is done
     bool reducing = false;         // a reduce-scatter of `full_grad` is on its way
     Event ready, reduced;
   };
@@ -77,7 +81,7 @@ class Fsdp {
   bool scatters_each() const { return mesh_.fsdp.size > 1 && options_.zero >= 2; }     // full gradients live only while needed
   std::vector<double> whole(const Param& p, const Tensor Unit::*own);
 
-  struct Use { std::vector<int> units; Backward backward; };
+  struct Use { std::vector<int> units; Backward backward; int group; };
   Mesh& mesh_;
   Dtype dtype_;
   FsdpOptions options_;

@@ -132,3 +132,8 @@ double flops_per_token(const GptConfig& g) {
   const double C = g.width, multiplying = g.layers * 12 * C * C + g.vocab * C;
   return 6 * multiplying + 6 * g.layers * C * g.context;  // attention: 2 products, 2 flops, T/2 keys, x3 with the backward
 }
+
+double head_in_layers(const GptConfig& g) {
+  const double C = g.width;
+  return g.vocab * C / (12 * C * C + C * g.context);  // a block's attention: 6 C T of 6 (12 C C + C T), above
+}

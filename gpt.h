@@ -52,3 +52,4 @@ int64_t parameter_count(const GptConfig& config);
 // Products of a training step per token, forward and backward: 6 per weight that multiplies, and the causal attention's
 // (Chowdhery et al., "PaLM", 2022, appendix B, with half the scores for the causal mask). Counted in floating-point operations.
 double flops_per_token(const GptConfig& config);
+double head_in_layers(const GptConfig& config);  // what the head costs, in blocks: to cut the model into stages of equal work

@@ -4,6 +4,7 @@
 
 #include <cstdio>
 
+#include "support/trace.h"
 #include "theory.h"
 
 static std::string format(const char* pattern, auto... values) {
@@ -36,7 +37,7 @@ static std::string memory_table(const MemoryUse& m, const Theory& t, int64_t act
     s += format("  %-18s %10.2f %11s %12.2f\n", name_of(Memory(i)), mib(m.now[i]), predicted ? format("%.2f", mib(predicted)).c_str() : "-", mib(m.at_peak[i]));
   }
   s += format("  %-18s %10.2f %11s %12.2f\n", "all", mib(m.total), "", mib(m.total_peak));
-  return s + format("  activations kept for the backward of a micro-batch: %.2f, predicted %.2f\n", mib(activations), mib(t.activations));
+  return s + format("  activations kept for backwards at once: %.2f, predicted %.2f\n", mib(activations), mib(t.activations));
 }
 
 static std::string memory_json(const Mesh& mesh, const MemoryUse& m, const Theory& t, int64_t activations) {
@@ -109,15 +110,57 @@ static std::string traffic_json(const Mesh& mesh, const std::vector<TrafficRow>&
   return s + "]";
 }
 
-// ---- both
+// ---- the pipeline
 
-std::string compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options, int64_t steps, Metrics& metrics) {
+// Predicted: every forward, input gradient and weight gradient takes the mean time of its kind. Executed: each takes what it took.
+static std::string pipeline_table(const Mesh& mesh, const Pipeline& pipeline, const std::string& trace, std::string& json) {
+  const Schedule& s = pipeline.schedule();
+  size_t most = 0;
+  for (const auto& actions : s.ranks) most = std::max(most, actions.size());
+  std::vector<int64_t> mine(most, 0);
+  const std::vector<double> seconds = pipeline.seconds();
+  for (size_t i = 0; i < seconds.size(); i++) mine[i] = int64_t(seconds[i] * 1e9);
+  const std::vector<int64_t> all = collect(mesh, mine);  // nanoseconds
+  if (mesh.rank != 0) return "";
+
+  Durations took = durations(s, {0, 0, 0, 0});
+  std::map<Action::Kind, std::pair<double, int>> kinds;
+  for (int stage = 0; stage < s.stages; stage++)
+    for (size_t i = 0; i < s.ranks[stage].size(); i++) {
+      const Action::Kind kind = s.ranks[stage][i].kind;
+      if (kind == Action::exchange) continue;
+      const size_t rank = size_t(stage) * size_t(mesh.size / s.stages);  // the stage's first rank
+      took[stage][i] = double(all[rank * most + i]) * 1e-6;
+      kinds[kind].first += took[stage][i], kinds[kind].second++;
+    }
+  const auto mean = [&](Action::Kind kind) { return kinds[kind].second ? kinds[kind].first / kinds[kind].second : 0; };
+  const double both = mean(Action::backward);
+  const Times times{mean(Action::forward), both ? both / 2 : mean(Action::input_gradient), both ? both / 2 : mean(Action::weight_gradient), 0};
+  const Timeline predicted = simulate(s, durations(s, times)), executed = simulate(s, took);
+  json = sentence(",\"pipeline\":{\"schedule\":", quoted(s.name), ",\"bubble\":", executed.bubble(), ",\"predicted_bubble\":", predicted.bubble(),
+                  ",\"most_live\":", pipeline.most_live(), "}");
+  if (!trace.empty()) write_trace(trace, s, executed);
+  const double unit = executed.makespan / 100;
+  return sentence(format("\npipeline %s, %d stages, %d micro-batches, %d chunks a stage; the last step, in ms\n", s.name.c_str(), s.stages, s.microbatches, s.chunks),
+                  format("predicted from a forward of %.2f and a backward of %.2f: %.1f, bubble %.1f%%\n", times.forward,
+                         times.input_gradient + times.weight_gradient, predicted.makespan, 100 * predicted.bubble()),
+                  draw_text(s, predicted, unit),
+                  format("executed, rebuilt from the %s that each computation took: %.1f, bubble %.1f%%\n",
+                         device().is_gpu ? "time by events" : "processor time", executed.makespan, 100 * executed.bubble()),
+                  draw_text(s, executed, unit));
+}
+
+// ---- all of it
+
+std::string compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options, int64_t steps, const std::string& trace,
+                                Metrics& metrics) {
   const Layout& l = mesh.layout;
-  const int64_t microbatches = options.batch / (options.microbatch * l.replicate * l.fsdp);
-  const Theory t = theory(trainer.gpt.config, l, mesh.tp.rank, options.fsdp, options.microbatch, microbatches);
+  const Theory t = theory(trainer.gpt.config, l, mesh.pp.rank, mesh.tp.rank, options);
   const MemoryUse& m = device().memory;
   const std::vector<TrafficRow> rows = traffic(t, steps);
+  std::string pipeline_json;
+  const std::string pipeline = trainer.pipeline ? pipeline_table(mesh, *trainer.pipeline, trace, pipeline_json) : "";
   metrics.summary(sentence("\"layout\":{\"pp\":", l.pp, ",\"replicate\":", l.replicate, ",\"fsdp\":", l.fsdp, ",\"tp\":", l.tp, "},",
-                           memory_json(mesh, m, t, trainer.kept_activations()), ",", traffic_json(mesh, rows)));
-  return memory_table(m, t, trainer.kept_activations()) + traffic_table(rows, steps);
+                           memory_json(mesh, m, t, trainer.kept_activations()), ",", traffic_json(mesh, rows), pipeline_json));
+  return memory_table(m, t, trainer.kept_activations()) + traffic_table(rows, steps) + pipeline;
 }

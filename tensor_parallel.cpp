@@ -21,7 +21,7 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
   const Tensor matrix = as_matrix(w.value);
   Var y{Tensor({R, matrix.dim(transposed ? 0 : 1)}, x.value.dtype(), Memory::activations)};
   const Tensor rows = start_gather(x.value, R);
-  finish();
+  if (by_rows_) finish();
   product(y.value, rows, false, matrix, transposed, 0);
   if (bias) add_bias(y.value, bias->value.view({y.value.dim(1)}));
 
@@ -33,7 +33,7 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
     }();
     const Tensor partial = for_partial_sums(R, x.dim(1), x.dtype());
     product(partial.part(0, {R, x.dim(1)}), dy, false, as_matrix(w.value), !transposed, 0);  // of dx: this rank's columns' part
-    finish();
+    if (by_rows_) finish();
     const Purpose purpose(serves);
     Tensor d = start_sum(partial);
     tape.weight_gradient([bias, &dw, transposed, rows, dy] {
@@ -53,8 +53,9 @@ Var TensorParallel::column_linear(Tape& tape, const Var& x, int64_t R, Param& w,
 }
 
 Var TensorParallel::head(Tape& tape, const Var& x, int64_t R, Param& wte) {
-  if (axis_.size == 1) return linear_transposed(tape, x, wte, wte.tied_grad);
-  return column(tape, x, R, wte, true, nullptr, wte.tied_grad, Traffic::embedding);
+  Tensor& dw = wte.tied ? wte.tied_grad : wte.grad;
+  if (axis_.size == 1) return linear_transposed(tape, x, wte, dw);
+  return column(tape, x, R, wte, true, nullptr, dw, Traffic::embedding);
 }
 
 Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w, Param& bias) {
@@ -70,7 +71,7 @@ Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w, Pa
   tape.push([this, &tape, R, &w, &bias, x = x.value, dx = x.grad, dy_slot = y.grad] {
     const Purpose purpose(Traffic::training);
     const Tensor dy = take(dy_slot), rows = start_gather(dy, R);
-    finish();
+    if (by_rows_) finish();
     Tensor d({R, x.dim(1)}, x.dtype(), Memory::activations);
     product(d, rows, false, w.value, true, 0);
     accumulate(dx, std::move(d));
@@ -95,7 +96,7 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
   tape.push([this, tokens, R, &wte, &wpe, dx = x.grad] {
     const Purpose purpose(Traffic::embedding);
     const Tensor slice = take(dx), rows = start_gather(slice, R);
-    finish();
+    if (by_rows_) finish();
     embedding_backward(wte.grad, wpe.grad, rows, tokens.inputs, tokens.order, tokens.T);  // wpe's is whole on every rank
   });
   return x;

@@ -21,6 +21,8 @@ class TensorParallel {
   void split(Param& p, int dim, Range range) const;  // of p's global shape this rank owns [range) of `dim`
   void replicate(Param& p, bool by_rows) const;      // every rank owns it; by_rows: only layers on slices of rows use it
 
+  int64_t slice(int64_t rows) const { return by_rows_ ? (rows + axis_.size - 1) / axis_.size : rows; }  // of `rows` that activations hold here
+
   // ---- layers on the tape. `rows`: R = B*T of this micro-batch. Activations of width C hold all rows or, under sequence parallelism, this
   // rank's slice of ceil(R / n), the last ones padded with rows of zeros. Activations between column and row hold all rows, a part of their width.
   Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
@@ -39,7 +41,6 @@ class TensorParallel {
   Tensor whole_logits(const Tensor& logits, int64_t vocab);     // (1,V) from every rank's part of one row
 
  private:
-  int64_t slice(int64_t rows) const { return by_rows_ ? (rows + axis_.size - 1) / axis_.size : rows; }
   Tensor for_partial_sums(int64_t rows, int64_t width, Dtype dtype) const;
   Tensor start_gather(const Tensor& x, int64_t rows);
   Tensor start_sum(const Tensor& partial);

@@ -28,11 +28,12 @@ static TrainerOptions trainer_options(const Options& o) {
   TrainerOptions t;
   t.batch = o.batch, t.microbatch = o.microbatch, t.seed = uint64_t(o.seed);
   t.clip = o.clip, t.weight_decay = o.weight_decay;
+  t.schedule = o.schedule.empty() ? "1f1b" : o.schedule, t.chunks = int(o.chunks);
   t.fsdp = {int(o.zero), o.reshard == "yes", int(o.prefetch)};
   return t;
 }
 
-static Layout layout(const Options& o) { return {1, int(o.replicate), int(o.fsdp), int(o.tp)}; }
+static Layout layout(const Options& o) { return {int(o.pp), int(o.replicate), int(o.fsdp), int(o.tp)}; }
 
 static void print_setup(const Options& o, const GptConfig& g, const Dataset& data) {
   printf("model    %s: %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M parameters in %s\n", o.model_name.c_str(),
@@ -111,7 +112,7 @@ static void train(const Options& o, const Dataset& data, Mesh& mesh, Watch& watc
   }
   progress.done();
   if (o.sample) print_sample(trainer, data, o.sample, uint64_t(o.seed), prints);
-  const std::string tables = compare_with_theory(mesh, trainer, trainer_options(o), o.steps, metrics);
+  const std::string tables = compare_with_theory(mesh, trainer, trainer_options(o), o.steps, o.trace, metrics);
   if (!prints) return;
   printf("\nloss     %.4f at step 1, %.4f at step %lld\n", first_loss, loss, (long long)o.steps);
   printf("speed    %s\n", progress.summary(flops_per_token(config)).c_str());
@@ -132,6 +133,8 @@ static int run(const Job& job, int argc, char** argv) {
       resolve(options, device().is_gpu);
       check_ranks(layout(options), job.size);
       check(options);
+      if (const TrainerOptions t = trainer_options(options); options.pp > 1)  // a schedule may refuse this number of micro-batches
+        make_schedule(t.schedule, int(options.pp), int(t.batch / (t.microbatch * options.replicate * options.fsdp)), t.chunks);
       data = std::make_unique<Dataset>(Dataset::open(options.data, options.model.context, options.model.vocab));
     }
   } catch (const Error& e) {

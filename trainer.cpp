@@ -10,26 +10,53 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& opti
   const int64_t all = options.microbatch * data_ranks();
   REQUIRE(options.batch % all == 0, "--batch ", options.batch, " does not divide by the ", options.microbatch, " sequences of a micro-batch on ",
           data_ranks(), " data-parallel ranks (", all, ")");
-  // Units: wte alone, the rest of the root, then each block. Uses: embedding, blocks, head.
-  const int wte = fsdp->add_unit({&gpt.wte});
-  const int root = fsdp->add_unit({&gpt.wpe, &gpt.ln_f_weight, &gpt.ln_f_bias});
-  fsdp->add_use({wte, root}, Backward::nothing);
-  for (Block& b : gpt.blocks) fsdp->add_use({fsdp->add_unit(b.params())}, Backward::gathers);
-  head_use_ = fsdp->add_use({wte, root}, Backward::keeps);
+  if (mesh.pp.size == 1) {
+    add_piece(0, {0, config.layers}, true, true);
+  } else {
+    gpt.wte.tied = false;  // embedding and head are on different ranks: each has one use of it
+    gpt.wte.counted = mesh.pp.rank == 0;
+    pipeline = std::make_unique<Pipeline>(mesh, make_schedule(options.schedule, mesh.pp.size, int(options.batch / all), options.chunks));
+    const auto ranges = split_layers(config.layers, head_in_layers(config), pipeline->schedule().positions());
+    for (int c = 0; c < options.chunks; c++) add_piece(c, ranges[pipeline->position(c)], pipeline->is_first(c), pipeline->is_last(c));
+  }
   fsdp->complete_gradients = [this](const std::vector<Param*>& params) { gpt.tp.sum_partial_gradients(params); };
   optimizer_ = std::make_unique<Optimizer>(fsdp->optimizer_shards(), int64_t(gpt.params().size()), options.clip, options.weight_decay);
   total_ = Tensor({1}, Dtype::f64, Memory::workspace);
 }
 
-Var Trainer::forward(Tape& tape, const Tokens& tokens) {
-  Var x = fsdp->run(tape, 0, [&] { return gpt.embed(tape, tokens); });
-  for (int64_t l = 0; l < gpt.config.layers; l++) x = fsdp->run(tape, int(1 + l), [&] { return gpt.block(tape, l, x, tokens.B, tokens.T); });
+// Units: wte alone, the rest of the root, then each block. Uses: embedding, blocks, head. A rank has those of its pieces.
+void Trainer::add_piece(int chunk, Range layers, bool first, bool last) {
+  Piece piece{layers, first, last};
+  std::vector<int> root;
+  if (first || last) {
+    std::vector<Param*> rest;
+    if (first) rest.push_back(&gpt.wpe);
+    if (last) rest.insert(rest.end(), {&gpt.ln_f_weight, &gpt.ln_f_bias});
+    tied_unit_ = fsdp->add_unit({&gpt.wte});
+    root = {tied_unit_, fsdp->add_unit(rest)};
+  }
+  if (first) piece.embedding = fsdp->add_use(root, Backward::nothing, chunk);
+  for (int64_t l = layers.begin; l < layers.end; l++) {
+    const int use = fsdp->add_use({fsdp->add_unit(gpt.blocks[l].params())}, Backward::gathers, chunk);
+    if (l == layers.begin) piece.blocks = use;
+  }
+  if (last) piece.head = fsdp->add_use(root, Backward::keeps, chunk);
+  pieces_.push_back(piece);
+}
+
+Var Trainer::forward(Tape& tape, const Piece& piece, const Var& in, const Tokens& tokens) {
+  Var x = in;
+  if (piece.first) x = fsdp->run(tape, piece.embedding, [&] { return gpt.embed(tape, tokens); });
+  for (int64_t l = piece.layers.begin; l < piece.layers.end; l++)
+    x = fsdp->run(tape, piece.blocks + int(l - piece.layers.begin), [&] { return gpt.block(tape, l, x, tokens.B, tokens.T); });
   return x;
 }
 
-void Trainer::forward_loss(Tape& tape, const Tokens& tokens, double scale) {
-  const Var x = forward(tape, tokens);
-  fsdp->run(tape, head_use_, [&] {
+// What the next piece goes on with; after the last one nothing: the loss has been added up.
+Var Trainer::forward_loss(Tape& tape, const Piece& piece, const Var& in, const Tokens& tokens, double scale) {
+  const Var x = forward(tape, piece, in, tokens);
+  if (!piece.last) return x;
+  return fsdp->run(tape, piece.head, [&] {
     gpt.tp.cross_entropy(tape, gpt.logits(tape, x, tokens.B * tokens.T), tokens.targets, scale, total_);
     return Var{};
   });
@@ -51,47 +78,72 @@ Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) co
 // ---- a step
 
 void Trainer::gradients(const Sequences& batch) {
-  const int64_t b = options_.microbatch, microbatches = options_.batch / (b * data_ranks());
+  const int64_t b = options_.microbatch, T = gpt.config.context, microbatches = options_.batch / (b * data_ranks());
+  const auto work = [&](Tape& tape, int chunk, const Var& in, int i) {
+    const Tokens tokens = read((i * data_ranks() + data_rank()) * b, b, batch);
+    return forward_loss(tape, pieces_[chunk], in, tokens, 1.0 / double(options_.batch * tokens.T));
+  };
   fill(total_, 0);
   fsdp->begin_step(int(microbatches));
-  for (int64_t i = 0; i < microbatches; i++) {
-    Tape tape;
-    const Tokens tokens = read((i * data_ranks() + data_rank()) * b, b, batch);
-    forward_loss(tape, tokens, 1.0 / double(options_.batch * tokens.T));
-    kept_activations_ = device().memory.now[int(Memory::activations)];
-    tape.backward();
+  if (pipeline) {
+    pipeline->run(activation(b * T), gpt.config.dtype, work);
+    kept_activations_ = pipeline->most_live_bytes();
+  } else {
+    for (int i = 0; i < microbatches; i++) {
+      Tape tape;
+      work(tape, 0, {}, i);
+      kept_activations_ = device().memory.now[int(Memory::activations)];
+      tape.backward();
+    }
   }
   fsdp->finish_backward();
+  if (pipeline) pipeline->sum_tied(fsdp->gradient_shard(tied_unit_));
+  sum_loss();
+}
+
+void Trainer::sum_loss() {
   fsdp->sum_loss(total_);
+  if (pipeline) pipeline->sum(total_, Traffic::loss);
 }
 
 void Trainer::update(double lr) {
   optimizer_->step(lr, [this](const Tensor& squares) {
     fsdp->sum_squares(squares);
     gpt.tp.sum_squares(squares);
+    if (pipeline) pipeline->sum(squares, Traffic::norm);
   });
   fsdp->end_step();
 }
 
 // ---- forward only
 
+void Trainer::forward_only(int64_t rows, int count, const std::function<Var(Tape&, const Piece&, const Var&, int)>& work) {
+  if (pipeline) {
+    pipeline->forward(activation(rows), gpt.config.dtype, count,
+                      [&](Tape& tape, int chunk, const Var& in, int i) { return work(tape, pieces_[chunk], in, i); });
+  } else {
+    for (int i = 0; i < count; i++) {
+      Tape tape(false);
+      work(tape, pieces_[0], {}, i);
+    }
+  }
+}
+
 double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
   const Purpose purpose(Traffic::evaluation);
+  const int64_t T = gpt.config.context, b = options_.microbatch, round = b * data_ranks(), rounds = sequences / round;
   fill(total_, 0);
   // Whole rounds first; then one sequence a rank, ranks that have none left repeating one at weight 0: all ranks run the same collectives.
-  const int64_t round = options_.microbatch * data_ranks();
-  int64_t done = 0;
-  const auto add = [&](int64_t first, int64_t count, bool counts) {
-    Tape tape(false);
-    const Tokens tokens = read(first, count, held_out);
-    forward_loss(tape, tokens, counts ? 1.0 / double(sequences * tokens.T) : 0.0);
+  const auto add = [&](int64_t first, int64_t count, int64_t times) {
+    forward_only(count * T, int(times), [&](Tape& tape, const Piece& piece, const Var& in, int i) {
+      const int64_t mine = first + (i * data_ranks() + data_rank()) * count;
+      const Tokens tokens = read(std::min(mine, sequences - count), count, held_out);
+      return forward_loss(tape, piece, in, tokens, mine < sequences ? 1.0 / double(sequences * tokens.T) : 0.0);
+    });
   };
-  for (; done + round <= sequences; done += round) add(done + data_rank() * options_.microbatch, options_.microbatch, true);
-  for (; done < sequences; done += data_ranks()) {
-    const int64_t mine = done + data_rank();
-    add(std::min(mine, sequences - 1), 1, mine < sequences);
-  }
-  fsdp->sum_loss(total_);
+  add(0, b, rounds);
+  add(rounds * round, 1, (sequences - rounds * round + data_ranks() - 1) / data_ranks());
+  sum_loss();
   fsdp->end_step();
   return loss();
 }
@@ -99,9 +151,18 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
 std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
   const Purpose purpose(Traffic::evaluation);
   const int64_t n = int64_t(tokens.size());
-  Tape tape(false);
-  const Var x = forward(tape, Tokens(1, n, tokens, tokens, gpt.tp.part(gpt.config.vocab)));
-  const Var last{gpt.tp.one_row(x.value, n, n - 1)};
-  const Var logits = fsdp->run(tape, head_use_, [&] { return gpt.logits(tape, last, 1); });
-  return download(gpt.tp.whole_logits(logits.value, gpt.config.vocab));
+  Tensor next;
+  forward_only(n, 1, [&](Tape& tape, const Piece& piece, const Var& in, int) {
+    const Var x = forward(tape, piece, in, Tokens(1, n, tokens, tokens, gpt.tp.part(gpt.config.vocab)));
+    if (!piece.last) return x;
+    const Var last{gpt.tp.one_row(x.value, n, n - 1)};
+    next = gpt.tp.whole_logits(fsdp->run(tape, piece.head, [&] { return gpt.logits(tape, last, 1); }).value, gpt.config.vocab);
+    return Var{};
+  });
+  if (next.empty()) {  // another stage has them
+    next = Tensor({1, gpt.config.vocab}, gpt.config.dtype, Memory::workspace);
+    fill(next, 0);
+  }
+  if (pipeline) pipeline->sum(next, Traffic::evaluation);
+  return download(next);
 }

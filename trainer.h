@@ -10,12 +10,15 @@
 
 #include "fsdp.h"
 #include "gpt.h"
+#include "pipeline.h"
 
 struct TrainerOptions {
   int64_t batch = 8, microbatch = 8;  // sequences: a step of the whole job; one forward of one rank
   uint64_t seed = 1337;
   double clip = 1, weight_decay = 0.1;
   FsdpOptions fsdp;
+  std::string schedule = "1f1b";  // of the pipeline, where pp > 1
+  int chunks = 1;                 // pieces of the model a stage
 };
 
 // Sequence s of a batch: context + 1 tokens, the last ones are only targets.
@@ -36,17 +39,29 @@ class Trainer {
 
   Gpt gpt;
   std::unique_ptr<Fsdp> fsdp;
+  std::unique_ptr<Pipeline> pipeline;  // null where pp is 1
 
  private:
+  struct Piece {  // of the model, on this rank: one, or one a chunk of the pipeline
+    Range layers;
+    bool first, last;  // has the embedding, the head
+    int embedding = 0, blocks = 0, head = 0;  // FSDP's numbers of their uses; of the blocks: the first one's
+  };
   int data_ranks() const { return mesh_.fsdp.size * mesh_.replicate.size; }
+  void sum_loss();
   Tokens read(int64_t first, int64_t count, const Sequences& sequence) const;
   int data_rank() const { return mesh_.replicate.rank * mesh_.fsdp.size + mesh_.fsdp.rank; }
-  Var forward(Tape& tape, const Tokens& tokens);
-  void forward_loss(Tape& tape, const Tokens& tokens, double scale);
+  void add_piece(int chunk, Range layers, bool first, bool last);
+  Var forward(Tape& tape, const Piece& piece, const Var& in, const Tokens& tokens);
+  Var forward_loss(Tape& tape, const Piece& piece, const Var& in, const Tokens& tokens, double scale);
+  Shape activation(int64_t rows) const { return {gpt.tp.slice(rows), gpt.config.width}; }
+  // A forward of the whole model without a tape, `count` times, on every stage of a pipeline: work(its tape, piece, what came in, which one)
+  void forward_only(int64_t rows, int count, const std::function<Var(Tape&, const Piece&, const Var&, int)>& work);
 
   Mesh& mesh_;
   TrainerOptions options_;
-  int head_use_ = 0;
+  std::vector<Piece> pieces_;  // by chunk
+  int tied_unit_ = 0;
   int64_t kept_activations_ = 0;
   std::unique_ptr<Optimizer> optimizer_;
   Tensor total_;  // (1) f64

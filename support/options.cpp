@@ -59,7 +59,7 @@ OptionTable table(Options& o) {
       {"recompute", "", Flag{&o.recompute}, "keep only the input of each block and run its forward again in the backward", ""},
       {"device-memory", "MiB", Whole{&o.device_memory}, "stop when more device memory than this is asked for", "no cap"},
     }},
-    {"Ranks: mpiexec -n (replicate x fsdp x tp)", {
+    {"Ranks: mpiexec -n (pp x replicate x fsdp x tp)", {
       {"replicate", "R", Whole{&o.replicate, 1, 100'000}, "data parallelism: copies of the model, gradients summed over them", ""},
       {"fsdp", "S", Whole{&o.fsdp, 1, 100'000}, "fully sharded data parallelism: each rank owns 1/S of every layer", ""},
       {"zero", "STAGE", Whole{&o.zero, 1, 3}, "what fsdp shards: optimizer state, and gradients, and parameters", ""},
@@ -67,12 +67,16 @@ OptionTable table(Options& o) {
       {"prefetch", "K", Whole{&o.prefetch, 0, 1000}, "layers gathered ahead while others compute", ""},
       {"tp", "T", Whole{&o.tp, 1, 100'000}, "tensor parallelism: each layer's weights are split over T ranks", ""},
       {"sequence-parallel", "", Flag{&o.sequence_parallel}, "with tp: activations between the split layers are split by tokens, too", ""},
+      {"pp", "P", Whole{&o.pp, 1, 100'000}, "pipeline parallelism: the layers are cut into P stages", ""},
+      {"schedule", "", Choice{&o.schedule, {"gpipe", "1f1b", "interleaved", "zb"}}, "with pp: in which order a stage computes its micro-batches", "1f1b"},
+      {"chunks", "V", Whole{&o.chunks, 1, 1000}, "with interleaved: pieces of the model that a stage has", "2 with interleaved, else 1"},
       {"timeout", "SECONDS", Whole{&o.timeout, 1}, "without progress for so long, say where each rank stands and end", ""},
     }},
     {"Reports", {
       {"eval-every", "K", Whole{&o.eval_every, 0}, "report the loss on held-out data every K steps; 0: never", ""},
       {"sample", "K", Whole{&o.sample, 0}, "print K tokens that the trained model continues with", ""},
       {"metrics", "FILE.jsonl", Text{&o.metrics}, "write one JSON object per step to this file", "none"},
+      {"trace", "FILE.json", Text{&o.trace}, "with pp: write the last step's timeline in Chrome's trace format", "none"},
       {"help", "", Flag{&o.help}, "print this", ""},
     }},
   };
@@ -98,9 +102,11 @@ void resolve(Options& o, bool has_gpu) {
   for (int64_t ModelSize::*size : {&ModelSize::layers, &ModelSize::width, &ModelSize::heads, &ModelSize::context, &ModelSize::vocab})
     if (o.model.*size == 0) o.model.*size = preset->size.*size;
   if (o.steps == 0) o.steps = preset->steps;
-  const int64_t ranks = o.replicate * o.fsdp;
-  if (o.batch == 0) o.batch = (preset->batch + ranks - 1) / ranks * ranks;
-  if (o.microbatch == 0) o.microbatch = std::max<int64_t>(1, o.batch / (o.replicate * o.fsdp));
+  const int64_t ranks = o.replicate * o.fsdp;  // that share the batch
+  if (o.chunks == 0) o.chunks = o.schedule == "interleaved" ? 2 : 1;
+  const int64_t parts = ranks * (o.pp > 1 ? 2 * o.pp : 1);  // a pipeline wants several micro-batches
+  if (o.batch == 0) o.batch = (preset->batch + parts - 1) / parts * parts;
+  if (o.microbatch == 0) o.microbatch = std::max<int64_t>(1, o.batch / parts);
   if (o.lr == 0) o.lr = preset->lr;
   if (o.min_lr < 0) o.min_lr = o.lr / 10;
   if (o.warmup < 0) o.warmup = std::min<int64_t>(o.steps / 20, 100);
@@ -120,6 +126,9 @@ void check(const Options& o) {
   REQUIRE(o.tp <= m.heads, "--tp ", o.tp, " has more ranks than the ", m.heads, " attention heads that they would share (--heads)");
   REQUIRE(o.tp <= m.vocab, "--tp ", o.tp, " has more ranks than the vocabulary has tokens, ", m.vocab, " (--vocab)");
   REQUIRE(o.tp > 1 || !o.sequence_parallel, "--sequence-parallel splits activations over the ranks of --tp, which is 1: give --tp 2 or more");
+  REQUIRE(o.pp > 1 || (o.schedule.empty() && o.chunks == 1 && o.trace.empty()), "--schedule, --chunks and --trace are about a pipeline: give --pp 2 or more");
+  REQUIRE(m.layers >= o.pp * o.chunks, m.layers, " layers cannot be cut into ", o.pp * o.chunks, " pieces (", o.pp, " stages, ", o.chunks,
+          o.chunks == 1 ? " chunk" : " chunks", " each): each needs a layer (--layers)");
   REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr, ": the learning rate ends at --min-lr");
   REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps, " steps (--steps)");
 }

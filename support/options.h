@@ -94,10 +94,13 @@ struct Options {
   std::string matmul = "cublas", attention = "flash";
   bool recompute = false;
 
-  int64_t replicate = 1, fsdp = 1, tp = 1;  // ranks of the axes; their product is what mpiexec starts
+  int64_t pp = 1, replicate = 1, fsdp = 1, tp = 1;  // ranks of the axes; their product is what mpiexec starts
   int64_t zero = 3, prefetch = 1;
   std::string reshard = "yes";
   bool sequence_parallel = false;
+  std::string schedule;             // empty: 1f1b
+  int64_t chunks = 0;               // of a stage
+  std::string trace;                // empty: none
   int64_t timeout = 600;            // seconds
   int64_t device_memory = 0;  // MiB; 0: no cap
 

@@ -50,25 +50,53 @@ Run one_rank(const GptConfig& config, int64_t batch, int steps) {
   return run;
 }
 
-// A parameter in its global shape, from what each rank of the tp axis has of it (its slice, or the same copy).
-std::vector<double> whole(Mesh& mesh, const Param& p, const std::vector<double>& mine) {
-  if (mesh.tp.size == 1) return mine;
-  const Slice& s = p.slice;
-  const int64_t n = s.end - s.begin, all = elements(p.shape);
-  const bool split = n < s.split;
-  std::vector<double> values(size_t(all), 0.0);
-  for (int64_t i = 0; i < int64_t(mine.size()); i++) {
-    const int64_t inner = i % s.inner, middle = i / s.inner % n, outer = i / s.inner / n;
-    values[size_t((outer * s.split + s.begin + middle) * s.inner + inner)] = split || mesh.tp.rank == 0 ? mine[size_t(i)] : 0;
-  }
-  const Tensor t({all}, Dtype::f64, Memory::workspace);
-  upload(t, values.data());
+// The sum over an axis of what each rank has, in f64.
+std::vector<double> sum_over(Mesh& mesh, const Axis& axis, const std::vector<double>& mine) {
+  if (axis.size == 1) return mine;
+  const Tensor t({int64_t(mine.size())}, Dtype::f64, Memory::workspace);
+  upload(t, mine.data());
   synchronize();
-  NCCL_CHECK(ncclAllReduce(t.raw(), t.raw(), size_t(all), ncclFloat64, ncclSum, mesh.tp.comm, mesh.stream));
+  NCCL_CHECK(ncclAllReduce(t.raw(), t.raw(), mine.size(), ncclFloat64, ncclSum, axis.comm, mesh.stream));
   CUDA_CHECK(cudaStreamSynchronize(mesh.stream));
-  const std::vector<double> sum = download(t);
-  if (!split) CHECK(sum == mine, p.name, " is not the same on all tp ranks");
-  return sum;
+  return download(t);
+}
+
+// Every parameter in its global shape, from what each rank of the tp axis has of it (its slice, or the same copy) on the stage that owns it.
+std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer, std::vector<double> (Fsdp::*get)(const Param&)) {
+  std::vector<double> mine, copies, first, last;  // all parameters in a row: this rank's part; what every tp rank must have the same; by stage
+  for (Param* p : trainer.gpt.params()) {
+    const int64_t all = elements(p->shape), at = int64_t(mine.size());
+    mine.resize(size_t(at + all), 0.0);
+    copies.resize(mine.size(), 0.0);
+    if (!trainer.fsdp->holds(*p)) continue;
+    const std::vector<double> values = (trainer.fsdp.get()->*get)(*p);
+    const Slice& s = p->slice;
+    const int64_t n = s.end - s.begin;
+    for (int64_t i = 0; i < int64_t(values.size()); i++) {
+      const int64_t inner = i % s.inner, middle = i / s.inner % n, outer = i / s.inner / n;
+      const size_t to = size_t(at + (outer * s.split + s.begin + middle) * s.inner + inner);
+      mine[to] = n < s.split || mesh.tp.rank == 0 ? values[size_t(i)] : 0;
+      copies[to] = values[size_t(i)];
+    }
+  }
+  mine = sum_over(mesh, mesh.tp, mine);
+  for (size_t i = 0; i < mine.size(); i++)
+    if (copies[i] != 0) CHECK_EQ(copies[i], mine[i], "element ", i, " of the model differs between tp ranks");
+  const size_t tied = mesh.pp.size > 1 ? size_t(elements(trainer.gpt.wte.shape)) : 0;  // the first parameter: on the first and the last stage
+  first = last = mine;
+  if (mesh.pp.rank != 0) std::fill(first.begin(), first.begin() + long(tied), 0.0);
+  last.resize(tied);
+  if (mesh.pp.rank == 0) std::fill(last.begin(), last.end(), 0.0);
+  first = sum_over(mesh, mesh.pp, first);
+  if (tied) last = sum_over(mesh, mesh.pp, last);
+  CHECK(std::equal(last.begin(), last.end(), first.begin()), "the token embedding is not the same on the first and the last stage");
+  std::vector<std::vector<double>> params;
+  size_t at = 0;
+  for (Param* p : trainer.gpt.params()) {
+    params.emplace_back(first.begin() + long(at), first.begin() + long(at + size_t(elements(p->shape))));
+    at += size_t(elements(p->shape));
+  }
+  return params;
 }
 
 Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, int steps) {
@@ -77,11 +105,11 @@ Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions& option
   for (int step = 1; step <= steps; step++) {
     trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
     run.losses.push_back(trainer.loss());
-    for (Param* p : trainer.gpt.params()) run.gradients.push_back(whole(mesh, *p, trainer.fsdp->whole_gradient(*p)));
+    for (auto& gradient : whole_model(mesh, trainer, &Fsdp::whole_gradient)) run.gradients.push_back(std::move(gradient));
     trainer.update(kLearningRate);
     run.norms.push_back(trainer.norm());
   }
-  for (Param* p : trainer.gpt.params()) run.weights.push_back(whole(mesh, *p, trainer.fsdp->whole_weights(*p)));
+  run.weights = whole_model(mesh, trainer, &Fsdp::whole_weights);
   return run;
 }
 

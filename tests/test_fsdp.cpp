@@ -79,7 +79,7 @@ TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
             options.microbatch = 2, options.batch = 2 * m * layout.ranks();
             options.fsdp = {zero, reshard, int(m % 2)};
             const std::string name = sentence(name_of(dtype), " ", name_of(layout, options.fsdp, 2, false));
-            const Theory expected = theory(config, layout, 0, options.fsdp, options.microbatch, m);
+            const Theory expected = theory(config, layout, 0, 0, options);
             const MemoryUse before = device().memory;
             device().memory.peak = before.now;
             ledger.rows.clear();

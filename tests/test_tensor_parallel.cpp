@@ -98,10 +98,9 @@ TEST(initial_weights_have_the_bits_of_one_rank) {
       TrainerOptions options;
       options.microbatch = 1, options.batch = layout.replicate * layout.fsdp;
       Trainer trainer(mesh, config, options);
-      for (size_t i = 0; i < one.params().size(); i++) {
-        Param& p = *trainer.gpt.params()[i];
-        CHECK(whole(mesh, p, trainer.fsdp->whole_weights(p)) == download(one.params()[i]->value), p.name, " in ", name_of(dtype));
-      }
+      const auto initial = whole_model(mesh, trainer, &Fsdp::whole_weights);
+      for (size_t i = 0; i < initial.size(); i++)
+        CHECK(initial[i] == download(one.params()[i]->value), one.params()[i]->name, " in ", name_of(dtype));
       close_mesh(mesh);
     });
   }
@@ -121,7 +120,7 @@ TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
         const int64_t m = s.microbatch == 1 ? 3 : 1;
         options.microbatch = s.microbatch, options.batch = m * s.microbatch * layout.replicate * layout.fsdp, options.fsdp = s.fsdp;
         const std::string name = sentence(name_of(dtype), " ", name_of(layout, s));
-        const Theory expected = theory(config, layout, mesh.tp.rank, options.fsdp, options.microbatch, m);
+        const Theory expected = theory(config, layout, 0, mesh.tp.rank, options);
         const MemoryUse before = device().memory;
         ledger.rows.clear();
         Trainer trainer(mesh, config, options);

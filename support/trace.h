@@ -1,0 +1,8 @@
+// trace.h: a timeline as a file in Chrome's trace format (chrome://tracing and Perfetto open it): a row a stage, a bar a computation.
+#pragma once
+#include <string>
+
+#include "schedule.h"
+
+// Spans are in ms. Throws where the file cannot be written.
+void write_trace(const std::string& path, const Schedule& schedule, const Timeline& timeline);

@@ -1,0 +1,233 @@
+// test_pipeline.cpp: every schedule, alone and with the other strategies, equals one rank, in f64 to rounding; all schedules equal each other bit
+// for bit; bytes and live activations equal the formulas exactly. Run under mpiexec -n 1, 2, 3, 4, 6, 8.
+#include "tests/parity.h"
+#include "theory.h"
+
+namespace {
+
+const GptConfig kConfig = [] {  // 17 layers: no number of stages from 2 to 8 divides them
+  GptConfig g{17, 12, 4, 5, 13};
+  g.attention = AttentionKind::plain;  // flash attention pads these tiny heads to whole tiles
+  g.dtype = Dtype::f64;
+  return g;
+}();
+
+struct Setting {
+  Layout layout;
+  std::string schedule;
+  int chunks;
+  int64_t microbatches;
+  FsdpOptions fsdp;
+  bool recompute, by_rows;
+  GptConfig of(GptConfig g) const {
+    g.recompute = recompute, g.sequence_parallel = by_rows;
+    return g;
+  }
+  TrainerOptions options(int64_t batch) const {
+    TrainerOptions o;
+    o.batch = batch, o.microbatch = batch / (microbatches * layout.replicate * layout.fsdp);
+    o.schedule = schedule, o.chunks = chunks, o.fsdp = fsdp;
+    return o;
+  }
+  std::string name() const {
+    return sentence(to_string(layout), " ", schedule, " chunks ", chunks, " micro-batches ", microbatches, " zero ", fsdp.zero,
+                    fsdp.reshard ? " reshard" : " keep", " prefetch ", fsdp.prefetch, recompute ? " recompute" : "", by_rows ? " by rows" : "");
+  }
+};
+
+// Every layout pp x (one other axis, or fsdp x tp) of the world's size; alone with each schedule and 1 to 16 micro-batches, with others with
+// fewer, the ZeRO stages taking turns.
+template <class Work> void each_setting(Work work) {
+  const int n = job().size;
+  for (int pp = n; pp >= 2; pp--) {
+    if (n % pp) continue;
+    const int rest = n / pp;
+    std::vector<Layout> layouts{{pp, 1, 1, rest}};
+    if (rest > 1) layouts.insert(layouts.end(), {{pp, 1, rest, 1}, {pp, rest, 1, 1}});
+    if (rest == 4) layouts = {{pp, 1, 2, 2}, {pp, 2, 1, 2}, {pp, 2, 2, 1}};
+    for (const Layout& layout : layouts) {
+      Mesh mesh = open_mesh(job(), layout);
+      int turn = 0;
+      for (const char* schedule : {"gpipe", "1f1b", "zb", "interleaved"})
+        for (int chunks : {1, 2, 3})
+          for (int64_t m : {1, 3, 4, 8, 16}) {
+            const bool looped = std::string(schedule) == "interleaved";
+            if (chunks > 1 && (!looped || pp * chunks > kConfig.layers)) continue;
+            if (looped && m % pp) continue;
+            if (rest > 1 && m != (pp == 3 ? 3 : 8) && m != 4) continue;
+            turn++;
+            const int zero = 1 + turn % 3;
+            work(mesh, Setting{layout, schedule, chunks, m, {zero, zero < 3 || turn % 2 == 0, turn % 4 == 3 ? 0 : 1}, turn % 3 == 1, layout.tp > 1 && turn % 2 == 1});
+          }
+      close_mesh(mesh);
+    }
+  }
+}
+
+Mesh lonely() {  // a mesh of this rank alone
+  Mesh mesh;
+  CUDA_CHECK(cudaStreamCreateWithFlags(&mesh.stream, cudaStreamNonBlocking));
+  mesh.fsdp.name = "fsdp", mesh.tp.name = "tp", mesh.pp.name = "pp", mesh.replicate.name = "replicate";
+  return mesh;
+}
+
+}  // namespace
+
+TEST(every_schedule_equals_one_rank_in_f64) {
+  const int64_t batch = 48;
+  const Run reference = one_rank(kConfig, batch, kSteps);
+  Difference worst;
+  int settings = 0;
+  each_setting([&](Mesh& mesh, const Setting& s) {
+    if (batch % (s.microbatches * s.layout.replicate * s.layout.fsdp)) return;
+    const Difference d = compare(many_ranks(mesh, s.of(kConfig), s.options(batch), kSteps), reference);
+    CHECK_LE(d.worst(), 1e-12, s.name(), ": loss ", d.loss, " gradients ", d.gradients, " norm ", d.norm, " weights ", d.weights);
+    worst.widen(d);
+    settings++;
+  });
+  measured(settings, " settings: loss ", worst.loss, ", gradients ", worst.gradients, ", norm ", worst.norm, ", weights ", worst.weights);
+}
+
+TEST(every_schedule_has_the_bits_of_one_rank_in_f32_over_20_steps) {
+  if (job().size == 1) return skip("no pipeline");
+  GptConfig config = kConfig;
+  config.dtype = Dtype::f32;
+  const int pp = job().size;
+  const int64_t m = pp == 3 || pp == 6 ? 6 : 8, batch = 2 * m;
+  Mesh alone = lonely();
+  Setting s{{pp, 1, 1, 1}, "1f1b", 1, m, {}, false, false};
+  const auto losses = [&](Mesh& mesh, TrainerOptions options) {
+    Trainer trainer(mesh, config, options);
+    std::vector<double> all;
+    for (int step = 1; step <= 20; step++) {
+      trainer.gradients([&](int64_t i) { return sequence(step, i, config); });
+      trainer.update(kLearningRate);
+      all.push_back(trainer.loss());
+      all.push_back(trainer.norm());
+    }
+    return all;
+  };
+  const std::vector<double> reference = losses(alone, s.options(batch));
+  Mesh mesh = open_mesh(job(), s.layout);
+  int runs = 0;
+  for (const char* schedule : {"gpipe", "1f1b", "zb", "interleaved"})
+    for (int chunks : {1, 2}) {
+      if (chunks > 1 && std::string(schedule) != "interleaved") continue;
+      s.schedule = schedule, s.chunks = chunks;
+      CHECK(losses(mesh, s.options(batch)) == reference, s.name());
+      runs++;
+    }
+  close_mesh(mesh);
+  close_mesh(alone);
+  measured(runs, " schedules, losses and norms; the loss goes from ", reference[0], " to ", reference[38]);
+}
+
+TEST(bytes_sent_and_live_activations_equal_the_formulas_exactly) {
+  int settings = 0;
+  int64_t bytes = 0;
+  each_setting([&](Mesh& mesh, const Setting& s) {
+    GptConfig config = s.of(kConfig);
+    config.dtype = settings % 3 == 0 ? Dtype::f32 : settings % 3 == 1 ? Dtype::bf16 : Dtype::f64;
+    const TrainerOptions options = s.options(3 * s.microbatches * s.layout.replicate * s.layout.fsdp);
+    const std::string name = sentence(name_of(config.dtype), " ", s.name());
+    const Theory expected = theory(config, s.layout, mesh.pp.rank, mesh.tp.rank, options);
+    const MemoryUse before = device().memory;
+    device().memory.peak = before.now;
+    ledger.rows.clear();
+    Trainer trainer(mesh, config, options);
+    for (int step = 1; step <= 2; step++) {
+      trainer.gradients([&](int64_t i) { return sequence(step, i, config); });
+      trainer.update(1e-3);
+    }
+    CHECK_EQ(ledger.rows.size(), expected.step.size(), name);
+    for (const auto& [key, row] : expected.step) {
+      const Ledger::Row& got = ledger.rows[key];
+      const std::string what = sentence(name, ": ", std::get<0>(key), " ", name_of(std::get<1>(key)), " for ", name_of(std::get<2>(key)));
+      CHECK_EQ(got.calls, 2 * row.calls, what);
+      CHECK_EQ(got.numerator, 2 * row.numerator, what);
+      bytes += got.numerator / row.n;
+    }
+    for (Memory category : {Memory::parameters, Memory::gradients, Memory::optimizer})
+      CHECK_EQ(device().memory.now[int(category)] - before.now[int(category)], expected.persistent[int(category)], name, ": ", name_of(category));
+    CHECK_LE(device().memory.peak[int(Memory::gather)], expected.gather_bound, name, ": borrowed units");
+    CHECK_EQ(trainer.kept_activations(), expected.activations, name, ": activations kept for backwards");
+    const Schedule schedule = make_schedule(s.schedule, s.layout.pp, int(s.microbatches), s.chunks);
+    CHECK_EQ(trainer.pipeline->most_live(), peak_live(schedule)[mesh.pp.rank], name, ": live micro-batches");
+    settings++;
+  });
+  measured(settings, " settings, ", bytes, " bytes on rank 0");
+}
+
+TEST(two_hundred_random_runs_end) {
+  if (job().size == 1) return skip("no pipeline");
+  GptConfig config{9, 8, 2, 3, 11};
+  config.attention = AttentionKind::plain;
+  const int pp = job().size;
+  Mesh mesh = open_mesh(job(), {pp, 1, 1, 1});
+  uint64_t state = 7;
+  const auto below = [&](uint64_t n) { return int((state = state * 6364136223846793005u + 1442695040888963407u) >> 33) % int(n); };
+  double sum = 0;
+  for (int run = 0; run < 200; run++) {
+    const char* schedule = (const char*[]){"gpipe", "1f1b", "zb", "interleaved"}[below(4)];
+    const bool looped = std::string(schedule) == "interleaved";
+    const int chunks = looped ? 1 + below(uint64_t(9 / pp)) : 1, m = looped ? pp * (1 + below(2)) : 1 + below(12);
+    Setting s{{pp, 1, 1, 1}, schedule, chunks, m, {}, below(2) == 1, false};
+    Trainer trainer(mesh, s.of(config), s.options(m));
+    trainer.gradients([&](int64_t i) { return sequence(run, i, config); });
+    trainer.update(1e-3);
+    sum += trainer.loss();
+  }
+  close_mesh(mesh);
+  CHECK_LE(sum / 200, 3);
+  measured("a mean loss of ", sum / 200);
+}
+
+TEST(held_out_loss_and_next_token_are_the_same_in_every_layout) {
+  Gpt gpt(kConfig, 1337);
+  const Tensor total({1}, Dtype::f64, Memory::workspace);
+  fill(total, 0);
+  for (int64_t s = 0; s < 7; s++) {
+    const auto t = sequence(0, s, kConfig);
+    Tape tape(false);
+    gpt.loss(tape, Tokens(1, kConfig.context, {t.begin(), t.end() - 1}, {t.begin() + 1, t.end()}), 1.0 / double(7 * kConfig.context), total);
+  }
+  const double reference = download(total)[0];
+  const std::vector<int> prompt = {3, 1, 4, 1};
+  Tape tape(false);
+  Var x = gpt.embed(tape, Tokens(1, 4, prompt, prompt));
+  for (int64_t l = 0; l < kConfig.layers; l++) x = gpt.block(tape, l, x, 1, 4);
+  const std::vector<double> all = download(gpt.logits(tape, x, 4).value), next(all.end() - kConfig.vocab, all.end());
+  double loss = 0, logits = 0;
+  each_setting([&](Mesh& mesh, const Setting& s) {
+    if (s.microbatches != (s.layout.pp == 3 ? 3 : s.layout.pp == 6 ? 16 : 8)) return;
+    Trainer trainer(mesh, s.of(kConfig), s.options(s.microbatches * s.layout.replicate * s.layout.fsdp));
+    loss = std::max(loss, std::abs(trainer.evaluate(7, [&](int64_t i) { return sequence(0, i, kConfig); }) - reference) / reference);
+    logits = std::max(logits, relative({trainer.next_logits(prompt)}, {next}));
+  });
+  CHECK_LE(loss, 1e-12);
+  CHECK_LE(logits, 1e-12);
+  measured("loss ", loss, ", logits ", logits);
+}
+
+TEST(layers_are_cut_evenly_with_the_head_weighed_in) {
+  const auto sizes = [](int64_t layers, double head, int positions) {
+    std::vector<int64_t> s;
+    for (const Range& r : split_layers(layers, head, positions)) s.push_back(r.size());
+    return s;
+  };
+  CHECK(sizes(12, 0, 4) == (std::vector<int64_t>{3, 3, 3, 3}));
+  CHECK(sizes(12, 3, 3) == (std::vector<int64_t>{5, 5, 2}));
+  CHECK(sizes(30, 0, 3) == (std::vector<int64_t>{10, 10, 10}));
+  CHECK(sizes(4, 10, 4) == (std::vector<int64_t>{1, 1, 1, 1}));
+  for (int p = 1; p <= 17; p++) {
+    int64_t sum = 0;
+    for (int64_t n : sizes(17, 1.5, p)) {
+      sum += n;
+      CHECK(n >= 1);
+    }
+    CHECK_EQ(sum, 17);
+  }
+  CHECK_SAYS(split_layers(3, 0, 4), "3 layers cannot be cut into 4 pieces");
+}
+
+int main(int argc, char** argv) { return run_mpi_tests(argc, argv); }
