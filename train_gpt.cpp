@@ -28,7 +28,7 @@ static TrainerOptions trainer_options(const Options& o) {
   TrainerOptions t;
   t.batch = o.batch, t.microbatch = o.microbatch, t.seed = uint64_t(o.seed);
   t.clip = o.clip, t.weight_decay = o.weight_decay;
-  t.fsdp = {int(o.zero), o.reshard == "yes", int(o.prefetch)};
+  t.fsdp = {o.zero ? int(o.zero) : 3, o.reshard == "yes", int(o.prefetch)};
   return t;
 }
 
