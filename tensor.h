@@ -53,7 +53,7 @@ struct Device {
   int ordinal = 0;
   std::string name;
   bool is_gpu = false;
-  int multiprocessors = 1;
+  int64_t block_memory = 0;  // bytes of shared memory that a block may ask for
   cudaStream_t compute = nullptr;
   cublasHandle_t blas = nullptr;
   int64_t memory_limit = 0;  // bytes; 0: no cap of our own
