@@ -105,7 +105,7 @@ $(B)/obj/%.cpp.o: %.cpp | $(B)/ready
 
 PROGRAMS := train_gpt show_schedule
 TESTS    := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/test_*.cpp)))
-CUDA_TESTS := $(filter-out test_cpu test_nccl,$(TESTS))
+CUDA_TESTS := $(filter-out test_cpu test_nccl test_comm,$(TESTS))
 BENCHES  := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/bench_*.cpp)))
 
 $(B)/%: $(B)/obj/%.cpp.o $(OBJECTS)
@@ -154,7 +154,7 @@ build: $(PROGRAMS:%=$(B)$(WHERE)/%)
 	@for p in $(PROGRAMS); do ln -sfn $(BACKEND)$(WHERE)/$$p build/$$p; done
 
 # ranks: one a core without a GPU, one a GPU with; STRATEGY=serial|replicate|fsdp|tp
-NP       ?= $(if $(filter serial,$(STRATEGY)),1,$(if $(filter cuda,$(BACKEND)),$(shell nvidia-smi -L 2>/dev/null | wc -l),$(shell nproc)))
+NP       ?= $(if $(filter serial,$(STRATEGY)),1,$(if $(filter cuda,$(BACKEND)),$(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l)),1),$(shell nproc)))
 STRATEGY ?= replicate
 LAYOUT   := $(if $(filter serial,$(STRATEGY)),,--$(STRATEGY) $(NP))
 run: build
@@ -166,7 +166,7 @@ test:
 	@tests/run.sh
 
 mutants:
-	@$(MAKE) --no-print-directory BACKEND=cpu build/cpu/tests/test_fsdp
+	@$(MAKE) --no-print-directory BACKEND=cpu build/cpu/tests/test_fsdp build/cpu/tests/test_tensor_parallel
 	@tests/mutants.sh
 
 bench: build $(BENCHES:%=$(B)/tests/%)

@@ -13,6 +13,7 @@ kernels="test_cpu test_tensor test_kernels test_matmul test_attention test_autog
 alone="test_support test_schedule"                                                                 # plain C++
 ranks="test_fsdp test_tensor_parallel"                                                             # under mpiexec -n 1, 2, 3, 4, 6, 8
 worlds="1 2 3 4 6 8"
+comm="test_comm"                                                                                   # under mpiexec -n 1, 2, 4, 8
 referee="test_nccl"                                                                                # under mpiexec -n 8
 cores=$(nproc)
 passed=0 failed=0 skipped=0
@@ -40,14 +41,14 @@ run() {
 
 for backend in "${backends[@]}"; do
   programs="$kernels"
-  [ "$backend" = cpu ] && programs="$kernels $alone $ranks $referee"
+  [ "$backend" = cpu ] && programs="$kernels $alone $comm $ranks $referee"
   [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks"
   [ "$backend" = ptx ] && programs="test_tensor test_golden"  # every op, through the golden model; under a PTX runner the other programs take too long
   targets=""
   for p in $programs; do targets="$targets build/$backend/tests/$p"; done
   make --no-print-directory -j"$cores" BACKEND="$backend" $targets $([ "$backend" = cpu ] && echo build) $([ "$backend" = ptx ] && echo build/ptx/train_gpt) || { echo "FAIL the $backend build"; failed=$((failed + 1)); continue; }
   for p in $programs; do
-    case " $ranks " in *" $p "*) sizes=$worlds ;; *) sizes=$([ $p = $referee ] && echo 8) ;; esac
+    case $p in $comm) sizes="1 2 4 8" ;; $referee) sizes=8 ;; *) case " $ranks " in *" $p "*) sizes=$worlds ;; *) sizes="" ;; esac ;; esac
     [ -n "$sizes" ] || run "$backend/$p" "build/$backend/tests/$p"
     for n in $sizes; do
       threads=$((cores / n)); [ $threads -gt 0 ] || threads=1
