@@ -365,6 +365,12 @@ TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) 
   });
 }
 
+TEST(layernorm_refuses_a_width_whose_sums_no_block_can_hold) {
+  const int64_t C = 30000;
+  const Tensor x({1, C}, Dtype::f32, Memory::workspace), c({C}, Dtype::f32, Memory::workspace), one({1}, Dtype::f32, Memory::workspace);
+  CHECK_SAYS(layernorm_backward(x, c, c, x, Tensor(), x, one, one, c), "the layernorm of 30000 channels keeps 240000 bytes of sums in a block");
+}
+
 // ---- embedding
 
 // A third of the tokens another rank's.
