@@ -105,7 +105,7 @@ $(B)/obj/%.cpp.o: %.cpp | $(B)/ready
 
 PROGRAMS := train_gpt show_schedule
 TESTS    := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/test_*.cpp)))
-CUDA_TESTS := $(filter-out test_cpu test_nccl,$(TESTS))
+CUDA_TESTS := $(filter-out test_cpu test_nccl test_comm,$(TESTS))
 BENCHES  := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/bench_*.cpp)))
 
 $(B)/%: $(B)/obj/%.cpp.o $(OBJECTS)
@@ -120,6 +120,7 @@ $(B)/comm-mpi/%: $(B)/obj/%.cpp.o $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
 -include $(shell find build -name '*.d' 2>/dev/null)
 .SECONDARY:
 
+$(B)/tests/test_cpu: $(B)/obj/tests/cpu_kernels.cu.o
 
 # what tests/mutants.sh compiles and links with
 print-compile: ; @echo '$(MPICXX) $(CXXFLAGS)'
@@ -133,7 +134,7 @@ print-objects: ; @echo '$(OBJECTS)'
 
 help:
 	@echo "Threefold ($(BACKEND) backend)"
-	@echo "  make run [DATA=file] [STRATEGY=serial|replicate|fsdp|tp] [NP=ranks]"
+	@echo "  make run [DATA=file] [STRATEGY=serial|replicate|fsdp|tp|pp] [NP=ranks]"
 	@echo "                           train a GPT and print a sample of what it learned"
 	@echo "  make build               compile the programs into $(B)/"
 	@echo "  make test                the whole suite"
@@ -151,12 +152,12 @@ WHERE := $(if $(filter cuda-mpi,$(BACKEND)-$(COMM)),/comm-mpi)
 build: $(PROGRAMS:%=$(B)$(WHERE)/%)
 	@for p in $(PROGRAMS); do ln -sfn $(BACKEND)$(WHERE)/$$p build/$$p; done
 
-# ranks: one a core without a GPU, one a GPU with; STRATEGY=serial|replicate|fsdp|tp
-NP       ?= $(if $(filter serial,$(STRATEGY)),1,$(if $(filter cuda,$(BACKEND)),$(shell nvidia-smi -L 2>/dev/null | wc -l),$(shell nproc)))
+# ranks: one a core without a GPU, one a GPU with; STRATEGY=serial|replicate|fsdp|tp|pp
+NP       ?= $(if $(filter serial,$(STRATEGY)),1,$(if $(filter cuda,$(BACKEND)),$(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l)),1),$(shell nproc)))
 STRATEGY ?= replicate
 LAYOUT   := $(if $(filter serial,$(STRATEGY)),,--$(STRATEGY) $(NP))
 run: build
-	@case "$(STRATEGY)" in serial|replicate|fsdp|tp) ;; *) echo "make run: STRATEGY is '$(STRATEGY)', expected serial, replicate, fsdp or tp"; exit 1;; esac
+	@case "$(STRATEGY)" in serial|replicate|fsdp|tp|pp) ;; *) echo "make run: STRATEGY is '$(STRATEGY)', expected serial, replicate, fsdp, tp or pp"; exit 1;; esac
 	OMP_NUM_THREADS=$$(t=$$(($(THREADS) / $(NP))); [ $$t -gt 0 ] && echo $$t || echo 1) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
 	  mpiexec -n $(NP) build/train_gpt --model $(if $(filter cuda,$(BACKEND)),char,tiny) $(LAYOUT) $(if $(DATA),--data $(DATA)) --sample 400 --eval-every 100 $(ARGS)
 
@@ -164,7 +165,7 @@ test:
 	@tests/run.sh
 
 mutants:
-	@$(MAKE) --no-print-directory BACKEND=cpu build/cpu/tests/test_fsdp
+	@$(MAKE) --no-print-directory BACKEND=cpu build/cpu/tests/test_fsdp build/cpu/tests/test_tensor_parallel
 	@tests/mutants.sh
 
 bench: build $(BENCHES:%=$(B)/tests/%)

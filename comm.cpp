@@ -43,11 +43,21 @@ Job::Job(int* argc, char*** argv) {
   MPI_Comm_rank(node, &local_rank);
   MPI_Comm_size(node, &local_size);
   MPI_Comm_free(&node);
-  // Launchers tell their processes how many there are. If that is more than our world, mpiexec is another MPI's.
-  for (const char* name : {"PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_NTASKS"})
-    if (const char* told = getenv(name); told && atoi(told) > 1 && size == 1)
-      throw Error(sentence("the launcher started ", told, " processes (", name, "), but each sees a world of 1 rank: this mpiexec belongs to "
-                           "another MPI than the one that the program was built with (MPICH)"));
+  speaks = rank == 0;
+}
+
+// Launchers tell their processes how many there are. If that is more than our world, mpiexec is another MPI's.
+void Job::check_launcher() {
+  static const char* variables[][2] = {
+    {"PMI_SIZE", "PMI_RANK"}, {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"}, {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}};
+  for (const auto& [tasks, task] : variables) {
+    const char *told = getenv(tasks), *number = getenv(task);
+    if (!told) continue;
+    if (size > 1 || atoi(told) < 2) return;
+    speaks = !number || atoi(number) == 0;
+    throw Error(sentence("the launcher started ", told, " processes (", tasks, "), but each sees a world of 1 rank: this mpiexec belongs to "
+                         "another MPI than the one that the program was built with (MPICH)"));
+  }
 }
 
 Job::~Job() {
@@ -71,9 +81,8 @@ std::string Job::agree(const std::string& error) const {
 }
 
 void Job::abort(const std::string& why) const {
-  fflush(stdout);
-  fprintf(stderr, "rank %d: %s\n", rank, why.c_str());
-  fflush(stderr);
+  if (explained && explained->exchange(true)) sleep(1);  // whoever explains it ends the job; do not end it before that is said
+  else fprintf(stderr, "rank %d: %s\n", rank, why.c_str());
   MPI_Abort(MPI_COMM_WORLD, 1);
   _exit(1);
 }

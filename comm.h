@@ -12,6 +12,7 @@
 #include <mpi.h>
 #include <nccl.h>
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -33,13 +34,17 @@ std::string nccl_error(ncclResult_t status);  // NCCL's own last sentence where 
 
 class Job {
  public:
-  Job(int* argc, char*** argv);  // MPI_Init; says so when mpiexec belongs to another MPI and started n worlds of one
+  Job(int* argc, char*** argv);  // MPI_Init
   ~Job();                        // MPI_Finalize
+  void check_launcher();         // an Error when mpiexec belongs to another MPI and started n worlds of one rank
   int rank = 0, size = 1;
   int local_rank = 0, local_size = 1;  // among the ranks of this node: local_rank is the CUDA device
+  bool speaks = true;                  // what concerns all ranks is said by rank 0; of n worlds of one, by the launcher's first
   // Every rank calls it with its own error or "": each learns whether all are well, and the first failing rank's sentence.
   std::string agree(const std::string& error) const;
-  [[noreturn]] void abort(const std::string& why) const;  // ends every rank with a non-zero status; prints "rank r: why" once
+  // Ends every rank with a non-zero status; prints "rank r: why", unless another rank of this node has explained the end already.
+  [[noreturn]] void abort(const std::string& why) const;
+  std::atomic<bool>* explained = nullptr;  // shared by the ranks of this node once there is a Watch
 };
 
 // Host-side MPI without a spinning core: started non-blocking, then tested, yielding between tests.
@@ -70,7 +75,7 @@ Mesh open_mesh(const Job& job, const Layout& layout);
 // one hangs, the watch does.
 void check_mesh(const Mesh& mesh);
 void close_mesh(Mesh& mesh);  // before MPI_Finalize and before the device closes
-std::string draw(const Layout& layout);  // the grid as text, a rank a cell
+std::string draw(const Layout& layout);  // the place of each rank, a line each
 
 // ---- the ledger
 
@@ -105,6 +110,7 @@ class Purpose {  // what is entered while it lives serves `purpose`; all of an e
   explicit Purpose(Traffic purpose) : before_(ledger.purpose) { if (before_ != Traffic::evaluation) ledger.purpose = purpose; }
   ~Purpose() { ledger.purpose = before_; }
   Purpose(const Purpose&) = delete;
+  Purpose& operator=(const Purpose&) = delete;
 
  private:
   Traffic before_;

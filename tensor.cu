@@ -64,7 +64,7 @@ Device& open_device(int ordinal, int64_t memory_limit_bytes) {
   CUDA_CHECK(cudaGetDeviceProperties(&properties, ordinal));
   d->name = properties.name;
   d->is_gpu = properties.major > 0;
-  d->multiprocessors = properties.multiProcessorCount;
+  d->block_memory = int64_t(properties.sharedMemPerBlockOptin);
   CUDA_CHECK(cudaStreamCreateWithFlags(&d->compute, cudaStreamNonBlocking));
   cudaMemPool_t pool;
   uint64_t keep_all = UINT64_MAX;

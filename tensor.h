@@ -53,7 +53,7 @@ struct Device {
   int ordinal = 0;
   std::string name;
   bool is_gpu = false;
-  int multiprocessors = 1;
+  int64_t block_memory = 0;  // bytes of shared memory that a block may ask for
   cudaStream_t compute = nullptr;
   cublasHandle_t blas = nullptr;
   int64_t memory_limit = 0;  // bytes; 0: no cap of our own
@@ -112,6 +112,7 @@ class Event {  // a place in a stream that another stream can wait for
   Event() { CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
   ~Event() { cudaEventDestroy(event_); }
   Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
   void record(cudaStream_t stream) { CUDA_CHECK(cudaEventRecord(event_, stream)); }
   void make_wait(cudaStream_t stream) const { CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0)); }
 

@@ -29,7 +29,7 @@ static TrainerOptions trainer_options(const Options& o) {
   t.batch = o.batch, t.microbatch = o.microbatch, t.seed = uint64_t(o.seed);
   t.clip = o.clip, t.weight_decay = o.weight_decay;
   t.schedule = o.schedule.empty() ? "1f1b" : o.schedule, t.chunks = int(o.chunks);
-  t.fsdp = {int(o.zero), o.reshard == "yes", int(o.prefetch)};
+  t.fsdp = {o.zero ? int(o.zero) : 3, o.reshard == "yes", int(o.prefetch)};
   return t;
 }
 
@@ -40,7 +40,8 @@ static void print_setup(const Options& o, const GptConfig& g, const Dataset& dat
          (long long)g.layers, (long long)g.width, (long long)g.heads, (long long)g.context, (long long)g.vocab, parameter_count(g) / 1e6,
          name_of(g.dtype));
   printf("device   %s\n", device().name.c_str());
-  printf("ranks    %s\n", to_string(layout(o)).c_str());
+  const int ranks = layout(o).ranks();
+  printf("ranks    %s\n%s", to_string(layout(o)).c_str(), ranks > 1 && ranks <= 16 ? draw(layout(o)).c_str() : "");
   printf("data     %s\n", data.describe().c_str());
   printf("steps    %lld of %lld sequences (%lld tokens), micro-batches of %lld\n\n", (long long)o.steps, (long long)o.batch,
          (long long)(o.batch * g.context), (long long)o.microbatch);
@@ -61,7 +62,7 @@ static int pick(const std::vector<double>& logits, double temperature, uint64_t 
   return int(p.size() - 1);
 }
 
-static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, uint64_t seed, bool prints) {
+static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, uint64_t seed, Watch& watch, bool prints) {
   const int64_t T = trainer.gpt.config.context;
   std::vector<int> tokens = data.held_out(0);
   tokens.resize(std::min<int64_t>(T / 2 + 1, 48));
@@ -75,6 +76,7 @@ static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, u
   for (int token : tokens) show(token);
   if (prints) printf("|");
   for (int64_t i = 0; i < count; i++) {
+    watch.progress();
     const std::vector<int> window(tokens.end() - std::min<int64_t>(int64_t(tokens.size()), T), tokens.end());
     tokens.push_back(pick(trainer.next_logits(window), 0.8, seed, i));
     show(tokens.back());
@@ -92,13 +94,13 @@ static void train(const Options& o, const Dataset& data, Mesh& mesh, Watch& watc
   Trainer trainer(mesh, config, trainer_options(o));
   const std::unique_ptr<FILE, int (*)(FILE*)> silent(fopen("/dev/null", "w"), fclose);
   Progress progress(o.steps, prints ? stdout : silent.get());
-  const auto held_out = [&](int64_t s) { return data.held_out(s); };
+  const auto held_out = [&](int64_t s) { return watch.progress(), data.held_out(s); };
   double first_loss = 0, loss = 0;
   for (int64_t step = 1; step <= o.steps; step++) {
     progress.start_step();
     watch.step(step);
     const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
-    trainer.gradients([&](int64_t s) { return data.sequence(step, s, o.seed); });
+    trainer.gradients([&](int64_t s) { return watch.progress(), data.sequence(step, s, o.seed); });
     trainer.update(lr);
     loss = trainer.loss();
     const double norm = trainer.norm();
@@ -111,7 +113,7 @@ static void train(const Options& o, const Dataset& data, Mesh& mesh, Watch& watc
     }
   }
   progress.done();
-  if (o.sample) print_sample(trainer, data, o.sample, uint64_t(o.seed), prints);
+  if (o.sample) print_sample(trainer, data, o.sample, uint64_t(o.seed), watch, prints);
   const std::string tables = compare_with_theory(mesh, trainer, trainer_options(o), o.steps, o.trace, metrics);
   if (!prints) return;
   printf("\nloss     %.4f at step 1, %.4f at step %lld\n", first_loss, loss, (long long)o.steps);
@@ -121,12 +123,13 @@ static void train(const Options& o, const Dataset& data, Mesh& mesh, Watch& watc
 
 // ---- main
 
-static int run(const Job& job, int argc, char** argv) {
+static int run(Job& job, int argc, char** argv) {
   Options options;
   std::unique_ptr<Dataset> data;
   Mesh mesh;
   std::string error;
   try {
+    job.check_launcher();
     options = parse_options(argc, argv);
     if (!options.help) {
       open_device(job.local_rank % device_count(), options.device_memory << 20);
@@ -142,17 +145,21 @@ static int run(const Job& job, int argc, char** argv) {
   }
   error = job.agree(error);  // what is wrong for one rank ends all, with one message
   if (!error.empty()) {
-    if (job.rank == 0) fprintf(stderr, "train_gpt: %s\n", error.c_str());
+    if (job.speaks) fprintf(stderr, "train_gpt: %s\n", error.c_str());
     return 1;
   }
   if (options.help) {
-    if (job.rank == 0) print_help();
+    if (job.speaks) print_help();
     return 0;
   }
+  setenv("THREEFOLD_TIMEOUT", sentence(options.timeout + 10).c_str(), 0);  // of NCCL's stand-in: the watch speaks first
   Watch watch(job, double(options.timeout));
   mesh = open_mesh(job, layout(options));
+  watch.observe(mesh);
   check_mesh(mesh);
-  train(options, *data, mesh, watch, job.rank == 0);
+  watch.step(0);
+  train(options, *data, mesh, watch, job.speaks);
+  watch.observe({});
   close_mesh(mesh);
   return 0;
 }
@@ -164,6 +171,7 @@ int main(int argc, char** argv) {
     close_device();
     return status;
   } catch (const std::exception& e) {
+    fflush(stdout);
     job.abort(e.what());
   }
 }

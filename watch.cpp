@@ -4,7 +4,6 @@
 #include <fcntl.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
-#include <sys/prctl.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,6 +16,18 @@ static int64_t now_ms() {
   timespec t;
   clock_gettime(CLOCK_MONOTONIC, &t);  // the same clock in every process of a node
   return int64_t(t.tv_sec) * 1000 + t.tv_nsec / 1000000;
+}
+
+static std::string host() {
+  char name[256] = "";
+  gethostname(name, sizeof name - 1);
+  return name;
+}
+
+static std::string place_of(const WatchRecord& r) {  // "step 13, all_reduce #181 (fsdp)"
+  std::string s = r.step < 0 ? "starting, " : sentence("step ", r.step, ", ");
+  if (r.collectives == 0) return s + "no collective entered";
+  return s + sentence(name_of(Collective(r.collective.load())), " #", r.collectives, " (", r.axis, ")");
 }
 
 // ---- records that outlive their rank
@@ -44,13 +55,15 @@ static void* share(const Job& job, size_t bytes) {
   return memory;
 }
 
-Watch::Watch(const Job& job, double timeout_seconds) : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
+Watch::Watch(Job& job, double timeout_seconds) : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
   records_ = static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * size_t(job.local_size)));
   mine_ = &records_[job.local_rank];
   ASSERT(pipe2(lifeline_, O_CLOEXEC) == 0, strerror(errno));
   mine_->rank = job.rank, mine_->pid = getpid(), mine_->lifeline = lifeline_[0];
   mine_->heartbeat_ms = mine_->progress_ms = now_ms();
+  mine_->step = -1;
   barrier();  // every record is filled in
+  job.explained = &records_[0].explained;  // the records stay mapped: the job may end after the watch
   if (job.local_rank == 0) start_child();
   ledger.on_enter = [this](const Axis& axis, Collective c) {
     strncpy(mine_->axis, axis.name, sizeof mine_->axis - 1);
@@ -71,30 +84,46 @@ Watch::~Watch() {
 
 void Watch::step(int64_t step) {
   mine_->step = step;
-  mine_->progress_ms = now_ms();
+  progress();
 }
 
-// ---- a hang
+void Watch::progress() { mine_->progress_ms = now_ms(); }
+
+void Watch::observe(const Mesh& m) {
+  std::lock_guard lock(mutex_);
+  observed_.clear();
+  for (const Axis& axis : {m.world, m.tp, m.fsdp, m.replicate, m.pp})
+    if (axis.comm) observed_.push_back(axis);
+}
+
+// ---- a hang, or an error that no call returns
 
 void Watch::look() {
   while (!stop_) {
     usleep(100000);
     const int64_t now = now_ms();
     mine_->heartbeat_ms = now;
-    if (now - mine_->progress_ms < timeout_ms_) continue;
-    // The first rank that notices speaks for all; a rank of higher number gives the lower ones a moment.
-    usleep(useconds_t(50000 * job_.local_rank));
-    if (stop_) return;
-    fprintf(stderr, "%s", report().c_str());
-    fflush(stderr);
-    MPI_Abort(MPI_COMM_WORLD, 1);
-    _exit(1);
+    ask_nccl();
+    // Alone, a rank waits for nobody.
+    if (job_.size > 1 && now - mine_->progress_ms >= limit_ms() && !stop_) job_.abort(report());
+  }
+}
+
+// Opening and checking the mesh takes seconds, and a cluster that is set up wrong hangs there.
+int64_t Watch::limit_ms() const { return mine_->step < 0 ? std::min<int64_t>(timeout_ms_, 60000) : timeout_ms_; }
+
+void Watch::ask_nccl() {
+  std::lock_guard lock(mutex_);
+  for (const Axis& axis : observed_) {
+    ncclResult_t error = ncclSuccess;
+    if (ncclCommGetAsyncError(axis.comm, &error) != ncclSuccess || error == ncclSuccess || error == ncclInProgress) continue;
+    job_.abort(sentence("NCCL failed on axis ", axis.name, ": ", nccl_error(error)));
   }
 }
 
 std::string Watch::report() const {
   const int64_t now = now_ms();
-  std::string s = sentence("no progress for ", timeout_ms_ / 1000.0, " s (--timeout), seen by rank ", job_.rank, "; where the ranks of this node stand:\n");
+  std::string s = sentence("no progress for ", limit_ms() / 1000.0, " s (--timeout); where the ranks of ", host(), " stand:");
   int64_t fewest = INT64_MAX, most = 0;
   for (int i = 0; i < job_.local_size; i++) {
     fewest = std::min(fewest, records_[i].collectives.load());
@@ -102,15 +131,14 @@ std::string Watch::report() const {
   }
   for (int i = 0; i < job_.local_size; i++) {
     const WatchRecord& r = records_[i];
-    s += sentence("  rank ", r.rank, ": step ", r.step, ", ");
-    if (r.collectives == 0) s += "no collective entered";
-    else s += sentence(name_of(Collective(r.collective.load())), " #", r.collectives, " (", r.axis, ")");
+    s += sentence("\n  rank ", r.rank, ": ", place_of(r));
     if (now - r.heartbeat_ms > 1500) s += sentence("; DOES NOT RUN since ", (now - r.heartbeat_ms) / 1000, " s: stopped, or its process ", r.pid, " is stuck");
     else if (r.finished) s += "; has finished";
     else if (r.collectives == fewest && fewest < most) s += "; behind the others";
-    s += "\n";
   }
-  return s;
+  if (mine_->step >= 0) return s;
+  return s + "\nThe mesh could not be opened or checked. Look at the network interface (NCCL_SOCKET_IFNAME), a firewall between nodes, the size of "
+             "/dev/shm in a container, and GPU peer access (NCCL_P2P_DISABLE=1 avoids it).";
 }
 
 // ---- a death
@@ -126,24 +154,24 @@ void Watch::start_child() {
   setsid();  // mpiexec ends the ranks' process groups
   for (int s : {SIGTERM, SIGINT, SIGHUP, SIGPIPE}) signal(s, SIG_IGN);
   close(lifeline_[1]);  // the parent's alone
-  const int ranks = job_.local_size;
   const int queue = epoll_create1(0);  // lists what becomes ready in the order of its becoming so
-  for (int i = 0; i < ranks; i++) {
+  int left = 0;
+  for (int i = 0; i < job_.local_size; i++) {
     epoll_event event{EPOLLIN | EPOLLONESHOT, {.u32 = uint32_t(i)}};
     const int pipe = open(sentence("/proc/", records_[i].pid, "/fd/", records_[i].lifeline).c_str(), O_RDONLY);
-    if (pipe >= 0) epoll_ctl(queue, EPOLL_CTL_ADD, pipe, &event);
+    left += pipe >= 0 && epoll_ctl(queue, EPOLL_CTL_ADD, pipe, &event) == 0;
   }
   epoll_event event;
-  for (int left = ranks; left > 0;) {
+  while (left > 0) {
     const int ready = epoll_wait(queue, &event, 1, -1);
     if (ready < 0 && errno != EINTR) break;
     if (ready < 1) continue;
     left--;
-    const uint32_t i = event.data.u32;
-    if (records_[i].finished) continue;
-    dprintf(2, "rank %d (process %d) ended without finishing: killed, or it crashed; its last collective was %s #%lld (%s) in step %lld\n",
-            records_[i].rank.load(), records_[i].pid.load(), name_of(Collective(records_[i].collective.load())),
-            (long long)records_[i].collectives.load(), records_[i].axis, (long long)records_[i].step.load());
+    const WatchRecord& r = records_[event.data.u32];
+    if (r.finished) continue;
+    if (records_[0].explained.exchange(true)) _exit(0);
+    dprintf(2, "rank %d on %s (process %d) ended without finishing: killed, or it crashed; last seen: %s\n", r.rank.load(), host().c_str(),
+            r.pid.load(), place_of(r).c_str());
     if (kill(parent, 0) == 0) kill(parent, SIGTERM);  // should mpiexec have been told not to clean up
     _exit(0);
   }

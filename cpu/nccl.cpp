@@ -139,11 +139,14 @@ void put_into_stream(const std::shared_ptr<Task>& task) {
   cpu::submit(stream, [task] { run(*task); });
 }
 #else
-// Host functions of two streams may share a thread, so a second stream has to wait until the first is empty.
+// Host functions of two streams may share a thread, so a second stream has to wait until the first has done its tasks: for an event, which
+// outlives its stream.
 void put_into_stream(const std::shared_ptr<Task>& task) {
-  static cudaStream_t last = task->ops[0].stream;
+  static cudaEvent_t done = nullptr;
+  static cudaStream_t last = nullptr;
   const cudaStream_t stream = task->ops[0].stream;
-  if (stream != last) cuda_check(cudaStreamSynchronize(last), "cudaStreamSynchronize");
+  if (!done) cuda_check(cudaEventCreateWithFlags(&done, cudaEventDisableTiming), "cudaEventCreate");
+  else if (stream != last) cuda_check(cudaEventSynchronize(done), "cudaEventSynchronize");
   last = stream;
   for (Op& op : task->ops) {
     op.stream = stream;
@@ -168,6 +171,7 @@ void put_into_stream(const std::shared_ptr<Task>& task) {
   for (const Back& b : backs)
     if (b.bytes) cuda_check(cudaMemcpyAsync(b.to, b.from, b.bytes, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
   cuda_check(cudaLaunchHostFunc(stream, end, kept), "cudaLaunchHostFunc");
+  cuda_check(cudaEventRecord(done, stream), "cudaEventRecord");
 }
 #endif
 

@@ -24,11 +24,14 @@ double seconds_from_environment() {
   const double seconds = text ? atof(text) : 0;
   return seconds > 0 ? seconds : 60;
 }
-std::atomic<double> watch_setting{seconds_from_environment()};
+std::atomic<double> watch_setting{0};  // 0: the environment's, read when it is first needed
 std::atomic<bool> strict_setting{getenv("THREEFOLD_REFEREE") && atoi(getenv("THREEFOLD_REFEREE"))};
 }  // namespace
 bool is_strict() { return strict_setting; }
-double watch_seconds() { return watch_setting; }
+double watch_seconds() {
+  static const double from_environment = seconds_from_environment();
+  return watch_setting > 0 ? watch_setting.load() : from_environment;
+}
 
 // ---- words
 

@@ -20,7 +20,7 @@ struct Traffic { int64_t calls = 0, numerator = 0; int n = 1; int64_t copied = 0
 Traffic traffic(ncclComm_t comm, Call call);
 
 void name(ncclComm_t comm, const char* name);    // for sentences: "on communicator 'fsdp' of ranks 0,2"
-void watch(double seconds);                      // a call that waits this long is a deadlock; THREEFOLD_TIMEOUT, default 60
+void watch(double seconds);                      // a call that waits this long is a deadlock; else THREEFOLD_TIMEOUT, or 60
 void strict(bool on);                            // THREEFOLD_REFEREE=1: receive buffers start as NaN, send buffers are checksummed
 void use_shared_memory(bool on);                 // for communicators made by ncclCommInitRank from now on; THREEFOLD_NCCL=mpi: off
 std::string where_ranks_stand(ncclComm_t comm);  // each rank's last call, from memory that outlives a stopped or killed rank

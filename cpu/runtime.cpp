@@ -62,6 +62,7 @@ namespace {
 constexpr int kDevices = 256;                             // one for any rank that asks
 constexpr int kMultiprocessors = 16;                      // not the number of cores: grids, and so sums, must not depend on the machine
 constexpr int kSharedBytes = 48 << 10, kSharedBytesOptIn = 227 << 10;  // a block's, as on sm_90
+constexpr int kStaticBytes = 1 << 10;                     // set aside for a kernel's static shared memory, which counts, too
 int current_device = 0;
 std::mutex kernels_mutex;
 std::unordered_map<const void*, int> shared_opt_in;       // cudaFuncSetAttribute
@@ -92,7 +93,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > kSharedBytesOptIn)
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > kSharedBytesOptIn - kStaticBytes)
     return fail(cudaErrorInvalidValue);
   std::lock_guard lock(kernels_mutex);
   shared_opt_in[kernel] = value;
@@ -107,7 +108,7 @@ bool cpu::legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic
     last_error = cudaErrorInvalidConfiguration;
     return false;
   }
-  if (dynamic_shared <= kSharedBytes) return true;
+  if (dynamic_shared <= kSharedBytes - kStaticBytes) return true;
   std::lock_guard lock(kernels_mutex);
   const auto found = shared_opt_in.find(kernel);
   if (found != shared_opt_in.end() && dynamic_shared <= size_t(found->second)) return true;

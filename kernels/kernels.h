@@ -54,7 +54,7 @@ void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte,
 void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx, const Tensor& tokens, const Tensor& order, int64_t T);
 std::vector<int> sort_rows(const std::vector<int>& tokens);  // on the host: numbers of the rows with a token, in its order, stable
 
-// ---- attention.cu   causal self-attention over packed qkv (B,T,3,H,D); scale 1/sqrt(D)
+// ---- attention_plain.cu, attention_flash.cu   causal self-attention over packed qkv (B,T,3,H,D); scale 1/sqrt(D)
 
 // plain: batched matrix products and a softmax kernel; probabilities (B,H,T,T) are kept
 void attention_plain_forward(const Tensor& out, const Tensor& probabilities, const Tensor& qkv, int64_t B, int64_t T, int64_t H);

@@ -13,7 +13,8 @@ namespace {
 // ---- forward
 
 constexpr int kForwardThreads = block_threads(128);
-constexpr int64_t kSharedBytes = 48 << 10;  // what a block may have without asking
+constexpr int64_t kStaticBytes = 1 << 10;                    // more than the reductions' static shared memory
+constexpr int64_t kSharedBytes = (48 << 10) - kStaticBytes;  // what a block may have without asking
 
 // y (R,C) = layernorm(x), or with kAdd: sum (R,C) = x + h, y = layernorm(sum); mean, rstd (R). Reads and writes RC of each; any C.
 // `keep`: the row fits into shared memory; else, and in FAST, it is read again through the caches.
@@ -159,6 +160,8 @@ static void backward(const Tensor& dx, const Tensor& dgains, const Tensor& dbias
   DISPATCH_PACKS(x.dtype(), in_packs(C, {&dx, &dy, &residual, &x, &gain}),
                  const int64_t bytes = 2 * C * int64_t(sizeof(acc_t<T>));
                  const auto kernel = backward_kernel<T, N, kResidual>;
+                 REQUIRE(bytes + kStaticBytes <= device().block_memory, "the layernorm of ", C, " channels keeps ", bytes,
+                         " bytes of sums in a block, and ", device().name, " has room for ", device().block_memory - kStaticBytes);
                  if (bytes > kSharedBytes)
                    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
                  kernel<<<unsigned(dgains.dim(0)), kBackwardThreads, bytes, device().compute>>>(

@@ -44,7 +44,7 @@ OptionTable table(Options& o) {
     {"Training", {
       {"steps", "N", Whole{&o.steps}, "optimizer steps", sentence("by model, ", tiny.name, ": ", tiny.steps)},
       {"batch", "B", Whole{&o.batch}, "sequences per optimizer step, over all ranks", sentence("by model, ", tiny.name, ": ", tiny.batch)},
-      {"microbatch", "B", Whole{&o.microbatch, 0, 100'000'000}, "sequences per micro-batch of a rank", "all of the rank's"},
+      {"microbatch", "B", Whole{&o.microbatch, 1, 100'000'000}, "sequences per micro-batch of a rank", "all of the rank's"},
       {"lr", "X", Real{&o.lr, false}, "highest learning rate", sentence("by model, ", tiny.name, ": ", tiny.lr)},
       {"min-lr", "X", Real{&o.min_lr}, "learning rate at the end", "a tenth of --lr"},
       {"warmup", "N", Whole{&o.warmup, 0}, "steps until the learning rate is at its highest", "5% of --steps, at most 100"},
@@ -62,9 +62,9 @@ OptionTable table(Options& o) {
     {"Ranks: mpiexec -n (pp x replicate x fsdp x tp)", {
       {"replicate", "R", Whole{&o.replicate, 1, 100'000}, "data parallelism: copies of the model, gradients summed over them", ""},
       {"fsdp", "S", Whole{&o.fsdp, 1, 100'000}, "fully sharded data parallelism: each rank owns 1/S of every layer", ""},
-      {"zero", "STAGE", Whole{&o.zero, 1, 3}, "what fsdp shards: optimizer state, and gradients, and parameters", ""},
+      {"zero", "STAGE", Whole{&o.zero, 1, 3}, "what fsdp shards: optimizer state, and gradients, and parameters", "3"},
       {"reshard-after-forward", "", Choice{&o.reshard, {"yes", "no"}}, "ZeRO-3: give parameters back after the forward", ""},
-      {"prefetch", "K", Whole{&o.prefetch, 0, 1000}, "layers gathered ahead while others compute", ""},
+      {"prefetch", "K", Whole{&o.prefetch, 0, 1000}, "layers gathered ahead while others compute; above 0 one sum of gradients runs behind, too", ""},
       {"tp", "T", Whole{&o.tp, 1, 100'000}, "tensor parallelism: each layer's weights are split over T ranks", ""},
       {"sequence-parallel", "", Flag{&o.sequence_parallel}, "with tp: activations between the split layers are split by tokens, too", ""},
       {"pp", "P", Whole{&o.pp, 1, 100'000}, "pipeline parallelism: the layers are cut into P stages", ""},
@@ -107,6 +107,7 @@ void resolve(Options& o, bool has_gpu) {
   const int64_t parts = ranks * (o.pp > 1 ? 2 * o.pp : 1);  // a pipeline wants several micro-batches
   if (o.batch == 0) o.batch = (preset->batch + parts - 1) / parts * parts;
   if (o.microbatch == 0) o.microbatch = std::max<int64_t>(1, o.batch / parts);
+  if (o.zero == 0 && o.fsdp > 1) o.zero = 3;
   if (o.lr == 0) o.lr = preset->lr;
   if (o.min_lr < 0) o.min_lr = o.lr / 10;
   if (o.warmup < 0) o.warmup = std::min<int64_t>(o.steps / 20, 100);
@@ -123,6 +124,11 @@ void check(const Options& o) {
   REQUIRE(o.batch % (o.microbatch * o.replicate * o.fsdp) == 0, "a batch of ", o.batch, " does not divide into micro-batches of ",
           o.microbatch, o.replicate * o.fsdp == 1 ? "" : sentence(" on ", o.replicate * o.fsdp, " data-parallel ranks (replicate x fsdp)"),
           ": change --batch or --microbatch");
+  REQUIRE(o.attention != "flash" || m.width / m.heads <= 128, "--attention flash takes heads of at most 128 channels, and a width of ", m.width,
+          " with ", m.heads, m.heads == 1 ? " head" : " heads", " makes them ", m.width / m.heads, " wide: give --attention plain or more --heads");
+  REQUIRE(o.fsdp > 1 || o.zero == 0, "--zero ", o.zero, " shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
+  REQUIRE(o.reshard == "yes" || o.zero == 3, "--reshard-after-forward no keeps the parameters that ZeRO-3 gathers: give --fsdp 2 or more",
+          o.fsdp > 1 ? " and --zero 3" : "");
   REQUIRE(o.tp <= m.heads, "--tp ", o.tp, " has more ranks than the ", m.heads, " attention heads that they would share (--heads)");
   REQUIRE(o.tp <= m.vocab, "--tp ", o.tp, " has more ranks than the vocabulary has tokens, ", m.vocab, " (--vocab)");
   REQUIRE(o.tp > 1 || !o.sequence_parallel, "--sequence-parallel splits activations over the ranks of --tp, which is 1: give --tp 2 or more");

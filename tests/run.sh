@@ -11,8 +11,9 @@ backends=("$@")
 
 kernels="test_cpu test_tensor test_kernels test_matmul test_attention test_autograd test_golden"  # the core, in every form
 alone="test_support test_schedule"                                                                 # plain C++
-ranks="test_fsdp test_tensor_parallel"                                                             # under mpiexec -n 1, 2, 3, 4, 6, 8
+ranks="test_fsdp test_tensor_parallel test_pipeline"                                                             # under mpiexec -n 1, 2, 3, 4, 6, 8
 worlds="1 2 3 4 6 8"
+comm="test_comm"                                                                                   # under mpiexec -n 1, 2, 4, 8
 referee="test_nccl"                                                                                # under mpiexec -n 8
 cores=$(nproc)
 passed=0 failed=0 skipped=0
@@ -40,14 +41,14 @@ run() {
 
 for backend in "${backends[@]}"; do
   programs="$kernels"
-  [ "$backend" = cpu ] && programs="$kernels $alone $ranks $referee"
+  [ "$backend" = cpu ] && programs="$kernels $alone $comm $ranks $referee"
   [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks"
   [ "$backend" = ptx ] && programs="test_tensor test_golden"  # every op, through the golden model; under a PTX runner the other programs take too long
   targets=""
   for p in $programs; do targets="$targets build/$backend/tests/$p"; done
   make --no-print-directory -j"$cores" BACKEND="$backend" $targets $([ "$backend" = cpu ] && echo build) $([ "$backend" = ptx ] && echo build/ptx/train_gpt) || { echo "FAIL the $backend build"; failed=$((failed + 1)); continue; }
   for p in $programs; do
-    case " $ranks " in *" $p "*) sizes=$worlds ;; *) sizes=$([ $p = $referee ] && echo 8) ;; esac
+    case $p in $comm) sizes="1 2 4 8" ;; $referee) sizes=8 ;; *) case " $ranks " in *" $p "*) sizes=$worlds ;; *) sizes="" ;; esac ;; esac
     [ -n "$sizes" ] || run "$backend/$p" "build/$backend/tests/$p"
     for n in $sizes; do
       threads=$((cores / n)); [ $threads -gt 0 ] || threads=1
@@ -57,7 +58,7 @@ for backend in "${backends[@]}"; do
   [ "$backend" = ptx ] && run "the CUDA build trains to the CPU build's losses" tests/test_ptx_train.sh
   [ "$backend" = cpu ] || continue
   for n in 2 4; do
-    for test in test_fsdp test_tensor_parallel; do
+    for test in test_fsdp test_tensor_parallel test_pipeline; do
       run "cpu/$test, $n ranks, queued streams" env THREEFOLD_STREAMS=queued:$n THREEFOLD_REFEREE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive mpiexec -n $n build/cpu/tests/$test one_rank_in_f64
     done
   done

@@ -10,13 +10,15 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
 ok()   { echo "ok   $1  ${2:-}"; passed=$((passed + 1)); }
 fail() { echo "FAIL $1  ${2:-}"; failed=$((failed + 1)); }
 
-# refuses NAME 'part of the sentence' ARGS...: exits non-zero, says it on stderr in one line, prints no step
-refuses() {
+# ends NAME 'part of the sentence' ARGS...: exits non-zero, says it on stderr once
+ends() {
   local name=$1 part=$2; shift 2
   if timeout 60 $train "$@" >"$dir/out" 2>"$dir/err"; then fail "$name" "exit status 0"
-  elif ! grep -qF -- "$part" "$dir/err"; then fail "$name" "said: $(head -c 300 "$dir/err")"
-  else ok "$name" "$(head -1 "$dir/err" | cut -c1-150)"; fi
+  elif [ "$(grep -cF -- "$part" "$dir/err")" != 1 ]; then fail "$name" "said: $(head -c 300 "$dir/err")"
+  elif [ -n "${alone:-}" ] && { [ "$(wc -l <"$dir/err")" != 1 ] || grep -q '^step' "$dir/out"; }; then fail "$name" "said more: $(head -c 300 "$dir/err") $(grep -m1 '^step' "$dir/out")"
+  else ok "$name" "$(grep -F -- "$part" "$dir/err" | cut -c1-150)"; fi
 }
+refuses() { alone=yes ends "$@"; }  # and nothing else there, and takes no step
 losses() { sed -n 's/.*"loss":\([^,]*\),"grad_norm":\([^,]*\).*/\1 \2/p' "$1"; }
 shape="--model tiny --layers 2 --width 32 --heads 2 --context 32 --batch 8"
 small="$shape --steps 12"
@@ -43,28 +45,34 @@ if awk "BEGIN { exit !($worst <= 1e-12) }"; then ok four_micro_batches_equal_one
 # ---- what it refuses
 
 printf 'short' >"$dir/short.txt"; : >"$dir/empty.txt"; seq 4000 >"$dir/good.txt"
-head -c 2048 /dev/zero >"$dir/magic.bin"; printf '\x01\x02\x03\x04' | dd of="$dir/magic.bin" conv=notrunc 2>/dev/null
+head -c 2048 /dev/zero >"$dir/magic.bin"
 bin() { # bin FILE TOKENS_PROMISED TOKENS_WRITTEN VALUE: llm.c's format
   perl -e 'my ($f, $p, $w, $v) = @ARGV; open(F, ">", $f); binmode F; print F pack("l<256", 20240520, 1, $p, (0) x 253), pack("v*", ($v) x $w)' "$@"; }
 bin "$dir/good.bin" 5000 5000 7; bin "$dir/cut.bin" 5000 100 7; bin "$dir/vocab.bin" 5000 5000 300
 
-refuses an_unknown_option_is_refused "--lerning-rate" --lerning-rate 1
-refuses a_missing_value_is_refused "--steps" --steps
-refuses zero_steps_are_refused "--steps" --steps 0
-refuses a_negative_batch_is_refused "--batch" --batch -3
-refuses a_rate_that_is_no_number_is_refused "--lr" --lr fast
-refuses an_unknown_model_is_refused "--model" --model gpt5
-refuses a_missing_file_is_refused "nowhere.txt" --data "$dir/nowhere.txt"
-refuses an_empty_file_is_refused "empty" --data "$dir/empty.txt"
-refuses a_short_file_is_refused "short" --data "$dir/short.txt"
-refuses a_truncated_shard_is_refused "5000" --data "$dir/cut.bin"
-refuses a_token_outside_the_vocabulary_is_refused "300" --data "$dir/vocab.bin"
-refuses mixed_formats_are_refused "good" --data "$dir/good.bin" "$dir/good.txt"
-refuses an_unwritable_metrics_path_is_refused "/nowhere/metrics.jsonl" $small --metrics /nowhere/metrics.jsonl
-refuses heads_that_do_not_divide_are_refused "head" --width 100 --heads 3
-refuses a_batch_that_does_not_divide_is_refused "micro-batch" --batch 8 --microbatch 3
-refuses a_loss_that_is_not_finite_stops_with_the_step "at step" $small --lr 1e30 --clip 0
-refuses what_does_not_fit_says_what_holds_the_memory "parameters" --device-memory 5
+refuses an_unknown_option_is_refused "there is no option --lerning-rate" --lerning-rate 1
+refuses a_missing_value_is_refused "--steps needs a value" --steps
+refuses zero_steps_are_refused "--steps takes a whole number from 1" --steps 0
+refuses a_negative_batch_is_refused "--batch takes a whole number from 1" --batch -3
+refuses a_rate_that_is_no_number_is_refused "--lr takes a number above 0" --lr fast
+refuses an_unknown_model_is_refused "--model takes tiny, char" --model gpt5
+refuses a_missing_file_is_refused "nowhere.txt cannot be opened: No such file" --data "$dir/nowhere.txt"
+refuses an_empty_file_is_refused "empty.txt is empty" --data "$dir/empty.txt"
+refuses a_short_file_is_refused "a context of 128 needs at least 258 tokens" --data "$dir/short.txt"
+refuses a_file_of_another_format_is_refused "is no token shard in llm.c's format" --data "$dir/magic.bin"
+refuses a_truncated_shard_is_refused "promises 5000 tokens, which take 11024 bytes" --data "$dir/cut.bin"
+ends a_token_outside_the_vocabulary_ends_the_run "has token 300 at position" --data "$dir/vocab.bin"
+refuses mixed_formats_are_refused "--data mixes 16-bit tokens" --data "$dir/good.bin" "$dir/good.txt"
+ends an_unwritable_metrics_path_ends_the_run "metrics.jsonl cannot be opened for writing" $small --metrics /nowhere/metrics.jsonl
+refuses heads_that_do_not_divide_are_refused "a width of 100 does not divide by 3 heads" --width 100 --heads 3
+refuses a_batch_that_does_not_divide_is_refused "a batch of 8 does not divide into micro-batches of 3" --batch 8 --microbatch 3
+refuses stages_without_shards_are_refused "--zero 1 shards over the ranks of --fsdp" --zero 1
+refuses heads_too_wide_for_flash_attention_are_refused "makes them 256 wide: give --attention plain" --width 256 --heads 1
+ends a_loss_that_is_not_finite_stops_with_the_step "at step 2 the loss is" $small --lr 1e30 --clip 0
+ends what_does_not_fit_says_what_holds_the_memory "out of device memory" --device-memory 5
+OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=0 refuses another_mpis_launcher_is_refused "the launcher started 4 processes" $small
+OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=2 $train $small >"$dir/out" 2>&1 && fail another_mpis_launcher_is_refused_once "exit status 0" ||
+  { [ -s "$dir/out" ] && fail another_mpis_launcher_is_refused_once "said: $(head -c 300 "$dir/out")" || ok another_mpis_launcher_is_refused_once; }
 
 if $train --help | grep -q -- --device-memory; then ok help_lists_the_options; else fail help_lists_the_options; fi
 $train $shape --data "$dir/good.bin" --steps 2 --sample 3 >"$dir/out" 2>&1 && ok a_shard_trains "$(grep '^data' "$dir/out")" || fail a_shard_trains "$(tail -1 "$dir/out")"

@@ -40,9 +40,12 @@ says() {
   else ok "$name" "$(grep -F -- "$part" "$dir/err" | cut -c1-150)"; fi
 }
 
-for rank in 0 1 2; do strikes "a_killed_rank_${rank}_is_named_and_ends_the_job" $rank KILL 5 "^rank $rank (process .*ended without finishing" --replicate 3; done
+for rank in 0 1 2; do strikes "a_killed_rank_${rank}_is_named_and_ends_the_job" $rank KILL 5 "^rank $rank on .* (process .*ended without finishing" --replicate 3; done
 for rank in 0 2; do strikes "a_stopped_rank_${rank}_is_named" $rank STOP 8 "rank $rank: .*DOES NOT RUN" --fsdp 3 --timeout 3; done
 
+says a_loss_that_is_not_finite_on_every_rank_is_said_once "at step 2 the loss is" 3 ${long/1000000/9} --replicate 3 --lr 1e30 --clip 0
+if grep -q "killed, or it crashed" "$dir/err"; then fail no_rank_is_blamed_for_what_another_explained "$(head -c 400 "$dir/err")"; else ok no_rank_is_blamed_for_what_another_explained; fi
+says what_does_not_fit_on_any_rank_is_said_once "out of device memory" 3 ${long/1000000/9} --replicate 3 --device-memory 1
 says a_mesh_that_does_not_match_is_refused_once "mpiexec started 2" 2 --fsdp 3
 says a_batch_that_does_not_divide_over_ranks_is_refused_once "micro-batch" 2 --replicate 2 --batch 7 --microbatch 1
 says zero_4_is_refused "--zero" 1 --zero 4

@@ -301,7 +301,8 @@ static Norm layernorm(const Values& x, const Values& gain, const Values& bias) {
 TEST(layernorm_forward_normalises_each_row_and_adds_the_residual_before) {
   for_dtypes([](Dtype dtype) {
     const Dtype acc = master_dtype(dtype);
-    for (const auto& [R, C] : {std::pair{5, 1}, {1, 31}, {5, 33}, {3, 128}, {5, 1000}, {1, 25000}}) {  // 25000: not kept in shared memory
+    for (const auto& [R, C] : {std::pair{5, 1}, {1, 31}, {5, 33}, {3, 128}, {5, 1000}, {1, 6144}, {1, 12288}, {1, 25000}}) {
+      // rows of 48 KiB and more are not kept in shared memory
       const Values x = numbers(R * C, dtype, 2, 1), h = numbers(R * C, dtype), gain = numbers(C, dtype, 1, 1), bias = numbers(C, dtype);
       Values sum(R * C);
       for (int64_t i = 0; i < R * C; i++) sum[i] = rounded(x[i] + h[i], dtype);
@@ -323,8 +324,8 @@ TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) 
   for_dtypes([](Dtype dtype) {
     const Dtype acc = master_dtype(dtype);
     const int64_t many = kFast ? 70 : 9;  // several chunks
-    for (const auto& [R, C] : {std::pair{many, int64_t(1)}, {1, 31}, {many, 33}, {3, 128}, {many, 1000}, {1, 7000}}) {
-      // 7000: more shared memory than a block has without asking
+    for (const auto& [R, C] : {std::pair{many, int64_t(1)}, {1, 31}, {many, 33}, {3, 128}, {many, 1000}, {1, 6144}, {1, 7000}}) {
+      // 6144: in f32 the sums take 48 KiB, what a block has without asking, and the reduction needs some, too
       const Values x = numbers(R * C, dtype, 2, 1), dy = numbers(R * C, dtype), more = numbers(R * C, dtype, 1, 3), gain = numbers(C, dtype, 1, 1);
       Norm n = layernorm(x, gain, gain);
       for (double& m : n.mean) m = rounded(m, acc);
@@ -362,6 +363,12 @@ TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) 
           {"dx in place of dy", dx, bound(dtype) + slack}});
     }
   });
+}
+
+TEST(layernorm_refuses_a_width_whose_sums_no_block_can_hold) {
+  const int64_t C = 30000;
+  const Tensor x({1, C}, Dtype::f32, Memory::workspace), c({C}, Dtype::f32, Memory::workspace), one({1}, Dtype::f32, Memory::workspace);
+  CHECK_SAYS(layernorm_backward(x, c, c, x, Tensor(), x, one, one, c), "the layernorm of 30000 channels keeps 240000 bytes of sums in a block");
 }
 
 // ---- embedding

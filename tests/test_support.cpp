@@ -122,7 +122,7 @@ TEST(unset_options_are_resolved_from_the_model_and_the_machine) {
   CHECK_EQ(resolved({"--steps", "100000"}).warmup, 100);
   CHECK_EQ(resolved({"--warmup", "0"}).warmup, 0);
   CHECK_EQ(resolved({"--min-lr", "0"}).min_lr, 0);
-  CHECK_EQ(resolved({"--microbatch", "0"}).microbatch, 16);
+  CHECK(tiny.zero == 0 && resolved({"--fsdp", "2"}).zero == 3 && resolved({"--fsdp", "2", "--zero", "1"}).zero == 1);
   Options again = given;
   resolve(again, false);
   CHECK(again.dtype == "f64" && again.lr == given.lr && again.warmup == given.warmup, "resolving twice changes nothing");
@@ -135,6 +135,12 @@ TEST(contradictions_between_options_are_refused) {
   CHECK_SAYS(resolved({"--batch", "12", "--microbatch", "2", "--fsdp", "2", "--replicate", "2"}),
              "a batch of 12 does not divide into micro-batches of 2 on 4 data-parallel ranks (replicate x fsdp)");
   CHECK_SAYS(resolved({"--lr", "1e-4", "--min-lr", "1e-3"}), "--min-lr 0.001 is above --lr 0.0001");
+  CHECK_SAYS(resolved({"--zero", "3"}), "--zero 3 shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
+  CHECK_SAYS(resolved({"--replicate", "2", "--reshard-after-forward", "no"}), "parameters that ZeRO-3 gathers: give --fsdp 2 or more");
+  CHECK_SAYS(resolved({"--fsdp", "2", "--zero", "2", "--reshard-after-forward", "no"}), "give --fsdp 2 or more and --zero 3");
+  resolved({"--fsdp", "2", "--reshard-after-forward", "no"}), resolved({"--reshard-after-forward", "yes"});
+  CHECK_SAYS(resolved({"--width", "516", "--heads", "4"}), "with 4 heads makes them 129 wide: give --attention plain or more --heads");
+  resolved({"--width", "512", "--heads", "4"}), resolved({"--width", "516", "--heads", "4", "--attention", "plain"});
   CHECK_SAYS(resolved({"--steps", "5", "--warmup", "6"}), "--warmup 6 is longer than the training of 5 steps");
   Options unset;
   CHECK_SAYS(check(unset), "--layers, --width, --heads, --context and --vocab must be at least 1");
@@ -181,9 +187,9 @@ TEST(a_value_that_is_not_allowed_is_refused) {
   for (const char* bad : {"-0.1", "nan", "inf"})
     for (const char* option : {"--min-lr", "--weight-decay", "--clip"})
       CHECK_SAYS(parsed({option, bad}), sentence(option, " takes a number of at least 0, not '", bad, "'"));
-  for (const char* option : {"--layers", "--width", "--heads", "--context", "--vocab", "--batch", "--device-memory"})
+  for (const char* option : {"--layers", "--width", "--heads", "--context", "--vocab", "--batch", "--microbatch", "--device-memory"})
     for (const char* bad : {"0", "-1"}) CHECK_SAYS(parsed({option, bad}), sentence(option, " takes a whole number from 1 to "));
-  for (const char* option : {"--microbatch", "--warmup", "--seed", "--eval-every", "--sample"})
+  for (const char* option : {"--warmup", "--seed", "--eval-every", "--sample"})
     CHECK_SAYS(parsed({option, "-1"}), sentence(option, " takes a whole number from 0 to "));
   CHECK_SAYS(parsed({"--dtype", "f16"}), "--dtype takes f32, bf16 or f64, not 'f16'");
   CHECK_SAYS(parsed({"--matmul", "mine"}), "--matmul takes cublas or own, not 'mine'");
