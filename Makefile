@@ -165,7 +165,7 @@ test:
 	@tests/run.sh
 
 mutants:
-	@$(MAKE) --no-print-directory BACKEND=cpu build/cpu/tests/test_fsdp build/cpu/tests/test_tensor_parallel
+	@$(MAKE) --no-print-directory BACKEND=cpu build/cpu/tests/test_fsdp build/cpu/tests/test_tensor_parallel build/cpu/tests/test_pipeline
 	@tests/mutants.sh
 
 bench: build $(BENCHES:%=$(B)/tests/%)

@@ -27,6 +27,11 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   clock_.reset(actions.size());
   most_live_ = most_live_bytes_ = 0;
   const int64_t& held = device().memory.now[int(Memory::activations)];
+  const auto measured = [this](size_t i, auto&& work) {
+    if (timed) clock_.begin(i);
+    work();
+    if (timed) clock_.end(i);
+  };
   prepare_room(0, shape, dtype);
   for (size_t i = 0; i < actions.size(); i++) {
     const Action& a = actions[i];
@@ -40,9 +45,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
       case Action::forward:
         if (!is_first(a.chunk)) live.in.value = arrived(Transfer::activation, a.microbatch, a.chunk);
         live.bytes = (live.in.value.empty() ? 0 : live.in.value.bytes()) - held;
-        clock_.begin(i);
-        live.out = compute(live.tape, a.chunk, live.in, a.microbatch);
-        clock_.end(i);
+        measured(i, [&] { live.out = compute(live.tape, a.chunk, live.in, a.microbatch); });
         live.bytes += held - (live.out.value.empty() ? 0 : live.out.value.bytes());  // what was made, and what came, less what is passed on
         live.in.value = Tensor();  // whoever needs it for the backward has it
         count_live(lives);
@@ -52,16 +55,14 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
       case Action::input_gradient:
         if (a.kind == Action::input_gradient) live.tape.deferred = &live.later;
         if (!is_last(a.chunk)) *live.out.grad = arrived(Transfer::gradient, a.microbatch, a.chunk);
-        clock_.begin(i);
-        live.tape.backward();
-        clock_.end(i);
+        measured(i, [&] { live.tape.backward(); });
         if (!is_first(a.chunk)) post(Transfer::gradient, a.microbatch, a.chunk, take(live.in.grad));
         if (a.kind == Action::backward) lives.erase({a.microbatch, a.chunk});
         break;
       default:  // weight_gradient
-        clock_.begin(i);
-        for (; !live.later.empty(); live.later.pop_front()) live.later.front()();
-        clock_.end(i);
+        measured(i, [&] {
+          for (; !live.later.empty(); live.later.pop_front()) live.later.front()();
+        });
         lives.erase({a.microbatch, a.chunk});
     }
   }

@@ -50,10 +50,12 @@ class Pipeline {
   void sum_tied(const Tensor& gradient);
   void sum(const Tensor& x, Traffic purpose);  // over the stages: the loss, the norm
 
-  // Of the last run: how long each computation of this stage took by itself (on a GPU by events, else in processor time: ranks may share
-  // cores), 0 for exchanges; the most that its tapes kept for backwards at once.
+  bool timed = false;  // the next run: without a GPU every computation then waits for its end, and nothing overlaps
+  // Of the last timed run: how long each computation of this stage took by itself (on a GPU by events, else in processor time: ranks may
+  // share cores), 0 for exchanges.
   std::vector<double> seconds() const { return clock_.seconds(); }
-  int64_t most_live() const { return most_live_; }               // micro-batches, each on each chunk
+  // Of the last run: the most that its tapes kept for backwards at once.
+  int64_t most_live() const { return most_live_; }  // micro-batches, each on each chunk
   int64_t most_live_bytes() const { return most_live_bytes_; }
 
  private:

@@ -100,6 +100,7 @@ static void train(const Options& o, const Dataset& data, Mesh& mesh, Watch& watc
     progress.start_step();
     watch.step(step);
     const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
+    if (trainer.pipeline) trainer.pipeline->timed = step == o.steps;
     trainer.gradients([&](int64_t s) { return watch.progress(), data.sequence(step, s, o.seed); });
     trainer.update(lr);
     loss = trainer.loss();

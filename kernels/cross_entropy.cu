@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int kThreads = block_threads(1024);
+constexpr int kThreads = block_threads(1024), kRescaleThreads = block_threads(256);
 
 // (maximum, sum of exp(x - maximum)) of two sets of x, of both
 template <class A> struct SoftmaxSum {
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(1024) softmax_parts_kernel(acc_t<T>* parts, T*
 
 // sums (n) *= exp(from (n) - to (n)): sums of exponentials beside one maximum, beside another; reads 3n, writes n
 template <class A> __global__ void __launch_bounds__(256) rescale_kernel(A* sums, const A* from, const A* to, int n) {
-  const int i = blockIdx.x * block_threads(256) + threadIdx.x;
+  const int i = blockIdx.x * kRescaleThreads + threadIdx.x;
   if (i < n) sums[i] *= exp_of(from[i] - to[i]);
 }
 
@@ -168,11 +168,11 @@ void softmax_rescale(const Tensor& parts, const Tensor& top) {
   const int64_t R = top.numel();
   ASSERT(parts.numel() == 3 * R && parts.dtype() == top.dtype() && top.dtype() != Dtype::bf16);
   if (!R) return;
-  const unsigned blocks = unsigned(ceil_div(R, block_threads(256)));
+  const unsigned blocks = unsigned(ceil_div(R, kRescaleThreads));
   if (top.dtype() == Dtype::f32)
-    rescale_kernel<float><<<blocks, block_threads(256), 0, device().compute>>>(parts.data<float>() + R, parts.data<float>(), top.data<float>(), int(R));
+    rescale_kernel<float><<<blocks, kRescaleThreads, 0, device().compute>>>(parts.data<float>() + R, parts.data<float>(), top.data<float>(), int(R));
   else
-    rescale_kernel<double><<<blocks, block_threads(256), 0, device().compute>>>(parts.data<double>() + R, parts.data<double>(), top.data<double>(), int(R));
+    rescale_kernel<double><<<blocks, kRescaleThreads, 0, device().compute>>>(parts.data<double>() + R, parts.data<double>(), top.data<double>(), int(R));
   LAUNCHED();
 }
 

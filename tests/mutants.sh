@@ -42,6 +42,7 @@ mutant() {
 }
 parity=data_parallel_and_fsdp parity_tp=tensor_parallelism_equals
 formulas=bytes_sent
+parity_pp=every_schedule_equals
 
 mutant waits compute_does_not_wait_for_the_gather fsdp.cpp '/parameters must have arrived/d' 2 queued test_fsdp $parity
 mutant waits reduce_does_not_wait_for_the_gradients fsdp.cpp '/the gradients must have been computed/d' 2 queued test_fsdp $parity
@@ -50,6 +51,8 @@ mutant waits a_shard_does_not_wait_for_its_sum fsdp.cpp '/u.reduced.make_wait/d'
 mutant waits an_all_reduce_does_not_wait_for_the_partial_sums tensor_parallel.cpp '/^  computed_.*the partial sums must have been computed/d' 2 queued test_tensor_parallel $parity_tp
 mutant waits a_reduce_scatter_does_not_wait_for_the_partial_sums tensor_parallel.cpp '/^    computed_.*the partial sums must have been computed/d' 2 queued test_tensor_parallel $parity_tp
 mutant waits a_layer_does_not_wait_for_the_sum tensor_parallel.cpp '/arrived_.make_wait/d' 2 queued test_tensor_parallel $parity_tp
+mutant waits a_stage_sends_before_it_has_computed pipeline.cpp 's/^    if \(t.send\) outbox_.at.*/    if (t.send) {}/' 2 queued test_pipeline $parity_pp
+mutant waits a_stage_computes_before_its_input_has_arrived pipeline.cpp '/it must have arrived/d' 2 queued test_pipeline $parity_pp
 
 mutant faults the_reduce_scatter_is_dropped fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/d' 2 immediate test_fsdp $parity
 mutant faults the_all_reduce_over_replicate_is_dropped fsdp.cpp 's/NCCL_CHECK\(ncclAllReduce\(u.own_grad.raw.*/NCCL_CHECK(ncclSuccess);/; /^ +mesh_.stream\)\);$/d' 2 immediate test_fsdp $parity
@@ -68,6 +71,11 @@ mutant faults every_rank_adds_the_bias_before_the_sum tensor_parallel.cpp '/ add
 mutant faults every_rank_counts_the_squares_of_what_all_own tensor_parallel.cpp 's/p.counted = axis_.rank == 0/p.counted = true/' 2 immediate test_tensor_parallel $parity_tp
 mutant faults gradients_stay_in_parts tensor_parallel.cpp 's/^  if \(!by_rows_\) return;$/  (void)params; return;/' 2 immediate test_tensor_parallel $parity_tp
 mutant faults the_targets_logit_is_not_summed tensor_parallel.cpp 's/parts.part\(R, \{2, R\}\)/parts.part(R, {R})/' 2 immediate test_tensor_parallel $parity_tp
+
+mutant faults the_head_s_part_of_the_tied_gradient_stays_away pipeline.cpp 's/^  add_into\(gradient, other\);.*//' 2 immediate test_pipeline $parity_pp
+mutant faults both_ends_count_the_token_embedding_in_the_norm trainer.cpp 's/gpt.wte.counted = mesh.pp.rank == 0;//' 2 immediate test_pipeline $parity_pp
+mutant faults only_the_last_stage_knows_the_loss trainer.cpp 's/if \(pipeline\) pipeline->sum\(total_, Traffic::loss\);//' 2 immediate test_pipeline $parity_pp
+mutant faults weight_gradients_are_computed_twice pipeline.cpp 's/live.later.pop_front\(\)\) live.later.front\(\)\(\)/live.later.pop_front()) live.later.front()(), live.later.front()()/' 2 immediate test_pipeline $parity_pp
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]
