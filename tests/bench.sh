@@ -57,6 +57,12 @@ if wants training; then
     row "1 process, $cores threads *" $((single * 256)) "$two"
     row "--tp 2, 1 thread each" $((single * 256)) "$(step_ms tp 1 2 $args --tp 2)" "$two"
     row "--tp 2 --sequence-parallel, 1 thread each" $((single * 256)) "$(step_ms rows 1 2 $args --tp 2 --sequence-parallel)" "$two"
+    # A pipeline of 8 micro-batches: at best 1 - bubble of the line marked *, bubble = 1/9 for 1f1b and 1/25 for zb
+    row "1 process, $cores threads *" 2048 "$base"
+    row "--pp 2 --schedule 1f1b, 1 thread each" 2048 "$(step_ms pp 1 2 $both --microbatch 1 --pp 2 --schedule 1f1b)" "$base"
+    grep -E '^(predicted from|executed)' "$dir/pp.out" | sed 's/^/    /'
+    row "--pp 2 --schedule zb, 1 thread each" 2048 "$(step_ms zb 1 2 $both --microbatch 1 --pp 2 --schedule zb)" "$base"
+    grep -E '^(predicted from|executed)' "$dir/zb.out" | sed 's/^/    /'
     [ $model = gpt2 ] && sed -n '/^memory/,$p' "$dir/two.out"
   done
 fi
