@@ -16,6 +16,39 @@ std::string nccl_error(ncclResult_t status) {
   return text;
 }
 
+// ---- time
+
+CommunicationClock communication_clock;
+
+CommunicationClock::~CommunicationClock() {
+  for (const auto& pair : events_)
+    for (cudaEvent_t event : pair) cudaEventDestroy(event);
+}
+
+int CommunicationClock::begin() {
+  if (!queue_) return -1;
+  if (calls_ == int(events_.size()))
+    for (cudaEvent_t& event : events_.emplace_back()) CUDA_CHECK(cudaEventCreate(&event));
+  CUDA_CHECK(cudaEventRecord(events_[size_t(calls_)][0], queue_));
+  return calls_++;
+}
+
+void CommunicationClock::end(int call) {
+  if (call >= 0) cudaEventRecord(events_[size_t(call)][1], queue_);
+}
+
+double CommunicationClock::end_step() {
+  CUDA_CHECK(cudaStreamSynchronize(queue_));
+  double seconds = 0;
+  for (int i = 0; i < calls_; i++) {
+    float ms = 0;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, events_[size_t(i)][0], events_[size_t(i)][1]));
+    seconds += ms * 1e-3;
+  }
+  queue_ = nullptr;
+  return seconds;
+}
+
 // ---- MPI without a spinning core
 
 void wait(MPI_Request& request) {

@@ -12,6 +12,7 @@
 #include <mpi.h>
 #include <nccl.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -24,8 +25,31 @@
 
 std::string nccl_error(ncclResult_t status);  // NCCL's own last sentence where it has one
 
+// How long the communication queue is busy with NCCL's calls, waiting for the other ranks included: NCCL_CHECK puts an event before and one
+// after each call of a step.
+class CommunicationClock {
+ public:
+  ~CommunicationClock();
+  void start_step(cudaStream_t queue) { queue_ = queue, calls_ = 0; }
+  double end_step();  // seconds since start_step; waits for the queue
+  int begin();        // both for CallTime
+  void end(int call);
+
+ private:
+  cudaStream_t queue_ = nullptr;  // null between steps: nothing is timed
+  int calls_ = 0;
+  std::vector<std::array<cudaEvent_t, 2>> events_;  // reused by every step
+};
+extern CommunicationClock communication_clock;
+
+struct CallTime {
+  const int call = communication_clock.begin();
+  ~CallTime() { communication_clock.end(call); }
+};
+
 #define NCCL_CHECK(call)                                                                                              \
   do {                                                                                                                \
+    const CallTime time_;                                                                                             \
     const ncclResult_t status_ = (call);                                                                              \
     if (status_ != ncclSuccess) throw Error(sentence(__FILE__, ":", __LINE__, ": ", #call, " failed: ", nccl_error(status_))); \
   } while (0)

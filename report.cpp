@@ -2,6 +2,7 @@
 // idea      every rank sends rank 0 its allocator's and its ledger's numbers; theory.cpp says what they should be
 #include "report.h"
 
+#include <algorithm>
 #include <cstdio>
 
 #include "support/trace.h"
@@ -93,6 +94,16 @@ static std::string traffic_table(const std::vector<TrafficRow>& rows, int64_t st
   return s;
 }
 
+// The share of a step in which the communication queue was busy, on each rank.
+static std::string communication_line(const Mesh& mesh, double share, std::string& json) {
+  std::vector<int64_t> all = collect(mesh, {int64_t(share * 1e4 + 0.5)});
+  for (size_t r = 0; r < all.size(); r++) json += sentence(r ? "," : ",\"communication_share\":[", double(all[r]) * 1e-4);
+  json += "]";
+  if (mesh.size == 1) return "";
+  std::sort(all.begin(), all.end());
+  return format("  communicating, with waiting for other ranks: %.0f%% to %.0f%% of a step's time, by rank\n", double(all.front()) * 1e-2, double(all.back()) * 1e-2);
+}
+
 static std::string traffic_json(const Mesh& mesh, const std::vector<TrafficRow>& rows) {
   std::vector<int64_t> mine;
   for (const TrafficRow& r : rows) mine.insert(mine.end(), {r.calls, r.bytes});
@@ -112,55 +123,75 @@ static std::string traffic_json(const Mesh& mesh, const std::vector<TrafficRow>&
 
 // ---- the pipeline
 
-// Predicted: every forward, input gradient and weight gradient takes the mean time of its kind. Executed: each takes what it took.
-static std::string pipeline_table(const Mesh& mesh, const Pipeline& pipeline, const std::string& trace, std::string& json) {
-  const Schedule& s = pipeline.schedule();
+// Predicted: every forward, input gradient and weight gradient takes the mean time of its kind on its chunk of its stage. Executed: each takes
+// what it took. Ranks that differ in other axes only run pipelines of their own: the first is shown, the trace has all.
+static std::string pipeline_table(const Mesh& mesh, const Trainer& trainer, const std::string& trace, std::string& json) {
+  const Schedule& s = trainer.pipeline->schedule();
   size_t most = 0;
   for (const auto& actions : s.ranks) most = std::max(most, actions.size());
   std::vector<int64_t> mine(most, 0);
-  const std::vector<double> seconds = pipeline.seconds();
+  const std::vector<double> seconds = trainer.pipeline->seconds();
   for (size_t i = 0; i < seconds.size(); i++) mine[i] = int64_t(seconds[i] * 1e9);
   const std::vector<int64_t> all = collect(mesh, mine);  // nanoseconds
   if (mesh.rank != 0) return "";
 
-  Durations took = durations(s, {0, 0, 0, 0});
-  std::map<Action::Kind, std::pair<double, int>> kinds;
-  for (int stage = 0; stage < s.stages; stage++)
-    for (size_t i = 0; i < s.ranks[stage].size(); i++) {
-      const Action::Kind kind = s.ranks[stage][i].kind;
-      if (kind == Action::exchange) continue;
-      const size_t rank = size_t(stage) * size_t(mesh.size / s.stages);  // the stage's first rank
-      took[stage][i] = double(all[rank * most + i]) * 1e-6;
-      kinds[kind].first += took[stage][i], kinds[kind].second++;
-    }
-  const auto mean = [&](Action::Kind kind) { return kinds[kind].second ? kinds[kind].first / kinds[kind].second : 0; };
-  const double both = mean(Action::backward);
-  const Times times{mean(Action::forward), both ? both / 2 : mean(Action::input_gradient), both ? both / 2 : mean(Action::weight_gradient), 0};
-  const Timeline predicted = simulate(s, durations(s, times)), executed = simulate(s, took);
-  json = sentence(",\"pipeline\":{\"schedule\":", quoted(s.name), ",\"bubble\":", executed.bubble(), ",\"predicted_bubble\":", predicted.bubble(),
-                  ",\"most_live\":", pipeline.most_live(), "}");
+  const size_t pipelines = size_t(mesh.size / s.stages);  // stage t of pipeline c is rank t * pipelines + c
+  std::vector<Timeline> executed;
+  std::vector<Durations> took(pipelines, durations(s, {0, 0, 0, 0}));
+  for (size_t c = 0; c < pipelines; c++) {
+    for (size_t t = 0; t < size_t(s.stages); t++)
+      for (size_t i = 0; i < s.ranks[t].size(); i++)
+        if (s.ranks[t][i].kind != Action::exchange) took[c][t][i] = double(all[(t * pipelines + c) * most + i]) * 1e-6;
+    executed.push_back(simulate(s, took[c]));
+  }
   if (!trace.empty()) write_trace(trace, s, executed);
-  const double unit = executed.makespan / 100;
-  return sentence(format("\npipeline %s, %d stages, %d micro-batches, %d chunks a stage; the last step, in ms\n", s.name.c_str(), s.stages, s.microbatches, s.chunks),
-                  format("predicted from a forward of %.2f and a backward of %.2f: %.1f, bubble %.1f%%\n", times.forward,
-                         times.input_gradient + times.weight_gradient, predicted.makespan, 100 * predicted.bubble()),
-                  draw_text(s, predicted, unit),
-                  format("executed, rebuilt from the %s that each computation took: %.1f, bubble %.1f%%\n",
-                         device().is_gpu ? "time by events" : "processor time", executed.makespan, 100 * executed.bubble()),
-                  draw_text(s, executed, unit));
+
+  Durations means = took[0];
+  std::map<Action::Kind, std::pair<double, int>> kinds;
+  for (size_t t = 0; t < means.size(); t++) {
+    std::map<std::pair<Action::Kind, int>, std::pair<double, int>> chunks;
+    for (size_t i = 0; i < means[t].size(); i++)
+      for (auto* sum : {&chunks[{s.ranks[t][i].kind, s.ranks[t][i].chunk}], &kinds[s.ranks[t][i].kind]}) sum->first += means[t][i], sum->second++;
+    for (size_t i = 0; i < means[t].size(); i++) {
+      const auto [sum, count] = chunks[{s.ranks[t][i].kind, s.ranks[t][i].chunk}];
+      means[t][i] = sum / count;
+    }
+  }
+  const auto mean = [&](Action::Kind kind) { return kinds[kind].second ? kinds[kind].first / kinds[kind].second : 0; };
+  const Timeline predicted = simulate(s, means);
+  json = sentence(",\"pipeline\":{\"schedule\":", quoted(s.name), ",\"bubble\":", executed[0].bubble(), ",\"predicted_bubble\":", predicted.bubble(),
+                  ",\"most_live\":", trainer.pipeline->most_live(), "}");
+  const bool split = mean(Action::weight_gradient) > 0;
+  const double unit = executed[0].makespan / 100;
+  std::string text = format("\npipeline %s, %d stages, %d micro-batches, %d chunks a stage; the last step, in ms\n", s.name.c_str(), s.stages, s.microbatches, s.chunks);
+  text += format("predicted from each stage's mean times (of all: forward %.2f, ", mean(Action::forward));
+  text += split ? format("input gradient %.2f, weight gradient %.2f", mean(Action::input_gradient), mean(Action::weight_gradient)) : format("backward %.2f", mean(Action::backward));
+  text += format("): %.1f, bubble %.1f%%\n", predicted.makespan, 100 * predicted.bubble()) + draw_text(s, predicted, unit);
+  text += format("executed, rebuilt from the %s that each computation took: %.1f, bubble %.1f%%\n", device().is_gpu ? "time by events" : "processor time",
+                 executed[0].makespan, 100 * executed[0].bubble()) + draw_text(s, executed[0], unit);
+  if (split && trainer.gpt.config.recompute) {  // the replayed forward is a part of the input gradient, which the stage before waits for
+    for (size_t t = 0; t < means.size(); t++)
+      for (size_t i = 0; i < means[t].size(); i++)
+        if (s.ranks[t][i].kind == Action::input_gradient) means[t][i] = std::max(0.0, means[t][i] - mean(Action::forward));
+    const Timeline kept = simulate(s, means);
+    text += format("--recompute replays each forward inside the input gradient, which the stage before waits for: without it %.1f, bubble %.1f%%\n", kept.makespan,
+                   100 * kept.bubble());
+  }
+  return text;
 }
 
 // ---- all of it
 
-std::string compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options, int64_t steps, const std::string& trace,
-                                Metrics& metrics) {
+std::string compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options, int64_t steps, double communication,
+                                const std::string& trace, Metrics& metrics) {
   const Layout& l = mesh.layout;
   const Theory t = theory(trainer.gpt.config, l, mesh.pp.rank, mesh.tp.rank, options);
   const MemoryUse& m = device().memory;
   const std::vector<TrafficRow> rows = traffic(t, steps);
-  std::string pipeline_json;
-  const std::string pipeline = trainer.pipeline ? pipeline_table(mesh, *trainer.pipeline, trace, pipeline_json) : "";
+  std::string pipeline_json, communication_json;
+  const std::string communicating = communication_line(mesh, communication, communication_json);
+  const std::string pipeline = trainer.pipeline ? pipeline_table(mesh, trainer, trace, pipeline_json) : "";
   metrics.summary(sentence("\"layout\":{\"pp\":", l.pp, ",\"replicate\":", l.replicate, ",\"fsdp\":", l.fsdp, ",\"tp\":", l.tp, "},",
-                           memory_json(mesh, m, t, trainer.kept_activations()), ",", traffic_json(mesh, rows), pipeline_json));
-  return memory_table(m, t, trainer.kept_activations()) + traffic_table(rows, steps) + pipeline;
+                           memory_json(mesh, m, t, trainer.kept_activations()), ",", traffic_json(mesh, rows), communication_json, pipeline_json));
+  return memory_table(m, t, trainer.kept_activations()) + traffic_table(rows, steps) + communicating + pipeline;
 }

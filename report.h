@@ -6,6 +6,7 @@
 #include "support/metrics.h"
 #include "trainer.h"
 
-// Collective. `trace`: where the pipeline's timeline goes, if not empty. The tables as text for rank 0's terminal; the same numbers, of all ranks, become the metrics' summary line.
-std::string compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options, int64_t steps, const std::string& trace,
-                                Metrics& metrics);
+// Collective. The tables as text for rank 0's terminal; the same numbers, of all ranks, become the metrics' summary line. communication: the
+// share of this rank's time in which it communicated. trace: where the pipelines' timelines go, if not empty.
+std::string compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options, int64_t steps, double communication,
+                                const std::string& trace, Metrics& metrics);

@@ -95,27 +95,31 @@ static void train(const Options& o, const Dataset& data, Mesh& mesh, Watch& watc
   const std::unique_ptr<FILE, int (*)(FILE*)> silent(fopen("/dev/null", "w"), fclose);
   Progress progress(o.steps, prints ? stdout : silent.get());
   const auto held_out = [&](int64_t s) { return watch.progress(), data.held_out(s); };
-  double first_loss = 0, loss = 0;
+  double first_loss = 0, loss = 0, communicating = 0, training = 0;  // seconds, without the first step, which warms up
   for (int64_t step = 1; step <= o.steps; step++) {
     progress.start_step();
     watch.step(step);
     const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
     if (trainer.pipeline) trainer.pipeline->timed = step == o.steps;
+    communication_clock.start_step(mesh.stream);
     trainer.gradients([&](int64_t s) { return watch.progress(), data.sequence(step, s, o.seed); });
     trainer.update(lr);
     loss = trainer.loss();
-    const double norm = trainer.norm();
+    const double norm = trainer.norm(), communicated = communication_clock.end_step();
     if (step == 1) first_loss = loss;
     REQUIRE(std::isfinite(loss) && std::isfinite(norm), "at step ", step, " the loss is ", loss, " and the gradient norm ", norm,
             ": training stops here; a smaller --lr or a longer --warmup may help");
-    metrics.step(progress.end_step(step, loss, norm, lr, o.batch * config.context));
+    const StepRecord record = progress.end_step(step, loss, norm, lr, o.batch * config.context);
+    metrics.step(record);
+    if (step <= 2) communicating = training = 0;
+    communicating += communicated, training += record.step_ms * 1e-3;
     if (o.eval_every && (step % o.eval_every == 0 || step == o.steps)) {
       progress.say(step, "held-out loss", trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32), held_out));
     }
   }
   progress.done();
   if (o.sample) print_sample(trainer, data, o.sample, uint64_t(o.seed), watch, prints);
-  const std::string tables = compare_with_theory(mesh, trainer, trainer_options(o), o.steps, o.trace, metrics);
+  const std::string tables = compare_with_theory(mesh, trainer, trainer_options(o), o.steps, communicating / training, o.trace, metrics);
   if (!prints) return;
   printf("\nloss     %.4f at step 1, %.4f at step %lld\n", first_loss, loss, (long long)o.steps);
   printf("speed    %s\n", progress.summary(flops_per_token(config)).c_str());

@@ -7,18 +7,21 @@
 
 #include "support/check.h"
 
-void write_trace(const std::string& path, const Schedule& s, const Timeline& t) {
+void write_trace(const std::string& path, const Schedule& s, const std::vector<Timeline>& pipelines) {
   std::ofstream out(path);
   out << "{\"traceEvents\":[";
-  for (int stage = 0; stage < s.stages; stage++) {
-    out << (stage ? ",\n" : "\n") << sentence("{\"ph\":\"M\",\"name\":\"thread_name\",\"pid\":0,\"tid\":", stage, ",\"args\":{\"name\":\"stage ", stage, "\"}}");
-    for (size_t i = 0; i < s.ranks[stage].size(); i++) {
-      const Action& a = s.ranks[stage][i];
-      const Span& span = t.spans[stage][i];
-      out << sentence(",\n{\"ph\":\"X\",\"pid\":0,\"tid\":", stage, ",\"ts\":", span.start * 1e3, ",\"dur\":", (span.end - span.start) * 1e3,
-                      ",\"name\":\"", to_string(a), "\"}");
+  const char* comma = "\n";
+  for (int stage = 0; stage < s.stages; stage++)
+    for (size_t c = 0; c < pipelines.size(); c++) {
+      const size_t rank = size_t(stage) * pipelines.size() + c;
+      out << comma << sentence("{\"ph\":\"M\",\"name\":\"thread_name\",\"pid\":0,\"tid\":", rank, ",\"args\":{\"name\":\"rank ", rank, ", stage ", stage, "\"}}");
+      comma = ",\n";
+      for (size_t i = 0; i < s.ranks[stage].size(); i++) {
+        const Span& span = pipelines[c].spans[stage][i];
+        out << sentence(",\n{\"ph\":\"X\",\"pid\":0,\"tid\":", rank, ",\"ts\":", span.start * 1e3, ",\"dur\":", (span.end - span.start) * 1e3,
+                        ",\"name\":\"", to_string(s.ranks[stage][i]), "\"}");
+      }
     }
-  }
   out << "\n]}\n";
   out.close();
   REQUIRE(out, "--trace: ", path, " cannot be written: ", strerror(errno));

@@ -1,8 +1,8 @@
-// trace.h: a timeline as a file in Chrome's trace format (chrome://tracing and Perfetto open it): a row a stage, a bar a computation.
+// trace.h: a timeline as a file in Chrome's trace format (chrome://tracing and Perfetto open it): a row a rank, a bar a computation.
 #pragma once
 #include <string>
 
 #include "schedule.h"
 
-// Spans are in ms. Throws where the file cannot be written.
-void write_trace(const std::string& path, const Schedule& schedule, const Timeline& timeline);
+// pipelines: of the ranks that differ in other axes only; rank = stage * number of pipelines + pipeline. Spans are in ms. Throws where the file cannot be written.
+void write_trace(const std::string& path, const Schedule& schedule, const std::vector<Timeline>& pipelines);

@@ -33,6 +33,13 @@ step_ms() {
 row() { # row NAME TOKENS MS [BASE_MS]: one line, with the ratio of tokens/s to the base's
   awk -v name="$1" -v tokens="$2" -v ms="$3" -v base="${4:-0}" 'BEGIN { printf "  %-42s %9.1f ms a step %9.0f tokens/s", name, ms, tokens / ms * 1000; if (base > 0) printf "   %5.2f of the line marked *", base / ms; printf "\n" }'
 }
+# over TOKENS BASE_MS RANKS ARGS...: a row of ranks with one thread each, and the share of the time in which they communicated
+over() {
+  local tokens=$1 base=$2 ranks=$3; shift 3
+  local layout="${*#$both }"; layout="${layout#$args }"
+  row "$layout" "$tokens" "$(step_ms ranks 1 "$ranks" "$@")" "$base"
+  grep -E '^ *(communicating|predicted from|executed)' "$dir/ranks.out" | sed 's/^ */    /'
+}
 # share LABEL PEAK: the run's GFLOP/s beside the machine's best product
 share() {
   sed -n 's/^speed.* \([0-9.]*\) \([GT]\)FLOP.*/\1 \2/p' "$dir/$1.out" |
@@ -51,18 +58,12 @@ if wants training; then
     both="${args/--batch $single/--batch 8}"
     echo "== $model over ranks, $both"
     base=$(step_ms base "$cores" 1 $both); row "1 process, $cores threads *" 2048 "$base"
-    row "--replicate 2, 1 thread each" 2048 "$(step_ms replicate 1 2 $both --replicate 2)" "$base"
-    row "--fsdp 2, 1 thread each" 2048 "$(step_ms fsdp 1 2 $both --fsdp 2)" "$base"
-    row "--fsdp 8, 1 thread each" 2048 "$(step_ms fsdp8 1 8 $both --fsdp 8)" "$base"
+    for layout in "2 --replicate 2" "2 --fsdp 2" "8 --fsdp 8"; do over 2048 "$base" ${layout%% *} $both ${layout#* }; done
     row "1 process, $cores threads *" $((single * 256)) "$two"
-    row "--tp 2, 1 thread each" $((single * 256)) "$(step_ms tp 1 2 $args --tp 2)" "$two"
-    row "--tp 2 --sequence-parallel, 1 thread each" $((single * 256)) "$(step_ms rows 1 2 $args --tp 2 --sequence-parallel)" "$two"
+    for layout in "--tp 2" "--tp 2 --sequence-parallel"; do over $((single * 256)) "$two" 2 $args $layout; done
     # A pipeline of 8 micro-batches: at best 1 - bubble of the line marked *, bubble = 1/9 for 1f1b and 1/25 for zb
     row "1 process, $cores threads *" 2048 "$base"
-    row "--pp 2 --schedule 1f1b, 1 thread each" 2048 "$(step_ms pp 1 2 $both --microbatch 1 --pp 2 --schedule 1f1b)" "$base"
-    grep -E '^(predicted from|executed)' "$dir/pp.out" | sed 's/^/    /'
-    row "--pp 2 --schedule zb, 1 thread each" 2048 "$(step_ms zb 1 2 $both --microbatch 1 --pp 2 --schedule zb)" "$base"
-    grep -E '^(predicted from|executed)' "$dir/zb.out" | sed 's/^/    /'
+    for schedule in 1f1b zb; do over 2048 "$base" 2 $both --microbatch 1 --pp 2 --schedule $schedule; done
     [ $model = gpt2 ] && sed -n '/^memory/,$p' "$dir/two.out"
   done
 fi

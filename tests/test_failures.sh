@@ -62,6 +62,13 @@ if timeout 300 mpiexec -n 4 $train $big --fsdp 4 --device-memory $cap --metrics 
   if awk "BEGIN { exit !($worst < 1e-4) }"; then ok four_ranks_train_what_one_refuses_under_the_same_cap "$cap MiB a rank; relative difference of the loss $worst; $(grep -E '^  all' "$dir/out")"; else fail four_ranks_train_what_one_refuses_under_the_same_cap "difference $worst"; fi
 else fail four_ranks_train_what_one_refuses_under_the_same_cap "$(head -c 300 "$dir/err")"; fi
 
+# Every rank's timeline, and its share of time in communication
+if OMP_NUM_THREADS=1 timeout 120 mpiexec -n 4 $train --pp 2 --tp 2 --schedule zb --recompute --layers 2 --width 32 --heads 2 --context 32 --steps 2 --trace "$dir/t.json" \
+     --metrics "$dir/m.jsonl" >"$dir/out" 2>&1 && [ "$(grep -c thread_name "$dir/t.json")" = 4 ] && [ "$(grep -c '"ph":"X"' "$dir/t.json")" -ge 64 ] &&
+   grep -qE '"communication_share":\[[0-9.e-]+(,[0-9.e-]+){3}\]' "$dir/m.jsonl" && grep -q -- '--recompute replays .* without it' "$dir/out" &&
+   grep -q 'communicating, with waiting for other ranks' "$dir/out"; then ok the_trace_has_every_rank_and_the_report_says_what_recompute_costs_zb
+else fail the_trace_has_every_rank_and_the_report_says_what_recompute_costs_zb "$(tail -3 "$dir/out")"; fi
+
 # Theory beside measurement, in the metrics' summary of every rank
 timeout 120 mpiexec -n 4 $train --model tiny --layers 2 --width 32 --heads 2 --context 32 --batch 8 --steps 3 --replicate 2 --fsdp 2 --metrics "$dir/m.jsonl" >"$dir/out" 2>&1
 if grep -q '"summary":true' "$dir/m.jsonl" && ! grep -q DIFFERS "$dir/out" && [ "$(grep -o '"predicted_bytes"' "$dir/m.jsonl" | wc -l)" -ge 20 ] &&
