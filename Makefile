@@ -10,7 +10,7 @@ THREADS    ?= $(shell nproc)
 MPICXX     := $(firstword $(shell command -v mpicxx.mpich mpicxx 2>/dev/null) mpicxx)
 NVCC       := $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc),nvcc)
 CUDA_HOME  := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
-PACKAGES   := mpich libmpich-dev libdnnl-dev
+PACKAGES   := mpich libmpich-dev libdnnl-dev nlohmann-json3-dev libxxhash-dev
 
 # ---- which backend: GPUs that a compiled probe can see, else the CPU (BACKEND=cpu|cuda overrides)
 
@@ -65,16 +65,16 @@ LINK ?= $(MPICXX)
 # ---- probes: what the backend needs is there when a program that uses it compiles and links
 
 define probe_cpu
-printf '#include <mpi.h>\n#include <oneapi/dnnl/dnnl.h>\n#ifndef MPICH_VERSION\n#error this MPI is not MPICH\n#endif\nint main() { MPI_Init(0, 0); return dnnl_version() == 0; }\n' > $(B)/probe.cpp && $(MPICXX) $(B)/probe.cpp -o $(B)/probe -ldnnl 2>$(B)/probe.log
+printf '#include <mpi.h>\n#include <nlohmann/json.hpp>\n#include <xxhash.h>\n#include <oneapi/dnnl/dnnl.h>\n#ifndef MPICH_VERSION\n#error this MPI is not MPICH\n#endif\nint main() { MPI_Init(0, 0); return dnnl_version() == 0; }\n' > $(B)/probe.cpp && $(MPICXX) $(B)/probe.cpp -o $(B)/probe -ldnnl 2>$(B)/probe.log
 endef
 define probe_cuda
-printf '#include <mpi.h>\n#include <nccl.h>\n#include <cublas_v2.h>\n#ifndef MPICH_VERSION\n#error this MPI is not MPICH\n#endif\nint main() { int v; cublasHandle_t h; MPI_Init(0, 0); return cublasCreate(&h) || ncclGetVersion(&v); }\n' > $(B)/probe.cu && $(NVCC) -ccbin $(MPICXX) $(B)/probe.cu -o $(B)/probe -lcublas -lnccl 2>$(B)/probe.log
+printf '#include <mpi.h>\n#include <nlohmann/json.hpp>\n#include <xxhash.h>\n#include <nccl.h>\n#include <cublas_v2.h>\n#ifndef MPICH_VERSION\n#error this MPI is not MPICH\n#endif\nint main() { int v; cublasHandle_t h; MPI_Init(0, 0); return cublasCreate(&h) || ncclGetVersion(&v); }\n' > $(B)/probe.cu && $(NVCC) -ccbin $(MPICXX) $(B)/probe.cu -o $(B)/probe -lcublas -lnccl 2>$(B)/probe.log
 endef
 probe = $(if $(filter cuda,$(BACKEND)),$(probe_cuda),$(probe_cpu))
 
 $(B)/ready:
 	@mkdir -p $(B)
-	@{ $(probe); } || { $(MAKE) --no-print-directory deps && { $(probe); } } || { cat $(B)/probe.log; echo "make: the $(BACKEND) backend needs MPICH and $(if $(filter cuda,$(BACKEND)),the CUDA Toolkit with cuBLAS and NCCL,oneDNN), and a program that uses them does not compile (above)"; exit 1; }
+	@{ $(probe); } || { $(MAKE) --no-print-directory deps && { $(probe); } } || { cat $(B)/probe.log; echo "make: the $(BACKEND) backend needs MPICH, nlohmann/json, xxHash and $(if $(filter cuda,$(BACKEND)),the CUDA Toolkit with cuBLAS and NCCL,oneDNN), and a program that uses them does not compile (above)"; exit 1; }
 	@touch $@
 
 # ---- rules
@@ -103,7 +103,7 @@ $(B)/obj/%.cpp.o: %.cpp | $(B)/ready
 
 # ---- programs
 
-PROGRAMS := train_gpt show_schedule
+PROGRAMS := train_gpt checkpoint show_schedule
 TESTS    := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/test_*.cpp)))
 CUDA_TESTS := $(filter-out test_cpu test_nccl test_comm,$(TESTS))
 BENCHES  := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/bench_*.cpp)))
@@ -141,7 +141,7 @@ help:
 	@echo "  make mutants             one-line faults that the suite must catch"
 	@echo "  make bench               speed: kernels, tokens/s, memory"
 	@echo "  make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)"
-	@echo "  make deps                install what is missing (MPICH, oneDNN)"
+	@echo "  make deps                install what is missing (MPICH, oneDNN, nlohmann/json, xxHash)"
 	@echo "  make clean               remove build/"
 	@echo "  COMM=mpi                 with BACKEND=cuda: ranks share GPUs, host memory in place of NCCL"
 	@echo "  BACKEND=cpu|cuda         overrides the backend that was found"
@@ -181,7 +181,7 @@ check-spills: cuda-build
 	  END { print kernels " kernels compiled for " "$(GENCODE)" "; spills outside f64: " (bad ? "yes" : "none"); exit bad }'
 
 deps:
-	@if ! command -v apt-get >/dev/null; then echo "make deps: install MPICH and oneDNN with this system's package manager (on Debian and Ubuntu: $(PACKAGES))"; exit 1; fi; \
+	@if ! command -v apt-get >/dev/null; then echo "make deps: install MPICH, oneDNN, nlohmann/json and xxHash with this system's package manager (on Debian and Ubuntu: $(PACKAGES))"; exit 1; fi; \
 	if [ "$$(id -u)" = 0 ]; then sudo=; elif command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then sudo=sudo; \
 	else echo "make deps: missing packages; as root run: apt-get update && apt-get install -y $(PACKAGES)"; exit 1; fi; \
 	echo "make deps: installing $(PACKAGES)"; \

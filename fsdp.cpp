@@ -280,13 +280,13 @@ int Fsdp::add_use(std::vector<int> units, Backward backward, int group) {
 std::vector<Shard> Fsdp::optimizer_shards() const {
   std::vector<Shard> shards;
   for (const Unit& u : units_)
-    for_pieces(u, mesh_.fsdp.rank, [&](Param& p, int64_t, int64_t count, int64_t at) {
+    for_pieces(u, mesh_.fsdp.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
       Shard s;
       s.weights = (u.master.empty() ? u.own : u.master).part(at, {count});
       if (!u.master.empty()) s.compute = u.own.part(at, {count});
       s.gradient = u.own_grad.part(at, {count});
       s.m = u.m.part(at, {count}), s.v = u.v.part(at, {count});
-      s.parameter = p.id, s.decay = p.decay, s.counted = p.counted;
+      s.param = &p, s.first = first;
       shards.push_back(std::move(s));
     });
   return shards;

@@ -7,7 +7,7 @@ std::vector<Shard> whole_shards(const std::vector<Param*>& params) {
   std::vector<Shard> shards;
   for (Param* p : params) {
     Shard s;
-    s.gradient = p->grad, s.parameter = p->id, s.decay = p->decay, s.counted = p->counted;
+    s.gradient = p->grad, s.param = p;
     if (p->value.dtype() == p->grad.dtype()) {
       s.weights = p->value;
     } else {
@@ -37,14 +37,14 @@ Optimizer::Optimizer(std::vector<Shard> shards, int64_t parameters, double clip,
 void Optimizer::step(double lr, const std::function<void(const Tensor&)>& sum_squares) {
   fill(squares_, 0);
   for (const Shard& s : shards_)
-    if (s.counted) sum_of_squares(squares_, s.parameter, s.gradient);
+    if (s.param->counted) sum_of_squares(squares_, s.param->id, s.gradient);
   if (sum_squares) sum_squares(squares_);
   norm_and_clip(norm_, clip_factor_, squares_, clip_);
   AdamW options;
   options.lr = lr;
   options.step = ++steps_;
   for (Shard& s : shards_) {
-    options.weight_decay = s.decay ? weight_decay_ : 0;
+    options.weight_decay = s.param->decay ? weight_decay_ : 0;
     adamw(s.weights, s.compute, s.m, s.v, s.gradient, clip_factor_, options);
   }
 }

@@ -12,8 +12,8 @@ struct Shard {
   Tensor compute;   // the weights that compute, when their dtype differs; else empty
   Tensor gradient;  // master dtype
   Tensor m, v;
-  int64_t parameter = 0;  // whose part it is: indexes the vector of squares
-  bool decay = false, counted = true;  // as the Param's
+  const Param* param = nullptr;  // whose part it is: elements first, first + 1, ... of what this rank owns of it
+  int64_t first = 0;
 };
 std::vector<Shard> whole_shards(const std::vector<Param*>& params);  // each parameter one shard
 
@@ -27,6 +27,8 @@ class Optimizer {
   void step(double lr, const std::function<void(const Tensor& squares)>& sum_squares = {});
   double norm() const { return download(norm_)[0]; }  // of the last step's gradients, before clipping; waits for the device
   const std::vector<Shard>& shards() const { return shards_; }
+  int64_t steps() const { return steps_; }
+  void resume_after(int64_t steps) { steps_ = steps; }  // weights, m and v are as `steps` steps left them
 
  private:
   std::vector<Shard> shards_;

@@ -190,7 +190,7 @@ std::string compare_with_theory(const Mesh& mesh, const Trainer& trainer, const 
   const std::vector<TrafficRow> rows = traffic(t, steps);
   std::string pipeline_json, communication_json;
   const std::string communicating = communication_line(mesh, communication, communication_json);
-  const std::string pipeline = trainer.pipeline ? pipeline_table(mesh, trainer, trace, pipeline_json) : "";
+  const std::string pipeline = trainer.pipeline && trainer.pipeline->timed ? pipeline_table(mesh, trainer, trace, pipeline_json) : "";
   metrics.summary(sentence("\"layout\":{\"pp\":", l.pp, ",\"replicate\":", l.replicate, ",\"fsdp\":", l.fsdp, ",\"tp\":", l.tp, "},",
                            memory_json(mesh, m, t, trainer.kept_activations()), ",", traffic_json(mesh, rows), communication_json, pipeline_json));
   return memory_table(m, t, trainer.kept_activations()) + traffic_table(rows, steps) + communicating + pipeline;

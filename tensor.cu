@@ -250,10 +250,14 @@ void upload(const Tensor& to, const void* host) {
   CUDA_CHECK(cudaLaunchHostFunc(device().compute, [](void* p) { delete static_cast<std::vector<char>*>(p); }, kept));
 }
 
+void download(const Tensor& x, void* host) {
+  CUDA_CHECK(cudaMemcpyAsync(host, x.raw(), x.bytes(), cudaMemcpyDeviceToHost, device().compute));
+  synchronize();
+}
+
 std::vector<double> download(const Tensor& x) {
   std::vector<char> bytes(x.bytes());
-  CUDA_CHECK(cudaMemcpyAsync(bytes.data(), x.raw(), bytes.size(), cudaMemcpyDeviceToHost, device().compute));
-  synchronize();
+  download(x, bytes.data());
   std::vector<double> values(x.numel());
   for (size_t i = 0; i < values.size(); i++) {
     const char* p = bytes.data() + i * size_of(x.dtype());

@@ -128,6 +128,7 @@ void cast(const Tensor& to, const Tensor& from);      // f32, bf16, f64, any to 
 void add_into(const Tensor& sum, const Tensor& x);    // sum += x; sum f32, bf16 or f64; x of the same dtype
 void upload(const Tensor& to, const void* host);      // returns when `host` may be reused
 std::vector<double> download(const Tensor& x);        // waits; any dtype, widened
+void download(const Tensor& x, void* host);           // waits; the bytes as they are
 
 // Initial weights. Element i of the *global* parameter depends on (seed, parameter, i) alone, so that every layout starts from
 // the same bits: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) yields 128 bits, and the

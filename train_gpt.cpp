@@ -1,11 +1,14 @@
 // train_gpt.cpp: trains a GPT on text, on one device or many. Parse the options, build the mesh, loop over steps, report.
 // idea      every rank runs this program; trainer.cpp composes the model with the strategies
 // test      tests/test_cli.sh (the program from outside), tests/test_golden.cpp and tests/test_fsdp.cpp (its numbers)
+#include <csignal>
 #include <unistd.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstdio>
 
+#include "support/checkpoint.h"
 #include "support/data.h"
 #include "support/metrics.h"
 #include "support/options.h"
@@ -84,19 +87,77 @@ static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, u
   if (prints) printf("\n---\n");
 }
 
+static std::string with_digits(const char* pattern, double x) {
+  char text[80];
+  snprintf(text, sizeof text, pattern, x);
+  return text;
+}
+
+// ---- checkpoints
+
+// SIGTERM, or Ctrl-C, to any rank ends the training of all after one and the same step. A second one ends it at once.
+class StopSignal {
+ public:
+  StopSignal() {
+    for (const int signal : {SIGTERM, SIGINT}) std::signal(signal, [](int s) { came_ = s; std::signal(s, SIG_DFL); });
+  }
+  ~StopSignal() {
+    for (const int signal : {SIGTERM, SIGINT}) std::signal(signal, SIG_DFL);
+  }
+  bool came() const {  // collective
+    int mine = came_, any = 0;
+    MPI_Request request;
+    MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, &request);
+    wait(request);
+    return any != 0;
+  }
+
+ private:
+  static inline volatile std::sig_atomic_t came_ = 0;
+};
+
+static std::string save(const Options& o, const std::string& data, int64_t step, const Job& job, const Mesh& mesh, Trainer& trainer) {
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point began = Clock::now();
+  CheckpointInfo info{step, o.model, layout(o), master_dtype(trainer.gpt.config.dtype), uint64_t(o.seed), o.command, data};
+  save_checkpoint(o.checkpoint, info, o.keep, job, mesh, trainer.optimizer().shards());
+  const double seconds = std::chrono::duration<double>(Clock::now() - began).count();
+  const double megabytes = double(parameter_count(trainer.gpt.config)) * 3 * double(size_of(info.dtype)) / 1e6;
+  return with_digits("checkpoint saved: %.1f MB", megabytes) + with_digits(" in %.2f s", seconds);
+}
+
+// How many steps the newest complete checkpoint had, now in the trainer; 0 if there is none.
+static int64_t resume_training(const Options& o, const Job& job, Trainer& trainer, bool prints) {
+  const auto say = [prints](const std::string& text) { if (prints) printf("resume   %s\n", text.c_str()); };
+  const std::optional<Checkpoint> c = newest_checkpoint(o.checkpoint, job, [&](const std::string& why) { say("passed over: " + why); });
+  if (!c) return say("there is no checkpoint in " + o.checkpoint + ": starting at step 1"), 0;
+  check_model(*c, o.model);
+  REQUIRE(c->info.step < o.steps, c->path, " has ", c->info.step, " steps already: give more --steps than that");
+  resume(*c, trainer.optimizer());
+  say(sentence(c->path, ", saved on ", to_string(c->info.layout)));
+  if (c->info.seed != uint64_t(o.seed)) say(sentence("it was trained with --seed ", c->info.seed, ", so batches differ from here on"));
+  return c->info.step;
+}
+
 // ---- training
 
-static void train(const Options& o, const Dataset& data, Mesh& mesh, Watch& watch, bool prints) {
-  Metrics metrics(prints ? o.metrics : "");
+static void train(const Options& o, const Dataset& data, const Job& job, Mesh& mesh, Watch& watch) {
+  const bool prints = job.speaks;
   matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
   const GptConfig config = model_config(o);
   if (prints) print_setup(o, config, data);
   Trainer trainer(mesh, config, trainer_options(o));
+  const int64_t resumed = o.resume ? resume_training(o, job, trainer, prints) : 0;
+  Metrics metrics(prints ? o.metrics : "", resumed);
+  std::optional<StopSignal> stop;
+  if (!o.checkpoint.empty()) stop.emplace();
   const std::unique_ptr<FILE, int (*)(FILE*)> silent(fopen("/dev/null", "w"), fclose);
   Progress progress(o.steps, prints ? stdout : silent.get());
   const auto held_out = [&](int64_t s) { return watch.progress(), data.held_out(s); };
   double first_loss = 0, loss = 0, communicating = 0, training = 0;  // seconds, without the first step, which warms up
-  for (int64_t step = 1; step <= o.steps; step++) {
+  int64_t step = resumed;
+  for (bool stopped = false; step < o.steps && !stopped;) {
+    step++;
     progress.start_step();
     watch.step(step);
     const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
@@ -106,22 +167,28 @@ static void train(const Options& o, const Dataset& data, Mesh& mesh, Watch& watc
     trainer.update(lr);
     loss = trainer.loss();
     const double norm = trainer.norm(), communicated = communication_clock.end_step();
-    if (step == 1) first_loss = loss;
+    if (step == resumed + 1) first_loss = loss;
     REQUIRE(std::isfinite(loss) && std::isfinite(norm), "at step ", step, " the loss is ", loss, " and the gradient norm ", norm,
             ": training stops here; a smaller --lr or a longer --warmup may help");
     const StepRecord record = progress.end_step(step, loss, norm, lr, o.batch * config.context);
     metrics.step(record);
-    if (step <= 2) communicating = training = 0;
+    if (step <= resumed + 2) communicating = training = 0;
     communicating += communicated, training += record.step_ms * 1e-3;
     if (o.eval_every && (step % o.eval_every == 0 || step == o.steps)) {
-      progress.say(step, "held-out loss", trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32), held_out));
+      progress.say(step, with_digits("held-out loss %.4f", trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32), held_out)));
     }
+    stopped = stop && stop->came();
+    if (!o.checkpoint.empty() && (stopped || step == o.steps || (o.save_every && step % o.save_every == 0))) {
+      watch.progress();
+      progress.say(step, save(o, data.describe(), step, job, mesh, trainer));
+    }
+    if (stopped) progress.say(step, "stopped by a signal; --resume goes on from here");
   }
   progress.done();
-  if (o.sample) print_sample(trainer, data, o.sample, uint64_t(o.seed), watch, prints);
-  const std::string tables = compare_with_theory(mesh, trainer, trainer_options(o), o.steps, communicating / training, o.trace, metrics);
+  if (o.sample && step == o.steps) print_sample(trainer, data, o.sample, uint64_t(o.seed), watch, prints);
+  const std::string tables = compare_with_theory(mesh, trainer, trainer_options(o), step - resumed, communicating / training, o.trace, metrics);
   if (!prints) return;
-  printf("\nloss     %.4f at step 1, %.4f at step %lld\n", first_loss, loss, (long long)o.steps);
+  printf("\nloss     %.4f at step %lld, %.4f at step %lld\n", first_loss, (long long)resumed + 1, loss, (long long)step);
   printf("speed    %s\n", progress.summary(flops_per_token(config)).c_str());
   printf("%s", tables.c_str());
 }
@@ -137,6 +204,8 @@ static int run(Job& job, int argc, char** argv) {
     job.check_launcher();
     options = parse_options(argc, argv);
     if (!options.help) {
+      const bool again = !options.checkpoint.empty() && !options.resume && !checkpoints_in(options.checkpoint).empty();
+      REQUIRE(!again, "--checkpoint: ", options.checkpoint, " holds checkpoints already: give --resume to go on from them, or another directory");
       open_device(job.local_rank % device_count(), options.device_memory << 20);
       resolve(options, device().is_gpu);
       check_ranks(layout(options), job.size);
@@ -163,7 +232,7 @@ static int run(Job& job, int argc, char** argv) {
   watch.observe(mesh);
   check_mesh(mesh);
   watch.step(0);
-  train(options, *data, mesh, watch, job.speaks);
+  train(options, *data, job, mesh, watch);
   watch.observe({});
   close_mesh(mesh);
   return 0;

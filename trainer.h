@@ -30,6 +30,7 @@ class Trainer {
   void gradients(const Sequences& batch);
   void update(double lr);
   double loss() const { return download(total_)[0]; }  // of the last gradients(), over the whole batch; waits for the device
+  Optimizer& optimizer() { return *optimizer_; }  // its shards are what this rank saves and resumes
   double norm() const { return optimizer_->norm(); }   // of the last update's gradients, before clipping; waits for the device
 
   int64_t kept_activations() const { return kept_activations_; }  // bytes, when the forward of a micro-batch was done

@@ -19,9 +19,9 @@ namespace fs = std::filesystem;
 
 // ---- files
 
-MappedFile::MappedFile(const std::string& name) : path(name) {
+MappedFile::MappedFile(const std::string& name, const std::string& whose) : path(name) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer must not block
-  REQUIRE(fd >= 0, "--data: ", path, " cannot be opened: ", strerror(errno));
+  REQUIRE(fd >= 0, whose, path, " cannot be opened: ", strerror(errno));
   struct stat status = {};
   const int failed = fstat(fd, &status) != 0 ? errno : 0;
   bytes = status.st_size;
@@ -29,11 +29,11 @@ MappedFile::MappedFile(const std::string& name) : path(name) {
   if (!failed && S_ISREG(status.st_mode) && bytes > 0) mapped = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
   const int map_error = errno;
   close(fd);
-  REQUIRE(!failed, "--data: ", path, " cannot be examined: ", strerror(failed));
-  REQUIRE(!S_ISDIR(status.st_mode), "--data: ", path, " is a directory: name the files in it, such as ", path, "/*.txt");
-  REQUIRE(S_ISREG(status.st_mode), "--data: ", path, " is not a regular file");
-  REQUIRE(bytes > 0, "--data: ", path, " is empty");
-  REQUIRE(mapped != MAP_FAILED, "--data: ", path, " cannot be mapped into memory: ", strerror(map_error));
+  REQUIRE(!failed, whose, path, " cannot be examined: ", strerror(failed));
+  REQUIRE(!S_ISDIR(status.st_mode), whose, path, " is a directory", whose.empty() ? "" : ": name the files in it, such as " + path + "/*.txt");
+  REQUIRE(S_ISREG(status.st_mode), whose, path, " is not a regular file");
+  REQUIRE(bytes > 0, whose, path, " is empty");
+  REQUIRE(mapped != MAP_FAILED, whose, path, " cannot be mapped into memory: ", strerror(map_error));
   data = static_cast<const unsigned char*>(mapped);
 }
 

@@ -16,7 +16,7 @@
 #include "support/check.h"
 
 struct MappedFile {  // the bytes of a regular file that is not empty
-  explicit MappedFile(const std::string& path);
+  explicit MappedFile(const std::string& path, const std::string& whose = "--data: ");  // whose: begins every error
   ~MappedFile();
   MappedFile(MappedFile&& other) noexcept;
   MappedFile& operator=(MappedFile&&) = delete;

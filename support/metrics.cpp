@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <fstream>
 
 template <class... Values> static std::string print_to_string(const char* format, Values... values) {
   char text[160];
@@ -20,10 +21,15 @@ std::string json_number(double x) {
   return std::isfinite(x) ? print_to_string("%.17g", x) : "null";
 }
 
-Metrics::Metrics(const std::string& path) : path_(path) {
+Metrics::Metrics(const std::string& path, int64_t steps) : path_(path) {
   if (path.empty()) return;
+  std::string kept, line;
+  std::ifstream before(steps ? path : "");
+  for (long long step; std::getline(before, line);)
+    if (sscanf(line.c_str(), "{\"step\":%lld", &step) == 1 && step <= steps && line.back() == '}') kept += line + "\n";
   file_ = fopen(path.c_str(), "we");
   REQUIRE(file_, "--metrics: ", path, " cannot be opened for writing: ", strerror(errno));
+  REQUIRE(fwrite(kept.data(), 1, kept.size(), file_) == kept.size() && fflush(file_) == 0, "--metrics: writing ", path, " failed: ", strerror(errno));
 }
 
 Metrics::~Metrics() {
@@ -88,8 +94,8 @@ void Progress::print(const StepRecord& r) {
   line_open_ = terminal_;
 }
 
-void Progress::say(int64_t step, const char* what, double value) {
-  fprintf(out_, "%sstep %lld/%lld  %s %.4f\n", line_open_ ? "\r\033[K" : "", (long long)step, (long long)steps_, what, value);
+void Progress::say(int64_t step, const std::string& what) {
+  fprintf(out_, "%sstep %lld/%lld  %s\n", line_open_ ? "\r\033[K" : "", (long long)step, (long long)steps_, what.c_str());
   fflush(out_);
   line_open_ = false;
 }

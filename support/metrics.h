@@ -22,7 +22,9 @@ std::string json_number(double x);  // null for what JSON cannot say: infinities
 
 class Metrics {  // JSON lines
  public:
-  explicit Metrics(const std::string& path);  // empty: nothing is written. A path that cannot be written fails here, before training
+  // path empty: nothing is written. One that cannot be written fails here, before training. A run that resumes after `steps` steps keeps the
+  // lines of those.
+  explicit Metrics(const std::string& path, int64_t steps = 0);
   ~Metrics();
   Metrics(const Metrics&) = delete;
   Metrics& operator=(const Metrics&) = delete;
@@ -47,7 +49,7 @@ class Progress {  // on a terminal one line rewritten in place; elsewhere about 
   Progress& operator=(const Progress&) = delete;
   void start_step();
   StepRecord end_step(int64_t step, double loss, double norm, double lr, int64_t tokens);  // prints, and times the step
-  void say(int64_t step, const char* what, double value);  // a line that stays
+  void say(int64_t step, const std::string& what);  // a line that stays
   void done();
   std::string summary(double flops_per_token) const;  // speed; the first step, which warms up, counts only if it is the only one
 

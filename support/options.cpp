@@ -72,6 +72,12 @@ OptionTable table(Options& o) {
       {"chunks", "V", Whole{&o.chunks, 1, 1000}, "with interleaved: pieces of the model that a stage has", "2 with interleaved, else 1"},
       {"timeout", "SECONDS", Whole{&o.timeout, 1}, "without progress for so long, say where each rank stands and end", ""},
     }},
+    {"Checkpoints", {
+      {"checkpoint", "DIR", Text{&o.checkpoint}, "save weights and optimizer state here at the end, and when stopped by Ctrl-C or SIGTERM", "none"},
+      {"save-every", "K", Whole{&o.save_every, 0}, "and every K steps; 0: only then", ""},
+      {"keep", "N", Whole{&o.keep, 0}, "remove all but the newest N checkpoints; 0: none", ""},
+      {"resume", "", Flag{&o.resume}, "go on from the newest complete checkpoint, in this or any other layout", ""},
+    }},
     {"Reports", {
       {"eval-every", "K", Whole{&o.eval_every, 0}, "report the loss on held-out data every K steps; 0: never", ""},
       {"sample", "K", Whole{&o.sample, 0}, "print K tokens that the trained model continues with", ""},
@@ -87,6 +93,7 @@ OptionTable table(Options& o) {
 Options parse_options(int argc, const char* const* argv) {
   Options options;
   parse(argc, argv, table(options));
+  for (int i = 1; i < argc; i++) options.command += std::string(i > 1 ? " " : "") + argv[i];
   return options;
 }
 
@@ -135,6 +142,7 @@ void check(const Options& o) {
   REQUIRE(o.pp > 1 || (o.schedule.empty() && o.chunks == 1 && o.trace.empty()), "--schedule, --chunks and --trace are about a pipeline: give --pp 2 or more");
   REQUIRE(m.layers >= o.pp * o.chunks, m.layers, " layers cannot be cut into ", o.pp * o.chunks, " pieces (", o.pp, " stages, ", o.chunks,
           o.chunks == 1 ? " chunk" : " chunks", " each): each needs a layer (--layers)");
+  REQUIRE(!o.checkpoint.empty() || (!o.resume && o.save_every == 0), "--save-every and --resume need a directory: give --checkpoint DIR");
   REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr, ": the learning rate ends at --min-lr");
   REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps, " steps (--steps)");
 }

@@ -103,10 +103,14 @@ struct Options {
   std::string trace;                // empty: none
   int64_t timeout = 600;            // seconds
   int64_t device_memory = 0;  // MiB; 0: no cap
+  std::string checkpoint;     // directory; empty: nothing is saved
+  int64_t save_every = 0, keep = 2;  // 0: at the end only; all
+  bool resume = false;
 
   int64_t eval_every = 0, sample = 0;  // 0: never, none
   std::string metrics;                 // empty: none
   bool help = false;
+  std::string command;  // the words as they were given
 };
 
 Options parse_options(int argc, const char* const* argv);

@@ -474,7 +474,7 @@ TEST(progress_on_a_terminal_rewrites_one_line) {
     for (int64_t step = 1; step <= 1000; step++) {
       p.start_step();
       p.end_step(step, 2.5, 0.75, 1e-3, 64);
-      if (step == 500) p.say(step, "held-out loss", 3.25);
+      if (step == 500) p.say(step, "held-out loss 3.2500");
     }
     p.done();
     p.done();
@@ -483,7 +483,7 @@ TEST(progress_on_a_terminal_rewrites_one_line) {
   CHECK(text.find("\r\033[Kstep 500/1000  held-out loss 3.2500\n") != std::string::npos, text);
   CHECK_EQ(std::count(text.begin(), text.end(), '\n'), 2);
   CHECK_EQ(printed(9, true, [](Progress&) {}), "");
-  CHECK_EQ(printed(9, false, [](Progress& p) { p.say(3, "held-out loss", 1); }), "step 3/9  held-out loss 1.0000\n");
+  CHECK_EQ(printed(9, false, [](Progress& p) { p.say(3, "held-out loss 1.0000"); }), "step 3/9  held-out loss 1.0000\n");
 }
 
 TEST(speed_leaves_out_the_first_step) {

@@ -1,0 +1,321 @@
+// checkpoint.cpp: see checkpoint.h.
+#include "support/checkpoint.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+namespace fs = std::filesystem;
+using Json = nlohmann::ordered_json;
+
+Shape file_shape(const Shape& shape) {
+  if (shape.size() < 2) return shape;
+  return {shape[0], elements(shape) / shape[0]};
+}
+
+// ---- pieces
+
+// Calls work(element of the tensor, element of the piece, how many) for each run of the piece that is contiguous in the tensor.
+template <class Work> static void for_runs(const Piece& p, Work work) {
+  const Slice& s = p.slice;
+  const int64_t whole = s.split * s.inner, mine = (s.end - s.begin) * s.inner;
+  if (mine == whole) return work(p.first, int64_t(0), p.count);
+  for (int64_t i = p.first; i < p.first + p.count;) {
+    const int64_t outer = i / mine, at = i % mine, n = std::min(mine - at, p.first + p.count - i);
+    work(outer * whole + s.begin * s.inner + at, i - p.first, n);
+    i += n;
+  }
+}
+
+static const char* suffix(Part part) { return part == Part::weights ? "" : part == Part::m ? ".m" : ".v"; }
+static std::string file_name(int rank, Part part) { return sentence(part == Part::weights ? "weights-" : "optimizer-", rank, ".safetensors"); }
+
+// ---- writing
+
+static std::string step_name(int64_t step) {
+  const std::string digits = std::to_string(step);
+  return "step-" + std::string(digits.size() < 8 ? 8 - digits.size() : 0, '0') + digits;
+}
+
+struct SavedPiece {
+  Piece piece;
+  Shape shape;  // of the whole tensor
+  NamedArray weights, m, v;
+};
+
+// Writes one rank's files; returns what the manifest says of them.
+static Json write_files(const std::string& path, int rank, const std::vector<SavedPiece>& saved, bool moments) {
+  Json of{{"rank", rank}, {"files", Json::array()}, {"pieces", Json::array()}};
+  std::vector<NamedArray> weights, optimizer;
+  for (const SavedPiece& s : saved) {
+    const Slice& c = s.piece.slice;
+    of["pieces"].push_back({{"tensor", s.piece.tensor}, {"shape", s.shape}, {"slice", {c.outer, c.split, c.inner, c.begin, c.end}},
+                            {"first", s.piece.first}, {"count", s.piece.count}});
+    weights.push_back(s.weights);
+    if (moments) optimizer.push_back(s.m), optimizer.push_back(s.v);
+  }
+  const auto write = [&](Part part, const std::vector<NamedArray>& arrays) {
+    const std::string name = file_name(rank, part);
+    const WrittenFile w = write_safetensors(path + "/" + name, arrays);
+    of["files"].push_back({{"name", name}, {"bytes", w.bytes}, {"xxh3", w.checksum}});
+  };
+  if (saved.empty()) return of;
+  write(Part::weights, weights);
+  if (moments) write(Part::m, optimizer);
+  return of;
+}
+
+static void write_manifest(const std::string& path, const CheckpointInfo& i, bool moments, const Json& ranks) {
+  const ModelSize& m = i.model;
+  const Layout& l = i.layout;
+  const Json manifest{{"format", "threefold checkpoint, version 1"}, {"step", i.step}, {"dtype", name_of(i.dtype)}, {"moments", moments},
+                      {"model", {{"layers", m.layers}, {"width", m.width}, {"heads", m.heads}, {"context", m.context}, {"vocab", m.vocab}}},
+                      {"layout", {{"pp", l.pp}, {"replicate", l.replicate}, {"fsdp", l.fsdp}, {"tp", l.tp}}},
+                      {"seed", i.seed}, {"options", i.options}, {"data", i.data}};
+  std::string text = "{";  // one line a member, and one a rank
+  for (const auto& [name, value] : manifest.items()) {
+    text += (text.size() > 1 ? ",\n " : "\n ") + Json(name).dump() + ": " + value.dump();
+  }
+  text += ",\n \"ranks\": [";
+  for (size_t r = 0; r < ranks.size(); r++) text += (r ? ",\n  " : "\n  ") + ranks[r].dump();
+  write_file(path + "/manifest.json", text + "\n]}\n");
+  const int directory = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);  // the rename, too, must be on disk
+  if (directory >= 0) fsync(directory), close(directory);
+}
+
+static void remove_checkpoint(const std::string& path) {
+  std::error_code none;
+  fs::remove(path + "/manifest.json", none);  // first: from here on it is no checkpoint
+  fs::remove_all(path, none);
+}
+
+static bool is_whole(const std::string& path) { return fs::exists(path + "/manifest.json"); }
+
+// Ready for a new checkpoint: an empty directory for it; what was left by a save that did not end is removed.
+static void make_place(const std::string& dir, const std::string& path) {
+  std::error_code error;
+  for (const std::string& old : checkpoints_in(dir))
+    if (!is_whole(old) || old == path) remove_checkpoint(old);
+  fs::create_directories(path, error);
+  REQUIRE(!error, "--checkpoint: ", path, " cannot be created: ", error.message());
+}
+
+std::vector<std::string> checkpoints_in(const std::string& dir) {
+  std::vector<std::string> paths;
+  std::error_code error;
+  for (auto i = fs::directory_iterator(dir, error); !error && i != fs::end(i); i.increment(error))
+    if (i->path().filename().string().starts_with("step-")) paths.push_back(dir + "/" + i->path().filename().string());
+  std::sort(paths.rbegin(), paths.rend(), [](const std::string& a, const std::string& b) { return a.size() != b.size() ? a.size() < b.size() : a < b; });
+  return paths;
+}
+
+std::string newest_path(const std::string& path) {
+  if (is_whole(path)) return path;
+  REQUIRE(fs::exists(path), path, " does not exist");
+  for (const std::string& step : checkpoints_in(path))
+    if (is_whole(step)) return step;
+  throw Error(sentence(path, " holds no checkpoint: neither a manifest.json nor a directory step-... with one"));
+}
+
+void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info, const std::vector<NamedArray>& weights) {
+  const std::string path = dir + "/" + step_name(info.step);
+  REQUIRE(!is_whole(path), path, " is there already");
+  make_place(dir, path);
+  std::vector<SavedPiece> saved;
+  for (const NamedArray& w : weights) saved.push_back({{w.name, {1, 1, elements(w.shape), 0, 1}, 0, elements(w.shape)}, w.shape, w, {}, {}});
+  try {
+    write_manifest(path, info, false, Json::array({write_files(path, 0, saved, false)}));
+  } catch (...) {
+    remove_checkpoint(path);
+    throw;
+  }
+}
+
+// ---- reading
+
+Checkpoint::Checkpoint(const std::string& p) : path(p) {
+  REQUIRE(is_whole(path), path, " is not complete: it has no manifest.json, so its saving did not end");
+  try {
+    const Json m = Json::parse(read_file(path + "/manifest.json"));
+    REQUIRE(m.at("format") == "threefold checkpoint, version 1", path, " is of another format: ", m.at("format"));
+    const Json &model = m.at("model"), &layout = m.at("layout");
+    info = {m.at("step"), {model.at("layers"), model.at("width"), model.at("heads"), model.at("context"), model.at("vocab")},
+            {layout.at("pp"), layout.at("replicate"), layout.at("fsdp"), layout.at("tp")}, m.at("dtype") == "f64" ? Dtype::f64 : Dtype::f32,
+            m.at("seed"), m.at("options"), m.at("data")};
+    has_moments = m.at("moments");
+    for (const Json& rank : m.at("ranks")) {
+      for (const Json& f : rank.at("files")) files.push_back({f.at("name"), f.at("bytes"), f.at("xxh3")});
+      for (const Json& piece : rank.at("pieces")) {
+        const std::vector<int64_t> s = piece.at("slice");
+        const Piece of{piece.at("tensor"), {s.at(0), s.at(1), s.at(2), s.at(3), s.at(4)}, piece.at("first"), piece.at("count")};
+        tensors[of.tensor] = piece.at("shape").get<Shape>();
+        for_runs(of, [&](int64_t begin, int64_t at, int64_t count) { runs_[of.tensor].push_back({begin, count, rank.at("rank"), at}); });
+      }
+    }
+  } catch (const nlohmann::json::exception& e) {
+    throw Error(sentence(path, "/manifest.json is damaged: ", e.what()));
+  }
+  for (auto& [name, runs] : runs_) std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.begin < b.begin; });
+}
+
+void Checkpoint::verify(size_t i) const {
+  const File& f = files[i];
+  const std::string name = path + "/" + f.name;
+  REQUIRE(fs::exists(name), name, " is missing");
+  const int64_t bytes = int64_t(fs::file_size(name));
+  REQUIRE(bytes == f.bytes, name, " has ", bytes, " bytes of ", f.bytes);
+  REQUIRE(measure_file(name).checksum == f.checksum, name, " is damaged: its checksum is not the manifest's");
+}
+
+void Checkpoint::verify_cover() const {
+  for (const auto& [name, shape] : tensors) {
+    int64_t next = 0;
+    for (const Run& r : runs_.at(name)) {
+      REQUIRE(r.begin == next, path, ": ", name, r.begin > next ? " lacks" : " has twice", " its element ", std::min(r.begin, next));
+      next = r.begin + r.count;
+    }
+    REQUIRE(next == elements(shape), path, ": ", name, " ends after ", next, " elements of ", elements(shape));
+  }
+}
+
+const SafetensorsFile& Checkpoint::file(int rank, Part part) const {
+  auto& file = open_[file_name(rank, part)];
+  if (!file) file = std::make_unique<SafetensorsFile>(path + "/" + file_name(rank, part));
+  return *file;
+}
+
+void Checkpoint::read(const Piece& piece, Part part, Dtype dtype, void* to) const {
+  const auto found = runs_.find(piece.tensor);
+  REQUIRE(found != runs_.end(), path, " has no tensor ", piece.tensor);
+  for_runs(piece, [&](int64_t begin, int64_t at, int64_t count) {
+    auto run = std::upper_bound(found->second.begin(), found->second.end(), begin, [](int64_t b, const Run& r) { return b < r.begin; });
+    while (count > 0) {
+      REQUIRE(run != found->second.begin() && begin < run[-1].begin + run[-1].count, path, " lacks element ", begin, " of ", piece.tensor);
+      const Run& from = run[-1];
+      const int64_t skip = begin - from.begin, n = std::min(count, from.count - skip);
+      const SafetensorsFile& f = file(from.rank, part);
+      f.read(f.at(piece.tensor + suffix(part)), from.at + skip, n, dtype, static_cast<char*>(to) + at * int64_t(size_of(dtype)));
+      begin += n, at += n, count -= n, ++run;
+    }
+  });
+}
+
+// ---- ranks
+
+template <class Work> static void collectively(const Job& job, Work work) {
+  std::string error;
+  try {
+    work();
+  } catch (const std::exception& e) {
+    error = e.what();
+  }
+  error = job.agree(error);
+  REQUIRE(error.empty(), error);
+}
+
+static std::vector<std::string> gather_text(const Job& job, const std::string& mine) {  // on rank 0
+  std::vector<int> lengths(size_t(job.size)), at(size_t(job.size), 0);
+  const int length = int(mine.size());
+  MPI_Request request;
+  MPI_Igather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, 0, MPI_COMM_WORLD, &request);
+  wait(request);
+  for (size_t r = 1; r < at.size(); r++) at[r] = at[r - 1] + lengths[r - 1];
+  std::string all(size_t(job.rank ? 0 : at.back() + lengths.back()), ' ');
+  MPI_Igatherv(mine.data(), length, MPI_CHAR, all.data(), lengths.data(), at.data(), MPI_CHAR, 0, MPI_COMM_WORLD, &request);
+  wait(request);
+  std::vector<std::string> texts;
+  for (size_t r = 0; r < at.size() && !job.rank; r++) texts.push_back(all.substr(size_t(at[r]), size_t(lengths[r])));
+  return texts;
+}
+
+void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t keep, const Job& job, const Mesh& mesh, const std::vector<Shard>& shards) {
+  const std::string path = dir + "/" + step_name(info.step);
+  std::vector<SavedPiece> mine;
+  for (const Shard& s : shards) {
+    if (mesh.replicate.rank != 0 || !s.param->counted) continue;  // another rank saves it
+    const std::string& name = s.param->name;
+    const Shape shape = file_shape(s.param->shape), here{s.weights.numel()};
+    const auto array = [&](const char* suffix, const Tensor& x) {
+      return NamedArray{name + suffix, x.numel() == elements(shape) ? shape : here, x.dtype(), [x](void* to) { download(x, to); }};
+    };
+    mine.push_back({{name, s.param->slice, s.first, s.weights.numel()}, shape, array("", s.weights), array(".m", s.m), array(".v", s.v)});
+  }
+  collectively(job, [&] { if (job.rank == 0) make_place(dir, path); });
+  try {
+    std::string text;
+    collectively(job, [&] { text = write_files(path, job.rank, mine, true).dump(); });
+    const std::vector<std::string> texts = gather_text(job, text);
+    collectively(job, [&] {
+      Json ranks = Json::array();
+      for (const std::string& t : texts) ranks.push_back(Json::parse(t));
+      if (job.rank == 0) write_manifest(path, info, true, ranks);
+    });
+  } catch (...) {
+    if (job.rank == 0) remove_checkpoint(path);
+    throw;
+  }
+  if (job.rank != 0 || keep == 0) return;
+  for (const std::string& old : checkpoints_in(dir))
+    if (is_whole(old) && --keep < 0) remove_checkpoint(old);
+}
+
+std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& job, const std::function<void(const std::string&)>& say) {
+  std::optional<Checkpoint> found;
+  std::vector<std::string> damaged;
+  for (const std::string& path : checkpoints_in(dir)) {
+    std::string error;
+    try {
+      found.emplace(path);
+      for (size_t f = size_t(job.rank); f < found->files.size(); f += size_t(job.size)) found->verify(f);  // dealt to the ranks
+      found->verify_cover();
+    } catch (const std::exception& e) {
+      error = e.what();
+    }
+    error = job.agree(error);
+    if (error.empty()) break;
+    say(error);
+    found.reset();
+    if (is_whole(path)) damaged.push_back(path);
+  }
+  REQUIRE(found || damaged.empty(), "--resume: of the checkpoints in ", dir, " none is whole");
+  barrier();
+  for (const std::string& old : damaged)  // out of the way of those that are saved from here on
+    if (std::error_code none; job.rank == 0) fs::rename(old, dir + "/damaged-" + fs::path(old).filename().string(), none);
+  return found;
+}
+
+void check_model(const Checkpoint& c, const ModelSize& m) {
+  const ModelSize& saved = c.info.model;
+  REQUIRE(saved.layers == m.layers && saved.heads == m.heads, c.path, " holds a model of ", saved.layers, " layers and ", saved.heads, " heads, and this one has ",
+          m.layers, " layers and ", m.heads, " heads: give --model, --layers and --heads as it was trained");
+}
+
+void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part part, const Tensor& to) {
+  const auto found = checkpoint.tensors.find(param.name);
+  REQUIRE(found != checkpoint.tensors.end(), checkpoint.path, " has no tensor ", param.name);
+  REQUIRE(found->second == file_shape(param.shape), param.name, " is of shape ", to_string(found->second), " in ", checkpoint.path, " and ",
+          to_string(file_shape(param.shape)), " in this model");
+  const Dtype dtype = master_dtype(to.dtype());
+  std::vector<char> host(size_t(to.numel()) * size_of(dtype));
+  checkpoint.read({param.name, param.slice, first, to.numel()}, part, dtype, host.data());
+  if (dtype == to.dtype()) return upload(to, host.data());
+  const Tensor wide(to.shape(), dtype, Memory::workspace);
+  upload(wide, host.data());
+  cast(to, wide);
+}
+
+void resume(const Checkpoint& checkpoint, Optimizer& optimizer) {
+  for (const Shard& s : optimizer.shards()) {
+    load(checkpoint, *s.param, s.first, Part::weights, s.weights);
+    if (!s.compute.empty()) cast(s.compute, s.weights);
+    if (!checkpoint.has_moments) continue;
+    load(checkpoint, *s.param, s.first, Part::m, s.m);
+    load(checkpoint, *s.param, s.first, Part::v, s.v);
+  }
+  optimizer.resume_after(checkpoint.info.step);
+}

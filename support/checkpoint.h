@@ -1,0 +1,75 @@
+// checkpoint.h: training state on disk, saved by all ranks at once and read back in any layout.
+//
+//   DIR/step-00000100/weights-3.safetensors     what rank 3 owns, under GPT-2's Hugging Face names; master weights where bf16 computes
+//                     optimizer-3.safetensors   the same pieces of Adam's moments: <name>.m and <name>.v
+//                     manifest.json             step, model, layout, options; which piece of which tensor is in which file; checksums
+//
+// idea      a rank writes exactly what its optimizer updates, so that everything is written once and nothing is gathered. A piece says which
+//           elements of the whole tensor it holds; a rank of another layout reads the runs of elements that it needs, wherever they are.
+// whole     or not at all: the manifest is written last and renamed into place. A directory without one is no checkpoint.
+// cost      weights and moments once: 12 bytes a parameter (f64: 24)
+// not here  copies on several file systems: DIR must be one that all nodes see
+// test      tests/test_checkpoint.cpp, tests/test_checkpoint.sh
+#pragma once
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+
+#include "comm.h"
+#include "optimizer.h"
+#include "support/options.h"
+#include "support/safetensors.h"
+
+struct CheckpointInfo {
+  int64_t step = 0;  // that were trained
+  ModelSize model;
+  Layout layout;     // that it was saved in
+  Dtype dtype = Dtype::f32;  // of what is on disk: f32 or f64
+  uint64_t seed = 0;
+  std::string options, data;  // for people: the command line, the data
+};
+
+// Elements [first, first + count) of a slice of a tensor.
+struct Piece { std::string tensor; Slice slice; int64_t first = 0, count = 0; };
+enum class Part { weights, m, v };
+
+class Checkpoint {
+ public:
+  explicit Checkpoint(const std::string& path);  // of one step. Reads the manifest; an Error where there is none or it is damaged
+  const std::string path;
+  CheckpointInfo info;
+  std::map<std::string, Shape> tensors;  // as in Hugging Face's files: vectors and matrices
+  struct File { std::string name; int64_t bytes; uint64_t checksum; };
+  std::vector<File> files;
+  bool has_moments = true;  // false for imported weights
+  void verify(size_t file) const;  // an Error unless it is there, as long as it was and with its checksum
+  void verify_cover() const;       // an Error unless the pieces hold every element of every tensor once
+  void read(const Piece& piece, Part part, Dtype dtype, void* to) const;  // f32 or f64
+
+ private:
+  struct Run { int64_t begin, count; int rank; int64_t at; };  // of a tensor: elements [begin, begin + count) are in that rank's file from `at` on
+  std::map<std::string, std::vector<Run>> runs_;
+  const SafetensorsFile& file(int rank, Part part) const;
+  mutable std::map<std::string, std::unique_ptr<SafetensorsFile>> open_;
+};
+
+// ---- ranks; all of these are collective, and throw on every rank what went wrong on one
+
+// Writes the checkpoint of info.step, then removes all but the newest `keep` (0: none). Where it fails nothing is left of it, and older ones stay.
+void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t keep, const Job& job, const Mesh& mesh, const std::vector<Shard>& shards);
+// The newest checkpoint in `dir` whose files are whole. Each that is passed over is said, and a damaged one renamed to damaged-step-...
+// Nothing if there never was one; an Error if none is whole.
+std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& job, const std::function<void(const std::string&)>& say);
+void check_model(const Checkpoint& checkpoint, const ModelSize& model);  // an Error where layers or heads differ: shapes are load()'s
+void resume(const Checkpoint& checkpoint, Optimizer& optimizer);
+// What this rank owns of a parameter, from its element `first` on.
+void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part part, const Tensor& to);
+
+// ---- one process
+
+std::vector<std::string> checkpoints_in(const std::string& dir);  // paths of steps, newest first, whole or not
+std::string newest_path(const std::string& path);                 // `path` itself if it is a checkpoint, else the newest whole one in it
+// A checkpoint of whole tensors without moments, written by one process: from imported weights.
+void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info, const std::vector<NamedArray>& weights);
+Shape file_shape(const Shape& shape);  // (C,3,C) is stored as (C,3C)

@@ -1,0 +1,44 @@
+// safetensors.h: one file of named arrays: 8 bytes that say how long the header is, the header in JSON (name: dtype, shape, place), then the
+// arrays, little-endian, one after the other. Hugging Face's format; checkpoints are made of such files.
+// source    https://huggingface.co/docs/safetensors, "Format"
+// cost      written once from front to back; read through a map of the file
+// not here  dtypes but F64, F32, F16 and BF16
+// test      tests/test_support.cpp
+#pragma once
+#include <functional>
+#include <map>
+
+#include "support/data.h"
+#include "tensor.h"
+
+struct NamedArray {
+  std::string name;
+  Shape shape;
+  Dtype dtype;
+  std::function<void(void* to)> read;  // puts the elements there
+};
+struct WrittenFile { int64_t bytes = 0; uint64_t checksum = 0; };  // checksum: XXH3, 64 bits, of the whole file
+
+// Writes the file and waits until the disk has it. An Error says why it cannot.
+WrittenFile write_safetensors(const std::string& path, const std::vector<NamedArray>& arrays);
+
+class SafetensorsFile {
+ public:
+  explicit SafetensorsFile(const std::string& path);  // checks that the header is whole and that every array lies in the file
+  struct Entry { std::string dtype; Shape shape; int64_t begin, end; };  // bytes of the file
+  const std::map<std::string, Entry>& entries() const { return entries_; }
+  const Entry& at(const std::string& name) const;
+  // Elements [first, first + count) of an array as `dtype`, rounded where need be.
+  void read(const Entry& entry, int64_t first, int64_t count, Dtype dtype, void* to) const;
+  const std::string& path() const { return file_.path; }
+
+ private:
+  MappedFile file_;
+  std::map<std::string, Entry> entries_;
+};
+
+WrittenFile measure_file(const std::string& path);  // the size and checksum that it has now
+
+// A small file that is there whole or not at all: written beside, then renamed into place.
+void write_file(const std::string& path, const std::string& text);
+std::string read_file(const std::string& path);
