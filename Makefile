@@ -34,7 +34,7 @@ CXXFLAGS   := -std=c++20 -O2 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -I.
 KERNEL_FAST := -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -ffinite-math-only
 NVCCFLAGS  := -std=c++20 -O3 -lineinfo -I. -ccbin $(MPICXX) -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas -Werror all-warnings -Xcompiler -Werror
 GENCODE    := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
-SOURCES    := tensor.cu $(sort $(wildcard kernels/*.cu)) autograd.cpp gpt.cpp optimizer.cpp comm.cpp watch.cpp fsdp.cpp tensor_parallel.cpp schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp $(sort $(wildcard support/*.cpp))
+SOURCES    := tensor.cu $(sort $(wildcard kernels/*.cu)) autograd.cpp gpt.cpp optimizer.cpp comm.cpp watch.cpp fsdp.cpp tensor_parallel.cpp schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp generator.cpp $(sort $(wildcard support/*.cpp))
 
 NCCL_CPU   := $(sort $(wildcard cpu/nccl*.cpp))
 
@@ -103,7 +103,7 @@ $(B)/obj/%.cpp.o: %.cpp | $(B)/ready
 
 # ---- programs
 
-PROGRAMS := train_gpt checkpoint show_schedule
+PROGRAMS := train_gpt generate checkpoint show_schedule
 TESTS    := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/test_*.cpp)))
 CUDA_TESTS := $(filter-out test_cpu test_nccl test_comm,$(TESTS))
 BENCHES  := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/bench_*.cpp)))

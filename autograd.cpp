@@ -83,9 +83,14 @@ Tokens::Tokens(int64_t B, int64_t T, std::vector<int> in, std::vector<int> out, 
   inputs = to_device(in), targets = to_device(out), order = to_device(sort_rows(in));
 }
 
+void embed_rows(const Tensor& x, const Tokens& tokens, const Param& wte, const Param& wpe) {
+  if (tokens.positions.empty()) embedding_forward(x, tokens.inputs, wte.value, wpe.value, tokens.T);
+  else embedding_at(x, tokens.inputs, tokens.positions, wte.value, wpe.value);
+}
+
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
   Var x{activation({tokens.B * tokens.T, wte.value.dim(1)}, wte.value.dtype())};
-  embedding_forward(x.value, tokens.inputs, wte.value, wpe.value, tokens.T);
+  embed_rows(x.value, tokens, wte, wpe);
   tape.push([tokens, &wte, &wpe, dx = x.grad] {
     embedding_backward(wte.grad, wpe.grad, take(dx), tokens.inputs, tokens.order, tokens.T);
   });
@@ -96,6 +101,7 @@ Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
 
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta) {
   const int64_t m = c.dim(0), n = c.dim(1), k = ta ? a.dim(0) : a.dim(1);
+  if (m <= kMatvecRows && !ta && beta == 0 && a.dtype() == c.dtype()) return matvec(c, a, b, tb);  // decoding
   matmul(a.dtype(), c.dtype(), m, n, k, {a.raw(), a.dim(1), ta}, {b.raw(), b.dim(1), tb}, {c.raw(), n}, 1, beta);
 }
 

@@ -74,6 +74,7 @@ struct Tokens {
   int64_t B = 0, T = 0;
   Tensor inputs, targets;  // (R) i32
   Tensor order;            // rows sorted by input token: see sort_rows
+  Tensor positions;        // (R) i32; empty: row % T
   Tokens() = default;
   // Tokens outside this rank's part of the vocabulary become -1, the others count from its begin.
   Tokens(int64_t B, int64_t T, std::vector<int> inputs, std::vector<int> targets, Range vocabulary = {0, INT32_MAX});
@@ -83,6 +84,7 @@ struct Tokens {
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta);
 Tensor as_matrix(const Tensor& w);  // (K,3,C) is (K,3C)
 
+void embed_rows(const Tensor& x, const Tokens& tokens, const Param& wte, const Param& wpe);  // the forward of embedding()
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
 Var linear(Tape& tape, const Var& x, Param& w, Param* bias);           // x (R,K) w (K,N) [+ bias (N)]
 Var linear_transposed(Tape& tape, const Var& x, Param& w, Tensor& dw); // x (R,K) w^T, w (N,K); its gradient goes to dw

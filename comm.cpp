@@ -234,6 +234,14 @@ ncclDataType_t nccl_type(Dtype dtype) {
 
 Ledger ledger;
 
+int64_t Ledger::bytes() const {
+  std::map<int, int64_t> numerators;
+  for (const auto& [key, row] : rows) numerators[row.n] += row.numerator;
+  int64_t all = 0;
+  for (const auto& [n, numerator] : numerators) all += numerator / n;
+  return all;
+}
+
 const char* name_of(Collective c) {
   static const char* names[] = {"all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"};
   return names[int(c)];

@@ -121,6 +121,7 @@ class Ledger {
   struct Row { int64_t calls = 0, numerator = 0; int n = 1; double bytes() const { return double(numerator) / n; } };
   using Key = std::tuple<std::string, Collective, Traffic>;
   std::map<Key, Row> rows;
+  int64_t bytes() const;                // of all rows: sums of numerators, rounded down once for each size of axis
   Traffic purpose = Traffic::training;  // of what is entered now: see Purpose
   std::function<void(const Axis&, Collective)> on_enter;  // the hang watch keeps its record through this
 

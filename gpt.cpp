@@ -98,12 +98,17 @@ void Gpt::finish_gradients() { add_into(wte.grad, wte.tied_grad); }
 Var Gpt::embed(Tape& tape, const Tokens& tokens) { return tp.embedding(tape, tokens, wte, wpe); }
 
 Var Gpt::block(Tape& tape, int64_t layer, const Var& x, int64_t B, int64_t T) {
+  return block(tape, layer, x, B * T, [this, B, T](Tape& tape, const Var& qkv) {
+    return attention(tape, qkv, B, T, tp.part(config.heads).size(), config.attention);
+  });
+}
+
+Var Gpt::block(Tape& tape, int64_t layer, const Var& x, int64_t R, const Attend& attend) {
   Block& b = blocks[layer];
-  const auto run = [this, &b, B, T](Tape& tape, const Var& x) {
-    const int64_t R = B * T;
+  const auto run = [this, &b, R, attend](Tape& tape, const Var& x) {
     const Var normed = layernorm(tape, x, b.ln_1_weight, b.ln_1_bias);
     const Var qkv = tp.column_linear(tape, normed, R, b.c_attn_weight, b.c_attn_bias);
-    const Var heads = attention(tape, qkv, B, T, tp.part(config.heads).size(), config.attention);
+    const Var heads = attend(tape, qkv);
     const Var attended = tp.row_linear(tape, heads, R, b.attn_c_proj_weight, b.attn_c_proj_bias);
     const auto [sum, normed_2] = add_layernorm(tape, x, attended, b.ln_2_weight, b.ln_2_bias);
     const Var hidden = gelu(tape, tp.column_linear(tape, normed_2, R, b.c_fc_weight, b.c_fc_bias));

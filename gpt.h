@@ -34,6 +34,9 @@ class Gpt {
 
   Var embed(Tape& tape, const Tokens& tokens);                               // (R,C)
   Var block(Tape& tape, int64_t layer, const Var& x, int64_t B, int64_t T);  // (R,C)
+  // The same with another attention: from (R, 3 x this rank's heads x D) to (R, this rank's heads x D). generate.cpp attends to a cache.
+  using Attend = std::function<Var(Tape& tape, const Var& qkv)>;
+  Var block(Tape& tape, int64_t layer, const Var& x, int64_t rows, const Attend& attend);
   Var logits(Tape& tape, const Var& x, int64_t rows);                        // (R, this rank's part of V)
   // total (1) f64 += scale * sum of the losses of one micro-batch; the tape can then run backward
   void loss(Tape& tape, const Tokens& tokens, double scale, const Tensor& total);

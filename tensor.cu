@@ -26,7 +26,7 @@ const char* name_of(Dtype dtype) {
 }
 
 const char* name_of(Memory category) {
-  static const char* names[] = {"parameters", "gradients", "optimizer", "activations", "gather buffers", "workspace", "data"};
+  static const char* names[] = {"parameters", "gradients", "optimizer", "activations", "gather buffers", "workspace", "data", "keys and values"};
   return names[int(category)];
 }
 

@@ -39,8 +39,8 @@ std::string to_string(const Shape& shape);  // "(2, 3)"
 
 // ---- memory
 
-enum class Memory { parameters, gradients, optimizer, activations, gather, workspace, data };
-constexpr int kMemoryCategories = 7;
+enum class Memory { parameters, gradients, optimizer, activations, gather, workspace, data, cache };
+constexpr int kMemoryCategories = 8;
 const char* name_of(Memory category);
 
 struct MemoryUse {  // bytes as requested

@@ -90,7 +90,7 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
   const Purpose purpose(Traffic::embedding);
   const int64_t R = tokens.B * tokens.T, C = wte.value.dim(1);
   const Tensor partial = for_partial_sums(R, C, wte.value.dtype());
-  embedding_forward(partial.part(0, {R, C}), tokens.inputs, wte.value, wpe.value, tokens.T);  // a row's owner adds its position, the others 0
+  embed_rows(partial.part(0, {R, C}), tokens, wte, wpe);  // a row's owner adds its position, the others 0
   Var x{start_sum(partial)};
   finish();
   tape.push([this, tokens, R, &wte, &wpe, dx = x.grad] {
@@ -219,9 +219,19 @@ Tensor TensorParallel::one_row(const Tensor& x, int64_t R, int64_t row) {
 
 Tensor TensorParallel::whole_logits(const Tensor& logits, int64_t vocab) {
   if (axis_.size == 1) return logits;
-  const Tensor whole({1, vocab}, logits.dtype(), Memory::workspace);
-  fill(whole, 0);
-  copy(whole.part(part(vocab).begin, {logits.numel()}), logits);
-  all_reduce(whole, ncclSum);
+  const int64_t m = logits.dim(0), mine = part(vocab).size(), S = (vocab + axis_.size - 1) / axis_.size;  // padded: NCCL has no unequal gather
+  const Tensor padded({m, S}, logits.dtype(), Memory::workspace), all({axis_.size, m, S}, logits.dtype(), Memory::workspace);
+  fill(padded, 0);
+  for (int64_t row = 0; row < m; row++) copy(padded.part(row * S, {mine}), logits.part(row * mine, {mine}));
+  computed_.record(device().compute);
+  computed_.make_wait(stream_);  // the logits must have been computed
+  ledger.all_gather(axis_, all.bytes());
+  NCCL_CHECK(ncclAllGather(padded.raw(), all.raw(), size_t(padded.numel()), nccl_type(all.dtype()), axis_.comm, stream_));
+  finish();
+  const Tensor whole({m, vocab}, logits.dtype(), Memory::workspace);
+  for (int64_t r = 0; r < axis_.size; r++) {
+    const int64_t begin = vocab * r / axis_.size, count = vocab * (r + 1) / axis_.size - begin;
+    for (int64_t row = 0; row < m; row++) copy(whole.part(row * vocab + begin, {count}), all.part((r * m + row) * S, {count}));
+  }
   return whole;
 }

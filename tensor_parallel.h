@@ -38,7 +38,7 @@ class TensorParallel {
 
   // ---- sampling
   Tensor one_row(const Tensor& x, int64_t rows, int64_t row);   // row `row` of x as a batch of one row, distributed as layers expect it
-  Tensor whole_logits(const Tensor& logits, int64_t vocab);     // (1,V) from every rank's part of one row
+  Tensor whole_logits(const Tensor& logits, int64_t vocab);     // (m,V) from every rank's part of m rows
 
  private:
   Tensor for_partial_sums(int64_t rows, int64_t width, Dtype dtype) const;

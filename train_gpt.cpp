@@ -12,7 +12,7 @@
 #include "support/data.h"
 #include "support/metrics.h"
 #include "support/options.h"
-#include "support/philox.h"
+#include "support/sampling.h"
 #include "report.h"
 #include "trainer.h"
 #include "watch.h"
@@ -53,18 +53,6 @@ static void print_setup(const Options& o, const GptConfig& g, const Dataset& dat
 
 // ---- sampling
 
-// One token from softmax(logits / temperature), by a random number that the seed and the position decide.
-static int pick(const std::vector<double>& logits, double temperature, uint64_t seed, int64_t position) {
-  double largest = logits[0], sum = 0;
-  for (double l : logits) largest = std::max(largest, l);
-  std::vector<double> p;
-  for (double l : logits) sum += p.emplace_back(std::exp((l - largest) / temperature));
-  double u = philox(uint32_t(position), uint32_t(position >> 32), 0, 1, uint32_t(seed), uint32_t(seed >> 32)).v[0] / 4294967296.0 * sum;
-  for (size_t v = 0; v + 1 < p.size(); v++)
-    if ((u -= p[v]) < 0) return int(v);
-  return int(p.size() - 1);
-}
-
 static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, uint64_t seed, Watch& watch, bool prints) {
   const int64_t T = trainer.gpt.config.context;
   std::vector<int> tokens = data.held_out(0);
@@ -81,7 +69,7 @@ static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, u
   for (int64_t i = 0; i < count; i++) {
     watch.progress();
     const std::vector<int> window(tokens.end() - std::min<int64_t>(int64_t(tokens.size()), T), tokens.end());
-    tokens.push_back(pick(trainer.next_logits(window), 0.8, seed, i));
+    tokens.push_back(pick(trainer.next_logits(window), {.temperature = 0.8, .seed = seed}, i));
     show(tokens.back());
   }
   if (prints) printf("\n---\n");

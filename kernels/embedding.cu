@@ -15,9 +15,9 @@ namespace {
 constexpr int kThreads = block_threads(256);
 constexpr int kSegment = kWarp == 1 ? 64 : 8;
 
-// x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[row % T], 0 where the token is -1; one block a row; reads 2RC, writes RC
+// x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[positions (R), or row % T], 0 where the token is -1; one block a row; reads 2RC, writes RC
 template <class T, int N>
-__global__ void __launch_bounds__(256) embedding_kernel(T* x, const int* tokens, const T* wte, const T* wpe, int64_t period, int C) {
+__global__ void __launch_bounds__(256) embedding_kernel(T* x, const int* tokens, const int* positions, const T* wte, const T* wpe, int64_t period, int C) {
   const int64_t row = blockIdx.x;
   x += row * C;
   if (tokens[row] < 0) {
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(256) embedding_kernel(T* x, const int* tokens,
     return for_row<kThreads, N>(C, [=](int i) { store_pack(x + i, zero); });
   }
   wte += int64_t(tokens[row]) * C;
-  wpe += row % period * C;
+  wpe += (positions ? positions[row] : row % period) * C;
   for_row<kThreads, N>(C, [=](int i) {
     const auto p = load_pack<N>(wte + i), q = load_pack<N>(wpe + i);
     Pack<T, N> r;
@@ -123,13 +123,22 @@ __global__ void __launch_bounds__(256) position_kernel(acc_t<T>* dwpe, const T* 
 
 // ---- host side
 
-void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe, int64_t period) {
+// positions empty: row % period
+static void embed(const Tensor& x, const Tensor& tokens, const Tensor& positions, const Tensor& wte, const Tensor& wpe, int64_t period) {
   const int64_t C = wte.dim(-1), R = tokens.numel();
   ASSERT(x.numel() == R * C && wpe.numel() >= std::min(period, R) * C && wte.dtype() == x.dtype() && wpe.dtype() == x.dtype());
   if (!R) return;
+  const int* const at = positions.empty() ? nullptr : positions.data<int>();
   DISPATCH_PACKS(x.dtype(), in_packs(C, {&x, &wte, &wpe}),
-                 embedding_kernel<T, N><<<unsigned(R), kThreads, 0, device().compute>>>(x.data<T>(), tokens.data<int>(), wte.data<T>(),
+                 embedding_kernel<T, N><<<unsigned(R), kThreads, 0, device().compute>>>(x.data<T>(), tokens.data<int>(), at, wte.data<T>(),
                                                                                          wpe.data<T>(), period, int(C)));
+}
+
+void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe, int64_t period) { embed(x, tokens, {}, wte, wpe, period); }
+
+void embedding_at(const Tensor& x, const Tensor& tokens, const Tensor& positions, const Tensor& wte, const Tensor& wpe) {
+  ASSERT(positions.numel() == tokens.numel());
+  embed(x, tokens, positions, wte, wpe, 1);
 }
 
 std::vector<int> sort_rows(const std::vector<int>& tokens) {

@@ -26,6 +26,12 @@ struct Matrix {  // a row-major matrix inside a tensor, or `batch` of them `stri
 void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix c, double alpha = 1, double beta = 0,
             int64_t batch = 1);
 
+// ---- matvec.cu   a few rows times a whole matrix: bound by reading the weights once
+
+constexpr int64_t kMatvecRows = 8;
+// y (m,N) = x (m,K) w, w (K,N) or, transposed, (N,K); m at most kMatvecRows. All of one dtype; sums in acc(T)
+void matvec(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed);
+
 // ---- layernorm.cu   eps = 1e-5
 
 // y (R,C) = (x - mean) * rstd * gain (C) + bias (C);  mean, rstd (R) are saved for the backward
@@ -52,6 +58,8 @@ void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte,
 // dwte (V,C) += rows of dx (R,C) with that token, dwpe (T,C) += rows of dx at that position, all of them. `order` lists the rows that have a
 // token sorted by it (stable), so that one block owns one token's run and nothing needs an atomic: see sort_rows.
 void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx, const Tensor& tokens, const Tensor& order, int64_t T);
+// x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[positions (R)]; rows whose token is -1 (another rank's) are 0
+void embedding_at(const Tensor& x, const Tensor& tokens, const Tensor& positions, const Tensor& wte, const Tensor& wpe);
 std::vector<int> sort_rows(const std::vector<int>& tokens);  // on the host: numbers of the rows with a token, in its order, stable
 
 // ---- attention_plain.cu, attention_flash.cu   causal self-attention over packed qkv (B,T,3,H,D); scale 1/sqrt(D)
@@ -65,6 +73,14 @@ void attention_plain_backward(const Tensor& dqkv, const Tensor& dout, const Tens
 void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, int64_t B, int64_t T, int64_t H);
 void attention_flash_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& qkv, int64_t B,
                               int64_t T, int64_t H);
+
+// ---- attention_decode.cu   one new token a sequence, over the keys and values of all before it
+
+// cache (B,2,H,S,D): position lengths[b] of sequence b = key and value of qkv (B,3,H,D); then
+// out (B,H,D) = softmax(q k^T / sqrt(D)) v over positions 0 .. lengths[b]. lengths (B) i32.
+void attention_decode(const Tensor& out, const Tensor& cache, const Tensor& qkv, const Tensor& lengths, int64_t H);
+// cache (B,2,H,S,D), sequence b, positions first .. first+T-1 = keys and values of qkv (T,3,H,D): after a prefill
+void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t first, int64_t H);
 
 // ---- cross_entropy.cu
 

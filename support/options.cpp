@@ -25,19 +25,44 @@ const Preset kPresets[] = {
   {"gpt2-xl",     {48, 1600, 25, 1024, 50257}, 1000,  4, 2e-4},
 };
 
-OptionTable table(Options& o) {
+}  // namespace
+
+OptionGroup model_options(std::string& name, ModelSize& m) {
   std::vector<std::string> models;
   for (const Preset& p : kPresets) models.push_back(p.name);
+  return {"Model", {
+    {"model", "", Choice{&name, models}, "size of the model", ""},
+    {"layers", "N", Whole{&m.layers, 1, 10'000}, "blocks", "the model's"},
+    {"width", "C", Whole{&m.width, 1, 1'000'000}, "channels", "the model's"},
+    {"heads", "H", Whole{&m.heads, 1, 1'000'000}, "attention heads; the width divides by them", "the model's"},
+    {"context", "T", Whole{&m.context, 1, 10'000'000}, "tokens in a sequence", "the model's"},
+    {"vocab", "V", Whole{&m.vocab}, "number of different tokens; bytes of text need 256", "the model's"},
+  }};
+}
+
+static const Preset& preset_of(const std::string& name) {
+  const auto preset = std::find_if(std::begin(kPresets), std::end(kPresets), [&](const Preset& p) { return p.name == name; });
+  ASSERT(preset != std::end(kPresets), name);
+  return *preset;
+}
+
+void resolve_model(const std::string& name, ModelSize& model) {
+  for (int64_t ModelSize::*size : {&ModelSize::layers, &ModelSize::width, &ModelSize::heads, &ModelSize::context, &ModelSize::vocab})
+    if (model.*size == 0) model.*size = preset_of(name).size.*size;
+}
+
+void check_model(const ModelSize& m, const std::string& attention) {
+  REQUIRE(std::min({m.layers, m.width, m.heads, m.context, m.vocab}) > 0,
+          "--layers, --width, --heads, --context and --vocab must be at least 1");
+  REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads, " heads: change --width or --heads");
+  REQUIRE(attention != "flash" || m.width / m.heads <= 128, "--attention flash takes heads of at most 128 channels, and a width of ", m.width,
+          " with ", m.heads, m.heads == 1 ? " head" : " heads", " makes them ", m.width / m.heads, " wide: give --attention plain or more --heads");
+}
+
+static OptionTable table(Options& o) {
   const Preset& tiny = kPresets[0];
   return {
-    {"Model", {
-      {"model", "", Choice{&o.model_name, models}, "size of the model", ""},
-      {"layers", "N", Whole{&o.model.layers, 1, 10'000}, "blocks", "the model's"},
-      {"width", "C", Whole{&o.model.width, 1, 1'000'000}, "channels", "the model's"},
-      {"heads", "H", Whole{&o.model.heads, 1, 1'000'000}, "attention heads; the width divides by them", "the model's"},
-      {"context", "T", Whole{&o.model.context, 1, 10'000'000}, "tokens in a sequence", "the model's"},
-      {"vocab", "V", Whole{&o.model.vocab}, "number of different tokens; bytes of text need 256", "the model's"},
-    }},
+    model_options(o.model_name, o.model),
     {"Data", {
       {"data", "FILE...", List{&o.data}, "plain text (bytes are tokens) or llm.c's .bin token shards", "this project's sources"},
     }},
@@ -88,8 +113,6 @@ OptionTable table(Options& o) {
   };
 }
 
-}  // namespace
-
 Options parse_options(int argc, const char* const* argv) {
   Options options;
   parse(argc, argv, table(options));
@@ -104,10 +127,8 @@ void print_help() {
 }
 
 void resolve(Options& o, bool has_gpu) {
-  const auto preset = std::find_if(std::begin(kPresets), std::end(kPresets), [&](const Preset& p) { return p.name == o.model_name; });
-  ASSERT(preset != std::end(kPresets), o.model_name);
-  for (int64_t ModelSize::*size : {&ModelSize::layers, &ModelSize::width, &ModelSize::heads, &ModelSize::context, &ModelSize::vocab})
-    if (o.model.*size == 0) o.model.*size = preset->size.*size;
+  resolve_model(o.model_name, o.model);
+  const Preset* preset = &preset_of(o.model_name);
   if (o.steps == 0) o.steps = preset->steps;
   const int64_t ranks = o.replicate * o.fsdp;  // that share the batch
   if (o.chunks == 0) o.chunks = o.schedule == "interleaved" ? 2 : 1;
@@ -123,16 +144,12 @@ void resolve(Options& o, bool has_gpu) {
 
 void check(const Options& o) {
   const ModelSize& m = o.model;
-  REQUIRE(std::min({m.layers, m.width, m.heads, m.context, m.vocab}) > 0,
-          "--layers, --width, --heads, --context and --vocab must be at least 1");
+  check_model(m, o.attention);
   REQUIRE(std::min({o.steps, o.batch, o.microbatch}) > 0, "--steps, --batch and --microbatch must be at least 1");
   REQUIRE(o.lr > 0, "--lr must be above 0");
-  REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads, " heads: change --width or --heads");
   REQUIRE(o.batch % (o.microbatch * o.replicate * o.fsdp) == 0, "a batch of ", o.batch, " does not divide into micro-batches of ",
           o.microbatch, o.replicate * o.fsdp == 1 ? "" : sentence(" on ", o.replicate * o.fsdp, " data-parallel ranks (replicate x fsdp)"),
           ": change --batch or --microbatch");
-  REQUIRE(o.attention != "flash" || m.width / m.heads <= 128, "--attention flash takes heads of at most 128 channels, and a width of ", m.width,
-          " with ", m.heads, m.heads == 1 ? " head" : " heads", " makes them ", m.width / m.heads, " wide: give --attention plain or more --heads");
   REQUIRE(o.fsdp > 1 || o.zero == 0, "--zero ", o.zero, " shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
   REQUIRE(o.reshard == "yes" || o.zero == 3, "--reshard-after-forward no keeps the parameters that ZeRO-3 gathers: give --fsdp 2 or more",
           o.fsdp > 1 ? " and --zero 3" : "");

@@ -50,7 +50,7 @@ struct Text {
 struct List {  // every following word up to the next option
   std::vector<std::string>* field;
   bool read(const std::string& word) const { return field->push_back(word), !word.empty(); }
-  std::string allowed() const { return "one or more names"; }
+  std::string allowed() const { return "one or more words, none of them empty"; }
   std::string now() const { return ""; }
 };
 
@@ -72,9 +72,14 @@ void parse(int argc, const char* const* argv, const OptionTable& table);
 // The groups with every option and its default. The table must be bound to a struct that nothing was parsed into.
 std::string help_text(const std::string& usage, const OptionTable& table);
 
-// ---- the options of train_gpt
+// ---- models by name
 
 struct ModelSize { int64_t layers = 0, width = 0, heads = 0, context = 0, vocab = 0; };
+OptionGroup model_options(std::string& name, ModelSize& model);        // --model and what overrides its sizes
+void resolve_model(const std::string& name, ModelSize& model);         // sizes that are 0 become the named model's
+void check_model(const ModelSize& model, const std::string& attention);  // sizes that cannot work: a sentence
+
+// ---- the options of train_gpt
 
 // Fields without a default here are unset until resolve(): 0, empty, or negative where 0 has a meaning.
 struct Options {

@@ -169,10 +169,10 @@ TEST(an_unknown_option_suggests_the_nearest) {
 TEST(a_missing_value_or_a_repeated_option_is_refused) {
   CHECK_SAYS(parsed({"--steps"}), "--steps needs a value: a whole number from 1 to 1000000000");
   CHECK_SAYS(parsed({"--steps", "--batch", "3"}), "--steps needs a value");
-  CHECK_SAYS(parsed({"--data"}), "--data needs a value: one or more names");
+  CHECK_SAYS(parsed({"--data"}), "--data needs a value: one or more words");
   CHECK_SAYS(parsed({"--data", "--steps", "3"}), "--data needs a value");
   CHECK_SAYS(parsed({"--metrics", ""}), "--metrics takes a name, not ''");
-  CHECK_SAYS(parsed({"--data", "a", ""}), "--data takes one or more names, not ''");
+  CHECK_SAYS(parsed({"--data", "a", ""}), "--data takes one or more words, none of them empty, not ''");
   CHECK_SAYS(parsed({"--recompute", "yes"}), "--recompute takes no value, but 'yes' follows it");
   CHECK_SAYS(parsed({"--steps", "3", "--steps", "3"}), "--steps is given twice");
   CHECK_SAYS(parsed({"--recompute", "--recompute"}), "--recompute is given twice");

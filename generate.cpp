@@ -1,0 +1,288 @@
+// generate.cpp: continues texts with a trained model, or a fresh one by seed, over tensor parallel ranks and pipeline stages.
+// idea      parse the options, read the prompts, prefill each, then decode all of them together until they are long enough
+// test      tests/test_cli.sh (the program from outside), tests/test_generator.cpp (its numbers)
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <sstream>
+
+#include "generator.h"
+#include "support/sampling.h"
+#include "support/tokenizer.h"
+#include "watch.h"
+
+// ---- options
+
+struct GenerateOptions {
+  std::string model_name = "tiny";
+  ModelSize model;
+  std::string checkpoint;
+  std::vector<std::string> prompts, files;
+  int64_t tokens = 100, top_k = 0, seed = 1337;
+  double temperature = 0.8, top_p = 1;
+  std::string dtype, matmul = "cublas", attention = "flash";
+  int64_t pp = 1, tp = 1, device_memory = 0, timeout = 600;
+  bool help = false;
+};
+
+static OptionTable table(GenerateOptions& o) {
+  OptionGroup model = model_options(o.model_name, o.model);
+  model.title = "Model: a checkpoint's, or a fresh one";
+  model.options.insert(model.options.begin(), {"checkpoint", "DIR", Text{&o.checkpoint}, "directory of train_gpt's --checkpoint (its newest), or one step in it", "none"});
+  return {
+    model,
+    {"Text", {
+      {"prompt", "TEXT...", List{&o.prompts}, "what to continue; several are continued together", ""},
+      {"prompt-file", "FILE...", List{&o.files}, "the same from files; - is standard input", ""},
+      {"tokens", "N", Whole{&o.tokens}, "how many to add to each", ""},
+      {"temperature", "X", Real{&o.temperature}, "below 1: likelier tokens more often; 0: always the likeliest", ""},
+      {"top-k", "K", Whole{&o.top_k, 0}, "only the K likeliest; 0: all", ""},
+      {"top-p", "P", Real{&o.top_p, false}, "only the likeliest that together reach this probability", ""},
+      {"seed", "N", Whole{&o.seed, 0, INT64_MAX}, "decides what is picked, and a fresh model's weights", ""},
+    }},
+    {"Computing: mpiexec -n (pp x tp)", {
+      {"tp", "T", Whole{&o.tp, 1, 100'000}, "tensor parallelism: each layer's weights are split over T ranks", ""},
+      {"pp", "P", Whole{&o.pp, 1, 100'000}, "pipeline parallelism: the layers are cut into P stages", ""},
+      {"dtype", "", Choice{&o.dtype, {"f32", "bf16", "f64"}}, "what is computed in", "bf16 on a GPU, else f32"},
+      {"matmul", "", Choice{&o.matmul, {"cublas", "own"}}, "who multiplies matrices", ""},
+      {"attention", "", Choice{&o.attention, {"plain", "flash"}}, "of prompts; new tokens have a kernel of their own", ""},
+      {"device-memory", "MiB", Whole{&o.device_memory}, "stop when more device memory than this is asked for", "no cap"},
+      {"timeout", "SECONDS", Whole{&o.timeout, 1}, "without progress for so long, say where each rank stands and end", ""},
+      {"help", "", Flag{&o.help}, "print this", ""},
+    }},
+  };
+}
+
+static Layout layout(const GenerateOptions& o) { return {int(o.pp), 1, 1, int(o.tp)}; }
+
+static GptConfig model_config(const GenerateOptions& o) {
+  GptConfig g{o.model.layers, o.model.width, o.model.heads, o.model.context, o.model.vocab};
+  g.dtype = o.dtype == "f64" ? Dtype::f64 : o.dtype == "bf16" ? Dtype::bf16 : Dtype::f32;
+  g.attention = o.attention == "flash" ? AttentionKind::flash : AttentionKind::plain;
+  return g;
+}
+
+static void resolve(GenerateOptions& o, std::unique_ptr<Checkpoint>& checkpoint) {
+  if (!o.checkpoint.empty()) {
+    const ModelSize& m = o.model;
+    REQUIRE(std::max({m.layers, m.width, m.heads, m.context, m.vocab}) == 0, "the model's sizes are the checkpoint's: leave out --layers, --width, --heads, --context and --vocab");
+    checkpoint = std::make_unique<Checkpoint>(newest_path(o.checkpoint));
+    o.model = checkpoint->info.model;
+  }
+  resolve_model(o.model_name, o.model);
+  check_model(o.model, o.attention);
+  if (o.dtype.empty()) o.dtype = device().is_gpu ? "bf16" : "f32";
+  REQUIRE(o.top_p <= 1, "--top-p ", o.top_p, " is above 1: it is a probability");
+  REQUIRE(o.tp <= o.model.heads, "--tp ", o.tp, " has more ranks than the ", o.model.heads, " attention heads that they would share");
+  REQUIRE(o.pp <= o.model.layers, o.model.layers, " layers cannot be cut into ", o.pp, " stages: each needs a layer (--pp)");
+}
+
+// ---- prompts: read by rank 0, which alone has the standard input
+
+static std::vector<std::string> read_prompts(const GenerateOptions& o) {
+  std::vector<std::string> texts = o.prompts;
+  for (const std::string& name : o.files) {
+    std::ostringstream text;
+    if (name == "-") {
+      text << std::cin.rdbuf();
+    } else {
+      std::ifstream file(name, std::ios::binary);
+      REQUIRE(file && !std::filesystem::is_directory(name), "--prompt-file: ", name, " cannot be read: ", strerror(errno ? errno : EISDIR));
+      text << file.rdbuf();
+    }
+    texts.push_back(text.str());
+  }
+  REQUIRE(!texts.empty(), "there is nothing to continue: give --prompt TEXT or --prompt-file FILE (- is standard input)");
+  return texts;
+}
+
+static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o, const Tokenizer& tokenizer) {
+  std::vector<std::vector<int>> prompts;
+  for (const std::string& text : read_prompts(o)) {
+    const std::vector<int>& p = prompts.emplace_back(tokenizer.encode(text));
+    const int64_t n = int64_t(p.size()), T = o.model.context;
+    REQUIRE(n > 0, "prompt ", prompts.size(), " is empty: a text is continued from its last token");
+    REQUIRE(n < T, "prompt ", prompts.size(), " has ", n, " tokens; with the model's context of ", T, " at most ", T - 1, " leave room for a new one");
+    REQUIRE(n + o.tokens <= T, "prompt ", prompts.size(), " of ", n, " tokens and --tokens ", o.tokens, " more do not fit the model's context of ", T);
+  }
+  return prompts;
+}
+
+// Rank 0's prompts on every rank.
+static std::vector<std::vector<int>> broadcast(const std::vector<std::vector<int>>& prompts) {
+  const auto send = [](std::vector<int> x) {
+    int n = int(x.size());
+    MPI_Request request;
+    MPI_Ibcast(&n, 1, MPI_INT, 0, MPI_COMM_WORLD, &request);
+    wait(request);
+    x.resize(size_t(n));
+    MPI_Ibcast(x.data(), n, MPI_INT, 0, MPI_COMM_WORLD, &request);
+    wait(request);
+    return x;
+  };
+  std::vector<int> all, lengths;
+  for (const auto& p : prompts) all.insert(all.end(), p.begin(), p.end()), lengths.push_back(int(p.size()));
+  all = send(all);
+  std::vector<std::vector<int>> received;
+  size_t at = 0;
+  for (const int n : send(lengths)) received.emplace_back(all.begin() + long(at), all.begin() + long(at + size_t(n))), at += size_t(n);
+  return received;
+}
+
+// ---- output
+
+// The first text as it is made; the others, made beside it, after it.
+class Printer {
+ public:
+  Printer(const Tokenizer& tokenizer, size_t texts, bool speaks) : tokenizer_(tokenizer), made_(texts), speaks_(speaks) {}
+  void prompt(size_t text, const std::vector<int>& tokens) {
+    for (const int t : tokens) add(text, t);
+  }
+  void add(size_t text, int token) {
+    const std::string bytes = tokenizer_.decode(token);
+    if (text == 0) show(bytes);
+    else made_[text] += bytes;
+  }
+  void finish() {
+    for (size_t i = 1; i < made_.size(); i++) show(sentence("\n\n--- ", i + 1, "\n", made_[i]));
+    show("\n");
+  }
+
+ private:
+  void show(const std::string& bytes) {
+    if (!speaks_) return;
+    for (const char c : bytes) putchar(c == '\n' || c == '\t' || (c & 0xe0) ? (c == 127 ? '?' : c) : '?');  // no control characters
+    fflush(stdout);
+  }
+  const Tokenizer& tokenizer_;
+  std::vector<std::string> made_;
+  bool speaks_;
+};
+
+static void print_statistics(const Generator& generator, std::vector<double> seconds, double first, size_t texts, int64_t sent) {
+  fprintf(stderr, "\nfirst token after %.1f ms\n", first * 1e3);
+  if (seconds.empty()) return;
+  double sum = 0;
+  for (const double s : seconds) sum += s;
+  std::sort(seconds.begin(), seconds.end());
+  const auto rank = [&](double share) { return seconds[std::min(seconds.size() - 1, size_t(share * double(seconds.size())))] * 1e3; };
+  fprintf(stderr, "each token    median %.2f ms, 99th percentile %.2f ms, %.1f tokens/s\n", rank(0.5), rank(0.99), double(seconds.size() * texts) / sum);
+  fprintf(stderr, "memory        %.1f MiB of weights, %.1f MiB of keys and values\n", double(device().memory.now[int(Memory::parameters)]) / 1048576,
+          double(generator.cache_bytes()) / 1048576);
+  const int64_t steps = int64_t(seconds.size()), predicted = generator.predicted_bytes(steps);
+  fprintf(stderr, "sent a token  %.1f bytes by rank 0, predicted %.1f%s\n", double(sent) / double(steps), double(predicted) / double(steps), sent == predicted ? "" : "   DIFFERS");
+}
+
+// ---- generation
+
+static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh, const Checkpoint* checkpoint, const Tokenizer& tokenizer,
+                     const std::vector<std::vector<int>>& prompts, Watch& watch) {
+  using Clock = std::chrono::steady_clock;
+  const auto since = [](Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); };
+  const size_t B = prompts.size();
+  size_t longest = 0;
+  for (const auto& p : prompts) longest = std::max(longest, p.size());
+  Generator generator(mesh, model_config(o), int64_t(B), int64_t(longest) + o.tokens);
+  if (checkpoint) generator.load_weights(*checkpoint);
+  else generator.initialise(uint64_t(o.seed));
+
+  const Sampling how{o.temperature, o.top_k, o.top_p, uint64_t(o.seed)};
+  std::vector<int64_t> position;
+  for (const auto& p : prompts) position.push_back(int64_t(p.size()));
+  const auto pick_all = [&](const Generator::Logits& logits) {
+    std::vector<int> picked(B);
+    for (size_t b = 0; b < logits.size(); b++) picked[b] = pick(logits[b], how, position[b], int64_t(b));
+    for (int64_t& p : position) p++;
+    return generator.share(picked);
+  };
+  Printer printer(tokenizer, B, job.speaks);
+  for (size_t b = 0; b < B; b++) printer.prompt(b, prompts[b]);
+  synchronize();
+
+  const Clock::time_point began = Clock::now();
+  Generator::Logits logits;
+  for (size_t b = 0; b < B; b++) {
+    watch.progress();
+    for (auto& row : generator.prefill(int64_t(b), prompts[b])) logits.push_back(std::move(row));
+  }
+  std::vector<int> next = pick_all(logits);
+  const double first = since(began);
+  std::vector<double> seconds;
+  std::vector<bool> ended(B, false);
+  ledger.rows.clear();
+  for (int64_t i = 1;; i++) {
+    for (size_t b = 0; b < B; b++) {
+      ended[b] = ended[b] || next[b] == tokenizer.end_of_text();
+      if (!ended[b]) printer.add(b, next[b]);
+    }
+    if (i == o.tokens || std::count(ended.begin(), ended.end(), false) == 0) break;
+    watch.progress();
+    const Clock::time_point start = Clock::now();
+    next = pick_all(generator.decode(next));
+    seconds.push_back(since(start));
+  }
+  printer.finish();
+  if (job.speaks) print_statistics(generator, seconds, first, B, ledger.bytes());
+}
+
+// ---- main
+
+static int run(Job& job, int argc, char** argv) {
+  GenerateOptions o;
+  std::unique_ptr<Checkpoint> checkpoint;
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::vector<std::vector<int>> prompts;
+  std::string error;
+  try {
+    job.check_launcher();
+    parse(argc, argv, table(o));
+    if (!o.help) {
+      open_device(job.local_rank % device_count(), o.device_memory << 20);
+      resolve(o, checkpoint);
+      check_ranks(layout(o), job.size);
+      matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
+      tokenizer = std::make_unique<Tokenizer>(checkpoint ? std::filesystem::path(checkpoint->path).parent_path().string() : "", o.model.vocab);
+      if (job.rank == 0) prompts = encode_prompts(o, *tokenizer);
+    }
+  } catch (const Error& e) {
+    error = e.what();
+  }
+  error = job.agree(error);
+  if (!error.empty()) {
+    if (job.speaks) fprintf(stderr, "generate: %s\n", error.c_str());
+    return 1;
+  }
+  if (o.help) {
+    GenerateOptions defaults;
+    const char* usage = "usage: build/generate --prompt TEXT [options]\nContinues a text with a model. [In brackets: what holds without the option.]";
+    if (job.speaks) fputs(help_text(usage, table(defaults)).c_str(), stdout);
+    return 0;
+  }
+  setenv("THREEFOLD_TIMEOUT", sentence(o.timeout + 10).c_str(), 0);  // of NCCL's stand-in: the watch speaks first
+  Watch watch(job, double(o.timeout));
+  Mesh mesh = open_mesh(job, layout(o));
+  watch.observe(mesh);
+  check_mesh(mesh);
+  watch.step(0);
+  generate(o, job, mesh, checkpoint.get(), *tokenizer, broadcast(prompts), watch);
+  watch.observe({});
+  close_mesh(mesh);
+  return 0;
+}
+
+int main(int argc, char** argv) {
+  Job job(&argc, &argv);
+  try {
+    const int status = run(job, argc, argv);
+    close_device();
+    return status;
+  } catch (const std::exception& e) {
+    fflush(stdout);
+    job.abort(e.what());
+  }
+}

@@ -1,0 +1,159 @@
+// tokenizer.cpp: see tokenizer.h.
+#include "support/tokenizer.h"
+
+#include <clocale>
+#include <cwctype>
+#include <filesystem>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "support/check.h"
+#include "support/safetensors.h"
+
+// ---- the files
+
+// One code point of UTF-8 at text[at]; malformed bytes are code points of their own. `length` becomes its bytes.
+static char32_t code_point(const std::string& text, size_t at, size_t& length) {
+  const unsigned char first = text[at];
+  length = first < 0x80 ? 1 : first >> 5 == 6 ? 2 : first >> 4 == 14 ? 3 : first >> 3 == 30 ? 4 : 1;
+  if (at + length > text.size()) length = 1;
+  char32_t c = length == 1 ? first : first & (0xff >> (length + 1));
+  for (size_t i = 1; i < length; i++) c = c << 6 | (text[at + i] & 0x3f);
+  return c;
+}
+
+// The files write each byte as a printable character: itself, or 256 and up for the others in order.
+static std::map<char32_t, char> byte_of_character() {
+  std::map<char32_t, char> bytes;
+  char32_t next = 256;
+  for (int b = 0; b < 256; b++) {
+    const bool printable = (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || (b >= 0xae && b <= 0xff);
+    bytes[printable ? char32_t(b) : next++] = char(b);
+  }
+  return bytes;
+}
+
+static std::string to_bytes(const std::string& written, const std::string& path) {
+  static const std::map<char32_t, char> bytes = byte_of_character();
+  std::string text;
+  for (size_t at = 0, length; at < written.size(); at += length) {
+    const auto found = bytes.find(code_point(written, at, length));
+    REQUIRE(found != bytes.end(), path, ": ", written, " is no token of byte-level byte-pair encoding");
+    text += found->second;
+  }
+  return text;
+}
+
+Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : kind_(vocab == 256 ? bytes : numbers), vocab_(vocab) {
+  const std::string vocabulary = directory + "/vocab.json", merges = directory + "/merges.txt";
+  if (directory.empty() || !std::filesystem::exists(vocabulary) || !std::filesystem::exists(merges)) return;
+  kind_ = pairs;
+  try {
+    const auto json = nlohmann::json::parse(read_file(vocabulary));
+    for (const auto& [written, number] : json.items()) {
+      const int token = number;
+      REQUIRE(token >= 0 && token < vocab, vocabulary, " has token ", token, ", outside the vocabulary of ", vocab);
+      const bool special = written == "<|endoftext|>";
+      if (special) end_ = token;
+      if (texts_.size() <= size_t(token)) texts_.resize(size_t(token) + 1);
+      texts_[size_t(token)] = special ? written : to_bytes(written, vocabulary);
+      if (!special) tokens_[texts_[size_t(token)]] = token;
+    }
+  } catch (const nlohmann::json::exception& e) {
+    throw Error(sentence(vocabulary, " is damaged: ", e.what()));
+  }
+  std::istringstream lines(read_file(merges));
+  for (std::string line; std::getline(lines, line);) {
+    const size_t space = line.find(' ');
+    if (line.starts_with("#version") || space == std::string::npos) continue;
+    while (!line.empty() && line.back() == '\r') line.pop_back();
+    merges_.insert({{to_bytes(line.substr(0, space), merges), to_bytes(line.substr(space + 1), merges)}, int(merges_.size())});
+  }
+}
+
+std::string Tokenizer::describe() const {
+  return kind_ == bytes ? "bytes" : kind_ == pairs ? sentence("byte pairs, ", tokens_.size(), " tokens") : "numbers: no vocab.json and merges.txt beside the checkpoint";
+}
+
+// ---- encoding
+
+enum class Sign { space, letter, digit, other };
+
+static Sign sign_of(char32_t c) {
+  static const locale_t utf8 = newlocale(LC_CTYPE_MASK, "C.UTF-8", nullptr);
+  if (c < 128) return isspace(int(c)) ? Sign::space : isalpha(int(c)) ? Sign::letter : isdigit(int(c)) ? Sign::digit : Sign::other;
+  if (!utf8) return Sign::letter;
+  return iswspace_l(wint_t(c), utf8) || c == 0xa0 ? Sign::space : iswalpha_l(wint_t(c), utf8) ? Sign::letter : Sign::other;
+}
+
+// GPT-2's words: an English suffix ('s 't 're 've 'm 'll 'd), or a run of letters, digits or other signs with the space before it; of several
+// spaces the last one belongs to what follows.
+std::vector<std::string> Tokenizer::words(const std::string& text) const {
+  std::vector<std::string> words;
+  const auto run_of = [&](size_t at, Sign sign) {  // where it ends
+    for (size_t length; at < text.size() && sign_of(code_point(text, at, length)) == sign;) at += length;
+    return at;
+  };
+  for (size_t at = 0, end = 0, length; at < text.size(); at = end) {
+    end = at;
+    for (const char* suffix : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})
+      if (text.compare(at, strlen(suffix), suffix) == 0) end = at + strlen(suffix);
+    if (end == at) {
+      const size_t start = text[at] == ' ' && at + 1 < text.size() ? at + 1 : at;
+      const Sign sign = sign_of(code_point(text, start, length));
+      if (sign != Sign::space) {
+        end = run_of(start, sign);
+      } else {
+        end = run_of(at, Sign::space);
+        size_t last = end;  // the last space of the run starts here
+        for (size_t i = at; i < end; i += length) code_point(text, i, length), last = i;
+        if (end < text.size() && last > at) end = last;
+      }
+    }
+    words.push_back(text.substr(at, end - at));
+  }
+  return words;
+}
+
+std::vector<int> Tokenizer::encode(const std::string& text) const {
+  std::vector<int> tokens;
+  if (kind_ == bytes) {
+    for (const unsigned char c : text) tokens.push_back(c);
+    return tokens;
+  }
+  if (kind_ == numbers) {
+    std::istringstream in(text);
+    for (std::string word; in >> word;) {
+      char* end;
+      const long long token = strtoll(word.c_str(), &end, 10);
+      REQUIRE(!*end && token >= 0 && token < vocab_, "'", word, "' is no token: without vocab.json and merges.txt beside the checkpoint a prompt is the numbers of its tokens, 0 to ", vocab_ - 1);
+      tokens.push_back(int(token));
+    }
+    return tokens;
+  }
+  for (const std::string& word : words(text)) {
+    std::vector<std::string> parts;
+    for (const char c : word) parts.push_back(std::string(1, c));
+    while (parts.size() > 1) {  // merge the pair that was learned first
+      int best = INT32_MAX;
+      size_t at = 0;
+      for (size_t i = 0; i + 1 < parts.size(); i++)
+        if (const auto m = merges_.find({parts[i], parts[i + 1]}); m != merges_.end() && m->second < best) best = m->second, at = i;
+      if (best == INT32_MAX) break;
+      parts[at] += parts[at + 1];
+      parts.erase(parts.begin() + long(at) + 1);
+    }
+    for (const std::string& part : parts) {
+      const auto found = tokens_.find(part);
+      REQUIRE(found != tokens_.end(), "vocab.json has no token for '", part, "'");
+      tokens.push_back(found->second);
+    }
+  }
+  return tokens;
+}
+
+std::string Tokenizer::decode(int token) const {
+  if (kind_ == bytes) return std::string(1, char(token));
+  if (kind_ == numbers) return std::to_string(token) + " ";
+  return size_t(token) < texts_.size() ? texts_[size_t(token)] : "";
+}
