@@ -15,8 +15,8 @@ constexpr int kThreads = block_threads(256);
 constexpr int kLanes = kWarp == 1 ? 1 : 8;               // that share neighbouring columns; the groups of kLanes share the rows
 constexpr int kGroups = kThreads / kLanes;
 constexpr int kAhead = 4;                                // rows of w in flight
-template <int N> constexpr int kMine = kWarp == 1 ? 512 : N;  // columns of a thread: a pack; in FAST sums in the first-level cache
-constexpr int kRowsOfW = kWarp == 1 ? 64 : kThreads / 32;     // of w^T, that a block owns
+template <int N> constexpr int kMine = kWarp == 1 ? 1024 : N;  // columns of a thread: a pack; in FAST sums in the first-level cache
+constexpr int kTogether = kWarp == 1 ? 4 : 1;              // rows of w^T that a warp reads side by side
 
 // sum[r][j] += x[r][k] * w[k][j] for the rows k, k + stride, ... of w (kRows of them) and n columns
 template <int N, int kM, int kRows, class T, class A, int kWidth>
@@ -77,34 +77,31 @@ template <int N, int kM, class T> __global__ void __launch_bounds__(256) columns
   }
 }
 
-// y (m,N) = x (m,K) w^T, w (N,K), m <= kM; a warp a row of w, which is read once
+// y (m,N) = x (m,K) w^T, w (N,K), m <= kM; a warp kTogether rows of w, which are read once
 template <int N, int kM, class T> __global__ void __launch_bounds__(256) rows_kernel(T* y, const T* x, const T* w, int64_t K, int64_t rows, int m) {
   using A = acc_t<T>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t end = (int64_t(blockIdx.x) + 1) * kRowsOfW;
-  for (int64_t row = int64_t(blockIdx.x) * kRowsOfW + warp; row < rows && row < end; row += kThreads / kWarp) {
-    const T* const of = w + row * K;
-    A sum[kM] = {};
+  const int64_t first = (int64_t(blockIdx.x) * (kThreads / kWarp) + warp) * kTogether;
+  if (first >= rows) return;
+  const T* of[kTogether];  // beyond the last row: that one again, and its sums are dropped
+  for (int u = 0; u < kTogether; u++) of[u] = w + (first + u < rows ? first + u : rows - 1) * K;
+  for (int r = 0; r < kM && r < m; r++) {
+    const T* const xr = x + r * K;
+    A sum[kTogether] = {};
     if constexpr (kWarp == 1) {
-      for (int r = 0; r < kM && r < m; r++) {
-        const T* const xr = x + r * K;
-        A s = 0;
-        for (int64_t k = 0; k < K; k++) s += A(load(xr[k])) * A(load(of[k]));
-        sum[r] = s;
-      }
+      for (int64_t k = 0; k < K; k++)
+        for (int u = 0; u < kTogether; u++) sum[u] += A(load(xr[k])) * A(load(of[u][k]));
     } else {
-      for (int64_t k = lane * N; k < K; k += kWarp * N) {
-        const auto p = load_pack<N>(of + k);
-        for (int r = 0; r < kM; r++)
-          if (r < m)
-            for (int j = 0; j < N; j++) sum[r] += A(load(x[r * K + k + j])) * A(load(p.v[j]));
-      }
-      for (int r = 0; r < kM; r++)
-        for (int o = kWarp / 2; o > 0; o >>= 1) sum[r] += __shfl_xor_sync(~0u, sum[r], o);
+      for (int64_t k = lane * N; k < K; k += kWarp * N)
+        for (int u = 0; u < kTogether; u++) {
+          const auto p = load_pack<N>(of[u] + k);
+          for (int j = 0; j < N; j++) sum[u] += A(load(xr[k + j])) * A(load(p.v[j]));
+        }
     }
-    if (lane == 0)
-      for (int r = 0; r < kM; r++)
-        if (r < m) y[r * rows + row] = store<T>(sum[r]);
+    for (int u = 0; u < kTogether; u++) {
+      for (int o = kWarp / 2; o > 0; o >>= 1) sum[u] += __shfl_xor_sync(~0u, sum[u], o);
+      if (lane == 0 && first + u < rows) y[r * rows + first + u] = store<T>(sum[u]);
+    }
   }
 }
 
@@ -113,7 +110,7 @@ template <int kM> void launch(const Tensor& y, const Tensor& x, const Tensor& w,
   const int m = int(x.dim(0));
   const bool packs = in_packs(w.dim(1), {&w});
   if (transposed) {
-    DISPATCH_PACKS(w.dtype(), packs, rows_kernel<N, kM, T><<<unsigned(ceil_div(columns, kRowsOfW)), kThreads, 0, device().compute>>>(
+    DISPATCH_PACKS(w.dtype(), packs, rows_kernel<N, kM, T><<<unsigned(ceil_div(columns, kThreads / kWarp * kTogether)), kThreads, 0, device().compute>>>(
                                          y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m));
   } else {
     DISPATCH_PACKS(w.dtype(), packs, columns_kernel<N, kM, T><<<unsigned(ceil_div(columns, kLanes * kMine<N>)), kThreads, 0, device().compute>>>(

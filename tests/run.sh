@@ -9,9 +9,10 @@ detected=$(sed 's/.*= *//' build/detected.mk)
 backends=("$@")
 [ $# -gt 0 ] || { backends=(cpu faithful); [ "$detected" = cuda ] && backends+=(cuda); }
 
-kernels="test_cpu test_tensor test_kernels test_matmul test_attention test_autograd test_golden"  # the core, in every form
+kernels="test_cpu test_tensor test_kernels test_matmul test_attention test_decode test_autograd test_golden"  # the core, in every form
 alone="test_support test_schedule"                                                                 # plain C++
-ranks="test_fsdp test_tensor_parallel test_pipeline"                                                             # under mpiexec -n 1, 2, 3, 4, 6, 8
+ranks="test_fsdp test_tensor_parallel test_pipeline"                                               # under mpiexec -n 1, 2, 3, 4, 6, 8
+few="test_generator"                                                                               # under mpiexec -n 1, 2, 3, 4
 worlds="1 2 3 4 6 8"
 comm="test_comm"                                                                                   # under mpiexec -n 1, 2, 4, 8
 referee="test_nccl"                                                                                # under mpiexec -n 8
@@ -41,14 +42,14 @@ run() {
 
 for backend in "${backends[@]}"; do
   programs="$kernels"
-  [ "$backend" = cpu ] && programs="$kernels $alone $comm $ranks $referee"
-  [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks"
-  [ "$backend" = ptx ] && programs="test_tensor test_golden"  # every op, through the golden model; under a PTX runner the other programs take too long
+  [ "$backend" = cpu ] && programs="$kernels $alone $comm $ranks $few $referee"
+  [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks $few"
+  [ "$backend" = ptx ] && programs="test_tensor test_decode test_golden"  # every op, through the golden model; under a PTX runner the other programs take too long
   targets=""
   for p in $programs; do targets="$targets build/$backend/tests/$p"; done
   make --no-print-directory -j"$cores" BACKEND="$backend" $targets $([ "$backend" = cpu ] && echo build) $([ "$backend" = ptx ] && echo build/ptx/train_gpt) || { echo "FAIL the $backend build"; failed=$((failed + 1)); continue; }
   for p in $programs; do
-    case $p in $comm) sizes="1 2 4 8" ;; $referee) sizes=8 ;; *) case " $ranks " in *" $p "*) sizes=$worlds ;; *) sizes="" ;; esac ;; esac
+    case $p in $comm) sizes="1 2 4 8" ;; $few) sizes="1 2 3 4" ;; $referee) sizes=8 ;; *) case " $ranks " in *" $p "*) sizes=$worlds ;; *) sizes="" ;; esac ;; esac
     [ -n "$sizes" ] || run "$backend/$p" "build/$backend/tests/$p"
     for n in $sizes; do
       threads=$((cores / n)); [ $threads -gt 0 ] || threads=1
