@@ -83,11 +83,20 @@ static std::string with_digits(const char* pattern, double x) {
 
 // ---- checkpoints
 
-// SIGTERM, or Ctrl-C, to any rank ends the training of all after one and the same step. A second one ends it at once.
+// SIGTERM, or Ctrl-C, to any rank ends the training of all after one and the same step. One more, a second later, ends it at once: mpiexec may
+// deliver a signal twice.
 class StopSignal {
  public:
   StopSignal() {
-    for (const int signal : {SIGTERM, SIGINT}) std::signal(signal, [](int s) { came_ = s; std::signal(s, SIG_DFL); });
+    for (const int signal : {SIGTERM, SIGINT}) std::signal(signal, [](int s) {
+      timespec now;
+      clock_gettime(CLOCK_MONOTONIC, &now);
+      if (!came_) {
+        since_ = now.tv_sec;
+        came_ = 1;
+      } else if (now.tv_sec > since_ + 1) std::signal(s, SIG_DFL), raise(s);
+    });
+    std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error of write(), with a sentence
   }
   ~StopSignal() {
     for (const int signal : {SIGTERM, SIGINT}) std::signal(signal, SIG_DFL);
@@ -102,6 +111,7 @@ class StopSignal {
 
  private:
   static inline volatile std::sig_atomic_t came_ = 0;
+  static inline volatile time_t since_ = 0;
 };
 
 static std::string save(const Options& o, const std::string& data, int64_t step, const Job& job, const Mesh& mesh, Trainer& trainer) {

@@ -257,6 +257,7 @@ void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t
     });
   } catch (...) {
     if (job.rank == 0) remove_checkpoint(path);
+    barrier();  // whoever ends the job does it after that
     throw;
   }
   if (job.rank != 0 || keep == 0) return;

@@ -5,12 +5,10 @@
 #include "tests/mpi_test.h"
 #include "trainer.h"
 
-namespace {
-
 constexpr int kSteps = 5;
 constexpr double kLearningRate = 1e-3;
 
-std::vector<int> sequence(int64_t step, int64_t s, const GptConfig& g) {
+inline std::vector<int> sequence(int64_t step, int64_t s, const GptConfig& g) {
   std::vector<int> tokens;
   for (int64_t t = 0; t <= g.context; t++) tokens.push_back(int((step * 7919 + s * 104729 + t * t * 31 + t * 17) % g.vocab));
   return tokens;
@@ -23,7 +21,7 @@ struct Run {  // what a training run of kSteps steps computed
 };
 
 // The reference: whole parameters, no mesh, no units, the batch in one piece.
-Run one_rank(const GptConfig& config, int64_t batch, int steps) {
+inline Run one_rank(const GptConfig& config, int64_t batch, int steps) {
   Gpt gpt(config, 1337);
   Optimizer optimizer(gpt.params(), 1.0, 0.1);
   Tensor total({1}, Dtype::f64, Memory::workspace);
@@ -51,7 +49,7 @@ Run one_rank(const GptConfig& config, int64_t batch, int steps) {
 }
 
 // The sum over an axis of what each rank has, in f64.
-std::vector<double> sum_over(Mesh& mesh, const Axis& axis, const std::vector<double>& mine) {
+inline std::vector<double> sum_over(Mesh& mesh, const Axis& axis, const std::vector<double>& mine) {
   if (axis.size == 1) return mine;
   const Tensor t({int64_t(mine.size())}, Dtype::f64, Memory::workspace);
   upload(t, mine.data());
@@ -62,7 +60,7 @@ std::vector<double> sum_over(Mesh& mesh, const Axis& axis, const std::vector<dou
 }
 
 // Every parameter in its global shape, from what each rank of the tp axis has of it (its slice, or the same copy) on the stage that owns it.
-std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer, std::vector<double> (Fsdp::*get)(const Param&)) {
+inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer, std::vector<double> (Fsdp::*get)(const Param&)) {
   std::vector<double> mine, copies, first, last;  // all parameters in a row: this rank's part; what every tp rank must have the same; by stage
   for (Param* p : trainer.gpt.params()) {
     const int64_t all = elements(p->shape), at = int64_t(mine.size());
@@ -99,7 +97,7 @@ std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer, std::
   return params;
 }
 
-Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, int steps) {
+inline Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, int steps) {
   Trainer trainer(mesh, config, options);
   Run run;
   for (int step = 1; step <= steps; step++) {
@@ -113,14 +111,14 @@ Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions& option
   return run;
 }
 
-double largest(const std::vector<std::vector<double>>& a) {
+inline double largest(const std::vector<std::vector<double>>& a) {
   double m = 0;
   for (const auto& v : a)
     for (double x : v) m = std::max(m, std::abs(x));
   return m;
 }
 
-double relative(const std::vector<std::vector<double>>& a, const std::vector<std::vector<double>>& b) {
+inline double relative(const std::vector<std::vector<double>>& a, const std::vector<std::vector<double>>& b) {
   CHECK_EQ(a.size(), b.size());
   double d = 0;
   for (size_t i = 0; i < a.size(); i++) {
@@ -139,8 +137,7 @@ struct Difference {
   }
 };
 
-Difference compare(const Run& a, const Run& b) {
+inline Difference compare(const Run& a, const Run& b) {
   return {relative({a.losses}, {b.losses}), relative(a.gradients, b.gradients), relative({a.norms}, {b.norms}), relative(a.weights, b.weights)};
 }
 
-}  // namespace

@@ -65,6 +65,7 @@ for backend in "${backends[@]}"; do
   done
   run "removed event waits are caught" tests/mutants.sh waits
   run "train_gpt from outside" tests/test_cli.sh
+  run "checkpoints" tests/test_checkpoint.sh
   run "ranks that die, stop and refuse" tests/test_failures.sh
 done
 

@@ -1,0 +1,117 @@
+// test_checkpoint.cpp: what is saved in one layout goes on in any other as if nothing had happened. tests/test_checkpoint.sh runs it:
+//   mpiexec -n N test_checkpoint save DIR/a SETTING             trains 5 steps, saves, trains 5 more and writes DIR/a/losses
+//   mpiexec -n N test_checkpoint resume SETTING DIR/a DIR/b...  resumes from each and compares its next 5 losses with DIR/a/losses
+//   test_checkpoint logits DIR TOKEN...                         the logits after these tokens, one a line, in f64
+// SETTING: pp,replicate,fsdp,tp,zero,schedule,chunks,sequence-parallel,dtype
+#include <fstream>
+
+#include "generator.h"
+#include "tests/parity.h"
+
+namespace {
+
+struct Setting {
+  Layout layout;
+  GptConfig config{7, 20, 4, 6, 23};  // nothing that 2 or 3 divide
+  TrainerOptions options;
+};
+
+Setting parse_setting(const std::string& text) {
+  Setting s;
+  char schedule[32], dtype[8];
+  int by_rows = 0;
+  CHECK_EQ(sscanf(text.c_str(), "%d,%d,%d,%d,%d,%31[^,],%d,%d,%7s", &s.layout.pp, &s.layout.replicate, &s.layout.fsdp, &s.layout.tp, &s.options.fsdp.zero, schedule,
+                  &s.options.chunks, &by_rows, dtype), 9, text);
+  s.options.schedule = schedule, s.options.batch = 24;
+  s.options.microbatch = 24 / (s.layout.replicate * s.layout.fsdp * (s.layout.pp > 1 ? 4 : 1));
+  s.config.sequence_parallel = by_rows != 0;
+  s.config.dtype = std::string(dtype) == "bf16" ? Dtype::bf16 : Dtype::f64;
+  s.config.attention = AttentionKind::plain;
+  return s;
+}
+
+std::vector<double> train(Trainer& trainer, const GptConfig& config, int first, int last) {
+  std::vector<double> losses;
+  for (int step = first; step <= last; step++) {
+    trainer.gradients([&](int64_t i) { return sequence(step, i, config); });
+    trainer.update(kLearningRate);
+    losses.push_back(trainer.loss());
+  }
+  return losses;
+}
+
+void save(const std::string& dir, const Setting& s) {
+  Mesh mesh = open_mesh(job(), s.layout);
+  {
+    Trainer trainer(mesh, s.config, s.options);
+    train(trainer, s.config, 1, 5);
+    const GptConfig& g = s.config;
+    save_checkpoint(dir, {5, {g.layers, g.width, g.heads, g.context, g.vocab}, s.layout, master_dtype(g.dtype), 1337, "", ""}, 0, job(), mesh, trainer.optimizer().shards());
+    const std::vector<double> losses = train(trainer, s.config, 6, 10);
+    if (job().rank == 0) {
+      std::ofstream out(dir + "/losses");
+      out.precision(17);
+      for (const double l : losses) out << l << "\n";
+    }
+  }
+  close_mesh(mesh);
+}
+
+// "exact" where all 5 losses have the same bits, else the largest relative difference: one line a directory
+void resume_from(const std::vector<std::string>& dirs, const Setting& s) {
+  Mesh mesh = open_mesh(job(), s.layout);
+  for (const std::string& dir : dirs) {
+    Trainer trainer(mesh, s.config, s.options);
+    const auto found = newest_checkpoint(dir, job(), [](const std::string& why) { throw Error(why); });
+    CHECK(found.has_value() && found->info.step == 5, dir);
+    resume(*found, trainer.optimizer());
+    const std::vector<double> losses = train(trainer, s.config, 6, 10);
+    std::ifstream in(dir + "/losses");
+    double worst = 0;
+    for (const double l : losses) {
+      double expected = NAN;
+      in >> expected;
+      worst = l == expected ? worst : std::isnan(expected) ? INFINITY : std::max(worst, std::abs(l - expected) / expected);
+    }
+    if (job().rank == 0) printf("%s %.3g\n", dir.c_str(), worst);
+  }
+  close_mesh(mesh);
+}
+
+void print_logits(const std::string& dir, const std::vector<int>& tokens) {
+  const Checkpoint c(newest_path(dir));
+  const ModelSize& m = c.info.model;
+  GptConfig config{m.layers, m.width, m.heads, m.context, m.vocab};
+  config.dtype = Dtype::f64;
+  Mesh mesh = open_mesh(job(), {});
+  {
+    Generator generator(mesh, config, 1, m.context);
+    generator.load_weights(c);
+    const Generator::Logits logits = generator.prefill(0, tokens);
+    for (const double l : logits[0]) printf("%.17g\n", l);
+  }
+  close_mesh(mesh);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Job job(&argc, &argv);
+  the_job() = &job;
+  try {
+    const std::vector<std::string> words(argv + 1, argv + argc);
+    CHECK(words.size() >= 3, "usage: see the top of this file");
+    open_device(job.local_rank % device_count(), 0);
+    if (words[0] == "save") save(words[1], parse_setting(words[2]));
+    else if (words[0] == "resume") resume_from({words.begin() + 2, words.end()}, parse_setting(words[1]));
+    else if (words[0] == "logits") {
+      std::vector<int> tokens;
+      for (size_t i = 2; i < words.size(); i++) tokens.push_back(std::stoi(words[i]));
+      print_logits(words[1], tokens);
+    } else throw Error("no mode " + words[0]);
+    close_device();
+    return 0;
+  } catch (const std::exception& e) {
+    job.abort(e.what());
+  }
+}

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# test_checkpoint.sh: checkpoints as a user meets them: any layout resumes what any other saved, kills and signals lose nothing, damage is
+# noticed and passed over, and Hugging Face's files go out and come back.
+set -u
+cd "$(dirname "$0")/.."
+train=build/cpu/train_gpt tool=build/cpu/checkpoint
+dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+ok()   { echo "ok   $1  ${2:-}"; passed=$((passed + 1)); }
+fail() { echo "FAIL $1  ${2:-}"; failed=$((failed + 1)); }
+check() { if eval "$2"; then ok "$1" "${3:-}"; else fail "$1" "${4:-}"; fi; } # check NAME CONDITION [ON SUCCESS] [ON FAILURE]
+
+rank_pids() { # of the train_gpt whose command line has this: a rank has a watching thread, its helper process has not
+  for pid in $(pgrep -f "$train .*$1"); do grep -qz '^PMI_RANK=' "/proc/$pid/environ" 2>/dev/null && [ "$(ps -o nlwp= -p "$pid")" -gt 1 ] && echo "$pid"; done
+}
+
+# ---- 8 layouts, 64 pairs: pp,replicate,fsdp,tp,zero,schedule,chunks,sequence-parallel
+
+settings="1,1,1,1,3,1f1b,1,0 1,2,1,1,3,1f1b,1,0 1,1,3,1,1,1f1b,1,0 1,1,4,1,3,1f1b,1,0 1,1,1,3,3,1f1b,1,1 2,1,1,2,3,zb,1,0 1,2,3,1,2,1f1b,1,0 2,1,2,2,3,interleaved,2,1"
+ranks() { awk -F, '{ print $1 * $2 * $3 * $4 }' <<<"$1"; }
+for dtype in f64 bf16; do
+  saved="" pairs=0
+  for s in $settings; do
+    mpiexec -n "$(ranks "$s")" build/cpu/tests/test_checkpoint save "$dir/$dtype-$s" "$s,$dtype" >"$dir/out" 2>&1 || fail "saving_$s" "$(tail -2 "$dir/out")"
+    saved="$saved $dir/$dtype-$s"
+  done
+  : >"$dir/pairs"
+  for s in $settings; do
+    [ $dtype = bf16 ] && saved="$dir/$dtype-$s"  # in the same layout only: elsewhere bf16's sums differ
+    mpiexec -n "$(ranks "$s")" build/cpu/tests/test_checkpoint resume "$s,$dtype" $saved 2>"$dir/err" | awk -v to="$dir/$dtype-$s" '{ print $1 == to ? "same" : "other", $2 }' >>"$dir/pairs" || cat "$dir/err"
+  done
+  pairs=$(wc -l <"$dir/pairs") worst=$(awk '$2 > w { w = $2 } END { print w + 0 }' "$dir/pairs") same=$(awk '$1 == "same" && $2 == 0' "$dir/pairs" | wc -l)
+  if [ $dtype = f64 ]; then check what_one_layout_saves_every_layout_resumes "[ $pairs = 64 ] && awk 'BEGIN { exit !($worst <= 1e-12) }'" "$pairs pairs of 8 layouts on 1 to 8 ranks: 5 losses within $worst" "$pairs pairs, $worst"; fi
+  check resuming_in_the_same_layout_gives_the_same_bits_$dtype "[ $same = 8 ]" "8 layouts" "$same of 8"
+done
+
+# ---- size
+
+mpiexec -n 8 $train --model tiny --layers 4 --width 256 --heads 4 --context 32 --batch 8 --pp 2 --fsdp 2 --tp 2 --steps 1 --checkpoint "$dir/size" >"$dir/out" 2>&1
+bytes=$(du -bc "$dir"/size/step-*/* | tail -1 | cut -f1) once=$(( ((256 + 32) * 256 + 4 * (12 * 256 * 256 + 13 * 256) + 2 * 256) * 12 ))
+check weights_and_moments_are_written_once "[ $bytes -le $((once + once / 100)) ] && [ $bytes -ge $once ]" "$bytes bytes on 8 ranks, $(awk "BEGIN { printf \"%.2f\", ($bytes - $once) * 100 / $once }") % more than weights and moments" "$bytes of $once: $(tail -1 "$dir/out")"
+
+# ---- killed at random, stopped by signals
+
+shape="--model tiny --heads 2 --context 32 --batch 8"
+small="$shape --layers 2 --width 64 --steps 300"
+same_weights() { $tool export "$1" "$dir/a" >/dev/null && $tool export "$2" "$dir/b" >/dev/null && cmp -s "$dir/a/model.safetensors" "$dir/b/model.safetensors"; }
+mpiexec -n 2 $train $small --fsdp 2 --checkpoint "$dir/whole" --metrics "$dir/whole.jsonl" >"$dir/out" 2>&1 || fail an_uninterrupted_run "$(tail -2 "$dir/out")"
+RANDOM=7 kills=0 saves=0 resumed=""
+while :; do
+  : >"$dir/out"
+  mpiexec -n 2 $train $small --fsdp 2 --checkpoint "$dir/killed" --save-every 1 --metrics "$dir/killed.jsonl" $resumed >"$dir/out" 2>"$dir/err" &
+  job=$! resumed=--resume
+  if [ $kills -lt 10 ]; then
+    for _ in $(seq 200); do grep -q '^step' "$dir/out" 2>/dev/null && break; sleep 0.02; done  # it is training
+    sleep "0.$((RANDOM % 4))$((RANDOM % 10))"
+    victim=$(rank_pids "--checkpoint $dir/killed" | sed -n "$((RANDOM % 2 + 1))p")
+    if [ -n "$victim" ] && kill -KILL "$victim" 2>/dev/null; then kills=$((kills + 1)); fi
+    ls -d "$dir"/killed/step-* 2>/dev/null | while read -r s; do [ -f "$s/manifest.json" ] || echo x; done | grep -q x && saves=$((saves + 1))
+    wait $job; status=$?
+  else wait $job; status=$?; fi
+  if grep -q "give more --steps" "$dir/err" || { [ $status -eq 0 ] && [ $kills -ge 10 ]; }; then break; fi
+  if [ $status -eq 0 ]; then break; fi
+  [ $kills -gt 30 ] && break
+done
+check killed_runs_resume_to_the_uninterrupted_weights "same_weights $dir/whole $dir/killed" "$kills kills, $saves of them left an unfinished save; $(grep -c '"step"' "$dir/killed.jsonl") lines of metrics" "after $kills kills: $(tail -n 2 "$dir/err")"
+check metrics_of_resumed_runs_have_every_step_once "[ \"\$(grep -o '\"step\":[0-9]*' $dir/killed.jsonl | sort -u | wc -l)\" = 300 ] && [ \"\$(grep -c '\"step\"' $dir/killed.jsonl)\" = 300 ]" "300 steps"
+
+for how in "TERM mpiexec" "INT mpiexec" "TERM rank"; do
+  name=${how// /_to_}
+  rm -rf "$dir/stop" "$dir/stop.jsonl"
+  mpiexec -n 2 $train $small --fsdp 2 --checkpoint "$dir/stop" --metrics "$dir/stop.jsonl" >"$dir/out" 2>"$dir/err" &
+  job=$!
+  for _ in $(seq 300); do [ "$(grep -c '"step"' "$dir/stop.jsonl" 2>/dev/null)" -ge 5 ] 2>/dev/null && break; sleep 0.02; done
+  case $how in *mpiexec) kill -${how% *} $job ;; *) kill -TERM "$(rank_pids "--checkpoint $dir/stop" | tail -1)" ;; esac
+  wait $job; status=$?
+  stopped=$(sed -n 's/^step \([0-9]*\).*stopped by a signal.*/\1/p' "$dir/out")
+  mpiexec -n 2 $train $small --fsdp 2 --checkpoint "$dir/stop" --resume >"$dir/out2" 2>&1
+  check "a_run_stopped_by_SIG${name}_is_saved_and_resumes" "[ $status = 0 ] && [ -n '$stopped' ] && [ '${stopped:-300}' -lt 300 ] && same_weights $dir/whole $dir/stop" "after step $stopped" "status $status, stopped at '$stopped': $(tail -1 "$dir/err") $(tail -1 "$dir/out2")"
+done
+
+# ---- damage: the checkpoint before stays good and is found
+
+fresh() { rm -rf "$dir/d"; mpiexec -n 2 $train $shape --layers 2 --width 64 --steps 20 --fsdp 2 --checkpoint "$dir/d" --save-every 10 >"$dir/out" 2>&1; last=$dir/d/step-00000020; }
+resumes() { # NAME 'what is said': resuming says it, goes on from step 10 and ends well
+  if mpiexec -n 2 $train $shape --layers 2 --width 64 --steps 30 --tp 2 --checkpoint "$dir/d" --resume >"$dir/out" 2>"$dir/err" && grep -q -- "passed over: .*$2" "$dir/out" && grep -q '^resume .*step-00000010, saved on' "$dir/out"; then
+    ok "$1" "$(grep -o 'passed over.*' "$dir/out" | sed "s#$dir/##g" | cut -c1-120)"
+  else fail "$1" "$(cat "$dir/err") $(grep '^resume' "$dir/out")"; fi
+}
+fresh; rm "$last/weights-1.safetensors"; resumes a_missing_file_is_passed_over "weights-1.safetensors is missing"
+fresh; truncate -s 5000 "$last/optimizer-0.safetensors"; resumes a_truncated_file_is_passed_over "optimizer-0.safetensors has 5000 bytes of"
+fresh; printf 'x' | dd of="$last/weights-0.safetensors" bs=1 seek=9000 conv=notrunc 2>/dev/null; resumes a_flipped_byte_is_passed_over "its checksum is not the manifest's"
+fresh; truncate -s 300 "$last/manifest.json"; resumes a_damaged_manifest_is_passed_over "manifest.json is damaged"
+fresh; rm "$last/manifest.json"; resumes a_save_that_did_not_end_is_passed_over "is not complete"
+fresh; truncate -s 300 "$dir"/d/step-*/manifest.json
+check where_nothing_is_whole_training_does_not_start "! mpiexec -n 2 $train $shape --layers 2 --width 64 --steps 30 --tp 2 --checkpoint $dir/d --resume >$dir/out 2>$dir/err && grep -q 'none is whole' $dir/err" "$(grep -o 'of the checkpoints.*none is whole' "$dir/err" | sed "s#$dir/##g")" "$(cat "$dir/err")"
+fresh
+check verify_finds_what_is_damaged "$tool verify $dir/d >$dir/out && printf x | dd of=$last/weights-0.safetensors bs=1 seek=9000 conv=notrunc 2>/dev/null && ! $tool verify $dir/d >$dir/out && grep -q 'is damaged' $dir/out" "" "$(cat "$dir/out")"
+
+# ---- what cannot be saved or resumed: a sentence, and what was there stays
+
+refuses() { # NAME 'what is said' ARGS...
+  local name=$1 part=$2; shift 2
+  if timeout 60 mpiexec -n 2 $train $shape "$@" >"$dir/out" 2>"$dir/err"; then fail "$name" "exit status 0"
+  elif [ "$(grep -cF -- "$part" "$dir/err")" != 1 ]; then fail "$name" "said: $(head -c 300 "$dir/err")"
+  else ok "$name" "$(grep -F -- "$part" "$dir/err" | sed "s#$dir/##g" | cut -c1-150)"; fi
+}
+fresh
+refuses another_width_is_refused "wte.weight is of shape (256, 64) in $last and (256, 32) in this model" --layers 2 --width 32 --fsdp 2 --checkpoint "$dir/d" --resume
+refuses another_number_of_layers_is_refused "holds a model of 2 layers and 2 heads" --layers 3 --width 64 --fsdp 2 --checkpoint "$dir/d" --resume
+refuses steps_that_are_done_are_refused "has 20 steps already" --layers 2 --width 64 --steps 20 --fsdp 2 --checkpoint "$dir/d" --resume
+refuses a_directory_in_use_is_refused "holds checkpoints already" --fsdp 2 --checkpoint "$dir/d"
+refuses resume_without_a_directory_is_refused "give --checkpoint DIR" --fsdp 2 --resume
+refuses a_directory_that_cannot_be_is_refused "cannot be created" --fsdp 2 --steps 2 --checkpoint "$dir/out/below-a-file"
+large="--model tiny --layers 2 --width 768 --heads 8 --context 16 --batch 2 --fsdp 2"
+rm -rf "$dir/f"; mpiexec -n 2 $train $large --steps 1 --checkpoint "$dir/f" >"$dir/out" 2>&1
+if (trap '' XFSZ; ulimit -f 40000; mpiexec -n 2 $train $large --steps 2 --checkpoint "$dir/f" --resume >"$dir/out" 2>"$dir/err"); then fail a_full_disk_is_said_and_older_checkpoints_stay "exit status 0"
+elif grep -q 'cannot be written: File too large' "$dir/err" && [ "$(ls "$dir/f")" = step-00000001 ] && $tool verify "$dir/f" >/dev/null; then ok a_full_disk_is_said_and_older_checkpoints_stay "$(grep -o 'step-.*cannot be written.*' "$dir/err" | head -1)"
+else fail a_full_disk_is_said_and_older_checkpoints_stay "$(cat "$dir/err"); $(ls "$dir/f")"; fi
+
+# ---- Hugging Face's files, out and back
+
+$tool export "$dir/d" "$dir/hf" >/dev/null && $tool import "$dir/hf" "$dir/back" >/dev/null
+check exported_weights_come_back "same_weights $dir/d $dir/back && mpiexec -n 2 $train $shape --layers 2 --width 64 --tp 2 --checkpoint $dir/back --resume --steps 3 >$dir/out 2>&1" "and train" "$(tail -2 "$dir/out")"
+prompt="12 200 7 99 31"
+check exported_weights_give_the_same_logits "[ \"\$(build/cpu/tests/test_checkpoint logits $dir/d $prompt | md5sum)\" = \"\$(build/cpu/tests/test_checkpoint logits $dir/back/step-00000000 $prompt | md5sum)\" ]"
+sed -i 's/"n_embd": 64/"n_embd": 32/' "$dir/hf/config.json"
+check an_import_that_contradicts_its_config_is_refused "! $tool import $dir/hf $dir/back2 2>$dir/err && grep -q 'by config.json it should be' $dir/err && [ ! -e $dir/back2 ]" "$(sed "s#$dir/##g" "$dir/err" | cut -c1-140)" "$(cat "$dir/err")"
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]
