@@ -129,13 +129,15 @@ print-objects: ; @echo '$(OBJECTS)'
 
 # ---- targets
 
-.PHONY: help build run test mutants bench cuda cuda-build check-spills deps clean
+.PHONY: help build run generate test mutants bench cuda cuda-build check-spills deps clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "Threefold ($(BACKEND) backend)"
 	@echo "  make run [DATA=file] [STRATEGY=serial|replicate|fsdp|tp|pp] [NP=ranks]"
 	@echo "                           train a GPT and print a sample of what it learned"
+	@echo "  make generate [PROMPT=text] [CHECKPOINT=dir] [NP=ranks]"
+	@echo "                           continue a text with a trained model (trains one first where there is none)"
 	@echo "  make build               compile the programs into $(B)/"
 	@echo "  make test                the whole suite"
 	@echo "  make mutants             one-line faults that the suite must catch"
@@ -160,6 +162,14 @@ run: build
 	@case "$(STRATEGY)" in serial|replicate|fsdp|tp|pp) ;; *) echo "make run: STRATEGY is '$(STRATEGY)', expected serial, replicate, fsdp, tp or pp"; exit 1;; esac
 	OMP_NUM_THREADS=$$(t=$$(($(THREADS) / $(NP))); [ $$t -gt 0 ] && echo $$t || echo 1) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
 	  mpiexec -n $(NP) build/train_gpt --model $(if $(filter cuda,$(BACKEND)),char,tiny) $(LAYOUT) $(if $(DATA),--data $(DATA)) --sample 400 --eval-every 100 $(ARGS)
+
+# a checkpoint of its own, made on first use
+CHECKPOINT ?= build/generate-model
+PROMPT     ?=// tensor
+generate: build
+	@[ -e "$(CHECKPOINT)" ] || { echo "make generate: no model in $(CHECKPOINT) yet: training one"; $(MAKE) --no-print-directory run ARGS="--checkpoint $(CHECKPOINT) $(ARGS)"; }
+	OMP_NUM_THREADS=$$(t=$$(($(THREADS) / $(NP))); [ $$t -gt 0 ] && echo $$t || echo 1) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
+	  mpiexec -n $(NP) build/generate --checkpoint $(CHECKPOINT) --prompt "$(PROMPT)" --tp $(NP)
 
 test:
 	@tests/run.sh

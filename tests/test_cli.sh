@@ -77,5 +77,36 @@ OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=2 $train $small >"$dir/out" 2>&1 && 
 if $train --help | grep -q -- --device-memory; then ok help_lists_the_options; else fail help_lists_the_options; fi
 $train $shape --data "$dir/good.bin" --steps 2 --sample 3 >"$dir/out" 2>&1 && ok a_shard_trains "$(grep '^data' "$dir/out")" || fail a_shard_trains "$(tail -1 "$dir/out")"
 
+# ---- build/generate
+
+generate=build/cpu/generate
+model="--layers 3 --width 48 --heads 4 --context 64 --dtype f64"
+export OMP_NUM_THREADS=1
+for how in "--temperature 0" "--temperature 1 --seed 9" "--top-k 5 --top-p 0.9"; do
+  $generate $model $how --prompt "Once upon" "a time" --tokens 40 >"$dir/one" 2>"$dir/err"; same=0
+  for layout in "2 --tp 2" "3 --tp 3" "4 --tp 4" "2 --pp 2" "4 --tp 2 --pp 2"; do
+    OMP_WAIT_POLICY=passive mpiexec -n ${layout%% *} $generate ${layout#* } $model $how --prompt "Once upon" "a time" --tokens 40 >"$dir/many" 2>"$dir/err"
+    cmp -s "$dir/one" "$dir/many" && [ -s "$dir/one" ] && grep -q 'sent a token .*predicted' "$dir/err" && ! grep -q DIFFERS "$dir/err" && same=$((same + 1))
+  done
+  if [ $same = 5 ]; then ok "every_layout_writes_the_same_text_${how//[ -]/_}" "5 layouts, 2 texts of 40 tokens"; else fail "every_layout_writes_the_same_text_${how//[ -]/_}" "$same of 5: $(tail -2 "$dir/err")"; fi
+done
+from() { $generate $model --temperature 0 --tokens 20 "$@" 2>/dev/null | md5sum; }
+printf 'Once upon' >"$dir/prompt.txt"
+if [ "$(from --prompt 'Once upon')" = "$(from --prompt-file "$dir/prompt.txt")" ] && [ "$(from --prompt 'Once upon')" = "$(from --prompt-file - <"$dir/prompt.txt")" ]; then ok a_prompt_comes_from_words_a_file_or_standard_input; else fail a_prompt_comes_from_words_a_file_or_standard_input; fi
+
+train=$generate
+refuses no_prompt_is_refused "there is nothing to continue" $model
+refuses an_empty_prompt_is_refused "prompt 1 is empty" $model --prompt-file /dev/null
+refuses a_prompt_longer_than_the_context_is_refused "prompt 1 has 100 tokens; with the model's context of 64 at most 63" $model --prompt "$(printf '%100s' x)"
+refuses more_tokens_than_the_context_are_refused "prompt 1 of 5 tokens and --tokens 100 more do not fit the model's context of 64" $model --prompt hello --tokens 100
+refuses a_missing_checkpoint_is_refused "nowhere does not exist" --checkpoint "$dir/nowhere" --prompt x
+mkdir "$dir/none"
+refuses a_directory_without_checkpoint_is_refused "none holds no checkpoint" --checkpoint "$dir/none" --prompt x
+refuses sizes_beside_a_checkpoint_are_refused "sizes are the checkpoint's" --checkpoint "$dir/none" --layers 3 --prompt x
+refuses more_tp_ranks_than_heads_are_refused "--tp 5 has more ranks than the 4 attention heads" $model --tp 5 --prompt x
+refuses more_stages_than_layers_are_refused "3 layers cannot be cut into 4 stages" $model --pp 4 --prompt x
+refuses a_probability_above_one_is_refused "--top-p 2 is above 1" $model --top-p 2 --prompt x
+refuses words_without_a_tokenizer_are_refused "'hello' is no token" --layers 1 --width 8 --heads 1 --vocab 1000 --prompt hello
+
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]
