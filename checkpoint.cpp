@@ -108,7 +108,7 @@ static void import_weights(const std::string& dir, const std::string& path) {
   for (const Param* p : gpt.params()) {
     const bool prefixed = !file.entries().count(p->name);
     const SafetensorsFile::Entry& e = file.at(prefixed ? "transformer." + p->name : p->name);
-    const Shape shape = file_shape(p->shape);
+    const Shape shape = file_shape(*p);
     REQUIRE(e.shape == shape, file.path(), ": ", p->name, " is of shape ", to_string(e.shape), "; by config.json it should be ", to_string(shape));
     arrays.push_back({p->name, shape, Dtype::f32, [&file, &e](void* to) { file.read(e, 0, elements(e.shape), Dtype::f32, to); }});
   }

@@ -13,9 +13,9 @@
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
-Shape file_shape(const Shape& shape) {
-  if (shape.size() < 2) return shape;
-  return {shape[0], elements(shape) / shape[0]};
+Shape file_shape(const Param& p) {
+  if (p.shape.size() < 2 || p.name.ends_with(".bias")) return {elements(p.shape)};
+  return {p.shape[0], elements(p.shape) / p.shape[0]};
 }
 
 // ---- pieces
@@ -239,7 +239,7 @@ void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t
   for (const Shard& s : shards) {
     if (mesh.replicate.rank != 0 || !s.param->counted) continue;  // another rank saves it
     const std::string& name = s.param->name;
-    const Shape shape = file_shape(s.param->shape), here{s.weights.numel()};
+    const Shape shape = file_shape(*s.param), here{s.weights.numel()};
     const auto array = [&](const char* suffix, const Tensor& x) {
       return NamedArray{name + suffix, x.numel() == elements(shape) ? shape : here, x.dtype(), [x](void* to) { download(x, to); }};
     };
@@ -299,8 +299,8 @@ void check_model(const Checkpoint& c, const ModelSize& m) {
 void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part part, const Tensor& to) {
   const auto found = checkpoint.tensors.find(param.name);
   REQUIRE(found != checkpoint.tensors.end(), checkpoint.path, " has no tensor ", param.name);
-  REQUIRE(found->second == file_shape(param.shape), param.name, " is of shape ", to_string(found->second), " in ", checkpoint.path, " and ",
-          to_string(file_shape(param.shape)), " in this model");
+  REQUIRE(found->second == file_shape(param), param.name, " is of shape ", to_string(found->second), " in ", checkpoint.path, " and ",
+          to_string(file_shape(param)), " in this model");
   const Dtype dtype = master_dtype(to.dtype());
   std::vector<char> host(size_t(to.numel()) * size_of(dtype));
   checkpoint.read({param.name, param.slice, first, to.numel()}, part, dtype, host.data());

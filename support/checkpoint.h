@@ -72,4 +72,4 @@ std::vector<std::string> checkpoints_in(const std::string& dir);  // paths of st
 std::string newest_path(const std::string& path);                 // `path` itself if it is a checkpoint, else the newest whole one in it
 // A checkpoint of whole tensors without moments, written by one process: from imported weights.
 void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info, const std::vector<NamedArray>& weights);
-Shape file_shape(const Shape& shape);  // (C,3,C) is stored as (C,3C)
+Shape file_shape(const Param& param);  // in files: a weight (C,3,C) is (C,3C), a bias (3,C) is (3C)
