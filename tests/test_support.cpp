@@ -13,6 +13,9 @@
 #include "support/metrics.h"
 #include "support/options.h"
 #include "support/philox.h"
+#include "support/safetensors.h"
+#include "support/sampling.h"
+#include "support/tokenizer.h"
 #include "tests/test.h"
 
 namespace fs = std::filesystem;
@@ -49,7 +52,7 @@ template <class T> static std::vector<T> counting(size_t n) {
   return v;
 }
 
-static std::string read_file(const std::string& path) {
+static std::string contents(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   return std::string(std::istreambuf_iterator<char>(in), {});
 }
@@ -406,15 +409,15 @@ TEST(metrics_are_one_json_object_a_line_that_gives_back_the_same_doubles) {
   const TemporaryDirectory dir;
   const std::string path = dir.path + "/m.jsonl";
   Metrics metrics(path);
-  CHECK_EQ(read_file(path), "");  // the file is there before the first step
+  CHECK_EQ(contents(path), "");  // the file is there before the first step
   metrics.step({1, 0.1, 1.0 / 3, 1e-3, 2048, 12.5});
   const std::string first =
       "{\"step\":1,\"loss\":0.10000000000000001,\"grad_norm\":0.33333333333333331,\"lr\":0.001,"
       "\"tokens_per_second\":2048,\"step_ms\":12.5}\n";
-  CHECK_EQ(read_file(path), first);  // flushed: a run that is killed leaves whole lines
+  CHECK_EQ(contents(path), first);  // flushed: a run that is killed leaves whole lines
   metrics.summary(4096);
   metrics.summary("\"a\":[1]");
-  CHECK_EQ(read_file(path), first + "{\"summary\":true,\"peak_memory_bytes\":4096}\n{\"summary\":true,\"a\":[1]}\n");
+  CHECK_EQ(contents(path), first + "{\"summary\":true,\"peak_memory_bytes\":4096}\n{\"summary\":true,\"a\":[1]}\n");
   for (const double x : {0.1, 1.0 / 3, 5.0e-324, 1.7976931348623157e308, -0.0, 11.090354888959125})
     CHECK_EQ(strtod(json_number(x).c_str(), nullptr), x);
 }
@@ -424,7 +427,7 @@ TEST(numbers_that_json_cannot_say_become_null) {
   const double inf = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
   Metrics metrics(dir.path + "/m.jsonl");
   metrics.step({7, nan, inf, -inf, nan, inf});
-  CHECK_EQ(read_file(dir.path + "/m.jsonl"),
+  CHECK_EQ(contents(dir.path + "/m.jsonl"),
            "{\"step\":7,\"loss\":null,\"grad_norm\":null,\"lr\":null,\"tokens_per_second\":null,\"step_ms\":null}\n");
 }
 
@@ -506,6 +509,106 @@ TEST(speed_leaves_out_the_first_step) {
   CHECK_LE(std::fabs(rate * ms / 1e3 - 1000), 50);
   CHECK_LE(std::fabs(gflops - rate / 1e3), 0.01 * gflops);
   measured(one, "; then ", speed);
+}
+
+// ---- files of arrays
+
+static void write_bytes(const std::string& path, const std::string& header, const std::string& data) {
+  const uint64_t length = header.size();
+  std::ofstream out(path, std::ios::binary);
+  out.write(reinterpret_cast<const char*>(&length), 8) << header << data;
+}
+
+TEST(safetensors_give_back_what_was_written) {
+  const TemporaryDirectory dir;
+  const std::string path = dir.path + "/x.safetensors";
+  const std::vector<double> a = {1.5, -2, 1e300};
+  const std::vector<float> b = {0.1f, 2.5f, -3e38f, 4};
+  const auto from = [](const auto& v) { return [&v](void* to) { memcpy(to, v.data(), v.size() * sizeof v[0]); }; };
+  const WrittenFile w = write_safetensors(path, {{"a", {3}, Dtype::f64, from(a)}, {"b", {2, 2}, Dtype::f32, from(b)}});
+  const SafetensorsFile file(path);
+  CHECK_EQ(file.entries().size(), 2u);
+  CHECK(file.at("b").shape == (Shape{2, 2}));
+  std::vector<double> wide(4);
+  file.read(file.at("b"), 0, 4, Dtype::f64, wide.data());
+  for (size_t i = 0; i < 4; i++) CHECK_EQ(wide[i], double(b[i]));
+  file.read(file.at("a"), 1, 2, Dtype::f64, wide.data());
+  CHECK(wide[0] == a[1] && wide[1] == a[2]);
+  CHECK(measure_file(path).bytes == w.bytes && measure_file(path).checksum == w.checksum);
+  CHECK_SAYS(file.at("c"), "has no tensor c");
+}
+
+TEST(half_precision_arrays_are_read_exactly) {
+  const TemporaryDirectory dir;
+  const std::string path = dir.path + "/h.safetensors";
+  // 1, -2, the smallest subnormal, the largest, 1/3 rounded; then bf16's 1 and -0.5
+  const uint16_t halves[] = {0x3c00, 0xc000, 0x0001, 0x7bff, 0x3555, 0x3f80, 0xbf00};
+  write_bytes(path, R"({"h":{"dtype":"F16","shape":[5],"data_offsets":[0,10]},"b":{"dtype":"BF16","shape":[2],"data_offsets":[10,14]}})",
+              std::string(reinterpret_cast<const char*>(halves), sizeof halves));
+  const SafetensorsFile file(path);
+  float got[5];
+  file.read(file.at("h"), 0, 5, Dtype::f32, got);
+  const float expected[] = {1, -2, 5.9604644775390625e-8f, 65504, 0.333251953125f};
+  for (int i = 0; i < 5; i++) CHECK_EQ(got[i], expected[i]);
+  file.read(file.at("b"), 0, 2, Dtype::f32, got);
+  CHECK(got[0] == 1 && got[1] == -0.5f);
+}
+
+TEST(damaged_safetensors_are_refused) {
+  const TemporaryDirectory dir;
+  const std::string path = dir.path + "/d.safetensors";
+  const auto says = [&](const std::string& header, const std::string& data, const char* what) {
+    write_bytes(path, header, data);
+    CHECK_SAYS(SafetensorsFile{path}, what);
+  };
+  says(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", "1234", "is truncated: a would end at byte");
+  says(R"({"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}})", "12345678", "does not take 8 bytes");
+  says(R"({"a":{"dtype":"F32","shape":[2],"data_)", "", "has a damaged header");
+  std::ofstream(path, std::ios::binary) << "12345678\x7f";
+  CHECK_SAYS(SafetensorsFile{path}, "its header would have");
+  std::ofstream(path, std::ios::binary) << "123";
+  CHECK_SAYS(SafetensorsFile{path}, "it has 3 bytes");
+  CHECK_SAYS(SafetensorsFile{dir.path + "/none"}, "cannot be opened");
+}
+
+// ---- sampling and tokens
+
+TEST(sampling_follows_the_probabilities_and_its_cuts) {
+  const std::vector<double> logits = {std::log(0.5), std::log(0.1), std::log(0.3), std::log(0.1)};
+  const auto counts = [&](const Sampling& how) {
+    std::vector<double> share(4);
+    for (int i = 0; i < 20000; i++) share[size_t(pick(logits, how, i))] += 1.0 / 20000;
+    return share;
+  };
+  const std::vector<double> all = counts({}), cold = counts({.temperature = 0.5}), two = counts({.top_k = 2}), likely = counts({.top_p = 0.75});
+  double worst = 0;
+  const double squares = 0.25 + 0.01 + 0.09 + 0.01;
+  for (size_t v = 0; v < 4; v++) {
+    const double p = std::exp(logits[v]);
+    worst = std::max({worst, std::abs(all[v] - p), std::abs(cold[v] - p * p / squares), std::abs(two[v] - (v % 2 ? 0 : p / 0.8)), std::abs(likely[v] - (v % 2 ? 0 : p / 0.8))});
+  }
+  CHECK_LE(worst, 0.015);  // four deviations of 20000 draws
+  CHECK(two[1] == 0 && two[3] == 0 && likely[1] == 0 && likely[3] == 0);
+  for (int i = 0; i < 50; i++) CHECK(pick(logits, {.temperature = 0}, i) == 0 && pick(logits, {.top_k = 1}, i) == 0 && pick(logits, {.top_p = 0.4}, i) == 0);
+  measured("80000 draws, shares within ", worst);
+}
+
+TEST(tokens_are_bytes_pairs_or_numbers) {
+  const TemporaryDirectory dir;
+  const Tokenizer bytes("", 256), numbers(dir.path, 1000);
+  CHECK(bytes.encode("a\xff") == (std::vector<int>{97, 255}) && bytes.decode(255) == "\xff");
+  CHECK(numbers.encode(" 7 999") == (std::vector<int>{7, 999}) && numbers.decode(7) == "7 ");
+  CHECK_SAYS(numbers.encode("1000"), "'1000' is no token");
+  CHECK_SAYS(numbers.encode("7x"), "'7x' is no token");
+  std::ofstream(dir.path + "/vocab.json") << R"({"l":0,"o":1,"w":2,"lo":3,"low":4,"\u0120":5,"\u0120low":6,"\u010a":7,"'":8,"s":9,"'s":10,"<|endoftext|>":11})";
+  std::ofstream(dir.path + "/merges.txt") << "#version: 0.2\nl o\nlo w\n\u0120 low\n' s\n";
+  const Tokenizer pairs(dir.path, 12);
+  CHECK(pairs.encode("low low's\n") == (std::vector<int>{4, 6, 10, 7}));
+  CHECK(pairs.encode("low  low") == (std::vector<int>{4, 5, 6}));  // of two spaces the last one belongs to the word
+  CHECK_EQ(pairs.decode(6), " low");
+  CHECK_EQ(pairs.end_of_text(), 11);
+  CHECK_SAYS(pairs.encode("x"), "vocab.json has no token for 'x'");
+  CHECK_SAYS(Tokenizer(dir.path, 5), "outside the vocabulary of 5");
 }
 
 int main(int argc, char** argv) { return run_tests(argc, argv); }
