@@ -292,31 +292,22 @@ std::vector<Shard> Fsdp::optimizer_shards() const {
   return shards;
 }
 
-bool Fsdp::holds(const Param& p) const {
-  for (const Unit& u : units_)
-    if (std::count(u.params.begin(), u.params.end(), &p)) return true;
-  return false;
-}
-
 // ---- for tests
 
-std::vector<double> Fsdp::whole(const Param& p, const Tensor Unit::*own) {
-  for (Unit& u : units_)
-    for (size_t i = 0; i < u.params.size(); i++) {
-      if (u.params[i] != &p) continue;
-      const Tensor mine = u.*own;
-      Tensor full({u.padded}, mine.dtype(), Memory::workspace);
-      if (mesh_.fsdp.size == 1) {
-        copy(full, mine);
-      } else {
-        synchronize();
-        NCCL_CHECK(ncclAllGather(mine.raw(), full.raw(), u.shard, nccl_type(mine.dtype()), mesh_.fsdp.comm, mesh_.stream));
-        CUDA_CHECK(cudaStreamSynchronize(mesh_.stream));
-      }
-      return download(full.part(u.offsets[i], {p.numel()}));
+void Fsdp::whole(const Tensor Unit::*own, const Visit& visit) {
+  for (Unit& u : units_) {
+    const Tensor mine = u.*own;
+    Tensor full({u.padded}, mine.dtype(), Memory::workspace);
+    if (mesh_.fsdp.size == 1) {
+      copy(full, mine);
+    } else {
+      synchronize();
+      NCCL_CHECK(ncclAllGather(mine.raw(), full.raw(), u.shard, nccl_type(mine.dtype()), mesh_.fsdp.comm, mesh_.stream));
+      CUDA_CHECK(cudaStreamSynchronize(mesh_.stream));
     }
-  throw Error("no unit holds " + p.name);
+    for (size_t i = 0; i < u.params.size(); i++) visit(*u.params[i], download(full.part(u.offsets[i], {u.params[i]->numel()})));
+  }
 }
 
-std::vector<double> Fsdp::whole_gradient(const Param& p) { return whole(p, &Unit::own_grad); }
-std::vector<double> Fsdp::whole_weights(const Param& p) { return whole(p, &Unit::own); }
+void Fsdp::whole_gradients(const Visit& visit) { whole(&Unit::own_grad, visit); }
+void Fsdp::whole_weights(const Visit& visit) { whole(&Unit::own, visit); }

@@ -49,10 +49,10 @@ class Fsdp {
   void sum_squares(const Tensor& squares);  // over the shards of the fsdp axis, for the gradient norm
   void sum_loss(const Tensor& total);       // over all data-parallel ranks
 
-  bool holds(const Param& p) const;
-  // For tests: gradients or weights of a parameter, whole, on every rank. Collective.
-  std::vector<double> whole_gradient(const Param& p);
-  std::vector<double> whole_weights(const Param& p);
+  // For tests: gradients or weights of each parameter that this rank holds, whole. Collective: one gather a unit.
+  using Visit = std::function<void(const Param& p, const std::vector<double>& values)>;
+  void whole_gradients(const Visit& visit);
+  void whole_weights(const Visit& visit);
 
  private:
   struct Unit {
@@ -79,7 +79,7 @@ class Fsdp {
   void point_at(Unit& unit);
   bool borrows() const { return mesh_.fsdp.size > 1 && options_.zero == 3; }           // parameters live only while needed
   bool scatters_each() const { return mesh_.fsdp.size > 1 && options_.zero >= 2; }     // full gradients live only while needed
-  std::vector<double> whole(const Param& p, const Tensor Unit::*own);
+  void whole(const Tensor Unit::*own, const Visit& visit);
 
   struct Use { std::vector<int> units; Backward backward; int group; };
   Mesh& mesh_;

@@ -1,11 +1,14 @@
-// parity.h: one training run by a plain single rank, the same by a layout of many ranks, and how far they are apart.
+// parity.h: one training run by a plain single rank, the same by a layout of many ranks, and how far they are apart; what a layout sends and holds
+// beside the theory.
 //
 // relative here: the largest absolute difference over the largest magnitude of the same kind in the whole reference model
 #pragma once
 #include "tests/mpi_test.h"
-#include "trainer.h"
+#include "theory.h"
 
-constexpr int kSteps = 5;
+// Queued streams take their time: delays come at random, and two steps have every wait between a step and the one before it.
+inline const bool kDelayed = getenv("THREEFOLD_STREAMS");
+inline const int kSteps = kDelayed ? 2 : 5;
 constexpr double kLearningRate = 1e-3;
 
 inline std::vector<int> sequence(int64_t step, int64_t s, const GptConfig& g) {
@@ -60,23 +63,21 @@ inline std::vector<double> sum_over(Mesh& mesh, const Axis& axis, const std::vec
 }
 
 // Every parameter in its global shape, from what each rank of the tp axis has of it (its slice, or the same copy) on the stage that owns it.
-inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer, std::vector<double> (Fsdp::*get)(const Param&)) {
-  std::vector<double> mine, copies, first, last;  // all parameters in a row: this rank's part; what every tp rank must have the same; by stage
-  for (Param* p : trainer.gpt.params()) {
-    const int64_t all = elements(p->shape), at = int64_t(mine.size());
-    mine.resize(size_t(at + all), 0.0);
-    copies.resize(mine.size(), 0.0);
-    if (!trainer.fsdp->holds(*p)) continue;
-    const std::vector<double> values = (trainer.fsdp.get()->*get)(*p);
-    const Slice& s = p->slice;
+inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer, void (Fsdp::*visit)(const Fsdp::Visit&)) {
+  std::vector<int64_t> starts;  // of each parameter, by its id, all in a row
+  int64_t all = 0;
+  for (Param* p : trainer.gpt.params()) starts.push_back(all), all += elements(p->shape);
+  std::vector<double> mine(size_t(all), 0.0), copies(size_t(all), 0.0), first, last;  // this rank's part; what tp ranks must have the same; by stage
+  (trainer.fsdp.get()->*visit)([&](const Param& p, const std::vector<double>& values) {
+    const Slice& s = p.slice;
     const int64_t n = s.end - s.begin;
     for (int64_t i = 0; i < int64_t(values.size()); i++) {
       const int64_t inner = i % s.inner, middle = i / s.inner % n, outer = i / s.inner / n;
-      const size_t to = size_t(at + (outer * s.split + s.begin + middle) * s.inner + inner);
+      const size_t to = size_t(starts[p.id] + (outer * s.split + s.begin + middle) * s.inner + inner);
       mine[to] = n < s.split || mesh.tp.rank == 0 ? values[size_t(i)] : 0;
       copies[to] = values[size_t(i)];
     }
-  }
+  });
   mine = sum_over(mesh, mesh.tp, mine);
   for (size_t i = 0; i < mine.size(); i++)
     if (copies[i] != 0) CHECK_EQ(copies[i], mine[i], "element ", i, " of the model differs between tp ranks");
@@ -89,11 +90,7 @@ inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer
   if (tied) last = sum_over(mesh, mesh.pp, last);
   CHECK(std::equal(last.begin(), last.end(), first.begin()), "the token embedding is not the same on the first and the last stage");
   std::vector<std::vector<double>> params;
-  size_t at = 0;
-  for (Param* p : trainer.gpt.params()) {
-    params.emplace_back(first.begin() + long(at), first.begin() + long(at + size_t(elements(p->shape))));
-    at += size_t(elements(p->shape));
-  }
+  for (Param* p : trainer.gpt.params()) params.emplace_back(first.begin() + starts[p->id], first.begin() + starts[p->id] + elements(p->shape));
   return params;
 }
 
@@ -103,11 +100,24 @@ inline Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions&
   for (int step = 1; step <= steps; step++) {
     trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
     run.losses.push_back(trainer.loss());
-    for (auto& gradient : whole_model(mesh, trainer, &Fsdp::whole_gradient)) run.gradients.push_back(std::move(gradient));
+    for (auto& gradient : whole_model(mesh, trainer, &Fsdp::whole_gradients)) run.gradients.push_back(std::move(gradient));
     trainer.update(kLearningRate);
     run.norms.push_back(trainer.norm());
   }
   run.weights = whole_model(mesh, trainer, &Fsdp::whole_weights);
+  return run;
+}
+
+// Losses and norms alone: a long curve needs no gradients.
+inline Run curve_of(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, int steps) {
+  Trainer trainer(mesh, config, options);
+  Run run;
+  for (int step = 1; step <= steps; step++) {
+    trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
+    trainer.update(kLearningRate);
+    run.losses.push_back(trainer.loss());
+    run.norms.push_back(trainer.norm());
+  }
   return run;
 }
 
@@ -139,5 +149,64 @@ struct Difference {
 
 inline Difference compare(const Run& a, const Run& b) {
   return {relative({a.losses}, {b.losses}), relative(a.gradients, b.gradients), relative({a.norms}, {b.norms}), relative(a.weights, b.weights)};
+}
+
+// Two steps: what this rank sent and what it holds between steps equal the theory exactly, as do the activations kept for backwards. Then
+// check(trainer). Returns the bytes sent, each once.
+template <class Check>
+int64_t equals_theory(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, const std::string& name, Check check) {
+  const Theory expected = theory(config, mesh.layout, mesh.pp.rank, mesh.tp.rank, options);
+  const MemoryUse before = device().memory;
+  device().memory.peak = before.now;
+  ledger.rows.clear();
+  Trainer trainer(mesh, config, options);
+  for (int step = 1; step <= 2; step++) {
+    trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
+    trainer.update(kLearningRate);
+  }
+  int64_t bytes = 0;
+  CHECK_EQ(ledger.rows.size(), expected.step.size(), name);
+  for (const auto& [key, row] : expected.step) {
+    const Ledger::Row& got = ledger.rows[key];
+    const std::string what = sentence(name, ": ", std::get<0>(key), " ", name_of(std::get<1>(key)), " for ", name_of(std::get<2>(key)));
+    CHECK_EQ(got.calls, 2 * row.calls, what);
+    CHECK_EQ(got.numerator, 2 * row.numerator, what);
+    bytes += got.numerator / row.n;
+  }
+  for (Memory category : {Memory::parameters, Memory::gradients, Memory::optimizer})
+    CHECK_EQ(device().memory.now[int(category)] - before.now[int(category)], expected.persistent[int(category)], name, ": ", name_of(category));
+  CHECK_LE(device().memory.peak[int(Memory::gather)], expected.gather_bound, name, ": borrowed units");
+  CHECK_EQ(trainer.kept_activations(), expected.activations, name, ": activations kept for backwards");
+  check(trainer);
+  return bytes;
+}
+
+// The mean loss of 7 held-out sequences and the logits after a prompt, by one rank.
+struct HeldOut {
+  std::vector<int> prompt;
+  double loss;
+  std::vector<double> logits;
+};
+inline HeldOut held_out(const GptConfig& config, std::vector<int> prompt) {
+  Gpt gpt(config, 1337);
+  const Tensor total({1}, Dtype::f64, Memory::workspace);
+  fill(total, 0);
+  for (int64_t s = 0; s < 7; s++) {
+    const auto t = sequence(0, s, config);
+    Tape tape(false);
+    gpt.loss(tape, Tokens(1, config.context, {t.begin(), t.end() - 1}, {t.begin() + 1, t.end()}), 1.0 / double(7 * config.context), total);
+  }
+  Tape tape(false);
+  const int64_t n = int64_t(prompt.size());
+  Var x = gpt.embed(tape, Tokens(1, n, prompt, prompt));
+  for (int64_t l = 0; l < config.layers; l++) x = gpt.block(tape, l, x, 1, n);
+  const std::vector<double> all = download(gpt.logits(tape, x, n).value);
+  return {prompt, download(total)[0], {all.end() - config.vocab, all.end()}};
+}
+// How far a layout's are from these, at most.
+inline double difference(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, const HeldOut& expected) {
+  Trainer trainer(mesh, config, options);
+  const double loss = trainer.evaluate(7, [&](int64_t s) { return sequence(0, s, config); });
+  return std::max(std::abs(loss - expected.loss) / expected.loss, relative({trainer.next_logits(expected.prompt)}, {expected.logits}));
 }
 

@@ -11,7 +11,7 @@ backends=("$@")
 
 kernels="test_cpu test_tensor test_kernels test_matmul test_attention test_decode test_autograd test_golden"  # the core, in every form
 alone="test_support test_schedule"                                                                 # plain C++
-ranks="test_fsdp test_tensor_parallel test_pipeline"                                               # under mpiexec -n 1, 2, 3, 4, 6, 8
+ranks="test_fsdp test_tensor_parallel test_pipeline"                                               # under mpiexec -n 1, 2, 3, 4, 6, 8; test_fsdp not on 6
 few="test_generator"                                                                               # under mpiexec -n 1, 2, 3, 4
 worlds="1 2 3 4 6 8"
 comm="test_comm"                                                                                   # under mpiexec -n 1, 2, 4, 8
@@ -47,9 +47,9 @@ for backend in "${backends[@]}"; do
   [ "$backend" = ptx ] && programs="test_tensor test_decode test_golden"  # every op, through the golden model; under a PTX runner the other programs take too long
   targets=""
   for p in $programs; do targets="$targets build/$backend/tests/$p"; done
-  make --no-print-directory -j"$cores" BACKEND="$backend" $targets $([ "$backend" = cpu ] && echo build) $([ "$backend" = ptx ] && echo build/ptx/train_gpt) || { echo "FAIL the $backend build"; failed=$((failed + 1)); continue; }
+  make --no-print-directory -j"$cores" BACKEND="$backend" $targets $([ "$backend" = cpu ] && echo build build/cpu/tests/test_checkpoint) $([ "$backend" = ptx ] && echo build/ptx/train_gpt) || { echo "FAIL the $backend build"; failed=$((failed + 1)); continue; }
   for p in $programs; do
-    case $p in $comm) sizes="1 2 4 8" ;; $few) sizes="1 2 3 4" ;; $referee) sizes=8 ;; *) case " $ranks " in *" $p "*) sizes=$worlds ;; *) sizes="" ;; esac ;; esac
+    case $p in $comm) sizes="1 2 4 8" ;; $few) sizes="1 2 3 4" ;; $referee) sizes=8 ;; test_fsdp) sizes="1 2 3 4 8" ;; *) case " $ranks " in *" $p "*) sizes=$worlds ;; *) sizes="" ;; esac ;; esac
     [ -n "$sizes" ] || run "$backend/$p" "build/$backend/tests/$p"
     for n in $sizes; do
       threads=$((cores / n)); [ $threads -gt 0 ] || threads=1
