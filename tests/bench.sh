@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bench.sh: what `make bench` prints: kernels beside copy bandwidth, collectives beside MPICH's own, training steps one process against ranks.
-#   ONLY=kernels|collectives|training|pytorch   one part; PyTorch only when asked for: ONLY=pytorch PYTHON=python3
+#   ONLY=kernels|collectives|training|inference|checkpoint|pytorch   one part; PyTorch only when asked for: ONLY=pytorch PYTHON=python3
 #   STEPS=n                                     timed steps a training run (3)
 # Compared in one run, medians of the steps after the first; speed is never asserted in tests.
 set -u
@@ -66,6 +66,42 @@ if wants training; then
     for schedule in 1f1b zb; do over 2048 "$base" 2 $both --microbatch 1 --pp 2 --schedule $schedule; done
     [ $model = gpt2 ] && sed -n '/^memory/,$p' "$dir/two.out"
   done
+fi
+
+if wants inference; then
+  echo "== inference, gpt2, batch 1, one thread a rank"
+  # tokens COUNT: a prompt of so many tokens. field NAME FILE: a number that generate printed
+  tokens() { seq 1 "$1" | tr '\n' ' '; }
+  field() { sed -n "s/.*$1 \([0-9.]*\).*/\1/p" "$2" | head -1; }
+  # decode RANKS PROMPT TOKENS: "first median" in ms, medians of 3 runs
+  decode() {
+    for _ in 1 2 3; do
+      OMP_NUM_THREADS=1 OMP_WAIT_POLICY=active mpiexec -n "$1" build/generate --tp "$1" --model gpt2 --prompt "$(tokens "$2")" --tokens "$3" --temperature 0 >/dev/null 2>"$dir/g"
+      echo "$(field 'first token after' "$dir/g") $(field 'median' "$dir/g")"
+    done >"$dir/all"
+    echo "$(cut -d' ' -f1 "$dir/all" | median) $(cut -d' ' -f2 "$dir/all" | median)"
+  }
+  weights=497.8  # MB that a token reads: 124.4 M parameters in f32
+  reads=$(for n in 1 2; do OMP_NUM_THREADS=$n "build/$backend/tests/bench_kernels" read; done | sed -n 's/^read.*: *\([0-9.]*\) GB.*/\1/p' | tr '\n' ' ')
+  echo "  reading memory: ${reads% * } GB/s on one core, $(cut -d' ' -f2 <<<"$reads") on two"
+  one=$(decode 1 90 20) two=$(decode 2 90 20)
+  awk -v one="${one#* }" -v two="${two#* }" -v mb=$weights -v reads="$reads" 'BEGIN { split(reads, r, " "); printf "  a token after about 100: 1 rank %.1f ms, %.1f GB/s of weights, %.0f%% of reading; --tp 2 %.1f ms, %.2fx faster, %.0f%% of what two cores gain (%.2fx)\n",
+    one, mb / one, 100 * mb / one / r[1], two, one / two, 100 * (one / two) / (r[2] / r[1]), r[2] / r[1] }'
+  long=$(decode 1 990 20)
+  awk -v short="${one#* }" -v long="${long#* }" 'BEGIN { printf "  a token after about 1000: %.1f ms, %.2fx of that after 100\n", long, long / short }'
+  one=$(decode 1 512 2) two=$(decode 2 512 2)
+  awk -v one="${one% *}" -v two="${two% *}" 'BEGIN { printf "  512 tokens of prompt: 1 rank %.0f ms, --tp 2 %.0f ms, %.2fx faster\n", one, two, one / two }'
+fi
+
+if wants checkpoint; then
+  echo "== saving gpt2 on 4 ranks (--fsdp 4) beside dd of as many bytes, in turn, medians of 5"
+  for _ in 1 2 3 4 5; do
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive mpiexec -n 4 build/train_gpt --model gpt2 --fsdp 4 --context 16 --batch 4 --steps 1 --checkpoint build/bench-checkpoint >"$dir/c" 2>&1
+    echo "$(sed -n 's/.*checkpoint saved: \([0-9.]*\) MB in \([0-9.]*\) s.*/\1 \2/p' "$dir/c") $(dd if=/dev/zero of=build/bench-file bs=4M count=356 conv=fsync 2>&1 | sed -n 's/.*copied, \([0-9.]*\) s.*/\1/p')"
+    rm -rf build/bench-checkpoint build/bench-file
+  done >"$dir/saves"
+  awk -v s="$(cut -d' ' -f2 "$dir/saves" | median)" -v d="$(cut -d' ' -f3 "$dir/saves" | median)" -v mb="$(head -1 "$dir/saves" | cut -d' ' -f1)" \
+    'BEGIN { printf "  %.0f MB in %.2f s: %.0f MB/s; dd %.0f MB/s; %.0f%%\n", mb, s, mb / s, 1493.2 / d, 100 * (mb / s) / (1493.2 / d) }'
 fi
 
 if [ "$only" = pytorch ]; then

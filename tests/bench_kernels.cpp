@@ -7,6 +7,7 @@
 // products  GFLOP/s beside the best product of the library (cuBLAS, oneDNN) in the same run; attention counts its causal half
 // time      median of several rounds, each round all sets, by events on the stream; on the CPU with 1 thread and with all
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 #include <functional>
 #include <memory>
@@ -180,6 +181,28 @@ static std::vector<Row> loss_and_optimizer_rows(Dtype d) {
   };
 }
 
+// Decoding: weights and the cache are read once
+static std::vector<Row> decoding_rows(Dtype d) {
+  const double size = double(size_of(d));
+  std::vector<Row> rows;
+  const auto product = [&](const std::string& name, int64_t K, int64_t N, bool transposed) {
+    rows.push_back({"matvec " + name, double(K * N) * size, 0, [=] {
+      auto x = random({1, K}, d), w = random(transposed ? Shape{N, K} : Shape{K, N}, d), y = random({1, N}, d);
+      return [=] { matvec(y, x, w, transposed); };
+    }});
+  };
+  product("(C,3C)", kC, 3 * kC, false);
+  product("(C,C)", kC, kC, false);
+  product("(C,4C)", kC, 4 * kC, false);
+  product("(4C,C)", 4 * kC, kC, false);
+  product("(V,C) transposed", kC, kV, true);
+  rows.push_back({"attention_decode, 1024 positions", double(2 * kT * kC) * size, 0, [=] {
+    auto cache = random({1, 2, kH, kT, kC / kH}, d), qkv = random({1, 3 * kC}, d), out = random({1, kC}, d), length = integers({int(kT - 1)});
+    return [=] { attention_decode(out, cache, qkv, length, kH); };
+  }});
+  return rows;
+}
+
 static std::vector<Row> product_rows(Dtype d) {
   const Dtype acc = master_dtype(d);
   std::vector<Row> rows;
@@ -299,9 +322,33 @@ static void product_table(Dtype d, const std::vector<Row>& rows, const char* fil
 static void bench(Dtype d, const char* filter) {
   std::vector<Row> memory = elementwise_rows(d);
   for (Row& row : loss_and_optimizer_rows(d)) memory.push_back(std::move(row));
+  for (Row& row : decoding_rows(d)) memory.push_back(std::move(row));
   memory_table(d, memory, filter);
   memory.clear();
   product_table(d, product_rows(d), filter);
+}
+
+// Reading memory, nothing written: what decoding a token is bound by.
+static void bench_read() {
+#ifdef CPU_FAST
+  const Tensor x = constant({int64_t(kRotate) / 4}, Dtype::f32, 1);
+  const float* const p = x.data<float>();
+  const int64_t n = x.numel();
+  for (int threads : thread_counts()) {
+    use_threads(threads);
+    std::vector<double> times;
+    float all = 0;
+    for (int i = 0; i < 9; i++) {
+      const auto began = std::chrono::steady_clock::now();
+      float sum = 0;
+#pragma omp parallel for simd reduction(+ : sum)
+      for (int64_t j = 0; j < n; j++) sum += p[j];
+      all += sum;
+      times.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+    }
+    if (threads == thread_counts().back() && all > 0) printf("read of %.0f MB, %d threads: %.1f GB/s\n", kRotate * 1e-6, threads, kRotate / median(times) * 1e-9);
+  }
+#endif
 }
 
 int main(int argc, char** argv) {
@@ -327,6 +374,7 @@ int main(int argc, char** argv) {
       }
       printf("\n");
     }
+    if (!filter || std::string(filter) == "read") bench_read();
     for (Dtype d : dtypes) bench(d, filter);
     close_device();
   } catch (const std::exception& e) {
