@@ -151,6 +151,27 @@ inline Difference compare(const Run& a, const Run& b) {
   return {relative({a.losses}, {b.losses}), relative(a.gradients, b.gradients), relative({a.norms}, {b.norms}), relative(a.weights, b.weights)};
 }
 
+// Settings against one rank in f64, kSteps steps each.
+class Parity {
+ public:
+  Parity(const GptConfig& config, int64_t batch) : reference_(one_rank(config, batch, kSteps)) {}
+  void check(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, const std::string& name) {
+    const Difference d = compare(many_ranks(mesh, config, options, kSteps), reference_);
+    CHECK_LE(d.worst(), 1e-12, name, ": loss ", d.loss, " gradients ", d.gradients, " norm ", d.norm, " weights ", d.weights);
+    worst_.widen(d);
+    settings_++;
+  }
+  int settings() const { return settings_; }
+  void report() const {
+    measured(settings_, " settings: loss ", worst_.loss, ", gradients ", worst_.gradients, ", norm ", worst_.norm, ", weights ", worst_.weights);
+  }
+
+ private:
+  Run reference_;
+  Difference worst_;
+  int settings_ = 0;
+};
+
 // Two steps: what this rank sent and what it holds between steps equal the theory exactly, as do the activations kept for backwards. Then
 // check(trainer). Returns the bytes sent, each once.
 template <class Check>

@@ -1,4 +1,4 @@
-// tensors.h: what tests of kernels share: random tensors, the distance between two results, every order of threads.
+// tensors.h: what tests of kernels share: rounding, random tensors, the distance between two results, every order of threads.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -11,6 +11,19 @@
 #include "tests/test.h"
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// x rounded to the nearest value of `dtype`, ties to even; to bf16 through f32, as the kernels do
+inline double rounded(double x, Dtype dtype) {
+  if (dtype == Dtype::f64 || dtype == Dtype::i32) return x;
+  const float f = float(x);
+  if (dtype == Dtype::f32) return f;
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  float b;
+  memcpy(&b, &bits, 4);
+  return b;
+}
 
 inline Tensor tensor_of(const std::vector<double>& values, Shape shape, Dtype dtype) {  // rounded to dtype
   Tensor wide(shape, Dtype::f64, Memory::data), t(shape, dtype, Memory::data);

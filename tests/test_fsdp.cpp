@@ -30,9 +30,8 @@ std::string name_of(const Layout& l, const FsdpOptions& f, int64_t microbatch, c
 }
 
 // Every ZeRO stage, reshard, prefetch, accumulation and recompute of one layout against one rank.
-Difference all_settings(const Layout& layout, const Run& reference, int64_t batch, int& settings) {
+void all_settings(const Layout& layout, int64_t batch, Parity& parity) {
   Mesh mesh = open_mesh(job(), layout);
-  Difference worst;
   const int64_t per_rank = batch / (layout.replicate * layout.fsdp);
   for (int zero = 1; zero <= 3; zero++)
     for (bool reshard : {true, false})
@@ -47,15 +46,10 @@ Difference all_settings(const Layout& layout, const Run& reference, int64_t batc
           options.fsdp = {zero, reshard, prefetch};
           GptConfig config = kConfig;
           config.recompute = (prefetch == 1) == reshard;
-          if (settings % 5 == 0) config.attention = AttentionKind::flash;
-          const Difference d = compare(many_ranks(mesh, config, options, kSteps), reference);
-          CHECK_LE(d.worst(), 1e-12, name_of(layout, options.fsdp, microbatch, config), ": loss ", d.loss, " gradients ", d.gradients,
-                   " norm ", d.norm, " weights ", d.weights);
-          worst.widen(d);
-          settings++;
+          if (parity.settings() % 5 == 0) config.attention = AttentionKind::flash;
+          parity.check(mesh, config, options, name_of(layout, options.fsdp, microbatch, config));
         }
   close_mesh(mesh);
-  return worst;
 }
 
 // The largest relative difference of a loss in any layout; on one of them with flash attention.
@@ -79,11 +73,9 @@ double curve(GptConfig config, int steps) {
 
 TEST(data_parallel_and_fsdp_equal_one_rank_in_f64) {
   const int64_t batch = 24;
-  const Run reference = one_rank(kConfig, batch, kSteps);
-  Difference worst;
-  int settings = 0;
-  each_layout([&](const Layout& layout) { worst.widen(all_settings(layout, reference, batch, settings)); });
-  measured(settings, " settings: loss ", worst.loss, ", gradients ", worst.gradients, ", norm ", worst.norm, ", weights ", worst.weights);
+  Parity parity(kConfig, batch);
+  each_layout([&](const Layout& layout) { all_settings(layout, batch, parity); });
+  parity.report();
 }
 
 TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {

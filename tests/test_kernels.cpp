@@ -22,18 +22,6 @@ using Values = std::vector<double>;
 
 // ---- numbers
 
-static double rounded(double x, Dtype dtype) {  // to nearest, ties to even; to bf16 through f32, as the kernels do
-  if (dtype == Dtype::f64 || dtype == Dtype::i32) return x;
-  const float f = float(x);
-  if (dtype == Dtype::f32) return f;
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
-  float b;
-  memcpy(&b, &bits, 4);
-  return b;
-}
-
 static uint64_t state;
 static uint32_t next() {  // splitmix64
   uint64_t z = state += 0x9e3779b97f4a7c15u;

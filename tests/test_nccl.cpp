@@ -271,8 +271,9 @@ void need(int ranks) {
 
 TEST(collectives_equal_a_plain_reference_in_every_dtype_on_1_to_n_ranks) {
   const Stream s;
-  const int cases = check_sizes<int8_t, uint8_t, int32_t, int64_t, float, double, __nv_bfloat16>(
-      {1, 2, 3, 4, 5, 6, 7, 8}, {0, 1, 3, kCpu ? 1000003u : 10007u}, true, s.stream);
+  const std::vector<int> sizes = {1, 2, 3, 4, 5, 6, 7, 8};
+  int cases = check_sizes<float, __nv_bfloat16>(sizes, {0, 1, 3, kCpu ? 1000003u : 10007u}, true, s.stream);  // what training sends
+  cases += check_sizes<int8_t, uint8_t, int32_t, int64_t, double>(sizes, {0, 1, 3, kCpu ? 100003u : 10007u}, true, s.stream);
   measured(cases, " cases on rank 0, every bit equal");
 }
 

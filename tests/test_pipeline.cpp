@@ -78,17 +78,12 @@ Mesh lonely() {  // a mesh of this rank alone
 
 TEST(every_schedule_equals_one_rank_in_f64) {
   const int64_t batch = 48;
-  const Run reference = one_rank(kConfig, batch, kSteps);
-  Difference worst;
-  int settings = 0;
+  Parity parity(kConfig, batch);
   each_setting([&](Mesh& mesh, const Setting& s) {
     if (batch % (s.microbatches * s.layout.replicate * s.layout.fsdp)) return;
-    const Difference d = compare(many_ranks(mesh, s.of(kConfig), s.options(batch), kSteps), reference);
-    CHECK_LE(d.worst(), 1e-12, s.name(), ": loss ", d.loss, " gradients ", d.gradients, " norm ", d.norm, " weights ", d.weights);
-    worst.widen(d);
-    settings++;
+    parity.check(mesh, s.of(kConfig), s.options(batch), s.name());
   });
-  measured(settings, " settings: loss ", worst.loss, ", gradients ", worst.gradients, ", norm ", worst.norm, ", weights ", worst.weights);
+  parity.report();
 }
 
 TEST(every_schedule_has_the_bits_of_one_rank_in_f32_over_20_steps) {

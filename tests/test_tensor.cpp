@@ -11,19 +11,6 @@
 static const std::vector<Dtype> kFloating = {Dtype::f32, Dtype::bf16, Dtype::f64};
 static const std::vector<int64_t> kSizes = {1, 7, 255, 4095, 4096, 4097, 9001};  // around a tile of 4096, and no multiple of anything
 
-// x rounded to the nearest value of `dtype`, ties to even; to bf16 through f32, as the kernels do
-static double rounded(double x, Dtype dtype) {
-  if (dtype == Dtype::f64) return x;
-  const float f = float(x);
-  if (dtype == Dtype::f32) return f;
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
-  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
-  float b;
-  memcpy(&b, &bits, 4);
-  return b;
-}
-
 // Numbers of many magnitudes and both signs that f64 alone holds exactly.
 static std::vector<double> numbers(int64_t n, int seed) {
   std::vector<double> v(n);

@@ -78,22 +78,17 @@ double curve(GptConfig config, int steps) {
 
 TEST(tensor_parallelism_equals_one_rank_in_f64) {
   const int64_t batch = 12;
-  const Run reference = one_rank(kConfig, batch, kSteps);
-  Difference worst;
-  int settings = 0;
+  Parity parity(kConfig, batch);
   each_layout([&](const Layout& layout) {
     Mesh mesh = open_mesh(job(), layout);
     each_setting(layout, batch / (layout.replicate * layout.fsdp), [&](const Setting& s) {
       TrainerOptions options;
       options.batch = batch, options.microbatch = s.microbatch, options.fsdp = s.fsdp;
-      const Difference d = compare(many_ranks(mesh, s.of(kConfig), options, kSteps), reference);
-      CHECK_LE(d.worst(), 1e-12, name_of(layout, s), ": loss ", d.loss, " gradients ", d.gradients, " norm ", d.norm, " weights ", d.weights);
-      worst.widen(d);
-      settings++;
+      parity.check(mesh, s.of(kConfig), options, name_of(layout, s));
     });
     close_mesh(mesh);
   });
-  measured(settings, " settings: loss ", worst.loss, ", gradients ", worst.gradients, ", norm ", worst.norm, ", weights ", worst.weights);
+  parity.report();
 }
 
 TEST(initial_weights_have_the_bits_of_one_rank) {
