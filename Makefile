@@ -72,7 +72,7 @@ printf '#include <mpi.h>\n#include <nlohmann/json.hpp>\n#include <xxhash.h>\n#in
 endef
 probe = $(if $(filter cuda,$(BACKEND)),$(probe_cuda),$(probe_cpu))
 
-$(B)/ready:
+$(B)/ready: Makefile
 	@mkdir -p $(B)
 	@{ $(probe); } || { $(MAKE) --no-print-directory deps && { $(probe); } } || { cat $(B)/probe.log; echo "make: the $(BACKEND) backend needs MPICH, nlohmann/json, xxHash and $(if $(filter cuda,$(BACKEND)),the CUDA Toolkit with cuBLAS and NCCL,oneDNN), and a program that uses them does not compile (above)"; exit 1; }
 	@touch $@
@@ -163,13 +163,14 @@ run: build
 	OMP_NUM_THREADS=$$(t=$$(($(THREADS) / $(NP))); [ $$t -gt 0 ] && echo $$t || echo 1) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
 	  mpiexec -n $(NP) build/train_gpt --model $(if $(filter cuda,$(BACKEND)),char,tiny) $(LAYOUT) $(if $(DATA),--data $(DATA)) --sample 400 --eval-every 100 $(ARGS)
 
-# a checkpoint of its own, made on first use
+# a checkpoint of its own, made on first use; two tensor parallel ranks unless NP says otherwise
 CHECKPOINT ?= build/generate-model
 PROMPT     ?=// tensor
+TP         := $(if $(filter command,$(origin NP)),$(NP),$(if $(filter 1,$(NP)),1,2))
 generate: build
 	@[ -e "$(CHECKPOINT)" ] || { echo "make generate: no model in $(CHECKPOINT) yet: training one"; $(MAKE) --no-print-directory run ARGS="--checkpoint $(CHECKPOINT) $(ARGS)"; }
-	OMP_NUM_THREADS=$$(t=$$(($(THREADS) / $(NP))); [ $$t -gt 0 ] && echo $$t || echo 1) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
-	  mpiexec -n $(NP) build/generate --checkpoint $(CHECKPOINT) --prompt "$(PROMPT)" --tp $(NP)
+	OMP_NUM_THREADS=$$(t=$$(($(THREADS) / $(TP))); [ $$t -gt 0 ] && echo $$t || echo 1) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
+	  mpiexec -n $(TP) build/generate --checkpoint $(CHECKPOINT) --prompt "$(PROMPT)" --tp $(TP)
 
 test:
 	@tests/run.sh

@@ -16,7 +16,7 @@
 #endif
 
 #include "kernels/kernels.h"
-#include "tests/test.h"
+#include "tests/tensors.h"
 
 using Values = std::vector<double>;
 

@@ -4,7 +4,7 @@
 
 #include "support/philox.h"
 #include "tensor.h"
-#include "tests/test.h"
+#include "tests/tensors.h"
 
 // ---- the host's side
 
