@@ -27,6 +27,7 @@ B := build/$(BACKEND)
 # ---- compilers
 #   cpu       cpu/ stands in for CUDA and cuBLAS, one thread a block (FAST)
 #   faithful  the same with every CUDA thread a fiber (FAITHFUL), for tests
+#   sanitize  as cpu, under Address- and UndefinedBehaviorSanitizer, for tests
 #   cuda      nvcc, cuBLAS, NCCL
 #   ptx       the CUDA build with LIBCUDART=dir in place of the CUDA runtime and cpu/cublas.cpp in place of cuBLAS, for tests without a GPU
 
@@ -42,6 +43,11 @@ ifeq ($(BACKEND),cpu)
   CXXFLAGS += -Icpu -DCPU_FAST -march=native -fopenmp
   SOURCES  += cpu/runtime.cpp cpu/cublas.cpp $(NCCL_CPU)
   LIBS     := -ldnnl -fopenmp
+else ifeq ($(BACKEND),sanitize)
+  CXXFLAGS += -O1 -Icpu -DCPU_FAST -march=native -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+  KERNEL_FAST :=
+  SOURCES  += cpu/runtime.cpp cpu/cublas.cpp $(NCCL_CPU)
+  LIBS     := -ldnnl -fopenmp -fsanitize=address,undefined
 else ifeq ($(BACKEND),faithful)
   CXXFLAGS += -Icpu -DCPU_FAITHFUL -march=native -fopenmp
   KERNEL_FAST :=
@@ -81,7 +87,7 @@ $(B)/ready: Makefile
 
 OBJECTS = $(patsubst %,$(B)/obj/%.o,$(SOURCES))
 
-ifneq ($(filter cpu faithful,$(BACKEND)),)
+ifneq ($(filter cpu faithful sanitize,$(BACKEND)),)
 $(B)/gen/%.cu.cpp: %.cu cpu/launch.sed | $(B)/ready
 	@mkdir -p $(@D)
 	@{ printf '#line 1 "%s"\n' $<; sed -z -E -f cpu/launch.sed $<; } > $@
@@ -129,18 +135,22 @@ print-objects: ; @echo '$(OBJECTS)'
 
 # ---- targets
 
-.PHONY: help build run generate test mutants bench cuda cuda-build check-spills deps clean
+.PHONY: help build run generate test parity compare mutants sanitize check-docs bench cuda cuda-build check-spills deps clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "Threefold ($(BACKEND) backend)"
-	@echo "  make run [DATA=file] [STRATEGY=serial|replicate|fsdp|tp|pp] [NP=ranks]"
+	@echo "  make run [DATA=file] [STRATEGY=serial|replicate|fsdp|tp|pp|3d] [NP=ranks]"
 	@echo "                           train a GPT and print a sample of what it learned"
 	@echo "  make generate [PROMPT=text] [CHECKPOINT=dir] [NP=ranks]"
 	@echo "                           continue a text with a trained model (trains one first where there is none)"
 	@echo "  make build               compile the programs into $(B)/"
 	@echo "  make test                the whole suite"
+	@echo "  make parity              every layout of up to 8 ranks against one rank, in f64: one table"
+	@echo "  make compare [ONLY=pp]   all strategies side by side: tables and build/report.html"
 	@echo "  make mutants             one-line faults that the suite must catch"
+	@echo "  make sanitize            small tests under Address- and UndefinedBehaviorSanitizer"
+	@echo "  make check-docs          runs the commands that the docs show, looks up the names they use"
 	@echo "  make bench               speed: kernels, tokens/s, memory"
 	@echo "  make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)"
 	@echo "  make deps                install what is missing (MPICH, oneDNN, nlohmann/json, xxHash)"
@@ -154,12 +164,13 @@ WHERE := $(if $(filter cuda-mpi,$(BACKEND)-$(COMM)),/comm-mpi)
 build: $(PROGRAMS:%=$(B)$(WHERE)/%)
 	@for p in $(PROGRAMS); do ln -sfn $(BACKEND)$(WHERE)/$$p build/$$p; done
 
-# ranks: one a core without a GPU, one a GPU with; STRATEGY=serial|replicate|fsdp|tp|pp
-NP       ?= $(if $(filter serial,$(STRATEGY)),1,$(if $(filter cuda,$(BACKEND)),$(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l)),1),$(shell nproc)))
+# ranks: one a core without a GPU (3d: 8), one a GPU with; STRATEGY=serial|replicate|fsdp|tp|pp|3d
+NP       ?= $(if $(filter serial,$(STRATEGY)),1,$(if $(filter cuda,$(BACKEND)),$(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l)),1),$(if $(filter 3d,$(STRATEGY)),8,$(shell nproc))))
 STRATEGY ?= replicate
-LAYOUT   := $(if $(filter serial,$(STRATEGY)),,--$(STRATEGY) $(NP))
+LAYOUT   := $(if $(filter serial,$(STRATEGY)),,$(if $(filter 3d,$(STRATEGY)),--pp 2 --fsdp $(shell echo $$(($(NP) / 4))) --tp 2 --sequence-parallel,--$(STRATEGY) $(NP)))
 run: build
-	@case "$(STRATEGY)" in serial|replicate|fsdp|tp|pp) ;; *) echo "make run: STRATEGY is '$(STRATEGY)', expected serial, replicate, fsdp, tp or pp"; exit 1;; esac
+	@case "$(STRATEGY)" in serial|replicate|fsdp|tp|pp) ;; 3d) [ $$(($(NP) % 4)) = 0 ] || { echo "make run: STRATEGY=3d is pp 2 x fsdp NP/4 x tp 2, but NP is $(NP)"; exit 1; };; \
+	  *) echo "make run: STRATEGY is '$(STRATEGY)', expected serial, replicate, fsdp, tp, pp or 3d"; exit 1;; esac
 	OMP_NUM_THREADS=$$(t=$$(($(THREADS) / $(NP))); [ $$t -gt 0 ] && echo $$t || echo 1) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
 	  mpiexec -n $(NP) build/train_gpt --model $(if $(filter cuda,$(BACKEND)),char,tiny) $(LAYOUT) $(if $(DATA),--data $(DATA)) --sample 400 --eval-every 100 $(ARGS)
 
@@ -178,6 +189,18 @@ test:
 mutants:
 	@$(MAKE) --no-print-directory BACKEND=cpu build/cpu/tests/test_fsdp build/cpu/tests/test_tensor_parallel build/cpu/tests/test_pipeline
 	@tests/mutants.sh
+
+parity: $(B)/tests/test_parity
+	@tests/parity.sh
+
+compare: build $(B)/tests/compare
+	@tests/compare.sh
+
+sanitize:
+	@tests/sanitize.sh
+
+check-docs: build
+	@tests/check_docs.sh
 
 bench: build $(BENCHES:%=$(B)/tests/%)
 	@tests/bench.sh

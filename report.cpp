@@ -26,6 +26,21 @@ static std::vector<int64_t> collect(const Mesh& mesh, const std::vector<int64_t>
   return all;
 }
 
+// The texts of all ranks as members of a JSON array, on rank 0.
+static std::string array(const Mesh& mesh, const std::string& mine) {
+  const std::vector<int64_t> lengths = collect(mesh, {int64_t(mine.size())});
+  std::vector<int> counts(lengths.begin(), lengths.end()), starts(lengths.size(), 0);
+  for (size_t r = 1; r < counts.size(); r++) starts[r] = starts[r - 1] + counts[r - 1];
+  std::string all(mesh.rank == 0 ? size_t(starts.back() + counts.back()) : 0, ' ');
+  MPI_Request request;
+  MPI_Igatherv(mine.data(), int(mine.size()), MPI_CHAR, all.data(), counts.data(), starts.data(), MPI_CHAR, 0, MPI_COMM_WORLD, &request);
+  wait(request);
+  std::string s;
+  for (size_t r = 0; mesh.rank == 0 && r < counts.size(); r++)
+    if (counts[r]) s += (s.empty() ? "" : ",") + all.substr(size_t(starts[r]), size_t(counts[r]));
+  return "[" + s + "]";
+}
+
 // ---- memory
 
 static const Memory kPersistent[] = {Memory::parameters, Memory::gradients, Memory::optimizer};
@@ -41,23 +56,15 @@ static std::string memory_table(const MemoryUse& m, const Theory& t, int64_t act
   return s + format("  activations kept for backwards at once: %.2f, predicted %.2f\n", mib(activations), mib(t.activations));
 }
 
-static std::string memory_json(const Mesh& mesh, const MemoryUse& m, const Theory& t, int64_t activations) {
-  std::vector<int64_t> mine = {m.total_peak, activations, t.activations};
-  for (int i = 0; i < kMemoryCategories; i++) mine.insert(mine.end(), {m.now[i], m.at_peak[i], t.persistent[size_t(i)]});
-  const std::vector<int64_t> all = collect(mesh, mine);
-  std::string s = "\"memory\":[";
-  for (int r = 0; r < mesh.size; r++) {
-    const int64_t* of = &all[size_t(r) * mine.size()];
-    s += sentence(r ? "," : "", "{\"rank\":", r, ",\"peak\":", of[0], ",\"kept_activations\":{\"bytes\":", of[1], ",\"predicted_bytes\":", of[2], "}");
-    for (int i = 0; i < kMemoryCategories; i++) {
-      s += sentence(",", quoted(name_of(Memory(i))), ":{\"now\":", of[3 + 3 * i], ",\"at_peak\":", of[4 + 3 * i]);
-      for (Memory category : kPersistent)
-        if (Memory(i) == category) s += sentence(",\"predicted\":", of[5 + 3 * i]);
-      s += "}";
-    }
+static std::string memory_json(int rank, const MemoryUse& m, const Theory& t, int64_t activations) {
+  std::string s = sentence("{\"rank\":", rank, ",\"peak\":", m.total_peak, ",\"kept_activations\":{\"bytes\":", activations, ",\"predicted_bytes\":", t.activations, "}");
+  for (int i = 0; i < kMemoryCategories; i++) {
+    s += sentence(",", quoted(name_of(Memory(i))), ":{\"now\":", m.now[i], ",\"at_peak\":", m.at_peak[i]);
+    for (Memory category : kPersistent)
+      if (Memory(i) == category) s += sentence(",\"predicted\":", t.persistent[size_t(i)]);
     s += "}";
   }
-  return s + "]";
+  return s + "}";
 }
 
 // ---- traffic
@@ -104,21 +111,16 @@ static std::string communication_line(const Mesh& mesh, double share, std::strin
   return format("  communicating, with waiting for other ranks: %.0f%% to %.0f%% of a step's time, by rank\n", double(all.front()) * 1e-2, double(all.back()) * 1e-2);
 }
 
-static std::string traffic_json(const Mesh& mesh, const std::vector<TrafficRow>& rows) {
-  std::vector<int64_t> mine;
-  for (const TrafficRow& r : rows) mine.insert(mine.end(), {r.calls, r.bytes});
-  const std::vector<int64_t> all = collect(mesh, mine);  // every rank has the same rows: the layout alone decides them
-  std::string s = "\"traffic\":[";
-  for (int rank = 0; rank < mesh.size; rank++)
-    for (size_t i = 0; i < rows.size(); i++) {
-      const auto& [axis, collective, purpose] = rows[i].key;
-      const int64_t* of = &all[(size_t(rank) * rows.size() + i) * 2];
-      s += sentence(rank || i ? "," : "", "{\"rank\":", rank, ",\"axis\":", quoted(axis), ",\"collective\":", quoted(name_of(collective)),
-                    ",\"purpose\":", quoted(name_of(purpose)), ",\"calls\":", of[0], ",\"bytes\":", of[1]);
-      if (rows[i].has_prediction) s += sentence(",\"predicted_bytes\":", rows[i].predicted_bytes);
-      s += "}";
-    }
-  return s + "]";
+static std::string traffic_json(int rank, const std::vector<TrafficRow>& rows) {
+  std::string s;
+  for (const TrafficRow& r : rows) {
+    const auto& [axis, collective, purpose] = r.key;
+    s += sentence(s.empty() ? "" : ",", "{\"rank\":", rank, ",\"axis\":", quoted(axis), ",\"collective\":", quoted(name_of(collective)), ",\"purpose\":",
+                  quoted(name_of(purpose)), ",\"calls\":", r.calls, ",\"bytes\":", r.bytes);
+    if (r.has_prediction) s += sentence(",\"predicted_bytes\":", r.predicted_bytes);
+    s += "}";
+  }
+  return s;
 }
 
 // ---- the pipeline
@@ -159,7 +161,7 @@ static std::string pipeline_table(const Mesh& mesh, const Trainer& trainer, cons
   }
   const auto mean = [&](Action::Kind kind) { return kinds[kind].second ? kinds[kind].first / kinds[kind].second : 0; };
   const Timeline predicted = simulate(s, means);
-  json = sentence(",\"pipeline\":{\"schedule\":", quoted(s.name), ",\"bubble\":", executed[0].bubble(), ",\"predicted_bubble\":", predicted.bubble(),
+  json = sentence(",\"pipeline\":{\"schedule\":", quoted(s.name), ",\"stages\":", s.stages, ",\"microbatches\":", s.microbatches, ",\"chunks\":", s.chunks, ",\"bubble\":", executed[0].bubble(), ",\"predicted_bubble\":", predicted.bubble(),
                   ",\"most_live\":", trainer.pipeline->most_live(), "}");
   const bool split = mean(Action::weight_gradient) > 0;
   const double unit = executed[0].makespan / 100;
@@ -191,7 +193,8 @@ std::string compare_with_theory(const Mesh& mesh, const Trainer& trainer, const 
   std::string pipeline_json, communication_json;
   const std::string communicating = communication_line(mesh, communication, communication_json);
   const std::string pipeline = trainer.pipeline && trainer.pipeline->timed ? pipeline_table(mesh, trainer, trace, pipeline_json) : "";
-  metrics.summary(sentence("\"layout\":{\"pp\":", l.pp, ",\"replicate\":", l.replicate, ",\"fsdp\":", l.fsdp, ",\"tp\":", l.tp, "},",
-                           memory_json(mesh, m, t, trainer.kept_activations()), ",", traffic_json(mesh, rows), communication_json, pipeline_json));
+  const std::string memory = array(mesh, memory_json(mesh.rank, m, t, trainer.kept_activations())), sent = array(mesh, traffic_json(mesh.rank, rows));
+  metrics.summary(sentence("\"layout\":{\"pp\":", l.pp, ",\"replicate\":", l.replicate, ",\"fsdp\":", l.fsdp, ",\"tp\":", l.tp, "},\"memory\":", memory, ",\"traffic\":", sent,
+                           communication_json, pipeline_json));
   return memory_table(m, t, trainer.kept_activations()) + traffic_table(rows, steps) + communicating + pipeline;
 }

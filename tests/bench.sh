@@ -36,7 +36,7 @@ row() { # row NAME TOKENS MS [BASE_MS]: one line, with the ratio of tokens/s to 
 # over TOKENS BASE_MS RANKS ARGS...: a row of ranks with one thread each, and the share of the time in which they communicated
 over() {
   local tokens=$1 base=$2 ranks=$3; shift 3
-  local layout="${*#$both }"; layout="${layout#$args }"
+  local layout="$*"; layout="${layout#"$both "}"; layout="${layout#"$args "}"
   row "$layout" "$tokens" "$(step_ms ranks 1 "$ranks" "$@")" "$base"
   grep -E '^ *(communicating|predicted from|executed)' "$dir/ranks.out" | sed 's/^ */    /'
 }

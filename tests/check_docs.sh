@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# check_docs.sh: `make check-docs` fails when README.md or a page of docs/ lies.
+#   commands   every command in a ``` block runs; where the next block is its output, each line of it must come out again: exactly for schedules, traffic and
+#              memory, elsewhere with any numbers (times, losses) in the places of numbers. A line "..." stands for lines left out; a comment
+#              with "refuses" says that the command must fail. `make run` trains for 3 steps here; of make test, bench, compare, ... only the rule is looked up.
+#   names      every function, file and option that the text names in backticks exists in the sources, every link leads somewhere, and the line counts in
+#              README's table are right
+set -u
+cd "$(dirname "$0")/.."
+root=$PWD
+pages="README.md docs/*.md"
+work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
+passed=0 failed=0
+ok() { passed=$((passed + 1)); [ $# -eq 0 ] || echo "ok   $*"; }
+fail() { failed=$((failed + 1)); echo "FAIL $*"; }
+
+# ---- names
+
+code="$(ls *.cpp *.cu *.h Makefile kernels/* support/* cpu/* tests/*)"
+# the words of the sources, for whole-word lookups
+cat $code | grep -oE '[A-Za-z_][A-Za-z0-9_]*' | sort -u >"$work/words"
+cat $code | grep -oE -- '--[a-z][a-z-]+' | sort -u >"$work/options"
+for page in $pages; do
+  # outside of code blocks
+  awk '/^ *```/ { inside = !inside; next } !inside' "$page" >"$work/text"
+  while read -r name; do
+    last=${name##*::}; last=${last%%(*}; last=${last##*.}; last=${last##*->}
+    if grep -qxF -- "$last" "$work/words"; then ok; else fail "$page names \`$name\`, which no source has"; fi
+  done < <(grep -oE '`[A-Za-z_][A-Za-z0-9_:]*(\(\))?`' "$work/text" | tr -d '`' | sort -u | grep -E '_|::|\(\)|[a-z][A-Z]')
+  while read -r file; do
+    if [ -e "$file" ] || [ -n "$(find . -path ./build -prune -o -name "$(basename "$file")" -print | head -1)" ]; then ok; else fail "$page names the file $file, which is not there"; fi
+  done < <(grep -oE '`[A-Za-z0-9_/]+\.(cpp|cu|cuh|h|sh|py|md)`' "$work/text" | tr -d '`' | sort -u)
+  while read -r option; do
+    if grep -qxF -- "$option" "$work/options"; then ok; else fail "$page names the option $option, which no program has"; fi
+  done < <(grep -oE -- '`[^`]*--[a-z][a-z-]+' "$work/text" | grep -oE -- '--[a-z][a-z-]+' | sort -u)
+  while read -r link; do
+    if [ -e "$(dirname "$page")/${link%%#*}" ]; then ok; else fail "$page links to $link, which is not there"; fi
+  done < <(grep -oE '\]\([^)]+\)' "$work/text" | sed 's/^](//; s/)$//' | grep -vE '^(https?:|#)' | sort -u)
+done
+while IFS='|' read -r _ _ files lines _; do
+  file=$(sed -n 's/.*(\([a-z_]*\.cpp\)).*/\1/p' <<<"${files%%,*}")
+  [ -n "$file" ] && [ -n "${lines// /}" ] || continue
+  if [ "$(wc -l <"$file")" = "${lines// /}" ]; then ok; else fail "README.md says that $file has ${lines// /} lines, it has $(wc -l <"$file")"; fi
+done < <(grep -E '^\|.*\]\([a-z_]*\.cpp\)' README.md)
+echo "names    $passed functions, files, options, links and line counts looked up, $failed wrong"
+
+# ---- commands
+
+# Each command with the number of the output block that follows it, if one does: "page<TAB>line<TAB>command<TAB>output file"
+extract() {
+  awk -v page="$1" -v work="$work" '
+    function is_command(s) { return s ~ /^(build\/|mpiexec |make( |$)|tests\/|OMP_[A-Z_]*=)/ }
+    /^ *```/ {
+      if (!inside) { inside = 1; lines = 0; kind = ""; next }
+      inside = 0
+      if (kind == "commands") waiting = count; else waiting = 0
+      next
+    }
+    inside {
+      line = $0; sub(/^ */, "", line)
+      if (!lines++) kind = is_command(line) ? "commands" : waiting ? "output" : "other"
+      if (kind == "commands" && is_command(line)) { count++; command[count] = line; at[count] = NR }
+      if (kind == "output") { print $0 > (work "/expected." waiting); has[waiting] = 1 }
+      next
+    }
+    NF { waiting = 0 }
+    END { for (i = 1; i <= count; i++) print page "\t" at[i] "\t" command[i] "\t" (has[i] ? work "/expected." i : "-") }' "$1"
+}
+# Lines of FILE that TEXT lacks: exactly where the line is a table of bytes or a schedule in units, else with any numbers
+missing() {
+  awk -v expected="$1" '
+    function shape(s) { sub(/\|.*/, "", s); gsub(/[0-9][0-9.e+-]*/, "#", s); gsub(/[ \t]+/, " ", s); sub(/ $/, "", s); return s }
+    function tight(s) { gsub(/[ \t]+/, " ", s); sub(/ $/, "", s); return s }
+    { exact[tight($0)] = 1; shapes[shape($0)] = 1; if (/F = 1, B = 1/) units = 1 }
+    END {
+      while ((getline line < expected) > 0) {
+        if (line ~ /^ *(\.\.\.)? *$/) continue
+        bytes = line ~ /^  (fsdp|replicate|tp|pp) / || line ~ /^  (parameters|gradients|optimizer) / || units
+        if (bytes ? !(tight(line) in exact) : !(shape(line) in shapes)) print line
+      }
+    }' "$2"
+}
+place=$work/place; mkdir "$place"; ln -s "$root"/* "$place"; rm -f "$place/run"; cp README.md "$place/my.txt"
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+lines_compared=0
+for page in $pages; do
+  rm -f "$work"/expected.*
+  while IFS=$'\t' read -r _ at command expected; do
+    bare=$(sed 's/  *#.*//' <<<"$command")
+    case $bare in
+      "make run"*) actual="$bare ARGS='--steps 3 --sample 20 --eval-every 0'" ;;
+      "make generate"*) actual="$bare CHECKPOINT=docs-model ARGS='--steps 3 --sample 0'" ;;
+      make*test* | make*bench* | make*compare* | make*parity* | make*mutants* | make*sanitize* | make*check-docs* | make*cuda* | make*deps*) actual="${bare/make/make -n}" ;;
+      *) actual=$bare ;;
+    esac
+    (cd "$place" && timeout 600 bash -c "$actual") >"$work/out" 2>&1 </dev/null
+    status=$?
+    refuses=0; [[ $command == *refuses* ]] && refuses=1
+    if [ $((status != 0)) != $refuses ]; then fail "$page:$at  $bare  ended with status $status: $(tail -1 "$work/out")"; continue; fi
+    if [ "$expected" != - ]; then
+      lost=$(missing "$expected" "$work/out")
+      lines_compared=$((lines_compared + $(grep -c . "$expected")))
+      if [ -n "$lost" ]; then fail "$page:$at  $bare  does not print: $(head -3 <<<"$lost")"; continue; fi
+    fi
+    ok "$page:$at  $bare"
+  done < <(extract "$page")
+done
+echo "commands $lines_compared lines of output compared"
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]

@@ -1,0 +1,385 @@
+// compare.cpp: what `make compare` ends with. Reads the metrics that the jobs of tests/compare.sh wrote, checks them (equal losses; bytes and
+// memory equal to their formulas), prints three tables and writes the report: one HTML file, no network.
+//   compare DIR REPORT.html    DIR has jobs.txt (lines: name, tab, ranks, tab, options) and for each job NAME.jsonl, for pipelines NAME.trace.json
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <fstream>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+#include "schedule.h"
+#include "support/check.h"
+
+namespace {
+
+using Json = nlohmann::json;
+
+struct Job {
+  std::string name, options;
+  int ranks = 1;
+  std::vector<double> losses, step_ms;
+  Json summary, trace;
+};
+
+const char* const kPersistent[] = {"parameters", "gradients", "optimizer"};
+const char* const kAxes[] = {"fsdp", "replicate", "tp", "pp"};
+
+std::string format(const char* pattern, auto... values) {
+  char text[400];
+  snprintf(text, sizeof text, pattern, values...);
+  return text;
+}
+double mib(double bytes) { return bytes / 1048576; }
+
+// ---- reading
+
+std::vector<Job> read_jobs(const std::string& dir) {
+  std::vector<Job> jobs;
+  std::ifstream list(dir + "/jobs.txt");
+  for (std::string line; std::getline(list, line);) {
+    Job job;
+    std::istringstream fields(line);
+    std::string ranks;
+    std::getline(fields, job.name, '\t'), std::getline(fields, ranks, '\t'), std::getline(fields, job.options);
+    job.ranks = std::stoi(ranks);
+    std::ifstream metrics(dir + "/" + job.name + ".jsonl");
+    for (std::string l; std::getline(metrics, l);) {
+      const Json record = Json::parse(l);
+      if (record.contains("summary")) job.summary = record;
+      else job.losses.push_back(record["loss"].get<double>()), job.step_ms.push_back(record["step_ms"].get<double>());
+    }
+    REQUIRE(!job.summary.is_null() && job.losses.size() > 2, dir, "/", job.name, ".jsonl is not there or not complete: run make compare");
+    if (std::ifstream trace(dir + "/" + job.name + ".trace.json"); trace && job.summary.contains("pipeline")) job.trace = Json::parse(trace)["traceEvents"];
+    jobs.push_back(job);
+  }
+  REQUIRE(!jobs.empty() && jobs[0].name == "serial", dir, "/jobs.txt does not begin with the job 'serial'");
+  return jobs;
+}
+
+// ---- what a job shows
+
+double median_ms(const Job& j) {
+  std::vector<double> all(j.step_ms.begin() + 1, j.step_ms.end());
+  std::nth_element(all.begin(), all.begin() + long(all.size() / 2), all.end());
+  return all[all.size() / 2];
+}
+
+double difference(const Job& j, const Job& serial) {
+  REQUIRE(j.losses.size() == serial.losses.size(), j.name, " has ", j.losses.size(), " steps, serial ", serial.losses.size());
+  double d = 0;
+  for (size_t i = 0; i < j.losses.size(); i++) d = std::max(d, std::abs(j.losses[i] - serial.losses[i]) / serial.losses[i]);
+  return d;
+}
+
+const Json& fullest(const Job& j) {
+  const Json& all = j.summary["memory"];
+  return *std::max_element(all.begin(), all.end(), [](const Json& a, const Json& b) { return a["peak"] < b["peak"]; });
+}
+double of(const Json& rank, const char* category, const char* when) { return mib(rank[category].value(when, 0.0)); }
+
+struct Sent { std::map<std::string, double> axis; double all = 0, calls = 0; };  // bytes a step
+Sent sent(const Job& j, int rank, const char* which = "bytes") {
+  Sent s;
+  const double steps = double(j.losses.size());
+  for (const Json& row : j.summary["traffic"])
+    if (row["rank"] == rank) {
+      const double bytes = row.value(which, 0.0) / steps;
+      s.axis[row["axis"]] += bytes, s.all += bytes, s.calls += row["calls"].get<double>() / steps;
+    }
+  return s;
+}
+int busiest(const Job& j) {
+  int rank = 0;
+  for (int r = 1; r < j.ranks; r++)
+    if (sent(j, r).all > sent(j, rank).all) rank = r;
+  return rank;
+}
+
+// Numbers that are not what their formula says, on any rank.
+int differing(const Job& j) {
+  int count = 0;
+  for (const Json& rank : j.summary["memory"]) {
+    for (const char* category : kPersistent) count += rank[category]["now"] != rank[category]["predicted"];
+    count += rank["kept_activations"]["bytes"] != rank["kept_activations"]["predicted_bytes"];
+  }
+  for (const Json& row : j.summary["traffic"]) count += !row.contains("predicted_bytes") || row["bytes"] != row["predicted_bytes"];
+  return count;
+}
+
+std::string share(const Job& j) {
+  if (j.ranks == 1) return "-";
+  const auto& all = j.summary["communication_share"];
+  const auto [low, high] = std::minmax_element(all.begin(), all.end());
+  return format("%.0f to %.0f %%", 100 * low->get<double>(), 100 * high->get<double>());
+}
+
+bool has_pipeline(const Job& j) { return j.summary.contains("pipeline"); }
+Schedule schedule_of(const Job& j) {
+  const Json& p = j.summary["pipeline"];
+  return make_schedule(p["schedule"], p["stages"], p["microbatches"], p["chunks"]);
+}
+std::string bubble(const Job& j, const char* which) {
+  if (!has_pipeline(j)) return "-";
+  return format("%.1f %%", 100 * (which ? j.summary["pipeline"][which].get<double>() : theoretical_bubble(schedule_of(j))));
+}
+
+// ---- tables: the same cells as text and as HTML
+
+struct Table { std::string title; std::vector<std::string> head; std::vector<std::vector<std::string>> rows; };
+
+std::vector<Table> tables(const std::vector<Job>& jobs) {
+  const Job& serial = jobs[0];
+  Table time{sentence("The same loss after ", serial.losses.size(), " steps"),
+             {"strategy", "ranks", "loss", "from serial", "ms a step", "communicating", "bubble executed", "predicted", "F = B = W"}, {}};
+  Table memory{"Memory of the fullest rank, MiB", {"strategy", "parameters", "gradients", "optimizer", "kept activations", "at the peak", "numbers that differ from their formula"}, {}};
+  Table traffic{"Sent by the busiest rank in a step, MiB", {"strategy", "fsdp", "replicate", "tp", "pp", "all", "by formula", "calls"}, {}};
+  for (const Job& j : jobs) {
+    time.rows.push_back({j.name, sentence(j.ranks), format("%.5f", j.losses.back()), format("%.1e", difference(j, serial)), format("%.0f", median_ms(j)), share(j), bubble(j, "bubble"),
+                         bubble(j, "predicted_bubble"), bubble(j, nullptr)});
+    const Json& m = fullest(j);
+    memory.rows.push_back({j.name, format("%.2f", of(m, "parameters", "now")), format("%.2f", of(m, "gradients", "now")), format("%.2f", of(m, "optimizer", "now")),
+                           format("%.2f", mib(m["kept_activations"]["bytes"].get<double>())), format("%.2f", mib(m["peak"].get<double>())), sentence(differing(j))});
+    const Sent s = sent(j, busiest(j));
+    std::vector<std::string> row{j.name};
+    for (const char* axis : kAxes) row.push_back(s.axis.count(axis) ? format("%.3f", mib(s.axis.at(axis))) : "-");
+    row.insert(row.end(), {format("%.3f", mib(s.all)), format("%.3f", mib(sent(j, busiest(j), "predicted_bytes").all)), format("%.0f", s.calls)});
+    traffic.rows.push_back(row);
+  }
+  return {time, memory, traffic};
+}
+
+void print(const Table& t) {
+  printf("\n%s\n", t.title.c_str());
+  std::vector<size_t> widths;
+  for (size_t c = 0; c < t.head.size(); c++) {
+    widths.push_back(t.head[c].size());
+    for (const auto& row : t.rows) widths[c] = std::max(widths[c], row[c].size());
+  }
+  const auto line = [&](const std::vector<std::string>& cells) {
+    for (size_t c = 0; c < cells.size(); c++) printf(c ? "  %*s" : "  %-*s", int(widths[c]), cells[c].c_str());
+    printf("\n");
+  };
+  line(t.head);
+  for (const auto& row : t.rows) line(row);
+}
+
+// ---- the report
+
+std::string html(const Table& t) {
+  std::string s = "<div class=scroll tabindex=0 role=region aria-label='" + t.title + "'><table><caption>" + t.title + "</caption><thead><tr>";
+  for (const auto& cell : t.head) s += "<th scope=col>" + cell;
+  s += "<tbody>";
+  for (const auto& row : t.rows) {
+    s += "<tr><th scope=row>" + row[0];
+    for (size_t c = 1; c < row.size(); c++) s += "<td>" + row[c];
+  }
+  return s + "</table></div>\n";
+}
+
+const char* const kColours[] = {"c0", "c1", "c2", "c3", "c4", "c5"};
+
+// Bars, one a row or two: the second is what the formula says. Parts are stacked; the number at the end is their sum.
+struct Bar { std::string label; std::vector<double> parts, predicted; };
+std::string bars(const std::string& title, const std::string& unit, const std::vector<std::string>& parts, const std::vector<Bar>& all) {
+  double most = 1e-9;
+  for (const Bar& b : all)
+    for (const auto* values : {&b.parts, &b.predicted}) {
+      double sum = 0;
+      for (double v : *values) sum += v;
+      most = std::max(most, sum);
+    }
+  const double left = 84, wide = 196, row = 31, top = 44, bottom = top + row * double(all.size()), step = [&] {
+    const double power = std::pow(10, std::floor(std::log10(most / 3)));
+    return power * (most / 3 / power >= 5 ? 5 : most / 3 / power >= 2 ? 2 : 1);
+  }();
+  std::ostringstream svg;
+  svg << "<figure><svg viewBox='0 0 360 " << bottom + 42 << "' role='img'><title>" << title << "</title>\n";
+  for (size_t i = 0; i < parts.size(); i++)
+    svg << "<rect x='" << 8 + 116 * (i % 3) << "' y='" << 4 + 17 * (i / 3) << "' width='10' height='10' class='" << kColours[i] << "'/><text x='" << 22 + 116 * (i % 3) << "' y='" << 13 + 17 * (i / 3)
+        << "'>" << parts[i] << "</text>\n";
+  for (double x = 0; x <= most * 1.0001; x += step)
+    svg << "<line class=grid x1='" << left + x / most * wide << "' x2='" << left + x / most * wide << "' y1='" << top - 4 << "' y2='" << bottom << "'/><text class=mid x='" << left + x / most * wide << "' y='"
+        << bottom + 14 << "'>" << x << "</text>\n";
+  svg << "<text class=mid x='" << left + wide / 2 << "' y='" << bottom + 32 << "'>" << unit << "</text>\n";
+  for (size_t i = 0; i < all.size(); i++) {
+    const double y = top + row * double(i);
+    svg << "<text class=end x='" << left - 6 << "' y='" << y + 15 << "'>" << all[i].label << "</text>";
+    for (int second = 0; second < 2; second++) {
+      const auto& values = second ? all[i].predicted : all[i].parts;
+      double x = 0;
+      for (size_t p = 0; p < values.size(); p++) {
+        svg << "<rect class='" << kColours[p] << (second ? " formula" : "") << "' x='" << left + x / most * wide << "' y='" << y + second * 12 << "' width='" << values[p] / most * wide
+            << "' height='11'><title>" << all[i].label << ", " << parts[p] << (second ? " by formula: " : ": ") << values[p] << " " << unit << "</title></rect>";
+        x += values[p];
+      }
+      svg << "<text class=small x='" << left + x / most * wide + 3 << "' y='" << y + second * 12 + 9 << "'>" << format(x >= 100 ? "%.0f" : x >= 1 ? "%.1f" : "%.3f", x) << (second ? " formula" : "") << "</text>\n";
+    }
+  }
+  return svg.str() + "</svg><figcaption>" + title + "</figcaption></figure>\n";
+}
+
+std::string curves(const std::vector<Job>& jobs) {
+  double low = 1e30, high = 0;
+  for (const Job& j : jobs)
+    for (double l : j.losses) low = std::min(low, l), high = std::max(high, l);
+  const size_t n = jobs[0].losses.size();
+  const double left = 40, wide = 300, top = 12, tall = 190;
+  const auto y = [&](double l) { return top + tall * (high - l) / (high - low); };
+  std::ostringstream svg;
+  svg << "<figure><svg viewBox='0 0 360 250' role='img'><title>Loss curves of all strategies</title>\n";
+  for (double l = std::ceil(low * 2) / 2; l <= high; l += 0.5)
+    svg << "<line class=grid x1='" << left << "' x2='" << left + wide << "' y1='" << y(l) << "' y2='" << y(l) << "'/><text class=end x='" << left - 5 << "' y='" << y(l) + 4 << "'>" << format("%.1f", l) << "</text>\n";
+  for (size_t k = 0; k < n; k += std::max<size_t>(1, n / 5)) svg << "<text class=mid x='" << left + wide * double(k) / double(n - 1) << "' y='" << top + tall + 16 << "'>" << k + 1 << "</text>";
+  svg << "<text class=mid x='" << left + wide / 2 << "' y='" << top + tall + 34 << "'>step</text><text x='" << left + 6 << "' y='" << top + 8 << "'>loss, nats a token</text>\n";
+  double worst = 0;
+  for (size_t i = 0; i < jobs.size(); i++) {
+    svg << "<polyline class='l" << i % 6 << "' stroke-width='" << 7 - 6.0 * double(i) / double(jobs.size()) << "' points='";
+    for (size_t k = 0; k < n; k++) svg << left + wide * double(k) / double(n - 1) << "," << y(jobs[i].losses[k]) << " ";
+    svg << "'><title>" << jobs[i].name << "</title></polyline>\n";
+    worst = std::max(worst, difference(jobs[i], jobs[0]));
+  }
+  return svg.str() + "</svg><figcaption>" + sentence(jobs.size(), " loss curves on top of each other, the first ones drawn widest: they differ by ", format("%.1e", worst), " of the loss at most.") +
+         "</figcaption></figure>\n";
+}
+
+std::string timelines(const std::vector<Job>& jobs) {
+  std::string s;
+  for (const Job& j : jobs) {
+    if (!has_pipeline(j) || j.trace.is_null()) continue;
+    const Schedule schedule = schedule_of(j);
+    const int pipelines = j.ranks / schedule.stages;
+    std::vector<std::vector<Span>> spans{size_t(schedule.stages)};
+    for (const Json& event : j.trace)
+      if (event["ph"] == "X" && event["tid"].get<int>() % pipelines == 0) {
+        const double start = event["ts"].get<double>() / 1e3;
+        spans[size_t(event["tid"].get<int>() / pipelines)].push_back({start, start + event["dur"].get<double>() / 1e3});
+      }
+    const std::string title = j.name + ": bubble " + bubble(j, "bubble") + " executed, " + bubble(j, "predicted_bubble") + " predicted from mean times, " + bubble(j, nullptr) + " if F = B = W";
+    s += "<div class=scroll tabindex=0 role=region aria-label='timeline of " + j.name + "'>" + draw_svg(schedule, timeline(schedule, spans), title, "ms") + "</div>\n";
+  }
+  return s;
+}
+
+const Job* find(const std::vector<Job>& jobs, const std::string& name) {
+  for (const Job& j : jobs)
+    if (j.name == name) return &j;
+  return nullptr;
+}
+
+// The three promises, each with what was measured here.
+std::string promises(const std::vector<Job>& jobs, const std::map<std::string, double>& token_ms) {
+  const Job &serial = jobs[0], *fsdp = find(jobs, "fsdp-zero3"), *tp = find(jobs, "tp"), *pp = find(jobs, "pp-1f1b");
+  const auto state = [](const Job& j) {
+    double all = 0;
+    for (const char* category : kPersistent) all += of(fullest(j), category, "now");
+    return all;
+  };
+  const auto step = [](const Job& j) { return mib(sent(j, busiest(j)).all); };
+  Table t{"Three strategies, and what was measured", {"strategy", "what it is for", "like", "what it asks of the network"}, {}};
+  if (fsdp)
+    t.rows.push_back({"FSDP", format("Memory: a rank holds %.2f MiB of weights, gradients and optimizer state; alone it is %.2f (%.2fx).", state(*fsdp), state(serial), state(serial) / state(*fsdp)),
+                      format("A large book cut in slices: each of %d people keeps %.2f of %.2f MiB of pages.", fsdp->ranks, of(fullest(*fsdp), "parameters", "now"), of(fullest(serial), "parameters", "now")),
+                      format("Moderate: %.2f MiB a step and rank in all-gathers and reduce-scatters, %.0f calls.", step(*fsdp), sent(*fsdp, 0).calls)});
+  if (tp) {
+    const std::string speed = token_ms.count("tp") ? format("Latency: one token of text takes %.2f ms on one rank, %.2f with --tp 2 (%.2fx).", token_ms.at("one"), token_ms.at("tp"), token_ms.at("one") / token_ms.at("tp"))
+                                                   : std::string("Latency: not measured here (ONLY=generate).");
+    t.rows.push_back({"Tensor parallel", speed, format("%d people on different parts of one problem: each multiplies with %.2f of %.2f MiB of weights.", tp->ranks, of(fullest(*tp), "parameters", "now"), of(fullest(serial), "parameters", "now")),
+                      format("Very high: %.2f MiB a step and rank, in %.0f calls which all wait for.", step(*tp), sent(*tp, 0).calls)});
+  }
+  if (pp)
+    t.rows.push_back({"Pipeline", format("Throughput over slow links: busy %.1f %% of the time with 1f1b, by formula %.1f %%.", 100 - 100 * pp->summary["pipeline"]["bubble"].get<double>(), 100 - 100 * theoretical_bubble(schedule_of(*pp))),
+                      format("An assembly line: each of %d people adds 1/%d of the layers.", pp->ranks, pp->ranks),
+                      fsdp ? format("Low: %.2f MiB a step and rank, %.0fx less than FSDP's.", step(*pp), step(*fsdp) / step(*pp)) : format("Low: %.2f MiB a step and rank.", step(*pp))});
+  return html(t);
+}
+
+const char* const kStyle = R"(<style>
+:root { --paper:#fff; --ink:#1c1e21; --soft:#5c6670; --grid:#dde1e6; --c0:#2f6fb7; --c1:#d9822b; --c2:#3f9142; --c3:#8e5bb5; --c4:#c0392b; --c5:#7a7f87; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) { :root { --paper:#15181c; --ink:#e7e9ec; --soft:#a3acb5; --grid:#343a41; --c0:#6aa7ea; --c1:#f0a658; --c2:#75c079; --c3:#bb92dd; --c4:#ec7b6e; --c5:#a7adb5; } }
+body { margin:0 auto; padding:1rem; max-width:1240px; background:var(--paper); color:var(--ink); font:16px/1.5 system-ui,sans-serif; }
+h1 { font-size:1.6rem; margin:.2em 0; } h2 { font-size:1.2rem; margin:2em 0 .5em; } p, li { max-width:70ch; }
+nav a { display:inline-block; margin-right:1em; padding:.4em 0; } a { color:var(--c0); }
+.cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr)); gap:1.5rem; }
+figure { margin:0; min-width:0; } figure svg { display:block; width:100%; height:auto; } figcaption { color:var(--soft); font-size:.9rem; }
+svg text { font:11px system-ui,sans-serif; fill:var(--ink); } svg .small { font-size:9px; } svg .mid { text-anchor:middle; } svg .end { text-anchor:end; } svg .grid { stroke:var(--grid); }
+.c0 { fill:var(--c0); } .c1 { fill:var(--c1); } .c2 { fill:var(--c2); } .c3 { fill:var(--c3); } .c4 { fill:var(--c4); } .c5 { fill:var(--c5); } .formula { fill-opacity:.45; }
+polyline { fill:none; } .l0 { stroke:var(--c0); } .l1 { stroke:var(--c1); } .l2 { stroke:var(--c2); } .l3 { stroke:var(--c3); } .l4 { stroke:var(--c4); } .l5 { stroke:var(--c5); }
+.scroll { overflow-x:auto; margin:1rem 0; } .scroll:focus-visible, a:focus-visible { outline:2px solid var(--c0); outline-offset:2px; }
+table { border-collapse:collapse; font-size:.9rem; } caption { text-align:left; font-weight:600; padding:.3em 0; } th, td { padding:.3em .7em; border-bottom:1px solid var(--grid); text-align:right; vertical-align:top; }
+th:first-child { text-align:left; } thead th { color:var(--soft); font-weight:500; } .words td { text-align:left; min-width:14em; } .words thead th { text-align:left; }
+code { font-size:.9em; overflow-wrap:anywhere; }
+@media print { body { max-width:none; font-size:11px; } nav { display:none; } figure, table, .scroll { break-inside:avoid; } .scroll { overflow:visible; } .scroll svg { width:100%; height:auto; } }
+</style>
+)";
+
+std::string report(const std::vector<Job>& jobs, const std::vector<Table>& all, const std::map<std::string, double>& token_ms, const std::string& common, const std::string& device) {
+  std::vector<Bar> memory, traffic;
+  const std::vector<std::string> categories{"parameters", "gradients", "optimizer", "activations", "gather buffers", "workspace"};
+  for (const Job& j : jobs) {
+    const Json& m = fullest(j);
+    Bar bar{j.name, {}, {}};
+    for (const auto& c : categories) bar.parts.push_back(of(m, c.c_str(), "at_peak"));
+    for (const char* c : kPersistent) bar.predicted.push_back(of(m, c, "predicted"));
+    bar.predicted.push_back(mib(m["kept_activations"]["predicted_bytes"].get<double>()));
+    memory.push_back(bar);
+    if (j.ranks == 1) continue;
+    bar = {j.name, {}, {}};
+    const Sent got = sent(j, busiest(j)), formula = sent(j, busiest(j), "predicted_bytes");
+    for (const char* axis : kAxes) {
+      bar.parts.push_back(got.axis.count(axis) ? mib(got.axis.at(axis)) : 0);
+      bar.predicted.push_back(formula.axis.count(axis) ? mib(formula.axis.at(axis)) : 0);
+    }
+    traffic.push_back(bar);
+  }
+  std::string s = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>Threefold: strategies side by side</title>\n";
+  s += kStyle;
+  s += "<h1>One model, " + sentence(jobs.size()) + " ways to train it</h1>\n<p>The same model, batch and seed as one process and with every strategy. <code>" + common + "</code>; device: " + device +
+       "; ranks that share cores or a GPU take turns, so compare times with that in mind.</p>\n";
+  s += "<nav aria-label=Sections><a href='#promises'>Promises</a><a href='#loss'>Loss</a><a href='#memory'>Memory and traffic</a><a href='#pipelines'>Pipelines</a><a href='#numbers'>All numbers</a></nav>\n";
+  s += "<h2 id=promises>What each strategy promises</h2><div class=words>" + promises(jobs, token_ms) + "</div>";
+  s += "<h2 id=loss>One curve</h2><div class=cards>" + curves(jobs) + "</div>";
+  s += "<h2 id=memory>Memory and traffic, beside their formulas</h2><div class=cards>" +
+       bars("Memory of the fullest rank at its peak; by formula: what is held between steps, and activations kept for the backward.", "MiB", categories, memory) +
+       bars("Sent by the busiest rank in a step, by mesh axis.", "MiB a step", {"fsdp", "replicate", "tp", "pp"}, traffic) + "</div>";
+  s += "<h2 id=pipelines>Pipelines as they ran</h2>" + timelines(jobs);
+  s += "<h2 id=numbers>All numbers</h2>";
+  for (const Table& t : all) s += html(t);
+  s += "<h2>The jobs</h2><ul>";
+  for (const Job& j : jobs) s += sentence("<li><b>", j.name, "</b>: <code>mpiexec -n ", j.ranks, " build/train_gpt ", common, " ", j.options, "</code>");
+  return s + "</ul></html>\n";
+}
+
+int run(const std::string& dir, const std::string& path) {
+  const std::vector<Job> jobs = read_jobs(dir);
+  const std::vector<Table> all = tables(jobs);
+  for (const Table& t : all) print(t);
+  std::map<std::string, double> token_ms;
+  std::ifstream tokens(dir + "/tokens.txt"), about(dir + "/about.txt");
+  for (std::string name; tokens >> name;) tokens >> token_ms[name];
+  if (token_ms.count("tp")) printf("\nOne token of text: %.2f ms on one rank, %.2f with --tp 2 (%.2fx)\n", token_ms["one"], token_ms["tp"], token_ms["one"] / token_ms["tp"]);
+  std::string common, device;
+  std::getline(about, common), std::getline(about, device);
+  std::ofstream out(path);
+  out << report(jobs, all, token_ms, common, device);
+  out.close();
+  REQUIRE(out, path, " cannot be written");
+  double worst = 0;
+  int differ = 0;
+  for (const Job& j : jobs) worst = std::max(worst, difference(j, jobs[0])), differ += differing(j);
+  printf("\nlargest difference of a loss from serial %.1e (at most 1e-4), %d numbers differ from their formula; report: %s\n", worst, differ, path.c_str());
+  return worst <= 1e-4 && differ == 0 ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    REQUIRE(argc == 3, "usage: compare DIR REPORT.html");
+    return run(argv[1], argv[2]);
+  } catch (const std::exception& e) {
+    fprintf(stderr, "compare: %s\n", e.what());
+    return 1;
+  }
+}

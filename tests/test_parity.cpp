@@ -1,0 +1,186 @@
+// test_parity.cpp: the parity matrix. Every mesh pp x replicate x fsdp x tp of up to 8 ranks against one rank in f64, with a covering set of settings:
+// whatever axes a mesh has, any two values of any two settings that matter there come together in some mesh with those axes.
+// `make parity` runs all of it, one mpiexec a world size, and prints one table; `make test` runs one setting a mesh (test_parity first).
+#include <map>
+#include <set>
+
+#include "tests/parity.h"
+
+namespace {
+
+const GptConfig kConfig = [] {  // 17 layers, 9 heads, 13 words: most axes divide none of them
+  GptConfig g{17, 18, 9, 5, 13};
+  g.dtype = Dtype::f64;
+  return g;
+}();
+constexpr int kMostRanks = 8;
+
+int64_t batch_of(int ranks) { return 4 * ranks; }  // divides by data-parallel ranks times micro-batches of any setting below
+
+// ---- settings: a value of each factor
+
+enum Factor { zero, reshard, prefetch, schedule, rows, recompute, microbatches, attention, kFactors };
+constexpr int kValues[kFactors] = {3, 2, 3, 4, 2, 2, 3, 2};
+constexpr const char* kSchedules[] = {"gpipe", "1f1b", "interleaved", "zb"};
+using Setting = std::array<int, kFactors>;
+
+// A value that changes nothing in this mesh counts as absent, and only its first is tried.
+bool matters(const Layout& l, const Setting& s, int factor) {
+  switch (factor) {
+    case zero: case prefetch: return l.fsdp > 1;
+    case reshard: return l.fsdp > 1 && s[zero] == 2;
+    case schedule: return l.pp > 1;
+    case rows: return l.tp > 1;
+    default: return true;
+  }
+}
+bool allowed(const Layout& l, const Setting& s) {
+  for (int f = 0; f < kFactors; f++)
+    if (s[size_t(f)] && !matters(l, s, f)) return false;
+  return l.pp == 1 || s[schedule] != 2 || s[microbatches] > 0;  // interleaved: p or 2 p micro-batches
+}
+
+int64_t microbatches_of(const Layout& l, const Setting& s) {
+  const int64_t m = int64_t(1) << s[microbatches];
+  return l.pp > 1 && s[schedule] == 2 ? l.pp * m / 2 : m;
+}
+
+TrainerOptions options_of(const Layout& l, const Setting& s) {
+  TrainerOptions o;
+  o.batch = batch_of(l.ranks()), o.microbatch = o.batch / (microbatches_of(l, s) * l.replicate * l.fsdp);
+  o.fsdp = {1 + s[zero], s[reshard] == 0, s[prefetch]};
+  o.schedule = kSchedules[s[schedule]], o.chunks = s[schedule] == 2 ? 2 : 1;
+  return o;
+}
+GptConfig config_of(const Setting& s) {
+  GptConfig g = kConfig;
+  g.sequence_parallel = s[rows], g.recompute = s[recompute], g.attention = s[attention] ? AttentionKind::flash : AttentionKind::plain;
+  return g;
+}
+std::string name_of(const Layout& l, const Setting& s) {
+  const TrainerOptions o = options_of(l, s);
+  return sentence(to_string(l), ", zero ", o.fsdp.zero, o.fsdp.reshard ? "" : " without reshard", ", prefetch ", o.fsdp.prefetch, ", ", o.schedule, ", ",
+                  microbatches_of(l, s), " micro-batches", s[rows] ? ", by rows" : "", s[recompute] ? ", recompute" : "", s[attention] ? ", flash" : "");
+}
+
+// ---- the covering set
+
+using Pair = std::array<int, 5>;  // which axes the mesh has, factor and value, factor and value
+std::vector<Pair> pairs_of(const Layout& l, const Setting& s) {
+  std::vector<Pair> pairs;
+  const int axes = (l.pp > 1) * 8 + (l.replicate > 1) * 4 + (l.fsdp > 1) * 2 + (l.tp > 1);
+  for (int f = 0; f < kFactors; f++)
+    for (int g = f + 1; g < kFactors; g++)
+      if (matters(l, s, f) && matters(l, s, g)) pairs.push_back({axes, f, s[size_t(f)], g, s[size_t(g)]});
+  return pairs;
+}
+
+std::vector<Layout> all_layouts() {
+  std::vector<Layout> layouts;
+  for (int n = 1; n <= kMostRanks; n++)
+    for (int pp = 1; pp <= n; pp++)
+      for (int replicate = 1; replicate <= n; replicate++)
+        for (int fsdp = 1; fsdp <= n; fsdp++)
+          if (n % (pp * replicate * fsdp) == 0) layouts.push_back({pp, replicate, fsdp, n / (pp * replicate * fsdp)});
+  return layouts;
+}
+
+template <class Visit> void each_setting(Visit visit) {
+  Setting s{};
+  for (int f = 0; f < kFactors;) {
+    visit(s);
+    for (f = 0; f < kFactors && ++s[size_t(f)] == kValues[f]; f++) s[size_t(f)] = 0;
+  }
+}
+
+struct Cell { Layout layout; std::vector<Setting> settings; };
+
+// Greedy: meshes take turns, each takes the setting that brings most new pairs, until none brings any; every mesh has at least one.
+std::vector<Cell> matrix() {
+  std::set<Pair> covered;
+  std::vector<Cell> cells;
+  for (const Layout& l : all_layouts()) cells.push_back({l, {}});
+  for (bool more = true; more;) {
+    more = false;
+    for (Cell& cell : cells) {
+      Setting best{};
+      int most = cell.settings.empty() ? -1 : 0;
+      each_setting([&](const Setting& s) {
+        if (!allowed(cell.layout, s)) return;
+        int fresh = 0;
+        for (const Pair& p : pairs_of(cell.layout, s)) fresh += !covered.count(p);
+        if (fresh > most) most = fresh, best = s;
+      });
+      if (most < 0 || (most == 0 && !cell.settings.empty())) continue;
+      for (const Pair& p : pairs_of(cell.layout, best)) covered.insert(p);
+      cell.settings.push_back(best);
+      more = true;
+    }
+  }
+  return cells;
+}
+
+// ---- running it
+
+struct Reference { Run run; std::vector<std::vector<double>> initial; };
+Reference reference_of(int ranks) {
+  Gpt gpt(kConfig, 1337);
+  Reference r{one_rank(kConfig, batch_of(ranks), kSteps), {}};
+  for (Param* p : gpt.params()) r.initial.push_back(download(p->value));
+  return r;
+}
+
+void run_matrix(size_t settings_a_mesh) {
+  const Reference reference = reference_of(job().size);
+  Difference worst;
+  int settings = 0;
+  for (const Cell& cell : matrix()) {
+    const Layout& l = cell.layout;
+    if (l.ranks() != job().size) continue;
+    Mesh mesh = open_mesh(job(), l);
+    Difference of_mesh;
+    size_t done = 0;
+    for (; done < std::min(settings_a_mesh, cell.settings.size()); done++) {
+      const Setting& s = cell.settings[done];
+      if (done == 0) {
+        Trainer trainer(mesh, config_of(s), options_of(l, s));
+        CHECK(whole_model(mesh, trainer, &Fsdp::whole_weights) == reference.initial, name_of(l, s), ": initial weights differ from one rank's");
+      }
+      const Difference d = compare(many_ranks(mesh, config_of(s), options_of(l, s), kSteps), reference.run);
+      CHECK_LE(d.worst(), 1e-12, name_of(l, s), ": loss ", d.loss, " gradients ", d.gradients, " norm ", d.norm, " weights ", d.weights);
+      of_mesh.widen(d);
+    }
+    close_mesh(mesh);
+    worst.widen(of_mesh);
+    settings += int(done);
+    if (job().speaks)
+      printf("  %5d %4d %9d %5d %3d %9d   %8.1e %9.1e %8.1e %8.1e\n", l.ranks(), l.pp, l.replicate, l.fsdp, l.tp, int(done), of_mesh.loss, of_mesh.gradients,
+             of_mesh.norm, of_mesh.weights), fflush(stdout);
+  }
+  measured(settings, " settings: loss ", worst.loss, ", gradients ", worst.gradients, ", norm ", worst.norm, ", weights ", worst.weights, "; the same initial bits");
+}
+
+}  // namespace
+
+TEST(any_two_values_of_settings_meet_in_every_kind_of_mesh) {
+  std::set<Pair> wanted, got;
+  size_t settings = 0;
+  const std::vector<Cell> cells = matrix();
+  for (const Cell& cell : cells) {
+    each_setting([&](const Setting& s) {
+      if (allowed(cell.layout, s))
+        for (const Pair& p : pairs_of(cell.layout, s)) wanted.insert(p);
+    });
+    for (const Setting& s : cell.settings)
+      for (const Pair& p : pairs_of(cell.layout, s)) got.insert(p);
+    CHECK(!cell.settings.empty(), to_string(cell.layout));
+    settings += cell.settings.size();
+  }
+  CHECK(wanted == got, wanted.size(), " pairs, of which ", got.size(), " are covered");
+  measured(cells.size(), " meshes, ", settings, " settings, ", wanted.size(), " pairs");
+}
+
+TEST(first_setting_of_every_mesh_equals_one_rank_in_f64) { run_matrix(1); }
+TEST(whole_matrix_equals_one_rank_in_f64) { run_matrix(SIZE_MAX); }
+
+int main(int argc, char** argv) { return run_mpi_tests(argc, argv); }
