@@ -180,6 +180,13 @@ std::string html(const Table& t) {
 
 const char* const kColours[] = {"c0", "c1", "c2", "c3", "c4", "c5"};
 
+// A round number near x: 1, 2 or 5 times a power of ten
+double round_step(double x) {
+  if (x <= 0) return 1;
+  const double power = std::pow(10, std::floor(std::log10(x)));
+  return power * (x / power >= 5 ? 5 : x / power >= 2 ? 2 : 1);
+}
+
 // Bars, one a row or two: the second is what the formula says. Parts are stacked; the number at the end is their sum.
 struct Bar { std::string label; std::vector<double> parts, predicted; };
 std::string bars(const std::string& title, const std::string& unit, const std::vector<std::string>& parts, const std::vector<Bar>& all) {
@@ -190,10 +197,7 @@ std::string bars(const std::string& title, const std::string& unit, const std::v
       for (double v : *values) sum += v;
       most = std::max(most, sum);
     }
-  const double left = 84, wide = 196, row = 31, top = 44, bottom = top + row * double(all.size()), step = [&] {
-    const double power = std::pow(10, std::floor(std::log10(most / 3)));
-    return power * (most / 3 / power >= 5 ? 5 : most / 3 / power >= 2 ? 2 : 1);
-  }();
+  const double left = 92, wide = 190, row = 31, top = 44, bottom = top + row * double(all.size()), step = round_step(most / 3);
   std::ostringstream svg;
   svg << "<figure><svg viewBox='0 0 360 " << bottom + 42 << "' role='img'><title>" << title << "</title>\n";
   for (size_t i = 0; i < parts.size(); i++)
@@ -220,28 +224,42 @@ std::string bars(const std::string& title, const std::string& unit, const std::v
   return svg.str() + "</svg><figcaption>" + title + "</figcaption></figure>\n";
 }
 
-std::string curves(const std::vector<Job>& jobs) {
+struct Line { std::string name; std::vector<double> y; };
+// Over steps; the first lines are drawn widest, so that equal ones all show.
+std::string lines(const std::string& caption, const std::string& y_title, const std::vector<Line>& all) {
   double low = 1e30, high = 0;
-  for (const Job& j : jobs)
-    for (double l : j.losses) low = std::min(low, l), high = std::max(high, l);
-  const size_t n = jobs[0].losses.size();
-  const double left = 40, wide = 300, top = 12, tall = 190;
-  const auto y = [&](double l) { return top + tall * (high - l) / (high - low); };
+  for (const Line& l : all)
+    for (double v : l.y) low = std::min(low, v), high = std::max(high, v);
+  const size_t n = all[0].y.size();
+  const double left = 48, wide = 296, top = 22, tall = 180, step = round_step((high - low) / 4);
+  const auto x = [&](size_t k) { return left + wide * double(k) / double(n - 1); };
+  const auto y = [&](double v) { return top + tall * (high - v) / std::max(high - low, 1e-300); };
   std::ostringstream svg;
-  svg << "<figure><svg viewBox='0 0 360 250' role='img'><title>Loss curves of all strategies</title>\n";
-  for (double l = std::ceil(low * 2) / 2; l <= high; l += 0.5)
-    svg << "<line class=grid x1='" << left << "' x2='" << left + wide << "' y1='" << y(l) << "' y2='" << y(l) << "'/><text class=end x='" << left - 5 << "' y='" << y(l) + 4 << "'>" << format("%.1f", l) << "</text>\n";
-  for (size_t k = 0; k < n; k += std::max<size_t>(1, n / 5)) svg << "<text class=mid x='" << left + wide * double(k) / double(n - 1) << "' y='" << top + tall + 16 << "'>" << k + 1 << "</text>";
-  svg << "<text class=mid x='" << left + wide / 2 << "' y='" << top + tall + 34 << "'>step</text><text x='" << left + 6 << "' y='" << top + 8 << "'>loss, nats a token</text>\n";
-  double worst = 0;
-  for (size_t i = 0; i < jobs.size(); i++) {
-    svg << "<polyline class='l" << i % 6 << "' stroke-width='" << 7 - 6.0 * double(i) / double(jobs.size()) << "' points='";
-    for (size_t k = 0; k < n; k++) svg << left + wide * double(k) / double(n - 1) << "," << y(jobs[i].losses[k]) << " ";
-    svg << "'><title>" << jobs[i].name << "</title></polyline>\n";
-    worst = std::max(worst, difference(jobs[i], jobs[0]));
+  svg << "<figure><svg viewBox='0 0 360 250' role='img'><title>" << caption << "</title>\n<text x='4' y='12'>" << y_title << "</text>\n";
+  for (double v = std::ceil(low / step) * step; v <= high * (1 + 1e-9); v += step)
+    svg << "<line class=grid x1='" << left << "' x2='" << left + wide << "' y1='" << y(v) << "' y2='" << y(v) << "'/><text class=end x='" << left - 5 << "' y='" << y(v) + 4 << "'>" << format("%.3g", v) << "</text>\n";
+  for (size_t k = 0; k < n; k += std::max<size_t>(1, n / 5)) svg << "<text class=mid x='" << x(k) << "' y='" << top + tall + 16 << "'>" << k + 1 << "</text>";
+  svg << "<text class=mid x='" << left + wide / 2 << "' y='" << top + tall + 34 << "'>step</text>\n";
+  for (size_t i = 0; i < all.size(); i++) {
+    svg << "<polyline class='l" << i % 6 << "' stroke-width='" << 7 - 6.0 * double(i) / double(all.size()) << "' points='";
+    for (size_t k = 0; k < n; k++) svg << x(k) << "," << y(all[i].y[k]) << " ";
+    svg << "'><title>" << all[i].name << "</title></polyline>\n";
   }
-  return svg.str() + "</svg><figcaption>" + sentence(jobs.size(), " loss curves on top of each other, the first ones drawn widest: they differ by ", format("%.1e", worst), " of the loss at most.") +
-         "</figcaption></figure>\n";
+  return svg.str() + "</svg><figcaption>" + caption + "</figcaption></figure>\n";
+}
+
+std::string curves(const std::vector<Job>& jobs) {
+  std::vector<Line> losses, differences;
+  double worst = 0;
+  for (const Job& j : jobs) {
+    losses.push_back({j.name, j.losses});
+    std::vector<double> d;
+    for (size_t i = 0; i < j.losses.size(); i++) d.push_back(1e7 * std::abs(j.losses[i] - jobs[0].losses[i]) / jobs[0].losses[i]);
+    differences.push_back({j.name, d});
+    worst = std::max(worst, difference(j, jobs[0]));
+  }
+  return lines(sentence(jobs.size(), " loss curves on top of each other, the first ones drawn widest."), "loss, nats a token", losses) +
+         lines(format("How far each is from serial: %.1e at most, the rounding of f32.", worst), "relative difference, in units of 1e-7", differences);
 }
 
 std::string timelines(const std::vector<Job>& jobs) {
@@ -283,7 +301,7 @@ std::string promises(const std::vector<Job>& jobs, const std::map<std::string, d
                       format("A large book cut in slices: each of %d people keeps %.2f of %.2f MiB of pages.", fsdp->ranks, of(fullest(*fsdp), "parameters", "now"), of(fullest(serial), "parameters", "now")),
                       format("Moderate: %.2f MiB a step and rank in all-gathers and reduce-scatters, %.0f calls.", step(*fsdp), sent(*fsdp, 0).calls)});
   if (tp) {
-    const std::string speed = token_ms.count("tp") ? format("Latency: one token of text takes %.2f ms on one rank, %.2f with --tp 2 (%.2fx).", token_ms.at("one"), token_ms.at("tp"), token_ms.at("one") / token_ms.at("tp"))
+    const std::string speed = token_ms.count("tp") ? format("Latency: one token of gpt2 takes %.2f ms on one rank, %.2f with --tp 2 (%.2fx).", token_ms.at("one"), token_ms.at("tp"), token_ms.at("one") / token_ms.at("tp"))
                                                    : std::string("Latency: not measured here (ONLY=generate).");
     t.rows.push_back({"Tensor parallel", speed, format("%d people on different parts of one problem: each multiplies with %.2f of %.2f MiB of weights.", tp->ranks, of(fullest(*tp), "parameters", "now"), of(fullest(serial), "parameters", "now")),
                       format("Very high: %.2f MiB a step and rank, in %.0f calls which all wait for.", step(*tp), sent(*tp, 0).calls)});
@@ -302,7 +320,7 @@ body { margin:0 auto; padding:1rem; max-width:1240px; background:var(--paper); c
 h1 { font-size:1.6rem; margin:.2em 0; } h2 { font-size:1.2rem; margin:2em 0 .5em; } p, li { max-width:70ch; }
 nav a { display:inline-block; margin-right:1em; padding:.4em 0; } a { color:var(--c0); }
 .cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr)); gap:1.5rem; }
-figure { margin:0; min-width:0; } figure svg { display:block; width:100%; height:auto; } figcaption { color:var(--soft); font-size:.9rem; }
+figure { margin:0; min-width:0; } figure svg { display:block; width:100%; max-width:600px; height:auto; } .scroll svg { max-width:max(100%,700px); height:auto; } figcaption { color:var(--soft); font-size:.9rem; }
 svg text { font:11px system-ui,sans-serif; fill:var(--ink); } svg .small { font-size:9px; } svg .mid { text-anchor:middle; } svg .end { text-anchor:end; } svg .grid { stroke:var(--grid); }
 .c0 { fill:var(--c0); } .c1 { fill:var(--c1); } .c2 { fill:var(--c2); } .c3 { fill:var(--c3); } .c4 { fill:var(--c4); } .c5 { fill:var(--c5); } .formula { fill-opacity:.45; }
 polyline { fill:none; } .l0 { stroke:var(--c0); } .l1 { stroke:var(--c1); } .l2 { stroke:var(--c2); } .l3 { stroke:var(--c3); } .l4 { stroke:var(--c4); } .l5 { stroke:var(--c5); }
@@ -358,7 +376,7 @@ int run(const std::string& dir, const std::string& path) {
   std::map<std::string, double> token_ms;
   std::ifstream tokens(dir + "/tokens.txt"), about(dir + "/about.txt");
   for (std::string name; tokens >> name;) tokens >> token_ms[name];
-  if (token_ms.count("tp")) printf("\nOne token of text: %.2f ms on one rank, %.2f with --tp 2 (%.2fx)\n", token_ms["one"], token_ms["tp"], token_ms["one"] / token_ms["tp"]);
+  if (token_ms.count("tp")) printf("\nOne token of gpt2: %.2f ms on one rank, %.2f with --tp 2 (%.2fx)\n", token_ms["one"], token_ms["tp"], token_ms["one"] / token_ms["tp"]);
   std::string common, device;
   std::getline(about, common), std::getline(about, device);
   std::ofstream out(path);

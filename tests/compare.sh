@@ -28,6 +28,7 @@ fits() { [ "$backend" = cpu ] || [ "$shared" = 1 ] || [ "$1" -le "$gpus" ]; }  #
 again() { [ -z "$only" ] || [ "${1#"$only"}" != "$1" ]; }
 
 began=$SECONDS failed=0
+[ -z "$only" ] || { jobs | cut -f1; echo generate; } | grep -q "^$only" || { echo "make compare: ONLY is '$only', expected the beginning of one of: $(jobs | cut -f1 | tr '\n' ' ')generate"; exit 1; }
 : >$dir/jobs.txt
 printf '%s\n%s\n' "$common" "$(build/train_gpt --model tiny --layers 1 --steps 1 | sed -n 's/^device *//p'), $cores cores" >$dir/about.txt
 while IFS=$'\t' read -r name ranks options; do
@@ -45,9 +46,9 @@ while IFS=$'\t' read -r name ranks options; do
 done < <(jobs)
 [ $failed = 0 ] || exit 1
 if again generate && { [ "$backend" = cpu ] || [ "$gpus" -ge 2 ] || [ "$shared" = 1 ]; }; then
-  echo "  generate        mpiexec -n 1 and 2 build/generate --model char --tp 1 and 2"
+  echo "  generate        mpiexec -n 1 and 2 build/generate --model gpt2 --tp 1 and 2"
   for n in 1 2; do
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive mpiexec -n $n build/generate --tp $n --model char --prompt "// tensor" --tokens 100 --temperature 0 2>"$dir/generate-$n.out" >/dev/null </dev/null || { tail -3 "$dir/generate-$n.out"; exit 1; }
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive mpiexec -n $n build/generate --tp $n --model gpt2 --prompt "1 2 3" --tokens 30 --temperature 0 2>"$dir/generate-$n.out" >/dev/null </dev/null || { tail -3 "$dir/generate-$n.out"; exit 1; }
     echo "$([ $n = 1 ] && echo one || echo tp) $(sed -n 's/.*median \([0-9.]*\).*/\1/p' "$dir/generate-$n.out" | head -1)"
   done >$dir/tokens.txt
 fi
