@@ -37,6 +37,9 @@ template <int kRun, class T, class F> __device__ __forceinline__ void write_run(
     Pack<T, kRun> run;
     for (int e = 0; e < kRun; e++) run.v[e] = store<T>(value(e));
     store_pack<kRun>(p, run);
+  } else if constexpr (kWarp > 1) {  // `value` reads registers, which have no index: a turn for each
+    UNROLL for (int e = 0; e < kRun; e++)
+      if (e < inside) p[e] = store<T>(value(e));
   } else {
     const int end = inside < kRun ? inside : kRun;
     INDEPENDENT

@@ -95,6 +95,13 @@ template <int kThreads, int N, class F> __device__ __forceinline__ void sum_row(
   for (int i = 4 * quarter; i < width; i++) f(i);
 }
 
+// FAST: asks for what the next block will read while this one computes. A GPU has other blocks in flight for that.
+template <class T> __device__ __forceinline__ void ask_for([[maybe_unused]] const T* next, [[maybe_unused]] int count) {
+#ifdef CPU_FAST
+  for (int64_t i = 0; i < int64_t(count * sizeof(T)); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(next) + i);
+#endif
+}
+
 // ---- reductions over a block
 
 template <class A> struct Sum {

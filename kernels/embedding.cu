@@ -81,6 +81,7 @@ __global__ void __launch_bounds__(256) segment_kernel(acc_t<T>* dwte, acc_t<T>* 
     bool from_before = tokens[order[begin]] == before;
     for (int j = begin; j < end; j++) {
       const int row = order[j], token = tokens[row], next = j + 1 < end ? tokens[order[j + 1]] : -1;
+      if (next >= 0) ask_for(dx + int64_t(order[j + 1]) * C + i, n), ask_for(dwte + int64_t(next) * C + i, n);
       add_row<N>(sum, dx + int64_t(row) * C + i, n);
       if (token == next) continue;
       if (from_before) put_sum<N, false>(part + i, sum, n);

@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
   if constexpr (kAdd) for_row<kForwardThreads, N>(C, take);
   else sum_row<kForwardThreads, N>(C, take);
   if (kAdd) in = sum + row;
+  else ask_for(x + row + C, C);  // with h there is more to wait for anyway
   if (keep) in = kept;  // a thread reads what it wrote itself: no barrier
   const A m = block_reduce<Sum>(total) / C;
 

@@ -123,7 +123,7 @@ template <class A> struct Tiles {  // A what sums run in
 
 // c (m,n) = alpha a b + c * add, batch blockIdx.z; a block owns a tile; reads a n / kJ and b m / kI times, writes c once; any m, n, k
 template <class T, class U>
-__global__ void __launch_bounds__(256) matmul_simt(Operand<T> a, Operand<T> b, Result<U> c, int m, int n, int k, acc_t<T> alpha) {
+__global__ void __launch_bounds__(256, 2) matmul_simt(Operand<T> a, Operand<T> b, Result<U> c, int m, int n, int k, acc_t<T> alpha) {
   using A = acc_t<T>;
   using S = Tiles<A>;
   __shared__ alignas(64) A tiles[S::kBuffers][2][S::kK * S::kLd];  // of a and b, as [k][x]

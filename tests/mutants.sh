@@ -19,7 +19,7 @@ mutant() {
   [ -z "$only" ] || [ "$only" = "$group" ] || return 0
   sed -E "$change" "$file" >"$work/$name.cpp"
   if cmp -s "$file" "$work/$name.cpp"; then echo "FAIL $name  the change no longer applies to $file"; failed=$((failed + 1)); return; fi
-  $compile -I"$(dirname "$file")" -Wno-error -O0 -c "$work/$name.cpp" -o "$work/$name.o" 2>"$work/$name.log" ||
+  $compile -I"$(dirname "$file")" -Wno-error -O0 -g0 -c "$work/$name.cpp" -o "$work/$name.o" 2>"$work/$name.log" ||
     { echo "FAIL $name  does not compile: $(head -1 "$work/$name.log")"; failed=$((failed + 1)); return; }
   local others; others=$(echo $objects | tr ' ' '\n' | grep -v "obj/$file.o")
   $link "build/cpu/obj/tests/$test.cpp.o" $others "$work/$name.o" -o "$work/$name" -ldnnl -fopenmp 2>"$work/$name.log" ||

@@ -11,9 +11,9 @@ backends=("$@")
 
 kernels="test_cpu test_tensor test_kernels test_matmul test_attention test_decode test_autograd test_golden"  # the core, in every form
 alone="test_support test_schedule"                                                                 # plain C++
-ranks="test_fsdp test_tensor_parallel test_pipeline"                                               # under mpiexec -n 1, 2, 3, 4, 6, 8; test_fsdp not on 6
+ranks="test_fsdp test_tensor_parallel test_pipeline"                                               # under mpiexec -n 1, 2, 3, 4, 8
 few="test_generator"                                                                               # under mpiexec -n 1, 2, 3, 4
-worlds="1 2 3 4 6 8"
+parity="test_parity"                                                                               # a sample under mpiexec -n 4, 8; `make parity` runs all
 comm="test_comm"                                                                                   # under mpiexec -n 1, 2, 4, 8
 referee="test_nccl"                                                                                # under mpiexec -n 8
 cores=$(nproc)
@@ -42,18 +42,22 @@ run() {
 
 for backend in "${backends[@]}"; do
   programs="$kernels"
-  [ "$backend" = cpu ] && programs="$kernels $alone $comm $ranks $few $referee"
-  [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks $few"
+  [ "$backend" = cpu ] && programs="$kernels $alone $comm $ranks $few $parity $referee"
+  [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks $few $parity"
   [ "$backend" = ptx ] && programs="test_tensor test_decode test_golden"  # every op, through the golden model; under a PTX runner the other programs take too long
   targets=""
   for p in $programs; do targets="$targets build/$backend/tests/$p"; done
   make --no-print-directory -j"$cores" BACKEND="$backend" $targets $([ "$backend" = cpu ] && echo build build/cpu/tests/test_checkpoint) $([ "$backend" = ptx ] && echo build/ptx/train_gpt) || { echo "FAIL the $backend build"; failed=$((failed + 1)); continue; }
   for p in $programs; do
-    case $p in $comm) sizes="1 2 4 8" ;; $few) sizes="1 2 3 4" ;; $referee) sizes=8 ;; test_fsdp) sizes="1 2 3 4 8" ;; *) case " $ranks " in *" $p "*) sizes=$worlds ;; *) sizes="" ;; esac ;; esac
+    filter=""
+    case $p in
+      $comm) sizes="1 2 4 8" ;; $few) sizes="1 2 3 4" ;; $parity) sizes="4 8" filter=first_setting ;; $referee) sizes=8 ;;
+      *) case " $ranks " in *" $p "*) sizes="1 2 3 4 8" ;; *) sizes="" ;; esac ;;
+    esac
     [ -n "$sizes" ] || run "$backend/$p" "build/$backend/tests/$p"
     for n in $sizes; do
       threads=$((cores / n)); [ $threads -gt 0 ] || threads=1
-      run "$backend/$p, $n ranks" env OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive mpiexec -n "$n" "build/$backend/tests/$p"
+      run "$backend/$p, $n ranks" env OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive mpiexec -n "$n" "build/$backend/tests/$p" $filter
     done
   done
   [ "$backend" = ptx ] && run "the CUDA build trains to the CPU build's losses" tests/test_ptx_train.sh
@@ -63,6 +67,7 @@ for backend in "${backends[@]}"; do
       run "cpu/$test, $n ranks, queued streams" env THREEFOLD_STREAMS=queued:$n THREEFOLD_REFEREE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive mpiexec -n $n build/cpu/tests/$test one_rank_in_f64
     done
   done
+  run "the parity matrix covers every pair of settings" build/cpu/tests/test_parity any_two
   run "removed event waits are caught" tests/mutants.sh waits
   run "train_gpt from outside" tests/test_cli.sh
   run "checkpoints" tests/test_checkpoint.sh

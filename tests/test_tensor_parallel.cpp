@@ -1,5 +1,5 @@
 // test_tensor_parallel.cpp: tensor parallelism, alone and with FSDP or copies, equals one rank, in f64 to rounding; bytes and memory equal the
-// formulas exactly. Run under mpiexec -n 1, 2, 3, 4, 6, 8: every layout with tp > 1 of the world's size and at most one other axis, each with the
+// formulas exactly. Run under mpiexec -n 1, 2, 3, 4, 8: every layout with tp > 1 of the world's size and at most one other axis, each with the
 // settings of a table. In f32, bf16 and f64, which on 6 and 8 ranks take turns in the formulas' test.
 #include "tests/parity.h"
 
