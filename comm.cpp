@@ -64,6 +64,23 @@ void barrier() {
   wait(request);
 }
 
+std::vector<std::string> gather_text(const std::string& mine) {
+  int rank = 0, ranks = 1;
+  const int length = int(mine.size());
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank), MPI_Comm_size(MPI_COMM_WORLD, &ranks);
+  std::vector<int> lengths(size_t(ranks), 0), at(size_t(ranks), 0);
+  MPI_Request request;
+  MPI_Igather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, 0, MPI_COMM_WORLD, &request);
+  wait(request);
+  for (size_t r = 1; r < at.size(); r++) at[r] = at[r - 1] + lengths[r - 1];
+  std::string all(size_t(rank ? 0 : at.back() + lengths.back()), ' ');
+  MPI_Igatherv(mine.data(), length, MPI_CHAR, all.data(), lengths.data(), at.data(), MPI_CHAR, 0, MPI_COMM_WORLD, &request);
+  wait(request);
+  std::vector<std::string> texts;
+  for (size_t r = 0; r < at.size() && !rank; r++) texts.push_back(all.substr(size_t(at[r]), size_t(lengths[r])));
+  return texts;
+}
+
 // ---- the job
 
 Job::Job(int* argc, char*** argv) {

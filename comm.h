@@ -74,6 +74,7 @@ class Job {
 // Host-side MPI without a spinning core: started non-blocking, then tested, yielding between tests.
 void wait(MPI_Request& request);
 void barrier();
+std::vector<std::string> gather_text(const std::string& mine);  // of all ranks, on rank 0; nothing elsewhere
 
 // ---- the mesh
 

@@ -26,18 +26,11 @@ static std::vector<int64_t> collect(const Mesh& mesh, const std::vector<int64_t>
   return all;
 }
 
-// The texts of all ranks as members of a JSON array, on rank 0.
-static std::string array(const Mesh& mesh, const std::string& mine) {
-  const std::vector<int64_t> lengths = collect(mesh, {int64_t(mine.size())});
-  std::vector<int> counts(lengths.begin(), lengths.end()), starts(lengths.size(), 0);
-  for (size_t r = 1; r < counts.size(); r++) starts[r] = starts[r - 1] + counts[r - 1];
-  std::string all(mesh.rank == 0 ? size_t(starts.back() + counts.back()) : 0, ' ');
-  MPI_Request request;
-  MPI_Igatherv(mine.data(), int(mine.size()), MPI_CHAR, all.data(), counts.data(), starts.data(), MPI_CHAR, 0, MPI_COMM_WORLD, &request);
-  wait(request);
+// The members of all ranks in one JSON array, on rank 0.
+static std::string array(const std::string& mine) {
   std::string s;
-  for (size_t r = 0; mesh.rank == 0 && r < counts.size(); r++)
-    if (counts[r]) s += (s.empty() ? "" : ",") + all.substr(size_t(starts[r]), size_t(counts[r]));
+  for (const std::string& of_rank : gather_text(mine))
+    if (!of_rank.empty()) s += (s.empty() ? "" : ",") + of_rank;
   return "[" + s + "]";
 }
 
@@ -193,7 +186,7 @@ std::string compare_with_theory(const Mesh& mesh, const Trainer& trainer, const 
   std::string pipeline_json, communication_json;
   const std::string communicating = communication_line(mesh, communication, communication_json);
   const std::string pipeline = trainer.pipeline && trainer.pipeline->timed ? pipeline_table(mesh, trainer, trace, pipeline_json) : "";
-  const std::string memory = array(mesh, memory_json(mesh.rank, m, t, trainer.kept_activations())), sent = array(mesh, traffic_json(mesh.rank, rows));
+  const std::string memory = array(memory_json(mesh.rank, m, t, trainer.kept_activations())), sent = array(traffic_json(mesh.rank, rows));
   metrics.summary(sentence("\"layout\":{\"pp\":", l.pp, ",\"replicate\":", l.replicate, ",\"fsdp\":", l.fsdp, ",\"tp\":", l.tp, "},\"memory\":", memory, ",\"traffic\":", sent,
                            communication_json, pipeline_json));
   return memory_table(m, t, trainer.kept_activations()) + traffic_table(rows, steps) + communicating + pipeline;

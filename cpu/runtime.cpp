@@ -523,6 +523,7 @@ namespace {
 // part(begin, end) over [0, bytes): on all cores when there is enough.
 template <class Part> void in_parts(size_t bytes, Part part) {
   constexpr size_t kWorthIt = 1 << 20;
+  if (bytes == 0) return;  // there may be no memory to point to
   if (bytes < kWorthIt || omp_get_max_threads() == 1) return part(0, bytes);
 #pragma omp parallel
   {

@@ -218,21 +218,6 @@ template <class Work> static void collectively(const Job& job, Work work) {
   REQUIRE(error.empty(), error);
 }
 
-static std::vector<std::string> gather_text(const Job& job, const std::string& mine) {  // on rank 0
-  std::vector<int> lengths(size_t(job.size)), at(size_t(job.size), 0);
-  const int length = int(mine.size());
-  MPI_Request request;
-  MPI_Igather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, 0, MPI_COMM_WORLD, &request);
-  wait(request);
-  for (size_t r = 1; r < at.size(); r++) at[r] = at[r - 1] + lengths[r - 1];
-  std::string all(size_t(job.rank ? 0 : at.back() + lengths.back()), ' ');
-  MPI_Igatherv(mine.data(), length, MPI_CHAR, all.data(), lengths.data(), at.data(), MPI_CHAR, 0, MPI_COMM_WORLD, &request);
-  wait(request);
-  std::vector<std::string> texts;
-  for (size_t r = 0; r < at.size() && !job.rank; r++) texts.push_back(all.substr(size_t(at[r]), size_t(lengths[r])));
-  return texts;
-}
-
 void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t keep, const Job& job, const Mesh& mesh, const std::vector<Shard>& shards) {
   const std::string path = dir + "/" + step_name(info.step);
   std::vector<SavedPiece> mine;
@@ -249,7 +234,7 @@ void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t
   try {
     std::string text;
     collectively(job, [&] { text = write_files(path, job.rank, mine, true).dump(); });
-    const std::vector<std::string> texts = gather_text(job, text);
+    const std::vector<std::string> texts = gather_text(text);
     collectively(job, [&] {
       Json ranks = Json::array();
       for (const std::string& t : texts) ranks.push_back(Json::parse(t));
