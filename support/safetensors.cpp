@@ -1,4 +1,4 @@
-// safetensors.cpp: see safetensors.h. JSON is read by nlohmann/json, checksums are xxHash's: both header-only.
+// safetensors.cpp: see safetensors.h. JSON is read by nlohmann/json, checksums are xxHash's.
 #include "support/safetensors.h"
 
 #include <fcntl.h>
@@ -8,8 +8,8 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <nlohmann/json.hpp>
-#define XXH_INLINE_ALL
 #include <xxhash.h>
 
 static_assert(std::endian::native == std::endian::little, "safetensors are little-endian");
@@ -22,13 +22,13 @@ class OutputFile {  // keeps a checksum of what goes through it
  public:
   explicit OutputFile(const std::string& path) : path_(path), fd_(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
     REQUIRE(fd_ >= 0, path_, " cannot be created: ", strerror(errno));
-    XXH3_64bits_reset(&hash_);
+    XXH3_64bits_reset(hash_.get());
   }
   ~OutputFile() { if (fd_ >= 0) close(fd_); }
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;
   void write(const void* from, int64_t bytes) {
-    XXH3_64bits_update(&hash_, from, size_t(bytes));
+    XXH3_64bits_update(hash_.get(), from, size_t(bytes));
     written_.bytes += bytes;
     for (const char* p = static_cast<const char*>(from); bytes > 0;) {
       const ssize_t n = ::write(fd_, p, size_t(bytes));
@@ -45,7 +45,7 @@ class OutputFile {  // keeps a checksum of what goes through it
     const int status = close(fd_);
     fd_ = -1;
     REQUIRE(status == 0, path_, " cannot be written: ", strerror(errno));
-    written_.checksum = XXH3_64bits_digest(&hash_);
+    written_.checksum = XXH3_64bits_digest(hash_.get());
     return written_;
   }
 
@@ -55,7 +55,7 @@ class OutputFile {  // keeps a checksum of what goes through it
   int fd_;
   int64_t flushing_ = 0;
   WrittenFile written_;
-  XXH3_state_t hash_;
+  std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> hash_{XXH3_createState(), XXH3_freeState};
 };
 
 const char* safetensors_name(Dtype dtype) {

@@ -16,7 +16,7 @@ fail() { failed=$((failed + 1)); echo "FAIL $*"; }
 
 # ---- names
 
-code="$(ls *.cpp *.cu *.h Makefile kernels/* support/* cpu/* tests/*)"
+code="$(ls *.cpp *.cu *.h Makefile kernels/* support/* cpu/* tests/*.cpp tests/*.h tests/*.cu tests/*.sh tests/*.py)"
 # the words of the sources, for whole-word lookups
 cat $code | grep -oE '[A-Za-z_][A-Za-z0-9_]*' | sort -u >"$work/words"
 cat $code | grep -oE -- '--[a-z][a-z-]+' | sort -u >"$work/options"
@@ -46,12 +46,12 @@ echo "names    $passed functions, files, options, links and line counts looked u
 
 # ---- commands
 
-# Each command with the number of the output block that follows it, if one does: "page<TAB>line<TAB>command<TAB>output file"
+# Each command, and for the last of a block the output block that follows, if one does: "block<TAB>line<TAB>command<TAB>file of the output"
 extract() {
   awk -v page="$1" -v work="$work" '
     function is_command(s) { return s ~ /^(build\/|mpiexec |make( |$)|tests\/|OMP_[A-Z_]*=)/ }
     /^ *```/ {
-      if (!inside) { inside = 1; lines = 0; kind = ""; next }
+      if (!inside) { inside = 1; lines = 0; kind = ""; blocks++; next }
       inside = 0
       if (kind == "commands") waiting = count; else waiting = 0
       next
@@ -59,12 +59,12 @@ extract() {
     inside {
       line = $0; sub(/^ */, "", line)
       if (!lines++) kind = is_command(line) ? "commands" : waiting ? "output" : "other"
-      if (kind == "commands" && is_command(line)) { count++; command[count] = line; at[count] = NR }
+      if (kind == "commands" && is_command(line)) { count++; command[count] = line; at[count] = NR; block[count] = blocks }
       if (kind == "output") { print $0 > (work "/expected." waiting); has[waiting] = 1 }
       next
     }
     NF { waiting = 0 }
-    END { for (i = 1; i <= count; i++) print page "\t" at[i] "\t" command[i] "\t" (has[i] ? work "/expected." i : "-") }' "$1"
+    END { for (i = 1; i <= count; i++) print block[i] "\t" at[i] "\t" command[i] "\t" (has[i] ? work "/expected." i : "-") }' "$1"
 }
 # Lines of FILE that TEXT lacks: exactly where the line is a table of bytes or a schedule in units, else with any numbers
 missing() {
@@ -80,25 +80,29 @@ missing() {
       }
     }' "$2"
 }
-place=$work/place; mkdir "$place"; ln -s "$root"/* "$place"; rm -f "$place/run"; cp README.md "$place/my.txt"
+place=$work/place
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 lines_compared=0
 for page in $pages; do
-  rm -f "$work"/expected.*
-  while IFS=$'\t' read -r _ at command expected; do
+  rm -rf "$work"/expected.* "$place"; mkdir "$place"; ln -s "$root"/* "$place"; cp README.md "$place/my.txt"  # a fresh directory for each page
+  last=0
+  while IFS=$'\t' read -r block at command expected; do
+    [ "$block" = $last ] || : >"$work/block"
+    last=$block
     bare=$(sed 's/  *#.*//' <<<"$command")
     case $bare in
       "make run"*) actual="$bare ARGS='--steps 3 --sample 20 --eval-every 0'" ;;
-      "make generate"*) actual="$bare CHECKPOINT=docs-model ARGS='--steps 3 --sample 0'" ;;
+      "make generate"*) actual="$bare CHECKPOINT=docs-model ARGS='--steps 3 --sample 20'" ;;
       make*test* | make*bench* | make*compare* | make*parity* | make*mutants* | make*sanitize* | make*check-docs* | make*cuda* | make*deps*) actual="${bare/make/make -n}" ;;
       *) actual=$bare ;;
     esac
     (cd "$place" && timeout 600 bash -c "$actual") >"$work/out" 2>&1 </dev/null
     status=$?
+    cat "$work/out" >>"$work/block"
     refuses=0; [[ $command == *refuses* ]] && refuses=1
     if [ $((status != 0)) != $refuses ]; then fail "$page:$at  $bare  ended with status $status: $(tail -1 "$work/out")"; continue; fi
     if [ "$expected" != - ]; then
-      lost=$(missing "$expected" "$work/out")
+      lost=$(missing "$expected" "$work/block")
       lines_compared=$((lines_compared + $(grep -c . "$expected")))
       if [ -n "$lost" ]; then fail "$page:$at  $bare  does not print: $(head -3 <<<"$lost")"; continue; fi
     fi

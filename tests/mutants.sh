@@ -22,7 +22,7 @@ mutant() {
   $compile -I"$(dirname "$file")" -Wno-error -O0 -g0 -c "$work/$name.cpp" -o "$work/$name.o" 2>"$work/$name.log" ||
     { echo "FAIL $name  does not compile: $(head -1 "$work/$name.log")"; failed=$((failed + 1)); return; }
   local others; others=$(echo $objects | tr ' ' '\n' | grep -v "obj/$file.o")
-  $link "build/cpu/obj/tests/$test.cpp.o" $others "$work/$name.o" -o "$work/$name" -ldnnl -fopenmp 2>"$work/$name.log" ||
+  $link "build/cpu/obj/tests/$test.cpp.o" $others "$work/$name.o" -o "$work/$name" -ldnnl -lxxhash -fopenmp 2>"$work/$name.log" ||
     { echo "FAIL $name  does not link: $(head -1 "$work/$name.log")"; failed=$((failed + 1)); return; }
   local seeds="0"; [ "$streams" = queued ] && seeds="1 2 3"
   for seed in $seeds; do
