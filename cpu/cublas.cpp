@@ -101,9 +101,11 @@ bool products_by_matmul(const Product& p, dnnl::memory::data_type in, dnnl::memo
     const auto strides = [](int64_t batch, int64_t ld, bool transpose) {
       return transpose ? memory::dims{batch, 1, ld} : memory::dims{batch, ld, 1};
     };
-    const memory::desc b({p.batch, p.n, p.k}, in, strides(p.stride_b, p.ldb, p.transpose_b));
-    const memory::desc a({p.batch, p.k, p.m}, in, strides(p.stride_a, p.lda, p.transpose_a));
-    const memory::desc c({p.batch, p.n, p.m}, out, strides(p.stride_c, p.ldc, false));
+    // A single product has no stride, and oneDNN takes its slowest path where a batch's is 0: any other number serves.
+    const auto apart = [&](int64_t stride, int64_t ld, int64_t columns) { return p.batch > 1 ? stride : ld * columns; };
+    const memory::desc b({p.batch, p.n, p.k}, in, strides(apart(p.stride_b, p.ldb, p.transpose_b ? p.k : p.n), p.ldb, p.transpose_b));
+    const memory::desc a({p.batch, p.k, p.m}, in, strides(apart(p.stride_a, p.lda, p.transpose_a ? p.m : p.k), p.lda, p.transpose_a));
+    const memory::desc c({p.batch, p.n, p.m}, out, strides(apart(p.stride_c, p.ldc, p.n), p.ldc, false));
     post_ops after;
     primitive_attr attributes;
 #if DNNL_VERSION_MAJOR >= 3
