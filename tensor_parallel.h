@@ -24,7 +24,8 @@ class TensorParallel {
   int64_t slice(int64_t rows) const { return by_rows_ ? (rows + axis_.size - 1) / axis_.size : rows; }  // of `rows` that activations hold here
 
   // ---- layers on the tape. `rows`: R = B*T of this micro-batch. Activations of width C hold all rows or, under sequence parallelism, this
-  // rank's slice of ceil(R / n), the last ones padded with rows of zeros. Activations between column and row hold all rows, a part of their width.
+  // rank's slice of ceil(R / n) rows; the last ones end in padding, whose values mean nothing (row_linear adds its bias there, too) and whose
+  // gradients are 0. Activations between column and row hold all rows, a part of their width.
   Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
   Var column_linear(Tape& tape, const Var& x, int64_t rows, Param& w, Param& bias);
   Var row_linear(Tape& tape, const Var& x, int64_t rows, Param& w, Param& bias);
