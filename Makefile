@@ -189,7 +189,7 @@ test:
 	@tests/run.sh
 
 mutants:
-	@$(MAKE) --no-print-directory BACKEND=cpu $(patsubst %,build/cpu/tests/test_%,fsdp tensor_parallel pipeline schedule comm)
+	@$(MAKE) -s --no-print-directory BACKEND=cpu $(patsubst %,build/cpu/tests/test_%,fsdp tensor_parallel pipeline schedule comm)
 	@tests/mutants.sh
 
 parity: $(B)/tests/test_parity

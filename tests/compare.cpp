@@ -346,7 +346,7 @@ table { border-collapse:collapse; font-size:.9rem; } caption { text-align:left; 
 th:first-child { text-align:left; } thead th { color:var(--soft); font-weight:500; vertical-align:bottom; } tbody th, td { white-space:nowrap; } .words tbody th, .words td { white-space:normal; } .words td { text-align:left; min-width:14em; } .words thead th { text-align:left; }
 code { font-size:.9em; overflow-wrap:anywhere; }
 @media print { body { max-width:none; font-size:11px; } nav { display:none; } h2 { break-after:avoid; } figure, table, .scroll { break-inside:avoid; } .scroll { overflow:visible; } .cards { grid-template-columns:1fr 1fr; }
-  table { font-size:10px; } .words td { min-width:0; } th, td { white-space:normal; padding:.2em .5em; } .scroll svg { width:100%; height:auto; } }
+  figcaption { font-size:11px; } table { font-size:10px; } .words td { min-width:0; } th, td { white-space:normal; padding:.2em .5em; } .scroll svg { width:100%; height:auto; } }
 </style>
 )";
 
