@@ -2,7 +2,8 @@
 # check_docs.sh: `make check-docs` fails when README.md or a page of docs/ lies.
 #   commands   a ``` block is one of commands when its first line is a command: begins with build/, mpiexec, make, tests/ or OMP_...=, or has a pipe into
 #              build/ or mpiexec. Each of its lines, but for comments, must be a command, and runs. A comment with "refuses" says that the command must fail.
-#              `make run` trains for 3 steps here; of make test, bench, compare, ... only the rule is looked up.
+#              `make run` and `make generate` train for 3 steps here, the latter into a checkpoint of its own in place of build/generate-model; of
+#              make test, bench, compare, ... only the rule is looked up.
 #   output     the next block shows what a block of commands prints, if it is no block of commands itself, names no language after its ``` and only prose,
 #              no heading, stands between. Each line of it must come out again: exactly for schedules, traffic and memory, elsewhere with any
 #              numbers (times, losses) in the places of numbers. A line "..." stands for lines left out. Other blocks are not looked at.
@@ -99,7 +100,7 @@ for page in $pages; do
       "make run"*) actual="$bare ARGS='--steps 3 --sample 20 --eval-every 0'" ;;
       "make generate"*) actual="$bare CHECKPOINT=docs-model ARGS='--steps 3 --sample 20'" ;;
       make*test* | make*bench* | make*compare* | make*parity* | make*mutants* | make*sanitize* | make*check-docs* | make*cuda* | make*deps*) actual="${bare/make/make -n}" ;;
-      *) actual=$bare ;;
+      *) actual=${bare//build\/generate-model/docs-model} ;;
     esac
     (cd "$place" && timeout 600 bash -c "$actual") >"$work/out" 2>&1 </dev/null
     status=$?
