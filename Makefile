@@ -189,11 +189,11 @@ test:
 	@tests/run.sh
 
 mutants:
-	@$(MAKE) --no-print-directory BACKEND=cpu build/cpu/tests/test_fsdp build/cpu/tests/test_tensor_parallel build/cpu/tests/test_pipeline
+	@$(MAKE) -s --no-print-directory BACKEND=cpu $(patsubst %,build/cpu/tests/test_%,fsdp tensor_parallel pipeline schedule comm)
 	@tests/mutants.sh
 
 parity: $(B)/tests/test_parity
-	@tests/parity.sh
+	@tests/parity.sh $(BACKEND)
 
 compare: build $(B)/tests/compare
 	@tests/compare.sh

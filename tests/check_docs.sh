@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # check_docs.sh: `make check-docs` fails when README.md or a page of docs/ lies.
-#   commands   every command in a ``` block runs; where the next block is its output, each line of it must come out again: exactly for schedules, traffic and
-#              memory, elsewhere with any numbers (times, losses) in the places of numbers. A line "..." stands for lines left out; a comment
-#              with "refuses" says that the command must fail. `make run` trains for 3 steps here; of make test, bench, compare, ... only the rule is looked up.
-#   names      every function, file and option that the text names in backticks exists in the sources, every link leads somewhere, and the line counts in
-#              README's table are right
+#   commands   a ``` block is one of commands when its first line is a command: begins with build/, mpiexec, make, tests/ or OMP_...=, or has a pipe into
+#              build/ or mpiexec. Each of its lines, but for comments, must be a command, and runs. A comment with "refuses" says that the command must fail.
+#              `make run` and `make generate` train for 3 steps here, the latter into a checkpoint of its own in place of build/generate-model; of
+#              make test, bench, compare, ... only the rule is looked up.
+#   output     the next block shows what a block of commands prints, if it is no block of commands itself, names no language after its ``` and only prose,
+#              no heading, stands between. Each line of it must come out again: exactly for schedules, traffic and memory, elsewhere with any
+#              numbers (times, losses) in the places of numbers. A line "..." stands for lines left out. Other blocks are not looked at.
+#   names      every word in backticks that has a capital, a _, :: or () is a word of the sources (all-lowercase words are not looked up), and so is each
+#              part of one with ::; every file and option in backticks exists, every link leads somewhere, and the line counts in README's table are right
 set -u
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -24,9 +28,10 @@ for page in $pages; do
   # outside of code blocks
   awk '/^ *```/ { inside = !inside; next } !inside' "$page" >"$work/text"
   while read -r name; do
-    last=${name##*::}; last=${last%%(*}; last=${last##*.}; last=${last##*->}
-    if grep -qxF -- "$last" "$work/words"; then ok; else fail "$page names \`$name\`, which no source has"; fi
-  done < <(grep -oE '`[A-Za-z_][A-Za-z0-9_:]*(\(\))?`' "$work/text" | tr -d '`' | sort -u | grep -E '_|::|\(\)|[a-z][A-Z]')
+    for part in ${name//[:()]/ }; do
+      if grep -qxF -- "$part" "$work/words"; then ok; else fail "$page names \`$name\`, but no source has $part"; fi
+    done
+  done < <(grep -oE '`[A-Za-z_][A-Za-z0-9_]*(::[A-Za-z0-9_]+)*(\(\))?`' "$work/text" | tr -d '`' | sort -u | grep '[A-Z_:(]')
   while read -r file; do
     if [ -e "$file" ] || [ -n "$(find . -path ./build -prune -o -name "$(basename "$file")" -print | head -1)" ]; then ok; else fail "$page names the file $file, which is not there"; fi
   done < <(grep -oE '`[A-Za-z0-9_/]+\.(cpp|cu|cuh|h|sh|py|md)`' "$work/text" | tr -d '`' | sort -u)
@@ -49,9 +54,9 @@ echo "names    $passed functions, files, options, links and line counts looked u
 # Each command, and for the last of a block the output block that follows, if one does: "block<TAB>line<TAB>command<TAB>file of the output"
 extract() {
   awk -v page="$1" -v work="$work" '
-    function is_command(s) { return s ~ /^(build\/|mpiexec |make( |$)|tests\/|OMP_[A-Z_]*=)/ }
+    function is_command(s) { return s ~ /^(build\/|mpiexec |make( |$)|tests\/|OMP_[A-Z_]*=)/ || s ~ /\| *(build\/|mpiexec )/ }
     /^ *```/ {
-      if (!inside) { inside = 1; lines = 0; kind = ""; blocks++; next }
+      if (!inside) { inside = 1; lines = 0; kind = ""; blocks++; if ($0 ~ /```./) waiting = 0; next }
       inside = 0
       if (kind == "commands") waiting = count; else waiting = 0
       next
@@ -59,11 +64,11 @@ extract() {
     inside {
       line = $0; sub(/^ */, "", line)
       if (!lines++) kind = is_command(line) ? "commands" : waiting ? "output" : "other"
-      if (kind == "commands" && is_command(line)) { count++; command[count] = line; at[count] = NR; block[count] = blocks }
+      if (kind == "commands" && line !~ /^(#|$)/) { if (!is_command(line)) line = "NO COMMAND " line; count++; command[count] = line; at[count] = NR; block[count] = blocks }
       if (kind == "output") { print $0 > (work "/expected." waiting); has[waiting] = 1 }
       next
     }
-    NF { waiting = 0 }
+    /^#/ { waiting = 0 }
     END { for (i = 1; i <= count; i++) print block[i] "\t" at[i] "\t" command[i] "\t" (has[i] ? work "/expected." i : "-") }' "$1"
 }
 # Lines of FILE that TEXT lacks: exactly where the line is a table of bytes or a schedule in units, else with any numbers
@@ -89,12 +94,13 @@ for page in $pages; do
   while IFS=$'\t' read -r block at command expected; do
     [ "$block" = $last ] || : >"$work/block"
     last=$block
+    [[ $command != "NO COMMAND "* ]] || { fail "$page:$at  stands among commands and is none: ${command#NO COMMAND }"; continue; }
     bare=$(sed 's/  *#.*//' <<<"$command")
     case $bare in
       "make run"*) actual="$bare ARGS='--steps 3 --sample 20 --eval-every 0'" ;;
       "make generate"*) actual="$bare CHECKPOINT=docs-model ARGS='--steps 3 --sample 20'" ;;
       make*test* | make*bench* | make*compare* | make*parity* | make*mutants* | make*sanitize* | make*check-docs* | make*cuda* | make*deps*) actual="${bare/make/make -n}" ;;
-      *) actual=$bare ;;
+      *) actual=${bare//build\/generate-model/docs-model} ;;
     esac
     (cd "$place" && timeout 600 bash -c "$actual") >"$work/out" 2>&1 </dev/null
     status=$?

@@ -132,11 +132,11 @@ struct Table { std::string title; std::vector<std::string> head; std::vector<std
 std::vector<Table> tables(const std::vector<Job>& jobs) {
   const Job& serial = jobs[0];
   Table time{sentence("The same loss after ", serial.losses.size(), " steps"),
-             {"strategy", "ranks", "loss", "from serial", "ms a step", "communicating", "bubble executed", "predicted", "F = B = W"}, {}};
-  Table memory{"Memory of the fullest rank, MiB", {"strategy", "parameters", "gradients", "optimizer", "kept activations", "at the peak", "numbers that differ from their formula"}, {}};
-  Table traffic{"Sent by the busiest rank in a step, MiB", {"strategy", "fsdp", "replicate", "tp", "pp", "all", "by formula", "calls"}, {}};
+             {"strategy", "ranks", "loss", "difference from serial", "ms per step", "time communicating", "bubble executed", "bubble predicted", "bubble if F = B = W"}, {}};
+  Table memory{"Memory of the fullest rank, MiB; and how many numbers of any rank differ from their formula", {"strategy", "parameters", "gradients", "optimizer", "kept activations", "all at the peak", "differ from formula"}, {}};
+  Table traffic{"Sent by the busiest rank per step, MiB", {"strategy", "fsdp", "replicate", "tp", "pp", "all", "by formula", "calls"}, {}};
   for (const Job& j : jobs) {
-    time.rows.push_back({j.name, sentence(j.ranks), format("%.5f", j.losses.back()), format("%.1e", difference(j, serial)), format("%.0f", median_ms(j)), share(j), bubble(j, "bubble"),
+    time.rows.push_back({j.name, sentence(j.ranks), format("%.5f", j.losses.back()), &j == &serial ? "-" : format("%.1e", difference(j, serial)), format("%.0f", median_ms(j)), share(j), bubble(j, "bubble"),
                          bubble(j, "predicted_bubble"), bubble(j, nullptr)});
     const Json& m = fullest(j);
     memory.rows.push_back({j.name, format("%.2f", of(m, "parameters", "now")), format("%.2f", of(m, "gradients", "now")), format("%.2f", of(m, "optimizer", "now")),
@@ -180,6 +180,18 @@ std::string html(const Table& t) {
 
 const char* const kColours[] = {"c0", "c1", "c2", "c3", "c4", "c5"};
 
+// Three names a row, each behind a square of its colour; 17 high a row.
+std::string legend(const std::vector<std::string>& names) {
+  std::ostringstream svg;
+  for (size_t i = 0; i < names.size(); i++)
+    svg << "<rect x='" << 8 + 116 * (i % 3) << "' y='" << 4 + 17 * (i / 3) << "' width='10' height='10' class='" << kColours[i] << "'/><text x='" << 22 + 116 * (i % 3) << "' y='" << 13 + 17 * (i / 3)
+        << "'>" << names[i] << "</text>\n";
+  return svg.str();
+}
+std::string figure(const std::string& title, double height, const std::string& svg) {
+  return sentence("<figure><figcaption>", title, "</figcaption><svg viewBox='0 0 360 ", height, "' role='img'><title>", title, "</title>\n", svg, "</svg></figure>\n");
+}
+
 // A round number near x: 1, 2 or 5 times a power of ten
 double round_step(double x) {
   if (x <= 0) return 1;
@@ -199,10 +211,7 @@ std::string bars(const std::string& title, const std::string& unit, const std::v
     }
   const double left = 92, wide = 190, row = 31, top = 44, bottom = top + row * double(all.size()), step = round_step(most / 3);
   std::ostringstream svg;
-  svg << "<figure><svg viewBox='0 0 360 " << bottom + 42 << "' role='img'><title>" << title << "</title>\n";
-  for (size_t i = 0; i < parts.size(); i++)
-    svg << "<rect x='" << 8 + 116 * (i % 3) << "' y='" << 4 + 17 * (i / 3) << "' width='10' height='10' class='" << kColours[i] << "'/><text x='" << 22 + 116 * (i % 3) << "' y='" << 13 + 17 * (i / 3)
-        << "'>" << parts[i] << "</text>\n";
+  svg << legend(parts);
   for (double x = 0; x <= most * 1.0001; x += step)
     svg << "<line class=grid x1='" << left + x / most * wide << "' x2='" << left + x / most * wide << "' y1='" << top - 4 << "' y2='" << bottom << "'/><text class=mid x='" << left + x / most * wide << "' y='"
         << bottom + 14 << "'>" << x << "</text>\n";
@@ -221,31 +230,38 @@ std::string bars(const std::string& title, const std::string& unit, const std::v
       svg << "<text class=small x='" << left + x / most * wide + 3 << "' y='" << y + second * 12 + 9 << "'>" << format(x >= 100 ? "%.0f" : x >= 1 ? "%.1f" : "%.3f", x) << (second ? " formula" : "") << "</text>\n";
     }
   }
-  return svg.str() + "</svg><figcaption>" + title + "</figcaption></figure>\n";
+  return figure(title, bottom + 42, svg.str());
 }
 
 struct Line { std::string name; std::vector<double> y; };
-// Over steps; the first lines are drawn widest, so that equal ones all show.
-std::string lines(const std::string& caption, const std::string& y_title, const std::vector<Line>& all) {
+// Over steps; the first lines are drawn widest, so that equal ones all show. Names that begin alike, up to a hyphen, share a colour.
+std::string lines(const std::string& title, const std::string& y_title, const std::vector<Line>& all) {
+  std::vector<std::string> families;
+  const auto family = [&](const Line& l) {
+    const auto at = std::find(families.begin(), families.end(), l.name.substr(0, l.name.find('-')));
+    return size_t(at - families.begin());
+  };
+  for (const Line& l : all)
+    if (family(l) == families.size()) families.push_back(l.name.substr(0, l.name.find('-')));
   double low = 1e30, high = 0;
   for (const Line& l : all)
     for (double v : l.y) low = std::min(low, v), high = std::max(high, v);
   const size_t n = all[0].y.size();
-  const double left = 48, wide = 296, top = 22, tall = 180, step = round_step((high - low) / 4);
+  const double left = 48, wide = 296, top = 62, tall = 180, step = round_step((high - low) / 4);
   const auto x = [&](size_t k) { return left + wide * double(k) / double(n - 1); };
   const auto y = [&](double v) { return top + tall * (high - v) / std::max(high - low, 1e-300); };
   std::ostringstream svg;
-  svg << "<figure><svg viewBox='0 0 360 250' role='img'><title>" << caption << "</title>\n<text x='4' y='12'>" << y_title << "</text>\n";
+  svg << legend(families) << "<text x='4' y='50'>" << y_title << "</text>\n";
   for (double v = std::ceil(low / step) * step; v <= high * (1 + 1e-9); v += step)
     svg << "<line class=grid x1='" << left << "' x2='" << left + wide << "' y1='" << y(v) << "' y2='" << y(v) << "'/><text class=end x='" << left - 5 << "' y='" << y(v) + 4 << "'>" << format("%.3g", v) << "</text>\n";
   for (size_t k = 0; k < n; k += std::max<size_t>(1, n / 5)) svg << "<text class=mid x='" << x(k) << "' y='" << top + tall + 16 << "'>" << k + 1 << "</text>";
   svg << "<text class=mid x='" << left + wide / 2 << "' y='" << top + tall + 34 << "'>step</text>\n";
   for (size_t i = 0; i < all.size(); i++) {
-    svg << "<polyline class='l" << i % 6 << "' stroke-width='" << 7 - 6.0 * double(i) / double(all.size()) << "' points='";
+    svg << "<polyline class='l" << family(all[i]) << "' stroke-width='" << 7 - 6.0 * double(i) / double(all.size()) << "' points='";
     for (size_t k = 0; k < n; k++) svg << x(k) << "," << y(all[i].y[k]) << " ";
     svg << "'><title>" << all[i].name << "</title></polyline>\n";
   }
-  return svg.str() + "</svg><figcaption>" + caption + "</figcaption></figure>\n";
+  return figure(title, top + tall + 40, svg.str());
 }
 
 std::string curves(const std::vector<Job>& jobs) {
@@ -258,8 +274,9 @@ std::string curves(const std::vector<Job>& jobs) {
     differences.push_back({j.name, d});
     worst = std::max(worst, difference(j, jobs[0]));
   }
-  return lines(sentence(jobs.size(), " loss curves on top of each other, the first ones drawn widest."), "loss, nats a token", losses) +
-         lines(format("How far each is from serial: %.1e at most, the rounding of f32.", worst), "relative difference, in units of 1e-7", differences);
+  if (jobs.size() == 1) return lines("The loss of one rank", "loss, nats per token", losses);
+  return lines(sentence("Loss: ", jobs.size(), " curves on top of each other, the first ones drawn widest"), "loss, nats per token", losses) +
+         lines(format("How far each is from serial: %.1e at most, the rounding of f32", worst), "relative difference of the loss, in units of 1e-7", differences);
 }
 
 std::string timelines(const std::vector<Job>& jobs) {
@@ -295,22 +312,22 @@ std::string promises(const std::vector<Job>& jobs, const std::map<std::string, d
     return all;
   };
   const auto step = [](const Job& j) { return mib(sent(j, busiest(j)).all); };
-  Table t{"Three strategies, and what was measured", {"strategy", "what it is for", "like", "what it asks of the network"}, {}};
+  Table t{"Three strategies, and what was measured", {"strategy", "what it is for", "what it is like", "what it asks of the network"}, {}};
   if (fsdp)
-    t.rows.push_back({"FSDP", format("Memory: a rank holds %.2f MiB of weights, gradients and optimizer state; alone it is %.2f (%.2fx).", state(*fsdp), state(serial), state(serial) / state(*fsdp)),
-                      format("A large book cut in slices: each of %d people keeps %.2f of %.2f MiB of pages.", fsdp->ranks, of(fullest(*fsdp), "parameters", "now"), of(fullest(serial), "parameters", "now")),
-                      format("Moderate: %.2f MiB a step and rank in all-gathers and reduce-scatters, %.0f calls.", step(*fsdp), sent(*fsdp, 0).calls)});
+    t.rows.push_back({"FSDP", format("Memory: a rank holds %.2f MiB of weights, gradients and optimizer state; alone it would hold %.2f MiB, %.2f times as much.", state(*fsdp), state(serial), state(serial) / state(*fsdp)),
+                      format("A large book cut in slices: each of %d people keeps %.2f of %.2f MiB of weights.", fsdp->ranks, of(fullest(*fsdp), "parameters", "now"), of(fullest(serial), "parameters", "now")),
+                      format("Moderate: %.2f MiB per step and rank in all-gathers and reduce-scatters, %.0f calls.", step(*fsdp), sent(*fsdp, 0).calls)});
   if (tp) {
-    const std::string speed = token_ms.count("tp") ? format("Latency: one token of gpt2 takes %.2f ms on one rank, %.2f with --tp 2 (%.2fx).", token_ms.at("one"), token_ms.at("tp"), token_ms.at("one") / token_ms.at("tp"))
+    const std::string speed = token_ms.count("tp") ? format("Latency: one token of gpt2 takes %.2f ms on one rank and %.2f ms with --tp 2, which is %.2f times as fast.", token_ms.at("one"), token_ms.at("tp"), token_ms.at("one") / token_ms.at("tp"))
                                                    : std::string("Latency: not measured here (ONLY=generate).");
     t.rows.push_back({"Tensor parallel", speed, format("%d people on different parts of one problem: each multiplies with %.2f of %.2f MiB of weights.", tp->ranks, of(fullest(*tp), "parameters", "now"), of(fullest(serial), "parameters", "now")),
-                      format("Very high: %.2f MiB a step and rank, in %.0f calls which all wait for.", step(*tp), sent(*tp, 0).calls)});
+                      format("Very high: %.2f MiB per step and rank, in %.0f calls for which everyone waits.", step(*tp), sent(*tp, 0).calls)});
   }
   if (pp)
     t.rows.push_back({"Pipeline", format("Throughput over slow links: busy %.1f %% of the time with 1f1b, by formula %.1f %%.", 100 - 100 * pp->summary["pipeline"]["bubble"].get<double>(), 100 - 100 * theoretical_bubble(schedule_of(*pp))),
                       format("An assembly line: each of %d people adds 1/%d of the layers.", pp->ranks, pp->ranks),
-                      fsdp ? format("Low: %.2f MiB a step and rank, %.0fx less than FSDP's.", step(*pp), step(*fsdp) / step(*pp)) : format("Low: %.2f MiB a step and rank.", step(*pp))});
-  return html(t);
+                      fsdp ? format("Low: %.2f MiB per step and rank, FSDP sends %.0f times as much.", step(*pp), step(*fsdp) / step(*pp)) : format("Low: %.2f MiB per step and rank.", step(*pp))});
+  return t.rows.empty() ? "" : "<div class=words>" + html(t) + "</div>";
 }
 
 const char* const kStyle = R"(<style>
@@ -320,15 +337,16 @@ body { margin:0 auto; padding:1rem; max-width:1240px; background:var(--paper); c
 h1 { font-size:1.6rem; margin:.2em 0; } h2 { font-size:1.2rem; margin:2em 0 .5em; } p, li { max-width:70ch; }
 nav a { display:inline-block; margin-right:1em; padding:.4em 0; } a { color:var(--c0); }
 .cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr)); gap:1.5rem; }
-figure { margin:0; min-width:0; } figure svg { display:block; width:100%; max-width:600px; height:auto; } .scroll svg { max-width:max(100%,700px); height:auto; } figcaption { color:var(--soft); font-size:.9rem; }
+figure { margin:0; min-width:0; } figure svg { display:block; width:100%; max-width:600px; height:auto; } .scroll svg { max-width:max(100%,700px); height:auto; } figcaption { font-size:.9rem; font-weight:600; max-width:600px; min-height:3em; }
 svg text { font:11px system-ui,sans-serif; fill:var(--ink); } svg .small { font-size:9px; } svg .mid { text-anchor:middle; } svg .end { text-anchor:end; } svg .grid { stroke:var(--grid); }
 .c0 { fill:var(--c0); } .c1 { fill:var(--c1); } .c2 { fill:var(--c2); } .c3 { fill:var(--c3); } .c4 { fill:var(--c4); } .c5 { fill:var(--c5); } .formula { fill-opacity:.45; }
 polyline { fill:none; } .l0 { stroke:var(--c0); } .l1 { stroke:var(--c1); } .l2 { stroke:var(--c2); } .l3 { stroke:var(--c3); } .l4 { stroke:var(--c4); } .l5 { stroke:var(--c5); }
 .scroll { overflow-x:auto; margin:1rem 0; } .scroll:focus-visible, a:focus-visible { outline:2px solid var(--c0); outline-offset:2px; }
 table { border-collapse:collapse; font-size:.9rem; } caption { text-align:left; font-weight:600; padding:.3em 0; } th, td { padding:.3em .7em; border-bottom:1px solid var(--grid); text-align:right; vertical-align:top; }
-th:first-child { text-align:left; } thead th { color:var(--soft); font-weight:500; } .words td { text-align:left; min-width:14em; } .words thead th { text-align:left; }
+th:first-child { text-align:left; } thead th { color:var(--soft); font-weight:500; vertical-align:bottom; } tbody th, td { white-space:nowrap; } .words tbody th, .words td { white-space:normal; } .words td { text-align:left; min-width:14em; } .words thead th { text-align:left; }
 code { font-size:.9em; overflow-wrap:anywhere; }
-@media print { body { max-width:none; font-size:11px; } nav { display:none; } figure, table, .scroll { break-inside:avoid; } .scroll { overflow:visible; } .scroll svg { width:100%; height:auto; } }
+@media print { body { max-width:none; font-size:11px; } nav { display:none; } h2 { break-after:avoid; } figure, table, .scroll { break-inside:avoid; } .scroll { overflow:visible; } .cards { grid-template-columns:1fr 1fr; }
+  figcaption { font-size:11px; } table { font-size:10px; } .words td { min-width:0; } th, td { white-space:normal; padding:.2em .5em; } .scroll svg { width:100%; height:auto; } }
 </style>
 )";
 
@@ -353,17 +371,23 @@ std::string report(const std::vector<Job>& jobs, const std::vector<Table>& all, 
   }
   std::string s = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>Threefold: strategies side by side</title>\n";
   s += kStyle;
-  s += "<h1>One model, " + sentence(jobs.size()) + " ways to train it</h1>\n<p>The same model, batch and seed as one process and with every strategy. <code>" + common + "</code>; device: " + device +
-       "; ranks that share cores or a GPU take turns, so compare times with that in mind.</p>\n";
-  s += "<nav aria-label=Sections><a href='#promises'>Promises</a><a href='#loss'>Loss</a><a href='#memory'>Memory and traffic</a><a href='#pipelines'>Pipelines</a><a href='#numbers'>All numbers</a></nav>\n";
-  s += "<h2 id=promises>What each strategy promises</h2><div class=words>" + promises(jobs, token_ms) + "</div>";
-  s += "<h2 id=loss>One curve</h2><div class=cards>" + curves(jobs) + "</div>";
-  s += "<h2 id=memory>Memory and traffic, beside their formulas</h2><div class=cards>" +
-       bars("Memory of the fullest rank at its peak; by formula: what is held between steps, and activations kept for the backward.", "MiB", categories, memory) +
-       bars("Sent by the busiest rank in a step, by mesh axis.", "MiB a step", {"fsdp", "replicate", "tp", "pp"}, traffic) + "</div>";
-  s += "<h2 id=pipelines>Pipelines as they ran</h2>" + timelines(jobs);
-  s += "<h2 id=numbers>All numbers</h2>";
-  for (const Table& t : all) s += html(t);
+  s += sentence("<h1>One model, ", jobs.size(), jobs.size() == 1 ? " way" : " ways", " to train it</h1>\n<p>The same model, batch and seed as one process and with every strategy that runs here. <code>", common,
+                "</code>; device: ", device, "; ranks that share cores or a GPU take turns, so compare times with that in mind.</p>\n");
+  std::string tables_as_html, nav = "<nav aria-label=Sections>", body;
+  for (const Table& t : all) tables_as_html += html(t);
+  const auto section = [&](const std::string& id, const std::string& title, const std::string& content) {  // left out where there is nothing to show
+    if (content.empty()) return;
+    nav += "<a href='#" + id + "'>" + title + "</a>";
+    body += "<h2 id=" + id + ">" + title + "</h2>" + content;
+  };
+  section("promises", "What each strategy promises", promises(jobs, token_ms));
+  section("loss", "One curve", "<div class=cards>" + curves(jobs) + "</div>");
+  section("memory", "Memory and traffic, beside their formulas",
+          "<div class=cards>" + bars("Memory of the fullest rank at its peak; by formula: what is held between steps, and the activations kept for the backward", "MiB", categories, memory) +
+              (traffic.empty() ? "" : bars("Sent by the busiest rank per step, by mesh axis", "MiB per step", {"fsdp", "replicate", "tp", "pp"}, traffic)) + "</div>");
+  section("pipelines", "Pipelines as they ran", timelines(jobs));
+  section("numbers", "All numbers", tables_as_html);
+  s += nav + "</nav>\n" + body;
   s += "<h2>The jobs</h2><ul>";
   for (const Job& j : jobs) s += sentence("<li><b>", j.name, "</b>: <code>mpiexec -n ", j.ranks, " build/train_gpt ", common, " ", j.options, "</code>");
   return s + "</ul></html>\n";
@@ -376,7 +400,7 @@ int run(const std::string& dir, const std::string& path) {
   std::map<std::string, double> token_ms;
   std::ifstream tokens(dir + "/tokens.txt"), about(dir + "/about.txt");
   for (std::string name; tokens >> name;) tokens >> token_ms[name];
-  if (token_ms.count("tp")) printf("\nOne token of gpt2: %.2f ms on one rank, %.2f with --tp 2 (%.2fx)\n", token_ms["one"], token_ms["tp"], token_ms["one"] / token_ms["tp"]);
+  if (token_ms.count("tp")) printf("\nOne token of gpt2: %.2f ms on one rank, %.2f with --tp 2, %.2f times as fast\n", token_ms["one"], token_ms["tp"], token_ms["one"] / token_ms["tp"]);
   std::string common, device;
   std::getline(about, common), std::getline(about, device);
   std::ofstream out(path);

@@ -1,56 +1,71 @@
 #!/usr/bin/env bash
 # compare.sh: the strategies side by side, `make compare`: the same model, batch and seed serially and in each layout, as mpiexec jobs; then tables and
 # build/report.html (tests/compare.cpp).
-#   ONLY=pp       run again only the jobs whose names begin so (serial, replicate, fsdp, tp, pp, 3d, generate); the others stay as they were
+#   ONLY=pp       run again only the jobs whose names begin so (serial, replicate, fsdp, tp, pp, 3d, generate); the others stay as they were, unless their
+#                 command is another one now
 #   STEPS=20      training steps of each job
-#   NP=4          ranks of a layout (3d has 8); with GPUs as many as there are
+#   NP=4          ranks of a layout: 1, 2 or 4 (3d has 8); with GPUs the largest of these that leaves each rank one
 set -u
 cd "$(dirname "$0")/.."
 only=${ONLY:-} steps=${STEPS:-20} cores=$(nproc)
-backend=$(readlink build/train_gpt | cut -d/ -f1)
-gpus=0; [ "$backend" = cuda ] && gpus=$(nvidia-smi -L | wc -l)
-shared=$(readlink build/train_gpt | grep -c comm-mpi)  # ranks may share a GPU
-np=${NP:-4}; [ "$backend" = cuda ] && [ "$shared" = 0 ] && np=${NP:-$gpus}
+program=$(readlink build/train_gpt) backend=${program%%/*}
+refuse() { echo "make compare: $*"; exit 1; }
+gpus=0; [ "$backend" = cpu ] || gpus=$(nvidia-smi -L | grep -c '^GPU')
+fits() { [ "$backend" = cpu ] || [[ $program == *comm-mpi* ]] || [ "$1" -le "$gpus" ]; }  # a GPU for each rank, unless they share
+np=${NP:-$(if fits 4; then echo 4; elif fits 2; then echo 2; else echo 1; fi)}
+case $np in 1 | 2 | 4) ;; *) refuse "NP is '$np', expected 1, 2 or 4: what the 4 heads, the 8 layers in two chunks a stage and the batch of 16 divide into" ;; esac
+[[ $steps =~ ^[0-9]+$ ]] && [ "$steps" -ge 3 ] || refuse "STEPS is '$steps', expected 3 or more"
 dir=build/compare; mkdir -p $dir
 common="--model tiny --layers 8 --batch 16 --steps $steps --dtype f32"
 micro="--microbatch 2"
 
 jobs() {
-  printf '%s\t%s\t%s\n' serial 1 "" \
-    replicate "$np" "--replicate $np" \
+  printf '%s\t%s\t%s\n' serial 1 ""
+  [ "$np" = 1 ] || printf '%s\t%s\t%s\n' replicate "$np" "--replicate $np" \
     fsdp-zero1 "$np" "--fsdp $np --zero 1" fsdp-zero2 "$np" "--fsdp $np --zero 2" fsdp-zero3 "$np" "--fsdp $np" \
     tp "$np" "--tp $np" tp-rows "$np" "--tp $np --sequence-parallel" \
     pp-gpipe "$np" "--pp $np --schedule gpipe $micro" pp-1f1b "$np" "--pp $np --schedule 1f1b $micro" \
-    pp-interleaved "$np" "--pp $np --schedule interleaved $micro" pp-zb "$np" "--pp $np --schedule zb $micro" \
-    3d 8 "--pp 2 --fsdp 2 --tp 2 --sequence-parallel $micro"
+    pp-interleaved "$np" "--pp $np --schedule interleaved $micro" pp-zb "$np" "--pp $np --schedule zb $micro"
+  printf '%s\t%s\t%s\n' 3d 8 "--pp 2 --fsdp 2 --tp 2 --sequence-parallel $micro"
 }
-fits() { [ "$backend" = cpu ] || [ "$shared" = 1 ] || [ "$1" -le "$gpus" ]; }  # a GPU for each rank
-again() { [ -z "$only" ] || [ "${1#"$only"}" != "$1" ]; }
+# due NAME COMMAND: whether the job has to run, because ONLY says so or what is there was made by another command
+due() { [[ $1 == "$only"* ]] || [ ! -e "$dir/$1.command" ] || [ "$(cat "$dir/$1.command")" != "$2" ]; }
+left_out() { echo "  $1: left out, since it needs $2 GPUs and here are $gpus (COMM=mpi lets ranks share them)"; }
 
 began=$SECONDS failed=0
-[ -z "$only" ] || { jobs | cut -f1; echo generate; } | grep -q "^$only" || { echo "make compare: ONLY is '$only', expected the beginning of one of: $(jobs | cut -f1 | tr '\n' ' ')generate"; exit 1; }
+{ jobs | cut -f1; echo generate; } | grep -q "^$only" || refuse "ONLY is '$only', expected the beginning of one of: $(jobs | cut -f1 | tr '\n' ' ')generate"
+build/train_gpt --model tiny --layers 1 --steps 1 >$dir/about.out 2>&1 || { tail -3 $dir/about.out; refuse "build/train_gpt does not run"; }
+printf '%s\n%s\n' "$common" "$(sed -n 's/^device *//p' $dir/about.out), $cores cores" >$dir/about.txt
 : >$dir/jobs.txt
-printf '%s\n%s\n' "$common" "$(build/train_gpt --model tiny --layers 1 --steps 1 | sed -n 's/^device *//p'), $cores cores" >$dir/about.txt
+[ "$np" != 1 ] || if fits 2; then echo "  NP is 1: replicate, fsdp, tp and pp are left out"; else left_out "each of replicate, fsdp, tp and pp" 2; fi
 while IFS=$'\t' read -r name ranks options; do
-  if ! fits "$ranks"; then echo "  $name needs $ranks GPUs, here are $gpus: left out (COMM=mpi lets ranks share them)"; continue; fi
+  fits "$ranks" || { left_out "$name" "$ranks"; continue; }
   printf '%s\t%s\t%s\n' "$name" "$ranks" "$options" >>$dir/jobs.txt
-  if again "$name" || [ ! -e "$dir/$name.jsonl" ]; then
-    threads=$((cores / ranks)); [ $threads -gt 0 ] || threads=1
-    printf '  %-15s mpiexec -n %s build/train_gpt %s ' "$name" "$ranks" "$options"
-    rm -f "$dir/$name.jsonl" "$dir/$name.trace.json"
-    start=$SECONDS
-    OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive mpiexec -n "$ranks" build/train_gpt $common $options --metrics "$dir/$name.jsonl" \
-      $(case $options in *--pp*) echo "--trace $dir/$name.trace.json";; esac) >"$dir/$name.out" 2>&1 </dev/null || { echo "FAILED"; tail -3 "$dir/$name.out"; failed=1; continue; }
-    echo "($((SECONDS - start)) s)"
-  fi
+  command="mpiexec -n $ranks $program $common $options"
+  due "$name" "$command" || continue
+  threads=$((cores / ranks)); [ $threads -gt 0 ] || threads=1
+  printf '  %-15s mpiexec -n %s build/train_gpt %s ' "$name" "$ranks" "$options"
+  rm -f "$dir/$name.command" "$dir/$name.jsonl" "$dir/$name.trace.json"
+  start=$SECONDS
+  OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive mpiexec -n "$ranks" build/train_gpt $common $options --metrics "$dir/$name.jsonl" \
+    $(case $options in *--pp*) echo "--trace $dir/$name.trace.json";; esac) >"$dir/$name.out" 2>&1 </dev/null || { echo "FAILED"; tail -3 "$dir/$name.out"; failed=1; continue; }
+  echo "$command" >"$dir/$name.command"
+  echo "($((SECONDS - start)) s)"
 done < <(jobs)
-[ $failed = 0 ] || exit 1
-if again generate && { [ "$backend" = cpu ] || [ "$gpus" -ge 2 ] || [ "$shared" = 1 ]; }; then
+[ $failed = 0 ] || refuse "a job failed (above): no report"
+
+if ! fits 2; then
+  rm -f $dir/tokens.txt
+  left_out "generate --tp 2" 2
+elif command="mpiexec -n 1 and 2 ${program%train_gpt}generate --tp 1 and 2"; due generate "$command"; then
   echo "  generate        mpiexec -n 1 and 2 build/generate --model gpt2 --tp 1 and 2"
+  rm -f $dir/generate.command $dir/tokens.txt
   for n in 1 2; do
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive mpiexec -n $n build/generate --tp $n --model gpt2 --prompt "1 2 3" --tokens 30 --temperature 0 2>"$dir/generate-$n.out" >/dev/null </dev/null || { tail -3 "$dir/generate-$n.out"; exit 1; }
-    echo "$([ $n = 1 ] && echo one || echo tp) $(sed -n 's/.*median \([0-9.]*\).*/\1/p' "$dir/generate-$n.out" | head -1)"
-  done >$dir/tokens.txt
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive mpiexec -n $n build/generate --tp $n --model gpt2 --prompt "1 2 3" --tokens 30 --temperature 0 >"$dir/generate-$n.out" 2>&1 </dev/null ||
+      { tail -3 "$dir/generate-$n.out"; refuse "generate with --tp $n failed (above): no report"; }
+    echo "$([ $n = 1 ] && echo one || echo tp) $(sed -n 's/.*median \([0-9.]*\).*/\1/p' "$dir/generate-$n.out" | head -1)" >>$dir/tokens.txt
+  done
+  echo "$command" >$dir/generate.command
 fi
 "build/$backend/tests/compare" $dir build/report.html
 status=$?

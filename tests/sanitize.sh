@@ -9,7 +9,8 @@ ranks="test_comm test_parity test_generator"  # of the parity matrix one setting
 targets=""
 for t in $alone $ranks; do targets="$targets build/sanitize/tests/$t"; done
 make --no-print-directory -j"$(nproc)" BACKEND=sanitize build/sanitize/train_gpt $targets || exit 1
-log=$(mktemp); trap 'rm -f "$log"' EXIT
+work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
+log=$work/log
 failed=0
 run() {
   local label=$1; shift
@@ -21,7 +22,7 @@ for t in $ranks; do run "$t, 2 ranks" mpiexec -n 2 build/sanitize/tests/$t $([ $
 run "test_parity, 4 ranks" mpiexec -n 4 build/sanitize/tests/test_parity first_setting
 small="--layers 2 --width 32 --heads 2 --context 32 --batch 8 --steps 3"
 for layout in "--replicate 2" "--fsdp 2" "--tp 2 --sequence-parallel" "--pp 2 --schedule zb"; do
-  run "train_gpt $layout" mpiexec -n 2 build/sanitize/train_gpt $small $layout --sample 20 --checkpoint "$(mktemp -d)/c"
+  run "train_gpt $layout" mpiexec -n 2 build/sanitize/train_gpt $small $layout --sample 20 --checkpoint "$work/${layout//[ -]/}"
 done
 [ $failed = 0 ] && echo "the sanitizers are silent"
 exit $failed
