@@ -4,7 +4,7 @@
 # ---- knobs
 
 DATA       ?=# files to train on: text, or llm.c's .bin shards; without it the project's own sources and docs
-ARGS       ?=# more options for the program of `make run`
+ARGS       ?=# more options for the program of `make run` or `make generate`
 THREADS    ?= $(shell nproc)
 WERROR     ?=# -Werror (as .ci/run has it): a warning that only another compiler gives does not stop a user
 
@@ -143,8 +143,8 @@ help:
 	@echo "Threefold ($(BACKEND) backend)"
 	@echo "  make run [DATA=file] [STRATEGY=serial|replicate|fsdp|tp|pp|3d] [NP=ranks]"
 	@echo "                           train a GPT and print a sample of what it learned"
-	@echo "  make generate [PROMPT=text] [CHECKPOINT=dir] [NP=ranks]"
-	@echo "                           continue a text with a trained model (trains one first where there is none)"
+	@echo "  make generate [PROMPT=text] [CHECKPOINT=dir] [NP=ranks] [ARGS=options] [TRAIN_ARGS=options]"
+	@echo "                           continue a text with a trained model (trains one first, with TRAIN_ARGS, where there is none)"
 	@echo "  make build               compile the programs into $(B)/"
 	@echo "  make test                the whole suite"
 	@echo "  make parity              every layout of up to 8 ranks against one rank, in f64: one table"
@@ -179,11 +179,13 @@ run: build
 # a checkpoint of its own, made on first use; two tensor parallel ranks unless NP says otherwise
 CHECKPOINT ?= build/generate-model
 PROMPT     ?=// tensor
-TP         := $(if $(filter command,$(origin NP)),$(NP),$(if $(filter 1,$(NP)),1,2))
+export override PROMPT := $(value PROMPT)# through the environment, where no sign in it means anything
+TP         := $(if $(filter file,$(origin NP)),$(if $(filter 1,$(NP)),1,2),$(NP))
 generate: build
-	@[ -e "$(CHECKPOINT)" ] || { echo "make generate: no model in $(CHECKPOINT) yet: training one"; $(MAKE) --no-print-directory run ARGS="--checkpoint $(CHECKPOINT) $(ARGS)"; }
+	@ls "$(CHECKPOINT)/manifest.json" "$(CHECKPOINT)"/step-*/manifest.json 2>/dev/null | grep -q . || \
+	  { echo "make generate: no model in $(CHECKPOINT) yet: training one"; $(MAKE) --no-print-directory run ARGS="--checkpoint $(CHECKPOINT) --resume $(TRAIN_ARGS)"; }
 	OMP_NUM_THREADS=$$(t=$$(($(THREADS) / $(TP))); [ $$t -gt 0 ] && echo $$t || echo 1) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
-	  mpiexec -n $(TP) build/generate --checkpoint $(CHECKPOINT) --prompt "$(PROMPT)" --tp $(TP)
+	  mpiexec -n $(TP) build/generate --checkpoint $(CHECKPOINT) --prompt "$$PROMPT" --tp $(TP) $(ARGS)
 
 test:
 	@tests/run.sh

@@ -23,7 +23,7 @@ static const char kUsage[] =
 static void describe(const Checkpoint& c) {
   int64_t parameters = 0, bytes = 0;
   for (const auto& [name, shape] : c.tensors) parameters += elements(shape);
-  for (const Checkpoint::File& f : c.files) bytes += f.bytes;
+  for (const Checkpoint::File& f : c.files) bytes += f.was.bytes;
   const ModelSize& m = c.info.model;
   printf("%s\n  step     %lld\n  model    %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M parameters in %s%s\n", c.path.c_str(),
          (long long)c.info.step, (long long)m.layers, (long long)m.width, (long long)m.heads, (long long)m.context, (long long)m.vocab, double(parameters) / 1e6,
@@ -33,34 +33,23 @@ static void describe(const Checkpoint& c) {
   if (!c.info.data.empty()) printf("  data     %s\n", c.info.data.c_str());
 }
 
-static std::vector<std::string> steps_of(const std::string& path) {
-  const std::vector<std::string> steps = checkpoints_in(path);
-  return steps.empty() ? std::vector<std::string>{newest_path(path)} : steps;
+static void check(const Checkpoint& c) {
+  c.verify();
+  printf("%s: whole, %zu files, %zu tensors\n", c.path.c_str(), c.files.size(), c.tensors.size());
 }
 
-static int info(const std::string& path) {
-  int damaged = 0;
-  for (const std::string& step : steps_of(path)) try {
-      describe(Checkpoint(step));
-    } catch (const Error& e) {
-      printf("%s\n  %s\n", step.c_str(), e.what());
-      damaged++;
-    }
-  return damaged != 0;
-}
-
-static int verify(const std::string& path) {
-  int damaged = 0;
-  for (const std::string& step : steps_of(path)) try {
-      const Checkpoint c(step);
-      for (size_t f = 0; f < c.files.size(); f++) c.verify(f);
-      c.verify_cover();
-      printf("%s: whole, %zu files, %zu tensors\n", step.c_str(), c.files.size(), c.tensors.size());
-    } catch (const Error& e) {
+// Does `work` with each step, and says what is wrong with those that are not whole: status 1.
+static int each_step(const std::string& path, void (*work)(const Checkpoint&)) {
+  std::vector<std::string> steps = checkpoints_in(path);
+  if (steps.empty()) steps = {newest_path(path)};
+  int status = 0;
+  for (const std::string& step : steps) try {
+      work(Checkpoint(step));
+    } catch (const std::exception& e) {
       printf("%s\n", e.what());
-      damaged++;
+      status = 1;
     }
-  return damaged != 0;
+  return status;
 }
 
 // ---- Hugging Face
@@ -71,16 +60,21 @@ static Json config_of(const ModelSize& m) {
           {"tie_word_embeddings", true}, {"bos_token_id", m.vocab - 1}, {"eos_token_id", m.vocab - 1}, {"torch_dtype", "float32"}};
 }
 
+static void copy_tokenizer(const fs::path& from, const fs::path& to) {
+  for (const char* name : {"vocab.json", "merges.txt"})
+    if (fs::exists(from / name) && !fs::equivalent(from, to)) fs::copy_file(from / name, to / name, fs::copy_options::overwrite_existing);
+}
+
 static void export_weights(const std::string& path, const std::string& dir) {
   const Checkpoint c(newest_path(path));
+  c.verify("weights-");
   std::vector<NamedArray> arrays;
   for (const auto& [name, shape] : c.tensors) {
     const Piece whole{name, {1, 1, elements(shape), 0, 1}, 0, elements(shape)};
     arrays.push_back({name, shape, Dtype::f32, [&c, whole](void* to) { c.read(whole, Part::weights, Dtype::f32, to); }});
   }
-  std::error_code error;
-  fs::create_directories(dir, error);
-  REQUIRE(!error, dir, " cannot be created: ", error.message());
+  make_directory(dir);
+  copy_tokenizer(fs::canonical(c.path).parent_path(), dir);
   const WrittenFile w = write_safetensors(dir + "/model.safetensors", arrays);
   write_file(dir + "/config.json", config_of(c.info.model).dump(2) + "\n");
   printf("%s/model.safetensors: %zu tensors, %.1f MB, from %s\n", dir.c_str(), arrays.size(), double(w.bytes) / 1e6, c.path.c_str());
@@ -89,32 +83,45 @@ static void export_weights(const std::string& path, const std::string& dir) {
 static ModelSize read_config(const std::string& path) {
   try {
     const Json j = Json::parse(read_file(path));
-    REQUIRE(j.value("model_type", "gpt2") == "gpt2", path, " is of a ", j.at("model_type"), ", not of GPT-2");
+    const auto size = [&](const char* key, int64_t most = 1'000'000) {
+      const Json& n = j.at(key);
+      REQUIRE(n.is_number_integer() && n > 0 && n <= most, path, ": ", key, " is ", n, "; it takes a whole number from 1 to ", most);
+      return n.get<int64_t>();
+    };
+    const ModelSize m{size("n_layer", 10'000), size("n_embd"), size("n_head"), size("n_positions", 10'000'000), size("vocab_size", 1'000'000'000)};
+    REQUIRE(m.width % m.heads == 0, path, ": n_embd ", m.width, " does not divide by n_head ", m.heads);
     const std::string gelu = j.value("activation_function", "gelu_new");
     REQUIRE(gelu == "gelu_new" || gelu == "gelu_pytorch_tanh", path, " asks for the activation ", gelu, "; this model has gelu_new");
-    REQUIRE(j.value("layer_norm_epsilon", 1e-5) == 1e-5, path, " asks for a layer_norm_epsilon of ", j.at("layer_norm_epsilon"), "; this model has 1e-5");
-    return {j.at("n_layer"), j.at("n_embd"), j.at("n_head"), j.at("n_positions"), j.at("vocab_size")};
+    const Json only{{"model_type", "gpt2"}, {"layer_norm_epsilon", 1e-5}, {"n_inner", 4 * m.width}, {"tie_word_embeddings", true},
+                    {"scale_attn_weights", true}, {"scale_attn_by_inverse_layer_idx", false}, {"add_cross_attention", false}};
+    for (const auto& [key, value] : only.items())
+      REQUIRE(j.value(key, Json()).is_null() || j.at(key) == value, path, ": ", key, " is ", j.at(key), "; this model has ", value);
+    return m;
   } catch (const nlohmann::json::exception& e) {
     throw Error(sentence(path, " does not describe a GPT-2: ", e.what()));
   }
 }
 
 static void import_weights(const std::string& dir, const std::string& path) {
+  REQUIRE(checkpoints_in(path).empty(), path, " holds checkpoints already: give another directory");
   const ModelSize m = read_config(dir + "/config.json");
   const SafetensorsFile file(dir + "/model.safetensors");
-  GptConfig config{m.layers, m.width, m.heads, m.context, m.vocab};
-  Gpt gpt(config);  // names and shapes only
+  Gpt gpt(GptConfig{m});  // names and shapes only
   std::vector<NamedArray> arrays;
+  std::map<std::string, SafetensorsFile::Entry> unused = file.entries();
   for (const Param* p : gpt.params()) {
-    const bool prefixed = !file.entries().count(p->name);
-    const SafetensorsFile::Entry& e = file.at(prefixed ? "transformer." + p->name : p->name);
+    const std::string name = file.entries().count(p->name) ? p->name : "transformer." + p->name;
+    const SafetensorsFile::Entry& e = file.at(name);
     const Shape shape = file_shape(*p);
     REQUIRE(e.shape == shape, file.path(), ": ", p->name, " is of shape ", to_string(e.shape), "; by config.json it should be ", to_string(shape));
     arrays.push_back({p->name, shape, Dtype::f32, [&file, &e](void* to) { file.read(e, 0, elements(e.shape), Dtype::f32, to); }});
+    unused.erase(name);
   }
+  for (const auto& [name, entry] : unused)  // the tied head and the causal mask may be there, too
+    REQUIRE(name == "lm_head.weight" || name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias"), file.path(), ": the model of config.json has no ", name);
+  make_directory(path);
+  copy_tokenizer(dir, path);
   write_whole_checkpoint(path, {0, m, {}, Dtype::f32, 0, "", "imported from " + dir}, arrays);
-  for (const char* name : {"vocab.json", "merges.txt"})
-    if (fs::exists(dir + "/" + name)) fs::copy_file(dir + "/" + name, path + "/" + name, fs::copy_options::overwrite_existing);
   describe(Checkpoint(newest_path(path)));
 }
 
@@ -124,8 +131,8 @@ int main(int argc, char** argv) {
   const std::vector<std::string> words(argv + 1, argv + argc);
   const auto is = [&](const char* what, size_t count) { return words.size() == count && words[0] == what; };
   try {
-    if (is("info", 2)) return info(words[1]);
-    if (is("verify", 2)) return verify(words[1]);
+    if (is("info", 2)) return each_step(words[1], describe);
+    if (is("verify", 2)) return each_step(words[1], check);
     if (is("export", 3)) return export_weights(words[1], words[2]), 0;
     if (is("import", 3)) return import_weights(words[1], words[2]), 0;
     const bool help = words.size() == 1 && (words[0] == "--help" || words[0] == "help");

@@ -81,6 +81,18 @@ std::vector<std::string> gather_text(const std::string& mine) {
   return texts;
 }
 
+std::string broadcast_text(const std::string& text, int root) {
+  int length = int(text.size());
+  MPI_Request request;
+  MPI_Ibcast(&length, 1, MPI_INT, root, MPI_COMM_WORLD, &request);
+  wait(request);
+  std::string received = text;
+  received.resize(size_t(length));
+  MPI_Ibcast(received.data(), length, MPI_CHAR, root, MPI_COMM_WORLD, &request);
+  wait(request);
+  return received;
+}
+
 // ---- the job
 
 Job::Job(int* argc, char*** argv) {
@@ -120,14 +132,7 @@ std::string Job::agree(const std::string& error) const {
   MPI_Request request;
   MPI_Iallreduce(&mine, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD, &request);
   wait(request);
-  if (first == size) return "";
-  int length = int(error.size());
-  MPI_Ibcast(&length, 1, MPI_INT, first, MPI_COMM_WORLD, &request);
-  wait(request);
-  std::string text = rank == first ? error : std::string(length, ' ');
-  MPI_Ibcast(text.data(), length, MPI_CHAR, first, MPI_COMM_WORLD, &request);
-  wait(request);
-  return text;
+  return first == size ? "" : broadcast_text(error, first);
 }
 
 void Job::abort(const std::string& why) const {

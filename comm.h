@@ -75,6 +75,7 @@ class Job {
 void wait(MPI_Request& request);
 void barrier();
 std::vector<std::string> gather_text(const std::string& mine);  // of all ranks, on rank 0; nothing elsewhere
+std::string broadcast_text(const std::string& text, int root);  // the root's
 
 // ---- the mesh
 

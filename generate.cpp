@@ -1,25 +1,24 @@
 // generate.cpp: continues texts with a trained model, or a fresh one by seed, over tensor parallel ranks and pipeline stages.
 // idea      parse the options, read the prompts, prefill each, then decode all of them together until they are long enough
 // test      tests/test_cli.sh (the program from outside), tests/test_generator.cpp (its numbers)
-#include <unistd.h>
-
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "generator.h"
+#include "program.h"
 #include "support/sampling.h"
 #include "support/tokenizer.h"
-#include "watch.h"
 
 // ---- options
 
 struct GenerateOptions {
-  std::string model_name = "tiny";
+  std::string model_name;
   ModelSize model;
   std::string checkpoint;
   std::vector<std::string> prompts, files;
@@ -33,11 +32,12 @@ struct GenerateOptions {
 static OptionTable table(GenerateOptions& o) {
   OptionGroup model = model_options(o.model_name, o.model);
   model.title = "Model: a checkpoint's, or a fresh one";
+  model.options[0].unset = "tiny";
   model.options.insert(model.options.begin(), {"checkpoint", "DIR", Text{&o.checkpoint}, "directory of train_gpt's --checkpoint (its newest), or one step in it", "none"});
   return {
     model,
     {"Text", {
-      {"prompt", "TEXT...", List{&o.prompts}, "what to continue; several are continued together", ""},
+      {"prompt", "TEXT...", List{&o.prompts, "; a text that begins with -- is read by --prompt-file -"}, "what to continue; several are continued together", ""},
       {"prompt-file", "FILE...", List{&o.files}, "the same from files; - is standard input", ""},
       {"tokens", "N", Whole{&o.tokens}, "how many to add to each", ""},
       {"temperature", "X", Real{&o.temperature}, "below 1: likelier tokens more often; 0: always the likeliest", ""},
@@ -60,25 +60,22 @@ static OptionTable table(GenerateOptions& o) {
 
 static Layout layout(const GenerateOptions& o) { return {int(o.pp), 1, 1, int(o.tp)}; }
 
-static GptConfig model_config(const GenerateOptions& o) {
-  GptConfig g{o.model.layers, o.model.width, o.model.heads, o.model.context, o.model.vocab};
-  g.dtype = o.dtype == "f64" ? Dtype::f64 : o.dtype == "bf16" ? Dtype::bf16 : Dtype::f32;
-  g.attention = o.attention == "flash" ? AttentionKind::flash : AttentionKind::plain;
-  return g;
-}
-
 static void resolve(GenerateOptions& o, std::unique_ptr<Checkpoint>& checkpoint) {
   if (!o.checkpoint.empty()) {
     const ModelSize& m = o.model;
-    REQUIRE(std::max({m.layers, m.width, m.heads, m.context, m.vocab}) == 0, "the model's sizes are the checkpoint's: leave out --layers, --width, --heads, --context and --vocab");
+    REQUIRE(o.model_name.empty() && std::max({m.layers, m.width, m.heads, m.context, m.vocab}) == 0,
+            "the model's sizes are the checkpoint's: leave out --model, --layers, --width, --heads, --context and --vocab");
     checkpoint = std::make_unique<Checkpoint>(newest_path(o.checkpoint));
     o.model = checkpoint->info.model;
   }
-  resolve_model(o.model_name, o.model);
+  resolve_model(o.model_name.empty() ? "tiny" : o.model_name, o.model);
   check_model(o.model, o.attention);
   if (o.dtype.empty()) o.dtype = device().is_gpu ? "bf16" : "f32";
   REQUIRE(o.top_p <= 1, "--top-p ", o.top_p, " is above 1: it is a probability");
+  const int64_t channels = o.model.width / o.model.heads;
+  REQUIRE(channels <= 256, "heads of ", channels, " channels are too wide for the attention of new tokens, which takes at most 256: give more --heads");
   REQUIRE(o.tp <= o.model.heads, "--tp ", o.tp, " has more ranks than the ", o.model.heads, " attention heads that they would share");
+  REQUIRE(o.tp <= o.model.vocab, "--tp ", o.tp, " has more ranks than the vocabulary has tokens, ", o.model.vocab);
   REQUIRE(o.pp <= o.model.layers, o.model.layers, " layers cannot be cut into ", o.pp, " stages: each needs a layer (--pp)");
 }
 
@@ -92,7 +89,8 @@ static std::vector<std::string> read_prompts(const GenerateOptions& o) {
       text << std::cin.rdbuf();
     } else {
       std::ifstream file(name, std::ios::binary);
-      REQUIRE(file && !std::filesystem::is_directory(name), "--prompt-file: ", name, " cannot be read: ", strerror(errno ? errno : EISDIR));
+      REQUIRE(file, "--prompt-file: ", name, " cannot be read: ", strerror(errno));
+      REQUIRE(!std::filesystem::is_directory(name), "--prompt-file: ", name, " is a directory");
       text << file.rdbuf();
     }
     texts.push_back(text.str());
@@ -113,36 +111,12 @@ static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o, co
   return prompts;
 }
 
-// Rank 0's prompts on every rank.
-static std::vector<std::vector<int>> broadcast(const std::vector<std::vector<int>>& prompts) {
-  const auto send = [](std::vector<int> x) {
-    int n = int(x.size());
-    MPI_Request request;
-    MPI_Ibcast(&n, 1, MPI_INT, 0, MPI_COMM_WORLD, &request);
-    wait(request);
-    x.resize(size_t(n));
-    MPI_Ibcast(x.data(), n, MPI_INT, 0, MPI_COMM_WORLD, &request);
-    wait(request);
-    return x;
-  };
-  std::vector<int> all, lengths;
-  for (const auto& p : prompts) all.insert(all.end(), p.begin(), p.end()), lengths.push_back(int(p.size()));
-  all = send(all);
-  std::vector<std::vector<int>> received;
-  size_t at = 0;
-  for (const int n : send(lengths)) received.emplace_back(all.begin() + long(at), all.begin() + long(at + size_t(n))), at += size_t(n);
-  return received;
-}
-
 // ---- output
 
 // The first text as it is made; the others, made beside it, after it.
 class Printer {
  public:
   Printer(const Tokenizer& tokenizer, size_t texts, bool speaks) : tokenizer_(tokenizer), made_(texts), speaks_(speaks) {}
-  void prompt(size_t text, const std::vector<int>& tokens) {
-    for (const int t : tokens) add(text, t);
-  }
   void add(size_t text, int token) {
     const std::string bytes = tokenizer_.decode(token);
     if (text == 0) show(bytes);
@@ -164,14 +138,14 @@ class Printer {
   bool speaks_;
 };
 
-static void print_statistics(const Generator& generator, std::vector<double> seconds, double first, size_t texts, int64_t sent) {
+static void print_statistics(const Generator& generator, std::vector<double> seconds, double first, int64_t tokens, int64_t sent) {
   fprintf(stderr, "\nfirst token after %.1f ms\n", first * 1e3);
   if (seconds.empty()) return;
   double sum = 0;
   for (const double s : seconds) sum += s;
   std::sort(seconds.begin(), seconds.end());
   const auto rank = [&](double share) { return seconds[std::min(seconds.size() - 1, size_t(share * double(seconds.size())))] * 1e3; };
-  fprintf(stderr, "each token    median %.2f ms, 99th percentile %.2f ms, %.1f tokens/s\n", rank(0.5), rank(0.99), double(seconds.size() * texts) / sum);
+  fprintf(stderr, "each token    median %.2f ms, 99th percentile %.2f ms, %.1f tokens/s\n", rank(0.5), rank(0.99), double(tokens) / sum);
   fprintf(stderr, "memory        %.1f MiB of weights, %.1f MiB of keys and values\n", double(device().memory.now[int(Memory::parameters)]) / 1048576,
           double(generator.cache_bytes()) / 1048576);
   const int64_t steps = int64_t(seconds.size()), predicted = generator.predicted_bytes(steps);
@@ -187,7 +161,7 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh, const
   const size_t B = prompts.size();
   size_t longest = 0;
   for (const auto& p : prompts) longest = std::max(longest, p.size());
-  Generator generator(mesh, model_config(o), int64_t(B), int64_t(longest) + o.tokens);
+  Generator generator(mesh, model_config(o.model, o.dtype, o.attention), int64_t(B), int64_t(longest) + o.tokens);
   if (checkpoint) generator.load_weights(*checkpoint);
   else generator.initialise(uint64_t(o.seed));
 
@@ -201,7 +175,8 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh, const
     return generator.share(picked);
   };
   Printer printer(tokenizer, B, job.speaks);
-  for (size_t b = 0; b < B; b++) printer.prompt(b, prompts[b]);
+  for (size_t b = 0; b < B; b++)
+    for (const int token : prompts[b]) printer.add(b, token);
   synchronize();
 
   const Clock::time_point began = Clock::now();
@@ -215,10 +190,11 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh, const
   std::vector<double> seconds;
   std::vector<bool> ended(B, false);
   ledger.rows.clear();
+  int64_t added = 0;  // by decoding
   for (int64_t i = 1;; i++) {
     for (size_t b = 0; b < B; b++) {
       ended[b] = ended[b] || next[b] == tokenizer.end_of_text();
-      if (!ended[b]) printer.add(b, next[b]);
+      if (!ended[b]) printer.add(b, next[b]), added += i > 1;  // the first is prefill's
     }
     if (i == o.tokens || std::count(ended.begin(), ended.end(), false) == 0) break;
     watch.progress();
@@ -227,62 +203,35 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh, const
     seconds.push_back(since(start));
   }
   printer.finish();
-  if (job.speaks) print_statistics(generator, seconds, first, B, ledger.bytes());
+  if (job.speaks) print_statistics(generator, seconds, first, added, ledger.bytes());
 }
 
 // ---- main
 
-static int run(Job& job, int argc, char** argv) {
+int main(int argc, char** argv) {
   GenerateOptions o;
   std::unique_ptr<Checkpoint> checkpoint;
   std::unique_ptr<Tokenizer> tokenizer;
   std::vector<std::vector<int>> prompts;
-  std::string error;
-  try {
-    job.check_launcher();
-    parse(argc, argv, table(o));
-    if (!o.help) {
-      open_device(job.local_rank % device_count(), o.device_memory << 20);
-      resolve(o, checkpoint);
-      check_ranks(layout(o), job.size);
-      matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
-      tokenizer = std::make_unique<Tokenizer>(checkpoint ? std::filesystem::path(checkpoint->path).parent_path().string() : "", o.model.vocab);
-      if (job.rank == 0) prompts = encode_prompts(o, *tokenizer);
-    }
-  } catch (const Error& e) {
-    error = e.what();
-  }
-  error = job.agree(error);
-  if (!error.empty()) {
-    if (job.speaks) fprintf(stderr, "generate: %s\n", error.c_str());
-    return 1;
-  }
-  if (o.help) {
-    GenerateOptions defaults;
+  const auto prepare = [&](const Job& job) -> std::optional<Start> {
     const char* usage = "usage: build/generate --prompt TEXT [options]\nContinues a text with a model. [In brackets: what holds without the option.]";
-    if (job.speaks) fputs(help_text(usage, table(defaults)).c_str(), stdout);
-    return 0;
-  }
-  setenv("THREEFOLD_TIMEOUT", sentence(o.timeout + 10).c_str(), 0);  // of NCCL's stand-in: the watch speaks first
-  Watch watch(job, double(o.timeout));
-  Mesh mesh = open_mesh(job, layout(o));
-  watch.observe(mesh);
-  check_mesh(mesh);
-  watch.step(0);
-  generate(o, job, mesh, checkpoint.get(), *tokenizer, broadcast(prompts), watch);
-  watch.observe({});
-  close_mesh(mesh);
-  return 0;
-}
-
-int main(int argc, char** argv) {
-  Job job(&argc, &argv);
-  try {
-    const int status = run(job, argc, argv);
-    close_device();
-    return status;
-  } catch (const std::exception& e) {
-    fflush(stdout);
-    job.abort(e.what());
-  }
+    const std::string help = help_text(usage, table(o));
+    parse(argc, argv, table(o));
+    if (o.help) {
+      if (job.speaks) fputs(help.c_str(), stdout);
+      return {};
+    }
+    open_device(job.local_rank % device_count(), o.device_memory << 20);
+    resolve(o, checkpoint);
+    check_ranks(layout(o), job.size);
+    matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
+    if (checkpoint) checkpoint->verify("weights-", job.rank, job.size);
+    tokenizer = std::make_unique<Tokenizer>(checkpoint ? std::filesystem::canonical(checkpoint->path).parent_path().string() : "", o.model.vocab);
+    if (job.rank == 0) prompts = encode_prompts(o, *tokenizer);
+    return Start{layout(o), o.timeout};
+  };
+  return run_program("generate", argc, argv, prepare, [&](const Job& job, Mesh& mesh, Watch& watch) {
+    prompts = nlohmann::json::parse(broadcast_text(nlohmann::json(prompts).dump(), 0));  // rank 0's, on every rank
+    generate(o, job, mesh, checkpoint.get(), *tokenizer, prompts, watch);
+  });
 }

@@ -5,15 +5,16 @@
 //           normal(0, 0.02), positions 0.01, the two projections into the residual stream scaled by 1/sqrt(2 layers)
 // test      tests/test_golden.cpp (PyTorch), tests/test_autograd.cpp (finite differences)
 #pragma once
+#include "support/options.h"
 #include "tensor_parallel.h"
 
-struct GptConfig {
-  int64_t layers, width, heads, context, vocab;
+struct GptConfig : ModelSize {
   Dtype dtype = Dtype::f32;
   AttentionKind attention = AttentionKind::flash;
   bool recompute = false;  // keep only each block's input; run its forward again in the backward
   bool sequence_parallel = false;
 };
+GptConfig model_config(const ModelSize& size, const std::string& dtype, const std::string& attention);  // as the options name them
 
 struct Block {  // names as in GPT-2: h.<layer>.<name>
   Param ln_1_weight, ln_1_bias;

@@ -1,11 +1,9 @@
 // train_gpt.cpp: trains a GPT on text, on one device or many. Parse the options, build the mesh, loop over steps, report.
 // idea      every rank runs this program; trainer.cpp composes the model with the strategies
 // test      tests/test_cli.sh (the program from outside), tests/test_golden.cpp and tests/test_fsdp.cpp (its numbers)
-#include <csignal>
-#include <unistd.h>
-
 #include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 
 #include "support/checkpoint.h"
@@ -13,19 +11,11 @@
 #include "support/metrics.h"
 #include "support/options.h"
 #include "support/sampling.h"
+#include "program.h"
 #include "report.h"
 #include "trainer.h"
-#include "watch.h"
 
 // ---- what the options mean
-
-static GptConfig model_config(const Options& o) {
-  GptConfig g{o.model.layers, o.model.width, o.model.heads, o.model.context, o.model.vocab};
-  g.dtype = o.dtype == "f64" ? Dtype::f64 : o.dtype == "bf16" ? Dtype::bf16 : Dtype::f32;
-  g.attention = o.attention == "flash" ? AttentionKind::flash : AttentionKind::plain;
-  g.recompute = o.recompute, g.sequence_parallel = o.sequence_parallel;
-  return g;
-}
 
 static TrainerOptions trainer_options(const Options& o) {
   TrainerOptions t;
@@ -125,14 +115,16 @@ static std::string save(const Options& o, const std::string& data, int64_t step,
 }
 
 // How many steps the newest complete checkpoint had, now in the trainer; 0 if there is none.
-static int64_t resume_training(const Options& o, const Job& job, Trainer& trainer, bool prints) {
+static int64_t resume_training(const Options& o, const std::string& data, const Job& job, Trainer& trainer, bool prints) {
   const auto say = [prints](const std::string& text) { if (prints) printf("resume   %s\n", text.c_str()); };
-  const std::optional<Checkpoint> c = newest_checkpoint(o.checkpoint, job, [&](const std::string& why) { say("passed over: " + why); });
+  const std::optional<Checkpoint> c = newest_checkpoint(o.checkpoint, job, say);
   if (!c) return say("there is no checkpoint in " + o.checkpoint + ": starting at step 1"), 0;
   check_model(*c, o.model);
   REQUIRE(c->info.step < o.steps, c->path, " has ", c->info.step, " steps already: give more --steps than that");
   resume(*c, trainer.optimizer());
   say(sentence(c->path, ", saved on ", to_string(c->info.layout)));
+  if (c->info.step == 0) return 0;  // imported
+  if (c->info.data != data) say(sentence("it was trained on ", c->info.data, ", and is now on ", data));
   if (c->info.seed != uint64_t(o.seed)) say(sentence("it was trained with --seed ", c->info.seed, ", so batches differ from here on"));
   return c->info.step;
 }
@@ -142,10 +134,11 @@ static int64_t resume_training(const Options& o, const Job& job, Trainer& traine
 static void train(const Options& o, const Dataset& data, const Job& job, Mesh& mesh, Watch& watch) {
   const bool prints = job.speaks;
   matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
-  const GptConfig config = model_config(o);
+  GptConfig config = model_config(o.model, o.dtype, o.attention);
+  config.recompute = o.recompute, config.sequence_parallel = o.sequence_parallel;
   if (prints) print_setup(o, config, data);
   Trainer trainer(mesh, config, trainer_options(o));
-  const int64_t resumed = o.resume ? resume_training(o, job, trainer, prints) : 0;
+  const int64_t resumed = o.resume ? resume_training(o, data.describe(), job, trainer, prints) : 0;
   Metrics metrics(prints ? o.metrics : "", resumed);
   std::optional<StopSignal> stop;
   if (!o.checkpoint.empty()) stop.emplace();
@@ -180,7 +173,7 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
       watch.progress();
       progress.say(step, save(o, data.describe(), step, job, mesh, trainer));
     }
-    if (stopped) progress.say(step, "stopped by a signal; --resume goes on from here");
+    if (stopped && step < o.steps) progress.say(step, "stopped by a signal; --resume goes on from here");
   }
   progress.done();
   if (o.sample && step == o.steps) print_sample(trainer, data, o.sample, uint64_t(o.seed), watch, prints);
@@ -193,57 +186,26 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
 
 // ---- main
 
-static int run(Job& job, int argc, char** argv) {
-  Options options;
-  std::unique_ptr<Dataset> data;
-  Mesh mesh;
-  std::string error;
-  try {
-    job.check_launcher();
-    options = parse_options(argc, argv);
-    if (!options.help) {
-      const bool again = !options.checkpoint.empty() && !options.resume && !checkpoints_in(options.checkpoint).empty();
-      REQUIRE(!again, "--checkpoint: ", options.checkpoint, " holds checkpoints already: give --resume to go on from them, or another directory");
-      open_device(job.local_rank % device_count(), options.device_memory << 20);
-      resolve(options, device().is_gpu);
-      check_ranks(layout(options), job.size);
-      check(options);
-      if (const TrainerOptions t = trainer_options(options); options.pp > 1)  // a schedule may refuse this number of micro-batches
-        make_schedule(t.schedule, int(options.pp), int(t.batch / (t.microbatch * options.replicate * options.fsdp)), t.chunks);
-      data = std::make_unique<Dataset>(Dataset::open(options.data, options.model.context, options.model.vocab));
-    }
-  } catch (const Error& e) {
-    error = e.what();
-  }
-  error = job.agree(error);  // what is wrong for one rank ends all, with one message
-  if (!error.empty()) {
-    if (job.speaks) fprintf(stderr, "train_gpt: %s\n", error.c_str());
-    return 1;
-  }
-  if (options.help) {
-    if (job.speaks) print_help();
-    return 0;
-  }
-  setenv("THREEFOLD_TIMEOUT", sentence(options.timeout + 10).c_str(), 0);  // of NCCL's stand-in: the watch speaks first
-  Watch watch(job, double(options.timeout));
-  mesh = open_mesh(job, layout(options));
-  watch.observe(mesh);
-  check_mesh(mesh);
-  watch.step(0);
-  train(options, *data, job, mesh, watch);
-  watch.observe({});
-  close_mesh(mesh);
-  return 0;
-}
-
 int main(int argc, char** argv) {
-  Job job(&argc, &argv);
-  try {
-    const int status = run(job, argc, argv);
-    close_device();
-    return status;
-  } catch (const std::exception& e) {
-    fflush(stdout);
-    job.abort(e.what());
-  }
+  Options o;
+  std::unique_ptr<Dataset> data;
+  const auto prepare = [&](const Job& job) -> std::optional<Start> {
+    o = parse_options(argc, argv);
+    if (o.help) {
+      if (job.speaks) print_help();
+      return {};
+    }
+    const bool again = !o.checkpoint.empty() && !o.resume && !checkpoints_in(o.checkpoint).empty();
+    REQUIRE(!again, "--checkpoint: ", o.checkpoint, " holds checkpoints already: give --resume to go on from them, or another directory");
+    open_device(job.local_rank % device_count(), o.device_memory << 20);
+    resolve(o, device().is_gpu);
+    check_ranks(layout(o), job.size);
+    check(o);
+    if (const TrainerOptions t = trainer_options(o); o.pp > 1)  // a schedule may refuse this number of micro-batches
+      make_schedule(t.schedule, int(o.pp), int(t.batch / (t.microbatch * o.replicate * o.fsdp)), t.chunks);
+    data = std::make_unique<Dataset>(Dataset::open(o.data, o.model.context, o.model.vocab));
+    if (!o.checkpoint.empty() && job.rank == 0) make_directory(o.checkpoint);
+    return Start{layout(o), o.timeout};
+  };
+  return run_program("train_gpt", argc, argv, prepare, [&](const Job& job, Mesh& mesh, Watch& watch) { train(o, *data, job, mesh, watch); });
 }

@@ -37,43 +37,41 @@ static std::string file_name(int rank, Part part) { return sentence(part == Part
 
 // ---- writing
 
+static const char kFormat[] = "threefold checkpoint, version 2";
+
 static std::string step_name(int64_t step) {
   const std::string digits = std::to_string(step);
   return "step-" + std::string(digits.size() < 8 ? 8 - digits.size() : 0, '0') + digits;
 }
 
-struct SavedPiece {
-  Piece piece;
-  Shape shape;  // of the whole tensor
-  NamedArray weights, m, v;
+// What one rank saves.
+struct Saved {
+  Json pieces = Json::array();
+  std::vector<NamedArray> weights, optimizer;
+  void add(const Piece& p, const Shape& shape) {
+    const Slice& c = p.slice;
+    pieces.push_back({{"tensor", p.tensor}, {"shape", shape}, {"slice", {c.outer, c.split, c.inner, c.begin, c.end}}, {"first", p.first}, {"count", p.count}});
+  }
 };
 
 // Writes one rank's files; returns what the manifest says of them.
-static Json write_files(const std::string& path, int rank, const std::vector<SavedPiece>& saved, bool moments) {
-  Json of{{"rank", rank}, {"files", Json::array()}, {"pieces", Json::array()}};
-  std::vector<NamedArray> weights, optimizer;
-  for (const SavedPiece& s : saved) {
-    const Slice& c = s.piece.slice;
-    of["pieces"].push_back({{"tensor", s.piece.tensor}, {"shape", s.shape}, {"slice", {c.outer, c.split, c.inner, c.begin, c.end}},
-                            {"first", s.piece.first}, {"count", s.piece.count}});
-    weights.push_back(s.weights);
-    if (moments) optimizer.push_back(s.m), optimizer.push_back(s.v);
-  }
-  const auto write = [&](Part part, const std::vector<NamedArray>& arrays) {
+static std::string write_files(const std::string& path, int rank, const Saved& saved) {
+  Json files = Json::array();
+  for (const auto& [part, arrays] : {std::pair{Part::weights, &saved.weights}, std::pair{Part::m, &saved.optimizer}}) {
+    if (arrays->empty()) continue;
     const std::string name = file_name(rank, part);
-    const WrittenFile w = write_safetensors(path + "/" + name, arrays);
-    of["files"].push_back({{"name", name}, {"bytes", w.bytes}, {"xxh3", w.checksum}});
-  };
-  if (saved.empty()) return of;
-  write(Part::weights, weights);
-  if (moments) write(Part::m, optimizer);
-  return of;
+    const WrittenFile w = write_safetensors(path + "/" + name, *arrays);
+    files.push_back({{"name", name}, {"bytes", w.bytes}, {"xxh3", w.checksum}});
+  }
+  return Json{{"rank", rank}, {"files", files}, {"pieces", saved.pieces}}.dump();
 }
 
-static void write_manifest(const std::string& path, const CheckpointInfo& i, bool moments, const Json& ranks) {
+static const char kChecksum[] = ",\n \"xxh3\": ";  // the manifest's last member: the checksum of all text before it
+
+static void write_manifest(const std::string& path, const CheckpointInfo& i, const std::vector<std::string>& ranks) {
   const ModelSize& m = i.model;
   const Layout& l = i.layout;
-  const Json manifest{{"format", "threefold checkpoint, version 1"}, {"step", i.step}, {"dtype", name_of(i.dtype)}, {"moments", moments},
+  const Json manifest{{"format", kFormat}, {"step", i.step}, {"dtype", name_of(i.dtype)},
                       {"model", {{"layers", m.layers}, {"width", m.width}, {"heads", m.heads}, {"context", m.context}, {"vocab", m.vocab}}},
                       {"layout", {{"pp", l.pp}, {"replicate", l.replicate}, {"fsdp", l.fsdp}, {"tp", l.tp}}},
                       {"seed", i.seed}, {"options", i.options}, {"data", i.data}};
@@ -82,8 +80,9 @@ static void write_manifest(const std::string& path, const CheckpointInfo& i, boo
     text += (text.size() > 1 ? ",\n " : "\n ") + Json(name).dump() + ": " + value.dump();
   }
   text += ",\n \"ranks\": [";
-  for (size_t r = 0; r < ranks.size(); r++) text += (r ? ",\n  " : "\n  ") + ranks[r].dump();
-  write_file(path + "/manifest.json", text + "\n]}\n");
+  for (size_t r = 0; r < ranks.size(); r++) text += (r ? ",\n  " : "\n  ") + ranks[r];
+  text += "\n]";
+  write_file(path + "/manifest.json", sentence(text, kChecksum, checksum(text), "}\n"));
   const int directory = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);  // the rename, too, must be on disk
   if (directory >= 0) fsync(directory), close(directory);
 }
@@ -98,18 +97,30 @@ static bool is_whole(const std::string& path) { return fs::exists(path + "/manif
 
 // Ready for a new checkpoint: an empty directory for it; what was left by a save that did not end is removed.
 static void make_place(const std::string& dir, const std::string& path) {
-  std::error_code error;
   for (const std::string& old : checkpoints_in(dir))
     if (!is_whole(old) || old == path) remove_checkpoint(old);
-  fs::create_directories(path, error);
-  REQUIRE(!error, "--checkpoint: ", path, " cannot be created: ", error.message());
+  make_directory(path);
+}
+
+void make_directory(const std::string& dir) {
+  std::error_code error;
+  fs::create_directories(dir, error);
+  REQUIRE(!error, dir, " cannot be created: ", error.message());
+  REQUIRE(access(dir.c_str(), W_OK) == 0, dir, " cannot be written to: ", strerror(errno));
+}
+
+// "step-" and at least 8 digits. What else a user keeps beside the checkpoints is none.
+static bool is_step_name(const std::string& name) {
+  return name.size() >= 13 && name.starts_with("step-") && name.find_first_not_of("0123456789", 5) == std::string::npos;
 }
 
 std::vector<std::string> checkpoints_in(const std::string& dir) {
   std::vector<std::string> paths;
   std::error_code error;
-  for (auto i = fs::directory_iterator(dir, error); !error && i != fs::end(i); i.increment(error))
-    if (i->path().filename().string().starts_with("step-")) paths.push_back(dir + "/" + i->path().filename().string());
+  for (auto i = fs::directory_iterator(dir, error); !error && i != fs::end(i); i.increment(error)) {
+    const std::string name = i->path().filename();
+    if (std::error_code none; is_step_name(name) && i->is_directory(none)) paths.push_back(dir + "/" + name);
+  }
   std::sort(paths.rbegin(), paths.rend(), [](const std::string& a, const std::string& b) { return a.size() != b.size() ? a.size() < b.size() : a < b; });
   return paths;
 }
@@ -124,12 +135,12 @@ std::string newest_path(const std::string& path) {
 
 void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info, const std::vector<NamedArray>& weights) {
   const std::string path = dir + "/" + step_name(info.step);
-  REQUIRE(!is_whole(path), path, " is there already");
   make_place(dir, path);
-  std::vector<SavedPiece> saved;
-  for (const NamedArray& w : weights) saved.push_back({{w.name, {1, 1, elements(w.shape), 0, 1}, 0, elements(w.shape)}, w.shape, w, {}, {}});
+  Saved saved;
+  saved.weights = weights;
+  for (const NamedArray& w : weights) saved.add({w.name, {1, 1, elements(w.shape), 0, 1}, 0, elements(w.shape)}, w.shape);
   try {
-    write_manifest(path, info, false, Json::array({write_files(path, 0, saved, false)}));
+    write_manifest(path, info, {write_files(path, 0, saved)});
   } catch (...) {
     remove_checkpoint(path);
     throw;
@@ -141,18 +152,26 @@ void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info, 
 Checkpoint::Checkpoint(const std::string& p) : path(p) {
   REQUIRE(is_whole(path), path, " is not complete: it has no manifest.json, so its saving did not end");
   try {
-    const Json m = Json::parse(read_file(path + "/manifest.json"));
-    REQUIRE(m.at("format") == "threefold checkpoint, version 1", path, " is of another format: ", m.at("format"));
+    const std::string text = read_file(path + "/manifest.json");
+    const Json m = Json::parse(text);
+    REQUIRE(m.at("format") == kFormat, path, " is of another format: ", m.at("format"));
+    REQUIRE(m.at("xxh3") == checksum(text.substr(0, text.rfind(kChecksum))), path, "/manifest.json is damaged: its text does not have its checksum");
     const Json &model = m.at("model"), &layout = m.at("layout");
     info = {m.at("step"), {model.at("layers"), model.at("width"), model.at("heads"), model.at("context"), model.at("vocab")},
             {layout.at("pp"), layout.at("replicate"), layout.at("fsdp"), layout.at("tp")}, m.at("dtype") == "f64" ? Dtype::f64 : Dtype::f32,
             m.at("seed"), m.at("options"), m.at("data")};
-    has_moments = m.at("moments");
+    const std::string name = fs::canonical(path).filename();
+    REQUIRE(!is_step_name(name) || name == step_name(info.step), path, " holds another step than its name says: ", info.step);
     for (const Json& rank : m.at("ranks")) {
-      for (const Json& f : rank.at("files")) files.push_back({f.at("name"), f.at("bytes"), f.at("xxh3")});
+      for (const Json& f : rank.at("files")) {
+        files.push_back({f.at("name"), {f.at("bytes"), f.at("xxh3")}});
+        has_moments |= files.back().name == file_name(rank.at("rank"), Part::m);
+      }
       for (const Json& piece : rank.at("pieces")) {
-        const std::vector<int64_t> s = piece.at("slice");
-        const Piece of{piece.at("tensor"), {s.at(0), s.at(1), s.at(2), s.at(3), s.at(4)}, piece.at("first"), piece.at("count")};
+        const auto [outer, split, inner, begin, end] = piece.at("slice").get<std::array<int64_t, 5>>();
+        const Piece of{piece.at("tensor"), {outer, split, inner, begin, end}, piece.at("first"), piece.at("count")};
+        REQUIRE(outer > 0 && inner > 0 && 0 <= begin && begin < end && end <= split && 0 <= of.first && 0 <= of.count &&
+                of.first + of.count <= outer * (end - begin) * inner, path, "/manifest.json is damaged: ", of.tensor, " has a piece outside of it");
         tensors[of.tensor] = piece.at("shape").get<Shape>();
         for_runs(of, [&](int64_t begin, int64_t at, int64_t count) { runs_[of.tensor].push_back({begin, count, rank.at("rank"), at}); });
       }
@@ -163,16 +182,16 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
   for (auto& [name, runs] : runs_) std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.begin < b.begin; });
 }
 
-void Checkpoint::verify(size_t i) const {
-  const File& f = files[i];
-  const std::string name = path + "/" + f.name;
-  REQUIRE(fs::exists(name), name, " is missing");
-  const int64_t bytes = int64_t(fs::file_size(name));
-  REQUIRE(bytes == f.bytes, name, " has ", bytes, " bytes of ", f.bytes);
-  REQUIRE(measure_file(name).checksum == f.checksum, name, " is damaged: its checksum is not the manifest's");
-}
-
-void Checkpoint::verify_cover() const {
+void Checkpoint::verify(const std::string& names, int rank, int ranks) const {
+  int turn = 0;
+  for (const File& f : files) {
+    if (!f.name.starts_with(names) || turn++ % ranks != rank) continue;
+    const std::string name = path + "/" + f.name;
+    REQUIRE(fs::exists(name), name, " is missing");
+    const int64_t bytes = int64_t(fs::file_size(name));
+    REQUIRE(bytes == f.was.bytes, name, " has ", bytes, " bytes of ", f.was.bytes);
+    REQUIRE(measure_file(name).checksum == f.was.checksum, name, " is damaged: its checksum is not the manifest's");
+  }
   for (const auto& [name, shape] : tensors) {
     int64_t next = 0;
     for (const Run& r : runs_.at(name)) {
@@ -220,26 +239,23 @@ template <class Work> static void collectively(const Job& job, Work work) {
 
 void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t keep, const Job& job, const Mesh& mesh, const std::vector<Shard>& shards) {
   const std::string path = dir + "/" + step_name(info.step);
-  std::vector<SavedPiece> mine;
+  Saved mine;
   for (const Shard& s : shards) {
     if (mesh.replicate.rank != 0 || !s.param->counted) continue;  // another rank saves it
-    const std::string& name = s.param->name;
     const Shape shape = file_shape(*s.param), here{s.weights.numel()};
-    const auto array = [&](const char* suffix, const Tensor& x) {
-      return NamedArray{name + suffix, x.numel() == elements(shape) ? shape : here, x.dtype(), [x](void* to) { download(x, to); }};
+    const auto array = [&](Part part, const Tensor& x) {
+      return NamedArray{s.param->name + suffix(part), x.numel() == elements(shape) ? shape : here, x.dtype(), [x](void* to) { download(x, to); }};
     };
-    mine.push_back({{name, s.param->slice, s.first, s.weights.numel()}, shape, array("", s.weights), array(".m", s.m), array(".v", s.v)});
+    mine.add({s.param->name, s.param->slice, s.first, s.weights.numel()}, shape);
+    mine.weights.push_back(array(Part::weights, s.weights));
+    mine.optimizer.insert(mine.optimizer.end(), {array(Part::m, s.m), array(Part::v, s.v)});
   }
   collectively(job, [&] { if (job.rank == 0) make_place(dir, path); });
   try {
     std::string text;
-    collectively(job, [&] { text = write_files(path, job.rank, mine, true).dump(); });
+    collectively(job, [&] { text = write_files(path, job.rank, mine); });
     const std::vector<std::string> texts = gather_text(text);
-    collectively(job, [&] {
-      Json ranks = Json::array();
-      for (const std::string& t : texts) ranks.push_back(Json::parse(t));
-      if (job.rank == 0) write_manifest(path, info, true, ranks);
-    });
+    collectively(job, [&] { if (job.rank == 0) write_manifest(path, info, texts); });
   } catch (...) {
     if (job.rank == 0) remove_checkpoint(path);
     barrier();  // whoever ends the job does it after that
@@ -254,24 +270,29 @@ std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& j
   std::optional<Checkpoint> found;
   std::vector<std::string> damaged;
   for (const std::string& path : checkpoints_in(dir)) {
+    const bool whole = is_whole(path);
     std::string error;
     try {
-      found.emplace(path);
-      for (size_t f = size_t(job.rank); f < found->files.size(); f += size_t(job.size)) found->verify(f);  // dealt to the ranks
-      found->verify_cover();
+      found.emplace(path).verify("", job.rank, job.size);
     } catch (const std::exception& e) {
       error = e.what();
     }
     error = job.agree(error);
     if (error.empty()) break;
-    say(error);
+    say("passed over: " + error);
     found.reset();
-    if (is_whole(path)) damaged.push_back(path);
+    if (whole) damaged.push_back(path);
   }
   REQUIRE(found || damaged.empty(), "--resume: of the checkpoints in ", dir, " none is whole");
-  barrier();
-  for (const std::string& old : damaged)  // out of the way of those that are saved from here on
-    if (std::error_code none; job.rank == 0) fs::rename(old, dir + "/damaged-" + fs::path(old).filename().string(), none);
+  collectively(job, [&] {
+    for (const std::string& old : damaged) {  // out of the way of those that are saved from here on
+      if (job.rank != 0) continue;
+      std::string kept = dir + "/damaged-" + fs::path(old).filename().string();
+      while (fs::exists(kept)) kept += "-again";
+      fs::rename(old, kept);
+      say(sentence(old, " is now ", kept));
+    }
+  });
   return found;
 }
 

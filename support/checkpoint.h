@@ -2,7 +2,7 @@
 //
 //   DIR/step-00000100/weights-3.safetensors     what rank 3 owns, under GPT-2's Hugging Face names; master weights where bf16 computes
 //                     optimizer-3.safetensors   the same pieces of Adam's moments: <name>.m and <name>.v
-//                     manifest.json             step, model, layout, options; which piece of which tensor is in which file; checksums
+//                     manifest.json             step, model, layout, options; which piece of which tensor is in which file; checksums, its own last
 //
 // idea      a rank writes exactly what its optimizer updates, so that everything is written once and nothing is gathered. A piece says which
 //           elements of the whole tensor it holds; a rank of another layout reads the runs of elements that it needs, wherever they are.
@@ -40,11 +40,11 @@ class Checkpoint {
   const std::string path;
   CheckpointInfo info;
   std::map<std::string, Shape> tensors;  // as in Hugging Face's files: vectors and matrices
-  struct File { std::string name; int64_t bytes; uint64_t checksum; };
+  struct File { std::string name; WrittenFile was; };
   std::vector<File> files;
-  bool has_moments = true;  // false for imported weights
-  void verify(size_t file) const;  // an Error unless it is there, as long as it was and with its checksum
-  void verify_cover() const;       // an Error unless the pieces hold every element of every tensor once
+  bool has_moments = false;  // imported weights have none
+  // An Error unless the files whose names begin so are as they were written, and the pieces hold every element once. Ranks share the files out.
+  void verify(const std::string& names = "", int rank = 0, int ranks = 1) const;
   void read(const Piece& piece, Part part, Dtype dtype, void* to) const;  // f32 or f64
 
  private:
@@ -58,7 +58,7 @@ class Checkpoint {
 
 // Writes the checkpoint of info.step, then removes all but the newest `keep` (0: none). Where it fails nothing is left of it, and older ones stay.
 void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t keep, const Job& job, const Mesh& mesh, const std::vector<Shard>& shards);
-// The newest checkpoint in `dir` whose files are whole. Each that is passed over is said, and a damaged one renamed to damaged-step-...
+// The newest checkpoint in `dir` whose files are whole. Each that is passed over is said; a damaged one is renamed to damaged-step-...
 // Nothing if there never was one; an Error if none is whole.
 std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& job, const std::function<void(const std::string&)>& say);
 void check_model(const Checkpoint& checkpoint, const ModelSize& model);  // an Error where layers or heads differ: shapes are load()'s
@@ -69,6 +69,7 @@ void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part 
 // ---- one process
 
 std::vector<std::string> checkpoints_in(const std::string& dir);  // paths of steps, newest first, whole or not
+void make_directory(const std::string& dir);                      // unless it is there; an Error where nothing can be written
 std::string newest_path(const std::string& path);                 // `path` itself if it is a checkpoint, else the newest whole one in it
 // A checkpoint of whole tensors without moments, written by one process: from imported weights.
 void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info, const std::vector<NamedArray>& weights);

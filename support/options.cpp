@@ -100,7 +100,7 @@ static OptionTable table(Options& o) {
     {"Checkpoints", {
       {"checkpoint", "DIR", Text{&o.checkpoint}, "save weights and optimizer state here at the end, and when stopped by Ctrl-C or SIGTERM", "none"},
       {"save-every", "K", Whole{&o.save_every, 0}, "and every K steps; 0: only then", ""},
-      {"keep", "N", Whole{&o.keep, 0}, "remove all but the newest N checkpoints; 0: none", ""},
+      {"keep", "N", Whole{&o.keep, 0}, "remove all but the newest N checkpoints; 0: none", "2"},
       {"resume", "", Flag{&o.resume}, "go on from the newest complete checkpoint, in this or any other layout", ""},
     }},
     {"Reports", {
@@ -139,6 +139,7 @@ void resolve(Options& o, bool has_gpu) {
   if (o.lr == 0) o.lr = preset->lr;
   if (o.min_lr < 0) o.min_lr = o.lr / 10;
   if (o.warmup < 0) o.warmup = std::min<int64_t>(o.steps / 20, 100);
+  if (o.keep < 0 && !o.checkpoint.empty()) o.keep = 2;
   if (o.dtype.empty()) o.dtype = has_gpu ? "bf16" : "f32";
 }
 
@@ -159,7 +160,7 @@ void check(const Options& o) {
   REQUIRE(o.pp > 1 || (o.schedule.empty() && o.chunks == 1 && o.trace.empty()), "--schedule, --chunks and --trace are about a pipeline: give --pp 2 or more");
   REQUIRE(m.layers >= o.pp * o.chunks, m.layers, " layers cannot be cut into ", o.pp * o.chunks, " pieces (", o.pp, " stages, ", o.chunks,
           o.chunks == 1 ? " chunk" : " chunks", " each): each needs a layer (--layers)");
-  REQUIRE(!o.checkpoint.empty() || (!o.resume && o.save_every == 0), "--save-every and --resume need a directory: give --checkpoint DIR");
+  REQUIRE(!o.checkpoint.empty() || (!o.resume && o.save_every == 0 && o.keep < 0), "--save-every, --keep and --resume need a directory: give --checkpoint DIR");
   REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr, ": the learning rate ends at --min-lr");
   REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps, " steps (--steps)");
 }

@@ -49,8 +49,9 @@ struct Text {
 };
 struct List {  // every following word up to the next option
   std::vector<std::string>* field;
+  std::string others = "";  // where words go that are not allowed
   bool read(const std::string& word) const { return field->push_back(word), !word.empty(); }
-  std::string allowed() const { return "one or more words, none of them empty"; }
+  std::string allowed() const { return "one or more words, none of them empty" + others; }
   std::string now() const { return ""; }
 };
 
@@ -109,7 +110,7 @@ struct Options {
   int64_t timeout = 600;            // seconds
   int64_t device_memory = 0;  // MiB; 0: no cap
   std::string checkpoint;     // directory; empty: nothing is saved
-  int64_t save_every = 0, keep = 2;  // 0: at the end only; all
+  int64_t save_every = 0, keep = -1;  // 0: at the end only; all
   bool resume = false;
 
   int64_t eval_every = 0, sample = 0;  // 0: never, none

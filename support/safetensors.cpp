@@ -18,13 +18,13 @@ static_assert(std::endian::native == std::endian::little, "safetensors are littl
 
 namespace {
 
-class OutputFile {  // keeps a checksum of what goes through it
+class OutputFile {  // written beside, and renamed when it is whole; keeps a checksum of what goes through it
  public:
-  explicit OutputFile(const std::string& path) : path_(path), fd_(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
+  explicit OutputFile(const std::string& path) : path_(path), beside_(path + ".partial"), fd_(::open(beside_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
     REQUIRE(fd_ >= 0, path_, " cannot be created: ", strerror(errno));
     XXH3_64bits_reset(hash_.get());
   }
-  ~OutputFile() { if (fd_ >= 0) close(fd_); }
+  ~OutputFile() { if (fd_ >= 0) close(fd_), unlink(beside_.c_str()); }
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;
   void write(const void* from, int64_t bytes) {
@@ -42,16 +42,16 @@ class OutputFile {  // keeps a checksum of what goes through it
   }
   WrittenFile finish() {
     REQUIRE(fsync(fd_) == 0, path_, " cannot be written: ", strerror(errno));
-    const int status = close(fd_);
+    REQUIRE(rename(beside_.c_str(), path_.c_str()) == 0, path_, " cannot be written: ", strerror(errno));
+    close(fd_);  // after fsync it has nothing left to say
     fd_ = -1;
-    REQUIRE(status == 0, path_, " cannot be written: ", strerror(errno));
     written_.checksum = XXH3_64bits_digest(hash_.get());
     return written_;
   }
 
  private:
   static constexpr int64_t kAhead = 16 << 20;
-  std::string path_;
+  std::string path_, beside_;
   int fd_;
   int64_t flushing_ = 0;
   WrittenFile written_;
@@ -97,12 +97,12 @@ WrittenFile measure_file(const std::string& path) {
 }
 
 void write_file(const std::string& path, const std::string& text) {
-  const std::string beside = path + ".partial";
-  OutputFile file(beside);
+  OutputFile file(path);
   file.write(text.data(), int64_t(text.size()));
   file.finish();
-  REQUIRE(rename(beside.c_str(), path.c_str()) == 0, path, " cannot be written: ", strerror(errno));
 }
+
+uint64_t checksum(const std::string& text) { return XXH3_64bits(text.data(), text.size()); }
 
 std::string read_file(const std::string& path) {
   const MappedFile file(path, "");

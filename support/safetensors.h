@@ -19,8 +19,9 @@ struct NamedArray {
 };
 struct WrittenFile { int64_t bytes = 0; uint64_t checksum = 0; };  // checksum: XXH3, 64 bits, of the whole file
 
-// Writes the file and waits until the disk has it. An Error says why it cannot.
+// Both write a file that is there whole or not at all, and wait until the disk has it. An Error says why they cannot.
 WrittenFile write_safetensors(const std::string& path, const std::vector<NamedArray>& arrays);
+void write_file(const std::string& path, const std::string& text);
 
 class SafetensorsFile {
  public:
@@ -38,7 +39,5 @@ class SafetensorsFile {
 };
 
 WrittenFile measure_file(const std::string& path);  // the size and checksum that it has now
-
-// A small file that is there whole or not at all: written beside, then renamed into place.
-void write_file(const std::string& path, const std::string& text);
+uint64_t checksum(const std::string& text);
 std::string read_file(const std::string& path);

@@ -71,10 +71,6 @@ Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : kind_(vocab 
   }
 }
 
-std::string Tokenizer::describe() const {
-  return kind_ == bytes ? "bytes" : kind_ == pairs ? sentence("byte pairs, ", tokens_.size(), " tokens") : "numbers: no vocab.json and merges.txt beside the checkpoint";
-}
-
 // ---- encoding
 
 enum class Sign { space, letter, digit, other };

@@ -19,7 +19,6 @@ class Tokenizer {
   std::vector<int> encode(const std::string& text) const;  // an Error names what has no token
   std::string decode(int token) const;                     // its bytes; a number is followed by a space
   int end_of_text() const { return end_; }                 // -1: there is none
-  std::string describe() const;
 
  private:
   std::vector<std::string> words(const std::string& text) const;

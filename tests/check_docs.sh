@@ -98,7 +98,7 @@ for page in $pages; do
     bare=$(sed 's/  *#.*//' <<<"$command")
     case $bare in
       "make run"*) actual="$bare ARGS='--steps 3 --sample 20 --eval-every 0'" ;;
-      "make generate"*) actual="$bare CHECKPOINT=docs-model ARGS='--steps 3 --sample 20'" ;;
+      "make generate"*) actual="$bare CHECKPOINT=docs-model TRAIN_ARGS='--steps 3 --sample 20'" ;;
       make*test* | make*bench* | make*compare* | make*parity* | make*mutants* | make*sanitize* | make*check-docs* | make*cuda* | make*deps*) actual="${bare/make/make -n}" ;;
       *) actual=${bare//build\/generate-model/docs-model} ;;
     esac

@@ -45,8 +45,7 @@ void save(const std::string& dir, const Setting& s) {
   {
     Trainer trainer(mesh, s.config, s.options);
     train(trainer, s.config, 1, 5);
-    const GptConfig& g = s.config;
-    save_checkpoint(dir, {5, {g.layers, g.width, g.heads, g.context, g.vocab}, s.layout, master_dtype(g.dtype), 1337, "", ""}, 0, job(), mesh, trainer.optimizer().shards());
+    save_checkpoint(dir, {5, s.config, s.layout, master_dtype(s.config.dtype), 1337, "", ""}, 0, job(), mesh, trainer.optimizer().shards());
     const std::vector<double> losses = train(trainer, s.config, 6, 10);
     if (job().rank == 0) {
       std::ofstream out(dir + "/losses");
@@ -71,7 +70,8 @@ void resume_from(const std::vector<std::string>& dirs, const Setting& s) {
     for (const double l : losses) {
       double expected = NAN;
       in >> expected;
-      worst = l == expected ? worst : std::isnan(expected) ? INFINITY : std::max(worst, std::abs(l - expected) / expected);
+      const double apart = l == expected ? 0 : std::abs(l - expected) / expected;
+      worst = apart <= worst ? worst : std::isnan(apart) ? INFINITY : apart;
     }
     if (job().rank == 0) printf("%s %.3g\n", dir.c_str(), worst);
   }
@@ -80,12 +80,10 @@ void resume_from(const std::vector<std::string>& dirs, const Setting& s) {
 
 void print_logits(const std::string& dir, const std::vector<int>& tokens) {
   const Checkpoint c(newest_path(dir));
-  const ModelSize& m = c.info.model;
-  GptConfig config{m.layers, m.width, m.heads, m.context, m.vocab};
-  config.dtype = Dtype::f64;
+  const GptConfig config{c.info.model, Dtype::f64};
   Mesh mesh = open_mesh(job(), {});
   {
-    Generator generator(mesh, config, 1, m.context);
+    Generator generator(mesh, config, 1, config.context);
     generator.load_weights(c);
     const Generator::Logits logits = generator.prefill(0, tokens);
     for (const double l : logits[0]) printf("%.17g\n", l);

@@ -1,0 +1,46 @@
+// program.h: what train_gpt and generate share: from the command line to the mesh, and back.
+#pragma once
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <optional>
+
+#include "watch.h"
+
+struct Start { Layout layout; int64_t timeout; };  // timeout: seconds
+
+// prepare(job) reads the options, on every rank without a word to the others; nothing: they only asked for help. work(job, mesh, watch) does
+// what they ask for. Returns main's status.
+template <class Prepare, class Work> int run_program(const char* name, int argc, char** argv, Prepare prepare, Work work) {
+  Job job(&argc, &argv);
+  try {
+    std::optional<Start> start;
+    std::string error;
+    try {
+      job.check_launcher();
+      start = prepare(job);
+    } catch (const std::exception& e) {
+      error = e.what();
+    }
+    error = job.agree(error);  // what is wrong for one rank ends all, with one message
+    if (!error.empty() && job.speaks) fprintf(stderr, "%s: %s\n", name, error.c_str());
+    if (!error.empty() || !start) return !error.empty();
+    setenv("THREEFOLD_TIMEOUT", sentence(start->timeout + 10).c_str(), 0);  // of NCCL's stand-in: the watch speaks first
+    {
+      Watch watch(job, double(start->timeout));
+      Mesh mesh = open_mesh(job, start->layout);
+      watch.observe(mesh);
+      check_mesh(mesh);
+      watch.step(0);
+      work(job, mesh, watch);
+      watch.observe({});
+      close_mesh(mesh);
+    }
+    close_device();
+    return 0;
+  } catch (const std::exception& e) {
+    fflush(stdout);
+    job.abort(e.what());
+  }
+}
