@@ -280,6 +280,7 @@ int main(int argc, char** argv) {
   try {
     const int status = run(job, argc, argv);
     close_device();
+    check_printed();
     return status;
   } catch (const std::exception& e) {
     fflush(stdout);
