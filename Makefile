@@ -219,6 +219,7 @@ check-spills: cuda-build
 	  END { print kernels " kernels compiled for " "$(GENCODE)" "; spills or stack frames outside f64: " (bad ? "yes" : "none"); exit bad }'
 
 deps:
+	@mkdir -p build
 	@if ! command -v apt-get >/dev/null; then echo "make deps: install MPICH, oneDNN, nlohmann/json and xxHash with this system's package manager (on Debian and Ubuntu: $(PACKAGES))"; exit 1; fi; \
 	if [ "$$(id -u)" = 0 ]; then sudo=; elif command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then sudo=sudo; \
 	else echo "make deps: missing packages; as root run: apt-get update && apt-get install -y $(PACKAGES)"; exit 1; fi; \

@@ -127,17 +127,22 @@ static void import_weights(const std::string& dir, const std::string& path) {
 
 // ---- main
 
-int main(int argc, char** argv) {
-  const std::vector<std::string> words(argv + 1, argv + argc);
+static int run(const std::vector<std::string>& words) {
   const auto is = [&](const char* what, size_t count) { return words.size() == count && words[0] == what; };
+  if (is("info", 2)) return each_step(words[1], describe);
+  if (is("verify", 2)) return each_step(words[1], check);
+  if (is("export", 3)) return export_weights(words[1], words[2]), 0;
+  if (is("import", 3)) return import_weights(words[1], words[2]), 0;
+  const bool help = words.size() == 1 && (words[0] == "--help" || words[0] == "help");
+  fputs(kUsage, help ? stdout : stderr);
+  return help ? 0 : 1;
+}
+
+int main(int argc, char** argv) {
   try {
-    if (is("info", 2)) return each_step(words[1], describe);
-    if (is("verify", 2)) return each_step(words[1], check);
-    if (is("export", 3)) return export_weights(words[1], words[2]), 0;
-    if (is("import", 3)) return import_weights(words[1], words[2]), 0;
-    const bool help = words.size() == 1 && (words[0] == "--help" || words[0] == "help");
-    fputs(kUsage, help ? stdout : stderr);
-    return help ? 0 : 1;
+    const int status = run({argv + 1, argv + argc});
+    check_printed();
+    return status;
   } catch (const std::exception& e) {
     fprintf(stderr, "checkpoint: %s\n", e.what());
     return 1;

@@ -184,7 +184,7 @@ Mesh open_mesh(const Job& job, const Layout& l) {
 
 // ---- the first minute
 
-// Every rank of the axis contributes 1 + its rank, twice n values; what must come out is known.
+// Every rank of the axis contributes 1 + its rank, 2n values; what must come out is known.
 static void check_axis(const Axis& axis, cudaStream_t stream) {
   if (axis.size == 1) return;
   const int n = axis.size;
@@ -208,12 +208,16 @@ static void check_axis(const Axis& axis, cudaStream_t stream) {
   expect("all-gather", values * size_t(n), [&](size_t i) { return float(1 + i / values); });
   NCCL_CHECK(ncclReduceScatter(send, receive, 2, ncclFloat32, ncclSum, axis.comm, stream));
   expect("reduce-scatter", 2, [&](size_t) { return sum; });
-  const int next = (axis.rank + 1) % n, previous = (axis.rank + n - 1) % n;
+  NCCL_CHECK(ncclBroadcast(send, receive, values, ncclFloat32, n - 1, axis.comm, stream));
+  expect("broadcast", values, [&](size_t) { return float(n); });
+  const int neighbours[] = {(axis.rank + 1) % n, (axis.rank + n - 1) % n};  // facing pairs, both directions of each
   NCCL_CHECK(ncclGroupStart());
-  NCCL_CHECK(ncclSend(send, values, ncclFloat32, next, axis.comm, stream));
-  NCCL_CHECK(ncclRecv(receive, values, ncclFloat32, previous, axis.comm, stream));
+  for (int i = 0; i < 2; i++) {
+    NCCL_CHECK(ncclSend(send, values, ncclFloat32, neighbours[i], axis.comm, stream));
+    NCCL_CHECK(ncclRecv(receive + size_t(i) * values, values, ncclFloat32, neighbours[i], axis.comm, stream));
+  }
   NCCL_CHECK(ncclGroupEnd());
-  expect("send and receive", values, [&](size_t) { return float(1 + previous); });
+  expect("send and receive", 2 * values, [&](size_t i) { return float(1 + neighbours[i / values]); });
   CUDA_CHECK(cudaFreeAsync(send, stream));
   CUDA_CHECK(cudaFreeAsync(receive, stream));
 }
@@ -234,12 +238,9 @@ void close_mesh(Mesh& m) {
 
 std::string draw(const Layout& l) {
   std::string s = "rank     pp  replicate  fsdp  tp\n";
-  for (int r = 0; r < l.ranks(); r++) {
-    char line[80];
-    snprintf(line, sizeof line, "%4d  %5d  %9d  %4d  %2d\n", r, r / (l.tp * l.fsdp * l.replicate), r / (l.tp * l.fsdp) % l.replicate,
-             r / l.tp % l.fsdp, r % l.tp);
-    s += line;
-  }
+  for (int r = 0; r < l.ranks(); r++)
+    s += format("%4d  %5d  %9d  %4d  %2d\n", r, r / (l.tp * l.fsdp * l.replicate), r / (l.tp * l.fsdp) % l.replicate, r / l.tp % l.fsdp, r % l.tp);
+
   return s;
 }
 

@@ -85,7 +85,7 @@ struct Axis {
   ncclComm_t comm = nullptr;  // null when size is 1
 };
 
-struct Layout { int pp = 1, replicate = 1, fsdp = 1, tp = 1; int ranks() const { return pp * replicate * fsdp * tp; } };
+struct Layout { int pp = 1, replicate = 1, fsdp = 1, tp = 1; int64_t ranks() const { return int64_t(pp) * replicate * fsdp * tp; } };
 std::string to_string(const Layout& layout);  // "pp 2 x replicate 1 x fsdp 2 x tp 2"
 
 struct Mesh {

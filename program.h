@@ -25,7 +25,8 @@ template <class Prepare, class Work> int run_program(const char* name, int argc,
     }
     error = job.agree(error);  // what is wrong for one rank ends all, with one message
     if (!error.empty() && job.speaks) fprintf(stderr, "%s: %s\n", name, error.c_str());
-    if (!error.empty() || !start) return !error.empty();
+    if (!error.empty()) return 1;
+    if (!start) return check_printed(), 0;
     setenv("THREEFOLD_TIMEOUT", sentence(start->timeout + 10).c_str(), 0);  // of NCCL's stand-in: the watch speaks first
     {
       Watch watch(job, double(start->timeout));
@@ -38,6 +39,7 @@ template <class Prepare, class Work> int run_program(const char* name, int argc,
       close_mesh(mesh);
     }
     close_device();
+    check_printed();
     return 0;
   } catch (const std::exception& e) {
     fflush(stdout);

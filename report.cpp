@@ -4,17 +4,13 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <nlohmann/json.hpp>
 
 #include "support/trace.h"
 #include "theory.h"
 
-static std::string format(const char* pattern, auto... values) {
-  char text[256];
-  snprintf(text, sizeof text, pattern, values...);
-  return text;
-}
+using Json = nlohmann::ordered_json;
 
-static std::string quoted(const std::string& name) { return "\"" + name + "\""; }  // our names need no escapes
 static double mib(int64_t bytes) { return double(bytes) / 1048576.0; }
 
 // The vectors of all ranks, one after the other, on rank 0.
@@ -26,38 +22,33 @@ static std::vector<int64_t> collect(const Mesh& mesh, const std::vector<int64_t>
   return all;
 }
 
-// The members of all ranks in one JSON array, on rank 0.
-static std::string array(const std::string& mine) {
-  std::string s;
-  for (const std::string& of_rank : gather_text(mine))
-    if (!of_rank.empty()) s += (s.empty() ? "" : ",") + of_rank;
-  return "[" + s + "]";
+// The elements of all ranks' arrays in one, on rank 0.
+static Json gather(const Json& mine) {
+  Json all = Json::array();
+  for (const std::string& of_rank : gather_text(mine.dump()))
+    for (const Json& element : Json::parse(of_rank)) all.push_back(element);
+  return all;
 }
 
 // ---- memory
 
-static const Memory kPersistent[] = {Memory::parameters, Memory::gradients, Memory::optimizer};
-
 static std::string memory_table(const MemoryUse& m, const Theory& t, int64_t activations) {
-  std::string s = "\nmemory of rank 0, MiB       now   predicted  at the peak\n";
+  std::string s = "\nmemory of rank 0, MiB       now     predicted  at the peak\n";
   for (int i = 0; i < kMemoryCategories; i++) {
     if (!m.peak[i]) continue;
-    const int64_t predicted = t.persistent[i];
-    s += format("  %-18s %10.2f %11s %12.2f\n", name_of(Memory(i)), mib(m.now[i]), predicted ? format("%.2f", mib(predicted)).c_str() : "-", mib(m.at_peak[i]));
+    const std::string bound = Memory(i) == Memory::gather && t.gather_bound ? format("at most %.2f", mib(t.gather_bound)) : "-";
+    const std::string predicted = t.persistent[i] ? format("%.2f", mib(t.persistent[i])) : bound;
+    s += format("  %-18s %10.2f %13s %12.2f\n", name_of(Memory(i)), mib(m.now[i]), predicted.c_str(), mib(m.at_peak[i]));
   }
-  s += format("  %-18s %10.2f %11s %12.2f\n", "all", mib(m.total), "", mib(m.total_peak));
+  s += format("  %-18s %10.2f %13s %12.2f\n", "all", mib(m.total), "", mib(m.total_peak));
   return s + format("  activations kept for backwards at once: %.2f, predicted %.2f\n", mib(activations), mib(t.activations));
 }
 
-static std::string memory_json(int rank, const MemoryUse& m, const Theory& t, int64_t activations) {
-  std::string s = sentence("{\"rank\":", rank, ",\"peak\":", m.total_peak, ",\"kept_activations\":{\"bytes\":", activations, ",\"predicted_bytes\":", t.activations, "}");
-  for (int i = 0; i < kMemoryCategories; i++) {
-    s += sentence(",", quoted(name_of(Memory(i))), ":{\"now\":", m.now[i], ",\"at_peak\":", m.at_peak[i]);
-    for (Memory category : kPersistent)
-      if (Memory(i) == category) s += sentence(",\"predicted\":", t.persistent[size_t(i)]);
-    s += "}";
-  }
-  return s + "}";
+static Json memory_json(int rank, const MemoryUse& m, const Theory& t, int64_t activations) {
+  Json j{{"rank", rank}, {"peak", m.total_peak}, {"kept_activations", {{"bytes", activations}, {"predicted_bytes", t.activations}}}};
+  for (int i = 0; i < kMemoryCategories; i++) j[name_of(Memory(i))] = {{"now", m.now[i]}, {"at_peak", m.at_peak[i]}};
+  for (Memory kind : {Memory::parameters, Memory::gradients, Memory::optimizer}) j[name_of(kind)]["predicted"] = t.persistent[size_t(kind)];
+  return Json::array({j});
 }
 
 // ---- traffic
@@ -94,33 +85,31 @@ static std::string traffic_table(const std::vector<TrafficRow>& rows, int64_t st
   return s;
 }
 
-// The share of a step in which the communication queue was busy, on each rank.
-static std::string communication_line(const Mesh& mesh, double share, std::string& json) {
-  std::vector<int64_t> all = collect(mesh, {int64_t(share * 1e4 + 0.5)});
-  for (size_t r = 0; r < all.size(); r++) json += sentence(r ? "," : ",\"communication_share\":[", double(all[r]) * 1e-4);
-  json += "]";
-  if (mesh.size == 1) return "";
-  std::sort(all.begin(), all.end());
-  return format("  communicating, with waiting for other ranks: %.0f%% to %.0f%% of a step's time, by rank\n", double(all.front()) * 1e-2, double(all.back()) * 1e-2);
-}
-
-static std::string traffic_json(int rank, const std::vector<TrafficRow>& rows) {
-  std::string s;
+static Json traffic_json(int rank, const std::vector<TrafficRow>& rows) {
+  Json all = Json::array();
   for (const TrafficRow& r : rows) {
     const auto& [axis, collective, purpose] = r.key;
-    s += sentence(s.empty() ? "" : ",", "{\"rank\":", rank, ",\"axis\":", quoted(axis), ",\"collective\":", quoted(name_of(collective)), ",\"purpose\":",
-                  quoted(name_of(purpose)), ",\"calls\":", r.calls, ",\"bytes\":", r.bytes);
-    if (r.has_prediction) s += sentence(",\"predicted_bytes\":", r.predicted_bytes);
-    s += "}";
+    Json& j = all.emplace_back(Json{{"rank", rank}, {"axis", axis}, {"collective", name_of(collective)}, {"purpose", name_of(purpose)},
+                                    {"calls", r.calls}, {"bytes", r.bytes}});
+    if (r.has_prediction) j["predicted_bytes"] = r.predicted_bytes;
   }
-  return s;
+  return all;
+}
+
+// The share of a step in which the communication queue was busy, by rank.
+static std::string communication_line(std::vector<double> shares) {
+  if (shares.size() == 1) return "";
+  std::sort(shares.begin(), shares.end());
+  return format("  communicating, with waiting for other ranks: %.0f%% to %.0f%% of a step's time, by rank\n", 100 * shares.front(),
+                100 * shares.back());
 }
 
 // ---- the pipeline
 
 // Predicted: every forward, input gradient and weight gradient takes the mean time of its kind on its chunk of its stage. Executed: each takes
-// what it took. Ranks that differ in other axes only run pipelines of their own: the first is shown, the trace has all.
-static std::string pipeline_table(const Mesh& mesh, const Trainer& trainer, const std::string& trace, std::string& json) {
+// what it took. Ranks that differ in other axes only run pipelines of their own: the first is shown, the trace has all. Rank 0 returns the table;
+// it gets the timelines executed, and the pipeline's member of the metrics.
+static std::string pipeline_table(const Mesh& mesh, const Trainer& trainer, std::vector<Timeline>& executed, Json& json) {
   const Schedule& s = trainer.pipeline->schedule();
   size_t most = 0;
   for (const auto& actions : s.ranks) most = std::max(most, actions.size());
@@ -131,7 +120,6 @@ static std::string pipeline_table(const Mesh& mesh, const Trainer& trainer, cons
   if (mesh.rank != 0) return "";
 
   const size_t pipelines = size_t(mesh.size / s.stages);  // stage t of pipeline c is rank t * pipelines + c
-  std::vector<Timeline> executed;
   std::vector<Durations> took(pipelines, durations(s, {0, 0, 0, 0}));
   for (size_t c = 0; c < pipelines; c++) {
     for (size_t t = 0; t < size_t(s.stages); t++)
@@ -139,7 +127,6 @@ static std::string pipeline_table(const Mesh& mesh, const Trainer& trainer, cons
         if (s.ranks[t][i].kind != Action::exchange) took[c][t][i] = double(all[(t * pipelines + c) * most + i]) * 1e-6;
     executed.push_back(simulate(s, took[c]));
   }
-  if (!trace.empty()) write_trace(trace, s, executed);
 
   Durations means = took[0];
   std::map<Action::Kind, std::pair<double, int>> kinds;
@@ -154,40 +141,55 @@ static std::string pipeline_table(const Mesh& mesh, const Trainer& trainer, cons
   }
   const auto mean = [&](Action::Kind kind) { return kinds[kind].second ? kinds[kind].first / kinds[kind].second : 0; };
   const Timeline predicted = simulate(s, means);
-  json = sentence(",\"pipeline\":{\"schedule\":", quoted(s.name), ",\"stages\":", s.stages, ",\"microbatches\":", s.microbatches, ",\"chunks\":", s.chunks, ",\"bubble\":", executed[0].bubble(), ",\"predicted_bubble\":", predicted.bubble(),
-                  ",\"most_live\":", trainer.pipeline->most_live(), "}");
+  json = {{"schedule", s.name}, {"stages", s.stages}, {"microbatches", s.microbatches}, {"chunks", s.chunks}, {"bubble", executed[0].bubble()},
+          {"predicted_bubble", predicted.bubble()}, {"most_live", trainer.pipeline->most_live()}};
   const bool split = mean(Action::weight_gradient) > 0;
   const double unit = executed[0].makespan / 100;
-  std::string text = format("\npipeline %s, %d stages, %d micro-batches, %d chunks a stage; the last step, in ms\n", s.name.c_str(), s.stages, s.microbatches, s.chunks);
+  std::string text = sentence("\npipeline ", s.name, ", ", s.stages, " stages, ", s.microbatches, " micro-batches",
+                              s.chunks > 1 ? sentence(", ", s.chunks, " chunks a stage") : "", "; the last step, in ms\n");
   text += format("predicted from each stage's mean times (of all: forward %.2f, ", mean(Action::forward));
-  text += split ? format("input gradient %.2f, weight gradient %.2f", mean(Action::input_gradient), mean(Action::weight_gradient)) : format("backward %.2f", mean(Action::backward));
+  text += split ? format("input gradient %.2f, weight gradient %.2f", mean(Action::input_gradient), mean(Action::weight_gradient))
+                : format("backward %.2f", mean(Action::backward));
   text += format("): %.1f, bubble %.1f%%\n", predicted.makespan, 100 * predicted.bubble()) + draw_text(s, predicted, unit);
-  text += format("executed, rebuilt from the %s that each computation took: %.1f, bubble %.1f%%\n", device().is_gpu ? "time by events" : "processor time",
-                 executed[0].makespan, 100 * executed[0].bubble()) + draw_text(s, executed[0], unit);
+  text += format("executed, rebuilt from the %s that each computation took: %.1f, bubble %.1f%%\n",
+                 device().is_gpu ? "time by events" : "processor time", executed[0].makespan, 100 * executed[0].bubble());
+  text += draw_text(s, executed[0], unit);
   if (split && trainer.gpt.config.recompute) {  // the replayed forward is a part of the input gradient, which the stage before waits for
-    for (size_t t = 0; t < means.size(); t++)
+    for (size_t t = 0; t < means.size(); t++) {
+      double forward = 0;  // of this stage
       for (size_t i = 0; i < means[t].size(); i++)
-        if (s.ranks[t][i].kind == Action::input_gradient) means[t][i] = std::max(0.0, means[t][i] - mean(Action::forward));
+        if (s.ranks[t][i].kind == Action::forward) forward = means[t][i];
+      for (size_t i = 0; i < means[t].size(); i++)
+        if (s.ranks[t][i].kind == Action::input_gradient) means[t][i] = std::max(0.0, means[t][i] - forward);
+    }
     const Timeline kept = simulate(s, means);
-    text += format("--recompute replays each forward inside the input gradient, which the stage before waits for: without it %.1f, bubble %.1f%%\n", kept.makespan,
-                   100 * kept.bubble());
+    text += "--recompute replays each forward inside the input gradient, which the stage before waits for: without it at least ";
+    text += format("%.1f, bubble %.1f%% (left out with it: embedding and head, which are not replayed)\n", kept.makespan, 100 * kept.bubble());
   }
   return text;
 }
 
 // ---- all of it
 
-std::string compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options, int64_t steps, double communication,
-                                const std::string& trace, Metrics& metrics) {
+void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options, int64_t steps, double communication,
+                         const std::string& trace, Metrics& metrics) {
   const Layout& l = mesh.layout;
   const Theory t = theory(trainer.gpt.config, l, mesh.pp.rank, mesh.tp.rank, options);
   const MemoryUse& m = device().memory;
   const std::vector<TrafficRow> rows = traffic(t, steps);
-  std::string pipeline_json, communication_json;
-  const std::string communicating = communication_line(mesh, communication, communication_json);
-  const std::string pipeline = trainer.pipeline && trainer.pipeline->timed ? pipeline_table(mesh, trainer, trace, pipeline_json) : "";
-  const std::string memory = array(memory_json(mesh.rank, m, t, trainer.kept_activations())), sent = array(traffic_json(mesh.rank, rows));
-  metrics.summary(sentence("\"layout\":{\"pp\":", l.pp, ",\"replicate\":", l.replicate, ",\"fsdp\":", l.fsdp, ",\"tp\":", l.tp, "},\"memory\":", memory, ",\"traffic\":", sent,
-                           communication_json, pipeline_json));
-  return memory_table(m, t, trainer.kept_activations()) + traffic_table(rows, steps) + communicating + pipeline;
+  std::vector<double> shares;
+  for (const int64_t share : collect(mesh, {int64_t(communication * 1e4 + 0.5)})) shares.push_back(double(share) / 1e4);
+  const bool pipelined = trainer.pipeline && trainer.pipeline->timed;
+  std::vector<Timeline> executed;
+  Json pipeline;
+  const std::string timelines = pipelined ? pipeline_table(mesh, trainer, executed, pipeline) : "";
+  Json summary{{"summary", true}, {"layout", {{"pp", l.pp}, {"replicate", l.replicate}, {"fsdp", l.fsdp}, {"tp", l.tp}}},
+               {"memory", gather(memory_json(mesh.rank, m, t, trainer.kept_activations()))}, {"traffic", gather(traffic_json(mesh.rank, rows))},
+               {"communication_share", shares}};
+  if (mesh.rank != 0) return;
+  if (pipelined) summary["pipeline"] = pipeline;
+  metrics.line(summary);
+  printf("%s%s%s%s", memory_table(m, t, trainer.kept_activations()).c_str(), traffic_table(rows, steps).c_str(), communication_line(shares).c_str(),
+         timelines.c_str());
+  if (pipelined && !trace.empty()) write_trace(trace, trainer.pipeline->schedule(), executed);
 }

@@ -428,11 +428,7 @@ double round_up(double x) {
     if (factor * power >= x * (1 - 1e-9)) return factor * power;
   return 10 * power;
 }
-std::string percent(double share) {
-  char text[32];
-  snprintf(text, sizeof text, "%.1f %%", 100 * share);
-  return text;
-}
+std::string percent(double share) { return format("%.1f %%", 100 * share); }
 // Colours of a light page, and of a dark one.
 const char* kStyle = R"(<style>
 .schedule{font:11px sans-serif} .schedule .head{font-size:15px} .schedule .mid{text-anchor:middle}
@@ -466,7 +462,7 @@ std::string draw_text(const Schedule& s, const Timeline& t, double unit) {
     }
   });
   std::string text = "time      ";
-  for (int c = 0; c <= columns; c += 10) (text += sentence(c * unit)).resize(c + 20, ' ');
+  for (int c = 0; c <= columns; c += 10) (text += sentence(std::stod(format("%.3g", c * unit)))).resize(c + 20, ' ');
   text = text.substr(0, text.find_last_not_of(' ') + 1) + "\n";
   for (int stage = 0; stage < s.stages; stage++) {
     text += sentence("stage ", stage < 10 ? " " : "", stage, " |", marks[stage], "| idle ", percent(t.bubble(stage)), "\n");

@@ -3,37 +3,31 @@
 //   build/show_schedule 1f1b --stages 4 --microbatches 8 --svg 1f1b.svg
 //
 // test      tests/test_schedule.cpp
-#include <charconv>
 #include <cstdio>
 #include <fstream>
 
 #include "schedule.h"
-#include "support/check.h"
+#include "support/options.h"
 
 namespace {
 
-const char* kHelp =
-    "show_schedule NAME [options]\n"
-    "  NAME                  gpipe, 1f1b, interleaved or zb\n"
-    "  --stages P            stages (4)\n"
-    "  --microbatches M      micro-batches of a step (8)\n"
-    "  --chunks V            chunks a stage, interleaved only (2 for interleaved)\n"
-    "  --times F,B,W,SEND    of one chunk: forward, input gradient, weight gradient, transfer (1,1,1,0)\n"
-    "  --svg FILE            draw the timeline there, too\n"
-    "  --actions             list what each stage does\n";
-
-struct Options {
-  std::string name, svg;
-  int stages = 4, microbatches = 8, chunks = 0;
+struct ShowOptions {
+  std::string name, svg, times_text;
+  int64_t stages = 4, microbatches = 8, chunks = 0;
   Times times;
-  bool actions = false, help = false, default_times = true;
+  bool actions = false, help = false;
 };
 
-int whole_number(const std::string& option, const std::string& text) {
-  int value = 0;
-  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
-  REQUIRE(error == std::errc() && end == text.data() + text.size(), option, " needs a whole number, not '", text, "'");
-  return value;
+OptionTable table(ShowOptions& o) {
+  return {{"Options", {
+    {"stages", "P", Whole{&o.stages, 1, 10'000}, "stages", ""},
+    {"microbatches", "M", Whole{&o.microbatches, 1, 1'000'000}, "micro-batches of a step", ""},
+    {"chunks", "V", Whole{&o.chunks, 1, 1000}, "with interleaved: chunks a stage", "2 with interleaved, else 1"},
+    {"times", "F,B,W,SEND", Text{&o.times_text}, "of one chunk: forward, input gradient, weight gradient, transfer", "1,1,1,0"},
+    {"svg", "FILE", Text{&o.svg}, "draw the timeline there, too", "none"},
+    {"actions", "", Flag{&o.actions}, "list what each stage does", ""},
+    {"help", "", Flag{&o.help}, "print this", ""},
+  }}};
 }
 
 Times parse_times(const std::string& text) {
@@ -48,26 +42,14 @@ Times parse_times(const std::string& text) {
   return t;
 }
 
-Options parse(int argc, char** argv) {
-  Options o;
-  for (int i = 1; i < argc; i++) {
-    const std::string option = argv[i];
-    const auto value = [&]() -> std::string {
-      REQUIRE(i + 1 < argc, option, " needs a value");
-      return argv[++i];
-    };
-    if (option == "--help") o.help = true;
-    else if (option == "--actions") o.actions = true;
-    else if (option == "--stages") o.stages = whole_number(option, value());
-    else if (option == "--microbatches") o.microbatches = whole_number(option, value());
-    else if (option == "--chunks") REQUIRE((o.chunks = whole_number(option, value())) >= 1, "--chunks must be at least 1");
-    else if (option == "--times") o.times = parse_times(value()), o.default_times = false;
-    else if (option == "--svg") o.svg = value();
-    else if (option[0] != '-' && o.name.empty()) o.name = option;
-    else throw Error(sentence("cannot make sense of '", option, "'; --help lists the options"));
-  }
-  REQUIRE(o.help || !o.name.empty(), "say which schedule: gpipe, 1f1b, interleaved or zb; --help lists the options");
+ShowOptions parse_words(int argc, char** argv) {
+  ShowOptions o;
+  const bool named = argc > 1 && argv[1][0] != '-';
+  if (named) o.name = argv[1];
+  parse(argc - named, argv + named, table(o));
+  REQUIRE(o.help || named, "say first which schedule: gpipe, 1f1b, interleaved or zb; --help lists the options");
   if (o.chunks == 0) o.chunks = o.name == "interleaved" ? 2 : 1;
+  if (!o.times_text.empty()) o.times = parse_times(o.times_text);
   return o;
 }
 
@@ -78,8 +60,8 @@ void print_lists(const Schedule& s) {
   }
 }
 
-void show(const Options& o) {
-  const Schedule s = make_schedule(o.name, o.stages, o.microbatches, o.chunks);
+void show(const ShowOptions& o) {
+  const Schedule s = make_schedule(o.name, int(o.stages), int(o.microbatches), int(o.chunks));
   const std::string wrong = check(s);
   REQUIRE(wrong.empty(), "the checker refuses this schedule: ", wrong);
   const Timeline t = simulate(s, durations(s, o.times));
@@ -88,7 +70,7 @@ void show(const Options& o) {
   const std::string times = sentence("F = ", o.times.forward, ", B = ", o.times.input_gradient, ", W = ", o.times.weight_gradient,
                                      ", send = ", o.times.send, s.chunks > 1 ? " (of a chunk)" : "");
   printf("%s; %s\n", title.c_str(), times.c_str());
-  printf("%s", draw_text(s, t, o.default_times && t.makespan <= 110 ? 1 : 0).c_str());
+  printf("%s", draw_text(s, t, o.times_text.empty() && t.makespan <= 110 ? 1 : 0).c_str());
 
   size_t actions = 0, transfers = 0, groups = 0;
   for (const auto& list : s.ranks)
@@ -107,7 +89,7 @@ void show(const Options& o) {
   if (o.actions) print_lists(s);
   if (o.svg.empty()) return;
   std::ofstream file(o.svg);
-  file << draw_svg(s, t, title, o.default_times ? "forwards of one chunk" : "the unit of --times");
+  file << draw_svg(s, t, title, o.times_text.empty() ? "forwards of one chunk" : "the unit of --times");
   REQUIRE(file.flush().good(), "cannot write ", o.svg);
   printf("drawn     %s\n", o.svg.c_str());
 }
@@ -116,9 +98,11 @@ void show(const Options& o) {
 
 int main(int argc, char** argv) {
   try {
-    const Options o = parse(argc, argv);
-    if (o.help) printf("%s", kHelp);
+    const ShowOptions o = parse_words(argc, argv);
+    ShowOptions defaults;
+    if (o.help) printf("%s", help_text("usage: build/show_schedule gpipe|1f1b|interleaved|zb [options]", table(defaults)).c_str());
     else show(o);
+    check_printed();
   } catch (const Error& e) {
     fprintf(stderr, "show_schedule: %s\n", e.what());
     return 1;

@@ -90,11 +90,7 @@ void synchronize() { CUDA_CHECK(cudaStreamSynchronize(device().compute)); }
 
 // ---- memory
 
-static std::string mib(int64_t bytes) {
-  char text[32];
-  snprintf(text, sizeof text, "%.1f MiB", bytes / 1048576.0);
-  return text;
-}
+static std::string mib(int64_t bytes) { return format("%.1f MiB", double(bytes) / 1048576.0); }
 
 std::string describe_memory(const MemoryUse& m) {
   std::string s;

@@ -11,6 +11,7 @@
 #include "support/metrics.h"
 #include "support/options.h"
 #include "support/sampling.h"
+#include "support/trace.h"
 #include "program.h"
 #include "report.h"
 #include "trainer.h"
@@ -22,7 +23,7 @@ static TrainerOptions trainer_options(const Options& o) {
   t.batch = o.batch, t.microbatch = o.microbatch, t.seed = uint64_t(o.seed);
   t.clip = o.clip, t.weight_decay = o.weight_decay;
   t.schedule = o.schedule.empty() ? "1f1b" : o.schedule, t.chunks = int(o.chunks);
-  t.fsdp = {o.zero ? int(o.zero) : 3, o.reshard == "yes", int(o.prefetch)};
+  t.fsdp = {o.zero ? int(o.zero) : 3, o.reshard != "no", int(std::max<int64_t>(o.prefetch, 0))};
   return t;
 }
 
@@ -33,7 +34,7 @@ static void print_setup(const Options& o, const GptConfig& g, const Dataset& dat
          (long long)g.layers, (long long)g.width, (long long)g.heads, (long long)g.context, (long long)g.vocab, parameter_count(g) / 1e6,
          name_of(g.dtype));
   printf("device   %s\n", device().name.c_str());
-  const int ranks = layout(o).ranks();
+  const int64_t ranks = layout(o).ranks();
   printf("ranks    %s\n%s", to_string(layout(o)).c_str(), ranks > 1 && ranks <= 16 ? draw(layout(o)).c_str() : "");
   printf("data     %s\n", data.describe().c_str());
   printf("steps    %lld of %lld sequences (%lld tokens), micro-batches of %lld\n\n", (long long)o.steps, (long long)o.batch,
@@ -63,12 +64,6 @@ static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, u
     show(tokens.back());
   }
   if (prints) printf("\n---\n");
-}
-
-static std::string with_digits(const char* pattern, double x) {
-  char text[80];
-  snprintf(text, sizeof text, pattern, x);
-  return text;
 }
 
 // ---- checkpoints
@@ -111,7 +106,7 @@ static std::string save(const Options& o, const std::string& data, int64_t step,
   save_checkpoint(o.checkpoint, info, o.keep, job, mesh, trainer.optimizer().shards());
   const double seconds = std::chrono::duration<double>(Clock::now() - began).count();
   const double megabytes = double(parameter_count(trainer.gpt.config)) * 3 * double(size_of(info.dtype)) / 1e6;
-  return with_digits("checkpoint saved: %.1f MB", megabytes) + with_digits(" in %.2f s", seconds);
+  return format("checkpoint saved: %.1f MB in %.2f s", megabytes, seconds);
 }
 
 // How many steps the newest complete checkpoint had, now in the trainer; 0 if there is none.
@@ -139,7 +134,8 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
   if (prints) print_setup(o, config, data);
   Trainer trainer(mesh, config, trainer_options(o));
   const int64_t resumed = o.resume ? resume_training(o, data.describe(), job, trainer, prints) : 0;
-  Metrics metrics(prints ? o.metrics : "", resumed);
+  if (prints && !o.trace.empty()) open_trace(o.trace);
+  Metrics metrics(prints ? o.metrics : "", o.resume ? std::optional(resumed) : std::nullopt);
   std::optional<StopSignal> stop;
   if (!o.checkpoint.empty()) stop.emplace();
   const std::unique_ptr<FILE, int (*)(FILE*)> silent(fopen("/dev/null", "w"), fclose);
@@ -166,22 +162,25 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
     if (step <= resumed + 2) communicating = training = 0;
     communicating += communicated, training += record.step_ms * 1e-3;
     if (o.eval_every && (step % o.eval_every == 0 || step == o.steps)) {
-      progress.say(step, with_digits("held-out loss %.4f", trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32), held_out)));
+      progress.say(step, format("held-out loss %.4f", trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32), held_out)));
     }
     stopped = stop && stop->came();
     if (!o.checkpoint.empty() && (stopped || step == o.steps || (o.save_every && step % o.save_every == 0))) {
       watch.progress();
       progress.say(step, save(o, data.describe(), step, job, mesh, trainer));
     }
-    if (stopped && step < o.steps) progress.say(step, "stopped by a signal; --resume goes on from here");
+    if (stopped && step < o.steps) {
+      progress.say(step, "stopped by a signal; --resume goes on from here");
+      if (!o.trace.empty()) progress.say(step, "nothing is written to " + o.trace + ": --trace is of the last step");
+    }
   }
   progress.done();
   if (o.sample && step == o.steps) print_sample(trainer, data, o.sample, uint64_t(o.seed), watch, prints);
-  const std::string tables = compare_with_theory(mesh, trainer, trainer_options(o), step - resumed, communicating / training, o.trace, metrics);
-  if (!prints) return;
-  printf("\nloss     %.4f at step %lld, %.4f at step %lld\n", first_loss, (long long)resumed + 1, loss, (long long)step);
-  printf("speed    %s\n", progress.summary(flops_per_token(config)).c_str());
-  printf("%s", tables.c_str());
+  if (prints) {
+    printf("\nloss     %.4f at step %lld, %.4f at step %lld\n", first_loss, (long long)resumed + 1, loss, (long long)step);
+    printf("speed    %s\n", progress.summary(flops_per_token(config)).c_str());
+  }
+  compare_with_theory(mesh, trainer, trainer_options(o), step - resumed, communicating / training, o.trace, metrics);
 }
 
 // ---- main

@@ -41,16 +41,19 @@ constexpr int kQ = 0, kK = 1, kV = 2;
 struct Sizes {
   int T, H, D;
   bool packs;  // rows begin at multiples of 16 bytes
+  unsigned tiles = 0;  // blocks of a head, one after the other: gridDim.y, of which there are 65535, could not count all heads, nor all tiles
+  __device__ unsigned tile() const { return blockIdx.x % tiles; }
+  __device__ unsigned head() const { return blockIdx.x / tiles; }
   // This block's head, of qkv (B,T,3,H,D) and of x (B,T,H,D); and its first row in (B,H,T)
   template <class X> __device__ Rows<X> packed(X* qkv, int part) const {
-    const int64_t b = blockIdx.y / H, h = blockIdx.y % H;
+    const int64_t b = head() / H, h = head() % H;
     return {qkv + ((b * T * 3 + part) * H + h) * D, int64_t(3) * H * D};
   }
   template <class X> __device__ Rows<X> rows(X* x) const {
-    const int64_t b = blockIdx.y / H, h = blockIdx.y % H;
+    const int64_t b = head() / H, h = head() % H;
     return {x + (b * T * H + h) * D, int64_t(H) * D};
   }
-  __device__ int64_t statistics() const { return int64_t(blockIdx.y) * T; }
+  __device__ int64_t statistics() const { return int64_t(head()) * T; }
 };
 
 // tile = rows first, first + 1, ... of x * scale, zero beyond T and D; kTransposed: as (d, row)
@@ -138,14 +141,14 @@ template <class S> struct OnlineSoftmax {
 
 template <class S> constexpr size_t forward_bytes() { return (S::kSizeT + S::kSize + S::kScores + S::kTile) * sizeof(typename S::A); }
 
-// out (B,T,H,D), lse (B,H,T) from qkv (B,T,3,H,D); block (x, head): a tile of queries; reads q once, k and v up to the diagonal; D <= kD, any T
+// out (B,T,H,D), lse (B,H,T) from qkv (B,T,3,H,D); block (head, tile): a tile of queries; reads q once, k and v up to the diagonal; D <= kD, any T
 template <class T, int kD>
 __global__ void __launch_bounds__(256) flash_forward(T* out, acc_t<T>* lse, const T* qkv, Sizes n, acc_t<T> scale) {
   using S = Tiles<T, kD>;
   using A = acc_t<T>;
   extern __shared__ __align__(64) char shared[];
   A *q = reinterpret_cast<A*>(shared), *kv = q + S::kSizeT, *p = kv + S::kSize, *factor = p + S::kScores;
-  const int q0 = (gridDim.x - 1 - blockIdx.x) * S::kTile;  // the longest walks begin first
+  const int q0 = (n.tiles - 1 - n.tile()) * S::kTile;  // the longest walks begin first
   OnlineSoftmax<S> softmax;
   typename S::Output o;
   o.clear();
@@ -210,7 +213,7 @@ template <class S> constexpr size_t backward_bytes() {
   return (2 * S::kSizeT + (S::kFast ? 3 : 2) * S::kSize + S::kTile * S::kTile + 2 * S::kTile) * sizeof(typename S::A);
 }
 
-// dq of dqkv (B,T,3,H,D); block (x, head): a tile of queries; reads q and dout once, k and v up to the diagonal
+// dq of dqkv (B,T,3,H,D); block (head, tile): a tile of queries; reads q and dout once, k and v up to the diagonal
 template <class T, int kD>
 __global__ void __launch_bounds__(256)
     flash_backward_q(T* dqkv, const T* dout, const acc_t<T>* lse, const acc_t<T>* delta, const T* qkv, Sizes n, acc_t<T> scale) {
@@ -219,7 +222,7 @@ __global__ void __launch_bounds__(256)
   extern __shared__ __align__(64) char shared[];
   A *q = reinterpret_cast<A*>(shared), *dy = q + S::kSizeT, *k = dy + S::kSizeT, *v = k + S::kSize, *ds = v + S::kSize;
   A *row_lse = ds + S::kTile * S::kTile, *row_delta = row_lse + S::kTile;
-  const int q0 = (gridDim.x - 1 - blockIdx.x) * S::kTile;
+  const int q0 = (n.tiles - 1 - n.tile()) * S::kTile;
   load_tile<S, true>(q, n.packed(qkv, kQ), q0, n, scale);
   load_tile<S, true>(dy, n.rows(dout), q0, n);
   load_statistics<S>(row_lse, row_delta, lse, delta, q0, n);
@@ -248,7 +251,7 @@ __global__ void __launch_bounds__(256)
   store_tile<S>(n.packed(dqkv, kQ), q0, n, dq, [=](int) { return scale; });
 }
 
-// dk and dv of dqkv (B,T,3,H,D); block (x, head): a tile of keys; reads k and v once, q and dout from the diagonal on. FAST: block (0, head) has
+// dk and dv of dqkv (B,T,3,H,D); block (head, tile): a tile of keys; reads k and v once, q and dout from the diagonal on. FAST: a block has
 // all tiles of keys one after the other, and sums dq in dq_sums, tiles of (B,H) heads.
 template <class T, int kD>
 __global__ void __launch_bounds__(256) flash_backward_kv(T* dqkv, [[maybe_unused]] typename Tiles<T, kD>::Output* dq_sums, const T* dout,
@@ -260,7 +263,7 @@ __global__ void __launch_bounds__(256) flash_backward_kv(T* dqkv, [[maybe_unused
   A *row_lse = p + S::kTile * S::kTile, *row_delta = row_lse + S::kTile;
   [[maybe_unused]] A* k_rows = row_delta + S::kTile;
   [[maybe_unused]] const int64_t tiles = (n.T + S::kTile - 1) / S::kTile;
-  for (int k0 = blockIdx.x * S::kTile; k0 < n.T; k0 += gridDim.x * S::kTile) {
+  for (int k0 = n.tile() * S::kTile; k0 < n.T; k0 += n.tiles * S::kTile) {
     load_tile<S, true>(k, n.packed(qkv, kK), k0, n);
     load_tile<S, true>(v, n.packed(qkv, kV), k0, n);
     if constexpr (S::kFast) load_tile<S, false>(k_rows, n.packed(qkv, kK), k0, n);
@@ -295,7 +298,7 @@ __global__ void __launch_bounds__(256) flash_backward_kv(T* dqkv, [[maybe_unused
       __syncthreads();  // ds is there
       dk.template add<false>(p, S::kTile, q, S::kLd, S::kTile);
       if constexpr (S::kFast) {
-        typename S::Output& dq = dq_sums[blockIdx.y * tiles + q0 / S::kTile];
+        typename S::Output& dq = dq_sums[n.head() * tiles + q0 / S::kTile];
         if (k0 == 0) dq.clear();
         dq.template add<true>(p, S::kTile, k_rows, S::kLd, S::kTile);
         if (k0 == q0) store_tile<S>(n.packed(dqkv, kQ), q0, n, dq, [=](int) { return scale; });
@@ -316,10 +319,10 @@ template <class K> void allow_shared(K kernel, size_t bytes) {  // more than 48 
 template <class T, int kD> void forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, unsigned heads, Sizes n) {
   using S = Tiles<T, kD>;
   using A = acc_t<T>;
-  const dim3 grid(unsigned(ceil_div(n.T, S::kTile)), heads);
+  n.tiles = unsigned(ceil_div(n.T, S::kTile));
   const size_t bytes = forward_bytes<S>();
   allow_shared(flash_forward<T, kD>, bytes);
-  flash_forward<T, kD><<<grid, S::kThreads, bytes, device().compute>>>(out.data<T>(), lse.data<A>(), qkv.data<T>(), n,
+  flash_forward<T, kD><<<heads * n.tiles, S::kThreads, bytes, device().compute>>>(out.data<T>(), lse.data<A>(), qkv.data<T>(), n,
                                                                      A(1 / std::sqrt(double(n.D))));
   LAUNCHED();
 }
@@ -328,23 +331,23 @@ template <class T, int kD>
 void backward(const Tensor& dqkv, const Tensor& delta, const Tensor& dout, const Tensor& lse, const Tensor& qkv, unsigned heads, Sizes n) {
   using S = Tiles<T, kD>;
   using A = acc_t<T>;
-  const unsigned tiles = unsigned(ceil_div(n.T, S::kTile));
+  n.tiles = unsigned(ceil_div(n.T, S::kTile));
   const size_t bytes = backward_bytes<S>();
   const A scale = A(1 / std::sqrt(double(n.D)));
   const cudaStream_t stream = device().compute;
   T *dx = dqkv.data<T>(), *dy = dout.data<T>(), *x = qkv.data<T>();
   Tensor dq_sums;
   if constexpr (S::kFast) {
-    dq_sums = Tensor({heads, tiles, S::kTile, kD}, delta.dtype(), Memory::workspace);
+    dq_sums = Tensor({heads, n.tiles, S::kTile, kD}, delta.dtype(), Memory::workspace);
+    n.tiles = 1;
   } else {
     allow_shared(flash_backward_q<T, kD>, bytes);
-    flash_backward_q<T, kD><<<dim3(tiles, heads), S::kThreads, bytes, stream>>>(dx, dy, lse.data<A>(), delta.data<A>(), x, n, scale);
+    flash_backward_q<T, kD><<<heads * n.tiles, S::kThreads, bytes, stream>>>(dx, dy, lse.data<A>(), delta.data<A>(), x, n, scale);
     LAUNCHED();
   }
   allow_shared(flash_backward_kv<T, kD>, bytes);
   auto* sums = static_cast<typename S::Output*>(dq_sums.raw());
-  flash_backward_kv<T, kD><<<dim3(S::kFast ? 1 : tiles, heads), S::kThreads, bytes, stream>>>(dx, sums, dy, lse.data<A>(), delta.data<A>(), x,
-                                                                                          n, scale);
+  flash_backward_kv<T, kD><<<heads * n.tiles, S::kThreads, bytes, stream>>>(dx, sums, dy, lse.data<A>(), delta.data<A>(), x, n, scale);
   LAUNCHED();
 }
 
@@ -359,9 +362,10 @@ Sizes sizes_of(const Tensor& qkv, const Tensor& out, const Tensor& lse, int64_t 
   ASSERT(qkv.numel() == B * T * 3 * H * D && out.numel() == B * T * H * D && lse.numel() == B * H * T, to_string(qkv.shape()), ", ",
          to_string(out.shape()), ", ", to_string(lse.shape()), " with B = ", B, ", T = ", T, ", H = ", H);
   ASSERT(out.dtype() == qkv.dtype() && lse.dtype() == master_dtype(qkv.dtype()));
-  ASSERT(B * H < 65536, "the grid of a launch ends there");
+  REQUIRE(B * H <= INT_MAX / ceil_div(T, 16), "flash attention takes at most 2^31 tiles, and ", B, " sequences of ", T, " tokens with ", H,
+          " heads have more: give a smaller --microbatch");
   REQUIRE(D <= 128, "flash attention holds heads of at most 128 elements, these have ", D, ": use plain attention");
-  return {int(T), int(H), int(D), packs};
+  return {.T = int(T), .H = int(H), .D = int(D), .packs = packs};
 }
 
 }  // namespace

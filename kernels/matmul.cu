@@ -274,7 +274,8 @@ void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matr
   ASSERT(a.ld <= INT_MAX && b.ld <= INT_MAX && c.ld <= INT_MAX);
   if (m == 0 || n == 0 || batch == 0) return;
   if (matmul_backend == MatmulBackend::cublas) return cublas_matmul(in, out, m, n, k, a, b, c, alpha, beta, batch);
-  ASSERT(batch < 65536 && m <= 65535 * 64, "the grid of a launch ends there");
+  REQUIRE(batch < 65536 && m <= 65535 * 64, "--matmul own multiplies at most 65535 matrices of ", 65535 * 64, " rows, not ", batch, " of ", m,
+          ": give --matmul cublas or a smaller --microbatch");
   switch (in) {
     case Dtype::f32: return own_matmul<float, float>(m, n, k, a, b, c, alpha, beta, batch);
     case Dtype::f64: return own_matmul<double, double>(m, n, k, a, b, c, alpha, beta, batch);

@@ -1,5 +1,7 @@
 // check.h: what to say when something is wrong. Every failure is one sentence in an Error; main prints it and exits non-zero.
 #pragma once
+#include <cstdarg>
+#include <cstdio>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -15,6 +17,15 @@ std::string sentence(const Parts&... parts) {
   return out.str();
 }
 
+__attribute__((format(printf, 1, 2))) inline std::string format(const char* pattern, ...) {  // what printf would print
+  char text[256];
+  va_list values;
+  va_start(values, pattern);
+  vsnprintf(text, sizeof text, pattern, values);
+  va_end(values);
+  return text;
+}
+
 // For the user: REQUIRE(width % heads == 0, "--width ", width, " does not divide by --heads ", heads). Alive in every build.
 #define REQUIRE(condition, ...) \
   do { if (!(condition)) throw Error(sentence(__VA_ARGS__)); } while (0)
@@ -22,6 +33,9 @@ std::string sentence(const Parts&... parts) {
 // For the programmer: a broken contract inside the program; names the place.
 #define ASSERT(condition, ...) \
   do { if (!(condition)) throw Error(sentence(__FILE__, ":", __LINE__, ": ", #condition, " does not hold. ", ##__VA_ARGS__)); } while (0)
+
+// The last line of a main: what was printed has arrived.
+inline void check_printed() { REQUIRE(fflush(stdout) == 0 && !ferror(stdout), "what was printed could not be written to the standard output"); }
 
 #define CUDA_CHECK(call)                                                                                              \
   do {                                                                                                                \

@@ -7,59 +7,61 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
+#include <nlohmann/json.hpp>
 
-template <class... Values> static std::string print_to_string(const char* format, Values... values) {
-  char text[160];
-  snprintf(text, sizeof(text), format, values...);
-  return text;
-}
+namespace fs = std::filesystem;
 
 // ---- for programs
 
-std::string json_number(double x) {
-  return std::isfinite(x) ? print_to_string("%.17g", x) : "null";
-}
-
-Metrics::Metrics(const std::string& path, int64_t steps) : path_(path) {
+Metrics::Metrics(const std::string& path, std::optional<int64_t> resumed) : path_(path) {
   if (path.empty()) return;
-  std::string kept, line;
-  std::ifstream before(steps ? path : "");
-  for (long long step; std::getline(before, line);)
-    if (sscanf(line.c_str(), "{\"step\":%lld", &step) == 1 && step <= steps && line.back() == '}') kept += line + "\n";
-  file_ = fopen(path.c_str(), "we");
+  std::error_code error, none;
+  if (resumed && fs::is_regular_file(path, none)) {
+    std::ifstream before(path);
+    uintmax_t kept = 0;
+    std::string line;
+    for (long long step; std::getline(before, line) && !before.eof(); kept += line.size() + 1)  // what a killed run began has no end of line
+      if (sscanf(line.c_str(), "{\"step\":%lld", &step) == 1 && step > *resumed) break;
+    if (*resumed == 0 && fs::file_size(path, none) > 0) {
+      int n = 1;
+      while (fs::exists(sentence(path, ".", n), none)) n++;
+      fs::rename(path, sentence(path, ".", n), error);
+      REQUIRE(!error, "--metrics: ", path, " cannot be renamed to ", path, ".", n, ": ", error.message());
+      printf("metrics  of an earlier run are in %s.%d now\n", path.c_str(), n);
+    } else {
+      fs::resize_file(path, kept, error);
+      REQUIRE(!error, "--metrics: ", path, " cannot be opened for writing: ", error.message());
+    }
+  }
+  file_ = fopen(path.c_str(), resumed ? "ae" : "we");
   REQUIRE(file_, "--metrics: ", path, " cannot be opened for writing: ", strerror(errno));
-  REQUIRE(fwrite(kept.data(), 1, kept.size(), file_) == kept.size() && fflush(file_) == 0, "--metrics: writing ", path, " failed: ", strerror(errno));
 }
 
 Metrics::~Metrics() {
   if (file_) fclose(file_);
 }
 
-void Metrics::line(const std::string& text) {
+void Metrics::line(const nlohmann::ordered_json& object) {
   if (!file_) return;
   errno = 0;
-  REQUIRE(fprintf(file_, "%s\n", text.c_str()) > 0 && fflush(file_) == 0, "--metrics: writing ", path_, " failed: ", strerror(errno));
+  REQUIRE(fprintf(file_, "%s\n", object.dump().c_str()) > 0 && fflush(file_) == 0, "--metrics: writing ", path_, " failed: ", strerror(errno));
 }
 
 void Metrics::step(const StepRecord& r) {
-  line(sentence("{\"step\":", r.step, ",\"loss\":", json_number(r.loss), ",\"grad_norm\":", json_number(r.grad_norm), ",\"lr\":",
-                json_number(r.lr), ",\"tokens_per_second\":", json_number(r.tokens_per_second), ",\"step_ms\":", json_number(r.step_ms),
-                "}"));
+  line({{"step", r.step}, {"loss", r.loss}, {"grad_norm", r.grad_norm}, {"lr", r.lr}, {"tokens_per_second", r.tokens_per_second},
+        {"step_ms", r.step_ms}});
 }
-
-void Metrics::summary(int64_t peak_memory_bytes) { summary(sentence("\"peak_memory_bytes\":", peak_memory_bytes)); }
-
-void Metrics::summary(const std::string& members) { line("{\"summary\":true" + (members.empty() ? "" : "," + members) + "}"); }
 
 // ---- for people
 
 static double seconds(std::chrono::steady_clock::duration d) { return std::chrono::duration<double>(d).count(); }
 
 static std::string duration(double s) {
-  if (s < 60) return print_to_string("%.0f s", s);
-  if (s < 3600) return print_to_string("%.0f min %02.0f s", std::floor(s / 60), std::floor(std::fmod(s, 60)));
-  return print_to_string("%.0f h %02.0f min", std::floor(s / 3600), std::floor(std::fmod(s, 3600) / 60));
+  if (s < 60) return format("%.0f s", s);
+  if (s < 3600) return format("%.0f min %02.0f s", std::floor(s / 60), std::floor(std::fmod(s, 60)));
+  return format("%.0f h %02.0f min", std::floor(s / 3600), std::floor(std::fmod(s, 3600) / 60));
 }
 
 Progress::Progress(int64_t steps, FILE* out) : Progress(steps, out, isatty(fileno(out))) {}
@@ -87,7 +89,7 @@ void Progress::print(const StepRecord& r) {
   if (!landmark && !due) return;
   printed_ = now;
   const double left = seconds(now - started_) / double(r.step - first_step_ + 1) * double(steps_ - r.step);
-  const std::string text = print_to_string("step %lld/%lld  loss %.4f  norm %.3f  lr %.2e  %.0f tokens/s  %s left", (long long)r.step,
+  const std::string text = format("step %lld/%lld  loss %.4f  norm %.3f  lr %.2e  %.0f tokens/s  %s left", (long long)r.step,
       (long long)steps_, r.loss, r.grad_norm, r.lr, double(timed_tokens_) / timed_seconds_, duration(left).c_str());
   fprintf(out_, terminal_ ? "\r%s\033[K" : "%s\n", text.c_str());
   fflush(out_);
@@ -108,6 +110,6 @@ void Progress::done() {
 std::string Progress::summary(double flops_per_token) const {
   if (timed_steps_ == 0) return "no step was timed";
   const double rate = double(timed_tokens_) / timed_seconds_;
-  return print_to_string("%.0f tokens/s, %.1f ms a step, %.4g GFLOP/s", rate, timed_seconds_ * 1e3 / double(timed_steps_),
-                         rate * flops_per_token / 1e9);
+  return format("%.0f tokens/s, %.1f ms a step, %.4g GFLOP/s", rate, timed_seconds_ * 1e3 / double(timed_steps_),
+                rate * flops_per_token / 1e9);
 }

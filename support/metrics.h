@@ -1,5 +1,5 @@
 // metrics.h: what a run reports while it trains: a JSON object per step for programs, a line of progress for people.
-// idea      loss and norm are written with 17 digits, which say exactly which double they were: equal runs write equal text
+// idea      numbers are written with the digits that say exactly which double they were: equal runs write equal text
 // cost      one write per step
 // not here  averaging over ranks: one rank reports for all
 // test      tests/test_support.cpp
@@ -7,6 +7,8 @@
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 
 #include "support/check.h"
@@ -18,22 +20,18 @@ struct StepRecord {
 
 // ---- for programs
 
-std::string json_number(double x);  // null for what JSON cannot say: infinities and NaN
-
-class Metrics {  // JSON lines
+class Metrics {  // JSON lines; what JSON cannot say, infinities and NaN, is null
  public:
-  // path empty: nothing is written. One that cannot be written fails here, before training. A run that resumes after `steps` steps keeps the
-  // lines of those.
-  explicit Metrics(const std::string& path, int64_t steps = 0);
+  // path empty: nothing is written. One that cannot be written fails here, before training. A run that resumes after some steps keeps what was
+  // written up to the last of those; one that resumes after 0 found no checkpoint, and puts aside whatever an earlier run has written.
+  explicit Metrics(const std::string& path, std::optional<int64_t> resumed = {});
   ~Metrics();
   Metrics(const Metrics&) = delete;
   Metrics& operator=(const Metrics&) = delete;
   void step(const StepRecord& r);
-  void summary(int64_t peak_memory_bytes);  // the last line
-  void summary(const std::string& members);  // the same from members that are JSON already: "\"a\":1,\"b\":[2]"
+  void line(const nlohmann::ordered_json& object);
 
  private:
-  void line(const std::string& text);
   std::string path_;
   FILE* file_ = nullptr;
 };

@@ -7,8 +7,10 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <numeric>
+#include <filesystem>
 #include <set>
+
+#include "support/data.h"
 
 // ---- train_gpt: models, options, defaults, contradictions
 
@@ -59,6 +61,8 @@ void check_model(const ModelSize& m, const std::string& attention) {
           " with ", m.heads, m.heads == 1 ? " head" : " heads", " makes them ", m.width / m.heads, " wide: give --attention plain or more --heads");
 }
 
+constexpr int64_t kMaxRanks = 50'000;  // of an axis: the product of four fits an int64_t
+
 static OptionTable table(Options& o) {
   const Preset& tiny = kPresets[0];
   return {
@@ -69,7 +73,7 @@ static OptionTable table(Options& o) {
     {"Training", {
       {"steps", "N", Whole{&o.steps}, "optimizer steps", sentence("by model, ", tiny.name, ": ", tiny.steps)},
       {"batch", "B", Whole{&o.batch}, "sequences per optimizer step, over all ranks", sentence("by model, ", tiny.name, ": ", tiny.batch)},
-      {"microbatch", "B", Whole{&o.microbatch, 1, 100'000'000}, "sequences per micro-batch of a rank", "all of the rank's"},
+      {"microbatch", "B", Whole{&o.microbatch, 1, 100'000'000}, "sequences per micro-batch of a rank", "all of the rank's; with pp at most 1/(2P) of them"},
       {"lr", "X", Real{&o.lr, false}, "highest learning rate", sentence("by model, ", tiny.name, ": ", tiny.lr)},
       {"min-lr", "X", Real{&o.min_lr}, "learning rate at the end", "a tenth of --lr"},
       {"warmup", "N", Whole{&o.warmup, 0}, "steps until the learning rate is at its highest", "5% of --steps, at most 100"},
@@ -85,15 +89,16 @@ static OptionTable table(Options& o) {
       {"device-memory", "MiB", Whole{&o.device_memory}, "stop when more device memory than this is asked for", "no cap"},
     }},
     {"Ranks: mpiexec -n (pp x replicate x fsdp x tp)", {
-      {"replicate", "R", Whole{&o.replicate, 1, 100'000}, "data parallelism: copies of the model, gradients summed over them", ""},
-      {"fsdp", "S", Whole{&o.fsdp, 1, 100'000}, "fully sharded data parallelism: each rank owns 1/S of every layer", ""},
+      {"replicate", "R", Whole{&o.replicate, 1, kMaxRanks}, "data parallelism: copies of the model, gradients summed over them", ""},
+      {"fsdp", "S", Whole{&o.fsdp, 1, kMaxRanks}, "fully sharded data parallelism: each rank owns 1/S of every layer", ""},
       {"zero", "STAGE", Whole{&o.zero, 1, 3}, "what fsdp shards: optimizer state, and gradients, and parameters", "3"},
-      {"reshard-after-forward", "", Choice{&o.reshard, {"yes", "no"}}, "ZeRO-3: give parameters back after the forward", ""},
-      {"prefetch", "K", Whole{&o.prefetch, 0, 1000}, "layers gathered ahead while others compute; above 0 one sum of gradients runs behind, too", ""},
-      {"tp", "T", Whole{&o.tp, 1, 100'000}, "tensor parallelism: each layer's weights are split over T ranks", ""},
+      {"reshard-after-forward", "", Choice{&o.reshard, {"yes", "no"}}, "ZeRO-3: give parameters back after the forward", "yes"},
+      {"prefetch", "K", Whole{&o.prefetch, 0, 1000}, "layers gathered ahead while others compute; above 0 one sum of gradients runs behind, too", "1"},
+      {"tp", "T", Whole{&o.tp, 1, kMaxRanks}, "tensor parallelism: each layer's weights are split over T ranks", ""},
       {"sequence-parallel", "", Flag{&o.sequence_parallel}, "with tp: activations between the split layers are split by tokens, too", ""},
-      {"pp", "P", Whole{&o.pp, 1, 100'000}, "pipeline parallelism: the layers are cut into P stages", ""},
-      {"schedule", "", Choice{&o.schedule, {"gpipe", "1f1b", "interleaved", "zb"}}, "with pp: in which order a stage computes its micro-batches", "1f1b"},
+      {"pp", "P", Whole{&o.pp, 1, kMaxRanks}, "pipeline parallelism: the layers are cut into P stages", ""},
+      {"schedule", "", Choice{&o.schedule, {"gpipe", "1f1b", "interleaved", "zb"}}, "with pp: in which order a stage computes its micro-batches",
+       "1f1b"},
       {"chunks", "V", Whole{&o.chunks, 1, 1000}, "with interleaved: pieces of the model that a stage has", "2 with interleaved, else 1"},
       {"timeout", "SECONDS", Whole{&o.timeout, 1}, "without progress for so long, say where each rank stands and end", ""},
     }},
@@ -134,13 +139,33 @@ void resolve(Options& o, bool has_gpu) {
   if (o.chunks == 0) o.chunks = o.schedule == "interleaved" ? 2 : 1;
   const int64_t parts = ranks * (o.pp > 1 ? 2 * o.pp : 1);  // a pipeline wants several micro-batches
   if (o.batch == 0) o.batch = (preset->batch + parts - 1) / parts * parts;
-  if (o.microbatch == 0) o.microbatch = std::max<int64_t>(1, o.batch / parts);
+  if (o.microbatch == 0) {  // the largest that divides the batch, into a number of micro-batches that the schedule takes
+    const auto fits = [&](int64_t b) { return o.batch % (b * ranks * (o.schedule == "interleaved" ? o.pp : 1)) == 0; };
+    o.microbatch = std::max<int64_t>(1, o.batch / parts);
+    while (o.microbatch > 1 && !fits(o.microbatch)) o.microbatch--;
+  }
   if (o.zero == 0 && o.fsdp > 1) o.zero = 3;
+  if (o.reshard.empty() && o.zero == 3) o.reshard = "yes";
+  if (o.prefetch < 0 && ranks > 1) o.prefetch = 1;
   if (o.lr == 0) o.lr = preset->lr;
   if (o.min_lr < 0) o.min_lr = o.lr / 10;
   if (o.warmup < 0) o.warmup = std::min<int64_t>(o.steps / 20, 100);
   if (o.keep < 0 && !o.checkpoint.empty()) o.keep = 2;
   if (o.dtype.empty()) o.dtype = has_gpu ? "bf16" : "f32";
+}
+
+// A report overwrites nothing that is read, and no other report.
+static void check_reports(const Options& o) {
+  const auto same = [](const std::string& a, const std::string& b) {
+    std::error_code none;  // what is not there is no other file
+    return std::filesystem::weakly_canonical(a, none) == std::filesystem::weakly_canonical(b, none) || std::filesystem::equivalent(a, b, none);
+  };
+  for (const auto& [option, file] : {std::pair{"--metrics ", o.metrics}, {"--trace ", o.trace}}) {
+    if (file.empty()) continue;
+    for (const std::string& data : o.data.empty() ? project_files(project_root()) : o.data)
+      REQUIRE(!same(file, data), option, file, " would overwrite a file of the training data: give another name");
+  }
+  REQUIRE(o.metrics.empty() || o.trace.empty() || !same(o.metrics, o.trace), "--metrics and --trace name the same file, ", o.trace);
 }
 
 void check(const Options& o) {
@@ -152,17 +177,21 @@ void check(const Options& o) {
           o.microbatch, o.replicate * o.fsdp == 1 ? "" : sentence(" on ", o.replicate * o.fsdp, " data-parallel ranks (replicate x fsdp)"),
           ": change --batch or --microbatch");
   REQUIRE(o.fsdp > 1 || o.zero == 0, "--zero ", o.zero, " shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
-  REQUIRE(o.reshard == "yes" || o.zero == 3, "--reshard-after-forward no keeps the parameters that ZeRO-3 gathers: give --fsdp 2 or more",
+  REQUIRE(o.reshard.empty() || o.zero == 3, "--reshard-after-forward is about the parameters that ZeRO-3 gathers: give --fsdp 2 or more",
           o.fsdp > 1 ? " and --zero 3" : "");
+  REQUIRE(o.prefetch < 0 || o.fsdp * o.replicate > 1, "--prefetch ", o.prefetch, " is about what ranks gather and sum: give --fsdp or --replicate "
+          "2 or more");
   REQUIRE(o.tp <= m.heads, "--tp ", o.tp, " has more ranks than the ", m.heads, " attention heads that they would share (--heads)");
   REQUIRE(o.tp <= m.vocab, "--tp ", o.tp, " has more ranks than the vocabulary has tokens, ", m.vocab, " (--vocab)");
   REQUIRE(o.tp > 1 || !o.sequence_parallel, "--sequence-parallel splits activations over the ranks of --tp, which is 1: give --tp 2 or more");
-  REQUIRE(o.pp > 1 || (o.schedule.empty() && o.chunks == 1 && o.trace.empty()), "--schedule, --chunks and --trace are about a pipeline: give --pp 2 or more");
+  REQUIRE(o.pp > 1 || (o.schedule.empty() && o.chunks == 1 && o.trace.empty()),
+          "--schedule, --chunks and --trace are about a pipeline: give --pp 2 or more");
   REQUIRE(m.layers >= o.pp * o.chunks, m.layers, " layers cannot be cut into ", o.pp * o.chunks, " pieces (", o.pp, " stages, ", o.chunks,
           o.chunks == 1 ? " chunk" : " chunks", " each): each needs a layer (--layers)");
   REQUIRE(!o.checkpoint.empty() || (!o.resume && o.save_every == 0 && o.keep < 0), "--save-every, --keep and --resume need a directory: give --checkpoint DIR");
   REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr, ": the learning rate ends at --min-lr");
   REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps, " steps (--steps)");
+  check_reports(o);
 }
 
 // ---- the parser
@@ -190,32 +219,16 @@ std::string Choice::allowed() const {
   return all;
 }
 
-// Insertions, deletions and substitutions that turn `a` into `b` (Levenshtein), one row of the table at a time.
-static size_t edit_distance(const std::string& a, const std::string& b) {
-  std::vector<size_t> row(b.size() + 1);
-  std::iota(row.begin(), row.end(), 0);
-  for (size_t i = 1; i <= a.size(); i++) {
-    size_t diagonal = row[0]++;
-    for (size_t j = 1; j <= b.size(); j++) {
-      const size_t above = row[j];
-      row[j] = std::min({row[j - 1] + 1, above + 1, diagonal + (a[i - 1] != b[j - 1])});
-      diagonal = above;
-    }
-  }
-  return row[b.size()];
-}
-
 static const Option& find_option(const OptionTable& table, const std::string& word) {
   REQUIRE(word[0] == '-', "'", word, "' belongs to no option: options begin with --, and --help lists them");
   const std::string name = word.substr(std::min(word.find_first_not_of('-'), word.size())), left = name.substr(0, name.find('='));
-  const Option* nearest = nullptr;
-  size_t distance = 2 + left.size() / 4;  // further away is no likeness
+  const Option* nearest = nullptr;  // the one that begins like it, in three letters at least
+  size_t alike = 2;
   for (const OptionGroup& group : table)
     for (const Option& option : group.options) {
       if (word == "--" + option.name) return option;
-      const bool abbreviated = left.size() > 2 && option.name.starts_with(left) && left != option.name;
-      const size_t d = abbreviated ? 1 : edit_distance(left, option.name);
-      if (d < distance) distance = d, nearest = &option;
+      const size_t n = size_t(std::mismatch(left.begin(), left.end(), option.name.begin(), option.name.end()).first - left.begin());
+      if (n > alike) alike = n, nearest = &option;
     }
   REQUIRE(!nearest, "there is no option ", word, ": did you mean --", nearest->name,
           left != name ? ", with a space before the value?" : "? (--help lists all options)");

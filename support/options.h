@@ -101,8 +101,8 @@ struct Options {
   bool recompute = false;
 
   int64_t pp = 1, replicate = 1, fsdp = 1, tp = 1;  // ranks of the axes; their product is what mpiexec starts
-  int64_t zero = 0, prefetch = 1;                   // zero: stays 0 where nothing is sharded
-  std::string reshard = "yes";
+  int64_t zero = 0, prefetch = -1;                  // unset where they mean nothing: without shards; without shards and copies
+  std::string reshard;                              // unset below ZeRO-3
   bool sequence_parallel = false;
   std::string schedule;             // empty: 1f1b
   int64_t chunks = 0;               // of a stage

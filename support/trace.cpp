@@ -7,6 +7,10 @@
 
 #include "support/check.h"
 
+void open_trace(const std::string& path) {
+  REQUIRE(std::ofstream(path, std::ios::app), "--trace: ", path, " cannot be opened for writing: ", strerror(errno));
+}
+
 void write_trace(const std::string& path, const Schedule& s, const std::vector<Timeline>& pipelines) {
   std::ofstream out(path);
   out << "{\"traceEvents\":[";
@@ -14,7 +18,8 @@ void write_trace(const std::string& path, const Schedule& s, const std::vector<T
   for (int stage = 0; stage < s.stages; stage++)
     for (size_t c = 0; c < pipelines.size(); c++) {
       const size_t rank = size_t(stage) * pipelines.size() + c;
-      out << comma << sentence("{\"ph\":\"M\",\"name\":\"thread_name\",\"pid\":0,\"tid\":", rank, ",\"args\":{\"name\":\"rank ", rank, ", stage ", stage, "\"}}");
+      out << comma << sentence("{\"ph\":\"M\",\"name\":\"thread_name\",\"pid\":0,\"tid\":", rank, ",\"args\":{\"name\":\"rank ", rank,
+                               ", stage ", stage, "\"}}");
       comma = ",\n";
       for (size_t i = 0; i < s.ranks[stage].size(); i++) {
         const Span& span = pipelines[c].spans[stage][i];

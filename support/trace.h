@@ -4,5 +4,8 @@
 
 #include "schedule.h"
 
-// pipelines: of the ranks that differ in other axes only; rank = stage * number of pipelines + pipeline. Spans are in ms. Throws where the file cannot be written.
+// Creates the file; one that is there stays as it is. Throws where it cannot be written: before training, not after it.
+void open_trace(const std::string& path);
+// pipelines: of the ranks that differ in other axes only; rank = stage * number of pipelines + pipeline. Spans are in ms. Throws where the file
+// cannot be written.
 void write_trace(const std::string& path, const Schedule& schedule, const std::vector<Timeline>& pipelines);

@@ -74,6 +74,16 @@ OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=0 refuses another_mpis_launcher_is_r
 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=2 $train $small >"$dir/out" 2>&1 && fail another_mpis_launcher_is_refused_once "exit status 0" ||
   { [ -s "$dir/out" ] && fail another_mpis_launcher_is_refused_once "said: $(head -c 300 "$dir/out")" || ok another_mpis_launcher_is_refused_once; }
 
+# Reports are opened before the first step, and never over what is read
+OMP_WAIT_POLICY=passive mpiexec -n 2 $train $small --pp 2 --trace /nowhere/t.json >"$dir/out" 2>"$dir/err" && fail an_unwritable_trace_ends_the_run "exit status 0" ||
+  { grep -q '^step ' "$dir/out" && fail an_unwritable_trace_ends_the_run "took steps" || { grep -q 'trace: /nowhere/t.json cannot be opened' "$dir/err" && ok an_unwritable_trace_ends_the_run || fail an_unwritable_trace_ends_the_run "$(head -c 300 "$dir/err")"; }; }
+refuses metrics_over_the_data_are_refused "--metrics $dir/good.txt would overwrite a file of the training data" $small --data "$dir/good.txt" --metrics "$dir/good.txt"
+[ "$(wc -l <"$dir/good.txt")" = 4000 ] && ok the_data_are_whole || fail the_data_are_whole
+$train $shape --steps 3 --metrics "$dir/kept.jsonl" >/dev/null 2>&1; cp "$dir/kept.jsonl" "$dir/kept"
+$train $shape --steps 2 --resume --checkpoint "$dir/mistyped" --metrics "$dir/kept.jsonl" >"$dir/out" 2>&1
+if cmp -s "$dir/kept" "$dir/kept.jsonl.1" && [ "$(losses "$dir/kept.jsonl" | wc -l)" = 2 ] && grep -q "^metrics  of an earlier run are in $dir/kept.jsonl.1 now" "$dir/out"; then ok metrics_of_an_earlier_run_are_put_aside_where_there_is_no_checkpoint; else fail metrics_of_an_earlier_run_are_put_aside_where_there_is_no_checkpoint "$(tail -2 "$dir/out")"; fi
+timeout 60 $train --layers 1 --width 4 --heads 4 --context 2 --batch 16384 --microbatch 16384 --steps 1 >"$dir/out" 2>&1 && ok heads_times_sequences_may_be_65536 || fail heads_times_sequences_may_be_65536 "$(tail -1 "$dir/out")"
+
 if $train --help | grep -q -- --device-memory; then ok help_lists_the_options; else fail help_lists_the_options; fi
 $train $shape --data "$dir/good.bin" --steps 2 --sample 3 >"$dir/out" 2>&1 && ok a_shard_trains "$(grep '^data' "$dir/out")" || fail a_shard_trains "$(tail -1 "$dir/out")"
 
@@ -116,6 +126,23 @@ refuses words_without_a_tokenizer_are_refused "'hello' is no token" --layers 1 -
 mkdir "$dir/made"; touch "$dir/made/manifest.json"
 NP=4 make -n BACKEND=cpu generate CHECKPOINT="$dir/made" ARGS="--tokens 7" PROMPT='`"' >"$dir/out" 2>&1
 if grep -qF "mpiexec -n 4 build/generate --checkpoint $dir/made --prompt \"\$PROMPT\" --tp 4 --tokens 7" "$dir/out"; then ok make_generate_takes_NP_and_ARGS; else fail make_generate_takes_NP_and_ARGS "$(tail -3 "$dir/out")"; fi
+
+# ---- build/show_schedule, and output that goes nowhere
+
+train=build/cpu/show_schedule
+refuses a_schedule_without_a_name_is_refused "say first which schedule" --stages 3
+refuses an_unknown_schedule_is_refused "there is no schedule 'dual'" dual
+refuses stages_given_twice_are_refused "--stages is given twice" 1f1b --stages 3 --stages 4
+refuses an_empty_svg_is_refused "--svg takes a name, not ''" 1f1b --svg ""
+refuses no_stages_are_refused "--stages takes a whole number from 1 to" zb --stages 0
+refuses times_that_are_no_numbers_are_refused "--times needs four numbers F,B,W,SEND, not '1,2'" zb --times 1,2
+$train zb --stages 4 --microbatches 8 --svg "$dir/zb.svg" >"$dir/out" 2>&1
+if grep -q '^bubble    11.11 % simulated, 11.11 % by formula' "$dir/out" && grep -q '</svg>' "$dir/zb.svg"; then ok a_schedule_is_drawn; else fail a_schedule_is_drawn "$(tail -1 "$dir/out")"; fi
+for program in "show_schedule zb" "show_schedule --help" "train_gpt --help" "generate --help" "generate $model --prompt x --tokens 3" "checkpoint --help"; do
+  name=output_to_a_full_device_fails_${program%% --l*}
+  if build/cpu/$program >/dev/full 2>"$dir/err"; then fail "${name// /_}" "exit status 0"
+  elif grep -q 'could not be written to the standard output' "$dir/err"; then ok "${name// /_}"; else fail "${name// /_}" "said: $(head -c 300 "$dir/err")"; fi
+done
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

@@ -30,6 +30,10 @@ TEST(open_mesh_places_ranks_slowest_axis_first) {
   int layouts = 0;
   each_layout([&](const Layout& l) {
     Mesh m = open_mesh(job(), l);
+    check_mesh(m);
+    for (const Axis* axis : {&m.world, &m.tp, &m.fsdp, &m.replicate, &m.pp})
+      for (const Call kind : {Call::all_reduce, Call::all_gather, Call::reduce_scatter, Call::broadcast, Call::send})
+        if (axis->comm) CHECK(nccl_referee::traffic(axis->comm, kind).calls > 0, "kind ", int(kind), " on ", axis->name, " of ", to_string(l));
     CHECK_EQ(((m.pp.rank * l.replicate + m.replicate.rank) * l.fsdp + m.fsdp.rank) * l.tp + m.tp.rank, m.rank, to_string(l));
     int stride = 1;  // between neighbours on the axis
     for (const Axis* axis : {&m.tp, &m.fsdp, &m.replicate, &m.pp}) {
@@ -39,17 +43,17 @@ TEST(open_mesh_places_ranks_slowest_axis_first) {
       if (axis->comm) CHECK(gather_ranks(m, *axis) == expected, axis->name, " of ", to_string(l));
       stride *= axis->size;
     }
-    check_mesh(m);
     close_mesh(m);
     CHECK(!m.world.comm && !m.stream);
     layouts++;
   });
-  measured(layouts, " layouts, and check_mesh passes on each");
+  measured(layouts, " layouts, and check_mesh tries every kind of call on every axis of each");
 }
 
 TEST(layouts_that_do_not_fit_the_world_are_refused) {
   CHECK_SAYS(check_ranks({1, 3, 2, 1}, 4), "pp 1 x replicate 3 x fsdp 2 x tp 1 needs 6 ranks, but mpiexec started 4: mpiexec -n 6");
   CHECK_SAYS(check_ranks({}, 2), "needs 1 rank, but mpiexec started 2: mpiexec -n 1");
+  CHECK_SAYS(check_ranks({65536, 1, 65536, 1}, 1), "needs 4294967296 ranks, but mpiexec started 1");
   CHECK_SAYS(check_ranks({1, 1, 0, 2}, 2), "every axis needs at least one rank");
   CHECK_SAYS(open_mesh(job(), {1, 1, 3, 3}), "needs 9 ranks");
   check_ranks({2, 1, 2, 2}, 8);

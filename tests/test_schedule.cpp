@@ -661,6 +661,12 @@ TEST(the_drawing_of_interleaved_shows_chunks) {
            "          0-9 forward of micro-batch 0-9   a-j its backward   . idle\n");
 }
 
+TEST(the_axis_of_a_drawing_has_three_digits) {
+  const Schedule s = make_schedule("gpipe", 2, 3);
+  const std::string text = draw_text(s, simulate(s, durations(s, {0.1234567, 0.1234567, 0.1234567, 0})), 0.1234567 / 3);
+  CHECK_EQ(text.substr(0, text.find('\n')), "time      0         0.412     0.823     1.23");
+}
+
 TEST(the_svg_is_whole_and_stands_alone) {
   const Schedule s = make_schedule("zb", 3, 4);
   const std::string svg = draw_svg(s, simulate(s, durations(s, {})), "zb on three stages", "forwards");

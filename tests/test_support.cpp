@@ -8,6 +8,7 @@
 #include <fstream>
 #include <limits>
 #include <map>
+#include <nlohmann/json.hpp>
 
 #include "support/data.h"
 #include "support/metrics.h"
@@ -126,9 +127,38 @@ TEST(unset_options_are_resolved_from_the_model_and_the_machine) {
   CHECK_EQ(resolved({"--warmup", "0"}).warmup, 0);
   CHECK_EQ(resolved({"--min-lr", "0"}).min_lr, 0);
   CHECK(tiny.zero == 0 && resolved({"--fsdp", "2"}).zero == 3 && resolved({"--fsdp", "2", "--zero", "1"}).zero == 1);
+  const Options replicas = resolved({"--replicate", "2"}), zero2 = resolved({"--fsdp", "2", "--zero", "2"}), zero3 = resolved({"--fsdp", "2"});
+  CHECK(tiny.prefetch < 0 && replicas.prefetch == 1 && zero3.prefetch == 1 && resolved({"--fsdp", "2", "--prefetch", "0"}).prefetch == 0);
+  CHECK(tiny.reshard.empty() && zero2.reshard.empty() && zero3.reshard == "yes");
   Options again = given;
   resolve(again, false);
   CHECK(again.dtype == "f64" && again.lr == given.lr && again.warmup == given.warmup, "resolving twice changes nothing");
+}
+
+TEST(unset_micro_batches_are_the_largest_that_fit_the_batch_and_the_schedule) {
+  CHECK_EQ(resolved({"--pp", "2"}).microbatch, 4);
+  CHECK_EQ(resolved({"--pp", "2", "--batch", "11"}).microbatch, 1);
+  CHECK_EQ(resolved({"--pp", "2", "--batch", "18"}).microbatch, 3);                                // not 4: 18 does not divide by it
+  CHECK_EQ(resolved({"--pp", "2", "--batch", "20"}).microbatch, 5);
+  CHECK_EQ(resolved({"--pp", "2", "--batch", "10"}).microbatch, 2);
+  CHECK_EQ(resolved({"--pp", "2", "--batch", "10", "--schedule", "interleaved"}).microbatch, 1);   // 5 micro-batches of 2 are not even
+  CHECK_EQ(resolved({"--pp", "2", "--batch", "3"}).microbatch, 1);                                 // fewer than 2 P
+  CHECK_EQ(resolved({"--pp", "2", "--fsdp", "3", "--batch", "36"}).microbatch, 3);
+  CHECK_SAYS(resolved({"--fsdp", "2", "--batch", "11"}), "a batch of 11 does not divide into micro-batches of 1 on 2 data-parallel ranks");
+}
+
+TEST(reports_overwrite_neither_the_training_data_nor_each_other) {
+  const TemporaryDirectory dir;
+  const std::string data = dir.write("d.txt", "text"), again = dir.path + "/./d.txt", other = dir.path + "/m.jsonl", link = dir.path + "/link";
+  fs::create_hard_link(data, link);
+  for (const std::string& name : {data, again, link}) {
+    CHECK_SAYS(resolved({"--data", data.c_str(), "--metrics", name.c_str()}), "--metrics " + name + " would overwrite a file of the training data");
+    CHECK_SAYS(resolved({"--pp", "2", "--data", other.c_str(), data.c_str(), "--trace", name.c_str()}), "--trace " + name + " would overwrite");
+  }
+  const std::string twice = dir.path + "/./m.jsonl";  // neither is there yet
+  CHECK_SAYS(resolved({"--pp", "2", "--metrics", other.c_str(), "--trace", twice.c_str()}), "--metrics and --trace name the same file, ");
+  resolved({"--pp", "2", "--data", data.c_str(), "--metrics", other.c_str(), "--trace", (dir.path + "/t.json").c_str()});
+  if (const std::string root = project_root(); !root.empty()) CHECK_SAYS(resolved({"--metrics", (root + "/README.md").c_str()}), "would overwrite");
 }
 
 TEST(contradictions_between_options_are_refused) {
@@ -141,7 +171,12 @@ TEST(contradictions_between_options_are_refused) {
   CHECK_SAYS(resolved({"--zero", "3"}), "--zero 3 shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
   CHECK_SAYS(resolved({"--replicate", "2", "--reshard-after-forward", "no"}), "parameters that ZeRO-3 gathers: give --fsdp 2 or more");
   CHECK_SAYS(resolved({"--fsdp", "2", "--zero", "2", "--reshard-after-forward", "no"}), "give --fsdp 2 or more and --zero 3");
-  resolved({"--fsdp", "2", "--reshard-after-forward", "no"}), resolved({"--reshard-after-forward", "yes"});
+  CHECK_SAYS(resolved({"--fsdp", "2", "--zero", "1", "--reshard-after-forward", "yes"}), "give --fsdp 2 or more and --zero 3");
+  CHECK_SAYS(resolved({"--reshard-after-forward", "yes"}), "parameters that ZeRO-3 gathers: give --fsdp 2 or more");
+  resolved({"--fsdp", "2", "--reshard-after-forward", "no"}), resolved({"--fsdp", "2", "--reshard-after-forward", "yes"});
+  CHECK_SAYS(resolved({"--prefetch", "3"}), "--prefetch 3 is about what ranks gather and sum: give --fsdp or --replicate 2 or more");
+  CHECK_SAYS(resolved({"--pp", "2", "--prefetch", "0"}), "--prefetch 0 is about");
+  resolved({"--replicate", "2", "--prefetch", "0"});
   CHECK_SAYS(resolved({"--width", "516", "--heads", "4"}), "with 4 heads makes them 129 wide: give --attention plain or more --heads");
   resolved({"--width", "512", "--heads", "4"}), resolved({"--width", "516", "--heads", "4", "--attention", "plain"});
   CHECK_SAYS(resolved({"--steps", "5", "--warmup", "6"}), "--warmup 6 is longer than the training of 5 steps");
@@ -155,11 +190,13 @@ TEST(contradictions_between_options_are_refused) {
 }
 
 TEST(an_unknown_option_suggests_the_nearest) {
-  CHECK_SAYS(parsed({"--stpes", "3"}), "there is no option --stpes: did you mean --steps?");
+  CHECK_SAYS(parsed({"--stesp", "3"}), "there is no option --stesp: did you mean --steps?");
+  CHECK_SAYS(parsed({"--stpes", "3"}), "there is no option --stpes: --help lists all options");
   CHECK_SAYS(parsed({"-steps", "3"}), "there is no option -steps: did you mean --steps?");
   CHECK_SAYS(parsed({"--weight_decay", "0"}), "did you mean --weight-decay?");
   CHECK_SAYS(parsed({"--micro", "3"}), "did you mean --microbatch?");
   CHECK_SAYS(parsed({"--header", "3"}), "did you mean --heads?");
+  CHECK_SAYS(parsed({"--micro-batch", "3"}), "did you mean --microbatch?");
   CHECK_SAYS(parsed({"--steps=3"}), "there is no option --steps=3: did you mean --steps, with a space before the value?");
   CHECK_SAYS(parsed({"--quantize"}), "there is no option --quantize: --help lists all options");
   CHECK_SAYS(parsed({"-h"}), "there is no option -h: --help lists all options");
@@ -194,6 +231,8 @@ TEST(a_value_that_is_not_allowed_is_refused) {
     for (const char* bad : {"0", "-1"}) CHECK_SAYS(parsed({option, bad}), sentence(option, " takes a whole number from 1 to "));
   for (const char* option : {"--warmup", "--seed", "--eval-every", "--sample"})
     CHECK_SAYS(parsed({option, "-1"}), sentence(option, " takes a whole number from 0 to "));
+  for (const char* option : {"--pp", "--replicate", "--fsdp", "--tp"})
+    CHECK_SAYS(parsed({option, "50001"}), sentence(option, " takes a whole number from 1 to 50000, not '50001'"));
   CHECK_SAYS(parsed({"--dtype", "f16"}), "--dtype takes f32, bf16 or f64, not 'f16'");
   CHECK_SAYS(parsed({"--matmul", "mine"}), "--matmul takes cublas or own, not 'mine'");
   CHECK_SAYS(parsed({"--attention", ""}), "--attention takes plain or flash, not ''");
@@ -412,14 +451,42 @@ TEST(metrics_are_one_json_object_a_line_that_gives_back_the_same_doubles) {
   CHECK_EQ(contents(path), "");  // the file is there before the first step
   metrics.step({1, 0.1, 1.0 / 3, 1e-3, 2048, 12.5});
   const std::string first =
-      "{\"step\":1,\"loss\":0.10000000000000001,\"grad_norm\":0.33333333333333331,\"lr\":0.001,"
-      "\"tokens_per_second\":2048,\"step_ms\":12.5}\n";
+      "{\"step\":1,\"loss\":0.1,\"grad_norm\":0.3333333333333333,\"lr\":0.001,\"tokens_per_second\":2048.0,\"step_ms\":12.5}\n";
   CHECK_EQ(contents(path), first);  // flushed: a run that is killed leaves whole lines
-  metrics.summary(4096);
-  metrics.summary("\"a\":[1]");
-  CHECK_EQ(contents(path), first + "{\"summary\":true,\"peak_memory_bytes\":4096}\n{\"summary\":true,\"a\":[1]}\n");
-  for (const double x : {0.1, 1.0 / 3, 5.0e-324, 1.7976931348623157e308, -0.0, 11.090354888959125})
-    CHECK_EQ(strtod(json_number(x).c_str(), nullptr), x);
+  metrics.line({{"summary", true}, {"b", {1}}, {"a", 4096}});
+  CHECK_EQ(contents(path), first + "{\"summary\":true,\"b\":[1],\"a\":4096}\n");
+  for (const double x : {0.1, 1.0 / 3, 5.0e-324, 1.7976931348623157e308, -0.0, 11.090354888959125}) {
+    Metrics one(path);
+    one.step({1, x});
+    CHECK_EQ(strtod(contents(path).c_str() + strlen("{\"step\":1,\"loss\":"), nullptr), x);
+  }
+}
+
+TEST(a_resumed_run_keeps_the_metrics_of_the_steps_before_it_and_loses_no_others) {
+  const TemporaryDirectory dir;
+  const std::string path = dir.path + "/m.jsonl";
+  const auto lines = [](std::vector<int> steps) {
+    std::string s;
+    for (const int step : steps) s += sentence("{\"step\":", step, ",\"loss\":1.0,\"grad_norm\":0.0,\"lr\":0.0,\"tokens_per_second\":0.0,\"step_ms\":0.0}\n");
+    return s;
+  };
+  const std::string summary = "{\"summary\":true}\n", unfinished = "{\"step\":3,\"lo";
+  dir.write("m.jsonl", lines({1, 2}) + summary + lines({3, 4, 5}) + summary);
+  Metrics(path, 3).step({4, 1});
+  CHECK_EQ(contents(path), lines({1, 2}) + summary + lines({3, 4}));
+  dir.write("m.jsonl", lines({1, 2}) + unfinished);  // as a killed run leaves it
+  Metrics(path, 2).step({3, 1});
+  CHECK_EQ(contents(path), lines({1, 2, 3}));
+  for (const int run : {1, 2}) {  // no checkpoint was found, perhaps by a mistyped name
+    Metrics(path, 0).step({1, 1});
+    CHECK_EQ(contents(path), lines({1}));
+    CHECK_EQ(contents(path + ".1"), lines({1, 2, 3}));
+    CHECK_EQ(fs::exists(path + ".2"), run == 2);
+  }
+  Metrics(dir.path + "/new.jsonl", 7).step({8, 1});
+  CHECK_EQ(contents(dir.path + "/new.jsonl"), lines({8}));
+  Metrics(path).step({2, 1});  // a run that does not resume begins anew
+  CHECK_EQ(contents(path), lines({2}));
 }
 
 TEST(numbers_that_json_cannot_say_become_null) {
@@ -440,7 +507,6 @@ TEST(metrics_that_cannot_be_written_are_reported) {
   CHECK_SAYS(full.step({}), "--metrics: writing /dev/full failed: No space left on device");
   Metrics none("");
   none.step({});
-  none.summary(1);
 }
 
 // What a Progress printed into a file.
