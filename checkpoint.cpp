@@ -127,20 +127,17 @@ static void import_weights(const std::string& dir, const std::string& path) {
 
 // ---- main
 
-static int run(const std::vector<std::string>& words) {
-  const auto is = [&](const char* what, size_t count) { return words.size() == count && words[0] == what; };
-  if (is("info", 2)) return each_step(words[1], describe);
-  if (is("verify", 2)) return each_step(words[1], check);
-  if (is("export", 3)) return export_weights(words[1], words[2]), 0;
-  if (is("import", 3)) return import_weights(words[1], words[2]), 0;
-  const bool help = words.size() == 1 && (words[0] == "--help" || words[0] == "help");
-  fputs(kUsage, help ? stdout : stderr);
-  return help ? 0 : 1;
-}
-
 int main(int argc, char** argv) {
+  const std::vector<std::string> words(argv + 1, argv + argc);
+  const auto is = [&](const char* what, size_t count) { return words.size() == count && words[0] == what; };
+  const bool help = is("--help", 1) || is("help", 1);
+  int status = 0;
   try {
-    const int status = run({argv + 1, argv + argc});
+    if (is("info", 2)) status = each_step(words[1], describe);
+    else if (is("verify", 2)) status = each_step(words[1], check);
+    else if (is("export", 3)) export_weights(words[1], words[2]);
+    else if (is("import", 3)) import_weights(words[1], words[2]);
+    else fputs(kUsage, help ? stdout : stderr), status = !help;
     check_printed();
     return status;
   } catch (const std::exception& e) {

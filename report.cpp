@@ -54,41 +54,36 @@ static Json memory_json(int rank, const MemoryUse& m, const Theory& t, int64_t a
 // ---- traffic
 
 // Every row that this rank's ledger or the theory knows, measured and predicted, in a fixed order.
-struct TrafficRow { Ledger::Key key; int64_t calls, bytes, predicted_calls, predicted_bytes; bool has_prediction; };
+struct TrafficRow { int64_t calls = 0, bytes = 0, predicted_calls = 0, predicted_bytes = 0; bool has_prediction = false; };
+using TrafficRows = std::map<Ledger::Key, TrafficRow>;
 
-static std::vector<TrafficRow> traffic(const Theory& t, int64_t steps) {
-  std::map<Ledger::Key, TrafficRow> rows;
-  for (const auto& [key, row] : ledger.rows) rows[key] = {key, row.calls, row.numerator / row.n, 0, 0, false};
+static TrafficRows traffic(const Theory& t, int64_t steps) {
+  TrafficRows rows;
+  for (const auto& [key, row] : ledger.rows) rows[key] = {row.calls, row.numerator / row.n};
   for (const auto& [key, row] : t.step) {
     TrafficRow& r = rows[key];
-    r.key = key, r.has_prediction = true;
-    r.predicted_calls = steps * row.calls, r.predicted_bytes = steps * row.numerator / row.n;
+    r = {r.calls, r.bytes, steps * row.calls, steps * row.numerator / row.n, true};
   }
-  std::vector<TrafficRow> list;
-  for (const auto& [key, row] : rows) list.push_back(row);
-  return list;
+  return rows;
 }
 
-static std::string traffic_table(const std::vector<TrafficRow>& rows, int64_t steps) {
+static std::string traffic_table(const TrafficRows& rows, int64_t steps) {
   if (rows.empty()) return "";
   std::string s = "\ntraffic of rank 0, per step    calls         bytes     predicted   purpose\n";
-  for (const TrafficRow& r : rows) {
-    const auto& [axis, collective, purpose] = r.key;
-    if (!r.has_prediction)
-      s += format("  %-9s %-15s %6.1f %13.0f %13s   %s\n", axis.c_str(), name_of(collective), double(r.calls) / double(steps),
-                  double(r.bytes) / double(steps), "-", name_of(purpose));
-    else
-      s += format("  %-9s %-15s %6lld %13lld %13lld   %s%s\n", axis.c_str(), name_of(collective), (long long)(r.calls / steps),
-                  (long long)(r.bytes / steps), (long long)(r.predicted_bytes / steps), name_of(purpose),
-                  r.bytes == r.predicted_bytes && r.calls == r.predicted_calls ? "" : "   DIFFERS");
+  for (const auto& [key, r] : rows) {
+    const auto& [axis, collective, purpose] = key;
+    const bool differs = r.has_prediction && (r.bytes != r.predicted_bytes || r.calls != r.predicted_calls);
+    s += format("  %-9s %-15s %6s %13.0f %13s   %s%s\n", axis.c_str(), name_of(collective),
+                format(r.has_prediction ? "%.0f" : "%.1f", double(r.calls) / double(steps)).c_str(), double(r.bytes) / double(steps),
+                (r.has_prediction ? format("%.0f", double(r.predicted_bytes) / double(steps)) : "-").c_str(), name_of(purpose), differs ? "   DIFFERS" : "");
   }
   return s;
 }
 
-static Json traffic_json(int rank, const std::vector<TrafficRow>& rows) {
+static Json traffic_json(int rank, const TrafficRows& rows) {
   Json all = Json::array();
-  for (const TrafficRow& r : rows) {
-    const auto& [axis, collective, purpose] = r.key;
+  for (const auto& [key, r] : rows) {
+    const auto& [axis, collective, purpose] = key;
     Json& j = all.emplace_back(Json{{"rank", rank}, {"axis", axis}, {"collective", name_of(collective)}, {"purpose", name_of(purpose)},
                                     {"calls", r.calls}, {"bytes", r.bytes}});
     if (r.has_prediction) j["predicted_bytes"] = r.predicted_bytes;
@@ -128,15 +123,17 @@ static std::string pipeline_table(const Mesh& mesh, const Trainer& trainer, std:
     executed.push_back(simulate(s, took[c]));
   }
 
-  Durations means = took[0];
+  Durations means = took[0], without_replay = means;
   std::map<Action::Kind, std::pair<double, int>> kinds;
   for (size_t t = 0; t < means.size(); t++) {
     std::map<std::pair<Action::Kind, int>, std::pair<double, int>> chunks;
     for (size_t i = 0; i < means[t].size(); i++)
       for (auto* sum : {&chunks[{s.ranks[t][i].kind, s.ranks[t][i].chunk}], &kinds[s.ranks[t][i].kind]}) sum->first += means[t][i], sum->second++;
+    const auto mean = [&](Action::Kind kind, int chunk) { return chunks[{kind, chunk}].first / chunks[{kind, chunk}].second; };
     for (size_t i = 0; i < means[t].size(); i++) {
-      const auto [sum, count] = chunks[{s.ranks[t][i].kind, s.ranks[t][i].chunk}];
-      means[t][i] = sum / count;
+      const Action& a = s.ranks[t][i];
+      means[t][i] = without_replay[t][i] = mean(a.kind, a.chunk);
+      if (a.kind == Action::input_gradient) without_replay[t][i] = std::max(0.0, means[t][i] - mean(Action::forward, a.chunk));
     }
   }
   const auto mean = [&](Action::Kind kind) { return kinds[kind].second ? kinds[kind].first / kinds[kind].second : 0; };
@@ -155,14 +152,7 @@ static std::string pipeline_table(const Mesh& mesh, const Trainer& trainer, std:
                  device().is_gpu ? "time by events" : "processor time", executed[0].makespan, 100 * executed[0].bubble());
   text += draw_text(s, executed[0], unit);
   if (split && trainer.gpt.config.recompute) {  // the replayed forward is a part of the input gradient, which the stage before waits for
-    for (size_t t = 0; t < means.size(); t++) {
-      double forward = 0;  // of this stage
-      for (size_t i = 0; i < means[t].size(); i++)
-        if (s.ranks[t][i].kind == Action::forward) forward = means[t][i];
-      for (size_t i = 0; i < means[t].size(); i++)
-        if (s.ranks[t][i].kind == Action::input_gradient) means[t][i] = std::max(0.0, means[t][i] - forward);
-    }
-    const Timeline kept = simulate(s, means);
+    const Timeline kept = simulate(s, without_replay);
     text += "--recompute replays each forward inside the input gradient, which the stage before waits for: without it at least ";
     text += format("%.1f, bubble %.1f%% (left out with it: embedding and head, which are not replayed)\n", kept.makespan, 100 * kept.bubble());
   }
@@ -176,7 +166,7 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const Trainer
   const Layout& l = mesh.layout;
   const Theory t = theory(trainer.gpt.config, l, mesh.pp.rank, mesh.tp.rank, options);
   const MemoryUse& m = device().memory;
-  const std::vector<TrafficRow> rows = traffic(t, steps);
+  const TrafficRows rows = traffic(t, steps);
   std::vector<double> shares;
   for (const int64_t share : collect(mesh, {int64_t(communication * 1e4 + 0.5)})) shares.push_back(double(share) / 1e4);
   const bool pipelined = trainer.pipeline && trainer.pipeline->timed;

@@ -3,6 +3,7 @@
 //   build/show_schedule 1f1b --stages 4 --microbatches 8 --svg 1f1b.svg
 //
 // test      tests/test_schedule.cpp
+#include <algorithm>
 #include <cstdio>
 #include <fstream>
 
@@ -33,12 +34,10 @@ OptionTable table(ShowOptions& o) {
 Times parse_times(const std::string& text) {
   Times t;
   int used = 0;
-  REQUIRE(sscanf(text.c_str(), "%lf,%lf,%lf,%lf%n", &t.forward, &t.input_gradient, &t.weight_gradient, &t.send, &used) == 4 &&
-              used == int(text.size()),
-          "--times needs four numbers F,B,W,SEND, not '", text, "'");
-  REQUIRE(t.forward > 0 && t.input_gradient > 0 && t.weight_gradient > 0 && t.send >= 0 &&
+  const bool four = sscanf(text.c_str(), "%lf,%lf,%lf,%lf%n", &t.forward, &t.input_gradient, &t.weight_gradient, &t.send, &used) == 4;
+  REQUIRE(four && used == int(text.size()) && std::min({t.forward, t.input_gradient, t.weight_gradient}) > 0 && t.send >= 0 &&
               t.forward + t.input_gradient + t.weight_gradient + t.send < 1e9,
-          "--times: F, B and W must be positive, SEND at least 0, and their sum below 1e9, not '", text, "'");
+          "--times takes four numbers F,B,W,SEND: the first three above 0, SEND at least 0, their sum below 1e9; not '", text, "'");
   return t;
 }
 

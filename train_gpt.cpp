@@ -139,7 +139,7 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
   std::optional<StopSignal> stop;
   if (!o.checkpoint.empty()) stop.emplace();
   const std::unique_ptr<FILE, int (*)(FILE*)> silent(fopen("/dev/null", "w"), fclose);
-  Progress progress(o.steps, prints ? stdout : silent.get());
+  Progress progress(o.steps, prints ? stdout : silent.get(), isatty(fileno(stdout)));
   const auto held_out = [&](int64_t s) { return watch.progress(), data.held_out(s); };
   double first_loss = 0, loss = 0, communicating = 0, training = 0;  // seconds, without the first step, which warms up
   int64_t step = resumed;

@@ -1,8 +1,6 @@
 // metrics.cpp: see metrics.h.
 #include "support/metrics.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cerrno>
 #include <cmath>
@@ -17,23 +15,18 @@ namespace fs = std::filesystem;
 
 Metrics::Metrics(const std::string& path, std::optional<int64_t> resumed) : path_(path) {
   if (path.empty()) return;
-  std::error_code error, none;
-  if (resumed && fs::is_regular_file(path, none)) {
+  if (resumed && fs::is_regular_file(path)) {
     std::ifstream before(path);
     uintmax_t kept = 0;
     std::string line;
     for (long long step; std::getline(before, line) && !before.eof(); kept += line.size() + 1)  // what a killed run began has no end of line
       if (sscanf(line.c_str(), "{\"step\":%lld", &step) == 1 && step > *resumed) break;
-    if (*resumed == 0 && fs::file_size(path, none) > 0) {
+    if (*resumed == 0 && fs::file_size(path) > 0) {
       int n = 1;
-      while (fs::exists(sentence(path, ".", n), none)) n++;
-      fs::rename(path, sentence(path, ".", n), error);
-      REQUIRE(!error, "--metrics: ", path, " cannot be renamed to ", path, ".", n, ": ", error.message());
+      while (fs::exists(sentence(path, ".", n))) n++;
+      fs::rename(path, sentence(path, ".", n));
       printf("metrics  of an earlier run are in %s.%d now\n", path.c_str(), n);
-    } else {
-      fs::resize_file(path, kept, error);
-      REQUIRE(!error, "--metrics: ", path, " cannot be opened for writing: ", error.message());
-    }
+    } else fs::resize_file(path, kept);
   }
   file_ = fopen(path.c_str(), resumed ? "ae" : "we");
   REQUIRE(file_, "--metrics: ", path, " cannot be opened for writing: ", strerror(errno));
@@ -64,7 +57,6 @@ static std::string duration(double s) {
   return format("%.0f h %02.0f min", std::floor(s / 3600), std::floor(std::fmod(s, 3600) / 60));
 }
 
-Progress::Progress(int64_t steps, FILE* out) : Progress(steps, out, isatty(fileno(out))) {}
 Progress::Progress(int64_t steps, FILE* out, bool terminal) : steps_(steps), out_(out), terminal_(terminal), started_(Clock::now()) {}
 
 void Progress::start_step() { step_started_ = Clock::now(); }

@@ -40,7 +40,6 @@ class Metrics {  // JSON lines; what JSON cannot say, infinities and NaN, is nul
 
 class Progress {  // on a terminal one line rewritten in place; elsewhere about twenty lines, or more of a slow run
  public:
-  explicit Progress(int64_t steps, FILE* out = stdout);
   Progress(int64_t steps, FILE* out, bool terminal);
   ~Progress() { done(); }
   Progress(const Progress&) = delete;

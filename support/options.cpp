@@ -73,7 +73,8 @@ static OptionTable table(Options& o) {
     {"Training", {
       {"steps", "N", Whole{&o.steps}, "optimizer steps", sentence("by model, ", tiny.name, ": ", tiny.steps)},
       {"batch", "B", Whole{&o.batch}, "sequences per optimizer step, over all ranks", sentence("by model, ", tiny.name, ": ", tiny.batch)},
-      {"microbatch", "B", Whole{&o.microbatch, 1, 100'000'000}, "sequences per micro-batch of a rank", "all of the rank's; with pp at most 1/(2P) of them"},
+      {"microbatch", "B", Whole{&o.microbatch, 1, 100'000'000}, "sequences per micro-batch of a rank",
+       "all of the rank's; with pp at most 1/(2P) of them"},
       {"lr", "X", Real{&o.lr, false}, "highest learning rate", sentence("by model, ", tiny.name, ": ", tiny.lr)},
       {"min-lr", "X", Real{&o.min_lr}, "learning rate at the end", "a tenth of --lr"},
       {"warmup", "N", Whole{&o.warmup, 0}, "steps until the learning rate is at its highest", "5% of --steps, at most 100"},
@@ -93,7 +94,8 @@ static OptionTable table(Options& o) {
       {"fsdp", "S", Whole{&o.fsdp, 1, kMaxRanks}, "fully sharded data parallelism: each rank owns 1/S of every layer", ""},
       {"zero", "STAGE", Whole{&o.zero, 1, 3}, "what fsdp shards: optimizer state, and gradients, and parameters", "3"},
       {"reshard-after-forward", "", Choice{&o.reshard, {"yes", "no"}}, "ZeRO-3: give parameters back after the forward", "yes"},
-      {"prefetch", "K", Whole{&o.prefetch, 0, 1000}, "layers gathered ahead while others compute; above 0 one sum of gradients runs behind, too", "1"},
+      {"prefetch", "K", Whole{&o.prefetch, 0, 1000}, "layers gathered ahead while others compute; above 0 one sum of gradients runs behind, too",
+       "1"},
       {"tp", "T", Whole{&o.tp, 1, kMaxRanks}, "tensor parallelism: each layer's weights are split over T ranks", ""},
       {"sequence-parallel", "", Flag{&o.sequence_parallel}, "with tp: activations between the split layers are split by tokens, too", ""},
       {"pp", "P", Whole{&o.pp, 1, kMaxRanks}, "pipeline parallelism: the layers are cut into P stages", ""},
@@ -171,8 +173,6 @@ static void check_reports(const Options& o) {
 void check(const Options& o) {
   const ModelSize& m = o.model;
   check_model(m, o.attention);
-  REQUIRE(std::min({o.steps, o.batch, o.microbatch}) > 0, "--steps, --batch and --microbatch must be at least 1");
-  REQUIRE(o.lr > 0, "--lr must be above 0");
   REQUIRE(o.batch % (o.microbatch * o.replicate * o.fsdp) == 0, "a batch of ", o.batch, " does not divide into micro-batches of ",
           o.microbatch, o.replicate * o.fsdp == 1 ? "" : sentence(" on ", o.replicate * o.fsdp, " data-parallel ranks (replicate x fsdp)"),
           ": change --batch or --microbatch");
@@ -196,17 +196,13 @@ void check(const Options& o) {
 
 // ---- the parser
 
-bool Whole::read(const std::string& word) const {
+template <class Number> static bool read_all(const std::string& word, Number& field) {
   const char* end = word.data() + word.size();
-  const auto [stop, error] = std::from_chars(word.data(), end, *field);
-  return error == std::errc() && stop == end && *field >= low && *field <= high;
+  const auto [stop, error] = std::from_chars(word.data(), end, field);
+  return error == std::errc() && stop == end;
 }
-
-bool Real::read(const std::string& word) const {
-  const char* end = word.data() + word.size();
-  const auto [stop, error] = std::from_chars(word.data(), end, *field);
-  return error == std::errc() && stop == end && std::isfinite(*field) && (zero ? *field >= 0 : *field > 0);
-}
+bool Whole::read(const std::string& word) const { return read_all(word, *field) && *field >= low && *field <= high; }
+bool Real::read(const std::string& word) const { return read_all(word, *field) && std::isfinite(*field) && (zero ? *field >= 0 : *field > 0); }
 
 bool Choice::read(const std::string& word) const {
   *field = word;
