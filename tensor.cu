@@ -56,7 +56,6 @@ Device& open_device(int ordinal, int64_t memory_limit_bytes) {
   REQUIRE(ordinal < count, "device ", ordinal, " was asked for, but this machine has ", count);
   CUDA_CHECK(cudaSetDevice(ordinal));
   auto d = std::make_unique<Device>();
-  d->ordinal = ordinal;
   d->memory_limit = memory_limit_bytes;
   cudaDeviceProp properties;
   CUDA_CHECK(cudaGetDeviceProperties(&properties, ordinal));

@@ -50,7 +50,6 @@ struct MemoryUse {  // bytes as requested
 
 // The device of this rank. One compute stream: ops run in the order they are issued.
 struct Device {
-  int ordinal = 0;
   std::string name;
   bool is_gpu = false;
   int64_t block_memory = 0;  // bytes of shared memory that a block may ask for

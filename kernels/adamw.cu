@@ -58,7 +58,7 @@ template <class T, int N> __global__ void __launch_bounds__(256) squares_kernel(
     for (int k = 0; k < N; k++) sum += double(load(p.v[k])) * double(load(p.v[k]));
   });
   if (packed + int(threadIdx.x) < size) sum += double(load(x[packed + threadIdx.x])) * double(load(x[packed + threadIdx.x]));
-  sum = block_reduce<Sum>(sum);
+  sum = block_reduce<Sum<double>>(sum);
   if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
@@ -66,7 +66,7 @@ template <class T, int N> __global__ void __launch_bounds__(256) squares_kernel(
 __global__ void __launch_bounds__(256) sum_kernel(double* out, const double* x, int64_t n) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += x[i];
-  sum = block_reduce<Sum>(sum);
+  sum = block_reduce<Sum<double>>(sum);
   if (threadIdx.x == 0) *out = sum;
 }
 

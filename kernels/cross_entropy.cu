@@ -63,7 +63,7 @@ template <int N, bool kKeep, class T> __device__ __forceinline__ Two<acc_t<T>> r
       for (int k = 0; k < W; k++) mine.b += exp_of(load(p.v[k]) - mine.a);
     });
   }
-  return block_reduce<SoftmaxSum>(mine);
+  return block_reduce<SoftmaxSum<A>>(mine);
 }
 
 // The row's logits x (V), or what row_softmax kept of them, become exp(x - m) * factor, less `scale` at the target (-1: none here).
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(1024) cross_entropy_parts_kernel(acc_t<T>* los
 template <class T> __global__ void __launch_bounds__(1024) add_sum_kernel(double* total, const T* x, int64_t n) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += load(x[i]);
-  sum = block_reduce<Sum>(sum);
+  sum = block_reduce<Sum<double>>(sum);
   if (threadIdx.x == 0) *total += sum;
 }
 

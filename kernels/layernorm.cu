@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
   if (kAdd) in = sum + row;
   else ask_for(x + row + C, C);  // with h there is more to wait for anyway
   if (keep) in = kept;  // a thread reads what it wrote itself: no barrier
-  const A m = block_reduce<Sum>(total) / C;
+  const A m = block_reduce<Sum<A>>(total) / C;
 
   A squares = 0;
   sum_row<kForwardThreads, N>(C, [&](int i) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
       squares += d * d;
     }
   });
-  const A s = 1 / sqrt_of(block_reduce<Sum>(squares) / C + A(1e-5));
+  const A s = 1 / sqrt_of(block_reduce<Sum<A>>(squares) / C + A(1e-5));
 
   T* out = y + row;
   for_row<kForwardThreads, N>(C, [&](int i) {
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, a
         biases[k * packs + i / N] += d;
       }
     });
-    const Two<A> sums = block_reduce<SumTwo>(Two<A>{sum_a, sum_b});
+    const Two<A> sums = block_reduce<SumTwo<A>>(Two<A>{sum_a, sum_b});
     const A a = sums.a / C, b = sums.b / C;
     for_row<kBackwardThreads, N>(C, [&](int i) {  // x and dy again: from the first-level cache
       const auto p = load_pack<N>(x + i), q = load_pack<N>(dy + i), g = load_pack<N>(gain + i);
