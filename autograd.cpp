@@ -48,13 +48,13 @@ void accumulate(const std::shared_ptr<Tensor>& grad, Tensor g) {
   if (grad->empty()) {
     *grad = std::move(g);
   } else if (!grad->shared()) {
-    add_into(*grad, g);
+    add(*grad, *grad, g);
   } else if (!g.shared()) {
-    add_into(g, *grad);
+    add(g, *grad, g);
     *grad = std::move(g);
   } else {
     Tensor sum(g.shape(), g.dtype(), Memory::activations);
-    ::add(sum, *grad, g);
+    add(sum, *grad, g);
     *grad = std::move(sum);
   }
 }
@@ -83,14 +83,9 @@ Tokens::Tokens(int64_t B, int64_t T, std::vector<int> in, std::vector<int> out, 
   inputs = to_device(in), targets = to_device(out), order = to_device(sort_rows(in));
 }
 
-void embed_rows(const Tensor& x, const Tokens& tokens, const Param& wte, const Param& wpe) {
-  if (tokens.positions.empty()) embedding_forward(x, tokens.inputs, wte.value, wpe.value, tokens.T);
-  else embedding_at(x, tokens.inputs, tokens.positions, wte.value, wpe.value);
-}
-
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
   Var x{activation({tokens.B * tokens.T, wte.value.dim(1)}, wte.value.dtype())};
-  embed_rows(x.value, tokens, wte, wpe);
+  embedding_forward(x.value, tokens.inputs, wte.value, wpe.value, tokens.T, tokens.positions);
   tape.push([tokens, &wte, &wpe, dx = x.grad] {
     embedding_backward(wte.grad, wpe.grad, take(dx), tokens.inputs, tokens.order, tokens.T);
   });
@@ -142,10 +137,8 @@ Var linear_transposed(Tape& tape, const Var& x, Param& w, Tensor& dw) {
 
 static Tensor row_statistics(const Tensor& x) { return activation({x.dim(0)}, master_dtype(x.dtype())); }
 
-Var layernorm(Tape& tape, const Var& x, Param& gain, Param& bias) {
-  Var y{like(x.value)};
-  const Tensor mean = row_statistics(x.value), rstd = row_statistics(x.value);
-  layernorm_forward(y.value, mean, rstd, x.value, gain.value, bias.value);
+// The backward of y = layernorm(x)
+static void push_layernorm(Tape& tape, const Var& x, const Var& y, const Tensor& mean, const Tensor& rstd, Param& gain, Param& bias) {
   tape.push([&gain, &bias, x = x.value, mean, rstd, dx = x.grad, dy_slot = y.grad] {
     // The gradient that x already has joins in the same pass.
     const Tensor dy = take(dy_slot), residual = std::move(*dx);
@@ -153,6 +146,22 @@ Var layernorm(Tape& tape, const Var& x, Param& gain, Param& bias) {
     layernorm_backward(d, gain.grad, bias.grad, dy, residual, x, mean, rstd, gain.value);
     *dx = d;
   });
+}
+
+// The backward of y = a + b: a sum hands its gradient to both terms.
+static void push_add(Tape& tape, const Var& a, const Var& b, const Var& y) {
+  tape.push([da = a.grad, db = b.grad, dy_slot = y.grad] {
+    const Tensor dy = take(dy_slot);
+    accumulate(da, dy);
+    accumulate(db, dy);
+  });
+}
+
+Var layernorm(Tape& tape, const Var& x, Param& gain, Param& bias) {
+  Var y{like(x.value)};
+  const Tensor mean = row_statistics(x.value), rstd = row_statistics(x.value);
+  layernorm_forward(y.value, mean, rstd, x.value, gain.value, bias.value);
+  push_layernorm(tape, x, y, mean, rstd, gain, bias);
   return y;
 }
 
@@ -160,13 +169,8 @@ std::pair<Var, Var> add_layernorm(Tape& tape, const Var& x, const Var& h, Param&
   Var sum{like(x.value)}, y{like(x.value)};
   const Tensor mean = row_statistics(x.value), rstd = row_statistics(x.value);
   add_layernorm_forward(sum.value, y.value, mean, rstd, x.value, h.value, gain.value, bias.value);
-  tape.push([&gain, &bias, s = sum.value, mean, rstd, dx = x.grad, dh = h.grad, dsum = sum.grad, dy_slot = y.grad] {
-    const Tensor dy = take(dy_slot), residual = std::move(*dsum);
-    const Tensor d = residual.empty() ? like(s) : writable(residual);
-    layernorm_backward(d, gain.grad, bias.grad, dy, residual, s, mean, rstd, gain.value);
-    accumulate(dx, d);  // a sum hands its gradient to both terms
-    accumulate(dh, d);
-  });
+  push_add(tape, x, h, sum);
+  push_layernorm(tape, sum, y, mean, rstd, gain, bias);
   return {sum, y};
 }
 
@@ -187,11 +191,7 @@ Var gelu(Tape& tape, const Var& x) {
 Var add(Tape& tape, const Var& a, const Var& b) {
   Var y{like(a.value)};
   add(y.value, a.value, b.value);
-  tape.push([da = a.grad, db = b.grad, dy_slot = y.grad] {
-    const Tensor dy = take(dy_slot);
-    accumulate(da, dy);
-    accumulate(db, dy);
-  });
+  push_add(tape, a, b, y);
   return y;
 }
 
@@ -224,12 +224,8 @@ Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, Atten
 
 void cross_entropy(Tape& tape, Var logits, const Tensor& targets, double scale, const Tensor& total) {
   const Tensor losses = row_statistics(logits.value);
-  if (!tape.recording()) {
-    cross_entropy_loss(losses, logits.value, targets, scale);
-  } else {
-    cross_entropy(losses, logits.value, targets, scale);
-    *logits.grad = std::move(logits.value);  // the same memory: the gradient is ready before the backward starts
-  }
+  cross_entropy(losses, logits.value, targets, scale, tape.recording());
+  if (tape.recording()) *logits.grad = std::move(logits.value);  // the same memory: the gradient is ready before the backward starts
   add_sum(total, losses);
 }
 

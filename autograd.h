@@ -84,7 +84,6 @@ struct Tokens {
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta);
 Tensor as_matrix(const Tensor& w);  // (K,3,C) is (K,3C)
 
-void embed_rows(const Tensor& x, const Tokens& tokens, const Param& wte, const Param& wpe);  // the forward of embedding()
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
 Var linear(Tape& tape, const Var& x, Param& w, Param* bias);           // x (R,K) w (K,N) [+ bias (N)]
 Var linear_transposed(Tape& tape, const Var& x, Param& w, Tensor& dw); // x (R,K) w^T, w (N,K); its gradient goes to dw

@@ -20,31 +20,20 @@ std::string nccl_error(ncclResult_t status) {
 
 CommunicationClock communication_clock;
 
-CommunicationClock::~CommunicationClock() {
-  for (const auto& pair : events_)
-    for (cudaEvent_t event : pair) cudaEventDestroy(event);
+void CommunicationClock::begin_call() {
+  if (!queue_) return;
+  if (calls_ == work_.size()) work_.emplace_back();
+  work_[calls_].begin.record(queue_);
 }
 
-int CommunicationClock::begin() {
-  if (!queue_) return -1;
-  if (calls_ == int(events_.size()))
-    for (cudaEvent_t& event : events_.emplace_back()) CUDA_CHECK(cudaEventCreate(&event));
-  CUDA_CHECK(cudaEventRecord(events_[size_t(calls_)][0], queue_));
-  return calls_++;
-}
-
-void CommunicationClock::end(int call) {
-  if (call >= 0) cudaEventRecord(events_[size_t(call)][1], queue_);
+void CommunicationClock::end_call() {
+  if (queue_) work_[calls_++].end.record(queue_);
 }
 
 double CommunicationClock::end_step() {
   CUDA_CHECK(cudaStreamSynchronize(queue_));
   double seconds = 0;
-  for (int i = 0; i < calls_; i++) {
-    float ms = 0;
-    CUDA_CHECK(cudaEventElapsedTime(&ms, events_[size_t(i)][0], events_[size_t(i)][1]));
-    seconds += ms * 1e-3;
-  }
+  for (size_t i = 0; i < calls_; i++) seconds += work_[i].seconds();
   queue_ = nullptr;
   return seconds;
 }
@@ -227,6 +216,7 @@ void check_mesh(const Mesh& m) {
 }
 
 void close_mesh(Mesh& m) {
+  communication_clock = {};  // its events belong to the device
   if (m.stream) CUDA_CHECK(cudaStreamSynchronize(m.stream));
   for (Axis* axis : {&m.tp, &m.fsdp, &m.replicate, &m.pp, &m.world}) {
     if (axis->comm) NCCL_CHECK(ncclCommDestroy(axis->comm));
@@ -281,4 +271,15 @@ void Ledger::enter(const Axis& axis, Collective c, int64_t numerator) {
   row.numerator += numerator;
   row.n = axis.size;
   if (on_enter) on_enter(axis, c);
+}
+
+void sum_over(const Mesh& mesh, std::initializer_list<const Axis*> axes, const Tensor& x, Traffic serves) {
+  const Purpose purpose(serves);
+  make_wait(mesh.stream, device().compute);  // x must have been computed
+  for (const Axis* axis : axes) {
+    if (axis->size == 1) continue;
+    ledger.all_reduce(*axis, x.bytes());
+    NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), size_t(x.numel()), nccl_type(x.dtype()), ncclSum, axis->comm, mesh.stream));
+  }
+  make_wait(device().compute, mesh.stream);  // the sum must have arrived
 }

@@ -12,9 +12,9 @@
 #include <mpi.h>
 #include <nccl.h>
 
-#include <array>
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <map>
 #include <string>
@@ -29,28 +29,23 @@ std::string nccl_error(ncclResult_t status);  // NCCL's own last sentence where 
 // after each call of a step.
 class CommunicationClock {
  public:
-  ~CommunicationClock();
   void start_step(cudaStream_t queue) { queue_ = queue, calls_ = 0; }
   double end_step();  // seconds since start_step; waits for the queue
-  int begin();        // both for CallTime
-  void end(int call);
+  void begin_call();
+  void end_call();
 
  private:
   cudaStream_t queue_ = nullptr;  // null between steps: nothing is timed
-  int calls_ = 0;
-  std::vector<std::array<cudaEvent_t, 2>> events_;  // reused by every step
+  size_t calls_ = 0;
+  std::deque<TimedWork> work_;    // reused by every step
 };
 extern CommunicationClock communication_clock;
 
-struct CallTime {
-  const int call = communication_clock.begin();
-  ~CallTime() { communication_clock.end(call); }
-};
-
 #define NCCL_CHECK(call)                                                                                              \
   do {                                                                                                                \
-    const CallTime time_;                                                                                             \
+    communication_clock.begin_call();                                                                                 \
     const ncclResult_t status_ = (call);                                                                              \
+    communication_clock.end_call();                                                                                   \
     if (status_ != ncclSuccess) throw Error(sentence(__FILE__, ":", __LINE__, ": ", #call, " failed: ", nccl_error(status_))); \
   } while (0)
 
@@ -143,3 +138,6 @@ class Purpose {  // what is entered while it lives serves `purpose`; all of an e
   Traffic before_;
 };
 ncclDataType_t nccl_type(Dtype dtype);
+
+// Sums x over the ranks of one axis after the other, in place: the loss, the norm.
+void sum_over(const Mesh& mesh, std::initializer_list<const Axis*> axes, const Tensor& x, Traffic purpose);

@@ -72,8 +72,7 @@ void Fsdp::start_gather(Unit& u) {
   u.gathered = true;
   if (u.full.empty()) u.full = Tensor({u.padded}, dtype_, Memory::gather);
   if (mesh_.fsdp.size == 1) return;
-  computed_.record(device().compute);
-  computed_.make_wait(mesh_.stream);  // whoever used this memory before must be done with it, and the optimizer with the shard
+  make_wait(mesh_.stream, device().compute);  // whoever used this memory before must be done with it, and the optimizer with the shard
   ledger.all_gather(mesh_.fsdp, u.full.bytes());
   NCCL_CHECK(ncclAllGather(u.own.raw(), u.full.raw(), u.shard, nccl_type(dtype_), mesh_.fsdp.comm, mesh_.stream));
   u.ready.record(mesh_.stream);
@@ -116,9 +115,8 @@ void Fsdp::start_reduce(Unit& u) {
   if (!scatters_each() && !last) return;  // they add up where they are
   if (!scatters_each())
     for (Param* p : u.params)
-      if (p->tied) add_into(p->grad, p->tied_grad);
-  computed_.record(device().compute);
-  computed_.make_wait(mesh_.stream);  // the gradients must have been computed
+      if (p->tied) add(p->grad, p->grad, p->tied_grad);
+  make_wait(mesh_.stream, device().compute);  // the gradients must have been computed
   if (complete_gradients) complete_gradients(u.params);
   const ncclDataType_t type = nccl_type(u.full_grad.dtype());
   if (mesh_.fsdp.size > 1) {
@@ -142,12 +140,11 @@ void Fsdp::finish_reduce() {
   u.reducing = false;
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!scatters_each()) return;
-  add_into(u.own_grad, u.full_grad.part(mesh_.fsdp.rank * u.shard, {u.shard}));
+  add(u.own_grad, u.own_grad, u.full_grad.part(mesh_.fsdp.rank * u.shard, {u.shard}));
   u.full_grad = Tensor();
   point_at(u);
   if (u.rounds == microbatches_ && mesh_.replicate.size > 1) {
-    computed_.record(device().compute);
-    computed_.make_wait(mesh_.stream);  // this rank's shard must be complete
+    make_wait(mesh_.stream, device().compute);  // this rank's shard must be complete
     ledger.all_reduce(mesh_.replicate, u.own_grad.bytes());
     NCCL_CHECK(ncclAllReduce(u.own_grad.raw(), u.own_grad.raw(), u.shard, nccl_type(u.own_grad.dtype()), ncclSum, mesh_.replicate.comm,
                              mesh_.stream));
@@ -169,34 +166,11 @@ void Fsdp::begin_step(int microbatches) {
 
 void Fsdp::finish_backward() {
   while (!reducing_.empty()) finish_reduce();
-  computed_.record(mesh_.stream);
-  computed_.make_wait(device().compute);  // the optimizer reads what the last collectives wrote
+  make_wait(device().compute, mesh_.stream);  // the optimizer reads what the last collectives wrote
 }
 
 void Fsdp::end_step() {
   for (Unit& u : units_) give_back(u);  // where nothing is borrowed, this marks the other ranks' shards as old
-}
-
-// Small sums over ranks, on the communication queue like everything else.
-static void all_reduce_here(Mesh& mesh, const Axis& axis, const Tensor& x, Event& event) {
-  if (axis.size == 1) return;
-  event.record(device().compute);
-  event.make_wait(mesh.stream);  // x must have been computed
-  ledger.all_reduce(axis, x.bytes());
-  NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), ncclSum, axis.comm, mesh.stream));
-  event.record(mesh.stream);
-  event.make_wait(device().compute);  // the sum must have arrived
-}
-
-void Fsdp::sum_squares(const Tensor& squares) {
-  const Purpose norm(Traffic::norm);
-  all_reduce_here(mesh_, mesh_.fsdp, squares, computed_);
-}
-
-void Fsdp::sum_loss(const Tensor& total) {
-  const Purpose loss(Traffic::loss);
-  all_reduce_here(mesh_, mesh_.fsdp, total, computed_);
-  all_reduce_here(mesh_, mesh_.replicate, total, computed_);
 }
 
 // ---- set-up
@@ -291,23 +265,3 @@ std::vector<Shard> Fsdp::optimizer_shards() const {
     });
   return shards;
 }
-
-// ---- for tests
-
-void Fsdp::whole(const Tensor Unit::*own, const Visit& visit) {
-  for (Unit& u : units_) {
-    const Tensor mine = u.*own;
-    Tensor full({u.padded}, mine.dtype(), Memory::workspace);
-    if (mesh_.fsdp.size == 1) {
-      copy(full, mine);
-    } else {
-      synchronize();
-      NCCL_CHECK(ncclAllGather(mine.raw(), full.raw(), u.shard, nccl_type(mine.dtype()), mesh_.fsdp.comm, mesh_.stream));
-      CUDA_CHECK(cudaStreamSynchronize(mesh_.stream));
-    }
-    for (size_t i = 0; i < u.params.size(); i++) visit(*u.params[i], download(full.part(u.offsets[i], {u.params[i]->numel()})));
-  }
-}
-
-void Fsdp::whole_gradients(const Visit& visit) { whole(&Unit::own_grad, visit); }
-void Fsdp::whole_weights(const Visit& visit) { whole(&Unit::own, visit); }

@@ -46,13 +46,6 @@ class Fsdp {
   std::function<void(const std::vector<Param*>&)> complete_gradients;
   void end_step();         // after the optimizer: parameters that were borrowed go back
   Tensor gradient_shard(int unit) { return units_[unit].own_grad; }  // complete after finish_backward
-  void sum_squares(const Tensor& squares);  // over the shards of the fsdp axis, for the gradient norm
-  void sum_loss(const Tensor& total);       // over all data-parallel ranks
-
-  // For tests: gradients or weights of each parameter that this rank holds, whole. Collective: one gather a unit.
-  using Visit = std::function<void(const Param& p, const std::vector<double>& values)>;
-  void whole_gradients(const Visit& visit);
-  void whole_weights(const Visit& visit);
 
  private:
   struct Unit {
@@ -79,7 +72,6 @@ class Fsdp {
   void point_at(Unit& unit);
   bool borrows() const { return mesh_.fsdp.size > 1 && options_.zero == 3; }           // parameters live only while needed
   bool scatters_each() const { return mesh_.fsdp.size > 1 && options_.zero >= 2; }     // full gradients live only while needed
-  void whole(const Tensor Unit::*own, const Visit& visit);
 
   struct Use { std::vector<int> units; Backward backward; int group; };
   Mesh& mesh_;
@@ -90,7 +82,6 @@ class Fsdp {
   std::vector<Use> uses_;
   std::deque<Unit*> reducing_;  // reduce-scatters on their way, oldest first
   int microbatches_ = 1;
-  Event computed_;
 };
 
 // How a unit is laid out; theory.cpp counts with the same sizes.

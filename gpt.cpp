@@ -64,9 +64,7 @@ std::vector<Param*> Gpt::params() {
 }
 
 Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication) : config(g), tp(axis, communication, g.sequence_parallel) {
-  REQUIRE(g.width % g.heads == 0, "a width of ", g.width, " does not divide by ", g.heads, " heads");
-  REQUIRE(axis.size <= g.heads, "--tp ", axis.size, " has more ranks than the ", g.heads, " attention heads that they would share");
-  REQUIRE(axis.size <= g.vocab, "--tp ", axis.size, " has more ranks than the vocabulary has tokens (", g.vocab, ")");
+  ASSERT(g.width % g.heads == 0 && axis.size <= g.heads && axis.size <= g.vocab);
   wte = make("wte.weight", {g.vocab, g.width}, 0.02f);
   wte.tied = true;
   wpe = make("wpe.weight", {g.context, g.width}, 0.01f);
@@ -79,23 +77,6 @@ Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication) : con
   uint32_t id = 0;
   for (Param* p : params()) p->id = id++;
 }
-
-Gpt::Gpt(const GptConfig& g, uint64_t seed) : Gpt(g) {
-  for (Param* p : params()) {
-    p->value = Tensor(p->local_shape(), g.dtype, Memory::parameters);
-    p->grad = Tensor(p->local_shape(), master_dtype(g.dtype), Memory::gradients);
-    if (p->tied) p->tied_grad = Tensor(p->grad.shape(), p->grad.dtype(), Memory::gradients);
-    p->initialise(p->value, seed, 0);
-  }
-  zero_gradients();
-}
-
-void Gpt::zero_gradients() {
-  for (Param* p : params()) fill(p->grad, 0);
-  fill(wte.tied_grad, 0);
-}
-
-void Gpt::finish_gradients() { add_into(wte.grad, wte.tied_grad); }
 
 // ---- the three parts
 
@@ -123,12 +104,6 @@ Var Gpt::block(Tape& tape, int64_t layer, const Var& x, int64_t R, const Attend&
 }
 
 Var Gpt::logits(Tape& tape, const Var& x, int64_t rows) { return tp.head(tape, layernorm(tape, x, ln_f_weight, ln_f_bias), rows, wte); }
-
-void Gpt::loss(Tape& tape, const Tokens& tokens, double scale, const Tensor& total) {
-  Var x = embed(tape, tokens);
-  for (int64_t l = 0; l < config.layers; l++) x = block(tape, l, x, tokens.B, tokens.T);
-  tp.cross_entropy(tape, logits(tape, x, tokens.B * tokens.T), tokens.targets, scale, total);
-}
 
 // ---- sizes
 

@@ -30,7 +30,6 @@ class Gpt {
  public:
   // Declares the parameters, this tp rank's part of each; FSDP gives them memory. Without an axis: all of each, on one rank.
   explicit Gpt(const GptConfig& config, const Axis& tp = {}, cudaStream_t communication = nullptr);
-  Gpt(const GptConfig& config, uint64_t seed);  // with memory and initial values, whole
   Gpt(const Gpt&) = delete;
 
   Var embed(Tape& tape, const Tokens& tokens);                               // (R,C)
@@ -39,12 +38,8 @@ class Gpt {
   using Attend = std::function<Var(Tape& tape, const Var& qkv)>;
   Var block(Tape& tape, int64_t layer, const Var& x, int64_t rows, const Attend& attend);
   Var logits(Tape& tape, const Var& x, int64_t rows);                        // (R, this rank's part of V)
-  // total (1) f64 += scale * sum of the losses of one micro-batch; the tape can then run backward
-  void loss(Tape& tape, const Tokens& tokens, double scale, const Tensor& total);
 
   std::vector<Param*> params();  // in a fixed order; wte once
-  void zero_gradients();
-  void finish_gradients();  // once a step: adds the head's gradient of wte (tied_grad) to the embedding's
 
   const GptConfig config;
   TensorParallel tp;

@@ -3,32 +3,8 @@
 
 #include <cmath>
 
-std::vector<Shard> whole_shards(const std::vector<Param*>& params) {
-  std::vector<Shard> shards;
-  for (Param* p : params) {
-    Shard s;
-    s.gradient = p->grad, s.param = p;
-    if (p->value.dtype() == p->grad.dtype()) {
-      s.weights = p->value;
-    } else {
-      s.weights = Tensor(p->grad.shape(), p->grad.dtype(), Memory::optimizer);
-      s.compute = p->value;
-      cast(s.weights, p->value);
-    }
-    shards.push_back(std::move(s));
-  }
-  return shards;
-}
-
 Optimizer::Optimizer(std::vector<Shard> shards, int64_t parameters, double clip, double weight_decay)
     : shards_(std::move(shards)), clip_(clip), weight_decay_(weight_decay) {
-  for (Shard& s : shards_) {
-    if (!s.m.empty()) continue;
-    s.m = Tensor(s.weights.shape(), s.weights.dtype(), Memory::optimizer);
-    s.v = Tensor(s.weights.shape(), s.weights.dtype(), Memory::optimizer);
-    fill(s.m, 0);
-    fill(s.v, 0);
-  }
   squares_ = Tensor({parameters}, Dtype::f64, Memory::workspace);
   norm_ = Tensor({1}, Dtype::f64, Memory::workspace);
   clip_factor_ = Tensor({1}, Dtype::f64, Memory::workspace);

@@ -15,14 +15,11 @@ struct Shard {
   const Param* param = nullptr;  // whose part it is: elements first, first + 1, ... of what this rank owns of it
   int64_t first = 0;
 };
-std::vector<Shard> whole_shards(const std::vector<Param*>& params);  // each parameter one shard
 
 class Optimizer {
  public:
-  // clip: the largest global norm that an update may see; 0 for none. Allocates m and v where a shard has none. `parameters`: how many there are in all.
+  // clip: the largest global norm that an update may see; 0 for none. `parameters`: how many there are in all.
   Optimizer(std::vector<Shard> shards, int64_t parameters, double clip, double weight_decay);
-  Optimizer(const std::vector<Param*>& params, double clip, double weight_decay)
-      : Optimizer(whole_shards(params), int64_t(params.size()), clip, weight_decay) {}
   // sum_squares adds up the vector of per-parameter squares over the ranks that share parameters; nothing to do on one rank.
   void step(double lr, const std::function<void(const Tensor& squares)>& sum_squares = {});
   double norm() const { return download(norm_)[0]; }  // of the last step's gradients, before clipping; waits for the device

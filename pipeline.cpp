@@ -21,16 +21,26 @@
 
 // ---- the executor
 
+static double processor_seconds() {  // of all threads of this process
+  timespec t;
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
+  return double(t.tv_sec) + double(t.tv_nsec) * 1e-9;
+}
+
 void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   const std::vector<Action>& actions = schedule_.ranks[mesh_.pp.rank];
   Lives lives;
-  clock_.reset(actions.size());
+  if (timed) processor_seconds_.assign(actions.size(), 0);
   most_live_ = most_live_bytes_ = 0;
   const int64_t& held = device().memory.now[int(Memory::activations)];
   const auto measured = [this](size_t i, auto&& work) {
-    if (timed) clock_.begin(i);
+    if (!timed) return work();
+    const double begin = processor_seconds();
+    work_[i].begin.record(device().compute);
     work();
-    if (timed) clock_.end(i);
+    work_[i].end.record(device().compute);
+    if (!device().is_gpu) synchronize();  // where streams run by themselves this action's work would count for a later one
+    processor_seconds_[i] = processor_seconds() - begin;
   };
   prepare_room(0, shape, dtype);
   for (size_t i = 0; i < actions.size(); i++) {
@@ -67,6 +77,14 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
     }
   }
   release_sent(exchanges_);
+}
+
+std::vector<double> Pipeline::seconds() const {
+  std::vector<double> seconds = processor_seconds_;
+  synchronize();
+  if (device().is_gpu)
+    for (const auto& [action, work] : work_) seconds[action] = work.seconds();
+  return seconds;
 }
 
 void Pipeline::count_live(const Lives& lives) {
@@ -172,71 +190,14 @@ void Pipeline::sum_tied(const Tensor& gradient) {
   const Purpose purpose(Traffic::embedding);
   const int peer = last - mesh_.pp.rank;
   const Tensor other(gradient.shape(), gradient.dtype(), Memory::workspace);
-  free_.record(device().compute);
-  free_.make_wait(mesh_.stream);  // the gradient must be complete
+  make_wait(mesh_.stream, device().compute);  // the gradient must be complete
   ledger.send(mesh_.pp, gradient.bytes());
   NCCL_CHECK(ncclGroupStart());
   NCCL_CHECK(ncclSend(gradient.raw(), size_t(gradient.numel()), nccl_type(gradient.dtype()), peer, mesh_.pp.comm, mesh_.stream));
   NCCL_CHECK(ncclRecv(other.raw(), size_t(other.numel()), nccl_type(other.dtype()), peer, mesh_.pp.comm, mesh_.stream));
   NCCL_CHECK(ncclGroupEnd());
-  free_.record(mesh_.stream);
-  free_.make_wait(device().compute);  // the other stage's part must have arrived
-  add_into(gradient, other);          // a + b here, b + a there: the same bits
-}
-
-void Pipeline::sum(const Tensor& x, Traffic serves) {
-  if (mesh_.pp.size == 1) return;
-  const Purpose purpose(serves);
-  free_.record(device().compute);
-  free_.make_wait(mesh_.stream);  // x must have been computed
-  ledger.all_reduce(mesh_.pp, x.bytes());
-  NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), size_t(x.numel()), nccl_type(x.dtype()), ncclSum, mesh_.pp.comm, mesh_.stream));
-  free_.record(mesh_.stream);
-  free_.make_wait(device().compute);  // the sum must have arrived
-}
-
-// ---- time
-
-static double processor_seconds() {  // of all threads of this process
-  timespec t;
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-  return double(t.tv_sec) + double(t.tv_nsec) * 1e-9;
-}
-
-ActionClock::~ActionClock() {
-  for (const auto& pair : events_)
-    for (cudaEvent_t event : pair) cudaEventDestroy(event);
-}
-
-void ActionClock::reset(size_t actions) {
-  processor_.assign(actions, {0, 0});
-  while (device().is_gpu && events_.size() < actions)
-    for (cudaEvent_t& event : events_.emplace_back()) CUDA_CHECK(cudaEventCreate(&event));
-}
-
-void ActionClock::begin(size_t i) {
-  processor_[i][0] = processor_seconds();
-  if (device().is_gpu) CUDA_CHECK(cudaEventRecord(events_[i][0], device().compute));
-}
-
-void ActionClock::end(size_t i) {
-  if (device().is_gpu) CUDA_CHECK(cudaEventRecord(events_[i][1], device().compute));
-  else synchronize();  // where streams run by themselves this action's work would count for a later one
-  processor_[i][1] = processor_seconds();
-}
-
-std::vector<double> ActionClock::seconds() const {
-  std::vector<double> s;
-  for (const auto& [begin, end] : processor_) s.push_back(end - begin);
-  if (!device().is_gpu) return s;
-  synchronize();
-  for (size_t i = 0; i < s.size(); i++) {
-    if (s[i] == 0) continue;  // an exchange
-    float ms = 0;
-    CUDA_CHECK(cudaEventElapsedTime(&ms, events_[i][0], events_[i][1]));
-    s[i] = ms * 1e-3;
-  }
-  return s;
+  make_wait(device().compute, mesh_.stream);  // the other stage's part must have arrived
+  add(gradient, gradient, other);             // a + b here, b + a there: the same bits
 }
 
 // ---- who owns which layers

@@ -17,19 +17,6 @@
 // Layers of each position of the model: as even as it goes when the head counts for as many layers as it costs. At least one each.
 std::vector<Range> split_layers(int64_t layers, double head_in_layers, int positions);
 
-class ActionClock {
- public:
-  ~ActionClock();
-  void reset(size_t actions);
-  void begin(size_t action);
-  void end(size_t action);
-  std::vector<double> seconds() const;  // waits for the device
-
- private:
-  std::vector<std::array<double, 2>> processor_;
-  std::vector<std::array<cudaEvent_t, 2>> events_;  // on a GPU
-};
-
 class Pipeline {
  public:
   // One chunk of the model on one micro-batch: takes the activation of the position before (at the first position: nothing) and returns its own
@@ -48,12 +35,11 @@ class Pipeline {
   void forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute);
   // The token embedding's gradient: the first stage has the embedding's part, the last one the head's; both get the sum.
   void sum_tied(const Tensor& gradient);
-  void sum(const Tensor& x, Traffic purpose);  // over the stages: the loss, the norm
 
   bool timed = false;  // the next run: without a GPU every computation then waits for its end, and nothing overlaps
   // Of the last timed run: how long each computation of this stage took by itself (on a GPU by events, else in processor time: ranks may
-  // share cores), 0 for exchanges.
-  std::vector<double> seconds() const { return clock_.seconds(); }
+  // share cores), 0 for exchanges. Waits for the device.
+  std::vector<double> seconds() const;
   // Of the last run: the most that its tapes kept for backwards at once.
   int64_t most_live() const { return most_live_; }  // micro-batches, each on each chunk
   int64_t most_live_bytes() const { return most_live_bytes_; }
@@ -82,6 +68,7 @@ class Pipeline {
   std::deque<Tensor> room_;   // for what the next exchange receives
   Event free_;                // the room is free
   int exchanges_ = 0;
-  ActionClock clock_;
+  std::vector<double> processor_seconds_;  // of each action
+  std::map<size_t, TimedWork> work_;       // of each computation
   int64_t most_live_ = 0, most_live_bytes_ = 0;
 };

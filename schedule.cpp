@@ -1,6 +1,6 @@
-// schedule.cpp: four generators of a few lines each, one rule that places transfers, and what reads the lists: checker, simulator, drawer.
+// schedule.cpp: one generator for the four schedules, one rule that places transfers, and what reads the lists: checker, simulator, drawer.
 //
-// idea      a generator says only what each stage computes, in order. Everything about communication follows from that (schedule.h).
+// idea      the generator says only what each stage computes, in order. Everything about communication follows from that (schedule.h).
 // cost      O(actions log actions) for everything here; nothing here runs during a training step
 // test      tests/test_schedule.cpp
 #include "schedule.h"
@@ -15,65 +15,31 @@
 
 namespace {
 
-using Order = std::vector<Action>;  // the computations of one stage
-
 // ---- the schedules: what stage s of p computes for m micro-batches on V chunks
 
-// All forwards, then all backwards.
-Order gpipe(int, int, int m, int) {
-  Order order;
-  for (int i = 0; i < m; i++) order.push_back({Action::forward, i, 0});
-  for (int i = 0; i < m; i++) order.push_back({Action::backward, i, 0});
-  return order;
-}
-
-// Warm up with one forward for each later stage, then one forward and one backward in turn.
-Order one_forward_one_backward(int p, int s, int m, int) {
-  const int warm = std::min(p - 1 - s, m);
-  Order order;
-  for (int i = 0; i < warm; i++) order.push_back({Action::forward, i, 0});
-  for (int i = 0; i < m; i++) {
-    if (warm + i < m) order.push_back({Action::forward, warm + i, 0});
-    order.push_back({Action::backward, i, 0});
-  }
-  return order;
-}
-
-// 1F1B over chunks: p micro-batches walk through chunk 0, then through chunk 1, ...; then the next p. Backwards visit the chunks from the
-// last. The warm-up fills the ring up to the last chunk, and then twice the way to the last stage, since a backward takes two forwards.
-Order interleaved(int p, int s, int m, int V) {
+// All of them warm up with some forwards, then do one forward (while there are any) and one backward in turn. With several chunks, p
+// micro-batches walk through chunk 0, then through chunk 1, ...; then the next p. Backwards visit the chunks from the last.
+std::vector<Action> computations(const std::string& name, int p, int s, int m, int V) {
   const auto step = [&](Action::Kind kind, int k) {
-    const int round = k / (p * V), chunk = k % (p * V) / p, microbatch = round * p + k % p;
-    return Action{kind, microbatch, kind == Action::forward ? chunk : V - 1 - chunk};
+    const int round = k / (p * V), chunk = k % (p * V) / p;
+    return Action{kind, round * p + k % p, kind == Action::forward ? chunk : V - 1 - chunk};
   };
-  const int all = m * V, warm = std::min(2 * (p - 1 - s) + (V - 1) * p, all);
-  Order order;
-  for (int k = 0; k < warm; k++) order.push_back(step(Action::forward, k));
+  const int all = m * V;
+  int warm = p - 1 - s;                                             // 1f1b, zb: a forward for each later stage
+  if (name == "gpipe") warm = all;                                  // all forwards, then all backwards
+  if (name == "interleaved") warm = 2 * (p - 1 - s) + (V - 1) * p;  // up to the last chunk, then twice the way: a backward takes two forwards
+  std::vector<Action> order;
+  for (int k = 0; k < std::min(warm, all); k++) order.push_back(step(Action::forward, k));
   for (int k = 0; k < all; k++) {
     if (warm + k < all) order.push_back(step(Action::forward, warm + k));
-    order.push_back(step(Action::backward, k));
+    order.push_back(step(name == "zb" ? Action::input_gradient : Action::backward, k));
+    // ZB-H1 is 1F1B whose backwards pass on the input gradient at once. Stage s puts its weight gradients off by s micro-batches: as many
+    // as its warm-up is shorter than stage 0's, so all stages hold p micro-batches, and the later ones have work left for the end.
+    if (name == "zb" && k >= s) order.push_back(step(Action::weight_gradient, k - s));
   }
+  for (int k = std::max(all - s, 0); name == "zb" && k < all; k++) order.push_back(step(Action::weight_gradient, k));
   return order;
 }
-
-// ZB-H1: 1F1B whose backwards pass on the input gradient at once. Stage s puts its weight gradients off by s micro-batches: as many
-// as its warm-up is shorter than stage 0's, so all stages hold p micro-batches, and the later ones have work left for the end.
-Order zero_bubble(int p, int s, int m, int) {
-  const int warm = std::min(p - 1 - s, m);
-  Order order;
-  for (int i = 0; i < warm; i++) order.push_back({Action::forward, i, 0});
-  for (int i = 0; i < m; i++) {
-    if (warm + i < m) order.push_back({Action::forward, warm + i, 0});
-    order.push_back({Action::input_gradient, i, 0});
-    if (i >= s) order.push_back({Action::weight_gradient, i - s, 0});
-  }
-  for (int i = std::max(m - s, 0); i < m; i++) order.push_back({Action::weight_gradient, i, 0});
-  return order;
-}
-
-using Generator = Order (*)(int p, int s, int m, int V);
-const std::map<std::string, Generator> kGenerators = {
-    {"gpipe", gpipe}, {"1f1b", one_forward_one_backward}, {"interleaved", interleaved}, {"zb", zero_bubble}};
 
 // ---- what computations need of each other
 
@@ -315,8 +281,7 @@ std::string deadlock(const Schedule& s) {
 // ---- generate, name, check
 
 Schedule make_schedule(const std::string& name, int p, int m, int V) {
-  const auto generator = kGenerators.find(name);
-  REQUIRE(generator != kGenerators.end(), "there is no schedule '", name, "': choose gpipe, 1f1b, interleaved or zb");
+  REQUIRE((std::set<std::string>{"gpipe", "1f1b", "interleaved", "zb"}.count(name)), "there is no schedule '", name, "': choose gpipe, 1f1b, interleaved or zb");
   REQUIRE(p >= 1, "a pipeline needs at least one stage, not ", p);
   REQUIRE(m >= 1, "a pipeline needs at least one micro-batch, not ", m);
   REQUIRE(V >= 1, "a stage needs at least one chunk, not ", V);
@@ -324,7 +289,7 @@ Schedule make_schedule(const std::string& name, int p, int m, int V) {
   REQUIRE(m % p == 0 || name != "interleaved", "interleaved needs a number of micro-batches that its ", p, " stages divide, not ", m);
   REQUIRE(int64_t(p) * m <= 1'000'000 / V, p, " stages, ", m, " micro-batches and ", V, " chunks make more than a million forwards");
   Schedule s{name, p, m, V, {}};
-  for (int stage = 0; stage < p; stage++) s.ranks.push_back(generator->second(p, stage, m, V));
+  for (int stage = 0; stage < p; stage++) s.ranks.push_back(computations(name, p, stage, m, V));
   place_transfers(s);
   return s;
 }

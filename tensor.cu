@@ -5,9 +5,7 @@
 // test      tests/test_tensor.cpp
 #include "tensor.h"
 
-#include <cstring>
-
-#include "kernels/common.cuh"
+#include "kernels/tiles.cuh"
 #include "support/philox.h"
 
 // ---- types
@@ -58,7 +56,6 @@ Device& open_device(int ordinal, int64_t memory_limit_bytes) {
   REQUIRE(ordinal < count, "device ", ordinal, " was asked for, but this machine has ", count);
   CUDA_CHECK(cudaSetDevice(ordinal));
   auto d = std::make_unique<Device>();
-  d->ordinal = ordinal;
   d->memory_limit = memory_limit_bytes;
   cudaDeviceProp properties;
   CUDA_CHECK(cudaGetDeviceProperties(&properties, ordinal));
@@ -66,6 +63,7 @@ Device& open_device(int ordinal, int64_t memory_limit_bytes) {
   d->is_gpu = properties.major > 0;
   d->block_memory = int64_t(properties.sharedMemPerBlockOptin);
   CUDA_CHECK(cudaStreamCreateWithFlags(&d->compute, cudaStreamNonBlocking));
+  CUDA_CHECK(cudaEventCreateWithFlags(&d->place, cudaEventDisableTiming));
   cudaMemPool_t pool;
   uint64_t keep_all = UINT64_MAX;
   CUDA_CHECK(cudaDeviceGetDefaultMemPool(&pool, ordinal));
@@ -82,11 +80,17 @@ void close_device() {
   if (!opened) return;
   synchronize();
   cublasDestroy(opened->blas);
+  cudaEventDestroy(opened->place);
   cudaStreamDestroy(opened->compute);
   opened.reset();
 }
 
 void synchronize() { CUDA_CHECK(cudaStreamSynchronize(device().compute)); }
+
+void make_wait(cudaStream_t stream, cudaStream_t other) {
+  CUDA_CHECK(cudaEventRecord(device().place, other));
+  CUDA_CHECK(cudaStreamWaitEvent(stream, device().place, 0));
+}
 
 // ---- memory
 
@@ -150,35 +154,21 @@ Tensor Tensor::part(int64_t first, Shape shape) const {
   return t;
 }
 
-// ---- kernels: a block owns kTile consecutive elements
+// ---- kernels
 
 namespace {
 
 constexpr int kThreads = block_threads(256);
-constexpr int64_t kTile = 4096;
-
-inline unsigned tiles(int64_t n) { return unsigned(ceil_div(n, kTile)); }
-
-// Calls f(i) for each element i of this block's tile.
-template <class F> __device__ __forceinline__ void for_tile(int64_t n, F f) {
-  const int64_t first = int64_t(blockIdx.x) * kTile, end = first + kTile < n ? first + kTile : n;
-  for (int64_t i = first + threadIdx.x; i < end; i += kThreads) f(i);
-}
 
 // x (n) = value; writes n
 template <class T> __global__ void __launch_bounds__(256) fill_kernel(T* __restrict__ x, double value, int64_t n) {
   const T v = store<T>(static_cast<acc_t<T>>(value));
-  for_tile(n, [=](int64_t i) { x[i] = v; });
+  for_tile<kThreads, 1>(n, [=](int64_t i, auto) { x[i] = v; });
 }
 
 // y (n) of T = x (n) of U; reads n, writes n
 template <class T, class U> __global__ void __launch_bounds__(256) cast_kernel(T* __restrict__ y, const U* __restrict__ x, int64_t n) {
-  for_tile(n, [=](int64_t i) { y[i] = store<T>(static_cast<acc_t<T>>(load(x[i]))); });
-}
-
-// sum (n) += x (n); reads 2n, writes n
-template <class T> __global__ void __launch_bounds__(256) add_into_kernel(T* sum, const T* x, int64_t n) {
-  for_tile(n, [=](int64_t i) { sum[i] = store<T>(load(sum[i]) + load(x[i])); });
+  for_tile<kThreads, 1>(n, [=](int64_t i, auto) { y[i] = store<T>(static_cast<acc_t<T>>(load(x[i]))); });
 }
 
 // x (n), the elements of (outer, end - begin, inner) from `start` on: element g of the whole parameter has the value that (seed, parameter, g) gives
@@ -186,7 +176,7 @@ template <class T>
 __global__ void __launch_bounds__(256) random_kernel(T* __restrict__ x, uint64_t seed, uint32_t parameter, float scale, Slice s, int64_t start,
                                                      int64_t n) {
   const int64_t width = (s.end - s.begin) * s.inner;
-  for_tile(n, [=](int64_t i) {
+  for_tile<kThreads, 1>(n, [=](int64_t i, auto) {
     const int64_t own = start + i, g = own / width * s.split * s.inner + s.begin * s.inner + own % width;
     const Philox4 r = philox(uint32_t(g), uint32_t(g >> 32), parameter, 0, uint32_t(seed), uint32_t(seed >> 32));
     int sum = 0;
@@ -223,19 +213,7 @@ void cast(const Tensor& to, const Tensor& from) {
   ASSERT(to.numel() == from.numel());
   if (!to.numel()) return;
   if (to.dtype() == from.dtype()) return copy(to, from);
-  switch (from.dtype()) {
-    case Dtype::f32: return cast_from<float>(to, from);
-    case Dtype::bf16: return cast_from<__nv_bfloat16>(to, from);
-    case Dtype::f64: return cast_from<double>(to, from);
-    default: ASSERT(false, "cannot cast from ", name_of(from.dtype()));
-  }
-}
-
-void add_into(const Tensor& sum, const Tensor& x) {
-  ASSERT(sum.dtype() == x.dtype() && sum.numel() == x.numel());
-  const int64_t n = x.numel();
-  if (!n) return;
-  DISPATCH(x.dtype(), add_into_kernel<T><<<tiles(n), kThreads, 0, device().compute>>>(sum.data<T>(), x.data<T>(), n));
+  DISPATCH(from.dtype(), cast_from<T>(to, from));
 }
 
 void upload(const Tensor& to, const void* host) {
@@ -251,26 +229,20 @@ void download(const Tensor& x, void* host) {
   synchronize();
 }
 
+static double wide(double x) { return x; }
+static double wide(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <class T> static std::vector<double> download_wide(const Tensor& x) {
+  std::vector<T> host(x.numel());
+  download(x, host.data());
+  std::vector<double> values;
+  for (const T& v : host) values.push_back(wide(v));
+  return values;
+}
+
 std::vector<double> download(const Tensor& x) {
-  std::vector<char> bytes(x.bytes());
-  download(x, bytes.data());
-  std::vector<double> values(x.numel());
-  for (size_t i = 0; i < values.size(); i++) {
-    const char* p = bytes.data() + i * size_of(x.dtype());
-    if (x.dtype() == Dtype::f64) {
-      memcpy(&values[i], p, 8);
-    } else if (x.dtype() == Dtype::i32) {
-      int32_t v;
-      memcpy(&v, p, 4);
-      values[i] = v;
-    } else {  // bf16 is the upper half of an f32
-      uint32_t bits = 0;
-      float v;
-      memcpy(x.dtype() == Dtype::bf16 ? reinterpret_cast<char*>(&bits) + 2 : reinterpret_cast<char*>(&bits), p, size_of(x.dtype()));
-      memcpy(&v, &bits, 4);
-      values[i] = v;
-    }
-  }
+  if (x.dtype() == Dtype::i32) return download_wide<int>(x);
+  std::vector<double> values;
+  DISPATCH(x.dtype(), values = download_wide<T>(x));
   return values;
 }
 

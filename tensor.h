@@ -50,11 +50,11 @@ struct MemoryUse {  // bytes as requested
 
 // The device of this rank. One compute stream: ops run in the order they are issued.
 struct Device {
-  int ordinal = 0;
   std::string name;
   bool is_gpu = false;
   int64_t block_memory = 0;  // bytes of shared memory that a block may ask for
   cudaStream_t compute = nullptr;
+  cudaEvent_t place = nullptr;  // for make_wait
   cublasHandle_t blas = nullptr;
   int64_t memory_limit = 0;  // bytes; 0: no cap of our own
   MemoryUse memory;
@@ -109,23 +109,29 @@ class Tensor {
 
 class Event {  // a place in a stream that another stream can wait for
  public:
-  Event() { CUDA_CHECK(cudaEventCreateWithFlags(&event_, cudaEventDisableTiming)); }
+  explicit Event(bool timed = false) { CUDA_CHECK(cudaEventCreateWithFlags(&event_, timed ? cudaEventDefault : cudaEventDisableTiming)); }
   ~Event() { cudaEventDestroy(event_); }
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
   void record(cudaStream_t stream) { CUDA_CHECK(cudaEventRecord(event_, stream)); }
   void make_wait(cudaStream_t stream) const { CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0)); }
+  double seconds_since(const Event& earlier) const {  // both timed, and reached
+    float ms = 0;
+    CUDA_CHECK(cudaEventElapsedTime(&ms, earlier.event_, event_));
+    return ms * 1e-3;
+  }
 
  private:
   cudaEvent_t event_ = nullptr;
 };
+struct TimedWork { Event begin{true}, end{true}; double seconds() const { return end.seconds_since(begin); } };
+void make_wait(cudaStream_t stream, cudaStream_t other);  // for everything that is in `other` now
 
 // ---- moving and filling; asynchronous on the compute stream unless said otherwise
 
 void fill(const Tensor& x, double value);
 void copy(const Tensor& to, const Tensor& from);      // same dtype and number of elements
 void cast(const Tensor& to, const Tensor& from);      // f32, bf16, f64, any to any
-void add_into(const Tensor& sum, const Tensor& x);    // sum += x; sum f32, bf16 or f64; x of the same dtype
 void upload(const Tensor& to, const void* host);      // returns when `host` may be reused
 std::vector<double> download(const Tensor& x);        // waits; any dtype, widened
 void download(const Tensor& x, void* host);           // waits; the bytes as they are

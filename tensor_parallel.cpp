@@ -90,7 +90,7 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
   const Purpose purpose(Traffic::embedding);
   const int64_t R = tokens.B * tokens.T, C = wte.value.dim(1);
   const Tensor partial = for_partial_sums(R, C, wte.value.dtype());
-  embed_rows(partial.part(0, {R, C}), tokens, wte, wpe);  // a row's owner adds its position, the others 0
+  embedding_forward(partial.part(0, {R, C}), tokens.inputs, wte.value, wpe.value, tokens.T, tokens.positions);  // a row's owner adds its position, the others 0
   Var x{start_sum(partial)};
   finish();
   tape.push([this, tokens, R, &wte, &wpe, dx = x.grad] {
@@ -125,8 +125,7 @@ Tensor TensorParallel::start_gather(const Tensor& x, int64_t R) {
   if (!by_rows_) return x;
   const int64_t S = slice(R), C = x.dim(1);
   const Tensor rows({S * axis_.size, C}, x.dtype(), Memory::activations);
-  computed_.record(device().compute);
-  computed_.make_wait(stream_);  // the slice must have been computed
+  make_wait(stream_, device().compute);  // the slice must have been computed
   ledger.all_gather(axis_, rows.bytes());
   NCCL_CHECK(ncclAllGather(x.raw(), rows.raw(), size_t(x.numel()), nccl_type(x.dtype()), axis_.comm, stream_));
   return rows.part(0, {R, C});  // without the padding
@@ -134,29 +133,24 @@ Tensor TensorParallel::start_gather(const Tensor& x, int64_t R) {
 
 // The sum over ranks, every row of it in place or, under sequence parallelism, this rank's slice. Keep `partial` until finish().
 Tensor TensorParallel::start_sum(const Tensor& partial) {
+  const Tensor sum = by_rows_ ? Tensor({partial.dim(0) / axis_.size, partial.dim(1)}, partial.dtype(), Memory::activations) : partial;
+  make_wait(stream_, device().compute);  // the partial sums must have been computed
   if (by_rows_) {
-    const Tensor sum({partial.dim(0) / axis_.size, partial.dim(1)}, partial.dtype(), Memory::activations);
-    computed_.record(device().compute);
-    computed_.make_wait(stream_);  // the partial sums must have been computed
     ledger.reduce_scatter(axis_, partial.bytes());
     NCCL_CHECK(ncclReduceScatter(partial.raw(), sum.raw(), size_t(sum.numel()), nccl_type(sum.dtype()), ncclSum, axis_.comm, stream_));
-    return sum;
+  } else {
+    ledger.all_reduce(axis_, partial.bytes());
+    NCCL_CHECK(ncclAllReduce(partial.raw(), sum.raw(), size_t(sum.numel()), nccl_type(sum.dtype()), ncclSum, axis_.comm, stream_));
   }
-  computed_.record(device().compute);
-  computed_.make_wait(stream_);  // the partial sums must have been computed
-  ledger.all_reduce(axis_, partial.bytes());
-  NCCL_CHECK(ncclAllReduce(partial.raw(), partial.raw(), size_t(partial.numel()), nccl_type(partial.dtype()), ncclSum, axis_.comm, stream_));
-  return partial;
+  return sum;
 }
 
 void TensorParallel::finish() {
-  arrived_.record(stream_);
-  arrived_.make_wait(device().compute);  // what was sent must have arrived
+  make_wait(device().compute, stream_);  // what was sent must have arrived
 }
 
 void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
-  computed_.record(device().compute);
-  computed_.make_wait(stream_);  // x must have been computed
+  make_wait(stream_, device().compute);  // x must have been computed
   ledger.all_reduce(axis_, x.bytes());
   NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), size_t(x.numel()), nccl_type(x.dtype()), op, axis_.comm, stream_));
   finish();
@@ -183,12 +177,6 @@ void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
     NCCL_CHECK(ncclAllReduce(p->grad.raw(), p->grad.raw(), size_t(p->grad.numel()), nccl_type(p->grad.dtype()), ncclSum, axis_.comm, stream_));
   }
   NCCL_CHECK(ncclGroupEnd());
-}
-
-void TensorParallel::sum_squares(const Tensor& squares) {
-  if (axis_.size == 1) return;
-  const Purpose purpose(Traffic::norm);
-  all_reduce(squares, ncclSum);
 }
 
 // ---- who owns what
@@ -223,8 +211,7 @@ Tensor TensorParallel::whole_logits(const Tensor& logits, int64_t vocab) {
   const Tensor padded({m, S}, logits.dtype(), Memory::workspace), all({axis_.size, m, S}, logits.dtype(), Memory::workspace);
   fill(padded, 0);
   for (int64_t row = 0; row < m; row++) copy(padded.part(row * S, {mine}), logits.part(row * mine, {mine}));
-  computed_.record(device().compute);
-  computed_.make_wait(stream_);  // the logits must have been computed
+  make_wait(stream_, device().compute);  // the logits must have been computed
   ledger.all_gather(axis_, all.bytes());
   NCCL_CHECK(ncclAllGather(padded.raw(), all.raw(), size_t(padded.numel()), nccl_type(all.dtype()), axis_.comm, stream_));
   finish();

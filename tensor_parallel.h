@@ -35,7 +35,6 @@ class TensorParallel {
 
   // ---- a step
   void sum_partial_gradients(const std::vector<Param*>& params);  // on the communication stream
-  void sum_squares(const Tensor& squares);                        // for the norm
 
   // ---- sampling
   Tensor one_row(const Tensor& x, int64_t rows, int64_t row);   // row `row` of x as a batch of one row, distributed as layers expect it
@@ -52,5 +51,4 @@ class TensorParallel {
   Axis axis_;
   cudaStream_t stream_;
   bool by_rows_;
-  Event computed_, arrived_;
 };

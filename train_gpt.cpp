@@ -148,7 +148,7 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
     progress.start_step();
     watch.step(step);
     const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
-    if (trainer.pipeline) trainer.pipeline->timed = step == o.steps;
+    trainer.pipeline->timed = o.pp > 1 && step == o.steps;
     communication_clock.start_step(mesh.stream);
     trainer.gradients([&](int64_t s) { return watch.progress(), data.sequence(step, s, o.seed); });
     trainer.update(lr);

@@ -8,17 +8,16 @@
 Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options)
     : gpt(config, mesh.tp, mesh.stream), fsdp(std::make_unique<Fsdp>(mesh, config.dtype, options.fsdp, options.seed)), mesh_(mesh), options_(options) {
   const int64_t all = options.microbatch * data_ranks();
-  REQUIRE(options.batch % all == 0, "--batch ", options.batch, " does not divide by the ", options.microbatch, " sequences of a micro-batch on ",
-          data_ranks(), " data-parallel ranks (", all, ")");
-  if (mesh.pp.size == 1) {
-    add_piece(0, {0, config.layers}, true, true);
-  } else {
+  ASSERT(options.batch % all == 0);
+  if (mesh.pp.size > 1) {
     gpt.wte.tied = false;  // embedding and head are on different ranks: each has one use of it
     gpt.wte.counted = mesh.pp.rank == 0;
-    pipeline = std::make_unique<Pipeline>(mesh, make_schedule(options.schedule, mesh.pp.size, int(options.batch / all), options.chunks));
-    const auto ranges = split_layers(config.layers, head_in_layers(config), pipeline->schedule().positions());
-    for (int c = 0; c < options.chunks; c++) add_piece(c, ranges[pipeline->position(c)], pipeline->is_first(c), pipeline->is_last(c));
   }
+  // One stage runs each micro-batch forward and backward, whatever the schedule.
+  const std::string schedule = mesh.pp.size > 1 ? options.schedule : "1f1b";
+  pipeline = std::make_unique<Pipeline>(mesh, make_schedule(schedule, mesh.pp.size, int(options.batch / all), options.chunks));
+  const auto ranges = split_layers(config.layers, head_in_layers(config), pipeline->schedule().positions());
+  for (int c = 0; c < options.chunks; c++) add_piece(c, ranges[pipeline->position(c)], pipeline->is_first(c), pipeline->is_last(c));
   fsdp->complete_gradients = [this](const std::vector<Param*>& params) { gpt.tp.sum_partial_gradients(params); };
   optimizer_ = std::make_unique<Optimizer>(fsdp->optimizer_shards(), int64_t(gpt.params().size()), options.clip, options.weight_decay);
   total_ = Tensor({1}, Dtype::f64, Memory::workspace);
@@ -85,49 +84,20 @@ void Trainer::gradients(const Sequences& batch) {
   };
   fill(total_, 0);
   fsdp->begin_step(int(microbatches));
-  if (pipeline) {
-    pipeline->run(activation(b * T), gpt.config.dtype, work);
-    kept_activations_ = pipeline->most_live_bytes();
-  } else {
-    for (int i = 0; i < microbatches; i++) {
-      Tape tape;
-      work(tape, 0, {}, i);
-      kept_activations_ = device().memory.now[int(Memory::activations)];
-      tape.backward();
-    }
-  }
+  pipeline->run(activation(b * T), gpt.config.dtype, work);
   fsdp->finish_backward();
-  if (pipeline) pipeline->sum_tied(fsdp->gradient_shard(tied_unit_));
+  pipeline->sum_tied(fsdp->gradient_shard(tied_unit_));
   sum_loss();
 }
 
-void Trainer::sum_loss() {
-  fsdp->sum_loss(total_);
-  if (pipeline) pipeline->sum(total_, Traffic::loss);
-}
+void Trainer::sum_loss() { sum_over(mesh_, {&mesh_.fsdp, &mesh_.replicate, &mesh_.pp}, total_, Traffic::loss); }
 
 void Trainer::update(double lr) {
-  optimizer_->step(lr, [this](const Tensor& squares) {
-    fsdp->sum_squares(squares);
-    gpt.tp.sum_squares(squares);
-    if (pipeline) pipeline->sum(squares, Traffic::norm);
-  });
+  optimizer_->step(lr, [this](const Tensor& squares) { sum_over(mesh_, {&mesh_.fsdp, &mesh_.tp, &mesh_.pp}, squares, Traffic::norm); });
   fsdp->end_step();
 }
 
 // ---- forward only
-
-void Trainer::forward_only(int64_t rows, int count, const std::function<Var(Tape&, const Piece&, const Var&, int)>& work) {
-  if (pipeline) {
-    pipeline->forward(activation(rows), gpt.config.dtype, count,
-                      [&](Tape& tape, int chunk, const Var& in, int i) { return work(tape, pieces_[chunk], in, i); });
-  } else {
-    for (int i = 0; i < count; i++) {
-      Tape tape(false);
-      work(tape, pieces_[0], {}, i);
-    }
-  }
-}
 
 double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
   const Purpose purpose(Traffic::evaluation);
@@ -135,10 +105,10 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
   fill(total_, 0);
   // Whole rounds first; then one sequence a rank, ranks that have none left repeating one at weight 0: all ranks run the same collectives.
   const auto add = [&](int64_t first, int64_t count, int64_t times) {
-    forward_only(count * T, int(times), [&](Tape& tape, const Piece& piece, const Var& in, int i) {
+    pipeline->forward(activation(count * T), gpt.config.dtype, int(times), [&](Tape& tape, int chunk, const Var& in, int i) {
       const int64_t mine = first + (i * data_ranks() + data_rank()) * count;
       const Tokens tokens = read(std::min(mine, sequences - count), count, held_out);
-      return forward_loss(tape, piece, in, tokens, mine < sequences ? 1.0 / double(sequences * tokens.T) : 0.0);
+      return forward_loss(tape, pieces_[chunk], in, tokens, mine < sequences ? 1.0 / double(sequences * tokens.T) : 0.0);
     });
   };
   add(0, b, rounds);
@@ -152,7 +122,8 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
   const Purpose purpose(Traffic::evaluation);
   const int64_t n = int64_t(tokens.size());
   Tensor next;
-  forward_only(n, 1, [&](Tape& tape, const Piece& piece, const Var& in, int) {
+  pipeline->forward(activation(n), gpt.config.dtype, 1, [&](Tape& tape, int chunk, const Var& in, int) {
+    const Piece& piece = pieces_[chunk];
     const Var x = forward(tape, piece, in, Tokens(1, n, tokens, tokens, gpt.tp.part(gpt.config.vocab)));
     if (!piece.last) return x;
     const Var last{gpt.tp.one_row(x.value, n, n - 1)};
@@ -163,6 +134,6 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
     next = Tensor({1, gpt.config.vocab}, gpt.config.dtype, Memory::workspace);
     fill(next, 0);
   }
-  if (pipeline) pipeline->sum(next, Traffic::evaluation);
+  sum_over(mesh_, {&mesh_.pp}, next, Traffic::evaluation);
   return download(next);
 }

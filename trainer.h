@@ -33,14 +33,14 @@ class Trainer {
   Optimizer& optimizer() { return *optimizer_; }  // its shards are what this rank saves and resumes
   double norm() const { return optimizer_->norm(); }   // of the last update's gradients, before clipping; waits for the device
 
-  int64_t kept_activations() const { return kept_activations_; }  // bytes, when the forward of a micro-batch was done
+  int64_t kept_activations() const { return pipeline->most_live_bytes(); }
 
   double evaluate(int64_t sequences, const Sequences& held_out);           // mean loss, the same in every layout
   std::vector<double> next_logits(const std::vector<int>& tokens);         // (V) after the last token; every rank calls it
 
   Gpt gpt;
   std::unique_ptr<Fsdp> fsdp;
-  std::unique_ptr<Pipeline> pipeline;  // null where pp is 1
+  std::unique_ptr<Pipeline> pipeline;  // of one stage where pp is 1
 
  private:
   struct Piece {  // of the model, on this rank: one, or one a chunk of the pipeline
@@ -49,21 +49,18 @@ class Trainer {
     int embedding = 0, blocks = 0, head = 0;  // FSDP's numbers of their uses; of the blocks: the first one's
   };
   int data_ranks() const { return mesh_.fsdp.size * mesh_.replicate.size; }
-  void sum_loss();
   Tokens read(int64_t first, int64_t count, const Sequences& sequence) const;
   int data_rank() const { return mesh_.replicate.rank * mesh_.fsdp.size + mesh_.fsdp.rank; }
   void add_piece(int chunk, Range layers, bool first, bool last);
   Var forward(Tape& tape, const Piece& piece, const Var& in, const Tokens& tokens);
   Var forward_loss(Tape& tape, const Piece& piece, const Var& in, const Tokens& tokens, double scale);
+  void sum_loss();
   Shape activation(int64_t rows) const { return {gpt.tp.slice(rows), gpt.config.width}; }
-  // A forward of the whole model without a tape, `count` times, on every stage of a pipeline: work(its tape, piece, what came in, which one)
-  void forward_only(int64_t rows, int count, const std::function<Var(Tape&, const Piece&, const Var&, int)>& work);
 
   Mesh& mesh_;
   TrainerOptions options_;
   std::vector<Piece> pieces_;  // by chunk
   int tied_unit_ = 0;
-  int64_t kept_activations_ = 0;
   std::unique_ptr<Optimizer> optimizer_;
   Tensor total_;  // (1) f64
 };

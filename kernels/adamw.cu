@@ -20,8 +20,8 @@ template <class A> struct Factors {  // m = keep1 m + take1 g, v = keep2 v + tak
         weight_decay(A(o.weight_decay)) {}
 };
 
-// weights, m, v (n) of A updated from gradient (n) * clip; with kCompute: compute (n) of T = weights. Reads 4n, writes 3n (4n).
-template <class T, int N, bool kCompute>
+// weights, m, v (n) of A updated from gradient (n) * clip; compute (n) of T, if not null, = weights. Reads 4n, writes 3n (4n).
+template <class T, int N>
 __global__ void __launch_bounds__(256) adamw_kernel(acc_t<T>* weights, T* compute, acc_t<T>* m, acc_t<T>* v, const acc_t<T>* gradient,
                                                     const double* clip, Factors<acc_t<T>> f, int64_t n) {
   using A = acc_t<T>;
@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(256) adamw_kernel(acc_t<T>* weights, T* comput
       pc.v[k] = store<T>(pw.v[k]);
     }
     store_pack(weights + i, pw), store_pack(m + i, pm), store_pack(v + i, pv);
-    if constexpr (kCompute) store_pack(compute + i, pc);
+    if (compute) store_pack(compute + i, pc);
   });
 }
 
@@ -58,7 +58,7 @@ template <class T, int N> __global__ void __launch_bounds__(256) squares_kernel(
     for (int k = 0; k < N; k++) sum += double(load(p.v[k])) * double(load(p.v[k]));
   });
   if (packed + int(threadIdx.x) < size) sum += double(load(x[packed + threadIdx.x])) * double(load(x[packed + threadIdx.x]));
-  sum = block_reduce<Sum>(sum);
+  sum = block_reduce<Sum<double>>(sum);
   if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
 
@@ -66,7 +66,7 @@ template <class T, int N> __global__ void __launch_bounds__(256) squares_kernel(
 __global__ void __launch_bounds__(256) sum_kernel(double* out, const double* x, int64_t n) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += x[i];
-  sum = block_reduce<Sum>(sum);
+  sum = block_reduce<Sum<double>>(sum);
   if (threadIdx.x == 0) *out = sum;
 }
 
@@ -82,17 +82,6 @@ __global__ void norm_kernel(double* norm, double* clip, const double* squares, i
 
 // ---- host side
 
-template <class T, int N, bool kCompute>
-static void step(const Tensor& weights, const Tensor& compute, const Tensor& m, const Tensor& v, const Tensor& gradient, const Tensor& clip,
-                 const AdamW& options) {
-  using A = acc_t<T>;
-  const int64_t n = weights.numel();
-  adamw_kernel<T, N, kCompute><<<tiles(n), kThreads, 0, device().compute>>>(weights.data<A>(), kCompute ? compute.data<T>() : nullptr, m.data<A>(),
-                                                                           v.data<A>(), gradient.data<A>(), clip.data<double>(),
-                                                                           Factors<A>(options), n);
-  LAUNCHED();
-}
-
 void adamw(const Tensor& weights, const Tensor& compute, const Tensor& m, const Tensor& v, const Tensor& gradient, const Tensor& clip,
            const AdamW& options) {
   const int64_t n = weights.numel();
@@ -102,12 +91,12 @@ void adamw(const Tensor& weights, const Tensor& compute, const Tensor& m, const 
   ASSERT(compute.empty() || (compute.numel() == n && master_dtype(compute.dtype()) == master));
   ASSERT(clip.numel() == 1 && clip.dtype() == Dtype::f64 && options.step >= 1);
   if (!n) return;
-  const bool packs = in_packs(0, {&weights, &compute, &m, &v, &gradient});
-  if (compute.empty()) {
-    DISPATCH_PACKS(master, packs, step<acc_t<T>, N, false>(weights, compute, m, v, gradient, clip, options));
-  } else {
-    DISPATCH_PACKS(compute.dtype(), packs, step<T, (N > 1 ? kPack<acc_t<T>> : 1), true>(weights, compute, m, v, gradient, clip, options));
-  }
+  const bool casts = !compute.empty();
+  DISPATCH_PACKS(casts ? compute.dtype() : master, in_packs(0, {&weights, &compute, &m, &v, &gradient}), using A = acc_t<T>;
+                 constexpr int W = N > 1 ? kPack<A> : 1;
+                 adamw_kernel<T, W><<<tiles(n), kThreads, 0, device().compute>>>(weights.data<A>(), casts ? compute.data<T>() : nullptr, m.data<A>(),
+                                                                                 v.data<A>(), gradient.data<A>(), clip.data<double>(),
+                                                                                 Factors<A>(options), n));
 }
 
 void sum_of_squares(const Tensor& out, int64_t index, const Tensor& x) {

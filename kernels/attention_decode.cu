@@ -34,8 +34,7 @@ template <class A> struct Seen { A most, sum, value[kOwn]; };
 template <class A, class T> __device__ __forceinline__ void see(Seen<A>& s, const A (&q)[kOwn], const T* key, const T* value, A scale, int D) {
   A score = 0;
   for_channels(D, [&](int i, int d) { score += q[i] * A(load(key[d])); });
-  for (int o = kWarp / 2; o > 0; o >>= 1) score += __shfl_xor_sync(~0u, score, o);
-  score *= scale;
+  score = scale * reduce_lanes<Sum<A>>(score);
   if (score > s.most) {
     const A shrink = exp_of(s.most - score);
     s.most = score, s.sum *= shrink;

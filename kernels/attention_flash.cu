@@ -97,11 +97,6 @@ __device__ __forceinline__ void store_tile(Rows<T> x, int first, Sizes n, typena
 
 // ---- forward
 
-template <template <class> class Op, int kLanes, class A> __device__ __forceinline__ A reduce_lanes(A v) {
-  for (int o = kLanes / 2; o > 0; o >>= 1) v = Op<A>::combine(v, __shfl_xor_sync(~0u, v, o));
-  return v;
-}
-
 // The softmax of a tile's rows over all tiles of keys so far
 template <class S> struct OnlineSoftmax {
   using A = typename S::A;
@@ -123,7 +118,7 @@ template <class S> struct OnlineSoftmax {
         const A larger = Max<A>::combine(now[r], s[key * S::kLdS + r]);
         now[r] = key <= first + r + ahead ? larger : now[r];
       }
-    for (int r = 0; r < S::kOwnRows; r++) now[r] = reduce_lanes<Max, S::kLanes>(now[r]);
+    for (int r = 0; r < S::kOwnRows; r++) now[r] = reduce_lanes<Max<A>, S::kLanes>(now[r]);
     for (int key = lane; key < S::kTile; key += S::kLanes)
       for (int r = 0; r < S::kOwnRows; r++) {
         const A e = exp_of(s[key * S::kLdS + r] - now[r]), p = key <= first + r + ahead ? e : A(0);
@@ -132,7 +127,7 @@ template <class S> struct OnlineSoftmax {
       }
     for (int r = 0; r < S::kOwnRows; r++) {
       const A earlier = sum[r] == 0 ? A(0) : exp_of(most[r] - now[r]);
-      sum[r] = sum[r] * earlier + reduce_lanes<Sum, S::kLanes>(more[r]);
+      sum[r] = sum[r] * earlier + reduce_lanes<Sum<A>, S::kLanes>(more[r]);
       most[r] = now[r];
       if (lane == 0) factor[first + r] = earlier;
     }
@@ -194,7 +189,7 @@ template <class T> __global__ void __launch_bounds__(256) flash_delta(acc_t<T>* 
   if (row >= rows) return;
   acc_t<T> sum = 0;
   for (int d = threadIdx.x % kWarp; d < n.D; d += kWarp) sum += load(dout[row * n.D + d]) * load(out[row * n.D + d]);
-  sum = reduce_lanes<Sum, kWarp>(sum);
+  sum = reduce_lanes<Sum<acc_t<T>>>(sum);
   const int64_t h = row % n.H, t = row / n.H % n.T, b = row / n.H / n.T;
   if (threadIdx.x % kWarp == 0) delta[(b * n.H + h) * n.T + t] = sum;
 }

@@ -19,10 +19,10 @@ template <class T> __global__ void __launch_bounds__(128) causal_softmax(T* __re
   const int t = blockIdx.x % width;
   A most = Max<A>::identity;
   for (int i = threadIdx.x; i <= t; i += kThreads) most = Max<A>::combine(most, load(s[i]));
-  most = block_reduce<Max>(most);
+  most = block_reduce<Max<A>>(most);
   A sum = 0;
   for (int i = threadIdx.x; i <= t; i += kThreads) sum += exp_of(load(s[i]) - most);
-  const A scale = 1 / block_reduce<Sum>(sum);
+  const A scale = 1 / block_reduce<Sum<A>>(sum);
   INDEPENDENT
   for (int i = threadIdx.x; i <= t; i += kThreads) s[i] = store<T>(exp_of(load(s[i]) - most) * scale);
   for (int i = t + 1 + threadIdx.x; i < width; i += kThreads) s[i] = store<T>(A(0));
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(128) causal_softmax_backward(T* __restrict__ d
   const int t = blockIdx.x % width;
   A sum = 0;
   for (int i = threadIdx.x; i <= t; i += kThreads) sum += load(p[i]) * load(dp[i]);
-  sum = block_reduce<Sum>(sum);
+  sum = block_reduce<Sum<A>>(sum);
   INDEPENDENT
   for (int i = threadIdx.x; i <= t; i += kThreads) dp[i] = store<T>(scale * load(p[i]) * (load(dp[i]) - sum));
   for (int i = t + 1 + threadIdx.x; i < width; i += kThreads) dp[i] = store<T>(A(0));

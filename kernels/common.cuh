@@ -122,20 +122,24 @@ template <class A> struct SumTwo {
 template <class A> __device__ __forceinline__ A from_lane_xor(A v, int o) { return __shfl_xor_sync(~0u, v, o); }
 template <class A> __device__ __forceinline__ Two<A> from_lane_xor(Two<A> v, int o) { return {from_lane_xor(v.a, o), from_lane_xor(v.b, o)}; }
 
-// Every thread of the block returns the reduction of all their values V, combined in an order that the block's shape alone decides.
-template <template <class> class Op, class A, class V> __device__ __forceinline__ V block_reduce_as(V v) {
+// Each of kLanes threads side by side returns the reduction of their values.
+template <class Op, int kLanes = kWarp, class V> __device__ __forceinline__ V reduce_lanes(V v) {
+  for (int o = kLanes / 2; o > 0; o >>= 1) v = Op::combine(v, from_lane_xor(v, o));
+  return v;
+}
+
+// Every thread of the block returns the reduction of all their values, combined in an order that the block's shape alone decides.
+template <class Op, class V> __device__ __forceinline__ V block_reduce(V v) {
   if constexpr (kWarp == 1) return v;  // FAST: one thread
   __shared__ V part[32];
-  for (int o = kWarp / 2; o > 0; o >>= 1) v = Op<A>::combine(v, from_lane_xor(v, o));
+  v = reduce_lanes<Op>(v);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   if (lane == 0) part[warp] = v;
   __syncthreads();
-  v = lane < warps ? part[lane] : Op<A>::identity;
-  for (int o = kWarp / 2; o > 0; o >>= 1) v = Op<A>::combine(v, from_lane_xor(v, o));
+  v = lane < warps ? part[lane] : Op::identity;
+  v = reduce_lanes<Op>(v);
   __syncthreads();  // `part` may be reused at once
   return v;
 }
-template <template <class> class Op, class A> __device__ __forceinline__ A block_reduce(A v) { return block_reduce_as<Op, A>(v); }
-template <template <class> class Op, class A> __device__ __forceinline__ Two<A> block_reduce(Two<A> v) { return block_reduce_as<Op, A>(v); }
 
 }  // namespace

@@ -63,7 +63,7 @@ template <int N, bool kKeep, class T> __device__ __forceinline__ Two<acc_t<T>> r
       for (int k = 0; k < W; k++) mine.b += exp_of(load(p.v[k]) - mine.a);
     });
   }
-  return block_reduce<SoftmaxSum>(mine);
+  return block_reduce<SoftmaxSum<A>>(mine);
 }
 
 // The row's logits x (V), or what row_softmax kept of them, become exp(x - m) * factor, less `scale` at the target (-1: none here).
@@ -127,10 +127,10 @@ __global__ void __launch_bounds__(1024) cross_entropy_parts_kernel(acc_t<T>* los
 }
 
 // total (1) += sum of x (n), in f64; one block; reads n
-template <class A> __global__ void __launch_bounds__(1024) add_sum_kernel(double* total, const A* x, int64_t n) {
+template <class T> __global__ void __launch_bounds__(1024) add_sum_kernel(double* total, const T* x, int64_t n) {
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += x[i];
-  sum = block_reduce<Sum>(sum);
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += load(x[i]);
+  sum = block_reduce<Sum<double>>(sum);
   if (threadIdx.x == 0) *total += sum;
 }
 
@@ -138,21 +138,13 @@ template <class A> __global__ void __launch_bounds__(1024) add_sum_kernel(double
 
 // ---- host side
 
-template <bool kGradient> static void launch(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale) {
+void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale, bool gradient) {
   const int64_t R = losses.numel(), V = R ? logits.numel() / R : 0;
   ASSERT(logits.numel() == R * V && V <= INT_MAX && targets.numel() == R && losses.dtype() == master_dtype(logits.dtype()));
   if (!R) return;
   DISPATCH_PACKS(logits.dtype(), true, using A = acc_t<T>;
-                 cross_entropy_kernel<T, N, kGradient><<<unsigned(R), kThreads, 0, device().compute>>>(
-                     losses.data<A>(), logits.data<T>(), targets.data<int>(), int(V), A(scale)));
-}
-
-void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale) {
-  launch<true>(losses, logits, targets, scale);
-}
-
-void cross_entropy_loss(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale) {
-  launch<false>(losses, logits, targets, scale);
+                 const auto kernel = gradient ? cross_entropy_kernel<T, N, true> : cross_entropy_kernel<T, N, false>;
+                 kernel<<<unsigned(R), kThreads, 0, device().compute>>>(losses.data<A>(), logits.data<T>(), targets.data<int>(), int(V), A(scale)));
 }
 
 void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targets) {
@@ -169,11 +161,8 @@ void softmax_rescale(const Tensor& parts, const Tensor& top) {
   ASSERT(parts.numel() == 3 * R && parts.dtype() == top.dtype() && top.dtype() != Dtype::bf16);
   if (!R) return;
   const unsigned blocks = unsigned(ceil_div(R, kRescaleThreads));
-  if (top.dtype() == Dtype::f32)
-    rescale_kernel<float><<<blocks, kRescaleThreads, 0, device().compute>>>(parts.data<float>() + R, parts.data<float>(), top.data<float>(), int(R));
-  else
-    rescale_kernel<double><<<blocks, kRescaleThreads, 0, device().compute>>>(parts.data<double>() + R, parts.data<double>(), top.data<double>(), int(R));
-  LAUNCHED();
+  DISPATCH(top.dtype(), using A = acc_t<T>;
+           rescale_kernel<A><<<blocks, kRescaleThreads, 0, device().compute>>>(parts.data<A>() + R, parts.data<A>(), top.data<A>(), int(R)));
 }
 
 void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets, const Tensor& top, const Tensor& parts, double scale,
@@ -181,20 +170,14 @@ void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tenso
   const int64_t R = losses.numel(), V = R ? logits.numel() / R : 0;
   ASSERT(logits.numel() == R * V && targets.numel() == R && top.numel() == R && parts.numel() == 3 * R && top.dtype() == losses.dtype());
   if (!R) return;
-  const auto launch = [&](auto with_gradient) {
-    constexpr bool kGradient = decltype(with_gradient)::value;
-    DISPATCH_PACKS(logits.dtype(), true, using A = acc_t<T>;
-                   cross_entropy_parts_kernel<T, N, kGradient><<<unsigned(R), kThreads, 0, device().compute>>>(
-                       losses.data<A>(), logits.data<T>(), targets.data<int>(), top.data<A>(), parts.data<A>(), int(V), int(R), A(scale)));
-  };
-  if (gradient) launch(std::true_type());
-  else launch(std::false_type());
+  DISPATCH_PACKS(logits.dtype(), true, using A = acc_t<T>;
+                 const auto kernel = gradient ? cross_entropy_parts_kernel<T, N, true> : cross_entropy_parts_kernel<T, N, false>;
+                 kernel<<<unsigned(R), kThreads, 0, device().compute>>>(losses.data<A>(), logits.data<T>(), targets.data<int>(), top.data<A>(),
+                                                                        parts.data<A>(), int(V), int(R), A(scale)));
 }
 
 void add_sum(const Tensor& total, const Tensor& x) {
-  ASSERT(total.numel() == 1 && total.dtype() == Dtype::f64 && (x.dtype() == Dtype::f32 || x.dtype() == Dtype::f64));
+  ASSERT(total.numel() == 1 && total.dtype() == Dtype::f64);
   const int64_t n = x.numel();
-  if (x.dtype() == Dtype::f32) add_sum_kernel<float><<<1, kThreads, 0, device().compute>>>(total.data<double>(), x.data<float>(), n);
-  else add_sum_kernel<double><<<1, kThreads, 0, device().compute>>>(total.data<double>(), x.data<double>(), n);
-  LAUNCHED();
+  DISPATCH(x.dtype(), add_sum_kernel<T><<<1, kThreads, 0, device().compute>>>(total.data<double>(), x.data<T>(), n));
 }

@@ -11,15 +11,18 @@ namespace {
 
 constexpr int kThreads = block_threads(256);
 
+// y = f(a, b) for W neighbours; y may be a or b
+template <int W, class T, class F> __device__ __forceinline__ void combine(T* y, const T* a, const T* b, F f) {
+  const auto p = load_pack<W>(a), q = load_pack<W>(b);
+  Pack<T, W> r;
+  for (int k = 0; k < W; k++) r.v[k] = store<T>(f(load(p.v[k]), load(q.v[k])));
+  store_pack(y, r);
+}
+template <class A> __device__ __forceinline__ A sum_of(A a, A b) { return a + b; }
+
 // y (n) = a (n) + b (n); y may be a or b
 template <class T, int N> __global__ void __launch_bounds__(256) add_kernel(T* y, const T* a, const T* b, int64_t n) {
-  for_tile<kThreads, N>(n, [=](int64_t i, auto width) {
-    constexpr int W = decltype(width)::value;
-    const auto p = load_pack<W>(a + i), q = load_pack<W>(b + i);
-    Pack<T, W> r;
-    for (int k = 0; k < W; k++) r.v[k] = store<T>(load(p.v[k]) + load(q.v[k]));
-    store_pack(y + i, r);
-  });
+  for_tile<kThreads, N>(n, [=](int64_t i, auto width) { combine<decltype(width)::value>(y + i, a + i, b + i, sum_of<acc_t<T>>); });
 }
 
 // ---- GELU, tanh form: 0.5 x (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), which is x / (1 + exp(-2u)): one exp, and small values
@@ -40,29 +43,17 @@ template <class A> struct Gelu {
 // y (n) = gelu(x (n))
 template <class T, int N> __global__ void __launch_bounds__(256) gelu_forward_kernel(T* y, const T* x, int64_t n) {
   for_tile<kThreads, N>(n, [=](int64_t i, auto width) {
-    constexpr int W = decltype(width)::value;
-    const auto p = load_pack<W>(x + i);
-    Pack<T, W> r;
-    for (int k = 0; k < W; k++) {
-      const acc_t<T> v = load(p.v[k]);
-      r.v[k] = store<T>(v * Gelu<acc_t<T>>(v).s);
-    }
-    store_pack(y + i, r);
+    combine<decltype(width)::value>(y + i, x + i, x + i, [](acc_t<T> v, acc_t<T>) { return v * Gelu<acc_t<T>>(v).s; });
   });
 }
 
 // dx (n) = dy (n) * gelu'(x (n)); dx may be dy
 template <class T, int N> __global__ void __launch_bounds__(256) gelu_backward_kernel(T* dx, const T* dy, const T* x, int64_t n) {
   for_tile<kThreads, N>(n, [=](int64_t i, auto width) {
-    constexpr int W = decltype(width)::value;
-    const auto p = load_pack<W>(x + i), q = load_pack<W>(dy + i);
-    Pack<T, W> r;
-    for (int k = 0; k < W; k++) {
-      const acc_t<T> v = load(p.v[k]);
+    combine<decltype(width)::value>(dx + i, dy + i, x + i, [](acc_t<T> d, acc_t<T> v) {
       const Gelu<acc_t<T>> g(v);
-      r.v[k] = store<T>(load(q.v[k]) * g.s * (1 + v * g.slope * (g.e * g.s)));
-    }
-    store_pack(dx + i, r);
+      return d * g.s * (1 + v * g.slope * (g.e * g.s));
+    });
   });
 }
 
@@ -71,12 +62,7 @@ template <class T, int N> __global__ void __launch_bounds__(256) gelu_backward_k
 // y (R,N) += bias (N); one block a row; reads RN, writes RN
 template <class T, int N> __global__ void __launch_bounds__(256) add_bias_kernel(T* y, const T* bias, int columns) {
   y += int64_t(blockIdx.x) * columns;
-  for_row<kThreads, N>(columns, [=](int i) {
-    const auto p = load_pack<N>(y + i), q = load_pack<N>(bias + i);
-    Pack<T, N> r;
-    for (int k = 0; k < N; k++) r.v[k] = store<T>(load(p.v[k]) + load(q.v[k]));
-    store_pack(y + i, r);
-  });
+  for_row<kThreads, N>(columns, [=](int i) { combine<N>(y + i, y + i, bias + i, sum_of<acc_t<T>>); });
 }
 
 // A lane owns this many neighbouring columns: a pack in registers; in FAST a run of columns in the first-level cache.

@@ -44,25 +44,21 @@ template <int N, class F> __device__ __forceinline__ void for_columns(int C, F f
 
 // sum (n) += row (n)
 template <int N, class T, class A> __device__ __forceinline__ void add_row(A* sum, const T* row, int n) {
-  if constexpr (kWarp == 1) {
-    INDEPENDENT
-    for (int k = 0; k < n; k++) sum[k] += load(row[k]);
-  } else {
-    const auto p = load_pack<N>(row);
-    for (int k = 0; k < N; k++) sum[k] += load(p.v[k]);
+  INDEPENDENT
+  for (int k = 0; k < n; k += N) {
+    const auto p = load_pack<N>(row + k);
+    for (int j = 0; j < N; j++) sum[k + j] += load(p.v[j]);
   }
 }
 
 // to (n) = sum (n), or += it; sum (n) = 0
 template <int N, bool kAdd, class A> __device__ __forceinline__ void put_sum(A* to, A* sum, int n) {
-  if constexpr (kWarp == 1) {
-    INDEPENDENT
-    for (int k = 0; k < n; k++) to[k] = kAdd ? to[k] + sum[k] : sum[k], sum[k] = 0;
-  } else {
+  INDEPENDENT
+  for (int k = 0; k < n; k += N) {
     Pack<A, N> p{};
-    if constexpr (kAdd) p = load_pack<N>(to);
-    for (int k = 0; k < N; k++) p.v[k] += sum[k], sum[k] = 0;
-    store_pack(to, p);
+    if constexpr (kAdd) p = load_pack<N>(to + k);
+    for (int j = 0; j < N; j++) p.v[j] += sum[k + j], sum[k + j] = 0;
+    store_pack(to + k, p);
   }
 }
 
@@ -124,22 +120,15 @@ __global__ void __launch_bounds__(256) position_kernel(acc_t<T>* dwpe, const T* 
 
 // ---- host side
 
-// positions empty: row % period
-static void embed(const Tensor& x, const Tensor& tokens, const Tensor& positions, const Tensor& wte, const Tensor& wpe, int64_t period) {
+void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe, int64_t period, const Tensor& positions) {
   const int64_t C = wte.dim(-1), R = tokens.numel();
+  ASSERT(positions.empty() || positions.numel() == R);
   ASSERT(x.numel() == R * C && wpe.numel() >= std::min(period, R) * C && wte.dtype() == x.dtype() && wpe.dtype() == x.dtype());
   if (!R) return;
   const int* const at = positions.empty() ? nullptr : positions.data<int>();
   DISPATCH_PACKS(x.dtype(), in_packs(C, {&x, &wte, &wpe}),
                  embedding_kernel<T, N><<<unsigned(R), kThreads, 0, device().compute>>>(x.data<T>(), tokens.data<int>(), at, wte.data<T>(),
                                                                                          wpe.data<T>(), period, int(C)));
-}
-
-void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe, int64_t period) { embed(x, tokens, {}, wte, wpe, period); }
-
-void embedding_at(const Tensor& x, const Tensor& tokens, const Tensor& positions, const Tensor& wte, const Tensor& wpe) {
-  ASSERT(positions.numel() == tokens.numel());
-  embed(x, tokens, positions, wte, wpe, 1);
 }
 
 std::vector<int> sort_rows(const std::vector<int>& tokens) {

@@ -49,17 +49,15 @@ void add_bias(const Tensor& y, const Tensor& bias);                           //
 void bias_backward(const Tensor& dbias, const Tensor& dy);                    // dbias (N) += column sums of dy (R,N)
 void gelu_forward(const Tensor& y, const Tensor& x);                          // tanh form (GPT-2)
 void gelu_backward(const Tensor& dx, const Tensor& dy, const Tensor& x);      // dx = dy * gelu'(x); dx may be dy
-void add(const Tensor& y, const Tensor& a, const Tensor& b);                  // y = a + b
+void add(const Tensor& y, const Tensor& a, const Tensor& b);                  // y = a + b; y may be a or b
 
 // ---- embedding.cu
 
-// x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[row % T]; rows whose token is -1 (another rank's) are 0
-void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe, int64_t T);
+// x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[row % T, or positions (R)]; rows whose token is -1 (another rank's) are 0
+void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe, int64_t T, const Tensor& positions = {});
 // dwte (V,C) += rows of dx (R,C) with that token, dwpe (T,C) += rows of dx at that position, all of them. `order` lists the rows that have a
 // token sorted by it (stable), so that one block owns one token's run and nothing needs an atomic: see sort_rows.
 void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx, const Tensor& tokens, const Tensor& order, int64_t T);
-// x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[positions (R)]; rows whose token is -1 (another rank's) are 0
-void embedding_at(const Tensor& x, const Tensor& tokens, const Tensor& positions, const Tensor& wte, const Tensor& wpe);
 std::vector<int> sort_rows(const std::vector<int>& tokens);  // on the host: numbers of the rows with a token, in its order, stable
 
 // ---- attention_plain.cu, attention_flash.cu   causal self-attention over packed qkv (B,T,3,H,D); scale 1/sqrt(D)
@@ -84,19 +82,17 @@ void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t 
 
 // ---- cross_entropy.cu
 
-// losses (R) = -log softmax(logits (R,V))[targets (R)] * scale; logits become their own gradient, (softmax - onehot) * scale
-void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale);
-// losses only; logits are read, not changed: for evaluation
-void cross_entropy_loss(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale);
+// losses (R) = -log softmax(logits (R,V))[targets (R)] * scale; with `gradient`, logits become their own gradient, (softmax - onehot) * scale
+void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale, bool gradient);
 // The same where this rank holds V of the vocabulary's columns, in three steps; a target of -1 is another rank's.
 // parts (3,R) acc = each row's maximum m, sum of exp(x - m), target's logit or 0. `logits` then serve the third step only.
 void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targets);
 // after the maxima of all ranks were combined to top (R): the sums in parts become sums of exp(x - top)
 void softmax_rescale(const Tensor& parts, const Tensor& top);
-// after sums and target logits in parts were added up over the ranks: as cross_entropy, or without the gradient as cross_entropy_loss
+// after sums and target logits in parts were added up over the ranks: as cross_entropy
 void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets, const Tensor& top, const Tensor& parts, double scale,
                          bool gradient);
-void add_sum(const Tensor& total, const Tensor& x);  // total (1) f64 += sum of x (R), acc dtype; in f64, fixed order
+void add_sum(const Tensor& total, const Tensor& x);  // total (1) f64 += sum of x (R); in f64, fixed order
 
 // ---- adamw.cu   (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2)
 

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
   if (kAdd) in = sum + row;
   else ask_for(x + row + C, C);  // with h there is more to wait for anyway
   if (keep) in = kept;  // a thread reads what it wrote itself: no barrier
-  const A m = block_reduce<Sum>(total) / C;
+  const A m = block_reduce<Sum<A>>(total) / C;
 
   A squares = 0;
   sum_row<kForwardThreads, N>(C, [&](int i) {
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
       squares += d * d;
     }
   });
-  const A s = 1 / sqrt_of(block_reduce<Sum>(squares) / C + A(1e-5));
+  const A s = 1 / sqrt_of(block_reduce<Sum<A>>(squares) / C + A(1e-5));
 
   T* out = y + row;
   for_row<kForwardThreads, N>(C, [&](int i) {
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, a
         biases[k * packs + i / N] += d;
       }
     });
-    const Two<A> sums = block_reduce<SumTwo>(Two<A>{sum_a, sum_b});
+    const Two<A> sums = block_reduce<SumTwo<A>>(Two<A>{sum_a, sum_b});
     const A a = sums.a / C, b = sums.b / C;
     for_row<kBackwardThreads, N>(C, [&](int i) {  // x and dy again: from the first-level cache
       const auto p = load_pack<N>(x + i), q = load_pack<N>(dy + i), g = load_pack<N>(gain + i);
@@ -128,46 +128,31 @@ __global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, a
 
 // ---- host side
 
-template <bool kAdd>
 static void forward(const Tensor& sum, const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x, const Tensor& h,
-                    const Tensor& gain, const Tensor& bias) {
+                    const Tensor& gain, const Tensor& bias) {  // sum and h are both empty, or neither
   const int64_t C = gain.numel(), R = mean.numel();
   ASSERT(x.numel() == R * C && y.numel() == R * C && rstd.numel() == R && bias.numel() == C);
   ASSERT(y.dtype() == x.dtype() && gain.dtype() == x.dtype() && bias.dtype() == x.dtype());
   ASSERT(mean.dtype() == master_dtype(x.dtype()) && rstd.dtype() == mean.dtype());
-  if (kAdd) ASSERT(h.numel() == R * C && sum.numel() == R * C && h.dtype() == x.dtype() && sum.dtype() == x.dtype());
+  const bool adds = !h.empty();
+  if (adds) ASSERT(h.numel() == R * C && sum.numel() == R * C && h.dtype() == x.dtype() && sum.dtype() == x.dtype());
   if (!R) return;
   const int64_t bytes = C * int64_t(size_of(x.dtype()));
   const bool keep = kWarp > 1 && bytes <= kSharedBytes;
   DISPATCH_PACKS(x.dtype(), in_packs(C, {&sum, &y, &x, &h, &gain, &bias}),
-                 forward_kernel<T, N, kAdd><<<unsigned(R), kForwardThreads, keep ? bytes : 0, device().compute>>>(
-                     kAdd ? sum.data<T>() : nullptr, y.data<T>(), mean.data<acc_t<T>>(), rstd.data<acc_t<T>>(), x.data<T>(),
-                     kAdd ? h.data<T>() : nullptr, gain.data<T>(), bias.data<T>(), int(C), keep));
+                 const auto kernel = adds ? forward_kernel<T, N, true> : forward_kernel<T, N, false>;
+                 kernel<<<unsigned(R), kForwardThreads, keep ? bytes : 0, device().compute>>>(
+                     adds ? sum.data<T>() : nullptr, y.data<T>(), mean.data<acc_t<T>>(), rstd.data<acc_t<T>>(), x.data<T>(),
+                     adds ? h.data<T>() : nullptr, gain.data<T>(), bias.data<T>(), int(C), keep));
 }
 
 void layernorm_forward(const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x, const Tensor& gain, const Tensor& bias) {
-  forward<false>({}, y, mean, rstd, x, {}, gain, bias);
+  forward({}, y, mean, rstd, x, {}, gain, bias);
 }
 
 void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x, const Tensor& h,
                            const Tensor& gain, const Tensor& bias) {
-  forward<true>(sum, y, mean, rstd, x, h, gain, bias);
-}
-
-template <bool kResidual>
-static void backward(const Tensor& dx, const Tensor& dgains, const Tensor& dbiases, const Tensor& dy, const Tensor& residual, const Tensor& x,
-                     const Tensor& mean, const Tensor& rstd, const Tensor& gain) {
-  const int64_t C = gain.numel(), R = mean.numel();
-  DISPATCH_PACKS(x.dtype(), in_packs(C, {&dx, &dy, &residual, &x, &gain}),
-                 const int64_t bytes = 2 * C * int64_t(sizeof(acc_t<T>));
-                 const auto kernel = backward_kernel<T, N, kResidual>;
-                 REQUIRE(bytes + kStaticBytes <= device().block_memory, "the layernorm of ", C, " channels keeps ", bytes,
-                         " bytes of sums in a block, and ", device().name, " has room for ", device().block_memory - kStaticBytes);
-                 if (bytes > kSharedBytes)
-                   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-                 kernel<<<unsigned(dgains.dim(0)), kBackwardThreads, bytes, device().compute>>>(
-                     dx.data<T>(), dgains.data<acc_t<T>>(), dbiases.data<acc_t<T>>(), dy.data<T>(), kResidual ? residual.data<T>() : nullptr,
-                     x.data<T>(), mean.data<acc_t<T>>(), rstd.data<acc_t<T>>(), gain.data<T>(), R, int(C)));
+  forward(sum, y, mean, rstd, x, h, gain, bias);
 }
 
 void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbias, const Tensor& dy, const Tensor& residual, const Tensor& x,
@@ -180,8 +165,15 @@ void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbi
   ASSERT(mean.dtype() == master_dtype(x.dtype()) && rstd.dtype() == mean.dtype());
   if (!R) return;
   const Tensor dgains({row_chunks(R), C}, mean.dtype(), Memory::workspace), dbiases({row_chunks(R), C}, mean.dtype(), Memory::workspace);
-  residual.empty() ? backward<false>(dx, dgains, dbiases, dy, residual, x, mean, rstd, gain)
-                   : backward<true>(dx, dgains, dbiases, dy, residual, x, mean, rstd, gain);
+  const int64_t bytes = 2 * C * int64_t(size_of(mean.dtype()));
+  REQUIRE(bytes + kStaticBytes <= device().block_memory, "the layernorm of ", C, " channels keeps ", bytes,
+          " bytes of sums in a block, and ", device().name, " has room for ", device().block_memory - kStaticBytes);
+  DISPATCH_PACKS(x.dtype(), in_packs(C, {&dx, &dy, &residual, &x, &gain}), using A = acc_t<T>;
+                 const auto kernel = residual.empty() ? backward_kernel<T, N, false> : backward_kernel<T, N, true>;
+                 if (bytes > kSharedBytes) CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+                 kernel<<<unsigned(dgains.dim(0)), kBackwardThreads, bytes, device().compute>>>(
+                     dx.data<T>(), dgains.data<A>(), dbiases.data<A>(), dy.data<T>(), residual.empty() ? nullptr : residual.data<T>(), x.data<T>(),
+                     mean.data<A>(), rstd.data<A>(), gain.data<T>(), R, int(C)));
   bias_backward(dgain, dgains);
   bias_backward(dbias, dbiases);
 }

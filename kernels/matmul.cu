@@ -219,13 +219,9 @@ __global__ void __launch_bounds__(256, 2) matmul_tensor(Operand<bf16> a, Operand
 template <class U>
 void launch_tensor(int64_t m, int64_t n, int64_t k, Operand<bf16> a, Operand<bf16> b, Result<U> c, double alpha, int64_t batch) {
   const dim3 grid(unsigned(ceil_div(n, 128)), unsigned(ceil_div(m, 128)), unsigned(batch));
-  const cudaStream_t stream = device().compute;
-  const int m_ = int(m), n_ = int(n), k_ = int(k);
-  const float alpha_ = float(alpha);
-  if (a.along_k && b.along_k) matmul_tensor<U, true, true><<<grid, 256, 0, stream>>>(a, b, c, m_, n_, k_, alpha_);
-  else if (a.along_k) matmul_tensor<U, true, false><<<grid, 256, 0, stream>>>(a, b, c, m_, n_, k_, alpha_);
-  else if (b.along_k) matmul_tensor<U, false, true><<<grid, 256, 0, stream>>>(a, b, c, m_, n_, k_, alpha_);
-  else matmul_tensor<U, false, false><<<grid, 256, 0, stream>>>(a, b, c, m_, n_, k_, alpha_);
+  const auto kernel = a.along_k ? b.along_k ? matmul_tensor<U, true, true> : matmul_tensor<U, true, false>
+                                : b.along_k ? matmul_tensor<U, false, true> : matmul_tensor<U, false, false>;
+  kernel<<<grid, 256, 0, device().compute>>>(a, b, c, int(m), int(n), int(k), float(alpha));
   LAUNCHED();
 }
 #endif
@@ -276,11 +272,5 @@ void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matr
   if (matmul_backend == MatmulBackend::cublas) return cublas_matmul(in, out, m, n, k, a, b, c, alpha, beta, batch);
   REQUIRE(batch < 65536 && m <= 65535 * 64, "--matmul own multiplies at most 65535 matrices of ", 65535 * 64, " rows, not ", batch, " of ", m,
           ": give --matmul cublas or a smaller --microbatch");
-  switch (in) {
-    case Dtype::f32: return own_matmul<float, float>(m, n, k, a, b, c, alpha, beta, batch);
-    case Dtype::f64: return own_matmul<double, double>(m, n, k, a, b, c, alpha, beta, batch);
-    default: break;
-  }
-  if (out == Dtype::f32) own_matmul<__nv_bfloat16, float>(m, n, k, a, b, c, alpha, beta, batch);
-  else own_matmul<__nv_bfloat16, __nv_bfloat16>(m, n, k, a, b, c, alpha, beta, batch);
+  DISPATCH(in, out == in ? own_matmul<T, T>(m, n, k, a, b, c, alpha, beta, batch) : own_matmul<T, acc_t<T>>(m, n, k, a, b, c, alpha, beta, batch));
 }

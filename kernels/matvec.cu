@@ -99,8 +99,8 @@ template <int N, int kM, class T> __global__ void __launch_bounds__(256) rows_ke
         }
     }
     for (int u = 0; u < kTogether; u++) {
-      for (int o = kWarp / 2; o > 0; o >>= 1) sum[u] += __shfl_xor_sync(~0u, sum[u], o);
-      if (lane == 0 && first + u < rows) y[r * rows + first + u] = store<T>(sum[u]);
+      const A all = reduce_lanes<Sum<A>>(sum[u]);
+      if (lane == 0 && first + u < rows) y[r * rows + first + u] = store<T>(all);
     }
   }
 }

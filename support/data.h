@@ -33,8 +33,6 @@ class Dataset {
   std::vector<int> sequence(int64_t step, int64_t index, uint64_t seed) const;  // index: in the global batch of the step
   std::vector<int> held_out(int64_t i) const;  // consecutive; each starts with the token that the one before ended with
   int64_t held_out_sequences() const { return (tokens_ - train_ - 1) / context_; }
-  int64_t tokens() const { return tokens_; }
-  int64_t train_tokens() const { return train_; }
   bool is_text() const { return parts_[0].width == 1; }
   std::string describe() const;
 

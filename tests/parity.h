@@ -4,6 +4,7 @@
 // relative here: the largest absolute difference over the largest magnitude of the same kind in the whole reference model
 #pragma once
 #include "tests/mpi_test.h"
+#include "tests/one_rank.h"
 #include "theory.h"
 
 // Queued streams take their time: delays come at random, and two steps have every wait between a step and the one before it.
@@ -25,8 +26,8 @@ struct Run {  // what a training run of kSteps steps computed
 
 // The reference: whole parameters, no mesh, no units, the batch in one piece.
 inline Run one_rank(const GptConfig& config, int64_t batch, int steps) {
-  Gpt gpt(config, 1337);
-  Optimizer optimizer(gpt.params(), 1.0, 0.1);
+  WholeGpt gpt(config, 1337);
+  Optimizer optimizer = gpt.optimizer(1.0, 0.1);
   Tensor total({1}, Dtype::f64, Memory::workspace);
   Run run;
   for (int step = 1; step <= steps; step++) {
@@ -62,22 +63,25 @@ inline std::vector<double> sum_over(Mesh& mesh, const Axis& axis, const std::vec
   return download(t);
 }
 
-// Every parameter in its global shape, from what each rank of the tp axis has of it (its slice, or the same copy) on the stage that owns it.
-inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer, void (Fsdp::*visit)(const Fsdp::Visit&)) {
+// Gradients or weights of every parameter in its global shape, from what each rank updates of it.
+enum class Whole { gradients, weights };
+inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer, Whole what) {
   std::vector<int64_t> starts;  // of each parameter, by its id, all in a row
   int64_t all = 0;
   for (Param* p : trainer.gpt.params()) starts.push_back(all), all += elements(p->shape);
   std::vector<double> mine(size_t(all), 0.0), copies(size_t(all), 0.0), first, last;  // this rank's part; what tp ranks must have the same; by stage
-  (trainer.fsdp.get()->*visit)([&](const Param& p, const std::vector<double>& values) {
-    const Slice& s = p.slice;
+  for (const Shard& shard : trainer.optimizer().shards()) {
+    const Slice& s = shard.param->slice;
     const int64_t n = s.end - s.begin;
-    for (int64_t i = 0; i < int64_t(values.size()); i++) {
-      const int64_t inner = i % s.inner, middle = i / s.inner % n, outer = i / s.inner / n;
-      const size_t to = size_t(starts[p.id] + (outer * s.split + s.begin + middle) * s.inner + inner);
-      mine[to] = n < s.split || mesh.tp.rank == 0 ? values[size_t(i)] : 0;
-      copies[to] = values[size_t(i)];
+    const std::vector<double> values = download(what == Whole::gradients ? shard.gradient : shard.compute.empty() ? shard.weights : shard.compute);
+    for (size_t k = 0; k < values.size(); k++) {
+      const int64_t i = shard.first + int64_t(k), inner = i % s.inner, middle = i / s.inner % n, outer = i / s.inner / n;
+      const size_t to = size_t(starts[shard.param->id] + (outer * s.split + s.begin + middle) * s.inner + inner);
+      mine[to] = n < s.split || mesh.tp.rank == 0 ? values[k] : 0;
+      copies[to] = values[k];
     }
-  });
+  }
+  mine = sum_over(mesh, mesh.fsdp, mine), copies = sum_over(mesh, mesh.fsdp, copies);
   mine = sum_over(mesh, mesh.tp, mine);
   for (size_t i = 0; i < mine.size(); i++)
     if (copies[i] != 0) CHECK_EQ(copies[i], mine[i], "element ", i, " of the model differs between tp ranks");
@@ -100,11 +104,11 @@ inline Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions&
   for (int step = 1; step <= steps; step++) {
     trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
     run.losses.push_back(trainer.loss());
-    for (auto& gradient : whole_model(mesh, trainer, &Fsdp::whole_gradients)) run.gradients.push_back(std::move(gradient));
+    for (auto& gradient : whole_model(mesh, trainer, Whole::gradients)) run.gradients.push_back(std::move(gradient));
     trainer.update(kLearningRate);
     run.norms.push_back(trainer.norm());
   }
-  run.weights = whole_model(mesh, trainer, &Fsdp::whole_weights);
+  run.weights = whole_model(mesh, trainer, Whole::weights);
   return run;
 }
 
@@ -209,7 +213,7 @@ struct HeldOut {
   std::vector<double> logits;
 };
 inline HeldOut held_out(const GptConfig& config, std::vector<int> prompt) {
-  Gpt gpt(config, 1337);
+  WholeGpt gpt(config, 1337);
   const Tensor total({1}, Dtype::f64, Memory::workspace);
   fill(total, 0);
   for (int64_t s = 0; s < 7; s++) {

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <random>
 
-#include "gpt.h"
+#include "tests/one_rank.h"
 #include "tests/test.h"
 
 // ---- tools
@@ -176,7 +176,7 @@ TEST(gradient_of_add_layernorm) {
 
 TEST(gradient_of_gelu_and_add) {
   const std::vector<Tensor> x = {random_tensor({7, 9}, 1), random_tensor({7, 9}, 2)};
-  for (const Tensor& t : x) add_into(t, t);  // to [-2, 2), where gelu bends
+  for (const Tensor& t : x) add(t, t, t);  // to [-2, 2), where gelu bends
   check_gradients({x[0]}, {}, [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, gelu(tape, x[0]), 3); });
   check_gradients(x, {}, [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, add(tape, x[0], x[1]), 3); });
 }
@@ -259,8 +259,8 @@ TEST(gradient_of_checkpoint) {
 
 // ---- a whole GPT
 
-static std::unique_ptr<Gpt> random_gpt(GptConfig config) {  // no weight is 0 or 1, so that none can be forgotten
-  auto gpt = std::make_unique<Gpt>(config, 1);
+static std::unique_ptr<WholeGpt> random_gpt(GptConfig config) {  // no weight is 0 or 1, so that none can be forgotten
+  auto gpt = std::make_unique<WholeGpt>(config, 1);
   for (Param* p : gpt->params()) {
     std::vector<double> values = noise(p->numel(), 100 + p->id);
     for (double& v : values) v = 0.4 * v + (p->std == 0 ? p->mean : 0);

@@ -3,6 +3,7 @@
 #include "generator.h"
 #include "support/sampling.h"
 #include "tests/mpi_test.h"
+#include "tests/one_rank.h"
 
 namespace {
 
@@ -75,7 +76,7 @@ Mesh alone() {  // a mesh of this rank alone
 }  // namespace
 
 TEST(the_cache_and_every_layout_say_what_the_whole_model_says) {
-  Gpt whole(kConfig, 7);
+  WholeGpt whole(kConfig, 7);
   double worst = 0;
   for (const Layout& layout : layouts()) {
     Mesh mesh = open_mesh(job(), layout);
@@ -118,7 +119,7 @@ TEST(texts_in_a_batch_are_what_they_are_alone) {
 
 TEST(f32_and_bf16_stay_near_f64) {
   Mesh mesh = open_mesh(job(), layouts()[0]);
-  Gpt whole(kConfig, 7);
+  WholeGpt whole(kConfig, 7);
   for (const auto& [dtype, bound] : {std::pair{Dtype::f32, 1e-4}, std::pair{Dtype::bf16, 5e-2}}) {  // bf16: 8 bits, 5 layers of 4 roundings
     GptConfig config = kConfig;
     config.dtype = dtype;

@@ -7,8 +7,7 @@
 #include <fstream>
 #include <map>
 
-#include "gpt.h"
-#include "optimizer.h"
+#include "tests/one_rank.h"
 #include "tests/test.h"
 
 // ---- what PyTorch computed
@@ -93,7 +92,7 @@ static std::vector<double> gather(Gpt& gpt, Tensor Param::*which) {
 }
 
 // One step's loss and gradients, as train_gpt computes them.
-static double loss_and_gradients(Gpt& gpt, const How& how) {
+static double loss_and_gradients(WholeGpt& gpt, const How& how) {
   const Golden& g = golden();
   const int micro = how.micro_batch ? how.micro_batch : g.batch;
   const Tensor total({1}, Dtype::f64, Memory::workspace);
@@ -128,8 +127,8 @@ static Run train(const How& how) {
   const Golden& g = golden();
   GptConfig config{g.layers, g.width, g.heads, g.context, g.vocab};
   config.dtype = how.dtype, config.attention = how.attention, config.recompute = how.recompute;
-  Gpt gpt(config, g.seed);
-  Optimizer optimizer(gpt.params(), how.clip < 0 ? g.clip : how.clip, how.decay < 0 ? g.decay : how.decay);
+  WholeGpt gpt(config, g.seed);
+  Optimizer optimizer = gpt.optimizer(how.clip < 0 ? g.clip : how.clip, how.decay < 0 ? g.decay : how.decay);
   Run run;
   for (Param* p : gpt.params()) run.names.insert(run.names.end(), p->numel(), p->name);
   run.initial = gather(gpt, &Param::value);
@@ -205,7 +204,7 @@ static void expect_same_bits(const Run& a, const Run& b) {
 
 TEST(initial_weights_equal_golden_bit_for_bit) {
   const Golden& g = golden();
-  Gpt gpt({g.layers, g.width, g.heads, g.context, g.vocab}, g.seed);
+  WholeGpt gpt({g.layers, g.width, g.heads, g.context, g.vocab}, g.seed);
   size_t i = 0;
   for (Param* p : gpt.params())
     for (double value : download(p->value)) {

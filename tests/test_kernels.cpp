@@ -460,9 +460,9 @@ TEST(cross_entropy_gives_the_loss_and_turns_logits_into_their_gradient) {
       const double loss_bound = bound(acc) * (largest > 0 ? std::max(1.0, scale / largest) : scale);
       verify(sentence("cross_entropy (", R, ", ", V, ")"), dtype, [&] {
         const Array X(x, dtype), TARGETS(t, Dtype::i32), L = Array::blank(R, acc), L2 = Array::blank(R, acc);
-        cross_entropy_loss(L, X, TARGETS, scale);
+        cross_entropy(L, X, TARGETS, scale, false);
         const Values untouched = X.values();
-        cross_entropy(L2, X, TARGETS, scale);
+        cross_entropy(L2, X, TARGETS, scale, true);
         const auto [target, others] = at_targets(X.values());
         return Outputs{L.values(), untouched, L2.values(), target, others};
       }, {{"losses", losses, loss_bound}, {"logits of evaluation", x, 0}, {"losses with gradient", losses, loss_bound},
@@ -620,7 +620,7 @@ TEST(wrong_shapes_and_dtypes_are_refused) {
   CHECK_SAYS(bias_backward(c, c), "does not hold");  // the gradient of a bf16 bias is f32
   CHECK_SAYS(layernorm_forward(a, r, r, a, b, b), "does not hold");
   CHECK_SAYS(layernorm_backward(a, b, b, a, c, a, r, r, b), "does not hold");
-  CHECK_SAYS(cross_entropy(a, a, r, 1), "does not hold");
+  CHECK_SAYS(cross_entropy(a, a, r, 1, true), "does not hold");
   CHECK_SAYS(adamw(c, Tensor(), c, c, c, d, AdamW{.lr = 1}), "does not hold");
   CHECK_SAYS(sum_of_squares(d, 1, a), "does not hold");
   measured("12 calls");
@@ -665,7 +665,7 @@ TEST(results_have_the_same_bits_with_1_and_2_threads) {
   });
   expect_same_bits("cross_entropy", [&] {
     const Array X(x, f32), TARGETS(t, Dtype::i32), L = Array::blank(R, f32), TOTAL({0}, f64);
-    cross_entropy(L, X, TARGETS, 1), add_sum(TOTAL, L);
+    cross_entropy(L, X, TARGETS, 1, true), add_sum(TOTAL, L);
     return Outputs{X.values(), L.values(), TOTAL.values()};
   });
   expect_same_bits("adamw", [&] {

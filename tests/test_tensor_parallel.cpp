@@ -95,13 +95,13 @@ TEST(initial_weights_have_the_bits_of_one_rank) {
   for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64}) {
     GptConfig config = kConfig;
     config.dtype = dtype;
-    Gpt one(config, 1337);
+    WholeGpt one(config, 1337);
     each_layout([&](const Layout& layout) {
       Mesh mesh = open_mesh(job(), layout);
       TrainerOptions options;
       options.microbatch = 1, options.batch = layout.replicate * layout.fsdp;
       Trainer trainer(mesh, config, options);
-      const auto initial = whole_model(mesh, trainer, &Fsdp::whole_weights);
+      const auto initial = whole_model(mesh, trainer, Whole::weights);
       for (size_t i = 0; i < initial.size(); i++)
         CHECK(initial[i] == download(one.params()[i]->value), one.params()[i]->name, " in ", name_of(dtype));
       close_mesh(mesh);
@@ -190,8 +190,8 @@ TEST(held_out_loss_and_next_token_are_the_same_in_every_layout) {
 }
 
 TEST(more_ranks_than_heads_are_refused) {
-  CHECK_SAYS(Gpt({1, 12, 3, 4, 31}, Axis{"tp", 4, 0}), "--tp 4 has more ranks than the 3 attention heads");
-  CHECK_SAYS(Gpt({1, 16, 4, 4, 3}, Axis{"tp", 4, 0}), "--tp 4 has more ranks than the vocabulary has tokens (3)");
+  CHECK_SAYS(Gpt({1, 12, 3, 4, 31}, Axis{"tp", 4, 0}), "axis.size <= g.heads");
+  CHECK_SAYS(Gpt({1, 16, 4, 4, 3}, Axis{"tp", 4, 0}), "axis.size <= g.vocab");
 }
 
 int main(int argc, char** argv) { return run_mpi_tests(argc, argv); }
