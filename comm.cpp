@@ -125,8 +125,9 @@ std::string Job::agree(const std::string& error) const {
 }
 
 void Job::abort(const std::string& why) const {
-  if (explained && explained->exchange(true)) sleep(1);  // whoever explains it ends the job; do not end it before that is said
-  else fprintf(stderr, "rank %d: %s\n", rank, why.c_str());
+  const bool first = !explained || !explained->exchange(true);
+  if (first) fprintf(stderr, "rank %d: %s\n", rank, why.c_str());
+  usleep(first ? 300'000 : 1'000'000);  // mpiexec passes the words on before it hears of the end; the others do not end the job before that
   MPI_Abort(MPI_COMM_WORLD, 1);
   _exit(1);
 }
