@@ -281,7 +281,8 @@ std::string deadlock(const Schedule& s) {
 // ---- generate, name, check
 
 Schedule make_schedule(const std::string& name, int p, int m, int V) {
-  REQUIRE((std::set<std::string>{"gpipe", "1f1b", "interleaved", "zb"}.count(name)), "there is no schedule '", name, "': choose gpipe, 1f1b, interleaved or zb");
+  REQUIRE((std::set<std::string>{"gpipe", "1f1b", "interleaved", "zb"}.count(name)),
+          "there is no schedule '", name, "': choose gpipe, 1f1b, interleaved or zb");
   REQUIRE(p >= 1, "a pipeline needs at least one stage, not ", p);
   REQUIRE(m >= 1, "a pipeline needs at least one micro-batch, not ", m);
   REQUIRE(V >= 1, "a stage needs at least one chunk, not ", V);

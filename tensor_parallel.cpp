@@ -90,7 +90,8 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
   const Purpose purpose(Traffic::embedding);
   const int64_t R = tokens.B * tokens.T, C = wte.value.dim(1);
   const Tensor partial = for_partial_sums(R, C, wte.value.dtype());
-  embedding_forward(partial.part(0, {R, C}), tokens.inputs, wte.value, wpe.value, tokens.T, tokens.positions);  // a row's owner adds its position, the others 0
+  // A row's owner adds its position, the others 0.
+  embedding_forward(partial.part(0, {R, C}), tokens.inputs, wte.value, wpe.value, tokens.T, tokens.positions);
   Var x{start_sum(partial)};
   finish();
   tape.push([this, tokens, R, &wte, &wpe, dx = x.grad] {

@@ -44,21 +44,25 @@ template <int N, class F> __device__ __forceinline__ void for_columns(int C, F f
 
 // sum (n) += row (n)
 template <int N, class T, class A> __device__ __forceinline__ void add_row(A* sum, const T* row, int n) {
-  INDEPENDENT
-  for (int k = 0; k < n; k += N) {
-    const auto p = load_pack<N>(row + k);
-    for (int j = 0; j < N; j++) sum[k + j] += load(p.v[j]);
+  if constexpr (kWarp == 1) {
+    INDEPENDENT
+    for (int k = 0; k < n; k++) sum[k] += load(row[k]);
+  } else {
+    const auto p = load_pack<N>(row);
+    for (int k = 0; k < N; k++) sum[k] += load(p.v[k]);
   }
 }
 
 // to (n) = sum (n), or += it; sum (n) = 0
 template <int N, bool kAdd, class A> __device__ __forceinline__ void put_sum(A* to, A* sum, int n) {
-  INDEPENDENT
-  for (int k = 0; k < n; k += N) {
+  if constexpr (kWarp == 1) {
+    INDEPENDENT
+    for (int k = 0; k < n; k++) to[k] = kAdd ? to[k] + sum[k] : sum[k], sum[k] = 0;
+  } else {
     Pack<A, N> p{};
-    if constexpr (kAdd) p = load_pack<N>(to + k);
-    for (int j = 0; j < N; j++) p.v[j] += sum[k + j], sum[k + j] = 0;
-    store_pack(to + k, p);
+    if constexpr (kAdd) p = load_pack<N>(to);
+    for (int k = 0; k < N; k++) p.v[k] += sum[k], sum[k] = 0;
+    store_pack(to, p);
   }
 }
 

@@ -64,8 +64,8 @@ inline std::vector<double> sum_over(Mesh& mesh, const Axis& axis, const std::vec
 }
 
 // Gradients or weights of every parameter in its global shape, from what each rank updates of it.
-enum class Whole { gradients, weights };
-inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer, Whole what) {
+enum class WholeOf { gradients, weights };
+inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer, WholeOf what) {
   std::vector<int64_t> starts;  // of each parameter, by its id, all in a row
   int64_t all = 0;
   for (Param* p : trainer.gpt.params()) starts.push_back(all), all += elements(p->shape);
@@ -73,7 +73,7 @@ inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer
   for (const Shard& shard : trainer.optimizer().shards()) {
     const Slice& s = shard.param->slice;
     const int64_t n = s.end - s.begin;
-    const std::vector<double> values = download(what == Whole::gradients ? shard.gradient : shard.compute.empty() ? shard.weights : shard.compute);
+    const std::vector<double> values = download(what == WholeOf::gradients ? shard.gradient : shard.compute.empty() ? shard.weights : shard.compute);
     for (size_t k = 0; k < values.size(); k++) {
       const int64_t i = shard.first + int64_t(k), inner = i % s.inner, middle = i / s.inner % n, outer = i / s.inner / n;
       const size_t to = size_t(starts[shard.param->id] + (outer * s.split + s.begin + middle) * s.inner + inner);
@@ -104,11 +104,11 @@ inline Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions&
   for (int step = 1; step <= steps; step++) {
     trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
     run.losses.push_back(trainer.loss());
-    for (auto& gradient : whole_model(mesh, trainer, Whole::gradients)) run.gradients.push_back(std::move(gradient));
+    for (auto& gradient : whole_model(mesh, trainer, WholeOf::gradients)) run.gradients.push_back(std::move(gradient));
     trainer.update(kLearningRate);
     run.norms.push_back(trainer.norm());
   }
-  run.weights = whole_model(mesh, trainer, Whole::weights);
+  run.weights = whole_model(mesh, trainer, WholeOf::weights);
   return run;
 }
 

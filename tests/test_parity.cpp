@@ -144,7 +144,7 @@ void run_matrix(size_t settings_a_mesh) {
       const Setting& s = cell.settings[done];
       if (done == 0) {
         Trainer trainer(mesh, config_of(s), options_of(l, s));
-        CHECK(whole_model(mesh, trainer, Whole::weights) == reference.initial, name_of(l, s), ": initial weights differ from one rank's");
+        CHECK(whole_model(mesh, trainer, WholeOf::weights) == reference.initial, name_of(l, s), ": initial weights differ from one rank's");
       }
       const Difference d = compare(many_ranks(mesh, config_of(s), options_of(l, s), kSteps), reference.run);
       CHECK_LE(d.worst(), 1e-12, name_of(l, s), ": loss ", d.loss, " gradients ", d.gradients, " norm ", d.norm, " weights ", d.weights);

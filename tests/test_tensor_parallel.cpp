@@ -101,7 +101,7 @@ TEST(initial_weights_have_the_bits_of_one_rank) {
       TrainerOptions options;
       options.microbatch = 1, options.batch = layout.replicate * layout.fsdp;
       Trainer trainer(mesh, config, options);
-      const auto initial = whole_model(mesh, trainer, Whole::weights);
+      const auto initial = whole_model(mesh, trainer, WholeOf::weights);
       for (size_t i = 0; i < initial.size(); i++)
         CHECK(initial[i] == download(one.params()[i]->value), one.params()[i]->name, " in ", name_of(dtype));
       close_mesh(mesh);
