@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # compare.sh: the strategies side by side, `make compare`: the same model, batch and seed serially and in each layout, as mpiexec jobs; then tables and
 # build/report.html (tests/compare.cpp).
-#   ONLY=pp       run again only the jobs whose names begin so (serial, replicate, fsdp, tp, pp, 3d, generate); the others stay as they were, unless their
-#                 command is another one now
+#   ONLY=pp       run again only the jobs whose names begin so (serial, replicate, fsdp, tp, pp, 3d, generate); the others stay as they were, unless
+#                 their command or the text they train on is another one now
 #   STEPS=20      training steps of each job
 #   NP=4          ranks of a layout: 1, 2 or 4 (3d has 8); with GPUs the largest of these that leaves each rank one
 set -u
@@ -36,12 +36,13 @@ began=$SECONDS failed=0
 { jobs | cut -f1; echo generate; } | grep -q "^$only" || refuse "ONLY is '$only', expected the beginning of one of: $(jobs | cut -f1 | tr '\n' ' ')generate"
 build/train_gpt --model tiny --layers 1 --steps 1 >$dir/about.out 2>&1 || { tail -3 $dir/about.out; refuse "build/train_gpt does not run"; }
 printf '%s\n%s\n' "$common" "$(sed -n 's/^device *//p' $dir/about.out), $cores cores" >$dir/about.txt
+data=$(sed -n 's/^data *//p' $dir/about.out)  # the project's own sources, so it changes with them
 : >$dir/jobs.txt
 [ "$np" != 1 ] || if fits 2; then echo "  NP is 1: replicate, fsdp, tp and pp are left out"; else left_out "each of replicate, fsdp, tp and pp" 2; fi
 while IFS=$'\t' read -r name ranks options; do
   fits "$ranks" || { left_out "$name" "$ranks"; continue; }
   printf '%s\t%s\t%s\n' "$name" "$ranks" "$options" >>$dir/jobs.txt
-  command="mpiexec -n $ranks $program $common $options"
+  command="mpiexec -n $ranks $program $common $options on $data"
   due "$name" "$command" || continue
   threads=$((cores / ranks)); [ $threads -gt 0 ] || threads=1
   printf '  %-15s mpiexec -n %s build/train_gpt %s ' "$name" "$ranks" "$options"

@@ -46,7 +46,7 @@ mutant() {
     run "$work/$name" "$ranks" "$streams" "$filter" "$work/$name.out"; local status=$?
     [ $status -eq 0 ] && continue
     if grep -q '^FAIL' "$work/$name.out"; then
-      printf 'ok   %-18s %-58s %-20s -n %s%s  %s\n' "$file" "$name" "$test" "$ranks" "$([ "$streams" = immediate ] || echo " $streams")" "$(grep -m1 '^FAIL' "$work/$name.out" | cut -c6-140)"
+      printf 'ok   %-19s %-58s %-20s -n %s%s  %s\n' "$file" "$name" "$test" "$ranks" "$([ "$streams" = immediate ] || echo " $streams")" "$(grep -m1 '^FAIL' "$work/$name.out" | cut -c6-140)"
       passed=$((passed + 1)) failed=$((failed - 1))
     else
       echo "FAIL $name  $([ $status -eq 124 ] && echo "does not end in 120 s" || echo "ends with status $status") and no test says why: $(tail -1 "$work/$name.out" | cut -c1-110)"
