@@ -196,6 +196,7 @@ int64_t equals_theory(Mesh& mesh, const GptConfig& config, const TrainerOptions&
     const std::string what = sentence(name, ": ", std::get<0>(key), " ", name_of(std::get<1>(key)), " for ", name_of(std::get<2>(key)));
     CHECK_EQ(got.calls, 2 * row.calls, what);
     CHECK_EQ(got.numerator, 2 * row.numerator, what);
+    CHECK_EQ(got.n, row.n, what);
     bytes += got.numerator / row.n;
   }
   for (Memory category : {Memory::parameters, Memory::gradients, Memory::optimizer})

@@ -273,8 +273,7 @@ static std::unique_ptr<WholeGpt> random_gpt(GptConfig config) {  // no weight is
 
 static void check_gpt(AttentionKind kind, bool recompute) {
   const int64_t B = 2, T = 3;
-  auto gpt = random_gpt({.layers = kLayers, .width = 8, .heads = 2, .context = 4, .vocab = 7, .dtype = Dtype::f64, .attention = kind,
-                         .recompute = recompute});
+  auto gpt = random_gpt({{kLayers, 8, 2, 4, 7}, Dtype::f64, kind, recompute});
   const Tokens tokens(B, T, {3, 1, 3, 0, 6, 1}, {1, 3, 3, 6, 1, 5});
   const Tensor total({1}, Dtype::f64, Memory::workspace);
   check_gradients({}, gpt->params(), [&](Tape& tape, const std::vector<Var>&) {
@@ -398,7 +397,7 @@ struct Footprint { int64_t before, held, after, peak; };  // bytes of activation
 
 static Footprint footprint(bool recompute) {
   const int64_t B = 2, T = 8;
-  auto gpt = random_gpt({.layers = 4, .width = 16, .heads = 2, .context = T, .vocab = 16, .dtype = Dtype::f32, .recompute = recompute});
+  auto gpt = random_gpt({{4, 16, 2, T, 16}, Dtype::f32, AttentionKind::flash, recompute});
   std::vector<int> ids(B * T, 3);
   const Tokens tokens(B, T, ids, ids);
   const Tensor total({1}, Dtype::f64, Memory::workspace);

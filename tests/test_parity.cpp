@@ -154,7 +154,7 @@ void run_matrix(size_t settings_a_mesh) {
     worst.widen(of_mesh);
     settings += int(done);
     if (job().speaks)
-      printf("  %5d %4d %9d %5d %3d %9d   %8.1e %9.1e %8.1e %8.1e\n", l.ranks(), l.pp, l.replicate, l.fsdp, l.tp, int(done), of_mesh.loss, of_mesh.gradients,
+      printf("  %5d %4d %9d %5d %3d %9d   %8.1e %9.1e %8.1e %8.1e\n", int(l.ranks()), l.pp, l.replicate, l.fsdp, l.tp, int(done), of_mesh.loss, of_mesh.gradients,
              of_mesh.norm, of_mesh.weights), fflush(stdout);
   }
   measured(settings, " settings: loss ", worst.loss, ", gradients ", worst.gradients, ", norm ", worst.norm, ", weights ", worst.weights, "; the same initial bits");
