@@ -52,6 +52,7 @@ else ifeq ($(BACKEND),sanitize)
 else ifeq ($(BACKEND),faithful)
   CXXFLAGS += -g1 -Icpu -DCPU_FAITHFUL -march=native -fopenmp
   KERNEL_FAST :=
+  SOURCES  := $(filter-out fsdp.cpp schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp generator.cpp watch.cpp support/%,$(SOURCES))# the core
   SOURCES  += cpu/runtime.cpp cpu/faithful.cpp cpu/cublas.cpp $(NCCL_CPU)
   LIBS     := -ldnnl -lxxhash -fopenmp
 else ifeq ($(BACKEND),cuda)
