@@ -151,10 +151,10 @@ static std::string pipeline_table(const Mesh& mesh, const Trainer& trainer, std:
   text += format("executed, rebuilt from the %s that each computation took: %.1f, bubble %.1f%%\n",
                  device().is_gpu ? "time by events" : "processor time", executed[0].makespan, 100 * executed[0].bubble());
   text += draw_text(s, executed[0], unit);
-  if (split && trainer.gpt.config.recompute) {  // the replayed forward is a part of the input gradient, which the stage before waits for
+  if (split && trainer.gpt.config.recompute) {  // at least: a forward's time has embedding and head in it, which are not replayed
     const Timeline kept = simulate(s, without_replay);
-    text += "--recompute replays each forward inside the input gradient, which the stage before waits for: without it at least ";
-    text += format("%.1f, bubble %.1f%% (left out with it: embedding and head, which are not replayed)\n", kept.makespan, 100 * kept.bubble());
+    text += "--recompute replays each forward inside the input gradient, which the stage before waits for: without it ";
+    text += format("%.1f at least, bubble %.1f%%\n", kept.makespan, 100 * kept.bubble());
   }
   return text;
 }
