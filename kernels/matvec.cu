@@ -14,9 +14,8 @@ namespace {
 constexpr int kThreads = block_threads(256);
 constexpr int kLanes = kWarp == 1 ? 1 : 8;               // that share neighbouring columns; the groups of kLanes share the rows
 constexpr int kGroups = kThreads / kLanes;
-constexpr int kAhead = 4;                                // rows of w in flight
+constexpr int kAhead = kWarp == 1 ? 8 : 4;               // rows of w in flight
 template <int N> constexpr int kMine = kWarp == 1 ? 1024 : N;  // columns of a thread: a pack; in FAST sums in the first-level cache
-constexpr int kTogether = kWarp == 1 ? 4 : 1;              // rows of w^T that a warp reads side by side
 
 // sum[r][j] += x[r][k] * w[k][j] for the rows k, k + stride, ... of w (kRows of them) and n columns
 template <int N, int kM, int kRows, class T, class A, int kWidth>
@@ -77,31 +76,26 @@ template <int N, int kM, class T> __global__ void __launch_bounds__(256) columns
   }
 }
 
-// y (m,N) = x (m,K) w^T, w (N,K), m <= kM; a warp kTogether rows of w, which are read once
+// y (m,N) = x (m,K) w^T, w (N,K), m <= kM; a warp owns a row of w, which is read from memory once and from a cache m - 1 times
 template <int N, int kM, class T> __global__ void __launch_bounds__(256) rows_kernel(T* y, const T* x, const T* w, int64_t K, int64_t rows, int m) {
   using A = acc_t<T>;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t first = (int64_t(blockIdx.x) * (kThreads / kWarp) + warp) * kTogether;
-  if (first >= rows) return;
-  const T* of[kTogether];  // beyond the last row: that one again, and its sums are dropped
-  for (int u = 0; u < kTogether; u++) of[u] = w + (first + u < rows ? first + u : rows - 1) * K;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t row = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (row >= rows) return;
+  const T* const of = w + row * K;
   for (int r = 0; r < kM && r < m; r++) {
     const T* const xr = x + r * K;
-    A sum[kTogether] = {};
+    A sum = 0;
     if constexpr (kWarp == 1) {
-      for (int64_t k = 0; k < K; k++)
-        for (int u = 0; u < kTogether; u++) sum[u] += A(load(xr[k])) * A(load(of[u][k]));
+      for (int64_t k = 0; k < K; k++) sum += A(load(xr[k])) * A(load(of[k]));
     } else {
-      for (int64_t k = lane * N; k < K; k += kWarp * N)
-        for (int u = 0; u < kTogether; u++) {
-          const auto p = load_pack<N>(of[u] + k);
-          for (int j = 0; j < N; j++) sum[u] += A(load(xr[k + j])) * A(load(p.v[j]));
-        }
+      for (int64_t k = lane * N; k < K; k += kWarp * N) {
+        const auto p = load_pack<N>(of + k);
+        for (int j = 0; j < N; j++) sum += A(load(xr[k + j])) * A(load(p.v[j]));
+      }
     }
-    for (int u = 0; u < kTogether; u++) {
-      const A all = reduce_lanes<Sum<A>>(sum[u]);
-      if (lane == 0 && first + u < rows) y[r * rows + first + u] = store<T>(all);
-    }
+    const A all = reduce_lanes<Sum<A>>(sum);
+    if (lane == 0) y[r * rows + row] = store<T>(all);
   }
 }
 
@@ -110,7 +104,7 @@ template <int kM> void launch(const Tensor& y, const Tensor& x, const Tensor& w,
   const int m = int(x.dim(0));
   const bool packs = in_packs(w.dim(1), {&w});
   if (transposed) {
-    DISPATCH_PACKS(w.dtype(), packs, rows_kernel<N, kM, T><<<unsigned(ceil_div(columns, kThreads / kWarp * kTogether)), kThreads, 0, device().compute>>>(
+    DISPATCH_PACKS(w.dtype(), packs, rows_kernel<N, kM, T><<<unsigned(ceil_div(columns, kThreads / kWarp)), kThreads, 0, device().compute>>>(
                                          y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m));
   } else {
     DISPATCH_PACKS(w.dtype(), packs, columns_kernel<N, kM, T><<<unsigned(ceil_div(columns, kLanes * kMine<N>)), kThreads, 0, device().compute>>>(
