@@ -87,14 +87,6 @@ template <int kThreads, int N, class F> __device__ __forceinline__ void for_row(
   for (int i = threadIdx.x * N; i < width; i += kThreads * N) f(i);
 }
 
-// The same for an f that only adds up. FAST: four places in turn, so that there are four sums and none waits for the one before.
-template <int kThreads, int N, class F> __device__ __forceinline__ void sum_row(int width, F f) {
-  if constexpr (kWarp > 1) return for_row<kThreads, N>(width, f);
-  const int quarter = width / 4;
-  for (int i = 0; i < quarter; i++) f(i), f(quarter + i), f(2 * quarter + i), f(3 * quarter + i);
-  for (int i = 4 * quarter; i < width; i++) f(i);
-}
-
 // FAST: asks for what the next block will read while this one computes. A GPU has other blocks in flight for that.
 template <class T> __device__ __forceinline__ void ask_for([[maybe_unused]] const T* next, [[maybe_unused]] int count) {
 #ifdef CPU_FAST

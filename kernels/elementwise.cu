@@ -83,17 +83,18 @@ __global__ void __launch_bounds__(256) column_sums(acc_t<T>* out, const T* x, in
 
   if constexpr (kWarp == 1) {  // FAST
     const int own = columns - first < kOwn ? int(columns - first) : kOwn;
+    const auto add = [&](int64_t r, auto rows) {  // so many rows arrive at a time
+      const T* row = x + r * columns + first;
+      INDEPENDENT
+      for (int k = 0; k < own; k++) {
+        A added = 0;
+        for (int u = 0; u < decltype(rows)::value; u++) added += load(row[u * columns + k]);
+        sum[k] += added;
+      }
+    };
     int64_t r = begin;
-    for (; r + 4 <= end; r += 4) {  // four rows arrive at a time
-      const T* row = x + r * columns + first;
-      INDEPENDENT
-      for (int k = 0; k < own; k++) sum[k] += (load(row[k]) + load(row[columns + k])) + (load(row[2 * columns + k]) + load(row[3 * columns + k]));
-    }
-    for (; r < end; r++) {
-      const T* row = x + r * columns + first;
-      INDEPENDENT
-      for (int k = 0; k < own; k++) sum[k] += load(row[k]);
-    }
+    for (; r + 8 <= end; r += 8) add(r, Width<8>());
+    for (; r < end; r++) add(r, Width<1>());
     INDEPENDENT
     for (int k = 0; k < own; k++) out[first + k] = kAdd ? out[first + k] + sum[k] : sum[k];
     return;

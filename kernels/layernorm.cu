@@ -37,15 +37,13 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
     for (int k = 0; k < N; k++) total += load(p.v[k]);
     if (keep) store_pack(kept + i, p);
   };
-  if constexpr (kAdd) for_row<kForwardThreads, N>(C, take);
-  else sum_row<kForwardThreads, N>(C, take);
+  for_row<kForwardThreads, N>(C, take);
   if (kAdd) in = sum + row;
-  else ask_for(x + row + C, C);  // with h there is more to wait for anyway
   if (keep) in = kept;  // a thread reads what it wrote itself: no barrier
   const A m = block_reduce<Sum<A>>(total) / C;
 
   A squares = 0;
-  sum_row<kForwardThreads, N>(C, [&](int i) {
+  for_row<kForwardThreads, N>(C, [&](int i) {
     const auto p = load_pack<N>(in + i);
     for (int k = 0; k < N; k++) {
       const A d = load(p.v[k]) - m;
