@@ -137,7 +137,7 @@ print-objects: ; @echo '$(OBJECTS)'
 
 # ---- targets
 
-.PHONY: help build run generate test parity compare mutants sanitize check-docs bench cuda cuda-build check-spills deps clean
+.PHONY: help build built run generate test parity compare mutants sanitize check-docs bench cuda cuda-build check-spills deps clean
 .DEFAULT_GOAL := help
 
 help:
@@ -166,15 +166,19 @@ WHERE := $(if $(filter cuda-mpi,$(BACKEND)-$(COMM)),/comm-mpi)
 build: $(PROGRAMS:%=$(B)$(WHERE)/%)
 	@for p in $(PROGRAMS); do ln -sfn $(BACKEND)$(WHERE)/$$p build/$$p; done
 
+built:  # for those who type no -j
+	@$(MAKE) --no-print-directory -j$(THREADS) build
+
 # ranks: one a core without a GPU (3d: 8), one a GPU with; STRATEGY=serial|replicate|fsdp|tp|pp|3d
 NP       ?= $(if $(filter serial,$(STRATEGY)),1,$(if $(filter cuda,$(BACKEND)),$(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l)),1),$(if $(filter 3d,$(STRATEGY)),8,$(shell nproc))))
 STRATEGY ?= replicate
 LAYOUT   := $(if $(filter serial,$(STRATEGY)),,$(if $(filter 3d,$(STRATEGY)),--pp 2 --fsdp $(shell echo $$(($(NP) / 4))) --tp 2 --sequence-parallel,--$(STRATEGY) $(NP)))
 unless = $(if $(filter $(1),$(ARGS)),,$(1) $(2))# an option that ARGS does not give
-run: build
+each = $(shell t=$$(($(THREADS) / $(1))); echo $$((t > 0 ? t : 1)))# threads of each of so many ranks
+run: built
 	@case "$(STRATEGY)" in serial|replicate|fsdp|tp|pp) ;; 3d) [ $$(($(NP) % 4)) = 0 ] || { echo "make run: STRATEGY=3d is pp 2 x fsdp NP/4 x tp 2, but NP is $(NP)"; exit 1; };; \
 	  *) echo "make run: STRATEGY is '$(STRATEGY)', expected serial, replicate, fsdp, tp, pp or 3d"; exit 1;; esac
-	OMP_NUM_THREADS=$$(t=$$(($(THREADS) / $(NP))); [ $$t -gt 0 ] && echo $$t || echo 1) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
+	OMP_NUM_THREADS=$(call each,$(NP)) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
 	  mpiexec -n $(NP) build/train_gpt $(LAYOUT) $(if $(DATA),--data $(DATA)) $(call unless,--model,$(if $(filter cuda,$(BACKEND)),char,tiny)) $(call unless,--sample,400) $(call unless,--eval-every,100) $(ARGS)
 
 # a checkpoint of its own, made on first use; two tensor parallel ranks unless NP says otherwise
@@ -182,10 +186,10 @@ CHECKPOINT ?= build/generate-model
 PROMPT     ?=// tensor
 export override PROMPT := $(value PROMPT)# through the environment, where no sign in it means anything
 TP         := $(if $(filter file,$(origin NP)),$(if $(filter 1,$(NP)),1,2),$(NP))
-generate: build
+generate: built
 	@ls "$(CHECKPOINT)/manifest.json" "$(CHECKPOINT)"/step-*/manifest.json 2>/dev/null | grep -q . || \
 	  { echo "make generate: no model in $(CHECKPOINT) yet: training one"; $(MAKE) --no-print-directory run ARGS="--checkpoint $(CHECKPOINT) --resume $(TRAIN_ARGS)"; }
-	OMP_NUM_THREADS=$$(t=$$(($(THREADS) / $(TP))); [ $$t -gt 0 ] && echo $$t || echo 1) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
+	OMP_NUM_THREADS=$(call each,$(TP)) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
 	  mpiexec -n $(TP) build/generate --checkpoint $(CHECKPOINT) --prompt "$$PROMPT" --tp $(TP) $(ARGS)
 
 test:
@@ -198,13 +202,13 @@ mutants:
 parity: $(B)/tests/test_parity
 	@tests/parity.sh $(BACKEND)
 
-compare: build $(B)/tests/compare
+compare: built $(B)/tests/compare
 	@tests/compare.sh
 
 sanitize:
 	@tests/sanitize.sh
 
-check-docs: build
+check-docs: built
 	@tests/check_docs.sh
 
 bench: build $(BENCHES:%=$(B)/tests/%)
