@@ -55,6 +55,14 @@ static void* share(const Job& job, size_t bytes) {
   return memory;
 }
 
+// SIGTERM and Ctrl-C are for the watch's thread, and not for the threads that compute, which start later: a signal that interrupts one of oneDNN's
+// matrix products has been seen to corrupt the heap.
+static void set_signals(int how) {
+  sigset_t signals;
+  sigemptyset(&signals), sigaddset(&signals, SIGTERM), sigaddset(&signals, SIGINT);
+  pthread_sigmask(how, &signals, nullptr);
+}
+
 Watch::Watch(Job& job, double timeout_seconds) : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
   records_ = static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * size_t(job.local_size)));
   mine_ = &records_[job.local_rank];
@@ -72,6 +80,7 @@ Watch::Watch(Job& job, double timeout_seconds) : job_(job), timeout_ms_(int64_t(
     mine_->progress_ms = now_ms();
   };
   thread_ = std::thread([this] { look(); });
+  set_signals(SIG_BLOCK);
 }
 
 Watch::~Watch() {
@@ -79,6 +88,7 @@ Watch::~Watch() {
   mine_->finished = true;
   stop_ = true;
   thread_.join();
+  set_signals(SIG_UNBLOCK);
   for (int end : lifeline_) close(end);
 }
 

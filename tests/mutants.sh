@@ -93,10 +93,10 @@ mutant faults weight_gradients_are_computed_twice pipeline.cpp 's/live.later.pop
 
 # Off by one, and still a schedule: only its bubble or what is live tells.
 live=live_micro_batches accepts=checker_accepts
-mutant faults the_warm_up_is_one_forward_longer schedule.cpp 's/warm = std::min\(p - 1 - s, m\)/warm = std::min(p - s, m)/' 1 immediate test_schedule $live
-mutant faults the_warm_up_over_chunks_is_one_forward_longer schedule.cpp 's/\(V - 1\) \* p, all\)/(V - 1) * p + 1, all)/' 1 immediate test_schedule $live
-mutant faults weight_gradients_are_put_off_by_one_more schedule.cpp 's/i >= s\)/i > s)/; s/i - s, 0/i - s - 1, 0/; s/m - s, 0\)/m - s - 1, 0)/' 1 immediate test_schedule $live
-mutant faults the_first_weight_gradient_is_left_out schedule.cpp 's/i >= s\)/i > s)/' 1 immediate test_schedule $accepts
+mutant faults the_warm_up_is_one_forward_longer schedule.cpp 's/int warm = p - 1 - s;/int warm = p - s;/' 1 immediate test_schedule $live
+mutant faults the_warm_up_over_chunks_is_one_forward_longer schedule.cpp 's/\(V - 1\) \* p;/(V - 1) * p + 1;/' 1 immediate test_schedule $live
+mutant faults weight_gradients_are_put_off_by_one_more schedule.cpp 's/k >= s\)/k > s)/; s/k - s\)/k - s - 1)/; s/all - s, 0/all - s - 1, 0/' 1 immediate test_schedule $live
+mutant faults the_first_weight_gradient_is_left_out schedule.cpp 's/k >= s\)/k > s)/' 1 immediate test_schedule $accepts
 mutant faults transfers_are_placed_a_tick_late schedule.cpp 's/meetings\[\{end\[stage\]\[i\].tick,/meetings[{end[stage][i].tick + 1,/' 1 immediate test_schedule $accepts
 mutant faults transfers_come_after_the_computations_of_their_tick schedule.cpp 's/\{tick, 0, m.when/{tick, 2, m.when/' 1 immediate test_schedule $accepts
 mutant faults a_transfer_takes_no_moment schedule.cpp 's/input->second.moments \+ 1/input->second.moments/' 1 immediate test_schedule
@@ -112,7 +112,7 @@ mutant faults ranks_agree_that_all_is_well_when_one_is comm.cpp 's/MPI_MIN/MPI_M
 
 mutant faults all_that_hold_a_parameter_count_it_in_the_norm optimizer.cpp 's/if \(s.param->counted\) //' 2 immediate test_tensor_parallel $parity_tp
 mutant faults the_norm_is_that_of_this_rank optimizer.cpp 's/if \(sum_squares\) sum_squares\(squares_\);//' 2 immediate test_fsdp $parity
-mutant faults the_norm_counts_padding_and_neighbours_with_each_parameter fsdp.cpp 's/s.gradient = u.own_grad.part\(at, \{count\}\)/s.gradient = u.own_grad/' 2 immediate test_fsdp $parity
+mutant faults the_norm_counts_each_gradient_twice optimizer.cpp 's/(if \(s.param->counted\)) (sum_of_squares.*)/\1 { \2 \2 }/' 2 immediate test_fsdp $parity
 mutant faults rows_of_padding_are_not_cleared tensor_parallel.cpp '/if \(all > R\) fill/d' 2 queued test_tensor_parallel $parity_tp
 
 echo "$passed passed, $failed failed"
