@@ -196,7 +196,7 @@ test:
 	@tests/run.sh
 
 mutants:
-	@$(MAKE) -s --no-print-directory BACKEND=cpu $(patsubst %,build/cpu/tests/test_%,fsdp tensor_parallel pipeline schedule comm)
+	@$(MAKE) -s --no-print-directory BACKEND=cpu $(patsubst %,build/cpu/tests/test_%,fsdp tensor_parallel pipeline schedule comm golden)
 	@tests/mutants.sh
 
 parity: $(B)/tests/test_parity

@@ -112,7 +112,7 @@ mutant faults ranks_agree_that_all_is_well_when_one_is comm.cpp 's/MPI_MIN/MPI_M
 
 mutant faults all_that_hold_a_parameter_count_it_in_the_norm optimizer.cpp 's/if \(s.param->counted\) //' 2 immediate test_tensor_parallel $parity_tp
 mutant faults the_norm_is_that_of_this_rank optimizer.cpp 's/if \(sum_squares\) sum_squares\(squares_\);//' 2 immediate test_fsdp $parity
-mutant faults the_norm_counts_each_gradient_twice optimizer.cpp 's/(if \(s.param->counted\)) (sum_of_squares.*)/\1 { \2 \2 }/' 2 immediate test_fsdp $parity
+mutant faults the_norm_is_that_of_the_last_parameter optimizer.cpp 's/s.param->id, s.gradient/0, s.gradient/' 1 immediate test_golden f64_equals_pytorch
 mutant faults rows_of_padding_are_not_cleared tensor_parallel.cpp '/if \(all > R\) fill/d' 2 queued test_tensor_parallel $parity_tp
 
 echo "$passed passed, $failed failed"
