@@ -1,4 +1,5 @@
 // program.h: what train_gpt and generate share: from the command line to the mesh, and back.
+// test      tests/test_cli.sh, tests/test_failures.sh
 #pragma once
 #include <unistd.h>
 

@@ -1,6 +1,7 @@
 // train_gpt.cpp: trains a GPT on text, on one device or many. Parse the options, build the mesh, loop over steps, report.
 // idea      every rank runs this program; trainer.cpp composes the model with the strategies
 // test      tests/test_cli.sh (the program from outside), tests/test_golden.cpp and tests/test_fsdp.cpp (its numbers)
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <csignal>
@@ -78,7 +79,7 @@ class StopSignal {
       clock_gettime(CLOCK_MONOTONIC, &now);
       if (!came_) {
         since_ = now.tv_sec;
-        came_ = 1;
+        came_ = true;
       } else if (now.tv_sec > since_ + 1) std::signal(s, SIG_DFL), raise(s);
     });
     std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error of write(), with a sentence
@@ -95,8 +96,8 @@ class StopSignal {
   }
 
  private:
-  static inline volatile std::sig_atomic_t came_ = 0;
-  static inline volatile time_t since_ = 0;
+  static inline std::atomic<bool> came_ = false;  // the handler runs in the watch's thread
+  static inline std::atomic<time_t> since_ = 0;
 };
 
 static std::string save(const Options& o, const std::string& data, int64_t step, const Job& job, const Mesh& mesh, Trainer& trainer) {

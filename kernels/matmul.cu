@@ -5,7 +5,7 @@
 //           tensor cores. While a slice is multiplied, the loads of the next one are under way.
 // cost      2 m n k operations; a is read n / 128 times, b m / 128 times
 // order     own: each element of c is summed over k from first to last by one thread (bf16 on a GPU: by one warp)
-// measured  f32, the three products of a GPT-2 layer (R = 1024, C = 768, 4C = 3072) on two CPU cores: own 48 to 69 % of oneDNN's best. The
+// measured  f32, the three products of a GPT-2 layer (R = 1024, C = 768, 4C = 3072) on two CPU cores: own is half to two thirds of oneDNN's best. The
 //           rest: oneDNN packs a and b once, own packs its slices again in every block; and oneDNN's innermost loop is assembly.
 // not here  split k (thin c leaves a GPU idle), TMA and wgmma (what cuBLAS gains on Hopper), epilogues with bias or gelu
 // test      tests/test_matmul.cpp
