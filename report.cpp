@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "draw_schedule.h"
 #include "support/trace.h"
 #include "theory.h"
 

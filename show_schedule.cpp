@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <fstream>
 
-#include "schedule.h"
+#include "draw_schedule.h"
 #include "support/options.h"
 
 namespace {
@@ -79,9 +79,8 @@ void show(const ShowOptions& o) {
   printf("bubble    %.2f %% simulated, %.2f %% by formula%s\n", 100 * t.bubble(), 100 * theoretical_bubble(s, o.times),
          o.times.send > 0 ? " (of free sends)" : "");
   std::string walked, formula;
-  const auto live = peak_live(s);
   for (int stage = 0; stage < s.stages; stage++) {
-    walked += sentence(" ", double(live[stage]) / s.chunks);
+    walked += sentence(" ", double(peak_live(s, stage)) / s.chunks);
     formula += sentence(" ", double(theoretical_live(s, stage)) / s.chunks);
   }
   printf("live     %s micro-batches on stages 0 to %d, by formula%s\n", walked.c_str(), s.stages - 1, formula.c_str());

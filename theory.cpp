@@ -96,9 +96,9 @@ Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp
   if (p == 1) {
     theory.activations = L * kept + head;
   } else {
-    std::vector<std::vector<int64_t>> bytes(static_cast<size_t>(p), std::vector<int64_t>(pieces.size()));
-    for (size_t c = 0; c < pieces.size(); c++) bytes[size_t(pp_rank)][c] = pieces[c].size() * kept + (last && c + 1 == pieces.size() ? head : 0);
-    theory.activations = peak_live(schedule, bytes)[size_t(pp_rank)];
+    std::vector<int64_t> bytes;
+    for (size_t c = 0; c < pieces.size(); c++) bytes.push_back(pieces[c].size() * kept + (last && c + 1 == pieces.size() ? head : 0));
+    theory.activations = peak_live(schedule, pp_rank, bytes);
   }
   return theory;
 }
