@@ -30,7 +30,7 @@ static double processor_seconds() {  // of all threads of this process
 void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   const std::vector<Action>& actions = schedule_.ranks[mesh_.pp.rank];
   Lives lives;
-  if (timed) processor_seconds_.assign(actions.size(), 0);
+  if (timed) milliseconds_.assign(actions.size(), 0);
   most_live_ = most_live_bytes_ = 0;
   const int64_t& held = device().memory.now[int(Memory::activations)];
   const auto measured = [this](size_t i, auto&& work) {
@@ -40,7 +40,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
     work();
     work_[i].end.record(device().compute);
     if (!device().is_gpu) synchronize();  // where streams run by themselves this action's work would count for a later one
-    processor_seconds_[i] = processor_seconds() - begin;
+    milliseconds_[i] = (processor_seconds() - begin) * 1e3;
   };
   prepare_room(0, shape, dtype);
   for (size_t i = 0; i < actions.size(); i++) {
@@ -79,12 +79,12 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   release_sent(exchanges_);
 }
 
-std::vector<double> Pipeline::seconds() const {
-  std::vector<double> seconds = processor_seconds_;
+std::vector<double> Pipeline::milliseconds() const {
+  std::vector<double> ms = milliseconds_;
   synchronize();
   if (device().is_gpu)
-    for (const auto& [action, work] : work_) seconds[action] = work.seconds();
-  return seconds;
+    for (const auto& [action, work] : work_) ms[action] = work.seconds() * 1e3;
+  return ms;
 }
 
 void Pipeline::count_live(const Lives& lives) {

@@ -39,7 +39,7 @@ class Pipeline {
   bool timed = false;  // the next run: without a GPU every computation then waits for its end, and nothing overlaps
   // Of the last timed run: how long each computation of this stage took by itself (on a GPU by events, else in processor time: ranks may
   // share cores), 0 for exchanges. Waits for the device.
-  std::vector<double> seconds() const;
+  std::vector<double> milliseconds() const;
   // Of the last run: the most that its tapes kept for backwards at once.
   int64_t most_live() const { return most_live_; }  // micro-batches, each on each chunk
   int64_t most_live_bytes() const { return most_live_bytes_; }
@@ -68,7 +68,7 @@ class Pipeline {
   std::deque<Tensor> room_;   // for what the next exchange receives
   Event free_;                // the room is free
   int exchanges_ = 0;
-  std::vector<double> processor_seconds_;  // of each action
+  std::vector<double> milliseconds_;       // of each action, in processor time
   std::map<size_t, TimedWork> work_;       // of each computation
   int64_t most_live_ = 0, most_live_bytes_ = 0;
 };

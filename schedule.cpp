@@ -251,14 +251,21 @@ Schedule make_schedule(const std::string& name, int p, int m, int V) {
   return s;
 }
 
+const char* name_of(Action::Kind kind) {
+  return (const char*[]){"forward", "backward", "input gradient", "weight gradient", "exchange"}[kind];
+}
+
 std::string to_string(const Action& a) {
   if (a.kind == Action::exchange) {
     std::string text;
     for (const Transfer& t : a.transfers) text += (text.empty() ? "" : " + ") + describe(t);
     return text;
   }
-  const char* of_kind[] = {"forward", "backward", "input gradient", "weight gradient"};
-  return sentence(of_kind[a.kind], " of micro-batch ", a.microbatch, ", chunk ", a.chunk);
+  return sentence(name_of(a.kind), " of micro-batch ", a.microbatch, ", chunk ", a.chunk);
+}
+
+std::string to_string(const Schedule& s) {
+  return sentence(s.name, ", ", s.stages, " stages, ", s.microbatches, " micro-batches", s.chunks > 1 ? sentence(", ", s.chunks, " chunks a stage") : "");
 }
 
 std::string check(const Schedule& s) {

@@ -80,8 +80,9 @@ template <class F> void for_each_computation(const Schedule& s, const F& f) {
 // chunk c hands its output to chunk c + 1 in memory.
 Schedule make_schedule(const std::string& name, int stages, int microbatches, int chunks = 1);
 
-// "forward of micro-batch 3, chunk 0"
-std::string to_string(const Action& action);
+const char* name_of(Action::Kind kind);
+std::string to_string(const Action& action);      // "forward of micro-batch 3, chunk 0"
+std::string to_string(const Schedule& schedule);  // "1f1b, 4 stages, 8 micro-batches"
 
 // ---- the checker
 

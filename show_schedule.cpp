@@ -64,11 +64,9 @@ void show(const ShowOptions& o) {
   const std::string wrong = check(s);
   REQUIRE(wrong.empty(), "the checker refuses this schedule: ", wrong);
   const Timeline t = simulate(s, durations(s, o.times));
-  const std::string title = sentence(s.name, ": ", s.stages, " stages, ", s.microbatches, " micro-batches",
-                                     s.chunks > 1 ? sentence(", ", s.chunks, " chunks a stage") : "");
   const std::string times = sentence("F = ", o.times.forward, ", B = ", o.times.input_gradient, ", W = ", o.times.weight_gradient,
                                      ", send = ", o.times.send, s.chunks > 1 ? " (of a chunk)" : "");
-  printf("%s; %s\n", title.c_str(), times.c_str());
+  printf("%s; %s\n", to_string(s).c_str(), times.c_str());
   printf("%s", draw_text(s, t, o.times_text.empty() && t.makespan <= 110 ? 1 : 0).c_str());
 
   size_t actions = 0, transfers = 0, groups = 0;
@@ -87,7 +85,7 @@ void show(const ShowOptions& o) {
   if (o.actions) print_lists(s);
   if (o.svg.empty()) return;
   std::ofstream file(o.svg);
-  file << draw_svg(s, t, title, o.times_text.empty() ? "forwards of one chunk" : "the unit of --times");
+  file << draw_svg(s, t, to_string(s), o.times_text.empty() ? "forwards of one chunk" : "the unit of --times");
   REQUIRE(file.flush().good(), "cannot write ", o.svg);
   printf("drawn     %s\n", o.svg.c_str());
 }
