@@ -87,7 +87,7 @@ struct Mean {
 // Predicted: every forward, input gradient and weight gradient takes the mean time of its kind on its chunk of its stage. Executed: each takes
 // what it took. Ranks that differ in other axes only run pipelines of their own: the first is shown. Adds the pipeline's member of the metrics.
 static std::string pipeline_table(const Trainer& trainer, const Durations& took, const Timeline& executed, Json& summary) {
-  const Schedule& s = trainer.pipeline->schedule();
+  const Schedule& s = trainer.pipeline.schedule();
   std::map<std::tuple<int, Action::Kind, int>, Mean> of_chunk;  // {stage, kind, chunk}
   std::map<Action::Kind, Mean> of_all;
   for_each_computation(s, [&](int stage, int i, const Action& a) {
@@ -102,7 +102,7 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
   });
   const Timeline predicted = simulate(s, means);
   summary["pipeline"] = {{"schedule", s.name}, {"stages", s.stages}, {"microbatches", s.microbatches}, {"chunks", s.chunks},
-                         {"bubble", executed.bubble()}, {"predicted_bubble", predicted.bubble()}, {"most_live", trainer.pipeline->most_live()}};
+                         {"bubble", executed.bubble()}, {"predicted_bubble", predicted.bubble()}, {"most_live", trainer.pipeline.most_live()}};
   const double unit = executed.makespan / 100;
   std::string text = "\npipeline " + to_string(s) + "; the last step, in ms\npredicted from each stage's mean times (of all: ";
   for (const auto& [kind, mean] : of_all) text += format("%s%s %.2f", kind == Action::forward ? "" : ", ", name_of(kind), mean.value());
@@ -125,9 +125,9 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const Trainer
   const Layout& l = mesh.layout;
   const Theory t = theory(trainer.gpt.config, l, mesh.pp.rank, mesh.tp.rank, options);
   const MemoryUse& m = device().memory;
-  const bool pipelined = trainer.pipeline->timed;
+  const bool pipelined = trainer.pipeline.timed;
   const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.kept_activations())}, {"traffic", traffic_json(mesh.rank, t, steps)},
-                  {"communication_share", communication}, {"took", pipelined ? trainer.pipeline->milliseconds() : std::vector<double>{}}};
+                  {"communication_share", communication}, {"took", pipelined ? trainer.pipeline.milliseconds() : std::vector<double>{}}};
   std::vector<Json> ranks;
   for (const std::string& of_rank : gather_text(mine.dump())) ranks.push_back(Json::parse(of_rank));
   if (mesh.rank != 0) return;
@@ -142,7 +142,7 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const Trainer
   std::string text = memory_table(m, t, trainer.kept_activations()) + traffic_table(mine["traffic"], steps) +
                      communication_line(summary["communication_share"]);
   std::vector<Timeline> executed;  // stage t of pipeline c is rank t * pipelines + c
-  const Schedule& s = trainer.pipeline->schedule();
+  const Schedule& s = trainer.pipeline.schedule();
   for (size_t c = 0, pipelines = ranks.size() / size_t(s.stages); pipelined && c < pipelines; c++) {
     Durations took;
     for (size_t rank = c; rank < ranks.size(); rank += pipelines) took.push_back(ranks[rank]["took"]);

@@ -149,7 +149,7 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
     progress.start_step();
     watch.step(step);
     const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
-    trainer.pipeline->timed = o.pp > 1 && step == o.steps;
+    trainer.pipeline.timed = o.pp > 1 && step == o.steps;
     communication_clock.start_step(mesh.stream);
     trainer.gradients([&](int64_t s) { return watch.progress(), data.sequence(step, s, o.seed); });
     trainer.update(lr);
@@ -201,8 +201,7 @@ int main(int argc, char** argv) {
     resolve(o, device().is_gpu);
     check_ranks(layout(o), job.size);
     check(o);
-    if (const TrainerOptions t = trainer_options(o); o.pp > 1)  // a schedule may refuse this number of micro-batches
-      make_schedule(t.schedule, int(o.pp), int(t.batch / (t.microbatch * o.replicate * o.fsdp)), t.chunks);
+    schedule_of(trainer_options(o), layout(o));  // may refuse this number of micro-batches
     data = std::make_unique<Dataset>(Dataset::open(o.data, o.model.context, o.model.vocab));
     if (!o.checkpoint.empty() && job.rank == 0) make_directory(o.checkpoint);
     return Start{layout(o), o.timeout};
