@@ -8,19 +8,16 @@
 #include <algorithm>
 #include <cmath>
 #include <map>
-#include <optional>
 #include <set>
 #include <tuple>
 
 #include "support/check.h"
 
-namespace {
-
 // ---- the schedules: what stage s of p computes for m micro-batches on V chunks
 
 // All of them warm up with some forwards, then do one forward (while there are any) and one backward in turn. With several chunks, p
 // micro-batches walk through chunk 0, then through chunk 1, ...; then the next p. Backwards visit the chunks from the last.
-std::vector<Action> computations(const std::string& name, int p, int s, int m, int V) {
+static std::vector<Action> computations(const std::string& name, int p, int s, int m, int V) {
   const auto step = [&](Action::Kind kind, int k) {
     const int round = k / (p * V), chunk = k % (p * V) / p;
     return Action{kind, round * p + k % p, kind == Action::forward ? chunk : V - 1 - chunk};
@@ -30,30 +27,26 @@ std::vector<Action> computations(const std::string& name, int p, int s, int m, i
   if (name == "gpipe") warm = all;                                  // all forwards, then all backwards
   if (name == "interleaved") warm = 2 * (p - 1 - s) + (V - 1) * p;  // up to the last chunk, then twice the way: a backward takes two forwards
   std::vector<Action> order;
-  for (int k = 0; k < std::min(warm, all); k++) order.push_back(step(Action::forward, k));
-  for (int k = 0; k < all; k++) {
+  for (int k = -warm; k < all + s; k++) {  // k: the backward, below 0 during the warm-up
     if (warm + k < all) order.push_back(step(Action::forward, warm + k));
-    order.push_back(step(name == "zb" ? Action::input_gradient : Action::backward, k));
+    if (k >= 0 && k < all) order.push_back(step(name == "zb" ? Action::input_gradient : Action::backward, k));
     // ZB-H1 is 1F1B whose backwards pass on the input gradient at once. Stage s puts its weight gradients off by s micro-batches: as many
     // as its warm-up is shorter than stage 0's, so all stages hold p micro-batches, and the later ones have work left for the end.
     if (name == "zb" && k >= s) order.push_back(step(Action::weight_gradient, k - s));
   }
-  for (int k = std::max(all - s, 0); name == "zb" && k < all; k++) order.push_back(step(Action::weight_gradient, k));
   return order;
 }
 
 // ---- what computations need of each other
 
 // From this end's position to the other's: activations are sent forward, gradients back.
-int direction(const Transfer& t) { return (t.payload == Transfer::activation) == t.send ? 1 : -1; }
+static int direction(const Transfer& t) { return (t.payload == Transfer::activation) == t.send ? 1 : -1; }
 
 // The same transfer as the stage at its other end sees it.
-Transfer other_end(const Schedule& s, int stage, const Transfer& t) {
+static Transfer other_end(const Schedule& s, int stage, const Transfer& t) {
   return {!t.send, t.payload, stage, t.microbatch, (s.position(stage, t.chunk) + direction(t)) / s.stages};
 }
 
-// How a computation's result leaves (send), or how its input comes. Nothing at the ends of the model, where all is on one stage, and
-// for weight gradients.
 std::optional<Transfer> transfer_of(const Schedule& s, int stage, const Action& a, bool send) {
   Transfer t{send, a.kind == Action::forward ? Transfer::activation : Transfer::gradient, 0, a.microbatch, a.chunk};
   const int other = s.position(stage, a.chunk) + direction(t);
@@ -70,7 +63,7 @@ using Spans = std::vector<std::vector<Span>>;  // [stage][action]
 // there, and over an exchange when its peers have come to the facing ones. That is how an executor whose every action blocks goes ahead.
 // The times are those of two queues a stage (schedule.h): each waits only for what it needs.
 // wire: the lists have no exchanges yet, and each result is at the other stage so much time after it was computed.
-Spans walk(const Schedule& s, const Durations& durations, std::optional<double> wire = {}) {
+static Spans walk(const Schedule& s, const Durations& durations, std::optional<double> wire = {}) {
   using End = std::pair<int, Transfer>;   // the stage, and the transfer as it sees it
   std::map<End, double> there, reached;   // when what is sent was computed, or what is received had come; when its exchange was reached
   std::vector<double> computed(s.stages, 0.0), exchanged(s.stages, 0.0);  // when each queue finished the action before
@@ -125,7 +118,7 @@ constexpr double kMoment = 1.0 / (1 << 30);
 
 // Lists every transfer on both its stages, at the time when what it sends exists. Two that face each other at one tick become one
 // exchange, at the later of their times. Exchanges of a tick come before the computations that start at it.
-void place_transfers(Schedule& s) {
+static void place_transfers(Schedule& s) {
   struct Meeting { double when = 0; std::vector<Transfer> of_low, of_high; };
   const Spans spans = walk(s, durations(s, {}), kMoment);
   std::map<std::tuple<double, int, int>, Meeting> meetings;              // {tick, lower stage, higher stage}
@@ -153,17 +146,17 @@ void place_transfers(Schedule& s) {
 
 // ---- the rules of the checker: each returns what is wrong, or nothing
 
-std::string place(const Schedule& s, int stage, int index) {
+static std::string place(const Schedule& s, int stage, int index) {
   return sentence("stage ", stage, ", action ", index, " (", to_string(s.at(stage, index)), ")");
 }
-std::string describe(const Transfer& t) {
+static std::string describe(const Transfer& t) {
   return sentence(t.send ? "send " : "receive ", t.payload == Transfer::activation ? "activation" : "gradient", " of micro-batch ",
                   t.microbatch, ", chunk ", t.chunk, t.send ? " to " : " from ", "stage ", t.peer);
 }
 
 // On each stage every micro-batch goes once through the three parts of each chunk, gradients in ascending order; each transfer that
 // they need is there once, after what it sends and before what uses it; and there is no other.
-std::string wrong_action(const Schedule& s) {
+static std::string wrong_action(const Schedule& s) {
   constexpr Action::Kind kPart[] = {Action::forward, Action::input_gradient, Action::weight_gradient};
   const std::vector<int> parts_of[] = {{0}, {1, 2}, {1}, {2}};  // by kind
   const auto in_step = [&](int m, int c) { return m >= 0 && m < s.microbatches && c >= 0 && c < s.chunks; };
@@ -208,7 +201,7 @@ std::string wrong_action(const Schedule& s) {
 }
 
 // Between two stages NCCL knows transfers only by their order.
-std::string wrong_order(const Schedule& s) {
+static std::string wrong_order(const Schedule& s) {
   std::map<std::pair<int, int>, std::vector<Transfer>> sent, received;  // {from, to}: as the receiver sees them; as many, by wrong_action
   for (int stage = 0; stage < s.stages; stage++)
     for (const Action& a : s.ranks[stage])
@@ -223,7 +216,7 @@ std::string wrong_order(const Schedule& s) {
   return "";
 }
 
-std::string deadlock(const Schedule& s) {
+static std::string deadlock(const Schedule& s) {
   const Spans spans = walk(s, durations(s, {}));
   std::string stuck;
   for (int stage = 0; stage < s.stages; stage++)
@@ -231,8 +224,6 @@ std::string deadlock(const Schedule& s) {
       stuck += (stuck.empty() ? "deadlock: " : "; ") + place(s, stage, int(spans[stage].size())) + " waits";
   return stuck.empty() ? "" : stuck + ".";
 }
-
-}  // namespace
 
 // ---- generate, name, check
 

@@ -31,6 +31,7 @@
 #pragma once
 #include <compare>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -68,6 +69,10 @@ struct Schedule {
   int position(int stage, int chunk) const { return chunk * stages + stage; }  // of a chunk in the model: 0 holds the first layers
   const Action& at(int stage, int index) const { return ranks[stage][index]; }
 };
+
+// How a computation's input comes to its stage, or how its result leaves (send). Nothing at the ends of the model, where one stage has all of
+// it, and for weight gradients.
+std::optional<Transfer> transfer_of(const Schedule& s, int stage, const Action& computation, bool send);
 
 // Calls f(stage, index, action) for each.
 template <class F> void for_each_computation(const Schedule& s, const F& f) {
