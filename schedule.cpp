@@ -64,8 +64,8 @@ using Spans = std::vector<std::vector<Span>>;  // [stage][action]
 // The times are those of two queues a stage (schedule.h): each waits only for what it needs.
 // wire: the lists have no exchanges yet, and each result is at the other stage so much time after it was computed.
 static Spans walk(const Schedule& s, const Durations& durations, std::optional<double> wire = {}) {
-  using End = std::pair<int, Transfer>;   // the stage, and the transfer as it sees it
-  std::map<End, double> there, reached;   // when what is sent was computed, or what is received had come; when its exchange was reached
+  using End = std::pair<int, Transfer>;  // the stage, and the transfer as it sees it
+  std::map<End, double> there, reached;  // when what is sent was computed, or what is received had come; when its exchange was reached
   std::vector<double> computed(s.stages, 0.0), exchanged(s.stages, 0.0);  // when each queue finished the action before
   const auto compute = [&](int stage, const Action& a, double duration) -> std::optional<Span> {
     double start = computed[stage];
@@ -113,7 +113,7 @@ static Spans walk(const Schedule& s, const Durations& durations, std::optional<d
 
 // ---- the one rule that places transfers
 
-// Much shorter than a tick, however many follow each other, and exact: sums of ticks and moments are whole multiples of it below 2^53.
+// A transfer's, in ticks: so short that a million in a row are less than a tick; a power of two, so that sums stay exact.
 constexpr double kMoment = 1.0 / (1 << 30);
 
 // Lists every transfer on both its stages, at the time when what it sends exists. Two that face each other at one tick become one
@@ -121,7 +121,7 @@ constexpr double kMoment = 1.0 / (1 << 30);
 static void place_transfers(Schedule& s) {
   struct Meeting { double when = 0; std::vector<Transfer> of_low, of_high; };
   const Spans spans = walk(s, durations(s, {}), kMoment);
-  std::map<std::tuple<double, int, int>, Meeting> meetings;              // {tick, lower stage, higher stage}
+  std::map<std::tuple<double, int, int>, Meeting> meetings;             // {tick, lower stage, higher stage}
   std::map<std::tuple<double, bool, double, int, int>, Action> events;  // {tick, computes, when, stage, peer}
   for_each_computation(s, [&](int stage, int i, const Action& a) {
     ASSERT(i < int(spans[stage].size()), s.name, " waits for itself on stage ", stage);
