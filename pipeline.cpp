@@ -68,14 +68,13 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
         if (input) *live.out.grad = arrived(*input);
         measured(i, [&] { live.tape.backward(); });
         if (output) post(*output, take(live.in.grad));
-        if (a.kind == Action::backward) lives.erase({a.microbatch, a.chunk});
         break;
       default:  // weight_gradient
         measured(i, [&] {
           for (; !live.later.empty(); live.later.pop_front()) live.later.front()();
         });
-        lives.erase({a.microbatch, a.chunk});
     }
+    if (a.kind == Action::backward || a.kind == Action::weight_gradient) lives.erase({a.microbatch, a.chunk});
   }
   release_sent(exchanges_);
 }

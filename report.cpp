@@ -30,8 +30,10 @@ static std::string memory_table(const MemoryUse& m, const Theory& t, int64_t act
 
 static Json memory_json(int rank, const MemoryUse& m, const Theory& t, int64_t activations) {
   Json j{{"rank", rank}, {"peak", m.total_peak}, {"kept_activations", {{"bytes", activations}, {"predicted_bytes", t.activations}}}};
-  for (int i = 0; i < kMemoryCategories; i++) j[name_of(Memory(i))] = {{"now", m.now[i]}, {"at_peak", m.at_peak[i]}};
-  for (Memory kind : {Memory::parameters, Memory::gradients, Memory::optimizer}) j[name_of(kind)]["predicted"] = t.persistent[size_t(kind)];
+  for (int i = 0; i < kMemoryCategories; i++) {
+    Json& category = j[name_of(Memory(i))] = {{"now", m.now[i]}, {"at_peak", m.at_peak[i]}};
+    if (t.persistent[i]) category["predicted"] = t.persistent[i];
+  }
   return j;
 }
 

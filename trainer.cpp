@@ -37,21 +37,20 @@ void Trainer::add_piece(int chunk, Range layers) {
     tied_unit_ = fsdp.add_unit({&gpt.wte});
     root = {tied_unit_, fsdp.add_unit(rest)};
   }
-  if (first) piece.embedding = fsdp.add_use(root, Backward::nothing, chunk);
-  for (int64_t l = layers.begin; l < layers.end; l++) {
-    const int use = fsdp.add_use({fsdp.add_unit(gpt.blocks[l].params())}, Backward::gathers, chunk);
-    if (l == layers.begin) piece.blocks = use;
-  }
-  if (last) piece.head = fsdp.add_use(root, Backward::keeps, chunk);
+  if (first) piece.uses.push_back(fsdp.add_use(root, Backward::nothing, chunk));
+  for (int64_t l = layers.begin; l < layers.end; l++)
+    piece.uses.push_back(fsdp.add_use({fsdp.add_unit(gpt.blocks[l].params())}, Backward::gathers, chunk));
+  if (last) piece.uses.push_back(fsdp.add_use(root, Backward::keeps, chunk));
   pieces_.push_back(piece);
 }
 
 Var Trainer::forward(Tape& tape, int chunk, const Var& in, const Tokens& tokens) {
-  const Piece& piece = pieces_[chunk];
+  const Range layers = pieces_[chunk].layers;
+  auto use = pieces_[chunk].uses.begin();
   Var x = in;
-  if (pipeline.is_first(chunk)) x = fsdp.run(tape, piece.embedding, [&] { return gpt.embed(tape, tokens); });
-  for (int64_t l = piece.layers.begin; l < piece.layers.end; l++)
-    x = fsdp.run(tape, piece.blocks + int(l - piece.layers.begin), [&] { return gpt.block(tape, l, x, tokens.B, tokens.T); });
+  if (pipeline.is_first(chunk)) x = fsdp.run(tape, *use++, [&] { return gpt.embed(tape, tokens); });
+  for (int64_t l = layers.begin; l < layers.end; l++)
+    x = fsdp.run(tape, *use++, [&] { return gpt.block(tape, l, x, tokens.B, tokens.T); });
   return x;
 }
 
@@ -59,7 +58,7 @@ Var Trainer::forward(Tape& tape, int chunk, const Var& in, const Tokens& tokens)
 Var Trainer::forward_loss(Tape& tape, int chunk, const Var& in, const Tokens& tokens, double scale) {
   const Var x = forward(tape, chunk, in, tokens);
   if (!pipeline.is_last(chunk)) return x;
-  return fsdp.run(tape, pieces_[chunk].head, [&] {
+  return fsdp.run(tape, pieces_[chunk].uses.back(), [&] {
     gpt.tp.cross_entropy(tape, gpt.logits(tape, x, tokens.B * tokens.T), tokens.targets, scale, total_);
     return Var{};
   });
@@ -130,7 +129,7 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
     const Var x = forward(tape, chunk, in, Tokens(1, n, tokens, tokens, gpt.tp.part(gpt.config.vocab)));
     if (!pipeline.is_last(chunk)) return x;
     const Var last{gpt.tp.one_row(x.value, n, n - 1)};
-    next = gpt.tp.whole_logits(fsdp.run(tape, pieces_[chunk].head, [&] { return gpt.logits(tape, last, 1); }).value, gpt.config.vocab);
+    next = gpt.tp.whole_logits(fsdp.run(tape, pieces_[chunk].uses.back(), [&] { return gpt.logits(tape, last, 1); }).value, gpt.config.vocab);
     return Var{};
   });
   if (next.empty()) {  // another stage has them

@@ -47,7 +47,7 @@ class Trainer {
  private:
   struct Piece {  // of the model, on this rank: one, or one a chunk of the pipeline
     Range layers;
-    int embedding = 0, blocks = 0, head = 0;  // FSDP's numbers of their uses; of the blocks: the first one's
+    std::vector<int> uses = {};  // FSDP's numbers of what it computes, in order: the embedding, if it has it, its blocks, the head
   };
   int data_ranks() const { return mesh_.fsdp.size * mesh_.replicate.size; }
   int data_rank() const { return mesh_.replicate.rank * mesh_.fsdp.size + mesh_.fsdp.rank; }
