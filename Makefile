@@ -36,7 +36,7 @@ CXXFLAGS   := -std=c++20 -O2 -g -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -I.
 KERNEL_FAST := -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -ffinite-math-only
 NVCCFLAGS  := -std=c++20 -O3 -lineinfo -I. -ccbin $(MPICXX) -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas -Werror all-warnings -Xcompiler -Werror
 GENCODE    := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
-SOURCES    := tensor.cu $(sort $(wildcard kernels/*.cu)) autograd.cpp gpt.cpp optimizer.cpp comm.cpp watch.cpp fsdp.cpp tensor_parallel.cpp schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp generator.cpp $(sort $(wildcard support/*.cpp))
+SOURCES    := tensor.cu $(sort $(wildcard kernels/*.cu)) autograd.cpp gpt.cpp optimizer.cpp comm.cpp watch.cpp fsdp.cpp tensor_parallel.cpp schedule.cpp draw_schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp generator.cpp $(sort $(wildcard support/*.cpp))
 
 NCCL_CPU   := $(sort $(wildcard cpu/nccl*.cpp))
 
@@ -52,7 +52,7 @@ else ifeq ($(BACKEND),sanitize)
 else ifeq ($(BACKEND),faithful)
   CXXFLAGS += -g1 -Icpu -DCPU_FAITHFUL -march=native -fopenmp
   KERNEL_FAST :=
-  SOURCES  := $(filter-out fsdp.cpp schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp generator.cpp watch.cpp support/%,$(SOURCES))# the core
+  SOURCES  := $(filter-out fsdp.cpp schedule.cpp draw_schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp generator.cpp watch.cpp support/%,$(SOURCES))# the core
   SOURCES  += cpu/runtime.cpp cpu/faithful.cpp cpu/cublas.cpp $(NCCL_CPU)
   LIBS     := -ldnnl -lxxhash -fopenmp
 else ifeq ($(BACKEND),cuda)

@@ -30,7 +30,7 @@ static double processor_seconds() {  // of all threads of this process
 void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   const std::vector<Action>& actions = schedule_.ranks[mesh_.pp.rank];
   Lives lives;
-  if (timed) processor_seconds_.assign(actions.size(), 0);
+  if (timed) milliseconds_.assign(actions.size(), 0);
   most_live_ = most_live_bytes_ = 0;
   const int64_t& held = device().memory.now[int(Memory::activations)];
   const auto measured = [this](size_t i, auto&& work) {
@@ -40,7 +40,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
     work();
     work_[i].end.record(device().compute);
     if (!device().is_gpu) synchronize();  // where streams run by themselves this action's work would count for a later one
-    processor_seconds_[i] = processor_seconds() - begin;
+    milliseconds_[i] = (processor_seconds() - begin) * 1e3;
   };
   prepare_room(0, shape, dtype);
   for (size_t i = 0; i < actions.size(); i++) {
@@ -51,40 +51,40 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
       continue;
     }
     Live& live = lives[{a.microbatch, a.chunk}];
+    const auto input = transfer_of(schedule_, mesh_.pp.rank, a, false), output = transfer_of(schedule_, mesh_.pp.rank, a, true);
     switch (a.kind) {
       case Action::forward:
-        if (!is_first(a.chunk)) live.in.value = arrived(Transfer::activation, a.microbatch, a.chunk);
-        live.bytes = (live.in.value.empty() ? 0 : live.in.value.bytes()) - held;
+        if (input) live.in.value = arrived(*input);
+        live.bytes = (input ? live.in.value.bytes() : 0) - held;
         measured(i, [&] { live.out = compute(live.tape, a.chunk, live.in, a.microbatch); });
-        live.bytes += held - (live.out.value.empty() ? 0 : live.out.value.bytes());  // what was made, and what came, less what is passed on
+        live.bytes += held - (output ? live.out.value.bytes() : 0);  // what was made, and what came, less what is passed on
         live.in.value = Tensor();  // whoever needs it for the backward has it
         count_live(lives);
-        if (!is_last(a.chunk)) post(Transfer::activation, a.microbatch, a.chunk, std::move(live.out.value));
+        if (output) post(*output, std::move(live.out.value));
         break;
       case Action::backward:
       case Action::input_gradient:
         if (a.kind == Action::input_gradient) live.tape.deferred = &live.later;
-        if (!is_last(a.chunk)) *live.out.grad = arrived(Transfer::gradient, a.microbatch, a.chunk);
+        if (input) *live.out.grad = arrived(*input);
         measured(i, [&] { live.tape.backward(); });
-        if (!is_first(a.chunk)) post(Transfer::gradient, a.microbatch, a.chunk, take(live.in.grad));
-        if (a.kind == Action::backward) lives.erase({a.microbatch, a.chunk});
+        if (output) post(*output, take(live.in.grad));
         break;
       default:  // weight_gradient
         measured(i, [&] {
           for (; !live.later.empty(); live.later.pop_front()) live.later.front()();
         });
-        lives.erase({a.microbatch, a.chunk});
     }
+    if (a.kind == Action::backward || a.kind == Action::weight_gradient) lives.erase({a.microbatch, a.chunk});
   }
   release_sent(exchanges_);
 }
 
-std::vector<double> Pipeline::seconds() const {
-  std::vector<double> seconds = processor_seconds_;
+std::vector<double> Pipeline::milliseconds() const {
+  std::vector<double> ms = milliseconds_;
   synchronize();
   if (device().is_gpu)
-    for (const auto& [action, work] : work_) seconds[action] = work.seconds();
-  return seconds;
+    for (const auto& [action, work] : work_) ms[action] = work.seconds() * 1e3;
+  return ms;
 }
 
 void Pipeline::count_live(const Lives& lives) {
@@ -95,21 +95,22 @@ void Pipeline::count_live(const Lives& lives) {
 }
 
 void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute) {
-  const int p = schedule_.stages, s = mesh_.pp.rank;
   for (int m = 0; m < microbatches; m++)
     for (int chunk = 0; chunk < schedule_.chunks; chunk++) {
+      const Action a{Action::forward, m, chunk};
       Var x;
-      if (!is_first(chunk)) {
+      if (const auto input = transfer_of(schedule_, mesh_.pp.rank, a, false)) {
         room_.push_back(Tensor(shape, dtype, Memory::activations));
         free_.record(device().compute);
-        exchange({{false, Transfer::activation, (s + p - 1) % p, m, chunk}});
-        x.value = arrived(Transfer::activation, m, chunk);
+        exchange({*input});
+        x.value = arrived(*input);
       }
       Tape tape(false);
       const Var y = compute(tape, chunk, x, m);
-      if (is_last(chunk)) continue;
-      post(Transfer::activation, m, chunk, y.value);
-      exchange({{true, Transfer::activation, (s + 1) % p, m, chunk}});
+      if (const auto output = transfer_of(schedule_, mesh_.pp.rank, a, true)) {
+        post(*output, y.value);
+        exchange({*output});
+      }
     }
   release_sent(exchanges_);
 }
@@ -119,27 +120,22 @@ void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const 
 void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   const auto event = std::make_shared<Event>();
   exchanges_++;
-  bool receives = false;
-  for (const Transfer& t : transfers) {
-    if (t.send) outbox_.at({t.payload, t.microbatch, t.chunk}).event->make_wait(mesh_.stream);  // what is sent must have been computed
-    else receives = true;
-  }
-  if (receives) free_.make_wait(mesh_.stream);  // whoever used this memory before must be done with it
+  for (const Transfer& t : transfers)
+    if (t.send) outbox_.at(t).event->make_wait(mesh_.stream);  // what is sent must have been computed
+    else free_.make_wait(mesh_.stream);                        // whoever used this memory before must be done with it
 
   NCCL_CHECK(ncclGroupStart());
   for (const Transfer& t : transfers) {
-    const Key key = {t.payload, t.microbatch, t.chunk};
     if (t.send) {
-      const Tensor x = outbox_.at(key).x;
+      const Tensor x = outbox_.extract(t).mapped().x;
       ledger.send(mesh_.pp, x.bytes());
       NCCL_CHECK(ncclSend(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), t.peer, mesh_.pp.comm, mesh_.stream));
-      outbox_.erase(key);
       sent_.push_back({x, event, exchanges_});
     } else {
       const Tensor x = std::move(room_.front());
       room_.pop_front();
       NCCL_CHECK(ncclRecv(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), t.peer, mesh_.pp.comm, mesh_.stream));
-      inbox_[key] = {x, event, exchanges_};
+      inbox_[t] = {x, event, exchanges_};
     }
   }
   NCCL_CHECK(ncclGroupEnd());
@@ -157,21 +153,19 @@ void Pipeline::prepare_room(size_t i, const Shape& shape, Dtype dtype) {
   free_.record(device().compute);
 }
 
-void Pipeline::post(Transfer::Payload payload, int microbatch, int chunk, Tensor x) {
+void Pipeline::post(const Transfer& transfer, Tensor x) {
   const auto event = std::make_shared<Event>();
   event->record(device().compute);
-  if (schedule_.stages > 1) outbox_[{payload, microbatch, chunk}] = {std::move(x), event};
-  else inbox_[{payload, microbatch, payload == Transfer::activation ? chunk + 1 : chunk - 1}] = {std::move(x), event};  // handed on in memory
+  outbox_[transfer] = {std::move(x), event};
 }
 
-Tensor Pipeline::arrived(Transfer::Payload payload, int microbatch, int chunk) {
-  const auto found = inbox_.find({payload, microbatch, chunk});
-  ASSERT(found != inbox_.end(), "micro-batch ", microbatch, " of chunk ", chunk, " was not received before it was needed");
-  const Parcel parcel = std::move(found->second);
-  inbox_.erase(found);
-  parcel.event->make_wait(device().compute);  // it must have arrived
-  while (!sent_.empty() && sent_.front().exchange <= parcel.exchange) sent_.pop_front();  // one queue: these left before
-  return parcel.x;
+Tensor Pipeline::arrived(const Transfer& transfer) {
+  const auto parcel = inbox_.extract(transfer);
+  ASSERT(parcel, to_string(Action{Action::exchange, -1, -1, {transfer}}), " did not come before it was needed");
+  const auto& [x, event, exchange] = parcel.mapped();
+  event->make_wait(device().compute);  // it must have arrived
+  while (!sent_.empty() && sent_.front().exchange <= exchange) sent_.pop_front();  // one queue: these left before
+  return x;
 }
 
 // The compute stream waits until everything up to that exchange has left; then the memory can be used again.

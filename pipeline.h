@@ -5,7 +5,6 @@
 // source    see schedule.h for the schedules
 // test      tests/test_pipeline.cpp
 #pragma once
-#include <array>
 #include <deque>
 #include <map>
 #include <memory>
@@ -23,7 +22,9 @@ class Pipeline {
   // (at the last: nothing; the loss has been added up).
   using Compute = std::function<Var(Tape& tape, int chunk, const Var& x, int microbatch)>;
 
-  Pipeline(Mesh& mesh, Schedule schedule) : mesh_(mesh), schedule_(std::move(schedule)) {}
+  Pipeline(Mesh& mesh, Schedule schedule) : mesh_(mesh), schedule_(std::move(schedule)) {
+    ASSERT(schedule_.stages > 1 || schedule_.chunks == 1, "chunks of one stage have nobody to hand their results on");
+  }
   const Schedule& schedule() const { return schedule_; }
   int position(int chunk) const { return schedule_.position(mesh_.pp.rank, chunk); }
   bool is_first(int chunk) const { return position(chunk) == 0; }
@@ -39,7 +40,7 @@ class Pipeline {
   bool timed = false;  // the next run: without a GPU every computation then waits for its end, and nothing overlaps
   // Of the last timed run: how long each computation of this stage took by itself (on a GPU by events, else in processor time: ranks may
   // share cores), 0 for exchanges. Waits for the device.
-  std::vector<double> seconds() const;
+  std::vector<double> milliseconds() const;
   // Of the last run: the most that its tapes kept for backwards at once.
   int64_t most_live() const { return most_live_; }  // micro-batches, each on each chunk
   int64_t most_live_bytes() const { return most_live_bytes_; }
@@ -51,24 +52,23 @@ class Pipeline {
     std::deque<std::function<void()>> later;  // its weight gradients, where the schedule puts them off
     int64_t bytes = 0;                        // activations that its tape keeps
   };
-  struct Parcel { Tensor x; std::shared_ptr<Event> event; int exchange = 0; };  // computed, or arrived, when the event is reached
-  using Key = std::array<int, 3>;                                               // payload, micro-batch, chunk
+  struct Parcel { Tensor x; std::shared_ptr<Event> event; int exchange = 0; };  // computed, left or arrived when the event is reached
   using Lives = std::map<std::pair<int, int>, Live>;  // by micro-batch and chunk; a map: tapes hold references to themselves
   void count_live(const Lives& lives);
   void exchange(const std::vector<Transfer>& transfers);
   void prepare_room(size_t action, const Shape& shape, Dtype dtype);
-  void post(Transfer::Payload payload, int microbatch, int chunk, Tensor x);
-  Tensor arrived(Transfer::Payload payload, int microbatch, int chunk);
+  void post(const Transfer& transfer, Tensor x);
+  Tensor arrived(const Transfer& transfer);
   void release_sent(int exchange);
 
   Mesh& mesh_;
   Schedule schedule_;
-  std::map<Key, Parcel> outbox_, inbox_;
+  std::map<Transfer, Parcel> outbox_, inbox_;
   std::deque<Parcel> sent_;   // on their way; dropped once the compute stream knows that they have left
   std::deque<Tensor> room_;   // for what the next exchange receives
   Event free_;                // the room is free
   int exchanges_ = 0;
-  std::vector<double> processor_seconds_;  // of each action
+  std::vector<double> milliseconds_;       // of each action, in processor time
   std::map<size_t, TimedWork> work_;       // of each computation
   int64_t most_live_ = 0, most_live_bytes_ = 0;
 };

@@ -6,29 +6,13 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "draw_schedule.h"
 #include "support/trace.h"
 #include "theory.h"
 
 using Json = nlohmann::ordered_json;
 
 static double mib(int64_t bytes) { return double(bytes) / 1048576.0; }
-
-// The vectors of all ranks, one after the other, on rank 0.
-static std::vector<int64_t> collect(const Mesh& mesh, const std::vector<int64_t>& mine) {
-  std::vector<int64_t> all(mine.size() * size_t(mesh.size));
-  MPI_Request request;
-  MPI_Igather(mine.data(), int(mine.size()), MPI_INT64_T, all.data(), int(mine.size()), MPI_INT64_T, 0, MPI_COMM_WORLD, &request);
-  wait(request);
-  return all;
-}
-
-// The elements of all ranks' arrays in one, on rank 0.
-static Json gather(const Json& mine) {
-  Json all = Json::array();
-  for (const std::string& of_rank : gather_text(mine.dump()))
-    for (const Json& element : Json::parse(of_rank)) all.push_back(element);
-  return all;
-}
 
 // ---- memory
 
@@ -46,112 +30,89 @@ static std::string memory_table(const MemoryUse& m, const Theory& t, int64_t act
 
 static Json memory_json(int rank, const MemoryUse& m, const Theory& t, int64_t activations) {
   Json j{{"rank", rank}, {"peak", m.total_peak}, {"kept_activations", {{"bytes", activations}, {"predicted_bytes", t.activations}}}};
-  for (int i = 0; i < kMemoryCategories; i++) j[name_of(Memory(i))] = {{"now", m.now[i]}, {"at_peak", m.at_peak[i]}};
-  for (Memory kind : {Memory::parameters, Memory::gradients, Memory::optimizer}) j[name_of(kind)]["predicted"] = t.persistent[size_t(kind)];
-  return Json::array({j});
+  for (int i = 0; i < kMemoryCategories; i++) {
+    Json& category = j[name_of(Memory(i))] = {{"now", m.now[i]}, {"at_peak", m.at_peak[i]}};
+    if (t.persistent[i]) category["predicted"] = t.persistent[i];
+  }
+  return j;
 }
 
 // ---- traffic
 
-// Every row that this rank's ledger or the theory knows, measured and predicted, in a fixed order.
-struct TrafficRow { int64_t calls = 0, bytes = 0, predicted_calls = 0, predicted_bytes = 0; bool has_prediction = false; };
-using TrafficRows = std::map<Ledger::Key, TrafficRow>;
-
-static TrafficRows traffic(const Theory& t, int64_t steps) {
-  TrafficRows rows;
-  for (const auto& [key, row] : ledger.rows) rows[key] = {row.calls, row.numerator / row.n};
-  for (const auto& [key, row] : t.step) {
-    TrafficRow& r = rows[key];
-    r = {r.calls, r.bytes, steps * row.calls, steps * row.numerator / row.n, true};
-  }
-  return rows;
+// Every row that this rank's ledger or the theory knows, in a fixed order.
+static Json traffic_json(int rank, const Theory& t, int64_t steps) {
+  std::map<Ledger::Key, Json> rows;
+  const auto row = [&](const Ledger::Key& key) -> Json& {
+    const auto& [axis, collective, purpose] = key;
+    const Json empty{{"rank", rank}, {"axis", axis}, {"collective", name_of(collective)}, {"purpose", name_of(purpose)}, {"calls", 0}, {"bytes", 0}};
+    return rows.emplace(key, empty).first->second;
+  };
+  for (const auto& [key, sent] : ledger.rows) row(key).update({{"calls", sent.calls}, {"bytes", sent.numerator / sent.n}});
+  for (const auto& [key, step] : t.step)
+    row(key).update({{"predicted_bytes", steps * step.numerator / step.n}, {"predicted_calls", steps * step.calls}});
+  Json all = Json::array();
+  for (const auto& [key, json] : rows) all.push_back(json);
+  return all;
 }
 
-static std::string traffic_table(const TrafficRows& rows, int64_t steps) {
+static std::string traffic_table(const Json& rows, int64_t steps) {
   if (rows.empty()) return "";
   std::string s = "\ntraffic of rank 0, per step    calls         bytes     predicted   purpose\n";
-  for (const auto& [key, r] : rows) {
-    const auto& [axis, collective, purpose] = key;
-    const bool differs = r.has_prediction && (r.bytes != r.predicted_bytes || r.calls != r.predicted_calls);
-    s += format("  %-9s %-15s %6s %13.0f %13s   %s%s\n", axis.c_str(), name_of(collective),
-                format(r.has_prediction ? "%.0f" : "%.1f", double(r.calls) / double(steps)).c_str(), double(r.bytes) / double(steps),
-                (r.has_prediction ? format("%.0f", double(r.predicted_bytes) / double(steps)) : "-").c_str(), name_of(purpose), differs ? "   DIFFERS" : "");
+  for (const Json& r : rows) {
+    const auto text = [&](const char* key) { return r[key].get<std::string>(); };
+    const auto per_step = [&](const char* pattern, const char* key) { return format(pattern, r[key].get<double>() / double(steps)); };
+    const bool predicted = r.contains("predicted_bytes");
+    const bool differs = predicted && (r["bytes"] != r["predicted_bytes"] || r["calls"] != r["predicted_calls"]);
+    s += format("  %-9s %-15s %6s %13s %13s   %s%s\n", text("axis").c_str(), text("collective").c_str(),
+                per_step(predicted ? "%.0f" : "%.1f", "calls").c_str(), per_step("%.0f", "bytes").c_str(),
+                predicted ? per_step("%.0f", "predicted_bytes").c_str() : "-", text("purpose").c_str(), differs ? "   DIFFERS" : "");
   }
   return s;
-}
-
-static Json traffic_json(int rank, const TrafficRows& rows) {
-  Json all = Json::array();
-  for (const auto& [key, r] : rows) {
-    const auto& [axis, collective, purpose] = key;
-    Json& j = all.emplace_back(Json{{"rank", rank}, {"axis", axis}, {"collective", name_of(collective)}, {"purpose", name_of(purpose)},
-                                    {"calls", r.calls}, {"bytes", r.bytes}});
-    if (r.has_prediction) j["predicted_bytes"] = r.predicted_bytes;
-  }
-  return all;
 }
 
 // The share of a step in which the communication queue was busy, by rank.
 static std::string communication_line(std::vector<double> shares) {
   if (shares.size() == 1) return "";
-  std::sort(shares.begin(), shares.end());
-  return format("  communicating, with waiting for other ranks: %.0f%% to %.0f%% of a step's time, by rank\n", 100 * shares.front(),
-                100 * shares.back());
+  const auto [least, most] = std::minmax_element(shares.begin(), shares.end());
+  return format("  communicating, with waiting for other ranks: %.0f%% to %.0f%% of a step's time, by rank\n", 100 * *least, 100 * *most);
 }
 
 // ---- the pipeline
 
+struct Mean {
+  double sum = 0;
+  int count = 0;
+  void add(double x) { sum += x, count++; }
+  double value() const { return sum / count; }
+};
+
 // Predicted: every forward, input gradient and weight gradient takes the mean time of its kind on its chunk of its stage. Executed: each takes
-// what it took. Ranks that differ in other axes only run pipelines of their own: the first is shown, the trace has all. Rank 0 returns the table;
-// it gets the timelines executed, and the pipeline's member of the metrics.
-static std::string pipeline_table(const Mesh& mesh, const Trainer& trainer, std::vector<Timeline>& executed, Json& json) {
-  const Schedule& s = trainer.pipeline->schedule();
-  size_t most = 0;
-  for (const auto& actions : s.ranks) most = std::max(most, actions.size());
-  std::vector<int64_t> mine(most, 0);
-  const std::vector<double> seconds = trainer.pipeline->seconds();
-  for (size_t i = 0; i < seconds.size(); i++) mine[i] = int64_t(seconds[i] * 1e9);
-  const std::vector<int64_t> all = collect(mesh, mine);  // nanoseconds
-  if (mesh.rank != 0) return "";
-
-  const size_t pipelines = size_t(mesh.size / s.stages);  // stage t of pipeline c is rank t * pipelines + c
-  std::vector<Durations> took(pipelines, durations(s, {0, 0, 0, 0}));
-  for (size_t c = 0; c < pipelines; c++) {
-    for (size_t t = 0; t < size_t(s.stages); t++)
-      for (size_t i = 0; i < s.ranks[t].size(); i++)
-        if (s.ranks[t][i].kind != Action::exchange) took[c][t][i] = double(all[(t * pipelines + c) * most + i]) * 1e-6;
-    executed.push_back(simulate(s, took[c]));
-  }
-
-  Durations means = took[0], without_replay = means;
-  std::map<Action::Kind, std::pair<double, int>> kinds;
-  for (size_t t = 0; t < means.size(); t++) {
-    std::map<std::pair<Action::Kind, int>, std::pair<double, int>> chunks;
-    for (size_t i = 0; i < means[t].size(); i++)
-      for (auto* sum : {&chunks[{s.ranks[t][i].kind, s.ranks[t][i].chunk}], &kinds[s.ranks[t][i].kind]}) sum->first += means[t][i], sum->second++;
-    const auto mean = [&](Action::Kind kind, int chunk) { return chunks[{kind, chunk}].first / chunks[{kind, chunk}].second; };
-    for (size_t i = 0; i < means[t].size(); i++) {
-      const Action& a = s.ranks[t][i];
-      means[t][i] = without_replay[t][i] = mean(a.kind, a.chunk);
-      if (a.kind == Action::input_gradient) without_replay[t][i] = std::max(0.0, means[t][i] - mean(Action::forward, a.chunk));
-    }
-  }
-  const auto mean = [&](Action::Kind kind) { return kinds[kind].second ? kinds[kind].first / kinds[kind].second : 0; };
+// what it took. Ranks that differ in other axes only run pipelines of their own: the first is shown. Adds the pipeline's member of the metrics.
+static std::string pipeline_table(const Trainer& trainer, const Durations& took, const Timeline& executed, Json& summary) {
+  const Schedule& s = trainer.pipeline.schedule();
+  std::map<std::tuple<int, Action::Kind, int>, Mean> of_chunk;  // {stage, kind, chunk}
+  std::map<Action::Kind, Mean> of_all;
+  for_each_computation(s, [&](int stage, int i, const Action& a) {
+    of_chunk[{stage, a.kind, a.chunk}].add(took[stage][i]);
+    of_all[a.kind].add(took[stage][i]);
+  });
+  Durations means = took, without_replay = took;
+  for_each_computation(s, [&](int stage, int i, const Action& a) {
+    means[stage][i] = without_replay[stage][i] = of_chunk[{stage, a.kind, a.chunk}].value();
+    if (a.kind == Action::input_gradient)
+      without_replay[stage][i] = std::max(0.0, means[stage][i] - of_chunk[{stage, Action::forward, a.chunk}].value());
+  });
   const Timeline predicted = simulate(s, means);
-  json = {{"schedule", s.name}, {"stages", s.stages}, {"microbatches", s.microbatches}, {"chunks", s.chunks}, {"bubble", executed[0].bubble()},
-          {"predicted_bubble", predicted.bubble()}, {"most_live", trainer.pipeline->most_live()}};
-  const bool split = mean(Action::weight_gradient) > 0;
-  const double unit = executed[0].makespan / 100;
-  std::string text = sentence("\npipeline ", s.name, ", ", s.stages, " stages, ", s.microbatches, " micro-batches",
-                              s.chunks > 1 ? sentence(", ", s.chunks, " chunks a stage") : "", "; the last step, in ms\n");
-  text += format("predicted from each stage's mean times (of all: forward %.2f, ", mean(Action::forward));
-  text += split ? format("input gradient %.2f, weight gradient %.2f", mean(Action::input_gradient), mean(Action::weight_gradient))
-                : format("backward %.2f", mean(Action::backward));
+  summary["pipeline"] = {{"schedule", s.name}, {"stages", s.stages}, {"microbatches", s.microbatches}, {"chunks", s.chunks},
+                         {"bubble", executed.bubble()}, {"predicted_bubble", predicted.bubble()}, {"most_live", trainer.pipeline.most_live()}};
+  const double unit = executed.makespan / 100;
+  std::string text = "\npipeline " + to_string(s) + "; the last step, in ms\npredicted from each stage's mean times (of all: ";
+  for (const auto& [kind, mean] : of_all) text += format("%s%s %.2f", kind == Action::forward ? "" : ", ", name_of(kind), mean.value());
   text += format("): %.1f, bubble %.1f%%\n", predicted.makespan, 100 * predicted.bubble()) + draw_text(s, predicted, unit);
   text += format("executed, rebuilt from the %s that each computation took: %.1f, bubble %.1f%%\n",
-                 device().is_gpu ? "time by events" : "processor time", executed[0].makespan, 100 * executed[0].bubble());
-  text += draw_text(s, executed[0], unit);
-  if (split && trainer.gpt.config.recompute) {  // at least: a forward's time has embedding and head in it, which are not replayed
+                 device().is_gpu ? "time by events" : "processor time", executed.makespan, 100 * executed.bubble());
+  text += draw_text(s, executed, unit);
+  if (s.name == "zb" && trainer.gpt.config.recompute) {  // at least: a forward's time has embedding and head in it, which are not replayed
     const Timeline kept = simulate(s, without_replay);
     text += "--recompute replays each forward inside the input gradient, which the stage before waits for: without it ";
     text += format("%.1f at least, bubble %.1f%%\n", kept.makespan, 100 * kept.bubble());
@@ -166,20 +127,31 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const Trainer
   const Layout& l = mesh.layout;
   const Theory t = theory(trainer.gpt.config, l, mesh.pp.rank, mesh.tp.rank, options);
   const MemoryUse& m = device().memory;
-  const TrafficRows rows = traffic(t, steps);
-  std::vector<double> shares;
-  for (const int64_t share : collect(mesh, {int64_t(communication * 1e4 + 0.5)})) shares.push_back(double(share) / 1e4);
-  const bool pipelined = trainer.pipeline && trainer.pipeline->timed;
-  std::vector<Timeline> executed;
-  Json pipeline;
-  const std::string timelines = pipelined ? pipeline_table(mesh, trainer, executed, pipeline) : "";
-  Json summary{{"summary", true}, {"layout", {{"pp", l.pp}, {"replicate", l.replicate}, {"fsdp", l.fsdp}, {"tp", l.tp}}},
-               {"memory", gather(memory_json(mesh.rank, m, t, trainer.kept_activations()))}, {"traffic", gather(traffic_json(mesh.rank, rows))},
-               {"communication_share", shares}};
+  const bool pipelined = trainer.pipeline.timed;
+  const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.kept_activations())}, {"traffic", traffic_json(mesh.rank, t, steps)},
+                  {"communication_share", communication}, {"took", pipelined ? trainer.pipeline.milliseconds() : std::vector<double>{}}};
+  std::vector<Json> ranks;
+  for (const std::string& of_rank : gather_text(mine.dump())) ranks.push_back(Json::parse(of_rank));
   if (mesh.rank != 0) return;
-  if (pipelined) summary["pipeline"] = pipeline;
+
+  Json summary{{"summary", true}, {"layout", {{"pp", l.pp}, {"replicate", l.replicate}, {"fsdp", l.fsdp}, {"tp", l.tp}}},
+               {"memory", Json::array()}, {"traffic", Json::array()}, {"communication_share", Json::array()}};
+  for (const Json& rank : ranks) {
+    summary["memory"].push_back(rank["memory"]);
+    summary["traffic"].insert(summary["traffic"].end(), rank["traffic"].begin(), rank["traffic"].end());
+    summary["communication_share"].push_back(rank["communication_share"]);
+  }
+  std::string text = memory_table(m, t, trainer.kept_activations()) + traffic_table(mine["traffic"], steps) +
+                     communication_line(summary["communication_share"]);
+  std::vector<Timeline> executed;  // stage t of pipeline c is rank t * pipelines + c
+  const Schedule& s = trainer.pipeline.schedule();
+  for (size_t c = 0, pipelines = ranks.size() / size_t(s.stages); pipelined && c < pipelines; c++) {
+    Durations took;
+    for (size_t rank = c; rank < ranks.size(); rank += pipelines) took.push_back(ranks[rank]["took"]);
+    executed.push_back(simulate(s, took));
+    if (c == 0) text += pipeline_table(trainer, took, executed[0], summary);
+  }
   metrics.line(summary);
-  printf("%s%s%s%s", memory_table(m, t, trainer.kept_activations()).c_str(), traffic_table(rows, steps).c_str(), communication_line(shares).c_str(),
-         timelines.c_str());
-  if (pipelined && !trace.empty()) write_trace(trace, trainer.pipeline->schedule(), executed);
+  printf("%s", text.c_str());
+  if (pipelined && !trace.empty()) write_trace(trace, s, executed);
 }

@@ -1,4 +1,4 @@
-// schedule.cpp: one generator for the four schedules, one rule that places transfers, and what reads the lists: checker, simulator, drawer.
+// schedule.cpp: one generator for the four schedules, one rule that places transfers, and what reads the lists: checker and simulator.
 //
 // idea      the generator says only what each stage computes, in order. Everything about communication follows from that (schedule.h).
 // cost      O(actions log actions) for everything here; nothing here runs during a training step
@@ -6,20 +6,18 @@
 #include "schedule.h"
 
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <map>
 #include <set>
+#include <tuple>
 
 #include "support/check.h"
-
-namespace {
 
 // ---- the schedules: what stage s of p computes for m micro-batches on V chunks
 
 // All of them warm up with some forwards, then do one forward (while there are any) and one backward in turn. With several chunks, p
 // micro-batches walk through chunk 0, then through chunk 1, ...; then the next p. Backwards visit the chunks from the last.
-std::vector<Action> computations(const std::string& name, int p, int s, int m, int V) {
+static std::vector<Action> computations(const std::string& name, int p, int s, int m, int V) {
   const auto step = [&](Action::Kind kind, int k) {
     const int round = k / (p * V), chunk = k % (p * V) / p;
     return Action{kind, round * p + k % p, kind == Action::forward ? chunk : V - 1 - chunk};
@@ -29,254 +27,203 @@ std::vector<Action> computations(const std::string& name, int p, int s, int m, i
   if (name == "gpipe") warm = all;                                  // all forwards, then all backwards
   if (name == "interleaved") warm = 2 * (p - 1 - s) + (V - 1) * p;  // up to the last chunk, then twice the way: a backward takes two forwards
   std::vector<Action> order;
-  for (int k = 0; k < std::min(warm, all); k++) order.push_back(step(Action::forward, k));
-  for (int k = 0; k < all; k++) {
+  for (int k = -warm; k < all + s; k++) {  // k: the backward, below 0 during the warm-up
     if (warm + k < all) order.push_back(step(Action::forward, warm + k));
-    order.push_back(step(name == "zb" ? Action::input_gradient : Action::backward, k));
+    if (k >= 0 && k < all) order.push_back(step(name == "zb" ? Action::input_gradient : Action::backward, k));
     // ZB-H1 is 1F1B whose backwards pass on the input gradient at once. Stage s puts its weight gradients off by s micro-batches: as many
     // as its warm-up is shorter than stage 0's, so all stages hold p micro-batches, and the later ones have work left for the end.
     if (name == "zb" && k >= s) order.push_back(step(Action::weight_gradient, k - s));
   }
-  for (int k = std::max(all - s, 0); name == "zb" && k < all; k++) order.push_back(step(Action::weight_gradient, k));
   return order;
 }
 
 // ---- what computations need of each other
 
 // From this end's position to the other's: activations are sent forward, gradients back.
-int direction(const Transfer& t) { return (t.payload == Transfer::activation) == t.send ? 1 : -1; }
+static int direction(const Transfer& t) { return (t.payload == Transfer::activation) == t.send ? 1 : -1; }
 
 // The same transfer as the stage at its other end sees it.
-Transfer other_end(const Schedule& s, int stage, const Transfer& t) {
+static Transfer other_end(const Schedule& s, int stage, const Transfer& t) {
   return {!t.send, t.payload, stage, t.microbatch, (s.position(stage, t.chunk) + direction(t)) / s.stages};
 }
 
-// Every transfer that the stage's computations need, with the index of the one that produces or uses it.
-std::map<Transfer, int> transfers_needed(const Schedule& s, int stage) {
-  std::map<Transfer, int> needed;
-  for (int i = 0; i < int(s.ranks[stage].size()); i++) {
-    const Action& a = s.at(stage, i);
-    if (a.kind == Action::exchange || a.kind == Action::weight_gradient) continue;
-    for (const bool send : {false, true}) {
-      Transfer t{send, a.kind == Action::forward ? Transfer::activation : Transfer::gradient, 0, a.microbatch, a.chunk};
-      const int other = s.position(stage, a.chunk) + direction(t);
-      if (s.stages == 1 || other < 0 || other == s.positions()) continue;
-      t.peer = other % s.stages;
-      needed[t] = i;
+std::optional<Transfer> transfer_of(const Schedule& s, int stage, const Action& a, bool send) {
+  Transfer t{send, a.kind == Action::forward ? Transfer::activation : Transfer::gradient, 0, a.microbatch, a.chunk};
+  const int other = s.position(stage, a.chunk) + direction(t);
+  if (s.stages == 1 || a.kind == Action::weight_gradient || other < 0 || other >= s.positions()) return {};
+  t.peer = other % s.stages;
+  return t;
+}
+
+// ---- one walk over all lists: where transfers are placed, what the checker and the simulator see
+
+using Spans = std::vector<std::vector<Span>>;  // [stage][action]
+
+// The spans of what each stage gets done; lists that end early wait for each other. A stage steps over a computation when its input is
+// there, and over an exchange when its peers have come to the facing ones. That is how an executor whose every action blocks goes ahead.
+// The times are those of two queues a stage (schedule.h): each waits only for what it needs.
+// wire: the lists have no exchanges yet, and each result is at the other stage so much time after it was computed.
+static Spans walk(const Schedule& s, const Durations& durations, std::optional<double> wire = {}) {
+  using End = std::pair<int, Transfer>;  // the stage, and the transfer as it sees it
+  std::map<End, double> there, reached;  // when what is sent was computed, or what is received had come; when its exchange was reached
+  std::vector<double> computed(s.stages, 0.0), exchanged(s.stages, 0.0);  // when each queue finished the action before
+  const auto compute = [&](int stage, const Action& a, double duration) -> std::optional<Span> {
+    double start = computed[stage];
+    if (const auto input = transfer_of(s, stage, a, false)) {
+      const auto came = there.find({stage, *input});
+      if (came == there.end()) return {};
+      start = std::max(start, came->second);
     }
+    const double end = computed[stage] = start + duration;
+    if (const auto output = transfer_of(s, stage, a, true)) {
+      there[{stage, *output}] = end;
+      if (wire) there[{output->peer, other_end(s, stage, *output)}] = end + *wire;
+    }
+    return Span{start, end};
+  };
+  const auto exchange = [&](int stage, const Action& a, double duration) -> std::optional<Span> {
+    double start = exchanged[stage];
+    for (const Transfer& t : a.transfers)
+      if (t.send) start = std::max(start, there.at({stage, t}));
+    for (const Transfer& t : a.transfers) reached[{stage, t}] = start;
+    double end = start;
+    for (const Transfer& t : a.transfers) {
+      const auto facing = reached.find({t.peer, other_end(s, stage, t)});
+      if (facing == reached.end()) return {};
+      end = std::max(end, std::max(start, facing->second) + duration);
+    }
+    for (const Transfer& t : a.transfers)
+      if (!t.send) there[{stage, t}] = end;
+    exchanged[stage] = end;
+    return Span{start, end};
+  };
+  Spans spans(s.stages);
+  for (bool moved = true; moved;) {
+    moved = false;
+    for (int stage = 0; stage < s.stages; stage++)
+      for (size_t i = spans[stage].size(); i < s.ranks[stage].size(); i++, moved = true) {
+        const Action& a = s.ranks[stage][i];
+        const auto span = a.kind == Action::exchange ? exchange(stage, a, durations[stage][i]) : compute(stage, a, durations[stage][i]);
+        if (!span) break;  // come back when another stage has moved
+        spans[stage].push_back(*span);
+      }
   }
-  return needed;
+  return spans;
 }
 
 // ---- the one rule that places transfers
 
-// When F = B = W = 1 and a transfer takes a moment: ticks first, then the moments spent on the way.
-struct Instant {
-  int tick = 0, moments = 0;
-  auto operator<=>(const Instant&) const = default;
-};
-int ticks(Action::Kind kind) { return kind == Action::backward ? 2 : 1; }
-
-// When each computation ends if every stage does its next one as soon as the input exists.
-std::vector<std::vector<Instant>> earliest_ends(const Schedule& s) {
-  std::vector<std::vector<Instant>> end(s.stages);
-  std::map<std::array<int, 3>, Instant> done;  // {is a forward, micro-batch, position}: when that result exists
-  for (bool moved = true; moved;) {
-    moved = false;
-    for (int stage = 0; stage < s.stages; stage++)
-      for (size_t i = end[stage].size(); i < s.ranks[stage].size(); i++, moved = true) {
-        const Action& a = s.ranks[stage][i];
-        const bool forward = a.kind == Action::forward, local = a.kind == Action::weight_gradient;
-        const int position = s.position(stage, a.chunk), from = position + (forward ? -1 : 1);
-        Instant start = i ? end[stage].back() : Instant{};
-        if (!local && from >= 0 && from < s.positions()) {
-          const auto input = done.find({forward, a.microbatch, from});
-          if (input == done.end()) break;  // come back when another stage has moved
-          start = std::max(start, Instant{input->second.tick, input->second.moments + 1});
-        }
-        end[stage].push_back({start.tick + ticks(a.kind), start.moments});
-        if (!local) done[{forward, a.microbatch, position}] = end[stage].back();
-      }
-  }
-  return end;
-}
+// A transfer's, in ticks: so short that a million in a row are less than a tick; a power of two, so that sums stay exact.
+constexpr double kMoment = 1.0 / (1 << 30);
 
 // Lists every transfer on both its stages, at the time when what it sends exists. Two that face each other at one tick become one
 // exchange, at the later of their times. Exchanges of a tick come before the computations that start at it.
-void place_transfers(Schedule& s) {
-  using Key = std::array<int, 5>;  // {tick, 0, moments, two stages} of an exchange, {tick, 1, index} of a computation's start
-  struct Meeting { Instant when; std::vector<Transfer> of_low, of_high; };
-  const auto end = earliest_ends(s);
-  std::map<std::array<int, 3>, Meeting> meetings;  // {tick, lower stage, higher stage}
-  std::vector<std::map<Key, Action>> lists(s.stages);
-  for (int stage = 0; stage < s.stages; stage++) {
-    ASSERT(end[stage].size() == s.ranks[stage].size(), s.name, " waits for itself on stage ", stage);
-    for (int i = 0; i < int(s.ranks[stage].size()); i++)
-      lists[stage][{end[stage][i].tick - ticks(s.at(stage, i).kind), 1, i}] = s.at(stage, i);
-    for (const auto& [t, i] : transfers_needed(s, stage)) {
-      if (!t.send) continue;
-      const int low = std::min(stage, t.peer), high = std::max(stage, t.peer);
-      Meeting& m = meetings[{end[stage][i].tick, low, high}];
-      m.when = std::max(m.when, end[stage][i]);
-      (stage == low ? m.of_low : m.of_high).push_back(t);
-      (stage == low ? m.of_high : m.of_low).push_back(other_end(s, stage, t));
-    }
-  }
+static void place_transfers(Schedule& s) {
+  struct Meeting { double when = 0; std::vector<Transfer> of_low, of_high; };
+  const Spans spans = walk(s, durations(s, {}), kMoment);
+  std::map<std::tuple<double, int, int>, Meeting> meetings;             // {tick, lower stage, higher stage}
+  std::map<std::tuple<double, bool, double, int, int>, Action> events;  // {tick, computes, when, stage, peer}
+  for_each_computation(s, [&](int stage, int i, const Action& a) {
+    ASSERT(i < int(spans[stage].size()), s.name, " waits for itself on stage ", stage);
+    const auto [start, end] = spans[stage][i];
+    events[{std::floor(start), true, start, stage, stage}] = a;
+    const auto sent = transfer_of(s, stage, a, true);
+    if (!sent) return;
+    const auto [low, high] = std::minmax({stage, sent->peer});
+    Meeting& m = meetings[{std::floor(end), low, high}];
+    m.when = std::max(m.when, end);
+    (stage == low ? m.of_low : m.of_high).push_back(*sent);
+    (stage == low ? m.of_high : m.of_low).push_back(other_end(s, stage, *sent));
+  });
   for (const auto& [key, m] : meetings) {
     const auto [tick, low, high] = key;
-    lists[low][{tick, 0, m.when.moments, low, high}] = {Action::exchange, -1, -1, m.of_low};
-    lists[high][{tick, 0, m.when.moments, low, high}] = {Action::exchange, -1, -1, m.of_high};
+    events[{tick, false, m.when, low, high}] = {Action::exchange, -1, -1, m.of_low};
+    events[{tick, false, m.when, high, low}] = {Action::exchange, -1, -1, m.of_high};
   }
-  for (int stage = 0; stage < s.stages; stage++) {
-    s.ranks[stage].clear();
-    for (const auto& [key, action] : lists[stage]) s.ranks[stage].push_back(action);
-  }
+  for (auto& list : s.ranks) list.clear();
+  for (const auto& [key, action] : events) s.ranks[std::get<3>(key)].push_back(action);
 }
 
 // ---- the rules of the checker: each returns what is wrong, or nothing
 
-std::string place(const Schedule& s, int stage, int index) {
+static std::string place(const Schedule& s, int stage, int index) {
   return sentence("stage ", stage, ", action ", index, " (", to_string(s.at(stage, index)), ")");
 }
-std::string describe(const Transfer& t) {
+static std::string describe(const Transfer& t) {
   return sentence(t.send ? "send " : "receive ", t.payload == Transfer::activation ? "activation" : "gradient", " of micro-batch ",
                   t.microbatch, ", chunk ", t.chunk, t.send ? " to " : " from ", "stage ", t.peer);
 }
 
-// Every micro-batch goes once through forward and backward on each chunk; gradients in ascending order.
-std::string wrong_computation(const Schedule& s) {
+// On each stage every micro-batch goes once through the three parts of each chunk, gradients in ascending order; each transfer that
+// they need is there once, after what it sends and before what uses it; and there is no other.
+static std::string wrong_action(const Schedule& s) {
+  constexpr Action::Kind kPart[] = {Action::forward, Action::input_gradient, Action::weight_gradient};
   const std::vector<int> parts_of[] = {{0}, {1, 2}, {1}, {2}};  // by kind
-  const char* names[] = {"forward", "input gradient", "weight gradient"};
+  const auto in_step = [&](int m, int c) { return m >= 0 && m < s.microbatches && c >= 0 && c < s.chunks; };
   for (int stage = 0; stage < s.stages; stage++) {
-    std::set<std::pair<int, int>> done[3];  // by part: {chunk, micro-batch}
+    std::map<std::pair<int, int>, int> done[3];  // of each part {micro-batch, chunk}: the action
+    std::set<Transfer> moved;
     for (int i = 0; i < int(s.ranks[stage].size()); i++) {
       const auto& [kind, m, c, transfers] = s.at(stage, i);
+      for (const Transfer& t : transfers) {
+        const int part = t.payload == Transfer::activation ? 0 : 1;
+        if (!in_step(t.microbatch, t.chunk) || transfer_of(s, stage, {kPart[part], t.microbatch, t.chunk}, t.send) != t)
+          return sentence(place(s, stage, i), ": nothing needs to ", describe(t), ".");
+        if (!moved.insert(t).second) return place(s, stage, i) + " comes twice.";
+        const auto computation = done[part].find({t.microbatch, t.chunk});
+        if (t.send && computation == done[part].end()) return place(s, stage, i) + " sends before it has computed that.";
+        if (!t.send && computation != done[part].end())
+          return sentence(place(s, stage, i), " receives after ", to_string(s.at(stage, computation->second)), ".");
+      }
       if (kind == Action::exchange) continue;
-      if (c < 0 || c >= s.chunks || m < 0 || m >= s.microbatches) return place(s, stage, i) + " is not part of this step.";
+      if (!in_step(m, c)) return place(s, stage, i) + " is not part of this step.";
       for (const int part : parts_of[kind]) {
-        if (part > 0 && !done[part - 1].count({c, m})) return sentence(place(s, stage, i), " comes before its ", names[part - 1], ".");
-        if (const int from = c + (part ? 1 : -1); s.stages == 1 && part < 2 && from >= 0 && from < s.chunks && !done[part].count({from, m}))
+        if (part > 0 && !done[part - 1].count({m, c}))
+          return sentence(place(s, stage, i), " comes before the ", to_string({kPart[part - 1], m, c}), ".");
+        if (const int from = c + (part ? 1 : -1); s.stages == 1 && part < 2 && from >= 0 && from < s.chunks && !done[part].count({m, from}))
           return sentence(place(s, stage, i), " comes before its input from chunk ", from, ".");
-        if (part > 0 && m > 0 && !done[part].count({c, m - 1}))
+        if (part > 0 && m > 0 && !done[part].count({m - 1, c}))
           return sentence(place(s, stage, i), " comes before that of micro-batch ", m - 1, ": gradients are summed in ascending order.");
-        if (!done[part].insert({c, m}).second) return place(s, stage, i) + " comes twice.";
+        if (!done[part].insert({{m, c}, i}).second) return place(s, stage, i) + " comes twice.";
       }
     }
     for (int part = 0; part < 3; part++)
       for (int c = 0; c < s.chunks; c++)
-        for (int m = 0; m < s.microbatches; m++)
-          if (!done[part].count({c, m}))
-            return sentence("stage ", stage, " never does the ", names[part], " of micro-batch ", m, ", chunk ", c, ".");
-  }
-  return "";
-}
-
-// Each transfer that the computations need is there once, after what it sends and before what uses it, and there is no other.
-std::string wrong_transfer(const Schedule& s) {
-  for (int stage = 0; stage < s.stages; stage++) {
-    const auto needed = transfers_needed(s, stage);
-    std::set<Transfer> found;
-    for (int i = 0; i < int(s.ranks[stage].size()); i++)
-      for (const Transfer& t : s.at(stage, i).transfers) {
-        const auto need = needed.find(t);
-        if (need == needed.end()) return sentence(place(s, stage, i), ": nothing needs to ", describe(t), ".");
-        if (!found.insert(t).second) return sentence(place(s, stage, i), " comes twice.");
-        if (t.send && i < need->second) return sentence(place(s, stage, i), " sends before ", to_string(s.at(stage, need->second)), ".");
-        if (!t.send && i > need->second) return sentence(place(s, stage, i), " receives after ", to_string(s.at(stage, need->second)), ".");
-      }
-    for (const auto& [t, i] : needed)
-      if (!found.count(t)) return sentence(place(s, stage, i), " lacks its transfer: ", describe(t), ".");
+        for (int m = 0; m < s.microbatches; m++) {
+          const Action a{kPart[part], m, c};
+          if (!done[part].count({m, c})) return sentence("stage ", stage, " never does the ", to_string(a), ".");
+          for (const bool send : {true, false})
+            if (const auto t = transfer_of(s, stage, a, send); t && !moved.count(*t))
+              return sentence(place(s, stage, done[part][{m, c}]), " lacks its transfer: ", describe(*t), ".");
+        }
   }
   return "";
 }
 
 // Between two stages NCCL knows transfers only by their order.
-std::string wrong_order(const Schedule& s) {
-  std::map<std::pair<int, int>, std::vector<Transfer>> sends, receives;  // {from, to}: as the receiver sees them
+static std::string wrong_order(const Schedule& s) {
+  std::map<std::pair<int, int>, std::vector<Transfer>> sent, received;  // {from, to}: as the receiver sees them; as many, by wrong_action
   for (int stage = 0; stage < s.stages; stage++)
     for (const Action& a : s.ranks[stage])
       for (const Transfer& t : a.transfers)
-        if (t.send) sends[{stage, t.peer}].push_back(other_end(s, stage, t));
-        else receives[{t.peer, stage}].push_back(t);
-  for (const auto& [pair, sent] : sends)
-    for (size_t k = 0; k < sent.size(); k++)
-      if (const auto& received = receives[pair]; k >= received.size() || sent[k] != received[k])
-        return sentence("transfer ", k, " from stage ", pair.first, " to stage ", pair.second, " should meet '", describe(sent[k]),
-                        "' there, but meets ", k < received.size() ? "'" + describe(received[k]) + "'." : "nothing.");
+        if (t.send) sent[{stage, t.peer}].push_back(other_end(s, stage, t));
+        else received[{t.peer, stage}].push_back(t);
+  for (const auto& [pair, sends] : sent)
+    for (size_t k = 0; k < sends.size(); k++)
+      if (const Transfer& meets = received[pair][k]; sends[k] != meets)
+        return sentence("transfer ", k, " from stage ", pair.first, " to stage ", pair.second, " should meet '", describe(sends[k]),
+                        "' there, but meets '", describe(meets), "'.");
   return "";
 }
 
-// ---- one walk over all lists: the checker looks where it ends, the simulator at the times
-
-struct Walk {
-  std::vector<std::vector<Span>> spans;  // [stage][action]; kUnknown for what was not reached
-  std::vector<int> head;                 // [stage]: the action that the stage has come to
-};
-constexpr double kUnknown = -1;
-
-// A stage steps over a computation at once, and over an exchange when its peers have come to the facing ones. That is how an executor whose
-// every action blocks goes ahead. The times are those of two queues a stage (schedule.h): each waits only for what it needs.
-Walk walk(const Schedule& s, const Durations& durations) {
-  Walk w{{}, std::vector<int>(s.stages, 0)};
-  std::vector<std::map<Transfer, int>> needed, where;  // [stage]: the computation and the exchange of each transfer
-  std::vector<std::vector<double>> input;              // [stage][action]: when what a computation receives has come
-  std::vector<double> computed(s.stages, 0.0), exchanged(s.stages, 0.0);  // when each queue finished the action before
-  for (int stage = 0; stage < s.stages; stage++) {
-    w.spans.emplace_back(s.ranks[stage].size(), Span{kUnknown, kUnknown});
-    input.emplace_back(s.ranks[stage].size(), 0.0);
-    needed.push_back(transfers_needed(s, stage));
-    where.emplace_back();
-    for (int i = 0; i < int(s.ranks[stage].size()); i++)
-      for (const Transfer& t : s.at(stage, i).transfers) where[stage][t] = i;
-  }
-  const auto exchange = [&](int stage, int i) {  // false while a peer is missing
-    Span& span = w.spans[stage][i];
-    span.start = exchanged[stage];
-    for (const Transfer& t : s.at(stage, i).transfers)
-      if (t.send) span.start = std::max(span.start, w.spans[stage][needed[stage].at(t)].end);
-    double end = span.start;
-    for (const Transfer& t : s.at(stage, i).transfers) {
-      const int facing = where[t.peer].at(other_end(s, stage, t));
-      const double there = w.spans[t.peer][facing].start;
-      if (there == kUnknown) return false;
-      end = std::max(end, std::max(span.start, there) + (t.send ? durations[stage][i] : durations[t.peer][facing]));
-    }
-    for (const Transfer& t : s.at(stage, i).transfers)
-      if (!t.send) input[stage][needed[stage].at(t)] = end;
-    span.end = exchanged[stage] = end;
-    return true;
-  };
-  const auto step = [&](int stage) {  // false while the stage waits, or at the end of its list
-    const int i = w.head[stage];
-    if (i == int(s.ranks[stage].size())) return false;
-    if (s.at(stage, i).kind != Action::exchange) {
-      const double start = std::max(computed[stage], input[stage][i]);
-      computed[stage] = start + durations[stage][i];
-      w.spans[stage][i] = {start, computed[stage]};
-    } else if (!exchange(stage, i)) {
-      return false;
-    }
-    w.head[stage]++;
-    return true;
-  };
-  for (bool moved = true; moved;) {
-    moved = false;
-    for (int stage = 0; stage < s.stages; stage++)
-      while (step(stage)) moved = true;
-  }
-  return w;
-}
-
-std::string deadlock(const Schedule& s) {
-  const Walk w = walk(s, durations(s, {}));
+static std::string deadlock(const Schedule& s) {
+  const Spans spans = walk(s, durations(s, {}));
   std::string stuck;
   for (int stage = 0; stage < s.stages; stage++)
-    if (w.head[stage] < int(s.ranks[stage].size()))
-      stuck += (stuck.empty() ? "deadlock: " : "; ") + place(s, stage, w.head[stage]) + " waits";
+    if (spans[stage].size() < s.ranks[stage].size())
+      stuck += (stuck.empty() ? "deadlock: " : "; ") + place(s, stage, int(spans[stage].size())) + " waits";
   return stuck.empty() ? "" : stuck + ".";
 }
-
-}  // namespace
 
 // ---- generate, name, check
 
@@ -295,19 +242,26 @@ Schedule make_schedule(const std::string& name, int p, int m, int V) {
   return s;
 }
 
+const char* name_of(Action::Kind kind) {
+  return (const char*[]){"forward", "backward", "input gradient", "weight gradient", "exchange"}[kind];
+}
+
 std::string to_string(const Action& a) {
   if (a.kind == Action::exchange) {
     std::string text;
     for (const Transfer& t : a.transfers) text += (text.empty() ? "" : " + ") + describe(t);
     return text;
   }
-  const char* of_kind[] = {"forward", "backward", "input gradient", "weight gradient"};
-  return sentence(of_kind[a.kind], " of micro-batch ", a.microbatch, ", chunk ", a.chunk);
+  return sentence(name_of(a.kind), " of micro-batch ", a.microbatch, ", chunk ", a.chunk);
+}
+
+std::string to_string(const Schedule& s) {
+  return sentence(s.name, ", ", s.stages, " stages, ", s.microbatches, " micro-batches", s.chunks > 1 ? sentence(", ", s.chunks, " chunks a stage") : "");
 }
 
 std::string check(const Schedule& s) {
   if (int(s.ranks.size()) != s.stages) return sentence("there are ", s.ranks.size(), " lists for ", s.stages, " stages.");
-  for (const auto rule : {wrong_computation, wrong_transfer, wrong_order, deadlock})
+  for (const auto rule : {wrong_action, wrong_order, deadlock})
     if (const std::string wrong = rule(s); !wrong.empty()) return wrong;
   return "";
 }
@@ -332,31 +286,26 @@ double Timeline::bubble() const {
 
 Timeline timeline(const Schedule& s, std::vector<std::vector<Span>> spans) {
   Timeline t{std::move(spans), std::vector<double>(s.stages, 0.0), 0};
-  for (int stage = 0; stage < s.stages; stage++)
-    for (size_t i = 0; i < s.ranks[stage].size(); i++) {
-      if (s.at(stage, i).kind == Action::exchange) continue;
-      t.busy[stage] += t.spans[stage][i].end - t.spans[stage][i].start;
-      t.makespan = std::max(t.makespan, t.spans[stage][i].end);
-    }
+  for_each_computation(s, [&](int stage, int i, const Action&) {
+    t.busy[stage] += t.spans[stage][i].end - t.spans[stage][i].start;
+    t.makespan = std::max(t.makespan, t.spans[stage][i].end);
+  });
   return t;
 }
 
 Timeline simulate(const Schedule& s, const Durations& durations) {
-  Walk w = walk(s, durations);
-  for (int stage = 0; stage < s.stages; stage++) ASSERT(w.head[stage] == int(s.ranks[stage].size()), check(s));
-  return timeline(s, std::move(w.spans));
+  Spans spans = walk(s, durations);
+  for (int stage = 0; stage < s.stages; stage++) ASSERT(spans[stage].size() == s.ranks[stage].size(), check(s));
+  return timeline(s, std::move(spans));
 }
 
-std::vector<int64_t> peak_live(const Schedule& s, const std::vector<std::vector<int64_t>>& bytes) {
-  std::vector<int64_t> peak(s.stages, 0);
-  for (int stage = 0; stage < s.stages; stage++) {
-    int64_t live = 0;
-    for (const Action& a : s.ranks[stage]) {
-      if (a.kind == Action::exchange || a.kind == Action::input_gradient) continue;
-      const int64_t size = bytes.empty() ? 1 : bytes[stage][a.chunk];
-      live += a.kind == Action::forward ? size : -size;
-      peak[stage] = std::max(peak[stage], live);
-    }
+int64_t peak_live(const Schedule& s, int stage, const std::vector<int64_t>& bytes) {
+  int64_t live = 0, peak = 0;
+  for (const Action& a : s.ranks[stage]) {
+    if (a.kind == Action::exchange || a.kind == Action::input_gradient) continue;
+    const int64_t size = bytes.empty() ? 1 : bytes[a.chunk];
+    live += a.kind == Action::forward ? size : -size;
+    peak = std::max(peak, live);
   }
   return peak;
 }
@@ -381,106 +330,4 @@ int64_t theoretical_live(const Schedule& s, int stage) {
   if (s.name == "1f1b") return std::min(p - stage, m);
   if (s.name == "zb") return std::min(p, m);
   return std::min(2 * (p - 1 - stage) + (V - 1) * p + 1, V * m);
-}
-
-// ---- draw
-
-namespace {
-
-// 1, 2 or 5 times a power of ten, at least x.
-double round_up(double x) {
-  const double power = std::pow(10, std::floor(std::log10(x)));
-  for (const double factor : {1, 2, 5})
-    if (factor * power >= x * (1 - 1e-9)) return factor * power;
-  return 10 * power;
-}
-std::string percent(double share) { return format("%.1f %%", 100 * share); }
-// Colours of a light page, and of a dark one.
-const char* kStyle = R"(<style>
-.schedule{font:11px sans-serif} .schedule .head{font-size:15px} .schedule .mid{text-anchor:middle}
-.schedule text{fill:#1f2328} .schedule .paper{fill:#fff} .schedule g rect{stroke:#fff} .schedule .line{fill:#8c959f}
-.schedule .f{fill:#a9ceff} .schedule .b{fill:#96deb8} .schedule .w{fill:#ffcf94}
-@media (prefers-color-scheme:dark){
-.schedule text{fill:#f0f3f6} .schedule .paper{fill:#0d1117} .schedule g rect{stroke:#0d1117} .schedule .line{fill:#656d76}
-.schedule .f{fill:#1f5fa8} .schedule .b{fill:#1d7248} .schedule .w{fill:#94550a}
-}
-</style>
-)";
-// Calls draw(stage, action, span) for each computation.
-template <class Draw> void for_each_computation(const Schedule& s, const Timeline& t, const Draw& draw) {
-  for (int stage = 0; stage < s.stages; stage++)
-    for (int i = 0; i < int(s.ranks[stage].size()); i++)
-      if (s.at(stage, i).kind != Action::exchange) draw(stage, s.at(stage, i), t.spans[stage][i]);
-}
-
-}  // namespace
-
-std::string draw_text(const Schedule& s, const Timeline& t, double unit) {
-  ASSERT(t.makespan > 0, "there is nothing to draw");
-  if (unit <= 0) unit = round_up(t.makespan / 100);
-  const int columns = int(std::ceil(t.makespan / unit - 1e-9));
-  std::vector<std::string> marks(s.stages, std::string(columns, '.')), chunks(s.stages, std::string(columns, ' '));
-  for_each_computation(s, t, [&](int stage, const Action& a, const Span& span) {
-    const char first = a.kind == Action::forward ? '0' : a.kind == Action::weight_gradient ? 'A' : 'a';
-    for (int c = int(std::lround(span.start / unit)); c < std::min(int(std::lround(span.end / unit)), columns); c++) {
-      marks[stage][c] = char(first + a.microbatch % 10);
-      chunks[stage][c] = char('0' + a.chunk % 10);
-    }
-  });
-  std::string text = "time      ";
-  for (int c = 0; c <= columns; c += 10) (text += sentence(std::stod(format("%.3g", c * unit)))).resize(c + 20, ' ');
-  text = text.substr(0, text.find_last_not_of(' ') + 1) + "\n";
-  for (int stage = 0; stage < s.stages; stage++) {
-    text += sentence("stage ", stage < 10 ? " " : "", stage, " |", marks[stage], "| idle ", percent(t.bubble(stage)), "\n");
-    if (s.chunks > 1) text += sentence("   chunk |", chunks[stage], "|\n");
-  }
-  return text + sentence("          0-9 forward of micro-batch 0-9", s.microbatches > 10 ? ", 10-19, ..." : "", "   a-j its ",
-                         s.name == "zb" ? "input gradient   A-J its weight gradient" : "backward", "   . idle\n");
-}
-
-std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& title, const std::string& unit_name) {
-  ASSERT(t.makespan > 0, "there is nothing to draw");
-  const double span_px = std::clamp(72.0 * s.microbatches * s.chunks, 640.0, 2400.0), scale = span_px / t.makespan;
-  const double left = 70, top = 64, row = 30, width = left + span_px + 90, bottom = top + row * s.stages, height = bottom + 50;
-  std::ostringstream svg;
-  const auto text = [&](double x, double y, const char* css, const auto&... words) {
-    (svg << "<text x='" << x << "' y='" << y << "' class='" << css << "'>" << ... << words) << "</text>";
-  };
-  const auto box = [&](double x, double y, double w, double h, const char* css, double opacity) {
-    svg << "<rect x='" << x << "' y='" << y << "' width='" << w << "' height='" << h << "' class='" << css << "'";
-    svg << (opacity < 1 ? sentence(" fill-opacity='", opacity, "'") : "") << "/>";
-  };
-  svg << "<svg xmlns='http://www.w3.org/2000/svg' class='schedule' viewBox='0 0 " << width << " " << height << "' width='" << width
-      << "' height='" << height << "' role='img'>\n<title>" << title << "</title>\n" << kStyle;
-  box(0, 0, width, height, "paper", 1);
-  text(10, 20, "head", title);
-  const bool split = s.name == "zb";
-  std::vector<std::pair<const char*, const char*>> legend{{"f", "forward"}, {"b", split ? "input gradient" : "backward"}};
-  if (split) legend.push_back({"w", "weight gradient"});
-  double x = 10;
-  for (const auto& [css, word] : legend) {
-    box(x, 32, 16, 16, css, 1);
-    text(x + 21, 44, "", word);
-    x += 120;
-  }
-  text(x, 44, "", "number: micro-batch", s.chunks > 1 ? ", fainter: later chunk" : "");
-  for (int stage = 0; stage < s.stages; stage++) {
-    text(10, top + row * stage + 18, "", "stage ", stage);
-    text(left + span_px + 8, top + row * stage + 18, "", "idle ", percent(t.bubble(stage)));
-  }
-  for_each_computation(s, t, [&](int stage, const Action& a, const Span& span) {
-    const double from = left + span.start * scale, wide = (span.end - span.start) * scale, y = top + row * stage;
-    svg << "\n<g><title>" << to_string(a) << ": " << span.start << " to " << span.end << "</title>";
-    const char* css = a.kind == Action::forward ? "f" : a.kind == Action::weight_gradient ? "w" : "b";
-    box(from, y + 2, wide, row - 4, css, 1 - 0.7 * a.chunk / s.chunks);
-    if (wide >= 14) text(from + wide / 2, y + 19, "mid", a.microbatch);
-    svg << "</g>";
-  });
-  const double step = round_up(60 / scale);
-  for (int k = 0; k * step <= t.makespan * (1 + 1e-9); k++) {
-    box(left + k * step * scale, bottom + 2, 1, 6, "line", 1);
-    text(left + k * step * scale, bottom + 22, "mid", k * step);
-  }
-  text(left + span_px / 2, bottom + 40, "mid", "time in ", unit_name);
-  return svg.str() + "\n</svg>\n";
 }

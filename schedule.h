@@ -27,10 +27,11 @@
 //           pipeline-parallel DNN training", 2021); interleaved (Narayanan et al., "Efficient large-scale language model training on GPU
 //           clusters using Megatron-LM", SC 2021); zb is ZB-H1 (Qi et al., "Zero bubble pipeline parallelism", 2023)
 // not here  ZB-H2 and ZB-V, uneven chunks a stage, schedules found by search
-// test      tests/test_schedule.cpp; build/show_schedule draws any of them
+// test      tests/test_schedule.cpp; build/show_schedule draws any of them (draw_schedule.h)
 #pragma once
 #include <compare>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -69,12 +70,24 @@ struct Schedule {
   const Action& at(int stage, int index) const { return ranks[stage][index]; }
 };
 
+// How a computation's input comes to its stage, or how its result leaves (send). Nothing at the ends of the model, where one stage has all of
+// it, and for weight gradients.
+std::optional<Transfer> transfer_of(const Schedule& s, int stage, const Action& computation, bool send);
+
+// Calls f(stage, index, action) for each.
+template <class F> void for_each_computation(const Schedule& s, const F& f) {
+  for (int stage = 0; stage < s.stages; stage++)
+    for (int i = 0; i < int(s.ranks[stage].size()); i++)
+      if (s.at(stage, i).kind != Action::exchange) f(stage, i, s.at(stage, i));
+}
+
 // name: gpipe, 1f1b, interleaved or zb. Refuses what a schedule does not allow with a sentence. With one stage there are no transfers:
 // chunk c hands its output to chunk c + 1 in memory.
 Schedule make_schedule(const std::string& name, int stages, int microbatches, int chunks = 1);
 
-// "forward of micro-batch 3, chunk 0"
-std::string to_string(const Action& action);
+const char* name_of(Action::Kind kind);
+std::string to_string(const Action& action);      // "forward of micro-batch 3, chunk 0"
+std::string to_string(const Schedule& schedule);  // "1f1b, 4 stages, 8 micro-batches"
 
 // ---- the checker
 
@@ -87,7 +100,7 @@ std::string check(const Schedule& schedule);
 // ---- the simulator
 
 struct Times { double forward = 1, input_gradient = 1, weight_gradient = 1, send = 0; };  // of one chunk; `backward` takes both gradients'
-using Durations = std::vector<std::vector<double>>;  // [stage][action]; of an exchange: how long each transfer sent there takes
+using Durations = std::vector<std::vector<double>>;  // [stage][action]; of an exchange: how long each of its transfers takes
 Durations durations(const Schedule& schedule, const Times& times);
 
 struct Span { double start, end; };
@@ -106,9 +119,9 @@ Timeline timeline(const Schedule& schedule, std::vector<std::vector<Span>> spans
 // reached, and an exchange completes with its last transfer. The schedule must have passed `check`.
 Timeline simulate(const Schedule& schedule, const Durations& durations);
 
-// The most that is live at once on each stage: chunks' activations of one micro-batch, weighed with bytes[stage][chunk], or counted when
-// `bytes` is empty.
-std::vector<int64_t> peak_live(const Schedule& schedule, const std::vector<std::vector<int64_t>>& bytes = {});
+// The most that is live at once on a stage: chunks' activations of one micro-batch, weighed with bytes[chunk], or counted when `bytes`
+// is empty.
+int64_t peak_live(const Schedule& schedule, int stage, const std::vector<int64_t>& bytes = {});
 
 // ---- theory: the table above
 
@@ -117,9 +130,3 @@ std::vector<int64_t> peak_live(const Schedule& schedule, const std::vector<std::
 double theoretical_idle(const Schedule& schedule, const Times& times = {});
 double theoretical_bubble(const Schedule& schedule, const Times& times = {});  // that as a share of the time
 int64_t theoretical_live(const Schedule& schedule, int stage);                // in chunks' activations: V a micro-batch
-
-// ---- the drawer
-
-// One row a stage, one column `unit` of time; unit = 0 chooses one that fits 100 columns.
-std::string draw_text(const Schedule& schedule, const Timeline& timeline, double unit = 0);
-std::string draw_svg(const Schedule& schedule, const Timeline& timeline, const std::string& title, const std::string& unit_name);

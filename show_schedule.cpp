@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <fstream>
 
-#include "schedule.h"
+#include "draw_schedule.h"
 #include "support/options.h"
 
 namespace {
@@ -64,11 +64,9 @@ void show(const ShowOptions& o) {
   const std::string wrong = check(s);
   REQUIRE(wrong.empty(), "the checker refuses this schedule: ", wrong);
   const Timeline t = simulate(s, durations(s, o.times));
-  const std::string title = sentence(s.name, ": ", s.stages, " stages, ", s.microbatches, " micro-batches",
-                                     s.chunks > 1 ? sentence(", ", s.chunks, " chunks a stage") : "");
   const std::string times = sentence("F = ", o.times.forward, ", B = ", o.times.input_gradient, ", W = ", o.times.weight_gradient,
                                      ", send = ", o.times.send, s.chunks > 1 ? " (of a chunk)" : "");
-  printf("%s; %s\n", title.c_str(), times.c_str());
+  printf("%s; %s\n", to_string(s).c_str(), times.c_str());
   printf("%s", draw_text(s, t, o.times_text.empty() && t.makespan <= 110 ? 1 : 0).c_str());
 
   size_t actions = 0, transfers = 0, groups = 0;
@@ -79,16 +77,15 @@ void show(const ShowOptions& o) {
   printf("bubble    %.2f %% simulated, %.2f %% by formula%s\n", 100 * t.bubble(), 100 * theoretical_bubble(s, o.times),
          o.times.send > 0 ? " (of free sends)" : "");
   std::string walked, formula;
-  const auto live = peak_live(s);
   for (int stage = 0; stage < s.stages; stage++) {
-    walked += sentence(" ", double(live[stage]) / s.chunks);
+    walked += sentence(" ", double(peak_live(s, stage)) / s.chunks);
     formula += sentence(" ", double(theoretical_live(s, stage)) / s.chunks);
   }
   printf("live     %s micro-batches on stages 0 to %d, by formula%s\n", walked.c_str(), s.stages - 1, formula.c_str());
   if (o.actions) print_lists(s);
   if (o.svg.empty()) return;
   std::ofstream file(o.svg);
-  file << draw_svg(s, t, title, o.times_text.empty() ? "forwards of one chunk" : "the unit of --times");
+  file << draw_svg(s, t, to_string(s), o.times_text.empty() ? "forwards of one chunk" : "the unit of --times");
   REQUIRE(file.flush().good(), "cannot write ", o.svg);
   printf("drawn     %s\n", o.svg.c_str());
 }

@@ -127,6 +127,21 @@ static int64_t resume_training(const Options& o, const std::string& data, const 
 
 // ---- training
 
+static StepRecord train_step(const Options& o, const Dataset& data, const Mesh& mesh, Watch& watch, Trainer& trainer, Progress& progress,
+                             int64_t step) {
+  progress.start_step();
+  watch.step(step);
+  const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
+  trainer.pipeline.timed = o.pp > 1 && step == o.steps;
+  communication_clock.start_step(mesh.stream);
+  trainer.gradients([&](int64_t s) { return watch.progress(), data.sequence(step, s, o.seed); });
+  trainer.update(lr);
+  const double loss = trainer.loss(), norm = trainer.norm(), communicated = communication_clock.end_step();
+  REQUIRE(std::isfinite(loss) && std::isfinite(norm), "at step ", step, " the loss is ", loss, " and the gradient norm ", norm,
+          ": training stops here; a smaller --lr or a longer --warmup may help");
+  return progress.end_step(step, loss, norm, lr, o.batch * o.model.context, communicated);
+}
+
 static void train(const Options& o, const Dataset& data, const Job& job, Mesh& mesh, Watch& watch) {
   const bool prints = job.speaks;
   matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
@@ -139,41 +154,26 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
   Metrics metrics(prints ? o.metrics : "", o.resume ? std::optional(resumed) : std::nullopt);
   std::optional<StopSignal> stop;
   if (!o.checkpoint.empty()) stop.emplace();
-  const std::unique_ptr<FILE, int (*)(FILE*)> silent(fopen("/dev/null", "w"), fclose);
-  Progress progress(o.steps, prints ? stdout : silent.get(), isatty(fileno(stdout)));
+  Progress progress(o.steps, prints ? stdout : nullptr, isatty(fileno(stdout)));
   const auto held_out = [&](int64_t s) { return watch.progress(), data.held_out(s); };
-  double first_loss = 0, loss = 0, communicating = 0, training = 0;  // seconds, without the first step, which warms up
+  double first_loss = 0, loss = 0;
   int64_t step = resumed;
-  for (bool stopped = false; step < o.steps && !stopped;) {
-    step++;
-    progress.start_step();
-    watch.step(step);
-    const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
-    trainer.pipeline->timed = o.pp > 1 && step == o.steps;
-    communication_clock.start_step(mesh.stream);
-    trainer.gradients([&](int64_t s) { return watch.progress(), data.sequence(step, s, o.seed); });
-    trainer.update(lr);
-    loss = trainer.loss();
-    const double norm = trainer.norm(), communicated = communication_clock.end_step();
-    if (step == resumed + 1) first_loss = loss;
-    REQUIRE(std::isfinite(loss) && std::isfinite(norm), "at step ", step, " the loss is ", loss, " and the gradient norm ", norm,
-            ": training stops here; a smaller --lr or a longer --warmup may help");
-    const StepRecord record = progress.end_step(step, loss, norm, lr, o.batch * config.context);
+  for (bool last = false; !last;) {
+    const StepRecord record = train_step(o, data, mesh, watch, trainer, progress, ++step);
     metrics.step(record);
-    if (step <= resumed + 2) communicating = training = 0;
-    communicating += communicated, training += record.step_ms * 1e-3;
-    if (o.eval_every && (step % o.eval_every == 0 || step == o.steps)) {
+    loss = record.loss;
+    if (step == resumed + 1) first_loss = loss;
+    if (o.eval_every && (step % o.eval_every == 0 || step == o.steps))
       progress.say(step, format("held-out loss %.4f", trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32), held_out)));
-    }
-    stopped = stop && stop->came();
-    if (!o.checkpoint.empty() && (stopped || step == o.steps || (o.save_every && step % o.save_every == 0))) {
+    last = step == o.steps || (stop && stop->came());
+    if (!o.checkpoint.empty() && (last || (o.save_every && step % o.save_every == 0))) {
       watch.progress();
       progress.say(step, save(o, data.describe(), step, job, mesh, trainer));
     }
-    if (stopped && step < o.steps) {
-      progress.say(step, "stopped by a signal; --resume goes on from here");
-      if (!o.trace.empty()) progress.say(step, "nothing is written to " + o.trace + ": --trace is of the last step");
-    }
+  }
+  if (step < o.steps) {
+    progress.say(step, "stopped by a signal; --resume goes on from here");
+    if (!o.trace.empty()) progress.say(step, "nothing is written to " + o.trace + ": --trace is of the last step");
   }
   progress.done();
   if (o.sample && step == o.steps) print_sample(trainer, data, o.sample, uint64_t(o.seed), watch, prints);
@@ -181,7 +181,7 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
     printf("\nloss     %.4f at step %lld, %.4f at step %lld\n", first_loss, (long long)resumed + 1, loss, (long long)step);
     printf("speed    %s\n", progress.summary(flops_per_token(config)).c_str());
   }
-  compare_with_theory(mesh, trainer, trainer_options(o), step - resumed, communicating / training, o.trace, metrics);
+  compare_with_theory(mesh, trainer, trainer_options(o), step - resumed, progress.communication(), o.trace, metrics);
 }
 
 // ---- main
@@ -201,8 +201,7 @@ int main(int argc, char** argv) {
     resolve(o, device().is_gpu);
     check_ranks(layout(o), job.size);
     check(o);
-    if (const TrainerOptions t = trainer_options(o); o.pp > 1)  // a schedule may refuse this number of micro-batches
-      make_schedule(t.schedule, int(o.pp), int(t.batch / (t.microbatch * o.replicate * o.fsdp)), t.chunks);
+    schedule_of(trainer_options(o), layout(o));  // may refuse this number of micro-batches
     data = std::make_unique<Dataset>(Dataset::open(o.data, o.model.context, o.model.vocab));
     if (!o.checkpoint.empty() && job.rank == 0) make_directory(o.checkpoint);
     return Start{layout(o), o.timeout};

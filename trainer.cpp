@@ -5,57 +5,60 @@
 
 // ---- composition
 
+Schedule schedule_of(const TrainerOptions& o, const Layout& l) {
+  const int64_t all = o.microbatch * l.replicate * l.fsdp;
+  ASSERT(o.batch % all == 0);
+  return make_schedule(l.pp > 1 ? o.schedule : "1f1b", l.pp, int(o.batch / all), o.chunks);
+}
+
 Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options)
-    : gpt(config, mesh.tp, mesh.stream), fsdp(std::make_unique<Fsdp>(mesh, config.dtype, options.fsdp, options.seed)), mesh_(mesh), options_(options) {
-  const int64_t all = options.microbatch * data_ranks();
-  ASSERT(options.batch % all == 0);
+    : gpt(config, mesh.tp, mesh.stream), fsdp(mesh, config.dtype, options.fsdp, options.seed),
+      pipeline(mesh, schedule_of(options, mesh.layout)), mesh_(mesh), options_(options) {
   if (mesh.pp.size > 1) {
     gpt.wte.tied = false;  // embedding and head are on different ranks: each has one use of it
     gpt.wte.counted = mesh.pp.rank == 0;
   }
-  // One stage runs each micro-batch forward and backward, whatever the schedule.
-  const std::string schedule = mesh.pp.size > 1 ? options.schedule : "1f1b";
-  pipeline = std::make_unique<Pipeline>(mesh, make_schedule(schedule, mesh.pp.size, int(options.batch / all), options.chunks));
-  const auto ranges = split_layers(config.layers, head_in_layers(config), pipeline->schedule().positions());
-  for (int c = 0; c < options.chunks; c++) add_piece(c, ranges[pipeline->position(c)], pipeline->is_first(c), pipeline->is_last(c));
-  fsdp->complete_gradients = [this](const std::vector<Param*>& params) { gpt.tp.sum_partial_gradients(params); };
-  optimizer_ = std::make_unique<Optimizer>(fsdp->optimizer_shards(), int64_t(gpt.params().size()), options.clip, options.weight_decay);
+  const auto ranges = split_layers(config.layers, head_in_layers(config), pipeline.schedule().positions());
+  for (int c = 0; c < options.chunks; c++) add_piece(c, ranges[pipeline.position(c)]);
+  fsdp.complete_gradients = [this](const std::vector<Param*>& params) { gpt.tp.sum_partial_gradients(params); };
+  optimizer_ = std::make_unique<Optimizer>(fsdp.optimizer_shards(), int64_t(gpt.params().size()), options.clip, options.weight_decay);
   total_ = Tensor({1}, Dtype::f64, Memory::workspace);
 }
 
 // Units: wte alone, the rest of the root, then each block. Uses: embedding, blocks, head. A rank has those of its pieces.
-void Trainer::add_piece(int chunk, Range layers, bool first, bool last) {
-  Piece piece{layers, first, last};
+void Trainer::add_piece(int chunk, Range layers) {
+  const bool first = pipeline.is_first(chunk), last = pipeline.is_last(chunk);
+  Piece piece{layers};
   std::vector<int> root;
   if (first || last) {
     std::vector<Param*> rest;
     if (first) rest.push_back(&gpt.wpe);
     if (last) rest.insert(rest.end(), {&gpt.ln_f_weight, &gpt.ln_f_bias});
-    tied_unit_ = fsdp->add_unit({&gpt.wte});
-    root = {tied_unit_, fsdp->add_unit(rest)};
+    tied_unit_ = fsdp.add_unit({&gpt.wte});
+    root = {tied_unit_, fsdp.add_unit(rest)};
   }
-  if (first) piece.embedding = fsdp->add_use(root, Backward::nothing, chunk);
-  for (int64_t l = layers.begin; l < layers.end; l++) {
-    const int use = fsdp->add_use({fsdp->add_unit(gpt.blocks[l].params())}, Backward::gathers, chunk);
-    if (l == layers.begin) piece.blocks = use;
-  }
-  if (last) piece.head = fsdp->add_use(root, Backward::keeps, chunk);
+  if (first) piece.uses.push_back(fsdp.add_use(root, Backward::nothing, chunk));
+  for (int64_t l = layers.begin; l < layers.end; l++)
+    piece.uses.push_back(fsdp.add_use({fsdp.add_unit(gpt.blocks[l].params())}, Backward::gathers, chunk));
+  if (last) piece.uses.push_back(fsdp.add_use(root, Backward::keeps, chunk));
   pieces_.push_back(piece);
 }
 
-Var Trainer::forward(Tape& tape, const Piece& piece, const Var& in, const Tokens& tokens) {
+Var Trainer::forward(Tape& tape, int chunk, const Var& in, const Tokens& tokens) {
+  const Range layers = pieces_[chunk].layers;
+  auto use = pieces_[chunk].uses.begin();
   Var x = in;
-  if (piece.first) x = fsdp->run(tape, piece.embedding, [&] { return gpt.embed(tape, tokens); });
-  for (int64_t l = piece.layers.begin; l < piece.layers.end; l++)
-    x = fsdp->run(tape, piece.blocks + int(l - piece.layers.begin), [&] { return gpt.block(tape, l, x, tokens.B, tokens.T); });
+  if (pipeline.is_first(chunk)) x = fsdp.run(tape, *use++, [&] { return gpt.embed(tape, tokens); });
+  for (int64_t l = layers.begin; l < layers.end; l++)
+    x = fsdp.run(tape, *use++, [&] { return gpt.block(tape, l, x, tokens.B, tokens.T); });
   return x;
 }
 
 // What the next piece goes on with; after the last one nothing: the loss has been added up.
-Var Trainer::forward_loss(Tape& tape, const Piece& piece, const Var& in, const Tokens& tokens, double scale) {
-  const Var x = forward(tape, piece, in, tokens);
-  if (!piece.last) return x;
-  return fsdp->run(tape, piece.head, [&] {
+Var Trainer::forward_loss(Tape& tape, int chunk, const Var& in, const Tokens& tokens, double scale) {
+  const Var x = forward(tape, chunk, in, tokens);
+  if (!pipeline.is_last(chunk)) return x;
+  return fsdp.run(tape, pieces_[chunk].uses.back(), [&] {
     gpt.tp.cross_entropy(tape, gpt.logits(tape, x, tokens.B * tokens.T), tokens.targets, scale, total_);
     return Var{};
   });
@@ -77,16 +80,16 @@ Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) co
 // ---- a step
 
 void Trainer::gradients(const Sequences& batch) {
-  const int64_t b = options_.microbatch, T = gpt.config.context, microbatches = options_.batch / (b * data_ranks());
+  const int64_t b = options_.microbatch, T = gpt.config.context;
   const auto work = [&](Tape& tape, int chunk, const Var& in, int i) {
     const Tokens tokens = read((i * data_ranks() + data_rank()) * b, b, batch);
-    return forward_loss(tape, pieces_[chunk], in, tokens, 1.0 / double(options_.batch * tokens.T));
+    return forward_loss(tape, chunk, in, tokens, 1.0 / double(options_.batch * tokens.T));
   };
   fill(total_, 0);
-  fsdp->begin_step(int(microbatches));
-  pipeline->run(activation(b * T), gpt.config.dtype, work);
-  fsdp->finish_backward();
-  pipeline->sum_tied(fsdp->gradient_shard(tied_unit_));
+  fsdp.begin_step(pipeline.schedule().microbatches);
+  pipeline.run(activation(b * T), gpt.config.dtype, work);
+  fsdp.finish_backward();
+  pipeline.sum_tied(fsdp.gradient_shard(tied_unit_));
   sum_loss();
 }
 
@@ -94,7 +97,7 @@ void Trainer::sum_loss() { sum_over(mesh_, {&mesh_.fsdp, &mesh_.replicate, &mesh
 
 void Trainer::update(double lr) {
   optimizer_->step(lr, [this](const Tensor& squares) { sum_over(mesh_, {&mesh_.fsdp, &mesh_.tp, &mesh_.pp}, squares, Traffic::norm); });
-  fsdp->end_step();
+  fsdp.end_step();
 }
 
 // ---- forward only
@@ -105,16 +108,16 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
   fill(total_, 0);
   // Whole rounds first; then one sequence a rank, ranks that have none left repeating one at weight 0: all ranks run the same collectives.
   const auto add = [&](int64_t first, int64_t count, int64_t times) {
-    pipeline->forward(activation(count * T), gpt.config.dtype, int(times), [&](Tape& tape, int chunk, const Var& in, int i) {
+    pipeline.forward(activation(count * T), gpt.config.dtype, int(times), [&](Tape& tape, int chunk, const Var& in, int i) {
       const int64_t mine = first + (i * data_ranks() + data_rank()) * count;
       const Tokens tokens = read(std::min(mine, sequences - count), count, held_out);
-      return forward_loss(tape, pieces_[chunk], in, tokens, mine < sequences ? 1.0 / double(sequences * tokens.T) : 0.0);
+      return forward_loss(tape, chunk, in, tokens, mine < sequences ? 1.0 / double(sequences * tokens.T) : 0.0);
     });
   };
   add(0, b, rounds);
   add(rounds * round, 1, (sequences - rounds * round + data_ranks() - 1) / data_ranks());
   sum_loss();
-  fsdp->end_step();
+  fsdp.end_step();
   return loss();
 }
 
@@ -122,12 +125,11 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
   const Purpose purpose(Traffic::evaluation);
   const int64_t n = int64_t(tokens.size());
   Tensor next;
-  pipeline->forward(activation(n), gpt.config.dtype, 1, [&](Tape& tape, int chunk, const Var& in, int) {
-    const Piece& piece = pieces_[chunk];
-    const Var x = forward(tape, piece, in, Tokens(1, n, tokens, tokens, gpt.tp.part(gpt.config.vocab)));
-    if (!piece.last) return x;
+  pipeline.forward(activation(n), gpt.config.dtype, 1, [&](Tape& tape, int chunk, const Var& in, int) {
+    const Var x = forward(tape, chunk, in, Tokens(1, n, tokens, tokens, gpt.tp.part(gpt.config.vocab)));
+    if (!pipeline.is_last(chunk)) return x;
     const Var last{gpt.tp.one_row(x.value, n, n - 1)};
-    next = gpt.tp.whole_logits(fsdp->run(tape, piece.head, [&] { return gpt.logits(tape, last, 1); }).value, gpt.config.vocab);
+    next = gpt.tp.whole_logits(fsdp.run(tape, pieces_[chunk].uses.back(), [&] { return gpt.logits(tape, last, 1); }).value, gpt.config.vocab);
     return Var{};
   });
   if (next.empty()) {  // another stage has them

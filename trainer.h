@@ -20,6 +20,8 @@ struct TrainerOptions {
   std::string schedule = "1f1b";  // of the pipeline, where pp > 1
   int chunks = 1;                 // pieces of the model a stage
 };
+// What a layout does in a step. On one stage each micro-batch runs forward and backward, whatever the options' schedule.
+Schedule schedule_of(const TrainerOptions& options, const Layout& layout);
 
 // Sequence s of a batch: context + 1 tokens, the last ones are only targets.
 using Sequences = std::function<std::vector<int>(int64_t s)>;
@@ -33,27 +35,26 @@ class Trainer {
   Optimizer& optimizer() { return *optimizer_; }  // its shards are what this rank saves and resumes
   double norm() const { return optimizer_->norm(); }   // of the last update's gradients, before clipping; waits for the device
 
-  int64_t kept_activations() const { return pipeline->most_live_bytes(); }
+  int64_t kept_activations() const { return pipeline.most_live_bytes(); }
 
   double evaluate(int64_t sequences, const Sequences& held_out);           // mean loss, the same in every layout
   std::vector<double> next_logits(const std::vector<int>& tokens);         // (V) after the last token; every rank calls it
 
   Gpt gpt;
-  std::unique_ptr<Fsdp> fsdp;
-  std::unique_ptr<Pipeline> pipeline;  // of one stage where pp is 1
+  Fsdp fsdp;
+  Pipeline pipeline;  // of one stage where pp is 1
 
  private:
   struct Piece {  // of the model, on this rank: one, or one a chunk of the pipeline
     Range layers;
-    bool first, last;  // has the embedding, the head
-    int embedding = 0, blocks = 0, head = 0;  // FSDP's numbers of their uses; of the blocks: the first one's
+    std::vector<int> uses = {};  // FSDP's numbers of what it computes, in order: the embedding, if it has it, its blocks, the head
   };
   int data_ranks() const { return mesh_.fsdp.size * mesh_.replicate.size; }
-  Tokens read(int64_t first, int64_t count, const Sequences& sequence) const;
   int data_rank() const { return mesh_.replicate.rank * mesh_.fsdp.size + mesh_.fsdp.rank; }
-  void add_piece(int chunk, Range layers, bool first, bool last);
-  Var forward(Tape& tape, const Piece& piece, const Var& in, const Tokens& tokens);
-  Var forward_loss(Tape& tape, const Piece& piece, const Var& in, const Tokens& tokens, double scale);
+  Tokens read(int64_t first, int64_t count, const Sequences& sequence) const;
+  void add_piece(int chunk, Range layers);
+  Var forward(Tape& tape, int chunk, const Var& in, const Tokens& tokens);
+  Var forward_loss(Tape& tape, int chunk, const Var& in, const Tokens& tokens, double scale);
   void sum_loss();
   Shape activation(int64_t rows) const { return {gpt.tp.slice(rows), gpt.config.width}; }
 

@@ -61,13 +61,14 @@ Progress::Progress(int64_t steps, FILE* out, bool terminal) : steps_(steps), out
 
 void Progress::start_step() { step_started_ = Clock::now(); }
 
-StepRecord Progress::end_step(int64_t step, double loss, double norm, double lr, int64_t tokens) {
+StepRecord Progress::end_step(int64_t step, double loss, double norm, double lr, int64_t tokens, double communicated) {
   const double s = std::max(seconds(Clock::now() - step_started_), 1e-9);
   if (first_step_ == 0) first_step_ = step;
-  if (timed_steps_ == 0 || step == first_step_ + 1) timed_steps_ = timed_tokens_ = 0, timed_seconds_ = 0;  // the second replaces the first
-  timed_steps_++;
-  timed_tokens_ += tokens;
-  timed_seconds_ += s;
+  if (step == first_step_ + 1) timed_ = {};  // the second replaces the first
+  timed_.steps++;
+  timed_.tokens += tokens;
+  timed_.seconds += s;
+  timed_.communicated += communicated;
   const StepRecord r{step, loss, norm, lr, double(tokens) / s, s * 1e3};
   print(r);
   return r;
@@ -82,26 +83,28 @@ void Progress::print(const StepRecord& r) {
   printed_ = now;
   const double left = seconds(now - started_) / double(r.step - first_step_ + 1) * double(steps_ - r.step);
   const std::string text = format("step %lld/%lld  loss %.4f  norm %.3f  lr %.2e  %.0f tokens/s  %s left", (long long)r.step,
-      (long long)steps_, r.loss, r.grad_norm, r.lr, double(timed_tokens_) / timed_seconds_, duration(left).c_str());
-  fprintf(out_, terminal_ ? "\r%s\033[K" : "%s\n", text.c_str());
-  fflush(out_);
+      (long long)steps_, r.loss, r.grad_norm, r.lr, double(timed_.tokens) / timed_.seconds, duration(left).c_str());
+  show(terminal_ ? "\r" + text + "\033[K" : text + "\n");
   line_open_ = terminal_;
 }
 
+void Progress::show(const std::string& text) {
+  if (out_) fputs(text.c_str(), out_), fflush(out_);
+}
+
 void Progress::say(int64_t step, const std::string& what) {
-  fprintf(out_, "%sstep %lld/%lld  %s\n", line_open_ ? "\r\033[K" : "", (long long)step, (long long)steps_, what.c_str());
-  fflush(out_);
+  show(sentence(line_open_ ? "\r\033[K" : "", "step ", step, "/", steps_, "  ", what, "\n"));
   line_open_ = false;
 }
 
 void Progress::done() {
-  if (line_open_) fputc('\n', out_), fflush(out_);
+  if (line_open_) show("\n");
   line_open_ = false;
 }
 
 std::string Progress::summary(double flops_per_token) const {
-  if (timed_steps_ == 0) return "no step was timed";
-  const double rate = double(timed_tokens_) / timed_seconds_;
-  return format("%.0f tokens/s, %.1f ms a step, %.4g GFLOP/s", rate, timed_seconds_ * 1e3 / double(timed_steps_),
+  if (timed_.steps == 0) return "no step was timed";
+  const double rate = double(timed_.tokens) / timed_.seconds;
+  return format("%.0f tokens/s, %.1f ms a step, %.4g GFLOP/s", rate, timed_.seconds * 1e3 / double(timed_.steps),
                 rate * flops_per_token / 1e9);
 }

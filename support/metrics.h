@@ -40,21 +40,25 @@ class Metrics {  // JSON lines; what JSON cannot say, infinities and NaN, is nul
 
 class Progress {  // on a terminal one line rewritten in place; elsewhere about twenty lines, or more of a slow run
  public:
-  Progress(int64_t steps, FILE* out, bool terminal);
+  Progress(int64_t steps, FILE* out, bool terminal);  // out null: says nothing
   ~Progress() { done(); }
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
   void start_step();
-  StepRecord end_step(int64_t step, double loss, double norm, double lr, int64_t tokens);  // prints, and times the step
+  // Prints, and times the step. communicated: how many seconds of it the communication queue was busy.
+  StepRecord end_step(int64_t step, double loss, double norm, double lr, int64_t tokens, double communicated = 0);
   void say(int64_t step, const std::string& what);  // a line that stays
   void done();
-  std::string summary(double flops_per_token) const;  // speed; the first step, which warms up, counts only if it is the only one
+  // Speed, and the share of the time in which the queue was busy; the first step, which warms up, counts only if it is the only one.
+  std::string summary(double flops_per_token) const;
+  double communication() const { return timed_.communicated / timed_.seconds; }
 
  private:
   using Clock = std::chrono::steady_clock;
   void print(const StepRecord& r);
-  int64_t steps_, first_step_ = 0, timed_steps_ = 0, timed_tokens_ = 0;
-  double timed_seconds_ = 0;
+  void show(const std::string& text);
+  struct { int64_t steps = 0, tokens = 0; double seconds = 0, communicated = 0; } timed_;
+  int64_t steps_, first_step_ = 0;
   FILE* out_;
   bool terminal_, line_open_ = false;
   Clock::time_point started_, step_started_, printed_;

@@ -9,7 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
-#include "schedule.h"
+#include "draw_schedule.h"
 #include "support/check.h"
 
 namespace {
@@ -279,8 +279,11 @@ std::string curves(const std::vector<Job>& jobs) {
          lines(format("How far each is from serial: %.1e at most, the rounding of f32", worst), "relative difference of the loss, in units of 1e-7", differences);
 }
 
+// All pipelines on one scale of time: a shorter step is a shorter drawing.
 std::string timelines(const std::vector<Job>& jobs) {
-  std::string s;
+  struct Drawn { const Job& job; Schedule schedule; Timeline executed; };
+  std::vector<Drawn> all;
+  double longest = 0;
   for (const Job& j : jobs) {
     if (!has_pipeline(j) || j.trace.is_null()) continue;
     const Schedule schedule = schedule_of(j);
@@ -291,8 +294,15 @@ std::string timelines(const std::vector<Job>& jobs) {
         const double start = event["ts"].get<double>() / 1e3;
         spans[size_t(event["tid"].get<int>() / pipelines)].push_back({start, start + event["dur"].get<double>() / 1e3});
       }
-    const std::string title = j.name + ": bubble " + bubble(j, "bubble") + " executed, " + bubble(j, "predicted_bubble") + " predicted from mean times, " + bubble(j, nullptr) + " if F = B = W";
-    s += "<div class=scroll tabindex=0 role=region aria-label='timeline of " + j.name + "'>" + draw_svg(schedule, timeline(schedule, spans), title, "ms") + "</div>\n";
+    all.push_back({j, schedule, timeline(schedule, spans)});
+    longest = std::max(longest, all.back().executed.makespan);
+  }
+  std::string s;
+  for (const auto& [j, schedule, executed] : all) {
+    const std::string title = j.name + ": bubble " + bubble(j, "bubble") + " executed, " + bubble(j, "predicted_bubble") +
+                              " predicted from mean times, " + bubble(j, nullptr) + " if F = B = W";
+    s += "<div class=scroll tabindex=0 role=region aria-label='timeline of " + j.name + "'>" +
+         draw_svg(schedule, executed, title, "ms", 1400 / longest) + "</div>\n";
   }
   return s;
 }

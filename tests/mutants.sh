@@ -95,11 +95,11 @@ mutant faults weight_gradients_are_computed_twice pipeline.cpp 's/live.later.pop
 live=live_micro_batches accepts=checker_accepts
 mutant faults the_warm_up_is_one_forward_longer schedule.cpp 's/int warm = p - 1 - s;/int warm = p - s;/' 1 immediate test_schedule $live
 mutant faults the_warm_up_over_chunks_is_one_forward_longer schedule.cpp 's/\(V - 1\) \* p;/(V - 1) * p + 1;/' 1 immediate test_schedule $live
-mutant faults weight_gradients_are_put_off_by_one_more schedule.cpp 's/k >= s\)/k > s)/; s/k - s\)/k - s - 1)/; s/all - s, 0/all - s - 1, 0/' 1 immediate test_schedule $live
+mutant faults weight_gradients_are_put_off_by_one_more schedule.cpp 's/k >= s\)/k > s)/; s/k - s\)/k - s - 1)/; s/all \+ s;/all + s + 1;/' 1 immediate test_schedule $live
 mutant faults the_first_weight_gradient_is_left_out schedule.cpp 's/k >= s\)/k > s)/' 1 immediate test_schedule $accepts
-mutant faults transfers_are_placed_a_tick_late schedule.cpp 's/meetings\[\{end\[stage\]\[i\].tick,/meetings[{end[stage][i].tick + 1,/' 1 immediate test_schedule $accepts
-mutant faults transfers_come_after_the_computations_of_their_tick schedule.cpp 's/\{tick, 0, m.when/{tick, 2, m.when/' 1 immediate test_schedule $accepts
-mutant faults a_transfer_takes_no_moment schedule.cpp 's/input->second.moments \+ 1/input->second.moments/' 1 immediate test_schedule
+mutant faults transfers_are_placed_a_tick_late schedule.cpp 's/meetings\[\{std::floor\(end\),/meetings[{std::floor(end) + 1,/' 1 immediate test_schedule $accepts
+mutant faults transfers_come_after_the_computations_of_their_tick schedule.cpp 's/\{tick, false, m.when/{tick + 0.5, false, m.when/' 1 immediate test_schedule $accepts
+mutant faults a_transfer_takes_no_moment schedule.cpp 's/end \+ \*wire/end/' 1 immediate test_schedule
 
 mesh=open_mesh ledger=ledger_enters
 mutant faults tp_ranks_of_other_lines_talk comm.cpp 's/split\(m.tp, job.rank - tp\)/split(m.tp, tp)/' 4 immediate test_comm $mesh

@@ -120,7 +120,7 @@ TEST(bytes_sent_and_live_activations_equal_the_formulas_exactly) {
     const std::string name = sentence(name_of(config.dtype), " ", s.name());
     const TrainerOptions options = s.options(3 * s.microbatches * s.layout.replicate * s.layout.fsdp);
     bytes += equals_theory(mesh, config, options, name, [&](Trainer& trainer) {
-      CHECK_EQ(trainer.pipeline->most_live(), peak_live(schedule)[mesh.pp.rank], name, ": live micro-batches");
+      CHECK_EQ(trainer.pipeline.most_live(), peak_live(schedule, mesh.pp.rank), name, ": live micro-batches");
     });
     settings++;
   });

@@ -2,7 +2,7 @@
 //
 // idea      everything here is integers: times are whole numbers, which doubles hold exactly, and shares are compared by cross products.
 // range     stages 1..8, micro-batches 1..32, chunks 1..4 wherever it says "all"
-#include "schedule.h"
+#include "draw_schedule.h"
 
 #include <algorithm>
 #include <array>
@@ -257,13 +257,12 @@ TEST(live_micro_batches_equal_the_formulas) {
   int cases = 0;
   for_all([&](const std::string& name, int p, int m, int V) {
     const Schedule s = make_schedule(name, p, m, V);
-    const auto live = peak_live(s);
     for (int stage = 0; stage < p; stage++) {
       int64_t expected = m;
       if (name == "1f1b") expected = std::min(p - stage, m);
       if (name == "zb") expected = std::min(p, m);
       if (name == "interleaved") expected = std::min(2 * (p - stage - 1) + (V - 1) * p + 1, V * m);
-      CHECK_EQ(live[stage], expected, label(s), " stage ", stage);
+      CHECK_EQ(peak_live(s, stage), expected, label(s), " stage ", stage);
       CHECK_EQ(theoretical_live(s, stage), expected, label(s), " stage ", stage);
       cases++;
     }
@@ -601,10 +600,10 @@ TEST(the_simulator_equals_three_cases_by_hand) {
 
 TEST(peak_bytes_are_weighed_by_chunk) {
   const Schedule s = make_schedule("interleaved", 2, 2, 2);  // stage 0: F0 F0' in turn; all four chunk activations live
-  CHECK_EQ(peak_live(s)[0], 4);
-  CHECK_EQ(peak_live(s, {{100, 10}, {1000, 1}})[0], 220);
-  CHECK_EQ(peak_live(s, {{100, 10}, {1000, 1}})[1], 2001);  // at most 3 at once on stage 1: chunk 0 twice, chunk 1 once
-  CHECK_EQ(peak_live(make_schedule("gpipe", 3, 7), {{5}, {6}, {7}})[2], 49);
+  CHECK_EQ(peak_live(s, 0), 4);
+  CHECK_EQ(peak_live(s, 0, {100, 10}), 220);
+  CHECK_EQ(peak_live(s, 1, {1000, 1}), 2001);  // at most 3 at once on stage 1: chunk 0 twice, chunk 1 once
+  CHECK_EQ(peak_live(make_schedule("gpipe", 3, 7), 2, {7}), 49);
 }
 
 TEST(the_one_queue_costs_next_to_nothing) {

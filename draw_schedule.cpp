@@ -1,0 +1,105 @@
+// draw_schedule.cpp: see draw_schedule.h.
+#include "draw_schedule.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "support/check.h"
+
+namespace {
+
+// 1, 2 or 5 times a power of ten, at least x.
+double round_up(double x) {
+  const double power = std::pow(10, std::floor(std::log10(x)));
+  for (const double factor : {1, 2, 5})
+    if (factor * power >= x * (1 - 1e-9)) return factor * power;
+  return 10 * power;
+}
+std::string percent(double share) { return format("%.1f %%", 100 * share); }
+// Colours of a light page, and of a dark one.
+const char* kStyle = R"(<style>
+.schedule{font:11px sans-serif} .schedule .head{font-size:15px} .schedule .mid{text-anchor:middle}
+.schedule text{fill:#1f2328} .schedule .paper{fill:#fff} .schedule g rect{stroke:#fff} .schedule .line{fill:#8c959f}
+.schedule .f{fill:#a9ceff} .schedule .b{fill:#96deb8} .schedule .w{fill:#ffcf94}
+@media (prefers-color-scheme:dark){
+.schedule text{fill:#f0f3f6} .schedule .paper{fill:#0d1117} .schedule g rect{stroke:#0d1117} .schedule .line{fill:#656d76}
+.schedule .f{fill:#1f5fa8} .schedule .b{fill:#1d7248} .schedule .w{fill:#94550a}
+}
+</style>
+)";
+
+}  // namespace
+
+std::string draw_text(const Schedule& s, const Timeline& t, double unit) {
+  ASSERT(t.makespan > 0, "there is nothing to draw");
+  if (unit <= 0) unit = round_up(t.makespan / 100);
+  const int columns = int(std::ceil(t.makespan / unit - 1e-9));
+  std::vector<std::string> marks(s.stages, std::string(columns, '.')), chunks(s.stages, std::string(columns, ' '));
+  for_each_computation(s, [&](int stage, int i, const Action& a) {
+    const Span& span = t.spans[stage][i];
+    const char first = a.kind == Action::forward ? '0' : a.kind == Action::weight_gradient ? 'A' : 'a';
+    for (int c = int(std::lround(span.start / unit)); c < std::min(int(std::lround(span.end / unit)), columns); c++) {
+      marks[stage][c] = char(first + a.microbatch % 10);
+      chunks[stage][c] = char('0' + a.chunk % 10);
+    }
+  });
+  std::string text = "time      ";
+  for (int c = 0; c <= columns; c += 10) (text += sentence(std::stod(format("%.3g", c * unit)))).resize(c + 20, ' ');
+  text = text.substr(0, text.find_last_not_of(' ') + 1) + "\n";
+  for (int stage = 0; stage < s.stages; stage++) {
+    text += sentence("stage ", stage < 10 ? " " : "", stage, " |", marks[stage], "| idle ", percent(t.bubble(stage)), "\n");
+    if (s.chunks > 1) text += sentence("   chunk |", chunks[stage], "|\n");
+  }
+  return text + sentence("          0-9 forward of micro-batch 0-9", s.microbatches > 10 ? ", 10-19, ..." : "", "   a-j its ",
+                         s.name == "zb" ? "input gradient   A-J its weight gradient" : "backward", "   . idle\n");
+}
+
+std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& title, const std::string& unit_name,
+                     double scale) {
+  ASSERT(t.makespan > 0, "there is nothing to draw");
+  if (scale <= 0) scale = std::clamp(72.0 * s.microbatches * s.chunks, 640.0, 2400.0) / t.makespan;
+  const double span_px = t.makespan * scale;
+  const double left = 70, top = 64, row = 30, width = left + span_px + 90, bottom = top + row * s.stages, height = bottom + 50;
+  std::ostringstream svg;
+  const auto text = [&](double x, double y, const char* css, const auto&... words) {
+    (svg << "<text x='" << x << "' y='" << y << "' class='" << css << "'>" << ... << words) << "</text>";
+  };
+  const auto box = [&](double x, double y, double w, double h, const char* css, double opacity) {
+    svg << "<rect x='" << x << "' y='" << y << "' width='" << w << "' height='" << h << "' class='" << css << "'";
+    svg << (opacity < 1 ? sentence(" fill-opacity='", opacity, "'") : "") << "/>";
+  };
+  svg << "<svg xmlns='http://www.w3.org/2000/svg' class='schedule' viewBox='0 0 " << width << " " << height << "' width='" << width
+      << "' height='" << height << "' role='img'>\n<title>" << title << "</title>\n" << kStyle;
+  box(0, 0, width, height, "paper", 1);
+  text(10, 20, "head", title);
+  const bool split = s.name == "zb";
+  std::vector<std::pair<const char*, const char*>> legend{{"f", "forward"}, {"b", split ? "input gradient" : "backward"}};
+  if (split) legend.push_back({"w", "weight gradient"});
+  double x = 10;
+  for (const auto& [css, word] : legend) {
+    box(x, 32, 16, 16, css, 1);
+    text(x + 21, 44, "", word);
+    x += 120;
+  }
+  text(x, 44, "", "number: micro-batch", s.chunks > 1 ? ", fainter: later chunk" : "");
+  for (int stage = 0; stage < s.stages; stage++) {
+    text(10, top + row * stage + 18, "", "stage ", stage);
+    text(left + span_px + 8, top + row * stage + 18, "", "idle ", percent(t.bubble(stage)));
+  }
+  for_each_computation(s, [&](int stage, int i, const Action& a) {
+    const auto [start, end] = t.spans[stage][i];
+    const double from = left + start * scale, wide = (end - start) * scale, y = top + row * stage;
+    svg << "\n<g><title>" << to_string(a) << ": " << start << " to " << end << "</title>";
+    const char* css = a.kind == Action::forward ? "f" : a.kind == Action::weight_gradient ? "w" : "b";
+    box(from, y + 2, wide, row - 4, css, 1 - 0.7 * a.chunk / s.chunks);
+    if (wide >= 14) text(from + wide / 2, y + 19, "mid", a.microbatch);
+    svg << "</g>";
+  });
+  const double step = round_up(60 / scale);
+  for (int k = 0; k * step <= t.makespan * (1 + 1e-9); k++) {
+    box(left + k * step * scale, bottom + 2, 1, 6, "line", 1);
+    text(left + k * step * scale, bottom + 22, "mid", k * step);
+  }
+  text(left + span_px / 2, bottom + 40, "mid", "time in ", unit_name);
+  return svg.str() + "\n</svg>\n";
+}

@@ -1,0 +1,11 @@
+// draw_schedule.h: a timeline of a pipeline as text for a terminal and as SVG for a page.
+// idea      one row a stage; a computation is as long as it took, and numbered by its micro-batch
+// test      tests/test_schedule.cpp
+#pragma once
+#include "schedule.h"
+
+// One column `unit` of time; unit = 0 chooses one that fits 100 columns.
+std::string draw_text(const Schedule& schedule, const Timeline& timeline, double unit = 0);
+// scale: pixels a unit of time, for drawings that are to be compared; 0 chooses one that leaves room for the numbers.
+std::string draw_svg(const Schedule& schedule, const Timeline& timeline, const std::string& title, const std::string& unit_name,
+                     double scale = 0);
