@@ -66,11 +66,18 @@ class Job {
   std::atomic<bool>* explained = nullptr;  // shared by the ranks of this node once there is a Watch
 };
 
-// Host-side MPI without a spinning core: started non-blocking, then tested, yielding between tests.
-void wait(MPI_Request& request);
+// Host-side MPI without a spinning core: the last argument of a non-blocking call, MPI_Ibarrier(MPI_COMM_WORLD, Finished()). At the end of
+// the statement it waits for the call, yielding between tests.
+class Finished {
+ public:
+  ~Finished();
+  operator MPI_Request*() { return &request_; }
+
+ private:
+  MPI_Request request_ = MPI_REQUEST_NULL;
+};
 void barrier();
-std::vector<std::string> gather_text(const std::string& mine);  // of all ranks, on rank 0; nothing elsewhere
-std::string broadcast_text(const std::string& text, int root);  // the root's
+std::vector<std::string> gather_text(const std::string& mine);  // of all ranks, on every rank
 
 // ---- the mesh
 

@@ -231,7 +231,7 @@ int main(int argc, char** argv) {
     return Start{layout(o), o.timeout};
   };
   return run_program("generate", argc, argv, prepare, [&](const Job& job, Mesh& mesh, Watch& watch) {
-    prompts = nlohmann::json::parse(broadcast_text(nlohmann::json(prompts).dump(), 0));  // rank 0's, on every rank
+    prompts = nlohmann::json::parse(gather_text(nlohmann::json(prompts).dump())[0]);  // rank 0's
     generate(o, job, mesh, checkpoint.get(), *tokenizer, prompts, watch);
   });
 }

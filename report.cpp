@@ -16,9 +16,7 @@ static double mib(int64_t bytes) { return double(bytes) / 1048576.0; }
 // The vectors of all ranks, one after the other, on rank 0.
 static std::vector<int64_t> collect(const Mesh& mesh, const std::vector<int64_t>& mine) {
   std::vector<int64_t> all(mine.size() * size_t(mesh.size));
-  MPI_Request request;
-  MPI_Igather(mine.data(), int(mine.size()), MPI_INT64_T, all.data(), int(mine.size()), MPI_INT64_T, 0, MPI_COMM_WORLD, &request);
-  wait(request);
+  MPI_Igather(mine.data(), int(mine.size()), MPI_INT64_T, all.data(), int(mine.size()), MPI_INT64_T, 0, MPI_COMM_WORLD, Finished());
   return all;
 }
 

@@ -41,15 +41,12 @@ static void* share(const Job& job, size_t bytes) {
   }
   MPI_Comm node;
   MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, job.rank, MPI_INFO_NULL, &node);
-  MPI_Request request;
-  MPI_Ibcast(place, 2, MPI_INT, 0, node, &request);
-  wait(request);
+  MPI_Ibcast(place, 2, MPI_INT, 0, node, Finished());
   const int fd = job.local_rank == 0 ? place[1] : open(sentence("/proc/", place[0], "/fd/", place[1]).c_str(), O_RDWR | O_CLOEXEC);
   REQUIRE(fd >= 0, "cannot open the watch's records of process ", place[0], ": ", strerror(errno), " (ranks of one node need the same user)");
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   ASSERT(memory != MAP_FAILED, strerror(errno));
-  MPI_Ibarrier(node, &request);
-  wait(request);  // nobody closes before all have opened
+  MPI_Ibarrier(node, Finished());  // nobody closes before all have opened
   close(fd);
   MPI_Comm_free(&node);
   return memory;
