@@ -58,6 +58,7 @@ class Job {
   void check_launcher();         // an Error when mpiexec belongs to another MPI and started n worlds of one rank
   int rank = 0, size = 1;
   int local_rank = 0, local_size = 1;  // among the ranks of this node: local_rank is the CUDA device
+  MPI_Comm node;                       // these ranks
   bool speaks = true;                  // what concerns all ranks is said by rank 0; of n worlds of one, by the launcher's first
   // Every rank calls it with its own error or "": each learns whether all are well, and the first failing rank's sentence.
   std::string agree(const std::string& error) const;

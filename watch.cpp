@@ -3,7 +3,6 @@
 
 #include <fcntl.h>
 #include <sys/epoll.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -30,27 +29,7 @@ static std::string place_of(const WatchRecord& r) {  // "step 13, all_reduce #18
   return s + sentence(name_of(Collective(r.collective.load())), " #", r.collectives, " (", r.axis, ")");
 }
 
-// ---- records that outlive their rank
-
-// Memory that every rank of the node maps: the first one creates it, the others open it through its process.
-static void* share(const Job& job, size_t bytes) {
-  int place[2] = {int(getpid()), -1};
-  if (job.local_rank == 0) {
-    place[1] = memfd_create("threefold-watch", MFD_CLOEXEC);
-    ASSERT(place[1] >= 0 && ftruncate(place[1], off_t(bytes)) == 0, strerror(errno));
-  }
-  MPI_Comm node;
-  MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, job.rank, MPI_INFO_NULL, &node);
-  MPI_Ibcast(place, 2, MPI_INT, 0, node, Finished());
-  const int fd = job.local_rank == 0 ? place[1] : open(sentence("/proc/", place[0], "/fd/", place[1]).c_str(), O_RDWR | O_CLOEXEC);
-  REQUIRE(fd >= 0, "cannot open the watch's records of process ", place[0], ": ", strerror(errno), " (ranks of one node need the same user)");
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  ASSERT(memory != MAP_FAILED, strerror(errno));
-  MPI_Ibarrier(node, Finished());  // nobody closes before all have opened
-  close(fd);
-  MPI_Comm_free(&node);
-  return memory;
-}
+// ---- set-up
 
 // SIGTERM and Ctrl-C are for the watch's thread, and not for the threads that compute, which start later: a signal that interrupts one of oneDNN's
 // matrix products has been seen to corrupt the heap.
@@ -61,14 +40,19 @@ static void set_signals(int how) {
 }
 
 Watch::Watch(Job& job, double timeout_seconds) : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
-  records_ = static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * size_t(job.local_size)));
-  mine_ = &records_[job.local_rank];
+  // Never freed: the job may end after the watch, and a window cannot be freed where a rank throws.
+  MPI_Win window;
+  MPI_Aint bytes;
+  int unit;
+  MPI_Win_allocate_shared(sizeof(WatchRecord), 1, MPI_INFO_NULL, job.node, &mine_, &window);  // one after the other, by rank
+  MPI_Win_shared_query(window, 0, &bytes, &unit, &records_);
+  new (mine_) WatchRecord();
   ASSERT(pipe2(lifeline_, O_CLOEXEC) == 0, strerror(errno));
   mine_->rank = job.rank, mine_->pid = getpid(), mine_->lifeline = lifeline_[0];
   mine_->heartbeat_ms = mine_->progress_ms = now_ms();
   mine_->step = -1;
   barrier();  // every record is filled in
-  job.explained = &records_[0].explained;  // the records stay mapped: the job may end after the watch
+  job.explained = &records_[0].explained;
   if (job.local_rank == 0) start_child();
   ledger.on_enter = [this](const Axis& axis, Collective c) {
     strncpy(mine_->axis, axis.name, sizeof mine_->axis - 1);
@@ -176,11 +160,11 @@ void Watch::start_child() {
     left--;
     const WatchRecord& r = records_[event.data.u32];
     if (r.finished) continue;
-    if (records_[0].explained.exchange(true)) _exit(0);
+    if (records_[0].explained.exchange(true)) break;
     dprintf(2, "rank %d on %s (process %d) ended without finishing: killed, or it crashed; last seen: %s\n", r.rank.load(), host().c_str(),
             r.pid.load(), place_of(r).c_str());
-    if (kill(parent, 0) == 0) kill(parent, SIGTERM);  // should mpiexec have been told not to clean up
-    _exit(0);
+    kill(parent, SIGTERM);  // should mpiexec have been told not to clean up
+    break;
   }
   _exit(0);
 }
