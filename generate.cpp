@@ -29,12 +29,12 @@ static OptionTable table(GenerateOptions& o) {
     }},
     model_options(o),
     {"Text", {
-      {"prompt", "TEXT...", List{&o.prompts, "; a text that begins with -- is read by --prompt-file -"}, "what to continue; several are continued together", ""},
-      {"prompt-file", "FILE...", List{&o.files}, "the same from files; - is standard input", ""},
-      {"tokens", "N", Whole{&o.tokens}, "how many to add to each", ""},
-      {"temperature", "X", Real{&o.temperature}, "below 1: likelier tokens more often; 0: always the likeliest", ""},
-      {"top-k", "K", Whole{&o.top_k, 0}, "only the K likeliest; 0: all", ""},
-      {"top-p", "P", Real{&o.top_p, false}, "only the likeliest that together reach this probability", ""},
+      {"prompt", "TEXT...", List{&o.prompts, "; a text that begins with -- is read by --prompt-file -"}, "what to continue; several are continued together"},
+      {"prompt-file", "FILE...", List{&o.files}, "the same from files; - is standard input"},
+      {"tokens", "N", Whole{&o.tokens}, "how many to add to each"},
+      {"temperature", "X", Real{&o.temperature}, "below 1: likelier tokens more often; 0: always the likeliest"},
+      {"top-k", "K", Whole{&o.top_k, 0}, "only the K likeliest; 0: all"},
+      {"top-p", "P", Real{&o.top_p, false}, "only the likeliest that together reach this probability"},
     }},
     computing_options(o, "pp x tp"),
   };

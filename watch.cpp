@@ -3,18 +3,19 @@
 
 #include <fcntl.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <cstring>
+#include <set>
 
-static int64_t now_ms() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);  // the same clock in every process of a node
-  return int64_t(t.tv_sec) * 1000 + t.tv_nsec / 1000000;
+static int64_t now_ms() {  // CLOCK_MONOTONIC, the same clock in every process of a node
+  return std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 static std::string host() {
@@ -29,7 +30,22 @@ static std::string place_of(const WatchRecord& r) {  // "step 13, all_reduce #18
   return s + sentence(name_of(Collective(r.collective.load())), " #", r.collectives, " (", r.axis, ")");
 }
 
-// ---- set-up
+// ---- records that outlive their rank
+
+// Zeros that every rank of the node maps, and the child, too. (MPI's shared windows are private memory where a node has one rank only.)
+static void* share(const Job& job, size_t bytes) {
+  int owner = getpid();
+  MPI_Ibcast(&owner, 1, MPI_INT, 0, job.node, Finished());
+  const std::string name = sentence("/threefold-watch-", owner);
+  const int fd = shm_open(name.c_str(), O_RDWR | O_CREAT, 0600);
+  REQUIRE(fd >= 0 && ftruncate(fd, off_t(bytes)) == 0, "cannot share the watch's records in /dev/shm", name, ": ", strerror(errno));
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  ASSERT(memory != MAP_FAILED, strerror(errno));
+  MPI_Ibarrier(job.node, Finished());
+  if (job.local_rank == 0) shm_unlink(name.c_str());  // nobody opens it any more
+  close(fd);
+  return memory;
+}
 
 // SIGTERM and Ctrl-C are for the watch's thread, and not for the threads that compute, which start later: a signal that interrupts one of oneDNN's
 // matrix products has been seen to corrupt the heap.
@@ -40,19 +56,14 @@ static void set_signals(int how) {
 }
 
 Watch::Watch(Job& job, double timeout_seconds) : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
-  // Never freed: the job may end after the watch, and a window cannot be freed where a rank throws.
-  MPI_Win window;
-  MPI_Aint bytes;
-  int unit;
-  MPI_Win_allocate_shared(sizeof(WatchRecord), 1, MPI_INFO_NULL, job.node, &mine_, &window);  // one after the other, by rank
-  MPI_Win_shared_query(window, 0, &bytes, &unit, &records_);
-  new (mine_) WatchRecord();
+  records_ = static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * size_t(job.local_size)));
+  mine_ = &records_[job.local_rank];
   ASSERT(pipe2(lifeline_, O_CLOEXEC) == 0, strerror(errno));
   mine_->rank = job.rank, mine_->pid = getpid(), mine_->lifeline = lifeline_[0];
   mine_->heartbeat_ms = mine_->progress_ms = now_ms();
   mine_->step = -1;
   barrier();  // every record is filled in
-  job.explained = &records_[0].explained;
+  job.explained = &records_[0].explained;  // the records stay mapped: the job may end after the watch
   if (job.local_rank == 0) start_child();
   ledger.on_enter = [this](const Axis& axis, Collective c) {
     strncpy(mine_->axis, axis.name, sizeof mine_->axis - 1);
@@ -115,17 +126,14 @@ void Watch::ask_nccl() {
 std::string Watch::report() const {
   const int64_t now = now_ms();
   std::string s = sentence("no progress for ", limit_ms() / 1000.0, " s (--timeout); where the ranks of ", host(), " stand:");
-  int64_t fewest = INT64_MAX, most = 0;
-  for (int i = 0; i < job_.local_size; i++) {
-    fewest = std::min(fewest, records_[i].collectives.load());
-    most = std::max(most, records_[i].collectives.load());
-  }
+  std::set<int64_t> entered;
+  for (int i = 0; i < job_.local_size; i++) entered.insert(records_[i].collectives);
   for (int i = 0; i < job_.local_size; i++) {
     const WatchRecord& r = records_[i];
     s += sentence("\n  rank ", r.rank, ": ", place_of(r));
     if (now - r.heartbeat_ms > 1500) s += sentence("; DOES NOT RUN since ", (now - r.heartbeat_ms) / 1000, " s: stopped, or its process ", r.pid, " is stuck");
     else if (r.finished) s += "; has finished";
-    else if (r.collectives == fewest && fewest < most) s += "; behind the others";
+    else if (r.collectives == *entered.begin() && entered.size() > 1) s += "; behind the others";
   }
   if (mine_->step >= 0) return s;
   return s + "\nThe mesh could not be opened or checked. Look at the network interface (NCCL_SOCKET_IFNAME), a firewall between nodes, the size of "

@@ -33,7 +33,7 @@ struct Option {
   std::string value;   // what --help calls the value; empty for a flag, and for a choice, whose names are shown
   Takes takes;
   std::string help;    // one line
-  std::string unset;   // the default in words; empty: the field's value
+  std::string unset = "";  // the default in words; empty: the field's value
 };
 struct OptionGroup {
   std::string title;
