@@ -22,16 +22,6 @@ std::string nccl_error(ncclResult_t status) {
 
 CommunicationClock communication_clock;
 
-void CommunicationClock::begin_call() {
-  if (!queue_) return;
-  if (calls_ == work_.size()) work_.emplace_back();
-  work_[calls_].begin.record(queue_);
-}
-
-void CommunicationClock::end_call() {
-  if (queue_) work_[calls_++].end.record(queue_);
-}
-
 double CommunicationClock::end_step() {
   CUDA_CHECK(cudaStreamSynchronize(queue_));
   double seconds = 0;

@@ -25,14 +25,21 @@
 
 std::string nccl_error(ncclResult_t status);  // NCCL's own last sentence where it has one
 
-// How long the communication queue is busy with NCCL's calls, waiting for the other ranks included: NCCL_CHECK puts an event before and one
-// after each call of a step.
+// How long the communication queue is busy with NCCL's calls, waiting for the other ranks included: an event before and one after each call
+// of a step.
 class CommunicationClock {
  public:
   void start_step(cudaStream_t queue) { queue_ = queue, calls_ = 0; }
   double end_step();  // seconds since start_step; waits for the queue
-  void begin_call();
-  void end_call();
+  template <class Call> ncclResult_t timed(const Call& call) {
+    if (!queue_) return call();
+    if (calls_ == work_.size()) work_.emplace_back();
+    TimedWork& work = work_[calls_++];
+    work.begin.record(queue_);
+    const ncclResult_t status = call();
+    work.end.record(queue_);
+    return status;
+  }
 
  private:
   cudaStream_t queue_ = nullptr;  // null between steps: nothing is timed
@@ -43,9 +50,7 @@ extern CommunicationClock communication_clock;
 
 #define NCCL_CHECK(call)                                                                                              \
   do {                                                                                                                \
-    communication_clock.begin_call();                                                                                 \
-    const ncclResult_t status_ = (call);                                                                              \
-    communication_clock.end_call();                                                                                   \
+    const ncclResult_t status_ = communication_clock.timed([&] { return (call); });                                   \
     if (status_ != ncclSuccess) throw Error(sentence(__FILE__, ":", __LINE__, ": ", #call, " failed: ", nccl_error(status_))); \
   } while (0)
 
@@ -123,7 +128,7 @@ class Ledger {
   void broadcast(const Axis& axis, int64_t buffer_bytes) { enter(axis, Collective::broadcast, int64_t(axis.size) * buffer_bytes); }
   void send(const Axis& axis, int64_t buffer_bytes) { enter(axis, Collective::send, int64_t(axis.size) * buffer_bytes); }
 
-  struct Row { int64_t calls = 0, numerator = 0; int n = 1; double bytes() const { return double(numerator) / n; } };
+  struct Row { int64_t calls = 0, numerator = 0; int n = 1; };
   using Key = std::tuple<std::string, Collective, Traffic>;
   std::map<Key, Row> rows;
   int64_t bytes() const;                // of all rows: sums of numerators, rounded down once for each size of axis

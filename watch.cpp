@@ -32,7 +32,7 @@ static std::string place_of(const WatchRecord& r) {  // "step 13, all_reduce #18
 
 // ---- records that outlive their rank
 
-// Zeros that every rank of the node maps, and the child, too. (MPI's shared windows are private memory where a node has one rank only.)
+// Every rank of the node maps it, and the child, too. (MPI's shared windows are private memory where a node has one rank only.)
 static void* share(const Job& job, size_t bytes) {
   int owner = getpid();
   MPI_Ibcast(&owner, 1, MPI_INT, 0, job.node, Finished());
@@ -57,7 +57,7 @@ static void set_signals(int how) {
 
 Watch::Watch(Job& job, double timeout_seconds) : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
   records_ = static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * size_t(job.local_size)));
-  mine_ = &records_[job.local_rank];
+  mine_ = new (&records_[job.local_rank]) WatchRecord();
   ASSERT(pipe2(lifeline_, O_CLOEXEC) == 0, strerror(errno));
   mine_->rank = job.rank, mine_->pid = getpid(), mine_->lifeline = lifeline_[0];
   mine_->heartbeat_ms = mine_->progress_ms = now_ms();

@@ -50,10 +50,12 @@ static std::string to_bytes(const std::string& written, const std::string& path)
   return text;
 }
 
-Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : kind_(vocab == 256 ? bytes : numbers), vocab_(vocab) {
+Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : vocab_(vocab) {
   const std::string vocabulary = directory + "/vocab.json", merges = directory + "/merges.txt";
-  if (directory.empty() || !std::filesystem::exists(vocabulary) || !std::filesystem::exists(merges)) return;
-  kind_ = pairs;
+  if (directory.empty() || !std::filesystem::exists(vocabulary) || !std::filesystem::exists(merges)) {
+    for (int b = 0; b < 256 && vocab == 256; b++) tokens_[texts_.emplace_back(1, char(b))] = b;
+    return;
+  }
   try {
     const auto json = nlohmann::json::parse(read_file(vocabulary));
     for (const auto& [written, number] : json.items()) {
@@ -115,11 +117,7 @@ std::vector<std::string> Tokenizer::words(const std::string& text) const {
 
 std::vector<int> Tokenizer::encode(const std::string& text) const {
   std::vector<int> tokens;
-  if (kind_ == bytes) {
-    for (const unsigned char c : text) tokens.push_back(c);
-    return tokens;
-  }
-  if (kind_ == numbers) {
+  if (texts_.empty()) {
     std::istringstream in(text);
     for (std::string word; in >> word;) {
       char* end;
@@ -151,7 +149,6 @@ std::vector<int> Tokenizer::encode(const std::string& text) const {
 }
 
 std::string Tokenizer::decode(int token) const {
-  if (kind_ == bytes) return std::string(1, char(token));
-  if (kind_ == numbers) return std::to_string(token) + " ";
+  if (texts_.empty()) return std::to_string(token) + " ";
   return size_t(token) < texts_.size() ? texts_[size_t(token)] : "";
 }
