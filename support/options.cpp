@@ -1,4 +1,4 @@
-// options.cpp: the table of train_gpt's options, then the parser that serves any table.
+// options.cpp: what train_gpt and generate share, the table of train_gpt's options, then the parser that serves any table.
 // test      tests/test_support.cpp
 #include "support/options.h"
 
@@ -149,12 +149,12 @@ void print_help() {
 
 void resolve(Options& o, bool has_gpu) {
   resolve_common(o, has_gpu);
-  const Preset* preset = &preset_of(o.model_name);
-  if (o.steps == 0) o.steps = preset->steps;
+  const Preset& preset = preset_of(o.model_name);
+  if (o.steps == 0) o.steps = preset.steps;
   const int64_t ranks = o.replicate * o.fsdp;  // that share the batch
   if (o.chunks == 0) o.chunks = o.schedule == "interleaved" ? 2 : 1;
   const int64_t parts = ranks * (o.pp > 1 ? 2 * o.pp : 1);  // a pipeline wants several micro-batches
-  if (o.batch == 0) o.batch = (preset->batch + parts - 1) / parts * parts;
+  if (o.batch == 0) o.batch = (preset.batch + parts - 1) / parts * parts;
   if (o.microbatch == 0) {  // the largest that divides the batch, into a number of micro-batches that the schedule takes
     const auto fits = [&](int64_t b) { return o.batch % (b * ranks * (o.schedule == "interleaved" ? o.pp : 1)) == 0; };
     o.microbatch = std::max<int64_t>(1, o.batch / parts);
@@ -163,7 +163,7 @@ void resolve(Options& o, bool has_gpu) {
   if (o.zero == 0 && o.fsdp > 1) o.zero = 3;
   if (o.reshard.empty() && o.zero == 3) o.reshard = "yes";
   if (o.prefetch < 0 && ranks > 1) o.prefetch = 1;
-  if (o.lr == 0) o.lr = preset->lr;
+  if (o.lr == 0) o.lr = preset.lr;
   if (o.min_lr < 0) o.min_lr = o.lr / 10;
   if (o.warmup < 0) o.warmup = std::min<int64_t>(o.steps / 20, 100);
   if (o.keep < 0 && !o.checkpoint.empty()) o.keep = 2;
@@ -184,7 +184,7 @@ static void check_reports(const Options& o) {
 }
 
 void check(const Options& o) {
-  check_common(o, o.chunks);
+  check_common(o, o.pp > 1 ? o.chunks : 1);
   REQUIRE(o.batch % (o.microbatch * o.replicate * o.fsdp) == 0, "a batch of ", o.batch, " does not divide into micro-batches of ",
           o.microbatch, o.replicate * o.fsdp == 1 ? "" : sentence(" on ", o.replicate * o.fsdp, " data-parallel ranks (replicate x fsdp)"),
           ": change --batch or --microbatch");
@@ -210,27 +210,26 @@ template <class Number> static bool read_all(const std::string& word, Number& fi
   return error == std::errc() && stop == end;
 }
 
-Flag::Flag(bool* field) : Takes{"no value", "", [=](const std::string&) { return *field = true; }, nothing} {}
+Flag::Flag(bool* field) : Takes{"no value", "", [=](const auto&) { return *field = true; }, nothing} {}
 
 Whole::Whole(int64_t* field, int64_t low, int64_t high)
     : Takes{sentence("a whole number from ", low, " to ", high), sentence(*field),
-            [=](const std::string& word) { return read_all(word, *field) && *field >= low && *field <= high; }} {}
+            [=](const auto& word) { return read_all(word, *field) && low <= *field && *field <= high; }} {}
 
 Real::Real(double* field, bool zero)
     : Takes{zero ? "a number of at least 0" : "a number above 0", sentence(*field),
-            [=](const std::string& word) { return read_all(word, *field) && std::isfinite(*field) && (zero ? *field >= 0 : *field > 0); }} {}
+            [=](const auto& word) { return read_all(word, *field) && std::isfinite(*field) && (*field > 0 || (zero && *field == 0)); }} {}
 
-Choice::Choice(std::string* field, const std::vector<std::string>& of) : Takes{of[0], *field, [=](const std::string& word) {
-  *field = word;
-  return std::find(of.begin(), of.end(), word) != of.end();
-}, a_word, of[0]} {
+Choice::Choice(std::string* field, const std::vector<std::string>& of)
+    : Takes{of[0], *field, [=](const auto& word) { return std::find(of.begin(), of.end(), *field = word) != of.end(); }, a_word, of[0]} {
   for (size_t i = 1; i < of.size(); i++) allowed += (i + 1 == of.size() ? " or " : ", ") + of[i], names += "|" + of[i];
 }
 
-Text::Text(std::string* field) : Takes{"a name", *field, [=](const std::string& word) { return !(*field = word).empty(); }} {}
+Text::Text(std::string* field) : Takes{"a name", *field, [=](const auto& word) { return !(*field = word).empty(); }} {}
 
 List::List(std::vector<std::string>* field, const std::string& others)
-    : Takes{"one or more words, none of them empty" + others, "", [=](const std::string& word) { return field->push_back(word), !word.empty(); }, words} {}
+    : Takes{"one or more words, none of them empty" + others, "",
+            [=](const auto& word) { return field->push_back(word), !word.empty(); }, words} {}
 
 static const Option& find_option(const OptionTable& table, const std::string& word) {
   REQUIRE(word[0] == '-', "'", word, "' belongs to no option: options begin with --, and --help lists them");

@@ -26,7 +26,8 @@ struct Whole : Takes { explicit Whole(int64_t* field, int64_t low = 1, int64_t h
 struct Real : Takes { explicit Real(double* field, bool zero = true); };  // finite and never negative; zero: 0 is allowed, too
 struct Choice : Takes { Choice(std::string* field, const std::vector<std::string>& names); };
 struct Text : Takes { explicit Text(std::string* field); };
-struct List : Takes { explicit List(std::vector<std::string>* field, const std::string& others = ""); };  // others: where to put what is not allowed
+// others: where words go that are not allowed
+struct List : Takes { explicit List(std::vector<std::string>* field, const std::string& others = ""); };
 
 struct Option {
   std::string name;    // without the dashes
