@@ -5,8 +5,10 @@
 #include <sched.h>
 #include <unistd.h>
 
+#include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <numeric>
 
 std::string nccl_error(ncclResult_t status) {
   const char* last = ncclGetLastError(nullptr);
@@ -20,16 +22,6 @@ std::string nccl_error(ncclResult_t status) {
 
 CommunicationClock communication_clock;
 
-void CommunicationClock::begin_call() {
-  if (!queue_) return;
-  if (calls_ == work_.size()) work_.emplace_back();
-  work_[calls_].begin.record(queue_);
-}
-
-void CommunicationClock::end_call() {
-  if (queue_) work_[calls_++].end.record(queue_);
-}
-
 double CommunicationClock::end_step() {
   CUDA_CHECK(cudaStreamSynchronize(queue_));
   double seconds = 0;
@@ -40,46 +32,27 @@ double CommunicationClock::end_step() {
 
 // ---- MPI without a spinning core
 
-void wait(MPI_Request& request) {
+Finished::~Finished() {
   for (int done = 0; !done;) {
-    MPI_Test(&request, &done, MPI_STATUS_IGNORE);
+    MPI_Test(&request_, &done, MPI_STATUS_IGNORE);
     if (!done) sched_yield();  // ranks may outnumber cores: whoever we wait for needs ours
   }
 }
 
-void barrier() {
-  MPI_Request request;
-  MPI_Ibarrier(MPI_COMM_WORLD, &request);
-  wait(request);
-}
+void barrier() { MPI_Ibarrier(MPI_COMM_WORLD, Finished()); }
 
 std::vector<std::string> gather_text(const std::string& mine) {
-  int rank = 0, ranks = 1;
+  int ranks = 1;
+  MPI_Comm_size(MPI_COMM_WORLD, &ranks);
   const int length = int(mine.size());
-  MPI_Comm_rank(MPI_COMM_WORLD, &rank), MPI_Comm_size(MPI_COMM_WORLD, &ranks);
-  std::vector<int> lengths(size_t(ranks), 0), at(size_t(ranks), 0);
-  MPI_Request request;
-  MPI_Igather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, 0, MPI_COMM_WORLD, &request);
-  wait(request);
-  for (size_t r = 1; r < at.size(); r++) at[r] = at[r - 1] + lengths[r - 1];
-  std::string all(size_t(rank ? 0 : at.back() + lengths.back()), ' ');
-  MPI_Igatherv(mine.data(), length, MPI_CHAR, all.data(), lengths.data(), at.data(), MPI_CHAR, 0, MPI_COMM_WORLD, &request);
-  wait(request);
+  std::vector<int> lengths(size_t(ranks), 0), begins(size_t(ranks), 0);
+  MPI_Iallgather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, MPI_COMM_WORLD, Finished());
+  std::exclusive_scan(lengths.begin(), lengths.end(), begins.begin(), 0);
+  std::string all(size_t(begins.back() + lengths.back()), ' ');
+  MPI_Iallgatherv(mine.data(), length, MPI_CHAR, all.data(), lengths.data(), begins.data(), MPI_CHAR, MPI_COMM_WORLD, Finished());
   std::vector<std::string> texts;
-  for (size_t r = 0; r < at.size() && !rank; r++) texts.push_back(all.substr(size_t(at[r]), size_t(lengths[r])));
+  for (size_t r = 0; r < lengths.size(); r++) texts.push_back(all.substr(size_t(begins[r]), size_t(lengths[r])));
   return texts;
-}
-
-std::string broadcast_text(const std::string& text, int root) {
-  int length = int(text.size());
-  MPI_Request request;
-  MPI_Ibcast(&length, 1, MPI_INT, root, MPI_COMM_WORLD, &request);
-  wait(request);
-  std::string received = text;
-  received.resize(size_t(length));
-  MPI_Ibcast(received.data(), length, MPI_CHAR, root, MPI_COMM_WORLD, &request);
-  wait(request);
-  return received;
 }
 
 // ---- the job
@@ -89,11 +62,9 @@ Job::Job(int* argc, char*** argv) {
   MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided);
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &size);
-  MPI_Comm node;
   MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &node);
   MPI_Comm_rank(node, &local_rank);
   MPI_Comm_size(node, &local_size);
-  MPI_Comm_free(&node);
   speaks = rank == 0;
 }
 
@@ -117,11 +88,9 @@ Job::~Job() {
 }
 
 std::string Job::agree(const std::string& error) const {
-  int mine = error.empty() ? size : rank, first = size;
-  MPI_Request request;
-  MPI_Iallreduce(&mine, &first, 1, MPI_INT, MPI_MIN, MPI_COMM_WORLD, &request);
-  wait(request);
-  return first == size ? "" : broadcast_text(error, first);
+  for (const std::string& text : gather_text(error))
+    if (!text.empty()) return text;
+  return "";
 }
 
 void Job::abort(const std::string& why) const {
@@ -144,31 +113,34 @@ void check_ranks(const Layout& l, int ranks) {
           ": mpiexec -n ", l.ranks());
 }
 
+static std::array<Axis*, 4> axes_of(Mesh& m) { return {&m.tp, &m.fsdp, &m.replicate, &m.pp}; }  // the fastest first
+
+// Where `rank` is on each axis, still without communicators.
+static Mesh place(const Layout& l, int rank) {
+  Mesh m;
+  m.layout = l, m.rank = rank, m.size = int(l.ranks());
+  m.pp = {"pp", l.pp}, m.replicate = {"replicate", l.replicate}, m.fsdp = {"fsdp", l.fsdp}, m.tp = {"tp", l.tp};
+  m.world = {"world", m.size, rank};
+  for (Axis* axis : axes_of(m)) axis->rank = rank % axis->size, rank /= axis->size;
+  return m;
+}
+
 Mesh open_mesh(const Job& job, const Layout& l) {
   check_ranks(l, job.size);
-  Mesh m;
-  m.layout = l, m.rank = job.rank, m.size = job.size;
-  const int tp = job.rank % l.tp, fsdp = job.rank / l.tp % l.fsdp, replicate = job.rank / (l.tp * l.fsdp) % l.replicate;
-  const int pp = job.rank / (l.tp * l.fsdp * l.replicate);
-  m.pp = {"pp", l.pp, pp}, m.replicate = {"replicate", l.replicate, replicate}, m.fsdp = {"fsdp", l.fsdp, fsdp}, m.tp = {"tp", l.tp, tp};
-  m.world = {"world", job.size, job.rank};
+  Mesh m = place(l, job.rank);
   CUDA_CHECK(cudaStreamCreateWithFlags(&m.stream, cudaStreamNonBlocking));
   if (job.size == 1) return m;
 
   ncclUniqueId id;
   if (job.rank == 0) NCCL_CHECK(ncclGetUniqueId(&id));
-  MPI_Request request;
-  MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, &request);
-  wait(request);
+  MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, Finished());
   NCCL_CHECK(ncclCommInitRank(&m.world.comm, job.size, id, job.rank));
-  // A rank's color on an axis names its line of the grid: its coordinates on the other axes.
-  const auto split = [&](Axis& axis, int color) {
-    if (axis.size > 1) NCCL_CHECK(ncclCommSplit(m.world.comm, color, axis.rank, &axis.comm, nullptr));
-  };
-  split(m.tp, job.rank - tp);
-  split(m.fsdp, job.rank - fsdp * l.tp);
-  split(m.replicate, job.rank - replicate * l.tp * l.fsdp);
-  split(m.pp, job.rank - pp * l.tp * l.fsdp * l.replicate);
+  int stride = 1;  // between neighbours on an axis
+  for (Axis* axis : axes_of(m)) {
+    const int color = job.rank - axis->rank * stride;  // the first rank of this line of the grid
+    if (axis->size > 1) NCCL_CHECK(ncclCommSplit(m.world.comm, color, axis->rank, &axis->comm, nullptr));
+    stride *= axis->size;
+  }
   return m;
 }
 
@@ -178,16 +150,15 @@ Mesh open_mesh(const Job& job, const Layout& l) {
 static void check_axis(const Axis& axis, cudaStream_t stream) {
   if (axis.size == 1) return;
   const int n = axis.size;
-  const size_t values = size_t(2 * n), bytes = values * sizeof(float);
-  float *send, *receive;
-  CUDA_CHECK(cudaMallocAsync(&send, bytes, stream));
-  CUDA_CHECK(cudaMallocAsync(&receive, bytes * size_t(n), stream));
-  std::vector<float> mine(values, float(1 + axis.rank)), got(values * size_t(n));
-  CUDA_CHECK(cudaMemcpyAsync(send, mine.data(), bytes, cudaMemcpyHostToDevice, stream));
+  const size_t values = size_t(2 * n);
+  const Tensor mine({2 * n}, Dtype::f32, Memory::workspace), all({n, 2 * n}, Dtype::f32, Memory::workspace);
+  float *send = mine.data<float>(), *receive = all.data<float>();
+  fill(mine, 1 + axis.rank);
+  make_wait(stream, device().compute);
   const float sum = float(n * (n + 1) / 2);
-  const auto expect = [&](const char* what, size_t count, const std::function<float(size_t)>& value) {
-    CUDA_CHECK(cudaMemcpyAsync(got.data(), receive, count * sizeof(float), cudaMemcpyDeviceToHost, stream));
-    CUDA_CHECK(cudaStreamSynchronize(stream));
+  const auto expect = [&](const char* what, size_t count, const std::function<double(size_t)>& value) {
+    make_wait(device().compute, stream);
+    const std::vector<double> got = download(all);
     for (size_t i = 0; i < count; i++)
       REQUIRE(got[i] == value(i), "the first ", what, " on axis ", axis.name, " (rank ", axis.rank, " of ", n, ") gave ", got[i], " where ", value(i),
               " was expected: check that no two ranks use one GPU, and GPU peer access (NCCL_P2P_DISABLE=1 avoids it)");
@@ -208,8 +179,6 @@ static void check_axis(const Axis& axis, cudaStream_t stream) {
   }
   NCCL_CHECK(ncclGroupEnd());
   expect("send and receive", 2 * values, [&](size_t i) { return float(1 + neighbours[i / values]); });
-  CUDA_CHECK(cudaFreeAsync(send, stream));
-  CUDA_CHECK(cudaFreeAsync(receive, stream));
 }
 
 void check_mesh(const Mesh& m) {
@@ -229,21 +198,18 @@ void close_mesh(Mesh& m) {
 
 std::string draw(const Layout& l) {
   std::string s = "rank     pp  replicate  fsdp  tp\n";
-  for (int r = 0; r < l.ranks(); r++)
-    s += format("%4d  %5d  %9d  %4d  %2d\n", r, r / (l.tp * l.fsdp * l.replicate), r / (l.tp * l.fsdp) % l.replicate, r / l.tp % l.fsdp, r % l.tp);
-
+  for (int r = 0; r < l.ranks(); r++) {
+    const Mesh m = place(l, r);
+    s += format("%4d  %5d  %9d  %4d  %2d\n", r, m.pp.rank, m.replicate.rank, m.fsdp.rank, m.tp.rank);
+  }
   return s;
 }
 
 // ---- the ledger
 
 ncclDataType_t nccl_type(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f32: return ncclFloat32;
-    case Dtype::bf16: return ncclBfloat16;
-    case Dtype::f64: return ncclFloat64;
-    default: return ncclInt32;
-  }
+  static const ncclDataType_t types[] = {ncclFloat32, ncclBfloat16, ncclFloat64, ncclInt32};
+  return types[int(dtype)];
 }
 
 Ledger ledger;

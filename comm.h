@@ -25,14 +25,21 @@
 
 std::string nccl_error(ncclResult_t status);  // NCCL's own last sentence where it has one
 
-// How long the communication queue is busy with NCCL's calls, waiting for the other ranks included: NCCL_CHECK puts an event before and one
-// after each call of a step.
+// How long the communication queue is busy with NCCL's calls, waiting for the other ranks included: an event before and one after each call
+// of a step.
 class CommunicationClock {
  public:
   void start_step(cudaStream_t queue) { queue_ = queue, calls_ = 0; }
   double end_step();  // seconds since start_step; waits for the queue
-  void begin_call();
-  void end_call();
+  template <class Call> ncclResult_t timed(const Call& call) {
+    if (!queue_) return call();
+    if (calls_ == work_.size()) work_.emplace_back();
+    TimedWork& work = work_[calls_++];
+    work.begin.record(queue_);
+    const ncclResult_t status = call();
+    work.end.record(queue_);
+    return status;
+  }
 
  private:
   cudaStream_t queue_ = nullptr;  // null between steps: nothing is timed
@@ -43,9 +50,7 @@ extern CommunicationClock communication_clock;
 
 #define NCCL_CHECK(call)                                                                                              \
   do {                                                                                                                \
-    communication_clock.begin_call();                                                                                 \
-    const ncclResult_t status_ = (call);                                                                              \
-    communication_clock.end_call();                                                                                   \
+    const ncclResult_t status_ = communication_clock.timed([&] { return (call); });                                   \
     if (status_ != ncclSuccess) throw Error(sentence(__FILE__, ":", __LINE__, ": ", #call, " failed: ", nccl_error(status_))); \
   } while (0)
 
@@ -58,6 +63,7 @@ class Job {
   void check_launcher();         // an Error when mpiexec belongs to another MPI and started n worlds of one rank
   int rank = 0, size = 1;
   int local_rank = 0, local_size = 1;  // among the ranks of this node: local_rank is the CUDA device
+  MPI_Comm node;                       // these ranks
   bool speaks = true;                  // what concerns all ranks is said by rank 0; of n worlds of one, by the launcher's first
   // Every rank calls it with its own error or "": each learns whether all are well, and the first failing rank's sentence.
   std::string agree(const std::string& error) const;
@@ -66,11 +72,18 @@ class Job {
   std::atomic<bool>* explained = nullptr;  // shared by the ranks of this node once there is a Watch
 };
 
-// Host-side MPI without a spinning core: started non-blocking, then tested, yielding between tests.
-void wait(MPI_Request& request);
+// Host-side MPI without a spinning core: the last argument of a non-blocking call, MPI_Ibarrier(MPI_COMM_WORLD, Finished()). At the end of
+// the statement it waits for the call, yielding between tests.
+class Finished {
+ public:
+  ~Finished();
+  operator MPI_Request*() { return &request_; }
+
+ private:
+  MPI_Request request_ = MPI_REQUEST_NULL;
+};
 void barrier();
-std::vector<std::string> gather_text(const std::string& mine);  // of all ranks, on rank 0; nothing elsewhere
-std::string broadcast_text(const std::string& text, int root);  // the root's
+std::vector<std::string> gather_text(const std::string& mine);  // of all ranks, on every rank
 
 // ---- the mesh
 
@@ -115,7 +128,7 @@ class Ledger {
   void broadcast(const Axis& axis, int64_t buffer_bytes) { enter(axis, Collective::broadcast, int64_t(axis.size) * buffer_bytes); }
   void send(const Axis& axis, int64_t buffer_bytes) { enter(axis, Collective::send, int64_t(axis.size) * buffer_bytes); }
 
-  struct Row { int64_t calls = 0, numerator = 0; int n = 1; double bytes() const { return double(numerator) / n; } };
+  struct Row { int64_t calls = 0, numerator = 0; int n = 1; };
   using Key = std::tuple<std::string, Collective, Traffic>;
   std::map<Key, Row> rows;
   int64_t bytes() const;                // of all rows: sums of numerators, rounded down once for each size of axis

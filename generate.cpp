@@ -8,7 +8,6 @@
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
-#include <sstream>
 
 #include "generator.h"
 #include "program.h"
@@ -17,44 +16,27 @@
 
 // ---- options
 
-struct GenerateOptions {
-  std::string model_name;
-  ModelSize model;
-  std::string checkpoint;
+struct GenerateOptions : CommonOptions {
   std::vector<std::string> prompts, files;
-  int64_t tokens = 100, top_k = 0, seed = 1337;
+  int64_t tokens = 100, top_k = 0;
   double temperature = 0.8, top_p = 1;
-  std::string dtype, matmul = "cublas", attention = "flash";
-  int64_t pp = 1, tp = 1, device_memory = 0, timeout = 600;
-  bool help = false;
 };
 
 static OptionTable table(GenerateOptions& o) {
-  OptionGroup model = model_options(o.model_name, o.model);
-  model.title = "Model: a checkpoint's, or a fresh one";
-  model.options[0].unset = "tiny";
-  model.options.insert(model.options.begin(), {"checkpoint", "DIR", Text{&o.checkpoint}, "directory of train_gpt's --checkpoint (its newest), or one step in it", "none"});
   return {
-    model,
+    {"A checkpoint", {
+      {"checkpoint", "DIR", Text{&o.checkpoint}, "directory of train_gpt's --checkpoint (its newest), or one step in it", "a fresh model"},
+    }},
+    model_options(o),
     {"Text", {
-      {"prompt", "TEXT...", List{&o.prompts, "; a text that begins with -- is read by --prompt-file -"}, "what to continue; several are continued together", ""},
-      {"prompt-file", "FILE...", List{&o.files}, "the same from files; - is standard input", ""},
-      {"tokens", "N", Whole{&o.tokens}, "how many to add to each", ""},
-      {"temperature", "X", Real{&o.temperature}, "below 1: likelier tokens more often; 0: always the likeliest", ""},
-      {"top-k", "K", Whole{&o.top_k, 0}, "only the K likeliest; 0: all", ""},
-      {"top-p", "P", Real{&o.top_p, false}, "only the likeliest that together reach this probability", ""},
-      {"seed", "N", Whole{&o.seed, 0, INT64_MAX}, "decides what is picked, and a fresh model's weights", ""},
+      {"prompt", "TEXT...", List{&o.prompts, "; a text that begins with -- is read by --prompt-file -"}, "what to continue; several are continued together"},
+      {"prompt-file", "FILE...", List{&o.files}, "the same from files; - is standard input"},
+      {"tokens", "N", Whole{&o.tokens}, "how many to add to each"},
+      {"temperature", "X", Real{&o.temperature}, "below 1: likelier tokens more often; 0: always the likeliest"},
+      {"top-k", "K", Whole{&o.top_k, 0}, "only the K likeliest; 0: all"},
+      {"top-p", "P", Real{&o.top_p, false}, "only the likeliest that together reach this probability"},
     }},
-    {"Computing: mpiexec -n (pp x tp)", {
-      {"tp", "T", Whole{&o.tp, 1, 100'000}, "tensor parallelism: each layer's weights are split over T ranks", ""},
-      {"pp", "P", Whole{&o.pp, 1, 100'000}, "pipeline parallelism: the layers are cut into P stages", ""},
-      {"dtype", "", Choice{&o.dtype, {"f32", "bf16", "f64"}}, "what is computed in", "bf16 on a GPU, else f32"},
-      {"matmul", "", Choice{&o.matmul, {"cublas", "own"}}, "who multiplies matrices", ""},
-      {"attention", "", Choice{&o.attention, {"plain", "flash"}}, "of prompts; new tokens have a kernel of their own", ""},
-      {"device-memory", "MiB", Whole{&o.device_memory}, "stop when more device memory than this is asked for", "no cap"},
-      {"timeout", "SECONDS", Whole{&o.timeout, 1}, "without progress for so long, say where each rank stands and end", ""},
-      {"help", "", Flag{&o.help}, "print this", ""},
-    }},
+    computing_options(o, "pp x tp"),
   };
 }
 
@@ -68,15 +50,11 @@ static void resolve(GenerateOptions& o, std::unique_ptr<Checkpoint>& checkpoint)
     checkpoint = std::make_unique<Checkpoint>(newest_path(o.checkpoint));
     o.model = checkpoint->info.model;
   }
-  resolve_model(o.model_name.empty() ? "tiny" : o.model_name, o.model);
-  check_model(o.model, o.attention);
-  if (o.dtype.empty()) o.dtype = device().is_gpu ? "bf16" : "f32";
+  resolve_common(o, device().is_gpu);
+  check_common(o);
   REQUIRE(o.top_p <= 1, "--top-p ", o.top_p, " is above 1: it is a probability");
   const int64_t channels = o.model.width / o.model.heads;
   REQUIRE(channels <= 256, "heads of ", channels, " channels are too wide for the attention of new tokens, which takes at most 256: give more --heads");
-  REQUIRE(o.tp <= o.model.heads, "--tp ", o.tp, " has more ranks than the ", o.model.heads, " attention heads that they would share");
-  REQUIRE(o.tp <= o.model.vocab, "--tp ", o.tp, " has more ranks than the vocabulary has tokens, ", o.model.vocab);
-  REQUIRE(o.pp <= o.model.layers, o.model.layers, " layers cannot be cut into ", o.pp, " stages: each needs a layer (--pp)");
 }
 
 // ---- prompts: read by rank 0, which alone has the standard input
@@ -84,16 +62,13 @@ static void resolve(GenerateOptions& o, std::unique_ptr<Checkpoint>& checkpoint)
 static std::vector<std::string> read_prompts(const GenerateOptions& o) {
   std::vector<std::string> texts = o.prompts;
   for (const std::string& name : o.files) {
-    std::ostringstream text;
-    if (name == "-") {
-      text << std::cin.rdbuf();
-    } else {
-      std::ifstream file(name, std::ios::binary);
+    std::ifstream file;
+    if (name != "-") {
+      file.open(name, std::ios::binary);
       REQUIRE(file, "--prompt-file: ", name, " cannot be read: ", strerror(errno));
       REQUIRE(!std::filesystem::is_directory(name), "--prompt-file: ", name, " is a directory");
-      text << file.rdbuf();
     }
-    texts.push_back(text.str());
+    texts.emplace_back(std::istreambuf_iterator<char>(name == "-" ? std::cin : file), std::istreambuf_iterator<char>());
   }
   REQUIRE(!texts.empty(), "there is nothing to continue: give --prompt TEXT or --prompt-file FILE (- is standard input)");
   return texts;
@@ -113,30 +88,10 @@ static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o, co
 
 // ---- output
 
-// The first text as it is made; the others, made beside it, after it.
-class Printer {
- public:
-  Printer(const Tokenizer& tokenizer, size_t texts, bool speaks) : tokenizer_(tokenizer), made_(texts), speaks_(speaks) {}
-  void add(size_t text, int token) {
-    const std::string bytes = tokenizer_.decode(token);
-    if (text == 0) show(bytes);
-    else made_[text] += bytes;
-  }
-  void finish() {
-    for (size_t i = 1; i < made_.size(); i++) show(sentence("\n\n--- ", i + 1, "\n", made_[i]));
-    show("\n");
-  }
-
- private:
-  void show(const std::string& bytes) {
-    if (!speaks_) return;
-    for (const char c : bytes) putchar(c == '\n' || c == '\t' || (c & 0xe0) ? (c == 127 ? '?' : c) : '?');  // no control characters
-    fflush(stdout);
-  }
-  const Tokenizer& tokenizer_;
-  std::vector<std::string> made_;
-  bool speaks_;
-};
+static void show(const std::string& bytes) {
+  for (const char c : bytes) putchar(c == '\n' || c == '\t' || (c & 0xe0) ? (c == 127 ? '?' : c) : '?');  // no control characters
+  fflush(stdout);
+}
 
 static void print_statistics(const Generator& generator, std::vector<double> seconds, double first, int64_t tokens, int64_t sent) {
   fprintf(stderr, "\nfirst token after %.1f ms\n", first * 1e3);
@@ -166,17 +121,20 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh, const
   else generator.initialise(uint64_t(o.seed));
 
   const Sampling how{o.temperature, o.top_k, o.top_p, uint64_t(o.seed)};
-  std::vector<int64_t> position;
-  for (const auto& p : prompts) position.push_back(int64_t(p.size()));
+  int64_t made = 0;  // tokens of each text
   const auto pick_all = [&](const Generator::Logits& logits) {
     std::vector<int> picked(B);
-    for (size_t b = 0; b < logits.size(); b++) picked[b] = pick(logits[b], how, position[b], int64_t(b));
-    for (int64_t& p : position) p++;
+    for (size_t b = 0; b < logits.size(); b++) picked[b] = pick(logits[b], how, int64_t(prompts[b].size()) + made, int64_t(b));
+    made++;
     return generator.share(picked);
   };
-  Printer printer(tokenizer, B, job.speaks);
+  std::vector<std::string> texts(B);  // the first is shown as it is made; the others, made beside it, after it
+  const auto add = [&](size_t b, int token) {
+    texts[b] += tokenizer.decode(token);
+    if (job.speaks && b == 0) show(tokenizer.decode(token));
+  };
   for (size_t b = 0; b < B; b++)
-    for (const int token : prompts[b]) printer.add(b, token);
+    for (const int token : prompts[b]) add(b, token);
   synchronize();
 
   const Clock::time_point began = Clock::now();
@@ -191,19 +149,21 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh, const
   std::vector<bool> ended(B, false);
   ledger.rows.clear();
   int64_t added = 0;  // by decoding
-  for (int64_t i = 1;; i++) {
+  while (true) {
     for (size_t b = 0; b < B; b++) {
       ended[b] = ended[b] || next[b] == tokenizer.end_of_text();
-      if (!ended[b]) printer.add(b, next[b]), added += i > 1;  // the first is prefill's
+      if (!ended[b]) add(b, next[b]), added += made > 1;  // the first is prefill's
     }
-    if (i == o.tokens || std::count(ended.begin(), ended.end(), false) == 0) break;
+    if (made == o.tokens || std::count(ended.begin(), ended.end(), false) == 0) break;
     watch.progress();
     const Clock::time_point start = Clock::now();
     next = pick_all(generator.decode(next));
     seconds.push_back(since(start));
   }
-  printer.finish();
-  if (job.speaks) print_statistics(generator, seconds, first, added, ledger.bytes());
+  if (!job.speaks) return;
+  for (size_t b = 1; b < B; b++) show(sentence("\n\n--- ", b + 1, "\n", texts[b]));
+  show("\n");
+  print_statistics(generator, seconds, first, added, ledger.bytes());
 }
 
 // ---- main
@@ -231,7 +191,7 @@ int main(int argc, char** argv) {
     return Start{layout(o), o.timeout};
   };
   return run_program("generate", argc, argv, prepare, [&](const Job& job, Mesh& mesh, Watch& watch) {
-    prompts = nlohmann::json::parse(broadcast_text(nlohmann::json(prompts).dump(), 0));  // rank 0's, on every rank
+    prompts = nlohmann::json::parse(gather_text(nlohmann::json(prompts).dump())[0]);  // rank 0's
     generate(o, job, mesh, checkpoint.get(), *tokenizer, prompts, watch);
   });
 }

@@ -86,13 +86,10 @@ std::vector<int> Generator::share(std::vector<int> picked) {
   picked.resize(size_t(sequences_));
   const Tensor tokens({sequences_}, Dtype::i32, Memory::data);
   upload(tokens, picked.data());
-  Event event;
-  event.record(device().compute);
-  event.make_wait(mesh_.stream);  // the tokens must be on the device
+  make_wait(mesh_.stream, device().compute);  // the tokens must be on the device
   ledger.broadcast(mesh_.pp, tokens.bytes());
   NCCL_CHECK(ncclBroadcast(tokens.raw(), tokens.raw(), size_t(sequences_), ncclInt32, mesh_.pp.size - 1, mesh_.pp.comm, mesh_.stream));
-  event.record(mesh_.stream);
-  event.make_wait(device().compute);  // they must have arrived
+  make_wait(device().compute, mesh_.stream);  // they must have arrived
   download(tokens, picked.data());
   return picked;
 }

@@ -17,14 +17,10 @@ template <class Prepare, class Work> int run_program(const char* name, int argc,
   Job job(&argc, &argv);
   try {
     std::optional<Start> start;
-    std::string error;
-    try {
+    const std::string error = job.agree(error_of([&] {  // what is wrong for one rank ends all, with one message
       job.check_launcher();
       start = prepare(job);
-    } catch (const std::exception& e) {
-      error = e.what();
-    }
-    error = job.agree(error);  // what is wrong for one rank ends all, with one message
+    }));
     if (!error.empty() && job.speaks) fprintf(stderr, "%s: %s\n", name, error.c_str());
     if (!error.empty()) return 1;
     if (!start) return check_printed(), 0;

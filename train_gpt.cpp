@@ -89,9 +89,7 @@ class StopSignal {
   }
   bool came() const {  // collective
     int mine = came_, any = 0;
-    MPI_Request request;
-    MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, &request);
-    wait(request);
+    MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, Finished());
     return any != 0;
   }
 

@@ -8,14 +8,14 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <csignal>
 #include <cstdio>
 #include <cstring>
+#include <set>
 
-static int64_t now_ms() {
-  timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);  // the same clock in every process of a node
-  return int64_t(t.tv_sec) * 1000 + t.tv_nsec / 1000000;
+static int64_t now_ms() {  // CLOCK_MONOTONIC, the same clock in every process of a node
+  return std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 static std::string host() {
@@ -32,26 +32,18 @@ static std::string place_of(const WatchRecord& r) {  // "step 13, all_reduce #18
 
 // ---- records that outlive their rank
 
-// Memory that every rank of the node maps: the first one creates it, the others open it through its process.
+// Every rank of the node maps it, and the child, too. (MPI's shared windows are private memory where a node has one rank only.)
 static void* share(const Job& job, size_t bytes) {
-  int place[2] = {int(getpid()), -1};
-  if (job.local_rank == 0) {
-    place[1] = memfd_create("threefold-watch", MFD_CLOEXEC);
-    ASSERT(place[1] >= 0 && ftruncate(place[1], off_t(bytes)) == 0, strerror(errno));
-  }
-  MPI_Comm node;
-  MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, job.rank, MPI_INFO_NULL, &node);
-  MPI_Request request;
-  MPI_Ibcast(place, 2, MPI_INT, 0, node, &request);
-  wait(request);
-  const int fd = job.local_rank == 0 ? place[1] : open(sentence("/proc/", place[0], "/fd/", place[1]).c_str(), O_RDWR | O_CLOEXEC);
-  REQUIRE(fd >= 0, "cannot open the watch's records of process ", place[0], ": ", strerror(errno), " (ranks of one node need the same user)");
+  int owner = getpid();
+  MPI_Ibcast(&owner, 1, MPI_INT, 0, job.node, Finished());
+  const std::string name = sentence("/threefold-watch-", owner);
+  const int fd = shm_open(name.c_str(), O_RDWR | O_CREAT, 0600);
+  REQUIRE(fd >= 0 && ftruncate(fd, off_t(bytes)) == 0, "cannot share the watch's records in /dev/shm", name, ": ", strerror(errno));
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   ASSERT(memory != MAP_FAILED, strerror(errno));
-  MPI_Ibarrier(node, &request);
-  wait(request);  // nobody closes before all have opened
+  MPI_Ibarrier(job.node, Finished());
+  if (job.local_rank == 0) shm_unlink(name.c_str());  // nobody opens it any more
   close(fd);
-  MPI_Comm_free(&node);
   return memory;
 }
 
@@ -65,7 +57,7 @@ static void set_signals(int how) {
 
 Watch::Watch(Job& job, double timeout_seconds) : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
   records_ = static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * size_t(job.local_size)));
-  mine_ = &records_[job.local_rank];
+  mine_ = new (&records_[job.local_rank]) WatchRecord();
   ASSERT(pipe2(lifeline_, O_CLOEXEC) == 0, strerror(errno));
   mine_->rank = job.rank, mine_->pid = getpid(), mine_->lifeline = lifeline_[0];
   mine_->heartbeat_ms = mine_->progress_ms = now_ms();
@@ -134,17 +126,14 @@ void Watch::ask_nccl() {
 std::string Watch::report() const {
   const int64_t now = now_ms();
   std::string s = sentence("no progress for ", limit_ms() / 1000.0, " s (--timeout); where the ranks of ", host(), " stand:");
-  int64_t fewest = INT64_MAX, most = 0;
-  for (int i = 0; i < job_.local_size; i++) {
-    fewest = std::min(fewest, records_[i].collectives.load());
-    most = std::max(most, records_[i].collectives.load());
-  }
+  std::set<int64_t> entered;
+  for (int i = 0; i < job_.local_size; i++) entered.insert(records_[i].collectives);
   for (int i = 0; i < job_.local_size; i++) {
     const WatchRecord& r = records_[i];
     s += sentence("\n  rank ", r.rank, ": ", place_of(r));
     if (now - r.heartbeat_ms > 1500) s += sentence("; DOES NOT RUN since ", (now - r.heartbeat_ms) / 1000, " s: stopped, or its process ", r.pid, " is stuck");
     else if (r.finished) s += "; has finished";
-    else if (r.collectives == fewest && fewest < most) s += "; behind the others";
+    else if (r.collectives == *entered.begin() && entered.size() > 1) s += "; behind the others";
   }
   if (mine_->step >= 0) return s;
   return s + "\nThe mesh could not be opened or checked. Look at the network interface (NCCL_SOCKET_IFNAME), a firewall between nodes, the size of "
@@ -179,11 +168,11 @@ void Watch::start_child() {
     left--;
     const WatchRecord& r = records_[event.data.u32];
     if (r.finished) continue;
-    if (records_[0].explained.exchange(true)) _exit(0);
+    if (records_[0].explained.exchange(true)) break;
     dprintf(2, "rank %d on %s (process %d) ended without finishing: killed, or it crashed; last seen: %s\n", r.rank.load(), host().c_str(),
             r.pid.load(), place_of(r).c_str());
-    if (kill(parent, 0) == 0) kill(parent, SIGTERM);  // should mpiexec have been told not to clean up
-    _exit(0);
+    kill(parent, SIGTERM);  // should mpiexec have been told not to clean up
+    break;
   }
   _exit(0);
 }

@@ -26,6 +26,15 @@ __attribute__((format(printf, 1, 2))) inline std::string format(const char* patt
   return text;
 }
 
+template <class Work> std::string error_of(const Work& work) {  // what it throws, in words; "" if it ends well
+  try {
+    work();
+  } catch (const std::exception& e) {
+    return e.what();
+  }
+  return "";
+}
+
 // For the user: REQUIRE(width % heads == 0, "--width ", width, " does not divide by --heads ", heads). Alive in every build.
 #define REQUIRE(condition, ...) \
   do { if (!(condition)) throw Error(sentence(__VA_ARGS__)); } while (0)

@@ -227,13 +227,7 @@ void Checkpoint::read(const Piece& piece, Part part, Dtype dtype, void* to) cons
 // ---- ranks
 
 template <class Work> static void collectively(const Job& job, Work work) {
-  std::string error;
-  try {
-    work();
-  } catch (const std::exception& e) {
-    error = e.what();
-  }
-  error = job.agree(error);
+  const std::string error = job.agree(error_of(work));
   REQUIRE(error.empty(), error);
 }
 
@@ -271,13 +265,7 @@ std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& j
   std::vector<std::string> damaged;
   for (const std::string& path : checkpoints_in(dir)) {
     const bool whole = is_whole(path);
-    std::string error;
-    try {
-      found.emplace(path).verify("", job.rank, job.size);
-    } catch (const std::exception& e) {
-      error = e.what();
-    }
-    error = job.agree(error);
+    const std::string error = job.agree(error_of([&] { found.emplace(path).verify("", job.rank, job.size); }));
     if (error.empty()) break;
     say("passed over: " + error);
     found.reset();

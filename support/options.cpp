@@ -1,4 +1,4 @@
-// options.cpp: the table of train_gpt's options, then the parser that serves any table.
+// options.cpp: what train_gpt and generate share, the table of train_gpt's options, then the parser that serves any table.
 // test      tests/test_support.cpp
 #include "support/options.h"
 
@@ -12,7 +12,7 @@
 
 #include "support/data.h"
 
-// ---- train_gpt: models, options, defaults, contradictions
+// ---- models by name, and the options that train_gpt and generate share
 
 namespace {
 
@@ -29,11 +29,20 @@ const Preset kPresets[] = {
 
 }  // namespace
 
-OptionGroup model_options(std::string& name, ModelSize& m) {
+static const Preset& preset_of(const std::string& name) {
+  const auto preset = std::find_if(std::begin(kPresets), std::end(kPresets), [&](const Preset& p) { return p.name == name; });
+  ASSERT(preset != std::end(kPresets), name);
+  return *preset;
+}
+
+constexpr int64_t kMaxRanks = 50'000;  // of an axis: the product of four fits an int64_t
+
+OptionGroup model_options(CommonOptions& o) {
+  ModelSize& m = o.model;
   std::vector<std::string> models;
   for (const Preset& p : kPresets) models.push_back(p.name);
   return {"Model", {
-    {"model", "", Choice{&name, models}, "size of the model", ""},
+    {"model", "", Choice{&o.model_name, models}, "size of the model", kPresets[0].name},
     {"layers", "N", Whole{&m.layers, 1, 10'000}, "blocks", "the model's"},
     {"width", "C", Whole{&m.width, 1, 1'000'000}, "channels", "the model's"},
     {"heads", "H", Whole{&m.heads, 1, 1'000'000}, "attention heads; the width divides by them", "the model's"},
@@ -42,31 +51,46 @@ OptionGroup model_options(std::string& name, ModelSize& m) {
   }};
 }
 
-static const Preset& preset_of(const std::string& name) {
-  const auto preset = std::find_if(std::begin(kPresets), std::end(kPresets), [&](const Preset& p) { return p.name == name; });
-  ASSERT(preset != std::end(kPresets), name);
-  return *preset;
+OptionGroup computing_options(CommonOptions& o, const std::string& ranks) {
+  return {"Computing: mpiexec -n (" + ranks + ")", {
+    {"tp", "T", Whole{&o.tp, 1, kMaxRanks}, "tensor parallelism: each layer's weights are split over T ranks"},
+    {"pp", "P", Whole{&o.pp, 1, kMaxRanks}, "pipeline parallelism: the layers are cut into P stages"},
+    {"dtype", "", Choice{&o.dtype, {"f32", "bf16", "f64"}}, "what is computed in; f64 is for proofs", "bf16 on a GPU, else f32"},
+    {"matmul", "", Choice{&o.matmul, {"cublas", "own"}}, "who multiplies matrices: cuBLAS or the kernels of this project"},
+    {"attention", "", Choice{&o.attention, {"plain", "flash"}}, "whole score matrices, or tiles of them with an online softmax"},
+    {"seed", "N", Whole{&o.seed, 0, INT64_MAX}, "decides a fresh model's weights, batches and samples"},
+    {"device-memory", "MiB", Whole{&o.device_memory}, "stop when more device memory than this is asked for", "no cap"},
+    {"timeout", "SECONDS", Whole{&o.timeout, 1}, "without progress for so long, say where each rank stands and end"},
+    {"help", "", Flag{&o.help}, "print this"},
+  }};
 }
 
-void resolve_model(const std::string& name, ModelSize& model) {
+void resolve_common(CommonOptions& o, bool has_gpu) {
+  if (o.model_name.empty()) o.model_name = kPresets[0].name;
   for (int64_t ModelSize::*size : {&ModelSize::layers, &ModelSize::width, &ModelSize::heads, &ModelSize::context, &ModelSize::vocab})
-    if (model.*size == 0) model.*size = preset_of(name).size.*size;
+    if (o.model.*size == 0) o.model.*size = preset_of(o.model_name).size.*size;
+  if (o.dtype.empty()) o.dtype = has_gpu ? "bf16" : "f32";
 }
 
-void check_model(const ModelSize& m, const std::string& attention) {
+void check_common(const CommonOptions& o, int64_t chunks) {
+  const ModelSize& m = o.model;
   REQUIRE(std::min({m.layers, m.width, m.heads, m.context, m.vocab}) > 0,
           "--layers, --width, --heads, --context and --vocab must be at least 1");
   REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads, " heads: change --width or --heads");
-  REQUIRE(attention != "flash" || m.width / m.heads <= 128, "--attention flash takes heads of at most 128 channels, and a width of ", m.width,
+  REQUIRE(o.attention != "flash" || m.width / m.heads <= 128, "--attention flash takes heads of at most 128 channels, and a width of ", m.width,
           " with ", m.heads, m.heads == 1 ? " head" : " heads", " makes them ", m.width / m.heads, " wide: give --attention plain or more --heads");
+  REQUIRE(o.tp <= m.heads, "--tp ", o.tp, " has more ranks than the ", m.heads, " attention heads that they would share");
+  REQUIRE(o.tp <= m.vocab, "--tp ", o.tp, " has more ranks than the vocabulary has tokens, ", m.vocab);
+  REQUIRE(o.pp * chunks <= m.layers, m.layers, " layers cannot be cut into ", o.pp, " stages", chunks > 1 ? sentence(" of ", chunks, " chunks") : "",
+          ": each needs a layer (--pp", chunks > 1 ? ", --chunks)" : ")");
 }
 
-constexpr int64_t kMaxRanks = 50'000;  // of an axis: the product of four fits an int64_t
+// ---- train_gpt: options, defaults, contradictions
 
 static OptionTable table(Options& o) {
   const Preset& tiny = kPresets[0];
   return {
-    model_options(o.model_name, o.model),
+    model_options(o),
     {"Data", {
       {"data", "FILE...", List{&o.data}, "plain text (bytes are tokens) or llm.c's .bin token shards", "this project's sources"},
     }},
@@ -78,44 +102,34 @@ static OptionTable table(Options& o) {
       {"lr", "X", Real{&o.lr, false}, "highest learning rate", sentence("by model, ", tiny.name, ": ", tiny.lr)},
       {"min-lr", "X", Real{&o.min_lr}, "learning rate at the end", "a tenth of --lr"},
       {"warmup", "N", Whole{&o.warmup, 0}, "steps until the learning rate is at its highest", "5% of --steps, at most 100"},
-      {"weight-decay", "X", Real{&o.weight_decay}, "AdamW's weight decay", ""},
-      {"clip", "X", Real{&o.clip}, "largest norm of the gradient; 0: no limit", ""},
-      {"seed", "N", Whole{&o.seed, 0, INT64_MAX}, "decides initial weights, batches and samples", ""},
+      {"weight-decay", "X", Real{&o.weight_decay}, "AdamW's weight decay"},
+      {"clip", "X", Real{&o.clip}, "largest norm of the gradient; 0: no limit"},
+      {"recompute", "", Flag{&o.recompute}, "keep only the input of each block and run its forward again in the backward"},
     }},
-    {"Computing", {
-      {"dtype", "", Choice{&o.dtype, {"f32", "bf16", "f64"}}, "what is computed in; f64 is for proofs", "bf16 on a GPU, else f32"},
-      {"matmul", "", Choice{&o.matmul, {"cublas", "own"}}, "who multiplies matrices: cuBLAS or the kernels of this project", ""},
-      {"attention", "", Choice{&o.attention, {"plain", "flash"}}, "whole score matrices, or tiles of them with an online softmax", ""},
-      {"recompute", "", Flag{&o.recompute}, "keep only the input of each block and run its forward again in the backward", ""},
-      {"device-memory", "MiB", Whole{&o.device_memory}, "stop when more device memory than this is asked for", "no cap"},
-    }},
-    {"Ranks: mpiexec -n (pp x replicate x fsdp x tp)", {
-      {"replicate", "R", Whole{&o.replicate, 1, kMaxRanks}, "data parallelism: copies of the model, gradients summed over them", ""},
-      {"fsdp", "S", Whole{&o.fsdp, 1, kMaxRanks}, "fully sharded data parallelism: each rank owns 1/S of every layer", ""},
+    computing_options(o, "pp x replicate x fsdp x tp"),
+    {"Strategies: what the ranks of an axis share", {
+      {"replicate", "R", Whole{&o.replicate, 1, kMaxRanks}, "data parallelism: copies of the model, gradients summed over them"},
+      {"fsdp", "S", Whole{&o.fsdp, 1, kMaxRanks}, "fully sharded data parallelism: each rank owns 1/S of every layer"},
       {"zero", "STAGE", Whole{&o.zero, 1, 3}, "what fsdp shards: optimizer state, and gradients, and parameters", "3"},
       {"reshard-after-forward", "", Choice{&o.reshard, {"yes", "no"}}, "ZeRO-3: give parameters back after the forward", "yes"},
       {"prefetch", "K", Whole{&o.prefetch, 0, 1000}, "layers gathered ahead while others compute; above 0 one sum of gradients runs behind, too",
        "1"},
-      {"tp", "T", Whole{&o.tp, 1, kMaxRanks}, "tensor parallelism: each layer's weights are split over T ranks", ""},
-      {"sequence-parallel", "", Flag{&o.sequence_parallel}, "with tp: activations between the split layers are split by tokens, too", ""},
-      {"pp", "P", Whole{&o.pp, 1, kMaxRanks}, "pipeline parallelism: the layers are cut into P stages", ""},
+      {"sequence-parallel", "", Flag{&o.sequence_parallel}, "with tp: activations between the split layers are split by tokens, too"},
       {"schedule", "", Choice{&o.schedule, {"gpipe", "1f1b", "interleaved", "zb"}}, "with pp: in which order a stage computes its micro-batches",
        "1f1b"},
       {"chunks", "V", Whole{&o.chunks, 1, 1000}, "with interleaved: pieces of the model that a stage has", "2 with interleaved, else 1"},
-      {"timeout", "SECONDS", Whole{&o.timeout, 1}, "without progress for so long, say where each rank stands and end", ""},
     }},
     {"Checkpoints", {
       {"checkpoint", "DIR", Text{&o.checkpoint}, "save weights and optimizer state here at the end, and when stopped by Ctrl-C or SIGTERM", "none"},
-      {"save-every", "K", Whole{&o.save_every, 0}, "and every K steps; 0: only then", ""},
+      {"save-every", "K", Whole{&o.save_every, 0}, "and every K steps; 0: only then"},
       {"keep", "N", Whole{&o.keep, 0}, "remove all but the newest N checkpoints; 0: none", "2"},
-      {"resume", "", Flag{&o.resume}, "go on from the newest complete checkpoint, in this or any other layout", ""},
+      {"resume", "", Flag{&o.resume}, "go on from the newest complete checkpoint, in this or any other layout"},
     }},
     {"Reports", {
-      {"eval-every", "K", Whole{&o.eval_every, 0}, "report the loss on held-out data every K steps; 0: never", ""},
-      {"sample", "K", Whole{&o.sample, 0}, "print K tokens that the trained model continues with", ""},
+      {"eval-every", "K", Whole{&o.eval_every, 0}, "report the loss on held-out data every K steps; 0: never"},
+      {"sample", "K", Whole{&o.sample, 0}, "print K tokens that the trained model continues with"},
       {"metrics", "FILE.jsonl", Text{&o.metrics}, "write one JSON object per step to this file", "none"},
       {"trace", "FILE.json", Text{&o.trace}, "with pp: write the last step's timeline in Chrome's trace format", "none"},
-      {"help", "", Flag{&o.help}, "print this", ""},
     }},
   };
 }
@@ -134,13 +148,13 @@ void print_help() {
 }
 
 void resolve(Options& o, bool has_gpu) {
-  resolve_model(o.model_name, o.model);
-  const Preset* preset = &preset_of(o.model_name);
-  if (o.steps == 0) o.steps = preset->steps;
+  resolve_common(o, has_gpu);
+  const Preset& preset = preset_of(o.model_name);
+  if (o.steps == 0) o.steps = preset.steps;
   const int64_t ranks = o.replicate * o.fsdp;  // that share the batch
   if (o.chunks == 0) o.chunks = o.schedule == "interleaved" ? 2 : 1;
   const int64_t parts = ranks * (o.pp > 1 ? 2 * o.pp : 1);  // a pipeline wants several micro-batches
-  if (o.batch == 0) o.batch = (preset->batch + parts - 1) / parts * parts;
+  if (o.batch == 0) o.batch = (preset.batch + parts - 1) / parts * parts;
   if (o.microbatch == 0) {  // the largest that divides the batch, into a number of micro-batches that the schedule takes
     const auto fits = [&](int64_t b) { return o.batch % (b * ranks * (o.schedule == "interleaved" ? o.pp : 1)) == 0; };
     o.microbatch = std::max<int64_t>(1, o.batch / parts);
@@ -149,11 +163,10 @@ void resolve(Options& o, bool has_gpu) {
   if (o.zero == 0 && o.fsdp > 1) o.zero = 3;
   if (o.reshard.empty() && o.zero == 3) o.reshard = "yes";
   if (o.prefetch < 0 && ranks > 1) o.prefetch = 1;
-  if (o.lr == 0) o.lr = preset->lr;
+  if (o.lr == 0) o.lr = preset.lr;
   if (o.min_lr < 0) o.min_lr = o.lr / 10;
   if (o.warmup < 0) o.warmup = std::min<int64_t>(o.steps / 20, 100);
   if (o.keep < 0 && !o.checkpoint.empty()) o.keep = 2;
-  if (o.dtype.empty()) o.dtype = has_gpu ? "bf16" : "f32";
 }
 
 // A report overwrites nothing that is read, and no other report.
@@ -171,8 +184,7 @@ static void check_reports(const Options& o) {
 }
 
 void check(const Options& o) {
-  const ModelSize& m = o.model;
-  check_model(m, o.attention);
+  check_common(o, o.pp > 1 ? o.chunks : 1);
   REQUIRE(o.batch % (o.microbatch * o.replicate * o.fsdp) == 0, "a batch of ", o.batch, " does not divide into micro-batches of ",
           o.microbatch, o.replicate * o.fsdp == 1 ? "" : sentence(" on ", o.replicate * o.fsdp, " data-parallel ranks (replicate x fsdp)"),
           ": change --batch or --microbatch");
@@ -181,13 +193,9 @@ void check(const Options& o) {
           o.fsdp > 1 ? " and --zero 3" : "");
   REQUIRE(o.prefetch < 0 || o.fsdp * o.replicate > 1, "--prefetch ", o.prefetch, " is about what ranks gather and sum: give --fsdp or --replicate "
           "2 or more");
-  REQUIRE(o.tp <= m.heads, "--tp ", o.tp, " has more ranks than the ", m.heads, " attention heads that they would share (--heads)");
-  REQUIRE(o.tp <= m.vocab, "--tp ", o.tp, " has more ranks than the vocabulary has tokens, ", m.vocab, " (--vocab)");
   REQUIRE(o.tp > 1 || !o.sequence_parallel, "--sequence-parallel splits activations over the ranks of --tp, which is 1: give --tp 2 or more");
   REQUIRE(o.pp > 1 || (o.schedule.empty() && o.chunks == 1 && o.trace.empty()),
           "--schedule, --chunks and --trace are about a pipeline: give --pp 2 or more");
-  REQUIRE(m.layers >= o.pp * o.chunks, m.layers, " layers cannot be cut into ", o.pp * o.chunks, " pieces (", o.pp, " stages, ", o.chunks,
-          o.chunks == 1 ? " chunk" : " chunks", " each): each needs a layer (--layers)");
   REQUIRE(!o.checkpoint.empty() || (!o.resume && o.save_every == 0 && o.keep < 0), "--save-every, --keep and --resume need a directory: give --checkpoint DIR");
   REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr, ": the learning rate ends at --min-lr");
   REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps, " steps (--steps)");
@@ -201,29 +209,38 @@ template <class Number> static bool read_all(const std::string& word, Number& fi
   const auto [stop, error] = std::from_chars(word.data(), end, field);
   return error == std::errc() && stop == end;
 }
-bool Whole::read(const std::string& word) const { return read_all(word, *field) && *field >= low && *field <= high; }
-bool Real::read(const std::string& word) const { return read_all(word, *field) && std::isfinite(*field) && (zero ? *field >= 0 : *field > 0); }
 
-bool Choice::read(const std::string& word) const {
-  *field = word;
-  return std::find(names.begin(), names.end(), word) != names.end();
+Flag::Flag(bool* field) : Takes{"no value", "", [=](const auto&) { return *field = true; }, nothing} {}
+
+Whole::Whole(int64_t* field, int64_t low, int64_t high)
+    : Takes{sentence("a whole number from ", low, " to ", high), sentence(*field),
+            [=](const auto& word) { return read_all(word, *field) && low <= *field && *field <= high; }} {}
+
+Real::Real(double* field, bool zero)
+    : Takes{zero ? "a number of at least 0" : "a number above 0", sentence(*field),
+            [=](const auto& word) { return read_all(word, *field) && std::isfinite(*field) && (*field > 0 || (zero && *field == 0)); }} {}
+
+Choice::Choice(std::string* field, const std::vector<std::string>& of)
+    : Takes{of[0], *field, [=](const auto& word) { return std::find(of.begin(), of.end(), *field = word) != of.end(); }, a_word, of[0]} {
+  for (size_t i = 1; i < of.size(); i++) allowed += (i + 1 == of.size() ? " or " : ", ") + of[i], names += "|" + of[i];
 }
 
-std::string Choice::allowed() const {
-  std::string all = names[0];
-  for (size_t i = 1; i < names.size(); i++) all += (i + 1 == names.size() ? " or " : ", ") + names[i];
-  return all;
-}
+Text::Text(std::string* field) : Takes{"a name", *field, [=](const auto& word) { return !(*field = word).empty(); }} {}
+
+List::List(std::vector<std::string>* field, const std::string& others)
+    : Takes{"one or more words, none of them empty" + others, "",
+            [=](const auto& word) { return field->push_back(word), !word.empty(); }, words} {}
 
 static const Option& find_option(const OptionTable& table, const std::string& word) {
   REQUIRE(word[0] == '-', "'", word, "' belongs to no option: options begin with --, and --help lists them");
   const std::string name = word.substr(std::min(word.find_first_not_of('-'), word.size())), left = name.substr(0, name.find('='));
-  const Option* nearest = nullptr;  // the one that begins like it, in three letters at least
+  const Option* nearest = nullptr;  // the one of the same letters, or that begins like it, in three at least
   size_t alike = 2;
   for (const OptionGroup& group : table)
     for (const Option& option : group.options) {
       if (word == "--" + option.name) return option;
-      const size_t n = size_t(std::mismatch(left.begin(), left.end(), option.name.begin(), option.name.end()).first - left.begin());
+      size_t n = size_t(std::mismatch(left.begin(), left.end(), option.name.begin(), option.name.end()).first - left.begin());
+      if (std::is_permutation(left.begin(), left.end(), option.name.begin(), option.name.end())) n = left.size();
       if (n > alike) alike = n, nearest = &option;
     }
   REQUIRE(!nearest, "there is no option ", word, ": did you mean --", nearest->name,
@@ -236,19 +253,18 @@ void parse(int argc, const char* const* argv, const OptionTable& table) {
   for (int i = 1; i < argc;) {
     const Option& option = find_option(table, argv[i++]);
     REQUIRE(seen.insert(option.name).second, "--", option.name, " is given twice");
-    std::visit([&](const auto& takes) {
-      using Takes = std::decay_t<decltype(takes)>;
-      if constexpr (std::is_same_v<Takes, Flag>) {
-        takes.read("");
-        REQUIRE(i == argc || argv[i][0] == '-', "--", option.name, " takes no value, but '", argv[i], "' follows it");
-      } else {
-        REQUIRE(i < argc && strncmp(argv[i], "--", 2) != 0, "--", option.name, " needs a value: ", takes.allowed());
-        do {
-          REQUIRE(takes.read(argv[i]), "--", option.name, " takes ", takes.allowed(), ", not '", argv[i], "'");
-          i++;
-        } while (std::is_same_v<Takes, List> && i < argc && strncmp(argv[i], "--", 2) != 0);
-      }
-    }, option.takes);
+    const Takes& takes = option.takes;
+    if (takes.what == Takes::nothing) {
+      takes.read("");
+      REQUIRE(i == argc || argv[i][0] == '-', "--", option.name, " takes no value, but '", argv[i], "' follows it");
+      continue;
+    }
+    const auto follows = [&] { return i < argc && strncmp(argv[i], "--", 2) != 0; };
+    REQUIRE(follows(), "--", option.name, " needs a value: ", takes.allowed);
+    do {
+      REQUIRE(takes.read(argv[i]), "--", option.name, " takes ", takes.allowed, ", not '", argv[i], "'");
+      i++;
+    } while (takes.what == Takes::words && follows());
   }
 }
 
@@ -258,11 +274,8 @@ std::string help_text(const std::string& usage, const OptionTable& table) {
   for (const OptionGroup& group : table) {
     text += "\n" + group.title + "\n";
     for (const Option& option : group.options) {
-      std::string left = "  --" + option.name, value = option.value, unset = option.unset;
-      if (const auto* choice = std::get_if<Choice>(&option.takes))
-        for (const std::string& name : choice->names) value += (value.empty() ? "" : "|") + name;
-      if (!value.empty()) left += " " + value;
-      if (unset.empty()) unset = std::visit([](const auto& takes) { return takes.now(); }, option.takes);
+      const std::string value = option.value + option.takes.names, unset = option.unset.empty() ? option.takes.now : option.unset;
+      std::string left = "  --" + option.name + (value.empty() ? "" : " " + value);
       if (left.size() + 2 > kColumn) left += "\n" + std::string(kColumn, ' ');
       else left.resize(kColumn, ' ');
       text += left + option.help + (unset.empty() ? "" : " [" + unset + "]") + "\n";

@@ -12,14 +12,20 @@
 
 // ---- the files
 
-// One code point of UTF-8 at text[at]; malformed bytes are code points of their own. `length` becomes its bytes.
-static char32_t code_point(const std::string& text, size_t at, size_t& length) {
-  const unsigned char first = text[at];
-  length = first < 0x80 ? 1 : first >> 5 == 6 ? 2 : first >> 4 == 14 ? 3 : first >> 3 == 30 ? 4 : 1;
-  if (at + length > text.size()) length = 1;
-  char32_t c = length == 1 ? first : first & (0xff >> (length + 1));
-  for (size_t i = 1; i < length; i++) c = c << 6 | (text[at + i] & 0x3f);
-  return c;
+struct CodePoint { char32_t value; size_t at; };  // where its bytes begin
+
+// Of UTF-8; malformed bytes are code points of their own.
+static std::vector<CodePoint> code_points(const std::string& text) {
+  std::vector<CodePoint> points;
+  for (size_t at = 0, length; at < text.size(); at += length) {
+    const unsigned char first = text[at];
+    length = first < 0x80 ? 1 : first >> 5 == 6 ? 2 : first >> 4 == 14 ? 3 : first >> 3 == 30 ? 4 : 1;
+    if (at + length > text.size()) length = 1;
+    char32_t c = length == 1 ? first : first & (0xff >> (length + 1));
+    for (size_t i = 1; i < length; i++) c = c << 6 | (text[at + i] & 0x3f);
+    points.push_back({c, at});
+  }
+  return points;
 }
 
 // The files write each byte as a printable character: itself, or 256 and up for the others in order.
@@ -36,18 +42,20 @@ static std::map<char32_t, char> byte_of_character() {
 static std::string to_bytes(const std::string& written, const std::string& path) {
   static const std::map<char32_t, char> bytes = byte_of_character();
   std::string text;
-  for (size_t at = 0, length; at < written.size(); at += length) {
-    const auto found = bytes.find(code_point(written, at, length));
+  for (const CodePoint& c : code_points(written)) {
+    const auto found = bytes.find(c.value);
     REQUIRE(found != bytes.end(), path, ": ", written, " is no token of byte-level byte-pair encoding");
     text += found->second;
   }
   return text;
 }
 
-Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : kind_(vocab == 256 ? bytes : numbers), vocab_(vocab) {
+Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : vocab_(vocab) {
   const std::string vocabulary = directory + "/vocab.json", merges = directory + "/merges.txt";
-  if (directory.empty() || !std::filesystem::exists(vocabulary) || !std::filesystem::exists(merges)) return;
-  kind_ = pairs;
+  if (directory.empty() || !std::filesystem::exists(vocabulary) || !std::filesystem::exists(merges)) {
+    for (int b = 0; b < 256 && vocab == 256; b++) tokens_[texts_.emplace_back(1, char(b))] = b;
+    return;
+  }
   try {
     const auto json = nlohmann::json::parse(read_file(vocabulary));
     for (const auto& [written, number] : json.items()) {
@@ -85,39 +93,31 @@ static Sign sign_of(char32_t c) {
 // GPT-2's words: an English suffix ('s 't 're 've 'm 'll 'd), or a run of letters, digits or other signs with the space before it; of several
 // spaces the last one belongs to what follows.
 std::vector<std::string> Tokenizer::words(const std::string& text) const {
+  std::vector<CodePoint> points = code_points(text);
+  const size_t n = points.size();
+  std::vector<Sign> signs;
+  for (const CodePoint& c : points) signs.push_back(sign_of(c.value));
+  points.push_back({0, text.size()});
   std::vector<std::string> words;
-  const auto run_of = [&](size_t at, Sign sign) {  // where it ends
-    for (size_t length; at < text.size() && sign_of(code_point(text, at, length)) == sign;) at += length;
-    return at;
-  };
-  for (size_t at = 0, end = 0, length; at < text.size(); at = end) {
-    end = at;
+  for (size_t begin = 0, end; begin < n; begin = end) {
+    const size_t at = points[begin].at;
+    end = begin;
     for (const char* suffix : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})
-      if (text.compare(at, strlen(suffix), suffix) == 0) end = at + strlen(suffix);
-    if (end == at) {
-      const size_t start = text[at] == ' ' && at + 1 < text.size() ? at + 1 : at;
-      const Sign sign = sign_of(code_point(text, start, length));
-      if (sign != Sign::space) {
-        end = run_of(start, sign);
-      } else {
-        end = run_of(at, Sign::space);
-        size_t last = end;  // the last space of the run starts here
-        for (size_t i = at; i < end; i += length) code_point(text, i, length), last = i;
-        if (end < text.size() && last > at) end = last;
-      }
+      if (text.compare(at, strlen(suffix), suffix) == 0) end = begin + strlen(suffix);
+    if (end == begin) {
+      if (text[at] == ' ' && begin + 1 < n) end++;
+      const Sign sign = signs[end];
+      while (end < n && signs[end] == sign) end++;
+      if (sign == Sign::space && end < n && end > begin + 1) end--;
     }
-    words.push_back(text.substr(at, end - at));
+    words.push_back(text.substr(at, points[end].at - at));
   }
   return words;
 }
 
 std::vector<int> Tokenizer::encode(const std::string& text) const {
   std::vector<int> tokens;
-  if (kind_ == bytes) {
-    for (const unsigned char c : text) tokens.push_back(c);
-    return tokens;
-  }
-  if (kind_ == numbers) {
+  if (texts_.empty()) {
     std::istringstream in(text);
     for (std::string word; in >> word;) {
       char* end;
@@ -149,7 +149,6 @@ std::vector<int> Tokenizer::encode(const std::string& text) const {
 }
 
 std::string Tokenizer::decode(int token) const {
-  if (kind_ == bytes) return std::string(1, char(token));
-  if (kind_ == numbers) return std::to_string(token) + " ";
+  if (texts_.empty()) return std::to_string(token) + " ";
   return size_t(token) < texts_.size() ? texts_[size_t(token)] : "";
 }

@@ -1,6 +1,6 @@
 // tokenizer.h: text to tokens and back.
-// idea      three kinds. bytes: a vocabulary of 256 needs no file. pairs: GPT-2's byte-level byte-pair encoding, from vocab.json and
-//           merges.txt beside a checkpoint. numbers: without those files, a text is the numbers of its tokens.
+// idea      GPT-2's byte-level byte-pair encoding, from vocab.json and merges.txt beside a checkpoint. Without those files a vocabulary of 256
+//           is the bytes, which no pair merges, and of any other a text is the numbers of its tokens.
 // source    Radford et al., "Language models are unsupervised multitask learners", 2019, section 2.2 (bytes, pairs inside words);
 //           Sennrich et al., "Neural machine translation of rare words with subword units", 2016 (merging pairs)
 // limits    letters beyond ASCII are told from signs by the C library, whose digits of other scripts count as letters: such texts may be cut
@@ -22,10 +22,9 @@ class Tokenizer {
 
  private:
   std::vector<std::string> words(const std::string& text) const;
-  enum Kind { bytes, pairs, numbers } kind_;
   int64_t vocab_;
   int end_ = -1;
   std::map<std::string, int> tokens_;  // by their bytes
-  std::vector<std::string> texts_;     // by number
+  std::vector<std::string> texts_;     // by number; none: tokens are written as numbers
   std::map<std::pair<std::string, std::string>, int> merges_;  // rank: lower merges first
 };

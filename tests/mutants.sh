@@ -102,13 +102,13 @@ mutant faults transfers_come_after_the_computations_of_their_tick schedule.cpp '
 mutant faults a_transfer_takes_no_moment schedule.cpp 's/end \+ \*wire/end/' 1 immediate test_schedule
 
 mesh=open_mesh ledger=ledger_enters
-mutant faults tp_ranks_of_other_lines_talk comm.cpp 's/split\(m.tp, job.rank - tp\)/split(m.tp, tp)/' 4 immediate test_comm $mesh
-mutant faults the_color_of_fsdp_forgets_tp comm.cpp 's/split\(m.fsdp, job.rank - fsdp \* l.tp\)/split(m.fsdp, job.rank - fsdp)/' 4 immediate test_comm $mesh
-mutant faults the_ranks_of_fsdp_are_swapped comm.cpp 's/fsdp = job.rank \/ l.tp % l.fsdp,/fsdp = l.fsdp - 1 - job.rank \/ l.tp % l.fsdp,/' 2 immediate test_comm $mesh
+mutant faults ranks_of_other_lines_talk comm.cpp 's/color = job.rank - axis->rank \* stride/color = axis->rank/' 4 immediate test_comm $mesh
+mutant faults the_color_of_fsdp_forgets_tp comm.cpp 's/axis->rank \* stride/axis->rank/' 4 immediate test_comm $mesh
+mutant faults the_ranks_of_an_axis_are_swapped comm.cpp 's/axis->rank = rank % axis->size,/axis->rank = axis->size - 1 - rank % axis->size,/' 2 immediate test_comm $mesh
 mutant faults the_first_minute_expects_another_sum comm.cpp 's/n \* \(n \+ 1\) \/ 2/n * (n - 1) \/ 2/' 2 immediate test_comm $mesh
 mutant faults the_ledger_enters_twice_the_bytes comm.cpp 's/row.numerator \+= numerator/row.numerator += 2 * numerator/' 2 immediate test_comm $ledger
 mutant faults the_ledger_forgets_to_count_calls comm.cpp '/row.calls\+\+;/d' 2 immediate test_comm $ledger
-mutant faults ranks_agree_that_all_is_well_when_one_is comm.cpp 's/MPI_MIN/MPI_MAX/' 2 immediate test_comm agree
+mutant faults ranks_agree_that_all_is_well_when_one_is comm.cpp 's/if \(!text.empty\(\)\) return text/return text/' 2 immediate test_comm agree
 
 mutant faults all_that_hold_a_parameter_count_it_in_the_norm optimizer.cpp 's/if \(s.param->counted\) //' 2 immediate test_tensor_parallel $parity_tp
 mutant faults the_norm_is_that_of_this_rank optimizer.cpp 's/if \(sum_squares\) sum_squares\(squares_\);//' 2 immediate test_fsdp $parity
