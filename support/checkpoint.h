@@ -40,8 +40,7 @@ class Checkpoint {
   const std::string path;
   CheckpointInfo info;
   std::map<std::string, Shape> tensors;  // as in Hugging Face's files: vectors and matrices
-  struct File { std::string name; WrittenFile was; };
-  std::vector<File> files;
+  std::vector<WrittenFile> files;
   bool has_moments = false;  // imported weights have none
   // An Error unless the files whose names begin so are as they were written, and the pieces hold every element once. Ranks share the files out.
   void verify(const std::string& names = "", int rank = 0, int ranks = 1) const;
