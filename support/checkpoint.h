@@ -2,7 +2,7 @@
 //
 //   DIR/step-00000100/weights-3.safetensors     what rank 3 owns, under GPT-2's Hugging Face names; master weights where bf16 computes
 //                     optimizer-3.safetensors   the same pieces of Adam's moments: <name>.m and <name>.v
-//                     manifest.json             step, model, layout, options; which piece of which tensor is in which file; checksums, its own last
+//                     manifest.json             step, model, layout, options; which piece of which tensor is in which file; checksums, its own, too
 //
 // idea      a rank writes exactly what its optimizer updates, so that everything is written once and nothing is gathered. A piece says which
 //           elements of the whole tensor it holds; a rank of another layout reads the runs of elements that it needs, wherever they are.
