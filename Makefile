@@ -1,5 +1,5 @@
 # Threefold: `make` lists what there is. Everything that is built lives in build/<backend>/.
-#   knobs, probes, rules, programs, targets
+#   knobs, backends, probe, rules, programs, targets. `##` begins what help shows
 
 # ---- knobs
 
@@ -39,22 +39,20 @@ GENCODE    := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=
 SOURCES    := tensor.cu $(sort $(wildcard kernels/*.cu)) autograd.cpp gpt.cpp optimizer.cpp comm.cpp watch.cpp fsdp.cpp tensor_parallel.cpp schedule.cpp draw_schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp generator.cpp $(sort $(wildcard support/*.cpp))
 
 NCCL_CPU   := $(sort $(wildcard cpu/nccl*.cpp))
+STANDIN    := $(filter cpu faithful sanitize,$(BACKEND))
+LIBS       :=
 
 ifeq ($(BACKEND),cpu)
-  CXXFLAGS += -Icpu -DCPU_FAST -march=native -fopenmp
-  SOURCES  += cpu/runtime.cpp cpu/cublas.cpp $(NCCL_CPU)
-  LIBS     := -ldnnl -lxxhash -fopenmp
+  CXXFLAGS += -DCPU_FAST
 else ifeq ($(BACKEND),sanitize)
-  CXXFLAGS += -O1 -Icpu -DCPU_FAST -march=native -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+  CXXFLAGS += -DCPU_FAST -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
   KERNEL_FAST :=
-  SOURCES  += cpu/runtime.cpp cpu/cublas.cpp $(NCCL_CPU)
-  LIBS     := -ldnnl -lxxhash -fopenmp -fsanitize=address,undefined
+  LIBS     := -fsanitize=address,undefined
 else ifeq ($(BACKEND),faithful)
-  CXXFLAGS += -g1 -Icpu -DCPU_FAITHFUL -march=native -fopenmp
+  CXXFLAGS += -DCPU_FAITHFUL -g1
   KERNEL_FAST :=
   SOURCES  := $(filter-out fsdp.cpp schedule.cpp draw_schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp generator.cpp watch.cpp support/%,$(SOURCES))# the core
-  SOURCES  += cpu/runtime.cpp cpu/faithful.cpp cpu/cublas.cpp $(NCCL_CPU)
-  LIBS     := -ldnnl -lxxhash -fopenmp
+  SOURCES  += cpu/faithful.cpp
 else ifeq ($(BACKEND),cuda)
   CXXFLAGS += -I$(CUDA_HOME)/include
   LIBS     := -L$(CUDA_HOME)/lib64 -lcublas -lnccl -lxxhash -Xcompiler -fopenmp
@@ -68,17 +66,20 @@ else ifeq ($(BACKEND),ptx)
 else ifneq ($(BACKEND),)
   $(error BACKEND is '$(BACKEND)', expected cpu or cuda)
 endif
+ifneq ($(STANDIN),)
+  CXXFLAGS += -Icpu -march=native -fopenmp
+  SOURCES  += cpu/runtime.cpp cpu/cublas.cpp $(NCCL_CPU)
+  LIBS     += -ldnnl -lxxhash -fopenmp
+endif
 LINK ?= $(MPICXX)
 
-# ---- probes: what the backend needs is there when a program that uses it compiles and links
+# ---- probe: what the backend needs is there when a program that uses it compiles and links
 
-define probe_cpu
-printf '#include <mpi.h>\n#include <nlohmann/json.hpp>\n#include <xxhash.h>\n#include <oneapi/dnnl/dnnl.h>\n#ifndef MPICH_VERSION\n#error this MPI is not MPICH\n#endif\nint main() { MPI_Init(0, 0); return dnnl_version() == 0; }\n' > $(B)/probe.cpp && $(MPICXX) $(B)/probe.cpp -o $(B)/probe -ldnnl -lxxhash 2>$(B)/probe.log
+USES := $(if $(filter cuda,$(BACKEND)),nccl.h cublas_v2.h,oneapi/dnnl/dnnl.h)
+CALL := $(if $(filter cuda,$(BACKEND)),int v; cublasHandle_t h; return cublasCreate(&h) || ncclGetVersion(&v);,return dnnl_version() == 0;)
+define probe
+printf '$(foreach header,mpi.h nlohmann/json.hpp xxhash.h $(USES),#include <$(header)>\n)#ifndef MPICH_VERSION\n#error this MPI is not MPICH\n#endif\nint main() { MPI_Init(0, 0); $(CALL) }\n' > $(B)/probe.cpp && $(LINK) $(B)/probe.cpp -o $(B)/probe $(LIBS) 2>$(B)/probe.log
 endef
-define probe_cuda
-printf '#include <mpi.h>\n#include <nlohmann/json.hpp>\n#include <xxhash.h>\n#include <nccl.h>\n#include <cublas_v2.h>\n#ifndef MPICH_VERSION\n#error this MPI is not MPICH\n#endif\nint main() { int v; cublasHandle_t h; MPI_Init(0, 0); return cublasCreate(&h) || ncclGetVersion(&v); }\n' > $(B)/probe.cu && $(NVCC) -ccbin $(MPICXX) $(B)/probe.cu -o $(B)/probe -lcublas -lnccl -lxxhash 2>$(B)/probe.log
-endef
-probe = $(if $(filter cuda,$(BACKEND)),$(probe_cuda),$(probe_cpu))
 
 $(B)/ready: Makefile
 	@mkdir -p $(B)
@@ -89,7 +90,7 @@ $(B)/ready: Makefile
 
 OBJECTS = $(patsubst %,$(B)/obj/%.o,$(SOURCES))
 
-ifneq ($(filter cpu faithful sanitize,$(BACKEND)),)
+ifneq ($(STANDIN),)
 $(B)/gen/%.cu.cpp: %.cu cpu/launch.sed | $(B)/ready
 	@mkdir -p $(@D)
 	@{ printf '#line 1 "%s"\n' $<; sed -z -E -f cpu/launch.sed $<; } > $@
@@ -142,28 +143,12 @@ print-objects: ; @echo '$(OBJECTS)'
 
 help:
 	@echo "Threefold ($(BACKEND) backend)"
-	@echo "  make run [DATA=file] [STRATEGY=serial|replicate|fsdp|tp|pp|3d] [NP=ranks]"
-	@echo "                           train a GPT and print a sample of what it learned"
-	@echo "  make generate [PROMPT=text] [CHECKPOINT=dir] [NP=ranks] [ARGS=options] [TRAIN_ARGS=options]"
-	@echo "                           continue a text with a trained model (trains one first, with TRAIN_ARGS, where there is none)"
-	@echo "  make build               compile the programs into $(B)/"
-	@echo "  make test                the whole suite"
-	@echo "  make parity              every layout of up to 8 ranks against one rank, in f64: one table"
-	@echo "  make compare [ONLY=pp]   all strategies side by side: tables and build/report.html"
-	@echo "  make mutants             one-line faults that the suite must catch"
-	@echo "  make sanitize            small tests under Address- and UndefinedBehaviorSanitizer"
-	@echo "  make check-docs          runs the commands that the docs show, looks up the names they use"
-	@echo "  make bench               speed: kernels, tokens/s, memory"
-	@echo "  make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)"
-	@echo "  make deps                install what is missing (MPICH, oneDNN, nlohmann/json, xxHash)"
-	@echo "  make clean               remove build/"
-	@echo "  COMM=mpi                 with BACKEND=cuda: ranks share GPUs, host memory in place of NCCL"
-	@echo "  BACKEND=cpu|cuda         overrides the backend that was found"
+	@sed -nE 's/^([a-z].*)?## /  /p' Makefile
 	@echo "  $$(cat Makefile *.cu *.h *.cpp kernels/* support/* 2>/dev/null | wc -l) lines outside tests/ and cpu/ (cpu/: $$(cat cpu/* | wc -l))"
 
 COMM ?= nccl
 WHERE := $(if $(filter cuda-mpi,$(BACKEND)-$(COMM)),/comm-mpi)
-build: $(PROGRAMS:%=$(B)$(WHERE)/%)
+build: $(PROGRAMS:%=$(B)$(WHERE)/%)  ## make build               compile the programs into build/
 	@for p in $(PROGRAMS); do ln -sfn $(BACKEND)$(WHERE)/$$p build/$$p; done
 
 built:  # for those who type no -j
@@ -175,6 +160,8 @@ STRATEGY ?= replicate
 LAYOUT   := $(if $(filter serial,$(STRATEGY)),,$(if $(filter 3d,$(STRATEGY)),--pp 2 --fsdp $(shell echo $$(($(NP) / 4))) --tp 2 --sequence-parallel,--$(STRATEGY) $(NP)))
 unless = $(if $(filter $(1),$(ARGS)),,$(1) $(2))# an option that ARGS does not give
 each = $(shell t=$$(($(THREADS) / $(1))); echo $$((t > 0 ? t : 1)))# threads of each of so many ranks
+## make run [DATA=file] [STRATEGY=serial|replicate|fsdp|tp|pp|3d] [NP=ranks]
+##                          train a GPT and print a sample of what it learned
 run: built
 	@case "$(STRATEGY)" in serial|replicate|fsdp|tp|pp) ;; 3d) [ $$(($(NP) % 4)) = 0 ] || { echo "make run: STRATEGY=3d is pp 2 x fsdp NP/4 x tp 2, but NP is $(NP)"; exit 1; };; \
 	  *) echo "make run: STRATEGY is '$(STRATEGY)', expected serial, replicate, fsdp, tp, pp or 3d"; exit 1;; esac
@@ -186,35 +173,37 @@ CHECKPOINT ?= build/generate-model
 PROMPT     ?=// tensor
 export override PROMPT := $(value PROMPT)# through the environment, where no sign in it means anything
 TP         := $(if $(filter file,$(origin NP)),$(if $(filter 1,$(NP)),1,2),$(NP))
+## make generate [PROMPT=text] [CHECKPOINT=dir] [NP=ranks] [ARGS=options] [TRAIN_ARGS=options]
+##                          continue a text with a trained model (trains one first, with TRAIN_ARGS, where there is none)
 generate: built
 	@ls "$(CHECKPOINT)/manifest.json" "$(CHECKPOINT)"/step-*/manifest.json 2>/dev/null | grep -q . || \
 	  { echo "make generate: no model in $(CHECKPOINT) yet: training one"; $(MAKE) --no-print-directory run ARGS="--checkpoint $(CHECKPOINT) --resume $(TRAIN_ARGS)"; }
 	OMP_NUM_THREADS=$(call each,$(TP)) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
 	  mpiexec -n $(TP) build/generate --checkpoint $(CHECKPOINT) --prompt "$$PROMPT" --tp $(TP) $(ARGS)
 
-test:
+test:  ## make test                the whole suite
 	@tests/run.sh
 
-mutants:
+mutants:  ## make mutants             one-line faults that the suite must catch
 	@$(MAKE) -s --no-print-directory BACKEND=cpu $(patsubst %,build/cpu/tests/test_%,fsdp tensor_parallel pipeline schedule comm golden)
 	@tests/mutants.sh
 
-parity: $(B)/tests/test_parity
+parity: $(B)/tests/test_parity  ## make parity              every layout of up to 8 ranks against one rank, in f64: one table
 	@tests/parity.sh $(BACKEND)
 
-compare: built $(B)/tests/compare
+compare: built $(B)/tests/compare  ## make compare [ONLY=pp]   all strategies side by side: tables and build/report.html
 	@tests/compare.sh
 
-sanitize:
+sanitize:  ## make sanitize            small tests under Address- and UndefinedBehaviorSanitizer
 	@tests/sanitize.sh
 
-check-docs: built
+check-docs: built  ## make check-docs          runs the commands that the docs show, looks up the names they use
 	@tests/check_docs.sh
 
-bench: build $(BENCHES:%=$(B)/tests/%)
+bench: build $(BENCHES:%=$(B)/tests/%)  ## make bench               speed: kernels, tokens/s, memory
 	@tests/bench.sh
 
-cuda:
+cuda:  ## make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)
 	@$(MAKE) --no-print-directory BACKEND=cuda cuda-build check-spills
 cuda-build: $(PROGRAMS:%=$(B)/%) $(CUDA_TESTS:%=$(B)/tests/%) $(B)/comm-mpi/train_gpt
 # ptxas spills registers, or keeps an array out of them, in no kernel but those for f64, which are for proofs
@@ -223,7 +212,7 @@ check-spills: cuda-build
 	  /bytes stack frame/ { if (($$1 > 0 || $$5 > 0) && name !~ /I(f|13__nv_bfloat16)*d/) { print "spills:", name, $$0; bad = 1 } } \
 	  END { print kernels " kernels compiled for " "$(GENCODE)" "; spills or stack frames outside f64: " (bad ? "yes" : "none"); exit bad }'
 
-deps:
+deps:  ## make deps                install what is missing (MPICH, oneDNN, nlohmann/json, xxHash)
 	@mkdir -p build
 	@if ! command -v apt-get >/dev/null; then echo "make deps: install MPICH, oneDNN, nlohmann/json and xxHash with this system's package manager (on Debian and Ubuntu: $(PACKAGES))"; exit 1; fi; \
 	if [ "$$(id -u)" = 0 ]; then sudo=; elif command -v sudo >/dev/null && { sudo -n true 2>/dev/null || [ -t 0 ]; }; then sudo=sudo; \
@@ -231,5 +220,8 @@ deps:
 	echo "make deps: installing $(PACKAGES)"; \
 	$$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES) >build/apt.log 2>&1 || { tail -5 build/apt.log; exit 1; }
 
-clean:
+clean:  ## make clean               remove build/
 	rm -rf build
+
+## BACKEND=cpu|cuda         overrides the backend that was found
+## COMM=mpi                 with BACKEND=cuda: ranks share GPUs, host memory in place of NCCL

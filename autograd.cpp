@@ -44,18 +44,20 @@ void Tape::backward() {
   }
 }
 
+static Tensor activation(Shape shape, Dtype dtype) { return Tensor(std::move(shape), dtype, Memory::activations); }
+static Tensor like(const Tensor& x) { return activation(x.shape(), x.dtype()); }
+// A tensor that an op may overwrite: the gradient itself when nobody else holds it.
+static Tensor writable(const Tensor& g) { return g.shared() ? like(g) : g; }
+
 void accumulate(const std::shared_ptr<Tensor>& grad, Tensor g) {
   if (grad->empty()) {
     *grad = std::move(g);
   } else if (!grad->shared()) {
     add(*grad, *grad, g);
-  } else if (!g.shared()) {
-    add(g, *grad, g);
-    *grad = std::move(g);
   } else {
-    Tensor sum(g.shape(), g.dtype(), Memory::activations);
+    const Tensor sum = writable(g);
     add(sum, *grad, g);
-    *grad = std::move(sum);
+    *grad = sum;
   }
 }
 
@@ -64,10 +66,6 @@ Tensor take(const std::shared_ptr<Tensor>& grad) {
   return std::move(*grad);
 }
 
-static Tensor activation(Shape shape, Dtype dtype) { return Tensor(std::move(shape), dtype, Memory::activations); }
-static Tensor like(const Tensor& x) { return activation(x.shape(), x.dtype()); }
-// A tensor that an op may overwrite: the gradient itself when nobody else holds it.
-static Tensor writable(const Tensor& g) { return g.shared() ? like(g) : g; }
 
 // ---- embedding
 
@@ -102,33 +100,24 @@ void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb
 
 Tensor as_matrix(const Tensor& w) { return w.view({w.dim(0), w.numel() / w.dim(0)}); }
 
-Var linear(Tape& tape, const Var& x, Param& w, Param* bias) {
-  const int64_t R = x.value.dim(0), N = w.value.numel() / w.value.dim(0);
-  Var y{activation({R, N}, x.value.dtype())};
-  product(y.value, x.value, false, as_matrix(w.value), false, 0);
-  if (bias) add_bias(y.value, bias->value.view({N}));
-  tape.push([&tape, &w, bias, x = x.value, dx = x.grad, dy_slot = y.grad] {
-    const Tensor dy = take(dy_slot);
-    Tensor d = like(x);
-    product(d, dy, false, as_matrix(w.value), true, 0);  // dx = dy w^T
-    accumulate(dx, std::move(d));
-    tape.weight_gradient([&w, bias, x, dy] {
-      product(as_matrix(w.grad), x, true, dy, false, 1);  // dw += x^T dy
-      if (bias) bias_backward(bias->grad.view({dy.dim(1)}), dy);
-    });
-  });
-  return y;
+void weight_backward(Param& w, bool transposed, Param* bias, const Tensor& x, const Tensor& dy) {
+  const Tensor dw = as_matrix(w.grad_of(transposed));
+  if (transposed) product(dw, dy, true, x, false, 1);  // dw += dy^T x
+  else product(dw, x, true, dy, false, 1);             // dw += x^T dy
+  if (bias) bias_backward(bias->grad.view({dy.dim(1)}), dy);
 }
 
-Var linear_transposed(Tape& tape, const Var& x, Param& w, Tensor& dw) {
-  Var y{activation({x.value.dim(0), w.value.dim(0)}, x.value.dtype())};
-  product(y.value, x.value, false, w.value, true, 0);
-  tape.push([&tape, &w, &dw, x = x.value, dx = x.grad, dy_slot = y.grad] {
+Var linear(Tape& tape, const Var& x, Param& w, Param* bias, bool transposed) {
+  const Tensor matrix = as_matrix(w.value);
+  Var y{activation({x.value.dim(0), matrix.dim(transposed ? 0 : 1)}, x.value.dtype())};
+  product(y.value, x.value, false, matrix, transposed, 0);
+  if (bias) add_bias(y.value, bias->value.view({y.value.dim(1)}));
+  tape.push([&tape, &w, transposed, bias, x = x.value, dx = x.grad, dy_slot = y.grad] {
     const Tensor dy = take(dy_slot);
     Tensor d = like(x);
-    product(d, dy, false, w.value, false, 0);  // dx = dy w
+    product(d, dy, false, as_matrix(w.value), !transposed, 0);  // dx = dy w^T, or dy w
     accumulate(dx, std::move(d));
-    tape.weight_gradient([&dw, x, dy] { product(dw, dy, true, x, false, 1); });  // dw += dy^T x
+    tape.weight_gradient([&w, transposed, bias, x, dy] { weight_backward(w, transposed, bias, x, dy); });
   });
   return y;
 }

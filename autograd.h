@@ -27,8 +27,9 @@ struct Param {
   bool partial = false;    // each rank of the tp axis has only its rows' part of the gradient; the parts are to be summed
   Tensor value;            // compute dtype, the slice's shape
   Tensor grad;             // master dtype
-  bool tied = false;       // used at both ends of the model: the head's use adds to tied_grad, so that every pipeline schedule
-  Tensor tied_grad;        // sums in the same order; the two are added once a step
+  bool tied = false;       // used at both ends of the model: the head's use, transposed, adds to tied_grad, so that every pipeline
+  Tensor tied_grad;        // schedule sums in the same order; the two are added once a step
+  Tensor& grad_of(bool transposed) { return tied && transposed ? tied_grad : grad; }
   Shape local_shape() const;
   int64_t numel() const { return slice.outer * (slice.end - slice.begin) * slice.inner; }
   // Initial values of the elements [first, first + x.numel()) of what this rank owns.
@@ -83,10 +84,12 @@ struct Tokens {
 // c = op(a) op(b) + beta c, of whole matrices: what the linear layers are made of
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta);
 Tensor as_matrix(const Tensor& w);  // (K,3,C) is (K,3C)
+// The gradients of w and bias in linear() below, from its input x and its output's gradient dy: added to those that are there
+void weight_backward(Param& w, bool transposed, Param* bias, const Tensor& x, const Tensor& dy);
 
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
-Var linear(Tape& tape, const Var& x, Param& w, Param* bias);           // x (R,K) w (K,N) [+ bias (N)]
-Var linear_transposed(Tape& tape, const Var& x, Param& w, Tensor& dw); // x (R,K) w^T, w (N,K); its gradient goes to dw
+// x (R,K) w (K,N) [+ bias (N)], or x w^T with w (N,K)
+Var linear(Tape& tape, const Var& x, Param& w, Param* bias, bool transposed = false);
 Var layernorm(Tape& tape, const Var& x, Param& gain, Param& bias);
 // {x + h, layernorm(x + h)}
 std::pair<Var, Var> add_layernorm(Tape& tape, const Var& x, const Var& h, Param& gain, Param& bias);

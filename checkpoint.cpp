@@ -23,7 +23,7 @@ static const char kUsage[] =
 static void describe(const Checkpoint& c) {
   int64_t parameters = 0, bytes = 0;
   for (const auto& [name, shape] : c.tensors) parameters += elements(shape);
-  for (const Checkpoint::File& f : c.files) bytes += f.was.bytes;
+  for (const WrittenFile& f : c.files) bytes += f.bytes;
   const ModelSize& m = c.info.model;
   printf("%s\n  step     %lld\n  model    %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M parameters in %s%s\n", c.path.c_str(),
          (long long)c.info.step, (long long)m.layers, (long long)m.width, (long long)m.heads, (long long)m.context, (long long)m.vocab, double(parameters) / 1e6,

@@ -12,8 +12,8 @@
 // test      tests/test_fsdp.cpp
 //
 //   forward of unit u                     backward of unit u
+//     start gather(u .. u+K)                start gather(u .. u-K)         those that are not on their way
 //     wait for gather(u)                    wait for gather(u)
-//     start gather(u+1 .. u+K)              start gather(u-1 .. u-K)
 //     compute                               compute: gradients into a full buffer
 //     give u back                           start reduce-scatter(u); give u back; finish that of u+1
 #include "fsdp.h"
@@ -118,16 +118,12 @@ void Fsdp::start_reduce(Unit& u) {
       if (p->tied) add(p->grad, p->grad, p->tied_grad);
   make_wait(mesh_.stream, device().compute);  // the gradients must have been computed
   if (complete_gradients) complete_gradients(u.params);
-  const ncclDataType_t type = nccl_type(u.full_grad.dtype());
   if (mesh_.fsdp.size > 1) {
     Tensor mine = u.full_grad.part(mesh_.fsdp.rank * u.shard, {u.shard});  // in place
     ledger.reduce_scatter(mesh_.fsdp, u.full_grad.bytes());
-    NCCL_CHECK(ncclReduceScatter(u.full_grad.raw(), mine.raw(), u.shard, type, ncclSum, mesh_.fsdp.comm, mesh_.stream));
+    NCCL_CHECK(ncclReduceScatter(u.full_grad.raw(), mine.raw(), u.shard, nccl_type(mine.dtype()), ncclSum, mesh_.fsdp.comm, mesh_.stream));
   }
-  if (!scatters_each() && mesh_.replicate.size > 1) {
-    ledger.all_reduce(mesh_.replicate, u.own_grad.bytes());
-    NCCL_CHECK(ncclAllReduce(u.own_grad.raw(), u.own_grad.raw(), u.shard, type, ncclSum, mesh_.replicate.comm, mesh_.stream));
-  }
+  if (!scatters_each()) sum_over_replicas(u);
   u.reduced.record(mesh_.stream);
   u.reducing = true;
   reducing_.push_back(&u);
@@ -143,12 +139,17 @@ void Fsdp::finish_reduce() {
   add(u.own_grad, u.own_grad, u.full_grad.part(mesh_.fsdp.rank * u.shard, {u.shard}));
   u.full_grad = Tensor();
   point_at(u);
-  if (u.rounds == microbatches_ && mesh_.replicate.size > 1) {
+  if (u.rounds == microbatches_) {
     make_wait(mesh_.stream, device().compute);  // this rank's shard must be complete
-    ledger.all_reduce(mesh_.replicate, u.own_grad.bytes());
-    NCCL_CHECK(ncclAllReduce(u.own_grad.raw(), u.own_grad.raw(), u.shard, nccl_type(u.own_grad.dtype()), ncclSum, mesh_.replicate.comm,
-                             mesh_.stream));
+    sum_over_replicas(u);
   }
+}
+
+void Fsdp::sum_over_replicas(Unit& u) {
+  if (mesh_.replicate.size == 1) return;
+  ledger.all_reduce(mesh_.replicate, u.own_grad.bytes());
+  const ncclDataType_t type = nccl_type(u.own_grad.dtype());
+  NCCL_CHECK(ncclAllReduce(u.own_grad.raw(), u.own_grad.raw(), u.shard, type, ncclSum, mesh_.replicate.comm, mesh_.stream));
 }
 
 // ---- a step
@@ -177,16 +178,21 @@ void Fsdp::end_step() {
 
 static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-int64_t padded_unit(const std::vector<Param*>& params, int fsdp) {
-  int64_t end = 0;
-  for (const Param* p : params) end = round_up(end, kUnitAlignment) + p->numel();
-  return round_up(end, 16 * int64_t(fsdp));
+// Where each parameter starts in the flat unit.
+static std::vector<int64_t> offsets_in_unit(const std::vector<Param*>& params) {
+  std::vector<int64_t> offsets;
+  for (int64_t end = 0; const Param* p : params) {
+    offsets.push_back(round_up(end, kUnitAlignment));
+    end = offsets.back() + p->numel();
+  }
+  return offsets;
 }
 
-Fsdp::Fsdp(Mesh& mesh, Dtype dtype, const FsdpOptions& options, uint64_t seed) : mesh_(mesh), dtype_(dtype), options_(options), seed_(seed) {
-  REQUIRE(options.zero >= 1 && options.zero <= 3, "--zero takes 1, 2 or 3, not ", options.zero);
-  REQUIRE(options.prefetch >= 0, "--prefetch takes 0 or more units, not ", options.prefetch);
+int64_t padded_unit(const std::vector<Param*>& params, int fsdp) {
+  return round_up(offsets_in_unit(params).back() + params.back()->numel(), 16 * int64_t(fsdp));
 }
+
+Fsdp::Fsdp(Mesh& mesh, Dtype dtype, const FsdpOptions& options, uint64_t seed) : mesh_(mesh), dtype_(dtype), options_(options), seed_(seed) {}
 
 Fsdp::~Fsdp() {
   for (Unit& u : units_)
@@ -205,11 +211,7 @@ template <class Unit, class Work> static void for_pieces(const Unit& u, int rank
 int Fsdp::add_unit(const std::vector<Param*>& params) {
   Unit& u = units_.emplace_back();
   u.params = params;
-  int64_t end = 0;
-  for (const Param* p : params) {
-    u.offsets.push_back(round_up(end, kUnitAlignment));
-    end = u.offsets.back() + p->numel();
-  }
+  u.offsets = offsets_in_unit(params);
   u.padded = padded_unit(params, mesh_.fsdp.size);
   u.shard = u.padded / mesh_.fsdp.size;
 
@@ -255,13 +257,9 @@ std::vector<Shard> Fsdp::optimizer_shards() const {
   std::vector<Shard> shards;
   for (const Unit& u : units_)
     for_pieces(u, mesh_.fsdp.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
-      Shard s;
-      s.weights = (u.master.empty() ? u.own : u.master).part(at, {count});
-      if (!u.master.empty()) s.compute = u.own.part(at, {count});
-      s.gradient = u.own_grad.part(at, {count});
-      s.m = u.m.part(at, {count}), s.v = u.v.part(at, {count});
-      s.param = &p, s.first = first;
-      shards.push_back(std::move(s));
+      const auto piece = [&](const Tensor& x) { return x.part(at, {count}); };
+      const bool same = u.master.empty();  // the weights that compute are the master weights
+      shards.push_back({piece(same ? u.own : u.master), same ? Tensor() : piece(u.own), piece(u.own_grad), piece(u.m), piece(u.v), &p, first});
     });
   return shards;
 }

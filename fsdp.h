@@ -69,6 +69,7 @@ class Fsdp {
   void prepare_gradients(Unit& unit);
   void start_reduce(Unit& unit);
   void finish_reduce();
+  void sum_over_replicas(Unit& unit);
   void point_at(Unit& unit);
   bool borrows() const { return mesh_.fsdp.size > 1 && options_.zero == 3; }           // parameters live only while needed
   bool scatters_each() const { return mesh_.fsdp.size > 1 && options_.zero >= 2; }     // full gradients live only while needed

@@ -4,7 +4,8 @@
 #include <cmath>
 
 GptConfig model_config(const ModelSize& size, const std::string& dtype, const std::string& attention) {
-  return {size, dtype == "f64" ? Dtype::f64 : dtype == "bf16" ? Dtype::bf16 : Dtype::f32, attention == "flash" ? AttentionKind::flash : AttentionKind::plain};
+  return {size, dtype == "f64" ? Dtype::f64 : dtype == "bf16" ? Dtype::bf16 : Dtype::f32,
+          attention == "flash" ? AttentionKind::flash : AttentionKind::plain};
 }
 
 // ---- parameters
@@ -23,29 +24,21 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   const int64_t C = g.width;
   const float std = 0.02f, residual_std = 0.02f / std::sqrt(2.0f * g.layers);
   const std::string h = "h." + std::to_string(layer) + ".";
-  Block b;
-  b.ln_1_weight = make(h + "ln_1.weight", {C}, 0, 1);
-  b.ln_1_bias = make(h + "ln_1.bias", {C}, 0);
-  b.c_attn_weight = make(h + "attn.c_attn.weight", {C, 3, C}, std);
-  b.c_attn_bias = make(h + "attn.c_attn.bias", {3, C}, 0);
-  b.attn_c_proj_weight = make(h + "attn.c_proj.weight", {C, C}, residual_std);
-  b.attn_c_proj_bias = make(h + "attn.c_proj.bias", {C}, 0);
-  b.ln_2_weight = make(h + "ln_2.weight", {C}, 0, 1);
-  b.ln_2_bias = make(h + "ln_2.bias", {C}, 0);
-  b.c_fc_weight = make(h + "mlp.c_fc.weight", {C, 4 * C}, std);
-  b.c_fc_bias = make(h + "mlp.c_fc.bias", {4 * C}, 0);
-  b.mlp_c_proj_weight = make(h + "mlp.c_proj.weight", {4 * C, C}, residual_std);
-  b.mlp_c_proj_bias = make(h + "mlp.c_proj.bias", {C}, 0);
-
   const Range heads = tp.part(g.heads), hidden = tp.part(4 * C);
-  const Range channels{heads.begin * (C / g.heads), heads.end * (C / g.heads)};
-  tp.split(b.c_attn_weight, 2, channels);  // columns: whole heads
-  tp.split(b.c_attn_bias, 1, channels);
-  tp.split(b.attn_c_proj_weight, 0, channels);  // rows
-  tp.split(b.c_fc_weight, 1, hidden);
-  tp.split(b.c_fc_bias, 0, hidden);
-  tp.split(b.mlp_c_proj_weight, 0, hidden);
-  for (Param* p : {&b.ln_1_weight, &b.ln_1_bias, &b.attn_c_proj_bias, &b.ln_2_weight, &b.ln_2_bias, &b.mlp_c_proj_bias}) tp.replicate(*p, true);
+  const Range channels{heads.begin * (C / g.heads), heads.end * (C / g.heads)};  // whole heads
+  Block b;
+  b.ln_1_weight = tp.replicate(make(h + "ln_1.weight", {C}, 0, 1), true);
+  b.ln_1_bias = tp.replicate(make(h + "ln_1.bias", {C}, 0), true);
+  b.c_attn_weight = tp.split(make(h + "attn.c_attn.weight", {C, 3, C}, std), 2, channels);  // columns
+  b.c_attn_bias = tp.split(make(h + "attn.c_attn.bias", {3, C}, 0), 1, channels);
+  b.attn_c_proj_weight = tp.split(make(h + "attn.c_proj.weight", {C, C}, residual_std), 0, channels);  // rows
+  b.attn_c_proj_bias = tp.replicate(make(h + "attn.c_proj.bias", {C}, 0), true);
+  b.ln_2_weight = tp.replicate(make(h + "ln_2.weight", {C}, 0, 1), true);
+  b.ln_2_bias = tp.replicate(make(h + "ln_2.bias", {C}, 0), true);
+  b.c_fc_weight = tp.split(make(h + "mlp.c_fc.weight", {C, 4 * C}, std), 1, hidden);  // columns
+  b.c_fc_bias = tp.split(make(h + "mlp.c_fc.bias", {4 * C}, 0), 0, hidden);
+  b.mlp_c_proj_weight = tp.split(make(h + "mlp.c_proj.weight", {4 * C, C}, residual_std), 0, hidden);  // rows
+  b.mlp_c_proj_bias = tp.replicate(make(h + "mlp.c_proj.bias", {C}, 0), true);
   return b;
 }
 
@@ -65,15 +58,12 @@ std::vector<Param*> Gpt::params() {
 
 Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication) : config(g), tp(axis, communication, g.sequence_parallel) {
   ASSERT(g.width % g.heads == 0 && axis.size <= g.heads && axis.size <= g.vocab);
-  wte = make("wte.weight", {g.vocab, g.width}, 0.02f);
+  wte = tp.split(make("wte.weight", {g.vocab, g.width}, 0.02f), 0, tp.part(g.vocab));
   wte.tied = true;
-  wpe = make("wpe.weight", {g.context, g.width}, 0.01f);
+  wpe = tp.replicate(make("wpe.weight", {g.context, g.width}, 0.01f), false);
   for (int64_t l = 0; l < g.layers; l++) blocks.push_back(make_block(g, tp, l));
-  ln_f_weight = make("ln_f.weight", {g.width}, 0, 1);
-  ln_f_bias = make("ln_f.bias", {g.width}, 0);
-  tp.split(wte, 0, tp.part(g.vocab));
-  tp.replicate(wpe, false);
-  for (Param* p : {&ln_f_weight, &ln_f_bias}) tp.replicate(*p, true);
+  ln_f_weight = tp.replicate(make("ln_f.weight", {g.width}, 0, 1), true);
+  ln_f_bias = tp.replicate(make("ln_f.bias", {g.width}, 0), true);
   uint32_t id = 0;
   for (Param* p : params()) p->id = id++;
 }

@@ -141,9 +141,7 @@ Tensor::Tensor(Shape shape, Dtype dtype, Memory category) : shape_(std::move(sha
 
 Tensor Tensor::view(Shape shape) const {
   ASSERT(elements(shape) == numel(), "cannot see ", to_string(shape_), " as ", to_string(shape));
-  Tensor t = *this;
-  t.shape_ = std::move(shape);
-  return t;
+  return part(0, std::move(shape));
 }
 
 Tensor Tensor::part(int64_t first, Shape shape) const {

@@ -16,7 +16,7 @@
 
 // ---- a column-parallel layer: y (R,N) = x w, N this rank's columns; then a row-parallel one: y = sum over ranks of x w, K this rank's inputs
 
-Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool transposed, Param* bias, Tensor& dw, Traffic serves) {
+Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool transposed, Param* bias, Traffic serves) {
   const Purpose purpose(tape.replaying ? Traffic::recompute : serves);
   const Tensor matrix = as_matrix(w.value);
   Var y{Tensor({R, matrix.dim(transposed ? 0 : 1)}, x.value.dtype(), Memory::activations)};
@@ -25,7 +25,7 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
   product(y.value, rows, false, matrix, transposed, 0);
   if (bias) add_bias(y.value, bias->value.view({y.value.dim(1)}));
 
-  tape.push([this, &tape, R, &w, transposed, bias, &dw, serves, x = x.value, dx = x.grad, dy_slot = y.grad] {
+  tape.push([this, &tape, R, &w, transposed, bias, serves, x = x.value, dx = x.grad, dy_slot = y.grad] {
     const Tensor dy = take(dy_slot);
     const Tensor rows = [&] {
       const Purpose purpose(Traffic::again);
@@ -36,11 +36,7 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
     if (by_rows_) finish();
     const Purpose purpose(serves);
     Tensor d = start_sum(partial);
-    tape.weight_gradient([bias, &dw, transposed, rows, dy] {
-      if (transposed) product(dw, dy, true, rows, false, 1);
-      else product(as_matrix(dw), rows, true, dy, false, 1);
-      if (bias) bias_backward(bias->grad.view({dy.dim(1)}), dy);
-    });
+    tape.weight_gradient([&w, transposed, bias, rows, dy] { weight_backward(w, transposed, bias, rows, dy); });
     finish();
     accumulate(dx, std::move(d));
   });
@@ -49,13 +45,12 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
 
 Var TensorParallel::column_linear(Tape& tape, const Var& x, int64_t R, Param& w, Param& bias) {
   if (axis_.size == 1) return linear(tape, x, w, &bias);
-  return column(tape, x, R, w, false, &bias, w.grad, Traffic::training);
+  return column(tape, x, R, w, false, &bias, Traffic::training);
 }
 
 Var TensorParallel::head(Tape& tape, const Var& x, int64_t R, Param& wte) {
-  Tensor& dw = wte.tied ? wte.tied_grad : wte.grad;
-  if (axis_.size == 1) return linear_transposed(tape, x, wte, dw);
-  return column(tape, x, R, wte, true, nullptr, dw, Traffic::embedding);
+  if (axis_.size == 1) return linear(tape, x, wte, nullptr, true);
+  return column(tape, x, R, wte, true, nullptr, Traffic::embedding);
 }
 
 Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w, Param& bias) {
@@ -182,15 +177,17 @@ void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
 
 // ---- who owns what
 
-void TensorParallel::split(Param& p, int dim, Range range) const {
+Param TensorParallel::split(Param p, int dim, Range range) const {
   int64_t outer = 1, inner = 1;
   for (int d = 0; d < int(p.shape.size()); d++) (d < dim ? outer : inner) *= d == dim ? 1 : p.shape[d];
   p.slice = {outer, p.shape[dim], inner, range.begin, range.end};
+  return p;
 }
 
-void TensorParallel::replicate(Param& p, bool by_rows) const {
+Param TensorParallel::replicate(Param p, bool by_rows) const {
   p.counted = axis_.rank == 0;
   p.partial = by_rows && by_rows_;
+  return p;
 }
 
 // ---- sampling

@@ -18,8 +18,8 @@ class TensorParallel {
 
   // ---- who owns what. Nothing has to divide: parts differ by one.
   Range part(int64_t n) const { return {n * axis_.rank / axis_.size, n * (axis_.rank + 1) / axis_.size}; }
-  void split(Param& p, int dim, Range range) const;  // of p's global shape this rank owns [range) of `dim`
-  void replicate(Param& p, bool by_rows) const;      // every rank owns it; by_rows: only layers on slices of rows use it
+  Param split(Param p, int dim, Range range) const;  // p, of whose global shape this rank owns [range) of `dim`
+  Param replicate(Param p, bool by_rows) const;      // every rank owns p; by_rows: only layers on slices of rows use it
 
   int64_t slice(int64_t rows) const { return by_rows_ ? (rows + axis_.size - 1) / axis_.size : rows; }  // of `rows` that activations hold here
 
@@ -46,7 +46,7 @@ class TensorParallel {
   Tensor start_sum(const Tensor& partial);
   void finish();
   void all_reduce(const Tensor& x, ncclRedOp_t op);
-  Var column(Tape& tape, const Var& x, int64_t rows, Param& w, bool transposed, Param* bias, Tensor& dw, Traffic purpose);
+  Var column(Tape& tape, const Var& x, int64_t rows, Param& w, bool transposed, Param* bias, Traffic purpose);
 
   Axis axis_;
   cudaStream_t stream_;

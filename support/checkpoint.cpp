@@ -11,14 +11,24 @@
 #include <nlohmann/json.hpp>
 
 namespace fs = std::filesystem;
-using Json = nlohmann::ordered_json;
+using nlohmann::json;
+
+// ---- what a manifest says of these: both directions
+
+NLOHMANN_JSON_SERIALIZE_ENUM(Dtype, {{Dtype::f32, "f32"}, {Dtype::f64, "f64"}})
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(ModelSize, layers, width, heads, context, vocab)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Layout, pp, replicate, fsdp, tp)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(CheckpointInfo, step, model, layout, dtype, seed, options, data)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(WrittenFile, name, bytes, checksum)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Slice, outer, split, inner, begin, end)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Piece, tensor, slice, first, count)
+
+// ---- pieces
 
 Shape file_shape(const Param& p) {
   if (p.shape.size() < 2 || p.name.ends_with(".bias")) return {elements(p.shape)};
   return {p.shape[0], elements(p.shape) / p.shape[0]};
 }
-
-// ---- pieces
 
 // Calls work(element of the tensor, element of the piece, how many) for each run of the piece that is contiguous in the tensor.
 template <class Work> static void for_runs(const Piece& p, Work work) {
@@ -37,7 +47,7 @@ static std::string file_name(int rank, Part part) { return sentence(part == Part
 
 // ---- writing
 
-static const char kFormat[] = "threefold checkpoint, version 2";
+static const char kFormat[] = "threefold checkpoint, version 3";
 
 static std::string step_name(int64_t step) {
   const std::string digits = std::to_string(step);
@@ -46,43 +56,26 @@ static std::string step_name(int64_t step) {
 
 // What one rank saves.
 struct Saved {
-  Json pieces = Json::array();
+  std::map<std::string, Shape> tensors;
+  std::vector<Piece> pieces;
   std::vector<NamedArray> weights, optimizer;
-  void add(const Piece& p, const Shape& shape) {
-    const Slice& c = p.slice;
-    pieces.push_back({{"tensor", p.tensor}, {"shape", shape}, {"slice", {c.outer, c.split, c.inner, c.begin, c.end}}, {"first", p.first}, {"count", p.count}});
-  }
 };
 
 // Writes one rank's files; returns what the manifest says of them.
 static std::string write_files(const std::string& path, int rank, const Saved& saved) {
-  Json files = Json::array();
+  std::vector<WrittenFile> files;
   for (const auto& [part, arrays] : {std::pair{Part::weights, &saved.weights}, std::pair{Part::m, &saved.optimizer}}) {
-    if (arrays->empty()) continue;
-    const std::string name = file_name(rank, part);
-    const WrittenFile w = write_safetensors(path + "/" + name, *arrays);
-    files.push_back({{"name", name}, {"bytes", w.bytes}, {"xxh3", w.checksum}});
+    if (!arrays->empty()) files.push_back(write_safetensors(path + "/" + file_name(rank, part), *arrays));
   }
-  return Json{{"rank", rank}, {"files", files}, {"pieces", saved.pieces}}.dump();
+  return json{{"rank", rank}, {"files", files}, {"tensors", saved.tensors}, {"pieces", saved.pieces}}.dump();
 }
 
-static const char kChecksum[] = ",\n \"xxh3\": ";  // the manifest's last member: the checksum of all text before it
-
-static void write_manifest(const std::string& path, const CheckpointInfo& i, const std::vector<std::string>& ranks) {
-  const ModelSize& m = i.model;
-  const Layout& l = i.layout;
-  const Json manifest{{"format", kFormat}, {"step", i.step}, {"dtype", name_of(i.dtype)},
-                      {"model", {{"layers", m.layers}, {"width", m.width}, {"heads", m.heads}, {"context", m.context}, {"vocab", m.vocab}}},
-                      {"layout", {{"pp", l.pp}, {"replicate", l.replicate}, {"fsdp", l.fsdp}, {"tp", l.tp}}},
-                      {"seed", i.seed}, {"options", i.options}, {"data", i.data}};
-  std::string text = "{";  // one line a member, and one a rank
-  for (const auto& [name, value] : manifest.items()) {
-    text += (text.size() > 1 ? ",\n " : "\n ") + Json(name).dump() + ": " + value.dump();
-  }
-  text += ",\n \"ranks\": [";
-  for (size_t r = 0; r < ranks.size(); r++) text += (r ? ",\n  " : "\n  ") + ranks[r];
-  text += "\n]";
-  write_file(path + "/manifest.json", sentence(text, kChecksum, checksum(text), "}\n"));
+static void write_manifest(const std::string& path, const CheckpointInfo& info, const std::vector<std::string>& ranks) {
+  json manifest = info;
+  manifest["format"] = kFormat;
+  for (const std::string& rank : ranks) manifest["ranks"].push_back(json::parse(rank));
+  manifest["checksum"] = checksum(manifest.dump());  // of all else
+  write_file(path + "/manifest.json", manifest.dump() + "\n");
   const int directory = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);  // the rename, too, must be on disk
   if (directory >= 0) fsync(directory), close(directory);
 }
@@ -138,7 +131,10 @@ void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info, 
   make_place(dir, path);
   Saved saved;
   saved.weights = weights;
-  for (const NamedArray& w : weights) saved.add({w.name, {1, 1, elements(w.shape), 0, 1}, 0, elements(w.shape)}, w.shape);
+  for (const NamedArray& w : weights) {
+    saved.tensors[w.name] = w.shape;
+    saved.pieces.push_back({w.name, {1, 1, elements(w.shape), 0, 1}, 0, elements(w.shape)});
+  }
   try {
     write_manifest(path, info, {write_files(path, 0, saved)});
   } catch (...) {
@@ -152,31 +148,29 @@ void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info, 
 Checkpoint::Checkpoint(const std::string& p) : path(p) {
   REQUIRE(is_whole(path), path, " is not complete: it has no manifest.json, so its saving did not end");
   try {
-    const std::string text = read_file(path + "/manifest.json");
-    const Json m = Json::parse(text);
+    json m = json::parse(read_file(path + "/manifest.json"));
     REQUIRE(m.at("format") == kFormat, path, " is of another format: ", m.at("format"));
-    REQUIRE(m.at("xxh3") == checksum(text.substr(0, text.rfind(kChecksum))), path, "/manifest.json is damaged: its text does not have its checksum");
-    const Json &model = m.at("model"), &layout = m.at("layout");
-    info = {m.at("step"), {model.at("layers"), model.at("width"), model.at("heads"), model.at("context"), model.at("vocab")},
-            {layout.at("pp"), layout.at("replicate"), layout.at("fsdp"), layout.at("tp")}, m.at("dtype") == "f64" ? Dtype::f64 : Dtype::f32,
-            m.at("seed"), m.at("options"), m.at("data")};
+    const uint64_t was = m.at("checksum");
+    m.erase("checksum");
+    REQUIRE(checksum(m.dump()) == was, path, "/manifest.json is damaged: it does not have its checksum");
+    info = m;
     const std::string name = fs::canonical(path).filename();
     REQUIRE(!is_step_name(name) || name == step_name(info.step), path, " holds another step than its name says: ", info.step);
-    for (const Json& rank : m.at("ranks")) {
-      for (const Json& f : rank.at("files")) {
-        files.push_back({f.at("name"), {f.at("bytes"), f.at("xxh3")}});
-        has_moments |= files.back().name == file_name(rank.at("rank"), Part::m);
+    for (const json& saved : m.at("ranks")) {
+      const int rank = saved.at("rank");
+      tensors.merge(saved.at("tensors").get<std::map<std::string, Shape>>());
+      for (const WrittenFile& f : saved.at("files").get<std::vector<WrittenFile>>()) {
+        files.push_back(f);
+        has_moments |= f.name == file_name(rank, Part::m);
       }
-      for (const Json& piece : rank.at("pieces")) {
-        const auto [outer, split, inner, begin, end] = piece.at("slice").get<std::array<int64_t, 5>>();
-        const Piece of{piece.at("tensor"), {outer, split, inner, begin, end}, piece.at("first"), piece.at("count")};
-        REQUIRE(outer > 0 && inner > 0 && 0 <= begin && begin < end && end <= split && 0 <= of.first && 0 <= of.count &&
-                of.first + of.count <= outer * (end - begin) * inner, path, "/manifest.json is damaged: ", of.tensor, " has a piece outside of it");
-        tensors[of.tensor] = piece.at("shape").get<Shape>();
-        for_runs(of, [&](int64_t begin, int64_t at, int64_t count) { runs_[of.tensor].push_back({begin, count, rank.at("rank"), at}); });
+      for (const Piece& p : saved.at("pieces").get<std::vector<Piece>>()) {
+        const Slice& s = p.slice;
+        REQUIRE(s.outer > 0 && s.inner > 0 && 0 <= s.begin && s.begin < s.end && s.end <= s.split && 0 <= p.first && 0 <= p.count &&
+                p.first + p.count <= s.outer * (s.end - s.begin) * s.inner, path, "/manifest.json is damaged: ", p.tensor, " has a piece outside of it");
+        for_runs(p, [&](int64_t begin, int64_t at, int64_t count) { runs_[p.tensor].push_back({begin, count, rank, at}); });
       }
     }
-  } catch (const nlohmann::json::exception& e) {
+  } catch (const json::exception& e) {
     throw Error(sentence(path, "/manifest.json is damaged: ", e.what()));
   }
   for (auto& [name, runs] : runs_) std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.begin < b.begin; });
@@ -184,13 +178,13 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
 
 void Checkpoint::verify(const std::string& names, int rank, int ranks) const {
   int turn = 0;
-  for (const File& f : files) {
+  for (const WrittenFile& f : files) {
     if (!f.name.starts_with(names) || turn++ % ranks != rank) continue;
     const std::string name = path + "/" + f.name;
     REQUIRE(fs::exists(name), name, " is missing");
-    const int64_t bytes = int64_t(fs::file_size(name));
-    REQUIRE(bytes == f.was.bytes, name, " has ", bytes, " bytes of ", f.was.bytes);
-    REQUIRE(measure_file(name).checksum == f.was.checksum, name, " is damaged: its checksum is not the manifest's");
+    const MappedFile file(name, "");
+    REQUIRE(file.bytes == f.bytes, name, " has ", file.bytes, " bytes of ", f.bytes);
+    REQUIRE(checksum(file.view()) == f.checksum, name, " is damaged: its checksum is not the manifest's");
   }
   for (const auto& [name, shape] : tensors) {
     int64_t next = 0;
@@ -240,7 +234,8 @@ void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t
     const auto array = [&](Part part, const Tensor& x) {
       return NamedArray{s.param->name + suffix(part), x.numel() == elements(shape) ? shape : here, x.dtype(), [x](void* to) { download(x, to); }};
     };
-    mine.add({s.param->name, s.param->slice, s.first, s.weights.numel()}, shape);
+    mine.tensors[s.param->name] = shape;
+    mine.pieces.push_back({s.param->name, s.param->slice, s.first, s.weights.numel()});
     mine.weights.push_back(array(Part::weights, s.weights));
     mine.optimizer.insert(mine.optimizer.end(), {array(Part::m, s.m), array(Part::v, s.v)});
   }
@@ -273,8 +268,8 @@ std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& j
   }
   REQUIRE(found || damaged.empty(), "--resume: of the checkpoints in ", dir, " none is whole");
   collectively(job, [&] {
+    if (job.rank != 0) return;
     for (const std::string& old : damaged) {  // out of the way of those that are saved from here on
-      if (job.rank != 0) continue;
       std::string kept = dir + "/damaged-" + fs::path(old).filename().string();
       while (fs::exists(kept)) kept += "-again";
       fs::rename(old, kept);

@@ -2,7 +2,7 @@
 //
 //   DIR/step-00000100/weights-3.safetensors     what rank 3 owns, under GPT-2's Hugging Face names; master weights where bf16 computes
 //                     optimizer-3.safetensors   the same pieces of Adam's moments: <name>.m and <name>.v
-//                     manifest.json             step, model, layout, options; which piece of which tensor is in which file; checksums, its own last
+//                     manifest.json             step, model, layout, options; which piece of which tensor is in which file; checksums, its own, too
 //
 // idea      a rank writes exactly what its optimizer updates, so that everything is written once and nothing is gathered. A piece says which
 //           elements of the whole tensor it holds; a rank of another layout reads the runs of elements that it needs, wherever they are.
@@ -40,8 +40,7 @@ class Checkpoint {
   const std::string path;
   CheckpointInfo info;
   std::map<std::string, Shape> tensors;  // as in Hugging Face's files: vectors and matrices
-  struct File { std::string name; WrittenFile was; };
-  std::vector<File> files;
+  std::vector<WrittenFile> files;
   bool has_moments = false;  // imported weights have none
   // An Error unless the files whose names begin so are as they were written, and the pieces hold every element once. Ranks share the files out.
   void verify(const std::string& names = "", int rank = 0, int ranks = 1) const;

@@ -22,18 +22,15 @@ namespace fs = std::filesystem;
 MappedFile::MappedFile(const std::string& name, const std::string& whose) : path(name) {
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer must not block
   REQUIRE(fd >= 0, whose, path, " cannot be opened: ", strerror(errno));
+  const struct Closer { int fd; ~Closer() { close(fd); } } closer{fd};  // the map stays
   struct stat status = {};
-  const int failed = fstat(fd, &status) != 0 ? errno : 0;
-  bytes = status.st_size;
-  void* mapped = MAP_FAILED;
-  if (!failed && S_ISREG(status.st_mode) && bytes > 0) mapped = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
-  const int map_error = errno;
-  close(fd);
-  REQUIRE(!failed, whose, path, " cannot be examined: ", strerror(failed));
+  REQUIRE(fstat(fd, &status) == 0, whose, path, " cannot be examined: ", strerror(errno));
   REQUIRE(!S_ISDIR(status.st_mode), whose, path, " is a directory", whose.empty() ? "" : ": name the files in it, such as " + path + "/*.txt");
   REQUIRE(S_ISREG(status.st_mode), whose, path, " is not a regular file");
+  bytes = status.st_size;
   REQUIRE(bytes > 0, whose, path, " is empty");
-  REQUIRE(mapped != MAP_FAILED, whose, path, " cannot be mapped into memory: ", strerror(map_error));
+  void* mapped = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, fd, 0);
+  REQUIRE(mapped != MAP_FAILED, whose, path, " cannot be mapped into memory: ", strerror(errno));
   data = static_cast<const unsigned char*>(mapped);
 }
 
@@ -72,28 +69,24 @@ std::vector<std::string> project_files(const std::string& root) {
 Dataset::Part Dataset::open_part(const std::string& path) {
   constexpr int64_t kHeader = 256 * sizeof(int32_t);
   constexpr int32_t kMagic16 = 20240520, kVersion16 = 1, kMagic32 = 20240801, kVersion32 = 7;
-  Part part{MappedFile(path), 0, 1, 0, 0};
-  const int64_t bytes = part.file.bytes;
+  MappedFile file(path);
+  const int64_t bytes = file.bytes;
   int32_t header[3] = {};
-  memcpy(header, part.file.data, std::min<int64_t>(bytes, sizeof(header)));
+  memcpy(header, file.data, std::min<int64_t>(bytes, sizeof(header)));
   const auto [magic, version, promised] = header;
   if (magic != kMagic16 && magic != kMagic32) {
     REQUIRE(!path.ends_with(".bin"), "--data: ", path, " is no token shard in llm.c's format: it begins with ", magic,
             ", not with ", kMagic16, " (16-bit tokens) or ", kMagic32, " (32-bit tokens)");
-    part.count = bytes;
-    return part;
+    return {std::move(file), 0, 1, 0, bytes};
   }
-  REQUIRE(bytes >= kHeader, "--data: ", path, " ends within its header: it has ", bytes, " bytes of ", kHeader);
+  const int64_t width = magic == kMagic16 ? 2 : 4, end = kHeader + promised * width;
   const int32_t expected = magic == kMagic16 ? kVersion16 : kVersion32;
-  REQUIRE(version == expected, "--data: ", path, " is a token shard of version ", version, "; expected version ",
-          expected);
-  part.offset = kHeader;
-  part.width = magic == kMagic16 ? 2 : 4;
-  part.count = promised;
+  REQUIRE(bytes >= kHeader, "--data: ", path, " ends within its header: it has ", bytes, " bytes of ", kHeader);
+  REQUIRE(version == expected, "--data: ", path, " is a token shard of version ", version, "; expected version ", expected);
   REQUIRE(promised > 0, "--data: ", path, " holds no tokens: its header says ", promised);
-  REQUIRE(bytes == kHeader + part.count * part.width, "--data: ", path, " promises ", promised, " tokens, which take ",
-          kHeader + part.count * part.width, " bytes, but has ", bytes, " bytes, room for ", (bytes - kHeader) / part.width, " tokens");
-  return part;
+  REQUIRE(bytes == end, "--data: ", path, " promises ", promised, " tokens, which take ", end, " bytes, but has ", bytes,
+          " bytes, room for ", (bytes - kHeader) / width, " tokens");
+  return {std::move(file), kHeader, width, 0, promised};
 }
 
 Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, int64_t vocab) {

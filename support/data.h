@@ -11,6 +11,7 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "support/check.h"
@@ -20,6 +21,7 @@ struct MappedFile {  // the bytes of a regular file that is not empty
   ~MappedFile();
   MappedFile(MappedFile&& other) noexcept;
   MappedFile& operator=(MappedFile&&) = delete;
+  std::string_view view() const { return {reinterpret_cast<const char*>(data), size_t(bytes)}; }
   std::string path;
   const unsigned char* data = nullptr;
   int64_t bytes = 0;

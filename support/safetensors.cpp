@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <filesystem>
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <xxhash.h>
@@ -20,7 +21,8 @@ namespace {
 
 class OutputFile {  // written beside, and renamed when it is whole; keeps a checksum of what goes through it
  public:
-  explicit OutputFile(const std::string& path) : path_(path), beside_(path + ".partial"), fd_(::open(beside_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
+  explicit OutputFile(const std::string& path)
+      : path_(path), beside_(path + ".partial"), fd_(::open(beside_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
     REQUIRE(fd_ >= 0, path_, " cannot be created: ", strerror(errno));
     XXH3_64bits_reset(hash_.get());
   }
@@ -29,15 +31,15 @@ class OutputFile {  // written beside, and renamed when it is whole; keeps a che
   OutputFile& operator=(const OutputFile&) = delete;
   void write(const void* from, int64_t bytes) {
     XXH3_64bits_update(hash_.get(), from, size_t(bytes));
-    written_.bytes += bytes;
+    bytes_ += bytes;
     for (const char* p = static_cast<const char*>(from); bytes > 0;) {
       const ssize_t n = ::write(fd_, p, size_t(bytes));
       REQUIRE(n > 0 || (n < 0 && errno == EINTR), path_, " cannot be written: ", strerror(errno));
       if (n > 0) p += n, bytes -= n;
     }
-    if (written_.bytes - flushing_ >= kAhead) {  // the disk starts now and works while the next arrays are read
-      sync_file_range(fd_, flushing_, written_.bytes - flushing_, SYNC_FILE_RANGE_WRITE);
-      flushing_ = written_.bytes;
+    if (bytes_ - flushing_ >= kAhead) {  // the disk starts now and works while the next arrays are read
+      sync_file_range(fd_, flushing_, bytes_ - flushing_, SYNC_FILE_RANGE_WRITE);
+      flushing_ = bytes_;
     }
   }
   WrittenFile finish() {
@@ -45,16 +47,14 @@ class OutputFile {  // written beside, and renamed when it is whole; keeps a che
     REQUIRE(rename(beside_.c_str(), path_.c_str()) == 0, path_, " cannot be written: ", strerror(errno));
     close(fd_);  // after fsync it has nothing left to say
     fd_ = -1;
-    written_.checksum = XXH3_64bits_digest(hash_.get());
-    return written_;
+    return {std::filesystem::path(path_).filename(), bytes_, XXH3_64bits_digest(hash_.get())};
   }
 
  private:
   static constexpr int64_t kAhead = 16 << 20;
   std::string path_, beside_;
   int fd_;
-  int64_t flushing_ = 0;
-  WrittenFile written_;
+  int64_t bytes_ = 0, flushing_ = 0;
   std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> hash_{XXH3_createState(), XXH3_freeState};
 };
 
@@ -91,23 +91,15 @@ WrittenFile write_safetensors(const std::string& path, const std::vector<NamedAr
   return file.finish();
 }
 
-WrittenFile measure_file(const std::string& path) {
-  const MappedFile file(path, "");
-  return {file.bytes, XXH3_64bits(file.data, size_t(file.bytes))};
-}
-
 void write_file(const std::string& path, const std::string& text) {
   OutputFile file(path);
   file.write(text.data(), int64_t(text.size()));
   file.finish();
 }
 
-uint64_t checksum(const std::string& text) { return XXH3_64bits(text.data(), text.size()); }
+uint64_t checksum(std::string_view bytes) { return XXH3_64bits(bytes.data(), bytes.size()); }
 
-std::string read_file(const std::string& path) {
-  const MappedFile file(path, "");
-  return {reinterpret_cast<const char*>(file.data), size_t(file.bytes)};
-}
+std::string read_file(const std::string& path) { return std::string(MappedFile(path, "").view()); }
 
 // ---- reading
 
@@ -115,7 +107,8 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : file_(path, "") {
   uint64_t length = 0;
   REQUIRE(file_.bytes >= 8, path, " is no safetensors file: it has ", file_.bytes, " bytes");
   memcpy(&length, file_.data, 8);
-  REQUIRE(length <= uint64_t(file_.bytes - 8), path, " is truncated or no safetensors file: its header would have ", length, " bytes, and the file has ", file_.bytes);
+  REQUIRE(length <= uint64_t(file_.bytes - 8), path, " is truncated or no safetensors file: its header would have ", length,
+          " bytes, and the file has ", file_.bytes);
   const int64_t data = 8 + int64_t(length);
   try {
     const auto header = nlohmann::json::parse(file_.data + 8, file_.data + data);
@@ -124,8 +117,8 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : file_(path, "") {
       Entry e{value.at("dtype"), value.at("shape").get<Shape>(), value.at("data_offsets").at(0), value.at("data_offsets").at(1)};
       e.begin += data, e.end += data;
       REQUIRE(data <= e.begin && e.begin <= e.end && e.end <= file_.bytes, path, " is truncated: ", name, " would end at byte ", e.end, " of ", file_.bytes);
-      REQUIRE(!size_of_name(e.dtype) || elements(e.shape) * size_of_name(e.dtype) == e.end - e.begin, path, ": ", name, " of shape ", to_string(e.shape), " in ", e.dtype,
-              " does not take ", e.end - e.begin, " bytes");
+      REQUIRE(!size_of_name(e.dtype) || elements(e.shape) * size_of_name(e.dtype) == e.end - e.begin, path, ": ", name, " of shape ",
+              to_string(e.shape), " in ", e.dtype, " does not take ", e.end - e.begin, " bytes");
       entries_[name] = e;
     }
   } catch (const nlohmann::json::exception& e) {
@@ -141,7 +134,9 @@ const SafetensorsFile::Entry& SafetensorsFile::at(const std::string& name) const
 
 static float from_half(uint16_t h) {
   const int exponent = h >> 10 & 31, fraction = h & 1023;
-  const float magnitude = exponent == 0 ? std::ldexp(float(fraction), -24) : exponent == 31 ? (fraction ? NAN : INFINITY) : std::ldexp(float(1024 + fraction), exponent - 25);
+  const float magnitude = exponent == 0    ? std::ldexp(float(fraction), -24)
+                          : exponent == 31 ? (fraction ? NAN : INFINITY)
+                                           : std::ldexp(float(1024 + fraction), exponent - 25);
   return h >> 15 ? -magnitude : magnitude;
 }
 

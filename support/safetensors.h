@@ -17,7 +17,7 @@ struct NamedArray {
   Dtype dtype;
   std::function<void(void* to)> read;  // puts the elements there
 };
-struct WrittenFile { int64_t bytes = 0; uint64_t checksum = 0; };  // checksum: XXH3, 64 bits, of the whole file
+struct WrittenFile { std::string name; int64_t bytes = 0; uint64_t checksum = 0; };  // name: without the directory
 
 // Both write a file that is there whole or not at all, and wait until the disk has it. An Error says why they cannot.
 WrittenFile write_safetensors(const std::string& path, const std::vector<NamedArray>& arrays);
@@ -38,6 +38,5 @@ class SafetensorsFile {
   std::map<std::string, Entry> entries_;
 };
 
-WrittenFile measure_file(const std::string& path);  // the size and checksum that it has now
-uint64_t checksum(const std::string& text);
+uint64_t checksum(std::string_view bytes);  // XXH3, 64 bits: of a whole file it is WrittenFile's
 std::string read_file(const std::string& path);

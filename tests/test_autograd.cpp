@@ -153,7 +153,7 @@ TEST(gradient_of_linear) {
 TEST(gradient_of_linear_transposed) {
   Param w = random_param("w", {6, 5}, 2);
   check_gradients({random_tensor({7, 5}, 1)}, {&w},
-                  [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, linear_transposed(tape, x[0], w, w.grad), 3); });
+                  [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, linear(tape, x[0], w, nullptr, true), 3); });
 }
 
 TEST(gradient_of_layernorm) {
@@ -198,7 +198,7 @@ TEST(gradient_of_embedding_and_cross_entropy) {
   const Tensor total({1}, Dtype::f64, Memory::workspace);
   check_gradients({}, {&wte, &wpe}, [&](Tape& tape, const std::vector<Var>&) {  // logits = x wte^T: wte is used twice
     fill(total, 0);
-    cross_entropy(tape, linear_transposed(tape, embedding(tape, tokens, wte, wpe), wte, wte.grad), tokens.targets, 0.37, total);
+    cross_entropy(tape, linear(tape, embedding(tape, tokens, wte, wpe), wte, nullptr, true), tokens.targets, 0.37, total);
     return download(total)[0];
   });
 }

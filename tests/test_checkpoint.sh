@@ -105,8 +105,8 @@ flip "$dir/d/step-00000030/weights-0.safetensors"; mkdir "$dir/d/damaged-step-00
 resumes what_is_damaged_again_is_passed_over "its checksum is not the manifest's"
 check and_kept_under_a_free_name "[ -f $dir/d/damaged-step-00000030-again/manifest.json ]" "" "$(ls "$dir/d")"
 fresh; truncate -s 300 "$last/manifest.json"; resumes a_damaged_manifest_is_passed_over "manifest.json is damaged"
-fresh; sed -i '0,/"slice":\[\([0-9]*,[0-9]*,[0-9]*,[0-9]*\),[0-9]*\]/s//"slice":[\1,0]/' "$last/manifest.json"; resumes a_manifest_that_reads_well_but_is_not_as_it_was_is_passed_over "manifest.json is damaged"
-for change in '/"slice":\[\([0-9,]*\),[0-9]*,[0-9]*\]/s//"slice":[\1,9,2]/' '/"slice":\[\([0-9,]*\),[0-9]*\]/s//"slice":[\1]/' '/"step": 20/s//"step": 21/' '/"dtype": "f32"/s//"dtype": "f16"/'; do
+fresh; sed -i '0,/"end":[0-9]*/s//"end":0/' "$last/manifest.json"; resumes a_manifest_that_reads_well_but_is_not_as_it_was_is_passed_over "manifest.json is damaged"
+for change in '/"begin":[0-9]*,"end":[0-9]*/s//"begin":9,"end":2/' '/"end":[0-9]*,/s///' '/"step":20/s//"step":21/' '/"dtype":"f32"/s//"dtype":"f16"/'; do
   fresh; sed -i "0,$change" "$last/manifest.json"
   $tool info "$dir/d" >"$dir/out"; status=$?
   check "a_change_in_the_manifest_is_noticed_${change//[^a-z0-9]/}" "[ $status = 1 ] && ! $tool verify $dir/d >>$dir/out && [ \$(grep -c 'step-00000020/manifest.json is damaged' $dir/out) = 2 ] && grep -q 'step-00000010: whole' $dir/out" "" "$(cat "$dir/out")"
