@@ -26,7 +26,7 @@ build/detected.mk:
 B := build/$(BACKEND)
 
 # ---- compilers
-#   cpu       cpu/ stands in for CUDA and cuBLAS, one thread a block (FAST)
+#   cpu       cpu/ stands in for CUDA and cuBLAS, one thread a block (FAST), and for the headers of kernels/ that it has, too
 #   faithful  the same with every CUDA thread a fiber (FAITHFUL), for tests
 #   sanitize  as cpu, under Address- and UndefinedBehaviorSanitizer, for tests
 #   cuda      nvcc, cuBLAS, NCCL
@@ -34,23 +34,23 @@ B := build/$(BACKEND)
 
 CXXFLAGS   := -std=c++20 -O2 -g -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -I.
 KERNEL_FAST := -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -ffinite-math-only
-NVCCFLAGS  := -std=c++20 -O3 -lineinfo -I. -ccbin $(MPICXX) -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas -Werror all-warnings -Xcompiler -Werror
+NVCCFLAGS  := -std=c++20 -O3 -lineinfo -I. -Ikernels -ccbin $(MPICXX) -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas -Werror all-warnings -Xcompiler -Werror
 GENCODE    := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
 SOURCES    := tensor.cu $(sort $(wildcard kernels/*.cu)) autograd.cpp gpt.cpp optimizer.cpp comm.cpp watch.cpp fsdp.cpp tensor_parallel.cpp schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp generator.cpp $(sort $(wildcard support/*.cpp))
 
 NCCL_CPU   := $(sort $(wildcard cpu/nccl*.cpp))
 
 ifeq ($(BACKEND),cpu)
-  CXXFLAGS += -Icpu -DCPU_FAST -march=native -fopenmp
+  CXXFLAGS += -Icpu -Ikernels -DCPU_FAST -march=native -fopenmp
   SOURCES  += cpu/runtime.cpp cpu/cublas.cpp $(NCCL_CPU)
   LIBS     := -ldnnl -lxxhash -fopenmp
 else ifeq ($(BACKEND),sanitize)
-  CXXFLAGS += -O1 -Icpu -DCPU_FAST -march=native -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+  CXXFLAGS += -O1 -Icpu -Ikernels -DCPU_FAST -march=native -fopenmp -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
   KERNEL_FAST :=
   SOURCES  += cpu/runtime.cpp cpu/cublas.cpp $(NCCL_CPU)
   LIBS     := -ldnnl -lxxhash -fopenmp -fsanitize=address,undefined
 else ifeq ($(BACKEND),faithful)
-  CXXFLAGS += -g1 -Icpu -DCPU_FAITHFUL -march=native -fopenmp
+  CXXFLAGS += -g1 -Ikernels -Icpu -DCPU_FAITHFUL -march=native -fopenmp
   KERNEL_FAST :=
   SOURCES  := $(filter-out fsdp.cpp schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp generator.cpp watch.cpp support/%,$(SOURCES))# the core
   SOURCES  += cpu/runtime.cpp cpu/faithful.cpp cpu/cublas.cpp $(NCCL_CPU)

@@ -32,11 +32,11 @@ __global__ void __launch_bounds__(256) adamw_kernel(acc_t<T>* weights, T* comput
     const auto pg = load_pack<W>(gradient + i);
     Pack<T, W> pc;
     for (int k = 0; k < W; k++) {
-      const A g = pg.v[k] * scale;
-      pm.v[k] = f.keep1 * pm.v[k] + f.take1 * g;
-      pv.v[k] = f.keep2 * pv.v[k] + f.take2 * g * g;
-      pw.v[k] -= f.lr * (pm.v[k] * f.correct1 / (sqrt_of(pv.v[k] * f.correct2) + f.eps) + f.weight_decay * pw.v[k]);
-      pc.v[k] = store<T>(pw.v[k]);
+      const A g = pg[k] * scale;
+      pm[k] = f.keep1 * pm[k] + f.take1 * g;
+      pv[k] = f.keep2 * pv[k] + f.take2 * g * g;
+      pw[k] -= f.lr * (pm[k] * f.correct1 / (sqrt_of(pv[k] * f.correct2) + f.eps) + f.weight_decay * pw[k]);
+      pc[k] = store<T>(pw[k]);
     }
     store_pack(weights + i, pw), store_pack(m + i, pm), store_pack(v + i, pv);
     if (compute) store_pack(compute + i, pc);
@@ -55,7 +55,7 @@ template <class T, int N> __global__ void __launch_bounds__(256) squares_kernel(
   double sum = 0;
   for_row<kThreads, N>(packed, [&](int i) {
     const auto p = load_pack<N>(x + i);
-    for (int k = 0; k < N; k++) sum += double(load(p.v[k])) * double(load(p.v[k]));
+    for (int k = 0; k < N; k++) sum += double(load(p[k])) * double(load(p[k]));
   });
   if (packed + int(threadIdx.x) < size) sum += double(load(x[packed + threadIdx.x])) * double(load(x[packed + threadIdx.x]));
   sum = block_reduce<Sum<double>>(sum);

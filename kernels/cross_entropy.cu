@@ -57,10 +57,10 @@ template <int N, bool kKeep, class T> __device__ __forceinline__ Two<acc_t<T>> r
     for_unaligned_row<N, false>(x, V, [&](int i, auto width) {
       constexpr int W = decltype(width)::value;
       const auto p = load_pack<W>(x + i);
-      A top = load(p.v[0]);
-      for (int k = 1; k < W; k++) top = Max<A>::combine(top, load(p.v[k]));
+      A top = load(p[0]);
+      for (int k = 1; k < W; k++) top = Max<A>::combine(top, load(p[k]));
       if (top > mine.a) mine.b *= exp_of(mine.a - top), mine.a = top;
-      for (int k = 0; k < W; k++) mine.b += exp_of(load(p.v[k]) - mine.a);
+      for (int k = 0; k < W; k++) mine.b += exp_of(load(p[k]) - mine.a);
     });
   }
   return block_reduce<SoftmaxSum<A>>(mine);
@@ -79,7 +79,7 @@ __device__ __forceinline__ void row_gradient(T* x, int V, int target, acc_t<T> m
     for_unaligned_row<N, true>(x, V, [&](int i, auto width) {
       constexpr int W = decltype(width)::value;
       auto p = load_pack<W>(x + i);
-      for (int k = 0; k < W; k++) p.v[k] = store<T>(exp_of(load(p.v[k]) - m) * factor - (i + k == target ? scale : A(0)));
+      for (int k = 0; k < W; k++) p[k] = store<T>(exp_of(load(p[k]) - m) * factor - (i + k == target ? scale : A(0)));
       store_pack(x + i, p);
     });
   }

@@ -15,7 +15,7 @@ constexpr int kThreads = block_threads(256);
 template <int W, class T, class F> __device__ __forceinline__ void combine(T* y, const T* a, const T* b, F f) {
   const auto p = load_pack<W>(a), q = load_pack<W>(b);
   Pack<T, W> r;
-  for (int k = 0; k < W; k++) r.v[k] = store<T>(f(load(p.v[k]), load(q.v[k])));
+  for (int k = 0; k < W; k++) r[k] = store<T>(f(load(p[k]), load(q[k])));
   store_pack(y, r);
 }
 template <class A> __device__ __forceinline__ A sum_of(A a, A b) { return a + b; }
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(256) column_sums(acc_t<T>* out, const T* x, in
 #pragma unroll 4
     for (int64_t r = begin + group; r < end; r += kGroups) {
       const auto row = load_pack<N>(x + r * columns + first);
-      for (int k = 0; k < N; k++) sum[k] += load(row.v[k]);
+      for (int k = 0; k < N; k++) sum[k] += load(row[k]);
     }
   }
   for (int k = 0; k < kOwn; k++) part[group][k][lane] = sum[k];

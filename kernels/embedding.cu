@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(256) embedding_kernel(T* x, const int* tokens,
   for_row<kThreads, N>(C, [=](int i) {
     const auto p = load_pack<N>(wte + i), q = load_pack<N>(wpe + i);
     Pack<T, N> r;
-    for (int k = 0; k < N; k++) r.v[k] = store<T>(load(p.v[k]) + load(q.v[k]));
+    for (int k = 0; k < N; k++) r[k] = store<T>(load(p[k]) + load(q[k]));
     store_pack(x + i, r);
   });
 }
@@ -49,7 +49,7 @@ template <int N, class T, class A> __device__ __forceinline__ void add_row(A* su
     for (int k = 0; k < n; k++) sum[k] += load(row[k]);
   } else {
     const auto p = load_pack<N>(row);
-    for (int k = 0; k < N; k++) sum[k] += load(p.v[k]);
+    for (int k = 0; k < N; k++) sum[k] += load(p[k]);
   }
 }
 
@@ -61,7 +61,7 @@ template <int N, bool kAdd, class A> __device__ __forceinline__ void put_sum(A* 
   } else {
     Pack<A, N> p{};
     if constexpr (kAdd) p = load_pack<N>(to);
-    for (int k = 0; k < N; k++) p.v[k] += sum[k], sum[k] = 0;
+    for (int k = 0; k < N; k++) p[k] += sum[k], sum[k] = 0;
     store_pack(to, p);
   }
 }
@@ -81,7 +81,6 @@ __global__ void __launch_bounds__(256) segment_kernel(acc_t<T>* dwte, acc_t<T>* 
     bool from_before = tokens[order[begin]] == before;
     for (int j = begin; j < end; j++) {
       const int row = order[j], token = tokens[row], next = j + 1 < end ? tokens[order[j + 1]] : -1;
-      if (next >= 0) ask_for(dx + int64_t(order[j + 1]) * C + i, n), ask_for(dwte + int64_t(next) * C + i, n);
       add_row<N>(sum, dx + int64_t(row) * C + i, n);
       if (token == next) continue;
       if (from_before) put_sum<N, false>(part + i, sum, n);

@@ -31,10 +31,10 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
     auto p = load_pack<N>(in + i);
     if constexpr (kAdd) {
       const auto q = load_pack<N>(h + row + i);
-      for (int k = 0; k < N; k++) p.v[k] = store<T>(load(p.v[k]) + load(q.v[k]));
+      for (int k = 0; k < N; k++) p[k] = store<T>(load(p[k]) + load(q[k]));
       store_pack(sum + row + i, p);
     }
-    for (int k = 0; k < N; k++) total += load(p.v[k]);
+    for (int k = 0; k < N; k++) total += load(p[k]);
     if (keep) store_pack(kept + i, p);
   };
   for_row<kForwardThreads, N>(C, take);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
   for_row<kForwardThreads, N>(C, [&](int i) {
     const auto p = load_pack<N>(in + i);
     for (int k = 0; k < N; k++) {
-      const A d = load(p.v[k]) - m;
+      const A d = load(p[k]) - m;
       squares += d * d;
     }
   });
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
   for_row<kForwardThreads, N>(C, [&](int i) {
     const auto p = load_pack<N>(in + i), g = load_pack<N>(gain + i), b = load_pack<N>(bias + i);
     Pack<T, N> r;
-    for (int k = 0; k < N; k++) r.v[k] = store<T>((load(p.v[k]) - m) * s * load(g.v[k]) + load(b.v[k]));
+    for (int k = 0; k < N; k++) r[k] = store<T>((load(p[k]) - m) * s * load(g[k]) + load(b[k]));
     store_pack(out + i, r);
   });
   if (threadIdx.x == 0) mean[blockIdx.x] = m, rstd[blockIdx.x] = s;
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, a
     for_row<kBackwardThreads, N>(C, [&](int i) {
       const auto p = load_pack<N>(x + i), q = load_pack<N>(dy + i), g = load_pack<N>(gain + i);
       for (int k = 0; k < N; k++) {
-        const A xhat = (load(p.v[k]) - m) * s, d = load(q.v[k]), gd = load(g.v[k]) * d;
+        const A xhat = (load(p[k]) - m) * s, d = load(q[k]), gd = load(g[k]) * d;
         sum_a += gd;
         sum_b += gd * xhat;
         gains[k * packs + i / N] += d * xhat;
@@ -106,9 +106,9 @@ __global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, a
       Pack<T, N> more, result;
       if constexpr (kResidual) more = load_pack<N>(residual + i);
       for (int k = 0; k < N; k++) {
-        const A d = s * (load(g.v[k]) * load(q.v[k]) - a - (load(p.v[k]) - m) * s * b);
-        if constexpr (kResidual) result.v[k] = store<T>(load(more.v[k]) + d);
-        else result.v[k] = store<T>(d);
+        const A d = s * (load(g[k]) * load(q[k]) - a - (load(p[k]) - m) * s * b);
+        if constexpr (kResidual) result[k] = store<T>(load(more[k]) + d);
+        else result[k] = store<T>(d);
       }
       store_pack(dx + i, result);
     });
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, a
   }
   for_row<kBackwardThreads, N>(C, [&](int i) {
     Pack<A, N> g, b;
-    for (int k = 0; k < N; k++) g.v[k] = gains[k * packs + i / N], b.v[k] = biases[k * packs + i / N];
+    for (int k = 0; k < N; k++) g[k] = gains[k * packs + i / N], b[k] = biases[k * packs + i / N];
     store_pack(dgain + int64_t(blockIdx.x) * C + i, g), store_pack(dbias + int64_t(blockIdx.x) * C + i, b);
   });
 }
@@ -168,7 +168,7 @@ void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbi
           " bytes of sums in a block, and ", device().name, " has room for ", device().block_memory - kStaticBytes);
   DISPATCH_PACKS(x.dtype(), in_packs(C, {&dx, &dy, &residual, &x, &gain}), using A = acc_t<T>;
                  const auto kernel = residual.empty() ? backward_kernel<T, N, false> : backward_kernel<T, N, true>;
-                 if (bytes > kSharedBytes) CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+                 if (bytes > kSharedBytes) allow_shared(kernel, bytes);
                  kernel<<<unsigned(dgains.dim(0)), kBackwardThreads, bytes, device().compute>>>(
                      dx.data<T>(), dgains.data<A>(), dbiases.data<A>(), dy.data<T>(), residual.empty() ? nullptr : residual.data<T>(), x.data<T>(),
                      mean.data<A>(), rstd.data<A>(), gain.data<T>(), R, int(C)));

@@ -40,7 +40,7 @@ __device__ __forceinline__ void add_rows(A (&sum)[kM][kWidth], const T* x, const
     for (int u = 0; u < kRows; u++) p[u] = load_pack<N>(w + (k + u * stride) * columns);
     for (int u = 0; u < kRows; u++)
       for (int r = 0; r < kM; r++)
-        for (int j = 0; j < N; j++) sum[r][j] += factor[r][u] * A(load(p[u].v[j]));
+        for (int j = 0; j < N; j++) sum[r][j] += factor[r][u] * A(load(p[u][j]));
   }
 }
 
@@ -91,7 +91,7 @@ template <int N, int kM, class T> __global__ void __launch_bounds__(256) rows_ke
     } else {
       for (int64_t k = lane * N; k < K; k += kWarp * N) {
         const auto p = load_pack<N>(of + k);
-        for (int j = 0; j < N; j++) sum += A(load(xr[k + j])) * A(load(p.v[j]));
+        for (int j = 0; j < N; j++) sum += A(load(xr[k + j])) * A(load(p[j]));
       }
     }
     const A all = reduce_lanes<Sum<A>>(sum);
