@@ -9,6 +9,7 @@
 namespace {
 
 template <int> constexpr int kColumns = 1024;
+constexpr int kRowsAhead = 8;
 
 template <int> int own_columns(int64_t left) { return left < kColumns<1> ? int(left) : kColumns<1>; }
 
@@ -27,6 +28,15 @@ template <int, int N, bool kBackwards, class T, class F> __forceinline__ void fo
 template <class T, class F> __forceinline__ void read_columns(const T* p, int n, F f) {
   INDEPENDENT
   for (int k = 0; k < n; k++) f(k, acc_t<T>(load(p[k])));
+}
+
+template <int kRows, class T, class F> __forceinline__ void read_rows(const T* p, int64_t ld, int n, F f) {
+  INDEPENDENT
+  for (int k = 0; k < n; k++) {
+    acc_t<T> v[kRows];
+    for (int u = 0; u < kRows; u++) v[u] = acc_t<T>(load(p[u * ld + k]));
+    f(k, v);
+  }
 }
 
 template <class T, class F> __forceinline__ void change_columns(T* p, int n, F f) {

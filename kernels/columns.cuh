@@ -10,6 +10,7 @@
 namespace {
 
 template <int N> constexpr int kColumns = N;  // of a thread, where rows are read in packs of N
+constexpr int kRowsAhead = 4;                       // rows whose loads are under way at a time
 
 // How many columns a thread has that may own `left` more
 template <int N> __device__ __forceinline__ Width<N> own_columns(int64_t) { return {}; }
@@ -33,6 +34,17 @@ __device__ __forceinline__ void for_unaligned_columns(const T* x, int width, F f
 template <int N, class T, class F> __device__ __forceinline__ void read_columns(const T* p, Width<N>, F f) {
   const auto pack = load_pack<N>(p);
   for (int k = 0; k < N; k++) f(k, acc_t<T>(load(pack[k])));
+}
+
+// f(k, the elements k of kRows rows, which are ld apart)
+template <int kRows, int N, class T, class F> __device__ __forceinline__ void read_rows(const T* p, int64_t ld, Width<N>, F f) {
+  Pack<T, N> pack[kRows];
+  for (int u = 0; u < kRows; u++) pack[u] = load_pack<N>(p + u * ld);
+  for (int k = 0; k < N; k++) {
+    acc_t<T> v[kRows];
+    for (int u = 0; u < kRows; u++) v[u] = acc_t<T>(load(pack[u][k]));
+    f(k, v);
+  }
 }
 
 // p[k] = f(k, p[k])

@@ -30,14 +30,19 @@ __global__ void __launch_bounds__(256) columns_kernel(Y* y, const T* x, const T*
   A sum[kM][kOwn] = {};
   if (first < columns) {
     const auto n = own_columns<N>(columns - first);
-#pragma unroll 4
-    for (int64_t k = begin + group; k < end; k += kGroups) {
-      A factor[kM];
-      for (int r = 0; r < kM; r++) factor[r] = !x ? A(1) : r < m ? A(load(x[r * K + k])) : A(0);
-      read_columns(w + k * columns + first, n, [&](int j, A v) {
-        for (int r = 0; r < kM; r++) sum[r][j] += factor[r] * v;
+    const auto add_rows = [&](int64_t k, auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      A factor[kM][kRows];
+      for (int r = 0; r < kM; r++)
+        for (int u = 0; u < kRows; u++) factor[r][u] = !x ? A(1) : r < m ? A(load(x[r * K + k + u * kGroups])) : A(0);
+      read_rows<kRows>(w + k * columns + first, kGroups * columns, n, [&](int j, const A* v) {
+        for (int r = 0; r < kM; r++)
+          for (int u = 0; u < kRows; u++) sum[r][j] += factor[r][u] * v[u];
       });
-    }
+    };
+    int64_t k = begin + group;
+    for (; k + (kRowsAhead - 1) * kGroups < end; k += kRowsAhead * kGroups) add_rows(k, Width<kRowsAhead>());
+    for (; k < end; k += kGroups) add_rows(k, Width<1>());
   }
   __shared__ A part[kGroups][kLanes * kOwn];
   for (int r = 0; r < kM && r < m; r++) {  // over the groups, first to last
