@@ -17,7 +17,7 @@ constexpr int64_t kStaticBytes = 1 << 10;                    // more than the re
 constexpr int64_t kSharedBytes = (48 << 10) - kStaticBytes;  // what a block may have without asking
 
 // y (R,C) = layernorm(x), or with kAdd: sum (R,C) = x + h, y = layernorm(sum); mean, rstd (R). Reads and writes RC of each; any C.
-// `keep`: the row fits into shared memory; else, and in FAST, it is read again through the caches.
+// `keep`: the row fits into shared memory; else it is read again through the caches.
 template <class T, int N, bool kAdd>
 __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* mean, acc_t<T>* rstd, const T* x, const T* h, const T* gain,
                                                       const T* bias, int C, bool keep) {
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
 
 constexpr int kBackwardThreads = block_threads(256);
 
-// Chunks of rows for R rows: enough blocks for a GPU; in FAST few, so that the workspace stays small.
-inline int64_t row_chunks(int64_t R) { return std::min(ceil_div(R, kWarp == 1 ? 32 : 4), int64_t(kWarp == 1 ? 64 : 512)); }
+// Chunks of rows for R rows: enough blocks for a GPU, and the workspace stays small.
+inline int64_t row_chunks(int64_t R) { return std::min(ceil_div(R, 8), int64_t(512)); }
 
 // dx (R,C) = rstd (gain dy - a - xhat b) [+ residual], with xhat = (x - mean) rstd, a = mean of gain dy over the row, b = mean of gain dy
 // xhat. dgain, dbias (chunks,C) = sums of dy xhat and of dy over the chunk's rows. One block a chunk; reads and writes RC of each; dx may be dy
@@ -136,7 +136,7 @@ static void forward(const Tensor& sum, const Tensor& y, const Tensor& mean, cons
   if (adds) ASSERT(h.numel() == R * C && sum.numel() == R * C && h.dtype() == x.dtype() && sum.dtype() == x.dtype());
   if (!R) return;
   const int64_t bytes = C * int64_t(size_of(x.dtype()));
-  const bool keep = kWarp > 1 && bytes <= kSharedBytes;
+  const bool keep = bytes <= kSharedBytes;
   DISPATCH_PACKS(x.dtype(), in_packs(C, {&sum, &y, &x, &h, &gain, &bias}),
                  const auto kernel = adds ? forward_kernel<T, N, true> : forward_kernel<T, N, false>;
                  kernel<<<unsigned(R), kForwardThreads, keep ? bytes : 0, device().compute>>>(
