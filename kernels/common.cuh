@@ -4,7 +4,8 @@
 // and shuffles vanish and loops vectorize; on the CPU in FAITHFUL form, where every thread of a block is a fiber. So:
 //   a block owns a row or a contiguous tile and its threads stride through it;  no literal 32 in lane arithmetic, only kWarp;
 //   the threads of a block are a constant, block_threads(256), so that values stay in registers;
-//   a loop whose turns touch different elements, perhaps in place, is marked INDEPENDENT: g++ cannot know it, and would not vectorize.
+//   a loop whose turns touch different elements, perhaps in place, is marked INDEPENDENT: g++ cannot know it, and would not vectorize;
+//   what one thread must do in another way is behind a name: <columns.cuh> and <block_product.cuh> are kernels/'s, in FAST those in cpu/.
 #pragma once
 #include <cfloat>
 #include <climits>

@@ -41,8 +41,11 @@ template <class W, class T, class A> __device__ __forceinline__ void add_row(A* 
 }
 // to (n) += sum (n), sum = 0
 template <class W, class A> __device__ __forceinline__ void move_sum(A* to, A* sum, W n) {
-  change_columns(to, n, [&](int k, A v) { return v + sum[k]; });
-  for (int k = 0; k < n; k++) sum[k] = 0;
+  change_columns(to, n, [&](int k, A v) {
+    const A all = v + sum[k];
+    sum[k] = 0;
+    return all;
+  });
 }
 
 // dwte (V,C) += the runs that lie within this block's segment of `order`; parts (segments,2,C) += [0] this segment's part of a run that began
