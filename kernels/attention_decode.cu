@@ -33,7 +33,8 @@ template <class A, class T> __device__ __forceinline__ void see(Seen<A>& s, cons
 }
 
 // out (B,H,D), cache (B,2,H,S,D), qkv (B,3,H,D), lengths (B); one block a sequence and head
-template <class T> __global__ void __launch_bounds__(128) decode_kernel(T* out, T* cache, const T* qkv, const int* lengths, int H, int64_t S, int D, acc_t<T> scale) {
+template <class T> __global__ void __launch_bounds__(128) decode_kernel(T* out, T* cache, const T* qkv, const int* lengths, int H, int64_t S,
+                                                      int D, acc_t<T> scale) {
   using A = acc_t<T>;
   const int64_t b = blockIdx.x / H, h = blockIdx.x % H;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, length = lengths[b];
@@ -77,12 +78,14 @@ void attention_decode(const Tensor& out, const Tensor& cache, const Tensor& qkv,
   const int64_t B = cache.dim(0), S = cache.dim(3), D = cache.dim(4);
   REQUIRE(D <= kMaxD, "decoding takes heads of at most ", kMaxD, " channels, not ", D);
   ASSERT(cache.dim(2) == H && qkv.numel() == B * 3 * H * D && out.numel() == B * H * D && lengths.numel() == B);
-  DISPATCH(cache.dtype(), decode_kernel<T><<<unsigned(B * H), kThreads, 0, device().compute>>>(out.data<T>(), cache.data<T>(), qkv.data<T>(), lengths.data<int>(), int(H), S,
-                                                                                           int(D), acc_t<T>(1 / std::sqrt(double(D)))));
+  DISPATCH(cache.dtype(), decode_kernel<T><<<unsigned(B * H), kThreads, 0, device().compute>>>(
+                                 out.data<T>(), cache.data<T>(), qkv.data<T>(), lengths.data<int>(), int(H), S, int(D),
+                                 acc_t<T>(1 / std::sqrt(double(D)))));
 }
 
 void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t first, int64_t H) {
   const int64_t S = cache.dim(3), D = cache.dim(4), T_ = qkv.numel() / (3 * H * D);
   ASSERT(b < cache.dim(0) && first + T_ <= S && cache.dim(2) == H);
-  DISPATCH(cache.dtype(), append_kernel<T><<<unsigned(T_ * 2 * H), kThreads, 0, device().compute>>>(cache.data<T>() + b * 2 * H * S * D, qkv.data<T>(), int(H), S, int(D), first));
+  DISPATCH(cache.dtype(), append_kernel<T><<<unsigned(T_ * 2 * H), kThreads, 0, device().compute>>>(
+                                 cache.data<T>() + b * 2 * H * S * D, qkv.data<T>(), int(H), S, int(D), first));
 }

@@ -65,7 +65,8 @@ __global__ void __launch_bounds__(1024) softmax_parts_kernel(acc_t<T>* parts, co
   const T* x = logits + int64_t(blockIdx.x) * V;
   const int target = targets[blockIdx.x];
   const auto all = row_softmax<N>(x, V);
-  if (threadIdx.x == 0) parts[blockIdx.x] = all.a, parts[R + blockIdx.x] = all.b, parts[2 * R + blockIdx.x] = target < 0 ? acc_t<T>(0) : load(x[target]);
+  const acc_t<T> target_logit = target < 0 ? acc_t<T>(0) : load(x[target]);
+  if (threadIdx.x == 0) parts[blockIdx.x] = all.a, parts[R + blockIdx.x] = all.b, parts[2 * R + blockIdx.x] = target_logit;
 }
 
 // sums (n) *= exp(from (n) - to (n)): sums of exponentials beside one maximum, beside another; reads 3n, writes n

@@ -18,7 +18,8 @@ constexpr int kSegment = 8;
 
 // x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[positions (R), or row % T], 0 where the token is -1; one block a row; reads 2RC, writes RC
 template <class T, int N>
-__global__ void __launch_bounds__(256) embedding_kernel(T* x, const int* tokens, const int* positions, const T* wte, const T* wpe, int64_t period, int C) {
+__global__ void __launch_bounds__(256) embedding_kernel(T* x, const int* tokens, const int* positions, const T* wte,
+                                                         const T* wpe, int64_t period, int C) {
   const int64_t row = blockIdx.x;
   x += row * C;
   if (tokens[row] < 0) {
@@ -59,12 +60,14 @@ __global__ void __launch_bounds__(256) segment_kernel(acc_t<T>* dwte, acc_t<T>* 
   for_columns<kThreads, N>(C, [=](int i, auto n) {
     acc_t<T> sum[kColumns<N>] = {};
     bool from_before = tokens[order[begin]] == before;
+#pragma unroll 1
     for (int j = begin; j < end; j++) {
       const int row = order[j], token = tokens[row], next = j + 1 < end ? tokens[order[j + 1]] : -1;
       add_row(sum, dx + int64_t(row) * C + i, n);
       if (token == next) continue;
       const bool goes_on = j + 1 == end && token == behind;
-      move_sum(from_before ? part + i : goes_on ? part + C + i : dwte + int64_t(token) * C + i, sum, n);
+      acc_t<T>* const to = from_before ? part : goes_on ? part + C : dwte + int64_t(token) * C;
+      move_sum(to + i, sum, n);
       from_before = false;
     }
   });

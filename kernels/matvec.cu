@@ -116,7 +116,8 @@ void bias_backward(const Tensor& dbias, const Tensor& dy) {
                  const unsigned blocks = unsigned(ceil_div(columns, kSumLanes * kColumns<N>));
                  const int64_t chunks = std::min(ceil_div(rows, kChunk), ceil_div(1024, blocks));
                  if (chunks == 1) {
-                   columns_kernel<N, 1, kSumLanes, true, A, T><<<blocks, kThreads, 0, device().compute>>>(dbias.data<A>(), none, dy.data<T>(), rows, columns, 1);
+                   columns_kernel<N, 1, kSumLanes, true, A, T><<<blocks, kThreads, 0, device().compute>>>(
+                       dbias.data<A>(), none, dy.data<T>(), rows, columns, 1);
                  } else {
                    const Tensor sums({chunks, columns}, dbias.dtype(), Memory::workspace);
                    columns_kernel<N, 1, kSumLanes, false, A, T><<<dim3(blocks, unsigned(chunks)), kThreads, 0, device().compute>>>(
