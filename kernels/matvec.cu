@@ -18,10 +18,10 @@ constexpr int kThreads = block_threads(256);
 constexpr int kProductLanes = block_threads(8), kSumLanes = block_threads(32);
 constexpr int kChunk = 32;  // rows, at least
 
-// y (m,N) = x (m,K) w (K,N), m <= kM; without x, which then is ones: y (chunks,N) = the sums of each chunk's rows of w; with kAdd: +=.
+// y (m,N) = x (m,K) w (K,N), m <= kM; without x, which then is ones: y (chunks,N) = the sums of each chunk's rows of w; `add`: +=.
 // Grid (blocks of kLanes * kColumns columns, chunks of rows); reads w once.
-template <int N, int kM, int kLanes, bool kAdd, class Y, class T>
-__global__ void __launch_bounds__(256) columns_kernel(Y* y, const T* x, const T* w, int64_t K, int64_t columns, int m) {
+template <int N, int kM, int kLanes, class Y, class T>
+__global__ void __launch_bounds__(256) columns_kernel(Y* y, const T* x, const T* w, int64_t K, int64_t columns, int m, bool add) {
   using A = acc_t<T>;
   constexpr int kOwn = kColumns<N>, kGroups = kThreads / kLanes;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(256) columns_kernel(Y* y, const T* x, const T*
     const int inside = columns - block < kLanes * kOwn ? int(columns - block) : kLanes * kOwn;
     INDEPENDENT
     for (int c = threadIdx.x; c < inside; c += kThreads) {
-      A all = kAdd ? A(load(to[c])) : A(0);
+      A all = add ? A(load(to[c])) : A(0);
       for (int g = 0; g < kGroups; g++) all += part[g][c];
       to[c] = store<Y>(all);
     }
@@ -88,8 +88,8 @@ template <int kM> void launch(const Tensor& y, const Tensor& x, const Tensor& w,
                                          y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m));
   } else {
     DISPATCH_PACKS(w.dtype(), packs, const unsigned blocks = unsigned(ceil_div(columns, kProductLanes * kColumns<N>));
-                   columns_kernel<N, kM, kProductLanes, false, T, T><<<blocks, kThreads, 0, device().compute>>>(
-                       y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m));
+                   columns_kernel<N, kM, kProductLanes, T, T><<<blocks, kThreads, 0, device().compute>>>(
+                       y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m, false));
   }
 }
 
@@ -115,14 +115,8 @@ void bias_backward(const Tensor& dbias, const Tensor& dy) {
   DISPATCH_PACKS(dy.dtype(), in_packs(columns, {&dy}), using A = acc_t<T>; const T* const none = nullptr;
                  const unsigned blocks = unsigned(ceil_div(columns, kSumLanes * kColumns<N>));
                  const int64_t chunks = std::min(ceil_div(rows, kChunk), ceil_div(1024, blocks));
-                 if (chunks == 1) {
-                   columns_kernel<N, 1, kSumLanes, true, A, T><<<blocks, kThreads, 0, device().compute>>>(
-                       dbias.data<A>(), none, dy.data<T>(), rows, columns, 1);
-                 } else {
-                   const Tensor sums({chunks, columns}, dbias.dtype(), Memory::workspace);
-                   columns_kernel<N, 1, kSumLanes, false, A, T><<<dim3(blocks, unsigned(chunks)), kThreads, 0, device().compute>>>(
-                       sums.data<A>(), none, dy.data<T>(), rows, columns, 1);
-                   LAUNCHED();
-                   bias_backward(dbias, sums);
-                 });
+                 const Tensor sums = chunks > 1 ? Tensor({chunks, columns}, dbias.dtype(), Memory::workspace) : dbias;
+                 columns_kernel<N, 1, kSumLanes, A, T><<<dim3(blocks, unsigned(chunks)), kThreads, 0, device().compute>>>(
+                     sums.data<A>(), none, dy.data<T>(), rows, columns, 1, chunks == 1);
+                 if (chunks > 1) bias_backward(dbias, sums));
 }
