@@ -26,7 +26,7 @@ build/detected.mk:
 B := build/$(BACKEND)
 
 # ---- compilers
-#   cpu       cpu/ stands in for CUDA and cuBLAS, one thread a block (FAST)
+#   cpu       cpu/ stands in for CUDA and cuBLAS, one thread a block (FAST), and for the headers of kernels/ that it has, too
 #   faithful  the same with every CUDA thread a fiber (FAITHFUL), for tests
 #   sanitize  as cpu, under Address- and UndefinedBehaviorSanitizer, for tests
 #   cuda      nvcc, cuBLAS, NCCL
@@ -34,7 +34,7 @@ B := build/$(BACKEND)
 
 CXXFLAGS   := -std=c++20 -O2 -g -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -I.
 KERNEL_FAST := -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -ffinite-math-only
-NVCCFLAGS  := -std=c++20 -O3 -lineinfo -I. -ccbin $(MPICXX) -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas -Werror all-warnings -Xcompiler -Werror
+NVCCFLAGS  := -std=c++20 -O3 -lineinfo -I. -Ikernels -ccbin $(MPICXX) -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas -Werror all-warnings -Xcompiler -Werror
 GENCODE    := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
 SOURCES    := tensor.cu $(sort $(wildcard kernels/*.cu)) autograd.cpp gpt.cpp optimizer.cpp comm.cpp watch.cpp fsdp.cpp tensor_parallel.cpp schedule.cpp draw_schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp generator.cpp $(sort $(wildcard support/*.cpp))
 
@@ -67,7 +67,7 @@ else ifneq ($(BACKEND),)
   $(error BACKEND is '$(BACKEND)', expected cpu or cuda)
 endif
 ifneq ($(STANDIN),)
-  CXXFLAGS += -Icpu -march=native -fopenmp
+  CXXFLAGS += $(if $(filter faithful,$(BACKEND)),-Ikernels -Icpu,-Icpu -Ikernels) -march=native -fopenmp
   SOURCES  += cpu/runtime.cpp cpu/cublas.cpp $(NCCL_CPU)
   LIBS     += -ldnnl -lxxhash -fopenmp
 endif

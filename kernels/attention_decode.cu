@@ -8,73 +8,57 @@
 // cost      reads the cache of the positions so far once; 4 D flops and an exponential a position and head
 // not here  splitting one long cache over blocks ("flash decoding"); heads wider than 256
 // test      tests/test_decode.cpp
-#include "kernels/common.cuh"
+#include <columns.cuh>
 
 namespace {
 
 constexpr int kThreads = block_threads(128), kWarps = kThreads / kWarp, kMaxD = 256;
-constexpr int kOwn = kMaxD / kWarp;  // channels of a lane: lane, lane + kWarp, ...; FAST: all
-
-// f(place among this lane's channels, channel) for each of them; unrolled, so that they stay in registers
-template <class F> __device__ __forceinline__ void for_channels(int D, F f) {
-  if constexpr (kWarp == 1) {
-    INDEPENDENT
-    for (int d = 0; d < D; d++) f(d, d);
-  } else {
-    const int lane = threadIdx.x % kWarp;
-#pragma unroll
-    for (int i = 0; i < kOwn; i++)
-      if (i * kWarp + lane < D) f(i, i * kWarp + lane);
-  }
-}
+constexpr int kOwn = kMaxD / kWarp;  // channels of a lane
 
 // What a warp has seen: maximum score, sum of exp(score - maximum), the values weighed with that
 template <class A> struct Seen { A most, sum, value[kOwn]; };
 
 template <class A, class T> __device__ __forceinline__ void see(Seen<A>& s, const A (&q)[kOwn], const T* key, const T* value, A scale, int D) {
   A score = 0;
-  for_channels(D, [&](int i, int d) { score += q[i] * A(load(key[d])); });
+  for_lane_columns<kOwn>(D, [&](int i, int d) { score += q[i] * A(load(key[d])); });
   score = scale * reduce_lanes<Sum<A>>(score);
   if (score > s.most) {
     const A shrink = exp_of(s.most - score);
     s.most = score, s.sum *= shrink;
-    for_channels(D, [&](int i, int) { s.value[i] *= shrink; });
+    for_lane_columns<kOwn>(D, [&](int i, int) { s.value[i] *= shrink; });
   }
   const A weight = exp_of(score - s.most);
   s.sum += weight;
-  for_channels(D, [&](int i, int d) { s.value[i] += weight * A(load(value[d])); });
+  for_lane_columns<kOwn>(D, [&](int i, int d) { s.value[i] += weight * A(load(value[d])); });
 }
 
 // out (B,H,D), cache (B,2,H,S,D), qkv (B,3,H,D), lengths (B); one block a sequence and head
-template <class T> __global__ void __launch_bounds__(128) decode_kernel(T* out, T* cache, const T* qkv, const int* lengths, int H, int64_t S, int D, acc_t<T> scale) {
+template <class T> __global__ void __launch_bounds__(128) decode_kernel(T* out, T* cache, const T* qkv, const int* lengths, int H, int64_t S,
+                                                      int D, acc_t<T> scale) {
   using A = acc_t<T>;
   const int64_t b = blockIdx.x / H, h = blockIdx.x % H;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, length = lengths[b];
   T *const keys = cache + (b * 2 * H + h) * S * D, *const values = keys + H * S * D;
   const T *const query = qkv + (b * 3 * H + h) * D, *const key = query + int64_t(H) * D, *const value = key + int64_t(H) * D;
   A q[kOwn] = {};
-  for_channels(D, [&](int i, int d) { q[i] = load(query[d]); });
+  for_lane_columns<kOwn>(D, [&](int i, int d) { q[i] = load(query[d]); });
   Seen<A> s{Max<A>::identity, 0, {}};
   for (int t = warp; t < length; t += kWarps) see(s, q, keys + int64_t(t) * D, values + int64_t(t) * D, scale, D);
   if (warp == 0) {
     see(s, q, key, value, scale, D);
-    for_channels(D, [&](int, int d) { keys[int64_t(length) * D + d] = key[d], values[int64_t(length) * D + d] = value[d]; });
+    for_lane_columns<kOwn>(D, [&](int, int d) { keys[int64_t(length) * D + d] = key[d], values[int64_t(length) * D + d] = value[d]; });
   }
-  if constexpr (kWarp == 1) {
-    for (int d = 0; d < D; d++) out[(b * H + h) * D + d] = store<T>(s.value[d] / s.sum);
-  } else {
-    __shared__ A most[kWarps], sum[kWarps], part[kWarps][kMaxD];
-    if (lane == 0) most[warp] = s.most, sum[warp] = s.sum;
-    for_channels(D, [&](int i, int d) { part[warp][d] = s.value[i]; });
-    __syncthreads();
-    A top = most[0], all = 0;
-    for (int w = 1; w < kWarps; w++) top = Max<A>::combine(top, most[w]);
-    for (int w = 0; w < kWarps; w++) all += sum[w] * exp_of(most[w] - top);
-    for (int d = threadIdx.x; d < D; d += kThreads) {
-      A v = 0;
-      for (int w = 0; w < kWarps; w++) v += part[w][d] * exp_of(most[w] - top);
-      out[(b * H + h) * D + d] = store<T>(v / all);
-    }
+  __shared__ A most[kWarps], sum[kWarps], part[kWarps][kMaxD];
+  if (lane == 0) most[warp] = s.most, sum[warp] = s.sum;
+  for_lane_columns<kOwn>(D, [&](int i, int d) { part[warp][d] = s.value[i]; });
+  __syncthreads();
+  A top = most[0], all = 0;
+  for (int w = 1; w < kWarps; w++) top = Max<A>::combine(top, most[w]);
+  for (int w = 0; w < kWarps; w++) all += sum[w] * exp_of(most[w] - top);
+  for (int d = threadIdx.x; d < D; d += kThreads) {
+    A v = 0;
+    for (int w = 0; w < kWarps; w++) v += part[w][d] * exp_of(most[w] - top);
+    out[(b * H + h) * D + d] = store<T>(v / all);
   }
 }
 
@@ -94,12 +78,14 @@ void attention_decode(const Tensor& out, const Tensor& cache, const Tensor& qkv,
   const int64_t B = cache.dim(0), S = cache.dim(3), D = cache.dim(4);
   REQUIRE(D <= kMaxD, "decoding takes heads of at most ", kMaxD, " channels, not ", D);
   ASSERT(cache.dim(2) == H && qkv.numel() == B * 3 * H * D && out.numel() == B * H * D && lengths.numel() == B);
-  DISPATCH(cache.dtype(), decode_kernel<T><<<unsigned(B * H), kThreads, 0, device().compute>>>(out.data<T>(), cache.data<T>(), qkv.data<T>(), lengths.data<int>(), int(H), S,
-                                                                                           int(D), acc_t<T>(1 / std::sqrt(double(D)))));
+  DISPATCH(cache.dtype(), decode_kernel<T><<<unsigned(B * H), kThreads, 0, device().compute>>>(
+                                 out.data<T>(), cache.data<T>(), qkv.data<T>(), lengths.data<int>(), int(H), S, int(D),
+                                 acc_t<T>(1 / std::sqrt(double(D)))));
 }
 
 void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t first, int64_t H) {
   const int64_t S = cache.dim(3), D = cache.dim(4), T_ = qkv.numel() / (3 * H * D);
   ASSERT(b < cache.dim(0) && first + T_ <= S && cache.dim(2) == H);
-  DISPATCH(cache.dtype(), append_kernel<T><<<unsigned(T_ * 2 * H), kThreads, 0, device().compute>>>(cache.data<T>() + b * 2 * H * S * D, qkv.data<T>(), int(H), S, int(D), first));
+  DISPATCH(cache.dtype(), append_kernel<T><<<unsigned(T_ * 2 * H), kThreads, 0, device().compute>>>(
+                                 cache.data<T>() + b * 2 * H * S * D, qkv.data<T>(), int(H), S, int(D), first));
 }

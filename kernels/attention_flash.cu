@@ -5,13 +5,12 @@
 //           backward: out, and lse (B,H,T), the logarithm of the row's sum, from which any tile of probabilities is exp(score - lse).
 // backward  with delta = sum over d of dout * out: ds = p (dp - delta), dq = ds k, dk = ds^T q, dv = p^T dout. Two kernels, since nothing is
 //           added atomically: one owns queries and sums dq, one owns keys and sums dk and dv; each computes its tiles of p again.
-//           FAST needs one: a block there walks over all tiles of its head, and dq is summed on the way.
-// cost      products of (tile, tile, D) for each pair of tiles on or below the diagonal: forward 2, backward 7 (FAST 5); plain: 2 and 4 for
-//           all pairs. Memory: lse, and B H T for delta while the backward runs (FAST: B H T D for dq too)
+// cost      products of (tile, tile, D) for each pair of tiles on or below the diagonal: forward 2, backward 7; plain: 2 and 4 for all pairs.
+//           Memory: lse, and B H T for delta while the backward runs
 // tiles     64 by 64; fewer where D or the type is wide, so that a block needs at most 92 KiB of shared memory
 // not here  tensor cores: bf16 is widened to f32 and multiplied in registers; dropout, windows, unequal numbers of queries and keys
 // test      tests/test_attention.cpp
-#include "kernels/block_product.cuh"
+#include <block_product.cuh>
 
 namespace {
 
@@ -19,14 +18,12 @@ namespace {
 
 template <class T, int kWidth> struct Tiles {
   using A = acc_t<T>;
-  static constexpr bool kFast = kWarp == 1;
   static constexpr int kThreads = kProductThreads, kD = kWidth, kRowBytes = kD * int(sizeof(A));  // kD: D, or more and filled with zeros
-  static constexpr int kTile = kRowBytes <= (kFast ? 512 : 256) ? 64 : kFast || kRowBytes <= 512 ? 32 : 16;  // queries, or keys
-  // Leading dims of tiles as (row, d), as (d, row), and of scores. Padded, so that threads side by side touch different banks.
-  static constexpr int kPad = kFast ? 0 : 1, kLd = kD + kPad * 16 / int(sizeof(A)), kLdT = kTile + kPad * 4;
-  static constexpr int kLdS = kTile + kPad * kTile / 2 / int(sizeof(A));
+  static constexpr int kTile = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16;                // queries, or keys
+  // Leading dims of tiles as (row, d), as (d, row), and of scores
+  static constexpr int kLd = kD + kPad * 16 / int(sizeof(A)), kLdT = kTile + kPad * 4, kLdS = kTile + kPad * kTile / 2 / int(sizeof(A));
   static constexpr int kSize = kTile * kLd, kSizeT = kD * kLdT, kScores = kTile * kLdS;
-  // The softmax of a row is shared by kLanes threads beside each other; or a thread has several rows to itself (FAST: all).
+  // The softmax of a row is shared by kLanes threads beside each other; or a thread has several rows to itself.
   static constexpr int kLanes = kThreads > kTile ? kThreads / kTile : 1, kOwnRows = kTile * kLanes / kThreads;
   using Scores = BlockProduct<A, kTile, kTile>;
   using Output = BlockProduct<A, kTile, kD>;
@@ -58,36 +55,13 @@ struct Sizes {
 
 // tile = rows first, first + 1, ... of x * scale, zero beyond T and D; kTransposed: as (d, row)
 template <class S, bool kTransposed, class T>
-__device__ __forceinline__ void load_tile(typename S::A* tile, Rows<const T> x, int first, Sizes n, typename S::A scale = 1) {
-  constexpr int kStep = kTransposed ? S::kLdT : 1, kRowStep = kTransposed ? 1 : S::kLd;
-  if constexpr (S::kFast) {
-    for (int row = 0; row < S::kTile; row++) {
-      const T* p = x.data + (first + row) * x.ld;
-      typename S::A* to = tile + row * kRowStep;
-      const int inside = first + row < n.T ? n.D : 0;
-      INDEPENDENT
-      for (int d = 0; d < inside; d++) to[d * kStep] = load(p[d]) * scale;
-      for (int d = inside; d < S::kD; d++) to[d * kStep] = 0;
-    }
-  } else {
-    // Runs of 16 bytes. kBeside of them belong to one row before the next thread turns to the next row: all, or when the tile is transposed so
-    // few that a warp writes to different banks.
-    constexpr int kRun = 16 / int(sizeof(T)), kRuns = S::kD / kRun, kFew = sizeof(T) == 2 ? 1 : 2, kBeside = kTransposed ? kFew : kRuns;
-    for (int i = threadIdx.x; i < S::kTile * kRuns; i += S::kThreads) {
-      const int row = i / kBeside % S::kTile, d = (i % kBeside + i / kBeside / S::kTile * kBeside) * kRun;
-      const int inside = first + row < n.T ? n.D - d : 0;
-      const T* p = x.data + (first + row) * x.ld + d;
-      Pack<T, kRun> run;
-      if (n.packs && inside >= kRun) run = load_pack<kRun>(p);
-      else for (int e = 0; e < kRun; e++) run.v[e] = e < inside ? p[e] : T(0.0f);
-      UNROLL for (int e = 0; e < kRun; e++) tile[row * kRowStep + (d + e) * kStep] = load(run.v[e]) * scale;
-    }
-  }
+__device__ __forceinline__ void load_rows(typename S::A* tile, Rows<const T> x, int first, Sizes n, typename S::A scale = 1) {
+  load_tile<S::kTile, S::kD, kTransposed>(tile, kTransposed ? S::kLdT : S::kLd, x.data + first * x.ld, x.ld, n.T - first, n.D, n.packs, scale);
 }
 
 // rows first, first + 1, ... of x = the product's * factor(row)
 template <class S, class T, class F>
-__device__ __forceinline__ void store_tile(Rows<T> x, int first, Sizes n, typename S::Output& product, F factor) {
+__device__ __forceinline__ void store_rows(Rows<T> x, int first, Sizes n, typename S::Output& product, F factor) {
   product.for_each_run([&](int row, int d, const typename S::A* sum) {
     if (first + row >= n.T) return;
     const auto f = factor(row);
@@ -147,24 +121,24 @@ __global__ void __launch_bounds__(256) flash_forward(T* out, acc_t<T>* lse, cons
   OnlineSoftmax<S> softmax;
   typename S::Output o;
   o.clear();
-  load_tile<S, true>(q, n.packed(qkv, kQ), q0, n, scale);
+  load_rows<S, true>(q, n.packed(qkv, kQ), q0, n, scale);
 
   for (int k0 = 0; k0 <= q0; k0 += S::kTile) {
-    load_tile<S, false>(kv, n.packed(qkv, kK), k0, n);
+    load_rows<S, false>(kv, n.packed(qkv, kK), k0, n);
     __syncthreads();  // q and k are there
     typename S::Scores s;  // (key, query)
     s.clear();
     s.template add<true>(kv, S::kLd, q, S::kLdT, kD);
     s.for_each_run([&](int key, int row, const A* score) {
-      VECTOR for (int e = 0; e < S::Scores::kColumnRun; e++) p[key * S::kLdS + row + e] = score[e];
+      UNROLL for (int e = 0; e < S::Scores::kColumnRun; e++) p[key * S::kLdS + row + e] = score[e];
     });
     __syncthreads();  // scores are there; k is no longer needed
-    load_tile<S, false>(kv, n.packed(qkv, kV), k0, n);
+    load_rows<S, false>(kv, n.packed(qkv, kV), k0, n);
     softmax.add(p, factor, q0 - k0);
     __syncthreads();  // v, p and factors are there
     o.for_each_run([&](int row, int, A* sum) {
       const A f = factor[row];
-      VECTOR for (int e = 0; e < S::Output::kColumnRun; e++) sum[e] *= f;
+      UNROLL for (int e = 0; e < S::Output::kColumnRun; e++) sum[e] *= f;
     });
     o.template add<false>(p, S::kLdS, kv, S::kLd, S::kTile);
     __syncthreads();  // v, p and factors are no longer needed
@@ -176,7 +150,7 @@ __global__ void __launch_bounds__(256) flash_forward(T* out, acc_t<T>* lse, cons
     if (softmax.lane == 0 && q0 + row < n.T) lse[n.statistics() + q0 + row] = softmax.most[r] + log_of(softmax.sum[r]);
   }
   __syncthreads();  // factors are there
-  store_tile<S>(n.rows(out), q0, n, o, [=](int row) { return factor[row]; });
+  store_rows<S>(n.rows(out), q0, n, o, [=](int row) { return factor[row]; });
 }
 
 // ---- backward
@@ -205,7 +179,7 @@ __device__ __forceinline__ void load_statistics(A* row_lse, A* row_delta, const 
 }
 
 template <class S> constexpr size_t backward_bytes() {
-  return (2 * S::kSizeT + (S::kFast ? 3 : 2) * S::kSize + S::kTile * S::kTile + 2 * S::kTile) * sizeof(typename S::A);
+  return (2 * S::kSizeT + 2 * S::kSize + S::kTile * S::kTile + 2 * S::kTile) * sizeof(typename S::A);
 }
 
 // dq of dqkv (B,T,3,H,D); block (head, tile): a tile of queries; reads q and dout once, k and v up to the diagonal
@@ -218,15 +192,15 @@ __global__ void __launch_bounds__(256)
   A *q = reinterpret_cast<A*>(shared), *dy = q + S::kSizeT, *k = dy + S::kSizeT, *v = k + S::kSize, *ds = v + S::kSize;
   A *row_lse = ds + S::kTile * S::kTile, *row_delta = row_lse + S::kTile;
   const int q0 = (n.tiles - 1 - n.tile()) * S::kTile;
-  load_tile<S, true>(q, n.packed(qkv, kQ), q0, n, scale);
-  load_tile<S, true>(dy, n.rows(dout), q0, n);
+  load_rows<S, true>(q, n.packed(qkv, kQ), q0, n, scale);
+  load_rows<S, true>(dy, n.rows(dout), q0, n);
   load_statistics<S>(row_lse, row_delta, lse, delta, q0, n);
   typename S::Output dq;
   dq.clear();
 
   for (int k0 = 0; k0 <= q0; k0 += S::kTile) {
-    load_tile<S, false>(k, n.packed(qkv, kK), k0, n);
-    load_tile<S, false>(v, n.packed(qkv, kV), k0, n);
+    load_rows<S, false>(k, n.packed(qkv, kK), k0, n);
+    load_rows<S, false>(v, n.packed(qkv, kV), k0, n);
     __syncthreads();  // all tiles are there
     typename S::Scores s, dp;  // (key, query)
     s.clear();
@@ -234,7 +208,7 @@ __global__ void __launch_bounds__(256)
     s.template add<true>(k, S::kLd, q, S::kLdT, kD);
     dp.template add<true>(v, S::kLd, dy, S::kLdT, kD);
     s.for_each_run([&](int key, int row, const A* s, const A* dp) {
-      VECTOR for (int e = 0; e < S::Scores::kColumnRun; e++) {
+      UNROLL for (int e = 0; e < S::Scores::kColumnRun; e++) {
         const A x = exp_of(s[e] - row_lse[row + e]) * (dp[e] - row_delta[row + e]);
         ds[key * S::kTile + row + e] = k0 + key <= q0 + row + e ? x : A(0);
       }
@@ -243,73 +217,58 @@ __global__ void __launch_bounds__(256)
     dq.template add<false>(ds, S::kTile, k, S::kLd, S::kTile);
     __syncthreads();  // k, v and ds are no longer needed
   }
-  store_tile<S>(n.packed(dqkv, kQ), q0, n, dq, [=](int) { return scale; });
+  store_rows<S>(n.packed(dqkv, kQ), q0, n, dq, [=](int) { return scale; });
 }
 
-// dk and dv of dqkv (B,T,3,H,D); block (head, tile): a tile of keys; reads k and v once, q and dout from the diagonal on. FAST: a block has
-// all tiles of keys one after the other, and sums dq in dq_sums, tiles of (B,H) heads.
+// dk and dv of dqkv (B,T,3,H,D); block (head, tile): a tile of keys; reads k and v once, q and dout from the diagonal on
 template <class T, int kD>
-__global__ void __launch_bounds__(256) flash_backward_kv(T* dqkv, [[maybe_unused]] typename Tiles<T, kD>::Output* dq_sums, const T* dout,
-                                                         const acc_t<T>* lse, const acc_t<T>* delta, const T* qkv, Sizes n, acc_t<T> scale) {
+__global__ void __launch_bounds__(256)
+    flash_backward_kv(T* dqkv, const T* dout, const acc_t<T>* lse, const acc_t<T>* delta, const T* qkv, Sizes n, acc_t<T> scale) {
   using S = Tiles<T, kD>;
   using A = acc_t<T>;
   extern __shared__ __align__(64) char shared[];
   A *k = reinterpret_cast<A*>(shared), *v = k + S::kSizeT, *q = v + S::kSizeT, *dy = q + S::kSize, *p = dy + S::kSize;
   A *row_lse = p + S::kTile * S::kTile, *row_delta = row_lse + S::kTile;
-  [[maybe_unused]] A* k_rows = row_delta + S::kTile;
-  [[maybe_unused]] const int64_t tiles = (n.T + S::kTile - 1) / S::kTile;
-  for (int k0 = n.tile() * S::kTile; k0 < n.T; k0 += n.tiles * S::kTile) {
-    load_tile<S, true>(k, n.packed(qkv, kK), k0, n);
-    load_tile<S, true>(v, n.packed(qkv, kV), k0, n);
-    if constexpr (S::kFast) load_tile<S, false>(k_rows, n.packed(qkv, kK), k0, n);
-    typename S::Output dk, dv;
-    dk.clear();
-    dv.clear();
+  const int k0 = n.tile() * S::kTile;
+  load_rows<S, true>(k, n.packed(qkv, kK), k0, n);
+  load_rows<S, true>(v, n.packed(qkv, kV), k0, n);
+  typename S::Output dk, dv;
+  dk.clear();
+  dv.clear();
 
-    for (int q0 = k0; q0 < n.T; q0 += S::kTile) {
-      load_tile<S, false>(q, n.packed(qkv, kQ), q0, n, scale);
-      load_tile<S, false>(dy, n.rows(dout), q0, n);
-      load_statistics<S>(row_lse, row_delta, lse, delta, q0, n);
-      __syncthreads();  // all tiles are there
-      typename S::Scores s, dp;  // (query, key)
-      s.clear();
-      dp.clear();
-      s.template add<true>(q, S::kLd, k, S::kLdT, kD);
-      dp.template add<true>(dy, S::kLd, v, S::kLdT, kD);
-      s.for_each_run([&](int row, int key, const A* s, A* dp) {
-        const A lse = row_lse[row], delta = row_delta[row];
-        VECTOR for (int e = 0; e < S::Scores::kColumnRun; e++) {
-          const A x = exp_of(s[e] - lse), seen = k0 + key + e <= q0 + row ? x : A(0);
-          p[row * S::kTile + key + e] = seen;
-          dp[e] = seen * (dp[e] - delta);
-        }
-      }, dp);
-      __syncthreads();  // p is there
-      dv.template add<false>(p, S::kTile, dy, S::kLd, S::kTile);
-      __syncthreads();  // p is no longer needed: ds takes its place
-      dp.for_each_run([&](int row, int key, const A* ds) {
-        VECTOR for (int e = 0; e < S::Scores::kColumnRun; e++) p[row * S::kTile + key + e] = ds[e];
-      });
-      __syncthreads();  // ds is there
-      dk.template add<false>(p, S::kTile, q, S::kLd, S::kTile);
-      if constexpr (S::kFast) {
-        typename S::Output& dq = dq_sums[n.head() * tiles + q0 / S::kTile];
-        if (k0 == 0) dq.clear();
-        dq.template add<true>(p, S::kTile, k_rows, S::kLd, S::kTile);
-        if (k0 == q0) store_tile<S>(n.packed(dqkv, kQ), q0, n, dq, [=](int) { return scale; });
+  for (int q0 = k0; q0 < n.T; q0 += S::kTile) {
+    load_rows<S, false>(q, n.packed(qkv, kQ), q0, n, scale);
+    load_rows<S, false>(dy, n.rows(dout), q0, n);
+    load_statistics<S>(row_lse, row_delta, lse, delta, q0, n);
+    __syncthreads();  // all tiles are there
+    typename S::Scores s, dp;  // (query, key)
+    s.clear();
+    dp.clear();
+    s.template add<true>(q, S::kLd, k, S::kLdT, kD);
+    dp.template add<true>(dy, S::kLd, v, S::kLdT, kD);
+    s.for_each_run([&](int row, int key, const A* s, A* dp) {
+      const A lse = row_lse[row], delta = row_delta[row];
+      UNROLL for (int e = 0; e < S::Scores::kColumnRun; e++) {
+        const A x = exp_of(s[e] - lse), seen = k0 + key + e <= q0 + row ? x : A(0);
+        p[row * S::kTile + key + e] = seen;
+        dp[e] = seen * (dp[e] - delta);
       }
-      __syncthreads();  // q, dy and ds are no longer needed
-    }
-    store_tile<S>(n.packed(dqkv, kK), k0, n, dk, [](int) { return A(1); });
-    store_tile<S>(n.packed(dqkv, kV), k0, n, dv, [](int) { return A(1); });
+    }, dp);
+    __syncthreads();  // p is there
+    dv.template add<false>(p, S::kTile, dy, S::kLd, S::kTile);
+    __syncthreads();  // p is no longer needed: ds takes its place
+    dp.for_each_run([&](int row, int key, const A* ds) {
+      UNROLL for (int e = 0; e < S::Scores::kColumnRun; e++) p[row * S::kTile + key + e] = ds[e];
+    });
+    __syncthreads();  // ds is there
+    dk.template add<false>(p, S::kTile, q, S::kLd, S::kTile);
+    __syncthreads();  // q, dy and ds are no longer needed
   }
+  store_rows<S>(n.packed(dqkv, kK), k0, n, dk, [](int) { return A(1); });
+  store_rows<S>(n.packed(dqkv, kV), k0, n, dv, [](int) { return A(1); });
 }
 
 // ---- launches
-
-template <class K> void allow_shared(K kernel, size_t bytes) {  // more than 48 KiB must be asked for
-  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
-}
 
 template <class T, int kD> void forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, unsigned heads, Sizes n) {
   using S = Tiles<T, kD>;
@@ -318,8 +277,7 @@ template <class T, int kD> void forward(const Tensor& out, const Tensor& lse, co
   const size_t bytes = forward_bytes<S>();
   allow_shared(flash_forward<T, kD>, bytes);
   flash_forward<T, kD><<<heads * n.tiles, S::kThreads, bytes, device().compute>>>(out.data<T>(), lse.data<A>(), qkv.data<T>(), n,
-                                                                     A(1 / std::sqrt(double(n.D))));
-  LAUNCHED();
+                                                                                  A(1 / std::sqrt(double(n.D))));
 }
 
 template <class T, int kD>
@@ -328,22 +286,12 @@ void backward(const Tensor& dqkv, const Tensor& delta, const Tensor& dout, const
   using A = acc_t<T>;
   n.tiles = unsigned(ceil_div(n.T, S::kTile));
   const size_t bytes = backward_bytes<S>();
-  const A scale = A(1 / std::sqrt(double(n.D)));
-  const cudaStream_t stream = device().compute;
-  T *dx = dqkv.data<T>(), *dy = dout.data<T>(), *x = qkv.data<T>();
-  Tensor dq_sums;
-  if constexpr (S::kFast) {
-    dq_sums = Tensor({heads, n.tiles, S::kTile, kD}, delta.dtype(), Memory::workspace);
-    n.tiles = 1;
-  } else {
-    allow_shared(flash_backward_q<T, kD>, bytes);
-    flash_backward_q<T, kD><<<heads * n.tiles, S::kThreads, bytes, stream>>>(dx, dy, lse.data<A>(), delta.data<A>(), x, n, scale);
+  for (const auto kernel : {flash_backward_q<T, kD>, flash_backward_kv<T, kD>}) {
+    allow_shared(kernel, bytes);
+    kernel<<<heads * n.tiles, S::kThreads, bytes, device().compute>>>(dqkv.data<T>(), dout.data<T>(), lse.data<A>(), delta.data<A>(),
+                                                                      qkv.data<T>(), n, A(1 / std::sqrt(double(n.D))));
     LAUNCHED();
   }
-  allow_shared(flash_backward_kv<T, kD>, bytes);
-  auto* sums = static_cast<typename S::Output*>(dq_sums.raw());
-  flash_backward_kv<T, kD><<<heads * n.tiles, S::kThreads, bytes, stream>>>(dx, sums, dy, lse.data<A>(), delta.data<A>(), x, n, scale);
-  LAUNCHED();
 }
 
 // The statement with the narrowest kD that holds D.

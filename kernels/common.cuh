@@ -4,7 +4,8 @@
 // and shuffles vanish and loops vectorize; on the CPU in FAITHFUL form, where every thread of a block is a fiber. So:
 //   a block owns a row or a contiguous tile and its threads stride through it;  no literal 32 in lane arithmetic, only kWarp;
 //   the threads of a block are a constant, block_threads(256), so that values stay in registers;
-//   a loop whose turns touch different elements, perhaps in place, is marked INDEPENDENT: g++ cannot know it, and would not vectorize.
+//   a loop whose turns touch different elements, perhaps in place, is marked INDEPENDENT: g++ cannot know it, and would not vectorize;
+//   what one thread must do in another way is behind a name: <columns.cuh> and <block_product.cuh> are kernels/'s, in FAST those in cpu/.
 #pragma once
 #include <cfloat>
 #include <climits>
@@ -55,6 +56,11 @@ template <> __device__ __forceinline__ __nv_bfloat16 store<__nv_bfloat16, float>
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Before a launch whose blocks share more than 48 KiB
+template <class K> void allow_shared(K kernel, size_t bytes) {
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+}
+
 // float and double by one name
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
@@ -69,9 +75,18 @@ template <class T> constexpr int kPack = kWarp == 1 ? 1 : 16 / int(sizeof(T));
 
 template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
   T v[N];
+  __device__ T& operator[](int i) { return v[i]; }
+  __device__ const T& operator[](int i) const { return v[i]; }
 };
 template <int N, class T> __device__ __forceinline__ Pack<T, N> load_pack(const T* p) { return *reinterpret_cast<const Pack<T, N>*>(p); }
 template <int N, class T> __device__ __forceinline__ void store_pack(T* p, Pack<T, N> x) { *reinterpret_cast<Pack<T, N>*>(p) = x; }
+// The first `inside` elements at p, zeros behind them; packs: p begins at a multiple of 16 bytes
+template <int N, class T> __device__ __forceinline__ Pack<T, N> load_run(const T* p, int inside, bool packs) {
+  if (packs && inside >= N) return load_pack<N>(p);
+  Pack<T, N> run;
+  for (int e = 0; e < N; e++) run[e] = e < inside ? p[e] : T(0.0f);
+  return run;
+}
 template <int N> using Width = std::integral_constant<int, N>;  // a pack's width as an argument
 
 // Can rows of `width` elements of these tensors be read in packs? (Tensor::part may begin at any element.) Empty tensors do not matter.
@@ -85,13 +100,6 @@ inline bool in_packs(int64_t width, std::initializer_list<const Tensor*> tensors
 template <int kThreads, int N, class F> __device__ __forceinline__ void for_row(int width, F f) {
   INDEPENDENT
   for (int i = threadIdx.x * N; i < width; i += kThreads * N) f(i);
-}
-
-// FAST: asks for what the next block will read while this one computes. A GPU has other blocks in flight for that.
-template <class T> __device__ __forceinline__ void ask_for([[maybe_unused]] const T* next, [[maybe_unused]] int count) {
-#ifdef CPU_FAST
-  for (int64_t i = 0; i < int64_t(count * sizeof(T)); i += 64) __builtin_prefetch(reinterpret_cast<const char*>(next) + i);
-#endif
 }
 
 // ---- reductions over a block

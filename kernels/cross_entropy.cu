@@ -1,4 +1,4 @@
-// cross_entropy.cu: softmax and cross-entropy over the vocabulary in one kernel, and the sum of the losses.
+// cross_entropy.cu: softmax and cross-entropy over the vocabulary in one kernel.
 //
 // idea      one block a row. The first pass finds the maximum and the sum of exponentials together: a thread that meets a new maximum scales
 //           down the sum that it has (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). The second pass turns the
@@ -7,7 +7,7 @@
 // cost      loss: reads RV; gradient: reads RV, again through the caches (backwards, the end of a row is still there), and writes RV
 // not here  label smoothing, ignored targets
 // test      tests/test_kernels.cpp
-#include "kernels/common.cuh"
+#include <columns.cuh>
 
 namespace {
 
@@ -23,89 +23,49 @@ template <class A> struct SoftmaxSum {
   }
 };
 
-// The row x (n), which may begin at any address, dealt to the threads of the block: f(first, Width<N>) for packs at multiples of 16 bytes,
-// f(first, Width<1>) for the elements before and behind them
-template <int N, bool kBackwards, class T, class F> __device__ __forceinline__ void for_unaligned_row(const T* x, int n, F f) {
-  const int unaligned = N > 1 ? int((16 - reinterpret_cast<uintptr_t>(x) % 16) % 16 / sizeof(T)) : 0;
-  const int head = unaligned < n ? unaligned : n, packs = (n - head) / N, tail = head + packs * N, i = threadIdx.x;
-  if (i < head) f(i, Width<1>());
-  for (int p = i; p < packs; p += kThreads) f(head + (kBackwards ? packs - 1 - p : p) * N, Width<N>());
-  if (i < n - tail) f(tail + i, Width<1>());
-}
-
-// Can the exponentials of the first pass be kept in the logits' place for the second? FAST, where T is exact enough.
-template <class T> constexpr bool kCanKeep = kWarp == 1 && std::is_same_v<T, acc_t<T>>;
-
-// (maximum m, sum of exp(x - m)) of the row x (V); with kKeep, x becomes exp(x - m). Every thread of the block returns it.
-template <int N, bool kKeep, class T> __device__ __forceinline__ Two<acc_t<T>> row_softmax(T* x, int V) {
+// (maximum m, sum of exp(x - m)) of the row x (V). Every thread of the block returns it.
+template <int N, class T> __device__ __forceinline__ Two<acc_t<T>> row_softmax(const T* x, int V) {
   using A = acc_t<T>;
   Two<A> mine = SoftmaxSum<A>::identity;
-  if constexpr (kWarp == 1) {  // FAST: a thread that has all of the row, in its cache, finds the maximum first
-    for (int i = 0; i < V; i++) mine.a = Max<A>::combine(mine.a, load(x[i]));
-    for (int begin = 0; begin < V; begin += 1024) {  // a sum of sums loses fewer digits than one long sum
-      const int end = V - begin < 1024 ? V : begin + 1024;
-      A sum = 0;
-      INDEPENDENT
-      for (int i = begin; i < end; i++) {
-        const A e = exp_of(load(x[i]) - mine.a);
-        if constexpr (kKeep) x[i] = e;
-        sum += e;
-      }
-      mine.b += sum;
-    }
-  } else {
-    for_unaligned_row<N, false>(x, V, [&](int i, auto width) {
-      constexpr int W = decltype(width)::value;
-      const auto p = load_pack<W>(x + i);
-      A top = load(p.v[0]);
-      for (int k = 1; k < W; k++) top = Max<A>::combine(top, load(p.v[k]));
-      if (top > mine.a) mine.b *= exp_of(mine.a - top), mine.a = top;
-      for (int k = 0; k < W; k++) mine.b += exp_of(load(p.v[k]) - mine.a);
-    });
-  }
+  for_unaligned_columns<kThreads, N, false>(x, V, [&](int i, auto n) {
+    A top = mine.a, sum = 0;
+    read_columns(x + i, n, [&](int, A v) { top = Max<A>::combine(top, v); });
+    read_columns(x + i, n, [&](int, A v) { sum += exp_of(v - top); });
+    if (top > mine.a) mine.b *= exp_of(mine.a - top), mine.a = top;
+    mine.b += sum;
+  });
   return block_reduce<SoftmaxSum<A>>(mine);
 }
 
-// The row's logits x (V), or what row_softmax kept of them, become exp(x - m) * factor, less `scale` at the target (-1: none here).
-template <int N, bool kKept, class T>
-__device__ __forceinline__ void row_gradient(T* x, int V, int target, acc_t<T> m, acc_t<T> factor, acc_t<T> scale) {
+// Of a row x (V) whose maximum and sum of exponentials are `all`: the loss, and with kGradient x = (softmax - onehot) * scale
+template <int N, bool kGradient, class T>
+__device__ __forceinline__ void finish_row(acc_t<T>* loss, T* x, int V, int target, acc_t<T> target_logit, Two<acc_t<T>> all, acc_t<T> scale) {
   using A = acc_t<T>;
-  if constexpr (kWarp == 1) {
-    const A at_target = target < 0 ? A(0) : (kKept ? load(x[target]) : exp_of(load(x[target]) - m)) * factor - scale;
-    INDEPENDENT
-    for (int i = 0; i < V; i++) x[i] = store<T>((kKept ? load(x[i]) : exp_of(load(x[i]) - m)) * factor);
-    if (target >= 0) x[target] = store<T>(at_target);
-  } else {
-    for_unaligned_row<N, true>(x, V, [&](int i, auto width) {
-      constexpr int W = decltype(width)::value;
-      auto p = load_pack<W>(x + i);
-      for (int k = 0; k < W; k++) p.v[k] = store<T>(exp_of(load(p.v[k]) - m) * factor - (i + k == target ? scale : A(0)));
-      store_pack(x + i, p);
+  if (threadIdx.x == 0) *loss = (log_of(all.b) + (all.a - target_logit)) * scale;
+  const A factor = scale / all.b;
+  if constexpr (kGradient)
+    for_unaligned_columns<kThreads, N, true>(x, V, [&](int i, auto n) {
+      change_columns(x + i, n, [&](int k, A v) { return exp_of(v - all.a) * factor - (i + k == target ? scale : A(0)); });
     });
-  }
 }
 
 // losses (R) = (log of the sum of exp(logits (R,V)) - logits[target]) * scale; with kGradient: logits = (softmax - onehot) * scale.
 // One block a row; reads RV (kGradient: 2RV, writes RV); any V and alignment.
 template <class T, int N, bool kGradient>
 __global__ void __launch_bounds__(1024) cross_entropy_kernel(acc_t<T>* losses, T* logits, const int* targets, int V, acc_t<T> scale) {
-  using A = acc_t<T>;
-  constexpr bool kKeep = kGradient && kCanKeep<T>;
   T* x = logits + int64_t(blockIdx.x) * V;
   const int target = targets[blockIdx.x];
-  const A target_logit = load(x[target]);  // now: after the barriers of the reduction others write
-  const Two<A> all = row_softmax<N, kKeep>(x, V);
-  if (threadIdx.x == 0) losses[blockIdx.x] = (log_of(all.b) + (all.a - target_logit)) * scale;
-  if constexpr (kGradient) row_gradient<N, kKeep>(x, V, target, all.a, scale / all.b, scale);
+  const acc_t<T> target_logit = load(x[target]);  // now: after the barriers of the reduction others write
+  finish_row<N, kGradient>(losses + blockIdx.x, x, V, target, target_logit, row_softmax<N>(x, V), scale);
 }
 
 // parts (3,R) = of each row's logits (R,V): maximum, sum of exponentials beside it, the target's logit (0: not here). Reads RV.
 template <class T, int N>
-__global__ void __launch_bounds__(1024) softmax_parts_kernel(acc_t<T>* parts, T* logits, const int* targets, int V, int R) {
-  T* x = logits + int64_t(blockIdx.x) * V;
+__global__ void __launch_bounds__(1024) softmax_parts_kernel(acc_t<T>* parts, const T* logits, const int* targets, int V, int R) {
+  const T* x = logits + int64_t(blockIdx.x) * V;
   const int target = targets[blockIdx.x];
+  const auto all = row_softmax<N>(x, V);
   const acc_t<T> target_logit = target < 0 ? acc_t<T>(0) : load(x[target]);
-  const auto all = row_softmax<N, kCanKeep<T>>(x, V);
   if (threadIdx.x == 0) parts[blockIdx.x] = all.a, parts[R + blockIdx.x] = all.b, parts[2 * R + blockIdx.x] = target_logit;
 }
 
@@ -119,19 +79,8 @@ template <class A> __global__ void __launch_bounds__(256) rescale_kernel(A* sums
 template <class T, int N, bool kGradient>
 __global__ void __launch_bounds__(1024) cross_entropy_parts_kernel(acc_t<T>* losses, T* logits, const int* targets, const acc_t<T>* top,
                                                                    const acc_t<T>* parts, int V, int R, acc_t<T> scale) {
-  using A = acc_t<T>;
   const int r = blockIdx.x;
-  const A own = parts[r], sum = parts[R + r];
-  if (threadIdx.x == 0) losses[r] = (log_of(sum) + (top[r] - parts[2 * R + r])) * scale;
-  if constexpr (kGradient) row_gradient<N, kCanKeep<T>>(logits + int64_t(r) * V, V, targets[r], own, exp_of(own - top[r]) * scale / sum, scale);
-}
-
-// total (1) += sum of x (n), in f64; one block; reads n
-template <class T> __global__ void __launch_bounds__(1024) add_sum_kernel(double* total, const T* x, int64_t n) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += load(x[i]);
-  sum = block_reduce<Sum<double>>(sum);
-  if (threadIdx.x == 0) *total += sum;
+  finish_row<N, kGradient>(losses + r, logits + int64_t(r) * V, V, targets[r], parts[2 * R + r], Two<acc_t<T>>{top[r], parts[R + r]}, scale);
 }
 
 }  // namespace
@@ -174,10 +123,4 @@ void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tenso
                  const auto kernel = gradient ? cross_entropy_parts_kernel<T, N, true> : cross_entropy_parts_kernel<T, N, false>;
                  kernel<<<unsigned(R), kThreads, 0, device().compute>>>(losses.data<A>(), logits.data<T>(), targets.data<int>(), top.data<A>(),
                                                                         parts.data<A>(), int(V), int(R), A(scale)));
-}
-
-void add_sum(const Tensor& total, const Tensor& x) {
-  ASSERT(total.numel() == 1 && total.dtype() == Dtype::f64);
-  const int64_t n = x.numel();
-  DISPATCH(x.dtype(), add_sum_kernel<T><<<1, kThreads, 0, device().compute>>>(total.data<double>(), x.data<T>(), n));
 }

@@ -4,20 +4,22 @@
 //           one run. Runs are short or (a space, in text by bytes) a fifth of everything, so a block takes not a run but kSegment
 //           consecutive places of the sorted order: a run inside them is added to dwte at once; a run that crosses their border leaves
 //           its part in a workspace, and the block where the run begins adds the parts up, first to last, in a second launch.
+//           The gradient of the positions is a bias's, if each sequence is one long row.
 // cost      forward reads and writes RC; backward reads RC twice (by token, by position) and updates each dwte row in use once
 // test      tests/test_kernels.cpp
-#include <algorithm>
+#include <columns.cuh>
 
-#include "kernels/common.cuh"
+#include <algorithm>
 
 namespace {
 
 constexpr int kThreads = block_threads(256);
-constexpr int kSegment = kWarp == 1 ? 64 : 8;
+constexpr int kSegment = 8;
 
 // x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[positions (R), or row % T], 0 where the token is -1; one block a row; reads 2RC, writes RC
 template <class T, int N>
-__global__ void __launch_bounds__(256) embedding_kernel(T* x, const int* tokens, const int* positions, const T* wte, const T* wpe, int64_t period, int C) {
+__global__ void __launch_bounds__(256) embedding_kernel(T* x, const int* tokens, const int* positions, const T* wte,
+                                                         const T* wpe, int64_t period, int C) {
   const int64_t row = blockIdx.x;
   x += row * C;
   if (tokens[row] < 0) {
@@ -29,64 +31,43 @@ __global__ void __launch_bounds__(256) embedding_kernel(T* x, const int* tokens,
   for_row<kThreads, N>(C, [=](int i) {
     const auto p = load_pack<N>(wte + i), q = load_pack<N>(wpe + i);
     Pack<T, N> r;
-    for (int k = 0; k < N; k++) r.v[k] = store<T>(load(p.v[k]) + load(q.v[k]));
+    for (int k = 0; k < N; k++) r[k] = store<T>(load(p[k]) + load(q[k]));
     store_pack(x + i, r);
   });
 }
 
-// The neighbouring columns that a thread sums at a time: a pack in registers; in FAST a run of columns in the first-level cache.
-template <int N> constexpr int kColumns = kWarp == 1 ? 1024 : N;
-
-// Calls f(first column, columns) for the groups of columns that this thread owns.
-template <int N, class F> __device__ __forceinline__ void for_columns(int C, F f) {
-  for (int i = threadIdx.x * kColumns<N>; i < C; i += kThreads * kColumns<N>) f(i, kWarp > 1 || C - i > kColumns<N> ? kColumns<N> : C - i);
-}
-
 // sum (n) += row (n)
-template <int N, class T, class A> __device__ __forceinline__ void add_row(A* sum, const T* row, int n) {
-  if constexpr (kWarp == 1) {
-    INDEPENDENT
-    for (int k = 0; k < n; k++) sum[k] += load(row[k]);
-  } else {
-    const auto p = load_pack<N>(row);
-    for (int k = 0; k < N; k++) sum[k] += load(p.v[k]);
-  }
+template <class W, class T, class A> __device__ __forceinline__ void add_row(A* sum, const T* row, W n) {
+  read_columns(row, n, [&](int k, A v) { sum[k] += v; });
+}
+// to (n) += sum (n), sum = 0
+template <class W, class A> __device__ __forceinline__ void move_sum(A* to, A* sum, W n) {
+  change_columns(to, n, [&](int k, A v) {
+    const A all = v + sum[k];
+    sum[k] = 0;
+    return all;
+  });
 }
 
-// to (n) = sum (n), or += it; sum (n) = 0
-template <int N, bool kAdd, class A> __device__ __forceinline__ void put_sum(A* to, A* sum, int n) {
-  if constexpr (kWarp == 1) {
-    INDEPENDENT
-    for (int k = 0; k < n; k++) to[k] = kAdd ? to[k] + sum[k] : sum[k], sum[k] = 0;
-  } else {
-    Pack<A, N> p{};
-    if constexpr (kAdd) p = load_pack<N>(to);
-    for (int k = 0; k < N; k++) p.v[k] += sum[k], sum[k] = 0;
-    store_pack(to, p);
-  }
-}
-
-// dwte (V,C) += the runs that lie within this block's segment of `order`; parts (segments,2,C) = [0] this segment's part of a run that began
+// dwte (V,C) += the runs that lie within this block's segment of `order`; parts (segments,2,C) += [0] this segment's part of a run that began
 // before it, [1] of a run that begins in it and goes on behind it. Reads RC of dx.
 template <class T, int N>
 __global__ void __launch_bounds__(256) segment_kernel(acc_t<T>* dwte, acc_t<T>* parts, const T* dx, const int* tokens, const int* order, int R,
                                                       int C) {
-  using A = acc_t<T>;
   const int begin = blockIdx.x * kSegment, end = R - begin < kSegment ? R : begin + kSegment;
   const int before = begin ? tokens[order[begin - 1]] : -1, behind = end < R ? tokens[order[end]] : -1;
-  A* const part = parts + int64_t(blockIdx.x) * 2 * C;
-  for_columns<N>(C, [=](int i, int n) {
-    A sum[kColumns<N>];
-    for (int k = 0; k < kColumns<N>; k++) sum[k] = 0;
+  acc_t<T>* const part = parts + int64_t(blockIdx.x) * 2 * C;
+  for_columns<kThreads, N>(C, [=](int i, auto n) {
+    acc_t<T> sum[kColumns<N>] = {};
     bool from_before = tokens[order[begin]] == before;
+#pragma unroll 1
     for (int j = begin; j < end; j++) {
       const int row = order[j], token = tokens[row], next = j + 1 < end ? tokens[order[j + 1]] : -1;
-      if (next >= 0) ask_for(dx + int64_t(order[j + 1]) * C + i, n), ask_for(dwte + int64_t(next) * C + i, n);
-      add_row<N>(sum, dx + int64_t(row) * C + i, n);
+      add_row(sum, dx + int64_t(row) * C + i, n);
       if (token == next) continue;
-      if (from_before) put_sum<N, false>(part + i, sum, n);
-      else if (j + 1 == end && token == behind) put_sum<N, false>(part + C + i, sum, n);
-      else put_sum<N, true>(dwte + int64_t(token) * C + i, sum, n);
+      const bool goes_on = j + 1 == end && token == behind;
+      acc_t<T>* const to = from_before ? part : goes_on ? part + C : dwte + int64_t(token) * C;
+      move_sum(to + i, sum, n);
       from_before = false;
     }
   });
@@ -99,24 +80,11 @@ __global__ void __launch_bounds__(256) crossing_kernel(A* dwte, const A* parts, 
   if (end >= R) return;
   const int token = tokens[order[end]];
   if (tokens[order[end - 1]] != token || (begin && tokens[order[begin - 1]] == token)) return;
-  for_columns<N>(C, [=](int i, int n) {
-    A sum[kColumns<N>];
-    for (int k = 0; k < kColumns<N>; k++) sum[k] = 0;
-    add_row<N>(sum, parts + (int64_t(blockIdx.x) * 2 + 1) * C + i, n);
-    for (int j = end; j < R && tokens[order[j]] == token; j += kSegment) add_row<N>(sum, parts + int64_t(j / kSegment) * 2 * C + i, n);
-    put_sum<N, true>(dwte + int64_t(token) * C + i, sum, n);
-  });
-}
-
-// dwpe (T,C) += the rows of dx (R,C) at each position, first to last; one block a position; reads RC
-template <class T, int N>
-__global__ void __launch_bounds__(256) position_kernel(acc_t<T>* dwpe, const T* dx, int64_t R, int64_t period, int C) {
-  using A = acc_t<T>;
-  for_columns<N>(C, [=](int i, int n) {
-    A sum[kColumns<N>];
-    for (int k = 0; k < kColumns<N>; k++) sum[k] = 0;
-    for (int64_t row = blockIdx.x; row < R; row += period) add_row<N>(sum, dx + row * C + i, n);
-    put_sum<N, true>(dwpe + int64_t(blockIdx.x) * C + i, sum, n);
+  for_columns<kThreads, N>(C, [=](int i, auto n) {
+    A sum[kColumns<N>] = {};
+    add_row(sum, parts + (int64_t(blockIdx.x) * 2 + 1) * C + i, n);
+    for (int j = end; j < R && tokens[order[j]] == token; j += kSegment) add_row(sum, parts + int64_t(j / kSegment) * 2 * C + i, n);
+    move_sum(dwte + int64_t(token) * C + i, sum, n);
   });
 }
 
@@ -148,18 +116,16 @@ void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx
   ASSERT(dx.numel() == R * C && sorted_rows <= R && dwpe.numel() >= positions * C);
   ASSERT(dwte.dtype() == master_dtype(dx.dtype()) && dwpe.dtype() == dwte.dtype());
   if (!R) return;
+  bias_backward(dwpe.part(0, {positions * C}), dx);  // dx (sequences, positions C): the positions of a sequence are the columns
   const unsigned segments = unsigned(ceil_div(sorted_rows, kSegment));
+  if (!segments) return;
   const Tensor parts({segments, 2, C}, dwte.dtype(), Memory::workspace);
-  const int* token = tokens.data<int>();
-  const int* sorted = order.data<int>();
+  fill(parts, 0);
+  const int *token = tokens.data<int>(), *sorted = order.data<int>();
   const cudaStream_t stream = device().compute;
-  DISPATCH_PACKS(dx.dtype(), in_packs(C, {&dx, &dwte, &dwpe}), using A = acc_t<T>;
-                 if (segments) {
-                   segment_kernel<T, N><<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), dx.data<T>(), token, sorted,
-                                                                           int(sorted_rows), int(C));
-                   LAUNCHED();
-                   crossing_kernel<A, N><<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), token, sorted, int(sorted_rows), int(C));
-                   LAUNCHED();
-                 }
-                 position_kernel<T, N><<<unsigned(positions), kThreads, 0, stream>>>(dwpe.data<A>(), dx.data<T>(), R, period, int(C)));
+  DISPATCH_PACKS(dx.dtype(), in_packs(C, {&dx, &dwte}), using A = acc_t<T>;
+                 segment_kernel<T, N><<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), dx.data<T>(), token, sorted,
+                                                                         int(sorted_rows), int(C));
+                 LAUNCHED();
+                 crossing_kernel<A, N><<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), token, sorted, int(sorted_rows), int(C)));
 }

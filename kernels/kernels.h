@@ -31,6 +31,7 @@ void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matr
 constexpr int64_t kMatvecRows = 8;
 // y (m,N) = x (m,K) w, w (K,N) or, transposed, (N,K); m at most kMatvecRows. All of one dtype; sums in acc(T)
 void matvec(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed);
+void bias_backward(const Tensor& dbias, const Tensor& dy);  // dbias (N) += column sums of dy (R,N): ones times dy
 
 // ---- layernorm.cu   eps = 1e-5
 
@@ -46,7 +47,6 @@ void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbi
 // ---- elementwise.cu
 
 void add_bias(const Tensor& y, const Tensor& bias);                           // y (R,N) += bias (N) in every row
-void bias_backward(const Tensor& dbias, const Tensor& dy);                    // dbias (N) += column sums of dy (R,N)
 void gelu_forward(const Tensor& y, const Tensor& x);                          // tanh form (GPT-2)
 void gelu_backward(const Tensor& dx, const Tensor& dy, const Tensor& x);      // dx = dy * gelu'(x); dx may be dy
 void add(const Tensor& y, const Tensor& a, const Tensor& b);                  // y = a + b; y may be a or b
@@ -92,7 +92,6 @@ void softmax_rescale(const Tensor& parts, const Tensor& top);
 // after sums and target logits in parts were added up over the ranks: as cross_entropy
 void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets, const Tensor& top, const Tensor& parts, double scale,
                          bool gradient);
-void add_sum(const Tensor& total, const Tensor& x);  // total (1) f64 += sum of x (R); in f64, fixed order
 
 // ---- adamw.cu   (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2)
 
@@ -101,7 +100,11 @@ struct AdamW { double lr, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 
 // clipped). compute, if not empty, receives the new weights in its own dtype (bf16).
 void adamw(const Tensor& weights, const Tensor& compute, const Tensor& m, const Tensor& v, const Tensor& gradient, const Tensor& clip,
            const AdamW& options);
-// out (n) f64: element `index` = sum of squares of x, in f64, fixed order
+
+// ---- sums.cu   in f64, fixed order
+
+void add_sum(const Tensor& total, const Tensor& x);  // total (1) f64 += sum of x (R)
+// out (n) f64: element `index` = sum of squares of x
 void sum_of_squares(const Tensor& out, int64_t index, const Tensor& x);
 // norm (1) f64 = sqrt(sum of squares (n), first to last); clip (1) f64 = min(1, limit / norm), or 1 when limit is 0
 void norm_and_clip(const Tensor& norm, const Tensor& clip, const Tensor& squares, double limit);

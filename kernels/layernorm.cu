@@ -17,7 +17,7 @@ constexpr int64_t kStaticBytes = 1 << 10;                    // more than the re
 constexpr int64_t kSharedBytes = (48 << 10) - kStaticBytes;  // what a block may have without asking
 
 // y (R,C) = layernorm(x), or with kAdd: sum (R,C) = x + h, y = layernorm(sum); mean, rstd (R). Reads and writes RC of each; any C.
-// `keep`: the row fits into shared memory; else, and in FAST, it is read again through the caches.
+// `keep`: the row fits into shared memory; else it is read again through the caches.
 template <class T, int N, bool kAdd>
 __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* mean, acc_t<T>* rstd, const T* x, const T* h, const T* gain,
                                                       const T* bias, int C, bool keep) {
@@ -31,10 +31,10 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
     auto p = load_pack<N>(in + i);
     if constexpr (kAdd) {
       const auto q = load_pack<N>(h + row + i);
-      for (int k = 0; k < N; k++) p.v[k] = store<T>(load(p.v[k]) + load(q.v[k]));
+      for (int k = 0; k < N; k++) p[k] = store<T>(load(p[k]) + load(q[k]));
       store_pack(sum + row + i, p);
     }
-    for (int k = 0; k < N; k++) total += load(p.v[k]);
+    for (int k = 0; k < N; k++) total += load(p[k]);
     if (keep) store_pack(kept + i, p);
   };
   for_row<kForwardThreads, N>(C, take);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
   for_row<kForwardThreads, N>(C, [&](int i) {
     const auto p = load_pack<N>(in + i);
     for (int k = 0; k < N; k++) {
-      const A d = load(p.v[k]) - m;
+      const A d = load(p[k]) - m;
       squares += d * d;
     }
   });
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
   for_row<kForwardThreads, N>(C, [&](int i) {
     const auto p = load_pack<N>(in + i), g = load_pack<N>(gain + i), b = load_pack<N>(bias + i);
     Pack<T, N> r;
-    for (int k = 0; k < N; k++) r.v[k] = store<T>((load(p.v[k]) - m) * s * load(g.v[k]) + load(b.v[k]));
+    for (int k = 0; k < N; k++) r[k] = store<T>((load(p[k]) - m) * s * load(g[k]) + load(b[k]));
     store_pack(out + i, r);
   });
   if (threadIdx.x == 0) mean[blockIdx.x] = m, rstd[blockIdx.x] = s;
@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
 
 constexpr int kBackwardThreads = block_threads(256);
 
-// Chunks of rows for R rows: enough blocks for a GPU; in FAST few, so that the workspace stays small.
-inline int64_t row_chunks(int64_t R) { return std::min(ceil_div(R, kWarp == 1 ? 32 : 4), int64_t(kWarp == 1 ? 64 : 512)); }
+// Chunks of rows for R rows: enough blocks for a GPU, and the workspace stays small.
+inline int64_t row_chunks(int64_t R) { return std::min(ceil_div(R, 8), int64_t(512)); }
 
 // dx (R,C) = rstd (gain dy - a - xhat b) [+ residual], with xhat = (x - mean) rstd, a = mean of gain dy over the row, b = mean of gain dy
 // xhat. dgain, dbias (chunks,C) = sums of dy xhat and of dy over the chunk's rows. One block a chunk; reads and writes RC of each; dx may be dy
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, a
     for_row<kBackwardThreads, N>(C, [&](int i) {
       const auto p = load_pack<N>(x + i), q = load_pack<N>(dy + i), g = load_pack<N>(gain + i);
       for (int k = 0; k < N; k++) {
-        const A xhat = (load(p.v[k]) - m) * s, d = load(q.v[k]), gd = load(g.v[k]) * d;
+        const A xhat = (load(p[k]) - m) * s, d = load(q[k]), gd = load(g[k]) * d;
         sum_a += gd;
         sum_b += gd * xhat;
         gains[k * packs + i / N] += d * xhat;
@@ -106,9 +106,9 @@ __global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, a
       Pack<T, N> more, result;
       if constexpr (kResidual) more = load_pack<N>(residual + i);
       for (int k = 0; k < N; k++) {
-        const A d = s * (load(g.v[k]) * load(q.v[k]) - a - (load(p.v[k]) - m) * s * b);
-        if constexpr (kResidual) result.v[k] = store<T>(load(more.v[k]) + d);
-        else result.v[k] = store<T>(d);
+        const A d = s * (load(g[k]) * load(q[k]) - a - (load(p[k]) - m) * s * b);
+        if constexpr (kResidual) result[k] = store<T>(load(more[k]) + d);
+        else result[k] = store<T>(d);
       }
       store_pack(dx + i, result);
     });
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, a
   }
   for_row<kBackwardThreads, N>(C, [&](int i) {
     Pack<A, N> g, b;
-    for (int k = 0; k < N; k++) g.v[k] = gains[k * packs + i / N], b.v[k] = biases[k * packs + i / N];
+    for (int k = 0; k < N; k++) g[k] = gains[k * packs + i / N], b[k] = biases[k * packs + i / N];
     store_pack(dgain + int64_t(blockIdx.x) * C + i, g), store_pack(dbias + int64_t(blockIdx.x) * C + i, b);
   });
 }
@@ -136,7 +136,7 @@ static void forward(const Tensor& sum, const Tensor& y, const Tensor& mean, cons
   if (adds) ASSERT(h.numel() == R * C && sum.numel() == R * C && h.dtype() == x.dtype() && sum.dtype() == x.dtype());
   if (!R) return;
   const int64_t bytes = C * int64_t(size_of(x.dtype()));
-  const bool keep = kWarp > 1 && bytes <= kSharedBytes;
+  const bool keep = bytes <= kSharedBytes;
   DISPATCH_PACKS(x.dtype(), in_packs(C, {&sum, &y, &x, &h, &gain, &bias}),
                  const auto kernel = adds ? forward_kernel<T, N, true> : forward_kernel<T, N, false>;
                  kernel<<<unsigned(R), kForwardThreads, keep ? bytes : 0, device().compute>>>(
@@ -168,7 +168,7 @@ void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbi
           " bytes of sums in a block, and ", device().name, " has room for ", device().block_memory - kStaticBytes);
   DISPATCH_PACKS(x.dtype(), in_packs(C, {&dx, &dy, &residual, &x, &gain}), using A = acc_t<T>;
                  const auto kernel = residual.empty() ? backward_kernel<T, N, false> : backward_kernel<T, N, true>;
-                 if (bytes > kSharedBytes) CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+                 if (bytes > kSharedBytes) allow_shared(kernel, bytes);
                  kernel<<<unsigned(dgains.dim(0)), kBackwardThreads, bytes, device().compute>>>(
                      dx.data<T>(), dgains.data<A>(), dbiases.data<A>(), dy.data<T>(), residual.empty() ? nullptr : residual.data<T>(), x.data<T>(),
                      mean.data<A>(), rstd.data<A>(), gain.data<T>(), R, int(C)));

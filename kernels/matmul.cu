@@ -16,7 +16,7 @@
 
 #include <climits>
 
-#include "kernels/block_product.cuh"
+#include <block_product.cuh>
 
 MatmulBackend matmul_backend = MatmulBackend::cublas;
 
@@ -46,30 +46,28 @@ template <class T> Operand<T> rows_of(const Matrix& a) { return {static_cast<con
 template <class T> Operand<T> columns_of(const Matrix& b) { return {static_cast<const T*>(b.data), b.ld, b.stride, b.transposed, aligned<T>(b)}; }
 
 // The slice of an operand that one block needs at a time: kX vectors by kK of their elements, in runs of 16 bytes that the threads share.
-// On a GPU `fetch` starts the loads into registers and `put` uses them later; in FAST there is nothing to overlap, and `put` does both.
+// `fetch` starts the loads into registers, `put_transposed` uses them later.
 template <class T, int kX, int kK> struct Slice16 {
   static constexpr int kRun = 16 / int(sizeof(T)), kRuns = kX * kK / kRun / kProductThreads;
-  static constexpr bool kHeld = kWarp > 1;
 
   const T* data;
   int64_t ld;
   int extent, depth;  // what there is from this slice's first vector on, and of k; beyond, zeros are put
   bool along_k, packs;
-  Pack<T, kRun> held[kHeld ? kRuns : 1];
+  Pack<T, kRun> held[kRuns];
 
   __device__ Slice16(const Operand<T>& of, int first, int extent, int depth)
       : data(of.data + int64_t(blockIdx.z) * of.stride + first * (of.along_k ? of.ld : 1)), ld(of.ld), extent(extent - first), depth(depth),
         along_k(of.along_k), packs(of.packs) {}
 
   __device__ __forceinline__ void fetch(int k0) {
-    if constexpr (kHeld) UNROLL for (int r = 0; r < kRuns; r++) held[r] = read(r, k0);
+    UNROLL for (int r = 0; r < kRuns; r++) held[r] = read(r, k0);
   }
   // tile[k * tile_ld + x] = element k of vector x
-  template <class A> __device__ __forceinline__ void put_transposed(A* tile, int tile_ld, int k0) const {
-    VECTOR for (int r = 0; r < kRuns; r++) {
-      const auto run = kHeld ? held[r] : read(r, k0);
+  template <class A> __device__ __forceinline__ void put_transposed(A* tile, int tile_ld) const {
+    UNROLL for (int r = 0; r < kRuns; r++) {
       A* at = tile + k_of(r) * tile_ld + x_of(r);
-      for (int e = 0; e < kRun; e++) at[along_k ? e * tile_ld : e] = load(run.v[e]);
+      for (int e = 0; e < kRun; e++) at[along_k ? e * tile_ld : e] = load(held[r][e]);
     }
   }
 #ifndef CPU_FAST
@@ -95,12 +93,7 @@ template <class T, int kX, int kK> struct Slice16 {
     return along_k ? (x < extent ? depth - k : 0) : (k < depth ? extent - x : 0);
   }
   __device__ __forceinline__ Pack<T, kRun> read(int run, int k0) const {
-    const T* p = at(run, k0);
-    const int n = inside(run, k0);
-    if (packs && n >= kRun) return load_pack<kRun>(p);
-    Pack<T, kRun> v;
-    for (int e = 0; e < kRun; e++) v.v[e] = e < n ? p[e] : T(0.0f);
-    return v;
+    return load_run<kRun>(at(run, k0), inside(run, k0), packs);
   }
 };
 
@@ -114,11 +107,9 @@ __device__ __forceinline__ void write_sums(const Result<U>& c, int64_t i, int j,
 // ---- in registers
 
 template <class A> struct Tiles {  // A what sums run in
-  static constexpr bool kFast = kWarp == 1;
-  static constexpr int kI = kFast || sizeof(A) == 4 ? 128 : 64, kJ = kI;  // of c
-  static constexpr int kK = kFast ? 128 : 8;                             // of a slice
-  static constexpr int kLd = kI + (kFast ? 0 : 16 / int(sizeof(A)));     // padded: the threads of a warp write to different banks
-  static constexpr int kBuffers = kFast ? 1 : 2;                         // two: one barrier a slice is enough
+  static constexpr int kI = 512 / int(sizeof(A)), kJ = kI;     // of c
+  static constexpr int kK = kSliceDepth;                       // of a slice
+  static constexpr int kLd = kI + kPad * 16 / int(sizeof(A));
 };
 
 // c (m,n) = alpha a b + c * add, batch blockIdx.z; a block owns a tile; reads a n / kJ and b m / kI times, writes c once; any m, n, k
@@ -126,7 +117,7 @@ template <class T, class U>
 __global__ void __launch_bounds__(256, 2) matmul_simt(Operand<T> a, Operand<T> b, Result<U> c, int m, int n, int k, acc_t<T> alpha) {
   using A = acc_t<T>;
   using S = Tiles<A>;
-  __shared__ alignas(64) A tiles[S::kBuffers][2][S::kK * S::kLd];  // of a and b, as [k][x]
+  __shared__ alignas(64) A tiles[2][2][S::kK * S::kLd];  // two buffers of slices of a and b, as [k][x]: one barrier a slice is enough
   const int i0 = blockIdx.y * S::kI, j0 = blockIdx.x * S::kJ;
   Slice16<T, S::kI, S::kK> from_a(a, i0, m, k);
   Slice16<T, S::kJ, S::kK> from_b(b, j0, n, k);
@@ -136,13 +127,13 @@ __global__ void __launch_bounds__(256, 2) matmul_simt(Operand<T> a, Operand<T> b
   from_a.fetch(0);
   from_b.fetch(0);
   for (int k0 = 0; k0 < k; k0 += S::kK) {
-    A *tile_a = tiles[k0 / S::kK % S::kBuffers][0], *tile_b = tiles[k0 / S::kK % S::kBuffers][1];
-    from_a.put_transposed(tile_a, S::kLd, k0);
-    from_b.put_transposed(tile_b, S::kLd, k0);
+    A *tile_a = tiles[k0 / S::kK % 2][0], *tile_b = tiles[k0 / S::kK % 2][1];
+    from_a.put_transposed(tile_a, S::kLd);
+    from_b.put_transposed(tile_b, S::kLd);
     __syncthreads();  // the slices are complete; the other buffer was last read before the barrier of the previous turn
     from_a.fetch(k0 + S::kK);
     from_b.fetch(k0 + S::kK);
-    product.template add<false>(tile_a, S::kLd, tile_b, S::kLd, S::kFast && k - k0 < S::kK ? k - k0 : S::kK);
+    product.template add<false>(tile_a, S::kLd, tile_b, S::kLd, S::kK);
   }
 
   product.for_each_run([&](int i, int j, const A* sum) {

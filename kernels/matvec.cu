@@ -1,78 +1,62 @@
-// matvec.cu: a few rows times a whole matrix: what decoding one token of a few sequences is made of.
+// matvec.cu: a few rows times a whole matrix: what decoding one token of a few sequences is made of; and the sums of a matrix's columns, which
+// are a row of ones times the matrix.
 //
 // idea      every weight is read once and used m times: bound by memory, where a tiled matrix product would waste most of its tile. For
 //           y = x w a block owns neighbouring columns; its threads share the rows of w out, keep sums in registers and add them up through
-//           shared memory. For y = x w^T a row of w is one sum: a warp owns it.
-// cost      reads KN once (from memory), mK for each block (from a cache), writes mN
+//           shared memory. For y = x w^T a row of w is one sum: a warp owns it. A matrix of many rows and few columns is summed in chunks of
+//           rows, by different blocks, into one row each of a workspace, whose columns a second launch sums: no atomics, one order.
+// cost      reads KN once (from memory), mK for each block (from a cache), writes mN; the workspace is at most 1/32 of what is summed
 // order     sums depend on K, N and the block's shape alone
-// not here  splitting K over blocks for very narrow matrices
-// test      tests/test_decode.cpp
-#include "kernels/common.cuh"
+// not here  splitting K over blocks for products of very narrow matrices
+// test      tests/test_decode.cpp, tests/test_kernels.cpp
+#include <columns.cuh>
 
 namespace {
 
 constexpr int kThreads = block_threads(256);
-constexpr int kLanes = kWarp == 1 ? 1 : 8;               // that share neighbouring columns; the groups of kLanes share the rows
-constexpr int kGroups = kThreads / kLanes;
-constexpr int kAhead = kWarp == 1 ? 8 : 4;               // rows of w in flight
-template <int N> constexpr int kMine = kWarp == 1 ? 1024 : N;  // columns of a thread: a pack; in FAST sums in the first-level cache
+// Threads that share neighbouring columns; the groups of so many share the rows. A product wants many blocks, sums wide reads of few rows.
+constexpr int kProductLanes = block_threads(8), kSumLanes = block_threads(32);
+constexpr int kChunk = 32;  // rows, at least
 
-// sum[r][j] += x[r][k] * w[k][j] for the rows k, k + stride, ... of w (kRows of them) and n columns
-template <int N, int kM, int kRows, class T, class A, int kWidth>
-__device__ __forceinline__ void add_rows(A (&sum)[kM][kWidth], const T* x, const T* w, int64_t k, int64_t stride, int64_t K, int64_t columns, int m, int n) {
-  A factor[kM][kRows];
-  for (int r = 0; r < kM; r++)
-    for (int u = 0; u < kRows; u++) factor[r][u] = r < m ? load(x[r * K + k + u * stride]) : A(0);
-  if constexpr (kWarp == 1) {
-    const T* row[kRows];
-    for (int u = 0; u < kRows; u++) row[u] = w + (k + u * stride) * columns;
-    for (int r = 0; r < kM; r++) {
-      A* s = sum[r];
-      INDEPENDENT
-      for (int j = 0; j < n; j++) {
-        A added = 0;
-        for (int u = 0; u < kRows; u++) added += factor[r][u] * A(load(row[u][j]));
-        s[j] += added;
-      }
-    }
-  } else {
-    Pack<T, N> p[kRows];
-    for (int u = 0; u < kRows; u++) p[u] = load_pack<N>(w + (k + u * stride) * columns);
-    for (int u = 0; u < kRows; u++)
-      for (int r = 0; r < kM; r++)
-        for (int j = 0; j < N; j++) sum[r][j] += factor[r][u] * A(load(p[u].v[j]));
-  }
-}
-
-// y (m,N) = x (m,K) w (K,N), m <= kM; one block kLanes * kMine columns; reads its columns of w once
-template <int N, int kM, class T> __global__ void __launch_bounds__(256) columns_kernel(T* y, const T* x, const T* w, int64_t K, int64_t columns, int m) {
+// y (m,N) = x (m,K) w (K,N), m <= kM; without x, which then is ones: y (chunks,N) = the sums of each chunk's rows of w; `add`: +=.
+// Grid (blocks of kLanes * kColumns columns, chunks of rows); reads w once.
+template <int N, int kM, int kLanes, class Y, class T>
+__global__ void __launch_bounds__(256) columns_kernel(Y* y, const T* x, const T* w, int64_t K, int64_t columns, int m, bool add) {
   using A = acc_t<T>;
-  constexpr int kWidth = kMine<N>;
+  constexpr int kOwn = kColumns<N>, kGroups = kThreads / kLanes;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
-  const int64_t first = (int64_t(blockIdx.x) * kLanes + lane) * kWidth;
-  const int n = first >= columns ? 0 : columns - first < kWidth ? int(columns - first) : kWidth;
-  A sum[kM][kWidth] = {};
-  if (n) {
-    int64_t k = group;
-    for (; k + (kAhead - 1) * kGroups < K; k += kAhead * kGroups) add_rows<N, kM, kAhead>(sum, x, w + first, k, kGroups, K, columns, m, n);
-    for (; k < K; k += kGroups) add_rows<N, kM, 1>(sum, x, w + first, k, kGroups, K, columns, m, n);
+  const int64_t block = int64_t(blockIdx.x) * kLanes * kOwn, first = block + lane * kOwn;
+  const int64_t begin = K * blockIdx.y / gridDim.y, end = K * (blockIdx.y + 1) / gridDim.y;
+  A sum[kM][kOwn] = {};
+  if (first < columns) {
+    const auto n = own_columns<N>(columns - first);
+    const auto add_rows = [&](int64_t k, auto rows) {
+      constexpr int kRows = decltype(rows)::value;
+      A factor[kM][kRows];
+      for (int r = 0; r < kM; r++)
+        for (int u = 0; u < kRows; u++) factor[r][u] = !x ? A(1) : r < m ? A(load(x[r * K + k + u * kGroups])) : A(0);
+      read_rows<kRows>(w + k * columns + first, kGroups * columns, n, [&](int j, const A* v) {
+        for (int r = 0; r < kM; r++)
+          for (int u = 0; u < kRows; u++) sum[r][j] += factor[r][u] * v[u];
+      });
+    };
+    int64_t k = begin + group;
+    for (; k + (kRowsAhead - 1) * kGroups < end; k += kRowsAhead * kGroups) add_rows(k, Width<kRowsAhead>());
+    for (; k < end; k += kGroups) add_rows(k, Width<1>());
   }
-  __shared__ A part[kGroups * kLanes * (kWarp == 1 ? 1 : N)];
-  for (int r = 0; r < kM && r < m; r++) {
-    if constexpr (kWarp > 1) {  // over the groups, first to last
-      for (int j = 0; j < N; j++) part[(group * kLanes + lane) * N + j] = sum[r][j];
-      __syncthreads();
-      for (int c = threadIdx.x; c < kLanes * N; c += kThreads) {
-        A all = 0;
-        for (int g = 0; g < kGroups; g++) all += part[g * kLanes * N + c];
-        const int64_t column = int64_t(blockIdx.x) * kLanes * N + c;
-        if (column < columns) y[r * columns + column] = store<T>(all);
-      }
-      __syncthreads();
-    } else {
-      INDEPENDENT
-      for (int j = 0; j < n; j++) y[r * columns + first + j] = store<T>(sum[r][j]);
+  __shared__ A part[kGroups][kLanes * kOwn];
+  for (int r = 0; r < kM && r < m; r++) {  // over the groups, first to last
+    for (int j = 0; j < kOwn; j++) part[group][lane * kOwn + j] = sum[r][j];
+    __syncthreads();
+    Y* const to = y + (int64_t(blockIdx.y) * m + r) * columns + block;
+    const int inside = columns - block < kLanes * kOwn ? int(columns - block) : kLanes * kOwn;
+    INDEPENDENT
+    for (int c = threadIdx.x; c < inside; c += kThreads) {
+      A all = add ? A(load(to[c])) : A(0);
+      for (int g = 0; g < kGroups; g++) all += part[g][c];
+      to[c] = store<Y>(all);
     }
+    __syncthreads();
   }
 }
 
@@ -86,13 +70,9 @@ template <int N, int kM, class T> __global__ void __launch_bounds__(256) rows_ke
   for (int r = 0; r < kM && r < m; r++) {
     const T* const xr = x + r * K;
     A sum = 0;
-    if constexpr (kWarp == 1) {
-      for (int64_t k = 0; k < K; k++) sum += A(load(xr[k])) * A(load(of[k]));
-    } else {
-      for (int64_t k = lane * N; k < K; k += kWarp * N) {
-        const auto p = load_pack<N>(of + k);
-        for (int j = 0; j < N; j++) sum += A(load(xr[k + j])) * A(load(p.v[j]));
-      }
+    for (int64_t k = lane * N; k < K; k += kWarp * N) {
+      const auto p = load_pack<N>(of + k);
+      for (int j = 0; j < N; j++) sum += A(load(xr[k + j])) * A(load(p[j]));
     }
     const A all = reduce_lanes<Sum<A>>(sum);
     if (lane == 0) y[r * rows + row] = store<T>(all);
@@ -107,12 +87,15 @@ template <int kM> void launch(const Tensor& y, const Tensor& x, const Tensor& w,
     DISPATCH_PACKS(w.dtype(), packs, rows_kernel<N, kM, T><<<unsigned(ceil_div(columns, kThreads / kWarp)), kThreads, 0, device().compute>>>(
                                          y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m));
   } else {
-    DISPATCH_PACKS(w.dtype(), packs, columns_kernel<N, kM, T><<<unsigned(ceil_div(columns, kLanes * kMine<N>)), kThreads, 0, device().compute>>>(
-                                         y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m));
+    DISPATCH_PACKS(w.dtype(), packs, const unsigned blocks = unsigned(ceil_div(columns, kProductLanes * kColumns<N>));
+                   columns_kernel<N, kM, kProductLanes, T, T><<<blocks, kThreads, 0, device().compute>>>(
+                       y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m, false));
   }
 }
 
 }  // namespace
+
+// ---- host side
 
 void matvec(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed) {
   const int64_t m = x.dim(0);
@@ -122,4 +105,18 @@ void matvec(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed) 
   else if (m == 2) launch<2>(y, x, w, transposed);
   else if (m <= 4) launch<4>(y, x, w, transposed);
   else launch<8>(y, x, w, transposed);
+}
+
+void bias_backward(const Tensor& dbias, const Tensor& dy) {
+  const int64_t columns = dbias.numel();
+  ASSERT(columns && dy.numel() % columns == 0 && dbias.dtype() == master_dtype(dy.dtype()));
+  const int64_t rows = dy.numel() / columns;
+  if (!rows) return;
+  DISPATCH_PACKS(dy.dtype(), in_packs(columns, {&dy}), using A = acc_t<T>; const T* const none = nullptr;
+                 const unsigned blocks = unsigned(ceil_div(columns, kSumLanes * kColumns<N>));
+                 const int64_t chunks = std::min(ceil_div(rows, kChunk), ceil_div(1024, blocks));
+                 const Tensor sums = chunks > 1 ? Tensor({chunks, columns}, dbias.dtype(), Memory::workspace) : dbias;
+                 columns_kernel<N, 1, kSumLanes, A, T><<<dim3(blocks, unsigned(chunks)), kThreads, 0, device().compute>>>(
+                     sums.data<A>(), none, dy.data<T>(), rows, columns, 1, chunks == 1);
+                 if (chunks > 1) bias_backward(dbias, sums));
 }
