@@ -66,7 +66,6 @@ Tensor take(const std::shared_ptr<Tensor>& grad) {
   return std::move(*grad);
 }
 
-
 // ---- embedding
 
 Tokens::Tokens(int64_t B, int64_t T, std::vector<int> in, std::vector<int> out, Range vocabulary) : B(B), T(T) {

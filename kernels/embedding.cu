@@ -5,7 +5,8 @@
 //           consecutive places of the sorted order: a run inside them is added to dwte at once; a run that crosses their border leaves
 //           its part in a workspace, and the block where the run begins adds the parts up, first to last, in a second launch.
 //           The gradient of the positions is a bias's, if each sequence is one long row.
-// cost      forward reads and writes RC; backward reads RC twice (by token, by position) and updates each dwte row in use once
+// cost      forward reads and writes RC; backward reads RC twice (by token, by position), updates each dwte row in use once, and clears RC/4
+//           sums of parts
 // test      tests/test_kernels.cpp
 #include <columns.cuh>
 
@@ -113,7 +114,7 @@ std::vector<int> sort_rows(const std::vector<int>& tokens) {
 
 void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx, const Tensor& tokens, const Tensor& order, int64_t period) {
   const int64_t C = dwte.dim(-1), R = tokens.numel(), sorted_rows = order.numel(), positions = std::min(period, R);
-  ASSERT(dx.numel() == R * C && sorted_rows <= R && dwpe.numel() >= positions * C);
+  ASSERT(dx.numel() == R * C && sorted_rows <= R && dwpe.numel() >= positions * C && (!R || R % positions == 0));
   ASSERT(dwte.dtype() == master_dtype(dx.dtype()) && dwpe.dtype() == dwte.dtype());
   if (!R) return;
   bias_backward(dwpe.part(0, {positions * C}), dx);  // dx (sequences, positions C): the positions of a sequence are the columns

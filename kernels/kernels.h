@@ -3,7 +3,7 @@
 // legend    B batch, T time, C channels, H heads, D = C/H, V vocabulary, R = B*T rows; `=` writes, `+=` adds to what is there
 // types     activations and weights are T in {f32, bf16, f64}; sums run in acc(T) = f64 for f64, else f32; gradients of parameters,
 //           statistics of rows and losses are acc(T)
-// order     no float atomics: every sum has an order that depends on shapes alone, so results have the same bits for any number of
+// order     no float atomics: every sum has an order that shapes, dtypes and alignment alone decide, so results have the same bits for any number of
 //           threads
 // one source, three ways to run it: docs/kernels.md
 // test      tests/test_kernels.cpp, tests/test_matmul.cpp, tests/test_attention.cpp
@@ -55,7 +55,8 @@ void add(const Tensor& y, const Tensor& a, const Tensor& b);                  //
 
 // x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[row % T, or positions (R)]; rows whose token is -1 (another rank's) are 0
 void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe, int64_t T, const Tensor& positions = {});
-// dwte (V,C) += rows of dx (R,C) with that token, dwpe (T,C) += rows of dx at that position, all of them. `order` lists the rows that have a
+// dwte (V,C) += rows of dx (R,C) with that token, dwpe (T,C) += rows of dx at that position, all of them; R
+// is a multiple of T, or less. `order` lists the rows that have a
 // token sorted by it (stable), so that one block owns one token's run and nothing needs an atomic: see sort_rows.
 void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx, const Tensor& tokens, const Tensor& order, int64_t T);
 std::vector<int> sort_rows(const std::vector<int>& tokens);  // on the host: numbers of the rows with a token, in its order, stable

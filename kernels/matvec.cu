@@ -4,9 +4,10 @@
 // idea      every weight is read once and used m times: bound by memory, where a tiled matrix product would waste most of its tile. For
 //           y = x w a block owns neighbouring columns; its threads share the rows of w out, keep sums in registers and add them up through
 //           shared memory. For y = x w^T a row of w is one sum: a warp owns it. A matrix of many rows and few columns is summed in chunks of
-//           rows, by different blocks, into one row each of a workspace, whose columns a second launch sums: no atomics, one order.
-// cost      reads KN once (from memory), mK for each block (from a cache), writes mN; the workspace is at most 1/32 of what is summed
-// order     sums depend on K, N and the block's shape alone
+//           rows, by different blocks, into one row each of a workspace, which is summed in the same way until one chunk is left: no
+//           atomics, one order.
+// cost      reads KN once (from memory), mK for each block (from a cache), writes mN; the workspace has at most a row for 16 that are summed
+// order     of a sum: K, N and the width of the packs (dtype and alignment) decide it alone
 // not here  splitting K over blocks for products of very narrow matrices
 // test      tests/test_decode.cpp, tests/test_kernels.cpp
 #include <columns.cuh>
@@ -18,12 +19,12 @@ constexpr int kThreads = block_threads(256);
 constexpr int kProductLanes = block_threads(8), kSumLanes = block_threads(32);
 constexpr int kChunk = 32;  // rows, at least
 
-// y (m,N) = x (m,K) w (K,N), m <= kM; without x, which then is ones: y (chunks,N) = the sums of each chunk's rows of w; `add`: +=.
+// y (m,N) = x (m,K) w (K,N), m <= kM; or kSums, as if x were a row of ones: y (chunks,N) = the sums of each chunk's rows of w; `add`: +=.
 // Grid (blocks of kLanes * kColumns columns, chunks of rows); reads w once.
-template <int N, int kM, int kLanes, class Y, class T>
+template <int N, int kM, bool kSums, class Y, class T>
 __global__ void __launch_bounds__(256) columns_kernel(Y* y, const T* x, const T* w, int64_t K, int64_t columns, int m, bool add) {
   using A = acc_t<T>;
-  constexpr int kOwn = kColumns<N>, kGroups = kThreads / kLanes;
+  constexpr int kLanes = kSums ? kSumLanes : kProductLanes, kOwn = kColumns<N>, kGroups = kThreads / kLanes;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const int64_t block = int64_t(blockIdx.x) * kLanes * kOwn, first = block + lane * kOwn;
   const int64_t begin = K * blockIdx.y / gridDim.y, end = K * (blockIdx.y + 1) / gridDim.y;
@@ -34,7 +35,7 @@ __global__ void __launch_bounds__(256) columns_kernel(Y* y, const T* x, const T*
       constexpr int kRows = decltype(rows)::value;
       A factor[kM][kRows];
       for (int r = 0; r < kM; r++)
-        for (int u = 0; u < kRows; u++) factor[r][u] = !x ? A(1) : r < m ? A(load(x[r * K + k + u * kGroups])) : A(0);
+        for (int u = 0; u < kRows; u++) factor[r][u] = kSums ? A(1) : r < m ? A(load(x[r * K + k + u * kGroups])) : A(0);
       read_rows<kRows>(w + k * columns + first, kGroups * columns, n, [&](int j, const A* v) {
         for (int r = 0; r < kM; r++)
           for (int u = 0; u < kRows; u++) sum[r][j] += factor[r][u] * v[u];
@@ -44,16 +45,17 @@ __global__ void __launch_bounds__(256) columns_kernel(Y* y, const T* x, const T*
     for (; k + (kRowsAhead - 1) * kGroups < end; k += kRowsAhead * kGroups) add_rows(k, Width<kRowsAhead>());
     for (; k < end; k += kGroups) add_rows(k, Width<1>());
   }
-  __shared__ A part[kGroups][kLanes * kOwn];
-  for (int r = 0; r < kM && r < m; r++) {  // over the groups, first to last
-    for (int j = 0; j < kOwn; j++) part[group][lane * kOwn + j] = sum[r][j];
+  __shared__ A part[kGroups][kOwn][kLanes];  // lanes side by side: no bank conflicts
+  for (int r = 0; r < kM && r < m; r++) {    // over the groups, first to last
+    for (int j = 0; j < kOwn; j++) part[group][j][lane] = sum[r][j];
     __syncthreads();
     Y* const to = y + (int64_t(blockIdx.y) * m + r) * columns + block;
-    const int inside = columns - block < kLanes * kOwn ? int(columns - block) : kLanes * kOwn;
     INDEPENDENT
-    for (int c = threadIdx.x; c < inside; c += kThreads) {
+    for (int i = threadIdx.x; i < kLanes * kOwn; i += kThreads) {
+      const int j = i / kLanes, l = i % kLanes, c = l * kOwn + j;
+      if (block + c >= columns) continue;
       A all = add ? A(load(to[c])) : A(0);
-      for (int g = 0; g < kGroups; g++) all += part[g][c];
+      for (int g = 0; g < kGroups; g++) all += part[g][j][l];
       to[c] = store<Y>(all);
     }
     __syncthreads();
@@ -88,7 +90,7 @@ template <int kM> void launch(const Tensor& y, const Tensor& x, const Tensor& w,
                                          y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m));
   } else {
     DISPATCH_PACKS(w.dtype(), packs, const unsigned blocks = unsigned(ceil_div(columns, kProductLanes * kColumns<N>));
-                   columns_kernel<N, kM, kProductLanes, T, T><<<blocks, kThreads, 0, device().compute>>>(
+                   columns_kernel<N, kM, false, T, T><<<blocks, kThreads, 0, device().compute>>>(
                        y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m, false));
   }
 }
@@ -112,11 +114,13 @@ void bias_backward(const Tensor& dbias, const Tensor& dy) {
   ASSERT(columns && dy.numel() % columns == 0 && dbias.dtype() == master_dtype(dy.dtype()));
   const int64_t rows = dy.numel() / columns;
   if (!rows) return;
+  Tensor sums;
   DISPATCH_PACKS(dy.dtype(), in_packs(columns, {&dy}), using A = acc_t<T>; const T* const none = nullptr;
                  const unsigned blocks = unsigned(ceil_div(columns, kSumLanes * kColumns<N>));
                  const int64_t chunks = std::min(ceil_div(rows, kChunk), ceil_div(1024, blocks));
-                 const Tensor sums = chunks > 1 ? Tensor({chunks, columns}, dbias.dtype(), Memory::workspace) : dbias;
-                 columns_kernel<N, 1, kSumLanes, A, T><<<dim3(blocks, unsigned(chunks)), kThreads, 0, device().compute>>>(
-                     sums.data<A>(), none, dy.data<T>(), rows, columns, 1, chunks == 1);
-                 if (chunks > 1) bias_backward(dbias, sums));
+                 if (chunks > 1) sums = Tensor({chunks, columns}, dbias.dtype(), Memory::workspace);
+                 A* const to = chunks > 1 ? sums.data<A>() : dbias.data<A>();
+                 columns_kernel<N, 1, true, A, T><<<dim3(blocks, unsigned(chunks)), kThreads, 0, device().compute>>>(
+                     to, none, dy.data<T>(), rows, columns, 1, chunks == 1));
+  if (!sums.empty()) bias_backward(dbias, sums);
 }
