@@ -76,7 +76,9 @@ class Job {
 // the statement it waits for the call, yielding between tests.
 class Finished {
  public:
+  Finished() = default;
   ~Finished();
+  Finished(const Finished&) = delete;
   operator MPI_Request*() { return &request_; }
 
  private:

@@ -23,11 +23,13 @@ struct GenerateOptions : CommonOptions {
 };
 
 static OptionTable table(GenerateOptions& o) {
+  OptionGroup model = model_options(o);
+  model.title = "Model, without a checkpoint";
   return {
     {"A checkpoint", {
       {"checkpoint", "DIR", Text{&o.checkpoint}, "directory of train_gpt's --checkpoint (its newest), or one step in it", "a fresh model"},
     }},
-    model_options(o),
+    model,
     {"Text", {
       {"prompt", "TEXT...", List{&o.prompts, "; a text that begins with -- is read by --prompt-file -"}, "what to continue; several are continued together"},
       {"prompt-file", "FILE...", List{&o.files}, "the same from files; - is standard input"},

@@ -130,10 +130,11 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const Trainer
   const bool pipelined = trainer.pipeline.timed;
   const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.kept_activations())}, {"traffic", traffic_json(mesh.rank, t, steps)},
                   {"communication_share", communication}, {"took", pipelined ? trainer.pipeline.milliseconds() : std::vector<double>{}}};
-  std::vector<Json> ranks;
-  for (const std::string& of_rank : gather_text(mine.dump())) ranks.push_back(Json::parse(of_rank));
+  const std::vector<std::string> texts = gather_text(mine.dump());
   if (mesh.rank != 0) return;
 
+  std::vector<Json> ranks;
+  for (const std::string& of_rank : texts) ranks.push_back(Json::parse(of_rank));
   Json summary{{"summary", true}, {"layout", {{"pp", l.pp}, {"replicate", l.replicate}, {"fsdp", l.fsdp}, {"tp", l.tp}}},
                {"memory", Json::array()}, {"traffic", Json::array()}, {"communication_share", Json::array()}};
   for (const Json& rank : ranks) {

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <deque>
 #include <map>
 #include <set>
 #include <tuple>
@@ -67,6 +68,7 @@ static Spans walk(const Schedule& s, const Durations& durations, std::optional<d
   using End = std::pair<int, Transfer>;  // the stage, and the transfer as it sees it
   std::map<End, double> there, reached;  // when what is sent was computed, or what is received had come; when its exchange was reached
   std::vector<double> computed(s.stages, 0.0), exchanged(s.stages, 0.0);  // when each queue finished the action before
+  std::deque<int> ready;                                                  // stages that may get on: somebody has done what they may wait for
   const auto compute = [&](int stage, const Action& a, double duration) -> std::optional<Span> {
     double start = computed[stage];
     if (const auto input = transfer_of(s, stage, a, false)) {
@@ -77,7 +79,7 @@ static Spans walk(const Schedule& s, const Durations& durations, std::optional<d
     const double end = computed[stage] = start + duration;
     if (const auto output = transfer_of(s, stage, a, true)) {
       there[{stage, *output}] = end;
-      if (wire) there[{output->peer, other_end(s, stage, *output)}] = end + *wire;
+      if (wire) there[{output->peer, other_end(s, stage, *output)}] = end + *wire, ready.push_back(output->peer);
     }
     return Span{start, end};
   };
@@ -85,7 +87,8 @@ static Spans walk(const Schedule& s, const Durations& durations, std::optional<d
     double start = exchanged[stage];
     for (const Transfer& t : a.transfers)
       if (t.send) start = std::max(start, there.at({stage, t}));
-    for (const Transfer& t : a.transfers) reached[{stage, t}] = start;
+    for (const Transfer& t : a.transfers)
+      if (reached.insert({{stage, t}, start}).second) ready.push_back(t.peer);
     double end = start;
     for (const Transfer& t : a.transfers) {
       const auto facing = reached.find({t.peer, other_end(s, stage, t)});
@@ -98,15 +101,15 @@ static Spans walk(const Schedule& s, const Durations& durations, std::optional<d
     return Span{start, end};
   };
   Spans spans(s.stages);
-  for (bool moved = true; moved;) {
-    moved = false;
-    for (int stage = 0; stage < s.stages; stage++)
-      for (size_t i = spans[stage].size(); i < s.ranks[stage].size(); i++, moved = true) {
-        const Action& a = s.ranks[stage][i];
-        const auto span = a.kind == Action::exchange ? exchange(stage, a, durations[stage][i]) : compute(stage, a, durations[stage][i]);
-        if (!span) break;  // come back when another stage has moved
-        spans[stage].push_back(*span);
-      }
+  for (int stage = 0; stage < s.stages; stage++) ready.push_back(stage);
+  for (; !ready.empty(); ready.pop_front()) {
+    const int stage = ready.front();
+    for (size_t i = spans[stage].size(); i < s.ranks[stage].size(); i++) {
+      const Action& a = s.ranks[stage][i];
+      const auto span = a.kind == Action::exchange ? exchange(stage, a, durations[stage][i]) : compute(stage, a, durations[stage][i]);
+      if (!span) break;  // until another stage has got on
+      spans[stage].push_back(*span);
+    }
   }
   return spans;
 }

@@ -34,11 +34,12 @@ static std::string place_of(const WatchRecord& r) {  // "step 13, all_reduce #18
 
 // Every rank of the node maps it, and the child, too. (MPI's shared windows are private memory where a node has one rank only.)
 static void* share(const Job& job, size_t bytes) {
-  int owner = getpid();
-  MPI_Ibcast(&owner, 1, MPI_INT, 0, job.node, Finished());
-  const std::string name = sentence("/threefold-watch-", owner);
+  int64_t owner[] = {getpid(), std::chrono::steady_clock::now().time_since_epoch().count()};  // containers count processes by themselves
+  MPI_Ibcast(owner, 2, MPI_INT64_T, 0, job.node, Finished());
+  const std::string name = sentence("/threefold-watch-", owner[0], "-", owner[1]);
   const int fd = shm_open(name.c_str(), O_RDWR | O_CREAT, 0600);
-  REQUIRE(fd >= 0 && ftruncate(fd, off_t(bytes)) == 0, "cannot share the watch's records in /dev/shm", name, ": ", strerror(errno));
+  const int failed = fd < 0 ? errno : posix_fallocate(fd, 0, off_t(bytes));
+  REQUIRE(!failed, "cannot share the watch's records in /dev/shm", name, ": ", strerror(failed));
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   ASSERT(memory != MAP_FAILED, strerror(errno));
   MPI_Ibarrier(job.node, Finished());

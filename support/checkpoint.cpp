@@ -70,12 +70,15 @@ static std::string write_files(const std::string& path, int rank, const Saved& s
   return json{{"rank", rank}, {"files", files}, {"tensors", saved.tensors}, {"pieces", saved.pieces}}.dump();
 }
 
+// What a file or an option is called may be no UTF-8, which JSON is: such bytes are replaced.
+static std::string text_of(const json& manifest) { return manifest.dump(-1, ' ', false, json::error_handler_t::replace); }
+
 static void write_manifest(const std::string& path, const CheckpointInfo& info, const std::vector<std::string>& ranks) {
   json manifest = info;
   manifest["format"] = kFormat;
   for (const std::string& rank : ranks) manifest["ranks"].push_back(json::parse(rank));
-  manifest["checksum"] = checksum(manifest.dump());  // of all else
-  write_file(path + "/manifest.json", manifest.dump() + "\n");
+  manifest["checksum"] = checksum(text_of(manifest));  // of all else
+  write_file(path + "/manifest.json", text_of(manifest) + "\n");
   const int directory = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);  // the rename, too, must be on disk
   if (directory >= 0) fsync(directory), close(directory);
 }
@@ -152,7 +155,7 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
     REQUIRE(m.at("format") == kFormat, path, " is of another format: ", m.at("format"));
     const uint64_t was = m.at("checksum");
     m.erase("checksum");
-    REQUIRE(checksum(m.dump()) == was, path, "/manifest.json is damaged: it does not have its checksum");
+    REQUIRE(checksum(text_of(m)) == was, path, "/manifest.json is damaged: it does not have its checksum");
     info = m;
     const std::string name = fs::canonical(path).filename();
     REQUIRE(!is_step_name(name) || name == step_name(info.step), path, " holds another step than its name says: ", info.step);
@@ -188,6 +191,7 @@ void Checkpoint::verify(const std::string& names, int rank, int ranks) const {
   }
   for (const auto& [name, shape] : tensors) {
     int64_t next = 0;
+    REQUIRE(runs_.count(name), path, " has no element of ", name);
     for (const Run& r : runs_.at(name)) {
       REQUIRE(r.begin == next, path, ": ", name, r.begin > next ? " lacks" : " has twice", " its element ", std::min(r.begin, next));
       next = r.begin + r.count;

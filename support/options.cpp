@@ -57,8 +57,8 @@ OptionGroup computing_options(CommonOptions& o, const std::string& ranks) {
     {"pp", "P", Whole{&o.pp, 1, kMaxRanks}, "pipeline parallelism: the layers are cut into P stages"},
     {"dtype", "", Choice{&o.dtype, {"f32", "bf16", "f64"}}, "what is computed in; f64 is for proofs", "bf16 on a GPU, else f32"},
     {"matmul", "", Choice{&o.matmul, {"cublas", "own"}}, "who multiplies matrices: cuBLAS or the kernels of this project"},
-    {"attention", "", Choice{&o.attention, {"plain", "flash"}}, "whole score matrices, or tiles of them with an online softmax"},
-    {"seed", "N", Whole{&o.seed, 0, INT64_MAX}, "decides a fresh model's weights, batches and samples"},
+    {"attention", "", Choice{&o.attention, {"plain", "flash"}}, "whole score matrices, or tiles of them with an online softmax (in build/generate: of prompts)"},
+    {"seed", "N", Whole{&o.seed, 0, INT64_MAX}, "decides what is random: initial weights, batches, samples"},
     {"device-memory", "MiB", Whole{&o.device_memory}, "stop when more device memory than this is asked for", "no cap"},
     {"timeout", "SECONDS", Whole{&o.timeout, 1}, "without progress for so long, say where each rank stands and end"},
     {"help", "", Flag{&o.help}, "print this"},
@@ -79,10 +79,10 @@ void check_common(const CommonOptions& o, int64_t chunks) {
   REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads, " heads: change --width or --heads");
   REQUIRE(o.attention != "flash" || m.width / m.heads <= 128, "--attention flash takes heads of at most 128 channels, and a width of ", m.width,
           " with ", m.heads, m.heads == 1 ? " head" : " heads", " makes them ", m.width / m.heads, " wide: give --attention plain or more --heads");
-  REQUIRE(o.tp <= m.heads, "--tp ", o.tp, " has more ranks than the ", m.heads, " attention heads that they would share");
-  REQUIRE(o.tp <= m.vocab, "--tp ", o.tp, " has more ranks than the vocabulary has tokens, ", m.vocab);
+  REQUIRE(o.tp <= m.heads, "--tp ", o.tp, " has more ranks than the ", m.heads, " attention heads that they would share (--heads)");
+  REQUIRE(o.tp <= m.vocab, "--tp ", o.tp, " has more ranks than the vocabulary has tokens, ", m.vocab, " (--vocab)");
   REQUIRE(o.pp * chunks <= m.layers, m.layers, " layers cannot be cut into ", o.pp, " stages", chunks > 1 ? sentence(" of ", chunks, " chunks") : "",
-          ": each needs a layer (--pp", chunks > 1 ? ", --chunks)" : ")");
+          ": each needs a layer (--layers, --pp", chunks > 1 ? ", --chunks)" : ")");
 }
 
 // ---- train_gpt: options, defaults, contradictions

@@ -41,6 +41,13 @@ mpiexec -n 8 $train --model tiny --layers 4 --width 256 --heads 4 --context 32 -
 bytes=$(du -bc "$dir"/size/step-*/* | tail -1 | cut -f1) once=$(( ((256 + 32) * 256 + 4 * (12 * 256 * 256 + 13 * 256) + 2 * 256) * 12 ))
 check weights_and_moments_are_written_once "[ $bytes -le $((once + once / 100)) ] && [ $bytes -ge $once ]" "$bytes bytes on 8 ranks, $(awk "BEGIN { printf \"%.2f\", ($bytes - $once) * 100 / $once }") % more than weights and moments" "$bytes of $once: $(tail -1 "$dir/out")"
 
+# ---- names that are no UTF-8, which a manifest is
+
+latin=$dir/caf$'\xe9'.txt; cp README.md "$latin"
+$train --model tiny --layers 1 --width 16 --heads 1 --context 16 --batch 2 --steps 2 --data "$latin" --checkpoint "$dir/latin" >"$dir/out" 2>&1 &&
+  $train --model tiny --layers 1 --width 16 --heads 1 --context 16 --batch 2 --steps 3 --data "$latin" --checkpoint "$dir/latin" --resume >>"$dir/out" 2>&1
+check data_of_any_name_is_saved_and_resumed "[ $? = 0 ] && $tool verify $dir/latin >/dev/null" "" "$(tail -1 "$dir/out")"
+
 # ---- killed at random, stopped by signals
 
 shape="--model tiny --heads 2 --context 32 --batch 8"
