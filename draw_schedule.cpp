@@ -55,11 +55,11 @@ std::string draw_text(const Schedule& s, const Timeline& t, double unit) {
 }
 
 std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& title, const std::string& unit_name,
-                     double scale) {
+                     double longest) {
   ASSERT(t.makespan > 0, "there is nothing to draw");
-  if (scale <= 0) scale = std::clamp(72.0 * s.microbatches * s.chunks, 640.0, 2400.0) / t.makespan;
-  const double span_px = t.makespan * scale;
-  const double left = 70, top = 64, row = 30, width = left + span_px + 90, bottom = top + row * s.stages, height = bottom + 50;
+  const double whole = longest > 0 ? 1400 : std::clamp(72.0 * s.microbatches * s.chunks, 640.0, 2400.0);
+  const double scale = whole / std::max(t.makespan, longest), span_px = t.makespan * scale;
+  const double left = 70, top = 64, row = 30, width = left + whole + 90, bottom = top + row * s.stages, height = bottom + 50;
   std::ostringstream svg;
   const auto text = [&](double x, double y, const char* css, const auto&... words) {
     (svg << "<text x='" << x << "' y='" << y << "' class='" << css << "'>" << ... << words) << "</text>";

@@ -6,6 +6,6 @@
 
 // One column `unit` of time; unit = 0 chooses one that fits 100 columns.
 std::string draw_text(const Schedule& schedule, const Timeline& timeline, double unit = 0);
-// scale: pixels a unit of time, for drawings that are to be compared; 0 chooses one that leaves room for the numbers.
+// longest: how long the longest of the drawings takes that are to be compared: they get one width, and one scale of time. 0: this one is alone.
 std::string draw_svg(const Schedule& schedule, const Timeline& timeline, const std::string& title, const std::string& unit_name,
-                     double scale = 0);
+                     double longest = 0);

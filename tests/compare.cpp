@@ -302,7 +302,7 @@ std::string timelines(const std::vector<Job>& jobs) {
     const std::string title = j.name + ": bubble " + bubble(j, "bubble") + " executed, " + bubble(j, "predicted_bubble") +
                               " predicted from mean times, " + bubble(j, nullptr) + " if F = B = W";
     s += "<div class=scroll tabindex=0 role=region aria-label='timeline of " + j.name + "'>" +
-         draw_svg(schedule, executed, title, "ms", 1400 / longest) + "</div>\n";
+         draw_svg(schedule, executed, title, "ms", longest) + "</div>\n";
   }
   return s;
 }
