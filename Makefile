@@ -1,6 +1,8 @@
 # Threefold: `make` lists what there is. Everything that is built lives in build/<backend>/.
 #   knobs, backends, probe, rules, programs, targets. `##` begins what help shows
 
+MAKEFLAGS += -r# no rules but those below
+
 # ---- knobs
 
 DATA       ?=# files to train on: text, or llm.c's .bin shards; without it the project's own sources and docs
@@ -151,13 +153,18 @@ help:
 # ranks: one a core without a GPU (3d: 8), one a GPU with; STRATEGY=serial|replicate|fsdp|tp|pp|3d
 NP       ?= $(if $(filter serial,$(STRATEGY)),1,$(if $(filter cuda,$(BACKEND)),$(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l)),1),$(if $(filter 3d,$(STRATEGY)),8,$(shell nproc))))
 STRATEGY ?= replicate
+ifneq ($(filter run generate,$(MAKECMDGOALS)),)
+  ifeq ($(shell expr "$(NP)" : '[1-9][0-9]*$$'),0)
+    $(error NP is '$(NP)', expected a number of ranks)
+  endif
+endif
 LAYOUT   := $(if $(filter serial,$(STRATEGY)),,$(if $(filter 3d,$(STRATEGY)),--pp 2 --fsdp $(shell echo $$(($(NP) / 4))) --tp 2 --sequence-parallel,--$(STRATEGY) $(NP)))
 unless = $(if $(filter $(1),$(ARGS)),,$(1) $(2))# an option that ARGS does not give
 each = $(shell t=$$(($(THREADS) / $(1))); echo $$((t > 0 ? t : 1)))# threads of each of so many ranks
 ## make run [DATA=file] [STRATEGY=serial|replicate|fsdp|tp|pp|3d] [NP=ranks]
 ##                          train a GPT and print a sample of what it learned
 run: built
-	@case "$(STRATEGY)" in serial|replicate|fsdp|tp|pp) ;; 3d) [ $$(($(NP) % 4)) = 0 ] || { echo "make run: STRATEGY=3d is pp 2 x fsdp NP/4 x tp 2, but NP is $(NP)"; exit 1; };; \
+	@case "$(STRATEGY)" in serial|replicate|fsdp|tp|pp) ;; 3d) [ $$(($(NP) % 4)) = 0 ] || { echo "make run: STRATEGY=3d is pp 2 x fsdp NP/4 x tp 2, but NP is $(NP): choose a multiple of 4"; exit 1; };; \
 	  *) echo "make run: STRATEGY is '$(STRATEGY)', expected serial, replicate, fsdp, tp, pp or 3d"; exit 1;; esac
 	OMP_NUM_THREADS=$(call each,$(NP)) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
 	  mpiexec -n $(NP) build/train_gpt $(LAYOUT) $(if $(DATA),--data $(DATA)) $(call unless,--model,$(if $(filter cuda,$(BACKEND)),char,tiny)) $(call unless,--sample,400) $(call unless,--eval-every,100) $(ARGS)

@@ -15,7 +15,7 @@
 //     start gather(u .. u+K)                start gather(u .. u-K)         those that are not on their way
 //     wait for gather(u)                    wait for gather(u)
 //     compute                               compute: gradients into a full buffer
-//     give u back                           start reduce-scatter(u); give u back; finish that of u+1
+//     give u back                           start reduce-scatter(u); finish that of u+1; give u back
 #include "fsdp.h"
 
 #include <algorithm>

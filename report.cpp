@@ -64,7 +64,7 @@ static std::string traffic_table(const Json& rows, int64_t steps) {
     const bool predicted = r.contains("predicted_bytes");
     const bool differs = predicted && (r["bytes"] != r["predicted_bytes"] || r["calls"] != r["predicted_calls"]);
     s += format("  %-9s %-15s %6s %13s %13s   %s%s\n", text("axis").c_str(), text("collective").c_str(),
-                per_step(predicted ? "%.0f" : "%.1f", "calls").c_str(), per_step("%.0f", "bytes").c_str(),
+                per_step(predicted ? "%.0f" : "%.2g", "calls").c_str(), per_step("%.0f", "bytes").c_str(),
                 predicted ? per_step("%.0f", "predicted_bytes").c_str() : "-", text("purpose").c_str(), differs ? "   DIFFERS" : "");
   }
   return s;

@@ -116,7 +116,7 @@ static Spans walk(const Schedule& s, const Durations& durations, std::optional<d
 
 // ---- the one rule that places transfers
 
-// A transfer's, in ticks: so short that a million in a row are less than a tick; a power of two, so that sums stay exact.
+// How long a transfer takes, in ticks: so short that a million in a row are less than a tick; a power of two, so that sums stay exact.
 constexpr double kMoment = 1.0 / (1 << 30);
 
 // Lists every transfer on both its stages, at the time when what it sends exists. Two that face each other at one tick become one

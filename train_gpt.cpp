@@ -150,8 +150,7 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
   const int64_t resumed = o.resume ? resume_training(o, data.describe(), job, trainer, prints) : 0;
   if (prints && !o.trace.empty()) open_trace(o.trace);
   Metrics metrics(prints ? o.metrics : "", o.resume ? std::optional(resumed) : std::nullopt);
-  std::optional<StopSignal> stop;
-  if (!o.checkpoint.empty()) stop.emplace();
+  const StopSignal stop;
   Progress progress(o.steps, prints ? stdout : nullptr, isatty(fileno(stdout)));
   const auto held_out = [&](int64_t s) { return watch.progress(), data.held_out(s); };
   double first_loss = 0, loss = 0;
@@ -163,14 +162,14 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
     if (step == resumed + 1) first_loss = loss;
     if (o.eval_every && (step % o.eval_every == 0 || step == o.steps))
       progress.say(step, format("held-out loss %.4f", trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32), held_out)));
-    last = step == o.steps || (stop && stop->came());
+    last = stop.came() || step == o.steps;
     if (!o.checkpoint.empty() && (last || (o.save_every && step % o.save_every == 0))) {
       watch.progress();
       progress.say(step, save(o, data.describe(), step, job, mesh, trainer));
     }
   }
   if (step < o.steps) {
-    progress.say(step, "stopped by a signal; --resume goes on from here");
+    progress.say(step, o.checkpoint.empty() ? "stopped by a signal; without --checkpoint nothing is saved" : "stopped by a signal; --resume goes on from here");
     if (!o.trace.empty()) progress.say(step, "nothing is written to " + o.trace + ": --trace is of the last step");
   }
   progress.done();

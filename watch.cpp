@@ -172,7 +172,7 @@ void Watch::start_child() {
     if (records_[0].explained.exchange(true)) break;
     dprintf(2, "rank %d on %s (process %d) ended without finishing: killed, or it crashed; last seen: %s\n", r.rank.load(), host().c_str(),
             r.pid.load(), place_of(r).c_str());
-    kill(parent, SIGTERM);  // should mpiexec have been told not to clean up
+    kill(parent, SIGKILL);  // should mpiexec have been told not to clean up
     break;
   }
   _exit(0);

@@ -81,7 +81,7 @@ cudaError_t cudaSetDevice(int device) {
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   *p = {};
 #ifdef CPU_FAST
-  snprintf(p->name, sizeof p->name, "CPU, FAST form, %d threads", omp_get_max_threads());
+  snprintf(p->name, sizeof p->name, "CPU, FAST form, %d thread%s", omp_get_max_threads(), omp_get_max_threads() == 1 ? "" : "s");
 #else
   snprintf(p->name, sizeof p->name, "CPU, FAITHFUL form");
 #endif

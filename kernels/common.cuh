@@ -16,8 +16,8 @@
 #include "kernels/kernels.h"
 
 #ifdef __CUDACC__
-constexpr int kWarp = 32;                                     // cpu/cuda_runtime.h: 1 in FAST, 32 in FAITHFUL
-constexpr int block_threads(int threads) { return threads; }  // cpu/cuda_runtime.h: 1 in FAST
+constexpr int kWarp = 32;                                     // cpu/fast.h: 1, cpu/faithful.h: 32
+constexpr int block_threads(int threads) { return threads; }  // cpu/fast.h: 1
 #endif
 
 #ifdef CPU_FAST

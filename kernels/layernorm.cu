@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
 
 constexpr int kBackwardThreads = block_threads(256);
 
-// Chunks of rows for R rows: enough blocks for a GPU, and the workspace stays small.
-inline int64_t row_chunks(int64_t R) { return std::min(ceil_div(R, 4), int64_t(512)); }
+// Chunks of rows for R rows: from 4096 rows on enough blocks for a GPU, and the workspace stays small.
+inline int64_t row_chunks(int64_t R) { return std::min(ceil_div(R, 8), int64_t(512)); }
 
 // dx (R,C) = rstd (gain dy - a - xhat b) [+ residual], with xhat = (x - mean) rstd, a = mean of gain dy over the row, b = mean of gain dy
 // xhat. dgain, dbias (chunks,C) = sums of dy xhat and of dy over the chunk's rows. One block a chunk; reads and writes RC of each; dx may be dy
