@@ -10,7 +10,7 @@
 namespace {
 
 template <int N> constexpr int kColumns = N;  // of a thread, where rows are read in packs of N
-constexpr int kRowsAhead = 4;                       // rows whose loads are under way at a time
+constexpr int kRowsAhead = 4;                 // rows whose loads are under way at a time
 
 // How many columns a thread has that may own `left` more
 template <int N> __device__ __forceinline__ Width<N> own_columns(int64_t) { return {}; }
