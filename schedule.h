@@ -81,8 +81,8 @@ template <class F> void for_each_computation(const Schedule& s, const F& f) {
       if (s.at(stage, i).kind != Action::exchange) f(stage, i, s.at(stage, i));
 }
 
-// name: gpipe, 1f1b, interleaved or zb. Refuses what a schedule does not allow with a sentence. With one stage there are no transfers:
-// chunk c hands its output to chunk c + 1 in memory.
+// name: gpipe, 1f1b, interleaved or zb. Refuses what a schedule does not allow with a sentence. With one stage there are no transfers;
+// pipeline.cpp then runs one chunk only.
 Schedule make_schedule(const std::string& name, int stages, int microbatches, int chunks = 1);
 
 const char* name_of(Action::Kind kind);
