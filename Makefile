@@ -1,19 +1,21 @@
 # Threefold: `make` lists what there is. Everything that is built lives in build/<backend>/.
-#   knobs, backends, probe, rules, programs, targets. `##` begins what help shows
+#   cpu/cpu.mk  what stands in for CUDA and NCCL     tests/tests.mk  tests, benchmarks and checks
+#   `##` begins what help shows
 
 MAKEFLAGS += -r# no rules but those below
+.DEFAULT_GOAL := help
 
 # ---- knobs
 
-DATA       ?=# files to train on: text, or llm.c's .bin shards; without it the project's own sources and docs
-ARGS       ?=# more options for the program of `make run` or `make generate`
-THREADS    ?= $(shell nproc)
-WERROR     ?=# -Werror (as .ci/run has it): a warning that only another compiler gives does not stop a user
+DATA    ?=# files to train on: text, or llm.c's .bin shards; without it this project's own sources
+ARGS    ?=# more options for the program of `make run` or `make generate`
+THREADS ?= $(shell nproc)
+WERROR  ?=# -Werror (as .ci/run has it): another compiler's warnings do not stop a user
 
-MPICXX     := $(firstword $(shell command -v mpicxx.mpich mpicxx 2>/dev/null) mpicxx)
-NVCC       := $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc),nvcc)
-CUDA_HOME  := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
-PACKAGES   := mpich libmpich-dev libdnnl-dev nlohmann-json3-dev libxxhash-dev
+MPICXX    := $(firstword $(shell command -v mpicxx.mpich mpicxx 2>/dev/null) mpicxx)
+NVCC      := $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc),nvcc)
+CUDA_HOME := $(patsubst %/bin/nvcc,%,$(realpath $(NVCC)))
+PACKAGES  := mpich libmpich-dev libdnnl-dev nlohmann-json3-dev libxxhash-dev
 
 # ---- which backend: GPUs that a compiled probe can see, else the CPU (BACKEND=cpu|cuda overrides)
 
@@ -23,57 +25,35 @@ endif
 build/detected.mk:
 	@mkdir -p build
 	@printf '#include <cuda_runtime.h>\n#include <cublas_v2.h>\n#include <nccl.h>\nint main() { int n = 0, v; cublasHandle_t h; return cudaGetDeviceCount(&n) || n < 1 || cublasCreate(&h) || ncclGetVersion(&v); }\n' > build/detect.cu
-	@if $(NVCC) build/detect.cu -o build/detect -lcublas -lnccl >/dev/null 2>&1 && build/detect; then echo 'BACKEND := cuda'; else echo 'BACKEND := cpu'; fi > $@
-
+	@if $(NVCC) build/detect.cu -o build/detect -lcublas -lnccl >/dev/null 2>&1 && build/detect; \
+	  then echo 'BACKEND := cuda'; else echo 'BACKEND := cpu'; fi > $@
 B := build/$(BACKEND)
 
-# ---- compilers
-#   cpu       cpu/ stands in for CUDA and cuBLAS, one thread a block (FAST), and for the headers of kernels/ that it has, too
-#   faithful  the same with every CUDA thread a fiber (FAITHFUL), for tests
-#   sanitize  as cpu, under Address- and UndefinedBehaviorSanitizer, for tests
-#   cuda      nvcc, cuBLAS, NCCL
-#   ptx       the CUDA build with LIBCUDART=dir in place of the CUDA runtime and cpu/cublas.cpp in place of cuBLAS, for tests without a GPU
+# ---- sources: a folder a concern; the files with a main() are the programs
 
-CXXFLAGS   := -std=c++20 -O2 -g -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -I.
-KERNEL_FAST := -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math -ffinite-math-only
-NVCCFLAGS  := -std=c++20 -O3 -lineinfo -I. -Ikernels -ccbin $(MPICXX) -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas -Werror all-warnings -Xcompiler -Werror
-GENCODE    := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
-SOURCES    := tensor.cu $(sort $(wildcard kernels/*.cu)) autograd.cpp gpt.cpp optimizer.cpp comm.cpp watch.cpp fsdp.cpp tensor_parallel.cpp schedule.cpp draw_schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp generator.cpp $(sort $(wildcard support/*.cpp))
+FOLDERS := launch theory report inference checkpoint support
+PROGRAMS := train_gpt generate checkpoint show_schedule
+main_train_gpt     := train_gpt.cpp
+main_generate      := inference/generate.cpp
+main_checkpoint    := checkpoint/tool.cpp
+main_show_schedule := report/show_schedule.cpp
+MAINS    := $(foreach program,$(PROGRAMS),$(main_$(program)))
+SOURCES  := tensor.cu $(sort $(wildcard kernels/*.cu)) \
+            $(filter-out $(MAINS),$(sort $(wildcard *.cpp $(FOLDERS:%=%/*.cpp))))
 
-NCCL_CPU   := $(sort $(wildcard cpu/nccl*.cpp))
-STANDIN    := $(filter cpu faithful sanitize,$(BACKEND))
-LIBS       :=
+# ---- compilers: here for CUDA; cpu/cpu.mk changes them for the backends that stand in for it
 
-ifeq ($(BACKEND),cpu)
-  CXXFLAGS += -DCPU_FAST
-else ifeq ($(BACKEND),sanitize)
-  CXXFLAGS += -DCPU_FAST -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
-  KERNEL_FAST :=
-  LIBS     := -fsanitize=address,undefined
-else ifeq ($(BACKEND),faithful)
-  CXXFLAGS += -DCPU_FAITHFUL -g1
-  KERNEL_FAST :=
-  SOURCES  := $(filter-out fsdp.cpp schedule.cpp draw_schedule.cpp pipeline.cpp theory.cpp trainer.cpp report.cpp generator.cpp watch.cpp support/%,$(SOURCES))# the core
-  SOURCES  += cpu/faithful.cpp
-else ifeq ($(BACKEND),cuda)
+CXXFLAGS  := -std=c++20 -O2 -g -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -I.
+NVCCFLAGS := -std=c++20 -O3 -lineinfo -I. -Ikernels -ccbin $(MPICXX) -Werror all-warnings \
+             -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas -Xcompiler -Werror
+GENCODE   := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
+             -gencode arch=compute_90,code=compute_90
+ifeq ($(BACKEND),cuda)
   CXXFLAGS += -I$(CUDA_HOME)/include
   LIBS     := -L$(CUDA_HOME)/lib64 -lcublas -lnccl -lxxhash -Xcompiler -fopenmp
   LINK     := $(NVCC) -ccbin $(MPICXX)
-else ifeq ($(BACKEND),ptx)
-  CXXFLAGS += -I$(CUDA_HOME)/include -fopenmp -march=native
-  GENCODE  := -gencode arch=compute_80,code=compute_80 -no-compress
-  SOURCES  += cpu/cublas.cpp tests/ptx_extra.cpp $(NCCL_CPU)
-  LIBS     := -cudart none -L$(LIBCUDART) -lfakecudart -Xlinker -rpath=$(LIBCUDART) -ldnnl -lxxhash -Xcompiler -fopenmp
-  LINK     := $(NVCC) -ccbin $(MPICXX)
-else ifneq ($(BACKEND),)
-  $(error BACKEND is '$(BACKEND)', expected cpu or cuda)
 endif
-ifneq ($(STANDIN),)
-  CXXFLAGS += $(if $(filter faithful,$(BACKEND)),-Ikernels -Icpu,-Icpu -Ikernels) -march=native -fopenmp
-  SOURCES  += cpu/runtime.cpp cpu/cublas.cpp $(NCCL_CPU)
-  LIBS     += -ldnnl -lxxhash -fopenmp
-endif
-LINK ?= $(MPICXX)
+include cpu/cpu.mk
 
 # ---- probe: what the backend needs is there when a program that uses it compiles and links
 
@@ -82,8 +62,7 @@ CALL := $(if $(filter cuda,$(BACKEND)),int v; cublasHandle_t h; return cublasCre
 define probe
 printf '$(foreach header,mpi.h nlohmann/json.hpp xxhash.h $(USES),#include <$(header)>\n)#ifndef MPICH_VERSION\n#error this MPI is not MPICH\n#endif\nint main() { MPI_Init(0, 0); $(CALL) }\n' > $(B)/probe.cpp && $(LINK) $(B)/probe.cpp -o $(B)/probe $(LIBS) 2>$(B)/probe.log
 endef
-
-$(B)/ready: Makefile
+$(B)/ready: Makefile cpu/cpu.mk
 	@mkdir -p $(B)
 	@{ $(probe); } || { $(MAKE) --no-print-directory deps && { $(probe); } } || { cat $(B)/probe.log; echo "make: the $(BACKEND) backend needs MPICH, nlohmann/json, xxHash and $(if $(filter cuda,$(BACKEND)),the CUDA Toolkit with cuBLAS and NCCL,oneDNN), and a program that uses them does not compile (above)"; exit 1; }
 	@touch $@
@@ -92,63 +71,37 @@ $(B)/ready: Makefile
 
 OBJECTS = $(patsubst %,$(B)/obj/%.o,$(SOURCES))
 
-ifneq ($(STANDIN),)
-$(B)/gen/%.cu.cpp: %.cu cpu/launch.sed | $(B)/ready
-	@mkdir -p $(@D)
-	@{ printf '#line 1 "%s"\n' $<; sed -z -E -f cpu/launch.sed $<; } > $@
-$(B)/obj/%.cu.o: $(B)/gen/%.cu.cpp | $(B)/ready
-	@mkdir -p $(@D)
-	@echo "  $(BACKEND)  $*.cu"
-	@$(MPICXX) $(CXXFLAGS) $(KERNEL_FAST) -MMD -MP -c $< -o $@
-.PRECIOUS: $(B)/gen/%.cu.cpp
-else
+ifeq ($(STANDIN),)
 $(B)/obj/%.cu.o: %.cu | $(B)/ready
 	@mkdir -p $(@D)
 	@echo "  $(BACKEND)  $<"
-	@$(NVCC) $(NVCCFLAGS) $(GENCODE) -Xptxas -v -MMD -MP -c $< -o $@ 2>$(@:.o=.ptxas) || { cat $(@:.o=.ptxas); exit 1; }
+	@$(NVCC) $(NVCCFLAGS) $(GENCODE) -Xptxas -v -MMD -MP -c $< -o $@ 2>$(@:.o=.ptxas) || \
+	  { cat $(@:.o=.ptxas); exit 1; }
 endif
 $(B)/obj/%.cpp.o: %.cpp | $(B)/ready
 	@mkdir -p $(@D)
 	@echo "  $(BACKEND)  $<"
 	@$(MPICXX) $(CXXFLAGS) -MMD -MP -c $< -o $@
 
-# ---- programs
-
-PROGRAMS := train_gpt generate checkpoint show_schedule
-TESTS    := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/test_*.cpp)))
-CUDA_TESTS := $(filter-out test_cpu test_nccl test_comm,$(TESTS))
-BENCHES  := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/bench_*.cpp)))
-
-$(B)/%: $(B)/obj/%.cpp.o $(OBJECTS)
+# COMM=mpi: ranks that share a GPU; cpu/nccl stages through host memory in place of NCCL
+COMM  ?= nccl
+WHERE := $(if $(filter cuda-mpi,$(BACKEND)-$(COMM)),/comm-mpi)
+.SECONDEXPANSION:
+$(PROGRAMS:%=$(B)/%): $(B)/%: $(B)/obj/$$(main_$$*).o $(OBJECTS)
 	@$(LINK) $^ -o $@ $(LIBS)
-$(B)/tests/%: $(B)/obj/tests/%.cpp.o $(OBJECTS)
-	@mkdir -p $(@D)
-	@$(LINK) $^ -o $@ $(LIBS)
-# COMM=mpi: ranks that share a GPU; cpu/nccl*.cpp stages through host memory in place of NCCL
-$(B)/comm-mpi/%: $(B)/obj/%.cpp.o $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
+$(PROGRAMS:%=$(B)/comm-mpi/%): $(B)/comm-mpi/%: $(B)/obj/$$(main_$$*).o $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
 	@mkdir -p $(@D)
 	@$(LINK) $^ -o $@ $(filter-out -lnccl,$(LIBS))
 -include $(shell find build -name '*.d' 2>/dev/null)
 .SECONDARY:
 
-$(B)/tests/test_cpu: $(B)/obj/tests/cpu_kernels.cu.o
-
-# what tests/mutants.sh compiles and links with
-print-compile: ; @echo '$(MPICXX) $(CXXFLAGS)'
-print-link: ; @echo '$(LINK)'
-print-objects: ; @echo '$(OBJECTS)'
-
 # ---- targets
 
-.PHONY: help build built run generate test parity compare mutants sanitize check-docs bench cuda cuda-build check-spills deps clean
-.DEFAULT_GOAL := help
-
-PRODUCT = $(wildcard *.cu *.h *.cpp kernels/* support/*)
+.PHONY: help build built run generate deps clean
 help:
 	@echo "Threefold ($(BACKEND) backend)"
-	@sed -nE 's/^([a-z].*)?## /  /p' Makefile
-	@code=$$({ sed 's/^#.*//' Makefile; cat $(PRODUCT) | sed 's://.*::'; } | grep -c '[^[:space:]]'); \
-	echo "  $$code lines of code outside tests/ and cpu/ ($$(cat Makefile $(PRODUCT) | wc -l) with comments and blank lines; cpu/ has $$(cat cpu/* | wc -l))"
+	@sed -nE 's/^([a-z].*)?## /  /p' $(filter %akefile %.mk,$(MAKEFILE_LIST))
+	@tests/size.sh | sed 's/^/  /'
 
 # ranks: one a core without a GPU (3d: 8), one a GPU with; STRATEGY=serial|replicate|fsdp|tp|pp|3d
 NP       ?= $(if $(filter serial,$(STRATEGY)),1,$(if $(filter cuda,$(BACKEND)),$(or $(filter-out 0,$(shell nvidia-smi -L 2>/dev/null | wc -l)),1),$(if $(filter 3d,$(STRATEGY)),8,$(shell nproc))))
@@ -182,44 +135,13 @@ generate: built
 	OMP_NUM_THREADS=$(call each,$(TP)) $(if $(filter cuda,$(BACKEND)),,OMP_WAIT_POLICY=passive) \
 	  mpiexec -n $(TP) build/generate --checkpoint $(CHECKPOINT) --prompt "$$PROMPT" --tp $(TP) $(ARGS)
 
-COMM ?= nccl
-WHERE := $(if $(filter cuda-mpi,$(BACKEND)-$(COMM)),/comm-mpi)
 build: $(PROGRAMS:%=$(B)$(WHERE)/%)  ## make build               compile the programs into build/
 	@for p in $(PROGRAMS); do ln -sfn $(BACKEND)$(WHERE)/$$p build/$$p; done
 
 built:  # for those who type no -j
 	@$(MAKE) --no-print-directory -j$(THREADS) build
 
-test:  ## make test                the whole suite
-	@tests/run.sh
-
-mutants:  ## make mutants             one-line faults that the suite must catch
-	@$(MAKE) -s --no-print-directory BACKEND=cpu $(patsubst %,build/cpu/tests/test_%,fsdp tensor_parallel pipeline schedule comm golden)
-	@tests/mutants.sh
-
-parity: $(B)/tests/test_parity  ## make parity              every layout of up to 8 ranks against one rank, in f64: one table
-	@tests/parity.sh $(BACKEND)
-
-compare: built $(B)/tests/compare  ## make compare [ONLY=pp]   all strategies side by side: tables and build/report.html
-	@tests/compare.sh
-
-sanitize:  ## make sanitize            small tests under Address- and UndefinedBehaviorSanitizer
-	@tests/sanitize.sh
-
-check-docs: built  ## make check-docs          runs the commands that the docs show, looks up the names they use
-	@tests/check_docs.sh
-
-bench: build $(BENCHES:%=$(B)/tests/%)  ## make bench               speed: kernels, tokens/s, memory
-	@tests/bench.sh
-
-cuda:  ## make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)
-	@$(MAKE) --no-print-directory BACKEND=cuda cuda-build check-spills
-cuda-build: $(PROGRAMS:%=$(B)/%) $(CUDA_TESTS:%=$(B)/tests/%) $(B)/comm-mpi/train_gpt
-# ptxas spills registers, or keeps an array out of them, in no kernel but those for f64, which are for proofs
-check-spills: cuda-build
-	@cat $(B)/obj/*.ptxas $(B)/obj/*/*.ptxas | awk '/Compiling entry function/ { name = $$7; kernels++ } \
-	  /bytes stack frame/ { if (($$1 > 0 || $$5 > 0) && name !~ /I(f|13__nv_bfloat16)*d/) { print "spills:", name, $$0; bad = 1 } } \
-	  END { print kernels " kernels compiled for " "$(GENCODE)" "; spills or stack frames outside f64: " (bad ? "yes" : "none"); exit bad }'
+include tests/tests.mk
 
 deps:  ## make deps                install what is missing (MPICH, oneDNN, nlohmann/json, xxHash)
 	@mkdir -p build

@@ -5,7 +5,7 @@
 //           normal(0, 0.02), positions 0.01, the two projections into the residual stream scaled by 1/sqrt(2 layers)
 // test      tests/test_golden.cpp (PyTorch), tests/test_autograd.cpp (finite differences)
 #pragma once
-#include "support/options.h"
+#include "launch/options.h"
 #include "tensor_parallel.h"
 
 struct GptConfig : ModelSize {

@@ -7,14 +7,14 @@
 #include <csignal>
 #include <cstdio>
 
-#include "support/checkpoint.h"
+#include "checkpoint/checkpoint.h"
 #include "support/data.h"
 #include "support/metrics.h"
-#include "support/options.h"
-#include "support/sampling.h"
-#include "support/trace.h"
-#include "program.h"
-#include "report.h"
+#include "launch/options.h"
+#include "inference/sampling.h"
+#include "report/trace.h"
+#include "launch/program.h"
+#include "report/report.h"
 #include "trainer.h"
 
 // ---- what the options mean

@@ -2,7 +2,7 @@
 //
 // idea      c (I,J) += a (I,K) b (K,J). The tile of c stays in registers: 16 x 16 threads own a micro-tile of it each, so that the 8 + 8 numbers
 //           that a thread reads from shared memory feed 64 multiply-adds.
-// CPU       FAST finds cpu/block_product.cuh in this one's place: one thread, vector registers, the same names
+// CPU       FAST finds cpu/cuda/block_product.cuh in this one's place: one thread, vector registers, the same names
 // cost      K I J multiply-adds; reads of shared memory: 2 K I J / 8 elements for a micro-tile of 8 x 8
 // order     each element of c is summed over k from first to last
 // test      tests/test_matmul.cpp, tests/test_attention.cpp

@@ -2,7 +2,7 @@
 //
 // idea      a thread owns a pack of 16 bytes (Width<N>: N columns), or one column at the ends of a row that begins at an odd address. What it
 //           sums stays in registers.
-// CPU       FAST finds cpu/columns.cuh in this one's place: there a thread owns a thousand columns, in the first-level cache
+// CPU       FAST finds cpu/cuda/columns.cuh in this one's place: there a thread owns a thousand columns, in the first-level cache
 // test      tests/test_kernels.cpp, tests/test_decode.cpp
 #pragma once
 #include "kernels/common.cuh"

@@ -16,8 +16,8 @@
 #include "kernels/kernels.h"
 
 #ifdef __CUDACC__
-constexpr int kWarp = 32;                                     // cpu/fast.h: 1, cpu/faithful.h: 32
-constexpr int block_threads(int threads) { return threads; }  // cpu/fast.h: 1
+constexpr int kWarp = 32;                                     // cpu/cuda/fast.h: 1, cpu/faithful/faithful.h: 32
+constexpr int block_threads(int threads) { return threads; }  // cpu/cuda/fast.h: 1
 #endif
 
 #ifdef CPU_FAST

@@ -61,7 +61,7 @@ struct Times { double call, copy; };  // seconds
 static Times measure(const std::vector<Call>& calls, const std::vector<Call>& copies) {
   std::vector<double> call, copy;
   double spent = 0;
-  for (int i = 0; i < 4 && spent < 1; i++) spent += seconds_of_round(calls) * double(calls.size());  // first touch; cpu/fast.h learns which launches are worth a team
+  for (int i = 0; i < 4 && spent < 1; i++) spent += seconds_of_round(calls) * double(calls.size());  // first touch; cpu/cuda/fast.h learns which launches are worth a team
   spent = 0;
   while (call.size() < 3 || (call.size() < 7 && spent < 3) || (spent < 0.3 && call.size() < 100)) {
     call.push_back(seconds_of_round(calls));

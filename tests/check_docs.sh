@@ -20,7 +20,7 @@ fail() { failed=$((failed + 1)); echo "FAIL $*"; }
 
 # ---- names
 
-code="$(ls *.cpp *.cu *.h Makefile kernels/* support/* cpu/* tests/*.cpp tests/*.h tests/*.cu tests/*.sh tests/*.py)"
+code="$(ls *.cpp *.cu *.h Makefile; find kernels launch theory report inference checkpoint support cpu tests -type f -not -name "*.bin")"
 # the words of the sources, for whole-word lookups
 cat $code | grep -oE '[A-Za-z_][A-Za-z0-9_]*' | sort -u >"$work/words"
 cat $code | grep -oE -- '--[a-z][a-z-]+' | sort -u >"$work/options"

@@ -9,7 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
-#include "draw_schedule.h"
+#include "report/draw_schedule.h"
 #include "support/check.h"
 
 namespace {

@@ -1,4 +1,4 @@
-// cpu_kernels.cu: kernels that exercise the stand-in for CUDA, and launches in every form that cpu/launch.sed must understand.
+// cpu_kernels.cu: kernels that exercise the stand-in for CUDA, and launches in every form that cpu/cuda/launch.sed must understand.
 #include "tests/cpu_kernels.h"
 
 #include <cuda_bf16.h>

@@ -5,7 +5,7 @@
 #pragma once
 #include "tests/mpi_test.h"
 #include "tests/one_rank.h"
-#include "theory.h"
+#include "theory/theory.h"
 
 // Queued streams take their time: delays come at random, and two steps have every wait between a step and the one before it.
 inline const bool kDelayed = getenv("THREEFOLD_STREAMS");

@@ -5,7 +5,7 @@
 // SETTING: pp,replicate,fsdp,tp,zero,schedule,chunks,sequence-parallel,dtype
 #include <fstream>
 
-#include "generator.h"
+#include "inference/generator.h"
 #include "tests/parity.h"
 
 namespace {

@@ -1,5 +1,5 @@
 // test_comm.cpp: the job and the mesh are what comm.h says, and the ledger enters what was sent. Run under mpiexec -n 1, 2, 4, 8.
-#include "cpu/nccl_referee.h"
+#include "cpu/nccl/nccl_referee.h"
 #include "tests/mpi_test.h"
 #include "trainer.h"
 

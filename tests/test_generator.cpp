@@ -1,7 +1,7 @@
 // test_generator.cpp: the model one token at a time, from a cache and over ranks, says what the whole model says at once. Run under mpiexec
 // -n 1, 2, 3, 4: with n ranks tp n, pp n and, with 4, tp 2 x pp 2 are compared with one rank, in f64.
-#include "generator.h"
-#include "support/sampling.h"
+#include "inference/generator.h"
+#include "inference/sampling.h"
 #include "tests/mpi_test.h"
 #include "tests/one_rank.h"
 

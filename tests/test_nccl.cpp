@@ -15,7 +15,7 @@
 #include <set>
 #include <thread>
 
-#include "cpu/nccl_referee.h"
+#include "cpu/nccl/nccl_referee.h"
 #include "tests/mpi_test.h"
 
 namespace {

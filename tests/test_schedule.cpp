@@ -2,7 +2,7 @@
 //
 // idea      everything here is integers: times are whole numbers, which doubles hold exactly, and shares are compared by cross products.
 // range     stages 1..8, micro-batches 1..32, chunks 1..4 wherever it says "all"
-#include "draw_schedule.h"
+#include "report/draw_schedule.h"
 
 #include <algorithm>
 #include <array>

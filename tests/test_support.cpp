@@ -12,11 +12,11 @@
 
 #include "support/data.h"
 #include "support/metrics.h"
-#include "support/options.h"
+#include "launch/options.h"
 #include "support/philox.h"
-#include "support/safetensors.h"
-#include "support/sampling.h"
-#include "support/tokenizer.h"
+#include "checkpoint/safetensors.h"
+#include "inference/sampling.h"
+#include "inference/tokenizer.h"
 #include "tests/test.h"
 
 namespace fs = std::filesystem;

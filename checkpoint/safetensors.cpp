@@ -1,5 +1,5 @@
 // safetensors.cpp: see safetensors.h. JSON is read by nlohmann/json, checksums are xxHash's.
-#include "support/safetensors.h"
+#include "checkpoint/safetensors.h"
 
 #include <fcntl.h>
 #include <unistd.h>

@@ -1,5 +1,5 @@
 // theory.cpp: see theory.h.
-#include "theory.h"
+#include "theory/theory.h"
 
 Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp_rank, const TrainerOptions& o) {
   Gpt gpt(config, {"tp", layout.tp, tp_rank});  // sizes only: nothing is allocated

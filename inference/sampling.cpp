@@ -1,5 +1,5 @@
 // sampling.cpp: see sampling.h.
-#include "support/sampling.h"
+#include "inference/sampling.h"
 
 #include <algorithm>
 #include <cmath>

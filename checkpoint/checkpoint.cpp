@@ -1,5 +1,5 @@
 // checkpoint.cpp: see checkpoint.h.
-#include "support/checkpoint.h"
+#include "checkpoint/checkpoint.h"
 
 #include <fcntl.h>
 #include <unistd.h>

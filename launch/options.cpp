@@ -1,6 +1,6 @@
 // options.cpp: what train_gpt and generate share, the table of train_gpt's options, then the parser that serves any table.
 // test      tests/test_support.cpp
-#include "support/options.h"
+#include "launch/options.h"
 
 #include <algorithm>
 #include <charconv>

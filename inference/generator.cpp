@@ -1,5 +1,5 @@
 // generator.cpp: see generator.h.
-#include "generator.h"
+#include "inference/generator.h"
 
 // ---- set-up
 

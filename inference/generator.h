@@ -11,7 +11,7 @@
 #pragma once
 #include "gpt.h"
 #include "pipeline.h"
-#include "support/checkpoint.h"
+#include "checkpoint/checkpoint.h"
 
 class Generator {
  public:

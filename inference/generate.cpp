@@ -9,10 +9,10 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 
-#include "generator.h"
-#include "program.h"
-#include "support/sampling.h"
-#include "support/tokenizer.h"
+#include "inference/generator.h"
+#include "launch/program.h"
+#include "inference/sampling.h"
+#include "inference/tokenizer.h"
 
 // ---- options
 

@@ -1,6 +1,6 @@
 # launch.sed: CUDA's launches and dynamic shared memory as plain C++, for the stand-ins in this folder. Lines keep their numbers.
 #
-#   sed -z -E -f cpu/launch.sed -e '1s@^@#line 1 "x.cu"\n@' x.cu | g++ -x c++ ...
+#   sed -z -E -f cpu/cuda/launch.sed -e '1s@^@#line 1 "x.cu"\n@' x.cu | g++ -x c++ ...
 #
 #   kernel<T><<<grid, block>>>(x)           becomes  cpu::launch(kernel<T>, grid, block)(x)        templates four deep, any number of lines
 #   extern __shared__ alignas(16) float x[] becomes  float* x = cpu::dyn_shared<float>()

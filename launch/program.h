@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <optional>
 
-#include "watch.h"
+#include "launch/watch.h"
 
 struct Start { Layout layout; int64_t timeout; };  // timeout: seconds
 

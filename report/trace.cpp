@@ -1,5 +1,5 @@
 // trace.cpp: see trace.h. Format: "Trace Event Format", complete events ("ph":"X"), times in microseconds.
-#include "support/trace.h"
+#include "report/trace.h"
 
 #include <cerrno>
 #include <cstring>

@@ -7,8 +7,8 @@
 #include <cstdio>
 #include <fstream>
 
-#include "draw_schedule.h"
-#include "support/options.h"
+#include "report/draw_schedule.h"
+#include "launch/options.h"
 
 namespace {
 

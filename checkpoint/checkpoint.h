@@ -18,8 +18,8 @@
 
 #include "comm.h"
 #include "optimizer.h"
-#include "support/options.h"
-#include "support/safetensors.h"
+#include "launch/options.h"
+#include "checkpoint/safetensors.h"
 
 struct CheckpointInfo {
   int64_t step = 0;  // that were trained

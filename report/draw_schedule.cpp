@@ -1,5 +1,5 @@
 // draw_schedule.cpp: see draw_schedule.h.
-#include "draw_schedule.h"
+#include "report/draw_schedule.h"
 
 #include <algorithm>
 #include <cmath>

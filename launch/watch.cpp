@@ -1,5 +1,5 @@
 // watch.cpp: see watch.h.
-#include "watch.h"
+#include "launch/watch.h"
 
 #include <fcntl.h>
 #include <sys/epoll.h>

@@ -1,14 +1,14 @@
 // report.cpp: see report.h.
 // idea      every rank sends rank 0 its allocator's and its ledger's numbers; theory.cpp says what they should be
-#include "report.h"
+#include "report/report.h"
 
 #include <algorithm>
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
-#include "draw_schedule.h"
-#include "support/trace.h"
-#include "theory.h"
+#include "report/draw_schedule.h"
+#include "report/trace.h"
+#include "theory/theory.h"
 
 using Json = nlohmann::ordered_json;
 

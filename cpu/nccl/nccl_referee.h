@@ -1,6 +1,6 @@
 // nccl_referee.h: what the NCCL stand-in offers beside NCCL's API: its own count of the bytes, the watch, the tests' mode.
 //
-// cpu/nccl.h includes it; a program that is compiled for CUDA with COMM=mpi may include it after the real nccl.h.
+// cpu/nccl/nccl.h includes it; a program that is compiled for CUDA with COMM=mpi may include it after the real nccl.h.
 #pragma once
 #include <nccl.h>
 

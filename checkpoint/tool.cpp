@@ -1,4 +1,4 @@
-// checkpoint.cpp: shows, checks, exports and imports checkpoints: build/checkpoint info|verify|export|import. See support/checkpoint.h.
+// tool.cpp: shows, checks, exports and imports checkpoints: build/checkpoint info|verify|export|import. See checkpoint/checkpoint.h.
 // idea      one process, no mesh: a checkpoint's pieces are read as if by a rank that owns everything
 // test      tests/test_checkpoint.sh; tests/huggingface.py opens what `export` writes
 #include <cstdio>
@@ -6,7 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "gpt.h"
-#include "support/checkpoint.h"
+#include "checkpoint/checkpoint.h"
 
 namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;

@@ -1,5 +1,5 @@
 // tokenizer.cpp: see tokenizer.h.
-#include "support/tokenizer.h"
+#include "inference/tokenizer.h"
 
 #include <clocale>
 #include <cwctype>
@@ -8,7 +8,7 @@
 #include <sstream>
 
 #include "support/check.h"
-#include "support/safetensors.h"
+#include "checkpoint/safetensors.h"
 
 // ---- the files
 

@@ -1,0 +1,51 @@
+# cpu.mk: the backends in which cpu/ stands in for CUDA, cuBLAS or NCCL.
+#   cpu       one thread a block (FAST); FAST has its own form of two headers of kernels/
+#   faithful  the same with every CUDA thread a fiber (FAITHFUL), for tests
+#   sanitize  as cpu, under Address- and UndefinedBehaviorSanitizer, for tests
+#   ptx       the CUDA build, with the CUDA runtime in LIBCUDART=dir and cpu/cuda/cublas.cpp in
+#             place of CUDA's own, for tests without a GPU
+
+NCCL_CPU := $(sort $(wildcard cpu/nccl/*.cpp))
+STANDIN  := $(filter cpu faithful sanitize,$(BACKEND))
+KERNEL_FAST := -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math \
+               -fno-signed-zeros -fassociative-math -ffinite-math-only
+
+ifeq ($(BACKEND),cpu)
+  CXXFLAGS += -DCPU_FAST
+else ifeq ($(BACKEND),sanitize)
+  CXXFLAGS += -DCPU_FAST -O1 -fno-omit-frame-pointer \
+              -fsanitize=address,undefined -fno-sanitize-recover=undefined
+  KERNEL_FAST :=
+  LIBS     := -fsanitize=address,undefined
+else ifeq ($(BACKEND),faithful)
+  CXXFLAGS += -DCPU_FAITHFUL -g1
+  KERNEL_FAST :=
+  SOURCES  := $(filter %.cu autograd.cpp gpt.cpp optimizer.cpp comm.cpp tensor_parallel.cpp,$(SOURCES))
+  SOURCES  += cpu/faithful/faithful.cpp
+else ifeq ($(BACKEND),ptx)
+  CXXFLAGS += -I$(CUDA_HOME)/include -fopenmp -march=native
+  GENCODE  := -gencode arch=compute_80,code=compute_80 -no-compress
+  SOURCES  += cpu/cuda/cublas.cpp tests/ptx_extra.cpp $(NCCL_CPU)
+  LIBS     := -cudart none -L$(LIBCUDART) -lfakecudart -Xlinker -rpath=$(LIBCUDART) \
+              -ldnnl -lxxhash -Xcompiler -fopenmp
+  LINK     := $(NVCC) -ccbin $(MPICXX)
+else ifneq ($(filter-out cuda,$(BACKEND)),)
+  $(error BACKEND is '$(BACKEND)', expected cpu or cuda)
+endif
+LINK ?= $(MPICXX)
+
+ifneq ($(STANDIN),)
+  CXXFLAGS += $(if $(filter faithful,$(BACKEND)),-Ikernels -Icpu/cuda,-Icpu/cuda -Ikernels) \
+              -Icpu/nccl -march=native -fopenmp
+  SOURCES  += cpu/cuda/runtime.cpp cpu/cuda/cublas.cpp $(NCCL_CPU)
+  LIBS     += -ldnnl -lxxhash -fopenmp
+
+$(B)/gen/%.cu.cpp: %.cu cpu/cuda/launch.sed | $(B)/ready
+	@mkdir -p $(@D)
+	@{ printf '#line 1 "%s"\n' $<; sed -z -E -f cpu/cuda/launch.sed $<; } > $@
+$(B)/obj/%.cu.o: $(B)/gen/%.cu.cpp | $(B)/ready
+	@mkdir -p $(@D)
+	@echo "  $(BACKEND)  $*.cu"
+	@$(MPICXX) $(CXXFLAGS) $(KERNEL_FAST) -MMD -MP -c $< -o $@
+.PRECIOUS: $(B)/gen/%.cu.cpp
+endif
