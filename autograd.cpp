@@ -1,7 +1,9 @@
 // autograd.cpp: each op, forward and backward side by side.
-// idea      read any op below: the lines before `tape.push` are the forward, the closure is the backward. Closures capture tensors (by
-//           counted reference) only when the backward reads them, which is what decides how much memory activations take.
-// cost      saved by a transformer block, in units of R*C elements: x 1, layernorm 1, qkv 3, attention 1, sum 1, layernorm 1, MLP 4 + 4
+// idea      read any op below: the lines before `tape.push` are the forward, the closure is the
+//           backward. Closures capture tensors (by counted reference) only when the backward reads
+//           them, which is what decides how much memory activations take.
+// cost      saved by a transformer block, in units of R*C elements: x 1, layernorm 1, qkv 3,
+//           attention 1, sum 1, layernorm 1, MLP 4 + 4
 // test      tests/test_autograd.cpp, tests/test_golden.cpp
 #include "autograd.h"
 
@@ -10,7 +12,8 @@
 Shape Param::local_shape() const {
   Shape local = shape;
   int64_t outer = 1;
-  for (size_t d = 0; d < local.size(); d++) {  // the split dim is the one with `outer` elements before it
+  // the split dim is the one with `outer` elements before it
+  for (size_t d = 0; d < local.size(); d++) {
     if (outer == slice.outer && local[d] == slice.split) {
       local[d] = slice.end - slice.begin;
       break;
@@ -44,7 +47,9 @@ void Tape::backward() {
   }
 }
 
-static Tensor activation(Shape shape, Dtype dtype) { return Tensor(std::move(shape), dtype, Memory::activations); }
+static Tensor activation(Shape shape, Dtype dtype) {
+  return Tensor(std::move(shape), dtype, Memory::activations);
+}
 static Tensor like(const Tensor& x) { return activation(x.shape(), x.dtype()); }
 // A tensor that an op may overwrite: the gradient itself when nobody else holds it.
 static Tensor writable(const Tensor& g) { return g.shared() ? like(g) : g; }
@@ -68,10 +73,12 @@ Tensor take(const std::shared_ptr<Tensor>& grad) {
 
 // ---- embedding
 
-Tokens::Tokens(int64_t B, int64_t T, std::vector<int> in, std::vector<int> out, Range vocabulary) : B(B), T(T) {
+Tokens::Tokens(int64_t B, int64_t T, std::vector<int> in, std::vector<int> out, Range vocabulary)
+    : B(B), T(T) {
   ASSERT(int64_t(in.size()) == B * T && in.size() == out.size());
   for (std::vector<int>* tokens : {&in, &out})
-    for (int& t : *tokens) t = t >= vocabulary.begin && t < vocabulary.end ? t - int(vocabulary.begin) : -1;
+    for (int& t : *tokens)
+      t = t >= vocabulary.begin && t < vocabulary.end ? t - int(vocabulary.begin) : -1;
   const auto to_device = [](const std::vector<int>& host) {
     Tensor t({int64_t(host.size())}, Dtype::i32, Memory::data);
     upload(t, host.data());
@@ -93,8 +100,10 @@ Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
 
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta) {
   const int64_t m = c.dim(0), n = c.dim(1), k = ta ? a.dim(0) : a.dim(1);
-  if (m <= kMatvecRows && !ta && beta == 0 && a.dtype() == c.dtype()) return matvec(c, a, b, tb);  // decoding
-  matmul(a.dtype(), c.dtype(), m, n, k, {a.raw(), a.dim(1), ta}, {b.raw(), b.dim(1), tb}, {c.raw(), n}, 1, beta);
+  // decoding
+  if (m <= kMatvecRows && !ta && beta == 0 && a.dtype() == c.dtype()) return matvec(c, a, b, tb);
+  matmul(a.dtype(), c.dtype(), m, n, k, {a.raw(), a.dim(1), ta}, {b.raw(), b.dim(1), tb},
+         {c.raw(), n}, 1, beta);
 }
 
 Tensor as_matrix(const Tensor& w) { return w.view({w.dim(0), w.numel() / w.dim(0)}); }
@@ -116,17 +125,21 @@ Var linear(Tape& tape, const Var& x, Param& w, Param* bias, bool transposed) {
     Tensor d = like(x);
     product(d, dy, false, as_matrix(w.value), !transposed, 0);  // dx = dy w^T, or dy w
     accumulate(dx, std::move(d));
-    tape.weight_gradient([&w, transposed, bias, x, dy] { weight_backward(w, transposed, bias, x, dy); });
+    tape.weight_gradient(
+        [&w, transposed, bias, x, dy] { weight_backward(w, transposed, bias, x, dy); });
   });
   return y;
 }
 
 // ---- layernorm
 
-static Tensor row_statistics(const Tensor& x) { return activation({x.dim(0)}, master_dtype(x.dtype())); }
+static Tensor row_statistics(const Tensor& x) {
+  return activation({x.dim(0)}, master_dtype(x.dtype()));
+}
 
 // The backward of y = layernorm(x)
-static void push_layernorm(Tape& tape, const Var& x, const Var& y, const Tensor& mean, const Tensor& rstd, Param& gain, Param& bias) {
+static void push_layernorm(Tape& tape, const Var& x, const Var& y, const Tensor& mean,
+                           const Tensor& rstd, Param& gain, Param& bias) {
   tape.push([&gain, &bias, x = x.value, mean, rstd, dx = x.grad, dy_slot = y.grad] {
     // The gradient that x already has joins in the same pass.
     const Tensor dy = take(dy_slot), residual = std::move(*dx);
@@ -153,7 +166,8 @@ Var layernorm(Tape& tape, const Var& x, Param& gain, Param& bias) {
   return y;
 }
 
-std::pair<Var, Var> add_layernorm(Tape& tape, const Var& x, const Var& h, Param& gain, Param& bias) {
+std::pair<Var, Var> add_layernorm(Tape& tape, const Var& x, const Var& h, Param& gain,
+                                  Param& bias) {
   Var sum{like(x.value)}, y{like(x.value)};
   const Tensor mean = row_statistics(x.value), rstd = row_statistics(x.value);
   add_layernorm_forward(sum.value, y.value, mean, rstd, x.value, h.value, gain.value, bias.value);
@@ -210,10 +224,12 @@ Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, Atten
 
 // ---- loss
 
-void cross_entropy(Tape& tape, Var logits, const Tensor& targets, double scale, const Tensor& total) {
+void cross_entropy(Tape& tape, Var logits, const Tensor& targets, double scale,
+                   const Tensor& total) {
   const Tensor losses = row_statistics(logits.value);
   cross_entropy(losses, logits.value, targets, scale, tape.recording());
-  if (tape.recording()) *logits.grad = std::move(logits.value);  // the same memory: the gradient is ready before the backward starts
+  // the same memory: the gradient is ready before the backward starts
+  if (tape.recording()) *logits.grad = std::move(logits.value);
   add_sum(total, losses);
 }
 

@@ -1,8 +1,11 @@
-// autograd.h: the tape. An op computes its result now and appends the closure that will compute its gradient.
+// autograd.h: the tape. An op computes its result now and appends the closure that will compute its
+// gradient.
 //
-// idea      `backward` runs the closures from last to first and drops each once it has run, so that activations are returned as
-//           soon as nobody needs them. There is no graph: the order of the tape is a valid order.
-// gradients of activations belong to a Var and are summed when it is used twice; gradients of parameters belong to the Param and are
+// idea      `backward` runs the closures from last to first and drops each once it has run, so that
+//           activations are returned as soon as nobody needs them. There is no graph: the order of
+//           the tape is a valid order.
+// gradients of activations belong to a Var and are summed when it is used twice; gradients of
+// parameters belong to the Param and are
 //           always `+=`, so that micro-batches, and a weight used in two places, add up.
 // not here  second derivatives, in-place ops on values
 // test      tests/test_autograd.cpp (finite differences), tests/test_golden.cpp (PyTorch)
@@ -15,20 +18,27 @@
 
 // ---- parameters
 
-// A parameter, or the slice of it that this rank owns. Closures hold Param&, never pointers into it: FSDP moves the data.
+// A parameter, or the slice of it that this rank owns. Closures hold Param&, never pointers into
+// it: FSDP moves the data.
 struct Param {
-  std::string name;        // GPT-2's Hugging Face name
-  uint32_t id = 0;         // keys the random generator, with the global element index
-  Shape shape;             // global
-  Slice slice;             // what this rank owns: [begin, end) of one dim of `shape` seen as (outer, split, inner)
-  float std = 0, mean = 0; // initial values: normal(0, std), or the constant `mean` when std is 0
-  bool decay = false;      // weight decay: matrices only
-  bool counted = true;     // in this rank's part of the norm: false where another rank that holds the same values counts them
-  bool partial = false;    // each rank of the tp axis has only its rows' part of the gradient; the parts are to be summed
-  Tensor value;            // compute dtype, the slice's shape
-  Tensor grad;             // master dtype
-  bool tied = false;       // used at both ends of the model: the head's use, transposed, adds to tied_grad, so that every pipeline
-  Tensor tied_grad;        // schedule sums in the same order; the two are added once a step
+  std::string name;  // GPT-2's Hugging Face name
+  uint32_t id = 0;   // keys the random generator, with the global element index
+  Shape shape;       // global
+  // what this rank owns: [begin, end) of one dim of `shape` seen as (outer, split, inner)
+  Slice slice;
+  float std = 0, mean = 0;  // initial values: normal(0, std), or the constant `mean` when std is 0
+  bool decay = false;       // weight decay: matrices only
+  // in this rank's part of the norm: false where another rank that holds the same values counts
+  // them
+  bool counted = true;
+  // each rank of the tp axis has only its rows' part of the gradient; the parts are to be summed
+  bool partial = false;
+  Tensor value;  // compute dtype, the slice's shape
+  Tensor grad;   // master dtype
+  // used at both ends of the model: the head's use, transposed, adds to tied_grad, so that every
+  // pipeline
+  bool tied = false;
+  Tensor tied_grad;  // schedule sums in the same order; the two are added once a step
   Tensor& grad_of(bool transposed) { return tied && transposed ? tied_grad : grad; }
   Shape local_shape() const;
   int64_t numel() const { return slice.outer * (slice.end - slice.begin) * slice.inner; }
@@ -38,12 +48,15 @@ struct Param {
 
 // ---- the tape
 
-// An activation: its value, and where its gradient will be put. Closures capture only what they need of it.
+// An activation: its value, and where its gradient will be put. Closures capture only what they
+// need of it.
 struct Var {
   Tensor value;
-  std::shared_ptr<Tensor> grad = std::make_shared<Tensor>();  // empty until a consumer's backward has run
+  // empty until a consumer's backward has run
+  std::shared_ptr<Tensor> grad = std::make_shared<Tensor>();
 };
-// g becomes, or is added to, the gradient of an activation. Never writes into memory that others read.
+// g becomes, or is added to, the gradient of an activation. Never writes into memory that others
+// read.
 void accumulate(const std::shared_ptr<Tensor>& grad, Tensor g);
 // Takes the gradient of an op's output: after this nobody else holds it.
 Tensor take(const std::shared_ptr<Tensor>& grad);
@@ -54,8 +67,8 @@ class Tape {
   bool recording() const { return recording_; }
   bool replaying = false;  // of a checkpoint: runs a forward for the second time
   void push(std::function<void()> backward);
-  // Inside a backward closure: the part that computes a parameter's gradient. Runs now, or waits on `deferred` (zero-bubble
-  // pipelines fill their bubbles with it).
+  // Inside a backward closure: the part that computes a parameter's gradient. Runs now, or waits on
+  // `deferred` (zero-bubble pipelines fill their bubbles with it).
   void weight_gradient(std::function<void()> work);
   std::deque<std::function<void()>>* deferred = nullptr;
   void backward();  // replay and empty the tape; gradients of the outputs must have been put first
@@ -78,13 +91,15 @@ struct Tokens {
   Tensor positions;        // (R) i32; empty: row % T
   Tokens() = default;
   // Tokens outside this rank's part of the vocabulary become -1, the others count from its begin.
-  Tokens(int64_t B, int64_t T, std::vector<int> inputs, std::vector<int> targets, Range vocabulary = {0, INT32_MAX});
+  Tokens(int64_t B, int64_t T, std::vector<int> inputs, std::vector<int> targets,
+         Range vocabulary = {0, INT32_MAX});
 };
 
 // c = op(a) op(b) + beta c, of whole matrices: what the linear layers are made of
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta);
 Tensor as_matrix(const Tensor& w);  // (K,3,C) is (K,3C)
-// The gradients of w and bias in linear() below, from its input x and its output's gradient dy: added to those that are there
+// The gradients of w and bias in linear() below, from its input x and its output's gradient dy:
+// added to those that are there
 void weight_backward(Param& w, bool transposed, Param* bias, const Tensor& x, const Tensor& dy);
 
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
@@ -96,8 +111,10 @@ std::pair<Var, Var> add_layernorm(Tape& tape, const Var& x, const Var& h, Param&
 Var gelu(Tape& tape, const Var& x);
 Var add(Tape& tape, const Var& a, const Var& b);
 Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, AttentionKind kind);
-// total (1) f64 += scale * the sum of the rows' losses. Takes `logits`: when recording, they become their gradient in place.
-void cross_entropy(Tape& tape, Var logits, const Tensor& targets, double scale, const Tensor& total);
-// Activation checkpointing: runs `f` without recording, keeps only x, and replays f on a fresh tape when its gradient is needed
-// (Chen et al., "Training deep nets with sublinear memory cost", 2016).
+// total (1) f64 += scale * the sum of the rows' losses. Takes `logits`: when recording, they become
+// their gradient in place.
+void cross_entropy(Tape& tape, Var logits, const Tensor& targets, double scale,
+                   const Tensor& total);
+// Activation checkpointing: runs `f` without recording, keeps only x, and replays f on a fresh tape
+// when its gradient is needed (Chen et al., "Training deep nets with sublinear memory cost", 2016).
 Var checkpoint(Tape& tape, const Var& x, const std::function<Var(Tape&, const Var&)>& f);

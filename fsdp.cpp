@@ -1,13 +1,16 @@
-// fsdp.cpp: each rank of the fsdp axis owns 1/n of every unit and borrows the rest while it computes.
+// fsdp.cpp: each rank of the fsdp axis owns 1/n of every unit and borrows the rest while it
+// computes.
 //
-// traffic   P a unit's elements, m micro-batches, in units of (n-1)/n P per rank and step; gathers in the compute dtype, scatters in f32:
+// traffic   P a unit's elements, m micro-batches, in units of (n-1)/n P per rank and step; gathers
+//           in the compute dtype, scatters in f32:
 //                              all-gather   reduce-scatter
 //             ZeRO-1               1             1          (optimizer state sharded)
 //             ZeRO-2               1             m          (and gradients)
 //             ZeRO-3, kept         1             m          (and parameters, gathered once a step)
 //             ZeRO-3              2 m            m          (and given back after each forward)
 //           replicate: one all-reduce of the gradient shard a unit and step
-// memory    bytes a parameter in f32, ZeRO-1: 8 + 8/n, ZeRO-2: 4 + 12/n, ZeRO-3: 16/n; and the units in flight
+// memory    bytes a parameter in f32, ZeRO-1: 8 + 8/n, ZeRO-2: 4 + 12/n, ZeRO-3: 16/n; and the
+//           units in flight
 // not here  offloading to the host; gradients in bf16 on the wire
 // test      tests/test_fsdp.cpp
 //
@@ -15,7 +18,8 @@
 //     start gather(u .. u+K)                start gather(u .. u-K)         those that are not on their way
 //     wait for gather(u)                    wait for gather(u)
 //     compute                               compute: gradients into a full buffer
-//     give u back                           start reduce-scatter(u); finish that of u+1; give u back
+//     give u back                           start reduce-scatter(u); finish that of u+1; give u
+//                                           back
 #include "fsdp.h"
 
 #include <algorithm>
@@ -30,17 +34,22 @@ Var Fsdp::run(Tape& tape, int use, const std::function<Var()>& f) {
   // Gathers this use's units and, ahead of need, those of the uses after it in the direction we go.
   const auto gather = [this, use, each_unit](int direction) {
     each_unit([&](Unit& u) { start_gather(u); });
-    const auto in_group = [&](int next) { return next >= 0 && next < int(uses_.size()) && uses_[next].group == uses_[use].group; };
-    for (int k = 1, next = use + direction; k <= options_.prefetch && in_group(next); k++, next += direction)
+    const auto in_group = [&](int next) {
+      return next >= 0 && next < int(uses_.size()) && uses_[next].group == uses_[use].group;
+    };
+    for (int k = 1, next = use + direction; k <= options_.prefetch && in_group(next);
+         k++, next += direction)
       if (direction > 0 || uses_[next].backward == Backward::gathers)
         for (int u : uses_[next].units) start_gather(units_[u]);
     each_unit([&](Unit& u) { finish_gather(u); });
   };
   const bool returns = borrows() && options_.reshard;
 
-  // What stands on the tape before f runs in the backward after f's own entries: the gradients are complete.
+  // What stands on the tape before f runs in the backward after f's own entries: the gradients are
+  // complete.
   tape.push([this, each_unit, returns, &tape] {
-    tape.weight_gradient([this, each_unit] {  // behind the weight gradients that it needs, should those be deferred
+    // behind the weight gradients that it needs, should those be deferred
+    tape.weight_gradient([this, each_unit] {
       each_unit([&](Unit& u) {
         if (++u.done < u.uses) return;  // another use will add to this gradient
         u.done = 0;
@@ -53,14 +62,18 @@ Var Fsdp::run(Tape& tape, int use, const std::function<Var()>& f) {
 
   gather(+1);
   Var y = f();
-  if (returns && (!tape.recording() || backward != Backward::keeps)) each_unit([&](Unit& u) { give_back(u); });
+  if (returns && (!tape.recording() || backward != Backward::keeps))
+    each_unit([&](Unit& u) { give_back(u); });
 
   // What stands on the tape after f runs before f's entries in the backward.
   tape.push([this, each_unit, gather, backward, &tape] {
     if (backward == Backward::gathers || backward == Backward::keeps) gather(-1);
     each_unit([&](Unit& u) { prepare_gradients(u); });
-    if (tape.deferred)  // until the weight gradients are computed, those of an earlier micro-batch may have left with the buffer
-      tape.weight_gradient([this, each_unit] { each_unit([&](Unit& u) { prepare_gradients(u); }); });
+    // until the weight gradients are computed, those of an earlier micro-batch may have left with
+    // the buffer
+    if (tape.deferred)
+      tape.weight_gradient(
+          [this, each_unit] { each_unit([&](Unit& u) { prepare_gradients(u); }); });
   });
   return y;
 }
@@ -72,15 +85,19 @@ void Fsdp::start_gather(Unit& u) {
   u.gathered = true;
   if (u.full.empty()) u.full = Tensor({u.padded}, dtype_, Memory::gather);
   if (mesh_.fsdp.size == 1) return;
-  make_wait(mesh_.stream, device().compute);  // whoever used this memory before must be done with it, and the optimizer with the shard
+  // whoever used this memory before must be done with it, and the optimizer with the shard
+  make_wait(mesh_.stream, device().compute);
   ledger.all_gather(mesh_.fsdp, u.full.bytes());
-  NCCL_CHECK(ncclAllGather(u.own.raw(), u.full.raw(), u.shard, nccl_type(dtype_), mesh_.fsdp.comm, mesh_.stream));
+  NCCL_CHECK(ncclAllGather(u.own.raw(), u.full.raw(), u.shard, nccl_type(dtype_), mesh_.fsdp.comm,
+                           mesh_.stream));
   u.ready.record(mesh_.stream);
 }
 
 void Fsdp::finish_gather(Unit& u) {
-  if (mesh_.fsdp.size > 1) u.ready.make_wait(device().compute);  // this unit's parameters must have arrived
-  for (size_t i = 0; i < u.params.size(); i++) u.params[i]->value = u.full.part(u.offsets[i], u.params[i]->local_shape());
+  // this unit's parameters must have arrived
+  if (mesh_.fsdp.size > 1) u.ready.make_wait(device().compute);
+  for (size_t i = 0; i < u.params.size(); i++)
+    u.params[i]->value = u.full.part(u.offsets[i], u.params[i]->local_shape());
 }
 
 void Fsdp::give_back(Unit& u) {
@@ -88,7 +105,8 @@ void Fsdp::give_back(Unit& u) {
   u.gathered = false;
   if (!borrows()) return;
   for (Param* p : u.params) p->value = Tensor();
-  u.full = Tensor();  // returned to the pool in the order of the compute stream, behind the last kernel that reads it
+  // returned to the pool in the order of the compute stream, behind the last kernel that reads it
+  u.full = Tensor();
 }
 
 // ---- gradients: a full buffer while the backward fills it, then a shard
@@ -105,11 +123,13 @@ void Fsdp::point_at(Unit& u) {
   for (size_t i = 0; i < u.params.size(); i++) {
     Param& p = *u.params[i];
     p.grad = u.full_grad.empty() ? Tensor() : u.full_grad.part(u.offsets[i], p.local_shape());
-    if (p.tied && scatters_each()) p.tied_grad = p.grad;  // a full gradient that lives for one micro-batch is summed in one buffer
+    // a full gradient that lives for one micro-batch is summed in one buffer
+    if (p.tied && scatters_each()) p.tied_grad = p.grad;
   }
 }
 
-// The gradients of one micro-batch (ZeRO-2 and 3) or of the whole step are complete on this rank: sum them over the others.
+// The gradients of one micro-batch (ZeRO-2 and 3) or of the whole step are complete on this rank:
+// sum them over the others.
 void Fsdp::start_reduce(Unit& u) {
   const bool last = u.rounds == microbatches_;
   if (!scatters_each() && !last) return;  // they add up where they are
@@ -121,13 +141,15 @@ void Fsdp::start_reduce(Unit& u) {
   if (mesh_.fsdp.size > 1) {
     Tensor mine = u.full_grad.part(mesh_.fsdp.rank * u.shard, {u.shard});  // in place
     ledger.reduce_scatter(mesh_.fsdp, u.full_grad.bytes());
-    NCCL_CHECK(ncclReduceScatter(u.full_grad.raw(), mine.raw(), u.shard, nccl_type(mine.dtype()), ncclSum, mesh_.fsdp.comm, mesh_.stream));
+    NCCL_CHECK(ncclReduceScatter(u.full_grad.raw(), mine.raw(), u.shard, nccl_type(mine.dtype()),
+                                 ncclSum, mesh_.fsdp.comm, mesh_.stream));
   }
   if (!scatters_each()) sum_over_replicas(u);
   u.reduced.record(mesh_.stream);
   u.reducing = true;
   reducing_.push_back(&u);
-  while (int(reducing_.size()) > std::min(options_.prefetch, 1)) finish_reduce();  // two full gradients at most: one computed, one summed
+  // two full gradients at most: one computed, one summed
+  while (int(reducing_.size()) > std::min(options_.prefetch, 1)) finish_reduce();
 }
 
 void Fsdp::finish_reduce() {
@@ -149,7 +171,8 @@ void Fsdp::sum_over_replicas(Unit& u) {
   if (mesh_.replicate.size == 1) return;
   ledger.all_reduce(mesh_.replicate, u.own_grad.bytes());
   const ncclDataType_t type = nccl_type(u.own_grad.dtype());
-  NCCL_CHECK(ncclAllReduce(u.own_grad.raw(), u.own_grad.raw(), u.shard, type, ncclSum, mesh_.replicate.comm, mesh_.stream));
+  NCCL_CHECK(ncclAllReduce(u.own_grad.raw(), u.own_grad.raw(), u.shard, type, ncclSum,
+                           mesh_.replicate.comm, mesh_.stream));
 }
 
 // ---- a step
@@ -171,12 +194,15 @@ void Fsdp::finish_backward() {
 }
 
 void Fsdp::end_step() {
-  for (Unit& u : units_) give_back(u);  // where nothing is borrowed, this marks the other ranks' shards as old
+  // where nothing is borrowed, this marks the other ranks' shards as old
+  for (Unit& u : units_) give_back(u);
 }
 
 // ---- set-up
 
-static int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+static int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // Where each parameter starts in the flat unit.
 static std::vector<int64_t> offsets_in_unit(const std::vector<Param*>& params) {
@@ -192,18 +218,21 @@ int64_t padded_unit(const std::vector<Param*>& params, int fsdp) {
   return round_up(offsets_in_unit(params).back() + params.back()->numel(), 16 * int64_t(fsdp));
 }
 
-Fsdp::Fsdp(Mesh& mesh, Dtype dtype, const FsdpOptions& options, uint64_t seed) : mesh_(mesh), dtype_(dtype), options_(options), seed_(seed) {}
+Fsdp::Fsdp(Mesh& mesh, Dtype dtype, const FsdpOptions& options, uint64_t seed)
+    : mesh_(mesh), dtype_(dtype), options_(options), seed_(seed) {}
 
 Fsdp::~Fsdp() {
   for (Unit& u : units_)
     for (Param* p : u.params) p->value = p->grad = p->tied_grad = Tensor();
 }
 
-// Calls work(param, first element of it that is in the shard, how many, where in the shard) for each parameter that this rank's shard touches.
+// Calls work(param, first element of it that is in the shard, how many, where in the shard) for
+// each parameter that this rank's shard touches.
 template <class Unit, class Work> static void for_pieces(const Unit& u, int rank, Work work) {
   const int64_t begin = rank * u.shard, end = begin + u.shard;
   for (size_t i = 0; i < u.params.size(); i++) {
-    const int64_t first = std::max(begin, u.offsets[i]), last = std::min(end, u.offsets[i] + u.params[i]->numel());
+    const int64_t first = std::max(begin, u.offsets[i]),
+                  last = std::min(end, u.offsets[i] + u.params[i]->numel());
     if (first < last) work(*u.params[i], first - u.offsets[i], last - first, first - begin);
   }
 }
@@ -259,7 +288,8 @@ std::vector<Shard> Fsdp::optimizer_shards() const {
     for_pieces(u, mesh_.fsdp.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
       const auto piece = [&](const Tensor& x) { return x.part(at, {count}); };
       const bool same = u.master.empty();  // the weights that compute are the master weights
-      shards.push_back({piece(same ? u.own : u.master), same ? Tensor() : piece(u.own), piece(u.own_grad), piece(u.m), piece(u.v), &p, first});
+      shards.push_back({piece(same ? u.own : u.master), same ? Tensor() : piece(u.own),
+                        piece(u.own_grad), piece(u.m), piece(u.v), &p, first});
     });
   return shards;
 }

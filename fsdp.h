@@ -1,9 +1,12 @@
-// fsdp.h: Fully Sharded Data Parallelism (ZeRO stages 1, 2 and 3), plain data parallelism, and the two combined.
+// fsdp.h: Fully Sharded Data Parallelism (ZeRO stages 1, 2 and 3), plain data parallelism, and the
+// two combined.
 //
-// idea      each rank of the fsdp axis owns 1/n of every unit (a transformer block, or the embeddings) and borrows the rest while it computes.
-//           The replicate axis holds copies of that: gradients are summed over it. fsdp = 1 is plain data parallelism (DDP).
-// source    Rajbhandari et al., "ZeRO: Memory optimizations toward training trillion parameter models", SC 2020, sections 5 and 7;
-//           Zhao et al., "PyTorch FSDP", VLDB 2023 (units, flat parameters, prefetch)
+// idea      each rank of the fsdp axis owns 1/n of every unit (a transformer block, or the
+//           embeddings) and borrows the rest while it computes. The replicate axis holds copies of
+//           that: gradients are summed over it. fsdp = 1 is plain data parallelism (DDP).
+// source    Rajbhandari et al., "ZeRO: Memory optimizations toward training trillion parameter
+//           models", SC 2020, sections 5 and 7; Zhao et al., "PyTorch FSDP", VLDB 2023 (units, flat
+//           parameters, prefetch)
 // test      tests/test_fsdp.cpp
 #pragma once
 #include <deque>
@@ -14,9 +17,11 @@
 #include "optimizer.h"
 
 struct FsdpOptions {
-  int zero = 3;         // 1: optimizer state is sharded; 2: and gradients; 3: and parameters
-  bool reshard = true;  // ZeRO-3: give parameters back after the forward and gather them again for the backward
-  int prefetch = 1;     // units gathered ahead while compute goes on; above 0, one reduce-scatter is left behind, too
+  int zero = 3;  // 1: optimizer state is sharded; 2: and gradients; 3: and parameters
+  // ZeRO-3: give parameters back after the forward and gather them again for the backward
+  bool reshard = true;
+  // units gathered ahead while compute goes on; above 0, one reduce-scatter is left behind, too
+  int prefetch = 1;
 };
 
 // What the backward of a use needs of the unit's parameters.
@@ -32,20 +37,28 @@ class Fsdp {
   ~Fsdp();
 
   // ---- set-up: name the units, then the uses, in the order in which the forward comes by
-  int add_unit(const std::vector<Param*>& params);  // allocates this rank's shard with its initial values; returns the unit's number
-  // Uses of one group follow each other at once; a pipeline's chunks are groups. Units are gathered ahead within a group only.
+  // allocates this rank's shard with its initial values; returns the unit's number
+  int add_unit(const std::vector<Param*>& params);
+  // Uses of one group follow each other at once; a pipeline's chunks are groups. Units are gathered
+  // ahead within a group only.
   int add_use(std::vector<int> units, Backward backward, int group = 0);
-  std::vector<Shard> optimizer_shards() const;  // what this rank updates: its piece of each parameter, padding left out
+  // what this rank updates: its piece of each parameter, padding left out
+  std::vector<Shard> optimizer_shards() const;
 
   // ---- a step
   void begin_step(int microbatches);
-  // y = f(): computes with the parameters of a use's units in place, and puts what their gradients need on the tape.
+  // y = f(): computes with the parameters of a use's units in place, and puts what their gradients
+  // need on the tape.
   Var run(Tape& tape, int use, const std::function<Var()>& f);
-  void finish_backward();  // after the last micro-batch: gradients of this rank's shard are summed over all data-parallel ranks
-  // Called on the communication stream before gradients leave this rank, should another strategy have left some of them in parts.
+  // after the last micro-batch: gradients of this rank's shard are summed over all data-parallel
+  // ranks
+  void finish_backward();
+  // Called on the communication stream before gradients leave this rank, should another strategy
+  // have left some of them in parts.
   std::function<void(const std::vector<Param*>&)> complete_gradients;
-  void end_step();         // after the optimizer: parameters that were borrowed go back
-  Tensor gradient_shard(int unit) { return units_[unit].own_grad; }  // complete after finish_backward
+  void end_step();  // after the optimizer: parameters that were borrowed go back
+  // complete after finish_backward
+  Tensor gradient_shard(int unit) { return units_[unit].own_grad; }
 
  private:
   struct Unit {
@@ -53,14 +66,17 @@ class Fsdp {
     std::vector<int64_t> offsets;  // of each parameter in the flat unit, in elements
     int64_t padded = 0;            // elements of the flat unit: n shards of `shard` elements
     int64_t shard = 0;
-    Tensor full, own;              // compute dtype: (padded), empty while given back; (shard), always there
-    Tensor full_grad, own_grad;    // master dtype, likewise
-    Tensor master;                 // (shard) master weights when the compute dtype is bf16
-    Tensor m, v;                   // (shard) Adam's moments
-    bool gathered = false;         // `full` holds, or will hold once `ready` is reached, every rank's shard
-    int uses = 0;                  // in the forward of a micro-batch
-    int done = 0, rounds = 0;      // uses whose backward is done, of this micro-batch; micro-batches whose backward is done
-    bool reducing = false;         // a reduce-scatter of `full_grad` is on its way
+    // compute dtype: (padded), empty while given back; (shard), always there
+    Tensor full, own;
+    Tensor full_grad, own_grad;  // master dtype, likewise
+    Tensor master;               // (shard) master weights when the compute dtype is bf16
+    Tensor m, v;                 // (shard) Adam's moments
+    // `full` holds, or will hold once `ready` is reached, every rank's shard
+    bool gathered = false;
+    int uses = 0;  // in the forward of a micro-batch
+    // uses whose backward is done, of this micro-batch; micro-batches whose backward is done
+    int done = 0, rounds = 0;
+    bool reducing = false;  // a reduce-scatter of `full_grad` is on its way
     Event ready, reduced;
   };
   void start_gather(Unit& unit);
@@ -71,10 +87,16 @@ class Fsdp {
   void finish_reduce();
   void sum_over_replicas(Unit& unit);
   void point_at(Unit& unit);
-  bool borrows() const { return mesh_.fsdp.size > 1 && options_.zero == 3; }           // parameters live only while needed
-  bool scatters_each() const { return mesh_.fsdp.size > 1 && options_.zero >= 2; }     // full gradients live only while needed
+  // parameters live only while needed
+  bool borrows() const { return mesh_.fsdp.size > 1 && options_.zero == 3; }
+  // full gradients live only while needed
+  bool scatters_each() const { return mesh_.fsdp.size > 1 && options_.zero >= 2; }
 
-  struct Use { std::vector<int> units; Backward backward; int group; };
+  struct Use {
+    std::vector<int> units;
+    Backward backward;
+    int group;
+  };
   Mesh& mesh_;
   Dtype dtype_;
   FsdpOptions options_;
@@ -86,5 +108,7 @@ class Fsdp {
 };
 
 // How a unit is laid out; theory.cpp counts with the same sizes.
-constexpr int64_t kUnitAlignment = 128;  // elements: each parameter starts at a multiple of (at least) 256 bytes in every dtype
-int64_t padded_unit(const std::vector<Param*>& params, int fsdp);  // elements; shards are multiples of 16 elements
+// elements: each parameter starts at a multiple of (at least) 256 bytes in every dtype
+constexpr int64_t kUnitAlignment = 128;
+// elements; shards are multiples of 16 elements
+int64_t padded_unit(const std::vector<Param*>& params, int fsdp);

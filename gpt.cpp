@@ -1,10 +1,15 @@
-// gpt.cpp: the model. Its forward is the code below `the three parts`; its backward is nowhere, the tape writes it.
+// gpt.cpp: the model. Its forward is the code below `the three parts`; its backward is nowhere, the
+// tape writes it.
 #include "gpt.h"
 
 #include <cmath>
 
-GptConfig model_config(const ModelSize& size, const std::string& dtype, const std::string& attention) {
-  return {size, dtype == "f64" ? Dtype::f64 : dtype == "bf16" ? Dtype::bf16 : Dtype::f32,
+GptConfig model_config(const ModelSize& size, const std::string& dtype,
+                       const std::string& attention) {
+  return {size,
+          dtype == "f64"    ? Dtype::f64
+          : dtype == "bf16" ? Dtype::bf16
+                            : Dtype::f32,
           attention == "flash" ? AttentionKind::flash : AttentionKind::plain};
 }
 
@@ -29,22 +34,28 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   Block b;
   b.ln_1_weight = tp.replicate(make(h + "ln_1.weight", {C}, 0, 1), true);
   b.ln_1_bias = tp.replicate(make(h + "ln_1.bias", {C}, 0), true);
-  b.c_attn_weight = tp.split(make(h + "attn.c_attn.weight", {C, 3, C}, std), 2, channels);  // columns
+  // columns
+  b.c_attn_weight = tp.split(make(h + "attn.c_attn.weight", {C, 3, C}, std), 2, channels);
   b.c_attn_bias = tp.split(make(h + "attn.c_attn.bias", {3, C}, 0), 1, channels);
-  b.attn_c_proj_weight = tp.split(make(h + "attn.c_proj.weight", {C, C}, residual_std), 0, channels);  // rows
+  // rows
+  b.attn_c_proj_weight =
+      tp.split(make(h + "attn.c_proj.weight", {C, C}, residual_std), 0, channels);
   b.attn_c_proj_bias = tp.replicate(make(h + "attn.c_proj.bias", {C}, 0), true);
   b.ln_2_weight = tp.replicate(make(h + "ln_2.weight", {C}, 0, 1), true);
   b.ln_2_bias = tp.replicate(make(h + "ln_2.bias", {C}, 0), true);
   b.c_fc_weight = tp.split(make(h + "mlp.c_fc.weight", {C, 4 * C}, std), 1, hidden);  // columns
   b.c_fc_bias = tp.split(make(h + "mlp.c_fc.bias", {4 * C}, 0), 0, hidden);
-  b.mlp_c_proj_weight = tp.split(make(h + "mlp.c_proj.weight", {4 * C, C}, residual_std), 0, hidden);  // rows
+  // rows
+  b.mlp_c_proj_weight =
+      tp.split(make(h + "mlp.c_proj.weight", {4 * C, C}, residual_std), 0, hidden);
   b.mlp_c_proj_bias = tp.replicate(make(h + "mlp.c_proj.bias", {C}, 0), true);
   return b;
 }
 
 std::vector<Param*> Block::params() {
-  return {&ln_1_weight, &ln_1_bias, &c_attn_weight, &c_attn_bias, &attn_c_proj_weight, &attn_c_proj_bias,
-          &ln_2_weight, &ln_2_bias, &c_fc_weight,   &c_fc_bias,   &mlp_c_proj_weight,  &mlp_c_proj_bias};
+  return {&ln_1_weight,        &ln_1_bias,        &c_attn_weight,     &c_attn_bias,
+          &attn_c_proj_weight, &attn_c_proj_bias, &ln_2_weight,       &ln_2_bias,
+          &c_fc_weight,        &c_fc_bias,        &mlp_c_proj_weight, &mlp_c_proj_bias};
 }
 
 std::vector<Param*> Gpt::params() {
@@ -56,7 +67,8 @@ std::vector<Param*> Gpt::params() {
   return all;
 }
 
-Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication) : config(g), tp(axis, communication, g.sequence_parallel) {
+Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication)
+    : config(g), tp(axis, communication, g.sequence_parallel) {
   ASSERT(g.width % g.heads == 0 && axis.size <= g.heads && axis.size <= g.vocab);
   wte = tp.split(make("wte.weight", {g.vocab, g.width}, 0.02f), 0, tp.part(g.vocab));
   wte.tied = true;
@@ -93,7 +105,9 @@ Var Gpt::block(Tape& tape, int64_t layer, const Var& x, int64_t R, const Attend&
   return config.recompute ? checkpoint(tape, x, run) : run(tape, x);
 }
 
-Var Gpt::logits(Tape& tape, const Var& x, int64_t rows) { return tp.head(tape, layernorm(tape, x, ln_f_weight, ln_f_bias), rows, wte); }
+Var Gpt::logits(Tape& tape, const Var& x, int64_t rows) {
+  return tp.head(tape, layernorm(tape, x, ln_f_weight, ln_f_bias), rows, wte);
+}
 
 // ---- sizes
 
@@ -104,10 +118,12 @@ int64_t parameter_count(const GptConfig& g) {
 
 double flops_per_token(const GptConfig& g) {
   const double C = g.width, multiplying = g.layers * 12 * C * C + g.vocab * C;
-  return 6 * multiplying + 6 * g.layers * C * g.context;  // attention: 2 products, 2 flops, T/2 keys, x3 with the backward
+  // attention: 2 products, 2 flops, T/2 keys, x3 with the backward
+  return 6 * multiplying + 6 * g.layers * C * g.context;
 }
 
 double head_in_layers(const GptConfig& g) {
   const double C = g.width;
-  return g.vocab * C / (12 * C * C + C * g.context);  // a block's attention: 6 C T of 6 (12 C C + C T), above
+  // a block's attention: 6 C T of 6 (12 C C + C T), above
+  return g.vocab * C / (12 * C * C + C * g.context);
 }

@@ -1,8 +1,11 @@
-// gpt.h: GPT-2, written once. Pre-layernorm blocks, learned positions, tanh GELU, the head tied to the token embedding.
-// idea      the model is a list of Params and three functions: embed, block, logits, written once on tensor_parallel's layers; on one rank these
-//           are plain layers. Training, evaluation, sampling and the other strategies call the three in their own way.
-// source    Radford et al., "Language models are unsupervised multitask learners", 2019; initial values as in its released code:
-//           normal(0, 0.02), positions 0.01, the two projections into the residual stream scaled by 1/sqrt(2 layers)
+// gpt.h: GPT-2, written once. Pre-layernorm blocks, learned positions, tanh GELU, the head tied to
+// the token embedding.
+// idea      the model is a list of Params and three functions: embed, block, logits, written once
+//           on tensor_parallel's layers; on one rank these are plain layers. Training, evaluation,
+//           sampling and the other strategies call the three in their own way.
+// source    Radford et al., "Language models are unsupervised multitask learners", 2019; initial
+//           values as in its released code: normal(0, 0.02), positions 0.01, the two projections
+//           into the residual stream scaled by 1/sqrt(2 layers)
 // test      tests/test_golden.cpp (PyTorch), tests/test_autograd.cpp (finite differences)
 #pragma once
 #include "launch/options.h"
@@ -14,7 +17,9 @@ struct GptConfig : ModelSize {
   bool recompute = false;  // keep only each block's input; run its forward again in the backward
   bool sequence_parallel = false;
 };
-GptConfig model_config(const ModelSize& size, const std::string& dtype, const std::string& attention);  // as the options name them
+// as the options name them
+GptConfig model_config(const ModelSize& size, const std::string& dtype,
+                       const std::string& attention);
 
 struct Block {  // names as in GPT-2: h.<layer>.<name>
   Param ln_1_weight, ln_1_bias;
@@ -28,16 +33,19 @@ struct Block {  // names as in GPT-2: h.<layer>.<name>
 
 class Gpt {
  public:
-  // Declares the parameters, this tp rank's part of each; FSDP gives them memory. Without an axis: all of each, on one rank.
+  // Declares the parameters, this tp rank's part of each; FSDP gives them memory. Without an axis:
+  // all of each, on one rank.
   explicit Gpt(const GptConfig& config, const Axis& tp = {}, cudaStream_t communication = nullptr);
   Gpt(const Gpt&) = delete;
 
   Var embed(Tape& tape, const Tokens& tokens);                               // (R,C)
   Var block(Tape& tape, int64_t layer, const Var& x, int64_t B, int64_t T);  // (R,C)
-  // The same with another attention: from (R, 3 x this rank's heads x D) to (R, this rank's heads x D). generate.cpp attends to a cache.
+  // The same with another attention: from (R, 3 x this rank's heads x D) to (R, this rank's heads x
+  // D). generate.cpp attends to a cache.
   using Attend = std::function<Var(Tape& tape, const Var& qkv)>;
   Var block(Tape& tape, int64_t layer, const Var& x, int64_t rows, const Attend& attend);
-  Var logits(Tape& tape, const Var& x, int64_t rows);                        // (R, this rank's part of V)
+  // (R, this rank's part of V)
+  Var logits(Tape& tape, const Var& x, int64_t rows);
 
   std::vector<Param*> params();  // in a fixed order; wte once
 
@@ -48,7 +56,9 @@ class Gpt {
 };
 
 int64_t parameter_count(const GptConfig& config);
-// Products of a training step per token, forward and backward: 6 per weight that multiplies, and the causal attention's
-// (Chowdhery et al., "PaLM", 2022, appendix B, with half the scores for the causal mask). Counted in floating-point operations.
+// Products of a training step per token, forward and backward: 6 per weight that multiplies, and
+// the causal attention's (Chowdhery et al., "PaLM", 2022, appendix B, with half the scores for the
+// causal mask). Counted in floating-point operations.
 double flops_per_token(const GptConfig& config);
-double head_in_layers(const GptConfig& config);  // what the head costs, in blocks: to cut the model into stages of equal work
+// what the head costs, in blocks: to cut the model into stages of equal work
+double head_in_layers(const GptConfig& config);

@@ -3,7 +3,8 @@
 
 #include <cmath>
 
-Optimizer::Optimizer(std::vector<Shard> shards, int64_t parameters, double clip, double weight_decay)
+Optimizer::Optimizer(std::vector<Shard> shards, int64_t parameters, double clip,
+                     double weight_decay)
     : shards_(std::move(shards)), clip_(clip), weight_decay_(weight_decay) {
   squares_ = Tensor({parameters}, Dtype::f64, Memory::workspace);
   norm_ = Tensor({1}, Dtype::f64, Memory::workspace);

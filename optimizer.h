@@ -1,6 +1,7 @@
 // optimizer.h: AdamW over a list of shards, with the global gradient norm and clipping.
-// idea      a shard is what this rank updates: a whole parameter here, a slice of a flat FSDP unit later. Master weights and moments are
-//           f32 (f64 in proofs) whatever dtype computes; for f32 and f64 the master weights are the weights themselves.
+// idea      a shard is what this rank updates: a whole parameter here, a slice of a flat FSDP unit
+//           later. Master weights and moments are f32 (f64 in proofs) whatever dtype computes; for
+//           f32 and f64 the master weights are the weights themselves.
 // order     norm, clip factor and update stay on the device: no step waits for the host
 // cost      memory a parameter: f32 m + v 8 bytes; bf16 m + v + master 12 bytes
 // test      tests/test_golden.cpp (three steps against PyTorch)
@@ -12,20 +13,25 @@ struct Shard {
   Tensor compute;   // the weights that compute, when their dtype differs; else empty
   Tensor gradient;  // master dtype
   Tensor m, v;
-  const Param* param = nullptr;  // whose part it is: elements first, first + 1, ... of what this rank owns of it
+  // whose part it is: elements first, first + 1, ... of what this rank owns of it
+  const Param* param = nullptr;
   int64_t first = 0;
 };
 
 class Optimizer {
  public:
-  // clip: the largest global norm that an update may see; 0 for none. `parameters`: how many there are in all.
+  // clip: the largest global norm that an update may see; 0 for none. `parameters`: how many there
+  // are in all.
   Optimizer(std::vector<Shard> shards, int64_t parameters, double clip, double weight_decay);
-  // sum_squares adds up the vector of per-parameter squares over the ranks that share parameters; nothing to do on one rank.
+  // sum_squares adds up the vector of per-parameter squares over the ranks that share parameters;
+  // nothing to do on one rank.
   void step(double lr, const std::function<void(const Tensor& squares)>& sum_squares = {});
-  double norm() const { return download(norm_)[0]; }  // of the last step's gradients, before clipping; waits for the device
+  // of the last step's gradients, before clipping; waits for the device
+  double norm() const { return download(norm_)[0]; }
   const std::vector<Shard>& shards() const { return shards_; }
   int64_t steps() const { return steps_; }
-  void resume_after(int64_t steps) { steps_ = steps; }  // weights, m and v are as `steps` steps left them
+  // weights, m and v are as `steps` steps left them
+  void resume_after(int64_t steps) { steps_ = steps; }
 
  private:
   std::vector<Shard> shards_;
@@ -34,5 +40,6 @@ class Optimizer {
   int64_t steps_ = 0;
 };
 
-// Linear warm-up from 0 over `warmup` steps, then half a cosine from `lr` to `min_lr` at the last step. step counts from 1.
+// Linear warm-up from 0 over `warmup` steps, then half a cosine from `lr` to `min_lr` at the last
+// step. step counts from 1.
 double learning_rate(int64_t step, int64_t steps, int64_t warmup, double lr, double min_lr);

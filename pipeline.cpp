@@ -1,16 +1,20 @@
-// pipeline.cpp: the executor of pipeline schedules. See pipeline.h for the idea and schedule.h for the schedules.
+// pipeline.cpp: the executor of pipeline schedules. See pipeline.h for the idea and schedule.h for
+// the schedules.
 //
 //   stage 0   F0 F1 F2 F3          B0    B1 ...        1f1b, 4 stages: a stage warms up with one forward for each stage behind it, then
 //   stage 1      F0 F1 F2       B0 F3 B1 ...           one backward makes room for one forward
 //   stage 2         F0 F1    B0 F2 B1 F3 ...
 //   stage 3            F0 B0 F1 B1 F2 ...
 //
-// traffic   an activation forward and its gradient backward at each of the pV - 1 cuts: 2 m (pV - 1) sends in all of S*C elements (S: rows
-//           that a rank holds); the tied embedding's gradient once a step between first and last stage
-// memory    weights, gradients and optimizer state of this stage's layers; activations of as many micro-batches as the schedule keeps alive
-// bubble    how long a stage idles: schedule.h has the formulas, report.cpp prints them beside what this executor measured
-// overlap   an exchange waits for what it sends and for room for what it receives, not for all that was computed before it; a computation
-//           waits for what it needs
+// traffic   an activation forward and its gradient backward at each of the pV - 1 cuts: 2 m (pV -
+//           1) sends in all of S*C elements (S: rows that a rank holds); the tied embedding's
+//           gradient once a step between first and last stage
+// memory    weights, gradients and optimizer state of this stage's layers; activations of as many
+//           micro-batches as the schedule keeps alive
+// bubble    how long a stage idles: schedule.h has the formulas, report.cpp prints them beside what
+//           this executor measured
+// overlap   an exchange waits for what it sends and for room for what it receives, not for all that
+//           was computed before it; a computation waits for what it needs
 // not here  stages on different numbers of ranks, activations kept on the host
 // test      tests/test_pipeline.cpp
 #include "pipeline.h"
@@ -39,7 +43,8 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
     work_[i].begin.record(device().compute);
     work();
     work_[i].end.record(device().compute);
-    if (!device().is_gpu) synchronize();  // where streams run by themselves this action's work would count for a later one
+    // where streams run by themselves this action's work would count for a later one
+    if (!device().is_gpu) synchronize();
     milliseconds_[i] = (processor_seconds() - begin) * 1e3;
   };
   prepare_room(0, shape, dtype);
@@ -51,13 +56,15 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
       continue;
     }
     Live& live = lives[{a.microbatch, a.chunk}];
-    const auto input = transfer_of(schedule_, mesh_.pp.rank, a, false), output = transfer_of(schedule_, mesh_.pp.rank, a, true);
+    const auto input = transfer_of(schedule_, mesh_.pp.rank, a, false),
+               output = transfer_of(schedule_, mesh_.pp.rank, a, true);
     switch (a.kind) {
       case Action::forward:
         if (input) live.in.value = arrived(*input);
         live.bytes = (input ? live.in.value.bytes() : 0) - held;
         measured(i, [&] { live.out = compute(live.tape, a.chunk, live.in, a.microbatch); });
-        live.bytes += held - (output ? live.out.value.bytes() : 0);  // what was made, and what came, less what is passed on
+        // what was made, and what came, less what is passed on
+        live.bytes += held - (output ? live.out.value.bytes() : 0);
         live.in.value = Tensor();  // whoever needs it for the backward has it
         count_live(lives);
         if (output) post(*output, std::move(live.out.value));
@@ -74,7 +81,8 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
           for (; !live.later.empty(); live.later.pop_front()) live.later.front()();
         });
     }
-    if (a.kind == Action::backward || a.kind == Action::weight_gradient) lives.erase({a.microbatch, a.chunk});
+    if (a.kind == Action::backward || a.kind == Action::weight_gradient)
+      lives.erase({a.microbatch, a.chunk});
   }
   release_sent(exchanges_);
 }
@@ -121,29 +129,35 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   const auto event = std::make_shared<Event>();
   exchanges_++;
   for (const Transfer& t : transfers)
-    if (t.send) outbox_.at(t).event->make_wait(mesh_.stream);  // what is sent must have been computed
-    else free_.make_wait(mesh_.stream);                        // whoever used this memory before must be done with it
+    // what is sent must have been computed
+    if (t.send) outbox_.at(t).event->make_wait(mesh_.stream);
+    // whoever used this memory before must be done with it
+    else free_.make_wait(mesh_.stream);
 
   NCCL_CHECK(ncclGroupStart());
   for (const Transfer& t : transfers) {
     if (t.send) {
       const Tensor x = outbox_.extract(t).mapped().x;
       ledger.send(mesh_.pp, x.bytes());
-      NCCL_CHECK(ncclSend(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), t.peer, mesh_.pp.comm, mesh_.stream));
+      NCCL_CHECK(ncclSend(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), t.peer, mesh_.pp.comm,
+                          mesh_.stream));
       sent_.push_back({x, event, exchanges_});
     } else {
       const Tensor x = std::move(room_.front());
       room_.pop_front();
-      NCCL_CHECK(ncclRecv(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), t.peer, mesh_.pp.comm, mesh_.stream));
+      NCCL_CHECK(ncclRecv(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), t.peer, mesh_.pp.comm,
+                          mesh_.stream));
       inbox_[t] = {x, event, exchanges_};
     }
   }
   NCCL_CHECK(ncclGroupEnd());
   event->record(mesh_.stream);
-  if (sent_.size() > 4) release_sent(sent_[sent_.size() - 5].exchange);  // a stage that runs ahead keeps four parcels at most
+  // a stage that runs ahead keeps four parcels at most
+  if (sent_.size() > 4) release_sent(sent_[sent_.size() - 5].exchange);
 }
 
-// Room for what the next exchange from action `i` on receives, now, so that it waits for nothing that is computed from here on.
+// Room for what the next exchange from action `i` on receives, now, so that it waits for nothing
+// that is computed from here on.
 void Pipeline::prepare_room(size_t i, const Shape& shape, Dtype dtype) {
   const std::vector<Action>& actions = schedule_.ranks[mesh_.pp.rank];
   while (i < actions.size() && actions[i].kind != Action::exchange) i++;
@@ -161,14 +175,17 @@ void Pipeline::post(const Transfer& transfer, Tensor x) {
 
 Tensor Pipeline::arrived(const Transfer& transfer) {
   const auto parcel = inbox_.extract(transfer);
-  ASSERT(parcel, to_string(Action{Action::exchange, -1, -1, {transfer}}), " did not come before it was needed");
+  ASSERT(parcel, to_string(Action{Action::exchange, -1, -1, {transfer}}),
+         " did not come before it was needed");
   const auto& [x, event, exchange] = parcel.mapped();
   event->make_wait(device().compute);  // it must have arrived
-  while (!sent_.empty() && sent_.front().exchange <= exchange) sent_.pop_front();  // one queue: these left before
+  // one queue: these left before
+  while (!sent_.empty() && sent_.front().exchange <= exchange) sent_.pop_front();
   return x;
 }
 
-// The compute stream waits until everything up to that exchange has left; then the memory can be used again.
+// The compute stream waits until everything up to that exchange has left; then the memory can be
+// used again.
 void Pipeline::release_sent(int exchange) {
   while (!sent_.empty() && sent_.front().exchange <= exchange) {
     sent_.front().event->make_wait(device().compute);
@@ -187,8 +204,10 @@ void Pipeline::sum_tied(const Tensor& gradient) {
   make_wait(mesh_.stream, device().compute);  // the gradient must be complete
   ledger.send(mesh_.pp, gradient.bytes());
   NCCL_CHECK(ncclGroupStart());
-  NCCL_CHECK(ncclSend(gradient.raw(), size_t(gradient.numel()), nccl_type(gradient.dtype()), peer, mesh_.pp.comm, mesh_.stream));
-  NCCL_CHECK(ncclRecv(other.raw(), size_t(other.numel()), nccl_type(other.dtype()), peer, mesh_.pp.comm, mesh_.stream));
+  NCCL_CHECK(ncclSend(gradient.raw(), size_t(gradient.numel()), nccl_type(gradient.dtype()), peer,
+                      mesh_.pp.comm, mesh_.stream));
+  NCCL_CHECK(ncclRecv(other.raw(), size_t(other.numel()), nccl_type(other.dtype()), peer,
+                      mesh_.pp.comm, mesh_.stream));
   NCCL_CHECK(ncclGroupEnd());
   make_wait(device().compute, mesh_.stream);  // the other stage's part must have arrived
   add(gradient, gradient, other);             // a + b here, b + a there: the same bits
@@ -197,13 +216,16 @@ void Pipeline::sum_tied(const Tensor& gradient) {
 // ---- who owns which layers
 
 std::vector<Range> split_layers(int64_t layers, double head, int positions) {
-  REQUIRE(layers >= positions, layers, " layers cannot be cut into ", positions, " pieces (stages x chunks): each needs a layer");
+  REQUIRE(layers >= positions, layers, " layers cannot be cut into ", positions,
+          " pieces (stages x chunks): each needs a layer");
   const double each = (double(layers) + head) / positions;
   std::vector<Range> ranges;
   int64_t end = 0;
   for (int v = 0; v < positions; v++) {
     const int64_t begin = end, later = positions - 1 - v;
-    end = v + 1 == positions ? layers : std::clamp(int64_t(std::llround(each * (v + 1))), begin + 1, layers - later);
+    end = v + 1 == positions
+              ? layers
+              : std::clamp(int64_t(std::llround(each * (v + 1))), begin + 1, layers - later);
     ranges.push_back({begin, end});
   }
   return ranges;

@@ -1,7 +1,9 @@
-// pipeline.h: Pipeline parallelism: the layers are cut into stages, one a rank of the pp axis, and micro-batches flow through them.
+// pipeline.h: Pipeline parallelism: the layers are cut into stages, one a rank of the pp axis, and
+// micro-batches flow through them.
 //
-// idea      what a stage does, and in which order, is a value: a Schedule (schedule.h). The executor is a loop with one switch over its
-//           actions. Every micro-batch has a tape of its own on every chunk, which lives from its forward to its backward.
+// idea      what a stage does, and in which order, is a value: a Schedule (schedule.h). The
+//           executor is a loop with one switch over its actions. Every micro-batch has a tape of
+//           its own on every chunk, which lives from its forward to its backward.
 // source    see schedule.h for the schedules
 // test      tests/test_pipeline.cpp
 #pragma once
@@ -13,33 +15,39 @@
 #include "comm.h"
 #include "schedule.h"
 
-// Layers of each position of the model: as even as it goes when the head counts for as many layers as it costs. At least one each.
+// Layers of each position of the model: as even as it goes when the head counts for as many layers
+// as it costs. At least one each.
 std::vector<Range> split_layers(int64_t layers, double head_in_layers, int positions);
 
 class Pipeline {
  public:
-  // One chunk of the model on one micro-batch: takes the activation of the position before (at the first position: nothing) and returns its own
-  // (at the last: nothing; the loss has been added up).
+  // One chunk of the model on one micro-batch: takes the activation of the position before (at the
+  // first position: nothing) and returns its own (at the last: nothing; the loss has been added
+  // up).
   using Compute = std::function<Var(Tape& tape, int chunk, const Var& x, int microbatch)>;
 
   Pipeline(Mesh& mesh, Schedule schedule) : mesh_(mesh), schedule_(std::move(schedule)) {
-    ASSERT(schedule_.stages > 1 || schedule_.chunks == 1, "chunks of one stage have nobody to hand their results on");
+    ASSERT(schedule_.stages > 1 || schedule_.chunks == 1,
+           "chunks of one stage have nobody to hand their results on");
   }
   const Schedule& schedule() const { return schedule_; }
   int position(int chunk) const { return schedule_.position(mesh_.pp.rank, chunk); }
   bool is_first(int chunk) const { return position(chunk) == 0; }
   bool is_last(int chunk) const { return position(chunk) + 1 == schedule_.positions(); }
 
-  // A step: the whole schedule, forward and backward. Activations between stages have this shape and dtype.
+  // A step: the whole schedule, forward and backward. Activations between stages have this shape
+  // and dtype.
   void run(const Shape& shape, Dtype dtype, const Compute& compute);
   // Forward only, one micro-batch after the other: evaluation and sampling.
   void forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute);
-  // The token embedding's gradient: the first stage has the embedding's part, the last one the head's; both get the sum.
+  // The token embedding's gradient: the first stage has the embedding's part, the last one the
+  // head's; both get the sum.
   void sum_tied(const Tensor& gradient);
 
-  bool timed = false;  // the next run: without a GPU every computation then waits for its end, and nothing overlaps
-  // Of the last timed run: how long each computation of this stage took by itself (on a GPU by events, else in processor time: ranks may
-  // share cores), 0 for exchanges. Waits for the device.
+  // the next run: without a GPU every computation then waits for its end, and nothing overlaps
+  bool timed = false;
+  // Of the last timed run: how long each computation of this stage took by itself (on a GPU by
+  // events, else in processor time: ranks may share cores), 0 for exchanges. Waits for the device.
   std::vector<double> milliseconds() const;
   // Of the last run: the most that its tapes kept for backwards at once.
   int64_t most_live() const { return most_live_; }  // micro-batches, each on each chunk
@@ -49,11 +57,18 @@ class Pipeline {
   struct Live {  // a micro-batch on a chunk
     Tape tape;
     Var in, out;
-    std::deque<std::function<void()>> later;  // its weight gradients, where the schedule puts them off
-    int64_t bytes = 0;                        // activations that its tape keeps
+    // its weight gradients, where the schedule puts them off
+    std::deque<std::function<void()>> later;
+    int64_t bytes = 0;  // activations that its tape keeps
   };
-  struct Parcel { Tensor x; std::shared_ptr<Event> event; int exchange = 0; };  // computed, left or arrived when the event is reached
-  using Lives = std::map<std::pair<int, int>, Live>;  // by micro-batch and chunk; a map: tapes hold references to themselves
+  // computed, left or arrived when the event is reached
+  struct Parcel {
+    Tensor x;
+    std::shared_ptr<Event> event;
+    int exchange = 0;
+  };
+  // by micro-batch and chunk; a map: tapes hold references to themselves
+  using Lives = std::map<std::pair<int, int>, Live>;
   void count_live(const Lives& lives);
   void exchange(const std::vector<Transfer>& transfers);
   void prepare_room(size_t action, const Shape& shape, Dtype dtype);
@@ -64,11 +79,12 @@ class Pipeline {
   Mesh& mesh_;
   Schedule schedule_;
   std::map<Transfer, Parcel> outbox_, inbox_;
-  std::deque<Parcel> sent_;   // on their way; dropped once the compute stream knows that they have left
-  std::deque<Tensor> room_;   // for what the next exchange receives
-  Event free_;                // the room is free
+  // on their way; dropped once the compute stream knows that they have left
+  std::deque<Parcel> sent_;
+  std::deque<Tensor> room_;  // for what the next exchange receives
+  Event free_;               // the room is free
   int exchanges_ = 0;
-  std::vector<double> milliseconds_;       // of each action, in processor time
-  std::map<size_t, TimedWork> work_;       // of each computation
+  std::vector<double> milliseconds_;  // of each action, in processor time
+  std::map<size_t, TimedWork> work_;  // of each computation
   int64_t most_live_ = 0, most_live_bytes_ = 0;
 };

@@ -1,6 +1,7 @@
 // tensor.cu: memory, the device, and the kernels that move, fill and initialise.
-// idea      cudaMallocAsync takes memory from a stream-ordered pool that never gives it back to the system while we run: a plain
-//           cudaMalloc or cudaFree inside a step would stop the whole device.
+// idea      cudaMallocAsync takes memory from a stream-ordered pool that never gives it back to the
+//           system while we run: a plain cudaMalloc or cudaFree inside a step would stop the whole
+//           device.
 // not here  the ops: kernels/ has one file for each
 // test      tests/test_tensor.cpp
 #include "tensor.h"
@@ -24,7 +25,8 @@ const char* name_of(Dtype dtype) {
 }
 
 const char* name_of(Memory category) {
-  static const char* names[] = {"parameters", "gradients", "optimizer", "activations", "gather buffers", "workspace", "data", "keys and values"};
+  static const char* names[] = {"parameters",     "gradients", "optimizer", "activations",
+                                "gather buffers", "workspace", "data",      "keys and values"};
   return names[int(category)];
 }
 
@@ -99,21 +101,25 @@ static std::string mib(int64_t bytes) { return format("%.1f MiB", double(bytes) 
 std::string describe_memory(const MemoryUse& m) {
   std::string s;
   for (int i = 0; i < kMemoryCategories; i++)
-    if (m.peak[i]) s += sentence("  ", name_of(Memory(i)), ": ", mib(m.now[i]), " now, ", mib(m.at_peak[i]), " at the peak\n");
+    if (m.peak[i])
+      s += sentence("  ", name_of(Memory(i)), ": ", mib(m.now[i]), " now, ", mib(m.at_peak[i]),
+                    " at the peak\n");
   return s + sentence("  all: ", mib(m.total), " now, ", mib(m.total_peak), " at the peak\n");
 }
 
 Buffer::Buffer(int64_t bytes, Memory category) : bytes(bytes), category(category) {
   Device& d = device();
   const auto refuse = [&](const std::string& limit) {
-    throw Error(sentence("out of device memory: ", mib(bytes), " more for ", name_of(category), " does not fit ", limit,
-                         "; what holds it:\n", describe_memory(d.memory)));
+    throw Error(sentence("out of device memory: ", mib(bytes), " more for ", name_of(category),
+                         " does not fit ", limit, "; what holds it:\n", describe_memory(d.memory)));
   };
-  if (d.memory_limit && d.memory.total + bytes > d.memory_limit) refuse(sentence("under --device-memory ", mib(d.memory_limit)));
+  if (d.memory_limit && d.memory.total + bytes > d.memory_limit)
+    refuse(sentence("under --device-memory ", mib(d.memory_limit)));
   if (bytes) {
     const cudaError_t status = cudaMallocAsync(&data, bytes, d.compute);
     if (status == cudaErrorMemoryAllocation) {
-      cudaGetLastError();  // forget it: the program may go on, and the next launch asks for the last error
+      // forget it: the program may go on, and the next launch asks for the last error
+      cudaGetLastError();
       refuse(sentence("in what ", d.name, " has left"));
     }
     CUDA_CHECK(status);
@@ -134,7 +140,8 @@ Buffer::~Buffer() {
 
 // ---- tensors
 
-Tensor::Tensor(Shape shape, Dtype dtype, Memory category) : shape_(std::move(shape)), dtype_(dtype) {
+Tensor::Tensor(Shape shape, Dtype dtype, Memory category)
+    : shape_(std::move(shape)), dtype_(dtype) {
   buffer_ = std::make_shared<Buffer>(bytes(), category);
   data_ = buffer_->data;
 }
@@ -145,7 +152,8 @@ Tensor Tensor::view(Shape shape) const {
 }
 
 Tensor Tensor::part(int64_t first, Shape shape) const {
-  ASSERT(first >= 0 && first + elements(shape) <= numel(), to_string(shape), " at ", first, " is not inside ", to_string(shape_));
+  ASSERT(first >= 0 && first + elements(shape) <= numel(), to_string(shape), " at ", first,
+         " is not inside ", to_string(shape_));
   Tensor t = *this;
   t.shape_ = std::move(shape);
   t.data_ = static_cast<char*>(data_) + first * int64_t(size_of(dtype_));
@@ -159,27 +167,35 @@ namespace {
 constexpr int kThreads = block_threads(256);
 
 // x (n) = value; writes n
-template <class T> __global__ void __launch_bounds__(256) fill_kernel(T* __restrict__ x, double value, int64_t n) {
+template <class T> __global__ void __launch_bounds__(256)
+    fill_kernel(T* __restrict__ x, double value, int64_t n) {
   const T v = store<T>(static_cast<acc_t<T>>(value));
   for_tile<kThreads, 1>(n, [=](int64_t i, auto) { x[i] = v; });
 }
 
 // y (n) of T = x (n) of U; reads n, writes n
-template <class T, class U> __global__ void __launch_bounds__(256) cast_kernel(T* __restrict__ y, const U* __restrict__ x, int64_t n) {
-  for_tile<kThreads, 1>(n, [=](int64_t i, auto) { y[i] = store<T>(static_cast<acc_t<T>>(load(x[i]))); });
+template <class T, class U> __global__ void __launch_bounds__(256)
+    cast_kernel(T* __restrict__ y, const U* __restrict__ x, int64_t n) {
+  for_tile<kThreads, 1>(n, [=](int64_t i, auto) {
+    y[i] = store<T>(static_cast<acc_t<T>>(load(x[i])));
+  });
 }
 
-// x (n), the elements of (outer, end - begin, inner) from `start` on: element g of the whole parameter has the value that (seed, parameter, g) gives
-template <class T>
-__global__ void __launch_bounds__(256) random_kernel(T* __restrict__ x, uint64_t seed, uint32_t parameter, float scale, Slice s, int64_t start,
-                                                     int64_t n) {
+// x (n), the elements of (outer, end - begin, inner) from `start` on: element g of the whole
+// parameter has the value that (seed, parameter, g) gives
+template <class T> __global__ void __launch_bounds__(256)
+    random_kernel(T* __restrict__ x, uint64_t seed, uint32_t parameter, float scale, Slice s,
+                  int64_t start, int64_t n) {
   const int64_t width = (s.end - s.begin) * s.inner;
   for_tile<kThreads, 1>(n, [=](int64_t i, auto) {
-    const int64_t own = start + i, g = own / width * s.split * s.inner + s.begin * s.inner + own % width;
-    const Philox4 r = philox(uint32_t(g), uint32_t(g >> 32), parameter, 0, uint32_t(seed), uint32_t(seed >> 32));
+    const int64_t own = start + i,
+                  g = own / width * s.split * s.inner + s.begin * s.inner + own % width;
+    const Philox4 r =
+        philox(uint32_t(g), uint32_t(g >> 32), parameter, 0, uint32_t(seed), uint32_t(seed >> 32));
     int sum = 0;
     for (int k = 0; k < 4; k++) sum += int(r.v[k] & 0xffff) + int(r.v[k] >> 16);
-    x[i] = store<T>(static_cast<acc_t<T>>(float(sum - 4 * 0xffff) * scale));  // eight halves of mean 0xffff / 2
+    // eight halves of mean 0xffff / 2
+    x[i] = store<T>(static_cast<acc_t<T>>(float(sum - 4 * 0xffff) * scale));
   });
 }
 
@@ -194,17 +210,20 @@ void fill(const Tensor& x, double value) {
     CUDA_CHECK(cudaMemsetAsync(x.raw(), 0, x.bytes(), device().compute));
     return;
   }
-  DISPATCH(x.dtype(), fill_kernel<T><<<tiles(n), kThreads, 0, device().compute>>>(x.data<T>(), value, n));
+  DISPATCH(x.dtype(),
+           fill_kernel<T><<<tiles(n), kThreads, 0, device().compute>>>(x.data<T>(), value, n));
 }
 
 void copy(const Tensor& to, const Tensor& from) {
   ASSERT(to.dtype() == from.dtype() && to.numel() == from.numel());
-  CUDA_CHECK(cudaMemcpyAsync(to.raw(), from.raw(), to.bytes(), cudaMemcpyDeviceToDevice, device().compute));
+  CUDA_CHECK(cudaMemcpyAsync(to.raw(), from.raw(), to.bytes(), cudaMemcpyDeviceToDevice,
+                             device().compute));
 }
 
 template <class U> static void cast_from(const Tensor& to, const Tensor& from) {
   const int64_t n = to.numel();
-  DISPATCH(to.dtype(), cast_kernel<T, U><<<tiles(n), kThreads, 0, device().compute>>>(to.data<T>(), from.data<U>(), n));
+  DISPATCH(to.dtype(), cast_kernel<T, U>
+           <<<tiles(n), kThreads, 0, device().compute>>>(to.data<T>(), from.data<U>(), n));
 }
 
 void cast(const Tensor& to, const Tensor& from) {
@@ -218,8 +237,10 @@ void upload(const Tensor& to, const void* host) {
   // The copy is asynchronous: what it reads stays until the stream has passed it.
   const char* first = static_cast<const char*>(host);
   auto* kept = new std::vector<char>(first, first + to.bytes());
-  CUDA_CHECK(cudaMemcpyAsync(to.raw(), kept->data(), kept->size(), cudaMemcpyHostToDevice, device().compute));
-  CUDA_CHECK(cudaLaunchHostFunc(device().compute, [](void* p) { delete static_cast<std::vector<char>*>(p); }, kept));
+  CUDA_CHECK(cudaMemcpyAsync(to.raw(), kept->data(), kept->size(), cudaMemcpyHostToDevice,
+                             device().compute));
+  CUDA_CHECK(cudaLaunchHostFunc(
+      device().compute, [](void* p) { delete static_cast<std::vector<char>*>(p); }, kept));
 }
 
 void download(const Tensor& x, void* host) {
@@ -244,10 +265,13 @@ std::vector<double> download(const Tensor& x) {
   return values;
 }
 
-void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float std, const Slice& slice, int64_t first) {
+void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float std, const Slice& slice,
+                 int64_t first) {
   const int64_t n = x.numel();
   ASSERT(first + n <= slice.outer * (slice.end - slice.begin) * slice.inner);
   if (!n) return;
-  const float scale = std / sqrtf(8 * (65536.0f * 65536.0f - 1) / 12);  // the deviation of a sum of eight uniform 16-bit integers
-  DISPATCH(x.dtype(), random_kernel<T><<<tiles(n), kThreads, 0, device().compute>>>(x.data<T>(), seed, parameter, scale, slice, first, n));
+  // the deviation of a sum of eight uniform 16-bit integers
+  const float scale = std / sqrtf(8 * (65536.0f * 65536.0f - 1) / 12);
+  DISPATCH(x.dtype(), random_kernel<T><<<tiles(n), kThreads, 0, device().compute>>>(
+                          x.data<T>(), seed, parameter, scale, slice, first, n));
 }

@@ -1,9 +1,12 @@
 // tensor.h: shaped, typed device memory, and the one device and compute stream that a rank uses.
 //
-// legend    B batch, T time (context), C channels (width), H heads, D = C/H, V vocabulary, R = B*T rows
-// idea      a Tensor owns its memory through a counted reference: copies and views share it, the last one returns it to the
-//           stream-ordered pool. Kernels take raw pointers. All tensors are dense and row-major.
-// cost      every byte is counted as requested, by category, when it is allocated: what `--device-memory` caps
+// legend    B batch, T time (context), C channels (width), H heads, D = C/H, V vocabulary, R = B*T
+//           rows
+// idea      a Tensor owns its memory through a counted reference: copies and views share it, the
+//           last one returns it to the stream-ordered pool. Kernels take raw pointers. All tensors
+//           are dense and row-major.
+// cost      every byte is counted as requested, by category, when it is allocated: what
+//           `--device-memory` caps
 // not here  strides, broadcasting, operator overloading: each op says its shapes
 // test      tests/test_tensor.cpp
 #pragma once
@@ -24,7 +27,8 @@
 enum class Dtype { f32, bf16, f64, i32 };
 size_t size_of(Dtype dtype);       // bytes of one element
 const char* name_of(Dtype dtype);  // "f32"
-// The dtype of gradients, master weights and moments beside values of `compute`: f64 for f64, else f32.
+// The dtype of gradients, master weights and moments beside values of `compute`: f64 for f64, else
+// f32.
 inline Dtype master_dtype(Dtype compute) { return compute == Dtype::f64 ? Dtype::f64 : Dtype::f32; }
 
 template <class T> struct DtypeOf;
@@ -44,7 +48,8 @@ constexpr int kMemoryCategories = 8;
 const char* name_of(Memory category);
 
 struct MemoryUse {  // bytes as requested
-  std::array<int64_t, kMemoryCategories> now{}, peak{}, at_peak{};  // at_peak: what each held when the total was highest
+  // at_peak: what each held when the total was highest
+  std::array<int64_t, kMemoryCategories> now{}, peak{}, at_peak{};
   int64_t total = 0, total_peak = 0;
 };
 
@@ -59,11 +64,13 @@ struct Device {
   int64_t memory_limit = 0;  // bytes; 0: no cap of our own
   MemoryUse memory;
 };
-// Opens the device on first use. `open_device` chooses which and caps its memory; call it once, before anything else.
+// Opens the device on first use. `open_device` chooses which and caps its memory; call it once,
+// before anything else.
 int device_count();
 Device& device();
 Device& open_device(int ordinal, int64_t memory_limit_bytes);
-void close_device();                              // returns streams and handles; every Tensor must be gone
+// returns streams and handles; every Tensor must be gone
+void close_device();
 void synchronize();                               // host waits for the compute stream
 std::string describe_memory(const MemoryUse& m);  // one line a category: now and peak, in MiB
 
@@ -91,12 +98,14 @@ class Tensor {
   Dtype dtype() const { return dtype_; }
   void* raw() const { return data_; }
   template <class T> T* data() const {
-    ASSERT(dtype_ == DtypeOf<T>::value, "asked a tensor of ", name_of(dtype_), " for ", name_of(DtypeOf<T>::value));
+    ASSERT(dtype_ == DtypeOf<T>::value, "asked a tensor of ", name_of(dtype_), " for ",
+           name_of(DtypeOf<T>::value));
     return static_cast<T*>(data_);
   }
-  Tensor view(Shape shape) const;                        // the same elements in another shape
+  Tensor view(Shape shape) const;                         // the same elements in another shape
   Tensor part(int64_t first_element, Shape shape) const;  // consecutive elements; shares the memory
-  bool shared() const { return buffer_.use_count() > 1; }  // somebody else may read it: do not write in place
+  // somebody else may read it: do not write in place
+  bool shared() const { return buffer_.use_count() > 1; }
 
  private:
   std::shared_ptr<Buffer> buffer_;
@@ -109,7 +118,10 @@ class Tensor {
 
 class Event {  // a place in a stream that another stream can wait for
  public:
-  explicit Event(bool timed = false) { CUDA_CHECK(cudaEventCreateWithFlags(&event_, timed ? cudaEventDefault : cudaEventDisableTiming)); }
+  explicit Event(bool timed = false) {
+    CUDA_CHECK(
+        cudaEventCreateWithFlags(&event_, timed ? cudaEventDefault : cudaEventDisableTiming));
+  }
   ~Event() { cudaEventDestroy(event_); }
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
@@ -124,24 +136,35 @@ class Event {  // a place in a stream that another stream can wait for
  private:
   cudaEvent_t event_ = nullptr;
 };
-struct TimedWork { Event begin{true}, end{true}; double seconds() const { return end.seconds_since(begin); } };
+struct TimedWork {
+  Event begin{true}, end{true};
+  double seconds() const { return end.seconds_since(begin); }
+};
 void make_wait(cudaStream_t stream, cudaStream_t other);  // for everything that is in `other` now
 
 // ---- moving and filling; asynchronous on the compute stream unless said otherwise
 
 void fill(const Tensor& x, double value);
-void copy(const Tensor& to, const Tensor& from);      // same dtype and number of elements
-void cast(const Tensor& to, const Tensor& from);      // f32, bf16, f64, any to any
-void upload(const Tensor& to, const void* host);      // returns when `host` may be reused
-std::vector<double> download(const Tensor& x);        // waits; any dtype, widened
-void download(const Tensor& x, void* host);           // waits; the bytes as they are
+void copy(const Tensor& to, const Tensor& from);  // same dtype and number of elements
+void cast(const Tensor& to, const Tensor& from);  // f32, bf16, f64, any to any
+void upload(const Tensor& to, const void* host);  // returns when `host` may be reused
+std::vector<double> download(const Tensor& x);    // waits; any dtype, widened
+void download(const Tensor& x, void* host);       // waits; the bytes as they are
 
-// Initial weights. Element i of the *global* parameter depends on (seed, parameter, i) alone, so that every layout starts from
-// the same bits: Philox-4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) yields 128 bits, and the
-// sum of their eight 16-bit halves, centred and scaled to deviation `std`, is close to normal (Irwin-Hall, tails end at 4.9 std). The sum
-// is an integer and one product rounds it to f32, so the bits are the same on every machine, too.
-// A rank owns rows [begin, end) of the middle dim of a parameter seen as (outer, split, inner); x is the elements of that, in order,
-// from `first` on.
-struct Slice { int64_t outer = 1, split = 1, inner = 1, begin = 0, end = 1; };
-struct Range { int64_t begin = 0, end = 0; int64_t size() const { return end - begin; } };  // [begin, end)
-void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float std, const Slice& slice, int64_t first = 0);
+// Initial weights. Element i of the *global* parameter depends on (seed, parameter, i) alone, so
+// that every layout starts from the same bits: Philox-4x32-10 (Salmon et al., "Parallel random
+// numbers: as easy as 1, 2, 3", SC 2011) yields 128 bits, and the sum of their eight 16-bit halves,
+// centred and scaled to deviation `std`, is close to normal (Irwin-Hall, tails end at 4.9 std). The
+// sum is an integer and one product rounds it to f32, so the bits are the same on every machine,
+// too. A rank owns rows [begin, end) of the middle dim of a parameter seen as (outer, split,
+// inner); x is the elements of that, in order, from `first` on.
+struct Slice {
+  int64_t outer = 1, split = 1, inner = 1, begin = 0, end = 1;
+};
+// [begin, end)
+struct Range {
+  int64_t begin = 0, end = 0;
+  int64_t size() const { return end - begin; }
+};
+void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float std, const Slice& slice,
+                 int64_t first = 0);

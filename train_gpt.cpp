@@ -1,6 +1,8 @@
-// train_gpt.cpp: trains a GPT on text, on one device or many. Parse the options, build the mesh, loop over steps, report.
+// train_gpt.cpp: trains a GPT on text, on one device or many. Parse the options, build the mesh,
+// loop over steps, report.
 // idea      every rank runs this program; trainer.cpp composes the model with the strategies
-// test      tests/test_cli.sh (the program from outside), tests/test_golden.cpp and tests/test_fsdp.cpp (its numbers)
+// test      tests/test_cli.sh (the program from outside), tests/test_golden.cpp and
+//           tests/test_fsdp.cpp (its numbers)
 #include <atomic>
 #include <chrono>
 #include <cmath>
@@ -28,24 +30,30 @@ static TrainerOptions trainer_options(const Options& o) {
   return t;
 }
 
-static Layout layout(const Options& o) { return {int(o.pp), int(o.replicate), int(o.fsdp), int(o.tp)}; }
+static Layout layout(const Options& o) {
+  return {int(o.pp), int(o.replicate), int(o.fsdp), int(o.tp)};
+}
 
 static void print_setup(const Options& o, const GptConfig& g, const Dataset& data) {
-  printf("model    %s: %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M parameters in %s\n", o.model_name.c_str(),
-         (long long)g.layers, (long long)g.width, (long long)g.heads, (long long)g.context, (long long)g.vocab, parameter_count(g) / 1e6,
-         name_of(g.dtype));
+  printf(
+      "model    %s: %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M parameters in %s\n",
+      o.model_name.c_str(), (long long)g.layers, (long long)g.width, (long long)g.heads,
+      (long long)g.context, (long long)g.vocab, parameter_count(g) / 1e6, name_of(g.dtype));
   printf("device   %s\n", device().name.c_str());
   const int64_t ranks = layout(o).ranks();
-  printf("ranks    %s\n%s", to_string(layout(o)).c_str(), ranks > 1 && ranks <= 16 ? draw(layout(o)).c_str() : "");
+  printf("ranks    %s\n%s", to_string(layout(o)).c_str(),
+         ranks > 1 && ranks <= 16 ? draw(layout(o)).c_str() : "");
   printf("data     %s\n", data.describe().c_str());
-  printf("steps    %lld of %lld sequences (%lld tokens), micro-batches of %lld\n\n", (long long)o.steps, (long long)o.batch,
-         (long long)(o.batch * g.context), (long long)o.microbatch);
+  printf("steps    %lld of %lld sequences (%lld tokens), micro-batches of %lld\n\n",
+         (long long)o.steps, (long long)o.batch, (long long)(o.batch * g.context),
+         (long long)o.microbatch);
   fflush(stdout);
 }
 
 // ---- sampling
 
-static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, uint64_t seed, Watch& watch, bool prints) {
+static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, uint64_t seed,
+                         Watch& watch, bool prints) {
   const int64_t T = trainer.gpt.config.context;
   std::vector<int> tokens = data.held_out(0);
   tokens.resize(std::min<int64_t>(T / 2 + 1, 48));
@@ -60,7 +68,8 @@ static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, u
   if (prints) printf("|");
   for (int64_t i = 0; i < count; i++) {
     watch.progress();
-    const std::vector<int> window(tokens.end() - std::min<int64_t>(int64_t(tokens.size()), T), tokens.end());
+    const std::vector<int> window(tokens.end() - std::min<int64_t>(int64_t(tokens.size()), T),
+                                  tokens.end());
     tokens.push_back(pick(trainer.next_logits(window), {.temperature = 0.8, .seed = seed}, i));
     show(tokens.back());
   }
@@ -69,20 +78,22 @@ static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, u
 
 // ---- checkpoints
 
-// SIGTERM, or Ctrl-C, to any rank ends the training of all after one and the same step. One more, a second later, ends it at once: mpiexec may
-// deliver a signal twice.
+// SIGTERM, or Ctrl-C, to any rank ends the training of all after one and the same step. One more, a
+// second later, ends it at once: mpiexec may deliver a signal twice.
 class StopSignal {
  public:
   StopSignal() {
-    for (const int signal : {SIGTERM, SIGINT}) std::signal(signal, [](int s) {
-      timespec now;
-      clock_gettime(CLOCK_MONOTONIC, &now);
-      if (!came_) {
-        since_ = now.tv_sec;
-        came_ = true;
-      } else if (now.tv_sec > since_ + 1) std::signal(s, SIG_DFL), raise(s);
-    });
-    std::signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error of write(), with a sentence
+    for (const int signal : {SIGTERM, SIGINT})
+      std::signal(signal, [](int s) {
+        timespec now;
+        clock_gettime(CLOCK_MONOTONIC, &now);
+        if (!came_) {
+          since_ = now.tv_sec;
+          came_ = true;
+        } else if (now.tv_sec > since_ + 1) std::signal(s, SIG_DFL), raise(s);
+      });
+    // a file that may not grow is an error of write(), with a sentence
+    std::signal(SIGXFSZ, SIG_IGN);
   }
   ~StopSignal() {
     for (const int signal : {SIGTERM, SIGINT}) std::signal(signal, SIG_DFL);
@@ -98,35 +109,45 @@ class StopSignal {
   static inline std::atomic<time_t> since_ = 0;
 };
 
-static std::string save(const Options& o, const std::string& data, int64_t step, const Job& job, const Mesh& mesh, Trainer& trainer) {
+static std::string save(const Options& o, const std::string& data, int64_t step, const Job& job,
+                        const Mesh& mesh, Trainer& trainer) {
   using Clock = std::chrono::steady_clock;
   const Clock::time_point began = Clock::now();
-  CheckpointInfo info{step, o.model, layout(o), master_dtype(trainer.gpt.config.dtype), uint64_t(o.seed), o.command, data};
+  CheckpointInfo info{
+      step,      o.model, layout(o), master_dtype(trainer.gpt.config.dtype), uint64_t(o.seed),
+      o.command, data};
   save_checkpoint(o.checkpoint, info, o.keep, job, mesh, trainer.optimizer().shards());
   const double seconds = std::chrono::duration<double>(Clock::now() - began).count();
-  const double megabytes = double(parameter_count(trainer.gpt.config)) * 3 * double(size_of(info.dtype)) / 1e6;
+  const double megabytes =
+      double(parameter_count(trainer.gpt.config)) * 3 * double(size_of(info.dtype)) / 1e6;
   return format("checkpoint saved: %.1f MB in %.2f s", megabytes, seconds);
 }
 
 // How many steps the newest complete checkpoint had, now in the trainer; 0 if there is none.
-static int64_t resume_training(const Options& o, const std::string& data, const Job& job, Trainer& trainer, bool prints) {
-  const auto say = [prints](const std::string& text) { if (prints) printf("resume   %s\n", text.c_str()); };
+static int64_t resume_training(const Options& o, const std::string& data, const Job& job,
+                               Trainer& trainer, bool prints) {
+  const auto say = [prints](const std::string& text) {
+    if (prints) printf("resume   %s\n", text.c_str());
+  };
   const std::optional<Checkpoint> c = newest_checkpoint(o.checkpoint, job, say);
   if (!c) return say("there is no checkpoint in " + o.checkpoint + ": starting at step 1"), 0;
   check_model(*c, o.model);
-  REQUIRE(c->info.step < o.steps, c->path, " has ", c->info.step, " steps already: give more --steps than that");
+  REQUIRE(c->info.step < o.steps, c->path, " has ", c->info.step,
+          " steps already: give more --steps than that");
   resume(*c, trainer.optimizer());
   say(sentence(c->path, ", saved on ", to_string(c->info.layout)));
   if (c->info.step == 0) return 0;  // imported
-  if (c->info.data != data) say(sentence("it was trained on ", c->info.data, ", and is now on ", data));
-  if (c->info.seed != uint64_t(o.seed)) say(sentence("it was trained with --seed ", c->info.seed, ", so batches differ from here on"));
+  if (c->info.data != data)
+    say(sentence("it was trained on ", c->info.data, ", and is now on ", data));
+  if (c->info.seed != uint64_t(o.seed))
+    say(sentence("it was trained with --seed ", c->info.seed, ", so batches differ from here on"));
   return c->info.step;
 }
 
 // ---- training
 
-static StepRecord train_step(const Options& o, const Dataset& data, const Mesh& mesh, Watch& watch, Trainer& trainer, Progress& progress,
-                             int64_t step) {
+static StepRecord train_step(const Options& o, const Dataset& data, const Mesh& mesh, Watch& watch,
+                             Trainer& trainer, Progress& progress, int64_t step) {
   progress.start_step();
   watch.step(step);
   const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
@@ -134,8 +155,10 @@ static StepRecord train_step(const Options& o, const Dataset& data, const Mesh& 
   communication_clock.start_step(mesh.stream);
   trainer.gradients([&](int64_t s) { return watch.progress(), data.sequence(step, s, o.seed); });
   trainer.update(lr);
-  const double loss = trainer.loss(), norm = trainer.norm(), communicated = communication_clock.end_step();
-  REQUIRE(std::isfinite(loss) && std::isfinite(norm), "at step ", step, " the loss is ", loss, " and the gradient norm ", norm,
+  const double loss = trainer.loss(), norm = trainer.norm(),
+               communicated = communication_clock.end_step();
+  REQUIRE(std::isfinite(loss) && std::isfinite(norm), "at step ", step, " the loss is ", loss,
+          " and the gradient norm ", norm,
           ": training stops here; a smaller --lr or a longer --warmup may help");
   return progress.end_step(step, loss, norm, lr, o.batch * o.model.context, communicated);
 }
@@ -161,7 +184,9 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
     loss = record.loss;
     if (step == resumed + 1) first_loss = loss;
     if (o.eval_every && (step % o.eval_every == 0 || step == o.steps))
-      progress.say(step, format("held-out loss %.4f", trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32), held_out)));
+      progress.say(step, format("held-out loss %.4f",
+                                trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32),
+                                                 held_out)));
     last = stop.came() || step == o.steps;
     if (!o.checkpoint.empty() && (last || (o.save_every && step % o.save_every == 0))) {
       watch.progress();
@@ -169,16 +194,22 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
     }
   }
   if (step < o.steps) {
-    progress.say(step, o.checkpoint.empty() ? "stopped by a signal; without --checkpoint nothing is saved" : "stopped by a signal; --resume goes on from here");
-    if (!o.trace.empty()) progress.say(step, "nothing is written to " + o.trace + ": --trace is of the last step");
+    progress.say(step, o.checkpoint.empty()
+                           ? "stopped by a signal; without --checkpoint nothing is saved"
+                           : "stopped by a signal; --resume goes on from here");
+    if (!o.trace.empty())
+      progress.say(step, "nothing is written to " + o.trace + ": --trace is of the last step");
   }
   progress.done();
-  if (o.sample && step == o.steps) print_sample(trainer, data, o.sample, uint64_t(o.seed), watch, prints);
+  if (o.sample && step == o.steps)
+    print_sample(trainer, data, o.sample, uint64_t(o.seed), watch, prints);
   if (prints) {
-    printf("\nloss     %.4f at step %lld, %.4f at step %lld\n", first_loss, (long long)resumed + 1, loss, (long long)step);
+    printf("\nloss     %.4f at step %lld, %.4f at step %lld\n", first_loss, (long long)resumed + 1,
+           loss, (long long)step);
     printf("speed    %s\n", progress.summary(flops_per_token(config)).c_str());
   }
-  compare_with_theory(mesh, trainer, trainer_options(o), step - resumed, progress.communication(), o.trace, metrics);
+  compare_with_theory(mesh, trainer, trainer_options(o), step - resumed, progress.communication(),
+                      o.trace, metrics);
 }
 
 // ---- main
@@ -193,7 +224,8 @@ int main(int argc, char** argv) {
       return {};
     }
     const bool again = !o.checkpoint.empty() && !o.resume && !checkpoints_in(o.checkpoint).empty();
-    REQUIRE(!again, "--checkpoint: ", o.checkpoint, " holds checkpoints already: give --resume to go on from them, or another directory");
+    REQUIRE(!again, "--checkpoint: ", o.checkpoint,
+            " holds checkpoints already: give --resume to go on from them, or another directory");
     open_device(job.local_rank % device_count(), o.device_memory << 20);
     resolve(o, device().is_gpu);
     check_ranks(layout(o), job.size);
@@ -203,5 +235,8 @@ int main(int argc, char** argv) {
     if (!o.checkpoint.empty() && job.rank == 0) make_directory(o.checkpoint);
     return Start{layout(o), o.timeout};
   };
-  return run_program("train_gpt", argc, argv, prepare, [&](const Job& job, Mesh& mesh, Watch& watch) { train(o, *data, job, mesh, watch); });
+  return run_program("train_gpt", argc, argv, prepare,
+                     [&](const Job& job, Mesh& mesh, Watch& watch) {
+                       train(o, *data, job, mesh, watch);
+                     });
 }

@@ -12,20 +12,28 @@ Schedule schedule_of(const TrainerOptions& o, const Layout& l) {
 }
 
 Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options)
-    : gpt(config, mesh.tp, mesh.stream), fsdp(mesh, config.dtype, options.fsdp, options.seed),
-      pipeline(mesh, schedule_of(options, mesh.layout)), mesh_(mesh), options_(options) {
+    : gpt(config, mesh.tp, mesh.stream),
+      fsdp(mesh, config.dtype, options.fsdp, options.seed),
+      pipeline(mesh, schedule_of(options, mesh.layout)),
+      mesh_(mesh),
+      options_(options) {
   if (mesh.pp.size > 1) {
     gpt.wte.tied = false;  // embedding and head are on different ranks: each has one use of it
     gpt.wte.counted = mesh.pp.rank == 0;
   }
-  const auto ranges = split_layers(config.layers, head_in_layers(config), pipeline.schedule().positions());
+  const auto ranges =
+      split_layers(config.layers, head_in_layers(config), pipeline.schedule().positions());
   for (int c = 0; c < options.chunks; c++) add_piece(c, ranges[pipeline.position(c)]);
-  fsdp.complete_gradients = [this](const std::vector<Param*>& params) { gpt.tp.sum_partial_gradients(params); };
-  optimizer_ = std::make_unique<Optimizer>(fsdp.optimizer_shards(), int64_t(gpt.params().size()), options.clip, options.weight_decay);
+  fsdp.complete_gradients = [this](const std::vector<Param*>& params) {
+    gpt.tp.sum_partial_gradients(params);
+  };
+  optimizer_ = std::make_unique<Optimizer>(fsdp.optimizer_shards(), int64_t(gpt.params().size()),
+                                           options.clip, options.weight_decay);
   total_ = Tensor({1}, Dtype::f64, Memory::workspace);
 }
 
-// Units: wte alone, the rest of the root, then each block. Uses: embedding, blocks, head. A rank has those of its pieces.
+// Units: wte alone, the rest of the root, then each block. Uses: embedding, blocks, head. A rank
+// has those of its pieces.
 void Trainer::add_piece(int chunk, Range layers) {
   const bool first = pipeline.is_first(chunk), last = pipeline.is_last(chunk);
   Piece piece{layers};
@@ -39,7 +47,8 @@ void Trainer::add_piece(int chunk, Range layers) {
   }
   if (first) piece.uses.push_back(fsdp.add_use(root, Backward::nothing, chunk));
   for (int64_t l = layers.begin; l < layers.end; l++)
-    piece.uses.push_back(fsdp.add_use({fsdp.add_unit(gpt.blocks[l].params())}, Backward::gathers, chunk));
+    piece.uses.push_back(
+        fsdp.add_use({fsdp.add_unit(gpt.blocks[l].params())}, Backward::gathers, chunk));
   if (last) piece.uses.push_back(fsdp.add_use(root, Backward::keeps, chunk));
   pieces_.push_back(piece);
 }
@@ -55,11 +64,13 @@ Var Trainer::forward(Tape& tape, int chunk, const Var& in, const Tokens& tokens)
 }
 
 // What the next piece goes on with; after the last one nothing: the loss has been added up.
-Var Trainer::forward_loss(Tape& tape, int chunk, const Var& in, const Tokens& tokens, double scale) {
+Var Trainer::forward_loss(Tape& tape, int chunk, const Var& in, const Tokens& tokens,
+                          double scale) {
   const Var x = forward(tape, chunk, in, tokens);
   if (!pipeline.is_last(chunk)) return x;
   return fsdp.run(tape, pieces_[chunk].uses.back(), [&] {
-    gpt.tp.cross_entropy(tape, gpt.logits(tape, x, tokens.B * tokens.T), tokens.targets, scale, total_);
+    gpt.tp.cross_entropy(tape, gpt.logits(tape, x, tokens.B * tokens.T), tokens.targets, scale,
+                         total_);
     return Var{};
   });
 }
@@ -93,10 +104,14 @@ void Trainer::gradients(const Sequences& batch) {
   sum_loss();
 }
 
-void Trainer::sum_loss() { sum_over(mesh_, {&mesh_.fsdp, &mesh_.replicate, &mesh_.pp}, total_, Traffic::loss); }
+void Trainer::sum_loss() {
+  sum_over(mesh_, {&mesh_.fsdp, &mesh_.replicate, &mesh_.pp}, total_, Traffic::loss);
+}
 
 void Trainer::update(double lr) {
-  optimizer_->step(lr, [this](const Tensor& squares) { sum_over(mesh_, {&mesh_.fsdp, &mesh_.tp, &mesh_.pp}, squares, Traffic::norm); });
+  optimizer_->step(lr, [this](const Tensor& squares) {
+    sum_over(mesh_, {&mesh_.fsdp, &mesh_.tp, &mesh_.pp}, squares, Traffic::norm);
+  });
   fsdp.end_step();
 }
 
@@ -104,15 +119,21 @@ void Trainer::update(double lr) {
 
 double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
   const Purpose purpose(Traffic::evaluation);
-  const int64_t T = gpt.config.context, b = options_.microbatch, round = b * data_ranks(), rounds = sequences / round;
+  const int64_t T = gpt.config.context, b = options_.microbatch, round = b * data_ranks(),
+                rounds = sequences / round;
   fill(total_, 0);
-  // Whole rounds first; then one sequence a rank, ranks that have none left repeating one at weight 0: all ranks run the same collectives.
+  // Whole rounds first; then one sequence a rank, ranks that have none left repeating one at weight
+  // 0: all ranks run the same collectives.
   const auto add = [&](int64_t first, int64_t count, int64_t times) {
-    pipeline.forward(activation(count * T), gpt.config.dtype, int(times), [&](Tape& tape, int chunk, const Var& in, int i) {
-      const int64_t mine = first + (i * data_ranks() + data_rank()) * count;
-      const Tokens tokens = read(std::min(mine, sequences - count), count, held_out);
-      return forward_loss(tape, chunk, in, tokens, mine < sequences ? 1.0 / double(sequences * tokens.T) : 0.0);
-    });
+    pipeline.forward(activation(count * T), gpt.config.dtype, int(times),
+                     [&](Tape& tape, int chunk, const Var& in, int i) {
+                       const int64_t mine = first + (i * data_ranks() + data_rank()) * count;
+                       const Tokens tokens =
+                           read(std::min(mine, sequences - count), count, held_out);
+                       return forward_loss(tape, chunk, in, tokens,
+                                           mine < sequences ? 1.0 / double(sequences * tokens.T)
+                                                            : 0.0);
+                     });
   };
   add(0, b, rounds);
   add(rounds * round, 1, (sequences - rounds * round + data_ranks() - 1) / data_ranks());
@@ -125,13 +146,18 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
   const Purpose purpose(Traffic::evaluation);
   const int64_t n = int64_t(tokens.size());
   Tensor next;
-  pipeline.forward(activation(n), gpt.config.dtype, 1, [&](Tape& tape, int chunk, const Var& in, int) {
-    const Var x = forward(tape, chunk, in, Tokens(1, n, tokens, tokens, gpt.tp.part(gpt.config.vocab)));
-    if (!pipeline.is_last(chunk)) return x;
-    const Var last{gpt.tp.one_row(x.value, n, n - 1)};
-    next = gpt.tp.whole_logits(fsdp.run(tape, pieces_[chunk].uses.back(), [&] { return gpt.logits(tape, last, 1); }).value, gpt.config.vocab);
-    return Var{};
-  });
+  pipeline.forward(
+      activation(n), gpt.config.dtype, 1, [&](Tape& tape, int chunk, const Var& in, int) {
+        const Var x =
+            forward(tape, chunk, in, Tokens(1, n, tokens, tokens, gpt.tp.part(gpt.config.vocab)));
+        if (!pipeline.is_last(chunk)) return x;
+        const Var last{gpt.tp.one_row(x.value, n, n - 1)};
+        next = gpt.tp.whole_logits(fsdp.run(tape, pieces_[chunk].uses.back(),
+                                            [&] { return gpt.logits(tape, last, 1); })
+                                       .value,
+                                   gpt.config.vocab);
+        return Var{};
+      });
   if (next.empty()) {  // another stage has them
     next = Tensor({1, gpt.config.vocab}, gpt.config.dtype, Memory::workspace);
     fill(next, 0);

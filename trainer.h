@@ -1,10 +1,12 @@
-// trainer.h: one training step, composed from the model, the strategies and the optimizer. train_gpt and the parity tests share it.
+// trainer.h: one training step, composed from the model, the strategies and the optimizer.
+// train_gpt and the parity tests share it.
 //
-// idea      gradients(step) runs every micro-batch of this rank forward and backward; update(lr) is the optimizer. Between the two the gradients
-//           can be looked at: what the parity tests compare, since Adam would hide a wrong scale.
+// idea      gradients(step) runs every micro-batch of this rank forward and backward; update(lr) is
+//           the optimizer. Between the two the gradients can be looked at: what the parity tests
+//           compare, since Adam would hide a wrong scale.
 // sums      the loss divides by the step's number of tokens once; everything after that is a sum
-// batch     sequence s of the global batch goes to the data-parallel rank and micro-batch that the layout says; which tokens it holds depends
-//           on (seed, step, s) alone
+// batch     sequence s of the global batch goes to the data-parallel rank and micro-batch that the
+//           layout says; which tokens it holds depends on (seed, step, s) alone
 #pragma once
 #include <memory>
 
@@ -20,7 +22,8 @@ struct TrainerOptions {
   std::string schedule = "1f1b";  // of the pipeline, where pp > 1
   int chunks = 1;                 // pieces of the model a stage
 };
-// What a layout does in a step. On one stage each micro-batch runs forward and backward, whatever the options' schedule.
+// What a layout does in a step. On one stage each micro-batch runs forward and backward, whatever
+// the options' schedule.
 Schedule schedule_of(const TrainerOptions& options, const Layout& layout);
 
 // Sequence s of a batch: context + 1 tokens, the last ones are only targets.
@@ -31,14 +34,18 @@ class Trainer {
   Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options);
   void gradients(const Sequences& batch);
   void update(double lr);
-  double loss() const { return download(total_)[0]; }  // of the last gradients(), over the whole batch; waits for the device
+  // of the last gradients(), over the whole batch; waits for the device
+  double loss() const { return download(total_)[0]; }
   Optimizer& optimizer() { return *optimizer_; }  // its shards are what this rank saves and resumes
-  double norm() const { return optimizer_->norm(); }   // of the last update's gradients, before clipping; waits for the device
+  // of the last update's gradients, before clipping; waits for the device
+  double norm() const { return optimizer_->norm(); }
 
   int64_t kept_activations() const { return pipeline.most_live_bytes(); }
 
-  double evaluate(int64_t sequences, const Sequences& held_out);           // mean loss, the same in every layout
-  std::vector<double> next_logits(const std::vector<int>& tokens);         // (V) after the last token; every rank calls it
+  // mean loss, the same in every layout
+  double evaluate(int64_t sequences, const Sequences& held_out);
+  // (V) after the last token; every rank calls it
+  std::vector<double> next_logits(const std::vector<int>& tokens);
 
   Gpt gpt;
   Fsdp fsdp;
@@ -47,7 +54,9 @@ class Trainer {
  private:
   struct Piece {  // of the model, on this rank: one, or one a chunk of the pipeline
     Range layers;
-    std::vector<int> uses = {};  // FSDP's numbers of what it computes, in order: the embedding, if it has it, its blocks, the head
+    // FSDP's numbers of what it computes, in order: the embedding, if it has it, its blocks, the
+    // head
+    std::vector<int> uses = {};
   };
   int data_ranks() const { return mesh_.fsdp.size * mesh_.replicate.size; }
   int data_rank() const { return mesh_.replicate.rank * mesh_.fsdp.size + mesh_.fsdp.rank; }

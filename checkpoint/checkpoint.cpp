@@ -30,7 +30,8 @@ Shape file_shape(const Param& p) {
   return {p.shape[0], elements(p.shape) / p.shape[0]};
 }
 
-// Calls work(element of the tensor, element of the piece, how many) for each run of the piece that is contiguous in the tensor.
+// Calls work(element of the tensor, element of the piece, how many) for each run of the piece that
+// is contiguous in the tensor.
 template <class Work> static void for_runs(const Piece& p, Work work) {
   const Slice& s = p.slice;
   const int64_t whole = s.split * s.inner, mine = (s.end - s.begin) * s.inner;
@@ -42,8 +43,12 @@ template <class Work> static void for_runs(const Piece& p, Work work) {
   }
 }
 
-static const char* suffix(Part part) { return part == Part::weights ? "" : part == Part::m ? ".m" : ".v"; }
-static std::string file_name(int rank, Part part) { return sentence(part == Part::weights ? "weights-" : "optimizer-", rank, ".safetensors"); }
+static const char* suffix(Part part) {
+  return part == Part::weights ? "" : part == Part::m ? ".m" : ".v";
+}
+static std::string file_name(int rank, Part part) {
+  return sentence(part == Part::weights ? "weights-" : "optimizer-", rank, ".safetensors");
+}
 
 // ---- writing
 
@@ -64,22 +69,30 @@ struct Saved {
 // Writes one rank's files; returns what the manifest says of them.
 static std::string write_files(const std::string& path, int rank, const Saved& saved) {
   std::vector<WrittenFile> files;
-  for (const auto& [part, arrays] : {std::pair{Part::weights, &saved.weights}, std::pair{Part::m, &saved.optimizer}}) {
-    if (!arrays->empty()) files.push_back(write_safetensors(path + "/" + file_name(rank, part), *arrays));
+  for (const auto& [part, arrays] :
+       {std::pair{Part::weights, &saved.weights}, std::pair{Part::m, &saved.optimizer}}) {
+    if (!arrays->empty())
+      files.push_back(write_safetensors(path + "/" + file_name(rank, part), *arrays));
   }
-  return json{{"rank", rank}, {"files", files}, {"tensors", saved.tensors}, {"pieces", saved.pieces}}.dump();
+  return json{
+      {"rank", rank}, {"files", files}, {"tensors", saved.tensors}, {"pieces", saved.pieces}}
+      .dump();
 }
 
 // What a file or an option is called may be no UTF-8, which JSON is: such bytes are replaced.
-static std::string text_of(const json& manifest) { return manifest.dump(-1, ' ', false, json::error_handler_t::replace); }
+static std::string text_of(const json& manifest) {
+  return manifest.dump(-1, ' ', false, json::error_handler_t::replace);
+}
 
-static void write_manifest(const std::string& path, const CheckpointInfo& info, const std::vector<std::string>& ranks) {
+static void write_manifest(const std::string& path, const CheckpointInfo& info,
+                           const std::vector<std::string>& ranks) {
   json manifest = info;
   manifest["format"] = kFormat;
   for (const std::string& rank : ranks) manifest["ranks"].push_back(json::parse(rank));
   manifest["checksum"] = checksum(text_of(manifest));  // of all else
   write_file(path + "/manifest.json", text_of(manifest) + "\n");
-  const int directory = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);  // the rename, too, must be on disk
+  // the rename, too, must be on disk
+  const int directory = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (directory >= 0) fsync(directory), close(directory);
 }
 
@@ -91,7 +104,8 @@ static void remove_checkpoint(const std::string& path) {
 
 static bool is_whole(const std::string& path) { return fs::exists(path + "/manifest.json"); }
 
-// Ready for a new checkpoint: an empty directory for it; what was left by a save that did not end is removed.
+// Ready for a new checkpoint: an empty directory for it; what was left by a save that did not end
+// is removed.
 static void make_place(const std::string& dir, const std::string& path) {
   for (const std::string& old : checkpoints_in(dir))
     if (!is_whole(old) || old == path) remove_checkpoint(old);
@@ -107,7 +121,8 @@ void make_directory(const std::string& dir) {
 
 // "step-" and at least 8 digits. What else a user keeps beside the checkpoints is none.
 static bool is_step_name(const std::string& name) {
-  return name.size() >= 13 && name.starts_with("step-") && name.find_first_not_of("0123456789", 5) == std::string::npos;
+  return name.size() >= 13 && name.starts_with("step-") &&
+         name.find_first_not_of("0123456789", 5) == std::string::npos;
 }
 
 std::vector<std::string> checkpoints_in(const std::string& dir) {
@@ -115,9 +130,12 @@ std::vector<std::string> checkpoints_in(const std::string& dir) {
   std::error_code error;
   for (auto i = fs::directory_iterator(dir, error); !error && i != fs::end(i); i.increment(error)) {
     const std::string name = i->path().filename();
-    if (std::error_code none; is_step_name(name) && i->is_directory(none)) paths.push_back(dir + "/" + name);
+    if (std::error_code none; is_step_name(name) && i->is_directory(none))
+      paths.push_back(dir + "/" + name);
   }
-  std::sort(paths.rbegin(), paths.rend(), [](const std::string& a, const std::string& b) { return a.size() != b.size() ? a.size() < b.size() : a < b; });
+  std::sort(paths.rbegin(), paths.rend(), [](const std::string& a, const std::string& b) {
+    return a.size() != b.size() ? a.size() < b.size() : a < b;
+  });
   return paths;
 }
 
@@ -126,10 +144,12 @@ std::string newest_path(const std::string& path) {
   REQUIRE(fs::exists(path), path, " does not exist");
   for (const std::string& step : checkpoints_in(path))
     if (is_whole(step)) return step;
-  throw Error(sentence(path, " holds no checkpoint: neither a manifest.json nor a directory step-... with one"));
+  throw Error(sentence(
+      path, " holds no checkpoint: neither a manifest.json nor a directory step-... with one"));
 }
 
-void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info, const std::vector<NamedArray>& weights) {
+void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info,
+                            const std::vector<NamedArray>& weights) {
   const std::string path = dir + "/" + step_name(info.step);
   make_place(dir, path);
   Saved saved;
@@ -149,16 +169,19 @@ void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info, 
 // ---- reading
 
 Checkpoint::Checkpoint(const std::string& p) : path(p) {
-  REQUIRE(is_whole(path), path, " is not complete: it has no manifest.json, so its saving did not end");
+  REQUIRE(is_whole(path), path,
+          " is not complete: it has no manifest.json, so its saving did not end");
   try {
     json m = json::parse(read_file(path + "/manifest.json"));
     REQUIRE(m.at("format") == kFormat, path, " is of another format: ", m.at("format"));
     const uint64_t was = m.at("checksum");
     m.erase("checksum");
-    REQUIRE(checksum(text_of(m)) == was, path, "/manifest.json is damaged: it does not have its checksum");
+    REQUIRE(checksum(text_of(m)) == was, path,
+            "/manifest.json is damaged: it does not have its checksum");
     info = m;
     const std::string name = fs::canonical(path).filename();
-    REQUIRE(!is_step_name(name) || name == step_name(info.step), path, " holds another step than its name says: ", info.step);
+    REQUIRE(!is_step_name(name) || name == step_name(info.step), path,
+            " holds another step than its name says: ", info.step);
     for (const json& saved : m.at("ranks")) {
       const int rank = saved.at("rank");
       tensors.merge(saved.at("tensors").get<std::map<std::string, Shape>>());
@@ -168,15 +191,21 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
       }
       for (const Piece& p : saved.at("pieces").get<std::vector<Piece>>()) {
         const Slice& s = p.slice;
-        REQUIRE(s.outer > 0 && s.inner > 0 && 0 <= s.begin && s.begin < s.end && s.end <= s.split && 0 <= p.first && 0 <= p.count &&
-                p.first + p.count <= s.outer * (s.end - s.begin) * s.inner, path, "/manifest.json is damaged: ", p.tensor, " has a piece outside of it");
-        for_runs(p, [&](int64_t begin, int64_t at, int64_t count) { runs_[p.tensor].push_back({begin, count, rank, at}); });
+        REQUIRE(s.outer > 0 && s.inner > 0 && 0 <= s.begin && s.begin < s.end && s.end <= s.split &&
+                    0 <= p.first && 0 <= p.count &&
+                    p.first + p.count <= s.outer * (s.end - s.begin) * s.inner,
+                path, "/manifest.json is damaged: ", p.tensor, " has a piece outside of it");
+        for_runs(p, [&](int64_t begin, int64_t at, int64_t count) {
+          runs_[p.tensor].push_back({begin, count, rank, at});
+        });
       }
     }
   } catch (const json::exception& e) {
     throw Error(sentence(path, "/manifest.json is damaged: ", e.what()));
   }
-  for (auto& [name, runs] : runs_) std::sort(runs.begin(), runs.end(), [](const Run& a, const Run& b) { return a.begin < b.begin; });
+  for (auto& [name, runs] : runs_)
+    std::sort(runs.begin(), runs.end(),
+              [](const Run& a, const Run& b) { return a.begin < b.begin; });
 }
 
 void Checkpoint::verify(const std::string& names, int rank, int ranks) const {
@@ -187,16 +216,19 @@ void Checkpoint::verify(const std::string& names, int rank, int ranks) const {
     REQUIRE(fs::exists(name), name, " is missing");
     const MappedFile file(name, "");
     REQUIRE(file.bytes == f.bytes, name, " has ", file.bytes, " bytes of ", f.bytes);
-    REQUIRE(checksum(file.view()) == f.checksum, name, " is damaged: its checksum is not the manifest's");
+    REQUIRE(checksum(file.view()) == f.checksum, name,
+            " is damaged: its checksum is not the manifest's");
   }
   for (const auto& [name, shape] : tensors) {
     int64_t next = 0;
     REQUIRE(runs_.count(name), path, " has no element of ", name);
     for (const Run& r : runs_.at(name)) {
-      REQUIRE(r.begin == next, path, ": ", name, r.begin > next ? " lacks" : " has twice", " its element ", std::min(r.begin, next));
+      REQUIRE(r.begin == next, path, ": ", name, r.begin > next ? " lacks" : " has twice",
+              " its element ", std::min(r.begin, next));
       next = r.begin + r.count;
     }
-    REQUIRE(next == elements(shape), path, ": ", name, " ends after ", next, " elements of ", elements(shape));
+    REQUIRE(next == elements(shape), path, ": ", name, " ends after ", next, " elements of ",
+            elements(shape));
   }
 }
 
@@ -210,13 +242,16 @@ void Checkpoint::read(const Piece& piece, Part part, Dtype dtype, void* to) cons
   const auto found = runs_.find(piece.tensor);
   REQUIRE(found != runs_.end(), path, " has no tensor ", piece.tensor);
   for_runs(piece, [&](int64_t begin, int64_t at, int64_t count) {
-    auto run = std::upper_bound(found->second.begin(), found->second.end(), begin, [](int64_t b, const Run& r) { return b < r.begin; });
+    auto run = std::upper_bound(found->second.begin(), found->second.end(), begin,
+                                [](int64_t b, const Run& r) { return b < r.begin; });
     while (count > 0) {
-      REQUIRE(run != found->second.begin() && begin < run[-1].begin + run[-1].count, path, " lacks element ", begin, " of ", piece.tensor);
+      REQUIRE(run != found->second.begin() && begin < run[-1].begin + run[-1].count, path,
+              " lacks element ", begin, " of ", piece.tensor);
       const Run& from = run[-1];
       const int64_t skip = begin - from.begin, n = std::min(count, from.count - skip);
       const SafetensorsFile& f = file(from.rank, part);
-      f.read(f.at(piece.tensor + suffix(part)), from.at + skip, n, dtype, static_cast<char*>(to) + at * int64_t(size_of(dtype)));
+      f.read(f.at(piece.tensor + suffix(part)), from.at + skip, n, dtype,
+             static_cast<char*>(to) + at * int64_t(size_of(dtype)));
       begin += n, at += n, count -= n, ++run;
     }
   });
@@ -229,26 +264,32 @@ template <class Work> static void collectively(const Job& job, Work work) {
   REQUIRE(error.empty(), error);
 }
 
-void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t keep, const Job& job, const Mesh& mesh, const std::vector<Shard>& shards) {
+void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t keep,
+                     const Job& job, const Mesh& mesh, const std::vector<Shard>& shards) {
   const std::string path = dir + "/" + step_name(info.step);
   Saved mine;
   for (const Shard& s : shards) {
     if (mesh.replicate.rank != 0 || !s.param->counted) continue;  // another rank saves it
     const Shape shape = file_shape(*s.param), here{s.weights.numel()};
     const auto array = [&](Part part, const Tensor& x) {
-      return NamedArray{s.param->name + suffix(part), x.numel() == elements(shape) ? shape : here, x.dtype(), [x](void* to) { download(x, to); }};
+      return NamedArray{s.param->name + suffix(part), x.numel() == elements(shape) ? shape : here,
+                        x.dtype(), [x](void* to) { download(x, to); }};
     };
     mine.tensors[s.param->name] = shape;
     mine.pieces.push_back({s.param->name, s.param->slice, s.first, s.weights.numel()});
     mine.weights.push_back(array(Part::weights, s.weights));
     mine.optimizer.insert(mine.optimizer.end(), {array(Part::m, s.m), array(Part::v, s.v)});
   }
-  collectively(job, [&] { if (job.rank == 0) make_place(dir, path); });
+  collectively(job, [&] {
+    if (job.rank == 0) make_place(dir, path);
+  });
   try {
     std::string text;
     collectively(job, [&] { text = write_files(path, job.rank, mine); });
     const std::vector<std::string> texts = gather_text(text);
-    collectively(job, [&] { if (job.rank == 0) write_manifest(path, info, texts); });
+    collectively(job, [&] {
+      if (job.rank == 0) write_manifest(path, info, texts);
+    });
   } catch (...) {
     if (job.rank == 0) remove_checkpoint(path);
     barrier();  // whoever ends the job does it after that
@@ -259,12 +300,14 @@ void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t
     if (is_whole(old) && --keep < 0) remove_checkpoint(old);
 }
 
-std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& job, const std::function<void(const std::string&)>& say) {
+std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& job,
+                                            const std::function<void(const std::string&)>& say) {
   std::optional<Checkpoint> found;
   std::vector<std::string> damaged;
   for (const std::string& path : checkpoints_in(dir)) {
     const bool whole = is_whole(path);
-    const std::string error = job.agree(error_of([&] { found.emplace(path).verify("", job.rank, job.size); }));
+    const std::string error =
+        job.agree(error_of([&] { found.emplace(path).verify("", job.rank, job.size); }));
     if (error.empty()) break;
     say("passed over: " + error);
     found.reset();
@@ -285,15 +328,17 @@ std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& j
 
 void check_model(const Checkpoint& c, const ModelSize& m) {
   const ModelSize& saved = c.info.model;
-  REQUIRE(saved.layers == m.layers && saved.heads == m.heads, c.path, " holds a model of ", saved.layers, " layers and ", saved.heads, " heads, and this one has ",
-          m.layers, " layers and ", m.heads, " heads: give --model, --layers and --heads as it was trained");
+  REQUIRE(saved.layers == m.layers && saved.heads == m.heads, c.path, " holds a model of ",
+          saved.layers, " layers and ", saved.heads, " heads, and this one has ", m.layers,
+          " layers and ", m.heads, " heads: give --model, --layers and --heads as it was trained");
 }
 
-void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part part, const Tensor& to) {
+void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part part,
+          const Tensor& to) {
   const auto found = checkpoint.tensors.find(param.name);
   REQUIRE(found != checkpoint.tensors.end(), checkpoint.path, " has no tensor ", param.name);
-  REQUIRE(found->second == file_shape(param), param.name, " is of shape ", to_string(found->second), " in ", checkpoint.path, " and ",
-          to_string(file_shape(param)), " in this model");
+  REQUIRE(found->second == file_shape(param), param.name, " is of shape ", to_string(found->second),
+          " in ", checkpoint.path, " and ", to_string(file_shape(param)), " in this model");
   const Dtype dtype = master_dtype(to.dtype());
   std::vector<char> host(size_t(to.numel()) * size_of(dtype));
   checkpoint.read({param.name, param.slice, first, to.numel()}, part, dtype, host.data());

@@ -1,12 +1,17 @@
 // checkpoint.h: training state on disk, saved by all ranks at once and read back in any layout.
 //
-//   DIR/step-00000100/weights-3.safetensors     what rank 3 owns, under GPT-2's Hugging Face names; master weights where bf16 computes
-//                     optimizer-3.safetensors   the same pieces of Adam's moments: <name>.m and <name>.v
-//                     manifest.json             step, model, layout, options; which piece of which tensor is in which file; checksums, its own, too
+//   DIR/step-00000100/weights-3.safetensors     what rank 3 owns, under GPT-2's Hugging Face names;
+//   master weights where bf16 computes
+//                     optimizer-3.safetensors   the same pieces of Adam's moments: <name>.m and
+//                                               <name>.v
+//                     manifest.json             step, model, layout, options; which piece of which
+//                                               tensor is in which file; checksums, its own, too
 //
-// idea      a rank writes exactly what its optimizer updates, so that everything is written once and nothing is gathered. A piece says which
-//           elements of the whole tensor it holds; a rank of another layout reads the runs of elements that it needs, wherever they are.
-// whole     or not at all: the manifest is written last and renamed into place. A directory without one is no checkpoint.
+// idea      a rank writes exactly what its optimizer updates, so that everything is written once
+//           and nothing is gathered. A piece says which elements of the whole tensor it holds; a
+//           rank of another layout reads the runs of elements that it needs, wherever they are.
+// whole     or not at all: the manifest is written last and renamed into place. A directory without
+//           one is no checkpoint.
 // cost      weights and moments once: 12 bytes a parameter (f64: 24)
 // not here  copies on several file systems: DIR must be one that all nodes see
 // test      tests/test_checkpoint.cpp, tests/test_checkpoint.sh
@@ -24,30 +29,41 @@
 struct CheckpointInfo {
   int64_t step = 0;  // that were trained
   ModelSize model;
-  Layout layout;     // that it was saved in
+  Layout layout;             // that it was saved in
   Dtype dtype = Dtype::f32;  // of what is on disk: f32 or f64
   uint64_t seed = 0;
   std::string options, data;  // for people: the command line, the data
 };
 
 // Elements [first, first + count) of a slice of a tensor.
-struct Piece { std::string tensor; Slice slice; int64_t first = 0, count = 0; };
+struct Piece {
+  std::string tensor;
+  Slice slice;
+  int64_t first = 0, count = 0;
+};
 enum class Part { weights, m, v };
 
 class Checkpoint {
  public:
-  explicit Checkpoint(const std::string& path);  // of one step. Reads the manifest; an Error where there is none or it is damaged
+  // of one step. Reads the manifest; an Error where there is none or it is damaged
+  explicit Checkpoint(const std::string& path);
   const std::string path;
   CheckpointInfo info;
   std::map<std::string, Shape> tensors;  // as in Hugging Face's files: vectors and matrices
   std::vector<WrittenFile> files;
   bool has_moments = false;  // imported weights have none
-  // An Error unless the files whose names begin so are as they were written, and the pieces hold every element once. Ranks share the files out.
+  // An Error unless the files whose names begin so are as they were written, and the pieces hold
+  // every element once. Ranks share the files out.
   void verify(const std::string& names = "", int rank = 0, int ranks = 1) const;
   void read(const Piece& piece, Part part, Dtype dtype, void* to) const;  // f32 or f64
 
  private:
-  struct Run { int64_t begin, count; int rank; int64_t at; };  // of a tensor: elements [begin, begin + count) are in that rank's file from `at` on
+  // of a tensor: elements [begin, begin + count) are in that rank's file from `at` on
+  struct Run {
+    int64_t begin, count;
+    int rank;
+    int64_t at;
+  };
   std::map<std::string, std::vector<Run>> runs_;
   const SafetensorsFile& file(int rank, Part part) const;
   mutable std::map<std::string, std::unique_ptr<SafetensorsFile>> open_;
@@ -55,21 +71,30 @@ class Checkpoint {
 
 // ---- ranks; all of these are collective, and throw on every rank what went wrong on one
 
-// Writes the checkpoint of info.step, then removes all but the newest `keep` (0: none). Where it fails nothing is left of it, and older ones stay.
-void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t keep, const Job& job, const Mesh& mesh, const std::vector<Shard>& shards);
-// The newest checkpoint in `dir` whose files are whole. Each that is passed over is said; a damaged one is renamed to damaged-step-...
-// Nothing if there never was one; an Error if none is whole.
-std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& job, const std::function<void(const std::string&)>& say);
-void check_model(const Checkpoint& checkpoint, const ModelSize& model);  // an Error where layers or heads differ: shapes are load()'s
+// Writes the checkpoint of info.step, then removes all but the newest `keep` (0: none). Where it
+// fails nothing is left of it, and older ones stay.
+void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t keep,
+                     const Job& job, const Mesh& mesh, const std::vector<Shard>& shards);
+// The newest checkpoint in `dir` whose files are whole. Each that is passed over is said; a damaged
+// one is renamed to damaged-step-... Nothing if there never was one; an Error if none is whole.
+std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& job,
+                                            const std::function<void(const std::string&)>& say);
+// an Error where layers or heads differ: shapes are load()'s
+void check_model(const Checkpoint& checkpoint, const ModelSize& model);
 void resume(const Checkpoint& checkpoint, Optimizer& optimizer);
 // What this rank owns of a parameter, from its element `first` on.
-void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part part, const Tensor& to);
+void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part part,
+          const Tensor& to);
 
 // ---- one process
 
-std::vector<std::string> checkpoints_in(const std::string& dir);  // paths of steps, newest first, whole or not
-void make_directory(const std::string& dir);                      // unless it is there; an Error where nothing can be written
-std::string newest_path(const std::string& path);                 // `path` itself if it is a checkpoint, else the newest whole one in it
+// paths of steps, newest first, whole or not
+std::vector<std::string> checkpoints_in(const std::string& dir);
+// unless it is there; an Error where nothing can be written
+void make_directory(const std::string& dir);
+// `path` itself if it is a checkpoint, else the newest whole one in it
+std::string newest_path(const std::string& path);
 // A checkpoint of whole tensors without moments, written by one process: from imported weights.
-void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info, const std::vector<NamedArray>& weights);
+void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info,
+                            const std::vector<NamedArray>& weights);
 Shape file_shape(const Param& param);  // in files: a weight (C,3,C) is (C,3C), a bias (3,C) is (3C)

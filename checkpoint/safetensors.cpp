@@ -19,14 +19,19 @@ static_assert(std::endian::native == std::endian::little, "safetensors are littl
 
 namespace {
 
-class OutputFile {  // written beside, and renamed when it is whole; keeps a checksum of what goes through it
+// written beside, and renamed when it is whole; keeps a checksum of what goes through it
+class OutputFile {
  public:
   explicit OutputFile(const std::string& path)
-      : path_(path), beside_(path + ".partial"), fd_(::open(beside_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
+      : path_(path),
+        beside_(path + ".partial"),
+        fd_(::open(beside_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
     REQUIRE(fd_ >= 0, path_, " cannot be created: ", strerror(errno));
     XXH3_64bits_reset(hash_.get());
   }
-  ~OutputFile() { if (fd_ >= 0) close(fd_), unlink(beside_.c_str()); }
+  ~OutputFile() {
+    if (fd_ >= 0) close(fd_), unlink(beside_.c_str());
+  }
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;
   void write(const void* from, int64_t bytes) {
@@ -37,14 +42,16 @@ class OutputFile {  // written beside, and renamed when it is whole; keeps a che
       REQUIRE(n > 0 || (n < 0 && errno == EINTR), path_, " cannot be written: ", strerror(errno));
       if (n > 0) p += n, bytes -= n;
     }
-    if (bytes_ - flushing_ >= kAhead) {  // the disk starts now and works while the next arrays are read
+    // the disk starts now and works while the next arrays are read
+    if (bytes_ - flushing_ >= kAhead) {
       sync_file_range(fd_, flushing_, bytes_ - flushing_, SYNC_FILE_RANGE_WRITE);
       flushing_ = bytes_;
     }
   }
   WrittenFile finish() {
     REQUIRE(fsync(fd_) == 0, path_, " cannot be written: ", strerror(errno));
-    REQUIRE(rename(beside_.c_str(), path_.c_str()) == 0, path_, " cannot be written: ", strerror(errno));
+    REQUIRE(rename(beside_.c_str(), path_.c_str()) == 0, path_,
+            " cannot be written: ", strerror(errno));
     close(fd_);  // after fsync it has nothing left to say
     fd_ = -1;
     return {std::filesystem::path(path_).filename(), bytes_, XXH3_64bits_digest(hash_.get())};
@@ -55,7 +62,8 @@ class OutputFile {  // written beside, and renamed when it is whole; keeps a che
   std::string path_, beside_;
   int fd_;
   int64_t bytes_ = 0, flushing_ = 0;
-  std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> hash_{XXH3_createState(), XXH3_freeState};
+  std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> hash_{XXH3_createState(),
+                                                                 XXH3_freeState};
 };
 
 const char* safetensors_name(Dtype dtype) {
@@ -63,7 +71,9 @@ const char* safetensors_name(Dtype dtype) {
   return dtype == Dtype::f64 ? "F64" : dtype == Dtype::f32 ? "F32" : "BF16";
 }
 
-int64_t size_of_name(const std::string& dtype) { return dtype == "F64" ? 8 : dtype == "F32" ? 4 : dtype == "F16" || dtype == "BF16" ? 2 : 0; }
+int64_t size_of_name(const std::string& dtype) {
+  return dtype == "F64" ? 8 : dtype == "F32" ? 4 : dtype == "F16" || dtype == "BF16" ? 2 : 0;
+}
 
 }  // namespace
 
@@ -74,7 +84,9 @@ WrittenFile write_safetensors(const std::string& path, const std::vector<NamedAr
   for (const NamedArray& a : arrays) {
     const int64_t begin = end;
     end += elements(a.shape) * int64_t(size_of(a.dtype));
-    header[a.name] = {{"dtype", safetensors_name(a.dtype)}, {"shape", a.shape}, {"data_offsets", {begin, end}}};
+    header[a.name] = {{"dtype", safetensors_name(a.dtype)},
+                      {"shape", a.shape},
+                      {"data_offsets", {begin, end}}};
   }
   std::string text = header.dump();
   text.resize((text.size() + 7) / 8 * 8, ' ');
@@ -107,18 +119,23 @@ SafetensorsFile::SafetensorsFile(const std::string& path) : file_(path, "") {
   uint64_t length = 0;
   REQUIRE(file_.bytes >= 8, path, " is no safetensors file: it has ", file_.bytes, " bytes");
   memcpy(&length, file_.data, 8);
-  REQUIRE(length <= uint64_t(file_.bytes - 8), path, " is truncated or no safetensors file: its header would have ", length,
+  REQUIRE(length <= uint64_t(file_.bytes - 8), path,
+          " is truncated or no safetensors file: its header would have ", length,
           " bytes, and the file has ", file_.bytes);
   const int64_t data = 8 + int64_t(length);
   try {
     const auto header = nlohmann::json::parse(file_.data + 8, file_.data + data);
     for (const auto& [name, value] : header.items()) {
       if (name == "__metadata__") continue;
-      Entry e{value.at("dtype"), value.at("shape").get<Shape>(), value.at("data_offsets").at(0), value.at("data_offsets").at(1)};
+      Entry e{value.at("dtype"), value.at("shape").get<Shape>(), value.at("data_offsets").at(0),
+              value.at("data_offsets").at(1)};
       e.begin += data, e.end += data;
-      REQUIRE(data <= e.begin && e.begin <= e.end && e.end <= file_.bytes, path, " is truncated: ", name, " would end at byte ", e.end, " of ", file_.bytes);
-      REQUIRE(!size_of_name(e.dtype) || elements(e.shape) * size_of_name(e.dtype) == e.end - e.begin, path, ": ", name, " of shape ",
-              to_string(e.shape), " in ", e.dtype, " does not take ", e.end - e.begin, " bytes");
+      REQUIRE(data <= e.begin && e.begin <= e.end && e.end <= file_.bytes, path,
+              " is truncated: ", name, " would end at byte ", e.end, " of ", file_.bytes);
+      REQUIRE(!size_of_name(e.dtype) ||
+                  elements(e.shape) * size_of_name(e.dtype) == e.end - e.begin,
+              path, ": ", name, " of shape ", to_string(e.shape), " in ", e.dtype,
+              " does not take ", e.end - e.begin, " bytes");
       entries_[name] = e;
     }
   } catch (const nlohmann::json::exception& e) {
@@ -153,7 +170,8 @@ static double element(const unsigned char* p, const std::string& dtype) {
   return dtype == "F16" ? from_half(bits) : std::bit_cast<float>(uint32_t(bits) << 16);
 }
 
-void SafetensorsFile::read(const Entry& e, int64_t first, int64_t count, Dtype dtype, void* to) const {
+void SafetensorsFile::read(const Entry& e, int64_t first, int64_t count, Dtype dtype,
+                           void* to) const {
   const int64_t size = size_of_name(e.dtype);
   REQUIRE(size, path(), " has a tensor in ", e.dtype, "; F64, F32, F16 and BF16 can be read");
   ASSERT(first >= 0 && first + count <= elements(e.shape));

@@ -1,5 +1,6 @@
-// safetensors.h: one file of named arrays: 8 bytes that say how long the header is, the header in JSON (name: dtype, shape, place), then the
-// arrays, little-endian, one after the other. Hugging Face's format; checkpoints are made of such files.
+// safetensors.h: one file of named arrays: 8 bytes that say how long the header is, the header in
+// JSON (name: dtype, shape, place), then the arrays, little-endian, one after the other. Hugging
+// Face's format; checkpoints are made of such files.
 // source    https://huggingface.co/docs/safetensors, "Format"
 // cost      written once from front to back; read through a map of the file
 // not here  dtypes but F64, F32, F16 and BF16
@@ -17,16 +18,27 @@ struct NamedArray {
   Dtype dtype;
   std::function<void(void* to)> read;  // puts the elements there
 };
-struct WrittenFile { std::string name; int64_t bytes = 0; uint64_t checksum = 0; };  // name: without the directory
+// name: without the directory
+struct WrittenFile {
+  std::string name;
+  int64_t bytes = 0;
+  uint64_t checksum = 0;
+};
 
-// Both write a file that is there whole or not at all, and wait until the disk has it. An Error says why they cannot.
+// Both write a file that is there whole or not at all, and wait until the disk has it. An Error
+// says why they cannot.
 WrittenFile write_safetensors(const std::string& path, const std::vector<NamedArray>& arrays);
 void write_file(const std::string& path, const std::string& text);
 
 class SafetensorsFile {
  public:
-  explicit SafetensorsFile(const std::string& path);  // checks that the header is whole and that every array lies in the file
-  struct Entry { std::string dtype; Shape shape; int64_t begin, end; };  // bytes of the file
+  // checks that the header is whole and that every array lies in the file
+  explicit SafetensorsFile(const std::string& path);
+  struct Entry {
+    std::string dtype;
+    Shape shape;
+    int64_t begin, end;
+  };  // bytes of the file
   const std::map<std::string, Entry>& entries() const { return entries_; }
   const Entry& at(const std::string& name) const;
   // Elements [first, first + count) of an array as `dtype`, rounded where need be.

@@ -1,5 +1,7 @@
-// tool.cpp: shows, checks, exports and imports checkpoints: build/checkpoint info|verify|export|import. See checkpoint/checkpoint.h.
-// idea      one process, no mesh: a checkpoint's pieces are read as if by a rank that owns everything
+// tool.cpp: shows, checks, exports and imports checkpoints: build/checkpoint
+// info|verify|export|import. See checkpoint/checkpoint.h.
+// idea      one process, no mesh: a checkpoint's pieces are read as if by a rank that owns
+//           everything
 // test      tests/test_checkpoint.sh; tests/huggingface.py opens what `export` writes
 #include <cstdio>
 #include <filesystem>
@@ -25,10 +27,13 @@ static void describe(const Checkpoint& c) {
   for (const auto& [name, shape] : c.tensors) parameters += elements(shape);
   for (const WrittenFile& f : c.files) bytes += f.bytes;
   const ModelSize& m = c.info.model;
-  printf("%s\n  step     %lld\n  model    %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M parameters in %s%s\n", c.path.c_str(),
-         (long long)c.info.step, (long long)m.layers, (long long)m.width, (long long)m.heads, (long long)m.context, (long long)m.vocab, double(parameters) / 1e6,
-         name_of(c.info.dtype), c.has_moments ? " and their moments" : ", without moments");
-  printf("  layout   %s\n  files    %zu, %.1f MB\n", to_string(c.info.layout).c_str(), c.files.size(), double(bytes) / 1e6);
+  printf(
+      "%s\n  step     %lld\n  model    %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M parameters in %s%s\n",
+      c.path.c_str(), (long long)c.info.step, (long long)m.layers, (long long)m.width,
+      (long long)m.heads, (long long)m.context, (long long)m.vocab, double(parameters) / 1e6,
+      name_of(c.info.dtype), c.has_moments ? " and their moments" : ", without moments");
+  printf("  layout   %s\n  files    %zu, %.1f MB\n", to_string(c.info.layout).c_str(),
+         c.files.size(), double(bytes) / 1e6);
   if (!c.info.options.empty()) printf("  options  %s\n", c.info.options.c_str());
   if (!c.info.data.empty()) printf("  data     %s\n", c.info.data.c_str());
 }
@@ -55,14 +60,26 @@ static int each_step(const std::string& path, void (*work)(const Checkpoint&)) {
 // ---- Hugging Face
 
 static Json config_of(const ModelSize& m) {
-  return {{"architectures", {"GPT2LMHeadModel"}}, {"model_type", "gpt2"}, {"n_layer", m.layers}, {"n_embd", m.width}, {"n_head", m.heads},
-          {"n_positions", m.context}, {"n_ctx", m.context}, {"vocab_size", m.vocab}, {"activation_function", "gelu_new"}, {"layer_norm_epsilon", 1e-5},
-          {"tie_word_embeddings", true}, {"bos_token_id", m.vocab - 1}, {"eos_token_id", m.vocab - 1}, {"torch_dtype", "float32"}};
+  return {{"architectures", {"GPT2LMHeadModel"}},
+          {"model_type", "gpt2"},
+          {"n_layer", m.layers},
+          {"n_embd", m.width},
+          {"n_head", m.heads},
+          {"n_positions", m.context},
+          {"n_ctx", m.context},
+          {"vocab_size", m.vocab},
+          {"activation_function", "gelu_new"},
+          {"layer_norm_epsilon", 1e-5},
+          {"tie_word_embeddings", true},
+          {"bos_token_id", m.vocab - 1},
+          {"eos_token_id", m.vocab - 1},
+          {"torch_dtype", "float32"}};
 }
 
 static void copy_tokenizer(const fs::path& from, const fs::path& to) {
   for (const char* name : {"vocab.json", "merges.txt"})
-    if (fs::exists(from / name) && !fs::equivalent(from, to)) fs::copy_file(from / name, to / name, fs::copy_options::overwrite_existing);
+    if (fs::exists(from / name) && !fs::equivalent(from, to))
+      fs::copy_file(from / name, to / name, fs::copy_options::overwrite_existing);
 }
 
 static void export_weights(const std::string& path, const std::string& dir) {
@@ -71,13 +88,15 @@ static void export_weights(const std::string& path, const std::string& dir) {
   std::vector<NamedArray> arrays;
   for (const auto& [name, shape] : c.tensors) {
     const Piece whole{name, {1, 1, elements(shape), 0, 1}, 0, elements(shape)};
-    arrays.push_back({name, shape, Dtype::f32, [&c, whole](void* to) { c.read(whole, Part::weights, Dtype::f32, to); }});
+    arrays.push_back({name, shape, Dtype::f32,
+                      [&c, whole](void* to) { c.read(whole, Part::weights, Dtype::f32, to); }});
   }
   make_directory(dir);
   copy_tokenizer(fs::canonical(c.path).parent_path(), dir);
   const WrittenFile w = write_safetensors(dir + "/model.safetensors", arrays);
   write_file(dir + "/config.json", config_of(c.info.model).dump(2) + "\n");
-  printf("%s/model.safetensors: %zu tensors, %.1f MB, from %s\n", dir.c_str(), arrays.size(), double(w.bytes) / 1e6, c.path.c_str());
+  printf("%s/model.safetensors: %zu tensors, %.1f MB, from %s\n", dir.c_str(), arrays.size(),
+         double(w.bytes) / 1e6, c.path.c_str());
 }
 
 static ModelSize read_config(const std::string& path) {
@@ -85,17 +104,24 @@ static ModelSize read_config(const std::string& path) {
     const Json j = Json::parse(read_file(path));
     const auto size = [&](const char* key, int64_t most = 1'000'000) {
       const Json& n = j.at(key);
-      REQUIRE(n.is_number_integer() && n > 0 && n <= most, path, ": ", key, " is ", n, "; it takes a whole number from 1 to ", most);
+      REQUIRE(n.is_number_integer() && n > 0 && n <= most, path, ": ", key, " is ", n,
+              "; it takes a whole number from 1 to ", most);
       return n.get<int64_t>();
     };
-    const ModelSize m{size("n_layer", 10'000), size("n_embd"), size("n_head"), size("n_positions", 10'000'000), size("vocab_size", 1'000'000'000)};
-    REQUIRE(m.width % m.heads == 0, path, ": n_embd ", m.width, " does not divide by n_head ", m.heads);
+    const ModelSize m{size("n_layer", 10'000), size("n_embd"), size("n_head"),
+                      size("n_positions", 10'000'000), size("vocab_size", 1'000'000'000)};
+    REQUIRE(m.width % m.heads == 0, path, ": n_embd ", m.width, " does not divide by n_head ",
+            m.heads);
     const std::string gelu = j.value("activation_function", "gelu_new");
-    REQUIRE(gelu == "gelu_new" || gelu == "gelu_pytorch_tanh", path, " asks for the activation ", gelu, "; this model has gelu_new");
-    const Json only{{"model_type", "gpt2"}, {"layer_norm_epsilon", 1e-5}, {"n_inner", 4 * m.width}, {"tie_word_embeddings", true},
-                    {"scale_attn_weights", true}, {"scale_attn_by_inverse_layer_idx", false}, {"add_cross_attention", false}};
+    REQUIRE(gelu == "gelu_new" || gelu == "gelu_pytorch_tanh", path, " asks for the activation ",
+            gelu, "; this model has gelu_new");
+    const Json only{{"model_type", "gpt2"},        {"layer_norm_epsilon", 1e-5},
+                    {"n_inner", 4 * m.width},      {"tie_word_embeddings", true},
+                    {"scale_attn_weights", true},  {"scale_attn_by_inverse_layer_idx", false},
+                    {"add_cross_attention", false}};
     for (const auto& [key, value] : only.items())
-      REQUIRE(j.value(key, Json()).is_null() || j.at(key) == value, path, ": ", key, " is ", j.at(key), "; this model has ", value);
+      REQUIRE(j.value(key, Json()).is_null() || j.at(key) == value, path, ": ", key, " is ",
+              j.at(key), "; this model has ", value);
     return m;
   } catch (const nlohmann::json::exception& e) {
     throw Error(sentence(path, " does not describe a GPT-2: ", e.what()));
@@ -113,12 +139,17 @@ static void import_weights(const std::string& dir, const std::string& path) {
     const std::string name = file.entries().count(p->name) ? p->name : "transformer." + p->name;
     const SafetensorsFile::Entry& e = file.at(name);
     const Shape shape = file_shape(*p);
-    REQUIRE(e.shape == shape, file.path(), ": ", p->name, " is of shape ", to_string(e.shape), "; by config.json it should be ", to_string(shape));
-    arrays.push_back({p->name, shape, Dtype::f32, [&file, &e](void* to) { file.read(e, 0, elements(e.shape), Dtype::f32, to); }});
+    REQUIRE(e.shape == shape, file.path(), ": ", p->name, " is of shape ", to_string(e.shape),
+            "; by config.json it should be ", to_string(shape));
+    arrays.push_back({p->name, shape, Dtype::f32, [&file, &e](void* to) {
+                        file.read(e, 0, elements(e.shape), Dtype::f32, to);
+                      }});
     unused.erase(name);
   }
   for (const auto& [name, entry] : unused)  // the tied head and the causal mask may be there, too
-    REQUIRE(name == "lm_head.weight" || name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias"), file.path(), ": the model of config.json has no ", name);
+    REQUIRE(name == "lm_head.weight" || name.ends_with(".attn.bias") ||
+                name.ends_with(".attn.masked_bias"),
+            file.path(), ": the model of config.json has no ", name);
   make_directory(path);
   copy_tokenizer(dir, path);
   write_whole_checkpoint(path, {0, m, {}, Dtype::f32, 0, "", "imported from " + dir}, arrays);
@@ -129,7 +160,9 @@ static void import_weights(const std::string& dir, const std::string& path) {
 
 int main(int argc, char** argv) {
   const std::vector<std::string> words(argv + 1, argv + argc);
-  const auto is = [&](const char* what, size_t count) { return words.size() == count && words[0] == what; };
+  const auto is = [&](const char* what, size_t count) {
+    return words.size() == count && words[0] == what;
+  };
   const bool help = is("--help", 1) || is("help", 1);
   int status = 0;
   try {

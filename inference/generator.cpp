@@ -4,11 +4,18 @@
 // ---- set-up
 
 Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int64_t room)
-    : gpt(config, mesh.tp, mesh.stream), mesh_(mesh), layers_(split_layers(config.layers, head_in_layers(config), mesh.pp.size)[size_t(mesh.pp.rank)]),
-      pipeline_(mesh, make_schedule("gpipe", mesh.pp.size, 1)), lengths_(size_t(sequences), 0), sequences_(sequences), room_(room) {
+    : gpt(config, mesh.tp, mesh.stream),
+      mesh_(mesh),
+      layers_(
+          split_layers(config.layers, head_in_layers(config), mesh.pp.size)[size_t(mesh.pp.rank)]),
+      pipeline_(mesh, make_schedule("gpipe", mesh.pp.size, 1)),
+      lengths_(size_t(sequences), 0),
+      sequences_(sequences),
+      room_(room) {
   for (Param* p : params()) p->value = Tensor(p->local_shape(), config.dtype, Memory::parameters);
   const int64_t H = gpt.tp.part(config.heads).size(), D = config.width / config.heads;
-  for (int64_t l = layers_.begin; l < layers_.end; l++) caches_.push_back(Tensor({sequences, 2, H, room, D}, config.dtype, Memory::cache));
+  for (int64_t l = layers_.begin; l < layers_.end; l++)
+    caches_.push_back(Tensor({sequences, 2, H, room, D}, config.dtype, Memory::cache));
 }
 
 std::vector<Param*> Generator::params() {  // of this stage
@@ -37,19 +44,25 @@ int64_t Generator::cache_bytes() const {
 
 // ---- forward
 
-// Through this stage: `rows` rows of activations come in, and on the last stage logits come out: of row `last_row`, or of every row if it is -1.
-Generator::Logits Generator::forward(int64_t rows, int64_t last_row, const Tokens& tokens, const std::function<Gpt::Attend(int64_t)>& attend) {
+// Through this stage: `rows` rows of activations come in, and on the last stage logits come out: of
+// row `last_row`, or of every row if it is -1.
+Generator::Logits Generator::forward(int64_t rows, int64_t last_row, const Tokens& tokens,
+                                     const std::function<Gpt::Attend(int64_t)>& attend) {
   Logits logits;
-  pipeline_.forward({rows, gpt.config.width}, gpt.config.dtype, 1, [&](Tape& tape, int, const Var& in, int) {
-    Var x = first() ? gpt.embed(tape, tokens) : in;
-    for (int64_t l = layers_.begin; l < layers_.end; l++) x = gpt.block(tape, l, x, rows, attend(l));
-    if (!last()) return x;
-    if (last_row >= 0) x = Var{gpt.tp.one_row(x.value, rows, last_row)};
-    const int64_t m = x.value.dim(0), V = gpt.config.vocab;
-    const std::vector<double> all = download(gpt.tp.whole_logits(gpt.logits(tape, x, m).value, V));
-    for (int64_t row = 0; row < m; row++) logits.emplace_back(all.begin() + row * V, all.begin() + (row + 1) * V);
-    return Var{};
-  });
+  pipeline_.forward({rows, gpt.config.width}, gpt.config.dtype, 1,
+                    [&](Tape& tape, int, const Var& in, int) {
+                      Var x = first() ? gpt.embed(tape, tokens) : in;
+                      for (int64_t l = layers_.begin; l < layers_.end; l++)
+                        x = gpt.block(tape, l, x, rows, attend(l));
+                      if (!last()) return x;
+                      if (last_row >= 0) x = Var{gpt.tp.one_row(x.value, rows, last_row)};
+                      const int64_t m = x.value.dim(0), V = gpt.config.vocab;
+                      const std::vector<double> all =
+                          download(gpt.tp.whole_logits(gpt.logits(tape, x, m).value, V));
+                      for (int64_t row = 0; row < m; row++)
+                        logits.emplace_back(all.begin() + row * V, all.begin() + (row + 1) * V);
+                      return Var{};
+                    });
   return logits;
 }
 
@@ -57,12 +70,13 @@ Generator::Logits Generator::prefill(int64_t sequence, const std::vector<int>& p
   const int64_t n = int64_t(prompt.size()), H = gpt.tp.part(gpt.config.heads).size();
   ASSERT(n > 0 && n <= room_);
   lengths_[size_t(sequence)] = int(n);
-  return forward(n, n - 1, Tokens(1, n, prompt, prompt, gpt.tp.part(gpt.config.vocab)), [&](int64_t layer) {
-    return [this, layer, sequence, n, H](Tape& tape, const Var& qkv) {
-      append_to_cache(caches_[size_t(layer - layers_.begin)], qkv.value, sequence, 0, H);
-      return attention(tape, qkv, 1, n, H, gpt.config.attention);
-    };
-  });
+  return forward(
+      n, n - 1, Tokens(1, n, prompt, prompt, gpt.tp.part(gpt.config.vocab)), [&](int64_t layer) {
+        return [this, layer, sequence, n, H](Tape& tape, const Var& qkv) {
+          append_to_cache(caches_[size_t(layer - layers_.begin)], qkv.value, sequence, 0, H);
+          return attention(tape, qkv, 1, n, H, gpt.config.attention);
+        };
+      });
 }
 
 Generator::Logits Generator::decode(const std::vector<int>& tokens) {
@@ -88,7 +102,8 @@ std::vector<int> Generator::share(std::vector<int> picked) {
   upload(tokens, picked.data());
   make_wait(mesh_.stream, device().compute);  // the tokens must be on the device
   ledger.broadcast(mesh_.pp, tokens.bytes());
-  NCCL_CHECK(ncclBroadcast(tokens.raw(), tokens.raw(), size_t(sequences_), ncclInt32, mesh_.pp.size - 1, mesh_.pp.comm, mesh_.stream));
+  NCCL_CHECK(ncclBroadcast(tokens.raw(), tokens.raw(), size_t(sequences_), ncclInt32,
+                           mesh_.pp.size - 1, mesh_.pp.comm, mesh_.stream));
   make_wait(device().compute, mesh_.stream);  // they must have arrived
   download(tokens, picked.data());
   return picked;
@@ -98,7 +113,8 @@ std::vector<int> Generator::share(std::vector<int> picked) {
 
 int64_t Generator::predicted_bytes(int64_t steps) const {
   const int64_t B = sequences_, e = int64_t(size_of(gpt.config.dtype)), n = mesh_.tp.size;
-  const int64_t activation = B * gpt.config.width * e, sums = 2 * layers_.size() + (first() ? 1 : 0);
+  const int64_t activation = B * gpt.config.width * e,
+                sums = 2 * layers_.size() + (first() ? 1 : 0);
   int64_t bytes = 2 * (n - 1) * activation * sums * steps / n;
   if (last()) bytes += (n - 1) * B * ((gpt.config.vocab + n - 1) / n) * e * steps;
   else bytes += activation * steps;

@@ -1,12 +1,18 @@
-// generator.h: the model one token at a time, with a cache of keys and values, over tensor parallel ranks and pipeline stages.
+// generator.h: the model one token at a time, with a cache of keys and values, over tensor parallel
+// ranks and pipeline stages.
 //
-// idea      a prompt goes through the model at once (prefill) and leaves each layer's keys and values in the cache; then every new token is a
-//           batch of one row a sequence (decode) whose attention reads the cache. Both are Gpt's embed, block and logits with another attention.
-// tp        splits every matrix, so that each rank reads 1/n of the weights: what a token waits for. That is what tensor parallelism is for here.
-// pp        splits the layers: the model fits, but a token still passes through all stages, one after the other
-// cost      a token of one sequence reads all weights once and the cache once: bound by memory, not by arithmetic. Cache: 2 C elements a layer
-//           and position (C/tp on each rank)
-// not here  continuous batching, pages, speculation; FSDP: gathering all weights for each token would cost more than computing it
+// idea      a prompt goes through the model at once (prefill) and leaves each layer's keys and
+//           values in the cache; then every new token is a batch of one row a sequence (decode)
+//           whose attention reads the cache. Both are Gpt's embed, block and logits with another
+//           attention.
+// tp        splits every matrix, so that each rank reads 1/n of the weights: what a token waits
+//           for. That is what tensor parallelism is for here.
+// pp        splits the layers: the model fits, but a token still passes through all stages, one
+//           after the other
+// cost      a token of one sequence reads all weights once and the cache once: bound by memory, not
+//           by arithmetic. Cache: 2 C elements a layer and position (C/tp on each rank)
+// not here  continuous batching, pages, speculation; FSDP: gathering all weights for each token
+//           would cost more than computing it
 // test      tests/test_generator.cpp
 #pragma once
 #include "gpt.h"
@@ -15,33 +21,39 @@
 
 class Generator {
  public:
-  // `sequences` at once, each with room for `room` tokens, prompt included. Weights are uninitialised until one of the two below.
+  // `sequences` at once, each with room for `room` tokens, prompt included. Weights are
+  // uninitialised until one of the two below.
   Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int64_t room);
   void initialise(uint64_t seed);
   void load_weights(const Checkpoint& checkpoint);
 
-  using Logits = std::vector<std::vector<double>>;  // (V) a sequence on the last stage; empty on the others
-  Logits prefill(int64_t sequence, const std::vector<int>& prompt);  // the sequence starts anew; after the last token of the prompt
-  Logits decode(const std::vector<int>& tokens);                     // one new token of each sequence
+  // (V) a sequence on the last stage; empty on the others
+  using Logits = std::vector<std::vector<double>>;
+  // the sequence starts anew; after the last token of the prompt
+  Logits prefill(int64_t sequence, const std::vector<int>& prompt);
+  // one new token of each sequence
+  Logits decode(const std::vector<int>& tokens);
   // What the last stage has picked, on every stage.
   std::vector<int> share(std::vector<int> picked);
 
   int64_t cache_bytes() const;
-  // Bytes that this rank sends while it decodes `steps` tokens of every sequence and shares what was picked, by formula.
+  // Bytes that this rank sends while it decodes `steps` tokens of every sequence and shares what
+  // was picked, by formula.
   int64_t predicted_bytes(int64_t steps) const;
 
   Gpt gpt;
 
  private:
-  Logits forward(int64_t rows, int64_t last_row, const Tokens& tokens, const std::function<Gpt::Attend(int64_t layer)>& attend);
+  Logits forward(int64_t rows, int64_t last_row, const Tokens& tokens,
+                 const std::function<Gpt::Attend(int64_t layer)>& attend);
   std::vector<Param*> params();
   bool first() const { return mesh_.pp.rank == 0; }
   bool last() const { return mesh_.pp.rank + 1 == mesh_.pp.size; }
 
   Mesh& mesh_;
-  Range layers_;                 // of this stage
-  Pipeline pipeline_;            // carries activations between stages
-  std::vector<Tensor> caches_;   // of this stage's layers: see append_to_cache
-  std::vector<int> lengths_;     // tokens of each sequence in the cache
+  Range layers_;                // of this stage
+  Pipeline pipeline_;           // carries activations between stages
+  std::vector<Tensor> caches_;  // of this stage's layers: see append_to_cache
+  std::vector<int> lengths_;    // tokens of each sequence in the cache
   int64_t sequences_, room_;
 };

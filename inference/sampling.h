@@ -1,6 +1,6 @@
 // sampling.h: which token comes next, from logits.
-// source    top-k: Fan et al., "Hierarchical neural story generation", 2018; top-p: Holtzman et al., "The curious case of neural text
-//           degeneration", 2020
+// source    top-k: Fan et al., "Hierarchical neural story generation", 2018; top-p: Holtzman et
+//           al., "The curious case of neural text degeneration", 2020
 // test      tests/test_support.cpp
 #pragma once
 #include <cstdint>
@@ -12,6 +12,8 @@ struct Sampling {
   double top_p = 1;        // among the likeliest whose probabilities together reach p
   uint64_t seed = 1337;
 };
-// A token with the probabilities of softmax(logits / temperature), cut to top_k and top_p. The random number depends on (seed, position,
-// sequence) alone, so every layout and every batch picks the same.
-int pick(const std::vector<double>& logits, const Sampling& how, int64_t position, int64_t sequence = 0);
+// A token with the probabilities of softmax(logits / temperature), cut to top_k and top_p. The
+// random number depends on (seed, position, sequence) alone, so every layout and every batch picks
+// the same.
+int pick(const std::vector<double>& logits, const Sampling& how, int64_t position,
+         int64_t sequence = 0);

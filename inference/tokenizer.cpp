@@ -12,14 +12,21 @@
 
 // ---- the files
 
-struct CodePoint { char32_t value; size_t at; };  // where its bytes begin
+struct CodePoint {
+  char32_t value;
+  size_t at;
+};  // where its bytes begin
 
 // Of UTF-8; malformed bytes are code points of their own.
 static std::vector<CodePoint> code_points(const std::string& text) {
   std::vector<CodePoint> points;
   for (size_t at = 0, length; at < text.size(); at += length) {
     const unsigned char first = text[at];
-    length = first < 0x80 ? 1 : first >> 5 == 6 ? 2 : first >> 4 == 14 ? 3 : first >> 3 == 30 ? 4 : 1;
+    length = first < 0x80       ? 1
+             : first >> 5 == 6  ? 2
+             : first >> 4 == 14 ? 3
+             : first >> 3 == 30 ? 4
+                                : 1;
     if (at + length > text.size()) length = 1;
     char32_t c = length == 1 ? first : first & (0xff >> (length + 1));
     for (size_t i = 1; i < length; i++) c = c << 6 | (text[at + i] & 0x3f);
@@ -28,12 +35,14 @@ static std::vector<CodePoint> code_points(const std::string& text) {
   return points;
 }
 
-// The files write each byte as a printable character: itself, or 256 and up for the others in order.
+// The files write each byte as a printable character: itself, or 256 and up for the others in
+// order.
 static std::map<char32_t, char> byte_of_character() {
   std::map<char32_t, char> bytes;
   char32_t next = 256;
   for (int b = 0; b < 256; b++) {
-    const bool printable = (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || (b >= 0xae && b <= 0xff);
+    const bool printable =
+        (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || (b >= 0xae && b <= 0xff);
     bytes[printable ? char32_t(b) : next++] = char(b);
   }
   return bytes;
@@ -44,7 +53,8 @@ static std::string to_bytes(const std::string& written, const std::string& path)
   std::string text;
   for (const CodePoint& c : code_points(written)) {
     const auto found = bytes.find(c.value);
-    REQUIRE(found != bytes.end(), path, ": ", written, " is no token of byte-level byte-pair encoding");
+    REQUIRE(found != bytes.end(), path, ": ", written,
+            " is no token of byte-level byte-pair encoding");
     text += found->second;
   }
   return text;
@@ -52,7 +62,8 @@ static std::string to_bytes(const std::string& written, const std::string& path)
 
 Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : vocab_(vocab) {
   const std::string vocabulary = directory + "/vocab.json", merges = directory + "/merges.txt";
-  if (directory.empty() || !std::filesystem::exists(vocabulary) || !std::filesystem::exists(merges)) {
+  if (directory.empty() || !std::filesystem::exists(vocabulary) ||
+      !std::filesystem::exists(merges)) {
     for (int b = 0; b < 256 && vocab == 256; b++) tokens_[texts_.emplace_back(1, char(b))] = b;
     return;
   }
@@ -60,7 +71,8 @@ Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : vocab_(vocab
     const auto json = nlohmann::json::parse(read_file(vocabulary));
     for (const auto& [written, number] : json.items()) {
       const int token = number;
-      REQUIRE(token >= 0 && token < vocab, vocabulary, " has token ", token, ", outside the vocabulary of ", vocab);
+      REQUIRE(token >= 0 && token < vocab, vocabulary, " has token ", token,
+              ", outside the vocabulary of ", vocab);
       const bool special = written == "<|endoftext|>";
       if (special) end_ = token;
       if (texts_.size() <= size_t(token)) texts_.resize(size_t(token) + 1);
@@ -75,7 +87,9 @@ Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : vocab_(vocab
     const size_t space = line.find(' ');
     if (line.starts_with("#version") || space == std::string::npos) continue;
     while (!line.empty() && line.back() == '\r') line.pop_back();
-    merges_.insert({{to_bytes(line.substr(0, space), merges), to_bytes(line.substr(space + 1), merges)}, int(merges_.size())});
+    merges_.insert(
+        {{to_bytes(line.substr(0, space), merges), to_bytes(line.substr(space + 1), merges)},
+         int(merges_.size())});
   }
 }
 
@@ -85,13 +99,19 @@ enum class Sign { space, letter, digit, other };
 
 static Sign sign_of(char32_t c) {
   static const locale_t utf8 = newlocale(LC_CTYPE_MASK, "C.UTF-8", nullptr);
-  if (c < 128) return isspace(int(c)) ? Sign::space : isalpha(int(c)) ? Sign::letter : isdigit(int(c)) ? Sign::digit : Sign::other;
+  if (c < 128)
+    return isspace(int(c))   ? Sign::space
+           : isalpha(int(c)) ? Sign::letter
+           : isdigit(int(c)) ? Sign::digit
+                             : Sign::other;
   if (!utf8) return Sign::letter;
-  return iswspace_l(wint_t(c), utf8) || c == 0xa0 ? Sign::space : iswalpha_l(wint_t(c), utf8) ? Sign::letter : Sign::other;
+  return iswspace_l(wint_t(c), utf8) || c == 0xa0 ? Sign::space
+         : iswalpha_l(wint_t(c), utf8)            ? Sign::letter
+                                                  : Sign::other;
 }
 
-// GPT-2's words: an English suffix ('s 't 're 've 'm 'll 'd), or a run of letters, digits or other signs with the space before it; of several
-// spaces the last one belongs to what follows.
+// GPT-2's words: an English suffix ('s 't 're 've 'm 'll 'd), or a run of letters, digits or other
+// signs with the space before it; of several spaces the last one belongs to what follows.
 std::vector<std::string> Tokenizer::words(const std::string& text) const {
   std::vector<CodePoint> points = code_points(text);
   const size_t n = points.size();
@@ -122,7 +142,10 @@ std::vector<int> Tokenizer::encode(const std::string& text) const {
     for (std::string word; in >> word;) {
       char* end;
       const long long token = strtoll(word.c_str(), &end, 10);
-      REQUIRE(!*end && token >= 0 && token < vocab_, "'", word, "' is no token: without vocab.json and merges.txt beside the checkpoint a prompt is the numbers of its tokens, 0 to ", vocab_ - 1);
+      REQUIRE(
+          !*end && token >= 0 && token < vocab_, "'", word,
+          "' is no token: without vocab.json and merges.txt beside the checkpoint a prompt is the numbers of its tokens, 0 to ",
+          vocab_ - 1);
       tokens.push_back(int(token));
     }
     return tokens;
@@ -134,7 +157,9 @@ std::vector<int> Tokenizer::encode(const std::string& text) const {
       int best = INT32_MAX;
       size_t at = 0;
       for (size_t i = 0; i + 1 < parts.size(); i++)
-        if (const auto m = merges_.find({parts[i], parts[i + 1]}); m != merges_.end() && m->second < best) best = m->second, at = i;
+        if (const auto m = merges_.find({parts[i], parts[i + 1]});
+            m != merges_.end() && m->second < best)
+          best = m->second, at = i;
       if (best == INT32_MAX) break;
       parts[at] += parts[at + 1];
       parts.erase(parts.begin() + long(at) + 1);

@@ -1,11 +1,14 @@
 // attention_decode.cu: attention of one new token a sequence over a cache of keys and values.
 //
-// idea      one block a sequence and head. Its warps share the positions out; each keeps a maximum, a sum of exponentials and a weighted sum of
-//           values, scaled down when a new maximum comes (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). In the
-//           end the warps' parts are brought to one maximum and added up, first to last. The new token's own key and value come from qkv and
-//           are put into the cache for the tokens after it.
+// idea      one block a sequence and head. Its warps share the positions out; each keeps a maximum,
+//           a sum of exponentials and a weighted sum of values, scaled down when a new maximum
+//           comes (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). In
+//           the end the warps' parts are brought to one maximum and added up, first to last. The
+//           new token's own key and value come from qkv and are put into the cache for the tokens
+//           after it.
 // layout    cache (B,2,H,S,D): the keys of one head lie one behind the other
-// cost      reads the cache of the positions so far once; 4 D flops and an exponential a position and head
+// cost      reads the cache of the positions so far once; 4 D flops and an exponential a position
+//           and head
 // not here  splitting one long cache over blocks ("flash decoding"); heads wider than 256
 // test      tests/test_decode.cpp
 #include <columns.cuh>
@@ -18,7 +21,9 @@ constexpr int kOwn = kMaxD / kWarp;  // channels of a lane
 // What a warp has seen: maximum score, sum of exp(score - maximum), the values weighed with that
 template <class A> struct Seen { A most, sum, value[kOwn]; };
 
-template <class A, class T> __device__ __forceinline__ void see(Seen<A>& s, const A (&q)[kOwn], const T* key, const T* value, A scale, int D) {
+template <class A, class T> __device__ __forceinline__ void see(Seen<A>& s, const A (&q)[kOwn],
+                                                                const T* key, const T* value,
+                                                                A scale, int D) {
   A score = 0;
   for_lane_columns<kOwn>(D, [&](int i, int d) { score += q[i] * A(load(key[d])); });
   score = scale * reduce_lanes<Sum<A>>(score);
@@ -33,20 +38,25 @@ template <class A, class T> __device__ __forceinline__ void see(Seen<A>& s, cons
 }
 
 // out (B,H,D), cache (B,2,H,S,D), qkv (B,3,H,D), lengths (B); one block a sequence and head
-template <class T> __global__ void __launch_bounds__(128) decode_kernel(T* out, T* cache, const T* qkv, const int* lengths, int H, int64_t S,
-                                                      int D, acc_t<T> scale) {
+template <class T> __global__ void __launch_bounds__(128)
+    decode_kernel(T* out, T* cache, const T* qkv, const int* lengths, int H, int64_t S, int D,
+                  acc_t<T> scale) {
   using A = acc_t<T>;
   const int64_t b = blockIdx.x / H, h = blockIdx.x % H;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, length = lengths[b];
   T *const keys = cache + (b * 2 * H + h) * S * D, *const values = keys + H * S * D;
-  const T *const query = qkv + (b * 3 * H + h) * D, *const key = query + int64_t(H) * D, *const value = key + int64_t(H) * D;
+  const T *const query = qkv + (b * 3 * H + h) * D, *const key = query + int64_t(H) * D,
+                 *const value = key + int64_t(H) * D;
   A q[kOwn] = {};
   for_lane_columns<kOwn>(D, [&](int i, int d) { q[i] = load(query[d]); });
   Seen<A> s{Max<A>::identity, 0, {}};
-  for (int t = warp; t < length; t += kWarps) see(s, q, keys + int64_t(t) * D, values + int64_t(t) * D, scale, D);
+  for (int t = warp; t < length; t += kWarps)
+    see(s, q, keys + int64_t(t) * D, values + int64_t(t) * D, scale, D);
   if (warp == 0) {
     see(s, q, key, value, scale, D);
-    for_lane_columns<kOwn>(D, [&](int, int d) { keys[int64_t(length) * D + d] = key[d], values[int64_t(length) * D + d] = value[d]; });
+    for_lane_columns<kOwn>(D, [&](int, int d) {
+      keys[int64_t(length) * D + d] = key[d], values[int64_t(length) * D + d] = value[d];
+    });
   }
   __shared__ A most[kWarps], sum[kWarps], part[kWarps][kMaxD];
   if (lane == 0) most[warp] = s.most, sum[warp] = s.sum;
@@ -62,9 +72,10 @@ template <class T> __global__ void __launch_bounds__(128) decode_kernel(T* out, 
   }
 }
 
-// cache (B,2,H,S,D) at sequence b, positions first .. first+T-1 = keys and values of qkv (T,3,H,D); one block a position, part (0 keys, 1 values)
-// and head; reads and writes 2THD
-template <class T> __global__ void __launch_bounds__(128) append_kernel(T* cache, const T* qkv, int H, int64_t S, int D, int64_t first) {
+// cache (B,2,H,S,D) at sequence b, positions first .. first+T-1 = keys and values of qkv (T,3,H,D);
+// one block a position, part (0 keys, 1 values) and head; reads and writes 2THD
+template <class T> __global__ void __launch_bounds__(128)
+    append_kernel(T* cache, const T* qkv, int H, int64_t S, int D, int64_t first) {
   const int64_t h = blockIdx.x % H, part = blockIdx.x / H % 2, t = blockIdx.x / H / 2;
   const T* const from = qkv + ((t * 3 + 1 + part) * H + h) * D;
   T* const to = cache + ((part * H + h) * S + first + t) * D;
@@ -74,18 +85,21 @@ template <class T> __global__ void __launch_bounds__(128) append_kernel(T* cache
 
 }  // namespace
 
-void attention_decode(const Tensor& out, const Tensor& cache, const Tensor& qkv, const Tensor& lengths, int64_t H) {
+void attention_decode(const Tensor& out, const Tensor& cache, const Tensor& qkv,
+                      const Tensor& lengths, int64_t H) {
   const int64_t B = cache.dim(0), S = cache.dim(3), D = cache.dim(4);
   REQUIRE(D <= kMaxD, "decoding takes heads of at most ", kMaxD, " channels, not ", D);
-  ASSERT(cache.dim(2) == H && qkv.numel() == B * 3 * H * D && out.numel() == B * H * D && lengths.numel() == B);
+  ASSERT(cache.dim(2) == H && qkv.numel() == B * 3 * H * D && out.numel() == B * H * D &&
+         lengths.numel() == B);
   DISPATCH(cache.dtype(), decode_kernel<T><<<unsigned(B * H), kThreads, 0, device().compute>>>(
-                                 out.data<T>(), cache.data<T>(), qkv.data<T>(), lengths.data<int>(), int(H), S, int(D),
-                                 acc_t<T>(1 / std::sqrt(double(D)))));
+                              out.data<T>(), cache.data<T>(), qkv.data<T>(), lengths.data<int>(),
+                              int(H), S, int(D), acc_t<T>(1 / std::sqrt(double(D)))));
 }
 
 void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t first, int64_t H) {
   const int64_t S = cache.dim(3), D = cache.dim(4), T_ = qkv.numel() / (3 * H * D);
   ASSERT(b < cache.dim(0) && first + T_ <= S && cache.dim(2) == H);
-  DISPATCH(cache.dtype(), append_kernel<T><<<unsigned(T_ * 2 * H), kThreads, 0, device().compute>>>(
-                                 cache.data<T>() + b * 2 * H * S * D, qkv.data<T>(), int(H), S, int(D), first));
+  DISPATCH(cache.dtype(),
+           append_kernel<T><<<unsigned(T_ * 2 * H), kThreads, 0, device().compute>>>(
+               cache.data<T>() + b * 2 * H * S * D, qkv.data<T>(), int(H), S, int(D), first));
 }

@@ -1,8 +1,10 @@
-// columns.cuh: the neighbouring columns of a row that one thread owns at a time: how to walk over them, read them and change them.
+// columns.cuh: the neighbouring columns of a row that one thread owns at a time: how to walk over
+// them, read them and change them.
 //
-// idea      a thread owns a pack of 16 bytes (Width<N>: N columns), or one column at the ends of a row that begins at an odd address. What it
-//           sums stays in registers.
-// CPU       FAST finds cpu/cuda/columns.cuh in this one's place: there a thread owns a thousand columns, in the first-level cache
+// idea      a thread owns a pack of 16 bytes (Width<N>: N columns), or one column at the ends of a
+//           row that begins at an odd address. What it sums stays in registers.
+// CPU       FAST finds cpu/cuda/columns.cuh in this one's place: there a thread owns a thousand
+//           columns, in the first-level cache
 // test      tests/test_kernels.cpp, tests/test_decode.cpp
 #pragma once
 #include "kernels/common.cuh"
@@ -15,29 +17,37 @@ constexpr int kRowsAhead = 4;                 // rows whose loads are under way 
 // How many columns a thread has that may own `left` more
 template <int N> __device__ __forceinline__ Width<N> own_columns(int64_t) { return {}; }
 
-// f(first column, how many) for the columns of a row of `width` (a multiple of N) that this thread owns
-template <int kThreads, int N, class F> __device__ __forceinline__ void for_columns(int width, F f) {
+// f(first column, how many) for the columns of a row of `width` (a multiple of N) that this thread
+// owns
+template <int kThreads, int N, class F>
+__device__ __forceinline__ void for_columns(int width, F f) {
   for (int i = threadIdx.x * N; i < width; i += kThreads * N) f(i, Width<N>());
 }
 
-// The same for a row x (width) that may begin at any address: packs at multiples of 16 bytes, and single columns before and behind them
+// The same for a row x (width) that may begin at any address: packs at multiples of 16 bytes, and
+// single columns before and behind them
 template <int kThreads, int N, bool kBackwards, class T, class F>
 __device__ __forceinline__ void for_unaligned_columns(const T* x, int width, F f) {
-  const int unaligned = N > 1 ? int((16 - reinterpret_cast<uintptr_t>(x) % 16) % 16 / sizeof(T)) : 0;
-  const int head = unaligned < width ? unaligned : width, packs = (width - head) / N, tail = head + packs * N, i = threadIdx.x;
+  const int unaligned =
+      N > 1 ? int((16 - reinterpret_cast<uintptr_t>(x) % 16) % 16 / sizeof(T)) : 0;
+  const int head = unaligned < width ? unaligned : width, packs = (width - head) / N,
+            tail = head + packs * N, i = threadIdx.x;
   if (i < head) f(i, Width<1>());
-  for (int p = i; p < packs; p += kThreads) f(head + (kBackwards ? packs - 1 - p : p) * N, Width<N>());
+  for (int p = i; p < packs; p += kThreads)
+    f(head + (kBackwards ? packs - 1 - p : p) * N, Width<N>());
   if (i < width - tail) f(tail + i, Width<1>());
 }
 
 // f(k, p[k]) for n columns
-template <int N, class T, class F> __device__ __forceinline__ void read_columns(const T* p, Width<N>, F f) {
+template <int N, class T, class F>
+__device__ __forceinline__ void read_columns(const T* p, Width<N>, F f) {
   const auto pack = load_pack<N>(p);
   for (int k = 0; k < N; k++) f(k, acc_t<T>(load(pack[k])));
 }
 
 // f(k, the elements k of kRows rows, which are ld apart)
-template <int kRows, int N, class T, class F> __device__ __forceinline__ void read_rows(const T* p, int64_t ld, Width<N>, F f) {
+template <int kRows, int N, class T, class F>
+__device__ __forceinline__ void read_rows(const T* p, int64_t ld, Width<N>, F f) {
   Pack<T, N> pack[kRows];
   for (int u = 0; u < kRows; u++) pack[u] = load_pack<N>(p + u * ld);
   for (int k = 0; k < N; k++) {
@@ -48,13 +58,15 @@ template <int kRows, int N, class T, class F> __device__ __forceinline__ void re
 }
 
 // p[k] = f(k, p[k])
-template <int N, class T, class F> __device__ __forceinline__ void change_columns(T* p, Width<N>, F f) {
+template <int N, class T, class F>
+__device__ __forceinline__ void change_columns(T* p, Width<N>, F f) {
   auto pack = load_pack<N>(p);
   for (int k = 0; k < N; k++) pack[k] = store<T>(f(k, acc_t<T>(load(pack[k]))));
   store_pack(p, pack);
 }
 
-// A warp's row of at most kWarp * kOwn columns: f(k, column) for this lane's, which are kWarp apart. Unrolled: what has index k is a register.
+// A warp's row of at most kWarp * kOwn columns: f(k, column) for this lane's, which are kWarp
+// apart. Unrolled: what has index k is a register.
 template <int kOwn, class F> __device__ __forceinline__ void for_lane_columns(int width, F f) {
   const int lane = threadIdx.x % kWarp;
 #pragma unroll

@@ -1,11 +1,15 @@
-// common.cuh: what every kernel file shares: types, the block's shape, packs of 16 bytes, the block reduction, dispatch over dtypes.
+// common.cuh: what every kernel file shares: types, the block's shape, packs of 16 bytes, the block
+// reduction, dispatch over dtypes.
 //
-// The same text is compiled three ways (docs/kernels.md): by nvcc; on the CPU in FAST form, where a block has one thread, kWarp is 1, barriers
-// and shuffles vanish and loops vectorize; on the CPU in FAITHFUL form, where every thread of a block is a fiber. So:
-//   a block owns a row or a contiguous tile and its threads stride through it;  no literal 32 in lane arithmetic, only kWarp;
-//   the threads of a block are a constant, block_threads(256), so that values stay in registers;
-//   a loop whose turns touch different elements, perhaps in place, is marked INDEPENDENT: g++ cannot know it, and would not vectorize;
-//   what one thread must do in another way is behind a name: <columns.cuh> and <block_product.cuh> are kernels/'s, in FAST those in cpu/.
+// The same text is compiled three ways (docs/kernels.md): by nvcc; on the CPU in FAST form, where a
+// block has one thread, kWarp is 1, barriers and shuffles vanish and loops vectorize; on the CPU in
+// FAITHFUL form, where every thread of a block is a fiber. So:
+//   a block owns a row or a contiguous tile and its threads stride through it;  no literal 32 in
+//   lane arithmetic, only kWarp; the threads of a block are a constant, block_threads(256), so that
+//   values stay in registers; a loop whose turns touch different elements, perhaps in place, is
+//   marked INDEPENDENT: g++ cannot know it, and would not vectorize; what one thread must do in
+//   another way is behind a name: <columns.cuh> and <block_product.cuh> are kernels/'s, in FAST
+//   those in cpu/.
 #pragma once
 #include <cfloat>
 #include <climits>
@@ -16,7 +20,8 @@
 #include "kernels/kernels.h"
 
 #ifdef __CUDACC__
-constexpr int kWarp = 32;                                     // cpu/cuda/fast.h: 1, cpu/faithful/faithful.h: 32
+// cpu/cuda/fast.h: 1, cpu/faithful/faithful.h: 32
+constexpr int kWarp = 32;
 constexpr int block_threads(int threads) { return threads; }  // cpu/cuda/fast.h: 1
 #endif
 
@@ -28,19 +33,37 @@ constexpr int block_threads(int threads) { return threads; }  // cpu/cuda/fast.h
 
 #define LAUNCHED() CUDA_CHECK(cudaGetLastError())  // follows each launch
 
-// DISPATCH(x.dtype(), kernel<T><<<...>>>(x.data<T>())): the statement with T = float, double or __nv_bfloat16
-#define DISPATCH(dtype_, ...)                                              \
-  switch (dtype_) {                                                        \
-    case Dtype::f32: { using T = float; __VA_ARGS__; } break;              \
-    case Dtype::bf16: { using T = __nv_bfloat16; __VA_ARGS__; } break;     \
-    case Dtype::f64: { using T = double; __VA_ARGS__; } break;             \
-    default: throw Error(sentence("no kernel for ", name_of(dtype_)));     \
-  }                                                                        \
+// DISPATCH(x.dtype(), kernel<T><<<...>>>(x.data<T>())): the statement with T = float, double or
+// __nv_bfloat16
+#define DISPATCH(dtype_, ...)                                          \
+  switch (dtype_) {                                                    \
+    case Dtype::f32: {                                                 \
+      using T = float;                                                 \
+      __VA_ARGS__;                                                     \
+    } break;                                                           \
+    case Dtype::bf16: {                                                \
+      using T = __nv_bfloat16;                                         \
+      __VA_ARGS__;                                                     \
+    } break;                                                           \
+    case Dtype::f64: {                                                 \
+      using T = double;                                                \
+      __VA_ARGS__;                                                     \
+    } break;                                                           \
+    default: throw Error(sentence("no kernel for ", name_of(dtype_))); \
+  }                                                                    \
   LAUNCHED()
 
 // The same, with N elements in a pack: 16 bytes where `packs` (see in_packs), else single elements.
-#define DISPATCH_PACKS(dtype_, packs_, ...)                                                       \
-  DISPATCH(dtype_, if (packs_) { constexpr int N = kPack<T>; __VA_ARGS__; } else { constexpr int N = 1; __VA_ARGS__; })
+#define DISPATCH_PACKS(dtype_, packs_, ...) \
+  DISPATCH(                                 \
+      dtype_,                               \
+      if (packs_) {                         \
+        constexpr int N = kPack<T>;         \
+        __VA_ARGS__;                        \
+      } else {                              \
+        constexpr int N = 1;                \
+        __VA_ARGS__;                        \
+      })
 
 namespace {
 
@@ -52,7 +75,9 @@ __device__ __forceinline__ float load(float x) { return x; }
 __device__ __forceinline__ double load(double x) { return x; }
 __device__ __forceinline__ float load(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <class T, class A> __device__ __forceinline__ T store(A x) { return static_cast<T>(x); }
-template <> __device__ __forceinline__ __nv_bfloat16 store<__nv_bfloat16, float>(float x) { return __float2bfloat16(x); }
+template <> __device__ __forceinline__ __nv_bfloat16 store<__nv_bfloat16, float>(float x) {
+  return __float2bfloat16(x);
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -78,10 +103,15 @@ template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16
   __device__ T& operator[](int i) { return v[i]; }
   __device__ const T& operator[](int i) const { return v[i]; }
 };
-template <int N, class T> __device__ __forceinline__ Pack<T, N> load_pack(const T* p) { return *reinterpret_cast<const Pack<T, N>*>(p); }
-template <int N, class T> __device__ __forceinline__ void store_pack(T* p, Pack<T, N> x) { *reinterpret_cast<Pack<T, N>*>(p) = x; }
+template <int N, class T> __device__ __forceinline__ Pack<T, N> load_pack(const T* p) {
+  return *reinterpret_cast<const Pack<T, N>*>(p);
+}
+template <int N, class T> __device__ __forceinline__ void store_pack(T* p, Pack<T, N> x) {
+  *reinterpret_cast<Pack<T, N>*>(p) = x;
+}
 // The first `inside` elements at p, zeros behind them; packs: p begins at a multiple of 16 bytes
-template <int N, class T> __device__ __forceinline__ Pack<T, N> load_run(const T* p, int inside, bool packs) {
+template <int N, class T>
+__device__ __forceinline__ Pack<T, N> load_run(const T* p, int inside, bool packs) {
   if (packs && inside >= N) return load_pack<N>(p);
   Pack<T, N> run;
   for (int e = 0; e < N; e++) run[e] = e < inside ? p[e] : T(0.0f);
@@ -89,14 +119,18 @@ template <int N, class T> __device__ __forceinline__ Pack<T, N> load_run(const T
 }
 template <int N> using Width = std::integral_constant<int, N>;  // a pack's width as an argument
 
-// Can rows of `width` elements of these tensors be read in packs? (Tensor::part may begin at any element.) Empty tensors do not matter.
+// Can rows of `width` elements of these tensors be read in packs? (Tensor::part may begin at any
+// element.) Empty tensors do not matter.
 inline bool in_packs(int64_t width, std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* t : tensors)
-    if (!t->empty() && (reinterpret_cast<uintptr_t>(t->raw()) % 16 || width * int64_t(size_of(t->dtype())) % 16)) return false;
+    if (!t->empty() &&
+        (reinterpret_cast<uintptr_t>(t->raw()) % 16 || width * int64_t(size_of(t->dtype())) % 16))
+      return false;
   return true;
 }
 
-// The packs of a row of `width` elements (a multiple of N), dealt to the kThreads threads of the block: f(first element of the pack)
+// The packs of a row of `width` elements (a multiple of N), dealt to the kThreads threads of the
+// block: f(first element of the pack)
 template <int kThreads, int N, class F> __device__ __forceinline__ void for_row(int width, F f) {
   INDEPENDENT
   for (int i = threadIdx.x * N; i < width; i += kThreads * N) f(i);
@@ -119,8 +153,12 @@ template <class A> struct SumTwo {
   __device__ static Two<A> combine(Two<A> x, Two<A> y) { return {x.a + y.a, x.b + y.b}; }
 };
 
-template <class A> __device__ __forceinline__ A from_lane_xor(A v, int o) { return __shfl_xor_sync(~0u, v, o); }
-template <class A> __device__ __forceinline__ Two<A> from_lane_xor(Two<A> v, int o) { return {from_lane_xor(v.a, o), from_lane_xor(v.b, o)}; }
+template <class A> __device__ __forceinline__ A from_lane_xor(A v, int o) {
+  return __shfl_xor_sync(~0u, v, o);
+}
+template <class A> __device__ __forceinline__ Two<A> from_lane_xor(Two<A> v, int o) {
+  return {from_lane_xor(v.a, o), from_lane_xor(v.b, o)};
+}
 
 // Each of kLanes threads side by side returns the reduction of their values.
 template <class Op, int kLanes = kWarp, class V> __device__ __forceinline__ V reduce_lanes(V v) {
@@ -128,7 +166,8 @@ template <class Op, int kLanes = kWarp, class V> __device__ __forceinline__ V re
   return v;
 }
 
-// Every thread of the block returns the reduction of all their values, combined in an order that the block's shape alone decides.
+// Every thread of the block returns the reduction of all their values, combined in an order that
+// the block's shape alone decides.
 template <class Op, class V> __device__ __forceinline__ V block_reduce(V v) {
   if constexpr (kWarp == 1) return v;  // FAST: one thread
   __shared__ V part[32];

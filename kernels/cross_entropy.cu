@@ -1,10 +1,13 @@
 // cross_entropy.cu: softmax and cross-entropy over the vocabulary in one kernel.
 //
-// idea      one block a row. The first pass finds the maximum and the sum of exponentials together: a thread that meets a new maximum scales
-//           down the sum that it has (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). The second pass turns the
-//           logits into their gradient in place, so they are never stored twice. Where ranks share the vocabulary, the two passes are two
-//           kernels, and between them the ranks exchange three numbers a row.
-// cost      loss: reads RV; gradient: reads RV, again through the caches (backwards, the end of a row is still there), and writes RV
+// idea      one block a row. The first pass finds the maximum and the sum of exponentials together:
+//           a thread that meets a new maximum scales down the sum that it has (Milakov and
+//           Gimelshein, "Online normalizer calculation for softmax", 2018). The second pass turns
+//           the logits into their gradient in place, so they are never stored twice. Where ranks
+//           share the vocabulary, the two passes are two kernels, and between them the ranks
+//           exchange three numbers a row.
+// cost      loss: reads RV; gradient: reads RV, again through the caches (backwards, the end of a
+//           row is still there), and writes RV
 // not here  label smoothing, ignored targets
 // test      tests/test_kernels.cpp
 #include <columns.cuh>
@@ -37,72 +40,92 @@ template <int N, class T> __device__ __forceinline__ Two<acc_t<T>> row_softmax(c
   return block_reduce<SoftmaxSum<A>>(mine);
 }
 
-// Of a row x (V) whose maximum and sum of exponentials are `all`: the loss, and with kGradient x = (softmax - onehot) * scale
+// Of a row x (V) whose maximum and sum of exponentials are `all`: the loss, and with kGradient x =
+// (softmax - onehot) * scale
 template <int N, bool kGradient, class T>
-__device__ __forceinline__ void finish_row(acc_t<T>* loss, T* x, int V, int target, acc_t<T> target_logit, Two<acc_t<T>> all, acc_t<T> scale) {
+__device__ __forceinline__ void finish_row(acc_t<T>* loss, T* x, int V, int target,
+                                           acc_t<T> target_logit, Two<acc_t<T>> all,
+                                           acc_t<T> scale) {
   using A = acc_t<T>;
   if (threadIdx.x == 0) *loss = (log_of(all.b) + (all.a - target_logit)) * scale;
   const A factor = scale / all.b;
   if constexpr (kGradient)
     for_unaligned_columns<kThreads, N, true>(x, V, [&](int i, auto n) {
-      change_columns(x + i, n, [&](int k, A v) { return exp_of(v - all.a) * factor - (i + k == target ? scale : A(0)); });
+      change_columns(x + i, n, [&](int k, A v) {
+        return exp_of(v - all.a) * factor - (i + k == target ? scale : A(0));
+      });
     });
 }
 
-// losses (R) = (log of the sum of exp(logits (R,V)) - logits[target]) * scale; with kGradient: logits = (softmax - onehot) * scale.
-// One block a row; reads RV (kGradient: 2RV, writes RV); any V and alignment.
-template <class T, int N, bool kGradient>
-__global__ void __launch_bounds__(1024) cross_entropy_kernel(acc_t<T>* losses, T* logits, const int* targets, int V, acc_t<T> scale) {
+// losses (R) = (log of the sum of exp(logits (R,V)) - logits[target]) * scale; with kGradient:
+// logits = (softmax - onehot) * scale. One block a row; reads RV (kGradient: 2RV, writes RV); any V
+// and alignment.
+template <class T, int N, bool kGradient> __global__ void __launch_bounds__(1024)
+    cross_entropy_kernel(acc_t<T>* losses, T* logits, const int* targets, int V, acc_t<T> scale) {
   T* x = logits + int64_t(blockIdx.x) * V;
   const int target = targets[blockIdx.x];
-  const acc_t<T> target_logit = load(x[target]);  // now: after the barriers of the reduction others write
-  finish_row<N, kGradient>(losses + blockIdx.x, x, V, target, target_logit, row_softmax<N>(x, V), scale);
+  // now: after the barriers of the reduction others write
+  const acc_t<T> target_logit = load(x[target]);
+  finish_row<N, kGradient>(losses + blockIdx.x, x, V, target, target_logit, row_softmax<N>(x, V),
+                           scale);
 }
 
-// parts (3,R) = of each row's logits (R,V): maximum, sum of exponentials beside it, the target's logit (0: not here). Reads RV.
-template <class T, int N>
-__global__ void __launch_bounds__(1024) softmax_parts_kernel(acc_t<T>* parts, const T* logits, const int* targets, int V, int R) {
+// parts (3,R) = of each row's logits (R,V): maximum, sum of exponentials beside it, the target's
+// logit (0: not here). Reads RV.
+template <class T, int N> __global__ void __launch_bounds__(1024)
+    softmax_parts_kernel(acc_t<T>* parts, const T* logits, const int* targets, int V, int R) {
   const T* x = logits + int64_t(blockIdx.x) * V;
   const int target = targets[blockIdx.x];
   const auto all = row_softmax<N>(x, V);
   const acc_t<T> target_logit = target < 0 ? acc_t<T>(0) : load(x[target]);
-  if (threadIdx.x == 0) parts[blockIdx.x] = all.a, parts[R + blockIdx.x] = all.b, parts[2 * R + blockIdx.x] = target_logit;
+  if (threadIdx.x == 0)
+    parts[blockIdx.x] = all.a, parts[R + blockIdx.x] = all.b,
+    parts[2 * R + blockIdx.x] = target_logit;
 }
 
-// sums (n) *= exp(from (n) - to (n)): sums of exponentials beside one maximum, beside another; reads 3n, writes n
-template <class A> __global__ void __launch_bounds__(256) rescale_kernel(A* sums, const A* from, const A* to, int n) {
+// sums (n) *= exp(from (n) - to (n)): sums of exponentials beside one maximum, beside another;
+// reads 3n, writes n
+template <class A> __global__ void __launch_bounds__(256)
+    rescale_kernel(A* sums, const A* from, const A* to, int n) {
   const int i = blockIdx.x * kRescaleThreads + threadIdx.x;
   if (i < n) sums[i] *= exp_of(from[i] - to[i]);
 }
 
-// The second half, with sum and target logit of all ranks in `parts` and their maximum in `top` (R). Reads and writes RV.
-template <class T, int N, bool kGradient>
-__global__ void __launch_bounds__(1024) cross_entropy_parts_kernel(acc_t<T>* losses, T* logits, const int* targets, const acc_t<T>* top,
-                                                                   const acc_t<T>* parts, int V, int R, acc_t<T> scale) {
+// The second half, with sum and target logit of all ranks in `parts` and their maximum in `top`
+// (R). Reads and writes RV.
+template <class T, int N, bool kGradient> __global__ void __launch_bounds__(1024)
+    cross_entropy_parts_kernel(acc_t<T>* losses, T* logits, const int* targets, const acc_t<T>* top,
+                               const acc_t<T>* parts, int V, int R, acc_t<T> scale) {
   const int r = blockIdx.x;
-  finish_row<N, kGradient>(losses + r, logits + int64_t(r) * V, V, targets[r], parts[2 * R + r], Two<acc_t<T>>{top[r], parts[R + r]}, scale);
+  finish_row<N, kGradient>(losses + r, logits + int64_t(r) * V, V, targets[r], parts[2 * R + r],
+                           Two<acc_t<T>>{top[r], parts[R + r]}, scale);
 }
 
 }  // namespace
 
 // ---- host side
 
-void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale, bool gradient) {
+void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale,
+                   bool gradient) {
   const int64_t R = losses.numel(), V = R ? logits.numel() / R : 0;
-  ASSERT(logits.numel() == R * V && V <= INT_MAX && targets.numel() == R && losses.dtype() == master_dtype(logits.dtype()));
+  ASSERT(logits.numel() == R * V && V <= INT_MAX && targets.numel() == R &&
+         losses.dtype() == master_dtype(logits.dtype()));
   if (!R) return;
   DISPATCH_PACKS(logits.dtype(), true, using A = acc_t<T>;
-                 const auto kernel = gradient ? cross_entropy_kernel<T, N, true> : cross_entropy_kernel<T, N, false>;
-                 kernel<<<unsigned(R), kThreads, 0, device().compute>>>(losses.data<A>(), logits.data<T>(), targets.data<int>(), int(V), A(scale)));
+                 const auto kernel = gradient ? cross_entropy_kernel<T, N, true>
+                                              : cross_entropy_kernel<T, N, false>;
+                 kernel<<<unsigned(R), kThreads, 0, device().compute>>>(
+                     losses.data<A>(), logits.data<T>(), targets.data<int>(), int(V), A(scale)));
 }
 
 void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targets) {
   const int64_t R = targets.numel(), V = R ? logits.numel() / R : 0;
-  ASSERT(logits.numel() == R * V && V <= INT_MAX && parts.numel() == 3 * R && parts.dtype() == master_dtype(logits.dtype()));
+  ASSERT(logits.numel() == R * V && V <= INT_MAX && parts.numel() == 3 * R &&
+         parts.dtype() == master_dtype(logits.dtype()));
   if (!R) return;
   DISPATCH_PACKS(logits.dtype(), true, using A = acc_t<T>;
-                 softmax_parts_kernel<T, N><<<unsigned(R), kThreads, 0, device().compute>>>(parts.data<A>(), logits.data<T>(),
-                                                                                            targets.data<int>(), int(V), int(R)));
+                 softmax_parts_kernel<T, N><<<unsigned(R), kThreads, 0, device().compute>>>(
+                     parts.data<A>(), logits.data<T>(), targets.data<int>(), int(V), int(R)));
 }
 
 void softmax_rescale(const Tensor& parts, const Tensor& top) {
@@ -110,17 +133,21 @@ void softmax_rescale(const Tensor& parts, const Tensor& top) {
   ASSERT(parts.numel() == 3 * R && parts.dtype() == top.dtype() && top.dtype() != Dtype::bf16);
   if (!R) return;
   const unsigned blocks = unsigned(ceil_div(R, kRescaleThreads));
-  DISPATCH(top.dtype(), using A = acc_t<T>;
-           rescale_kernel<A><<<blocks, kRescaleThreads, 0, device().compute>>>(parts.data<A>() + R, parts.data<A>(), top.data<A>(), int(R)));
+  DISPATCH(top.dtype(), using A = acc_t<T>; rescale_kernel<A>
+           <<<blocks, kRescaleThreads, 0, device().compute>>>(parts.data<A>() + R, parts.data<A>(),
+                                                              top.data<A>(), int(R)));
 }
 
-void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets, const Tensor& top, const Tensor& parts, double scale,
-                         bool gradient) {
+void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets,
+                         const Tensor& top, const Tensor& parts, double scale, bool gradient) {
   const int64_t R = losses.numel(), V = R ? logits.numel() / R : 0;
-  ASSERT(logits.numel() == R * V && targets.numel() == R && top.numel() == R && parts.numel() == 3 * R && top.dtype() == losses.dtype());
+  ASSERT(logits.numel() == R * V && targets.numel() == R && top.numel() == R &&
+         parts.numel() == 3 * R && top.dtype() == losses.dtype());
   if (!R) return;
   DISPATCH_PACKS(logits.dtype(), true, using A = acc_t<T>;
-                 const auto kernel = gradient ? cross_entropy_parts_kernel<T, N, true> : cross_entropy_parts_kernel<T, N, false>;
-                 kernel<<<unsigned(R), kThreads, 0, device().compute>>>(losses.data<A>(), logits.data<T>(), targets.data<int>(), top.data<A>(),
-                                                                        parts.data<A>(), int(V), int(R), A(scale)));
+                 const auto kernel = gradient ? cross_entropy_parts_kernel<T, N, true>
+                                              : cross_entropy_parts_kernel<T, N, false>;
+                 kernel<<<unsigned(R), kThreads, 0, device().compute>>>(
+                     losses.data<A>(), logits.data<T>(), targets.data<int>(), top.data<A>(),
+                     parts.data<A>(), int(V), int(R), A(scale)));
 }

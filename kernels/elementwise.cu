@@ -2,7 +2,8 @@
 //
 // idea      each element is read and written once, in packs of 16 bytes
 // cost      the bytes of the arguments
-// not here  residual add with layernorm (layernorm.cu), bias inside the matrix product, the bias's gradient (matvec.cu)
+// not here  residual add with layernorm (layernorm.cu), bias inside the matrix product, the bias's
+//           gradient (matvec.cu)
 // test      tests/test_kernels.cpp
 #include "kernels/tiles.cuh"
 
@@ -11,7 +12,8 @@ namespace {
 constexpr int kThreads = block_threads(256);
 
 // y = f(a, b) for W neighbours; y may be a or b
-template <int W, class T, class F> __device__ __forceinline__ void combine(T* y, const T* a, const T* b, F f) {
+template <int W, class T, class F>
+__device__ __forceinline__ void combine(T* y, const T* a, const T* b, F f) {
   const auto p = load_pack<W>(a), q = load_pack<W>(b);
   Pack<T, W> r;
   for (int k = 0; k < W; k++) r[k] = store<T>(f(load(p[k]), load(q[k])));
@@ -19,8 +21,11 @@ template <int W, class T, class F> __device__ __forceinline__ void combine(T* y,
 }
 
 // y (n) = f(a (n), b (n)); y may be a or b
-template <class T, int N, class F> __global__ void __launch_bounds__(256) combine_kernel(T* y, const T* a, const T* b, int64_t n, F f) {
-  for_tile<kThreads, N>(n, [=](int64_t i, auto width) { combine<decltype(width)::value>(y + i, a + i, b + i, f); });
+template <class T, int N, class F> __global__ void __launch_bounds__(256)
+    combine_kernel(T* y, const T* a, const T* b, int64_t n, F f) {
+  for_tile<kThreads, N>(n, [=](int64_t i, auto width) {
+    combine<decltype(width)::value>(y + i, a + i, b + i, f);
+  });
 }
 
 struct Add {
@@ -28,7 +33,8 @@ struct Add {
 };
 
 // y (R,N) += bias (N); one block a row; reads RN, writes RN
-template <class T, int N> __global__ void __launch_bounds__(256) add_bias_kernel(T* y, const T* bias, int columns) {
+template <class T, int N> __global__ void __launch_bounds__(256)
+    add_bias_kernel(T* y, const T* bias, int columns) {
   y += int64_t(blockIdx.x) * columns;
   for_row<kThreads, N>(columns, [=](int i) { combine<N>(y + i, y + i, bias + i, Add()); });
 }
@@ -40,7 +46,8 @@ template <class A> struct Gelu {
   A e, s;   // exp(-2u), and s = 1 / (1 + e); then 1 - s = e s
   A slope;  // d(2u)/dx
   __device__ __forceinline__ explicit Gelu(A x) {
-    constexpr A a = A(1.5957691216057307117597842397375), b = A(a * 0.044715), most = sizeof(A) == 8 ? A(600) : A(60);
+    constexpr A a = A(1.5957691216057307117597842397375), b = A(a * 0.044715),
+                most = sizeof(A) == 8 ? A(600) : A(60);
     const A square = x * x, u = -x * (a + b * square);
     e = exp_of(u < most ? u : most);  // no overflow, not even of e times x^3
     s = 1 / (1 + e);
@@ -49,7 +56,9 @@ template <class A> struct Gelu {
 };
 
 struct GeluForward {
-  template <class A> __device__ __forceinline__ A operator()(A x, A) const { return x * Gelu<A>(x).s; }
+  template <class A> __device__ __forceinline__ A operator()(A x, A) const {
+    return x * Gelu<A>(x).s;
+  }
 };
 struct GeluBackward {
   template <class A> __device__ __forceinline__ A operator()(A dy, A x) const {
@@ -65,14 +74,17 @@ template <class F> void combine(const Tensor& y, const Tensor& a, const Tensor& 
   ASSERT(a.numel() == n && b.numel() == n && a.dtype() == y.dtype() && b.dtype() == y.dtype());
   if (!n) return;
   DISPATCH_PACKS(y.dtype(), in_packs(0, {&y, &a, &b}),
-                 combine_kernel<T, N, F><<<tiles(n), kThreads, 0, device().compute>>>(y.data<T>(), a.data<T>(), b.data<T>(), n, f));
+                 combine_kernel<T, N, F><<<tiles(n), kThreads, 0, device().compute>>>(
+                     y.data<T>(), a.data<T>(), b.data<T>(), n, f));
 }
 
 }  // namespace
 
 void add(const Tensor& y, const Tensor& a, const Tensor& b) { combine(y, a, b, Add()); }
 void gelu_forward(const Tensor& y, const Tensor& x) { combine(y, x, x, GeluForward()); }
-void gelu_backward(const Tensor& dx, const Tensor& dy, const Tensor& x) { combine(dx, dy, x, GeluBackward()); }
+void gelu_backward(const Tensor& dx, const Tensor& dy, const Tensor& x) {
+  combine(dx, dy, x, GeluBackward());
+}
 
 void add_bias(const Tensor& y, const Tensor& bias) {
   const int64_t columns = bias.numel();
@@ -80,5 +92,6 @@ void add_bias(const Tensor& y, const Tensor& bias) {
   const unsigned rows = unsigned(y.numel() / columns);
   if (!rows) return;
   DISPATCH_PACKS(y.dtype(), in_packs(columns, {&y, &bias}),
-                 add_bias_kernel<T, N><<<rows, kThreads, 0, device().compute>>>(y.data<T>(), bias.data<T>(), int(columns)));
+                 add_bias_kernel<T, N><<<rows, kThreads, 0, device().compute>>>(
+                     y.data<T>(), bias.data<T>(), int(columns)));
 }

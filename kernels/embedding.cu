@@ -1,12 +1,14 @@
 // embedding.cu: token and position embeddings, and their gradients without atomics.
 //
-// idea      the gradient of a token's row is the sum of the rows of dx where that token stands. With the rows sorted by token each token is
-//           one run. Runs are short or (a space, in text by bytes) a fifth of everything, so a block takes not a run but kSegment
-//           consecutive places of the sorted order: a run inside them is added to dwte at once; a run that crosses their border leaves
-//           its part in a workspace, and the block where the run begins adds the parts up, first to last, in a second launch.
-//           The gradient of the positions is a bias's, if each sequence is one long row.
-// cost      forward reads and writes RC; backward reads RC twice (by token, by position), updates each dwte row in use once, and clears RC/4
-//           sums of parts
+// idea      the gradient of a token's row is the sum of the rows of dx where that token stands.
+//           With the rows sorted by token each token is one run. Runs are short or (a space, in
+//           text by bytes) a fifth of everything, so a block takes not a run but kSegment
+//           consecutive places of the sorted order: a run inside them is added to dwte at once; a
+//           run that crosses their border leaves its part in a workspace, and the block where the
+//           run begins adds the parts up, first to last, in a second launch. The gradient of the
+//           positions is a bias's, if each sequence is one long row.
+// cost      forward reads and writes RC; backward reads RC twice (by token, by position), updates
+//           each dwte row in use once, and clears RC/4 sums of parts
 // test      tests/test_kernels.cpp
 #include <columns.cuh>
 
@@ -17,10 +19,11 @@ namespace {
 constexpr int kThreads = block_threads(256);
 constexpr int kSegment = 8;
 
-// x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[positions (R), or row % T], 0 where the token is -1; one block a row; reads 2RC, writes RC
-template <class T, int N>
-__global__ void __launch_bounds__(256) embedding_kernel(T* x, const int* tokens, const int* positions, const T* wte,
-                                                         const T* wpe, int64_t period, int C) {
+// x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[positions (R), or row % T], 0 where the token is -1;
+// one block a row; reads 2RC, writes RC
+template <class T, int N> __global__ void __launch_bounds__(256)
+    embedding_kernel(T* x, const int* tokens, const int* positions, const T* wte, const T* wpe,
+                     int64_t period, int C) {
   const int64_t row = blockIdx.x;
   x += row * C;
   if (tokens[row] < 0) {
@@ -38,7 +41,8 @@ __global__ void __launch_bounds__(256) embedding_kernel(T* x, const int* tokens,
 }
 
 // sum (n) += row (n)
-template <class W, class T, class A> __device__ __forceinline__ void add_row(A* sum, const T* row, W n) {
+template <class W, class T, class A>
+__device__ __forceinline__ void add_row(A* sum, const T* row, W n) {
   read_columns(row, n, [&](int k, A v) { sum[k] += v; });
 }
 // to (n) += sum (n), sum = 0
@@ -50,13 +54,15 @@ template <class W, class A> __device__ __forceinline__ void move_sum(A* to, A* s
   });
 }
 
-// dwte (V,C) += the runs that lie within this block's segment of `order`; parts (segments,2,C) += [0] this segment's part of a run that began
-// before it, [1] of a run that begins in it and goes on behind it. Reads RC of dx.
-template <class T, int N>
-__global__ void __launch_bounds__(256) segment_kernel(acc_t<T>* dwte, acc_t<T>* parts, const T* dx, const int* tokens, const int* order, int R,
-                                                      int C) {
+// dwte (V,C) += the runs that lie within this block's segment of `order`; parts (segments,2,C) +=
+// [0] this segment's part of a run that began before it, [1] of a run that begins in it and goes on
+// behind it. Reads RC of dx.
+template <class T, int N> __global__ void __launch_bounds__(256)
+    segment_kernel(acc_t<T>* dwte, acc_t<T>* parts, const T* dx, const int* tokens,
+                   const int* order, int R, int C) {
   const int begin = blockIdx.x * kSegment, end = R - begin < kSegment ? R : begin + kSegment;
-  const int before = begin ? tokens[order[begin - 1]] : -1, behind = end < R ? tokens[order[end]] : -1;
+  const int before = begin ? tokens[order[begin - 1]] : -1,
+            behind = end < R ? tokens[order[end]] : -1;
   acc_t<T>* const part = parts + int64_t(blockIdx.x) * 2 * C;
   for_columns<kThreads, N>(C, [=](int i, auto n) {
     acc_t<T> sum[kColumns<N>] = {};
@@ -74,9 +80,10 @@ __global__ void __launch_bounds__(256) segment_kernel(acc_t<T>* dwte, acc_t<T>* 
   });
 }
 
-// dwte += the runs that cross the border behind this block's segment and begin in it: their parts in the order of the segments
-template <class A, int N>
-__global__ void __launch_bounds__(256) crossing_kernel(A* dwte, const A* parts, const int* tokens, const int* order, int R, int C) {
+// dwte += the runs that cross the border behind this block's segment and begin in it: their parts
+// in the order of the segments
+template <class A, int N> __global__ void __launch_bounds__(256)
+    crossing_kernel(A* dwte, const A* parts, const int* tokens, const int* order, int R, int C) {
   const int begin = blockIdx.x * kSegment, end = begin + kSegment;
   if (end >= R) return;
   const int token = tokens[order[end]];
@@ -84,7 +91,8 @@ __global__ void __launch_bounds__(256) crossing_kernel(A* dwte, const A* parts, 
   for_columns<kThreads, N>(C, [=](int i, auto n) {
     A sum[kColumns<N>] = {};
     add_row(sum, parts + (int64_t(blockIdx.x) * 2 + 1) * C + i, n);
-    for (int j = end; j < R && tokens[order[j]] == token; j += kSegment) add_row(sum, parts + int64_t(j / kSegment) * 2 * C + i, n);
+    for (int j = end; j < R && tokens[order[j]] == token; j += kSegment)
+      add_row(sum, parts + int64_t(j / kSegment) * 2 * C + i, n);
     move_sum(dwte + int64_t(token) * C + i, sum, n);
   });
 }
@@ -93,15 +101,19 @@ __global__ void __launch_bounds__(256) crossing_kernel(A* dwte, const A* parts, 
 
 // ---- host side
 
-void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe, int64_t period, const Tensor& positions) {
+void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe,
+                       int64_t period, const Tensor& positions) {
   const int64_t C = wte.dim(-1), R = tokens.numel();
   ASSERT(positions.empty() || positions.numel() == R);
-  ASSERT(x.numel() == R * C && wpe.numel() >= std::min(period, R) * C && wte.dtype() == x.dtype() && wpe.dtype() == x.dtype());
+  ASSERT(x.numel() == R * C && wpe.numel() >= std::min(period, R) * C && wte.dtype() == x.dtype() &&
+         wpe.dtype() == x.dtype());
   if (!R) return;
   const int* const at = positions.empty() ? nullptr : positions.data<int>();
   DISPATCH_PACKS(x.dtype(), in_packs(C, {&x, &wte, &wpe}),
-                 embedding_kernel<T, N><<<unsigned(R), kThreads, 0, device().compute>>>(x.data<T>(), tokens.data<int>(), at, wte.data<T>(),
-                                                                                         wpe.data<T>(), period, int(C)));
+                 embedding_kernel<T, N>
+                 <<<unsigned(R), kThreads, 0, device().compute>>>(x.data<T>(), tokens.data<int>(),
+                                                                  at, wte.data<T>(), wpe.data<T>(),
+                                                                  period, int(C)));
 }
 
 std::vector<int> sort_rows(const std::vector<int>& tokens) {
@@ -112,21 +124,25 @@ std::vector<int> sort_rows(const std::vector<int>& tokens) {
   return order;
 }
 
-void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx, const Tensor& tokens, const Tensor& order, int64_t period) {
-  const int64_t C = dwte.dim(-1), R = tokens.numel(), sorted_rows = order.numel(), positions = std::min(period, R);
-  ASSERT(dx.numel() == R * C && sorted_rows <= R && dwpe.numel() >= positions * C && (!R || R % positions == 0));
+void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx,
+                        const Tensor& tokens, const Tensor& order, int64_t period) {
+  const int64_t C = dwte.dim(-1), R = tokens.numel(), sorted_rows = order.numel(),
+                positions = std::min(period, R);
+  ASSERT(dx.numel() == R * C && sorted_rows <= R && dwpe.numel() >= positions * C &&
+         (!R || R % positions == 0));
   ASSERT(dwte.dtype() == master_dtype(dx.dtype()) && dwpe.dtype() == dwte.dtype());
   if (!R) return;
-  bias_backward(dwpe.part(0, {positions * C}), dx);  // dx (sequences, positions C): the positions of a sequence are the columns
+  // dx (sequences, positions C): the positions of a sequence are the columns
+  bias_backward(dwpe.part(0, {positions * C}), dx);
   const unsigned segments = unsigned(ceil_div(sorted_rows, kSegment));
   if (!segments) return;
   const Tensor parts({segments, 2, C}, dwte.dtype(), Memory::workspace);
   fill(parts, 0);
   const int *token = tokens.data<int>(), *sorted = order.data<int>();
   const cudaStream_t stream = device().compute;
-  DISPATCH_PACKS(dx.dtype(), in_packs(C, {&dx, &dwte}), using A = acc_t<T>;
-                 segment_kernel<T, N><<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), dx.data<T>(), token, sorted,
-                                                                         int(sorted_rows), int(C));
-                 LAUNCHED();
-                 crossing_kernel<A, N><<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), token, sorted, int(sorted_rows), int(C)));
+  DISPATCH_PACKS(dx.dtype(), in_packs(C, {&dx, &dwte}), using A = acc_t<T>; segment_kernel<T, N>
+                 <<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), dx.data<T>(),
+                                                     token, sorted, int(sorted_rows), int(C));
+                 LAUNCHED(); crossing_kernel<A, N><<<segments, kThreads, 0, stream>>>(
+                     dwte.data<A>(), parts.data<A>(), token, sorted, int(sorted_rows), int(C)));
 }

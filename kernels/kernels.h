@@ -1,10 +1,12 @@
-// kernels.h: every kernel of Threefold as one host function: shapes, what it reads and writes, what it sums and in which order.
+// kernels.h: every kernel of Threefold as one host function: shapes, what it reads and writes, what
+// it sums and in which order.
 //
-// legend    B batch, T time, C channels, H heads, D = C/H, V vocabulary, R = B*T rows; `=` writes, `+=` adds to what is there
-// types     activations and weights are T in {f32, bf16, f64}; sums run in acc(T) = f64 for f64, else f32; gradients of parameters,
-//           statistics of rows and losses are acc(T)
-// order     no float atomics: every sum has an order that shapes, dtypes and alignment alone decide, so results have the same bits for any number of
-//           threads
+// legend    B batch, T time, C channels, H heads, D = C/H, V vocabulary, R = B*T rows; `=` writes,
+//           `+=` adds to what is there
+// types     activations and weights are T in {f32, bf16, f64}; sums run in acc(T) = f64 for f64,
+//           else f32; gradients of parameters, statistics of rows and losses are acc(T)
+// order     no float atomics: every sum has an order that shapes, dtypes and alignment alone
+//           decide, so results have the same bits for any number of threads
 // one source, three ways to run it: docs/kernels.md
 // test      tests/test_kernels.cpp, tests/test_matmul.cpp, tests/test_attention.cpp
 #pragma once
@@ -17,95 +19,123 @@ extern MatmulBackend matmul_backend;  // --matmul; cublas unless said otherwise
 
 struct Matrix {  // a row-major matrix inside a tensor, or `batch` of them `stride` elements apart
   void* data;
-  int64_t ld;                  // elements from one row to the next
-  bool transposed = false;     // use it as its transpose
-  int64_t stride = 0;          // elements from one matrix of the batch to the next
+  int64_t ld;               // elements from one row to the next
+  bool transposed = false;  // use it as its transpose
+  int64_t stride = 0;       // elements from one matrix of the batch to the next
 };
-// c (m,n) = a (m,k) b (k,n) * alpha + c * beta, for each of `batch`. a and b are of dtype `in`, c of dtype `out`: equal, or in = bf16 and
-// out = f32. Sums in acc(in). beta is 0 (c is not read, may be uninitialised) or 1.
-void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix c, double alpha = 1, double beta = 0,
-            int64_t batch = 1);
+// c (m,n) = a (m,k) b (k,n) * alpha + c * beta, for each of `batch`. a and b are of dtype `in`, c
+// of dtype `out`: equal, or in = bf16 and out = f32. Sums in acc(in). beta is 0 (c is not read, may
+// be uninitialised) or 1.
+void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix c,
+            double alpha = 1, double beta = 0, int64_t batch = 1);
 
 // ---- matvec.cu   a few rows times a whole matrix: bound by reading the weights once
 
 constexpr int64_t kMatvecRows = 8;
-// y (m,N) = x (m,K) w, w (K,N) or, transposed, (N,K); m at most kMatvecRows. All of one dtype; sums in acc(T)
+// y (m,N) = x (m,K) w, w (K,N) or, transposed, (N,K); m at most kMatvecRows. All of one dtype; sums
+// in acc(T)
 void matvec(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed);
-void bias_backward(const Tensor& dbias, const Tensor& dy);  // dbias (N) += column sums of dy (R,N): ones times dy
+// dbias (N) += column sums of dy (R,N): ones times dy
+void bias_backward(const Tensor& dbias, const Tensor& dy);
 
 // ---- layernorm.cu   eps = 1e-5
 
 // y (R,C) = (x - mean) * rstd * gain (C) + bias (C);  mean, rstd (R) are saved for the backward
-void layernorm_forward(const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x, const Tensor& gain, const Tensor& bias);
+void layernorm_forward(const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x,
+                       const Tensor& gain, const Tensor& bias);
 // sum (R,C) = x (R,C) + h (R,C), y = layernorm(sum): the residual add costs no pass of its own
-void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x, const Tensor& h,
-                           const Tensor& gain, const Tensor& bias);
+void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mean,
+                           const Tensor& rstd, const Tensor& x, const Tensor& h, const Tensor& gain,
+                           const Tensor& bias);
 // dx (R,C) = residual + d layernorm / dx;  dgain, dbias (C) +=.  residual (R,C) may be empty (0), may be dx itself (in place)
-void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbias, const Tensor& dy, const Tensor& residual, const Tensor& x,
+void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbias,
+                        const Tensor& dy, const Tensor& residual, const Tensor& x,
                         const Tensor& mean, const Tensor& rstd, const Tensor& gain);
 
 // ---- elementwise.cu
 
-void add_bias(const Tensor& y, const Tensor& bias);                           // y (R,N) += bias (N) in every row
-void gelu_forward(const Tensor& y, const Tensor& x);                          // tanh form (GPT-2)
-void gelu_backward(const Tensor& dx, const Tensor& dy, const Tensor& x);      // dx = dy * gelu'(x); dx may be dy
-void add(const Tensor& y, const Tensor& a, const Tensor& b);                  // y = a + b; y may be a or b
+// y (R,N) += bias (N) in every row
+void add_bias(const Tensor& y, const Tensor& bias);
+void gelu_forward(const Tensor& y, const Tensor& x);  // tanh form (GPT-2)
+// dx = dy * gelu'(x); dx may be dy
+void gelu_backward(const Tensor& dx, const Tensor& dy, const Tensor& x);
+// y = a + b; y may be a or b
+void add(const Tensor& y, const Tensor& a, const Tensor& b);
 
 // ---- embedding.cu
 
-// x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[row % T, or positions (R)]; rows whose token is -1 (another rank's) are 0
-void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe, int64_t T, const Tensor& positions = {});
-// dwte (V,C) += rows of dx (R,C) with that token, dwpe (T,C) += rows of dx at that position, all of them; R
-// is a multiple of T, or less. `order` lists the rows that have a
-// token sorted by it (stable), so that one block owns one token's run and nothing needs an atomic: see sort_rows.
-void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx, const Tensor& tokens, const Tensor& order, int64_t T);
-std::vector<int> sort_rows(const std::vector<int>& tokens);  // on the host: numbers of the rows with a token, in its order, stable
+// x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[row % T, or positions (R)]; rows whose token is -1
+// (another rank's) are 0
+void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe,
+                       int64_t T, const Tensor& positions = {});
+// dwte (V,C) += rows of dx (R,C) with that token, dwpe (T,C) += rows of dx at that position, all of
+// them; R is a multiple of T, or less. `order` lists the rows that have a token sorted by it
+// (stable), so that one block owns one token's run and nothing needs an atomic: see sort_rows.
+void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx,
+                        const Tensor& tokens, const Tensor& order, int64_t T);
+// on the host: numbers of the rows with a token, in its order, stable
+std::vector<int> sort_rows(const std::vector<int>& tokens);
 
 // ---- attention_plain.cu, attention_flash.cu   causal self-attention over packed qkv (B,T,3,H,D); scale 1/sqrt(D)
 
 // plain: batched matrix products and a softmax kernel; probabilities (B,H,T,T) are kept
-void attention_plain_forward(const Tensor& out, const Tensor& probabilities, const Tensor& qkv, int64_t B, int64_t T, int64_t H);
-void attention_plain_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& probabilities, const Tensor& qkv, int64_t B, int64_t T,
+void attention_plain_forward(const Tensor& out, const Tensor& probabilities, const Tensor& qkv,
+                             int64_t B, int64_t T, int64_t H);
+void attention_plain_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& probabilities,
+                              const Tensor& qkv, int64_t B, int64_t T, int64_t H);
+// flash: tiles of scores live in shared memory only; lse (B,H,T), the log of each row's sum of
+// exponentials, is kept (Dao et al., "FlashAttention", 2022, algorithms 1 and 4)
+void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, int64_t B,
+                             int64_t T, int64_t H);
+void attention_flash_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out,
+                              const Tensor& lse, const Tensor& qkv, int64_t B, int64_t T,
                               int64_t H);
-// flash: tiles of scores live in shared memory only; lse (B,H,T), the log of each row's sum of exponentials, is kept
-// (Dao et al., "FlashAttention", 2022, algorithms 1 and 4)
-void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, int64_t B, int64_t T, int64_t H);
-void attention_flash_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out, const Tensor& lse, const Tensor& qkv, int64_t B,
-                              int64_t T, int64_t H);
 
 // ---- attention_decode.cu   one new token a sequence, over the keys and values of all before it
 
 // cache (B,2,H,S,D): position lengths[b] of sequence b = key and value of qkv (B,3,H,D); then
 // out (B,H,D) = softmax(q k^T / sqrt(D)) v over positions 0 .. lengths[b]. lengths (B) i32.
-void attention_decode(const Tensor& out, const Tensor& cache, const Tensor& qkv, const Tensor& lengths, int64_t H);
-// cache (B,2,H,S,D), sequence b, positions first .. first+T-1 = keys and values of qkv (T,3,H,D): after a prefill
+void attention_decode(const Tensor& out, const Tensor& cache, const Tensor& qkv,
+                      const Tensor& lengths, int64_t H);
+// cache (B,2,H,S,D), sequence b, positions first .. first+T-1 = keys and values of qkv (T,3,H,D):
+// after a prefill
 void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t first, int64_t H);
 
 // ---- cross_entropy.cu
 
-// losses (R) = -log softmax(logits (R,V))[targets (R)] * scale; with `gradient`, logits become their own gradient, (softmax - onehot) * scale
-void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale, bool gradient);
-// The same where this rank holds V of the vocabulary's columns, in three steps; a target of -1 is another rank's.
-// parts (3,R) acc = each row's maximum m, sum of exp(x - m), target's logit or 0. `logits` then serve the third step only.
+// losses (R) = -log softmax(logits (R,V))[targets (R)] * scale; with `gradient`, logits become
+// their own gradient, (softmax - onehot) * scale
+void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale,
+                   bool gradient);
+// The same where this rank holds V of the vocabulary's columns, in three steps; a target of -1 is
+// another rank's. parts (3,R) acc = each row's maximum m, sum of exp(x - m), target's logit or 0.
+// `logits` then serve the third step only.
 void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targets);
-// after the maxima of all ranks were combined to top (R): the sums in parts become sums of exp(x - top)
+// after the maxima of all ranks were combined to top (R): the sums in parts become sums of exp(x -
+// top)
 void softmax_rescale(const Tensor& parts, const Tensor& top);
 // after sums and target logits in parts were added up over the ranks: as cross_entropy
-void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets, const Tensor& top, const Tensor& parts, double scale,
-                         bool gradient);
+void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets,
+                         const Tensor& top, const Tensor& parts, double scale, bool gradient);
 
 // ---- adamw.cu   (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2)
 
-struct AdamW { double lr, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0; int64_t step = 1; };  // step counts from 1
-// weights, m, v, gradient: n elements of acc dtype. clip (1) f64 is a factor on the gradient, read on the device (1 when nothing is
-// clipped). compute, if not empty, receives the new weights in its own dtype (bf16).
-void adamw(const Tensor& weights, const Tensor& compute, const Tensor& m, const Tensor& v, const Tensor& gradient, const Tensor& clip,
-           const AdamW& options);
+// step counts from 1
+struct AdamW {
+  double lr, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0;
+  int64_t step = 1;
+};
+// weights, m, v, gradient: n elements of acc dtype. clip (1) f64 is a factor on the gradient, read
+// on the device (1 when nothing is clipped). compute, if not empty, receives the new weights in its
+// own dtype (bf16).
+void adamw(const Tensor& weights, const Tensor& compute, const Tensor& m, const Tensor& v,
+           const Tensor& gradient, const Tensor& clip, const AdamW& options);
 
 // ---- sums.cu   in f64, fixed order
 
 void add_sum(const Tensor& total, const Tensor& x);  // total (1) f64 += sum of x (R)
 // out (n) f64: element `index` = sum of squares of x
 void sum_of_squares(const Tensor& out, int64_t index, const Tensor& x);
-// norm (1) f64 = sqrt(sum of squares (n), first to last); clip (1) f64 = min(1, limit / norm), or 1 when limit is 0
+// norm (1) f64 = sqrt(sum of squares (n), first to last); clip (1) f64 = min(1, limit / norm), or 1
+// when limit is 0
 void norm_and_clip(const Tensor& norm, const Tensor& clip, const Tensor& squares, double limit);

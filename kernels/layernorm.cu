@@ -1,9 +1,12 @@
-// layernorm.cu: layer normalisation (Ba et al., 2016), alone or with the residual add before it, and its backward.
+// layernorm.cu: layer normalisation (Ba et al., 2016), alone or with the residual add before it,
+// and its backward.
 //
-// idea      one block a row. Forward: the row is read from memory once and kept in shared memory for the variance and for the result.
-//           Backward: a block takes a chunk of consecutive rows and keeps its sums for dgain and dbias in shared memory; each chunk's sums
-//           become one row of a workspace, whose columns bias_backward adds up.
-// cost      forward reads x (and h), writes y (and sum); backward reads dy, x (and residual), writes dx, and at most 512 rows of sums
+// idea      one block a row. Forward: the row is read from memory once and kept in shared memory
+//           for the variance and for the result. Backward: a block takes a chunk of consecutive
+//           rows and keeps its sums for dgain and dbias in shared memory; each chunk's sums become
+//           one row of a workspace, whose columns bias_backward adds up.
+// cost      forward reads x (and h), writes y (and sum); backward reads dy, x (and residual),
+//           writes dx, and at most 512 rows of sums
 // not here  other epsilons, layernorm without bias
 // test      tests/test_kernels.cpp
 #include "kernels/common.cuh"
@@ -13,14 +16,16 @@ namespace {
 // ---- forward
 
 constexpr int kForwardThreads = block_threads(128);
-constexpr int64_t kStaticBytes = 1 << 10;                    // more than the reductions' static shared memory
+// more than the reductions' static shared memory
+constexpr int64_t kStaticBytes = 1 << 10;
 constexpr int64_t kSharedBytes = (48 << 10) - kStaticBytes;  // what a block may have without asking
 
-// y (R,C) = layernorm(x), or with kAdd: sum (R,C) = x + h, y = layernorm(sum); mean, rstd (R). Reads and writes RC of each; any C.
-// `keep`: the row fits into shared memory; else it is read again through the caches.
-template <class T, int N, bool kAdd>
-__global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* mean, acc_t<T>* rstd, const T* x, const T* h, const T* gain,
-                                                      const T* bias, int C, bool keep) {
+// y (R,C) = layernorm(x), or with kAdd: sum (R,C) = x + h, y = layernorm(sum); mean, rstd (R).
+// Reads and writes RC of each; any C. `keep`: the row fits into shared memory; else it is read
+// again through the caches.
+template <class T, int N, bool kAdd> __global__ void __launch_bounds__(128)
+    forward_kernel(T* sum, T* y, acc_t<T>* mean, acc_t<T>* rstd, const T* x, const T* h,
+                   const T* gain, const T* bias, int C, bool keep) {
   using A = acc_t<T>;
   extern __shared__ float4 shared_row[];
   const int64_t row = int64_t(blockIdx.x) * C;
@@ -66,21 +71,26 @@ __global__ void __launch_bounds__(128) forward_kernel(T* sum, T* y, acc_t<T>* me
 
 constexpr int kBackwardThreads = block_threads(256);
 
-// Chunks of rows for R rows: from 4096 rows on enough blocks for a GPU, and the workspace stays small.
+// Chunks of rows for R rows: from 4096 rows on enough blocks for a GPU, and the workspace stays
+// small.
 inline int64_t row_chunks(int64_t R) { return std::min(ceil_div(R, 8), int64_t(512)); }
 
-// dx (R,C) = rstd (gain dy - a - xhat b) [+ residual], with xhat = (x - mean) rstd, a = mean of gain dy over the row, b = mean of gain dy
-// xhat. dgain, dbias (chunks,C) = sums of dy xhat and of dy over the chunk's rows. One block a chunk; reads and writes RC of each; dx may be dy
-// or residual; C as far as 2C sums fit into shared memory.
-template <class T, int N, bool kResidual>
-__global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, acc_t<T>* dbias, const T* dy, const T* residual, const T* x,
-                                                       const acc_t<T>* mean, const acc_t<T>* rstd, const T* gain, int64_t R, int C) {
+// dx (R,C) = rstd (gain dy - a - xhat b) [+ residual], with xhat = (x - mean) rstd, a = mean of
+// gain dy over the row, b = mean of gain dy xhat. dgain, dbias (chunks,C) = sums of dy xhat and of
+// dy over the chunk's rows. One block a chunk; reads and writes RC of each; dx may be dy or
+// residual; C as far as 2C sums fit into shared memory.
+template <class T, int N, bool kResidual> __global__ void __launch_bounds__(256)
+    backward_kernel(T* dx, acc_t<T>* dgain, acc_t<T>* dbias, const T* dy, const T* residual,
+                    const T* x, const acc_t<T>* mean, const acc_t<T>* rstd, const T* gain,
+                    int64_t R, int C) {
   using A = acc_t<T>;
   extern __shared__ float4 shared_sums[];
-  A* gains = reinterpret_cast<A*>(shared_sums);  // element k of pack i at k * packs + i: neighbouring threads, neighbouring banks
+  // element k of pack i at k * packs + i: neighbouring threads, neighbouring banks
+  A* gains = reinterpret_cast<A*>(shared_sums);
   A* biases = gains + C;
   const int packs = C / N;
-  for_row<kBackwardThreads, N>(C, [&](int i) {  // a thread owns the same columns in every row: no barriers
+  // a thread owns the same columns in every row: no barriers
+  for_row<kBackwardThreads, N>(C, [&](int i) {
     for (int k = 0; k < N; k++) gains[k * packs + i / N] = biases[k * packs + i / N] = 0;
   });
   const int64_t begin = R * blockIdx.x / gridDim.x, end = R * (blockIdx.x + 1) / gridDim.x;
@@ -118,7 +128,8 @@ __global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, a
   for_row<kBackwardThreads, N>(C, [&](int i) {
     Pack<A, N> g, b;
     for (int k = 0; k < N; k++) g[k] = gains[k * packs + i / N], b[k] = biases[k * packs + i / N];
-    store_pack(dgain + int64_t(blockIdx.x) * C + i, g), store_pack(dbias + int64_t(blockIdx.x) * C + i, b);
+    store_pack(dgain + int64_t(blockIdx.x) * C + i, g),
+        store_pack(dbias + int64_t(blockIdx.x) * C + i, b);
   });
 }
 
@@ -126,52 +137,65 @@ __global__ void __launch_bounds__(256) backward_kernel(T* dx, acc_t<T>* dgain, a
 
 // ---- host side
 
-static void forward(const Tensor& sum, const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x, const Tensor& h,
-                    const Tensor& gain, const Tensor& bias) {  // sum and h are both empty, or neither
+static void forward(const Tensor& sum, const Tensor& y, const Tensor& mean, const Tensor& rstd,
+                    const Tensor& x, const Tensor& h,
+                    // sum and h are both empty, or neither
+                    const Tensor& gain, const Tensor& bias) {
   const int64_t C = gain.numel(), R = mean.numel();
   ASSERT(x.numel() == R * C && y.numel() == R * C && rstd.numel() == R && bias.numel() == C);
   ASSERT(y.dtype() == x.dtype() && gain.dtype() == x.dtype() && bias.dtype() == x.dtype());
   ASSERT(mean.dtype() == master_dtype(x.dtype()) && rstd.dtype() == mean.dtype());
   const bool adds = !h.empty();
-  if (adds) ASSERT(h.numel() == R * C && sum.numel() == R * C && h.dtype() == x.dtype() && sum.dtype() == x.dtype());
+  if (adds)
+    ASSERT(h.numel() == R * C && sum.numel() == R * C && h.dtype() == x.dtype() &&
+           sum.dtype() == x.dtype());
   if (!R) return;
   const int64_t bytes = C * int64_t(size_of(x.dtype()));
   const bool keep = bytes <= kSharedBytes;
-  DISPATCH_PACKS(x.dtype(), in_packs(C, {&sum, &y, &x, &h, &gain, &bias}),
-                 const auto kernel = adds ? forward_kernel<T, N, true> : forward_kernel<T, N, false>;
-                 kernel<<<unsigned(R), kForwardThreads, keep ? bytes : 0, device().compute>>>(
-                     adds ? sum.data<T>() : nullptr, y.data<T>(), mean.data<acc_t<T>>(), rstd.data<acc_t<T>>(), x.data<T>(),
-                     adds ? h.data<T>() : nullptr, gain.data<T>(), bias.data<T>(), int(C), keep));
+  DISPATCH_PACKS(
+      x.dtype(), in_packs(C, {&sum, &y, &x, &h, &gain, &bias}),
+      const auto kernel = adds ? forward_kernel<T, N, true> : forward_kernel<T, N, false>;
+      kernel<<<unsigned(R), kForwardThreads, keep ? bytes : 0, device().compute>>>(
+          adds ? sum.data<T>() : nullptr, y.data<T>(), mean.data<acc_t<T>>(), rstd.data<acc_t<T>>(),
+          x.data<T>(), adds ? h.data<T>() : nullptr, gain.data<T>(), bias.data<T>(), int(C), keep));
 }
 
-void layernorm_forward(const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x, const Tensor& gain, const Tensor& bias) {
+void layernorm_forward(const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x,
+                       const Tensor& gain, const Tensor& bias) {
   forward({}, y, mean, rstd, x, {}, gain, bias);
 }
 
-void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x, const Tensor& h,
-                           const Tensor& gain, const Tensor& bias) {
+void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mean,
+                           const Tensor& rstd, const Tensor& x, const Tensor& h, const Tensor& gain,
+                           const Tensor& bias) {
   forward(sum, y, mean, rstd, x, h, gain, bias);
 }
 
-void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbias, const Tensor& dy, const Tensor& residual, const Tensor& x,
+void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbias,
+                        const Tensor& dy, const Tensor& residual, const Tensor& x,
                         const Tensor& mean, const Tensor& rstd, const Tensor& gain) {
   const int64_t C = gain.numel(), R = mean.numel();
   ASSERT(dx.numel() == R * C && dy.numel() == R * C && x.numel() == R * C && rstd.numel() == R);
-  ASSERT(dgain.numel() == C && dbias.numel() == C && (residual.empty() || residual.numel() == R * C));
+  ASSERT(dgain.numel() == C && dbias.numel() == C &&
+         (residual.empty() || residual.numel() == R * C));
   ASSERT(dx.dtype() == x.dtype() && dy.dtype() == x.dtype() && gain.dtype() == x.dtype());
   ASSERT(residual.empty() || residual.dtype() == x.dtype());
   ASSERT(mean.dtype() == master_dtype(x.dtype()) && rstd.dtype() == mean.dtype());
   if (!R) return;
-  const Tensor dgains({row_chunks(R), C}, mean.dtype(), Memory::workspace), dbiases({row_chunks(R), C}, mean.dtype(), Memory::workspace);
+  const Tensor dgains({row_chunks(R), C}, mean.dtype(), Memory::workspace),
+      dbiases({row_chunks(R), C}, mean.dtype(), Memory::workspace);
   const int64_t bytes = 2 * C * int64_t(size_of(mean.dtype()));
-  REQUIRE(bytes + kStaticBytes <= device().block_memory, "the layernorm of ", C, " channels keeps ", bytes,
-          " bytes of sums in a block, and ", device().name, " has room for ", device().block_memory - kStaticBytes);
+  REQUIRE(bytes + kStaticBytes <= device().block_memory, "the layernorm of ", C, " channels keeps ",
+          bytes, " bytes of sums in a block, and ", device().name, " has room for ",
+          device().block_memory - kStaticBytes);
   DISPATCH_PACKS(x.dtype(), in_packs(C, {&dx, &dy, &residual, &x, &gain}), using A = acc_t<T>;
-                 const auto kernel = residual.empty() ? backward_kernel<T, N, false> : backward_kernel<T, N, true>;
+                 const auto kernel =
+                     residual.empty() ? backward_kernel<T, N, false> : backward_kernel<T, N, true>;
                  if (bytes > kSharedBytes) allow_shared(kernel, bytes);
                  kernel<<<unsigned(dgains.dim(0)), kBackwardThreads, bytes, device().compute>>>(
-                     dx.data<T>(), dgains.data<A>(), dbiases.data<A>(), dy.data<T>(), residual.empty() ? nullptr : residual.data<T>(), x.data<T>(),
-                     mean.data<A>(), rstd.data<A>(), gain.data<T>(), R, int(C)));
+                     dx.data<T>(), dgains.data<A>(), dbiases.data<A>(), dy.data<T>(),
+                     residual.empty() ? nullptr : residual.data<T>(), x.data<T>(), mean.data<A>(),
+                     rstd.data<A>(), gain.data<T>(), R, int(C)));
   bias_backward(dgain, dgains);
   bias_backward(dbias, dbiases);
 }

@@ -1,13 +1,18 @@
 // matmul.cu: c (m,n) = alpha a (m,k) b (k,n) + beta c, by cuBLAS or by two kernels of our own.
 //
-// idea      a block owns a tile of c and walks along k: it brings a slice of a's rows and of b's columns to shared memory and multiplies them
-//           there, so that each number read from memory is used a hundred times. f32 and f64 multiply in registers (block_product.cuh), bf16 in
-//           tensor cores. While a slice is multiplied, the loads of the next one are under way.
+// idea      a block owns a tile of c and walks along k: it brings a slice of a's rows and of b's
+//           columns to shared memory and multiplies them there, so that each number read from
+//           memory is used a hundred times. f32 and f64 multiply in registers (block_product.cuh),
+//           bf16 in tensor cores. While a slice is multiplied, the loads of the next one are under
+//           way.
 // cost      2 m n k operations; a is read n / 128 times, b m / 128 times
-// order     own: each element of c is summed over k from first to last by one thread (bf16 on a GPU: by one warp)
-// measured  f32, the three products of a GPT-2 layer (R = 1024, C = 768, 4C = 3072) on two CPU cores: own is half to two thirds of oneDNN's best. The
-//           rest: oneDNN packs a and b once, own packs its slices again in every block; and oneDNN's innermost loop is assembly.
-// not here  split k (thin c leaves a GPU idle), TMA and wgmma (what cuBLAS gains on Hopper), epilogues with bias or gelu
+// order     own: each element of c is summed over k from first to last by one thread (bf16 on a
+//           GPU: by one warp)
+// measured  f32, the three products of a GPT-2 layer (R = 1024, C = 768, 4C = 3072) on two CPU
+//           cores: own is half to two thirds of oneDNN's best. The rest: oneDNN packs a and b once,
+//           own packs its slices again in every block; and oneDNN's innermost loop is assembly.
+// not here  split k (thin c leaves a GPU idle), TMA and wgmma (what cuBLAS gains on Hopper),
+//           epilogues with bias or gelu
 // test      tests/test_matmul.cpp
 #ifndef CPU_FAST  // one thread is no warp: there, bf16 is widened to f32 and takes the first kernel
 #include <cuda_pipeline.h>
@@ -40,25 +45,36 @@ template <class U> struct Result {
 };
 
 template <class T> bool aligned(const Matrix& x) {
-  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.ld * sizeof(T) % 16 == 0 && x.stride * sizeof(T) % 16 == 0;
+  return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.ld * sizeof(T) % 16 == 0 &&
+         x.stride * sizeof(T) % 16 == 0;
 }
-template <class T> Operand<T> rows_of(const Matrix& a) { return {static_cast<const T*>(a.data), a.ld, a.stride, !a.transposed, aligned<T>(a)}; }
-template <class T> Operand<T> columns_of(const Matrix& b) { return {static_cast<const T*>(b.data), b.ld, b.stride, b.transposed, aligned<T>(b)}; }
+template <class T> Operand<T> rows_of(const Matrix& a) {
+  return {static_cast<const T*>(a.data), a.ld, a.stride, !a.transposed, aligned<T>(a)};
+}
+template <class T> Operand<T> columns_of(const Matrix& b) {
+  return {static_cast<const T*>(b.data), b.ld, b.stride, b.transposed, aligned<T>(b)};
+}
 
-// The slice of an operand that one block needs at a time: kX vectors by kK of their elements, in runs of 16 bytes that the threads share.
-// `fetch` starts the loads into registers, `put_transposed` uses them later.
+// The slice of an operand that one block needs at a time: kX vectors by kK of their elements, in
+// runs of 16 bytes that the threads share. `fetch` starts the loads into registers,
+// `put_transposed` uses them later.
 template <class T, int kX, int kK> struct Slice16 {
   static constexpr int kRun = 16 / int(sizeof(T)), kRuns = kX * kK / kRun / kProductThreads;
 
   const T* data;
   int64_t ld;
-  int extent, depth;  // what there is from this slice's first vector on, and of k; beyond, zeros are put
+  // what there is from this slice's first vector on, and of k; beyond, zeros are put
+  int extent, depth;
   bool along_k, packs;
   Pack<T, kRun> held[kRuns];
 
   __device__ Slice16(const Operand<T>& of, int first, int extent, int depth)
-      : data(of.data + int64_t(blockIdx.z) * of.stride + first * (of.along_k ? of.ld : 1)), ld(of.ld), extent(extent - first), depth(depth),
-        along_k(of.along_k), packs(of.packs) {}
+      : data(of.data + int64_t(blockIdx.z) * of.stride + first * (of.along_k ? of.ld : 1)),
+        ld(of.ld),
+        extent(extent - first),
+        depth(depth),
+        along_k(of.along_k),
+        packs(of.packs) {}
 
   __device__ __forceinline__ void fetch(int k0) {
     UNROLL for (int r = 0; r < kRuns; r++) held[r] = read(r, k0);
@@ -71,8 +87,8 @@ template <class T, int kX, int kK> struct Slice16 {
     }
   }
 #ifndef CPU_FAST
-  // The slice as it lies in memory, run beside run: tile[x * tile_ld + k], or tile[k * tile_ld + x]. No registers in between: the copies go on
-  // by themselves until __pipeline_wait_prior.
+  // The slice as it lies in memory, run beside run: tile[x * tile_ld + k], or tile[k * tile_ld +
+  // x]. No registers in between: the copies go on by themselves until __pipeline_wait_prior.
   __device__ __forceinline__ void copy(T* tile, int tile_ld, int k0) const {
     UNROLL for (int r = 0; r < kRuns; r++) {
       T* to = tile + (along_k ? x_of(r) * tile_ld + k_of(r) : k_of(r) * tile_ld + x_of(r));
@@ -85,9 +101,15 @@ template <class T, int kX, int kK> struct Slice16 {
 
  private:
   __device__ static int index(int run) { return int(threadIdx.x) + run * kProductThreads; }
-  __device__ int x_of(int run) const { return along_k ? index(run) / (kK / kRun) : index(run) % (kX / kRun) * kRun; }
-  __device__ int k_of(int run) const { return along_k ? index(run) % (kK / kRun) * kRun : index(run) / (kX / kRun); }
-  __device__ const T* at(int run, int k0) const { return data + (along_k ? x_of(run) * ld + k_of(run) + k0 : (k_of(run) + k0) * ld + x_of(run)); }
+  __device__ int x_of(int run) const {
+    return along_k ? index(run) / (kK / kRun) : index(run) % (kX / kRun) * kRun;
+  }
+  __device__ int k_of(int run) const {
+    return along_k ? index(run) % (kK / kRun) * kRun : index(run) / (kX / kRun);
+  }
+  __device__ const T* at(int run, int k0) const {
+    return data + (along_k ? x_of(run) * ld + k_of(run) + k0 : (k_of(run) + k0) * ld + x_of(run));
+  }
   __device__ int inside(int run, int k0) const {  // elements of the run that exist, if positive
     const int x = x_of(run), k = k_of(run) + k0;
     return along_k ? (x < extent ? depth - k : 0) : (k < depth ? extent - x : 0);
@@ -99,25 +121,29 @@ template <class T, int kX, int kK> struct Slice16 {
 
 // c[i][j...] = alpha * sum + c * add, for kRun sums side by side
 template <int kRun, class U, class A>
-__device__ __forceinline__ void write_sums(const Result<U>& c, int64_t i, int j, int n, const A* sum, A alpha) {
+__device__ __forceinline__ void write_sums(const Result<U>& c, int64_t i, int j, int n,
+                                           const A* sum, A alpha) {
   U* p = c.data + int64_t(blockIdx.z) * c.stride + i * c.ld + j;
-  write_run<kRun>(p, n - j, c.packs, [=, add = c.add](int e) { return alpha * sum[e] + (add ? load(p[e]) : A(0)); });
+  write_run<kRun>(p, n - j, c.packs,
+                  [=, add = c.add](int e) { return alpha * sum[e] + (add ? load(p[e]) : A(0)); });
 }
 
 // ---- in registers
 
-template <class A> struct Tiles {  // A what sums run in
-  static constexpr int kI = 512 / int(sizeof(A)), kJ = kI;     // of c
-  static constexpr int kK = kSliceDepth;                       // of a slice
+template <class A> struct Tiles {                           // A what sums run in
+  static constexpr int kI = 512 / int(sizeof(A)), kJ = kI;  // of c
+  static constexpr int kK = kSliceDepth;                    // of a slice
   static constexpr int kLd = kI + kPad * 16 / int(sizeof(A));
 };
 
-// c (m,n) = alpha a b + c * add, batch blockIdx.z; a block owns a tile; reads a n / kJ and b m / kI times, writes c once; any m, n, k
-template <class T, class U>
-__global__ void __launch_bounds__(256, 2) matmul_simt(Operand<T> a, Operand<T> b, Result<U> c, int m, int n, int k, acc_t<T> alpha) {
+// c (m,n) = alpha a b + c * add, batch blockIdx.z; a block owns a tile; reads a n / kJ and b m / kI
+// times, writes c once; any m, n, k
+template <class T, class U> __global__ void __launch_bounds__(256, 2)
+    matmul_simt(Operand<T> a, Operand<T> b, Result<U> c, int m, int n, int k, acc_t<T> alpha) {
   using A = acc_t<T>;
   using S = Tiles<A>;
-  __shared__ alignas(64) A tiles[2][2][S::kK * S::kLd];  // two buffers of slices of a and b, as [k][x]: one barrier a slice is enough
+  // two buffers of slices of a and b, as [k][x]: one barrier a slice is enough
+  __shared__ alignas(64) A tiles[2][2][S::kK * S::kLd];
   const int i0 = blockIdx.y * S::kI, j0 = blockIdx.x * S::kJ;
   Slice16<T, S::kI, S::kK> from_a(a, i0, m, k);
   Slice16<T, S::kJ, S::kK> from_b(b, j0, n, k);
@@ -130,22 +156,27 @@ __global__ void __launch_bounds__(256, 2) matmul_simt(Operand<T> a, Operand<T> b
     A *tile_a = tiles[k0 / S::kK % 2][0], *tile_b = tiles[k0 / S::kK % 2][1];
     from_a.put_transposed(tile_a, S::kLd);
     from_b.put_transposed(tile_b, S::kLd);
-    __syncthreads();  // the slices are complete; the other buffer was last read before the barrier of the previous turn
+    // the slices are complete; the other buffer was last read before the barrier of the previous
+    // turn
+    __syncthreads();
     from_a.fetch(k0 + S::kK);
     from_b.fetch(k0 + S::kK);
     product.template add<false>(tile_a, S::kLd, tile_b, S::kLd, S::kK);
   }
 
   product.for_each_run([&](int i, int j, const A* sum) {
-    if (i0 + i < m) write_sums<BlockProduct<A, S::kI, S::kJ>::kColumnRun>(c, i0 + i, j0 + j, n, sum, alpha);
+    if (i0 + i < m)
+      write_sums<BlockProduct<A, S::kI, S::kJ>::kColumnRun>(c, i0 + i, j0 + j, n, sum, alpha);
   });
 }
 
-template <class T, class U>
-void launch_simt(int64_t m, int64_t n, int64_t k, Operand<T> a, Operand<T> b, Result<U> c, double alpha, int64_t batch) {
+template <class T, class U> void launch_simt(int64_t m, int64_t n, int64_t k, Operand<T> a,
+                                             Operand<T> b, Result<U> c, double alpha,
+                                             int64_t batch) {
   using S = Tiles<acc_t<T>>;
   const dim3 grid(unsigned(ceil_div(n, S::kJ)), unsigned(ceil_div(m, S::kI)), unsigned(batch));
-  matmul_simt<T, U><<<grid, kProductThreads, 0, device().compute>>>(a, b, c, int(m), int(n), int(k), acc_t<T>(alpha));
+  matmul_simt<T, U><<<grid, kProductThreads, 0, device().compute>>>(a, b, c, int(m), int(n), int(k),
+                                                                    acc_t<T>(alpha));
   LAUNCHED();
 }
 
@@ -155,25 +186,30 @@ void launch_simt(int64_t m, int64_t n, int64_t k, Operand<T> a, Operand<T> b, Re
 namespace wmma = nvcuda::wmma;
 using bf16 = __nv_bfloat16;
 
-// c (m,n) = alpha a b + c * add, batch blockIdx.z; a block owns 128 x 128 of c, each of its 8 warps 64 x 32 as 4 x 2 fragments of 16 x 16. Slices
-// lie in shared memory as they lie in memory: a fragment is told which way it runs. Reads a n / 128 and b m / 128 times; any m, n, k
+// c (m,n) = alpha a b + c * add, batch blockIdx.z; a block owns 128 x 128 of c, each of its 8 warps
+// 64 x 32 as 4 x 2 fragments of 16 x 16. Slices lie in shared memory as they lie in memory: a
+// fragment is told which way it runs. Reads a n / 128 and b m / 128 times; any m, n, k
 template <class U, bool kARuns, bool kBRuns>  // along k
-__global__ void __launch_bounds__(256, 2) matmul_tensor(Operand<bf16> a, Operand<bf16> b, Result<U> c, int m, int n, int k, float alpha) {
+__global__ void __launch_bounds__(256, 2)
+    matmul_tensor(Operand<bf16> a, Operand<bf16> b, Result<U> c, int m, int n, int k, float alpha) {
   constexpr int kX = 128, kK = 32, kPatchLd = 32 + 8;
-  constexpr int kLdA = (kARuns ? kK : kX) + 8, kLdB = (kBRuns ? kK : kX) + 8;  // padded by 16 bytes: no bank conflicts
+  // padded by 16 bytes: no bank conflicts
+  constexpr int kLdA = (kARuns ? kK : kX) + 8, kLdB = (kBRuns ? kK : kX) + 8;
   __shared__ alignas(128) bf16 tiles[2][2][kX * (kK + 8)];
-  const int i0 = blockIdx.y * kX, j0 = blockIdx.x * kX, warp = threadIdx.x / kWarp, wi = warp / 4 * 64, wj = warp % 4 * 32;
+  const int i0 = blockIdx.y * kX, j0 = blockIdx.x * kX, warp = threadIdx.x / kWarp,
+            wi = warp / 4 * 64, wj = warp % 4 * 32;
   Slice16<bf16, kX, kK> from_a(a, i0, m, k), from_b(b, j0, n, k);
   wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum[4][2];
-  UNROLL for (int i = 0; i < 4; i++)
-    UNROLL for (int j = 0; j < 2; j++) wmma::fill_fragment(sum[i][j], 0.0f);
+  UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 2; j++)
+      wmma::fill_fragment(sum[i][j], 0.0f);
 
   from_a.copy(tiles[0][0], kLdA, 0);
   from_b.copy(tiles[0][1], kLdB, 0);
   for (int k0 = 0; k0 < k; k0 += kK) {
     bf16(*now)[kX * (kK + 8)] = tiles[k0 / kK % 2], (*next)[kX * (kK + 8)] = tiles[1 - k0 / kK % 2];
     __pipeline_wait_prior(0);
-    __syncthreads();  // everyone's part of this slice has arrived, and nobody reads the other buffer any more
+    // everyone's part of this slice has arrived, and nobody reads the other buffer any more
+    __syncthreads();
     if (k0 + kK < k) {
       from_a.copy(next[0], kLdA, k0 + kK);
       from_b.copy(next[1], kLdB, k0 + kK);
@@ -181,8 +217,12 @@ __global__ void __launch_bounds__(256, 2) matmul_tensor(Operand<bf16> a, Operand
     const bf16 *tile_a = now[0], *tile_b = now[1];
 #pragma unroll 1
     for (int kk = 0; kk < kK; kk += 16) {
-      wmma::fragment<wmma::matrix_a, 16, 16, 16, bf16, std::conditional_t<kARuns, wmma::row_major, wmma::col_major>> fa;
-      wmma::fragment<wmma::matrix_b, 16, 16, 16, bf16, std::conditional_t<kBRuns, wmma::col_major, wmma::row_major>> fb[2];
+      wmma::fragment<wmma::matrix_a, 16, 16, 16, bf16,
+                     std::conditional_t<kARuns, wmma::row_major, wmma::col_major>>
+          fa;
+      wmma::fragment<wmma::matrix_b, 16, 16, 16, bf16,
+                     std::conditional_t<kBRuns, wmma::col_major, wmma::row_major>>
+          fb[2];
       UNROLL for (int j = 0; j < 2; j++) {
         const int x = wj + j * 16;
         wmma::load_matrix_sync(fb[j], tile_b + (kBRuns ? x * kLdB + kk : kk * kLdB + x), kLdB);
@@ -195,11 +235,14 @@ __global__ void __launch_bounds__(256, 2) matmul_tensor(Operand<bf16> a, Operand
     }
   }
 
-  __syncthreads();  // the tiles are free: each warp lays its fragments down in a patch of its own, to know which lane holds what
+  // the tiles are free: each warp lays its fragments down in a patch of its own, to know which lane
+  // holds what
+  __syncthreads();
   float* patch = reinterpret_cast<float*>(tiles) + warp * 16 * kPatchLd;
   const int lane = threadIdx.x % kWarp, column = lane % 8 * 4;
   UNROLL for (int i = 0; i < 4; i++) {
-    UNROLL for (int j = 0; j < 2; j++) wmma::store_matrix_sync(patch + j * 16, sum[i][j], kPatchLd, wmma::mem_row_major);
+    UNROLL for (int j = 0; j < 2; j++)
+        wmma::store_matrix_sync(patch + j * 16, sum[i][j], kPatchLd, wmma::mem_row_major);
     __syncwarp();
     for (int r = lane / 8, row = i0 + wi + i * 16 + r; r < 16 && row < m; r += 4, row += 4)
       write_sums<4>(c, row, j0 + wj + column, n, patch + r * kPatchLd + column, alpha);
@@ -207,21 +250,25 @@ __global__ void __launch_bounds__(256, 2) matmul_tensor(Operand<bf16> a, Operand
   }
 }
 
-template <class U>
-void launch_tensor(int64_t m, int64_t n, int64_t k, Operand<bf16> a, Operand<bf16> b, Result<U> c, double alpha, int64_t batch) {
+template <class U> void launch_tensor(int64_t m, int64_t n, int64_t k, Operand<bf16> a,
+                                      Operand<bf16> b, Result<U> c, double alpha, int64_t batch) {
   const dim3 grid(unsigned(ceil_div(n, 128)), unsigned(ceil_div(m, 128)), unsigned(batch));
-  const auto kernel = a.along_k ? b.along_k ? matmul_tensor<U, true, true> : matmul_tensor<U, true, false>
-                                : b.along_k ? matmul_tensor<U, false, true> : matmul_tensor<U, false, false>;
+  const auto kernel = a.along_k
+                          ? b.along_k ? matmul_tensor<U, true, true> : matmul_tensor<U, true, false>
+                      : b.along_k ? matmul_tensor<U, false, true>
+                                  : matmul_tensor<U, false, false>;
   kernel<<<grid, 256, 0, device().compute>>>(a, b, c, int(m), int(n), int(k), float(alpha));
   LAUNCHED();
 }
 #endif
 
-template <class T, class U>
-void own_matmul(int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b, const Matrix& c, double alpha, double beta, int64_t batch) {
+template <class T, class U> void own_matmul(int64_t m, int64_t n, int64_t k, const Matrix& a,
+                                            const Matrix& b, const Matrix& c, double alpha,
+                                            double beta, int64_t batch) {
   const Result<U> to{static_cast<U*>(c.data), c.ld, c.stride, aligned<U>(c), beta != 0};
 #ifndef CPU_FAST
-  if constexpr (std::is_same_v<T, bf16>) return launch_tensor<U>(m, n, k, rows_of<T>(a), columns_of<T>(b), to, alpha, batch);
+  if constexpr (std::is_same_v<T, bf16>)
+    return launch_tensor<U>(m, n, k, rows_of<T>(a), columns_of<T>(b), to, alpha, batch);
   else
 #endif
     launch_simt<T, U>(m, n, k, rows_of<T>(a), columns_of<T>(b), to, alpha, batch);
@@ -229,39 +276,53 @@ void own_matmul(int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& 
 
 // ---- by cuBLAS
 
-cudaDataType_t type_of(Dtype dtype) { return dtype == Dtype::f64 ? CUDA_R_64F : dtype == Dtype::f32 ? CUDA_R_32F : CUDA_R_16BF; }
+cudaDataType_t type_of(Dtype dtype) {
+  return dtype == Dtype::f64 ? CUDA_R_64F : dtype == Dtype::f32 ? CUDA_R_32F : CUDA_R_16BF;
+}
 
-// cuBLAS counts in columns: to it our matrices are their transposes, and c^T = b^T a^T. CUBLAS_COMPUTE_32F allows no TF32.
-void cublas_matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b, const Matrix& c, double alpha,
-                   double beta, int64_t batch) {
+// cuBLAS counts in columns: to it our matrices are their transposes, and c^T = b^T a^T.
+// CUBLAS_COMPUTE_32F allows no TF32.
+void cublas_matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, const Matrix& a,
+                   const Matrix& b, const Matrix& c, double alpha, double beta, int64_t batch) {
   const bool f64 = in == Dtype::f64;
   const float alpha32 = float(alpha), beta32 = float(beta);
-  const void *alpha_ = f64 ? static_cast<const void*>(&alpha) : &alpha32, *beta_ = f64 ? static_cast<const void*>(&beta) : &beta32;
+  const void *alpha_ = f64 ? static_cast<const void*>(&alpha) : &alpha32,
+             *beta_ = f64 ? static_cast<const void*>(&beta) : &beta32;
   const auto op = [](const Matrix& x) { return x.transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };
   const cublasComputeType_t compute = f64 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
   const cudaDataType_t from = type_of(in), to = type_of(out);
   if (batch == 1)
-    CUBLAS_CHECK(cublasGemmEx(device().blas, op(b), op(a), int(n), int(m), int(k), alpha_, b.data, from, int(b.ld), a.data, from, int(a.ld),
-                              beta_, c.data, to, int(c.ld), compute, CUBLAS_GEMM_DEFAULT));
+    CUBLAS_CHECK(cublasGemmEx(device().blas, op(b), op(a), int(n), int(m), int(k), alpha_, b.data,
+                              from, int(b.ld), a.data, from, int(a.ld), beta_, c.data, to,
+                              int(c.ld), compute, CUBLAS_GEMM_DEFAULT));
   else
-    CUBLAS_CHECK(cublasGemmStridedBatchedEx(device().blas, op(b), op(a), int(n), int(m), int(k), alpha_, b.data, from, int(b.ld), b.stride,
-                                            a.data, from, int(a.ld), a.stride, beta_, c.data, to, int(c.ld), c.stride, int(batch), compute,
-                                            CUBLAS_GEMM_DEFAULT));
+    CUBLAS_CHECK(cublasGemmStridedBatchedEx(device().blas, op(b), op(a), int(n), int(m), int(k),
+                                            alpha_, b.data, from, int(b.ld), b.stride, a.data, from,
+                                            int(a.ld), a.stride, beta_, c.data, to, int(c.ld),
+                                            c.stride, int(batch), compute, CUBLAS_GEMM_DEFAULT));
 }
 
 }  // namespace
 
 // ---- the one entry
 
-void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix c, double alpha, double beta, int64_t batch) {
-  ASSERT(in != Dtype::i32 && (in == out || (in == Dtype::bf16 && out == Dtype::f32)), name_of(in), " to ", name_of(out));
+void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix c,
+            double alpha, double beta, int64_t batch) {
+  ASSERT(in != Dtype::i32 && (in == out || (in == Dtype::bf16 && out == Dtype::f32)), name_of(in),
+         " to ", name_of(out));
   ASSERT(beta == 0 || beta == 1, "beta = ", beta);
-  ASSERT(m >= 0 && n >= 0 && k >= 0 && batch >= 0 && m <= INT_MAX && n <= INT_MAX && k <= INT_MAX, m, " x ", n, " x ", k, " x ", batch);
-  ASSERT(a.ld >= (a.transposed ? m : k) && b.ld >= (b.transposed ? k : n) && c.ld >= n && !c.transposed, "ld ", a.ld, ", ", b.ld, ", ", c.ld);
+  ASSERT(m >= 0 && n >= 0 && k >= 0 && batch >= 0 && m <= INT_MAX && n <= INT_MAX && k <= INT_MAX,
+         m, " x ", n, " x ", k, " x ", batch);
+  ASSERT(a.ld >= (a.transposed ? m : k) && b.ld >= (b.transposed ? k : n) && c.ld >= n &&
+             !c.transposed,
+         "ld ", a.ld, ", ", b.ld, ", ", c.ld);
   ASSERT(a.ld <= INT_MAX && b.ld <= INT_MAX && c.ld <= INT_MAX);
   if (m == 0 || n == 0 || batch == 0) return;
-  if (matmul_backend == MatmulBackend::cublas) return cublas_matmul(in, out, m, n, k, a, b, c, alpha, beta, batch);
-  REQUIRE(batch < 65536 && m <= 65535 * 64, "--matmul own multiplies at most 65535 matrices of ", 65535 * 64, " rows, not ", batch, " of ", m,
+  if (matmul_backend == MatmulBackend::cublas)
+    return cublas_matmul(in, out, m, n, k, a, b, c, alpha, beta, batch);
+  REQUIRE(batch < 65536 && m <= 65535 * 64, "--matmul own multiplies at most 65535 matrices of ",
+          65535 * 64, " rows, not ", batch, " of ", m,
           ": give --matmul cublas or a smaller --microbatch");
-  DISPATCH(in, out == in ? own_matmul<T, T>(m, n, k, a, b, c, alpha, beta, batch) : own_matmul<T, acc_t<T>>(m, n, k, a, b, c, alpha, beta, batch));
+  DISPATCH(in, out == in ? own_matmul<T, T>(m, n, k, a, b, c, alpha, beta, batch)
+                         : own_matmul<T, acc_t<T>>(m, n, k, a, b, c, alpha, beta, batch));
 }

@@ -1,12 +1,15 @@
-// matvec.cu: a few rows times a whole matrix: what decoding one token of a few sequences is made of; and the sums of a matrix's columns, which
-// are a row of ones times the matrix.
+// matvec.cu: a few rows times a whole matrix: what decoding one token of a few sequences is made
+// of; and the sums of a matrix's columns, which are a row of ones times the matrix.
 //
-// idea      every weight is read once and used m times: bound by memory, where a tiled matrix product would waste most of its tile. For
-//           y = x w a block owns neighbouring columns; its threads share the rows of w out, keep sums in registers and add them up through
-//           shared memory. For y = x w^T a row of w is one sum: a warp owns it. A matrix of many rows and few columns is summed in chunks of
-//           rows, by different blocks, into one row each of a workspace, which is summed in the same way until one chunk is left: no
+// idea      every weight is read once and used m times: bound by memory, where a tiled matrix
+//           product would waste most of its tile. For y = x w a block owns neighbouring columns;
+//           its threads share the rows of w out, keep sums in registers and add them up through
+//           shared memory. For y = x w^T a row of w is one sum: a warp owns it. A matrix of many
+//           rows and few columns is summed in chunks of rows, by different blocks, into one row
+//           each of a workspace, which is summed in the same way until one chunk is left: no
 //           atomics, one order.
-// cost      reads KN once (from memory), mK for each block (from a cache), writes mN; the workspace has at most a row for 16 that are summed
+// cost      reads KN once (from memory), mK for each block (from a cache), writes mN; the workspace
+//           has at most a row for 16 that are summed
 // order     of a sum: K, N and the width of the packs (dtype and alignment) decide it alone
 // not here  splitting K over blocks for products of very narrow matrices
 // test      tests/test_decode.cpp, tests/test_kernels.cpp
@@ -15,16 +18,19 @@
 namespace {
 
 constexpr int kThreads = block_threads(256);
-// Threads that share neighbouring columns; the groups of so many share the rows. A product wants many blocks, sums wide reads of few rows.
+// Threads that share neighbouring columns; the groups of so many share the rows. A product wants
+// many blocks, sums wide reads of few rows.
 constexpr int kProductLanes = block_threads(8), kSumLanes = block_threads(32);
 constexpr int kChunk = 32;  // rows, at least
 
-// y (m,N) = x (m,K) w (K,N), m <= kM; or kSums, as if x were a row of ones: y (chunks,N) = the sums of each chunk's rows of w; `add`: +=.
-// Grid (blocks of kLanes * kColumns columns, chunks of rows); reads w once.
-template <int N, int kM, bool kSums, class Y, class T>
-__global__ void __launch_bounds__(256) columns_kernel(Y* y, const T* x, const T* w, int64_t K, int64_t columns, int m, bool add) {
+// y (m,N) = x (m,K) w (K,N), m <= kM; or kSums, as if x were a row of ones: y (chunks,N) = the sums
+// of each chunk's rows of w; `add`: +=. Grid (blocks of kLanes * kColumns columns, chunks of rows);
+// reads w once.
+template <int N, int kM, bool kSums, class Y, class T> __global__ void __launch_bounds__(256)
+    columns_kernel(Y* y, const T* x, const T* w, int64_t K, int64_t columns, int m, bool add) {
   using A = acc_t<T>;
-  constexpr int kLanes = kSums ? kSumLanes : kProductLanes, kOwn = kColumns<N>, kGroups = kThreads / kLanes;
+  constexpr int kLanes = kSums ? kSumLanes : kProductLanes, kOwn = kColumns<N>,
+                kGroups = kThreads / kLanes;
   const int lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const int64_t block = int64_t(blockIdx.x) * kLanes * kOwn, first = block + lane * kOwn;
   const int64_t begin = K * blockIdx.y / gridDim.y, end = K * (blockIdx.y + 1) / gridDim.y;
@@ -35,14 +41,16 @@ __global__ void __launch_bounds__(256) columns_kernel(Y* y, const T* x, const T*
       constexpr int kRows = decltype(rows)::value;
       A factor[kM][kRows];
       for (int r = 0; r < kM; r++)
-        for (int u = 0; u < kRows; u++) factor[r][u] = kSums ? A(1) : r < m ? A(load(x[r * K + k + u * kGroups])) : A(0);
+        for (int u = 0; u < kRows; u++)
+          factor[r][u] = kSums ? A(1) : r < m ? A(load(x[r * K + k + u * kGroups])) : A(0);
       read_rows<kRows>(w + k * columns + first, kGroups * columns, n, [&](int j, const A* v) {
         for (int r = 0; r < kM; r++)
           for (int u = 0; u < kRows; u++) sum[r][j] += factor[r][u] * v[u];
       });
     };
     int64_t k = begin + group;
-    for (; k + (kRowsAhead - 1) * kGroups < end; k += kRowsAhead * kGroups) add_rows(k, Width<kRowsAhead>());
+    for (; k + (kRowsAhead - 1) * kGroups < end; k += kRowsAhead * kGroups)
+      add_rows(k, Width<kRowsAhead>());
     for (; k < end; k += kGroups) add_rows(k, Width<1>());
   }
   __shared__ A part[kGroups][kOwn][kLanes];  // lanes side by side: no bank conflicts
@@ -62,8 +70,10 @@ __global__ void __launch_bounds__(256) columns_kernel(Y* y, const T* x, const T*
   }
 }
 
-// y (m,N) = x (m,K) w^T, w (N,K), m <= kM; a warp owns a row of w, which is read from memory once and from a cache m - 1 times
-template <int N, int kM, class T> __global__ void __launch_bounds__(256) rows_kernel(T* y, const T* x, const T* w, int64_t K, int64_t rows, int m) {
+// y (m,N) = x (m,K) w^T, w (N,K), m <= kM; a warp owns a row of w, which is read from memory once
+// and from a cache m - 1 times
+template <int N, int kM, class T> __global__ void __launch_bounds__(256)
+    rows_kernel(T* y, const T* x, const T* w, int64_t K, int64_t rows, int m) {
   using A = acc_t<T>;
   const int lane = threadIdx.x % kWarp;
   const int64_t row = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
@@ -86,10 +96,14 @@ template <int kM> void launch(const Tensor& y, const Tensor& x, const Tensor& w,
   const int m = int(x.dim(0));
   const bool packs = in_packs(w.dim(1), {&w});
   if (transposed) {
-    DISPATCH_PACKS(w.dtype(), packs, rows_kernel<N, kM, T><<<unsigned(ceil_div(columns, kThreads / kWarp)), kThreads, 0, device().compute>>>(
-                                         y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m));
+    DISPATCH_PACKS(
+        w.dtype(), packs,
+        rows_kernel<N, kM, T>
+        <<<unsigned(ceil_div(columns, kThreads / kWarp)), kThreads, 0, device().compute>>>(
+            y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m));
   } else {
-    DISPATCH_PACKS(w.dtype(), packs, const unsigned blocks = unsigned(ceil_div(columns, kProductLanes * kColumns<N>));
+    DISPATCH_PACKS(w.dtype(), packs,
+                   const unsigned blocks = unsigned(ceil_div(columns, kProductLanes * kColumns<N>));
                    columns_kernel<N, kM, false, T, T><<<blocks, kThreads, 0, device().compute>>>(
                        y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m, false));
   }
@@ -101,7 +115,8 @@ template <int kM> void launch(const Tensor& y, const Tensor& x, const Tensor& w,
 
 void matvec(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed) {
   const int64_t m = x.dim(0);
-  ASSERT(m >= 1 && m <= kMatvecRows && y.dim(0) == m && x.dim(1) == w.dim(transposed ? 1 : 0) && y.dim(1) == w.dim(transposed ? 0 : 1),
+  ASSERT(m >= 1 && m <= kMatvecRows && y.dim(0) == m && x.dim(1) == w.dim(transposed ? 1 : 0) &&
+             y.dim(1) == w.dim(transposed ? 0 : 1),
          to_string(y.shape()), " = ", to_string(x.shape()), " ", to_string(w.shape()));
   if (m == 1) launch<1>(y, x, w, transposed);
   else if (m == 2) launch<2>(y, x, w, transposed);
@@ -115,12 +130,14 @@ void bias_backward(const Tensor& dbias, const Tensor& dy) {
   const int64_t rows = dy.numel() / columns;
   if (!rows) return;
   Tensor sums;
-  DISPATCH_PACKS(dy.dtype(), in_packs(columns, {&dy}), using A = acc_t<T>; const T* const none = nullptr;
+  DISPATCH_PACKS(dy.dtype(), in_packs(columns, {&dy}), using A = acc_t<T>;
+                 const T* const none = nullptr;
                  const unsigned blocks = unsigned(ceil_div(columns, kSumLanes * kColumns<N>));
                  const int64_t chunks = std::min(ceil_div(rows, kChunk), ceil_div(1024, blocks));
                  if (chunks > 1) sums = Tensor({chunks, columns}, dbias.dtype(), Memory::workspace);
                  A* const to = chunks > 1 ? sums.data<A>() : dbias.data<A>();
-                 columns_kernel<N, 1, true, A, T><<<dim3(blocks, unsigned(chunks)), kThreads, 0, device().compute>>>(
+                 columns_kernel<N, 1, true, A, T>
+                 <<<dim3(blocks, unsigned(chunks)), kThreads, 0, device().compute>>>(
                      to, none, dy.data<T>(), rows, columns, 1, chunks == 1));
   if (!sums.empty()) bias_backward(dbias, sums);
 }

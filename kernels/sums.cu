@@ -1,7 +1,8 @@
-// sums.cu: sums over whole tensors, in f64: of the losses, of the squares of a gradient; and the norm of all gradients, which clips them.
+// sums.cu: sums over whole tensors, in f64: of the losses, of the squares of a gradient; and the
+// norm of all gradients, which clips them.
 //
-// idea      a block sums a fixed chunk; a second launch adds the chunks' sums up in the same way. What comes out stays on the device, so that
-//           the step waits for nobody.
+// idea      a block sums a fixed chunk; a second launch adds the chunks' sums up in the same way.
+//           What comes out stays on the device, so that the step waits for nobody.
 // cost      reads n
 // test      tests/test_kernels.cpp
 #include "kernels/common.cuh"
@@ -11,8 +12,10 @@ namespace {
 constexpr int kThreads = block_threads(256);
 constexpr int64_t kChunk = 1 << 16;
 
-// out[chunk] = sum of x's elements of that chunk, or kSquares of their squares; `add`: +=. One block a chunk; reads n
-template <class T, int N, bool kSquares> __global__ void __launch_bounds__(256) sum_kernel(double* out, const T* x, int64_t n, bool add) {
+// out[chunk] = sum of x's elements of that chunk, or kSquares of their squares; `add`: +=. One
+// block a chunk; reads n
+template <class T, int N, bool kSquares> __global__ void __launch_bounds__(256)
+    sum_kernel(double* out, const T* x, int64_t n, bool add) {
   const int64_t begin = int64_t(blockIdx.x) * kChunk;
   const int size = int(n - begin < kChunk ? n - begin : kChunk), packed = size / N * N;
   x += begin;
@@ -27,8 +30,10 @@ template <class T, int N, bool kSquares> __global__ void __launch_bounds__(256) 
   if (threadIdx.x == 0) out[blockIdx.x] = add ? out[blockIdx.x] + sum : sum;
 }
 
-// norm = sqrt(squares (n), first to last), clip = min(1, limit / norm), or 1 without a limit; one thread: n is the number of parameters
-__global__ void norm_kernel(double* norm, double* clip, const double* squares, int64_t n, double limit) {
+// norm = sqrt(squares (n), first to last), clip = min(1, limit / norm), or 1 without a limit; one
+// thread: n is the number of parameters
+__global__ void norm_kernel(double* norm, double* clip, const double* squares, int64_t n,
+                            double limit) {
   double sum = 0;
   for (int64_t i = 0; i < n; i++) sum += squares[i];
   *norm = sqrt(sum);
@@ -41,7 +46,8 @@ template <bool kSquares> void sum_into(double* total, const Tensor& x, bool add)
   const Tensor sums = chunks > 1 ? Tensor({chunks}, Dtype::f64, Memory::workspace) : Tensor();
   double* const out = chunks > 1 ? sums.data<double>() : total;
   DISPATCH_PACKS(x.dtype(), in_packs(0, {&x}),
-                 sum_kernel<T, N, kSquares><<<unsigned(chunks), kThreads, 0, device().compute>>>(out, x.data<T>(), n, add && chunks == 1));
+                 sum_kernel<T, N, kSquares><<<unsigned(chunks), kThreads, 0, device().compute>>>(
+                     out, x.data<T>(), n, add && chunks == 1));
   if (chunks > 1) sum_into<false>(total, sums, add);
 }
 
@@ -61,7 +67,7 @@ void sum_of_squares(const Tensor& out, int64_t index, const Tensor& x) {
 
 void norm_and_clip(const Tensor& norm, const Tensor& clip, const Tensor& squares, double limit) {
   ASSERT(norm.numel() == 1 && clip.numel() == 1);
-  norm_kernel<<<1, block_threads(1), 0, device().compute>>>(norm.data<double>(), clip.data<double>(), squares.data<double>(), squares.numel(),
-                                                           limit);
+  norm_kernel<<<1, block_threads(1), 0, device().compute>>>(
+      norm.data<double>(), clip.data<double>(), squares.data<double>(), squares.numel(), limit);
   LAUNCHED();
 }

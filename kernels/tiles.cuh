@@ -1,4 +1,5 @@
-// tiles.cuh: the loop of every elementwise kernel. A block owns kTile consecutive elements and moves them in packs.
+// tiles.cuh: the loop of every elementwise kernel. A block owns kTile consecutive elements and
+// moves them in packs.
 #pragma once
 #include "kernels/common.cuh"
 
@@ -7,7 +8,8 @@ namespace {
 constexpr int kTile = 4096;
 inline unsigned tiles(int64_t n) { return unsigned(ceil_div(n, kTile)); }
 
-// Calls f(first element, Width) for each pack of this block's tile of n elements: Width<N>, and Width<1> at the end when N does not divide n.
+// Calls f(first element, Width) for each pack of this block's tile of n elements: Width<N>, and
+// Width<1> at the end when N does not divide n.
 template <int kThreads, int N, class F> __device__ __forceinline__ void for_tile(int64_t n, F f) {
   const int64_t begin = int64_t(blockIdx.x) * kTile;
   const int size = int(n - begin < kTile ? n - begin : kTile), packed = size / N * N;

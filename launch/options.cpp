@@ -1,4 +1,5 @@
-// options.cpp: what train_gpt and generate share, the table of train_gpt's options, then the parser that serves any table.
+// options.cpp: what train_gpt and generate share, the table of train_gpt's options, then the parser
+// that serves any table.
 // test      tests/test_support.cpp
 #include "launch/options.h"
 
@@ -16,21 +17,28 @@
 
 namespace {
 
-// The sizes of GPT-2 are those of Radford et al., 2019. Batches are modest: without --microbatch, a batch is one micro-batch.
-struct Preset { const char* name; ModelSize size; int64_t steps, batch; double lr; };
+// The sizes of GPT-2 are those of Radford et al., 2019. Batches are modest: without --microbatch, a
+// batch is one micro-batch.
+struct Preset {
+  const char* name;
+  ModelSize size;
+  int64_t steps, batch;
+  double lr;
+};
 const Preset kPresets[] = {
-  {"tiny",        { 4,  128,  4,  128,   256},  300, 16, 1e-3},
-  {"char",        { 6,  384,  6,  256,   256}, 2000, 64, 1e-3},
-  {"gpt2",        {12,  768, 12, 1024, 50257}, 1000, 16, 3e-4},
-  {"gpt2-medium", {24, 1024, 16, 1024, 50257}, 1000,  8, 3e-4},
-  {"gpt2-large",  {36, 1280, 20, 1024, 50257}, 1000,  8, 2e-4},
-  {"gpt2-xl",     {48, 1600, 25, 1024, 50257}, 1000,  4, 2e-4},
+    {"tiny", {4, 128, 4, 128, 256}, 300, 16, 1e-3},
+    {"char", {6, 384, 6, 256, 256}, 2000, 64, 1e-3},
+    {"gpt2", {12, 768, 12, 1024, 50257}, 1000, 16, 3e-4},
+    {"gpt2-medium", {24, 1024, 16, 1024, 50257}, 1000, 8, 3e-4},
+    {"gpt2-large", {36, 1280, 20, 1024, 50257}, 1000, 8, 2e-4},
+    {"gpt2-xl", {48, 1600, 25, 1024, 50257}, 1000, 4, 2e-4},
 };
 
 }  // namespace
 
 static const Preset& preset_of(const std::string& name) {
-  const auto preset = std::find_if(std::begin(kPresets), std::end(kPresets), [&](const Preset& p) { return p.name == name; });
+  const auto preset = std::find_if(std::begin(kPresets), std::end(kPresets),
+                                   [&](const Preset& p) { return p.name == name; });
   ASSERT(preset != std::end(kPresets), name);
   return *preset;
 }
@@ -41,33 +49,48 @@ OptionGroup model_options(CommonOptions& o) {
   ModelSize& m = o.model;
   std::vector<std::string> models;
   for (const Preset& p : kPresets) models.push_back(p.name);
-  return {"Model", {
-    {"model", "", Choice{&o.model_name, models}, "size of the model", kPresets[0].name},
-    {"layers", "N", Whole{&m.layers, 1, 10'000}, "blocks", "the model's"},
-    {"width", "C", Whole{&m.width, 1, 1'000'000}, "channels", "the model's"},
-    {"heads", "H", Whole{&m.heads, 1, 1'000'000}, "attention heads; the width divides by them", "the model's"},
-    {"context", "T", Whole{&m.context, 1, 10'000'000}, "tokens in a sequence", "the model's"},
-    {"vocab", "V", Whole{&m.vocab}, "number of different tokens; bytes of text need 256", "the model's"},
-  }};
+  return {"Model",
+          {
+              {"model", "", Choice{&o.model_name, models}, "size of the model", kPresets[0].name},
+              {"layers", "N", Whole{&m.layers, 1, 10'000}, "blocks", "the model's"},
+              {"width", "C", Whole{&m.width, 1, 1'000'000}, "channels", "the model's"},
+              {"heads", "H", Whole{&m.heads, 1, 1'000'000},
+               "attention heads; the width divides by them", "the model's"},
+              {"context", "T", Whole{&m.context, 1, 10'000'000}, "tokens in a sequence",
+               "the model's"},
+              {"vocab", "V", Whole{&m.vocab}, "number of different tokens; bytes of text need 256",
+               "the model's"},
+          }};
 }
 
 OptionGroup computing_options(CommonOptions& o, const std::string& ranks) {
-  return {"Computing: mpiexec -n (" + ranks + ")", {
-    {"tp", "T", Whole{&o.tp, 1, kMaxRanks}, "tensor parallelism: each layer's weights are split over T ranks"},
-    {"pp", "P", Whole{&o.pp, 1, kMaxRanks}, "pipeline parallelism: the layers are cut into P stages"},
-    {"dtype", "", Choice{&o.dtype, {"f32", "bf16", "f64"}}, "what is computed in; f64 is for proofs", "bf16 on a GPU, else f32"},
-    {"matmul", "", Choice{&o.matmul, {"cublas", "own"}}, "who multiplies matrices: cuBLAS or the kernels of this project"},
-    {"attention", "", Choice{&o.attention, {"plain", "flash"}}, "whole score matrices, or tiles of them with an online softmax (in build/generate: of prompts)"},
-    {"seed", "N", Whole{&o.seed, 0, INT64_MAX}, "decides what is random: initial weights, batches, samples"},
-    {"device-memory", "MiB", Whole{&o.device_memory}, "stop when more device memory than this is asked for", "no cap"},
-    {"timeout", "SECONDS", Whole{&o.timeout, 1}, "without progress for so long, say where each rank stands and end"},
-    {"help", "", Flag{&o.help}, "print this"},
-  }};
+  return {
+      "Computing: mpiexec -n (" + ranks + ")",
+      {
+          {"tp", "T", Whole{&o.tp, 1, kMaxRanks},
+           "tensor parallelism: each layer's weights are split over T ranks"},
+          {"pp", "P", Whole{&o.pp, 1, kMaxRanks},
+           "pipeline parallelism: the layers are cut into P stages"},
+          {"dtype", "", Choice{&o.dtype, {"f32", "bf16", "f64"}},
+           "what is computed in; f64 is for proofs", "bf16 on a GPU, else f32"},
+          {"matmul", "", Choice{&o.matmul, {"cublas", "own"}},
+           "who multiplies matrices: cuBLAS or the kernels of this project"},
+          {"attention", "", Choice{&o.attention, {"plain", "flash"}},
+           "whole score matrices, or tiles of them with an online softmax (in build/generate: of prompts)"},
+          {"seed", "N", Whole{&o.seed, 0, INT64_MAX},
+           "decides what is random: initial weights, batches, samples"},
+          {"device-memory", "MiB", Whole{&o.device_memory},
+           "stop when more device memory than this is asked for", "no cap"},
+          {"timeout", "SECONDS", Whole{&o.timeout, 1},
+           "without progress for so long, say where each rank stands and end"},
+          {"help", "", Flag{&o.help}, "print this"},
+      }};
 }
 
 void resolve_common(CommonOptions& o, bool has_gpu) {
   if (o.model_name.empty()) o.model_name = kPresets[0].name;
-  for (int64_t ModelSize::*size : {&ModelSize::layers, &ModelSize::width, &ModelSize::heads, &ModelSize::context, &ModelSize::vocab})
+  for (int64_t ModelSize::*size : {&ModelSize::layers, &ModelSize::width, &ModelSize::heads,
+                                   &ModelSize::context, &ModelSize::vocab})
     if (o.model.*size == 0) o.model.*size = preset_of(o.model_name).size.*size;
   if (o.dtype.empty()) o.dtype = has_gpu ? "bf16" : "f32";
 }
@@ -76,12 +99,18 @@ void check_common(const CommonOptions& o, int64_t chunks) {
   const ModelSize& m = o.model;
   REQUIRE(std::min({m.layers, m.width, m.heads, m.context, m.vocab}) > 0,
           "--layers, --width, --heads, --context and --vocab must be at least 1");
-  REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads, " heads: change --width or --heads");
-  REQUIRE(o.attention != "flash" || m.width / m.heads <= 128, "--attention flash takes heads of at most 128 channels, and a width of ", m.width,
-          " with ", m.heads, m.heads == 1 ? " head" : " heads", " makes them ", m.width / m.heads, " wide: give --attention plain or more --heads");
-  REQUIRE(o.tp <= m.heads, "--tp ", o.tp, " has more ranks than the ", m.heads, " attention heads that they would share (--heads)");
-  REQUIRE(o.tp <= m.vocab, "--tp ", o.tp, " has more ranks than the vocabulary has tokens, ", m.vocab, " (--vocab)");
-  REQUIRE(o.pp * chunks <= m.layers, m.layers, " layers cannot be cut into ", o.pp, " stages", chunks > 1 ? sentence(" of ", chunks, " chunks") : "",
+  REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads,
+          " heads: change --width or --heads");
+  REQUIRE(o.attention != "flash" || m.width / m.heads <= 128,
+          "--attention flash takes heads of at most 128 channels, and a width of ", m.width,
+          " with ", m.heads, m.heads == 1 ? " head" : " heads", " makes them ", m.width / m.heads,
+          " wide: give --attention plain or more --heads");
+  REQUIRE(o.tp <= m.heads, "--tp ", o.tp, " has more ranks than the ", m.heads,
+          " attention heads that they would share (--heads)");
+  REQUIRE(o.tp <= m.vocab, "--tp ", o.tp, " has more ranks than the vocabulary has tokens, ",
+          m.vocab, " (--vocab)");
+  REQUIRE(o.pp * chunks <= m.layers, m.layers, " layers cannot be cut into ", o.pp, " stages",
+          chunks > 1 ? sentence(" of ", chunks, " chunks") : "",
           ": each needs a layer (--layers, --pp", chunks > 1 ? ", --chunks)" : ")");
 }
 
@@ -90,47 +119,74 @@ void check_common(const CommonOptions& o, int64_t chunks) {
 static OptionTable table(Options& o) {
   const Preset& tiny = kPresets[0];
   return {
-    model_options(o),
-    {"Data", {
-      {"data", "FILE...", List{&o.data}, "plain text (bytes are tokens) or llm.c's .bin token shards", "this project's sources"},
-    }},
-    {"Training", {
-      {"steps", "N", Whole{&o.steps}, "optimizer steps", sentence("by model, ", tiny.name, ": ", tiny.steps)},
-      {"batch", "B", Whole{&o.batch}, "sequences per optimizer step, over all ranks", sentence("by model, ", tiny.name, ": ", tiny.batch)},
-      {"microbatch", "B", Whole{&o.microbatch, 1, 100'000'000}, "sequences per micro-batch of a rank",
-       "all of the rank's; with pp at most 1/(2P) of them"},
-      {"lr", "X", Real{&o.lr, false}, "highest learning rate", sentence("by model, ", tiny.name, ": ", tiny.lr)},
-      {"min-lr", "X", Real{&o.min_lr}, "learning rate at the end", "a tenth of --lr"},
-      {"warmup", "N", Whole{&o.warmup, 0}, "steps until the learning rate is at its highest", "5% of --steps, at most 100"},
-      {"weight-decay", "X", Real{&o.weight_decay}, "AdamW's weight decay"},
-      {"clip", "X", Real{&o.clip}, "largest norm of the gradient; 0: no limit"},
-      {"recompute", "", Flag{&o.recompute}, "keep only the input of each block and run its forward again in the backward"},
-    }},
-    computing_options(o, "pp x replicate x fsdp x tp"),
-    {"Strategies: what the ranks of an axis share", {
-      {"replicate", "R", Whole{&o.replicate, 1, kMaxRanks}, "data parallelism: copies of the model, gradients summed over them"},
-      {"fsdp", "S", Whole{&o.fsdp, 1, kMaxRanks}, "fully sharded data parallelism: each rank owns 1/S of every layer"},
-      {"zero", "STAGE", Whole{&o.zero, 1, 3}, "what fsdp shards: optimizer state, and gradients, and parameters", "3"},
-      {"reshard-after-forward", "", Choice{&o.reshard, {"yes", "no"}}, "ZeRO-3: give parameters back after the forward", "yes"},
-      {"prefetch", "K", Whole{&o.prefetch, 0, 1000}, "layers gathered ahead while others compute; above 0 one sum of gradients runs behind, too",
-       "1"},
-      {"sequence-parallel", "", Flag{&o.sequence_parallel}, "with tp: activations between the split layers are split by tokens, too"},
-      {"schedule", "", Choice{&o.schedule, {"gpipe", "1f1b", "interleaved", "zb"}}, "with pp: in which order a stage computes its micro-batches",
-       "1f1b"},
-      {"chunks", "V", Whole{&o.chunks, 1, 1000}, "with interleaved: pieces of the model that a stage has", "2 with interleaved, else 1"},
-    }},
-    {"Checkpoints", {
-      {"checkpoint", "DIR", Text{&o.checkpoint}, "save weights and optimizer state here at the end, and when stopped by Ctrl-C or SIGTERM", "none"},
-      {"save-every", "K", Whole{&o.save_every, 0}, "and every K steps; 0: only then"},
-      {"keep", "N", Whole{&o.keep, 0}, "remove all but the newest N checkpoints; 0: none", "2"},
-      {"resume", "", Flag{&o.resume}, "go on from the newest complete checkpoint, in this or any other layout"},
-    }},
-    {"Reports", {
-      {"eval-every", "K", Whole{&o.eval_every, 0}, "report the loss on held-out data every K steps; 0: never"},
-      {"sample", "K", Whole{&o.sample, 0}, "print K tokens that the trained model continues with"},
-      {"metrics", "FILE.jsonl", Text{&o.metrics}, "write one JSON object per step to this file", "none"},
-      {"trace", "FILE.json", Text{&o.trace}, "with pp: write the last step's timeline in Chrome's trace format", "none"},
-    }},
+      model_options(o),
+      {"Data",
+       {
+           {"data", "FILE...", List{&o.data},
+            "plain text (bytes are tokens) or llm.c's .bin token shards", "this project's sources"},
+       }},
+      {"Training",
+       {
+           {"steps", "N", Whole{&o.steps}, "optimizer steps",
+            sentence("by model, ", tiny.name, ": ", tiny.steps)},
+           {"batch", "B", Whole{&o.batch}, "sequences per optimizer step, over all ranks",
+            sentence("by model, ", tiny.name, ": ", tiny.batch)},
+           {"microbatch", "B", Whole{&o.microbatch, 1, 100'000'000},
+            "sequences per micro-batch of a rank",
+            "all of the rank's; with pp at most 1/(2P) of them"},
+           {"lr", "X", Real{&o.lr, false}, "highest learning rate",
+            sentence("by model, ", tiny.name, ": ", tiny.lr)},
+           {"min-lr", "X", Real{&o.min_lr}, "learning rate at the end", "a tenth of --lr"},
+           {"warmup", "N", Whole{&o.warmup, 0}, "steps until the learning rate is at its highest",
+            "5% of --steps, at most 100"},
+           {"weight-decay", "X", Real{&o.weight_decay}, "AdamW's weight decay"},
+           {"clip", "X", Real{&o.clip}, "largest norm of the gradient; 0: no limit"},
+           {"recompute", "", Flag{&o.recompute},
+            "keep only the input of each block and run its forward again in the backward"},
+       }},
+      computing_options(o, "pp x replicate x fsdp x tp"),
+      {"Strategies: what the ranks of an axis share",
+       {
+           {"replicate", "R", Whole{&o.replicate, 1, kMaxRanks},
+            "data parallelism: copies of the model, gradients summed over them"},
+           {"fsdp", "S", Whole{&o.fsdp, 1, kMaxRanks},
+            "fully sharded data parallelism: each rank owns 1/S of every layer"},
+           {"zero", "STAGE", Whole{&o.zero, 1, 3},
+            "what fsdp shards: optimizer state, and gradients, and parameters", "3"},
+           {"reshard-after-forward", "", Choice{&o.reshard, {"yes", "no"}},
+            "ZeRO-3: give parameters back after the forward", "yes"},
+           {"prefetch", "K", Whole{&o.prefetch, 0, 1000},
+            "layers gathered ahead while others compute; above 0 one sum of gradients runs behind, too",
+            "1"},
+           {"sequence-parallel", "", Flag{&o.sequence_parallel},
+            "with tp: activations between the split layers are split by tokens, too"},
+           {"schedule", "", Choice{&o.schedule, {"gpipe", "1f1b", "interleaved", "zb"}},
+            "with pp: in which order a stage computes its micro-batches", "1f1b"},
+           {"chunks", "V", Whole{&o.chunks, 1, 1000},
+            "with interleaved: pieces of the model that a stage has", "2 with interleaved, else 1"},
+       }},
+      {"Checkpoints",
+       {
+           {"checkpoint", "DIR", Text{&o.checkpoint},
+            "save weights and optimizer state here at the end, and when stopped by Ctrl-C or SIGTERM",
+            "none"},
+           {"save-every", "K", Whole{&o.save_every, 0}, "and every K steps; 0: only then"},
+           {"keep", "N", Whole{&o.keep, 0}, "remove all but the newest N checkpoints; 0: none",
+            "2"},
+           {"resume", "", Flag{&o.resume},
+            "go on from the newest complete checkpoint, in this or any other layout"},
+       }},
+      {"Reports",
+       {
+           {"eval-every", "K", Whole{&o.eval_every, 0},
+            "report the loss on held-out data every K steps; 0: never"},
+           {"sample", "K", Whole{&o.sample, 0},
+            "print K tokens that the trained model continues with"},
+           {"metrics", "FILE.jsonl", Text{&o.metrics},
+            "write one JSON object per step to this file", "none"},
+           {"trace", "FILE.json", Text{&o.trace},
+            "with pp: write the last step's timeline in Chrome's trace format", "none"},
+       }},
   };
 }
 
@@ -143,7 +199,8 @@ Options parse_options(int argc, const char* const* argv) {
 
 void print_help() {
   Options defaults;
-  const char* usage = "usage: build/train_gpt [options]\nTrains a GPT on text. [In brackets: what holds without the option.]";
+  const char* usage =
+      "usage: build/train_gpt [options]\nTrains a GPT on text. [In brackets: what holds without the option.]";
   fputs(help_text(usage, table(defaults)).c_str(), stdout);
 }
 
@@ -153,10 +210,14 @@ void resolve(Options& o, bool has_gpu) {
   if (o.steps == 0) o.steps = preset.steps;
   const int64_t ranks = o.replicate * o.fsdp;  // that share the batch
   if (o.chunks == 0) o.chunks = o.schedule == "interleaved" ? 2 : 1;
-  const int64_t parts = ranks * (o.pp > 1 ? 2 * o.pp : 1);  // a pipeline wants several micro-batches
+  // a pipeline wants several micro-batches
+  const int64_t parts = ranks * (o.pp > 1 ? 2 * o.pp : 1);
   if (o.batch == 0) o.batch = (preset.batch + parts - 1) / parts * parts;
-  if (o.microbatch == 0) {  // the largest that divides the batch, into a number of micro-batches that the schedule takes
-    const auto fits = [&](int64_t b) { return o.batch % (b * ranks * (o.schedule == "interleaved" ? o.pp : 1)) == 0; };
+  // the largest that divides the batch, into a number of micro-batches that the schedule takes
+  if (o.microbatch == 0) {
+    const auto fits = [&](int64_t b) {
+      return o.batch % (b * ranks * (o.schedule == "interleaved" ? o.pp : 1)) == 0;
+    };
     o.microbatch = std::max<int64_t>(1, o.batch / parts);
     while (o.microbatch > 1 && !fits(o.microbatch)) o.microbatch--;
   }
@@ -173,32 +234,48 @@ void resolve(Options& o, bool has_gpu) {
 static void check_reports(const Options& o) {
   const auto same = [](const std::string& a, const std::string& b) {
     std::error_code none;  // what is not there is no other file
-    return std::filesystem::weakly_canonical(a, none) == std::filesystem::weakly_canonical(b, none) || std::filesystem::equivalent(a, b, none);
+    return std::filesystem::weakly_canonical(a, none) ==
+               std::filesystem::weakly_canonical(b, none) ||
+           std::filesystem::equivalent(a, b, none);
   };
   for (const auto& [option, file] : {std::pair{"--metrics ", o.metrics}, {"--trace ", o.trace}}) {
     if (file.empty()) continue;
     for (const std::string& data : o.data.empty() ? project_files(project_root()) : o.data)
-      REQUIRE(!same(file, data), option, file, " would overwrite a file of the training data: give another name");
+      REQUIRE(!same(file, data), option, file,
+              " would overwrite a file of the training data: give another name");
   }
-  REQUIRE(o.metrics.empty() || o.trace.empty() || !same(o.metrics, o.trace), "--metrics and --trace name the same file, ", o.trace);
+  REQUIRE(o.metrics.empty() || o.trace.empty() || !same(o.metrics, o.trace),
+          "--metrics and --trace name the same file, ", o.trace);
 }
 
 void check(const Options& o) {
   check_common(o, o.pp > 1 ? o.chunks : 1);
-  REQUIRE(o.batch % (o.microbatch * o.replicate * o.fsdp) == 0, "a batch of ", o.batch, " does not divide into micro-batches of ",
-          o.microbatch, o.replicate * o.fsdp == 1 ? "" : sentence(" on ", o.replicate * o.fsdp, " data-parallel ranks (replicate x fsdp)"),
+  REQUIRE(o.batch % (o.microbatch * o.replicate * o.fsdp) == 0, "a batch of ", o.batch,
+          " does not divide into micro-batches of ", o.microbatch,
+          o.replicate * o.fsdp == 1
+              ? ""
+              : sentence(" on ", o.replicate * o.fsdp, " data-parallel ranks (replicate x fsdp)"),
           ": change --batch or --microbatch");
-  REQUIRE(o.fsdp > 1 || o.zero == 0, "--zero ", o.zero, " shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
-  REQUIRE(o.reshard.empty() || o.zero == 3, "--reshard-after-forward is about the parameters that ZeRO-3 gathers: give --fsdp 2 or more",
-          o.fsdp > 1 ? " and --zero 3" : "");
-  REQUIRE(o.prefetch < 0 || o.fsdp * o.replicate > 1, "--prefetch ", o.prefetch, " is about what ranks gather and sum: give --fsdp or --replicate "
+  REQUIRE(o.fsdp > 1 || o.zero == 0, "--zero ", o.zero,
+          " shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
+  REQUIRE(
+      o.reshard.empty() || o.zero == 3,
+      "--reshard-after-forward is about the parameters that ZeRO-3 gathers: give --fsdp 2 or more",
+      o.fsdp > 1 ? " and --zero 3" : "");
+  REQUIRE(o.prefetch < 0 || o.fsdp * o.replicate > 1, "--prefetch ", o.prefetch,
+          " is about what ranks gather and sum: give --fsdp or --replicate "
           "2 or more");
-  REQUIRE(o.tp > 1 || !o.sequence_parallel, "--sequence-parallel splits activations over the ranks of --tp, which is 1: give --tp 2 or more");
+  REQUIRE(
+      o.tp > 1 || !o.sequence_parallel,
+      "--sequence-parallel splits activations over the ranks of --tp, which is 1: give --tp 2 or more");
   REQUIRE(o.pp > 1 || (o.schedule.empty() && o.chunks == 1 && o.trace.empty()),
           "--schedule, --chunks and --trace are about a pipeline: give --pp 2 or more");
-  REQUIRE(!o.checkpoint.empty() || (!o.resume && o.save_every == 0 && o.keep < 0), "--save-every, --keep and --resume need a directory: give --checkpoint DIR");
-  REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr, ": the learning rate ends at --min-lr");
-  REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps, " steps (--steps)");
+  REQUIRE(!o.checkpoint.empty() || (!o.resume && o.save_every == 0 && o.keep < 0),
+          "--save-every, --keep and --resume need a directory: give --checkpoint DIR");
+  REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr,
+          ": the learning rate ends at --min-lr");
+  REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps,
+          " steps (--steps)");
   check_reports(o);
 }
 
@@ -210,37 +287,55 @@ template <class Number> static bool read_all(const std::string& word, Number& fi
   return error == std::errc() && stop == end;
 }
 
-Flag::Flag(bool* field) : Takes{"no value", "", [=](const auto&) { return *field = true; }, nothing} {}
+Flag::Flag(bool* field)
+    : Takes{"no value", "", [=](const auto&) { return *field = true; }, nothing} {}
 
 Whole::Whole(int64_t* field, int64_t low, int64_t high)
     : Takes{sentence("a whole number from ", low, " to ", high), sentence(*field),
-            [=](const auto& word) { return read_all(word, *field) && low <= *field && *field <= high; }} {}
+            [=](const auto& word) {
+              return read_all(word, *field) && low <= *field && *field <= high;
+            }} {}
 
 Real::Real(double* field, bool zero)
     : Takes{zero ? "a number of at least 0" : "a number above 0", sentence(*field),
-            [=](const auto& word) { return read_all(word, *field) && std::isfinite(*field) && (*field > 0 || (zero && *field == 0)); }} {}
+            [=](const auto& word) {
+              return read_all(word, *field) && std::isfinite(*field) &&
+                     (*field > 0 || (zero && *field == 0));
+            }} {}
 
 Choice::Choice(std::string* field, const std::vector<std::string>& of)
-    : Takes{of[0], *field, [=](const auto& word) { return std::find(of.begin(), of.end(), *field = word) != of.end(); }, a_word, of[0]} {
-  for (size_t i = 1; i < of.size(); i++) allowed += (i + 1 == of.size() ? " or " : ", ") + of[i], names += "|" + of[i];
+    : Takes{of[0], *field,
+            [=](const auto& word) {
+              return std::find(of.begin(), of.end(), *field = word) != of.end();
+            },
+            a_word, of[0]} {
+  for (size_t i = 1; i < of.size(); i++)
+    allowed += (i + 1 == of.size() ? " or " : ", ") + of[i], names += "|" + of[i];
 }
 
-Text::Text(std::string* field) : Takes{"a name", *field, [=](const auto& word) { return !(*field = word).empty(); }} {}
+Text::Text(std::string* field)
+    : Takes{"a name", *field, [=](const auto& word) { return !(*field = word).empty(); }} {}
 
 List::List(std::vector<std::string>* field, const std::string& others)
     : Takes{"one or more words, none of them empty" + others, "",
             [=](const auto& word) { return field->push_back(word), !word.empty(); }, words} {}
 
 static const Option& find_option(const OptionTable& table, const std::string& word) {
-  REQUIRE(word[0] == '-', "'", word, "' belongs to no option: options begin with --, and --help lists them");
-  const std::string name = word.substr(std::min(word.find_first_not_of('-'), word.size())), left = name.substr(0, name.find('='));
-  const Option* nearest = nullptr;  // the one of the same letters, or that begins like it, in three at least
+  REQUIRE(word[0] == '-', "'", word,
+          "' belongs to no option: options begin with --, and --help lists them");
+  const std::string name = word.substr(std::min(word.find_first_not_of('-'), word.size())),
+                    left = name.substr(0, name.find('='));
+  // the one of the same letters, or that begins like it, in three at least
+  const Option* nearest = nullptr;
   size_t alike = 2;
   for (const OptionGroup& group : table)
     for (const Option& option : group.options) {
       if (word == "--" + option.name) return option;
-      size_t n = size_t(std::mismatch(left.begin(), left.end(), option.name.begin(), option.name.end()).first - left.begin());
-      if (std::is_permutation(left.begin(), left.end(), option.name.begin(), option.name.end())) n = left.size();
+      size_t n = size_t(
+          std::mismatch(left.begin(), left.end(), option.name.begin(), option.name.end()).first -
+          left.begin());
+      if (std::is_permutation(left.begin(), left.end(), option.name.begin(), option.name.end()))
+        n = left.size();
       if (n > alike) alike = n, nearest = &option;
     }
   REQUIRE(!nearest, "there is no option ", word, ": did you mean --", nearest->name,
@@ -256,13 +351,15 @@ void parse(int argc, const char* const* argv, const OptionTable& table) {
     const Takes& takes = option.takes;
     if (takes.what == Takes::nothing) {
       takes.read("");
-      REQUIRE(i == argc || argv[i][0] == '-', "--", option.name, " takes no value, but '", argv[i], "' follows it");
+      REQUIRE(i == argc || argv[i][0] == '-', "--", option.name, " takes no value, but '", argv[i],
+              "' follows it");
       continue;
     }
     const auto follows = [&] { return i < argc && strncmp(argv[i], "--", 2) != 0; };
     REQUIRE(follows(), "--", option.name, " needs a value: ", takes.allowed);
     do {
-      REQUIRE(takes.read(argv[i]), "--", option.name, " takes ", takes.allowed, ", not '", argv[i], "'");
+      REQUIRE(takes.read(argv[i]), "--", option.name, " takes ", takes.allowed, ", not '", argv[i],
+              "'");
       i++;
     } while (takes.what == Takes::words && follows());
   }
@@ -274,7 +371,8 @@ std::string help_text(const std::string& usage, const OptionTable& table) {
   for (const OptionGroup& group : table) {
     text += "\n" + group.title + "\n";
     for (const Option& option : group.options) {
-      const std::string value = option.value + option.takes.names, unset = option.unset.empty() ? option.takes.now : option.unset;
+      const std::string value = option.value + option.takes.names,
+                        unset = option.unset.empty() ? option.takes.now : option.unset;
       std::string left = "  --" + option.name + (value.empty() ? "" : " " + value);
       if (left.size() + 2 > kColumn) left += "\n" + std::string(kColumn, ' ');
       else left.resize(kColumn, ' ');

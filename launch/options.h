@@ -1,6 +1,9 @@
-// options.h: the command line. A table says once what each option is called, takes, defaults to and means; one parser serves any table.
-// idea      a row binds a name to a field of a struct; parsing, --help and every error sentence are read off the rows
-// adding    an option is one field in Options and one row in the table of options.cpp; a rule between options is a line in check()
+// options.h: the command line. A table says once what each option is called, takes, defaults to and
+// means; one parser serves any table.
+// idea      a row binds a name to a field of a struct; parsing, --help and every error sentence are
+//           read off the rows
+// adding    an option is one field in Options and one row in the table of options.cpp; a rule
+//           between options is a line in check()
 // not here  --name=value, abbreviations, configuration files
 // test      tests/test_support.cpp
 #pragma once
@@ -15,25 +18,41 @@
 
 // What an option takes: one of the kinds below, which are bound to a field.
 struct Takes {
-  std::string allowed;                                // completes "takes ..."
-  std::string now;                                    // what the field holds, for --help
-  std::function<bool(const std::string& word)> read;  // stores a word in the field; false: it is not allowed
-  enum { nothing, a_word, words } what = a_word;      // words: every following one up to the next option
-  std::string names = "";                             // of a choice
+  std::string allowed;  // completes "takes ..."
+  std::string now;      // what the field holds, for --help
+  // stores a word in the field; false: it is not allowed
+  std::function<bool(const std::string& word)> read;
+  // words: every following one up to the next option
+  enum { nothing, a_word, words } what = a_word;
+  std::string names = "";  // of a choice
 };
-struct Flag : Takes { explicit Flag(bool* field); };
-struct Whole : Takes { explicit Whole(int64_t* field, int64_t low = 1, int64_t high = 1'000'000'000); };
-struct Real : Takes { explicit Real(double* field, bool zero = true); };  // finite and never negative; zero: 0 is allowed, too
-struct Choice : Takes { Choice(std::string* field, const std::vector<std::string>& names); };
-struct Text : Takes { explicit Text(std::string* field); };
+struct Flag : Takes {
+  explicit Flag(bool* field);
+};
+struct Whole : Takes {
+  explicit Whole(int64_t* field, int64_t low = 1, int64_t high = 1'000'000'000);
+};
+// finite and never negative; zero: 0 is allowed, too
+struct Real : Takes {
+  explicit Real(double* field, bool zero = true);
+};
+struct Choice : Takes {
+  Choice(std::string* field, const std::vector<std::string>& names);
+};
+struct Text : Takes {
+  explicit Text(std::string* field);
+};
 // others: where words go that are not allowed
-struct List : Takes { explicit List(std::vector<std::string>* field, const std::string& others = ""); };
+struct List : Takes {
+  explicit List(std::vector<std::string>* field, const std::string& others = "");
+};
 
 struct Option {
-  std::string name;    // without the dashes
-  std::string value;   // what --help calls the value; empty for a flag, and for a choice, whose names are shown
+  std::string name;  // without the dashes
+  // what --help calls the value; empty for a flag, and for a choice, whose names are shown
+  std::string value;
   Takes takes;
-  std::string help;    // one line
+  std::string help;        // one line
   std::string unset = "";  // the default in words; empty: the field's value
 };
 struct OptionGroup {
@@ -44,17 +63,21 @@ using OptionTable = std::vector<OptionGroup>;
 
 // Fills the fields that the table is bound to; an Error names the option and what is allowed.
 void parse(int argc, const char* const* argv, const OptionTable& table);
-// The groups with every option and its default. The table must be bound to a struct that nothing was parsed into.
+// The groups with every option and its default. The table must be bound to a struct that nothing
+// was parsed into.
 std::string help_text(const std::string& usage, const OptionTable& table);
 
 // ---- the options that train_gpt and generate share
 
-struct ModelSize { int64_t layers = 0, width = 0, heads = 0, context = 0, vocab = 0; };
-// Fields without a default here, and in Options, are unset until they are resolved: 0, empty, or negative where 0 has a meaning.
+struct ModelSize {
+  int64_t layers = 0, width = 0, heads = 0, context = 0, vocab = 0;
+};
+// Fields without a default here, and in Options, are unset until they are resolved: 0, empty, or
+// negative where 0 has a meaning.
 struct CommonOptions {
   std::string model_name;
   ModelSize model;
-  std::string checkpoint;     // directory; empty: none
+  std::string checkpoint;  // directory; empty: none
   int64_t seed = 1337;
   std::string dtype, matmul = "cublas", attention = "flash";
   int64_t pp = 1, tp = 1;     // ranks of the axes
@@ -63,9 +86,12 @@ struct CommonOptions {
   bool help = false;
 };
 OptionGroup model_options(CommonOptions& options);  // --model and what overrides its sizes
-OptionGroup computing_options(CommonOptions& options, const std::string& ranks);  // ranks: their number, in words
-void resolve_common(CommonOptions& options, bool has_gpu);  // sizes that are unset become the named model's
-void check_common(const CommonOptions& options, int64_t chunks = 1);  // what cannot work: a sentence. chunks: of a stage
+// ranks: their number, in words
+OptionGroup computing_options(CommonOptions& options, const std::string& ranks);
+// sizes that are unset become the named model's
+void resolve_common(CommonOptions& options, bool has_gpu);
+// what cannot work: a sentence. chunks: of a stage
+void check_common(const CommonOptions& options, int64_t chunks = 1);
 
 // ---- the options of train_gpt
 
@@ -79,9 +105,11 @@ struct Options : CommonOptions {
   double weight_decay = 0.1, clip = 1.0;
   bool recompute = false;
 
-  int64_t replicate = 1, fsdp = 1;  // ranks of the other two axes; the product of all is what mpiexec starts
-  int64_t zero = 0, prefetch = -1;  // unset where they mean nothing: without shards; without shards and copies
-  std::string reshard;              // unset below ZeRO-3
+  // ranks of the other two axes; the product of all is what mpiexec starts
+  int64_t replicate = 1, fsdp = 1;
+  // unset where they mean nothing: without shards; without shards and copies
+  int64_t zero = 0, prefetch = -1;
+  std::string reshard;  // unset below ZeRO-3
   bool sequence_parallel = false;
   std::string schedule;               // empty: 1f1b
   int64_t chunks = 0;                 // of a stage
@@ -91,10 +119,12 @@ struct Options : CommonOptions {
 
   int64_t eval_every = 0, sample = 0;  // 0: never, none
   std::string metrics;                 // empty: none
-  std::string command;  // the words as they were given
+  std::string command;                 // the words as they were given
 };
 
 Options parse_options(int argc, const char* const* argv);
 void print_help();
-void resolve(Options& options, bool has_gpu);  // what is unset, from the model, the machine and the other options
-void check(const Options& options);            // resolved options that contradict each other: a sentence
+// what is unset, from the model, the machine and the other options
+void resolve(Options& options, bool has_gpu);
+// resolved options that contradict each other: a sentence
+void check(const Options& options);

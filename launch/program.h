@@ -9,22 +9,28 @@
 
 #include "launch/watch.h"
 
-struct Start { Layout layout; int64_t timeout; };  // timeout: seconds
+struct Start {
+  Layout layout;
+  int64_t timeout;
+};  // timeout: seconds
 
-// prepare(job) reads the options, on every rank without a word to the others; nothing: they only asked for help. work(job, mesh, watch) does
-// what they ask for. Returns main's status.
-template <class Prepare, class Work> int run_program(const char* name, int argc, char** argv, Prepare prepare, Work work) {
+// prepare(job) reads the options, on every rank without a word to the others; nothing: they only
+// asked for help. work(job, mesh, watch) does what they ask for. Returns main's status.
+template <class Prepare, class Work>
+int run_program(const char* name, int argc, char** argv, Prepare prepare, Work work) {
   Job job(&argc, &argv);
   try {
     std::optional<Start> start;
-    const std::string error = job.agree(error_of([&] {  // what is wrong for one rank ends all, with one message
+    // what is wrong for one rank ends all, with one message
+    const std::string error = job.agree(error_of([&] {
       job.check_launcher();
       start = prepare(job);
     }));
     if (!error.empty() && job.speaks) fprintf(stderr, "%s: %s\n", name, error.c_str());
     if (!error.empty()) return 1;
     if (!start) return check_printed(), 0;
-    setenv("THREEFOLD_TIMEOUT", sentence(start->timeout + 10).c_str(), 0);  // of NCCL's stand-in: the watch speaks first
+    // of NCCL's stand-in: the watch speaks first
+    setenv("THREEFOLD_TIMEOUT", sentence(start->timeout + 10).c_str(), 0);
     {
       Watch watch(job, double(start->timeout));
       Mesh mesh = open_mesh(job, start->layout);

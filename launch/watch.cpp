@@ -15,7 +15,9 @@
 #include <set>
 
 static int64_t now_ms() {  // CLOCK_MONOTONIC, the same clock in every process of a node
-  return std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  return std::chrono::duration_cast<std::chrono::milliseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
 }
 
 static std::string host() {
@@ -27,14 +29,17 @@ static std::string host() {
 static std::string place_of(const WatchRecord& r) {  // "step 13, all_reduce #181 (fsdp)"
   std::string s = r.step < 0 ? "starting, " : sentence("step ", r.step, ", ");
   if (r.collectives == 0) return s + "no collective entered";
-  return s + sentence(name_of(Collective(r.collective.load())), " #", r.collectives, " (", r.axis, ")");
+  return s +
+         sentence(name_of(Collective(r.collective.load())), " #", r.collectives, " (", r.axis, ")");
 }
 
 // ---- records that outlive their rank
 
-// Every rank of the node maps it, and the child, too. (MPI's shared windows are private memory where a node has one rank only.)
+// Every rank of the node maps it, and the child, too. (MPI's shared windows are private memory
+// where a node has one rank only.)
 static void* share(const Job& job, size_t bytes) {
-  int64_t owner[] = {getpid(), std::chrono::steady_clock::now().time_since_epoch().count()};  // containers count processes by themselves
+  // containers count processes by themselves
+  int64_t owner[] = {getpid(), std::chrono::steady_clock::now().time_since_epoch().count()};
   MPI_Ibcast(owner, 2, MPI_INT64_T, 0, job.node, Finished());
   const std::string name = sentence("/threefold-watch-", owner[0], "-", owner[1]);
   const int fd = shm_open(name.c_str(), O_RDWR | O_CREAT, 0600);
@@ -48,15 +53,17 @@ static void* share(const Job& job, size_t bytes) {
   return memory;
 }
 
-// SIGTERM and Ctrl-C are for the watch's thread, and not for the threads that compute, which start later: a signal that interrupts one of oneDNN's
-// matrix products has been seen to corrupt the heap.
+// SIGTERM and Ctrl-C are for the watch's thread, and not for the threads that compute, which start
+// later: a signal that interrupts one of oneDNN's matrix products has been seen to corrupt the
+// heap.
 static void set_signals(int how) {
   sigset_t signals;
   sigemptyset(&signals), sigaddset(&signals, SIGTERM), sigaddset(&signals, SIGINT);
   pthread_sigmask(how, &signals, nullptr);
 }
 
-Watch::Watch(Job& job, double timeout_seconds) : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
+Watch::Watch(Job& job, double timeout_seconds)
+    : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
   records_ = static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * size_t(job.local_size)));
   mine_ = new (&records_[job.local_rank]) WatchRecord();
   ASSERT(pipe2(lifeline_, O_CLOEXEC) == 0, strerror(errno));
@@ -64,7 +71,8 @@ Watch::Watch(Job& job, double timeout_seconds) : job_(job), timeout_ms_(int64_t(
   mine_->heartbeat_ms = mine_->progress_ms = now_ms();
   mine_->step = -1;
   barrier();  // every record is filled in
-  job.explained = &records_[0].explained;  // the records stay mapped: the job may end after the watch
+  // the records stay mapped: the job may end after the watch
+  job.explained = &records_[0].explained;
   if (job.local_rank == 0) start_child();
   ledger.on_enter = [this](const Axis& axis, Collective c) {
     strncpy(mine_->axis, axis.name, sizeof mine_->axis - 1);
@@ -113,39 +121,48 @@ void Watch::look() {
 }
 
 // Opening and checking the mesh takes seconds, and a cluster that is set up wrong hangs there.
-int64_t Watch::limit_ms() const { return mine_->step < 0 ? std::min<int64_t>(timeout_ms_, 60000) : timeout_ms_; }
+int64_t Watch::limit_ms() const {
+  return mine_->step < 0 ? std::min<int64_t>(timeout_ms_, 60000) : timeout_ms_;
+}
 
 void Watch::ask_nccl() {
   std::lock_guard lock(mutex_);
   for (const Axis& axis : observed_) {
     ncclResult_t error = ncclSuccess;
-    if (ncclCommGetAsyncError(axis.comm, &error) != ncclSuccess || error == ncclSuccess || error == ncclInProgress) continue;
+    if (ncclCommGetAsyncError(axis.comm, &error) != ncclSuccess || error == ncclSuccess ||
+        error == ncclInProgress)
+      continue;
     job_.abort(sentence("NCCL failed on axis ", axis.name, ": ", nccl_error(error)));
   }
 }
 
 std::string Watch::report() const {
   const int64_t now = now_ms();
-  std::string s = sentence("no progress for ", limit_ms() / 1000.0, " s (--timeout); where the ranks of ", host(), " stand:");
+  std::string s = sentence("no progress for ", limit_ms() / 1000.0,
+                           " s (--timeout); where the ranks of ", host(), " stand:");
   std::set<int64_t> entered;
   for (int i = 0; i < job_.local_size; i++) entered.insert(records_[i].collectives);
   for (int i = 0; i < job_.local_size; i++) {
     const WatchRecord& r = records_[i];
     s += sentence("\n  rank ", r.rank, ": ", place_of(r));
-    if (now - r.heartbeat_ms > 1500) s += sentence("; DOES NOT RUN since ", (now - r.heartbeat_ms) / 1000, " s: stopped, or its process ", r.pid, " is stuck");
+    if (now - r.heartbeat_ms > 1500)
+      s += sentence("; DOES NOT RUN since ", (now - r.heartbeat_ms) / 1000,
+                    " s: stopped, or its process ", r.pid, " is stuck");
     else if (r.finished) s += "; has finished";
     else if (r.collectives == *entered.begin() && entered.size() > 1) s += "; behind the others";
   }
   if (mine_->step >= 0) return s;
-  return s + "\nThe mesh could not be opened or checked. Look at the network interface (NCCL_SOCKET_IFNAME), a firewall between nodes, the size of "
-             "/dev/shm in a container, and GPU peer access (NCCL_P2P_DISABLE=1 avoids it).";
+  return s +
+         "\nThe mesh could not be opened or checked. Look at the network interface (NCCL_SOCKET_IFNAME), a firewall between nodes, the size of "
+         "/dev/shm in a container, and GPU peer access (NCCL_P2P_DISABLE=1 avoids it).";
 }
 
 // ---- a death
 
-// mpiexec ends the other ranks within a tenth of a second and prints a process number; this child outlives them and knows the rank. Whoever
-// dies, its files close first, and what mpiexec knows of it is a file, too: an older one, which Linux closes after the pipe. So no rank that
-// mpiexec ends can come before the one that died.
+// mpiexec ends the other ranks within a tenth of a second and prints a process number; this child
+// outlives them and knows the rank. Whoever dies, its files close first, and what mpiexec knows of
+// it is a file, too: an older one, which Linux closes after the pipe. So no rank that mpiexec ends
+// can come before the one that died.
 void Watch::start_child() {
   const int parent = getpid();
   const pid_t child = fork();
@@ -153,12 +170,13 @@ void Watch::start_child() {
   if (child > 0) return;
   setsid();  // mpiexec ends the ranks' process groups
   for (int s : {SIGTERM, SIGINT, SIGHUP, SIGPIPE}) signal(s, SIG_IGN);
-  close(lifeline_[1]);  // the parent's alone
+  close(lifeline_[1]);                 // the parent's alone
   const int queue = epoll_create1(0);  // lists what becomes ready in the order of its becoming so
   int left = 0;
   for (int i = 0; i < job_.local_size; i++) {
     epoll_event event{EPOLLIN | EPOLLONESHOT, {.u32 = uint32_t(i)}};
-    const int pipe = open(sentence("/proc/", records_[i].pid, "/fd/", records_[i].lifeline).c_str(), O_RDONLY);
+    const int pipe =
+        open(sentence("/proc/", records_[i].pid, "/fd/", records_[i].lifeline).c_str(), O_RDONLY);
     left += pipe >= 0 && epoll_ctl(queue, EPOLL_CTL_ADD, pipe, &event) == 0;
   }
   epoll_event event;
@@ -170,8 +188,10 @@ void Watch::start_child() {
     const WatchRecord& r = records_[event.data.u32];
     if (r.finished) continue;
     if (records_[0].explained.exchange(true)) break;
-    dprintf(2, "rank %d on %s (process %d) ended without finishing: killed, or it crashed; last seen: %s\n", r.rank.load(), host().c_str(),
-            r.pid.load(), place_of(r).c_str());
+    dprintf(
+        2,
+        "rank %d on %s (process %d) ended without finishing: killed, or it crashed; last seen: %s\n",
+        r.rank.load(), host().c_str(), r.pid.load(), place_of(r).c_str());
     kill(parent, SIGKILL);  // should mpiexec have been told not to clean up
     break;
   }

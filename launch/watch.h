@@ -1,10 +1,13 @@
 // watch.h: says which rank died, stopped or waits, and where, instead of hanging in silence.
 //
-// idea      each rank keeps a record (last collective, step, a heartbeat) in memory that the ranks of its node share, so that the record of a
-//           stopped or killed rank can still be read. A thread a rank looks at it: a rank that has not got on (entered a collective, read a
-//           sequence, begun a step) for `timeout` seconds reports where everybody stands and ends the job; it also asks NCCL for errors that
-//           no call returns. A child process of each node's first rank holds the other end of a pipe from each rank and names the rank whose
-//           end closed first without a goodbye. Whoever explains the end first, a rank that throws included, silences the others of its node.
+// idea      each rank keeps a record (last collective, step, a heartbeat) in memory that the ranks
+//           of its node share, so that the record of a stopped or killed rank can still be read. A
+//           thread a rank looks at it: a rank that has not got on (entered a collective, read a
+//           sequence, begun a step) for `timeout` seconds reports where everybody stands and ends
+//           the job; it also asks NCCL for errors that no call returns. A child process of each
+//           node's first rank holds the other end of a pipe from each rank and names the rank whose
+//           end closed first without a goodbye. Whoever explains the end first, a rank that throws
+//           included, silences the others of its node.
 // cost      one thread that wakes ten times a second; a record is written at each ledger line
 // not here  ranks of other nodes: each node reports its own
 // test      tests/test_failures.sh
@@ -19,22 +22,28 @@
 
 struct WatchRecord {
   std::atomic<int> rank, pid;
-  std::atomic<int64_t> heartbeat_ms, progress_ms;  // on the node's monotonic clock: the watch thread ran; the rank got on
-  std::atomic<int64_t> step, collectives;          // begun, -1 until the mesh is checked; entered so far
-  std::atomic<int> collective;                     // the last one entered
-  char axis[16];                                   // its axis
-  std::atomic<bool> finished;                      // said goodbye: may exit, or idle without being reported
-  std::atomic<int> lifeline;                       // the reading end of a pipe that nobody but this rank can write
-  std::atomic<bool> explained;                     // of the first rank's record: why the job ends has been said on this node
+  // on the node's monotonic clock: the watch thread ran; the rank got on
+  std::atomic<int64_t> heartbeat_ms, progress_ms;
+  // begun, -1 until the mesh is checked; entered so far
+  std::atomic<int64_t> step, collectives;
+  std::atomic<int> collective;  // the last one entered
+  char axis[16];                // its axis
+  // said goodbye: may exit, or idle without being reported
+  std::atomic<bool> finished;
+  // the reading end of a pipe that nobody but this rank can write
+  std::atomic<int> lifeline;
+  // of the first rank's record: why the job ends has been said on this node
+  std::atomic<bool> explained;
 };
 
 class Watch {
  public:
   Watch(Job& job, double timeout_seconds);  // collective; hooks itself into the ledger and the job
   ~Watch();
-  void observe(const Mesh& mesh);  // asks its communicators for errors from now on; an empty one before close_mesh
-  void step(int64_t step);         // this rank begins a step; 0 when the mesh is checked
-  void progress();                 // this rank gets on, though it enters no collective
+  // asks its communicators for errors from now on; an empty one before close_mesh
+  void observe(const Mesh& mesh);
+  void step(int64_t step);  // this rank begins a step; 0 when the mesh is checked
+  void progress();          // this rank gets on, though it enters no collective
 
  private:
   void look();
@@ -47,7 +56,7 @@ class Watch {
   WatchRecord* records_ = nullptr;  // one for each rank of this node
   WatchRecord* mine_ = nullptr;
   int lifeline_[2];
-  std::mutex mutex_;           // guards what is observed
+  std::mutex mutex_;  // guards what is observed
   std::vector<Axis> observed_;
   std::atomic<bool> stop_ = false;
   std::thread thread_;

@@ -34,46 +34,61 @@ std::string draw_text(const Schedule& s, const Timeline& t, double unit) {
   ASSERT(t.makespan > 0, "there is nothing to draw");
   if (unit <= 0) unit = round_up(t.makespan / 100);
   const int columns = int(std::ceil(t.makespan / unit - 1e-9));
-  std::vector<std::string> marks(s.stages, std::string(columns, '.')), chunks(s.stages, std::string(columns, ' '));
+  std::vector<std::string> marks(s.stages, std::string(columns, '.')),
+      chunks(s.stages, std::string(columns, ' '));
   for_each_computation(s, [&](int stage, int i, const Action& a) {
     const Span& span = t.spans[stage][i];
-    const char first = a.kind == Action::forward ? '0' : a.kind == Action::weight_gradient ? 'A' : 'a';
-    for (int c = int(std::lround(span.start / unit)); c < std::min(int(std::lround(span.end / unit)), columns); c++) {
+    const char first = a.kind == Action::forward           ? '0'
+                       : a.kind == Action::weight_gradient ? 'A'
+                                                           : 'a';
+    for (int c = int(std::lround(span.start / unit));
+         c < std::min(int(std::lround(span.end / unit)), columns); c++) {
       marks[stage][c] = char(first + a.microbatch % 10);
       chunks[stage][c] = char('0' + a.chunk % 10);
     }
   });
   std::string text = "time      ";
-  for (int c = 0; c <= columns; c += 10) (text += sentence(std::stod(format("%.3g", c * unit)))).resize(c + 20, ' ');
+  for (int c = 0; c <= columns; c += 10)
+    (text += sentence(std::stod(format("%.3g", c * unit)))).resize(c + 20, ' ');
   text = text.substr(0, text.find_last_not_of(' ') + 1) + "\n";
   for (int stage = 0; stage < s.stages; stage++) {
-    text += sentence("stage ", stage < 10 ? " " : "", stage, " |", marks[stage], "| idle ", percent(t.bubble(stage)), "\n");
+    text += sentence("stage ", stage < 10 ? " " : "", stage, " |", marks[stage], "| idle ",
+                     percent(t.bubble(stage)), "\n");
     if (s.chunks > 1) text += sentence("   chunk |", chunks[stage], "|\n");
   }
-  return text + sentence("          0-9 forward of micro-batch 0-9", s.microbatches > 10 ? ", 10-19, ..." : "", "   a-j its ",
-                         s.name == "zb" ? "input gradient   A-J its weight gradient" : "backward", "   . idle\n");
+  return text + sentence("          0-9 forward of micro-batch 0-9",
+                         s.microbatches > 10 ? ", 10-19, ..." : "", "   a-j its ",
+                         s.name == "zb" ? "input gradient   A-J its weight gradient" : "backward",
+                         "   . idle\n");
 }
 
-std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& title, const std::string& unit_name,
-                     double longest) {
+std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& title,
+                     const std::string& unit_name, double longest) {
   ASSERT(t.makespan > 0, "there is nothing to draw");
-  const double whole = longest > 0 ? 1400 : std::clamp(72.0 * s.microbatches * s.chunks, 640.0, 2400.0);
+  const double whole =
+      longest > 0 ? 1400 : std::clamp(72.0 * s.microbatches * s.chunks, 640.0, 2400.0);
   const double scale = whole / std::max(t.makespan, longest), span_px = t.makespan * scale;
-  const double left = 70, top = 64, row = 30, width = left + whole + 90, bottom = top + row * s.stages, height = bottom + 50;
+  const double left = 70, top = 64, row = 30, width = left + whole + 90,
+               bottom = top + row * s.stages, height = bottom + 50;
   std::ostringstream svg;
   const auto text = [&](double x, double y, const char* css, const auto&... words) {
-    (svg << "<text x='" << x << "' y='" << y << "' class='" << css << "'>" << ... << words) << "</text>";
+    (svg << "<text x='" << x << "' y='" << y << "' class='" << css << "'>" << ... << words)
+        << "</text>";
   };
   const auto box = [&](double x, double y, double w, double h, const char* css, double opacity) {
-    svg << "<rect x='" << x << "' y='" << y << "' width='" << w << "' height='" << h << "' class='" << css << "'";
+    svg << "<rect x='" << x << "' y='" << y << "' width='" << w << "' height='" << h << "' class='"
+        << css << "'";
     svg << (opacity < 1 ? sentence(" fill-opacity='", opacity, "'") : "") << "/>";
   };
-  svg << "<svg xmlns='http://www.w3.org/2000/svg' class='schedule' viewBox='0 0 " << width << " " << height << "' width='" << width
-      << "' height='" << height << "' role='img'>\n<title>" << title << "</title>\n" << kStyle;
+  svg << "<svg xmlns='http://www.w3.org/2000/svg' class='schedule' viewBox='0 0 " << width << " "
+      << height << "' width='" << width << "' height='" << height << "' role='img'>\n<title>"
+      << title << "</title>\n"
+      << kStyle;
   box(0, 0, width, height, "paper", 1);
   text(10, 20, "head", title);
   const bool split = s.name == "zb";
-  std::vector<std::pair<const char*, const char*>> legend{{"f", "forward"}, {"b", split ? "input gradient" : "backward"}};
+  std::vector<std::pair<const char*, const char*>> legend{
+      {"f", "forward"}, {"b", split ? "input gradient" : "backward"}};
   if (split) legend.push_back({"w", "weight gradient"});
   double x = 10;
   for (const auto& [css, word] : legend) {
@@ -90,7 +105,9 @@ std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& ti
     const auto [start, end] = t.spans[stage][i];
     const double from = left + start * scale, wide = (end - start) * scale, y = top + row * stage;
     svg << "\n<g><title>" << to_string(a) << ": " << start << " to " << end << "</title>";
-    const char* css = a.kind == Action::forward ? "f" : a.kind == Action::weight_gradient ? "w" : "b";
+    const char* css = a.kind == Action::forward           ? "f"
+                      : a.kind == Action::weight_gradient ? "w"
+                                                          : "b";
     box(from, y + 2, wide, row - 4, css, 1 - 0.7 * a.chunk / s.chunks);
     if (wide >= 14) text(from + wide / 2, y + 19, "mid", a.microbatch);
     svg << "</g>";

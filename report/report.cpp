@@ -1,5 +1,6 @@
 // report.cpp: see report.h.
-// idea      every rank sends rank 0 its allocator's and its ledger's numbers; theory.cpp says what they should be
+// idea      every rank sends rank 0 its allocator's and its ledger's numbers; theory.cpp says what
+//           they should be
 #include "report/report.h"
 
 #include <algorithm>
@@ -20,16 +21,22 @@ static std::string memory_table(const MemoryUse& m, const Theory& t, int64_t act
   std::string s = "\nmemory of rank 0, MiB       now     predicted  at the peak\n";
   for (int i = 0; i < kMemoryCategories; i++) {
     if (!m.peak[i]) continue;
-    const std::string bound = Memory(i) == Memory::gather && t.gather_bound ? format("at most %.2f", mib(t.gather_bound)) : "-";
+    const std::string bound = Memory(i) == Memory::gather && t.gather_bound
+                                  ? format("at most %.2f", mib(t.gather_bound))
+                                  : "-";
     const std::string predicted = t.persistent[i] ? format("%.2f", mib(t.persistent[i])) : bound;
-    s += format("  %-18s %10.2f %13s %12.2f\n", name_of(Memory(i)), mib(m.now[i]), predicted.c_str(), mib(m.at_peak[i]));
+    s += format("  %-18s %10.2f %13s %12.2f\n", name_of(Memory(i)), mib(m.now[i]),
+                predicted.c_str(), mib(m.at_peak[i]));
   }
   s += format("  %-18s %10.2f %13s %12.2f\n", "all", mib(m.total), "", mib(m.total_peak));
-  return s + format("  activations kept for backwards at once: %.2f, predicted %.2f\n", mib(activations), mib(t.activations));
+  return s + format("  activations kept for backwards at once: %.2f, predicted %.2f\n",
+                    mib(activations), mib(t.activations));
 }
 
 static Json memory_json(int rank, const MemoryUse& m, const Theory& t, int64_t activations) {
-  Json j{{"rank", rank}, {"peak", m.total_peak}, {"kept_activations", {{"bytes", activations}, {"predicted_bytes", t.activations}}}};
+  Json j{{"rank", rank},
+         {"peak", m.total_peak},
+         {"kept_activations", {{"bytes", activations}, {"predicted_bytes", t.activations}}}};
   for (int i = 0; i < kMemoryCategories; i++) {
     Json& category = j[name_of(Memory(i))] = {{"now", m.now[i]}, {"at_peak", m.at_peak[i]}};
     if (t.persistent[i]) category["predicted"] = t.persistent[i];
@@ -44,12 +51,19 @@ static Json traffic_json(int rank, const Theory& t, int64_t steps) {
   std::map<Ledger::Key, Json> rows;
   const auto row = [&](const Ledger::Key& key) -> Json& {
     const auto& [axis, collective, purpose] = key;
-    const Json empty{{"rank", rank}, {"axis", axis}, {"collective", name_of(collective)}, {"purpose", name_of(purpose)}, {"calls", 0}, {"bytes", 0}};
+    const Json empty{{"rank", rank},
+                     {"axis", axis},
+                     {"collective", name_of(collective)},
+                     {"purpose", name_of(purpose)},
+                     {"calls", 0},
+                     {"bytes", 0}};
     return rows.emplace(key, empty).first->second;
   };
-  for (const auto& [key, sent] : ledger.rows) row(key).update({{"calls", sent.calls}, {"bytes", sent.numerator / sent.n}});
+  for (const auto& [key, sent] : ledger.rows)
+    row(key).update({{"calls", sent.calls}, {"bytes", sent.numerator / sent.n}});
   for (const auto& [key, step] : t.step)
-    row(key).update({{"predicted_bytes", steps * step.numerator / step.n}, {"predicted_calls", steps * step.calls}});
+    row(key).update({{"predicted_bytes", steps * step.numerator / step.n},
+                     {"predicted_calls", steps * step.calls}});
   Json all = Json::array();
   for (const auto& [key, json] : rows) all.push_back(json);
   return all;
@@ -60,12 +74,17 @@ static std::string traffic_table(const Json& rows, int64_t steps) {
   std::string s = "\ntraffic of rank 0, per step    calls         bytes     predicted   purpose\n";
   for (const Json& r : rows) {
     const auto text = [&](const char* key) { return r[key].get<std::string>(); };
-    const auto per_step = [&](const char* pattern, const char* key) { return format(pattern, r[key].get<double>() / double(steps)); };
+    const auto per_step = [&](const char* pattern, const char* key) {
+      return format(pattern, r[key].get<double>() / double(steps));
+    };
     const bool predicted = r.contains("predicted_bytes");
-    const bool differs = predicted && (r["bytes"] != r["predicted_bytes"] || r["calls"] != r["predicted_calls"]);
-    s += format("  %-9s %-15s %6s %13s %13s   %s%s\n", text("axis").c_str(), text("collective").c_str(),
-                per_step(predicted ? "%.0f" : "%.2g", "calls").c_str(), per_step("%.0f", "bytes").c_str(),
-                predicted ? per_step("%.0f", "predicted_bytes").c_str() : "-", text("purpose").c_str(), differs ? "   DIFFERS" : "");
+    const bool differs =
+        predicted && (r["bytes"] != r["predicted_bytes"] || r["calls"] != r["predicted_calls"]);
+    s += format("  %-9s %-15s %6s %13s %13s   %s%s\n", text("axis").c_str(),
+                text("collective").c_str(), per_step(predicted ? "%.0f" : "%.2g", "calls").c_str(),
+                per_step("%.0f", "bytes").c_str(),
+                predicted ? per_step("%.0f", "predicted_bytes").c_str() : "-",
+                text("purpose").c_str(), differs ? "   DIFFERS" : "");
   }
   return s;
 }
@@ -74,7 +93,9 @@ static std::string traffic_table(const Json& rows, int64_t steps) {
 static std::string communication_line(std::vector<double> shares) {
   if (shares.size() == 1) return "";
   const auto [least, most] = std::minmax_element(shares.begin(), shares.end());
-  return format("  communicating, with waiting for other ranks: %.0f%% to %.0f%% of a step's time, by rank\n", 100 * *least, 100 * *most);
+  return format(
+      "  communicating, with waiting for other ranks: %.0f%% to %.0f%% of a step's time, by rank\n",
+      100 * *least, 100 * *most);
 }
 
 // ---- the pipeline
@@ -86,9 +107,11 @@ struct Mean {
   double value() const { return sum / count; }
 };
 
-// Predicted: every forward, input gradient and weight gradient takes the mean time of its kind on its chunk of its stage. Executed: each takes
-// what it took. Ranks that differ in other axes only run pipelines of their own: the first is shown. Adds the pipeline's member of the metrics.
-static std::string pipeline_table(const Trainer& trainer, const Durations& took, const Timeline& executed, Json& summary) {
+// Predicted: every forward, input gradient and weight gradient takes the mean time of its kind on
+// its chunk of its stage. Executed: each takes what it took. Ranks that differ in other axes only
+// run pipelines of their own: the first is shown. Adds the pipeline's member of the metrics.
+static std::string pipeline_table(const Trainer& trainer, const Durations& took,
+                                  const Timeline& executed, Json& summary) {
   const Schedule& s = trainer.pipeline.schedule();
   std::map<std::tuple<int, Action::Kind, int>, Mean> of_chunk;  // {stage, kind, chunk}
   std::map<Action::Kind, Mean> of_all;
@@ -100,21 +123,33 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
   for_each_computation(s, [&](int stage, int i, const Action& a) {
     means[stage][i] = without_replay[stage][i] = of_chunk[{stage, a.kind, a.chunk}].value();
     if (a.kind == Action::input_gradient)
-      without_replay[stage][i] = std::max(0.0, means[stage][i] - of_chunk[{stage, Action::forward, a.chunk}].value());
+      without_replay[stage][i] =
+          std::max(0.0, means[stage][i] - of_chunk[{stage, Action::forward, a.chunk}].value());
   });
   const Timeline predicted = simulate(s, means);
-  summary["pipeline"] = {{"schedule", s.name}, {"stages", s.stages}, {"microbatches", s.microbatches}, {"chunks", s.chunks},
-                         {"bubble", executed.bubble()}, {"predicted_bubble", predicted.bubble()}, {"most_live", trainer.pipeline.most_live()}};
+  summary["pipeline"] = {{"schedule", s.name},
+                         {"stages", s.stages},
+                         {"microbatches", s.microbatches},
+                         {"chunks", s.chunks},
+                         {"bubble", executed.bubble()},
+                         {"predicted_bubble", predicted.bubble()},
+                         {"most_live", trainer.pipeline.most_live()}};
   const double unit = executed.makespan / 100;
-  std::string text = "\npipeline " + to_string(s) + "; the last step, in ms\npredicted from each stage's mean times (of all: ";
-  for (const auto& [kind, mean] : of_all) text += format("%s%s %.2f", kind == Action::forward ? "" : ", ", name_of(kind), mean.value());
-  text += format("): %.1f, bubble %.1f%%\n", predicted.makespan, 100 * predicted.bubble()) + draw_text(s, predicted, unit);
+  std::string text = "\npipeline " + to_string(s) +
+                     "; the last step, in ms\npredicted from each stage's mean times (of all: ";
+  for (const auto& [kind, mean] : of_all)
+    text += format("%s%s %.2f", kind == Action::forward ? "" : ", ", name_of(kind), mean.value());
+  text += format("): %.1f, bubble %.1f%%\n", predicted.makespan, 100 * predicted.bubble()) +
+          draw_text(s, predicted, unit);
   text += format("executed, rebuilt from the %s that each computation took: %.1f, bubble %.1f%%\n",
-                 device().is_gpu ? "time by events" : "processor time", executed.makespan, 100 * executed.bubble());
+                 device().is_gpu ? "time by events" : "processor time", executed.makespan,
+                 100 * executed.bubble());
   text += draw_text(s, executed, unit);
-  if (s.name == "zb" && trainer.gpt.config.recompute) {  // at least: a forward's time has embedding and head in it, which are not replayed
+  // at least: a forward's time has embedding and head in it, which are not replayed
+  if (s.name == "zb" && trainer.gpt.config.recompute) {
     const Timeline kept = simulate(s, without_replay);
-    text += "--recompute replays each forward inside the input gradient, which the stage before waits for: without it ";
+    text +=
+        "--recompute replays each forward inside the input gradient, which the stage before waits for: without it ";
     text += format("%.1f at least, bubble %.1f%%\n", kept.makespan, 100 * kept.bubble());
   }
   return text;
@@ -122,33 +157,43 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
 
 // ---- all of it
 
-void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options, int64_t steps, double communication,
-                         const std::string& trace, Metrics& metrics) {
+void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options,
+                         int64_t steps, double communication, const std::string& trace,
+                         Metrics& metrics) {
   const Layout& l = mesh.layout;
   const Theory t = theory(trainer.gpt.config, l, mesh.pp.rank, mesh.tp.rank, options);
   const MemoryUse& m = device().memory;
   const bool pipelined = trainer.pipeline.timed;
-  const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.kept_activations())}, {"traffic", traffic_json(mesh.rank, t, steps)},
-                  {"communication_share", communication}, {"took", pipelined ? trainer.pipeline.milliseconds() : std::vector<double>{}}};
+  const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.kept_activations())},
+                  {"traffic", traffic_json(mesh.rank, t, steps)},
+                  {"communication_share", communication},
+                  {"took", pipelined ? trainer.pipeline.milliseconds() : std::vector<double>{}}};
   const std::vector<std::string> texts = gather_text(mine.dump());
   if (mesh.rank != 0) return;
 
   std::vector<Json> ranks;
   for (const std::string& of_rank : texts) ranks.push_back(Json::parse(of_rank));
-  Json summary{{"summary", true}, {"layout", {{"pp", l.pp}, {"replicate", l.replicate}, {"fsdp", l.fsdp}, {"tp", l.tp}}},
-               {"memory", Json::array()}, {"traffic", Json::array()}, {"communication_share", Json::array()}};
+  Json summary{{"summary", true},
+               {"layout",
+                {{"pp", l.pp}, {"replicate", l.replicate}, {"fsdp", l.fsdp}, {"tp", l.tp}}},
+               {"memory", Json::array()},
+               {"traffic", Json::array()},
+               {"communication_share", Json::array()}};
   for (const Json& rank : ranks) {
     summary["memory"].push_back(rank["memory"]);
-    summary["traffic"].insert(summary["traffic"].end(), rank["traffic"].begin(), rank["traffic"].end());
+    summary["traffic"].insert(summary["traffic"].end(), rank["traffic"].begin(),
+                              rank["traffic"].end());
     summary["communication_share"].push_back(rank["communication_share"]);
   }
-  std::string text = memory_table(m, t, trainer.kept_activations()) + traffic_table(mine["traffic"], steps) +
+  std::string text = memory_table(m, t, trainer.kept_activations()) +
+                     traffic_table(mine["traffic"], steps) +
                      communication_line(summary["communication_share"]);
   std::vector<Timeline> executed;  // stage t of pipeline c is rank t * pipelines + c
   const Schedule& s = trainer.pipeline.schedule();
   for (size_t c = 0, pipelines = ranks.size() / size_t(s.stages); pipelined && c < pipelines; c++) {
     Durations took;
-    for (size_t rank = c; rank < ranks.size(); rank += pipelines) took.push_back(ranks[rank]["took"]);
+    for (size_t rank = c; rank < ranks.size(); rank += pipelines)
+      took.push_back(ranks[rank]["took"]);
     executed.push_back(simulate(s, took));
     if (c == 0) text += pipeline_table(trainer, took, executed[0], summary);
   }

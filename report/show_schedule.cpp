@@ -1,4 +1,5 @@
-// show_schedule.cpp: prints, checks, measures and draws a pipeline schedule, next to what theory says about it. Needs no GPU and no MPI.
+// show_schedule.cpp: prints, checks, measures and draws a pipeline schedule, next to what theory
+// says about it. Needs no GPU and no MPI.
 //
 //   build/show_schedule 1f1b --stages 4 --microbatches 8 --svg 1f1b.svg
 //
@@ -20,24 +21,32 @@ struct ShowOptions {
 };
 
 OptionTable table(ShowOptions& o) {
-  return {{"Options", {
-    {"stages", "P", Whole{&o.stages, 1, 10'000}, "stages", ""},
-    {"microbatches", "M", Whole{&o.microbatches, 1, 1'000'000}, "micro-batches of a step", ""},
-    {"chunks", "V", Whole{&o.chunks, 1, 1000}, "with interleaved: chunks a stage", "2 with interleaved, else 1"},
-    {"times", "F,B,W,SEND", Text{&o.times_text}, "of one chunk: forward, input gradient, weight gradient, transfer", "1,1,1,0"},
-    {"svg", "FILE", Text{&o.svg}, "draw the timeline there, too", "none"},
-    {"actions", "", Flag{&o.actions}, "list what each stage does", ""},
-    {"help", "", Flag{&o.help}, "print this", ""},
-  }}};
+  return {{"Options",
+           {
+               {"stages", "P", Whole{&o.stages, 1, 10'000}, "stages", ""},
+               {"microbatches", "M", Whole{&o.microbatches, 1, 1'000'000},
+                "micro-batches of a step", ""},
+               {"chunks", "V", Whole{&o.chunks, 1, 1000}, "with interleaved: chunks a stage",
+                "2 with interleaved, else 1"},
+               {"times", "F,B,W,SEND", Text{&o.times_text},
+                "of one chunk: forward, input gradient, weight gradient, transfer", "1,1,1,0"},
+               {"svg", "FILE", Text{&o.svg}, "draw the timeline there, too", "none"},
+               {"actions", "", Flag{&o.actions}, "list what each stage does", ""},
+               {"help", "", Flag{&o.help}, "print this", ""},
+           }}};
 }
 
 Times parse_times(const std::string& text) {
   Times t;
   int used = 0;
-  const bool four = sscanf(text.c_str(), "%lf,%lf,%lf,%lf%n", &t.forward, &t.input_gradient, &t.weight_gradient, &t.send, &used) == 4;
-  REQUIRE(four && used == int(text.size()) && std::min({t.forward, t.input_gradient, t.weight_gradient}) > 0 && t.send >= 0 &&
-              t.forward + t.input_gradient + t.weight_gradient + t.send < 1e9,
-          "--times takes four numbers F,B,W,SEND: the first three above 0, SEND at least 0, their sum below 1e9; not '", text, "'");
+  const bool four = sscanf(text.c_str(), "%lf,%lf,%lf,%lf%n", &t.forward, &t.input_gradient,
+                           &t.weight_gradient, &t.send, &used) == 4;
+  REQUIRE(
+      four && used == int(text.size()) &&
+          std::min({t.forward, t.input_gradient, t.weight_gradient}) > 0 && t.send >= 0 &&
+          t.forward + t.input_gradient + t.weight_gradient + t.send < 1e9,
+      "--times takes four numbers F,B,W,SEND: the first three above 0, SEND at least 0, their sum below 1e9; not '",
+      text, "'");
   return t;
 }
 
@@ -46,7 +55,8 @@ ShowOptions parse_words(int argc, char** argv) {
   const bool named = argc > 1 && argv[1][0] != '-';
   if (named) o.name = argv[1];
   parse(argc - named, argv + named, table(o));
-  REQUIRE(o.help || named, "say first which schedule: gpipe, 1f1b, interleaved or zb; --help lists the options");
+  REQUIRE(o.help || named,
+          "say first which schedule: gpipe, 1f1b, interleaved or zb; --help lists the options");
   if (o.chunks == 0) o.chunks = o.name == "interleaved" ? 2 : 1;
   if (!o.times_text.empty()) o.times = parse_times(o.times_text);
   return o;
@@ -55,7 +65,8 @@ ShowOptions parse_words(int argc, char** argv) {
 void print_lists(const Schedule& s) {
   for (int stage = 0; stage < s.stages; stage++) {
     printf("stage %d\n", stage);
-    for (const Action& a : s.ranks[stage]) printf("  %s%s\n", a.kind == Action::exchange ? "  " : "", to_string(a).c_str());
+    for (const Action& a : s.ranks[stage])
+      printf("  %s%s\n", a.kind == Action::exchange ? "  " : "", to_string(a).c_str());
   }
 }
 
@@ -64,28 +75,33 @@ void show(const ShowOptions& o) {
   const std::string wrong = check(s);
   REQUIRE(wrong.empty(), "the checker refuses this schedule: ", wrong);
   const Timeline t = simulate(s, durations(s, o.times));
-  const std::string times = sentence("F = ", o.times.forward, ", B = ", o.times.input_gradient, ", W = ", o.times.weight_gradient,
-                                     ", send = ", o.times.send, s.chunks > 1 ? " (of a chunk)" : "");
+  const std::string times = sentence("F = ", o.times.forward, ", B = ", o.times.input_gradient,
+                                     ", W = ", o.times.weight_gradient, ", send = ", o.times.send,
+                                     s.chunks > 1 ? " (of a chunk)" : "");
   printf("%s; %s\n", to_string(s).c_str(), times.c_str());
   printf("%s", draw_text(s, t, o.times_text.empty() && t.makespan <= 110 ? 1 : 0).c_str());
 
   size_t actions = 0, transfers = 0, groups = 0;
   for (const auto& list : s.ranks)
-    for (const Action& a : list) actions++, transfers += a.transfers.size(), groups += a.transfers.size() > 1;
-  printf("checked   accepted: complete, in order, no deadlock (%zu actions, %zu transfers, %zu facing pairs grouped)\n", actions,
-         transfers / 2, groups / 2);
-  printf("bubble    %.2f %% simulated, %.2f %% by formula%s\n", 100 * t.bubble(), 100 * theoretical_bubble(s, o.times),
-         o.times.send > 0 ? " (of free sends)" : "");
+    for (const Action& a : list)
+      actions++, transfers += a.transfers.size(), groups += a.transfers.size() > 1;
+  printf(
+      "checked   accepted: complete, in order, no deadlock (%zu actions, %zu transfers, %zu facing pairs grouped)\n",
+      actions, transfers / 2, groups / 2);
+  printf("bubble    %.2f %% simulated, %.2f %% by formula%s\n", 100 * t.bubble(),
+         100 * theoretical_bubble(s, o.times), o.times.send > 0 ? " (of free sends)" : "");
   std::string walked, formula;
   for (int stage = 0; stage < s.stages; stage++) {
     walked += sentence(" ", double(peak_live(s, stage)) / s.chunks);
     formula += sentence(" ", double(theoretical_live(s, stage)) / s.chunks);
   }
-  printf("live     %s micro-batches on stages 0 to %d, by formula%s\n", walked.c_str(), s.stages - 1, formula.c_str());
+  printf("live     %s micro-batches on stages 0 to %d, by formula%s\n", walked.c_str(),
+         s.stages - 1, formula.c_str());
   if (o.actions) print_lists(s);
   if (o.svg.empty()) return;
   std::ofstream file(o.svg);
-  file << draw_svg(s, t, to_string(s), o.times_text.empty() ? "forwards of one chunk" : "the unit of --times");
+  file << draw_svg(s, t, to_string(s),
+                   o.times_text.empty() ? "forwards of one chunk" : "the unit of --times");
   REQUIRE(file.flush().good(), "cannot write ", o.svg);
   printf("drawn     %s\n", o.svg.c_str());
 }
@@ -96,7 +112,10 @@ int main(int argc, char** argv) {
   try {
     const ShowOptions o = parse_words(argc, argv);
     ShowOptions defaults;
-    if (o.help) printf("%s", help_text("usage: build/show_schedule gpipe|1f1b|interleaved|zb [options]", table(defaults)).c_str());
+    if (o.help)
+      printf("%s", help_text("usage: build/show_schedule gpipe|1f1b|interleaved|zb [options]",
+                             table(defaults))
+                       .c_str());
     else show(o);
     check_printed();
   } catch (const Error& e) {

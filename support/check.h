@@ -1,4 +1,5 @@
-// check.h: what to say when something is wrong. Every failure is one sentence in an Error; main prints it and exits non-zero.
+// check.h: what to say when something is wrong. Every failure is one sentence in an Error; main
+// prints it and exits non-zero.
 #pragma once
 #include <cstdarg>
 #include <cstdio>
@@ -10,14 +11,14 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-template <class... Parts>
-std::string sentence(const Parts&... parts) {
+template <class... Parts> std::string sentence(const Parts&... parts) {
   std::ostringstream out;
   (out << ... << parts);
   return out.str();
 }
 
-__attribute__((format(printf, 1, 2))) inline std::string format(const char* pattern, ...) {  // what printf would print
+// what printf would print
+__attribute__((format(printf, 1, 2))) inline std::string format(const char* pattern, ...) {
   char text[256];
   va_list values;
   va_start(values, pattern);
@@ -26,7 +27,8 @@ __attribute__((format(printf, 1, 2))) inline std::string format(const char* patt
   return text;
 }
 
-template <class Work> std::string error_of(const Work& work) {  // what it throws, in words; "" if it ends well
+// what it throws, in words; "" if it ends well
+template <class Work> std::string error_of(const Work& work) {
   try {
     work();
   } catch (const std::exception& e) {
@@ -35,27 +37,39 @@ template <class Work> std::string error_of(const Work& work) {  // what it throw
   return "";
 }
 
-// For the user: REQUIRE(width % heads == 0, "--width ", width, " does not divide by --heads ", heads). Alive in every build.
-#define REQUIRE(condition, ...) \
-  do { if (!(condition)) throw Error(sentence(__VA_ARGS__)); } while (0)
-
-// For the programmer: a broken contract inside the program; names the place.
-#define ASSERT(condition, ...) \
-  do { if (!(condition)) throw Error(sentence(__FILE__, ":", __LINE__, ": ", #condition, " does not hold. ", ##__VA_ARGS__)); } while (0)
-
-// The last line of a main: what was printed has arrived.
-inline void check_printed() { REQUIRE(fflush(stdout) == 0 && !ferror(stdout), "what was printed could not be written to the standard output"); }
-
-#define CUDA_CHECK(call)                                                                                              \
-  do {                                                                                                                \
-    const cudaError_t status_ = (call);                                                                               \
-    if (status_ != cudaSuccess)                                                                                       \
-      throw Error(sentence(__FILE__, ":", __LINE__, ": ", #call, " failed: ", cudaGetErrorString(status_)));          \
+// For the user: REQUIRE(width % heads == 0, "--width ", width, " does not divide by --heads ",
+// heads). Alive in every build.
+#define REQUIRE(condition, ...)                           \
+  do {                                                    \
+    if (!(condition)) throw Error(sentence(__VA_ARGS__)); \
   } while (0)
 
-#define CUBLAS_CHECK(call)                                                                                            \
-  do {                                                                                                                \
-    const cublasStatus_t status_ = (call);                                                                            \
-    if (status_ != CUBLAS_STATUS_SUCCESS)                                                                             \
-      throw Error(sentence(__FILE__, ":", __LINE__, ": ", #call, " failed with cuBLAS status ", int(status_)));       \
+// For the programmer: a broken contract inside the program; names the place.
+#define ASSERT(condition, ...)                                                                     \
+  do {                                                                                             \
+    if (!(condition))                                                                              \
+      throw Error(                                                                                 \
+          sentence(__FILE__, ":", __LINE__, ": ", #condition, " does not hold. ", ##__VA_ARGS__)); \
+  } while (0)
+
+// The last line of a main: what was printed has arrived.
+inline void check_printed() {
+  REQUIRE(fflush(stdout) == 0 && !ferror(stdout),
+          "what was printed could not be written to the standard output");
+}
+
+#define CUDA_CHECK(call)                                               \
+  do {                                                                 \
+    const cudaError_t status_ = (call);                                \
+    if (status_ != cudaSuccess)                                        \
+      throw Error(sentence(__FILE__, ":", __LINE__, ": ", #call,       \
+                           " failed: ", cudaGetErrorString(status_))); \
+  } while (0)
+
+#define CUBLAS_CHECK(call)                                                                      \
+  do {                                                                                          \
+    const cublasStatus_t status_ = (call);                                                      \
+    if (status_ != CUBLAS_STATUS_SUCCESS)                                                       \
+      throw Error(sentence(__FILE__, ":", __LINE__, ": ", #call, " failed with cuBLAS status ", \
+                           int(status_)));                                                      \
   } while (0)

@@ -20,12 +20,17 @@ namespace fs = std::filesystem;
 // ---- files
 
 MappedFile::MappedFile(const std::string& name, const std::string& whose) : path(name) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a pipe without a writer must not block
+  // a pipe without a writer must not block
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   REQUIRE(fd >= 0, whose, path, " cannot be opened: ", strerror(errno));
-  const struct Closer { int fd; ~Closer() { close(fd); } } closer{fd};  // the map stays
+  const struct Closer {
+    int fd;
+    ~Closer() { close(fd); }
+  } closer{fd};  // the map stays
   struct stat status = {};
   REQUIRE(fstat(fd, &status) == 0, whose, path, " cannot be examined: ", strerror(errno));
-  REQUIRE(!S_ISDIR(status.st_mode), whose, path, " is a directory", whose.empty() ? "" : ": name the files in it, such as " + path + "/*.txt");
+  REQUIRE(!S_ISDIR(status.st_mode), whose, path, " is a directory",
+          whose.empty() ? "" : ": name the files in it, such as " + path + "/*.txt");
   REQUIRE(S_ISREG(status.st_mode), whose, path, " is not a regular file");
   bytes = status.st_size;
   REQUIRE(bytes > 0, whose, path, " is empty");
@@ -43,7 +48,8 @@ MappedFile::~MappedFile() {
 
 std::string project_root() {
   std::error_code error;
-  for (fs::path p = fs::read_symlink("/proc/self/exe", error).parent_path(); p.has_relative_path(); p = p.parent_path())
+  for (fs::path p = fs::read_symlink("/proc/self/exe", error).parent_path(); p.has_relative_path();
+       p = p.parent_path())
     if (fs::exists(p / "train_gpt.cpp", error)) return p;
   return "";
 }
@@ -53,11 +59,13 @@ std::vector<std::string> project_files(const std::string& root) {
   static const std::set<std::string> kExtensions = {".md", ".h", ".cpp", ".cu", ".cuh"};
   std::vector<std::string> files;
   std::error_code walk, none;  // what cannot be read is passed over
-  for (auto i = fs::recursive_directory_iterator(root, kOptions, walk); !walk && i != fs::end(i); i.increment(walk)) {
+  for (auto i = fs::recursive_directory_iterator(root, kOptions, walk); !walk && i != fs::end(i);
+       i.increment(walk)) {
     const std::string name = i->path().filename();
     if (i->is_directory(none) && (name == "build" || name[0] == '.')) i.disable_recursion_pending();
     const bool wanted = name == "Makefile" || kExtensions.count(i->path().extension());
-    if (wanted && i->is_regular_file(none) && i->file_size(none) > 0) files.push_back(i->path().lexically_relative(root));
+    if (wanted && i->is_regular_file(none) && i->file_size(none) > 0)
+      files.push_back(i->path().lexically_relative(root));
   }
   std::sort(files.begin(), files.end());
   for (std::string& file : files) file = fs::path(root) / file;
@@ -75,42 +83,51 @@ Dataset::Part Dataset::open_part(const std::string& path) {
   memcpy(header, file.data, std::min<int64_t>(bytes, sizeof(header)));
   const auto [magic, version, promised] = header;
   if (magic != kMagic16 && magic != kMagic32) {
-    REQUIRE(!path.ends_with(".bin"), "--data: ", path, " is no token shard in llm.c's format: it begins with ", magic,
-            ", not with ", kMagic16, " (16-bit tokens) or ", kMagic32, " (32-bit tokens)");
+    REQUIRE(!path.ends_with(".bin"), "--data: ", path,
+            " is no token shard in llm.c's format: it begins with ", magic, ", not with ", kMagic16,
+            " (16-bit tokens) or ", kMagic32, " (32-bit tokens)");
     return {std::move(file), 0, 1, 0, bytes};
   }
   const int64_t width = magic == kMagic16 ? 2 : 4, end = kHeader + promised * width;
   const int32_t expected = magic == kMagic16 ? kVersion16 : kVersion32;
-  REQUIRE(bytes >= kHeader, "--data: ", path, " ends within its header: it has ", bytes, " bytes of ", kHeader);
-  REQUIRE(version == expected, "--data: ", path, " is a token shard of version ", version, "; expected version ", expected);
+  REQUIRE(bytes >= kHeader, "--data: ", path, " ends within its header: it has ", bytes,
+          " bytes of ", kHeader);
+  REQUIRE(version == expected, "--data: ", path, " is a token shard of version ", version,
+          "; expected version ", expected);
   REQUIRE(promised > 0, "--data: ", path, " holds no tokens: its header says ", promised);
-  REQUIRE(bytes == end, "--data: ", path, " promises ", promised, " tokens, which take ", end, " bytes, but has ", bytes,
-          " bytes, room for ", (bytes - kHeader) / width, " tokens");
+  REQUIRE(bytes == end, "--data: ", path, " promises ", promised, " tokens, which take ", end,
+          " bytes, but has ", bytes, " bytes, room for ", (bytes - kHeader) / width, " tokens");
   return {std::move(file), kHeader, width, 0, promised};
 }
 
 Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, int64_t vocab) {
   constexpr int64_t kCheckedAtOpening = 1 << 20;
   const std::vector<std::string> paths = files.empty() ? project_files(project_root()) : files;
-  REQUIRE(!paths.empty(), "no --data was given, and the sources of this project, the default, are not where the program is");
-  const auto kind = [](const Part& p) { return p.width == 1 ? "text" : p.width == 2 ? "16-bit tokens" : "32-bit tokens"; };
+  REQUIRE(
+      !paths.empty(),
+      "no --data was given, and the sources of this project, the default, are not where the program is");
+  const auto kind = [](const Part& p) {
+    return p.width == 1 ? "text" : p.width == 2 ? "16-bit tokens" : "32-bit tokens";
+  };
   Dataset d;
   d.from_ = files.empty() ? sentence("the ", paths.size(), " sources and docs of this project")
-          : paths.size() == 1 ? paths[0] : sentence(paths.size(), " files");
+            : paths.size() == 1 ? paths[0]
+                                : sentence(paths.size(), " files");
   d.context_ = context;
   d.vocab_ = vocab;
   for (const std::string& path : paths) {
     d.parts_.push_back(open_part(path));
     Part &part = d.parts_.back(), &first = d.parts_.front();
-    REQUIRE(part.width == first.width, "--data mixes ", kind(first), " (", first.file.path, ") with ", kind(part), " (", path,
-            "): the files of a run must be of one kind");
+    REQUIRE(part.width == first.width, "--data mixes ", kind(first), " (", first.file.path,
+            ") with ", kind(part), " (", path, "): the files of a run must be of one kind");
     part.first = d.tokens_;
     d.tokens_ += part.count;
     d.read(part.first, std::min(part.count, kCheckedAtOpening));
   }
   const int64_t length = context + 1;
-  REQUIRE(d.tokens_ >= 2 * length, "--data: a context of ", context, " needs at least ", 2 * length, " tokens, ", length,
-          " to train on and ", length, " held out; ", paths.size() == 1 ? paths[0] + " has " : "the files together have ", d.tokens_);
+  REQUIRE(d.tokens_ >= 2 * length, "--data: a context of ", context, " needs at least ", 2 * length,
+          " tokens, ", length, " to train on and ", length, " held out; ",
+          paths.size() == 1 ? paths[0] + " has " : "the files together have ", d.tokens_);
   d.train_ = d.tokens_ - std::max(d.tokens_ / 10, length);
   return d;
 }
@@ -119,14 +136,16 @@ Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, in
 std::vector<int> Dataset::read(int64_t first, int64_t count) const {
   std::vector<int> tokens;
   tokens.reserve(count);
-  auto part = std::upper_bound(parts_.begin(), parts_.end(), first, [](int64_t n, const Part& p) { return n < p.first; }) - 1;
+  auto part = std::upper_bound(parts_.begin(), parts_.end(), first,
+                               [](int64_t n, const Part& p) { return n < p.first; }) -
+              1;
   for (int64_t n = first; n < first + count; n++) {
     if (n == part->first + part->count) ++part;
     const int64_t position = n - part->first;
     uint32_t token = 0;  // little-endian, as is every machine with a GPU
     memcpy(&token, part->file.data + part->offset + position * part->width, part->width);
-    REQUIRE(token < uint64_t(vocab_), "--data: ", part->file.path, " has token ", token, " at position ", position,
-            ", outside the vocabulary of ", vocab_, " (--vocab)");
+    REQUIRE(token < uint64_t(vocab_), "--data: ", part->file.path, " has token ", token,
+            " at position ", position, ", outside the vocabulary of ", vocab_, " (--vocab)");
     tokens.push_back(int(token));
   }
   return tokens;
@@ -134,10 +153,13 @@ std::vector<int> Dataset::read(int64_t first, int64_t count) const {
 
 std::vector<int> Dataset::sequence(int64_t step, int64_t index, uint64_t seed) const {
   ASSERT(step >= 0 && index >= 0 && index <= UINT32_MAX);
-  const uint64_t starts = train_ - context_;  // a sequence may start at tokens 0 to train - context - 1
-  const Philox4 r = philox(uint32_t(index), uint32_t(step), uint32_t(step >> 32), 2, uint32_t(seed), uint32_t(seed >> 32));
+  // a sequence may start at tokens 0 to train - context - 1
+  const uint64_t starts = train_ - context_;
+  const Philox4 r = philox(uint32_t(index), uint32_t(step), uint32_t(step >> 32), 2, uint32_t(seed),
+                           uint32_t(seed >> 32));
   const uint64_t bits = uint64_t(r.v[1]) << 32 | r.v[0];
-  const uint64_t start = uint64_t((unsigned __int128)bits * starts >> 64);  // the 64 bits as a fraction of 1, times starts
+  // the 64 bits as a fraction of 1, times starts
+  const uint64_t start = uint64_t((unsigned __int128)bits * starts >> 64);
   return read(int64_t(start), context_ + 1);
 }
 
@@ -147,5 +169,6 @@ std::vector<int> Dataset::held_out(int64_t i) const {
 }
 
 std::string Dataset::describe() const {
-  return sentence(from_, ", ", is_text() ? "text" : "token shards", ": ", train_, " tokens to train on, ", tokens_ - train_, " held out");
+  return sentence(from_, ", ", is_text() ? "text" : "token shards", ": ", train_,
+                  " tokens to train on, ", tokens_ - train_, " held out");
 }

@@ -1,11 +1,14 @@
 // data.h: the tokens to train on, and which of them each step sees.
-// idea      files are mapped into memory and read as one row of tokens. Where a sequence starts is a function of (seed, step, number of
-//           the sequence in the global batch) alone, so every layout of ranks trains on the same batch without a word between ranks
-// formats   text, whose bytes are the tokens; llm.c's .bin shards: 256 int32 {magic, version, number of tokens, 0...}, then the tokens:
-//           uint16 (magic 20240520, version 1) or uint32 (magic 20240801, version 7). A file is a shard if it begins with a magic
+// idea      files are mapped into memory and read as one row of tokens. Where a sequence starts is
+//           a function of (seed, step, number of the sequence in the global batch) alone, so every
+//           layout of ranks trains on the same batch without a word between ranks
+// formats   text, whose bytes are the tokens; llm.c's .bin shards: 256 int32 {magic, version,
+//           number of tokens, 0...}, then the tokens: uint16 (magic 20240520, version 1) or uint32
+//           (magic 20240801, version 7). A file is a shard if it begins with a magic
 // split     the last 10 % of the tokens, at least one sequence, are never trained on
-// checks    the first million tokens of each file when it is opened, and every token when it is used: a shard outside the vocabulary
-//           fails at the start, and shards of many gigabytes are not read through first
+// checks    the first million tokens of each file when it is opened, and every token when it is
+//           used: a shard outside the vocabulary fails at the start, and shards of many gigabytes
+//           are not read through first
 // not here  tokenizers, shuffled epochs, files that shrink while they are mapped
 // test      tests/test_support.cpp
 #pragma once
@@ -17,7 +20,8 @@
 #include "support/check.h"
 
 struct MappedFile {  // the bytes of a regular file that is not empty
-  explicit MappedFile(const std::string& path, const std::string& whose = "--data: ");  // whose: begins every error
+  // whose: begins every error
+  explicit MappedFile(const std::string& path, const std::string& whose = "--data: ");
   ~MappedFile();
   MappedFile(MappedFile&& other) noexcept;
   MappedFile& operator=(MappedFile&&) = delete;
@@ -29,11 +33,14 @@ struct MappedFile {  // the bytes of a regular file that is not empty
 
 class Dataset {
  public:
-  // No files: the sources and docs of this project. Sequences have `context` inputs, so context + 1 tokens.
+  // No files: the sources and docs of this project. Sequences have `context` inputs, so context + 1
+  // tokens.
   static Dataset open(const std::vector<std::string>& files, int64_t context, int64_t vocab);
 
-  std::vector<int> sequence(int64_t step, int64_t index, uint64_t seed) const;  // index: in the global batch of the step
-  std::vector<int> held_out(int64_t i) const;  // consecutive; each starts with the token that the one before ended with
+  // index: in the global batch of the step
+  std::vector<int> sequence(int64_t step, int64_t index, uint64_t seed) const;
+  // consecutive; each starts with the token that the one before ended with
+  std::vector<int> held_out(int64_t i) const;
   int64_t held_out_sequences() const { return (tokens_ - train_ - 1) / context_; }
   bool is_text() const { return parts_[0].width == 1; }
   std::string describe() const;
@@ -52,6 +59,7 @@ class Dataset {
   int64_t context_ = 0, vocab_ = 0, tokens_ = 0, train_ = 0;
 };
 
-std::string project_root();  // the nearest directory above the program that holds train_gpt.cpp; empty: there is none
+// the nearest directory above the program that holds train_gpt.cpp; empty: there is none
+std::string project_root();
 // Sources and docs below `root`, sorted by name; nothing from build/ and hidden directories.
 std::vector<std::string> project_files(const std::string& root);

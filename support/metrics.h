@@ -1,5 +1,7 @@
-// metrics.h: what a run reports while it trains: a JSON object per step for programs, a line of progress for people.
-// idea      numbers are written with the digits that say exactly which double they were: equal runs write equal text
+// metrics.h: what a run reports while it trains: a JSON object per step for programs, a line of
+// progress for people.
+// idea      numbers are written with the digits that say exactly which double they were: equal runs
+//           write equal text
 // cost      one write per step
 // not here  averaging over ranks: one rank reports for all
 // test      tests/test_support.cpp
@@ -22,8 +24,9 @@ struct StepRecord {
 
 class Metrics {  // JSON lines; what JSON cannot say, infinities and NaN, is null
  public:
-  // path empty: nothing is written. One that cannot be written fails here, before training. A run that resumes after some steps keeps what was
-  // written up to the last of those; one that resumes after 0 found no checkpoint, and puts aside whatever an earlier run has written.
+  // path empty: nothing is written. One that cannot be written fails here, before training. A run
+  // that resumes after some steps keeps what was written up to the last of those; one that resumes
+  // after 0 found no checkpoint, and puts aside whatever an earlier run has written.
   explicit Metrics(const std::string& path, std::optional<int64_t> resumed = {});
   ~Metrics();
   Metrics(const Metrics&) = delete;
@@ -38,18 +41,22 @@ class Metrics {  // JSON lines; what JSON cannot say, infinities and NaN, is nul
 
 // ---- for people
 
-class Progress {  // on a terminal one line rewritten in place; elsewhere about twenty lines, or more of a slow run
+// on a terminal one line rewritten in place; elsewhere about twenty lines, or more of a slow run
+class Progress {
  public:
   Progress(int64_t steps, FILE* out, bool terminal);  // out null: says nothing
   ~Progress() { done(); }
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
   void start_step();
-  // Prints, and times the step. communicated: how many seconds of it the communication queue was busy.
-  StepRecord end_step(int64_t step, double loss, double norm, double lr, int64_t tokens, double communicated = 0);
+  // Prints, and times the step. communicated: how many seconds of it the communication queue was
+  // busy.
+  StepRecord end_step(int64_t step, double loss, double norm, double lr, int64_t tokens,
+                      double communicated = 0);
   void say(int64_t step, const std::string& what);  // a line that stays
   void done();
-  // Speed, and the share of the time in which the queue was busy; the first step, which warms up, counts only if it is the only one.
+  // Speed, and the share of the time in which the queue was busy; the first step, which warms up,
+  // counts only if it is the only one.
   std::string summary(double flops_per_token) const;
   double communication() const { return timed_.communicated / timed_.seconds; }
 
@@ -57,7 +64,10 @@ class Progress {  // on a terminal one line rewritten in place; elsewhere about 
   using Clock = std::chrono::steady_clock;
   void print(const StepRecord& r);
   void show(const std::string& text);
-  struct { int64_t steps = 0, tokens = 0; double seconds = 0, communicated = 0; } timed_;
+  struct {
+    int64_t steps = 0, tokens = 0;
+    double seconds = 0, communicated = 0;
+  } timed_;
   int64_t steps_, first_step_ = 0;
   FILE* out_;
   bool terminal_, line_open_ = false;

@@ -2,10 +2,13 @@
 //
 //   build/cpu/tests/bench_kernels [f32|bf16|f64] [part of a name]
 //
-// memory    GB/s of the bytes that the contract cannot avoid (each argument read or written once), beside a copy that moves as many bytes.
-//           Arguments come from memory, not from a cache: calls rotate through sets of them until 256 MB have passed.
-// products  GFLOP/s beside the best product of the library (cuBLAS, oneDNN) in the same run; attention counts its causal half
-// time      median of several rounds, each round all sets, by events on the stream; on the CPU with 1 thread and with all
+// memory    GB/s of the bytes that the contract cannot avoid (each argument read or written once),
+//           beside a copy that moves as many bytes. Arguments come from memory, not from a cache:
+//           calls rotate through sets of them until 256 MB have passed.
+// products  GFLOP/s beside the best product of the library (cuBLAS, oneDNN) in the same run;
+//           attention counts its causal half
+// time      median of several rounds, each round all sets, by events on the stream; on the CPU with
+//           1 thread and with all
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -18,7 +21,8 @@
 #include "kernels/kernels.h"
 #include "tests/test.h"
 
-constexpr int64_t kB = 1, kT = 1024, kR = kB * kT, kC = 768, kH = 12, kV = 50257, kWeights = 40'000'000;
+constexpr int64_t kB = 1, kT = 1024, kR = kB * kT, kC = 768, kH = 12, kV = 50257,
+                  kWeights = 40'000'000;
 constexpr double kRotate = 256e6;  // bytes
 
 using Call = std::function<void()>;
@@ -55,13 +59,16 @@ static double median(std::vector<double> v) {
   return v[v.size() / 2];
 }
 
-struct Times { double call, copy; };  // seconds
+struct Times {
+  double call, copy;
+};  // seconds
 
 // Rounds of the calls and of copies of as many bytes in turn, so that both meet the same machine.
 static Times measure(const std::vector<Call>& calls, const std::vector<Call>& copies) {
   std::vector<double> call, copy;
   double spent = 0;
-  for (int i = 0; i < 4 && spent < 1; i++) spent += seconds_of_round(calls) * double(calls.size());  // first touch; cpu/cuda/fast.h learns which launches are worth a team
+  // first touch; cpu/cuda/fast.h learns which launches are worth a team
+  for (int i = 0; i < 4 && spent < 1; i++) spent += seconds_of_round(calls) * double(calls.size());
   spent = 0;
   while (call.size() < 3 || (call.size() < 7 && spent < 3) || (spent < 0.3 && call.size() < 100)) {
     call.push_back(seconds_of_round(calls));
@@ -71,7 +78,8 @@ static Times measure(const std::vector<Call>& calls, const std::vector<Call>& co
   return {median(call), copies.empty() ? 0 : median(copy)};
 }
 
-static std::vector<Call> copies_of(double bytes, size_t sets) {  // `bytes` counts what is read and what is written
+// `bytes` counts what is read and what is written
+static std::vector<Call> copies_of(double bytes, size_t sets) {
   std::vector<Call> calls;
   for (size_t i = 0; i < sets; i++) {
     const int64_t n = int64_t(bytes / 8);
@@ -105,7 +113,8 @@ static Tensor integers(const std::vector<int>& v) {
 static std::vector<int> tokens() {
   static uint64_t state = 1;
   std::vector<int> v(kR);
-  for (int& x : v) x = int(((state = state * 6364136223846793005u + 1442695040888963407u) >> 33) % kV);
+  for (int& x : v)
+    x = int(((state = state * 6364136223846793005u + 1442695040888963407u) >> 33) % kV);
   return v;
 }
 
@@ -116,29 +125,54 @@ static std::vector<Row> elementwise_rows(Dtype d) {
   const double rc = double(kR * kC * int64_t(size_of(d))), acc_size = double(size_of(acc));
   const Shape rows{kR, kC}, wide{kR, 4 * kC};
   return {
-      {"add", 3 * rc, 0, [=] { auto y = random(rows, d), a = random(rows, d), b = random(rows, d); return [=] { add(y, a, b); }; }},
-      {"add_bias", 2 * rc, 0, [=] { auto y = random(rows, d), b = random({kC}, d, 1e-3f); return [=] { add_bias(y, b); }; }},
-      {"bias_backward", rc, 0, [=] { auto db = random({kC}, acc), dy = random(rows, d); return [=] { bias_backward(db, dy); }; }},
-      {"gelu_forward", 8 * rc, 0, [=] { auto y = random(wide, d), x = random(wide, d); return [=] { gelu_forward(y, x); }; }},
+      {"add", 3 * rc, 0,
+       [=] {
+         auto y = random(rows, d), a = random(rows, d), b = random(rows, d);
+         return [=] { add(y, a, b); };
+       }},
+      {"add_bias", 2 * rc, 0,
+       [=] {
+         auto y = random(rows, d), b = random({kC}, d, 1e-3f);
+         return [=] { add_bias(y, b); };
+       }},
+      {"bias_backward", rc, 0,
+       [=] {
+         auto db = random({kC}, acc), dy = random(rows, d);
+         return [=] { bias_backward(db, dy); };
+       }},
+      {"gelu_forward", 8 * rc, 0,
+       [=] {
+         auto y = random(wide, d), x = random(wide, d);
+         return [=] { gelu_forward(y, x); };
+       }},
       {"gelu_backward", 12 * rc, 0,
-       [=] { auto dx = random(wide, d), dy = random(wide, d), x = random(wide, d); return [=] { gelu_backward(dx, dy, x); }; }},
+       [=] {
+         auto dx = random(wide, d), dy = random(wide, d), x = random(wide, d);
+         return [=] { gelu_backward(dx, dy, x); };
+       }},
       {"cast to f64", rc + double(kR * kC * 8), 0,
-       [=] { auto y = random(rows, d == Dtype::f64 ? Dtype::f32 : Dtype::f64), x = random(rows, d); return [=] { cast(y, x); }; }},
+       [=] {
+         auto y = random(rows, d == Dtype::f64 ? Dtype::f32 : Dtype::f64), x = random(rows, d);
+         return [=] { cast(y, x); };
+       }},
       {"layernorm_forward", 2 * rc, 0,
        [=] {
-         auto x = random(rows, d), y = random(rows, d), m = random({kR}, acc), s = random({kR}, acc), g = random({kC}, d), b = random({kC}, d);
+         auto x = random(rows, d), y = random(rows, d), m = random({kR}, acc),
+              s = random({kR}, acc), g = random({kC}, d), b = random({kC}, d);
          return [=] { layernorm_forward(y, m, s, x, g, b); };
        }},
       {"add_layernorm_forward", 4 * rc, 0,
        [=] {
-         auto x = random(rows, d), h = random(rows, d), sum = random(rows, d), y = random(rows, d), m = random({kR}, acc), s = random({kR}, acc),
-              g = random({kC}, d), b = random({kC}, d);
+         auto x = random(rows, d), h = random(rows, d), sum = random(rows, d), y = random(rows, d),
+              m = random({kR}, acc), s = random({kR}, acc), g = random({kC}, d),
+              b = random({kC}, d);
          return [=] { add_layernorm_forward(sum, y, m, s, x, h, g, b); };
        }},
       {"layernorm_backward", 4 * rc, 0,
        [=] {
-         auto x = random(rows, d), dy = random(rows, d), r = random(rows, d), dx = random(rows, d), m = random({kR}, acc), s = random({kR}, acc),
-              g = random({kC}, d), dg = random({kC}, acc), db = random({kC}, acc);
+         auto x = random(rows, d), dy = random(rows, d), r = random(rows, d), dx = random(rows, d),
+              m = random({kR}, acc), s = random({kR}, acc), g = random({kC}, d),
+              dg = random({kC}, acc), db = random({kC}, acc);
          return [=] { layernorm_backward(dx, dg, db, dy, r, x, m, s, g); };
        }},
       {"embedding_forward", 3 * rc, 0,
@@ -149,7 +183,8 @@ static std::vector<Row> elementwise_rows(Dtype d) {
       {"embedding_backward", rc + 4 * kR * kC * acc_size, 0,
        [=, dwte = std::make_shared<Tensor>(constant({kV, kC}, acc, 1))] {
          const std::vector<int> all = tokens();
-         auto dx = random(rows, d), dwpe = random({kT, kC}, acc), t = integers(all), order = integers(sort_rows(all));
+         auto dx = random(rows, d), dwpe = random({kT, kC}, acc), t = integers(all),
+              order = integers(sort_rows(all));
          return [=] { embedding_backward(*dwte, dwpe, dx, t, order, kT); };
        }},
   };
@@ -157,7 +192,8 @@ static std::vector<Row> elementwise_rows(Dtype d) {
 
 static std::vector<Row> loss_and_optimizer_rows(Dtype d) {
   const Dtype acc = master_dtype(d);
-  const double rv = double(kR * kV * int64_t(size_of(d))), n = double(kWeights) * double(size_of(acc));
+  const double rv = double(kR * kV * int64_t(size_of(d))),
+               n = double(kWeights) * double(size_of(acc));
   return {
       {"cross_entropy", 2 * rv, 0,
        [=] {
@@ -171,12 +207,17 @@ static std::vector<Row> loss_and_optimizer_rows(Dtype d) {
        }},
       {"adamw", 7 * n + (d == Dtype::bf16 ? n / 2 : 0), 0,
        [=] {
-         auto w = constant({kWeights}, acc, 1), m = constant({kWeights}, acc, 0.1), v = constant({kWeights}, acc, 0.1), g = constant({kWeights}, acc, 0.1),
-              clip = constant({1}, Dtype::f64, 1), c = d == Dtype::bf16 ? constant({kWeights}, d, 1) : Tensor();
+         auto w = constant({kWeights}, acc, 1), m = constant({kWeights}, acc, 0.1),
+              v = constant({kWeights}, acc, 0.1), g = constant({kWeights}, acc, 0.1),
+              clip = constant({1}, Dtype::f64, 1),
+              c = d == Dtype::bf16 ? constant({kWeights}, d, 1) : Tensor();
          return [=] { adamw(w, c, m, v, g, clip, AdamW{.lr = 1e-4}); };
        }},
       {"sum_of_squares", n, 0,
-       [=] { auto out = random({1}, Dtype::f64), x = constant({kWeights}, acc, 0.1); return [=] { sum_of_squares(out, 0, x); }; }},
+       [=] {
+         auto out = random({1}, Dtype::f64), x = constant({kWeights}, acc, 0.1);
+         return [=] { sum_of_squares(out, 0, x); };
+       }},
   };
 }
 
@@ -186,9 +227,11 @@ static std::vector<Row> decoding_rows(Dtype d) {
   std::vector<Row> rows;
   const auto product = [&](const std::string& name, int64_t K, int64_t N, bool transposed) {
     rows.push_back({"matvec " + name, double(K * N) * size, 0, [=] {
-      auto x = random({1, K}, d), w = random(transposed ? Shape{N, K} : Shape{K, N}, d), y = random({1, N}, d);
-      return [=] { matvec(y, x, w, transposed); };
-    }});
+                      auto x = random({1, K}, d),
+                           w = random(transposed ? Shape{N, K} : Shape{K, N}, d),
+                           y = random({1, N}, d);
+                      return [=] { matvec(y, x, w, transposed); };
+                    }});
   };
   product("(C,3C)", kC, 3 * kC, false);
   product("(C,C)", kC, kC, false);
@@ -196,21 +239,25 @@ static std::vector<Row> decoding_rows(Dtype d) {
   product("(4C,C)", 4 * kC, kC, false);
   product("(V,C) transposed", kC, kV, true);
   rows.push_back({"attention_decode, 1024 positions", double(2 * kT * kC) * size, 0, [=] {
-    auto cache = random({1, 2, kH, kT, kC / kH}, d), qkv = random({1, 3 * kC}, d), out = random({1, kC}, d), length = integers({int(kT - 1)});
-    return [=] { attention_decode(out, cache, qkv, length, kH); };
-  }});
+                    auto cache = random({1, 2, kH, kT, kC / kH}, d), qkv = random({1, 3 * kC}, d),
+                         out = random({1, kC}, d), length = integers({int(kT - 1)});
+                    return [=] { attention_decode(out, cache, qkv, length, kH); };
+                  }});
   return rows;
 }
 
 static std::vector<Row> product_rows(Dtype d) {
   const Dtype acc = master_dtype(d);
   std::vector<Row> rows;
-  const auto product = [&](const std::string& name, int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_transposed, Dtype out, double beta) {
+  const auto product = [&](const std::string& name, int64_t m, int64_t n, int64_t k,
+                           bool a_transposed, bool b_transposed, Dtype out, double beta) {
     for (MatmulBackend backend : {MatmulBackend::cublas, MatmulBackend::own})
-      rows.push_back({sentence("matmul ", backend == MatmulBackend::own ? "own " : "cublas ", name), 0, 2.0 * double(m) * double(n) * double(k),
+      rows.push_back({sentence("matmul ", backend == MatmulBackend::own ? "own " : "cublas ", name),
+                      0, 2.0 * double(m) * double(n) * double(k),
                       [=] {
                         auto a = random({m, k}, d), b = random({k, n}, d), c = random({m, n}, out);
-                        const Matrix A{a.raw(), a_transposed ? m : k, a_transposed}, B{b.raw(), b_transposed ? k : n, b_transposed}, C{c.raw(), n};
+                        const Matrix A{a.raw(), a_transposed ? m : k, a_transposed},
+                            B{b.raw(), b_transposed ? k : n, b_transposed}, C{c.raw(), n};
                         return [=, keep = std::vector{a, b, c}] {
                           matmul_backend = backend;
                           matmul(d, out, m, n, k, A, B, C, 1, beta);
@@ -223,26 +270,29 @@ static std::vector<Row> product_rows(Dtype d) {
   product("input gradient (R,4C)(4C,C)", kR, kC, 4 * kC, false, true, d, 0);
   product("weight gradient (C,R)(R,4C)", kC, 4 * kC, kR, true, false, acc, 1);
 
-  const double half = double(kB * kH) * double(kT) * double(kT) * double(kC / kH);  // multiply-adds of one product, half of them masked: 2/2
+  // multiply-adds of one product, half of them masked: 2/2
+  const double half = double(kB * kH) * double(kT) * double(kT) * double(kC / kH);
   const auto qkv = [=] { return random({kR, 3 * kC}, d); };
   rows.push_back({"attention_plain_forward", 0, 2 * half, [=] {
-    auto x = qkv(), out = random({kR, kC}, d), p = random({kB, kH, kT, kT}, d);
-    return [=] { attention_plain_forward(out, p, x, kB, kT, kH); };
-  }});
-  rows.push_back({"attention_plain_backward", 0, 4 * half, [=] {
-    auto x = qkv(), out = random({kR, kC}, d), p = random({kB, kH, kT, kT}, d), dx = qkv();
-    attention_plain_forward(out, p, x, kB, kT, kH);
-    return [=] { attention_plain_backward(dx, out, p, x, kB, kT, kH); };
-  }});
+                    auto x = qkv(), out = random({kR, kC}, d), p = random({kB, kH, kT, kT}, d);
+                    return [=] { attention_plain_forward(out, p, x, kB, kT, kH); };
+                  }});
+  rows.push_back(
+      {"attention_plain_backward", 0, 4 * half, [=] {
+         auto x = qkv(), out = random({kR, kC}, d), p = random({kB, kH, kT, kT}, d), dx = qkv();
+         attention_plain_forward(out, p, x, kB, kT, kH);
+         return [=] { attention_plain_backward(dx, out, p, x, kB, kT, kH); };
+       }});
   rows.push_back({"attention_flash_forward", 0, 2 * half, [=] {
-    auto x = qkv(), out = random({kR, kC}, d), lse = random({kB, kH, kT}, acc);
-    return [=] { attention_flash_forward(out, lse, x, kB, kT, kH); };
-  }});
+                    auto x = qkv(), out = random({kR, kC}, d), lse = random({kB, kH, kT}, acc);
+                    return [=] { attention_flash_forward(out, lse, x, kB, kT, kH); };
+                  }});
   rows.push_back({"attention_flash_backward", 0, 5 * half, [=] {
-    auto x = qkv(), out = random({kR, kC}, d), lse = random({kB, kH, kT}, acc), dx = qkv(), dout = random({kR, kC}, d);
-    attention_flash_forward(out, lse, x, kB, kT, kH);
-    return [=] { attention_flash_backward(dx, dout, out, lse, x, kB, kT, kH); };
-  }});
+                    auto x = qkv(), out = random({kR, kC}, d), lse = random({kB, kH, kT}, acc),
+                         dx = qkv(), dout = random({kR, kC}, d);
+                    attention_flash_forward(out, lse, x, kB, kT, kH);
+                    return [=] { attention_flash_backward(dx, dout, out, lse, x, kB, kT, kH); };
+                  }});
   return rows;
 }
 
@@ -268,13 +318,17 @@ static void use_threads(int threads) {
 static void heading(Dtype d, const char* amount, const char* rate, const char* beside) {
   printf("\n%-44s %9s", sentence(name_of(d)).c_str(), amount);
   for (int threads : thread_counts()) {
-    const std::string who = threads == 0 ? "GPU" : threads == 1 ? "1 thread" : sentence(threads, " threads");
+    const std::string who = threads == 0   ? "GPU"
+                            : threads == 1 ? "1 thread"
+                                           : sentence(threads, " threads");
     printf("  | %10s %9s %10s", (who + ":  ms").c_str(), rate, beside);
   }
   printf("\n");
 }
 
-static bool wanted(const Row& row, const char* filter) { return !filter || row.name.find(filter) != std::string::npos; }
+static bool wanted(const Row& row, const char* filter) {
+  return !filter || row.name.find(filter) != std::string::npos;
+}
 
 static void memory_table(Dtype d, const std::vector<Row>& rows, const char* filter) {
   heading(d, "MB", "GB/s", "of a copy");
@@ -288,7 +342,8 @@ static void memory_table(Dtype d, const std::vector<Row>& rows, const char* filt
     for (int threads : thread_counts()) {
       use_threads(threads);
       const Times t = measure(calls, copies);
-      printf("  | %10.3f %9.1f %9.0f%%", t.call * 1e3, row.bytes / t.call * 1e-9, 100 * t.copy / t.call);
+      printf("  | %10.3f %9.1f %9.0f%%", t.call * 1e3, row.bytes / t.call * 1e-9,
+             100 * t.copy / t.call);
       fflush(stdout);
     }
     printf("\n");
@@ -296,7 +351,8 @@ static void memory_table(Dtype d, const std::vector<Row>& rows, const char* filt
 }
 
 static void product_table(Dtype d, const std::vector<Row>& rows, const char* filter) {
-  if (std::none_of(rows.begin(), rows.end(), [=](const Row& row) { return wanted(row, filter); })) return;
+  if (std::none_of(rows.begin(), rows.end(), [=](const Row& row) { return wanted(row, filter); }))
+    return;
   std::vector<std::vector<double>> seconds(rows.size());
   std::vector<double> best(thread_counts().size());
   for (size_t i = 0; i < rows.size(); i++) {
@@ -313,7 +369,8 @@ static void product_table(Dtype d, const std::vector<Row>& rows, const char* fil
     if (!wanted(rows[i], filter)) continue;
     printf("%-44s %9.2f", rows[i].name.c_str(), rows[i].flops * 1e-9);
     for (size_t k = 0; k < best.size(); k++)
-      printf("  | %10.3f %9.0f %9.0f%%", seconds[i][k] * 1e3, rows[i].flops / seconds[i][k] * 1e-9, 100 * rows[i].flops / seconds[i][k] / best[k]);
+      printf("  | %10.3f %9.0f %9.0f%%", seconds[i][k] * 1e3, rows[i].flops / seconds[i][k] * 1e-9,
+             100 * rows[i].flops / seconds[i][k] / best[k]);
     printf("\n");
   }
 }
@@ -343,15 +400,19 @@ static void bench_read() {
 #pragma omp parallel for simd reduction(+ : sum)
       for (int64_t j = 0; j < n; j++) sum += p[j];
       all += sum;
-      times.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
+      times.push_back(
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count());
     }
-    if (threads == thread_counts().back() && all > 0) printf("read of %.0f MB, %d threads: %.1f GB/s\n", kRotate * 1e-6, threads, kRotate / median(times) * 1e-9);
+    if (threads == thread_counts().back() && all > 0)
+      printf("read of %.0f MB, %d threads: %.1f GB/s\n", kRotate * 1e-6, threads,
+             kRotate / median(times) * 1e-9);
   }
 #endif
 }
 
 int main(int argc, char** argv) {
-  std::vector<Dtype> dtypes = thread_counts()[0] ? std::vector<Dtype>{Dtype::f32} : std::vector<Dtype>{Dtype::f32, Dtype::bf16};
+  std::vector<Dtype> dtypes = thread_counts()[0] ? std::vector<Dtype>{Dtype::f32}
+                                                 : std::vector<Dtype>{Dtype::f32, Dtype::bf16};
   const char* filter = nullptr;
   for (int i = 1; i < argc; i++) {
     const std::string word = argv[i];
@@ -361,8 +422,9 @@ int main(int argc, char** argv) {
     else filter = argv[i];
   }
   try {
-    printf("kernels on %s: R = B T = %d rows, C = %d, H = %d, V = %d, optimizer on %.0f M weights\n", device().name.c_str(), int(kR), int(kC), int(kH),
-           int(kV), kWeights * 1e-6);
+    printf(
+        "kernels on %s: R = B T = %d rows, C = %d, H = %d, V = %d, optimizer on %.0f M weights\n",
+        device().name.c_str(), int(kR), int(kC), int(kH), int(kV), kWeights * 1e-6);
     {
       const std::vector<Call> copies = copies_of(2 * kRotate, 1);
       printf("copy of %.0f MB, read and written:", kRotate * 1e-6);

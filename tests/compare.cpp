@@ -1,6 +1,8 @@
-// compare.cpp: what `make compare` ends with. Reads the metrics that the jobs of tests/compare.sh wrote, checks them (equal losses; bytes and
-// memory equal to their formulas), prints three tables and writes the report: one HTML file, no network.
-//   compare DIR REPORT.html    DIR has jobs.txt (lines: name, tab, ranks, tab, options) and for each job NAME.jsonl, for pipelines NAME.trace.json
+// compare.cpp: what `make compare` ends with. Reads the metrics that the jobs of tests/compare.sh
+// wrote, checks them (equal losses; bytes and memory equal to their formulas), prints three tables
+// and writes the report: one HTML file, no network.
+//   compare DIR REPORT.html    DIR has jobs.txt (lines: name, tab, ranks, tab, options) and for
+//                              each job NAME.jsonl, for pipelines NAME.trace.json
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -42,19 +44,26 @@ std::vector<Job> read_jobs(const std::string& dir) {
     Job job;
     std::istringstream fields(line);
     std::string ranks;
-    std::getline(fields, job.name, '\t'), std::getline(fields, ranks, '\t'), std::getline(fields, job.options);
+    std::getline(fields, job.name, '\t'), std::getline(fields, ranks, '\t'),
+        std::getline(fields, job.options);
     job.ranks = std::stoi(ranks);
     std::ifstream metrics(dir + "/" + job.name + ".jsonl");
     for (std::string l; std::getline(metrics, l);) {
       const Json record = Json::parse(l);
       if (record.contains("summary")) job.summary = record;
-      else job.losses.push_back(record["loss"].get<double>()), job.step_ms.push_back(record["step_ms"].get<double>());
+      else
+        job.losses.push_back(record["loss"].get<double>()),
+            job.step_ms.push_back(record["step_ms"].get<double>());
     }
-    REQUIRE(!job.summary.is_null() && job.losses.size() > 2, dir, "/", job.name, ".jsonl is not there or not complete: run make compare");
-    if (std::ifstream trace(dir + "/" + job.name + ".trace.json"); trace && job.summary.contains("pipeline")) job.trace = Json::parse(trace)["traceEvents"];
+    REQUIRE(!job.summary.is_null() && job.losses.size() > 2, dir, "/", job.name,
+            ".jsonl is not there or not complete: run make compare");
+    if (std::ifstream trace(dir + "/" + job.name + ".trace.json");
+        trace && job.summary.contains("pipeline"))
+      job.trace = Json::parse(trace)["traceEvents"];
     jobs.push_back(job);
   }
-  REQUIRE(!jobs.empty() && jobs[0].name == "serial", dir, "/jobs.txt does not begin with the job 'serial'");
+  REQUIRE(!jobs.empty() && jobs[0].name == "serial", dir,
+          "/jobs.txt does not begin with the job 'serial'");
   return jobs;
 }
 
@@ -67,19 +76,27 @@ double median_ms(const Job& j) {
 }
 
 double difference(const Job& j, const Job& serial) {
-  REQUIRE(j.losses.size() == serial.losses.size(), j.name, " has ", j.losses.size(), " steps, serial ", serial.losses.size());
+  REQUIRE(j.losses.size() == serial.losses.size(), j.name, " has ", j.losses.size(),
+          " steps, serial ", serial.losses.size());
   double d = 0;
-  for (size_t i = 0; i < j.losses.size(); i++) d = std::max(d, std::abs(j.losses[i] - serial.losses[i]) / serial.losses[i]);
+  for (size_t i = 0; i < j.losses.size(); i++)
+    d = std::max(d, std::abs(j.losses[i] - serial.losses[i]) / serial.losses[i]);
   return d;
 }
 
 const Json& fullest(const Job& j) {
   const Json& all = j.summary["memory"];
-  return *std::max_element(all.begin(), all.end(), [](const Json& a, const Json& b) { return a["peak"] < b["peak"]; });
+  return *std::max_element(all.begin(), all.end(),
+                           [](const Json& a, const Json& b) { return a["peak"] < b["peak"]; });
 }
-double of(const Json& rank, const char* category, const char* when) { return mib(rank[category].value(when, 0.0)); }
+double of(const Json& rank, const char* category, const char* when) {
+  return mib(rank[category].value(when, 0.0));
+}
 
-struct Sent { std::map<std::string, double> axis; double all = 0, calls = 0; };  // bytes a step
+struct Sent {
+  std::map<std::string, double> axis;
+  double all = 0, calls = 0;
+};  // bytes a step
 Sent sent(const Job& j, int rank, const char* which = "bytes") {
   Sent s;
   const double steps = double(j.losses.size());
@@ -101,10 +118,12 @@ int busiest(const Job& j) {
 int differing(const Job& j) {
   int count = 0;
   for (const Json& rank : j.summary["memory"]) {
-    for (const char* category : kPersistent) count += rank[category]["now"] != rank[category]["predicted"];
+    for (const char* category : kPersistent)
+      count += rank[category]["now"] != rank[category]["predicted"];
     count += rank["kept_activations"]["bytes"] != rank["kept_activations"]["predicted_bytes"];
   }
-  for (const Json& row : j.summary["traffic"]) count += !row.contains("predicted_bytes") || row["bytes"] != row["predicted_bytes"];
+  for (const Json& row : j.summary["traffic"])
+    count += !row.contains("predicted_bytes") || row["bytes"] != row["predicted_bytes"];
   return count;
 }
 
@@ -122,29 +141,50 @@ Schedule schedule_of(const Job& j) {
 }
 std::string bubble(const Job& j, const char* which) {
   if (!has_pipeline(j)) return "-";
-  return format("%.1f %%", 100 * (which ? j.summary["pipeline"][which].get<double>() : theoretical_bubble(schedule_of(j))));
+  return format("%.1f %%", 100 * (which ? j.summary["pipeline"][which].get<double>()
+                                        : theoretical_bubble(schedule_of(j))));
 }
 
 // ---- tables: the same cells as text and as HTML
 
-struct Table { std::string title; std::vector<std::string> head; std::vector<std::vector<std::string>> rows; };
+struct Table {
+  std::string title;
+  std::vector<std::string> head;
+  std::vector<std::vector<std::string>> rows;
+};
 
 std::vector<Table> tables(const std::vector<Job>& jobs) {
   const Job& serial = jobs[0];
   Table time{sentence("The same loss after ", serial.losses.size(), " steps"),
-             {"strategy", "ranks", "loss", "difference from serial", "ms per step", "time communicating", "bubble executed", "bubble predicted", "bubble if F = B = W"}, {}};
-  Table memory{"Memory of the fullest rank, MiB; and how many numbers of any rank differ from their formula", {"strategy", "parameters", "gradients", "optimizer", "kept activations", "all at the peak", "differ from formula"}, {}};
-  Table traffic{"Sent by the busiest rank per step, MiB", {"strategy", "fsdp", "replicate", "tp", "pp", "all", "by formula", "calls"}, {}};
+             {"strategy", "ranks", "loss", "difference from serial", "ms per step",
+              "time communicating", "bubble executed", "bubble predicted", "bubble if F = B = W"},
+             {}};
+  Table memory{
+      "Memory of the fullest rank, MiB; and how many numbers of any rank differ from their formula",
+      {"strategy", "parameters", "gradients", "optimizer", "kept activations", "all at the peak",
+       "differ from formula"},
+      {}};
+  Table traffic{"Sent by the busiest rank per step, MiB",
+                {"strategy", "fsdp", "replicate", "tp", "pp", "all", "by formula", "calls"},
+                {}};
   for (const Job& j : jobs) {
-    time.rows.push_back({j.name, sentence(j.ranks), format("%.5f", j.losses.back()), &j == &serial ? "-" : format("%.1e", difference(j, serial)), format("%.0f", median_ms(j)), share(j), bubble(j, "bubble"),
+    time.rows.push_back({j.name, sentence(j.ranks), format("%.5f", j.losses.back()),
+                         &j == &serial ? "-" : format("%.1e", difference(j, serial)),
+                         format("%.0f", median_ms(j)), share(j), bubble(j, "bubble"),
                          bubble(j, "predicted_bubble"), bubble(j, nullptr)});
     const Json& m = fullest(j);
-    memory.rows.push_back({j.name, format("%.2f", of(m, "parameters", "now")), format("%.2f", of(m, "gradients", "now")), format("%.2f", of(m, "optimizer", "now")),
-                           format("%.2f", mib(m["kept_activations"]["bytes"].get<double>())), format("%.2f", mib(m["peak"].get<double>())), sentence(differing(j))});
+    memory.rows.push_back({j.name, format("%.2f", of(m, "parameters", "now")),
+                           format("%.2f", of(m, "gradients", "now")),
+                           format("%.2f", of(m, "optimizer", "now")),
+                           format("%.2f", mib(m["kept_activations"]["bytes"].get<double>())),
+                           format("%.2f", mib(m["peak"].get<double>())), sentence(differing(j))});
     const Sent s = sent(j, busiest(j));
     std::vector<std::string> row{j.name};
-    for (const char* axis : kAxes) row.push_back(s.axis.count(axis) ? format("%.3f", mib(s.axis.at(axis))) : "-");
-    row.insert(row.end(), {format("%.3f", mib(s.all)), format("%.3f", mib(sent(j, busiest(j), "predicted_bytes").all)), format("%.0f", s.calls)});
+    for (const char* axis : kAxes)
+      row.push_back(s.axis.count(axis) ? format("%.3f", mib(s.axis.at(axis))) : "-");
+    row.insert(row.end(), {format("%.3f", mib(s.all)),
+                           format("%.3f", mib(sent(j, busiest(j), "predicted_bytes").all)),
+                           format("%.0f", s.calls)});
     traffic.rows.push_back(row);
   }
   return {time, memory, traffic};
@@ -158,7 +198,8 @@ void print(const Table& t) {
     for (const auto& row : t.rows) widths[c] = std::max(widths[c], row[c].size());
   }
   const auto line = [&](const std::vector<std::string>& cells) {
-    for (size_t c = 0; c < cells.size(); c++) printf(c ? "  %*s" : "  %-*s", int(widths[c]), cells[c].c_str());
+    for (size_t c = 0; c < cells.size(); c++)
+      printf(c ? "  %*s" : "  %-*s", int(widths[c]), cells[c].c_str());
     printf("\n");
   };
   line(t.head);
@@ -168,7 +209,8 @@ void print(const Table& t) {
 // ---- the report
 
 std::string html(const Table& t) {
-  std::string s = "<div class=scroll tabindex=0 role=region aria-label='" + t.title + "'><table><caption>" + t.title + "</caption><thead><tr>";
+  std::string s = "<div class=scroll tabindex=0 role=region aria-label='" + t.title +
+                  "'><table><caption>" + t.title + "</caption><thead><tr>";
   for (const auto& cell : t.head) s += "<th scope=col>" + cell;
   s += "<tbody>";
   for (const auto& row : t.rows) {
@@ -184,12 +226,14 @@ const char* const kColours[] = {"c0", "c1", "c2", "c3", "c4", "c5"};
 std::string legend(const std::vector<std::string>& names) {
   std::ostringstream svg;
   for (size_t i = 0; i < names.size(); i++)
-    svg << "<rect x='" << 8 + 116 * (i % 3) << "' y='" << 4 + 17 * (i / 3) << "' width='10' height='10' class='" << kColours[i] << "'/><text x='" << 22 + 116 * (i % 3) << "' y='" << 13 + 17 * (i / 3)
-        << "'>" << names[i] << "</text>\n";
+    svg << "<rect x='" << 8 + 116 * (i % 3) << "' y='" << 4 + 17 * (i / 3)
+        << "' width='10' height='10' class='" << kColours[i] << "'/><text x='" << 22 + 116 * (i % 3)
+        << "' y='" << 13 + 17 * (i / 3) << "'>" << names[i] << "</text>\n";
   return svg.str();
 }
 std::string figure(const std::string& title, double height, const std::string& svg) {
-  return sentence("<figure><figcaption>", title, "</figcaption><svg viewBox='0 0 360 ", height, "' role='img'><title>", title, "</title>\n", svg, "</svg></figure>\n");
+  return sentence("<figure><figcaption>", title, "</figcaption><svg viewBox='0 0 360 ", height,
+                  "' role='img'><title>", title, "</title>\n", svg, "</svg></figure>\n");
 }
 
 // A round number near x: 1, 2 or 5 times a power of ten
@@ -199,9 +243,14 @@ double round_step(double x) {
   return power * (x / power >= 5 ? 5 : x / power >= 2 ? 2 : 1);
 }
 
-// Bars, one a row or two: the second is what the formula says. Parts are stacked; the number at the end is their sum.
-struct Bar { std::string label; std::vector<double> parts, predicted; };
-std::string bars(const std::string& title, const std::string& unit, const std::vector<std::string>& parts, const std::vector<Bar>& all) {
+// Bars, one a row or two: the second is what the formula says. Parts are stacked; the number at the
+// end is their sum.
+struct Bar {
+  std::string label;
+  std::vector<double> parts, predicted;
+};
+std::string bars(const std::string& title, const std::string& unit,
+                 const std::vector<std::string>& parts, const std::vector<Bar>& all) {
   double most = 1e-9;
   for (const Bar& b : all)
     for (const auto* values : {&b.parts, &b.predicted}) {
@@ -209,33 +258,51 @@ std::string bars(const std::string& title, const std::string& unit, const std::v
       for (double v : *values) sum += v;
       most = std::max(most, sum);
     }
-  const double left = 92, wide = 190, row = 31, top = 44, bottom = top + row * double(all.size()), step = round_step(most / 3);
+  const double left = 92, wide = 190, row = 31, top = 44, bottom = top + row * double(all.size()),
+               step = round_step(most / 3);
   std::ostringstream svg;
   svg << legend(parts);
   for (double x = 0; x <= most * 1.0001; x += step)
-    svg << "<line class=grid x1='" << left + x / most * wide << "' x2='" << left + x / most * wide << "' y1='" << top - 4 << "' y2='" << bottom << "'/><text class=mid x='" << left + x / most * wide << "' y='"
-        << bottom + 14 << "'>" << x << "</text>\n";
-  svg << "<text class=mid x='" << left + wide / 2 << "' y='" << bottom + 32 << "'>" << unit << "</text>\n";
+    svg << "<line class=grid x1='" << left + x / most * wide << "' x2='" << left + x / most * wide
+        << "' y1='" << top - 4 << "' y2='" << bottom << "'/><text class=mid x='"
+        << left + x / most * wide << "' y='" << bottom + 14 << "'>" << x << "</text>\n";
+  svg << "<text class=mid x='" << left + wide / 2 << "' y='" << bottom + 32 << "'>" << unit
+      << "</text>\n";
   for (size_t i = 0; i < all.size(); i++) {
     const double y = top + row * double(i);
-    svg << "<text class=end x='" << left - 6 << "' y='" << y + 15 << "'>" << all[i].label << "</text>";
+    svg << "<text class=end x='" << left - 6 << "' y='" << y + 15 << "'>" << all[i].label
+        << "</text>";
     for (int second = 0; second < 2; second++) {
       const auto& values = second ? all[i].predicted : all[i].parts;
       double x = 0;
       for (size_t p = 0; p < values.size(); p++) {
-        svg << "<rect class='" << kColours[p] << (second ? " formula" : "") << "' x='" << left + x / most * wide << "' y='" << y + second * 12 << "' width='" << values[p] / most * wide
-            << "' height='11'><title>" << all[i].label << ", " << parts[p] << (second ? " by formula: " : ": ") << values[p] << " " << unit << "</title></rect>";
+        svg << "<rect class='" << kColours[p] << (second ? " formula" : "") << "' x='"
+            << left + x / most * wide << "' y='" << y + second * 12 << "' width='"
+            << values[p] / most * wide << "' height='11'><title>" << all[i].label << ", "
+            << parts[p] << (second ? " by formula: " : ": ") << values[p] << " " << unit
+            << "</title></rect>";
         x += values[p];
       }
-      svg << "<text class=small x='" << left + x / most * wide + 3 << "' y='" << y + second * 12 + 9 << "'>" << format(x >= 100 ? "%.0f" : x >= 1 ? "%.1f" : "%.3f", x) << (second ? " formula" : "") << "</text>\n";
+      svg << "<text class=small x='" << left + x / most * wide + 3 << "' y='" << y + second * 12 + 9
+          << "'>"
+          << format(x >= 100 ? "%.0f"
+                    : x >= 1 ? "%.1f"
+                             : "%.3f",
+                    x)
+          << (second ? " formula" : "") << "</text>\n";
     }
   }
   return figure(title, bottom + 42, svg.str());
 }
 
-struct Line { std::string name; std::vector<double> y; };
-// Over steps; the first lines are drawn widest, so that equal ones all show. Names that begin alike, up to a hyphen, share a colour.
-std::string lines(const std::string& title, const std::string& y_title, const std::vector<Line>& all) {
+struct Line {
+  std::string name;
+  std::vector<double> y;
+};
+// Over steps; the first lines are drawn widest, so that equal ones all show. Names that begin
+// alike, up to a hyphen, share a colour.
+std::string lines(const std::string& title, const std::string& y_title,
+                  const std::vector<Line>& all) {
   std::vector<std::string> families;
   const auto family = [&](const Line& l) {
     const auto at = std::find(families.begin(), families.end(), l.name.substr(0, l.name.find('-')));
@@ -253,11 +320,17 @@ std::string lines(const std::string& title, const std::string& y_title, const st
   std::ostringstream svg;
   svg << legend(families) << "<text x='4' y='50'>" << y_title << "</text>\n";
   for (double v = std::ceil(low / step) * step; v <= high * (1 + 1e-9); v += step)
-    svg << "<line class=grid x1='" << left << "' x2='" << left + wide << "' y1='" << y(v) << "' y2='" << y(v) << "'/><text class=end x='" << left - 5 << "' y='" << y(v) + 4 << "'>" << format("%.3g", v) << "</text>\n";
-  for (size_t k = 0; k < n; k += std::max<size_t>(1, n / 5)) svg << "<text class=mid x='" << x(k) << "' y='" << top + tall + 16 << "'>" << k + 1 << "</text>";
-  svg << "<text class=mid x='" << left + wide / 2 << "' y='" << top + tall + 34 << "'>step</text>\n";
+    svg << "<line class=grid x1='" << left << "' x2='" << left + wide << "' y1='" << y(v)
+        << "' y2='" << y(v) << "'/><text class=end x='" << left - 5 << "' y='" << y(v) + 4 << "'>"
+        << format("%.3g", v) << "</text>\n";
+  for (size_t k = 0; k < n; k += std::max<size_t>(1, n / 5))
+    svg << "<text class=mid x='" << x(k) << "' y='" << top + tall + 16 << "'>" << k + 1
+        << "</text>";
+  svg << "<text class=mid x='" << left + wide / 2 << "' y='" << top + tall + 34
+      << "'>step</text>\n";
   for (size_t i = 0; i < all.size(); i++) {
-    svg << "<polyline class='l" << family(all[i]) << "' stroke-width='" << 7 - 6.0 * double(i) / double(all.size()) << "' points='";
+    svg << "<polyline class='l" << family(all[i]) << "' stroke-width='"
+        << 7 - 6.0 * double(i) / double(all.size()) << "' points='";
     for (size_t k = 0; k < n; k++) svg << x(k) << "," << y(all[i].y[k]) << " ";
     svg << "'><title>" << all[i].name << "</title></polyline>\n";
   }
@@ -270,18 +343,26 @@ std::string curves(const std::vector<Job>& jobs) {
   for (const Job& j : jobs) {
     losses.push_back({j.name, j.losses});
     std::vector<double> d;
-    for (size_t i = 0; i < j.losses.size(); i++) d.push_back(1e7 * std::abs(j.losses[i] - jobs[0].losses[i]) / jobs[0].losses[i]);
+    for (size_t i = 0; i < j.losses.size(); i++)
+      d.push_back(1e7 * std::abs(j.losses[i] - jobs[0].losses[i]) / jobs[0].losses[i]);
     differences.push_back({j.name, d});
     worst = std::max(worst, difference(j, jobs[0]));
   }
   if (jobs.size() == 1) return lines("The loss of one rank", "loss, nats per token", losses);
-  return lines(sentence("Loss: ", jobs.size(), " curves on top of each other, the first ones drawn widest"), "loss, nats per token", losses) +
-         lines(format("How far each is from serial: %.1e at most, the rounding of f32", worst), "relative difference of the loss, in units of 1e-7", differences);
+  return lines(sentence("Loss: ", jobs.size(),
+                        " curves on top of each other, the first ones drawn widest"),
+               "loss, nats per token", losses) +
+         lines(format("How far each is from serial: %.1e at most, the rounding of f32", worst),
+               "relative difference of the loss, in units of 1e-7", differences);
 }
 
 // All pipelines on one scale of time: a shorter step is a shorter drawing.
 std::string timelines(const std::vector<Job>& jobs) {
-  struct Drawn { const Job& job; Schedule schedule; Timeline executed; };
+  struct Drawn {
+    const Job& job;
+    Schedule schedule;
+    Timeline executed;
+  };
   std::vector<Drawn> all;
   double longest = 0;
   for (const Job& j : jobs) {
@@ -292,15 +373,17 @@ std::string timelines(const std::vector<Job>& jobs) {
     for (const Json& event : j.trace)
       if (event["ph"] == "X" && event["tid"].get<int>() % pipelines == 0) {
         const double start = event["ts"].get<double>() / 1e3;
-        spans[size_t(event["tid"].get<int>() / pipelines)].push_back({start, start + event["dur"].get<double>() / 1e3});
+        spans[size_t(event["tid"].get<int>() / pipelines)].push_back(
+            {start, start + event["dur"].get<double>() / 1e3});
       }
     all.push_back({j, schedule, timeline(schedule, spans)});
     longest = std::max(longest, all.back().executed.makespan);
   }
   std::string s;
   for (const auto& [j, schedule, executed] : all) {
-    const std::string title = j.name + ": bubble " + bubble(j, "bubble") + " executed, " + bubble(j, "predicted_bubble") +
-                              " predicted from mean times, " + bubble(j, nullptr) + " if F = B = W";
+    const std::string title = j.name + ": bubble " + bubble(j, "bubble") + " executed, " +
+                              bubble(j, "predicted_bubble") + " predicted from mean times, " +
+                              bubble(j, nullptr) + " if F = B = W";
     s += "<div class=scroll tabindex=0 role=region aria-label='timeline of " + j.name + "'>" +
          draw_svg(schedule, executed, title, "ms", longest) + "</div>\n";
   }
@@ -315,28 +398,57 @@ const Job* find(const std::vector<Job>& jobs, const std::string& name) {
 
 // The three promises, each with what was measured here.
 std::string promises(const std::vector<Job>& jobs, const std::map<std::string, double>& token_ms) {
-  const Job &serial = jobs[0], *fsdp = find(jobs, "fsdp-zero3"), *tp = find(jobs, "tp"), *pp = find(jobs, "pp-1f1b");
+  const Job &serial = jobs[0], *fsdp = find(jobs, "fsdp-zero3"), *tp = find(jobs, "tp"),
+            *pp = find(jobs, "pp-1f1b");
   const auto state = [](const Job& j) {
     double all = 0;
     for (const char* category : kPersistent) all += of(fullest(j), category, "now");
     return all;
   };
   const auto step = [](const Job& j) { return mib(sent(j, busiest(j)).all); };
-  Table t{"Three strategies, and what was measured", {"strategy", "what it is for", "what it is like", "what it asks of the network"}, {}};
+  Table t{"Three strategies, and what was measured",
+          {"strategy", "what it is for", "what it is like", "what it asks of the network"},
+          {}};
   if (fsdp)
-    t.rows.push_back({"FSDP", format("Memory: a rank holds %.2f MiB of weights, gradients and optimizer state; alone it would hold %.2f MiB, %.2f times as much.", state(*fsdp), state(serial), state(serial) / state(*fsdp)),
-                      format("A large book cut in slices: each of %d people keeps %.2f of %.2f MiB of weights.", fsdp->ranks, of(fullest(*fsdp), "parameters", "now"), of(fullest(serial), "parameters", "now")),
-                      format("Moderate: %.2f MiB per step and rank in all-gathers and reduce-scatters, %.0f calls.", step(*fsdp), sent(*fsdp, 0).calls)});
+    t.rows.push_back(
+        {"FSDP",
+         format(
+             "Memory: a rank holds %.2f MiB of weights, gradients and optimizer state; alone it would hold %.2f MiB, %.2f times as much.",
+             state(*fsdp), state(serial), state(serial) / state(*fsdp)),
+         format("A large book cut in slices: each of %d people keeps %.2f of %.2f MiB of weights.",
+                fsdp->ranks, of(fullest(*fsdp), "parameters", "now"),
+                of(fullest(serial), "parameters", "now")),
+         format(
+             "Moderate: %.2f MiB per step and rank in all-gathers and reduce-scatters, %.0f calls.",
+             step(*fsdp), sent(*fsdp, 0).calls)});
   if (tp) {
-    const std::string speed = token_ms.count("tp") ? format("Latency: one token of gpt2 takes %.2f ms on one rank and %.2f ms with --tp 2, which is %.2f times as fast.", token_ms.at("one"), token_ms.at("tp"), token_ms.at("one") / token_ms.at("tp"))
-                                                   : std::string("Latency: not measured here (ONLY=generate).");
-    t.rows.push_back({"Tensor parallel", speed, format("%d people on different parts of one problem: each multiplies with %.2f of %.2f MiB of weights.", tp->ranks, of(fullest(*tp), "parameters", "now"), of(fullest(serial), "parameters", "now")),
-                      format("Very high: %.2f MiB per step and rank, in %.0f calls for which everyone waits.", step(*tp), sent(*tp, 0).calls)});
+    const std::string speed =
+        token_ms.count("tp")
+            ? format(
+                  "Latency: one token of gpt2 takes %.2f ms on one rank and %.2f ms with --tp 2, which is %.2f times as fast.",
+                  token_ms.at("one"), token_ms.at("tp"), token_ms.at("one") / token_ms.at("tp"))
+            : std::string("Latency: not measured here (ONLY=generate).");
+    t.rows.push_back(
+        {"Tensor parallel", speed,
+         format(
+             "%d people on different parts of one problem: each multiplies with %.2f of %.2f MiB of weights.",
+             tp->ranks, of(fullest(*tp), "parameters", "now"),
+             of(fullest(serial), "parameters", "now")),
+         format("Very high: %.2f MiB per step and rank, in %.0f calls for which everyone waits.",
+                step(*tp), sent(*tp, 0).calls)});
   }
   if (pp)
-    t.rows.push_back({"Pipeline", format("Throughput over slow links: busy %.1f %% of the time with 1f1b, by formula %.1f %%.", 100 - 100 * pp->summary["pipeline"]["bubble"].get<double>(), 100 - 100 * theoretical_bubble(schedule_of(*pp))),
-                      format("An assembly line: each of %d people adds 1/%d of the layers.", pp->ranks, pp->ranks),
-                      fsdp ? format("Low: %.2f MiB per step and rank, FSDP sends %.0f times as much.", step(*pp), step(*fsdp) / step(*pp)) : format("Low: %.2f MiB per step and rank.", step(*pp))});
+    t.rows.push_back(
+        {"Pipeline",
+         format(
+             "Throughput over slow links: busy %.1f %% of the time with 1f1b, by formula %.1f %%.",
+             100 - 100 * pp->summary["pipeline"]["bubble"].get<double>(),
+             100 - 100 * theoretical_bubble(schedule_of(*pp))),
+         format("An assembly line: each of %d people adds 1/%d of the layers.", pp->ranks,
+                pp->ranks),
+         fsdp ? format("Low: %.2f MiB per step and rank, FSDP sends %.0f times as much.", step(*pp),
+                       step(*fsdp) / step(*pp))
+              : format("Low: %.2f MiB per step and rank.", step(*pp))});
   return t.rows.empty() ? "" : "<div class=words>" + html(t) + "</div>";
 }
 
@@ -360,9 +472,12 @@ code { font-size:.9em; overflow-wrap:anywhere; }
 </style>
 )";
 
-std::string report(const std::vector<Job>& jobs, const std::vector<Table>& all, const std::map<std::string, double>& token_ms, const std::string& common, const std::string& device) {
+std::string report(const std::vector<Job>& jobs, const std::vector<Table>& all,
+                   const std::map<std::string, double>& token_ms, const std::string& common,
+                   const std::string& device) {
   std::vector<Bar> memory, traffic;
-  const std::vector<std::string> categories{"parameters", "gradients", "optimizer", "activations", "gather buffers", "workspace"};
+  const std::vector<std::string> categories{"parameters",  "gradients",      "optimizer",
+                                            "activations", "gather buffers", "workspace"};
   for (const Job& j : jobs) {
     const Json& m = fullest(j);
     Bar bar{j.name, {}, {}};
@@ -379,27 +494,42 @@ std::string report(const std::vector<Job>& jobs, const std::vector<Table>& all, 
     }
     traffic.push_back(bar);
   }
-  std::string s = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>Threefold: strategies side by side</title>\n";
+  std::string s =
+      "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>Threefold: strategies side by side</title>\n";
   s += kStyle;
-  s += sentence("<h1>One model, ", jobs.size(), jobs.size() == 1 ? " way" : " ways", " to train it</h1>\n<p>The same model, batch and seed as one process and with every strategy that runs here. <code>", common,
-                "</code>; device: ", device, "; ranks that share cores or a GPU take turns, so compare times with that in mind.</p>\n");
+  s += sentence(
+      "<h1>One model, ", jobs.size(), jobs.size() == 1 ? " way" : " ways",
+      " to train it</h1>\n<p>The same model, batch and seed as one process and with every strategy that runs here. <code>",
+      common, "</code>; device: ", device,
+      "; ranks that share cores or a GPU take turns, so compare times with that in mind.</p>\n");
   std::string tables_as_html, nav = "<nav aria-label=Sections>", body;
   for (const Table& t : all) tables_as_html += html(t);
-  const auto section = [&](const std::string& id, const std::string& title, const std::string& content) {  // left out where there is nothing to show
+  // left out where there is nothing to show
+  const auto section = [&](const std::string& id, const std::string& title,
+                           const std::string& content) {
     if (content.empty()) return;
     nav += "<a href='#" + id + "'>" + title + "</a>";
     body += "<h2 id=" + id + ">" + title + "</h2>" + content;
   };
   section("promises", "What each strategy promises", promises(jobs, token_ms));
   section("loss", "One curve", "<div class=cards>" + curves(jobs) + "</div>");
-  section("memory", "Memory and traffic, beside their formulas",
-          "<div class=cards>" + bars("Memory of the fullest rank at its peak; by formula: what is held between steps, and the activations kept for the backward", "MiB", categories, memory) +
-              (traffic.empty() ? "" : bars("Sent by the busiest rank per step, by mesh axis", "MiB per step", {"fsdp", "replicate", "tp", "pp"}, traffic)) + "</div>");
+  section(
+      "memory", "Memory and traffic, beside their formulas",
+      "<div class=cards>" +
+          bars(
+              "Memory of the fullest rank at its peak; by formula: what is held between steps, and the activations kept for the backward",
+              "MiB", categories, memory) +
+          (traffic.empty() ? ""
+                           : bars("Sent by the busiest rank per step, by mesh axis", "MiB per step",
+                                  {"fsdp", "replicate", "tp", "pp"}, traffic)) +
+          "</div>");
   section("pipelines", "Pipelines as they ran", timelines(jobs));
   section("numbers", "All numbers", tables_as_html);
   s += nav + "</nav>\n" + body;
   s += "<h2>The jobs</h2><ul>";
-  for (const Job& j : jobs) s += sentence("<li><b>", j.name, "</b>: <code>mpiexec -n ", j.ranks, " build/train_gpt ", common, " ", j.options, "</code>");
+  for (const Job& j : jobs)
+    s += sentence("<li><b>", j.name, "</b>: <code>mpiexec -n ", j.ranks, " build/train_gpt ",
+                  common, " ", j.options, "</code>");
   return s + "</ul></html>\n";
 }
 
@@ -410,7 +540,9 @@ int run(const std::string& dir, const std::string& path) {
   std::map<std::string, double> token_ms;
   std::ifstream tokens(dir + "/tokens.txt"), about(dir + "/about.txt");
   for (std::string name; tokens >> name;) tokens >> token_ms[name];
-  if (token_ms.count("tp")) printf("\nOne token of gpt2: %.2f ms on one rank, %.2f with --tp 2, %.2f times as fast\n", token_ms["one"], token_ms["tp"], token_ms["one"] / token_ms["tp"]);
+  if (token_ms.count("tp"))
+    printf("\nOne token of gpt2: %.2f ms on one rank, %.2f with --tp 2, %.2f times as fast\n",
+           token_ms["one"], token_ms["tp"], token_ms["one"] / token_ms["tp"]);
   std::string common, device;
   std::getline(about, common), std::getline(about, device);
   std::ofstream out(path);
@@ -420,7 +552,9 @@ int run(const std::string& dir, const std::string& path) {
   double worst = 0;
   int differ = 0;
   for (const Job& j : jobs) worst = std::max(worst, difference(j, jobs[0])), differ += differing(j);
-  printf("\nlargest difference of a loss from serial %.1e (at most 1e-4), %d numbers differ from their formula; report: %s\n", worst, differ, path.c_str());
+  printf(
+      "\nlargest difference of a loss from serial %.1e (at most 1e-4), %d numbers differ from their formula; report: %s\n",
+      worst, differ, path.c_str());
   return worst <= 1e-4 && differ == 0 ? 0 : 1;
 }
 

@@ -1,4 +1,5 @@
-// cpu_kernels.cu: kernels that exercise the stand-in for CUDA, and launches in every form that cpu/cuda/launch.sed must understand.
+// cpu_kernels.cu: kernels that exercise the stand-in for CUDA, and launches in every form that
+// cpu/cuda/launch.sed must understand.
 #include "tests/cpu_kernels.h"
 
 #include <cuda_bf16.h>
@@ -23,7 +24,8 @@ template <class T, int N> struct Times {
   __device__ static T apply(T x) { return x * N; }
 };
 template <class Op, class T> __global__ void apply_kernel(T* y, const T* x, int width) {
-  for (int i = threadIdx.x; i < width; i += blockDim.x) y[blockIdx.x * width + i] = Op::apply(x[blockIdx.x * width + i]);
+  for (int i = threadIdx.x; i < width; i += blockDim.x)
+    y[blockIdx.x * width + i] = Op::apply(x[blockIdx.x * width + i]);
 }
 
 __global__ void places_kernel(Place* places) {
@@ -31,7 +33,8 @@ __global__ void places_kernel(Place* places) {
   const int thread = int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
   const int block = int(blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z));
   for (int i = thread; i < kTileOfBlock; i += threads)
-    places[block * kTileOfBlock + i] = {blockIdx.x, blockIdx.y, blockIdx.z, gridDim.x, gridDim.y, gridDim.z, unsigned(threads)};
+    places[block * kTileOfBlock + i] = {blockIdx.x, blockIdx.y, blockIdx.z,       gridDim.x,
+                                        gridDim.y,  gridDim.z,  unsigned(threads)};
 }
 
 __global__ void nothing_kernel() {}
@@ -42,18 +45,21 @@ __global__ void add_kernel(float* x, int n, float value) {
 
 // ---- shared memory
 
-__global__ void rotate_kernel(float* __restrict__ y, const float* __restrict__ x, int width, bool barrier) {
+__global__ void rotate_kernel(float* __restrict__ y, const float* __restrict__ x, int width,
+                              bool barrier) {
   extern __shared__ __align__(16) float row[];
   for (int i = threadIdx.x; i < width; i += blockDim.x) row[i] = x[blockIdx.x * width + i];
   if (barrier) __syncthreads();
-  for (int i = threadIdx.x; i < width; i += blockDim.x) y[blockIdx.x * width + i] = row[(i + 1) % width];
+  for (int i = threadIdx.x; i < width; i += blockDim.x)
+    y[blockIdx.x * width + i] = row[(i + 1) % width];
 }
 
 __global__ void reverse_kernel(float* __restrict__ y, const float* __restrict__ x, int width) {
   __shared__ alignas(16) float row[256];
   for (int i = threadIdx.x; i < width; i += blockDim.x) row[i] = x[blockIdx.x * width + i];
   __syncthreads();
-  for (int i = threadIdx.x; i < width; i += blockDim.x) y[blockIdx.x * width + i] = row[width - 1 - i];
+  for (int i = threadIdx.x; i < width; i += blockDim.x)
+    y[blockIdx.x * width + i] = row[width - 1 - i];
 }
 
 // ---- warps
@@ -85,7 +91,8 @@ template <class T> __device__ void shuffle_all(T* y, T value) {
   y[4 * n + i] = __shfl_up_sync(~0u, value, 2);
   y[5 * n + i] = __shfl_up_sync(~0u, value, 3, 16);
   y[6 * n + i] = __shfl_sync(~0u, value, (i * 7 + 3) % 32);
-  y[7 * n + i] = T(__ballot_sync(~0u, value > T(0)) % 65536 + unsigned(__any_sync(~0u, i == 40)) + 2u * unsigned(__all_sync(~0u, i >= 32)));
+  y[7 * n + i] = T(__ballot_sync(~0u, value > T(0)) % 65536 + unsigned(__any_sync(~0u, i == 40)) +
+                   2u * unsigned(__all_sync(~0u, i >= 32)));
 }
 __global__ void shuffles_kernel(float* y, double* z, const float* x, const double* t) {
   shuffle_all(y, x[threadIdx.x]);
@@ -94,7 +101,9 @@ __global__ void shuffles_kernel(float* y, double* z, const float* x, const doubl
 }
 
 namespace wmma = nvcuda::wmma;
-template <class LayoutA, class LayoutB> __global__ void tensor_core_kernel(float* c, const __nv_bfloat16* a, const __nv_bfloat16* b, float scale) {
+template <class LayoutA, class LayoutB>
+__global__ void tensor_core_kernel(float* c, const __nv_bfloat16* a, const __nv_bfloat16* b,
+                                   float scale) {
   wmma::fragment<wmma::matrix_a, 16, 16, 16, __nv_bfloat16, LayoutA> fa;
   wmma::fragment<wmma::matrix_b, 16, 16, 16, __nv_bfloat16, LayoutB> fb;
   wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum;
@@ -110,7 +119,8 @@ template <class LayoutA, class LayoutB> __global__ void tensor_core_kernel(float
 
 // ---- functions
 
-__global__ void functions_kernel(float* __restrict__ y, double* __restrict__ z, const float* __restrict__ x, const double* __restrict__ t, int n) {
+__global__ void functions_kernel(float* __restrict__ y, double* __restrict__ z,
+                                 const float* __restrict__ x, const double* __restrict__ t, int n) {
   for (int i = threadIdx.x; i < n; i += blockDim.x) {
     y[i] = expf(x[i]);
     y[n + i] = tanhf(x[i]);
@@ -124,7 +134,10 @@ __global__ void functions_kernel(float* __restrict__ y, double* __restrict__ z, 
 // ---- mistakes
 
 #ifdef CPU_FAITHFUL
-#define MISTAKE_IN_NEXT_LINE() do { if (i == 0) fprintf(stderr, "mistake in line %d\n", __LINE__ + 1); } while (0)
+#define MISTAKE_IN_NEXT_LINE()                                         \
+  do {                                                                 \
+    if (i == 0) fprintf(stderr, "mistake in line %d\n", __LINE__ + 1); \
+  } while (0)
 
 __global__ void mistake_kernel(Mistake mistake) {
   extern __shared__ float row[];
@@ -154,29 +167,41 @@ __global__ void mistake_kernel(Mistake mistake) {
 // ---- host
 
 #define FOR_EACH_OF(...) __VA_ARGS__
-#define AS(T_, ...) { using T = T_; __VA_ARGS__; }
+#define AS(T_, ...) \
+  {                 \
+    using T = T_;   \
+    __VA_ARGS__;    \
+  }
 
 void scale_rows(double* y, const double* x, int rows, int width) {
-  // see Times<int, 2> for what is applied: a comment with a template in it, and then a launch on several lines
+  // see Times<int, 2> for what is applied: a comment with a template in it, and then a launch on
+  // several lines
   apply_kernel<Times<std::pair<double, std::pair<int, int>>::first_type, 2>, double>
-      <<<dim3((rows >> 1) + (rows >= 1 ? rows - (rows >> 1) : 0)),
-         block_threads(64),
-         0,
-         nullptr>>>
-      (y, x,
-       width);
-  FOR_EACH_OF(AS(double, apply_kernel<Times<T, 4>, T><<<rows, block_threads(32)>>>(y, y, width)) AS(double, apply_kernel<Times<T, 2>, T><<<rows, block_threads(32)>>>(y, y, width)));
+      <<<dim3((rows >> 1) + (rows >= 1 ? rows - (rows >> 1) : 0)), block_threads(64), 0, nullptr>>>(
+          y, x, width);
+  FOR_EACH_OF(
+      AS(double, apply_kernel<Times<T, 4>, T><<<rows, block_threads(32)>>>(y, y, width))
+          AS(double, apply_kernel<Times<T, 2>, T><<<rows, block_threads(32)>>>(y, y, width)));
 }
-static_assert(__LINE__ == 170, "launches on several lines must not move the lines after them (after an edit above: this line's new number)");
+// Launches on several lines must not move the lines after them. After an edit above: the new number.
+static_assert(__LINE__ == 187);
 
 void write_places(Place* places, dim3 grid, dim3 block) { places_kernel<<<grid, block>>>(places); }
 void rotate_rows(float* y, const float* x, int rows, int width, int threads, bool barrier) {
   rotate_kernel<<<rows, block_threads(threads), width * sizeof(float)>>>(y, x, width, barrier);
 }
-void reverse_rows(float* y, const float* x, int rows, int width) { reverse_kernel<<<rows, block_threads(128)>>>(y, x, width); }
-void sum_of_warp(double* sums, const double* x, int warps) { warp_sum_kernel<<<warps, block_threads(32)>>>(sums, x); }
-void functions(float* y, double* z, const float* x, const double* t, int n) { functions_kernel<<<1, block_threads(64)>>>(y, z, x, t, n); }
-void add_and_wait(float* x, int n, float value, cudaStream_t stream) { add_kernel<<<1, block_threads(64), 0, stream>>>(x, n, value); }
+void reverse_rows(float* y, const float* x, int rows, int width) {
+  reverse_kernel<<<rows, block_threads(128)>>>(y, x, width);
+}
+void sum_of_warp(double* sums, const double* x, int warps) {
+  warp_sum_kernel<<<warps, block_threads(32)>>>(sums, x);
+}
+void functions(float* y, double* z, const float* x, const double* t, int n) {
+  functions_kernel<<<1, block_threads(64)>>>(y, z, x, t, n);
+}
+void add_and_wait(float* x, int n, float value, cudaStream_t stream) {
+  add_kernel<<<1, block_threads(64), 0, stream>>>(x, n, value);
+}
 cudaError_t launch_with(dim3 grid, dim3 block, size_t shared_bytes) {
   nothing_kernel<<<grid, block, shared_bytes>>>();
   const cudaError_t peeked = cudaPeekAtLastError(), error = cudaGetLastError();
@@ -184,14 +209,23 @@ cudaError_t launch_with(dim3 grid, dim3 block, size_t shared_bytes) {
 }
 
 #ifndef CPU_FAST
-void read_fresh_shared_memory(float* y, int blocks) { fresh_kernel<float><<<blocks, block_threads(64), 64 * sizeof(float)>>>(y); }
-void shuffles(float* y, double* z, const float* x, const double* t) { shuffles_kernel<<<1, 64>>>(y, z, x, t); }
-void tensor_core_product(float* c, const void* a, const void* b, bool a_by_rows, bool b_by_rows, float scale) {
+void read_fresh_shared_memory(float* y, int blocks) {
+  fresh_kernel<float><<<blocks, block_threads(64), 64 * sizeof(float)>>>(y);
+}
+void shuffles(float* y, double* z, const float* x, const double* t) {
+  shuffles_kernel<<<1, 64>>>(y, z, x, t);
+}
+void tensor_core_product(float* c, const void* a, const void* b, bool a_by_rows, bool b_by_rows,
+                         float scale) {
   const auto *pa = static_cast<const __nv_bfloat16*>(a), *pb = static_cast<const __nv_bfloat16*>(b);
-  if (a_by_rows && b_by_rows) tensor_core_kernel<wmma::row_major, wmma::row_major><<<1, 32>>>(c, pa, pb, scale);
-  if (a_by_rows && !b_by_rows) tensor_core_kernel<wmma::row_major, wmma::col_major><<<1, 32>>>(c, pa, pb, scale);
-  if (!a_by_rows && b_by_rows) tensor_core_kernel<wmma::col_major, wmma::row_major><<<1, 32>>>(c, pa, pb, scale);
-  if (!a_by_rows && !b_by_rows) tensor_core_kernel<wmma::col_major, wmma::col_major><<<1, 32>>>(c, pa, pb, scale);
+  if (a_by_rows && b_by_rows)
+    tensor_core_kernel<wmma::row_major, wmma::row_major><<<1, 32>>>(c, pa, pb, scale);
+  if (a_by_rows && !b_by_rows)
+    tensor_core_kernel<wmma::row_major, wmma::col_major><<<1, 32>>>(c, pa, pb, scale);
+  if (!a_by_rows && b_by_rows)
+    tensor_core_kernel<wmma::col_major, wmma::row_major><<<1, 32>>>(c, pa, pb, scale);
+  if (!a_by_rows && !b_by_rows)
+    tensor_core_kernel<wmma::col_major, wmma::col_major><<<1, 32>>>(c, pa, pb, scale);
 }
 #endif
 

@@ -59,7 +59,7 @@ parity=data_parallel_and_fsdp parity_tp=tensor_parallelism_equals
 formulas=bytes_sent
 parity_pp=every_schedule_equals
 
-mutant waits compute_does_not_wait_for_the_gather fsdp.cpp '/parameters must have arrived/d' 2 queued test_fsdp $parity
+mutant waits compute_does_not_wait_for_the_gather fsdp.cpp '/ u.ready.make_wait/d' 2 queued test_fsdp $parity
 mutant waits reduce_does_not_wait_for_the_gradients fsdp.cpp '/the gradients must have been computed/d' 2 queued test_fsdp $parity
 mutant waits a_shard_does_not_wait_for_its_sum fsdp.cpp '/u.reduced.make_wait/d' 2 queued test_fsdp $parity
 # The wait at the end of finish_backward is no mutant: sum_loss, which follows, waits for the same queue.
@@ -68,8 +68,8 @@ mutant waits a_layer_does_not_wait_for_the_sum tensor_parallel.cpp '/what was se
 mutant waits a_stage_sends_before_it_has_computed pipeline.cpp 's/^    if \(t.send\) outbox_.at.*/    if (t.send) {}/' 2 queued test_pipeline $parity_pp
 mutant waits a_stage_computes_before_its_input_has_arrived pipeline.cpp '/it must have arrived/d' 2 queued test_pipeline $parity_pp
 
-mutant faults the_reduce_scatter_is_dropped fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/d' 2 immediate test_fsdp $parity
-mutant faults the_all_reduce_over_replicate_is_dropped fsdp.cpp 's/NCCL_CHECK\(ncclAllReduce\(u.own_grad.raw.*/NCCL_CHECK(ncclSuccess);/' 2 immediate test_fsdp $parity
+mutant faults the_reduce_scatter_is_dropped fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/,/;$/d' 2 immediate test_fsdp $parity
+mutant faults the_all_reduce_over_replicate_is_dropped fsdp.cpp '/NCCL_CHECK\(ncclAllReduce\(u.own_grad.raw/,/;$/d' 2 immediate test_fsdp $parity
 mutant faults the_shards_are_swapped fsdp.cpp 's/Tensor mine = u.full_grad.part\(mesh_.fsdp.rank/Tensor mine = u.full_grad.part((mesh_.fsdp.size - 1 - mesh_.fsdp.rank)/' 2 immediate test_fsdp $parity
 mutant faults the_loss_is_scaled_twice trainer.cpp 's/1.0 \/ double\(options_.batch/2.0 \/ double(options_.batch/' 2 immediate test_fsdp $parity
 mutant faults a_rank_repeats_the_sequences_of_another trainer.cpp 's/data_ranks\(\) \+ data_rank\(\)\) \* b/data_ranks()) * b/' 2 immediate test_fsdp $parity
@@ -80,7 +80,7 @@ mutant faults only_the_last_micro_batch_counts fsdp.cpp 's/  add\(u.own_grad, u.
 mutant faults a_unit_is_gathered_once_too_often fsdp.cpp 's/if \(returns && \(!tape.recording\(\) \|\| backward != Backward::keeps\)\)/if (returns)/' 2 immediate test_fsdp $formulas
 mutant faults nothing_is_given_back fsdp.cpp 's/  u.full = Tensor\(\);.*//' 2 immediate test_fsdp $formulas
 
-mutant faults the_all_reduce_of_partial_products_is_dropped tensor_parallel.cpp 's/NCCL_CHECK\(ncclAllReduce\(partial.raw.*/;/' 2 immediate test_tensor_parallel $parity_tp
+mutant faults the_all_reduce_of_partial_products_is_dropped tensor_parallel.cpp '/NCCL_CHECK\(ncclAllReduce\(partial.raw/,/;$/d' 2 immediate test_tensor_parallel $parity_tp
 mutant faults every_rank_adds_the_bias_before_the_sum tensor_parallel.cpp '/ add_bias\(y.value, bias.value\);/d; s/^  Var y\{start_sum\(partial\)\};/  add_bias(partial.part(0, {R, N}), bias.value); Var y{start_sum(partial)};/' 2 immediate test_tensor_parallel $parity_tp
 mutant faults every_rank_counts_the_squares_of_what_all_own tensor_parallel.cpp 's/p.counted = axis_.rank == 0/p.counted = true/' 2 immediate test_tensor_parallel $parity_tp
 mutant faults gradients_stay_in_parts tensor_parallel.cpp 's/^  if \(!by_rows_\) return;$/  (void)params; return;/' 2 immediate test_tensor_parallel $parity_tp

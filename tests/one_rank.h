@@ -25,7 +25,8 @@ class WholeGpt : public Gpt {
     for (int64_t l = 0; l < config.layers; l++) x = block(tape, l, x, tokens.B, tokens.T);
     cross_entropy(tape, logits(tape, x, tokens.B * tokens.T), tokens.targets, scale, total);
   }
-  void finish_gradients() { add(wte.grad, wte.grad, wte.tied_grad); }  // once a step: the head's gradient of wte joins the embedding's
+  // once a step: the head's gradient of wte joins the embedding's
+  void finish_gradients() { add(wte.grad, wte.grad, wte.tied_grad); }
 
   Optimizer optimizer(double clip, double weight_decay) {  // each parameter one shard
     std::vector<Shard> shards;
@@ -35,7 +36,12 @@ class WholeGpt : public Gpt {
         fill(t, 0);
         return t;
       };
-      Shard s{.weights = p->value, .compute = {}, .gradient = p->grad, .m = zeros(), .v = zeros(), .param = p};
+      Shard s{.weights = p->value,
+              .compute = {},
+              .gradient = p->grad,
+              .m = zeros(),
+              .v = zeros(),
+              .param = p};
       if (p->value.dtype() != p->grad.dtype()) {
         s.weights = zeros(), s.compute = p->value;
         cast(s.weights, p->value);

@@ -1,20 +1,23 @@
-// parity.h: one training run by a plain single rank, the same by a layout of many ranks, and how far they are apart; what a layout sends and holds
-// beside the theory.
+// parity.h: one training run by a plain single rank, the same by a layout of many ranks, and how
+// far they are apart; what a layout sends and holds beside the theory.
 //
-// relative here: the largest absolute difference over the largest magnitude of the same kind in the whole reference model
+// relative here: the largest absolute difference over the largest magnitude of the same kind in the
+// whole reference model
 #pragma once
 #include "tests/mpi_test.h"
 #include "tests/one_rank.h"
 #include "theory/theory.h"
 
-// Queued streams take their time: delays come at random, and two steps have every wait between a step and the one before it.
+// Queued streams take their time: delays come at random, and two steps have every wait between a
+// step and the one before it.
 inline const bool kDelayed = getenv("THREEFOLD_STREAMS");
 inline const int kSteps = kDelayed ? 2 : 5;
 constexpr double kLearningRate = 1e-3;
 
 inline std::vector<int> sequence(int64_t step, int64_t s, const GptConfig& g) {
   std::vector<int> tokens;
-  for (int64_t t = 0; t <= g.context; t++) tokens.push_back(int((step * 7919 + s * 104729 + t * t * 31 + t * 17) % g.vocab));
+  for (int64_t t = 0; t <= g.context; t++)
+    tokens.push_back(int((step * 7919 + s * 104729 + t * t * 31 + t * 17) % g.vocab));
   return tokens;
 }
 
@@ -40,7 +43,8 @@ inline Run one_rank(const GptConfig& config, int64_t batch, int steps) {
     gpt.zero_gradients();
     fill(total, 0);
     Tape tape;
-    gpt.loss(tape, Tokens(batch, config.context, inputs, targets), 1.0 / double(batch * config.context), total);
+    gpt.loss(tape, Tokens(batch, config.context, inputs, targets),
+             1.0 / double(batch * config.context), total);
     tape.backward();
     gpt.finish_gradients();
     run.losses.push_back(download(total)[0]);
@@ -58,7 +62,8 @@ inline std::vector<double> sum_over(Mesh& mesh, const Axis& axis, const std::vec
   const Tensor t({int64_t(mine.size())}, Dtype::f64, Memory::workspace);
   upload(t, mine.data());
   synchronize();
-  NCCL_CHECK(ncclAllReduce(t.raw(), t.raw(), mine.size(), ncclFloat64, ncclSum, axis.comm, mesh.stream));
+  NCCL_CHECK(
+      ncclAllReduce(t.raw(), t.raw(), mine.size(), ncclFloat64, ncclSum, axis.comm, mesh.stream));
   CUDA_CHECK(cudaStreamSynchronize(mesh.stream));
   return download(t);
 }
@@ -69,14 +74,19 @@ inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer
   std::vector<int64_t> starts;  // of each parameter, by its id, all in a row
   int64_t all = 0;
   for (Param* p : trainer.gpt.params()) starts.push_back(all), all += elements(p->shape);
-  std::vector<double> mine(size_t(all), 0.0), copies(size_t(all), 0.0), first, last;  // this rank's part; what tp ranks must have the same; by stage
+  // this rank's part; what tp ranks must have the same; by stage
+  std::vector<double> mine(size_t(all), 0.0), copies(size_t(all), 0.0), first, last;
   for (const Shard& shard : trainer.optimizer().shards()) {
     const Slice& s = shard.param->slice;
     const int64_t n = s.end - s.begin;
-    const std::vector<double> values = download(what == WholeOf::gradients ? shard.gradient : shard.compute.empty() ? shard.weights : shard.compute);
+    const std::vector<double> values = download(what == WholeOf::gradients ? shard.gradient
+                                                : shard.compute.empty()    ? shard.weights
+                                                                           : shard.compute);
     for (size_t k = 0; k < values.size(); k++) {
-      const int64_t i = shard.first + int64_t(k), inner = i % s.inner, middle = i / s.inner % n, outer = i / s.inner / n;
-      const size_t to = size_t(starts[shard.param->id] + (outer * s.split + s.begin + middle) * s.inner + inner);
+      const int64_t i = shard.first + int64_t(k), inner = i % s.inner, middle = i / s.inner % n,
+                    outer = i / s.inner / n;
+      const size_t to =
+          size_t(starts[shard.param->id] + (outer * s.split + s.begin + middle) * s.inner + inner);
       mine[to] = n < s.split || mesh.tp.rank == 0 ? values[k] : 0;
       copies[to] = values[k];
     }
@@ -84,27 +94,34 @@ inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer
   mine = sum_over(mesh, mesh.fsdp, mine), copies = sum_over(mesh, mesh.fsdp, copies);
   mine = sum_over(mesh, mesh.tp, mine);
   for (size_t i = 0; i < mine.size(); i++)
-    if (copies[i] != 0) CHECK_EQ(copies[i], mine[i], "element ", i, " of the model differs between tp ranks");
-  const size_t tied = mesh.pp.size > 1 ? size_t(elements(trainer.gpt.wte.shape)) : 0;  // the first parameter: on the first and the last stage
+    if (copies[i] != 0)
+      CHECK_EQ(copies[i], mine[i], "element ", i, " of the model differs between tp ranks");
+  // the first parameter: on the first and the last stage
+  const size_t tied = mesh.pp.size > 1 ? size_t(elements(trainer.gpt.wte.shape)) : 0;
   first = last = mine;
   if (mesh.pp.rank != 0) std::fill(first.begin(), first.begin() + long(tied), 0.0);
   last.resize(tied);
   if (mesh.pp.rank == 0) std::fill(last.begin(), last.end(), 0.0);
   first = sum_over(mesh, mesh.pp, first);
   if (tied) last = sum_over(mesh, mesh.pp, last);
-  CHECK(std::equal(last.begin(), last.end(), first.begin()), "the token embedding is not the same on the first and the last stage");
+  CHECK(std::equal(last.begin(), last.end(), first.begin()),
+        "the token embedding is not the same on the first and the last stage");
   std::vector<std::vector<double>> params;
-  for (Param* p : trainer.gpt.params()) params.emplace_back(first.begin() + starts[p->id], first.begin() + starts[p->id] + elements(p->shape));
+  for (Param* p : trainer.gpt.params())
+    params.emplace_back(first.begin() + starts[p->id],
+                        first.begin() + starts[p->id] + elements(p->shape));
   return params;
 }
 
-inline Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, int steps) {
+inline Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions& options,
+                      int steps) {
   Trainer trainer(mesh, config, options);
   Run run;
   for (int step = 1; step <= steps; step++) {
     trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
     run.losses.push_back(trainer.loss());
-    for (auto& gradient : whole_model(mesh, trainer, WholeOf::gradients)) run.gradients.push_back(std::move(gradient));
+    for (auto& gradient : whole_model(mesh, trainer, WholeOf::gradients))
+      run.gradients.push_back(std::move(gradient));
     trainer.update(kLearningRate);
     run.norms.push_back(trainer.norm());
   }
@@ -132,12 +149,14 @@ inline double largest(const std::vector<std::vector<double>>& a) {
   return m;
 }
 
-inline double relative(const std::vector<std::vector<double>>& a, const std::vector<std::vector<double>>& b) {
+inline double relative(const std::vector<std::vector<double>>& a,
+                       const std::vector<std::vector<double>>& b) {
   CHECK_EQ(a.size(), b.size());
   double d = 0;
   for (size_t i = 0; i < a.size(); i++) {
     CHECK_EQ(a[i].size(), b[i].size());
-    for (size_t j = 0; j < a[i].size(); j++) d = a[i][j] == a[i][j] ? std::max(d, std::abs(a[i][j] - b[i][j])) : INFINITY;
+    for (size_t j = 0; j < a[i].size(); j++)
+      d = a[i][j] == a[i][j] ? std::max(d, std::abs(a[i][j] - b[i][j])) : INFINITY;
   }
   return d / largest(b);
 }
@@ -152,22 +171,26 @@ struct Difference {
 };
 
 inline Difference compare(const Run& a, const Run& b) {
-  return {relative({a.losses}, {b.losses}), relative(a.gradients, b.gradients), relative({a.norms}, {b.norms}), relative(a.weights, b.weights)};
+  return {relative({a.losses}, {b.losses}), relative(a.gradients, b.gradients),
+          relative({a.norms}, {b.norms}), relative(a.weights, b.weights)};
 }
 
 // Settings against one rank in f64, kSteps steps each.
 class Parity {
  public:
   Parity(const GptConfig& config, int64_t batch) : reference_(one_rank(config, batch, kSteps)) {}
-  void check(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, const std::string& name) {
+  void check(Mesh& mesh, const GptConfig& config, const TrainerOptions& options,
+             const std::string& name) {
     const Difference d = compare(many_ranks(mesh, config, options, kSteps), reference_);
-    CHECK_LE(d.worst(), 1e-12, name, ": loss ", d.loss, " gradients ", d.gradients, " norm ", d.norm, " weights ", d.weights);
+    CHECK_LE(d.worst(), 1e-12, name, ": loss ", d.loss, " gradients ", d.gradients, " norm ",
+             d.norm, " weights ", d.weights);
     worst_.widen(d);
     settings_++;
   }
   int settings() const { return settings_; }
   void report() const {
-    measured(settings_, " settings: loss ", worst_.loss, ", gradients ", worst_.gradients, ", norm ", worst_.norm, ", weights ", worst_.weights);
+    measured(settings_, " settings: loss ", worst_.loss, ", gradients ", worst_.gradients,
+             ", norm ", worst_.norm, ", weights ", worst_.weights);
   }
 
  private:
@@ -176,10 +199,11 @@ class Parity {
   int settings_ = 0;
 };
 
-// Two steps: what this rank sent and what it holds between steps equal the theory exactly, as do the activations kept for backwards. Then
-// check(trainer). Returns the bytes sent, each once.
-template <class Check>
-int64_t equals_theory(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, const std::string& name, Check check) {
+// Two steps: what this rank sent and what it holds between steps equal the theory exactly, as do
+// the activations kept for backwards. Then check(trainer). Returns the bytes sent, each once.
+template <class Check> int64_t equals_theory(Mesh& mesh, const GptConfig& config,
+                                             const TrainerOptions& options, const std::string& name,
+                                             Check check) {
   const Theory expected = theory(config, mesh.layout, mesh.pp.rank, mesh.tp.rank, options);
   const MemoryUse before = device().memory;
   device().memory.peak = before.now;
@@ -193,16 +217,20 @@ int64_t equals_theory(Mesh& mesh, const GptConfig& config, const TrainerOptions&
   CHECK_EQ(ledger.rows.size(), expected.step.size(), name);
   for (const auto& [key, row] : expected.step) {
     const Ledger::Row& got = ledger.rows[key];
-    const std::string what = sentence(name, ": ", std::get<0>(key), " ", name_of(std::get<1>(key)), " for ", name_of(std::get<2>(key)));
+    const std::string what = sentence(name, ": ", std::get<0>(key), " ", name_of(std::get<1>(key)),
+                                      " for ", name_of(std::get<2>(key)));
     CHECK_EQ(got.calls, 2 * row.calls, what);
     CHECK_EQ(got.numerator, 2 * row.numerator, what);
     CHECK_EQ(got.n, row.n, what);
     bytes += got.numerator / row.n;
   }
   for (Memory category : {Memory::parameters, Memory::gradients, Memory::optimizer})
-    CHECK_EQ(device().memory.now[int(category)] - before.now[int(category)], expected.persistent[int(category)], name, ": ", name_of(category));
-  CHECK_LE(device().memory.peak[int(Memory::gather)], expected.gather_bound, name, ": borrowed units");
-  CHECK_EQ(trainer.kept_activations(), expected.activations, name, ": activations kept for backwards");
+    CHECK_EQ(device().memory.now[int(category)] - before.now[int(category)],
+             expected.persistent[int(category)], name, ": ", name_of(category));
+  CHECK_LE(device().memory.peak[int(Memory::gather)], expected.gather_bound, name,
+           ": borrowed units");
+  CHECK_EQ(trainer.kept_activations(), expected.activations, name,
+           ": activations kept for backwards");
   check(trainer);
   return bytes;
 }
@@ -220,7 +248,8 @@ inline HeldOut held_out(const GptConfig& config, std::vector<int> prompt) {
   for (int64_t s = 0; s < 7; s++) {
     const auto t = sequence(0, s, config);
     Tape tape(false);
-    gpt.loss(tape, Tokens(1, config.context, {t.begin(), t.end() - 1}, {t.begin() + 1, t.end()}), 1.0 / double(7 * config.context), total);
+    gpt.loss(tape, Tokens(1, config.context, {t.begin(), t.end() - 1}, {t.begin() + 1, t.end()}),
+             1.0 / double(7 * config.context), total);
   }
   Tape tape(false);
   const int64_t n = int64_t(prompt.size());
@@ -230,9 +259,10 @@ inline HeldOut held_out(const GptConfig& config, std::vector<int> prompt) {
   return {prompt, download(total)[0], {all.end() - config.vocab, all.end()}};
 }
 // How far a layout's are from these, at most.
-inline double difference(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, const HeldOut& expected) {
+inline double difference(Mesh& mesh, const GptConfig& config, const TrainerOptions& options,
+                         const HeldOut& expected) {
   Trainer trainer(mesh, config, options);
   const double loss = trainer.evaluate(7, [&](int64_t s) { return sequence(0, s, config); });
-  return std::max(std::abs(loss - expected.loss) / expected.loss, relative({trainer.next_logits(expected.prompt)}, {expected.logits}));
+  return std::max(std::abs(loss - expected.loss) / expected.loss,
+                  relative({trainer.next_logits(expected.prompt)}, {expected.logits}));
 }
-

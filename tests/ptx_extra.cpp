@@ -1,10 +1,19 @@
-// ptx_extra.cpp: the calls of the CUDA runtime that we use and a PTX runner may lack. Weak: a runtime that has them wins. Streams run at once there.
+// ptx_extra.cpp: the calls of the CUDA runtime that we use and a PTX runner may lack. Weak: a
+// runtime that has them wins. Streams run at once there.
 #include <cuda_runtime.h>
 
 #define WEAK __attribute__((weak))
 extern "C" {
-WEAK cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) { *pool = nullptr; return cudaSuccess; }
-WEAK cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return cudaSuccess; }
-WEAK cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t function, void* argument) { function(argument); return cudaSuccess; }
+WEAK cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) {
+  *pool = nullptr;
+  return cudaSuccess;
+}
+WEAK cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) {
+  return cudaSuccess;
+}
+WEAK cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t function, void* argument) {
+  function(argument);
+  return cudaSuccess;
+}
 WEAK cudaError_t cudaHostRegister(void*, size_t, unsigned) { return cudaSuccess; }
 }

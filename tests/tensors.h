@@ -1,4 +1,5 @@
-// tensors.h: what tests of kernels share: rounding, random tensors, the distance between two results, every order of threads.
+// tensors.h: what tests of kernels share: rounding, random tensors, the distance between two
+// results, every order of threads.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -25,7 +26,8 @@ inline double rounded(double x, Dtype dtype) {
   return b;
 }
 
-inline Tensor tensor_of(const std::vector<double>& values, Shape shape, Dtype dtype) {  // rounded to dtype
+// rounded to dtype
+inline Tensor tensor_of(const std::vector<double>& values, Shape shape, Dtype dtype) {
   Tensor wide(shape, Dtype::f64, Memory::data), t(shape, dtype, Memory::data);
   upload(wide, values.data());
   cast(t, wide);
@@ -41,7 +43,8 @@ inline Tensor random_tensor(Shape shape, Dtype dtype, unsigned seed, double devi
 }
 
 // The largest difference over the largest magnitude of `expected`; infinite where something is NaN.
-inline double relative_difference(const std::vector<double>& got, const std::vector<double>& expected) {
+inline double relative_difference(const std::vector<double>& got,
+                                  const std::vector<double>& expected) {
   CHECK_EQ(got.size(), expected.size());
   double difference = 0, magnitude = 0;
   for (size_t i = 0; i < got.size(); i++) {
@@ -52,19 +55,24 @@ inline double relative_difference(const std::vector<double>& got, const std::vec
   return difference == 0 ? 0 : difference / magnitude;
 }
 
-// FAITHFUL: the body runs with threads in forward, reverse and two random orders, and returns the same bits in each. FAST: with one and with
-// two OpenMP threads. On a GPU: twice. `body` returns downloaded results.
+// FAITHFUL: the body runs with threads in forward, reverse and two random orders, and returns the
+// same bits in each. FAST: with one and with two OpenMP threads. On a GPU: twice. `body` returns
+// downloaded results.
 template <class Body> std::vector<double> in_every_order(Body body) {
   std::vector<std::vector<double>> results;
 #if defined(CPU_FAITHFUL)
-  for (auto [order, seed] : {std::pair(cpu::Order::forward, 1), {cpu::Order::reverse, 1}, {cpu::Order::random, 1}, {cpu::Order::random, 2}}) {
+  for (auto [order, seed] : {std::pair(cpu::Order::forward, 1),
+                             {cpu::Order::reverse, 1},
+                             {cpu::Order::random, 1},
+                             {cpu::Order::random, 2}}) {
     cpu::run_in_order(order, seed);
     results.push_back(body());
   }
   cpu::run_in_order(cpu::Order::forward);
 #elif defined(CPU_FAST)
   const int threads = omp_get_max_threads();
-  for (int n : {1, 2, 2, 2, 2}) {  // a launch gets a team of threads only when it has run a few times
+  // a launch gets a team of threads only when it has run a few times
+  for (int n : {1, 2, 2, 2, 2}) {
     omp_set_num_threads(n);
     results.push_back(body());
   }
@@ -74,6 +82,7 @@ template <class Body> std::vector<double> in_every_order(Body body) {
 #endif
   for (const auto& r : results)
     for (size_t i = 0; i < r.size(); i++)
-      CHECK(!memcmp(&r[i], &results[0][i], sizeof(double)), "element ", i, " is ", r[i], " in one order of threads and ", results[0][i], " in another");
+      CHECK(!memcmp(&r[i], &results[0][i], sizeof(double)), "element ", i, " is ", r[i],
+            " in one order of threads and ", results[0][i], " in another");
   return results[0];
 }

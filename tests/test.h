@@ -1,7 +1,8 @@
-// test.h: the few lines that every test program shares. A test is named for the sentence it proves and prints what it measured.
+// test.h: the few lines that every test program shares. A test is named for the sentence it proves
+// and prints what it measured.
 //
-//   TEST(gelu_equals_reference) { ...; CHECK_LE(difference, 1e-6); measured("max|d| = ", difference); }
-//   int main() { return run_tests(); }
+//   TEST(gelu_equals_reference) { ...; CHECK_LE(difference, 1e-6); measured("max|d| = ",
+//   difference); } int main() { return run_tests(); }
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -15,42 +16,76 @@
 
 namespace test {
 
-struct Case { const char* name; void (*body)(); };
-inline std::vector<Case>& cases() { static std::vector<Case> all; return all; }
+struct Case {
+  const char* name;
+  void (*body)();
+};
+inline std::vector<Case>& cases() {
+  static std::vector<Case> all;
+  return all;
+}
 inline std::string note;
-struct Skip { std::string why; };
+struct Skip {
+  std::string why;
+};
 // Under mpiexec: what all ranks agree the error is, and who prints (tests/mpi_test.h).
-inline std::function<std::string(const std::string& error)> agree = [](const std::string& error) { return error; };
+inline std::function<std::string(const std::string& error)> agree = [](const std::string& error) {
+  return error;
+};
 inline bool prints = true;
-struct Register { Register(const char* name, void (*body)()) { cases().push_back({name, body}); } };
+struct Register {
+  Register(const char* name, void (*body)()) { cases().push_back({name, body}); }
+};
 
 }  // namespace test
 
-#define TEST(name)                                             \
-  static void name();                                          \
-  static test::Register name##_registered(#name, name);        \
+#define TEST(name)                                      \
+  static void name();                                   \
+  static test::Register name##_registered(#name, name); \
   static void name()
 
 template <class... Parts> void measured(const Parts&... parts) { test::note += sentence(parts...); }
 [[noreturn]] inline void skip(const std::string& why) { throw test::Skip{why}; }
 
-#define CHECK(condition, ...)                                                                                                      \
-  do { if (!(condition)) throw Error(sentence(__FILE__, ":", __LINE__, ": ", #condition, " does not hold. ", ##__VA_ARGS__)); } while (0)
+#define CHECK(condition, ...)                                                                      \
+  do {                                                                                             \
+    if (!(condition))                                                                              \
+      throw Error(                                                                                 \
+          sentence(__FILE__, ":", __LINE__, ": ", #condition, " does not hold. ", ##__VA_ARGS__)); \
+  } while (0)
 // a <= b; a NaN fails
-#define CHECK_LE(a, b, ...)                                                                                                        \
-  do { const auto a_ = (a); const auto b_ = (b);                                                                                   \
-    if (!(a_ <= b_)) throw Error(sentence(__FILE__, ":", __LINE__, ": ", #a, " = ", a_, ", expected at most ", b_, ". ", ##__VA_ARGS__)); } while (0)
-#define CHECK_EQ(a, b, ...)                                                                                                        \
-  do { const auto a_ = (a); const auto b_ = (b);                                                                                   \
-    if (!(a_ == b_)) throw Error(sentence(__FILE__, ":", __LINE__, ": ", #a, " = ", a_, ", expected ", b_, ". ", ##__VA_ARGS__)); } while (0)
+#define CHECK_LE(a, b, ...)                                                                     \
+  do {                                                                                          \
+    const auto a_ = (a);                                                                        \
+    const auto b_ = (b);                                                                        \
+    if (!(a_ <= b_))                                                                            \
+      throw Error(sentence(__FILE__, ":", __LINE__, ": ", #a, " = ", a_, ", expected at most ", \
+                           b_, ". ", ##__VA_ARGS__));                                           \
+  } while (0)
+#define CHECK_EQ(a, b, ...)                                                                       \
+  do {                                                                                            \
+    const auto a_ = (a);                                                                          \
+    const auto b_ = (b);                                                                          \
+    if (!(a_ == b_))                                                                              \
+      throw Error(sentence(__FILE__, ":", __LINE__, ": ", #a, " = ", a_, ", expected ", b_, ". ", \
+                           ##__VA_ARGS__));                                                       \
+  } while (0)
 // The statement throws an Error whose sentence contains `part`.
-#define CHECK_SAYS(statement, part)                                                                                                \
-  do { std::string said_ = "nothing";                                                                                              \
-    try { statement; } catch (const Error& e) { said_ = e.what(); }                                                                \
-    if (said_.find(part) == std::string::npos)                                                                                     \
-      throw Error(sentence(__FILE__, ":", __LINE__, ": ", #statement, " said '", said_, "', expected '", part, "'")); } while (0)
+#define CHECK_SAYS(statement, part)                                                     \
+  do {                                                                                  \
+    std::string said_ = "nothing";                                                      \
+    try {                                                                               \
+      statement;                                                                        \
+    } catch (const Error& e) {                                                          \
+      said_ = e.what();                                                                 \
+    }                                                                                   \
+    if (said_.find(part) == std::string::npos)                                          \
+      throw Error(sentence(__FILE__, ":", __LINE__, ": ", #statement, " said '", said_, \
+                           "', expected '", part, "'"));                                \
+  } while (0)
 
-// Runs the tests whose names contain argv[1] (all when absent; there must be one); the exit status is 1 when something failed.
+// Runs the tests whose names contain argv[1] (all when absent; there must be one); the exit status
+// is 1 when something failed.
 inline int run_tests(int argc = 0, char** argv = nullptr) {
   int passed = 0, failed = 0, skipped = 0;
   for (const auto& c : test::cases()) {
@@ -67,8 +102,14 @@ inline int run_tests(int argc = 0, char** argv = nullptr) {
     error = test::agree(error);
     (!error.empty() ? failed : !why.empty() ? skipped : passed)++;
     if (!test::prints) continue;
-    printf("%s %s  %s\n", !error.empty() ? "FAIL" : !why.empty() ? "SKIP" : "ok  ", c.name,
-           !error.empty() ? error.c_str() : !why.empty() ? why.c_str() : test::note.c_str());
+    printf("%s %s  %s\n",
+           !error.empty() ? "FAIL"
+           : !why.empty() ? "SKIP"
+                          : "ok  ",
+           c.name,
+           !error.empty() ? error.c_str()
+           : !why.empty() ? why.c_str()
+                          : test::note.c_str());
     fflush(stdout);
   }
   const bool none = passed + failed + skipped == 0;

@@ -1,10 +1,13 @@
-// test_attention.cpp: plain and flash attention, forward and backward, against the formulas in double precision, and against each other.
+// test_attention.cpp: plain and flash attention, forward and backward, against the formulas in
+// double precision, and against each other.
 //
 // Bounds, of the largest element of each output; u = 2^-24 (f32), 2^-53 (f64), 2^-8 (bf16).
-//   A score is a sum of D products; its rounding, about u sqrt(D) |score|, is a relative error of its probability, so the bound grows with the
-//   largest score. Sums over T keys add u sqrt(T). Gradients are longer sums of such probabilities, but errors of different signs meet in
-//   them: u (8 + 2 sqrt(D) |score| + 2 sqrt(T)) holds for all. bf16: sums run in f32 and do not count, but what is stored is rounded (plain:
-//   scores, probabilities and their gradients; flash: out, which enters delta): u (1 + |score| / 2).
+//   A score is a sum of D products; its rounding, about u sqrt(D) |score|, is a relative error of
+//   its probability, so the bound grows with the largest score. Sums over T keys add u sqrt(T).
+//   Gradients are longer sums of such probabilities, but errors of different signs meet in them: u
+//   (8 + 2 sqrt(D) |score| + 2 sqrt(T)) holds for all. bf16: sums run in f32 and do not count, but
+//   what is stored is rounded (plain: scores, probabilities and their gradients; flash: out, which
+//   enters delta): u (1 + |score| / 2).
 #include "kernels/kernels.h"
 #include "tests/tensors.h"
 
@@ -26,12 +29,15 @@ struct Attention {
 static Attention reference(const Case& c, const Values& qkv, const Values& dout) {
   const auto [B, T, H, D] = std::array{c.B, c.T, c.H, c.D};
   Attention r{Values(B * T * H * D), Values(B * H * T), Values(B * H * T * T), Values(qkv.size())};
-  const auto at = [&](int64_t b, int64_t t, int part, int64_t h) { return ((b * T + t) * 3 + part) * H * D + h * D; };
+  const auto at = [&](int64_t b, int64_t t, int part, int64_t h) {
+    return ((b * T + t) * 3 + part) * H * D + h * D;
+  };
   Values p(T), dp(T);
   for (int64_t b = 0; b < B; b++)
     for (int64_t h = 0; h < H; h++)
       for (int64_t t = 0; t < T; t++) {
-        const double *q = &qkv[at(b, t, 0, h)], *dy = &dout[((b * T + t) * H + h) * D], scale = 1 / std::sqrt(double(D));
+        const double *q = &qkv[at(b, t, 0, h)], *dy = &dout[((b * T + t) * H + h) * D],
+                     scale = 1 / std::sqrt(double(D));
         double most = -1e300, sum = 0, row = 0;
         for (int64_t i = 0; i <= t; i++) {
           p[i] = 0;
@@ -66,14 +72,19 @@ static Attention reference(const Case& c, const Values& qkv, const Values& dout)
 struct Inputs {
   Tensor qkv, dout;
   explicit Inputs(const Case& c)
-      : qkv(random_tensor({c.B, c.T, 3, c.H, c.D}, c.dtype, 1, c.deviation)), dout(random_tensor({c.B, c.T, c.H, c.D}, c.dtype, 2)) {}
+      : qkv(random_tensor({c.B, c.T, 3, c.H, c.D}, c.dtype, 1, c.deviation)),
+        dout(random_tensor({c.B, c.T, c.H, c.D}, c.dtype, 2)) {}
 };
 
-static Tensor unwritten(Shape shape, Dtype dtype) { return tensor_of(Values(elements(shape), kNaN), shape, dtype); }
+static Tensor unwritten(Shape shape, Dtype dtype) {
+  return tensor_of(Values(elements(shape), kNaN), shape, dtype);
+}
 
-// Runs in every order of threads; results of one. (Not where oneDNN stands in for cuBLAS: its bits depend on the number of threads.)
+// Runs in every order of threads; results of one. (Not where oneDNN stands in for cuBLAS: its bits
+// depend on the number of threads.)
 static Attention run(const Case& c, const Inputs& in, bool flash) {
-  const Shape out_shape{c.B, c.T, c.H, c.D}, kept_shape = flash ? Shape{c.B, c.H, c.T} : Shape{c.B, c.H, c.T, c.T};
+  const Shape out_shape{c.B, c.T, c.H, c.D},
+      kept_shape = flash ? Shape{c.B, c.H, c.T} : Shape{c.B, c.H, c.T, c.T};
   const auto once = [&] {
     const Tensor out = unwritten(out_shape, c.dtype), dqkv = unwritten(in.qkv.shape(), c.dtype);
     const Tensor kept = unwritten(kept_shape, flash ? master_dtype(c.dtype) : c.dtype);
@@ -108,14 +119,18 @@ struct Worst {
 
 static void check(const Case& c, bool flash, Worst& worst) {
   const Inputs in(c);
-  const Attention expected = reference(c, download(in.qkv), download(in.dout)), got = run(c, in, flash);
+  const Attention expected = reference(c, download(in.qkv), download(in.dout)),
+                  got = run(c, in, flash);
   const double score = expected.largest_score;
   const double u = c.dtype == Dtype::f64 ? 0x1p-53 : 0x1p-24;
-  const double bound = c.dtype == Dtype::bf16 ? 0x1p-8 * (1 + score / 2)
-                                              : u * (8 + 2 * std::sqrt(double(c.D)) * score + 2 * std::sqrt(double(c.T)));
+  const double bound =
+      c.dtype == Dtype::bf16
+          ? 0x1p-8 * (1 + score / 2)
+          : u * (8 + 2 * std::sqrt(double(c.D)) * score + 2 * std::sqrt(double(c.T)));
   const auto within = [&](const char* what, const Values& a, const Values& b, double& part) {
     const double d = relative_difference(a, b);
-    CHECK_LE(d, bound, what, " of ", flash ? "flash " : "plain ", name_of(c.dtype), ", B = ", c.B, ", T = ", c.T, ", H = ", c.H, ", D = ", c.D);
+    CHECK_LE(d, bound, what, " of ", flash ? "flash " : "plain ", name_of(c.dtype), ", B = ", c.B,
+             ", T = ", c.T, ", H = ", c.H, ", D = ", c.D);
     part = std::max(part, d / bound);
   };
   within("out", got.out, expected.out, worst.forward);
@@ -139,7 +154,8 @@ static void sweep(Dtype dtype, bool flash) {
       cases++;
     }
   for (int64_t D : {8, 24, 80, 128}) check({dtype, 1, 40, 2, D}, flash, worst), cases++;
-  measured(cases, " shapes, largest error ", worst.forward, " (forward), ", worst.backward, " (backward) of the bound");
+  measured(cases, " shapes, largest error ", worst.forward, " (forward), ", worst.backward,
+           " (backward) of the bound");
 }
 
 TEST(plain_f32_equals_double) { sweep(Dtype::f32, false); }
@@ -155,7 +171,8 @@ TEST(plain_with_own_matmul_equals_double) {
   for (Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16})
     for (int64_t D : {31, 32}) check({dtype, 2, 33, 2, D}, false, worst);
   matmul_backend = MatmulBackend::cublas;
-  measured("6 shapes, largest error ", worst.forward, " (forward), ", worst.backward, " (backward) of the bound");
+  measured("6 shapes, largest error ", worst.forward, " (forward), ", worst.backward,
+           " (backward) of the bound");
 }
 
 // exp overflows f32 at 89: scores of several hundred need the row's largest to be taken off first.
@@ -167,7 +184,8 @@ TEST(scores_of_hundreds_overflow_nothing) {
   const Inputs in(c);
   const double score = reference(c, download(in.qkv), download(in.dout)).largest_score;
   CHECK_LE(200, score);
-  measured("largest score ", score, ", largest error ", worst.forward, " (forward), ", worst.backward, " (backward) of the bound");
+  measured("largest score ", score, ", largest error ", worst.forward, " (forward), ",
+           worst.backward, " (backward) of the bound");
 }
 
 TEST(flash_equals_plain) {
@@ -176,7 +194,8 @@ TEST(flash_equals_plain) {
     const Case c{Dtype::f64, 2, T, 2, D};
     const Inputs in(c);
     const Attention plain = run(c, in, false), flash = run(c, in, true);
-    worst = std::max({worst, relative_difference(flash.out, plain.out), relative_difference(flash.dqkv, plain.dqkv)});
+    worst = std::max({worst, relative_difference(flash.out, plain.out),
+                      relative_difference(flash.dqkv, plain.dqkv)});
   }
   CHECK_LE(worst, 1e-13);  // a thousand roundings
   measured("f64, max|d| / max = ", worst);
@@ -192,14 +211,16 @@ TEST(a_query_sees_no_later_key) {
   other.qkv = tensor_of(changed, in.qkv.shape(), c.dtype);
   for (bool flash : {false, true}) {
     const Attention a = run(c, in, flash), b = run(c, other, flash);
-    for (int64_t i = 0; i < 70 * c.H * c.D; i++) CHECK(a.out[i] == b.out[i], "row ", i / (c.H * c.D), " of out saw a change in row 70");
+    for (int64_t i = 0; i < 70 * c.H * c.D; i++)
+      CHECK(a.out[i] == b.out[i], "row ", i / (c.H * c.D), " of out saw a change in row 70");
     CHECK(a.out != b.out);
   }
   measured("70 of 80 rows keep their bits when the others change, plain and flash");
 }
 
 TEST(wrong_arguments_are_refused) {
-  const Tensor qkv({1, 4, 3, 1, 160}, Dtype::f32, Memory::data), out({1, 4, 1, 160}, Dtype::f32, Memory::data), lse({1, 1, 4}, Dtype::f32, Memory::data);
+  const Tensor qkv({1, 4, 3, 1, 160}, Dtype::f32, Memory::data),
+      out({1, 4, 1, 160}, Dtype::f32, Memory::data), lse({1, 1, 4}, Dtype::f32, Memory::data);
   CHECK_SAYS(attention_flash_forward(out, lse, qkv, 1, 4, 1), "128");
   CHECK_SAYS(attention_flash_forward(out, lse, qkv, 1, 5, 1), "T = 5");
   CHECK_SAYS(attention_plain_forward(out, lse, qkv, 1, 4, 1), "(1, 1, 4)");

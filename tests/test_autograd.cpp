@@ -1,9 +1,10 @@
-// test_autograd.cpp: every op of the tape, and a whole small GPT, against central differences in double precision; who may write where;
-// and what memory the tape holds.
+// test_autograd.cpp: every op of the tape, and a whole small GPT, against central differences in
+// double precision; who may write where; and what memory the tape holds.
 //
-// A loss is a sum of an op's outputs with fixed random weights. `check_gradients` compares the tape's gradient of each input and parameter
-// with (loss(x + h) - loss(x - h)) / 2h, one element at a time (some of them, for a large tensor, always the last), and once along a random
-// direction through all elements of a tensor, so that none goes unchecked.
+// A loss is a sum of an op's outputs with fixed random weights. `check_gradients` compares the
+// tape's gradient of each input and parameter with (loss(x + h) - loss(x - h)) / 2h, one element at
+// a time (some of them, for a large tensor, always the last), and once along a random direction
+// through all elements of a tensor, so that none goes unchecked.
 #include <algorithm>
 #include <random>
 
@@ -13,9 +14,11 @@
 // ---- tools
 
 #ifdef CPU_FAST
-constexpr int64_t kElements = 40, kLayers = 2;  // elements of a tensor that are checked one by one; layers of the whole GPT
+// elements of a tensor that are checked one by one; layers of the whole GPT
+constexpr int64_t kElements = 40, kLayers = 2;
 #else
-constexpr int64_t kElements = 1, kLayers = 1;  // where every thread of a kernel is simulated, time is short
+// where every thread of a kernel is simulated, time is short
+constexpr int64_t kElements = 1, kLayers = 1;
 #endif
 
 static std::vector<double> noise(int64_t n, unsigned seed) {
@@ -76,7 +79,8 @@ static std::vector<Var> leaves(const std::vector<Tensor>& x) {
 }
 
 // The tape's gradients of x and of each param.
-static std::vector<Checked> tape_gradients(const std::vector<Tensor>& x, const std::vector<Param*>& params, const Loss& loss,
+static std::vector<Checked> tape_gradients(const std::vector<Tensor>& x,
+                                           const std::vector<Param*>& params, const Loss& loss,
                                            const std::function<void()>& finish) {
   for (Param* p : params) fill(p->grad, 0);
   Tape tape;
@@ -86,13 +90,14 @@ static std::vector<Checked> tape_gradients(const std::vector<Tensor>& x, const s
   if (finish) finish();
   CHECK_EQ(tape.size(), size_t(0));
   std::vector<Checked> all;
-  for (size_t i = 0; i < x.size(); i++) all.push_back({sentence("input ", i), x[i], download(take(vars[i].grad))});
+  for (size_t i = 0; i < x.size(); i++)
+    all.push_back({sentence("input ", i), x[i], download(take(vars[i].grad))});
   for (Param* p : params) all.push_back({p->name, p->value, download(p->grad)});
   return all;
 }
 
-static Worst differences(const std::vector<Tensor>& x, const std::vector<Param*>& params, const Loss& loss,
-                         const std::function<void()>& finish = nullptr) {
+static Worst differences(const std::vector<Tensor>& x, const std::vector<Param*>& params,
+                         const Loss& loss, const std::function<void()>& finish = nullptr) {
   const double h = 1e-5;
   const auto forward = [&] {
     Tape tape(false);
@@ -101,7 +106,8 @@ static Worst differences(const std::vector<Tensor>& x, const std::vector<Param*>
   Worst worst;
   for (const Checked& c : tape_gradients(x, params, loss, finish)) {
     const std::vector<double> at = download(c.value), u = noise(at.size(), 77);
-    const auto slope = [&](const std::function<double(size_t)>& direction) {  // d loss / d epsilon of value + epsilon * direction
+    // d loss / d epsilon of value + epsilon * direction
+    const auto slope = [&](const std::function<double(size_t)>& direction) {
       double sides[2];
       for (int side : {0, 1}) {
         std::vector<double> moved = at;
@@ -113,7 +119,9 @@ static Worst differences(const std::vector<Tensor>& x, const std::vector<Param*>
     };
     const int64_t n = at.size(), stride = std::max<int64_t>(1, n / kElements);
     for (int64_t i = n - 1; i >= 0; i -= stride)
-      worst.see(worst.element, std::abs(slope([&](size_t j) { return j == size_t(i) ? 1 : 0; }) - c.gradient[i]), c.name);
+      worst.see(worst.element,
+                std::abs(slope([&](size_t j) { return j == size_t(i) ? 1 : 0; }) - c.gradient[i]),
+                c.name);
     double along = 0;
     for (int64_t i = 0; i < n; i++) {
       along += c.gradient[i] * u[i];
@@ -125,17 +133,20 @@ static Worst differences(const std::vector<Tensor>& x, const std::vector<Param*>
   return worst;
 }
 
-// Every difference must be below 1e-7 of the largest gradient of x and params. With h = 1e-5 the truncation is h^2 = 1e-10 times a third
-// derivative, and rounding 1e-16 / h = 1e-11 times the loss.
-static void check_gradients(const std::vector<Tensor>& x, const std::vector<Param*>& params, const Loss& loss,
-                            const std::function<void()>& finish = nullptr) {
+// Every difference must be below 1e-7 of the largest gradient of x and params. With h = 1e-5 the
+// truncation is h^2 = 1e-10 times a third derivative, and rounding 1e-16 / h = 1e-11 times the
+// loss.
+static void check_gradients(const std::vector<Tensor>& x, const std::vector<Param*>& params,
+                            const Loss& loss, const std::function<void()>& finish = nullptr) {
   static double element, direction;  // of this test
   if (test::note.empty()) element = direction = 0;
   const Worst w = differences(x, params, loss, finish);
   CHECK_LE(w.element, 1e-7 * w.gradient, "the worst is ", w.name);
   CHECK_LE(w.direction, 1e-7 * w.gradient, "the worst is ", w.name);
-  element = std::max(element, w.element / w.gradient), direction = std::max(direction, w.direction / w.gradient);
-  test::note = sentence("differences ", element, " of the largest gradient, ", direction, " along random directions");
+  element = std::max(element, w.element / w.gradient),
+  direction = std::max(direction, w.direction / w.gradient);
+  test::note = sentence("differences ", element, " of the largest gradient, ", direction,
+                        " along random directions");
 }
 
 // ---- ops
@@ -145,31 +156,37 @@ TEST(gradient_of_linear) {
   for (Param* b : {&bias, static_cast<Param*>(nullptr)}) {
     std::vector<Param*> params = {&w};
     if (b) params.push_back(b);
-    check_gradients({random_tensor({7, 5}, 1)}, params,
-                    [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, linear(tape, x[0], w, b), 4); });
+    check_gradients({random_tensor({7, 5}, 1)}, params, [&](Tape& tape, const std::vector<Var>& x) {
+      return weigh(tape, linear(tape, x[0], w, b), 4);
+    });
   }
 }
 
 TEST(gradient_of_linear_transposed) {
   Param w = random_param("w", {6, 5}, 2);
-  check_gradients({random_tensor({7, 5}, 1)}, {&w},
-                  [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, linear(tape, x[0], w, nullptr, true), 3); });
+  check_gradients({random_tensor({7, 5}, 1)}, {&w}, [&](Tape& tape, const std::vector<Var>& x) {
+    return weigh(tape, linear(tape, x[0], w, nullptr, true), 3);
+  });
 }
 
 TEST(gradient_of_layernorm) {
   Param gain = random_param("gain", {9}, 2), bias = random_param("bias", {9}, 3);
   check_gradients({random_tensor({7, 9}, 1)}, {&gain, &bias},
-                  [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, layernorm(tape, x[0], gain, bias), 4); });
+                  [&](Tape& tape, const std::vector<Var>& x) {
+                    return weigh(tape, layernorm(tape, x[0], gain, bias), 4);
+                  });
 }
 
 TEST(gradient_of_add_layernorm) {
   Param gain = random_param("gain", {9}, 3), bias = random_param("bias", {9}, 4);
   const std::vector<Tensor> x = {random_tensor({7, 9}, 1), random_tensor({7, 9}, 2)};
-  check_gradients(x, {&gain, &bias}, [&](Tape& tape, const std::vector<Var>& x) {  // both outputs used
+  // both outputs used
+  check_gradients(x, {&gain, &bias}, [&](Tape& tape, const std::vector<Var>& x) {
     const auto [sum, y] = add_layernorm(tape, x[0], x[1], gain, bias);
     return weigh(tape, sum, 5) + weigh(tape, y, 6);
   });
-  check_gradients(x, {&gain, &bias}, [&](Tape& tape, const std::vector<Var>& x) {  // only the normalised one
+  // only the normalised one
+  check_gradients(x, {&gain, &bias}, [&](Tape& tape, const std::vector<Var>& x) {
     return weigh(tape, add_layernorm(tape, x[0], x[1], gain, bias).second, 6);
   });
 }
@@ -177,15 +194,20 @@ TEST(gradient_of_add_layernorm) {
 TEST(gradient_of_gelu_and_add) {
   const std::vector<Tensor> x = {random_tensor({7, 9}, 1), random_tensor({7, 9}, 2)};
   for (const Tensor& t : x) add(t, t, t);  // to [-2, 2), where gelu bends
-  check_gradients({x[0]}, {}, [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, gelu(tape, x[0]), 3); });
-  check_gradients(x, {}, [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, add(tape, x[0], x[1]), 3); });
+  check_gradients({x[0]}, {}, [&](Tape& tape, const std::vector<Var>& x) {
+    return weigh(tape, gelu(tape, x[0]), 3);
+  });
+  check_gradients(x, {}, [&](Tape& tape, const std::vector<Var>& x) {
+    return weigh(tape, add(tape, x[0], x[1]), 3);
+  });
 }
 
 static void check_attention(AttentionKind kind) {
   const int64_t B = 2, T = 5, H = 2, D = 8;
-  check_gradients({random_tensor({B * T, 3 * H * D}, 1)}, {}, [&](Tape& tape, const std::vector<Var>& x) {
-    return weigh(tape, attention(tape, x[0], B, T, H, kind), 2);
-  });
+  check_gradients({random_tensor({B * T, 3 * H * D}, 1)}, {},
+                  [&](Tape& tape, const std::vector<Var>& x) {
+                    return weigh(tape, attention(tape, x[0], B, T, H, kind), 2);
+                  });
 }
 
 TEST(gradient_of_plain_attention) { check_attention(AttentionKind::plain); }
@@ -196,15 +218,18 @@ TEST(gradient_of_embedding_and_cross_entropy) {
   Param wte = random_param("wte", {V, C}, 1), wpe = random_param("wpe", {T, C}, 2);
   const Tokens tokens(B, T, {3, 1, 3, 3, 0, 6, 1, 3}, {1, 3, 3, 0, 6, 1, 3, 5});
   const Tensor total({1}, Dtype::f64, Memory::workspace);
-  check_gradients({}, {&wte, &wpe}, [&](Tape& tape, const std::vector<Var>&) {  // logits = x wte^T: wte is used twice
+  // logits = x wte^T: wte is used twice
+  check_gradients({}, {&wte, &wpe}, [&](Tape& tape, const std::vector<Var>&) {
     fill(total, 0);
-    cross_entropy(tape, linear(tape, embedding(tape, tokens, wte, wpe), wte, nullptr, true), tokens.targets, 0.37, total);
+    cross_entropy(tape, linear(tape, embedding(tape, tokens, wte, wpe), wte, nullptr, true),
+                  tokens.targets, 0.37, total);
     return download(total)[0];
   });
 }
 
 TEST(loss_is_the_same_with_and_without_its_gradient) {
-  const Tensor logits = random_tensor({6, 11}, 1), targets({6}, Dtype::i32, Memory::data), total({1}, Dtype::f64, Memory::workspace);
+  const Tensor logits = random_tensor({6, 11}, 1), targets({6}, Dtype::i32, Memory::data),
+               total({1}, Dtype::f64, Memory::workspace);
   const std::vector<int> ids = {0, 10, 3, 4, 4, 7};
   const std::vector<double> before = download(logits);
   upload(targets, ids.data());
@@ -214,7 +239,8 @@ TEST(loss_is_the_same_with_and_without_its_gradient) {
     fill(total, 1000);  // it adds to what is there
     cross_entropy(tape, Var{logits}, targets, 0.5, total);
     losses[recording] = download(total)[0] - 1000;
-    CHECK_EQ(download(logits) == before, !recording);  // recording, the logits turned into their gradient
+    // recording, the logits turned into their gradient
+    CHECK_EQ(download(logits) == before, !recording);
   }
   for (int r = 0; r < 6; r++) {
     double sum = 0;
@@ -229,37 +255,48 @@ TEST(loss_is_the_same_with_and_without_its_gradient) {
 // ---- a value used twice
 
 TEST(gradient_of_a_value_used_twice) {
-  Param w = random_param("w", {6, 6}, 2), gain = random_param("gain", {6}, 3), bias = random_param("bias", {6}, 4);
+  Param w = random_param("w", {6, 6}, 2), gain = random_param("gain", {6}, 3),
+        bias = random_param("bias", {6}, 4);
   const Tensor x = random_tensor({5, 6}, 1);
-  check_gradients({x}, {}, [&](Tape& tape, const std::vector<Var>& x) { return weigh(tape, add(tape, x[0], x[0]), 5); });
-  check_gradients({x}, {}, [&](Tape& tape, const std::vector<Var>& x) {  // one gradient reaches two gelus: neither may write in it
+  check_gradients({x}, {}, [&](Tape& tape, const std::vector<Var>& x) {
+    return weigh(tape, add(tape, x[0], x[0]), 5);
+  });
+  // one gradient reaches two gelus: neither may write in it
+  check_gradients({x}, {}, [&](Tape& tape, const std::vector<Var>& x) {
     return weigh(tape, add(tape, gelu(tape, x[0]), gelu(tape, x[0])), 5);
   });
-  check_gradients({x}, {&w, &gain, &bias}, [&](Tape& tape, const std::vector<Var>& x) {  // a residual stream, and w used twice
+  // a residual stream, and w used twice
+  check_gradients({x}, {&w, &gain, &bias}, [&](Tape& tape, const std::vector<Var>& x) {
     const Var inner = linear(tape, layernorm(tape, x[0], gain, bias), w, nullptr);
     const auto [sum, y] = add_layernorm(tape, x[0], inner, gain, bias);
     return weigh(tape, add(tape, add(tape, sum, linear(tape, y, w, nullptr)), x[0]), 5);
   });
-  check_gradients({x}, {&gain, &bias}, [&](Tape& tape, const std::vector<Var>& x) {  // both terms of a sum are the same value
+  // both terms of a sum are the same value
+  check_gradients({x}, {&gain, &bias}, [&](Tape& tape, const std::vector<Var>& x) {
     const auto [sum, y] = add_layernorm(tape, x[0], x[0], gain, bias);
-    return weigh(tape, add(tape, layernorm(tape, sum, gain, bias), layernorm(tape, sum, gain, bias)), 5) + weigh(tape, y, 6);
+    return weigh(tape,
+                 add(tape, layernorm(tape, sum, gain, bias), layernorm(tape, sum, gain, bias)), 5) +
+           weigh(tape, y, 6);
   });
 }
 
 TEST(gradient_of_checkpoint) {
-  Param w = random_param("w", {6, 6}, 2), gain = random_param("gain", {6}, 3), bias = random_param("bias", {6}, 4);
+  Param w = random_param("w", {6, 6}, 2), gain = random_param("gain", {6}, 3),
+        bias = random_param("bias", {6}, 4);
   const auto f = [&](Tape& tape, const Var& x) {
     return add(tape, x, gelu(tape, linear(tape, layernorm(tape, x, gain, bias), w, &bias)));
   };
-  check_gradients({random_tensor({5, 6}, 1)}, {&w, &gain, &bias}, [&](Tape& tape, const std::vector<Var>& x) {
-    const Var twice = checkpoint(tape, checkpoint(tape, x[0], f), f);
-    return weigh(tape, add(tape, twice, x[0]), 5);
-  });
+  check_gradients({random_tensor({5, 6}, 1)}, {&w, &gain, &bias},
+                  [&](Tape& tape, const std::vector<Var>& x) {
+                    const Var twice = checkpoint(tape, checkpoint(tape, x[0], f), f);
+                    return weigh(tape, add(tape, twice, x[0]), 5);
+                  });
 }
 
 // ---- a whole GPT
 
-static std::unique_ptr<WholeGpt> random_gpt(GptConfig config) {  // no weight is 0 or 1, so that none can be forgotten
+// no weight is 0 or 1, so that none can be forgotten
+static std::unique_ptr<WholeGpt> random_gpt(GptConfig config) {
   auto gpt = std::make_unique<WholeGpt>(config, 1);
   for (Param* p : gpt->params()) {
     std::vector<double> values = noise(p->numel(), 100 + p->id);
@@ -276,11 +313,14 @@ static void check_gpt(AttentionKind kind, bool recompute) {
   auto gpt = random_gpt({{kLayers, 8, 2, 4, 7}, Dtype::f64, kind, recompute});
   const Tokens tokens(B, T, {3, 1, 3, 0, 6, 1}, {1, 3, 3, 6, 1, 5});
   const Tensor total({1}, Dtype::f64, Memory::workspace);
-  check_gradients({}, gpt->params(), [&](Tape& tape, const std::vector<Var>&) {
-    fill(total, 0);
-    gpt->loss(tape, tokens, 1.0 / (B * T), total);
-    return download(total)[0];
-  }, [&] { gpt->finish_gradients(); });
+  check_gradients(
+      {}, gpt->params(),
+      [&](Tape& tape, const std::vector<Var>&) {
+        fill(total, 0);
+        gpt->loss(tape, tokens, 1.0 / (B * T), total);
+        return download(total)[0];
+      },
+      [&] { gpt->finish_gradients(); });
 }
 
 TEST(gradient_of_gpt_with_plain_attention) { check_gpt(AttentionKind::plain, false); }
@@ -328,7 +368,8 @@ TEST(accumulate_never_writes_into_a_gradient_that_others_hold) {
   measured("all four cases");
 }
 
-// Runs f's backward with a gradient that the test holds too (or not); the gradient must keep its bits. Returns what activations grew by.
+// Runs f's backward with a gradient that the test holds too (or not); the gradient must keep its
+// bits. Returns what activations grew by.
 static int64_t growth(bool hold, const std::function<Var(Tape&, const Var&)>& f) {
   Tape tape;
   const Var x{random_tensor({4, 6}, 1)};
@@ -341,7 +382,8 @@ static int64_t growth(bool hold, const std::function<Var(Tape&, const Var&)>& f)
   const int64_t start = m.now[int(Memory::activations)];
   m.peak = m.now;
   tape.backward();
-  CHECK(!hold || download(held) == before, "the backward wrote into a gradient that somebody else holds");
+  CHECK(!hold || download(held) == before,
+        "the backward wrote into a gradient that somebody else holds");
   return m.peak[int(Memory::activations)] - start;
 }
 
@@ -350,12 +392,15 @@ TEST(gradients_are_overwritten_in_place_only_when_nobody_holds_them) {
   const int64_t one = 4 * 6 * 8;  // bytes of an activation
   const auto run_gelu = [](Tape& tape, const Var& x) { return gelu(tape, x); };
   const auto run_add = [](Tape& tape, const Var& x) { return add(tape, x, x); };
-  const auto run_residual = [&](Tape& tape, const Var& x) { return add(tape, x, layernorm(tape, x, gain, bias)); };
+  const auto run_residual = [&](Tape& tape, const Var& x) {
+    return add(tape, x, layernorm(tape, x, gain, bias));
+  };
   CHECK_EQ(growth(false, run_gelu), 0);
   CHECK_EQ(growth(true, run_gelu), one);
   CHECK_EQ(growth(false, run_add), one);  // both terms want it: the sum needs memory of its own
   CHECK_EQ(growth(true, run_add), one);
-  CHECK_EQ(growth(false, run_residual), one);  // the layernorm's dy is the residual's gradient as well
+  // the layernorm's dy is the residual's gradient as well
+  CHECK_EQ(growth(false, run_residual), one);
   CHECK_EQ(growth(true, run_residual), one);
 
   // a residual gradient that only the layernorm reads is updated in place
@@ -385,7 +430,8 @@ TEST(deferred_weight_gradients_wait_for_their_turn) {
     if (!queue) now = download(w.grad);
   }
   CHECK_EQ(deferred.size(), size_t(1));
-  CHECK(download(w.grad) == std::vector<double>(30, 0) && download(bias.grad) == std::vector<double>(5, 0));
+  CHECK(download(w.grad) == std::vector<double>(30, 0) &&
+        download(bias.grad) == std::vector<double>(5, 0));
   deferred.front()();
   CHECK(download(w.grad) == now);
   measured("one closure, the same 30 gradients afterwards");
@@ -393,7 +439,10 @@ TEST(deferred_weight_gradients_wait_for_their_turn) {
 
 // ---- memory
 
-struct Footprint { int64_t before, held, after, peak; };  // bytes of activations: forward done, backward done, highest
+// bytes of activations: forward done, backward done, highest
+struct Footprint {
+  int64_t before, held, after, peak;
+};
 
 static Footprint footprint(bool recompute) {
   const int64_t B = 2, T = 8;
@@ -419,8 +468,8 @@ TEST(backward_returns_every_activation) {
     const Footprint f = footprint(recompute);
     CHECK_LE(1000, f.held - f.before);
     CHECK_EQ(f.after, f.before);
-    measured(recompute ? ", with recompute " : "held after the forward ", f.held - f.before, " bytes, after the backward ",
-             f.after - f.before);
+    measured(recompute ? ", with recompute " : "held after the forward ", f.held - f.before,
+             " bytes, after the backward ", f.after - f.before);
   }
 }
 
@@ -453,7 +502,8 @@ TEST(a_tape_that_does_not_record_keeps_nothing) {
     const Var x{random_tensor({4, 6}, 1)};
     const Var y = gelu(tape, gelu(tape, x));
     CHECK_EQ(tape.size(), size_t(0));
-    CHECK_EQ(device().memory.total - before, 2 * 4 * 6 * 8);  // x and y; the value between them is gone
+    // x and y; the value between them is gone
+    CHECK_EQ(device().memory.total - before, 2 * 4 * 6 * 8);
   }
   CHECK_EQ(device().memory.total, before);
   measured("x and y only");

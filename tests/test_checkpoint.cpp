@@ -1,7 +1,9 @@
-// test_checkpoint.cpp: what is saved in one layout goes on in any other as if nothing had happened. tests/test_checkpoint.sh runs it:
-//   mpiexec -n N test_checkpoint save DIR/a SETTING             trains 5 steps, saves, trains 5 more and writes DIR/a/losses
-//   mpiexec -n N test_checkpoint resume SETTING DIR/a DIR/b...  resumes from each and compares its next 5 losses with DIR/a/losses
-//   test_checkpoint logits DIR TOKEN...                         the logits after these tokens, one a line, in f64
+// test_checkpoint.cpp: what is saved in one layout goes on in any other as if nothing had happened.
+// tests/test_checkpoint.sh runs it:
+//   mpiexec -n N test_checkpoint save DIR/a SETTING             trains 5 steps, saves, trains 5
+//   more and writes DIR/a/losses mpiexec -n N test_checkpoint resume SETTING DIR/a DIR/b...
+//   resumes from each and compares its next 5 losses with DIR/a/losses test_checkpoint logits DIR
+//   TOKEN...                         the logits after these tokens, one a line, in f64
 // SETTING: pp,replicate,fsdp,tp,zero,schedule,chunks,sequence-parallel,dtype
 #include <fstream>
 
@@ -20,8 +22,10 @@ Setting parse_setting(const std::string& text) {
   Setting s;
   char schedule[32], dtype[8];
   int by_rows = 0;
-  CHECK_EQ(sscanf(text.c_str(), "%d,%d,%d,%d,%d,%31[^,],%d,%d,%7s", &s.layout.pp, &s.layout.replicate, &s.layout.fsdp, &s.layout.tp, &s.options.fsdp.zero, schedule,
-                  &s.options.chunks, &by_rows, dtype), 9, text);
+  CHECK_EQ(sscanf(text.c_str(), "%d,%d,%d,%d,%d,%31[^,],%d,%d,%7s", &s.layout.pp,
+                  &s.layout.replicate, &s.layout.fsdp, &s.layout.tp, &s.options.fsdp.zero, schedule,
+                  &s.options.chunks, &by_rows, dtype),
+           9, text);
   s.options.schedule = schedule, s.options.batch = 24;
   s.options.microbatch = 24 / (s.layout.replicate * s.layout.fsdp * (s.layout.pp > 1 ? 4 : 1));
   s.config.sequence_parallel = by_rows != 0;
@@ -45,7 +49,8 @@ void save(const std::string& dir, const Setting& s) {
   {
     Trainer trainer(mesh, s.config, s.options);
     train(trainer, s.config, 1, 5);
-    save_checkpoint(dir, {5, s.config, s.layout, master_dtype(s.config.dtype), 1337, "", ""}, 0, job(), mesh, trainer.optimizer().shards());
+    save_checkpoint(dir, {5, s.config, s.layout, master_dtype(s.config.dtype), 1337, "", ""}, 0,
+                    job(), mesh, trainer.optimizer().shards());
     const std::vector<double> losses = train(trainer, s.config, 6, 10);
     if (job().rank == 0) {
       std::ofstream out(dir + "/losses");
@@ -56,12 +61,14 @@ void save(const std::string& dir, const Setting& s) {
   close_mesh(mesh);
 }
 
-// "exact" where all 5 losses have the same bits, else the largest relative difference: one line a directory
+// "exact" where all 5 losses have the same bits, else the largest relative difference: one line a
+// directory
 void resume_from(const std::vector<std::string>& dirs, const Setting& s) {
   Mesh mesh = open_mesh(job(), s.layout);
   for (const std::string& dir : dirs) {
     Trainer trainer(mesh, s.config, s.options);
-    const auto found = newest_checkpoint(dir, job(), [](const std::string& why) { throw Error(why); });
+    const auto found =
+        newest_checkpoint(dir, job(), [](const std::string& why) { throw Error(why); });
     CHECK(found.has_value() && found->info.step == 5, dir);
     resume(*found, trainer.optimizer());
     const std::vector<double> losses = train(trainer, s.config, 6, 10);
@@ -101,7 +108,8 @@ int main(int argc, char** argv) {
     CHECK(words.size() >= 3, "usage: see the top of this file");
     open_device(job.local_rank % device_count(), 0);
     if (words[0] == "save") save(words[1], parse_setting(words[2]));
-    else if (words[0] == "resume") resume_from({words.begin() + 2, words.end()}, parse_setting(words[1]));
+    else if (words[0] == "resume")
+      resume_from({words.begin() + 2, words.end()}, parse_setting(words[1]));
     else if (words[0] == "logits") {
       std::vector<int> tokens;
       for (size_t i = 2; i < words.size(); i++) tokens.push_back(std::stoi(words[i]));

@@ -1,5 +1,6 @@
-// test_cpu.cpp: the stand-ins for CUDA and cuBLAS do what the originals do, and notice what the originals would not forgive.
-// Kernels are in cpu_kernels.cu. What only one form of the stand-in can show, the other skips; a CUDA build runs what is plain CUDA.
+// test_cpu.cpp: the stand-ins for CUDA and cuBLAS do what the originals do, and notice what the
+// originals would not forgive. Kernels are in cpu_kernels.cu. What only one form of the stand-in
+// can show, the other skips; a CUDA build runs what is plain CUDA.
 #include "tests/test.h"
 
 #include <cublas_v2.h>
@@ -28,12 +29,16 @@
 namespace {
 
 template <class T> struct DeviceArray {  // device memory that is freed at the end of its scope
-  explicit DeviceArray(size_t count) : count(count) { CUDA_CHECK(cudaMalloc(&data, count * sizeof(T))); }
+  explicit DeviceArray(size_t count) : count(count) {
+    CUDA_CHECK(cudaMalloc(&data, count * sizeof(T)));
+  }
   explicit DeviceArray(const std::vector<T>& host) : DeviceArray(host.size()) { upload(host); }
   ~DeviceArray() { cudaFree(data); }
   DeviceArray(const DeviceArray&) = delete;
   DeviceArray& operator=(const DeviceArray&) = delete;
-  void upload(const std::vector<T>& host) { CUDA_CHECK(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice)); }
+  void upload(const std::vector<T>& host) {
+    CUDA_CHECK(cudaMemcpy(data, host.data(), count * sizeof(T), cudaMemcpyHostToDevice));
+  }
   std::vector<T> download() const {
     CUDA_CHECK(cudaGetLastError());
     CUDA_CHECK(cudaDeviceSynchronize());
@@ -56,7 +61,8 @@ template <class T> std::vector<T> random_values(size_t count, unsigned seed) {
 std::vector<float> rotated(const std::vector<float>& x, int rows, int width) {
   std::vector<float> y(x.size());
   for (int r = 0; r < rows; r++)
-    for (int i = 0; i < width; i++) y[size_t(r * width + i)] = x[size_t(r * width + (i + 1) % width)];
+    for (int i = 0; i < width; i++)
+      y[size_t(r * width + i)] = x[size_t(r * width + (i + 1) % width)];
   return y;
 }
 
@@ -107,7 +113,8 @@ TEST(other_processes_can_map_device_memory_and_read_it_in_place) {
         if (cudaMalloc(&x, 4096) != cudaSuccess) _exit(1);
         x[5] = 12345;
         const cpu::Arena& arena = cpu::arena();
-        const auto* mapped = static_cast<const char*>(mmap(nullptr, 1 << 20, PROT_READ, MAP_SHARED, arena.fd, 0));
+        const auto* mapped =
+            static_cast<const char*>(mmap(nullptr, 1 << 20, PROT_READ, MAP_SHARED, arena.fd, 0));
         if (mapped == MAP_FAILED) _exit(2);
         const ptrdiff_t offset = reinterpret_cast<char*>(x) - arena.base;
         _exit(*reinterpret_cast<const int*>(mapped + offset + 5 * sizeof(int)) == 12345 ? 0 : 3);
@@ -193,9 +200,12 @@ TEST(launches_survive_templates_macros_and_line_breaks) {
 }
 
 TEST(every_thread_of_every_block_in_3d_has_its_place) {
-  struct Shape { dim3 grid, block; };
+  struct Shape {
+    dim3 grid, block;
+  };
   int blocks_seen = 0;
-  for (const Shape& s : {Shape{dim3(1), dim3(1)}, Shape{dim3(5, 3, 2), dim3(4, 2, 2)}, Shape{dim3(1, 7, 11), dim3(3, 5, 7)}, Shape{dim3(700), dim3(32)}}) {
+  for (const Shape& s : {Shape{dim3(1), dim3(1)}, Shape{dim3(5, 3, 2), dim3(4, 2, 2)},
+                         Shape{dim3(1, 7, 11), dim3(3, 5, 7)}, Shape{dim3(700), dim3(32)}}) {
     const dim3 g = s.grid;
     DeviceArray<Place> places(size_t(g.x) * g.y * g.z * kTileOfBlock);
     write_places(places.data, g, s.block);
@@ -203,7 +213,8 @@ TEST(every_thread_of_every_block_in_3d_has_its_place) {
     for (size_t i = 0; i < got.size(); i++) {
       const unsigned block = unsigned(i / kTileOfBlock);
       const Place& p = got[i];
-      CHECK(p.x == block % g.x && p.y == block / g.x % g.y && p.z == block / g.x / g.y, "block ", block);
+      CHECK(p.x == block % g.x && p.y == block / g.x % g.y && p.z == block / g.x / g.y, "block ",
+            block);
       CHECK(p.grid_x == g.x && p.grid_y == g.y && p.grid_z == g.z);
 #ifdef CPU_FAST
       CHECK_EQ(p.threads, 1u);
@@ -224,7 +235,8 @@ TEST(launches_that_cuda_refuses_are_refused) {
   CHECK_EQ(launch_with(dim3(1), dim3(32, 33), 0), cudaErrorInvalidConfiguration);
   CHECK_EQ(launch_with(dim3(1), dim3(1, 1, 65), 0), cudaErrorInvalidConfiguration);
   CHECK_EQ(launch_with(dim3(1), dim3(32), 47 << 10), cudaSuccess);
-  CHECK_EQ(launch_with(dim3(1), dim3(32), 48 << 10), cudaErrorInvalidValue, "with static shared memory that is more than 48 KiB");
+  CHECK_EQ(launch_with(dim3(1), dim3(32), 48 << 10), cudaErrorInvalidValue,
+           "with static shared memory that is more than 48 KiB");
   measured("6 refused");
 }
 
@@ -237,7 +249,8 @@ TEST(shared_memory_carries_values_between_threads) {
   reverse_rows(out.data, in.data, rows, width);
   const auto y = out.download();
   for (int r = 0; r < rows; r++)
-    for (int i = 0; i < width; i++) CHECK_EQ(y[size_t(r * width + i)], x[size_t(r * width + width - 1 - i)], "static");
+    for (int i = 0; i < width; i++)
+      CHECK_EQ(y[size_t(r * width + i)], x[size_t(r * width + width - 1 - i)], "static");
   measured(rows, " blocks, dynamic and static");
 }
 
@@ -280,7 +293,8 @@ template <class T> std::vector<T> expected_shuffles(const std::vector<T>& x) {
   const int n = int(x.size());
   for (int i = 0; i < n; i++) {
     const int warp = i / 32 * 32, lane = i % 32;
-    const auto put = [&](int which, int from, int first, int last) {  // lanes [first, last) may be read
+    // lanes [first, last) may be read
+    const auto put = [&](int which, int from, int first, int last) {
       y[size_t(which * n + i)] = x[size_t(warp + (from >= first && from < last ? from : lane))];
     };
     put(0, lane ^ 5, 0, 32);
@@ -332,7 +346,8 @@ TEST(tensor_cores_equal_a_plain_product) {
       for (int j = 0; j < 16; j++) {
         double sum = 0;
         for (int k = 0; k < 16; k++)
-          sum += double(float(a[size_t(a_by_rows ? i * 16 + k : k * 16 + i)])) * double(float(b[size_t(b_by_rows ? k * 16 + j : j * 16 + k)]));
+          sum += double(float(a[size_t(a_by_rows ? i * 16 + k : k * 16 + i)])) *
+                 double(float(b[size_t(b_by_rows ? k * 16 + j : j * 16 + k)]));
         worst = std::max(worst, std::abs(double(c[size_t(i * 16 + j)]) - (3 * (1 + sum) + sum)));
       }
   }
@@ -352,7 +367,10 @@ TEST(a_missing_barrier_gives_a_wrong_answer_in_some_order) {
   DeviceArray<float> in(x), out(x.size());
   int right = 0, wrong = 0, runs = 0;
   for (int run = 0; run < 8; run++, runs++) {
-    cpu::run_in_order(run == 0 ? cpu::Order::forward : run == 1 ? cpu::Order::reverse : cpu::Order::random, unsigned(run));
+    cpu::run_in_order(run == 0   ? cpu::Order::forward
+                      : run == 1 ? cpu::Order::reverse
+                                 : cpu::Order::random,
+                      unsigned(run));
     rotate_rows(out.data, in.data, rows, width, width, true);
     right += out.download() == rotated(x, rows, width);
     rotate_rows(out.data, in.data, rows, width, width, false);
@@ -370,21 +388,31 @@ TEST(a_missing_barrier_gives_a_wrong_answer_in_some_order) {
 TEST(threads_that_wait_in_vain_are_reported_with_their_line) {
 #ifdef CPU_FAITHFUL
   static Mistake mistake;
-  struct Case { Mistake mistake; const char *says, *thread; };
+  struct Case {
+    Mistake mistake;
+    const char *says, *thread;
+  };
   int reported = 0;
-  for (const Case& c : {Case{Mistake::barrier_not_reached, "deadlock, a thread does not reach a barrier: __syncthreads", "thread 5"},
-                        Case{Mistake::two_barriers, "threads wait at different barriers", "thread 10"},
-                        Case{Mistake::shuffle_not_reached, "deadlock, a thread does not reach a warp primitive: __shfl_xor_sync", "thread 7"},
-                        Case{Mistake::two_shuffles, "lanes wait at different warp primitives", "thread 10"},
-                        Case{Mistake::beyond_shared_memory, "a write beyond dynamic shared memory", "block (0,0,0)"}}) {
+  for (const Case& c :
+       {Case{Mistake::barrier_not_reached,
+             "deadlock, a thread does not reach a barrier: __syncthreads", "thread 5"},
+        Case{Mistake::two_barriers, "threads wait at different barriers", "thread 10"},
+        Case{Mistake::shuffle_not_reached,
+             "deadlock, a thread does not reach a warp primitive: __shfl_xor_sync", "thread 7"},
+        Case{Mistake::two_shuffles, "lanes wait at different warp primitives", "thread 10"},
+        Case{Mistake::beyond_shared_memory, "a write beyond dynamic shared memory",
+             "block (0,0,0)"}}) {
     mistake = c.mistake;
     int status = 0;
     std::string said = run_in_child([] { make_mistake(mistake); }, &status);
-    CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT, "mistake ", int(mistake), " said: ", said);
-    CHECK(said.find(c.says) != std::string::npos && said.find(c.thread) != std::string::npos, "said: ", said);
+    CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT, "mistake ", int(mistake),
+          " said: ", said);
+    CHECK(said.find(c.says) != std::string::npos && said.find(c.thread) != std::string::npos,
+          "said: ", said);
     int line = 0;  // the kernel says which line it is, before it makes the mistake there
     if (sscanf(said.c_str(), "mistake in line %d", &line) == 1)
-      CHECK(said.find(sentence("tests/cpu_kernels.cu:", line, ",")) != std::string::npos, "said: ", said);
+      CHECK(said.find(sentence("tests/cpu_kernels.cu:", line, ",")) != std::string::npos,
+            "said: ", said);
     reported++;
   }
   measured(reported, " mistakes");
@@ -401,7 +429,8 @@ TEST(bf16_rounds_to_nearest_even_and_keeps_nan) {
     const float x = __bfloat162float(__ushort_as_bfloat16(static_cast<unsigned short>(bits)));
     CHECK_EQ(__bfloat16_as_ushort(__float2bfloat16(x)), bits);
     if (bits + 1 == 0x7f80) continue;
-    const float next = __bfloat162float(__ushort_as_bfloat16(static_cast<unsigned short>(bits + 1)));
+    const float next =
+        __bfloat162float(__ushort_as_bfloat16(static_cast<unsigned short>(bits + 1)));
     const float half = x / 2 + next / 2;
     if (bits < 0x80) continue;  // halves of the smallest are not exact
     const unsigned even = bits % 2 ? bits + 1 : bits;
@@ -409,7 +438,8 @@ TEST(bf16_rounds_to_nearest_even_and_keeps_nan) {
     CHECK_EQ(__bfloat16_as_ushort(__float2bfloat16(std::nextafter(half, x))), bits);
     CHECK_EQ(__bfloat16_as_ushort(__float2bfloat16(std::nextafter(half, next))), bits + 1);
     CHECK_EQ(__bfloat16_as_ushort(__double2bfloat16(double(half))), even);
-    CHECK_EQ(__bfloat16_as_ushort(__double2bfloat16(std::nextafter(double(half), double(next)))), bits + 1, "rounded once, not twice");
+    CHECK_EQ(__bfloat16_as_ushort(__double2bfloat16(std::nextafter(double(half), double(next)))),
+             bits + 1, "rounded once, not twice");
     ties++;
   }
   CHECK_EQ(__bfloat16_as_ushort(__float2bfloat16(INFINITY)), 0x7f80);
@@ -437,7 +467,9 @@ TEST(exp_tanh_and_log_are_accurate_in_kernels) {
   double worst = 0, worst64 = 0;
   for (int i = 0; i < n; i++)
     for (int f = 0; f < 3; f++) {
-      const auto exact = [f](long double v) { return f == 0 ? std::exp(v) : f == 1 ? std::tanh(v) : std::log(v); };
+      const auto exact = [f](long double v) {
+        return f == 0 ? std::exp(v) : f == 1 ? std::tanh(v) : std::log(v);
+      };
       const long double want = exact(x[size_t(i)]), want64 = exact(t[size_t(i)]);
       worst = std::max(worst, double(std::abs((y[size_t(f * n + i)] - want) / want)));
       worst64 = std::max(worst64, double(std::abs((z[size_t(f * n + i)] - want64) / want64)));
@@ -450,8 +482,8 @@ TEST(exp_tanh_and_log_are_accurate_in_kernels) {
 // ---- streams
 
 #ifdef CPU_STAND_IN
-// A producer adds 1 to x ten times, and after each a consumer on another stream copies x, waiting for the producer or not. How many of the
-// copies are right?
+// A producer adds 1 to x ten times, and after each a consumer on another stream copies x, waiting
+// for the producer or not. How many of the copies are right?
 int right_copies(unsigned seed, bool wait) {
   const int n = 64, steps = 10;
   QueuedStreams queued(seed);
@@ -466,13 +498,16 @@ int right_copies(unsigned seed, bool wait) {
     add_and_wait(x.data, n, 1, producer);
     CUDA_CHECK(cudaEventRecord(produced, producer));
     if (wait) CUDA_CHECK(cudaStreamWaitEvent(consumer, produced));
-    CUDA_CHECK(cudaMemcpyAsync(copies.data + step * n, x.data, n * sizeof(float), cudaMemcpyDeviceToDevice, consumer));
+    CUDA_CHECK(cudaMemcpyAsync(copies.data + step * n, x.data, n * sizeof(float),
+                               cudaMemcpyDeviceToDevice, consumer));
     CUDA_CHECK(cudaEventRecord(consumed, consumer));
     CUDA_CHECK(cudaStreamWaitEvent(producer, consumed));
   }
   const auto got = copies.download();
   int right = 0;
-  for (int step = 0; step < steps; step++) right += got[size_t(step * n)] == float(step + 1) && got[size_t(step * n + n - 1)] == float(step + 1);
+  for (int step = 0; step < steps; step++)
+    right += got[size_t(step * n)] == float(step + 1) &&
+             got[size_t(step * n + n - 1)] == float(step + 1);
   for (cudaEvent_t event : {produced, consumed}) CUDA_CHECK(cudaEventDestroy(event));
   for (cudaStream_t stream : {producer, consumer}) CUDA_CHECK(cudaStreamDestroy(stream));
   return right;
@@ -488,11 +523,13 @@ TEST(a_queued_stream_runs_behind_the_host_and_in_order) {
   CUDA_CHECK(cudaEventCreate(&done));
   static std::vector<int> order;
   order.clear();
-  CUDA_CHECK(cudaLaunchHostFunc(stream, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }, nullptr));
+  CUDA_CHECK(cudaLaunchHostFunc(
+      stream, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }, nullptr));
   static int numbers[50];
   for (int i = 0; i < 50; i++) {
     numbers[i] = i;
-    CUDA_CHECK(cudaLaunchHostFunc(stream, [](void* number) { order.push_back(*static_cast<int*>(number)); }, &numbers[i]));
+    CUDA_CHECK(cudaLaunchHostFunc(
+        stream, [](void* number) { order.push_back(*static_cast<int*>(number)); }, &numbers[i]));
   }
   CUDA_CHECK(cudaEventRecord(done, stream));
   CHECK_EQ(cudaStreamQuery(stream), cudaErrorNotReady, "the host is ahead");
@@ -536,14 +573,16 @@ TEST(memory_freed_in_a_stream_goes_to_others_only_when_the_stream_is_there) {
   cudaEvent_t first_free;
   CUDA_CHECK(cudaEventCreate(&first_free));
   CUDA_CHECK(cudaMallocAsync(&a, bytes, one));
-  CUDA_CHECK(cudaLaunchHostFunc(one, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }, nullptr));
+  CUDA_CHECK(cudaLaunchHostFunc(
+      one, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }, nullptr));
   CUDA_CHECK(cudaFreeAsync(a, one));
   CUDA_CHECK(cudaMallocAsync(&b, bytes, other));
   CHECK(b != a, "the first stream has not come to its free");
   CUDA_CHECK(cudaMallocAsync(&c, bytes, one));
   CHECK(c == a, "the stream that freed it may have it at once");
   CUDA_CHECK(cudaEventRecord(first_free, one));
-  CUDA_CHECK(cudaLaunchHostFunc(one, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }, nullptr));
+  CUDA_CHECK(cudaLaunchHostFunc(
+      one, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }, nullptr));
   CUDA_CHECK(cudaFreeAsync(c, one));
   CUDA_CHECK(cudaEventSynchronize(first_free));
   CUDA_CHECK(cudaMallocAsync(&d, bytes, other));
@@ -567,24 +606,34 @@ TEST(memory_freed_in_a_stream_goes_to_others_only_when_the_stream_is_there) {
 namespace {
 
 template <class T> constexpr cudaDataType type_of() {
-  return std::is_same_v<T, float> ? CUDA_R_32F : std::is_same_v<T, double> ? CUDA_R_64F : CUDA_R_16BF;
+  return std::is_same_v<T, float>    ? CUDA_R_32F
+         : std::is_same_v<T, double> ? CUDA_R_64F
+                                     : CUDA_R_16BF;
 }
 
-struct Product { bool transpose_a, transpose_b; int m, n, k, batch; bool beta; };
+struct Product {
+  bool transpose_a, transpose_b;
+  int m, n, k, batch;
+  bool beta;
+};
 
-// Largest difference from a plain product in f64, beyond one rounding to bf16 where the result is bf16, relative to the sum of the terms'
-// sizes. Leading dims are wider than the matrices; what lies between and beyond must stay as it was. With beta = 0, c holds NaN before.
+// Largest difference from a plain product in f64, beyond one rounding to bf16 where the result is
+// bf16, relative to the sum of the terms' sizes. Leading dims are wider than the matrices; what
+// lies between and beyond must stay as it was. With beta = 0, c holds NaN before.
 template <class In, class Out> double product_error(cublasHandle_t blas, const Product& p) {
   using Scalar = std::conditional_t<std::is_same_v<In, double>, double, float>;
   const int rows_a = p.transpose_a ? p.k : p.m, columns_a = p.transpose_a ? p.m : p.k;
   const int rows_b = p.transpose_b ? p.n : p.k, columns_b = p.transpose_b ? p.k : p.n;
   const int lda = rows_a + 3, ldb = rows_b + 1, ldc = p.m + 2;
-  const int64_t stride_a = lda * columns_a + 5, stride_b = ldb * columns_b, stride_c = ldc * p.n + 1;
+  const int64_t stride_a = lda * columns_a + 5, stride_b = ldb * columns_b,
+                stride_c = ldc * p.n + 1;
   std::vector<In> a, b;
   for (double x : random_values<double>(size_t(stride_a * p.batch), 8)) a.push_back(In(x));
   for (double x : random_values<double>(size_t(stride_b * p.batch), 9)) b.push_back(In(x));
   std::vector<Out> c(size_t(stride_c * p.batch), Out(double(NAN)));
-  const auto inside = [&](int64_t i) { return i % stride_c < ldc * p.n && i % stride_c % ldc < p.m; };
+  const auto inside = [&](int64_t i) {
+    return i % stride_c < ldc * p.n && i % stride_c % ldc < p.m;
+  };
   for (int64_t i = 0; i < int64_t(c.size()); i++)
     if (p.beta && inside(i)) c[size_t(i)] = Out(double(i % 17) / 8 - 1);
   DeviceArray<In> da(a), db(b);
@@ -593,12 +642,15 @@ template <class In, class Out> double product_error(cublasHandle_t blas, const P
   const auto op = [](bool transpose) { return transpose ? CUBLAS_OP_T : CUBLAS_OP_N; };
   const auto compute = std::is_same_v<In, double> ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
   if (p.batch == 1)
-    CUBLAS_CHECK(cublasGemmEx(blas, op(p.transpose_a), op(p.transpose_b), p.m, p.n, p.k, &alpha, da.data, type_of<In>(), lda, db.data,
-                              type_of<In>(), ldb, &beta, dc.data, type_of<Out>(), ldc, compute, CUBLAS_GEMM_DEFAULT));
+    CUBLAS_CHECK(cublasGemmEx(blas, op(p.transpose_a), op(p.transpose_b), p.m, p.n, p.k, &alpha,
+                              da.data, type_of<In>(), lda, db.data, type_of<In>(), ldb, &beta,
+                              dc.data, type_of<Out>(), ldc, compute, CUBLAS_GEMM_DEFAULT));
   else
-    CUBLAS_CHECK(cublasGemmStridedBatchedEx(blas, op(p.transpose_a), op(p.transpose_b), p.m, p.n, p.k, &alpha, da.data, type_of<In>(), lda,
-                                            stride_a, db.data, type_of<In>(), ldb, stride_b, &beta, dc.data, type_of<Out>(), ldc, stride_c,
-                                            p.batch, compute, CUBLAS_GEMM_DEFAULT));
+    CUBLAS_CHECK(cublasGemmStridedBatchedEx(blas, op(p.transpose_a), op(p.transpose_b), p.m, p.n,
+                                            p.k, &alpha, da.data, type_of<In>(), lda, stride_a,
+                                            db.data, type_of<In>(), ldb, stride_b, &beta, dc.data,
+                                            type_of<Out>(), ldc, stride_c, p.batch, compute,
+                                            CUBLAS_GEMM_DEFAULT));
   const auto got = dc.download();
   double worst = 0;
   for (int64_t at = 0; at < int64_t(got.size()); at++) {
@@ -609,13 +661,18 @@ template <class In, class Out> double product_error(cublasHandle_t blas, const P
     const int64_t batch = at / stride_c, i = at % stride_c % ldc, j = at % stride_c / ldc;
     double want = p.beta ? double(c[size_t(at)]) : 0, terms = std::abs(want);
     for (int k = 0; k < p.k; k++) {
-      const double term = 0.5 * double(a[size_t(batch * stride_a + (p.transpose_a ? k + i * lda : i + k * int64_t(lda)))]) *
-                          double(b[size_t(batch * stride_b + (p.transpose_b ? j + k * int64_t(ldb) : k + j * ldb))]);
+      const double term =
+          0.5 *
+          double(
+              a[size_t(batch * stride_a + (p.transpose_a ? k + i * lda : i + k * int64_t(lda)))]) *
+          double(
+              b[size_t(batch * stride_b + (p.transpose_b ? j + k * int64_t(ldb) : k + j * ldb))]);
       want += term;
       terms += std::abs(term);
     }
     const double rounding = std::is_same_v<Out, __nv_bfloat16> ? std::abs(want) / 256 : 0;
-    const double error = (std::abs(double(got[size_t(at)]) - want) - rounding) / std::max(terms, 1e-300);
+    const double error =
+        (std::abs(double(got[size_t(at)]) - want) - rounding) / std::max(terms, 1e-300);
     worst = error <= worst ? worst : error;  // NaN wins
   }
   return worst;
@@ -626,12 +683,21 @@ template <class In, class Out> void check_products(double tolerance) {
   CUBLAS_CHECK(cublasCreate(&blas));
   double worst = 0;
   int products = 0;
-  for (const auto& [m, n, k] : {std::array{1, 1, 1}, {7, 13, 5}, {16, 8, 32}, {33, 1, 70}, {1, 50, 9}, {101, 67, 300}, {130, 790, 17}, {5, 4, 0}})
+  for (const auto& [m, n, k] : {std::array{1, 1, 1},
+                                {7, 13, 5},
+                                {16, 8, 32},
+                                {33, 1, 70},
+                                {1, 50, 9},
+                                {101, 67, 300},
+                                {130, 790, 17},
+                                {5, 4, 0}})
     for (int transposes = 0; transposes < 4; transposes++)
       for (const bool beta : {false, true})
         for (const int batch : {1, 3}) {
-          const double error = product_error<In, Out>(blas, {bool(transposes & 1), bool(transposes & 2), m, n, k, batch, beta});
-          CHECK_LE(error, tolerance, "m ", m, " n ", n, " k ", k, " transposes ", transposes, " beta ", beta, " batch ", batch);
+          const double error = product_error<In, Out>(
+              blas, {bool(transposes & 1), bool(transposes & 2), m, n, k, batch, beta});
+          CHECK_LE(error, tolerance, "m ", m, " n ", n, " k ", k, " transposes ", transposes,
+                   " beta ", beta, " batch ", batch);
           worst = std::max(worst, error);
           products++;
         }
@@ -656,8 +722,9 @@ TEST(products_of_bf16_round_ties_to_even_and_keep_nan) {
   DeviceArray<__nv_bfloat16> da(std::vector<__nv_bfloat16>{__nv_bfloat16(1.5f)}), db(b), dc(n);
   const float alpha = 1, beta = 0;
   const auto multiply = [&] {
-    CUBLAS_CHECK(cublasGemmEx(blas, CUBLAS_OP_N, CUBLAS_OP_N, 1, n, 1, &alpha, da.data, CUDA_R_16BF, 1, db.data, CUDA_R_16BF, 1, &beta, dc.data,
-                              CUDA_R_16BF, 1, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    CUBLAS_CHECK(cublasGemmEx(blas, CUBLAS_OP_N, CUBLAS_OP_N, 1, n, 1, &alpha, da.data, CUDA_R_16BF,
+                              1, db.data, CUDA_R_16BF, 1, &beta, dc.data, CUDA_R_16BF, 1,
+                              CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
     return dc.download();
   };
   const auto c = multiply();
@@ -675,7 +742,8 @@ TEST(products_of_bf16_round_ties_to_even_and_keep_nan) {
 TEST(sums_in_f64_do_not_depend_on_the_number_of_threads) {
 #ifdef CPU_STAND_IN
   const int m = 203, n = 157, k = 301;
-  DeviceArray<double> a(random_values<double>(m * k, 10)), b(random_values<double>(k * n, 11)), c(m * n);
+  DeviceArray<double> a(random_values<double>(m * k, 10)), b(random_values<double>(k * n, 11)),
+      c(m * n);
   cublasHandle_t blas;
   CUBLAS_CHECK(cublasCreate(&blas));
   const double alpha = 1, beta = 0;
@@ -683,8 +751,9 @@ TEST(sums_in_f64_do_not_depend_on_the_number_of_threads) {
   const int before = omp_get_max_threads();
   for (int threads = 1; threads <= 5; threads++) {
     omp_set_num_threads(threads);
-    CUBLAS_CHECK(cublasGemmEx(blas, CUBLAS_OP_T, CUBLAS_OP_N, m, n, k, &alpha, a.data, CUDA_R_64F, k, b.data, CUDA_R_64F, k, &beta, c.data,
-                              CUDA_R_64F, m, CUBLAS_COMPUTE_64F, CUBLAS_GEMM_DEFAULT));
+    CUBLAS_CHECK(cublasGemmEx(blas, CUBLAS_OP_T, CUBLAS_OP_N, m, n, k, &alpha, a.data, CUDA_R_64F,
+                              k, b.data, CUDA_R_64F, k, &beta, c.data, CUDA_R_64F, m,
+                              CUBLAS_COMPUTE_64F, CUBLAS_GEMM_DEFAULT));
     const auto got = c.download();
     if (threads == 1) first = got;
     CHECK(got == first, threads, " threads");

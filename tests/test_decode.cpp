@@ -1,8 +1,10 @@
-// test_decode.cpp: the kernels that make text one token at a time, against plain loops in double precision and against the training kernels.
+// test_decode.cpp: the kernels that make text one token at a time, against plain loops in double
+// precision and against the training kernels.
 //
 // measure   largest difference / largest magnitude in the reference
-// bounds    u = 2^-53 (f64), 2^-24 (f32). A sum of n products of random signs: u (8 + 2 sqrt(n)); attention: as in test_attention.cpp. bf16 sums in
-//           f32 and rounds the result to 8 bits: 2^-8 more.
+// bounds    u = 2^-53 (f64), 2^-24 (f32). A sum of n products of random signs: u (8 + 2 sqrt(n));
+//           attention: as in test_attention.cpp. bf16 sums in f32 and rounds the result to 8 bits:
+//           2^-8 more.
 #include "kernels/kernels.h"
 #include "tests/tensors.h"
 
@@ -11,37 +13,51 @@ namespace {
 using Values = std::vector<double>;
 
 double bound(Dtype dtype, double n) {
-  return (dtype == Dtype::f64 ? std::ldexp(1.0, -53) : std::ldexp(1.0, -24)) * (8 + 2 * std::sqrt(n)) + (dtype == Dtype::bf16 ? std::ldexp(1.0, -8) : 0);
+  return (dtype == Dtype::f64 ? std::ldexp(1.0, -53) : std::ldexp(1.0, -24)) *
+             (8 + 2 * std::sqrt(n)) +
+         (dtype == Dtype::bf16 ? std::ldexp(1.0, -8) : 0);
 }
 
 Values product(const Values& x, const Values& w, int64_t m, int64_t K, int64_t N, bool transposed) {
   Values y(size_t(m * N));
   for (int64_t r = 0; r < m; r++)
     for (int64_t n = 0; n < N; n++)
-      for (int64_t k = 0; k < K; k++) y[size_t(r * N + n)] += x[size_t(r * K + k)] * w[size_t(transposed ? n * K + k : k * N + n)];
+      for (int64_t k = 0; k < K; k++)
+        y[size_t(r * N + n)] +=
+            x[size_t(r * K + k)] * w[size_t(transposed ? n * K + k : k * N + n)];
   return y;
 }
 
 // One new token a sequence: cache (B,2,H,S,D) is read up to lengths[b] and written there.
-struct Decoded { Values out, cache; };
-Decoded decode(const Values& cache, const Values& qkv, const std::vector<int>& lengths, int64_t H, int64_t S, int64_t D) {
+struct Decoded {
+  Values out, cache;
+};
+Decoded decode(const Values& cache, const Values& qkv, const std::vector<int>& lengths, int64_t H,
+               int64_t S, int64_t D) {
   const int64_t B = int64_t(lengths.size());
   Decoded r{Values(size_t(B * H * D)), cache};
   for (int64_t b = 0; b < B; b++)
     for (int64_t h = 0; h < H; h++) {
-      const auto key = [&](int64_t part, int64_t t, int64_t d) { return size_t((((b * 2 + part) * H + h) * S + t) * D + d); };
-      const auto now = [&](int64_t part, int64_t d) { return qkv[size_t(((b * 3 + part) * H + h) * D + d)]; };
+      const auto key = [&](int64_t part, int64_t t, int64_t d) {
+        return size_t((((b * 2 + part) * H + h) * S + t) * D + d);
+      };
+      const auto now = [&](int64_t part, int64_t d) {
+        return qkv[size_t(((b * 3 + part) * H + h) * D + d)];
+      };
       const int64_t T = lengths[size_t(b)];
-      for (int64_t d = 0; d < D; d++) r.cache[key(0, T, d)] = now(1, d), r.cache[key(1, T, d)] = now(2, d);
+      for (int64_t d = 0; d < D; d++)
+        r.cache[key(0, T, d)] = now(1, d), r.cache[key(1, T, d)] = now(2, d);
       Values p(size_t(T + 1));
       double most = -1e300, sum = 0;
       for (int64_t t = 0; t <= T; t++) {
-        for (int64_t d = 0; d < D; d++) p[size_t(t)] += now(0, d) * r.cache[key(0, t, d)] / std::sqrt(double(D));
+        for (int64_t d = 0; d < D; d++)
+          p[size_t(t)] += now(0, d) * r.cache[key(0, t, d)] / std::sqrt(double(D));
         most = std::max(most, p[size_t(t)]);
       }
       for (double& x : p) sum += x = std::exp(x - most);
       for (int64_t t = 0; t <= T; t++)
-        for (int64_t d = 0; d < D; d++) r.out[size_t((b * H + h) * D + d)] += p[size_t(t)] / sum * r.cache[key(1, t, d)];
+        for (int64_t d = 0; d < D; d++)
+          r.out[size_t((b * H + h) * D + d)] += p[size_t(t)] / sum * r.cache[key(1, t, d)];
     }
   return r;
 }
@@ -66,18 +82,32 @@ TEST(a_few_rows_times_a_matrix_equal_plain_sums) {
   int cases = 0;
   for (const Dtype dtype : kDtypes)
     for (const bool transposed : {false, true})
-      for (const auto& [K, N] : {std::pair<int64_t, int64_t>{1, 1}, {1, 33}, {33, 1}, {31, 64}, {64, 31}, {128, 96}, {100, 100}, {33, kLarge}, {kLarge, 40}, {257, 1032}})
+      for (const auto& [K, N] : {std::pair<int64_t, int64_t>{1, 1},
+                                 {1, 33},
+                                 {33, 1},
+                                 {31, 64},
+                                 {64, 31},
+                                 {128, 96},
+                                 {100, 100},
+                                 {33, kLarge},
+                                 {kLarge, 40},
+                                 {257, 1032}})
         for (int64_t m : {1, 2, 3, 5, 8}) {
           if (m > 2 && K * N > 20000) continue;
           const unsigned seed = unsigned(cases);
-          const Tensor x = random_tensor({m, K}, dtype, seed), w = random_tensor(transposed ? Shape{N, K} : Shape{K, N}, dtype, seed + 1), y({m, N}, dtype, Memory::data);
+          const Tensor x = random_tensor({m, K}, dtype, seed),
+                       w = random_tensor(transposed ? Shape{N, K} : Shape{K, N}, dtype, seed + 1),
+                       y({m, N}, dtype, Memory::data);
           const Values got = in_every_order([&] {
             fill(y, kNaN);
             matvec(y, x, w, transposed);
             return download(y);
           });
-          const double d = relative_difference(got, product(download(x), download(w), m, K, N, transposed)), most = bound(dtype, double(K));
-          CHECK_LE(d, most, name_of(dtype), " ", m, " rows, (", K, ", ", N, ")", transposed ? " transposed" : "");
+          const double d = relative_difference(got, product(download(x), download(w), m, K, N,
+                                                            transposed)),
+                       most = bound(dtype, double(K));
+          CHECK_LE(d, most, name_of(dtype), " ", m, " rows, (", K, ", ", N, ")",
+                   transposed ? " transposed" : "");
           worst = std::max(worst, d / most);
           cases++;
         }
@@ -92,7 +122,9 @@ TEST(a_new_token_attends_to_the_cache_and_joins_it) {
       for (const std::vector<int>& lengths : {std::vector<int>{0}, {1, 0, 5}, {31, 100}}) {
         const int64_t B = int64_t(lengths.size()), H = 3, S = 101;
         const unsigned seed = unsigned(cases);
-        const Tensor cache = random_tensor({B, 2, H, S, D}, dtype, seed), qkv = random_tensor({B, 3 * H * D}, dtype, seed + 1), out({B, H * D}, dtype, Memory::data);
+        const Tensor cache = random_tensor({B, 2, H, S, D}, dtype, seed),
+                     qkv = random_tensor({B, 3 * H * D}, dtype, seed + 1),
+                     out({B, H * D}, dtype, Memory::data);
         const Values before = download(cache);
         const Decoded expected = decode(before, download(qkv), lengths, H, S, D);
         Values after;
@@ -103,8 +135,10 @@ TEST(a_new_token_attends_to_the_cache_and_joins_it) {
           after = download(cache);
           return download(out);
         });
-        CHECK(after == expected.cache, "the cache is not what it was, with the new token at its place");
-        const double d = relative_difference(got, expected.out), most = bound(dtype, double(D) * 16);
+        CHECK(after == expected.cache,
+              "the cache is not what it was, with the new token at its place");
+        const double d = relative_difference(got, expected.out),
+                     most = bound(dtype, double(D) * 16);
         CHECK_LE(d, most, name_of(dtype), " D ", D, " lengths from ", lengths[0]);
         worst = std::max(worst, d / most);
         cases++;
@@ -116,20 +150,25 @@ TEST(a_prompt_in_the_cache_and_one_more_token_equal_attention_over_all) {
   double worst = 0;
   for (const Dtype dtype : {Dtype::f32, Dtype::f64}) {
     const int64_t T = 37, H = 2, D = 24, S = 50, row = 3 * H * D;
-    const Tensor all = random_tensor({T, row}, dtype, 5), out({T, H * D}, dtype, Memory::data), p({1, H, T, T}, dtype, Memory::data);
+    const Tensor all = random_tensor({T, row}, dtype, 5), out({T, H * D}, dtype, Memory::data),
+                 p({1, H, T, T}, dtype, Memory::data);
     attention_plain_forward(out, p, all, 1, T, H);
     const Values whole = download(out), expected(whole.end() - H * D, whole.end());
-    const Tensor cache({2, 2, H, S, D}, dtype, Memory::data), one({2, H * D}, dtype, Memory::data), two({2, row}, dtype, Memory::data);
+    const Tensor cache({2, 2, H, S, D}, dtype, Memory::data), one({2, H * D}, dtype, Memory::data),
+        two({2, row}, dtype, Memory::data);
     fill(cache, kNaN);
-    append_to_cache(cache, all.part(0, {20, row}), 1, 0, H);  // in two pieces, for the second sequence
+    // in two pieces, for the second sequence
+    append_to_cache(cache, all.part(0, {20, row}), 1, 0, H);
     append_to_cache(cache, all.part(20 * row, {T - 1 - 20, row}), 1, 20, H);
     fill(two, 1);
     copy(two.part(row, {row}), all.part((T - 1) * row, {row}));
     attention_decode(one, cache, two, integers({0, int(T - 1)}), H);
     const Values got = download(one);
-    const double d = relative_difference({got.end() - H * D, got.end()}, expected), most = bound(dtype, double(D) * 16);
+    const double d = relative_difference({got.end() - H * D, got.end()}, expected),
+                 most = bound(dtype, double(D) * 16);
     CHECK_LE(d, most, name_of(dtype));
-    for (int64_t i = 0; i < H * D; i++) CHECK_EQ(got[size_t(i)], 1.0);  // the first sequence has only its new token
+    // the first sequence has only its new token
+    for (int64_t i = 0; i < H * D; i++) CHECK_EQ(got[size_t(i)], 1.0);
     worst = std::max(worst, d / most);
   }
   measured("at most ", worst, " of the bound");
@@ -138,7 +177,8 @@ TEST(a_prompt_in_the_cache_and_one_more_token_equal_attention_over_all) {
 TEST(embeddings_at_given_positions_are_those_rows) {
   for (const Dtype dtype : kDtypes)
     for (const int64_t C : {1, 33, 64}) {
-      const Tensor wte = random_tensor({9, C}, dtype, 1), wpe = random_tensor({20, C}, dtype, 2), x({4, C}, dtype, Memory::data);
+      const Tensor wte = random_tensor({9, C}, dtype, 1), wpe = random_tensor({20, C}, dtype, 2),
+                   x({4, C}, dtype, Memory::data);
       const std::vector<int> tokens = {8, -1, 0, 3}, positions = {19, 4, 0, 7};
       const Values got = in_every_order([&] {
         fill(x, kNaN);
@@ -148,8 +188,11 @@ TEST(embeddings_at_given_positions_are_those_rows) {
       const Values a = download(wte), b = download(wpe);
       for (size_t r = 0; r < 4; r++)
         for (size_t c = 0; c < size_t(C); c++) {
-          const double sum = tokens[r] < 0 ? 0 : a[size_t(tokens[r]) * size_t(C) + c] + b[size_t(positions[r]) * size_t(C) + c];
-          CHECK_LE(std::abs(got[r * size_t(C) + c] - sum), (std::abs(sum) + 1e-30) * bound(dtype, 0), name_of(dtype), " row ", r);
+          const double sum = tokens[r] < 0 ? 0
+                                           : a[size_t(tokens[r]) * size_t(C) + c] +
+                                                 b[size_t(positions[r]) * size_t(C) + c];
+          CHECK_LE(std::abs(got[r * size_t(C) + c] - sum),
+                   (std::abs(sum) + 1e-30) * bound(dtype, 0), name_of(dtype), " row ", r);
         }
     }
   measured(9, " cases");

@@ -1,8 +1,10 @@
-// test_fsdp.cpp: data parallelism and FSDP equal one rank, in f64 to rounding; bytes and memory equal the formulas exactly. Run under
-// mpiexec -n 1, 2, 3, 4, 8: every layout replicate x fsdp of the world's size is compared with a plain single-rank computation that each rank does
-// by itself. Up to 4 ranks each ZeRO stage, reshard, prefetch 0 to 2 and one or more micro-batches, all combined. On 8 ranks, and with delayed
-// streams, each stage x reshard x prefetch once, one or more micro-batches taking turns: every pair is still there. Recompute and flash attention
-// take turns everywhere.
+// test_fsdp.cpp: data parallelism and FSDP equal one rank, in f64 to rounding; bytes and memory
+// equal the formulas exactly. Run under mpiexec -n 1, 2, 3, 4, 8: every layout replicate x fsdp of
+// the world's size is compared with a plain single-rank computation that each rank does by itself.
+// Up to 4 ranks each ZeRO stage, reshard, prefetch 0 to 2 and one or more micro-batches, all
+// combined. On 8 ranks, and with delayed streams, each stage x reshard x prefetch once, one or more
+// micro-batches taking turns: every pair is still there. Recompute and flash attention take turns
+// everywhere.
 #include "tests/parity.h"
 
 namespace {
@@ -14,7 +16,8 @@ const GptConfig kConfig = [] {
   return g;
 }();
 
-// Runs `work(layout)` for each replicate x fsdp = the world's size, with fsdp one of 1, 2, 3, 4, 8 and replicate 1 or 2 (or all ranks).
+// Runs `work(layout)` for each replicate x fsdp = the world's size, with fsdp one of 1, 2, 3, 4, 8
+// and replicate 1 or 2 (or all ranks).
 template <class Work> void each_layout(Work work) {
   for (int fsdp = 1; fsdp <= job().size; fsdp++) {
     if (job().size % fsdp) continue;
@@ -25,8 +28,9 @@ template <class Work> void each_layout(Work work) {
 }
 
 std::string name_of(const Layout& l, const FsdpOptions& f, int64_t microbatch, const GptConfig& g) {
-  return sentence(to_string(l), " zero ", f.zero, f.reshard ? " reshard" : " keep", " prefetch ", f.prefetch, " microbatch ", microbatch,
-                  g.recompute ? " recompute" : "", g.attention == AttentionKind::flash ? " flash" : "");
+  return sentence(to_string(l), " zero ", f.zero, f.reshard ? " reshard" : " keep", " prefetch ",
+                  f.prefetch, " microbatch ", microbatch, g.recompute ? " recompute" : "",
+                  g.attention == AttentionKind::flash ? " flash" : "");
 }
 
 // Every ZeRO stage, reshard, prefetch, accumulation and recompute of one layout against one rank.
@@ -37,7 +41,7 @@ void all_settings(const Layout& layout, int64_t batch, Parity& parity) {
     for (bool reshard : {true, false})
       for (int prefetch = 0; prefetch <= 2; prefetch++)
         for (int64_t microbatch : {per_rank, int64_t(1)}) {
-          if (zero < 3 && !reshard) continue;  // says nothing below stage 3
+          if (zero < 3 && !reshard) continue;                        // says nothing below stage 3
           if (layout.fsdp == 1 && (zero < 3 || !reshard)) continue;  // nothing is sharded
           if (microbatch == 1 && per_rank == 1 && prefetch > 0) continue;
           if ((kDelayed || job().size > 4) && (zero + prefetch) % 2 == (microbatch == 1)) continue;
@@ -62,10 +66,12 @@ double curve(GptConfig config, int steps) {
     TrainerOptions options;
     options.batch = 24, options.microbatch = 24 / layout.ranks();
     config.attention = layout.replicate == 1 ? AttentionKind::flash : AttentionKind::plain;
-    worst = std::max(worst, relative({curve_of(mesh, config, options, steps).losses}, {reference.losses}));
+    worst = std::max(worst,
+                     relative({curve_of(mesh, config, options, steps).losses}, {reference.losses}));
     close_mesh(mesh);
   });
-  measured("largest relative difference of the loss ", worst, "; it falls from ", reference.losses.front(), " to ", reference.losses.back());
+  measured("largest relative difference of the loss ", worst, "; it falls from ",
+           reference.losses.front(), " to ", reference.losses.back());
   return worst;
 }
 
@@ -93,7 +99,10 @@ TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
             TrainerOptions options;
             options.microbatch = 2, options.batch = 2 * m * layout.ranks();
             options.fsdp = {zero, reshard, int(m % 2)};
-            bytes += equals_theory(mesh, config, options, sentence(name_of(dtype), " ", name_of(layout, options.fsdp, 2, config)), [](Trainer&) {});
+            bytes += equals_theory(mesh, config, options,
+                                   sentence(name_of(dtype), " ",
+                                            name_of(layout, options.fsdp, 2, config)),
+                                   [](Trainer&) {});
             settings++;
           }
     close_mesh(mesh);
@@ -101,11 +110,15 @@ TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
   measured(settings, " settings, ", bytes, " bytes on rank 0");
 }
 
-// Rounding differs with the order of summation, and 50 steps of Adam spread it: the curve stays together, not its last bits.
-TEST(the_f32_curve_of_50_steps_equals_one_rank_within_1e_4) { CHECK_LE(curve({2, 32, 4, 16, 61}, 50), 1e-4); }
+// Rounding differs with the order of summation, and 50 steps of Adam spread it: the curve stays
+// together, not its last bits.
+TEST(the_f32_curve_of_50_steps_equals_one_rank_within_1e_4) {
+  CHECK_LE(curve({2, 32, 4, 16, 61}, 50), 1e-4);
+}
 
-// bf16 keeps 8 bits: each micro-batch's activations round to 2^-9 relative, differently for each grouping of rows only where products sum in another
-// order; the weights that compute are rounded masters, so one flipped last bit (2^-8 of a weight) is what two layouts can differ by. On a loss
+// bf16 keeps 8 bits: each micro-batch's activations round to 2^-9 relative, differently for each
+// grouping of rows only where products sum in another order; the weights that compute are rounded
+// masters, so one flipped last bit (2^-8 of a weight) is what two layouts can differ by. On a loss
 // that averages hundreds of tokens this stays below 2^-8.
 TEST(the_bf16_curve_of_20_steps_equals_one_rank_within_2_to_the_minus_8) {
   CHECK_LE(curve({2, 32, 4, 16, 61, Dtype::bf16}, 20), std::ldexp(1, -8));

@@ -1,5 +1,6 @@
-// test_generator.cpp: the model one token at a time, from a cache and over ranks, says what the whole model says at once. Run under mpiexec
-// -n 1, 2, 3, 4: with n ranks tp n, pp n and, with 4, tp 2 x pp 2 are compared with one rank, in f64.
+// test_generator.cpp: the model one token at a time, from a cache and over ranks, says what the
+// whole model says at once. Run under mpiexec -n 1, 2, 3, 4: with n ranks tp n, pp n and, with 4,
+// tp 2 x pp 2 are compared with one rank, in f64.
 #include "inference/generator.h"
 #include "inference/sampling.h"
 #include "tests/mpi_test.h"
@@ -13,7 +14,9 @@ const GptConfig kConfig = [] {  // heads, width and vocabulary that 3 ranks do n
   return g;
 }();
 
-const std::vector<std::vector<int>> kPrompts = {{3, 1, 4, 1, 5}, {9}, {2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2}};
+const std::vector<std::vector<int>> kPrompts = {{3, 1, 4, 1, 5},
+                                                {9},
+                                                {2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2}};
 
 std::vector<Layout> layouts() {
   const int n = job().size;
@@ -43,10 +46,16 @@ double apart(const std::vector<double>& a, const std::vector<double>& b) {
   return difference / size;
 }
 
-struct Texts { std::vector<std::vector<int>> tokens; double worst = 0; };  // worst: logits against the model without a cache
+// worst: logits against the model without a cache
+struct Texts {
+  std::vector<std::vector<int>> tokens;
+  double worst = 0;
+};
 
 // Continues the prompts together.
-Texts continue_all(Mesh& mesh, const GptConfig& config, const std::vector<std::vector<int>>& prompts, const Sampling& how, int64_t count, Gpt* whole) {
+Texts continue_all(Mesh& mesh, const GptConfig& config,
+                   const std::vector<std::vector<int>>& prompts, const Sampling& how, int64_t count,
+                   Gpt* whole) {
   const size_t B = prompts.size();
   Generator generator(mesh, config, int64_t(B), config.context);
   generator.initialise(7);
@@ -84,25 +93,32 @@ TEST(the_cache_and_every_layout_say_what_the_whole_model_says) {
       for (const AttentionKind kind : {AttentionKind::plain, AttentionKind::flash}) {
         GptConfig config = kConfig;
         config.attention = kind;
-        worst = std::max(worst, continue_all(mesh, config, kPrompts, {.temperature = temperature}, 30, &whole).worst);
+        worst = std::max(
+            worst,
+            continue_all(mesh, config, kPrompts, {.temperature = temperature}, 30, &whole).worst);
       }
     close_mesh(mesh);
   }
   CHECK_LE(worst, 1e-12);
-  measured(layouts().size(), " layouts, prefill and 29 new tokens of 3 texts: logits within ", worst);
+  measured(layouts().size(), " layouts, prefill and 29 new tokens of 3 texts: logits within ",
+           worst);
 }
 
 TEST(every_layout_picks_the_tokens_of_one_rank) {
   Mesh one = alone();
   size_t different = 0;
-  for (const Sampling& how : {Sampling{.temperature = 0}, Sampling{.temperature = 1}, Sampling{.temperature = 1.3, .top_k = 9, .top_p = 0.8, .seed = 5}}) {
+  for (const Sampling& how : {Sampling{.temperature = 0}, Sampling{.temperature = 1},
+                              Sampling{.temperature = 1.3, .top_k = 9, .top_p = 0.8, .seed = 5}}) {
     const Texts expected = continue_all(one, kConfig, kPrompts, how, 35, nullptr);
     for (const Layout& layout : layouts()) {
       Mesh mesh = open_mesh(job(), layout);
-      CHECK(continue_all(mesh, kConfig, kPrompts, how, 35, nullptr).tokens == expected.tokens, to_string(layout));
+      CHECK(continue_all(mesh, kConfig, kPrompts, how, 35, nullptr).tokens == expected.tokens,
+            to_string(layout));
       close_mesh(mesh);
     }
-    if (how.temperature > 0) different += expected.tokens != continue_all(one, kConfig, kPrompts, {.temperature = 0}, 35, nullptr).tokens;
+    if (how.temperature > 0)
+      different += expected.tokens !=
+                   continue_all(one, kConfig, kPrompts, {.temperature = 0}, 35, nullptr).tokens;
   }
   CHECK_EQ(different, 2);  // sampling is not greedy
   close_mesh(one);
@@ -113,14 +129,17 @@ TEST(texts_in_a_batch_are_what_they_are_alone) {
   Mesh one = alone();
   const Texts together = continue_all(one, kConfig, kPrompts, {.temperature = 0}, 20, nullptr);
   for (size_t b = 0; b < kPrompts.size(); b++)
-    CHECK(continue_all(one, kConfig, {kPrompts[b]}, {.temperature = 0}, 20, nullptr).tokens[0] == together.tokens[b], "prompt ", b);
+    CHECK(continue_all(one, kConfig, {kPrompts[b]}, {.temperature = 0}, 20, nullptr).tokens[0] ==
+              together.tokens[b],
+          "prompt ", b);
   close_mesh(one);
 }
 
 TEST(f32_and_bf16_stay_near_f64) {
   Mesh mesh = open_mesh(job(), layouts()[0]);
   WholeGpt whole(kConfig, 7);
-  for (const auto& [dtype, bound] : {std::pair{Dtype::f32, 1e-4}, std::pair{Dtype::bf16, 5e-2}}) {  // bf16: 8 bits, 5 layers of 4 roundings
+  // bf16: 8 bits, 5 layers of 4 roundings
+  for (const auto& [dtype, bound] : {std::pair{Dtype::f32, 1e-4}, std::pair{Dtype::bf16, 5e-2}}) {
     GptConfig config = kConfig;
     config.dtype = dtype;
     const double worst = continue_all(mesh, config, kPrompts, {.temperature = 0}, 10, &whole).worst;

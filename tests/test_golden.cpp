@@ -1,7 +1,9 @@
-// test_golden.cpp: the whole of training, model, loss, backward, clipping and AdamW, against what PyTorch computed once (tests/golden.py,
-// tests/golden.bin), and against itself where two ways must give the same bits.
+// test_golden.cpp: the whole of training, model, loss, backward, clipping and AdamW, against what
+// PyTorch computed once (tests/golden.py, tests/golden.bin), and against itself where two ways must
+// give the same bits.
 //
-// differences are relative: the largest absolute difference over the largest magnitude of the same kind in the whole model
+// differences are relative: the largest absolute difference over the largest magnitude of the same
+// kind in the whole model
 // bounds      f64 1e-12: rounding. f32 and bf16 are stated, with their reasons, at `Bounds`.
 #include <algorithm>
 #include <fstream>
@@ -28,7 +30,8 @@ class Reader {
   }
   template <class T> std::vector<T> many(size_t n) {
     std::vector<T> values(n);
-    REQUIRE(file_.read(reinterpret_cast<char*>(values.data()), n * sizeof(T)), "golden.bin ends too early");
+    REQUIRE(file_.read(reinterpret_cast<char*>(values.data()), n * sizeof(T)),
+            "golden.bin ends too early");
     return values;
   }
   template <class T> T one() { return many<T>(1)[0]; }
@@ -39,11 +42,13 @@ class Reader {
 };
 
 static Golden read_golden() {
-  Reader in(std::string(__FILE__).substr(0, sizeof __FILE__ - sizeof "test_golden.cpp") + "golden.bin");
+  Reader in(std::string(__FILE__).substr(0, sizeof __FILE__ - sizeof "test_golden.cpp") +
+            "golden.bin");
   const std::vector<int> header = in.many<int>(8);
   REQUIRE(header[0] == 0x33444c47, "golden.bin is not what tests/golden.py writes");
   Golden g;
-  g.layers = header[1], g.width = header[2], g.heads = header[3], g.context = header[4], g.vocab = header[5];
+  g.layers = header[1], g.width = header[2], g.heads = header[3], g.context = header[4],
+  g.vocab = header[5];
   g.batch = header[6], g.steps = header[7], g.seed = in.one<uint64_t>();
   g.lr = in.one<double>(), g.clip = in.one<double>(), g.decay = in.one<double>();
   for (int b = 0; b < g.batch; b++) {
@@ -71,15 +76,16 @@ struct How {
   Dtype dtype = Dtype::f64;
   AttentionKind attention = AttentionKind::plain;
   bool recompute = false, deferred = false;
-  int micro_batch = 0;  // sequences; 0: the whole batch
-  int steps = 0;        // 0: as many as PyTorch took
+  int micro_batch = 0;           // sequences; 0: the whole batch
+  int steps = 0;                 // 0: as many as PyTorch took
   double clip = -1, decay = -1;  // negative: the golden values
   bool logits = false;
 };
 
 struct Run {
   std::vector<double> initial, logits, losses, norms, gradients, weights;  // as in Golden
-  std::vector<std::string> names;                                          // of each element of the gradients and weights
+  // of each element of the gradients and weights
+  std::vector<std::string> names;
 };
 
 static std::vector<double> gather(Gpt& gpt, Tensor Param::*which) {
@@ -105,9 +111,12 @@ static double loss_and_gradients(WholeGpt& gpt, const How& how) {
     Tape tape;
     std::deque<std::function<void()>> waiting;
     if (how.deferred) tape.deferred = &waiting;
-    gpt.loss(tape, Tokens(micro, g.context, rows(g.inputs), rows(g.targets)), 1.0 / g.inputs.size(), total);
+    gpt.loss(tape, Tokens(micro, g.context, rows(g.inputs), rows(g.targets)), 1.0 / g.inputs.size(),
+             total);
     tape.backward();
-    if (how.deferred) CHECK_EQ(int(waiting.size()), 1 + 4 * g.layers, "every matrix defers its weight gradient, recomputed or not");
+    if (how.deferred)
+      CHECK_EQ(int(waiting.size()), 1 + 4 * g.layers,
+               "every matrix defers its weight gradient, recomputed or not");
     for (auto& work : waiting) work();
   }
   gpt.finish_gradients();
@@ -128,7 +137,8 @@ static Run train(const How& how) {
   GptConfig config{g.layers, g.width, g.heads, g.context, g.vocab};
   config.dtype = how.dtype, config.attention = how.attention, config.recompute = how.recompute;
   WholeGpt gpt(config, g.seed);
-  Optimizer optimizer = gpt.optimizer(how.clip < 0 ? g.clip : how.clip, how.decay < 0 ? g.decay : how.decay);
+  Optimizer optimizer =
+      gpt.optimizer(how.clip < 0 ? g.clip : how.clip, how.decay < 0 ? g.decay : how.decay);
   Run run;
   for (Param* p : gpt.params()) run.names.insert(run.names.end(), p->numel(), p->name);
   run.initial = gather(gpt, &Param::value);
@@ -139,7 +149,8 @@ static Run train(const How& how) {
     optimizer.step(g.lr);
     run.norms.push_back(optimizer.norm());
   }
-  for (const Shard& s : optimizer.shards()) {  // the master weights, when the model computes in bf16
+  // the master weights, when the model computes in bf16
+  for (const Shard& s : optimizer.shards()) {
     const std::vector<double> values = download(s.weights);
     run.weights.insert(run.weights.end(), values.begin(), values.end());
   }
@@ -159,31 +170,40 @@ static double difference(const std::vector<double>& a, const std::vector<double>
 }
 
 // Where the worst element is, for the sentence of a failure.
-static std::string worst_name(const Run& run, const std::vector<double>& a, const std::vector<double>& b) {
+static std::string worst_name(const Run& run, const std::vector<double>& a,
+                              const std::vector<double>& b) {
   size_t worst = 0;
   for (size_t i = 0; i < a.size(); i++)
     if (!(std::abs(a[i] - b[i]) <= std::abs(a[worst] - b[worst]))) worst = i;
   return sentence("the worst is in ", run.names[worst], ": ", a[worst], ", expected ", b[worst]);
 }
 
-// How far training went astray: the root of the mean square of a - b over that of b - start. 1 is as good as no training at all.
-static double astray(const std::vector<double>& a, const std::vector<double>& b, const std::vector<float>& start) {
+// How far training went astray: the root of the mean square of a - b over that of b - start. 1 is
+// as good as no training at all.
+static double astray(const std::vector<double>& a, const std::vector<double>& b,
+                     const std::vector<float>& start) {
   double wrong = 0, way = 0;
-  for (size_t i = 0; i < a.size(); i++) wrong += (a[i] - b[i]) * (a[i] - b[i]), way += (b[i] - start[i]) * (b[i] - start[i]);
+  for (size_t i = 0; i < a.size(); i++)
+    wrong += (a[i] - b[i]) * (a[i] - b[i]), way += (b[i] - start[i]) * (b[i] - start[i]);
   return std::sqrt(wrong / way);
 }
 
-struct Bounds { double logits, loss, gradients, norm, weights, astray; };
+struct Bounds {
+  double logits, loss, gradients, norm, weights, astray;
+};
 
 static void compare(How how, const Bounds& bounds) {
   const Golden& g = golden();
   how.logits = true;
   const Run run = train(how);
-  const double logits = difference(run.logits, g.logits), loss = difference(run.losses, g.losses), norm = difference(run.norms, g.norms);
-  const double gradients = difference(run.gradients, g.gradients), weights = difference(run.weights, g.weights);
+  const double logits = difference(run.logits, g.logits), loss = difference(run.losses, g.losses),
+               norm = difference(run.norms, g.norms);
+  const double gradients = difference(run.gradients, g.gradients),
+               weights = difference(run.weights, g.weights);
   const double off = astray(run.weights, g.weights, g.initial);
-  measured("differences: logits ", logits, ", losses ", loss, ", gradients ", gradients, ", norms ", norm, ", weights after ", g.steps,
-           " steps ", weights, " (", off, " of the way that they went)");
+  measured("differences: logits ", logits, ", losses ", loss, ", gradients ", gradients, ", norms ",
+           norm, ", weights after ", g.steps, " steps ", weights, " (", off,
+           " of the way that they went)");
   CHECK_LE(logits, bounds.logits);
   CHECK_LE(loss, bounds.loss);
   CHECK_LE(gradients, bounds.gradients, worst_name(run, run.gradients, g.gradients));
@@ -194,10 +214,11 @@ static void compare(How how, const Bounds& bounds) {
 
 static void expect_same_bits(const Run& a, const Run& b) {
   CHECK(a.losses == b.losses, "losses differ by ", difference(a.losses, b.losses));
-  CHECK(a.gradients == b.gradients, "gradients differ by ", difference(a.gradients, b.gradients), "; ",
-        worst_name(a, a.gradients, b.gradients));
+  CHECK(a.gradients == b.gradients, "gradients differ by ", difference(a.gradients, b.gradients),
+        "; ", worst_name(a, a.gradients, b.gradients));
   CHECK(a.norms == b.norms, "norms differ by ", difference(a.norms, b.norms));
-  CHECK(a.weights == b.weights, "weights differ by ", difference(a.weights, b.weights), "; ", worst_name(a, a.weights, b.weights));
+  CHECK(a.weights == b.weights, "weights differ by ", difference(a.weights, b.weights), "; ",
+        worst_name(a, a.weights, b.weights));
 }
 
 // ---- against PyTorch
@@ -218,26 +239,41 @@ TEST(initial_weights_equal_golden_bit_for_bit) {
 
 // f64: rounding, 1.1e-16 an operation.
 constexpr Bounds kDouble = {1e-12, 1e-12, 1e-12, 1e-12, 1e-12, 1e-12};
-// f32: as many roundings, of 6e-8; about ten times what is measured. The weights are worse: Adam divides each gradient by its own size,
-// so that an element whose gradient is far below the largest takes a full step in a direction that is less exact.
+// f32: as many roundings, of 6e-8; about ten times what is measured. The weights are worse: Adam
+// divides each gradient by its own size, so that an element whose gradient is far below the largest
+// takes a full step in a direction that is less exact.
 constexpr Bounds kSingle = {2e-6, 1e-6, 2e-6, 1e-6, 1e-5, 1e-4};
-// bf16: a rounding is 2e-3, of the weights and of every activation; about four times what is measured. Sums and gradients of parameters are
-// f32, so that the loss averages the errors out. A small gradient may have the wrong sign, and three steps of 1e-3 in the wrong direction
-// are 6e-3: what counts for the weights is how far they are off on the whole.
+// bf16: a rounding is 2e-3, of the weights and of every activation; about four times what is
+// measured. Sums and gradients of parameters are f32, so that the loss averages the errors out. A
+// small gradient may have the wrong sign, and three steps of 1e-3 in the wrong direction are 6e-3:
+// what counts for the weights is how far they are off on the whole.
 constexpr Bounds kHalf = {2e-2, 1e-3, 3e-2, 1e-2, 6e-3, 0.15};
 
-TEST(f64_equals_pytorch_with_plain_attention) { compare({.attention = AttentionKind::plain}, kDouble); }
-TEST(f64_equals_pytorch_with_flash_attention) { compare({.attention = AttentionKind::flash}, kDouble); }
-TEST(f32_equals_pytorch_with_plain_attention) { compare({.dtype = Dtype::f32, .attention = AttentionKind::plain}, kSingle); }
-TEST(f32_equals_pytorch_with_flash_attention) { compare({.dtype = Dtype::f32, .attention = AttentionKind::flash}, kSingle); }
-TEST(bf16_equals_pytorch_with_plain_attention) { compare({.dtype = Dtype::bf16, .attention = AttentionKind::plain}, kHalf); }
-TEST(bf16_equals_pytorch_with_flash_attention) { compare({.dtype = Dtype::bf16, .attention = AttentionKind::flash}, kHalf); }
+TEST(f64_equals_pytorch_with_plain_attention) {
+  compare({.attention = AttentionKind::plain}, kDouble);
+}
+TEST(f64_equals_pytorch_with_flash_attention) {
+  compare({.attention = AttentionKind::flash}, kDouble);
+}
+TEST(f32_equals_pytorch_with_plain_attention) {
+  compare({.dtype = Dtype::f32, .attention = AttentionKind::plain}, kSingle);
+}
+TEST(f32_equals_pytorch_with_flash_attention) {
+  compare({.dtype = Dtype::f32, .attention = AttentionKind::flash}, kSingle);
+}
+TEST(bf16_equals_pytorch_with_plain_attention) {
+  compare({.dtype = Dtype::bf16, .attention = AttentionKind::plain}, kHalf);
+}
+TEST(bf16_equals_pytorch_with_flash_attention) {
+  compare({.dtype = Dtype::bf16, .attention = AttentionKind::flash}, kHalf);
+}
 
 // Adam hides a wrong scale; these must not hide behind it.
 TEST(weights_show_a_missing_clip_or_decay) {
   const double unclipped = difference(train({.clip = 0}).weights, golden().weights);
   const double undecayed = difference(train({.decay = 0}).weights, golden().weights);
-  measured("weights differ by ", unclipped, " without clipping, ", undecayed, " without weight decay");
+  measured("weights differ by ", unclipped, " without clipping, ", undecayed,
+           " without weight decay");
   CHECK_LE(1e-6, unclipped);
   CHECK_LE(1e-6, undecayed);
 }
@@ -248,7 +284,8 @@ TEST(weights_show_a_missing_clip_or_decay) {
 static const std::vector<Dtype> kDtypes = {Dtype::f64, Dtype::f32, Dtype::bf16};
 constexpr int kSteps = 2;
 #else
-static const std::vector<Dtype> kDtypes = {Dtype::f32};  // where every thread of a kernel is simulated, time is short
+// where every thread of a kernel is simulated, time is short
+static const std::vector<Dtype> kDtypes = {Dtype::f32};
 constexpr int kSteps = 1;
 #endif
 
@@ -262,20 +299,24 @@ static const Run& reference(Dtype dtype, AttentionKind attention) {
   static std::map<std::pair<Dtype, AttentionKind>, Run> runs;
   const auto found = runs.find({dtype, attention});
   if (found != runs.end()) return found->second;
-  return runs[{dtype, attention}] = train({.dtype = dtype, .attention = attention, .steps = kSteps});
+  return runs[{dtype, attention}] =
+             train({.dtype = dtype, .attention = attention, .steps = kSteps});
 }
 
 TEST(two_runs_give_the_same_bits) {
   for (Dtype dtype : kDtypes)
     for (AttentionKind attention : {AttentionKind::plain, AttentionKind::flash})
-      expect_same_bits(train({.dtype = dtype, .attention = attention, .steps = kSteps}), reference(dtype, attention));
+      expect_same_bits(train({.dtype = dtype, .attention = attention, .steps = kSteps}),
+                       reference(dtype, attention));
   measured_where("plain and flash attention, ");
 }
 
 TEST(recomputed_activations_give_the_same_bits) {
   for (Dtype dtype : kDtypes)
     for (AttentionKind attention : {AttentionKind::plain, AttentionKind::flash})
-      expect_same_bits(train({.dtype = dtype, .attention = attention, .recompute = true, .steps = kSteps}), reference(dtype, attention));
+      expect_same_bits(
+          train({.dtype = dtype, .attention = attention, .recompute = true, .steps = kSteps}),
+          reference(dtype, attention));
   measured_where("plain and flash attention, ");
 }
 
@@ -283,14 +324,20 @@ TEST(deferred_weight_gradients_give_the_same_bits) {
   for (Dtype dtype : kDtypes) {
     const Run now = train({.dtype = dtype, .micro_batch = 1, .steps = kSteps});
     for (bool recompute : {false, true})
-      expect_same_bits(train({.dtype = dtype, .recompute = recompute, .deferred = true, .micro_batch = 1, .steps = kSteps}), now);
+      expect_same_bits(train({.dtype = dtype,
+                              .recompute = recompute,
+                              .deferred = true,
+                              .micro_batch = 1,
+                              .steps = kSteps}),
+                       now);
   }
   measured_where("with and without recompute, 3 micro-batches, ");
 }
 
 TEST(micro_batches_add_up_to_one_batch) {
   const Run micro = train({.micro_batch = 1, .steps = kSteps}), whole = train({.steps = kSteps});
-  const double loss = difference(micro.losses, whole.losses), gradients = difference(micro.gradients, whole.gradients);
+  const double loss = difference(micro.losses, whole.losses),
+               gradients = difference(micro.gradients, whole.gradients);
   const double weights = difference(micro.weights, whole.weights);
   measured("f64, 3 micro-batches: losses ", loss, ", gradients ", gradients, ", weights ", weights);
   CHECK_LE(loss, 1e-12);

@@ -1,12 +1,15 @@
-// test_kernels.cpp: layernorm, elementwise, embedding, cross-entropy and AdamW kernels against plain loops in double precision.
+// test_kernels.cpp: layernorm, elementwise, embedding, cross-entropy and AdamW kernels against
+// plain loops in double precision.
 //
-// inputs    numbers that the dtype holds exactly, so that the reference sees what the kernel sees; parts of tensors at even and odd
-//           addresses, with guards before and behind them that must survive
+// inputs    numbers that the dtype holds exactly, so that the reference sees what the kernel sees;
+//           parts of tensors at even and odd addresses, with guards before and behind them that
+//           must survive
 // measure   largest difference / largest magnitude of that output in the reference
-// bounds    f64 1e-13: some hundred roundings of 1e-16; f32 2e-6: some tens of 6e-8; bf16: the f32 bound plus 2^-8, the rounding of the result
-//           to 8 bits (half of the last, which is 2^-7 of a number just above a power of 2). Sums in f64 of any dtype: the f64 bound.
-// orders    FAITHFUL: each case runs with the threads in forward, reverse and random order. FAST: large cases with 1 and 2 OpenMP threads
-//           give the same bits.
+// bounds    f64 1e-13: some hundred roundings of 1e-16; f32 2e-6: some tens of 6e-8; bf16: the f32
+//           bound plus 2^-8, the rounding of the result to 8 bits (half of the last, which is 2^-7
+//           of a number just above a power of 2). Sums in f64 of any dtype: the f64 bound.
+// orders    FAITHFUL: each case runs with the threads in forward, reverse and random order. FAST:
+//           large cases with 1 and 2 OpenMP threads give the same bits.
 #include <algorithm>
 #include <cstdint>
 #include <map>
@@ -29,7 +32,8 @@ static uint32_t next() {  // splitmix64
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return uint32_t((z ^ (z >> 31)) >> 32);
 }
-static Values numbers(int64_t n, Dtype dtype, double scale = 1, double center = 0) {  // evenly between center - scale and center + scale
+// evenly between center - scale and center + scale
+static Values numbers(int64_t n, Dtype dtype, double scale = 1, double center = 0) {
   Values v(n);
   for (double& x : v) x = rounded(center + scale * (next() / 2147483648.0 - 1), dtype);
   return v;
@@ -42,14 +46,17 @@ static Values tokens_below(int64_t n, int64_t V) {
 
 // ---- arrays on the device: values between guards, at addresses that the case chooses
 
-// Where the arrays of a case begin: all at multiples of 256 bytes; each some elements behind one; all but one. (A kernel that looks at the
-// alignment of all its arguments but one fails in the last.)
+// Where the arrays of a case begin: all at multiples of 256 bytes; each some elements behind one;
+// all but one. (A kernel that looks at the alignment of all its arguments but one fails in the
+// last.)
 enum class Addresses { aligned, odd, one_odd };
 static Addresses addresses;
 static int64_t cases, arrays;  // cases so far; arrays of this case so far
 static int64_t elements_behind_boundary() {
   const int64_t j = arrays++;
-  return addresses == Addresses::aligned ? 0 : addresses == Addresses::odd ? 1 + j % 16 : j == cases % 8;
+  return addresses == Addresses::aligned ? 0
+         : addresses == Addresses::odd   ? 1 + j % 16
+                                         : j == cases % 8;
 }
 
 struct Array {
@@ -76,14 +83,20 @@ struct Array {
     tensor = whole.part(first, {n});
   }
   static Array blank(int64_t n, Dtype dtype) { return Array(Values(n, kSentinel), dtype); }
-  Array& shaped(Shape shape) { tensor = tensor.view(std::move(shape)); return *this; }
+  Array& shaped(Shape shape) {
+    tensor = tensor.view(std::move(shape));
+    return *this;
+  }
 
   operator const Tensor&() const { return tensor; }
   Values values() const {
     const Values all = download(whole);
-    const int64_t n = tensor.numel(), first = (static_cast<char*>(tensor.raw()) - static_cast<char*>(whole.raw())) / int64_t(size_of(dtype));
+    const int64_t n = tensor.numel(),
+                  first = (static_cast<char*>(tensor.raw()) - static_cast<char*>(whole.raw())) /
+                          int64_t(size_of(dtype));
     for (int64_t i = 0; i < int64_t(all.size()); i++)
-      if (i < first || i >= first + n) CHECK_EQ(all[i], kSentinel, "element ", i - first, " of ", n, " was written");
+      if (i < first || i >= first + n)
+        CHECK_EQ(all[i], kSentinel, "element ", i - first, " of ", n, " was written");
     return Values(all.begin() + first, all.begin() + first + n);
   }
 };
@@ -96,7 +109,9 @@ struct Expected {
   double bound;
 };
 
-static double bound(Dtype dtype) { return dtype == Dtype::f64 ? 1e-13 : dtype == Dtype::f32 ? 2e-6 : 2e-6 + std::ldexp(1, -8); }
+static double bound(Dtype dtype) {
+  return dtype == Dtype::f64 ? 1e-13 : dtype == Dtype::f32 ? 2e-6 : 2e-6 + std::ldexp(1, -8);
+}
 
 static std::map<std::string, double> worst;  // of this test, by dtype
 
@@ -110,11 +125,13 @@ static double difference(const Values& a, const Values& b) {
   return largest > 0 ? d / largest : d;
 }
 
-// `run` makes its arrays, launches and returns the outputs; it runs in every order of threads that this build knows.
+// `run` makes its arrays, launches and returns the outputs; it runs in every order of threads that
+// this build knows.
 using Outputs = std::vector<Values>;
 using Run = std::function<Outputs()>;
 
-static void compare(const std::string& what, Dtype dtype, const Outputs& outputs, const std::vector<Expected>& expected) {
+static void compare(const std::string& what, Dtype dtype, const Outputs& outputs,
+                    const std::vector<Expected>& expected) {
   CHECK_EQ(outputs.size(), expected.size(), what);
   for (size_t i = 0; i < expected.size(); i++) {
     const double d = difference(outputs[i], expected[i].values);
@@ -129,15 +146,19 @@ static Outputs run_once(const Run& run) {
   return run();  // braces make the arrays in the order in which they are written
 }
 
-static void verify(const std::string& what, Dtype dtype, const Run& run, const std::vector<Expected>& expected) {
+static void verify(const std::string& what, Dtype dtype, const Run& run,
+                   const std::vector<Expected>& expected) {
   const std::string where = sentence(what, ", ", name_of(dtype), ", addresses ", int(addresses));
   cases++;
 #ifdef CPU_FAITHFUL
-  const std::pair<cpu::Order, uint64_t> orders[] = {{cpu::Order::forward, 1}, {cpu::Order::reverse, 1},
-                                                    {cpu::Order::random, uint64_t(2 * cases)}, {cpu::Order::random, uint64_t(2 * cases + 1)}};
+  const std::pair<cpu::Order, uint64_t> orders[] = {{cpu::Order::forward, 1},
+                                                    {cpu::Order::reverse, 1},
+                                                    {cpu::Order::random, uint64_t(2 * cases)},
+                                                    {cpu::Order::random, uint64_t(2 * cases + 1)}};
   for (const auto& [order, seed] : orders) {
     cpu::run_in_order(order, seed);
-    compare(sentence(where, ", order ", int(order), " seed ", seed), dtype, run_once(run), expected);
+    compare(sentence(where, ", order ", int(order), " seed ", seed), dtype, run_once(run),
+            expected);
   }
   cpu::run_in_order(cpu::Order::forward);
 #else
@@ -177,7 +198,9 @@ static const std::vector<int64_t> kWidths = {1, 31, 33, 128, 1000};
 
 // ---- elementwise
 
-static double gelu(double x) { return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x))); }
+static double gelu(double x) {
+  return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+}
 static double gelu_slope(double x) {
   const double t = std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x));
   return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * std::sqrt(2 / M_PI) * (1 + 3 * 0.044715 * x * x);
@@ -191,12 +214,14 @@ TEST(add_is_the_sum) {
       const Values a = numbers(n, dtype), b = numbers(n, dtype, 3);
       Values y(n);
       for (int64_t i = 0; i < n; i++) y[i] = a[i] + b[i];
-      verify("add", dtype, [&] {
-        const Array A(a, dtype), B(b, dtype), Y = Array::blank(n, dtype);
-        add(Y, A, B);
-        add(A, A, B);  // in place
-        return Outputs{Y.values(), A.values()};
-      }, {{"y", y, bound(dtype)}, {"y in place", y, bound(dtype)}});
+      verify("add", dtype,
+             [&] {
+               const Array A(a, dtype), B(b, dtype), Y = Array::blank(n, dtype);
+               add(Y, A, B);
+               add(A, A, B);  // in place
+               return Outputs{Y.values(), A.values()};
+             },
+             {{"y", y, bound(dtype)}, {"y in place", y, bound(dtype)}});
     }
   });
 }
@@ -205,67 +230,90 @@ TEST(gelu_forward_is_the_tanh_form_and_backward_its_derivative) {
   for_dtypes([](Dtype dtype) {
     for (int64_t n : kSizes) {
       Values x = numbers(n, dtype, 6), dy = numbers(n, dtype), y(n), dx(n);
-      for (int64_t i = 0; i < n; i += 9) x[i] = rounded(x[i] * 20, dtype);  // far out, too: exp must not overflow
+      // far out, too: exp must not overflow
+      for (int64_t i = 0; i < n; i += 9) x[i] = rounded(x[i] * 20, dtype);
       for (int64_t i = 0; i < n; i++) y[i] = gelu(x[i]), dx[i] = dy[i] * gelu_slope(x[i]);
-      verify("gelu", dtype, [&] {
-        const Array X(x, dtype), DY(dy, dtype), Y = Array::blank(n, dtype), DX = Array::blank(n, dtype);
-        gelu_forward(Y, X);
-        gelu_backward(DX, DY, X);
-        gelu_backward(DY, DY, X);  // in place
-        return Outputs{Y.values(), DX.values(), DY.values()};
-      }, {{"y", y, bound(dtype)}, {"dx", dx, bound(dtype)}, {"dx in place", dx, bound(dtype)}});
+      verify("gelu", dtype,
+             [&] {
+               const Array X(x, dtype), DY(dy, dtype), Y = Array::blank(n, dtype),
+                                                       DX = Array::blank(n, dtype);
+               gelu_forward(Y, X);
+               gelu_backward(DX, DY, X);
+               gelu_backward(DY, DY, X);  // in place
+               return Outputs{Y.values(), DX.values(), DY.values()};
+             },
+             {{"y", y, bound(dtype)}, {"dx", dx, bound(dtype)}, {"dx in place", dx, bound(dtype)}});
     }
   });
 }
 
-TEST(gelu_of_large_negative_numbers_keeps_its_digits) {  // 1 + tanh would lose them: each value by itself, not beside the largest
+// 1 + tanh would lose them: each value by itself, not beside the largest
+TEST(gelu_of_large_negative_numbers_keeps_its_digits) {
   const Values x = numbers(1000, Dtype::f32, 2, -3);
   const Array X(x, Dtype::f32), Y = Array::blank(1000, Dtype::f32);
   gelu_forward(Y, X);
   const Values y = Y.values();
   double d = 0;
   for (size_t i = 0; i < x.size(); i++) {
-    const double u = std::sqrt(2 / M_PI) * (x[i] + 0.044715 * x[i] * x[i] * x[i]), exact = x[i] / (1 + std::exp(-2 * u));
+    const double u = std::sqrt(2 / M_PI) * (x[i] + 0.044715 * x[i] * x[i] * x[i]),
+                 exact = x[i] / (1 + std::exp(-2 * u));
     d = std::max(d, std::abs(y[i] / exact - 1));
   }
-  CHECK_LE(d, 5e-6);  // 2u is at most 17 there and off by a few units of 6e-8 * 17, which exp turns into a relative error
+  // 2u is at most 17 there and off by a few units of 6e-8 * 17, which exp turns into a relative
+  // error
+  CHECK_LE(d, 5e-6);
   measured("max|d|/|y| = ", d, " for x from -5 to -1");
 }
 
 TEST(add_bias_adds_the_bias_to_every_row) {
   for_dtypes([](Dtype dtype) {
-    for (int64_t R : {1, 5}) for (int64_t N : kWidths) {
-      const Values x = numbers(R * N, dtype), b = numbers(N, dtype, 3);
-      Values y(R * N);
-      for (int64_t i = 0; i < R * N; i++) y[i] = x[i] + b[i % N];
-      verify(sentence("add_bias (", R, ", ", N, ")"), dtype, [&] {
-        const Array Y(x, dtype), B(b, dtype);
-        add_bias(Y, B);
-        return Outputs{Y.values()};
-      }, {{"y", y, bound(dtype)}});
-    }
+    for (int64_t R : {1, 5})
+      for (int64_t N : kWidths) {
+        const Values x = numbers(R * N, dtype), b = numbers(N, dtype, 3);
+        Values y(R * N);
+        for (int64_t i = 0; i < R * N; i++) y[i] = x[i] + b[i % N];
+        verify(sentence("add_bias (", R, ", ", N, ")"), dtype,
+               [&] {
+                 const Array Y(x, dtype), B(b, dtype);
+                 add_bias(Y, B);
+                 return Outputs{Y.values()};
+               },
+               {{"y", y, bound(dtype)}});
+      }
   });
 }
 
 TEST(bias_backward_adds_the_column_sums) {
   for_dtypes([](Dtype dtype) {
     const Dtype acc = master_dtype(dtype);
-    for (const auto& [R, N] : {std::pair{1, 1}, {1, 33}, {5, 31}, {131, 1}, {131, 33}, {70, 128}, {131, 1000}, {1100, 33}, {3, 2500}}) {
+    for (const auto& [R, N] : {std::pair{1, 1},
+                               {1, 33},
+                               {5, 31},
+                               {131, 1},
+                               {131, 33},
+                               {70, 128},
+                               {131, 1000},
+                               {1100, 33},
+                               {3, 2500}}) {
       const Values dy = numbers(R * N, dtype), before = numbers(N, acc, 10);
       Values db = before;
       for (int64_t i = 0; i < R * N; i++) db[i % N] += dy[i];
-      verify(sentence("bias_backward (", R, ", ", N, ")"), dtype, [&] {
-        const Array DY(dy, dtype), DB(before, acc);
-        bias_backward(DB, DY);
-        return Outputs{DB.values()};
-      }, {{"dbias", db, bound(acc)}});
+      verify(sentence("bias_backward (", R, ", ", N, ")"), dtype,
+             [&] {
+               const Array DY(dy, dtype), DB(before, acc);
+               bias_backward(DB, DY);
+               return Outputs{DB.values()};
+             },
+             {{"dbias", db, bound(acc)}});
     }
   });
 }
 
 // ---- layernorm
 
-struct Norm { Values y, mean, rstd; };
+struct Norm {
+  Values y, mean, rstd;
+};
 static Norm layernorm(const Values& x, const Values& gain, const Values& bias) {
   const size_t C = gain.size(), R = x.size() / C;
   Norm n{Values(R * C), Values(R), Values(R)};
@@ -284,21 +332,39 @@ static Norm layernorm(const Values& x, const Values& gain, const Values& bias) {
 TEST(layernorm_forward_normalises_each_row_and_adds_the_residual_before) {
   for_dtypes([](Dtype dtype) {
     const Dtype acc = master_dtype(dtype);
-    for (const auto& [R, C] : {std::pair{5, 1}, {1, 31}, {5, 33}, {3, 128}, {5, 1000}, {1, 6144}, {1, 12288}, {1, 25000}}) {
+    for (const auto& [R, C] : {std::pair{5, 1},
+                               {1, 31},
+                               {5, 33},
+                               {3, 128},
+                               {5, 1000},
+                               {1, 6144},
+                               {1, 12288},
+                               {1, 25000}}) {
       // rows of 48 KiB and more are not kept in shared memory
-      const Values x = numbers(R * C, dtype, 2, 1), h = numbers(R * C, dtype), gain = numbers(C, dtype, 1, 1), bias = numbers(C, dtype);
+      const Values x = numbers(R * C, dtype, 2, 1), h = numbers(R * C, dtype),
+                   gain = numbers(C, dtype, 1, 1), bias = numbers(C, dtype);
       Values sum(R * C);
       for (int64_t i = 0; i < R * C; i++) sum[i] = rounded(x[i] + h[i], dtype);
       const Norm alone = layernorm(x, gain, bias), after = layernorm(sum, gain, bias);
-      verify(sentence("layernorm (", R, ", ", C, ")"), dtype, [&] {
-        const Array X(x, dtype), H(h, dtype), G(gain, dtype), B(bias, dtype), Y = Array::blank(R * C, dtype), M = Array::blank(R, acc),
-                    S = Array::blank(R, acc), Y2 = Array::blank(R * C, dtype), M2 = Array::blank(R, acc), S2 = Array::blank(R, acc),
-                    SUM = Array::blank(R * C, dtype);
-        layernorm_forward(Y, M, S, X, G, B);
-        add_layernorm_forward(SUM, Y2, M2, S2, X, H, G, B);
-        return Outputs{Y.values(), M.values(), S.values(), SUM.values(), Y2.values(), M2.values(), S2.values()};
-      }, {{"y", alone.y, bound(dtype)}, {"mean", alone.mean, bound(acc)}, {"rstd", alone.rstd, bound(acc)},
-          {"sum", sum, 0}, {"y after add", after.y, bound(dtype)}, {"mean after add", after.mean, bound(acc)}, {"rstd after add", after.rstd, bound(acc)}});
+      verify(sentence("layernorm (", R, ", ", C, ")"), dtype,
+             [&] {
+               const Array X(x, dtype), H(h, dtype), G(gain, dtype), B(bias, dtype),
+                   Y = Array::blank(R * C, dtype), M = Array::blank(R, acc),
+                   S = Array::blank(R, acc), Y2 = Array::blank(R * C, dtype),
+                   M2 = Array::blank(R, acc), S2 = Array::blank(R, acc),
+                   SUM = Array::blank(R * C, dtype);
+               layernorm_forward(Y, M, S, X, G, B);
+               add_layernorm_forward(SUM, Y2, M2, S2, X, H, G, B);
+               return Outputs{Y.values(),  M.values(),  S.values(), SUM.values(),
+                              Y2.values(), M2.values(), S2.values()};
+             },
+             {{"y", alone.y, bound(dtype)},
+              {"mean", alone.mean, bound(acc)},
+              {"rstd", alone.rstd, bound(acc)},
+              {"sum", sum, 0},
+              {"y after add", after.y, bound(dtype)},
+              {"mean after add", after.mean, bound(acc)},
+              {"rstd after add", after.rstd, bound(acc)}});
     }
   });
 }
@@ -307,9 +373,17 @@ TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) 
   for_dtypes([](Dtype dtype) {
     const Dtype acc = master_dtype(dtype);
     const int64_t many = 17;  // several chunks
-    for (const auto& [R, C] : {std::pair{many, int64_t(1)}, {1, 31}, {many, 33}, {3, 128}, {many, 1000}, {1, 6144}, {1, 7000}}) {
-      // 6144: in f32 the sums take 48 KiB, what a block has without asking, and the reduction needs some, too
-      const Values x = numbers(R * C, dtype, 2, 1), dy = numbers(R * C, dtype), more = numbers(R * C, dtype, 1, 3), gain = numbers(C, dtype, 1, 1);
+    for (const auto& [R, C] : {std::pair{many, int64_t(1)},
+                               {1, 31},
+                               {many, 33},
+                               {3, 128},
+                               {many, 1000},
+                               {1, 6144},
+                               {1, 7000}}) {
+      // 6144: in f32 the sums take 48 KiB, what a block has without asking, and the reduction needs
+      // some, too
+      const Values x = numbers(R * C, dtype, 2, 1), dy = numbers(R * C, dtype),
+                   more = numbers(R * C, dtype, 1, 3), gain = numbers(C, dtype, 1, 1);
       Norm n = layernorm(x, gain, gain);
       for (double& m : n.mean) m = rounded(m, acc);
       for (double& s : n.rstd) s = rounded(s, acc);
@@ -326,32 +400,45 @@ TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) 
           dbias[i] += d;
         }
         for (int64_t i = 0; i < C; i++) {
-          dx[r * C + i] = C == 1 ? 0 : n.rstd[r] * (gain[i] * dy[r * C + i] - a - xhat(i) * b);  // of one channel: exactly, however this is compiled
+          // of one channel: exactly, however this is compiled
+          dx[r * C + i] = C == 1 ? 0 : n.rstd[r] * (gain[i] * dy[r * C + i] - a - xhat(i) * b);
           dx_more[r * C + i] = dx[r * C + i] + more[r * C + i];
         }
       }
       // C = 1: dx is 0, and the rounding of gain dy, at most 2, is multiplied by rstd = 316
       const double slack = C > 1 ? 0 : 2 * 316 * std::ldexp(1, acc == Dtype::f64 ? -53 : -24);
-      verify(sentence("layernorm_backward (", R, ", ", C, ")"), dtype, [&] {
-        const Array X(x, dtype), DY(dy, dtype), MORE(more, dtype), G(gain, dtype), M(n.mean, acc), S(n.rstd, acc), DX = Array::blank(R * C, dtype),
-                    DX2 = Array::blank(R * C, dtype), DG(dgain_before, acc), DB(dbias_before, acc), DG2(dgain_before, acc), DB2(dbias_before, acc),
-                    DG3(dgain_before, acc), DB3(dbias_before, acc);
-        layernorm_backward(DX, DG, DB, DY, Tensor(), X, M, S, G);
-        layernorm_backward(DX2, DG2, DB2, DY, MORE, X, M, S, G);
-        layernorm_backward(MORE, DG3, DB3, DY, MORE, X, M, S, G);  // dx is the residual
-        layernorm_backward(DY, DG3, DB3, DY, Tensor(), X, M, S, G);  // dx is dy
-        return Outputs{DX.values(), DG.values(), DB.values(), DX2.values(), DG2.values(), DB2.values(), MORE.values(), DY.values()};
-      }, {{"dx", dx, bound(dtype) + slack}, {"dgain", dgain, bound(acc)}, {"dbias", dbias, bound(acc)}, {"dx with residual", dx_more, bound(dtype) + slack},
-          {"dgain with residual", dgain, bound(acc)}, {"dbias with residual", dbias, bound(acc)}, {"dx in place of the residual", dx_more, bound(dtype) + slack},
-          {"dx in place of dy", dx, bound(dtype) + slack}});
+      verify(sentence("layernorm_backward (", R, ", ", C, ")"), dtype,
+             [&] {
+               const Array X(x, dtype), DY(dy, dtype), MORE(more, dtype), G(gain, dtype),
+                   M(n.mean, acc), S(n.rstd, acc),
+                   DX = Array::blank(R * C, dtype), DX2 = Array::blank(R * C, dtype),
+                   DG(dgain_before, acc), DB(dbias_before, acc), DG2(dgain_before, acc),
+                   DB2(dbias_before, acc), DG3(dgain_before, acc), DB3(dbias_before, acc);
+               layernorm_backward(DX, DG, DB, DY, Tensor(), X, M, S, G);
+               layernorm_backward(DX2, DG2, DB2, DY, MORE, X, M, S, G);
+               layernorm_backward(MORE, DG3, DB3, DY, MORE, X, M, S, G);    // dx is the residual
+               layernorm_backward(DY, DG3, DB3, DY, Tensor(), X, M, S, G);  // dx is dy
+               return Outputs{DX.values(),  DG.values(),  DB.values(),   DX2.values(),
+                              DG2.values(), DB2.values(), MORE.values(), DY.values()};
+             },
+             {{"dx", dx, bound(dtype) + slack},
+              {"dgain", dgain, bound(acc)},
+              {"dbias", dbias, bound(acc)},
+              {"dx with residual", dx_more, bound(dtype) + slack},
+              {"dgain with residual", dgain, bound(acc)},
+              {"dbias with residual", dbias, bound(acc)},
+              {"dx in place of the residual", dx_more, bound(dtype) + slack},
+              {"dx in place of dy", dx, bound(dtype) + slack}});
     }
   });
 }
 
 TEST(layernorm_refuses_a_width_whose_sums_no_block_can_hold) {
   const int64_t C = 30000;
-  const Tensor x({1, C}, Dtype::f32, Memory::workspace), c({C}, Dtype::f32, Memory::workspace), one({1}, Dtype::f32, Memory::workspace);
-  CHECK_SAYS(layernorm_backward(x, c, c, x, Tensor(), x, one, one, c), "the layernorm of 30000 channels keeps 240000 bytes of sums in a block");
+  const Tensor x({1, C}, Dtype::f32, Memory::workspace), c({C}, Dtype::f32, Memory::workspace),
+      one({1}, Dtype::f32, Memory::workspace);
+  CHECK_SAYS(layernorm_backward(x, c, c, x, Tensor(), x, one, one, c),
+             "the layernorm of 30000 channels keeps 240000 bytes of sums in a block");
 }
 
 // ---- embedding
@@ -372,49 +459,74 @@ static Values text(int64_t R, int64_t V, int common) {
 
 TEST(embedding_forward_adds_token_and_position) {
   for_dtypes([](Dtype dtype) {
-    for (int64_t C : kWidths) for (const auto& [V, B, T] : {std::tuple{2, 1, 1}, {257, 3, 1}, {1000, 1, 7}, {257, 2, 5}}) {
-      const int64_t R = B * T;
-      const Values t = text(R, V, 0), wte = numbers(V * C, dtype), wpe = numbers((T + 2) * C, dtype);  // a longer context is allowed
-      Values x(R * C);
-      for (int64_t i = 0; i < R * C; i++) x[i] = wte[int64_t(t[i / C]) * C + i % C] + wpe[i / C % T * C + i % C];
-      verify(sentence("embedding_forward C ", C, " V ", V, " B ", B, " T ", T), dtype, [&] {
-        Array X = Array::blank(R * C, dtype), TOKENS(t, Dtype::i32), WTE(wte, dtype), WPE(wpe, dtype);
-        embedding_forward(X, TOKENS, WTE.shaped({V, C}), WPE.shaped({-1 + T + 3, C}), T);
-        return Outputs{X.values()};
-      }, {{"x", x, bound(dtype)}});
-      const Values some = partly(t);
-      for (int64_t i = 0; i < R * C; i++)
-        if (some[i / C] < 0) x[i] = 0;
-      verify(sentence("embedding_forward of a part, C ", C, " V ", V, " B ", B, " T ", T), dtype, [&] {
-        Array X = Array::blank(R * C, dtype), TOKENS(some, Dtype::i32), WTE(wte, dtype), WPE(wpe, dtype);
-        embedding_forward(X, TOKENS, WTE.shaped({V, C}), WPE.shaped({-1 + T + 3, C}), T);
-        return Outputs{X.values()};
-      }, {{"x", x, bound(dtype)}});
-    }
+    for (int64_t C : kWidths)
+      for (const auto& [V, B, T] : {std::tuple{2, 1, 1}, {257, 3, 1}, {1000, 1, 7}, {257, 2, 5}}) {
+        const int64_t R = B * T;
+        // a longer context is allowed
+        const Values t = text(R, V, 0), wte = numbers(V * C, dtype),
+                     wpe = numbers((T + 2) * C, dtype);
+        Values x(R * C);
+        for (int64_t i = 0; i < R * C; i++)
+          x[i] = wte[int64_t(t[i / C]) * C + i % C] + wpe[i / C % T * C + i % C];
+        verify(sentence("embedding_forward C ", C, " V ", V, " B ", B, " T ", T), dtype,
+               [&] {
+                 Array X = Array::blank(R * C, dtype), TOKENS(t, Dtype::i32), WTE(wte, dtype),
+                       WPE(wpe, dtype);
+                 embedding_forward(X, TOKENS, WTE.shaped({V, C}), WPE.shaped({-1 + T + 3, C}), T);
+                 return Outputs{X.values()};
+               },
+               {{"x", x, bound(dtype)}});
+        const Values some = partly(t);
+        for (int64_t i = 0; i < R * C; i++)
+          if (some[i / C] < 0) x[i] = 0;
+        verify(sentence("embedding_forward of a part, C ", C, " V ", V, " B ", B, " T ", T), dtype,
+               [&] {
+                 Array X = Array::blank(R * C, dtype), TOKENS(some, Dtype::i32), WTE(wte, dtype),
+                       WPE(wpe, dtype);
+                 embedding_forward(X, TOKENS, WTE.shaped({V, C}), WPE.shaped({-1 + T + 3, C}), T);
+                 return Outputs{X.values()};
+               },
+               {{"x", x, bound(dtype)}});
+      }
   });
 }
 
 TEST(embedding_backward_adds_rows_by_token_and_by_position) {
   for_dtypes([](Dtype dtype) {
     const Dtype acc = master_dtype(dtype);
-    struct Case { int64_t C, V, B, T; };  // a segment of the sorted rows is 8 long
-    for (bool part : {false, true}) for (const auto& [C, V, B, T] : {Case{1, 1, 1, 1}, {33, 2, 5, 1}, {128, 2, 1, 8}, {1000, 1, 1, 9}, {31, 1000, 1, 67}, {33, 257, 3, 67}, {128, 257, 3, 67},
-                                     {1000, 3, 2, 70}, {8, 1, 1, 192}}) {
-          const int64_t R = B * T;
-          const Values whole = text(R, V, V == 257 ? 60 : 0), t = part ? partly(whole) : whole, dx = numbers(R * C, dtype), te = numbers(V * C, acc, 10), pe = numbers(T * C, acc, 10);
-          Values dwte = te, dwpe = pe;
-          for (int64_t i = 0; i < R * C; i++) {
-            if (t[i / C] >= 0) dwte[int64_t(t[i / C]) * C + i % C] += dx[i];
-            dwpe[i / C % T * C + i % C] += dx[i];
-          }
-          const std::vector<int> order = sort_rows(std::vector<int>(t.begin(), t.end()));
-          const Values sorted(order.begin(), order.end());
-          verify(sentence("embedding_backward C ", C, " V ", V, " B ", B, " T ", T), dtype, [&] {
-            Array DX(dx, dtype), TOKENS(t, Dtype::i32), ORDER(sorted, Dtype::i32), DWTE(te, acc), DWPE(pe, acc);
-            embedding_backward(DWTE.shaped({V, C}), DWPE.shaped({T, C}), DX, TOKENS, ORDER, T);
-            return Outputs{DWTE.values(), DWPE.values()};
-          }, {{"dwte", dwte, bound(acc)}, {"dwpe", dwpe, bound(acc)}});
+    struct Case {
+      int64_t C, V, B, T;
+    };  // a segment of the sorted rows is 8 long
+    for (bool part : {false, true})
+      for (const auto& [C, V, B, T] : {Case{1, 1, 1, 1},
+                                       {33, 2, 5, 1},
+                                       {128, 2, 1, 8},
+                                       {1000, 1, 1, 9},
+                                       {31, 1000, 1, 67},
+                                       {33, 257, 3, 67},
+                                       {128, 257, 3, 67},
+                                       {1000, 3, 2, 70},
+                                       {8, 1, 1, 192}}) {
+        const int64_t R = B * T;
+        const Values whole = text(R, V, V == 257 ? 60 : 0), t = part ? partly(whole) : whole,
+                     dx = numbers(R * C, dtype), te = numbers(V * C, acc, 10),
+                     pe = numbers(T * C, acc, 10);
+        Values dwte = te, dwpe = pe;
+        for (int64_t i = 0; i < R * C; i++) {
+          if (t[i / C] >= 0) dwte[int64_t(t[i / C]) * C + i % C] += dx[i];
+          dwpe[i / C % T * C + i % C] += dx[i];
         }
+        const std::vector<int> order = sort_rows(std::vector<int>(t.begin(), t.end()));
+        const Values sorted(order.begin(), order.end());
+        verify(sentence("embedding_backward C ", C, " V ", V, " B ", B, " T ", T), dtype,
+               [&] {
+                 Array DX(dx, dtype), TOKENS(t, Dtype::i32), ORDER(sorted, Dtype::i32),
+                     DWTE(te, acc), DWPE(pe, acc);
+                 embedding_backward(DWTE.shaped({V, C}), DWPE.shaped({T, C}), DX, TOKENS, ORDER, T);
+                 return Outputs{DWTE.values(), DWPE.values()};
+               },
+               {{"dwte", dwte, bound(acc)}, {"dwpe", dwpe, bound(acc)}});
+      }
   });
 }
 
@@ -442,7 +554,8 @@ TEST(cross_entropy_gives_the_loss_and_turns_logits_into_their_gradient) {
         for (int64_t i = 0; i < V; i++) exact += std::exp(x[r * V + i] - m);
         const double sum = double(exact);
         losses[r] = (std::log(sum) + m - x[r * V + int64_t(t[r])]) * scale;
-        for (int64_t i = 0; i < V; i++) dx[r * V + i] = (std::exp(x[r * V + i] - m) / sum - (i == int64_t(t[r]))) * scale;
+        for (int64_t i = 0; i < V; i++)
+          dx[r * V + i] = (std::exp(x[r * V + i] - m) / sum - (i == int64_t(t[r]))) * scale;
       }
       const auto at_targets = [&](Values g) {  // much larger than the others: measured apart
         Values some(R);
@@ -450,18 +563,25 @@ TEST(cross_entropy_gives_the_loss_and_turns_logits_into_their_gradient) {
         return std::pair{some, g};
       };
       const auto [dx_target, dx_others] = at_targets(dx);
-      // a loss is the difference of numbers of the size of 1: where all losses are small the bound is relative to 1 (times scale)
+      // a loss is the difference of numbers of the size of 1: where all losses are small the bound
+      // is relative to 1 (times scale)
       const double largest = *std::max_element(losses.begin(), losses.end());
       const double loss_bound = bound(acc) * (largest > 0 ? std::max(1.0, scale / largest) : scale);
-      verify(sentence("cross_entropy (", R, ", ", V, ")"), dtype, [&] {
-        const Array X(x, dtype), TARGETS(t, Dtype::i32), L = Array::blank(R, acc), L2 = Array::blank(R, acc);
-        cross_entropy(L, X, TARGETS, scale, false);
-        const Values untouched = X.values();
-        cross_entropy(L2, X, TARGETS, scale, true);
-        const auto [target, others] = at_targets(X.values());
-        return Outputs{L.values(), untouched, L2.values(), target, others};
-      }, {{"losses", losses, loss_bound}, {"logits of evaluation", x, 0}, {"losses with gradient", losses, loss_bound},
-          {"gradient at the targets", dx_target, bound(dtype)}, {"gradient elsewhere", dx_others, bound(dtype)}});
+      verify(sentence("cross_entropy (", R, ", ", V, ")"), dtype,
+             [&] {
+               const Array X(x, dtype), TARGETS(t, Dtype::i32), L = Array::blank(R, acc),
+                                                                L2 = Array::blank(R, acc);
+               cross_entropy(L, X, TARGETS, scale, false);
+               const Values untouched = X.values();
+               cross_entropy(L2, X, TARGETS, scale, true);
+               const auto [target, others] = at_targets(X.values());
+               return Outputs{L.values(), untouched, L2.values(), target, others};
+             },
+             {{"losses", losses, loss_bound},
+              {"logits of evaluation", x, 0},
+              {"losses with gradient", losses, loss_bound},
+              {"gradient at the targets", dx_target, bound(dtype)},
+              {"gradient elsewhere", dx_others, bound(dtype)}});
     }
   });
 }
@@ -480,45 +600,57 @@ TEST(cross_entropy_in_parts_equals_the_whole) {
         double sum = 0;
         for (int64_t i = 0; i < V; i++) sum += std::exp(x[r * V + i] - m);
         losses[r] = (std::log(sum) + m - x[r * V + int64_t(t[r])]) * scale;
-        for (int64_t i = 0; i < V; i++) dx[r * V + i] = (std::exp(x[r * V + i] - m) / sum - (i == int64_t(t[r]))) * scale;
+        for (int64_t i = 0; i < V; i++)
+          dx[r * V + i] = (std::exp(x[r * V + i] - m) / sum - (i == int64_t(t[r]))) * scale;
       }
-      const double loss_bound = bound(acc) * std::max(1.0, scale / *std::max_element(losses.begin(), losses.end()));
-      verify(sentence("cross_entropy in parts (", R, ", ", V, ")"), dtype, [&] {
-        struct Rank { Array logits, targets, parts; int64_t begin, n; };
-        std::vector<Rank> ranks;
-        Values top(R, -1e300), sums(2 * R, 0.0);
-        for (int k = 0; k < 3; k++) {
-          const int64_t begin = cuts[k], n = cuts[k + 1] - begin;
-          Values logits, targets;
-          for (int64_t r = 0; r < R; r++) {
-            logits.insert(logits.end(), &x[r * V + begin], &x[r * V + begin] + n);
-            const int64_t target = int64_t(t[r]) - begin;
-            targets.push_back(target >= 0 && target < n ? double(target) : -1);
-          }
-          Rank& rank = ranks.emplace_back(Rank{Array(logits, dtype), Array(targets, Dtype::i32), Array::blank(3 * R, acc), begin, n});
-          softmax_parts(rank.parts, rank.logits, rank.targets);
-          const Values parts = rank.parts.values();
-          for (int64_t r = 0; r < R; r++) top[r] = std::max(top[r], parts[r]);
-        }
-        const Array TOP(top, acc);
-        for (Rank& rank : ranks) {
-          softmax_rescale(rank.parts, TOP);
-          const Values parts = rank.parts.values();
-          for (int64_t i = 0; i < 2 * R; i++) sums[i] += parts[R + i];
-        }
-        Values gradient(R * V), loss, without;
-        for (Rank& rank : ranks) {
-          Values parts = rank.parts.values();
-          std::copy(sums.begin(), sums.end(), parts.begin() + R);
-          const Array PARTS(parts, acc), L = Array::blank(R, acc), L2 = Array::blank(R, acc);
-          cross_entropy_parts(L2, rank.logits, rank.targets, TOP, PARTS, scale, false);
-          cross_entropy_parts(L, rank.logits, rank.targets, TOP, PARTS, scale, true);
-          loss = L.values(), without = L2.values();
-          const Values g = rank.logits.values();
-          for (int64_t i = 0; i < R * rank.n; i++) gradient[i / rank.n * V + rank.begin + i % rank.n] = g[i];
-        }
-        return Outputs{loss, without, gradient};
-      }, {{"losses", losses, loss_bound}, {"losses without gradient", losses, loss_bound}, {"gradient", dx, bound(dtype)}});
+      const double loss_bound =
+          bound(acc) * std::max(1.0, scale / *std::max_element(losses.begin(), losses.end()));
+      verify(sentence("cross_entropy in parts (", R, ", ", V, ")"), dtype,
+             [&] {
+               struct Rank {
+                 Array logits, targets, parts;
+                 int64_t begin, n;
+               };
+               std::vector<Rank> ranks;
+               Values top(R, -1e300), sums(2 * R, 0.0);
+               for (int k = 0; k < 3; k++) {
+                 const int64_t begin = cuts[k], n = cuts[k + 1] - begin;
+                 Values logits, targets;
+                 for (int64_t r = 0; r < R; r++) {
+                   logits.insert(logits.end(), &x[r * V + begin], &x[r * V + begin] + n);
+                   const int64_t target = int64_t(t[r]) - begin;
+                   targets.push_back(target >= 0 && target < n ? double(target) : -1);
+                 }
+                 Rank& rank =
+                     ranks.emplace_back(Rank{Array(logits, dtype), Array(targets, Dtype::i32),
+                                             Array::blank(3 * R, acc), begin, n});
+                 softmax_parts(rank.parts, rank.logits, rank.targets);
+                 const Values parts = rank.parts.values();
+                 for (int64_t r = 0; r < R; r++) top[r] = std::max(top[r], parts[r]);
+               }
+               const Array TOP(top, acc);
+               for (Rank& rank : ranks) {
+                 softmax_rescale(rank.parts, TOP);
+                 const Values parts = rank.parts.values();
+                 for (int64_t i = 0; i < 2 * R; i++) sums[i] += parts[R + i];
+               }
+               Values gradient(R * V), loss, without;
+               for (Rank& rank : ranks) {
+                 Values parts = rank.parts.values();
+                 std::copy(sums.begin(), sums.end(), parts.begin() + R);
+                 const Array PARTS(parts, acc), L = Array::blank(R, acc), L2 = Array::blank(R, acc);
+                 cross_entropy_parts(L2, rank.logits, rank.targets, TOP, PARTS, scale, false);
+                 cross_entropy_parts(L, rank.logits, rank.targets, TOP, PARTS, scale, true);
+                 loss = L.values(), without = L2.values();
+                 const Values g = rank.logits.values();
+                 for (int64_t i = 0; i < R * rank.n; i++)
+                   gradient[i / rank.n * V + rank.begin + i % rank.n] = g[i];
+               }
+               return Outputs{loss, without, gradient};
+             },
+             {{"losses", losses, loss_bound},
+              {"losses without gradient", losses, loss_bound},
+              {"gradient", dx, bound(dtype)}});
     }
   });
 }
@@ -531,11 +663,13 @@ TEST(add_sum_adds_in_f64) {
       const Values x = numbers(n, dtype);
       double total = 1e6;
       for (double v : x) total += v;
-      verify(sentence("add_sum ", n), dtype, [&] {
-        const Array TOTAL({1e6}, Dtype::f64), X(x, dtype);
-        add_sum(TOTAL, X);
-        return Outputs{TOTAL.values()};
-      }, {{"total", {total}, bound(Dtype::f64)}});
+      verify(sentence("add_sum ", n), dtype,
+             [&] {
+               const Array TOTAL({1e6}, Dtype::f64), X(x, dtype);
+               add_sum(TOTAL, X);
+               return Outputs{TOTAL.values()};
+             },
+             {{"total", {total}, bound(Dtype::f64)}});
     }
   report();
 }
@@ -545,8 +679,12 @@ TEST(add_sum_adds_in_f64) {
 TEST(adamw_takes_the_steps_of_the_paper) {
   worst.clear();
   state = 1;
-  for (const auto& [dtype, compute] : {std::pair{Dtype::f32, Dtype::i32}, {Dtype::f32, Dtype::bf16}, {Dtype::f32, Dtype::f32}, {Dtype::f64, Dtype::i32},
-                                       {Dtype::f64, Dtype::f64}})  // i32 stands for no tensor of the compute dtype
+  for (const auto& [dtype, compute] : {std::pair{Dtype::f32, Dtype::i32},
+                                       {Dtype::f32, Dtype::bf16},
+                                       {Dtype::f32, Dtype::f32},
+                                       {Dtype::f64, Dtype::i32},
+                                       // i32 stands for no tensor of the compute dtype
+                                       {Dtype::f64, Dtype::f64}})
     for_addresses([&, dtype = dtype, compute = compute] {
       for (int64_t n : kSizes) {
         AdamW options{.lr = 0.01, .weight_decay = 0.1};
@@ -557,24 +695,33 @@ TEST(adamw_takes_the_steps_of_the_paper) {
           for (int64_t i = 0; i < n; i++) {
             m[i] = options.beta1 * m[i] + (1 - options.beta1) * g[i] * clip;
             v[i] = options.beta2 * v[i] + (1 - options.beta2) * g[i] * clip * g[i] * clip;
-            const double m_hat = m[i] / (1 - std::pow(options.beta1, step)), v_hat = v[i] / (1 - std::pow(options.beta2, step));
-            w[i] -= options.lr * (m_hat / (std::sqrt(v_hat) + options.eps) + options.weight_decay * w[i]);
+            const double m_hat = m[i] / (1 - std::pow(options.beta1, step)),
+                         v_hat = v[i] / (1 - std::pow(options.beta2, step));
+            w[i] -= options.lr *
+                    (m_hat / (std::sqrt(v_hat) + options.eps) + options.weight_decay * w[i]);
           }
         const bool has_compute = compute != Dtype::i32;
-        std::vector<Expected> expected = {{"weights", w, bound(dtype)}, {"m", m, bound(dtype)}, {"v", v, bound(dtype)}};
+        std::vector<Expected> expected = {{"weights", w, bound(dtype)},
+                                          {"m", m, bound(dtype)},
+                                          {"v", v, bound(dtype)}};
         if (has_compute) expected.push_back({"compute", w, bound(compute)});
-        verify(sentence("adamw ", n, " compute ", has_compute ? name_of(compute) : "none"), has_compute ? compute : dtype, [&] {
-          const Array W(w0, dtype), M(m0, dtype), V(v0, dtype), G(g, dtype), CLIP({clip}, Dtype::f64);
-          const Array COMPUTE = Array::blank(n, has_compute ? compute : Dtype::f32);
-          for (int step = 1; step <= 3; step++) {
-            AdamW now = options;
-            now.step = step;
-            adamw(W, has_compute ? COMPUTE.tensor : Tensor(), M, V, G, CLIP, now);
-          }
-          Outputs outputs{W.values(), M.values(), V.values()};
-          if (has_compute) outputs.push_back(COMPUTE.values());
-          return outputs;
-        }, expected);
+        verify(
+            sentence("adamw ", n, " compute ", has_compute ? name_of(compute) : "none"),
+            has_compute ? compute : dtype,
+            [&] {
+              const Array W(w0, dtype), M(m0, dtype), V(v0, dtype), G(g, dtype),
+                  CLIP({clip}, Dtype::f64);
+              const Array COMPUTE = Array::blank(n, has_compute ? compute : Dtype::f32);
+              for (int step = 1; step <= 3; step++) {
+                AdamW now = options;
+                now.step = step;
+                adamw(W, has_compute ? COMPUTE.tensor : Tensor(), M, V, G, CLIP, now);
+              }
+              Outputs outputs{W.values(), M.values(), V.values()};
+              if (has_compute) outputs.push_back(COMPUTE.values());
+              return outputs;
+            },
+            expected);
       }
     });
   report();
@@ -588,15 +735,22 @@ TEST(sum_of_squares_and_the_clipping_factor_are_f64) {
       for (double v : x) sum += static_cast<long double>(v) * v;
       const Values squares = {2, double(sum), 0.5};
       const double norm = double(std::sqrt(2.5L + sum));
-      verify(sentence("sum_of_squares ", n), dtype, [&] {
-        const Array X(x, dtype), S({2, 77, 0.5}, Dtype::f64), NORM({0}, Dtype::f64), TIGHT({0}, Dtype::f64), LOOSE({0}, Dtype::f64), NONE({0}, Dtype::f64);
-        sum_of_squares(S, 1, X);
-        norm_and_clip(NORM, LOOSE, S, 2 * norm);
-        norm_and_clip(NORM, NONE, S, 0);
-        norm_and_clip(NORM, TIGHT, S, 0.25 * norm);
-        return Outputs{S.values(), NORM.values(), TIGHT.values(), LOOSE.values(), NONE.values()};
-      }, {{"squares", squares, bound(Dtype::f64)}, {"norm", {norm}, bound(Dtype::f64)}, {"tight clip", {0.25}, bound(Dtype::f64)}, {"loose clip", {1}, 0},
-          {"no clip", {1}, 0}});
+      verify(sentence("sum_of_squares ", n), dtype,
+             [&] {
+               const Array X(x, dtype), S({2, 77, 0.5}, Dtype::f64), NORM({0}, Dtype::f64),
+                   TIGHT({0}, Dtype::f64), LOOSE({0}, Dtype::f64), NONE({0}, Dtype::f64);
+               sum_of_squares(S, 1, X);
+               norm_and_clip(NORM, LOOSE, S, 2 * norm);
+               norm_and_clip(NORM, NONE, S, 0);
+               norm_and_clip(NORM, TIGHT, S, 0.25 * norm);
+               return Outputs{S.values(), NORM.values(), TIGHT.values(), LOOSE.values(),
+                              NONE.values()};
+             },
+             {{"squares", squares, bound(Dtype::f64)},
+              {"norm", {norm}, bound(Dtype::f64)},
+              {"tight clip", {0.25}, bound(Dtype::f64)},
+              {"loose clip", {1}, 0},
+              {"no clip", {1}, 0}});
     }
   });
 }
@@ -604,7 +758,8 @@ TEST(sum_of_squares_and_the_clipping_factor_are_f64) {
 // ---- contracts
 
 TEST(wrong_shapes_and_dtypes_are_refused) {
-  const Tensor a({6}, Dtype::f32, Memory::data), b({5}, Dtype::f32, Memory::data), c({6}, Dtype::bf16, Memory::data), i({6}, Dtype::i32, Memory::data),
+  const Tensor a({6}, Dtype::f32, Memory::data), b({5}, Dtype::f32, Memory::data),
+      c({6}, Dtype::bf16, Memory::data), i({6}, Dtype::i32, Memory::data),
       r({2}, Dtype::f32, Memory::data), d({1}, Dtype::f64, Memory::data);
   CHECK_SAYS(add(a, a, b), "does not hold");
   CHECK_SAYS(add(a, a, c), "does not hold");
@@ -641,20 +796,25 @@ TEST(results_have_the_same_bits_with_1_and_2_threads) {
   state = 1;
   const int64_t R = 700, C = 384, V = 300, T = 70;
   const Dtype f32 = Dtype::f32, f64 = Dtype::f64;
-  const Values x = numbers(R * C, f32), dy = numbers(R * C, f32), g = numbers(C, f32), s = numbers(R, f32), t = text(R, V, 20), w = numbers(V * C, f32);
+  const Values x = numbers(R * C, f32), dy = numbers(R * C, f32), g = numbers(C, f32),
+               s = numbers(R, f32), t = text(R, V, 20), w = numbers(V * C, f32);
   const std::vector<int> order = sort_rows(std::vector<int>(t.begin(), t.end()));
   expect_same_bits("elementwise", [&] {
-    const Array X(x, f32), DY(dy, f32), Y = Array::blank(R * C, f32), DX = Array::blank(R * C, f32), DB(g, f32);
+    const Array X(x, f32), DY(dy, f32), Y = Array::blank(R * C, f32), DX = Array::blank(R * C, f32),
+                                        DB(g, f32);
     gelu_forward(Y, X), gelu_backward(DX, DY, X), bias_backward(DB, DY);
     return Outputs{Y.values(), DX.values(), DB.values()};
   });
   expect_same_bits("layernorm", [&] {
-    const Array X(x, f32), DY(dy, f32), G(g, f32), Y = Array::blank(R * C, f32), M(s, f32), S(s, f32), DX = Array::blank(R * C, f32), DG(g, f32), DB(g, f32);
+    const Array X(x, f32), DY(dy, f32), G(g, f32), Y = Array::blank(R * C, f32), M(s, f32),
+                                                   S(s, f32), DX = Array::blank(R * C, f32),
+                                                   DG(g, f32), DB(g, f32);
     layernorm_forward(Y, M, S, X, G, G), layernorm_backward(DX, DG, DB, DY, X, X, M, S, G);
     return Outputs{Y.values(), DX.values(), DG.values(), DB.values()};
   });
   expect_same_bits("embedding", [&] {
-    Array DX(x, f32), TOKENS(t, Dtype::i32), ORDER(Values(order.begin(), order.end()), Dtype::i32), DWTE(w, f32), DWPE(w, f32);
+    Array DX(x, f32), TOKENS(t, Dtype::i32), ORDER(Values(order.begin(), order.end()), Dtype::i32),
+        DWTE(w, f32), DWPE(w, f32);
     embedding_backward(DWTE.shaped({V, C}), DWPE.shaped({V, C}), DX, TOKENS, ORDER, T);
     return Outputs{DWTE.values(), DWPE.values()};
   });
@@ -664,7 +824,8 @@ TEST(results_have_the_same_bits_with_1_and_2_threads) {
     return Outputs{X.values(), L.values(), TOTAL.values()};
   });
   expect_same_bits("adamw", [&] {
-    const Array W(x, f32), M(dy, f32), S(Values(R * C, 0.5), f32), G(dy, f32), CLIP({1}, f64), SUM({0}, f64);
+    const Array W(x, f32), M(dy, f32), S(Values(R * C, 0.5), f32), G(dy, f32), CLIP({1}, f64),
+        SUM({0}, f64);
     sum_of_squares(SUM, 0, G), adamw(W, Tensor(), M, S, G, CLIP, AdamW{.lr = 0.1});
     return Outputs{W.values(), SUM.values()};
   });

@@ -1,8 +1,11 @@
-// test_matmul.cpp: both matmuls against sums in double precision: dtypes, transposes, odd sizes, ld, batches, alpha, beta.
+// test_matmul.cpp: both matmuls against sums in double precision: dtypes, transposes, odd sizes,
+// ld, batches, alpha, beta.
 //
-// Numbers are drawn from a normal distribution, so a sum of k products has a magnitude of sqrt(k) and a largest element of about four times
-// that. Rounding: k additions, each off by at most u times the sum so far, which grow like a random walk: about u sqrt(k) of the sum. The bound
-// is 4 u sqrt(k) + 4 u of the largest element of c, u = 2^-24 (f32, and sums of bf16) or 2^-53; writing bf16 adds half of its last bit, 2^-8.
+// Numbers are drawn from a normal distribution, so a sum of k products has a magnitude of sqrt(k)
+// and a largest element of about four times that. Rounding: k additions, each off by at most u
+// times the sum so far, which grow like a random walk: about u sqrt(k) of the sum. The bound is 4 u
+// sqrt(k) + 4 u of the largest element of c, u = 2^-24 (f32, and sums of bf16) or 2^-53; writing
+// bf16 adds half of its last bit, 2^-8.
 #include "kernels/kernels.h"
 #include "tests/tensors.h"
 
@@ -33,7 +36,8 @@ struct Side {  // one matrix of a case, and the memory it lies in
     matrix = {static_cast<char*>(memory.raw()) + p.offset * size_of(dtype), ld, transposed, stride};
   }
   size_t at(const Case& p, int64_t z, int64_t i, int64_t j) const {
-    return size_t(p.offset + z * matrix.stride + (matrix.transposed ? j * matrix.ld + i : i * matrix.ld + j));
+    return size_t(p.offset + z * matrix.stride +
+                  (matrix.transposed ? j * matrix.ld + i : i * matrix.ld + j));
   }
 };
 
@@ -53,14 +57,16 @@ static double difference(const Case& p, unsigned seed = 1) {
     matmul(p.in, p.out, p.m, p.n, p.k, a.matrix, b.matrix, c.matrix, p.alpha, p.beta, p.batch);
     return download(c.memory);
   };
-  const std::vector<double> after = matmul_backend == MatmulBackend::own ? in_every_order(run) : run();
+  const std::vector<double> after =
+      matmul_backend == MatmulBackend::own ? in_every_order(run) : run();
 
   std::vector<double> got, expected, untouched = c.values, around = after;
   for (int64_t z = 0; z < p.batch; z++)
     for (int64_t i = 0; i < p.m; i++)
       for (int64_t j = 0; j < p.n; j++) {
         double sum = 0;
-        for (int64_t l = 0; l < p.k; l++) sum += a.values[a.at(p, z, i, l)] * b.values[b.at(p, z, l, j)];
+        for (int64_t l = 0; l < p.k; l++)
+          sum += a.values[a.at(p, z, i, l)] * b.values[b.at(p, z, l, j)];
         const size_t at = c.at(p, z, i, j);
         expected.push_back(p.alpha * sum + (p.beta == 0 ? 0 : c.values[at]));
         got.push_back(after[at]);
@@ -72,8 +78,10 @@ static double difference(const Case& p, unsigned seed = 1) {
 
 static void check(const Case& p, double& worst) {
   const double d = difference(p);
-  CHECK_LE(d, bound(p), name_of(p.in), " to ", name_of(p.out), ", m = ", p.m, ", n = ", p.n, ", k = ", p.k, p.ta ? ", a transposed" : "",
-           p.tb ? ", b transposed" : "", ", alpha = ", p.alpha, ", beta = ", p.beta, ", batch = ", p.batch, ", ld + ", p.wider, ", offset ", p.offset);
+  CHECK_LE(d, bound(p), name_of(p.in), " to ", name_of(p.out), ", m = ", p.m, ", n = ", p.n,
+           ", k = ", p.k, p.ta ? ", a transposed" : "", p.tb ? ", b transposed" : "",
+           ", alpha = ", p.alpha, ", beta = ", p.beta, ", batch = ", p.batch, ", ld + ", p.wider,
+           ", offset ", p.offset);
   worst = std::max(worst, d / bound(p));
 }
 
@@ -89,7 +97,8 @@ static Sizes sizes() {  // every combination
 }
 #else
 static Sizes sizes() {  // each size in each place
-  return {{1, 1, 1}, {31, 129, 33}, {33, 31, 129}, {129, 33, 31}, {64, 100, 64}, {100, 64, 100}, {128, 128, 16}};
+  return {{1, 1, 1},     {31, 129, 33},  {33, 31, 129}, {129, 33, 31},
+          {64, 100, 64}, {100, 64, 100}, {128, 128, 16}};
 }
 #endif
 
@@ -100,7 +109,9 @@ static void sweep(MatmulBackend backend, Dtype in, Dtype out) {
   for (const auto& [m, n, k] : sizes())
     for (int t = 0; t < 4; t++, cases++) {
       const int variant = cases % 3;  // alone, added to c, scaled in a wider memory
-      check({in, out, m, n, k, t / 2 == 1, t % 2 == 1, variant == 2 ? -0.5 : 1.0, variant == 1 ? 1.0 : 0.0, 1, variant == 2 ? 8 : 0, 0}, worst);
+      check({in, out, m, n, k, t / 2 == 1, t % 2 == 1, variant == 2 ? -0.5 : 1.0,
+             variant == 1 ? 1.0 : 0.0, 1, variant == 2 ? 8 : 0, 0},
+            worst);
     }
   measured(cases, " products, largest error ", worst, " of the bound");
 }

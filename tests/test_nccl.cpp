@@ -1,8 +1,11 @@
-// test_nccl.cpp: the NCCL stand-in computes what a plain loop computes, and refuses or reports what would hang or corrupt a cluster.
+// test_nccl.cpp: the NCCL stand-in computes what a plain loop computes, and refuses or reports what
+// would hang or corrupt a cluster.
 //
-//   mpiexec -n 1..8 build/cpu/tests/test_nccl [part of a test's name]      worlds of 1..n are made by ncclCommSplit
+//   mpiexec -n 1..8 build/cpu/tests/test_nccl [part of a test's name]      worlds of 1..n are made
+//   by ncclCommSplit
 //
-// Values repeat with the prime period 251, so that the reference of a million elements is a table; sums are compared bit by bit.
+// Values repeat with the prime period 251, so that the reference of a million elements is a table;
+// sums are compared bit by bit.
 #include <cuda_bf16.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -64,10 +67,13 @@ struct Comm {
   ncclComm_t comm = nullptr;
   int rank = -1;
   explicit Comm(int n, bool shared_memory = true) {
-    NCCL_CHECK(ncclCommSplit(world(shared_memory), job().rank < n ? 0 : NCCL_SPLIT_NOCOLOR, job().rank, &comm, nullptr));
+    NCCL_CHECK(ncclCommSplit(world(shared_memory), job().rank < n ? 0 : NCCL_SPLIT_NOCOLOR,
+                             job().rank, &comm, nullptr));
     if (comm) NCCL_CHECK(ncclCommUserRank(comm, &rank));
   }
-  ~Comm() { if (comm) ncclCommDestroy(comm); }
+  ~Comm() {
+    if (comm) ncclCommDestroy(comm);
+  }
   Comm(const Comm&) = delete;
 };
 
@@ -111,15 +117,19 @@ template <class T> T reduced(int n, size_t i, ncclRedOp_t op) {
   }
   return T(op == ncclAvg ? Wide(sum / Wide(n)) : sum);
 }
-// Elements first, first + 1, ... of something that repeats: by the tile into device memory and out of it.
+// Elements first, first + 1, ... of something that repeats: by the tile into device memory and out
+// of it.
 template <class T> class Pattern {
  public:
-  template <class Of> Pattern(size_t first, size_t count, Of of) : count(count), tile_(std::min(count, kTile)) {
-    for (size_t i = 0; i < tile_.size(); i++) tile_[i] = i < kPeriod ? of(first + i) : tile_[i - kPeriod];
+  template <class Of> Pattern(size_t first, size_t count, Of of)
+      : count(count), tile_(std::min(count, kTile)) {
+    for (size_t i = 0; i < tile_.size(); i++)
+      tile_[i] = i < kPeriod ? of(first + i) : tile_[i - kPeriod];
   }
   void write(T* to) const {
     for (size_t at = 0; at < count; at += kTile)
-      CUDA_CHECK(cudaMemcpy(to + at, tile_.data(), std::min(kTile, count - at) * sizeof(T), cudaMemcpyHostToDevice));
+      CUDA_CHECK(cudaMemcpy(to + at, tile_.data(), std::min(kTile, count - at) * sizeof(T),
+                            cudaMemcpyHostToDevice));
   }
   void expect(const T* device, const std::string& what) const {
     std::vector<T> got(tile_.size());
@@ -127,7 +137,8 @@ template <class T> class Pattern {
       const size_t bytes = std::min(kTile, count - at) * sizeof(T);
       CUDA_CHECK(cudaMemcpy(got.data(), device + at, bytes, cudaMemcpyDeviceToHost));
       for (size_t i = 0; memcmp(got.data(), tile_.data(), bytes) && i < tile_.size(); i++)
-        CHECK(!memcmp(&got[i], &tile_[i], sizeof(T)), what, ": element ", at + i, " is ", double(got[i]), ", expected ", double(tile_[i]));
+        CHECK(!memcmp(&got[i], &tile_[i], sizeof(T)), what, ": element ", at + i, " is ",
+              double(got[i]), ", expected ", double(tile_[i]));
     }
   }
   size_t count;
@@ -166,20 +177,28 @@ template <class T> struct Array {  // device memory
   }
 };
 
-struct Case { ncclComm_t comm; int n, me; size_t count; bool in_place; cudaStream_t stream; };
+struct Case {
+  ncclComm_t comm;
+  int n, me;
+  size_t count;
+  bool in_place;
+  cudaStream_t stream;
+};
 
 template <class T> std::string name_of(const char* call, const Case& c, int op = 0) {
-  return sentence(call, " of ", c.count, " elements of dtype ", int(dtype_of<T>()), ", op ", op, ", ", c.n, " ranks",
-                  c.in_place ? ", in place" : "");
+  return sentence(call, " of ", c.count, " elements of dtype ", int(dtype_of<T>()), ", op ", op,
+                  ", ", c.n, " ranks", c.in_place ? ", in place" : "");
 }
 
 template <class T> void check_all_gather(const Case& c) {
   const Array<T> send(values<T>(c.me, 0, c.count)), all(c.n * c.count);
   T* mine = all.data + c.me * c.count;
   if (c.in_place) values<T>(c.me, 0, c.count).write(mine);
-  NCCL_CHECK(ncclAllGather(c.in_place ? mine : send.data, all.data, c.count, dtype_of<T>(), c.comm, c.stream));
+  NCCL_CHECK(ncclAllGather(c.in_place ? mine : send.data, all.data, c.count, dtype_of<T>(), c.comm,
+                           c.stream));
   CUDA_CHECK(cudaStreamSynchronize(c.stream));
-  for (int q = 0; q < c.n; q++) values<T>(q, 0, c.count).expect(all.data + q * c.count, name_of<T>("all-gather", c));
+  for (int q = 0; q < c.n; q++)
+    values<T>(q, 0, c.count).expect(all.data + q * c.count, name_of<T>("all-gather", c));
 }
 
 template <class T> void check_broadcast(const Case& c) {
@@ -215,7 +234,8 @@ template <class T> void check_reductions(const Case& c, ncclRedOp_t op) {
 constexpr ncclRedOp_t kOps[] = {ncclSum, ncclProd, ncclMax, ncclMin, ncclAvg};
 
 // Every call for one dtype; the large counts with one op each, the small ones with all.
-template <class T> int check_dtype(ncclComm_t comm, int n, const std::vector<size_t>& counts, cudaStream_t stream) {
+template <class T>
+int check_dtype(ncclComm_t comm, int n, const std::vector<size_t>& counts, cudaStream_t stream) {
   int me, cases = 0;
   NCCL_CHECK(ncclCommUserRank(comm, &me));
   for (size_t count : counts)
@@ -224,13 +244,15 @@ template <class T> int check_dtype(ncclComm_t comm, int n, const std::vector<siz
       check_all_gather<T>(c);
       check_broadcast<T>(c);
       for (ncclRedOp_t op : kOps)
-        if (count < 100 || op == (in_place ? ncclAvg : ncclSum)) check_reductions<T>(c, op), cases += 3;
+        if (count < 100 || op == (in_place ? ncclAvg : ncclSum))
+          check_reductions<T>(c, op), cases += 3;
       cases += 2;
     }
   return cases;
 }
 
-// Ranks leave a part of a test together, also when one of them throws; wrong programs leave messages that nobody receives.
+// Ranks leave a part of a test together, also when one of them throws; wrong programs leave
+// messages that nobody receives.
 struct Together {
   ~Together() {
     barrier();
@@ -248,7 +270,9 @@ struct Together {
   }
 };
 
-template <class... T> int check_sizes(const std::vector<int>& sizes, const std::vector<size_t>& counts, bool shared, cudaStream_t stream) {
+template <class... T> int check_sizes(const std::vector<int>& sizes,
+                                      const std::vector<size_t>& counts, bool shared,
+                                      cudaStream_t stream) {
   int cases = 0;
   for (int n : sizes) {
     if (n > job().size) continue;
@@ -270,14 +294,18 @@ void need(int ranks) {
 TEST(collectives_equal_a_plain_reference_in_every_dtype_on_1_to_n_ranks) {
   const Stream s;
   const std::vector<int> sizes = {1, 2, 3, 4, 5, 6, 7, 8};
-  int cases = check_sizes<float, __nv_bfloat16>(sizes, {0, 1, 3, kCpu ? 1000003u : 10007u}, true, s.stream);  // what training sends
-  cases += check_sizes<int8_t, uint8_t, int32_t, int64_t, double>(sizes, {0, 1, 3, kCpu ? 100003u : 10007u}, true, s.stream);
+  // what training sends
+  int cases =
+      check_sizes<float, __nv_bfloat16>(sizes, {0, 1, 3, kCpu ? 1000003u : 10007u}, true, s.stream);
+  cases += check_sizes<int8_t, uint8_t, int32_t, int64_t, double>(
+      sizes, {0, 1, 3, kCpu ? 100003u : 10007u}, true, s.stream);
   measured(cases, " cases on rank 0, every bit equal");
 }
 
 TEST(collectives_over_mpi_messages_equal_the_same_reference) {
   const Stream s;
-  const int cases = check_sizes<float, __nv_bfloat16>({1, 2, 3, 5, 8}, {0, 1, 3, 5000, 50021}, false, s.stream);
+  const int cases =
+      check_sizes<float, __nv_bfloat16>({1, 2, 3, 5, 8}, {0, 1, 3, 5000, 50021}, false, s.stream);
   measured(cases, " cases on rank 0, every bit equal");
 }
 
@@ -285,16 +313,20 @@ TEST(collectives_in_queued_streams_equal_the_same_reference) {
   const Queued queued(7);
   const Strict strict;
   const Stream s;
-  const int shared = check_sizes<float, __nv_bfloat16>({1, 2, 3, 8}, {0, 1, 3, 50021}, true, s.stream);
+  const int shared =
+      check_sizes<float, __nv_bfloat16>({1, 2, 3, 8}, {0, 1, 3, 50021}, true, s.stream);
   const int messages = check_sizes<float>({2, 3}, {3, 50021}, false, s.stream);
-  measured(shared + messages, " cases on rank 0, receive buffers filled with NaN before, send buffers checksummed");
+  measured(shared + messages,
+           " cases on rank 0, receive buffers filled with NaN before, send buffers checksummed");
 }
 
 namespace {
-void expect_same(const std::vector<float>& got, const std::vector<float>& wanted, const char* what) {
+void expect_same(const std::vector<float>& got, const std::vector<float>& wanted,
+                 const char* what) {
   CHECK_EQ(got.size(), wanted.size());
   for (size_t i = 0; i < got.size(); i++)
-    CHECK(!memcmp(&got[i], &wanted[i], 4), what, ": element ", i, " is ", got[i], ", expected ", wanted[i]);
+    CHECK(!memcmp(&got[i], &wanted[i], 4), what, ": element ", i, " is ", got[i], ", expected ",
+          wanted[i]);
 }
 }  // namespace
 
@@ -307,7 +339,8 @@ TEST(sums_have_the_same_bits_whatever_the_algorithm_size_and_transport) {
   const Array<float> send(mine);
   const auto reduce_all = [&](bool shared, size_t count) {
     Array<float> recv(count);
-    NCCL_CHECK(ncclAllReduce(send.data, recv.data, count, ncclFloat, ncclSum, world(shared), nullptr));
+    NCCL_CHECK(
+        ncclAllReduce(send.data, recv.data, count, ncclFloat, ncclSum, world(shared), nullptr));
     CUDA_CHECK(cudaStreamSynchronize(nullptr));
     return recv.read();
   };
@@ -316,9 +349,13 @@ TEST(sums_have_the_same_bits_whatever_the_algorithm_size_and_transport) {
   expect_same(reduce_all(false, small), first, "small all-reduce over MPI");
   expect_same(reduce_all(false, large), all, "large all-reduce over MPI");
   Array<float> part(large / n);
-  NCCL_CHECK(ncclReduceScatter(send.data, part.data, large / n, ncclFloat, ncclSum, world(), nullptr));
+  NCCL_CHECK(
+      ncclReduceScatter(send.data, part.data, large / n, ncclFloat, ncclSum, world(), nullptr));
   CUDA_CHECK(cudaStreamSynchronize(nullptr));
-  expect_same(part.read(), std::vector<float>(all.begin() + me * (large / n), all.begin() + (me + 1) * (large / n)), "reduce-scatter");
+  expect_same(part.read(),
+              std::vector<float>(all.begin() + me * (large / n),
+                                 all.begin() + (me + 1) * (large / n)),
+              "reduce-scatter");
   measured(large, " random floats summed five ways");
 }
 
@@ -330,13 +367,16 @@ void exchange_with_all(ncclComm_t comm, cudaStream_t stream) {
   int n, me;
   NCCL_CHECK(ncclCommCount(comm, &n));
   NCCL_CHECK(ncclCommUserRank(comm, &me));
-  const auto count = [n](int from, int to, int k) { return size_t((from * n + to) % 5 * 4001 + k * 3); };
+  const auto count = [n](int from, int to, int k) {
+    return size_t((from * n + to) % 5 * 4001 + k * 3);
+  };
   std::vector<std::unique_ptr<Array<int32_t>>> sent, got;
   std::vector<Pattern<int32_t>> wanted;
   NCCL_CHECK(ncclGroupStart());
   for (int k = 0; k < 2; k++)
     for (int q = 0; q < n; q++) {
-      sent.push_back(std::make_unique<Array<int32_t>>(values<int32_t>(me * n + q + k, 5, count(me, q, k))));
+      sent.push_back(
+          std::make_unique<Array<int32_t>>(values<int32_t>(me * n + q + k, 5, count(me, q, k))));
       got.push_back(std::make_unique<Array<int32_t>>(count(q, me, k)));
       wanted.push_back(values<int32_t>(q * n + me + k, 5, count(q, me, k)));
       NCCL_CHECK(ncclSend(sent.back()->data, sent.back()->count, ncclInt32, q, comm, stream));
@@ -365,8 +405,12 @@ TEST(ungrouped_sends_and_receives_follow_a_ring) {
   for (bool shared : {true, false}) {
     const int n = job().size, me = job().rank, right = (me + 1) % n, left = (me + n - 1) % n;
     Array<float> token(values<float>(me, 0, 30000)), got(30000);
-    const auto send = [&] { NCCL_CHECK(ncclSend(token.data, token.count, ncclFloat, right, world(shared), nullptr)); };
-    const auto receive = [&] { NCCL_CHECK(ncclRecv(got.data, got.count, ncclFloat, left, world(shared), nullptr)); };
+    const auto send = [&] {
+      NCCL_CHECK(ncclSend(token.data, token.count, ncclFloat, right, world(shared), nullptr));
+    };
+    const auto receive = [&] {
+      NCCL_CHECK(ncclRecv(got.data, got.count, ncclFloat, left, world(shared), nullptr));
+    };
     if (me == 0) send(), receive();
     else receive(), send();
     CUDA_CHECK(cudaStreamSynchronize(nullptr));
@@ -378,12 +422,18 @@ TEST(ungrouped_sends_and_receives_follow_a_ring) {
 
 namespace {
 
-// One program: a list of steps drawn from a seed, the same on every rank. A step is a group of collectives, or of messages, on some of the
-// communicators; a rank runs what concerns it and remembers what its buffers must hold in the end.
+// One program: a list of steps drawn from a seed, the same on every rank. A step is a group of
+// collectives, or of messages, on some of the communicators; a rank runs what concerns it and
+// remembers what its buffers must hold in the end.
 class Program {
  public:
-  struct Known { ncclComm_t comm; std::vector<int> ranks; };  // comm is null where this rank is no member
-  Program(const std::vector<Known>& comms, unsigned seed, cudaStream_t stream) : comms_(comms), random_(seed), stream_(stream) {}
+  // comm is null where this rank is no member
+  struct Known {
+    ncclComm_t comm;
+    std::vector<int> ranks;
+  };
+  Program(const std::vector<Known>& comms, unsigned seed, cudaStream_t stream)
+      : comms_(comms), random_(seed), stream_(stream) {}
 
   void run() {
     const int steps = 3 + draw(6);
@@ -406,8 +456,12 @@ class Program {
     const size_t longest[] = {1, 20, 5000, 60000};
     return random_() % longest[draw(4)];
   }
-  int32_t* holding(const Pattern<int32_t>& content) { return buffers_.emplace_back(std::make_unique<Array<int32_t>>(content))->data; }
-  int32_t* empty(size_t count) { return buffers_.emplace_back(std::make_unique<Array<int32_t>>(count))->data; }
+  int32_t* holding(const Pattern<int32_t>& content) {
+    return buffers_.emplace_back(std::make_unique<Array<int32_t>>(content))->data;
+  }
+  int32_t* empty(size_t count) {
+    return buffers_.emplace_back(std::make_unique<Array<int32_t>>(count))->data;
+  }
   int32_t* awaiting(const Pattern<int32_t>& wanted) {
     results_.push_back({empty(wanted.count), wanted});
     return results_.back().data;
@@ -419,9 +473,11 @@ class Program {
     const size_t count = draw_count();
     calls++;
     if (k.ranks[from] == job().rank)
-      NCCL_CHECK(ncclSend(holding(values<int32_t>(k.ranks[from] + tag, 0, count)), count, ncclInt32, to, k.comm, stream_));
+      NCCL_CHECK(ncclSend(holding(values<int32_t>(k.ranks[from] + tag, 0, count)), count, ncclInt32,
+                          to, k.comm, stream_));
     if (k.ranks[to] == job().rank)
-      NCCL_CHECK(ncclRecv(awaiting(values<int32_t>(k.ranks[from] + tag, 0, count)), count, ncclInt32, from, k.comm, stream_));
+      NCCL_CHECK(ncclRecv(awaiting(values<int32_t>(k.ranks[from] + tag, 0, count)), count,
+                          ncclInt32, from, k.comm, stream_));
   }
 
   void collective() {
@@ -433,15 +489,21 @@ class Program {
     if (!k.comm) return;
     const int me = int(std::find(k.ranks.begin(), k.ranks.end(), job().rank) - k.ranks.begin());
     int32_t* send = holding(values<int32_t>(me, 0, kind == 2 ? n * count : count));
-    if (kind == 0) NCCL_CHECK(ncclAllReduce(send, awaiting(reductions<int32_t>(n, 0, count, op)), count, ncclInt32, op, k.comm, stream_));
+    if (kind == 0)
+      NCCL_CHECK(ncclAllReduce(send, awaiting(reductions<int32_t>(n, 0, count, op)), count,
+                               ncclInt32, op, k.comm, stream_));
     if (kind == 1) {
       int32_t* all = empty(n * count);
-      for (int q = 0; q < n; q++) results_.push_back({all + q * count, values<int32_t>(q, 0, count)});
+      for (int q = 0; q < n; q++)
+        results_.push_back({all + q * count, values<int32_t>(q, 0, count)});
       NCCL_CHECK(ncclAllGather(send, all, count, ncclInt32, k.comm, stream_));
     }
     if (kind == 2)
-      NCCL_CHECK(ncclReduceScatter(send, awaiting(reductions<int32_t>(n, me * count, count, op)), count, ncclInt32, op, k.comm, stream_));
-    if (kind == 3) NCCL_CHECK(ncclBroadcast(send, awaiting(values<int32_t>(root, 0, count)), count, ncclInt32, root, k.comm, stream_));
+      NCCL_CHECK(ncclReduceScatter(send, awaiting(reductions<int32_t>(n, me * count, count, op)),
+                                   count, ncclInt32, op, k.comm, stream_));
+    if (kind == 3)
+      NCCL_CHECK(ncclBroadcast(send, awaiting(values<int32_t>(root, 0, count)), count, ncclInt32,
+                               root, k.comm, stream_));
     if (kind == 4) {
       int32_t* to = me == root ? awaiting(reductions<int32_t>(n, 0, count, op)) : nullptr;
       NCCL_CHECK(ncclReduce(send, to, count, ncclInt32, op, root, k.comm, stream_));
@@ -451,7 +513,10 @@ class Program {
   const std::vector<Known>& comms_;
   std::mt19937 random_;
   cudaStream_t stream_;
-  struct Result { int32_t* data; Pattern<int32_t> wanted; };
+  struct Result {
+    int32_t* data;
+    Pattern<int32_t> wanted;
+  };
   std::vector<std::unique_ptr<Array<int32_t>>> buffers_;
   std::vector<Result> results_;
 };
@@ -464,7 +529,8 @@ std::vector<Program::Known> random_parts(unsigned seed, bool shared) {
     std::vector<int> color(job().size);
     for (int& c : color) c = split ? int(random() % 3) : 0;
     ncclComm_t mine;
-    NCCL_CHECK(ncclCommSplit(world(shared), color[job().rank], -job().rank, &mine, nullptr));  // reversed ranks
+    // reversed ranks
+    NCCL_CHECK(ncclCommSplit(world(shared), color[job().rank], -job().rank, &mine, nullptr));
     for (int c = 0; c < 3; c++) {
       Program::Known part{color[job().rank] == c ? mine : nullptr, {}};
       for (int r = job().size - 1; r >= 0; r--)
@@ -493,14 +559,19 @@ TEST(two_hundred_random_programs_end_and_agree) {
     for (const auto& part : parts)
       if (part.comm) NCCL_CHECK(ncclCommDestroy(part.comm));
   }
-  measured(calls, " calls in groups over random parts of the world, half of the programs in queued streams, a third over MPI");
+  measured(
+      calls,
+      " calls in groups over random parts of the world, half of the programs in queued streams, a third over MPI");
 }
 
 // ---- wrong programs
 
 namespace {
 
-struct Said { ncclResult_t result = ncclSuccess; std::string sentence; };
+struct Said {
+  ncclResult_t result = ncclSuccess;
+  std::string sentence;
+};
 // The error of a call: at once where streams run at once, from the communicator where they do not.
 Said say(ncclComm_t comm, ncclResult_t result) {
   if (result != ncclSuccess) return {result, ncclGetLastError(nullptr)};
@@ -509,20 +580,24 @@ Said say(ncclComm_t comm, ncclResult_t result) {
   return {result, result == ncclSuccess ? "" : ncclGetLastError(comm)};
 }
 
-// Ranks `who` must have failed with a sentence that contains every part; afterwards the communicator stays failed.
+// Ranks `who` must have failed with a sentence that contains every part; afterwards the
+// communicator stays failed.
 void must_say(const Comm& c, const Said& said, const std::vector<std::string>& parts) {
   CHECK(said.result != ncclSuccess, "nothing was reported, expected '", parts[0], "'");
   for (const std::string& part : parts)
-    CHECK(said.sentence.find(part) != std::string::npos, "said '", said.sentence, "', expected '", part, "'");
+    CHECK(said.sentence.find(part) != std::string::npos, "said '", said.sentence, "', expected '",
+          part, "'");
   ncclResult_t later = ncclSuccess;
   NCCL_CHECK(ncclCommGetAsyncError(c.comm, &later));
   CHECK(later != ncclSuccess, "the communicator forgot its error");
   Array<float> x(4);
-  CHECK(ncclAllReduce(x.data, x.data, 4, ncclFloat, ncclSum, c.comm, nullptr) != ncclSuccess, "a later call was accepted");
+  CHECK(ncclAllReduce(x.data, x.data, 4, ncclFloat, ncclSum, c.comm, nullptr) != ncclSuccess,
+        "a later call was accepted");
 }
 
 // Runs a wrong program of the first two ranks on both transports and checks what both say.
-void both_say(const std::function<ncclResult_t(const Comm&, float*)>& program, const std::vector<std::string>& parts, double watch = 5) {
+void both_say(const std::function<ncclResult_t(const Comm&, float*)>& program,
+              const std::vector<std::string>& parts, double watch = 5) {
   need(2);
   const Watch shorter(watch);
   for (bool shared : {true, false}) {
@@ -533,66 +608,89 @@ void both_say(const std::function<ncclResult_t(const Comm&, float*)>& program, c
   }
 }
 
-ncclResult_t all_reduce(const Comm& c, float* x, size_t count, ncclDataType_t dtype = ncclFloat, ncclRedOp_t op = ncclSum) {
+ncclResult_t all_reduce(const Comm& c, float* x, size_t count, ncclDataType_t dtype = ncclFloat,
+                        ncclRedOp_t op = ncclSum) {
   return ncclAllReduce(x, x, count, dtype, op, c.comm, nullptr);
 }
 
 }  // namespace
 
 TEST(another_count_is_reported_with_both_calls) {
-  both_say([](const Comm& c, float* x) { return all_reduce(c, x, c.rank ? 1000 : 999); },
-           {"rank 1 called all_reduce #1 (1000 f32 sum), rank 0 called all_reduce #1 (999 f32 sum) on "});
+  both_say(
+      [](const Comm& c, float* x) { return all_reduce(c, x, c.rank ? 1000 : 999); },
+      {"rank 1 called all_reduce #1 (1000 f32 sum), rank 0 called all_reduce #1 (999 f32 sum) on "});
 }
 TEST(another_dtype_is_reported_with_both_calls) {
-  both_say([](const Comm& c, float* x) { return all_reduce(c, x, 50, c.rank ? ncclFloat : ncclInt32); },
+  both_say([](const Comm& c,
+              float* x) { return all_reduce(c, x, 50, c.rank ? ncclFloat : ncclInt32); },
            {"rank 1 called all_reduce #1 (50 f32 sum), rank 0 called all_reduce #1 (50 i32 sum)"});
 }
 TEST(another_reduction_is_reported_with_both_calls) {
-  both_say([](const Comm& c, float* x) { return all_reduce(c, x, 50000, ncclFloat, c.rank ? ncclMax : ncclAvg); },
-           {"rank 1 called all_reduce #1 (50000 f32 max), rank 0 called all_reduce #1 (50000 f32 avg)"});
+  both_say(
+      [](const Comm& c, float* x) {
+        return all_reduce(c, x, 50000, ncclFloat, c.rank ? ncclMax : ncclAvg);
+      },
+      {"rank 1 called all_reduce #1 (50000 f32 max), rank 0 called all_reduce #1 (50000 f32 avg)"});
 }
 TEST(another_root_is_reported_with_both_calls) {
-  both_say([](const Comm& c, float* x) { return ncclBroadcast(x, x, 10, ncclFloat, c.rank, c.comm, nullptr); },
-           {"rank 1 called broadcast #1 (10 f32 from rank 1), rank 0 called broadcast #1 (10 f32 from rank 0)"});
+  both_say(
+      [](const Comm& c, float* x) {
+        return ncclBroadcast(x, x, 10, ncclFloat, c.rank, c.comm, nullptr);
+      },
+      {"rank 1 called broadcast #1 (10 f32 from rank 1), rank 0 called broadcast #1 (10 f32 from rank 0)"});
 }
 TEST(another_order_is_reported_with_both_calls) {
-  both_say([](const Comm& c, float* x) {
-    NCCL_CHECK(all_reduce(c, x, 7));
-    if (c.rank == 0) return ncclAllGather(x, x + 500, 500, ncclFloat, c.comm, nullptr);
-    return all_reduce(c, x, 1000);
-  }, {"rank 1 called all_reduce #2 (1000 f32 sum), rank 0 called all_gather #2 (500 f32)"});
+  both_say(
+      [](const Comm& c, float* x) {
+        NCCL_CHECK(all_reduce(c, x, 7));
+        if (c.rank == 0) return ncclAllGather(x, x + 500, 500, ncclFloat, c.comm, nullptr);
+        return all_reduce(c, x, 1000);
+      },
+      {"rank 1 called all_reduce #2 (1000 f32 sum), rank 0 called all_gather #2 (500 f32)"});
 }
 TEST(another_group_is_reported_with_both_calls) {
-  both_say([](const Comm& c, float* x) {
-    if (c.rank == 0) return all_reduce(c, x, 10);
-    NCCL_CHECK(ncclGroupStart());
-    NCCL_CHECK(all_reduce(c, x, 10));
-    NCCL_CHECK(all_reduce(c, x + 10, 10));
-    return ncclGroupEnd();
-  }, {"rank 1 called all_reduce #1 (10 f32 sum) as collective 1 of 2 in its group, rank 0 called all_reduce #1 (10 f32 sum) on"});
+  both_say(
+      [](const Comm& c, float* x) {
+        if (c.rank == 0) return all_reduce(c, x, 10);
+        NCCL_CHECK(ncclGroupStart());
+        NCCL_CHECK(all_reduce(c, x, 10));
+        NCCL_CHECK(all_reduce(c, x + 10, 10));
+        return ncclGroupEnd();
+      },
+      {"rank 1 called all_reduce #1 (10 f32 sum) as collective 1 of 2 in its group, rank 0 called all_reduce #1 (10 f32 sum) on"});
 }
 TEST(a_split_against_a_collective_is_reported_with_both_calls) {
-  both_say([](const Comm& c, float* x) {
-    ncclComm_t part;
-    return c.rank ? ncclCommSplit(c.comm, 0, 0, &part, nullptr) : all_reduce(c, x, 3);
-  }, {"rank 1 called split #1, rank 0 called all_reduce #1 (3 f32 sum)"});
+  both_say(
+      [](const Comm& c, float* x) {
+        ncclComm_t part;
+        return c.rank ? ncclCommSplit(c.comm, 0, 0, &part, nullptr) : all_reduce(c, x, 3);
+      },
+      {"rank 1 called split #1, rank 0 called all_reduce #1 (3 f32 sum)"});
 }
 TEST(a_message_of_another_count_is_reported_with_both_calls) {
-  both_say([](const Comm& c, float* x) {
-    return c.rank ? ncclSend(x, 100, ncclFloat, 0, c.comm, nullptr) : ncclRecv(x, 50, ncclFloat, 1, c.comm, nullptr);
-  }, {"rank 1 called send #1 to rank 0 (100 f32), rank 0 called recv #1 from rank 1 (50 f32)"});
+  both_say(
+      [](const Comm& c, float* x) {
+        return c.rank ? ncclSend(x, 100, ncclFloat, 0, c.comm, nullptr)
+                      : ncclRecv(x, 50, ncclFloat, 1, c.comm, nullptr);
+      },
+      {"rank 1 called send #1 to rank 0 (100 f32), rank 0 called recv #1 from rank 1 (50 f32)"});
 }
 TEST(sends_that_face_each_other_outside_a_group_are_found_as_a_deadlock) {
-  both_say([](const Comm& c, float* x) {
-    const ncclResult_t sent = ncclSend(x, 10, ncclFloat, 1 - c.rank, c.comm, nullptr);
-    return sent != ncclSuccess ? sent : ncclRecv(x + 10, 10, ncclFloat, 1 - c.rank, c.comm, nullptr);
-  }, {"deadlock: rank ", "waits in send #1 to rank "}, 0.5);
+  both_say(
+      [](const Comm& c, float* x) {
+        const ncclResult_t sent = ncclSend(x, 10, ncclFloat, 1 - c.rank, c.comm, nullptr);
+        return sent != ncclSuccess ? sent
+                                   : ncclRecv(x + 10, 10, ncclFloat, 1 - c.rank, c.comm, nullptr);
+      },
+      {"deadlock: rank ", "waits in send #1 to rank "}, 0.5);
 }
 TEST(a_message_in_another_order_than_a_collective_is_found_as_a_deadlock) {
-  both_say([](const Comm& c, float* x) {
-    if (c.rank == 0) return ncclSend(x, 10, ncclFloat, 1, c.comm, nullptr);
-    return all_reduce(c, x, 10);
-  }, {"deadlock: rank "}, 0.5);
+  both_say(
+      [](const Comm& c, float* x) {
+        if (c.rank == 0) return ncclSend(x, 10, ncclFloat, 1, c.comm, nullptr);
+        return all_reduce(c, x, 10);
+      },
+      {"deadlock: rank "}, 0.5);
 }
 
 TEST(a_missing_rank_is_found_and_the_report_says_where_everyone_stands) {
@@ -606,9 +704,10 @@ TEST(a_missing_rank_is_found_and_the_report_says_where_everyone_stands) {
     NCCL_CHECK(all_reduce(c, x.data, 7));
   }
   if (c.rank == 0 || c.rank == 1)
-    must_say(c, say(c.comm, ncclAllGather(x.data, x.data + 8, 8, ncclFloat, c.comm, nullptr)),
-             {"deadlock: rank ", "waits in all_gather #2 (8 f32) on communicator 'fsdp' of ranks 0,1,2",
-              "rank 2 has completed all_reduce #1 (7 f32 sum) on communicator 'fsdp' of ranks 0,1,2 and called nothing since"});
+    must_say(
+        c, say(c.comm, ncclAllGather(x.data, x.data + 8, 8, ncclFloat, c.comm, nullptr)),
+        {"deadlock: rank ", "waits in all_gather #2 (8 f32) on communicator 'fsdp' of ranks 0,1,2",
+         "rank 2 has completed all_reduce #1 (7 f32 sum) on communicator 'fsdp' of ranks 0,1,2 and called nothing since"});
   if (c.comm) measured(nccl_referee::where_ranks_stand(c.comm));
 }
 
@@ -625,8 +724,11 @@ TEST(a_stopped_rank_is_named) {
   }
   if (c.rank == 0) {
     const auto start = std::chrono::steady_clock::now();
-    must_say(c, say(c.comm, all_reduce(c, x.data, 8)), {"rank 1 has completed all_reduce #1 (7 f32 sum)", "(its process is stopped)"});
-    measured("after ", std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), " s with a watch of 0.6 s");
+    must_say(c, say(c.comm, all_reduce(c, x.data, 8)),
+             {"rank 1 has completed all_reduce #1 (7 f32 sum)", "(its process is stopped)"});
+    measured("after ",
+             std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(),
+             " s with a watch of 0.6 s");
   }
 }
 
@@ -641,27 +743,42 @@ TEST(a_rank_that_is_missing_at_the_start_is_named) {
   if (job().rank == 0) {
     const ncclResult_t result = ncclCommInitRank(&comm, job().size, id, 0);
     const Said said{result, ncclGetLastError(nullptr)};
-    CHECK(said.sentence.find(sentence("rank 0 made the id and misses number ", job().size - 1)) != std::string::npos ||
-          said.sentence.find("misses number 1 2") != std::string::npos, "said '", said.sentence, "'");
+    CHECK(said.sentence.find(sentence("rank 0 made the id and misses number ", job().size - 1)) !=
+                  std::string::npos ||
+              said.sentence.find("misses number 1 2") != std::string::npos,
+          "said '", said.sentence, "'");
   }
 }
 
 TEST(buffers_that_overlap_by_another_offset_than_in_place_are_refused) {
   need(2);
-  struct Wrong { const char* what; std::function<ncclResult_t(const Comm&, float*)> call; };
+  struct Wrong {
+    const char* what;
+    std::function<ncclResult_t(const Comm&, float*)> call;
+  };
   const Wrong wrongs[] = {
       {"send and receive buffers overlap",
-       [](const Comm& c, float* x) { return ncclAllReduce(x, x + 1, 10, ncclFloat, ncclSum, c.comm, nullptr); }},
-      {"send and receive buffers overlap", [](const Comm& c, float* x) { return ncclAllGather(x + 1, x, 10, ncclFloat, c.comm, nullptr); }},
+       [](const Comm& c, float* x) {
+         return ncclAllReduce(x, x + 1, 10, ncclFloat, ncclSum, c.comm, nullptr);
+       }},
       {"send and receive buffers overlap",
-       [](const Comm& c, float* x) { return ncclReduceScatter(x, x + 10 * (1 - c.rank), 10, ncclFloat, ncclSum, c.comm, nullptr); }},
-      {"its receive buffer overlaps with the send buffer of send #", [](const Comm& c, float* x) {
+       [](const Comm& c, float* x) {
+         return ncclAllGather(x + 1, x, 10, ncclFloat, c.comm, nullptr);
+       }},
+      {"send and receive buffers overlap",
+       [](const Comm& c, float* x) {
+         return ncclReduceScatter(x, x + 10 * (1 - c.rank), 10, ncclFloat, ncclSum, c.comm,
+                                  nullptr);
+       }},
+      {"its receive buffer overlaps with the send buffer of send #",
+       [](const Comm& c, float* x) {
          NCCL_CHECK(ncclGroupStart());
          NCCL_CHECK(ncclSend(x, 10, ncclFloat, 1 - c.rank, c.comm, nullptr));
          NCCL_CHECK(ncclRecv(x + 9, 10, ncclFloat, 1 - c.rank, c.comm, nullptr));
          return ncclGroupEnd();
        }},
-      {"its receive buffer overlaps with the receive buffer of recv #", [](const Comm& c, float* x) {
+      {"its receive buffer overlaps with the receive buffer of recv #",
+       [](const Comm& c, float* x) {
          NCCL_CHECK(ncclGroupStart());
          NCCL_CHECK(ncclRecv(x, 10, ncclFloat, 1 - c.rank, c.comm, nullptr));
          NCCL_CHECK(ncclRecv(x, 10, ncclFloat, 1 - c.rank, c.comm, nullptr));
@@ -678,17 +795,36 @@ TEST(buffers_that_overlap_by_another_offset_than_in_place_are_refused) {
 TEST(host_memory_null_buffers_and_bad_ranks_are_refused) {
   std::vector<float> host(8);
   Array<float> x(8);
-  const auto refused = [&](const std::function<ncclResult_t(ncclComm_t)>& call, const std::string& part) {
+  const auto refused = [&](const std::function<ncclResult_t(ncclComm_t)>& call,
+                           const std::string& part) {
     Comm c(1);
     if (c.comm) must_say(c, say(c.comm, call(c.comm)), {part});
   };
-  if (kCpu) refused([&](ncclComm_t c) { return ncclAllReduce(host.data(), x.data, 8, ncclFloat, ncclSum, c, nullptr); }, "is host memory");
-  refused([&](ncclComm_t c) { return ncclAllReduce(x.data, nullptr, 8, ncclFloat, ncclSum, c, nullptr); }, "receive buffer is null");
-  refused([&](ncclComm_t c) { return ncclBroadcast(x.data, x.data, 8, ncclFloat, 1, c, nullptr); }, "there is no rank 1 among its 1");
-  refused([&](ncclComm_t c) { return ncclSend(x.data, 8, ncclFloat, -1, c, nullptr); }, "there is no rank -1 among its 1");
-  CHECK_EQ(ncclAllReduce(x.data, x.data, 8, ncclFloat, ncclSum, nullptr, nullptr), ncclInvalidArgument);
-  refused([&](ncclComm_t c) { return ncclAllReduce(x.data, x.data, 8, ncclHalf, ncclSum, c, nullptr); }, "does not know dtype 6");
-  refused([&](ncclComm_t c) { return ncclAllReduce(x.data, x.data, 8, ncclFloat, ncclNumOps, c, nullptr); }, "does not know reduction 5");
+  if (kCpu)
+    refused(
+        [&](ncclComm_t c) {
+          return ncclAllReduce(host.data(), x.data, 8, ncclFloat, ncclSum, c, nullptr);
+        },
+        "is host memory");
+  refused(
+      [&](ncclComm_t c) {
+        return ncclAllReduce(x.data, nullptr, 8, ncclFloat, ncclSum, c, nullptr);
+      },
+      "receive buffer is null");
+  refused([&](ncclComm_t c) { return ncclBroadcast(x.data, x.data, 8, ncclFloat, 1, c, nullptr); },
+          "there is no rank 1 among its 1");
+  refused([&](ncclComm_t c) { return ncclSend(x.data, 8, ncclFloat, -1, c, nullptr); },
+          "there is no rank -1 among its 1");
+  CHECK_EQ(ncclAllReduce(x.data, x.data, 8, ncclFloat, ncclSum, nullptr, nullptr),
+           ncclInvalidArgument);
+  refused(
+      [&](ncclComm_t c) { return ncclAllReduce(x.data, x.data, 8, ncclHalf, ncclSum, c, nullptr); },
+      "does not know dtype 6");
+  refused(
+      [&](ncclComm_t c) {
+        return ncclAllReduce(x.data, x.data, 8, ncclFloat, ncclNumOps, c, nullptr);
+      },
+      "does not know reduction 5");
   CHECK_EQ(ncclGroupEnd(), ncclInvalidUsage);
 }
 
@@ -702,7 +838,9 @@ TEST(a_failure_in_a_queued_stream_is_kept_and_told_to_the_peers) {
   Array<float> x(64);
   const Stream s;
   if (c.comm) {
-    NCCL_CHECK(ncclAllReduce(x.data, x.data, c.rank == 2 ? 9 : 10, ncclFloat, ncclSum, c.comm, s.stream));  // accepted: it is only queued
+    // accepted: it is only queued
+    NCCL_CHECK(
+        ncclAllReduce(x.data, x.data, c.rank == 2 ? 9 : 10, ncclFloat, ncclSum, c.comm, s.stream));
     s.wait();
     must_say(c, say(c.comm, ncclSuccess), {"rank 2 called all_reduce #1 (9 f32 sum), rank "});
   }
@@ -721,13 +859,16 @@ TEST(a_writer_that_does_not_wait_is_caught_by_the_checksum) {
     const Stream s;
     Array<float> send(values<float>(0, 0, 20000)), recv(20000);
     if (c.rank == 1) usleep(200000);  // so that rank 0 writes while its all-reduce waits
-    NCCL_CHECK(ncclAllReduce(send.data, recv.data, send.count, ncclFloat, ncclSum, c.comm, s.stream));
+    NCCL_CHECK(
+        ncclAllReduce(send.data, recv.data, send.count, ncclFloat, ncclSum, c.comm, s.stream));
     if (c.rank == 0) {
       usleep(50000);
       send.data[7] = 1234;
     }
     s.wait();
-    if (c.rank == 0) must_say(c, say(c.comm, ncclSuccess), {"rank 0: all_reduce #1 (20000 f32 sum)", "send buffer changed", "without waiting"});
+    if (c.rank == 0)
+      must_say(c, say(c.comm, ncclSuccess),
+               {"rank 0: all_reduce #1 (20000 f32 sum)", "send buffer changed", "without waiting"});
   }
 }
 
@@ -742,10 +883,13 @@ TEST(a_reader_that_does_not_wait_finds_nan) {
     const Stream s;
     Array<float> send(values<float>(c.rank, 0, 20000)), recv(std::vector<float>(20000, 1.0f));
     if (c.rank == 1) usleep(200000);
-    NCCL_CHECK(ncclAllReduce(send.data, recv.data, send.count, ncclFloat, ncclSum, c.comm, s.stream));
+    NCCL_CHECK(
+        ncclAllReduce(send.data, recv.data, send.count, ncclFloat, ncclSum, c.comm, s.stream));
     if (c.rank == 0) {
       usleep(50000);
-      for (int i = 0; i < 20000; i++) CHECK(std::isnan(recv.data[i]), "a receive buffer holds ", recv.data[i], " before its call is done");
+      for (int i = 0; i < 20000; i++)
+        CHECK(std::isnan(recv.data[i]), "a receive buffer holds ", recv.data[i],
+              " before its call is done");
     }
     s.wait();
     reductions<float>(2, 0, 20000, ncclSum).expect(recv.data, "all-reduce");
@@ -761,10 +905,12 @@ TEST(calls_on_two_streams_run_in_the_order_of_issue) {
   std::vector<std::unique_ptr<Array<int32_t>>> got;
   for (int i = 0; i < 20; i++) {
     got.push_back(std::make_unique<Array<int32_t>>(5000));
-    NCCL_CHECK(ncclAllReduce(x.data, got.back()->data, 5000, ncclInt32, ncclSum, world(), (i + job().rank) % 3 ? a.stream : b.stream));
+    NCCL_CHECK(ncclAllReduce(x.data, got.back()->data, 5000, ncclInt32, ncclSum, world(),
+                             (i + job().rank) % 3 ? a.stream : b.stream));
   }
   a.wait(), b.wait();
-  for (const auto& g : got) reductions<int32_t>(job().size, 0, 5000, ncclSum).expect(g->data, "all-reduce");
+  for (const auto& g : got)
+    reductions<int32_t>(job().size, 0, 5000, ncclSum).expect(g->data, "all-reduce");
 }
 
 TEST(a_waiting_rank_leaves_its_core_to_others) {
@@ -779,8 +925,11 @@ TEST(a_waiting_rank_leaves_its_core_to_others) {
       getrusage(RUSAGE_SELF, &before);
       NCCL_CHECK(all_reduce(c, x.data, 1000));
       getrusage(RUSAGE_SELF, &after);
-      const auto seconds = [](const timeval& t) { return double(t.tv_sec) + 1e-6 * double(t.tv_usec); };
-      const double used = seconds(after.ru_utime) + seconds(after.ru_stime) - seconds(before.ru_utime) - seconds(before.ru_stime);
+      const auto seconds = [](const timeval& t) {
+        return double(t.tv_sec) + 1e-6 * double(t.tv_usec);
+      };
+      const double used = seconds(after.ru_utime) + seconds(after.ru_stime) -
+                          seconds(before.ru_utime) - seconds(before.ru_stime);
       CHECK_LE(used, 0.3, "a second's wait");
       if (c.rank == 0) measured(shared ? "shared memory " : ", MPI ", used, " s of processor time");
     }
@@ -803,7 +952,8 @@ TEST(the_stand_in_counts_the_bytes_of_the_formulas) {
     NCCL_CHECK(ncclRecv(y.data, count, ncclFloat, (c.rank + n - 1) % n, c.comm, nullptr));
     NCCL_CHECK(ncclGroupEnd());
     CUDA_CHECK(cudaStreamSynchronize(nullptr));
-    const int64_t slices = (n - 1) * n * count * each;  // n times what a rank sends in an all-gather
+    // n times what a rank sends in an all-gather
+    const int64_t slices = (n - 1) * n * count * each;
     CHECK_EQ(traffic(c.comm, Call::all_gather).numerator, slices);
     CHECK_EQ(traffic(c.comm, Call::all_gather).copied * n, slices);
     CHECK_EQ(traffic(c.comm, Call::reduce_scatter).numerator, slices);
@@ -826,7 +976,8 @@ TEST(the_stand_in_counts_the_bytes_of_the_formulas) {
 TEST(split_orders_by_key_and_leaves_out_those_without_a_color) {
   const int n = job().size, me = job().rank;
   ncclComm_t part;
-  NCCL_CHECK(ncclCommSplit(world(), me == n - 1 && n > 1 ? NCCL_SPLIT_NOCOLOR : me % 2, -me, &part, nullptr));
+  NCCL_CHECK(ncclCommSplit(world(), me == n - 1 && n > 1 ? NCCL_SPLIT_NOCOLOR : me % 2, -me, &part,
+                           nullptr));
   if (me == n - 1 && n > 1) {
     CHECK(part == nullptr);
     return;
@@ -852,10 +1003,11 @@ TEST(abort_from_another_thread_ends_a_wait_and_the_peers_hear_of_it) {
   if (c.comm && c.rank < 2) {
     const ncclComm_t comm = c.comm;
     std::thread aborter;
-    if (c.rank == 0) aborter = std::thread([comm] {
-      usleep(100000);
-      ncclCommAbort(comm);
-    });
+    if (c.rank == 0)
+      aborter = std::thread([comm] {
+        usleep(100000);
+        ncclCommAbort(comm);
+      });
     const Said said = say(c.comm, all_reduce(c, x.data, 8));
     if (aborter.joinable()) aborter.join();
     if (c.rank == 0) c.comm = nullptr;  // Abort destroyed it

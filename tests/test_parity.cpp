@@ -1,6 +1,8 @@
-// test_parity.cpp: the parity matrix. Every mesh pp x replicate x fsdp x tp of up to 8 ranks against one rank in f64, with a covering set of settings:
-// whatever axes a mesh has, any two values of any two settings that matter there come together in some mesh with those axes.
-// `make parity` runs all of it, one mpiexec a world size, and prints one table; `make test` runs one setting a mesh (test_parity first).
+// test_parity.cpp: the parity matrix. Every mesh pp x replicate x fsdp x tp of up to 8 ranks
+// against one rank in f64, with a covering set of settings: whatever axes a mesh has, any two
+// values of any two settings that matter there come together in some mesh with those axes. `make
+// parity` runs all of it, one mpiexec a world size, and prints one table; `make test` runs one
+// setting a mesh (test_parity first).
 #include <map>
 #include <set>
 
@@ -15,11 +17,22 @@ const GptConfig kConfig = [] {  // 17 layers, 9 heads, 13 words: most axes divid
 }();
 constexpr int kMostRanks = 8;
 
-int64_t batch_of(int ranks) { return 4 * ranks; }  // divides by data-parallel ranks times micro-batches of any setting below
+// divides by data-parallel ranks times micro-batches of any setting below
+int64_t batch_of(int ranks) { return 4 * ranks; }
 
 // ---- settings: a value of each factor
 
-enum Factor { zero, reshard, prefetch, schedule, rows, recompute, microbatches, attention, kFactors };
+enum Factor {
+  zero,
+  reshard,
+  prefetch,
+  schedule,
+  rows,
+  recompute,
+  microbatches,
+  attention,
+  kFactors
+};
 constexpr int kValues[kFactors] = {3, 2, 3, 4, 2, 2, 3, 2};
 constexpr const char* kSchedules[] = {"gpipe", "1f1b", "interleaved", "zb"};
 using Setting = std::array<int, kFactors>;
@@ -27,7 +40,8 @@ using Setting = std::array<int, kFactors>;
 // A value that changes nothing in this mesh counts as absent, and only its first is tried.
 bool matters(const Layout& l, const Setting& s, int factor) {
   switch (factor) {
-    case zero: case prefetch: return l.fsdp > 1;
+    case zero:
+    case prefetch: return l.fsdp > 1;
     case reshard: return l.fsdp > 1 && s[zero] == 2;
     case schedule: return l.pp > 1;
     case rows: return l.tp > 1;
@@ -37,7 +51,8 @@ bool matters(const Layout& l, const Setting& s, int factor) {
 bool allowed(const Layout& l, const Setting& s) {
   for (int f = 0; f < kFactors; f++)
     if (s[size_t(f)] && !matters(l, s, f)) return false;
-  return l.pp == 1 || s[schedule] != 2 || s[microbatches] > 0;  // interleaved: p or 2 p micro-batches
+  // interleaved: p or 2 p micro-batches
+  return l.pp == 1 || s[schedule] != 2 || s[microbatches] > 0;
 }
 
 int64_t microbatches_of(const Layout& l, const Setting& s) {
@@ -47,20 +62,24 @@ int64_t microbatches_of(const Layout& l, const Setting& s) {
 
 TrainerOptions options_of(const Layout& l, const Setting& s) {
   TrainerOptions o;
-  o.batch = batch_of(l.ranks()), o.microbatch = o.batch / (microbatches_of(l, s) * l.replicate * l.fsdp);
+  o.batch = batch_of(l.ranks()),
+  o.microbatch = o.batch / (microbatches_of(l, s) * l.replicate * l.fsdp);
   o.fsdp = {1 + s[zero], s[reshard] == 0, s[prefetch]};
   o.schedule = kSchedules[s[schedule]], o.chunks = s[schedule] == 2 ? 2 : 1;
   return o;
 }
 GptConfig config_of(const Setting& s) {
   GptConfig g = kConfig;
-  g.sequence_parallel = s[rows], g.recompute = s[recompute], g.attention = s[attention] ? AttentionKind::flash : AttentionKind::plain;
+  g.sequence_parallel = s[rows], g.recompute = s[recompute],
+  g.attention = s[attention] ? AttentionKind::flash : AttentionKind::plain;
   return g;
 }
 std::string name_of(const Layout& l, const Setting& s) {
   const TrainerOptions o = options_of(l, s);
-  return sentence(to_string(l), ", zero ", o.fsdp.zero, o.fsdp.reshard ? "" : " without reshard", ", prefetch ", o.fsdp.prefetch, ", ", o.schedule, ", ",
-                  microbatches_of(l, s), " micro-batches", s[rows] ? ", by rows" : "", s[recompute] ? ", recompute" : "", s[attention] ? ", flash" : "");
+  return sentence(to_string(l), ", zero ", o.fsdp.zero, o.fsdp.reshard ? "" : " without reshard",
+                  ", prefetch ", o.fsdp.prefetch, ", ", o.schedule, ", ", microbatches_of(l, s),
+                  " micro-batches", s[rows] ? ", by rows" : "", s[recompute] ? ", recompute" : "",
+                  s[attention] ? ", flash" : "");
 }
 
 // ---- the covering set
@@ -71,7 +90,8 @@ std::vector<Pair> pairs_of(const Layout& l, const Setting& s) {
   const int axes = (l.pp > 1) * 8 + (l.replicate > 1) * 4 + (l.fsdp > 1) * 2 + (l.tp > 1);
   for (int f = 0; f < kFactors; f++)
     for (int g = f + 1; g < kFactors; g++)
-      if (matters(l, s, f) && matters(l, s, g)) pairs.push_back({axes, f, s[size_t(f)], g, s[size_t(g)]});
+      if (matters(l, s, f) && matters(l, s, g))
+        pairs.push_back({axes, f, s[size_t(f)], g, s[size_t(g)]});
   return pairs;
 }
 
@@ -81,7 +101,8 @@ std::vector<Layout> all_layouts() {
     for (int pp = 1; pp <= n; pp++)
       for (int replicate = 1; replicate <= n; replicate++)
         for (int fsdp = 1; fsdp <= n; fsdp++)
-          if (n % (pp * replicate * fsdp) == 0) layouts.push_back({pp, replicate, fsdp, n / (pp * replicate * fsdp)});
+          if (n % (pp * replicate * fsdp) == 0)
+            layouts.push_back({pp, replicate, fsdp, n / (pp * replicate * fsdp)});
   return layouts;
 }
 
@@ -93,9 +114,13 @@ template <class Visit> void each_setting(Visit visit) {
   }
 }
 
-struct Cell { Layout layout; std::vector<Setting> settings; };
+struct Cell {
+  Layout layout;
+  std::vector<Setting> settings;
+};
 
-// Greedy: meshes take turns, each takes the setting that brings most new pairs, until none brings any; every mesh has at least one.
+// Greedy: meshes take turns, each takes the setting that brings most new pairs, until none brings
+// any; every mesh has at least one.
 std::vector<Cell> matrix() {
   std::set<Pair> covered;
   std::vector<Cell> cells;
@@ -122,7 +147,10 @@ std::vector<Cell> matrix() {
 
 // ---- running it
 
-struct Reference { Run run; std::vector<std::vector<double>> initial; };
+struct Reference {
+  Run run;
+  std::vector<std::vector<double>> initial;
+};
 Reference reference_of(int ranks) {
   WholeGpt gpt(kConfig, 1337);
   Reference r{one_rank(kConfig, batch_of(ranks), kSteps), {}};
@@ -144,20 +172,26 @@ void run_matrix(size_t settings_a_mesh) {
       const Setting& s = cell.settings[done];
       if (done == 0) {
         Trainer trainer(mesh, config_of(s), options_of(l, s));
-        CHECK(whole_model(mesh, trainer, WholeOf::weights) == reference.initial, name_of(l, s), ": initial weights differ from one rank's");
+        CHECK(whole_model(mesh, trainer, WholeOf::weights) == reference.initial, name_of(l, s),
+              ": initial weights differ from one rank's");
       }
-      const Difference d = compare(many_ranks(mesh, config_of(s), options_of(l, s), kSteps), reference.run);
-      CHECK_LE(d.worst(), 1e-12, name_of(l, s), ": loss ", d.loss, " gradients ", d.gradients, " norm ", d.norm, " weights ", d.weights);
+      const Difference d =
+          compare(many_ranks(mesh, config_of(s), options_of(l, s), kSteps), reference.run);
+      CHECK_LE(d.worst(), 1e-12, name_of(l, s), ": loss ", d.loss, " gradients ", d.gradients,
+               " norm ", d.norm, " weights ", d.weights);
       of_mesh.widen(d);
     }
     close_mesh(mesh);
     worst.widen(of_mesh);
     settings += int(done);
     if (job().speaks)
-      printf("  %5d %4d %9d %5d %3d %9d   %8.1e %9.1e %8.1e %8.1e\n", int(l.ranks()), l.pp, l.replicate, l.fsdp, l.tp, int(done), of_mesh.loss, of_mesh.gradients,
-             of_mesh.norm, of_mesh.weights), fflush(stdout);
+      printf("  %5d %4d %9d %5d %3d %9d   %8.1e %9.1e %8.1e %8.1e\n", int(l.ranks()), l.pp,
+             l.replicate, l.fsdp, l.tp, int(done), of_mesh.loss, of_mesh.gradients, of_mesh.norm,
+             of_mesh.weights),
+          fflush(stdout);
   }
-  measured(settings, " settings: loss ", worst.loss, ", gradients ", worst.gradients, ", norm ", worst.norm, ", weights ", worst.weights, "; the same initial bits");
+  measured(settings, " settings: loss ", worst.loss, ", gradients ", worst.gradients, ", norm ",
+           worst.norm, ", weights ", worst.weights, "; the same initial bits");
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
-// test_pipeline.cpp: every schedule, alone and with the other strategies, equals one rank, in f64 to rounding; all schedules equal each other bit
-// for bit; bytes and live activations equal the formulas exactly. Run under mpiexec -n 1, 2, 3, 4, 8 (6 works, too).
+// test_pipeline.cpp: every schedule, alone and with the other strategies, equals one rank, in f64
+// to rounding; all schedules equal each other bit for bit; bytes and live activations equal the
+// formulas exactly. Run under mpiexec -n 1, 2, 3, 4, 8 (6 works, too).
 #include "tests/parity.h"
 
 namespace {
@@ -29,13 +30,16 @@ struct Setting {
     return o;
   }
   std::string name() const {
-    return sentence(to_string(layout), " ", schedule, " chunks ", chunks, " micro-batches ", microbatches, " zero ", fsdp.zero,
-                    fsdp.reshard ? " reshard" : " keep", " prefetch ", fsdp.prefetch, recompute ? " recompute" : "", by_rows ? " by rows" : "");
+    return sentence(to_string(layout), " ", schedule, " chunks ", chunks, " micro-batches ",
+                    microbatches, " zero ", fsdp.zero, fsdp.reshard ? " reshard" : " keep",
+                    " prefetch ", fsdp.prefetch, recompute ? " recompute" : "",
+                    by_rows ? " by rows" : "");
   }
 };
 
-// Every layout pp x (one other axis, or fsdp x tp) of the world's size; alone with each schedule and 1 to 16 micro-batches, with others with
-// two numbers of them, which on 6 and 8 ranks take turns. ZeRO stages, prefetch, recompute and slices of rows take turns, too.
+// Every layout pp x (one other axis, or fsdp x tp) of the world's size; alone with each schedule
+// and 1 to 16 micro-batches, with others with two numbers of them, which on 6 and 8 ranks take
+// turns. ZeRO stages, prefetch, recompute and slices of rows take turns, too.
 template <class Work> void each_setting(Work work) {
   const int n = job().size;
   int turn = 0;
@@ -56,11 +60,19 @@ template <class Work> void each_setting(Work work) {
             if (looped && m % pp) continue;
             if (rest > 1 && m != (pp == 3 ? 3 : 8) && m != 4) continue;
             if (rest > 1 && n > 4 && !kDelayed && other++ % 2 == (layout.fsdp > 1)) continue;
-            // Streams with random delays take their time: one number of micro-batches, and with other axes the schedules that differ most
-            if (kDelayed && (m != 4 || chunks > 2 || (rest > 1 && (looped || *schedule == 'g')))) continue;
+            // Streams with random delays take their time: one number of micro-batches, and with
+            // other axes the schedules that differ most
+            if (kDelayed && (m != 4 || chunks > 2 || (rest > 1 && (looped || *schedule == 'g'))))
+              continue;
             turn++;
             const int zero = 1 + turn % 3;
-            work(mesh, Setting{layout, schedule, chunks, m, {zero, zero < 3 || turn % 2 == 0, turn % 4 == 3 ? 0 : 1}, turn % 5 < 2, layout.tp > 1 && turn % 2 == 1});
+            work(mesh, Setting{layout,
+                               schedule,
+                               chunks,
+                               m,
+                               {zero, zero < 3 || turn % 2 == 0, turn % 4 == 3 ? 0 : 1},
+                               turn % 5 < 2,
+                               layout.tp > 1 && turn % 2 == 1});
           }
       close_mesh(mesh);
     }
@@ -70,7 +82,8 @@ template <class Work> void each_setting(Work work) {
 Mesh lonely() {  // a mesh of this rank alone
   Mesh mesh;
   CUDA_CHECK(cudaStreamCreateWithFlags(&mesh.stream, cudaStreamNonBlocking));
-  mesh.fsdp.name = "fsdp", mesh.tp.name = "tp", mesh.pp.name = "pp", mesh.replicate.name = "replicate";
+  mesh.fsdp.name = "fsdp", mesh.tp.name = "tp", mesh.pp.name = "pp",
+  mesh.replicate.name = "replicate";
   return mesh;
 }
 
@@ -107,7 +120,8 @@ TEST(every_schedule_has_the_bits_of_one_rank_in_f32_over_20_steps) {
     }
   close_mesh(mesh);
   close_mesh(alone);
-  measured(runs, " schedules, losses and norms; the loss goes from ", reference.losses.front(), " to ", reference.losses.back());
+  measured(runs, " schedules, losses and norms; the loss goes from ", reference.losses.front(),
+           " to ", reference.losses.back());
 }
 
 TEST(bytes_sent_and_live_activations_equal_the_formulas_exactly) {
@@ -118,9 +132,11 @@ TEST(bytes_sent_and_live_activations_equal_the_formulas_exactly) {
     config.dtype = settings % 3 == 0 ? Dtype::f32 : settings % 3 == 1 ? Dtype::bf16 : Dtype::f64;
     const Schedule schedule = make_schedule(s.schedule, s.layout.pp, int(s.microbatches), s.chunks);
     const std::string name = sentence(name_of(config.dtype), " ", s.name());
-    const TrainerOptions options = s.options(3 * s.microbatches * s.layout.replicate * s.layout.fsdp);
+    const TrainerOptions options =
+        s.options(3 * s.microbatches * s.layout.replicate * s.layout.fsdp);
     bytes += equals_theory(mesh, config, options, name, [&](Trainer& trainer) {
-      CHECK_EQ(trainer.pipeline.most_live(), peak_live(schedule, mesh.pp.rank), name, ": live micro-batches");
+      CHECK_EQ(trainer.pipeline.most_live(), peak_live(schedule, mesh.pp.rank), name,
+               ": live micro-batches");
     });
     settings++;
   });
@@ -134,12 +150,15 @@ TEST(two_hundred_random_runs_end) {
   const int pp = job().size;
   Mesh mesh = open_mesh(job(), {pp, 1, 1, 1});
   uint64_t state = 7;
-  const auto below = [&](uint64_t n) { return int((state = state * 6364136223846793005u + 1442695040888963407u) >> 33) % int(n); };
+  const auto below = [&](uint64_t n) {
+    return int((state = state * 6364136223846793005u + 1442695040888963407u) >> 33) % int(n);
+  };
   double sum = 0;
   for (int run = 0; run < 200; run++) {
     const char* schedule = (const char*[]){"gpipe", "1f1b", "zb", "interleaved"}[below(4)];
     const bool looped = std::string(schedule) == "interleaved";
-    const int chunks = looped ? 1 + below(uint64_t(9 / pp)) : 1, m = looped ? pp * (1 + below(2)) : 1 + below(12);
+    const int chunks = looped ? 1 + below(uint64_t(9 / pp)) : 1,
+              m = looped ? pp * (1 + below(2)) : 1 + below(12);
     Setting s{{pp, 1, 1, 1}, schedule, chunks, m, {}, below(2) == 1, false};
     Trainer trainer(mesh, s.of(config), s.options(m));
     trainer.gradients([&](int64_t i) { return sequence(run, i, config); });
@@ -156,7 +175,10 @@ TEST(held_out_loss_and_next_token_are_the_same_in_every_layout) {
   double worst = 0;
   each_setting([&](Mesh& mesh, const Setting& s) {
     if (s.microbatches != (s.layout.pp == 3 ? 3 : s.layout.pp == 6 ? 16 : 8)) return;
-    worst = std::max(worst, difference(mesh, s.of(kConfig), s.options(s.microbatches * s.layout.replicate * s.layout.fsdp), expected));
+    worst =
+        std::max(worst, difference(mesh, s.of(kConfig),
+                                   s.options(s.microbatches * s.layout.replicate * s.layout.fsdp),
+                                   expected));
   });
   CHECK_LE(worst, 1e-12);
   measured("relative difference ", worst);

@@ -1,6 +1,8 @@
-// test_schedule.cpp: schedules, checker, simulator and drawer against formulas, cases by hand and an interpreter that moves tokens.
+// test_schedule.cpp: schedules, checker, simulator and drawer against formulas, cases by hand and
+// an interpreter that moves tokens.
 //
-// idea      everything here is integers: times are whole numbers, which doubles hold exactly, and shares are compared by cross products.
+// idea      everything here is integers: times are whole numbers, which doubles hold exactly, and
+//           shares are compared by cross products.
 // range     stages 1..8, micro-batches 1..32, chunks 1..4 wherever it says "all"
 #include "report/draw_schedule.h"
 
@@ -26,7 +28,9 @@ void for_all(const std::function<void(const std::string&, int, int, int)>& f) {
           if (name != "interleaved" || m % p == 0) f(name, p, m, V);
 }
 
-std::string label(const Schedule& s) { return sentence(s.name, " p=", s.stages, " m=", s.microbatches, " V=", s.chunks); }
+std::string label(const Schedule& s) {
+  return sentence(s.name, " p=", s.stages, " m=", s.microbatches, " V=", s.chunks);
+}
 
 int64_t whole(double x) {
   CHECK_EQ(double(std::llround(x)), x, "a time that should be a whole number");
@@ -46,25 +50,39 @@ std::vector<Schedule> some() {
 
 // ---- an independent reading of a schedule: it moves tokens and never looks at schedule.cpp's rules
 
-// Two queues a stage, as the executor has: computations wait for their input, exchanges for what they send; the k-th send from a to b
-// meets the k-th receive of b from a when both stages have reached them. Stages take turns in random order. Returns what went wrong.
+// Two queues a stage, as the executor has: computations wait for their input, exchanges for what
+// they send; the k-th send from a to b meets the k-th receive of b from a when both stages have
+// reached them. Stages take turns in random order. Returns what went wrong.
 struct Interpreter {
   using Token = std::array<int, 3>;  // {payload, micro-batch, position that computed it}
-  struct End { int stage, index; Transfer transfer; };
+  struct End {
+    int stage, index;
+    Transfer transfer;
+  };
   const Schedule& s;
   std::vector<int> computing, exchanging;
-  std::vector<std::set<Token>> has, made;                        // [stage]: received, computed here
-  std::map<std::pair<int, int>, std::vector<End>> sent, received;  // {from, to}: what has been reached so far
+  std::vector<std::set<Token>> has, made;  // [stage]: received, computed here
+  // {from, to}: what has been reached so far
+  std::map<std::pair<int, int>, std::vector<End>> sent, received;
   std::map<std::pair<int, int>, size_t> met;
-  std::map<std::pair<int, int>, int> open;                       // {stage, index}: transfers of a reached exchange not yet done
-  std::vector<std::vector<std::vector<int>>> input_order, weight_order;  // [stage][chunk]: micro-batches in the order of the sums
+  // {stage, index}: transfers of a reached exchange not yet done
+  std::map<std::pair<int, int>, int> open;
+  // [stage][chunk]: micro-batches in the order of the sums
+  std::vector<std::vector<std::vector<int>>> input_order, weight_order;
   std::string wrong;
 
   explicit Interpreter(const Schedule& schedule)
-      : s(schedule), computing(s.stages, 0), exchanging(s.stages, 0), has(s.stages), made(s.stages),
-        input_order(s.stages, std::vector<std::vector<int>>(s.chunks)), weight_order(input_order) {}
+      : s(schedule),
+        computing(s.stages, 0),
+        exchanging(s.stages, 0),
+        has(s.stages),
+        made(s.stages),
+        input_order(s.stages, std::vector<std::vector<int>>(s.chunks)),
+        weight_order(input_order) {}
 
-  bool available(int stage, const Token& token) const { return has[stage].count(token) || (s.stages == 1 && made[stage].count(token)); }
+  bool available(int stage, const Token& token) const {
+    return has[stage].count(token) || (s.stages == 1 && made[stage].count(token));
+  }
 
   bool compute(int stage) {
     int& i = computing[stage];
@@ -76,14 +94,16 @@ struct Interpreter {
       if (v > 0 && !available(stage, {Transfer::activation, m, v - 1})) return false;
       made[stage].insert({Transfer::activation, m, v});
     } else if (a.kind == Action::weight_gradient) {
-      if (!made[stage].count({Transfer::gradient, m, v})) wrong = "weight gradient without its input gradient";
+      if (!made[stage].count({Transfer::gradient, m, v}))
+        wrong = "weight gradient without its input gradient";
     } else {
       if (!made[stage].count({Transfer::activation, m, v})) wrong = "backward without forward";
       if (v < last && !available(stage, {Transfer::gradient, m, v + 1})) return false;
       made[stage].insert({Transfer::gradient, m, v});
       input_order[stage][a.chunk].push_back(m);
     }
-    if (a.kind == Action::backward || a.kind == Action::weight_gradient) weight_order[stage][a.chunk].push_back(m);
+    if (a.kind == Action::backward || a.kind == Action::weight_gradient)
+      weight_order[stage][a.chunk].push_back(m);
     i++;
     return true;
   }
@@ -98,13 +118,15 @@ struct Interpreter {
       return true;
     }
     for (const Transfer& t : s.at(stage, i).transfers)
-      if (t.send && !made[stage].count({t.payload, t.microbatch, s.position(stage, t.chunk)})) return false;
+      if (t.send && !made[stage].count({t.payload, t.microbatch, s.position(stage, t.chunk)}))
+        return false;
     open[{stage, i}] = int(s.at(stage, i).transfers.size());
     for (const Transfer& t : s.at(stage, i).transfers) {
       const std::pair<int, int> pair = t.send ? std::pair{stage, t.peer} : std::pair{t.peer, stage};
       (t.send ? sent : received)[pair].push_back({stage, i, t});
       size_t& k = met[pair];
-      for (; k < std::min(sent[pair].size(), received[pair].size()); k++) meet(sent[pair][k], received[pair][k]);
+      for (; k < std::min(sent[pair].size(), received[pair].size()); k++)
+        meet(sent[pair][k], received[pair][k]);
     }
     return true;
   }
@@ -112,8 +134,10 @@ struct Interpreter {
   void meet(const End& from, const End& to) {
     const int sent_by = s.position(from.stage, from.transfer.chunk);
     has[to.stage].insert({from.transfer.payload, from.transfer.microbatch, sent_by});
-    const int expected = s.position(to.stage, to.transfer.chunk) + (to.transfer.payload == Transfer::activation ? -1 : 1);
-    if (from.transfer.payload != to.transfer.payload || from.transfer.microbatch != to.transfer.microbatch || sent_by != expected)
+    const int expected = s.position(to.stage, to.transfer.chunk) +
+                         (to.transfer.payload == Transfer::activation ? -1 : 1);
+    if (from.transfer.payload != to.transfer.payload ||
+        from.transfer.microbatch != to.transfer.microbatch || sent_by != expected)
       wrong = "a receive got what another one should get";
     open[{from.stage, from.index}]--;
     open[{to.stage, to.index}]--;
@@ -130,10 +154,12 @@ struct Interpreter {
     std::vector<int> ascending(s.microbatches);
     for (int m = 0; m < s.microbatches; m++) ascending[m] = m;
     for (int stage = 0; stage < s.stages && wrong.empty(); stage++) {
-      if (compute(stage) || computing[stage] < int(s.ranks[stage].size())) wrong = "hang: a computation never ran";
+      if (compute(stage) || computing[stage] < int(s.ranks[stage].size()))
+        wrong = "hang: a computation never ran";
       if (exchanging[stage] < int(s.ranks[stage].size())) wrong = "hang: an exchange never ended";
       for (int c = 0; c < s.chunks; c++)
-        if (wrong.empty() && (input_order[stage][c] != ascending || weight_order[stage][c] != ascending))
+        if (wrong.empty() &&
+            (input_order[stage][c] != ascending || weight_order[stage][c] != ascending))
           wrong = "gradients summed in another order";
     }
     return wrong;
@@ -144,7 +170,8 @@ std::string interpret(const Schedule& s, int seed) {
   return Interpreter(s).run(random);
 }
 
-// When everything would end if each transfer had a wire of its own: what the one communication queue is compared with.
+// When everything would end if each transfer had a wire of its own: what the one communication
+// queue is compared with.
 double makespan_without_queues(const Schedule& s, const Times& times) {
   const Durations d = durations(s, times);
   std::map<std::array<int, 3>, double> done;
@@ -156,11 +183,13 @@ double makespan_without_queues(const Schedule& s, const Times& times) {
       for (; next[stage] < s.ranks[stage].size(); next[stage]++, moved = true) {
         const Action& a = s.ranks[stage][next[stage]];
         if (a.kind == Action::exchange) continue;
-        const int forward = a.kind == Action::forward, v = s.position(stage, a.chunk), from = v + (forward ? -1 : 1);
+        const int forward = a.kind == Action::forward, v = s.position(stage, a.chunk),
+                  from = v + (forward ? -1 : 1);
         double start = now[stage];
         if (a.kind != Action::weight_gradient && from >= 0 && from < s.positions()) {
           if (!done.count({forward, a.microbatch, from})) break;
-          start = std::max(start, done[{forward, a.microbatch, from}] + (s.stages > 1 ? times.send : 0));
+          start = std::max(start,
+                           done[{forward, a.microbatch, from}] + (s.stages > 1 ? times.send : 0));
         }
         now[stage] = start + d[stage][next[stage]];
         if (a.kind != Action::weight_gradient) done[{forward, a.microbatch, v}] = now[stage];
@@ -238,11 +267,13 @@ TEST(zero_bubble_idles_for_a_third_of_1f1b) {
 
 TEST(bubbles_equal_the_formulas_for_other_times) {
   int cases = 0;
-  const Times all[] = {{10, 10, 8, 0}, {10, 12, 5, 0}, {8, 12, 10, 0}, {6, 12, 10, 0}, {10, 8, 12, 0}, {20, 10, 5, 0}, {3, 4, 20, 0}};
+  const Times all[] = {{10, 10, 8, 0}, {10, 12, 5, 0}, {8, 12, 10, 0}, {6, 12, 10, 0},
+                       {10, 8, 12, 0}, {20, 10, 5, 0}, {3, 4, 20, 0}};
   for (const Times& times : all)
     for_all([&](const std::string& name, int p, int m, int V) {
       const double F = times.forward, B = times.input_gradient, W = times.weight_gradient;
-      if ((name == "zb" && m < p) || (name == "interleaved" && B + W > 2 * F) || (m > 8 && m % 8)) return;
+      if ((name == "zb" && m < p) || (name == "interleaved" && B + W > 2 * F) || (m > 8 && m % 8))
+        return;
       const Schedule s = make_schedule(name, p, m, V);
       const Timeline t = simulate(s, durations(s, times));
       const double idle = (p - 1) * (name == "zb" ? std::max({F, B, F + B - W}) : F + B + W);
@@ -294,11 +325,14 @@ TEST(facing_sends_share_a_group) {
     if (m > 12 && m % 8) return;
     const Schedule s = make_schedule(name, p, m, V);
     const Timeline t = simulate(s, durations(s, {}));
-    std::map<std::array<int, 4>, double> made;              // {stage, payload, micro-batch, chunk}: when
-    std::map<std::pair<double, std::pair<int, int>>, int> alone;  // {when, between whom}: sends of one that are not in a group
+    // {stage, payload, micro-batch, chunk}: when
+    std::map<std::array<int, 4>, double> made;
+    // {when, between whom}: sends of one that are not in a group
+    std::map<std::pair<double, std::pair<int, int>>, int> alone;
     for (int stage = 0; stage < p; stage++)
       for (size_t i = 0; i < s.ranks[stage].size(); i++)
-        if (const Action& a = s.ranks[stage][i]; a.kind != Action::exchange && a.kind != Action::weight_gradient) {
+        if (const Action& a = s.ranks[stage][i];
+            a.kind != Action::exchange && a.kind != Action::weight_gradient) {
           const int what = a.kind == Action::forward ? Transfer::activation : Transfer::gradient;
           made[{stage, what, a.microbatch, a.chunk}] = t.spans[stage][i].end;
         }
@@ -307,11 +341,15 @@ TEST(facing_sends_share_a_group) {
         for (const Transfer& transfer : a.transfers) {
           if (!transfer.send) continue;
           const auto both = std::minmax(stage, transfer.peer);
-          const double when = made.at({stage, transfer.payload, transfer.microbatch, transfer.chunk});
+          const double when =
+              made.at({stage, transfer.payload, transfer.microbatch, transfer.chunk});
           CHECK_LE(int(a.transfers.size()), 2, label(s));
-          if (a.transfers.size() == 1) CHECK_EQ((++alone[{when, {both.first, both.second}}]), 1, label(s), " time ", when);
+          if (a.transfers.size() == 1)
+            CHECK_EQ((++alone[{when, {both.first, both.second}}]), 1, label(s), " time ", when);
           if (a.transfers.size() == 1) continue;
-          CHECK(a.transfers[0].send != a.transfers[1].send && a.transfers[0].peer == a.transfers[1].peer, label(s));
+          CHECK(a.transfers[0].send != a.transfers[1].send &&
+                    a.transfers[0].peer == a.transfers[1].peer,
+                label(s));
           groups++;
         }
   });
@@ -320,17 +358,20 @@ TEST(facing_sends_share_a_group) {
 }
 
 TEST(what_a_schedule_does_not_allow_is_refused) {
-  CHECK_SAYS(make_schedule("2f2b", 4, 8), "there is no schedule '2f2b': choose gpipe, 1f1b, interleaved or zb");
+  CHECK_SAYS(make_schedule("2f2b", 4, 8),
+             "there is no schedule '2f2b': choose gpipe, 1f1b, interleaved or zb");
   CHECK_SAYS(make_schedule("1f1b", 0, 8), "at least one stage, not 0");
   CHECK_SAYS(make_schedule("gpipe", 4, 0), "at least one micro-batch, not 0");
   CHECK_SAYS(make_schedule("interleaved", 4, 8, 0), "at least one chunk, not 0");
-  CHECK_SAYS(make_schedule("zb", 4, 8, 2), "schedule zb has one chunk a stage, not 2: choose interleaved");
+  CHECK_SAYS(make_schedule("zb", 4, 8, 2),
+             "schedule zb has one chunk a stage, not 2: choose interleaved");
   CHECK_SAYS(make_schedule("zb", 1 << 20, 1 << 20), "more than a million");
   int refused = 0;
   for (int p = 1; p <= 8; p++)
     for (int m = 1; m <= 32; m++)
       if (m % p) {
-        CHECK_SAYS(make_schedule("interleaved", p, m, 2), sentence("micro-batches that its ", p, " stages divide, not ", m));
+        CHECK_SAYS(make_schedule("interleaved", p, m, 2),
+                   sentence("micro-batches that its ", p, " stages divide, not ", m));
         refused++;
       }
   measured(refused, " uneven interleaved schedules and 6 others");
@@ -345,7 +386,8 @@ TEST(a_missing_action_is_rejected) {
       for (size_t i = 0; i < s.ranks[stage].size(); i++, mutants++) {
         Schedule broken = s;
         broken.ranks[stage].erase(broken.ranks[stage].begin() + i);
-        CHECK(check(broken) != "", label(s), " without ", to_string(s.at(stage, int(i))), " on stage ", stage);
+        CHECK(check(broken) != "", label(s), " without ", to_string(s.at(stage, int(i))),
+              " on stage ", stage);
       }
   measured(mutants, " mutants, each action of ", some().size(), " schedules in turn");
 }
@@ -359,8 +401,9 @@ TEST(a_doubled_action_is_rejected) {
           Schedule broken = s;
           const Action again = s.ranks[stage][i];
           broken.ranks[stage].insert(broken.ranks[stage].begin() + to, again);
-          CHECK(check(broken).find("comes twice") != std::string::npos || check(broken).find("sends before") != std::string::npos, label(s),
-                " doubled ", to_string(again), ": ", check(broken));
+          CHECK(check(broken).find("comes twice") != std::string::npos ||
+                    check(broken).find("sends before") != std::string::npos,
+                label(s), " doubled ", to_string(again), ": ", check(broken));
           mutants++;
         }
   Schedule twice = make_schedule("1f1b", 3, 4);
@@ -378,7 +421,8 @@ TEST(a_send_without_its_receive_is_rejected) {
           Schedule broken = s;
           auto& transfers = broken.ranks[stage][i].transfers;
           transfers.erase(transfers.begin() + k);
-          CHECK(check(broken).find("lacks its transfer") != std::string::npos, label(s), ": ", check(broken));
+          CHECK(check(broken).find("lacks its transfer") != std::string::npos, label(s), ": ",
+                check(broken));
           mutants++;
           for (int change = 0; change < 4; change++) {  // there, but not the right one
             broken = s;
@@ -398,7 +442,8 @@ TEST(a_swapped_pair_is_rejected) {
   int mutants = 0;
   const auto rejected = [&](Schedule s, int stage, size_t i, size_t j) {
     std::swap(s.ranks[stage][i], s.ranks[stage][j]);
-    CHECK(check(s) != "", label(s), " with actions ", i, " and ", j, " of stage ", stage, " swapped");
+    CHECK(check(s) != "", label(s), " with actions ", i, " and ", j, " of stage ", stage,
+          " swapped");
     mutants++;
   };
   for (const Schedule& s : some())
@@ -409,15 +454,18 @@ TEST(a_swapped_pair_is_rejected) {
           const Action &a = list[i], &b = list[j];
           const bool both_compute = a.kind != Action::exchange && b.kind != Action::exchange;
           // gradients of one chunk in another order, or the steps of one micro-batch
-          if (both_compute && a.chunk == b.chunk && ((a.kind != Action::forward && a.kind == b.kind) || a.microbatch == b.microbatch))
+          if (both_compute && a.chunk == b.chunk &&
+              ((a.kind != Action::forward && a.kind == b.kind) || a.microbatch == b.microbatch))
             rejected(s, stage, i, j);
           // two transfers with the same stage in the same direction
-          if (a.transfers.size() == 1 && b.transfers.size() == 1 && a.transfers[0].peer == b.transfers[0].peer &&
+          if (a.transfers.size() == 1 && b.transfers.size() == 1 &&
+              a.transfers[0].peer == b.transfers[0].peer &&
               a.transfers[0].send == b.transfers[0].send)
             rejected(s, stage, i, j);
           // what is sent and its computation, a computation and what it receives
           const auto belongs = [](const Transfer& t, const Action& c) {
-            return c.kind != Action::exchange && c.kind != Action::weight_gradient && c.chunk == t.chunk && c.microbatch == t.microbatch &&
+            return c.kind != Action::exchange && c.kind != Action::weight_gradient &&
+                   c.chunk == t.chunk && c.microbatch == t.microbatch &&
                    (c.kind == Action::forward) == (t.payload == Transfer::activation);
           };
           for (const Transfer& t : b.transfers)
@@ -428,21 +476,28 @@ TEST(a_swapped_pair_is_rejected) {
     }
   Schedule early = make_schedule("1f1b", 2, 4);
   std::swap(early.ranks[1][0], early.ranks[1][1]);
-  CHECK_EQ(check(early), "stage 1, action 1 (receive activation of micro-batch 0, chunk 0 from stage 0) receives after forward of "
-                         "micro-batch 0, chunk 0.");
+  CHECK_EQ(
+      check(early),
+      "stage 1, action 1 (receive activation of micro-batch 0, chunk 0 from stage 0) receives after forward of "
+      "micro-batch 0, chunk 0.");
   measured(mutants, " mutants");
 }
 
 TEST(receives_in_another_order_than_the_sends_are_rejected) {
-  // both activations leave in one group, and arrive in one group that lists them the other way round
+  // both activations leave in one group, and arrive in one group that lists them the other way
+  // round
   const auto both = [](bool send, int first) {
     const int peer = send ? 1 : 0;
-    const Transfer one{send, Transfer::activation, peer, first, 0}, other{send, Transfer::activation, peer, 1 - first, 0};
+    const Transfer one{send, Transfer::activation, peer, first, 0},
+        other{send, Transfer::activation, peer, 1 - first, 0};
     return Action{Action::exchange, -1, -1, {one, other}};
   };
-  Schedule s = make_schedule("gpipe", 2, 2);  // stage 0: F0 x0 F1 x1 ...    stage 1: x0 x1 F0 F1 ... in some order
+  // stage 0: F0 x0 F1 x1 ...    stage 1: x0 x1 F0 F1 ... in some order
+  Schedule s = make_schedule("gpipe", 2, 2);
   auto &first = s.ranks[0], &last = s.ranks[1];
-  const auto activation = [](const Action& a) { return a.kind == Action::exchange && a.transfers[0].payload == Transfer::activation; };
+  const auto activation = [](const Action& a) {
+    return a.kind == Action::exchange && a.transfers[0].payload == Transfer::activation;
+  };
   first.erase(std::remove_if(first.begin(), first.end(), activation), first.end());
   last.erase(std::remove_if(last.begin(), last.end(), activation), last.end());
   first.insert(first.begin() + 2, both(true, 0));
@@ -450,7 +505,11 @@ TEST(receives_in_another_order_than_the_sends_are_rejected) {
   CHECK_EQ(check(s), "");
   CHECK_EQ(interpret(s, 1), "");
   last[0] = both(false, 1);
-  CHECK(check(s).find("transfer 0 from stage 0 to stage 1 should meet 'receive activation of micro-batch 0") == 0, check(s));
+  CHECK(
+      check(s).find(
+          "transfer 0 from stage 0 to stage 1 should meet 'receive activation of micro-batch 0") ==
+          0,
+      check(s));
   CHECK_EQ(interpret(s, 1), "a receive got what another one should get");
   measured(check(s));
 }
@@ -464,7 +523,9 @@ TEST(a_facing_pair_ungrouped_is_rejected) {
         if (group.transfers.size() < 2 || group.transfers[0].peer < stage) continue;
         const int peer = group.transfers[0].peer;
         // the group on the other side: the one that comes after as many exchanges between the two
-        const auto with = [](const Action& a, int other) { return a.kind == Action::exchange && a.transfers[0].peer == other; };
+        const auto with = [](const Action& a, int other) {
+          return a.kind == Action::exchange && a.transfers[0].peer == other;
+        };
         int count = 0;
         for (size_t k = 0; k < i; k++) count += with(s.ranks[stage][k], peer);
         size_t facing = 0;
@@ -489,10 +550,13 @@ TEST(a_facing_pair_ungrouped_is_rejected) {
 }
 
 TEST(a_ring_of_ungrouped_sends_is_rejected) {
-  // three stages; each sends to the next and then receives from the one before: no two face each other, yet all wait
+  // three stages; each sends to the next and then receives from the one before: no two face each
+  // other, yet all wait
   Schedule s = make_schedule("interleaved", 3, 3, 2);
   for (auto& list : s.ranks) list.clear();
-  const auto forward = [&](int stage, int m, int c) { s.ranks[stage].push_back({Action::forward, m, c}); };
+  const auto forward = [&](int stage, int m, int c) {
+    s.ranks[stage].push_back({Action::forward, m, c});
+  };
   const auto move = [&](int stage, bool send, Transfer::Payload what, int m, int c) {
     const int step = (what == Transfer::activation) == send ? 1 : 2;
     s.ranks[stage].push_back({Action::exchange, -1, -1, {{send, what, (stage + step) % 3, m, c}}});
@@ -521,7 +585,8 @@ TEST(a_ring_of_ungrouped_sends_is_rejected) {
 }
 
 TEST(what_the_checker_accepts_runs) {
-  // random damage: whatever the checker lets through must run in the interpreter and add up gradients in order
+  // random damage: whatever the checker lets through must run in the interpreter and add up
+  // gradients in order
   std::mt19937 random(7);
   int accepted = 0, rejected = 0, hangs = 0;
   const auto schedules = some();
@@ -531,15 +596,18 @@ TEST(what_the_checker_accepts_runs) {
     const size_t i = random() % list.size(), j = std::min(list.size() - 1, i + 1 + random() % 3);
     switch (random() % 4) {
       case 0: std::swap(list[i], list[j]); break;
-      case 1: std::rotate(list.begin() + i, list.begin() + i + 1, list.begin() + j + 1); break;  // later
-      case 2: std::rotate(list.begin() + i, list.begin() + j, list.begin() + j + 1); break;      // earlier
+      // later
+      case 1: std::rotate(list.begin() + i, list.begin() + i + 1, list.begin() + j + 1); break;
+      // earlier
+      case 2: std::rotate(list.begin() + i, list.begin() + j, list.begin() + j + 1); break;
       case 3: {  // join two exchanges, or part one
         if (list[i].transfers.size() == 2) {
           const Transfer second = list[i].transfers[1];
           list[i].transfers.pop_back();
           list.insert(list.begin() + i + random() % 2, {Action::exchange, -1, -1, {second}});
         } else if (i != j && list[i].kind == Action::exchange && list[j].kind == Action::exchange) {
-          list[i].transfers.insert(list[i].transfers.end(), list[j].transfers.begin(), list[j].transfers.end());
+          list[i].transfers.insert(list[i].transfers.end(), list[j].transfers.begin(),
+                                   list[j].transfers.end());
           list.erase(list.begin() + j);
         }
       }
@@ -554,7 +622,8 @@ TEST(what_the_checker_accepts_runs) {
     }
   }
   CHECK(accepted > 500 && hangs > 500);
-  measured(accepted, " mutants accepted and run, ", rejected, " rejected, of which ", hangs, " hang or sum wrongly");
+  measured(accepted, " mutants accepted and run, ", rejected, " rejected, of which ", hangs,
+           " hang or sum wrongly");
 }
 
 TEST(one_stage_hands_over_in_memory) {
@@ -563,9 +632,12 @@ TEST(one_stage_hands_over_in_memory) {
     for (const Action& a : s.ranks[0]) CHECK(a.kind != Action::exchange);
     CHECK_EQ(simulate(s, durations(s, {})).bubble(), 0.0);
   }
-  Schedule s = make_schedule("interleaved", 1, 1, 2);  // forward 0, forward 1, backward 1, backward 0
+  // forward 0, forward 1, backward 1, backward 0
+  Schedule s = make_schedule("interleaved", 1, 1, 2);
   std::swap(s.ranks[0][2], s.ranks[0][3]);
-  CHECK_EQ(check(s), "stage 0, action 2 (backward of micro-batch 0, chunk 0) comes before its input from chunk 1.");
+  CHECK_EQ(
+      check(s),
+      "stage 0, action 2 (backward of micro-batch 0, chunk 0) comes before its input from chunk 1.");
 }
 
 // ---- the simulator
@@ -573,7 +645,8 @@ TEST(one_stage_hands_over_in_memory) {
 TEST(the_simulator_equals_three_cases_by_hand) {
   const auto spans = [](const Schedule& s, const Timeline& t, int stage) {
     std::string text;
-    for (size_t i = 0; i < s.ranks[stage].size(); i++) text += sentence(t.spans[stage][i].start, "-", t.spans[stage][i].end, " ");
+    for (size_t i = 0; i < s.ranks[stage].size(); i++)
+      text += sentence(t.spans[stage][i].start, "-", t.spans[stage][i].end, " ");
     return text;
   };
   // 1f1b, two stages, sends that take 1:    F0 x0 F1 x1 g0 B0 g1 B1   |   x0 F0 x1 B0 g0 F1 B1 g1
@@ -581,8 +654,10 @@ TEST(the_simulator_equals_three_cases_by_hand) {
   Timeline t = simulate(s, durations(s, {2, 3, 1, 1}));
   CHECK_EQ(spans(s, t, 0), "0-2 2-3 2-4 4-5 5-10 10-14 10-16 16-20 ");
   CHECK_EQ(spans(s, t, 1), "0-3 3-5 3-5 5-9 9-10 9-11 11-15 15-16 ");
-  CHECK(t.makespan == 20 && t.busy[0] == 12 && t.busy[1] == 12 && t.bubble() == 0.4 && t.bubble(1) == 0.4);
-  // three micro-batches: activation 2 and gradient 1 face each other and leave as one group when both exist, at 9
+  CHECK(t.makespan == 20 && t.busy[0] == 12 && t.busy[1] == 12 && t.bubble() == 0.4 &&
+        t.bubble(1) == 0.4);
+  // three micro-batches: activation 2 and gradient 1 face each other and leave as one group when
+  // both exist, at 9
   s = make_schedule("1f1b", 2, 3);
   t = simulate(s, durations(s, {1, 1, 1, 1}));
   CHECK_EQ(spans(s, t, 0), "0-1 1-2 1-2 2-3 3-6 6-8 8-9 9-10 10-12 10-14 14-16 ");
@@ -599,22 +674,27 @@ TEST(the_simulator_equals_three_cases_by_hand) {
 }
 
 TEST(peak_bytes_are_weighed_by_chunk) {
-  const Schedule s = make_schedule("interleaved", 2, 2, 2);  // stage 0: F0 F0' in turn; all four chunk activations live
+  // stage 0: F0 F0' in turn; all four chunk activations live
+  const Schedule s = make_schedule("interleaved", 2, 2, 2);
   CHECK_EQ(peak_live(s, 0), 4);
   CHECK_EQ(peak_live(s, 0, {100, 10}), 220);
-  CHECK_EQ(peak_live(s, 1, {1000, 1}), 2001);  // at most 3 at once on stage 1: chunk 0 twice, chunk 1 once
+  // at most 3 at once on stage 1: chunk 0 twice, chunk 1 once
+  CHECK_EQ(peak_live(s, 1, {1000, 1}), 2001);
   CHECK_EQ(peak_live(make_schedule("gpipe", 3, 7), 2, {7}), 49);
 }
 
 TEST(the_one_queue_costs_next_to_nothing) {
-  // against transfers with a wire each. Lists are made for F = B = W = 1; other times must not make exchanges wait in the wrong order.
+  // against transfers with a wire each. Lists are made for F = B = W = 1; other times must not make
+  // exchanges wait in the wrong order.
   const auto worst_of = [](const std::vector<Times>& all, const std::set<std::string>& names) {
     double worst = 0;
     for (const Times& times : all)
       for_all([&](const std::string& name, int p, int m, int V) {
         if (!names.count(name) || p == 1 || (m > 6 && m % 8)) return;
         const Schedule s = make_schedule(name, p, m, V);
-        worst = std::max(worst, simulate(s, durations(s, times)).makespan / makespan_without_queues(s, times) - 1);
+        worst = std::max(worst, simulate(s, durations(s, times)).makespan /
+                                        makespan_without_queues(s, times) -
+                                    1);
       });
     return worst;
   };
@@ -641,13 +721,14 @@ TEST(the_drawing_of_1f1b_is_the_one_in_the_books) {
 }
 
 TEST(the_drawing_of_zb_is_the_papers_figure) {
-  CHECK_EQ(marks("zb", 4, 8),
-           "time      0         10        20\n"
-           "stage  0 |0123...aA4bB5cC6dD7eEfFgGhH| idle 11.1 %\n"
-           "stage  1 |.012..a3bA4cB5dC6eD7fEgFhGH| idle 11.1 %\n"
-           "stage  2 |..01.a2b3cA4dB5eC6fD7gEhFGH| idle 11.1 %\n"
-           "stage  3 |...0a1b2c3dA4eB5fC6gD7hEFGH| idle 11.1 %\n"
-           "          0-9 forward of micro-batch 0-9   a-j its input gradient   A-J its weight gradient   . idle\n");
+  CHECK_EQ(
+      marks("zb", 4, 8),
+      "time      0         10        20\n"
+      "stage  0 |0123...aA4bB5cC6dD7eEfFgGhH| idle 11.1 %\n"
+      "stage  1 |.012..a3bA4cB5dC6eD7fEgFhGH| idle 11.1 %\n"
+      "stage  2 |..01.a2b3cA4dB5eC6fD7gEhFGH| idle 11.1 %\n"
+      "stage  3 |...0a1b2c3dA4eB5fC6gD7hEFGH| idle 11.1 %\n"
+      "          0-9 forward of micro-batch 0-9   a-j its input gradient   A-J its weight gradient   . idle\n");
 }
 
 TEST(the_drawing_of_interleaved_shows_chunks) {
@@ -662,13 +743,15 @@ TEST(the_drawing_of_interleaved_shows_chunks) {
 
 TEST(the_axis_of_a_drawing_has_three_digits) {
   const Schedule s = make_schedule("gpipe", 2, 3);
-  const std::string text = draw_text(s, simulate(s, durations(s, {0.1234567, 0.1234567, 0.1234567, 0})), 0.1234567 / 3);
+  const std::string text =
+      draw_text(s, simulate(s, durations(s, {0.1234567, 0.1234567, 0.1234567, 0})), 0.1234567 / 3);
   CHECK_EQ(text.substr(0, text.find('\n')), "time      0         0.412     0.823     1.23");
 }
 
 TEST(the_svg_is_whole_and_stands_alone) {
   const Schedule s = make_schedule("zb", 3, 4);
-  const std::string svg = draw_svg(s, simulate(s, durations(s, {})), "zb on three stages", "forwards");
+  const std::string svg =
+      draw_svg(s, simulate(s, durations(s, {})), "zb on three stages", "forwards");
   const auto count = [&](const std::string& part) {
     int n = 0;
     for (size_t at = svg.find(part); at != std::string::npos; at = svg.find(part, at + 1)) n++;

@@ -1,4 +1,5 @@
-// test_support.cpp: the plumbing: philox.h, options, data, metrics. No device, one rank; files live in a temporary directory.
+// test_support.cpp: the plumbing: philox.h, options, data, metrics. No device, one rank; files live
+// in a temporary directory.
 #include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -40,10 +41,11 @@ template <class T> static std::string bytes_of(const std::vector<T>& values) {
 }
 
 // A token shard as llm.c writes it; `promised` < 0: as many as there are.
-template <class T>
-static std::string shard(const std::vector<T>& tokens, int32_t magic = 20240520, int32_t version = 1, int32_t promised = -1) {
+template <class T> static std::string shard(const std::vector<T>& tokens, int32_t magic = 20240520,
+                                            int32_t version = 1, int32_t promised = -1) {
   std::vector<int32_t> header(256);
-  header[0] = magic, header[1] = version, header[2] = promised < 0 ? int32_t(tokens.size()) : promised;
+  header[0] = magic, header[1] = version,
+  header[2] = promised < 0 ? int32_t(tokens.size()) : promised;
   return bytes_of(header) + bytes_of(tokens);
 }
 
@@ -65,8 +67,10 @@ TEST(philox_gives_the_published_known_answers) {
     return r.v[0] == a && r.v[1] == b && r.v[2] == c && r.v[3] == d;
   };
   CHECK(equal(philox(0, 0, 0, 0, 0, 0), 0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8));
-  CHECK(equal(philox(~0u, ~0u, ~0u, ~0u, ~0u, ~0u), 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd));
-  CHECK(equal(philox(0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0),  // digits of pi
+  CHECK(
+      equal(philox(~0u, ~0u, ~0u, ~0u, ~0u, ~0u), 0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd));
+  // digits of pi
+  CHECK(equal(philox(0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344, 0xa4093822, 0x299f31d0),
               0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1));
   measured("3 of 3 known answers of Random123");
 }
@@ -85,29 +89,98 @@ static Options resolved(const std::vector<const char*>& words, bool has_gpu = fa
 }
 
 TEST(every_option_reaches_its_field) {
-  const std::vector<const char*> words = {
-    "--model", "char", "--layers", "1", "--width", "2", "--heads", "3", "--context", "4", "--vocab", "5", "--data", "a", "b",
-    "--steps", "6", "--batch", "7", "--microbatch", "8", "--lr", "0.5", "--min-lr", "1e-3", "--warmup", "9", "--weight-decay", "0",
-    "--clip", "2.5", "--seed", "9223372036854775807", "--dtype", "f64", "--matmul", "own", "--attention", "flash", "--recompute",
-    "--device-memory", "10", "--eval-every", "11", "--sample", "12", "--metrics", "m.jsonl",
-    "--replicate", "13", "--fsdp", "14", "--zero", "2", "--reshard-after-forward", "no", "--prefetch", "15", "--timeout", "16", "--tp", "18", "--sequence-parallel", "--help"};
+  const std::vector<const char*> words = {"--model",
+                                          "char",
+                                          "--layers",
+                                          "1",
+                                          "--width",
+                                          "2",
+                                          "--heads",
+                                          "3",
+                                          "--context",
+                                          "4",
+                                          "--vocab",
+                                          "5",
+                                          "--data",
+                                          "a",
+                                          "b",
+                                          "--steps",
+                                          "6",
+                                          "--batch",
+                                          "7",
+                                          "--microbatch",
+                                          "8",
+                                          "--lr",
+                                          "0.5",
+                                          "--min-lr",
+                                          "1e-3",
+                                          "--warmup",
+                                          "9",
+                                          "--weight-decay",
+                                          "0",
+                                          "--clip",
+                                          "2.5",
+                                          "--seed",
+                                          "9223372036854775807",
+                                          "--dtype",
+                                          "f64",
+                                          "--matmul",
+                                          "own",
+                                          "--attention",
+                                          "flash",
+                                          "--recompute",
+                                          "--device-memory",
+                                          "10",
+                                          "--eval-every",
+                                          "11",
+                                          "--sample",
+                                          "12",
+                                          "--metrics",
+                                          "m.jsonl",
+                                          "--replicate",
+                                          "13",
+                                          "--fsdp",
+                                          "14",
+                                          "--zero",
+                                          "2",
+                                          "--reshard-after-forward",
+                                          "no",
+                                          "--prefetch",
+                                          "15",
+                                          "--timeout",
+                                          "16",
+                                          "--tp",
+                                          "18",
+                                          "--sequence-parallel",
+                                          "--help"};
   const Options o = parsed(words);
   const ModelSize& m = o.model;
-  CHECK(o.model_name == "char" && m.layers == 1 && m.width == 2 && m.heads == 3 && m.context == 4 && m.vocab == 5);
-  CHECK(o.data == (std::vector<std::string>{"a", "b"}) && o.metrics == "m.jsonl" && o.dtype == "f64" && o.matmul == "own");
-  CHECK(o.steps == 6 && o.batch == 7 && o.microbatch == 8 && o.lr == 0.5 && o.min_lr == 1e-3 && o.warmup == 9 && o.weight_decay == 0);
+  CHECK(o.model_name == "char" && m.layers == 1 && m.width == 2 && m.heads == 3 && m.context == 4 &&
+        m.vocab == 5);
+  CHECK(o.data == (std::vector<std::string>{"a", "b"}) && o.metrics == "m.jsonl" &&
+        o.dtype == "f64" && o.matmul == "own");
+  CHECK(o.steps == 6 && o.batch == 7 && o.microbatch == 8 && o.lr == 0.5 && o.min_lr == 1e-3 &&
+        o.warmup == 9 && o.weight_decay == 0);
   CHECK(o.clip == 2.5 && o.seed == INT64_MAX && o.attention == "flash" && o.recompute && o.help);
   CHECK(o.device_memory == 10 && o.eval_every == 11 && o.sample == 12);
-  CHECK(o.replicate == 13 && o.fsdp == 14 && o.zero == 2 && o.reshard == "no" && o.prefetch == 15 && o.timeout == 16 && o.tp == 18 && o.sequence_parallel);
+  CHECK(o.replicate == 13 && o.fsdp == 14 && o.zero == 2 && o.reshard == "no" && o.prefetch == 15 &&
+        o.timeout == 16 && o.tp == 18 && o.sequence_parallel);
   const Options none = parsed({});
-  CHECK(none.model_name.empty() && none.data.empty() && !none.recompute && !none.help && none.seed == 1337 && none.matmul == "cublas");
-  measured(std::count_if(words.begin(), words.end(), [](const char* word) { return word[0] == '-'; }), " options");
+  CHECK(none.model_name.empty() && none.data.empty() && !none.recompute && !none.help &&
+        none.seed == 1337 && none.matmul == "cublas");
+  measured(std::count_if(words.begin(), words.end(),
+                         [](const char* word) { return word[0] == '-'; }),
+           " options");
 }
 
 TEST(presets_are_the_published_sizes_and_options_override_them) {
   const std::map<std::string, std::vector<int64_t>> sizes = {
-    {"tiny", {4, 128, 4, 128, 256}}, {"char", {6, 384, 6, 256, 256}}, {"gpt2", {12, 768, 12, 1024, 50257}},
-    {"gpt2-medium", {24, 1024, 16, 1024, 50257}}, {"gpt2-large", {36, 1280, 20, 1024, 50257}}, {"gpt2-xl", {48, 1600, 25, 1024, 50257}}};
+      {"tiny", {4, 128, 4, 128, 256}},
+      {"char", {6, 384, 6, 256, 256}},
+      {"gpt2", {12, 768, 12, 1024, 50257}},
+      {"gpt2-medium", {24, 1024, 16, 1024, 50257}},
+      {"gpt2-large", {36, 1280, 20, 1024, 50257}},
+      {"gpt2-xl", {48, 1600, 25, 1024, 50257}}};
   for (const auto& [name, size] : sizes) {
     const ModelSize m = resolved({"--model", name.c_str()}).model;
     CHECK(size == (std::vector<int64_t>{m.layers, m.width, m.heads, m.context, m.vocab}), name);
@@ -119,67 +192,99 @@ TEST(presets_are_the_published_sizes_and_options_override_them) {
 
 TEST(unset_options_are_resolved_from_the_model_and_the_machine) {
   const Options tiny = resolved({}), gpu = resolved({}, true);
-  const Options given = resolved({"--lr", "0.5", "--batch", "6", "--steps", "40", "--dtype", "f64"}, true);
-  CHECK(tiny.batch == 16 && tiny.microbatch == 16 && tiny.lr == 1e-3 && tiny.min_lr == 1e-4 && tiny.clip == 1 && tiny.weight_decay == 0.1);
+  const Options given =
+      resolved({"--lr", "0.5", "--batch", "6", "--steps", "40", "--dtype", "f64"}, true);
+  CHECK(tiny.batch == 16 && tiny.microbatch == 16 && tiny.lr == 1e-3 && tiny.min_lr == 1e-4 &&
+        tiny.clip == 1 && tiny.weight_decay == 0.1);
   CHECK(tiny.steps == 300 && tiny.warmup == 15 && tiny.dtype == "f32" && gpu.dtype == "bf16");
   CHECK(given.min_lr == 0.05 && given.microbatch == 6 && given.warmup == 2 && given.dtype == "f64");
   CHECK_EQ(resolved({"--steps", "100000"}).warmup, 100);
   CHECK_EQ(resolved({"--warmup", "0"}).warmup, 0);
   CHECK_EQ(resolved({"--min-lr", "0"}).min_lr, 0);
-  CHECK(tiny.zero == 0 && resolved({"--fsdp", "2"}).zero == 3 && resolved({"--fsdp", "2", "--zero", "1"}).zero == 1);
-  const Options replicas = resolved({"--replicate", "2"}), zero2 = resolved({"--fsdp", "2", "--zero", "2"}), zero3 = resolved({"--fsdp", "2"});
-  CHECK(tiny.prefetch < 0 && replicas.prefetch == 1 && zero3.prefetch == 1 && resolved({"--fsdp", "2", "--prefetch", "0"}).prefetch == 0);
+  CHECK(tiny.zero == 0 && resolved({"--fsdp", "2"}).zero == 3 &&
+        resolved({"--fsdp", "2", "--zero", "1"}).zero == 1);
+  const Options replicas = resolved({"--replicate", "2"}),
+                zero2 = resolved({"--fsdp", "2", "--zero", "2"}), zero3 = resolved({"--fsdp", "2"});
+  CHECK(tiny.prefetch < 0 && replicas.prefetch == 1 && zero3.prefetch == 1 &&
+        resolved({"--fsdp", "2", "--prefetch", "0"}).prefetch == 0);
   CHECK(tiny.reshard.empty() && zero2.reshard.empty() && zero3.reshard == "yes");
   Options again = given;
   resolve(again, false);
-  CHECK(again.dtype == "f64" && again.lr == given.lr && again.warmup == given.warmup, "resolving twice changes nothing");
+  CHECK(again.dtype == "f64" && again.lr == given.lr && again.warmup == given.warmup,
+        "resolving twice changes nothing");
 }
 
 TEST(unset_micro_batches_are_the_largest_that_fit_the_batch_and_the_schedule) {
   CHECK_EQ(resolved({"--pp", "2"}).microbatch, 4);
   CHECK_EQ(resolved({"--pp", "2", "--batch", "11"}).microbatch, 1);
-  CHECK_EQ(resolved({"--pp", "2", "--batch", "18"}).microbatch, 3);                                // not 4: 18 does not divide by it
+  // not 4: 18 does not divide by it
+  CHECK_EQ(resolved({"--pp", "2", "--batch", "18"}).microbatch, 3);
   CHECK_EQ(resolved({"--pp", "2", "--batch", "20"}).microbatch, 5);
   CHECK_EQ(resolved({"--pp", "2", "--batch", "10"}).microbatch, 2);
-  CHECK_EQ(resolved({"--pp", "2", "--batch", "10", "--schedule", "interleaved"}).microbatch, 1);   // 5 micro-batches of 2 are not even
-  CHECK_EQ(resolved({"--pp", "2", "--batch", "3"}).microbatch, 1);                                 // fewer than 2 P
+  // 5 micro-batches of 2 are not even
+  CHECK_EQ(resolved({"--pp", "2", "--batch", "10", "--schedule", "interleaved"}).microbatch, 1);
+  // fewer than 2 P
+  CHECK_EQ(resolved({"--pp", "2", "--batch", "3"}).microbatch, 1);
   CHECK_EQ(resolved({"--pp", "2", "--fsdp", "3", "--batch", "36"}).microbatch, 3);
-  CHECK_SAYS(resolved({"--fsdp", "2", "--batch", "11"}), "a batch of 11 does not divide into micro-batches of 1 on 2 data-parallel ranks");
+  CHECK_SAYS(resolved({"--fsdp", "2", "--batch", "11"}),
+             "a batch of 11 does not divide into micro-batches of 1 on 2 data-parallel ranks");
 }
 
 TEST(reports_overwrite_neither_the_training_data_nor_each_other) {
   const TemporaryDirectory dir;
-  const std::string data = dir.write("d.txt", "text"), again = dir.path + "/./d.txt", other = dir.path + "/m.jsonl", link = dir.path + "/link";
+  const std::string data = dir.write("d.txt", "text"), again = dir.path + "/./d.txt",
+                    other = dir.path + "/m.jsonl", link = dir.path + "/link";
   fs::create_hard_link(data, link);
   for (const std::string& name : {data, again, link}) {
-    CHECK_SAYS(resolved({"--data", data.c_str(), "--metrics", name.c_str()}), "--metrics " + name + " would overwrite a file of the training data");
-    CHECK_SAYS(resolved({"--pp", "2", "--data", other.c_str(), data.c_str(), "--trace", name.c_str()}), "--trace " + name + " would overwrite");
+    CHECK_SAYS(resolved({"--data", data.c_str(), "--metrics", name.c_str()}),
+               "--metrics " + name + " would overwrite a file of the training data");
+    CHECK_SAYS(resolved(
+                   {"--pp", "2", "--data", other.c_str(), data.c_str(), "--trace", name.c_str()}),
+               "--trace " + name + " would overwrite");
   }
   const std::string twice = dir.path + "/./m.jsonl";  // neither is there yet
-  CHECK_SAYS(resolved({"--pp", "2", "--metrics", other.c_str(), "--trace", twice.c_str()}), "--metrics and --trace name the same file, ");
-  resolved({"--pp", "2", "--data", data.c_str(), "--metrics", other.c_str(), "--trace", (dir.path + "/t.json").c_str()});
-  if (const std::string root = project_root(); !root.empty()) CHECK_SAYS(resolved({"--metrics", (root + "/README.md").c_str()}), "would overwrite");
+  CHECK_SAYS(resolved({"--pp", "2", "--metrics", other.c_str(), "--trace", twice.c_str()}),
+             "--metrics and --trace name the same file, ");
+  resolved({"--pp", "2", "--data", data.c_str(), "--metrics", other.c_str(), "--trace",
+            (dir.path + "/t.json").c_str()});
+  if (const std::string root = project_root(); !root.empty())
+    CHECK_SAYS(resolved({"--metrics", (root + "/README.md").c_str()}), "would overwrite");
 }
 
 TEST(contradictions_between_options_are_refused) {
-  CHECK_SAYS(resolved({"--heads", "3"}), "a width of 128 does not divide by 3 heads: change --width or --heads");
-  CHECK_SAYS(resolved({"--batch", "10", "--microbatch", "4"}), "a batch of 10 does not divide into micro-batches of 4");
-  CHECK_SAYS(resolved({"--batch", "4", "--microbatch", "8"}), "a batch of 4 does not divide into micro-batches of 8: change");
-  CHECK_SAYS(resolved({"--batch", "12", "--microbatch", "2", "--fsdp", "2", "--replicate", "2"}),
-             "a batch of 12 does not divide into micro-batches of 2 on 4 data-parallel ranks (replicate x fsdp)");
+  CHECK_SAYS(resolved({"--heads", "3"}),
+             "a width of 128 does not divide by 3 heads: change --width or --heads");
+  CHECK_SAYS(resolved({"--batch", "10", "--microbatch", "4"}),
+             "a batch of 10 does not divide into micro-batches of 4");
+  CHECK_SAYS(resolved({"--batch", "4", "--microbatch", "8"}),
+             "a batch of 4 does not divide into micro-batches of 8: change");
+  CHECK_SAYS(
+      resolved({"--batch", "12", "--microbatch", "2", "--fsdp", "2", "--replicate", "2"}),
+      "a batch of 12 does not divide into micro-batches of 2 on 4 data-parallel ranks (replicate x fsdp)");
   CHECK_SAYS(resolved({"--lr", "1e-4", "--min-lr", "1e-3"}), "--min-lr 0.001 is above --lr 0.0001");
-  CHECK_SAYS(resolved({"--zero", "3"}), "--zero 3 shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
-  CHECK_SAYS(resolved({"--replicate", "2", "--reshard-after-forward", "no"}), "parameters that ZeRO-3 gathers: give --fsdp 2 or more");
-  CHECK_SAYS(resolved({"--fsdp", "2", "--zero", "2", "--reshard-after-forward", "no"}), "give --fsdp 2 or more and --zero 3");
-  CHECK_SAYS(resolved({"--fsdp", "2", "--zero", "1", "--reshard-after-forward", "yes"}), "give --fsdp 2 or more and --zero 3");
-  CHECK_SAYS(resolved({"--reshard-after-forward", "yes"}), "parameters that ZeRO-3 gathers: give --fsdp 2 or more");
-  resolved({"--fsdp", "2", "--reshard-after-forward", "no"}), resolved({"--fsdp", "2", "--reshard-after-forward", "yes"});
-  CHECK_SAYS(resolved({"--prefetch", "3"}), "--prefetch 3 is about what ranks gather and sum: give --fsdp or --replicate 2 or more");
+  CHECK_SAYS(resolved({"--zero", "3"}),
+             "--zero 3 shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
+  CHECK_SAYS(resolved({"--replicate", "2", "--reshard-after-forward", "no"}),
+             "parameters that ZeRO-3 gathers: give --fsdp 2 or more");
+  CHECK_SAYS(resolved({"--fsdp", "2", "--zero", "2", "--reshard-after-forward", "no"}),
+             "give --fsdp 2 or more and --zero 3");
+  CHECK_SAYS(resolved({"--fsdp", "2", "--zero", "1", "--reshard-after-forward", "yes"}),
+             "give --fsdp 2 or more and --zero 3");
+  CHECK_SAYS(resolved({"--reshard-after-forward", "yes"}),
+             "parameters that ZeRO-3 gathers: give --fsdp 2 or more");
+  resolved({"--fsdp", "2", "--reshard-after-forward", "no"}),
+      resolved({"--fsdp", "2", "--reshard-after-forward", "yes"});
+  CHECK_SAYS(
+      resolved({"--prefetch", "3"}),
+      "--prefetch 3 is about what ranks gather and sum: give --fsdp or --replicate 2 or more");
   CHECK_SAYS(resolved({"--pp", "2", "--prefetch", "0"}), "--prefetch 0 is about");
   resolved({"--replicate", "2", "--prefetch", "0"});
-  CHECK_SAYS(resolved({"--width", "516", "--heads", "4"}), "with 4 heads makes them 129 wide: give --attention plain or more --heads");
-  resolved({"--width", "512", "--heads", "4"}), resolved({"--width", "516", "--heads", "4", "--attention", "plain"});
-  CHECK_SAYS(resolved({"--steps", "5", "--warmup", "6"}), "--warmup 6 is longer than the training of 5 steps");
+  CHECK_SAYS(resolved({"--width", "516", "--heads", "4"}),
+             "with 4 heads makes them 129 wide: give --attention plain or more --heads");
+  resolved({"--width", "512", "--heads", "4"}),
+      resolved({"--width", "516", "--heads", "4", "--attention", "plain"});
+  CHECK_SAYS(resolved({"--steps", "5", "--warmup", "6"}),
+             "--warmup 6 is longer than the training of 5 steps");
   Options unset;
   CHECK_SAYS(check(unset), "--layers, --width, --heads, --context and --vocab must be at least 1");
   resolved({"--steps", "5", "--warmup", "5", "--min-lr", "1e-3"});  // equal is fine
@@ -194,7 +299,8 @@ TEST(an_unknown_option_suggests_the_nearest) {
   CHECK_SAYS(parsed({"--micro", "3"}), "did you mean --microbatch?");
   CHECK_SAYS(parsed({"--header", "3"}), "did you mean --heads?");
   CHECK_SAYS(parsed({"--micro-batch", "3"}), "did you mean --microbatch?");
-  CHECK_SAYS(parsed({"--steps=3"}), "there is no option --steps=3: did you mean --steps, with a space before the value?");
+  CHECK_SAYS(parsed({"--steps=3"}),
+             "there is no option --steps=3: did you mean --steps, with a space before the value?");
   CHECK_SAYS(parsed({"--quantize"}), "there is no option --quantize: --help lists all options");
   CHECK_SAYS(parsed({"-h"}), "there is no option -h: --help lists all options");
   CHECK_SAYS(parsed({"--"}), "there is no option --: --help lists all options");
@@ -209,7 +315,8 @@ TEST(a_missing_value_or_a_repeated_option_is_refused) {
   CHECK_SAYS(parsed({"--data"}), "--data needs a value: one or more words");
   CHECK_SAYS(parsed({"--data", "--steps", "3"}), "--data needs a value");
   CHECK_SAYS(parsed({"--metrics", ""}), "--metrics takes a name, not ''");
-  CHECK_SAYS(parsed({"--data", "a", ""}), "--data takes one or more words, none of them empty, not ''");
+  CHECK_SAYS(parsed({"--data", "a", ""}),
+             "--data takes one or more words, none of them empty, not ''");
   CHECK_SAYS(parsed({"--recompute", "yes"}), "--recompute takes no value, but 'yes' follows it");
   CHECK_SAYS(parsed({"--steps", "3", "--steps", "3"}), "--steps is given twice");
   CHECK_SAYS(parsed({"--recompute", "--recompute"}), "--recompute is given twice");
@@ -217,23 +324,30 @@ TEST(a_missing_value_or_a_repeated_option_is_refused) {
 }
 
 TEST(a_value_that_is_not_allowed_is_refused) {
-  for (const char* bad : {"0", "-5", "many", "3x", "1.5", "1e3", "", " 3", "+3", "0x10", "1000000001", "99999999999999999999"})
-    CHECK_SAYS(parsed({"--steps", bad}), sentence("--steps takes a whole number from 1 to 1000000000, not '", bad, "'"));
+  for (const char* bad : {"0", "-5", "many", "3x", "1.5", "1e3", "", " 3", "+3", "0x10",
+                          "1000000001", "99999999999999999999"})
+    CHECK_SAYS(parsed({"--steps", bad}),
+               sentence("--steps takes a whole number from 1 to 1000000000, not '", bad, "'"));
   for (const char* bad : {"0", "-1", "nan", "inf", "-inf", "1e999", "fast", "1e-3x", "", "0x1p3"})
     CHECK_SAYS(parsed({"--lr", bad}), sentence("--lr takes a number above 0, not '", bad, "'"));
   for (const char* bad : {"-0.1", "nan", "inf"})
     for (const char* option : {"--min-lr", "--weight-decay", "--clip"})
-      CHECK_SAYS(parsed({option, bad}), sentence(option, " takes a number of at least 0, not '", bad, "'"));
-  for (const char* option : {"--layers", "--width", "--heads", "--context", "--vocab", "--batch", "--microbatch", "--device-memory"})
-    for (const char* bad : {"0", "-1"}) CHECK_SAYS(parsed({option, bad}), sentence(option, " takes a whole number from 1 to "));
+      CHECK_SAYS(parsed({option, bad}),
+                 sentence(option, " takes a number of at least 0, not '", bad, "'"));
+  for (const char* option : {"--layers", "--width", "--heads", "--context", "--vocab", "--batch",
+                             "--microbatch", "--device-memory"})
+    for (const char* bad : {"0", "-1"})
+      CHECK_SAYS(parsed({option, bad}), sentence(option, " takes a whole number from 1 to "));
   for (const char* option : {"--warmup", "--seed", "--eval-every", "--sample"})
     CHECK_SAYS(parsed({option, "-1"}), sentence(option, " takes a whole number from 0 to "));
   for (const char* option : {"--pp", "--replicate", "--fsdp", "--tp"})
-    CHECK_SAYS(parsed({option, "50001"}), sentence(option, " takes a whole number from 1 to 50000, not '50001'"));
+    CHECK_SAYS(parsed({option, "50001"}),
+               sentence(option, " takes a whole number from 1 to 50000, not '50001'"));
   CHECK_SAYS(parsed({"--dtype", "f16"}), "--dtype takes f32, bf16 or f64, not 'f16'");
   CHECK_SAYS(parsed({"--matmul", "mine"}), "--matmul takes cublas or own, not 'mine'");
   CHECK_SAYS(parsed({"--attention", ""}), "--attention takes plain or flash, not ''");
-  CHECK_SAYS(parsed({"--model", "gpt5"}), "--model takes tiny, char, gpt2, gpt2-medium, gpt2-large or gpt2-xl, not 'gpt5'");
+  CHECK_SAYS(parsed({"--model", "gpt5"}),
+             "--model takes tiny, char, gpt2, gpt2-medium, gpt2-large or gpt2-xl, not 'gpt5'");
 }
 
 TEST(help_lists_groups_options_and_defaults_of_any_table) {
@@ -242,11 +356,14 @@ TEST(help_lists_groups_options_and_defaults_of_any_table) {
   double rate = 0.25;
   std::string shape = "round", name;
   std::vector<std::string> files;
-  const OptionTable own = {{"Shapes", {{"shape", "", Choice{&shape, {"round", "square"}}, "how it looks", ""},
-                                       {"fast", "", Flag{&fast}, "hurry", ""}}},
-                           {"Numbers", {{"count", "N", Whole{&count, 2, 9}, "how many", ""}, {"rate", "X", Real{&rate}, "how much", ""},
-                                        {"name", "NAME", Text{&name}, "called", "nameless"},
-                                        {"files", "FILE...", List{&files}, "read", ""}}}};
+  const OptionTable own = {{"Shapes",
+                            {{"shape", "", Choice{&shape, {"round", "square"}}, "how it looks", ""},
+                             {"fast", "", Flag{&fast}, "hurry", ""}}},
+                           {"Numbers",
+                            {{"count", "N", Whole{&count, 2, 9}, "how many", ""},
+                             {"rate", "X", Real{&rate}, "how much", ""},
+                             {"name", "NAME", Text{&name}, "called", "nameless"},
+                             {"files", "FILE...", List{&files}, "read", ""}}}};
   const std::string expected =
       "usage: x\n\nShapes\n"
       "  --shape round|square     how it looks [round]\n"
@@ -271,9 +388,11 @@ TEST(text_bytes_are_tokens_and_files_are_read_as_one) {
   const TemporaryDirectory dir;
   std::string all;
   for (int i = 0; i < 400; i++) all += char(i * 7 % 256);
-  const std::vector<std::string> files = {dir.write("a", all.substr(0, 1)), dir.write("b", all.substr(1, 384)),
+  const std::vector<std::string> files = {dir.write("a", all.substr(0, 1)),
+                                          dir.write("b", all.substr(1, 384)),
                                           dir.write("c", all.substr(385))};
-  const Dataset d = Dataset::open(files, 10, 256), one = Dataset::open({dir.write("all", all)}, 10, 256);
+  const Dataset d = Dataset::open(files, 10, 256),
+                one = Dataset::open({dir.write("all", all)}, 10, 256);
   CHECK(d.is_text() && d.held_out_sequences() == 3);
   for (int64_t i = 0; i < 3; i++) {
     const std::vector<int> tokens = d.held_out(i);  // the third begins in file b and ends in file c
@@ -289,13 +408,16 @@ TEST(text_bytes_are_tokens_and_files_are_read_as_one) {
 TEST(token_shards_of_both_widths_are_read) {
   const TemporaryDirectory dir;
   const std::string thousand = shard(counting<uint16_t>(1000));
-  const Dataset d = Dataset::open({dir.write("a.bin", thousand), dir.write("b.bin", thousand)}, 50, 1000);
+  const Dataset d =
+      Dataset::open({dir.write("a.bin", thousand), dir.write("b.bin", thousand)}, 50, 1000);
   CHECK(!d.is_text() && d.held_out(2)[50] == 950);
   std::vector<uint32_t> wide = counting<uint32_t>(2000);
   for (uint32_t& t : wide) t += 100000;
-  const std::string file = dir.write("wide", shard(wide, 20240801, 7));  // a shard by its magic, whatever its name
+  // a shard by its magic, whatever its name
+  const std::string file = dir.write("wide", shard(wide, 20240801, 7));
   CHECK(Dataset::open({file}, 50, 128256).held_out(0)[3] == 101803);
-  CHECK_EQ(Dataset::open({file}, 50, 128256).describe(), file + ", token shards: 1800 tokens to train on, 200 held out");
+  CHECK_EQ(Dataset::open({file}, 50, 128256).describe(),
+           file + ", token shards: 1800 tokens to train on, 200 held out");
 }
 
 TEST(the_last_tenth_is_held_out_and_never_trained_on) {
@@ -312,7 +434,8 @@ TEST(the_last_tenth_is_held_out_and_never_trained_on) {
     }
   CHECK(lowest == 0 && highest == 899, "10,000 draws of 893 starts reach both ends");
   CHECK(d.held_out(0)[0] == 900 && d.held_out_sequences() == 14 && d.held_out(13).back() == 998);
-  const Dataset small = Dataset::open({file}, 499, 1000);  // a tenth is less than one sequence: one sequence is held out
+  // a tenth is less than one sequence: one sequence is held out
+  const Dataset small = Dataset::open({file}, 499, 1000);
   CHECK(small.held_out(0)[0] == 500 && small.held_out_sequences() == 1);
   CHECK(small.held_out(0).back() == 999 && small.sequence(1, 1, 1)[0] == 0);
   measured("trained on tokens ", lowest, " to ", highest, " of 1000");
@@ -332,7 +455,8 @@ TEST(a_sequence_depends_on_seed_step_and_index_alone) {
       equal += d.sequence(step, i, 42) == d.sequence(step, i, 42 + (int64_t(1) << 40));
       equal += d.sequence(step, i, 42) == d.sequence(step + (int64_t(1) << 32), i, 42);
     }
-  CHECK(seen.size() >= 98 && equal <= 2, seen.size(), " different, ", equal, " equal");  // 100 draws of 54,000: 0.1 repeats are expected
+  // 100 draws of 54,000: 0.1 repeats are expected
+  CHECK(seen.size() >= 98 && equal <= 2, seen.size(), " different, ", equal, " equal");
   // the formula, so that no change of the drawn batches goes unnoticed
   const Philox4 r = philox(4, 9, 0, 2, 42, 0);
   const double fraction = (r.v[0] / 4294967296.0 + r.v[1]) / 4294967296.0;
@@ -342,20 +466,26 @@ TEST(a_sequence_depends_on_seed_step_and_index_alone) {
 
 TEST(starts_are_drawn_evenly) {
   const TemporaryDirectory dir;
-  const Dataset d = Dataset::open({dir.write("a", std::string(counting<char>(100).data(), 100))}, 10, 256);
-  const int starts = 79, draws = 79000;  // 100 tokens, 11 of them held out; the last start leaves 10 after it
+  const Dataset d =
+      Dataset::open({dir.write("a", std::string(counting<char>(100).data(), 100))}, 10, 256);
+  // 100 tokens, 11 of them held out; the last start leaves 10 after it
+  const int starts = 79, draws = 79000;
   std::vector<int> count(starts);
   for (int i = 0; i < draws; i++) count.at(d.sequence(i / 100, i % 100, 1337)[0])++;
   double chi2 = 0;
   for (int c : count) chi2 += (c - 1000.0) * (c - 1000.0) / 1000.0;
-  CHECK(chi2 > 39 && chi2 < 134, chi2);  // 78 degrees of freedom: outside with a probability of 2e-4
+  // 78 degrees of freedom: outside with a probability of 2e-4
+  CHECK(chi2 > 39 && chi2 < 134, chi2);
   measured("chi2 = ", chi2, " with 78 degrees of freedom");
 }
 
 TEST(files_that_cannot_be_read_are_refused) {
   const TemporaryDirectory dir;
-  const auto open = [&](const std::string& name) { Dataset::open({dir.path + "/" + name}, 4, 256); };
-  CHECK_SAYS(open("nowhere"), "--data: " + dir.path + "/nowhere cannot be opened: No such file or directory");
+  const auto open = [&](const std::string& name) {
+    Dataset::open({dir.path + "/" + name}, 4, 256);
+  };
+  CHECK_SAYS(open("nowhere"),
+             "--data: " + dir.path + "/nowhere cannot be opened: No such file or directory");
   CHECK(symlink("loop", (dir.path + "/loop").c_str()) == 0);
   CHECK_SAYS(open("loop"), "loop cannot be opened: Too many levels of symbolic links");
   dir.write("empty", "");
@@ -366,66 +496,89 @@ TEST(files_that_cannot_be_read_are_refused) {
   dir.write("closed", "abc");
   CHECK(chmod((dir.path + "/closed").c_str(), 0) == 0);
   if (geteuid() != 0) CHECK_SAYS(open("closed"), "closed cannot be opened: Permission denied");
-  measured(geteuid() == 0 ? "5 sentences (root may read a file without permissions)" : "6 sentences");
+  measured(geteuid() == 0 ? "5 sentences (root may read a file without permissions)"
+                          : "6 sentences");
 }
 
 TEST(a_file_too_short_for_the_context_is_refused) {
   const TemporaryDirectory dir;
   const std::string nine = dir.write("nine", "123456789"), one = dir.write("one", "0");
   CHECK_SAYS(Dataset::open({nine}, 4, 256),
-             "--data: a context of 4 needs at least 10 tokens, 5 to train on and 5 held out; " + nine + " has 9");
-  CHECK_SAYS(Dataset::open({nine, one}, 5, 256),
-             "a context of 5 needs at least 12 tokens, 6 to train on and 6 held out; the files together have 10");
-  CHECK_EQ(Dataset::open({nine, one}, 4, 256).held_out(0)[0], '6');  // after five tokens to train on
+             "--data: a context of 4 needs at least 10 tokens, 5 to train on and 5 held out; " +
+                 nine + " has 9");
+  CHECK_SAYS(
+      Dataset::open({nine, one}, 5, 256),
+      "a context of 5 needs at least 12 tokens, 6 to train on and 6 held out; the files together have 10");
+  // after five tokens to train on
+  CHECK_EQ(Dataset::open({nine, one}, 4, 256).held_out(0)[0], '6');
 }
 
 TEST(shards_that_are_not_what_they_say_are_refused) {
   const TemporaryDirectory dir;
   const std::vector<uint16_t> tokens = counting<uint16_t>(100);
-  const auto open = [&](const std::string& bytes) { Dataset::open({dir.write("x.bin", bytes)}, 4, 256); };
+  const auto open = [&](const std::string& bytes) {
+    Dataset::open({dir.write("x.bin", bytes)}, 4, 256);
+  };
   open(shard(tokens));
-  CHECK_SAYS(open(shard(tokens, 12345)),
-             "x.bin is no token shard in llm.c's format: it begins with 12345, not with 20240520 (16-bit tokens)");
+  CHECK_SAYS(
+      open(shard(tokens, 12345)),
+      "x.bin is no token shard in llm.c's format: it begins with 12345, not with 20240520 (16-bit tokens)");
   CHECK_SAYS(open("ab"), "x.bin is no token shard");
-  CHECK_SAYS(open(shard(tokens, 20240520, 2)), "x.bin is a token shard of version 2; expected version 1");
-  CHECK_SAYS(open(shard(tokens, 20240801, 1)), "x.bin is a token shard of version 1; expected version 7");
-  CHECK_SAYS(open(shard(tokens).substr(0, 1000)), "x.bin ends within its header: it has 1000 bytes of 1024");
+  CHECK_SAYS(open(shard(tokens, 20240520, 2)),
+             "x.bin is a token shard of version 2; expected version 1");
+  CHECK_SAYS(open(shard(tokens, 20240801, 1)),
+             "x.bin is a token shard of version 1; expected version 7");
+  CHECK_SAYS(open(shard(tokens).substr(0, 1000)),
+             "x.bin ends within its header: it has 1000 bytes of 1024");
   CHECK_SAYS(open(shard(tokens, 20240520, 1, 0)), "x.bin holds no tokens: its header says 0");
-  CHECK_SAYS(open(shard(tokens, 20240520, 1, 150)),
-             "x.bin promises 150 tokens, which take 1324 bytes, but has 1224 bytes, room for 100 tokens");
-  CHECK_SAYS(open(shard(tokens, 20240520, 1, 50)), "x.bin promises 50 tokens, which take 1124 bytes, but has 1224 bytes");
-  CHECK_SAYS(open(shard(tokens) + "?"), "x.bin promises 100 tokens, which take 1224 bytes, but has 1225 bytes");
+  CHECK_SAYS(
+      open(shard(tokens, 20240520, 1, 150)),
+      "x.bin promises 150 tokens, which take 1324 bytes, but has 1224 bytes, room for 100 tokens");
+  CHECK_SAYS(open(shard(tokens, 20240520, 1, 50)),
+             "x.bin promises 50 tokens, which take 1124 bytes, but has 1224 bytes");
+  CHECK_SAYS(open(shard(tokens) + "?"),
+             "x.bin promises 100 tokens, which take 1224 bytes, but has 1225 bytes");
 }
 
 TEST(files_of_different_kinds_are_refused_together) {
   const TemporaryDirectory dir;
-  const std::string text = dir.write("t.txt", std::string(500, 'x')), narrow = dir.write("n.bin", shard(counting<uint16_t>(100))),
+  const std::string text = dir.write("t.txt", std::string(500, 'x')),
+                    narrow = dir.write("n.bin", shard(counting<uint16_t>(100))),
                     wide = dir.write("w.bin", shard(counting<uint32_t>(100), 20240801, 7));
-  CHECK_SAYS(Dataset::open({text, narrow}, 4, 256), "--data mixes text (" + text + ") with 16-bit tokens (" + narrow + ")");
-  CHECK_SAYS(Dataset::open({narrow, wide}, 4, 256), "--data mixes 16-bit tokens (" + narrow + ") with 32-bit tokens (" + wide + ")");
+  CHECK_SAYS(Dataset::open({text, narrow}, 4, 256),
+             "--data mixes text (" + text + ") with 16-bit tokens (" + narrow + ")");
+  CHECK_SAYS(Dataset::open({narrow, wide}, 4, 256),
+             "--data mixes 16-bit tokens (" + narrow + ") with 32-bit tokens (" + wide + ")");
 }
 
 TEST(a_token_outside_the_vocabulary_is_refused_with_its_place) {
   const TemporaryDirectory dir;
   const std::string text = dir.write("t.txt", "plain text \xc3\xa9 and more");
   const std::string negative = dir.write("n.bin", shard<uint32_t>({1, 2, ~0u, 4}, 20240801, 7));
-  CHECK_SAYS(Dataset::open({text}, 4, 128), "--data: " + text + " has token 195 at position 11, outside the vocabulary of 128 (--vocab)");
-  CHECK_SAYS(Dataset::open({negative}, 1, 50257), "n.bin has token 4294967295 at position 2, outside the vocabulary of 50257");
-  std::vector<uint16_t> late((1 << 20) + 1000, 7);  // beyond what is checked at opening: found when it is used
+  CHECK_SAYS(Dataset::open({text}, 4, 128),
+             "--data: " + text +
+                 " has token 195 at position 11, outside the vocabulary of 128 (--vocab)");
+  CHECK_SAYS(Dataset::open({negative}, 1, 50257),
+             "n.bin has token 4294967295 at position 2, outside the vocabulary of 50257");
+  // beyond what is checked at opening: found when it is used
+  std::vector<uint16_t> late((1 << 20) + 1000, 7);
   late[(1 << 20) + 990] = 300;
-  const std::string first = dir.write("ok.bin", shard<uint16_t>({1, 2, 3})), second = dir.write("late.bin", shard(late));
+  const std::string first = dir.write("ok.bin", shard<uint16_t>({1, 2, 3})),
+                    second = dir.write("late.bin", shard(late));
   const Dataset d = Dataset::open({first, second}, 10, 256);
-  CHECK_SAYS(for (int64_t i = 0; i < d.held_out_sequences(); i++) d.held_out(i), second + " has token 300 at position 1049566, outside");
+  CHECK_SAYS(for (int64_t i = 0; i < d.held_out_sequences(); i++) d.held_out(i),
+             second + " has token 300 at position 1049566, outside");
 }
 
 TEST(without_data_the_projects_own_sources_are_read) {
   const TemporaryDirectory dir;
-  for (const char* name : {"b.cpp", "a.md", "Makefile", "sub/x.cuh", "sub/x.cu", "z.h", "build/no.cpp", "sub/build/no.h", ".git/no.md",
-                           "no.bin", "no.py"})
+  for (const char* name : {"b.cpp", "a.md", "Makefile", "sub/x.cuh", "sub/x.cu", "z.h",
+                           "build/no.cpp", "sub/build/no.h", ".git/no.md", "no.bin", "no.py"})
     dir.write(name, "text");
   dir.write("empty.h", "");
   std::string names;
-  for (const std::string& file : project_files(dir.path)) names += file.substr(dir.path.size() + 1) + " ";
+  for (const std::string& file : project_files(dir.path))
+    names += file.substr(dir.path.size() + 1) + " ";
   CHECK_EQ(names, "Makefile a.md b.cpp sub/x.cu sub/x.cuh z.h ");
   CHECK(project_files(dir.path + "/nowhere").empty() && project_files("").empty());
   if (project_root().empty()) {
@@ -434,7 +587,8 @@ TEST(without_data_the_projects_own_sources_are_read) {
   } else {
     CHECK(fs::exists(project_root() + "/train_gpt.cpp"));
     const Dataset d = Dataset::open({}, 128, 256);
-    CHECK(d.is_text() && d.describe().find("sources and docs of this project, text: ") != std::string::npos);
+    CHECK(d.is_text() &&
+          d.describe().find("sources and docs of this project, text: ") != std::string::npos);
     measured(d.describe());
   }
 }
@@ -452,7 +606,8 @@ TEST(metrics_are_one_json_object_a_line_that_gives_back_the_same_doubles) {
   CHECK_EQ(contents(path), first);  // flushed: a run that is killed leaves whole lines
   metrics.line({{"summary", true}, {"b", {1}}, {"a", 4096}});
   CHECK_EQ(contents(path), first + "{\"summary\":true,\"b\":[1],\"a\":4096}\n");
-  for (const double x : {0.1, 1.0 / 3, 5.0e-324, 1.7976931348623157e308, -0.0, 11.090354888959125}) {
+  for (const double x :
+       {0.1, 1.0 / 3, 5.0e-324, 1.7976931348623157e308, -0.0, 11.090354888959125}) {
     Metrics one(path);
     one.step({1, x});
     CHECK_EQ(strtod(contents(path).c_str() + strlen("{\"step\":1,\"loss\":"), nullptr), x);
@@ -464,7 +619,10 @@ TEST(a_resumed_run_keeps_the_metrics_of_the_steps_before_it_and_loses_no_others)
   const std::string path = dir.path + "/m.jsonl";
   const auto lines = [](std::vector<int> steps) {
     std::string s;
-    for (const int step : steps) s += sentence("{\"step\":", step, ",\"loss\":1.0,\"grad_norm\":0.0,\"lr\":0.0,\"tokens_per_second\":0.0,\"step_ms\":0.0}\n");
+    for (const int step : steps)
+      s += sentence(
+          "{\"step\":", step,
+          ",\"loss\":1.0,\"grad_norm\":0.0,\"lr\":0.0,\"tokens_per_second\":0.0,\"step_ms\":0.0}\n");
     return s;
   };
   const std::string summary = "{\"summary\":true}\n", unfinished = "{\"step\":3,\"lo";
@@ -488,17 +646,20 @@ TEST(a_resumed_run_keeps_the_metrics_of_the_steps_before_it_and_loses_no_others)
 
 TEST(numbers_that_json_cannot_say_become_null) {
   const TemporaryDirectory dir;
-  const double inf = std::numeric_limits<double>::infinity(), nan = std::numeric_limits<double>::quiet_NaN();
+  const double inf = std::numeric_limits<double>::infinity(),
+               nan = std::numeric_limits<double>::quiet_NaN();
   Metrics metrics(dir.path + "/m.jsonl");
   metrics.step({7, nan, inf, -inf, nan, inf});
-  CHECK_EQ(contents(dir.path + "/m.jsonl"),
-           "{\"step\":7,\"loss\":null,\"grad_norm\":null,\"lr\":null,\"tokens_per_second\":null,\"step_ms\":null}\n");
+  CHECK_EQ(
+      contents(dir.path + "/m.jsonl"),
+      "{\"step\":7,\"loss\":null,\"grad_norm\":null,\"lr\":null,\"tokens_per_second\":null,\"step_ms\":null}\n");
 }
 
 TEST(metrics_that_cannot_be_written_are_reported) {
   const TemporaryDirectory dir;
   CHECK_SAYS(Metrics(dir.path + "/no/m.jsonl"),
-             "--metrics: " + dir.path + "/no/m.jsonl cannot be opened for writing: No such file or directory");
+             "--metrics: " + dir.path +
+                 "/no/m.jsonl cannot be opened for writing: No such file or directory");
   CHECK_SAYS(Metrics{dir.path}, "cannot be opened for writing: Is a directory");
   Metrics full("/dev/full");
   CHECK_SAYS(full.step({}), "--metrics: writing /dev/full failed: No space left on device");
@@ -524,13 +685,17 @@ template <class Body> static std::string printed(int64_t steps, bool terminal, B
 TEST(progress_in_a_pipe_is_about_twenty_lines) {
   StepRecord last;
   const std::string text = printed(1000, false, [&](Progress& p) {
-    for (int64_t step = 1; step <= 1000; step++) p.start_step(), last = p.end_step(step, 2.5, 0.75, 1e-3, 64);
+    for (int64_t step = 1; step <= 1000; step++)
+      p.start_step(), last = p.end_step(step, 2.5, 0.75, 1e-3, 64);
   });
   const auto lines = std::count(text.begin(), text.end(), '\n');
   CHECK(text.starts_with("step 1/1000  loss 2.5000  norm 0.750  lr 1.00e-03  "), text);
-  CHECK(text.find("\nstep 1000/1000  ") != std::string::npos && text.ends_with(" tokens/s  0 s left\n"), text);
+  CHECK(text.find("\nstep 1000/1000  ") != std::string::npos &&
+            text.ends_with(" tokens/s  0 s left\n"),
+        text);
   CHECK(lines == 21 && text.find('\r') == std::string::npos, lines);
-  CHECK(last.step == 1000 && last.loss == 2.5 && last.grad_norm == 0.75 && last.lr == 1e-3 && last.step_ms > 0);
+  CHECK(last.step == 1000 && last.loss == 2.5 && last.grad_norm == 0.75 && last.lr == 1e-3 &&
+        last.step_ms > 0);
   CHECK_LE(std::fabs(last.tokens_per_second * last.step_ms / 1e3 - 64), 1e-6);
   measured(lines, " lines for 1000 steps");
 }
@@ -549,7 +714,8 @@ TEST(progress_on_a_terminal_rewrites_one_line) {
   CHECK(text.find("\r\033[Kstep 500/1000  held-out loss 3.2500\n") != std::string::npos, text);
   CHECK_EQ(std::count(text.begin(), text.end(), '\n'), 2);
   CHECK_EQ(printed(9, true, [](Progress&) {}), "");
-  CHECK_EQ(printed(9, false, [](Progress& p) { p.say(3, "held-out loss 1.0000"); }), "step 3/9  held-out loss 1.0000\n");
+  CHECK_EQ(printed(9, false, [](Progress& p) { p.say(3, "held-out loss 1.0000"); }),
+           "step 3/9  held-out loss 1.0000\n");
 }
 
 TEST(speed_leaves_out_the_first_step) {
@@ -566,7 +732,8 @@ TEST(speed_leaves_out_the_first_step) {
   });
   double first = 0, rate = 0, ms = 0, gflops = 0;
   CHECK_EQ(sscanf(one.c_str(), "%lf tokens/s", &first), 1);
-  CHECK_EQ(sscanf(speed.c_str(), "%lf tokens/s, %lf ms a step, %lf GFLOP/s", &rate, &ms, &gflops), 3);
+  CHECK_EQ(sscanf(speed.c_str(), "%lf tokens/s, %lf ms a step, %lf GFLOP/s", &rate, &ms, &gflops),
+           3);
   CHECK_LE(first, 1000 / 0.3 + 1);
   CHECK_LE(ms, 100);  // 2 ms, or more on a busy machine; with the first step it were 101
   CHECK_LE(std::fabs(rate * ms / 1e3 - 1000), 50);
@@ -576,7 +743,8 @@ TEST(speed_leaves_out_the_first_step) {
 
 // ---- files of arrays
 
-static void write_bytes(const std::string& path, const std::string& header, const std::string& data) {
+static void write_bytes(const std::string& path, const std::string& header,
+                        const std::string& data) {
   const uint64_t length = header.size();
   std::ofstream out(path, std::ios::binary);
   out.write(reinterpret_cast<const char*>(&length), 8) << header << data;
@@ -587,8 +755,11 @@ TEST(safetensors_give_back_what_was_written) {
   const std::string path = dir.path + "/x.safetensors";
   const std::vector<double> a = {1.5, -2, 1e300};
   const std::vector<float> b = {0.1f, 2.5f, -3e38f, 4};
-  const auto from = [](const auto& v) { return [&v](void* to) { memcpy(to, v.data(), v.size() * sizeof v[0]); }; };
-  const WrittenFile w = write_safetensors(path, {{"a", {3}, Dtype::f64, from(a)}, {"b", {2, 2}, Dtype::f32, from(b)}});
+  const auto from = [](const auto& v) {
+    return [&v](void* to) { memcpy(to, v.data(), v.size() * sizeof v[0]); };
+  };
+  const WrittenFile w = write_safetensors(path, {{"a", {3}, Dtype::f64, from(a)},
+                                                 {"b", {2, 2}, Dtype::f32, from(b)}});
   const SafetensorsFile file(path);
   CHECK_EQ(file.entries().size(), 2u);
   CHECK(file.at("b").shape == (Shape{2, 2}));
@@ -606,8 +777,10 @@ TEST(half_precision_arrays_are_read_exactly) {
   const std::string path = dir.path + "/h.safetensors";
   // 1, -2, the smallest subnormal, the largest, 1/3 rounded; then bf16's 1 and -0.5
   const uint16_t halves[] = {0x3c00, 0xc000, 0x0001, 0x7bff, 0x3555, 0x3f80, 0xbf00};
-  write_bytes(path, R"({"h":{"dtype":"F16","shape":[5],"data_offsets":[0,10]},"b":{"dtype":"BF16","shape":[2],"data_offsets":[10,14]}})",
-              std::string(reinterpret_cast<const char*>(halves), sizeof halves));
+  write_bytes(
+      path,
+      R"({"h":{"dtype":"F16","shape":[5],"data_offsets":[0,10]},"b":{"dtype":"BF16","shape":[2],"data_offsets":[10,14]}})",
+      std::string(reinterpret_cast<const char*>(halves), sizeof halves));
   const SafetensorsFile file(path);
   float got[5];
   file.read(file.at("h"), 0, 5, Dtype::f32, got);
@@ -624,8 +797,10 @@ TEST(damaged_safetensors_are_refused) {
     write_bytes(path, header, data);
     CHECK_SAYS(SafetensorsFile{path}, what);
   };
-  says(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", "1234", "is truncated: a would end at byte");
-  says(R"({"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}})", "12345678", "does not take 8 bytes");
+  says(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", "1234",
+       "is truncated: a would end at byte");
+  says(R"({"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}})", "12345678",
+       "does not take 8 bytes");
   says(R"({"a":{"dtype":"F32","shape":[2],"data_)", "", "has a damaged header");
   std::ofstream(path, std::ios::binary) << "12345678\x7f";
   CHECK_SAYS(SafetensorsFile{path}, "its header would have");
@@ -643,16 +818,21 @@ TEST(sampling_follows_the_probabilities_and_its_cuts) {
     for (int i = 0; i < 20000; i++) share[size_t(pick(logits, how, i))] += 1.0 / 20000;
     return share;
   };
-  const std::vector<double> all = counts({}), cold = counts({.temperature = 0.5}), two = counts({.top_k = 2}), likely = counts({.top_p = 0.75});
+  const std::vector<double> all = counts({}), cold = counts({.temperature = 0.5}),
+                            two = counts({.top_k = 2}), likely = counts({.top_p = 0.75});
   double worst = 0;
   const double squares = 0.25 + 0.01 + 0.09 + 0.01;
   for (size_t v = 0; v < 4; v++) {
     const double p = std::exp(logits[v]);
-    worst = std::max({worst, std::abs(all[v] - p), std::abs(cold[v] - p * p / squares), std::abs(two[v] - (v % 2 ? 0 : p / 0.8)), std::abs(likely[v] - (v % 2 ? 0 : p / 0.8))});
+    worst = std::max({worst, std::abs(all[v] - p), std::abs(cold[v] - p * p / squares),
+                      std::abs(two[v] - (v % 2 ? 0 : p / 0.8)),
+                      std::abs(likely[v] - (v % 2 ? 0 : p / 0.8))});
   }
   CHECK_LE(worst, 0.015);  // four deviations of 20000 draws
   CHECK(two[1] == 0 && two[3] == 0 && likely[1] == 0 && likely[3] == 0);
-  for (int i = 0; i < 50; i++) CHECK(pick(logits, {.temperature = 0}, i) == 0 && pick(logits, {.top_k = 1}, i) == 0 && pick(logits, {.top_p = 0.4}, i) == 0);
+  for (int i = 0; i < 50; i++)
+    CHECK(pick(logits, {.temperature = 0}, i) == 0 && pick(logits, {.top_k = 1}, i) == 0 &&
+          pick(logits, {.top_p = 0.4}, i) == 0);
   measured("80000 draws, shares within ", worst);
 }
 
@@ -663,11 +843,13 @@ TEST(tokens_are_bytes_pairs_or_numbers) {
   CHECK(numbers.encode(" 7 999") == (std::vector<int>{7, 999}) && numbers.decode(7) == "7 ");
   CHECK_SAYS(numbers.encode("1000"), "'1000' is no token");
   CHECK_SAYS(numbers.encode("7x"), "'7x' is no token");
-  std::ofstream(dir.path + "/vocab.json") << R"({"l":0,"o":1,"w":2,"lo":3,"low":4,"\u0120":5,"\u0120low":6,"\u010a":7,"'":8,"s":9,"'s":10,"<|endoftext|>":11})";
+  std::ofstream(dir.path + "/vocab.json")
+      << R"({"l":0,"o":1,"w":2,"lo":3,"low":4,"\u0120":5,"\u0120low":6,"\u010a":7,"'":8,"s":9,"'s":10,"<|endoftext|>":11})";
   std::ofstream(dir.path + "/merges.txt") << "#version: 0.2\nl o\nlo w\n\u0120 low\n' s\n";
   const Tokenizer pairs(dir.path, 12);
   CHECK(pairs.encode("low low's\n") == (std::vector<int>{4, 6, 10, 7}));
-  CHECK(pairs.encode("low  low") == (std::vector<int>{4, 5, 6}));  // of two spaces the last one belongs to the word
+  // of two spaces the last one belongs to the word
+  CHECK(pairs.encode("low  low") == (std::vector<int>{4, 5, 6}));
   CHECK_EQ(pairs.decode(6), " low");
   CHECK_EQ(pairs.end_of_text(), 11);
   CHECK_SAYS(pairs.encode("x"), "vocab.json has no token for 'x'");

@@ -1,4 +1,5 @@
-// test_tensor.cpp: types and shapes, views, the kernels of tensor.cu against plain loops, initial weights, and memory counted to the byte.
+// test_tensor.cpp: types and shapes, views, the kernels of tensor.cu against plain loops, initial
+// weights, and memory counted to the byte.
 #include <algorithm>
 #include <set>
 
@@ -9,17 +10,20 @@
 // ---- the host's side
 
 static const std::vector<Dtype> kFloating = {Dtype::f32, Dtype::bf16, Dtype::f64};
-static const std::vector<int64_t> kSizes = {1, 7, 255, 4095, 4096, 4097, 9001};  // around a tile of 4096, and no multiple of anything
+// around a tile of 4096, and no multiple of anything
+static const std::vector<int64_t> kSizes = {1, 7, 255, 4095, 4096, 4097, 9001};
 
 // Numbers of many magnitudes and both signs that f64 alone holds exactly.
 static std::vector<double> numbers(int64_t n, int seed) {
   std::vector<double> v(n);
-  for (int64_t i = 0; i < n; i++) v[i] = std::sin(double(i * 7 + seed)) * std::ldexp(1.0, int(i % 23) - 11);
+  for (int64_t i = 0; i < n; i++)
+    v[i] = std::sin(double(i * 7 + seed)) * std::ldexp(1.0, int(i % 23) - 11);
   return v;
 }
 
 static Tensor from_host(const std::vector<double>& values, Dtype dtype) {
-  const Tensor exact({int64_t(values.size())}, Dtype::f64, Memory::data), t({int64_t(values.size())}, dtype, Memory::data);
+  const Tensor exact({int64_t(values.size())}, Dtype::f64, Memory::data),
+      t({int64_t(values.size())}, dtype, Memory::data);
   upload(exact, values.data());
   cast(t, exact);
   return t;
@@ -31,12 +35,13 @@ static std::vector<double> rounded(std::vector<double> values, Dtype dtype) {
 }
 
 // Bytes compared, so that -0 is not 0.
-static void expect_equal(const Tensor& t, const std::vector<double>& expected, const std::string& what) {
+static void expect_equal(const Tensor& t, const std::vector<double>& expected,
+                         const std::string& what) {
   const std::vector<double> values = download(t);
   CHECK_EQ(values.size(), expected.size(), what);
   for (size_t i = 0; i < values.size(); i++)
-    CHECK(!memcmp(&values[i], &expected[i], 8), what, " of ", name_of(t.dtype()), ", n = ", values.size(), ": element ", i, " is ",
-          values[i], ", expected ", expected[i]);
+    CHECK(!memcmp(&values[i], &expected[i], 8), what, " of ", name_of(t.dtype()),
+          ", n = ", values.size(), ": element ", i, " is ", values[i], ", expected ", expected[i]);
 }
 
 // ---- types and shapes
@@ -48,7 +53,8 @@ TEST(types_have_names_and_sizes) {
   CHECK_EQ(size_of(Dtype::i32), 4u);
   CHECK_EQ(std::string(name_of(Dtype::bf16)), "bf16");
   CHECK_EQ(std::string(name_of(Dtype::i32)), "i32");
-  CHECK(master_dtype(Dtype::f64) == Dtype::f64 && master_dtype(Dtype::bf16) == Dtype::f32 && master_dtype(Dtype::f32) == Dtype::f32);
+  CHECK(master_dtype(Dtype::f64) == Dtype::f64 && master_dtype(Dtype::bf16) == Dtype::f32 &&
+        master_dtype(Dtype::f32) == Dtype::f32);
   std::set<std::string> names;
   for (int i = 0; i < kMemoryCategories; i++) names.insert(name_of(Memory(i)));
   CHECK_EQ(names.size(), size_t(kMemoryCategories));
@@ -78,7 +84,8 @@ TEST(views_and_parts_share_memory) {
     const Tensor view = t.view({4, 6}), part = view.part(6, {2, 3});
     CHECK(t.shared() && view.shared() && part.shared());
     CHECK_EQ(view.raw(), t.raw());
-    CHECK_EQ(static_cast<char*>(part.raw()) - static_cast<char*>(t.raw()), int64_t(6 * size_of(dtype)));
+    CHECK_EQ(static_cast<char*>(part.raw()) - static_cast<char*>(t.raw()),
+             int64_t(6 * size_of(dtype)));
     expect_equal(part, {host.begin() + 6, host.begin() + 12}, "a part");
     fill(part, 3);
     std::vector<double> expected = host;
@@ -141,8 +148,10 @@ TEST(cast_equals_a_loop) {
 
 TEST(bf16_rounds_to_nearest_even) {
   const double step = std::ldexp(1.0, -7);  // of bf16 between 1 and 2
-  const std::vector<double> x = {1 + step / 2, 1 + 1.5 * step, 1 + 0.5001 * step, 1 + 0.4999 * step, -1 - step / 2, -1 - 1.5 * step};
-  expect_equal(from_host(x, Dtype::bf16), {1, 1 + 2 * step, 1 + step, 1, -1, -1 - 2 * step}, "rounding");
+  const std::vector<double> x = {1 + step / 2,      1 + 1.5 * step, 1 + 0.5001 * step,
+                                 1 + 0.4999 * step, -1 - step / 2,  -1 - 1.5 * step};
+  expect_equal(from_host(x, Dtype::bf16), {1, 1 + 2 * step, 1 + step, 1, -1, -1 - 2 * step},
+               "rounding");
   measured("ties go to the even neighbour, both signs");
 }
 
@@ -157,7 +166,8 @@ TEST(copy_equals_a_loop) {
       std::copy(host.begin(), host.end(), expected.begin() + 1);
       expect_equal(around, expected, "copy");
     }
-  CHECK_SAYS(copy(Tensor({4}, Dtype::f32, Memory::data), Tensor({4}, Dtype::f64, Memory::data)), "does not hold");
+  CHECK_SAYS(copy(Tensor({4}, Dtype::f32, Memory::data), Tensor({4}, Dtype::f64, Memory::data)),
+             "does not hold");
   measured(kSizes.size(), " sizes, 3 dtypes");
 }
 
@@ -173,7 +183,8 @@ TEST(upload_takes_the_values_at_once) {
 }
 
 TEST(empty_tensors_are_allowed) {
-  const Tensor a({0, 4}, Dtype::f32, Memory::data), b({0}, Dtype::f32, Memory::data), c({0}, Dtype::f64, Memory::data);
+  const Tensor a({0, 4}, Dtype::f32, Memory::data), b({0}, Dtype::f32, Memory::data),
+      c({0}, Dtype::f64, Memory::data);
   fill(a, 1);
   fill(a, 0);
   cast(b, c);
@@ -186,7 +197,8 @@ TEST(empty_tensors_are_allowed) {
 
 // ---- initial weights
 
-static std::vector<double> random_values(uint64_t seed, uint32_t parameter, float std, const Slice& s, Dtype dtype) {
+static std::vector<double> random_values(uint64_t seed, uint32_t parameter, float std,
+                                         const Slice& s, Dtype dtype) {
   const Tensor t({s.outer * (s.end - s.begin) * s.inner}, dtype, Memory::data);
   fill_random(t, seed, parameter, std, s);
   return download(t);
@@ -194,32 +206,39 @@ static std::vector<double> random_values(uint64_t seed, uint32_t parameter, floa
 
 TEST(fill_random_is_the_sum_of_eight_halves) {
   const uint64_t seed = 0xfedcba9876543210;
-  const std::vector<double> values = random_values(seed, 9, 0.02f, {1, 1000, 1, 0, 1000}, Dtype::f32);
+  const std::vector<double> values =
+      random_values(seed, 9, 0.02f, {1, 1000, 1, 0, 1000}, Dtype::f32);
   for (size_t i = 0; i < values.size(); i++) {
     const Philox4 r = philox(uint32_t(i), 0, 9, 0, 0x76543210, 0xfedcba98);
     double sum = 0;
     for (uint32_t v : r.v) sum += (v & 0xffff) + (v >> 16);
-    const double expected = 0.02 * (sum - 4 * 65535.0) / std::sqrt(8 * (std::ldexp(1.0, 32) - 1) / 12);
-    CHECK_LE(std::abs(values[i] - expected), 2.5e-7 * 0.1, "element ", i);  // three f32 roundings of a value below 0.1
+    const double expected =
+        0.02 * (sum - 4 * 65535.0) / std::sqrt(8 * (std::ldexp(1.0, 32) - 1) / 12);
+    // three f32 roundings of a value below 0.1
+    CHECK_LE(std::abs(values[i] - expected), 2.5e-7 * 0.1, "element ", i);
   }
   measured("1000 elements recomputed on the host");
 }
 
 TEST(a_slice_has_the_bits_of_the_whole) {
-  const std::vector<Slice> slices_to_try = {{1, 10, 37, 3, 7}, {5, 12, 1, 0, 5}, {5, 12, 11, 4, 12}, {3, 7, 13, 6, 7}, {40, 3, 50, 1, 2}};
+  const std::vector<Slice> slices_to_try = {
+      {1, 10, 37, 3, 7}, {5, 12, 1, 0, 5}, {5, 12, 11, 4, 12}, {3, 7, 13, 6, 7}, {40, 3, 50, 1, 2}};
   int slices = 0;
   for (Dtype dtype : kFloating)
     for (const Slice& s : slices_to_try) {
       Slice all = s;
       all.begin = 0, all.end = s.split;
-      const std::vector<double> whole = random_values(7, 3, 0.02f, all, dtype), part = random_values(7, 3, 0.02f, s, dtype);
+      const std::vector<double> whole = random_values(7, 3, 0.02f, all, dtype),
+                                part = random_values(7, 3, 0.02f, s, dtype);
       size_t i = 0;
       for (int64_t o = 0; o < s.outer; o++)
         for (int64_t m = s.begin; m < s.end; m++)
           for (int64_t k = 0; k < s.inner; k++, i++)
-            CHECK_EQ(part[i], whole[(o * s.split + m) * s.inner + k], "element (", o, ", ", m, ", ", k, ") of ", name_of(dtype));
+            CHECK_EQ(part[i], whole[(o * s.split + m) * s.inner + k], "element (", o, ", ", m, ", ",
+                     k, ") of ", name_of(dtype));
       CHECK_EQ(i, part.size());
-      const Tensor rest({int64_t(part.size()) - 5}, dtype, Memory::data);  // from an element inside the slice on
+      // from an element inside the slice on
+      const Tensor rest({int64_t(part.size()) - 5}, dtype, Memory::data);
       fill_random(rest, 7, 3, 0.02f, s, 3);
       expect_equal(rest, {part.begin() + 3, part.end() - 2}, "part of a slice");
       slices++;
@@ -235,11 +254,13 @@ TEST(initial_weights_are_close_to_normal) {
   for (double v : x) mean += v / n, farthest = std::max(farthest, std::abs(v) / std);
   for (double v : x) second += std::pow(v - mean, 2) / n, fourth += std::pow(v - mean, 4) / n;
   const double deviation = std::sqrt(second), kurtosis = fourth / (second * second);
-  measured("mean ", mean / std, " std, std ", deviation / std, " of what was asked, kurtosis ", kurtosis, ", farthest ", farthest, " std");
+  measured("mean ", mean / std, " std, std ", deviation / std, " of what was asked, kurtosis ",
+           kurtosis, ", farthest ", farthest, " std");
   // bounds: four standard errors of n samples
   CHECK_LE(std::abs(mean / std), 4 / std::sqrt(n));
   CHECK_LE(std::abs(deviation / std - 1), 4 / std::sqrt(2.0 * n));
-  CHECK_LE(std::abs(kurtosis - (3 - 6.0 / 5 / 8)), 4 * std::sqrt(24.0 / n));  // a sum of eight uniform numbers: 2.85
+  // a sum of eight uniform numbers: 2.85
+  CHECK_LE(std::abs(kurtosis - (3 - 6.0 / 5 / 8)), 4 * std::sqrt(24.0 / n));
   CHECK_LE(3.5, farthest);
   CHECK_LE(farthest, 4.9);
 }
@@ -248,7 +269,8 @@ TEST(seeds_and_parameters_give_other_weights) {
   const Slice s{1, 500, 1, 0, 500};
   std::vector<std::vector<double>> all;
   for (uint64_t seed : {1ull, 2ull, 1ull << 32, 1ull + (1ull << 32)})
-    for (uint32_t parameter : {0, 1, 70}) all.push_back(random_values(seed, parameter, 1, s, Dtype::f32));
+    for (uint32_t parameter : {0, 1, 70})
+      all.push_back(random_values(seed, parameter, 1, s, Dtype::f32));
   double largest = 0;
   for (size_t i = 0; i < all.size(); i++)
     for (size_t j = 0; j < i; j++) {
@@ -290,7 +312,8 @@ TEST(memory_is_counted_to_the_byte_by_category) {
   CHECK_EQ(m.total_peak - before.total, 4086);
   CHECK_EQ(m.peak[int(Memory::workspace)] - before.now[int(Memory::workspace)], 4000);
   CHECK_EQ(m.at_peak[int(Memory::workspace)] - before.now[int(Memory::workspace)], 4000);
-  CHECK_EQ(m.at_peak[int(Memory::data)] - before.now[int(Memory::data)], 0);  // it came after the peak
+  // it came after the peak
+  CHECK_EQ(m.at_peak[int(Memory::data)] - before.now[int(Memory::data)], 0);
   CHECK_EQ(m.peak[int(Memory::data)] - before.now[int(Memory::data)], 4);
   measured("4086 bytes at the peak");
 }
@@ -310,7 +333,8 @@ TEST(the_cap_refuses_with_a_sentence_and_the_program_goes_on) {
   const Tensor fits({mib / 4}, Dtype::f32, Memory::activations);  // exactly what is left
   const bool full = d.memory.total == d.memory_limit;
   d.memory_limit = 0;
-  const std::string expected = "out of device memory: 1.0 MiB more for activations does not fit under --device-memory";
+  const std::string expected =
+      "out of device memory: 1.0 MiB more for activations does not fit under --device-memory";
   for (const std::string& part : {expected, std::string("optimizer: 2.0 MiB now")})
     CHECK(said.find(part) != std::string::npos, "it said '", said, "', expected '", part, "'");
   CHECK(full, "an allocation of exactly what was left did not count");
@@ -322,7 +346,8 @@ TEST(the_cap_refuses_with_a_sentence_and_the_program_goes_on) {
 
 TEST(a_full_device_refuses_with_a_sentence_and_the_program_goes_on) {
   const int64_t before = device().memory.total;
-  CHECK_SAYS(Tensor({int64_t(1) << 50}, Dtype::f32, Memory::gradients), "more for gradients does not fit in what");
+  CHECK_SAYS(Tensor({int64_t(1) << 50}, Dtype::f32, Memory::gradients),
+             "more for gradients does not fit in what");
   CHECK_EQ(device().memory.total, before);
   const Tensor x({100}, Dtype::f32, Memory::data);
   fill(x, 2);  // checks the device's last error

@@ -1,11 +1,14 @@
-// test_tensor_parallel.cpp: tensor parallelism, alone and with FSDP or copies, equals one rank, in f64 to rounding; bytes and memory equal the
-// formulas exactly. Run under mpiexec -n 1, 2, 3, 4, 8: every layout with tp > 1 of the world's size and at most one other axis, each with the
-// settings of a table. In f32, bf16 and f64, which on 6 and 8 ranks take turns in the formulas' test.
+// test_tensor_parallel.cpp: tensor parallelism, alone and with FSDP or copies, equals one rank, in
+// f64 to rounding; bytes and memory equal the formulas exactly. Run under mpiexec -n 1, 2, 3, 4, 8:
+// every layout with tp > 1 of the world's size and at most one other axis, each with the settings
+// of a table. In f32, bf16 and f64, which on 6 and 8 ranks take turns in the formulas' test.
 #include "tests/parity.h"
 
 namespace {
 
-const GptConfig kConfig = [] {  // 10 heads, 80 hidden, 31 tokens, 9 rows a sequence: 3, 4, 6 and 8 divide none of them but 4 and 8 the hidden width
+// 10 heads, 80 hidden, 31 tokens, 9 rows a sequence: 3, 4, 6 and 8 divide none of them but 4 and 8
+// the hidden width
+const GptConfig kConfig = [] {
   GptConfig g{2, 20, 10, 9, 31};
   g.attention = AttentionKind::plain;  // flash attention pads these tiny heads to whole tiles
   g.dtype = Dtype::f64;
@@ -32,8 +35,9 @@ struct Setting {
   }
 };
 
-// By rows or not x recompute or not x ZeRO stage; and with each value of these both kinds of attention, one or more micro-batches and, where it
-// matters, prefetch 0 to 2 or reshard. Where nothing is sharded the first four.
+// By rows or not x recompute or not x ZeRO stage; and with each value of these both kinds of
+// attention, one or more micro-batches and, where it matters, prefetch 0 to 2 or reshard. Where
+// nothing is sharded the first four.
 template <class Work> void each_setting(const Layout& layout, int64_t per_rank, Work work) {
   const auto plain = AttentionKind::plain, flash = AttentionKind::flash;
   const int64_t whole = per_rank;
@@ -50,11 +54,14 @@ template <class Work> void each_setting(const Layout& layout, int64_t per_rank, 
 }
 
 std::string name_of(const Layout& l, const Setting& s) {
-  return sentence(to_string(l), s.by_rows ? " by rows" : "", s.recompute ? " recompute" : "", s.attention == AttentionKind::plain ? " plain" : " flash",
-                  " micro-batch ", s.microbatch, " zero ", s.fsdp.zero, s.fsdp.reshard ? " reshard" : " keep", " prefetch ", s.fsdp.prefetch);
+  return sentence(to_string(l), s.by_rows ? " by rows" : "", s.recompute ? " recompute" : "",
+                  s.attention == AttentionKind::plain ? " plain" : " flash", " micro-batch ",
+                  s.microbatch, " zero ", s.fsdp.zero, s.fsdp.reshard ? " reshard" : " keep",
+                  " prefetch ", s.fsdp.prefetch);
 }
 
-// The largest relative difference of a loss, over layouts, by rows and not; on one layout with flash attention.
+// The largest relative difference of a loss, over layouts, by rows and not; on one layout with
+// flash attention.
 double curve(GptConfig config, int steps) {
   config.attention = AttentionKind::plain;
   const Run reference = one_rank(config, 24, steps);
@@ -63,10 +70,12 @@ double curve(GptConfig config, int steps) {
     Mesh mesh = open_mesh(job(), layout);
     for (bool by_rows : {false, true}) {
       config.sequence_parallel = by_rows;
-      config.attention = by_rows && layout.tp == job().size ? AttentionKind::flash : AttentionKind::plain;
+      config.attention =
+          by_rows && layout.tp == job().size ? AttentionKind::flash : AttentionKind::plain;
       TrainerOptions options;
       options.batch = 24, options.microbatch = 24 / (layout.replicate * layout.fsdp);
-      worst = std::max(worst, relative({curve_of(mesh, config, options, steps).losses}, {reference.losses}));
+      worst = std::max(worst, relative({curve_of(mesh, config, options, steps).losses},
+                                       {reference.losses}));
     }
     close_mesh(mesh);
   });
@@ -103,7 +112,8 @@ TEST(initial_weights_have_the_bits_of_one_rank) {
       Trainer trainer(mesh, config, options);
       const auto initial = whole_model(mesh, trainer, WholeOf::weights);
       for (size_t i = 0; i < initial.size(); i++)
-        CHECK(initial[i] == download(one.params()[i]->value), one.params()[i]->name, " in ", name_of(dtype));
+        CHECK(initial[i] == download(one.params()[i]->value), one.params()[i]->name, " in ",
+              name_of(dtype));
       close_mesh(mesh);
     });
   }
@@ -123,8 +133,10 @@ TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
         config.dtype = dtype;
         TrainerOptions options;
         const int64_t m = s.microbatch == 1 ? 3 : 1;
-        options.microbatch = s.microbatch, options.batch = m * s.microbatch * layout.replicate * layout.fsdp, options.fsdp = s.fsdp;
-        bytes += equals_theory(mesh, config, options, sentence(name_of(dtype), " ", name_of(layout, s)), [](Trainer&) {});
+        options.microbatch = s.microbatch,
+        options.batch = m * s.microbatch * layout.replicate * layout.fsdp, options.fsdp = s.fsdp;
+        bytes += equals_theory(mesh, config, options,
+                               sentence(name_of(dtype), " ", name_of(layout, s)), [](Trainer&) {});
         settings++;
       }
     });
@@ -133,7 +145,8 @@ TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
   measured(settings, " settings, ", bytes, " bytes on rank 0");
 }
 
-// A vocabulary so large that the logits of all of it would be larger than everything else: if a rank ever held them, its peak would show it.
+// A vocabulary so large that the logits of all of it would be larger than everything else: if a
+// rank ever held them, its peak would show it.
 TEST(no_rank_ever_holds_the_logits_of_the_whole_vocabulary) {
   if (job().size == 1) return skip("one rank holds them");
   GptConfig config{1, 16, 8, 16, 4001};
@@ -151,8 +164,10 @@ TEST(no_rank_ever_holds_the_logits_of_the_whole_vocabulary) {
       trainer.gradients([&](int64_t s) { return sequence(1, s, config); });
       trainer.update(1e-3);
       trainer.evaluate(8, [&](int64_t s) { return sequence(0, s, config); });
-      const double all = double(4 * config.context * config.vocab) * 4, share = double(use.peak[int(Memory::activations)] - before) / all;
-      CHECK(share < 1, to_string(layout), ": activations at their peak are ", share, " of full logits");
+      const double all = double(4 * config.context * config.vocab) * 4,
+                   share = double(use.peak[int(Memory::activations)] - before) / all;
+      CHECK(share < 1, to_string(layout), ": activations at their peak are ", share,
+            " of full logits");
       largest_share = std::max(largest_share, share);
     }
     close_mesh(mesh);
@@ -164,8 +179,9 @@ TEST(the_f32_curve_of_50_steps_equals_one_rank_within_1e_4) {
   CHECK_LE(curve({2, 40, 10, 16, 61}, 50), 1e-4);
 }
 
-// bf16 keeps 8 bits. A row-parallel result is the sum of n partial sums, each rounded to 2^-9 relative before they are added, where one rank
-// rounds once; a residual stream of 2 layers collects 4 such sums. Averaged over the tokens of a batch these errors cancel: the loss stays
+// bf16 keeps 8 bits. A row-parallel result is the sum of n partial sums, each rounded to 2^-9
+// relative before they are added, where one rank rounds once; a residual stream of 2 layers
+// collects 4 such sums. Averaged over the tokens of a batch these errors cancel: the loss stays
 // within a rounding, 2^-8, of one rank's.
 TEST(the_bf16_curve_of_20_steps_equals_one_rank_within_2_to_the_minus_8) {
   CHECK_LE(curve({2, 40, 10, 16, 61, Dtype::bf16}, 20), std::ldexp(1, -8));

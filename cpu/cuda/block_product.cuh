@@ -1,13 +1,15 @@
-// block_product.cuh: in FAST the tiles and their product for matmul.cu and attention_flash.cu, in the place of kernels/block_product.cuh,
-// which says what each name here does.
+// block_product.cuh: in FAST the tiles and their product for matmul.cu and attention_flash.cu, in
+// the place of kernels/block_product.cuh, which says what each name here does.
 //
-// idea      a FAST block has one thread, which owns the whole tile of c, in micro-tiles. One micro-tile fills the CPU's vector registers while it
-//           is summed; the others wait in the cache.
+// idea      a FAST block has one thread, which owns the whole tile of c, in micro-tiles. One
+//           micro-tile fills the CPU's vector registers while it is summed; the others wait in the
+//           cache.
 // test      tests/test_matmul.cpp, tests/test_attention.cpp
 #pragma once
 #include "kernels/common.cuh"
 
-#define UNROLL _Pragma("GCC unroll 1")  // vector instructions: g++ is kept from unrolling a loop before it vectorizes
+// vector instructions: g++ is kept from unrolling a loop before it vectorizes
+#define UNROLL _Pragma("GCC unroll 1")
 
 namespace {
 
@@ -31,15 +33,18 @@ void load_tile(A* tile, int ld, const T* x, int64_t x_ld, int rows, int width, b
   }
 }
 
-template <int kRun, class T, class F> __forceinline__ void write_run(T* p, int inside, bool, F value) {
+template <int kRun, class T, class F>
+__forceinline__ void write_run(T* p, int inside, bool, F value) {
   const int end = inside < kRun ? inside : kRun;
   INDEPENDENT
   for (int e = 0; e < end; e++) p[e] = store<T>(value(e));
 }
 
-// sum (kRows, kColumns) += a b over `depth`, a and b as in BlockProduct::add. One copy for all kernels: it is small, and all are made of it.
+// sum (kRows, kColumns) += a b over `depth`, a and b as in BlockProduct::add. One copy for all
+// kernels: it is small, and all are made of it.
 template <bool kRowMajor, int kRows, int kColumns, class A>
-__attribute__((noinline)) void add_micro_tile(A (&sum)[kRows][kColumns], const A* a, int64_t lda, const A* b, int64_t ldb, int depth) {
+__attribute__((noinline)) void add_micro_tile(A (&sum)[kRows][kColumns], const A* a, int64_t lda,
+                                              const A* b, int64_t ldb, int depth) {
   A s[kRows][kColumns];  // in vector registers
   for (int r = 0; r < kRows; r++)
     for (int c = 0; c < kColumns; c++) s[r][c] = sum[r][c];
@@ -47,7 +52,8 @@ __attribute__((noinline)) void add_micro_tile(A (&sum)[kRows][kColumns], const A
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 1
-      for (int c = 0; c < kColumns; c++) s[r][c] += a[kRowMajor ? r * lda + k : k * lda + r] * b[k * ldb + c];
+      for (int c = 0; c < kColumns; c++)
+        s[r][c] += a[kRowMajor ? r * lda + k : k * lda + r] * b[k * ldb + c];
   for (int r = 0; r < kRows; r++)
     for (int c = 0; c < kColumns; c++) sum[r][c] = s[r][c];
 }
@@ -59,13 +65,15 @@ template <class A, int kI, int kJ> class BlockProduct {
   void clear() { memset(sum, 0, sizeof sum); }
 
   template <class F, class... Others> __forceinline__ void for_each_run(F f, Others&... others) {
-    UNROLL for (int t = 0; t < kTiles; t++)
-      UNROLL for (int r = 0; r < kMicroRows; r++) f(row(t) + r, column(t), sum[t][r], others.sum[t][r]...);
+    UNROLL for (int t = 0; t < kTiles; t++) UNROLL for (int r = 0; r < kMicroRows; r++)
+        f(row(t) + r, column(t), sum[t][r], others.sum[t][r]...);
   }
 
-  template <bool kRowMajor> __forceinline__ void add(const A* a, int lda, const A* b, int ldb, int depth) {
+  template <bool kRowMajor>
+  __forceinline__ void add(const A* a, int lda, const A* b, int ldb, int depth) {
     UNROLL for (int t = 0; t < kTiles; t++)
-      add_micro_tile<kRowMajor>(sum[t], a + row(t) * (kRowMajor ? lda : 1), lda, b + column(t), ldb, depth);
+        add_micro_tile<kRowMajor>(sum[t], a + row(t) * (kRowMajor ? lda : 1), lda, b + column(t),
+                                  ldb, depth);
   }
 
  private:

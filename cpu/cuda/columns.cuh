@@ -1,7 +1,8 @@
-// columns.cuh: in FAST the columns that a thread owns, in the place of kernels/columns.cuh, which says what each name here does.
+// columns.cuh: in FAST the columns that a thread owns, in the place of kernels/columns.cuh, which
+// says what each name here does.
 //
-// idea      a block's one thread owns a thousand columns at a time: their sums wait in the first-level cache, and each loop over them becomes
-//           vector instructions
+// idea      a block's one thread owns a thousand columns at a time: their sums wait in the
+//           first-level cache, and each loop over them becomes vector instructions
 // test      tests/test_kernels.cpp, tests/test_decode.cpp
 #pragma once
 #include "kernels/common.cuh"
@@ -11,13 +12,16 @@ namespace {
 template <int> constexpr int kColumns = 1024;
 constexpr int kRowsAhead = 8;
 
-template <int> int own_columns(int64_t left) { return left < kColumns<1> ? int(left) : kColumns<1>; }
+template <int> int own_columns(int64_t left) {
+  return left < kColumns<1> ? int(left) : kColumns<1>;
+}
 
 template <int, int N, class F> __forceinline__ void for_columns(int width, F f) {
   for (int i = 0; i < width; i += kColumns<N>) f(i, own_columns<N>(width - i));
 }
 
-template <int, int N, bool kBackwards, class T, class F> __forceinline__ void for_unaligned_columns(const T*, int width, F f) {
+template <int, int N, bool kBackwards, class T, class F>
+__forceinline__ void for_unaligned_columns(const T*, int width, F f) {
   const int runs = (width + kColumns<N> - 1) / kColumns<N>;
   for (int r = 0; r < runs; r++) {
     const int i = (kBackwards ? runs - 1 - r : r) * kColumns<N>;
@@ -30,7 +34,8 @@ template <class T, class F> __forceinline__ void read_columns(const T* p, int n,
   for (int k = 0; k < n; k++) f(k, acc_t<T>(load(p[k])));
 }
 
-template <int kRows, class T, class F> __forceinline__ void read_rows(const T* p, int64_t ld, int n, F f) {
+template <int kRows, class T, class F>
+__forceinline__ void read_rows(const T* p, int64_t ld, int n, F f) {
   INDEPENDENT
   for (int k = 0; k < n; k++) {
     acc_t<T> v[kRows];

@@ -1,10 +1,12 @@
 // cublas.cpp: the matrix products of cublas_v2.h on the CPU.
 //
-// idea      f32 by oneDNN. bf16 by oneDNN where the CPU has instructions for it, else widened to f32 and rounded once at the end. f64, which
-//           oneDNN lacks, by packed tiles: each element of c is summed in one order, whatever the number of threads and the shape of the rest.
+// idea      f32 by oneDNN. bf16 by oneDNN where the CPU has instructions for it, else widened to
+//           f32 and rounded once at the end. f64, which oneDNN lacks, by packed tiles: each element
+//           of c is summed in one order, whatever the number of threads and the shape of the rest.
 //           Batches: a product a thread.
 // order     oneDNN's last bits may change with the number of threads; f64's do not
-// builds    against cublas_v2.h beside this file, and against NVIDIA's, where streams are taken to be synchronous
+// builds    against cublas_v2.h beside this file, and against NVIDIA's, where streams are taken to
+//           be synchronous
 // not here  complex numbers, integers, f16, f8; alpha and beta on the device
 // test      tests/test_cpu.cpp
 #include <cublas_v2.h>
@@ -25,7 +27,8 @@ struct cublasContext {
 namespace {
 
 using bf16 = uint16_t;
-constexpr int64_t kWorthThreads = 1 << 15;  // multiply-adds: below this a product is done before a team of threads has woken
+// multiply-adds: below this a product is done before a team of threads has woken
+constexpr int64_t kWorthThreads = 1 << 15;
 
 // c (m,n) = alpha * op(a) (m,k) op(b) (k,n) + beta * c, column-major, `batch` of them
 struct Product {
@@ -41,7 +44,9 @@ struct Product {
 
 // Scratch memory of this thread; `slot` tells apart what is needed at the same time.
 template <class T> T* scratch(int slot, int64_t count) {
-  struct Free { void operator()(void* p) const { free(p); } };
+  struct Free {
+    void operator()(void* p) const { free(p); }
+  };
   static thread_local std::unique_ptr<void, Free> memory[3];
   static thread_local int64_t held[3];
   const int64_t bytes = (count * int64_t(sizeof(T)) + 4095) / 4096 * 4096;
@@ -54,11 +59,13 @@ template <class T> T* scratch(int slot, int64_t count) {
 
 // ---- f32
 
-bool product_f32(const Product& p, const float* a, int64_t lda, const float* b, int64_t ldb, float beta, float* c, int64_t ldc) {
-  // oneDNN is row-major: c^T = op(b)^T op(a)^T, and the transpose of a column-major matrix is a row-major one
+bool product_f32(const Product& p, const float* a, int64_t lda, const float* b, int64_t ldb,
+                 float beta, float* c, int64_t ldc) {
+  // oneDNN is row-major: c^T = op(b)^T op(a)^T, and the transpose of a column-major matrix is a
+  // row-major one
   const auto letter = [](bool transpose) { return transpose ? 'T' : 'N'; };
-  return dnnl_sgemm(letter(p.transpose_b), letter(p.transpose_a), p.n, p.m, p.k, float(p.alpha), b, ldb, a, lda, beta, c, ldc) ==
-         dnnl_success;
+  return dnnl_sgemm(letter(p.transpose_b), letter(p.transpose_a), p.n, p.m, p.k, float(p.alpha), b,
+                    ldb, a, lda, beta, c, ldc) == dnnl_success;
 }
 
 // ---- bf16
@@ -101,11 +108,19 @@ bool products_by_matmul(const Product& p, dnnl::memory::data_type in, dnnl::memo
     const auto strides = [](int64_t batch, int64_t ld, bool transpose) {
       return transpose ? memory::dims{batch, 1, ld} : memory::dims{batch, ld, 1};
     };
-    // A single product has no stride, and oneDNN takes its slowest path where a batch's is 0: any other number serves.
-    const auto apart = [&](int64_t stride, int64_t ld, int64_t columns) { return p.batch > 1 ? stride : ld * columns; };
-    const memory::desc b({p.batch, p.n, p.k}, in, strides(apart(p.stride_b, p.ldb, p.transpose_b ? p.k : p.n), p.ldb, p.transpose_b));
-    const memory::desc a({p.batch, p.k, p.m}, in, strides(apart(p.stride_a, p.lda, p.transpose_a ? p.m : p.k), p.lda, p.transpose_a));
-    const memory::desc c({p.batch, p.n, p.m}, out, strides(apart(p.stride_c, p.ldc, p.n), p.ldc, false));
+    // A single product has no stride, and oneDNN takes its slowest path where a batch's is 0: any
+    // other number serves.
+    const auto apart = [&](int64_t stride, int64_t ld, int64_t columns) {
+      return p.batch > 1 ? stride : ld * columns;
+    };
+    const memory::desc b({p.batch, p.n, p.k}, in,
+                         strides(apart(p.stride_b, p.ldb, p.transpose_b ? p.k : p.n), p.ldb,
+                                 p.transpose_b));
+    const memory::desc a({p.batch, p.k, p.m}, in,
+                         strides(apart(p.stride_a, p.lda, p.transpose_a ? p.m : p.k), p.lda,
+                                 p.transpose_a));
+    const memory::desc c({p.batch, p.n, p.m}, out,
+                         strides(apart(p.stride_c, p.ldc, p.n), p.ldc, false));
     post_ops after;
     primitive_attr attributes;
 #if DNNL_VERSION_MAJOR >= 3
@@ -119,9 +134,10 @@ bool products_by_matmul(const Product& p, dnnl::memory::data_type in, dnnl::memo
     attributes.set_post_ops(after);
     const matmul::primitive_desc description(matmul::desc(b, a, c), attributes, cpu_engine);
 #endif
-    matmul(description).execute(cpu_stream, {{DNNL_ARG_SRC, memory(b, cpu_engine, const_cast<void*>(p.b))},
-                                             {DNNL_ARG_WEIGHTS, memory(a, cpu_engine, const_cast<void*>(p.a))},
-                                             {DNNL_ARG_DST, memory(c, cpu_engine, p.c)}});
+    matmul(description)
+        .execute(cpu_stream, {{DNNL_ARG_SRC, memory(b, cpu_engine, const_cast<void*>(p.b))},
+                              {DNNL_ARG_WEIGHTS, memory(a, cpu_engine, const_cast<void*>(p.a))},
+                              {DNNL_ARG_DST, memory(c, cpu_engine, p.c)}});
     cpu_stream.wait();
     return true;
   } catch (const dnnl::error&) {
@@ -135,7 +151,8 @@ bool product_bf16_widened(const Product& p) {
   float* b = scratch<float>(1, p.k * p.n);
   widen(a, static_cast<const bf16*>(p.a), rows_a, p.m * p.k / rows_a, p.lda);
   widen(b, static_cast<const bf16*>(p.b), rows_b, p.k * p.n / rows_b, p.ldb);
-  if (p.out == CUDA_R_32F) return product_f32(p, a, rows_a, b, rows_b, float(p.beta), static_cast<float*>(p.c), p.ldc);
+  if (p.out == CUDA_R_32F)
+    return product_f32(p, a, rows_a, b, rows_b, float(p.beta), static_cast<float*>(p.c), p.ldc);
 
   float* c = scratch<float>(2, p.m * p.n);
   bf16* out = static_cast<bf16*>(p.c);
@@ -150,12 +167,13 @@ bool product_bf16_widened(const Product& p) {
 // ---- f64: c is cut into tiles of kRows x kColumns that stay in registers; a and b are packed into panels of that width, padded with zeros
 
 constexpr int64_t kLanes = 4, kRows = 2 * kLanes, kColumns = 6;
-constexpr int64_t kDepth = 256;             // panels of this much of k stay in the caches
+constexpr int64_t kDepth = 256;  // panels of this much of k stay in the caches
 constexpr int64_t kBlockRows = 96, kBlockColumns = 768;  // of c, for one packed piece of a and b
 using Vector = double __attribute__((vector_size(kLanes * sizeof(double))));
 
 // Panels of `width` rows of op(x) (rows,depth), each stored depth-first
-template <int64_t width> void pack(double* to, const double* x, int64_t stride_row, int64_t stride_depth, int64_t rows, int64_t depth) {
+template <int64_t width> void pack(double* to, const double* x, int64_t stride_row,
+                                   int64_t stride_depth, int64_t rows, int64_t depth) {
   for (int64_t first = 0; first < rows; first += width) {
     const double* from = x + first * stride_row;
     const int64_t here = std::min(width, rows - first);
@@ -169,10 +187,12 @@ template <int64_t width> void pack(double* to, const double* x, int64_t stride_r
 }
 
 // c (rows,columns) = alpha * panel a * panel b + beta * c
-void tile(const double* a, const double* b, int64_t depth, double alpha, double beta, double* c, int64_t ldc, int64_t rows, int64_t columns) {
+void tile(const double* a, const double* b, int64_t depth, double alpha, double beta, double* c,
+          int64_t ldc, int64_t rows, int64_t columns) {
   Vector upper[kColumns] = {}, lower[kColumns] = {};  // registers
   for (int64_t l = 0; l < depth; l++, a += kRows, b += kColumns) {
-    const Vector a0 = *reinterpret_cast<const Vector*>(a), a1 = *reinterpret_cast<const Vector*>(a + kLanes);
+    const Vector a0 = *reinterpret_cast<const Vector*>(a),
+                 a1 = *reinterpret_cast<const Vector*>(a + kLanes);
 #pragma GCC unroll 6
     for (int64_t j = 0; j < kColumns; j++) {
       upper[j] += a0 * b[j];
@@ -204,8 +224,9 @@ void product_f64(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j
         pack<kRows>(packed_a, a + i * a_row + l * a_depth, a_row, a_depth, rows, depth);
         for (int64_t jj = 0; jj < columns; jj += kColumns)
           for (int64_t ii = 0; ii < rows; ii += kRows)
-            tile(packed_a + ii * depth, packed_b + jj * depth, depth, p.alpha, l == 0 ? p.beta : 1, c + (j + jj) * p.ldc + i + ii, p.ldc,
-                 std::min(kRows, rows - ii), std::min(kColumns, columns - jj));
+            tile(packed_a + ii * depth, packed_b + jj * depth, depth, p.alpha, l == 0 ? p.beta : 1,
+                 c + (j + jj) * p.ldc + i + ii, p.ldc, std::min(kRows, rows - ii),
+                 std::min(kColumns, columns - jj));
       }
     }
 }
@@ -213,11 +234,13 @@ void product_f64(const Product& p, int64_t i0, int64_t i1, int64_t j0, int64_t j
 // The longer side of c is divided between the threads, at multiples of a tile.
 bool product_f64(const Product& p, bool parallel) {
   const bool by_rows = p.m > p.n;
-  const int64_t step = by_rows ? kRows : kColumns, steps = ((by_rows ? p.m : p.n) + step - 1) / step;
+  const int64_t step = by_rows ? kRows : kColumns,
+                steps = ((by_rows ? p.m : p.n) + step - 1) / step;
 #pragma omp parallel if (parallel && p.m * p.n * p.k > kWorthThreads)
   {
     const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const int64_t begin = steps * thread / threads * step, end = steps * (thread + 1) / threads * step;
+    const int64_t begin = steps * thread / threads * step,
+                  end = steps * (thread + 1) / threads * step;
     if (by_rows) product_f64(p, begin, std::min(end, p.m), 0, p.n);
     else product_f64(p, 0, p.m, begin, std::min(end, p.n));
   }
@@ -230,7 +253,8 @@ bool product_f64(const Product& p, bool parallel) {
 template <class T> void scale(const Product& p) {
   T* c = static_cast<T*>(p.c);
   for (int64_t j = 0; j < p.n; j++)
-    for (int64_t i = 0; i < p.m; i++) c[j * p.ldc + i] = p.beta == 0 ? T(0) : T(p.beta * double(c[j * p.ldc + i]));
+    for (int64_t i = 0; i < p.m; i++)
+      c[j * p.ldc + i] = p.beta == 0 ? T(0) : T(p.beta * double(c[j * p.ldc + i]));
 }
 
 bool product(const Product& p, bool parallel) {
@@ -242,15 +266,16 @@ bool product(const Product& p, bool parallel) {
   }
   if (p.in == CUDA_R_64F) return product_f64(p, parallel);
   if (p.in == CUDA_R_16BF) return product_bf16_widened(p);
-  return product_f32(p, static_cast<const float*>(p.a), p.lda, static_cast<const float*>(p.b), p.ldb, float(p.beta),
-                     static_cast<float*>(p.c), p.ldc);
+  return product_f32(p, static_cast<const float*>(p.a), p.lda, static_cast<const float*>(p.b),
+                     p.ldb, float(p.beta), static_cast<float*>(p.c), p.ldc);
 }
 
 int64_t bytes_of(cudaDataType type) { return type == CUDA_R_64F ? 8 : type == CUDA_R_32F ? 4 : 2; }
 
 bool products(const Product& all) {
   if (all.in == CUDA_R_16BF && all.k > 0 && cpu_has_bf16()) {
-    const auto out = all.out == CUDA_R_32F ? dnnl::memory::data_type::f32 : dnnl::memory::data_type::bf16;
+    const auto out =
+        all.out == CUDA_R_32F ? dnnl::memory::data_type::f32 : dnnl::memory::data_type::bf16;
     if (products_by_matmul(all, dnnl::memory::data_type::bf16, out)) return true;
   }
   const auto one = [&all](int64_t index, bool parallel) {
@@ -273,7 +298,8 @@ bool products(const Product& all) {
 cublasStatus_t check(const Product& p, cudaDataType b_type, cublasComputeType_t compute) {
   if (p.m < 0 || p.n < 0 || p.k < 0 || p.batch < 0) return CUBLAS_STATUS_INVALID_VALUE;
   const int64_t rows_a = p.transpose_a ? p.k : p.m, rows_b = p.transpose_b ? p.n : p.k;
-  if (p.lda < std::max<int64_t>(1, rows_a) || p.ldb < std::max<int64_t>(1, rows_b) || p.ldc < std::max<int64_t>(1, p.m))
+  if (p.lda < std::max<int64_t>(1, rows_a) || p.ldb < std::max<int64_t>(1, rows_b) ||
+      p.ldc < std::max<int64_t>(1, p.m))
     return CUBLAS_STATUS_INVALID_VALUE;
   const bool f64 = compute == CUBLAS_COMPUTE_64F || compute == CUBLAS_COMPUTE_64F_PEDANTIC;
   const bool known = p.in == CUDA_R_64F    ? f64 && p.out == CUDA_R_64F
@@ -285,21 +311,49 @@ cublasStatus_t check(const Product& p, cudaDataType b_type, cublasComputeType_t 
 
 }  // namespace
 
-cublasStatus_t cublasCreate(cublasHandle_t* handle) { return *handle = new cublasContext, CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasCreate(cublasHandle_t* handle) {
+  return *handle = new cublasContext, CUBLAS_STATUS_SUCCESS;
+}
 cublasStatus_t cublasDestroy(cublasHandle_t handle) { return delete handle, CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasSetStream(cublasHandle_t handle, cudaStream_t stream) { return handle->stream = stream, CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasGetStream(cublasHandle_t handle, cudaStream_t* stream) { return *stream = handle->stream, CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasSetStream(cublasHandle_t handle, cudaStream_t stream) {
+  return handle->stream = stream, CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasGetStream(cublasHandle_t handle, cudaStream_t* stream) {
+  return *stream = handle->stream, CUBLAS_STATUS_SUCCESS;
+}
 cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
 cublasStatus_t cublasSetWorkspace(cublasHandle_t, void*, size_t) { return CUBLAS_STATUS_SUCCESS; }
 
-cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k,
-                                          const void* alpha, const void* a, cudaDataType a_type, int lda, long long stride_a,
-                                          const void* b, cudaDataType b_type, int ldb, long long stride_b, const void* beta, void* c,
-                                          cudaDataType c_type, int ldc, long long stride_c, int batch, cublasComputeType_t compute,
-                                          cublasGemmAlgo_t) {
-  const auto number = [&](const void* x) { return a_type == CUDA_R_64F ? *static_cast<const double*>(x) : *static_cast<const float*>(x); };
-  const Product p{op_a != CUBLAS_OP_N, op_b != CUBLAS_OP_N, m, n, k, number(alpha), number(beta), a, b, c, lda, ldb, ldc,
-                  stride_a, stride_b, stride_c, a_type, c_type, batch};
+cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t op_a,
+                                          cublasOperation_t op_b, int m, int n, int k,
+                                          const void* alpha, const void* a, cudaDataType a_type,
+                                          int lda, long long stride_a, const void* b,
+                                          cudaDataType b_type, int ldb, long long stride_b,
+                                          const void* beta, void* c, cudaDataType c_type, int ldc,
+                                          long long stride_c, int batch,
+                                          cublasComputeType_t compute, cublasGemmAlgo_t) {
+  const auto number = [&](const void* x) {
+    return a_type == CUDA_R_64F ? *static_cast<const double*>(x) : *static_cast<const float*>(x);
+  };
+  const Product p{op_a != CUBLAS_OP_N,
+                  op_b != CUBLAS_OP_N,
+                  m,
+                  n,
+                  k,
+                  number(alpha),
+                  number(beta),
+                  a,
+                  b,
+                  c,
+                  lda,
+                  ldb,
+                  ldc,
+                  stride_a,
+                  stride_b,
+                  stride_c,
+                  a_type,
+                  c_type,
+                  batch};
   if (!handle) return CUBLAS_STATUS_NOT_INITIALIZED;
   const cublasStatus_t status = check(p, b_type, compute);
   if (status != CUBLAS_STATUS_SUCCESS || m == 0 || n == 0 || batch == 0) return status;
@@ -313,9 +367,11 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
 #endif
 }
 
-cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b, int m, int n, int k, const void* alpha,
-                            const void* a, cudaDataType a_type, int lda, const void* b, cudaDataType b_type, int ldb, const void* beta,
-                            void* c, cudaDataType c_type, int ldc, cublasComputeType_t compute, cublasGemmAlgo_t algorithm) {
-  return cublasGemmStridedBatchedEx(handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, 0, b, b_type, ldb, 0, beta, c, c_type, ldc, 0, 1,
-                                    compute, algorithm);
+cublasStatus_t cublasGemmEx(cublasHandle_t handle, cublasOperation_t op_a, cublasOperation_t op_b,
+                            int m, int n, int k, const void* alpha, const void* a,
+                            cudaDataType a_type, int lda, const void* b, cudaDataType b_type,
+                            int ldb, const void* beta, void* c, cudaDataType c_type, int ldc,
+                            cublasComputeType_t compute, cublasGemmAlgo_t algorithm) {
+  return cublasGemmStridedBatchedEx(handle, op_a, op_b, m, n, k, alpha, a, a_type, lda, 0, b,
+                                    b_type, ldb, 0, beta, c, c_type, ldc, 0, 1, compute, algorithm);
 }

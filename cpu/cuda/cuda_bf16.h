@@ -1,7 +1,9 @@
-// cuda_bf16.h: bfloat16, the upper half of a float; rounding is to nearest, ties to even, as on the GPU.
+// cuda_bf16.h: bfloat16, the upper half of a float; rounding is to nearest, ties to even, as on the
+// GPU.
 //
-// Conversions are explicit and there is no arithmetic: kernels compute in float. NaN is found by integers, because kernels are compiled with
-// -ffinite-math-only and uninitialised memory (NaN in the tests) must stay NaN.
+// Conversions are explicit and there is no arithmetic: kernels compute in float. NaN is found by
+// integers, because kernels are compiled with -ffinite-math-only and uninitialised memory (NaN in
+// the tests) must stay NaN.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -13,7 +15,9 @@ struct __attribute__((may_alias)) __nv_bfloat16 {
   explicit inline operator float() const;
   explicit inline operator double() const;
 };
-struct __attribute__((may_alias, aligned(4))) __nv_bfloat162 { __nv_bfloat16 x, y; };
+struct __attribute__((may_alias, aligned(4))) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
 using nv_bfloat16 = __nv_bfloat16;
 using nv_bfloat162 = __nv_bfloat162;
 
@@ -23,11 +27,14 @@ inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
   x.bits = bits;
   return x;
 }
-inline float __bfloat162float(__nv_bfloat16 x) { return cpu::bits_as<float>(unsigned(x.bits) << 16); }
+inline float __bfloat162float(__nv_bfloat16 x) {
+  return cpu::bits_as<float>(unsigned(x.bits) << 16);
+}
 inline __nv_bfloat16 __float2bfloat16(float x) {
   const unsigned u = cpu::bits_as<unsigned>(x);
   const unsigned rounded = (u + 0x7fff + (u >> 16 & 1)) >> 16;
-  return __ushort_as_bfloat16(static_cast<unsigned short>((u & 0x7fffffff) > 0x7f800000 ? 0x7fff : rounded));
+  return __ushort_as_bfloat16(
+      static_cast<unsigned short>((u & 0x7fffffff) > 0x7f800000 ? 0x7fff : rounded));
 }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __float2bfloat16(x); }
 // Rounded once: the step through float rounds to odd.
@@ -45,8 +52,12 @@ inline __nv_bfloat16::__nv_bfloat16(double x) : bits(__double2bfloat16(x).bits) 
 inline __nv_bfloat16::operator float() const { return __bfloat162float(*this); }
 inline __nv_bfloat16::operator double() const { return __bfloat162float(*this); }
 
-inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {__float2bfloat16(x), __float2bfloat16(y)}; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16(x), __float2bfloat16(y)};
+}
 inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return __floats2bfloat162_rn(v.x, v.y); }
-inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
+inline float2 __bfloat1622float2(__nv_bfloat162 v) {
+  return {__bfloat162float(v.x), __bfloat162float(v.y)};
+}
 inline float __low2float(__nv_bfloat162 v) { return __bfloat162float(v.x); }
 inline float __high2float(__nv_bfloat162 v) { return __bfloat162float(v.y); }

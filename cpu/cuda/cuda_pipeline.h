@@ -1,6 +1,8 @@
-// cuda_pipeline.h: copies from memory to shared memory that go on while their thread computes (cp.async), for the FAITHFUL form.
+// cuda_pipeline.h: copies from memory to shared memory that go on while their thread computes
+// (cp.async), for the FAITHFUL form.
 //
-// stricter  a copy happens when its thread waits for it, at the latest moment that CUDA allows: what is read too early is still NaN
+// stricter  a copy happens when its thread waits for it, at the latest moment that CUDA allows:
+//           what is read too early is still NaN
 // test      tests/test_matmul.cpp (the tensor core kernel)
 #pragma once
 #include <cuda_runtime.h>
@@ -15,7 +17,11 @@
 namespace cpu {
 
 struct AsyncCopies {  // of one thread
-  struct Copy { void* to; const void* from; size_t bytes; };
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+  };
   std::vector<std::vector<Copy>> groups;  // committed and not yet waited for
   std::vector<Copy> open;
 };
@@ -25,7 +31,8 @@ inline AsyncCopies& my_async_copies() { return async_copies[warp_index() * 32 + 
 }  // namespace cpu
 
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, CPU_PLACE) {
-  if (bytes != 4 && bytes != 8 && bytes != 16) cpu::report("an asynchronous copy of other than 4, 8 or 16 bytes", {__func__, file, line});
+  if (bytes != 4 && bytes != 8 && bytes != 16)
+    cpu::report("an asynchronous copy of other than 4, 8 or 16 bytes", {__func__, file, line});
   if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes)
     cpu::report("an asynchronous copy that is not aligned to its size", {__func__, file, line});
   cpu::my_async_copies().open.push_back({to, from, bytes});

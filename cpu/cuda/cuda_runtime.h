@@ -1,9 +1,13 @@
-// cuda_runtime.h: the part of CUDA that Threefold uses, for a machine with no GPU. The sources above do not know the difference.
+// cuda_runtime.h: the part of CUDA that Threefold uses, for a machine with no GPU. The sources
+// above do not know the difference.
 //
-// idea      a kernel is a plain function that is called once for each block (FAST: one thread a block, blocks on OpenMP threads) or once
-//           for each thread (FAITHFUL: every thread a fiber); device memory is host memory; a stream runs its work at once.
-//           -DCPU_FAST or -DCPU_FAITHFUL chooses the form. launch.sed rewrites `kernel<<<...>>>(...)` to `cpu::launch(kernel, ...)(...)`.
-// stricter  the null stream waits for no other stream; asynchronous copies read pageable host memory when the stream reaches them
+// idea      a kernel is a plain function that is called once for each block (FAST: one thread a
+//           block, blocks on OpenMP threads) or once for each thread (FAITHFUL: every thread a
+//           fiber); device memory is host memory; a stream runs its work at once. -DCPU_FAST or
+//           -DCPU_FAITHFUL chooses the form. launch.sed rewrites `kernel<<<...>>>(...)` to
+//           `cpu::launch(kernel, ...)(...)`.
+// stricter  the null stream waits for no other stream; asynchronous copies read pageable host
+//           memory when the stream reaches them
 // not here  driver API, graphs, textures, unified memory, printf in kernels
 // test      tests/test_cpu.cpp
 #pragma once
@@ -29,14 +33,19 @@
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))  // write `__shared__ __align__(16) float x[64];`
 
-struct uint3 { unsigned x, y, z; };
+struct uint3 {
+  unsigned x, y, z;
+};
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
 // Vector types may alias: kernels read arrays of other types through them.
-#define CPU_VECTOR_TYPE(name, bytes, ...) struct __attribute__((may_alias, aligned(bytes))) name { __VA_ARGS__; }
+#define CPU_VECTOR_TYPE(name, bytes, ...)                  \
+  struct __attribute__((may_alias, aligned(bytes))) name { \
+    __VA_ARGS__;                                           \
+  }
 CPU_VECTOR_TYPE(float2, 8, float x, y);
 CPU_VECTOR_TYPE(float4, 16, float x, y, z, w);
 CPU_VECTOR_TYPE(double2, 16, double x, y);
@@ -53,9 +62,11 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-// glibc offers these in SIMD form, but declares so only under the whole of -ffast-math. Kernels are compiled with less than that
-// (-ffinite-math-only is the part that shows), and need them: without, exp and tanh cost ten times as much.
-#if defined(CPU_FAST) && defined(__x86_64__) && defined(__GLIBC__) && defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+// glibc offers these in SIMD form, but declares so only under the whole of -ffast-math. Kernels are
+// compiled with less than that (-ffinite-math-only is the part that shows), and need them: without,
+// exp and tanh cost ten times as much.
+#if defined(CPU_FAST) && defined(__x86_64__) && defined(__GLIBC__) && \
+    defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
 #define CPU_SIMD_FORM __attribute__((simd("notinbranch"), const))
 extern "C" {
 CPU_SIMD_FORM float expf(float) noexcept;
@@ -89,17 +100,24 @@ template <class T> inline T __ldg(const T* p) { return *p; }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 // Integers only: a sum of floats must not depend on who comes first.
 inline int atomicAdd(int* p, int x) { return __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }
-inline unsigned atomicAdd(unsigned* p, unsigned x) { return __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }
+inline unsigned atomicAdd(unsigned* p, unsigned x) {
+  return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
+}
 
 // ---- errors
 
 enum cudaError_t {
-  cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101,
-  cudaErrorInvalidResourceHandle = 400, cudaErrorNotReady = 600
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidResourceHandle = 400,
+  cudaErrorNotReady = 600
 };
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);
-cudaError_t cudaGetLastError();   // and forgets it
+cudaError_t cudaGetLastError();  // and forgets it
 cudaError_t cudaPeekAtLastError();
 
 // ---- devices: every rank may have one of its own
@@ -117,7 +135,8 @@ cudaError_t cudaDeviceSynchronize();
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
-template <class R, class... P> cudaError_t cudaFuncSetAttribute(R (*kernel)(P...), cudaFuncAttribute attribute, int value) {
+template <class R, class... P>
+cudaError_t cudaFuncSetAttribute(R (*kernel)(P...), cudaFuncAttribute attribute, int value) {
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
 }
 
@@ -145,7 +164,13 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEve
 
 // ---- memory
 
-enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
+enum cudaMemcpyKind {
+  cudaMemcpyHostToHost,
+  cudaMemcpyHostToDevice,
+  cudaMemcpyDeviceToHost,
+  cudaMemcpyDeviceToDevice,
+  cudaMemcpyDefault
+};
 using cudaMemPool_t = struct CUmemPool_st*;
 enum cudaMemPoolAttr { cudaMemPoolAttrReleaseThreshold = 4 };
 cudaError_t cudaMalloc(void** data, size_t bytes);
@@ -154,13 +179,18 @@ cudaError_t cudaMallocAsync(void** data, size_t bytes, cudaStream_t stream);
 cudaError_t cudaFreeAsync(void* data, cudaStream_t stream);
 cudaError_t cudaMallocHost(void** data, size_t bytes);
 cudaError_t cudaFreeHost(void* data);
-template <class T> cudaError_t cudaMalloc(T** data, size_t bytes) { return cudaMalloc(reinterpret_cast<void**>(data), bytes); }
+template <class T> cudaError_t cudaMalloc(T** data, size_t bytes) {
+  return cudaMalloc(reinterpret_cast<void**>(data), bytes);
+}
 template <class T> cudaError_t cudaMallocAsync(T** data, size_t bytes, cudaStream_t stream) {
   return cudaMallocAsync(reinterpret_cast<void**>(data), bytes, stream);
 }
-template <class T> cudaError_t cudaMallocHost(T** data, size_t bytes) { return cudaMallocHost(reinterpret_cast<void**>(data), bytes); }
+template <class T> cudaError_t cudaMallocHost(T** data, size_t bytes) {
+  return cudaMallocHost(reinterpret_cast<void**>(data), bytes);
+}
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = nullptr);
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream = nullptr);
 cudaError_t cudaMemset(void* data, int value, size_t bytes);
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream = nullptr);
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
@@ -171,28 +201,40 @@ cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t pool, cudaMemPoolAttr attribut
 
 namespace cpu {
 
-// How streams run. Immediate: in the caller, at once. Queued: each stream is a queue that a thread of its own works off, with random
-// delays drawn from the seed, so that a forgotten wait between two streams shows. THREEFOLD_STREAMS=queued:SEED or these functions.
+// How streams run. Immediate: in the caller, at once. Queued: each stream is a queue that a thread
+// of its own works off, with random delays drawn from the seed, so that a forgotten wait between
+// two streams shows. THREEFOLD_STREAMS=queued:SEED or these functions.
 void queue_streams(unsigned seed);
 void run_streams_at_once();
 extern bool streams_are_queued;
 
 // The one way for work that touches device memory to enter a stream.
 void enqueue(cudaStream_t stream, std::function<void()> work);
-template <class Work> void submit(cudaStream_t stream, Work&& work) {  // the same, and costs nothing when streams run at once
+// the same, and costs nothing when streams run at once
+template <class Work> void submit(cudaStream_t stream, Work&& work) {
   if (streams_are_queued) enqueue(stream, std::forward<Work>(work));
   else work();
 }
 
-// All device memory of this process lies in one reserved range. With share_device_memory(), called before the first allocation, the
-// range belongs to a memfd that other ranks on this machine can map and read in place; fd is -1 otherwise.
-struct Arena { int fd; char* base; size_t size; };
+// All device memory of this process lies in one reserved range. With share_device_memory(), called
+// before the first allocation, the range belongs to a memfd that other ranks on this machine can
+// map and read in place; fd is -1 otherwise.
+struct Arena {
+  int fd;
+  char* base;
+  size_t size;
+};
 const Arena& arena();
 void share_device_memory();
 
-// Fills memory with NaN (0xff) when it is first handed out and when it is freed. On in FAITHFUL and with queued streams.
+// Fills memory with NaN (0xff) when it is first handed out and when it is freed. On in FAITHFUL and
+// with queued streams.
 void poison_memory(bool on);
-struct PoolCounts { size_t in_use, peak, carved; int64_t allocations, reuses; };  // bytes, as rounded; carved: taken from the arena so far
+// bytes, as rounded; carved: taken from the arena so far
+struct PoolCounts {
+  size_t in_use, peak, carved;
+  int64_t allocations, reuses;
+};
 PoolCounts pool_counts();
 
 void copy_bytes(void* to, const void* from, size_t bytes);  // all cores where it pays

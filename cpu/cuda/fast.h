@@ -1,5 +1,6 @@
-// fast.h: the FAST form of a launch. A block has one thread, so barriers and shuffles are nothing, a loop that strides over the threads of
-// a block is a plain loop that the compiler vectorizes, and shared memory is a local variable. Blocks are spread over OpenMP threads.
+// fast.h: the FAST form of a launch. A block has one thread, so barriers and shuffles are nothing,
+// a loop that strides over the threads of a block is a plain loop that the compiler vectorizes, and
+// shared memory is a local variable. Blocks are spread over OpenMP threads.
 //
 // what kernels must do for it: docs/kernels.md
 #pragma once
@@ -19,12 +20,14 @@ inline __thread uint3 block_index;
 inline __thread dim3* grid_shape;
 inline __thread void* dynamic_shared;
 
-// A team of threads takes 2 to 30 us to wake, longer than many launches take alone. So launches are timed, and one that is known to be
-// short stays on the caller's thread. (Nothing but time depends on it: blocks are independent.)
+// A team of threads takes 2 to 30 us to wake, longer than many launches take alone. So launches are
+// timed, and one that is known to be short stays on the caller's thread. (Nothing but time depends
+// on it: blocks are independent.)
 class LaunchTime {
  public:
   bool worth_a_team() const { return runs_ >= kRuns && microseconds_ > 10; }
-  void took(double microseconds) {  // the least of late, so that neither first touch of memory nor a busy machine counts for long
+  // the least of late, so that neither first touch of memory nor a busy machine counts for long
+  void took(double microseconds) {
     microseconds_ = runs_++ ? std::min(microseconds, 1.5 * microseconds_) : microseconds;
   }
 
@@ -35,8 +38,11 @@ class LaunchTime {
 };
 LaunchTime& launch_time(const void* kernel, int64_t blocks);  // of this thread
 
-void* shared_block(size_t bytes);  // this OpenMP thread's block of dynamic shared memory: 64-byte aligned, grows, is kept
-template <class T> inline T* dyn_shared() { return static_cast<T*>(__builtin_assume_aligned(dynamic_shared, 64)); }
+// this OpenMP thread's block of dynamic shared memory: 64-byte aligned, grows, is kept
+void* shared_block(size_t bytes);
+template <class T> inline T* dyn_shared() {
+  return static_cast<T*>(__builtin_assume_aligned(dynamic_shared, 64));
+}
 
 template <class... P> struct Launch {
   void (*kernel)(P...);
@@ -71,7 +77,8 @@ template <class... P> struct Launch {
     dim3 shape = grid;
     grid_shape = &shape;
     if (shared_bytes) dynamic_shared = shared_block(shared_bytes);
-    uint3 index{unsigned(begin % grid.x), unsigned(begin / grid.x % grid.y), unsigned(begin / grid.x / grid.y)};
+    uint3 index{unsigned(begin % grid.x), unsigned(begin / grid.x % grid.y),
+                unsigned(begin / grid.x / grid.y)};
     for (int64_t block = begin; block < end; block++) {
       block_index = index;
       kernel(arguments...);
@@ -84,9 +91,10 @@ template <class... P> struct Launch {
   }
 };
 
-template <class... P>
-Launch<P...> launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes = 0, cudaStream_t stream = nullptr) {
-  return {kernel, grid, shared_bytes, stream, legal_launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes)};
+template <class... P> Launch<P...> launch(void (*kernel)(P...), dim3 grid, dim3 block,
+                                          size_t shared_bytes = 0, cudaStream_t stream = nullptr) {
+  return {kernel, grid, shared_bytes, stream,
+          legal_launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes)};
 }
 
 }  // namespace cpu

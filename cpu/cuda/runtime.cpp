@@ -1,7 +1,9 @@
-// runtime.cpp: CUDA's runtime for a machine with no GPU: errors, device memory, streams, events, copies.
+// runtime.cpp: CUDA's runtime for a machine with no GPU: errors, device memory, streams, events,
+// copies.
 //
-// memory    one reserved range; a free block goes on a list of its size (eight sizes an octave, so at most 1/8 is wasted) and is handed out
-//           again in the order of the stream that freed it, or to any stream once that stream has come to the place of the free
+// memory    one reserved range; a free block goes on a list of its size (eight sizes an octave, so
+//           at most 1/8 is wasted) and is handed out again in the order of the stream that freed
+//           it, or to any stream once that stream has come to the place of the free
 // streams   at once in the caller, or queued: see cuda_runtime.h
 // test      tests/test_cpu.cpp
 #include <cuda_runtime.h>
@@ -33,12 +35,16 @@ cudaError_t fail(cudaError_t error) {
   return error;
 }
 
-struct ErrorText { cudaError_t error; const char *name, *text; };
+struct ErrorText {
+  cudaError_t error;
+  const char *name, *text;
+};
 const ErrorText error_texts[] = {
     {cudaSuccess, "cudaSuccess", "no error"},
     {cudaErrorInvalidValue, "cudaErrorInvalidValue", "invalid argument"},
     {cudaErrorMemoryAllocation, "cudaErrorMemoryAllocation", "out of memory"},
-    {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration", "invalid configuration argument"},
+    {cudaErrorInvalidConfiguration, "cudaErrorInvalidConfiguration",
+     "invalid configuration argument"},
     {cudaErrorInvalidDevice, "cudaErrorInvalidDevice", "invalid device ordinal"},
     {cudaErrorInvalidResourceHandle, "cudaErrorInvalidResourceHandle", "invalid resource handle"},
     {cudaErrorNotReady, "cudaErrorNotReady", "device not ready"},
@@ -59,13 +65,15 @@ cudaError_t cudaPeekAtLastError() { return last_error; }
 // ---- devices
 
 namespace {
-constexpr int kDevices = 256;                             // one for any rank that asks
-constexpr int kMultiprocessors = 16;                      // not the number of cores: grids, and so sums, must not depend on the machine
+constexpr int kDevices = 256;  // one for any rank that asks
+// not the number of cores: grids, and so sums, must not depend on the machine
+constexpr int kMultiprocessors = 16;
 constexpr int kSharedBytes = 48 << 10, kSharedBytesOptIn = 227 << 10;  // a block's, as on sm_90
-constexpr int kStaticBytes = 1 << 10;                     // set aside for a kernel's static shared memory, which counts, too
+// set aside for a kernel's static shared memory, which counts, too
+constexpr int kStaticBytes = 1 << 10;
 int current_device = 0;
 std::mutex kernels_mutex;
-std::unordered_map<const void*, int> shared_opt_in;       // cudaFuncSetAttribute
+std::unordered_map<const void*, int> shared_opt_in;  // cudaFuncSetAttribute
 }  // namespace
 
 cudaError_t cudaGetDeviceCount(int* count) { return *count = kDevices, cudaSuccess; }
@@ -73,7 +81,8 @@ cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSu
 cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= kDevices) return fail(cudaErrorInvalidDevice);
   current_device = device;
-  // Ranks share the cores: without OMP_NUM_THREADS each would start a thread for every one of them. (MPICH's mpiexec tells how many ranks this node has.)
+  // Ranks share the cores: without OMP_NUM_THREADS each would start a thread for every one of them.
+  // (MPICH's mpiexec tells how many ranks this node has.)
   if (const char* ranks = getenv("MPI_LOCALNRANKS"); ranks && !getenv("OMP_NUM_THREADS"))
     omp_set_num_threads(std::max(1, omp_get_num_procs() / std::max(1, atoi(ranks))));
   return cudaSuccess;
@@ -81,7 +90,8 @@ cudaError_t cudaSetDevice(int device) {
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   *p = {};
 #ifdef CPU_FAST
-  snprintf(p->name, sizeof p->name, "CPU, FAST form, %d thread%s", omp_get_max_threads(), omp_get_max_threads() == 1 ? "" : "s");
+  snprintf(p->name, sizeof p->name, "CPU, FAST form, %d thread%s", omp_get_max_threads(),
+           omp_get_max_threads() == 1 ? "" : "s");
 #else
   snprintf(p->name, sizeof p->name, "CPU, FAITHFUL form");
 #endif
@@ -96,7 +106,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
 }
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 || value > kSharedBytesOptIn - kStaticBytes)
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize || value < 0 ||
+      value > kSharedBytesOptIn - kStaticBytes)
     return fail(cudaErrorInvalidValue);
   std::lock_guard lock(kernels_mutex);
   shared_opt_in[kernel] = value;
@@ -105,7 +116,8 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
 
 bool cpu::legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
-  const bool legal_grid = grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 65535 && grid.z >= 1 && grid.z <= 65535;
+  const bool legal_grid = grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 65535 &&
+                          grid.z >= 1 && grid.z <= 65535;
   const bool legal_block = threads >= 1 && threads <= 1024 && block.z <= 64;
   if (!legal_grid || !legal_block) {
     last_error = cudaErrorInvalidConfiguration;
@@ -304,13 +316,18 @@ void cpu::enqueue(cudaStream_t stream, std::function<void()> work) {
   else work();
 }
 
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return *stream = streams().create(), cudaSuccess; }
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
+cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+  return *stream = streams().create(), cudaSuccess;
+}
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  return cudaStreamCreate(stream);
+}
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   cudaStreamSynchronize(stream);
   auto& s = streams();
   std::lock_guard lock(s.mutex);
-  const auto found = std::find_if(s.all.begin(), s.all.end(), [=](const auto& one) { return one.get() == stream; });
+  const auto found = std::find_if(s.all.begin(), s.all.end(),
+                                  [=](const auto& one) { return one.get() == stream; });
   if (!stream || found == s.all.end()) return fail(cudaErrorInvalidResourceHandle);
   s.all.erase(found);
   return cudaSuccess;
@@ -333,7 +350,8 @@ cudaError_t cudaDeviceSynchronize() {
   return cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  if (cpu::streams_are_queued && event->moment) cpu::enqueue(stream, [moment = event->moment] { moment->wait(); });
+  if (cpu::streams_are_queued && event->moment)
+    cpu::enqueue(stream, [moment = event->moment] { moment->wait(); });
   return cudaSuccess;
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* argument) {
@@ -344,7 +362,9 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void*
 // ---- events
 
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return *event = new CUevent_st, cudaSuccess; }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return cudaEventCreate(event); }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  return cudaEventCreate(event);
+}
 cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   event->moment = std::make_shared<Moment>();
@@ -355,11 +375,14 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   if (event->moment) event->moment->wait();
   return cudaSuccess;
 }
-cudaError_t cudaEventQuery(cudaEvent_t event) { return !event->moment || event->moment->reached() ? cudaSuccess : cudaErrorNotReady; }
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  return !event->moment || event->moment->reached() ? cudaSuccess : cudaErrorNotReady;
+}
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
   if (!start->moment || !end->moment) return fail(cudaErrorInvalidResourceHandle);
   if (!start->moment->reached() || !end->moment->reached()) return fail(cudaErrorNotReady);
-  *milliseconds = std::chrono::duration<float, std::milli>(end->moment->time() - start->moment->time()).count();
+  *milliseconds =
+      std::chrono::duration<float, std::milli>(end->moment->time() - start->moment->time()).count();
   return cudaSuccess;
 }
 
@@ -393,8 +416,13 @@ class Pool {
     counts_.peak = std::max(counts_.peak, counts_.in_use);
     return block;
   }
-  // Free everywhere; or, with a stream, for that stream alone (what it runs next comes after the free) until `release`.
-  struct Free { void* block; size_t bytes; int64_t number; };  // bytes 0: no block of ours
+  // Free everywhere; or, with a stream, for that stream alone (what it runs next comes after the
+  // free) until `release`.
+  struct Free {
+    void* block;
+    size_t bytes;
+    int64_t number;
+  };  // bytes 0: no block of ours
   Free give_back(void* block, CUstream_st* stream = nullptr) {
     std::lock_guard lock(mutex_);
     const auto found = in_use_.find(block);
@@ -406,12 +434,14 @@ class Pool {
     (stream ? freed_in_[stream] : free_)[free.bytes].push_back(free);
     return free;
   }
-  // The stream has come to the place of the free. If it has not taken the block again since, any stream may.
+  // The stream has come to the place of the free. If it has not taken the block again since, any
+  // stream may.
   void release(const Free& free, CUstream_st* stream) {
     std::lock_guard lock(mutex_);
     if (poison_) memset(free.block, 0xff, free.bytes);
     auto& list = freed_in_[stream][free.bytes];
-    const auto found = std::find_if(list.begin(), list.end(), [&](const Free& f) { return f.number == free.number; });
+    const auto found = std::find_if(list.begin(), list.end(),
+                                    [&](const Free& f) { return f.number == free.number; });
     if (found == list.end()) return;
     list.erase(found);
     free_[free.bytes].push_back(free);
@@ -458,7 +488,8 @@ class Pool {
 #endif
 };
 Pool& pool() {
-  static Pool& pool = *new Pool;  // never destroyed: streams may still return blocks while the program exits
+  // never destroyed: streams may still return blocks while the program exits
+  static Pool& pool = *new Pool;
   return pool;
 }
 
@@ -517,7 +548,9 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   *free = *total - cpu::pool_counts().in_use;
   return cudaSuccess;
 }
-cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) { return *pool = nullptr, cudaSuccess; }
+cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) {
+  return *pool = nullptr, cudaSuccess;
+}
 cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t, cudaMemPoolAttr, void*) { return cudaSuccess; }
 
 // ---- copies
@@ -543,7 +576,8 @@ void cpu::copy_bytes(void* to, const void* from, size_t bytes) {
     memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, end - begin);
   });
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                            cudaStream_t stream) {
   cpu::submit(stream, [=] { cpu::copy_bytes(to, from, bytes); });
   return cudaSuccess;
 }
@@ -553,7 +587,9 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
 }
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
   cpu::submit(stream, [=] {
-    in_parts(bytes, [=](size_t begin, size_t end) { memset(static_cast<char*>(data) + begin, value, end - begin); });
+    in_parts(bytes, [=](size_t begin, size_t end) {
+      memset(static_cast<char*>(data) + begin, value, end - begin);
+    });
   });
   return cudaSuccess;
 }

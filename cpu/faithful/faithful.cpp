@@ -1,7 +1,9 @@
-// faithful.cpp: the scheduler behind faithful.h. Runs one block at a time: always the first thread in the chosen order that need not wait,
-// as far as it gets, and from the first again after each barrier.
+// faithful.cpp: the scheduler behind faithful.h. Runs one block at a time: always the first thread
+// in the chosen order that need not wait, as far as it gets, and from the first again after each
+// barrier.
 //
-// cost      a switch between fibers takes 20 to 50 ns (a dozen lines of assembly on x86-64, ucontext elsewhere)
+// cost      a switch between fibers takes 20 to 50 ns (a dozen lines of assembly on x86-64,
+//           ucontext elsewhere)
 // test      tests/test_cpu.cpp
 #ifdef CPU_FAITHFUL
 #include <cuda_runtime.h>
@@ -37,7 +39,9 @@ using cpu::Site;
 // ---- switching stacks
 
 #ifdef CPU_UCONTEXT
-struct Context { ucontext_t state; };
+struct Context {
+  ucontext_t state;
+};
 void switch_to(Context& from, Context& to) { swapcontext(&from.state, &to.state); }
 void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
   getcontext(&context.state);
@@ -47,9 +51,12 @@ void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
   makecontext(&context.state, entry, 0);
 }
 #else
-struct Context { void* stack_pointer; };
+struct Context {
+  void* stack_pointer;
+};
 extern "C" void cpu_switch_stack(void** save, void* load);
-// Pushes what a function must preserve, exchanges the stack pointers, pops the same of the other fiber, and returns into it.
+// Pushes what a function must preserve, exchanges the stack pointers, pops the same of the other
+// fiber, and returns into it.
 asm(R"(
 .text
 cpu_switch_stack:
@@ -69,10 +76,12 @@ cpu_switch_stack:
   popq %rbp
   ret
 )");
-void switch_to(Context& from, Context& to) { cpu_switch_stack(&from.stack_pointer, to.stack_pointer); }
+void switch_to(Context& from, Context& to) {
+  cpu_switch_stack(&from.stack_pointer, to.stack_pointer);
+}
 void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
-  // from the top: a return address that is never used (functions expect the stack pointer 8 below a multiple of 16), the address that
-  // `ret` jumps to, six registers
+  // from the top: a return address that is never used (functions expect the stack pointer 8 below a
+  // multiple of 16), the address that `ret` jumps to, six registers
   void** top = reinterpret_cast<void**>(stack + bytes);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
@@ -88,8 +97,8 @@ constexpr size_t kPage = 4096, kStack = 64 << 10, kGuard = 256;
 struct Warp {
   unsigned ready, waiting;  // a bit for each lane: can run; waits for its warp
   int lanes;
-  Site site;                // where it waits
-  uint64_t values[2][32];   // of this exchange and, perhaps, already the next
+  Site site;               // where it waits
+  uint64_t values[2][32];  // of this exchange and, perhaps, already the next
 };
 struct Block {
   int threads, warps, done, at_barrier;
@@ -106,8 +115,8 @@ const std::function<void()>* thread_body;
 std::mutex one_launch;
 
 [[noreturn]] void report_thread(const char* what, const Site& site, int thread) {
-  fprintf(stderr, "CUDA stand-in: %s: %s at %s:%d, block (%u,%u,%u), thread %d\n", what, site.what, site.file, site.line, cpu::block_index.x,
-          cpu::block_index.y, cpu::block_index.z, thread);
+  fprintf(stderr, "CUDA stand-in: %s: %s at %s:%d, block (%u,%u,%u), thread %d\n", what, site.what,
+          site.file, site.line, cpu::block_index.x, cpu::block_index.y, cpu::block_index.z, thread);
   abort();
 }
 
@@ -115,7 +124,8 @@ std::mutex one_launch;
 char* stack_of(int thread) {
   static std::vector<char*> stacks;
   while (int(stacks.size()) <= thread) {
-    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
+    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE)) {
       perror("CUDA stand-in: no memory for the stacks of threads");
       abort();
@@ -125,8 +135,8 @@ char* stack_of(int thread) {
   return stacks[size_t(thread)];
 }
 
-// The thread_local variables of the program, on this thread: among them all that are __shared__. While a launch runs nobody else uses them;
-// what the others held comes back when it is over.
+// The thread_local variables of the program, on this thread: among them all that are __shared__.
+// While a launch runs nobody else uses them; what the others held comes back when it is over.
 class SharedVariables {
  public:
   SharedVariables() {
@@ -161,7 +171,8 @@ struct OrderFromEnvironment {
     const auto colon = value.find(':');
     if (value == "reverse") order = Order::reverse;
     if (value.substr(0, 6) == "random") order = Order::random;
-    random_bits.seed(colon == std::string::npos ? 1 : strtoull(value.c_str() + colon + 1, nullptr, 10));
+    random_bits.seed(colon == std::string::npos ? 1
+                                                : strtoull(value.c_str() + colon + 1, nullptr, 10));
   }
 } order_from_environment;
 
@@ -172,7 +183,8 @@ int lane_rotation;
 
 unsigned lanes_mask(const Warp& warp) { return warp.lanes == 32 ? ~0u : (1u << warp.lanes) - 1; }
 
-// At the start of a block and after each of its barriers. Random: another order each time, so that now this and now that warp is far ahead.
+// At the start of a block and after each of its barriers. Random: another order each time, so that
+// now this and now that warp is far ahead.
 void make_all_ready() {
   std::iota(warp_order, warp_order + block.warps, 0);
   if (order == Order::reverse) std::reverse(warp_order, warp_order + block.warps);
@@ -202,10 +214,13 @@ int first_ready() {
     const Warp& warp = block.warp[i];
     if (!warp.waiting) continue;
     for (int lane = 0; lane < warp.lanes; lane++)
-      if (!(warp.waiting >> lane & 1)) report_thread("deadlock, a thread does not reach a warp primitive", warp.site, i * 32 + lane);
+      if (!(warp.waiting >> lane & 1))
+        report_thread("deadlock, a thread does not reach a warp primitive", warp.site,
+                      i * 32 + lane);
   }
   for (int thread = 0; thread < block.threads; thread++)
-    if (!block.at_block_barrier[thread]) report_thread("deadlock, a thread does not reach a barrier", block.barrier, thread);
+    if (!block.at_block_barrier[thread])
+      report_thread("deadlock, a thread does not reach a barrier", block.barrier, thread);
   abort();
 }
 
@@ -217,8 +232,8 @@ void choose(int thread) {
   if (!warp.ready) ready_places &= ~(1u << place_of[cpu::warp_index()]);
 }
 
-// The running thread cannot go on, or others come first. Fibers switch to each other, always in this place, so that the processor predicts
-// where `ret` will lead.
+// The running thread cannot go on, or others come first. Fibers switch to each other, always in
+// this place, so that the processor predicts where `ret` will lead.
 __attribute__((noinline)) void yield() {
   const int before = cpu::running_thread, next = first_ready();
   if (next >= 0) choose(next);
@@ -249,7 +264,8 @@ void start_block() {
 void run_block() {
   start_block();
   choose(first_ready());
-  switch_to(launcher, block.fiber[cpu::running_thread]);  // comes back when the last thread has finished
+  // comes back when the last thread has finished
+  switch_to(launcher, block.fiber[cpu::running_thread]);
 }
 }  // namespace
 
@@ -259,18 +275,21 @@ void cpu::run_in_order(Order new_order, uint64_t seed) {
   random_bits.seed(seed);
 }
 
-void cpu::run_grid(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::function<void()>& thread) {
+void cpu::run_grid(dim3 grid, dim3 block_dim, size_t shared_bytes,
+                   const std::function<void()>& thread) {
   std::lock_guard lock(one_launch);
   grid_shape = grid;
   block_shape = block_dim;
   block.threads = int(block_dim.x * block_dim.y * block_dim.z);
   block.warps = (block.threads + 31) / 32;
   for (unsigned i = 0; i < unsigned(block.threads); i++)
-    block.index[i] = {i % block_dim.x, i / block_dim.x % block_dim.y, i / block_dim.x / block_dim.y};
+    block.index[i] = {i % block_dim.x, i / block_dim.x % block_dim.y,
+                      i / block_dim.x / block_dim.y};
   thread_body = &thread;
   SharedVariables variables;
   std::vector<unsigned char> shared(shared_bytes + 2 * kGuard);
-  unsigned char* first = shared.data() + kGuard - reinterpret_cast<uintptr_t>(shared.data()) % kGuard;
+  unsigned char* first =
+      shared.data() + kGuard - reinterpret_cast<uintptr_t>(shared.data()) % kGuard;
   dynamic_shared = first;
 
   std::vector<uint64_t> blocks(uint64_t(grid.x) * grid.y * grid.z);
@@ -278,19 +297,24 @@ void cpu::run_grid(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::fu
   if (order == Order::reverse) std::reverse(blocks.begin(), blocks.end());
   if (order == Order::random) std::shuffle(blocks.begin(), blocks.end(), random_bits);
   for (const uint64_t i : blocks) {
-    block_index = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y), unsigned(i / grid.x / grid.y)};
+    block_index = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
+                   unsigned(i / grid.x / grid.y)};
     std::fill(shared.begin(), shared.end(), 0xff);
     variables.fill();
     run_block();
     for (unsigned char* end = first + shared_bytes; end < shared.data() + shared.size(); end++)
-      if (*end != 0xff) report_thread("a write beyond dynamic shared memory", {"the kernel", "the launch", 0}, 0);
+      if (*end != 0xff)
+        report_thread("a write beyond dynamic shared memory", {"the kernel", "the launch", 0}, 0);
   }
 }
 
-static bool different(const Site& a, const Site& b) { return a.line != b.line || (a.file != b.file && strcmp(a.file, b.file)); }
+static bool different(const Site& a, const Site& b) {
+  return a.line != b.line || (a.file != b.file && strcmp(a.file, b.file));
+}
 
 void cpu::wait_for_block(Site site) {
-  if (block.at_barrier && different(site, block.barrier)) report("threads wait at different barriers, the other one is", block.barrier);
+  if (block.at_barrier && different(site, block.barrier))
+    report("threads wait at different barriers, the other one is", block.barrier);
   block.barrier = site;
   block.at_block_barrier[running_thread] = true;
   if (++block.at_barrier == block.threads) {
@@ -305,7 +329,8 @@ const uint64_t* cpu::exchange_in_warp(unsigned mask, uint64_t value, Site site) 
   Warp& warp = block.warp[warp_index()];
   const unsigned all = lanes_mask(warp), me = 1u << lane_index();
   if ((mask & all) != all) report("the mask leaves lanes out, which this stand-in has not", site);
-  if (warp.waiting && different(site, warp.site)) report("lanes wait at different warp primitives, the other one is", warp.site);
+  if (warp.waiting && different(site, warp.site))
+    report("lanes wait at different warp primitives, the other one is", warp.site);
   uint64_t* values = warp.values[block.parity[running_thread]];
   block.parity[running_thread] ^= 1;
   values[lane_index()] = value;

@@ -1,36 +1,44 @@
-// faithful.h: the FAITHFUL form of a launch, for tests. Every thread of a block is a fiber, with a stack of its own, that runs until it must
-// wait for others; barriers and shuffles are real. Threads and blocks run in a chosen order, so that a missing barrier shows as a wrong
-// answer in at least one of them (seldom in one alone: run all three, random with several seeds).
+// faithful.h: the FAITHFUL form of a launch, for tests. Every thread of a block is a fiber, with a
+// stack of its own, that runs until it must wait for others; barriers and shuffles are real.
+// Threads and blocks run in a chosen order, so that a missing barrier shows as a wrong answer in at
+// least one of them (seldom in one alone: run all three, random with several seeds).
 //
-// reported  (with block, thread and line, then abort): a barrier or warp primitive that some thread does not reach, threads that wait in
-//           different lines, writes beyond dynamic shared memory
+// reported  (with block, thread and line, then abort): a barrier or warp primitive that some thread
+//           does not reach, threads that wait in different lines, writes beyond dynamic shared
+//           memory
 // shared    memory holds NaN when a block starts
-// not here  masks that leave lanes out; kernels on two streams at a time (a launch runs alone); the limit of static shared memory (ptxas
-//           checks it)
+// not here  masks that leave lanes out; kernels on two streams at a time (a launch runs alone); the
+//           limit of static shared memory (ptxas checks it)
 #pragma once
 
 constexpr int kWarp = 32;
 constexpr int block_threads(int threads) { return threads; }
 
-// A thread's variables lie in one segment that can be found, saved and filled (faithful.cpp), those in templates, too.
+// A thread's variables lie in one segment that can be found, saved and filled (faithful.cpp), those
+// in templates, too.
 #define __shared__ static thread_local
 
 namespace cpu {
 
 enum class Order { forward, reverse, random };
-void run_in_order(Order order, uint64_t seed = 1);  // also THREEFOLD_ORDER=forward|reverse|random:SEED; takes effect with the next launch
+// also THREEFOLD_ORDER=forward|reverse|random:SEED; takes effect with the next launch
+void run_in_order(Order order, uint64_t seed = 1);
 
 extern uint3 thread_index, block_index;  // of the running fiber
 extern dim3 block_shape, grid_shape;
 extern void* dynamic_shared;
 template <class T> inline T* dyn_shared() { return static_cast<T*>(dynamic_shared); }
 
-struct Site { const char *what, *file; int line; };  // where a thread waits
+struct Site {
+  const char *what, *file;
+  int line;
+};  // where a thread waits
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 void wait_for_block(Site site);
 // Waits for the warp and returns the values of its lanes, valid until the thread waits again.
 const uint64_t* exchange_in_warp(unsigned mask, uint64_t value, Site site);
-[[noreturn]] void report(const char* what, Site site);  // names the running thread and its block, aborts
+// names the running thread and its block, aborts
+[[noreturn]] void report(const char* what, Site site);
 extern int running_thread;  // in its block
 inline int warp_index() { return int(unsigned(running_thread) / 32); }
 inline int lane_index() { return int(unsigned(running_thread) % 32); }
@@ -57,12 +65,17 @@ template <class... P> struct Launch {
   bool legal;
   void operator()(P... arguments) const {
     if (!legal) return;
-    submit(stream, [=, launch = *this] { run_grid(launch.grid, launch.block, launch.shared_bytes, [&] { launch.kernel(arguments...); }); });
+    submit(stream, [=, launch = *this] {
+      run_grid(launch.grid, launch.block, launch.shared_bytes,
+               [&] { launch.kernel(arguments...); });
+    });
   }
 };
-template <class... P>
-Launch<P...> launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes = 0, cudaStream_t stream = nullptr) {
-  return {kernel, grid, block, shared_bytes, stream, legal_launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes)};
+template <class... P> Launch<P...> launch(void (*kernel)(P...), dim3 grid, dim3 block,
+                                          size_t shared_bytes = 0, cudaStream_t stream = nullptr) {
+  return {kernel, grid,
+          block,  shared_bytes,
+          stream, legal_launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes)};
 }
 
 }  // namespace cpu
@@ -75,10 +88,13 @@ Launch<P...> launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_b
 // The last two parameters are the caller's place.
 #define CPU_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 inline void __syncthreads(CPU_PLACE) { cpu::wait_for_block({"__syncthreads", file, line}); }
-inline void __syncwarp(unsigned mask = ~0u, CPU_PLACE) { cpu::exchange_in_warp(mask, 0, {"__syncwarp", file, line}); }
+inline void __syncwarp(unsigned mask = ~0u, CPU_PLACE) {
+  cpu::exchange_in_warp(mask, 0, {"__syncwarp", file, line});
+}
 inline void __threadfence_block() {}
 
-// `width` cuts the warp into segments; a lane beyond its segment is answered with its own value, as in CUDA.
+// `width` cuts the warp into segments; a lane beyond its segment is answered with its own value, as
+// in CUDA.
 template <class T> T __shfl_sync(unsigned mask, T value, int lane, int width = 32, CPU_PLACE) {
   const int segment = cpu::lane_index() / width * width;
   return cpu::shuffle(mask, value, segment + (lane & (width - 1)), {"__shfl_sync", file, line});
@@ -87,11 +103,15 @@ template <class T> T __shfl_xor_sync(unsigned mask, T value, int lanes, int widt
   const int from = cpu::lane_index() ^ lanes, segment_end = (cpu::lane_index() / width + 1) * width;
   return cpu::shuffle(mask, value, from < segment_end ? from : -1, {"__shfl_xor_sync", file, line});
 }
-template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, CPU_PLACE) {
-  const int from = cpu::lane_index() + int(by), segment_end = (cpu::lane_index() / width + 1) * width;
-  return cpu::shuffle(mask, value, from < segment_end ? from : -1, {"__shfl_down_sync", file, line});
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, CPU_PLACE) {
+  const int from = cpu::lane_index() + int(by),
+            segment_end = (cpu::lane_index() / width + 1) * width;
+  return cpu::shuffle(mask, value, from < segment_end ? from : -1,
+                      {"__shfl_down_sync", file, line});
 }
-template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, CPU_PLACE) {
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, CPU_PLACE) {
   const int from = cpu::lane_index() - int(by), segment = cpu::lane_index() / width * width;
   return cpu::shuffle(mask, value, from >= segment ? from : -1, {"__shfl_up_sync", file, line});
 }

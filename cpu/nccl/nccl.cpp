@@ -1,8 +1,11 @@
-// nccl.cpp: NCCL's API for ranks without NCCL: a call is checked, numbered and put into its stream as a task.
+// nccl.cpp: NCCL's API for ranks without NCCL: a call is checked, numbered and put into its stream
+// as a task.
 //
-// idea      when its stream has come to a task, it meets its peers, moves data and is done: the protocol stands in nccl_internal.h. Streams
-//           that run at once return the error from the call itself; others keep it for ncclCommGetAsyncError.
-// CUDA      without -DCPU_FAST or -DCPU_FAITHFUL device memory is copied to pinned host memory before, and back after, in the stream
+// idea      when its stream has come to a task, it meets its peers, moves data and is done: the
+//           protocol stands in nccl_internal.h. Streams that run at once return the error from the
+//           call itself; others keep it for ncclCommGetAsyncError.
+// CUDA      without -DCPU_FAST or -DCPU_FAITHFUL device memory is copied to pinned host memory
+//           before, and back after, in the stream
 // test      tests/test_nccl.cpp, tests/bench_nccl.cpp
 #include <nccl.h>
 
@@ -90,7 +93,8 @@ void abandon(Task& task) {
   static auto* kept = new std::vector<Op>;
   for (Op& op : task.ops) {
     for (auto& [q, letter] : op.letters)
-      if (!letter.here && letter.request != MPI_REQUEST_NULL) MPI_Cancel(&letter.request), MPI_Request_free(&letter.request);
+      if (!letter.here && letter.request != MPI_REQUEST_NULL)
+        MPI_Cancel(&letter.request), MPI_Request_free(&letter.request);
     if (op.comm->shares) continue;
     kept->push_back(std::move(op));
     op = Op{};
@@ -112,7 +116,8 @@ void run(Task& task) {
     abandon(task);
   }
   for (Op& op : task.ops)
-    if (!kCuda && op.staged_send) give_block(op.staged_send, op.send_bytes), give_block(op.staged_recv, op.recv_bytes);
+    if (!kCuda && op.staged_send)
+      give_block(op.staged_send, op.send_bytes), give_block(op.staged_recv, op.recv_bytes);
   for (const auto& comm : task.comms) {
     std::lock_guard lock(comm->mutex);
     comm->pending--;
@@ -135,12 +140,14 @@ void cuda_check(cudaError_t status, const char* what) {
 void put_into_stream(const std::shared_ptr<Task>& task) {
   const cudaStream_t stream = task->ops[0].stream;
   if (is_strict())
-    cpu::submit(stream, [task] { for (Op& op : task->ops) fill_and_sum(op); });
+    cpu::submit(stream, [task] {
+      for (Op& op : task->ops) fill_and_sum(op);
+    });
   cpu::submit(stream, [task] { run(*task); });
 }
 #else
-// Host functions of two streams may share a thread, so a second stream has to wait until the first has done its tasks: for an event, which
-// outlives its stream.
+// Host functions of two streams may share a thread, so a second stream has to wait until the first
+// has done its tasks: for an event, which outlives its stream.
 void put_into_stream(const std::shared_ptr<Task>& task) {
   static cudaEvent_t done = nullptr;
   static cudaStream_t last = nullptr;
@@ -154,22 +161,32 @@ void put_into_stream(const std::shared_ptr<Task>& task) {
     op.send = op.staged_send = take_block(op.send_bytes);
     op.recv = op.staged_recv = take_block(op.recv_bytes);
     if (op.send_bytes)
-      cuda_check(cudaMemcpyAsync(op.staged_send, op.user_send, op.send_bytes, cudaMemcpyDeviceToHost, stream), "cudaMemcpyAsync");
+      cuda_check(cudaMemcpyAsync(op.staged_send, op.user_send, op.send_bytes,
+                                 cudaMemcpyDeviceToHost, stream),
+                 "cudaMemcpyAsync");
   }
-  struct Kept { std::shared_ptr<Task> task; };
+  struct Kept {
+    std::shared_ptr<Task> task;
+  };
   const auto start = [](void* kept) { run(*static_cast<Kept*>(kept)->task); };
   const auto end = [](void* kept) {
     for (Op& op : static_cast<Kept*>(kept)->task->ops)
-      if (op.staged_send) give_block(op.staged_send, op.send_bytes), give_block(op.staged_recv, op.recv_bytes);
+      if (op.staged_send)
+        give_block(op.staged_send, op.send_bytes), give_block(op.staged_recv, op.recv_bytes);
     delete static_cast<Kept*>(kept);
   };
   Kept* kept = new Kept{task};
-  struct Back { char *to, *from; size_t bytes; };
+  struct Back {
+    char *to, *from;
+    size_t bytes;
+  };
   std::vector<Back> backs;
   for (const Op& op : task->ops) backs.push_back({op.user_recv, op.staged_recv, op.recv_bytes});
   cuda_check(cudaLaunchHostFunc(stream, start, kept), "cudaLaunchHostFunc");
   for (const Back& b : backs)
-    if (b.bytes) cuda_check(cudaMemcpyAsync(b.to, b.from, b.bytes, cudaMemcpyHostToDevice, stream), "cudaMemcpyAsync");
+    if (b.bytes)
+      cuda_check(cudaMemcpyAsync(b.to, b.from, b.bytes, cudaMemcpyHostToDevice, stream),
+                 "cudaMemcpyAsync");
   cuda_check(cudaLaunchHostFunc(stream, end, kept), "cudaLaunchHostFunc");
   cuda_check(cudaEventRecord(done, stream), "cudaEventRecord");
 }
@@ -192,7 +209,8 @@ std::mutex issue_mutex;  // numbers, tickets and places in streams are given out
 void number_calls(Task& task) {
   for (Op& op : task.ops) {
     ncclComm& comm = *op.comm;
-    if (std::find(task.comms.begin(), task.comms.end(), op.comm) == task.comms.end()) task.comms.push_back(op.comm);
+    if (std::find(task.comms.begin(), task.comms.end(), op.comm) == task.comms.end())
+      task.comms.push_back(op.comm);
     Record& r = op.record;
     if (!op.collective()) {
       r.number = ++(r.call == Call::send ? comm.sends : comm.receives)[r.peer];
@@ -251,7 +269,9 @@ std::unordered_map<const ncclComm*, std::shared_ptr<ncclComm>>& live() {
 std::shared_ptr<ncclComm> find(const ncclComm* comm) {
   std::lock_guard lock(live_mutex);
   const auto found = live().find(comm);
-  if (found == live().end()) fail(ncclInvalidArgument, comm ? "the communicator was destroyed or never made" : "the communicator is null");
+  if (found == live().end())
+    fail(ncclInvalidArgument,
+         comm ? "the communicator was destroyed or never made" : "the communicator is null");
   return found->second;
 }
 ncclComm* keep(const std::shared_ptr<ncclComm>& comm) {
@@ -260,13 +280,19 @@ ncclComm* keep(const std::shared_ptr<ncclComm>& comm) {
   return comm.get();
 }
 
-thread_local struct { int depth = 0; std::vector<Op> ops; ncclResult_t result = ncclSuccess; } group;
+thread_local struct {
+  int depth = 0;
+  std::vector<Op> ops;
+  ncclResult_t result = ncclSuccess;
+} group;
 
 std::mutex last_error_mutex;
 std::string last_error;
 
-// Every entry: a Failure becomes its code, its sentence is kept, and the communicator that it concerns gives up, so that peers do not wait.
-template <class Body> ncclResult_t enter(const Body& body, const std::shared_ptr<ncclComm>* concerned = nullptr) {
+// Every entry: a Failure becomes its code, its sentence is kept, and the communicator that it
+// concerns gives up, so that peers do not wait.
+template <class Body>
+ncclResult_t enter(const Body& body, const std::shared_ptr<ncclComm>* concerned = nullptr) {
   try {
     return body();
   } catch (const Failure& failure) {
@@ -277,24 +303,40 @@ template <class Body> ncclResult_t enter(const Body& body, const std::shared_ptr
   }
 }
 
-struct Arguments { Call call; const void* send; void* recv; size_t count; int dtype, op, peer; ncclComm_t comm; cudaStream_t stream; };
+struct Arguments {
+  Call call;
+  const void* send;
+  void* recv;
+  size_t count;
+  int dtype, op, peer;
+  ncclComm_t comm;
+  cudaStream_t stream;
+};
 
 Op make_op(const Arguments& a, const std::shared_ptr<ncclComm>& comm) {
   const size_t each = size_of(a.dtype), n = size_t(comm->size), bytes = a.count * each;
   if (!each) fail(ncclInvalidArgument, "this NCCL stand-in does not know dtype ", a.dtype);
-  if (a.op < ncclSum || a.op > ncclAvg) fail(ncclInvalidArgument, "this NCCL stand-in does not know reduction ", a.op);
+  if (a.op < ncclSum || a.op > ncclAvg)
+    fail(ncclInvalidArgument, "this NCCL stand-in does not know reduction ", a.op);
   if (a.count >> 44) fail(ncclInvalidArgument, "a count of ", a.count, " elements");
   Op op;
-  op.record.call = a.call, op.record.dtype = a.dtype, op.record.op = a.op, op.record.peer = a.peer, op.record.count = a.count;
+  op.record.call = a.call, op.record.dtype = a.dtype, op.record.op = a.op, op.record.peer = a.peer,
+  op.record.count = a.count;
   op.comm = comm, op.stream = a.stream;
-  op.send = op.user_send = static_cast<const char*>(a.send), op.recv = op.user_recv = static_cast<char*>(a.recv);
+  op.send = op.user_send = static_cast<const char*>(a.send),
+  op.recv = op.user_recv = static_cast<char*>(a.recv);
   op.send_bytes = op.recv_bytes = bytes;
   size_t payload = bytes;  // the longest send buffer of any rank
   switch (a.call) {
-    case Call::all_gather: case Call::split: op.recv_bytes = n * bytes; break;
+    case Call::all_gather:
+    case Call::split: op.recv_bytes = n * bytes; break;
     case Call::reduce_scatter: op.send_bytes = payload = n * bytes; break;
-    case Call::broadcast: if (comm->rank != a.peer) op.send_bytes = 0; break;
-    case Call::reduce: if (comm->rank != a.peer) op.recv_bytes = 0; break;
+    case Call::broadcast:
+      if (comm->rank != a.peer) op.send_bytes = 0;
+      break;
+    case Call::reduce:
+      if (comm->rank != a.peer) op.recv_bytes = 0;
+      break;
     case Call::send: op.recv_bytes = 0; break;
     case Call::recv: op.send_bytes = 0; break;
     default: break;
@@ -305,32 +347,42 @@ Op make_op(const Arguments& a, const std::shared_ptr<ncclComm>& comm) {
 
 ncclResult_t call(const Arguments& a) {
   std::shared_ptr<ncclComm> comm;
-  return enter([&] {
-    comm = find(a.comm);
-    Op op = make_op(a, comm);
-    check_arguments(op);
-    group.ops.push_back(std::move(op));
-    return group.depth ? ncclSuccess : issue(std::exchange(group.ops, {}));
-  }, &comm);
+  return enter(
+      [&] {
+        comm = find(a.comm);
+        Op op = make_op(a, comm);
+        check_arguments(op);
+        group.ops.push_back(std::move(op));
+        return group.depth ? ncclSuccess : issue(std::exchange(group.ops, {}));
+      },
+      &comm);
 }
 
 // ---- splitting: a collective of the parent like any other
 
-struct Choice { int32_t color, key; uint32_t id; uint64_t desk; };
+struct Choice {
+  int32_t color, key;
+  uint32_t id;
+  uint64_t desk;
+};
 
 std::shared_ptr<ncclComm> split(const std::shared_ptr<ncclComm>& parent, int color, int key) {
-  if (!group.ops.empty()) fail(ncclInvalidUsage, "ncclCommSplit inside a group that has calls in it");
+  if (!group.ops.empty())
+    fail(ncclInvalidUsage, "ncclCommSplit inside a group that has calls in it");
   Choice mine{color, key, next_id(), new_desk(parent->size)};
   std::vector<Choice> all(parent->size);
   std::vector<Op> ops;
-  ops.push_back(make_op({Call::split, &mine, all.data(), sizeof mine, ncclInt8, 0, -1, parent.get(), nullptr}, parent));
+  ops.push_back(
+      make_op({Call::split, &mine, all.data(), sizeof mine, ncclInt8, 0, -1, parent.get(), nullptr},
+              parent));
   const ncclResult_t result = issue(std::move(ops), true);
   if (result != ncclSuccess) require_healthy(*parent);
   if (color == NCCL_SPLIT_NOCOLOR) return nullptr;
   std::vector<int> chosen;
   for (int q = 0; q < parent->size; q++)
     if (all[q].color == color) chosen.push_back(q);
-  std::stable_sort(chosen.begin(), chosen.end(), [&](int a, int b) { return all[a].key < all[b].key; });
+  std::stable_sort(chosen.begin(), chosen.end(),
+                   [&](int a, int b) { return all[a].key < all[b].key; });
   auto child = std::make_shared<ncclComm>();
   child->size = int(chosen.size());
   child->may_share = parent->may_share;
@@ -347,7 +399,8 @@ std::shared_ptr<ncclComm> split(const std::shared_ptr<ncclComm>& parent, int col
 }
 
 void check_config(const ncclConfig_t* config) {
-  if (config && config->magic != 0xcafebeef) fail(ncclInvalidArgument, "the ncclConfig_t does not begin as NCCL_CONFIG_INITIALIZER");
+  if (config && config->magic != 0xcafebeef)
+    fail(ncclInvalidArgument, "the ncclConfig_t does not begin as NCCL_CONFIG_INITIALIZER");
 }
 
 void flush(ncclComm& comm) {
@@ -379,10 +432,12 @@ ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
   return enter([&] { return make_id(id), ncclSuccess; });
 }
 
-ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int nranks, ncclUniqueId id, int rank, ncclConfig_t* config) {
+ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int nranks, ncclUniqueId id, int rank,
+                                    ncclConfig_t* config) {
   return enter([&] {
     check_config(config);
-    if (nranks < 1 || rank < 0 || rank >= nranks) fail(ncclInvalidArgument, "ncclCommInitRank: rank ", rank, " of ", nranks);
+    if (nranks < 1 || rank < 0 || rank >= nranks)
+      fail(ncclInvalidArgument, "ncclCommInitRank: rank ", rank, " of ", nranks);
     *comm = keep(meet_by_id(nranks, id, rank));
     return ncclSuccess;
   });
@@ -392,15 +447,18 @@ ncclResult_t ncclCommInitRank(ncclComm_t* comm, int nranks, ncclUniqueId id, int
   return ncclCommInitRankConfig(comm, nranks, id, rank, nullptr);
 }
 
-ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* newcomm, ncclConfig_t* config) {
+ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* newcomm,
+                           ncclConfig_t* config) {
   std::shared_ptr<ncclComm> parent;
-  return enter([&] {
-    check_config(config);
-    parent = find(comm);
-    const auto child = split(parent, color, key);
-    *newcomm = child ? keep(child) : nullptr;
-    return ncclSuccess;
-  }, &parent);
+  return enter(
+      [&] {
+        check_config(config);
+        parent = find(comm);
+        const auto child = split(parent, color, key);
+        *newcomm = child ? keep(child) : nullptr;
+        return ncclSuccess;
+      },
+      &parent);
 }
 
 ncclResult_t ncclCommFinalize(ncclComm_t comm) {
@@ -415,7 +473,8 @@ ncclResult_t ncclCommAbort(ncclComm_t comm) {
   return enter([&] {
     const auto live = find(comm);
     live->aborted = true;
-    set_failed(*live, {ncclInternalError, sentence("rank ", live->world(live->rank), " aborted ", live->description)});
+    set_failed(*live, {ncclInternalError,
+                       sentence("rank ", live->world(live->rank), " aborted ", live->description)});
     return forget(comm), ncclSuccess;
   });
 }
@@ -434,46 +493,57 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* error) {
 }
 
 const char* ncclGetErrorString(ncclResult_t result) {
-  static const char* texts[] = {"no error", "unhandled cuda error", "unhandled system error", "internal error", "invalid argument",
-                                "invalid usage", "remote process exited or there was a network error", "NCCL operation in progress"};
+  static const char* texts[] = {"no error",
+                                "unhandled cuda error",
+                                "unhandled system error",
+                                "internal error",
+                                "invalid argument",
+                                "invalid usage",
+                                "remote process exited or there was a network error",
+                                "NCCL operation in progress"};
   return result >= 0 && result < ncclNumResults ? texts[result] : "unknown result code";
 }
 
 const char* ncclGetLastError(ncclComm_t comm) {
   static thread_local std::string text;
   text.clear();
-  if (comm) enter([&] {
-    const auto live = find(comm);
-    std::lock_guard lock(live->mutex);
-    return text = live->why, ncclSuccess;
-  });
+  if (comm)
+    enter([&] {
+      const auto live = find(comm);
+      std::lock_guard lock(live->mutex);
+      return text = live->why, ncclSuccess;
+    });
   std::lock_guard lock(last_error_mutex);
   if (text.empty()) text = last_error;
   return text.c_str();
 }
 
-ncclResult_t ncclAllReduce(const void* send, void* recv, size_t count, ncclDataType_t dtype, ncclRedOp_t op, ncclComm_t comm,
-                           cudaStream_t s) {
+ncclResult_t ncclAllReduce(const void* send, void* recv, size_t count, ncclDataType_t dtype,
+                           ncclRedOp_t op, ncclComm_t comm, cudaStream_t s) {
   return call({Call::all_reduce, send, recv, count, dtype, op, -1, comm, s});
 }
-ncclResult_t ncclAllGather(const void* send, void* recv, size_t count, ncclDataType_t dtype, ncclComm_t comm, cudaStream_t s) {
+ncclResult_t ncclAllGather(const void* send, void* recv, size_t count, ncclDataType_t dtype,
+                           ncclComm_t comm, cudaStream_t s) {
   return call({Call::all_gather, send, recv, count, dtype, 0, -1, comm, s});
 }
-ncclResult_t ncclReduceScatter(const void* send, void* recv, size_t count, ncclDataType_t dtype, ncclRedOp_t op, ncclComm_t comm,
-                               cudaStream_t s) {
+ncclResult_t ncclReduceScatter(const void* send, void* recv, size_t count, ncclDataType_t dtype,
+                               ncclRedOp_t op, ncclComm_t comm, cudaStream_t s) {
   return call({Call::reduce_scatter, send, recv, count, dtype, op, -1, comm, s});
 }
-ncclResult_t ncclBroadcast(const void* send, void* recv, size_t count, ncclDataType_t dtype, int root, ncclComm_t comm, cudaStream_t s) {
+ncclResult_t ncclBroadcast(const void* send, void* recv, size_t count, ncclDataType_t dtype,
+                           int root, ncclComm_t comm, cudaStream_t s) {
   return call({Call::broadcast, send, recv, count, dtype, 0, root, comm, s});
 }
-ncclResult_t ncclReduce(const void* send, void* recv, size_t count, ncclDataType_t dtype, ncclRedOp_t op, int root, ncclComm_t comm,
-                        cudaStream_t s) {
+ncclResult_t ncclReduce(const void* send, void* recv, size_t count, ncclDataType_t dtype,
+                        ncclRedOp_t op, int root, ncclComm_t comm, cudaStream_t s) {
   return call({Call::reduce, send, recv, count, dtype, op, root, comm, s});
 }
-ncclResult_t ncclSend(const void* send, size_t count, ncclDataType_t dtype, int peer, ncclComm_t comm, cudaStream_t s) {
+ncclResult_t ncclSend(const void* send, size_t count, ncclDataType_t dtype, int peer,
+                      ncclComm_t comm, cudaStream_t s) {
   return call({Call::send, send, nullptr, count, dtype, 0, peer, comm, s});
 }
-ncclResult_t ncclRecv(void* recv, size_t count, ncclDataType_t dtype, int peer, ncclComm_t comm, cudaStream_t s) {
+ncclResult_t ncclRecv(void* recv, size_t count, ncclDataType_t dtype, int peer, ncclComm_t comm,
+                      cudaStream_t s) {
   return call({Call::recv, nullptr, recv, count, dtype, 0, peer, comm, s});
 }
 
@@ -485,7 +555,8 @@ ncclResult_t ncclGroupEnd() {
   std::vector<Op> ops = std::exchange(group.ops, {});
   const ncclResult_t result = std::exchange(group.result, ncclSuccess);
   if (result != ncclSuccess || ops.empty()) {
-    // One refused call ends its whole group: nothing of it is issued, and peers of the others hear why.
+    // One refused call ends its whole group: nothing of it is issued, and peers of the others hear
+    // why.
     for (const Op& op : ops) set_failed(*op.comm, {result, ncclGetLastError(nullptr)});
     return result;
   }

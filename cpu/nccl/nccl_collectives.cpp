@@ -1,9 +1,12 @@
-// nccl_collectives.cpp: what moves: the collectives, sends and receives, written on a Link, and the sums.
+// nccl_collectives.cpp: what moves: the collectives, sends and receives, written on a Link, and the
+// sums.
 //
-// idea      a collective is straight-line code: meet everyone, offer what the others need, fetch what I need, sum in ascending rank, wait
-//           until the others have read. Sends and receives of a group advance together, a step at a time.
-// cost      a rank reads: all-gather and reduce-scatter (n-1) slices; all-reduce both, or n-1 whole buffers when they fit into a record;
-//           broadcast W; reduce n-1 times W at the root. A reduction reads each element once and writes each result once.
+// idea      a collective is straight-line code: meet everyone, offer what the others need, fetch
+//           what I need, sum in ascending rank, wait until the others have read. Sends and receives
+//           of a group advance together, a step at a time.
+// cost      a rank reads: all-gather and reduce-scatter (n-1) slices; all-reduce both, or n-1 whole
+//           buffers when they fit into a record; broadcast W; reduce n-1 times W at the root. A
+//           reduction reads each element once and writes each result once.
 // test      tests/test_nccl.cpp
 #include <sched.h>
 
@@ -35,20 +38,25 @@ template <class Part> void in_parts(size_t count, size_t bytes_each, const Part&
   if (threads == 1) return part(0, count);
   const size_t share = (count / threads + 64) / 64 * 64;
 #pragma omp parallel for num_threads(threads)
-  for (size_t t = 0; t < threads; t++) part(std::min(count, t * share), std::min(count, (t + 1) * share));
+  for (size_t t = 0; t < threads; t++)
+    part(std::min(count, t * share), std::min(count, (t + 1) * share));
 }
 
 }  // namespace
 
 void copy(char* to, const char* from, size_t bytes) {
-  if (to != from && bytes) in_parts(bytes, 1, [=](size_t begin, size_t end) { memcpy(to + begin, from + begin, end - begin); });
+  if (to != from && bytes)
+    in_parts(bytes, 1,
+             [=](size_t begin, size_t end) { memcpy(to + begin, from + begin, end - begin); });
 }
 
 // ---- sums, in ascending rank
 
 namespace {
 
-struct Bf16 { uint16_t bits; };
+struct Bf16 {
+  uint16_t bits;
+};
 inline float widen(Bf16 x) {
   const uint32_t bits = uint32_t(x.bits) << 16;
   float value;
@@ -57,7 +65,9 @@ inline float widen(Bf16 x) {
 }
 template <class T> T widen(T x) { return x; }
 template <class T> T narrow(T x) { return x; }
-template <class T> requires std::is_same_v<T, Bf16> Bf16 narrow(float x) {  // to nearest, ties to even
+// to nearest, ties to even
+template <class T>
+requires std::is_same_v<T, Bf16> Bf16 narrow(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   const bool nan = (bits & 0x7fffffff) > 0x7f800000;
@@ -70,7 +80,8 @@ template <class T> auto wrapping(T x) {  // integers wrap around
 }
 
 // to[i] = from[0][i] op from[1][i] op ...; `to` may be one of `from`.
-template <class T, class Fold> void fold(char* to, const std::vector<const char*>& from, size_t count, Fold op, int divide_by) {
+template <class T, class Fold>
+void fold(char* to, const std::vector<const char*>& from, size_t count, Fold op, int divide_by) {
   using Wide = decltype(widen(T{}));
   in_parts(count, sizeof(T) * from.size(), [&](size_t begin, size_t end) {
     constexpr size_t kBlock = 1024;
@@ -96,12 +107,20 @@ template <class T, class Fold> void fold(char* to, const std::vector<const char*
 
 template <class T> void fold(char* to, const std::vector<const char*>& from, size_t count, int op) {
   switch (op) {
-    case ncclProd: return fold<T>(to, from, count, [](auto a, auto b) { return decltype(a)(wrapping(a) * wrapping(b)); }, 1);
-    case ncclMax: return fold<T>(to, from, count, [](auto a, auto b) { return a < b ? b : a; }, 1);
-    case ncclMin: return fold<T>(to, from, count, [](auto a, auto b) { return b < a ? b : a; }, 1);
+    case ncclProd:
+      return fold<T>(
+          to, from, count, [](auto a, auto b) { return decltype(a)(wrapping(a) * wrapping(b)); },
+          1);
+    case ncclMax:
+      return fold<T>(
+          to, from, count, [](auto a, auto b) { return a < b ? b : a; }, 1);
+    case ncclMin:
+      return fold<T>(
+          to, from, count, [](auto a, auto b) { return b < a ? b : a; }, 1);
     default:
-      return fold<T>(to, from, count, [](auto a, auto b) { return decltype(a)(wrapping(a) + wrapping(b)); },
-                     op == ncclAvg ? int(from.size()) : 1);
+      return fold<T>(
+          to, from, count, [](auto a, auto b) { return decltype(a)(wrapping(a) + wrapping(b)); },
+          op == ncclAvg ? int(from.size()) : 1);
   }
 }
 
@@ -122,7 +141,9 @@ void reduce(const Op& call, char* to, const std::vector<const char*>& from, size
 
 // ---- the collectives
 
-struct Bytes { size_t begin, bytes; };  // of a send buffer
+struct Bytes {
+  size_t begin, bytes;
+};  // of a send buffer
 
 // The peers of `op`, beginning after this rank, so that not all read from the same one first.
 template <class Visit> void for_peers(const Op& op, Visit visit) {
@@ -138,7 +159,8 @@ void meet(Task& task, Op& op) {
     bool all = true;
     for (int q = 0; q < op.comm->size; q++) {
       if (met[q]) continue;
-      if (const Record* theirs = op.comm->link->heard(op, q)) compare(op, q, *theirs), met[q] = true;
+      if (const Record* theirs = op.comm->link->heard(op, q))
+        compare(op, q, *theirs), met[q] = true;
       else all = false;
     }
     return all;
@@ -151,8 +173,10 @@ void finish_phase(Task& task, Op& op) {
   op.phase++;
 }
 
-// Everyone's `bytes` at `offset` of its send buffer, in ascending rank; where[q] is what rank q wants of mine.
-std::vector<const char*> gather_sources(Task& task, Op& op, size_t offset, size_t bytes, const std::function<Bytes(int)>& where) {
+// Everyone's `bytes` at `offset` of its send buffer, in ascending rank; where[q] is what rank q
+// wants of mine.
+std::vector<const char*> gather_sources(Task& task, Op& op, size_t offset, size_t bytes,
+                                        const std::function<Bytes(int)>& where) {
   Link& link = *op.comm->link;
   std::vector<const char*> from(size_t(op.comm->size));
   from[op.comm->rank] = op.send + offset;
@@ -178,7 +202,9 @@ void all_gather(Task& task, Op& op) {
 
 void reduce_scatter(Task& task, Op& op) {
   const size_t slice = op.recv_bytes;
-  const auto from = gather_sources(task, op, size_t(op.comm->rank) * slice, slice, [&](int q) { return Bytes{size_t(q) * slice, slice}; });
+  const auto from = gather_sources(task, op, size_t(op.comm->rank) * slice, slice, [&](int q) {
+    return Bytes{size_t(q) * slice, slice};
+  });
   reduce(op, op.recv, from, op.record.count);
   finish_phase(task, op);
 }
@@ -199,7 +225,8 @@ void all_reduce(Task& task, Op& op) {
   for_peers(op, [&](int q) {
     const Bytes theirs = part(q);
     if (mine.bytes) op.comm->link->offer(op, q, op.recv + mine.begin, mine.bytes);
-    if (theirs.bytes) op.comm->link->fetch(op, q, Side::recv, theirs.begin, theirs.bytes, op.recv + theirs.begin);
+    if (theirs.bytes)
+      op.comm->link->fetch(op, q, Side::recv, theirs.begin, theirs.bytes, op.recv + theirs.begin);
   });
   wait_until(task, [&] { return op.comm->link->fetched(op); });
   finish_phase(task, op);
@@ -232,7 +259,8 @@ void run_collective(Task& task, Op& op) {
   meet(task, op);
   if (op.record.count == 0) return finish_phase(task, op);
   switch (op.record.call) {
-    case Call::all_gather: case Call::split: return all_gather(task, op);
+    case Call::all_gather:
+    case Call::split: return all_gather(task, op);
     case Call::reduce_scatter: return reduce_scatter(task, op);
     case Call::all_reduce: return all_reduce(task, op);
     case Call::broadcast: return broadcast(task, op);

@@ -1,10 +1,14 @@
-// nccl_mpi.cpp: a Link over MPI messages, for ranks that share no memory; and how a communicator is born.
+// nccl_mpi.cpp: a Link over MPI messages, for ranks that share no memory; and how a communicator is
+// born.
 //
-// idea      everything is started non-blocking and tested, yielding between tests, because a blocking MPI call spins a core away. A record
-//           and the data that it announces have tags of their own, so that messages between two ranks arrive in the order of the calls.
-// birth     ncclCommInitRank: every member says hello to the rank that made the id, which answers with the table of members; ranks of one
-//           node map each other's memory and say whether that worked. ncclCommSplit needs no MPI: it is an all-gather on the parent.
-// cost      n-1 small messages for each collective beside its data; all-gather and reduce-scatter (n-1)/n W, all-reduce twice that
+// idea      everything is started non-blocking and tested, yielding between tests, because a
+//           blocking MPI call spins a core away. A record and the data that it announces have tags
+//           of their own, so that messages between two ranks arrive in the order of the calls.
+// birth     ncclCommInitRank: every member says hello to the rank that made the id, which answers
+//           with the table of members; ranks of one node map each other's memory and say whether
+//           that worked. ncclCommSplit needs no MPI: it is an all-gather on the parent.
+// cost      n-1 small messages for each collective beside its data; all-gather and reduce-scatter
+//           (n-1)/n W, all-reduce twice that
 // test      tests/test_nccl.cpp
 #include <sched.h>
 #include <unistd.h>
@@ -29,14 +33,17 @@ class MpiLink final : public Link {
     int known = 0, threads = 0;
     MPI_Comm_get_attr(MPI_COMM_WORLD, MPI_TAG_UB, &highest, &known);
     first_tag_ = kFirstTag + kBirthTags + int(comm.id) * tag_kinds;
-    if (known && first_tag_ + tag_kinds > *highest) fail(ncclSystemError, "MPI has no tags left for another communicator");
+    if (known && first_tag_ + tag_kinds > *highest)
+      fail(ncclSystemError, "MPI has no tags left for another communicator");
     MPI_Query_thread(&threads);
     bool several_threads = kCuda;
 #if defined(CPU_FAST) || defined(CPU_FAITHFUL)
     several_threads = cpu::streams_are_queued;
 #endif
     if (several_threads && threads < MPI_THREAD_MULTIPLE)
-      fail(ncclInvalidUsage, "NCCL over MPI calls MPI from the streams' threads: ask MPI_Init_thread for MPI_THREAD_MULTIPLE");
+      fail(
+          ncclInvalidUsage,
+          "NCCL over MPI calls MPI from the streams' threads: ask MPI_Init_thread for MPI_THREAD_MULTIPLE");
   }
 
   void announce(Op& op) override {
@@ -44,7 +51,9 @@ class MpiLink final : public Link {
     char* message = op.messages.emplace_back(std::make_unique_for_overwrite<char[]>(bytes)).get();
     memcpy(message, &op.record, sizeof(Record));
     if (payload) memcpy(message + sizeof(Record), op.send, payload);
-    if (!op.collective()) return send(op, op.record.peer, message, bytes, op.record.call == Call::send ? send_record_tag : recv_record_tag);
+    if (!op.collective())
+      return send(op, op.record.peer, message, bytes,
+                  op.record.call == Call::send ? send_record_tag : recv_record_tag);
     for (int q = 0; q < comm_.size; q++)
       if (q != comm_.rank) send(op, q, message, bytes, record_tag);
   }
@@ -53,9 +62,12 @@ class MpiLink final : public Link {
     Letter& letter = op.letters[q];
     if (!letter.bytes) {
       const size_t most = sizeof(Record) + (op.record.inlined || op.collective() ? kInline : 0);
-      const int tag = op.collective() ? record_tag : op.record.call == Call::send ? recv_record_tag : send_record_tag;
+      const int tag = op.collective()                ? record_tag
+                      : op.record.call == Call::send ? recv_record_tag
+                                                     : send_record_tag;
       letter.bytes = std::make_unique_for_overwrite<char[]>(most);
-      MPI_Irecv(letter.bytes.get(), int(most), MPI_BYTE, comm_.world(q), first_tag_ + tag, MPI_COMM_WORLD, &letter.request);
+      MPI_Irecv(letter.bytes.get(), int(most), MPI_BYTE, comm_.world(q), first_tag_ + tag,
+                MPI_COMM_WORLD, &letter.request);
     }
     const Record* record = reinterpret_cast<const Record*>(letter.bytes.get());
     if (letter.here) return record;
@@ -80,7 +92,8 @@ class MpiLink final : public Link {
     }
     if (!into) into = op.messages.emplace_back(std::make_unique_for_overwrite<char[]>(bytes)).get();
     in_pieces(bytes, [&](size_t at, int piece) {
-      MPI_Irecv(into + at, piece, MPI_BYTE, comm_.world(q), first_tag_ + (op.collective() ? data_tag : pair_data_tag), MPI_COMM_WORLD,
+      MPI_Irecv(into + at, piece, MPI_BYTE, comm_.world(q),
+                first_tag_ + (op.collective() ? data_tag : pair_data_tag), MPI_COMM_WORLD,
                 &op.requests.emplace_back());
     });
     return into;
@@ -101,7 +114,8 @@ class MpiLink final : public Link {
   }
   void send(Op& op, int q, const char* data, size_t bytes, int tag) {
     in_pieces(bytes, [&](size_t at, int piece) {
-      MPI_Isend(data + at, piece, MPI_BYTE, comm_.world(q), first_tag_ + tag, MPI_COMM_WORLD, &op.requests.emplace_back());
+      MPI_Isend(data + at, piece, MPI_BYTE, comm_.world(q), first_tag_ + tag, MPI_COMM_WORLD,
+                &op.requests.emplace_back());
     });
   }
   static bool all_done(Op& op) {
@@ -124,24 +138,39 @@ std::atomic<bool> share_setting{[] {
   return !transport || strcmp(transport, "mpi");
 }()};
 
-struct Id { char magic[16]; int32_t world, serial; };  // the visible part of a ncclUniqueId
+struct Id {
+  char magic[16];
+  int32_t world, serial;
+};  // the visible part of a ncclUniqueId
 constexpr char kMagic[16] = "threefold nccl";
 
-struct Hello { Member member; int32_t size; uint32_t next_id; };
-struct Answer { char why[512]; uint32_t id; };
+struct Hello {
+  Member member;
+  int32_t size;
+  uint32_t next_id;
+};
+struct Answer {
+  char why[512];
+  uint32_t id;
+};
 
 // One message, or the watch's sentence.
-void wait_for(MPI_Request request, MPI_Status* status, const std::function<std::string()>& missing) {
+void wait_for(MPI_Request request, MPI_Status* status,
+              const std::function<std::string()>& missing) {
   const auto start = std::chrono::steady_clock::now();
   for (int turn = 0, done = 0;; turn++) {
     MPI_Test(&request, &done, status ? status : MPI_STATUS_IGNORE);
     if (done) return;
     if (turn < 2000) sched_yield();
     else usleep(50);
-    if (turn % 256 || std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < watch_seconds()) continue;
+    if (turn % 256 ||
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() <
+            watch_seconds())
+      continue;
     MPI_Cancel(&request);
     MPI_Request_free(&request);
-    fail(ncclRemoteError, "deadlock in ncclCommInitRank after ", watch_seconds(), " s: ", missing());
+    fail(ncclRemoteError, "deadlock in ncclCommInitRank after ", watch_seconds(),
+         " s: ", missing());
   }
 }
 void send_to(int world, const void* data, size_t bytes, int tag) {
@@ -149,7 +178,8 @@ void send_to(int world, const void* data, size_t bytes, int tag) {
   MPI_Isend(data, int(bytes), MPI_BYTE, world, tag, MPI_COMM_WORLD, &request);
   wait_for(request, nullptr, [&] { return sentence("rank ", world, " does not receive"); });
 }
-MPI_Status receive_from(int world, void* data, size_t bytes, int tag, const std::function<std::string()>& missing) {
+MPI_Status receive_from(int world, void* data, size_t bytes, int tag,
+                        const std::function<std::string()>& missing) {
   MPI_Request request;
   MPI_Status status;
   MPI_Irecv(data, int(bytes), MPI_BYTE, world, tag, MPI_COMM_WORLD, &request);
@@ -157,7 +187,8 @@ MPI_Status receive_from(int world, void* data, size_t bytes, int tag, const std:
   return status;
 }
 
-// The rank that made the id: collects who comes, answers everyone, with a reason if the members do not fit together.
+// The rank that made the id: collects who comes, answers everyone, with a reason if the members do
+// not fit together.
 void host_birth(ncclComm& comm, const Hello& mine, int tag) {
   std::vector<bool> came(comm.size);
   Answer answer{{}, mine.next_id};
@@ -165,11 +196,14 @@ void host_birth(ncclComm& comm, const Hello& mine, int tag) {
     const Member& m = hello.member;
     std::string why;
     if (hello.size != comm.size)
-      why = sentence("rank ", m.world, " asks for ", hello.size, " ranks, rank ", mine.member.world, " for ", comm.size);
+      why = sentence("rank ", m.world, " asks for ", hello.size, " ranks, rank ", mine.member.world,
+                     " for ", comm.size);
     else if (m.rank < 0 || m.rank >= comm.size || came[m.rank])
-      why = sentence("rank ", m.world, " comes as number ", m.rank, " of ", comm.size, m.rank < comm.size ? ", which is taken" : "");
+      why = sentence("rank ", m.world, " comes as number ", m.rank, " of ", comm.size,
+                     m.rank < comm.size ? ", which is taken" : "");
     else came[m.rank] = true, comm.members[m.rank] = m;
-    if (!why.empty() && !answer.why[0]) snprintf(answer.why, sizeof answer.why, "ncclCommInitRank: %s", why.c_str());
+    if (!why.empty() && !answer.why[0])
+      snprintf(answer.why, sizeof answer.why, "ncclCommInitRank: %s", why.c_str());
     answer.id = std::max(answer.id, hello.next_id);
   };
   enter(mine);
@@ -191,12 +225,15 @@ void host_birth(ncclComm& comm, const Hello& mine, int tag) {
   }
   for (int guest : guests) send_to(guest, &answer, sizeof answer, tag);
   if (answer.why[0]) fail(ncclInvalidUsage, answer.why);
-  for (int guest : guests) send_to(guest, comm.members.data(), comm.members.size() * sizeof(Member), tag);
+  for (int guest : guests)
+    send_to(guest, comm.members.data(), comm.members.size() * sizeof(Member), tag);
   comm.id = answer.id;
 }
 
 void attend_birth(ncclComm& comm, const Hello& mine, int host, int tag) {
-  const auto silent = [&] { return sentence("rank ", host, ", which made the id, does not answer rank ", mine.member.world); };
+  const auto silent = [&] {
+    return sentence("rank ", host, ", which made the id, does not answer rank ", mine.member.world);
+  };
   Answer answer;
   send_to(host, &mine, sizeof mine, tag);
   receive_from(host, &answer, sizeof answer, tag, silent);
@@ -212,14 +249,17 @@ bool agree_to_share(ncclComm& comm, int host, int tag) {
   for (const Member& m : comm.members)
     if (works && m.node == comm.members[comm.rank].node) works = map_peer(m);
   const int me = comm.world(comm.rank);
-  const auto silent = [] { return std::string("a member does not say whether it can share memory"); };
+  const auto silent = [] {
+    return std::string("a member does not say whether it can share memory");
+  };
   if (me != host) {
     send_to(host, &works, sizeof works, tag);
     receive_from(host, &works, sizeof works, tag, silent);
     return works;
   }
   for (const Member& m : comm.members)
-    if (int theirs = 1; m.world != host) receive_from(m.world, &theirs, sizeof theirs, tag, silent), works &= theirs;
+    if (int theirs = 1; m.world != host)
+      receive_from(m.world, &theirs, sizeof theirs, tag, silent), works &= theirs;
   for (const Member& m : comm.members)
     if (m.world != host) send_to(m.world, &works, sizeof works, tag);
   return works;
@@ -236,7 +276,8 @@ void open_link(ncclComm& comm) {
   for (const Member& m : comm.members) here += m.node == comm.members[comm.rank].node;
   ranks_here = std::max<int>(ranks_here, here);
   comm.shares = comm.may_share && here == comm.size;
-  comm.sends.resize(comm.size), comm.receives.resize(comm.size), comm.sent.resize(comm.size), comm.received.resize(comm.size);
+  comm.sends.resize(comm.size), comm.receives.resize(comm.size), comm.sent.resize(comm.size),
+      comm.received.resize(comm.size);
   comm.link = comm.shares ? shared_link(comm) : mpi_link(comm);
   MPI_Comm_size(MPI_COMM_WORLD, &world_size);
   if (comm.size == world_size) comm.name = "world";
@@ -248,7 +289,8 @@ void open_link(ncclComm& comm) {
 std::shared_ptr<ncclComm> meet_by_id(int size, const ncclUniqueId& unique, int rank) {
   Id id;
   memcpy(&id, &unique, sizeof id);
-  if (memcmp(id.magic, kMagic, sizeof kMagic)) fail(ncclInvalidArgument, "ncclCommInitRank: this is no id from ncclGetUniqueId");
+  if (memcmp(id.magic, kMagic, sizeof kMagic))
+    fail(ncclInvalidArgument, "ncclCommInitRank: this is no id from ncclGetUniqueId");
   auto comm = std::make_shared<ncclComm>();
   comm->rank = rank, comm->size = size;
   comm->members.resize(size);
@@ -269,7 +311,9 @@ void make_id(ncclUniqueId* unique) {
   static std::atomic<int> serial{0};
   int started = 0;
   MPI_Initialized(&started);
-  if (!started) fail(ncclInvalidUsage, "ncclGetUniqueId: MPI_Init comes first: ranks meet through MPI_COMM_WORLD");
+  if (!started)
+    fail(ncclInvalidUsage,
+         "ncclGetUniqueId: MPI_Init comes first: ranks meet through MPI_COMM_WORLD");
   Id id{{}, 0, serial++};
   memcpy(id.magic, kMagic, sizeof kMagic);
   MPI_Comm_rank(MPI_COMM_WORLD, &id.world);

@@ -1,8 +1,11 @@
-// nccl_referee.cpp: what the NCCL stand-in compares and says: records of the two sides, overlaps of buffers, the watch, checksums.
+// nccl_referee.cpp: what the NCCL stand-in compares and says: records of the two sides, overlaps of
+// buffers, the watch, checksums.
 //
-// idea      whatever would hang or corrupt a cluster ends here with one sentence that names the ranks (of MPI_COMM_WORLD) and the calls
-// watch     a rank that waits longer than the watch allows reports where every rank of the communicator stands: its last call on any
-//           communicator, whether it completed, and whether its process still runs. These records lie in memory that outlives the process.
+// idea      whatever would hang or corrupt a cluster ends here with one sentence that names the
+//           ranks (of MPI_COMM_WORLD) and the calls
+// watch     a rank that waits longer than the watch allows reports where every rank of the
+//           communicator stands: its last call on any communicator, whether it completed, and
+//           whether its process still runs. These records lie in memory that outlives the process.
 // test      tests/test_nccl.cpp
 #include <sched.h>
 #include <signal.h>
@@ -37,18 +40,26 @@ double watch_seconds() {
 
 size_t size_of(int dtype) {
   switch (dtype) {
-    case ncclInt8: case ncclUint8: return 1;
+    case ncclInt8:
+    case ncclUint8: return 1;
     case ncclBfloat16: return 2;
-    case ncclInt32: case ncclUint32: case ncclFloat32: return 4;
-    case ncclInt64: case ncclUint64: case ncclFloat64: return 8;
+    case ncclInt32:
+    case ncclUint32:
+    case ncclFloat32: return 4;
+    case ncclInt64:
+    case ncclUint64:
+    case ncclFloat64: return 8;
     default: return 0;
   }
 }
 namespace {
-const char* call_names[] = {"no call", "all_reduce", "all_gather", "reduce_scatter", "broadcast", "reduce", "send", "recv", "split"};
+const char* call_names[] = {"no call", "all_reduce", "all_gather", "reduce_scatter", "broadcast",
+                            "reduce",  "send",       "recv",       "split"};
 const char* dtype_names[] = {"i8", "u8", "i32", "u32", "i64", "u64", "f16", "f32", "f64", "bf16"};
 const char* op_names[] = {"sum", "prod", "max", "min", "avg"};
-bool reduces(Call c) { return c == Call::all_reduce || c == Call::reduce_scatter || c == Call::reduce; }
+bool reduces(Call c) {
+  return c == Call::all_reduce || c == Call::reduce_scatter || c == Call::reduce;
+}
 
 std::string words(const Record& r, int peer_world) {
   std::string s = sentence(call_names[int(r.call)], " #", r.number);
@@ -60,7 +71,8 @@ std::string words(const Record& r, int peer_world) {
   if (r.call == Call::broadcast) s += sentence(" from rank ", peer_world);
   if (r.call == Call::reduce) s += sentence(" to rank ", peer_world);
   s += ")";
-  if (r.group_size > 1) s += sentence(" as collective ", r.group_index + 1, " of ", r.group_size, " in its group");
+  if (r.group_size > 1)
+    s += sentence(" as collective ", r.group_index + 1, " of ", r.group_size, " in its group");
   return s;
 }
 }  // namespace
@@ -73,7 +85,8 @@ std::string describe(const ncclComm& comm) {
   std::string ranks;
   for (int q = 0; q < comm.size; q++) {
     if (comm.size > 8 && q == 6) ranks += ",...";
-    if (comm.size <= 8 || q < 6 || q == comm.size - 1) ranks += sentence(q ? "," : "", comm.world(q));
+    if (comm.size <= 8 || q < 6 || q == comm.size - 1)
+      ranks += sentence(q ? "," : "", comm.world(q));
   }
   if (comm.name == "world") return "communicator 'world'";
   if (comm.name.empty()) return "the communicator of ranks " + ranks;
@@ -83,14 +96,17 @@ std::string describe(const ncclComm& comm) {
 // ---- before a call is issued
 
 namespace {
-template <class... Parts> [[noreturn]] void refuse(ncclResult_t code, const Op& op, const Parts&... why) {
-  fail(code, "rank ", op.comm->world(op.comm->rank), ": ", words(*op.comm, op.record), " on ", op.comm->description, ": ", why...);
+template <class... Parts>
+[[noreturn]] void refuse(ncclResult_t code, const Op& op, const Parts&... why) {
+  fail(code, "rank ", op.comm->world(op.comm->rank), ": ", words(*op.comm, op.record), " on ",
+       op.comm->description, ": ", why...);
 }
 }  // namespace
 
 void check_arguments(const Op& op) {
   const Record& r = op.record;
-  if (r.peer < -1 || r.peer >= op.comm->size || (r.peer < 0 && (!op.collective() || r.call == Call::broadcast || r.call == Call::reduce)))
+  if (r.peer < -1 || r.peer >= op.comm->size ||
+      (r.peer < 0 && (!op.collective() || r.call == Call::broadcast || r.call == Call::reduce)))
     refuse(ncclInvalidArgument, op, "there is no rank ", r.peer, " among its ", op.comm->size);
   const auto check_buffer = [&](const char* p, size_t bytes, const char* which) {
     if (!bytes) return;
@@ -98,7 +114,8 @@ void check_arguments(const Op& op) {
 #if defined(CPU_FAST) || defined(CPU_FAITHFUL)
     const cpu::Arena& arena = cpu::arena();
     if (p < arena.base || p + bytes > arena.base + arena.size)
-      refuse(ncclInvalidArgument, op, "the ", which, " buffer is host memory; NCCL moves device memory");
+      refuse(ncclInvalidArgument, op, "the ", which,
+             " buffer is host memory; NCCL moves device memory");
 #endif
   };
   check_buffer(op.user_send, op.send_bytes, "send");
@@ -112,8 +129,10 @@ bool overlap(const char* a, size_t a_bytes, const char* b, size_t b_bytes) {
 // The one offset at which send and receive buffer may lie upon each other.
 bool exactly_in_place(const Op& op) {
   const size_t rank = size_t(op.comm->rank);
-  if (op.record.call == Call::all_gather) return op.user_send == op.user_recv + rank * op.send_bytes;
-  if (op.record.call == Call::reduce_scatter) return op.user_recv == op.user_send + rank * op.recv_bytes;
+  if (op.record.call == Call::all_gather)
+    return op.user_send == op.user_recv + rank * op.send_bytes;
+  if (op.record.call == Call::reduce_scatter)
+    return op.user_recv == op.user_send + rank * op.recv_bytes;
   return op.collective() && op.user_send == op.user_recv;
 }
 }  // namespace
@@ -121,14 +140,18 @@ bool exactly_in_place(const Op& op) {
 void check_overlaps(const std::vector<Op>& ops) {
   for (const Op& op : ops) {
     if (overlap(op.user_send, op.send_bytes, op.user_recv, op.recv_bytes) && !exactly_in_place(op))
-      refuse(ncclInvalidUsage, op, "its send and receive buffers overlap by other than the in-place offset (the receive buffer starts ",
-             op.user_recv - op.user_send, " bytes after the send buffer)");
+      refuse(
+          ncclInvalidUsage, op,
+          "its send and receive buffers overlap by other than the in-place offset (the receive buffer starts ",
+          op.user_recv - op.user_send, " bytes after the send buffer)");
     for (const Op& other : ops) {  // the calls of a group have no order among them
       if (&other == &op) continue;
-      const bool both_receive = overlap(op.user_recv, op.recv_bytes, other.user_recv, other.recv_bytes);
+      const bool both_receive =
+          overlap(op.user_recv, op.recv_bytes, other.user_recv, other.recv_bytes);
       if (both_receive || overlap(op.user_recv, op.recv_bytes, other.user_send, other.send_bytes))
-        refuse(ncclInvalidUsage, op, "its receive buffer overlaps with the ", both_receive ? "receive" : "send", " buffer of ",
-               words(*other.comm, other.record), " in the same group");
+        refuse(ncclInvalidUsage, op, "its receive buffer overlaps with the ",
+               both_receive ? "receive" : "send", " buffer of ", words(*other.comm, other.record),
+               " in the same group");
     }
   }
 }
@@ -138,11 +161,14 @@ void check_overlaps(const std::vector<Op>& ops) {
 void compare(const Op& op, int q, const Record& theirs) {
   const Record& mine = op.record;
   const bool pair = !op.collective();
-  const bool same = mine.number == theirs.number && mine.count == theirs.count && mine.dtype == theirs.dtype &&
-                    (pair || (mine.call == theirs.call && mine.op == theirs.op && mine.peer == theirs.peer &&
-                              mine.group_index == theirs.group_index && mine.group_size == theirs.group_size));
+  const bool same =
+      mine.number == theirs.number && mine.count == theirs.count && mine.dtype == theirs.dtype &&
+      (pair || (mine.call == theirs.call && mine.op == theirs.op && mine.peer == theirs.peer &&
+                mine.group_index == theirs.group_index && mine.group_size == theirs.group_size));
   if (same) return;
-  const auto says = [&](int rank, const Record& r) { return sentence("rank ", op.comm->world(rank), " called ", words(*op.comm, r)); };
+  const auto says = [&](int rank, const Record& r) {
+    return sentence("rank ", op.comm->world(rank), " called ", words(*op.comm, r));
+  };
   std::string higher = says(q, theirs), lower = says(op.comm->rank, mine);
   if (q < op.comm->rank) std::swap(higher, lower);
   fail(ncclInvalidUsage, higher, ", ", lower, " on ", op.comm->description);
@@ -151,15 +177,19 @@ void compare(const Op& op, int q, const Record& theirs) {
 // ---- the tests' mode: a reader or writer that does not wait for the communication stream shows
 
 namespace {
-struct Bytes { const char* data; size_t bytes; };
+struct Bytes {
+  const char* data;
+  size_t bytes;
+};
 // Of the send buffer, the parts that the call itself leaves alone.
 std::vector<Bytes> kept_parts(const Op& op) {
   const size_t slice = op.recv_bytes, before = size_t(op.comm->rank) * slice;
-  if (!overlap(op.user_send, op.send_bytes, op.user_recv, op.recv_bytes) || op.record.call == Call::all_gather ||
-      op.record.call == Call::broadcast)
+  if (!overlap(op.user_send, op.send_bytes, op.user_recv, op.recv_bytes) ||
+      op.record.call == Call::all_gather || op.record.call == Call::broadcast)
     return {{op.user_send, op.send_bytes}};
   if (op.record.call == Call::reduce_scatter)
-    return {{op.user_send, before}, {op.user_send + before + slice, op.send_bytes - before - slice}};
+    return {{op.user_send, before},
+            {op.user_send + before + slice, op.send_bytes - before - slice}};
   return {};
 }
 uint64_t checksum(const Op& op) {
@@ -193,8 +223,9 @@ void fill_and_sum(Op& op) {
 
 void check_sum(const Op& op) {
   if (kCuda || op.checksum == checksum(op)) return;
-  refuse(ncclInvalidUsage, op,
-         "the send buffer changed before the call was complete: something writes to it without waiting for the communication stream");
+  refuse(
+      ncclInvalidUsage, op,
+      "the send buffer changed before the call was complete: something writes to it without waiting for the communication stream");
 }
 
 // ---- bytes
@@ -205,8 +236,11 @@ void count_traffic(Op& op) {
   int64_t numerator = 0;
   switch (op.record.call) {
     case Call::all_reduce: numerator = 2 * (n - 1) * bytes; break;
-    case Call::all_gather: case Call::reduce_scatter: numerator = (n - 1) * n * bytes; break;
-    case Call::broadcast: case Call::reduce: case Call::send: numerator = n * bytes; break;
+    case Call::all_gather:
+    case Call::reduce_scatter: numerator = (n - 1) * n * bytes; break;
+    case Call::broadcast:
+    case Call::reduce:
+    case Call::send: numerator = n * bytes; break;
     default: break;
   }
   std::lock_guard lock(comm.mutex);
@@ -230,7 +264,8 @@ std::string stand_of(const ncclComm& comm, int q) {
   const Status* status = status_of(m);
   if (!status) {
     const Record last = comm.link->last_heard(q);
-    return sentence("rank ", m.world, last.call == Call::none ? " was not heard on it" : " was last heard in ",
+    return sentence("rank ", m.world,
+                    last.call == Call::none ? " was not heard on it" : " was last heard in ",
                     last.call == Call::none ? "" : words(comm, last));
   }
   std::string s = sentence("rank ", m.world);
@@ -239,7 +274,8 @@ std::string stand_of(const ncclComm& comm, int q) {
   if (state == 0) s += " has made no call";
   else s += state == 1 ? " waits in " : state == 2 ? " has completed " : " has failed in ";
   if (state) s += sentence(words(r, status->peer_world), " on ", status->comm);
-  if (state == 1 && status->calls_in_task > 1) s += sentence(", one of ", status->calls_in_task, " calls in its group");
+  if (state == 1 && status->calls_in_task > 1)
+    s += sentence(", one of ", status->calls_in_task, " calls in its group");
   if (state >= 2) s += " and called nothing since";
   const char process = m.pid == getpid() ? 'R' : process_state(m.pid);
   if (process == 'T' || process == 't') s += " (its process is stopped)";
@@ -253,17 +289,24 @@ std::string where_all_stand(const ncclComm& comm) {
   return s;
 }
 
-double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
-// Throws if the wait that began at `since` should end: given up here or by a peer, a peer's process gone, the watch run out.
+// Throws if the wait that began at `since` should end: given up here or by a peer, a peer's process
+// gone, the watch run out.
 void look_around(Task& task, const std::function<bool()>& ready, double since, double* next_look) {
   const auto relay = [](int world, const std::string& why) {
-    fail(ncclRemoteError, why.find(" gave up: ") == std::string::npos ? sentence("rank ", world, " gave up: ", why) : why);
+    fail(ncclRemoteError, why.find(" gave up: ") == std::string::npos
+                              ? sentence("rank ", world, " gave up: ", why)
+                              : why);
   };
   for (const auto& comm : task.comms) {
-    if (comm->aborted) fail(ncclInternalError, "rank ", comm->world(comm->rank), " aborted ", comm->description);
+    if (comm->aborted)
+      fail(ncclInternalError, "rank ", comm->world(comm->rank), " aborted ", comm->description);
     for (int q = 0; q < comm->size; q++)
-      if (const std::string why = q == comm->rank ? "" : comm->link->peer_gave_up(q); !why.empty()) {
+      if (const std::string why = q == comm->rank ? "" : comm->link->peer_gave_up(q);
+          !why.empty()) {
         if (ready()) return;  // a mismatch that I can see myself has the better sentence
         relay(comm->world(q), why);
       }
@@ -275,17 +318,18 @@ void look_around(Task& task, const std::function<bool()>& ready, double since, d
     for (const Member& m : comm->members) {
       const char process = m.rank == comm->rank || !status_of(m) ? 'R' : process_state(m.pid);
       if (process == 'Z' || process == 'X')
-        fail(ncclRemoteError, "rank ", m.world, "'s process has ended while others wait on ", comm->description, ". ",
-             where_all_stand(*comm));
+        fail(ncclRemoteError, "rank ", m.world, "'s process has ended while others wait on ",
+             comm->description, ". ", where_all_stand(*comm));
     }
     if (time - since > watch_seconds())
-      fail(ncclRemoteError, "deadlock: rank ", comm->world(comm->rank), " has waited for ", watch_seconds(), " s on ", comm->description,
-           ". ", where_all_stand(*comm));
+      fail(ncclRemoteError, "deadlock: rank ", comm->world(comm->rank), " has waited for ",
+           watch_seconds(), " s on ", comm->description, ". ", where_all_stand(*comm));
   }
 }
 }  // namespace
 
-// Spins a little where every rank has a core of its own, yields a few times, then sleeps: what we wait for may need our core.
+// Spins a little where every rank has a core of its own, yields a few times, then sleeps: what we
+// wait for may need our core.
 void wait_until(Task& task, const std::function<bool()>& ready) {
   bool messages = false;  // MPI has no doorbell
   for (const auto& comm : task.comms) messages |= !comm->shares;

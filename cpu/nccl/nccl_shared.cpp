@@ -1,10 +1,15 @@
-// nccl_shared.cpp: ranks of one node read each other's memory in place: a Link whose messages are flags and whose copies are plain loads.
+// nccl_shared.cpp: ranks of one node read each other's memory in place: a Link whose messages are
+// flags and whose copies are plain loads.
 //
-// idea      each process owns one memfd (the region) with a shelf at its start (status, doorbell), desks for its communicators and staging
-//           blocks. Peers map it, and the arena of the CPU's device memory, through /proc/PID/fd. Only the owner writes records and flags.
-//           A desk is never freed: the last records of every rank stay readable, and a peer may still be reading them.
-// waiting   whoever changes a flag rings the doorbell of those who sleep; whoever wants to sleep says so first and looks once more.
-// cost      all-gather reads (n-1) slices, reduce-scatter (n-1) slices, all-reduce both; one flag written and n-1 read for each meeting
+// idea      each process owns one memfd (the region) with a shelf at its start (status, doorbell),
+//           desks for its communicators and staging blocks. Peers map it, and the arena of the
+//           CPU's device memory, through /proc/PID/fd. Only the owner writes records and flags. A
+//           desk is never freed: the last records of every rank stay readable, and a peer may still
+//           be reading them.
+// waiting   whoever changes a flag rings the doorbell of those who sleep; whoever wants to sleep
+//           says so first and looks once more.
+// cost      all-gather reads (n-1) slices, reduce-scatter (n-1) slices, all-reduce both; one flag
+//           written and n-1 read for each meeting
 // test      tests/test_nccl.cpp
 #include <fcntl.h>
 #include <linux/futex.h>
@@ -29,7 +34,8 @@ namespace nccl {
 namespace {
 
 struct Shelf {
-  std::atomic<uint64_t> cookie;                            // tells a peer that it mapped the right process
+  // tells a peer that it mapped the right process
+  std::atomic<uint64_t> cookie;
   alignas(64) std::atomic<uint32_t> doorbell, asleep;
   Status status;
 };
@@ -42,7 +48,9 @@ class Region {
     if (fd >= 0 && ftruncate(fd, off_t(kBytes))) close(fd), fd = -1;
     const int flags = (fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS) | MAP_NORESERVE;
     void* memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, flags, fd, 0);
-    if (memory == MAP_FAILED) fail(ncclSystemError, "mmap of ", kBytes >> 30, " GiB of address space failed: ", strerror(errno));
+    if (memory == MAP_FAILED)
+      fail(ncclSystemError, "mmap of ", kBytes >> 30,
+           " GiB of address space failed: ", strerror(errno));
     base = static_cast<char*>(memory);
     std::random_device random;
     shelf()->cookie = uint64_t(random()) << 32 | random();
@@ -52,7 +60,8 @@ class Region {
   uint64_t carve(size_t bytes, size_t align) {
     std::lock_guard lock(mutex_);
     const uint64_t at = (end_ + align - 1) / align * align;
-    if (bytes > kBytes - at) fail(ncclSystemError, "the NCCL stand-in has staged more than ", kBytes >> 30, " GiB");
+    if (bytes > kBytes - at)
+      fail(ncclSystemError, "the NCCL stand-in has staged more than ", kBytes >> 30, " GiB");
     end_ = at + bytes;
     return at;
   }
@@ -79,7 +88,8 @@ class Region {
     free_[std::bit_ceil(std::max<size_t>(bytes, kAlign))].push_back(block);
   }
 
-  static constexpr size_t kBytes = size_t(1) << 36, kAlign = 1 << 16;  // address space; pages come when they are touched
+  // address space; pages come when they are touched
+  static constexpr size_t kBytes = size_t(1) << 36, kAlign = 1 << 16;
   int fd = -1;
   char* base = nullptr;
 
@@ -89,13 +99,16 @@ class Region {
   std::map<size_t, std::vector<char*>> free_;
 };
 Region& region() {
-  static Region* region = new Region;  // lives as long as the process: streams may outlast static destructors
+  // lives as long as the process: streams may outlast static destructors
+  static Region* region = new Region;
   return *region;
 }
 
 // ---- peers
 
-struct Peer { char *region = nullptr, *arena = nullptr; };
+struct Peer {
+  char *region = nullptr, *arena = nullptr;
+};
 std::mutex peers_mutex;
 std::map<int, Peer> peers;  // by world rank; mapped once, kept
 
@@ -118,11 +131,13 @@ const Peer* find_peer(int world) {
 
 #if defined(CPU_FAST) || defined(CPU_FAITHFUL)
 cpu::Arena my_arena() { return cpu::arena(); }
-// Peers can map device memory only if it is shared from the first allocation on, so it is when a launcher started more than one process.
-// (Both ways: the runtime may be initialised before this file or after it.) THREEFOLD_NCCL=staged leaves it alone, for tests.
+// Peers can map device memory only if it is shared from the first allocation on, so it is when a
+// launcher started more than one process. (Both ways: the runtime may be initialised before this
+// file or after it.) THREEFOLD_NCCL=staged leaves it alone, for tests.
 [[maybe_unused]] const bool shares_device_memory = [] {
   bool several = false;
-  for (const char* name : {"PMI_SIZE", "SLURM_NTASKS"}) several |= getenv(name) && atoi(getenv(name)) > 1;
+  for (const char* name : {"PMI_SIZE", "SLURM_NTASKS"})
+    several |= getenv(name) && atoi(getenv(name)) > 1;
   const char* transport = getenv("THREEFOLD_NCCL");
   if (!several || (transport && !strcmp(transport, "staged"))) return false;
   setenv("THREEFOLD_SHARE_MEMORY", "1", 1);
@@ -130,7 +145,11 @@ cpu::Arena my_arena() { return cpu::arena(); }
   return true;
 }();
 #else
-struct NoArena { int fd; char* base; size_t size; };
+struct NoArena {
+  int fd;
+  char* base;
+  size_t size;
+};
 NoArena my_arena() { return {-1, nullptr, 0}; }
 #endif
 
@@ -147,7 +166,8 @@ bool map_peer(const Member& m) {
     if (m.arena_fd >= 0) peer.arena = map_of(m.pid, m.arena_fd, m.arena_bytes);
     if (m.arena_fd >= 0 && !peer.arena) return false;
   }
-  if (region().fd < 0 || !peer.region || reinterpret_cast<Shelf*>(peer.region)->cookie != m.cookie) return false;
+  if (region().fd < 0 || !peer.region || reinterpret_cast<Shelf*>(peer.region)->cookie != m.cookie)
+    return false;
   std::lock_guard lock(peers_mutex);
   peers[m.world] = peer;
   return true;
@@ -184,10 +204,15 @@ static void ring(const Peer& peer) {  // after a full fence: my change first, th
 void sleep_until_rung(const std::function<bool()>& ready) {
   Shelf* shelf = region().shelf();
   const uint32_t before = shelf->doorbell;
-  struct Awake { Shelf* shelf; ~Awake() { shelf->asleep = 0; } } awake{shelf};
+  struct Awake {
+    Shelf* shelf;
+    ~Awake() { shelf->asleep = 0; }
+  } awake{shelf};
   shelf->asleep = 1;
-  std::atomic_thread_fence(std::memory_order_seq_cst);  // that I sleep first, then what they changed
-  const timespec longest{0, 50'000'000};                // to look after the watch and the peers' processes
+  // that I sleep first, then what they changed
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  // to look after the watch and the peers' processes
+  const timespec longest{0, 50'000'000};
   if (!ready()) syscall(SYS_futex, &shelf->doorbell, FUTEX_WAIT, before, &longest, nullptr, 0);
 }
 
@@ -195,12 +220,18 @@ void sleep_until_rung(const std::function<bool()>& ready) {
 
 namespace {
 
-struct Post { std::atomic<uint64_t> number; Record record; };
-struct alignas(64) Channel {
-  Post post[2];                                // for even and odd numbers
-  alignas(64) std::atomic<uint64_t> arrived;   // counts up through 2 k - 1 (k's sums are there) and 2 k (k is done with)
+struct Post {
+  std::atomic<uint64_t> number;
+  Record record;
 };
-struct Desk {  // one rank's, for one communicator; then 2 n channels: sends to q at [q], receives from q at [n + q]
+struct alignas(64) Channel {
+  Post post[2];  // for even and odd numbers
+  // counts up through 2 k - 1 (k's sums are there) and 2 k (k is done with)
+  alignas(64) std::atomic<uint64_t> arrived;
+};
+// one rank's, for one communicator; then 2 n channels: sends to q at [q], receives from q at [n +
+// q]
+struct Desk {
   std::atomic<uint32_t> gave_up;
   char why[1020];
   Channel all;
@@ -256,7 +287,8 @@ class SharedLink final : public Link {
 
   void arrive(Op& op) override {
     mine(op).arrived.store(stamp(op), std::memory_order_release);
-    if (!op.record.inlined) notify(op, [&](int q) { return theirs(op, q).arrived.load() >= stamp(op); });
+    if (!op.record.inlined)
+      notify(op, [&](int q) { return theirs(op, q).arrived.load() >= stamp(op); });
   }
   bool released(Op& op) override {
     for (int q : op.offered)
@@ -271,24 +303,34 @@ class SharedLink final : public Link {
     std::atomic_thread_fence(std::memory_order_seq_cst);
     for (const Peer& peer : peers_) ring(peer);
   }
-  std::string peer_gave_up(int q) override { return desks_[q]->gave_up.load(std::memory_order_acquire) ? desks_[q]->why : ""; }
+  std::string peer_gave_up(int q) override {
+    return desks_[q]->gave_up.load(std::memory_order_acquire) ? desks_[q]->why : "";
+  }
 
   Record last_heard(int) override { return {}; }  // its status says more
 
   bool needs_staging(const Op& op) override {
     const bool reads_recv = op.record.call == Call::all_reduce;
-    return !op.record.inlined && ((op.send_bytes && locate(op.send).segment == Segment::none) ||
-                                  (reads_recv && op.recv_bytes && locate(op.recv).segment == Segment::none));
+    return !op.record.inlined &&
+           ((op.send_bytes && locate(op.send).segment == Segment::none) ||
+            (reads_recv && op.recv_bytes && locate(op.recv).segment == Segment::none));
   }
 
  private:
   // Where I write about `op`, and where q does: q's receive meets my send.
-  Channel& mine(const Op& op) { return channel(op, comm_.rank, op.record.peer, op.record.call == Call::recv); }
-  Channel& theirs(const Op& op, int q) { return channel(op, q, comm_.rank, op.record.call == Call::send); }
-  Channel& channel(const Op& op, int whose, int other, bool receives) {
-    return op.collective() ? desks_[whose]->all : pairs(desks_[whose])[(receives ? comm_.size : 0) + other];
+  Channel& mine(const Op& op) {
+    return channel(op, comm_.rank, op.record.peer, op.record.call == Call::recv);
   }
-  uint64_t stamp(const Op& op) const { return 2 * op.record.number - uint64_t(op.phase == 0 && op.record.call == Call::all_reduce); }
+  Channel& theirs(const Op& op, int q) {
+    return channel(op, q, comm_.rank, op.record.call == Call::send);
+  }
+  Channel& channel(const Op& op, int whose, int other, bool receives) {
+    return op.collective() ? desks_[whose]->all
+                           : pairs(desks_[whose])[(receives ? comm_.size : 0) + other];
+  }
+  uint64_t stamp(const Op& op) const {
+    return 2 * op.record.number - uint64_t(op.phase == 0 && op.record.call == Call::all_reduce);
+  }
   // Those who sleep in a collective wait for everyone: the last to come wakes them all.
   template <class Came> void notify(const Op& op, const Came& came) {
     std::atomic_thread_fence(std::memory_order_seq_cst);
@@ -299,7 +341,8 @@ class SharedLink final : public Link {
   }
   Where locate(const char* p) const {
     const auto arena = my_arena();
-    if (arena.fd >= 0 && p >= arena.base && p < arena.base + arena.size) return {Segment::arena, uint64_t(p - arena.base)};
+    if (arena.fd >= 0 && p >= arena.base && p < arena.base + arena.size)
+      return {Segment::arena, uint64_t(p - arena.base)};
     const char* base = region().base;
     if (p >= base && p < base + Region::kBytes) return {Segment::region, uint64_t(p - base)};
     return {};
@@ -312,7 +355,9 @@ class SharedLink final : public Link {
 
 }  // namespace
 
-uint64_t new_desk(int ranks) { return region().carve(sizeof(Desk) + 2 * size_t(ranks) * sizeof(Channel), 4096); }
+uint64_t new_desk(int ranks) {
+  return region().carve(sizeof(Desk) + 2 * size_t(ranks) * sizeof(Channel), 4096);
+}
 std::unique_ptr<Link> shared_link(ncclComm& comm) { return std::make_unique<SharedLink>(comm); }
 
 }  // namespace nccl
