@@ -166,7 +166,7 @@ static StepRecord train_step(const Options& o, const Dataset& data, const Mesh& 
 static void train(const Options& o, const Dataset& data, const Job& job, Mesh& mesh, Watch& watch) {
   const bool prints = job.speaks;
   matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
-  GptConfig config = model_config(o.model, o.dtype, o.attention);
+  GptConfig config = model_config(o);
   config.recompute = o.recompute, config.sequence_parallel = o.sequence_parallel;
   if (prints) print_setup(o, config, data);
   Trainer trainer(mesh, config, trainer_options(o));

@@ -95,6 +95,14 @@ void resolve_common(CommonOptions& o, bool has_gpu) {
   if (o.dtype.empty()) o.dtype = has_gpu ? "bf16" : "f32";
 }
 
+GptConfig model_config(const CommonOptions& o) {
+  return {o.model,
+          o.dtype == "f64"    ? Dtype::f64
+          : o.dtype == "bf16" ? Dtype::bf16
+                              : Dtype::f32,
+          o.attention == "flash" ? AttentionKind::flash : AttentionKind::plain};
+}
+
 void check_common(const CommonOptions& o, int64_t chunks) {
   const ModelSize& m = o.model;
   REQUIRE(std::min({m.layers, m.width, m.heads, m.context, m.vocab}) > 0,

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "support/check.h"
+#include "gpt.h"
 
 // ---- the parser: knows no option
 
@@ -69,9 +69,6 @@ std::string help_text(const std::string& usage, const OptionTable& table);
 
 // ---- the options that train_gpt and generate share
 
-struct ModelSize {
-  int64_t layers = 0, width = 0, heads = 0, context = 0, vocab = 0;
-};
 // Fields without a default here, and in Options, are unset until they are resolved: 0, empty, or
 // negative where 0 has a meaning.
 struct CommonOptions {
@@ -90,6 +87,7 @@ OptionGroup model_options(CommonOptions& options);  // --model and what override
 OptionGroup computing_options(CommonOptions& options, const std::string& ranks);
 // sizes that are unset become the named model's
 void resolve_common(CommonOptions& options, bool has_gpu);
+GptConfig model_config(const CommonOptions& options);
 // what cannot work: a sentence. chunks: of a stage
 void check_common(const CommonOptions& options, int64_t chunks = 1);
 
