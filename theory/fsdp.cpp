@@ -4,7 +4,7 @@
 #include "theory/theory.h"
 
 void TheoryOfRank::add_fsdp() {
-  const bool reshards = shards_parameters && options.reshard;
+  const bool reshards = shards_parameters && options.fsdp.reshard;
   int64_t& gradients = persistent[int(Memory::gradients)];
   std::map<int, int64_t> gathers;  // of each unit in a micro-batch, where it is resharded
   std::set<Param*> seen;
@@ -29,7 +29,7 @@ void TheoryOfRank::add_fsdp() {
     gradients += (shards_gradients ? shard : P) * g;
     // two moments and, where another dtype computes, master weights
     persistent[int(Memory::optimizer)] += (e == g ? 2 : 3) * shard * g;
-    if (params[0]->unit < kFirstBlock) ends += P;
+    if (unit < kFirstBlock) ends += P;
     else block = P;
   }
 
@@ -38,5 +38,5 @@ void TheoryOfRank::add_fsdp() {
   const int64_t two = schedule.name == "zb" ? std::max<int64_t>(blocks, 2) : 2;
   if (shards_gradients) gather_bound += (ends + two * block) * g;
   if (shards_parameters)
-    gather_bound += (ends + (reshards ? 1 + options.prefetch : blocks) * block) * e;
+    gather_bound += (ends + (reshards ? 1 + options.fsdp.prefetch : blocks) * block) * e;
 }

@@ -3,7 +3,14 @@
 
 Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp_rank,
               const TrainerOptions& options) {
-  TheoryOfRank t(config, layout, pp_rank, tp_rank, options);
+  TheoryOfRank t{{},
+                 config,
+                 options,
+                 {"pp", layout.pp, pp_rank},
+                 {"replicate", layout.replicate},
+                 {"fsdp", layout.fsdp},
+                 {"tp", layout.tp, tp_rank},
+                 schedule_of(options, layout)};
   t.add_fsdp();
   t.add_tensor_parallel();
   t.add_pipeline();
@@ -14,28 +21,6 @@ Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp
     t.enter(axis, Collective::all_reduce, Traffic::loss, 1, 8);
   return t;
 }
-
-TheoryOfRank::TheoryOfRank(const GptConfig& config, const Layout& layout, int pp_rank, int tp_rank,
-                           const TrainerOptions& o)
-    : config(config),
-      options(o.fsdp),
-      pp{"pp", layout.pp, pp_rank},
-      replicate{"replicate", layout.replicate},
-      fsdp{"fsdp", layout.fsdp},
-      tp{"tp", layout.tp, tp_rank},
-      gpt(config, tp),
-      schedule(schedule_of(o, layout)),
-      pieces(pieces_of(gpt, schedule, pp_rank)),
-      shards_gradients(fsdp.size > 1 && options.zero >= 2),
-      shards_parameters(fsdp.size > 1 && options.zero == 3),
-      by_rows(config.sequence_parallel && tp.size > 1),
-      e(int64_t(size_of(config.dtype))),
-      g(int64_t(size_of(master_dtype(config.dtype)))),
-      m(schedule.microbatches),
-      B(o.microbatch),
-      R(B * config.context),
-      S(by_rows ? (R + tp.size - 1) / tp.size : R),
-      activation(S * config.width * e) {}
 
 void TheoryOfRank::enter(const Axis& axis, Collective collective, Traffic purpose, int64_t calls,
                          int64_t bytes) {

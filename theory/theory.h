@@ -33,8 +33,6 @@ int64_t decoding_bytes(const GptConfig& config, const Layout& layout, int pp_ran
 
 // A rank: its place in the job, its parts of the model, and the theory so far.
 struct TheoryOfRank : Theory {
-  TheoryOfRank(const GptConfig& config, const Layout& layout, int pp_rank, int tp_rank,
-               const TrainerOptions& options);
   void add_fsdp();
   void add_tensor_parallel();
   void add_pipeline();
@@ -45,15 +43,19 @@ struct TheoryOfRank : Theory {
              int64_t bytes);
 
   const GptConfig& config;
-  FsdpOptions options;
+  const TrainerOptions& options;
   Axis pp, replicate, fsdp, tp;
-  Gpt gpt;  // sizes only: nothing is allocated
   Schedule schedule;
-  std::vector<ModelPiece> pieces;
-  bool shards_gradients, shards_parameters, by_rows;  // ZeRO-2 and 3; ZeRO-3; sequence parallelism
-  int64_t e, g;  // bytes of an element: of what computes; of gradients and moments
-  int64_t m, B, R, S;
-  int64_t activation;  // bytes of an activation of width C on this rank
+  Gpt gpt{config, tp};  // sizes only: nothing is allocated
+  std::vector<ModelPiece> pieces = pieces_of(gpt, schedule, pp.rank);
+  bool shards_gradients = fsdp.size > 1 && options.fsdp.zero >= 2,
+       shards_parameters = fsdp.size > 1 && options.fsdp.zero == 3,
+       by_rows = config.sequence_parallel && tp.size > 1;
+  // bytes of an element: of what computes; of gradients, master weights and moments
+  int64_t e = int64_t(size_of(config.dtype)), g = int64_t(size_of(master_dtype(config.dtype)));
+  int64_t m = schedule.microbatches, B = options.microbatch, R = B * config.context,
+          S = by_rows ? (R + tp.size - 1) / tp.size : R;
+  int64_t activation = S * config.width * e;  // bytes of an activation of width C on this rank
 };
 
 // Matrices of a part that are split over the tp axis: by the inputs of their product, whose results
