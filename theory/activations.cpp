@@ -1,4 +1,5 @@
 // theory/activations.cpp: what the parts of the model keep for their backwards.
+#include "theory/simulate.h"
 #include "theory/theory.h"
 
 // Bytes that one micro-batch leaves behind in a part. By rows: an activation of width C, of the

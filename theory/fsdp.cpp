@@ -35,7 +35,7 @@ void TheoryOfRank::add_fsdp() {
 
   // For a while whole: gradients of both ends and of two blocks, or of all where weight gradients
   // are put off; parameters of both ends, of a block and those that are gathered ahead.
-  const int64_t two = schedule.name == "zb" ? std::max<int64_t>(blocks, 2) : 2;
+  const int64_t two = schedule.row->splits_backward ? std::max<int64_t>(blocks, 2) : 2;
   if (shards_gradients) gather_bound += (ends + two * block) * g;
   if (shards_parameters)
     gather_bound += (ends + (reshards ? 1 + options.fsdp.prefetch : blocks) * block) * e;
