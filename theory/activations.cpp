@@ -32,5 +32,5 @@ void TheoryOfRank::add_activations() {
     bytes.push_back(0);
     for (const ModelPart& part : piece) bytes.back() += kept(*this, part);
   }
-  activations = peak_live(schedule, pp.rank, bytes);
+  sum.activations = peak_live(schedule, pp.rank, bytes);
 }

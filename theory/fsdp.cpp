@@ -5,7 +5,7 @@
 
 void TheoryOfRank::add_fsdp() {
   const bool reshards = shards_parameters && options.fsdp.reshard;
-  int64_t& gradients = persistent[int(Memory::gradients)];
+  int64_t& gradients = sum.persistent[int(Memory::gradients)];
   std::map<int, int64_t> gathers;  // of each unit in a micro-batch, where it is resharded
   std::set<Param*> seen;
   int64_t blocks = 0;
@@ -25,10 +25,10 @@ void TheoryOfRank::add_fsdp() {
     enter(fsdp, Collective::all_gather, Traffic::training, reshards ? gathers[unit] * m : 1, P * e);
     enter(fsdp, Collective::reduce_scatter, Traffic::training, shards_gradients ? m : 1, P * g);
     enter(replicate, Collective::all_reduce, Traffic::training, 1, shard * g);
-    persistent[int(Memory::parameters)] += (shards_parameters ? shard : P) * e;
+    sum.persistent[int(Memory::parameters)] += (shards_parameters ? shard : P) * e;
     gradients += (shards_gradients ? shard : P) * g;
     // two moments and, where another dtype computes, master weights
-    persistent[int(Memory::optimizer)] += (e == g ? 2 : 3) * shard * g;
+    sum.persistent[int(Memory::optimizer)] += (e == g ? 2 : 3) * shard * g;
     if (unit < kFirstBlock) ends += P;
     else block = P;
   }
@@ -36,7 +36,7 @@ void TheoryOfRank::add_fsdp() {
   // For a while whole: gradients of both ends and of two blocks, or of all where weight gradients
   // are put off; parameters of both ends, of a block and those that are gathered ahead.
   const int64_t two = schedule.row->splits_backward ? std::max<int64_t>(blocks, 2) : 2;
-  if (shards_gradients) gather_bound += (ends + two * block) * g;
+  if (shards_gradients) sum.gather_bound += (ends + two * block) * g;
   if (shards_parameters)
-    gather_bound += (ends + (reshards ? 1 + options.fsdp.prefetch : blocks) * block) * e;
+    sum.gather_bound += (ends + (reshards ? 1 + options.fsdp.prefetch : blocks) * block) * e;
 }

@@ -3,8 +3,7 @@
 
 Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp_rank,
               const TrainerOptions& options) {
-  TheoryOfRank t{{},
-                 config,
+  TheoryOfRank t{config,
                  options,
                  {"pp", layout.pp, pp_rank},
                  {"replicate", layout.replicate},
@@ -19,7 +18,7 @@ Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp
     t.enter(axis, Collective::all_reduce, Traffic::norm, 1, int64_t(t.gpt.params().size()) * 8);
   for (const Axis& axis : {t.fsdp, t.replicate, t.pp})
     t.enter(axis, Collective::all_reduce, Traffic::loss, 1, 8);
-  return t;
+  return t.sum;
 }
 
 void TheoryOfRank::enter(const Axis& axis, Collective collective, Traffic purpose, int64_t calls,
@@ -29,7 +28,7 @@ void TheoryOfRank::enter(const Axis& axis, Collective collective, Traffic purpos
   const int64_t n = axis.size, parts = collective == Collective::all_reduce ? 2 * (n - 1)
                                        : collective == Collective::send     ? n
                                                                             : n - 1;
-  Ledger::Row& row = step[{axis.name, collective, purpose}];
+  Ledger::Row& row = sum.step[{axis.name, collective, purpose}];
   row.calls += calls;
   row.numerator += calls * parts * bytes;
   row.n = axis.size;

@@ -32,7 +32,7 @@ int64_t decoding_bytes(const GptConfig& config, const Layout& layout, int pp_ran
 // ---- for the strategies' files
 
 // A rank: its place in the job, its parts of the model, and the theory so far.
-struct TheoryOfRank : Theory {
+struct TheoryOfRank {
   void add_fsdp();
   void add_tensor_parallel();
   void add_pipeline();
@@ -56,6 +56,8 @@ struct TheoryOfRank : Theory {
   int64_t m = schedule.microbatches, B = options.microbatch, R = B * config.context,
           S = by_rows ? (R + tp.size - 1) / tp.size : R;
   int64_t activation = S * config.width * e;  // bytes of an activation of width C on this rank
+
+  Theory sum = {};
 };
 
 // Matrices of a part that are split over the tp axis: by the inputs of their product, whose results
