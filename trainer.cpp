@@ -1,12 +1,15 @@
 // trainer.cpp: see trainer.h. The parts' forwards are in gpt.cpp; a backward is the tape's replay.
 #include "trainer.h"
 
+#include <algorithm>
+
 // ---- composition
 
 Schedule schedule_of(const TrainerOptions& o, const Layout& l) {
-  const int64_t all = o.microbatch * l.replicate * l.fsdp;
+  const int64_t all = o.microbatch * l.data_ranks();
   ASSERT(o.batch % all == 0);
-  return make_schedule(l.pp > 1 ? o.schedule : "1f1b", l.pp, int(o.batch / all), o.chunks);
+  const int pp = int(l["pp"]);
+  return make_schedule(pp > 1 ? o.schedule : "1f1b", pp, int(o.batch / all), o.chunks);
 }
 
 std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int stage) {
@@ -17,12 +20,13 @@ std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int 
 }
 
 Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options)
-    : gpt(config, mesh.tp, mesh.stream),
-      fsdp(mesh, config.dtype, options.fsdp, options.seed),
+    : gpt(config, mesh["tp"], mesh.stream),
+      fsdp(mesh["fsdp"], mesh.that(&AxisKind::splits_model, false), mesh.stream, config.dtype,
+           options.fsdp, options.seed),
       pipeline(mesh, schedule_of(options, mesh.layout)),
       mesh_(mesh),
       options_(options),
-      pieces_(pieces_of(gpt, pipeline.schedule(), mesh.pp.rank)) {
+      pieces_(pieces_of(gpt, pipeline.schedule(), mesh["pp"].rank)) {
   fsdp.add_units(params_of(pieces_));
   for (int c = 0; c < int(pieces_.size()); c++)
     for (const ModelPart& part : pieces_[c])
@@ -81,6 +85,12 @@ Var Trainer::forward(Tape& tape, int chunk, Var x, const Tokens& tokens, const F
   return x;
 }
 
+int64_t Trainer::data_rank() const {
+  int64_t rank = 0;
+  for (const Axis& axis : mesh_.that(&AxisKind::splits_batch)) rank = rank * axis.size + axis.rank;
+  return rank;
+}
+
 // `count` sequences from `first` on, as inputs and, one token further, targets.
 Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) const {
   std::vector<int> inputs, targets;
@@ -94,13 +104,16 @@ Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) co
   return Tokens(count, T, std::move(inputs), std::move(targets), gpt.tp.part(gpt.config.vocab));
 }
 
+// Each data-parallel rank has its sequences' part of the loss, and only the last stage has any.
 void Trainer::sum_loss() {
-  sum_over(mesh_, {&mesh_.fsdp, &mesh_.replicate, &mesh_.pp}, total_, Traffic::loss);
+  std::vector<Axis> axes = mesh_.that(&AxisKind::splits_batch);
+  axes.push_back(mesh_["pp"]);
+  sum_over(axes, total_, Traffic::loss, mesh_.stream);
 }
 
 void Trainer::update(double lr) {
   optimizer_->step(lr, [this](const Tensor& squares) {
-    sum_over(mesh_, {&mesh_.fsdp, &mesh_.tp, &mesh_.pp}, squares, Traffic::norm);
+    sum_over(mesh_.that(&AxisKind::splits_model), squares, Traffic::norm, mesh_.stream);
   });
   fsdp.end_step();
 }
@@ -145,6 +158,6 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
                        next = gpt.tp.whole_logits(logits.value, V);
                      });
                    });
-  sum_over(mesh_, {&mesh_.pp}, next, Traffic::evaluation);
+  sum_over({mesh_["pp"]}, next, Traffic::evaluation, mesh_.stream);
   return download(next);
 }

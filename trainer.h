@@ -55,8 +55,8 @@ class Trainer {
   Pipeline pipeline;  // of one stage where pp is 1
 
  private:
-  int data_ranks() const { return mesh_.fsdp.size * mesh_.replicate.size; }
-  int data_rank() const { return mesh_.replicate.rank * mesh_.fsdp.size + mesh_.fsdp.rank; }
+  int64_t data_ranks() const { return mesh_.layout.data_ranks(); }
+  int64_t data_rank() const;
   Var forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale);
   // What a chunk's parts make of x, the result of the part before. At the end of the model it goes
   // to `finish` instead.

@@ -4,10 +4,10 @@
 // ---- set-up
 
 Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int64_t room)
-    : gpt(config, mesh.tp, mesh.stream),
+    : gpt(config, mesh["tp"], mesh.stream),
       mesh_(mesh),
-      piece_(gpt.pieces(mesh.pp.size)[size_t(mesh.pp.rank)]),
-      pipeline_(mesh, make_schedule("gpipe", mesh.pp.size, 1)),
+      piece_(gpt.pieces(mesh["pp"].size)[size_t(mesh["pp"].rank)]),
+      pipeline_(mesh, make_schedule("gpipe", mesh["pp"].size, 1)),
       lengths_(size_t(sequences), 0),
       sequences_(sequences),
       room_(room) {
@@ -78,14 +78,15 @@ Generator::Logits Generator::decode(const std::vector<int>& tokens) {
 }
 
 std::vector<int> Generator::share(std::vector<int> picked) {
-  if (mesh_.pp.size == 1) return picked;
+  if (mesh_["pp"].size == 1) return picked;
   picked.resize(size_t(sequences_));
   const Tensor tokens({sequences_}, Dtype::i32, Memory::data);
   upload(tokens, picked.data());
   make_wait(mesh_.stream, device().compute);  // the tokens must be on the device
-  ledger.broadcast(mesh_.pp, tokens.bytes());
+  const Timed timed(mesh_.stream);
+  ledger.broadcast(mesh_["pp"], tokens.bytes());
   NCCL_CHECK(ncclBroadcast(tokens.raw(), tokens.raw(), size_t(sequences_), ncclInt32,
-                           mesh_.pp.size - 1, mesh_.pp.comm, mesh_.stream));
+                           mesh_["pp"].size - 1, mesh_["pp"].comm, mesh_.stream));
   make_wait(device().compute, mesh_.stream);  // they must have arrived
   download(tokens, picked.data());
   return picked;

@@ -4,9 +4,9 @@
 
 int64_t decoding_bytes(const GptConfig& config, const Layout& layout, int pp_rank,
                        int64_t sequences, int64_t steps) {
-  const int64_t n = layout.tp, compute = int64_t(size_of(config.dtype));
-  const Gpt gpt(config, {"tp", layout.tp});
-  const ModelPiece piece = gpt.pieces(layout.pp)[size_t(pp_rank)];
+  const int64_t n = layout["tp"], compute = int64_t(size_of(config.dtype));
+  const Gpt gpt(config, Mesh(layout)["tp"]);
+  const ModelPiece piece = gpt.pieces(int(layout["pp"]))[size_t(pp_rank)];
   const int64_t activation = sequences * config.width * compute,
                 logits = sequences * ((config.vocab + n - 1) / n) * compute;
   int64_t sums = 0;
@@ -14,6 +14,6 @@ int64_t decoding_bytes(const GptConfig& config, const Layout& layout, int pp_ran
   int64_t bytes = 2 * (n - 1) * activation * sums * steps / n;
   if (piece.back().kind == ModelPart::head) bytes += (n - 1) * logits * steps;
   else bytes += activation * steps;
-  if (layout.pp > 1) bytes += sequences * 4 * steps;  // the tokens that were picked
+  if (layout["pp"] > 1) bytes += sequences * 4 * steps;  // the tokens that were picked
   return bytes;
 }

@@ -3,21 +3,21 @@
 
 Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp_rank,
               const TrainerOptions& options) {
-  TheoryOfRank t{config,
-                 options,
-                 {"pp", layout.pp, pp_rank},
-                 {"replicate", layout.replicate},
-                 {"fsdp", layout.fsdp},
-                 {"tp", layout.tp, tp_rank},
-                 schedule_of(options, layout)};
+  Mesh mesh(layout);
+  mesh["pp"].rank = pp_rank;
+  mesh["tp"].rank = tp_rank;
+  TheoryOfRank t{config, options, mesh, schedule_of(options, layout)};
   t.add_fsdp();
   t.add_tensor_parallel();
   t.add_pipeline();
   t.add_activations();
-  for (const Axis& axis : {t.fsdp, t.tp, t.pp})  // a square a parameter, in f64
-    t.enter(axis, Collective::all_reduce, Traffic::norm, 1, int64_t(t.gpt.params().size()) * 8);
-  for (const Axis& axis : {t.fsdp, t.replicate, t.pp})
-    t.enter(axis, Collective::all_reduce, Traffic::loss, 1, 8);
+  const auto sum_in_f64 = [&](const std::vector<Axis>& axes, Traffic purpose, int64_t numbers) {
+    for (const Axis& axis : axes) t.enter(axis, Collective::all_reduce, purpose, 1, numbers * 8);
+  };
+  // a square a parameter; the loss, of which one stage has all
+  sum_in_f64(mesh.that(&AxisKind::splits_model), Traffic::norm, int64_t(t.gpt.params().size()));
+  sum_in_f64(mesh.that(&AxisKind::splits_batch), Traffic::loss, 1);
+  sum_in_f64({t.pp}, Traffic::loss, 1);
   return t.sum;
 }
 

@@ -44,9 +44,10 @@ struct TheoryOfRank {
 
   const GptConfig& config;
   const TrainerOptions& options;
-  Axis pp, replicate, fsdp, tp;
+  const Mesh& mesh;  // sizes only: nothing is opened
   Schedule schedule;
-  Gpt gpt{config, tp};  // sizes only: nothing is allocated
+  const Axis &pp = mesh["pp"], &fsdp = mesh["fsdp"], &tp = mesh["tp"];
+  Gpt gpt{config, tp};  // nor allocated
   std::vector<ModelPiece> pieces = pieces_of(gpt, schedule, pp.rank);
   bool shards_gradients = fsdp.size > 1 && options.fsdp.zero >= 2,
        shards_parameters = fsdp.size > 1 && options.fsdp.zero == 3,
