@@ -1,4 +1,4 @@
-// fsdp.cpp: each rank of the fsdp axis owns 1/n of every unit and borrows the rest while it
+// fsdp.cpp: each rank of an axis owns 1/n of every unit and borrows the rest while it
 // computes.
 //
 // traffic   P a unit's elements, m micro-batches, in units of (n-1)/n P per rank and step; gathers
@@ -8,7 +8,7 @@
 //             ZeRO-2               1             m          (and gradients)
 //             ZeRO-3, kept         1             m          (and parameters, gathered once a step)
 //             ZeRO-3              2 m            m          (and given back after each forward)
-//           replicate: one all-reduce of the gradient shard a unit and step
+//           each axis of copies: one all-reduce of the gradient shard a unit and step
 // memory    bytes a parameter in f32, ZeRO-1: 8 + 8/n, ZeRO-2: 4 + 12/n, ZeRO-3: 16/n; and the
 //           units in flight
 // not here  offloading to the host; gradients in bf16 on the wire
@@ -29,7 +29,7 @@
 Var Fsdp::run(Tape& tape, int use, const std::function<Var()>& f) {
   const Backward backward = uses_[use].backward;
   const auto each_unit = [this, use](auto&& work) {
-    for (int u : uses_[use].units) work(units_[u]);
+    for (Unit* u : uses_[use].units) work(*u);
   };
   // Gathers this use's units and, ahead of need, those of the uses after it in the direction we go.
   const auto gather = [this, use, each_unit](int direction) {
@@ -40,7 +40,7 @@ Var Fsdp::run(Tape& tape, int use, const std::function<Var()>& f) {
     for (int k = 1, next = use + direction; k <= options_.prefetch && in_group(next);
          k++, next += direction)
       if (direction > 0 || uses_[next].backward == Backward::gathers)
-        for (int u : uses_[next].units) start_gather(units_[u]);
+        for (Unit* u : uses_[next].units) start_gather(*u);
     each_unit([&](Unit& u) { finish_gather(u); });
   };
   const bool returns = borrows() && options_.reshard;
@@ -84,18 +84,19 @@ void Fsdp::start_gather(Unit& u) {
   if (u.gathered) return;
   u.gathered = true;
   if (u.full.empty()) u.full = Tensor({u.padded}, dtype_, Memory::gather);
-  if (mesh_.fsdp.size == 1) return;
+  if (axis_.size == 1) return;
   // whoever used this memory before must be done with it, and the optimizer with the shard
-  make_wait(mesh_.stream, device().compute);
-  ledger.all_gather(mesh_.fsdp, u.full.bytes());
-  NCCL_CHECK(ncclAllGather(u.own.raw(), u.full.raw(), u.shard, nccl_type(dtype_), mesh_.fsdp.comm,
-                           mesh_.stream));
-  u.ready.record(mesh_.stream);
+  make_wait(stream_, device().compute);
+  const Timed timed(stream_);
+  ledger.all_gather(axis_, u.full.bytes());
+  NCCL_CHECK(
+      ncclAllGather(u.own.raw(), u.full.raw(), u.shard, nccl_type(dtype_), axis_.comm, stream_));
+  u.ready.record(stream_);
 }
 
 void Fsdp::finish_gather(Unit& u) {
   // this unit's parameters must have arrived
-  if (mesh_.fsdp.size > 1) u.ready.make_wait(device().compute);
+  if (axis_.size > 1) u.ready.make_wait(device().compute);
   for (size_t i = 0; i < u.params.size(); i++)
     u.params[i]->value = u.full.part(u.offsets[i], u.params[i]->local_shape());
 }
@@ -123,8 +124,6 @@ void Fsdp::point_at(Unit& u) {
   for (size_t i = 0; i < u.params.size(); i++) {
     Param& p = *u.params[i];
     p.grad = u.full_grad.empty() ? Tensor() : u.full_grad.part(u.offsets[i], p.local_shape());
-    // a full gradient that lives for one micro-batch is summed in one buffer
-    if (p.tied && scatters_each()) p.tied_grad = p.grad;
   }
 }
 
@@ -133,19 +132,17 @@ void Fsdp::point_at(Unit& u) {
 void Fsdp::start_reduce(Unit& u) {
   const bool last = u.rounds == microbatches_;
   if (!scatters_each() && !last) return;  // they add up where they are
-  if (!scatters_each())
-    for (Param* p : u.params)
-      if (p->tied) add(p->grad, p->grad, p->tied_grad);
-  make_wait(mesh_.stream, device().compute);  // the gradients must have been computed
   if (complete_gradients) complete_gradients(u.params);
-  if (mesh_.fsdp.size > 1) {
-    Tensor mine = u.full_grad.part(mesh_.fsdp.rank * u.shard, {u.shard});  // in place
-    ledger.reduce_scatter(mesh_.fsdp, u.full_grad.bytes());
+  make_wait(stream_, device().compute);  // the gradients must have been computed
+  if (axis_.size > 1) {
+    Tensor mine = u.full_grad.part(axis_.rank * u.shard, {u.shard});  // in place
+    const Timed timed(stream_);
+    ledger.reduce_scatter(axis_, u.full_grad.bytes());
     NCCL_CHECK(ncclReduceScatter(u.full_grad.raw(), mine.raw(), u.shard, nccl_type(mine.dtype()),
-                                 ncclSum, mesh_.fsdp.comm, mesh_.stream));
+                                 ncclSum, axis_.comm, stream_));
   }
-  if (!scatters_each()) sum_over_replicas(u);
-  u.reduced.record(mesh_.stream);
+  if (!scatters_each()) sum_over_copies(u);
+  u.reduced.record(stream_);
   u.reducing = true;
   reducing_.push_back(&u);
   // two full gradients at most: one computed, one summed
@@ -158,44 +155,44 @@ void Fsdp::finish_reduce() {
   u.reducing = false;
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!scatters_each()) return;
-  add(u.own_grad, u.own_grad, u.full_grad.part(mesh_.fsdp.rank * u.shard, {u.shard}));
+  add(u.own_grad, u.own_grad, u.full_grad.part(axis_.rank * u.shard, {u.shard}));
   u.full_grad = Tensor();
   point_at(u);
   if (u.rounds == microbatches_) {
-    make_wait(mesh_.stream, device().compute);  // this rank's shard must be complete
-    sum_over_replicas(u);
+    make_wait(stream_, device().compute);  // this rank's shard must be complete
+    sum_over_copies(u);
   }
 }
 
-void Fsdp::sum_over_replicas(Unit& u) {
-  if (mesh_.replicate.size == 1) return;
-  ledger.all_reduce(mesh_.replicate, u.own_grad.bytes());
-  const ncclDataType_t type = nccl_type(u.own_grad.dtype());
-  NCCL_CHECK(ncclAllReduce(u.own_grad.raw(), u.own_grad.raw(), u.shard, type, ncclSum,
-                           mesh_.replicate.comm, mesh_.stream));
+void Fsdp::sum_over_copies(Unit& u) {
+  for (const Axis& copies : copies_) {
+    if (copies.size == 1) continue;
+    const Timed timed(stream_);
+    ledger.all_reduce(copies, u.own_grad.bytes());
+    NCCL_CHECK(ncclAllReduce(u.own_grad.raw(), u.own_grad.raw(), u.shard,
+                             nccl_type(u.own_grad.dtype()), ncclSum, copies.comm, stream_));
+  }
 }
 
 // ---- a step
 
 void Fsdp::begin_step(int microbatches) {
   microbatches_ = microbatches;
-  for (Unit& u : units_) {
-    u.gathered = mesh_.fsdp.size == 1;  // the optimizer has changed the shards: gather them anew
+  for (auto& [number, u] : units_) {
+    u.gathered = axis_.size == 1;  // the optimizer has changed the shards: gather them anew
     u.rounds = 0;
     fill(scatters_each() ? u.own_grad : u.full_grad, 0);
-    for (Param* p : u.params)
-      if (p->tied && !scatters_each()) fill(p->tied_grad, 0);
   }
 }
 
 void Fsdp::finish_backward() {
   while (!reducing_.empty()) finish_reduce();
-  make_wait(device().compute, mesh_.stream);  // the optimizer reads what the last collectives wrote
+  make_wait(device().compute, stream_);  // the optimizer reads what the last collectives wrote
 }
 
 void Fsdp::end_step() {
   // where nothing is borrowed, this marks the other ranks' shards as old
-  for (Unit& u : units_) give_back(u);
+  for (auto& [number, u] : units_) give_back(u);
 }
 
 // ---- set-up
@@ -214,16 +211,22 @@ static std::vector<int64_t> offsets_in_unit(const std::vector<Param*>& params) {
   return offsets;
 }
 
-int64_t padded_unit(const std::vector<Param*>& params, int fsdp) {
-  return round_up(offsets_in_unit(params).back() + params.back()->numel(), 16 * int64_t(fsdp));
+int64_t padded_unit(const std::vector<Param*>& params, int64_t shards) {
+  return round_up(offsets_in_unit(params).back() + params.back()->numel(), 16 * shards);
 }
 
-Fsdp::Fsdp(Mesh& mesh, Dtype dtype, const FsdpOptions& options, uint64_t seed)
-    : mesh_(mesh), dtype_(dtype), options_(options), seed_(seed) {}
+Fsdp::Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t stream, Dtype dtype,
+           const FsdpOptions& options, uint64_t seed)
+    : axis_(axis),
+      copies_(copies),
+      stream_(stream),
+      dtype_(dtype),
+      options_(options),
+      seed_(seed) {}
 
 Fsdp::~Fsdp() {
-  for (Unit& u : units_)
-    for (Param* p : u.params) p->value = p->grad = p->tied_grad = Tensor();
+  for (auto& [number, u] : units_)
+    for (Param* p : u.params) p->value = p->grad = Tensor();
 }
 
 // Calls work(param, first element of it that is in the shard, how many, where in the shard) for
@@ -237,55 +240,63 @@ template <class Unit, class Work> static void for_pieces(const Unit& u, int rank
   }
 }
 
-int Fsdp::add_unit(const std::vector<Param*>& params) {
-  Unit& u = units_.emplace_back();
-  u.params = params;
-  u.offsets = offsets_in_unit(params);
-  u.padded = padded_unit(params, mesh_.fsdp.size);
-  u.shard = u.padded / mesh_.fsdp.size;
-
-  const int64_t mine = mesh_.fsdp.rank * u.shard;
-  if (borrows()) {
-    u.own = Tensor({u.shard}, dtype_, Memory::parameters);  // no rank ever holds the whole model
-  } else {
-    u.full = Tensor({u.padded}, dtype_, Memory::parameters);
-    u.own = u.full.part(mine, {u.shard});
-  }
-  const Dtype master = master_dtype(dtype_);
-  if (scatters_each()) {
-    u.own_grad = Tensor({u.shard}, master, Memory::gradients);
-  } else {
-    u.full_grad = Tensor({u.padded}, master, Memory::gradients);
-    u.own_grad = u.full_grad.part(mine, {u.shard});
-    point_at(u);
-    for (Param* p : params)
-      if (p->tied) p->tied_grad = Tensor(p->local_shape(), master, Memory::gradients);
-  }
-  fill(u.own, 0);  // the padding stays 0
-  for_pieces(u, mesh_.fsdp.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
-    p.initialise(u.own.part(at, {count}), seed_, first);
-  });
-  if (dtype_ != master) {
-    u.master = Tensor({u.shard}, master, Memory::optimizer);
-    cast(u.master, u.own);
-  }
-  u.m = Tensor({u.shard}, master, Memory::optimizer);
-  u.v = Tensor({u.shard}, master, Memory::optimizer);
-  fill(u.m, 0);
-  fill(u.v, 0);
-  return int(units_.size()) - 1;
+std::map<int, std::vector<Param*>> units_of(const std::vector<Param*>& params) {
+  std::map<int, std::vector<Param*>> units;
+  for (Param* p : params) units[p->unit].push_back(p);
+  return units;
 }
 
-int Fsdp::add_use(std::vector<int> units, Backward backward, int group) {
-  for (int u : units) units_[u].uses++;
-  uses_.push_back({std::move(units), backward, group});
+void Fsdp::add_units(const std::vector<Param*>& all) {
+  for (const auto& [number, params] : units_of(all)) {
+    Unit& u = units_[number];
+    u.params = params;
+    u.offsets = offsets_in_unit(params);
+    u.padded = padded_unit(params, axis_.size);
+    u.shard = u.padded / axis_.size;
+
+    const int64_t mine = axis_.rank * u.shard;
+    if (borrows()) {
+      u.own = Tensor({u.shard}, dtype_, Memory::parameters);  // no rank ever holds the whole model
+    } else {
+      u.full = Tensor({u.padded}, dtype_, Memory::parameters);
+      u.own = u.full.part(mine, {u.shard});
+    }
+    const Dtype master = master_dtype(dtype_);
+    if (scatters_each()) {
+      u.own_grad = Tensor({u.shard}, master, Memory::gradients);
+    } else {
+      u.full_grad = Tensor({u.padded}, master, Memory::gradients);
+      u.own_grad = u.full_grad.part(mine, {u.shard});
+      point_at(u);
+    }
+    fill(u.own, 0);  // the padding stays 0
+    for_pieces(u, axis_.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
+      p.initialise(u.own.part(at, {count}), seed_, first);
+    });
+    if (dtype_ != master) {
+      u.master = Tensor({u.shard}, master, Memory::optimizer);
+      cast(u.master, u.own);
+    }
+    u.m = Tensor({u.shard}, master, Memory::optimizer);
+    u.v = Tensor({u.shard}, master, Memory::optimizer);
+    fill(u.m, 0);
+    fill(u.v, 0);
+  }
+}
+
+int Fsdp::add_use(const std::vector<Param*>& params, Backward backward, int group) {
+  Use& use = uses_.emplace_back(Use{{}, backward, group});
+  for (const auto& [number, of_unit] : units_of(params)) {
+    use.units.push_back(&units_.at(number));
+    use.units.back()->uses++;
+  }
   return int(uses_.size()) - 1;
 }
 
 std::vector<Shard> Fsdp::optimizer_shards() const {
   std::vector<Shard> shards;
-  for (const Unit& u : units_)
-    for_pieces(u, mesh_.fsdp.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
+  for (const auto& [number, u] : units_)
+    for_pieces(u, axis_.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
       const auto piece = [&](const Tensor& x) { return x.part(at, {count}); };
       const bool same = u.master.empty();  // the weights that compute are the master weights
       shards.push_back({piece(same ? u.own : u.master), same ? Tensor() : piece(u.own),

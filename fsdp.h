@@ -1,16 +1,16 @@
 // fsdp.h: Fully Sharded Data Parallelism (ZeRO stages 1, 2 and 3), plain data parallelism, and the
 // two combined.
 //
-// idea      each rank of the fsdp axis owns 1/n of every unit (a transformer block, or the
-//           embeddings) and borrows the rest while it computes. The replicate axis holds copies of
-//           that: gradients are summed over it. fsdp = 1 is plain data parallelism (DDP).
+// idea      Each rank of an axis owns 1/n of every unit (a transformer block, or the embeddings)
+//           and borrows the rest while it computes. Other axes hold copies of that: gradients are
+//           summed over them. With n = 1 this is plain data parallelism (DDP).
 // source    Rajbhandari et al., "ZeRO: Memory optimizations toward training trillion parameter
 //           models", SC 2020, sections 5 and 7; Zhao et al., "PyTorch FSDP", VLDB 2023 (units, flat
 //           parameters, prefetch)
 // test      tests/test_fsdp.cpp
 #pragma once
 #include <deque>
-#include <memory>
+#include <map>
 
 #include "autograd.h"
 #include "comm.h"
@@ -24,24 +24,19 @@ struct FsdpOptions {
   int prefetch = 1;
 };
 
-// What the backward of a use needs of the unit's parameters.
-enum class Backward {
-  gathers,  // their values: gather them again (a block)
-  keeps,    // their values, at once: the backward follows the forward (the head)
-  nothing,  // only a place for gradients (the embedding)
-};
-
 class Fsdp {
  public:
-  Fsdp(Mesh& mesh, Dtype dtype, const FsdpOptions& options, uint64_t seed);
+  // axis: over which units are sharded. copies: axes whose ranks hold the same shard.
+  Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t stream, Dtype dtype,
+       const FsdpOptions& options, uint64_t seed);
   ~Fsdp();
 
-  // ---- set-up: name the units, then the uses, in the order in which the forward comes by
-  // allocates this rank's shard with its initial values; returns the unit's number
-  int add_unit(const std::vector<Param*>& params);
-  // Uses of one group follow each other at once; a pipeline's chunks are groups. Units are gathered
-  // ahead within a group only.
-  int add_use(std::vector<int> units, Backward backward, int group = 0);
+  // ---- set-up: all units, then their uses in forward order
+  // parameters of one Param::unit make a unit; allocates this rank's shards with initial values
+  void add_units(const std::vector<Param*>& params);
+  // A use computes with the units of these parameters. Uses of one group follow each other at once;
+  // a pipeline's chunks are groups. Units are gathered ahead within a group only.
+  int add_use(const std::vector<Param*>& params, Backward backward, int group = 0);
   // what this rank updates: its piece of each parameter, padding left out
   std::vector<Shard> optimizer_shards() const;
 
@@ -53,12 +48,14 @@ class Fsdp {
   // after the last micro-batch: gradients of this rank's shard are summed over all data-parallel
   // ranks
   void finish_backward();
-  // Called on the communication stream before gradients leave this rank, should another strategy
-  // have left some of them in parts.
+  // Called before gradients leave this rank, if others left some of them in parts: what it queues
+  // on either stream comes first.
   std::function<void(const std::vector<Param*>&)> complete_gradients;
   void end_step();  // after the optimizer: parameters that were borrowed go back
   // complete after finish_backward
-  Tensor gradient_shard(int unit) { return units_[unit].own_grad; }
+  Tensor gradient_shard(int unit) { return units_.at(unit).own_grad; }
+  // full gradients live only while needed: they are summed over the ranks after each micro-batch
+  bool scatters_each() const { return axis_.size > 1 && options_.zero >= 2; }
 
  private:
   struct Unit {
@@ -85,30 +82,31 @@ class Fsdp {
   void prepare_gradients(Unit& unit);
   void start_reduce(Unit& unit);
   void finish_reduce();
-  void sum_over_replicas(Unit& unit);
+  void sum_over_copies(Unit& unit);
   void point_at(Unit& unit);
   // parameters live only while needed
-  bool borrows() const { return mesh_.fsdp.size > 1 && options_.zero == 3; }
-  // full gradients live only while needed
-  bool scatters_each() const { return mesh_.fsdp.size > 1 && options_.zero >= 2; }
+  bool borrows() const { return axis_.size > 1 && options_.zero == 3; }
 
   struct Use {
-    std::vector<int> units;
+    std::vector<Unit*> units;
     Backward backward;
     int group;
   };
-  Mesh& mesh_;
+  Axis axis_;
+  std::vector<Axis> copies_;
+  cudaStream_t stream_;  // the one communication queue
   Dtype dtype_;
   FsdpOptions options_;
   uint64_t seed_;
-  std::deque<Unit> units_;  // a deque: closures hold references
+  std::map<int, Unit> units_;  // by Param::unit; a map: closures hold references
   std::vector<Use> uses_;
   std::deque<Unit*> reducing_;  // reduce-scatters on their way, oldest first
   int microbatches_ = 1;
 };
 
-// How a unit is laid out; theory.cpp counts with the same sizes.
+// How a unit is laid out; theory/ counts with the same sizes.
+std::map<int, std::vector<Param*>> units_of(const std::vector<Param*>& params);
 // elements: each parameter starts at a multiple of (at least) 256 bytes in every dtype
 constexpr int64_t kUnitAlignment = 128;
 // elements; shards are multiples of 16 elements
-int64_t padded_unit(const std::vector<Param*>& params, int fsdp);
+int64_t padded_unit(const std::vector<Param*>& params, int64_t shards);

@@ -12,9 +12,11 @@
 #include <nlohmann/json.hpp>
 
 #include "inference/generator.h"
+#include "launch/options.h"
 #include "launch/program.h"
 #include "inference/sampling.h"
 #include "inference/tokenizer.h"
+#include "theory/theory.h"
 
 // ---- options
 
@@ -48,11 +50,10 @@ static OptionTable table(GenerateOptions& o) {
            {"top-p", "P", Real{&o.top_p, false},
             "only the likeliest that together reach this probability"},
        }},
-      computing_options(o, "pp x tp"),
+      computing_options(o),
+      mesh_options(o.layout, false),
   };
 }
-
-static Layout layout(const GenerateOptions& o) { return {int(o.pp), 1, 1, int(o.tp)}; }
 
 static void resolve(GenerateOptions& o, std::unique_ptr<Checkpoint>& checkpoint) {
   if (!o.checkpoint.empty()) {
@@ -117,7 +118,7 @@ static void show(const std::string& bytes) {
 }
 
 static void print_statistics(const Generator& generator, std::vector<double> seconds, double first,
-                             int64_t tokens, int64_t sent) {
+                             int64_t tokens, int64_t sent, int64_t predicted) {
   fprintf(stderr, "\nfirst token after %.1f ms\n", first * 1e3);
   if (seconds.empty()) return;
   double sum = 0;
@@ -131,10 +132,9 @@ static void print_statistics(const Generator& generator, std::vector<double> sec
   fprintf(stderr, "memory        %.1f MiB of weights, %.1f MiB of keys and values\n",
           double(device().memory.now[int(Memory::parameters)]) / 1048576,
           double(generator.cache_bytes()) / 1048576);
-  const int64_t steps = int64_t(seconds.size()), predicted = generator.predicted_bytes(steps);
-  fprintf(stderr, "sent a token  %.1f bytes by rank 0, predicted %.1f%s\n",
-          double(sent) / double(steps), double(predicted) / double(steps),
-          sent == predicted ? "" : "   DIFFERS");
+  const double steps = double(seconds.size());
+  fprintf(stderr, "sent a token  %.1f bytes by rank 0, predicted %.1f%s\n", double(sent) / steps,
+          double(predicted) / steps, sent == predicted ? "" : "   DIFFERS");
 }
 
 // ---- generation
@@ -149,8 +149,7 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
   const size_t B = prompts.size();
   size_t longest = 0;
   for (const auto& p : prompts) longest = std::max(longest, p.size());
-  Generator generator(mesh, model_config(o.model, o.dtype, o.attention), int64_t(B),
-                      int64_t(longest) + o.tokens);
+  Generator generator(mesh, model_config(o), int64_t(B), int64_t(longest) + o.tokens);
   if (checkpoint) generator.load_weights(*checkpoint);
   else generator.initialise(uint64_t(o.seed));
 
@@ -199,7 +198,9 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
   if (!job.speaks) return;
   for (size_t b = 1; b < B; b++) show(sentence("\n\n--- ", b + 1, "\n", texts[b]));
   show("\n");
-  print_statistics(generator, seconds, first, added, ledger.bytes());
+  const int64_t predicted = decoding_bytes(generator.gpt.config, mesh.layout, mesh["pp"].rank,
+                                           int64_t(B), int64_t(seconds.size()));
+  print_statistics(generator, seconds, first, added, ledger.bytes(), predicted);
 }
 
 // ---- main
@@ -220,14 +221,14 @@ int main(int argc, char** argv) {
     }
     open_device(job.local_rank % device_count(), o.device_memory << 20);
     resolve(o, checkpoint);
-    check_ranks(layout(o), job.size);
+    check_ranks(o.layout, job.size);
     matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
     if (checkpoint) checkpoint->verify("weights-", job.rank, job.size);
     tokenizer = std::make_unique<Tokenizer>(
         checkpoint ? std::filesystem::canonical(checkpoint->path).parent_path().string() : "",
         o.model.vocab);
     if (job.rank == 0) prompts = encode_prompts(o, *tokenizer);
-    return Start{layout(o), o.timeout};
+    return Start{o.layout, o.timeout};
   };
   return run_program("generate", argc, argv, prepare,
                      [&](const Job& job, Mesh& mesh, Watch& watch) {
