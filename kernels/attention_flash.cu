@@ -50,8 +50,8 @@ template <class T, int kWidth> struct Tiles {
   using Output = BlockProduct<A, kTile, kD>;
 };
 
-// tile = rows first, first + 1, ... of x * scale, zero beyond the last row and D; kTransposed: as (d,
-// row)
+// tile = rows first, first + 1, ... of x * scale, zero beyond the last row and D; kTransposed: as
+// (d, row)
 template <class S, bool kTransposed, class T>
 __device__ __forceinline__ void load_rows(typename S::A* tile, Rows<const T> x, int first, Sizes n,
                                           typename S::A scale = 1) {
@@ -134,8 +134,8 @@ template <class S> constexpr size_t forward_bytes() {
          S::kTile * sizeof(int);
 }
 
-// out, lse (B,H,queries); block (head, tile): a tile of queries; reads q once, and k and v as far as
-// the tile sees them; D <= kD
+// out, lse (B,H,queries); block (head, tile): a tile of queries; reads q once, and k and v as far
+// as the tile sees them; D <= kD
 template <class T, int kD> __global__ void __launch_bounds__(256)
     flash_forward(Results out, acc_t<T>* lse, Inputs<T> in, Sizes n, acc_t<T> scale) {
   using S = Tiles<T, kD>;
@@ -204,8 +204,8 @@ template <class T> __global__ void __launch_bounds__(256)
   if (threadIdx.x % kWarp == 0) delta[(b * n.H + h) * queries + t] = sum;
 }
 
-// lse and delta of a tile's queries, and how many keys each sees; beyond the last query zeros, which
-// with zeros in q and dout give gradients of zero
+// lse and delta of a tile's queries, and how many keys each sees; beyond the last query zeros,
+// which with zeros in q and dout give gradients of zero
 template <class S, class A>
 __device__ __forceinline__ void load_statistics(A* row_lse, A* row_delta, int* seen, const A* lse,
                                                 const A* delta, int first, Sizes n) {
@@ -267,8 +267,8 @@ template <class T, int kD> __global__ void __launch_bounds__(256)
   store_rows<S, T>(n.of_head(d.q), q0, n, dq, [=](int) { return scale; });
 }
 
-// d.k and d.v; block (head, tile): a tile of keys; reads k and v once, and q and dout from the first
-// query on that sees the tile
+// d.k and d.v; block (head, tile): a tile of keys; reads k and v once, and q and dout from the
+// first query on that sees the tile
 template <class T, int kD> __global__ void __launch_bounds__(256)
     flash_backward_kv(Gradients d, Rows<const T> dout, const acc_t<T>* lse, const acc_t<T>* delta,
                       Inputs<T> in, Sizes n, acc_t<T> scale) {
@@ -376,11 +376,12 @@ struct Parts {
   const Tensor& tensor;
   int64_t parts, row;  // elements of H heads in one part
   int rows;
-  Parts(const Tensor& x, int64_t B, const Places& of, const Sizes& n)
+  Parts(const Tensor& x, Dtype dtype, int64_t B, const Places& of, const Sizes& n)
       : tensor(x), parts(0), row(int64_t(n.H) * n.D), rows(of.rows) {
     if (x.numel()) parts = x.numel() / (B * rows * row);
     ASSERT(x.numel() == B * rows * parts * row, to_string(x.shape()), " with B = ", B,
            ", T = ", rows, ", H = ", n.H, ", D = ", n.D);
+    ASSERT(x.dtype() == dtype || x.dtype() == master_dtype(dtype), name_of(x.dtype()));
   }
   template <class T> Rows<const T> read(int64_t part) const {
     return {tensor.data<T>() + part * row, parts * row, rows};
@@ -419,7 +420,9 @@ void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor&
   if (!out.numel()) return;
   Sizes n = sizes_of(out, lse, q, B, H, queries, keys);
   n.packs = in_packs(n.D, {&out, &q, &kv});
-  const Parts o(out, B, n.queries, n), qs(q, B, n.queries, n), kvs(kv, B, n.keys, n);
+  const Dtype dtype = q.dtype();
+  const Parts o(out, dtype, B, n.queries, n), qs(q, dtype, B, n.queries, n),
+      kvs(kv, dtype, B, n.keys, n);
   const unsigned heads = unsigned(B * H);
   const auto launch = [&]<class T>(T) {
     const Inputs<T> in{qs.read<T>(0), kvs.read<T>(kvs.parts - 2), kvs.read<T>(kvs.parts - 1)};
@@ -430,7 +433,7 @@ void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor&
 #endif
     DISPATCH_WIDTH(n.D, forward<T, kD>(heads, n, o.write(0, false), l, in));
   };
-  DISPATCH(q.dtype(), launch(T()));
+  DISPATCH(dtype, launch(T()));
 }
 
 void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
@@ -441,15 +444,18 @@ void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
   Sizes n = sizes_of(out, lse, q, B, H, queries, keys);
   ASSERT(out.dtype() == q.dtype() && dout.dtype() == q.dtype() && dout.numel() == out.numel());
   n.packs = in_packs(n.D, {&dq, &dkv, &dout, &q, &kv});
-  const Parts qs(q, B, n.queries, n), kvs(kv, B, n.keys, n), dqs(dq, B, n.queries, n),
-      dkvs(dkv, B, n.keys, n), dys(dout, B, n.queries, n);
+  const Dtype dtype = q.dtype();
+  const Parts qs(q, dtype, B, n.queries, n), kvs(kv, dtype, B, n.keys, n),
+      dqs(dq, dtype, B, n.queries, n), dkvs(dkv, dtype, B, n.keys, n),
+      dys(dout, dtype, B, n.queries, n);
+  ASSERT(dqs.parts == qs.parts && dkvs.parts == kvs.parts);
   const Gradients d{dqs.write(0, add), dkvs.write(dkvs.parts - 2, add),
                     dkvs.write(dkvs.parts - 1, add)};
   const Tensor delta({B, H, n.queries.rows}, lse.dtype(), Memory::workspace);
   const int64_t rows = delta.numel();
   const unsigned heads = unsigned(B * H), blocks = unsigned(ceil_div(rows, kDeltaRows));
-  DISPATCH(q.dtype(), flash_delta<T><<<blocks, kProductThreads, 0, device().compute>>>(
-                          delta.data<acc_t<T>>(), dout.data<T>(), out.data<T>(), n, rows));
+  DISPATCH(dtype, flash_delta<T><<<blocks, kProductThreads, 0, device().compute>>>(
+                      delta.data<acc_t<T>>(), dout.data<T>(), out.data<T>(), n, rows));
   const auto launch = [&]<class T>(T) {
     const Inputs<T> in{qs.read<T>(0), kvs.read<T>(kvs.parts - 2), kvs.read<T>(kvs.parts - 1)};
     const acc_t<T>*l = lse.data<acc_t<T>>(), *de = delta.data<acc_t<T>>();
@@ -459,5 +465,5 @@ void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
 #endif
     DISPATCH_WIDTH(n.D, backward<T, kD>(heads, n, d, dys.read<T>(0), l, de, in));
   };
-  DISPATCH(q.dtype(), launch(T()));
+  DISPATCH(dtype, launch(T()));
 }

@@ -50,6 +50,14 @@ __device__ __forceinline__ void fetch(bf16* tile, const Bf16Rows& x, int first, 
       copy_async<16>(tile + (row + i) * (kD + 8) + d, from + i * x.ld, i < rows ? 16 : 0);
 }
 
+// The same of two tensors, to tiles beside each other
+template <int kRows, int kD>
+__device__ __forceinline__ void fetch_two(bf16* tiles, const Bf16Rows& x, const Bf16Rows& y,
+                                          int first, int D) {
+  fetch<kRows, kD>(tiles, x, first, D);
+  fetch<kRows, kD>(tiles + kRows * (kD + 8), y, first, D);
+}
+
 // 16 rows of a tile as the left operand of a product over D
 template <class S> __device__ __forceinline__ auto left(const bf16* tile, int row) {
   return [=](int d) {
@@ -101,8 +109,7 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
             seen[2] = {n.seen_by(first + own_row(0)), n.seen_by(first + own_row(1))};
   const Bf16Rows k = n.of_head(in.k), v = n.of_head(in.v);
   const auto fetch_keys = [&](int buffer, int k0) {
-    fetch<S::kStep, kD>(kv_tiles + buffer * 2 * S::kSize, k, k0, n.D);
-    fetch<S::kStep, kD>(kv_tiles + (buffer * 2 + 1) * S::kSize, v, k0, n.D);
+    fetch_two<S::kStep, kD>(kv_tiles + buffer * 2 * S::kSize, k, v, k0, n.D);
     close_copies();
   };
   if (keys > 0) {
@@ -123,13 +130,12 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
     clear(s);
     add_product<kD, true>(s, left<S>(q_tile, strip), k_tile, S::kLd);
     if (k0 + S::kStep > seen_by_all)
-      UNROLL for (int j = 0; j < S::kStep / 8; j++)
-          UNROLL for (int e = 0; e < 4; e++) if (k0 + strip_column(j, e) >= seen[e / 2])
-              s.v[j][e] = -INFINITY;
+      each(s, [&](int j, int e, float& x) {
+        if (k0 + strip_column(j, e) >= seen[e / 2]) x = -INFINITY;
+      });
 
     float now[2] = {most[0], most[1]};
-    UNROLL for (int j = 0; j < S::kStep / 8; j++) UNROLL for (int e = 0; e < 4; e++) now[e / 2] =
-        fmaxf(now[e / 2], s.v[j][e]);
+    each(s, [&](int, int e, float x) { now[e / 2] = fmaxf(now[e / 2], x); });
     float factor[2], zero[2];
     UNROLL for (int h = 0; h < 2; h++) {
       now[h] = reduce_lanes<Max<float>, 4>(now[h]);
@@ -138,12 +144,11 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
       zero[h] = now[h] * scale2;
       sum[h] *= factor[h];
     }
-    UNROLL for (int j = 0; j < S::kStep / 8; j++) UNROLL for (int e = 0; e < 4; e++) {
-      s.v[j][e] = power_of_two(s.v[j][e] * scale2 - zero[e / 2]);
-      sum[e / 2] += s.v[j][e];
-    }
-    UNROLL for (int j = 0; j < kD / 8; j++) UNROLL for (int e = 0; e < 4; e++) o.v[j][e] *=
-        factor[e / 2];
+    each(s, [&](int, int e, float& x) {
+      x = power_of_two(x * scale2 - zero[e / 2]);
+      sum[e / 2] += x;
+    });
+    each(o, [&](int, int e, float& x) { x *= factor[e / 2]; });
     add_product<S::kStep, false>(
         o, [&](int key) { return as_left(s, key); }, v_tile, S::kLd);
   }
@@ -175,13 +180,11 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
   const int keys = n.seen_by(last), seen_by_all = n.seen_by(first);
   const Bf16Rows k = n.of_head(in.k), v = n.of_head(in.v);
   const auto fetch_keys = [&](int buffer, int k0) {
-    fetch<S::kStep, kD>(kv_tiles + buffer * 2 * S::kSize, k, k0, n.D);
-    fetch<S::kStep, kD>(kv_tiles + (buffer * 2 + 1) * S::kSize, v, k0, n.D);
+    fetch_two<S::kStep, kD>(kv_tiles + buffer * 2 * S::kSize, k, v, k0, n.D);
     close_copies();
   };
   if (keys > 0) {
-    fetch<kOwn, kD>(q_tile, n.of_head(in.q), q0, n.D);
-    fetch<kOwn, kD>(dy_tile, n.of_head(dout), q0, n.D);
+    fetch_two<kOwn, kD>(q_tile, n.of_head(in.q), n.of_head(dout), q0, n.D);
     fetch_keys(0, 0);
   }
 
@@ -207,12 +210,13 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
     clear(dp);
     add_product<kD, true>(s, left<S>(q_tile, strip), k_tile, S::kLd);
     add_product<kD, true>(dp, left<S>(dy_tile, strip), v_tile, S::kLd);
-    UNROLL for (int j = 0; j < S::kStep / 8; j++) UNROLL for (int e = 0; e < 4; e++) s.v[j][e] =
-        power_of_two(s.v[j][e] * scale2 - row_lse[e / 2]) * (dp.v[j][e] - row_delta[e / 2]);
+    each(s, [&](int j, int e, float& x) {
+      x = power_of_two(x * scale2 - row_lse[e / 2]) * (dp.v[j][e] - row_delta[e / 2]);
+    });
     if (k0 + S::kStep > seen_by_all)
-      UNROLL for (int j = 0; j < S::kStep / 8; j++)
-          UNROLL for (int e = 0; e < 4; e++) if (k0 + strip_column(j, e) >= seen[e / 2])
-              s.v[j][e] = 0;
+      each(s, [&](int j, int e, float& x) {
+        if (k0 + strip_column(j, e) >= seen[e / 2]) x = 0;
+      });
     add_product<S::kStep, false>(
         sum, [&](int key) { return as_left(s, key); }, k_tile, S::kLd);
   }
@@ -235,8 +239,7 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
             begin = n.first_seeing(k0) / S::kStep * S::kStep;
   const Bf16Rows q = n.of_head(in.q), dy = n.of_head(dout);
   const auto fetch_queries = [&](int buffer, int q0) {
-    fetch<S::kStep, kD>(q_tiles + buffer * 2 * S::kSize, q, q0, n.D);
-    fetch<S::kStep, kD>(q_tiles + (buffer * 2 + 1) * S::kSize, dy, q0, n.D);
+    fetch_two<S::kStep, kD>(q_tiles + buffer * 2 * S::kSize, q, dy, q0, n.D);
     const int i = threadIdx.x % S::kStep;
     if (threadIdx.x < 2 * S::kStep)
       copy_async<4>(statistics + buffer * 2 * S::kStep + threadIdx.x,
@@ -245,8 +248,7 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
     close_copies();
   };
   if (begin < n.queries.rows) {
-    fetch<kOwn, kD>(k_tile, n.of_head(in.k), k0, n.D);
-    fetch<kOwn, kD>(v_tile, n.of_head(in.v), k0, n.D);
+    fetch_two<kOwn, kD>(k_tile, n.of_head(in.k), n.of_head(in.v), k0, n.D);
     fetch_queries(0, begin);
   }
 
@@ -274,11 +276,10 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
       }
     }
     if (q0 < seen_by_rest)
-      UNROLL for (int j = 0; j < S::kStep / 8; j++)
-          UNROLL for (int e = 0; e < 4; e++) if (q0 + strip_column(j, e) < seen_from[e / 2])
-              s.v[j][e] = 0;
-    UNROLL for (int j = 0; j < S::kStep / 8; j++) UNROLL for (int e = 0; e < 4; e++) dp.v[j][e] *=
-        s.v[j][e];
+      each(s, [&](int j, int e, float& x) {
+        if (q0 + strip_column(j, e) < seen_from[e / 2]) x = 0;
+      });
+    each(dp, [&](int j, int e, float& x) { x *= s.v[j][e]; });
     add_product<S::kStep, false>(
         sum_v, [&](int t) { return as_left(s, t); }, dy_tile, S::kLd);
     add_product<S::kStep, false>(

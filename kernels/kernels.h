@@ -85,17 +85,17 @@ void attention_plain_forward(const Tensor& out, const Tensor& probabilities, con
 void attention_plain_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& probabilities,
                               const Tensor& qkv, int64_t B, int64_t T, int64_t H);
 // flash: tiles of scores never leave the chip (Dao et al., "FlashAttention", 2022, algorithms 1 and
-// 4). Queries may come from one tensor, keys and values from another, each with the positions of its
-// rows: ascending, one piece of the sequence or two. A query sees the keys whose position is not
-// after its own: all, some or none.
+// 4). Queries may come from one tensor, keys and values from another, each with the positions of
+// its rows: ascending, one piece of the sequence or two. A query sees the keys whose position is
+// not after its own: all, some or none.
 struct Positions {
   Range low, high{};
   int64_t rows() const { return low.size() + high.size(); }
 };
-// q (B,Tq,H,D), or the first part of (B,Tq,3,H,D); kv (B,Tk,2,H,D), or the last two of (B,Tk,3,H,D).
-// out (B,Tq,H,D) of q's dtype or acc; lse (B,H,Tq) acc: the logarithm of each row's sum of
-// exponentials, which the backward needs, and who merges results over several sets of keys. A row
-// that sees no key has out 0 and as lse the lowest number there is.
+// q (B,Tq,H,D), or the first part of (B,Tq,3,H,D); kv (B,Tk,2,H,D), or the last two parts of
+// (B,Tk,3,H,D). out (B,Tq,H,D) of q's dtype or acc; lse (B,H,Tq) acc: the logarithm of each row's
+// sum of exponentials, which the backward needs, and who merges results over several sets of keys.
+// A row that sees no key has out 0 and as lse the lowest number there is.
 void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& q,
                              const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
                              const Positions& keys);

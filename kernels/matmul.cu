@@ -186,10 +186,12 @@ template <bool kAlongK, bool kPacks> struct Slices {
   static constexpr int kRuns = kSlice / 8 / kProductThreads;
   const bf16* from[kRuns];
   int64_t step;
-  int to[kRuns], across[kRuns], along[kRuns];  // elements of the run that exist; those along k
+  int to[kRuns];
+  int inside[kRuns], inside_last[kRuns];  // elements of the run that exist; of the last slice's
 
   __device__ Slices(const Operand<bf16>& of, int first, int extent, int depth)
       : step(kAlongK ? kK : kK * of.ld) {
+    const auto clamp = [](int n) { return n < 0 ? 0 : n < 8 ? n : 8; };
     UNROLL for (int r = 0; r < kRuns; r++) {
       const int i = threadIdx.x + r * kProductThreads,
                 x = kAlongK ? i / (kK / 8) : i % (kX / 8) * 8,
@@ -197,18 +199,17 @@ template <bool kAlongK, bool kPacks> struct Slices {
       from[r] = of.data + blockIdx.z * of.stride +
                 (kAlongK ? (first + x) * of.ld + k : k * of.ld + first + x);
       to[r] = place<kAlongK>(x, k);
-      across[r] = extent - first - x;
-      along[r] = depth - k;
+      const int across = extent - first - x, along = (depth - 1) % kK + 1 - k;
+      inside[r] = kAlongK ? (across > 0 ? 8 : 0) : clamp(across);
+      inside_last[r] = across > 0 && along > 0 ? clamp(kAlongK ? along : across) : 0;
     }
   }
-  __device__ __forceinline__ void copy_next(bf16* slice) {
+  __device__ __forceinline__ void copy_next(bf16* slice, bool last) {
     UNROLL for (int r = 0; r < kRuns; r++) {
-      const int here = kAlongK ? across[r] : along[r], run = kAlongK ? along[r] : across[r],
-                inside = here > 0 && run > 0 ? (run < 8 ? run : 8) : 0;
-      if constexpr (kPacks) copy_async<16>(slice + to[r], from[r], inside * 2);
-      else store_pack<8>(slice + to[r], load_run<8>(from[r], inside, false));
+      const int n = last ? inside_last[r] : inside[r];
+      if constexpr (kPacks) copy_async<16>(slice + to[r], from[r], n * 2);
+      else store_pack<8>(slice + to[r], load_run<8>(from[r], n, false));
       from[r] += step;
-      along[r] -= kK;
     }
   }
 };
@@ -224,32 +225,36 @@ __global__ void __launch_bounds__(kProductThreads, 2)
             wi = warp / 4 * 64, wj = warp % 4 * 32, count = (k + kK - 1) / kK;
   Slices<kARuns, kPacks> from_a(a, i0, m, k);
   Slices<kBRuns, kPacks> from_b(b, j0, n, k);
-  const auto copy_next = [&](int i) {
+  const auto copy_next = [&](int i, int buffer) {
     if (i < count) {
-      bf16* buffer = slices + i % kBuffers * 2 * kSlice;
-      from_a.copy_next(buffer);
-      from_b.copy_next(buffer + kSlice);
+      bf16* slice = slices + buffer * 2 * kSlice;
+      from_a.copy_next(slice, i == count - 1);
+      from_b.copy_next(slice + kSlice, i == count - 1);
     }
     close_copies();
   };
   Strip<32> sum[4];
   UNROLL for (int i = 0; i < 4; i++) clear(sum[i]);
 
-  for (int i = 0; i < kBuffers - 1; i++) copy_next(i);
-  for (int i = 0; i < count; i++) {
-    wait_for_copies<kBuffers - 2>();
-    // everyone's part of this slice has arrived, and nobody reads the one before it any more
-    __syncthreads();
-    copy_next(i + kBuffers - 1);
-    const bf16 *slice_a = slices + i % kBuffers * 2 * kSlice, *slice_b = slice_a + kSlice;
-    UNROLL for (int kk = 0; kk < kK; kk += 16) {
-      Right right[2];
-      UNROLL for (int j = 0; j < 2; j++) right[j] = load_right<kBRuns>(
-          [&](int x, int k) { return slice_b + place<kBRuns>(wj + j * 16 + x, kk + k); });
-      UNROLL for (int s = 0; s < 4; s++) {
-        const Left left = load_left<kARuns>(
-            [&](int x, int k) { return slice_a + place<kARuns>(wi + s * 16 + x, kk + k); });
-        UNROLL for (int j = 0; j < 2; j++) add(sum[s], j * 16, left, right[j]);
+  for (int i = 0; i < kBuffers - 1; i++) copy_next(i, i);
+  for (int first = 0; first < count; first += kBuffers) {
+    UNROLL for (int buffer = 0; buffer < kBuffers; buffer++) {
+      const int i = first + buffer;
+      if (i >= count) break;
+      wait_for_copies<kBuffers - 2>();
+      // everyone's part of this slice has arrived, and nobody reads the one before it any more
+      __syncthreads();
+      copy_next(i + kBuffers - 1, (buffer + kBuffers - 1) % kBuffers);
+      const bf16 *slice_a = slices + buffer * 2 * kSlice, *slice_b = slice_a + kSlice;
+      UNROLL for (int kk = 0; kk < kK; kk += 16) {
+        Right right[2];
+        UNROLL for (int j = 0; j < 2; j++) right[j] = load_right<kBRuns>(
+            [&](int x, int k) { return slice_b + place<kBRuns>(wj + j * 16 + x, kk + k); });
+        UNROLL for (int s = 0; s < 4; s++) {
+          const Left left = load_left<kARuns>(
+              [&](int x, int k) { return slice_a + place<kARuns>(wi + s * 16 + x, kk + k); });
+          UNROLL for (int j = 0; j < 2; j++) add(sum[s], j * 16, left, right[j]);
+        }
       }
     }
   }

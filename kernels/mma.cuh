@@ -120,8 +120,19 @@ template <bool kAlongK, class F> __device__ __forceinline__ Right load_right(F a
 
 // ---- strips
 
+// f(j, e, element e of c.v[j]) for all that this lane holds, and where that lies in the strip
+template <int kColumns, class F> __device__ __forceinline__ void each(Strip<kColumns>& c, F f) {
+  UNROLL for (int j = 0; j < kColumns / 8; j++) {
+    UNROLL for (int e = 0; e < 4; e++) f(j, e, c.v[j][e]);
+  }
+}
+__device__ __forceinline__ int strip_row(int e) { return threadIdx.x % kWarp / 4 + e / 2 * 8; }
+__device__ __forceinline__ int strip_column(int j, int e) {
+  return j * 8 + threadIdx.x % 4 * 2 + e % 2;
+}
+
 template <int kColumns> __device__ __forceinline__ void clear(Strip<kColumns>& c) {
-  UNROLL for (int j = 0; j < kColumns / 8; j++) UNROLL for (int e = 0; e < 4; e++) c.v[j][e] = 0;
+  each(c, [](int, int, float& x) { x = 0; });
 }
 
 // c's columns j to j + 15 += a b
@@ -149,12 +160,6 @@ template <int kColumns> __device__ __forceinline__ Left as_left(const Strip<kCol
   const auto &low = c.v[k / 8], &high = c.v[k / 8 + 1];
   return {
       {pair(low[0], low[1]), pair(low[2], low[3]), pair(high[0], high[1]), pair(high[2], high[3])}};
-}
-
-// Where element e of c.v[j] lies in the strip
-__device__ __forceinline__ int strip_row(int e) { return threadIdx.x % kWarp / 4 + e / 2 * 8; }
-__device__ __forceinline__ int strip_column(int j, int e) {
-  return j * 8 + threadIdx.x % 4 * 2 + e % 2;
 }
 
 }  // namespace

@@ -252,7 +252,6 @@ TEST(flash_bf16_is_close_at_every_width_and_length) {
 static void check_pieces(Dtype dtype, int64_t T, int64_t D, const Positions& queries,
                          const std::vector<Positions>& sets, double& worst) {
   const int64_t B = 2, H = 2, C = H * D, Tq = queries.rows();
-  const Case c{dtype, B, T, H, D};
   const Tensor q = random_tensor({B, Tq, H, D}, dtype, 1),
                dout = random_tensor({B, Tq, H, D}, dtype, 2);
   const Dtype acc = master_dtype(dtype);

@@ -17,7 +17,7 @@ print-compile: ; @echo '$(MPICXX) $(CXXFLAGS)'
 print-link: ; @echo '$(LINK)'
 print-objects: ; @echo '$(OBJECTS)'
 
-.PHONY: test parity compare mutants sanitize check-docs bench cuda cuda-build check-spills
+.PHONY: test parity compare mutants sanitize check-docs bench cuda cuda-build check-spills sass
 
 test:  ## make test                the whole suite
 	@tests/run.sh
@@ -25,6 +25,7 @@ test:  ## make test                the whole suite
 mutants:  ## make mutants             one-line faults that the suite must catch
 	@$(MAKE) -s --no-print-directory BACKEND=cpu $(patsubst %,build/cpu/tests/test_%,fsdp tensor_parallel pipeline schedule comm golden)
 	@tests/mutants.sh
+	@tests/kernel_mutants.sh
 
 parity: $(B)/tests/test_parity  ## make parity              every layout of up to 8 ranks against one rank, in f64: one table
 	@tests/parity.sh $(BACKEND)
@@ -42,7 +43,7 @@ bench: build $(BENCHES:%=$(B)/tests/%)  ## make bench               speed: kerne
 	@tests/bench.sh
 
 cuda:  ## make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)
-	@$(MAKE) --no-print-directory BACKEND=cuda cuda-build check-spills
+	@$(MAKE) --no-print-directory BACKEND=cuda cuda-build check-spills sass
 cuda-build: $(PROGRAMS:%=$(B)/%) $(CUDA_TESTS:%=$(B)/tests/%) $(B)/comm-mpi/train_gpt
 # ptxas spills registers, or keeps an array out of them, in no kernel but those for f64, which are
 # for proofs
@@ -50,3 +51,6 @@ check-spills: cuda-build
 	@cat $(B)/obj/*.ptxas $(B)/obj/*/*.ptxas | awk '/Compiling entry function/ { name = $$7; kernels++ } \
 	  /bytes stack frame/ { if (($$1 > 0 || $$5 > 0) && name !~ /I(f|13__nv_bfloat16)*d/) { print "spills:", name, $$0; bad = 1 } } \
 	  END { print kernels " kernels compiled for " "$(GENCODE)" "; spills or stack frames outside f64: " (bad ? "yes" : "none"); exit bad }'
+# the machine code of the kernels that multiply in tensor cores
+sass: cuda-build
+	@CUDA_HOME=$(CUDA_HOME) tests/sass.sh $(B)/obj/kernels/attention_mma.cu.o $(B)/obj/kernels/matmul.cu.o
