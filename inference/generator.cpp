@@ -109,7 +109,9 @@ std::vector<int> Generator::share(std::vector<int> picked) {
   return picked;
 }
 
-// ---- theory: tensor parallelism sums two activations a block and one of the embedding, and gathers the logits; a pipeline sends one on
+// ---- theory
+// Tensor parallelism sums two activations a block and one of the embedding, and gathers the logits;
+// a pipeline sends one on.
 
 int64_t Generator::predicted_bytes(int64_t steps) const {
   const int64_t B = sequences_, e = int64_t(size_of(gpt.config.dtype)), n = mesh_.tp.size;
