@@ -37,15 +37,14 @@ worst() {
 # at_most NUMBER BOUND
 at_most() { awk -v number="$1" -v bound="$2" 'BEGIN { exit !(number + 0 <= bound + 0) }'; }
 
-# rank_pids TEXT [RANK]: the ranks (or that rank) of the jobs whose command line has this text. A
-# rank has threads, which the helper process that mpiexec starts beside it has not.
+# rank_pids WORD [RANK]: the ranks (or that rank) of the jobs that have this word on their command
+# line. A rank has threads, which the helper process that it starts has not.
 rank_pids() {
-  local process rank
-  for process in /proc/[0-9]*; do
-    rank=$({ tr '\0' '\n' <"$process/environ" | sed -n 's/^PMI_RANK=//p'; } 2>/dev/null)
-    [ -n "$rank" ] && [ "$rank" = "${2:-$rank}" ] || continue
-    { tr '\0' ' ' <"$process/cmdline" | grep -qF -- "$1"; } 2>/dev/null || continue
-    grep -qE '^Threads:[[:space:]]*([2-9]|[0-9]{2,})$' "$process/status" 2>/dev/null \
+  local process
+  for process in $(grep -laF -- "$1" /proc/[0-9]*/cmdline 2>/dev/null); do
+    process=${process%/cmdline}
+    grep -qzx "PMI_RANK=${2:-[0-9]*}" "$process/environ" 2>/dev/null \
+      && ! grep -qx 'Threads:[[:space:]]*1' "$process/status" 2>/dev/null \
       && echo "${process#/proc/}"
   done
 }

@@ -88,7 +88,7 @@ while :; do
       sleep 0.02
     done
     sleep "0.$((RANDOM % 4))$((RANDOM % 10))"
-    victim=$(rank_pids "--checkpoint $dir/killed" | sed -n "$((RANDOM % 2 + 1))p")
+    victim=$(rank_pids "$dir/killed" | sed -n "$((RANDOM % 2 + 1))p")
     if [ -n "$victim" ] && kill -KILL "$victim" 2>/dev/null; then kills=$((kills + 1)); fi
     ls -d "$dir"/killed/step-* 2>/dev/null | while read -r s; do
       [ -f "$s/manifest.json" ] || echo x
@@ -121,7 +121,7 @@ for how in "TERM mpiexec" "INT mpiexec" "TERM rank"; do
   done
   case $how in
     *mpiexec) kill -${how% *} $job ;;
-    *) kill -TERM "$(rank_pids "--checkpoint $dir/stop" | tail -1)" ;;
+    *) kill -TERM "$(rank_pids "$dir/stop" | tail -1)" ;;
   esac
   wait $job
   status=$?

@@ -236,7 +236,7 @@ touch "$dir/made/manifest.json"
 NP=4 make -n BACKEND=cpu generate CHECKPOINT="$dir/made" ARGS="--tokens 7" PROMPT='`"' >"$dir/out" \
   2>&1
 if grep -qF \
-  "$MPIEXEC -n 4 build/generate --checkpoint $dir/made --prompt \"\$PROMPT\" --tp 4 --tokens 7" \
+  "-n 4 build/generate --checkpoint $dir/made --prompt \"\$PROMPT\" --tp 4 --tokens 7" \
   "$dir/out"; then
   ok make_generate_takes_NP_and_ARGS
 else

@@ -21,7 +21,7 @@ strikes() {
     sleep 0.1
   done
   local victim
-  victim=$(rank_pids "$train $long --metrics $dir" "$rank" | tail -1)
+  victim=$(rank_pids "$dir/m.jsonl" "$rank" | tail -1)
   [ -n "$victim" ] || {
     fail "$name" "no process of rank $rank: $(head -c 200 "$dir/err")"
     kill $job
