@@ -351,7 +351,8 @@ static const Option& find_option(const OptionTable& table, const std::string& wo
 void parse(int argc, const char* const* argv, const OptionTable& table) {
   std::set<std::string> seen;
   for (int i = 1; i < argc;) {
-    const Option& option = find_option(table, argv[i++]);
+    const std::string word = argv[i++];
+    const Option& option = find_option(table, word);
     REQUIRE(seen.insert(option.name).second, "--", option.name, " is given twice");
     const Takes& takes = option.takes;
     if (takes.what == Takes::nothing) {

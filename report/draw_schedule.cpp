@@ -75,8 +75,8 @@ std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& ti
                bottom = top + row * s.stages, height = bottom + 50;
   std::ostringstream svg;
   const auto text = [&](double x, double y, const char* css, const auto&... words) {
-    (svg << "<text x='" << x << "' y='" << y << "' class='" << css << "'>" << ... << words)
-        << "</text>";
+    svg << "<text x='" << x << "' y='" << y << "' class='" << css << "'>";
+    (svg << ... << words) << "</text>";
   };
   const auto box = [&](double x, double y, double w, double h, const char* css, double opacity) {
     svg << "<rect x='" << x << "' y='" << y << "' width='" << w << "' height='" << h << "' class='"

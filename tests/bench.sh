@@ -10,9 +10,7 @@ set -u
 cd "$(dirname "$0")/.."
 only=${ONLY:-} steps=${STEPS:-3} cores=$(nproc)
 backend=$(readlink build/train_gpt | cut -d/ -f1)
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-MPIEXEC=${MPIEXEC:-$(command -v mpiexec.mpich || echo mpiexec)}
+. tests/lib.sh
 wants() { [ -z "$only" ] || [ "$only" = "$1" ]; }
 
 if wants kernels; then

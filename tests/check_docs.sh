@@ -19,9 +19,8 @@ set -u
 cd "$(dirname "$0")/.."
 root=$PWD
 pages="README.md docs/*.md"
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-passed=0 failed=0
+. tests/lib.sh
+work=$dir
 ok() {
   passed=$((passed + 1))
   [ $# -eq 0 ] || echo "ok   $*"

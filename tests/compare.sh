@@ -9,15 +9,15 @@
 #                 leaves each rank one
 set -u
 cd "$(dirname "$0")/.."
+. tests/lib.sh
 only=${ONLY:-} steps=${STEPS:-20} cores=$(nproc)
 program=$(readlink build/train_gpt) backend=${program%%/*}
 refuse() {
   echo "make compare: $*"
   exit 1
 }
-MPIEXEC=${MPIEXEC:-$(command -v mpiexec.mpich || echo mpiexec)}
 gpus=0
-[ "$backend" = cpu ] || gpus=$(nvidia-smi -L | grep -c '^GPU')
+[ "$backend" = cpu ] || gpus=$(launch/detect.sh gpus)
 # a GPU for each rank, unless they share
 fits() {
   [ "$backend" = cpu ] || [[ $program == *comm-mpi* ]] || [ "$1" -le "$gpus" ]

@@ -1,7 +1,8 @@
-# lib.sh: what the test scripts share. Each sources it from the project's root.
-MPIEXEC=${MPIEXEC:-$(command -v mpiexec.mpich || echo mpiexec)}
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
+# lib.sh: what the scripts share. Each sources it from the project's root.
+MPICXX=${MPICXX:-$(command -v mpicxx.mpich || echo mpicxx)}
+MPIEXEC=${MPIEXEC:-${MPICXX/mpicxx/mpiexec}} # of the same MPI
+dir=$(mktemp -d)                             # removed at the end
+trap "rm -rf '$dir'" EXIT
 passed=0 failed=0
 
 ok() {

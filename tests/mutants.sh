@@ -13,10 +13,9 @@ only=${1:-}
 compile=$(make -s --no-print-directory BACKEND=cpu print-compile)
 link=$(make -s --no-print-directory BACKEND=cpu print-link)
 objects=$(make -s --no-print-directory BACKEND=cpu print-objects)
-MPIEXEC=${MPIEXEC:-$(command -v mpiexec.mpich || echo mpiexec)}
+. tests/lib.sh
 work=build/mutants
 mkdir -p $work
-passed=0 failed=0
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive THREEFOLD_TIMEOUT=20
 
 # run PROGRAM RANKS STREAMS FILTER OUTPUT: STREAMS is immediate or queued:SEED
@@ -218,5 +217,4 @@ mutant faults the_norm_is_that_of_the_last_parameter \
 mutant faults rows_of_padding_are_not_cleared \
   tensor_parallel.cpp '/if \(all > R\) fill/d' 2 queued test_tensor_parallel $parity_tp
 
-echo "$passed passed, $failed failed"
-[ $failed -eq 0 ]
+sums_up

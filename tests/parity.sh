@@ -9,10 +9,9 @@ cd "$(dirname "$0")/.."
     "(make parity does both)"
   exit 1
 }
-MPIEXEC=${MPIEXEC:-$(command -v mpiexec.mpich || echo mpiexec)}
+. tests/lib.sh
 cores=$(nproc) failed=0 began=$SECONDS equal="" skipped=""
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+log=$dir/log
 echo "every mesh of up to 8 ranks against one rank in f64: largest relative difference over all" \
   "settings, 5 steps each"
 echo "  ranks   pp replicate  fsdp  tp  settings       loss gradients     norm  weights"

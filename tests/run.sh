@@ -1,18 +1,13 @@
 #!/usr/bin/env bash
 # run.sh: the whole suite. Builds the test programs, runs each, and closes with the sum: `N passed,
 # N failed` alone on a line.
-#   tests/run.sh [cpu|faithful|cuda|ptx]...   without arguments: cpu and faithful, and cuda where
-#                                             there are GPUs
+#   tests/run.sh [cpu|faithful|cuda|ptx]...   without arguments: cpu and faithful
+#   COMM=mpi        for cuda: ranks share GPUs
 #   LIBCUDART=dir   for ptx: a CUDA runtime library (libfakecudart.so) that runs PTX without a GPU
 set -u
 cd "$(dirname "$0")/.."
-[ -f build/detected.mk ] || make --no-print-directory help >/dev/null
-detected=$(sed 's/.*= *//' build/detected.mk)
-backends=("$@")
-[ $# -gt 0 ] || {
-  backends=(cpu faithful)
-  [ "$detected" = cuda ] && backends+=(cuda)
-}
+. tests/lib.sh
+[ $# -gt 0 ] || set -- cpu faithful
 
 # the core, in every form
 kernels="test_cpu test_tensor test_kernels test_matmul test_attention test_decode test_autograd"
@@ -29,11 +24,9 @@ parity="test_parity"
 comm="test_comm"
 # under mpiexec -n 8
 referee="test_nccl"
-MPIEXEC=${MPIEXEC:-$(command -v mpiexec.mpich || echo mpiexec)}
 cores=$(nproc)
-passed=0 failed=0 skipped=0
-log=$(mktemp)
-trap 'rm -f "$log"' EXIT
+skipped=0
+log=$dir/log
 
 # run LABEL COMMAND...: runs it, shows its lines, adds up its closing line
 run() {
@@ -65,12 +58,14 @@ run() {
   echo "   $((SECONDS - began)) s"
 }
 
-for backend in "${backends[@]}"; do
+for backend in "$@"; do
+  built=build/$backend
+  [ "$backend-${COMM:-}" = cuda-mpi ] && built=$built/comm-mpi
   programs="$kernels"
   [ "$backend" = cpu ] && programs="$kernels $alone $comm $ranks $few $parity $referee"
   [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks $few $parity"
   [ "$backend" = ptx ] && programs="${kernels#test_cpu }"
-  targets=$(printf "build/$backend/tests/%s " $programs)
+  targets=$(printf "$built/tests/%s " $programs)
   [ "$backend" = cpu ] && targets="$targets build build/cpu/tests/test_checkpoint"
   [ "$backend" = ptx ] && targets="$targets build/ptx/train_gpt"
   make --no-print-directory -j"$cores" BACKEND="$backend" $targets || {
@@ -88,12 +83,12 @@ for backend in "${backends[@]}"; do
       $parity) sizes="4 8" filter=first_setting ;;
       $referee) sizes=8 ;;
     esac
-    [ -n "$sizes" ] || run "$backend/$p" "build/$backend/tests/$p"
+    [ -n "$sizes" ] || run "$backend/$p" "$built/tests/$p"
     for n in $sizes; do
       threads=$((cores / n))
       [ $threads -gt 0 ] || threads=1
       run "$backend/$p, $n ranks" env OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive \
-        $MPIEXEC -n "$n" "build/$backend/tests/$p" $filter
+        $MPIEXEC -n "$n" "$built/tests/$p" $filter
     done
   done
   [ "$backend" = ptx ] \

@@ -6,15 +6,13 @@ set -u
 cd "$(dirname "$0")/.."
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
   OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-MPIEXEC=${MPIEXEC:-$(command -v mpiexec.mpich || echo mpiexec)}
+. tests/lib.sh
 alone="test_support test_schedule test_tensor test_golden"
 ranks="test_comm test_parity test_generator" # of the parity matrix one setting a mesh
 targets=""
 for t in $alone $ranks; do targets="$targets build/sanitize/tests/$t"; done
 make --no-print-directory -j"$(nproc)" BACKEND=sanitize build/sanitize/train_gpt $targets || exit 1
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-log=$work/log
+log=$dir/log
 failed=0
 run() {
   local label=$1
@@ -36,7 +34,7 @@ run "test_parity, 4 ranks" $MPIEXEC -n 4 build/sanitize/tests/test_parity first_
 small="--layers 2 --width 32 --heads 2 --context 32 --batch 8 --steps 3"
 for layout in "--replicate 2" "--fsdp 2" "--tp 2 --sequence-parallel" "--pp 2 --schedule zb"; do
   run "train_gpt $layout" $MPIEXEC -n 2 build/sanitize/train_gpt $small $layout --sample 20 \
-    --checkpoint "$work/${layout//[ -]/}"
+    --checkpoint "$dir/${layout//[ -]/}"
 done
 [ $failed = 0 ] && echo "the sanitizers are silent"
 exit $failed

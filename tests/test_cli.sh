@@ -231,17 +231,26 @@ refuses a_probability_above_one_is_refused "--top-p 2 is above 1" $model --top-p
 refuses words_without_a_tokenizer_are_refused "'hello' is no token" --layers 1 --width 8 --heads 1 \
   --vocab 1000 --prompt hello
 
+# ---- make run and make generate: the command that they come to
+
 mkdir "$dir/made"
 touch "$dir/made/manifest.json"
-NP=4 make -n BACKEND=cpu generate CHECKPOINT="$dir/made" ARGS="--tokens 7" PROMPT='`"' >"$dir/out" \
-  2>&1
-if grep -qF \
-  "-n 4 build/generate --checkpoint $dir/made --prompt \"\$PROMPT\" --tp 4 --tokens 7" \
-  "$dir/out"; then
-  ok make_generate_takes_NP_and_ARGS
-else
-  fail make_generate_takes_NP_and_ARGS "$(tail -3 "$dir/out")"
-fi
+NP=4 MPIEXEC='echo mpiexec' make BACKEND=cpu generate CHECKPOINT="$dir/made" ARGS="--tokens 7" \
+  PROMPT='`"' >"$dir/out" 2>&1
+said="mpiexec -n 4 build/generate --checkpoint $dir/made --prompt \`\" --tp 4 --tokens 7"
+check make_generate_takes_NP_and_ARGS 'grep -qxF -- "$said" "$dir/out"' "" "$(tail -3 "$dir/out")"
+for name in "a b.txt" "it's.txt" 'two " $HOME `ls` # %.txt'; do
+  echo text >"$dir/$name"
+  MPIEXEC='echo mpiexec' make BACKEND=cpu run STRATEGY=fsdp NP=2 DATA="$dir/$name" \
+    ARGS="--steps 3 --sample '2 0'" >"$dir/out" 2>&1
+  said="mpiexec -n 2 build/train_gpt --fsdp 2 --data $dir/$name"
+  check "make_run_takes_data_of_any_name: $name" 'grep -qF -- "$said" "$dir/out" &&
+    grep -q -- "--steps 3 --sample 2 0$" "$dir/out"' "" "$(tail -3 "$dir/out")"
+done
+make BACKEND=cpu run NP=two >"$dir/out" 2>&1
+status=$?
+check a_number_of_ranks_that_is_none_is_refused \
+  '[ $status != 0 ] && grep -q "NP is .two., expected a number of ranks" "$dir/out"'
 
 # ---- build/show_schedule, and output that goes nowhere
 
