@@ -101,6 +101,7 @@ for backend in "$@"; do
   done
   run "the parity matrix covers every pair of settings" build/cpu/tests/test_parity any_two
   run "queued streams on 2 ranks; removed event waits are caught" tests/mutants.sh waits
+  run "which backend is found" tests/test_detect.sh
   run "train_gpt from outside" tests/test_cli.sh
   run "checkpoints" tests/test_checkpoint.sh
   run "ranks that die, stop and refuse" tests/test_failures.sh
