@@ -41,8 +41,8 @@ EOF
 
 driver=$(command -v nvidia-smi || ls /dev/nvidiactl /dev/dxg 2>/dev/null | head -1)
 [ -n "$nvcc$driver" ] || found cpu
-[ -n "$nvcc" ] || found cpu "$driver is here, but ${CUDA_HOME:+$CUDA_HOME/bin/}nvcc is not: install \
-the CUDA Toolkit, or give its CUDA_HOME"
+[ -n "$nvcc" ] || found cpu "$driver is here, but ${CUDA_HOME:+$CUDA_HOME/bin/}nvcc is not: \
+install the CUDA Toolkit, or give its CUDA_HOME"
 version=$("$nvcc" --version | sed -n 's/.*release \([0-9]*\).*/\1/p')
 [ "${version:-0}" -ge 12 ] || found cpu "$nvcc is of CUDA ${version:-unknown}, which has no C++20: \
 install CUDA 12 or newer, or give CUDA_HOME"
