@@ -108,11 +108,11 @@ mutant waits a_stage_computes_before_its_input_has_arrived \
 
 mutant faults the_reduce_scatter_is_dropped \
   fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/,/;$/d' 2 immediate test_fsdp $parity
-mutant faults the_all_reduce_over_replicate_is_dropped \
+mutant faults the_all_reduce_over_copies_is_dropped \
   fsdp.cpp '/NCCL_CHECK\(ncclAllReduce\(u.own_grad.raw/,/;$/d' 2 immediate test_fsdp $parity
 mutant faults the_shards_are_swapped \
   fsdp.cpp \
-  's/(Tensor mine = u.full_grad.part\()(mesh_.fsdp).rank/\1(\2.size - 1 - \2.rank)/' \
+  's/(Tensor mine = u.full_grad.part\()axis_.rank/\1(axis_.size - 1 - axis_.rank)/' \
   2 immediate test_fsdp $parity
 mutant faults the_loss_is_scaled_twice \
   trainer.cpp 's/1.0 \/ double\(options_.batch/2.0 \/ double(options_.batch/' \
@@ -123,11 +123,11 @@ mutant faults a_rank_repeats_the_sequences_of_another \
 mutant faults the_tied_gradient_is_forgotten \
   fsdp.cpp '/if \(p->tied\) add\(/d' 1 immediate test_fsdp $parity
 mutant faults the_norm_is_not_summed_over_shards \
-  trainer.cpp 's/\{&mesh_.fsdp, &mesh_.tp/{\&mesh_.tp/' 2 immediate test_fsdp $parity
+  trainer.cpp 's/mesh_.that\(&AxisKind::splits_model\), squares/{mesh_["tp"]}, squares/' \
+  2 immediate test_fsdp $parity
 mutant faults the_weights_are_gathered_once_for_all_steps \
   fsdp.cpp \
-  's/u.gathered = mesh_.fsdp.size == 1;.*/;/;
-   s/  for \(Unit& u : units_\) give_back\(u\);.*//' \
+  's/u.gathered = axis_.size == 1;.*/;/; s/  for \(Unit& u : units_\) give_back\(u\);.*//' \
   2 immediate test_fsdp $parity
 mutant faults only_the_last_micro_batch_counts \
   fsdp.cpp 's/  add\(u.own_grad, u.own_grad, u.full_grad/  copy(u.own_grad, u.full_grad/' \
@@ -160,9 +160,9 @@ mutant faults the_targets_logit_is_not_summed \
 mutant faults the_head_s_part_of_the_tied_gradient_stays_away \
   pipeline.cpp 's/^  add\(gradient, gradient, other\);.*//' 2 immediate test_pipeline $parity_pp
 mutant faults both_ends_count_the_token_embedding_in_the_norm \
-  trainer.cpp 's/gpt.wte.counted = mesh.pp.rank == 0;//' 2 immediate test_pipeline $parity_pp
+  trainer.cpp 's/gpt.wte.counted = mesh\["pp"\].rank == 0;//' 2 immediate test_pipeline $parity_pp
 mutant faults only_the_last_stage_knows_the_loss \
-  trainer.cpp 's/, &mesh_.pp\}, total_/}, total_/' 2 immediate test_pipeline $parity_pp
+  trainer.cpp '/axes.push_back\(mesh_\["pp"\]\);/d' 2 immediate test_pipeline $parity_pp
 mutant faults weight_gradients_are_computed_twice \
   pipeline.cpp \
   's/(live.later.pop_front\(\)\)) (live.later.front\(\)\(\))/\1 \2, \2/' \
@@ -180,6 +180,14 @@ mutant faults weight_gradients_are_put_off_by_one_more \
   schedule.cpp 's/- stage, stage\)/- stage, stage + 1)/' 1 immediate test_schedule $live
 mutant faults the_first_weight_gradient_is_left_out \
   schedule.cpp 's/k >= put_off\)/k > put_off)/' 1 immediate test_schedule $accepts
+mutant faults the_second_chunk_goes_down_again \
+  schedule.cpp 's/s.stages - 1 - i : i/i : i/' 1 immediate test_schedule $accepts
+mutant faults the_v_keeps_one_chunk_more \
+  schedule.cpp 's/repeat\(stage, \{F1, F0\}\)/repeat(stage + 1, {F1, F0})/' \
+  1 immediate test_schedule $live
+mutant faults the_v_drains_one_chunk_after_the_other \
+  schedule.cpp 's/repeat\(stage, \{B0, B1\}\)/repeat(stage, {B0}), repeat(stage, {B1})/' \
+  1 immediate test_schedule bubbles_equal
 mutant faults transfers_are_placed_a_tick_late \
   schedule.cpp 's/meetings\[\{std::floor\(end\),/meetings[{std::floor(end) + 1,/' \
   1 immediate test_schedule $accepts
@@ -191,22 +199,24 @@ mutant faults a_transfer_takes_no_moment \
 
 mesh=open_mesh ledger=ledger_enters
 mutant faults ranks_of_other_lines_talk \
-  comm.cpp 's/color = job.rank - axis->rank \* stride/color = axis->rank/' \
-  4 immediate test_comm $mesh
+  comm.cpp 's/color = m.rank - axis.rank \* stride/color = axis.rank/' 4 immediate test_comm $mesh
 mutant faults the_color_of_fsdp_forgets_tp \
-  comm.cpp 's/axis->rank \* stride/axis->rank/' 4 immediate test_comm $mesh
+  comm.cpp 's/axis.rank \* stride/axis.rank/' 4 immediate test_comm $mesh
 mutant faults the_ranks_of_an_axis_are_swapped \
-  comm.cpp 's/axis->rank = rank % axis->size,/axis->rank = axis->size - 1 - rank % axis->size,/' \
-  2 immediate test_comm $mesh
+  comm.cpp 's/rank % n\}/n - 1 - rank % n}/' 2 immediate test_comm $mesh
+mutant faults joined_axes_number_the_fast_axis_first \
+  comm.cpp \
+  's/axis.rank = axis.rank \* (m.axes\[a\]).size \+ m.*rank/axis.rank += axis.size * \1.rank/' \
+  4 immediate test_comm joined
 mutant faults the_first_minute_expects_another_sum \
-  comm.cpp 's/n \* \(n \+ 1\) \/ 2/n * (n - 1) \/ 2/' 2 immediate test_comm $mesh
+  launch/first_minute.cpp 's/n \* \(n \+ 1\) \/ 2/n * (n - 1) \/ 2/' 2 immediate test_comm $mesh
 mutant faults the_ledger_enters_twice_the_bytes \
   comm.cpp 's/row.numerator \+= numerator/row.numerator += 2 * numerator/' \
   2 immediate test_comm $ledger
 mutant faults the_ledger_forgets_to_count_calls \
   comm.cpp '/row.calls\+\+;/d' 2 immediate test_comm $ledger
 mutant faults ranks_agree_that_all_is_well_when_one_is \
-  comm.cpp 's/if \(!text.empty\(\)\) return text/return text/' 2 immediate test_comm agree
+  launch/job.cpp 's/if \(!text.empty\(\)\) return text/return text/' 2 immediate test_comm agree
 
 mutant faults all_that_hold_a_parameter_count_it_in_the_norm \
   optimizer.cpp 's/if \(s.param->counted\) //' 2 immediate test_tensor_parallel $parity_tp

@@ -14,7 +14,7 @@ cores=$(nproc) failed=0 began=$SECONDS equal="" skipped=""
 log=$dir/log
 echo "every mesh of up to 8 ranks against one rank in f64: largest relative difference over all" \
   "settings, 5 steps each"
-echo "  ranks   pp replicate  fsdp  tp  settings       loss gradients     norm  weights"
+echo "  ranks  settings       loss gradients     norm  weights   mesh"
 for n in 1 2 3 4 5 6 7 8; do
   threads=$((cores / n))
   [ $threads -gt 0 ] || threads=1

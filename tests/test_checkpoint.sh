@@ -8,24 +8,27 @@ train=build/cpu/train_gpt tool=build/cpu/checkpoint generate=build/cpu/generate 
 . tests/lib.sh
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
-# ---- 8 layouts, 64 pairs: pp,replicate,fsdp,tp,zero,schedule,chunks,sequence-parallel
+# ---- 8 layouts, 64 pairs
 
-settings="1,1,1,1,3,1f1b,1,0 1,2,1,1,3,1f1b,1,0 1,1,3,1,1,1f1b,1,0 1,1,4,1,3,1f1b,1,0"
-settings="$settings 1,1,1,3,3,1f1b,1,1 2,1,1,2,3,zb,1,0 1,2,3,1,2,1f1b,1,0"
-settings="$settings 2,1,2,2,3,interleaved,2,1"
-ranks() { awk -F, '{ print $1 * $2 * $3 * $4 }' <<<"$1"; }
+settings="pp=1 replicate=2 fsdp=3,zero=1 fsdp=4 tp=3,by_rows=1 pp=2,tp=2,schedule=zb"
+settings="$settings replicate=2,fsdp=3,zero=2"
+settings="$settings pp=2,fsdp=2,tp=2,schedule=interleaved,chunks=2,by_rows=1"
+ranks() { # of a setting: the product of its axes
+  tr , '\n' <<<"$1" | grep -vE '^(zero|schedule|chunks|by_rows)=' \
+    | awk -F= 'BEGIN { n = 1 } { n *= $2 } END { print n }'
+}
 for dtype in f64 bf16; do
   saved="" pairs=0
   for s in $settings; do
-    $MPIEXEC -n "$(ranks "$s")" build/cpu/tests/test_checkpoint save "$dir/$dtype-$s" "$s,$dtype" \
-      >"$dir/out" 2>&1 || fail "saving_$s" "$(tail -2 "$dir/out")"
+    $MPIEXEC -n "$(ranks "$s")" build/cpu/tests/test_checkpoint save "$dir/$dtype-$s" \
+      "$s,dtype=$dtype" >"$dir/out" 2>&1 || fail "saving_$s" "$(tail -2 "$dir/out")"
     saved="$saved $dir/$dtype-$s"
   done
   : >"$dir/pairs"
   for s in $settings; do
     # in the same layout only: elsewhere bf16's sums differ
     [ $dtype = bf16 ] && saved="$dir/$dtype-$s"
-    $MPIEXEC -n "$(ranks "$s")" build/cpu/tests/test_checkpoint resume "$s,$dtype" $saved \
+    $MPIEXEC -n "$(ranks "$s")" build/cpu/tests/test_checkpoint resume "$s,dtype=$dtype" $saved \
       2>"$dir/err" \
       | awk -v to="$dir/$dtype-$s" '{ print $1 == to ? "same" : "other", $2 }' >>"$dir/pairs" \
       || cat "$dir/err"
