@@ -121,13 +121,13 @@ mutant faults a_rank_repeats_the_sequences_of_another \
   trainer.cpp 's/data_ranks\(\) \+ data_rank\(\)\) \* b/data_ranks()) * b/' \
   2 immediate test_fsdp $parity
 mutant faults the_tied_gradient_is_forgotten \
-  fsdp.cpp '/if \(p->tied\) add\(/d' 1 immediate test_fsdp $parity
+  trainer.cpp '/join_uses/d' 1 immediate test_fsdp $parity
 mutant faults the_norm_is_not_summed_over_shards \
   trainer.cpp 's/mesh_.that\(&AxisKind::splits_model\), squares/{mesh_["tp"]}, squares/' \
   2 immediate test_fsdp $parity
 mutant faults the_weights_are_gathered_once_for_all_steps \
   fsdp.cpp \
-  's/u.gathered = axis_.size == 1;.*/;/; s/  for \(Unit& u : units_\) give_back\(u\);.*//' \
+  's/u.gathered = axis_.size == 1;.*/;/; s/  for \(auto& \[number, u\] : units_\) give_back\(u\);.*//' \
   2 immediate test_fsdp $parity
 mutant faults only_the_last_micro_batch_counts \
   fsdp.cpp 's/  add\(u.own_grad, u.own_grad, u.full_grad/  copy(u.own_grad, u.full_grad/' \
@@ -160,7 +160,7 @@ mutant faults the_targets_logit_is_not_summed \
 mutant faults the_head_s_part_of_the_tied_gradient_stays_away \
   pipeline.cpp 's/^  add\(gradient, gradient, other\);.*//' 2 immediate test_pipeline $parity_pp
 mutant faults both_ends_count_the_token_embedding_in_the_norm \
-  trainer.cpp 's/gpt.wte.counted = mesh\["pp"\].rank == 0;//' 2 immediate test_pipeline $parity_pp
+  trainer.cpp 's/gpt.tied\(\).counted = first;//' 2 immediate test_pipeline $parity_pp
 mutant faults only_the_last_stage_knows_the_loss \
   trainer.cpp '/axes.push_back\(mesh_\["pp"\]\);/d' 2 immediate test_pipeline $parity_pp
 mutant faults weight_gradients_are_computed_twice \
