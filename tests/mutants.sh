@@ -127,7 +127,8 @@ mutant faults the_norm_is_not_summed_over_shards \
   2 immediate test_fsdp $parity
 mutant faults the_weights_are_gathered_once_for_all_steps \
   fsdp.cpp \
-  's/u.gathered = axis_.size == 1;.*/;/; s/  for \(auto& \[number, u\] : units_\) give_back\(u\);.*//' \
+  's/u.gathered = axis_.size == 1;.*/;/;
+   s/  for \(auto& \[number, u\] : units_\) give_back\(u\);.*//' \
   2 immediate test_fsdp $parity
 mutant faults only_the_last_micro_batch_counts \
   fsdp.cpp 's/  add\(u.own_grad, u.own_grad, u.full_grad/  copy(u.own_grad, u.full_grad/' \
