@@ -95,6 +95,13 @@ void resolve_common(CommonOptions& o, bool has_gpu) {
   if (o.dtype.empty()) o.dtype = has_gpu ? "bf16" : "f32";
 }
 
+std::string nearest_model(const ModelSize& size) {
+  std::string name;
+  for (const Preset& p : kPresets)
+    if (name.empty() || p.size.width <= size.width) name = p.name;
+  return name;
+}
+
 void check_common(const CommonOptions& o, int64_t chunks) {
   const ModelSize& m = o.model;
   REQUIRE(std::min({m.layers, m.width, m.heads, m.context, m.vocab}) > 0,
@@ -122,8 +129,11 @@ static OptionTable table(Options& o) {
       model_options(o),
       {"Data",
        {
-           {"data", "FILE...", List{&o.data},
-            "plain text (bytes are tokens) or llm.c's .bin token shards", "this project's sources"},
+           {"data", "FILE...", List{&o.data}, "plain text or llm.c's .bin token shards",
+            "this project's sources"},
+           {"tokenizer", "DIR", Text{&o.tokenizer},
+            "what encodes texts: tokenizer.json, or vocab.json and merges.txt, of byte pairs",
+            "the checkpoint's; without one bytes are tokens"},
        }},
       {"Training",
        {

@@ -90,12 +90,15 @@ OptionGroup model_options(CommonOptions& options);  // --model and what override
 OptionGroup computing_options(CommonOptions& options, const std::string& ranks);
 // sizes that are unset become the named model's
 void resolve_common(CommonOptions& options, bool has_gpu);
+// the largest named model that is not wider
+std::string nearest_model(const ModelSize& size);
 // what cannot work: a sentence. chunks: of a stage
 void check_common(const CommonOptions& options, int64_t chunks = 1);
 
 // ---- the options of train_gpt
 
 struct Options : CommonOptions {
+  std::string tokenizer;          // directory; empty: the checkpoint's, if it has one
   std::vector<std::string> data;  // empty: the project's own sources and docs
   int64_t steps = 0;
   int64_t batch = 0;       // sequences per optimizer step
