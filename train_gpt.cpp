@@ -8,12 +8,14 @@
 #include <cmath>
 #include <csignal>
 #include <cstdio>
+#include <sstream>
 
 #include "checkpoint/checkpoint.h"
 #include "support/data.h"
 #include "support/metrics.h"
 #include "launch/options.h"
 #include "inference/sampling.h"
+#include "inference/text_shards.h"
 #include "report/trace.h"
 #include "launch/program.h"
 #include "report/report.h"
@@ -25,13 +27,10 @@ static TrainerOptions trainer_options(const Options& o) {
   TrainerOptions t;
   t.batch = o.batch, t.microbatch = o.microbatch, t.seed = uint64_t(o.seed);
   t.clip = o.clip, t.weight_decay = o.weight_decay;
-  t.schedule = o.schedule.empty() ? "1f1b" : o.schedule, t.chunks = int(o.chunks);
+  if (!o.schedule.empty()) t.schedule = o.schedule;
+  t.chunks = int(o.chunks);
   t.fsdp = {o.zero ? int(o.zero) : 3, o.reshard != "no", int(std::max<int64_t>(o.prefetch, 0))};
   return t;
-}
-
-static Layout layout(const Options& o) {
-  return {int(o.pp), int(o.replicate), int(o.fsdp), int(o.tp)};
 }
 
 static void print_setup(const Options& o, const GptConfig& g, const Dataset& data) {
@@ -40,9 +39,9 @@ static void print_setup(const Options& o, const GptConfig& g, const Dataset& dat
       o.model_name.c_str(), (long long)g.layers, (long long)g.width, (long long)g.heads,
       (long long)g.context, (long long)g.vocab, parameter_count(g) / 1e6, name_of(g.dtype));
   printf("device   %s\n", device().name.c_str());
-  const int64_t ranks = layout(o).ranks();
-  printf("ranks    %s\n%s", to_string(layout(o)).c_str(),
-         ranks > 1 && ranks <= 16 ? draw(layout(o)).c_str() : "");
+  const int64_t ranks = o.layout.ranks();
+  printf("ranks    %s\n%s", to_string(o.layout).c_str(),
+         ranks > 1 && ranks <= 16 ? draw(o.layout).c_str() : "");
   printf("data     %s\n", data.describe().c_str());
   printf("steps    %lld of %lld sequences (%lld tokens), micro-batches of %lld\n\n",
          (long long)o.steps, (long long)o.batch, (long long)(o.batch * g.context),
@@ -52,26 +51,24 @@ static void print_setup(const Options& o, const GptConfig& g, const Dataset& dat
 
 // ---- sampling
 
-static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, uint64_t seed,
-                         Watch& watch, bool prints) {
+static void print_sample(Trainer& trainer, const Dataset& data, const Tokenizer& tokenizer,
+                         int64_t count, uint64_t seed, Watch& watch, bool prints) {
   const int64_t T = trainer.gpt.config.context;
   std::vector<int> tokens = data.held_out(0);
   tokens.resize(std::min<int64_t>(T / 2 + 1, 48));
-  const auto show = [&](int token) {
-    if (!prints) return;
-    if (!data.is_text()) printf(" %d", token);
-    else putchar(token == '\n' || token == '\t' || (token >= 32 && token < 127) ? token : '?');
-    fflush(stdout);
+  const auto add = [&](int token) {
+    if (prints) show(tokenizer.decode(token));
   };
   if (prints) printf("\n--- a sample: held-out text up to the bar, then the model's own\n");
-  for (int token : tokens) show(token);
+  for (int token : tokens) add(token);
   if (prints) printf("|");
   for (int64_t i = 0; i < count; i++) {
     watch.progress();
     const std::vector<int> window(tokens.end() - std::min<int64_t>(int64_t(tokens.size()), T),
                                   tokens.end());
     tokens.push_back(pick(trainer.next_logits(window), {.temperature = 0.8, .seed = seed}, i));
-    show(tokens.back());
+    if (tokens.back() == tokenizer.end_of_text()) break;
+    add(tokens.back());
   }
   if (prints) printf("\n---\n");
 }
@@ -114,7 +111,7 @@ static std::string save(const Options& o, const std::string& data, int64_t step,
   using Clock = std::chrono::steady_clock;
   const Clock::time_point began = Clock::now();
   CheckpointInfo info{
-      step,      o.model, layout(o), master_dtype(trainer.gpt.config.dtype), uint64_t(o.seed),
+      step,      o.model, o.layout, master_dtype(trainer.gpt.config.dtype), uint64_t(o.seed),
       o.command, data};
   save_checkpoint(o.checkpoint, info, o.keep, job, mesh, trainer.optimizer().shards());
   const double seconds = std::chrono::duration<double>(Clock::now() - began).count();
@@ -124,7 +121,7 @@ static std::string save(const Options& o, const std::string& data, int64_t step,
 }
 
 // How many steps the newest complete checkpoint had, now in the trainer; 0 if there is none.
-static int64_t resume_training(const Options& o, const std::string& data, const Job& job,
+static int64_t resume_training(const Options& o, const Dataset& data, const Job& job,
                                Trainer& trainer, bool prints) {
   const auto say = [prints](const std::string& text) {
     if (prints) printf("resume   %s\n", text.c_str());
@@ -132,13 +129,17 @@ static int64_t resume_training(const Options& o, const std::string& data, const 
   const std::optional<Checkpoint> c = newest_checkpoint(o.checkpoint, job, say);
   if (!c) return say("there is no checkpoint in " + o.checkpoint + ": starting at step 1"), 0;
   check_model(*c, o.model);
+  const bool imported = c->info.step == 0;
+  REQUIRE(
+      !imported || !data.is_text() || o.model.vocab == 256, c->path,
+      " was imported without a tokenizer, so bytes of text are not its tokens: give --tokenizer DIR");
   REQUIRE(c->info.step < o.steps, c->path, " has ", c->info.step,
           " steps already: give more --steps than that");
   resume(*c, trainer.optimizer());
   say(sentence(c->path, ", saved on ", to_string(c->info.layout)));
-  if (c->info.step == 0) return 0;  // imported
-  if (c->info.data != data)
-    say(sentence("it was trained on ", c->info.data, ", and is now on ", data));
+  if (imported) return 0;
+  if (c->info.data != data.describe())
+    say(sentence("it was trained on ", c->info.data, ", and is now on ", data.describe()));
   if (c->info.seed != uint64_t(o.seed))
     say(sentence("it was trained with --seed ", c->info.seed, ", so batches differ from here on"));
   return c->info.step;
@@ -151,26 +152,26 @@ static StepRecord train_step(const Options& o, const Dataset& data, const Mesh& 
   progress.start_step();
   watch.step(step);
   const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
-  trainer.pipeline.timed = o.pp > 1 && step == o.steps;
-  communication_clock.start_step(mesh.stream);
+  trainer.pipeline.timed = mesh["pp"].size > 1 && step == o.steps;
+  start_timing();
   trainer.gradients([&](int64_t s) { return watch.progress(), data.sequence(step, s, o.seed); });
   trainer.update(lr);
-  const double loss = trainer.loss(), norm = trainer.norm(),
-               communicated = communication_clock.end_step();
+  const double loss = trainer.loss(), norm = trainer.norm(), communicated = end_timing(mesh.stream);
   REQUIRE(std::isfinite(loss) && std::isfinite(norm), "at step ", step, " the loss is ", loss,
           " and the gradient norm ", norm,
           ": training stops here; a smaller --lr or a longer --warmup may help");
   return progress.end_step(step, loss, norm, lr, o.batch * o.model.context, communicated);
 }
 
-static void train(const Options& o, const Dataset& data, const Job& job, Mesh& mesh, Watch& watch) {
+static void train(const Options& o, const Dataset& data, const Tokenizer& tokenizer, const Job& job,
+                  Mesh& mesh, Watch& watch) {
   const bool prints = job.speaks;
   matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
-  GptConfig config = model_config(o.model, o.dtype, o.attention);
+  GptConfig config = model_config(o);
   config.recompute = o.recompute, config.sequence_parallel = o.sequence_parallel;
   if (prints) print_setup(o, config, data);
   Trainer trainer(mesh, config, trainer_options(o));
-  const int64_t resumed = o.resume ? resume_training(o, data.describe(), job, trainer, prints) : 0;
+  const int64_t resumed = o.resume ? resume_training(o, data, job, trainer, prints) : 0;
   if (prints && !o.trace.empty()) open_trace(o.trace);
   Metrics metrics(prints ? o.metrics : "", o.resume ? std::optional(resumed) : std::nullopt);
   const StopSignal stop;
@@ -202,7 +203,7 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
   }
   progress.done();
   if (o.sample && step == o.steps)
-    print_sample(trainer, data, o.sample, uint64_t(o.seed), watch, prints);
+    print_sample(trainer, data, tokenizer, o.sample, uint64_t(o.seed), watch, prints);
   if (prints) {
     printf("\nloss     %.4f at step %lld, %.4f at step %lld\n", first_loss, (long long)resumed + 1,
            loss, (long long)step);
@@ -212,11 +213,48 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
                       o.trace, metrics);
 }
 
+// ---- texts for a model of byte pairs
+
+// Of --resume without a word about the model: the checkpoint's sizes.
+static void take_model(Options& o) {
+  const ModelSize& m = o.model;
+  const bool told = !o.model_name.empty() || m.layers + m.width + m.heads + m.context + m.vocab > 0;
+  if (!o.resume || told) return;
+  for (const std::string& path : checkpoints_in(o.checkpoint))
+    if (error_of([&] { o.model = Checkpoint(path).info.model; }).empty()) {
+      o.model_name = nearest_model(o.model);
+      return;
+    }
+}
+
+// Where the tokenizer is: beside the checkpoints, which have it from --tokenizer or an import.
+static std::string tokenizer_directory(const Options& o) {
+  const std::string& own = o.checkpoint;
+  if (own.empty() || !has_tokenizer(own)) return o.tokenizer;
+  REQUIRE(o.tokenizer.empty() || Tokenizer(own, 0).key() == Tokenizer(o.tokenizer, 0).key(),
+          "--tokenizer ", o.tokenizer, " is not the one in ", own, ": leave it out");
+  return own;
+}
+
+// What the first rank has encoded, on every rank. Names are separated by a zero byte.
+static std::vector<std::string> shards_of_first_rank(const std::vector<std::string>& mine) {
+  std::string names;
+  for (const std::string& name : mine) names += name + '\0';
+  std::istringstream all(gather_text(names)[0]);
+  std::vector<std::string> shards;
+  for (std::string name; std::getline(all, name, '\0');) shards.push_back(name);
+  return shards;
+}
+
 // ---- main
 
 int main(int argc, char** argv) {
   Options o;
   std::unique_ptr<Dataset> data;
+  std::unique_ptr<Tokenizer> tokenizer;
+  const auto open_data = [&] {
+    data = std::make_unique<Dataset>(Dataset::open(o.data, o.model.context, o.model.vocab));
+  };
   const auto prepare = [&](const Job& job) -> std::optional<Start> {
     o = parse_options(argc, argv);
     if (o.help) {
@@ -227,16 +265,37 @@ int main(int argc, char** argv) {
     REQUIRE(!again, "--checkpoint: ", o.checkpoint,
             " holds checkpoints already: give --resume to go on from them, or another directory");
     open_device(job.local_rank % device_count(), o.device_memory << 20);
+    take_model(o);
+    const std::string vocabulary = tokenizer_directory(o);
+    REQUIRE(vocabulary.empty() || has_tokenizer(vocabulary), "--tokenizer: ", vocabulary,
+            " has neither tokenizer.json nor vocab.json and merges.txt");
+    if (!vocabulary.empty()) {
+      tokenizer = std::make_unique<Tokenizer>(vocabulary, o.model.vocab);
+      if (o.model.vocab == 0) o.model.vocab = tokenizer->size();
+    }
     resolve(o, device().is_gpu);
-    check_ranks(layout(o), job.size);
+    check_ranks(o.layout, job.size);
     check(o);
-    schedule_of(trainer_options(o), layout(o));  // may refuse this number of micro-batches
-    data = std::make_unique<Dataset>(Dataset::open(o.data, o.model.context, o.model.vocab));
-    if (!o.checkpoint.empty() && job.rank == 0) make_directory(o.checkpoint);
-    return Start{layout(o), o.timeout};
+    schedule_of(trainer_options(o), o.layout);  // may refuse this number of micro-batches
+    if (!o.checkpoint.empty() && job.rank == 0) {
+      make_directory(o.checkpoint);
+      if (tokenizer) copy_tokenizer(vocabulary, o.checkpoint);
+    }
+    // one rank encodes texts; the others wait, and read what it has written when all have met
+    if (tokenizer && job.rank == 0)
+      o.data = token_shards(o.data, *tokenizer, o.checkpoint, [](const std::string& text) {
+        printf("tokens   %s\n", text.c_str());
+        fflush(stdout);
+      });
+    if (!tokenizer || job.rank == 0) open_data();
+    if (!tokenizer)
+      tokenizer = std::make_unique<Tokenizer>("", data->is_text() ? 256 : o.model.vocab);
+    return Start{o.layout, o.timeout};
   };
   return run_program("train_gpt", argc, argv, prepare,
                      [&](const Job& job, Mesh& mesh, Watch& watch) {
-                       train(o, *data, job, mesh, watch);
+                       if (tokenizer->has_pairs()) o.data = shards_of_first_rank(o.data);
+                       if (!data) open_data();
+                       train(o, *data, *tokenizer, job, mesh, watch);
                      });
 }

@@ -288,6 +288,12 @@ std::string Tokenizer::decode(int token) const {
   return size_t(token) < texts_.size() ? texts_[size_t(token)] : "";
 }
 
+bool has_tokenizer(const std::string& directory) {
+  return std::any_of(kTokenizerFiles.begin(), kTokenizerFiles.end(), [&](const char* name) {
+    return std::filesystem::exists(directory + "/" + name);
+  });
+}
+
 void copy_tokenizer(const std::string& from, const std::string& to) {
   namespace fs = std::filesystem;
   for (const fs::path name : kTokenizerFiles)

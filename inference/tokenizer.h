@@ -57,6 +57,7 @@ class Tokenizer {
   std::vector<int> special_;  // found in a text before it is cut into words; the longest first
 };
 
+bool has_tokenizer(const std::string& directory);  // one of kTokenizerFiles
 // The files in `from` go to `to`; in one directory they stay.
 void copy_tokenizer(const std::string& from, const std::string& to);
 // What a terminal may see of a text: no control characters.
