@@ -53,7 +53,8 @@ static std::string shard_of(const std::vector<std::string>& paths, const fs::pat
       checksum({reinterpret_cast<const char*>(parts.data()), parts.size() * sizeof parts[0]});
   std::vector<fs::path> places;
   for (const fs::path& place : {name.parent_path(), fs::path(directory), fs::temp_directory_path()})
-    places.push_back(place / (name.filename().string() + format(".%016llx.bin", (long long)key)));
+    places.push_back(
+        place / (name.filename().string().substr(0, 200) + format(".%016llx.bin", (long long)key)));
   for (const fs::path& place : places)
     if (fs::exists(place)) return place;
   const std::string shard = encode_files(texts, name, tokenizer, say);

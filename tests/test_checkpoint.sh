@@ -159,9 +159,10 @@ else fail a_full_disk_is_said_and_older_checkpoints_stay "$(cat "$dir/err"); $(l
 
 # ---- Hugging Face's files, out and back
 
+printf '%99s' '' | tr ' ' a >"$dir/ab"
 echo '{"a": 0, "b": 1}' >"$dir/d/vocab.json"; echo '#version: 0.2' >"$dir/d/merges.txt"; flip "$last/optimizer-0.safetensors"  # not needed for this
 $tool export "$dir/d" "$dir/hf" >/dev/null && $tool import "$dir/hf" "$dir/back" >/dev/null
-check exported_weights_come_back "same_weights $dir/d $dir/back && mpiexec -n 2 $train $shape --layers 2 --width 64 --tp 2 --checkpoint $dir/back --resume --steps 3 >$dir/out 2>&1" "and train" "$(tail -2 "$dir/out")"
+check exported_weights_come_back "same_weights $dir/d $dir/back && mpiexec -n 2 $train $shape --layers 2 --width 64 --tp 2 --checkpoint $dir/back --resume --steps 3 --data $dir/ab >$dir/out 2>&1" "and train" "$(tail -2 "$dir/out")"
 prompt="12 200 7 99 31"
 check exported_weights_give_the_same_logits "build/cpu/tests/test_checkpoint logits $dir/d $prompt >$dir/one && build/cpu/tests/test_checkpoint logits $dir/back/step-00000000 $prompt >$dir/two && [ \$(wc -l <$dir/one) = 256 ] && cmp $dir/one $dir/two"
 said=0; cd "$dir/back"

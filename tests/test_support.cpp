@@ -19,7 +19,7 @@
 #include "support/philox.h"
 #include "checkpoint/safetensors.h"
 #include "inference/sampling.h"
-#include "inference/tokenizer.h"
+#include "inference/text_shards.h"
 #include "tests/test.h"
 
 namespace fs = std::filesystem;
@@ -1008,8 +1008,8 @@ TEST(vocabularies_that_are_not_what_they_say_are_refused) {
   says(R"({"a":0,"b":1,"ab":2})", "a b c\n", "is no token of byte-level");
 }
 
-TEST(words_are_cut_by_unicodes_properties) {
-  const TemporaryDirectory dir;
+// Token b is the byte b.
+static nlohmann::json byte_vocabulary() {
   nlohmann::json vocab;
   for (int b = 0, next = 256; b < 256; b++) {
     const bool printable = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
@@ -1018,7 +1018,12 @@ TEST(words_are_cut_by_unicodes_properties) {
         c < 128 ? std::string(1, char(c)) : std::string{char(0xc0 | c >> 6), char(0x80 | (c & 63))};
     vocab[written] = b;
   }
-  dir.write("vocab.json", vocab.dump());
+  return vocab;
+}
+
+TEST(words_are_cut_by_unicodes_properties) {
+  const TemporaryDirectory dir;
+  dir.write("vocab.json", byte_vocabulary().dump());
   dir.write("merges.txt", "#version: 0.2\n");
   const Tokenizer t(dir.path, 256);
   const auto words = [&](const std::string& text) {
@@ -1096,6 +1101,50 @@ TEST(merging_takes_time_that_grows_with_the_length) {
   CHECK(t.encode(text) == expected);
 }
 
+TEST(texts_become_shards_that_are_made_once) {
+  const TemporaryDirectory dir;
+  dir.write("v/vocab.json", kPairs);
+  dir.write("v/merges.txt", "l o\nlo w\n\u0120 low\n' s\n");
+  const Tokenizer t(dir.path + "/v", 12);
+  const std::string a = dir.write("a.txt", "low low's\n<|endoftext|>low"),
+                    bin = dir.write("b.bin", shard<uint16_t>({1, 2, 3}));
+  std::vector<std::string> said;
+  const auto say = [&](const std::string& text) { said.push_back(text); };
+  const auto shards = token_shards({a, bin}, t, "", say);
+  CHECK(shards.size() == 2 && shards[1] == bin && shards[0].starts_with(a + "."));
+  CHECK_EQ(contents(shards[0]), shard<uint16_t>({4, 6, 10, 7, 11, 4}));
+  CHECK(said.size() == 1 && said[0].find("a.txt is encoded and kept as ") != said[0].npos);
+  CHECK(token_shards({a}, t, "", say)[0] == shards[0] && said.size() == 1, "it is there already");
+  const Dataset data = Dataset::open(shards, 2, 12);
+  CHECK_EQ(data.sequence(0, 0, 1).size(), 3u);
+  // another text or another vocabulary: another shard
+  dir.write("a.txt", "low low\n");
+  const auto after = token_shards({a}, t, "", say);
+  CHECK(after[0] != shards[0] && contents(after[0]) == shard<uint16_t>({4, 6, 7}));
+  dir.write("v/merges.txt", "l o\nlo w\n");
+  const auto other = token_shards({a}, Tokenizer(dir.path + "/v", 12), "", say);
+  CHECK(other[0] != after[0] && contents(other[0]) == shard<uint16_t>({4, 5, 4, 7}));
+  for (const auto& file : fs::directory_iterator(dir.path))
+    CHECK(file.path().string().find("partial") == std::string::npos, file.path());
+  // where nothing can be written beside the text: in the other directory
+  fs::remove(after[0]);
+  fs::create_directories(dir.path + "/other");
+  fs::permissions(dir.path + "/other", fs::perms::all);
+  fs::permissions(dir.path, fs::perms(0555));
+  const bool root = geteuid() == 0;  // whom rights do not hold
+  if (root) CHECK_EQ(seteuid(65534), 0);
+  std::vector<std::string> placed;
+  const std::string error = error_of([&] {
+    for (int twice = 0; twice < 2; twice++)
+      placed.push_back(token_shards({a}, t, dir.path + "/other", say)[0]);
+  });
+  if (root) CHECK_EQ(seteuid(0), 0);
+  fs::permissions(dir.path, fs::perms(0755));
+  CHECK_EQ(error, "");
+  const std::string there = dir.path + "/other/" + fs::path(after[0]).filename().string();
+  CHECK(placed == (std::vector<std::string>{there, there}), placed[0]);
+}
+
 // test_support encode DIR: the tokens of each text that the standard input has, a line each; a text
 // ends with a zero byte (tests/tokenizers.py)
 static int encode_all(const std::string& directory) {
@@ -1107,7 +1156,59 @@ static int encode_all(const std::string& directory) {
   return 0;
 }
 
+// test_support vocabulary DIR: a tokenizer in both forms, in DIR/two and DIR/one (test_formats.sh)
+static int make_vocabulary(const std::string& directory) {
+  nlohmann::json vocab = byte_vocabulary();
+  const char* merges[] = {"t h", "th e", "\u0120 the"};
+  for (const char* made : {"th", "the", "\u0120the", "<|endoftext|>"}) vocab[made] = vocab.size();
+  const nlohmann::json end = {{"id", vocab.size() - 1}, {"content", "<|endoftext|>"}};
+  const nlohmann::json both = {{"added_tokens", {end}},
+                               {"pre_tokenizer",
+                                {{"type", "ByteLevel"}, {"add_prefix_space", false}}},
+                               {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", merges}}}};
+  std::ofstream(directory + "/one/tokenizer.json") << both.dump();
+  std::ofstream(directory + "/two/vocab.json") << vocab.dump();
+  std::ofstream lines(directory + "/two/merges.txt");
+  for (const char* merge : merges) lines << merge << "\n";
+  return 0;
+}
+
+// test_support weights FROM DIR CHANGE: a file of weights, as others write it (test_formats.sh)
+static int rewrite_weights(const std::string& from, const std::string& directory,
+                           const std::string& change) {
+  const SafetensorsFile file(from);
+  std::vector<NamedArray> parts[2];
+  for (const auto& [name, e] : file.entries()) {
+    const auto read = [&file, &e = e](void* to) {
+      file.read(e, 0, elements(e.shape), Dtype::f32, to);
+    };
+    const auto zeros = [&e = e](void* to) { memset(to, 0, size_t(elements(e.shape)) * 4); };
+    const bool wte = name == "wte.weight";
+    auto& part = parts[change == "parts" && name < "h.1"];
+    if (!wte || change != "head")
+      part.push_back({"transformer." + name, e.shape, Dtype::f32, read});
+    if (wte && (change == "head" || change == "both"))
+      part.push_back({"lm_head.weight", e.shape, Dtype::f32, read});
+    if (wte && change == "differs") part.push_back({"lm_head.weight", e.shape, Dtype::f32, zeros});
+    if (wte && change == "twice") part.push_back({name, e.shape, Dtype::f32, read});
+  }
+  if (change != "parts") return write_safetensors(directory + "/model.safetensors", parts[0]), 0;
+  nlohmann::json map;
+  for (int i = 0; i < 2; i++) {
+    const std::string name = sentence("model-0000", i + 1, "-of-00002.safetensors");
+    write_safetensors(directory + "/" + name, parts[i]);
+    for (const NamedArray& a : parts[i]) map[a.name] = name;
+  }
+  const nlohmann::json index = {{"metadata", {{"total_size", 1}}}, {"weight_map", map}};
+  std::ofstream(directory + "/model.safetensors.index.json") << index.dump();
+  return 0;
+}
+
 int main(int argc, char** argv) {
-  if (argc == 3 && std::string(argv[1]) == "encode") return encode_all(argv[2]);
+  const std::vector<std::string> words(argv + 1, argv + argc);
+  if (words.size() == 2 && words[0] == "encode") return encode_all(words[1]);
+  if (words.size() == 2 && words[0] == "vocabulary") return make_vocabulary(words[1]);
+  if (words.size() == 4 && words[0] == "weights")
+    return rewrite_weights(words[1], words[2], words[3]);
   return run_tests(argc, argv);
 }

@@ -17,10 +17,14 @@ print-compile: ; @echo '$(MPICXX) $(CXXFLAGS)'
 print-link: ; @echo '$(LINK)'
 print-objects: ; @echo '$(OBJECTS)'
 
-.PHONY: test parity compare mutants sanitize check-docs bench cuda cuda-build check-spills
+.PHONY: test fuzz parity compare mutants sanitize check-docs bench cuda cuda-build check-spills
 
 test:  ## make test                the whole suite
 	@tests/run.sh
+
+SECONDS ?= 60
+fuzz:  ## make fuzz [SECONDS=60]   libFuzzer on everything that reads files of others (needs clang)
+	@tests/fuzz.sh $(SECONDS)
 
 mutants:  ## make mutants             one-line faults that the suite must catch
 	@$(MAKE) -s --no-print-directory BACKEND=cpu $(patsubst %,build/cpu/tests/test_%,fsdp tensor_parallel pipeline schedule comm golden)
