@@ -252,6 +252,7 @@ int main(int argc, char** argv) {
   Options o;
   std::unique_ptr<Dataset> data;
   std::unique_ptr<Tokenizer> tokenizer;
+  std::string vocabulary;  // directory
   const auto open_data = [&] {
     data = std::make_unique<Dataset>(Dataset::open(o.data, o.model.context, o.model.vocab));
   };
@@ -266,7 +267,7 @@ int main(int argc, char** argv) {
             " holds checkpoints already: give --resume to go on from them, or another directory");
     open_device(job.local_rank % device_count(), o.device_memory << 20);
     take_model(o);
-    const std::string vocabulary = tokenizer_directory(o);
+    vocabulary = tokenizer_directory(o);
     REQUIRE(vocabulary.empty() || has_tokenizer(vocabulary), "--tokenizer: ", vocabulary,
             " has neither tokenizer.json nor vocab.json and merges.txt");
     if (!vocabulary.empty()) {
@@ -277,10 +278,7 @@ int main(int argc, char** argv) {
     check_ranks(o.layout, job.size);
     check(o);
     schedule_of(trainer_options(o), o.layout);  // may refuse this number of micro-batches
-    if (!o.checkpoint.empty() && job.rank == 0) {
-      make_directory(o.checkpoint);
-      if (tokenizer) copy_tokenizer(vocabulary, o.checkpoint);
-    }
+    if (!o.checkpoint.empty() && job.rank == 0) make_directory(o.checkpoint);
     // one rank encodes texts; the others wait, and read what it has written when all have met
     if (tokenizer && job.rank == 0)
       o.data = token_shards(o.data, *tokenizer, o.checkpoint, [](const std::string& text) {
@@ -295,6 +293,9 @@ int main(int argc, char** argv) {
   return run_program("train_gpt", argc, argv, prepare,
                      [&](const Job& job, Mesh& mesh, Watch& watch) {
                        if (tokenizer->has_pairs()) o.data = shards_of_first_rank(o.data);
+                       // not before every rank has looked for one there
+                       if (tokenizer->has_pairs() && !o.checkpoint.empty() && job.rank == 0)
+                         copy_tokenizer(vocabulary, o.checkpoint);
                        if (!data) open_data();
                        train(o, *data, *tokenizer, job, mesh, watch);
                      });

@@ -240,7 +240,8 @@ void Tokenizer::merge_pairs(std::string_view word, std::vector<int>& tokens) con
 }
 
 void Tokenizer::encode(std::string_view text, const Take& take) const {
-  std::vector<int> tokens;
+  constexpr size_t kKnownWords = 100'000;
+  std::unordered_map<std::string, std::vector<int>> known;  // most words come again
   if (texts_.empty()) {
     std::istringstream in{std::string(text)};
     for (std::string word; in >> word;) {
@@ -260,13 +261,17 @@ void Tokenizer::encode(std::string_view text, const Take& take) const {
     for (size_t i = 0; i < special_.size(); i++) {
       if (places[i] <= at)
         places[i] = std::min(text.find(texts_[size_t(special_[i])], at), text.size());
-      if (places[i] < end) end = places[i], which = i;
+      if (places[i] >= end) continue;
+      end = places[i];
+      which = i;
     }
     while (at < end) {
       const size_t begin = at;
       at = word_end(text.substr(0, end), at);
-      tokens.clear();
-      merge_pairs(text.substr(begin, at - begin), tokens);
+      const std::string word(text.substr(begin, at - begin));
+      if (known.size() > kKnownWords) known.clear();
+      std::vector<int>& tokens = known[word];
+      if (tokens.empty()) merge_pairs(word, tokens);
       take(tokens, at);
     }
     if (which == special_.size()) continue;
