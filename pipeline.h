@@ -23,8 +23,9 @@ class Pipeline {
   using Compute = std::function<Var(Tape& tape, int chunk, const Var& x, int microbatch)>;
 
   Pipeline(Mesh& mesh, Schedule schedule) : mesh_(mesh), schedule_(std::move(schedule)) {
-    ASSERT(schedule_.stages > 1 || schedule_.chunks == 1,
-           "chunks of one stage have nobody to hand their results on");
+    for (int v = 1; v < schedule_.positions(); v++)
+      REQUIRE(schedule_.stage_of(v) != schedule_.stage_of(v - 1), schedule_.row->name,
+              " hands over within a stage, which this executor does not do yet");
   }
   const Schedule& schedule() const { return schedule_; }
   int position(int chunk) const { return schedule_.position(mesh_["pp"].rank, chunk); }
