@@ -182,7 +182,7 @@ static OptionTable table(Options& o) {
            {"zero", "STAGE", Whole{&o.zero, 1, 3},
             "what fsdp shards: optimizer state, and gradients, and parameters", "3"},
            {"reshard-after-forward", "", Choice{&o.reshard, {"yes", "no"}},
-            "ZeRO-3: give parameters back after the forward", "yes"},
+            "ZeRO-3: free whole parameters after the forward, and gather them again", "yes"},
            {"prefetch", "K", Whole{&o.prefetch, 0, 1000},
             "layers gathered ahead while others compute; above 0 one sum of gradients runs behind, too",
             "1"},
