@@ -88,7 +88,7 @@ formulas=bytes_sent
 parity_pp=every_schedule_equals
 
 mutant waits compute_does_not_wait_for_the_gather \
-  fsdp.cpp '/ u.ready.make_wait/d' 2 queued test_fsdp $parity
+  fsdp.cpp '/ u.arrived.make_wait/d' 2 queued test_fsdp $parity
 mutant waits reduce_does_not_wait_for_the_gradients \
   fsdp.cpp '/the gradients must have been computed/d' 2 queued test_fsdp $parity
 mutant waits a_shard_does_not_wait_for_its_sum \
@@ -109,10 +109,10 @@ mutant waits a_stage_computes_before_its_input_has_arrived \
 mutant faults the_reduce_scatter_is_dropped \
   fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/,/;$/d' 2 immediate test_fsdp $parity
 mutant faults the_all_reduce_over_copies_is_dropped \
-  fsdp.cpp '/NCCL_CHECK\(ncclAllReduce\(u.own_grad.raw/,/;$/d' 2 immediate test_fsdp $parity
+  fsdp.cpp '/NCCL_CHECK\(ncclAllReduce\(u.shard_grad.raw/,/;$/d' 2 immediate test_fsdp $parity
 mutant faults the_shards_are_swapped \
   fsdp.cpp \
-  's/(Tensor mine = u.full_grad.part\()axis_.rank/\1(axis_.size - 1 - axis_.rank)/' \
+  's/(Tensor mine = u.whole_grad.part\()axis_.rank/\1(axis_.size - 1 - axis_.rank)/' \
   2 immediate test_fsdp $parity
 mutant faults the_loss_is_scaled_twice \
   trainer.cpp 's/1.0 \/ double\(options_.batch/2.0 \/ double(options_.batch/' \
@@ -128,17 +128,16 @@ mutant faults the_norm_is_not_summed_over_shards \
 mutant faults the_weights_are_gathered_once_for_all_steps \
   fsdp.cpp \
   's/u.gathered = axis_.size == 1;.*/;/;
-   s/  for \(auto& \[number, u\] : units_\) give_back\(u\);.*//' \
+   s/  for \(auto& \[number, u\] : units_\) reshard\(u\);.*//' \
   2 immediate test_fsdp $parity
 mutant faults only_the_last_micro_batch_counts \
-  fsdp.cpp 's/  add\(u.own_grad, u.own_grad, u.full_grad/  copy(u.own_grad, u.full_grad/' \
+  fsdp.cpp 's/  add\(u.shard_grad, u.shard_grad, u.whole_grad/  copy(u.shard_grad, u.whole_grad/' \
   2 immediate test_fsdp $parity
-mutant faults a_unit_is_gathered_once_too_often \
-  fsdp.cpp \
-  's/if \(returns && \(!tape.recording\(\) \|\| backward != Backward::keeps\)\)/if (returns)/' \
+mutant faults a_unit_is_unsharded_once_too_often \
+  fsdp.cpp 's/  if \(!backward_is_next\) reshard/  (void)backward_is_next; reshard/' \
   2 immediate test_fsdp $formulas
-mutant faults nothing_is_given_back \
-  fsdp.cpp 's/  u.full = Tensor\(\);.*//' 2 immediate test_fsdp $formulas
+mutant faults nothing_is_resharded \
+  fsdp.cpp 's/  u.whole = Tensor\(\);.*//' 2 immediate test_fsdp $formulas
 
 mutant faults the_all_reduce_of_partial_products_is_dropped \
   tensor_parallel.cpp '/NCCL_CHECK\(ncclAllReduce\(partial.raw/,/;$/d' \
@@ -152,7 +151,7 @@ mutant faults every_rank_counts_the_squares_of_what_all_own \
   tensor_parallel.cpp 's/p.counted = axis_.rank == 0/p.counted = true/' \
   2 immediate test_tensor_parallel $parity_tp
 mutant faults gradients_stay_in_parts \
-  tensor_parallel.cpp 's/^  if \(!by_rows_\) return;$/  (void)params; return;/' \
+  tensor_parallel.cpp 's/^  if \(!slices_rows_\) return;$/  (void)params; return;/' \
   2 immediate test_tensor_parallel $parity_tp
 mutant faults the_targets_logit_is_not_summed \
   tensor_parallel.cpp 's/parts.part\(R, \{2, R\}\)/parts.part(R, {R})/' \
@@ -227,6 +226,6 @@ mutant faults the_norm_is_that_of_the_last_parameter \
   optimizer.cpp 's/s.param->id, s.gradient/0, s.gradient/' \
   1 immediate test_golden f64_equals_pytorch
 mutant faults rows_of_padding_are_not_cleared \
-  tensor_parallel.cpp '/if \(all > R\) fill/d' 2 queued test_tensor_parallel $parity_tp
+  tensor_parallel.cpp '/if \(padded > R\) fill/d' 2 queued test_tensor_parallel $parity_tp
 
 sums_up

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # size.sh: how much there is to read, in tokens. An identifier, a number, a string or an operator is
-# one and a comment is none, so that neither long names nor wrapped lines count.
+# one and a comment is none, so that neither long names nor wrapped lines count. What a script made
+# (inference/unicode_table.h) is left out.
 set -u
 cd "$(dirname "$0")/.."
 tokens() {
@@ -16,7 +17,8 @@ path=$(ls {tensor,autograd,gpt,optimizer,comm}.{h,cpp,cu} \
 folders="kernels launch theory report inference checkpoint support"
 whole=$(
   ls *.h *.cpp *.cu
-  find $folders -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu'
+  find $folders -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \
+    | grep -v '^inference/unicode_table.h$'
 )
 stand_in=$(find cpu -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.sed')
 echo "size in tokens: $(tokens $path) the reading path, $(tokens $whole) the whole outside" \

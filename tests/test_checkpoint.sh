@@ -293,12 +293,13 @@ else fail a_full_disk_is_said_and_older_checkpoints_stay "$(cat "$dir/err"); $(l
 
 # ---- Hugging Face's files, out and back
 
+printf '%99s' '' | tr ' ' a >"$dir/ab"
 echo '{"a": 0, "b": 1}' >"$dir/d/vocab.json"
 echo '#version: 0.2' >"$dir/d/merges.txt"
 flip "$last/optimizer-0.safetensors" # not needed for this
 $tool export "$dir/d" "$dir/hf" >/dev/null && $tool import "$dir/hf" "$dir/back" >/dev/null
 $MPIEXEC -n 2 $train $shape --layers 2 --width 64 --tp 2 --checkpoint "$dir/back" --resume \
-  --steps 3 >"$dir/out" 2>&1
+  --steps 3 --data "$dir/ab" >"$dir/out" 2>&1
 check exported_weights_come_back "[ $? = 0 ] && same_weights $dir/d $dir/back/step-00000000" \
   "and train" "$(tail -2 "$dir/out")"
 prompt="12 200 7 99 31"

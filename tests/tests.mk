@@ -17,11 +17,15 @@ print-compile: ; @echo '$(MPICXX) $(CXXFLAGS)'
 print-link: ; @echo '$(LINK)'
 print-objects: ; @echo '$(OBJECTS)'
 
-.PHONY: test parity compare mutants sanitize check-docs check-style check-portable
+.PHONY: test fuzz parity compare mutants sanitize check-docs check-style check-portable
 .PHONY: bench cuda cuda-build check-spills
 
 test:  ## make test                the whole suite; with BACKEND=cuda on the GPUs, too
 	@tests/run.sh cpu faithful $(filter cuda,$(BACKEND))
+
+SECONDS ?= 60
+fuzz:  ## make fuzz [SECONDS=60]   libFuzzer on everything that reads files of others (needs clang)
+	@tests/fuzz.sh $(SECONDS)
 
 MUTATED := fsdp tensor_parallel pipeline schedule comm golden
 mutants:  ## make mutants             one-line faults that the suite must catch
