@@ -35,7 +35,8 @@ static TrainerOptions trainer_options(const Options& o) {
 
 static void print_setup(const Options& o, const GptConfig& g, const Dataset& data) {
   printf(
-      "model    %s: %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M parameters in %s\n",
+      "model    %s: %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M "
+      "parameters in %s\n",
       o.model_name.c_str(), (long long)g.layers, (long long)g.width, (long long)g.heads,
       (long long)g.context, (long long)g.vocab, parameter_count(g) / 1e6, name_of(g.dtype));
   printf("device   %s\n", device().name.c_str());
