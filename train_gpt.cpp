@@ -215,16 +215,19 @@ static void train(const Options& o, const Dataset& data, const Tokenizer& tokeni
 
 // ---- texts for a model of byte pairs
 
-// Of --resume without a word about the model: the checkpoint's sizes.
+// The sizes that --resume is not told are the checkpoint's: all, or that of the vocabulary alone.
 static void take_model(Options& o) {
   const ModelSize& m = o.model;
   const bool told = !o.model_name.empty() || m.layers + m.width + m.heads + m.context + m.vocab > 0;
-  if (!o.resume || told) return;
-  for (const std::string& path : checkpoints_in(o.checkpoint))
-    if (error_of([&] { o.model = Checkpoint(path).info.model; }).empty()) {
-      o.model_name = nearest_model(o.model);
-      return;
-    }
+  if (!o.resume) return;
+  for (const std::string& path : checkpoints_in(o.checkpoint)) {
+    ModelSize saved;
+    if (!error_of([&] { saved = Checkpoint(path).info.model; }).empty()) continue;
+    if (!told) o.model_name = nearest_model(saved);
+    if (!told) o.model = saved;
+    if (m.vocab == 0) o.model.vocab = saved.vocab;
+    return;
+  }
 }
 
 // Where the tokenizer is: beside the checkpoints, which have it from --tokenizer or an import.

@@ -962,13 +962,19 @@ TEST(a_tokenizer_json_is_read_like_vocab_and_merges) {
   reads();
   file["model"].erase("type");
   reads();
+  // as transformers 5 writes it
+  file["post_processor"] = json::parse(R"({"type":"TemplateProcessing","special_tokens":{}})");
+  reads();
   says("/model/type", "WordPiece", "is not of GPT-2's encoding");
   says("/pre_tokenizer/type", "Metaspace", "is not of GPT-2's encoding");
   says("/pre_tokenizer", nullptr, "is no byte-level byte-pair encoding");
   says("/pre_tokenizer/add_prefix_space", true, "add_prefix_space is true");
   says("/pre_tokenizer/use_regex", false, "use_regex is false");
   says("/normalizer", {{"type", "NFC"}}, "normalizer is {\"type\":\"NFC\"}");
-  says("/post_processor/type", "TemplateProcessing", "type is \"TemplateProcessing\"");
+  says("/post_processor/type", "BertProcessing", "type is \"BertProcessing\"");
+  says("/post_processor",
+       json::parse(R"({"type":"TemplateProcessing","special_tokens":{"<s>":{"id":"<s>"}}})"),
+       "special_tokens is");
   says("/model/byte_fallback", true, "byte_fallback is true");
   says("/model/ignore_merges", true, "ignore_merges is true");
   says("/model/dropout", 0.1, "dropout is 0.1");
