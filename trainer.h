@@ -34,6 +34,9 @@ class Trainer {
   Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options);
   void gradients(const Sequences& batch);
   void update(double lr);
+  // Whether weights and moments are finite numbers, and loss and gradients of a batch with them: an
+  // update can end training without a word in its own loss. Counts no traffic.
+  bool can_go_on(const Sequences& batch);
   // of the last gradients(), over the whole batch; waits for the device
   double loss() const { return download(total_)[0]; }
   Optimizer& optimizer() { return *optimizer_; }  // its shards are what this rank saves and resumes
@@ -65,6 +68,7 @@ class Trainer {
   Var forward(Tape& tape, int chunk, const Var& in, const Tokens& tokens);
   Var forward_loss(Tape& tape, int chunk, const Var& in, const Tokens& tokens, double scale);
   void sum_loss();
+  void sum_squares(const Tensor& squares);
   Shape activation(int64_t rows) const { return {gpt.tp.slice(rows), gpt.config.width}; }
 
   Mesh& mesh_;

@@ -3,6 +3,7 @@
 // idea      one process, no mesh: a checkpoint's pieces are read as if by a rank that owns
 //           everything
 // test      tests/test_checkpoint.sh; tests/huggingface.py opens what `export` writes
+#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
@@ -78,8 +79,8 @@ static Json config_of(const ModelSize& m) {
 
 static void copy_tokenizer(const fs::path& from, const fs::path& to) {
   for (const char* name : {"vocab.json", "merges.txt"})
-    if (fs::exists(from / name) && !fs::equivalent(from, to))
-      fs::copy_file(from / name, to / name, fs::copy_options::overwrite_existing);
+    if (is_there(from / name) && !fs::equivalent(from, to))
+      write_file(to / name, read_file(from / name));
 }
 
 static void export_weights(const std::string& path, const std::string& dir) {
@@ -129,7 +130,7 @@ static ModelSize read_config(const std::string& path) {
 }
 
 static void import_weights(const std::string& dir, const std::string& path) {
-  REQUIRE(checkpoints_in(path).empty(), path, " holds checkpoints already: give another directory");
+  REQUIRE(!holds_checkpoints(path), path, " holds checkpoints already: give another directory");
   const ModelSize m = read_config(dir + "/config.json");
   const SafetensorsFile file(dir + "/model.safetensors");
   Gpt gpt(GptConfig{m});  // names and shapes only
@@ -151,6 +152,7 @@ static void import_weights(const std::string& dir, const std::string& path) {
                 name.ends_with(".attn.masked_bias"),
             file.path(), ": the model of config.json has no ", name);
   make_directory(path);
+  const DirectoryLock lock(path);
   copy_tokenizer(dir, path);
   write_whole_checkpoint(path, {0, m, {}, Dtype::f32, 0, "", "imported from " + dir}, arrays);
   describe(Checkpoint(newest_path(path)));
@@ -165,6 +167,7 @@ int main(int argc, char** argv) {
   };
   const bool help = is("--help", 1) || is("help", 1);
   int status = 0;
+  signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error of write(), with a sentence
   try {
     if (is("info", 2)) status = each_step(words[1], describe);
     else if (is("verify", 2)) status = each_step(words[1], check);
