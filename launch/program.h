@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <optional>
 
+#include "launch/environment.h"
 #include "launch/watch.h"
 
 struct Start {
@@ -25,6 +26,7 @@ int run_program(const char* name, int argc, char** argv, Prepare prepare, Work w
     const std::string error = job.agree(error_of([&] {
       job.check_launcher();
       start = prepare(job);
+      if (start) check_products();
     }));
     if (!error.empty() && job.speaks) fprintf(stderr, "%s: %s\n", name, error.c_str());
     if (!error.empty()) return 1;

@@ -166,7 +166,7 @@ std::string Watch::report() const {
 void Watch::start_child() {
   const int parent = getpid();
   const pid_t child = fork();
-  ASSERT(child >= 0, strerror(errno));
+  REQUIRE(child >= 0, "the process that watches the ranks cannot be started: ", strerror(errno));
   if (child > 0) return;
   setsid();  // mpiexec ends the ranks' process groups
   for (int s : {SIGTERM, SIGINT, SIGHUP, SIGPIPE}) signal(s, SIG_IGN);

@@ -70,6 +70,7 @@ for backend in "${backends[@]}"; do
   run "train_gpt from outside" tests/test_cli.sh
   run "checkpoints" tests/test_checkpoint.sh
   run "ranks that die, stop and refuse" tests/test_failures.sh
+  run "what the machine gives or forbids" tests/test_environment.sh
 done
 
 if [ $skipped -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi

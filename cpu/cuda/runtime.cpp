@@ -25,6 +25,9 @@
 #include <utility>
 #include <vector>
 
+#include "host.h"
+#include "support/check.h"
+
 // ---- errors
 
 namespace {
@@ -71,6 +74,7 @@ constexpr int kMultiprocessors = 16;
 constexpr int kSharedBytes = 48 << 10, kSharedBytesOptIn = 227 << 10;  // a block's, as on sm_90
 // set aside for a kernel's static shared memory, which counts, too
 constexpr int kStaticBytes = 1 << 10;
+constexpr size_t kLeastStack = 256 << 10;  // of each thread
 int current_device = 0;
 std::mutex kernels_mutex;
 std::unordered_map<const void*, int> shared_opt_in;  // cudaFuncSetAttribute
@@ -85,6 +89,10 @@ cudaError_t cudaSetDevice(int device) {
   // (MPICH's mpiexec tells how many ranks this node has.)
   if (const char* ranks = getenv("MPI_LOCALNRANKS"); ranks && !getenv("OMP_NUM_THREADS"))
     omp_set_num_threads(std::max(1, omp_get_num_procs() / std::max(1, atoi(ranks))));
+  const size_t stack = cpu::settle_team();
+  REQUIRE(stack >= kLeastStack, "a thread has a stack of ", stack >> 10,
+          " KiB here, and the kernels need ", kLeastStack >> 10,
+          ": raise ulimit -s, or OMP_STACKSIZE where it is set");
   return cudaSuccess;
 }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
@@ -153,7 +161,7 @@ void* cpu::shared_block(size_t bytes) {
   if (bytes > block.bytes) {
     free(block.data);
     block.bytes = (bytes + 4095) / 4096 * 4096;
-    block.data = aligned_alloc(4096, block.bytes);
+    block.data = host_memory(block.bytes);
   }
   return block.data;
 }
@@ -192,6 +200,7 @@ class Queue {
 
  private:
   void run() {
+    cpu::settle_team();
     for (;;) {
       std::function<void()> work;
       {
