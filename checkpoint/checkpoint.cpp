@@ -122,17 +122,13 @@ static bool remove_checkpoint(const std::string& path) {
 
 static bool is_whole(const std::string& path) { return is_there(path + "/manifest.json"); }
 
-// What was left by a save that did not end; of what cannot be examined nobody knows.
-static bool is_unfinished(const std::string& path) {
-  struct stat status;
-  return !is_link(path) && lstat((path + "/manifest.json").c_str(), &status) != 0 &&
-         errno == ENOENT;
-}
-
 // Ready for a new checkpoint: an empty directory for it; unfinished ones are removed.
 static void make_place(const std::string& dir, const std::string& path) {
-  for (const std::string& old : checkpoints_in(dir))
-    if (is_unfinished(old)) remove_checkpoint(old);
+  for (const std::string& old : checkpoints_in(dir)) {
+    bool unfinished = false;
+    error_of([&] { unfinished = !is_link(old) && !is_whole(old); });  // or nobody knows
+    if (unfinished) remove_checkpoint(old);
+  }
   REQUIRE(remove_checkpoint(path), path, " is in the way and cannot be removed");
   make_directory(path);
 }

@@ -69,6 +69,7 @@ for backend in "${backends[@]}"; do
   run "queued streams on 2 ranks; removed event waits are caught" tests/mutants.sh waits
   run "train_gpt from outside" tests/test_cli.sh
   run "checkpoints" tests/test_checkpoint.sh
+  run "faults, kills, and what they must not cost" tests/test_faults.sh
   run "ranks that die, stop and refuse" tests/test_failures.sh
   run "what the machine gives or forbids" tests/test_environment.sh
 done

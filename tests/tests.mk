@@ -11,16 +11,23 @@ $(B)/comm-mpi/tests/%: $(B)/obj/tests/%.cpp.o $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%
 	@mkdir -p $(@D)
 	@$(LINK) $^ -o $@ $(filter-out -lnccl,$(LIBS))
 $(B)/tests/test_cpu: $(B)/obj/tests/cpu_kernels.cu.o
+$(B)/tests/libfaults.so: tests/faults.cpp
+	@mkdir -p $(@D)
+	@$(MPICXX) -shared -fPIC -O1 -Wall -Wextra $< -o $@ -ldl
 
 # what tests/mutants.sh compiles and links with
 print-compile: ; @echo '$(MPICXX) $(CXXFLAGS)'
 print-link: ; @echo '$(LINK)'
 print-objects: ; @echo '$(OBJECTS)'
 
-.PHONY: test parity compare mutants sanitize check-docs bench cuda cuda-build check-spills
+.PHONY: test faults parity compare mutants sanitize check-docs bench cuda cuda-build check-spills
 
 test:  ## make test                the whole suite
 	@tests/run.sh
+
+faults: build  ## make faults [FAULTS=20] [KILLS=50]
+##                          random calls that fail, random kills: what was saved stays
+	@tests/test_faults.sh $(or $(FAULTS),20) $(or $(KILLS),50)
 
 mutants:  ## make mutants             one-line faults that the suite must catch
 	@$(MAKE) -s --no-print-directory BACKEND=cpu $(patsubst %,build/cpu/tests/test_%,fsdp tensor_parallel pipeline schedule comm golden)
