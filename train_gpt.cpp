@@ -25,13 +25,10 @@ static TrainerOptions trainer_options(const Options& o) {
   TrainerOptions t;
   t.batch = o.batch, t.microbatch = o.microbatch, t.seed = uint64_t(o.seed);
   t.clip = o.clip, t.weight_decay = o.weight_decay;
-  t.schedule = o.schedule.empty() ? "1f1b" : o.schedule, t.chunks = int(o.chunks);
+  if (!o.schedule.empty()) t.schedule = o.schedule;
+  t.chunks = int(o.chunks);
   t.fsdp = {o.zero ? int(o.zero) : 3, o.reshard != "no", int(std::max<int64_t>(o.prefetch, 0))};
   return t;
-}
-
-static Layout layout(const Options& o) {
-  return {int(o.pp), int(o.replicate), int(o.fsdp), int(o.tp)};
 }
 
 static void print_setup(const Options& o, const GptConfig& g, const Dataset& data) {
@@ -40,9 +37,9 @@ static void print_setup(const Options& o, const GptConfig& g, const Dataset& dat
       o.model_name.c_str(), (long long)g.layers, (long long)g.width, (long long)g.heads,
       (long long)g.context, (long long)g.vocab, parameter_count(g) / 1e6, name_of(g.dtype));
   printf("device   %s\n", device().name.c_str());
-  const int64_t ranks = layout(o).ranks();
-  printf("ranks    %s\n%s", to_string(layout(o)).c_str(),
-         ranks > 1 && ranks <= 16 ? draw(layout(o)).c_str() : "");
+  const int64_t ranks = o.layout.ranks();
+  printf("ranks    %s\n%s", to_string(o.layout).c_str(),
+         ranks > 1 && ranks <= 16 ? draw(o.layout).c_str() : "");
   printf("data     %s\n", data.describe().c_str());
   printf("steps    %lld of %lld sequences (%lld tokens), micro-batches of %lld\n\n",
          (long long)o.steps, (long long)o.batch, (long long)(o.batch * g.context),
@@ -114,7 +111,7 @@ static std::string save(const Options& o, const std::string& data, int64_t step,
   using Clock = std::chrono::steady_clock;
   const Clock::time_point began = Clock::now();
   CheckpointInfo info{
-      step,      o.model, layout(o), master_dtype(trainer.gpt.config.dtype), uint64_t(o.seed),
+      step,      o.model, o.layout, master_dtype(trainer.gpt.config.dtype), uint64_t(o.seed),
       o.command, data,    o.keep};
   std::string removed;
   for (const std::string& old :
@@ -155,12 +152,11 @@ static StepRecord train_step(const Options& o, const Dataset& data, const Mesh& 
   progress.start_step();
   watch.step(step);
   const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
-  trainer.pipeline.timed = o.pp > 1 && step == o.steps;
-  communication_clock.start_step(mesh.stream);
+  trainer.pipeline.timed = mesh["pp"].size > 1 && step == o.steps;
+  start_timing();
   trainer.gradients([&](int64_t s) { return watch.progress(), data.sequence(step, s, o.seed); });
   trainer.update(lr);
-  const double loss = trainer.loss(), norm = trainer.norm(),
-               communicated = communication_clock.end_step();
+  const double loss = trainer.loss(), norm = trainer.norm(), communicated = end_timing(mesh.stream);
   REQUIRE(std::isfinite(loss) && std::isfinite(norm), "at step ", step, " the loss is ", loss,
           " and the gradient norm ", norm,
           ": training stops here; a smaller --lr or a longer --warmup may help");
@@ -182,7 +178,7 @@ static void check_weights(const Options& o, const Dataset& data, int64_t step, c
 static void train(const Options& o, const Dataset& data, const Job& job, Mesh& mesh, Watch& watch) {
   const bool prints = job.speaks;
   matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
-  GptConfig config = model_config(o.model, o.dtype, o.attention);
+  GptConfig config = model_config(o);
   config.recompute = o.recompute, config.sequence_parallel = o.sequence_parallel;
   if (prints) print_setup(o, config, data);
   Trainer trainer(mesh, config, trainer_options(o));
@@ -252,12 +248,12 @@ int main(int argc, char** argv) {
             " holds checkpoints already: give --resume to go on from them, or another directory");
     open_device(job.local_rank % device_count(), o.device_memory << 20);
     resolve(o, device().is_gpu);
-    check_ranks(layout(o), job.size);
+    check_ranks(o.layout, job.size);
     check(o);
-    schedule_of(trainer_options(o), layout(o));  // may refuse this number of micro-batches
+    schedule_of(trainer_options(o), o.layout);  // may refuse this number of micro-batches
     data = std::make_unique<Dataset>(Dataset::open(o.data, o.model.context, o.model.vocab));
     if (!o.checkpoint.empty() && job.rank == 0) make_directory(o.checkpoint);
-    return Start{layout(o), o.timeout};
+    return Start{o.layout, o.timeout};
   };
   return run_program("train_gpt", argc, argv, prepare,
                      [&](const Job& job, Mesh& mesh, Watch& watch) {

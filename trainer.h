@@ -20,7 +20,7 @@ struct TrainerOptions {
   double clip = 1, weight_decay = 0.1;
   FsdpOptions fsdp;
   std::string schedule = "1f1b";  // of the pipeline, where pp > 1
-  int chunks = 1;                 // pieces of the model a stage
+  int chunks = 0;                 // of a stage; 0: as many as the schedule has
 };
 // What a layout does in a step. On one stage each micro-batch runs forward and backward, whatever
 // the options' schedule.
@@ -61,8 +61,8 @@ class Trainer {
     // head
     std::vector<int> uses = {};
   };
-  int data_ranks() const { return mesh_.fsdp.size * mesh_.replicate.size; }
-  int data_rank() const { return mesh_.replicate.rank * mesh_.fsdp.size + mesh_.fsdp.rank; }
+  int64_t data_ranks() const { return mesh_.layout.data_ranks(); }
+  int64_t data_rank() const;
   Tokens read(int64_t first, int64_t count, const Sequences& sequence) const;
   void add_piece(int chunk, Range layers);
   Var forward(Tape& tape, int chunk, const Var& in, const Tokens& tokens);

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "launch/environment.h"
+#include "launch/first_minute.h"
 #include "launch/watch.h"
 
 struct Start {
@@ -35,12 +36,12 @@ int run_program(const char* name, int argc, char** argv, Prepare prepare, Work w
     setenv("THREEFOLD_TIMEOUT", sentence(start->timeout + 10).c_str(), 0);
     {
       Watch watch(job, double(start->timeout));
-      Mesh mesh = open_mesh(job, start->layout);
+      Mesh mesh = open_mesh(start->layout);
       watch.observe(mesh);
       check_mesh(mesh);
       watch.step(0);
       work(job, mesh, watch);
-      watch.observe({});
+      watch.observe(Mesh());
       close_mesh(mesh);
     }
     close_device();

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "comm.h"
+#include "launch/job.h"
 
 struct WatchRecord {
   std::atomic<int> rank, pid;

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "launch/job.h"
 #include "report/draw_schedule.h"
 #include "report/trace.h"
 #include "theory/theory.h"
@@ -127,7 +128,7 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
           std::max(0.0, means[stage][i] - of_chunk[{stage, Action::forward, a.chunk}].value());
   });
   const Timeline predicted = simulate(s, means);
-  summary["pipeline"] = {{"schedule", s.name},
+  summary["pipeline"] = {{"schedule", s.row->name},
                          {"stages", s.stages},
                          {"microbatches", s.microbatches},
                          {"chunks", s.chunks},
@@ -146,7 +147,7 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
                  100 * executed.bubble());
   text += draw_text(s, executed, unit);
   // at least: a forward's time has embedding and head in it, which are not replayed
-  if (s.name == "zb" && trainer.gpt.config.recompute) {
+  if (s.row->splits_backward && trainer.gpt.config.recompute) {
     const Timeline kept = simulate(s, without_replay);
     text +=
         "--recompute replays each forward inside the input gradient, which the stage before waits for: without it ";
@@ -160,8 +161,8 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
 void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options,
                          int64_t steps, double communication, const std::string& trace,
                          Metrics& metrics) {
-  const Layout& l = mesh.layout;
-  const Theory t = theory(trainer.gpt.config, l, mesh.pp.rank, mesh.tp.rank, options);
+  const Theory t =
+      theory(trainer.gpt.config, mesh.layout, mesh["pp"].rank, mesh["tp"].rank, options);
   const MemoryUse& m = device().memory;
   const bool pipelined = trainer.pipeline.timed;
   const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.kept_activations())},
@@ -174,11 +175,11 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const Trainer
   std::vector<Json> ranks;
   for (const std::string& of_rank : texts) ranks.push_back(Json::parse(of_rank));
   Json summary{{"summary", true},
-               {"layout",
-                {{"pp", l.pp}, {"replicate", l.replicate}, {"fsdp", l.fsdp}, {"tp", l.tp}}},
+               {"layout", Json::object()},
                {"memory", Json::array()},
                {"traffic", Json::array()},
                {"communication_share", Json::array()}};
+  for (const Axis& axis : mesh.axes) summary["layout"][axis.name] = axis.size;
   for (const Json& rank : ranks) {
     summary["memory"].push_back(rank["memory"]);
     summary["traffic"].insert(summary["traffic"].end(), rank["traffic"].begin(),
