@@ -16,6 +16,7 @@
 #include "launch/program.h"
 #include "inference/sampling.h"
 #include "inference/tokenizer.h"
+#include "theory/theory.h"
 
 // ---- options
 
@@ -95,9 +96,15 @@ static std::vector<std::string> read_prompts(const GenerateOptions& o) {
 static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
                                                     const Tokenizer& tokenizer) {
   std::vector<std::vector<int>> prompts;
+  const int64_t T = o.model.context;
   for (const std::string& text : read_prompts(o)) {
+    const int64_t bytes = int64_t(text.size()), longest = tokenizer.longest();
+    REQUIRE(longest == 0 || bytes < T * longest, "prompt ", prompts.size() + 1, " has ", bytes,
+            " bytes, at least ", (bytes + longest - 1) / longest,
+            " tokens; with the model's context of ", T, " at most ", T - 1,
+            " leave room for a new one");
     const std::vector<int>& p = prompts.emplace_back(tokenizer.encode(text));
-    const int64_t n = int64_t(p.size()), T = o.model.context;
+    const int64_t n = int64_t(p.size());
     REQUIRE(n > 0, "prompt ", prompts.size(), " is empty: a text is continued from its last token");
     REQUIRE(n < T, "prompt ", prompts.size(), " has ", n, " tokens; with the model's context of ",
             T, " at most ", T - 1, " leave room for a new one");
@@ -109,15 +116,8 @@ static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
 
 // ---- output
 
-static void show(const std::string& bytes) {
-  // no control characters
-  for (const char c : bytes)
-    putchar(c == '\n' || c == '\t' || (c & 0xe0) ? (c == 127 ? '?' : c) : '?');
-  fflush(stdout);
-}
-
 static void print_statistics(const Generator& generator, std::vector<double> seconds, double first,
-                             int64_t tokens, int64_t sent) {
+                             int64_t tokens, int64_t sent, int64_t predicted) {
   fprintf(stderr, "\nfirst token after %.1f ms\n", first * 1e3);
   if (seconds.empty()) return;
   double sum = 0;
@@ -131,10 +131,9 @@ static void print_statistics(const Generator& generator, std::vector<double> sec
   fprintf(stderr, "memory        %.1f MiB of weights, %.1f MiB of keys and values\n",
           double(device().memory.now[int(Memory::parameters)]) / 1048576,
           double(generator.cache_bytes()) / 1048576);
-  const int64_t steps = int64_t(seconds.size()), predicted = generator.predicted_bytes(steps);
-  fprintf(stderr, "sent a token  %.1f bytes by rank 0, predicted %.1f%s\n",
-          double(sent) / double(steps), double(predicted) / double(steps),
-          sent == predicted ? "" : "   DIFFERS");
+  const double steps = double(seconds.size());
+  fprintf(stderr, "sent a token  %.1f bytes by rank 0, predicted %.1f%s\n", double(sent) / steps,
+          double(predicted) / steps, sent == predicted ? "" : "   DIFFERS");
 }
 
 // ---- generation
@@ -198,7 +197,9 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
   if (!job.speaks) return;
   for (size_t b = 1; b < B; b++) show(sentence("\n\n--- ", b + 1, "\n", texts[b]));
   show("\n");
-  print_statistics(generator, seconds, first, added, ledger.bytes());
+  const int64_t predicted = decoding_bytes(generator.gpt.config, mesh.layout, mesh["pp"].rank,
+                                           int64_t(B), int64_t(seconds.size()));
+  print_statistics(generator, seconds, first, added, ledger.bytes(), predicted);
 }
 
 // ---- main

@@ -5,23 +5,17 @@
 #                                                  runs 20 and 50 of them
 set -u
 cd "$(dirname "$0")/.."
+. tests/lib.sh
 faults=${1:-4} kills=${2:-4} RANDOM=${3:-7}
 train=build/cpu/train_gpt tool=build/cpu/checkpoint generate=build/cpu/generate
 library=$PWD/build/cpu/tests/libfaults.so
 make -s --no-print-directory BACKEND=cpu "${library#"$PWD/"}" || exit 1
-dir=$(mktemp -d); chmod 755 "$dir"
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
+chmod 755 "$dir"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-ok()   { echo "ok   $1  ${2:-}"; passed=$((passed + 1)); }
-fail() { echo "FAIL $1  ${2:-}"; failed=$((failed + 1)); }
-# check NAME CONDITION [ON SUCCESS] [ON FAILURE]
-check() { if eval "$2"; then ok "$1" "${3:-}"; else fail "$1" "${4:-}"; fi; }
-
 small="--layers 2 --width 32 --heads 2 --context 16 --batch 4"
 flat="--lr 0.001 --min-lr 0.001 --warmup 0"  # whatever --steps is
 one() { timeout 60 $train $small "$@" >"$dir/out" 2>"$dir/err"; }
-two() { timeout 60 mpiexec -n 2 $train $small --fsdp 2 "$@" >"$dir/out" 2>"$dir/err"; }
+two() { timeout 60 $MPIEXEC -n 2 $train $small --fsdp 2 "$@" >"$dir/out" 2>"$dir/err"; }
 # with_fault VARIABLE=VALUE... -- COMMAND...: one call of the command fails
 with_fault() {
   local settings=()
@@ -33,7 +27,7 @@ two_with_fault() { # VARIABLE=VALUE... -- ARGS...
   local settings=()
   while [ "$1" != -- ]; do settings+=("$1"); shift; done
   shift
-  timeout 60 mpiexec -n 2 env "${settings[@]}" LD_PRELOAD="$library" \
+  timeout 60 $MPIEXEC -n 2 env "${settings[@]}" LD_PRELOAD="$library" \
     $train $small --fsdp 2 "$@" >"$dir/out" 2>"$dir/err"
 }
 steps_in() { (cd "$1" && echo *); }
@@ -220,7 +214,7 @@ with_fault FAULT_PATH=a.jsonl FAULT_CALL=read FAULT_AT=1 FAULT_ERRNO=5 -- \
   >"$dir/out" 2>"$dir/err"
 check metrics_that_cannot_be_read_are_not_cut "[ \$(grep -c '\"step\"' $dir/a.jsonl) -ge 2 ]"
 for run in 1 2; do
-  timeout 60 mpiexec -n 2 $train $small --pp 2 --steps $run --trace "$dir/t.json" >"$dir/out" 2>&1
+  timeout 60 $MPIEXEC -n 2 $train $small --pp 2 --steps $run --trace "$dir/t.json" >"$dir/out" 2>&1
 done
 check a_trace_of_an_earlier_run_is_put_aside "[ -s $dir/t.json.1 ] && [ -s $dir/t.json ]"
 ln -s "$dir/three" "$dir/z.svg"; build/cpu/show_schedule zb --svg "$dir/z.svg" >/dev/null
@@ -335,7 +329,7 @@ check what_was_complete_survives_any_call_that_fails "[ $good = $faults ]" \
 
 wide="--layers 2 --width 128 --heads 2 --context 16 --batch 12 --steps 10"
 layouts=("" "" "--fsdp 2" "--fsdp 3" "--fsdp 2 --tp 2")  # by number of ranks
-ranks_of() { timeout 120 mpiexec -n "$1" bash -c \
+ranks_of() { timeout 120 $MPIEXEC -n "$1" bash -c \
   'echo $$ >"$1.$PMI_RANK"; shift; exec "$@"' - "$dir/pid" $train $wide ${layouts[$1]} \
   --save-every 1 --checkpoint "$2" "${@:3}"; }
 reached=0 saving=0 resuming=0 killed=0
@@ -377,5 +371,4 @@ done
 check killed_runs_end_with_the_uninterrupted_weights "[ $reached = $kills ]" \
   "$killed kills over 1 to 4 ranks, $saving during a save, $resuming during a resume"
 
-echo "$passed passed, $failed failed"
-[ $failed -eq 0 ]
+sums_up
