@@ -202,10 +202,14 @@ static OptionTable table(Options& o) {
             "SIGTERM",
             "none"},
            {"save-every", "K", Whole{&o.save_every, 0}, "and every K steps; 0: only then"},
-           {"keep", "N", Whole{&o.keep, 0}, "remove all but the newest N checkpoints; 0: none",
+           {"keep", "N", Whole{&o.keep, 0},
+            "remove all but the newest N checkpoints of those saved with an N above 0; 0: none",
             "2"},
            {"resume", "", Flag{&o.resume},
             "go on from the newest complete checkpoint, in this or any other layout"},
+           {"resume-step", "N", Whole{&o.resume_step, 0},
+            "with --resume: from that of step N; later ones are renamed to later-step-...",
+            "the newest"},
        }},
       {"Reports",
        {
@@ -214,7 +218,8 @@ static OptionTable table(Options& o) {
            {"sample", "K", Whole{&o.sample, 0},
             "print K tokens that the trained model continues with"},
            {"metrics", "FILE.jsonl", Text{&o.metrics},
-            "write one JSON object per step to this file", "none"},
+            "write one JSON object per step to this file; an earlier run's is renamed to FILE.jsonl.1",
+            "none"},
            {"trace", "FILE.json", Text{&o.trace},
             "with pp: write the last step's timeline in Chrome's trace format", "none"},
        }},
@@ -307,6 +312,7 @@ void check(const Options& o) {
           "--schedule, --chunks and --trace are about a pipeline: give --pp 2 or more");
   REQUIRE(!o.checkpoint.empty() || (!o.resume && o.save_every == 0 && o.keep < 0),
           "--save-every, --keep and --resume need a directory: give --checkpoint DIR");
+  REQUIRE(o.resume || o.resume_step < 0, "--resume-step says where --resume goes on: give both");
   REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr,
           ": the learning rate ends at --min-lr");
   REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps,

@@ -6,10 +6,12 @@
 // test      tests/test_schedule.cpp
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 
 #include "report/draw_schedule.h"
 #include "launch/options.h"
+#include "support/metrics.h"
 
 namespace {
 
@@ -101,6 +103,7 @@ void show(const ShowOptions& o) {
          s.stages - 1, formula.c_str());
   if (o.actions) print_lists(s);
   if (o.svg.empty()) return;
+  if (std::filesystem::is_symlink(o.svg)) put_aside(o.svg, "drawings");
   std::ofstream file(o.svg);
   file << draw_svg(s, t, to_string(s),
                    o.times_text.empty() ? "forwards of one chunk" : "the unit of --times");

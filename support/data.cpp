@@ -118,6 +118,10 @@ Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, in
   d.from_ = files.empty() ? sentence("the ", paths.size(), " sources and docs of this project")
             : paths.size() == 1 ? paths[0]
                                 : sentence(paths.size(), " files");
+  std::set<fs::path> seen;
+  for (const std::string& path : paths)
+    if (std::error_code none; !seen.insert(fs::weakly_canonical(path, none)).second)
+      d.from_ += sentence(" (", path, " is given more than once, and counts as often)");
   d.context_ = context;
   d.vocab_ = vocab;
   for (const std::string& path : paths) {

@@ -156,6 +156,8 @@ TEST(every_option_reaches_its_field) {
                                           "--tp",
                                           "18",
                                           "--sequence-parallel",
+                                          "--resume-step",
+                                          "19",
                                           "--help"};
   const Options o = parsed(words);
   const ModelSize& m = o.model;
@@ -169,7 +171,8 @@ TEST(every_option_reaches_its_field) {
   CHECK(o.clip == 2.5 && o.seed == INT64_MAX && o.attention == "flash" && o.recompute && o.help);
   CHECK(o.device_memory == 10 && o.eval_every == 11 && o.sample == 12);
   CHECK(o.layout["replicate"] == 13 && o.layout["fsdp"] == 14 && o.zero == 2 && o.reshard == "no" &&
-        o.prefetch == 15 && o.timeout == 16 && o.layout["tp"] == 18 && o.sequence_parallel);
+        o.prefetch == 15 && o.timeout == 16 && o.layout["tp"] == 18 && o.sequence_parallel &&
+        o.resume_step == 19);
   const Options none = parsed({});
   CHECK(none.model_name.empty() && none.data.empty() && !none.recompute && !none.help &&
         none.seed == 1337 && none.matmul == "cublas");
@@ -268,6 +271,9 @@ TEST(contradictions_between_options_are_refused) {
       "a batch of 12 does not divide into micro-batches of 2 on 4 data-parallel ranks (replicate x "
       "fsdp)");
   CHECK_SAYS(resolved({"--lr", "1e-4", "--min-lr", "1e-3"}), "--min-lr 0.001 is above --lr 0.0001");
+  CHECK_SAYS(resolved({"--lr", "0.001", "--min-lr", "0.0010000001"}),
+             "--min-lr 0.0010000001 is above --lr 0.001");
+  CHECK_SAYS(resolved({"--checkpoint", "c", "--resume-step", "3"}), "give both");
   CHECK_SAYS(resolved({"--zero", "3"}),
              "--zero 3 shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
   CHECK_SAYS(resolved({"--replicate", "2", "--reshard-after-forward", "no"}),
@@ -409,6 +415,12 @@ TEST(text_bytes_are_tokens_and_files_are_read_as_one) {
   for (int64_t i = 0; i < 50; i++) CHECK(d.sequence(1, i, 5) == one.sequence(1, i, 5));
   CHECK_EQ(d.describe(), "3 files, text: 360 tokens to train on, 40 held out");
   CHECK_EQ(one.describe(), dir.path + "/all, text: 360 tokens to train on, 40 held out");
+  fs::create_symlink(files[1], dir.path + "/link");
+  for (const std::string& again : {files[1], dir.path + "/./b", dir.path + "/link"})
+    CHECK_EQ(Dataset::open({files[1], again}, 10, 256).describe(),
+             "2 files (" + again +
+                 " is given more than once, and counts as often), text: 692 tokens to train on, "
+                 "76 held out");
 }
 
 TEST(token_shards_of_both_widths_are_read) {
@@ -649,8 +661,20 @@ TEST(a_resumed_run_keeps_the_metrics_of_the_steps_before_it_and_loses_no_others)
   }
   Metrics(dir.path + "/new.jsonl", 7).step({8, 1});
   CHECK_EQ(contents(dir.path + "/new.jsonl"), lines({8}));
-  Metrics(path).step({2, 1});  // a run that does not resume begins anew
+  Metrics(path).step({2, 1});  // a run that does not resume begins anew, too
   CHECK_EQ(contents(path), lines({2}));
+  CHECK_EQ(contents(path + ".3"), lines({1}));
+  fs::create_symlink(path, dir.path + "/link");
+  Metrics(dir.path + "/link").step({3, 1});
+  CHECK_EQ(contents(path), lines({2}));
+  CHECK_EQ(contents(dir.path + "/link"), lines({3}));
+}
+
+TEST(numbers_in_sentences_say_which_they_are) {
+  CHECK_EQ(sentence(1.0000001, " ", 0.1, " ", 1e-4, " ", 3.0, " ", 1e30, " ", -2.5, " ", 7),
+           "1.0000001 0.1 0.0001 3 1e+30 -2.5 7");
+  for (const double x : {1.0 / 3, 5e-324, 1.7976931348623157e308, 123456789.125})
+    CHECK_EQ(strtod(sentence(x).c_str(), nullptr), x);
 }
 
 TEST(numbers_that_json_cannot_say_become_null) {
@@ -899,6 +923,14 @@ TEST(sampling_follows_the_probabilities_and_its_cuts) {
   measured("80000 draws, shares within ", worst);
 }
 
+TEST(no_token_comes_from_logits_that_are_not_finite) {
+  for (const double poor : {double(NAN), double(INFINITY), -double(INFINITY)})
+    for (const double temperature : {0.0, 1.0})
+      for (const int64_t top_k : {0, 1, 2})
+        CHECK_SAYS(pick({1, poor, 2}, {.temperature = temperature, .top_k = top_k}, 5),
+                   "logits at position 5 are not all finite");
+}
+
 static const char kPairs[] =
     R"({"l":0,"o":1,"w":2,"lo":3,"low":4,"\u0120":5,"\u0120low":6,"\u010a":7,"'":8,"s":9,"'s":10,"<|endoftext|>":11})";
 
@@ -967,13 +999,19 @@ TEST(a_tokenizer_json_is_read_like_vocab_and_merges) {
   reads();
   file["model"].erase("type");
   reads();
+  // as transformers 5 writes it
+  file["post_processor"] = json::parse(R"({"type":"TemplateProcessing","special_tokens":{}})");
+  reads();
   says("/model/type", "WordPiece", "is not of GPT-2's encoding");
   says("/pre_tokenizer/type", "Metaspace", "is not of GPT-2's encoding");
   says("/pre_tokenizer", nullptr, "is no byte-level byte-pair encoding");
   says("/pre_tokenizer/add_prefix_space", true, "add_prefix_space is true");
   says("/pre_tokenizer/use_regex", false, "use_regex is false");
   says("/normalizer", {{"type", "NFC"}}, "normalizer is {\"type\":\"NFC\"}");
-  says("/post_processor/type", "TemplateProcessing", "type is \"TemplateProcessing\"");
+  says("/post_processor/type", "BertProcessing", "type is \"BertProcessing\"");
+  says("/post_processor",
+       json::parse(R"({"type":"TemplateProcessing","special_tokens":{"<s>":{"id":"<s>"}}})"),
+       "special_tokens is");
   says("/model/byte_fallback", true, "byte_fallback is true");
   says("/model/ignore_merges", true, "ignore_merges is true");
   says("/model/dropout", 0.1, "dropout is 0.1");
