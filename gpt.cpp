@@ -1,5 +1,5 @@
-// gpt.cpp: the model. Its forward is the code below `the forward`; its backward is nowhere, the tape
-// writes it.
+// gpt.cpp: the model. Its forward is the code below `the forward`; its backward is nowhere, the
+// tape writes it.
 #include "gpt.h"
 
 #include <algorithm>
