@@ -15,7 +15,7 @@
 // test      tests/test_fsdp.cpp
 //
 //   forward of unit u                     backward of unit u
-//     start gather(u .. u+K)                start gather(u .. u-K)         those that are not on their way
+//     start gather(u .. u+K)                start gather(u .. u-K), unless on their way
 //     wait for gather(u)                    wait for gather(u)
 //     compute                               compute: gradients into a full buffer
 //     give u back                           start reduce-scatter(u); finish that of u+1; give u
