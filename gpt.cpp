@@ -23,23 +23,23 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   const Range heads = tp.part(g.heads), hidden = tp.part(4 * C);
   const Range channels{heads.begin * (C / g.heads), heads.end * (C / g.heads)};  // whole heads
   Block b;
-  b.ln_1_weight = tp.replicate(make(h + "ln_1.weight", {C}, 0, 1), true);
-  b.ln_1_bias = tp.replicate(make(h + "ln_1.bias", {C}, 0), true);
+  b.ln_1_weight = tp.whole_with_partial_gradient(make(h + "ln_1.weight", {C}, 0, 1));
+  b.ln_1_bias = tp.whole_with_partial_gradient(make(h + "ln_1.bias", {C}, 0));
   // columns
   b.c_attn_weight = tp.split(make(h + "attn.c_attn.weight", {C, 3, C}, std), 2, channels);
   b.c_attn_bias = tp.split(make(h + "attn.c_attn.bias", {3, C}, 0), 1, channels);
   // rows
   b.attn_c_proj_weight =
       tp.split(make(h + "attn.c_proj.weight", {C, C}, residual_std), 0, channels);
-  b.attn_c_proj_bias = tp.replicate(make(h + "attn.c_proj.bias", {C}, 0), true);
-  b.ln_2_weight = tp.replicate(make(h + "ln_2.weight", {C}, 0, 1), true);
-  b.ln_2_bias = tp.replicate(make(h + "ln_2.bias", {C}, 0), true);
+  b.attn_c_proj_bias = tp.whole_with_partial_gradient(make(h + "attn.c_proj.bias", {C}, 0));
+  b.ln_2_weight = tp.whole_with_partial_gradient(make(h + "ln_2.weight", {C}, 0, 1));
+  b.ln_2_bias = tp.whole_with_partial_gradient(make(h + "ln_2.bias", {C}, 0));
   b.c_fc_weight = tp.split(make(h + "mlp.c_fc.weight", {C, 4 * C}, std), 1, hidden);  // columns
   b.c_fc_bias = tp.split(make(h + "mlp.c_fc.bias", {4 * C}, 0), 0, hidden);
   // rows
   b.mlp_c_proj_weight =
       tp.split(make(h + "mlp.c_proj.weight", {4 * C, C}, residual_std), 0, hidden);
-  b.mlp_c_proj_bias = tp.replicate(make(h + "mlp.c_proj.bias", {C}, 0), true);
+  b.mlp_c_proj_bias = tp.whole_with_partial_gradient(make(h + "mlp.c_proj.bias", {C}, 0));
   return b;
 }
 
@@ -53,14 +53,14 @@ Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication)
     : config(g), tp(axis, communication, g.sequence_parallel) {
   ASSERT(g.width % g.heads == 0 && axis.size <= g.heads && axis.size <= g.vocab);
   wte = tp.split(make("wte.weight", {g.vocab, g.width}, 0.02f), 0, tp.part(g.vocab));
-  wpe = tp.replicate(make("wpe.weight", {g.context, g.width}, 0.01f), false);
+  wpe = tp.whole(make("wpe.weight", {g.context, g.width}, 0.01f));
   for (int64_t l = 0; l < g.layers; l++) blocks_.push_back(make_block(g, tp, l));
-  ln_f_weight = tp.replicate(make("ln_f.weight", {g.width}, 0, 1), true);
-  ln_f_bias = tp.replicate(make("ln_f.bias", {g.width}, 0), true);
+  ln_f_weight = tp.whole_with_partial_gradient(make("ln_f.weight", {g.width}, 0, 1));
+  ln_f_bias = tp.whole_with_partial_gradient(make("ln_f.bias", {g.width}, 0));
 
   parts_.push_back({ModelPart::embedding, {&wte, &wpe}, Backward::nothing});
   for (int64_t l = 0; l < g.layers; l++)
-    parts_.push_back({ModelPart::block, blocks_[l].params(), Backward::gathers, l});
+    parts_.push_back({ModelPart::block, blocks_[l].params(), Backward::unshards, l});
   parts_.push_back({ModelPart::head, {&ln_f_weight, &ln_f_bias, &wte}, Backward::keeps});
 
   uint32_t id = 0;

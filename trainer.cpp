@@ -37,7 +37,7 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& opti
   // gradients are exchanged, and the first counts it in the norm and saves it.
   const bool first = pieces_[0].front().kind == ModelPart::embedding,
              last = pieces_.back().back().kind == ModelPart::head;
-  if (first && last && !fsdp.scatters_each()) separate_uses(gpt.tied());
+  if (first && last && !fsdp.shards_gradients()) separate_uses(gpt.tied());
   gpt.tied().counted = first;
   exchanges_tied_ = first != last;
 

@@ -4,14 +4,17 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
 #include <cerrno>
 #include <cmath>
 #include <cstring>
 #include <filesystem>
 #include <memory>
-#include <nlohmann/json.hpp>
+#include <tuple>
 #include <xxhash.h>
+
+#include "support/json.h"
 
 static_assert(std::endian::native == std::endian::little, "safetensors are little-endian");
 
@@ -71,8 +74,21 @@ const char* safetensors_name(Dtype dtype) {
   return dtype == Dtype::f64 ? "F64" : dtype == Dtype::f32 ? "F32" : "BF16";
 }
 
-int64_t size_of_name(const std::string& dtype) {
-  return dtype == "F64" ? 8 : dtype == "F32" ? 4 : dtype == "F16" || dtype == "BF16" ? 2 : 0;
+// of an element of any dtype that the format has, which its name says
+int64_t bits_of(const std::string& dtype) {
+  static const std::set<std::string> known = {
+      "F64",     "F32",         "F16",         "BF16",    "BOOL",    "U8",  "I8",      "U16",
+      "I16",     "U32",         "I32",         "U64",     "I64",     "C64", "F8_E5M2", "F8_E4M3",
+      "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4"};
+  REQUIRE(known.count(dtype), "there is no dtype ", dtype);
+  return dtype == "BOOL" ? 8 : atoll(dtype.c_str() + dtype.find_first_of("123468"));
+}
+
+std::vector<int64_t> whole_numbers(const nlohmann::json& list) {
+  REQUIRE(list.is_array(), list, " is no list");
+  std::vector<int64_t> numbers;
+  for (const auto& n : list) numbers.push_back(whole_number(n));
+  return numbers;
 }
 
 }  // namespace
@@ -116,30 +132,54 @@ std::string read_file(const std::string& path) { return std::string(MappedFile(p
 // ---- reading
 
 SafetensorsFile::SafetensorsFile(const std::string& path) : file_(path, "") {
+  constexpr uint64_t kLongest = 100'000'000;
   uint64_t length = 0;
   REQUIRE(file_.bytes >= 8, path, " is no safetensors file: it has ", file_.bytes, " bytes");
   memcpy(&length, file_.data, 8);
-  REQUIRE(length <= uint64_t(file_.bytes - 8), path,
+  REQUIRE(length <= std::min(kLongest, uint64_t(file_.bytes - 8)), path,
           " is truncated or no safetensors file: its header would have ", length,
           " bytes, and the file has ", file_.bytes);
   const int64_t data = 8 + int64_t(length);
-  try {
-    const auto header = nlohmann::json::parse(file_.data + 8, file_.data + data);
-    for (const auto& [name, value] : header.items()) {
-      if (name == "__metadata__") continue;
-      Entry e{value.at("dtype"), value.at("shape").get<Shape>(), value.at("data_offsets").at(0),
-              value.at("data_offsets").at(1)};
-      e.begin += data, e.end += data;
-      REQUIRE(data <= e.begin && e.begin <= e.end && e.end <= file_.bytes, path,
-              " is truncated: ", name, " would end at byte ", e.end, " of ", file_.bytes);
-      REQUIRE(!size_of_name(e.dtype) ||
-                  elements(e.shape) * size_of_name(e.dtype) == e.end - e.begin,
-              path, ": ", name, " of shape ", to_string(e.shape), " in ", e.dtype,
-              " does not take ", e.end - e.begin, " bytes");
-      entries_[name] = e;
-    }
-  } catch (const nlohmann::json::exception& e) {
-    throw Error(sentence(path, " has a damaged header: ", e.what()));
+  read_json(path, " has a damaged header: ", [&] {
+    const auto header = parse_json(file_.view().substr(8, length));
+    REQUIRE(header.is_object(), "it is no object of names");
+    for (const auto& [name, value] : header.items())
+      if (name != "__metadata__") entries_[name] = entry(name, value, data);
+      else if (!value.is_null()) value.get<std::map<std::string, std::string>>();
+  });
+  check_places(data);
+}
+
+SafetensorsFile::Entry SafetensorsFile::entry(const std::string& name, const nlohmann::json& value,
+                                              int64_t data) const {
+  const auto place = whole_numbers(value.at("data_offsets"));
+  Entry e{value.at("dtype"), whole_numbers(value.at("shape")), 0, 0};
+  REQUIRE(place.size() == 2, name, " has ", place.size(), " data_offsets, expected 2");
+  REQUIRE(place[0] <= place[1] && place[1] <= file_.bytes - data, path(), " is truncated: ", name,
+          " would end at byte ", place[1], " of ", file_.bytes - data);
+  int64_t bits = bits_of(e.dtype);
+  bool fits = true;
+  for (const int64_t n : e.shape) fits = fits && !__builtin_mul_overflow(bits, n, &bits);
+  REQUIRE(fits && bits % 8 == 0 && bits / 8 == place[1] - place[0], path(), ": ", name,
+          " of shape ", to_string(e.shape), " in ", e.dtype, " does not take ", place[1] - place[0],
+          " bytes");
+  e.begin = data + place[0];
+  e.end = data + place[1];
+  return e;
+}
+
+// Every byte of the data belongs to one tensor.
+void SafetensorsFile::check_places(int64_t data) const {
+  std::vector<std::tuple<int64_t, int64_t, std::string>> places{{file_.bytes, file_.bytes, "end"}};
+  for (const auto& [name, e] : entries_) places.emplace_back(e.begin, e.end, name);
+  std::sort(places.begin(), places.end());
+  int64_t next = data;
+  for (const auto& [begin, end, name] : places) {
+    REQUIRE(begin == next, path(),
+            begin > next ? " has bytes that belong to no tensor before "
+                         : " has bytes of two tensors in ",
+            name, ": it begins at byte ", begin, ", and what comes before ends at ", next);
+    next = end;
   }
 }
 
@@ -172,8 +212,9 @@ static double element(const unsigned char* p, const std::string& dtype) {
 
 void SafetensorsFile::read(const Entry& e, int64_t first, int64_t count, Dtype dtype,
                            void* to) const {
-  const int64_t size = size_of_name(e.dtype);
-  REQUIRE(size, path(), " has a tensor in ", e.dtype, "; F64, F32, F16 and BF16 can be read");
+  const bool readable = e.dtype == "F64" || e.dtype == "F32" || e.dtype.ends_with("F16");
+  REQUIRE(readable, path(), " has a tensor in ", e.dtype, "; F64, F32, F16 and BF16 can be read");
+  const int64_t size = bits_of(e.dtype) / 8;
   ASSERT(first >= 0 && first + count <= elements(e.shape));
   const unsigned char* from = file_.data + e.begin + first * size;
   if (e.dtype == safetensors_name(dtype)) {

@@ -8,6 +8,7 @@
 #pragma once
 #include <functional>
 #include <map>
+#include <nlohmann/json_fwd.hpp>
 
 #include "support/data.h"
 #include "tensor.h"
@@ -32,7 +33,7 @@ void write_file(const std::string& path, const std::string& text);
 
 class SafetensorsFile {
  public:
-  // checks that the header is whole and that every array lies in the file
+  // checks that the header is whole and that every byte of the data belongs to one array
   explicit SafetensorsFile(const std::string& path);
   struct Entry {
     std::string dtype;
@@ -46,6 +47,8 @@ class SafetensorsFile {
   const std::string& path() const { return file_.path; }
 
  private:
+  Entry entry(const std::string& name, const nlohmann::json& value, int64_t data) const;
+  void check_places(int64_t data) const;
   MappedFile file_;
   std::map<std::string, Entry> entries_;
 };

@@ -96,9 +96,15 @@ static std::vector<std::string> read_prompts(const GenerateOptions& o) {
 static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
                                                     const Tokenizer& tokenizer) {
   std::vector<std::vector<int>> prompts;
+  const int64_t T = o.model.context;
   for (const std::string& text : read_prompts(o)) {
+    const int64_t bytes = int64_t(text.size()), longest = tokenizer.longest();
+    REQUIRE(longest == 0 || bytes < T * longest, "prompt ", prompts.size() + 1, " has ", bytes,
+            " bytes, at least ", (bytes + longest - 1) / longest,
+            " tokens; with the model's context of ", T, " at most ", T - 1,
+            " leave room for a new one");
     const std::vector<int>& p = prompts.emplace_back(tokenizer.encode(text));
-    const int64_t n = int64_t(p.size()), T = o.model.context;
+    const int64_t n = int64_t(p.size());
     REQUIRE(n > 0, "prompt ", prompts.size(), " is empty: a text is continued from its last token");
     REQUIRE(n < T, "prompt ", prompts.size(), " has ", n, " tokens; with the model's context of ",
             T, " at most ", T - 1, " leave room for a new one");
@@ -109,13 +115,6 @@ static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
 }
 
 // ---- output
-
-static void show(const std::string& bytes) {
-  // no control characters
-  for (const char c : bytes)
-    putchar(c == '\n' || c == '\t' || (c & 0xe0) ? (c == 127 ? '?' : c) : '?');
-  fflush(stdout);
-}
 
 static void print_statistics(const Generator& generator, std::vector<double> seconds, double first,
                              int64_t tokens, int64_t sent, int64_t predicted) {

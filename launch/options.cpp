@@ -107,6 +107,13 @@ void resolve_common(CommonOptions& o, bool has_gpu) {
   if (o.dtype.empty()) o.dtype = has_gpu ? "bf16" : "f32";
 }
 
+std::string nearest_model(const ModelSize& size) {
+  std::string name;
+  for (const Preset& p : kPresets)
+    if (name.empty() || p.size.width <= size.width) name = p.name;
+  return name;
+}
+
 GptConfig model_config(const CommonOptions& o) {
   return {o.model,
           o.dtype == "f64"    ? Dtype::f64
@@ -143,8 +150,11 @@ static OptionTable table(Options& o) {
       model_options(o),
       {"Data",
        {
-           {"data", "FILE...", List{&o.data},
-            "plain text (bytes are tokens) or llm.c's .bin token shards", "this project's sources"},
+           {"data", "FILE...", List{&o.data}, "plain text or llm.c's .bin token shards",
+            "this project's sources"},
+           {"tokenizer", "DIR", Text{&o.tokenizer},
+            "what encodes texts: tokenizer.json, or vocab.json and merges.txt, of byte pairs",
+            "the checkpoint's; without one bytes are tokens"},
        }},
       {"Training",
        {
@@ -172,7 +182,7 @@ static OptionTable table(Options& o) {
            {"zero", "STAGE", Whole{&o.zero, 1, 3},
             "what fsdp shards: optimizer state, and gradients, and parameters", "3"},
            {"reshard-after-forward", "", Choice{&o.reshard, {"yes", "no"}},
-            "ZeRO-3: give parameters back after the forward", "yes"},
+            "ZeRO-3: free whole parameters after the forward, and gather them again", "yes"},
            {"prefetch", "K", Whole{&o.prefetch, 0, 1000},
             "layers gathered ahead while others compute; above 0 one sum of gradients runs behind, too",
             "1"},
