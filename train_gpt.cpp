@@ -35,7 +35,8 @@ static TrainerOptions trainer_options(const Options& o) {
 
 static void print_setup(const Options& o, const GptConfig& g, const Dataset& data) {
   printf(
-      "model    %s: %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M parameters in %s\n",
+      "model    %s: %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M "
+      "parameters in %s\n",
       o.model_name.c_str(), (long long)g.layers, (long long)g.width, (long long)g.heads,
       (long long)g.context, (long long)g.vocab, parameter_count(g) / 1e6, name_of(g.dtype));
   printf("device   %s\n", device().name.c_str());
@@ -112,12 +113,15 @@ static std::string save(const Options& o, const std::string& data, int64_t step,
   const Clock::time_point began = Clock::now();
   CheckpointInfo info{
       step,      o.model, o.layout, master_dtype(trainer.gpt.config.dtype), uint64_t(o.seed),
-      o.command, data};
-  save_checkpoint(o.checkpoint, info, o.keep, job, mesh, trainer.optimizer().shards());
+      o.command, data,    o.keep};
+  std::string removed;
+  for (const std::string& old :
+       save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards()))
+    removed += (removed.empty() ? "; removed " : ", ") + old;
   const double seconds = std::chrono::duration<double>(Clock::now() - began).count();
   const double megabytes =
       double(parameter_count(trainer.gpt.config)) * 3 * double(size_of(info.dtype)) / 1e6;
-  return format("checkpoint saved: %.1f MB in %.2f s", megabytes, seconds);
+  return format("checkpoint saved: %.1f MB in %.2f s", megabytes, seconds) + removed;
 }
 
 // How many steps the newest complete checkpoint had, now in the trainer; 0 if there is none.
@@ -126,7 +130,7 @@ static int64_t resume_training(const Options& o, const Dataset& data, const Job&
   const auto say = [prints](const std::string& text) {
     if (prints) printf("resume   %s\n", text.c_str());
   };
-  const std::optional<Checkpoint> c = newest_checkpoint(o.checkpoint, job, say);
+  const std::optional<Checkpoint> c = newest_checkpoint(o.checkpoint, job, say, o.resume_step);
   if (!c) return say("there is no checkpoint in " + o.checkpoint + ": starting at step 1"), 0;
   check_model(*c, o.model);
   const bool imported = c->info.step == 0;
@@ -137,6 +141,7 @@ static int64_t resume_training(const Options& o, const Dataset& data, const Job&
           " steps already: give more --steps than that");
   resume(*c, trainer.optimizer());
   say(sentence(c->path, ", saved on ", to_string(c->info.layout)));
+  if (o.resume_step >= 0) put_later_aside(o.checkpoint, c->info.step, job, say);
   if (imported) return 0;
   if (c->info.data != data.describe())
     say(sentence("it was trained on ", c->info.data, ", and is now on ", data.describe()));
@@ -163,6 +168,18 @@ static StepRecord train_step(const Options& o, const Dataset& data, const Mesh& 
   return progress.end_step(step, loss, norm, lr, o.batch * o.model.context, communicated);
 }
 
+// The loss of a step is from before its update: what that made is looked at here.
+static void check_weights(const Options& o, const Dataset& data, int64_t step, const Job& job,
+                          Watch& watch, Trainer& trainer) {
+  const bool fine = trainer.can_go_on(
+      [&](int64_t s) { return watch.progress(), data.sequence(step + 1, s, uint64_t(o.seed)); });
+  collectively(job, [&] {
+    REQUIRE(fine, "the update of step ", step,
+            " made weights or moments that are not finite numbers, or whose loss or gradients are"
+            " none: nothing is saved; a smaller --lr or a longer --warmup may help");
+  });
+}
+
 static void train(const Options& o, const Dataset& data, const Tokenizer& tokenizer, const Job& job,
                   Mesh& mesh, Watch& watch) {
   const bool prints = job.speaks;
@@ -173,23 +190,27 @@ static void train(const Options& o, const Dataset& data, const Tokenizer& tokeni
   Trainer trainer(mesh, config, trainer_options(o));
   const int64_t resumed = o.resume ? resume_training(o, data, job, trainer, prints) : 0;
   if (prints && !o.trace.empty()) open_trace(o.trace);
-  Metrics metrics(prints ? o.metrics : "", o.resume ? std::optional(resumed) : std::nullopt);
+  Metrics metrics(prints ? o.metrics : "", resumed);
   const StopSignal stop;
   Progress progress(o.steps, prints ? stdout : nullptr, isatty(fileno(stdout)));
   const auto held_out = [&](int64_t s) { return watch.progress(), data.held_out(s); };
   double first_loss = 0, loss = 0;
   int64_t step = resumed;
   for (bool last = false; !last;) {
-    const StepRecord record = train_step(o, data, mesh, watch, trainer, progress, ++step);
-    metrics.step(record);
+    StepRecord record = train_step(o, data, mesh, watch, trainer, progress, ++step);
     loss = record.loss;
     if (step == resumed + 1) first_loss = loss;
-    if (o.eval_every && (step % o.eval_every == 0 || step == o.steps))
-      progress.say(step, format("held-out loss %.4f",
-                                trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32),
-                                                 held_out)));
+    if (o.eval_every && (step % o.eval_every == 0 || step == o.steps)) {
+      record.held_out_loss =
+          trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32), held_out);
+      progress.say(step, format("held-out loss %.4f", *record.held_out_loss));
+    }
+    metrics.step(record);
     last = stop.came() || step == o.steps;
-    if (!o.checkpoint.empty() && (last || (o.save_every && step % o.save_every == 0))) {
+    const bool saves =
+        !o.checkpoint.empty() && (last || (o.save_every && step % o.save_every == 0));
+    if (last || saves) check_weights(o, data, step, job, watch, trainer);
+    if (saves) {
       watch.progress();
       progress.say(step, save(o, data.describe(), step, job, mesh, trainer));
     }
@@ -215,16 +236,19 @@ static void train(const Options& o, const Dataset& data, const Tokenizer& tokeni
 
 // ---- texts for a model of byte pairs
 
-// Of --resume without a word about the model: the checkpoint's sizes.
+// The sizes that --resume is not told are the checkpoint's: all, or that of the vocabulary alone.
 static void take_model(Options& o) {
   const ModelSize& m = o.model;
   const bool told = !o.model_name.empty() || m.layers + m.width + m.heads + m.context + m.vocab > 0;
-  if (!o.resume || told) return;
-  for (const std::string& path : checkpoints_in(o.checkpoint))
-    if (error_of([&] { o.model = Checkpoint(path).info.model; }).empty()) {
-      o.model_name = nearest_model(o.model);
-      return;
-    }
+  if (!o.resume) return;
+  for (const std::string& path : checkpoints_in(o.checkpoint)) {
+    ModelSize saved;
+    if (!error_of([&] { saved = Checkpoint(path).info.model; }).empty()) continue;
+    if (!told) o.model_name = nearest_model(saved);
+    if (!told) o.model = saved;
+    if (m.vocab == 0) o.model.vocab = saved.vocab;
+    return;
+  }
 }
 
 // Where the tokenizer is: beside the checkpoints, which have it from --tokenizer or an import.
@@ -262,7 +286,7 @@ int main(int argc, char** argv) {
       if (job.speaks) print_help();
       return {};
     }
-    const bool again = !o.checkpoint.empty() && !o.resume && !checkpoints_in(o.checkpoint).empty();
+    const bool again = !o.checkpoint.empty() && !o.resume && holds_checkpoints(o.checkpoint);
     REQUIRE(!again, "--checkpoint: ", o.checkpoint,
             " holds checkpoints already: give --resume to go on from them, or another directory");
     open_device(job.local_rank % device_count(), o.device_memory << 20);
@@ -292,6 +316,10 @@ int main(int argc, char** argv) {
   };
   return run_program("train_gpt", argc, argv, prepare,
                      [&](const Job& job, Mesh& mesh, Watch& watch) {
+                       std::optional<DirectoryLock> lock;
+                       collectively(job, [&] {
+                         if (job.rank == 0 && !o.checkpoint.empty()) lock.emplace(o.checkpoint);
+                       });
                        if (tokenizer->has_pairs()) o.data = shards_of_first_rank(o.data);
                        // not before every rank has looked for one there
                        if (tokenizer->has_pairs() && !o.checkpoint.empty() && job.rank == 0)

@@ -2,6 +2,8 @@
 #include "checkpoint/safetensors.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -22,27 +24,45 @@ static_assert(std::endian::native == std::endian::little, "safetensors are littl
 
 namespace {
 
+class Checksum {
+ public:
+  Checksum() { XXH3_64bits_reset(state_.get()); }
+  void add(const void* from, size_t bytes) { XXH3_64bits_update(state_.get(), from, bytes); }
+  uint64_t value() const { return XXH3_64bits_digest(state_.get()); }
+
+ private:
+  std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state_{XXH3_createState(),
+                                                                  XXH3_freeState};
+};
+
 // written beside, and renamed when it is whole; keeps a checksum of what goes through it
 class OutputFile {
  public:
   explicit OutputFile(const std::string& path)
       : path_(path),
         beside_(path + ".partial"),
-        fd_(::open(beside_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
-    REQUIRE(fd_ >= 0, path_, " cannot be created: ", strerror(errno));
-    XXH3_64bits_reset(hash_.get());
+        fd_(::open(beside_.c_str(), O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666)) {
+    REQUIRE(fd_ >= 0, beside_, " cannot be created: ", strerror(errno));
+    // one that a process left when it was killed is begun again
+    if (flock(fd_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+      close(fd_);
+      throw Error(path_ + " is being written by another process");
+    }
+    if (ftruncate(fd_, 0) != 0) fail();
   }
   ~OutputFile() {
-    if (fd_ >= 0) close(fd_), unlink(beside_.c_str());
+    if (fd_ < 0) return;
+    unlink(beside_.c_str());
+    close(fd_);
   }
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;
   void write(const void* from, int64_t bytes) {
-    XXH3_64bits_update(hash_.get(), from, size_t(bytes));
+    sum_.add(from, size_t(bytes));
     bytes_ += bytes;
     for (const char* p = static_cast<const char*>(from); bytes > 0;) {
       const ssize_t n = ::write(fd_, p, size_t(bytes));
-      REQUIRE(n > 0 || (n < 0 && errno == EINTR), path_, " cannot be written: ", strerror(errno));
+      if (n == 0 || (n < 0 && errno != EINTR)) fail();
       if (n > 0) p += n, bytes -= n;
     }
     // the disk starts now and works while the next arrays are read
@@ -52,22 +72,39 @@ class OutputFile {
     }
   }
   WrittenFile finish() {
-    REQUIRE(fsync(fd_) == 0, path_, " cannot be written: ", strerror(errno));
-    REQUIRE(rename(beside_.c_str(), path_.c_str()) == 0, path_,
-            " cannot be written: ", strerror(errno));
+    if (fsync(fd_) != 0 || rename(beside_.c_str(), path_.c_str()) != 0) fail();
     close(fd_);  // after fsync it has nothing left to say
     fd_ = -1;
-    return {std::filesystem::path(path_).filename(), bytes_, XXH3_64bits_digest(hash_.get())};
+    return {std::filesystem::path(path_).filename(), bytes_, sum_.value()};
   }
 
  private:
+  [[noreturn]] void fail() {
+    throw Error(sentence(path_, " cannot be written: ", strerror(errno)));
+  }
   static constexpr int64_t kAhead = 16 << 20;
   std::string path_, beside_;
   int fd_;
   int64_t bytes_ = 0, flushing_ = 0;
-  std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> hash_{XXH3_createState(),
-                                                                 XXH3_freeState};
+  Checksum sum_;
 };
+
+// Calls take(block) with what is in a file, one block after the other. An error of the disk is an
+// Error here, where a map of the file would end the process.
+template <class Take> void for_blocks(const std::string& path, Take take) {
+  // a pipe without a writer must not block
+  const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+  REQUIRE(fd >= 0, path, " cannot be opened: ", strerror(errno));
+  std::vector<char> block(1 << 20);
+  ssize_t n;
+  while ((n = ::read(fd, block.data(), block.size())) != 0) {
+    if (n > 0) take(std::string_view(block.data(), size_t(n)));
+    else if (errno != EINTR) break;
+  }
+  const int error = n < 0 ? errno : 0;
+  close(fd);
+  REQUIRE(!error, path, " cannot be read: ", strerror(error));
+}
 
 const char* safetensors_name(Dtype dtype) {
   ASSERT(dtype != Dtype::i32);
@@ -127,7 +164,28 @@ void write_file(const std::string& path, const std::string& text) {
 
 uint64_t checksum(std::string_view bytes) { return XXH3_64bits(bytes.data(), bytes.size()); }
 
-std::string read_file(const std::string& path) { return std::string(MappedFile(path, "").view()); }
+std::string read_file(const std::string& path) {
+  std::string text;
+  for_blocks(path, [&](std::string_view block) { text += block; });
+  return text;
+}
+
+WrittenFile measure(const std::string& path) {
+  Checksum sum;
+  int64_t bytes = 0;
+  for_blocks(path, [&](std::string_view block) {
+    sum.add(block.data(), block.size());
+    bytes += int64_t(block.size());
+  });
+  return {path, bytes, sum.value()};
+}
+
+bool is_there(const std::string& path) {
+  struct stat status;
+  if (stat(path.c_str(), &status) == 0) return true;
+  REQUIRE(errno == ENOENT || errno == ENOTDIR, path, " cannot be examined: ", strerror(errno));
+  return false;
+}
 
 // ---- reading
 

@@ -27,7 +27,7 @@ struct WrittenFile {
 };
 
 // Both write a file that is there whole or not at all, and wait until the disk has it. An Error
-// says why they cannot.
+// says why they cannot. A link of that name is replaced, and what it points to stays.
 WrittenFile write_safetensors(const std::string& path, const std::vector<NamedArray>& arrays);
 void write_file(const std::string& path, const std::string& text);
 
@@ -55,3 +55,6 @@ class SafetensorsFile {
 
 uint64_t checksum(std::string_view bytes);  // XXH3, 64 bits: of a whole file it is WrittenFile's
 std::string read_file(const std::string& path);
+WrittenFile measure(const std::string& path);  // reads it to its end; what it is now
+// an Error where the system does not say
+bool is_there(const std::string& path);

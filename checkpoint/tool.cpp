@@ -3,6 +3,7 @@
 // idea      one process, no mesh: a checkpoint's pieces are read as if by a rank that owns
 //           everything
 // test      tests/test_checkpoint.sh; tests/huggingface.py opens what `export` writes
+#include <csignal>
 #include <cstdio>
 #include <filesystem>
 #include <memory>
@@ -168,7 +169,7 @@ struct Found {
 };
 
 static void import_weights(const std::string& dir, const std::string& path) {
-  REQUIRE(checkpoints_in(path).empty(), path, " holds checkpoints already: give another directory");
+  REQUIRE(!holds_checkpoints(path), path, " holds checkpoints already: give another directory");
   const ModelSize m = read_config(dir + "/config.json");
   const Tokenizer readable(dir, m.vocab);  // or an Error, before anything is written
   const auto files = open_weights(dir);
@@ -200,6 +201,7 @@ static void import_weights(const std::string& dir, const std::string& path) {
     REQUIRE(name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias"), left.file->path(),
             ": the model of config.json has no ", name);
   make_directory(path);
+  const DirectoryLock lock(path);
   copy_tokenizer(dir, path);
   write_whole_checkpoint(path, {0, m, {}, Dtype::f32, 0, "", "imported from " + dir}, arrays);
   describe(Checkpoint(newest_path(path)));
@@ -214,6 +216,7 @@ int main(int argc, char** argv) {
   };
   const bool help = is("--help", 1) || is("help", 1);
   int status = 0;
+  signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error of write(), with a sentence
   try {
     if (is("info", 2)) status = each_step(words[1], describe);
     else if (is("verify", 2)) status = each_step(words[1], check);

@@ -152,8 +152,10 @@ void Tokenizer::read_tokenizer_json(const std::string& path) {
   expect(words, "add_prefix_space", false);
   expect(words, "use_regex", true);
   expect(j, "normalizer", nullptr);
-  if (const json& after = j.value("post_processor", json()); !after.is_null())
-    expect(after, "type", "ByteLevel");
+  const json after = j.value("post_processor", json());
+  if (after.is_object() && after.at("type") == "TemplateProcessing")
+    expect(after, "special_tokens", json::object());  // that it would add to a text
+  else if (!after.is_null()) expect(after, "type", "ByteLevel");
   for (const char* key : {"dropout", "continuing_subword_prefix", "end_of_word_suffix"})
     expect(model, key, nullptr);
   for (const char* key : {"byte_fallback", "ignore_merges"}) expect(model, key, false);

@@ -1,6 +1,7 @@
 // unicode_table.h: made by inference/unicode_table.py; not to be edited.
-// source    the Unicode Character Database, version 16.0.0: the categories L (letters) and N
-//           (numbers), the property White_Space; code points beyond ASCII, 826 runs in order
+// source    the Unicode Character Database, version 16.0.0: the categories
+//           L (letters) and N (numbers), the property White_Space; 826 runs of code points
+//           beyond ASCII, in order
 #pragma once
 enum class Sign { space, letter, number, other };
 struct SignRun {

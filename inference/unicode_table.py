@@ -28,8 +28,9 @@ for code in range(0x80, 0x110000):
 with open("inference/unicode_table.h", "w") as out:
     out.write(
         f"""// unicode_table.h: made by inference/unicode_table.py; not to be edited.
-// source    the Unicode Character Database, version {unicode.unidata_version}: the categories L (letters) and N
-//           (numbers), the property White_Space; code points beyond ASCII, {len(runs)} runs in order
+// source    the Unicode Character Database, version {unicode.unidata_version}: the categories
+//           L (letters) and N (numbers), the property White_Space; {len(runs)} runs of code points
+//           beyond ASCII, in order
 #pragma once
 enum class Sign {{ space, letter, number, other }};
 struct SignRun {{

@@ -116,6 +116,7 @@ struct Options : CommonOptions {
   std::string trace;                  // empty: none
   int64_t save_every = 0, keep = -1;  // 0: at the end only; all
   bool resume = false;
+  int64_t resume_step = -1;  // the newest
 
   int64_t eval_every = 0, sample = 0;  // 0: never, none
   std::string metrics;                 // empty: none

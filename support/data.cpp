@@ -108,9 +108,9 @@ Dataset::Part Dataset::open_part(const std::string& path) {
 Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, int64_t vocab) {
   constexpr int64_t kCheckedAtOpening = 1 << 20;
   const std::vector<std::string> paths = files.empty() ? project_files(project_root()) : files;
-  REQUIRE(
-      !paths.empty(),
-      "no --data was given, and the sources of this project, the default, are not where the program is");
+  REQUIRE(!paths.empty(),
+          "no --data was given, and the sources of this project, the default, are not where the "
+          "program is");
   const auto kind = [](const Part& p) {
     return p.width == 1 ? "text" : p.width == 2 ? "16-bit tokens" : "32-bit tokens";
   };
@@ -118,6 +118,10 @@ Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, in
   d.from_ = files.empty() ? sentence("the ", paths.size(), " sources and docs of this project")
             : paths.size() == 1 ? paths[0]
                                 : sentence(paths.size(), " files");
+  std::set<fs::path> seen;
+  for (const std::string& path : paths)
+    if (std::error_code none; !seen.insert(fs::weakly_canonical(path, none)).second)
+      d.from_ += sentence(" (", path, " is given more than once, and counts as often)");
   d.context_ = context;
   d.vocab_ = vocab;
   for (const std::string& path : paths) {

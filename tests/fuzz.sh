@@ -49,8 +49,8 @@ for t in $targets; do
   if FUZZ_TARGET=$t $dir/fuzz -max_total_time=$((each > 0 ? each : 1)) -max_len=4096 -timeout=20 \
       -rss_limit_mb=3000 -artifact_prefix=$dir/found/$t- -print_final_stats=1 $dir/corpus/$t \
       tests/corpus/$t >$dir/$t.log 2>&1; then
-    echo "ok   $t  $(awk '/number_of_executed_units/ { print $2 }' $dir/$t.log) inputs in $each s," \
-      "$(grep -o 'cov: [0-9]*' $dir/$t.log | tail -1)"
+    inputs=$(awk '/number_of_executed_units/ { print $2 }' $dir/$t.log)
+    echo "ok   $t  $inputs inputs in $each s, $(grep -o 'cov: [0-9]*' $dir/$t.log | tail -1)"
   else
     echo "FAIL $t  $(grep -m1 -E 'ERROR|runtime error|what\(\)|SUMMARY' $dir/$t.log)"
     failed=1

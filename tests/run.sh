@@ -104,6 +104,7 @@ for backend in "$@"; do
   run "which backend is found" tests/test_detect.sh
   run "train_gpt from outside" tests/test_cli.sh
   run "checkpoints" tests/test_checkpoint.sh
+  run "faults, kills, and what they must not cost" tests/test_faults.sh
   run "files of others" tests/test_formats.sh
   run "ranks that die, stop and refuse" tests/test_failures.sh
   run "what the machine gives or forbids" tests/test_environment.sh

@@ -142,7 +142,7 @@ $train --model tiny --layers 2 --width 256 --context 512 --batch 1 --steps 1 --e
   --checkpoint "$dir/stop" --metrics "$dir/stop.jsonl" >"$dir/out" 2>"$dir/err" &
 job=$!
 for _ in $(seq 500); do
-  grep -qs '"step"' "$dir/stop.jsonl" && break
+  grep -qs '^step 1/1' "$dir/out" && break
   sleep 0.02
 done
 kill -TERM $job

@@ -227,6 +227,8 @@ refuses more_tp_ranks_than_heads_are_refused "--tp 5 has more ranks than the 4 a
   $model --tp 5 --prompt x
 refuses more_stages_than_layers_are_refused "3 layers cannot be cut into 4 stages" $model --pp 4 \
   --prompt x
+refuses numbers_are_said_with_all_their_digits "--top-p 1.0000001 is above 1" $model --top-p \
+  1.0000001 --prompt x
 refuses a_probability_above_one_is_refused "--top-p 2 is above 1" $model --top-p 2 --prompt x
 refuses words_without_a_tokenizer_are_refused "'hello' is no token" --layers 1 --width 8 --heads 1 \
   --vocab 1000 --prompt hello

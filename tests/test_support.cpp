@@ -156,6 +156,8 @@ TEST(every_option_reaches_its_field) {
                                           "--tp",
                                           "18",
                                           "--sequence-parallel",
+                                          "--resume-step",
+                                          "19",
                                           "--help"};
   const Options o = parsed(words);
   const ModelSize& m = o.model;
@@ -169,7 +171,8 @@ TEST(every_option_reaches_its_field) {
   CHECK(o.clip == 2.5 && o.seed == INT64_MAX && o.attention == "flash" && o.recompute && o.help);
   CHECK(o.device_memory == 10 && o.eval_every == 11 && o.sample == 12);
   CHECK(o.layout["replicate"] == 13 && o.layout["fsdp"] == 14 && o.zero == 2 && o.reshard == "no" &&
-        o.prefetch == 15 && o.timeout == 16 && o.layout["tp"] == 18 && o.sequence_parallel);
+        o.prefetch == 15 && o.timeout == 16 && o.layout["tp"] == 18 && o.sequence_parallel &&
+        o.resume_step == 19);
   const Options none = parsed({});
   CHECK(none.model_name.empty() && none.data.empty() && !none.recompute && !none.help &&
         none.seed == 1337 && none.matmul == "cublas");
@@ -265,8 +268,12 @@ TEST(contradictions_between_options_are_refused) {
              "a batch of 4 does not divide into micro-batches of 8: change");
   CHECK_SAYS(
       resolved({"--batch", "12", "--microbatch", "2", "--fsdp", "2", "--replicate", "2"}),
-      "a batch of 12 does not divide into micro-batches of 2 on 4 data-parallel ranks (replicate x fsdp)");
+      "a batch of 12 does not divide into micro-batches of 2 on 4 data-parallel ranks (replicate x "
+      "fsdp)");
   CHECK_SAYS(resolved({"--lr", "1e-4", "--min-lr", "1e-3"}), "--min-lr 0.001 is above --lr 0.0001");
+  CHECK_SAYS(resolved({"--lr", "0.001", "--min-lr", "0.0010000001"}),
+             "--min-lr 0.0010000001 is above --lr 0.001");
+  CHECK_SAYS(resolved({"--checkpoint", "c", "--resume-step", "3"}), "give both");
   CHECK_SAYS(resolved({"--zero", "3"}),
              "--zero 3 shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
   CHECK_SAYS(resolved({"--replicate", "2", "--reshard-after-forward", "no"}),
@@ -408,6 +415,12 @@ TEST(text_bytes_are_tokens_and_files_are_read_as_one) {
   for (int64_t i = 0; i < 50; i++) CHECK(d.sequence(1, i, 5) == one.sequence(1, i, 5));
   CHECK_EQ(d.describe(), "3 files, text: 360 tokens to train on, 40 held out");
   CHECK_EQ(one.describe(), dir.path + "/all, text: 360 tokens to train on, 40 held out");
+  fs::create_symlink(files[1], dir.path + "/link");
+  for (const std::string& again : {files[1], dir.path + "/./b", dir.path + "/link"})
+    CHECK_EQ(Dataset::open({files[1], again}, 10, 256).describe(),
+             "2 files (" + again +
+                 " is given more than once, and counts as often), text: 692 tokens to train on, "
+                 "76 held out");
 }
 
 TEST(token_shards_of_both_widths_are_read) {
@@ -513,7 +526,8 @@ TEST(a_file_too_short_for_the_context_is_refused) {
                  nine + " has 9");
   CHECK_SAYS(
       Dataset::open({nine, one}, 5, 256),
-      "a context of 5 needs at least 12 tokens, 6 to train on and 6 held out; the files together have 10");
+      "a context of 5 needs at least 12 tokens, 6 to train on and 6 held out; the files together "
+      "have 10");
   // after five tokens to train on
   CHECK_EQ(Dataset::open({nine, one}, 4, 256).held_out(0)[0], '6');
 }
@@ -527,7 +541,8 @@ TEST(shards_that_are_not_what_they_say_are_refused) {
   open(shard(tokens));
   CHECK_SAYS(
       open(shard(tokens, 12345)),
-      "x.bin is no token shard in llm.c's format: it begins with 12345, not with 20240520 (16-bit tokens)");
+      "x.bin is no token shard in llm.c's format: it begins with 12345, not with 20240520 (16-bit "
+      "tokens)");
   CHECK_SAYS(open("ab"), "x.bin is no token shard");
   CHECK_SAYS(open(shard(tokens, 20240520, 2)),
              "x.bin is a token shard of version 2; expected version 1");
@@ -607,7 +622,8 @@ TEST(metrics_are_one_json_object_a_line_that_gives_back_the_same_doubles) {
   CHECK_EQ(contents(path), "");  // the file is there before the first step
   metrics.step({1, 0.1, 1.0 / 3, 1e-3, 2048, 12.5});
   const std::string first =
-      "{\"step\":1,\"loss\":0.1,\"grad_norm\":0.3333333333333333,\"lr\":0.001,\"tokens_per_second\":2048.0,\"step_ms\":12.5}\n";
+      "{\"step\":1,\"loss\":0.1,\"grad_norm\":0.3333333333333333,\"lr\":0.001,"
+      "\"tokens_per_second\":2048.0,\"step_ms\":12.5}\n";
   CHECK_EQ(contents(path), first);  // flushed: a run that is killed leaves whole lines
   metrics.line({{"summary", true}, {"b", {1}}, {"a", 4096}});
   CHECK_EQ(contents(path), first + "{\"summary\":true,\"b\":[1],\"a\":4096}\n");
@@ -625,9 +641,9 @@ TEST(a_resumed_run_keeps_the_metrics_of_the_steps_before_it_and_loses_no_others)
   const auto lines = [](std::vector<int> steps) {
     std::string s;
     for (const int step : steps)
-      s += sentence(
-          "{\"step\":", step,
-          ",\"loss\":1.0,\"grad_norm\":0.0,\"lr\":0.0,\"tokens_per_second\":0.0,\"step_ms\":0.0}\n");
+      s += sentence("{\"step\":", step,
+                    ",\"loss\":1.0,\"grad_norm\":0.0,\"lr\":0.0,"
+                    "\"tokens_per_second\":0.0,\"step_ms\":0.0}\n");
     return s;
   };
   const std::string summary = "{\"summary\":true}\n", unfinished = "{\"step\":3,\"lo";
@@ -645,8 +661,20 @@ TEST(a_resumed_run_keeps_the_metrics_of_the_steps_before_it_and_loses_no_others)
   }
   Metrics(dir.path + "/new.jsonl", 7).step({8, 1});
   CHECK_EQ(contents(dir.path + "/new.jsonl"), lines({8}));
-  Metrics(path).step({2, 1});  // a run that does not resume begins anew
+  Metrics(path).step({2, 1});  // a run that does not resume begins anew, too
   CHECK_EQ(contents(path), lines({2}));
+  CHECK_EQ(contents(path + ".3"), lines({1}));
+  fs::create_symlink(path, dir.path + "/link");
+  Metrics(dir.path + "/link").step({3, 1});
+  CHECK_EQ(contents(path), lines({2}));
+  CHECK_EQ(contents(dir.path + "/link"), lines({3}));
+}
+
+TEST(numbers_in_sentences_say_which_they_are) {
+  CHECK_EQ(sentence(1.0000001, " ", 0.1, " ", 1e-4, " ", 3.0, " ", 1e30, " ", -2.5, " ", 7),
+           "1.0000001 0.1 0.0001 3 1e+30 -2.5 7");
+  for (const double x : {1.0 / 3, 5e-324, 1.7976931348623157e308, 123456789.125})
+    CHECK_EQ(strtod(sentence(x).c_str(), nullptr), x);
 }
 
 TEST(numbers_that_json_cannot_say_become_null) {
@@ -655,9 +683,9 @@ TEST(numbers_that_json_cannot_say_become_null) {
                nan = std::numeric_limits<double>::quiet_NaN();
   Metrics metrics(dir.path + "/m.jsonl");
   metrics.step({7, nan, inf, -inf, nan, inf});
-  CHECK_EQ(
-      contents(dir.path + "/m.jsonl"),
-      "{\"step\":7,\"loss\":null,\"grad_norm\":null,\"lr\":null,\"tokens_per_second\":null,\"step_ms\":null}\n");
+  CHECK_EQ(contents(dir.path + "/m.jsonl"),
+           "{\"step\":7,\"loss\":null,\"grad_norm\":null,\"lr\":null,"
+           "\"tokens_per_second\":null,\"step_ms\":null}\n");
 }
 
 TEST(metrics_that_cannot_be_written_are_reported) {
@@ -782,10 +810,10 @@ TEST(half_precision_arrays_are_read_exactly) {
   const std::string path = dir.path + "/h.safetensors";
   // 1, -2, the smallest subnormal, the largest, 1/3 rounded; then bf16's 1 and -0.5
   const uint16_t halves[] = {0x3c00, 0xc000, 0x0001, 0x7bff, 0x3555, 0x3f80, 0xbf00};
-  write_bytes(
-      path,
-      R"({"h":{"dtype":"F16","shape":[5],"data_offsets":[0,10]},"b":{"dtype":"BF16","shape":[2],"data_offsets":[10,14]}})",
-      std::string(reinterpret_cast<const char*>(halves), sizeof halves));
+  write_bytes(path,
+              R"({"h":{"dtype":"F16","shape":[5],"data_offsets":[0,10]},)"
+              R"("b":{"dtype":"BF16","shape":[2],"data_offsets":[10,14]}})",
+              std::string(reinterpret_cast<const char*>(halves), sizeof halves));
   const SafetensorsFile file(path);
   float got[5];
   file.read(file.at("h"), 0, 5, Dtype::f32, got);
@@ -895,6 +923,14 @@ TEST(sampling_follows_the_probabilities_and_its_cuts) {
   measured("80000 draws, shares within ", worst);
 }
 
+TEST(no_token_comes_from_logits_that_are_not_finite) {
+  for (const double poor : {double(NAN), double(INFINITY), -double(INFINITY)})
+    for (const double temperature : {0.0, 1.0})
+      for (const int64_t top_k : {0, 1, 2})
+        CHECK_SAYS(pick({1, poor, 2}, {.temperature = temperature, .top_k = top_k}, 5),
+                   "logits at position 5 are not all finite");
+}
+
 static const char kPairs[] =
     R"({"l":0,"o":1,"w":2,"lo":3,"low":4,"\u0120":5,"\u0120low":6,"\u010a":7,"'":8,"s":9,"'s":10,"<|endoftext|>":11})";
 
@@ -905,9 +941,10 @@ TEST(tokens_are_bytes_pairs_or_numbers) {
   CHECK(numbers.encode(" 7 999") == (std::vector<int>{7, 999}) && numbers.decode(7) == "7 ");
   CHECK_SAYS(numbers.encode("1000"), "'1000' is no token");
   CHECK_SAYS(numbers.encode("7x"), "'7x' is no token");
-  dir.write("vocab.json", kPairs);
-  CHECK_SAYS(Tokenizer(dir.path, 12), "has vocab.json without merges.txt");
-  dir.write("merges.txt", "#version: 0.2\nl o\nlo w\n\u0120 low\n' s\n");
+  std::ofstream(dir.path + "/vocab.json")
+      << R"({"l":0,"o":1,"w":2,"lo":3,"low":4,"\u0120":5,"\u0120low":6,"\u010a":7,"'":8,"s":9,)"
+      << R"("'s":10,"<|endoftext|>":11})";
+  std::ofstream(dir.path + "/merges.txt") << "#version: 0.2\nl o\nlo w\n\u0120 low\n' s\n";
   const Tokenizer pairs(dir.path, 12);
   CHECK(pairs.encode("low low's\n") == (std::vector<int>{4, 6, 10, 7}));
   // of two spaces the last one belongs to the word
@@ -962,13 +999,19 @@ TEST(a_tokenizer_json_is_read_like_vocab_and_merges) {
   reads();
   file["model"].erase("type");
   reads();
+  // as transformers 5 writes it
+  file["post_processor"] = json::parse(R"({"type":"TemplateProcessing","special_tokens":{}})");
+  reads();
   says("/model/type", "WordPiece", "is not of GPT-2's encoding");
   says("/pre_tokenizer/type", "Metaspace", "is not of GPT-2's encoding");
   says("/pre_tokenizer", nullptr, "is no byte-level byte-pair encoding");
   says("/pre_tokenizer/add_prefix_space", true, "add_prefix_space is true");
   says("/pre_tokenizer/use_regex", false, "use_regex is false");
   says("/normalizer", {{"type", "NFC"}}, "normalizer is {\"type\":\"NFC\"}");
-  says("/post_processor/type", "TemplateProcessing", "type is \"TemplateProcessing\"");
+  says("/post_processor/type", "BertProcessing", "type is \"BertProcessing\"");
+  says("/post_processor",
+       json::parse(R"({"type":"TemplateProcessing","special_tokens":{"<s>":{"id":"<s>"}}})"),
+       "special_tokens is");
   says("/model/byte_fallback", true, "byte_fallback is true");
   says("/model/ignore_merges", true, "ignore_merges is true");
   says("/model/dropout", 0.1, "dropout is 0.1");

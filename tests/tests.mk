@@ -11,17 +11,24 @@ $(B)/comm-mpi/tests/%: $(B)/obj/tests/%.cpp.o $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%
 	@mkdir -p $(@D)
 	@$(LINK) $^ -o $@ $(LIBS)
 $(B)/tests/test_cpu: $(B)/obj/tests/cpu_kernels.cu.o
+$(B)/tests/libfaults.so: tests/faults.cpp
+	@mkdir -p $(@D)
+	@$(MPICXX) -shared -fPIC -O1 -Wall -Wextra $< -o $@ -ldl
 
 # what tests/mutants.sh compiles and links with
 print-compile: ; @echo '$(MPICXX) $(CXXFLAGS)'
 print-link: ; @echo '$(LINK)'
 print-objects: ; @echo '$(OBJECTS)'
 
-.PHONY: test fuzz parity compare mutants sanitize check-docs check-style check-portable
+.PHONY: test faults fuzz parity compare mutants sanitize check-docs check-style check-portable
 .PHONY: bench cuda cuda-build check-spills
 
 test:  ## make test                the whole suite; with BACKEND=cuda on the GPUs, too
 	@tests/run.sh cpu faithful $(filter cuda,$(BACKEND))
+
+faults: build  ## make faults [FAULTS=20] [KILLS=50]
+##                          random calls that fail, random kills: what was saved stays
+	@tests/test_faults.sh $(or $(FAULTS),20) $(or $(KILLS),50)
 
 SECONDS ?= 60
 fuzz:  ## make fuzz [SECONDS=60]   libFuzzer on everything that reads files of others (needs clang)
