@@ -250,5 +250,5 @@ bool legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shar
 #ifdef CPU_FAST
 #include "fast.h"
 #else
-#include "faithful.h"
+#include "cpu/faithful/faithful.h"
 #endif
