@@ -1,9 +1,4 @@
-<<<<<<< HEAD
-// gpt.cpp: the model. Its forward is the code below `the forward`; its backward is nowhere, the
-// tape writes it.
-=======
 // gpt.cpp: the model. Its forward is Gpt::run; its backward is nowhere, the tape writes it.
->>>>>>> main
 #include "gpt.h"
 
 #include <algorithm>
