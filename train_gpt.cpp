@@ -175,8 +175,8 @@ static void check_weights(const Options& o, const Dataset& data, int64_t step, c
       [&](int64_t s) { return watch.progress(), data.sequence(step + 1, s, uint64_t(o.seed)); });
   collectively(job, [&] {
     REQUIRE(fine, "the update of step ", step,
-            " made weights or moments that are not finite numbers, or whose loss or gradients are"
-            " none: nothing is saved; a smaller --lr or a longer --warmup may help");
+            " made weights from which training cannot go on (they, their moments, their loss or its"
+            " gradients are not finite numbers): nothing is saved; a smaller --lr may help");
   });
 }
 

@@ -69,7 +69,8 @@ check a_step_without_rights_is_said "[ $status = 1 ] && [ -d $last ] &&
   "by training, verify, info and generate" "status $status: $(cat "$dir/err")"
 fresh; chmod 000 "$dir/c"; chown -R 65534 "$dir/c"
 nobody $train $small --steps 5 --resume --checkpoint "$dir/c" >"$dir/out" 2>"$dir/err"
-check a_directory_without_rights_is_said "[ $? = 1 ] && grep -q 'Permission denied' $dir/err" \
+check a_directory_without_rights_is_said \
+  "[ $? = 1 ] && grep -q 'c.* cannot be .*: Permission denied' $dir/err" \
   "$(sed "s#$dir/##" "$dir/err")" "$(cat "$dir/err")"
 fresh; sed -i 's/checkpoint, version [0-9]*/checkpoint, version 99/' "$last/manifest.json"
 one --steps 5 --resume --checkpoint "$dir/c"
