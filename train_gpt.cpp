@@ -242,8 +242,13 @@ static void take_model(Options& o) {
   const bool told = !o.model_name.empty() || m.layers + m.width + m.heads + m.context + m.vocab > 0;
   if (!o.resume) return;
   for (const std::string& path : checkpoints_in(o.checkpoint)) {
+    if (!is_there(path + "/manifest.json")) continue;  // not complete
     ModelSize saved;
-    if (!error_of([&] { saved = Checkpoint(path).info.model; }).empty()) continue;
+    try {
+      saved = Checkpoint(path).info.model;
+    } catch (const Damaged&) {
+      continue;
+    }
     if (!told) o.model_name = nearest_model(saved);
     if (!told) o.model = saved;
     if (m.vocab == 0) o.model.vocab = saved.vocab;
