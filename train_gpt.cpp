@@ -134,9 +134,9 @@ static int64_t resume_training(const Options& o, const Dataset& data, const Job&
   if (!c) return say("there is no checkpoint in " + o.checkpoint + ": starting at step 1"), 0;
   check_model(*c, o.model);
   const bool imported = c->info.step == 0;
-  REQUIRE(
-      !imported || !data.is_text() || o.model.vocab == 256, c->path,
-      " was imported without a tokenizer, so bytes of text are not its tokens: give --tokenizer DIR");
+  REQUIRE(!imported || !data.is_text() || o.model.vocab == 256, c->path,
+          " was imported without a tokenizer, so bytes of text are not its tokens: give "
+          "--tokenizer DIR");
   REQUIRE(c->info.step < o.steps, c->path, " has ", c->info.step,
           " steps already: give more --steps than that");
   resume(*c, trainer.optimizer());

@@ -251,7 +251,8 @@ void Tokenizer::encode(std::string_view text, const Take& take) const {
       const long long token = strtoll(word.c_str(), &end, 10);
       REQUIRE(
           !*end && token >= 0 && token < vocab_, "'", word,
-          "' is no token: without a tokenizer beside the checkpoint (tokenizer.json, or vocab.json and merges.txt) a prompt is the numbers of its tokens, 0 to ",
+          "' is no token: without a tokenizer beside the checkpoint (tokenizer.json, or vocab.json "
+          "and merges.txt) a prompt is the numbers of its tokens, 0 to ",
           vocab_ - 1);
       take({int(token)}, in.eof() ? text.size() : size_t(in.tellg()));
     }
