@@ -1,5 +1,4 @@
-// gpt.cpp: the model. Its forward is the code below `the forward`; its backward is nowhere, the tape
-// writes it.
+// gpt.cpp: the model. Its forward is Gpt::run; its backward is nowhere, the tape writes it.
 #include "gpt.h"
 
 #include <algorithm>
@@ -44,10 +43,10 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   return b;
 }
 
-static std::vector<Param*> params_of(Block& b) {
-  return {&b.ln_1_weight,        &b.ln_1_bias,        &b.c_attn_weight,     &b.c_attn_bias,
-          &b.attn_c_proj_weight, &b.attn_c_proj_bias, &b.ln_2_weight,       &b.ln_2_bias,
-          &b.c_fc_weight,        &b.c_fc_bias,        &b.mlp_c_proj_weight, &b.mlp_c_proj_bias};
+std::vector<Param*> Block::params() {
+  return {&ln_1_weight,        &ln_1_bias,        &c_attn_weight,     &c_attn_bias,
+          &attn_c_proj_weight, &attn_c_proj_bias, &ln_2_weight,       &ln_2_bias,
+          &c_fc_weight,        &c_fc_bias,        &mlp_c_proj_weight, &mlp_c_proj_bias};
 }
 
 Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication)
@@ -61,7 +60,7 @@ Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication)
 
   parts_.push_back({ModelPart::embedding, {&wte, &wpe}, Backward::nothing});
   for (int64_t l = 0; l < g.layers; l++)
-    parts_.push_back({ModelPart::block, params_of(blocks_[l]), Backward::unshards, l});
+    parts_.push_back({ModelPart::block, blocks_[l].params(), Backward::unshards, l});
   parts_.push_back({ModelPart::head, {&ln_f_weight, &ln_f_bias, &wte}, Backward::keeps});
 
   uint32_t id = 0;
@@ -99,8 +98,11 @@ std::vector<Range> split_layers(int64_t layers, double head, int positions) {
 }
 
 std::vector<ModelPiece> Gpt::pieces(int positions) const {
+  // what the head costs: a layer's attention is 6 C T of its 6 (12 C C + C T): see flops_per_token
+  const double C = config.width,
+               head_in_layers = config.vocab * C / (12 * C * C + C * config.context);
   std::vector<ModelPiece> all;
-  for (const Range& r : split_layers(config.layers, head_in_layers(config), positions)) {
+  for (const Range& r : split_layers(config.layers, head_in_layers, positions)) {
     // the embedding goes with the first layer, the head with the last
     const bool first = r.begin == 0, last = r.end == config.layers;
     all.push_back(parts().subspan(first ? 0 : r.begin + 1, r.size() + first + last));
@@ -148,10 +150,4 @@ double flops_per_token(const GptConfig& g) {
   const double C = g.width, multiplying = g.layers * 12 * C * C + g.vocab * C;
   // attention: 2 products, 2 flops, T/2 keys, x3 with the backward
   return 6 * multiplying + 6 * g.layers * C * g.context;
-}
-
-double head_in_layers(const GptConfig& g) {
-  const double C = g.width;
-  // a block's attention: 6 C T of 6 (12 C C + C T), above
-  return g.vocab * C / (12 * C * C + C * g.context);
 }

@@ -19,12 +19,18 @@ namespace fs = std::filesystem;
 using Json = nlohmann::ordered_json;
 
 static const char kUsage[] =
-    "usage: build/checkpoint info PATH           what is in it: PATH is a directory given to --checkpoint, or one step in it\n"
-    "       build/checkpoint verify PATH         read every file of every step and compare with the manifests\n"
-    "       build/checkpoint export PATH DIR     write DIR/model.safetensors and config.json, which Hugging Face's GPT-2 opens\n"
-    "       build/checkpoint import DIR PATH     the other way round: a checkpoint at step 0 that --resume and build/generate take;\n"
-    "                                            DIR holds model.safetensors (or its parts and model.safetensors.index.json) and\n"
-    "                                            config.json, perhaps tokenizer.json, or vocab.json and merges.txt\n";
+    "usage: build/checkpoint info PATH          what is in it: PATH is a directory given to\n"
+    "                                           --checkpoint, or one step in it\n"
+    "       build/checkpoint verify PATH        read every file of every step and compare with\n"
+    "                                           the manifests\n"
+    "       build/checkpoint export PATH DIR    write DIR/model.safetensors and config.json,\n"
+    "                                           which Hugging Face's GPT-2 opens\n"
+    "       build/checkpoint import DIR PATH    the other way round: a checkpoint at step 0 that\n"
+    "                                           --resume and build/generate take; DIR holds\n"
+    "                                           model.safetensors (or its parts and\n"
+    "                                           model.safetensors.index.json) and config.json,\n"
+    "                                           perhaps tokenizer.json, or vocab.json and\n"
+    "                                           merges.txt\n";
 
 // ---- info, verify
 
@@ -34,7 +40,8 @@ static void describe(const Checkpoint& c) {
   for (const WrittenFile& f : c.files) bytes += f.bytes;
   const ModelSize& m = c.info.model;
   printf(
-      "%s\n  step     %lld\n  model    %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M parameters in %s%s\n",
+      "%s\n  step     %lld\n  model    %lld layers, width %lld, %lld heads, context %lld, "
+      "vocabulary %lld: %.2f M parameters in %s%s\n",
       c.path.c_str(), (long long)c.info.step, (long long)m.layers, (long long)m.width,
       (long long)m.heads, (long long)m.context, (long long)m.vocab, double(parameters) / 1e6,
       name_of(c.info.dtype), c.has_moments ? " and their moments" : ", without moments");
@@ -139,7 +146,7 @@ static ModelSize read_config(const std::string& path) {
 static std::vector<std::unique_ptr<SafetensorsFile>> open_weights(const std::string& dir) {
   const std::string whole = dir + "/model.safetensors", index = whole + ".index.json";
   std::set<std::string> parts = {"model.safetensors"};
-  if (!fs::exists(whole) && fs::exists(index))
+  if (!is_there(whole) && is_there(index))
     read_json(index, " is damaged: ", [&] {
       const nlohmann::json map = parse_json(read_file(index)).at("weight_map");
       REQUIRE(map.is_object() && !map.empty(), "its weight_map names no file");

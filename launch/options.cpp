@@ -218,7 +218,8 @@ static OptionTable table(Options& o) {
            {"sample", "K", Whole{&o.sample, 0},
             "print K tokens that the trained model continues with"},
            {"metrics", "FILE.jsonl", Text{&o.metrics},
-            "write one JSON object per step to this file; an earlier run's is renamed to FILE.jsonl.1",
+            "write one JSON object per step to this file; an earlier run's is renamed to "
+            "FILE.jsonl.1",
             "none"},
            {"trace", "FILE.json", Text{&o.trace},
             "with pp: write the last step's timeline in Chrome's trace format", "none"},

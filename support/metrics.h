@@ -23,7 +23,8 @@ struct StepRecord {
 
 // ---- for programs
 
-// Renames a file (or a link to one) that an earlier run has written to path.1, path.2, ...; says so.
+// Renames a file (or a link to one) that an earlier run has written to path.1, path.2, ...; says
+// so.
 void put_aside(const std::string& path, const std::string& what);
 
 class Metrics {  // JSON lines; what JSON cannot say, infinities and NaN, is null

@@ -66,8 +66,11 @@ includes() {
 }
 includes >"$dir/includes"
 grep -E '\.(h|cuh) ' "$dir/includes" | tsort 2>&1 >/dev/null | sed 's/^tsort: //' >"$dir/circles"
-# A part is a folder, or a file of the main line with its header; kernels/ are tensor's.
-sed -E 's#\b([a-z_]+)/[^ ]*#\1/#g; s#\.(cpp|cuh?|h)\b##g; s#\bkernels/#tensor#g' "$dir/includes" \
+# A part is a folder, or a file of the main line with its header; kernels/ are tensor's. Programs
+# stand above all of them.
+programs=$(grep -lE '^int main\(' $code | paste -sd'|')
+grep -vE "^($programs) " "$dir/includes" \
+  | sed -E 's#\b([a-z_]+)/[^ ]*#\1/#g; s#\.(cpp|cuh?|h)\b##g; s#\bkernels/#tensor#g' \
   | awk '$1 != $2' | sort -u | tsort 2>&1 >/dev/null | sed 's/^tsort: //' >>"$dir/circles"
 found there_is_no_circle_of_includes "$dir/circles" "$(wc -l <"$dir/includes") includes"
 sums_up

@@ -36,8 +36,8 @@ if [ "${1:-}" = keep ]; then
       2>/dev/null
     rm -rf tests/corpus/$t && mkdir tests/corpus/$t
     # the smallest ones, 14 kB a target
-    find $dir/small -type f -printf '%s %p\n' | sort -n |
-      awk '{ sum += $1; if (sum <= 14000) print $2 }' | xargs -r cp -t tests/corpus/$t
+    find $dir/small -type f -printf '%s %p\n' | sort -n \
+      | awk '{ sum += $1; if (sum <= 14000) print $2 }' | xargs -r cp -t tests/corpus/$t
   done
   exit 0
 fi
@@ -47,8 +47,8 @@ each=$((seconds / $(wc -w <<<"$targets")))
 for t in $targets; do
   mkdir -p $dir/corpus/$t
   if FUZZ_TARGET=$t $dir/fuzz -max_total_time=$((each > 0 ? each : 1)) -max_len=4096 -timeout=20 \
-      -rss_limit_mb=3000 -artifact_prefix=$dir/found/$t- -print_final_stats=1 $dir/corpus/$t \
-      tests/corpus/$t >$dir/$t.log 2>&1; then
+    -rss_limit_mb=3000 -artifact_prefix=$dir/found/$t- -print_final_stats=1 $dir/corpus/$t \
+    tests/corpus/$t >$dir/$t.log 2>&1; then
     inputs=$(awk '/number_of_executed_units/ { print $2 }' $dir/$t.log)
     echo "ok   $t  $inputs inputs in $each s, $(grep -o 'cov: [0-9]*' $dir/$t.log | tail -1)"
   else

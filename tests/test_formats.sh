@@ -37,14 +37,15 @@ imports() { # CHANGE: it is imported as what it was
   mkdir -p "$dir/$1"
   cp "$dir/plain/config.json" "$dir/$1"
   $make weights "$dir/plain/model.safetensors" "$dir/$1" "$1" || return 1
-  $tool import "$dir/$1" "$dir/in-$1" >"$dir/out" 2>"$dir/err" &&
-    $tool export "$dir/in-$1" "$dir/back-$1" >"$dir/out" 2>"$dir/err" &&
-    cmp -s "$dir/back-$1/model.safetensors" "$dir/plain/model.safetensors"
+  $tool import "$dir/$1" "$dir/in-$1" >"$dir/out" 2>"$dir/err" \
+    && $tool export "$dir/in-$1" "$dir/back-$1" >"$dir/out" 2>"$dir/err" \
+    && cmp -s "$dir/back-$1/model.safetensors" "$dir/plain/model.safetensors"
 }
 refuses() { # NAME 'what is said' DIRECTORY
   if $tool import "$3" "$dir/in-$1" >"$dir/out" 2>"$dir/err" || [ -e "$dir/in-$1" ]; then
     fail "$1" "was imported"
-  elif grep -qF -- "$2" "$dir/err"; then ok "$1" "$(sed "s#$dir/##g" "$dir/err" | cut -c1-140)"
+  elif grep -qF -- "$2" "$dir/err"; then
+    ok "$1" "$(sed "s#$dir/##g" "$dir/err" | cut -c1-140)"
   else fail "$1" "$(cat "$dir/err")"; fi
 }
 check a_tied_matrix_under_the_heads_name_is_imported "imports head" "" "$(cat "$dir/err")"
@@ -69,8 +70,8 @@ refuses a_part_of_another_directory_is_refused "names a file of another director
 
 for form in one two; do
   cp "$dir/plain/model.safetensors" "$dir/plain/config.json" "$dir/$form"
-  $tool import "$dir/$form" "$dir/run-$form" >"$dir/out" 2>"$dir/err" ||
-    fail "import_$form" "$(cat "$dir/err")"
+  $tool import "$dir/$form" "$dir/run-$form" >"$dir/out" 2>"$dir/err" \
+    || fail "import_$form" "$(cat "$dir/err")"
   $tool export "$dir/run-$form" "$dir/out-$form" >"$dir/out" 2>"$dir/err"
   files=$(cd "$dir/$form" && ls tokenizer.json vocab.json merges.txt 2>/dev/null)
   same=yes
@@ -132,8 +133,8 @@ check a_fresh_model_takes_a_tokenizer_and_its_vocabulary \
 says() { # NAME 'what is said' OPTIONS...
   local name=$1 part=$2
   shift 2
-  if timeout 60 $train --batch 2 --steps 9 --data "$dir/my.txt" "$@" >"$dir/out" 2>"$dir/err"
-  then fail "$name" "status 0"
+  if timeout 60 $train --batch 2 --steps 9 --data "$dir/my.txt" "$@" >"$dir/out" 2>"$dir/err"; then
+    fail "$name" "status 0"
   elif grep -qF -- "$part" "$dir/err"; then
     ok "$name" "$(sed "s#$dir/##g" "$dir/err" | head -c 140)"
   else fail "$name" "$(cat "$dir/err")"; fi

@@ -823,7 +823,8 @@ TEST(half_precision_arrays_are_read_exactly) {
   CHECK(got[0] == 1 && got[1] == -0.5f);
 }
 
-// What Hugging Face's library takes and refuses (safetensors 0.8), each header with 8 bytes of data.
+// What Hugging Face's library takes and refuses (safetensors 0.8), each header with 8 bytes of
+// data.
 TEST(safetensors_are_refused_where_others_refuse_them) {
   const TemporaryDirectory dir;
   const std::string path = dir.path + "/x.safetensors";
@@ -932,7 +933,8 @@ TEST(no_token_comes_from_logits_that_are_not_finite) {
 }
 
 static const char kPairs[] =
-    R"({"l":0,"o":1,"w":2,"lo":3,"low":4,"\u0120":5,"\u0120low":6,"\u010a":7,"'":8,"s":9,"'s":10,"<|endoftext|>":11})";
+    R"({"l":0,"o":1,"w":2,"lo":3,"low":4,"\u0120":5,"\u0120low":6,"\u010a":7,"'":8,"s":9,)"
+    R"("'s":10,"<|endoftext|>":11})";
 
 TEST(tokens_are_bytes_pairs_or_numbers) {
   const TemporaryDirectory dir;
@@ -975,7 +977,8 @@ TEST(a_tokenizer_json_is_read_like_vocab_and_merges) {
   json file = json::parse(
       R"({"added_tokens":[{"id":11,"content":"<|endoftext|>","special":true,"lstrip":false},
                           {"id":12,"content":"<|end","single_word":false}],
-          "normalizer":null,"pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"use_regex":true},
+          "normalizer":null,
+          "pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"use_regex":true},
           "post_processor":{"type":"ByteLevel"},"decoder":{"type":"ByteLevel"},
           "model":{"type":"BPE","dropout":null,"continuing_subword_prefix":"","fuse_unk":false}})");
   file["model"]["vocab"] = json::parse(kPairs);
