@@ -175,8 +175,8 @@ static void check_weights(const Options& o, const Dataset& data, int64_t step, c
       [&](int64_t s) { return watch.progress(), data.sequence(step + 1, s, uint64_t(o.seed)); });
   collectively(job, [&] {
     REQUIRE(fine, "the update of step ", step,
-            " made weights or moments that are not finite numbers, or whose loss or gradients are"
-            " none: nothing is saved; a smaller --lr or a longer --warmup may help");
+            " made weights from which training cannot go on (they, their moments, their loss or its"
+            " gradients are not finite numbers): nothing is saved; a smaller --lr may help");
   });
 }
 
@@ -242,8 +242,13 @@ static void take_model(Options& o) {
   const bool told = !o.model_name.empty() || m.layers + m.width + m.heads + m.context + m.vocab > 0;
   if (!o.resume) return;
   for (const std::string& path : checkpoints_in(o.checkpoint)) {
+    if (!is_there(path + "/manifest.json")) continue;  // not complete
     ModelSize saved;
-    if (!error_of([&] { saved = Checkpoint(path).info.model; }).empty()) continue;
+    try {
+      saved = Checkpoint(path).info.model;
+    } catch (const Damaged&) {
+      continue;
+    }
     if (!told) o.model_name = nearest_model(saved);
     if (!told) o.model = saved;
     if (m.vocab == 0) o.model.vocab = saved.vocab;
