@@ -1,10 +1,10 @@
 // pipeline.cpp: the executor of pipeline schedules. See pipeline.h for the idea and schedule.h for
 // the schedules.
 //
-//   stage 0   F0 F1 F2 F3          B0    B1 ...        1f1b, 4 stages: a stage warms up with one forward for each stage behind it, then
-//   stage 1      F0 F1 F2       B0 F3 B1 ...           one backward makes room for one forward
-//   stage 2         F0 F1    B0 F2 B1 F3 ...
-//   stage 3            F0 B0 F1 B1 F2 ...
+//   stage 0   F0 F1 F2 F3          B0    B1 ...        1f1b, 4 stages: a stage warms up with
+//   stage 1      F0 F1 F2       B0 F3 B1 ...           one forward for each stage behind it,
+//   stage 2         F0 F1    B0 F2 B1 F3 ...           then one backward makes room for one
+//   stage 3            F0 B0 F1 B1 F2 ...              forward.
 //
 // traffic   an activation forward and its gradient backward at each of the pV - 1 cuts: 2 m (pV -
 //           1) sends in all of S*C elements (S: rows that a rank holds); the tied embedding's
@@ -122,7 +122,9 @@ void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const 
   release_sent(exchanges_);
 }
 
-// ---- between stages: all transfers of one exchange are one NCCL group, so that two that face each other do not wait for each other
+// ---- between stages
+// All transfers of one exchange are one NCCL group, so that two that face each other do not wait
+// for each other.
 
 void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   const auto event = std::make_shared<Event>();
