@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # kernel_mutants.sh: faults in the kernels that multiply in tensor cores: each barrier and each wait
-# for copies taken out, a number in another lane, a mask off by one. In FAITHFUL a test must fail, or
-# the stand-in report it; unchanged, the test must have passed before.
+# for copies taken out, a number in another lane, a mask off by one. In FAITHFUL a test must fail,
+# or the stand-in report it; unchanged, the test must have passed before.
 #   tests/kernel_mutants.sh [NAME]
-# The fault is put into a copy of its file (a header is found there before the real one); the kernels
-# are compiled from there and linked into the test in the real ones' place.
+# The fault is put into a copy of its file (a header is found there before the real one); the
+# kernels are compiled from there and linked into the test in the real ones' place.
 set -u
 cd "$(dirname "$0")/.."
 only=${1:-}
@@ -43,29 +43,33 @@ mutant() {
   if timeout 600 "$place/test" "$filter" >"$place/out" 2>&1; then
     echo "FAIL $name  lives: $test passed with it"
   else
-    printf 'ok   %-42s %s\n' "$name" "$(grep -m1 -E '^(FAIL|CUDA stand-in)' "$place/out" | cut -c1-120)"
+    local said; said=$(grep -m1 -E '^(FAIL|CUDA stand-in)' "$place/out" | cut -c1-120)
+    printf 'ok   %-36s %s\n' "$name" "$said"
     passed=$((passed + 1)) failed=$((failed - 1))
   fi
 }
 
-# in_kernel NAME LINE: a sed expression that deletes what matches in that kernel
-in_kernel() { echo "/ $1\(/,/^}/{/$2/d}"; }
-attention=kernels/attention_mma.cu matmul=kernels/matmul.cu mma=kernels/mma.cuh
-pieces="test_attention any_pieces" product="test_matmul own_bf16_equals"
-for kernel in attention_forward attention_backward_q attention_backward_kv; do
-  mutant ${kernel}_does_not_wait $attention $attention $pieces "$(in_kernel $kernel wait_for_copies)"
-  mutant ${kernel}_has_no_barrier $attention $attention $pieces "$(in_kernel $kernel __syncthreads)"
+attention="kernels/attention_mma.cu kernels/attention_mma.cu test_attention any_pieces"
+product="kernels/matmul.cu kernels/matmul.cu test_matmul own_bf16_equals"
+lanes="kernels/mma.cuh kernels/attention_mma.cu test_attention any_pieces"
+lanes_of_product="kernels/mma.cuh kernels/matmul.cu test_matmul own_bf16_equals"
+drop() { echo "/ $1\(/,/^}/{/$2/d}"; }  # what matches is deleted from that kernel
+wait=wait_for_copies barrier=__syncthreads
+
+for kernel in forward backward_q backward_kv; do
+  mutant ${kernel}_does_not_wait $attention "$(drop attention_$kernel $wait)"
+  mutant ${kernel}_has_no_barrier $attention "$(drop attention_$kernel $barrier)"
 done
-mutant matmul_tensor_does_not_wait $matmul $matmul $product "$(in_kernel matmul_tensor wait_for_copies)"
-mutant matmul_tensor_has_no_barrier $matmul $matmul $product "$(in_kernel matmul_tensor __syncthreads)"
-mutant one_slice_is_read_too_early $matmul $matmul $product 's/wait_for_copies<kBuffers - 2>/wait_for_copies<kBuffers - 1>/'
-mutant one_buffer_is_filled_too_early $matmul $matmul $product 's/kBuffers = 4;/kBuffers = 3;/; s/kBuffers - /4 - /'
-mutant a_query_sees_a_key_too_many $attention $attention $pieces 's/(strip_column\(j, e\)) >= seen/\1 > seen/'
-mutant a_key_is_seen_too_late $attention $attention $pieces 's/(strip_column\(j, e\)) < seen_from/\1 <= seen_from/'
-mutant earlier_sums_are_not_rescaled $attention $attention $pieces 's/ \*= factor\[e/ *= 0 * factor[e/; s/0 \* factor/1 + 0 * factor/'
-mutant rows_of_a_strip_are_swapped $mma $attention $pieces 's|/ 4 \+ e / 2 \* 8|/ 4 + (1 - e / 2) * 8|'
-mutant halves_of_an_operand_are_swapped $mma $attention $pieces 's|low = c.v\[k / 8\], &high = c.v\[k / 8 \+ 1\]|high = c.v[k / 8], \&low = c.v[k / 8 + 1]|'
-mutant an_operand_is_not_transposed $mma $matmul $product 's/ldmatrix<true>\(a/ldmatrix<false>(a/'
+mutant the_product_does_not_wait $product "$(drop matmul_tensor $wait)"
+mutant the_product_has_no_barrier $product "$(drop matmul_tensor $barrier)"
+mutant a_slice_is_read_too_early $product 's/(wait_for_copies<kBuffers) - 2/\1 - 1/'
+mutant a_buffer_is_filled_too_early $product 's/buffer \+ kBuffers - 1\) %/buffer + kBuffers) %/'
+mutant a_query_sees_a_key_too_many $attention 's/(strip_column\(j, e\)) >= seen/\1 > seen/'
+mutant a_key_is_seen_too_late $attention 's/(strip_column\(j, e\)) < seen_from/\1 <= seen_from/'
+mutant earlier_sums_are_not_rescaled $attention 's/ x \*= factor\[e \/ 2\];/;/'
+mutant the_rows_of_a_strip_are_swapped $lanes 's|/ 4 \+ e / 2 \* 8|/ 4 + (1 - e / 2) * 8|'
+mutant two_numbers_of_an_operand_swap $lanes 's/pair\(low\[2\], low\[3\]\)/pair(low[3], low[2])/'
+mutant an_operand_is_not_transposed $lanes_of_product 's/ldmatrix<true>\(a/ldmatrix<false>(a/'
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

@@ -7,9 +7,16 @@
 # Fails where a kernel spills registers, or reads or writes shared memory by generic instructions.
 #   tests/sass.sh OBJECT...      (`make cuda` runs it)
 set -u
-cuobjdump=$(command -v cuobjdump || ls "${CUDA_HOME:-/usr/local/cuda}/bin/cuobjdump" 2>/dev/null) ||
-  { echo "sass.sh: no cuobjdump: the CUDA Toolkit has it, and pip install nvidia-cuda-cuobjdump"; exit 0; }
-for object in "$@"; do "$cuobjdump" -res-usage "$object"; "$cuobjdump" -sass "$object"; done 2>&1 | c++filt | awk '
+cuobjdump=$(command -v cuobjdump || ls "${CUDA_HOME:-/usr/local/cuda}/bin/cuobjdump" 2>/dev/null)
+[ -n "$cuobjdump" ] ||
+  { echo "SKIP sass.sh: no cuobjdump (pip install nvidia-cuda-cuobjdump)"; exit; }
+read_objects() {
+  for object in "$@"; do
+    "$cuobjdump" -res-usage "$object"
+    "$cuobjdump" -sass "$object"
+  done 2>&1
+}
+read_objects "$@" | c++filt | awk '
   function hex(text) { return substr("00000000", 1, 8 - length(text)) text }  # ordered as strings
   function up(x, unit) { return int((x + unit - 1) / unit) * unit }
   function least(a, b) { return a < b ? a : b }
@@ -18,7 +25,7 @@ for object in "$@"; do "$cuobjdump" -res-usage "$object"; "$cuobjdump" -sass "$o
       if (other != l && from[other] >= from[l] && to[other] <= to[l]) return 0
     return 1
   }
-  function finish(   l, i, in_loop, products, all, products_in, threads, memory, registers, blocks) {
+  function finish(  l, i, in_loop, products_in, products, all, threads, memory, registers, blocks) {
     if (!tensor) return
     for (l = 1; l <= loops; l++) {
       if (!innermost(l)) continue
@@ -29,7 +36,8 @@ for object in "$@"; do "$cuobjdump" -res-usage "$object"; "$cuobjdump" -sass "$o
     }
     threads = kernel ~ /^matmul/ ? 256 : 128
     match(kernel, /[0-9]+>$/)
-    memory = shared[chip, name] - (chip == "sm_80" ? 0 : 1024) + (RSTART ? substr(kernel, RSTART, RLENGTH - 1) : 0)
+    memory = shared[chip, name] - (chip == "sm_80" ? 0 : 1024)  # sm_90: 1024 are the system's
+    if (RSTART) memory += substr(kernel, RSTART, RLENGTH - 1)
     registers = up(regs[chip, name] * 32, 256) * threads / 32
     blocks = least(int(65536 / registers), int(2048 / threads))
     blocks = least(blocks, int((chip == "sm_80" ? 164 : 228) / (memory / 1024 + 1)))

@@ -84,4 +84,4 @@ check-spills: cuda-build
 	  }'
 # the machine code of the kernels that multiply in tensor cores
 sass: cuda-build
-	@CUDA_HOME=$(CUDA_HOME) tests/sass.sh $(patsubst %,$(B)/obj/kernels/%.cu.o,attention_mma matmul)
+	@CUDA_HOME=$(CUDA) tests/sass.sh $(patsubst %,$(B)/obj/kernels/%.cu.o,attention_mma matmul)
