@@ -3,10 +3,8 @@
 // idea      every rank runs this program; trainer.cpp composes the model with the strategies
 // test      tests/test_cli.sh (the program from outside), tests/test_golden.cpp and
 //           tests/test_fsdp.cpp (its numbers)
-#include <atomic>
 #include <chrono>
 #include <cmath>
-#include <csignal>
 #include <cstdio>
 
 #include "checkpoint/checkpoint.h"
@@ -78,36 +76,12 @@ static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, u
 
 // ---- checkpoints
 
-// SIGTERM, or Ctrl-C, to any rank ends the training of all after one and the same step. One more, a
-// second later, ends it at once: mpiexec may deliver a signal twice.
-class StopSignal {
- public:
-  StopSignal() {
-    for (const int signal : {SIGTERM, SIGINT})
-      std::signal(signal, [](int s) {
-        timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        if (!came_) {
-          since_ = now.tv_sec;
-          came_ = true;
-        } else if (now.tv_sec > since_ + 1) std::signal(s, SIG_DFL), raise(s);
-      });
-    // a file that may not grow is an error of write(), with a sentence
-    std::signal(SIGXFSZ, SIG_IGN);
-  }
-  ~StopSignal() {
-    for (const int signal : {SIGTERM, SIGINT}) std::signal(signal, SIG_DFL);
-  }
-  bool came() const {  // collective
-    int mine = came_, any = 0;
-    MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, Finished());
-    return any != 0;
-  }
-
- private:
-  static inline std::atomic<bool> came_ = false;  // the handler runs in the watch's thread
-  static inline std::atomic<time_t> since_ = 0;
-};
+// A signal to any rank ends the training of all after one and the same step; collective.
+static bool stopped(const Signals::Listener& listener) {
+  int mine = listener.came(), any = 0;
+  MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, Finished());
+  return any != 0;
+}
 
 static std::string save(const Options& o, const std::string& data, int64_t step, const Job& job,
                         const Mesh& mesh, Trainer& trainer) {
@@ -173,7 +147,7 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
   const int64_t resumed = o.resume ? resume_training(o, data.describe(), job, trainer, prints) : 0;
   if (prints && !o.trace.empty()) open_trace(o.trace);
   Metrics metrics(prints ? o.metrics : "", o.resume ? std::optional(resumed) : std::nullopt);
-  const StopSignal stop;
+  const Signals::Listener listener;
   Progress progress(o.steps, prints ? stdout : nullptr, isatty(fileno(stdout)));
   const auto held_out = [&](int64_t s) { return watch.progress(), data.held_out(s); };
   double first_loss = 0, loss = 0;
@@ -187,7 +161,7 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
       progress.say(step, format("held-out loss %.4f",
                                 trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32),
                                                  held_out)));
-    last = stop.came() || step == o.steps;
+    last = stopped(listener) || step == o.steps;
     if (!o.checkpoint.empty() && (last || (o.save_every && step % o.save_every == 0))) {
       watch.progress();
       progress.say(step, save(o, data.describe(), step, job, mesh, trainer));

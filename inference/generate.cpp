@@ -113,7 +113,7 @@ static void show(const std::string& bytes) {
   // no control characters
   for (const char c : bytes)
     putchar(c == '\n' || c == '\t' || (c & 0xe0) ? (c == 127 ? '?' : c) : '?');
-  fflush(stdout);
+  check_printed();  // a reader that has left ends the work
 }
 
 static void print_statistics(const Generator& generator, std::vector<double> seconds, double first,

@@ -168,7 +168,7 @@ static OptionTable table(Options& o) {
       {"Checkpoints",
        {
            {"checkpoint", "DIR", Text{&o.checkpoint},
-            "save weights and optimizer state here at the end, and when stopped by Ctrl-C or SIGTERM",
+            "save weights and optimizer state here at the end, and when a signal ends the run",
             "none"},
            {"save-every", "K", Whole{&o.save_every, 0}, "and every K steps; 0: only then"},
            {"keep", "N", Whole{&o.keep, 0}, "remove all but the newest N checkpoints; 0: none",

@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "launch/environment.h"
+#include "launch/signals.h"
 #include "launch/watch.h"
 
 struct Start {
@@ -19,6 +20,7 @@ struct Start {
 // asked for help. work(job, mesh, watch) does what they ask for. Returns main's status.
 template <class Prepare, class Work>
 int run_program(const char* name, int argc, char** argv, Prepare prepare, Work work) {
+  const Signals signals;
   Job job(&argc, &argv);
   try {
     std::optional<Start> start;

@@ -53,15 +53,6 @@ static void* share(const Job& job, size_t bytes) {
   return memory;
 }
 
-// SIGTERM and Ctrl-C are for the watch's thread, and not for the threads that compute, which start
-// later: a signal that interrupts one of oneDNN's matrix products has been seen to corrupt the
-// heap.
-static void set_signals(int how) {
-  sigset_t signals;
-  sigemptyset(&signals), sigaddset(&signals, SIGTERM), sigaddset(&signals, SIGINT);
-  pthread_sigmask(how, &signals, nullptr);
-}
-
 Watch::Watch(Job& job, double timeout_seconds)
     : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
   records_ = static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * size_t(job.local_size)));
@@ -81,7 +72,6 @@ Watch::Watch(Job& job, double timeout_seconds)
     mine_->progress_ms = now_ms();
   };
   thread_ = std::thread([this] { look(); });
-  set_signals(SIG_BLOCK);
 }
 
 Watch::~Watch() {
@@ -89,7 +79,6 @@ Watch::~Watch() {
   mine_->finished = true;
   stop_ = true;
   thread_.join();
-  set_signals(SIG_UNBLOCK);
   for (int end : lifeline_) close(end);
 }
 
@@ -168,8 +157,7 @@ void Watch::start_child() {
   const pid_t child = fork();
   REQUIRE(child >= 0, "the process that watches the ranks cannot be started: ", strerror(errno));
   if (child > 0) return;
-  setsid();  // mpiexec ends the ranks' process groups
-  for (int s : {SIGTERM, SIGINT, SIGHUP, SIGPIPE}) signal(s, SIG_IGN);
+  setsid();  // mpiexec ends the ranks' process groups; signals are blocked as in the parent
   close(lifeline_[1]);                 // the parent's alone
   const int queue = epoll_create1(0);  // lists what becomes ready in the order of its becoming so
   int left = 0;
