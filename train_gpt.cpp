@@ -144,7 +144,9 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
   config.recompute = o.recompute, config.sequence_parallel = o.sequence_parallel;
   if (prints) print_setup(o, config, data);
   Trainer trainer(mesh, config, trainer_options(o));
-  const int64_t resumed = o.resume ? resume_training(o, data.describe(), job, trainer, prints) : 0;
+  int64_t resumed = 0;
+  if (o.resume)
+    watch.at_files([&] { resumed = resume_training(o, data.describe(), job, trainer, prints); });
   if (prints && !o.trace.empty()) open_trace(o.trace);
   Metrics metrics(prints ? o.metrics : "", o.resume ? std::optional(resumed) : std::nullopt);
   const Signals::Listener listener;
@@ -163,8 +165,8 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
                                                  held_out)));
     last = stopped(listener) || step == o.steps;
     if (!o.checkpoint.empty() && (last || (o.save_every && step % o.save_every == 0))) {
-      watch.progress();
-      progress.say(step, save(o, data.describe(), step, job, mesh, trainer));
+      watch.at_files(
+          [&] { progress.say(step, save(o, data.describe(), step, job, mesh, trainer)); });
     }
   }
   if (step < o.steps) {
@@ -207,7 +209,11 @@ int main(int argc, char** argv) {
     schedule_of(trainer_options(o), layout(o));  // may refuse this number of micro-batches
     data = std::make_unique<Dataset>(Dataset::open(o.data, o.model.context, o.model.vocab));
     if (!o.checkpoint.empty() && job.rank == 0) make_directory(o.checkpoint);
-    return Start{layout(o), o.timeout};
+    auto given = values_of(o);
+    // the data is what is in the files, wherever a node has them
+    std::erase_if(given, [](const auto& option) { return option.first == "--data"; });
+    given.emplace_back("the data", content_of(data->paths()));
+    return Start{layout(o), o.timeout, given};
   };
   return run_program("train_gpt", argc, argv, prepare,
                      [&](const Job& job, Mesh& mesh, Watch& watch) {

@@ -13,8 +13,10 @@
 
 struct Start {
   Layout layout;
-  int64_t timeout;
-};  // timeout: seconds
+  int64_t timeout;  // seconds
+  // what every rank must have been given alike: names, and what they stand for
+  std::vector<std::pair<std::string, std::string>> given;
+};
 
 // prepare(job) reads the options, on every rank without a word to the others; nothing: they only
 // asked for help. work(job, mesh, watch) does what they ask for. Returns main's status.
@@ -25,11 +27,12 @@ int run_program(const char* name, int argc, char** argv, Prepare prepare, Work w
   try {
     std::optional<Start> start;
     // what is wrong for one rank ends all, with one message
-    const std::string error = job.agree(error_of([&] {
+    std::string error = job.agree(error_of([&] {
       job.check_launcher();
       start = prepare(job);
       if (start) check_products();
     }));
+    if (error.empty() && start) error = differences(job, start->given);
     if (!error.empty() && job.speaks) fprintf(stderr, "%s: %s\n", name, error.c_str());
     if (!error.empty()) return 1;
     if (!start) return check_printed(), 0;
