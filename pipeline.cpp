@@ -32,7 +32,7 @@ static double processor_seconds() {  // of all threads of this process
 }
 
 void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
-  const std::vector<Action>& actions = schedule_.ranks[mesh_.pp.rank];
+  const std::vector<Action>& actions = schedule_.actions[mesh_.pp.rank];
   Lives lives;
   if (timed) milliseconds_.assign(actions.size(), 0);
   most_live_ = most_live_bytes_ = 0;
@@ -159,7 +159,7 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
 // Room for what the next exchange from action `i` on receives, now, so that it waits for nothing
 // that is computed from here on.
 void Pipeline::prepare_room(size_t i, const Shape& shape, Dtype dtype) {
-  const std::vector<Action>& actions = schedule_.ranks[mesh_.pp.rank];
+  const std::vector<Action>& actions = schedule_.actions[mesh_.pp.rank];
   while (i < actions.size() && actions[i].kind != Action::exchange) i++;
   if (i == actions.size()) return;
   for (const Transfer& t : actions[i].transfers)

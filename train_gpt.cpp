@@ -23,7 +23,8 @@ static TrainerOptions trainer_options(const Options& o) {
   TrainerOptions t;
   t.batch = o.batch, t.microbatch = o.microbatch, t.seed = uint64_t(o.seed);
   t.clip = o.clip, t.weight_decay = o.weight_decay;
-  t.schedule = o.schedule.empty() ? "1f1b" : o.schedule, t.chunks = int(o.chunks);
+  if (!o.schedule.empty()) t.schedule = o.schedule;
+  t.chunks = int(o.chunks);
   t.fsdp = {o.zero ? int(o.zero) : 3, o.reshard != "no", int(std::max<int64_t>(o.prefetch, 0))};
   return t;
 }

@@ -23,7 +23,7 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& opti
   }
   const auto ranges =
       split_layers(config.layers, head_in_layers(config), pipeline.schedule().positions());
-  for (int c = 0; c < options.chunks; c++) add_piece(c, ranges[pipeline.position(c)]);
+  for (int c = 0; c < pipeline.schedule().chunks; c++) add_piece(c, ranges[pipeline.position(c)]);
   fsdp.complete_gradients = [this](const std::vector<Param*>& params) {
     gpt.tp.sum_partial_gradients(params);
   };

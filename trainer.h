@@ -20,7 +20,7 @@ struct TrainerOptions {
   double clip = 1, weight_decay = 0.1;
   FsdpOptions fsdp;
   std::string schedule = "1f1b";  // of the pipeline, where pp > 1
-  int chunks = 1;                 // pieces of the model a stage
+  int chunks = 0;                 // of a stage; 0: as many as the schedule has
 };
 // What a layout does in a step. On one stage each micro-batch runs forward and backward, whatever
 // the options' schedule.

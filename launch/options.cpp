@@ -11,6 +11,7 @@
 #include <filesystem>
 #include <set>
 
+#include "schedule.h"
 #include "support/data.h"
 
 // ---- models by name, and the options that train_gpt and generate share
@@ -160,10 +161,10 @@ static OptionTable table(Options& o) {
             "1"},
            {"sequence-parallel", "", Flag{&o.sequence_parallel},
             "with tp: activations between the split layers are split by tokens, too"},
-           {"schedule", "", Choice{&o.schedule, {"gpipe", "1f1b", "interleaved", "zb"}},
+           {"schedule", "", Choice{&o.schedule, schedule_names()},
             "with pp: in which order a stage computes its micro-batches", "1f1b"},
            {"chunks", "V", Whole{&o.chunks, 1, 1000},
-            "with interleaved: pieces of the model that a stage has", "2 with interleaved, else 1"},
+            "with interleaved: pieces of the model that a stage has", "2"},
        }},
       {"Checkpoints",
        {
@@ -214,14 +215,15 @@ void resolve(Options& o, bool has_gpu) {
   const Preset& preset = preset_of(o.model_name);
   if (o.steps == 0) o.steps = preset.steps;
   const int64_t ranks = o.replicate * o.fsdp;  // that share the batch
-  if (o.chunks == 0) o.chunks = o.schedule == "interleaved" ? 2 : 1;
+  const ScheduleRow& schedule = schedule_row(o.schedule.empty() ? "1f1b" : o.schedule);
+  if (o.chunks == 0) o.chunks = o.pp > 1 ? schedule.chunks() : 1;
   // a pipeline wants several micro-batches
   const int64_t parts = ranks * (o.pp > 1 ? 2 * o.pp : 1);
   if (o.batch == 0) o.batch = (preset.batch + parts - 1) / parts * parts;
   // the largest that divides the batch, into a number of micro-batches that the schedule takes
   if (o.microbatch == 0) {
     const auto fits = [&](int64_t b) {
-      return o.batch % (b * ranks * (o.schedule == "interleaved" ? o.pp : 1)) == 0;
+      return o.batch % (b * ranks * schedule.round(int(o.pp))) == 0;
     };
     o.microbatch = std::max<int64_t>(1, o.batch / parts);
     while (o.microbatch > 1 && !fits(o.microbatch)) o.microbatch--;

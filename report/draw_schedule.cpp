@@ -56,10 +56,11 @@ std::string draw_text(const Schedule& s, const Timeline& t, double unit) {
                      percent(t.bubble(stage)), "\n");
     if (s.chunks > 1) text += sentence("   chunk |", chunks[stage], "|\n");
   }
-  return text + sentence("          0-9 forward of micro-batch 0-9",
-                         s.microbatches > 10 ? ", 10-19, ..." : "", "   a-j its ",
-                         s.name == "zb" ? "input gradient   A-J its weight gradient" : "backward",
-                         "   . idle\n");
+  return text +
+         sentence("          0-9 forward of micro-batch 0-9",
+                  s.microbatches > 10 ? ", 10-19, ..." : "", "   a-j its ",
+                  s.row->splits_backward ? "input gradient   A-J its weight gradient" : "backward",
+                  "   . idle\n");
 }
 
 std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& title,
@@ -86,7 +87,7 @@ std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& ti
       << kStyle;
   box(0, 0, width, height, "paper", 1);
   text(10, 20, "head", title);
-  const bool split = s.name == "zb";
+  const bool split = s.row->splits_backward;
   std::vector<std::pair<const char*, const char*>> legend{
       {"f", "forward"}, {"b", split ? "input gradient" : "backward"}};
   if (split) legend.push_back({"w", "weight gradient"});

@@ -2,7 +2,7 @@
 // idea      one row a stage; a computation is as long as it took, and numbered by its micro-batch
 // test      tests/test_schedule.cpp
 #pragma once
-#include "schedule.h"
+#include "theory/simulate.h"
 
 // One column `unit` of time; unit = 0 chooses one that fits 100 columns.
 std::string draw_text(const Schedule& schedule, const Timeline& timeline, double unit = 0);

@@ -127,7 +127,7 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
           std::max(0.0, means[stage][i] - of_chunk[{stage, Action::forward, a.chunk}].value());
   });
   const Timeline predicted = simulate(s, means);
-  summary["pipeline"] = {{"schedule", s.name},
+  summary["pipeline"] = {{"schedule", s.row->name},
                          {"stages", s.stages},
                          {"microbatches", s.microbatches},
                          {"chunks", s.chunks},
@@ -146,7 +146,7 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
                  100 * executed.bubble());
   text += draw_text(s, executed, unit);
   // at least: a forward's time has embedding and head in it, which are not replayed
-  if (s.name == "zb" && trainer.gpt.config.recompute) {
+  if (s.row->splits_backward && trainer.gpt.config.recompute) {
     const Timeline kept = simulate(s, without_replay);
     text +=
         "--recompute replays each forward inside the input gradient, which the stage before waits for: without it ";

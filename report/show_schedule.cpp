@@ -20,14 +20,15 @@ struct ShowOptions {
   bool actions = false, help = false;
 };
 
+Choice kinds(ShowOptions& o) { return {&o.name, schedule_names()}; }
+
 OptionTable table(ShowOptions& o) {
   return {{"Options",
            {
                {"stages", "P", Whole{&o.stages, 1, 10'000}, "stages", ""},
                {"microbatches", "M", Whole{&o.microbatches, 1, 1'000'000},
                 "micro-batches of a step", ""},
-               {"chunks", "V", Whole{&o.chunks, 1, 1000}, "with interleaved: chunks a stage",
-                "2 with interleaved, else 1"},
+               {"chunks", "V", Whole{&o.chunks, 1, 1000}, "with interleaved: chunks a stage", "2"},
                {"times", "F,B,W,SEND", Text{&o.times_text},
                 "of one chunk: forward, input gradient, weight gradient, transfer", "1,1,1,0"},
                {"svg", "FILE", Text{&o.svg}, "draw the timeline there, too", "none"},
@@ -55,9 +56,8 @@ ShowOptions parse_words(int argc, char** argv) {
   const bool named = argc > 1 && argv[1][0] != '-';
   if (named) o.name = argv[1];
   parse(argc - named, argv + named, table(o));
-  REQUIRE(o.help || named,
-          "say first which schedule: gpipe, 1f1b, interleaved or zb; --help lists the options");
-  if (o.chunks == 0) o.chunks = o.name == "interleaved" ? 2 : 1;
+  REQUIRE(o.help || named, "say first which schedule: ", kinds(o).allowed,
+          "; --help lists the options");
   if (!o.times_text.empty()) o.times = parse_times(o.times_text);
   return o;
 }
@@ -65,7 +65,7 @@ ShowOptions parse_words(int argc, char** argv) {
 void print_lists(const Schedule& s) {
   for (int stage = 0; stage < s.stages; stage++) {
     printf("stage %d\n", stage);
-    for (const Action& a : s.ranks[stage])
+    for (const Action& a : s.actions[stage])
       printf("  %s%s\n", a.kind == Action::exchange ? "  " : "", to_string(a).c_str());
   }
 }
@@ -82,7 +82,7 @@ void show(const ShowOptions& o) {
   printf("%s", draw_text(s, t, o.times_text.empty() && t.makespan <= 110 ? 1 : 0).c_str());
 
   size_t actions = 0, transfers = 0, groups = 0;
-  for (const auto& list : s.ranks)
+  for (const auto& list : s.actions)
     for (const Action& a : list)
       actions++, transfers += a.transfers.size(), groups += a.transfers.size() > 1;
   printf(
@@ -93,7 +93,7 @@ void show(const ShowOptions& o) {
   std::string walked, formula;
   for (int stage = 0; stage < s.stages; stage++) {
     walked += sentence(" ", double(peak_live(s, stage)) / s.chunks);
-    formula += sentence(" ", double(theoretical_live(s, stage)) / s.chunks);
+    formula += sentence(" ", double(s.row->live(s, stage)) / s.chunks);
   }
   printf("live     %s micro-batches on stages 0 to %d, by formula%s\n", walked.c_str(),
          s.stages - 1, formula.c_str());
@@ -113,9 +113,10 @@ int main(int argc, char** argv) {
     const ShowOptions o = parse_words(argc, argv);
     ShowOptions defaults;
     if (o.help)
-      printf("%s", help_text("usage: build/show_schedule gpipe|1f1b|interleaved|zb [options]",
-                             table(defaults))
-                       .c_str());
+      printf("%s",
+             help_text(sentence("usage: build/show_schedule ", kinds(defaults).names, " [options]"),
+                       table(defaults))
+                 .c_str());
     else show(o);
     check_printed();
   } catch (const Error& e) {

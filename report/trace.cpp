@@ -25,11 +25,11 @@ void write_trace(const std::string& path, const Schedule& s,
           << sentence("{\"ph\":\"M\",\"name\":\"thread_name\",\"pid\":0,\"tid\":", rank,
                       ",\"args\":{\"name\":\"rank ", rank, ", stage ", stage, "\"}}");
       comma = ",\n";
-      for (size_t i = 0; i < s.ranks[stage].size(); i++) {
+      for (size_t i = 0; i < s.actions[stage].size(); i++) {
         const Span& span = pipelines[c].spans[stage][i];
         out << sentence(",\n{\"ph\":\"X\",\"pid\":0,\"tid\":", rank, ",\"ts\":", span.start * 1e3,
                         ",\"dur\":", (span.end - span.start) * 1e3, ",\"name\":\"",
-                        to_string(s.ranks[stage][i]), "\"}");
+                        to_string(s.actions[stage][i]), "\"}");
       }
     }
   out << "\n]}\n";

@@ -3,7 +3,7 @@
 #pragma once
 #include <string>
 
-#include "schedule.h"
+#include "theory/simulate.h"
 
 // Creates the file; one that is there stays as it is. Throws where it cannot be written: before
 // training, not after it.

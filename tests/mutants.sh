@@ -93,13 +93,13 @@ mutant faults weight_gradients_are_computed_twice pipeline.cpp 's/live.later.pop
 
 # Off by one, and still a schedule: only its bubble or what is live tells.
 live=live_micro_batches accepts=checker_accepts
-mutant faults the_warm_up_is_one_forward_longer schedule.cpp 's/int warm = p - 1 - s;/int warm = p - s;/' 1 immediate test_schedule $live
-mutant faults the_warm_up_over_chunks_is_one_forward_longer schedule.cpp 's/\(V - 1\) \* p;/(V - 1) * p + 1;/' 1 immediate test_schedule $live
-mutant faults weight_gradients_are_put_off_by_one_more schedule.cpp 's/k >= s\)/k > s)/; s/k - s\)/k - s - 1)/; s/all \+ s;/all + s + 1;/' 1 immediate test_schedule $live
-mutant faults the_first_weight_gradient_is_left_out schedule.cpp 's/k >= s\)/k > s)/' 1 immediate test_schedule $accepts
+mutant faults the_warm_up_is_one_forward_longer schedule.cpp 's/in_turn\(s, s.stages - 1 - stage\)/in_turn(s, s.stages - stage)/' 1 immediate test_schedule $live
+mutant faults the_warm_up_over_chunks_is_one_forward_longer schedule.cpp 's/in_turn\(s, \(s.chunks - 1\)/in_turn(s, 1 + (s.chunks - 1)/' 1 immediate test_schedule $live
+mutant faults weight_gradients_are_put_off_by_one_more schedule.cpp 's/- stage, stage\)/- stage, stage + 1)/' 1 immediate test_schedule $live
+mutant faults the_first_weight_gradient_is_left_out schedule.cpp 's/k >= put_off\)/k > put_off)/' 1 immediate test_schedule $accepts
 mutant faults transfers_are_placed_a_tick_late schedule.cpp 's/meetings\[\{std::floor\(end\),/meetings[{std::floor(end) + 1,/' 1 immediate test_schedule $accepts
 mutant faults transfers_come_after_the_computations_of_their_tick schedule.cpp 's/\{tick, false, m.when/{tick + 0.5, false, m.when/' 1 immediate test_schedule $accepts
-mutant faults a_transfer_takes_no_moment schedule.cpp 's/end \+ \*wire/end/' 1 immediate test_schedule
+mutant faults a_transfer_takes_no_moment schedule.cpp 's/moves \* kMoment/0/' 1 immediate test_schedule
 
 mesh=open_mesh ledger=ledger_enters
 mutant faults ranks_of_other_lines_talk comm.cpp 's/color = job.rank - axis->rank \* stride/color = axis->rank/' 4 immediate test_comm $mesh

@@ -2,6 +2,7 @@
 // to rounding; all schedules equal each other bit for bit; bytes and live activations equal the
 // formulas exactly. Run under mpiexec -n 1, 2, 3, 4, 8 (6 works, too).
 #include "tests/parity.h"
+#include "theory/simulate.h"
 
 namespace {
 

@@ -29,7 +29,7 @@ void for_all(const std::function<void(const std::string&, int, int, int)>& f) {
 }
 
 std::string label(const Schedule& s) {
-  return sentence(s.name, " p=", s.stages, " m=", s.microbatches, " V=", s.chunks);
+  return sentence(s.row->name, " p=", s.stages, " m=", s.microbatches, " V=", s.chunks);
 }
 
 int64_t whole(double x) {
@@ -86,8 +86,8 @@ struct Interpreter {
 
   bool compute(int stage) {
     int& i = computing[stage];
-    while (i < int(s.ranks[stage].size()) && s.at(stage, i).kind == Action::exchange) i++;
-    if (i == int(s.ranks[stage].size())) return false;
+    while (i < int(s.actions[stage].size()) && s.at(stage, i).kind == Action::exchange) i++;
+    if (i == int(s.actions[stage].size())) return false;
     const Action& a = s.at(stage, i);
     const int v = s.position(stage, a.chunk), last = s.positions() - 1, m = a.microbatch;
     if (a.kind == Action::forward) {
@@ -110,8 +110,8 @@ struct Interpreter {
 
   bool exchange(int stage) {
     int& i = exchanging[stage];
-    while (i < int(s.ranks[stage].size()) && s.at(stage, i).kind != Action::exchange) i++;
-    if (i == int(s.ranks[stage].size())) return false;
+    while (i < int(s.actions[stage].size()) && s.at(stage, i).kind != Action::exchange) i++;
+    if (i == int(s.actions[stage].size())) return false;
     if (const auto now = open.find({stage, i}); now != open.end()) {
       if (now->second > 0) return false;
       i++;
@@ -154,9 +154,9 @@ struct Interpreter {
     std::vector<int> ascending(s.microbatches);
     for (int m = 0; m < s.microbatches; m++) ascending[m] = m;
     for (int stage = 0; stage < s.stages && wrong.empty(); stage++) {
-      if (compute(stage) || computing[stage] < int(s.ranks[stage].size()))
+      if (compute(stage) || computing[stage] < int(s.actions[stage].size()))
         wrong = "hang: a computation never ran";
-      if (exchanging[stage] < int(s.ranks[stage].size())) wrong = "hang: an exchange never ended";
+      if (exchanging[stage] < int(s.actions[stage].size())) wrong = "hang: an exchange never ended";
       for (int c = 0; c < s.chunks; c++)
         if (wrong.empty() &&
             (input_order[stage][c] != ascending || weight_order[stage][c] != ascending))
@@ -180,8 +180,8 @@ double makespan_without_queues(const Schedule& s, const Times& times) {
   for (bool moved = true; moved;) {
     moved = false;
     for (int stage = 0; stage < s.stages; stage++)
-      for (; next[stage] < s.ranks[stage].size(); next[stage]++, moved = true) {
-        const Action& a = s.ranks[stage][next[stage]];
+      for (; next[stage] < s.actions[stage].size(); next[stage]++, moved = true) {
+        const Action& a = s.actions[stage][next[stage]];
         if (a.kind == Action::exchange) continue;
         const int forward = a.kind == Action::forward, v = s.position(stage, a.chunk),
                   from = v + (forward ? -1 : 1);
@@ -214,7 +214,7 @@ TEST(the_checker_accepts_every_schedule) {
     const Schedule s = make_schedule(name, p, m, V);
     CHECK_EQ(check(s), "", label(s));
     schedules++;
-    for (const auto& list : s.ranks) actions += list.size();
+    for (const auto& list : s.actions) actions += list.size();
   });
   CHECK_EQ(schedules, 3 * 8 * 32 + 4 * (32 + 16 + 10 + 8 + 6 + 5 + 4 + 4));
   measured(schedules, " schedules, ", actions, " actions");
@@ -239,7 +239,7 @@ TEST(bubbles_equal_the_formulas) {
     const int64_t idle = name == "zb" ? p - 1 + std::max(p - m, 0) : 3 * (p - 1);
     CHECK_EQ(whole(t.makespan), 3 * m * V + idle, label(s));
     for (int stage = 0; stage < p; stage++) CHECK_EQ(whole(t.busy[stage]), 3 * m * V, label(s));
-    CHECK_EQ(whole(theoretical_idle(s)), idle, label(s));
+    CHECK_EQ(whole(s.row->idle(s, {})), idle, label(s));
     // the textbook's shares, as cross products
     const int64_t all = 3 * m * V + idle;
     if (name == "gpipe" || name == "1f1b") CHECK_EQ(idle * (m + p - 1), all * (p - 1), label(s));
@@ -278,7 +278,7 @@ TEST(bubbles_equal_the_formulas_for_other_times) {
       const Timeline t = simulate(s, durations(s, times));
       const double idle = (p - 1) * (name == "zb" ? std::max({F, B, F + B - W}) : F + B + W);
       CHECK_EQ(whole(t.makespan) - whole(t.busy[0]), whole(idle), label(s));
-      CHECK_EQ(theoretical_idle(s, times), idle, label(s));
+      CHECK_EQ(s.row->idle(s, times), idle, label(s));
       cases++;
     });
   measured(cases, " cases, exact");
@@ -294,7 +294,7 @@ TEST(live_micro_batches_equal_the_formulas) {
       if (name == "zb") expected = std::min(p, m);
       if (name == "interleaved") expected = std::min(2 * (p - stage - 1) + (V - 1) * p + 1, V * m);
       CHECK_EQ(peak_live(s, stage), expected, label(s), " stage ", stage);
-      CHECK_EQ(theoretical_live(s, stage), expected, label(s), " stage ", stage);
+      CHECK_EQ(s.row->live(s, stage), expected, label(s), " stage ", stage);
       cases++;
     }
   });
@@ -307,7 +307,7 @@ TEST(each_cut_carries_each_micro_batch_once_each_way) {
     const Schedule s = make_schedule(name, p, m, V);
     std::map<std::pair<int, int>, int> sends;  // {payload, position that sends}
     for (int stage = 0; stage < p; stage++)
-      for (const Action& a : s.ranks[stage])
+      for (const Action& a : s.actions[stage])
         for (const Transfer& t : a.transfers)
           if (t.send) sends[{t.payload, s.position(stage, t.chunk)}]++;
     CHECK_EQ(int(sends.size()), p == 1 ? 0 : 2 * (p * V - 1), label(s));
@@ -330,14 +330,14 @@ TEST(facing_sends_share_a_group) {
     // {when, between whom}: sends of one that are not in a group
     std::map<std::pair<double, std::pair<int, int>>, int> alone;
     for (int stage = 0; stage < p; stage++)
-      for (size_t i = 0; i < s.ranks[stage].size(); i++)
-        if (const Action& a = s.ranks[stage][i];
+      for (size_t i = 0; i < s.actions[stage].size(); i++)
+        if (const Action& a = s.actions[stage][i];
             a.kind != Action::exchange && a.kind != Action::weight_gradient) {
           const int what = a.kind == Action::forward ? Transfer::activation : Transfer::gradient;
           made[{stage, what, a.microbatch, a.chunk}] = t.spans[stage][i].end;
         }
     for (int stage = 0; stage < p; stage++)
-      for (const Action& a : s.ranks[stage])
+      for (const Action& a : s.actions[stage])
         for (const Transfer& transfer : a.transfers) {
           if (!transfer.send) continue;
           const auto both = std::minmax(stage, transfer.peer);
@@ -362,9 +362,8 @@ TEST(what_a_schedule_does_not_allow_is_refused) {
              "there is no schedule '2f2b': choose gpipe, 1f1b, interleaved or zb");
   CHECK_SAYS(make_schedule("1f1b", 0, 8), "at least one stage, not 0");
   CHECK_SAYS(make_schedule("gpipe", 4, 0), "at least one micro-batch, not 0");
-  CHECK_SAYS(make_schedule("interleaved", 4, 8, 0), "at least one chunk, not 0");
-  CHECK_SAYS(make_schedule("zb", 4, 8, 2),
-             "schedule zb has one chunk a stage, not 2: choose interleaved");
+  CHECK_SAYS(make_schedule("interleaved", 4, 8, -1), "at least one chunk, not -1");
+  CHECK_SAYS(make_schedule("zb", 4, 8, 2), "schedule zb has one chunk a stage, not 2");
   CHECK_SAYS(make_schedule("zb", 1 << 20, 1 << 20), "more than a million");
   int refused = 0;
   for (int p = 1; p <= 8; p++)
@@ -383,9 +382,9 @@ TEST(a_missing_action_is_rejected) {
   int mutants = 0;
   for (const Schedule& s : some())
     for (int stage = 0; stage < s.stages; stage++)
-      for (size_t i = 0; i < s.ranks[stage].size(); i++, mutants++) {
+      for (size_t i = 0; i < s.actions[stage].size(); i++, mutants++) {
         Schedule broken = s;
-        broken.ranks[stage].erase(broken.ranks[stage].begin() + i);
+        broken.actions[stage].erase(broken.actions[stage].begin() + i);
         CHECK(check(broken) != "", label(s), " without ", to_string(s.at(stage, int(i))),
               " on stage ", stage);
       }
@@ -396,18 +395,18 @@ TEST(a_doubled_action_is_rejected) {
   int mutants = 0;
   for (const Schedule& s : some())
     for (int stage = 0; stage < s.stages; stage++)
-      for (size_t i = 0; i < s.ranks[stage].size(); i++)
-        for (size_t to : {i, s.ranks[stage].size()}) {  // at once, and at the end
+      for (size_t i = 0; i < s.actions[stage].size(); i++)
+        for (size_t to : {i, s.actions[stage].size()}) {  // at once, and at the end
           Schedule broken = s;
-          const Action again = s.ranks[stage][i];
-          broken.ranks[stage].insert(broken.ranks[stage].begin() + to, again);
+          const Action again = s.actions[stage][i];
+          broken.actions[stage].insert(broken.actions[stage].begin() + to, again);
           CHECK(check(broken).find("comes twice") != std::string::npos ||
                     check(broken).find("sends before") != std::string::npos,
                 label(s), " doubled ", to_string(again), ": ", check(broken));
           mutants++;
         }
   Schedule twice = make_schedule("1f1b", 3, 4);
-  twice.ranks[2].push_back({Action::backward, 3, 0});
+  twice.actions[2].push_back({Action::backward, 3, 0});
   CHECK_EQ(check(twice), "stage 2, action 14 (backward of micro-batch 3, chunk 0) comes twice.");
   measured(mutants, " mutants");
 }
@@ -416,17 +415,17 @@ TEST(a_send_without_its_receive_is_rejected) {
   int mutants = 0;
   for (const Schedule& s : some())
     for (int stage = 0; stage < s.stages; stage++)
-      for (size_t i = 0; i < s.ranks[stage].size(); i++)
-        for (size_t k = 0; k < s.ranks[stage][i].transfers.size(); k++) {
+      for (size_t i = 0; i < s.actions[stage].size(); i++)
+        for (size_t k = 0; k < s.actions[stage][i].transfers.size(); k++) {
           Schedule broken = s;
-          auto& transfers = broken.ranks[stage][i].transfers;
+          auto& transfers = broken.actions[stage][i].transfers;
           transfers.erase(transfers.begin() + k);
           CHECK(check(broken).find("lacks its transfer") != std::string::npos, label(s), ": ",
                 check(broken));
           mutants++;
           for (int change = 0; change < 4; change++) {  // there, but not the right one
             broken = s;
-            Transfer& t = broken.ranks[stage][i].transfers[k];
+            Transfer& t = broken.actions[stage][i].transfers[k];
             if (change == 0) t.peer = (t.peer + 1) % s.stages;
             if (change == 1) t.microbatch = (t.microbatch + 1) % s.microbatches;
             if (change == 2) t.send = !t.send;
@@ -441,14 +440,14 @@ TEST(a_send_without_its_receive_is_rejected) {
 TEST(a_swapped_pair_is_rejected) {
   int mutants = 0;
   const auto rejected = [&](Schedule s, int stage, size_t i, size_t j) {
-    std::swap(s.ranks[stage][i], s.ranks[stage][j]);
+    std::swap(s.actions[stage][i], s.actions[stage][j]);
     CHECK(check(s) != "", label(s), " with actions ", i, " and ", j, " of stage ", stage,
           " swapped");
     mutants++;
   };
   for (const Schedule& s : some())
     for (int stage = 0; stage < s.stages; stage++) {
-      const auto& list = s.ranks[stage];
+      const auto& list = s.actions[stage];
       for (size_t i = 0; i < list.size(); i++)
         for (size_t j = i + 1; j < list.size(); j++) {
           const Action &a = list[i], &b = list[j];
@@ -475,7 +474,7 @@ TEST(a_swapped_pair_is_rejected) {
         }
     }
   Schedule early = make_schedule("1f1b", 2, 4);
-  std::swap(early.ranks[1][0], early.ranks[1][1]);
+  std::swap(early.actions[1][0], early.actions[1][1]);
   CHECK_EQ(
       check(early),
       "stage 1, action 1 (receive activation of micro-batch 0, chunk 0 from stage 0) receives after forward of "
@@ -494,7 +493,7 @@ TEST(receives_in_another_order_than_the_sends_are_rejected) {
   };
   // stage 0: F0 x0 F1 x1 ...    stage 1: x0 x1 F0 F1 ... in some order
   Schedule s = make_schedule("gpipe", 2, 2);
-  auto &first = s.ranks[0], &last = s.ranks[1];
+  auto &first = s.actions[0], &last = s.actions[1];
   const auto activation = [](const Action& a) {
     return a.kind == Action::exchange && a.transfers[0].payload == Transfer::activation;
   };
@@ -518,8 +517,8 @@ TEST(a_facing_pair_ungrouped_is_rejected) {
   int mutants = 0;
   for (const Schedule& s : some())
     for (int stage = 0; stage < s.stages; stage++)
-      for (size_t i = 0; i < s.ranks[stage].size(); i++) {
-        const Action& group = s.ranks[stage][i];
+      for (size_t i = 0; i < s.actions[stage].size(); i++) {
+        const Action& group = s.actions[stage][i];
         if (group.transfers.size() < 2 || group.transfers[0].peer < stage) continue;
         const int peer = group.transfers[0].peer;
         // the group on the other side: the one that comes after as many exchanges between the two
@@ -527,14 +526,14 @@ TEST(a_facing_pair_ungrouped_is_rejected) {
           return a.kind == Action::exchange && a.transfers[0].peer == other;
         };
         int count = 0;
-        for (size_t k = 0; k < i; k++) count += with(s.ranks[stage][k], peer);
+        for (size_t k = 0; k < i; k++) count += with(s.actions[stage][k], peer);
         size_t facing = 0;
         for (int seen = 0;; facing++)
-          if (with(s.ranks[peer][facing], stage) && seen++ == count) break;
+          if (with(s.actions[peer][facing], stage) && seen++ == count) break;
         for (const bool send_first : {true, false}) {
           Schedule broken = s;
           for (const auto& [where, index] : {std::pair{stage, i}, std::pair{peer, facing}}) {
-            auto& list = broken.ranks[where];
+            auto& list = broken.actions[where];
             Transfer first = list[index].transfers[0], second = list[index].transfers[1];
             if (first.send != send_first) std::swap(first, second);
             list[index].transfers = {first};
@@ -553,13 +552,14 @@ TEST(a_ring_of_ungrouped_sends_is_rejected) {
   // three stages; each sends to the next and then receives from the one before: no two face each
   // other, yet all wait
   Schedule s = make_schedule("interleaved", 3, 3, 2);
-  for (auto& list : s.ranks) list.clear();
+  for (auto& list : s.actions) list.clear();
   const auto forward = [&](int stage, int m, int c) {
-    s.ranks[stage].push_back({Action::forward, m, c});
+    s.actions[stage].push_back({Action::forward, m, c});
   };
   const auto move = [&](int stage, bool send, Transfer::Payload what, int m, int c) {
     const int step = (what == Transfer::activation) == send ? 1 : 2;
-    s.ranks[stage].push_back({Action::exchange, -1, -1, {{send, what, (stage + step) % 3, m, c}}});
+    s.actions[stage].push_back(
+        {Action::exchange, -1, -1, {{send, what, (stage + step) % 3, m, c}}});
   };
   for (int stage = 0; stage < 3; stage++) {
     for (int m = 0; m < 3; m++) {
@@ -575,7 +575,7 @@ TEST(a_ring_of_ungrouped_sends_is_rejected) {
     for (int c : {1, 0})
       for (int m = 0; m < 3; m++) {
         if (stage < 2 || c == 0) move(stage, false, Transfer::gradient, m, c);
-        s.ranks[stage].push_back({Action::backward, m, c});
+        s.actions[stage].push_back({Action::backward, m, c});
         if (stage > 0 || c == 1) move(stage, true, Transfer::gradient, m, c);
       }
   }
@@ -592,7 +592,7 @@ TEST(what_the_checker_accepts_runs) {
   const auto schedules = some();
   for (int round = 0; round < 8000; round++) {
     Schedule s = schedules[random() % schedules.size()];
-    auto& list = s.ranks[random() % s.stages];
+    auto& list = s.actions[random() % s.stages];
     const size_t i = random() % list.size(), j = std::min(list.size() - 1, i + 1 + random() % 3);
     switch (random() % 4) {
       case 0: std::swap(list[i], list[j]); break;
@@ -629,12 +629,12 @@ TEST(what_the_checker_accepts_runs) {
 TEST(one_stage_hands_over_in_memory) {
   for (int V = 1; V <= 4; V++) {
     const Schedule s = make_schedule("interleaved", 1, 5, V);
-    for (const Action& a : s.ranks[0]) CHECK(a.kind != Action::exchange);
+    for (const Action& a : s.actions[0]) CHECK(a.kind != Action::exchange);
     CHECK_EQ(simulate(s, durations(s, {})).bubble(), 0.0);
   }
   // forward 0, forward 1, backward 1, backward 0
   Schedule s = make_schedule("interleaved", 1, 1, 2);
-  std::swap(s.ranks[0][2], s.ranks[0][3]);
+  std::swap(s.actions[0][2], s.actions[0][3]);
   CHECK_EQ(
       check(s),
       "stage 0, action 2 (backward of micro-batch 0, chunk 0) comes before its input from chunk 1.");
@@ -645,7 +645,7 @@ TEST(one_stage_hands_over_in_memory) {
 TEST(the_simulator_equals_three_cases_by_hand) {
   const auto spans = [](const Schedule& s, const Timeline& t, int stage) {
     std::string text;
-    for (size_t i = 0; i < s.ranks[stage].size(); i++)
+    for (size_t i = 0; i < s.actions[stage].size(); i++)
       text += sentence(t.spans[stage][i].start, "-", t.spans[stage][i].end, " ");
     return text;
   };

@@ -1,6 +1,8 @@
 // theory.cpp: see theory.h.
 #include "theory/theory.h"
 
+#include "theory/simulate.h"
+
 Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp_rank,
               const TrainerOptions& o) {
   Gpt gpt(config, {"tp", layout.tp, tp_rank});  // sizes only: nothing is allocated
@@ -60,7 +62,7 @@ Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp
   // off: all).
   if (zero >= 2)
     theory.gather_bound +=
-        root * g + (schedule.name == "zb" ? std::max<int64_t>(L, 2) : 2) * block * g;
+        root * g + (schedule.row->splits_backward ? std::max<int64_t>(L, 2) : 2) * block * g;
   if (zero == 3)
     theory.gather_bound += root * e + (o.fsdp.reshard ? 1 + o.fsdp.prefetch : L) * block * e;
 
