@@ -92,11 +92,12 @@ std::string differences(const Job& job, std::vector<std::pair<std::string, std::
   std::string s;
   for (const auto& [name, values] : ranks) {
     if (values.size() == 1) continue;
-    s += s.empty() ? "" : "; ";
-    size_t i = 0;
-    for (const auto& [value, who] : values)
-      s += sentence(i++ ? ", " : "", i == 1 ? name + " is " : "", value.empty() ? "unset" : value,
-                    " on ", words_of(who));
+    s += (s.empty() ? "" : "; ") + name + " is ";
+    std::string separator;
+    for (const auto& [value, who] : values) {
+      s += separator + (value.empty() ? "unset" : value) + " on " + words_of(who);
+      separator = ", ";
+    }
   }
   return "the ranks were not started alike: " + s;
 }
