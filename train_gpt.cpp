@@ -144,8 +144,10 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
   GptConfig config = model_config(o.model, o.dtype, o.attention);
   config.recompute = o.recompute, config.sequence_parallel = o.sequence_parallel;
   if (prints) print_setup(o, config, data);
+  at_work = "the model";
   Trainer trainer(mesh, config, trainer_options(o));
   int64_t resumed = 0;
+  at_work = "the checkpoint that is resumed";
   if (o.resume)
     watch.at_files([&] { resumed = resume_training(o, data.describe(), job, trainer, prints); });
   if (prints && !o.trace.empty()) open_trace(o.trace);
@@ -153,6 +155,9 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
   const Signals::Listener listener;
   Progress progress(o.steps, prints ? stdout : nullptr, isatty(fileno(stdout)));
   const auto held_out = [&](int64_t s) { return watch.progress(), data.held_out(s); };
+  const std::string steps = sentence("a step in micro-batches of ", o.microbatch, " sequences of ",
+                                     o.model.context, " tokens");
+  at_work = steps;
   double first_loss = 0, loss = 0;
   int64_t step = resumed;
   for (bool last = false; !last;) {
@@ -166,8 +171,10 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
                                                  held_out)));
     last = stopped(listener) || step == o.steps;
     if (!o.checkpoint.empty() && (last || (o.save_every && step % o.save_every == 0))) {
+      at_work = "a checkpoint that is saved";
       watch.at_files(
           [&] { progress.say(step, save(o, data.describe(), step, job, mesh, trainer)); });
+      at_work = steps;
     }
   }
   if (step < o.steps) {

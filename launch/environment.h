@@ -13,6 +13,8 @@
 
 #include "comm.h"
 
+// of the first thread, for MPI and us
+void check_stack();
 // Needs the device; an Error names the product that is wrong.
 void check_products();
 

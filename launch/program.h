@@ -22,7 +22,13 @@ struct Start {
 // asked for help. work(job, mesh, watch) does what they ask for. Returns main's status.
 template <class Prepare, class Work>
 int run_program(const char* name, int argc, char** argv, Prepare prepare, Work work) {
-  const Signals signals;
+  std::optional<Signals> signals;
+  if (const std::string error = error_of([&] {
+        check_stack();
+        signals.emplace();
+      });
+      !error.empty())
+    return fprintf(stderr, "%s: %s\n", name, error.c_str()), 1;
   Job job(&argc, &argv);
   try {
     std::optional<Start> start;
@@ -53,6 +59,6 @@ int run_program(const char* name, int argc, char** argv, Prepare prepare, Work w
     return 0;
   } catch (const std::exception& e) {
     fflush(stdout);
-    job.abort(e.what());
+    job.abort(words_of(e));
   }
 }

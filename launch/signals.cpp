@@ -8,6 +8,9 @@
 #include <csignal>
 #include <cstdio>
 #include <optional>
+#include <system_error>
+
+#include "support/check.h"
 
 Signals::Signals() {
   sigset_t blocked;
@@ -23,7 +26,11 @@ Signals::Signals() {
   pthread_sigmask(SIG_BLOCK, &blocked, nullptr);
   // a reader that leaves and a file that may not grow are errors of write(), with a sentence
   for (const int signal : {SIGPIPE, SIGXFSZ}) std::signal(signal, SIG_IGN);
-  thread_ = std::thread([this] { fetch(); });
+  try {
+    thread_ = std::thread([this] { fetch(); });
+  } catch (const std::system_error& e) {
+    throw Error(sentence("not even one thread more can be started here: ", e.what()));
+  }
 }
 
 Signals::~Signals() {
