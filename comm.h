@@ -1,14 +1,16 @@
-// comm.h: ranks that talk: the job, the mesh of ranks with its NCCL communicators, and the ledger
-// of what was sent.
+// comm.h: ranks that talk: the axes of the mesh, its NCCL communicators, and the ledger of what was
+// sent.
 //
-// idea      rank r sits at one place of a grid pp x replicate x fsdp x tp (slowest to fastest);
-//           along each axis it shares a communicator with the ranks that differ from it in that
+// idea      Rank r sits at one place of a grid pp x replicate x fsdp x tp (slowest to fastest).
+//           Along each axis it shares a communicator with the ranks that differ from it in that
 //           place only. The strategies call NCCL on these communicators themselves.
-// one queue a rank issues all its NCCL calls, of all axes, on `mesh.stream`, from one thread, in an
-// order that the layout alone decides. CUDA
-//           does not promise that two streams make progress independently, so two communicators in
-//           flight could wait for each other.
-// ledger    one line before each NCCL call enters what a bandwidth-optimal algorithm sends per rank
+// axes      kAxes is the one list of them; everything else iterates over it. `mesh["fsdp"]` is this
+//           rank's place on an axis and its communicator, `layout["fsdp"]` the axis's size, and a
+//           name that is not in the list does not compile.
+// queue     A rank issues all its NCCL calls, of all axes, on `mesh.stream`, from one thread, in an
+//           order that the layout alone decides. CUDA does not promise that two streams make
+//           progress independently, so two communicators in flight could wait for each other.
+// ledger    One line before each NCCL call enters what a bandwidth-optimal algorithm sends per rank
 //           (n ranks, buffer of W bytes): all-gather and reduce-scatter (n-1)/n W, all-reduce
 //           2(n-1)/n W, send W. These are algorithm bytes, not wire bytes.
 // test      tests/test_comm.cpp
@@ -17,7 +19,7 @@
 #include <mpi.h>
 #include <nccl.h>
 
-#include <atomic>
+#include <array>
 #include <cstdint>
 #include <deque>
 #include <functional>
@@ -28,61 +30,91 @@
 
 #include "tensor.h"
 
-std::string nccl_error(ncclResult_t status);  // NCCL's own last sentence where it has one
+// ---- axes
 
-// How long the communication queue is busy with NCCL's calls, waiting for the other ranks included:
-// an event before and one after each call of a step.
-class CommunicationClock {
- public:
-  void start_step(cudaStream_t queue) { queue_ = queue, calls_ = 0; }
-  double end_step();  // seconds since start_step; waits for the queue
-  template <class Call> ncclResult_t timed(const Call& call) {
-    if (!queue_) return call();
-    if (calls_ == work_.size()) work_.emplace_back();
-    TimedWork& work = work_[calls_++];
-    work.begin.record(queue_);
-    const ncclResult_t status = call();
-    work.end.record(queue_);
-    return status;
-  }
-
- private:
-  cudaStream_t queue_ = nullptr;  // null between steps: nothing is timed
-  size_t calls_ = 0;
-  std::deque<TimedWork> work_;  // reused by every step
+struct AxisKind {
+  const char* name;
+  bool splits_batch;  // each rank computes with its own sequences: the loss is summed over them
+  bool splits_model;  // each rank updates its own part of the parameters; else it holds a copy
+  const char *letter, *help;  // of the option --name
 };
-extern CommunicationClock communication_clock;
+constexpr std::array kAxes = std::to_array<AxisKind>({
+    // slowest to fastest
+    {"pp", false, true, "P", "pipeline parallelism: the layers are cut into P stages"},
+    {"replicate", true, false, "R",
+     "data parallelism: copies of the model, gradients summed over them"},
+    {"fsdp", true, true, "S", "fully sharded data parallelism: each rank owns 1/S of every layer"},
+    {"tp", false, true, "T", "tensor parallelism: each layer's weights are split over T ranks"},
+});
 
+struct AxisName {
+  size_t index = 0;  // in kAxes
+  consteval AxisName(const char* name) {
+    while (std::string_view(kAxes.at(index).name) != name) index++;
+  }
+};
+
+// How many ranks each axis has: Layout{{"fsdp", 2}, {"tp", 2}}; 1 where nothing is said.
+struct Layout {
+  struct Size {
+    AxisName axis;
+    int64_t ranks;
+  };
+  Layout(std::initializer_list<Size> sizes = {});
+  int64_t& operator[](AxisName axis) { return sizes[axis.index]; }
+  int64_t operator[](AxisName axis) const { return sizes[axis.index]; }
+  int64_t ranks() const;
+  int64_t data_ranks() const;  // that share the batch
+  std::array<int64_t, kAxes.size()> sizes;
+};
+std::string to_string(const Layout& layout);  // "pp 2 x replicate 1 x fsdp 2 x tp 2"
+std::string draw(const Layout& layout);       // the place of each rank, a line each
+// REQUIREs their product to be the ranks that mpiexec started
+void check_ranks(const Layout& layout, int ranks);
+
+// ---- the mesh
+
+struct Axis {
+  std::string name;
+  int size = 1, rank = 0;
+  ncclComm_t comm = nullptr;  // null when size is 1
+};
+
+struct Mesh {
+  // where `rank` is on each axis, still without communicators
+  explicit Mesh(const Layout& layout = {}, int rank = 0);
+  Axis& operator[](AxisName axis) { return axes[axis.index]; }
+  const Axis& operator[](AxisName axis) const { return axes[axis.index]; }
+  // the axes of which that is said in kAxes, slowest to fastest: mesh.that(&AxisKind::splits_batch)
+  std::vector<Axis> that(bool AxisKind::*splits, bool is = true) const;
+  std::vector<Axis> every_axis() const;  // the world, the axes, those that were joined
+
+  Layout layout;
+  int rank = 0, size = 1;
+  std::array<Axis, kAxes.size()> axes;
+  Axis world;                     // every rank
+  std::vector<Axis> joined;       // see join
+  cudaStream_t stream = nullptr;  // the one communication queue
+};
+// Collective. The communicators are split from the world's in the same order everywhere.
+Mesh open_mesh(const Layout& layout);
+// Collective. Two axes, or more, that are neighbours in kAxes as one: join(mesh, "fsdp", "tp") has
+// fsdp * tp ranks, which it numbers slow axis first. It has a communicator of its own, unless all
+// but one of the axes have size 1: then it is that one.
+Axis join(Mesh& mesh, AxisName slowest, AxisName fastest);
+void close_mesh(Mesh& mesh);  // before MPI_Finalize and before the device closes
+
+// ---- NCCL
+
+std::string nccl_error(ncclResult_t status);  // NCCL's own last sentence where it has one
 #define NCCL_CHECK(call)                                                                     \
   do {                                                                                       \
-    const ncclResult_t status_ = communication_clock.timed([&] { return (call); });          \
+    const ncclResult_t status_ = (call);                                                     \
     if (status_ != ncclSuccess)                                                              \
       throw Error(                                                                           \
           sentence(__FILE__, ":", __LINE__, ": ", #call, " failed: ", nccl_error(status_))); \
   } while (0)
-
-// ---- the job: what mpiexec started
-
-class Job {
- public:
-  Job(int* argc, char*** argv);  // MPI_Init
-  ~Job();                        // MPI_Finalize
-  // an Error when mpiexec belongs to another MPI and started n worlds of one rank
-  void check_launcher();
-  int rank = 0, size = 1;
-  // among the ranks of this node: local_rank is the CUDA device
-  int local_rank = 0, local_size = 1;
-  MPI_Comm node;  // these ranks
-  // what concerns all ranks is said by rank 0; of n worlds of one, by the launcher's first
-  bool speaks = true;
-  // Every rank calls it with its own error or "": each learns whether all are well, and the first
-  // failing rank's sentence.
-  std::string agree(const std::string& error) const;
-  // Ends every rank with a non-zero status; prints "rank r: why", unless another rank of this node
-  // has explained the end already.
-  [[noreturn]] void abort(const std::string& why) const;
-  std::atomic<bool>* explained = nullptr;  // shared by the ranks of this node once there is a Watch
-};
+ncclDataType_t nccl_type(Dtype dtype);
 
 // Host-side MPI without a spinning core: the last argument of a non-blocking call,
 // MPI_Ibarrier(MPI_COMM_WORLD, Finished()). At the end of the statement it waits for the call,
@@ -97,38 +129,24 @@ class Finished {
  private:
   MPI_Request request_ = MPI_REQUEST_NULL;
 };
-void barrier();
-std::vector<std::string> gather_text(const std::string& mine);  // of all ranks, on every rank
 
-// ---- the mesh
+// ---- time
 
-struct Axis {
-  const char* name = "";
-  int size = 1, rank = 0;
-  ncclComm_t comm = nullptr;  // null when size is 1
+// How long the communication queue is busy in a step, waiting for other ranks included: a block
+// that begins with `const Timed timed(queue);` has an event on the queue before and one after it.
+class Timed {
+ public:
+  explicit Timed(cudaStream_t queue);
+  ~Timed();
+  Timed(const Timed&) = delete;
+
+ private:
+  cudaStream_t queue_;
+  TimedWork* work_;
 };
-
-struct Layout {
-  int pp = 1, replicate = 1, fsdp = 1, tp = 1;
-  int64_t ranks() const { return int64_t(pp) * replicate * fsdp * tp; }
-};
-std::string to_string(const Layout& layout);  // "pp 2 x replicate 1 x fsdp 2 x tp 2"
-
-struct Mesh {
-  Layout layout;
-  int rank = 0, size = 1;
-  Axis pp, replicate, fsdp, tp, world;  // world: every rank, for sums over all axes
-  cudaStream_t stream = nullptr;        // the one communication queue
-};
-// REQUIREs their product to be the ranks that mpiexec started
-void check_ranks(const Layout& layout, int ranks);
-// Collective. The communicators are split from the world's in the same order everywhere.
-Mesh open_mesh(const Job& job, const Layout& layout);
-// The first minute on a cluster: each axis and each kind of collective once, with known answers.
-// Says what to look at when one fails; when one hangs, the watch does.
-void check_mesh(const Mesh& mesh);
-void close_mesh(Mesh& mesh);             // before MPI_Finalize and before the device closes
-std::string draw(const Layout& layout);  // the place of each rank, a line each
+void start_timing();  // until then, and after end_timing, nothing is timed
+// seconds in all blocks since start_timing; waits for the queue
+double end_timing(cudaStream_t queue);
 
 // ---- the ledger
 
@@ -189,8 +207,6 @@ class Purpose {
  private:
   Traffic before_;
 };
-ncclDataType_t nccl_type(Dtype dtype);
 
 // Sums x over the ranks of one axis after the other, in place: the loss, the norm.
-void sum_over(const Mesh& mesh, std::initializer_list<const Axis*> axes, const Tensor& x,
-              Traffic purpose);
+void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic purpose, cudaStream_t queue);

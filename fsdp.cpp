@@ -1,4 +1,4 @@
-// fsdp.cpp: each rank of the fsdp axis owns 1/n of every unit and borrows the rest while it
+// fsdp.cpp: each rank of an axis owns 1/n of every unit and borrows the rest while it
 // computes.
 //
 // traffic   P a unit's elements, m micro-batches, in units of (n-1)/n P per rank and step; gathers
@@ -8,7 +8,7 @@
 //             ZeRO-2               1             m          (and gradients)
 //             ZeRO-3, kept         1             m          (and parameters, gathered once a step)
 //             ZeRO-3              2 m            m          (and given back after each forward)
-//           replicate: one all-reduce of the gradient shard a unit and step
+//           each axis of copies: one all-reduce of the gradient shard a unit and step
 // memory    bytes a parameter in f32, ZeRO-1: 8 + 8/n, ZeRO-2: 4 + 12/n, ZeRO-3: 16/n; and the
 //           units in flight
 // not here  offloading to the host; gradients in bf16 on the wire
@@ -84,18 +84,19 @@ void Fsdp::start_gather(Unit& u) {
   if (u.gathered) return;
   u.gathered = true;
   if (u.full.empty()) u.full = Tensor({u.padded}, dtype_, Memory::gather);
-  if (mesh_.fsdp.size == 1) return;
+  if (axis_.size == 1) return;
   // whoever used this memory before must be done with it, and the optimizer with the shard
-  make_wait(mesh_.stream, device().compute);
-  ledger.all_gather(mesh_.fsdp, u.full.bytes());
-  NCCL_CHECK(ncclAllGather(u.own.raw(), u.full.raw(), u.shard, nccl_type(dtype_), mesh_.fsdp.comm,
-                           mesh_.stream));
-  u.ready.record(mesh_.stream);
+  make_wait(stream_, device().compute);
+  const Timed timed(stream_);
+  ledger.all_gather(axis_, u.full.bytes());
+  NCCL_CHECK(
+      ncclAllGather(u.own.raw(), u.full.raw(), u.shard, nccl_type(dtype_), axis_.comm, stream_));
+  u.ready.record(stream_);
 }
 
 void Fsdp::finish_gather(Unit& u) {
   // this unit's parameters must have arrived
-  if (mesh_.fsdp.size > 1) u.ready.make_wait(device().compute);
+  if (axis_.size > 1) u.ready.make_wait(device().compute);
   for (size_t i = 0; i < u.params.size(); i++)
     u.params[i]->value = u.full.part(u.offsets[i], u.params[i]->local_shape());
 }
@@ -136,16 +137,17 @@ void Fsdp::start_reduce(Unit& u) {
   if (!scatters_each())
     for (Param* p : u.params)
       if (p->tied) add(p->grad, p->grad, p->tied_grad);
-  make_wait(mesh_.stream, device().compute);  // the gradients must have been computed
+  make_wait(stream_, device().compute);  // the gradients must have been computed
   if (complete_gradients) complete_gradients(u.params);
-  if (mesh_.fsdp.size > 1) {
-    Tensor mine = u.full_grad.part(mesh_.fsdp.rank * u.shard, {u.shard});  // in place
-    ledger.reduce_scatter(mesh_.fsdp, u.full_grad.bytes());
+  if (axis_.size > 1) {
+    Tensor mine = u.full_grad.part(axis_.rank * u.shard, {u.shard});  // in place
+    const Timed timed(stream_);
+    ledger.reduce_scatter(axis_, u.full_grad.bytes());
     NCCL_CHECK(ncclReduceScatter(u.full_grad.raw(), mine.raw(), u.shard, nccl_type(mine.dtype()),
-                                 ncclSum, mesh_.fsdp.comm, mesh_.stream));
+                                 ncclSum, axis_.comm, stream_));
   }
-  if (!scatters_each()) sum_over_replicas(u);
-  u.reduced.record(mesh_.stream);
+  if (!scatters_each()) sum_over_copies(u);
+  u.reduced.record(stream_);
   u.reducing = true;
   reducing_.push_back(&u);
   // two full gradients at most: one computed, one summed
@@ -158,21 +160,23 @@ void Fsdp::finish_reduce() {
   u.reducing = false;
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!scatters_each()) return;
-  add(u.own_grad, u.own_grad, u.full_grad.part(mesh_.fsdp.rank * u.shard, {u.shard}));
+  add(u.own_grad, u.own_grad, u.full_grad.part(axis_.rank * u.shard, {u.shard}));
   u.full_grad = Tensor();
   point_at(u);
   if (u.rounds == microbatches_) {
-    make_wait(mesh_.stream, device().compute);  // this rank's shard must be complete
-    sum_over_replicas(u);
+    make_wait(stream_, device().compute);  // this rank's shard must be complete
+    sum_over_copies(u);
   }
 }
 
-void Fsdp::sum_over_replicas(Unit& u) {
-  if (mesh_.replicate.size == 1) return;
-  ledger.all_reduce(mesh_.replicate, u.own_grad.bytes());
-  const ncclDataType_t type = nccl_type(u.own_grad.dtype());
-  NCCL_CHECK(ncclAllReduce(u.own_grad.raw(), u.own_grad.raw(), u.shard, type, ncclSum,
-                           mesh_.replicate.comm, mesh_.stream));
+void Fsdp::sum_over_copies(Unit& u) {
+  for (const Axis& copies : copies_) {
+    if (copies.size == 1) continue;
+    const Timed timed(stream_);
+    ledger.all_reduce(copies, u.own_grad.bytes());
+    NCCL_CHECK(ncclAllReduce(u.own_grad.raw(), u.own_grad.raw(), u.shard,
+                             nccl_type(u.own_grad.dtype()), ncclSum, copies.comm, stream_));
+  }
 }
 
 // ---- a step
@@ -180,7 +184,7 @@ void Fsdp::sum_over_replicas(Unit& u) {
 void Fsdp::begin_step(int microbatches) {
   microbatches_ = microbatches;
   for (Unit& u : units_) {
-    u.gathered = mesh_.fsdp.size == 1;  // the optimizer has changed the shards: gather them anew
+    u.gathered = axis_.size == 1;  // the optimizer has changed the shards: gather them anew
     u.rounds = 0;
     fill(scatters_each() ? u.own_grad : u.full_grad, 0);
     for (Param* p : u.params)
@@ -190,7 +194,7 @@ void Fsdp::begin_step(int microbatches) {
 
 void Fsdp::finish_backward() {
   while (!reducing_.empty()) finish_reduce();
-  make_wait(device().compute, mesh_.stream);  // the optimizer reads what the last collectives wrote
+  make_wait(device().compute, stream_);  // the optimizer reads what the last collectives wrote
 }
 
 void Fsdp::end_step() {
@@ -214,12 +218,18 @@ static std::vector<int64_t> offsets_in_unit(const std::vector<Param*>& params) {
   return offsets;
 }
 
-int64_t padded_unit(const std::vector<Param*>& params, int fsdp) {
-  return round_up(offsets_in_unit(params).back() + params.back()->numel(), 16 * int64_t(fsdp));
+int64_t padded_unit(const std::vector<Param*>& params, int64_t shards) {
+  return round_up(offsets_in_unit(params).back() + params.back()->numel(), 16 * shards);
 }
 
-Fsdp::Fsdp(Mesh& mesh, Dtype dtype, const FsdpOptions& options, uint64_t seed)
-    : mesh_(mesh), dtype_(dtype), options_(options), seed_(seed) {}
+Fsdp::Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t stream, Dtype dtype,
+           const FsdpOptions& options, uint64_t seed)
+    : axis_(axis),
+      copies_(copies),
+      stream_(stream),
+      dtype_(dtype),
+      options_(options),
+      seed_(seed) {}
 
 Fsdp::~Fsdp() {
   for (Unit& u : units_)
@@ -241,10 +251,10 @@ int Fsdp::add_unit(const std::vector<Param*>& params) {
   Unit& u = units_.emplace_back();
   u.params = params;
   u.offsets = offsets_in_unit(params);
-  u.padded = padded_unit(params, mesh_.fsdp.size);
-  u.shard = u.padded / mesh_.fsdp.size;
+  u.padded = padded_unit(params, axis_.size);
+  u.shard = u.padded / axis_.size;
 
-  const int64_t mine = mesh_.fsdp.rank * u.shard;
+  const int64_t mine = axis_.rank * u.shard;
   if (borrows()) {
     u.own = Tensor({u.shard}, dtype_, Memory::parameters);  // no rank ever holds the whole model
   } else {
@@ -262,7 +272,7 @@ int Fsdp::add_unit(const std::vector<Param*>& params) {
       if (p->tied) p->tied_grad = Tensor(p->local_shape(), master, Memory::gradients);
   }
   fill(u.own, 0);  // the padding stays 0
-  for_pieces(u, mesh_.fsdp.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
+  for_pieces(u, axis_.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
     p.initialise(u.own.part(at, {count}), seed_, first);
   });
   if (dtype_ != master) {
@@ -285,7 +295,7 @@ int Fsdp::add_use(std::vector<int> units, Backward backward, int group) {
 std::vector<Shard> Fsdp::optimizer_shards() const {
   std::vector<Shard> shards;
   for (const Unit& u : units_)
-    for_pieces(u, mesh_.fsdp.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
+    for_pieces(u, axis_.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
       const auto piece = [&](const Tensor& x) { return x.part(at, {count}); };
       const bool same = u.master.empty();  // the weights that compute are the master weights
       shards.push_back({piece(same ? u.own : u.master), same ? Tensor() : piece(u.own),

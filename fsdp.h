@@ -1,9 +1,9 @@
 // fsdp.h: Fully Sharded Data Parallelism (ZeRO stages 1, 2 and 3), plain data parallelism, and the
 // two combined.
 //
-// idea      each rank of the fsdp axis owns 1/n of every unit (a transformer block, or the
-//           embeddings) and borrows the rest while it computes. The replicate axis holds copies of
-//           that: gradients are summed over it. fsdp = 1 is plain data parallelism (DDP).
+// idea      Each rank of an axis owns 1/n of every unit (a transformer block, or the embeddings)
+//           and borrows the rest while it computes. Other axes hold copies of that: gradients are
+//           summed over them. With n = 1 this is plain data parallelism (DDP).
 // source    Rajbhandari et al., "ZeRO: Memory optimizations toward training trillion parameter
 //           models", SC 2020, sections 5 and 7; Zhao et al., "PyTorch FSDP", VLDB 2023 (units, flat
 //           parameters, prefetch)
@@ -33,7 +33,9 @@ enum class Backward {
 
 class Fsdp {
  public:
-  Fsdp(Mesh& mesh, Dtype dtype, const FsdpOptions& options, uint64_t seed);
+  // axis: over which units are sharded. copies: axes whose ranks hold the same shard.
+  Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t stream, Dtype dtype,
+       const FsdpOptions& options, uint64_t seed);
   ~Fsdp();
 
   // ---- set-up: name the units, then the uses, in the order in which the forward comes by
@@ -85,19 +87,21 @@ class Fsdp {
   void prepare_gradients(Unit& unit);
   void start_reduce(Unit& unit);
   void finish_reduce();
-  void sum_over_replicas(Unit& unit);
+  void sum_over_copies(Unit& unit);
   void point_at(Unit& unit);
   // parameters live only while needed
-  bool borrows() const { return mesh_.fsdp.size > 1 && options_.zero == 3; }
+  bool borrows() const { return axis_.size > 1 && options_.zero == 3; }
   // full gradients live only while needed
-  bool scatters_each() const { return mesh_.fsdp.size > 1 && options_.zero >= 2; }
+  bool scatters_each() const { return axis_.size > 1 && options_.zero >= 2; }
 
   struct Use {
     std::vector<int> units;
     Backward backward;
     int group;
   };
-  Mesh& mesh_;
+  Axis axis_;
+  std::vector<Axis> copies_;
+  cudaStream_t stream_;  // the one communication queue
   Dtype dtype_;
   FsdpOptions options_;
   uint64_t seed_;
@@ -111,4 +115,4 @@ class Fsdp {
 // elements: each parameter starts at a multiple of (at least) 256 bytes in every dtype
 constexpr int64_t kUnitAlignment = 128;
 // elements; shards are multiples of 16 elements
-int64_t padded_unit(const std::vector<Param*>& params, int fsdp);
+int64_t padded_unit(const std::vector<Param*>& params, int64_t shards);

@@ -4,15 +4,6 @@
 
 #include <cmath>
 
-GptConfig model_config(const ModelSize& size, const std::string& dtype,
-                       const std::string& attention) {
-  return {size,
-          dtype == "f64"    ? Dtype::f64
-          : dtype == "bf16" ? Dtype::bf16
-                            : Dtype::f32,
-          attention == "flash" ? AttentionKind::flash : AttentionKind::plain};
-}
-
 // ---- parameters
 
 static Param make(std::string name, Shape shape, float std, float mean = 0) {

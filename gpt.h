@@ -8,18 +8,17 @@
 //           into the residual stream scaled by 1/sqrt(2 layers)
 // test      tests/test_golden.cpp (PyTorch), tests/test_autograd.cpp (finite differences)
 #pragma once
-#include "launch/options.h"
 #include "tensor_parallel.h"
 
+struct ModelSize {
+  int64_t layers = 0, width = 0, heads = 0, context = 0, vocab = 0;
+};
 struct GptConfig : ModelSize {
   Dtype dtype = Dtype::f32;
   AttentionKind attention = AttentionKind::flash;
   bool recompute = false;  // keep only each block's input; run its forward again in the backward
   bool sequence_parallel = false;
 };
-// as the options name them
-GptConfig model_config(const ModelSize& size, const std::string& dtype,
-                       const std::string& attention);
 
 struct Block {  // names as in GPT-2: h.<layer>.<name>
   Param ln_1_weight, ln_1_bias;

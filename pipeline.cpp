@@ -32,7 +32,7 @@ static double processor_seconds() {  // of all threads of this process
 }
 
 void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
-  const std::vector<Action>& actions = schedule_.actions[mesh_.pp.rank];
+  const std::vector<Action>& actions = schedule_.actions[mesh_["pp"].rank];
   Lives lives;
   if (timed) milliseconds_.assign(actions.size(), 0);
   most_live_ = most_live_bytes_ = 0;
@@ -56,8 +56,8 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
       continue;
     }
     Live& live = lives[{a.microbatch, a.chunk}];
-    const auto input = transfer_of(schedule_, mesh_.pp.rank, a, false),
-               output = transfer_of(schedule_, mesh_.pp.rank, a, true);
+    const auto input = transfer_of(schedule_, mesh_["pp"].rank, a, false),
+               output = transfer_of(schedule_, mesh_["pp"].rank, a, true);
     switch (a.kind) {
       case Action::forward:
         if (input) live.in.value = arrived(*input);
@@ -107,7 +107,7 @@ void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const 
     for (int chunk = 0; chunk < schedule_.chunks; chunk++) {
       const Action a{Action::forward, m, chunk};
       Var x;
-      if (const auto input = transfer_of(schedule_, mesh_.pp.rank, a, false)) {
+      if (const auto input = transfer_of(schedule_, mesh_["pp"].rank, a, false)) {
         room_.push_back(Tensor(shape, dtype, Memory::activations));
         free_.record(device().compute);
         exchange({*input});
@@ -115,7 +115,7 @@ void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const 
       }
       Tape tape(false);
       const Var y = compute(tape, chunk, x, m);
-      if (const auto output = transfer_of(schedule_, mesh_.pp.rank, a, true)) {
+      if (const auto output = transfer_of(schedule_, mesh_["pp"].rank, a, true)) {
         post(*output, y.value);
         exchange({*output});
       }
@@ -134,19 +134,20 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
     // whoever used this memory before must be done with it
     else free_.make_wait(mesh_.stream);
 
+  const Timed timed(mesh_.stream);
   NCCL_CHECK(ncclGroupStart());
   for (const Transfer& t : transfers) {
     if (t.send) {
       const Tensor x = outbox_.extract(t).mapped().x;
-      ledger.send(mesh_.pp, x.bytes());
-      NCCL_CHECK(ncclSend(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), t.peer, mesh_.pp.comm,
-                          mesh_.stream));
+      ledger.send(mesh_["pp"], x.bytes());
+      NCCL_CHECK(ncclSend(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), t.peer,
+                          mesh_["pp"].comm, mesh_.stream));
       sent_.push_back({x, event, exchanges_});
     } else {
       const Tensor x = std::move(room_.front());
       room_.pop_front();
-      NCCL_CHECK(ncclRecv(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), t.peer, mesh_.pp.comm,
-                          mesh_.stream));
+      NCCL_CHECK(ncclRecv(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), t.peer,
+                          mesh_["pp"].comm, mesh_.stream));
       inbox_[t] = {x, event, exchanges_};
     }
   }
@@ -159,7 +160,7 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
 // Room for what the next exchange from action `i` on receives, now, so that it waits for nothing
 // that is computed from here on.
 void Pipeline::prepare_room(size_t i, const Shape& shape, Dtype dtype) {
-  const std::vector<Action>& actions = schedule_.actions[mesh_.pp.rank];
+  const std::vector<Action>& actions = schedule_.actions[mesh_["pp"].rank];
   while (i < actions.size() && actions[i].kind != Action::exchange) i++;
   if (i == actions.size()) return;
   for (const Transfer& t : actions[i].transfers)
@@ -196,18 +197,19 @@ void Pipeline::release_sent(int exchange) {
 // ---- once a step
 
 void Pipeline::sum_tied(const Tensor& gradient) {
-  const int last = mesh_.pp.size - 1;
-  if (mesh_.pp.size == 1 || (mesh_.pp.rank != 0 && mesh_.pp.rank != last)) return;
+  const int last = mesh_["pp"].size - 1;
+  if (mesh_["pp"].size == 1 || (mesh_["pp"].rank != 0 && mesh_["pp"].rank != last)) return;
   const Purpose purpose(Traffic::embedding);
-  const int peer = last - mesh_.pp.rank;
+  const int peer = last - mesh_["pp"].rank;
   const Tensor other(gradient.shape(), gradient.dtype(), Memory::workspace);
   make_wait(mesh_.stream, device().compute);  // the gradient must be complete
-  ledger.send(mesh_.pp, gradient.bytes());
+  const Timed timed(mesh_.stream);
+  ledger.send(mesh_["pp"], gradient.bytes());
   NCCL_CHECK(ncclGroupStart());
   NCCL_CHECK(ncclSend(gradient.raw(), size_t(gradient.numel()), nccl_type(gradient.dtype()), peer,
-                      mesh_.pp.comm, mesh_.stream));
+                      mesh_["pp"].comm, mesh_.stream));
   NCCL_CHECK(ncclRecv(other.raw(), size_t(other.numel()), nccl_type(other.dtype()), peer,
-                      mesh_.pp.comm, mesh_.stream));
+                      mesh_["pp"].comm, mesh_.stream));
   NCCL_CHECK(ncclGroupEnd());
   make_wait(device().compute, mesh_.stream);  // the other stage's part must have arrived
   add(gradient, gradient, other);             // a + b here, b + a there: the same bits

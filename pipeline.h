@@ -31,7 +31,7 @@ class Pipeline {
            "chunks of one stage have nobody to hand their results on");
   }
   const Schedule& schedule() const { return schedule_; }
-  int position(int chunk) const { return schedule_.position(mesh_.pp.rank, chunk); }
+  int position(int chunk) const { return schedule_.position(mesh_["pp"].rank, chunk); }
   bool is_first(int chunk) const { return position(chunk) == 0; }
   bool is_last(int chunk) const { return position(chunk) + 1 == schedule_.positions(); }
 

@@ -138,6 +138,7 @@ Tensor TensorParallel::start_gather(const Tensor& x, int64_t R) {
   const int64_t S = slice(R), C = x.dim(1);
   const Tensor rows({S * axis_.size, C}, x.dtype(), Memory::activations);
   make_wait(stream_, device().compute);  // the slice must have been computed
+  const Timed timed(stream_);
   ledger.all_gather(axis_, rows.bytes());
   NCCL_CHECK(ncclAllGather(x.raw(), rows.raw(), size_t(x.numel()), nccl_type(x.dtype()), axis_.comm,
                            stream_));
@@ -151,6 +152,7 @@ Tensor TensorParallel::start_sum(const Tensor& partial) {
                                        partial.dtype(), Memory::activations)
                               : partial;
   make_wait(stream_, device().compute);  // the partial sums must have been computed
+  const Timed timed(stream_);
   if (by_rows_) {
     ledger.reduce_scatter(axis_, partial.bytes());
     NCCL_CHECK(ncclReduceScatter(partial.raw(), sum.raw(), size_t(sum.numel()),
@@ -169,6 +171,7 @@ void TensorParallel::finish() {
 
 void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
   make_wait(stream_, device().compute);  // x must have been computed
+  const Timed timed(stream_);
   ledger.all_reduce(axis_, x.bytes());
   NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), size_t(x.numel()), nccl_type(x.dtype()), op,
                            axis_.comm, stream_));
@@ -190,6 +193,7 @@ Tensor TensorParallel::for_partial_sums(int64_t R, int64_t width, Dtype dtype) c
 void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
   if (!by_rows_) return;
   const Purpose purpose(Traffic::partial);
+  const Timed timed(stream_);
   NCCL_CHECK(ncclGroupStart());
   for (const Param* p : params) {
     if (!p->partial) continue;
@@ -241,6 +245,7 @@ Tensor TensorParallel::whole_logits(const Tensor& logits, int64_t vocab) {
   for (int64_t row = 0; row < m; row++)
     copy(padded.part(row * S, {mine}), logits.part(row * mine, {mine}));
   make_wait(stream_, device().compute);  // the logits must have been computed
+  const Timed timed(stream_);
   ledger.all_gather(axis_, all.bytes());
   NCCL_CHECK(ncclAllGather(padded.raw(), all.raw(), size_t(padded.numel()), nccl_type(all.dtype()),
                            axis_.comm, stream_));

@@ -29,19 +29,15 @@ static TrainerOptions trainer_options(const Options& o) {
   return t;
 }
 
-static Layout layout(const Options& o) {
-  return {int(o.pp), int(o.replicate), int(o.fsdp), int(o.tp)};
-}
-
 static void print_setup(const Options& o, const GptConfig& g, const Dataset& data) {
   printf(
       "model    %s: %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M parameters in %s\n",
       o.model_name.c_str(), (long long)g.layers, (long long)g.width, (long long)g.heads,
       (long long)g.context, (long long)g.vocab, parameter_count(g) / 1e6, name_of(g.dtype));
   printf("device   %s\n", device().name.c_str());
-  const int64_t ranks = layout(o).ranks();
-  printf("ranks    %s\n%s", to_string(layout(o)).c_str(),
-         ranks > 1 && ranks <= 16 ? draw(layout(o)).c_str() : "");
+  const int64_t ranks = o.layout.ranks();
+  printf("ranks    %s\n%s", to_string(o.layout).c_str(),
+         ranks > 1 && ranks <= 16 ? draw(o.layout).c_str() : "");
   printf("data     %s\n", data.describe().c_str());
   printf("steps    %lld of %lld sequences (%lld tokens), micro-batches of %lld\n\n",
          (long long)o.steps, (long long)o.batch, (long long)(o.batch * g.context),
@@ -89,7 +85,7 @@ static std::string save(const Options& o, const std::string& data, int64_t step,
   using Clock = std::chrono::steady_clock;
   const Clock::time_point began = Clock::now();
   CheckpointInfo info{
-      step,      o.model, layout(o), master_dtype(trainer.gpt.config.dtype), uint64_t(o.seed),
+      step,      o.model, o.layout, master_dtype(trainer.gpt.config.dtype), uint64_t(o.seed),
       o.command, data};
   save_checkpoint(o.checkpoint, info, o.keep, job, mesh, trainer.optimizer().shards());
   const double seconds = std::chrono::duration<double>(Clock::now() - began).count();
@@ -126,12 +122,11 @@ static StepRecord train_step(const Options& o, const Dataset& data, const Mesh& 
   progress.start_step();
   watch.step(step);
   const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
-  trainer.pipeline.timed = o.pp > 1 && step == o.steps;
-  communication_clock.start_step(mesh.stream);
+  trainer.pipeline.timed = mesh["pp"].size > 1 && step == o.steps;
+  start_timing();
   trainer.gradients([&](int64_t s) { return watch.progress(), data.sequence(step, s, o.seed); });
   trainer.update(lr);
-  const double loss = trainer.loss(), norm = trainer.norm(),
-               communicated = communication_clock.end_step();
+  const double loss = trainer.loss(), norm = trainer.norm(), communicated = end_timing(mesh.stream);
   REQUIRE(std::isfinite(loss) && std::isfinite(norm), "at step ", step, " the loss is ", loss,
           " and the gradient norm ", norm,
           ": training stops here; a smaller --lr or a longer --warmup may help");
@@ -141,7 +136,7 @@ static StepRecord train_step(const Options& o, const Dataset& data, const Mesh& 
 static void train(const Options& o, const Dataset& data, const Job& job, Mesh& mesh, Watch& watch) {
   const bool prints = job.speaks;
   matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
-  GptConfig config = model_config(o.model, o.dtype, o.attention);
+  GptConfig config = model_config(o);
   config.recompute = o.recompute, config.sequence_parallel = o.sequence_parallel;
   if (prints) print_setup(o, config, data);
   at_work = "the model";
@@ -212,16 +207,16 @@ int main(int argc, char** argv) {
             " holds checkpoints already: give --resume to go on from them, or another directory");
     open_device(job.local_rank % device_count(), o.device_memory << 20);
     resolve(o, device().is_gpu);
-    check_ranks(layout(o), job.size);
+    check_ranks(o.layout, job.size);
     check(o);
-    schedule_of(trainer_options(o), layout(o));  // may refuse this number of micro-batches
+    schedule_of(trainer_options(o), o.layout);  // may refuse this number of micro-batches
     data = std::make_unique<Dataset>(Dataset::open(o.data, o.model.context, o.model.vocab));
     if (!o.checkpoint.empty() && job.rank == 0) make_directory(o.checkpoint);
     auto given = values_of(o);
     // the data is what is in the files, wherever a node has them
     std::erase_if(given, [](const auto& option) { return option.first == "--data"; });
     given.emplace_back("the data", content_of(data->paths()));
-    return Start{layout(o), o.timeout, given};
+    return Start{o.layout, o.timeout, given};
   };
   return run_program("train_gpt", argc, argv, prepare,
                      [&](const Job& job, Mesh& mesh, Watch& watch) {

@@ -6,20 +6,22 @@
 // ---- composition
 
 Schedule schedule_of(const TrainerOptions& o, const Layout& l) {
-  const int64_t all = o.microbatch * l.replicate * l.fsdp;
+  const int64_t all = o.microbatch * l.data_ranks();
   ASSERT(o.batch % all == 0);
-  return make_schedule(l.pp > 1 ? o.schedule : "1f1b", l.pp, int(o.batch / all), o.chunks);
+  const int pp = int(l["pp"]);
+  return make_schedule(pp > 1 ? o.schedule : "1f1b", pp, int(o.batch / all), o.chunks);
 }
 
 Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options)
-    : gpt(config, mesh.tp, mesh.stream),
-      fsdp(mesh, config.dtype, options.fsdp, options.seed),
+    : gpt(config, mesh["tp"], mesh.stream),
+      fsdp(mesh["fsdp"], mesh.that(&AxisKind::splits_model, false), mesh.stream, config.dtype,
+           options.fsdp, options.seed),
       pipeline(mesh, schedule_of(options, mesh.layout)),
       mesh_(mesh),
       options_(options) {
-  if (mesh.pp.size > 1) {
+  if (mesh["pp"].size > 1) {
     gpt.wte.tied = false;  // embedding and head are on different ranks: each has one use of it
-    gpt.wte.counted = mesh.pp.rank == 0;
+    gpt.wte.counted = mesh["pp"].rank == 0;
   }
   const auto ranges =
       split_layers(config.layers, head_in_layers(config), pipeline.schedule().positions());
@@ -75,6 +77,12 @@ Var Trainer::forward_loss(Tape& tape, int chunk, const Var& in, const Tokens& to
   });
 }
 
+int64_t Trainer::data_rank() const {
+  int64_t rank = 0;
+  for (const Axis& axis : mesh_.that(&AxisKind::splits_batch)) rank = rank * axis.size + axis.rank;
+  return rank;
+}
+
 // `count` sequences from `first` on, as inputs and, one token further, targets.
 Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) const {
   std::vector<int> inputs, targets;
@@ -106,13 +114,16 @@ void Trainer::gradients(const Sequences& batch) {
   sum_loss();
 }
 
+// Each data-parallel rank has its sequences' part of the loss, and only the last stage has any.
 void Trainer::sum_loss() {
-  sum_over(mesh_, {&mesh_.fsdp, &mesh_.replicate, &mesh_.pp}, total_, Traffic::loss);
+  std::vector<Axis> axes = mesh_.that(&AxisKind::splits_batch);
+  axes.push_back(mesh_["pp"]);
+  sum_over(axes, total_, Traffic::loss, mesh_.stream);
 }
 
 void Trainer::update(double lr) {
   optimizer_->step(lr, [this](const Tensor& squares) {
-    sum_over(mesh_, {&mesh_.fsdp, &mesh_.tp, &mesh_.pp}, squares, Traffic::norm);
+    sum_over(mesh_.that(&AxisKind::splits_model), squares, Traffic::norm, mesh_.stream);
   });
   fsdp.end_step();
 }
@@ -164,6 +175,6 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
     next = Tensor({1, gpt.config.vocab}, gpt.config.dtype, Memory::workspace);
     fill(next, 0);
   }
-  sum_over(mesh_, {&mesh_.pp}, next, Traffic::evaluation);
+  sum_over({mesh_["pp"]}, next, Traffic::evaluation, mesh_.stream);
   return download(next);
 }

@@ -58,8 +58,8 @@ class Trainer {
     // head
     std::vector<int> uses = {};
   };
-  int data_ranks() const { return mesh_.fsdp.size * mesh_.replicate.size; }
-  int data_rank() const { return mesh_.replicate.rank * mesh_.fsdp.size + mesh_.fsdp.rank; }
+  int64_t data_ranks() const { return mesh_.layout.data_ranks(); }
+  int64_t data_rank() const;
   Tokens read(int64_t first, int64_t count, const Sequences& sequence) const;
   void add_piece(int chunk, Range layers);
   Var forward(Tape& tape, int chunk, const Var& in, const Tokens& tokens);

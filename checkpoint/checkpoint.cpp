@@ -17,7 +17,13 @@ using nlohmann::json;
 
 NLOHMANN_JSON_SERIALIZE_ENUM(Dtype, {{Dtype::f32, "f32"}, {Dtype::f64, "f64"}})
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(ModelSize, layers, width, heads, context, vocab)
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Layout, pp, replicate, fsdp, tp)
+static void to_json(json& j, const Layout& layout) {
+  for (size_t a = 0; a < kAxes.size(); a++) j[kAxes[a].name] = layout.sizes[a];
+}
+// an axis that a manifest does not know had one rank
+static void from_json(const json& j, Layout& layout) {
+  for (size_t a = 0; a < kAxes.size(); a++) layout.sizes[a] = j.value(kAxes[a].name, int64_t(1));
+}
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(CheckpointInfo, step, model, layout, dtype, seed, options, data)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(WrittenFile, name, bytes, checksum)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Slice, outer, split, inner, begin, end)
@@ -268,8 +274,10 @@ void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t
                      const Job& job, const Mesh& mesh, const std::vector<Shard>& shards) {
   const std::string path = dir + "/" + step_name(info.step);
   Saved mine;
+  bool copy = false;  // another rank saves it
+  for (const Axis& axis : mesh.that(&AxisKind::splits_model, false)) copy |= axis.rank != 0;
   for (const Shard& s : shards) {
-    if (mesh.replicate.rank != 0 || !s.param->counted) continue;  // another rank saves it
+    if (copy || !s.param->counted) continue;  // another rank saves it
     const Shape shape = file_shape(*s.param), here{s.weights.numel()};
     const auto array = [&](Part part, const Tensor& x) {
       return NamedArray{s.param->name + suffix(part), x.numel() == elements(shape) ? shape : here,

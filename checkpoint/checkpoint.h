@@ -21,9 +21,9 @@
 #include <memory>
 #include <optional>
 
-#include "comm.h"
+#include "gpt.h"
+#include "launch/job.h"
 #include "optimizer.h"
-#include "launch/options.h"
 #include "checkpoint/safetensors.h"
 
 struct CheckpointInfo {

@@ -12,6 +12,7 @@
 #include <nlohmann/json.hpp>
 
 #include "inference/generator.h"
+#include "launch/options.h"
 #include "launch/program.h"
 #include "inference/sampling.h"
 #include "inference/tokenizer.h"
@@ -48,11 +49,10 @@ static OptionTable table(GenerateOptions& o) {
            {"top-p", "P", Real{&o.top_p, false},
             "only the likeliest that together reach this probability"},
        }},
-      computing_options(o, "pp x tp"),
+      computing_options(o),
+      mesh_options(o.layout, false),
   };
 }
-
-static Layout layout(const GenerateOptions& o) { return {int(o.pp), 1, 1, int(o.tp)}; }
 
 static void resolve(GenerateOptions& o, std::unique_ptr<Checkpoint>& checkpoint) {
   if (!o.checkpoint.empty()) {
@@ -149,8 +149,7 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
   const size_t B = prompts.size();
   size_t longest = 0;
   for (const auto& p : prompts) longest = std::max(longest, p.size());
-  Generator generator(mesh, model_config(o.model, o.dtype, o.attention), int64_t(B),
-                      int64_t(longest) + o.tokens);
+  Generator generator(mesh, model_config(o), int64_t(B), int64_t(longest) + o.tokens);
   if (checkpoint) watch.at_files([&] { generator.load_weights(*checkpoint); });
   else generator.initialise(uint64_t(o.seed));
 
@@ -220,7 +219,7 @@ int main(int argc, char** argv) {
     }
     open_device(job.local_rank % device_count(), o.device_memory << 20);
     resolve(o, checkpoint);
-    check_ranks(layout(o), job.size);
+    check_ranks(o.layout, job.size);
     matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
     if (checkpoint) checkpoint->verify("weights-", job.rank, job.size);
     tokenizer = std::make_unique<Tokenizer>(
@@ -230,7 +229,7 @@ int main(int argc, char** argv) {
     auto given = values_of(table(o));
     if (checkpoint)
       given.emplace_back("the checkpoint", content_of({checkpoint->path + "/manifest.json"}));
-    return Start{layout(o), o.timeout, given};
+    return Start{o.layout, o.timeout, given};
   };
   return run_program("generate", argc, argv, prepare,
                      [&](const Job& job, Mesh& mesh, Watch& watch) {

@@ -4,11 +4,11 @@
 // ---- set-up
 
 Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int64_t room)
-    : gpt(config, mesh.tp, mesh.stream),
+    : gpt(config, mesh["tp"], mesh.stream),
       mesh_(mesh),
-      layers_(
-          split_layers(config.layers, head_in_layers(config), mesh.pp.size)[size_t(mesh.pp.rank)]),
-      pipeline_(mesh, make_schedule("gpipe", mesh.pp.size, 1)),
+      layers_(split_layers(config.layers, head_in_layers(config),
+                           mesh["pp"].size)[size_t(mesh["pp"].rank)]),
+      pipeline_(mesh, make_schedule("gpipe", mesh["pp"].size, 1)),
       lengths_(size_t(sequences), 0),
       sequences_(sequences),
       room_(room) {
@@ -96,14 +96,15 @@ Generator::Logits Generator::decode(const std::vector<int>& tokens) {
 }
 
 std::vector<int> Generator::share(std::vector<int> picked) {
-  if (mesh_.pp.size == 1) return picked;
+  if (mesh_["pp"].size == 1) return picked;
   picked.resize(size_t(sequences_));
   const Tensor tokens({sequences_}, Dtype::i32, Memory::data);
   upload(tokens, picked.data());
   make_wait(mesh_.stream, device().compute);  // the tokens must be on the device
-  ledger.broadcast(mesh_.pp, tokens.bytes());
+  const Timed timed(mesh_.stream);
+  ledger.broadcast(mesh_["pp"], tokens.bytes());
   NCCL_CHECK(ncclBroadcast(tokens.raw(), tokens.raw(), size_t(sequences_), ncclInt32,
-                           mesh_.pp.size - 1, mesh_.pp.comm, mesh_.stream));
+                           mesh_["pp"].size - 1, mesh_["pp"].comm, mesh_.stream));
   make_wait(device().compute, mesh_.stream);  // they must have arrived
   download(tokens, picked.data());
   return picked;
@@ -112,12 +113,12 @@ std::vector<int> Generator::share(std::vector<int> picked) {
 // ---- theory: tensor parallelism sums two activations a block and one of the embedding, and gathers the logits; a pipeline sends one on
 
 int64_t Generator::predicted_bytes(int64_t steps) const {
-  const int64_t B = sequences_, e = int64_t(size_of(gpt.config.dtype)), n = mesh_.tp.size;
+  const int64_t B = sequences_, e = int64_t(size_of(gpt.config.dtype)), n = mesh_["tp"].size;
   const int64_t activation = B * gpt.config.width * e,
                 sums = 2 * layers_.size() + (first() ? 1 : 0);
   int64_t bytes = 2 * (n - 1) * activation * sums * steps / n;
   if (last()) bytes += (n - 1) * B * ((gpt.config.vocab + n - 1) / n) * e * steps;
   else bytes += activation * steps;
-  if (mesh_.pp.size > 1) bytes += B * 4 * steps;  // the tokens
+  if (mesh_["pp"].size > 1) bytes += B * 4 * steps;  // the tokens
   return bytes;
 }

@@ -47,8 +47,8 @@ class Generator {
   Logits forward(int64_t rows, int64_t last_row, const Tokens& tokens,
                  const std::function<Gpt::Attend(int64_t layer)>& attend);
   std::vector<Param*> params();
-  bool first() const { return mesh_.pp.rank == 0; }
-  bool last() const { return mesh_.pp.rank + 1 == mesh_.pp.size; }
+  bool first() const { return mesh_["pp"].rank == 0; }
+  bool last() const { return mesh_["pp"].rank + 1 == mesh_["pp"].size; }
 
   Mesh& mesh_;
   Range layers_;                // of this stage

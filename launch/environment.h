@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "comm.h"
+#include "launch/job.h"
 
 // of the first thread, for MPI and us
 void check_stack();

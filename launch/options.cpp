@@ -44,8 +44,6 @@ static const Preset& preset_of(const std::string& name) {
   return *preset;
 }
 
-constexpr int64_t kMaxRanks = 50'000;  // of an axis: the product of four fits an int64_t
-
 OptionGroup model_options(CommonOptions& o) {
   ModelSize& m = o.model;
   std::vector<std::string> models;
@@ -64,14 +62,27 @@ OptionGroup model_options(CommonOptions& o) {
           }};
 }
 
-OptionGroup computing_options(CommonOptions& o, const std::string& ranks) {
+static std::string names_of_axes(auto which) {  // "replicate x fsdp"
+  std::string names;
+  for (const AxisKind& axis : kAxes)
+    if (which(axis)) names += (names.empty() ? "" : " x ") + std::string(axis.name);
+  return names;
+}
+
+OptionGroup mesh_options(Layout& layout, bool has_batch) {
+  const auto is_there = [=](const AxisKind& axis) { return has_batch || !axis.splits_batch; };
+  OptionGroup group{"Mesh: mpiexec -n (" + names_of_axes(is_there) + ")", {}};
+  for (size_t a = 0; a < kAxes.size(); a++)
+    if (is_there(kAxes[a]))
+      group.options.push_back(
+          {kAxes[a].name, kAxes[a].letter, Whole{&layout.sizes[a], 1, 50'000}, kAxes[a].help});
+  return group;
+}
+
+OptionGroup computing_options(CommonOptions& o) {
   return {
-      "Computing: mpiexec -n (" + ranks + ")",
+      "Computing",
       {
-          {"tp", "T", Whole{&o.tp, 1, kMaxRanks},
-           "tensor parallelism: each layer's weights are split over T ranks"},
-          {"pp", "P", Whole{&o.pp, 1, kMaxRanks},
-           "pipeline parallelism: the layers are cut into P stages"},
           {"dtype", "", Choice{&o.dtype, {"f32", "bf16", "f64"}},
            "what is computed in; f64 is for proofs", "bf16 on a GPU, else f32"},
           {"matmul", "", Choice{&o.matmul, {"cublas", "own"}},
@@ -96,8 +107,17 @@ void resolve_common(CommonOptions& o, bool has_gpu) {
   if (o.dtype.empty()) o.dtype = has_gpu ? "bf16" : "f32";
 }
 
+GptConfig model_config(const CommonOptions& o) {
+  return {o.model,
+          o.dtype == "f64"    ? Dtype::f64
+          : o.dtype == "bf16" ? Dtype::bf16
+                              : Dtype::f32,
+          o.attention == "flash" ? AttentionKind::flash : AttentionKind::plain};
+}
+
 void check_common(const CommonOptions& o, int64_t chunks) {
   const ModelSize& m = o.model;
+  const int64_t tp = o.layout["tp"], pp = o.layout["pp"];
   REQUIRE(std::min({m.layers, m.width, m.heads, m.context, m.vocab}) > 0,
           "--layers, --width, --heads, --context and --vocab must be at least 1");
   REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads,
@@ -106,11 +126,11 @@ void check_common(const CommonOptions& o, int64_t chunks) {
           "--attention flash takes heads of at most 128 channels, and a width of ", m.width,
           " with ", m.heads, m.heads == 1 ? " head" : " heads", " makes them ", m.width / m.heads,
           " wide: give --attention plain or more --heads");
-  REQUIRE(o.tp <= m.heads, "--tp ", o.tp, " has more ranks than the ", m.heads,
+  REQUIRE(tp <= m.heads, "--tp ", tp, " has more ranks than the ", m.heads,
           " attention heads that they would share (--heads)");
-  REQUIRE(o.tp <= m.vocab, "--tp ", o.tp, " has more ranks than the vocabulary has tokens, ",
-          m.vocab, " (--vocab)");
-  REQUIRE(o.pp * chunks <= m.layers, m.layers, " layers cannot be cut into ", o.pp, " stages",
+  REQUIRE(tp <= m.vocab, "--tp ", tp, " has more ranks than the vocabulary has tokens, ", m.vocab,
+          " (--vocab)");
+  REQUIRE(pp * chunks <= m.layers, m.layers, " layers cannot be cut into ", pp, " stages",
           chunks > 1 ? sentence(" of ", chunks, " chunks") : "",
           ": each needs a layer (--layers, --pp", chunks > 1 ? ", --chunks)" : ")");
 }
@@ -145,13 +165,10 @@ static OptionTable table(Options& o) {
            {"recompute", "", Flag{&o.recompute},
             "keep only the input of each block and run its forward again in the backward"},
        }},
-      computing_options(o, "pp x replicate x fsdp x tp"),
+      computing_options(o),
+      mesh_options(o.layout, true),
       {"Strategies: what the ranks of an axis share",
        {
-           {"replicate", "R", Whole{&o.replicate, 1, kMaxRanks},
-            "data parallelism: copies of the model, gradients summed over them"},
-           {"fsdp", "S", Whole{&o.fsdp, 1, kMaxRanks},
-            "fully sharded data parallelism: each rank owns 1/S of every layer"},
            {"zero", "STAGE", Whole{&o.zero, 1, 3},
             "what fsdp shards: optimizer state, and gradients, and parameters", "3"},
            {"reshard-after-forward", "", Choice{&o.reshard, {"yes", "no"}},
@@ -214,21 +231,21 @@ void resolve(Options& o, bool has_gpu) {
   resolve_common(o, has_gpu);
   const Preset& preset = preset_of(o.model_name);
   if (o.steps == 0) o.steps = preset.steps;
-  const int64_t ranks = o.replicate * o.fsdp;  // that share the batch
+  const int64_t ranks = o.layout.data_ranks(), pp = o.layout["pp"];
   const ScheduleRow& schedule = schedule_row(o.schedule.empty() ? "1f1b" : o.schedule);
-  if (o.chunks == 0) o.chunks = o.pp > 1 ? schedule.chunks() : 1;
+  if (o.chunks == 0) o.chunks = pp > 1 ? schedule.chunks() : 1;
   // a pipeline wants several micro-batches
-  const int64_t parts = ranks * (o.pp > 1 ? 2 * o.pp : 1);
+  const int64_t parts = ranks * (pp > 1 ? 2 * pp : 1);
   if (o.batch == 0) o.batch = (preset.batch + parts - 1) / parts * parts;
   // the largest that divides the batch, into a number of micro-batches that the schedule takes
   if (o.microbatch == 0) {
     const auto fits = [&](int64_t b) {
-      return o.batch % (b * ranks * schedule.round(int(o.pp))) == 0;
+      return o.batch % (b * ranks * schedule.round(int(pp))) == 0;
     };
     o.microbatch = std::max<int64_t>(1, o.batch / parts);
     while (o.microbatch > 1 && !fits(o.microbatch)) o.microbatch--;
   }
-  if (o.zero == 0 && o.fsdp > 1) o.zero = 3;
+  if (o.zero == 0 && o.layout["fsdp"] > 1) o.zero = 3;
   if (o.reshard.empty() && o.zero == 3) o.reshard = "yes";
   if (o.prefetch < 0 && ranks > 1) o.prefetch = 1;
   if (o.lr == 0) o.lr = preset.lr;
@@ -256,26 +273,27 @@ static void check_reports(const Options& o) {
 }
 
 void check(const Options& o) {
-  check_common(o, o.pp > 1 ? o.chunks : 1);
-  REQUIRE(o.batch % (o.microbatch * o.replicate * o.fsdp) == 0, "a batch of ", o.batch,
+  const int64_t pp = o.layout["pp"], fsdp = o.layout["fsdp"], ranks = o.layout.data_ranks();
+  check_common(o, pp > 1 ? o.chunks : 1);
+  REQUIRE(o.batch % (o.microbatch * ranks) == 0, "a batch of ", o.batch,
           " does not divide into micro-batches of ", o.microbatch,
-          o.replicate * o.fsdp == 1
-              ? ""
-              : sentence(" on ", o.replicate * o.fsdp, " data-parallel ranks (replicate x fsdp)"),
+          ranks == 1 ? ""
+                     : sentence(" on ", ranks, " data-parallel ranks (",
+                                names_of_axes([](auto& a) { return a.splits_batch; }), ")"),
           ": change --batch or --microbatch");
-  REQUIRE(o.fsdp > 1 || o.zero == 0, "--zero ", o.zero,
+  REQUIRE(fsdp > 1 || o.zero == 0, "--zero ", o.zero,
           " shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
   REQUIRE(
       o.reshard.empty() || o.zero == 3,
       "--reshard-after-forward is about the parameters that ZeRO-3 gathers: give --fsdp 2 or more",
-      o.fsdp > 1 ? " and --zero 3" : "");
-  REQUIRE(o.prefetch < 0 || o.fsdp * o.replicate > 1, "--prefetch ", o.prefetch,
+      fsdp > 1 ? " and --zero 3" : "");
+  REQUIRE(o.prefetch < 0 || ranks > 1, "--prefetch ", o.prefetch,
           " is about what ranks gather and sum: give --fsdp or --replicate "
           "2 or more");
   REQUIRE(
-      o.tp > 1 || !o.sequence_parallel,
+      o.layout["tp"] > 1 || !o.sequence_parallel,
       "--sequence-parallel splits activations over the ranks of --tp, which is 1: give --tp 2 or more");
-  REQUIRE(o.pp > 1 || (o.schedule.empty() && o.chunks == 1 && o.trace.empty()),
+  REQUIRE(pp > 1 || (o.schedule.empty() && o.chunks == 1 && o.trace.empty()),
           "--schedule, --chunks and --trace are about a pipeline: give --pp 2 or more");
   REQUIRE(!o.checkpoint.empty() || (!o.resume && o.save_every == 0 && o.keep < 0),
           "--save-every, --keep and --resume need a directory: give --checkpoint DIR");

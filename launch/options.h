@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "support/check.h"
+#include "gpt.h"
 
 // ---- the parser: knows no option
 
@@ -71,9 +71,6 @@ std::string help_text(const std::string& usage, const OptionTable& table);
 
 // ---- the options that train_gpt and generate share
 
-struct ModelSize {
-  int64_t layers = 0, width = 0, heads = 0, context = 0, vocab = 0;
-};
 // Fields without a default here, and in Options, are unset until they are resolved: 0, empty, or
 // negative where 0 has a meaning.
 struct CommonOptions {
@@ -82,16 +79,18 @@ struct CommonOptions {
   std::string checkpoint;  // directory; empty: none
   int64_t seed = 1337;
   std::string dtype, matmul = "cublas", attention = "flash";
-  int64_t pp = 1, tp = 1;     // ranks of the axes
+  Layout layout;              // the product of its axes is what mpiexec starts
   int64_t device_memory = 0;  // MiB; 0: no cap
   int64_t timeout = 600;      // seconds
   bool help = false;
 };
 OptionGroup model_options(CommonOptions& options);  // --model and what overrides its sizes
-// ranks: their number, in words
-OptionGroup computing_options(CommonOptions& options, const std::string& ranks);
+// --pp and the like: a row for each axis, or for each that splits no batch
+OptionGroup mesh_options(Layout& layout, bool has_batch);
+OptionGroup computing_options(CommonOptions& options);
 // sizes that are unset become the named model's
 void resolve_common(CommonOptions& options, bool has_gpu);
+GptConfig model_config(const CommonOptions& options);
 // what cannot work: a sentence. chunks: of a stage
 void check_common(const CommonOptions& options, int64_t chunks = 1);
 
@@ -107,8 +106,6 @@ struct Options : CommonOptions {
   double weight_decay = 0.1, clip = 1.0;
   bool recompute = false;
 
-  // ranks of the other two axes; the product of all is what mpiexec starts
-  int64_t replicate = 1, fsdp = 1;
   // unset where they mean nothing: without shards; without shards and copies
   int64_t zero = 0, prefetch = -1;
   std::string reshard;  // unset below ZeRO-3

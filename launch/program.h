@@ -8,6 +8,7 @@
 #include <optional>
 
 #include "launch/environment.h"
+#include "launch/first_minute.h"
 #include "launch/signals.h"
 #include "launch/watch.h"
 
@@ -38,7 +39,8 @@ int run_program(const char* name, int argc, char** argv, Prepare prepare, Work w
       start = prepare(job);
       if (start) check_products();
     }));
-    if (error.empty() && start) error = differences(job, start->given);
+    if (error.empty())
+      error = differences(job, start ? start->given : decltype(start->given){{"--help", "given"}});
     if (!error.empty() && job.speaks) fprintf(stderr, "%s: %s\n", name, error.c_str());
     if (!error.empty()) return 1;
     if (!start) return check_printed(), 0;
@@ -46,12 +48,12 @@ int run_program(const char* name, int argc, char** argv, Prepare prepare, Work w
     setenv("THREEFOLD_TIMEOUT", sentence(start->timeout + 10).c_str(), 0);
     {
       Watch watch(job, double(start->timeout));
-      Mesh mesh = open_mesh(job, start->layout);
+      Mesh mesh = open_mesh(start->layout);
       watch.observe(mesh);
       check_mesh(mesh);
       watch.step(0);
       work(job, mesh, watch);
-      watch.observe({});
+      watch.observe(Mesh());
       close_mesh(mesh);
     }
     close_device();

@@ -69,7 +69,7 @@ Watch::Watch(Job& job, double timeout_seconds)
   job.explained = &records_[0].explained;
   if (job.local_rank == 0) start_child();
   ledger.on_enter = [this](const Axis& axis, Collective c) {
-    strncpy(mine_->axis, axis.name, sizeof mine_->axis - 1);
+    strncpy(mine_->axis, axis.name.c_str(), sizeof mine_->axis - 1);
     mine_->collective = int(c);
     mine_->collectives++;
     mine_->progress_ms = now_ms();
@@ -95,7 +95,7 @@ void Watch::progress() { mine_->progress_ms = now_ms(); }
 void Watch::observe(const Mesh& m) {
   std::lock_guard lock(mutex_);
   observed_.clear();
-  for (const Axis& axis : {m.world, m.tp, m.fsdp, m.replicate, m.pp})
+  for (const Axis& axis : m.every_axis())
     if (axis.comm) observed_.push_back(axis);
 }
 

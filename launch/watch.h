@@ -24,6 +24,7 @@
 #include <vector>
 
 #include "comm.h"
+#include "launch/job.h"
 
 struct WatchRecord {
   std::atomic<int> rank, pid;

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <nlohmann/json.hpp>
 
+#include "launch/job.h"
 #include "report/draw_schedule.h"
 #include "report/trace.h"
 #include "theory/theory.h"
@@ -160,8 +161,8 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
 void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options,
                          int64_t steps, double communication, const std::string& trace,
                          Metrics& metrics) {
-  const Layout& l = mesh.layout;
-  const Theory t = theory(trainer.gpt.config, l, mesh.pp.rank, mesh.tp.rank, options);
+  const Theory t =
+      theory(trainer.gpt.config, mesh.layout, mesh["pp"].rank, mesh["tp"].rank, options);
   const MemoryUse& m = device().memory;
   const bool pipelined = trainer.pipeline.timed;
   const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.kept_activations())},
@@ -174,11 +175,11 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const Trainer
   std::vector<Json> ranks;
   for (const std::string& of_rank : texts) ranks.push_back(Json::parse(of_rank));
   Json summary{{"summary", true},
-               {"layout",
-                {{"pp", l.pp}, {"replicate", l.replicate}, {"fsdp", l.fsdp}, {"tp", l.tp}}},
+               {"layout", Json::object()},
                {"memory", Json::array()},
                {"traffic", Json::array()},
                {"communication_share", Json::array()}};
+  for (const Axis& axis : mesh.axes) summary["layout"][axis.name] = axis.size;
   for (const Json& rank : ranks) {
     summary["memory"].push_back(rank["memory"]);
     summary["traffic"].insert(summary["traffic"].end(), rank["traffic"].begin(),

@@ -20,7 +20,7 @@
 #include <cstdio>
 #include <functional>
 
-#include "comm.h"
+#include "launch/job.h"
 #include "tests/test.h"
 
 namespace {

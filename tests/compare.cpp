@@ -11,8 +11,8 @@
 #include <nlohmann/json.hpp>
 #include <sstream>
 
+#include "comm.h"
 #include "report/draw_schedule.h"
-#include "support/check.h"
 
 namespace {
 
@@ -25,8 +25,12 @@ struct Job {
   Json summary, trace;
 };
 
+std::vector<std::string> names_of_axes() {
+  std::vector<std::string> names;
+  for (const AxisKind& axis : kAxes) names.push_back(axis.name);
+  return names;
+}
 const char* const kPersistent[] = {"parameters", "gradients", "optimizer"};
-const char* const kAxes[] = {"fsdp", "replicate", "tp", "pp"};
 
 std::string format(const char* pattern, auto... values) {
   char text[400];
@@ -164,9 +168,10 @@ std::vector<Table> tables(const std::vector<Job>& jobs) {
       {"strategy", "parameters", "gradients", "optimizer", "kept activations", "all at the peak",
        "differ from formula"},
       {}};
-  Table traffic{"Sent by the busiest rank per step, MiB",
-                {"strategy", "fsdp", "replicate", "tp", "pp", "all", "by formula", "calls"},
-                {}};
+  Table traffic{"Sent by the busiest rank per step, MiB", {"strategy"}, {}};
+  std::vector<std::string> columns = names_of_axes();
+  columns.insert(columns.end(), {"all", "by formula", "calls"});
+  traffic.head.insert(traffic.head.end(), columns.begin(), columns.end());
   for (const Job& j : jobs) {
     time.rows.push_back({j.name, sentence(j.ranks), format("%.5f", j.losses.back()),
                          &j == &serial ? "-" : format("%.1e", difference(j, serial)),
@@ -180,7 +185,7 @@ std::vector<Table> tables(const std::vector<Job>& jobs) {
                            format("%.2f", mib(m["peak"].get<double>())), sentence(differing(j))});
     const Sent s = sent(j, busiest(j));
     std::vector<std::string> row{j.name};
-    for (const char* axis : kAxes)
+    for (const std::string& axis : names_of_axes())
       row.push_back(s.axis.count(axis) ? format("%.3f", mib(s.axis.at(axis))) : "-");
     row.insert(row.end(), {format("%.3f", mib(s.all)),
                            format("%.3f", mib(sent(j, busiest(j), "predicted_bytes").all)),
@@ -488,7 +493,7 @@ std::string report(const std::vector<Job>& jobs, const std::vector<Table>& all,
     if (j.ranks == 1) continue;
     bar = {j.name, {}, {}};
     const Sent got = sent(j, busiest(j)), formula = sent(j, busiest(j), "predicted_bytes");
-    for (const char* axis : kAxes) {
+    for (const std::string& axis : names_of_axes()) {
       bar.parts.push_back(got.axis.count(axis) ? mib(got.axis.at(axis)) : 0);
       bar.predicted.push_back(formula.axis.count(axis) ? mib(formula.axis.at(axis)) : 0);
     }
@@ -521,7 +526,7 @@ std::string report(const std::vector<Job>& jobs, const std::vector<Table>& all,
               "MiB", categories, memory) +
           (traffic.empty() ? ""
                            : bars("Sent by the busiest rank per step, by mesh axis", "MiB per step",
-                                  {"fsdp", "replicate", "tp", "pp"}, traffic)) +
+                                  names_of_axes(), traffic)) +
           "</div>");
   section("pipelines", "Pipelines as they ran", timelines(jobs));
   section("numbers", "All numbers", tables_as_html);

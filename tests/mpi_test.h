@@ -1,7 +1,9 @@
 // mpi_test.h: test.h for programs that run under mpiexec: a test passes when it passes on every
 // rank, and rank 0 prints the line.
 #pragma once
-#include "comm.h"
+#include <utility>
+
+#include "launch/job.h"
 #include "tensor.h"
 #include "tests/test.h"
 
@@ -10,6 +12,22 @@ inline Job*& the_job() {
   return job;
 }
 inline Job& job() { return *the_job(); }
+
+// every layout of so many ranks, the slowest axis changing last
+inline std::vector<Layout> layouts_of(int64_t ranks) {
+  std::vector<Layout> all{Layout{}};
+  for (size_t a = 0; a < kAxes.size(); a++) {
+    const std::vector<Layout> shorter = std::exchange(all, {});
+    const bool last = a + 1 == kAxes.size();
+    for (Layout l : shorter)
+      for (int64_t n = 1; n <= ranks; n++) {
+        l.sizes[a] = n;
+        if (last ? l.ranks() == ranks : ranks % l.ranks() == 0) all.push_back(l);
+        l.sizes[a] = 1;
+      }
+  }
+  return all;
+}
 
 inline int run_mpi_tests(int argc, char** argv) {
   Job job(&argc, &argv);

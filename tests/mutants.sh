@@ -69,13 +69,13 @@ mutant waits a_stage_sends_before_it_has_computed pipeline.cpp 's/^    if \(t.se
 mutant waits a_stage_computes_before_its_input_has_arrived pipeline.cpp '/it must have arrived/d' 2 queued test_pipeline $parity_pp
 
 mutant faults the_reduce_scatter_is_dropped fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/,/;$/d' 2 immediate test_fsdp $parity
-mutant faults the_all_reduce_over_replicate_is_dropped fsdp.cpp '/NCCL_CHECK\(ncclAllReduce\(u.own_grad.raw/,/;$/d' 2 immediate test_fsdp $parity
-mutant faults the_shards_are_swapped fsdp.cpp 's/Tensor mine = u.full_grad.part\(mesh_.fsdp.rank/Tensor mine = u.full_grad.part((mesh_.fsdp.size - 1 - mesh_.fsdp.rank)/' 2 immediate test_fsdp $parity
+mutant faults the_all_reduce_over_copies_is_dropped fsdp.cpp '/NCCL_CHECK\(ncclAllReduce\(u.own_grad.raw/,/;$/d' 2 immediate test_fsdp $parity
+mutant faults the_shards_are_swapped fsdp.cpp 's/Tensor mine = u.full_grad.part\(axis_.rank/Tensor mine = u.full_grad.part((axis_.size - 1 - axis_.rank)/' 2 immediate test_fsdp $parity
 mutant faults the_loss_is_scaled_twice trainer.cpp 's/1.0 \/ double\(options_.batch/2.0 \/ double(options_.batch/' 2 immediate test_fsdp $parity
 mutant faults a_rank_repeats_the_sequences_of_another trainer.cpp 's/data_ranks\(\) \+ data_rank\(\)\) \* b/data_ranks()) * b/' 2 immediate test_fsdp $parity
 mutant faults the_tied_gradient_is_forgotten fsdp.cpp '/if \(p->tied\) add\(/d' 1 immediate test_fsdp $parity
-mutant faults the_norm_is_not_summed_over_shards trainer.cpp 's/\{&mesh_.fsdp, &mesh_.tp/{\&mesh_.tp/' 2 immediate test_fsdp $parity
-mutant faults the_weights_are_gathered_once_for_all_steps fsdp.cpp 's/u.gathered = mesh_.fsdp.size == 1;.*/;/; s/  for \(Unit& u : units_\) give_back\(u\);.*//' 2 immediate test_fsdp $parity
+mutant faults the_norm_is_not_summed_over_shards trainer.cpp 's/mesh_.that\(&AxisKind::splits_model\), squares/{mesh_["tp"]}, squares/' 2 immediate test_fsdp $parity
+mutant faults the_weights_are_gathered_once_for_all_steps fsdp.cpp 's/u.gathered = axis_.size == 1;.*/;/; s/  for \(Unit& u : units_\) give_back\(u\);.*//' 2 immediate test_fsdp $parity
 mutant faults only_the_last_micro_batch_counts fsdp.cpp 's/  add\(u.own_grad, u.own_grad, u.full_grad/  copy(u.own_grad, u.full_grad/' 2 immediate test_fsdp $parity
 mutant faults a_unit_is_gathered_once_too_often fsdp.cpp 's/if \(returns && \(!tape.recording\(\) \|\| backward != Backward::keeps\)\)/if (returns)/' 2 immediate test_fsdp $formulas
 mutant faults nothing_is_given_back fsdp.cpp 's/  u.full = Tensor\(\);.*//' 2 immediate test_fsdp $formulas
@@ -87,8 +87,8 @@ mutant faults gradients_stay_in_parts tensor_parallel.cpp 's/^  if \(!by_rows_\)
 mutant faults the_targets_logit_is_not_summed tensor_parallel.cpp 's/parts.part\(R, \{2, R\}\)/parts.part(R, {R})/' 2 immediate test_tensor_parallel $parity_tp
 
 mutant faults the_head_s_part_of_the_tied_gradient_stays_away pipeline.cpp 's/^  add\(gradient, gradient, other\);.*//' 2 immediate test_pipeline $parity_pp
-mutant faults both_ends_count_the_token_embedding_in_the_norm trainer.cpp 's/gpt.wte.counted = mesh.pp.rank == 0;//' 2 immediate test_pipeline $parity_pp
-mutant faults only_the_last_stage_knows_the_loss trainer.cpp 's/, &mesh_.pp\}, total_/}, total_/' 2 immediate test_pipeline $parity_pp
+mutant faults both_ends_count_the_token_embedding_in_the_norm trainer.cpp 's/gpt.wte.counted = mesh\["pp"\].rank == 0;//' 2 immediate test_pipeline $parity_pp
+mutant faults only_the_last_stage_knows_the_loss trainer.cpp '/axes.push_back\(mesh_\["pp"\]\);/d' 2 immediate test_pipeline $parity_pp
 mutant faults weight_gradients_are_computed_twice pipeline.cpp 's/live.later.pop_front\(\)\) live.later.front\(\)\(\)/live.later.pop_front()) live.later.front()(), live.later.front()()/' 2 immediate test_pipeline $parity_pp
 
 # Off by one, and still a schedule: only its bubble or what is live tells.
@@ -102,13 +102,14 @@ mutant faults transfers_come_after_the_computations_of_their_tick schedule.cpp '
 mutant faults a_transfer_takes_no_moment schedule.cpp 's/moves \* kMoment/0/' 1 immediate test_schedule
 
 mesh=open_mesh ledger=ledger_enters
-mutant faults ranks_of_other_lines_talk comm.cpp 's/color = job.rank - axis->rank \* stride/color = axis->rank/' 4 immediate test_comm $mesh
-mutant faults the_color_of_fsdp_forgets_tp comm.cpp 's/axis->rank \* stride/axis->rank/' 4 immediate test_comm $mesh
-mutant faults the_ranks_of_an_axis_are_swapped comm.cpp 's/axis->rank = rank % axis->size,/axis->rank = axis->size - 1 - rank % axis->size,/' 2 immediate test_comm $mesh
-mutant faults the_first_minute_expects_another_sum comm.cpp 's/n \* \(n \+ 1\) \/ 2/n * (n - 1) \/ 2/' 2 immediate test_comm $mesh
+mutant faults ranks_of_other_lines_talk comm.cpp 's/color = m.rank - axis.rank \* stride/color = axis.rank/' 4 immediate test_comm $mesh
+mutant faults the_color_of_fsdp_forgets_tp comm.cpp 's/axis.rank \* stride/axis.rank/' 4 immediate test_comm $mesh
+mutant faults the_ranks_of_an_axis_are_swapped comm.cpp 's/rank % n\}/n - 1 - rank % n}/' 2 immediate test_comm $mesh
+mutant faults joined_axes_number_the_fast_axis_first comm.cpp 's/axis.rank = axis.rank \* m.axes\[a\].size \+ m.axes\[a\].rank/axis.rank += axis.size * m.axes[a].rank/' 4 immediate test_comm joined
+mutant faults the_first_minute_expects_another_sum launch/first_minute.cpp 's/n \* \(n \+ 1\) \/ 2/n * (n - 1) \/ 2/' 2 immediate test_comm $mesh
 mutant faults the_ledger_enters_twice_the_bytes comm.cpp 's/row.numerator \+= numerator/row.numerator += 2 * numerator/' 2 immediate test_comm $ledger
 mutant faults the_ledger_forgets_to_count_calls comm.cpp '/row.calls\+\+;/d' 2 immediate test_comm $ledger
-mutant faults ranks_agree_that_all_is_well_when_one_is comm.cpp 's/if \(!text.empty\(\)\) return text/return text/' 2 immediate test_comm agree
+mutant faults ranks_agree_that_all_is_well_when_one_is launch/job.cpp 's/if \(!text.empty\(\)\) return text/return text/' 2 immediate test_comm agree
 
 mutant faults all_that_hold_a_parameter_count_it_in_the_norm optimizer.cpp 's/if \(s.param->counted\) //' 2 immediate test_tensor_parallel $parity_tp
 mutant faults the_norm_is_that_of_this_rank optimizer.cpp 's/if \(sum_squares\) sum_squares\(squares_\);//' 2 immediate test_fsdp $parity

@@ -87,23 +87,23 @@ inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer
                     outer = i / s.inner / n;
       const size_t to =
           size_t(starts[shard.param->id] + (outer * s.split + s.begin + middle) * s.inner + inner);
-      mine[to] = n < s.split || mesh.tp.rank == 0 ? values[k] : 0;
+      mine[to] = n < s.split || mesh["tp"].rank == 0 ? values[k] : 0;
       copies[to] = values[k];
     }
   }
-  mine = sum_over(mesh, mesh.fsdp, mine), copies = sum_over(mesh, mesh.fsdp, copies);
-  mine = sum_over(mesh, mesh.tp, mine);
+  mine = sum_over(mesh, mesh["fsdp"], mine), copies = sum_over(mesh, mesh["fsdp"], copies);
+  mine = sum_over(mesh, mesh["tp"], mine);
   for (size_t i = 0; i < mine.size(); i++)
     if (copies[i] != 0)
       CHECK_EQ(copies[i], mine[i], "element ", i, " of the model differs between tp ranks");
   // the first parameter: on the first and the last stage
-  const size_t tied = mesh.pp.size > 1 ? size_t(elements(trainer.gpt.wte.shape)) : 0;
+  const size_t tied = mesh["pp"].size > 1 ? size_t(elements(trainer.gpt.wte.shape)) : 0;
   first = last = mine;
-  if (mesh.pp.rank != 0) std::fill(first.begin(), first.begin() + long(tied), 0.0);
+  if (mesh["pp"].rank != 0) std::fill(first.begin(), first.begin() + long(tied), 0.0);
   last.resize(tied);
-  if (mesh.pp.rank == 0) std::fill(last.begin(), last.end(), 0.0);
-  first = sum_over(mesh, mesh.pp, first);
-  if (tied) last = sum_over(mesh, mesh.pp, last);
+  if (mesh["pp"].rank == 0) std::fill(last.begin(), last.end(), 0.0);
+  first = sum_over(mesh, mesh["pp"], first);
+  if (tied) last = sum_over(mesh, mesh["pp"], last);
   CHECK(std::equal(last.begin(), last.end(), first.begin()),
         "the token embedding is not the same on the first and the last stage");
   std::vector<std::vector<double>> params;
@@ -204,7 +204,7 @@ class Parity {
 template <class Check> int64_t equals_theory(Mesh& mesh, const GptConfig& config,
                                              const TrainerOptions& options, const std::string& name,
                                              Check check) {
-  const Theory expected = theory(config, mesh.layout, mesh.pp.rank, mesh.tp.rank, options);
+  const Theory expected = theory(config, mesh.layout, mesh["pp"].rank, mesh["tp"].rank, options);
   const MemoryUse before = device().memory;
   device().memory.peak = before.now;
   ledger.rows.clear();

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 cores=$(nproc) failed=0 began=$SECONDS equal="" skipped=""
 log=$(mktemp); trap 'rm -f "$log"' EXIT
 echo "every mesh of up to 8 ranks against one rank in f64: largest relative difference over all settings, 5 steps each"
-echo "  ranks   pp replicate  fsdp  tp  settings       loss gradients     norm  weights"
+echo "  ranks  settings       loss gradients     norm  weights   mesh"
 for n in 1 2 3 4 5 6 7 8; do
   threads=$((cores / n)); [ $threads -gt 0 ] || threads=1
   OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive mpiexec -n $n "build/$1/tests/test_parity" whole >"$log" 2>&1

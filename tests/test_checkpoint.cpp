@@ -4,8 +4,10 @@
 //   more and writes DIR/a/losses mpiexec -n N test_checkpoint resume SETTING DIR/a DIR/b...
 //   resumes from each and compares its next 5 losses with DIR/a/losses test_checkpoint logits DIR
 //   TOKEN...                         the logits after these tokens, one a line, in f64
-// SETTING: pp,replicate,fsdp,tp,zero,schedule,chunks,sequence-parallel,dtype
+// SETTING: pp=2,fsdp=2,schedule=zb,dtype=f64: axes, zero, schedule, chunks, by_rows (sequence
+// parallelism) and dtype; of what is left out the default
 #include <fstream>
+#include <sstream>
 
 #include "inference/generator.h"
 #include "tests/parity.h"
@@ -20,16 +22,19 @@ struct Setting {
 
 Setting parse_setting(const std::string& text) {
   Setting s;
-  char schedule[32], dtype[8];
-  int by_rows = 0;
-  CHECK_EQ(sscanf(text.c_str(), "%d,%d,%d,%d,%d,%31[^,],%d,%d,%7s", &s.layout.pp,
-                  &s.layout.replicate, &s.layout.fsdp, &s.layout.tp, &s.options.fsdp.zero, schedule,
-                  &s.options.chunks, &by_rows, dtype),
-           9, text);
-  s.options.schedule = schedule, s.options.batch = 24;
-  s.options.microbatch = 24 / (s.layout.replicate * s.layout.fsdp * (s.layout.pp > 1 ? 4 : 1));
-  s.config.sequence_parallel = by_rows != 0;
-  s.config.dtype = std::string(dtype) == "bf16" ? Dtype::bf16 : Dtype::f64;
+  std::istringstream fields(text);
+  for (std::string name, value;
+       std::getline(fields, name, '=') && std::getline(fields, value, ',');) {
+    for (size_t a = 0; a < kAxes.size(); a++)
+      if (name == kAxes[a].name) s.layout.sizes[a] = std::stoi(value);
+    if (name == "zero") s.options.fsdp.zero = std::stoi(value);
+    if (name == "schedule") s.options.schedule = value;
+    if (name == "chunks") s.options.chunks = std::stoi(value);
+    if (name == "by_rows") s.config.sequence_parallel = value == "1";
+    if (name == "dtype") s.config.dtype = value == "bf16" ? Dtype::bf16 : Dtype::f64;
+  }
+  s.options.batch = 24;
+  s.options.microbatch = 24 / (s.layout.data_ranks() * (s.layout["pp"] > 1 ? 4 : 1));
   s.config.attention = AttentionKind::plain;
   return s;
 }
@@ -45,7 +50,7 @@ std::vector<double> train(Trainer& trainer, const GptConfig& config, int first, 
 }
 
 void save(const std::string& dir, const Setting& s) {
-  Mesh mesh = open_mesh(job(), s.layout);
+  Mesh mesh = open_mesh(s.layout);
   {
     Trainer trainer(mesh, s.config, s.options);
     train(trainer, s.config, 1, 5);
@@ -64,7 +69,7 @@ void save(const std::string& dir, const Setting& s) {
 // "exact" where all 5 losses have the same bits, else the largest relative difference: one line a
 // directory
 void resume_from(const std::vector<std::string>& dirs, const Setting& s) {
-  Mesh mesh = open_mesh(job(), s.layout);
+  Mesh mesh = open_mesh(s.layout);
   for (const std::string& dir : dirs) {
     Trainer trainer(mesh, s.config, s.options);
     const auto found =
@@ -88,7 +93,7 @@ void resume_from(const std::vector<std::string>& dirs, const Setting& s) {
 void print_logits(const std::string& dir, const std::vector<int>& tokens) {
   const Checkpoint c(newest_path(dir));
   const GptConfig config{c.info.model, Dtype::f64};
-  Mesh mesh = open_mesh(job(), {});
+  Mesh mesh = open_mesh({});
   {
     Generator generator(mesh, config, 1, config.context);
     generator.load_weights(c);

@@ -15,20 +15,23 @@ rank_pids() { # of the train_gpt whose command line has this: a rank has a watch
   for pid in $(pgrep -f "$train .*$1"); do grep -qz '^PMI_RANK=' "/proc/$pid/environ" 2>/dev/null && [ "$(ps -o nlwp= -p "$pid")" -gt 1 ] && echo "$pid"; done
 }
 
-# ---- 8 layouts, 64 pairs: pp,replicate,fsdp,tp,zero,schedule,chunks,sequence-parallel
+# ---- 8 layouts, 64 pairs
 
-settings="1,1,1,1,3,1f1b,1,0 1,2,1,1,3,1f1b,1,0 1,1,3,1,1,1f1b,1,0 1,1,4,1,3,1f1b,1,0 1,1,1,3,3,1f1b,1,1 2,1,1,2,3,zb,1,0 1,2,3,1,2,1f1b,1,0 2,1,2,2,3,interleaved,2,1"
-ranks() { awk -F, '{ print $1 * $2 * $3 * $4 }' <<<"$1"; }
+settings="pp=1 replicate=2 fsdp=3,zero=1 fsdp=4 tp=3,by_rows=1 pp=2,tp=2,schedule=zb \
+          replicate=2,fsdp=3,zero=2 pp=2,fsdp=2,tp=2,schedule=interleaved,chunks=2,by_rows=1"
+ranks() { # of a setting: the product of its axes
+  tr , '\n' <<<"$1" | grep -vE '^(zero|schedule|chunks|by_rows)=' | awk -F= 'BEGIN { n = 1 } { n *= $2 } END { print n }'
+}
 for dtype in f64 bf16; do
   saved="" pairs=0
   for s in $settings; do
-    mpiexec -n "$(ranks "$s")" build/cpu/tests/test_checkpoint save "$dir/$dtype-$s" "$s,$dtype" >"$dir/out" 2>&1 || fail "saving_$s" "$(tail -2 "$dir/out")"
+    mpiexec -n "$(ranks "$s")" build/cpu/tests/test_checkpoint save "$dir/$dtype-$s" "$s,dtype=$dtype" >"$dir/out" 2>&1 || fail "saving_$s" "$(tail -2 "$dir/out")"
     saved="$saved $dir/$dtype-$s"
   done
   : >"$dir/pairs"
   for s in $settings; do
     [ $dtype = bf16 ] && saved="$dir/$dtype-$s"  # in the same layout only: elsewhere bf16's sums differ
-    mpiexec -n "$(ranks "$s")" build/cpu/tests/test_checkpoint resume "$s,$dtype" $saved 2>"$dir/err" | awk -v to="$dir/$dtype-$s" '{ print $1 == to ? "same" : "other", $2 }' >>"$dir/pairs" || cat "$dir/err"
+    mpiexec -n "$(ranks "$s")" build/cpu/tests/test_checkpoint resume "$s,dtype=$dtype" $saved 2>"$dir/err" | awk -v to="$dir/$dtype-$s" '{ print $1 == to ? "same" : "other", $2 }' >>"$dir/pairs" || cat "$dir/err"
   done
   pairs=$(wc -l <"$dir/pairs") worst=$(awk '$2 > w { w = $2 } END { print w + 0 }' "$dir/pairs") same=$(awk '$1 == "same" && $2 == 0' "$dir/pairs" | wc -l)
   if [ $dtype = f64 ]; then check what_one_layout_saves_every_layout_resumes "[ $pairs = 64 ] && awk 'BEGIN { exit !($worst <= 1e-12) }'" "$pairs pairs of 8 layouts on 1 to 8 ranks: 5 losses within $worst" "$pairs pairs, $worst"; fi

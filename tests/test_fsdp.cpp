@@ -23,7 +23,7 @@ template <class Work> void each_layout(Work work) {
     if (job().size % fsdp) continue;
     const int replicate = job().size / fsdp;
     if (fsdp > 1 && replicate > 2) continue;
-    work(Layout{1, replicate, fsdp, 1});
+    work(Layout{{"replicate", replicate}, {"fsdp", fsdp}});
   }
 }
 
@@ -35,14 +35,14 @@ std::string name_of(const Layout& l, const FsdpOptions& f, int64_t microbatch, c
 
 // Every ZeRO stage, reshard, prefetch, accumulation and recompute of one layout against one rank.
 void all_settings(const Layout& layout, int64_t batch, Parity& parity) {
-  Mesh mesh = open_mesh(job(), layout);
-  const int64_t per_rank = batch / (layout.replicate * layout.fsdp);
+  Mesh mesh = open_mesh(layout);
+  const int64_t per_rank = batch / (layout.data_ranks());
   for (int zero = 1; zero <= 3; zero++)
     for (bool reshard : {true, false})
       for (int prefetch = 0; prefetch <= 2; prefetch++)
         for (int64_t microbatch : {per_rank, int64_t(1)}) {
-          if (zero < 3 && !reshard) continue;                        // says nothing below stage 3
-          if (layout.fsdp == 1 && (zero < 3 || !reshard)) continue;  // nothing is sharded
+          if (zero < 3 && !reshard) continue;  // says nothing below stage 3
+          if (layout["fsdp"] == 1 && (zero < 3 || !reshard)) continue;  // nothing is sharded
           if (microbatch == 1 && per_rank == 1 && prefetch > 0) continue;
           if ((kDelayed || job().size > 4) && (zero + prefetch) % 2 == (microbatch == 1)) continue;
           TrainerOptions options;
@@ -62,10 +62,10 @@ double curve(GptConfig config, int steps) {
   const Run reference = one_rank(config, 24, steps);
   double worst = 0;
   each_layout([&](const Layout& layout) {
-    Mesh mesh = open_mesh(job(), layout);
+    Mesh mesh = open_mesh(layout);
     TrainerOptions options;
     options.batch = 24, options.microbatch = 24 / layout.ranks();
-    config.attention = layout.replicate == 1 ? AttentionKind::flash : AttentionKind::plain;
+    config.attention = layout["replicate"] == 1 ? AttentionKind::flash : AttentionKind::plain;
     worst = std::max(worst,
                      relative({curve_of(mesh, config, options, steps).losses}, {reference.losses}));
     close_mesh(mesh);
@@ -88,7 +88,7 @@ TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
   int settings = 0;
   int64_t bytes = 0;
   each_layout([&](const Layout& layout) {
-    Mesh mesh = open_mesh(job(), layout);
+    Mesh mesh = open_mesh(layout);
     for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64})
       for (int zero = 1; zero <= 3; zero++)
         for (bool reshard : {true, false})
@@ -128,7 +128,7 @@ TEST(a_held_out_loss_and_the_next_token_are_the_same_in_every_layout) {
   const HeldOut expected = held_out(kConfig, {3, 1, 4, 1, 5});
   double worst = 0;
   each_layout([&](const Layout& layout) {
-    Mesh mesh = open_mesh(job(), layout);
+    Mesh mesh = open_mesh(layout);
     TrainerOptions options;
     options.microbatch = 2, options.batch = 2 * layout.ranks();
     worst = std::max(worst, difference(mesh, kConfig, options, expected));

@@ -20,9 +20,9 @@ const std::vector<std::vector<int>> kPrompts = {{3, 1, 4, 1, 5},
 
 std::vector<Layout> layouts() {
   const int n = job().size;
-  std::vector<Layout> all{{1, 1, 1, n}};
-  if (n > 1) all.push_back({n, 1, 1, 1});
-  if (n == 4) all.push_back({2, 1, 1, 2});
+  std::vector<Layout> all{Layout{{"tp", n}}};
+  if (n > 1) all.push_back({{"pp", n}});
+  if (n == 4) all.push_back({{"pp", 2}, {"tp", 2}});
   return all;
 }
 
@@ -88,7 +88,7 @@ TEST(the_cache_and_every_layout_say_what_the_whole_model_says) {
   WholeGpt whole(kConfig, 7);
   double worst = 0;
   for (const Layout& layout : layouts()) {
-    Mesh mesh = open_mesh(job(), layout);
+    Mesh mesh = open_mesh(layout);
     for (const double temperature : {0.0, 1.0})
       for (const AttentionKind kind : {AttentionKind::plain, AttentionKind::flash}) {
         GptConfig config = kConfig;
@@ -111,7 +111,7 @@ TEST(every_layout_picks_the_tokens_of_one_rank) {
                               Sampling{.temperature = 1.3, .top_k = 9, .top_p = 0.8, .seed = 5}}) {
     const Texts expected = continue_all(one, kConfig, kPrompts, how, 35, nullptr);
     for (const Layout& layout : layouts()) {
-      Mesh mesh = open_mesh(job(), layout);
+      Mesh mesh = open_mesh(layout);
       CHECK(continue_all(mesh, kConfig, kPrompts, how, 35, nullptr).tokens == expected.tokens,
             to_string(layout));
       close_mesh(mesh);
@@ -136,7 +136,7 @@ TEST(texts_in_a_batch_are_what_they_are_alone) {
 }
 
 TEST(f32_and_bf16_stay_near_f64) {
-  Mesh mesh = open_mesh(job(), layouts()[0]);
+  Mesh mesh = open_mesh(layouts()[0]);
   WholeGpt whole(kConfig, 7);
   // bf16: 8 bits, 5 layers of 4 roundings
   for (const auto& [dtype, bound] : {std::pair{Dtype::f32, 1e-4}, std::pair{Dtype::bf16, 5e-2}}) {
@@ -153,7 +153,7 @@ TEST(bytes_sent_while_decoding_equal_the_formula_exactly) {
   int64_t all = 0;
   for (const Layout& layout : layouts())
     for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16}) {
-      Mesh mesh = open_mesh(job(), layout);
+      Mesh mesh = open_mesh(layout);
       GptConfig config = kConfig;
       config.dtype = dtype;
       Generator generator(mesh, config, 2, 20);

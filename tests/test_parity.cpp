@@ -41,10 +41,10 @@ using Setting = std::array<int, kFactors>;
 bool matters(const Layout& l, const Setting& s, int factor) {
   switch (factor) {
     case zero:
-    case prefetch: return l.fsdp > 1;
-    case reshard: return l.fsdp > 1 && s[zero] == 2;
-    case schedule: return l.pp > 1;
-    case rows: return l.tp > 1;
+    case prefetch: return l["fsdp"] > 1;
+    case reshard: return l["fsdp"] > 1 && s[zero] == 2;
+    case schedule: return l["pp"] > 1;
+    case rows: return l["tp"] > 1;
     default: return true;
   }
 }
@@ -52,18 +52,17 @@ bool allowed(const Layout& l, const Setting& s) {
   for (int f = 0; f < kFactors; f++)
     if (s[size_t(f)] && !matters(l, s, f)) return false;
   // interleaved: p or 2 p micro-batches
-  return l.pp == 1 || s[schedule] != 2 || s[microbatches] > 0;
+  return l["pp"] == 1 || s[schedule] != 2 || s[microbatches] > 0;
 }
 
 int64_t microbatches_of(const Layout& l, const Setting& s) {
   const int64_t m = int64_t(1) << s[microbatches];
-  return l.pp > 1 && s[schedule] == 2 ? l.pp * m / 2 : m;
+  return l["pp"] > 1 && s[schedule] == 2 ? l["pp"] * m / 2 : m;
 }
 
 TrainerOptions options_of(const Layout& l, const Setting& s) {
   TrainerOptions o;
-  o.batch = batch_of(l.ranks()),
-  o.microbatch = o.batch / (microbatches_of(l, s) * l.replicate * l.fsdp);
+  o.batch = batch_of(l.ranks()), o.microbatch = o.batch / (microbatches_of(l, s) * l.data_ranks());
   o.fsdp = {1 + s[zero], s[reshard] == 0, s[prefetch]};
   o.schedule = kSchedules[s[schedule]], o.chunks = s[schedule] == 2 ? 2 : 1;
   return o;
@@ -87,23 +86,13 @@ std::string name_of(const Layout& l, const Setting& s) {
 using Pair = std::array<int, 5>;  // which axes the mesh has, factor and value, factor and value
 std::vector<Pair> pairs_of(const Layout& l, const Setting& s) {
   std::vector<Pair> pairs;
-  const int axes = (l.pp > 1) * 8 + (l.replicate > 1) * 4 + (l.fsdp > 1) * 2 + (l.tp > 1);
+  int axes = 0;  // a bit each
+  for (const int64_t size : l.sizes) axes = 2 * axes + (size > 1);
   for (int f = 0; f < kFactors; f++)
     for (int g = f + 1; g < kFactors; g++)
       if (matters(l, s, f) && matters(l, s, g))
         pairs.push_back({axes, f, s[size_t(f)], g, s[size_t(g)]});
   return pairs;
-}
-
-std::vector<Layout> all_layouts() {
-  std::vector<Layout> layouts;
-  for (int n = 1; n <= kMostRanks; n++)
-    for (int pp = 1; pp <= n; pp++)
-      for (int replicate = 1; replicate <= n; replicate++)
-        for (int fsdp = 1; fsdp <= n; fsdp++)
-          if (n % (pp * replicate * fsdp) == 0)
-            layouts.push_back({pp, replicate, fsdp, n / (pp * replicate * fsdp)});
-  return layouts;
 }
 
 template <class Visit> void each_setting(Visit visit) {
@@ -124,7 +113,8 @@ struct Cell {
 std::vector<Cell> matrix() {
   std::set<Pair> covered;
   std::vector<Cell> cells;
-  for (const Layout& l : all_layouts()) cells.push_back({l, {}});
+  for (int n = 1; n <= kMostRanks; n++)
+    for (const Layout& l : layouts_of(n)) cells.push_back({l, {}});
   for (bool more = true; more;) {
     more = false;
     for (Cell& cell : cells) {
@@ -165,7 +155,7 @@ void run_matrix(size_t settings_a_mesh) {
   for (const Cell& cell : matrix()) {
     const Layout& l = cell.layout;
     if (l.ranks() != job().size) continue;
-    Mesh mesh = open_mesh(job(), l);
+    Mesh mesh = open_mesh(l);
     Difference of_mesh;
     size_t done = 0;
     for (; done < std::min(settings_a_mesh, cell.settings.size()); done++) {
@@ -185,9 +175,8 @@ void run_matrix(size_t settings_a_mesh) {
     worst.widen(of_mesh);
     settings += int(done);
     if (job().speaks)
-      printf("  %5d %4d %9d %5d %3d %9d   %8.1e %9.1e %8.1e %8.1e\n", int(l.ranks()), l.pp,
-             l.replicate, l.fsdp, l.tp, int(done), of_mesh.loss, of_mesh.gradients, of_mesh.norm,
-             of_mesh.weights),
+      printf("  %5d %9d   %8.1e %9.1e %8.1e %8.1e   %s\n", job().size, int(done), of_mesh.loss,
+             of_mesh.gradients, of_mesh.norm, of_mesh.weights, to_string(l).c_str()),
           fflush(stdout);
   }
   measured(settings, " settings: loss ", worst.loss, ", gradients ", worst.gradients, ", norm ",

@@ -26,7 +26,7 @@ struct Setting {
   }
   TrainerOptions options(int64_t batch) const {
     TrainerOptions o;
-    o.batch = batch, o.microbatch = batch / (microbatches * layout.replicate * layout.fsdp);
+    o.batch = batch, o.microbatch = batch / (microbatches * layout.data_ranks());
     o.schedule = schedule, o.chunks = chunks, o.fsdp = fsdp;
     return o;
   }
@@ -47,11 +47,16 @@ template <class Work> void each_setting(Work work) {
   for (int pp = n; pp >= 2; pp--) {
     if (n % pp) continue;
     const int rest = n / pp;
-    std::vector<Layout> layouts{{pp, 1, 1, rest}};
-    if (rest > 1) layouts.insert(layouts.end(), {{pp, 1, rest, 1}, {pp, rest, 1, 1}});
-    if (rest == 4) layouts = {{pp, 1, 2, 2}, {pp, 2, 1, 2}, {pp, 2, 2, 1}};
+    std::vector<Layout> layouts{{{"pp", pp}, {"tp", rest}}};
+    if (rest > 1)
+      layouts.insert(layouts.end(),
+                     {{{"pp", pp}, {"fsdp", rest}}, {{"pp", pp}, {"replicate", rest}}});
+    if (rest == 4)
+      layouts = {{{"pp", pp}, {"fsdp", 2}, {"tp", 2}},
+                 {{"pp", pp}, {"replicate", 2}, {"tp", 2}},
+                 {{"pp", pp}, {"replicate", 2}, {"fsdp", 2}}};
     for (const Layout& layout : layouts) {
-      Mesh mesh = open_mesh(job(), layout);
+      Mesh mesh = open_mesh(layout);
       int other = 0;  // every second of a layout's settings
       for (const char* schedule : {"gpipe", "1f1b", "zb", "interleaved"})
         for (int chunks : {1, 2, 3})
@@ -60,7 +65,7 @@ template <class Work> void each_setting(Work work) {
             if (chunks > 1 && (!looped || pp * chunks > kConfig.layers)) continue;
             if (looped && m % pp) continue;
             if (rest > 1 && m != (pp == 3 ? 3 : 8) && m != 4) continue;
-            if (rest > 1 && n > 4 && !kDelayed && other++ % 2 == (layout.fsdp > 1)) continue;
+            if (rest > 1 && n > 4 && !kDelayed && other++ % 2 == (layout["fsdp"] > 1)) continue;
             // Streams with random delays take their time: one number of micro-batches, and with
             // other axes the schedules that differ most
             if (kDelayed && (m != 4 || chunks > 2 || (rest > 1 && (looped || *schedule == 'g'))))
@@ -73,7 +78,7 @@ template <class Work> void each_setting(Work work) {
                                m,
                                {zero, zero < 3 || turn % 2 == 0, turn % 4 == 3 ? 0 : 1},
                                turn % 5 < 2,
-                               layout.tp > 1 && turn % 2 == 1});
+                               layout["tp"] > 1 && turn % 2 == 1});
           }
       close_mesh(mesh);
     }
@@ -83,8 +88,6 @@ template <class Work> void each_setting(Work work) {
 Mesh lonely() {  // a mesh of this rank alone
   Mesh mesh;
   CUDA_CHECK(cudaStreamCreateWithFlags(&mesh.stream, cudaStreamNonBlocking));
-  mesh.fsdp.name = "fsdp", mesh.tp.name = "tp", mesh.pp.name = "pp",
-  mesh.replicate.name = "replicate";
   return mesh;
 }
 
@@ -94,7 +97,7 @@ TEST(every_schedule_equals_one_rank_in_f64) {
   const int64_t batch = 48;
   Parity parity(kConfig, batch);
   each_setting([&](Mesh& mesh, const Setting& s) {
-    if (batch % (s.microbatches * s.layout.replicate * s.layout.fsdp)) return;
+    if (batch % (s.microbatches * s.layout.data_ranks())) return;
     parity.check(mesh, s.of(kConfig), s.options(batch), s.name());
   });
   parity.report();
@@ -107,9 +110,9 @@ TEST(every_schedule_has_the_bits_of_one_rank_in_f32_over_20_steps) {
   const int pp = job().size;
   const int64_t m = pp == 3 || pp == 6 ? 6 : 8, batch = 2 * m;
   Mesh alone = lonely();
-  Setting s{{pp, 1, 1, 1}, "1f1b", 1, m, {}, false, false};
+  Setting s{Layout{{"pp", pp}}, "1f1b", 1, m, {}, false, false};
   const Run reference = curve_of(alone, config, s.options(batch), 20);
-  Mesh mesh = open_mesh(job(), s.layout);
+  Mesh mesh = open_mesh(s.layout);
   int runs = 0;
   for (const char* schedule : {"gpipe", "1f1b", "zb", "interleaved"})
     for (int chunks : {1, 2}) {
@@ -131,12 +134,12 @@ TEST(bytes_sent_and_live_activations_equal_the_formulas_exactly) {
   each_setting([&](Mesh& mesh, const Setting& s) {
     GptConfig config = s.of(kConfig);
     config.dtype = settings % 3 == 0 ? Dtype::f32 : settings % 3 == 1 ? Dtype::bf16 : Dtype::f64;
-    const Schedule schedule = make_schedule(s.schedule, s.layout.pp, int(s.microbatches), s.chunks);
+    const Schedule schedule =
+        make_schedule(s.schedule, s.layout["pp"], int(s.microbatches), s.chunks);
     const std::string name = sentence(name_of(config.dtype), " ", s.name());
-    const TrainerOptions options =
-        s.options(3 * s.microbatches * s.layout.replicate * s.layout.fsdp);
+    const TrainerOptions options = s.options(3 * s.microbatches * s.layout.data_ranks());
     bytes += equals_theory(mesh, config, options, name, [&](Trainer& trainer) {
-      CHECK_EQ(trainer.pipeline.most_live(), peak_live(schedule, mesh.pp.rank), name,
+      CHECK_EQ(trainer.pipeline.most_live(), peak_live(schedule, mesh["pp"].rank), name,
                ": live micro-batches");
     });
     settings++;
@@ -149,7 +152,7 @@ TEST(two_hundred_random_runs_end) {
   GptConfig config{9, 8, 2, 3, 11};
   config.attention = AttentionKind::plain;
   const int pp = job().size;
-  Mesh mesh = open_mesh(job(), {pp, 1, 1, 1});
+  Mesh mesh = open_mesh({{"pp", pp}});
   uint64_t state = 7;
   const auto below = [&](uint64_t n) {
     return int((state = state * 6364136223846793005u + 1442695040888963407u) >> 33) % int(n);
@@ -160,7 +163,7 @@ TEST(two_hundred_random_runs_end) {
     const bool looped = std::string(schedule) == "interleaved";
     const int chunks = looped ? 1 + below(uint64_t(9 / pp)) : 1,
               m = looped ? pp * (1 + below(2)) : 1 + below(12);
-    Setting s{{pp, 1, 1, 1}, schedule, chunks, m, {}, below(2) == 1, false};
+    Setting s{Layout{{"pp", pp}}, schedule, chunks, m, {}, below(2) == 1, false};
     Trainer trainer(mesh, s.of(config), s.options(m));
     trainer.gradients([&](int64_t i) { return sequence(run, i, config); });
     trainer.update(1e-3);
@@ -175,11 +178,10 @@ TEST(held_out_loss_and_next_token_are_the_same_in_every_layout) {
   const HeldOut expected = held_out(kConfig, {3, 1, 4, 1});
   double worst = 0;
   each_setting([&](Mesh& mesh, const Setting& s) {
-    if (s.microbatches != (s.layout.pp == 3 ? 3 : s.layout.pp == 6 ? 16 : 8)) return;
+    if (s.microbatches != (s.layout["pp"] == 3 ? 3 : s.layout["pp"] == 6 ? 16 : 8)) return;
     worst =
         std::max(worst, difference(mesh, s.of(kConfig),
-                                   s.options(s.microbatches * s.layout.replicate * s.layout.fsdp),
-                                   expected));
+                                   s.options(s.microbatches * s.layout.data_ranks()), expected));
   });
   CHECK_LE(worst, 1e-12);
   measured("relative difference ", worst);

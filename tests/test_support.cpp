@@ -163,8 +163,8 @@ TEST(every_option_reaches_its_field) {
         o.warmup == 9 && o.weight_decay == 0);
   CHECK(o.clip == 2.5 && o.seed == INT64_MAX && o.attention == "flash" && o.recompute && o.help);
   CHECK(o.device_memory == 10 && o.eval_every == 11 && o.sample == 12);
-  CHECK(o.replicate == 13 && o.fsdp == 14 && o.zero == 2 && o.reshard == "no" && o.prefetch == 15 &&
-        o.timeout == 16 && o.tp == 18 && o.sequence_parallel);
+  CHECK(o.layout["replicate"] == 13 && o.layout["fsdp"] == 14 && o.zero == 2 && o.reshard == "no" &&
+        o.prefetch == 15 && o.timeout == 16 && o.layout["tp"] == 18 && o.sequence_parallel);
   const Options none = parsed({});
   CHECK(none.model_name.empty() && none.data.empty() && !none.recompute && !none.help &&
         none.seed == 1337 && none.matmul == "cublas");
@@ -340,9 +340,9 @@ TEST(a_value_that_is_not_allowed_is_refused) {
       CHECK_SAYS(parsed({option, bad}), sentence(option, " takes a whole number from 1 to "));
   for (const char* option : {"--warmup", "--seed", "--eval-every", "--sample"})
     CHECK_SAYS(parsed({option, "-1"}), sentence(option, " takes a whole number from 0 to "));
-  for (const char* option : {"--pp", "--replicate", "--fsdp", "--tp"})
-    CHECK_SAYS(parsed({option, "50001"}),
-               sentence(option, " takes a whole number from 1 to 50000, not '50001'"));
+  for (const AxisKind& axis : kAxes)
+    CHECK_SAYS(parsed({sentence("--", axis.name).c_str(), "50001"}),
+               sentence("--", axis.name, " takes a whole number from 1 to 50000, not '50001'"));
   CHECK_SAYS(parsed({"--dtype", "f16"}), "--dtype takes f32, bf16 or f64, not 'f16'");
   CHECK_SAYS(parsed({"--matmul", "mine"}), "--matmul takes cublas or own, not 'mine'");
   CHECK_SAYS(parsed({"--attention", ""}), "--attention takes plain or flash, not ''");

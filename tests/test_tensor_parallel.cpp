@@ -19,8 +19,8 @@ template <class Work> void each_layout(Work work) {
   const int n = job().size;
   for (int tp = n; tp >= 1; tp--) {
     if (n % tp || (tp == 1 && n > 1)) continue;
-    work(Layout{1, 1, n / tp, tp});
-    if (tp < n) work(Layout{1, n / tp, 1, tp});
+    work(Layout{{"fsdp", n / tp}, {"tp", tp}});
+    if (tp < n) work(Layout{{"replicate", n / tp}, {"tp", tp}});
   }
 }
 
@@ -50,7 +50,7 @@ template <class Work> void each_setting(const Layout& layout, int64_t per_rank, 
       {false, false, plain, 1, {3, true, 0}},     {false, true, plain, 1, {3, true, 1}},
       {true, false, flash, whole, {3, true, 2}},  {true, true, plain, 1, {3, false, 1}}};
   for (const Setting& s : settings)
-    if (layout.fsdp > 1 || s.fsdp.zero == 1) work(s);
+    if (layout["fsdp"] > 1 || s.fsdp.zero == 1) work(s);
 }
 
 std::string name_of(const Layout& l, const Setting& s) {
@@ -67,13 +67,13 @@ double curve(GptConfig config, int steps) {
   const Run reference = one_rank(config, 24, steps);
   double worst = 0;
   each_layout([&](const Layout& layout) {
-    Mesh mesh = open_mesh(job(), layout);
+    Mesh mesh = open_mesh(layout);
     for (bool by_rows : {false, true}) {
       config.sequence_parallel = by_rows;
       config.attention =
-          by_rows && layout.tp == job().size ? AttentionKind::flash : AttentionKind::plain;
+          by_rows && layout["tp"] == job().size ? AttentionKind::flash : AttentionKind::plain;
       TrainerOptions options;
-      options.batch = 24, options.microbatch = 24 / (layout.replicate * layout.fsdp);
+      options.batch = 24, options.microbatch = 24 / (layout.data_ranks());
       worst = std::max(worst, relative({curve_of(mesh, config, options, steps).losses},
                                        {reference.losses}));
     }
@@ -89,8 +89,8 @@ TEST(tensor_parallelism_equals_one_rank_in_f64) {
   const int64_t batch = 12;
   Parity parity(kConfig, batch);
   each_layout([&](const Layout& layout) {
-    Mesh mesh = open_mesh(job(), layout);
-    each_setting(layout, batch / (layout.replicate * layout.fsdp), [&](const Setting& s) {
+    Mesh mesh = open_mesh(layout);
+    each_setting(layout, batch / (layout.data_ranks()), [&](const Setting& s) {
       TrainerOptions options;
       options.batch = batch, options.microbatch = s.microbatch, options.fsdp = s.fsdp;
       parity.check(mesh, s.of(kConfig), options, name_of(layout, s));
@@ -106,9 +106,9 @@ TEST(initial_weights_have_the_bits_of_one_rank) {
     config.dtype = dtype;
     WholeGpt one(config, 1337);
     each_layout([&](const Layout& layout) {
-      Mesh mesh = open_mesh(job(), layout);
+      Mesh mesh = open_mesh(layout);
       TrainerOptions options;
-      options.microbatch = 1, options.batch = layout.replicate * layout.fsdp;
+      options.microbatch = 1, options.batch = layout.data_ranks();
       Trainer trainer(mesh, config, options);
       const auto initial = whole_model(mesh, trainer, WholeOf::weights);
       for (size_t i = 0; i < initial.size(); i++)
@@ -124,7 +124,7 @@ TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
   int settings = 0, turn = 0;
   int64_t bytes = 0;
   each_layout([&](const Layout& layout) {
-    Mesh mesh = open_mesh(job(), layout);
+    Mesh mesh = open_mesh(layout);
     each_setting(layout, 3, [&](const Setting& s) {
       turn++;
       for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64}) {
@@ -133,8 +133,8 @@ TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
         config.dtype = dtype;
         TrainerOptions options;
         const int64_t m = s.microbatch == 1 ? 3 : 1;
-        options.microbatch = s.microbatch,
-        options.batch = m * s.microbatch * layout.replicate * layout.fsdp, options.fsdp = s.fsdp;
+        options.microbatch = s.microbatch, options.batch = m * s.microbatch * layout.data_ranks(),
+        options.fsdp = s.fsdp;
         bytes += equals_theory(mesh, config, options,
                                sentence(name_of(dtype), " ", name_of(layout, s)), [](Trainer&) {});
         settings++;
@@ -152,11 +152,11 @@ TEST(no_rank_ever_holds_the_logits_of_the_whole_vocabulary) {
   GptConfig config{1, 16, 8, 16, 4001};
   double largest_share = 0;
   each_layout([&](const Layout& layout) {
-    Mesh mesh = open_mesh(job(), layout);
+    Mesh mesh = open_mesh(layout);
     for (bool by_rows : {false, true}) {
       config.sequence_parallel = by_rows;
       TrainerOptions options;
-      options.microbatch = 4, options.batch = 4 * layout.replicate * layout.fsdp;
+      options.microbatch = 4, options.batch = 4 * layout.data_ranks();
       Trainer trainer(mesh, config, options);
       MemoryUse& use = device().memory;
       use.peak = use.now;
@@ -191,12 +191,12 @@ TEST(held_out_loss_and_next_token_are_the_same_in_every_layout) {
   const HeldOut expected = held_out(kConfig, {3, 1, 4, 1, 5});
   double worst = 0;
   each_layout([&](const Layout& layout) {
-    Mesh mesh = open_mesh(job(), layout);
+    Mesh mesh = open_mesh(layout);
     for (bool by_rows : {false, true}) {
       GptConfig config = kConfig;
       config.sequence_parallel = by_rows;
       TrainerOptions options;
-      options.microbatch = 2, options.batch = 2 * layout.replicate * layout.fsdp;
+      options.microbatch = 2, options.batch = 2 * layout.data_ranks();
       worst = std::max(worst, difference(mesh, config, options, expected));
     }
     close_mesh(mesh);

@@ -5,10 +5,11 @@
 
 Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp_rank,
               const TrainerOptions& o) {
-  Gpt gpt(config, {"tp", layout.tp, tp_rank});  // sizes only: nothing is allocated
-  const Axis fsdp{"fsdp", layout.fsdp}, replicate{"replicate", layout.replicate},
-      tp{"tp", layout.tp}, pp{"pp", layout.pp};
-  const int64_t n = fsdp.size, r = replicate.size, p = pp.size, t = tp.size;
+  Mesh mesh(layout);  // sizes only: nothing is opened
+  mesh["tp"].rank = tp_rank;
+  const Axis &fsdp = mesh["fsdp"], &tp = mesh["tp"], &pp = mesh["pp"];
+  Gpt gpt(config, tp);  // nor allocated
+  const int64_t n = fsdp.size, p = pp.size, t = tp.size;
   const int64_t e = int64_t(size_of(config.dtype)),
                 g = int64_t(size_of(master_dtype(config.dtype)));
   const Schedule schedule = schedule_of(o, layout);
@@ -36,10 +37,12 @@ Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp
   const bool again = zero == 3 && o.fsdp.reshard;
   // uses: with its parameters, in a micro-batch
   const auto unit = [&](const std::vector<Param*>& of, int64_t uses) {
-    const int64_t P = padded_unit(of, layout.fsdp);
+    const int64_t P = padded_unit(of, n);
     enter(fsdp, Collective::all_gather, Traffic::training, again ? uses * m : 1, (n - 1) * P * e);
     enter(fsdp, Collective::reduce_scatter, Traffic::training, scatters, (n - 1) * P * g);
-    enter(replicate, Collective::all_reduce, Traffic::training, 1, 2 * (r - 1) * P / n * g);
+    for (const Axis& copies : mesh.that(&AxisKind::splits_model, false))
+      enter(copies, Collective::all_reduce, Traffic::training, 1,
+            2 * (copies.size - 1) * P / n * g);
     theory.persistent[int(Memory::parameters)] += zero == 3 ? P / n * e : P * e;
     theory.persistent[int(Memory::gradients)] += zero >= 2 ? P / n * g : P * g;
     theory.persistent[int(Memory::optimizer)] += (e == g ? 2 : 3) * P / n * g;
@@ -51,8 +54,7 @@ Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp
     if (first) rest.push_back(&gpt.wpe);
     if (last) rest.insert(rest.end(), {&gpt.ln_f_weight, &gpt.ln_f_bias});
     root = unit({&gpt.wte}, first && last ? 2 : 1) + unit(rest, first && last ? 2 : 1);
-    enter(pp, Collective::send, Traffic::embedding, 1,
-          p * (padded_unit({&gpt.wte}, layout.fsdp) / n) * g);
+    enter(pp, Collective::send, Traffic::embedding, 1, p * (padded_unit({&gpt.wte}, n) / n) * g);
   }
   for (const Range& piece : pieces)
     for (int64_t l = piece.begin; l < piece.end; l++) block = unit(gpt.blocks[l].params(), 2);
@@ -99,9 +101,11 @@ Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp
   }
 
   // Norm and loss
-  for (const Axis& axis : {fsdp, tp, pp})
+  for (const Axis& axis : mesh.that(&AxisKind::splits_model))
     enter(axis, Collective::all_reduce, Traffic::norm, 1, 2 * (axis.size - 1) * params * 8);
-  for (const Axis& axis : {fsdp, replicate, pp})
+  std::vector<Axis> of_loss = mesh.that(&AxisKind::splits_batch);
+  of_loss.push_back(pp);
+  for (const Axis& axis : of_loss)
     enter(axis, Collective::all_reduce, Traffic::loss, 1, 2 * (axis.size - 1) * 8);
 
   // Of a block: x, two layernorms and the sum by rows; qkv, attention's result, two of the hidden

@@ -3,7 +3,7 @@
 // idea      the program prints these numbers beside the ones it measured, and a test fails if they
 //           differ by a byte
 // symbols   P elements of a padded unit, e and g bytes of an element of the compute and the master
-//           dtype, n ranks on the fsdp axis, r on replicate, t on tp, p on pp; m micro-batches a
+//           dtype, n ranks on the fsdp axis, t on tp, p on pp; m micro-batches a
 //           step of b sequences, R = b T rows, S of them on a rank
 // test      tests/test_fsdp.cpp, tests/test_tensor_parallel.cpp, tests/test_pipeline.cpp
 #pragma once

@@ -1,0 +1,84 @@
+// job.cpp: see job.h.
+#include "launch/job.h"
+
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <numeric>
+
+void barrier() { MPI_Ibarrier(MPI_COMM_WORLD, Finished()); }
+
+std::vector<std::string> gather_text(const std::string& mine) {
+  int ranks = 1;
+  MPI_Comm_size(MPI_COMM_WORLD, &ranks);
+  const int length = int(mine.size());
+  std::vector<int> lengths(size_t(ranks), 0), begins(size_t(ranks), 0);
+  MPI_Iallgather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, MPI_COMM_WORLD, Finished());
+  std::exclusive_scan(lengths.begin(), lengths.end(), begins.begin(), 0);
+  std::string all(size_t(begins.back() + lengths.back()), ' ');
+  MPI_Iallgatherv(mine.data(), length, MPI_CHAR, all.data(), lengths.data(), begins.data(),
+                  MPI_CHAR, MPI_COMM_WORLD, Finished());
+  std::vector<std::string> texts;
+  for (size_t r = 0; r < lengths.size(); r++)
+    texts.push_back(all.substr(size_t(begins[r]), size_t(lengths[r])));
+  return texts;
+}
+
+Job::Job(int* argc, char*** argv) {
+  int provided;
+  MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided);
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  MPI_Comm_size(MPI_COMM_WORLD, &size);
+  MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank, MPI_INFO_NULL, &node);
+  MPI_Comm_rank(node, &local_rank);
+  MPI_Comm_size(node, &local_size);
+  speaks = rank == 0;
+}
+
+// Launchers tell their processes how many there are. If that is more than our world, mpiexec is
+// another MPI's.
+void Job::check_launcher() {
+  static const char* variables[][2] = {{"PMI_SIZE", "PMI_RANK"},
+                                       {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
+                                       {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}};
+  for (const auto& [tasks, task] : variables) {
+    const char *told = getenv(tasks), *number = getenv(task);
+    if (!told) continue;
+    if (size > 1 || atoi(told) < 2) return;
+    speaks = !number || atoi(number) == 0;
+    throw Error(sentence("the launcher started ", told, " processes (", tasks,
+                         "), but each sees a world of 1 rank: this mpiexec belongs to "
+                         "another MPI than the one that the program was built with (MPICH)"));
+  }
+}
+
+// MPICH closes its connections one by one and waits for each other rank's answer to what it has
+// sent; a rank that has closed all of its own answers no more, and the others wait for ever (MPICH
+// 4.0 over TCP). The fence of an empty window flushes every connection while all still answer.
+Job::~Job() {
+  barrier();
+  if (local_size < size) {
+    MPI_Win window;
+    MPI_Win_create(nullptr, 0, 1, MPI_INFO_NULL, MPI_COMM_WORLD, &window);
+    MPI_Win_fence(0, window);
+    MPI_Win_free(&window);
+  }
+  MPI_Finalize();
+}
+
+std::string Job::agree(const std::string& error) const {
+  for (const std::string& text : gather_text(error))
+    if (!text.empty()) return text;
+  return "";
+}
+
+void Job::abort(const std::string& why) const {
+  const bool first = !explained || !explained->exchange(true);
+  if (first) fprintf(stderr, "rank %d: %s\n", rank, why.c_str());
+  // mpiexec passes the words on before it hears of the end; the others do not end the job before
+  // that
+  usleep(first ? 300'000 : 1'000'000);
+  MPI_Abort(MPI_COMM_WORLD, 1);
+  _exit(1);
+}

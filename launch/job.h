@@ -1,0 +1,34 @@
+// job.h: what mpiexec started: who this rank is, and how all ranks agree or end.
+// test      tests/test_comm.cpp, tests/test_cli.sh, tests/test_failures.sh
+#pragma once
+#include <mpi.h>
+
+#include <atomic>
+#include <string>
+#include <vector>
+
+#include "comm.h"
+
+class Job {
+ public:
+  Job(int* argc, char*** argv);  // MPI_Init
+  ~Job();                        // MPI_Finalize
+  // an Error when mpiexec belongs to another MPI and started n worlds of one rank
+  void check_launcher();
+  int rank = 0, size = 1;
+  // among the ranks of this node: local_rank is the CUDA device
+  int local_rank = 0, local_size = 1;
+  MPI_Comm node;  // these ranks
+  // what concerns all ranks is said by rank 0; of n worlds of one, by the launcher's first
+  bool speaks = true;
+  // Every rank calls it with its own error or "": each learns whether all are well, and the first
+  // failing rank's sentence.
+  std::string agree(const std::string& error) const;
+  // Ends every rank with a non-zero status; prints "rank r: why", unless another rank of this node
+  // has explained the end already.
+  [[noreturn]] void abort(const std::string& why) const;
+  std::atomic<bool>* explained = nullptr;  // shared by the ranks of this node once there is a Watch
+};
+
+void barrier();
+std::vector<std::string> gather_text(const std::string& mine);  // of all ranks, on every rank
