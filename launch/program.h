@@ -42,7 +42,7 @@ int run_program(const char* name, int argc, char** argv, Prepare prepare, Work w
     if (error.empty())
       error = differences(job, start ? start->given : decltype(start->given){{"--help", "given"}});
     if (!error.empty() && job.speaks) fprintf(stderr, "%s: %s\n", name, error.c_str());
-    if (!error.empty()) return 1;
+    if (!error.empty()) return job.leave(1);
     if (!start) return check_printed(), 0;
     // of NCCL's stand-in: the watch speaks first
     setenv("THREEFOLD_TIMEOUT", sentence(start->timeout + 10).c_str(), 0);
@@ -58,7 +58,7 @@ int run_program(const char* name, int argc, char** argv, Prepare prepare, Work w
     }
     close_device();
     check_printed();
-    return 0;
+    return job.leave(0);
   } catch (const std::exception& e) {
     fflush(stdout);
     job.abort(words_of(e));
