@@ -15,10 +15,6 @@
 #include "comm.h"
 #include "schedule.h"
 
-// Layers of each position of the model: as even as it goes when the head counts for as many layers
-// as it costs. At least one each.
-std::vector<Range> split_layers(int64_t layers, double head_in_layers, int positions);
-
 class Pipeline {
  public:
   // One chunk of the model on one micro-batch: takes the activation of the position before (at the
@@ -27,8 +23,9 @@ class Pipeline {
   using Compute = std::function<Var(Tape& tape, int chunk, const Var& x, int microbatch)>;
 
   Pipeline(Mesh& mesh, Schedule schedule) : mesh_(mesh), schedule_(std::move(schedule)) {
-    ASSERT(schedule_.stages > 1 || schedule_.chunks == 1,
-           "chunks of one stage have nobody to hand their results on");
+    for (int v = 1; v < schedule_.positions(); v++)
+      REQUIRE(schedule_.stage_of(v) != schedule_.stage_of(v - 1), schedule_.row->name,
+              " hands over within a stage, which this executor does not do yet");
   }
   const Schedule& schedule() const { return schedule_; }
   int position(int chunk) const { return schedule_.position(mesh_["pp"].rank, chunk); }
@@ -40,8 +37,8 @@ class Pipeline {
   void run(const Shape& shape, Dtype dtype, const Compute& compute);
   // Forward only, one micro-batch after the other: evaluation and sampling.
   void forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute);
-  // The token embedding's gradient: the first stage has the embedding's part, the last one the
-  // head's; both get the sum.
+  // The token embedding's gradient, on the first and the last stage where these are two: one has
+  // the embedding's part, the other the head's, and both get the sum.
   void sum_tied(const Tensor& gradient);
 
   // the next run: without a GPU every computation then waits for its end, and nothing overlaps

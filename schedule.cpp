@@ -37,6 +37,35 @@ static std::vector<Action> in_turn(const Schedule& s, int warm, int put_off = 0)
   return order;
 }
 
+// ZB-V: each phase a number of times. Micro-batches that the step does not have are left out.
+static std::vector<Action> down_and_up(const Schedule& s, int stage) {
+  using Step = std::pair<Action::Kind, int>;  // {kind, chunk}
+  constexpr Step F0{Action::forward, 0}, B0{Action::input_gradient, 0},
+      W0{Action::weight_gradient, 0}, F1{Action::forward, 1}, B1{Action::input_gradient, 1},
+      W1{Action::weight_gradient, 1};
+  std::vector<Action> order;
+  std::map<Step, int> next;  // micro-batch
+  const auto repeat = [&](int times, const std::vector<Step>& steps) {
+    for (int k = 0; k < times; k++)
+      for (const Step& step : steps)
+        if (const int i = next[step]++; i < s.microbatches)
+          order.push_back({step.first, i, step.second});
+  };
+  const int p = s.stages, later = p - stage;
+  // until the first micro-batch has been at the bottom and comes up again
+  repeat(2 * later - 1, {F0});
+  repeat(stage, {F1, F0});
+  // until its gradient has been at the bottom and comes up again: 2 p chunks are live
+  repeat(later, {F1, B1, W1});
+  // each forward has the memory that a weight gradient gave back
+  repeat(std::max(s.microbatches, 2 * p - 1) - p, {F0, B0, W0, F1, B1, W1});
+  // no forwards are left: first what other stages wait for
+  repeat(stage, {B0, B1});
+  repeat(later, {B0, W0});
+  repeat(stage, {W1, W0});
+  return order;
+}
+
 // ---- the table: p stages, m micro-batches, V chunks a stage
 
 static const ScheduleRow kRows[] = {
@@ -74,6 +103,17 @@ static const ScheduleRow kRows[] = {
                        (s.stages - 1) * (F + B) - (std::min(s.microbatches, s.stages) - 1) * W);
      },
      [](const Schedule& s, int) { return std::min(s.stages, s.microbatches); }},
+
+    {"zbv", Place::vee, true, down_and_up,
+     [](const Schedule& s, const Times& t) {
+       const int p = s.stages, m = s.microbatches;
+       const double B = t.input_gradient, W = t.weight_gradient;
+       return std::max((p - 1) * std::max(B, 2 * (B - W)), 2 * (2 * p - 1 - m) * B);
+     },
+     [](const Schedule& s, int stage) {
+       const int p = s.stages, m = s.microbatches;
+       return std::min({2 * m, m + 1 + stage, 2 * p});
+     }},
 };
 
 std::vector<std::string> schedule_names() {

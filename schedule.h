@@ -27,16 +27,19 @@
 //           1f1b         3(p-1)       (p-1) / (m+p-1)     min(p-s, m)
 //           interleaved  3(p-1)       (p-1) / (Vm+p-1)    min(2(p-s-1) + (V-1)p + 1, Vm)
 //           zb           p-1 (a)      (p-1) / (3m+p-1)    min(p, m)
-//           For other F, B, W the idle time is (p-1)(F+B+W), under zb (p-1) max(F, B, F+B-W).
-//           (a) for m >= p, else 2p-1-m
+//           zbv          p-1 (b)      (p-1) / (6m+p-1)    min(2m, m+1+s, 2p)
+//           (a) for m >= p, else 2p-1-m     (b) for 2m >= 3p-1, else 2(2p-1-m); V is 2
+//           For other F, B, W: (p-1)(F+B+W) where a backward is one action (interleaved: if B+W <=
+//           2F); zb (p-1) max(F, B, F+B-W) for m >= p; zbv (p-1) max(B, 2(B-W)) for m >= 2p, if B
+//           is the longest of the three.
 //           A send is one activation or gradient (S C elements) between two stages: 2 m in all at
-//           each of the pV - 1 cuts.
+//           each of the pV - 1 cuts; zbv's middle cut lies inside the last stage and sends nothing.
 //
 // sources   GPipe (Huang et al., 2019); 1F1B (Narayanan et al., "PipeDream", SOSP 2019; its
 //           flushing form in "Memory-efficient pipeline-parallel DNN training", 2021); interleaved
 //           (Narayanan et al., "Efficient large-scale language model training on GPU clusters using
-//           Megatron-LM", SC 2021); zb is ZB-H1 (Qi et al., "Zero bubble pipeline parallelism",
-//           2023)
+//           Megatron-LM", SC 2021); zb is ZB-H1 and zbv is ZB-V (Qi et al., "Zero bubble pipeline
+//           parallelism", 2023, and "Pipeline parallelism with controllable memory", 2024)
 // not here  ZB-H2, uneven chunks a stage, schedules found by search
 // test      tests/test_schedule.cpp; build/show_schedule draws any of them
 #pragma once

@@ -17,14 +17,17 @@
 
 namespace {
 
-const char* kNames[] = {"gpipe", "1f1b", "interleaved", "zb"};
+const char* kNames[] = {"gpipe", "1f1b", "interleaved", "zb", "zbv"};
 
 // Calls f(name, p, m, V) for all that is allowed.
 void for_all(const std::function<void(const std::string&, int, int, int)>& f) {
   for (const std::string name : kNames)
     for (int p = 1; p <= 8; p++)
       for (int m = 1; m <= 32; m++)
-        for (int V = 1; V <= (name == "interleaved" ? 4 : 1); V++)
+        for (int V = name == "zbv" ? 2 : 1; V <= (name == "interleaved" ? 4
+                                                  : name == "zbv"       ? 2
+                                                                        : 1);
+             V++)
           if (name != "interleaved" || m % p == 0) f(name, p, m, V);
 }
 
@@ -42,7 +45,8 @@ std::vector<Schedule> some() {
   std::vector<Schedule> all;
   for (int p : {2, 3, 4})
     for (int m : {p, 2 * p + (p == 3 ? 3 : 0)}) {
-      for (const char* name : {"gpipe", "1f1b", "zb"}) all.push_back(make_schedule(name, p, m));
+      for (const char* name : {"gpipe", "1f1b", "zb", "zbv"})
+        all.push_back(make_schedule(name, p, m));
       for (int V : {1, 2, 3}) all.push_back(make_schedule("interleaved", p, m, V));
     }
   return all;
@@ -81,7 +85,7 @@ struct Interpreter {
         weight_order(input_order) {}
 
   bool available(int stage, const Token& token) const {
-    return has[stage].count(token) || (s.stages == 1 && made[stage].count(token));
+    return has[stage].count(token) || made[stage].count(token);
   }
 
   bool compute(int stage) {
@@ -188,8 +192,8 @@ double makespan_without_queues(const Schedule& s, const Times& times) {
         double start = now[stage];
         if (a.kind != Action::weight_gradient && from >= 0 && from < s.positions()) {
           if (!done.count({forward, a.microbatch, from})) break;
-          start = std::max(start,
-                           done[{forward, a.microbatch, from}] + (s.stages > 1 ? times.send : 0));
+          start = std::max(start, done[{forward, a.microbatch, from}] +
+                                      (s.stage_of(from) != stage ? times.send : 0));
         }
         now[stage] = start + d[stage][next[stage]];
         if (a.kind != Action::weight_gradient) done[{forward, a.microbatch, v}] = now[stage];
@@ -198,7 +202,7 @@ double makespan_without_queues(const Schedule& s, const Times& times) {
   return *std::max_element(now.begin(), now.end());
 }
 
-std::string marks(const std::string& name, int p, int m, int V = 1) {
+std::string marks(const std::string& name, int p, int m, int V = 0) {
   const Schedule s = make_schedule(name, p, m, V);
   return draw_text(s, simulate(s, durations(s, {})), 1);
 }
@@ -216,7 +220,7 @@ TEST(the_checker_accepts_every_schedule) {
     schedules++;
     for (const auto& list : s.actions) actions += list.size();
   });
-  CHECK_EQ(schedules, 3 * 8 * 32 + 4 * (32 + 16 + 10 + 8 + 6 + 5 + 4 + 4));
+  CHECK_EQ(schedules, 4 * 8 * 32 + 4 * (32 + 16 + 10 + 8 + 6 + 5 + 4 + 4));
   measured(schedules, " schedules, ", actions, " actions");
 }
 
@@ -236,7 +240,9 @@ TEST(bubbles_equal_the_formulas) {
     const Schedule s = make_schedule(name, p, m, V);
     const Timeline t = simulate(s, durations(s, {}));
     // times of a chunk: all of a stage's work is 3 m V
-    const int64_t idle = name == "zb" ? p - 1 + std::max(p - m, 0) : 3 * (p - 1);
+    const int64_t idle = name == "zb"    ? p - 1 + std::max(p - m, 0)
+                         : name == "zbv" ? std::max(p - 1, 2 * (2 * p - 1 - m))
+                                         : 3 * (p - 1);
     CHECK_EQ(whole(t.makespan), 3 * m * V + idle, label(s));
     for (int stage = 0; stage < p; stage++) CHECK_EQ(whole(t.busy[stage]), 3 * m * V, label(s));
     CHECK_EQ(whole(s.row->idle(s, {})), idle, label(s));
@@ -265,6 +271,30 @@ TEST(zero_bubble_idles_for_a_third_of_1f1b) {
   measured(cases, " cases with m >= p, exact");
 }
 
+TEST(zbv_idles_for_half_of_zb) {
+  int cases = 0;
+  for (int p = 1; p <= 8; p++)
+    for (int m = 2 * p; m <= 32; m++, cases++) {
+      // a chunk of zb, with all of the stage's layers, takes twice as long
+      const Schedule zb = make_schedule("zb", p, m), zbv = make_schedule("zbv", p, m);
+      const Timeline one = simulate(zb, durations(zb, {2, 2, 2, 0})),
+                     other = simulate(zbv, durations(zbv, {}));
+      CHECK_EQ(whole(one.busy[0]), whole(other.busy[0]));
+      CHECK_EQ(whole(one.makespan - one.busy[0]), 2 * whole(other.makespan - other.busy[0]));
+      // all of it before a stage's first computation or after its last: what the paper calls zero
+      for (int stage = 0; stage < p; stage++) {
+        double first = other.makespan, last = 0;
+        for_each_computation(zbv, [&](int of, int i, const Action&) {
+          if (of != stage) return;
+          first = std::min(first, other.spans[of][i].start);
+          last = std::max(last, other.spans[of][i].end);
+        });
+        CHECK_EQ(last - first, other.busy[stage], label(zbv), " stage ", stage);
+      }
+    }
+  measured(cases, " cases with m >= 2 p, exact");
+}
+
 TEST(bubbles_equal_the_formulas_for_other_times) {
   int cases = 0;
   const Times all[] = {{10, 10, 8, 0}, {10, 12, 5, 0}, {8, 12, 10, 0}, {6, 12, 10, 0},
@@ -272,11 +302,14 @@ TEST(bubbles_equal_the_formulas_for_other_times) {
   for (const Times& times : all)
     for_all([&](const std::string& name, int p, int m, int V) {
       const double F = times.forward, B = times.input_gradient, W = times.weight_gradient;
+      if (name == "zbv" && (m < 2 * p || std::max(F, W) > B)) return;
       if ((name == "zb" && m < p) || (name == "interleaved" && B + W > 2 * F) || (m > 8 && m % 8))
         return;
       const Schedule s = make_schedule(name, p, m, V);
       const Timeline t = simulate(s, durations(s, times));
-      const double idle = (p - 1) * (name == "zb" ? std::max({F, B, F + B - W}) : F + B + W);
+      const double idle = (p - 1) * (name == "zb"    ? std::max({F, B, F + B - W})
+                                     : name == "zbv" ? std::max(B, 2 * (B - W))
+                                                     : F + B + W);
       CHECK_EQ(whole(t.makespan) - whole(t.busy[0]), whole(idle), label(s));
       CHECK_EQ(s.row->idle(s, times), idle, label(s));
       cases++;
@@ -292,6 +325,7 @@ TEST(live_micro_batches_equal_the_formulas) {
       int64_t expected = m;
       if (name == "1f1b") expected = std::min(p - stage, m);
       if (name == "zb") expected = std::min(p, m);
+      if (name == "zbv") expected = std::min({2 * m, m + 1 + stage, 2 * p});
       if (name == "interleaved") expected = std::min(2 * (p - stage - 1) + (V - 1) * p + 1, V * m);
       CHECK_EQ(peak_live(s, stage), expected, label(s), " stage ", stage);
       CHECK_EQ(s.row->live(s, stage), expected, label(s), " stage ", stage);
@@ -310,7 +344,9 @@ TEST(each_cut_carries_each_micro_batch_once_each_way) {
       for (const Action& a : s.actions[stage])
         for (const Transfer& t : a.transfers)
           if (t.send) sends[{t.payload, s.position(stage, t.chunk)}]++;
-    CHECK_EQ(int(sends.size()), p == 1 ? 0 : 2 * (p * V - 1), label(s));
+    // zbv's middle cut lies inside the last stage
+    const int cuts = p == 1 ? 0 : name == "zbv" ? 2 * p - 2 : p * V - 1;
+    CHECK_EQ(int(sends.size()), 2 * cuts, label(s));
     for (const auto& [from, count] : sends) {
       CHECK_EQ(count, m, label(s));
       transfers += count;
@@ -359,11 +395,12 @@ TEST(facing_sends_share_a_group) {
 
 TEST(what_a_schedule_does_not_allow_is_refused) {
   CHECK_SAYS(make_schedule("2f2b", 4, 8),
-             "there is no schedule '2f2b': choose gpipe, 1f1b, interleaved or zb");
+             "there is no schedule '2f2b': choose gpipe, 1f1b, interleaved, zb or zbv");
   CHECK_SAYS(make_schedule("1f1b", 0, 8), "at least one stage, not 0");
   CHECK_SAYS(make_schedule("gpipe", 4, 0), "at least one micro-batch, not 0");
   CHECK_SAYS(make_schedule("interleaved", 4, 8, -1), "at least one chunk, not -1");
   CHECK_SAYS(make_schedule("zb", 4, 8, 2), "schedule zb has one chunk a stage, not 2");
+  CHECK_SAYS(make_schedule("zbv", 4, 8, 1), "schedule zbv has two chunks a stage, not 1");
   CHECK_SAYS(make_schedule("zb", 1 << 20, 1 << 20), "more than a million");
   int refused = 0;
   for (int p = 1; p <= 8; p++)
@@ -373,7 +410,7 @@ TEST(what_a_schedule_does_not_allow_is_refused) {
                    sentence("micro-batches that its ", p, " stages divide, not ", m));
         refused++;
       }
-  measured(refused, " uneven interleaved schedules and 6 others");
+  measured(refused, " uneven interleaved schedules and 7 others");
 }
 
 // ---- the checker
@@ -699,10 +736,10 @@ TEST(the_one_queue_costs_next_to_nothing) {
     return worst;
   };
   const std::vector<Times> free{{1, 1, 1, 0}, {5, 6, 4, 0}, {5, 5, 3, 0}, {10, 7, 7, 0}};
-  CHECK_EQ(worst_of(free, {"gpipe", "1f1b", "zb", "interleaved"}), 0.0);
+  CHECK_EQ(worst_of(free, {"gpipe", "1f1b", "zb", "zbv", "interleaved"}), 0.0);
   CHECK_EQ(worst_of({{1, 2, 1, 0}}, {"gpipe", "1f1b", "zb"}), 0.0);
   const double recompute = worst_of({{1, 2, 1, 0}}, {"interleaved"});
-  const double slow = worst_of({{20, 20, 20, 1}}, {"gpipe", "1f1b", "zb", "interleaved"});
+  const double slow = worst_of({{20, 20, 20, 1}}, {"gpipe", "1f1b", "zb", "zbv", "interleaved"});
   CHECK_LE(recompute, 0.02);
   CHECK_LE(slow, 0.02);
   measured("free sends: 0; interleaved with B + W = 3 F: ", recompute, "; sends of F/20: ", slow);
@@ -739,6 +776,17 @@ TEST(the_drawing_of_interleaved_shows_chunks) {
            "stage  1 |.010aa1bb2aa3bb2cc3ddccdd..| idle 11.1 %\n"
            "   chunk | 001111110000001111110000  |\n"
            "          0-9 forward of micro-batch 0-9   a-j its backward   . idle\n");
+}
+
+TEST(the_drawing_of_zbv_goes_down_and_up) {
+  CHECK_EQ(
+      marks("zbv", 2, 4),
+      "time      0         10        20\n"
+      "stage  0 |0120aA1bB3aA2cCbB3dDcCdD.| idle 4.0 %\n"
+      "   chunk |000111111000111001110000 |\n"
+      "stage  1 |.0011aA2aA2bB3bB3cCcddCDD| idle 4.0 %\n"
+      "   chunk | 010111000111000111010010|\n"
+      "          0-9 forward of micro-batch 0-9   a-j its input gradient   A-J its weight gradient   . idle\n");
 }
 
 TEST(the_axis_of_a_drawing_has_three_digits) {
