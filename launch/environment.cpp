@@ -1,21 +1,11 @@
 // environment.cpp: see environment.h.
 #include "launch/environment.h"
 
-#include <sys/resource.h>
-
 #include <map>
 #include <nlohmann/json.hpp>
 
 #include "kernels/kernels.h"
 #include "support/data.h"
-
-void check_stack() {
-  constexpr rlim_t kLeast = 256 << 10;
-  rlimit stack;
-  REQUIRE(getrlimit(RLIMIT_STACK, &stack) || stack.rlim_cur >= kLeast, "the stack may have only ",
-          stack.rlim_cur >> 10, " KiB here (ulimit -s), and at least ", kLeast >> 10,
-          " are needed");
-}
 
 // ---- products
 

@@ -13,8 +13,6 @@
 
 #include "launch/job.h"
 
-// of the first thread, for MPI and us
-void check_stack();
 // Needs the device; an Error names the product that is wrong.
 void check_products();
 

@@ -24,11 +24,7 @@ struct Start {
 template <class Prepare, class Work>
 int run_program(const char* name, int argc, char** argv, Prepare prepare, Work work) {
   std::optional<Signals> signals;
-  if (const std::string error = error_of([&] {
-        check_stack();
-        signals.emplace();
-      });
-      !error.empty())
+  if (const std::string error = error_of([&] { signals.emplace(); }); !error.empty())
     return fprintf(stderr, "%s: %s\n", name, error.c_str()), 1;
   Job job(&argc, &argv);
   try {

@@ -2,6 +2,7 @@
 #include "launch/signals.h"
 
 #include <poll.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <chrono>
@@ -12,15 +13,35 @@
 
 #include "support/check.h"
 
+// ---- before the libraries are initialised: UCX takes signals, and needs a stack, when it is
+
+static sigset_t ignored;
+constexpr int kMeaningEnd[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU};
+
+static void before_libraries() {
+  sigemptyset(&ignored);
+  for (const int signal : kMeaningEnd) {
+    struct sigaction before = {};
+    sigaction(signal, nullptr, &before);
+    if (before.sa_handler == SIG_IGN) sigaddset(&ignored, signal);
+  }
+  rlimit stack;
+  if (getrlimit(RLIMIT_STACK, &stack) || stack.rlim_cur >= 64 << 10) return;
+  dprintf(STDERR_FILENO, "a stack of %d KiB (ulimit -s) is too small for this program\n",
+          int(stack.rlim_cur >> 10));
+  _exit(1);
+}
+__attribute__((section(".preinit_array"), used)) static void (*const first)() = before_libraries;
+
+// ---- then
+
 Signals::Signals() {
   sigset_t blocked;
   sigemptyset(&blocked);
   sigemptyset(&fetched_);
-  for (const int signal : {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU}) {
-    struct sigaction before = {};
-    sigaction(signal, nullptr, &before);
+  for (const int signal : kMeaningEnd) {
     sigaddset(&blocked, signal);
-    if (before.sa_handler != SIG_IGN) sigaddset(&fetched_, signal);
+    if (!sigismember(&ignored, signal)) sigaddset(&fetched_, signal);
   }
   for (sigset_t* set : {&blocked, &fetched_}) sigaddset(set, SIGRTMIN);  // ends our thread
   pthread_sigmask(SIG_BLOCK, &blocked, nullptr);

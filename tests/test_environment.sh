@@ -16,7 +16,7 @@ check() { if eval "$2"; then ok "$1" "${3:-}"; else fail "$1" "${4:-$(head -c 30
 losses() { sed -n 's/.*"loss":\([^,]*\),.*/\1/p' "$1"; }
 # faults NAME SOURCE: a library of C functions that takes the place of others; its path
 faults() { echo "$2" | g++ -w -shared -fPIC -x c++ - -o "$dir/$1.so" -ldl; echo "$dir/$1.so"; }
-small="--layers 2 --width 16 --heads 2 --context 16 --batch 4"
+shape="--layers 2 --width 16 --heads 2 --context 16" small="--layers 2 --width 16 --heads 2 --context 16 --batch 4"
 
 # ---- products: the environment gives other threads, cores or instructions; losses stay
 
@@ -70,6 +70,29 @@ for stack in "OMP_STACKSIZE=16k" "OMP_STACKSIZE=64k"; do
   check "a_stack_too_small_is_a_sentence_$stack" "[ $status = 1 ] && grep -q '^train_gpt: a thread has a stack of .* KiB here' $dir/err"
 done
 
+# ---- memory: limits are respected, and named where something does not fit
+
+under() { (ulimit "$1" "$2" && shift 2 && exec timeout 60 "$@") >"$dir/out" 2>"$dir/err"; }
+export OMP_NUM_THREADS=1
+for limit in "-v 8000000" "-v 1000000" "-d 4000000" "-d 500000"; do
+  under $limit $train $small --steps 1; status=$?
+  check "a_small_model_trains_under_ulimit_$limit" "[ $status = 0 ] && grep -q '^device .* MiB under ulimit ${limit% *}$' $dir/out" "$(sed -n 's/^device *//p' "$dir/out")" "status $status: $(head -c 300 "$dir/err")"
+done
+under -v 8000000 mpiexec -n 2 $train $small --fsdp 2 --steps 1; status=$?
+check ranks_share_what_ulimit_leaves "[ $status = 0 ]" "$(sed -n 's/^device *//p' "$dir/out")"
+under -v 1000000 $train --layers 48 --width 1024 --heads 16 --steps 1; status=$?
+check what_does_not_fit_under_a_limit_names_it "[ $status = 1 ] && grep -q '^rank 0: out of device memory: .* MiB under ulimit -v has left' $dir/err" "$(head -1 "$dir/err")"
+under -v 27000000 $train --layers 1 --width 16 --heads 1 --context 16 --steps 1 --batch 1000000000; status=$?
+check host_memory_that_runs_out_is_a_sentence "[ $status = 1 ] && grep -q '^rank 0: the memory of this machine.*: a step in micro-batches of 1000000000 sequences of 16 tokens' $dir/err"
+under -s 16 $train $small --steps 1; status=$?
+check a_stack_too_small_for_any_library_is_a_sentence "[ $status = 1 ] && grep -q '^a stack of 16 KiB (ulimit -s) is too small' $dir/err"
+file=memory.limit_in_bytes; [ -d /sys/fs/cgroup/memory ] || file=memory.max
+if in_group memory $file 800000000 true 2>/dev/null; then
+  in_group memory $file 800000000 $train --layers 48 --width 1024 --heads 16 --steps 1 >"$dir/out" 2>"$dir/err"; status=$?
+  check a_control_group_limits_the_device "[ $status = 1 ] && grep -q '^rank 0: out of device memory: .* MiB under its control group has left' $dir/err" "" "status $status: $(head -c 300 "$dir/err")"
+else skip a_control_group_limits_the_device "no control groups can be made here"; fi
+groups+=("/sys/fs/cgroup/memory/threefold-test-$$" "/sys/fs/cgroup/threefold-test-$$")
+
 # ---- signals: all that mean "end soon" save and end, on whichever thread they would have arrived
 
 run="--layers 2 --width 64 --heads 2 --context 64 --batch 8 --data README.md --steps 1000000"
@@ -88,13 +111,14 @@ process() {
 saved="[ \$status = 0 ] && grep -q 'stopped by a signal; --resume goes on' $dir/out && ls $dir/c/step-*/manifest.json >/dev/null"
 for signal in TERM INT HUP USR1 USR2 XCPU; do
   started env --default-signal="$signal" $train $run
-  child=$(pgrep -P $job -f "^$train"); open=$(grep -h '^SigBlk' /proc/"$child"/task/*/status | sort -u)
+  child=$(pgrep -P $job -f "^$train"); open=$(grep -h '^SigBlk' /proc/"$child"/task/*/status)
   kill -$signal "$child"; wait $job; status=$?
   check "SIG${signal}_saves_and_ends_the_run" "$saved" "$(grep -o '^step.*stopped' "$dir/out")" "status $status: $(tail -2 "$dir/out") $(cat "$dir/err")"
 done
 # TERM, INT, HUP, USR1, USR2, XCPU are bits 14, 1, 0, 9, 11 and 23
-blocked=yes; for mask in $(awk '{ print $2 }' <<<"$open"); do [ $((0x$mask & 0x804a03)) = $((0x804a03)) ] || blocked=no; done
-check none_of_them_can_interrupt_a_thread "[ -n '$open' ] && [ $blocked = yes ]" "$(tr '\n\t' '  ' <<<"$open")" "$open"
+# the one that waits for them shows them as not blocked
+free=0; for mask in $(awk '{ print $2 }' <<<"$open"); do [ $((0x$mask & 0x804a03)) = $((0x804a03)) ] || free=$((free + 1)); done
+check none_of_them_can_interrupt_a_thread "[ -n '$open' ] && [ $free -le 1 ]" "$(tr '\n\t' '  ' <<<"$open")" "$open"
 for signal in USR1 HUP XCPU; do
   started mpiexec -n 2 $train $run --fsdp 2
   kill -$signal "$(process 1)"; wait $job; status=$?
@@ -103,11 +127,11 @@ done
 started nohup $train $run
 child=$(pgrep -P $job -f "^$train"); kill -HUP "$child"; before=$(wc -l <"$dir/m.jsonl"); sleep 1; after=$(wc -l <"$dir/m.jsonl")
 kill -TERM "$child"; wait $job; status=$?
-check what_nohup_ignores_stays_ignored "[ $after -gt $before ] && $saved" "$((after - before)) steps in the second after SIGHUP"
+check what_nohup_ignores_stays_ignored "[ $after -gt $((before + 2)) ] && $saved" "$((after - before)) steps in the second after SIGHUP"
 rm -rf "$dir/c"
 OMP_NUM_THREADS=1 timeout 100 $train $run --checkpoint "$dir/c" 2>"$dir/err" | head -1 >"$dir/out"; status=${PIPESTATUS[0]}
 check a_reader_that_leaves_ends_the_run_as_a_signal_does "[ $status = 0 ] && [ \$(wc -l <$dir/out) = 1 ] && ls $dir/c/step-*/manifest.json >/dev/null && grep -q 'has left: ending as after a signal' $dir/err"
-OMP_NUM_THREADS=1 timeout 100 build/cpu/generate $small --prompt x --tokens 15 2>"$dir/err" | :; status=${PIPESTATUS[0]}
+OMP_NUM_THREADS=1 timeout 100 build/cpu/generate $shape --prompt x --tokens 15 2>"$dir/err" | :; status=${PIPESTATUS[0]}
 check a_text_that_nobody_reads_ends_with_a_sentence "[ $status = 1 ] && grep -q 'could not be written to the standard output' $dir/err"
 
 # ---- the watch: slow is not stuck
@@ -161,9 +185,9 @@ cp "$dir/a/text.md" "$dir/b/text.md"
 timeout 60 mpiexec -n 1 $train $small --replicate 2 --steps 1 --data "$dir/a/text.md" : -n 1 $train $small --replicate 2 --steps 1 --data "$dir/b/text.md" >"$dir/out" 2>"$dir/err"; status=$?
 check equal_data_may_lie_elsewhere "[ $status = 0 ]"
 cp $train "$dir/train_gpt"; printf x >>"$dir/train_gpt"
-timeout 60 mpiexec -n 1 $train $small --replicate 3 --batch 6 --steps 1 --data README.md : -n 2 "$dir/train_gpt" $small --replicate 3 --batch 6 --steps 1 --data README.md >"$dir/out" 2>"$dir/err"; status=$?
+timeout 60 mpiexec -n 1 $train $shape --replicate 3 --batch 6 --steps 1 --data README.md : -n 2 "$dir/train_gpt" $shape --replicate 3 --batch 6 --steps 1 --data README.md >"$dir/out" 2>"$dir/err"; status=$?
 check another_build_is_refused "[ $status != 0 ] && grep -q 'the program is .* on ranks 1 and 2' $dir/err"
-timeout 60 mpiexec -n 1 build/cpu/generate $small --tp 2 --prompt x --tokens 2 --temperature 1 : -n 1 build/cpu/generate $small --tp 2 --prompt x --tokens 2 --temperature 2 >"$dir/out" 2>"$dir/err"; status=$?
+timeout 60 mpiexec -n 1 build/cpu/generate $shape --tp 2 --prompt x --tokens 2 --temperature 1 : -n 1 build/cpu/generate $shape --tp 2 --prompt x --tokens 2 --temperature 2 >"$dir/out" 2>"$dir/err"; status=$?
 check generate_compares_its_options_too "[ $status != 0 ] && grep -q -- '--temperature is 1 on rank 0, 2 on rank 1' $dir/err"
 
 if [ $skipped -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi
