@@ -351,7 +351,7 @@ class SharedLink final : public Link {
     if (arena.fd >= 0 && p >= arena.base && p < arena.base + arena.size)
       return {Segment::arena, uint64_t(p - arena.base)};
     const char* base = region().base;
-    if (p >= base && p < base + Region::kBytes) return {Segment::region, uint64_t(p - base)};
+    if (p >= base && p < base + region().bytes) return {Segment::region, uint64_t(p - base)};
     return {};
   }
 
