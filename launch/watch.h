@@ -2,10 +2,10 @@
 //
 // idea      each rank keeps a record (last collective, step, a heartbeat) in memory that the ranks
 //           of its node share, so that the record of a stopped or killed rank can still be read. A
-//           thread a rank looks at it: a rank that has not got on (entered a collective, read a
-//           sequence, begun a step, moved bytes of a file) for `timeout` seconds reports where
-//           everybody stands and ends the job; it also asks NCCL for errors that no call returns. A child process of each
-//           node's first rank holds the other end of a pipe from each rank and names the rank whose
+//           thread a rank looks at it: a rank that has made no progress (entered no collective,
+//           read no sequence, begun no step, moved no bytes of a file) for `timeout` seconds
+//           reports where everybody stands and ends the job. The thread also asks NCCL for errors
+//           that no call returns. A child process of each node's first rank holds the other end of a pipe from each rank and names the rank whose
 //           end closed first without a goodbye. Whoever explains the end first, a rank that throws
 //           included, silences the others of its node.
 // patience  Time in which the watch itself did not run (the job was stopped, a machine slept) does

@@ -42,8 +42,8 @@ inline std::string at_work = "starting";
 inline std::string words_of(const std::exception& e) {
   if (!dynamic_cast<const std::bad_alloc*>(&e) && !dynamic_cast<const std::length_error*>(&e))
     return e.what();
-  return "the memory of this machine, or what a limit leaves of it (ulimit -v, ulimit -d), does not "
-         "hold what this asks for: " +
+  return "the memory of this machine, or what a limit leaves of it (ulimit -v, ulimit -d), does "
+         "not hold what this asks for: " +
          at_work;
 }
 

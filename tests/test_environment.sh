@@ -58,7 +58,8 @@ same() {
   got=$(losses "$dir/m.jsonl" 2>/dev/null | tail -1)
   if [ $status -eq 0 ] \
     && awk \
-      "BEGIN { d = (${got:-1e9} - ${reference[$dtype]}) / ${reference[$dtype]}; exit !(d < $bound && d > -$bound) }"; then
+      "BEGIN { d = (${got:-1e9} - ${reference[$dtype]}) / ${reference[$dtype]}
+        exit !(d < $bound && d > -$bound) }"; then
     ok "$name" "$(sed -n 's/^device *//p' "$dir/out"), loss $got"
   else
     fail "$name" \
@@ -71,7 +72,8 @@ for setting in OMP_THREAD_LIMIT=1 "OMP_NUM_THREADS=3 OMP_THREAD_LIMIT=2" \
   "OMP_NUM_THREADS=3 OMP_SCHEDULE=dynamic,1 OMP_MAX_ACTIVE_LEVELS=3" \
   GOMP_CPU_AFFINITY=0 "OMP_NUM_THREADS=2 GOMP_SPINCOUNT=0" DNNL_MAX_CPU_ISA=SSE41 \
   "ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1" \
-  "ONEDNN_DEFAULT_FPMATH_MODE=BF16 DNNL_DEFAULT_FPMATH_MODE=BF16" DNNL_PRIMITIVE_CACHE_CAPACITY=0; do
+  "ONEDNN_DEFAULT_FPMATH_MODE=BF16 DNNL_DEFAULT_FPMATH_MODE=BF16" \
+  DNNL_PRIMITIVE_CACHE_CAPACITY=0; do
   same "losses_stay_with_${setting//[^A-Za-z0-9_]/_}" env OMP_NUM_THREADS=2 $setting
 done
 for setting in OMP_THREAD_LIMIT=1 OMP_DYNAMIC=true; do
@@ -89,7 +91,8 @@ in_group() {
   shift 3
   [ -d "/sys/fs/cgroup/$kind" ] || group=/sys/fs/cgroup/threefold-test-$$
   bash -c \
-    "mkdir -p $group && echo $value >$group/$file && echo \$\$ >$group/cgroup.procs || exit 77; exec \"\$@\"" \
+    "mkdir -p $group && echo $value >$group/$file &&
+      echo \$\$ >$group/cgroup.procs || exit 77; exec \"\$@\"" \
     - "$@"
 }
 limited() { # NAME KIND FILE-OF-V1 FILE-OF-V2 VALUE
@@ -106,11 +109,13 @@ limited losses_stay_under_a_quota_of_half_a_core cpu cpu.cfs_quota_us cpu.max 50
 threads=16 limited losses_stay_where_only_eight_tasks_may_run pids pids.max pids.max 8
 
 # A library whose products are wrong is found before training.
-wrong=$(faults wrong 'extern "C" int dnnl_sgemm(...) { return 0; } extern "C" int dnnl_primitive_execute(...) { return 0; }')
+wrong=$(faults wrong 'extern "C" int dnnl_sgemm(...) { return 0; }
+  extern "C" int dnnl_primitive_execute(...) { return 0; }')
 LD_PRELOAD=$wrong $train $work --metrics "$dir/none.jsonl" >"$dir/out" 2>"$dir/err"
 status=$?
 check a_library_that_multiplies_wrongly_is_refused \
-  "[ $status = 1 ] && [ ! -s $dir/none.jsonl ] && grep -q '^train_gpt: this machine multiplies matrices wrongly' $dir/err"
+  "[ $status = 1 ] && [ ! -s $dir/none.jsonl ] &&
+    grep -q '^train_gpt: this machine multiplies matrices wrongly' $dir/err"
 for stack in "OMP_STACKSIZE=16k" "OMP_STACKSIZE=64k"; do
   env OMP_NUM_THREADS=2 $stack $train $small --steps 1 >"$dir/out" 2>"$dir/err"
   status=$?
@@ -135,12 +140,14 @@ check ranks_share_what_ulimit_leaves "[ $status = 0 ]" "$(sed -n 's/^device *//p
 under -v 1000000 $train --layers 48 --width 1024 --heads 16 --steps 1
 status=$?
 check what_does_not_fit_under_a_limit_names_it \
-  "[ $status = 1 ] && grep -q '^rank 0: out of device memory: .* MiB under ulimit -v has left' $dir/err" \
+  "[ $status = 1 ] &&
+    grep -q '^rank 0: out of device memory: .* MiB under ulimit -v has left' $dir/err" \
   "$(head -1 "$dir/err")"
 under -v 27000000 $train --layers 1 --width 16 --heads 1 --context 16 --steps 1 --batch 1000000000
 status=$?
 check host_memory_that_runs_out_is_a_sentence \
-  "[ $status = 1 ] && grep -q '^rank 0: the memory of this machine.*: a step in micro-batches of 1000000000 sequences of 16 tokens' $dir/err"
+  "[ $status = 1 ] &&
+    grep -q '^rank 0: the memory of this machine.*: a step in micro-batches of 1000000000' $dir/err"
 under -s 16 $train $small --steps 1
 status=$?
 check a_stack_too_small_for_any_library_is_a_sentence \
@@ -152,7 +159,8 @@ if in_group memory $file 800000000 true 2>/dev/null; then
     2>"$dir/err"
   status=$?
   check a_control_group_limits_the_device \
-    "[ $status = 1 ] && grep -q '^rank 0: out of device memory: .* MiB under its control group has left' $dir/err" \
+    "[ $status = 1 ] &&
+      grep -q '^rank 0: out of device memory: .* MiB under its control group has left' $dir/err" \
     "" "status $status: $(head -c 300 "$dir/err")"
 else skip a_control_group_limits_the_device "no control groups can be made here"; fi
 groups+=("/sys/fs/cgroup/memory/threefold-test-$$" "/sys/fs/cgroup/threefold-test-$$")
@@ -178,7 +186,8 @@ process() {
       && [ "$(ls "/proc/$pid/task" | wc -l)" -gt 1 ] && echo "$pid" && return
   done
 }
-saved="[ \$status = 0 ] && grep -q 'stopped by a signal; --resume goes on' $dir/out && ls $dir/c/step-*/manifest.json >/dev/null"
+saved="[ \$status = 0 ] && grep -q 'stopped by a signal; --resume goes on' $dir/out &&
+  ls $dir/c/step-*/manifest.json >/dev/null"
 for signal in TERM INT HUP USR1 USR2 XCPU; do
   started env --default-signal="$signal" $train $run
   child=$(pgrep -P $job -f "^$train")
@@ -220,7 +229,8 @@ rm -rf "$dir/c"
 OMP_NUM_THREADS=1 timeout 100 $train $run --checkpoint "$dir/c" 2>"$dir/err" | head -1 >"$dir/out"
 status=${PIPESTATUS[0]}
 check a_reader_that_leaves_ends_the_run_as_a_signal_does \
-  "[ $status = 0 ] && [ \$(wc -l <$dir/out) = 1 ] && ls $dir/c/step-*/manifest.json >/dev/null && grep -q 'has left: ending as after a signal' $dir/err"
+  "[ $status = 0 ] && [ \$(wc -l <$dir/out) = 1 ] && ls $dir/c/step-*/manifest.json >/dev/null &&
+    grep -q 'has left: ending as after a signal' $dir/err"
 OMP_NUM_THREADS=1 timeout 100 build/cpu/generate $shape --prompt x --tokens 15 2>"$dir/err" | :
 status=${PIPESTATUS[0]}
 check a_text_that_nobody_reads_ends_with_a_sentence \
@@ -270,13 +280,15 @@ stuck=$(faults stuck '#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-extern "C" int fsync(int) { const char* r = getenv("PMI_RANK"); if (r && !strcmp(r, "1")) raise(SIGSTOP); return 0; }')
+extern "C" int fsync(int) { const char* r = getenv("PMI_RANK"); if (r &&
+  !strcmp(r, "1")) raise(SIGSTOP); return 0; }')
 rm -rf "$dir/c"
 LD_PRELOAD=$stuck timeout 60 $two --steps 2 --timeout 2 --checkpoint "$dir/c" >"$dir/out" \
   2>"$dir/err"
 status=$?
 check a_rank_that_stops_in_a_save_is_named \
-  "[ $status != 0 ] && [ $status != 124 ] && grep -q \"rank 1: .*at a checkpoint's files.*DOES NOT RUN\" $dir/err" \
+  "[ $status != 0 ] && [ $status != 124 ] &&
+    grep -q \"rank 1: .*at a checkpoint's files.*DOES NOT RUN\" $dir/err" \
   "$(grep -o 'rank 1: .*' "$dir/err" | head -1)" "status $status: $(cat "$dir/err")"
 
 # ---- ranks that were started differently
