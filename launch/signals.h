@@ -5,8 +5,8 @@
 //           interrupts a matrix product has been seen to corrupt the heap, and MPICH's and UCX's
 //           handlers run on whichever thread they hit. One thread of ours fetches them. What was
 //           ignored when the program started (nohup) stays ignored.
-// meaning   While somebody listens, a signal sets a flag. TERM or INT once more, a second later, ends
-//           the process at once, as does any signal that nobody listens for.
+// meaning   While somebody listens, a signal sets a flag. TERM or INT once more, a second later,
+//           ends the process at once, as does any signal that nobody listens for.
 // test      tests/test_environment.sh, tests/test_checkpoint.sh
 #pragma once
 #include <atomic>

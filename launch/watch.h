@@ -5,7 +5,8 @@
 //           thread a rank looks at it: a rank that has made no progress (entered no collective,
 //           read no sequence, begun no step, moved no bytes of a file) for `timeout` seconds
 //           reports where everybody stands and ends the job. The thread also asks NCCL for errors
-//           that no call returns. A child process of each node's first rank holds the other end of a pipe from each rank and names the rank whose
+//           that no call returns. A child process of each node's first rank holds the other end
+//           of a pipe from each rank and names the rank whose
 //           end closed first without a goodbye. Whoever explains the end first, a rank that throws
 //           included, silences the others of its node.
 // patience  Time in which the watch itself did not run (the job was stopped, a machine slept) does
