@@ -28,6 +28,17 @@ void Param::initialise(const Tensor& x, uint64_t seed, int64_t first) const {
   else fill(x, mean);
 }
 
+void separate_uses(Param& p) {
+  p.grad_of_head = Tensor(p.local_shape(), p.grad.dtype(), Memory::gradients);
+  fill(p.grad_of_head, 0);
+}
+
+void join_uses(Param& p) {
+  if (p.grad_of_head.empty()) return;
+  add(p.grad, p.grad, p.grad_of_head);
+  fill(p.grad_of_head, 0);
+}
+
 // ---- the tape
 
 void Tape::push(std::function<void()> backward) {

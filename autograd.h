@@ -33,18 +33,32 @@ struct Param {
   bool counted = true;
   // each rank of the tp axis has only its rows' part of the gradient; the parts are to be summed
   bool partial = false;
-  Tensor value;  // compute dtype, the slice's shape
-  Tensor grad;   // master dtype
-  // used at both ends of the model: the head's use, transposed, adds to tied_grad, so that every
-  // pipeline
-  bool tied = false;
-  Tensor tied_grad;  // schedule sums in the same order; the two are added once a step
-  Tensor& grad_of(bool transposed) { return tied && transposed ? tied_grad : grad; }
+  int unit = 0;         // FSDP shards the parameters of one unit together
+  Tensor value;         // compute dtype, the slice's shape
+  Tensor grad;          // master dtype
+  Tensor grad_of_head;  // of a tied parameter, where its uses are kept apart: see separate_uses
+  Tensor& grad_of(bool transposed) {
+    return transposed && !grad_of_head.empty() ? grad_of_head : grad;
+  }
   Shape local_shape() const;
   int64_t numel() const { return slice.outer * (slice.end - slice.begin) * slice.inner; }
   // Initial values of the elements [first, first + x.numel()) of what this rank owns.
   void initialise(const Tensor& x, uint64_t seed, int64_t first) const;
 };
+
+// What the backward of a part of the model needs of its parameters.
+enum class Backward {
+  gathers,  // their values: gather them again (a block)
+  keeps,    // their values, at once: the backward follows the forward (the head)
+  nothing,  // only a place for gradients (the embedding)
+};
+
+// A tied parameter is used at both ends of the model: by the embedding and, transposed, by the
+// head. In a pipeline the two are on different ranks, each of which sums one use's gradient over
+// all micro-batches. Where one rank has both uses, the head's gets a gradient of its own, so that
+// the sums have the same order and the same bits.
+void separate_uses(Param& p);
+void join_uses(Param& p);  // once a step: grad += grad_of_head, which is then 0
 
 // ---- the tape
 
@@ -89,6 +103,7 @@ struct Tokens {
   Tensor inputs, targets;  // (R) i32
   Tensor order;            // rows sorted by input token: see sort_rows
   Tensor positions;        // (R) i32; empty: row % T
+  int64_t only_row = -1;   // the head makes logits of this row alone; -1: of every row
   Tokens() = default;
   // Tokens outside this rank's part of the vocabulary become -1, the others count from its begin.
   Tokens(int64_t B, int64_t T, std::vector<int> inputs, std::vector<int> targets,

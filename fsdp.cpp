@@ -29,7 +29,7 @@
 Var Fsdp::run(Tape& tape, int use, const std::function<Var()>& f) {
   const Backward backward = uses_[use].backward;
   const auto each_unit = [this, use](auto&& work) {
-    for (int u : uses_[use].units) work(units_[u]);
+    for (Unit* u : uses_[use].units) work(*u);
   };
   // Gathers this use's units and, ahead of need, those of the uses after it in the direction we go.
   const auto gather = [this, use, each_unit](int direction) {
@@ -40,7 +40,7 @@ Var Fsdp::run(Tape& tape, int use, const std::function<Var()>& f) {
     for (int k = 1, next = use + direction; k <= options_.prefetch && in_group(next);
          k++, next += direction)
       if (direction > 0 || uses_[next].backward == Backward::gathers)
-        for (int u : uses_[next].units) start_gather(units_[u]);
+        for (Unit* u : uses_[next].units) start_gather(*u);
     each_unit([&](Unit& u) { finish_gather(u); });
   };
   const bool returns = borrows() && options_.reshard;
@@ -124,8 +124,6 @@ void Fsdp::point_at(Unit& u) {
   for (size_t i = 0; i < u.params.size(); i++) {
     Param& p = *u.params[i];
     p.grad = u.full_grad.empty() ? Tensor() : u.full_grad.part(u.offsets[i], p.local_shape());
-    // a full gradient that lives for one micro-batch is summed in one buffer
-    if (p.tied && scatters_each()) p.tied_grad = p.grad;
   }
 }
 
@@ -134,11 +132,8 @@ void Fsdp::point_at(Unit& u) {
 void Fsdp::start_reduce(Unit& u) {
   const bool last = u.rounds == microbatches_;
   if (!scatters_each() && !last) return;  // they add up where they are
-  if (!scatters_each())
-    for (Param* p : u.params)
-      if (p->tied) add(p->grad, p->grad, p->tied_grad);
-  make_wait(stream_, device().compute);  // the gradients must have been computed
   if (complete_gradients) complete_gradients(u.params);
+  make_wait(stream_, device().compute);  // the gradients must have been computed
   if (axis_.size > 1) {
     Tensor mine = u.full_grad.part(axis_.rank * u.shard, {u.shard});  // in place
     const Timed timed(stream_);
@@ -183,12 +178,10 @@ void Fsdp::sum_over_copies(Unit& u) {
 
 void Fsdp::begin_step(int microbatches) {
   microbatches_ = microbatches;
-  for (Unit& u : units_) {
+  for (auto& [number, u] : units_) {
     u.gathered = axis_.size == 1;  // the optimizer has changed the shards: gather them anew
     u.rounds = 0;
     fill(scatters_each() ? u.own_grad : u.full_grad, 0);
-    for (Param* p : u.params)
-      if (p->tied && !scatters_each()) fill(p->tied_grad, 0);
   }
 }
 
@@ -199,7 +192,7 @@ void Fsdp::finish_backward() {
 
 void Fsdp::end_step() {
   // where nothing is borrowed, this marks the other ranks' shards as old
-  for (Unit& u : units_) give_back(u);
+  for (auto& [number, u] : units_) give_back(u);
 }
 
 // ---- set-up
@@ -232,8 +225,8 @@ Fsdp::Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t strea
       seed_(seed) {}
 
 Fsdp::~Fsdp() {
-  for (Unit& u : units_)
-    for (Param* p : u.params) p->value = p->grad = p->tied_grad = Tensor();
+  for (auto& [number, u] : units_)
+    for (Param* p : u.params) p->value = p->grad = Tensor();
 }
 
 // Calls work(param, first element of it that is in the shard, how many, where in the shard) for
@@ -247,54 +240,62 @@ template <class Unit, class Work> static void for_pieces(const Unit& u, int rank
   }
 }
 
-int Fsdp::add_unit(const std::vector<Param*>& params) {
-  Unit& u = units_.emplace_back();
-  u.params = params;
-  u.offsets = offsets_in_unit(params);
-  u.padded = padded_unit(params, axis_.size);
-  u.shard = u.padded / axis_.size;
-
-  const int64_t mine = axis_.rank * u.shard;
-  if (borrows()) {
-    u.own = Tensor({u.shard}, dtype_, Memory::parameters);  // no rank ever holds the whole model
-  } else {
-    u.full = Tensor({u.padded}, dtype_, Memory::parameters);
-    u.own = u.full.part(mine, {u.shard});
-  }
-  const Dtype master = master_dtype(dtype_);
-  if (scatters_each()) {
-    u.own_grad = Tensor({u.shard}, master, Memory::gradients);
-  } else {
-    u.full_grad = Tensor({u.padded}, master, Memory::gradients);
-    u.own_grad = u.full_grad.part(mine, {u.shard});
-    point_at(u);
-    for (Param* p : params)
-      if (p->tied) p->tied_grad = Tensor(p->local_shape(), master, Memory::gradients);
-  }
-  fill(u.own, 0);  // the padding stays 0
-  for_pieces(u, axis_.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
-    p.initialise(u.own.part(at, {count}), seed_, first);
-  });
-  if (dtype_ != master) {
-    u.master = Tensor({u.shard}, master, Memory::optimizer);
-    cast(u.master, u.own);
-  }
-  u.m = Tensor({u.shard}, master, Memory::optimizer);
-  u.v = Tensor({u.shard}, master, Memory::optimizer);
-  fill(u.m, 0);
-  fill(u.v, 0);
-  return int(units_.size()) - 1;
+std::map<int, std::vector<Param*>> units_of(const std::vector<Param*>& params) {
+  std::map<int, std::vector<Param*>> units;
+  for (Param* p : params) units[p->unit].push_back(p);
+  return units;
 }
 
-int Fsdp::add_use(std::vector<int> units, Backward backward, int group) {
-  for (int u : units) units_[u].uses++;
-  uses_.push_back({std::move(units), backward, group});
+void Fsdp::add_units(const std::vector<Param*>& all) {
+  for (const auto& [number, params] : units_of(all)) {
+    Unit& u = units_[number];
+    u.params = params;
+    u.offsets = offsets_in_unit(params);
+    u.padded = padded_unit(params, axis_.size);
+    u.shard = u.padded / axis_.size;
+
+    const int64_t mine = axis_.rank * u.shard;
+    if (borrows()) {
+      u.own = Tensor({u.shard}, dtype_, Memory::parameters);  // no rank ever holds the whole model
+    } else {
+      u.full = Tensor({u.padded}, dtype_, Memory::parameters);
+      u.own = u.full.part(mine, {u.shard});
+    }
+    const Dtype master = master_dtype(dtype_);
+    if (scatters_each()) {
+      u.own_grad = Tensor({u.shard}, master, Memory::gradients);
+    } else {
+      u.full_grad = Tensor({u.padded}, master, Memory::gradients);
+      u.own_grad = u.full_grad.part(mine, {u.shard});
+      point_at(u);
+    }
+    fill(u.own, 0);  // the padding stays 0
+    for_pieces(u, axis_.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
+      p.initialise(u.own.part(at, {count}), seed_, first);
+    });
+    if (dtype_ != master) {
+      u.master = Tensor({u.shard}, master, Memory::optimizer);
+      cast(u.master, u.own);
+    }
+    u.m = Tensor({u.shard}, master, Memory::optimizer);
+    u.v = Tensor({u.shard}, master, Memory::optimizer);
+    fill(u.m, 0);
+    fill(u.v, 0);
+  }
+}
+
+int Fsdp::add_use(const std::vector<Param*>& params, Backward backward, int group) {
+  Use& use = uses_.emplace_back(Use{{}, backward, group});
+  for (const auto& [number, of_unit] : units_of(params)) {
+    use.units.push_back(&units_.at(number));
+    use.units.back()->uses++;
+  }
   return int(uses_.size()) - 1;
 }
 
 std::vector<Shard> Fsdp::optimizer_shards() const {
   std::vector<Shard> shards;
-  for (const Unit& u : units_)
+  for (const auto& [number, u] : units_)
     for_pieces(u, axis_.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
       const auto piece = [&](const Tensor& x) { return x.part(at, {count}); };
       const bool same = u.master.empty();  // the weights that compute are the master weights

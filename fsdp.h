@@ -10,7 +10,7 @@
 // test      tests/test_fsdp.cpp
 #pragma once
 #include <deque>
-#include <memory>
+#include <map>
 
 #include "autograd.h"
 #include "comm.h"
@@ -24,13 +24,6 @@ struct FsdpOptions {
   int prefetch = 1;
 };
 
-// What the backward of a use needs of the unit's parameters.
-enum class Backward {
-  gathers,  // their values: gather them again (a block)
-  keeps,    // their values, at once: the backward follows the forward (the head)
-  nothing,  // only a place for gradients (the embedding)
-};
-
 class Fsdp {
  public:
   // axis: over which units are sharded. copies: axes whose ranks hold the same shard.
@@ -38,12 +31,12 @@ class Fsdp {
        const FsdpOptions& options, uint64_t seed);
   ~Fsdp();
 
-  // ---- set-up: name the units, then the uses, in the order in which the forward comes by
-  // allocates this rank's shard with its initial values; returns the unit's number
-  int add_unit(const std::vector<Param*>& params);
-  // Uses of one group follow each other at once; a pipeline's chunks are groups. Units are gathered
-  // ahead within a group only.
-  int add_use(std::vector<int> units, Backward backward, int group = 0);
+  // ---- set-up: all units, then their uses in forward order
+  // parameters of one Param::unit make a unit; allocates this rank's shards with initial values
+  void add_units(const std::vector<Param*>& params);
+  // A use computes with the units of these parameters. Uses of one group follow each other at once;
+  // a pipeline's chunks are groups. Units are gathered ahead within a group only.
+  int add_use(const std::vector<Param*>& params, Backward backward, int group = 0);
   // what this rank updates: its piece of each parameter, padding left out
   std::vector<Shard> optimizer_shards() const;
 
@@ -55,12 +48,14 @@ class Fsdp {
   // after the last micro-batch: gradients of this rank's shard are summed over all data-parallel
   // ranks
   void finish_backward();
-  // Called on the communication stream before gradients leave this rank, should another strategy
-  // have left some of them in parts.
+  // Called before gradients leave this rank, if others left some of them in parts: what it queues
+  // on either stream comes first.
   std::function<void(const std::vector<Param*>&)> complete_gradients;
   void end_step();  // after the optimizer: parameters that were borrowed go back
   // complete after finish_backward
-  Tensor gradient_shard(int unit) { return units_[unit].own_grad; }
+  Tensor gradient_shard(int unit) { return units_.at(unit).own_grad; }
+  // full gradients live only while needed: they are summed over the ranks after each micro-batch
+  bool scatters_each() const { return axis_.size > 1 && options_.zero >= 2; }
 
  private:
   struct Unit {
@@ -91,11 +86,9 @@ class Fsdp {
   void point_at(Unit& unit);
   // parameters live only while needed
   bool borrows() const { return axis_.size > 1 && options_.zero == 3; }
-  // full gradients live only while needed
-  bool scatters_each() const { return axis_.size > 1 && options_.zero >= 2; }
 
   struct Use {
-    std::vector<int> units;
+    std::vector<Unit*> units;
     Backward backward;
     int group;
   };
@@ -105,13 +98,14 @@ class Fsdp {
   Dtype dtype_;
   FsdpOptions options_;
   uint64_t seed_;
-  std::deque<Unit> units_;  // a deque: closures hold references
+  std::map<int, Unit> units_;  // by Param::unit; a map: closures hold references
   std::vector<Use> uses_;
   std::deque<Unit*> reducing_;  // reduce-scatters on their way, oldest first
   int microbatches_ = 1;
 };
 
-// How a unit is laid out; theory.cpp counts with the same sizes.
+// How a unit is laid out; theory/ counts with the same sizes.
+std::map<int, std::vector<Param*>> units_of(const std::vector<Param*>& params);
 // elements: each parameter starts at a multiple of (at least) 256 bytes in every dtype
 constexpr int64_t kUnitAlignment = 128;
 // elements; shards are multiples of 16 elements

@@ -1,7 +1,8 @@
-// gpt.cpp: the model. Its forward is the code below `the three parts`; its backward is nowhere, the
-// tape writes it.
+// gpt.cpp: the model. Its forward is the code below `the forward`; its backward is nowhere, the tape
+// writes it.
 #include "gpt.h"
 
+#include <algorithm>
 #include <cmath>
 
 // ---- parameters
@@ -43,61 +44,97 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   return b;
 }
 
-std::vector<Param*> Block::params() {
-  return {&ln_1_weight,        &ln_1_bias,        &c_attn_weight,     &c_attn_bias,
-          &attn_c_proj_weight, &attn_c_proj_bias, &ln_2_weight,       &ln_2_bias,
-          &c_fc_weight,        &c_fc_bias,        &mlp_c_proj_weight, &mlp_c_proj_bias};
-}
-
-std::vector<Param*> Gpt::params() {
-  std::vector<Param*> all = {&wte, &wpe};
-  for (Block& b : blocks)
-    for (Param* p : b.params()) all.push_back(p);
-  all.push_back(&ln_f_weight);
-  all.push_back(&ln_f_bias);
-  return all;
+static std::vector<Param*> params_of(Block& b) {
+  return {&b.ln_1_weight,        &b.ln_1_bias,        &b.c_attn_weight,     &b.c_attn_bias,
+          &b.attn_c_proj_weight, &b.attn_c_proj_bias, &b.ln_2_weight,       &b.ln_2_bias,
+          &b.c_fc_weight,        &b.c_fc_bias,        &b.mlp_c_proj_weight, &b.mlp_c_proj_bias};
 }
 
 Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication)
     : config(g), tp(axis, communication, g.sequence_parallel) {
   ASSERT(g.width % g.heads == 0 && axis.size <= g.heads && axis.size <= g.vocab);
   wte = tp.split(make("wte.weight", {g.vocab, g.width}, 0.02f), 0, tp.part(g.vocab));
-  wte.tied = true;
   wpe = tp.replicate(make("wpe.weight", {g.context, g.width}, 0.01f), false);
-  for (int64_t l = 0; l < g.layers; l++) blocks.push_back(make_block(g, tp, l));
+  for (int64_t l = 0; l < g.layers; l++) blocks_.push_back(make_block(g, tp, l));
   ln_f_weight = tp.replicate(make("ln_f.weight", {g.width}, 0, 1), true);
   ln_f_bias = tp.replicate(make("ln_f.bias", {g.width}, 0), true);
+
+  parts_.push_back({ModelPart::embedding, {&wte, &wpe}, Backward::nothing});
+  for (int64_t l = 0; l < g.layers; l++)
+    parts_.push_back({ModelPart::block, params_of(blocks_[l]), Backward::gathers, l});
+  parts_.push_back({ModelPart::head, {&ln_f_weight, &ln_f_bias, &wte}, Backward::keeps});
+
   uint32_t id = 0;
   for (Param* p : params()) p->id = id++;
+  for (const ModelPart& part : parts_)
+    for (Param* p : part.params) p->unit = kFirstBlock + part.layer;
+  wte.unit = kTied;
 }
 
-// ---- the three parts
+// ---- lists of parts
 
-Var Gpt::embed(Tape& tape, const Tokens& tokens) { return tp.embedding(tape, tokens, wte, wpe); }
-
-Var Gpt::block(Tape& tape, int64_t layer, const Var& x, int64_t B, int64_t T) {
-  return block(tape, layer, x, B * T, [this, B, T](Tape& tape, const Var& qkv) {
-    return attention(tape, qkv, B, T, tp.part(config.heads).size(), config.attention);
-  });
+std::vector<Param*> params_of(const std::vector<ModelPiece>& pieces) {
+  std::vector<Param*> all;
+  for (const ModelPiece& piece : pieces)
+    for (const ModelPart& part : piece)
+      for (Param* p : part.params)
+        if (std::find(all.begin(), all.end(), p) == all.end()) all.push_back(p);
+  return all;
 }
 
-Var Gpt::block(Tape& tape, int64_t layer, const Var& x, int64_t R, const Attend& attend) {
-  Block& b = blocks[layer];
-  const auto run = [this, &b, R, attend](Tape& tape, const Var& x) {
+std::vector<Range> split_layers(int64_t layers, double head, int positions) {
+  REQUIRE(layers >= positions, layers, " layers cannot be cut into ", positions,
+          " pieces (stages x chunks): each needs a layer");
+  const double each = (double(layers) + head) / positions;
+  std::vector<Range> ranges;
+  int64_t end = 0;
+  for (int v = 0; v < positions; v++) {
+    const int64_t begin = end, later = positions - 1 - v;
+    end = v + 1 == positions
+              ? layers
+              : std::clamp(int64_t(std::llround(each * (v + 1))), begin + 1, layers - later);
+    ranges.push_back({begin, end});
+  }
+  return ranges;
+}
+
+std::vector<ModelPiece> Gpt::pieces(int positions) const {
+  std::vector<ModelPiece> all;
+  for (const Range& r : split_layers(config.layers, head_in_layers(config), positions)) {
+    // the embedding goes with the first layer, the head with the last
+    const bool first = r.begin == 0, last = r.end == config.layers;
+    all.push_back(parts().subspan(first ? 0 : r.begin + 1, r.size() + first + last));
+  }
+  return all;
+}
+
+// ---- the forward
+
+Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& tokens,
+             const Attend& attend) {
+  const int64_t B = tokens.B, T = tokens.T, R = B * T, H = tp.part(config.heads).size(),
+                row = tokens.only_row;
+  if (part.kind == ModelPart::embedding) return tp.embedding(tape, tokens, wte, wpe);
+
+  if (part.kind == ModelPart::head) {
+    const Var rows = row < 0 ? x : Var{tp.one_row(x.value, R, row)};
+    const Var normed = layernorm(tape, rows, ln_f_weight, ln_f_bias);
+    return tp.head(tape, normed, row < 0 ? R : 1, wte);
+  }
+
+  Block& b = blocks_[part.layer];
+  const auto block = [=, this, &b, layer = part.layer](Tape& tape, const Var& x) {
     const Var normed = layernorm(tape, x, b.ln_1_weight, b.ln_1_bias);
     const Var qkv = tp.column_linear(tape, normed, R, b.c_attn_weight, b.c_attn_bias);
-    const Var heads = attend(tape, qkv);
+    const Var heads =
+        attend ? attend(tape, layer, qkv) : attention(tape, qkv, B, T, H, config.attention);
     const Var attended = tp.row_linear(tape, heads, R, b.attn_c_proj_weight, b.attn_c_proj_bias);
     const auto [sum, normed_2] = add_layernorm(tape, x, attended, b.ln_2_weight, b.ln_2_bias);
     const Var hidden = gelu(tape, tp.column_linear(tape, normed_2, R, b.c_fc_weight, b.c_fc_bias));
     const Var mlp = tp.row_linear(tape, hidden, R, b.mlp_c_proj_weight, b.mlp_c_proj_bias);
     return add(tape, sum, mlp);
   };
-  return config.recompute ? checkpoint(tape, x, run) : run(tape, x);
-}
-
-Var Gpt::logits(Tape& tape, const Var& x, int64_t rows) {
-  return tp.head(tape, layernorm(tape, x, ln_f_weight, ln_f_bias), rows, wte);
+  return config.recompute ? checkpoint(tape, x, block) : block(tape, x);
 }
 
 // ---- sizes

@@ -1,13 +1,16 @@
 // gpt.h: GPT-2, written once. Pre-layernorm blocks, learned positions, tanh GELU, the head tied to
 // the token embedding.
-// idea      the model is a list of Params and three functions: embed, block, logits, written once
-//           on tensor_parallel's layers; on one rank these are plain layers. Training, evaluation,
-//           sampling and the other strategies call the three in their own way.
+// idea      the model is a list of parts: the embedding, the blocks, the head. Each says which
+//           parameters it has and what its backward needs of them, and Gpt::run runs it. It is
+//           written once on tensor_parallel's layers, which on one rank are plain layers. Training,
+//           sampling, theory and the other strategies go through the list.
 // source    Radford et al., "Language models are unsupervised multitask learners", 2019; initial
 //           values as in its released code: normal(0, 0.02), positions 0.01, the two projections
 //           into the residual stream scaled by 1/sqrt(2 layers)
 // test      tests/test_golden.cpp (PyTorch), tests/test_autograd.cpp (finite differences)
 #pragma once
+#include <span>
+
 #include "tensor_parallel.h"
 
 struct ModelSize {
@@ -20,6 +23,27 @@ struct GptConfig : ModelSize {
   bool sequence_parallel = false;
 };
 
+// ---- the parts
+
+struct ModelPart {
+  enum Kind { embedding, block, head } kind;
+  std::vector<Param*> params;  // the token embedding is in two lists: embedding and head are tied
+  Backward backward;           // what its backward needs of them
+  int64_t layer = -1;          // of a block
+};
+// parts that follow each other: what a pipeline cuts the model into
+using ModelPiece = std::span<const ModelPart>;
+// each parameter of the pieces once, in order
+std::vector<Param*> params_of(const std::vector<ModelPiece>& pieces);
+// FSDP's units: the token embedding, which is tied; the rest of both ends; each block
+enum { kTied, kRoot, kFirstBlock };
+
+// Layers of each position of the model: as even as it goes when the head counts for as many layers
+// as it costs. At least one each.
+std::vector<Range> split_layers(int64_t layers, double head_in_layers, int positions);
+
+// ---- the model
+
 struct Block {  // names as in GPT-2: h.<layer>.<name>
   Param ln_1_weight, ln_1_bias;
   Param c_attn_weight, c_attn_bias;  // (C,3,C), (3,C)
@@ -27,7 +51,6 @@ struct Block {  // names as in GPT-2: h.<layer>.<name>
   Param ln_2_weight, ln_2_bias;
   Param c_fc_weight, c_fc_bias;  // (C,4C), (4C)
   Param mlp_c_proj_weight, mlp_c_proj_bias;
-  std::vector<Param*> params();
 };
 
 class Gpt {
@@ -37,22 +60,28 @@ class Gpt {
   explicit Gpt(const GptConfig& config, const Axis& tp = {}, cudaStream_t communication = nullptr);
   Gpt(const Gpt&) = delete;
 
-  Var embed(Tape& tape, const Tokens& tokens);                               // (R,C)
-  Var block(Tape& tape, int64_t layer, const Var& x, int64_t B, int64_t T);  // (R,C)
-  // The same with another attention: from (R, 3 x this rank's heads x D) to (R, this rank's heads x
-  // D). generate.cpp attends to a cache.
-  using Attend = std::function<Var(Tape& tape, const Var& qkv)>;
-  Var block(Tape& tape, int64_t layer, const Var& x, int64_t rows, const Attend& attend);
-  // (R, this rank's part of V)
-  Var logits(Tape& tape, const Var& x, int64_t rows);
+  ModelPiece parts() const { return parts_; }
+  std::vector<ModelPiece> pieces(int positions) const;  // the model cut into so many, equal in work
+  std::vector<Param*> params() const { return params_of({parts_}); }
+  Param& tied() { return wte; }  // by both ends
 
-  std::vector<Param*> params();  // in a fixed order; wte once
+  // The embedding makes x (R,C) from tokens, a block x from x, the head logits from x: (R, this
+  // rank's part of V). `attend`: another attention for a block, from qkv (R, 3 x this rank's heads
+  // x D) to (R, this rank's heads x D); the generator attends to a cache.
+  using Attend = std::function<Var(Tape& tape, int64_t layer, const Var& qkv)>;
+  Var run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& tokens,
+          const Attend& attend = {});
 
   const GptConfig config;
   TensorParallel tp;
+
+ private:
   Param wte, wpe, ln_f_weight, ln_f_bias;
-  std::vector<Block> blocks;
+  std::vector<Block> blocks_;
+  std::vector<ModelPart> parts_;
 };
+
+// ---- sizes
 
 int64_t parameter_count(const GptConfig& config);
 // Products of a training step per token, forward and backward: 6 per weight that multiplies, and

@@ -1,6 +1,6 @@
 // optimizer.h: AdamW over a list of shards, with the global gradient norm and clipping.
-// idea      a shard is what this rank updates: a whole parameter here, a slice of a flat FSDP unit
-//           later. Master weights and moments are f32 (f64 in proofs) whatever dtype computes; for
+// idea      a shard is what this rank updates: its piece of a parameter (Fsdp::optimizer_shards).
+//           Master weights and moments are f32 (f64 in proofs) whatever dtype computes; for
 //           f32 and f64 the master weights are the weights themselves.
 // order     norm, clip factor and update stay on the device: no step waits for the host
 // cost      memory a parameter: f32 m + v 8 bytes; bf16 m + v + master 12 bytes

@@ -20,7 +20,6 @@
 #include "pipeline.h"
 
 #include <algorithm>
-#include <cmath>
 #include <ctime>
 
 // ---- the executor
@@ -198,7 +197,6 @@ void Pipeline::release_sent(int exchange) {
 
 void Pipeline::sum_tied(const Tensor& gradient) {
   const int last = mesh_["pp"].size - 1;
-  if (mesh_["pp"].size == 1 || (mesh_["pp"].rank != 0 && mesh_["pp"].rank != last)) return;
   const Purpose purpose(Traffic::embedding);
   const int peer = last - mesh_["pp"].rank;
   const Tensor other(gradient.shape(), gradient.dtype(), Memory::workspace);
@@ -213,22 +211,4 @@ void Pipeline::sum_tied(const Tensor& gradient) {
   NCCL_CHECK(ncclGroupEnd());
   make_wait(device().compute, mesh_.stream);  // the other stage's part must have arrived
   add(gradient, gradient, other);             // a + b here, b + a there: the same bits
-}
-
-// ---- who owns which layers
-
-std::vector<Range> split_layers(int64_t layers, double head, int positions) {
-  REQUIRE(layers >= positions, layers, " layers cannot be cut into ", positions,
-          " pieces (stages x chunks): each needs a layer");
-  const double each = (double(layers) + head) / positions;
-  std::vector<Range> ranges;
-  int64_t end = 0;
-  for (int v = 0; v < positions; v++) {
-    const int64_t begin = end, later = positions - 1 - v;
-    end = v + 1 == positions
-              ? layers
-              : std::clamp(int64_t(std::llround(each * (v + 1))), begin + 1, layers - later);
-    ranges.push_back({begin, end});
-  }
-  return ranges;
 }

@@ -15,10 +15,6 @@
 #include "comm.h"
 #include "schedule.h"
 
-// Layers of each position of the model: as even as it goes when the head counts for as many layers
-// as it costs. At least one each.
-std::vector<Range> split_layers(int64_t layers, double head_in_layers, int positions);
-
 class Pipeline {
  public:
   // One chunk of the model on one micro-batch: takes the activation of the position before (at the
@@ -41,8 +37,8 @@ class Pipeline {
   void run(const Shape& shape, Dtype dtype, const Compute& compute);
   // Forward only, one micro-batch after the other: evaluation and sampling.
   void forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute);
-  // The token embedding's gradient: the first stage has the embedding's part, the last one the
-  // head's; both get the sum.
+  // The token embedding's gradient, on the first and the last stage where these are two: one has
+  // the embedding's part, the other the head's, and both get the sum.
   void sum_tied(const Tensor& gradient);
 
   // the next run: without a GPU every computation then waits for its end, and nothing overlaps

@@ -193,6 +193,7 @@ Tensor TensorParallel::for_partial_sums(int64_t R, int64_t width, Dtype dtype) c
 void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
   if (!by_rows_) return;
   const Purpose purpose(Traffic::partial);
+  make_wait(stream_, device().compute);  // the gradients must have been computed
   const Timed timed(stream_);
   NCCL_CHECK(ncclGroupStart());
   for (const Param* p : params) {

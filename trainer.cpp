@@ -1,4 +1,4 @@
-// trainer.cpp: see trainer.h.
+// trainer.cpp: see trainer.h. The parts' forwards are in gpt.cpp; a backward is the tape's replay.
 #include "trainer.h"
 
 #include <algorithm>
@@ -12,21 +12,37 @@ Schedule schedule_of(const TrainerOptions& o, const Layout& l) {
   return make_schedule(pp > 1 ? o.schedule : "1f1b", pp, int(o.batch / all), o.chunks);
 }
 
+std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int stage) {
+  const std::vector<ModelPiece> all = gpt.pieces(schedule.positions());
+  std::vector<ModelPiece> of_stage;
+  for (int c = 0; c < schedule.chunks; c++) of_stage.push_back(all[schedule.position(stage, c)]);
+  return of_stage;
+}
+
 Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options)
     : gpt(config, mesh["tp"], mesh.stream),
       fsdp(mesh["fsdp"], mesh.that(&AxisKind::splits_model, false), mesh.stream, config.dtype,
            options.fsdp, options.seed),
       pipeline(mesh, schedule_of(options, mesh.layout)),
       mesh_(mesh),
-      options_(options) {
-  if (mesh["pp"].size > 1) {
-    gpt.wte.tied = false;  // embedding and head are on different ranks: each has one use of it
-    gpt.wte.counted = mesh["pp"].rank == 0;
-  }
-  const auto ranges =
-      split_layers(config.layers, head_in_layers(config), pipeline.schedule().positions());
-  for (int c = 0; c < pipeline.schedule().chunks; c++) add_piece(c, ranges[pipeline.position(c)]);
+      options_(options),
+      pieces_(pieces_of(gpt, pipeline.schedule(), mesh["pp"].rank)) {
+  fsdp.add_units(params_of(pieces_));
+  for (int c = 0; c < int(pieces_.size()); c++)
+    for (const ModelPart& part : pieces_[c])
+      uses_[&part] = fsdp.add_use(part.params, part.backward, c);
+
+  // Embedding and head are tied. On one rank each has a gradient of its own; where gradients live
+  // for one micro-batch only, they share it. On two ranks each has a copy of the parameter: the
+  // gradients are exchanged, and the first counts it in the norm and saves it.
+  const bool first = pieces_[0].front().kind == ModelPart::embedding,
+             last = pieces_.back().back().kind == ModelPart::head;
+  if (first && last && !fsdp.scatters_each()) separate_uses(gpt.tied());
+  gpt.tied().counted = first;
+  exchanges_tied_ = first != last;
+
   fsdp.complete_gradients = [this](const std::vector<Param*>& params) {
+    for (Param* p : params) join_uses(*p);
     gpt.tp.sum_partial_gradients(params);
   };
   optimizer_ = std::make_unique<Optimizer>(fsdp.optimizer_shards(), int64_t(gpt.params().size()),
@@ -34,47 +50,39 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& opti
   total_ = Tensor({1}, Dtype::f64, Memory::workspace);
 }
 
-// Units: wte alone, the rest of the root, then each block. Uses: embedding, blocks, head. A rank
-// has those of its pieces.
-void Trainer::add_piece(int chunk, Range layers) {
-  const bool first = pipeline.is_first(chunk), last = pipeline.is_last(chunk);
-  Piece piece{layers};
-  std::vector<int> root;
-  if (first || last) {
-    std::vector<Param*> rest;
-    if (first) rest.push_back(&gpt.wpe);
-    if (last) rest.insert(rest.end(), {&gpt.ln_f_weight, &gpt.ln_f_bias});
-    tied_unit_ = fsdp.add_unit({&gpt.wte});
-    root = {tied_unit_, fsdp.add_unit(rest)};
-  }
-  if (first) piece.uses.push_back(fsdp.add_use(root, Backward::nothing, chunk));
-  for (int64_t l = layers.begin; l < layers.end; l++)
-    piece.uses.push_back(
-        fsdp.add_use({fsdp.add_unit(gpt.blocks[l].params())}, Backward::gathers, chunk));
-  if (last) piece.uses.push_back(fsdp.add_use(root, Backward::keeps, chunk));
-  pieces_.push_back(piece);
+// ---- a step
+
+void Trainer::gradients(const Sequences& batch) {
+  const int64_t b = options_.microbatch, T = gpt.config.context;
+  fill(total_, 0);
+  fsdp.begin_step(pipeline.schedule().microbatches);
+  pipeline.run(activation(b * T), gpt.config.dtype,
+               [&](Tape& tape, int chunk, const Var& x, int microbatch) {
+                 const Tokens tokens =
+                     read((microbatch * data_ranks() + data_rank()) * b, b, batch);
+                 return forward_loss(tape, chunk, x, tokens,
+                                     1.0 / double(options_.batch * tokens.T));
+               });
+  fsdp.finish_backward();
+  if (exchanges_tied_) pipeline.sum_tied(fsdp.gradient_shard(kTied));
+  sum_loss();
 }
 
-Var Trainer::forward(Tape& tape, int chunk, const Var& in, const Tokens& tokens) {
-  const Range layers = pieces_[chunk].layers;
-  auto use = pieces_[chunk].uses.begin();
-  Var x = in;
-  if (pipeline.is_first(chunk)) x = fsdp.run(tape, *use++, [&] { return gpt.embed(tape, tokens); });
-  for (int64_t l = layers.begin; l < layers.end; l++)
-    x = fsdp.run(tape, *use++, [&] { return gpt.block(tape, l, x, tokens.B, tokens.T); });
-  return x;
-}
-
-// What the next piece goes on with; after the last one nothing: the loss has been added up.
-Var Trainer::forward_loss(Tape& tape, int chunk, const Var& in, const Tokens& tokens,
-                          double scale) {
-  const Var x = forward(tape, chunk, in, tokens);
-  if (!pipeline.is_last(chunk)) return x;
-  return fsdp.run(tape, pieces_[chunk].uses.back(), [&] {
-    gpt.tp.cross_entropy(tape, gpt.logits(tape, x, tokens.B * tokens.T), tokens.targets, scale,
-                         total_);
-    return Var{};
+Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale) {
+  return forward(tape, chunk, x, tokens, [&](Var logits) {
+    gpt.tp.cross_entropy(tape, std::move(logits), tokens.targets, scale, total_);
   });
+}
+
+Var Trainer::forward(Tape& tape, int chunk, Var x, const Tokens& tokens, const Finish& finish) {
+  for (const ModelPart& part : pieces_[chunk])
+    x = fsdp.run(tape, uses_.at(&part), [&] {
+      Var y = gpt.run(tape, part, x, tokens);
+      if (part.kind != ModelPart::head) return y;
+      finish(std::move(y));
+      return Var{};
+    });
+  return x;
 }
 
 int64_t Trainer::data_rank() const {
@@ -94,22 +102,6 @@ Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) co
     targets.insert(targets.end(), tokens.begin() + 1, tokens.end());
   }
   return Tokens(count, T, std::move(inputs), std::move(targets), gpt.tp.part(gpt.config.vocab));
-}
-
-// ---- a step
-
-void Trainer::gradients(const Sequences& batch) {
-  const int64_t b = options_.microbatch, T = gpt.config.context;
-  const auto work = [&](Tape& tape, int chunk, const Var& in, int i) {
-    const Tokens tokens = read((i * data_ranks() + data_rank()) * b, b, batch);
-    return forward_loss(tape, chunk, in, tokens, 1.0 / double(options_.batch * tokens.T));
-  };
-  fill(total_, 0);
-  fsdp.begin_step(pipeline.schedule().microbatches);
-  pipeline.run(activation(b * T), gpt.config.dtype, work);
-  fsdp.finish_backward();
-  pipeline.sum_tied(fsdp.gradient_shard(tied_unit_));
-  sum_loss();
 }
 
 // Each data-parallel rank has its sequences' part of the loss, and only the last stage has any.
@@ -133,20 +125,20 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
   const int64_t T = gpt.config.context, b = options_.microbatch, round = b * data_ranks(),
                 rounds = sequences / round;
   fill(total_, 0);
-  // Whole rounds first; then one sequence a rank, ranks that have none left repeating one at weight
-  // 0: all ranks run the same collectives.
+  // Micro-batches of `count` sequences from `first` on, `times` on each rank. A rank that has none
+  // left repeats one with weight 0: all ranks run the same collectives.
   const auto add = [&](int64_t first, int64_t count, int64_t times) {
     pipeline.forward(activation(count * T), gpt.config.dtype, int(times),
-                     [&](Tape& tape, int chunk, const Var& in, int i) {
+                     [&](Tape& tape, int chunk, const Var& x, int i) {
                        const int64_t mine = first + (i * data_ranks() + data_rank()) * count;
                        const Tokens tokens =
                            read(std::min(mine, sequences - count), count, held_out);
-                       return forward_loss(tape, chunk, in, tokens,
-                                           mine < sequences ? 1.0 / double(sequences * tokens.T)
-                                                            : 0.0);
+                       const double scale =
+                           mine < sequences ? 1.0 / double(sequences * tokens.T) : 0.0;
+                       return forward_loss(tape, chunk, x, tokens, scale);
                      });
   };
-  add(0, b, rounds);
+  add(0, b, rounds);  // whole rounds first, then one sequence a rank
   add(rounds * round, 1, (sequences - rounds * round + data_ranks() - 1) / data_ranks());
   sum_loss();
   fsdp.end_step();
@@ -155,24 +147,17 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
 
 std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
   const Purpose purpose(Traffic::evaluation);
-  const int64_t n = int64_t(tokens.size());
-  Tensor next;
-  pipeline.forward(
-      activation(n), gpt.config.dtype, 1, [&](Tape& tape, int chunk, const Var& in, int) {
-        const Var x =
-            forward(tape, chunk, in, Tokens(1, n, tokens, tokens, gpt.tp.part(gpt.config.vocab)));
-        if (!pipeline.is_last(chunk)) return x;
-        const Var last{gpt.tp.one_row(x.value, n, n - 1)};
-        next = gpt.tp.whole_logits(fsdp.run(tape, pieces_[chunk].uses.back(),
-                                            [&] { return gpt.logits(tape, last, 1); })
-                                       .value,
-                                   gpt.config.vocab);
-        return Var{};
-      });
-  if (next.empty()) {  // another stage has them
-    next = Tensor({1, gpt.config.vocab}, gpt.config.dtype, Memory::workspace);
-    fill(next, 0);
-  }
+  const int64_t n = int64_t(tokens.size()), V = gpt.config.vocab;
+  Tokens batch(1, n, tokens, tokens, gpt.tp.part(V));
+  batch.only_row = n - 1;
+  Tensor next({1, V}, gpt.config.dtype, Memory::workspace);
+  fill(next, 0);  // what a rank has that does not have the head
+  pipeline.forward(activation(n), gpt.config.dtype, 1,
+                   [&](Tape& tape, int chunk, const Var& x, int) {
+                     return forward(tape, chunk, x, batch, [&](const Var& logits) {
+                       next = gpt.tp.whole_logits(logits.value, V);
+                     });
+                   });
   sum_over({mesh_["pp"]}, next, Traffic::evaluation, mesh_.stream);
   return download(next);
 }

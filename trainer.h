@@ -1,9 +1,10 @@
 // trainer.h: one training step, composed from the model, the strategies and the optimizer.
 // train_gpt and the parity tests share it.
 //
-// idea      gradients(step) runs every micro-batch of this rank forward and backward; update(lr) is
-//           the optimizer. Between the two the gradients can be looked at: what the parity tests
-//           compare, since Adam would hide a wrong scale.
+// idea      this rank has some parts of the model (Gpt::pieces): Fsdp holds their parameters, and
+//           Pipeline runs them over the micro-batches. gradients(batch) does so, forward and
+//           backward; update(lr) is the optimizer. Between the two the gradients can be looked at,
+//           as the parity tests do, since Adam would hide a wrong scale.
 // sums      the loss divides by the step's number of tokens once; everything after that is a sum
 // batch     sequence s of the global batch goes to the data-parallel rank and micro-batch that the
 //           layout says; which tokens it holds depends on (seed, step, s) alone
@@ -25,6 +26,8 @@ struct TrainerOptions {
 // What a layout does in a step. On one stage each micro-batch runs forward and backward, whatever
 // the options' schedule.
 Schedule schedule_of(const TrainerOptions& options, const Layout& layout);
+// What a stage holds of the model: a piece for each of its chunks.
+std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int stage);
 
 // Sequence s of a batch: context + 1 tokens, the last ones are only targets.
 using Sequences = std::function<std::vector<int>(int64_t s)>;
@@ -52,25 +55,22 @@ class Trainer {
   Pipeline pipeline;  // of one stage where pp is 1
 
  private:
-  struct Piece {  // of the model, on this rank: one, or one a chunk of the pipeline
-    Range layers;
-    // FSDP's numbers of what it computes, in order: the embedding, if it has it, its blocks, the
-    // head
-    std::vector<int> uses = {};
-  };
   int64_t data_ranks() const { return mesh_.layout.data_ranks(); }
   int64_t data_rank() const;
+  Var forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale);
+  // What a chunk's parts make of x, the result of the part before. At the end of the model it goes
+  // to `finish` instead.
+  using Finish = std::function<void(Var logits)>;
+  Var forward(Tape& tape, int chunk, Var x, const Tokens& tokens, const Finish& finish);
   Tokens read(int64_t first, int64_t count, const Sequences& sequence) const;
-  void add_piece(int chunk, Range layers);
-  Var forward(Tape& tape, int chunk, const Var& in, const Tokens& tokens);
-  Var forward_loss(Tape& tape, int chunk, const Var& in, const Tokens& tokens, double scale);
   void sum_loss();
   Shape activation(int64_t rows) const { return {gpt.tp.slice(rows), gpt.config.width}; }
 
   Mesh& mesh_;
   TrainerOptions options_;
-  std::vector<Piece> pieces_;  // by chunk
-  int tied_unit_ = 0;
+  std::vector<ModelPiece> pieces_;        // by chunk
+  std::map<const ModelPart*, int> uses_;  // FSDP's number of each part
+  bool exchanges_tied_ = false;           // the token embedding is on another rank, too
   std::unique_ptr<Optimizer> optimizer_;
   Tensor total_;  // (1) f64
 };

@@ -16,6 +16,7 @@
 #include "launch/program.h"
 #include "inference/sampling.h"
 #include "inference/tokenizer.h"
+#include "theory/theory.h"
 
 // ---- options
 
@@ -117,7 +118,7 @@ static void show(const std::string& bytes) {
 }
 
 static void print_statistics(const Generator& generator, std::vector<double> seconds, double first,
-                             int64_t tokens, int64_t sent) {
+                             int64_t tokens, int64_t sent, int64_t predicted) {
   fprintf(stderr, "\nfirst token after %.1f ms\n", first * 1e3);
   if (seconds.empty()) return;
   double sum = 0;
@@ -131,10 +132,9 @@ static void print_statistics(const Generator& generator, std::vector<double> sec
   fprintf(stderr, "memory        %.1f MiB of weights, %.1f MiB of keys and values\n",
           double(device().memory.now[int(Memory::parameters)]) / 1048576,
           double(generator.cache_bytes()) / 1048576);
-  const int64_t steps = int64_t(seconds.size()), predicted = generator.predicted_bytes(steps);
-  fprintf(stderr, "sent a token  %.1f bytes by rank 0, predicted %.1f%s\n",
-          double(sent) / double(steps), double(predicted) / double(steps),
-          sent == predicted ? "" : "   DIFFERS");
+  const double steps = double(seconds.size());
+  fprintf(stderr, "sent a token  %.1f bytes by rank 0, predicted %.1f%s\n", double(sent) / steps,
+          double(predicted) / steps, sent == predicted ? "" : "   DIFFERS");
 }
 
 // ---- generation
@@ -198,7 +198,9 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
   if (!job.speaks) return;
   for (size_t b = 1; b < B; b++) show(sentence("\n\n--- ", b + 1, "\n", texts[b]));
   show("\n");
-  print_statistics(generator, seconds, first, added, ledger.bytes());
+  const int64_t predicted = decoding_bytes(generator.gpt.config, mesh.layout, mesh["pp"].rank,
+                                           int64_t(B), int64_t(seconds.size()));
+  print_statistics(generator, seconds, first, added, ledger.bytes(), predicted);
 }
 
 // ---- main

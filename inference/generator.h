@@ -3,8 +3,7 @@
 //
 // idea      a prompt goes through the model at once (prefill) and leaves each layer's keys and
 //           values in the cache; then every new token is a batch of one row a sequence (decode)
-//           whose attention reads the cache. Both are Gpt's embed, block and logits with another
-//           attention.
+//           whose attention reads the cache. Both are the model's parts with another attention.
 // tp        splits every matrix, so that each rank reads 1/n of the weights: what a token waits
 //           for. That is what tensor parallelism is for here.
 // pp        splits the layers: the model fits, but a token still passes through all stages, one
@@ -15,6 +14,8 @@
 //           would cost more than computing it
 // test      tests/test_generator.cpp
 #pragma once
+#include <map>
+
 #include "gpt.h"
 #include "pipeline.h"
 #include "checkpoint/checkpoint.h"
@@ -37,23 +38,17 @@ class Generator {
   std::vector<int> share(std::vector<int> picked);
 
   int64_t cache_bytes() const;
-  // Bytes that this rank sends while it decodes `steps` tokens of every sequence and shares what
-  // was picked, by formula.
-  int64_t predicted_bytes(int64_t steps) const;
 
   Gpt gpt;
 
  private:
-  Logits forward(int64_t rows, int64_t last_row, const Tokens& tokens,
-                 const std::function<Gpt::Attend(int64_t layer)>& attend);
-  std::vector<Param*> params();
-  bool first() const { return mesh_["pp"].rank == 0; }
-  bool last() const { return mesh_["pp"].rank + 1 == mesh_["pp"].size; }
+  Logits forward(const Tokens& tokens, const Gpt::Attend& attend);
+  std::vector<Param*> params() const { return params_of({piece_}); }  // of this stage
 
   Mesh& mesh_;
-  Range layers_;                // of this stage
-  Pipeline pipeline_;           // carries activations between stages
-  std::vector<Tensor> caches_;  // of this stage's layers: see append_to_cache
-  std::vector<int> lengths_;    // tokens of each sequence in the cache
+  ModelPiece piece_;                  // this stage's parts
+  Pipeline pipeline_;                 // carries activations between stages
+  std::map<int64_t, Tensor> caches_;  // of this stage's layers: see append_to_cache
+  std::vector<int> lengths_;          // tokens of each sequence in the cache
   int64_t sequences_, room_;
 };

@@ -73,9 +73,9 @@ mutant faults the_all_reduce_over_copies_is_dropped fsdp.cpp '/NCCL_CHECK\(ncclA
 mutant faults the_shards_are_swapped fsdp.cpp 's/Tensor mine = u.full_grad.part\(axis_.rank/Tensor mine = u.full_grad.part((axis_.size - 1 - axis_.rank)/' 2 immediate test_fsdp $parity
 mutant faults the_loss_is_scaled_twice trainer.cpp 's/1.0 \/ double\(options_.batch/2.0 \/ double(options_.batch/' 2 immediate test_fsdp $parity
 mutant faults a_rank_repeats_the_sequences_of_another trainer.cpp 's/data_ranks\(\) \+ data_rank\(\)\) \* b/data_ranks()) * b/' 2 immediate test_fsdp $parity
-mutant faults the_tied_gradient_is_forgotten fsdp.cpp '/if \(p->tied\) add\(/d' 1 immediate test_fsdp $parity
+mutant faults the_tied_gradient_is_forgotten trainer.cpp '/join_uses/d' 1 immediate test_fsdp $parity
 mutant faults the_norm_is_not_summed_over_shards trainer.cpp 's/mesh_.that\(&AxisKind::splits_model\), squares/{mesh_["tp"]}, squares/' 2 immediate test_fsdp $parity
-mutant faults the_weights_are_gathered_once_for_all_steps fsdp.cpp 's/u.gathered = axis_.size == 1;.*/;/; s/  for \(Unit& u : units_\) give_back\(u\);.*//' 2 immediate test_fsdp $parity
+mutant faults the_weights_are_gathered_once_for_all_steps fsdp.cpp 's/u.gathered = axis_.size == 1;.*/;/; s/  for \(auto& \[number, u\] : units_\) give_back\(u\);.*//' 2 immediate test_fsdp $parity
 mutant faults only_the_last_micro_batch_counts fsdp.cpp 's/  add\(u.own_grad, u.own_grad, u.full_grad/  copy(u.own_grad, u.full_grad/' 2 immediate test_fsdp $parity
 mutant faults a_unit_is_gathered_once_too_often fsdp.cpp 's/if \(returns && \(!tape.recording\(\) \|\| backward != Backward::keeps\)\)/if (returns)/' 2 immediate test_fsdp $formulas
 mutant faults nothing_is_given_back fsdp.cpp 's/  u.full = Tensor\(\);.*//' 2 immediate test_fsdp $formulas
@@ -87,7 +87,7 @@ mutant faults gradients_stay_in_parts tensor_parallel.cpp 's/^  if \(!by_rows_\)
 mutant faults the_targets_logit_is_not_summed tensor_parallel.cpp 's/parts.part\(R, \{2, R\}\)/parts.part(R, {R})/' 2 immediate test_tensor_parallel $parity_tp
 
 mutant faults the_head_s_part_of_the_tied_gradient_stays_away pipeline.cpp 's/^  add\(gradient, gradient, other\);.*//' 2 immediate test_pipeline $parity_pp
-mutant faults both_ends_count_the_token_embedding_in_the_norm trainer.cpp 's/gpt.wte.counted = mesh\["pp"\].rank == 0;//' 2 immediate test_pipeline $parity_pp
+mutant faults both_ends_count_the_token_embedding_in_the_norm trainer.cpp 's/gpt.tied\(\).counted = first;//' 2 immediate test_pipeline $parity_pp
 mutant faults only_the_last_stage_knows_the_loss trainer.cpp '/axes.push_back\(mesh_\["pp"\]\);/d' 2 immediate test_pipeline $parity_pp
 mutant faults weight_gradients_are_computed_twice pipeline.cpp 's/live.later.pop_front\(\)\) live.later.front\(\)\(\)/live.later.pop_front()) live.later.front()(), live.later.front()()/' 2 immediate test_pipeline $parity_pp
 

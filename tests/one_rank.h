@@ -3,30 +3,34 @@
 #include "gpt.h"
 #include "optimizer.h"
 
+// of every row, or of tokens.only_row
+inline Var logits(Gpt& gpt, Tape& tape, const Tokens& tokens) {
+  Var x;
+  for (const ModelPart& part : gpt.parts()) x = gpt.run(tape, part, x, tokens);
+  return x;
+}
+
 class WholeGpt : public Gpt {
  public:
   WholeGpt(const GptConfig& g, uint64_t seed) : Gpt(g) {
     for (Param* p : params()) {
       p->value = Tensor(p->shape, g.dtype, Memory::parameters);
       p->grad = Tensor(p->shape, master_dtype(g.dtype), Memory::gradients);
-      if (p->tied) p->tied_grad = Tensor(p->shape, p->grad.dtype(), Memory::gradients);
       p->initialise(p->value, seed, 0);
     }
+    separate_uses(tied());
     zero_gradients();
   }
 
   void zero_gradients() {
     for (Param* p : params()) fill(p->grad, 0);
-    fill(wte.tied_grad, 0);
+    fill(tied().grad_of_head, 0);
   }
   // total (1) f64 += scale * sum of the losses of one micro-batch; the tape can then run backward
   void loss(Tape& tape, const Tokens& tokens, double scale, const Tensor& total) {
-    Var x = embed(tape, tokens);
-    for (int64_t l = 0; l < config.layers; l++) x = block(tape, l, x, tokens.B, tokens.T);
-    cross_entropy(tape, logits(tape, x, tokens.B * tokens.T), tokens.targets, scale, total);
+    cross_entropy(tape, logits(*this, tape, tokens), tokens.targets, scale, total);
   }
-  // once a step: the head's gradient of wte joins the embedding's
-  void finish_gradients() { add(wte.grad, wte.grad, wte.tied_grad); }
+  void finish_gradients() { join_uses(tied()); }  // once a step
 
   Optimizer optimizer(double clip, double weight_decay) {  // each parameter one shard
     std::vector<Shard> shards;

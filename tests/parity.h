@@ -97,7 +97,7 @@ inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer
     if (copies[i] != 0)
       CHECK_EQ(copies[i], mine[i], "element ", i, " of the model differs between tp ranks");
   // the first parameter: on the first and the last stage
-  const size_t tied = mesh["pp"].size > 1 ? size_t(elements(trainer.gpt.wte.shape)) : 0;
+  const size_t tied = mesh["pp"].size > 1 ? size_t(elements(trainer.gpt.tied().shape)) : 0;
   first = last = mine;
   if (mesh["pp"].rank != 0) std::fill(first.begin(), first.begin() + long(tied), 0.0);
   last.resize(tied);
@@ -252,10 +252,8 @@ inline HeldOut held_out(const GptConfig& config, std::vector<int> prompt) {
              1.0 / double(7 * config.context), total);
   }
   Tape tape(false);
-  const int64_t n = int64_t(prompt.size());
-  Var x = gpt.embed(tape, Tokens(1, n, prompt, prompt));
-  for (int64_t l = 0; l < config.layers; l++) x = gpt.block(tape, l, x, 1, n);
-  const std::vector<double> all = download(gpt.logits(tape, x, n).value);
+  const Tokens tokens(1, int64_t(prompt.size()), prompt, prompt);
+  const std::vector<double> all = download(logits(gpt, tape, tokens).value);
   return {prompt, download(total)[0], {all.end() - config.vocab, all.end()}};
 }
 // How far a layout's are from these, at most.

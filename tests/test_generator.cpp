@@ -5,6 +5,7 @@
 #include "inference/sampling.h"
 #include "tests/mpi_test.h"
 #include "tests/one_rank.h"
+#include "theory/theory.h"
 
 namespace {
 
@@ -30,9 +31,7 @@ std::vector<Layout> layouts() {
 std::vector<double> without_cache(Gpt& gpt, const std::vector<int>& tokens) {
   const int64_t n = int64_t(tokens.size()), V = gpt.config.vocab;
   Tape tape(false);
-  Var x = gpt.embed(tape, Tokens(1, n, tokens, tokens));
-  for (int64_t l = 0; l < gpt.config.layers; l++) x = gpt.block(tape, l, x, 1, n);
-  const std::vector<double> all = download(gpt.logits(tape, x, n).value);
+  const std::vector<double> all = download(logits(gpt, tape, Tokens(1, n, tokens, tokens)).value);
   return {all.end() - V, all.end()};
 }
 
@@ -166,7 +165,8 @@ TEST(bytes_sent_while_decoding_equal_the_formula_exactly) {
         generator.share({0, 0});
       }
       const int64_t sent = ledger.bytes();
-      CHECK_EQ(sent, generator.predicted_bytes(7), to_string(layout), " ", name_of(dtype));
+      CHECK_EQ(sent, decoding_bytes(config, layout, mesh["pp"].rank, 2, 7), to_string(layout), " ",
+               name_of(dtype));
       CHECK_EQ(device().memory.now[int(Memory::cache)], generator.cache_bytes());
       all += sent;
       close_mesh(mesh);

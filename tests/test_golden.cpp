@@ -127,9 +127,7 @@ static std::vector<double> forward_logits(Gpt& gpt) {
   const Golden& g = golden();
   Tape tape(false);
   const Tokens tokens(g.batch, g.context, g.inputs, g.targets);
-  Var x = gpt.embed(tape, tokens);
-  for (int layer = 0; layer < g.layers; layer++) x = gpt.block(tape, layer, x, g.batch, g.context);
-  return download(gpt.logits(tape, x, x.value.dim(0)).value);
+  return download(logits(gpt, tape, tokens).value);
 }
 
 static Run train(const How& how) {

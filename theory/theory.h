@@ -1,11 +1,12 @@
 // theory.h: what the textbook says a layout sends and holds, from configuration and mesh alone;
 // never from the buffers.
 // idea      the program prints these numbers beside the ones it measured, and a test fails if they
-//           differ by a byte
-// symbols   P elements of a padded unit, e and g bytes of an element of the compute and the master
-//           dtype, n ranks on the fsdp axis, t on tp, p on pp; m micro-batches a
-//           step of b sequences, R = b T rows, S of them on a rank
-// test      tests/test_fsdp.cpp, tests/test_tensor_parallel.cpp, tests/test_pipeline.cpp
+//           differ by a byte. A file a strategy (fsdp.cpp, tensor_parallel.cpp, pipeline.cpp) adds
+//           its own, counting over the parts of the model that the rank has.
+// symbols   P elements of a padded unit; n ranks on the axis that a file is about; m micro-batches
+//           a step of B sequences; R = B T rows, S of them on a rank
+// test      tests/test_fsdp.cpp, tests/test_tensor_parallel.cpp, tests/test_pipeline.cpp,
+//           tests/test_generator.cpp
 #pragma once
 #include "trainer.h"
 
@@ -23,3 +24,46 @@ struct Theory {
 // hold the same.
 Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp_rank,
               const TrainerOptions& options);
+// What the rank at this place of the pp axis sends while a Generator decodes `steps` tokens of
+// every sequence and shares what was picked.
+int64_t decoding_bytes(const GptConfig& config, const Layout& layout, int pp_rank,
+                       int64_t sequences, int64_t steps);
+
+// ---- for the strategies' files
+
+// A rank: its place in the job, its parts of the model, and the theory so far.
+struct TheoryOfRank {
+  void add_fsdp();
+  void add_tensor_parallel();
+  void add_pipeline();
+  void add_activations();
+  // `calls` in a step, each with a buffer of so many bytes (of all ranks together, where the ranks
+  // have parts of it)
+  void enter(const Axis& axis, Collective collective, Traffic purpose, int64_t calls,
+             int64_t bytes);
+
+  const GptConfig& config;
+  const TrainerOptions& options;
+  const Mesh& mesh;  // sizes only: nothing is opened
+  Schedule schedule;
+  const Axis &pp = mesh["pp"], &fsdp = mesh["fsdp"], &tp = mesh["tp"];
+  Gpt gpt{config, tp};  // nor allocated
+  std::vector<ModelPiece> pieces = pieces_of(gpt, schedule, pp.rank);
+  bool shards_gradients = fsdp.size > 1 && options.fsdp.zero >= 2,
+       shards_parameters = fsdp.size > 1 && options.fsdp.zero == 3,
+       by_rows = config.sequence_parallel && tp.size > 1;
+  // bytes of an element: of what computes; of gradients, master weights and moments
+  int64_t e = int64_t(size_of(config.dtype)), g = int64_t(size_of(master_dtype(config.dtype)));
+  int64_t m = schedule.microbatches, B = options.microbatch, R = B * config.context,
+          S = by_rows ? (R + tp.size - 1) / tp.size : R;
+  int64_t activation = S * config.width * e;  // bytes of an activation of width C on this rank
+
+  Theory sum = {};
+};
+
+// Matrices of a part that are split over the tp axis: by the inputs of their product, whose results
+// are then partial sums; by its outputs, whose input gradients are.
+struct SplitMatrices {
+  int64_t by_inputs = 0, by_outputs = 0;
+};
+SplitMatrices split_matrices(const ModelPart& part);

@@ -1,0 +1,43 @@
+// theory/fsdp.cpp: what data parallelism sends and holds: the table of fsdp.cpp for real units.
+#include <set>
+
+#include "theory/theory.h"
+
+void TheoryOfRank::add_fsdp() {
+  const bool reshards = shards_parameters && options.fsdp.reshard;
+  int64_t& gradients = sum.persistent[int(Memory::gradients)];
+  std::map<int, int64_t> gathers;  // of each unit in a micro-batch, where it is resharded
+  std::set<Param*> seen;
+  int64_t blocks = 0;
+  for (const ModelPiece& piece : pieces)
+    for (const ModelPart& part : piece) {
+      blocks += part.kind == ModelPart::block;
+      for (const auto& [unit, params] : units_of(part.params))
+        gathers[unit] += part.backward == Backward::gathers ? 2 : 1;
+      for (Param* p : part.params)
+        if (!seen.insert(p).second && !shards_gradients)
+          gradients += p->numel() * g;  // tied: each of its two uses has a gradient of its own
+    }
+
+  int64_t ends = 0, block = 0;  // elements of the units of embedding and head; of a block's
+  for (const auto& [unit, params] : units_of(params_of(pieces))) {
+    const int64_t P = padded_unit(params, fsdp.size), shard = P / fsdp.size;
+    enter(fsdp, Collective::all_gather, Traffic::training, reshards ? gathers[unit] * m : 1, P * e);
+    enter(fsdp, Collective::reduce_scatter, Traffic::training, shards_gradients ? m : 1, P * g);
+    for (const Axis& copies : mesh.that(&AxisKind::splits_model, false))
+      enter(copies, Collective::all_reduce, Traffic::training, 1, shard * g);
+    sum.persistent[int(Memory::parameters)] += (shards_parameters ? shard : P) * e;
+    gradients += (shards_gradients ? shard : P) * g;
+    // two moments and, where another dtype computes, master weights
+    sum.persistent[int(Memory::optimizer)] += (e == g ? 2 : 3) * shard * g;
+    if (unit < kFirstBlock) ends += P;
+    else block = P;
+  }
+
+  // For a while whole: gradients of both ends and of two blocks, or of all where weight gradients
+  // are put off; parameters of both ends, of a block and those that are gathered ahead.
+  const int64_t two = schedule.row->splits_backward ? std::max<int64_t>(blocks, 2) : 2;
+  if (shards_gradients) sum.gather_bound += (ends + two * block) * g;
+  if (shards_parameters)
+    sum.gather_bound += (ends + (reshards ? 1 + options.fsdp.prefetch : blocks) * block) * e;
+}
