@@ -48,9 +48,9 @@ struct Param {
 
 // What the backward of a part of the model needs of its parameters.
 enum class Backward {
-  gathers,  // their values: gather them again (a block)
-  keeps,    // their values, at once: the backward follows the forward (the head)
-  nothing,  // only a place for gradients (the embedding)
+  unshards,  // their values: FSDP gathers them again (a block)
+  keeps,     // their values, at once: the backward follows the forward (the head)
+  nothing,   // only a place for gradients (the embedding)
 };
 
 // A tied parameter is used at both ends of the model: by the embedding and, transposed, by the

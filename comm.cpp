@@ -160,7 +160,8 @@ std::string nccl_error(ncclResult_t status) {
       sentence(ncclGetErrorString(status), last && *last ? ": " : "", last ? last : "");
   if (text.find("Duplicate GPU") != std::string::npos)
     text +=
-        ". NCCL gives each rank a GPU of its own: start fewer ranks, or build with COMM=mpi (ranks share GPUs) or BACKEND=cpu";
+        ". NCCL gives each rank a GPU of its own: start fewer ranks, or build with COMM=mpi (ranks "
+        "share GPUs) or BACKEND=cpu";
   return text;
 }
 

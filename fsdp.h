@@ -1,9 +1,17 @@
 // fsdp.h: Fully Sharded Data Parallelism (ZeRO stages 1, 2 and 3), plain data parallelism, and the
 // two combined.
 //
-// idea      Each rank of an axis owns 1/n of every unit (a transformer block, or the embeddings)
-//           and borrows the rest while it computes. Other axes hold copies of that: gradients are
-//           summed over them. With n = 1 this is plain data parallelism (DDP).
+// idea      Each of the n ranks of an axis owns 1/n of every unit (a transformer block, or the
+//           embeddings): its shard. To compute with a unit it is unsharded: all-gathered into a
+//           whole buffer, which is freed afterwards (resharded). Other axes hold copies of the
+//           shards: gradients are summed over them. With n = 1 this is plain data parallelism.
+// use       fsdp.add_units(params);                           // set-up: the model is born sharded
+//           int use = fsdp.add_use(layer_params, Backward::unshards);
+//           fsdp.begin_step(microbatches);
+//           Var y = fsdp.run(tape, use, [&] { return layer(tape, x); });  // for each layer,
+//           tape.backward();                                              // for each micro-batch
+//           fsdp.finish_backward();                           // the shards' gradients are complete
+//           optimizer.step(...); fsdp.end_step();
 // source    Rajbhandari et al., "ZeRO: Memory optimizations toward training trillion parameter
 //           models", SC 2020, sections 5 and 7; Zhao et al., "PyTorch FSDP", VLDB 2023 (units, flat
 //           parameters, prefetch)
@@ -17,11 +25,9 @@
 #include "optimizer.h"
 
 struct FsdpOptions {
-  int zero = 3;  // 1: optimizer state is sharded; 2: and gradients; 3: and parameters
-  // ZeRO-3: give parameters back after the forward and gather them again for the backward
-  bool reshard = true;
-  // units gathered ahead while compute goes on; above 0, one reduce-scatter is left behind, too
-  int prefetch = 1;
+  int zero = 3;         // 1: optimizer state is sharded; 2: and gradients; 3: and parameters
+  bool reshard = true;  // ZeRO-3: after the forward, and unshard again for the backward
+  int prefetch = 1;     // uses unsharded ahead; above 0 one reduce-scatter is left behind, too
 };
 
 class Fsdp {
@@ -32,75 +38,85 @@ class Fsdp {
   ~Fsdp();
 
   // ---- set-up: all units, then their uses in forward order
-  // parameters of one Param::unit make a unit; allocates this rank's shards with initial values
+  // Parameters of one Param::unit make a unit. Allocates this rank's shards with initial values.
   void add_units(const std::vector<Param*>& params);
-  // A use computes with the units of these parameters. Uses of one group follow each other at once;
-  // a pipeline's chunks are groups. Units are gathered ahead within a group only.
+  // A use computes with the units of these parameters. Uses of one group follow each other at once
+  // (a pipeline's chunks are groups): uses are unsharded ahead within a group only.
   int add_use(const std::vector<Param*>& params, Backward backward, int group = 0);
-  // what this rank updates: its piece of each parameter, padding left out
+  // What this rank updates: its piece of each parameter, padding left out.
   std::vector<Shard> optimizer_shards() const;
 
   // ---- a step
   void begin_step(int microbatches);
-  // y = f(): computes with the parameters of a use's units in place, and puts what their gradients
-  // need on the tape.
+  // y = f(), with the whole parameters of a use's units in place; what the backward needs goes on
+  // the tape.
   Var run(Tape& tape, int use, const std::function<Var()>& f);
-  // after the last micro-batch: gradients of this rank's shard are summed over all data-parallel
-  // ranks
-  void finish_backward();
-  // Called before gradients leave this rank, if others left some of them in parts: what it queues
-  // on either stream comes first.
+  void finish_backward();  // after the last micro-batch: the shards' gradients are complete
+  void end_step();         // after the optimizer: whole parameters are out of date
+  Tensor gradient_shard(int unit) { return units_.at(unit).shard_grad; }  // after finish_backward
+
+  // ---- the two questions that tell DDP and the ZeRO stages apart
+  // Are whole parameters there only while a use needs them?
+  bool shards_parameters() const { return axis_.size > 1 && options_.zero == 3; }
+  // Are whole gradients, too, and scattered after every micro-batch? If not, they add up over the
+  // step, and are reduced once at its end.
+  bool shards_gradients() const { return axis_.size > 1 && options_.zero >= 2; }
+
+  // Called before a unit's gradients leave this rank, if other strategies left partial sums.
   std::function<void(const std::vector<Param*>&)> complete_gradients;
-  void end_step();  // after the optimizer: parameters that were borrowed go back
-  // complete after finish_backward
-  Tensor gradient_shard(int unit) { return units_.at(unit).own_grad; }
-  // full gradients live only while needed: they are summed over the ranks after each micro-batch
-  bool scatters_each() const { return axis_.size > 1 && options_.zero >= 2; }
 
  private:
   struct Unit {
     std::vector<Param*> params;
     std::vector<int64_t> offsets;  // of each parameter in the flat unit, in elements
-    int64_t padded = 0;            // elements of the flat unit: n shards of `shard` elements
-    int64_t shard = 0;
-    // compute dtype: (padded), empty while given back; (shard), always there
-    Tensor full, own;
-    Tensor full_grad, own_grad;  // master dtype, likewise
-    Tensor master;               // (shard) master weights when the compute dtype is bf16
-    Tensor m, v;                 // (shard) Adam's moments
-    // `full` holds, or will hold once `ready` is reached, every rank's shard
-    bool gathered = false;
-    int uses = 0;  // in the forward of a micro-batch
-    // uses whose backward is done, of this micro-batch; micro-batches whose backward is done
-    int done = 0, rounds = 0;
-    bool reducing = false;  // a reduce-scatter of `full_grad` is on its way
-    Event ready, reduced;
+    int64_t padded = 0;            // elements of the flat unit: n shards
+    int64_t shard_size = 0;        // elements of one shard
+    // In the compute dtype. The shard is always there, the whole only while it is needed if
+    // parameters are sharded; else the shard is a part of it.
+    Tensor whole, shard;
+    Tensor whole_grad, shard_grad;  // the same in the master dtype
+    Tensor master;                  // master weights of the shard when the compute dtype is bf16
+    Tensor m, v;                    // Adam's moments of the shard
+    bool gathered = false;          // `whole` is up to date, or will be once `arrived` is reached
+    bool reducing = false;          // `whole_grad` is being summed, until `reduced` is reached
+    Event arrived, reduced;
+    // When is a gradient complete? The token embedding's unit has 2 uses, at both ends of the
+    // model. In each micro-batch's backward the head's use makes uses_done 1 and the embedding's
+    // makes it 2: then it starts again at 0, and microbatches_done is one more.
+    int uses = 0, uses_done = 0, microbatches_done = 0;
   };
-  void start_gather(Unit& unit);
-  void finish_gather(Unit& unit);
-  void give_back(Unit& unit);
-  void prepare_gradients(Unit& unit);
-  void start_reduce(Unit& unit);
-  void finish_reduce();
-  void sum_over_copies(Unit& unit);
-  void point_at(Unit& unit);
-  // parameters live only while needed
-  bool borrows() const { return axis_.size > 1 && options_.zero == 3; }
-
   struct Use {
     std::vector<Unit*> units;
     Backward backward;
     int group;
   };
+  void before_forward(int use);
+  void after_forward(const Tape& tape, int use);
+  void before_backward(Tape& tape, int use);
+  void after_backward(Tape& tape, int use);
+
+  void unshard(int use, int direction);
+  void start_unshard(Unit& unit);
+  void finish_unshard(Unit& unit);
+  void reshard_after_use(int use);
+  void reshard(Unit& unit);
+
+  void allocate_gradients(int use);
+  void bind_gradients(Unit& unit);
+  void reduce_gradients(int use);
+  void start_reduce(Unit& unit);
+  void finish_reduce();
+  void sum_over_copies(Unit& unit);
+
   Axis axis_;
   std::vector<Axis> copies_;
-  cudaStream_t stream_;  // the one communication queue
+  cudaStream_t stream_;
   Dtype dtype_;
   FsdpOptions options_;
   uint64_t seed_;
-  std::map<int, Unit> units_;  // by Param::unit; a map: closures hold references
+  std::map<int, Unit> units_;  // by Param::unit; a map: uses hold pointers
   std::vector<Use> uses_;
-  std::deque<Unit*> reducing_;  // reduce-scatters on their way, oldest first
+  std::deque<Unit*> reducing_;  // whose gradients are being summed, oldest first
   int microbatches_ = 1;
 };
 

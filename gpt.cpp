@@ -1,5 +1,4 @@
-// gpt.cpp: the model. Its forward is the code below `the forward`; its backward is nowhere, the tape
-// writes it.
+// gpt.cpp: the model. Its forward is Gpt::run; its backward is nowhere, the tape writes it.
 #include "gpt.h"
 
 #include <algorithm>
@@ -24,44 +23,44 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   const Range heads = tp.part(g.heads), hidden = tp.part(4 * C);
   const Range channels{heads.begin * (C / g.heads), heads.end * (C / g.heads)};  // whole heads
   Block b;
-  b.ln_1_weight = tp.replicate(make(h + "ln_1.weight", {C}, 0, 1), true);
-  b.ln_1_bias = tp.replicate(make(h + "ln_1.bias", {C}, 0), true);
+  b.ln_1_weight = tp.whole_with_partial_gradient(make(h + "ln_1.weight", {C}, 0, 1));
+  b.ln_1_bias = tp.whole_with_partial_gradient(make(h + "ln_1.bias", {C}, 0));
   // columns
   b.c_attn_weight = tp.split(make(h + "attn.c_attn.weight", {C, 3, C}, std), 2, channels);
   b.c_attn_bias = tp.split(make(h + "attn.c_attn.bias", {3, C}, 0), 1, channels);
   // rows
   b.attn_c_proj_weight =
       tp.split(make(h + "attn.c_proj.weight", {C, C}, residual_std), 0, channels);
-  b.attn_c_proj_bias = tp.replicate(make(h + "attn.c_proj.bias", {C}, 0), true);
-  b.ln_2_weight = tp.replicate(make(h + "ln_2.weight", {C}, 0, 1), true);
-  b.ln_2_bias = tp.replicate(make(h + "ln_2.bias", {C}, 0), true);
+  b.attn_c_proj_bias = tp.whole_with_partial_gradient(make(h + "attn.c_proj.bias", {C}, 0));
+  b.ln_2_weight = tp.whole_with_partial_gradient(make(h + "ln_2.weight", {C}, 0, 1));
+  b.ln_2_bias = tp.whole_with_partial_gradient(make(h + "ln_2.bias", {C}, 0));
   b.c_fc_weight = tp.split(make(h + "mlp.c_fc.weight", {C, 4 * C}, std), 1, hidden);  // columns
   b.c_fc_bias = tp.split(make(h + "mlp.c_fc.bias", {4 * C}, 0), 0, hidden);
   // rows
   b.mlp_c_proj_weight =
       tp.split(make(h + "mlp.c_proj.weight", {4 * C, C}, residual_std), 0, hidden);
-  b.mlp_c_proj_bias = tp.replicate(make(h + "mlp.c_proj.bias", {C}, 0), true);
+  b.mlp_c_proj_bias = tp.whole_with_partial_gradient(make(h + "mlp.c_proj.bias", {C}, 0));
   return b;
 }
 
-static std::vector<Param*> params_of(Block& b) {
-  return {&b.ln_1_weight,        &b.ln_1_bias,        &b.c_attn_weight,     &b.c_attn_bias,
-          &b.attn_c_proj_weight, &b.attn_c_proj_bias, &b.ln_2_weight,       &b.ln_2_bias,
-          &b.c_fc_weight,        &b.c_fc_bias,        &b.mlp_c_proj_weight, &b.mlp_c_proj_bias};
+std::vector<Param*> Block::params() {
+  return {&ln_1_weight,        &ln_1_bias,        &c_attn_weight,     &c_attn_bias,
+          &attn_c_proj_weight, &attn_c_proj_bias, &ln_2_weight,       &ln_2_bias,
+          &c_fc_weight,        &c_fc_bias,        &mlp_c_proj_weight, &mlp_c_proj_bias};
 }
 
 Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication)
     : config(g), tp(axis, communication, g.sequence_parallel) {
   ASSERT(g.width % g.heads == 0 && axis.size <= g.heads && axis.size <= g.vocab);
   wte = tp.split(make("wte.weight", {g.vocab, g.width}, 0.02f), 0, tp.part(g.vocab));
-  wpe = tp.replicate(make("wpe.weight", {g.context, g.width}, 0.01f), false);
+  wpe = tp.whole(make("wpe.weight", {g.context, g.width}, 0.01f));
   for (int64_t l = 0; l < g.layers; l++) blocks_.push_back(make_block(g, tp, l));
-  ln_f_weight = tp.replicate(make("ln_f.weight", {g.width}, 0, 1), true);
-  ln_f_bias = tp.replicate(make("ln_f.bias", {g.width}, 0), true);
+  ln_f_weight = tp.whole_with_partial_gradient(make("ln_f.weight", {g.width}, 0, 1));
+  ln_f_bias = tp.whole_with_partial_gradient(make("ln_f.bias", {g.width}, 0));
 
   parts_.push_back({ModelPart::embedding, {&wte, &wpe}, Backward::nothing});
   for (int64_t l = 0; l < g.layers; l++)
-    parts_.push_back({ModelPart::block, params_of(blocks_[l]), Backward::gathers, l});
+    parts_.push_back({ModelPart::block, blocks_[l].params(), Backward::unshards, l});
   parts_.push_back({ModelPart::head, {&ln_f_weight, &ln_f_bias, &wte}, Backward::keeps});
 
   uint32_t id = 0;
@@ -99,8 +98,11 @@ std::vector<Range> split_layers(int64_t layers, double head, int positions) {
 }
 
 std::vector<ModelPiece> Gpt::pieces(int positions) const {
+  // what the head costs: a layer's attention is 6 C T of its 6 (12 C C + C T): see flops_per_token
+  const double C = config.width,
+               head_in_layers = config.vocab * C / (12 * C * C + C * config.context);
   std::vector<ModelPiece> all;
-  for (const Range& r : split_layers(config.layers, head_in_layers(config), positions)) {
+  for (const Range& r : split_layers(config.layers, head_in_layers, positions)) {
     // the embedding goes with the first layer, the head with the last
     const bool first = r.begin == 0, last = r.end == config.layers;
     all.push_back(parts().subspan(first ? 0 : r.begin + 1, r.size() + first + last));
@@ -148,10 +150,4 @@ double flops_per_token(const GptConfig& g) {
   const double C = g.width, multiplying = g.layers * 12 * C * C + g.vocab * C;
   // attention: 2 products, 2 flops, T/2 keys, x3 with the backward
   return 6 * multiplying + 6 * g.layers * C * g.context;
-}
-
-double head_in_layers(const GptConfig& g) {
-  const double C = g.width;
-  // a block's attention: 6 C T of 6 (12 C C + C T), above
-  return g.vocab * C / (12 * C * C + C * g.context);
 }

@@ -51,6 +51,7 @@ struct Block {  // names as in GPT-2: h.<layer>.<name>
   Param ln_2_weight, ln_2_bias;
   Param c_fc_weight, c_fc_bias;  // (C,4C), (4C)
   Param mlp_c_proj_weight, mlp_c_proj_bias;
+  std::vector<Param*> params();
 };
 
 class Gpt {
@@ -88,5 +89,3 @@ int64_t parameter_count(const GptConfig& config);
 // the causal attention's (Chowdhery et al., "PaLM", 2022, appendix B, with half the scores for the
 // causal mask). Counted in floating-point operations.
 double flops_per_token(const GptConfig& config);
-// what the head costs, in blocks: to cut the model into stages of equal work
-double head_in_layers(const GptConfig& config);

@@ -1,6 +1,7 @@
 // optimizer.cpp: see optimizer.h.
 #include "optimizer.h"
 
+#include <algorithm>
 #include <cmath>
 
 Optimizer::Optimizer(std::vector<Shard> shards, int64_t parameters, double clip,
@@ -11,12 +12,16 @@ Optimizer::Optimizer(std::vector<Shard> shards, int64_t parameters, double clip,
   clip_factor_ = Tensor({1}, Dtype::f64, Memory::workspace);
 }
 
-void Optimizer::step(double lr, const std::function<void(const Tensor&)>& sum_squares) {
+void Optimizer::measure(const std::function<void(const Tensor&)>& sum_squares) {
   fill(squares_, 0);
   for (const Shard& s : shards_)
     if (s.param->counted) sum_of_squares(squares_, s.param->id, s.gradient);
   if (sum_squares) sum_squares(squares_);
   norm_and_clip(norm_, clip_factor_, squares_, clip_);
+}
+
+void Optimizer::step(double lr, const std::function<void(const Tensor&)>& sum_squares) {
+  measure(sum_squares);
   AdamW options;
   options.lr = lr;
   options.step = ++steps_;
@@ -24,6 +29,14 @@ void Optimizer::step(double lr, const std::function<void(const Tensor&)>& sum_sq
     options.weight_decay = s.param->decay ? weight_decay_ : 0;
     adamw(s.weights, s.compute, s.m, s.v, s.gradient, clip_factor_, options);
   }
+}
+
+bool Optimizer::finite() const {
+  fill(squares_, 0);
+  for (const Shard& s : shards_)
+    for (const Tensor& x : {s.weights, s.m, s.v}) sum_of_squares(squares_, s.param->id, x);
+  const std::vector<double> squares = download(squares_);
+  return std::all_of(squares.begin(), squares.end(), [](double s) { return std::isfinite(s); });
 }
 
 double learning_rate(int64_t step, int64_t steps, int64_t warmup, double lr, double min_lr) {

@@ -26,8 +26,12 @@ class Optimizer {
   // sum_squares adds up the vector of per-parameter squares over the ranks that share parameters;
   // nothing to do on one rank.
   void step(double lr, const std::function<void(const Tensor& squares)>& sum_squares = {});
+  // the norm alone, of the gradients that are there
+  void measure(const std::function<void(const Tensor& squares)>& sum_squares);
   // of the last step's gradients, before clipping; waits for the device
   double norm() const { return download(norm_)[0]; }
+  // whether every weight and moment that this rank updates is a number; waits for the device
+  bool finite() const;
   const std::vector<Shard>& shards() const { return shards_; }
   int64_t steps() const { return steps_; }
   // weights, m and v are as `steps` steps left them

@@ -13,11 +13,11 @@
 //           delay. A result is sent in the whole tick in which it ends; within a tick the delays
 //           decide the order. Two sends that face each other in one tick are one exchange (one NCCL
 //           group), so that neither waits for the other.
-// safety    All stages' lists are cut from one global order of events: the exchanges of a tick, then
-//           the computations that start at it. Its earliest unfinished event waits only for earlier
-//           ones, so it can always proceed: nothing deadlocks, not with one communication queue a
-//           stage, not when every action blocks its stage. Collectives of the other axes join ranks
-//           that run the same list, so they keep to that order, too.
+// safety    All stages' lists are cut from one global order of events: the exchanges of a tick,
+//           then the computations that start at it. Its earliest unfinished event waits only for
+//           earlier ones, so it can always proceed: nothing deadlocks, not with one communication
+//           queue a stage, not when every action blocks its stage. Collectives of the other axes
+//           join ranks that run the same list, so they keep to that order, too.
 //
 // cost      p stages, m micro-batches, V chunks a stage, s this stage (0 first); times of a chunk,
 //           F = B = W = 1 and free sends. A micro-batch is live on a chunk from its forward to the

@@ -1,54 +1,101 @@
 // tensor_parallel.cpp: one layer across the ranks of the tp axis. See tensor_parallel.h for the
 // idea.
 //
-//   a block's half    x ──> [ w's columns 0 ] ──> gelu ──> [ w's rows 0 ] ──┐
-//   on two ranks      │                                                     +──> y      sum: all-reduce of R*C elements
-//                     └───> [ w's columns 1 ] ──> gelu ──> [ w's rows 1 ] ──┘
+//   half a block     x ──> [ w's columns 0 ] ──> gelu ──> [ w's rows 0 ] ──┐
+//   on two ranks     │                                                     +──> y    the sum is an
+//                    └───> [ w's columns 1 ] ──> gelu ──> [ w's rows 1 ] ──┘         all-reduce
 //
-// traffic   per block and micro-batch, W = R*C elements of the compute dtype: 2 all-reduces of W
-//           forward (the row-parallel results) and 2 backward (the input gradients of the
-//           column-parallel layers); embedding 1 forward, head 1 backward; loss: three numbers a
-//           row. Sequence parallelism: a reduce-scatter and an all-gather in place of each
-//           all-reduce, which together send as much; and the slices of rows that were saved are
+// traffic   Of R*C elements of the compute dtype, per block and micro-batch: 2 all-reduces forward
+//           (the row-parallel results) and 2 backward (the input gradients of the column-parallel
+//           layers). The embedding has 1 forward, the head 1 backward; the loss sends three numbers
+//           a row. Under sequence parallelism a reduce-scatter and an all-gather, which together
+//           send as much, stand in place of each all-reduce, and the slices that were saved are
 //           gathered again in the backward: 2 a block, 1 for the head.
-// memory    weights, gradients and optimizer state 1/n. Activations a block, in R*C: 4 + 12/n and
-//           1/n of the attention's own; with sequence parallelism all of it 1/n.
-// overlap   in the backward an input gradient travels while the weight gradient's product is
-//           computed
+// memory    1/n of weights, gradients and optimizer state. Activations of a block, in R*C: 4 + 12/n
+//           and 1/n of the attention's own; under sequence parallelism all of it 1/n.
+// overlap   In the backward an input gradient travels while the weight gradient's product is
+//           computed; not under zero bubble, which computes that product later.
+// not here  overlap in the forward, where the next op needs the sum at once
 // test      tests/test_tensor_parallel.cpp
 #include "tensor_parallel.h"
 
-// ---- a column-parallel layer: y (R,N) = x w, N this rank's columns; then a row-parallel one: y = sum over ranks of x w, K this rank's inputs
+// ---- communication: all of it goes on the one queue, behind what was computed. It is started, and
+// finish() lets the computation wait for it. Whatever is sent must be kept until then.
+
+// All R rows of x. Without sequence parallelism x has them, and nothing is sent.
+Tensor TensorParallel::start_gather(const Tensor& x, int64_t R) {
+  if (!slices_rows_) return x;
+  const int64_t S = slice(R), C = x.dim(1);
+  const Tensor all({S * axis_.size, C}, x.dtype(), Memory::activations);
+  make_wait(stream_, device().compute);  // the slice must have been computed
+  const Timed timed(stream_);
+  ledger.all_gather(axis_, all.bytes());
+  NCCL_CHECK(ncclAllGather(x.raw(), all.raw(), size_t(x.numel()), nccl_type(x.dtype()), axis_.comm,
+                           stream_));
+  return all.part(0, {R, C});  // without the padding
+}
+
+// The sum over ranks: in place or, under sequence parallelism, of this rank's slice of the rows.
+Tensor TensorParallel::start_sum(const Tensor& partial) {
+  make_wait(stream_, device().compute);  // the partial sums must have been computed
+  const Timed timed(stream_);
+  const ncclDataType_t type = nccl_type(partial.dtype());
+  if (!slices_rows_) {
+    ledger.all_reduce(axis_, partial.bytes());
+    NCCL_CHECK(ncclAllReduce(partial.raw(), partial.raw(), size_t(partial.numel()), type, ncclSum,
+                             axis_.comm, stream_));
+    return partial;
+  }
+  const Tensor sum({partial.dim(0) / axis_.size, partial.dim(1)}, partial.dtype(),
+                   Memory::activations);
+  ledger.reduce_scatter(axis_, partial.bytes());
+  NCCL_CHECK(ncclReduceScatter(partial.raw(), sum.raw(), size_t(sum.numel()), type, ncclSum,
+                               axis_.comm, stream_));
+  return sum;
+}
+
+void TensorParallel::finish() {
+  make_wait(device().compute, stream_);  // what was sent must have arrived
+}
+
+// Room for R rows and, under sequence parallelism, for padding, which is 0: NCCL has no unequal
+// reduce-scatter.
+Tensor TensorParallel::for_partial_sums(int64_t R, int64_t width, Dtype dtype) const {
+  const int64_t padded = slices_rows_ ? slice(R) * axis_.size : R;
+  const Tensor x({padded, width}, dtype, Memory::activations);
+  if (padded > R) fill(x.part(R * width, {padded - R, width}), 0);
+  return x;
+}
+
+// ---- a column-parallel layer: y (R,N) = x w, where N are this rank's columns
 
 Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool transposed,
                            Param* bias, Traffic serves) {
   const Purpose purpose(tape.replaying ? Traffic::recompute : serves);
   const Tensor matrix = as_matrix(w.value);
   Var y{Tensor({R, matrix.dim(transposed ? 0 : 1)}, x.value.dtype(), Memory::activations)};
-  const Tensor rows = start_gather(x.value, R);
-  if (by_rows_) finish();
-  product(y.value, rows, false, matrix, transposed, 0);
+  const Tensor all_x = start_gather(x.value, R);
+  if (slices_rows_) finish();
+  product(y.value, all_x, false, matrix, transposed, 0);
   if (bias) add_bias(y.value, bias->value.view({y.value.dim(1)}));
 
   tape.push(
       [this, &tape, R, &w, transposed, bias, serves, x = x.value, dx = x.grad, dy_slot = y.grad] {
         const Tensor dy = take(dy_slot);
-        const Tensor rows = [&] {
+        Tensor all_x;
+        {  // a slice was saved: it is gathered again while the next product is computed
           const Purpose purpose(Traffic::again);
-          // sequence parallelism saved a slice: gather it again, while the product below is
-          // computed
-          return start_gather(x, R);
-        }();
-        const Tensor partial = for_partial_sums(R, x.dim(1), x.dtype());
-        // of dx: this rank's columns' part
+          all_x = start_gather(x, R);
+        }
+        const Tensor partial = for_partial_sums(R, x.dim(1), x.dtype());  // of dx
         product(partial.part(0, {R, x.dim(1)}), dy, false, as_matrix(w.value), !transposed, 0);
-        if (by_rows_) finish();
+        if (slices_rows_) finish();  // the product below reads all_x
         const Purpose purpose(serves);
-        Tensor d = start_sum(partial);
+        Tensor sum = start_sum(partial);  // it travels while the weight gradient is computed
         tape.weight_gradient(
-            [&w, transposed, bias, rows, dy] { weight_backward(w, transposed, bias, rows, dy); });
+            [&w, transposed, bias, all_x, dy] { weight_backward(w, transposed, bias, all_x, dy); });
         finish();
-        accumulate(dx, std::move(d));
+        accumulate(dx, std::move(sum));
       });
   return y;
 }
@@ -63,6 +110,9 @@ Var TensorParallel::head(Tape& tape, const Var& x, int64_t R, Param& wte) {
   return column(tape, x, R, wte, true, nullptr, Traffic::embedding);
 }
 
+// ---- a row-parallel layer: y = sum over ranks of x w, where x (R,K) and w (K,N) have this rank's
+// part of the inputs
+
 Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w, Param& bias) {
   if (axis_.size == 1) return linear(tape, x, w, &bias);
   const Purpose purpose(tape.replaying ? Traffic::recompute : Traffic::training);
@@ -75,13 +125,14 @@ Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w, Pa
 
   tape.push([this, &tape, R, &w, &bias, x = x.value, dx = x.grad, dy_slot = y.grad] {
     const Purpose purpose(Traffic::training);
-    const Tensor dy = take(dy_slot), rows = start_gather(dy, R);
-    if (by_rows_) finish();
-    Tensor d({R, x.dim(1)}, x.dtype(), Memory::activations);
-    product(d, rows, false, w.value, true, 0);
+    const Tensor dy = take(dy_slot);
+    const Tensor all_dy = start_gather(dy, R);
+    if (slices_rows_) finish();
+    Tensor d({R, x.dim(1)}, x.dtype(), Memory::activations);  // its part of the width: whole
+    product(d, all_dy, false, w.value, true, 0);
     accumulate(dx, std::move(d));
-    tape.weight_gradient([&w, &bias, x, dy, rows] {
-      product(w.grad, x, true, rows, false, 1);
+    tape.weight_gradient([&w, &bias, x, dy, all_dy] {
+      product(w.grad, x, true, all_dy, false, 1);
       bias_backward(bias.grad, dy);
     });
   });
@@ -95,19 +146,29 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
   const Purpose purpose(Traffic::embedding);
   const int64_t R = tokens.B * tokens.T, C = wte.value.dim(1);
   const Tensor partial = for_partial_sums(R, C, wte.value.dtype());
-  // A row's owner adds its position, the others 0.
+  // The token's owner writes its row of wte plus the position; the other ranks write zeros.
   embedding_forward(partial.part(0, {R, C}), tokens.inputs, wte.value, wpe.value, tokens.T,
                     tokens.positions);
   Var x{start_sum(partial)};
   finish();
   tape.push([this, tokens, R, &wte, &wpe, dx = x.grad] {
     const Purpose purpose(Traffic::embedding);
-    const Tensor slice = take(dx), rows = start_gather(slice, R);
-    if (by_rows_) finish();
-    // wpe's is whole on every rank
-    embedding_backward(wte.grad, wpe.grad, rows, tokens.inputs, tokens.order, tokens.T);
+    const Tensor d = take(dx);
+    const Tensor all_d = start_gather(d, R);
+    if (slices_rows_) finish();
+    // of its rows of wte; of all of wpe, on every rank
+    embedding_backward(wte.grad, wpe.grad, all_d, tokens.inputs, tokens.order, tokens.T);
   });
   return x;
+}
+
+void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
+  make_wait(stream_, device().compute);  // x must have been computed
+  const Timed timed(stream_);
+  ledger.all_reduce(axis_, x.bytes());
+  NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), size_t(x.numel()), nccl_type(x.dtype()), op,
+                           axis_.comm, stream_));
+  finish();
 }
 
 void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets, double scale,
@@ -129,69 +190,11 @@ void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets
   add_sum(total, losses);
 }
 
-// ---- communication: on the one queue, behind what was computed; finish() lets the computation wait for it
-
-// All rows of x: x itself or, under sequence parallelism, every rank's slice. Keep x until
-// finish().
-Tensor TensorParallel::start_gather(const Tensor& x, int64_t R) {
-  if (!by_rows_) return x;
-  const int64_t S = slice(R), C = x.dim(1);
-  const Tensor rows({S * axis_.size, C}, x.dtype(), Memory::activations);
-  make_wait(stream_, device().compute);  // the slice must have been computed
-  const Timed timed(stream_);
-  ledger.all_gather(axis_, rows.bytes());
-  NCCL_CHECK(ncclAllGather(x.raw(), rows.raw(), size_t(x.numel()), nccl_type(x.dtype()), axis_.comm,
-                           stream_));
-  return rows.part(0, {R, C});  // without the padding
-}
-
-// The sum over ranks, every row of it in place or, under sequence parallelism, this rank's slice.
-// Keep `partial` until finish().
-Tensor TensorParallel::start_sum(const Tensor& partial) {
-  const Tensor sum = by_rows_ ? Tensor({partial.dim(0) / axis_.size, partial.dim(1)},
-                                       partial.dtype(), Memory::activations)
-                              : partial;
-  make_wait(stream_, device().compute);  // the partial sums must have been computed
-  const Timed timed(stream_);
-  if (by_rows_) {
-    ledger.reduce_scatter(axis_, partial.bytes());
-    NCCL_CHECK(ncclReduceScatter(partial.raw(), sum.raw(), size_t(sum.numel()),
-                                 nccl_type(sum.dtype()), ncclSum, axis_.comm, stream_));
-  } else {
-    ledger.all_reduce(axis_, partial.bytes());
-    NCCL_CHECK(ncclAllReduce(partial.raw(), sum.raw(), size_t(sum.numel()), nccl_type(sum.dtype()),
-                             ncclSum, axis_.comm, stream_));
-  }
-  return sum;
-}
-
-void TensorParallel::finish() {
-  make_wait(device().compute, stream_);  // what was sent must have arrived
-}
-
-void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
-  make_wait(stream_, device().compute);  // x must have been computed
-  const Timed timed(stream_);
-  ledger.all_reduce(axis_, x.bytes());
-  NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), size_t(x.numel()), nccl_type(x.dtype()), op,
-                           axis_.comm, stream_));
-  finish();
-}
-
-// Room for R rows and, under sequence parallelism, for padding, which is 0: NCCL has no unequal
-// reduce-scatter.
-Tensor TensorParallel::for_partial_sums(int64_t R, int64_t width, Dtype dtype) const {
-  const int64_t all = by_rows_ ? slice(R) * axis_.size : R;
-  const Tensor x({all, width}, dtype, Memory::activations);
-  if (all > R) fill(x.part(R * width, {all - R, width}), 0);
-  return x;
-}
-
 // ---- gradients of what every rank owns
 
 // Under sequence parallelism a layernorm, or a bias after a sum, sees this rank's rows only.
 void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
-  if (!by_rows_) return;
+  if (!slices_rows_) return;
   const Purpose purpose(Traffic::partial);
   make_wait(stream_, device().compute);  // the gradients must have been computed
   const Timed timed(stream_);
@@ -215,21 +218,25 @@ Param TensorParallel::split(Param p, int dim, Range range) const {
   return p;
 }
 
-Param TensorParallel::replicate(Param p, bool by_rows) const {
+Param TensorParallel::whole(Param p) const {
   p.counted = axis_.rank == 0;
-  p.partial = by_rows && by_rows_;
   return p;
+}
+
+Param TensorParallel::whole_with_partial_gradient(Param p) const {
+  p.partial = slices_rows_;
+  return whole(std::move(p));
 }
 
 // ---- sampling
 
 Tensor TensorParallel::one_row(const Tensor& x, int64_t R, int64_t row) {
   const int64_t C = x.dim(1);
-  const Tensor rows = start_gather(x, R);
-  if (by_rows_) finish();
-  const Tensor one = rows.part(row * C, {1, C});
+  const Tensor all = start_gather(x, R);
+  if (slices_rows_) finish();
+  const Tensor one = all.part(row * C, {1, C});
   // ceil(1 / n) = 1: the first rank has the row, the others padding
-  if (!by_rows_ || axis_.rank == 0) return one;
+  if (!slices_rows_ || axis_.rank == 0) return one;
   const Tensor padding({1, C}, x.dtype(), Memory::activations);
   fill(padding, 0);
   return padding;

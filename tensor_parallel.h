@@ -1,11 +1,17 @@
-// tensor_parallel.h: Tensor parallelism: every weight matrix split over the ranks of the tp axis,
-// each rank computing its part of each layer.
+// tensor_parallel.h: tensor parallelism. Every weight matrix is split over the ranks of the tp
+// axis, and each rank computes its part of each layer.
 //
-// idea      a column-parallel layer splits a weight by its outputs, a row-parallel one by its
+// idea      A column-parallel layer splits a weight by its outputs, a row-parallel one by its
 //           inputs. In this order the activation between the two never leaves its rank, and only
 //           the second one's results, partial sums, are added up over the ranks.
-// sequence  parallelism: between such pairs the rows (tokens) of the activations are split over the
-//           ranks, too; every sum becomes a reduce-scatter, every use of whole rows an all-gather.
+// sequence parallelism   Between such pairs the rows (tokens) of the activations are split over the
+//           ranks, too: each has a slice of them. Every sum becomes a reduce-scatter, and every use
+//           of all rows an all-gather.
+// use       TensorParallel tp(axis, stream, sequence_parallel);
+//           Param w = tp.split(p, 1, tp.part(p.shape[1]));   // set-up: what this rank owns
+//           Var h = tp.column_linear(tape, x, rows, w, b);   // a pair of layers
+//           Var y = tp.row_linear(tape, gelu(tape, h), rows, w2, b2);
+//           tp.sum_partial_gradients(params);                // before gradients are used
 // source    Shoeybi et al., "Megatron-LM: Training multi-billion parameter language models using
 //           model parallelism", 2019, section 3; Korthikanti et al., "Reducing activation
 //           recomputation in large transformer models", MLSys 2023, section 4.2 (sequence)
@@ -17,7 +23,7 @@
 class TensorParallel {
  public:
   TensorParallel(const Axis& axis, cudaStream_t stream, bool sequence_parallel)
-      : axis_(axis), stream_(stream), by_rows_(sequence_parallel && axis.size > 1) {}
+      : axis_(axis), stream_(stream), slices_rows_(sequence_parallel && axis.size > 1) {}
 
   // ---- who owns what. Nothing has to divide: parts differ by one.
   Range part(int64_t n) const {
@@ -25,22 +31,25 @@ class TensorParallel {
   }
   // p, of whose global shape this rank owns [range) of `dim`
   Param split(Param p, int dim, Range range) const;
-  // every rank owns p; by_rows: only layers on slices of rows use it
-  Param replicate(Param p, bool by_rows) const;
+  // p, of which every rank owns all; in the norm it counts once
+  Param whole(Param p) const;
+  // the same for what sees only this rank's slice of the rows: its gradient is a partial sum
+  Param whole_with_partial_gradient(Param p) const;
 
-  // of `rows` that activations hold here
+  // The rows that an activation of width C holds here: all of them or, under sequence parallelism,
+  // this rank's slice, ceil(rows / n) of them. The last slices end in padding, which holds garbage
+  // (row_linear adds its bias there) and whose gradients are 0.
   int64_t slice(int64_t rows) const {
-    return by_rows_ ? (rows + axis_.size - 1) / axis_.size : rows;
+    return slices_rows_ ? (rows + axis_.size - 1) / axis_.size : rows;
   }
 
-  // ---- layers on the tape. `rows`: R = B*T of this micro-batch. Activations of width C hold all rows or, under sequence parallelism, this
-  // rank's slice of ceil(R / n) rows; the last ones end in padding, whose values mean nothing
-  // (row_linear adds its bias there, too) and whose gradients are 0. Activations between column and
-  // row hold all rows, a part of their width.
+  // ---- layers on the tape. `rows` is R = B*T of this micro-batch. x and the results of embedding
+  // and row_linear hold slice(R) rows of width C. What column_linear and head return holds all R
+  // rows of this rank's part of the width.
   Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
   Var column_linear(Tape& tape, const Var& x, int64_t rows, Param& w, Param& bias);
   Var row_linear(Tape& tape, const Var& x, int64_t rows, Param& w, Param& bias);
-  // logits of this rank's part of the vocabulary, every row
+  // logits of this rank's part of the vocabulary
   Var head(Tape& tape, const Var& x, int64_t rows, Param& wte);
   // total (1) f64 += scale * the sum of all rows' losses, on every rank
   void cross_entropy(Tape& tape, Var logits, const Tensor& targets, double scale,
@@ -56,15 +65,15 @@ class TensorParallel {
   Tensor whole_logits(const Tensor& logits, int64_t vocab);
 
  private:
-  Tensor for_partial_sums(int64_t rows, int64_t width, Dtype dtype) const;
   Tensor start_gather(const Tensor& x, int64_t rows);
   Tensor start_sum(const Tensor& partial);
   void finish();
   void all_reduce(const Tensor& x, ncclRedOp_t op);
+  Tensor for_partial_sums(int64_t rows, int64_t width, Dtype dtype) const;
   Var column(Tape& tape, const Var& x, int64_t rows, Param& w, bool transposed, Param* bias,
              Traffic purpose);
 
   Axis axis_;
   cudaStream_t stream_;
-  bool by_rows_;
+  bool slices_rows_;  // sequence parallelism
 };

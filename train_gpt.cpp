@@ -8,12 +8,14 @@
 #include <cmath>
 #include <csignal>
 #include <cstdio>
+#include <sstream>
 
 #include "checkpoint/checkpoint.h"
 #include "support/data.h"
 #include "support/metrics.h"
 #include "launch/options.h"
 #include "inference/sampling.h"
+#include "inference/text_shards.h"
 #include "report/trace.h"
 #include "launch/program.h"
 #include "report/report.h"
@@ -33,7 +35,8 @@ static TrainerOptions trainer_options(const Options& o) {
 
 static void print_setup(const Options& o, const GptConfig& g, const Dataset& data) {
   printf(
-      "model    %s: %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M parameters in %s\n",
+      "model    %s: %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M "
+      "parameters in %s\n",
       o.model_name.c_str(), (long long)g.layers, (long long)g.width, (long long)g.heads,
       (long long)g.context, (long long)g.vocab, parameter_count(g) / 1e6, name_of(g.dtype));
   printf("device   %s\n", device().name.c_str());
@@ -49,26 +52,24 @@ static void print_setup(const Options& o, const GptConfig& g, const Dataset& dat
 
 // ---- sampling
 
-static void print_sample(Trainer& trainer, const Dataset& data, int64_t count, uint64_t seed,
-                         Watch& watch, bool prints) {
+static void print_sample(Trainer& trainer, const Dataset& data, const Tokenizer& tokenizer,
+                         int64_t count, uint64_t seed, Watch& watch, bool prints) {
   const int64_t T = trainer.gpt.config.context;
   std::vector<int> tokens = data.held_out(0);
   tokens.resize(std::min<int64_t>(T / 2 + 1, 48));
-  const auto show = [&](int token) {
-    if (!prints) return;
-    if (!data.is_text()) printf(" %d", token);
-    else putchar(token == '\n' || token == '\t' || (token >= 32 && token < 127) ? token : '?');
-    fflush(stdout);
+  const auto add = [&](int token) {
+    if (prints) show(tokenizer.decode(token));
   };
   if (prints) printf("\n--- a sample: held-out text up to the bar, then the model's own\n");
-  for (int token : tokens) show(token);
+  for (int token : tokens) add(token);
   if (prints) printf("|");
   for (int64_t i = 0; i < count; i++) {
     watch.progress();
     const std::vector<int> window(tokens.end() - std::min<int64_t>(int64_t(tokens.size()), T),
                                   tokens.end());
     tokens.push_back(pick(trainer.next_logits(window), {.temperature = 0.8, .seed = seed}, i));
-    show(tokens.back());
+    if (tokens.back() == tokenizer.end_of_text()) break;
+    add(tokens.back());
   }
   if (prints) printf("\n---\n");
 }
@@ -112,30 +113,38 @@ static std::string save(const Options& o, const std::string& data, int64_t step,
   const Clock::time_point began = Clock::now();
   CheckpointInfo info{
       step,      o.model, o.layout, master_dtype(trainer.gpt.config.dtype), uint64_t(o.seed),
-      o.command, data};
-  save_checkpoint(o.checkpoint, info, o.keep, job, mesh, trainer.optimizer().shards());
+      o.command, data,    o.keep};
+  std::string removed;
+  for (const std::string& old :
+       save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards()))
+    removed += (removed.empty() ? "; removed " : ", ") + old;
   const double seconds = std::chrono::duration<double>(Clock::now() - began).count();
   const double megabytes =
       double(parameter_count(trainer.gpt.config)) * 3 * double(size_of(info.dtype)) / 1e6;
-  return format("checkpoint saved: %.1f MB in %.2f s", megabytes, seconds);
+  return format("checkpoint saved: %.1f MB in %.2f s", megabytes, seconds) + removed;
 }
 
 // How many steps the newest complete checkpoint had, now in the trainer; 0 if there is none.
-static int64_t resume_training(const Options& o, const std::string& data, const Job& job,
+static int64_t resume_training(const Options& o, const Dataset& data, const Job& job,
                                Trainer& trainer, bool prints) {
   const auto say = [prints](const std::string& text) {
     if (prints) printf("resume   %s\n", text.c_str());
   };
-  const std::optional<Checkpoint> c = newest_checkpoint(o.checkpoint, job, say);
+  const std::optional<Checkpoint> c = newest_checkpoint(o.checkpoint, job, say, o.resume_step);
   if (!c) return say("there is no checkpoint in " + o.checkpoint + ": starting at step 1"), 0;
   check_model(*c, o.model);
+  const bool imported = c->info.step == 0;
+  REQUIRE(!imported || !data.is_text() || o.model.vocab == 256, c->path,
+          " was imported without a tokenizer, so bytes of text are not its tokens: give "
+          "--tokenizer DIR");
   REQUIRE(c->info.step < o.steps, c->path, " has ", c->info.step,
           " steps already: give more --steps than that");
   resume(*c, trainer.optimizer());
   say(sentence(c->path, ", saved on ", to_string(c->info.layout)));
-  if (c->info.step == 0) return 0;  // imported
-  if (c->info.data != data)
-    say(sentence("it was trained on ", c->info.data, ", and is now on ", data));
+  if (o.resume_step >= 0) put_later_aside(o.checkpoint, c->info.step, job, say);
+  if (imported) return 0;
+  if (c->info.data != data.describe())
+    say(sentence("it was trained on ", c->info.data, ", and is now on ", data.describe()));
   if (c->info.seed != uint64_t(o.seed))
     say(sentence("it was trained with --seed ", c->info.seed, ", so batches differ from here on"));
   return c->info.step;
@@ -159,32 +168,49 @@ static StepRecord train_step(const Options& o, const Dataset& data, const Mesh& 
   return progress.end_step(step, loss, norm, lr, o.batch * o.model.context, communicated);
 }
 
-static void train(const Options& o, const Dataset& data, const Job& job, Mesh& mesh, Watch& watch) {
+// The loss of a step is from before its update: what that made is looked at here.
+static void check_weights(const Options& o, const Dataset& data, int64_t step, const Job& job,
+                          Watch& watch, Trainer& trainer) {
+  const bool fine = trainer.can_go_on(
+      [&](int64_t s) { return watch.progress(), data.sequence(step + 1, s, uint64_t(o.seed)); });
+  collectively(job, [&] {
+    REQUIRE(fine, "the update of step ", step,
+            " made weights or moments that are not finite numbers, or whose loss or gradients are"
+            " none: nothing is saved; a smaller --lr or a longer --warmup may help");
+  });
+}
+
+static void train(const Options& o, const Dataset& data, const Tokenizer& tokenizer, const Job& job,
+                  Mesh& mesh, Watch& watch) {
   const bool prints = job.speaks;
   matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
   GptConfig config = model_config(o);
   config.recompute = o.recompute, config.sequence_parallel = o.sequence_parallel;
   if (prints) print_setup(o, config, data);
   Trainer trainer(mesh, config, trainer_options(o));
-  const int64_t resumed = o.resume ? resume_training(o, data.describe(), job, trainer, prints) : 0;
+  const int64_t resumed = o.resume ? resume_training(o, data, job, trainer, prints) : 0;
   if (prints && !o.trace.empty()) open_trace(o.trace);
-  Metrics metrics(prints ? o.metrics : "", o.resume ? std::optional(resumed) : std::nullopt);
+  Metrics metrics(prints ? o.metrics : "", resumed);
   const StopSignal stop;
   Progress progress(o.steps, prints ? stdout : nullptr, isatty(fileno(stdout)));
   const auto held_out = [&](int64_t s) { return watch.progress(), data.held_out(s); };
   double first_loss = 0, loss = 0;
   int64_t step = resumed;
   for (bool last = false; !last;) {
-    const StepRecord record = train_step(o, data, mesh, watch, trainer, progress, ++step);
-    metrics.step(record);
+    StepRecord record = train_step(o, data, mesh, watch, trainer, progress, ++step);
     loss = record.loss;
     if (step == resumed + 1) first_loss = loss;
-    if (o.eval_every && (step % o.eval_every == 0 || step == o.steps))
-      progress.say(step, format("held-out loss %.4f",
-                                trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32),
-                                                 held_out)));
+    if (o.eval_every && (step % o.eval_every == 0 || step == o.steps)) {
+      record.held_out_loss =
+          trainer.evaluate(std::min<int64_t>(data.held_out_sequences(), 32), held_out);
+      progress.say(step, format("held-out loss %.4f", *record.held_out_loss));
+    }
+    metrics.step(record);
     last = stop.came() || step == o.steps;
-    if (!o.checkpoint.empty() && (last || (o.save_every && step % o.save_every == 0))) {
+    const bool saves =
+        !o.checkpoint.empty() && (last || (o.save_every && step % o.save_every == 0));
+    if (last || saves) check_weights(o, data, step, job, watch, trainer);
+    if (saves) {
       watch.progress();
       progress.say(step, save(o, data.describe(), step, job, mesh, trainer));
     }
@@ -198,7 +224,7 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
   }
   progress.done();
   if (o.sample && step == o.steps)
-    print_sample(trainer, data, o.sample, uint64_t(o.seed), watch, prints);
+    print_sample(trainer, data, tokenizer, o.sample, uint64_t(o.seed), watch, prints);
   if (prints) {
     printf("\nloss     %.4f at step %lld, %.4f at step %lld\n", first_loss, (long long)resumed + 1,
            loss, (long long)step);
@@ -208,31 +234,97 @@ static void train(const Options& o, const Dataset& data, const Job& job, Mesh& m
                       o.trace, metrics);
 }
 
+// ---- texts for a model of byte pairs
+
+// The sizes that --resume is not told are the checkpoint's: all, or that of the vocabulary alone.
+static void take_model(Options& o) {
+  const ModelSize& m = o.model;
+  const bool told = !o.model_name.empty() || m.layers + m.width + m.heads + m.context + m.vocab > 0;
+  if (!o.resume) return;
+  for (const std::string& path : checkpoints_in(o.checkpoint)) {
+    ModelSize saved;
+    if (!error_of([&] { saved = Checkpoint(path).info.model; }).empty()) continue;
+    if (!told) o.model_name = nearest_model(saved);
+    if (!told) o.model = saved;
+    if (m.vocab == 0) o.model.vocab = saved.vocab;
+    return;
+  }
+}
+
+// Where the tokenizer is: beside the checkpoints, which have it from --tokenizer or an import.
+static std::string tokenizer_directory(const Options& o) {
+  const std::string& own = o.checkpoint;
+  if (own.empty() || !has_tokenizer(own)) return o.tokenizer;
+  REQUIRE(o.tokenizer.empty() || Tokenizer(own, 0).key() == Tokenizer(o.tokenizer, 0).key(),
+          "--tokenizer ", o.tokenizer, " is not the one in ", own, ": leave it out");
+  return own;
+}
+
+// What the first rank has encoded, on every rank. Names are separated by a zero byte.
+static std::vector<std::string> shards_of_first_rank(const std::vector<std::string>& mine) {
+  std::string names;
+  for (const std::string& name : mine) names += name + '\0';
+  std::istringstream all(gather_text(names)[0]);
+  std::vector<std::string> shards;
+  for (std::string name; std::getline(all, name, '\0');) shards.push_back(name);
+  return shards;
+}
+
 // ---- main
 
 int main(int argc, char** argv) {
   Options o;
   std::unique_ptr<Dataset> data;
+  std::unique_ptr<Tokenizer> tokenizer;
+  std::string vocabulary;  // directory
+  const auto open_data = [&] {
+    data = std::make_unique<Dataset>(Dataset::open(o.data, o.model.context, o.model.vocab));
+  };
   const auto prepare = [&](const Job& job) -> std::optional<Start> {
     o = parse_options(argc, argv);
     if (o.help) {
       if (job.speaks) print_help();
       return {};
     }
-    const bool again = !o.checkpoint.empty() && !o.resume && !checkpoints_in(o.checkpoint).empty();
+    const bool again = !o.checkpoint.empty() && !o.resume && holds_checkpoints(o.checkpoint);
     REQUIRE(!again, "--checkpoint: ", o.checkpoint,
             " holds checkpoints already: give --resume to go on from them, or another directory");
     open_device(job.local_rank % device_count(), o.device_memory << 20);
+    take_model(o);
+    vocabulary = tokenizer_directory(o);
+    REQUIRE(vocabulary.empty() || has_tokenizer(vocabulary), "--tokenizer: ", vocabulary,
+            " has neither tokenizer.json nor vocab.json and merges.txt");
+    if (!vocabulary.empty()) {
+      tokenizer = std::make_unique<Tokenizer>(vocabulary, o.model.vocab);
+      if (o.model.vocab == 0) o.model.vocab = tokenizer->size();
+    }
     resolve(o, device().is_gpu);
     check_ranks(o.layout, job.size);
     check(o);
     schedule_of(trainer_options(o), o.layout);  // may refuse this number of micro-batches
-    data = std::make_unique<Dataset>(Dataset::open(o.data, o.model.context, o.model.vocab));
     if (!o.checkpoint.empty() && job.rank == 0) make_directory(o.checkpoint);
+    // one rank encodes texts; the others wait, and read what it has written when all have met
+    if (tokenizer && job.rank == 0)
+      o.data = token_shards(o.data, *tokenizer, o.checkpoint, [](const std::string& text) {
+        printf("tokens   %s\n", text.c_str());
+        fflush(stdout);
+      });
+    if (!tokenizer || job.rank == 0) open_data();
+    if (!tokenizer)
+      tokenizer = std::make_unique<Tokenizer>("", data->is_text() ? 256 : o.model.vocab);
     return Start{o.layout, o.timeout};
   };
   return run_program("train_gpt", argc, argv, prepare,
                      [&](const Job& job, Mesh& mesh, Watch& watch) {
-                       train(o, *data, job, mesh, watch);
+                       std::optional<DirectoryLock> lock;
+                       collectively(job, [&] {
+                         if (job.rank == 0 && !o.checkpoint.empty()) lock.emplace(o.checkpoint);
+                       });
+                       if (tokenizer->has_pairs()) o.data = shards_of_first_rank(o.data);
+                       // not before every rank has looked for one there
+                       if (tokenizer->has_pairs() && !o.checkpoint.empty() && job.rank == 0)
+                         copy_tokenizer(vocabulary, o.checkpoint);
+                       if (!data) open_data();
+                       train(o, *data, *tokenizer, job, mesh, watch);
                      });
 }

@@ -2,6 +2,8 @@
 #include "trainer.h"
 
 #include <algorithm>
+#include <cmath>
+#include <utility>
 
 // ---- composition
 
@@ -37,7 +39,7 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& opti
   // gradients are exchanged, and the first counts it in the norm and saves it.
   const bool first = pieces_[0].front().kind == ModelPart::embedding,
              last = pieces_.back().back().kind == ModelPart::head;
-  if (first && last && !fsdp.scatters_each()) separate_uses(gpt.tied());
+  if (first && last && !fsdp.shards_gradients()) separate_uses(gpt.tied());
   gpt.tied().counted = first;
   exchanges_tied_ = first != last;
 
@@ -111,11 +113,23 @@ void Trainer::sum_loss() {
   sum_over(axes, total_, Traffic::loss, mesh_.stream);
 }
 
+void Trainer::sum_squares(const Tensor& squares) {
+  sum_over(mesh_.that(&AxisKind::splits_model), squares, Traffic::norm, mesh_.stream);
+}
+
 void Trainer::update(double lr) {
-  optimizer_->step(lr, [this](const Tensor& squares) {
-    sum_over(mesh_.that(&AxisKind::splits_model), squares, Traffic::norm, mesh_.stream);
-  });
+  optimizer_->step(lr, [this](const Tensor& squares) { sum_squares(squares); });
   fsdp.end_step();
+}
+
+bool Trainer::can_go_on(const Sequences& batch) {
+  const auto rows = ledger.rows;
+  const bool timed = std::exchange(pipeline.timed, false);
+  gradients(batch);
+  optimizer_->measure([this](const Tensor& squares) { sum_squares(squares); });
+  fsdp.end_step();
+  ledger.rows = rows, pipeline.timed = timed;
+  return std::isfinite(loss()) && std::isfinite(norm()) && optimizer_->finite();
 }
 
 // ---- forward only

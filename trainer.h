@@ -37,6 +37,9 @@ class Trainer {
   Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options);
   void gradients(const Sequences& batch);
   void update(double lr);
+  // Whether weights and moments are finite numbers, and loss and gradients of a batch with them: an
+  // update can end training without a word in its own loss. Counts no traffic.
+  bool can_go_on(const Sequences& batch);
   // of the last gradients(), over the whole batch; waits for the device
   double loss() const { return download(total_)[0]; }
   Optimizer& optimizer() { return *optimizer_; }  // its shards are what this rank saves and resumes
@@ -64,6 +67,7 @@ class Trainer {
   Var forward(Tape& tape, int chunk, Var x, const Tokens& tokens, const Finish& finish);
   Tokens read(int64_t first, int64_t count, const Sequences& sequence) const;
   void sum_loss();
+  void sum_squares(const Tensor& squares);
   Shape activation(int64_t rows) const { return {gpt.tp.slice(rows), gpt.config.width}; }
 
   Mesh& mesh_;

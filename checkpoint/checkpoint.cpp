@@ -2,13 +2,17 @@
 #include "checkpoint/checkpoint.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
+#include <csignal>
 #include <cstring>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <sstream>
 
 namespace fs = std::filesystem;
 using nlohmann::json;
@@ -94,27 +98,44 @@ static void write_manifest(const std::string& path, const CheckpointInfo& info,
                            const std::vector<std::string>& ranks) {
   json manifest = info;
   manifest["format"] = kFormat;
+  manifest["keep"] = info.keep;
   for (const std::string& rank : ranks) manifest["ranks"].push_back(json::parse(rank));
   manifest["checksum"] = checksum(text_of(manifest));  // of all else
   write_file(path + "/manifest.json", text_of(manifest) + "\n");
-  // the rename, too, must be on disk
-  const int directory = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (directory >= 0) fsync(directory), close(directory);
+  // the renames, too, must be on disk, and the name of the directory
+  for (const std::string& name : {path, fs::path(path).parent_path().string()}) {
+    const int directory = ::open(name.c_str(), O_RDONLY | O_CLOEXEC);
+    const bool failed = directory < 0 || (fsync(directory) != 0 && errno != EINVAL);
+    const int error = errno;
+    if (directory >= 0) close(directory);
+    REQUIRE(!failed, name, " cannot be written to the disk: ", strerror(error));
+  }
 }
 
-static void remove_checkpoint(const std::string& path) {
+static bool is_link(const std::string& path) {
   std::error_code none;
-  fs::remove(path + "/manifest.json", none);  // first: from here on it is no checkpoint
-  fs::remove_all(path, none);
+  return fs::is_symlink(path, none);
 }
 
-static bool is_whole(const std::string& path) { return fs::exists(path + "/manifest.json"); }
+// False where something is left. Of a link only the link goes. Without its manifest it is no
+// checkpoint, so that goes first; while that stays, all stays.
+static bool remove_checkpoint(const std::string& path) {
+  std::error_code error;
+  if (!is_link(path)) fs::remove(path + "/manifest.json", error);
+  if (!error) fs::remove_all(path, error);
+  return !error;
+}
 
-// Ready for a new checkpoint: an empty directory for it; what was left by a save that did not end
-// is removed.
+static bool is_whole(const std::string& path) { return is_there(path + "/manifest.json"); }
+
+// Ready for a new checkpoint: an empty directory for it; unfinished ones are removed.
 static void make_place(const std::string& dir, const std::string& path) {
-  for (const std::string& old : checkpoints_in(dir))
-    if (!is_whole(old) || old == path) remove_checkpoint(old);
+  for (const std::string& old : checkpoints_in(dir)) {
+    bool unfinished = false;
+    error_of([&] { unfinished = !is_link(old) && !is_whole(old); });  // or nobody knows
+    if (unfinished) remove_checkpoint(old);
+  }
+  REQUIRE(remove_checkpoint(path), path, " is in the way and cannot be removed");
   make_directory(path);
 }
 
@@ -134,20 +155,31 @@ static bool is_step_name(const std::string& name) {
 std::vector<std::string> checkpoints_in(const std::string& dir) {
   std::vector<std::string> paths;
   std::error_code error;
+  const auto check = [&] {  // what is not there holds nothing
+    REQUIRE(!error || error.value() == ENOENT || error.value() == ENOTDIR, dir,
+            " cannot be listed: ", error.message());
+  };
   for (auto i = fs::directory_iterator(dir, error); !error && i != fs::end(i); i.increment(error)) {
     const std::string name = i->path().filename();
-    if (std::error_code none; is_step_name(name) && i->is_directory(none))
-      paths.push_back(dir + "/" + name);
+    if (is_step_name(name) && i->is_directory(error)) paths.push_back(dir + "/" + name);
+    check();
+    error.clear();  // a link to nowhere
   }
+  check();
   std::sort(paths.rbegin(), paths.rend(), [](const std::string& a, const std::string& b) {
     return a.size() != b.size() ? a.size() < b.size() : a < b;
   });
   return paths;
 }
 
+bool holds_checkpoints(const std::string& dir) {
+  const std::vector<std::string> steps = checkpoints_in(dir);
+  return std::any_of(steps.begin(), steps.end(), is_whole);
+}
+
 std::string newest_path(const std::string& path) {
   if (is_whole(path)) return path;
-  REQUIRE(fs::exists(path), path, " does not exist");
+  REQUIRE(is_there(path), path, " does not exist");
   for (const std::string& step : checkpoints_in(path))
     if (is_whole(step)) return step;
   throw Error(sentence(
@@ -172,19 +204,65 @@ void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info,
   }
 }
 
+// ---- one run in a directory
+
+DirectoryLock::DirectoryLock(const std::string& dir) : path_(dir + "/lock") {
+  char here[256] = "", text[300] = "", host[256] = "";
+  gethostname(here, sizeof here - 1);
+  for (int tries = 0;; tries++) {
+    fd_ = ::open(path_.c_str(), O_RDWR | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0666);
+    REQUIRE(fd_ >= 0, path_, " cannot be opened: ", strerror(errno));
+    const int error = flock(fd_, LOCK_EX | LOCK_NB) == 0 ? 0 : errno;
+    long process = 0;
+    const ssize_t bytes = pread(fd_, text, sizeof text - 1, 0);
+    REQUIRE(bytes >= 0, path_, " cannot be read: ", strerror(errno));
+    text[bytes] = 0;
+    const bool named = sscanf(text, "%255s %ld", host, &process) == 2;
+    const bool local = !named || strcmp(host, here) == 0;
+    struct stat mine = {}, now = {};
+    const bool removed = fstat(fd_, &mine) != 0 || stat(path_.c_str(), &now) != 0 ||
+                         mine.st_ino != now.st_ino;  // meanwhile, by who held it
+    // a file system without locks leaves what the file says
+    const bool lives = error == EWOULDBLOCK || (error && named && local &&
+                                                (kill(pid_t(process), 0) == 0 || errno == EPERM));
+    if (!removed && local && !lives) break;
+    close(fd_);
+    const std::string who = named ? sentence("process ", process, " on ", host) : "another process";
+    REQUIRE(removed || local || lives, dir, " is in use by ", who, ", says ", path_,
+            ": if that run has ended, remove this file");
+    REQUIRE(tries < 20, dir, " is in use by ", who, ": wait for its end, or use another directory");
+    usleep(100'000);  // it may be dying
+  }
+  const std::string me = sentence(here, " ", getpid(), "\n");
+  REQUIRE(ftruncate(fd_, 0) == 0 && pwrite(fd_, me.data(), me.size(), 0) == ssize_t(me.size()),
+          path_, " cannot be written: ", strerror(errno));
+}
+
+DirectoryLock::~DirectoryLock() {
+  unlink(path_.c_str());
+  close(fd_);
+}
+
 // ---- reading
+
+template <class... Parts> static void expect(bool condition, const Parts&... parts) {
+  if (!condition) throw Damaged(sentence(parts...));
+}
 
 Checkpoint::Checkpoint(const std::string& p) : path(p) {
   REQUIRE(is_whole(path), path,
           " is not complete: it has no manifest.json, so its saving did not end");
   try {
     json m = json::parse(read_file(path + "/manifest.json"));
-    REQUIRE(m.at("format") == kFormat, path, " is of another format: ", m.at("format"));
+    REQUIRE(!m.contains("format") || !m["format"].is_string() || m["format"] == kFormat ||
+                !m["format"].get<std::string>().starts_with("threefold checkpoint, version "),
+            path, " is of another format: ", m["format"]);
     const uint64_t was = m.at("checksum");
     m.erase("checksum");
-    REQUIRE(checksum(text_of(m)) == was, path,
-            "/manifest.json is damaged: it does not have its checksum");
+    expect(checksum(text_of(m)) == was, path,
+           "/manifest.json is damaged: it does not have its checksum");
     info = m;
+    info.keep = m.value("keep", int64_t(0));
     const std::string name = fs::canonical(path).filename();
     REQUIRE(!is_step_name(name) || name == step_name(info.step), path,
             " holds another step than its name says: ", info.step);
@@ -197,17 +275,17 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
       }
       for (const Piece& p : saved.at("pieces").get<std::vector<Piece>>()) {
         const Slice& s = p.slice;
-        REQUIRE(s.outer > 0 && s.inner > 0 && 0 <= s.begin && s.begin < s.end && s.end <= s.split &&
-                    0 <= p.first && 0 <= p.count &&
-                    p.first + p.count <= s.outer * (s.end - s.begin) * s.inner,
-                path, "/manifest.json is damaged: ", p.tensor, " has a piece outside of it");
+        expect(s.outer > 0 && s.inner > 0 && 0 <= s.begin && s.begin < s.end && s.end <= s.split &&
+                   0 <= p.first && 0 <= p.count &&
+                   p.first + p.count <= s.outer * (s.end - s.begin) * s.inner,
+               path, "/manifest.json is damaged: ", p.tensor, " has a piece outside of it");
         for_runs(p, [&](int64_t begin, int64_t at, int64_t count) {
           runs_[p.tensor].push_back({begin, count, rank, at});
         });
       }
     }
   } catch (const json::exception& e) {
-    throw Error(sentence(path, "/manifest.json is damaged: ", e.what()));
+    throw Damaged(sentence(path, "/manifest.json is damaged: ", e.what()));
   }
   for (auto& [name, runs] : runs_)
     std::sort(runs.begin(), runs.end(),
@@ -219,22 +297,21 @@ void Checkpoint::verify(const std::string& names, int rank, int ranks) const {
   for (const WrittenFile& f : files) {
     if (!f.name.starts_with(names) || turn++ % ranks != rank) continue;
     const std::string name = path + "/" + f.name;
-    REQUIRE(fs::exists(name), name, " is missing");
-    const MappedFile file(name, "");
-    REQUIRE(file.bytes == f.bytes, name, " has ", file.bytes, " bytes of ", f.bytes);
-    REQUIRE(checksum(file.view()) == f.checksum, name,
-            " is damaged: its checksum is not the manifest's");
+    expect(is_there(name), name, " is missing");
+    const WrittenFile now = measure(name);
+    expect(now.bytes == f.bytes, name, " has ", now.bytes, " bytes of ", f.bytes);
+    expect(now.checksum == f.checksum, name, " is damaged: its checksum is not the manifest's");
   }
   for (const auto& [name, shape] : tensors) {
     int64_t next = 0;
-    REQUIRE(runs_.count(name), path, " has no element of ", name);
+    expect(runs_.count(name), path, " has no element of ", name);
     for (const Run& r : runs_.at(name)) {
-      REQUIRE(r.begin == next, path, ": ", name, r.begin > next ? " lacks" : " has twice",
-              " its element ", std::min(r.begin, next));
+      expect(r.begin == next, path, ": ", name, r.begin > next ? " lacks" : " has twice",
+             " its element ", std::min(r.begin, next));
       next = r.begin + r.count;
     }
-    REQUIRE(next == elements(shape), path, ": ", name, " ends after ", next, " elements of ",
-            elements(shape));
+    expect(next == elements(shape), path, ": ", name, " ends after ", next, " elements of ",
+           elements(shape));
   }
 }
 
@@ -265,13 +342,21 @@ void Checkpoint::read(const Piece& piece, Part part, Dtype dtype, void* to) cons
 
 // ---- ranks
 
-template <class Work> static void collectively(const Job& job, Work work) {
-  const std::string error = job.agree(error_of(work));
-  REQUIRE(error.empty(), error);
+// The newest `keep` stay of those that were saved under such a number. Links are the user's.
+static std::vector<std::string> remove_old(const std::string& dir, int64_t keep) {
+  std::vector<std::string> steps, removed;
+  error_of([&] { steps = checkpoints_in(dir); });  // what cannot be read stays
+  for (const std::string& old : steps) {
+    bool counts = false;
+    error_of([&] { counts = !is_link(old) && Checkpoint(old).info.keep > 0; });
+    if (counts && --keep < 0 && remove_checkpoint(old)) removed.push_back(fs::path(old).filename());
+  }
+  return removed;
 }
 
-void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t keep,
-                     const Job& job, const Mesh& mesh, const std::vector<Shard>& shards) {
+std::vector<std::string> save_checkpoint(const std::string& dir, const CheckpointInfo& info,
+                                         const Job& job, const Mesh& mesh,
+                                         const std::vector<Shard>& shards) {
   const std::string path = dir + "/" + step_name(info.step);
   Saved mine;
   bool copy = false;  // another rank saves it
@@ -303,35 +388,74 @@ void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t
     barrier();  // whoever ends the job does it after that
     throw;
   }
-  if (job.rank != 0 || keep == 0) return;
-  for (const std::string& old : checkpoints_in(dir))
-    if (is_whole(old) && --keep < 0) remove_checkpoint(old);
+  if (job.rank != 0 || info.keep == 0) return {};
+  return remove_old(dir, info.keep);
 }
 
-std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& job,
-                                            const std::function<void(const std::string&)>& say) {
-  std::optional<Checkpoint> found;
-  std::vector<std::string> damaged;
-  for (const std::string& path : checkpoints_in(dir)) {
-    const bool whole = is_whole(path);
-    const std::string error =
-        job.agree(error_of([&] { found.emplace(path).verify("", job.rank, job.size); }));
-    if (error.empty()) break;
-    say("passed over: " + error);
-    found.reset();
-    if (whole) damaged.push_back(path);
-  }
-  REQUIRE(found || damaged.empty(), "--resume: of the checkpoints in ", dir, " none is whole");
+static void rename_step(const std::string& path, const std::string& prefix, const Say& say) {
+  const fs::path p(path);
+  std::string kept = p.parent_path() / (prefix + p.filename().string());
+  while (is_there(kept)) kept += "-again";
+  REQUIRE(rename(path.c_str(), kept.c_str()) == 0, path, " cannot be renamed to ", kept, ": ",
+          strerror(errno));
+  say(sentence(path, " is now ", kept));
+}
+
+// Complete ones, newest first: what rank 0 sees, since all ranks must look at the same.
+static std::vector<std::string> complete_steps(const std::string& dir, const Job& job,
+                                               const Say& say) {
+  std::string names;
   collectively(job, [&] {
     if (job.rank != 0) return;
-    for (const std::string& old : damaged) {  // out of the way of those that are saved from here on
-      std::string kept = dir + "/damaged-" + fs::path(old).filename().string();
-      while (fs::exists(kept)) kept += "-again";
-      fs::rename(old, kept);
-      say(sentence(old, " is now ", kept));
-    }
+    for (const std::string& path : checkpoints_in(dir))
+      if (is_whole(path)) names += fs::path(path).filename().string() + " ";
+      else say(sentence("passed over: ", path, " is not complete: its saving did not end"));
+  });
+  std::istringstream words(gather_text(names)[0]);
+  std::vector<std::string> paths;
+  for (std::string name; words >> name;) paths.push_back(dir + "/" + name);
+  return paths;
+}
+
+std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& job, const Say& say,
+                                            int64_t step) {
+  std::optional<Checkpoint> found;
+  std::vector<std::string> damaged;
+  for (const std::string& path : complete_steps(dir, job, say)) {
+    if (step >= 0 && fs::path(path).filename() != step_name(step)) continue;
+    std::string damage;
+    collectively(job, [&] {
+      try {
+        found.emplace(path).verify("", job.rank, job.size);
+      } catch (const Damaged& e) {
+        damage = e.what();
+      }
+    });
+    damage = job.agree(damage);
+    if (damage.empty()) break;
+    REQUIRE(step < 0, "--resume-step: ", damage);
+    say("passed over: " + damage);
+    found.reset();
+    damaged.push_back(path);
+  }
+  REQUIRE(found || step < 0, "--resume-step: there is no complete checkpoint of step ", step,
+          " in ", dir);
+  REQUIRE(found || damaged.empty(), "--resume: of the checkpoints in ", dir, " none is whole");
+  collectively(job, [&] {  // out of the way of those that are saved from here on
+    if (job.rank != 0) return;
+    for (const std::string& old : damaged) rename_step(old, "damaged-", say);
   });
   return found;
+}
+
+void put_later_aside(const std::string& dir, int64_t step, const Job& job, const Say& say) {
+  collectively(job, [&] {
+    if (job.rank != 0) return;
+    for (const std::string& path : checkpoints_in(dir)) {
+      if (fs::path(path).filename() == step_name(step)) break;
+      if (is_whole(path)) rename_step(path, "later-", say);
+    }
+  });
 }
 
 void check_model(const Checkpoint& c, const ModelSize& m) {

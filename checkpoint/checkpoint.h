@@ -12,6 +12,8 @@
 //           rank of another layout reads the runs of elements that it needs, wherever they are.
 // whole     or not at all: the manifest is written last and renamed into place. A directory without
 //           one is no checkpoint.
+// removed   is what a run itself has begun and not ended, and what --keep N is about: checkpoints
+//           that were saved under a --keep above 0. Links are never followed.
 // cost      weights and moments once: 12 bytes a parameter (f64: 24)
 // not here  copies on several file systems: DIR must be one that all nodes see
 // test      tests/test_checkpoint.cpp, tests/test_checkpoint.sh
@@ -32,7 +34,15 @@ struct CheckpointInfo {
   Layout layout;             // that it was saved in
   Dtype dtype = Dtype::f32;  // of what is on disk: f32 or f64
   uint64_t seed = 0;
-  std::string options, data;  // for people: the command line, the data
+  std::string options, data = {};  // for people: the command line, the data
+  // The newest so many are kept of those that were saved under such a number; 0: it stays.
+  int64_t keep = 0;
+};
+
+// The proof that a checkpoint is not as it was written. Any other Error proves nothing: a disk or a
+// right may be missing for a moment.
+struct Damaged : Error {
+  using Error::Error;
 };
 
 // Elements [first, first + count) of a slice of a tensor.
@@ -45,14 +55,14 @@ enum class Part { weights, m, v };
 
 class Checkpoint {
  public:
-  // of one step. Reads the manifest; an Error where there is none or it is damaged
+  // of one step. Reads the manifest; an Error where there is none
   explicit Checkpoint(const std::string& path);
   const std::string path;
   CheckpointInfo info;
   std::map<std::string, Shape> tensors;  // as in Hugging Face's files: vectors and matrices
   std::vector<WrittenFile> files;
   bool has_moments = false;  // imported weights have none
-  // An Error unless the files whose names begin so are as they were written, and the pieces hold
+  // Damaged unless the files whose names begin so are as they were written, and the pieces hold
   // every element once. Ranks share the files out.
   void verify(const std::string& names = "", int rank = 0, int ranks = 1) const;
   void read(const Piece& piece, Part part, Dtype dtype, void* to) const;  // f32 or f64
@@ -71,14 +81,25 @@ class Checkpoint {
 
 // ---- ranks; all of these are collective, and throw on every rank what went wrong on one
 
-// Writes the checkpoint of info.step, then removes all but the newest `keep` (0: none). Where it
-// fails nothing is left of it, and older ones stay.
-void save_checkpoint(const std::string& dir, const CheckpointInfo& info, int64_t keep,
-                     const Job& job, const Mesh& mesh, const std::vector<Shard>& shards);
+template <class Work> void collectively(const Job& job, Work work) {
+  const std::string error = job.agree(error_of(work));
+  REQUIRE(error.empty(), error);
+}
+using Say = std::function<void(const std::string&)>;
+
+// Writes the checkpoint of info.step, then removes what info.keep says; rank 0 learns which. Where
+// it fails nothing is left of it, and older ones stay.
+std::vector<std::string> save_checkpoint(const std::string& dir, const CheckpointInfo& info,
+                                         const Job& job, const Mesh& mesh,
+                                         const std::vector<Shard>& shards);
 // The newest checkpoint in `dir` whose files are whole. Each that is passed over is said; a damaged
-// one is renamed to damaged-step-... Nothing if there never was one; an Error if none is whole.
-std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& job,
-                                            const std::function<void(const std::string&)>& say);
+// one is renamed to damaged-step-... Nothing if there never was one; an Error if none is whole, or
+// if one cannot be read. With a step that one alone, or an Error.
+std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& job, const Say& say,
+                                            int64_t step = -1);
+// Checkpoints of later steps are renamed to later-step-...: training goes on from `step`, and they
+// are no longer the newest.
+void put_later_aside(const std::string& dir, int64_t step, const Job& job, const Say& say);
 // an Error where layers or heads differ: shapes are load()'s
 void check_model(const Checkpoint& checkpoint, const ModelSize& model);
 void resume(const Checkpoint& checkpoint, Optimizer& optimizer);
@@ -88,8 +109,23 @@ void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part 
 
 // ---- one process
 
+// Holds DIR/lock while it lives, so that no other run saves there; an Error names who holds it.
+// What a dead process of this host has left is taken over. Whether one of another host is dead
+// cannot be seen from here: such a lock is never taken.
+class DirectoryLock {
+ public:
+  explicit DirectoryLock(const std::string& dir);
+  ~DirectoryLock();
+  DirectoryLock(const DirectoryLock&) = delete;
+
+ private:
+  const std::string path_;
+  int fd_ = -1;
+};
+
 // paths of steps, newest first, whole or not
 std::vector<std::string> checkpoints_in(const std::string& dir);
+bool holds_checkpoints(const std::string& dir);  // complete ones
 // unless it is there; an Error where nothing can be written
 void make_directory(const std::string& dir);
 // `path` itself if it is a checkpoint, else the newest whole one in it

@@ -8,6 +8,7 @@
 #pragma once
 #include <functional>
 #include <map>
+#include <nlohmann/json_fwd.hpp>
 
 #include "support/data.h"
 #include "tensor.h"
@@ -26,13 +27,13 @@ struct WrittenFile {
 };
 
 // Both write a file that is there whole or not at all, and wait until the disk has it. An Error
-// says why they cannot.
+// says why they cannot. A link of that name is replaced, and what it points to stays.
 WrittenFile write_safetensors(const std::string& path, const std::vector<NamedArray>& arrays);
 void write_file(const std::string& path, const std::string& text);
 
 class SafetensorsFile {
  public:
-  // checks that the header is whole and that every array lies in the file
+  // checks that the header is whole and that every byte of the data belongs to one array
   explicit SafetensorsFile(const std::string& path);
   struct Entry {
     std::string dtype;
@@ -46,9 +47,14 @@ class SafetensorsFile {
   const std::string& path() const { return file_.path; }
 
  private:
+  Entry entry(const std::string& name, const nlohmann::json& value, int64_t data) const;
+  void check_places(int64_t data) const;
   MappedFile file_;
   std::map<std::string, Entry> entries_;
 };
 
 uint64_t checksum(std::string_view bytes);  // XXH3, 64 bits: of a whole file it is WrittenFile's
 std::string read_file(const std::string& path);
+WrittenFile measure(const std::string& path);  // reads it to its end; what it is now
+// an Error where the system does not say
+bool is_there(const std::string& path);

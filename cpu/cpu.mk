@@ -7,8 +7,10 @@
 
 NCCL_CPU := $(sort $(wildcard cpu/nccl/*.cpp))
 STANDIN  := $(filter cpu faithful sanitize,$(BACKEND))
-KERNEL_FAST := -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math \
-               -fno-signed-zeros -fassociative-math -ffinite-math-only
+MARCH    ?= native# the processor that the CPU build is for
+WIDE      = $(if $(findstring x86_64,$(shell $(MPICXX) -dumpmachine)),-mprefer-vector-width=512)
+KERNEL_FAST = -O3 $(WIDE) -fno-math-errno -fno-trapping-math \
+              -fno-signed-zeros -fassociative-math -ffinite-math-only
 
 ifeq ($(BACKEND),cpu)
   CXXFLAGS += -DCPU_FAST
@@ -20,15 +22,16 @@ else ifeq ($(BACKEND),sanitize)
 else ifeq ($(BACKEND),faithful)
   CXXFLAGS += -DCPU_FAITHFUL -g1
   KERNEL_FAST :=
-  SOURCES  := $(filter %.cu autograd.cpp gpt.cpp optimizer.cpp comm.cpp tensor_parallel.cpp,$(SOURCES))
+  SOURCES  := $(filter %.cu autograd.cpp gpt.cpp optimizer.cpp comm.cpp tensor_parallel.cpp, \
+                $(SOURCES))
   SOURCES  += cpu/faithful/faithful.cpp
 else ifeq ($(BACKEND),ptx)
-  CXXFLAGS += -I$(CUDA_HOME)/include -fopenmp -march=native
+  CXXFLAGS += -I$(CUDA)/include -fopenmp -march=$(MARCH)
   GENCODE  := -gencode arch=compute_80,code=compute_80 -no-compress
   SOURCES  += cpu/cuda/cublas.cpp tests/ptx_extra.cpp $(NCCL_CPU)
   LIBS     := -cudart none -L$(LIBCUDART) -lfakecudart -Xlinker -rpath=$(LIBCUDART) \
               -ldnnl -lxxhash -Xcompiler -fopenmp
-  LINK     := $(NVCC) -ccbin $(MPICXX)
+  LINK      = $(NVCC) -ccbin $(MPICXX)
 else ifneq ($(filter-out cuda,$(BACKEND)),)
   $(error BACKEND is '$(BACKEND)', expected cpu or cuda)
 endif
@@ -36,7 +39,7 @@ LINK ?= $(MPICXX)
 
 ifneq ($(STANDIN),)
   CXXFLAGS += $(if $(filter faithful,$(BACKEND)),-Ikernels -Icpu/cuda,-Icpu/cuda -Ikernels) \
-              -Icpu/nccl -march=native -fopenmp
+              -Icpu/nccl -march=$(MARCH) -fopenmp
   SOURCES  += cpu/cuda/runtime.cpp cpu/cuda/cublas.cpp $(NCCL_CPU)
   LIBS     += -ldnnl -lxxhash -fopenmp
 

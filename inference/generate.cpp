@@ -60,7 +60,8 @@ static void resolve(GenerateOptions& o, std::unique_ptr<Checkpoint>& checkpoint)
     const ModelSize& m = o.model;
     REQUIRE(
         o.model_name.empty() && std::max({m.layers, m.width, m.heads, m.context, m.vocab}) == 0,
-        "the model's sizes are the checkpoint's: leave out --model, --layers, --width, --heads, --context and --vocab");
+        "the model's sizes are the checkpoint's: leave out --model, --layers, --width, --heads, "
+        "--context and --vocab");
     checkpoint = std::make_unique<Checkpoint>(newest_path(o.checkpoint));
     o.model = checkpoint->info.model;
   }
@@ -70,7 +71,8 @@ static void resolve(GenerateOptions& o, std::unique_ptr<Checkpoint>& checkpoint)
   const int64_t channels = o.model.width / o.model.heads;
   REQUIRE(
       channels <= 256, "heads of ", channels,
-      " channels are too wide for the attention of new tokens, which takes at most 256: give more --heads");
+      " channels are too wide for the attention of new tokens, which takes at most 256: give more "
+      "--heads");
 }
 
 // ---- prompts: read by rank 0, which alone has the standard input
@@ -87,18 +89,24 @@ static std::vector<std::string> read_prompts(const GenerateOptions& o) {
     texts.emplace_back(std::istreambuf_iterator<char>(name == "-" ? std::cin : file),
                        std::istreambuf_iterator<char>());
   }
-  REQUIRE(
-      !texts.empty(),
-      "there is nothing to continue: give --prompt TEXT or --prompt-file FILE (- is standard input)");
+  REQUIRE(!texts.empty(),
+          "there is nothing to continue: give --prompt TEXT or --prompt-file FILE (- is standard "
+          "input)");
   return texts;
 }
 
 static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
                                                     const Tokenizer& tokenizer) {
   std::vector<std::vector<int>> prompts;
+  const int64_t T = o.model.context;
   for (const std::string& text : read_prompts(o)) {
+    const int64_t bytes = int64_t(text.size()), longest = tokenizer.longest();
+    REQUIRE(longest == 0 || bytes < T * longest, "prompt ", prompts.size() + 1, " has ", bytes,
+            " bytes, at least ", (bytes + longest - 1) / longest,
+            " tokens; with the model's context of ", T, " at most ", T - 1,
+            " leave room for a new one");
     const std::vector<int>& p = prompts.emplace_back(tokenizer.encode(text));
-    const int64_t n = int64_t(p.size()), T = o.model.context;
+    const int64_t n = int64_t(p.size());
     REQUIRE(n > 0, "prompt ", prompts.size(), " is empty: a text is continued from its last token");
     REQUIRE(n < T, "prompt ", prompts.size(), " has ", n, " tokens; with the model's context of ",
             T, " at most ", T - 1, " leave room for a new one");
@@ -109,13 +117,6 @@ static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
 }
 
 // ---- output
-
-static void show(const std::string& bytes) {
-  // no control characters
-  for (const char c : bytes)
-    putchar(c == '\n' || c == '\t' || (c & 0xe0) ? (c == 127 ? '?' : c) : '?');
-  fflush(stdout);
-}
 
 static void print_statistics(const Generator& generator, std::vector<double> seconds, double first,
                              int64_t tokens, int64_t sent, int64_t predicted) {
@@ -212,7 +213,8 @@ int main(int argc, char** argv) {
   std::vector<std::vector<int>> prompts;
   const auto prepare = [&](const Job& job) -> std::optional<Start> {
     const char* usage =
-        "usage: build/generate --prompt TEXT [options]\nContinues a text with a model. [In brackets: what holds without the option.]";
+        "usage: build/generate --prompt TEXT [options]\n"
+        "Continues a text with a model. [In brackets: what holds without the option.]";
     const std::string help = help_text(usage, table(o));
     parse(argc, argv, table(o));
     if (o.help) {

@@ -5,10 +5,14 @@
 #include <cmath>
 #include <numeric>
 
+#include "support/check.h"
 #include "support/philox.h"
 
 int pick(const std::vector<double>& logits, const Sampling& how, int64_t position,
          int64_t sequence) {
+  REQUIRE(std::all_of(logits.begin(), logits.end(), [](double l) { return std::isfinite(l); }),
+          "the model's logits at position ", position,
+          " are not all finite numbers: its weights are damaged, or too large for this --dtype");
   const int likeliest = int(std::max_element(logits.begin(), logits.end()) - logits.begin());
   if (how.temperature == 0 || how.top_k == 1) return likeliest;
   std::vector<double> p(logits.size());

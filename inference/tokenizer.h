@@ -1,34 +1,64 @@
 // tokenizer.h: text to tokens and back.
-// idea      GPT-2's byte-level byte-pair encoding, from vocab.json and merges.txt beside a
-//           checkpoint. Without those files a vocabulary of 256 is the bytes, which no pair merges,
-//           and of any other a text is the numbers of its tokens.
+// idea      GPT-2's byte-level byte-pair encoding, from tokenizer.json, or vocab.json and
+//           merges.txt, beside a checkpoint. Without those files a vocabulary of 256 is the bytes,
+//           which no pair merges, and of any other a text is the numbers of its tokens.
+// cost      n log n for a word of n bytes: a heap of the pairs that could be merged next
 // source    Radford et al., "Language models are unsupervised multitask learners", 2019, section
 //           2.2 (bytes, pairs inside words); Sennrich et al., "Neural machine translation of rare
-//           words with subword units", 2016 (merging pairs)
-// limits    letters beyond ASCII are told from signs by the C library, whose digits of other
-//           scripts count as letters: such texts may be cut into words, and so tokens, otherwise
-//           than by the original; what they decode to is the same
-// test      tests/test_support.cpp
+//           words with subword units", 2016 (merging pairs); unicode_table.h (letters, numbers)
+// not here  tokenizers of other kinds: a tokenizer.json that asks for anything else is refused
+// test      tests/test_support.cpp; tests/tokenizers.py compares with Hugging Face's library
 #pragma once
+#include <array>
 #include <cstdint>
-#include <map>
+#include <functional>
 #include <string>
+#include <string_view>
+#include <unordered_map>
 #include <vector>
+
+// The files that a tokenizer may be read from.
+inline constexpr std::array<const char*, 3> kTokenizerFiles = {"tokenizer.json", "vocab.json",
+                                                               "merges.txt"};
 
 class Tokenizer {
  public:
-  // directory: where vocab.json and merges.txt may be; empty: nowhere
+  // directory: where kTokenizerFiles may be; empty: nowhere. vocab: of the model, which may be
+  // larger; 0: as large as it takes
   Tokenizer(const std::string& directory, int64_t vocab);
-  std::vector<int> encode(const std::string& text) const;  // an Error names what has no token
+  std::vector<int> encode(std::string_view text) const;  // an Error names what has no token
+  // the same, word by word: take(its tokens, where it ends in the text)
+  using Take = std::function<void(const std::vector<int>& tokens, size_t end)>;
+  void encode(std::string_view text, const Take& take) const;
   // its bytes; a number is followed by a space
   std::string decode(int token) const;
-  int end_of_text() const { return end_; }  // -1: there is none
+  int end_of_text() const { return end_; }      // -1: there is none
+  bool has_pairs() const { return key_ != 0; }  // it was read from files
+  uint64_t key() const { return key_; }         // a checksum of those
+  int64_t size() const { return int64_t(texts_.size()); }
+  int64_t longest() const { return longest_; }  // bytes of the longest token; 0: they are numbers
 
  private:
-  std::vector<std::string> words(const std::string& text) const;
-  int64_t vocab_;
-  int end_ = -1;
-  std::map<std::string, int> tokens_;  // by their bytes
-  std::vector<std::string> texts_;     // by number; none: tokens are written as numbers
-  std::map<std::pair<std::string, std::string>, int> merges_;  // rank: lower merges first
+  void read_tokenizer_json(const std::string& path);
+  void read_vocab_and_merges(const std::string& vocab, const std::string& merges);
+  void add(int64_t token, const std::string& text, bool special, const std::string& path);
+  void add_merge(const std::string& left, const std::string& right, const std::string& path);
+  void merge_pairs(std::string_view word, std::vector<int>& tokens) const;
+
+  struct Merge {
+    int rank, token;  // the lowest rank merges first; what it makes
+  };
+  int64_t vocab_, longest_ = 0;
+  uint64_t key_ = 0;
+  int end_ = -1, merges_read_ = 0;
+  std::vector<std::string> texts_;               // by number; none: tokens are written as numbers
+  std::unordered_map<std::string, int> tokens_;  // by their bytes
+  std::unordered_map<uint64_t, Merge> merges_;   // by the two tokens
+  std::vector<int> special_;  // found in a text before it is cut into words; the longest first
 };
+
+bool has_tokenizer(const std::string& directory);  // one of kTokenizerFiles
+// The files in `from` go to `to`; in one directory they stay.
+void copy_tokenizer(const std::string& from, const std::string& to);
+// What a terminal may see of a text: no control characters.
+void show(const std::string& bytes);

@@ -94,7 +94,9 @@ __device__ __forceinline__ double log_of(double x) { return log(x); }
 __device__ __forceinline__ float sqrt_of(float x) { return sqrtf(x); }
 __device__ __forceinline__ double sqrt_of(double x) { return sqrt(x); }
 
-// ---- packs: neighbours that a thread moves at once. 16 bytes on a GPU; one element in FAST, where loops over packs vectorize by themselves
+// ---- packs
+// Neighbours that a thread moves at once: 16 bytes on a GPU; one element in FAST, where loops over
+// packs vectorize by themselves.
 
 template <class T> constexpr int kPack = kWarp == 1 ? 1 : 16 / int(sizeof(T));
 

@@ -39,8 +39,9 @@ template <class T, int N> __global__ void __launch_bounds__(256)
   for_row<kThreads, N>(columns, [=](int i) { combine<N>(y + i, y + i, bias + i, Add()); });
 }
 
-// ---- GELU, tanh form: 0.5 x (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), which is x / (1 + exp(-2u)): one exp, and small values
-// keep all their digits, because nothing is subtracted from 1
+// ---- GELU, tanh form
+// 0.5 x (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), which is x / (1 + exp(-2u)): one exp,
+// and small values keep all their digits, because nothing is subtracted from 1.
 
 template <class A> struct Gelu {
   A e, s;   // exp(-2u), and s = 1 / (1 + e); then 1 - s = e s

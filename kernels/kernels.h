@@ -47,7 +47,8 @@ void layernorm_forward(const Tensor& y, const Tensor& mean, const Tensor& rstd, 
 void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mean,
                            const Tensor& rstd, const Tensor& x, const Tensor& h, const Tensor& gain,
                            const Tensor& bias);
-// dx (R,C) = residual + d layernorm / dx;  dgain, dbias (C) +=.  residual (R,C) may be empty (0), may be dx itself (in place)
+// dx (R,C) = residual + d layernorm / dx;  dgain, dbias (C) +=
+// residual (R,C) may be empty (0), and may be dx itself (in place)
 void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbias,
                         const Tensor& dy, const Tensor& residual, const Tensor& x,
                         const Tensor& mean, const Tensor& rstd, const Tensor& gain);
@@ -76,7 +77,8 @@ void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx
 // on the host: numbers of the rows with a token, in its order, stable
 std::vector<int> sort_rows(const std::vector<int>& tokens);
 
-// ---- attention_plain.cu, attention_flash.cu   causal self-attention over packed qkv (B,T,3,H,D); scale 1/sqrt(D)
+// ---- attention_plain.cu, attention_flash.cu
+// causal self-attention over packed qkv (B,T,3,H,D); scale 1/sqrt(D)
 
 // plain: batched matrix products and a softmax kernel; probabilities (B,H,T,T) are kept
 void attention_plain_forward(const Tensor& out, const Tensor& probabilities, const Tensor& qkv,
@@ -118,7 +120,8 @@ void softmax_rescale(const Tensor& parts, const Tensor& top);
 void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets,
                          const Tensor& top, const Tensor& parts, double scale, bool gradient);
 
-// ---- adamw.cu   (Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2)
+// ---- adamw.cu
+// Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2
 
 // step counts from 1
 struct AdamW {

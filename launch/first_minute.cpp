@@ -17,10 +17,10 @@ static void check_axis(const Axis& axis, cudaStream_t stream) {
     make_wait(device().compute, stream);
     const std::vector<double> got = download(all);
     for (size_t i = 0; i < count; i++)
-      REQUIRE(
-          got[i] == value(i), "the first ", what, " on axis ", axis.name, " (rank ", axis.rank,
-          " of ", n, ") gave ", got[i], " where ", value(i),
-          " was expected: check that no two ranks use one GPU, and GPU peer access (NCCL_P2P_DISABLE=1 avoids it)");
+      REQUIRE(got[i] == value(i), "the first ", what, " on axis ", axis.name, " (rank ", axis.rank,
+              " of ", n, ") gave ", got[i], " where ", value(i),
+              " was expected: check that no two ranks use one GPU, and GPU peer access "
+              "(NCCL_P2P_DISABLE=1 avoids it)");
   };
   NCCL_CHECK(ncclAllReduce(send, receive, values, ncclFloat32, ncclSum, axis.comm, stream));
   expect("all-reduce", values, [&](size_t) { return sum; });

@@ -88,7 +88,8 @@ OptionGroup computing_options(CommonOptions& o) {
           {"matmul", "", Choice{&o.matmul, {"cublas", "own"}},
            "who multiplies matrices: cuBLAS or the kernels of this project"},
           {"attention", "", Choice{&o.attention, {"plain", "flash"}},
-           "whole score matrices, or tiles of them with an online softmax (in build/generate: of prompts)"},
+           "whole score matrices, or tiles of them with an online softmax (in build/generate: of "
+           "prompts)"},
           {"seed", "N", Whole{&o.seed, 0, INT64_MAX},
            "decides what is random: initial weights, batches, samples"},
           {"device-memory", "MiB", Whole{&o.device_memory},
@@ -105,6 +106,13 @@ void resolve_common(CommonOptions& o, bool has_gpu) {
                                    &ModelSize::context, &ModelSize::vocab})
     if (o.model.*size == 0) o.model.*size = preset_of(o.model_name).size.*size;
   if (o.dtype.empty()) o.dtype = has_gpu ? "bf16" : "f32";
+}
+
+std::string nearest_model(const ModelSize& size) {
+  std::string name;
+  for (const Preset& p : kPresets)
+    if (name.empty() || p.size.width <= size.width) name = p.name;
+  return name;
 }
 
 GptConfig model_config(const CommonOptions& o) {
@@ -143,8 +151,11 @@ static OptionTable table(Options& o) {
       model_options(o),
       {"Data",
        {
-           {"data", "FILE...", List{&o.data},
-            "plain text (bytes are tokens) or llm.c's .bin token shards", "this project's sources"},
+           {"data", "FILE...", List{&o.data}, "plain text or llm.c's .bin token shards",
+            "this project's sources"},
+           {"tokenizer", "DIR", Text{&o.tokenizer},
+            "what encodes texts: tokenizer.json, or vocab.json and merges.txt, of byte pairs",
+            "the checkpoint's; without one bytes are tokens"},
        }},
       {"Training",
        {
@@ -172,9 +183,10 @@ static OptionTable table(Options& o) {
            {"zero", "STAGE", Whole{&o.zero, 1, 3},
             "what fsdp shards: optimizer state, and gradients, and parameters", "3"},
            {"reshard-after-forward", "", Choice{&o.reshard, {"yes", "no"}},
-            "ZeRO-3: give parameters back after the forward", "yes"},
+            "ZeRO-3: free whole parameters after the forward, and gather them again", "yes"},
            {"prefetch", "K", Whole{&o.prefetch, 0, 1000},
-            "layers gathered ahead while others compute; above 0 one sum of gradients runs behind, too",
+            "layers gathered ahead while others compute; above 0 one sum of gradients runs behind, "
+            "too",
             "1"},
            {"sequence-parallel", "", Flag{&o.sequence_parallel},
             "with tp: activations between the split layers are split by tokens, too"},
@@ -186,13 +198,18 @@ static OptionTable table(Options& o) {
       {"Checkpoints",
        {
            {"checkpoint", "DIR", Text{&o.checkpoint},
-            "save weights and optimizer state here at the end, and when stopped by Ctrl-C or SIGTERM",
+            "save weights and optimizer state here at the end, and when stopped by Ctrl-C or "
+            "SIGTERM",
             "none"},
            {"save-every", "K", Whole{&o.save_every, 0}, "and every K steps; 0: only then"},
-           {"keep", "N", Whole{&o.keep, 0}, "remove all but the newest N checkpoints; 0: none",
+           {"keep", "N", Whole{&o.keep, 0},
+            "remove all but the newest N checkpoints of those saved with an N above 0; 0: none",
             "2"},
            {"resume", "", Flag{&o.resume},
             "go on from the newest complete checkpoint, in this or any other layout"},
+           {"resume-step", "N", Whole{&o.resume_step, 0},
+            "with --resume: from that of step N; later ones are renamed to later-step-...",
+            "the newest"},
        }},
       {"Reports",
        {
@@ -201,7 +218,9 @@ static OptionTable table(Options& o) {
            {"sample", "K", Whole{&o.sample, 0},
             "print K tokens that the trained model continues with"},
            {"metrics", "FILE.jsonl", Text{&o.metrics},
-            "write one JSON object per step to this file", "none"},
+            "write one JSON object per step to this file; an earlier run's is renamed to "
+            "FILE.jsonl.1",
+            "none"},
            {"trace", "FILE.json", Text{&o.trace},
             "with pp: write the last step's timeline in Chrome's trace format", "none"},
        }},
@@ -218,7 +237,8 @@ Options parse_options(int argc, const char* const* argv) {
 void print_help() {
   Options defaults;
   const char* usage =
-      "usage: build/train_gpt [options]\nTrains a GPT on text. [In brackets: what holds without the option.]";
+      "usage: build/train_gpt [options]\n"
+      "Trains a GPT on text. [In brackets: what holds without the option.]";
   fputs(help_text(usage, table(defaults)).c_str(), stdout);
 }
 
@@ -287,11 +307,13 @@ void check(const Options& o) {
           "2 or more");
   REQUIRE(
       o.layout["tp"] > 1 || !o.sequence_parallel,
-      "--sequence-parallel splits activations over the ranks of --tp, which is 1: give --tp 2 or more");
+      "--sequence-parallel splits activations over the ranks of --tp, which is 1: give --tp 2 or "
+      "more");
   REQUIRE(pp > 1 || (o.schedule.empty() && o.chunks == 1 && o.trace.empty()),
           "--schedule, --chunks and --trace are about a pipeline: give --pp 2 or more");
   REQUIRE(!o.checkpoint.empty() || (!o.resume && o.save_every == 0 && o.keep < 0),
           "--save-every, --keep and --resume need a directory: give --checkpoint DIR");
+  REQUIRE(o.resume || o.resume_step < 0, "--resume-step says where --resume goes on: give both");
   REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr,
           ": the learning rate ends at --min-lr");
   REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps,
@@ -366,7 +388,8 @@ static const Option& find_option(const OptionTable& table, const std::string& wo
 void parse(int argc, const char* const* argv, const OptionTable& table) {
   std::set<std::string> seen;
   for (int i = 1; i < argc;) {
-    const Option& option = find_option(table, argv[i++]);
+    const std::string word = argv[i++];
+    const Option& option = find_option(table, word);
     REQUIRE(seen.insert(option.name).second, "--", option.name, " is given twice");
     const Takes& takes = option.takes;
     if (takes.what == Takes::nothing) {

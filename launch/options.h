@@ -88,6 +88,8 @@ OptionGroup mesh_options(Layout& layout, bool has_batch);
 OptionGroup computing_options(CommonOptions& options);
 // sizes that are unset become the named model's
 void resolve_common(CommonOptions& options, bool has_gpu);
+// the largest named model that is not wider
+std::string nearest_model(const ModelSize& size);
 GptConfig model_config(const CommonOptions& options);
 // what cannot work: a sentence. chunks: of a stage
 void check_common(const CommonOptions& options, int64_t chunks = 1);
@@ -95,6 +97,7 @@ void check_common(const CommonOptions& options, int64_t chunks = 1);
 // ---- the options of train_gpt
 
 struct Options : CommonOptions {
+  std::string tokenizer;          // directory; empty: the checkpoint's, if it has one
   std::vector<std::string> data;  // empty: the project's own sources and docs
   int64_t steps = 0;
   int64_t batch = 0;       // sequences per optimizer step
@@ -113,6 +116,7 @@ struct Options : CommonOptions {
   std::string trace;                  // empty: none
   int64_t save_every = 0, keep = -1;  // 0: at the end only; all
   bool resume = false;
+  int64_t resume_step = -1;  // the newest
 
   int64_t eval_every = 0, sample = 0;  // 0: never, none
   std::string metrics;                 // empty: none

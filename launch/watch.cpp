@@ -153,8 +153,9 @@ std::string Watch::report() const {
   }
   if (mine_->step >= 0) return s;
   return s +
-         "\nThe mesh could not be opened or checked. Look at the network interface (NCCL_SOCKET_IFNAME), a firewall between nodes, the size of "
-         "/dev/shm in a container, and GPU peer access (NCCL_P2P_DISABLE=1 avoids it).";
+         "\nThe mesh could not be opened or checked. Look at the network interface "
+         "(NCCL_SOCKET_IFNAME), a firewall between nodes, the size of /dev/shm in a container, "
+         "and GPU peer access (NCCL_P2P_DISABLE=1 avoids it).";
 }
 
 // ---- a death
@@ -188,10 +189,10 @@ void Watch::start_child() {
     const WatchRecord& r = records_[event.data.u32];
     if (r.finished) continue;
     if (records_[0].explained.exchange(true)) break;
-    dprintf(
-        2,
-        "rank %d on %s (process %d) ended without finishing: killed, or it crashed; last seen: %s\n",
-        r.rank.load(), host().c_str(), r.pid.load(), place_of(r).c_str());
+    dprintf(2,
+            "rank %d on %s (process %d) ended without finishing: killed, or it crashed; last seen: "
+            "%s\n",
+            r.rank.load(), host().c_str(), r.pid.load(), place_of(r).c_str());
     kill(parent, SIGKILL);  // should mpiexec have been told not to clean up
     break;
   }

@@ -18,11 +18,14 @@ double round_up(double x) {
 std::string percent(double share) { return format("%.1f %%", 100 * share); }
 // Colours of a light page, and of a dark one.
 const char* kStyle = R"(<style>
-.schedule{font:11px sans-serif} .schedule .head{font-size:15px} .schedule .mid{text-anchor:middle}
-.schedule text{fill:#1f2328} .schedule .paper{fill:#fff} .schedule g rect{stroke:#fff} .schedule .line{fill:#8c959f}
+.schedule{font:11px sans-serif} .schedule .head{font-size:15px}
+.schedule .mid{text-anchor:middle}
+.schedule text{fill:#1f2328} .schedule .paper{fill:#fff} .schedule g rect{stroke:#fff}
+.schedule .line{fill:#8c959f}
 .schedule .f{fill:#a9ceff} .schedule .b{fill:#96deb8} .schedule .w{fill:#ffcf94}
 @media (prefers-color-scheme:dark){
-.schedule text{fill:#f0f3f6} .schedule .paper{fill:#0d1117} .schedule g rect{stroke:#0d1117} .schedule .line{fill:#656d76}
+.schedule text{fill:#f0f3f6} .schedule .paper{fill:#0d1117} .schedule g rect{stroke:#0d1117}
+.schedule .line{fill:#656d76}
 .schedule .f{fill:#1f5fa8} .schedule .b{fill:#1d7248} .schedule .w{fill:#94550a}
 }
 </style>
@@ -73,8 +76,8 @@ std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& ti
                bottom = top + row * s.stages, height = bottom + 50;
   std::ostringstream svg;
   const auto text = [&](double x, double y, const char* css, const auto&... words) {
-    (svg << "<text x='" << x << "' y='" << y << "' class='" << css << "'>" << ... << words)
-        << "</text>";
+    svg << "<text x='" << x << "' y='" << y << "' class='" << css << "'>";
+    (svg << ... << words) << "</text>";
   };
   const auto box = [&](double x, double y, double w, double h, const char* css, double opacity) {
     svg << "<rect x='" << x << "' y='" << y << "' width='" << w << "' height='" << h << "' class='"

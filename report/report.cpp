@@ -150,7 +150,8 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
   if (s.row->splits_backward && trainer.gpt.config.recompute) {
     const Timeline kept = simulate(s, without_replay);
     text +=
-        "--recompute replays each forward inside the input gradient, which the stage before waits for: without it ";
+        "--recompute replays each forward inside the input gradient, which the stage before waits "
+        "for: without it ";
     text += format("%.1f at least, bubble %.1f%%\n", kept.makespan, 100 * kept.bubble());
   }
   return text;

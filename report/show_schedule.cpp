@@ -7,10 +7,12 @@
 // test      tests/test_schedule.cpp
 #include <algorithm>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 
 #include "report/draw_schedule.h"
 #include "launch/options.h"
+#include "support/metrics.h"
 
 namespace {
 
@@ -47,7 +49,8 @@ Times parse_times(const std::string& text) {
       four && used == int(text.size()) &&
           std::min({t.forward, t.input_gradient, t.weight_gradient}) > 0 && t.send >= 0 &&
           t.forward + t.input_gradient + t.weight_gradient + t.send < 1e9,
-      "--times takes four numbers F,B,W,SEND: the first three above 0, SEND at least 0, their sum below 1e9; not '",
+      "--times takes four numbers F,B,W,SEND: the first three above 0, SEND at least 0, their sum "
+      "below 1e9; not '",
       text, "'");
   return t;
 }
@@ -87,7 +90,8 @@ void show(const ShowOptions& o) {
     for (const Action& a : list)
       actions++, transfers += a.transfers.size(), groups += a.transfers.size() > 1;
   printf(
-      "checked   accepted: complete, in order, no deadlock (%zu actions, %zu transfers, %zu facing pairs grouped)\n",
+      "checked   accepted: complete, in order, no deadlock (%zu actions, %zu transfers, %zu facing "
+      "pairs grouped)\n",
       actions, transfers / 2, groups / 2);
   printf("bubble    %.2f %% simulated, %.2f %% by formula%s\n", 100 * t.bubble(),
          100 * theoretical_bubble(s, o.times), o.times.send > 0 ? " (of free sends)" : "");
@@ -101,6 +105,7 @@ void show(const ShowOptions& o) {
          s.stages - 1, formula.c_str());
   if (o.actions) print_lists(s);
   if (o.svg.empty()) return;
+  if (std::filesystem::is_symlink(o.svg)) put_aside(o.svg, "drawings");
   std::ofstream file(o.svg);
   file << draw_svg(s, t, to_string(s),
                    o.times_text.empty() ? "forwards of one chunk" : "the unit of --times");

@@ -6,9 +6,10 @@
 #include <cstring>
 #include <fstream>
 
-#include "support/check.h"
+#include "support/metrics.h"
 
 void open_trace(const std::string& path) {
+  put_aside(path, "traces");
   REQUIRE(std::ofstream(path, std::ios::app), "--trace: ", path,
           " cannot be opened for writing: ", strerror(errno));
 }

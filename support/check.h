@@ -1,6 +1,7 @@
 // check.h: what to say when something is wrong. Every failure is one sentence in an Error; main
 // prints it and exits non-zero.
 #pragma once
+#include <charconv>
 #include <cstdarg>
 #include <cstdio>
 #include <sstream>
@@ -11,9 +12,17 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+template <class Part> const Part& digits(const Part& part) { return part; }
+// as few as say exactly which number it is: "--top-p 1.0000001 is above 1"
+inline std::string digits(double number) {
+  char text[32];
+  return std::string(
+      text, std::to_chars(text, text + sizeof text, number, std::chars_format::general).ptr);
+}
+
 template <class... Parts> std::string sentence(const Parts&... parts) {
   std::ostringstream out;
-  (out << ... << parts);
+  (out << ... << digits(parts));
   return out.str();
 }
 

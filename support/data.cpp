@@ -74,15 +74,20 @@ std::vector<std::string> project_files(const std::string& root) {
 
 // ---- the dataset
 
+bool holds_tokens(const MappedFile& file) {
+  int32_t magic = 0;
+  memcpy(&magic, file.data, std::min<size_t>(size_t(file.bytes), sizeof magic));
+  return magic == kMagic16 || magic == kMagic32;
+}
+
 Dataset::Part Dataset::open_part(const std::string& path) {
   constexpr int64_t kHeader = 256 * sizeof(int32_t);
-  constexpr int32_t kMagic16 = 20240520, kVersion16 = 1, kMagic32 = 20240801, kVersion32 = 7;
   MappedFile file(path);
   const int64_t bytes = file.bytes;
   int32_t header[3] = {};
   memcpy(header, file.data, std::min<int64_t>(bytes, sizeof(header)));
   const auto [magic, version, promised] = header;
-  if (magic != kMagic16 && magic != kMagic32) {
+  if (!holds_tokens(file)) {
     REQUIRE(!path.ends_with(".bin"), "--data: ", path,
             " is no token shard in llm.c's format: it begins with ", magic, ", not with ", kMagic16,
             " (16-bit tokens) or ", kMagic32, " (32-bit tokens)");
@@ -103,9 +108,9 @@ Dataset::Part Dataset::open_part(const std::string& path) {
 Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, int64_t vocab) {
   constexpr int64_t kCheckedAtOpening = 1 << 20;
   const std::vector<std::string> paths = files.empty() ? project_files(project_root()) : files;
-  REQUIRE(
-      !paths.empty(),
-      "no --data was given, and the sources of this project, the default, are not where the program is");
+  REQUIRE(!paths.empty(),
+          "no --data was given, and the sources of this project, the default, are not where the "
+          "program is");
   const auto kind = [](const Part& p) {
     return p.width == 1 ? "text" : p.width == 2 ? "16-bit tokens" : "32-bit tokens";
   };
@@ -113,6 +118,10 @@ Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, in
   d.from_ = files.empty() ? sentence("the ", paths.size(), " sources and docs of this project")
             : paths.size() == 1 ? paths[0]
                                 : sentence(paths.size(), " files");
+  std::set<fs::path> seen;
+  for (const std::string& path : paths)
+    if (std::error_code none; !seen.insert(fs::weakly_canonical(path, none)).second)
+      d.from_ += sentence(" (", path, " is given more than once, and counts as often)");
   d.context_ = context;
   d.vocab_ = vocab;
   for (const std::string& path : paths) {

@@ -9,7 +9,8 @@
 // checks    the first million tokens of each file when it is opened, and every token when it is
 //           used: a shard outside the vocabulary fails at the start, and shards of many gigabytes
 //           are not read through first
-// not here  tokenizers, shuffled epochs, files that shrink while they are mapped
+// not here  tokenizers (inference/text_shards.h makes shards of texts), shuffled epochs, files that
+// shrink while they are mapped
 // test      tests/test_support.cpp
 #pragma once
 #include <cstdint>
@@ -30,6 +31,10 @@ struct MappedFile {  // the bytes of a regular file that is not empty
   const unsigned char* data = nullptr;
   int64_t bytes = 0;
 };
+
+// of llm.c's shards
+constexpr int32_t kMagic16 = 20240520, kVersion16 = 1, kMagic32 = 20240801, kVersion32 = 7;
+bool holds_tokens(const MappedFile& file);  // it begins with a magic
 
 class Dataset {
  public:

@@ -13,23 +13,34 @@ namespace fs = std::filesystem;
 
 // ---- for programs
 
-Metrics::Metrics(const std::string& path, std::optional<int64_t> resumed) : path_(path) {
+void put_aside(const std::string& path, const std::string& what) {
+  std::error_code none;
+  // a device or a pipe holds nothing, and a file that is not there or empty neither; /dev/stdout
+  // may be a file
+  if (!fs::is_regular_file(path, none) || fs::is_empty(path, none) || path.starts_with("/dev/"))
+    return;
+  int n = 1;
+  while (fs::exists(fs::symlink_status(sentence(path, ".", n), none))) n++;
+  REQUIRE(rename(path.c_str(), sentence(path, ".", n).c_str()) == 0, path,
+          " of an earlier run cannot be renamed: ", strerror(errno));
+  printf("%-8s of an earlier run are in %s.%d now\n", what.c_str(), path.c_str(), n);
+}
+
+Metrics::Metrics(const std::string& path, int64_t resumed) : path_(path) {
   if (path.empty()) return;
-  if (resumed && fs::is_regular_file(path)) {
+  if (resumed == 0) put_aside(path, "metrics");
+  else if (std::error_code none; fs::is_regular_file(path, none)) {
     std::ifstream before(path);
+    REQUIRE(before, "--metrics: ", path, " cannot be read: ", strerror(errno));
     uintmax_t kept = 0;
     std::string line;
     // what a killed run began has no end of line
     for (long long step; std::getline(before, line) && !before.eof(); kept += line.size() + 1)
-      if (sscanf(line.c_str(), "{\"step\":%lld", &step) == 1 && step > *resumed) break;
-    if (*resumed == 0 && fs::file_size(path) > 0) {
-      int n = 1;
-      while (fs::exists(sentence(path, ".", n))) n++;
-      fs::rename(path, sentence(path, ".", n));
-      printf("metrics  of an earlier run are in %s.%d now\n", path.c_str(), n);
-    } else fs::resize_file(path, kept);
+      if (sscanf(line.c_str(), "{\"step\":%lld", &step) == 1 && step > resumed) break;
+    REQUIRE(!before.bad(), "--metrics: ", path, " cannot be read: ", strerror(errno));
+    fs::resize_file(path, kept);
   }
-  file_ = fopen(path.c_str(), resumed ? "ae" : "we");
+  file_ = fopen(path.c_str(), "ae");
   REQUIRE(file_, "--metrics: ", path, " cannot be opened for writing: ", strerror(errno));
 }
 
@@ -45,12 +56,14 @@ void Metrics::line(const nlohmann::ordered_json& object) {
 }
 
 void Metrics::step(const StepRecord& r) {
-  line({{"step", r.step},
-        {"loss", r.loss},
-        {"grad_norm", r.grad_norm},
-        {"lr", r.lr},
-        {"tokens_per_second", r.tokens_per_second},
-        {"step_ms", r.step_ms}});
+  nlohmann::ordered_json object{{"step", r.step},
+                                {"loss", r.loss},
+                                {"grad_norm", r.grad_norm},
+                                {"lr", r.lr},
+                                {"tokens_per_second", r.tokens_per_second},
+                                {"step_ms", r.step_ms}};
+  if (r.held_out_loss) object["held_out_loss"] = *r.held_out_loss;
+  line(object);
 }
 
 // ---- for people

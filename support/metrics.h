@@ -18,16 +18,21 @@
 struct StepRecord {
   int64_t step = 0;  // from 1
   double loss = 0, grad_norm = 0, lr = 0, tokens_per_second = 0, step_ms = 0;
+  std::optional<double> held_out_loss = {};  // where it was measured after this step
 };
 
 // ---- for programs
 
+// Renames a file (or a link to one) that an earlier run has written to path.1, path.2, ...; says
+// so.
+void put_aside(const std::string& path, const std::string& what);
+
 class Metrics {  // JSON lines; what JSON cannot say, infinities and NaN, is null
  public:
   // path empty: nothing is written. One that cannot be written fails here, before training. A run
-  // that resumes after some steps keeps what was written up to the last of those; one that resumes
-  // after 0 found no checkpoint, and puts aside whatever an earlier run has written.
-  explicit Metrics(const std::string& path, std::optional<int64_t> resumed = {});
+  // that resumes after some steps keeps what was written up to the last of those; one that begins
+  // at step 1 puts aside whatever an earlier run has written.
+  explicit Metrics(const std::string& path, int64_t resumed = 0);
   ~Metrics();
   Metrics(const Metrics&) = delete;
   Metrics& operator=(const Metrics&) = delete;

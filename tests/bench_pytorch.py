@@ -1,15 +1,21 @@
 #!/usr/bin/env python3
-"""bench_pytorch.py: tokens a second of eager PyTorch on the work that train_gpt does, as a yardstick beside it.
+"""bench_pytorch.py: tokens a second of eager PyTorch on the work that train_gpt does, as a
+yardstick beside it.
 
-work      one step: forward, backward, clipping at a global norm of 1, AdamW on a fixed batch; GPT-2 from its definition (weights
-          (in, out), fused qkv, tanh GELU, tied head), sizes as `train_gpt --model`. CPU: f32, each number of threads asked for. CUDA,
-          if there is any: bf16 by autocast over f32 weights, TF32 for what stays f32.
-fair      whatever PyTorch does fastest: attention by F.scaled_dot_product_attention or by plain products, AdamW fused or foreach; both
-          of each are timed first and the faster one is named. Not here: torch.compile (this is eager), and data loading.
-figures   the median of the timed steps; a share of the peak that torch.mm reaches (2048^3 on the same threads, 8192^3 on a GPU), counting
-          floating-point operations as flops_per_token in gpt.cpp does (the causal half of attention's scores).
-usage     python3 tests/bench_pytorch.py [--model char gpt2] [--threads 1 2] [--warmup N] [--steps N] [--json]
+work      one step: forward, backward, clipping at a global norm of 1, AdamW on a fixed batch;
+          GPT-2 from its definition (weights (in, out), fused qkv, tanh GELU, tied head), sizes as
+          `train_gpt --model`. CPU: f32, each number of threads asked for. CUDA, if there is any:
+          bf16 by autocast over f32 weights, TF32 for what stays f32.
+fair      whatever PyTorch does fastest: attention by F.scaled_dot_product_attention or by plain
+          products, AdamW fused or foreach; both of each are timed first and the faster one is
+          named. Not here: torch.compile (this is eager), and data loading.
+figures   the median of the timed steps; a share of the peak that torch.mm reaches (2048^3 on the
+          same threads, 8192^3 on a GPU), counting floating-point operations as flops_per_token in
+          gpt.cpp does (the causal half of attention's scores).
+usage     python3 tests/bench_pytorch.py [--model char gpt2] [--threads 1 2] [--warmup N] [--steps
+          N] [--json]
 """
+
 import argparse
 import json
 import math
@@ -40,11 +46,21 @@ class Gpt2:
 
         self.wte, self.wpe = normal(vocab, width), normal(context, width, std=0.01)
         residual = 0.02 / math.sqrt(2 * layers)
-        self.blocks = [[[constant(width, 1), constant(width, 0)], linear(width, 3 * width), linear(width, width, residual),
-                        [constant(width, 1), constant(width, 0)], linear(width, 4 * width), linear(4 * width, width, residual)]
-                       for _ in range(layers)]
+        self.blocks = [
+            [
+                [constant(width, 1), constant(width, 0)],
+                linear(width, 3 * width),
+                linear(width, width, residual),
+                [constant(width, 1), constant(width, 0)],
+                linear(width, 4 * width),
+                linear(4 * width, width, residual),
+            ]
+            for _ in range(layers)
+        ]
         self.ln_f = [constant(width, 1), constant(width, 0)]
-        self.params = [self.wte, self.wpe] + [p for b in self.blocks for pair in b for p in pair] + self.ln_f
+        self.params = (
+            [self.wte, self.wpe] + [p for b in self.blocks for pair in b for p in pair] + self.ln_f
+        )
 
     def attention(self, q, k, v, fused):  # (B,H,T,D)
         if fused:
@@ -66,8 +82,14 @@ class Gpt2:
 
         x = F.embedding(inputs, self.wte) + self.wpe[:T]
         for ln_1, c_attn, attn_proj, ln_2, c_fc, mlp_proj in self.blocks:
-            q, k, v = linear(layernorm(x, ln_1), c_attn).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-            x = x + linear(self.attention(q, k, v, fused).transpose(1, 2).reshape(B, T, C), attn_proj)
+            q, k, v = (
+                linear(layernorm(x, ln_1), c_attn)
+                .view(B, T, 3, self.heads, C // self.heads)
+                .permute(2, 0, 3, 1, 4)
+            )
+            x = x + linear(
+                self.attention(q, k, v, fused).transpose(1, 2).reshape(B, T, C), attn_proj
+            )
             x = x + linear(F.gelu(linear(layernorm(x, ln_2), c_fc), approximate="tanh"), mlp_proj)
         logits = layernorm(x, self.ln_f).view(B * T, C) @ self.wte.T
         return F.cross_entropy(logits, targets.reshape(-1))
@@ -94,22 +116,29 @@ def seconds(device, work, times):
 def peak(device, dtype):
     """Floating-point operations a second of torch.mm, the best of a few."""
     n = 2048 if device == "cpu" else 8192
-    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(
+        n, n, device=device, dtype=dtype
+    )
     torch.mm(a, b)
-    return 2 * n ** 3 / min(seconds(device, lambda: torch.mm(a, b), 5))
+    return 2 * n**3 / min(seconds(device, lambda: torch.mm(a, b), 5))
 
 
 def faster_attention(gpt, sizes, device, autocast):
-    """True when scaled_dot_product_attention beats plain products, forward and backward, at this model's sizes."""
+    """True when scaled_dot_product_attention beats plain products, forward and backward, at this
+    model's sizes."""
     _, width, heads, context, _, batch = sizes
     times = {}
     for fused in (True, False):
-        q, k, v = (torch.randn(batch, heads, context, width // heads, device=device, requires_grad=True) for _ in range(3))
+        q, k, v = (
+            torch.randn(batch, heads, context, width // heads, device=device, requires_grad=True)
+            for _ in range(3)
+        )
 
         def work():
             with autocast():
                 out = gpt.attention(q, k, v, fused)
             out.sum().backward()
+
         work()
         times[fused] = min(seconds(device, work, 3))
     return times[True] <= times[False]
@@ -117,8 +146,10 @@ def faster_attention(gpt, sizes, device, autocast):
 
 def faster_adamw(params, device):
     """The faster of PyTorch's AdamWs, and its name."""
-    groups = [{"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
-              {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in params if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in params if p.dim() == 1], "weight_decay": 0.0},
+    ]
     for p in params:
         p.grad = torch.zeros_like(p)
     best = None
@@ -161,18 +192,36 @@ def measure(model, device, threads, warmup, steps):
     median, highest = statistics.median(times), peak(device, half)
     rate = batch * context / median
     flops = flops_per_token(layers, width, context, vocab) * rate
-    return {"pytorch": torch.__version__, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "dtype": str(half).replace("torch.", ""), "threads": threads, "model": model, "batch": batch, "context": context,
-            "attention": "scaled_dot_product" if fused else "plain", "adamw": adamw, "steps": steps,
-            "step_ms": 1e3 * median, "fastest_step_ms": 1e3 * min(times), "tokens_per_second": rate,
-            "gflops": flops / 1e9, "mm_gflops": highest / 1e9, "share_of_mm": flops / highest}
+    return {
+        "pytorch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "dtype": str(half).replace("torch.", ""),
+        "threads": threads,
+        "model": model,
+        "batch": batch,
+        "context": context,
+        "attention": "scaled_dot_product" if fused else "plain",
+        "adamw": adamw,
+        "steps": steps,
+        "step_ms": 1e3 * median,
+        "fastest_step_ms": 1e3 * min(times),
+        "tokens_per_second": rate,
+        "gflops": flops / 1e9,
+        "mm_gflops": highest / 1e9,
+        "share_of_mm": flops / highest,
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="on the CPU")
-    parser.add_argument("--device", choices=["cpu", "cuda"], nargs="+", default=["cpu"] + ["cuda"] * torch.cuda.is_available())
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        nargs="+",
+        default=["cpu"] + ["cuda"] * torch.cuda.is_available(),
+    )
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="one object a line")
@@ -182,10 +231,14 @@ def main():
         for model in args.model:
             for threads in args.threads if device == "cpu" else [1]:
                 r = measure(model, device, threads, args.warmup, args.steps)
-                line = (f"pytorch {r['pytorch']} {r['device']} {r['dtype']}, {r['threads']} threads, {model}: "
-                        f"{r['tokens_per_second']:.0f} tokens/s, {r['step_ms']:.0f} ms a step (fastest {r['fastest_step_ms']:.0f}, "
-                        f"{r['steps']} steps), {r['gflops']:.1f} GFLOP/s = {100 * r['share_of_mm']:.0f} % of torch.mm's "
-                        f"{r['mm_gflops']:.1f}; {r['attention']} attention, {r['adamw']} AdamW")
+                line = (
+                    f"pytorch {r['pytorch']} {r['device']} {r['dtype']}, "
+                    f"{r['threads']} threads, {model}: "
+                    f"{r['tokens_per_second']:.0f} tokens/s, {r['step_ms']:.0f} ms a step "
+                    f"(fastest {r['fastest_step_ms']:.0f}, {r['steps']} steps), "
+                    f"{r['gflops']:.1f} GFLOP/s = {100 * r['share_of_mm']:.0f} % of torch.mm's "
+                    f"{r['mm_gflops']:.1f}; {r['attention']} attention, {r['adamw']} AdamW"
+                )
                 print(json.dumps(r) if args.json else line, flush=True)
 
 

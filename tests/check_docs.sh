@@ -1,26 +1,39 @@
 #!/usr/bin/env bash
 # check_docs.sh: `make check-docs` fails when README.md or a page of docs/ lies.
-#   commands   a ``` block is one of commands when its first line is a command: begins with build/, mpiexec, make, tests/ or OMP_...=, or has a pipe into
-#              build/ or mpiexec. Each of its lines, but for comments, must be a command, and runs. A comment with "refuses" says that the command must fail.
-#              `make run` and `make generate` train for 3 steps here, the latter into a checkpoint of its own in place of build/generate-model; of
-#              make test, bench, compare, ... only the rule is looked up.
-#   output     the next block shows what a block of commands prints, if it is no block of commands itself, names no language after its ``` and only prose,
-#              no heading, stands between. Each line of it must come out again: exactly for schedules, traffic and memory, elsewhere with any
-#              numbers (times, losses) in the places of numbers. A line "..." stands for lines left out. Other blocks are not looked at.
-#   names      every word in backticks that has a capital, a _, :: or () is a word of the sources (all-lowercase words are not looked up), and so is each
-#              part of one with ::; every file and option in backticks exists, every link leads somewhere, and the line counts in README's table are right
+#   commands   a ``` block is one of commands when its first line is a command: begins with build/,
+#              mpiexec, make, tests/ or OMP_...=, or has a pipe into build/ or mpiexec. Each of its
+#              lines, but for comments, must be a command, and runs. A comment with "refuses" says
+#              that the command must fail. `make run` and `make generate` train for 3 steps here,
+#              the latter into a checkpoint of its own in place of build/generate-model; of make
+#              test, bench, compare, ... only the rule is looked up.
+#   output     the next block shows what a block of commands prints, if it is no block of commands
+#              itself, names no language after its ``` and only prose, no heading, stands between.
+#              Each line of it must come out again: exactly for schedules, traffic and memory,
+#              elsewhere with any numbers (times, losses) in the places of numbers. A line "..."
+#              stands for lines left out. Other blocks are not looked at.
+#   names      every word in backticks that has a capital, a _, :: or () is a word of the sources
+#              (all-lowercase words are not looked up), and so is each part of one with ::; every
+#              file and option in backticks exists, every link leads somewhere, and the line counts
+#              in README's table are right
 set -u
 cd "$(dirname "$0")/.."
 root=$PWD
 pages="README.md docs/*.md"
-work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-passed=0 failed=0
-ok() { passed=$((passed + 1)); [ $# -eq 0 ] || echo "ok   $*"; }
-fail() { failed=$((failed + 1)); echo "FAIL $*"; }
+. tests/lib.sh
+work=$dir
+ok() {
+  passed=$((passed + 1))
+  [ $# -eq 0 ] || echo "ok   $*"
+}
+fail() {
+  failed=$((failed + 1))
+  echo "FAIL $*"
+}
 
 # ---- names
 
-code="$(ls *.cpp *.cu *.h Makefile; find kernels launch theory report inference checkpoint support cpu tests -type f -not -name "*.bin")"
+folders="kernels launch theory report inference checkpoint support cpu tests"
+code="$(ls *.cpp *.cu *.h Makefile) $(find $folders -type f -not -name '*.bin')"
 # the words of the sources, for whole-word lookups
 cat $code | grep -oE '[A-Za-z_][A-Za-z0-9_]*' | sort -u >"$work/words"
 cat $code | grep -oE -- '--[a-z][a-z-]+' | sort -u >"$work/options"
@@ -29,34 +42,68 @@ for page in $pages; do
   awk '/^ *```/ { inside = !inside; next } !inside' "$page" >"$work/text"
   while read -r name; do
     for part in ${name//[:()]/ }; do
-      if grep -qxF -- "$part" "$work/words"; then ok; else fail "$page names \`$name\`, but no source has $part"; fi
+      if grep -qxF -- "$part" "$work/words"; then
+        ok
+      else
+        fail "$page names \`$name\`, but no source has $part"
+      fi
     done
-  done < <(grep -oE '`[A-Za-z_][A-Za-z0-9_]*(::[A-Za-z0-9_]+)*(\(\))?`' "$work/text" | tr -d '`' | sort -u | grep '[A-Z_:(]')
+  done < <(grep -oE '`[A-Za-z_][A-Za-z0-9_]*(::[A-Za-z0-9_]+)*(\(\))?`' "$work/text" \
+    | tr -d '`' | sort -u | grep '[A-Z_:(]')
   while read -r file; do
-    if [ -e "$file" ] || [ -n "$(find . -path ./build -prune -o -name "$(basename "$file")" -print | head -1)" ]; then ok; else fail "$page names the file $file, which is not there"; fi
+    found=$(find . -path ./build -prune -o -name "$(basename "$file")" -print)
+    if [ -e "$file" ] || [ -n "$found" ]; then
+      ok
+    else
+      fail "$page names the file $file, which is not there"
+    fi
   done < <(grep -oE '`[A-Za-z0-9_/]+\.(cpp|cu|cuh|h|sh|py|md)`' "$work/text" | tr -d '`' | sort -u)
   while read -r option; do
-    if grep -qxF -- "$option" "$work/options"; then ok; else fail "$page names the option $option, which no program has"; fi
+    if grep -qxF -- "$option" "$work/options"; then
+      ok
+    else
+      fail "$page names the option $option, which no program has"
+    fi
   done < <(grep -oE -- '`[^`]*--[a-z][a-z-]+' "$work/text" | grep -oE -- '--[a-z][a-z-]+' | sort -u)
   while read -r link; do
-    if [ -e "$(dirname "$page")/${link%%#*}" ]; then ok; else fail "$page links to $link, which is not there"; fi
-  done < <(grep -oE '\]\([^)]+\)' "$work/text" | sed 's/^](//; s/)$//' | grep -vE '^(https?:|#)' | sort -u)
+    if [ -e "$(dirname "$page")/${link%%#*}" ]; then
+      ok
+    else
+      fail "$page links to $link, which is not there"
+    fi
+  done < <(grep -oE '\]\([^)]+\)' "$work/text" | sed 's/^](//; s/)$//' \
+    | grep -vE '^(https?:|#)' | sort -u)
 done
 while IFS='|' read -r _ _ files lines _; do
   file=$(sed -n 's/.*(\([a-z_]*\.cpp\)).*/\1/p' <<<"${files%%,*}")
   [ -n "$file" ] && [ -n "${lines// /}" ] || continue
-  if [ "$(wc -l <"$file")" = "${lines// /}" ]; then ok; else fail "README.md says that $file has ${lines// /} lines, it has $(wc -l <"$file")"; fi
+  if [ "$(wc -l <"$file")" = "${lines// /}" ]; then
+    ok
+  else
+    fail "README.md says that $file has ${lines// /} lines, it has $(wc -l <"$file")"
+  fi
 done < <(grep -E '^\|.*\]\([a-z_]*\.cpp\)' README.md)
 echo "names    $passed functions, files, options, links and line counts looked up, $failed wrong"
 
 # ---- commands
 
-# Each command, and for the last of a block the output block that follows, if one does: "block<TAB>line<TAB>command<TAB>file of the output"
+# Each command, and for the last of a block the output block that follows, if one does:
+# "block<TAB>line<TAB>command<TAB>file of the output"
 extract() {
   awk -v page="$1" -v work="$work" '
-    function is_command(s) { return s ~ /^(build\/|mpiexec |make( |$)|tests\/|OMP_[A-Z_]*=)/ || s ~ /\| *(build\/|mpiexec )/ }
+    function is_command(s) {
+      return s ~ /^(build\/|mpiexec |make( |$)|tests\/|OMP_[A-Z_]*=)/ ||
+        s ~ /\| *(build\/|mpiexec )/
+    }
     /^ *```/ {
-      if (!inside) { inside = 1; lines = 0; kind = ""; blocks++; if ($0 ~ /```./) waiting = 0; next }
+      if (!inside) {
+        inside = 1
+        lines = 0
+        kind = ""
+        blocks++
+        if ($0 ~ /```./) waiting = 0
+        next
+      }
       inside = 0
       if (kind == "commands") waiting = count; else waiting = 0
       next
@@ -64,53 +111,92 @@ extract() {
     inside {
       line = $0; sub(/^ */, "", line)
       if (!lines++) kind = is_command(line) ? "commands" : waiting ? "output" : "other"
-      if (kind == "commands" && line !~ /^(#|$)/) { if (!is_command(line)) line = "NO COMMAND " line; count++; command[count] = line; at[count] = NR; block[count] = blocks }
-      if (kind == "output") { print $0 > (work "/expected." waiting); has[waiting] = 1 }
+      if (kind == "commands" && line !~ /^(#|$)/) {
+        count++
+        command[count] = is_command(line) ? line : "NO COMMAND " line
+        at[count] = NR
+        block[count] = blocks
+      }
+      if (kind == "output") {
+        expected[waiting] = work "/expected." waiting
+        print $0 > expected[waiting]
+      }
       next
     }
     /^#/ { waiting = 0 }
-    END { for (i = 1; i <= count; i++) print block[i] "\t" at[i] "\t" command[i] "\t" (has[i] ? work "/expected." i : "-") }' "$1"
+    END {
+      for (i = 1; i <= count; i++)
+        print block[i] "\t" at[i] "\t" command[i] "\t" (i in expected ? expected[i] : "-")
+    }' "$1"
 }
-# Lines of FILE that TEXT lacks: exactly where the line is a table of bytes or a schedule in units, else with any numbers
+# Lines of FILE that TEXT lacks: exactly where the line is a table of bytes or a schedule in units,
+# else with any numbers
 missing() {
   awk -v expected="$1" '
-    function shape(s) { sub(/\|.*/, "", s); gsub(/[0-9][0-9.e+-]*/, "#", s); gsub(/[ \t]+/, " ", s); sub(/ $/, "", s); return s }
-    function tight(s) { gsub(/[ \t]+/, " ", s); sub(/ $/, "", s); return s }
-    { exact[tight($0)] = 1; shapes[shape($0)] = 1; if (/F = 1, B = 1/) units = 1 }
+    function tight(s) {
+      gsub(/[ \t]+/, " ", s)
+      sub(/ $/, "", s)
+      return s
+    }
+    function shape(s) {
+      sub(/\|.*/, "", s)
+      gsub(/[0-9][0-9.e+-]*/, "#", s)
+      return tight(s)
+    }
+    {
+      exact[tight($0)] = 1
+      shapes[shape($0)] = 1
+      if (/F = 1, B = 1/) units = 1
+    }
     END {
       while ((getline line < expected) > 0) {
         if (line ~ /^ *(\.\.\.)? *$/) continue
-        bytes = line ~ /^  (fsdp|replicate|tp|pp) / || line ~ /^  (parameters|gradients|optimizer) / || units
-        if (bytes ? !(tight(line) in exact) : !(shape(line) in shapes)) print line
+        bytes = line ~ /^  (fsdp|replicate|tp|pp|parameters|gradients|optimizer) /
+        if (bytes || units ? !(tight(line) in exact) : !(shape(line) in shapes)) print line
       }
     }' "$2"
 }
+only_looked_up='^make( [A-Z]+=[^ ]+)* '
+only_looked_up+='(test|bench|compare|parity|mutants|sanitize|check-docs|cuda|deps)( |$)'
 place=$work/place
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 lines_compared=0
 for page in $pages; do
-  rm -rf "$work"/expected.* "$place"; mkdir "$place"; ln -s "$root"/* "$place"; cp README.md "$place/my.txt"  # a fresh directory for each page
+  rm -rf "$work"/expected.* "$place"
+  mkdir "$place"
+  ln -s "$root"/* "$place"
+  cp README.md "$place/my.txt" # a fresh directory for each page
   last=0
   while IFS=$'\t' read -r block at command expected; do
     [ "$block" = $last ] || : >"$work/block"
     last=$block
-    [[ $command != "NO COMMAND "* ]] || { fail "$page:$at  stands among commands and is none: ${command#NO COMMAND }"; continue; }
+    [[ $command != "NO COMMAND "* ]] || {
+      fail "$page:$at  stands among commands and is none: ${command#NO COMMAND }"
+      continue
+    }
     bare=$(sed 's/  *#.*//' <<<"$command")
     case $bare in
       "make run"*) actual="$bare ARGS='--steps 3 --sample 20 --eval-every 0'" ;;
       "make generate"*) actual="$bare CHECKPOINT=docs-model TRAIN_ARGS='--steps 3 --sample 20'" ;;
       *) actual=${bare//build\/generate-model/docs-model} ;;
     esac
-    [[ ! $bare =~ ^make(\ [A-Z]+=[^\ ]+)*\ (test|bench|compare|parity|mutants|sanitize|check-docs|cuda|deps)(\ |$) ]] || actual="${bare/make/make -n}"
+    [[ $bare =~ $only_looked_up ]] && actual="${bare/make/make -n}"
     (cd "$place" && timeout 600 bash -c "$actual") >"$work/out" 2>&1 </dev/null
     status=$?
     cat "$work/out" >>"$work/block"
-    refuses=0; [[ $command == *refuses* ]] && refuses=1
-    if [ $((status != 0)) != $refuses ]; then fail "$page:$at  $bare  ended with status $status: $(tail -1 "$work/out")"; continue; fi
+    refuses=0
+    [[ $command == *refuses* ]] && refuses=1
+    if [ $((status != 0)) != $refuses ]; then
+      fail "$page:$at  $bare  ended with status $status: $(tail -1 "$work/out")"
+      continue
+    fi
     if [ "$expected" != - ]; then
       lost=$(missing "$expected" "$work/block")
       lines_compared=$((lines_compared + $(grep -c . "$expected")))
-      if [ -n "$lost" ]; then fail "$page:$at  $bare  does not print: $(head -3 <<<"$lost")"; continue; fi
+      if [ -n "$lost" ]; then
+        fail "$page:$at  $bare  does not print: $(head -3 <<<"$lost")"
+        continue
+      fi
     fi
     ok "$page:$at  $bare"
   done < <(extract "$page")

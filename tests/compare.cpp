@@ -417,9 +417,9 @@ std::string promises(const std::vector<Job>& jobs, const std::map<std::string, d
   if (fsdp)
     t.rows.push_back(
         {"FSDP",
-         format(
-             "Memory: a rank holds %.2f MiB of weights, gradients and optimizer state; alone it would hold %.2f MiB, %.2f times as much.",
-             state(*fsdp), state(serial), state(serial) / state(*fsdp)),
+         format("Memory: a rank holds %.2f MiB of weights, gradients and optimizer state; alone it "
+                "would hold %.2f MiB, %.2f times as much.",
+                state(*fsdp), state(serial), state(serial) / state(*fsdp)),
          format("A large book cut in slices: each of %d people keeps %.2f of %.2f MiB of weights.",
                 fsdp->ranks, of(fullest(*fsdp), "parameters", "now"),
                 of(fullest(serial), "parameters", "now")),
@@ -430,13 +430,15 @@ std::string promises(const std::vector<Job>& jobs, const std::map<std::string, d
     const std::string speed =
         token_ms.count("tp")
             ? format(
-                  "Latency: one token of gpt2 takes %.2f ms on one rank and %.2f ms with --tp 2, which is %.2f times as fast.",
+                  "Latency: one token of gpt2 takes %.2f ms on one rank and %.2f ms with --tp 2, "
+                  "which is %.2f times as fast.",
                   token_ms.at("one"), token_ms.at("tp"), token_ms.at("one") / token_ms.at("tp"))
             : std::string("Latency: not measured here (ONLY=generate).");
     t.rows.push_back(
         {"Tensor parallel", speed,
          format(
-             "%d people on different parts of one problem: each multiplies with %.2f of %.2f MiB of weights.",
+             "%d people on different parts of one problem: each multiplies with %.2f of %.2f MiB "
+             "of weights.",
              tp->ranks, of(fullest(*tp), "parameters", "now"),
              of(fullest(serial), "parameters", "now")),
          format("Very high: %.2f MiB per step and rank, in %.0f calls for which everyone waits.",
@@ -458,22 +460,46 @@ std::string promises(const std::vector<Job>& jobs, const std::map<std::string, d
 }
 
 const char* const kStyle = R"(<style>
-:root { --paper:#fff; --ink:#1c1e21; --soft:#5c6670; --grid:#dde1e6; --c0:#2f6fb7; --c1:#d9822b; --c2:#3f9142; --c3:#8e5bb5; --c4:#c0392b; --c5:#7a7f87; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { --paper:#15181c; --ink:#e7e9ec; --soft:#a3acb5; --grid:#343a41; --c0:#6aa7ea; --c1:#f0a658; --c2:#75c079; --c3:#bb92dd; --c4:#ec7b6e; --c5:#a7adb5; } }
-body { margin:0 auto; padding:1rem; max-width:1240px; background:var(--paper); color:var(--ink); font:16px/1.5 system-ui,sans-serif; }
-h1 { font-size:1.6rem; margin:.2em 0; } h2 { font-size:1.2rem; margin:2em 0 .5em; } p, li { max-width:70ch; }
+:root { --paper:#fff; --ink:#1c1e21; --soft:#5c6670; --grid:#dde1e6; --c0:#2f6fb7;
+  --c1:#d9822b; --c2:#3f9142; --c3:#8e5bb5; --c4:#c0392b; --c5:#7a7f87;
+  color-scheme: light dark; }
+@media (prefers-color-scheme: dark) { :root { --paper:#15181c; --ink:#e7e9ec; --soft:#a3acb5;
+  --grid:#343a41; --c0:#6aa7ea; --c1:#f0a658; --c2:#75c079; --c3:#bb92dd; --c4:#ec7b6e;
+  --c5:#a7adb5; } }
+body { margin:0 auto; padding:1rem; max-width:1240px; background:var(--paper);
+  color:var(--ink); font:16px/1.5 system-ui,sans-serif; }
+h1 { font-size:1.6rem; margin:.2em 0; } h2 { font-size:1.2rem; margin:2em 0 .5em; }
+p, li { max-width:70ch; }
 nav a { display:inline-block; margin-right:1em; padding:.4em 0; } a { color:var(--c0); }
-.cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr)); gap:1.5rem; }
-figure { margin:0; min-width:0; } figure svg { display:block; width:100%; max-width:600px; height:auto; } .scroll svg { max-width:max(100%,700px); height:auto; } figcaption { font-size:.9rem; font-weight:600; max-width:600px; min-height:3em; }
-svg text { font:11px system-ui,sans-serif; fill:var(--ink); } svg .small { font-size:9px; } svg .mid { text-anchor:middle; } svg .end { text-anchor:end; } svg .grid { stroke:var(--grid); }
-.c0 { fill:var(--c0); } .c1 { fill:var(--c1); } .c2 { fill:var(--c2); } .c3 { fill:var(--c3); } .c4 { fill:var(--c4); } .c5 { fill:var(--c5); } .formula { fill-opacity:.45; }
-polyline { fill:none; } .l0 { stroke:var(--c0); } .l1 { stroke:var(--c1); } .l2 { stroke:var(--c2); } .l3 { stroke:var(--c3); } .l4 { stroke:var(--c4); } .l5 { stroke:var(--c5); }
-.scroll { overflow-x:auto; margin:1rem 0; } .scroll:focus-visible, a:focus-visible { outline:2px solid var(--c0); outline-offset:2px; }
-table { border-collapse:collapse; font-size:.9rem; } caption { text-align:left; font-weight:600; padding:.3em 0; } th, td { padding:.3em .7em; border-bottom:1px solid var(--grid); text-align:right; vertical-align:top; }
-th:first-child { text-align:left; } thead th { color:var(--soft); font-weight:500; vertical-align:bottom; } tbody th, td { white-space:nowrap; } .words tbody th, .words td { white-space:normal; } .words td { text-align:left; min-width:14em; } .words thead th { text-align:left; }
+.cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));
+  gap:1.5rem; }
+figure { margin:0; min-width:0; }
+figure svg { display:block; width:100%; max-width:600px; height:auto; }
+.scroll svg { max-width:max(100%,700px); height:auto; }
+figcaption { font-size:.9rem; font-weight:600; max-width:600px; min-height:3em; }
+svg text { font:11px system-ui,sans-serif; fill:var(--ink); } svg .small { font-size:9px; }
+svg .mid { text-anchor:middle; } svg .end { text-anchor:end; } svg .grid { stroke:var(--grid); }
+.c0 { fill:var(--c0); } .c1 { fill:var(--c1); } .c2 { fill:var(--c2); } .c3 { fill:var(--c3); }
+.c4 { fill:var(--c4); } .c5 { fill:var(--c5); } .formula { fill-opacity:.45; }
+polyline { fill:none; } .l0 { stroke:var(--c0); } .l1 { stroke:var(--c1); }
+.l2 { stroke:var(--c2); } .l3 { stroke:var(--c3); } .l4 { stroke:var(--c4); }
+.l5 { stroke:var(--c5); }
+.scroll { overflow-x:auto; margin:1rem 0; }
+.scroll:focus-visible, a:focus-visible { outline:2px solid var(--c0); outline-offset:2px; }
+table { border-collapse:collapse; font-size:.9rem; }
+caption { text-align:left; font-weight:600; padding:.3em 0; }
+th, td { padding:.3em .7em; border-bottom:1px solid var(--grid); text-align:right;
+  vertical-align:top; }
+th:first-child { text-align:left; }
+thead th { color:var(--soft); font-weight:500; vertical-align:bottom; }
+tbody th, td { white-space:nowrap; } .words tbody th, .words td { white-space:normal; }
+.words td { text-align:left; min-width:14em; } .words thead th { text-align:left; }
 code { font-size:.9em; overflow-wrap:anywhere; }
-@media print { body { max-width:none; font-size:11px; } nav { display:none; } h2 { break-after:avoid; } figure, table, .scroll { break-inside:avoid; } .scroll { overflow:visible; } .cards { grid-template-columns:1fr 1fr; }
-  figcaption { font-size:11px; } table { font-size:10px; } .words td { min-width:0; } th, td { white-space:normal; padding:.2em .5em; } .scroll svg { width:100%; height:auto; } }
+@media print { body { max-width:none; font-size:11px; } nav { display:none; }
+  h2 { break-after:avoid; } figure, table, .scroll { break-inside:avoid; }
+  .scroll { overflow:visible; } .cards { grid-template-columns:1fr 1fr; }
+  figcaption { font-size:11px; } table { font-size:10px; } .words td { min-width:0; }
+  th, td { white-space:normal; padding:.2em .5em; } .scroll svg { width:100%; height:auto; } }
 </style>
 )";
 
@@ -500,11 +526,14 @@ std::string report(const std::vector<Job>& jobs, const std::vector<Table>& all,
     traffic.push_back(bar);
   }
   std::string s =
-      "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'><title>Threefold: strategies side by side</title>\n";
+      "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport "
+      "content='width=device-width,initial-scale=1'><title>Threefold: strategies side by "
+      "side</title>\n";
   s += kStyle;
   s += sentence(
       "<h1>One model, ", jobs.size(), jobs.size() == 1 ? " way" : " ways",
-      " to train it</h1>\n<p>The same model, batch and seed as one process and with every strategy that runs here. <code>",
+      " to train it</h1>\n<p>The same model, batch and seed as one process and with every strategy "
+      "that runs here. <code>",
       common, "</code>; device: ", device,
       "; ranks that share cores or a GPU take turns, so compare times with that in mind.</p>\n");
   std::string tables_as_html, nav = "<nav aria-label=Sections>", body;
@@ -522,7 +551,8 @@ std::string report(const std::vector<Job>& jobs, const std::vector<Table>& all,
       "memory", "Memory and traffic, beside their formulas",
       "<div class=cards>" +
           bars(
-              "Memory of the fullest rank at its peak; by formula: what is held between steps, and the activations kept for the backward",
+              "Memory of the fullest rank at its peak; by formula: what is held between steps, and "
+              "the activations kept for the backward",
               "MiB", categories, memory) +
           (traffic.empty() ? ""
                            : bars("Sent by the busiest rank per step, by mesh axis", "MiB per step",
@@ -558,7 +588,8 @@ int run(const std::string& dir, const std::string& path) {
   int differ = 0;
   for (const Job& j : jobs) worst = std::max(worst, difference(j, jobs[0])), differ += differing(j);
   printf(
-      "\nlargest difference of a loss from serial %.1e (at most 1e-4), %d numbers differ from their formula; report: %s\n",
+      "\nlargest difference of a loss from serial %.1e (at most 1e-4), %d numbers differ from "
+      "their formula; report: %s\n",
       worst, differ, path.c_str());
   return worst <= 1e-4 && differ == 0 ? 0 : 1;
 }

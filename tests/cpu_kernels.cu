@@ -183,7 +183,7 @@ void scale_rows(double* y, const double* x, int rows, int width) {
       AS(double, apply_kernel<Times<T, 4>, T><<<rows, block_threads(32)>>>(y, y, width))
           AS(double, apply_kernel<Times<T, 2>, T><<<rows, block_threads(32)>>>(y, y, width)));
 }
-// Launches on several lines must not move the lines after them. After an edit above: the new number.
+// Launches on several lines must not move the lines after them. After an edit: the new number.
 static_assert(__LINE__ == 187);
 
 void write_places(Place* places, dim3 grid, dim3 block) { places_kernel<<<grid, block>>>(places); }

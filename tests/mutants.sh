@@ -1,31 +1,41 @@
 #!/usr/bin/env bash
-# mutants.sh: one-line faults in the strategies, the schedules, the norm and communication, each of which the suite must catch; a line a fault says which test
-# did, and how. Before a fault counts as caught, the unchanged program must have passed the same test, on as many ranks and with the same streams.
+# mutants.sh: one-line faults in the strategies, the schedules, the norm and communication, each of
+# which the suite must catch; a line a fault says which test did, and how. Before a fault counts as
+# caught, the unchanged program must have passed the same test, on as many ranks and with the same
+# streams.
 #   tests/mutants.sh          all of them
 #   tests/mutants.sh waits    only the removed event waits, with queued streams: part of `make test`
-# A mutant is a sed expression on one file; the file is compiled beside the real one and linked into the test that has to fail.
+# A mutant is a sed expression on one file; the file is compiled beside the real one and linked into
+# the test that has to fail.
 set -u
 cd "$(dirname "$0")/.."
 only=${1:-}
 compile=$(make -s --no-print-directory BACKEND=cpu print-compile)
 link=$(make -s --no-print-directory BACKEND=cpu print-link)
 objects=$(make -s --no-print-directory BACKEND=cpu print-objects)
-work=build/mutants; mkdir -p $work
-passed=0 failed=0
+. tests/lib.sh
+work=build/mutants
+mkdir -p $work
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive THREEFOLD_TIMEOUT=20
 
 # run PROGRAM RANKS STREAMS FILTER OUTPUT: STREAMS is immediate or queued:SEED
 run() {
   if [ "$3" = immediate ]; then unset THREEFOLD_STREAMS; else export THREEFOLD_STREAMS=$3; fi
-  timeout 120 mpiexec -n "$2" "$1" $4 >"$5" 2>&1
+  timeout 120 $MPIEXEC -n "$2" "$1" $4 >"$5" 2>&1
 }
 
 # unchanged TEST RANKS STREAMS FILTER: whether the test passes as it is; each is run once
 declare -A known
 unchanged() {
   if [ -z "${known[$*]:-}" ]; then
-    if run "build/cpu/tests/$1" "$2" "$3" "$4" "$work/unchanged.out"; then known[$*]=passes
-    else known[$*]=fails; echo "FAIL $1${4:+ ($4)}  does not pass unchanged: $(grep -m1 '^FAIL' "$work/unchanged.out" || tail -1 "$work/unchanged.out")"; fi
+    if run "build/cpu/tests/$1" "$2" "$3" "$4" "$work/unchanged.out"; then
+      known[$*]=passes
+    else
+      known[$*]=fails
+      local why
+      why=$(grep -m1 '^FAIL' "$work/unchanged.out" || tail -1 "$work/unchanged.out")
+      echo "FAIL $1${4:+ ($4)}  does not pass unchanged: $why"
+    fi
   fi
   [ "${known[$*]}" = passes ]
 }
@@ -34,22 +44,40 @@ unchanged() {
 mutant() {
   local group=$1 name=$2 file=$3 change=$4 ranks=$5 streams=$6 test=$7 filter=${8:-}
   [ -z "$only" ] || [ "$only" = "$group" ] || return 0
-  failed=$((failed + 1))  # until it is caught
+  failed=$((failed + 1)) # until it is caught
   sed -E "$change" "$file" >"$work/$name.cpp"
-  if cmp -s "$file" "$work/$name.cpp"; then echo "FAIL $name  the change no longer applies to $file"; return; fi
-  $compile -I"$(dirname "$file")" -Wno-error -O0 -g0 -c "$work/$name.cpp" -o "$work/$name.o" 2>"$work/$name.log" || { echo "FAIL $name  does not compile: $(head -1 "$work/$name.log")"; return; }
-  local others; others=$(echo $objects | tr ' ' '\n' | grep -v "obj/$file.o")
-  $link "build/cpu/obj/tests/$test.cpp.o" $others "$work/$name.o" -o "$work/$name" -ldnnl -lxxhash -fopenmp 2>"$work/$name.log" || { echo "FAIL $name  does not link: $(head -1 "$work/$name.log")"; return; }
-  local all=immediate; [ "$streams" = queued ] && all="queued:1 queued:2 queued:3"
+  if cmp -s "$file" "$work/$name.cpp"; then
+    echo "FAIL $name  the change no longer applies to $file"
+    return
+  fi
+  $compile -I"$(dirname "$file")" -Wno-error -O0 -g0 -c "$work/$name.cpp" -o "$work/$name.o" \
+    2>"$work/$name.log" || {
+    echo "FAIL $name  does not compile: $(head -1 "$work/$name.log")"
+    return
+  }
+  local others
+  others=$(echo $objects | tr ' ' '\n' | grep -v "obj/$file.o")
+  $link "build/cpu/obj/tests/$test.cpp.o" $others "$work/$name.o" -o "$work/$name" -ldnnl -lxxhash \
+    -fopenmp 2>"$work/$name.log" || {
+    echo "FAIL $name  does not link: $(head -1 "$work/$name.log")"
+    return
+  }
+  local all=immediate
+  [ "$streams" = queued ] && all="queued:1 queued:2 queued:3"
   for streams in $all; do
     unchanged "$test" "$ranks" "$streams" "$filter" || return
-    run "$work/$name" "$ranks" "$streams" "$filter" "$work/$name.out"; local status=$?
+    run "$work/$name" "$ranks" "$streams" "$filter" "$work/$name.out"
+    local status=$?
     [ $status -eq 0 ] && continue
     if grep -q '^FAIL' "$work/$name.out"; then
-      printf 'ok   %-19s %-58s %-20s -n %s%s  %s\n' "$file" "$name" "$test" "$ranks" "$([ "$streams" = immediate ] || echo " $streams")" "$(grep -m1 '^FAIL' "$work/$name.out" | cut -c6-140)"
+      printf 'ok   %-19s %-58s %-20s -n %s%s  %s\n' "$file" "$name" "$test" "$ranks" \
+        "$([ "$streams" = immediate ] || echo " $streams")" \
+        "$(grep -m1 '^FAIL' "$work/$name.out" | cut -c6-140)"
       passed=$((passed + 1)) failed=$((failed - 1))
     else
-      echo "FAIL $name  $([ $status -eq 124 ] && echo "does not end in 120 s" || echo "ends with status $status") and no test says why: $(tail -1 "$work/$name.out" | cut -c1-110)"
+      local end="ends with status $status"
+      [ $status -eq 124 ] && end="does not end in 120 s"
+      echo "FAIL $name  $end and no test says why: $(tail -1 "$work/$name.out" | cut -c1-110)"
     fi
     return
   done
@@ -59,65 +87,141 @@ parity=data_parallel_and_fsdp parity_tp=tensor_parallelism_equals
 formulas=bytes_sent
 parity_pp=every_schedule_equals
 
-mutant waits compute_does_not_wait_for_the_gather fsdp.cpp '/ u.ready.make_wait/d' 2 queued test_fsdp $parity
-mutant waits reduce_does_not_wait_for_the_gradients fsdp.cpp '/the gradients must have been computed/d' 2 queued test_fsdp $parity
-mutant waits a_shard_does_not_wait_for_its_sum fsdp.cpp '/u.reduced.make_wait/d' 2 queued test_fsdp $parity
-# The wait at the end of finish_backward is no mutant: sum_loss, which follows, waits for the same queue.
-mutant waits a_layer_does_not_wait_for_the_partial_sums tensor_parallel.cpp '/the partial sums must have been computed/d' 2 queued test_tensor_parallel $parity_tp
-mutant waits a_layer_does_not_wait_for_the_sum tensor_parallel.cpp '/what was sent must have arrived/d' 2 queued test_tensor_parallel $parity_tp
-mutant waits a_stage_sends_before_it_has_computed pipeline.cpp 's/^    if \(t.send\) outbox_.at.*/    if (t.send) {}/' 2 queued test_pipeline $parity_pp
-mutant waits a_stage_computes_before_its_input_has_arrived pipeline.cpp '/it must have arrived/d' 2 queued test_pipeline $parity_pp
+mutant waits compute_does_not_wait_for_the_gather \
+  fsdp.cpp '/ u.arrived.make_wait/d' 2 queued test_fsdp $parity
+mutant waits reduce_does_not_wait_for_the_gradients \
+  fsdp.cpp '/the gradients must have been computed/d' 2 queued test_fsdp $parity
+mutant waits a_shard_does_not_wait_for_its_sum \
+  fsdp.cpp '/u.reduced.make_wait/d' 2 queued test_fsdp $parity
+# The wait at the end of finish_backward is no mutant: sum_loss, which follows, waits for the same
+# queue.
+mutant waits a_layer_does_not_wait_for_the_partial_sums \
+  tensor_parallel.cpp '/the partial sums must have been computed/d' \
+  2 queued test_tensor_parallel $parity_tp
+mutant waits a_layer_does_not_wait_for_the_sum \
+  tensor_parallel.cpp '/what was sent must have arrived/d' 2 queued test_tensor_parallel $parity_tp
+mutant waits a_stage_sends_before_it_has_computed \
+  pipeline.cpp 's/^    if \(t.send\) outbox_.at.*/    if (t.send) {}/' \
+  2 queued test_pipeline $parity_pp
+mutant waits a_stage_computes_before_its_input_has_arrived \
+  pipeline.cpp '/it must have arrived/d' 2 queued test_pipeline $parity_pp
 
-mutant faults the_reduce_scatter_is_dropped fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/,/;$/d' 2 immediate test_fsdp $parity
-mutant faults the_all_reduce_over_copies_is_dropped fsdp.cpp '/NCCL_CHECK\(ncclAllReduce\(u.own_grad.raw/,/;$/d' 2 immediate test_fsdp $parity
-mutant faults the_shards_are_swapped fsdp.cpp 's/Tensor mine = u.full_grad.part\(axis_.rank/Tensor mine = u.full_grad.part((axis_.size - 1 - axis_.rank)/' 2 immediate test_fsdp $parity
-mutant faults the_loss_is_scaled_twice trainer.cpp 's/1.0 \/ double\(options_.batch/2.0 \/ double(options_.batch/' 2 immediate test_fsdp $parity
-mutant faults a_rank_repeats_the_sequences_of_another trainer.cpp 's/data_ranks\(\) \+ data_rank\(\)\) \* b/data_ranks()) * b/' 2 immediate test_fsdp $parity
-mutant faults the_tied_gradient_is_forgotten trainer.cpp '/join_uses/d' 1 immediate test_fsdp $parity
-mutant faults the_norm_is_not_summed_over_shards trainer.cpp 's/mesh_.that\(&AxisKind::splits_model\), squares/{mesh_["tp"]}, squares/' 2 immediate test_fsdp $parity
-mutant faults the_weights_are_gathered_once_for_all_steps fsdp.cpp 's/u.gathered = axis_.size == 1;.*/;/; s/  for \(auto& \[number, u\] : units_\) give_back\(u\);.*//' 2 immediate test_fsdp $parity
-mutant faults only_the_last_micro_batch_counts fsdp.cpp 's/  add\(u.own_grad, u.own_grad, u.full_grad/  copy(u.own_grad, u.full_grad/' 2 immediate test_fsdp $parity
-mutant faults a_unit_is_gathered_once_too_often fsdp.cpp 's/if \(returns && \(!tape.recording\(\) \|\| backward != Backward::keeps\)\)/if (returns)/' 2 immediate test_fsdp $formulas
-mutant faults nothing_is_given_back fsdp.cpp 's/  u.full = Tensor\(\);.*//' 2 immediate test_fsdp $formulas
+mutant faults the_reduce_scatter_is_dropped \
+  fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/,/;$/d' 2 immediate test_fsdp $parity
+mutant faults the_all_reduce_over_copies_is_dropped \
+  fsdp.cpp '/NCCL_CHECK\(ncclAllReduce\(u.shard_grad.raw/,/;$/d' 2 immediate test_fsdp $parity
+mutant faults the_shards_are_swapped \
+  fsdp.cpp \
+  's/(Tensor mine = u.whole_grad.part\()axis_.rank/\1(axis_.size - 1 - axis_.rank)/' \
+  2 immediate test_fsdp $parity
+mutant faults the_loss_is_scaled_twice \
+  trainer.cpp 's/1.0 \/ double\(options_.batch/2.0 \/ double(options_.batch/' \
+  2 immediate test_fsdp $parity
+mutant faults a_rank_repeats_the_sequences_of_another \
+  trainer.cpp 's/data_ranks\(\) \+ data_rank\(\)\) \* b/data_ranks()) * b/' \
+  2 immediate test_fsdp $parity
+mutant faults the_tied_gradient_is_forgotten \
+  trainer.cpp '/join_uses/d' 1 immediate test_fsdp $parity
+mutant faults the_norm_is_not_summed_over_shards \
+  trainer.cpp 's/mesh_.that\(&AxisKind::splits_model\), squares/{mesh_["tp"]}, squares/' \
+  2 immediate test_fsdp $parity
+mutant faults the_weights_are_gathered_once_for_all_steps \
+  fsdp.cpp \
+  's/u.gathered = axis_.size == 1;.*/;/;
+   s/  for \(auto& \[number, u\] : units_\) reshard\(u\);.*//' \
+  2 immediate test_fsdp $parity
+mutant faults only_the_last_micro_batch_counts \
+  fsdp.cpp 's/  add\(u.shard_grad, u.shard_grad, u.whole_grad/  copy(u.shard_grad, u.whole_grad/' \
+  2 immediate test_fsdp $parity
+mutant faults a_unit_is_unsharded_once_too_often \
+  fsdp.cpp 's/  if \(!backward_is_next\) reshard/  (void)backward_is_next; reshard/' \
+  2 immediate test_fsdp $formulas
+mutant faults nothing_is_resharded \
+  fsdp.cpp 's/  u.whole = Tensor\(\);.*//' 2 immediate test_fsdp $formulas
 
-mutant faults the_all_reduce_of_partial_products_is_dropped tensor_parallel.cpp '/NCCL_CHECK\(ncclAllReduce\(partial.raw/,/;$/d' 2 immediate test_tensor_parallel $parity_tp
-mutant faults every_rank_adds_the_bias_before_the_sum tensor_parallel.cpp '/ add_bias\(y.value, bias.value\);/d; s/^  Var y\{start_sum\(partial\)\};/  add_bias(partial.part(0, {R, N}), bias.value); Var y{start_sum(partial)};/' 2 immediate test_tensor_parallel $parity_tp
-mutant faults every_rank_counts_the_squares_of_what_all_own tensor_parallel.cpp 's/p.counted = axis_.rank == 0/p.counted = true/' 2 immediate test_tensor_parallel $parity_tp
-mutant faults gradients_stay_in_parts tensor_parallel.cpp 's/^  if \(!by_rows_\) return;$/  (void)params; return;/' 2 immediate test_tensor_parallel $parity_tp
-mutant faults the_targets_logit_is_not_summed tensor_parallel.cpp 's/parts.part\(R, \{2, R\}\)/parts.part(R, {R})/' 2 immediate test_tensor_parallel $parity_tp
+mutant faults the_all_reduce_of_partial_products_is_dropped \
+  tensor_parallel.cpp '/NCCL_CHECK\(ncclAllReduce\(partial.raw/,/;$/d' \
+  2 immediate test_tensor_parallel $parity_tp
+mutant faults every_rank_adds_the_bias_before_the_sum \
+  tensor_parallel.cpp \
+  '/ add_bias\(y.value, bias.value\);/d;
+   s/^  (Var y\{start_sum\(partial\)\};)/  add_bias(partial.part(0, {R, N}), bias.value); \1/' \
+  2 immediate test_tensor_parallel $parity_tp
+mutant faults every_rank_counts_the_squares_of_what_all_own \
+  tensor_parallel.cpp 's/p.counted = axis_.rank == 0/p.counted = true/' \
+  2 immediate test_tensor_parallel $parity_tp
+mutant faults gradients_stay_in_parts \
+  tensor_parallel.cpp 's/^  if \(!slices_rows_\) return;$/  (void)params; return;/' \
+  2 immediate test_tensor_parallel $parity_tp
+mutant faults the_targets_logit_is_not_summed \
+  tensor_parallel.cpp 's/parts.part\(R, \{2, R\}\)/parts.part(R, {R})/' \
+  2 immediate test_tensor_parallel $parity_tp
 
-mutant faults the_head_s_part_of_the_tied_gradient_stays_away pipeline.cpp 's/^  add\(gradient, gradient, other\);.*//' 2 immediate test_pipeline $parity_pp
-mutant faults both_ends_count_the_token_embedding_in_the_norm trainer.cpp 's/gpt.tied\(\).counted = first;//' 2 immediate test_pipeline $parity_pp
-mutant faults only_the_last_stage_knows_the_loss trainer.cpp '/axes.push_back\(mesh_\["pp"\]\);/d' 2 immediate test_pipeline $parity_pp
-mutant faults weight_gradients_are_computed_twice pipeline.cpp 's/live.later.pop_front\(\)\) live.later.front\(\)\(\)/live.later.pop_front()) live.later.front()(), live.later.front()()/' 2 immediate test_pipeline $parity_pp
+mutant faults the_head_s_part_of_the_tied_gradient_stays_away \
+  pipeline.cpp 's/^  add\(gradient, gradient, other\);.*//' 2 immediate test_pipeline $parity_pp
+mutant faults both_ends_count_the_token_embedding_in_the_norm \
+  trainer.cpp 's/gpt.tied\(\).counted = first;//' 2 immediate test_pipeline $parity_pp
+mutant faults only_the_last_stage_knows_the_loss \
+  trainer.cpp '/axes.push_back\(mesh_\["pp"\]\);/d' 2 immediate test_pipeline $parity_pp
+mutant faults weight_gradients_are_computed_twice \
+  pipeline.cpp \
+  's/(live.later.pop_front\(\)\)) (live.later.front\(\)\(\))/\1 \2, \2/' \
+  2 immediate test_pipeline $parity_pp
 
 # Off by one, and still a schedule: only its bubble or what is live tells.
 live=live_micro_batches accepts=checker_accepts
-mutant faults the_warm_up_is_one_forward_longer schedule.cpp 's/\{p - 1 - s, "F"\},  /{p - s, "F"},  /' 1 immediate test_schedule $live
-mutant faults the_warm_up_over_chunks_is_one_forward_longer schedule.cpp 's/\{\(V - 1\)/{1 + (V - 1)/' 1 immediate test_schedule $live
-mutant faults weight_gradients_are_put_off_by_one_more schedule.cpp 's/\{s, "FB"\}/{s + 1, "FB"}/' 1 immediate test_schedule $live
-mutant faults the_last_weight_gradients_are_left_out schedule.cpp 's/\{s, "W1 W0"\}/{s, "W1"}/' 1 immediate test_schedule $accepts
-mutant faults the_second_chunk_goes_down_again schedule.cpp 's/s.stages - 1 - i : i/i : i/' 1 immediate test_schedule $accepts
-mutant faults the_v_keeps_one_chunk_more schedule.cpp 's/\{s, "F1 F0"\}/{s + 1, "F1 F0"}/' 1 immediate test_schedule $live
-mutant faults the_v_puts_no_weight_gradients_off_at_the_end schedule.cpp 's/"B0 B1"/"B0 B1 W1"/' 1 immediate test_schedule bubbles_equal
-mutant faults transfers_are_placed_a_tick_late schedule.cpp 's/meetings\[\{std::floor\(end\),/meetings[{std::floor(end) + 1,/' 1 immediate test_schedule $accepts
-mutant faults transfers_come_after_the_computations_of_their_tick schedule.cpp 's/\{tick, false, m.when/{tick + 0.5, false, m.when/' 1 immediate test_schedule $accepts
-mutant faults a_transfer_takes_no_moment schedule.cpp 's/moves \* kMoment/0/' 1 immediate test_schedule
+mutant faults the_warm_up_is_one_forward_longer \
+  schedule.cpp 's/\{p - 1 - s, "F"\},  /{p - s, "F"},  /' 1 immediate test_schedule $live
+mutant faults the_warm_up_over_chunks_is_one_forward_longer \
+  schedule.cpp 's/\{\(V - 1\)/{1 + (V - 1)/' 1 immediate test_schedule $live
+mutant faults weight_gradients_are_put_off_by_one_more \
+  schedule.cpp 's/\{s, "FB"\}/{s + 1, "FB"}/' 1 immediate test_schedule $live
+mutant faults the_last_weight_gradients_are_left_out \
+  schedule.cpp 's/\{s, "W1 W0"\}/{s, "W1"}/' 1 immediate test_schedule $accepts
+mutant faults the_second_chunk_goes_down_again \
+  schedule.cpp 's/s.stages - 1 - i : i/i : i/' 1 immediate test_schedule $accepts
+mutant faults the_v_keeps_one_chunk_more \
+  schedule.cpp 's/\{s, "F1 F0"\}/{s + 1, "F1 F0"}/' 1 immediate test_schedule $live
+mutant faults the_v_puts_no_weight_gradients_off_at_the_end \
+  schedule.cpp 's/"B0 B1"/"B0 B1 W1"/' 1 immediate test_schedule bubbles_equal
+mutant faults transfers_are_placed_a_tick_late \
+  schedule.cpp 's/meetings\[\{std::floor\(end\),/meetings[{std::floor(end) + 1,/' \
+  1 immediate test_schedule $accepts
+mutant faults transfers_come_after_the_computations_of_their_tick \
+  schedule.cpp 's/\{tick, false, m.when/{tick + 0.5, false, m.when/' \
+  1 immediate test_schedule $accepts
+mutant faults a_transfer_takes_no_moment \
+  schedule.cpp 's/moves \* kMoment/0/' 1 immediate test_schedule
 
 mesh=open_mesh ledger=ledger_enters
-mutant faults ranks_of_other_lines_talk comm.cpp 's/color = m.rank - axis.rank \* stride/color = axis.rank/' 4 immediate test_comm $mesh
-mutant faults the_color_of_fsdp_forgets_tp comm.cpp 's/axis.rank \* stride/axis.rank/' 4 immediate test_comm $mesh
-mutant faults the_ranks_of_an_axis_are_swapped comm.cpp 's/rank % n\}/n - 1 - rank % n}/' 2 immediate test_comm $mesh
-mutant faults joined_axes_number_the_fast_axis_first comm.cpp 's/axis.rank = axis.rank \* m.axes\[a\].size \+ m.axes\[a\].rank/axis.rank += axis.size * m.axes[a].rank/' 4 immediate test_comm joined
-mutant faults the_first_minute_expects_another_sum launch/first_minute.cpp 's/n \* \(n \+ 1\) \/ 2/n * (n - 1) \/ 2/' 2 immediate test_comm $mesh
-mutant faults the_ledger_enters_twice_the_bytes comm.cpp 's/row.numerator \+= numerator/row.numerator += 2 * numerator/' 2 immediate test_comm $ledger
-mutant faults the_ledger_forgets_to_count_calls comm.cpp '/row.calls\+\+;/d' 2 immediate test_comm $ledger
-mutant faults ranks_agree_that_all_is_well_when_one_is launch/job.cpp 's/if \(!text.empty\(\)\) return text/return text/' 2 immediate test_comm agree
+mutant faults ranks_of_other_lines_talk \
+  comm.cpp 's/color = m.rank - axis.rank \* stride/color = axis.rank/' 4 immediate test_comm $mesh
+mutant faults the_color_of_fsdp_forgets_tp \
+  comm.cpp 's/axis.rank \* stride/axis.rank/' 4 immediate test_comm $mesh
+mutant faults the_ranks_of_an_axis_are_swapped \
+  comm.cpp 's/rank % n\}/n - 1 - rank % n}/' 2 immediate test_comm $mesh
+mutant faults joined_axes_number_the_fast_axis_first \
+  comm.cpp \
+  's/axis.rank = axis.rank \* (m.axes\[a\]).size \+ m.*rank/axis.rank += axis.size * \1.rank/' \
+  4 immediate test_comm joined
+mutant faults the_first_minute_expects_another_sum \
+  launch/first_minute.cpp 's/n \* \(n \+ 1\) \/ 2/n * (n - 1) \/ 2/' 2 immediate test_comm $mesh
+mutant faults the_ledger_enters_twice_the_bytes \
+  comm.cpp 's/row.numerator \+= numerator/row.numerator += 2 * numerator/' \
+  2 immediate test_comm $ledger
+mutant faults the_ledger_forgets_to_count_calls \
+  comm.cpp '/row.calls\+\+;/d' 2 immediate test_comm $ledger
+mutant faults ranks_agree_that_all_is_well_when_one_is \
+  launch/job.cpp 's/if \(!text.empty\(\)\) return text/return text/' 2 immediate test_comm agree
 
-mutant faults all_that_hold_a_parameter_count_it_in_the_norm optimizer.cpp 's/if \(s.param->counted\) //' 2 immediate test_tensor_parallel $parity_tp
-mutant faults the_norm_is_that_of_this_rank optimizer.cpp 's/if \(sum_squares\) sum_squares\(squares_\);//' 2 immediate test_fsdp $parity
-mutant faults the_norm_is_that_of_the_last_parameter optimizer.cpp 's/s.param->id, s.gradient/0, s.gradient/' 1 immediate test_golden f64_equals_pytorch
-mutant faults rows_of_padding_are_not_cleared tensor_parallel.cpp '/if \(all > R\) fill/d' 2 queued test_tensor_parallel $parity_tp
+mutant faults all_that_hold_a_parameter_count_it_in_the_norm \
+  optimizer.cpp 's/if \(s.param->counted\) //' 2 immediate test_tensor_parallel $parity_tp
+mutant faults the_norm_is_that_of_this_rank \
+  optimizer.cpp 's/if \(sum_squares\) sum_squares\(squares_\);//' 2 immediate test_fsdp $parity
+mutant faults the_norm_is_that_of_the_last_parameter \
+  optimizer.cpp 's/s.param->id, s.gradient/0, s.gradient/' \
+  1 immediate test_golden f64_equals_pytorch
+mutant faults rows_of_padding_are_not_cleared \
+  tensor_parallel.cpp '/if \(padded > R\) fill/d' 2 queued test_tensor_parallel $parity_tp
 
-echo "$passed passed, $failed failed"
-[ $failed -eq 0 ]
+sums_up

@@ -230,7 +230,7 @@ template <class Check> int64_t equals_theory(Mesh& mesh, const GptConfig& config
     CHECK_EQ(device().memory.now[int(category)] - before.now[int(category)],
              expected.persistent[int(category)], name, ": ", name_of(category));
   CHECK_LE(device().memory.peak[int(Memory::gather)], expected.gather_bound, name,
-           ": borrowed units");
+           ": whole buffers in use");
   CHECK_EQ(trainer.kept_activations(), expected.activations, name,
            ": activations kept for backwards");
   check(trainer);

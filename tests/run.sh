@@ -1,77 +1,118 @@
 #!/usr/bin/env bash
-# run.sh: the whole suite. Builds the test programs, runs each, and closes with the sum: `N passed, N failed` alone on a line.
-#   tests/run.sh [cpu|faithful|cuda|ptx]...   without arguments: cpu and faithful, and cuda where there are GPUs
+# run.sh: the whole suite. Builds the test programs, runs each, and closes with the sum: `N passed,
+# N failed` alone on a line.
+#   tests/run.sh [cpu|faithful|cuda|ptx]...   without arguments: cpu and faithful
+#   COMM=mpi        for cuda: ranks share GPUs
 #   LIBCUDART=dir   for ptx: a CUDA runtime library (libfakecudart.so) that runs PTX without a GPU
 set -u
 cd "$(dirname "$0")/.."
-[ -f build/detected.mk ] || make --no-print-directory help >/dev/null
-detected=$(sed 's/.*= *//' build/detected.mk)
-backends=("$@")
-[ $# -gt 0 ] || { backends=(cpu faithful); [ "$detected" = cuda ] && backends+=(cuda); }
+. tests/lib.sh
+[ $# -gt 0 ] || set -- cpu faithful
 
-kernels="test_cpu test_tensor test_kernels test_matmul test_attention test_decode test_autograd test_golden"  # the core, in every form
-alone="test_support test_schedule"                                                                 # plain C++
-ranks="test_fsdp test_tensor_parallel test_pipeline"                                               # under mpiexec -n 1, 2, 3, 4, 8
-few="test_generator"                                                                               # under mpiexec -n 1, 2, 3, 4
-parity="test_parity"                                                                               # a sample under mpiexec -n 4, 8; `make parity` runs all
-comm="test_comm"                                                                                   # under mpiexec -n 1, 2, 4, 8
-referee="test_nccl"                                                                                # under mpiexec -n 8
+# the core, in every form
+kernels="test_cpu test_tensor test_kernels test_matmul test_attention test_decode test_autograd"
+kernels="$kernels test_golden"
+# plain C++
+alone="test_support test_schedule"
+# under mpiexec -n 1, 2, 3, 4, 8
+ranks="test_fsdp test_tensor_parallel test_pipeline"
+# under mpiexec -n 1, 2, 3, 4
+few="test_generator"
+# a sample under mpiexec -n 4, 8; `make parity` runs all
+parity="test_parity"
+# under mpiexec -n 1, 2, 4, 8
+comm="test_comm"
+# under mpiexec -n 8
+referee="test_nccl"
 cores=$(nproc)
-passed=0 failed=0 skipped=0
-log=$(mktemp); trap 'rm -f "$log"' EXIT
+skipped=0
+log=$dir/log
 
 # run LABEL COMMAND...: runs it, shows its lines, adds up its closing line
 run() {
-  local label=$1; shift
+  local label=$1
+  shift
   local began=$SECONDS status
   echo "== $label"
   timeout 900 "$@" 2>&1 | tee "$log" | grep -v ' passed, .* failed'
   status=${PIPESTATUS[0]}
-  if grep -q '^fakecudart:' "$log"; then echo "FAIL $label  the PTX runner reports a race or an error"; failed=$((failed + 1)); fi
+  if grep -q '^fakecudart:' "$log"; then
+    echo "FAIL $label  the PTX runner reports a race or an error"
+    failed=$((failed + 1))
+  fi
   local sum
   sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | tail -1)
   if [ -z "$sum" ]; then
-    echo "FAIL $label  ended with status $status and no closing line"; failed=$((failed + 1))
+    echo "FAIL $label  ended with status $status and no closing line"
+    failed=$((failed + 1))
   else
     set -- $(echo "$sum" | tr -dc '0-9 ')
-    passed=$((passed + $1)); failed=$((failed + $2)); skipped=$((skipped + ${3:-0}))
-    [ "$status" -ne 0 ] && [ "$2" -eq 0 ] && { echo "FAIL $label  ended with status $status"; failed=$((failed + 1)); }
+    passed=$((passed + $1))
+    failed=$((failed + $2))
+    skipped=$((skipped + ${3:-0}))
+    if [ "$status" -ne 0 ] && [ "$2" -eq 0 ]; then
+      echo "FAIL $label  ended with status $status"
+      failed=$((failed + 1))
+    fi
   fi
   echo "   $((SECONDS - began)) s"
 }
 
-for backend in "${backends[@]}"; do
+for backend in "$@"; do
+  built=build/$backend
+  [ "$backend-${COMM:-}" = cuda-mpi ] && built=$built/comm-mpi
   programs="$kernels"
   [ "$backend" = cpu ] && programs="$kernels $alone $comm $ranks $few $parity $referee"
   [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks $few $parity"
   [ "$backend" = ptx ] && programs="${kernels#test_cpu }"
-  targets=""
-  for p in $programs; do targets="$targets build/$backend/tests/$p"; done
-  make --no-print-directory -j"$cores" BACKEND="$backend" $targets $([ "$backend" = cpu ] && echo build build/cpu/tests/test_checkpoint) $([ "$backend" = ptx ] && echo build/ptx/train_gpt) || { echo "FAIL the $backend build"; failed=$((failed + 1)); continue; }
+  targets=$(printf "$built/tests/%s " $programs)
+  [ "$backend" = cpu ] && targets="$targets build build/cpu/tests/test_checkpoint"
+  [ "$backend" = ptx ] && targets="$targets build/ptx/train_gpt"
+  make --no-print-directory -j"$cores" BACKEND="$backend" $targets || {
+    echo "FAIL the $backend build"
+    failed=$((failed + 1))
+    continue
+  }
   for p in $programs; do
     filter=""
+    sizes=""
+    [[ " $ranks " == *" $p "* ]] && sizes="1 2 3 4 8"
     case $p in
-      $comm) sizes="1 2 4 8" ;; $few) sizes="1 2 3 4" ;; $parity) sizes="4 8" filter=first_setting ;; $referee) sizes=8 ;;
-      *) case " $ranks " in *" $p "*) sizes="1 2 3 4 8" ;; *) sizes="" ;; esac ;;
+      $comm) sizes="1 2 4 8" ;;
+      $few) sizes="1 2 3 4" ;;
+      $parity) sizes="4 8" filter=first_setting ;;
+      $referee) sizes=8 ;;
     esac
-    [ -n "$sizes" ] || run "$backend/$p" "build/$backend/tests/$p"
+    [ -n "$sizes" ] || run "$backend/$p" "$built/tests/$p"
     for n in $sizes; do
-      threads=$((cores / n)); [ $threads -gt 0 ] || threads=1
-      run "$backend/$p, $n ranks" env OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive mpiexec -n "$n" "build/$backend/tests/$p" $filter
+      threads=$((cores / n))
+      [ $threads -gt 0 ] || threads=1
+      run "$backend/$p, $n ranks" env OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive \
+        $MPIEXEC -n "$n" "$built/tests/$p" $filter
     done
   done
-  [ "$backend" = ptx ] && run "the CUDA build trains to the CPU build's losses" tests/test_ptx_train.sh
+  [ "$backend" = ptx ] \
+    && run "the CUDA build trains to the CPU build's losses" tests/test_ptx_train.sh
   [ "$backend" = cpu ] || continue
-  for test in test_fsdp test_tensor_parallel test_pipeline; do  # on 2 ranks `mutants.sh waits` runs them
-    run "cpu/$test, 4 ranks, queued streams" env THREEFOLD_STREAMS=queued:4 THREEFOLD_REFEREE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive mpiexec -n 4 build/cpu/tests/$test one_rank_in_f64
+  # on 2 ranks `mutants.sh waits` runs them
+  for test in test_fsdp test_tensor_parallel test_pipeline; do
+    run "cpu/$test, 4 ranks, queued streams" env THREEFOLD_STREAMS=queued:4 THREEFOLD_REFEREE=1 \
+      OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $MPIEXEC -n 4 build/cpu/tests/$test one_rank_in_f64
   done
   run "the parity matrix covers every pair of settings" build/cpu/tests/test_parity any_two
   run "queued streams on 2 ranks; removed event waits are caught" tests/mutants.sh waits
+  run "which backend is found" tests/test_detect.sh
   run "train_gpt from outside" tests/test_cli.sh
   run "checkpoints" tests/test_checkpoint.sh
+  run "faults, kills, and what they must not cost" tests/test_faults.sh
+  run "files of others" tests/test_formats.sh
   run "ranks that die, stop and refuse" tests/test_failures.sh
   run "what the machine gives or forbids" tests/test_environment.sh
 done
 
-if [ $skipped -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else echo "$passed passed, $failed failed"; fi
+if [ $skipped -gt 0 ]; then
+  echo "$passed passed, $failed failed, $skipped skipped"
+else
+  echo "$passed passed, $failed failed"
+fi
 [ $failed -eq 0 ]

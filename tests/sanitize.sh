@@ -1,28 +1,40 @@
 #!/usr/bin/env bash
-# sanitize.sh: `make sanitize`: the tests that are small, under AddressSanitizer and UndefinedBehaviorSanitizer; any report fails.
-# Leaks are not looked for: MPICH and oneDNN keep what they allocate until the process ends.
+# sanitize.sh: `make sanitize`: the tests that are small, under AddressSanitizer and
+# UndefinedBehaviorSanitizer; any report fails. Leaks are not looked for: MPICH and oneDNN keep what
+# they allocate until the process ends.
 set -u
 cd "$(dirname "$0")/.."
-export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+. tests/lib.sh
 alone="test_support test_schedule test_tensor test_golden"
-ranks="test_comm test_parity test_generator"  # of the parity matrix one setting a mesh
+ranks="test_comm test_parity test_generator" # of the parity matrix one setting a mesh
 targets=""
 for t in $alone $ranks; do targets="$targets build/sanitize/tests/$t"; done
 make --no-print-directory -j"$(nproc)" BACKEND=sanitize build/sanitize/train_gpt $targets || exit 1
-work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
-log=$work/log
+log=$dir/log
 failed=0
 run() {
-  local label=$1; shift
-  if timeout 900 "$@" >"$log" 2>&1 && ! grep -qE 'runtime error|AddressSanitizer' "$log"; then echo "ok   $label  $(tail -1 "$log")"
-  else echo "FAIL $label"; grep -m5 -E 'runtime error|AddressSanitizer|^FAIL' "$log" || tail -5 "$log"; failed=1; fi
+  local label=$1
+  shift
+  if timeout 900 "$@" >"$log" 2>&1 && ! grep -qE 'runtime error|AddressSanitizer' "$log"; then
+    echo "ok   $label  $(tail -1 "$log")"
+  else
+    echo "FAIL $label"
+    grep -m5 -E 'runtime error|AddressSanitizer|^FAIL' "$log" || tail -5 "$log"
+    failed=1
+  fi
 }
 for t in $alone; do run "$t" build/sanitize/tests/$t; done
-for t in $ranks; do run "$t, 2 ranks" mpiexec -n 2 build/sanitize/tests/$t $([ $t = test_parity ] && echo first_setting); done
-run "test_parity, 4 ranks" mpiexec -n 4 build/sanitize/tests/test_parity first_setting
+for t in $ranks; do
+  run "$t, 2 ranks" $MPIEXEC -n 2 build/sanitize/tests/$t \
+    $([ $t = test_parity ] && echo first_setting)
+done
+run "test_parity, 4 ranks" $MPIEXEC -n 4 build/sanitize/tests/test_parity first_setting
 small="--layers 2 --width 32 --heads 2 --context 32 --batch 8 --steps 3"
 for layout in "--replicate 2" "--fsdp 2" "--tp 2 --sequence-parallel" "--pp 2 --schedule zb"; do
-  run "train_gpt $layout" mpiexec -n 2 build/sanitize/train_gpt $small $layout --sample 20 --checkpoint "$work/${layout//[ -]/}"
+  run "train_gpt $layout" $MPIEXEC -n 2 build/sanitize/train_gpt $small $layout --sample 20 \
+    --checkpoint "$dir/${layout//[ -]/}"
 done
 [ $failed = 0 ] && echo "the sanitizers are silent"
 exit $failed

@@ -54,8 +54,8 @@ void save(const std::string& dir, const Setting& s) {
   {
     Trainer trainer(mesh, s.config, s.options);
     train(trainer, s.config, 1, 5);
-    save_checkpoint(dir, {5, s.config, s.layout, master_dtype(s.config.dtype), 1337, "", ""}, 0,
-                    job(), mesh, trainer.optimizer().shards());
+    save_checkpoint(dir, {5, s.config, s.layout, master_dtype(s.config.dtype), 1337, "", ""}, job(),
+                    mesh, trainer.optimizer().shards());
     const std::vector<double> losses = train(trainer, s.config, 6, 10);
     if (job().rank == 0) {
       std::ofstream out(dir + "/losses");

@@ -1,54 +1,93 @@
 #!/usr/bin/env bash
-# test_cli.sh: train_gpt as a user meets it: it learns, it repeats itself bit for bit, and bad input gets a sentence and a non-zero exit.
+# test_cli.sh: train_gpt as a user meets it: it learns, it repeats itself bit for bit, and bad input
+# gets a sentence and a non-zero exit.
 set -u
 cd "$(dirname "$0")/.."
 train=build/cpu/train_gpt
-dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
+. tests/lib.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(nproc)}
-
-ok()   { echo "ok   $1  ${2:-}"; passed=$((passed + 1)); }
-fail() { echo "FAIL $1  ${2:-}"; failed=$((failed + 1)); }
 
 # ends NAME 'part of the sentence' ARGS...: exits non-zero, says it on stderr once
 ends() {
-  local name=$1 part=$2; shift 2
-  if timeout 60 $train "$@" >"$dir/out" 2>"$dir/err"; then fail "$name" "exit status 0"
-  elif [ "$(grep -cF -- "$part" "$dir/err")" != 1 ]; then fail "$name" "said: $(head -c 300 "$dir/err")"
-  elif [ -n "${alone:-}" ] && { [ "$(wc -l <"$dir/err")" != 1 ] || grep -q '^step' "$dir/out"; }; then fail "$name" "said more: $(head -c 300 "$dir/err") $(grep -m1 '^step' "$dir/out")"
+  local name=$1 part=$2
+  shift 2
+  if timeout 60 $train "$@" >"$dir/out" 2>"$dir/err"; then
+    fail "$name" "exit status 0"
+  elif [ "$(grep -cF -- "$part" "$dir/err")" != 1 ]; then
+    fail "$name" "said: $(head -c 300 "$dir/err")"
+  elif [ -n "${alone:-}" ] \
+    && { [ "$(wc -l <"$dir/err")" != 1 ] || grep -q '^step' "$dir/out"; }; then
+    fail "$name" "said more: $(head -c 300 "$dir/err") $(grep -m1 '^step' "$dir/out")"
   else ok "$name" "$(grep -F -- "$part" "$dir/err" | cut -c1-150)"; fi
 }
-refuses() { alone=yes ends "$@"; }  # and nothing else there, and takes no step
-losses() { sed -n 's/.*"loss":\([^,]*\),"grad_norm":\([^,]*\).*/\1 \2/p' "$1"; }
+# and says nothing else there, and takes no step
+refuses() { alone=yes ends "$@"; }
+# losses_and_norms FILE: of each step in a metrics file
+losses_and_norms() { sed -n 's/.*"loss":\([^,]*\),"grad_norm":\([^,]*\).*/\1 \2/p' "$1"; }
+# same_losses: whether a.jsonl and b.jsonl have the same losses and norms, to the last digit
+same_losses() {
+  [ -s "$dir/a.jsonl" ] \
+    && [ "$(losses_and_norms "$dir/a.jsonl")" = "$(losses_and_norms "$dir/b.jsonl")" ]
+}
 shape="--model tiny --layers 2 --width 32 --heads 2 --context 32 --batch 8"
 small="$shape --steps 12"
 
 # ---- what it does
 
 $train $shape --metrics "$dir/a.jsonl" --steps 60 --lr 3e-3 >"$dir/out" 2>&1
-first=$(losses "$dir/a.jsonl" | head -1 | cut -d' ' -f1) last=$(losses "$dir/a.jsonl" | tail -1 | cut -d' ' -f1)
-if awk "BEGIN { exit !($first > 5 && $last < 0.75 * $first) }"; then ok the_loss_falls_on_real_text "$first to $last in 60 steps"; else fail the_loss_falls_on_real_text "$first to $last: $(tail -3 "$dir/out")"; fi
+first=$(losses "$dir/a.jsonl" | head -1)
+last=$(losses "$dir/a.jsonl" | tail -1)
+if awk "BEGIN { exit !($first > 5 && $last < 0.75 * $first) }"; then
+  ok the_loss_falls_on_real_text "$first to $last in 60 steps"
+else
+  fail the_loss_falls_on_real_text "$first to $last: $(tail -3 "$dir/out")"
+fi
 
 for dtype in f32 bf16 f64; do
-  $train $small --dtype $dtype --metrics "$dir/a.jsonl" >/dev/null 2>&1; $train $small --dtype $dtype --metrics "$dir/b.jsonl" >/dev/null 2>&1
-  if [ -s "$dir/a.jsonl" ] && [ "$(losses "$dir/a.jsonl")" = "$(losses "$dir/b.jsonl")" ]; then ok two_runs_give_identical_losses_$dtype "$(losses "$dir/a.jsonl" | wc -l) steps"; else fail two_runs_give_identical_losses_$dtype; fi
+  $train $small --dtype $dtype --metrics "$dir/a.jsonl" >/dev/null 2>&1
+  $train $small --dtype $dtype --metrics "$dir/b.jsonl" >/dev/null 2>&1
+  if same_losses; then
+    ok two_runs_give_identical_losses_$dtype "$(losses "$dir/a.jsonl" | wc -l) steps"
+  else
+    fail two_runs_give_identical_losses_$dtype
+  fi
 done
 for matmul in cublas own; do for attention in plain flash; do
   $train $small --matmul $matmul --attention $attention --metrics "$dir/a.jsonl" >/dev/null 2>&1
-  $train $small --matmul $matmul --attention $attention --recompute --metrics "$dir/b.jsonl" >/dev/null 2>&1
-  if [ -s "$dir/a.jsonl" ] && [ "$(losses "$dir/a.jsonl")" = "$(losses "$dir/b.jsonl")" ]; then ok recompute_gives_the_same_bits_${matmul}_$attention "$(losses "$dir/a.jsonl" | tail -1)"; else fail recompute_gives_the_same_bits_${matmul}_$attention; fi
+  $train $small --matmul $matmul --attention $attention --recompute --metrics "$dir/b.jsonl" \
+    >/dev/null 2>&1
+  if same_losses; then
+    ok recompute_gives_the_same_bits_${matmul}_$attention "$(losses "$dir/a.jsonl" | tail -1)"
+  else
+    fail recompute_gives_the_same_bits_${matmul}_$attention
+  fi
 done; done
-$train $small --dtype f64 --metrics "$dir/a.jsonl" >/dev/null 2>&1; $train $small --dtype f64 --microbatch 2 --metrics "$dir/b.jsonl" >/dev/null 2>&1
-worst=$(paste <(losses "$dir/a.jsonl") <(losses "$dir/b.jsonl") | awk 'function abs(x) { return x < 0 ? -x : x } { d = abs($1 - $3) / $1; if (d > w) w = d } END { if (NR == 12) print w + 0; else print 1 }')
-if awk "BEGIN { exit !($worst <= 1e-12) }"; then ok four_micro_batches_equal_one_batch_f64 "largest relative difference of the loss $worst in 12 steps"; else fail four_micro_batches_equal_one_batch_f64 "$worst"; fi
+$train $small --dtype f64 --metrics "$dir/a.jsonl" >/dev/null 2>&1
+$train $small --dtype f64 --microbatch 2 --metrics "$dir/b.jsonl" >/dev/null 2>&1
+worst=$(worst 12 "$dir/a.jsonl" "$dir/b.jsonl")
+if at_most "$worst" 1e-12; then
+  ok four_micro_batches_equal_one_batch_f64 \
+    "largest relative difference of the loss $worst in 12 steps"
+else
+  fail four_micro_batches_equal_one_batch_f64 "$worst"
+fi
 
 # ---- what it refuses
 
-printf 'short' >"$dir/short.txt"; : >"$dir/empty.txt"; seq 4000 >"$dir/good.txt"
+printf 'short' >"$dir/short.txt"
+: >"$dir/empty.txt"
+seq 4000 >"$dir/good.txt"
 head -c 2048 /dev/zero >"$dir/magic.bin"
 bin() { # bin FILE TOKENS_PROMISED TOKENS_WRITTEN VALUE: llm.c's format
-  perl -e 'my ($f, $p, $w, $v) = @ARGV; open(F, ">", $f); binmode F; print F pack("l<256", 20240520, 1, $p, (0) x 253), pack("v*", ($v) x $w)' "$@"; }
-bin "$dir/good.bin" 5000 5000 7; bin "$dir/cut.bin" 5000 100 7; bin "$dir/vocab.bin" 5000 5000 300
+  perl -e '
+    my ($file, $promised, $written, $value) = @ARGV;
+    open(F, ">", $file);
+    binmode F;
+    print F pack("l<256", 20240520, 1, $promised, (0) x 253), pack("v*", ($value) x $written)' "$@"
+}
+bin "$dir/good.bin" 5000 5000 7
+bin "$dir/cut.bin" 5000 100 7
+bin "$dir/vocab.bin" 5000 5000 300
 
 refuses an_unknown_option_is_refused "there is no option --lerning-rate" --lerning-rate 1
 refuses a_missing_value_is_refused "--steps needs a value" --steps
@@ -56,38 +95,76 @@ refuses zero_steps_are_refused "--steps takes a whole number from 1" --steps 0
 refuses a_negative_batch_is_refused "--batch takes a whole number from 1" --batch -3
 refuses a_rate_that_is_no_number_is_refused "--lr takes a number above 0" --lr fast
 refuses an_unknown_model_is_refused "--model takes tiny, char" --model gpt5
-refuses a_missing_file_is_refused "nowhere.txt cannot be opened: No such file" --data "$dir/nowhere.txt"
+refuses a_missing_file_is_refused "nowhere.txt cannot be opened: No such file" --data \
+  "$dir/nowhere.txt"
 refuses an_empty_file_is_refused "empty.txt is empty" --data "$dir/empty.txt"
 refuses a_short_file_is_refused "a context of 128 needs at least 258 tokens" --data "$dir/short.txt"
-refuses a_file_of_another_format_is_refused "is no token shard in llm.c's format" --data "$dir/magic.bin"
-refuses a_truncated_shard_is_refused "promises 5000 tokens, which take 11024 bytes" --data "$dir/cut.bin"
+refuses a_file_of_another_format_is_refused "is no token shard in llm.c's format" --data \
+  "$dir/magic.bin"
+refuses a_truncated_shard_is_refused "promises 5000 tokens, which take 11024 bytes" --data \
+  "$dir/cut.bin"
 ends a_token_outside_the_vocabulary_ends_the_run "has token 300 at position" --data "$dir/vocab.bin"
-refuses mixed_formats_are_refused "--data mixes 16-bit tokens" --data "$dir/good.bin" "$dir/good.txt"
-ends an_unwritable_metrics_path_ends_the_run "metrics.jsonl cannot be opened for writing" $small --metrics /nowhere/metrics.jsonl
-refuses heads_that_do_not_divide_are_refused "a width of 100 does not divide by 3 heads" --width 100 --heads 3
-refuses a_batch_that_does_not_divide_is_refused "a batch of 8 does not divide into micro-batches of 3" --batch 8 --microbatch 3
+refuses mixed_formats_are_refused "--data mixes 16-bit tokens" --data "$dir/good.bin" \
+  "$dir/good.txt"
+ends an_unwritable_metrics_path_ends_the_run "metrics.jsonl cannot be opened for writing" $small \
+  --metrics /nowhere/metrics.jsonl
+refuses heads_that_do_not_divide_are_refused "a width of 100 does not divide by 3 heads" --width \
+  100 --heads 3
+refuses a_batch_that_does_not_divide_is_refused \
+  "a batch of 8 does not divide into micro-batches of 3" --batch 8 --microbatch 3
 refuses stages_without_shards_are_refused "--zero 1 shards over the ranks of --fsdp" --zero 1
-refuses heads_too_wide_for_flash_attention_are_refused "makes them 256 wide: give --attention plain" --width 256 --heads 1
+refuses heads_too_wide_for_flash_attention_are_refused \
+  "makes them 256 wide: give --attention plain" --width 256 --heads 1
 ends a_loss_that_is_not_finite_stops_with_the_step "at step 2 the loss is" $small --lr 1e30 --clip 0
 ends what_does_not_fit_says_what_holds_the_memory "out of device memory" --device-memory 5
-OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=0 refuses another_mpis_launcher_is_refused "the launcher started 4 processes" $small
-OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=2 $train $small >"$dir/out" 2>&1 && fail another_mpis_launcher_is_refused_once "exit status 0" ||
-  { [ -s "$dir/out" ] && fail another_mpis_launcher_is_refused_once "said: $(head -c 300 "$dir/out")" || ok another_mpis_launcher_is_refused_once; }
+OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=0 refuses another_mpis_launcher_is_refused \
+  "the launcher started 4 processes" $small
+OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=2 $train $small >"$dir/out" 2>&1
+status=$?
+check another_mpis_launcher_is_refused_once '[ $status != 0 ] && [ ! -s "$dir/out" ]' "" \
+  "status $status, said: $(head -c 300 "$dir/out")"
 
 # Reports are opened before the first step, and never over what is read
-OMP_WAIT_POLICY=passive mpiexec -n 2 $train $small --pp 2 --trace /nowhere/t.json >"$dir/out" 2>"$dir/err" && fail an_unwritable_trace_ends_the_run "exit status 0" ||
-  { grep -q '^step ' "$dir/out" && fail an_unwritable_trace_ends_the_run "took steps" || { grep -q 'trace: /nowhere/t.json cannot be opened' "$dir/err" && ok an_unwritable_trace_ends_the_run || fail an_unwritable_trace_ends_the_run "$(head -c 300 "$dir/err")"; }; }
-OMP_WAIT_POLICY=passive mpiexec -n 2 $train $small --pp 2 --trace /dev/full --metrics "$dir/m.jsonl" >"$dir/out" 2>"$dir/err" && fail a_trace_that_does_not_fit_costs_nothing_else "exit status 0" ||
-  { grep -q 'trace: /dev/full cannot be written: No space' "$dir/err" && grep -q '^executed' "$dir/out" && grep -q '^{"summary":true,.*"pipeline"' "$dir/m.jsonl" && ok a_trace_that_does_not_fit_costs_nothing_else || fail a_trace_that_does_not_fit_costs_nothing_else "$(head -c 300 "$dir/err")"; }
-refuses metrics_over_the_data_are_refused "--metrics $dir/good.txt would overwrite a file of the training data" $small --data "$dir/good.txt" --metrics "$dir/good.txt"
+OMP_WAIT_POLICY=passive $MPIEXEC -n 2 $train $small --pp 2 --trace /nowhere/t.json \
+  >"$dir/out" 2>"$dir/err"
+status=$?
+check an_unwritable_trace_ends_the_run \
+  '[ $status != 0 ] && ! grep -q "^step " "$dir/out" &&
+    grep -q "trace: /nowhere/t.json cannot be opened" "$dir/err"' "" \
+  "status $status: $(head -c 300 "$dir/err")"
+OMP_WAIT_POLICY=passive $MPIEXEC -n 2 $train $small --pp 2 --trace /dev/full \
+  --metrics "$dir/m.jsonl" >"$dir/out" 2>"$dir/err"
+status=$?
+check a_trace_that_does_not_fit_costs_nothing_else \
+  '[ $status != 0 ] && grep -q "trace: /dev/full cannot be written: No space" "$dir/err" &&
+    grep -q "^executed" "$dir/out" &&
+    grep -q "^{\"summary\":true,.*\"pipeline\"" "$dir/m.jsonl"' \
+  "" "status $status: $(head -c 300 "$dir/err")"
+refuses metrics_over_the_data_are_refused \
+  "--metrics $dir/good.txt would overwrite a file of the training data" $small --data \
+  "$dir/good.txt" --metrics "$dir/good.txt"
 [ "$(wc -l <"$dir/good.txt")" = 4000 ] && ok the_data_are_whole || fail the_data_are_whole
-$train $shape --steps 3 --metrics "$dir/kept.jsonl" >/dev/null 2>&1; cp "$dir/kept.jsonl" "$dir/kept"
-$train $shape --steps 2 --resume --checkpoint "$dir/mistyped" --metrics "$dir/kept.jsonl" >"$dir/out" 2>&1
-if cmp -s "$dir/kept" "$dir/kept.jsonl.1" && [ "$(losses "$dir/kept.jsonl" | wc -l)" = 2 ] && grep -q "^metrics  of an earlier run are in $dir/kept.jsonl.1 now" "$dir/out"; then ok metrics_of_an_earlier_run_are_put_aside_where_there_is_no_checkpoint; else fail metrics_of_an_earlier_run_are_put_aside_where_there_is_no_checkpoint "$(tail -2 "$dir/out")"; fi
-timeout 60 $train --layers 1 --width 4 --heads 4 --context 2 --batch 16384 --microbatch 16384 --steps 1 >"$dir/out" 2>&1 && ok heads_times_sequences_may_be_65536 || fail heads_times_sequences_may_be_65536 "$(tail -1 "$dir/out")"
+$train $shape --steps 3 --metrics "$dir/kept.jsonl" >/dev/null 2>&1
+cp "$dir/kept.jsonl" "$dir/kept"
+$train $shape --steps 2 --resume --checkpoint "$dir/mistyped" --metrics "$dir/kept.jsonl" \
+  >"$dir/out" 2>&1
+if cmp -s "$dir/kept" "$dir/kept.jsonl.1" && [ "$(losses "$dir/kept.jsonl" | wc -l)" = 2 ] \
+  && grep -q "^metrics  of an earlier run are in $dir/kept.jsonl.1 now" "$dir/out"; then
+  ok metrics_of_an_earlier_run_are_put_aside_where_there_is_no_checkpoint
+else
+  fail metrics_of_an_earlier_run_are_put_aside_where_there_is_no_checkpoint "$(tail -2 "$dir/out")"
+fi
+timeout 60 $train --layers 1 --width 4 --heads 4 --context 2 --batch 16384 --microbatch 16384 \
+  --steps 1 >"$dir/out" 2>&1
+check heads_times_sequences_may_be_65536 "[ $? = 0 ]" "" "$(tail -1 "$dir/out")"
 
-if $train --help | grep -q -- --device-memory; then ok help_lists_the_options; else fail help_lists_the_options; fi
-$train $shape --data "$dir/good.bin" --steps 2 --sample 3 >"$dir/out" 2>&1 && ok a_shard_trains "$(grep '^data' "$dir/out")" || fail a_shard_trains "$(tail -1 "$dir/out")"
+if $train --help | grep -q -- --device-memory; then
+  ok help_lists_the_options
+else
+  fail help_lists_the_options
+fi
+$train $shape --data "$dir/good.bin" --steps 2 --sample 3 >"$dir/out" 2>&1
+check a_shard_trains "[ $? = 0 ]" "$(grep '^data' "$dir/out")" "$(tail -1 "$dir/out")"
 
 # ---- build/generate
 
@@ -95,39 +172,87 @@ generate=build/cpu/generate
 model="--layers 3 --width 48 --heads 4 --context 64 --dtype f64"
 export OMP_NUM_THREADS=1
 for how in "--temperature 0" "--temperature 1 --seed 9" "--top-k 5 --top-p 0.9"; do
-  $generate $model $how --prompt "Once upon" "a time" --tokens 40 >"$dir/one" 2>"$dir/err"; same=0
+  $generate $model $how --prompt "Once upon" "a time" --tokens 40 >"$dir/one" 2>"$dir/err"
+  same=0
   for layout in "2 --tp 2" "3 --tp 3" "4 --tp 4" "2 --pp 2" "4 --tp 2 --pp 2"; do
-    OMP_WAIT_POLICY=passive mpiexec -n ${layout%% *} $generate ${layout#* } $model $how --prompt "Once upon" "a time" --tokens 40 >"$dir/many" 2>"$dir/err"
-    cmp -s "$dir/one" "$dir/many" && [ -s "$dir/one" ] && grep -q 'sent a token .*predicted' "$dir/err" && ! grep -q DIFFERS "$dir/err" && same=$((same + 1))
+    OMP_WAIT_POLICY=passive $MPIEXEC -n ${layout%% *} $generate ${layout#* } $model $how --prompt \
+      "Once upon" "a time" --tokens 40 >"$dir/many" 2>"$dir/err"
+    cmp -s "$dir/one" "$dir/many" && [ -s "$dir/one" ] \
+      && grep -q 'sent a token .*predicted' "$dir/err" && ! grep -q DIFFERS "$dir/err" \
+      && same=$((same + 1))
   done
-  if [ $same = 5 ]; then ok "every_layout_writes_the_same_text_${how//[ -]/_}" "5 layouts, 2 texts of 40 tokens"; else fail "every_layout_writes_the_same_text_${how//[ -]/_}" "$same of 5: $(tail -2 "$dir/err")"; fi
+  if [ $same = 5 ]; then
+    ok "every_layout_writes_the_same_text_${how//[ -]/_}" "5 layouts, 2 texts of 40 tokens"
+  else
+    fail "every_layout_writes_the_same_text_${how//[ -]/_}" "$same of 5: $(tail -2 "$dir/err")"
+  fi
 done
 from() { $generate $model --temperature 0 --tokens 20 "$@" 2>/dev/null || echo "failed: $*"; }
 printf 'Once upon' >"$dir/prompt.txt"
-if [[ "$(from --prompt 'Once upon')" = "Once upon"?* ]] && [ "$(from --prompt 'Once upon')" = "$(from --prompt-file "$dir/prompt.txt")" ] && [ "$(from --prompt 'Once upon')" = "$(from --prompt-file - <"$dir/prompt.txt")" ]; then ok a_prompt_comes_from_words_a_file_or_standard_input; else fail a_prompt_comes_from_words_a_file_or_standard_input; fi
+if [[ "$(from --prompt 'Once upon')" = "Once upon"?* ]] \
+  && [ "$(from --prompt 'Once upon')" = "$(from --prompt-file "$dir/prompt.txt")" ] \
+  && [ "$(from --prompt 'Once upon')" = "$(from --prompt-file - <"$dir/prompt.txt")" ]; then
+  ok a_prompt_comes_from_words_a_file_or_standard_input
+else
+  fail a_prompt_comes_from_words_a_file_or_standard_input
+fi
 
 train=$generate
 refuses no_prompt_is_refused "there is nothing to continue" $model
 refuses an_empty_prompt_is_refused "prompt 1 is empty" $model --prompt-file /dev/null
-refuses a_prompt_longer_than_the_context_is_refused "prompt 1 has 100 tokens; with the model's context of 64 at most 63" $model --prompt "$(printf '%100s' x)"
-refuses more_tokens_than_the_context_are_refused "prompt 1 of 5 tokens and --tokens 100 more do not fit the model's context of 64" $model --prompt hello --tokens 100
-refuses a_missing_checkpoint_is_refused "nowhere does not exist" --checkpoint "$dir/nowhere" --prompt x
+refuses a_prompt_longer_than_the_context_is_refused \
+  "prompt 1 has 100 tokens; with the model's context of 64 at most 63" $model --prompt \
+  "$(printf '%100s' x)"
+refuses more_tokens_than_the_context_are_refused \
+  "prompt 1 of 5 tokens and --tokens 100 more do not fit the model's context of 64" $model \
+  --prompt hello --tokens 100
+refuses a_missing_checkpoint_is_refused "nowhere does not exist" --checkpoint "$dir/nowhere" \
+  --prompt x
 mkdir "$dir/none"
-refuses a_directory_without_checkpoint_is_refused "none holds no checkpoint" --checkpoint "$dir/none" --prompt x
-refuses sizes_beside_a_checkpoint_are_refused "sizes are the checkpoint's" --checkpoint "$dir/none" --layers 3 --prompt x
-refuses a_model_beside_a_checkpoint_is_refused "leave out --model" --checkpoint "$dir/none" --model gpt2 --prompt x
+refuses a_directory_without_checkpoint_is_refused "none holds no checkpoint" --checkpoint \
+  "$dir/none" --prompt x
+refuses sizes_beside_a_checkpoint_are_refused "sizes are the checkpoint's" --checkpoint \
+  "$dir/none" --layers 3 --prompt x
+refuses a_model_beside_a_checkpoint_is_refused "leave out --model" --checkpoint "$dir/none" \
+  --model gpt2 --prompt x
 refuses a_directory_is_no_prompt "$dir is a directory" $model --prompt-file "$dir"
-refuses a_prompt_that_looks_like_an_option_is_refused "is read by --prompt-file -" $model --prompt "-- select"
-refuses heads_too_wide_for_decoding_are_refused "heads of 512 channels are too wide" --attention plain --width 512 --heads 1 --prompt x
-refuses more_tp_ranks_than_tokens_are_refused "--tp 5 has more ranks than the vocabulary has tokens, 4" --width 48 --heads 6 --vocab 4 --tp 5 --prompt 1
-refuses more_tp_ranks_than_heads_are_refused "--tp 5 has more ranks than the 4 attention heads" $model --tp 5 --prompt x
-refuses more_stages_than_layers_are_refused "3 layers cannot be cut into 4 stages" $model --pp 4 --prompt x
+refuses a_prompt_that_looks_like_an_option_is_refused "is read by --prompt-file -" $model --prompt \
+  "-- select"
+refuses heads_too_wide_for_decoding_are_refused "heads of 512 channels are too wide" --attention \
+  plain --width 512 --heads 1 --prompt x
+refuses more_tp_ranks_than_tokens_are_refused \
+  "--tp 5 has more ranks than the vocabulary has tokens, 4" --width 48 --heads 6 --vocab 4 --tp 5 \
+  --prompt 1
+refuses more_tp_ranks_than_heads_are_refused "--tp 5 has more ranks than the 4 attention heads" \
+  $model --tp 5 --prompt x
+refuses more_stages_than_layers_are_refused "3 layers cannot be cut into 4 stages" $model --pp 4 \
+  --prompt x
+refuses numbers_are_said_with_all_their_digits "--top-p 1.0000001 is above 1" $model --top-p \
+  1.0000001 --prompt x
 refuses a_probability_above_one_is_refused "--top-p 2 is above 1" $model --top-p 2 --prompt x
-refuses words_without_a_tokenizer_are_refused "'hello' is no token" --layers 1 --width 8 --heads 1 --vocab 1000 --prompt hello
+refuses words_without_a_tokenizer_are_refused "'hello' is no token" --layers 1 --width 8 --heads 1 \
+  --vocab 1000 --prompt hello
 
-mkdir "$dir/made"; touch "$dir/made/manifest.json"
-NP=4 make -n BACKEND=cpu generate CHECKPOINT="$dir/made" ARGS="--tokens 7" PROMPT='`"' >"$dir/out" 2>&1
-if grep -qF "mpiexec -n 4 build/generate --checkpoint $dir/made --prompt \"\$PROMPT\" --tp 4 --tokens 7" "$dir/out"; then ok make_generate_takes_NP_and_ARGS; else fail make_generate_takes_NP_and_ARGS "$(tail -3 "$dir/out")"; fi
+# ---- make run and make generate: the command that they come to
+
+mkdir "$dir/made"
+touch "$dir/made/manifest.json"
+NP=4 MPIEXEC='echo mpiexec' make BACKEND=cpu generate CHECKPOINT="$dir/made" ARGS="--tokens 7" \
+  PROMPT='`"' >"$dir/out" 2>&1
+said="mpiexec -n 4 build/generate --checkpoint $dir/made --prompt \`\" --tp 4 --tokens 7"
+check make_generate_takes_NP_and_ARGS 'grep -qxF -- "$said" "$dir/out"' "" "$(tail -3 "$dir/out")"
+for name in "a b.txt" "it's.txt" 'two " $HOME `ls` # %.txt'; do
+  echo text >"$dir/$name"
+  MPIEXEC='echo mpiexec' make BACKEND=cpu run STRATEGY=fsdp NP=2 DATA="$dir/$name" \
+    ARGS="--steps 3 --sample '2 0'" >"$dir/out" 2>&1
+  said="mpiexec -n 2 build/train_gpt --fsdp 2 --data $dir/$name"
+  check "make_run_takes_data_of_any_name: $name" 'grep -qF -- "$said" "$dir/out" &&
+    grep -q -- "--steps 3 --sample 2 0$" "$dir/out"' "" "$(tail -3 "$dir/out")"
+done
+make BACKEND=cpu run NP=two >"$dir/out" 2>&1
+status=$?
+check a_number_of_ranks_that_is_none_is_refused \
+  '[ $status != 0 ] && grep -q "NP is .two., expected a number of ranks" "$dir/out"'
 
 # ---- build/show_schedule, and output that goes nowhere
 
@@ -137,14 +262,25 @@ refuses an_unknown_schedule_is_refused "there is no schedule 'dual'" dual
 refuses stages_given_twice_are_refused "--stages is given twice" 1f1b --stages 3 --stages 4
 refuses an_empty_svg_is_refused "--svg takes a name, not ''" 1f1b --svg ""
 refuses no_stages_are_refused "--stages takes a whole number from 1 to" zb --stages 0
-refuses times_that_are_no_numbers_are_refused "--times takes four numbers F,B,W,SEND: the first three above 0" zb --times 1,2
+refuses times_that_are_no_numbers_are_refused \
+  "--times takes four numbers F,B,W,SEND: the first three above 0" zb --times 1,2
 $train zb --stages 4 --microbatches 8 --svg "$dir/zb.svg" >"$dir/out" 2>&1
-if grep -q '^bubble    11.11 % simulated, 11.11 % by formula' "$dir/out" && grep -q '</svg>' "$dir/zb.svg"; then ok a_schedule_is_drawn; else fail a_schedule_is_drawn "$(tail -1 "$dir/out")"; fi
-for program in "show_schedule zb" "show_schedule --help" "train_gpt --help" "generate --help" "generate $model --prompt x --tokens 3" "checkpoint --help"; do
+if grep -q '^bubble    11.11 % simulated, 11.11 % by formula' "$dir/out" \
+  && grep -q '</svg>' "$dir/zb.svg"; then
+  ok a_schedule_is_drawn
+else
+  fail a_schedule_is_drawn "$(tail -1 "$dir/out")"
+fi
+for program in "show_schedule zb" "show_schedule --help" "train_gpt --help" "generate --help" \
+  "generate $model --prompt x --tokens 3" "checkpoint --help"; do
   name=output_to_a_full_device_fails_${program%% --l*}
-  if build/cpu/$program >/dev/full 2>"$dir/err"; then fail "${name// /_}" "exit status 0"
-  elif grep -q 'could not be written to the standard output' "$dir/err"; then ok "${name// /_}"; else fail "${name// /_}" "said: $(head -c 300 "$dir/err")"; fi
+  if build/cpu/$program >/dev/full 2>"$dir/err"; then
+    fail "${name// /_}" "exit status 0"
+  elif grep -q 'could not be written to the standard output' "$dir/err"; then
+    ok "${name// /_}"
+  else
+    fail "${name// /_}" "said: $(head -c 300 "$dir/err")"
+  fi
 done
 
-echo "$passed passed, $failed failed"
-[ $failed -eq 0 ]
+sums_up

@@ -1,83 +1,130 @@
 #!/usr/bin/env bash
-# test_failures.sh: a rank that dies, stops or throws ends the whole job in seconds, with its number and a non-zero status.
+# test_failures.sh: a rank that dies, stops or throws ends the whole job in seconds, with its number
+# and a non-zero status.
 set -u
 cd "$(dirname "$0")/.."
 train=build/cpu/train_gpt
-dir=$(mktemp -d); trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
+. tests/lib.sh
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-ok()   { echo "ok   $1  ${2:-}"; passed=$((passed + 1)); }
-fail() { echo "FAIL $1  ${2:-}"; failed=$((failed + 1)); }
 long="--model tiny --layers 2 --width 32 --heads 2 --context 32 --batch 12 --steps 1000000"
 
-# strikes NAME RANK SIGNAL SECONDS 'part of the message' ARGS...: starts 3 ranks, sends SIGNAL to one when training is under way
+# strikes NAME RANK SIGNAL SECONDS 'part of the message' ARGS...: starts 3 ranks, sends SIGNAL to
+# one when training is under way
 strikes() {
-  local name=$1 rank=$2 signal=$3 limit=$4 part=$5; shift 5
+  local name=$1 rank=$2 signal=$3 limit=$4 part=$5
+  shift 5
   rm -f "$dir/m.jsonl"
-  timeout 120 mpiexec -n 3 $train $long --metrics "$dir/m.jsonl" "$@" >"$dir/out" 2>"$dir/err" &
+  timeout 120 $MPIEXEC -n 3 $train $long --metrics "$dir/m.jsonl" "$@" >"$dir/out" 2>"$dir/err" &
   local job=$!
-  for _ in $(seq 300); do [ -f "$dir/m.jsonl" ] && [ "$(wc -l <"$dir/m.jsonl")" -ge 3 ] && break; sleep 0.1; done
-  local victim
-  for pid in $(pgrep -f "$train $long --metrics $dir"); do
-    [ "$(tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | sed -n 's/^PMI_RANK=//p')" = "$rank" ] && [ "$(ps -o nlwp= -p "$pid")" -gt 1 ] && victim=$pid
+  for _ in $(seq 300); do
+    [ -f "$dir/m.jsonl" ] && [ "$(wc -l <"$dir/m.jsonl")" -ge 3 ] && break
+    sleep 0.1
   done
-  [ -n "${victim:-}" ] || { fail "$name" "no process of rank $rank: $(head -c 200 "$dir/err")"; kill $job; wait $job; return; }
-  local began; began=$(date +%s.%N)
+  local victim
+  victim=$(rank_pids "$dir/m.jsonl" "$rank" | tail -1)
+  [ -n "$victim" ] || {
+    fail "$name" "no process of rank $rank: $(head -c 200 "$dir/err")"
+    kill $job
+    wait $job
+    return
+  }
+  local began
+  began=$(date +%s.%N)
   kill -"$signal" "$victim"
-  wait $job; local status=$?
-  local took; took=$(awk "BEGIN { print $(date +%s.%N) - $began }")
+  wait $job
+  local status=$?
+  local took
+  took=$(awk "BEGIN { print $(date +%s.%N) - $began }")
   sleep 0.3
-  if [ $status -eq 0 ]; then fail "$name" "exit status 0"
-  elif ! grep -q -- "$part" "$dir/err"; then fail "$name" "said: $(head -c 400 "$dir/err")"
-  elif ! awk "BEGIN { exit !($took <= $limit) }"; then fail "$name" "took $took s"
-  else ok "$name" "status $status after $took s: $(grep -m1 -- "$part" "$dir/err" | cut -c1-140)"; fi
+  if [ $status -eq 0 ] && status_counts; then
+    fail "$name" "exit status 0"
+  elif ! grep -q -- "$part" "$dir/err"; then
+    fail "$name" "said: $(head -c 400 "$dir/err")"
+  elif ! at_most "$took" "$limit"; then
+    fail "$name" "took $took s"
+  else
+    ok "$name" "status $status after $took s: $(grep -m1 -- "$part" "$dir/err" | cut -c1-140)"
+  fi
 }
 # says NAME 'part' RANKS ARGS...: ends non-zero, with the sentence exactly once
 says() {
-  local name=$1 part=$2 ranks=$3; shift 3
-  if timeout 60 mpiexec -n "$ranks" $train "$@" >"$dir/out" 2>"$dir/err"; then fail "$name" "exit status 0"
-  elif [ "$(grep -cF -- "$part" "$dir/err")" != 1 ]; then fail "$name" "said: $(head -c 400 "$dir/err")"
+  local name=$1 part=$2 ranks=$3
+  shift 3
+  if timeout 60 $MPIEXEC -n "$ranks" $train "$@" >"$dir/out" 2>"$dir/err"; then
+    fail "$name" "exit status 0"
+  elif [ "$(grep -cF -- "$part" "$dir/err")" != 1 ]; then
+    fail "$name" "said: $(head -c 400 "$dir/err")"
   else ok "$name" "$(grep -F -- "$part" "$dir/err" | cut -c1-150)"; fi
 }
 
-for rank in 0 1 2; do strikes "a_killed_rank_${rank}_is_named_and_ends_the_job" $rank KILL 5 "^rank $rank on .* (process .*ended without finishing" --replicate 3; done
-for rank in 0 2; do strikes "a_stopped_rank_${rank}_is_named" $rank STOP 8 "rank $rank: .*DOES NOT RUN" --fsdp 3 --timeout 3; done
+for rank in 0 1 2; do
+  strikes "a_killed_rank_${rank}_is_named_and_ends_the_job" $rank KILL 5 \
+    "^rank $rank on .* (process .*ended without finishing" --replicate 3
+done
+for rank in 0 2; do
+  strikes "a_stopped_rank_${rank}_is_named" $rank STOP 8 "rank $rank: .*DOES NOT RUN" --fsdp 3 \
+    --timeout 3
+done
 
-says a_loss_that_is_not_finite_on_every_rank_is_said_once "at step 2 the loss is" 3 ${long/1000000/9} --replicate 3 --lr 1e30 --clip 0
-if grep -q "killed, or it crashed" "$dir/err"; then fail no_rank_is_blamed_for_what_another_explained "$(head -c 400 "$dir/err")"; else ok no_rank_is_blamed_for_what_another_explained; fi
-says what_does_not_fit_on_any_rank_is_said_once "out of device memory" 3 ${long/1000000/9} --replicate 3 --device-memory 1
+says a_loss_that_is_not_finite_on_every_rank_is_said_once "at step 2 the loss is" 3 \
+  ${long/1000000/9} --replicate 3 --lr 1e30 --clip 0
+if grep -q "killed, or it crashed" "$dir/err"; then
+  fail no_rank_is_blamed_for_what_another_explained "$(head -c 400 "$dir/err")"
+else
+  ok no_rank_is_blamed_for_what_another_explained
+fi
+says what_does_not_fit_on_any_rank_is_said_once "out of device memory" 3 ${long/1000000/9} \
+  --replicate 3 --device-memory 1
 says a_mesh_that_does_not_match_is_refused_once "mpiexec started 2" 2 --fsdp 3
-says a_batch_that_does_not_divide_over_ranks_is_refused_once "micro-batch" 2 --replicate 2 --batch 7 --microbatch 1
+says a_batch_that_does_not_divide_over_ranks_is_refused_once "micro-batch" 2 --replicate 2 --batch \
+  7 --microbatch 1
 says zero_4_is_refused "--zero" 1 --zero 4
 says a_negative_prefetch_is_refused "--prefetch" 1 --prefetch -1
 says a_missing_file_is_said_once "nowhere.txt" 3 --replicate 3 --batch 12 --data "$dir/nowhere.txt"
 
-# The headline: what one rank refuses trains on four under the same cap, to the loss of one rank without it.
-big="--model tiny --layers 6 --width 256 --heads 4 --context 32 --batch 8 --microbatch 1 --steps 4 --recompute --dtype f32"
+# The headline: what one rank refuses trains on four under the same cap, to the loss of one rank
+# without it.
+big="--model tiny --layers 6 --width 256 --heads 4 --context 32 --batch 8 --microbatch 1"
+big="$big --steps 4 --recompute --dtype f32"
 cap=48
 says one_rank_refuses_what_does_not_fit "out of device memory" 1 $big --device-memory $cap
-timeout 300 mpiexec -n 1 $train $big --metrics "$dir/one.jsonl" >/dev/null 2>&1
-if timeout 300 mpiexec -n 4 $train $big --fsdp 4 --device-memory $cap --metrics "$dir/four.jsonl" >"$dir/out" 2>"$dir/err"; then
-  worst=$(paste <(sed -n 's/.*"loss":\([^,]*\),.*/\1/p' "$dir/one.jsonl") <(sed -n 's/.*"loss":\([^,]*\),.*/\1/p' "$dir/four.jsonl") | awk 'function abs(x) { return x < 0 ? -x : x } { d = abs($1 - $2) / $1; if (d > w) w = d } END { if (NR == 4) print w + 0; else print 1 }')
-  if awk "BEGIN { exit !($worst < 1e-4) }"; then ok four_ranks_train_what_one_refuses_under_the_same_cap "$cap MiB a rank; relative difference of the loss $worst; $(grep -E '^  all' "$dir/out")"; else fail four_ranks_train_what_one_refuses_under_the_same_cap "difference $worst"; fi
+timeout 300 $MPIEXEC -n 1 $train $big --metrics "$dir/one.jsonl" >/dev/null 2>&1
+if timeout 300 $MPIEXEC -n 4 $train $big --fsdp 4 --device-memory $cap --metrics "$dir/four.jsonl" \
+  >"$dir/out" 2>"$dir/err"; then
+  worst=$(worst 4 "$dir/one.jsonl" "$dir/four.jsonl")
+  if at_most "$worst" 1e-4; then
+    ok four_ranks_train_what_one_refuses_under_the_same_cap \
+      "$cap MiB a rank; relative difference of the loss $worst; $(grep -E '^  all' "$dir/out")"
+  else
+    fail four_ranks_train_what_one_refuses_under_the_same_cap "difference $worst"
+  fi
 else fail four_ranks_train_what_one_refuses_under_the_same_cap "$(head -c 300 "$dir/err")"; fi
 
 # Every rank's timeline, and its share of time in communication
-if OMP_NUM_THREADS=1 timeout 120 mpiexec -n 4 $train --pp 2 --tp 2 --schedule zb --recompute --layers 2 --width 32 --heads 2 --context 32 --steps 2 --trace "$dir/t.json" \
-     --metrics "$dir/m.jsonl" >"$dir/out" 2>&1 && [ "$(grep -c thread_name "$dir/t.json")" = 4 ] && [ "$(grep -c '"ph":"X"' "$dir/t.json")" -ge 64 ] &&
-   grep -qE '"communication_share":\[[0-9.e-]+(,[0-9.e-]+){3}\]' "$dir/m.jsonl" && grep -q -- '--recompute replays .* without it' "$dir/out" &&
-   grep -q 'communicating, with waiting for other ranks' "$dir/out"; then ok the_trace_has_every_rank_and_the_report_says_what_recompute_costs_zb
-else fail the_trace_has_every_rank_and_the_report_says_what_recompute_costs_zb "$(tail -3 "$dir/out")"; fi
+if OMP_NUM_THREADS=1 timeout 120 $MPIEXEC -n 4 $train --pp 2 --tp 2 --schedule zb --recompute \
+  --layers 2 --width 32 --heads 2 --context 32 --steps 2 --trace "$dir/t.json" \
+  --metrics "$dir/m.jsonl" >"$dir/out" 2>&1 && [ "$(grep -c thread_name "$dir/t.json")" = 4 ] \
+  && [ "$(grep -c '"ph":"X"' "$dir/t.json")" -ge 64 ] \
+  && grep -qE '"communication_share":\[[0-9.e-]+(,[0-9.e-]+){3}\]' "$dir/m.jsonl" \
+  && grep -q -- '--recompute replays .* without it' "$dir/out" \
+  && grep -q 'communicating, with waiting for other ranks' "$dir/out"; then
+  ok the_trace_has_every_rank_and_the_report_says_what_recompute_costs_zb
+else
+  fail the_trace_has_every_rank_and_the_report_says_what_recompute_costs_zb "$(tail -3 "$dir/out")"
+fi
 
 # Theory beside measurement, in the metrics' summary of every rank: whatever rows its stage has
-for layout in "--replicate 2 --fsdp 2" "--pp 4 --schedule zb" "--pp 2 --tp 2 --sequence-parallel"; do
+for layout in "--replicate 2 --fsdp 2" "--pp 4 --schedule zb" \
+  "--pp 2 --tp 2 --sequence-parallel"; do
   name="the_summary_holds_measured_and_predicted_bytes_of_every_rank $layout:"
-  timeout 120 mpiexec -n 4 $train --model tiny --layers 4 --width 32 --heads 2 --context 32 --batch 8 --steps 3 $layout --metrics "$dir/m.jsonl" >"$dir/out" 2>&1
+  timeout 120 $MPIEXEC -n 4 $train --model tiny --layers 4 --width 32 --heads 2 --context 32 \
+    --batch 8 --steps 3 $layout --metrics "$dir/m.jsonl" >"$dir/out" 2>&1
   rows=$(tail -1 "$dir/m.jsonl" | grep -oE '"bytes":[0-9]+(,"predicted_bytes":[0-9]+)?')
-  if grep -q '"summary":true' "$dir/m.jsonl" && ! grep -q DIFFERS "$dir/out" && [ "$(wc -l <<<"$rows")" -ge 12 ] && [ "$(awk -F'[:,]' '$2 != $4' <<<"$rows" | wc -l)" = 0 ] &&
-     [ "$(tail -1 "$dir/m.jsonl" | grep -oE '"rank":[0-9]+,"axis"' | sort -u | wc -l)" = 4 ]; then ok "$name" "$(wc -l <<<"$rows") rows"
+  if grep -q '"summary":true' "$dir/m.jsonl" && ! grep -q DIFFERS "$dir/out" \
+    && [ "$(wc -l <<<"$rows")" -ge 12 ] && [ "$(awk -F'[:,]' '$2 != $4' <<<"$rows" | wc -l)" = 0 ] \
+    && [ "$(tail -1 "$dir/m.jsonl" | grep -oE '"rank":[0-9]+,"axis"' | sort -u | wc -l)" = 4 ]; then
+    ok "$name" "$(wc -l <<<"$rows") rows"
   else fail "$name" "$(tail -3 "$dir/out")"; fi
 done
 
-echo "$passed passed, $failed failed"
-[ $failed -eq 0 ]
+sums_up

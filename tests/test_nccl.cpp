@@ -561,7 +561,8 @@ TEST(two_hundred_random_programs_end_and_agree) {
   }
   measured(
       calls,
-      " calls in groups over random parts of the world, half of the programs in queued streams, a third over MPI");
+      " calls in groups over random parts of the world, half of the programs in queued streams, a "
+      "third over MPI");
 }
 
 // ---- wrong programs
@@ -616,9 +617,9 @@ ncclResult_t all_reduce(const Comm& c, float* x, size_t count, ncclDataType_t dt
 }  // namespace
 
 TEST(another_count_is_reported_with_both_calls) {
-  both_say(
-      [](const Comm& c, float* x) { return all_reduce(c, x, c.rank ? 1000 : 999); },
-      {"rank 1 called all_reduce #1 (1000 f32 sum), rank 0 called all_reduce #1 (999 f32 sum) on "});
+  both_say([](const Comm& c, float* x) { return all_reduce(c, x, c.rank ? 1000 : 999); },
+           {"rank 1 called all_reduce #1 (1000 f32 sum), "
+            "rank 0 called all_reduce #1 (999 f32 sum) on "});
 }
 TEST(another_dtype_is_reported_with_both_calls) {
   both_say([](const Comm& c,
@@ -637,7 +638,8 @@ TEST(another_root_is_reported_with_both_calls) {
       [](const Comm& c, float* x) {
         return ncclBroadcast(x, x, 10, ncclFloat, c.rank, c.comm, nullptr);
       },
-      {"rank 1 called broadcast #1 (10 f32 from rank 1), rank 0 called broadcast #1 (10 f32 from rank 0)"});
+      {"rank 1 called broadcast #1 (10 f32 from rank 1), rank 0 called broadcast #1 (10 f32 from "
+       "rank 0)"});
 }
 TEST(another_order_is_reported_with_both_calls) {
   both_say(
@@ -657,7 +659,8 @@ TEST(another_group_is_reported_with_both_calls) {
         NCCL_CHECK(all_reduce(c, x + 10, 10));
         return ncclGroupEnd();
       },
-      {"rank 1 called all_reduce #1 (10 f32 sum) as collective 1 of 2 in its group, rank 0 called all_reduce #1 (10 f32 sum) on"});
+      {"rank 1 called all_reduce #1 (10 f32 sum) as collective 1 of 2 in its group, rank 0 called "
+       "all_reduce #1 (10 f32 sum) on"});
 }
 TEST(a_split_against_a_collective_is_reported_with_both_calls) {
   both_say(
@@ -707,7 +710,8 @@ TEST(a_missing_rank_is_found_and_the_report_says_where_everyone_stands) {
     must_say(
         c, say(c.comm, ncclAllGather(x.data, x.data + 8, 8, ncclFloat, c.comm, nullptr)),
         {"deadlock: rank ", "waits in all_gather #2 (8 f32) on communicator 'fsdp' of ranks 0,1,2",
-         "rank 2 has completed all_reduce #1 (7 f32 sum) on communicator 'fsdp' of ranks 0,1,2 and called nothing since"});
+         "rank 2 has completed all_reduce #1 (7 f32 sum) on communicator 'fsdp' of ranks 0,1,2 and "
+         "called nothing since"});
   if (c.comm) measured(nccl_referee::where_ranks_stand(c.comm));
 }
 

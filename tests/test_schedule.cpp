@@ -52,7 +52,8 @@ std::vector<Schedule> some() {
   return all;
 }
 
-// ---- an independent reading of a schedule: it moves tokens and never looks at schedule.cpp's rules
+// ---- an independent reading of a schedule
+// It moves tokens and never looks at schedule.cpp's rules.
 
 // Two queues a stage, as the executor has: computations wait for their input, exchanges for what
 // they send; the k-th send from a to b meets the k-th receive of b from a when both stages have
@@ -748,14 +749,14 @@ TEST(the_drawing_of_1f1b_is_the_one_in_the_books) {
 }
 
 TEST(the_drawing_of_zb_is_the_papers_figure) {
-  CHECK_EQ(
-      marks("zb", 4, 8),
-      "time      0         10        20\n"
-      "stage  0 |0123...aA4bB5cC6dD7eEfFgGhH| idle 11.1 %\n"
-      "stage  1 |.012..a3bA4cB5dC6eD7fEgFhGH| idle 11.1 %\n"
-      "stage  2 |..01.a2b3cA4dB5eC6fD7gEhFGH| idle 11.1 %\n"
-      "stage  3 |...0a1b2c3dA4eB5fC6gD7hEFGH| idle 11.1 %\n"
-      "          0-9 forward of micro-batch 0-9   a-j its input gradient   A-J its weight gradient   . idle\n");
+  CHECK_EQ(marks("zb", 4, 8),
+           "time      0         10        20\n"
+           "stage  0 |0123...aA4bB5cC6dD7eEfFgGhH| idle 11.1 %\n"
+           "stage  1 |.012..a3bA4cB5dC6eD7fEgFhGH| idle 11.1 %\n"
+           "stage  2 |..01.a2b3cA4dB5eC6fD7gEhFGH| idle 11.1 %\n"
+           "stage  3 |...0a1b2c3dA4eB5fC6gD7hEFGH| idle 11.1 %\n"
+           "          0-9 forward of micro-batch 0-9   a-j its input gradient   "
+           "A-J its weight gradient   . idle\n");
 }
 
 TEST(the_drawing_of_interleaved_shows_chunks) {
@@ -776,7 +777,8 @@ TEST(the_drawing_of_zbv_goes_down_and_up) {
       "   chunk |000111111000111001110000 |\n"
       "stage  1 |.0011aA2aA2bB3bB3cCcddCDD| idle 4.0 %\n"
       "   chunk | 010111000111000111010010|\n"
-      "          0-9 forward of micro-batch 0-9   a-j its input gradient   A-J its weight gradient   . idle\n");
+      "          0-9 forward of micro-batch 0-9   a-j its input gradient   A-J its weight gradient "
+      "  . idle\n");
 }
 
 TEST(the_axis_of_a_drawing_has_three_digits) {

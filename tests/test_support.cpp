@@ -5,8 +5,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <iostream>
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -17,7 +19,7 @@
 #include "support/philox.h"
 #include "checkpoint/safetensors.h"
 #include "inference/sampling.h"
-#include "inference/tokenizer.h"
+#include "inference/text_shards.h"
 #include "tests/test.h"
 
 namespace fs = std::filesystem;
@@ -104,6 +106,8 @@ TEST(every_option_reaches_its_field) {
                                           "--data",
                                           "a",
                                           "b",
+                                          "--tokenizer",
+                                          "pairs",
                                           "--steps",
                                           "6",
                                           "--batch",
@@ -152,11 +156,14 @@ TEST(every_option_reaches_its_field) {
                                           "--tp",
                                           "18",
                                           "--sequence-parallel",
+                                          "--resume-step",
+                                          "19",
                                           "--help"};
   const Options o = parsed(words);
   const ModelSize& m = o.model;
   CHECK(o.model_name == "char" && m.layers == 1 && m.width == 2 && m.heads == 3 && m.context == 4 &&
         m.vocab == 5);
+  CHECK_EQ(o.tokenizer, "pairs");
   CHECK(o.data == (std::vector<std::string>{"a", "b"}) && o.metrics == "m.jsonl" &&
         o.dtype == "f64" && o.matmul == "own");
   CHECK(o.steps == 6 && o.batch == 7 && o.microbatch == 8 && o.lr == 0.5 && o.min_lr == 1e-3 &&
@@ -164,7 +171,8 @@ TEST(every_option_reaches_its_field) {
   CHECK(o.clip == 2.5 && o.seed == INT64_MAX && o.attention == "flash" && o.recompute && o.help);
   CHECK(o.device_memory == 10 && o.eval_every == 11 && o.sample == 12);
   CHECK(o.layout["replicate"] == 13 && o.layout["fsdp"] == 14 && o.zero == 2 && o.reshard == "no" &&
-        o.prefetch == 15 && o.timeout == 16 && o.layout["tp"] == 18 && o.sequence_parallel);
+        o.prefetch == 15 && o.timeout == 16 && o.layout["tp"] == 18 && o.sequence_parallel &&
+        o.resume_step == 19);
   const Options none = parsed({});
   CHECK(none.model_name.empty() && none.data.empty() && !none.recompute && !none.help &&
         none.seed == 1337 && none.matmul == "cublas");
@@ -260,8 +268,12 @@ TEST(contradictions_between_options_are_refused) {
              "a batch of 4 does not divide into micro-batches of 8: change");
   CHECK_SAYS(
       resolved({"--batch", "12", "--microbatch", "2", "--fsdp", "2", "--replicate", "2"}),
-      "a batch of 12 does not divide into micro-batches of 2 on 4 data-parallel ranks (replicate x fsdp)");
+      "a batch of 12 does not divide into micro-batches of 2 on 4 data-parallel ranks (replicate x "
+      "fsdp)");
   CHECK_SAYS(resolved({"--lr", "1e-4", "--min-lr", "1e-3"}), "--min-lr 0.001 is above --lr 0.0001");
+  CHECK_SAYS(resolved({"--lr", "0.001", "--min-lr", "0.0010000001"}),
+             "--min-lr 0.0010000001 is above --lr 0.001");
+  CHECK_SAYS(resolved({"--checkpoint", "c", "--resume-step", "3"}), "give both");
   CHECK_SAYS(resolved({"--zero", "3"}),
              "--zero 3 shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
   CHECK_SAYS(resolved({"--replicate", "2", "--reshard-after-forward", "no"}),
@@ -403,6 +415,12 @@ TEST(text_bytes_are_tokens_and_files_are_read_as_one) {
   for (int64_t i = 0; i < 50; i++) CHECK(d.sequence(1, i, 5) == one.sequence(1, i, 5));
   CHECK_EQ(d.describe(), "3 files, text: 360 tokens to train on, 40 held out");
   CHECK_EQ(one.describe(), dir.path + "/all, text: 360 tokens to train on, 40 held out");
+  fs::create_symlink(files[1], dir.path + "/link");
+  for (const std::string& again : {files[1], dir.path + "/./b", dir.path + "/link"})
+    CHECK_EQ(Dataset::open({files[1], again}, 10, 256).describe(),
+             "2 files (" + again +
+                 " is given more than once, and counts as often), text: 692 tokens to train on, "
+                 "76 held out");
 }
 
 TEST(token_shards_of_both_widths_are_read) {
@@ -508,7 +526,8 @@ TEST(a_file_too_short_for_the_context_is_refused) {
                  nine + " has 9");
   CHECK_SAYS(
       Dataset::open({nine, one}, 5, 256),
-      "a context of 5 needs at least 12 tokens, 6 to train on and 6 held out; the files together have 10");
+      "a context of 5 needs at least 12 tokens, 6 to train on and 6 held out; the files together "
+      "have 10");
   // after five tokens to train on
   CHECK_EQ(Dataset::open({nine, one}, 4, 256).held_out(0)[0], '6');
 }
@@ -522,7 +541,8 @@ TEST(shards_that_are_not_what_they_say_are_refused) {
   open(shard(tokens));
   CHECK_SAYS(
       open(shard(tokens, 12345)),
-      "x.bin is no token shard in llm.c's format: it begins with 12345, not with 20240520 (16-bit tokens)");
+      "x.bin is no token shard in llm.c's format: it begins with 12345, not with 20240520 (16-bit "
+      "tokens)");
   CHECK_SAYS(open("ab"), "x.bin is no token shard");
   CHECK_SAYS(open(shard(tokens, 20240520, 2)),
              "x.bin is a token shard of version 2; expected version 1");
@@ -602,7 +622,8 @@ TEST(metrics_are_one_json_object_a_line_that_gives_back_the_same_doubles) {
   CHECK_EQ(contents(path), "");  // the file is there before the first step
   metrics.step({1, 0.1, 1.0 / 3, 1e-3, 2048, 12.5});
   const std::string first =
-      "{\"step\":1,\"loss\":0.1,\"grad_norm\":0.3333333333333333,\"lr\":0.001,\"tokens_per_second\":2048.0,\"step_ms\":12.5}\n";
+      "{\"step\":1,\"loss\":0.1,\"grad_norm\":0.3333333333333333,\"lr\":0.001,"
+      "\"tokens_per_second\":2048.0,\"step_ms\":12.5}\n";
   CHECK_EQ(contents(path), first);  // flushed: a run that is killed leaves whole lines
   metrics.line({{"summary", true}, {"b", {1}}, {"a", 4096}});
   CHECK_EQ(contents(path), first + "{\"summary\":true,\"b\":[1],\"a\":4096}\n");
@@ -620,9 +641,9 @@ TEST(a_resumed_run_keeps_the_metrics_of_the_steps_before_it_and_loses_no_others)
   const auto lines = [](std::vector<int> steps) {
     std::string s;
     for (const int step : steps)
-      s += sentence(
-          "{\"step\":", step,
-          ",\"loss\":1.0,\"grad_norm\":0.0,\"lr\":0.0,\"tokens_per_second\":0.0,\"step_ms\":0.0}\n");
+      s += sentence("{\"step\":", step,
+                    ",\"loss\":1.0,\"grad_norm\":0.0,\"lr\":0.0,"
+                    "\"tokens_per_second\":0.0,\"step_ms\":0.0}\n");
     return s;
   };
   const std::string summary = "{\"summary\":true}\n", unfinished = "{\"step\":3,\"lo";
@@ -640,8 +661,20 @@ TEST(a_resumed_run_keeps_the_metrics_of_the_steps_before_it_and_loses_no_others)
   }
   Metrics(dir.path + "/new.jsonl", 7).step({8, 1});
   CHECK_EQ(contents(dir.path + "/new.jsonl"), lines({8}));
-  Metrics(path).step({2, 1});  // a run that does not resume begins anew
+  Metrics(path).step({2, 1});  // a run that does not resume begins anew, too
   CHECK_EQ(contents(path), lines({2}));
+  CHECK_EQ(contents(path + ".3"), lines({1}));
+  fs::create_symlink(path, dir.path + "/link");
+  Metrics(dir.path + "/link").step({3, 1});
+  CHECK_EQ(contents(path), lines({2}));
+  CHECK_EQ(contents(dir.path + "/link"), lines({3}));
+}
+
+TEST(numbers_in_sentences_say_which_they_are) {
+  CHECK_EQ(sentence(1.0000001, " ", 0.1, " ", 1e-4, " ", 3.0, " ", 1e30, " ", -2.5, " ", 7),
+           "1.0000001 0.1 0.0001 3 1e+30 -2.5 7");
+  for (const double x : {1.0 / 3, 5e-324, 1.7976931348623157e308, 123456789.125})
+    CHECK_EQ(strtod(sentence(x).c_str(), nullptr), x);
 }
 
 TEST(numbers_that_json_cannot_say_become_null) {
@@ -650,9 +683,9 @@ TEST(numbers_that_json_cannot_say_become_null) {
                nan = std::numeric_limits<double>::quiet_NaN();
   Metrics metrics(dir.path + "/m.jsonl");
   metrics.step({7, nan, inf, -inf, nan, inf});
-  CHECK_EQ(
-      contents(dir.path + "/m.jsonl"),
-      "{\"step\":7,\"loss\":null,\"grad_norm\":null,\"lr\":null,\"tokens_per_second\":null,\"step_ms\":null}\n");
+  CHECK_EQ(contents(dir.path + "/m.jsonl"),
+           "{\"step\":7,\"loss\":null,\"grad_norm\":null,\"lr\":null,"
+           "\"tokens_per_second\":null,\"step_ms\":null}\n");
 }
 
 TEST(metrics_that_cannot_be_written_are_reported) {
@@ -777,10 +810,10 @@ TEST(half_precision_arrays_are_read_exactly) {
   const std::string path = dir.path + "/h.safetensors";
   // 1, -2, the smallest subnormal, the largest, 1/3 rounded; then bf16's 1 and -0.5
   const uint16_t halves[] = {0x3c00, 0xc000, 0x0001, 0x7bff, 0x3555, 0x3f80, 0xbf00};
-  write_bytes(
-      path,
-      R"({"h":{"dtype":"F16","shape":[5],"data_offsets":[0,10]},"b":{"dtype":"BF16","shape":[2],"data_offsets":[10,14]}})",
-      std::string(reinterpret_cast<const char*>(halves), sizeof halves));
+  write_bytes(path,
+              R"({"h":{"dtype":"F16","shape":[5],"data_offsets":[0,10]},)"
+              R"("b":{"dtype":"BF16","shape":[2],"data_offsets":[10,14]}})",
+              std::string(reinterpret_cast<const char*>(halves), sizeof halves));
   const SafetensorsFile file(path);
   float got[5];
   file.read(file.at("h"), 0, 5, Dtype::f32, got);
@@ -788,6 +821,61 @@ TEST(half_precision_arrays_are_read_exactly) {
   for (int i = 0; i < 5; i++) CHECK_EQ(got[i], expected[i]);
   file.read(file.at("b"), 0, 2, Dtype::f32, got);
   CHECK(got[0] == 1 && got[1] == -0.5f);
+}
+
+// What Hugging Face's library takes and refuses (safetensors 0.8), each header with 8 bytes of
+// data.
+TEST(safetensors_are_refused_where_others_refuse_them) {
+  const TemporaryDirectory dir;
+  const std::string path = dir.path + "/x.safetensors";
+  const auto f32 = [](const char* name, const char* shape, const char* offsets) {
+    return sentence('"', name, R"(":{"dtype":"F32","shape":)", shape, R"(,"data_offsets":)",
+                    offsets, '}');
+  };
+  const auto opens = [&](const std::string& members) {
+    write_bytes(path, "{" + members + "}", "12345678");
+    return error_of([&] { SafetensorsFile{path}; });
+  };
+  const std::string one = f32("a", "[2]", "[0,8]");
+  for (const std::string& good :
+       {one, f32("a", "[1]", "[0,4]") + "," + f32("b", "[]", "[4,8]"),
+        f32("b", "[1]", "[4,8]") + "," + f32("a", "[1,1]", "[0,4]"),
+        f32("none", "[0]", "[0,0]") + "," + one, one + R"(,"__metadata__":{"x":"y"})",
+        one + R"(,"__metadata__":null)",
+        std::string(R"("a":{"dtype":"F4","shape":[16],"data_offsets":[0,8]})"),
+        std::string(R"("a":{"dtype":"BOOL","shape":[8],"data_offsets":[0,8]})")})
+    CHECK_EQ(opens(good), "", good);
+  const std::pair<std::string, const char*> bad[] = {
+      {f32("a", "[2]", "[0,8]") + "," + f32("b", "[2]", "[0,8]"), "has bytes of two tensors"},
+      {f32("a", "[1]", "[0,4]") + "," + f32("b", "[1]", "[2,6]"), "has bytes of two tensors"},
+      {f32("a", "[1]", "[4,8]"), "belong to no tensor before a"},
+      {f32("a", "[1]", "[0,4]"), "belong to no tensor before end"},
+      {"", "belong to no tensor"},
+      {f32("a", "[2]", "[0,8,7]"), "has 3 data_offsets"},
+      {f32("a", "[2]", "[0]"), "has 1 data_offsets"},
+      {f32("a", "[2]", "[8,0]"), "is truncated"},
+      {f32("a", "[2]", "[-8,0]"), "is no whole number"},
+      {f32("a", "[2]", "[0.0,8]"), "is no whole number"},
+      {f32("a", "[2.9]", "[0,8]"), "is no whole number"},
+      {f32("a", "[2.0]", "[0,8]"), "is no whole number"},
+      {f32("a", "[-2]", "[0,8]"), "is no whole number"},
+      {f32("a", "[true,2]", "[0,8]"), "is no whole number"},
+      {f32("a", "[\"2\"]", "[0,8]"), "is no whole number"},
+      {f32("a", "2", "[0,8]"), "is no list"},
+      {f32("a", "[4294967296,4294967296,2]", "[0,8]"), "does not take 8 bytes"},
+      {f32("a", "[9223372036854775807,2]", "[0,8]"), "does not take 8 bytes"},
+      {f32("a", "[99999999999999999999]", "[0,8]"), "is no whole number"},
+      {one + "," + one, "the name \"a\" stands twice"},
+      {one + R"(,"__metadata__":{"x":1})", "has a damaged header"},
+      {R"("a":{"dtype":"F33","shape":[2],"data_offsets":[0,8]})", "there is no dtype F33"},
+      {R"("a":{"dtype":"F4","shape":[1],"data_offsets":[0,8]})", "does not take 8 bytes"},
+      {R"("a":{"dtype":"F32","shape":[2]})", "has a damaged header"},
+      {R"("a":7)", "has a damaged header"}};
+  for (const auto& [members, what] : bad) CHECK_SAYS(throw Error(opens(members)), what);
+  write_bytes(path, "{" + one + "}" + std::string(1, 0), "12345678");
+  CHECK_SAYS(SafetensorsFile{path}, "a zero byte stands in it");
+  write_bytes(path, "[]", "");
+  CHECK_SAYS(SafetensorsFile{path}, "is no object");
 }
 
 TEST(damaged_safetensors_are_refused) {
@@ -836,6 +924,18 @@ TEST(sampling_follows_the_probabilities_and_its_cuts) {
   measured("80000 draws, shares within ", worst);
 }
 
+TEST(no_token_comes_from_logits_that_are_not_finite) {
+  for (const double poor : {double(NAN), double(INFINITY), -double(INFINITY)})
+    for (const double temperature : {0.0, 1.0})
+      for (const int64_t top_k : {0, 1, 2})
+        CHECK_SAYS(pick({1, poor, 2}, {.temperature = temperature, .top_k = top_k}, 5),
+                   "logits at position 5 are not all finite");
+}
+
+static const char kPairs[] =
+    R"({"l":0,"o":1,"w":2,"lo":3,"low":4,"\u0120":5,"\u0120low":6,"\u010a":7,"'":8,"s":9,)"
+    R"("'s":10,"<|endoftext|>":11})";
+
 TEST(tokens_are_bytes_pairs_or_numbers) {
   const TemporaryDirectory dir;
   const Tokenizer bytes("", 256), numbers(dir.path, 1000);
@@ -844,7 +944,8 @@ TEST(tokens_are_bytes_pairs_or_numbers) {
   CHECK_SAYS(numbers.encode("1000"), "'1000' is no token");
   CHECK_SAYS(numbers.encode("7x"), "'7x' is no token");
   std::ofstream(dir.path + "/vocab.json")
-      << R"({"l":0,"o":1,"w":2,"lo":3,"low":4,"\u0120":5,"\u0120low":6,"\u010a":7,"'":8,"s":9,"'s":10,"<|endoftext|>":11})";
+      << R"({"l":0,"o":1,"w":2,"lo":3,"low":4,"\u0120":5,"\u0120low":6,"\u010a":7,"'":8,"s":9,)"
+      << R"("'s":10,"<|endoftext|>":11})";
   std::ofstream(dir.path + "/merges.txt") << "#version: 0.2\nl o\nlo w\n\u0120 low\n' s\n";
   const Tokenizer pairs(dir.path, 12);
   CHECK(pairs.encode("low low's\n") == (std::vector<int>{4, 6, 10, 7}));
@@ -854,6 +955,309 @@ TEST(tokens_are_bytes_pairs_or_numbers) {
   CHECK_EQ(pairs.end_of_text(), 11);
   CHECK_SAYS(pairs.encode("x"), "vocab.json has no token for 'x'");
   CHECK_SAYS(Tokenizer(dir.path, 5), "outside the vocabulary of 5");
+  CHECK_EQ(Tokenizer(dir.path, 50304).end_of_text(), 11, "a padded vocabulary");
 }
 
-int main(int argc, char** argv) { return run_tests(argc, argv); }
+TEST(end_of_text_is_one_token) {
+  const TemporaryDirectory dir;
+  dir.write("vocab.json", kPairs);
+  dir.write("merges.txt", "l o\nlo w\n\u0120 low\n' s\n");
+  const Tokenizer t(dir.path, 12);
+  const std::string end = "<|endoftext|>";
+  CHECK(t.encode(end) == (std::vector<int>{11}) && t.decode(11) == end);
+  CHECK(t.encode(end + end + "low") == (std::vector<int>{11, 11, 4}));
+  // what stands before it is cut into words as if the text ended there
+  CHECK(t.encode("low  " + end + " low") == (std::vector<int>{4, 5, 5, 11, 6}));
+  CHECK_SAYS(t.encode("<|endof"), "no token for '<'");
+}
+
+TEST(a_tokenizer_json_is_read_like_vocab_and_merges) {
+  const TemporaryDirectory dir;
+  using nlohmann::json;
+  json file = json::parse(
+      R"({"added_tokens":[{"id":11,"content":"<|endoftext|>","special":true,"lstrip":false},
+                          {"id":12,"content":"<|end","single_word":false}],
+          "normalizer":null,
+          "pre_tokenizer":{"type":"ByteLevel","add_prefix_space":false,"use_regex":true},
+          "post_processor":{"type":"ByteLevel"},"decoder":{"type":"ByteLevel"},
+          "model":{"type":"BPE","dropout":null,"continuing_subword_prefix":"","fuse_unk":false}})");
+  file["model"]["vocab"] = json::parse(kPairs);
+  file["model"]["merges"] = {"l o", "lo w", "\u0120 low", "' s"};
+  const auto says = [&](const char* place, const json& value, const char* what) {
+    json other = file;
+    other[json::json_pointer(place)] = value;
+    dir.write("tokenizer.json", other.dump());
+    CHECK_SAYS(Tokenizer(dir.path, 13), what);
+  };
+  const auto reads = [&] {
+    dir.write("tokenizer.json", file.dump());
+    const Tokenizer t(dir.path, 13);
+    // of two that fit, the longer one
+    CHECK(t.encode("low low's<|endoftext|><|endlow") == (std::vector<int>{4, 6, 10, 11, 12, 4}));
+    CHECK(t.end_of_text() == 11 && t.has_pairs() && t.size() == 13);
+  };
+  reads();
+  file["model"]["merges"] =
+      json::parse(R"([["l", "o"], ["lo", "w"], ["\u0120", "low"], ["'", "s"]])");
+  reads();
+  file["model"].erase("type");
+  reads();
+  // as transformers 5 writes it
+  file["post_processor"] = json::parse(R"({"type":"TemplateProcessing","special_tokens":{}})");
+  reads();
+  says("/model/type", "WordPiece", "is not of GPT-2's encoding");
+  says("/pre_tokenizer/type", "Metaspace", "is not of GPT-2's encoding");
+  says("/pre_tokenizer", nullptr, "is no byte-level byte-pair encoding");
+  says("/pre_tokenizer/add_prefix_space", true, "add_prefix_space is true");
+  says("/pre_tokenizer/use_regex", false, "use_regex is false");
+  says("/normalizer", {{"type", "NFC"}}, "normalizer is {\"type\":\"NFC\"}");
+  says("/post_processor/type", "BertProcessing", "type is \"BertProcessing\"");
+  says("/post_processor",
+       json::parse(R"({"type":"TemplateProcessing","special_tokens":{"<s>":{"id":"<s>"}}})"),
+       "special_tokens is");
+  says("/model/byte_fallback", true, "byte_fallback is true");
+  says("/model/ignore_merges", true, "ignore_merges is true");
+  says("/model/dropout", 0.1, "dropout is 0.1");
+  says("/added_tokens/0/lstrip", true, "lstrip is true");
+  says("/added_tokens/0/id", 3, "has two numbers of '<|endoftext|>'");
+  says("/model/vocab/lo", 4, "has token 4 twice");
+  says("/model/vocab/lo", "3", "is no whole number");
+  says("/model/merges/0", "lo", "is no pair");
+  says("/model/merges/0", json::array({"l", "o", "w"}), "is no pair");
+  says("/model/merges", 7, "7 is no pair");
+  dir.write("tokenizer.json", "{}");
+  CHECK_SAYS(Tokenizer(dir.path, 13), "is no byte-level byte-pair encoding");
+}
+
+TEST(vocabularies_that_are_not_what_they_say_are_refused) {
+  const TemporaryDirectory dir;
+  const auto says = [&](const char* vocab, const char* merges, const char* what) {
+    dir.write("vocab.json", vocab);
+    dir.write("merges.txt", merges);
+    CHECK_SAYS(Tokenizer(dir.path, 3), what);
+  };
+  says(R"({"a":0,"b":0})", "#version: 0.2\n", "has token 0 twice");
+  says(R"({"a":0,"a":1})", "#version: 0.2\n", "the name \"a\" stands twice");
+  says(R"({"a":0.0})", "#version: 0.2\n", "0.0 is no whole number");
+  says(R"({"a":0,"b":-1})", "#version: 0.2\n", "-1 is no whole number");
+  says(R"({"a":true})", "#version: 0.2\n", "true is no whole number");
+  says(R"({"a":"0"})", "#version: 0.2\n", "is no whole number");
+  says(R"({"a":3})", "#version: 0.2\n", "has token 3, outside the vocabulary of 3");
+  says(R"({"a":4294967296})", "#version: 0.2\n", "is no whole number from 0 to");
+  says(R"({"":0})", "#version: 0.2\n", "an empty one");
+  says(R"({"a b":0})", "#version: 0.2\n", "'a b' is no token of byte-level");
+  says(R"({"a":0)", "#version: 0.2\n", "vocab.json is damaged");
+  says(R"([1])", "#version: 0.2\n", "vocab.json is damaged");
+  says(R"({"a":0,"b":1})", "a b\n", "merges 'a' and 'b', but the vocabulary lacks what they make");
+  says(R"({"a":0,"ab":1})", "a b\n", "lacks one of the two");
+  says(R"({"a":0,"b":1,"ab":2})", "ab\n", "'ab' is no pair");
+  says(R"({"a":0,"b":1,"ab":2})", "a b c\n", "is no token of byte-level");
+}
+
+// Token b is the byte b.
+static nlohmann::json byte_vocabulary() {
+  nlohmann::json vocab;
+  for (int b = 0, next = 256; b < 256; b++) {
+    const bool printable = (b >= 33 && b <= 126) || (b >= 161 && b <= 172) || b >= 174;
+    const int c = printable ? b : next++;
+    const std::string written =
+        c < 128 ? std::string(1, char(c)) : std::string{char(0xc0 | c >> 6), char(0x80 | (c & 63))};
+    vocab[written] = b;
+  }
+  return vocab;
+}
+
+TEST(words_are_cut_by_unicodes_properties) {
+  const TemporaryDirectory dir;
+  dir.write("vocab.json", byte_vocabulary().dump());
+  dir.write("merges.txt", "#version: 0.2\n");
+  const Tokenizer t(dir.path, 256);
+  const auto words = [&](const std::string& text) {
+    std::string cut;
+    size_t begin = 0;
+    t.encode(text, [&](const std::vector<int>& tokens, size_t end) {
+      CHECK_EQ(tokens.size(), end - begin);
+      cut += (begin ? "|" : "") + text.substr(begin, end - begin);
+      begin = end;
+    });
+    return cut;
+  };
+  CHECK_EQ(words("a \u202fb"), "a| |\u202f|b");            // white space: narrow no-break,
+  CHECK_EQ(words("a \u2007b"), "a| |\u2007|b");            // figure space,
+  CHECK_EQ(words("a\u0085\u00a0b"), "a|\u0085|\u00a0|b");  // next line and no-break space;
+  CHECK_EQ(words("a \u180eb"), "a| \u180e|b");             // no more since Unicode 6.3
+  CHECK_EQ(words("a\u200bb"), "a|\u200b|b");
+  CHECK_EQ(words("1\u00bd\u00b2\u0663\u216b"), "1\u00bd\u00b2\u0663\u216b");  // numbers
+  CHECK_EQ(words("x\u00b2"), "x|\u00b2");
+  CHECK_EQ(words("\u0915\u093e\u0915"), "\u0915|\u093e|\u0915");  // a vowel sign is no letter
+  CHECK_EQ(words("\u4e2d\u6587abc \U0001d400"), "\u4e2d\u6587abc| \U0001d400");
+  CHECK_EQ(words("we'll don't 'S"), "we|'ll| don|'t| '|S");
+  CHECK_EQ(words("a  \n b"), "a|  \n| b");
+  CHECK_EQ(words("a  "), "a|  ");
+  // damaged UTF-8: a byte is a sign by itself and takes nothing along
+  CHECK_EQ(words("a\xc3"), "a|\xc3");
+  CHECK_EQ(words("a\xc3"
+                 "bc"),
+           "a|\xc3|bc");
+  CHECK_EQ(words("a\xe2\x80"
+                 "b"),
+           "a|\xe2\x80|b");
+  CHECK_EQ(words("a\xf0\x9f\x98 b"), "a|\xf0\x9f\x98| b");
+  CHECK_EQ(words("\xc0\xaf\xed\xa0\x80\xf5"
+                 "a"),
+           "\xc0\xaf\xed\xa0\x80\xf5|a");
+  std::string damaged = contents(project_root() + "/README.md").substr(0, 4000);
+  for (size_t i = 0; i < damaged.size(); i += 7) damaged[i] = char(i * 37);
+  std::string back;
+  for (const int token : t.encode(damaged)) back += t.decode(token);
+  CHECK(back == damaged);
+}
+
+TEST(merging_takes_time_that_grows_with_the_length) {
+  const TemporaryDirectory dir;
+  nlohmann::json vocab = {{"a", 0}, {"b", 1}};
+  std::string word = "a", merges;
+  while (word.size() < 128) {
+    merges += word + " " + word + "\n";
+    word += word;
+    vocab[word] = vocab.size();
+  }
+  dir.write("vocab.json", vocab.dump());
+  dir.write("merges.txt", merges);
+  const Tokenizer t(dir.path, 100);
+  const auto began = std::chrono::steady_clock::now();
+  const std::vector<int> tokens = t.encode(std::string(200'000, 'a'));
+  measured(std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count(),
+           " s for a word of 200 kB");
+  CHECK_EQ(tokens.size(), 1563u);  // the rest of 64 is one
+  CHECK(tokens[0] == 8 && tokens.back() == 7 && t.longest() == 128);
+  // against the plain rule: the first of the pairs that were learned first, until there is none
+  std::string text;
+  for (int i = 0; i < 300; i++) text += i * i % 7 % 3 ? 'a' : 'b';
+  std::vector<std::string> parts;
+  for (const char c : text) parts.emplace_back(1, c);
+  for (size_t length = 1; length < 128; length *= 2)
+    for (size_t i = 0; i + 1 < parts.size(); i++)
+      if (parts[i] == std::string(length, 'a') && parts[i + 1] == parts[i]) {
+        parts[i] += parts[i + 1];
+        parts.erase(parts.begin() + long(i) + 1);
+      }
+  std::vector<int> expected;
+  for (const std::string& p : parts) expected.push_back(vocab[p]);
+  CHECK(t.encode(text) == expected);
+}
+
+TEST(texts_become_shards_that_are_made_once) {
+  const TemporaryDirectory dir;
+  dir.write("v/vocab.json", kPairs);
+  dir.write("v/merges.txt", "l o\nlo w\n\u0120 low\n' s\n");
+  const Tokenizer t(dir.path + "/v", 12);
+  const std::string a = dir.write("a.txt", "low low's\n<|endoftext|>low"),
+                    bin = dir.write("b.bin", shard<uint16_t>({1, 2, 3}));
+  std::vector<std::string> said;
+  const auto say = [&](const std::string& text) { said.push_back(text); };
+  const auto shards = token_shards({a, bin}, t, "", say);
+  CHECK(shards.size() == 2 && shards[1] == bin && shards[0].starts_with(a + "."));
+  CHECK_EQ(contents(shards[0]), shard<uint16_t>({4, 6, 10, 7, 11, 4}));
+  CHECK(said.size() == 1 && said[0].find("a.txt is encoded and kept as ") != said[0].npos);
+  CHECK(token_shards({a}, t, "", say)[0] == shards[0] && said.size() == 1, "it is there already");
+  const Dataset data = Dataset::open(shards, 2, 12);
+  CHECK_EQ(data.sequence(0, 0, 1).size(), 3u);
+  // another text or another vocabulary: another shard
+  dir.write("a.txt", "low low\n");
+  const auto after = token_shards({a}, t, "", say);
+  CHECK(after[0] != shards[0] && contents(after[0]) == shard<uint16_t>({4, 6, 7}));
+  dir.write("v/merges.txt", "l o\nlo w\n");
+  const auto other = token_shards({a}, Tokenizer(dir.path + "/v", 12), "", say);
+  CHECK(other[0] != after[0] && contents(other[0]) == shard<uint16_t>({4, 5, 4, 7}));
+  for (const auto& file : fs::directory_iterator(dir.path))
+    CHECK(file.path().string().find("partial") == std::string::npos, file.path());
+  // where nothing can be written beside the text: in the other directory
+  fs::remove(after[0]);
+  fs::create_directories(dir.path + "/other");
+  fs::permissions(dir.path + "/other", fs::perms::all);
+  fs::permissions(dir.path, fs::perms(0555));
+  const bool root = geteuid() == 0;  // whom rights do not hold
+  if (root) CHECK_EQ(seteuid(65534), 0);
+  std::vector<std::string> placed;
+  const std::string error = error_of([&] {
+    for (int twice = 0; twice < 2; twice++)
+      placed.push_back(token_shards({a}, t, dir.path + "/other", say)[0]);
+  });
+  if (root) CHECK_EQ(seteuid(0), 0);
+  fs::permissions(dir.path, fs::perms(0755));
+  CHECK_EQ(error, "");
+  const std::string there = dir.path + "/other/" + fs::path(after[0]).filename().string();
+  CHECK(placed == (std::vector<std::string>{there, there}), placed[0]);
+}
+
+// test_support encode DIR: the tokens of each text that the standard input has, a line each; a text
+// ends with a zero byte (tests/tokenizers.py)
+static int encode_all(const std::string& directory) {
+  const Tokenizer tokenizer(directory, 0);
+  for (std::string text; std::getline(std::cin, text, '\0');) {
+    for (const int token : tokenizer.encode(text)) printf("%d ", token);
+    printf("\n");
+  }
+  return 0;
+}
+
+// test_support vocabulary DIR: a tokenizer in both forms, in DIR/two and DIR/one (test_formats.sh)
+static int make_vocabulary(const std::string& directory) {
+  nlohmann::json vocab = byte_vocabulary();
+  const char* merges[] = {"t h", "th e", "\u0120 the"};
+  for (const char* made : {"th", "the", "\u0120the", "<|endoftext|>"}) vocab[made] = vocab.size();
+  const nlohmann::json end = {{"id", vocab.size() - 1}, {"content", "<|endoftext|>"}};
+  const nlohmann::json both = {{"added_tokens", {end}},
+                               {"pre_tokenizer",
+                                {{"type", "ByteLevel"}, {"add_prefix_space", false}}},
+                               {"model", {{"type", "BPE"}, {"vocab", vocab}, {"merges", merges}}}};
+  std::ofstream(directory + "/one/tokenizer.json") << both.dump();
+  std::ofstream(directory + "/two/vocab.json") << vocab.dump();
+  std::ofstream lines(directory + "/two/merges.txt");
+  for (const char* merge : merges) lines << merge << "\n";
+  return 0;
+}
+
+// test_support weights FROM DIR CHANGE: a file of weights, as others write it (test_formats.sh)
+static int rewrite_weights(const std::string& from, const std::string& directory,
+                           const std::string& change) {
+  const SafetensorsFile file(from);
+  std::vector<NamedArray> parts[2];
+  for (const auto& [name, e] : file.entries()) {
+    const auto read = [&file, &e = e](void* to) {
+      file.read(e, 0, elements(e.shape), Dtype::f32, to);
+    };
+    const auto zeros = [&e = e](void* to) { memset(to, 0, size_t(elements(e.shape)) * 4); };
+    const bool wte = name == "wte.weight";
+    auto& part = parts[change == "parts" && name < "h.1"];
+    if (!wte || change != "head")
+      part.push_back({"transformer." + name, e.shape, Dtype::f32, read});
+    if (wte && (change == "head" || change == "both"))
+      part.push_back({"lm_head.weight", e.shape, Dtype::f32, read});
+    if (wte && change == "differs") part.push_back({"lm_head.weight", e.shape, Dtype::f32, zeros});
+    if (wte && change == "twice") part.push_back({name, e.shape, Dtype::f32, read});
+  }
+  if (change != "parts") {
+    write_safetensors(directory + "/model.safetensors", parts[0]);
+    return 0;
+  }
+  nlohmann::json map;
+  for (int i = 0; i < 2; i++) {
+    const std::string name = sentence("model-0000", i + 1, "-of-00002.safetensors");
+    write_safetensors(directory + "/" + name, parts[i]);
+    for (const NamedArray& a : parts[i]) map[a.name] = name;
+  }
+  const nlohmann::json index = {{"metadata", {{"total_size", 1}}}, {"weight_map", map}};
+  std::ofstream(directory + "/model.safetensors.index.json") << index.dump();
+  return 0;
+}
+
+int main(int argc, char** argv) {
+  const std::vector<std::string> words(argv + 1, argv + argc);
+  if (words.size() == 2 && words[0] == "encode") return encode_all(words[1]);
+  if (words.size() == 2 && words[0] == "vocabulary") return make_vocabulary(words[1]);
+  if (words.size() == 4 && words[0] == "weights")
+    return rewrite_weights(words[1], words[2], words[3]);
+  return run_tests(argc, argv);
+}

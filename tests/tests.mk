@@ -6,47 +6,78 @@ BENCHES    := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/bench_*.cpp)))
 
 $(B)/tests/%: $(B)/obj/tests/%.cpp.o $(OBJECTS)
 	@mkdir -p $(@D)
-	@$(LINK) $^ -o $@ $(LIBS)
+	@$(LINK) $^ -o $@ $(LIBS) $(LIBS_NCCL)
 $(B)/comm-mpi/tests/%: $(B)/obj/tests/%.cpp.o $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
 	@mkdir -p $(@D)
-	@$(LINK) $^ -o $@ $(filter-out -lnccl,$(LIBS))
+	@$(LINK) $^ -o $@ $(LIBS)
 $(B)/tests/test_cpu: $(B)/obj/tests/cpu_kernels.cu.o
+$(B)/tests/libfaults.so: tests/faults.cpp
+	@mkdir -p $(@D)
+	@$(MPICXX) -shared -fPIC -O1 -Wall -Wextra $< -o $@ -ldl
 
 # what tests/mutants.sh compiles and links with
 print-compile: ; @echo '$(MPICXX) $(CXXFLAGS)'
 print-link: ; @echo '$(LINK)'
 print-objects: ; @echo '$(OBJECTS)'
 
-.PHONY: test parity compare mutants sanitize check-docs bench cuda cuda-build check-spills
+.PHONY: test faults fuzz parity compare mutants sanitize check-docs check-style check-portable
+.PHONY: bench cuda cuda-build check-spills
 
-test:  ## make test                the whole suite
-	@tests/run.sh
+test:  ## make test                the whole suite; with BACKEND=cuda on the GPUs, too
+	@tests/run.sh cpu faithful $(filter cuda,$(BACKEND))
 
+faults: build  ## make faults [FAULTS=20] [KILLS=50]
+##                          random calls that fail, random kills: what was saved stays
+	@tests/test_faults.sh $(or $(FAULTS),20) $(or $(KILLS),50)
+
+SECONDS ?= 60
+fuzz:  ## make fuzz [SECONDS=60]   libFuzzer on everything that reads files of others (needs clang)
+	@tests/fuzz.sh $(SECONDS)
+
+MUTATED := fsdp tensor_parallel pipeline schedule comm golden
 mutants:  ## make mutants             one-line faults that the suite must catch
-	@$(MAKE) -s --no-print-directory BACKEND=cpu $(patsubst %,build/cpu/tests/test_%,fsdp tensor_parallel pipeline schedule comm golden)
+	@$(MAKE) -s --no-print-directory BACKEND=cpu $(MUTATED:%=build/cpu/tests/test_%)
 	@tests/mutants.sh
 
-parity: $(B)/tests/test_parity  ## make parity              every layout of up to 8 ranks against one rank, in f64: one table
+## make parity              every layout of up to 8 ranks against one rank, in f64: one table
+parity: $(B)/tests/test_parity
 	@tests/parity.sh $(BACKEND)
 
-compare: built $(B)/tests/compare  ## make compare [ONLY=pp]   all strategies side by side: tables and build/report.html
+## make compare [ONLY=pp]   all strategies side by side: tables and build/report.html
+compare: built $(B)/tests/compare
 	@tests/compare.sh
 
 sanitize:  ## make sanitize            small tests under Address- and UndefinedBehaviorSanitizer
 	@tests/sanitize.sh
 
-check-docs: built  ## make check-docs          runs the commands that the docs show, looks up the names they use
+check-docs: built  ## make check-docs          runs the commands that the docs show, looks up names
 	@tests/check_docs.sh
+
+check-style:  ## make check-style         width, clang-format, one sentence a line, includes
+	@tests/check_style.sh
+
+## make check-portable      other systems, as root on Debian: ON=trixie|arm64|clang (all three)
+check-portable:
+	@tests/portable.sh $(ON)
 
 bench: build $(BENCHES:%=$(B)/tests/%)  ## make bench               speed: kernels, tokens/s, memory
 	@tests/bench.sh
 
-cuda:  ## make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)
+## make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)
+cuda:
 	@$(MAKE) --no-print-directory BACKEND=cuda cuda-build check-spills
 cuda-build: $(PROGRAMS:%=$(B)/%) $(CUDA_TESTS:%=$(B)/tests/%) $(B)/comm-mpi/train_gpt
 # ptxas spills registers, or keeps an array out of them, in no kernel but those for f64, which are
 # for proofs
 check-spills: cuda-build
-	@cat $(B)/obj/*.ptxas $(B)/obj/*/*.ptxas | awk '/Compiling entry function/ { name = $$7; kernels++ } \
-	  /bytes stack frame/ { if (($$1 > 0 || $$5 > 0) && name !~ /I(f|13__nv_bfloat16)*d/) { print "spills:", name, $$0; bad = 1 } } \
-	  END { print kernels " kernels compiled for " "$(GENCODE)" "; spills or stack frames outside f64: " (bad ? "yes" : "none"); exit bad }'
+	@cat $(B)/obj/*.ptxas $(B)/obj/*/*.ptxas | awk -v built_for='$(GENCODE)' ' \
+	  /Compiling entry function/ { name = $$7; kernels++ } \
+	  /bytes stack frame/ && ($$1 > 0 || $$5 > 0) && name !~ /I(f|13__nv_bfloat16)*d/ { \
+	    print "spills:", name, $$0; \
+	    bad = 1 \
+	  } \
+	  END { \
+	    print kernels " kernels compiled for " built_for \
+	      "; spills or stack frames outside f64: " (bad ? "yes" : "none"); \
+	    exit bad \
+	  }'

@@ -13,7 +13,7 @@ void TheoryOfRank::add_fsdp() {
     for (const ModelPart& part : piece) {
       blocks += part.kind == ModelPart::block;
       for (const auto& [unit, params] : units_of(part.params))
-        gathers[unit] += part.backward == Backward::gathers ? 2 : 1;
+        gathers[unit] += part.backward == Backward::unshards ? 2 : 1;
       for (Param* p : part.params)
         if (!seen.insert(p).second && !shards_gradients)
           gradients += p->numel() * g;  // tied: each of its two uses has a gradient of its own

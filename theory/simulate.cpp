@@ -72,9 +72,9 @@ static std::string place(const Schedule& s, int stage, int index) {
   return sentence("stage ", stage, ", action ", index, " (", to_string(s.at(stage, index)), ")");
 }
 
-// Each part of each chunk comes once for every micro-batch, in ascending order, after what it needs;
-// each transfer that they need comes once, in ascending order, after what it sends and before what
-// uses it; and there is no other.
+// Each part of each chunk comes once for every micro-batch, in ascending order, after what it
+// needs; each transfer that they need comes once, in ascending order, after what it sends and
+// before what uses it; and there is no other.
 static std::string wrong_action(const Schedule& s) {
   constexpr Action::Kind kPart[] = {Action::forward, Action::input_gradient,
                                     Action::weight_gradient};

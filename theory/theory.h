@@ -15,7 +15,7 @@ struct Theory {
   std::map<Ledger::Key, Ledger::Row> step;
   // bytes that it holds between steps: parameters, gradients, optimizer
   std::array<int64_t, kMemoryCategories> persistent{};
-  // bytes of borrowed units at any time, at most
+  // bytes of units' whole buffers in use at any time, at most
   int64_t gather_bound = 0;
   // bytes kept for backwards at once: of one micro-batch, or of a pipeline's live ones
   int64_t activations = 0;

@@ -166,7 +166,9 @@ bool product_bf16_widened(const Product& p) {
   return true;
 }
 
-// ---- f64: c is cut into tiles of kRows x kColumns that stay in registers; a and b are packed into panels of that width, padded with zeros
+// ---- f64
+// c is cut into tiles of kRows x kColumns that stay in registers; a and b are packed into panels of
+// that width, padded with zeros.
 
 constexpr int64_t kLanes = 4, kRows = 2 * kLanes, kColumns = 6;
 constexpr int64_t kDepth = 256;  // panels of this much of k stay in the caches
@@ -294,7 +296,8 @@ bool products(const Product& all) {
   };
   bool ok = true;
   if (all.batch >= omp_get_max_threads() && all.batch > 1) {
-#pragma omp parallel for schedule(static) reduction(&& : ok) if (all.batch * all.m * all.n * all.k > kWorthThreads)
+    const bool parallel = all.batch * all.m * all.n * all.k > kWorthThreads;
+#pragma omp parallel for schedule(static) reduction(&& : ok) if (parallel)
     for (int64_t i = 0; i < all.batch; i++) ok = one(i, false) && ok;
   } else {
     for (int64_t i = 0; i < all.batch; i++) ok = one(i, true) && ok;

@@ -65,7 +65,8 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 // glibc offers these in SIMD form, but declares so only under the whole of -ffast-math. Kernels are
 // compiled with less than that (-ffinite-math-only is the part that shows), and need them: without,
 // exp and tanh cost ten times as much.
-#if defined(CPU_FAST) && defined(__x86_64__) && defined(__GLIBC__) && \
+// (clang, which has no such attribute, does without.)
+#if defined(CPU_FAST) && defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && \
     defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
 #define CPU_SIMD_FORM __attribute__((simd("notinbranch"), const))
 extern "C" {
@@ -249,5 +250,5 @@ bool legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shar
 #ifdef CPU_FAST
 #include "fast.h"
 #else
-#include "faithful.h"
+#include "cpu/faithful/faithful.h"
 #endif

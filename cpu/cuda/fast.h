@@ -17,7 +17,7 @@ namespace cpu {
 inline constexpr uint3 thread_index{0, 0, 0};
 inline constexpr dim3 block_shape{1, 1, 1};
 inline __thread uint3 block_index;
-inline __thread dim3* grid_shape;
+inline __thread const dim3* grid_shape;
 inline __thread void* dynamic_shared;
 
 // A team of threads takes 2 to 30 us to wake, longer than many launches take alone. So launches are
@@ -74,8 +74,7 @@ template <class... P> struct Launch {
 
   // Blocks [begin, end), x fastest.
   void run_blocks(int64_t begin, int64_t end, P... arguments) const {
-    dim3 shape = grid;
-    grid_shape = &shape;
+    grid_shape = &grid;
     if (shared_bytes) dynamic_shared = shared_block(shared_bytes);
     uint3 index{unsigned(begin % grid.x), unsigned(begin / grid.x % grid.y),
                 unsigned(begin / grid.x / grid.y)};

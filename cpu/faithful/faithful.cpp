@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 #include <link.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -92,7 +93,7 @@ void prepare(Context& context, char* stack, size_t bytes, void (*entry)()) {
 // ---- the block that runs
 
 constexpr int kMaxThreads = 1024, kMaxWarps = kMaxThreads / 32;
-constexpr size_t kPage = 4096, kStack = 64 << 10, kGuard = 256;
+constexpr size_t kStack = 64 << 10, kGuard = 256;
 
 struct Warp {
   unsigned ready, waiting;  // a bit for each lane: can run; waits for its warp
@@ -123,14 +124,15 @@ std::mutex one_launch;
 // A stack for each thread, with a page below it that nobody may touch.
 char* stack_of(int thread) {
   static std::vector<char*> stacks;
+  static const size_t page = size_t(sysconf(_SC_PAGESIZE));  // 64 KiB on some arm64 systems
   while (int(stacks.size()) <= thread) {
-    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE,
+    void* memory = mmap(nullptr, page + kStack, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE)) {
+    if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE)) {
       perror("CUDA stand-in: no memory for the stacks of threads");
       abort();
     }
-    stacks.push_back(static_cast<char*>(memory));
+    stacks.push_back(static_cast<char*>(memory) + page);
   }
   return stacks[size_t(thread)];
 }

@@ -10,12 +10,20 @@
 // protocol  Every call, collective or point-to-point, is a rendezvous of those who take part in it.
 //           One rank's part of one call:
 //
-//     issued ──stream──> announce ──────> meet ─────────────> move ────────────> arrive ───────────────> released
-//                        my record is     everyone's record   read the peers'    I have read what      the peers have read what
-//                        where the        is there and says   memory, or         I need: they may      they need: my buffers
-//                        peers look       the same as mine    exchange messages  reuse their buffers   are mine again
-//                                            │ no                                                         │ not in time, at any wait
-//                                            └──> a sentence with both calls <── the watch: where each rank stands <┘
+//             issued
+//               │      (the stream comes to it)
+//             announce   My record is where the peers look.
+//               │
+//             meet       Everyone's record is there and says the same as mine; if not, the call
+//               │        ends in a sentence that shows both.
+//             move       Read the peers' memory, or exchange messages.
+//               │
+//             arrive     I have read what I need: the peers may reuse their buffers.
+//               │
+//             released   The peers have read what they need: my buffers are mine again.
+//
+//           What does not come in time, at any of the waits, ends in the watch's sentence: where
+//           each rank stands.
 //
 //           All-reduce of large buffers goes twice through move, arrive, released: first for its
 //           sums, then for its gathering. What fits into kInline bytes travels with the record, so

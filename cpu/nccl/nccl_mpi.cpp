@@ -41,9 +41,9 @@ class MpiLink final : public Link {
     several_threads = cpu::streams_are_queued;
 #endif
     if (several_threads && threads < MPI_THREAD_MULTIPLE)
-      fail(
-          ncclInvalidUsage,
-          "NCCL over MPI calls MPI from the streams' threads: ask MPI_Init_thread for MPI_THREAD_MULTIPLE");
+      fail(ncclInvalidUsage,
+           "NCCL over MPI calls MPI from the streams' threads: ask MPI_Init_thread for "
+           "MPI_THREAD_MULTIPLE");
   }
 
   void announce(Op& op) override {

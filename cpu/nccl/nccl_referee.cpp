@@ -140,10 +140,10 @@ bool exactly_in_place(const Op& op) {
 void check_overlaps(const std::vector<Op>& ops) {
   for (const Op& op : ops) {
     if (overlap(op.user_send, op.send_bytes, op.user_recv, op.recv_bytes) && !exactly_in_place(op))
-      refuse(
-          ncclInvalidUsage, op,
-          "its send and receive buffers overlap by other than the in-place offset (the receive buffer starts ",
-          op.user_recv - op.user_send, " bytes after the send buffer)");
+      refuse(ncclInvalidUsage, op,
+             "its send and receive buffers overlap by other than the in-place offset (the receive "
+             "buffer starts ",
+             op.user_recv - op.user_send, " bytes after the send buffer)");
     for (const Op& other : ops) {  // the calls of a group have no order among them
       if (&other == &op) continue;
       const bool both_receive =
@@ -223,9 +223,9 @@ void fill_and_sum(Op& op) {
 
 void check_sum(const Op& op) {
   if (kCuda || op.checksum == checksum(op)) return;
-  refuse(
-      ncclInvalidUsage, op,
-      "the send buffer changed before the call was complete: something writes to it without waiting for the communication stream");
+  refuse(ncclInvalidUsage, op,
+         "the send buffer changed before the call was complete: something writes to it without "
+         "waiting for the communication stream");
 }
 
 // ---- bytes

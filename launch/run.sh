@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# run.sh: `make run` and `make generate`. What was given to make comes through the environment, so
+# that no sign in a name means anything.
+#   launch/run.sh run        BACKEND MPIEXEC THREADS, and perhaps DATA STRATEGY NP ARGS
+#   launch/run.sh generate   the same, and perhaps PROMPT CHECKPOINT TRAIN_ARGS
+set -u
+cd "$(dirname "$0")/.."
+refuse() {
+  echo "make $what: $*"
+  exit 1
+}
+what=$1 strategy=${STRATEGY:-replicate}
+eval "args=(${ARGS:-})" # words, as a shell reads them
+[ -z "${WHY:-}" ] || [ "$BACKEND" != cpu ] || echo "no GPU is used: $WHY"
+
+# start RANKS PROGRAM ARGS...
+start() {
+  local ranks=$1
+  shift
+  export OMP_NUM_THREADS=$((THREADS > ranks ? THREADS / ranks : 1))
+  [ "$BACKEND" = cuda ] || export OMP_WAIT_POLICY=passive
+  echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $MPIEXEC -n $ranks$(printf ' %q' "$@")"
+  $MPIEXEC -n "$ranks" "$@"
+}
+# default OPTION VALUE: adds it to the command, unless ARGS has the option
+default() { [[ " ${ARGS:-} " == *" $1 "* ]] || command+=("$1" "$2"); }
+
+# ---- ranks: one a GPU; without GPUs one a core, of which 3d takes 8
+
+if [ -n "${NP:-}" ]; then
+  ranks=$NP
+elif [ "$BACKEND" = cuda ]; then
+  ranks=$(launch/detect.sh gpus)
+  [ "$ranks" != 0 ] || ranks=1
+else
+  ranks=$(nproc)
+  [ "$strategy" != 3d ] || ranks=8
+fi
+[[ $ranks =~ ^[1-9][0-9]*$ ]] || refuse "NP is '$ranks', expected a number of ranks"
+
+# ---- generate: with tensor parallelism on two ranks, from a checkpoint made on first use
+
+if [ "$what" = generate ]; then
+  [ -n "${NP:-}" ] || ranks=$((ranks > 1 ? 2 : 1))
+  checkpoint=${CHECKPOINT:-build/generate-model}
+  manifests=("$checkpoint"/manifest.json "$checkpoint"/step-*/manifest.json)
+  if ! ls "${manifests[@]}" 2>/dev/null | grep -q .; then
+    echo "make generate: no model in $checkpoint yet: training one"
+    ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" "$0" run || exit
+  fi
+  start "$ranks" build/generate --checkpoint "$checkpoint" --prompt "${PROMPT:-// tensor}" \
+    --tp "$ranks" "${args[@]}"
+  exit
+fi
+
+# ---- run
+
+command=(build/train_gpt)
+case $strategy in
+  serial) ranks=1 ;;
+  replicate | fsdp | tp | pp) command+=("--$strategy" "$ranks") ;;
+  3d)
+    [ $((ranks % 4)) = 0 ] || refuse "STRATEGY=3d is pp 2 x fsdp NP/4 x tp 2, but NP is $ranks:" \
+      "choose a multiple of 4"
+    command+=(--pp 2 --fsdp $((ranks / 4)) --tp 2 --sequence-parallel)
+    ;;
+  *) refuse "STRATEGY is '$strategy', expected serial, replicate, fsdp, tp, pp or 3d" ;;
+esac
+# DATA is one file, whatever its name, or several whose names have no spaces.
+if [ -e "${DATA:-}" ]; then
+  command+=(--data "$DATA")
+elif [ -n "${DATA:-}" ]; then
+  command+=(--data $DATA)
+fi
+default --model "$([ "$BACKEND" = cuda ] && echo char || echo tiny)"
+default --sample 400
+default --eval-every 100
+start "$ranks" "${command[@]}" "${args[@]}"

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# test_detect.sh: launch/detect.sh, with stand-ins for nvcc and nvidia-smi, in a copy of its own: it
+# takes CUDA where a kernel runs, builds for the GPUs that are there, and else says why not.
+set -u
+cd "$(dirname "$0")/.."
+. tests/lib.sh
+unset CUDA_HOME NCCL_HOME CONDA_PREFIX NVHPC_ROOT
+mkdir -p "$dir/launch" "$dir/bin" "$dir/nvcc/bin" "$dir/nccl/lib" "$dir/nccl/include"
+cp launch/detect.sh "$dir/launch"
+touch "$dir/nccl/lib/libnccl.so.2"
+
+# The compiler: VERSION is CUDA's; what it builds prints PROBE; a program of NCCL builds when NCCL
+# stands among the arguments.
+cat >"$dir/nvcc/bin/nvcc" <<'END'
+#!/usr/bin/env bash
+case "$*" in
+  --version) echo "Cuda compilation tools, release $VERSION, V$VERSION.1" ;;
+  --list-gpu-arch) printf 'compute_80\ncompute_89\ncompute_90\n' ;;
+  *nccl.cu*) [[ "$*" == *"$NCCL"* ]] || exit 1 ;;&
+  *.cu*)
+    [[ "$*" =~ -o\ ([^ ]+) ]]
+    printf '#!/usr/bin/env bash\nprintf "%s"\n' "$PROBE" >"${BASH_REMATCH[1]}"
+    chmod +x "${BASH_REMATCH[1]}"
+    ;;
+esac
+END
+printf '#!/bin/sh\n' >"$dir/bin/nvidia-smi"
+chmod +x "$dir/bin/nvidia-smi" "$dir/nvcc/bin/nvcc"
+# No nvcc of this machine: a PATH with the tools that the script needs, and no more.
+for tool in bash cat sed grep awk sort mkdir rm ls head dirname realpath printf env chmod tr; do
+  ln -s "$(command -v $tool)" "$dir/bin/$tool"
+done
+
+# detects NAME BACKEND 'part of what is said, or printed' [VARIABLE=value]...
+detects() {
+  local name=$1 backend=$2 part=$3
+  shift 3
+  env -i PATH="$dir/bin" VERSION=12.4 NCCL=-lnccl PROBE='capability 8.9\ngpus 1\n' \
+    CUDA_HOME="$dir/nvcc" "$@" "$dir/launch/detect.sh" >"$dir/out" 2>"$dir/err"
+  if grep -qx "DETECTED := $backend" "$dir/out" && grep -qF -- "$part" "$dir/out" "$dir/err"; then
+    ok "$name" "$(head -c 150 "$dir/err")"
+  else
+    fail "$name" "$(head -3 "$dir/out") $(cat "$dir/err")"
+  fi
+}
+detects a_gpu_is_taken_and_built_for cuda \
+  "GPU_GENCODE := -gencode arch=compute_89,code=sm_89"
+detects an_unknown_gpu_is_built_for_by_the_default cuda "GPU_GENCODE :=" \
+  PROBE='capability 12.0\ngpus 1\n'
+check so_it_is 'grep -qx "GPU_GENCODE :=" "$dir/out"'
+detects an_old_gpu_is_refused cpu "capability 7.5, and 8.0" PROBE='capability 7.5\ngpus 1\n'
+detects a_kernel_that_does_not_run_is_said cpu "no kernel image" \
+  PROBE='capability 8.0\nerror no kernel image\ngpus 1\n'
+detects cuda_11_is_refused cpu "of CUDA 11, which has no C++20" VERSION=11.8
+detects a_missing_nccl_is_said cpu "NCCL 2.18 or newer is not found" NCCL=nowhere
+detects nccl_home_is_taken cuda "-Xlinker -rpath=$dir/nccl/lib" NCCL="-I$dir/nccl/include" \
+  NCCL_HOME="$dir/nccl"
+detects a_conda_environment_is_looked_at cuda "-I$dir/nccl/include" NCCL="-I$dir/nccl/include" \
+  CONDA_PREFIX="$dir/nccl"
+detects a_wrong_nccl_home_is_said cpu "NCCL_HOME is /nowhere" NCCL=absent NCCL_HOME=/nowhere
+mv "$dir/nvcc" "$dir/away"
+detects a_missing_compiler_is_said cpu "nvidia-smi is here, but $dir/nvcc/bin/nvcc is not"
+mv "$dir/away" "$dir/nvcc"
+rm "$dir/bin/nvidia-smi"
+detects a_compiler_without_gpus_is_no_reason_for_a_warning cpu "WHY :=" PROBE='gpus 0\n'
+check nothing_is_said "[ ! -s $dir/err ] || [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]"
+sums_up

@@ -1,0 +1,443 @@
+#!/usr/bin/env bash
+# test_faults.sh: what was saved stays: calls that fail, kills, damage that is none, weights that
+# are not finite, links, two runs in one directory, files of an earlier run.
+#   tests/test_faults.sh [FAULTS [KILLS [SEED]]]   how many random faults and kills; `make faults`
+#                                                  runs 20 and 50 of them
+set -u
+cd "$(dirname "$0")/.."
+. tests/lib.sh
+faults=${1:-4} kills=${2:-4} RANDOM=${3:-7}
+train=build/cpu/train_gpt tool=build/cpu/checkpoint generate=build/cpu/generate
+library=$PWD/build/cpu/tests/libfaults.so
+make -s --no-print-directory BACKEND=cpu "${library#"$PWD/"}" || exit 1
+chmod 755 "$dir"
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+cat docs/*.md >"$dir/text"
+small="--layers 2 --width 32 --heads 2 --context 16 --batch 4 --data $dir/text"
+flat="--lr 0.001 --min-lr 0.001 --warmup 0" # whatever --steps is
+one() { timeout 120 $train $small "$@" >"$dir/out" 2>"$dir/err"; }
+two() { timeout 120 $MPIEXEC -n 2 $train $small --fsdp 2 "$@" >"$dir/out" 2>"$dir/err"; }
+# with_fault VARIABLE=VALUE... -- COMMAND...: one call of the command fails
+with_fault() {
+  local settings=()
+  while [ "$1" != -- ]; do
+    settings+=("$1")
+    shift
+  done
+  shift
+  timeout 120 env "${settings[@]}" LD_PRELOAD="$library" "$@"
+}
+two_with_fault() { # VARIABLE=VALUE... -- ARGS...
+  local settings=()
+  while [ "$1" != -- ]; do
+    settings+=("$1")
+    shift
+  done
+  shift
+  timeout 120 $MPIEXEC -n 2 env "${settings[@]}" LD_PRELOAD="$library" \
+    $train $small --fsdp 2 "$@" >"$dir/out" 2>"$dir/err"
+}
+steps_in() { (cd "$1" && echo *); }
+whole() { $tool verify "$1" >/dev/null; }
+
+two $flat --steps 4 --save-every 2 --keep 0 --checkpoint "$dir/base" \
+  || fail a_first_run "$(cat "$dir/err")"
+fresh() {
+  rm -rf "$dir/c"
+  cp -r "$dir/base" "$dir/c"
+  last=$dir/c/step-00000004
+}
+
+# ---- an error is not damage: resuming stops with file and reason, and touches nothing
+
+said=0 tries=0
+for fault in "open 13 Permission denied" "open 116 Stale file handle" "open 12 Cannot allocate" \
+  "read 5 Input/output error"; do
+  read -r call errno reason <<<"$fault"
+  for file in manifest.json optimizer-1.safetensors; do
+    fresh
+    tries=$((tries + 1))
+    if two_with_fault FAULT_PATH="step-00000004/$file" FAULT_CALL="$call" FAULT_AT=1 \
+      FAULT_ERRNO="$errno" -- --steps 5 --resume --checkpoint "$dir/c"; then
+      echo "$fault: status 0"
+    elif ! grep -q "^rank .*step-00000004/$file cannot be .*: $reason" "$dir/err" \
+      || ! diff -r "$dir/base" "$dir/c"; then
+      echo "$fault of $file: $(cat "$dir/err")"
+    else said=$((said + 1)); fi
+  done
+done
+check an_error_while_reading_is_not_called_damage "[ $said = $tries ]" "$said errors" "of $tries"
+fresh
+chmod 000 "$last"
+chown -R 65534 "$dir/c"
+nobody() { setpriv --reuid=65534 --regid=65534 --clear-groups "$@"; }
+[ "$(id -u)" = 0 ] || nobody() { "$@"; }
+nobody $train $small --steps 5 --resume --checkpoint "$dir/c" >"$dir/out" 2>"$dir/err"
+status=$?
+for command in "$tool verify" "$tool info" "$generate --prompt x --checkpoint"; do
+  nobody $command "$dir/c" >>"$dir/err" 2>&1 && status=0
+done
+check a_step_without_rights_is_said "[ $status = 1 ] && [ -d $last ] &&
+  [ \$(grep -c 'manifest.json cannot be examined: Permission denied' $dir/err) = 4 ]" \
+  "by training, verify, info and generate" "status $status: $(cat "$dir/err")"
+fresh
+chmod 000 "$dir/c"
+chown -R 65534 "$dir/c"
+nobody $train $small --steps 5 --resume --checkpoint "$dir/c" >"$dir/out" 2>"$dir/err"
+check a_directory_without_rights_is_said "[ $? = 1 ] && grep -q 'Permission denied' $dir/err" \
+  "$(sed "s#$dir/##" "$dir/err")" "$(cat "$dir/err")"
+fresh
+sed -i 's/checkpoint, version [0-9]*/checkpoint, version 99/' "$last/manifest.json"
+one --steps 5 --resume --checkpoint "$dir/c"
+check another_format_is_not_called_damage \
+  "[ $? = 1 ] && grep -q 'is of another format' $dir/err && [ -d $last ]" "" "$(cat "$dir/err")"
+
+# ---- weights that are not finite
+
+for rate in 1e7 1e38; do # the weights' gradients overflow; their loss does
+  for ranks in one two; do
+    rm -rf "$dir/c"
+    $ranks --steps 2 --checkpoint "$dir/c"
+    $ranks --steps 9 --lr $rate --warmup 0 --clip 0 --save-every 1 --keep 1 --resume \
+      --checkpoint "$dir/c"
+    status=$?
+    check "weights_without_a_next_step_are_not_saved_${rate}_on_$ranks" "[ $status != 0 ] &&
+      grep -q 'update of step 3 made weights .* not finite' $dir/err &&
+      [ '$(steps_in "$dir/c")' = step-00000002 ] && whole $dir/c" "" "$(cat "$dir/err")"
+  done
+  one --steps 1 --lr $rate
+  check "a_last_update_without_a_next_step_ends_the_run_$rate" \
+    "[ $? = 1 ] && grep -q 'update of step 1 made weights' $dir/err" "" "$(tail -2 "$dir/out")"
+done
+one --steps 3 --resume --checkpoint "$dir/c"
+check and_training_goes_on_from_the_good_ones "[ $? = 0 ]" "" "$(cat "$dir/err")"
+$generate --layers 2 --width 32 --heads 2 --prompt x --tokens 3 >/dev/null 2>&1 || fail generate
+python3 - "$dir" <<'PY' 2>/dev/null # an import of weights that are not finite
+import json, os, struct, sys
+d = sys.argv[1] + "/nan"
+os.mkdir(d)
+C, T, V = 8, 16, 256
+shapes = {"wte.weight": [V, C], "wpe.weight": [T, C], "ln_f.weight": [C], "ln_f.bias": [C]}
+for name, shape in {"ln_1": [C], "ln_2": [C]}.items():
+    shapes |= {f"h.0.{name}.weight": shape, f"h.0.{name}.bias": shape}
+for name, (m, n) in {"attn.c_attn": (C, 3 * C), "attn.c_proj": (C, C), "mlp.c_fc": (C, 4 * C),
+                     "mlp.c_proj": (4 * C, C)}.items():
+    shapes |= {f"h.0.{name}.weight": [m, n], f"h.0.{name}.bias": [n]}
+header, data = {}, b""
+for name, shape in shapes.items():
+    n = 1
+    for s in shape: n *= s
+    begin = len(data)
+    data += struct.pack("<f", float("nan") if name == "wpe.weight" else 0.1) * n
+    header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, len(data)]}
+text = json.dumps(header).encode()
+open(d + "/model.safetensors", "wb").write(struct.pack("<Q", len(text)) + text + data)
+json.dump({"model_type": "gpt2", "n_layer": 1, "n_embd": C, "n_head": 1, "n_positions": T,
+           "vocab_size": V}, open(d + "/config.json", "w"))
+PY
+if [ -f "$dir/nan/config.json" ]; then
+  $tool import "$dir/nan" "$dir/poor" >/dev/null
+  for how in "--temperature 0" "--temperature 1" "--top-k 5"; do
+    $generate --checkpoint "$dir/poor" --prompt ab --tokens 2 $how >"$dir/out" 2>"$dir/err"
+    check "no_token_comes_from_logits_that_are_NaN_${how//[- ]/}" \
+      "[ $? = 1 ] && grep -q 'logits at position 2 are not all finite' $dir/err" \
+      "" "$(cat "$dir/err")"
+  done
+else echo "SKIP no_token_comes_from_logits_that_are_NaN  no python3"; fi
+
+# ---- what --keep removes
+
+fresh
+mkdir "$dir/archive"
+mv "$dir"/c/step-00000002 "$dir/archive"
+ln -s "$dir/archive/step-00000002" "$dir/c"
+ln -s "$dir/archive/nowhere" "$dir/c/step-00000003"
+cp -r "$dir/archive" "$dir/before"
+two --steps 8 --save-every 1 --keep 1 --resume --checkpoint "$dir/c"
+check keep_removes_nothing_behind_a_link "[ $? = 0 ] && diff -r $dir/before $dir/archive &&
+  [ '$(steps_in "$dir/c")' = 'step-00000002 step-00000003 step-00000004 step-00000008' ]" \
+  "$(steps_in "$dir/c")" "$(steps_in "$dir/c"): $(cat "$dir/err")"
+rm "$dir"/archive/step-00000002/manifest.json
+two --steps 9 --resume --checkpoint "$dir/c"
+check nor_does_the_next_save "[ $? = 0 ] && [ -f $dir/archive/step-00000002/weights-0.safetensors ]"
+rm -rf "$dir/c" "$dir/archive"
+mkdir "$dir/archive" "$dir/c"
+ln -s "$dir/archive" "$dir/c/step-00000002"
+echo mine >"$dir/archive/weights-0.safetensors"
+one --steps 2 --checkpoint "$dir/c"
+check a_save_does_not_go_through_a_link "[ $? = 0 ] && whole $dir/c &&
+  [ ! -L $dir/c/step-00000002 ] && [ \"\$(cat $dir/archive/*)\" = mine ]" "" "$(cat "$dir/err")"
+fresh
+for more in 6 8 10; do two --steps $more --save-every 1 --resume --checkpoint "$dir/c"; done
+check what_was_saved_with_keep_0_stays \
+  "[ '$(steps_in "$dir/c")' = 'step-00000002 step-00000004 step-00000009 step-00000010' ] &&
+  grep -q 'saved: .*; removed step-00000008$' $dir/out" "and every other removal is said" \
+  "$(steps_in "$dir/c")"
+
+# ---- where to go on
+
+fresh
+two --steps 5 --resume --resume-step 2 --checkpoint "$dir/c" --metrics "$dir/m.jsonl" --eval-every 2
+check a_step_is_chosen "[ $? = 0 ] &&
+  grep -q '^resume .*step-00000004 is now .*later-step-' $dir/out &&
+  [ '$(steps_in "$dir/c")' = 'later-step-00000004 step-00000002 step-00000005' ] &&
+  diff -r $dir/base/step-00000004 $dir/c/later-step-00000004" "" "$(cat "$dir/out" "$dir/err")"
+check held_out_losses_are_in_the_metrics \
+  "[ \"\$(sed -n 's/^{\"step\":\([0-9]*\),\"loss\":.*\"held_out_loss\":[0-9.]*}/\1/p' \
+    $dir/m.jsonl | tr '\n' ' ')\" = '4 5 ' ]" "" "$(cat "$dir/m.jsonl")"
+fresh
+one --steps 5 --resume --resume-step 3 --checkpoint "$dir/c"
+check a_step_that_is_not_there_is_refused \
+  "[ $? = 1 ] && grep -q 'no complete checkpoint of step 3 in $dir/c' $dir/err" "" \
+  "$(cat "$dir/err")"
+printf x | dd of="$last/weights-0.safetensors" bs=1 seek=9000 conv=notrunc 2>/dev/null
+one --steps 5 --resume --resume-step 4 --checkpoint "$dir/c"
+check a_damaged_step_that_was_chosen_stays_where_it_is "[ $? = 1 ] && [ -d $last ] &&
+  grep -q 'resume-step: .*weights-0.safetensors is damaged' $dir/err" "" "$(cat "$dir/err")"
+one --steps 5 --resume-step 2 --checkpoint "$dir/none"
+check a_step_without_resume_is_refused "[ $? = 1 ] && grep -q 'give both' $dir/err"
+
+# ---- one run in a directory
+
+rm -rf "$dir/c"
+$train $small --steps 100000 --save-every 1 --checkpoint "$dir/c" >"$dir/first" 2>&1 &
+job=$!
+for _ in $(seq 200); do
+  grep -qs 'checkpoint saved' "$dir/first" && break
+  sleep 0.05
+done
+one --steps 9 --resume --checkpoint "$dir/c"
+check a_second_run_is_told_who_holds_the_directory \
+  "[ $? = 1 ] && grep -q 'in use by process $job on $(uname -n)' $dir/err" \
+  "$(sed "s#$dir/##" "$dir/err")" "$(cat "$dir/err")"
+kill -KILL $job
+wait $job 2>/dev/null
+check a_killed_run_leaves_its_lock "[ \"\$(cat $dir/c/lock)\" = '$(uname -n) $job' ]"
+newest=$(steps_in "$dir/c" | grep -o 'step-[0-9]*' | tail -1)
+one --steps $((10#${newest#step-} + 2)) --resume --checkpoint "$dir/c"
+check which_the_next_takes_over "[ $? = 0 ] && [ ! -e $dir/c/lock ]" "" "$(cat "$dir/err")"
+fresh
+echo "elsewhere 1234" >"$dir/c/lock"
+cp -r "$dir/c" "$dir/locked"
+one --steps 9 --resume --checkpoint "$dir/c"
+check a_lock_of_another_host_is_never_taken "[ $? = 1 ] && diff -r $dir/c $dir/locked &&
+  grep -q 'by process 1234 on elsewhere, says $dir/c/lock: if that run has ended' $dir/err" \
+  "$(sed "s#$dir/##g" "$dir/err")" "$(cat "$dir/err")"
+echo mine >"$dir/file"
+ln -sf "$dir/file" "$dir/c/lock"
+one --steps 9 --resume --checkpoint "$dir/c"
+check a_lock_is_not_written_through_a_link "[ $? = 1 ] && [ \"\$(cat $dir/file)\" = mine ]"
+
+# ---- files of an earlier run
+
+one --steps 3 --metrics "$dir/a.jsonl"
+cp "$dir/a.jsonl" "$dir/three"
+one --steps 1 --metrics "$dir/a.jsonl"
+check metrics_of_an_earlier_run_are_put_aside "cmp $dir/a.jsonl.1 $dir/three &&
+  [ \$(grep -c '\"step\"' $dir/a.jsonl) = 1 ] && grep -q '^metrics .*a.jsonl.1 now' $dir/out"
+ln -s "$dir/three" "$dir/link.jsonl"
+cp "$dir/three" "$dir/before.jsonl"
+one --steps 1 --metrics "$dir/link.jsonl"
+check metrics_do_not_go_through_a_link \
+  "cmp $dir/three $dir/before.jsonl && [ ! -L $dir/link.jsonl ]"
+fresh
+one --steps 5 --resume --checkpoint "$dir/c" --metrics "$dir/a.jsonl"
+with_fault FAULT_PATH=a.jsonl FAULT_CALL=read FAULT_AT=1 FAULT_ERRNO=5 -- \
+  $train $small --steps 6 --resume --checkpoint "$dir/c" --metrics "$dir/a.jsonl" \
+  >"$dir/out" 2>"$dir/err"
+check metrics_that_cannot_be_read_are_not_cut "[ \$(grep -c '\"step\"' $dir/a.jsonl) -ge 2 ]"
+for run in 1 2; do
+  timeout 120 $MPIEXEC -n 2 $train $small --pp 2 --steps $run --trace "$dir/t.json" >"$dir/out" 2>&1
+done
+check a_trace_of_an_earlier_run_is_put_aside "[ -s $dir/t.json.1 ] && [ -s $dir/t.json ]"
+ln -s "$dir/three" "$dir/z.svg"
+build/cpu/show_schedule zb --svg "$dir/z.svg" >/dev/null
+check a_drawing_does_not_go_through_a_link "cmp $dir/three $dir/before.jsonl && [ -s $dir/z.svg ]"
+
+# ---- import and export
+
+$tool export "$dir/base" "$dir/hf" >/dev/null
+echo '{"a": 0}' >"$dir/hf/vocab.json"
+echo '#version' >"$dir/hf/merges.txt"
+(
+  ulimit -c 0
+  ulimit -f 20
+  $tool import "$dir/hf" "$dir/in" >"$dir/out" 2>"$dir/err"
+)
+check a_file_size_limit_is_a_sentence "[ $? = 1 ] && grep -q 'File too large' $dir/err &&
+  [ -z \"\$(find $dir/in -name '*.safetensors*' -o -name lock)\" ]" "" "$(cat "$dir/err")"
+mkdir "$dir/in/step-00000000"
+echo x >"$dir/in/step-00000000/weights-0.safetensors.partial"
+check what_a_killed_import_left_is_replaced "$tool import $dir/hf $dir/in >/dev/null &&
+  whole $dir/in &&
+  [ ! -e $dir/in/step-00000000/weights-0.safetensors.partial ]"
+for name in model.safetensors vocab.json config.json; do
+  echo mine >"$dir/mine.$name"
+  ln -sf "$dir/mine.$name" "$dir/hf/$name"
+done
+echo "0123456789012345678901234567890123456789" >"$dir/hf/config.json.partial"
+cp "$dir/in/vocab.json" "$dir/base"
+cp "$dir/in/merges.txt" "$dir/base"
+$tool export "$dir/base" "$dir/hf" >/dev/null
+check an_export_does_not_go_through_links \
+  "[ \"\$(cat $dir/mine.* | sort -u)\" = mine ] && cmp $dir/hf/vocab.json $dir/in/vocab.json &&
+  [ ! -e $dir/hf/config.json.partial ] && $tool import $dir/hf $dir/in2 >/dev/null"
+rm "$dir"/base/vocab.json "$dir"/base/merges.txt
+exec 7>"$dir/hf/model.safetensors.partial"
+flock 7
+check what_another_process_writes_is_not_touched "! $tool export $dir/base $dir/hf 2>$dir/err &&
+  grep -q 'model.safetensors is being written by another process' $dir/err" "" "$(cat "$dir/err")"
+exec 7>&-
+
+# ---- random faults: one call of a run fails
+
+two $flat --steps 6 --checkpoint "$dir/whole" || fail the_run_without_faults "$(cat "$dir/err")"
+same() { cmp -s "$1/weights-0.safetensors" "$2/weights-0.safetensors" \
+  && cmp -s "$1/weights-1.safetensors" "$2/weights-1.safetensors" \
+  && cmp -s "$1/optimizer-0.safetensors" "$2/optimizer-0.safetensors" \
+  && cmp -s "$1/optimizer-1.safetensors" "$2/optimizer-1.safetensors"; }
+rm -rf "$dir/hf" "$dir/in"
+$tool export "$dir/base" "$dir/hf" >/dev/null
+cp "$dir/hf/model.safetensors" "$dir/model"
+# one run of KIND with the variables given, in fresh directories below $dir/x
+run_once() {
+  local kind=$1
+  shift
+  rm -rf "$dir/x"
+  mkdir "$dir/x"
+  cp -r "$dir/base" "$dir/x/c"
+  cp -r "$dir/hf" "$dir/x/hf"
+  case $kind in
+    save | resume) two_with_fault "$@" FAULT_PATH="$dir/x" -- $flat --steps 5 --resume \
+      --checkpoint "$dir/x/c" ;;
+    import) with_fault "$@" FAULT_PATH="$dir/x" -- $tool import "$dir/x/hf" "$dir/x/in" ;;
+    export) with_fault "$@" FAULT_PATH="$dir/x" -- $tool export "$dir/x/c/step-00000002" \
+      "$dir/x/hf" ;;
+  esac >"$dir/out" 2>"$dir/err"
+}
+errnos=(1 5 11 12 13 23 24 28 30 39 116 122)
+good=0 ended=0
+for ((i = 0; i < faults; i++)); do
+  kinds=(save resume import export)
+  kind=${kinds[i % 4]} rank=$((RANDOM % 2)) pick=""
+  [ $((i % 4)) -lt 2 ] || rank=""
+  : >"$dir/log"
+  run_once "$kind" FAULT_RANK=$rank FAULT_LOG="$dir/log" \
+    || fail "a_run_of_$kind" "$(cat "$dir/err")"
+  case $kind in # which of its calls: a save's come with the new step
+    save) lines=$(grep -n 'step-00000005\|unlink\|x/c$' "$dir/log" | cut -d: -f1) ;;
+    resume) lines=$(grep -n 'step-0000000[24]\|lock' "$dir/log" | cut -d: -f1) ;;
+    *) lines=$(seq "$(wc -l <"$dir/log")") ;;
+  esac
+  # first which kind of call, so that many reads do not hide the few others
+  call=$(sed -n "$(sed 's/$/p/' <<<"$lines" | tr '\n' ';')" "$dir/log" | cut -d' ' -f1 | sort -u \
+    | sed -n "$((RANDOM % $(sed -n "$(sed 's/$/p/' <<<"$lines" | tr '\n' ';')" "$dir/log" \
+      | cut -d' ' -f1 | sort -u | wc -l) + 1))p")
+  pick=$(for n in $lines; do sed -n "${n}s/^$call .*/$n/p" "$dir/log"; done | shuf -n 1 \
+    --random-source=<(yes $RANDOM))
+  errno=${errnos[RANDOM % ${#errnos[@]}]}
+  run_once "$kind" FAULT_RANK=$rank FAULT_AT="$pick" FAULT_ERRNO="$errno"
+  status=$?
+  what="$kind: $(sed -n "${pick}p" "$dir/log" | sed "s#$dir/x/##") fails with $errno"
+  problem=""
+  if [ $status != 0 ]; then
+    ended=$((ended + 1))
+    [ $status = 1 ] && [ -s "$dir/err" ] && ! grep -q 'crashed\|terminate called' "$dir/err" \
+      || problem="no sentence, status $status"
+  fi
+  said=$(sed "s#$dir/x/##g" "$dir/err" | head -1)
+  diff -r "$dir/base/step-00000004" "$dir/x/c/step-00000004" >/dev/null \
+    || problem="$problem; the good checkpoint is not as it was"
+  case $kind in
+    save | resume)
+      [ $status != 0 ] || whole "$dir/x/c/step-00000005" || problem="$problem; saved badly"
+      two $flat --steps 6 --resume --checkpoint "$dir/x/c" \
+        || problem="$problem; it does not go on, status $?: $(cat "$dir/err") $(tail -1 "$dir/out")"
+      [ ! -e "$dir/x/c/lock" ] || problem="$problem; the lock is left"
+      same "$dir/whole/step-00000006" "$dir/x/c/step-00000006" \
+        || problem="$problem; other weights"
+      ;;
+    import)
+      # an error after the last write, as it is described, leaves a complete one
+      [ -e "$dir/x/in/step-00000000/manifest.json" ] \
+        || $tool import "$dir/x/hf" "$dir/x/in" >"$dir/out" 2>"$dir/err" \
+        || problem="$problem; no second import: $(cat "$dir/err")"
+      whole "$dir/x/in" && $tool export "$dir/x/in" "$dir/x/again" >/dev/null \
+        && cmp -s "$dir/model" "$dir/x/again/model.safetensors" \
+        || problem="$problem; imported badly"
+      ;;
+    export)
+      [ $status = 0 ] || cmp -s "$dir/model" "$dir/x/hf/model.safetensors" \
+        || $tool import "$dir/x/hf" "$dir/x/in" >/dev/null || problem="$problem; half an export"
+      $tool export "$dir/x/c" "$dir/x/hf" >/dev/null \
+        && cmp -s "$dir/model" "$dir/x/hf/model.safetensors" \
+        || problem="$problem; no second export"
+      ;;
+  esac
+  if [ -z "$problem" ]; then good=$((good + 1)); else echo "$what, $said: $problem"; fi
+  [ $faults -lt 10 ] || echo "     $what: status $status ${said:+, $said}"
+done
+check what_was_complete_survives_any_call_that_fails "[ $good = $faults ]" \
+  "$good random faults of save, resume, import and export, $ended of which ended the run"
+
+# ---- random kills: the uninterrupted run's weights
+
+wide="--layers 2 --width 128 --heads 2 --context 16 --batch 12 --steps 10 --data $dir/text"
+layouts=("" "" "--fsdp 2" "--fsdp 3" "--fsdp 2 --tp 2") # by number of ranks
+ranks_of() { timeout 120 $MPIEXEC -n "$1" bash -c \
+  'echo $$ >"$1.$PMI_RANK"; shift; exec "$@"' - "$dir/pid" $train $wide ${layouts[$1]} \
+  --save-every 1 --checkpoint "$2" "${@:3}"; }
+reached=0 saving=0 resuming=0 killed=0
+for ((i = 0; i < kills; i++)); do
+  n=$((i % 4 + 1)) c=$dir/k$((i % 4 + 1))
+  [ -d "$dir/r$n" ] || ranks_of $n "$dir/r$n" >"$dir/out" 2>&1 || fail reference "$(cat "$dir/out")"
+  # half of them while a checkpoint is resumed, or soon after a save has begun; the others anywhere
+  rm -rf "$c"
+  when=$(((i + i / 4) % 4)) resume=""
+  if [ $when = 0 ]; then
+    resume=--resume
+    mkdir "$c"
+    cp -r "$dir/r$n/step-00000009" "$c"
+  fi
+  rm -f "$dir"/pid.*
+  : >"$dir/out"
+  ranks_of $n "$c" $resume >"$dir/out" 2>"$dir/err" &
+  job=$!
+  case $when in
+    0)
+      until [ -e "$c/lock" ] || ! kill -0 $job 2>/dev/null; do sleep 0.01; done
+      sleep 0.0$((RANDOM % 5))
+      ;;
+    1)
+      until [ "$(ls -d "$c"/step-* 2>/dev/null | wc -l)" -ge $((1 + RANDOM % 2)) ] \
+        || ! kill -0 $job 2>/dev/null; do sleep 0.005; done
+      sleep 0.0$((RANDOM % 3))
+      ;;
+    *)
+      until grep -qs '^step ' "$dir/out" || ! kill -0 $job 2>/dev/null; do sleep 0.02; done
+      sleep "0.$((RANDOM % 7))$((RANDOM % 10))"
+      ;;
+  esac
+  if kill -KILL "$(cat "$dir/pid.$((RANDOM % n))" 2>/dev/null)" 2>/dev/null; then
+    killed=$((killed + 1))
+  fi
+  wait $job 2>/dev/null
+  if [ $when = 0 ] && ! grep -q '^step [0-9]' "$dir/out"; then
+    resuming=$((resuming + 1))
+  elif [ -n "$(for s in "$c"/step-*; do [ -e "$s/manifest.json" ] || echo x; done)" ]; then
+    saving=$((saving + 1))
+  fi
+  ranks_of $n "$c" --resume >"$dir/out" 2>"$dir/err"
+  status=$?
+  [ $status = 0 ] || grep -q 'has 10 steps already' "$dir/err" \
+    || echo "after a kill: $(cat "$dir/err")"
+  equal=yes
+  for file in "$dir/r$n"/step-00000010/*.safetensors; do
+    cmp -s "$file" "$c/step-00000010/${file##*/}" || equal="no: ${file##*/}"
+  done
+  [ "$equal" = yes ] && reached=$((reached + 1)) || echo "$n ranks: $equal; $(steps_in "$c")"
+done
+check killed_runs_end_with_the_uninterrupted_weights "[ $reached = $kills ]" \
+  "$killed kills over 1 to 4 ranks, $saving during a save, $resuming during a resume"
+
+sums_up

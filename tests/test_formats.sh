@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# test_formats.sh: files of others as a user meets them: weights under other names and in parts,
+# tokenizers in both forms, and texts for a model of byte pairs.
+set -u
+cd "$(dirname "$0")/.."
+train=build/cpu/train_gpt tool=build/cpu/checkpoint generate=build/cpu/generate
+make=build/cpu/tests/test_support
+dir=$(mktemp -d)
+trap 'rm -rf "$dir"' EXIT
+passed=0 failed=0
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+ok() {
+  echo "ok   $1  ${2:-}"
+  passed=$((passed + 1))
+}
+fail() {
+  echo "FAIL $1  ${2:-}"
+  failed=$((failed + 1))
+}
+check() { # check NAME CONDITION [ON SUCCESS] [ON FAILURE]
+  if eval "$2"; then ok "$1" "${3:-}"; else fail "$1" "${4:-}"; fi
+}
+
+# ---- a model with a vocabulary of 304 of which a tokenizer has 260, as Hugging Face has it
+
+size="--layers 2 --width 16 --heads 2 --context 16 --vocab 304"
+mkdir "$dir/one" "$dir/two" "$dir/hf"
+$make vocabulary "$dir"
+$train $size --batch 2 --steps 1 --checkpoint "$dir/c" --data README.md >"$dir/out" 2>&1
+$tool export "$dir/c" "$dir/plain" >"$dir/out" 2>&1
+check without_a_tokenizer_no_token_ends_a_text \
+  "grep -q '\"eos_token_id\": null' $dir/plain/config.json" "" "$(cat "$dir/out")"
+
+# ---- weights
+
+imports() { # CHANGE: it is imported as what it was
+  mkdir -p "$dir/$1"
+  cp "$dir/plain/config.json" "$dir/$1"
+  $make weights "$dir/plain/model.safetensors" "$dir/$1" "$1" || return 1
+  $tool import "$dir/$1" "$dir/in-$1" >"$dir/out" 2>"$dir/err" \
+    && $tool export "$dir/in-$1" "$dir/back-$1" >"$dir/out" 2>"$dir/err" \
+    && cmp -s "$dir/back-$1/model.safetensors" "$dir/plain/model.safetensors"
+}
+refuses() { # NAME 'what is said' DIRECTORY
+  if $tool import "$3" "$dir/in-$1" >"$dir/out" 2>"$dir/err" || [ -e "$dir/in-$1" ]; then
+    fail "$1" "was imported"
+  elif grep -qF -- "$2" "$dir/err"; then
+    ok "$1" "$(sed "s#$dir/##g" "$dir/err" | cut -c1-140)"
+  else fail "$1" "$(cat "$dir/err")"; fi
+}
+check a_tied_matrix_under_the_heads_name_is_imported "imports head" "" "$(cat "$dir/err")"
+check a_tied_matrix_under_both_names_is_imported "imports both" "" "$(cat "$dir/err")"
+check weights_in_parts_are_imported "imports parts" "" "$(cat "$dir/err")"
+imports differs
+refuses a_head_of_its_own_is_refused "lm_head.weight is not wte.weight" "$dir/differs"
+imports twice
+refuses a_matrix_that_is_there_twice_is_refused "which is there already" "$dir/twice"
+cp -r "$dir/parts" "$dir/lost"
+rm "$dir/lost/model-00002-of-00002.safetensors"
+refuses a_missing_part_is_said "model-00002-of-00002.safetensors cannot be opened" "$dir/lost"
+for map in '{"metadata":{},"weight_map":{}}' '{}' '{"weight_map":{"a":7}}' 'x'; do
+  echo "$map" >"$dir/lost/model.safetensors.index.json"
+  refuses "a_damaged_index_is_said_${map//[^a-z0-9]/}" "safetensors.index.json is damaged" \
+    "$dir/lost"
+done
+echo '{"weight_map":{"a":"../plain/model.safetensors"}}' >"$dir/lost/model.safetensors.index.json"
+refuses a_part_of_another_directory_is_refused "names a file of another directory" "$dir/lost"
+
+# ---- tokenizers
+
+for form in one two; do
+  cp "$dir/plain/model.safetensors" "$dir/plain/config.json" "$dir/$form"
+  $tool import "$dir/$form" "$dir/run-$form" >"$dir/out" 2>"$dir/err" \
+    || fail "import_$form" "$(cat "$dir/err")"
+  $tool export "$dir/run-$form" "$dir/out-$form" >"$dir/out" 2>"$dir/err"
+  files=$(cd "$dir/$form" && ls tokenizer.json vocab.json merges.txt 2>/dev/null)
+  same=yes
+  for f in $files; do cmp -s "$dir/$form/$f" "$dir/out-$form/$f" || same=no; done
+  check "the_tokenizer_goes_in_and_out_in_${files//[^a-z]/_}" \
+    "[ $same = yes ] && grep -q '\"eos_token_id\": 259' $dir/out-$form/config.json &&
+     grep -q '\"bos_token_id\": 259' $dir/out-$form/config.json"
+  $generate --checkpoint "$dir/run-$form" --prompt "<|endoftext|> the the" --tokens 99 \
+    >"$dir/out" 2>"$dir/err"
+  check "a_prompt_is_byte_pairs_and_end_of_text_is_one_$form" \
+    "grep -q 'prompt 1 of 3 tokens and --tokens 99' $dir/err" "" "$(cat "$dir/err")"
+done
+cp -r "$dir/plain" "$dir/unigram"
+echo '{"model":{"type":"Unigram"},"pre_tokenizer":{"type":"Metaspace"}}' \
+  >"$dir/unigram/tokenizer.json"
+refuses another_kind_of_tokenizer_is_said "is not of GPT-2's encoding" "$dir/unigram"
+echo '{}' >"$dir/unigram/tokenizer.json"
+refuses a_tokenizer_that_is_none_is_said "tokenizer.json is no byte-level" "$dir/unigram"
+head -c 1000000 /dev/zero | tr '\0' a >"$dir/long"
+check a_long_prompt_is_refused_before_it_is_encoded \
+  "! timeout 20 $generate --checkpoint $dir/run-two --prompt-file $dir/long 2>$dir/err >$dir/out &&
+   grep -q 'prompt 1 has 1000000 bytes, at least' $dir/err" "" "$(cat "$dir/err")"
+
+# ---- texts for a model of byte pairs
+
+for i in 1 2 3 4 5 6 7 8; do
+  echo "the other $i<|endoftext|> the end, and then the"
+done >"$dir/my.txt"
+loss() { grep -o '^loss .*' "$dir/out"; }
+mpiexec -n 2 $train --checkpoint "$dir/run-two" --resume --data "$dir/my.txt" --batch 2 --steps 2 \
+  --fsdp 2 --sample 5 >"$dir/out" 2>"$dir/err"
+status=$? shard=$(ls "$dir"/my.txt.*.bin) text=$(loss)
+check an_imported_model_is_trained_on_text_by_one_command \
+  "[ $status = 0 ] && [ -f '$shard' ] && grep -q '^model .* 2 layers, width 16' $dir/out &&
+   [ \$(grep -c '^tokens .*my.txt is encoded and kept as' $dir/out) = 1 ]" "$text" \
+  "status $status: $(cat "$dir/err") $(grep '^tokens' "$dir/out")"
+check its_sample_is_text "grep -q 'the' <(sed -n '/a sample/,\$p' $dir/out | tail -n +2)" "" \
+  "$(sed -n '/a sample/,$p' "$dir/out")"
+printf '%s\0' "$(cat "$dir/my.txt")" | $make encode "$dir/two" | tr ' ' '\n' | grep -c . >"$dir/n"
+tokens=$(($(stat -c %s "$shard") / 2 - 512))
+check the_shard_has_the_texts_tokens "[ $tokens = $(($(cat "$dir/n") + 1)) ]" "$tokens, the last \
+one a new line" "$tokens and $(cat "$dir/n")"
+$tool import "$dir/two" "$dir/run-shard" >"$dir/out" 2>&1
+mpiexec -n 2 $train --checkpoint "$dir/run-shard" --resume --data "$shard" --batch 2 --steps 2 \
+  --fsdp 2 >"$dir/out" 2>"$dir/err"
+check and_so_it_is_on_the_shard_itself "[ '$(loss)' = '$text' ]" "" "$(loss), $text"
+# told the model's sizes, but not that its vocabulary is larger than the tokenizer's
+$train ${size% --vocab*} --checkpoint "$dir/run-two" --resume --data "$dir/my.txt" --batch 2 \
+  --steps 3 >"$dir/out" 2>"$dir/err"
+check a_text_is_encoded_once \
+  "grep -q '^resume .*step-00000002' $dir/out && ! grep -q '^tokens' $dir/out" "" \
+  "$(cat "$dir/err") $(grep '^tokens' "$dir/out")"
+$train --layers 2 --width 16 --heads 2 --context 16 --batch 2 --steps 2 --tokenizer "$dir/one" \
+  --data "$dir/my.txt" --checkpoint "$dir/fresh" >"$dir/out" 2>"$dir/err"
+check a_fresh_model_takes_a_tokenizer_and_its_vocabulary \
+  "grep -q 'vocabulary 260:' $dir/out && cmp $dir/one/tokenizer.json $dir/fresh/tokenizer.json &&
+   $generate --checkpoint $dir/fresh --prompt ' the' --tokens 4 >$dir/out 2>$dir/err" "" \
+  "$(cat "$dir/err")"
+says() { # NAME 'what is said' OPTIONS...
+  local name=$1 part=$2
+  shift 2
+  if timeout 60 $train --batch 2 --steps 9 --data "$dir/my.txt" "$@" >"$dir/out" 2>"$dir/err"; then
+    fail "$name" "status 0"
+  elif grep -qF -- "$part" "$dir/err"; then
+    ok "$name" "$(sed "s#$dir/##g" "$dir/err" | head -c 140)"
+  else fail "$name" "$(cat "$dir/err")"; fi
+}
+says another_tokenizer_than_the_checkpoints_is_refused "is not the one in" \
+  --checkpoint "$dir/run-two" --resume --tokenizer "$dir/one"
+says a_directory_without_a_tokenizer_is_refused "has neither tokenizer.json nor vocab.json" \
+  $size --tokenizer "$dir/plain"
+says bytes_for_a_model_of_other_tokens_are_refused "was imported without a tokenizer" \
+  --checkpoint "$dir/in-head" --resume
+
+echo "$passed passed, $failed failed"
+[ $failed -eq 0 ]
