@@ -25,7 +25,7 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& opti
     : gpt(config, mesh["tp"], mesh.stream),
       fsdp(mesh["fsdp"], mesh.that(&AxisKind::splits_model, false), mesh.stream, config.dtype,
            options.fsdp, options.seed),
-      pipeline(mesh, schedule_of(options, mesh.layout)),
+      pipeline(mesh["pp"], mesh.stream, schedule_of(options, mesh.layout)),
       mesh_(mesh),
       options_(options),
       pieces_(pieces_of(gpt, pipeline.schedule(), mesh["pp"].rank)) {
