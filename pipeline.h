@@ -1,10 +1,10 @@
 // pipeline.h: Pipeline parallelism: the layers are cut into stages, one a rank of the pp axis, and
 // micro-batches flow through them.
 //
-// idea      what a stage does, and in which order, is a value: a Schedule (schedule.h). The
+// idea      What a stage does, and in which order, is a value: a Schedule (schedule.h). The
 //           executor is a loop with one switch over its actions. Every micro-batch has a tape of
 //           its own on every chunk, which lives from its forward to its backward.
-// source    see schedule.h for the schedules
+// source    schedule.h names those of the schedules.
 // test      tests/test_pipeline.cpp
 #pragma once
 #include <deque>
@@ -22,15 +22,9 @@ class Pipeline {
   // up).
   using Compute = std::function<Var(Tape& tape, int chunk, const Var& x, int microbatch)>;
 
-  Pipeline(Mesh& mesh, Schedule schedule) : mesh_(mesh), schedule_(std::move(schedule)) {
-    for (int v = 1; v < schedule_.positions(); v++)
-      REQUIRE(schedule_.stage_of(v) != schedule_.stage_of(v - 1), schedule_.row->name,
-              " hands over within a stage, which this executor does not do yet");
-  }
+  Pipeline(const Axis& axis, cudaStream_t communication, Schedule schedule)
+      : axis_(axis), stream_(communication), schedule_(std::move(schedule)) {}
   const Schedule& schedule() const { return schedule_; }
-  int position(int chunk) const { return schedule_.position(mesh_["pp"].rank, chunk); }
-  bool is_first(int chunk) const { return position(chunk) == 0; }
-  bool is_last(int chunk) const { return position(chunk) + 1 == schedule_.positions(); }
 
   // A step: the whole schedule, forward and backward. Activations between stages have this shape
   // and dtype.
@@ -51,35 +45,37 @@ class Pipeline {
   int64_t most_live_bytes() const { return most_live_bytes_; }
 
  private:
-  struct Live {  // a micro-batch on a chunk
+  // A micro-batch on a chunk, from its forward to the end of its backward.
+  struct Live {
     Tape tape;
     Var in, out;
     // its weight gradients, where the schedule puts them off
     std::deque<std::function<void()>> later;
     int64_t bytes = 0;  // activations that its tape keeps
   };
-  // computed, left or arrived when the event is reached
+  // by micro-batch and chunk; a map: tapes hold references to themselves
+  using Lives = std::map<std::pair<int, int>, Live>;
+  // An activation or a gradient that is computed, has come or has left when the event is reached.
   struct Parcel {
     Tensor x;
     std::shared_ptr<Event> event;
-    int exchange = 0;
+    int exchange = 0;  // that moved it, from 1 on
   };
-  // by micro-batch and chunk; a map: tapes hold references to themselves
-  using Lives = std::map<std::pair<int, int>, Live>;
-  void count_live(const Lives& lives);
+  void prepare_room(const std::vector<Transfer>& transfers, const Shape& shape, Dtype dtype);
+  void put_in_outbox(const Transfer& transfer, Tensor x);
   void exchange(const std::vector<Transfer>& transfers);
-  void prepare_room(size_t action, const Shape& shape, Dtype dtype);
-  void post(const Transfer& transfer, Tensor x);
-  Tensor arrived(const Transfer& transfer);
+  Tensor receive(const Transfer& transfer);
   void release_sent(int exchange);
+  void measure(size_t action, const std::function<void()>& work);
+  void count_live(const Lives& lives);
 
-  Mesh& mesh_;
+  const Axis axis_;
+  cudaStream_t stream_;  // of communication
   Schedule schedule_;
-  std::map<Transfer, Parcel> outbox_, inbox_;
-  // on their way; dropped once the compute stream knows that they have left
-  std::deque<Parcel> sent_;
-  std::deque<Tensor> room_;  // for what the next exchange receives
-  Event free_;               // the room is free
+  std::map<Transfer, Parcel> outbox_, inbox_;  // computed here, or come, and not used yet
+  std::deque<Parcel> sent_;                    // until the compute stream knows that they have left
+  std::deque<Tensor> room_;                    // memory for what the next exchange receives
+  Event room_is_free_;                         // whoever used that memory before is done with it
   int exchanges_ = 0;
   std::vector<double> milliseconds_;  // of each action, in processor time
   std::map<size_t, TimedWork> work_;  // of each computation

@@ -7,112 +7,76 @@
 #include "schedule.h"
 
 #include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <deque>
 #include <map>
+#include <string_view>
 #include <tuple>
 
 #include "support/check.h"
 
-// ---- what a stage computes
+// ---- the table: stage s of p, m micro-batches, V chunks
 
-// Some forwards to warm up, then one forward (while there are any) and one backward in turn. With
-// several chunks, p micro-batches walk through chunk 0, then through chunk 1, ...; then the next p.
-// Backwards visit the chunks from the last. A split backward's weight gradient comes put_off
-// micro-batches later.
-static std::vector<Action> in_turn(const Schedule& s, int warm, int put_off = 0) {
-  const int p = s.stages, V = s.chunks, all = s.microbatches * V;
-  const bool split = s.row->splits_backward;
-  const auto step = [&](Action::Kind kind, int k) {
-    const int round = k / (p * V), chunk = k % (p * V) / p;
-    return Action{kind, round * p + k % p, kind == Action::forward ? chunk : V - 1 - chunk};
-  };
-  std::vector<Action> order;
-  for (int k = -warm; k < all + put_off; k++) {  // k: the backward, below 0 during the warm-up
-    if (warm + k < all) order.push_back(step(Action::forward, warm + k));
-    if (k >= 0 && k < all)
-      order.push_back(step(split ? Action::input_gradient : Action::backward, k));
-    if (split && k >= put_off) order.push_back(step(Action::weight_gradient, k - put_off));
-  }
-  return order;
-}
-
-// ZB-V: each phase a number of times. Micro-batches that the step does not have are left out.
-static std::vector<Action> down_and_up(const Schedule& s, int stage) {
-  using Step = std::pair<Action::Kind, int>;  // {kind, chunk}
-  constexpr Step F0{Action::forward, 0}, B0{Action::input_gradient, 0},
-      W0{Action::weight_gradient, 0}, F1{Action::forward, 1}, B1{Action::input_gradient, 1},
-      W1{Action::weight_gradient, 1};
-  std::vector<Action> order;
-  std::map<Step, int> next;  // micro-batch
-  const auto repeat = [&](int times, const std::vector<Step>& steps) {
-    for (int k = 0; k < times; k++)
-      for (const Step& step : steps)
-        if (const int i = next[step]++; i < s.microbatches)
-          order.push_back({step.first, i, step.second});
-  };
-  const int p = s.stages, later = p - stage;
-  // until the first micro-batch has been at the bottom and comes up again
-  repeat(2 * later - 1, {F0});
-  repeat(stage, {F1, F0});
-  // until its gradient has been at the bottom and comes up again: 2 p chunks are live
-  repeat(later, {F1, B1, W1});
-  // each forward has the memory that a weight gradient gave back
-  repeat(std::max(s.microbatches, 2 * p - 1) - p, {F0, B0, W0, F1, B1, W1});
-  // no forwards are left: first what other stages wait for
-  repeat(stage, {B0, B1});
-  repeat(later, {B0, W0});
-  repeat(stage, {W1, W0});
-  return order;
-}
-
-// ---- the table: p stages, m micro-batches, V chunks a stage
+static double idle_of_whole_backwards(int p, int, const Times& t) { return (p - 1) * t.all(); }
 
 static const ScheduleRow kRows[] = {
     {"gpipe", Place::line, false,
-     // all forwards, then all backwards
-     [](const Schedule& s, int) { return in_turn(s, s.microbatches); },
-     [](const Schedule& s, const Times& t) { return (s.stages - 1) * t.all(); },
-     [](const Schedule& s, int) { return s.microbatches; }},
+     [](int, int m, int, int) -> Phases {
+       return {{m, "F"}, {m, "G"}};
+     },
+     idle_of_whole_backwards, [](int, int m, int, int) { return m; }},
 
     {"1f1b", Place::line, false,
-     // warms up with a forward for each later stage
-     [](const Schedule& s, int stage) { return in_turn(s, s.stages - 1 - stage); },
-     [](const Schedule& s, const Times& t) { return (s.stages - 1) * t.all(); },
-     [](const Schedule& s, int stage) { return std::min(s.stages - stage, s.microbatches); }},
+     [](int p, int m, int, int s) -> Phases {
+       return {{p - 1 - s, "F"},  // one for each later stage
+               {m, "FG"}};
+     },
+     idle_of_whole_backwards, [](int p, int m, int, int s) { return std::min(p - s, m); }},
 
     {"interleaved", Place::ring, false,
-     // up to the last chunk, then twice the way: a backward takes two forwards
-     [](const Schedule& s, int stage) {
-       return in_turn(s, (s.chunks - 1) * s.stages + 2 * (s.stages - 1 - stage));
+     [](int p, int m, int V, int s) -> Phases {
+       // up to the last chunk, then twice the way: a backward takes two forwards
+       return {{(V - 1) * p + 2 * (p - 1 - s), "F"}, {V * m, "FG"}};
      },
-     [](const Schedule& s, const Times& t) { return (s.stages - 1) * t.all(); },
-     [](const Schedule& s, int stage) {
-       return std::min((s.chunks - 1) * s.stages + 2 * (s.stages - 1 - stage) + 1,
-                       s.chunks * s.microbatches);
-     }},
+     idle_of_whole_backwards,
+     [](int p, int m, int V, int s) { return std::min((V - 1) * p + 2 * (p - 1 - s) + 1, V * m); }},
 
+    // ZB-H1 is 1F1B whose backwards pass on the input gradient at once. Stage s puts its weight
+    // gradients off by s micro-batches: as many as its warm-up is shorter than stage 0's, so all
+    // stages hold p micro-batches, and the later ones have work left for the end.
     {"zb", Place::line, true,
-     // ZB-H1 is 1F1B whose backwards pass on the input gradient at once. Stage s puts its weight
-     // gradients off by s micro-batches: as many as its warm-up is shorter than stage 0's, so all
-     // stages hold p micro-batches, and the later ones have work left for the end.
-     [](const Schedule& s, int stage) { return in_turn(s, s.stages - 1 - stage, stage); },
-     [](const Schedule& s, const Times& t) {
-       const double F = t.forward, B = t.input_gradient, W = t.weight_gradient;
-       return std::max((s.stages - 1) * std::max(F, B),
-                       (s.stages - 1) * (F + B) - (std::min(s.microbatches, s.stages) - 1) * W);
+     [](int p, int m, int, int s) -> Phases {
+       return {{p - 1 - s, "F"}, {s, "FB"}, {m, "FBW"}};
      },
-     [](const Schedule& s, int) { return std::min(s.stages, s.microbatches); }},
+     [](int p, int m, const Times& t) {
+       const double F = t.forward, B = t.input_gradient, W = t.weight_gradient;
+       return std::max((p - 1) * std::max(F, B), (p - 1) * (F + B) - (std::min(m, p) - 1) * W);
+     },
+     [](int p, int m, int, int) { return std::min(p, m); }},
 
-    {"zbv", Place::vee, true, down_and_up,
-     [](const Schedule& s, const Times& t) {
-       const int p = s.stages, m = s.microbatches;
+    {"zbv", Place::vee, true,
+     [](int p, int m, int, int s) -> Phases {
+       return {
+           // until the first micro-batch has been at the bottom and comes up again
+           {2 * (p - s) - 1, "F0"},
+           {s, "F1 F0"},
+           // until its gradient has been at the bottom, too: 2p chunks are live
+           {p - s, "F1 B1 W1"},
+           // each forward takes the memory that a weight gradient gave back
+           {std::max(m, 2 * p - 1) - p, "F0 B0 W0 F1 B1 W1"},
+           // no forwards are left: first what other stages wait for
+           {s, "B0 B1"},
+           {p - s, "B0 W0"},
+           {s, "W1 W0"},
+       };
+     },
+     [](int p, int m, const Times& t) {
        const double B = t.input_gradient, W = t.weight_gradient;
        return std::max((p - 1) * std::max(B, 2 * (B - W)), 2 * (2 * p - 1 - m) * B);
      },
-     [](const Schedule& s, int stage) {
-       const int p = s.stages, m = s.microbatches;
-       return std::min({2 * m, m + 1 + stage, 2 * p});
+     [](int p, int m, int, int s) {
+       return std::min({2 * m, m + 1 + s, 2 * p});
      }},
 };
 
@@ -126,9 +90,30 @@ const ScheduleRow& schedule_row(const std::string& name) {
   std::string names;
   for (const ScheduleRow& row : kRows) {
     if (row.name == name) return row;
-    names += sentence(&row == kRows ? "" : &row + 1 == std::end(kRows) ? " or " : ", ", row.name);
+    names += sentence(" ", row.name);
   }
-  throw Error(sentence("there is no schedule '", name, "': choose ", names));
+  throw Error(sentence("there is no schedule '", name, "': choose one of", names));
+}
+
+// What a stage computes, in order. Without a digit steps take the chunks in turn: p micro-batches
+// walk through chunk 0, then through chunk 1, ...; then the next p; backwards from the last chunk.
+static std::vector<Action> computations(const Schedule& s, int stage) {
+  const int p = s.stages, V = s.chunks;
+  std::vector<Action> order;
+  std::map<std::pair<size_t, char>, int> next;  // of each step
+  for (const auto& [times, steps] : s.row->phases(p, s.microbatches, V, stage))
+    for (int k = 0; k < times; k++)
+      for (const char* c = steps; *c; c++) {
+        const size_t kind = std::string_view("FGBW").find(*c);  // in the order of Action::Kind
+        if (*c == ' ') continue;
+        const bool chosen = std::isdigit(c[1]);
+        const int n = next[{kind, chosen ? *++c : 0}]++;
+        const int round = n / (p * V), chunk = n % (p * V) / p;
+        Action a{Action::Kind(kind), round * p + n % p, kind == 0 ? chunk : V - 1 - chunk};
+        if (chosen) a.microbatch = n, a.chunk = *c - '0';
+        if (a.microbatch < s.microbatches) order.push_back(a);
+      }
+  return order;
 }
 
 // ---- where positions are, and what travels between them
@@ -205,7 +190,7 @@ static std::vector<std::vector<Ticks>> ticks(const Schedule& s) {
 static void place_transfers(Schedule& s) {
   struct Meeting {
     double when = 0;
-    std::vector<Transfer> of_low, of_high;
+    std::map<int, std::vector<Transfer>> of;  // by stage
   };
   const auto times = ticks(s);
   // {tick, lower stage, higher stage}
@@ -221,14 +206,13 @@ static void place_transfers(Schedule& s) {
     const auto [low, high] = std::minmax({stage, sent->peer});
     Meeting& m = meetings[{std::floor(end), low, high}];
     m.when = std::max(m.when, end);
-    (stage == low ? m.of_low : m.of_high).push_back(*sent);
-    (stage == low ? m.of_high : m.of_low).push_back(other_end(s, stage, *sent));
+    m.of[stage].push_back(*sent);
+    m.of[sent->peer].push_back(other_end(s, stage, *sent));
   });
-  for (const auto& [key, m] : meetings) {
-    const auto [tick, low, high] = key;
-    events[{tick, false, m.when, low, high}] = {Action::exchange, -1, -1, m.of_low};
-    events[{tick, false, m.when, high, low}] = {Action::exchange, -1, -1, m.of_high};
-  }
+  for (const auto& [key, m] : meetings)
+    for (const auto& [stage, transfers] : m.of)
+      events[{std::get<0>(key), false, m.when, stage, transfers[0].peer}] = {Action::exchange, -1,
+                                                                             -1, transfers};
   for (auto& list : s.actions) list.clear();
   for (const auto& [key, action] : events) s.actions[std::get<3>(key)].push_back(action);
 }
@@ -236,9 +220,9 @@ static void place_transfers(Schedule& s) {
 Schedule make_schedule(const std::string& name, int p, int m, int V) {
   const ScheduleRow& row = schedule_row(name);
   if (V == 0) V = row.chunks();
-  REQUIRE(p >= 1, "a pipeline needs at least one stage, not ", p);
-  REQUIRE(m >= 1, "a pipeline needs at least one micro-batch, not ", m);
-  REQUIRE(V >= 1, "a stage needs at least one chunk, not ", V);
+  REQUIRE(std::min({p, m, V}) >= 1,
+          "a pipeline needs at least one stage, micro-batch and chunk, not ", p, ", ", m, " and ",
+          V);
   REQUIRE(V == row.chunks() || row.place == Place::ring, "schedule ", name, " has ",
           row.chunks() == 1 ? "one chunk" : "two chunks", " a stage, not ", V);
   REQUIRE(m % row.round(p) == 0, name, " needs a number of micro-batches that its ", p,
@@ -246,7 +230,7 @@ Schedule make_schedule(const std::string& name, int p, int m, int V) {
   REQUIRE(int64_t(p) * m <= 1'000'000 / V, p, " stages, ", m, " micro-batches and ", V,
           " chunks make more than a million forwards");
   Schedule s{&row, p, m, V};
-  for (int stage = 0; stage < p; stage++) s.actions.push_back(row.computations(s, stage));
+  for (int stage = 0; stage < p; stage++) s.actions.push_back(computations(s, stage));
   place_transfers(s);
   return s;
 }

@@ -91,6 +91,11 @@ enum class Place {
   vee,   // two chunks: down the stages and up again; the last stage has both at the bottom
 };
 
+// So many times these steps: F forward, G both gradients, or B input and W weight gradient, each of
+// the next micro-batch; a digit says of which chunk. 1f1b on stage 2 of 4: {{1, "F"}, {m, "FG"}} is
+// F0, then F1 G0, F2 G1, ...; what comes after the last micro-batch is left out.
+using Phases = std::vector<std::pair<int, const char*>>;
+
 struct ScheduleRow;
 struct Schedule {
   const ScheduleRow* row = nullptr;
@@ -109,12 +114,11 @@ struct ScheduleRow {
   const char* name;
   Place place;
   bool splits_backward;
-  // what a stage computes, in order
-  std::vector<Action> (*computations)(const Schedule& s, int stage);
+  Phases (*phases)(int p, int m, int V, int s);  // of a stage's computations
   // How long each stage idles if sends are free; see above for the times that this holds for.
-  double (*idle)(const Schedule& s, const Times& t);
+  double (*idle)(int p, int m, const Times& t);
   // the most chunks' activations of one micro-batch that are live at once
-  int (*live)(const Schedule& s, int stage);
+  int (*live)(int p, int m, int V, int s);
 
   int chunks() const { return place == Place::line ? 1 : 2; }  // a stage, unless others are wanted
   // what the number of micro-batches must divide by

@@ -233,7 +233,7 @@ int main(int argc, char** argv) {
     check_printed();
     return status;
   } catch (const std::exception& e) {
-    fprintf(stderr, "checkpoint: %s\n", e.what());
+    fprintf(stderr, "checkpoint: %s\n", words_of(e).c_str());
     return 1;
   }
 }

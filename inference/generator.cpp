@@ -7,7 +7,7 @@ Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int
     : gpt(config, mesh["tp"], mesh.stream),
       mesh_(mesh),
       piece_(gpt.pieces(mesh["pp"].size)[size_t(mesh["pp"].rank)]),
-      pipeline_(mesh, make_schedule("gpipe", mesh["pp"].size, 1)),
+      pipeline_(mesh["pp"], mesh.stream, make_schedule("gpipe", mesh["pp"].size, 1)),
       lengths_(size_t(sequences), 0),
       sequences_(sequences),
       room_(room) {

@@ -311,5 +311,5 @@ void copy_tokenizer(const std::string& from, const std::string& to) {
 void show(const std::string& bytes) {
   for (const char c : bytes)
     putchar(c == '\n' || c == '\t' || (c & 0xe0) ? (c == 127 ? '?' : c) : '?');
-  fflush(stdout);
+  check_printed();  // a reader that has left ends the work
 }

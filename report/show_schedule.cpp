@@ -2,6 +2,7 @@
 // says about it. Needs no GPU and no MPI.
 //
 //   build/show_schedule 1f1b --stages 4 --microbatches 8 --svg 1f1b.svg
+//   build/show_schedule all
 //
 // test      tests/test_schedule.cpp
 #include <algorithm>
@@ -60,7 +61,7 @@ ShowOptions parse_words(int argc, char** argv) {
   if (named) o.name = argv[1];
   parse(argc - named, argv + named, table(o));
   REQUIRE(o.help || named, "say first which schedule: ", kinds(o).allowed,
-          "; --help lists the options");
+          ", or all; --help lists the options");
   if (!o.times_text.empty()) o.times = parse_times(o.times_text);
   return o;
 }
@@ -97,7 +98,8 @@ void show(const ShowOptions& o) {
   std::string walked, formula;
   for (int stage = 0; stage < s.stages; stage++) {
     walked += sentence(" ", double(peak_live(s, stage)) / s.chunks);
-    formula += sentence(" ", double(s.row->live(s, stage)) / s.chunks);
+    formula +=
+        sentence(" ", double(s.row->live(s.stages, s.microbatches, s.chunks, stage)) / s.chunks);
   }
   printf("live     %s micro-batches on stages 0 to %d, by formula%s\n", walked.c_str(),
          s.stages - 1, formula.c_str());
@@ -111,6 +113,25 @@ void show(const ShowOptions& o) {
   printf("drawn     %s\n", o.svg.c_str());
 }
 
+// Every schedule side by side, F = B = W.
+void show_all() {
+  printf("bubble, and micro-batches that the fullest stage keeps activations of; F = B = W\n");
+  printf("%6s %4s", "stages", "m");
+  for (const std::string& name : schedule_names()) printf("%18s", name.c_str());
+  for (const int p : {2, 4, 8})
+    for (const int m : {p, 2 * p, 4 * p, 8 * p}) {
+      printf("\n%6d %4d", p, m);
+      for (const std::string& name : schedule_names()) {
+        const Schedule s = make_schedule(name, p, m);
+        int64_t live = 0;
+        for (int stage = 0; stage < p; stage++) live = std::max(live, peak_live(s, stage));
+        printf("%8.2f %% %7.2f", 100 * simulate(s, durations(s, {})).bubble(),
+               double(live) / s.chunks);
+      }
+    }
+  printf("\n");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -118,10 +139,11 @@ int main(int argc, char** argv) {
     const ShowOptions o = parse_words(argc, argv);
     ShowOptions defaults;
     if (o.help)
-      printf("%s",
-             help_text(sentence("usage: build/show_schedule ", kinds(defaults).names, " [options]"),
-                       table(defaults))
-                 .c_str());
+      printf("%s", help_text(sentence("usage: build/show_schedule ", kinds(defaults).names,
+                                      "|all [options]"),
+                             table(defaults))
+                       .c_str());
+    else if (o.name == "all") show_all();
     else show(o);
     check_printed();
   } catch (const Error& e) {

@@ -170,23 +170,19 @@ mutant faults weight_gradients_are_computed_twice \
 # Off by one, and still a schedule: only its bubble or what is live tells.
 live=live_micro_batches accepts=checker_accepts
 mutant faults the_warm_up_is_one_forward_longer \
-  schedule.cpp 's/in_turn\(s, s.stages - 1 - stage\)/in_turn(s, s.stages - stage)/' \
-  1 immediate test_schedule $live
+  schedule.cpp 's/\{p - 1 - s, "F"\},  /{p - s, "F"},  /' 1 immediate test_schedule $live
 mutant faults the_warm_up_over_chunks_is_one_forward_longer \
-  schedule.cpp 's/in_turn\(s, \(s.chunks - 1\)/in_turn(s, 1 + (s.chunks - 1)/' \
-  1 immediate test_schedule $live
+  schedule.cpp 's/\{\(V - 1\)/{1 + (V - 1)/' 1 immediate test_schedule $live
 mutant faults weight_gradients_are_put_off_by_one_more \
-  schedule.cpp 's/- stage, stage\)/- stage, stage + 1)/' 1 immediate test_schedule $live
-mutant faults the_first_weight_gradient_is_left_out \
-  schedule.cpp 's/k >= put_off\)/k > put_off)/' 1 immediate test_schedule $accepts
+  schedule.cpp 's/\{s, "FB"\}/{s + 1, "FB"}/' 1 immediate test_schedule $live
+mutant faults the_last_weight_gradients_are_left_out \
+  schedule.cpp 's/\{s, "W1 W0"\}/{s, "W1"}/' 1 immediate test_schedule $accepts
 mutant faults the_second_chunk_goes_down_again \
   schedule.cpp 's/s.stages - 1 - i : i/i : i/' 1 immediate test_schedule $accepts
 mutant faults the_v_keeps_one_chunk_more \
-  schedule.cpp 's/repeat\(stage, \{F1, F0\}\)/repeat(stage + 1, {F1, F0})/' \
-  1 immediate test_schedule $live
-mutant faults the_v_drains_one_chunk_after_the_other \
-  schedule.cpp 's/repeat\(stage, \{B0, B1\}\)/repeat(stage, {B0}), repeat(stage, {B1})/' \
-  1 immediate test_schedule bubbles_equal
+  schedule.cpp 's/\{s, "F1 F0"\}/{s + 1, "F1 F0"}/' 1 immediate test_schedule $live
+mutant faults the_v_puts_no_weight_gradients_off_at_the_end \
+  schedule.cpp 's/"B0 B1"/"B0 B1 W1"/' 1 immediate test_schedule bubbles_equal
 mutant faults transfers_are_placed_a_tick_late \
   schedule.cpp 's/meetings\[\{std::floor\(end\),/meetings[{std::floor(end) + 1,/' \
   1 immediate test_schedule $accepts

@@ -96,8 +96,10 @@ inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer
   for (size_t i = 0; i < mine.size(); i++)
     if (copies[i] != 0)
       CHECK_EQ(copies[i], mine[i], "element ", i, " of the model differs between tp ranks");
-  // the first parameter: on the first and the last stage
-  const size_t tied = mesh["pp"].size > 1 ? size_t(elements(trainer.gpt.tied().shape)) : 0;
+  // the first parameter: on the first and the last piece's stage
+  const Schedule& schedule = trainer.pipeline.schedule();
+  const bool twice = schedule.stage_of(schedule.positions() - 1) != 0;
+  const size_t tied = twice ? size_t(elements(trainer.gpt.tied().shape)) : 0;
   first = last = mine;
   if (mesh["pp"].rank != 0) std::fill(first.begin(), first.begin() + long(tied), 0.0);
   last.resize(tied);

@@ -33,8 +33,8 @@ enum Factor {
   attention,
   kFactors
 };
-constexpr int kValues[kFactors] = {3, 2, 3, 4, 2, 2, 3, 2};
-constexpr const char* kSchedules[] = {"gpipe", "1f1b", "interleaved", "zb"};
+constexpr int kValues[kFactors] = {3, 2, 3, 5, 2, 2, 3, 2};
+constexpr const char* kSchedules[] = {"gpipe", "1f1b", "interleaved", "zb", "zbv"};
 using Setting = std::array<int, kFactors>;
 
 // A value that changes nothing in this mesh counts as absent, and only its first is tried.
@@ -64,7 +64,7 @@ TrainerOptions options_of(const Layout& l, const Setting& s) {
   TrainerOptions o;
   o.batch = batch_of(l.ranks()), o.microbatch = o.batch / (microbatches_of(l, s) * l.data_ranks());
   o.fsdp = {1 + s[zero], s[reshard] == 0, s[prefetch]};
-  o.schedule = kSchedules[s[schedule]], o.chunks = s[schedule] == 2 ? 2 : 1;
+  o.schedule = kSchedules[s[schedule]];
   return o;
 }
 GptConfig config_of(const Setting& s) {

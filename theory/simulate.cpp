@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <deque>
 #include <map>
-#include <set>
+#include <tuple>
 
 #include "support/check.h"
 
@@ -72,62 +72,60 @@ static std::string place(const Schedule& s, int stage, int index) {
   return sentence("stage ", stage, ", action ", index, " (", to_string(s.at(stage, index)), ")");
 }
 
-// On each stage every micro-batch goes once through the three parts of each chunk, gradients in
-// ascending order; each transfer that they need is there once, after what it sends and before what
-// uses it; and there is no other.
+// Each part of each chunk comes once for every micro-batch, in ascending order, after what it
+// needs; each transfer that they need comes once, in ascending order, after what it sends and
+// before what uses it; and there is no other.
 static std::string wrong_action(const Schedule& s) {
   constexpr Action::Kind kPart[] = {Action::forward, Action::input_gradient,
                                     Action::weight_gradient};
   const std::vector<int> parts_of[] = {{0}, {1, 2}, {1}, {2}};  // by kind
-  const auto in_step = [&](int m, int c) {
-    return m >= 0 && m < s.microbatches && c >= 0 && c < s.chunks;
-  };
   for (int stage = 0; stage < s.stages; stage++) {
-    std::map<std::pair<int, int>, int> done[3];  // of each part {micro-batch, chunk}: the action
-    std::set<Transfer> moved;
+    // how many micro-batches are through: {part, chunk}, {send, payload, chunk}
+    std::map<std::pair<int, int>, int> done;
+    std::map<std::tuple<bool, int, int>, int> moved;
+    const auto out_of_turn = [&](int m, int chunk, int& next) -> std::string {
+      if (chunk < 0 || chunk >= s.chunks || m >= s.microbatches)
+        return " is not part of this step.";
+      if (m < next) return " comes twice.";
+      if (m > next) return sentence(" comes before that of micro-batch ", next, ".");
+      next++;
+      return "";
+    };
     for (int i = 0; i < int(s.actions[stage].size()); i++) {
       const auto& [kind, m, c, transfers] = s.at(stage, i);
+      const std::string here = place(s, stage, i);
+      std::string wrong;
       for (const Transfer& t : transfers) {
         const int part = t.payload == Transfer::activation ? 0 : 1;
-        if (!in_step(t.microbatch, t.chunk) || t.peer == stage ||
+        wrong = out_of_turn(t.microbatch, t.chunk, moved[{t.send, t.payload, t.chunk}]);
+        if (!wrong.empty()) return here + wrong;
+        if (t.peer == stage ||
             transfer_of(s, stage, {kPart[part], t.microbatch, t.chunk}, t.send) != t)
-          return sentence(place(s, stage, i), ": nothing needs to ", to_string(t), ".");
-        if (!moved.insert(t).second) return place(s, stage, i) + " comes twice.";
-        const auto computation = done[part].find({t.microbatch, t.chunk});
-        if (t.send && computation == done[part].end())
-          return place(s, stage, i) + " sends before it has computed that.";
-        if (!t.send && computation != done[part].end())
-          return sentence(place(s, stage, i), " receives after ",
-                          to_string(s.at(stage, computation->second)), ".");
+          return sentence(here, ": nothing needs to ", to_string(t), ".");
+        if (t.send && done[{part, t.chunk}] <= t.microbatch)
+          return here + " sends before it has computed that.";
       }
       if (kind == Action::exchange) continue;
-      if (!in_step(m, c)) return place(s, stage, i) + " is not part of this step.";
       for (const int part : parts_of[kind]) {
-        if (part > 0 && !done[part - 1].count({m, c}))
-          return sentence(place(s, stage, i), " comes before the ",
-                          to_string({kPart[part - 1], m, c}), ".");
-        if (const auto input = transfer_of(s, stage, {kPart[part], m, c}, false);
-            input && input->peer == stage)
-          if (const int from = other_end(s, stage, *input).chunk; !done[part].count({m, from}))
-            return sentence(place(s, stage, i), " comes before its input from chunk ", from, ".");
-        if (part > 0 && m > 0 && !done[part].count({m - 1, c}))
-          return sentence(place(s, stage, i), " comes before that of micro-batch ", m - 1,
-                          ": gradients are summed in ascending order.");
-        if (!done[part].insert({{m, c}, i}).second) return place(s, stage, i) + " comes twice.";
+        if (part > 0 && done[{part - 1, c}] <= m)
+          return sentence(here, " comes before the ", to_string({kPart[part - 1], m, c}), ".");
+        if (const auto t = transfer_of(s, stage, {kPart[part], m, c}, false))
+          if (m >= (t->peer == stage ? done[{part, other_end(s, stage, *t).chunk}]
+                                     : moved[{false, t->payload, c}]))
+            return here + " comes before its input.";
+        wrong = out_of_turn(m, c, done[{part, c}]);
+        if (!wrong.empty()) return here + wrong;
       }
     }
     for (int part = 0; part < 3; part++)
-      for (int c = 0; c < s.chunks; c++)
-        for (int m = 0; m < s.microbatches; m++) {
-          const Action a{kPart[part], m, c};
-          if (!done[part].count({m, c}))
-            return sentence("stage ", stage, " never does the ", to_string(a), ".");
-          for (const bool send : {true, false})
-            if (const auto t = transfer_of(s, stage, a, send);
-                t && t->peer != stage && !moved.count(*t))
-              return sentence(place(s, stage, done[part][{m, c}]),
-                              " lacks its transfer: ", to_string(*t), ".");
-        }
+      for (int c = 0; c < s.chunks; c++) {
+        const Action last{kPart[part], s.microbatches - 1, c};
+        if (done[{part, c}] < s.microbatches)
+          return sentence("stage ", stage, " never does the ", to_string(last), ".");
+        const auto t = transfer_of(s, stage, last, true);
+        if (t && t->peer != stage && moved[{true, t->payload, c}] < s.microbatches)
+          return sentence("stage ", stage, " lacks a transfer: ", to_string(*t), ".");
+      }
   }
   return "";
 }
@@ -215,6 +213,6 @@ int64_t peak_live(const Schedule& s, int stage, const std::vector<int64_t>& byte
 }
 
 double theoretical_bubble(const Schedule& s, const Times& t) {
-  const double idle = s.row->idle(s, t);
+  const double idle = s.row->idle(s.stages, s.microbatches, t);
   return idle / (s.microbatches * s.chunks * t.all() + idle);
 }
