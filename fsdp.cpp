@@ -2,7 +2,7 @@
 //
 //              shards_    shards_      held between steps,           also held while
 //   mode       parameters gradients    W weights, G gradients        a unit is in use
-//   DDP        no         no           W, G, moments                                   n = 1
+//   DDP        no         no           W, G, moments                (the axis has 1 rank)
 //   ZeRO-1     no         no           W, G, 1/n of the moments
 //   ZeRO-2     no         yes          W, 1/n of G and the moments   its whole gradient
 //   ZeRO-3     yes        yes          1/n of W, G and the moments   and its whole weights
@@ -51,7 +51,7 @@ void Fsdp::before_backward(Tape& tape, int use) {
 }
 
 void Fsdp::after_backward(Tape& tape, int use) {
-  // now; under zero bubble behind this use's weight gradients
+  // runs now or, under zero bubble, after this use's weight gradients, which read no weights
   tape.weight_gradient([this, use] { reduce_gradients(use); });
   reshard_after_use(use);
 }
@@ -151,7 +151,7 @@ int Fsdp::add_use(const std::vector<Param*>& params, Backward backward, int grou
   Use& use = uses_.emplace_back(Use{{}, backward, group});
   for (const auto& [number, of_unit] : units_of(params)) {
     use.units.push_back(&units_.at(number));
-    use.units.back()->uses++;
+    use.units.back()->uses_per_microbatch++;
   }
   return int(uses_.size()) - 1;
 }
@@ -170,7 +170,8 @@ std::vector<Shard> Fsdp::optimizer_shards() const {
 
 // ---- parameters: unshard and reshard
 
-// Unshards a use's units and, ahead of need, starts those of the next uses in this direction.
+// Unshards a use's units and sees to it that the next uses in this direction are on their way,
+// those of which the backward needs no values left out.
 void Fsdp::unshard(int use, int direction) {
   for (Unit* u : uses_[use].units) start_unshard(*u);
   for (int k = 1; k <= options_.prefetch; k++) {
@@ -187,7 +188,8 @@ void Fsdp::start_unshard(Unit& u) {
   u.gathered = true;
   if (u.whole.empty()) u.whole = Tensor({u.padded}, dtype_, Memory::gather);
   if (axis_.size == 1) return;
-  // whoever used this memory before must be done with it, and the optimizer with the shard
+  // kernels that used this memory before must have finished, and the optimizer must have written
+  // the shard that is sent
   make_wait(stream_, device().compute);
   const Timed timed(stream_);
   ledger.all_gather(axis_, u.whole.bytes());
@@ -211,7 +213,7 @@ void Fsdp::reshard_after_use(int use) {
 void Fsdp::reshard(Unit& u) {
   if (!u.gathered) return;
   u.gathered = false;
-  if (!shards_parameters()) return;  // the buffer stays, with shards that are out of date
+  if (!shards_parameters()) return;  // the buffer stays; the other ranks' parts of it are old
   for (Param* p : u.params) p->value = Tensor();
   // returned to the pool in the order of the compute stream, behind the last kernel that reads it
   u.whole = Tensor();
@@ -221,7 +223,7 @@ void Fsdp::reshard(Unit& u) {
 
 void Fsdp::allocate_gradients(int use) {
   for (Unit* u : uses_[use].units) {
-    while (u->reducing) finish_reduce();  // the last micro-batch's sum still reads the buffer
+    while (u->reducing) finish_reduce();  // the previous micro-batch's sum still uses the buffer
     if (!u->whole_grad.empty()) continue;
     u->whole_grad = Tensor({u->padded}, master_dtype(dtype_), Memory::gather);
     fill(u->whole_grad, 0);
@@ -239,7 +241,7 @@ void Fsdp::bind_gradients(Unit& u) {
 // This use's part of its units' gradients has been computed.
 void Fsdp::reduce_gradients(int use) {
   for (Unit* u : uses_[use].units) {
-    if (++u->uses_done < u->uses) continue;  // another use will add to this gradient
+    if (++u->uses_done < u->uses_per_microbatch) continue;  // another use will add to this gradient
     u->uses_done = 0;
     u->microbatches_done++;
     if (shards_gradients() || u->microbatches_done == microbatches_) start_reduce(*u);
@@ -251,7 +253,8 @@ void Fsdp::start_reduce(Unit& u) {
   if (complete_gradients) complete_gradients(u.params);
   make_wait(stream_, device().compute);  // the gradients must have been computed
   if (axis_.size > 1) {
-    const Tensor mine = u.whole_grad.part(axis_.rank * u.shard_size, {u.shard_size});  // in place
+    // in place; without sharded gradients this is shard_grad
+    const Tensor mine = u.whole_grad.part(axis_.rank * u.shard_size, {u.shard_size});
     const Timed timed(stream_);
     ledger.reduce_scatter(axis_, u.whole_grad.bytes());
     NCCL_CHECK(ncclReduceScatter(u.whole_grad.raw(), mine.raw(), u.shard_size,
@@ -260,14 +263,14 @@ void Fsdp::start_reduce(Unit& u) {
   if (!shards_gradients()) sum_over_copies(u);
   u.reduced.record(stream_);
   u.reducing = true;
-  reducing_.push_back(&u);
-  // at most two whole gradients of a kind: one is computed while one is summed
-  while (int(reducing_.size()) > std::min(options_.prefetch, 1)) finish_reduce();
+  in_flight_.push_back(&u);
+  // at most two whole block gradients: one is computed while one is summed
+  while (int(in_flight_.size()) > std::min(options_.prefetch, 1)) finish_reduce();
 }
 
 void Fsdp::finish_reduce() {
-  Unit& u = *reducing_.front();
-  reducing_.pop_front();
+  Unit& u = *in_flight_.front();
+  in_flight_.pop_front();
   u.reducing = false;
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!shards_gradients()) return;
@@ -280,6 +283,7 @@ void Fsdp::finish_reduce() {
   }
 }
 
+// Once a step, on this rank's shard of the complete sum.
 void Fsdp::sum_over_copies(Unit& u) {
   for (const Axis& copies : copies_) {
     if (copies.size == 1) continue;
@@ -295,18 +299,18 @@ void Fsdp::sum_over_copies(Unit& u) {
 void Fsdp::begin_step(int microbatches) {
   microbatches_ = microbatches;
   for (auto& [number, u] : units_) {
-    u.gathered = axis_.size == 1;  // the optimizer has changed the shards: gather them anew
     u.microbatches_done = 0;
     fill(shards_gradients() ? u.shard_grad : u.whole_grad, 0);
   }
 }
 
 void Fsdp::finish_backward() {
-  while (!reducing_.empty()) finish_reduce();
+  while (!in_flight_.empty()) finish_reduce();
   make_wait(device().compute, stream_);  // the optimizer reads what the last collectives wrote
 }
 
 void Fsdp::end_step() {
+  // the optimizer has changed the shards: gather them anew
   for (auto& [number, u] : units_) reshard(u);
 }
 
@@ -315,7 +319,8 @@ void Fsdp::end_step() {
 // zero bubble   A pipeline may put weight gradients off (Tape::weight_gradient). A unit's
 //               reduce-scatter is then queued behind its use's weight gradients, on the same list.
 //               By the time they run, the reduce-scatter of an earlier micro-batch may have freed
-//               the whole gradient: before_backward allocates it again at the list's front.
+//               the whole gradient: before_backward allocates it again, on the list before this
+//               use's weight gradients.
 // sequence parallelism   leaves gradients that are partial sums over the tp axis, and
 // tied weights           leave two gradients of one parameter on one rank: complete_gradients adds
 //                        both up before they leave the rank.

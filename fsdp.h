@@ -5,7 +5,8 @@
 //           embeddings): its shard. To compute with a unit it is unsharded: all-gathered into a
 //           whole buffer, which is freed afterwards (resharded). Other axes hold copies of the
 //           shards: gradients are summed over them. With n = 1 this is plain data parallelism.
-// use       fsdp.add_units(params);                           // set-up: the model is born sharded
+// use       fsdp.add_units(params);  // set-up: the model is born sharded. What a use's backward
+//           // needs of the parameters is autograd.h's Backward: here, their values once more.
 //           int use = fsdp.add_use(layer_params, Backward::unshards);
 //           fsdp.begin_step(microbatches);
 //           Var y = fsdp.run(tape, use, [&] { return layer(tape, x); });  // for each layer,
@@ -27,7 +28,7 @@
 struct FsdpOptions {
   int zero = 3;         // 1: optimizer state is sharded; 2: and gradients; 3: and parameters
   bool reshard = true;  // ZeRO-3: after the forward, and unshard again for the backward
-  int prefetch = 1;     // uses unsharded ahead; above 0 one reduce-scatter is left behind, too
+  int prefetch = 1;     // uses unsharded ahead; above 0 a reduce-scatter runs on behind, too
 };
 
 class Fsdp {
@@ -40,8 +41,8 @@ class Fsdp {
   // ---- set-up: all units, then their uses in forward order
   // Parameters of one Param::unit make a unit. Allocates this rank's shards with initial values.
   void add_units(const std::vector<Param*>& params);
-  // A use computes with the units of these parameters. Uses of one group follow each other at once
-  // (a pipeline's chunks are groups): uses are unsharded ahead within a group only.
+  // A use computes with the units of these parameters. Uses are unsharded ahead within a group
+  // only: the uses of a pipeline's chunk, which run directly after each other.
   int add_use(const std::vector<Param*>& params, Backward backward, int group = 0);
   // What this rank updates: its piece of each parameter, padding left out.
   std::vector<Shard> optimizer_shards() const;
@@ -52,17 +53,18 @@ class Fsdp {
   // the tape.
   Var run(Tape& tape, int use, const std::function<Var()>& f);
   void finish_backward();  // after the last micro-batch: the shards' gradients are complete
-  void end_step();         // after the optimizer: whole parameters are out of date
+  void end_step();  // after the optimizer: frees whole parameters, or marks them as out of date
   Tensor gradient_shard(int unit) { return units_.at(unit).shard_grad; }  // after finish_backward
 
   // ---- the two questions that tell DDP and the ZeRO stages apart
   // Are whole parameters there only while a use needs them?
   bool shards_parameters() const { return axis_.size > 1 && options_.zero == 3; }
-  // Are whole gradients, too, and scattered after every micro-batch? If not, they add up over the
-  // step, and are reduced once at its end.
+  // Are whole gradients, too, and are they scattered after every micro-batch? If not, they add up
+  // over the step, and are scattered once at its end.
   bool shards_gradients() const { return axis_.size > 1 && options_.zero >= 2; }
 
-  // Called before a unit's gradients leave this rank, if other strategies left partial sums.
+  // Called before a unit's gradients leave this rank: other strategies add up what they left in
+  // parts.
   std::function<void(const std::vector<Param*>&)> complete_gradients;
 
  private:
@@ -71,19 +73,20 @@ class Fsdp {
     std::vector<int64_t> offsets;  // of each parameter in the flat unit, in elements
     int64_t padded = 0;            // elements of the flat unit: n shards
     int64_t shard_size = 0;        // elements of one shard
-    // In the compute dtype. The shard is always there, the whole only while it is needed if
-    // parameters are sharded; else the shard is a part of it.
+    // In the compute dtype. If parameters are sharded, the shard has a buffer of its own and the
+    // whole is there only in use; else the whole is always there and the shard is a view of it.
     Tensor whole, shard;
-    Tensor whole_grad, shard_grad;  // the same in the master dtype
-    Tensor master;                  // master weights of the shard when the compute dtype is bf16
-    Tensor m, v;                    // Adam's moments of the shard
-    bool gathered = false;          // `whole` is up to date, or will be once `arrived` is reached
-    bool reducing = false;          // `whole_grad` is being summed, until `reduced` is reached
+    // In the master dtype (f32; f64 in proofs). The same, if gradients are sharded.
+    Tensor whole_grad, shard_grad;
+    Tensor master;          // master weights of the shard when the compute dtype is bf16
+    Tensor m, v;            // Adam's moments of the shard
+    bool gathered = false;  // `whole` is up to date, or will be once `arrived` is reached
+    bool reducing = false;  // from start_reduce to finish_reduce
     Event arrived, reduced;
     // When is a gradient complete? The token embedding's unit has 2 uses, at both ends of the
-    // model. In each micro-batch's backward the head's use makes uses_done 1 and the embedding's
-    // makes it 2: then it starts again at 0, and microbatches_done is one more.
-    int uses = 0, uses_done = 0, microbatches_done = 0;
+    // model. In each micro-batch's backward the head's use makes uses_done 1, then the embedding's
+    // makes it 2: uses_done starts again at 0, and microbatches_done is one more.
+    int uses_per_microbatch = 0, uses_done = 0, microbatches_done = 0;
   };
   struct Use {
     std::vector<Unit*> units;
@@ -116,7 +119,7 @@ class Fsdp {
   uint64_t seed_;
   std::map<int, Unit> units_;  // by Param::unit; a map: uses hold pointers
   std::vector<Use> uses_;
-  std::deque<Unit*> reducing_;  // whose gradients are being summed, oldest first
+  std::deque<Unit*> in_flight_;  // whose gradients are being summed, oldest first
   int microbatches_ = 1;
 };
 

@@ -5,12 +5,13 @@
 //   on two ranks     │                                                     +──> y    the sum is an
 //                    └───> [ w's columns 1 ] ──> gelu ──> [ w's rows 1 ] ──┘         all-reduce
 //
-// traffic   Of R*C elements of the compute dtype, per block and micro-batch: 2 all-reduces forward
-//           (the row-parallel results) and 2 backward (the input gradients of the column-parallel
-//           layers). The embedding has 1 forward, the head 1 backward; the loss sends three numbers
-//           a row. Under sequence parallelism a reduce-scatter and an all-gather, which together
-//           send as much, stand in place of each all-reduce, and the slices that were saved are
-//           gathered again in the backward: 2 a block, 1 for the head.
+// traffic   Each collective carries R*C elements of the compute dtype. A block has, for each micro-
+//           batch, 2 all-reduces forward (the row-parallel results) and 2 backward (the input
+//           gradients of the column-parallel layers). The embedding has 1 forward, the head 1
+//           backward; the loss sends three numbers a row. Under sequence parallelism a reduce-
+//           scatter and an all-gather, which together send as much, stand in place of each all-
+//           reduce, and the slices that were saved are gathered again in the backward: 2 a block, 1
+//           for the head.
 // memory    1/n of weights, gradients and optimizer state. Activations of a block, in R*C: 4 + 12/n
 //           and 1/n of the attention's own; under sequence parallelism all of it 1/n.
 // overlap   In the backward an input gradient travels while the weight gradient's product is
@@ -22,7 +23,7 @@
 // ---- communication: all of it goes on the one queue, behind what was computed. It is started, and
 // finish() lets the computation wait for it. Whatever is sent must be kept until then.
 
-// All R rows of x. Without sequence parallelism x has them, and nothing is sent.
+// All R rows of x. Without sequence parallelism x has them: nothing is sent or waited for.
 Tensor TensorParallel::start_gather(const Tensor& x, int64_t R) {
   if (!slices_rows_) return x;
   const int64_t S = slice(R), C = x.dim(1);
@@ -83,7 +84,7 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
       [this, &tape, R, &w, transposed, bias, serves, x = x.value, dx = x.grad, dy_slot = y.grad] {
         const Tensor dy = take(dy_slot);
         Tensor all_x;
-        {  // a slice was saved: it is gathered again while the next product is computed
+        {  // sequence parallelism saved a slice: it is gathered again during the next product
           const Purpose purpose(Traffic::again);
           all_x = start_gather(x, R);
         }
@@ -133,7 +134,7 @@ Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w, Pa
     accumulate(dx, std::move(d));
     tape.weight_gradient([&w, &bias, x, dy, all_dy] {
       product(w.grad, x, true, all_dy, false, 1);
-      bias_backward(bias.grad, dy);
+      bias_backward(bias.grad, dy);  // of this rank's rows: see sum_partial_gradients
     });
   });
   return y;
@@ -181,12 +182,12 @@ void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets
       losses({R}, acc, Memory::activations);
   // of each row, over this rank's columns: maximum, sum of exponentials, target's logit
   softmax_parts(parts, logits.value, targets);
-  copy(top, parts.part(0, {R}));
+  copy(top, parts.part(0, {R}));  // the rescaling needs this rank's maximum and that of all
   all_reduce(top, ncclMax);
   softmax_rescale(parts, top);
   all_reduce(parts.part(R, {2, R}), ncclSum);
   cross_entropy_parts(losses, logits.value, targets, top, parts, scale, tape.recording());
-  if (tape.recording()) *logits.grad = std::move(logits.value);
+  if (tape.recording()) *logits.grad = std::move(logits.value);  // overwritten by their gradient
   add_sum(total, losses);
 }
 

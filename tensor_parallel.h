@@ -11,7 +11,7 @@
 //           Param w = tp.split(p, 1, tp.part(p.shape[1]));   // set-up: what this rank owns
 //           Var h = tp.column_linear(tape, x, rows, w, b);   // a pair of layers
 //           Var y = tp.row_linear(tape, gelu(tape, h), rows, w2, b2);
-//           tp.sum_partial_gradients(params);                // before gradients are used
+//           tp.sum_partial_gradients(params);    // before gradients leave the rank
 // source    Shoeybi et al., "Megatron-LM: Training multi-billion parameter language models using
 //           model parallelism", 2019, section 3; Korthikanti et al., "Reducing activation
 //           recomputation in large transformer models", MLSys 2023, section 4.2 (sequence)
@@ -29,16 +29,16 @@ class TensorParallel {
   Range part(int64_t n) const {
     return {n * axis_.rank / axis_.size, n * (axis_.rank + 1) / axis_.size};
   }
-  // p, of whose global shape this rank owns [range) of `dim`
+  // p, of whose global shape this rank owns `range` of dim number `dim`
   Param split(Param p, int dim, Range range) const;
-  // p, of which every rank owns all; in the norm it counts once
+  // p, of which every rank owns all; only rank 0's copy counts in the gradient's norm
   Param whole(Param p) const;
   // the same for what sees only this rank's slice of the rows: its gradient is a partial sum
   Param whole_with_partial_gradient(Param p) const;
 
   // The rows that an activation of width C holds here: all of them or, under sequence parallelism,
-  // this rank's slice, ceil(rows / n) of them. The last slices end in padding, which holds garbage
-  // (row_linear adds its bias there) and whose gradients are 0.
+  // this rank's slice, ceil(rows / n) of them. The last slices end in padding: numbers without
+  // meaning (row_linear adds its bias there), whose gradients are 0.
   int64_t slice(int64_t rows) const {
     return slices_rows_ ? (rows + axis_.size - 1) / axis_.size : rows;
   }

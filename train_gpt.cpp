@@ -3,10 +3,8 @@
 // idea      every rank runs this program; trainer.cpp composes the model with the strategies
 // test      tests/test_cli.sh (the program from outside), tests/test_golden.cpp and
 //           tests/test_fsdp.cpp (its numbers)
-#include <atomic>
 #include <chrono>
 #include <cmath>
-#include <csignal>
 #include <cstdio>
 #include <sstream>
 
@@ -76,36 +74,12 @@ static void print_sample(Trainer& trainer, const Dataset& data, const Tokenizer&
 
 // ---- checkpoints
 
-// SIGTERM, or Ctrl-C, to any rank ends the training of all after one and the same step. One more, a
-// second later, ends it at once: mpiexec may deliver a signal twice.
-class StopSignal {
- public:
-  StopSignal() {
-    for (const int signal : {SIGTERM, SIGINT})
-      std::signal(signal, [](int s) {
-        timespec now;
-        clock_gettime(CLOCK_MONOTONIC, &now);
-        if (!came_) {
-          since_ = now.tv_sec;
-          came_ = true;
-        } else if (now.tv_sec > since_ + 1) std::signal(s, SIG_DFL), raise(s);
-      });
-    // a file that may not grow is an error of write(), with a sentence
-    std::signal(SIGXFSZ, SIG_IGN);
-  }
-  ~StopSignal() {
-    for (const int signal : {SIGTERM, SIGINT}) std::signal(signal, SIG_DFL);
-  }
-  bool came() const {  // collective
-    int mine = came_, any = 0;
-    MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, Finished());
-    return any != 0;
-  }
-
- private:
-  static inline std::atomic<bool> came_ = false;  // the handler runs in the watch's thread
-  static inline std::atomic<time_t> since_ = 0;
-};
+// A signal to any rank ends the training of all after one and the same step; collective.
+static bool stopped(const Signals::Listener& listener) {
+  int mine = listener.came(), any = 0;
+  MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, Finished());
+  return any != 0;
+}
 
 static std::string save(const Options& o, const std::string& data, int64_t step, const Job& job,
                         const Mesh& mesh, Trainer& trainer) {
@@ -175,8 +149,8 @@ static void check_weights(const Options& o, const Dataset& data, int64_t step, c
       [&](int64_t s) { return watch.progress(), data.sequence(step + 1, s, uint64_t(o.seed)); });
   collectively(job, [&] {
     REQUIRE(fine, "the update of step ", step,
-            " made weights or moments that are not finite numbers, or whose loss or gradients are"
-            " none: nothing is saved; a smaller --lr or a longer --warmup may help");
+            " made weights from which training cannot go on (they, their moments, their loss or its"
+            " gradients are not finite numbers): nothing is saved; a smaller --lr may help");
   });
 }
 
@@ -187,13 +161,19 @@ static void train(const Options& o, const Dataset& data, const Tokenizer& tokeni
   GptConfig config = model_config(o);
   config.recompute = o.recompute, config.sequence_parallel = o.sequence_parallel;
   if (prints) print_setup(o, config, data);
+  at_work = "the model";
   Trainer trainer(mesh, config, trainer_options(o));
-  const int64_t resumed = o.resume ? resume_training(o, data, job, trainer, prints) : 0;
+  int64_t resumed = 0;
+  at_work = "the checkpoint that is resumed";
+  if (o.resume) watch.at_files([&] { resumed = resume_training(o, data, job, trainer, prints); });
   if (prints && !o.trace.empty()) open_trace(o.trace);
   Metrics metrics(prints ? o.metrics : "", resumed);
-  const StopSignal stop;
+  const Signals::Listener listener;
   Progress progress(o.steps, prints ? stdout : nullptr, isatty(fileno(stdout)));
   const auto held_out = [&](int64_t s) { return watch.progress(), data.held_out(s); };
+  const std::string steps = sentence("a step in micro-batches of ", o.microbatch, " sequences of ",
+                                     o.model.context, " tokens");
+  at_work = steps;
   double first_loss = 0, loss = 0;
   int64_t step = resumed;
   for (bool last = false; !last;) {
@@ -206,13 +186,15 @@ static void train(const Options& o, const Dataset& data, const Tokenizer& tokeni
       progress.say(step, format("held-out loss %.4f", *record.held_out_loss));
     }
     metrics.step(record);
-    last = stop.came() || step == o.steps;
+    last = stopped(listener) || step == o.steps;
     const bool saves =
         !o.checkpoint.empty() && (last || (o.save_every && step % o.save_every == 0));
     if (last || saves) check_weights(o, data, step, job, watch, trainer);
     if (saves) {
-      watch.progress();
-      progress.say(step, save(o, data.describe(), step, job, mesh, trainer));
+      at_work = "a checkpoint that is saved";
+      watch.at_files(
+          [&] { progress.say(step, save(o, data.describe(), step, job, mesh, trainer)); });
+      at_work = steps;
     }
   }
   if (step < o.steps) {
@@ -242,8 +224,13 @@ static void take_model(Options& o) {
   const bool told = !o.model_name.empty() || m.layers + m.width + m.heads + m.context + m.vocab > 0;
   if (!o.resume) return;
   for (const std::string& path : checkpoints_in(o.checkpoint)) {
+    if (!is_there(path + "/manifest.json")) continue;  // not complete
     ModelSize saved;
-    if (!error_of([&] { saved = Checkpoint(path).info.model; }).empty()) continue;
+    try {
+      saved = Checkpoint(path).info.model;
+    } catch (const Damaged&) {
+      continue;
+    }
     if (!told) o.model_name = nearest_model(saved);
     if (!told) o.model = saved;
     if (m.vocab == 0) o.model.vocab = saved.vocab;
@@ -312,19 +299,24 @@ int main(int argc, char** argv) {
     if (!tokenizer || job.rank == 0) open_data();
     if (!tokenizer)
       tokenizer = std::make_unique<Tokenizer>("", data->is_text() ? 256 : o.model.vocab);
-    return Start{o.layout, o.timeout};
+    auto given = values_of(o);
+    std::erase_if(given, [](const auto& option) { return option.first == "--data"; });
+    return Start{o.layout, o.timeout, given};
   };
-  return run_program("train_gpt", argc, argv, prepare,
-                     [&](const Job& job, Mesh& mesh, Watch& watch) {
-                       std::optional<DirectoryLock> lock;
-                       collectively(job, [&] {
-                         if (job.rank == 0 && !o.checkpoint.empty()) lock.emplace(o.checkpoint);
-                       });
-                       if (tokenizer->has_pairs()) o.data = shards_of_first_rank(o.data);
-                       // not before every rank has looked for one there
-                       if (tokenizer->has_pairs() && !o.checkpoint.empty() && job.rank == 0)
-                         copy_tokenizer(vocabulary, o.checkpoint);
-                       if (!data) open_data();
-                       train(o, *data, *tokenizer, job, mesh, watch);
-                     });
+  return run_program(
+      "train_gpt", argc, argv, prepare, [&](const Job& job, Mesh& mesh, Watch& watch) {
+        std::optional<DirectoryLock> lock;
+        collectively(job, [&] {
+          if (job.rank == 0 && !o.checkpoint.empty()) lock.emplace(o.checkpoint);
+        });
+        if (tokenizer->has_pairs()) o.data = shards_of_first_rank(o.data);
+        // not before every rank has looked for one there
+        if (tokenizer->has_pairs() && !o.checkpoint.empty() && job.rank == 0)
+          copy_tokenizer(vocabulary, o.checkpoint);
+        if (!data) open_data();
+        // what is in the files, wherever a node has them
+        const std::string differ = differences(job, {{"the data", content_of(data->paths())}});
+        REQUIRE(differ.empty(), differ);
+        train(o, *data, *tokenizer, job, mesh, watch);
+      });
 }

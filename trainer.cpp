@@ -100,6 +100,8 @@ Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) co
   for (int64_t s = first; s < first + count; s++) {
     const std::vector<int> tokens = sequence(s);
     T = int64_t(tokens.size()) - 1;
+    if (s == first)  // at once: what does not fit is refused before it is read
+      for (std::vector<int>* all : {&inputs, &targets}) all->reserve(size_t(count * T));
     inputs.insert(inputs.end(), tokens.begin(), tokens.end() - 1);
     targets.insert(targets.end(), tokens.begin() + 1, tokens.end());
   }

@@ -146,7 +146,7 @@ static ModelSize read_config(const std::string& path) {
 static std::vector<std::unique_ptr<SafetensorsFile>> open_weights(const std::string& dir) {
   const std::string whole = dir + "/model.safetensors", index = whole + ".index.json";
   std::set<std::string> parts = {"model.safetensors"};
-  if (!fs::exists(whole) && fs::exists(index))
+  if (!is_there(whole) && is_there(index))
     read_json(index, " is damaged: ", [&] {
       const nlohmann::json map = parse_json(read_file(index)).at("weight_map");
       REQUIRE(map.is_object() && !map.empty(), "its weight_map names no file");
@@ -233,7 +233,7 @@ int main(int argc, char** argv) {
     check_printed();
     return status;
   } catch (const std::exception& e) {
-    fprintf(stderr, "checkpoint: %s\n", e.what());
+    fprintf(stderr, "checkpoint: %s\n", words_of(e).c_str());
     return 1;
   }
 }

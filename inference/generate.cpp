@@ -151,7 +151,7 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
   size_t longest = 0;
   for (const auto& p : prompts) longest = std::max(longest, p.size());
   Generator generator(mesh, model_config(o), int64_t(B), int64_t(longest) + o.tokens);
-  if (checkpoint) generator.load_weights(*checkpoint);
+  if (checkpoint) watch.at_files([&] { generator.load_weights(*checkpoint); });
   else generator.initialise(uint64_t(o.seed));
 
   const Sampling how{o.temperature, o.top_k, o.top_p, uint64_t(o.seed)};
@@ -230,7 +230,10 @@ int main(int argc, char** argv) {
         checkpoint ? std::filesystem::canonical(checkpoint->path).parent_path().string() : "",
         o.model.vocab);
     if (job.rank == 0) prompts = encode_prompts(o, *tokenizer);
-    return Start{o.layout, o.timeout};
+    auto given = values_of(table(o));
+    if (checkpoint)
+      given.emplace_back("the checkpoint", content_of({checkpoint->path + "/manifest.json"}));
+    return Start{o.layout, o.timeout, given};
   };
   return run_program("generate", argc, argv, prepare,
                      [&](const Job& job, Mesh& mesh, Watch& watch) {

@@ -56,7 +56,7 @@ static std::string shard_of(const std::vector<std::string>& paths, const fs::pat
     places.push_back(
         place / (name.filename().string().substr(0, 200) + format(".%016llx.bin", (long long)key)));
   for (const fs::path& place : places)
-    if (fs::exists(place)) return place;
+    if (is_there(place)) return place;
   const std::string shard = encode_files(texts, name, tokenizer, say);
   std::string why;
   for (const std::string place : places) {

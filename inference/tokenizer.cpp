@@ -78,7 +78,7 @@ Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : vocab_(vocab
   bool there[3] = {};
   for (size_t i = 0; i < 3 && !directory.empty(); i++) {
     paths[i] = directory + "/" + kTokenizerFiles[i];
-    there[i] = std::filesystem::exists(paths[i]);
+    there[i] = is_there(paths[i]);
   }
   if (!there[0])
     REQUIRE(there[1] == there[2], directory, " has ", kTokenizerFiles[there[1] ? 1 : 2],
@@ -297,20 +297,19 @@ std::string Tokenizer::decode(int token) const {
 }
 
 bool has_tokenizer(const std::string& directory) {
-  return std::any_of(kTokenizerFiles.begin(), kTokenizerFiles.end(), [&](const char* name) {
-    return std::filesystem::exists(directory + "/" + name);
-  });
+  return std::any_of(kTokenizerFiles.begin(), kTokenizerFiles.end(),
+                     [&](const char* name) { return is_there(directory + "/" + name); });
 }
 
 void copy_tokenizer(const std::string& from, const std::string& to) {
   namespace fs = std::filesystem;
   for (const fs::path name : kTokenizerFiles)
-    if (fs::exists(from / name) && !fs::equivalent(from, to))
+    if (is_there(from / name) && !fs::equivalent(from, to))
       write_file(to / name, read_file(from / name));
 }
 
 void show(const std::string& bytes) {
   for (const char c : bytes)
     putchar(c == '\n' || c == '\t' || (c & 0xe0) ? (c == 127 ? '?' : c) : '?');
-  fflush(stdout);
+  check_printed();  // a reader that has left ends the work
 }

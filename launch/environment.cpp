@@ -1,7 +1,11 @@
 // environment.cpp: see environment.h.
 #include "launch/environment.h"
 
+#include <map>
+#include <nlohmann/json.hpp>
+
 #include "kernels/kernels.h"
+#include "support/data.h"
 
 // ---- products
 
@@ -55,4 +59,45 @@ void check_products() {
         for (const bool b_transposed : {false, true})
           check_product(dtype, m, n, 160, a_transposed, b_transposed);
   device().memory = {};  // none of it belongs to the run
+}
+
+// ---- what the ranks were given
+
+// "rank 3", "ranks 0 to 2", "ranks 0, 4 and 6"
+static std::string words_of(const std::vector<int>& ranks) {
+  const size_t n = ranks.size();
+  std::string s = n == 1 ? "rank " : "ranks ";
+  if (n > 2 && ranks.back() - ranks.front() == int(n) - 1)
+    return s + sentence(ranks.front(), " to ", ranks.back());
+  for (size_t i = 0; i < std::min<size_t>(n, 8); i++)
+    s += sentence(i == 0 ? "" : i + 1 == n ? " and " : ", ", ranks[i]);
+  return n > 8 ? s + sentence(" and ", n - 8, " more") : s;
+}
+
+std::string differences(const Job& job, std::vector<std::pair<std::string, std::string>> given) {
+  given.emplace_back("the program", content_of({"/proc/self/exe"}));
+  const std::string mine = nlohmann::json(given).dump(
+      -1, ' ', false, nlohmann::json::error_handler_t::replace);  // a name may be no UTF-8
+  const std::vector<std::string> digests =
+      gather_text(std::to_string(std::hash<std::string>()(mine)));
+  bool alike = true;
+  for (const std::string& digest : digests) alike &= digest == digests[0];
+  if (alike) return "";
+  std::map<std::string, std::map<std::string, std::vector<int>>> ranks;  // by name and value
+  const std::vector<std::string> all = gather_text(mine);
+  for (int rank = 0; rank < job.size; rank++)
+    for (const auto& [name, value] :
+         nlohmann::json::parse(all[size_t(rank)]).get<decltype(given)>())
+      ranks[name][value].push_back(rank);
+  std::string s;
+  for (const auto& [name, values] : ranks) {
+    if (values.size() == 1) continue;
+    s += (s.empty() ? "" : "; ") + name + " is ";
+    std::string separator;
+    for (const auto& [value, who] : values) {
+      s += separator + (value.empty() ? "unset" : value) + " on " + words_of(who);
+      separator = ", ";
+    }
+  }
+  return "the ranks were not started alike: " + s;
 }

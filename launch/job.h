@@ -13,6 +13,10 @@ class Job {
  public:
   Job(int* argc, char*** argv);  // MPI_Init
   ~Job();                        // MPI_Finalize
+  // The end of a program, collective: its status. Ranks on several nodes that MPICH's mpiexec
+  // started end here, without MPI_Finalize: over TCP MPICH 4.0 often waits in it for ever, since a
+  // rank that has closed its connections no longer answers those that still close theirs.
+  int leave(int status) const;
   // an Error when mpiexec belongs to another MPI and started n worlds of one rank
   void check_launcher();
   int rank = 0, size = 1;

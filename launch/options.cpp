@@ -198,8 +198,7 @@ static OptionTable table(Options& o) {
       {"Checkpoints",
        {
            {"checkpoint", "DIR", Text{&o.checkpoint},
-            "save weights and optimizer state here at the end, and when stopped by Ctrl-C or "
-            "SIGTERM",
+            "save weights and optimizer state here at the end, and when a signal ends the run",
             "none"},
            {"save-every", "K", Whole{&o.save_every, 0}, "and every K steps; 0: only then"},
            {"keep", "N", Whole{&o.keep, 0},
@@ -232,6 +231,11 @@ Options parse_options(int argc, const char* const* argv) {
   parse(argc, argv, table(options));
   for (int i = 1; i < argc; i++) options.command += std::string(i > 1 ? " " : "") + argv[i];
   return options;
+}
+
+std::vector<std::pair<std::string, std::string>> values_of(const Options& options) {
+  Options all = options;
+  return values_of(table(all));
 }
 
 void print_help() {
@@ -329,24 +333,35 @@ template <class Number> static bool read_all(const std::string& word, Number& fi
   return error == std::errc() && stop == end;
 }
 
+template <class Number> static std::function<std::string()> digits_of(const Number* field) {
+  return [=] {
+    char text[32];
+    return std::string(text, std::to_chars(text, std::end(text), *field).ptr);
+  };
+}
+template <class Field> static std::function<std::string()> text_of(const Field* field) {
+  return [=] { return *field; };
+}
+
 Flag::Flag(bool* field)
-    : Takes{"no value", "", [=](const auto&) { return *field = true; }, nothing} {}
+    : Takes{"no value", [=] { return *field ? "given" : "not given"; },
+            [=](const auto&) { return *field = true; }, nothing} {}
 
 Whole::Whole(int64_t* field, int64_t low, int64_t high)
-    : Takes{sentence("a whole number from ", low, " to ", high), sentence(*field),
+    : Takes{sentence("a whole number from ", low, " to ", high), digits_of(field),
             [=](const auto& word) {
               return read_all(word, *field) && low <= *field && *field <= high;
             }} {}
 
 Real::Real(double* field, bool zero)
-    : Takes{zero ? "a number of at least 0" : "a number above 0", sentence(*field),
+    : Takes{zero ? "a number of at least 0" : "a number above 0", digits_of(field),
             [=](const auto& word) {
               return read_all(word, *field) && std::isfinite(*field) &&
                      (*field > 0 || (zero && *field == 0));
             }} {}
 
 Choice::Choice(std::string* field, const std::vector<std::string>& of)
-    : Takes{of[0], *field,
+    : Takes{of[0], text_of(field),
             [=](const auto& word) {
               return std::find(of.begin(), of.end(), *field = word) != of.end();
             },
@@ -356,10 +371,15 @@ Choice::Choice(std::string* field, const std::vector<std::string>& of)
 }
 
 Text::Text(std::string* field)
-    : Takes{"a name", *field, [=](const auto& word) { return !(*field = word).empty(); }} {}
+    : Takes{"a name", text_of(field), [=](const auto& word) { return !(*field = word).empty(); }} {}
 
 List::List(std::vector<std::string>* field, const std::string& others)
-    : Takes{"one or more words, none of them empty" + others, "",
+    : Takes{"one or more words, none of them empty" + others,
+            [=] {
+              std::string all;
+              for (const std::string& word : *field) all += (all.empty() ? "" : " ") + word;
+              return all;
+            },
             [=](const auto& word) { return field->push_back(word), !word.empty(); }, words} {}
 
 static const Option& find_option(const OptionTable& table, const std::string& word) {
@@ -408,6 +428,14 @@ void parse(int argc, const char* const* argv, const OptionTable& table) {
   }
 }
 
+std::vector<std::pair<std::string, std::string>> values_of(const OptionTable& table) {
+  std::vector<std::pair<std::string, std::string>> values;
+  for (const OptionGroup& group : table)
+    for (const Option& option : group.options)
+      values.emplace_back("--" + option.name, option.takes.value());
+  return values;
+}
+
 std::string help_text(const std::string& usage, const OptionTable& table) {
   constexpr size_t kColumn = 27;
   std::string text = usage + "\n";
@@ -415,7 +443,8 @@ std::string help_text(const std::string& usage, const OptionTable& table) {
     text += "\n" + group.title + "\n";
     for (const Option& option : group.options) {
       const std::string value = option.value + option.takes.names,
-                        unset = option.unset.empty() ? option.takes.now : option.unset;
+                        now = option.takes.what == Takes::nothing ? "" : option.takes.value(),
+                        unset = option.unset.empty() ? now : option.unset;
       std::string left = "  --" + option.name + (value.empty() ? "" : " " + value);
       if (left.size() + 2 > kColumn) left += "\n" + std::string(kColumn, ' ');
       else left.resize(kColumn, ' ');

@@ -18,8 +18,8 @@
 
 // What an option takes: one of the kinds below, which are bound to a field.
 struct Takes {
-  std::string allowed;  // completes "takes ..."
-  std::string now;      // what the field holds, for --help
+  std::string allowed;                 // completes "takes ..."
+  std::function<std::string()> value;  // what the field holds, with every digit
   // stores a word in the field; false: it is not allowed
   std::function<bool(const std::string& word)> read;
   // words: every following one up to the next option
@@ -63,6 +63,8 @@ using OptionTable = std::vector<OptionGroup>;
 
 // Fills the fields that the table is bound to; an Error names the option and what is allowed.
 void parse(int argc, const char* const* argv, const OptionTable& table);
+// What each option stands at, by name.
+std::vector<std::pair<std::string, std::string>> values_of(const OptionTable& table);
 // The groups with every option and its default. The table must be bound to a struct that nothing
 // was parsed into.
 std::string help_text(const std::string& usage, const OptionTable& table);
@@ -124,6 +126,7 @@ struct Options : CommonOptions {
 };
 
 Options parse_options(int argc, const char* const* argv);
+std::vector<std::pair<std::string, std::string>> values_of(const Options& options);
 void print_help();
 // what is unset, from the model, the machine and the other options
 void resolve(Options& options, bool has_gpu);

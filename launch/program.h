@@ -9,28 +9,36 @@
 
 #include "launch/environment.h"
 #include "launch/first_minute.h"
+#include "launch/signals.h"
 #include "launch/watch.h"
 
 struct Start {
   Layout layout;
-  int64_t timeout;
-};  // timeout: seconds
+  int64_t timeout;  // seconds
+  // what every rank must have been given alike: names, and what they stand for
+  std::vector<std::pair<std::string, std::string>> given;
+};
 
 // prepare(job) reads the options, on every rank without a word to the others; nothing: they only
 // asked for help. work(job, mesh, watch) does what they ask for. Returns main's status.
 template <class Prepare, class Work>
 int run_program(const char* name, int argc, char** argv, Prepare prepare, Work work) {
+  std::optional<Signals> signals;
+  if (const std::string error = error_of([&] { signals.emplace(); }); !error.empty())
+    return fprintf(stderr, "%s: %s\n", name, error.c_str()), 1;
   Job job(&argc, &argv);
   try {
     std::optional<Start> start;
     // what is wrong for one rank ends all, with one message
-    const std::string error = job.agree(error_of([&] {
+    std::string error = job.agree(error_of([&] {
       job.check_launcher();
       start = prepare(job);
       if (start) check_products();
     }));
+    if (error.empty())
+      error = differences(job, start ? start->given : decltype(start->given){{"--help", "given"}});
     if (!error.empty() && job.speaks) fprintf(stderr, "%s: %s\n", name, error.c_str());
-    if (!error.empty()) return 1;
+    if (!error.empty()) return job.leave(1);
     if (!start) return check_printed(), 0;
     // of NCCL's stand-in: the watch speaks first
     setenv("THREEFOLD_TIMEOUT", sentence(start->timeout + 10).c_str(), 0);
@@ -46,9 +54,9 @@ int run_program(const char* name, int argc, char** argv, Prepare prepare, Work w
     }
     close_device();
     check_printed();
-    return 0;
+    return job.leave(0);
   } catch (const std::exception& e) {
     fflush(stdout);
-    job.abort(e.what());
+    job.abort(words_of(e));
   }
 }

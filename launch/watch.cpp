@@ -14,6 +14,8 @@
 #include <cstring>
 #include <set>
 
+#include "support/progress.h"
+
 static int64_t now_ms() {  // CLOCK_MONOTONIC, the same clock in every process of a node
   return std::chrono::duration_cast<std::chrono::milliseconds>(
              std::chrono::steady_clock::now().time_since_epoch())
@@ -29,6 +31,7 @@ static std::string host() {
 static std::string place_of(const WatchRecord& r) {  // "step 13, all_reduce #181 (fsdp)"
   std::string s = r.step < 0 ? "starting, " : sentence("step ", r.step, ", ");
   if (r.collectives == 0) return s + "no collective entered";
+  if (r.at_files) s += "at a checkpoint's files after ";
   return s +
          sentence(name_of(Collective(r.collective.load())), " #", r.collectives, " (", r.axis, ")");
 }
@@ -53,15 +56,6 @@ static void* share(const Job& job, size_t bytes) {
   return memory;
 }
 
-// SIGTERM and Ctrl-C are for the watch's thread, and not for the threads that compute, which start
-// later: a signal that interrupts one of oneDNN's matrix products has been seen to corrupt the
-// heap.
-static void set_signals(int how) {
-  sigset_t signals;
-  sigemptyset(&signals), sigaddset(&signals, SIGTERM), sigaddset(&signals, SIGINT);
-  pthread_sigmask(how, &signals, nullptr);
-}
-
 Watch::Watch(Job& job, double timeout_seconds)
     : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
   records_ = static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * size_t(job.local_size)));
@@ -81,7 +75,6 @@ Watch::Watch(Job& job, double timeout_seconds)
     mine_->progress_ms = now_ms();
   };
   thread_ = std::thread([this] { look(); });
-  set_signals(SIG_BLOCK);
 }
 
 Watch::~Watch() {
@@ -89,7 +82,6 @@ Watch::~Watch() {
   mine_->finished = true;
   stop_ = true;
   thread_.join();
-  set_signals(SIG_UNBLOCK);
   for (int end : lifeline_) close(end);
 }
 
@@ -110,18 +102,34 @@ void Watch::observe(const Mesh& m) {
 // ---- a hang, or an error that no call returns
 
 void Watch::look() {
+  int64_t last = now_ms(), moved = 0;
   while (!stop_) {
     usleep(100000);
-    const int64_t now = now_ms();
+    const int64_t now = now_ms(), slept = now - last;
+    last = now;
+    if (slept > 1000) mine_->progress_ms += slept, woke_ms_ = now;
+    if (bytes_moved != moved) moved = bytes_moved, progress();
     mine_->heartbeat_ms = now;
     ask_nccl();
     // Alone, a rank waits for nobody.
-    if (job_.size > 1 && now - mine_->progress_ms >= limit_ms() && !stop_) job_.abort(report());
+    if (job_.size > 1 && is_stuck(now) && !stop_) job_.abort(report());
   }
+}
+
+bool Watch::is_stuck(int64_t now) const {
+  int64_t progress = mine_->progress_ms;
+  for (int i = 0; mine_->at_files && i < job_.local_size; i++) {
+    const WatchRecord& r = records_[i];
+    progress = std::max<int64_t>(progress, r.progress_ms);
+    if (!r.finished && now - std::max<int64_t>(r.heartbeat_ms, woke_ms_) >= timeout_ms_)
+      return true;
+  }
+  return now - progress >= limit_ms();
 }
 
 // Opening and checking the mesh takes seconds, and a cluster that is set up wrong hangs there.
 int64_t Watch::limit_ms() const {
+  if (mine_->at_files) return std::max<int64_t>(10 * timeout_ms_, 60000);
   return mine_->step < 0 ? std::min<int64_t>(timeout_ms_, 60000) : timeout_ms_;
 }
 
@@ -138,14 +146,14 @@ void Watch::ask_nccl() {
 
 std::string Watch::report() const {
   const int64_t now = now_ms();
-  std::string s = sentence("no progress for ", limit_ms() / 1000.0,
+  std::string s = sentence("no progress for ", (now - mine_->progress_ms) / 1000,
                            " s (--timeout); where the ranks of ", host(), " stand:");
   std::set<int64_t> entered;
   for (int i = 0; i < job_.local_size; i++) entered.insert(records_[i].collectives);
   for (int i = 0; i < job_.local_size; i++) {
     const WatchRecord& r = records_[i];
     s += sentence("\n  rank ", r.rank, ": ", place_of(r));
-    if (now - r.heartbeat_ms > 1500)
+    if (now - std::max<int64_t>(r.heartbeat_ms, woke_ms_) > 1500)
       s += sentence("; DOES NOT RUN since ", (now - r.heartbeat_ms) / 1000,
                     " s: stopped, or its process ", r.pid, " is stuck");
     else if (r.finished) s += "; has finished";
@@ -169,8 +177,7 @@ void Watch::start_child() {
   const pid_t child = fork();
   REQUIRE(child >= 0, "the process that watches the ranks cannot be started: ", strerror(errno));
   if (child > 0) return;
-  setsid();  // mpiexec ends the ranks' process groups
-  for (int s : {SIGTERM, SIGINT, SIGHUP, SIGPIPE}) signal(s, SIG_IGN);
+  setsid();  // mpiexec ends the ranks' process groups; signals are blocked as in the parent
   close(lifeline_[1]);                 // the parent's alone
   const int queue = epoll_create1(0);  // lists what becomes ready in the order of its becoming so
   int left = 0;

@@ -2,12 +2,18 @@
 //
 // idea      each rank keeps a record (last collective, step, a heartbeat) in memory that the ranks
 //           of its node share, so that the record of a stopped or killed rank can still be read. A
-//           thread a rank looks at it: a rank that has not got on (entered a collective, read a
-//           sequence, begun a step) for `timeout` seconds reports where everybody stands and ends
-//           the job; it also asks NCCL for errors that no call returns. A child process of each
-//           node's first rank holds the other end of a pipe from each rank and names the rank whose
+//           thread a rank looks at it: a rank that has made no progress (entered no collective,
+//           read no sequence, begun no step, moved no bytes of a file) for `timeout` seconds
+//           reports where everybody stands and ends the job. The thread also asks NCCL for errors
+//           that no call returns. A child process of each node's first rank holds the other end
+//           of a pipe from each rank and names the rank whose
 //           end closed first without a goodbye. Whoever explains the end first, a rank that throws
 //           included, silences the others of its node.
+// patience  Time in which the watch itself did not run (the job was stopped, a machine slept) does
+//           not count. A disk may take long in one call, so while all ranks are at a checkpoint's
+//           files, a rank has ten times `timeout`, a minute at least, from the last byte that any
+//           rank of its node moved; a rank whose process does not run is still found after
+//           `timeout`.
 // cost      one thread that wakes ten times a second; a record is written at each ledger line
 // not here  ranks of other nodes: each node reports its own
 // test      tests/test_failures.sh
@@ -31,6 +37,7 @@ struct WatchRecord {
   char axis[16];                // its axis
   // said goodbye: may exit, or idle without being reported
   std::atomic<bool> finished;
+  std::atomic<bool> at_files;  // a checkpoint's
   // the reading end of a pipe that nobody but this rank can write
   std::atomic<int> lifeline;
   // of the first rank's record: why the job ends has been said on this node
@@ -45,10 +52,19 @@ class Watch {
   void observe(const Mesh& mesh);
   void step(int64_t step);  // this rank begins a step; 0 when the mesh is checked
   void progress();          // this rank gets on, though it enters no collective
+  // `work`, which every rank calls, reads or writes files
+  template <class Work> void at_files(const Work& work) {
+    mine_->at_files = true;
+    work();
+    barrier();  // nobody goes on to wait elsewhere for a rank that is still at it
+    mine_->at_files = false;
+    progress();
+  }
 
  private:
   void look();
   int64_t limit_ms() const;
+  bool is_stuck(int64_t now) const;
   void ask_nccl();
   std::string report() const;
   void start_child();
@@ -56,6 +72,7 @@ class Watch {
   int64_t timeout_ms_;
   WatchRecord* records_ = nullptr;  // one for each rank of this node
   WatchRecord* mine_ = nullptr;
+  int64_t woke_ms_ = 0;  // this thread, after it had not run for a while
   int lifeline_[2];
   std::mutex mutex_;  // guards what is observed
   std::vector<Axis> observed_;

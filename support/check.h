@@ -4,6 +4,7 @@
 #include <charconv>
 #include <cstdarg>
 #include <cstdio>
+#include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -36,12 +37,22 @@ __attribute__((format(printf, 1, 2))) inline std::string format(const char* patt
   return text;
 }
 
+// What the program does now, for the sentence about memory that the host does not have.
+inline std::string at_work = "starting";
+inline std::string words_of(const std::exception& e) {
+  if (!dynamic_cast<const std::bad_alloc*>(&e) && !dynamic_cast<const std::length_error*>(&e))
+    return e.what();
+  return "the memory of this machine, or what a limit leaves of it (ulimit -v, ulimit -d), does "
+         "not hold what this asks for: " +
+         at_work;
+}
+
 // what it throws, in words; "" if it ends well
 template <class Work> std::string error_of(const Work& work) {
   try {
     work();
   } catch (const std::exception& e) {
-    return e.what();
+    return words_of(e);
   }
   return "";
 }

@@ -46,6 +46,25 @@ MappedFile::~MappedFile() {
   if (data) munmap(const_cast<unsigned char*>(data), bytes);
 }
 
+std::string content_of(const std::vector<std::string>& paths) {
+  constexpr int64_t kBegin = 1 << 20, kPieces = 64, kPiece = 4096;
+  std::string all;
+  int64_t bytes = 0;
+  for (const std::string& path : paths) {
+    const MappedFile file(path, "");
+    const std::string_view view = file.view();
+    const auto add = [&](int64_t at, int64_t count) {
+      all += sentence(std::hash<std::string_view>()(view.substr(size_t(at), size_t(count))), " ");
+    };
+    add(0, kBegin);
+    for (int64_t i = 1; i <= kPieces; i++)
+      add(std::max<int64_t>(0, (file.bytes - kPiece) / kPieces * i), kPiece);
+    bytes += file.bytes;
+  }
+  return sentence(paths.size(), paths.size() == 1 ? " file of " : " files of ", bytes,
+                  " bytes with digest ", std::hash<std::string>()(all));
+}
+
 std::string project_root() {
   std::error_code error;
   for (fs::path p = fs::read_symlink("/proc/self/exe", error).parent_path(); p.has_relative_path();
@@ -175,6 +194,12 @@ std::vector<int> Dataset::sequence(int64_t step, int64_t index, uint64_t seed) c
 std::vector<int> Dataset::held_out(int64_t i) const {
   ASSERT(i >= 0 && i < held_out_sequences());
   return read(train_ + i * context_, context_ + 1);
+}
+
+std::vector<std::string> Dataset::paths() const {
+  std::vector<std::string> paths;
+  for (const Part& part : parts_) paths.push_back(part.file.path);
+  return paths;
 }
 
 std::string Dataset::describe() const {

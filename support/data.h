@@ -49,6 +49,7 @@ class Dataset {
   int64_t held_out_sequences() const { return (tokens_ - train_ - 1) / context_; }
   bool is_text() const { return parts_[0].width == 1; }
   std::string describe() const;
+  std::vector<std::string> paths() const;
 
  private:
   struct Part {
@@ -64,6 +65,9 @@ class Dataset {
   int64_t context_ = 0, vocab_ = 0, tokens_ = 0, train_ = 0;
 };
 
+// A digest of files for comparing copies of them: their sizes, their first megabyte, and pieces all
+// over them.
+std::string content_of(const std::vector<std::string>& paths);
 // the nearest directory above the program that holds train_gpt.cpp; empty: there is none
 std::string project_root();
 // Sources and docs below `root`, sorted by name; nothing from build/ and hidden directories.

@@ -17,10 +17,10 @@ for o in $(make -s BACKEND=cpu print-objects); do
   grep -qwF "$name" <<<"$here" || objects="$objects $o"
 done
 compile=$(make -s BACKEND=cpu print-compile)
-flags="${compile#* } -O1 -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all"
+flags="${compile#* } -O1 -g1 -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all"
 for source in $here; do
   object=$dir/obj/$(basename "$source").o
-  [ -f "$object" ] && [ -z "$(find "$source" tests/fuzz_targets.h -newer "$object")" ] && continue
+  [ -f "$object" ] && [ -z "$(find "$source" ./*.h */*.h -newer "$object")" ] && continue
   # shellcheck disable=SC2086
   env MPICH_CXX=clang++ mpicxx $flags -c "$source" -o "$object" || exit 1
 done
@@ -32,7 +32,7 @@ export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=1
 if [ "${1:-}" = keep ]; then
   for t in $targets; do
     mkdir -p $dir/small && rm -f $dir/small/*
-    FUZZ_TARGET=$t $dir/fuzz -merge=1 -max_len=600 $dir/small tests/corpus/$t $dir/corpus/$t \
+    FUZZ_TARGET=$t $dir/fuzz -merge=1 -max_len=1200 $dir/small tests/corpus/$t $dir/corpus/$t \
       2>/dev/null
     rm -rf tests/corpus/$t && mkdir tests/corpus/$t
     # the smallest ones, 14 kB a target

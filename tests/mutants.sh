@@ -127,8 +127,7 @@ mutant faults the_norm_is_not_summed_over_shards \
   2 immediate test_fsdp $parity
 mutant faults the_weights_are_gathered_once_for_all_steps \
   fsdp.cpp \
-  's/u.gathered = axis_.size == 1;.*/;/;
-   s/  for \(auto& \[number, u\] : units_\) reshard\(u\);.*//' \
+  's/  for \(auto& \[number, u\] : units_\) reshard\(u\);.*//' \
   2 immediate test_fsdp $parity
 mutant faults only_the_last_micro_batch_counts \
   fsdp.cpp 's/  add\(u.shard_grad, u.shard_grad, u.whole_grad/  copy(u.shard_grad, u.whole_grad/' \

@@ -36,7 +36,8 @@ faults() {
   echo "$2" | g++ -w -shared -fPIC -x c++ - -o "$dir/$1.so" -ldl
   echo "$dir/$1.so"
 }
-small="--layers 2 --width 16 --heads 2 --context 16 --batch 4"
+shape="--layers 2 --width 16 --heads 2 --context 16" \
+  small="--layers 2 --width 16 --heads 2 --context 16 --batch 4"
 
 # ---- products: the environment gives other threads, cores or instructions; losses stay
 
@@ -55,9 +56,10 @@ same() {
   "$@" $train $work --dtype $dtype --metrics "$dir/m.jsonl" >"$dir/out" 2>"$dir/err"
   local status=$?
   got=$(losses "$dir/m.jsonl" 2>/dev/null | tail -1)
-  local right=${reference[$dtype]}
-  if [ $status -eq 0 ] && awk -v got="${got:-1e9}" -v right="$right" -v bound=$bound \
-    'BEGIN { d = (got - right) / right; exit !(d < bound && d > -bound) }'; then
+  if [ $status -eq 0 ] \
+    && awk \
+      "BEGIN { d = (${got:-1e9} - ${reference[$dtype]}) / ${reference[$dtype]}
+        exit !(d < $bound && d > -$bound) }"; then
     ok "$name" "$(sed -n 's/^device *//p' "$dir/out"), loss $got"
   else
     fail "$name" \
@@ -89,8 +91,8 @@ in_group() {
   shift 3
   [ -d "/sys/fs/cgroup/$kind" ] || group=/sys/fs/cgroup/threefold-test-$$
   bash -c \
-    "mkdir -p $group && echo $value >$group/$file && echo \$\$ >$group/cgroup.procs || exit 77
-      exec \"\$@\"" \
+    "mkdir -p $group && echo $value >$group/$file &&
+      echo \$\$ >$group/cgroup.procs || exit 77; exec \"\$@\"" \
     - "$@"
 }
 limited() { # NAME KIND FILE-OF-V1 FILE-OF-V2 VALUE
@@ -120,6 +122,223 @@ for stack in "OMP_STACKSIZE=16k" "OMP_STACKSIZE=64k"; do
   check "a_stack_too_small_is_a_sentence_$stack" \
     "[ $status = 1 ] && grep -q '^train_gpt: a thread has a stack of .* KiB here' $dir/err"
 done
+
+# ---- memory: limits are respected, and named where something does not fit
+
+under() { (ulimit "$1" "$2" && shift 2 && exec timeout 60 "$@") >"$dir/out" 2>"$dir/err"; }
+export OMP_NUM_THREADS=1
+for limit in "-v 8000000" "-v 1000000" "-d 4000000" "-d 500000"; do
+  under $limit $train $small --steps 1
+  status=$?
+  check "a_small_model_trains_under_ulimit_$limit" \
+    "[ $status = 0 ] && grep -q '^device .* MiB under ulimit ${limit% *}$' $dir/out" \
+    "$(sed -n 's/^device *//p' "$dir/out")" "status $status: $(head -c 300 "$dir/err")"
+done
+under -v 8000000 mpiexec -n 2 $train $small --fsdp 2 --steps 1
+status=$?
+check ranks_share_what_ulimit_leaves "[ $status = 0 ]" "$(sed -n 's/^device *//p' "$dir/out")"
+under -v 1000000 $train --layers 48 --width 1024 --heads 16 --steps 1
+status=$?
+check what_does_not_fit_under_a_limit_names_it \
+  "[ $status = 1 ] &&
+    grep -q '^rank 0: out of device memory: .* MiB under ulimit -v has left' $dir/err" \
+  "$(head -1 "$dir/err")"
+under -v 27000000 $train --layers 1 --width 16 --heads 1 --context 16 --steps 1 --batch 1000000000
+status=$?
+check host_memory_that_runs_out_is_a_sentence \
+  "[ $status = 1 ] &&
+    grep -q '^rank 0: the memory of this machine.*: a step in micro-batches of 1000000000' $dir/err"
+under -s 16 $train $small --steps 1
+status=$?
+check a_stack_too_small_for_any_library_is_a_sentence \
+  "[ $status = 1 ] && grep -q '^a stack of 16 KiB (ulimit -s) is too small' $dir/err"
+file=memory.limit_in_bytes
+[ -d /sys/fs/cgroup/memory ] || file=memory.max
+if in_group memory $file 800000000 true 2>/dev/null; then
+  in_group memory $file 800000000 $train --layers 48 --width 1024 --heads 16 --steps 1 >"$dir/out" \
+    2>"$dir/err"
+  status=$?
+  check a_control_group_limits_the_device \
+    "[ $status = 1 ] &&
+      grep -q '^rank 0: out of device memory: .* MiB under its control group has left' $dir/err" \
+    "" "status $status: $(head -c 300 "$dir/err")"
+else skip a_control_group_limits_the_device "no control groups can be made here"; fi
+groups+=("/sys/fs/cgroup/memory/threefold-test-$$" "/sys/fs/cgroup/threefold-test-$$")
+
+# ---- signals: all that mean "end soon" save and end, on whichever thread they would have arrived
+
+run="--layers 2 --width 64 --heads 2 --context 64 --batch 8 --data README.md --steps 1000000"
+# started COMMAND...: starts it with --metrics and --checkpoint, waits for its third step; $job
+started() {
+  rm -rf "$dir/m.jsonl" "$dir/c"
+  OMP_NUM_THREADS=1 timeout --foreground 100 "$@" --metrics "$dir/m.jsonl" --checkpoint "$dir/c" \
+    >"$dir/out" 2>"$dir/err" &
+  job=$!
+  for _ in $(seq 600); do
+    [ "$(cat "$dir/m.jsonl" 2>/dev/null | wc -l)" -ge 3 ] && return
+    sleep 0.05
+  done
+}
+# process RANK: of the ranks that write to $dir/c
+process() {
+  for pid in $(pgrep -f "^$train .*$dir/c"); do
+    [ "$(tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | sed -n 's/^PMI_RANK=//p')" = "$1" ] \
+      && [ "$(ls "/proc/$pid/task" | wc -l)" -gt 1 ] && echo "$pid" && return
+  done
+}
+saved="[ \$status = 0 ] && grep -q 'stopped by a signal; --resume goes on' $dir/out &&
+  ls $dir/c/step-*/manifest.json >/dev/null"
+for signal in TERM INT HUP USR1 USR2 XCPU; do
+  started env --default-signal="$signal" $train $run
+  child=$(pgrep -P $job -f "^$train")
+  open=$(grep -h '^SigBlk' /proc/"$child"/task/*/status)
+  kill -$signal "$child"
+  wait $job
+  status=$?
+  check "SIG${signal}_saves_and_ends_the_run" "$saved" "$(grep -o '^step.*stopped' "$dir/out")" \
+    "status $status: $(tail -2 "$dir/out") $(cat "$dir/err")"
+done
+# TERM, INT, HUP, USR1, USR2, XCPU are bits 14, 1, 0, 9, 11 and 23
+# the one that waits for them shows them as not blocked
+free=0
+for mask in $(awk '{ print $2 }' <<<"$open"); do
+  [ $((0x$mask & 0x804a03)) = $((0x804a03)) ] || free=$((free + 1))
+done
+check none_of_them_can_interrupt_a_thread "[ -n '$open' ] && [ $free -le 1 ]" \
+  "$(tr '\n\t' '  ' <<<"$open")" "$open"
+for signal in USR1 HUP XCPU; do
+  started mpiexec -n 2 $train $run --fsdp 2
+  kill -$signal "$(process 1)"
+  wait $job
+  status=$?
+  check "SIG${signal}_to_one_rank_of_two_saves_and_ends_the_run" "$saved" "" \
+    "status $status: $(tail -2 "$dir/out") $(cat "$dir/err")"
+done
+started nohup $train $run
+child=$(pgrep -P $job -f "^$train")
+kill -HUP "$child"
+before=$(wc -l <"$dir/m.jsonl")
+sleep 1
+after=$(wc -l <"$dir/m.jsonl")
+kill -TERM "$child"
+wait $job
+status=$?
+check what_nohup_ignores_stays_ignored "[ $after -gt $((before + 2)) ] && $saved" \
+  "$((after - before)) steps in the second after SIGHUP"
+rm -rf "$dir/c"
+OMP_NUM_THREADS=1 timeout 100 $train $run --checkpoint "$dir/c" 2>"$dir/err" | head -1 >"$dir/out"
+status=${PIPESTATUS[0]}
+check a_reader_that_leaves_ends_the_run_as_a_signal_does \
+  "[ $status = 0 ] && [ \$(wc -l <$dir/out) = 1 ] && ls $dir/c/step-*/manifest.json >/dev/null &&
+    grep -q 'has left: ending as after a signal' $dir/err"
+OMP_NUM_THREADS=1 timeout 100 build/cpu/generate $shape --prompt x --tokens 15 2>"$dir/err" | :
+status=${PIPESTATUS[0]}
+check a_text_that_nobody_reads_ends_with_a_sentence \
+  "[ $status = 1 ] && grep -q 'could not be written to the standard output' $dir/err"
+
+# ---- the watch: slow is not stuck
+
+two="mpiexec -n 2 $train $small --fsdp 2"
+slow=$(faults slow '#include <dlfcn.h>
+#include <unistd.h>
+extern "C" int fsync(int fd) { sleep(3); return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd); }')
+rm -rf "$dir/c"
+export OMP_NUM_THREADS=1
+LD_PRELOAD=$slow timeout 100 $two --steps 2 --timeout 2 --checkpoint "$dir/c" >"$dir/out" \
+  2>"$dir/err"
+status=$?
+check a_disk_slower_than_the_timeout_saves \
+  "[ $status = 0 ] && build/cpu/checkpoint verify $dir/c >/dev/null" \
+  "$(grep -o 'checkpoint saved.*' "$dir/out")"
+slow=$(faults slowread '#include <dlfcn.h>
+#include <unistd.h>
+extern "C" int XXH3_64bits_update(void* s, const void* p, size_t n) {
+  static int calls = 0;
+  if (calls++ < 3) sleep(3);
+  return ((int (*)(void*, const void*, size_t))dlsym(RTLD_NEXT, "XXH3_64bits_update"))(s, p, n);
+}')
+LD_PRELOAD=$slow timeout 100 $two --steps 3 --timeout 2 --checkpoint "$dir/c" --resume >"$dir/out" \
+  2>"$dir/err"
+status=$?
+check verifying_for_longer_than_the_timeout_resumes \
+  "[ $status = 0 ] && grep -q '^resume .*step-00000002' $dir/out" "" \
+  "status $status: $(tail -2 "$dir/out") $(cat "$dir/err")"
+started $two --steps 1000000 --timeout 2
+ranks="$(process 0) $(process 1)"
+kill -STOP $ranks
+sleep 4
+before=$(wc -l <"$dir/m.jsonl")
+kill -CONT $ranks
+sleep 1
+after=$(wc -l <"$dir/m.jsonl")
+kill -TERM ${ranks%% *}
+wait $job
+status=$?
+check a_job_that_was_stopped_goes_on "[ $after -gt $before ] && $saved" \
+  "stopped for 4 s with --timeout 2" "status $status, $before and $after steps: $(cat "$dir/err")"
+stuck=$(faults stuck '#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+extern "C" int fsync(int) { const char* r = getenv("PMI_RANK"); if (r &&
+  !strcmp(r, "1")) raise(SIGSTOP); return 0; }')
+rm -rf "$dir/c"
+LD_PRELOAD=$stuck timeout 60 $two --steps 2 --timeout 2 --checkpoint "$dir/c" >"$dir/out" \
+  2>"$dir/err"
+status=$?
+check a_rank_that_stops_in_a_save_is_named \
+  "[ $status != 0 ] && [ $status != 124 ] &&
+    grep -q \"rank 1: .*at a checkpoint's files.*DOES NOT RUN\" $dir/err" \
+  "$(grep -o 'rank 1: .*' "$dir/err" | head -1)" "status $status: $(cat "$dir/err")"
+
+# ---- ranks that were started differently
+
+# differ NAME 'sentence' OPTIONS-OF-RANK-0 OPTIONS-OF-RANK-1
+differ() {
+  timeout 60 mpiexec -n 1 $train $small --replicate 2 --steps 3 $3 : -n 1 $train $small \
+    --replicate 2 --steps 3 $4 >"$dir/out" 2>"$dir/err"
+  status=$?
+  check "$1" \
+    "[ $status != 0 ] && [ \$(grep -cF -- \"$2\" $dir/err) = 1 ] && ! grep -q ^step $dir/out" \
+    "$(head -1 "$dir/err" | cut -c1-160)"
+}
+differ other_seeds_are_refused \
+  "train_gpt: the ranks were not started alike: --seed is 1 on rank 0, 2 on rank 1" "--seed 1" \
+  "--seed 2"
+differ other_rates_are_refused_to_the_last_digit "--lr is 0.001 on rank 0, 0.0010000001 on rank 1" \
+  "" "--lr 1.0000001e-3"
+differ other_clips_and_decays_are_named_together \
+  "--clip is 0.1 on rank 1, 1 on rank 0; --weight-decay is 0 on rank 1, 0.1 on rank 0" "" \
+  "--clip 0.1 --weight-decay 0"
+differ a_flag_on_one_rank_is_refused "--recompute is given on rank 1, not given on rank 0" "" \
+  "--recompute"
+for copy in a b; do
+  mkdir -p "$dir/$copy"
+  cp README.md "$dir/$copy/text.md"
+done
+differ other_data_is_refused "the data is " "--data $dir/a/text.md" "--data tests/run.sh"
+printf X | dd of="$dir/b/text.md" bs=1 seek=5000 conv=notrunc 2>/dev/null
+differ a_stale_copy_of_the_data_is_refused "the data is 1 file of " "--data $dir/a/text.md" \
+  "--data $dir/b/text.md"
+cp "$dir/a/text.md" "$dir/b/text.md"
+timeout 60 mpiexec -n 1 $train $small --replicate 2 --steps 1 --data "$dir/a/text.md" : -n 1 \
+  $train $small --replicate 2 --steps 1 --data "$dir/b/text.md" >"$dir/out" 2>"$dir/err"
+status=$?
+check equal_data_may_lie_elsewhere "[ $status = 0 ]"
+cp $train "$dir/train_gpt"
+printf x >>"$dir/train_gpt"
+timeout 60 mpiexec -n 1 $train $shape --replicate 3 --batch 6 --steps 1 --data README.md : -n 2 \
+  "$dir/train_gpt" $shape --replicate 3 --batch 6 --steps 1 --data README.md >"$dir/out" \
+  2>"$dir/err"
+status=$?
+check another_build_is_refused \
+  "[ $status != 0 ] && grep -q 'the program is .* on ranks 1 and 2' $dir/err"
+timeout 60 mpiexec -n 1 build/cpu/generate $shape --tp 2 --prompt x --tokens 2 --temperature 1 : \
+  -n 1 build/cpu/generate $shape --tp 2 --prompt x --tokens 2 --temperature 2 >"$dir/out" \
+  2>"$dir/err"
+status=$?
+check generate_compares_its_options_too \
+  "[ $status != 0 ] && grep -q -- '--temperature is 1 on rank 0, 2 on rank 1' $dir/err"
 
 if [ $skipped -gt 0 ]; then
   echo "$passed passed, $failed failed, $skipped skipped"

@@ -9,6 +9,7 @@
 #include <cuda_runtime.h>
 #include <omp.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,6 +18,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <fstream>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -68,6 +70,53 @@ cudaError_t cudaPeekAtLastError() { return last_error; }
 // ---- devices
 
 namespace {
+
+// How much memory the device has: the machine's, or less under a limit, which then has a name. A
+// limit of what a process may map is shared with the rest of the program, and where ranks map each
+// other's memory, with that.
+struct Room {
+  size_t bytes;
+  std::string limit = "";
+  void take_least(size_t other, const char* name) {
+    if (other < bytes) bytes = other, limit = name;
+  }
+};
+
+Room measure_room() {
+  const size_t page = size_t(sysconf(_SC_PAGESIZE));
+  Room room{size_t(sysconf(_SC_PHYS_PAGES)) * page};
+  const char* ranks = getenv("MPI_LOCALNRANKS");
+  const size_t shares = 1 + size_t(std::max(1, ranks ? atoi(ranks) : 1));
+  size_t used[6] = {};  // pages: mapped, resident, shared, text, libraries, data
+  std::ifstream statm("/proc/self/statm");
+  for (size_t& pages : used) statm >> pages;
+  const auto under = [&](auto resource, size_t pages, const char* name) {
+    rlimit most;
+    if (getrlimit(resource, &most) || most.rlim_cur == RLIM_INFINITY) return;
+    room.take_least((most.rlim_cur - std::min<size_t>(most.rlim_cur, pages * page)) / shares, name);
+  };
+  under(RLIMIT_AS, used[0], "ulimit -v");
+  under(RLIMIT_DATA, used[5], "ulimit -d");
+  std::ifstream groups("/proc/self/cgroup");  // N:controllers:path, of version 2 0::path
+  for (std::string line; std::getline(groups, line);) {
+    const size_t colon = line.find(':'), second = line.find(':', colon + 1);
+    const std::string kind = line.substr(colon + 1, second - colon - 1);
+    if (second == std::string::npos || (kind != "memory" && !kind.empty())) continue;
+    const std::string root = kind.empty() ? "/sys/fs/cgroup" : "/sys/fs/cgroup/memory",
+                      file = kind.empty() ? "/memory.max" : "/memory.limit_in_bytes";
+    for (std::string path = line.substr(second + 1);; path.resize(path.rfind('/'))) {
+      size_t most;  // "max" is no number
+      if (std::ifstream(root + path + file) >> most) room.take_least(most, "its control group");
+      if (path.find('/') == std::string::npos) break;
+    }
+  }
+  return room;
+}
+Room& room() {
+  static Room room = measure_room();
+  return room;
+}
+
 constexpr int kDevices = 256;  // one for any rank that asks
 // not the number of cores: grids, and so sums, must not depend on the machine
 constexpr int kMultiprocessors = 16;
@@ -98,12 +147,14 @@ cudaError_t cudaSetDevice(int device) {
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   *p = {};
 #ifdef CPU_FAST
-  snprintf(p->name, sizeof p->name, "CPU, FAST form, %d thread%s", omp_get_max_threads(),
-           omp_get_max_threads() == 1 ? "" : "s");
+  const std::string memory =
+      room().limit.empty() ? "" : sentence(", ", room().bytes >> 20, " MiB under ", room().limit);
+  snprintf(p->name, sizeof p->name, "CPU, FAST form, %d thread%s%s", omp_get_max_threads(),
+           omp_get_max_threads() == 1 ? "" : "s", memory.c_str());
 #else
   snprintf(p->name, sizeof p->name, "CPU, FAITHFUL form");
 #endif
-  p->totalGlobalMem = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+  p->totalGlobalMem = room().bytes;
   p->sharedMemPerBlock = kSharedBytes;
   p->sharedMemPerBlockOptin = kSharedBytesOptIn;
   p->major = 0;  // no compute capability: not a GPU
@@ -505,14 +556,20 @@ Pool& pool() {
 bool share_memory = getenv("THREEFOLD_SHARE_MEMORY") != nullptr;
 
 cpu::Arena reserve() {
-  const size_t size = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE)) >> 21 << 21;
+  constexpr size_t kLeast = 1 << 21;
+  size_t size = std::max(kLeast, room().bytes / kLeast * kLeast);
   int fd = -1;
   if (share_memory) {
     fd = memfd_create("threefold device memory", MFD_CLOEXEC);
     if (fd >= 0 && ftruncate(fd, off_t(size))) close(fd), fd = -1;
   }
   const int flags = fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
-  void* base = mmap(nullptr, size, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE, fd, 0);
+  void* base = MAP_FAILED;
+  // a machine that promises no more than it has (vm.overcommit_memory 2) may refuse
+  for (; size >= kLeast; size /= 2) {
+    base = mmap(nullptr, size, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE, fd, 0);
+    if (base != MAP_FAILED) break;
+  }
   if (base == MAP_FAILED) return {-1, nullptr, 0};
   madvise(base, size, MADV_HUGEPAGE);
   return {fd, static_cast<char*>(base), size};

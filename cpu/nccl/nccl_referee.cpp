@@ -334,7 +334,7 @@ void wait_until(Task& task, const std::function<bool()>& ready) {
   bool messages = false;  // MPI has no doorbell
   for (const auto& comm : task.comms) messages |= !comm->shares;
   const int spins = ranks_here <= cores() ? 1000 : 0, yields = messages ? 2000 : 20;
-  double since = 0, next_look = 0;
+  double since = 0, next_look = 0, seen = 0;
   for (int turn = 0; !ready(); turn++) {
     if (turn < spins) {
 #ifdef __x86_64__
@@ -343,7 +343,10 @@ void wait_until(Task& task, const std::function<bool()>& ready) {
     } else if (turn < spins + yields) {
       sched_yield();
     } else {
-      if (since == 0) since = now(), next_look = since + std::min(0.5, watch_seconds() / 4);
+      const double time = now();
+      if (since > 0 && time - seen > 1) since += time - seen;  // this process did not run
+      seen = time;
+      if (since == 0) since = time, next_look = since + std::min(0.5, watch_seconds() / 4);
       if (messages) usleep(50);
       else sleep_until_rung(ready);
       look_around(task, ready, since, &next_look);

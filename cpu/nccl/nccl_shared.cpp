@@ -45,51 +45,56 @@ class Region {
   Region() {
     fd = int(memfd_create("threefold nccl", MFD_CLOEXEC));
     if (fd < 0) fd = open("/tmp", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-    if (fd >= 0 && ftruncate(fd, off_t(kBytes))) close(fd), fd = -1;
-    const int flags = (fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS) | MAP_NORESERVE;
-    void* memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, flags, fd, 0);
+    void* memory = MAP_FAILED;
+    for (bytes = size_t(1) << 36; bytes >= kLeast; bytes >>= 8) {  // ulimit -v may allow less
+      if (fd >= 0 && ftruncate(fd, off_t(bytes))) close(fd), fd = -1;
+      const int flags = (fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS) | MAP_NORESERVE;
+      memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, fd, 0);
+      if (memory != MAP_FAILED) break;
+    }
     if (memory == MAP_FAILED)
-      fail(ncclSystemError, "mmap of ", kBytes >> 30,
-           " GiB of address space failed: ", strerror(errno));
+      fail(ncclSystemError, "mmap of ", kLeast >> 20,
+           " MiB of address space failed: ", strerror(errno));
     base = static_cast<char*>(memory);
     std::random_device random;
     shelf()->cookie = uint64_t(random()) << 32 | random();
     shelf()->status.peer_world = -1;
   }
   Shelf* shelf() const { return reinterpret_cast<Shelf*>(base); }
-  uint64_t carve(size_t bytes, size_t align) {
+  uint64_t carve(size_t size, size_t align) {
     std::lock_guard lock(mutex_);
     const uint64_t at = (end_ + align - 1) / align * align;
-    if (bytes > kBytes - at)
-      fail(ncclSystemError, "the NCCL stand-in has staged more than ", kBytes >> 30, " GiB");
-    end_ = at + bytes;
+    if (size > bytes - at)
+      fail(ncclSystemError, "the NCCL stand-in has staged more than ", bytes >> 20, " MiB");
+    end_ = at + size;
     return at;
   }
-  char* take(size_t bytes) {
-    bytes = std::bit_ceil(std::max<size_t>(bytes, kAlign));
+  char* take(size_t size) {
+    size = std::bit_ceil(std::max<size_t>(size, kAlign));
     {
       std::lock_guard lock(mutex_);
-      auto& list = free_[bytes];
+      auto& list = free_[size];
       if (!list.empty()) {
         char* block = list.back();
         list.pop_back();
         return block;
       }
     }
-    char* block = base + carve(bytes, kAlign);
+    char* block = base + carve(size, kAlign);
 #if !defined(CPU_FAST) && !defined(CPU_FAITHFUL)
-    if (cudaHostRegister(block, bytes, cudaHostRegisterPortable) != cudaSuccess)
-      fail(ncclUnhandledCudaError, "cudaHostRegister could not pin ", bytes, " bytes for staging");
+    if (cudaHostRegister(block, size, cudaHostRegisterPortable) != cudaSuccess)
+      fail(ncclUnhandledCudaError, "cudaHostRegister could not pin ", size, " bytes for staging");
 #endif
     return block;
   }
-  void give(char* block, size_t bytes) {
+  void give(char* block, size_t size) {
     std::lock_guard lock(mutex_);
-    free_[std::bit_ceil(std::max<size_t>(bytes, kAlign))].push_back(block);
+    free_[std::bit_ceil(std::max<size_t>(size, kAlign))].push_back(block);
   }
 
   // address space; pages come when they are touched
-  static constexpr size_t kBytes = size_t(1) << 36, kAlign = 1 << 16;
+  static constexpr size_t kLeast = 1 << 28, kAlign = 1 << 16;
+  size_t bytes = 0;
   int fd = -1;
   char* base = nullptr;
 
@@ -112,13 +117,15 @@ struct Peer {
 std::mutex peers_mutex;
 std::map<int, Peer> peers;  // by world rank; mapped once, kept
 
+// bytes 0: the whole file
 char* map_of(int pid, int fd, size_t bytes) {
   const int opened = open(sentence("/proc/", pid, "/fd/", fd).c_str(), O_RDWR | O_CLOEXEC);
   if (opened < 0) return nullptr;
   struct stat about;
   void* memory = MAP_FAILED;
-  if (!fstat(opened, &about) && size_t(about.st_size) == bytes)
-    memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, opened, 0);
+  if (!fstat(opened, &about) && (!bytes || size_t(about.st_size) == bytes))
+    memory = mmap(nullptr, size_t(about.st_size), PROT_READ | PROT_WRITE,
+                  MAP_SHARED | MAP_NORESERVE, opened, 0);
   close(opened);
   return memory == MAP_FAILED ? nullptr : static_cast<char*>(memory);
 }
@@ -162,7 +169,7 @@ bool map_peer(const Member& m) {
   if (m.pid == getpid()) {
     peer = {region().base, arena.fd >= 0 ? arena.base : nullptr};
   } else {
-    if (m.region_fd >= 0) peer.region = map_of(m.pid, m.region_fd, Region::kBytes);
+    if (m.region_fd >= 0) peer.region = map_of(m.pid, m.region_fd, 0);
     if (m.arena_fd >= 0) peer.arena = map_of(m.pid, m.arena_fd, m.arena_bytes);
     if (m.arena_fd >= 0 && !peer.arena) return false;
   }
@@ -344,7 +351,7 @@ class SharedLink final : public Link {
     if (arena.fd >= 0 && p >= arena.base && p < arena.base + arena.size)
       return {Segment::arena, uint64_t(p - arena.base)};
     const char* base = region().base;
-    if (p >= base && p < base + Region::kBytes) return {Segment::region, uint64_t(p - base)};
+    if (p >= base && p < base + region().bytes) return {Segment::region, uint64_t(p - base)};
     return {};
   }
 
