@@ -146,15 +146,12 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   for (const Transfer& t : transfers) {
     if (t.send) {
       const Tensor x = outbox_.extract(t).mapped().x;
-      ledger.send(axis_, x.bytes());
-      NCCL_CHECK(
-          ncclSend(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), t.peer, axis_.comm, stream_));
+      send(x, t.peer);
       sent_.push_back({x, done, exchanges_});
     } else {
       const Tensor x = std::move(room_.front());
       room_.pop_front();
-      NCCL_CHECK(
-          ncclRecv(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), t.peer, axis_.comm, stream_));
+      receive_into(x, t.peer);
       inbox_[t] = {x, done, exchanges_};
     }
   }
@@ -162,6 +159,15 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   done->record(stream_);
   // a stage that runs ahead keeps four parcels at most
   if (sent_.size() > 4) release_sent(sent_[sent_.size() - 5].exchange);
+}
+
+void Pipeline::send(const Tensor& x, int peer) {
+  ledger.send(axis_, x.bytes());
+  NCCL_CHECK(ncclSend(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), peer, axis_.comm, stream_));
+}
+
+void Pipeline::receive_into(const Tensor& x, int peer) {
+  NCCL_CHECK(ncclRecv(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), peer, axis_.comm, stream_));
 }
 
 Tensor Pipeline::receive(const Transfer& transfer) {
@@ -191,12 +197,9 @@ void Pipeline::sum_tied(const Tensor& gradient) {
   const Tensor other(gradient.shape(), gradient.dtype(), Memory::workspace);
   make_wait(stream_, device().compute);  // the gradient must be complete
   const Timed timed(stream_);
-  ledger.send(axis_, gradient.bytes());
   NCCL_CHECK(ncclGroupStart());
-  NCCL_CHECK(ncclSend(gradient.raw(), size_t(gradient.numel()), nccl_type(gradient.dtype()), peer,
-                      axis_.comm, stream_));
-  NCCL_CHECK(ncclRecv(other.raw(), size_t(other.numel()), nccl_type(other.dtype()), peer,
-                      axis_.comm, stream_));
+  send(gradient, peer);
+  receive_into(other, peer);
   NCCL_CHECK(ncclGroupEnd());
   make_wait(device().compute, stream_);  // the other stage's part must have arrived
   add(gradient, gradient, other);        // a + b here, b + a there: the same bits

@@ -2,9 +2,9 @@
 #include "theory/simulate.h"
 
 #include <algorithm>
-#include <deque>
 #include <map>
 #include <tuple>
+#include <utility>
 
 #include "support/check.h"
 
@@ -20,8 +20,7 @@ static Spans walk(const Schedule& s, const Durations& durations) {
   std::map<End, double> there, reached;
   // when each queue finished the action before
   std::vector<double> computed(s.stages, 0.0), exchanged(s.stages, 0.0);
-  // stages that may get on: somebody has done what they may wait for
-  std::deque<int> ready;
+  bool moved = true;  // somebody has done what others may wait for
   const auto compute = [&](int stage, const Action& a, double duration) -> std::optional<Span> {
     double start = computed[stage];
     if (const auto input = transfer_of(s, stage, a, false)) {
@@ -38,8 +37,7 @@ static Spans walk(const Schedule& s, const Durations& durations) {
     double start = exchanged[stage];
     for (const Transfer& t : a.transfers)
       if (t.send) start = std::max(start, there.at({stage, t}));
-    for (const Transfer& t : a.transfers)
-      if (reached.insert({{stage, t}, start}).second) ready.push_back(t.peer);
+    for (const Transfer& t : a.transfers) moved |= reached.insert({{stage, t}, start}).second;
     double end = start;
     for (const Transfer& t : a.transfers) {
       const auto facing = reached.find({t.peer, other_end(s, stage, t)});
@@ -52,17 +50,16 @@ static Spans walk(const Schedule& s, const Durations& durations) {
     return Span{start, end};
   };
   Spans spans(s.stages);
-  for (int stage = 0; stage < s.stages; stage++) ready.push_back(stage);
-  for (; !ready.empty(); ready.pop_front()) {
-    const int stage = ready.front();
-    for (size_t i = spans[stage].size(); i < s.actions[stage].size(); i++) {
-      const Action& a = s.actions[stage][i];
-      const auto span = a.kind == Action::exchange ? exchange(stage, a, durations[stage][i])
-                                                   : compute(stage, a, durations[stage][i]);
-      if (!span) break;  // until another stage has got on
-      spans[stage].push_back(*span);
-    }
-  }
+  while (std::exchange(moved, false))
+    for (int stage = 0; stage < s.stages; stage++)
+      for (size_t i = spans[stage].size(); i < s.actions[stage].size(); i++) {
+        const Action& a = s.actions[stage][i];
+        const auto span = a.kind == Action::exchange ? exchange(stage, a, durations[stage][i])
+                                                     : compute(stage, a, durations[stage][i]);
+        if (!span) break;  // until another stage has got on
+        spans[stage].push_back(*span);
+        moved = true;
+      }
   return spans;
 }
 
@@ -139,12 +136,13 @@ static std::string wrong_order(const Schedule& s) {
       for (const Transfer& t : a.transfers)
         if (t.send) sent[{stage, t.peer}].push_back(other_end(s, stage, t));
         else received[{t.peer, stage}].push_back(t);
-  for (const auto& [pair, sends] : sent)
-    for (size_t k = 0; k < sends.size(); k++)
-      if (const Transfer& meets = received[pair][k]; sends[k] != meets)
-        return sentence("transfer ", k, " from stage ", pair.first, " to stage ", pair.second,
-                        " should meet '", to_string(sends[k]), "' there, but meets '",
-                        to_string(meets), "'.");
+  for (const auto& [pair, sends] : sent) {
+    const auto [meant, meets] = std::mismatch(sends.begin(), sends.end(), received[pair].begin());
+    if (meant != sends.end())
+      return sentence("a transfer from stage ", pair.first, " to stage ", pair.second,
+                      " should meet '", to_string(*meant), "' there, but meets '",
+                      to_string(*meets), "'.");
+  }
   return "";
 }
 
