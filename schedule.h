@@ -83,6 +83,7 @@ struct Action {
 struct Times {
   double forward = 1, input_gradient = 1, weight_gradient = 1, send = 0;
   double all() const { return forward + input_gradient + weight_gradient; }
+  bool operator==(const Times&) const = default;
 };
 
 // Where the model's positions are: position v is chunk v / p of its stage.

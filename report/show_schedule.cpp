@@ -17,42 +17,43 @@
 namespace {
 
 struct ShowOptions {
-  std::string name, svg, times_text;
+  std::string name, svg;
   int64_t stages = 4, microbatches = 8, chunks = 0;
   Times times;
   bool actions = false, help = false;
 };
 
+// "F,B,W,SEND"
+Takes four_times(Times& t) {
+  return {"four numbers F,B,W,SEND: the first three above 0, SEND at least 0, their sum below 1e9",
+          [&t] {
+            return sentence(t.forward, ",", t.input_gradient, ",", t.weight_gradient, ",", t.send);
+          },
+          [&t](const std::string& word) {
+            int used = 0;
+            const int read = sscanf(word.c_str(), "%lf,%lf,%lf,%lf%n", &t.forward,
+                                    &t.input_gradient, &t.weight_gradient, &t.send, &used);
+            return read == 4 && used == int(word.size()) && t.send >= 0 &&
+                   std::min({t.forward, t.input_gradient, t.weight_gradient}) > 0 &&
+                   t.all() + t.send < 1e9;
+          }};
+}
+
 Choice kinds(ShowOptions& o) { return {&o.name, schedule_names()}; }
 
 OptionTable table(ShowOptions& o) {
-  return {{"Options",
-           {
-               {"stages", "P", Whole{&o.stages, 1, 10'000}, "stages", ""},
-               {"microbatches", "M", Whole{&o.microbatches, 1, 1'000'000},
-                "micro-batches of a step", ""},
-               {"chunks", "V", Whole{&o.chunks, 1, 1000}, "with interleaved: chunks a stage", "2"},
-               {"times", "F,B,W,SEND", Text{&o.times_text},
-                "of one chunk: forward, input gradient, weight gradient, transfer", "1,1,1,0"},
-               {"svg", "FILE", Text{&o.svg}, "draw the timeline there, too", "none"},
-               {"actions", "", Flag{&o.actions}, "list what each stage does", ""},
-               {"help", "", Flag{&o.help}, "print this", ""},
-           }}};
-}
-
-Times parse_times(const std::string& text) {
-  Times t;
-  int used = 0;
-  const bool four = sscanf(text.c_str(), "%lf,%lf,%lf,%lf%n", &t.forward, &t.input_gradient,
-                           &t.weight_gradient, &t.send, &used) == 4;
-  REQUIRE(
-      four && used == int(text.size()) &&
-          std::min({t.forward, t.input_gradient, t.weight_gradient}) > 0 && t.send >= 0 &&
-          t.all() + t.send < 1e9,
-      "--times takes four numbers F,B,W,SEND: the first three above 0, SEND at least 0, their sum "
-      "below 1e9; not '",
-      text, "'");
-  return t;
+  return {
+      {"Options",
+       {
+           {"stages", "P", Whole{&o.stages, 1, 10'000}, "stages"},
+           {"microbatches", "M", Whole{&o.microbatches, 1, 1'000'000}, "micro-batches of a step"},
+           {"chunks", "V", Whole{&o.chunks, 1, 1000}, "with interleaved: chunks a stage", "2"},
+           {"times", "F,B,W,SEND", four_times(o.times),
+            "of one chunk: forward, input gradient, weight gradient, transfer"},
+           {"svg", "FILE", Text{&o.svg}, "draw the timeline there, too", "none"},
+           {"actions", "", Flag{&o.actions}, "list what each stage does"},
+           {"help", "", Flag{&o.help}, "print this"},
+       }}};
 }
 
 ShowOptions parse_words(int argc, char** argv) {
@@ -62,7 +63,6 @@ ShowOptions parse_words(int argc, char** argv) {
   parse(argc - named, argv + named, table(o));
   REQUIRE(o.help || named, "say first which schedule: ", kinds(o).allowed,
           ", or all; --help lists the options");
-  if (!o.times_text.empty()) o.times = parse_times(o.times_text);
   return o;
 }
 
@@ -79,11 +79,11 @@ void show(const ShowOptions& o) {
   const std::string wrong = check(s);
   REQUIRE(wrong.empty(), "the checker refuses this schedule: ", wrong);
   const Timeline t = simulate(s, durations(s, o.times));
-  const std::string times = sentence("F = ", o.times.forward, ", B = ", o.times.input_gradient,
-                                     ", W = ", o.times.weight_gradient, ", send = ", o.times.send,
-                                     s.chunks > 1 ? " (of a chunk)" : "");
-  printf("%s; %s\n", to_string(s).c_str(), times.c_str());
-  printf("%s", draw_text(s, t, o.times_text.empty() && t.makespan <= 110 ? 1 : 0).c_str());
+  const bool units = o.times == Times{};
+  const std::string times = sentence("; F = ", o.times.forward, ", B = ", o.times.input_gradient,
+                                     ", W = ", o.times.weight_gradient, ", send = ", o.times.send);
+  printf("%s%s%s\n%s", to_string(s).c_str(), times.c_str(), s.chunks > 1 ? " (of a chunk)" : "",
+         draw_text(s, t, units && t.makespan <= 110 ? 1 : 0).c_str());
 
   size_t actions = 0, transfers = 0, groups = 0;
   for (const auto& list : s.actions)
@@ -100,9 +100,9 @@ void show(const ShowOptions& o) {
          100 * theoretical_bubble(s, o.times), o.times.send > 0 ? " (of free sends)" : "");
   std::string walked, formula;
   for (int stage = 0; stage < s.stages; stage++) {
+    const double live = s.row->live(s.stages, s.microbatches, s.chunks, stage);
     walked += sentence(" ", double(peak_live(s, stage)) / s.chunks);
-    formula +=
-        sentence(" ", double(s.row->live(s.stages, s.microbatches, s.chunks, stage)) / s.chunks);
+    formula += sentence(" ", live / s.chunks);
   }
   printf("live     %s micro-batches on stages 0 to %d, by formula%s\n", walked.c_str(),
          s.stages - 1, formula.c_str());
@@ -110,8 +110,7 @@ void show(const ShowOptions& o) {
   if (o.svg.empty()) return;
   if (std::filesystem::is_symlink(o.svg)) put_aside(o.svg, "drawings");
   std::ofstream file(o.svg);
-  file << draw_svg(s, t, to_string(s),
-                   o.times_text.empty() ? "forwards of one chunk" : "the unit of --times");
+  file << draw_svg(s, t, to_string(s), units ? "forwards of one chunk" : "the unit of --times");
   REQUIRE(file.flush().good(), "cannot write ", o.svg);
   printf("drawn     %s\n", o.svg.c_str());
 }
