@@ -203,10 +203,12 @@ const char* name_of(Traffic t) {
   return names[int(t)];
 }
 
-void Ledger::enter(const Axis& axis, Collective c, int64_t numerator) {
+void Ledger::enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls) {
+  // what a bandwidth-optimal algorithm sends, in n-ths of the buffer, by collective
+  const int64_t n = axis.size, parts[] = {2 * (n - 1), n - 1, n - 1, n, n};
   Row& row = rows[{axis.name, c, purpose}];
-  row.calls++;
-  row.numerator += numerator;
+  row.calls += calls;
+  row.numerator += calls * parts[int(c)] * bytes;
   row.n = axis.size;
   if (on_enter) on_enter(axis, c);
 }

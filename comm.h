@@ -160,23 +160,18 @@ const char* name_of(Traffic t);
 
 class Ledger {
  public:
-  void all_reduce(const Axis& axis, int64_t buffer_bytes) {
-    enter(axis, Collective::all_reduce, 2 * (axis.size - 1) * buffer_bytes);
+  // One line before each NCCL call. Bytes are those of the whole buffer: of all ranks together where
+  // each has a part of it.
+  void all_reduce(const Axis& axis, int64_t bytes) { enter(axis, Collective::all_reduce, bytes); }
+  void all_gather(const Axis& axis, int64_t bytes) { enter(axis, Collective::all_gather, bytes); }
+  void reduce_scatter(const Axis& axis, int64_t bytes) {
+    enter(axis, Collective::reduce_scatter, bytes);
   }
-  void all_gather(const Axis& axis, int64_t full_bytes) {
-    enter(axis, Collective::all_gather, (axis.size - 1) * full_bytes);
-  }
-  void reduce_scatter(const Axis& axis, int64_t full_bytes) {
-    enter(axis, Collective::reduce_scatter, (axis.size - 1) * full_bytes);
-  }
-  void broadcast(const Axis& axis, int64_t buffer_bytes) {
-    enter(axis, Collective::broadcast, int64_t(axis.size) * buffer_bytes);
-  }
-  void send(const Axis& axis, int64_t buffer_bytes) {
-    enter(axis, Collective::send, int64_t(axis.size) * buffer_bytes);
-  }
+  void broadcast(const Axis& axis, int64_t bytes) { enter(axis, Collective::broadcast, bytes); }
+  void send(const Axis& axis, int64_t bytes) { enter(axis, Collective::send, bytes); }
+  void enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls = 1);
 
-  struct Row {
+  struct Row {  // bytes sent by this rank = numerator / n
     int64_t calls = 0, numerator = 0;
     int n = 1;
   };
@@ -187,10 +182,6 @@ class Ledger {
   Traffic purpose = Traffic::training;  // of what is entered now: see Purpose
   // the hang watch keeps its record through this
   std::function<void(const Axis&, Collective)> on_enter;
-
- private:
-  // bytes sent by this rank = numerator / axis.size
-  void enter(const Axis& axis, Collective c, int64_t numerator);
 };
 extern Ledger ledger;
 

@@ -67,7 +67,7 @@ static Json memory_json(int rank, const MemoryUse& m, const Theory& t, int64_t a
 // Every row that this rank's ledger or the theory knows, in a fixed order.
 static Json traffic_json(int rank, const Theory& t, int64_t steps) {
   auto sent = ledger.rows;
-  for (const auto& [key, step] : t.step) sent[key];
+  for (const auto& [key, step] : t.step.rows) sent[key];
   Json rows = Json::array();
   for (const auto& [key, row] : sent) {
     const auto& [axis, collective, purpose] = key;
@@ -77,7 +77,7 @@ static Json traffic_json(int rank, const Theory& t, int64_t steps) {
               {"purpose", name_of(purpose)},
               {"calls", row.calls},
               {"bytes", row.numerator / row.n}};
-    if (const auto step = t.step.find(key); step != t.step.end())
+    if (const auto step = t.step.rows.find(key); step != t.step.rows.end())
       json.update({{"predicted_bytes", steps * step->second.numerator / step->second.n},
                    {"predicted_calls", steps * step->second.calls}});
     rows.push_back(json);

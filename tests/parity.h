@@ -216,8 +216,8 @@ template <class Check> int64_t equals_theory(Mesh& mesh, const GptConfig& config
     trainer.update(kLearningRate);
   }
   int64_t bytes = 0;
-  CHECK_EQ(ledger.rows.size(), expected.step.size(), name);
-  for (const auto& [key, row] : expected.step) {
+  CHECK_EQ(ledger.rows.size(), expected.step.rows.size(), name);
+  for (const auto& [key, row] : expected.step.rows) {
     const Ledger::Row& got = ledger.rows[key];
     const std::string what = sentence(name, ": ", std::get<0>(key), " ", name_of(std::get<1>(key)),
                                       " for ", name_of(std::get<2>(key)));

@@ -24,12 +24,6 @@ Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp
 void TheoryOfRank::enter(const Axis& axis, Collective collective, Traffic purpose, int64_t calls,
                          int64_t bytes) {
   if (axis.size == 1 || calls == 0) return;
-  // what a bandwidth-optimal algorithm sends, in n-ths of the buffer
-  const int64_t n = axis.size, parts = collective == Collective::all_reduce ? 2 * (n - 1)
-                                       : collective == Collective::send     ? n
-                                                                            : n - 1;
-  Ledger::Row& row = sum.step[{axis.name, collective, purpose}];
-  row.calls += calls;
-  row.numerator += calls * parts * bytes;
-  row.n = axis.size;
+  sum.step.purpose = purpose;
+  sum.step.enter(axis, collective, bytes, calls);
 }

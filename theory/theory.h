@@ -11,8 +11,7 @@
 #include "trainer.h"
 
 struct Theory {
-  // what the rank sends in one training step
-  std::map<Ledger::Key, Ledger::Row> step;
+  Ledger step;  // what the rank sends in one training step
   // bytes that it holds between steps: parameters, gradients, optimizer
   std::array<int64_t, kMemoryCategories> persistent{};
   // bytes of units' whole buffers in use at any time, at most
@@ -37,8 +36,6 @@ struct TheoryOfRank {
   void add_tensor_parallel();
   void add_pipeline();
   void add_activations();
-  // `calls` in a step, each with a buffer of so many bytes (of all ranks together, where the ranks
-  // have parts of it)
   void enter(const Axis& axis, Collective collective, Traffic purpose, int64_t calls,
              int64_t bytes);
 
