@@ -220,8 +220,8 @@ void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic serves, cu
     if (axis.size == 1) continue;
     const Timed timed(queue);
     ledger.all_reduce(axis, x.bytes());
-    NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), size_t(x.numel()), nccl_type(x.dtype()), ncclSum,
-                             axis.comm, queue));
+    NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), ncclSum, axis.comm,
+                             queue));
   }
   make_wait(device().compute, queue);  // the sum must have arrived
 }

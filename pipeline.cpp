@@ -154,13 +154,12 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   for (const Transfer& t : transfers) {
     Parcel& parcel = (t.send ? outbox_ : inbox_).at(t);
     const Tensor& x = parcel.x;
-    const size_t count = size_t(x.numel());
     const ncclDataType_t type = nccl_type(x.dtype());
     if (t.send) {
       ledger.send(axis_, x.bytes());
-      NCCL_CHECK(ncclSend(x.raw(), count, type, t.peer, axis_.comm, stream_));
+      NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, t.peer, axis_.comm, stream_));
     } else {
-      NCCL_CHECK(ncclRecv(x.raw(), count, type, t.peer, axis_.comm, stream_));
+      NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, t.peer, axis_.comm, stream_));
     }
     parcel.event = done;
     parcel.exchange = exchanges_;

@@ -11,7 +11,7 @@
 
 // ---- types
 
-size_t size_of(Dtype dtype) {
+int64_t size_of(Dtype dtype) {
   switch (dtype) {
     case Dtype::bf16: return 2;
     case Dtype::f64: return 8;
@@ -63,7 +63,7 @@ Device& open_device(int ordinal, int64_t memory_limit_bytes) {
   CUDA_CHECK(cudaGetDeviceProperties(&properties, ordinal));
   d->name = properties.name;
   d->is_gpu = properties.major > 0;
-  d->block_memory = int64_t(properties.sharedMemPerBlockOptin);
+  d->block_memory = properties.sharedMemPerBlockOptin;
   CUDA_CHECK(cudaStreamCreateWithFlags(&d->compute, cudaStreamNonBlocking));
   CUDA_CHECK(cudaEventCreateWithFlags(&d->place, cudaEventDisableTiming));
   cudaMemPool_t pool;
@@ -158,7 +158,7 @@ Tensor Tensor::part(int64_t first, Shape shape) const {
          " is not inside ", to_string(shape_));
   Tensor t = *this;
   t.shape_ = std::move(shape);
-  t.data_ = static_cast<char*>(data_) + first * int64_t(size_of(dtype_));
+  t.data_ = static_cast<char*>(data_) + first * size_of(dtype_);
   return t;
 }
 

@@ -25,7 +25,7 @@
 // ---- types
 
 enum class Dtype { f32, bf16, f64, i32 };
-size_t size_of(Dtype dtype);       // bytes of one element
+int64_t size_of(Dtype dtype);      // bytes of one element
 const char* name_of(Dtype dtype);  // "f32"
 // The dtype of gradients, master weights and moments beside values of `compute`: f64 for f64, else
 // f32.
@@ -94,7 +94,7 @@ class Tensor {
   const Shape& shape() const { return shape_; }
   int64_t dim(int i) const { return shape_[i < 0 ? i + shape_.size() : i]; }
   int64_t numel() const { return elements(shape_); }
-  int64_t bytes() const { return numel() * int64_t(size_of(dtype_)); }
+  int64_t bytes() const { return numel() * size_of(dtype_); }
   Dtype dtype() const { return dtype_; }
   void* raw() const { return data_; }
   template <class T> T* data() const {

@@ -27,16 +27,16 @@ void TensorParallel::all_gather(const Tensor& mine, const Tensor& all) {
   make_wait(stream_, device().compute);  // this rank's part must have been computed
   const Timed timed(stream_);
   ledger.all_gather(axis_, all.bytes());
-  NCCL_CHECK(ncclAllGather(mine.raw(), all.raw(), size_t(mine.numel()), nccl_type(all.dtype()),
-                           axis_.comm, stream_));
+  NCCL_CHECK(ncclAllGather(mine.raw(), all.raw(), mine.numel(), nccl_type(all.dtype()), axis_.comm,
+                           stream_));
 }
 
 void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
   make_wait(stream_, device().compute);  // x must have been computed
   const Timed timed(stream_);
   ledger.all_reduce(axis_, x.bytes());
-  NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), size_t(x.numel()), nccl_type(x.dtype()), op,
-                           axis_.comm, stream_));
+  NCCL_CHECK(
+      ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), op, axis_.comm, stream_));
 }
 
 // All R rows of x. Without sequence parallelism x has them: nothing is sent or waited for.
@@ -65,8 +65,8 @@ Tensor TensorParallel::start_sum(const Tensor& partial) {
   make_wait(stream_, device().compute);  // the partial sums must have been computed
   const Timed timed(stream_);
   ledger.reduce_scatter(axis_, partial.bytes());
-  NCCL_CHECK(ncclReduceScatter(partial.raw(), sum.raw(), size_t(sum.numel()),
-                               nccl_type(sum.dtype()), ncclSum, axis_.comm, stream_));
+  NCCL_CHECK(ncclReduceScatter(partial.raw(), sum.raw(), sum.numel(), nccl_type(sum.dtype()),
+                               ncclSum, axis_.comm, stream_));
   return sum;
 }
 
@@ -208,7 +208,7 @@ void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
   for (const Param* p : params) {
     if (!p->partial) continue;
     ledger.all_reduce(axis_, p->grad.bytes());
-    NCCL_CHECK(ncclAllReduce(p->grad.raw(), p->grad.raw(), size_t(p->grad.numel()),
+    NCCL_CHECK(ncclAllReduce(p->grad.raw(), p->grad.raw(), p->grad.numel(),
                              nccl_type(p->grad.dtype()), ncclSum, axis_.comm, stream_));
   }
   NCCL_CHECK(ncclGroupEnd());

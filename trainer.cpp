@@ -46,12 +46,12 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
     for (Param* p : params) join_uses(*p);
     gpt.tp.sum_partial_gradients(params);
   };
-  optimizer_ = std::make_unique<Optimizer>(fsdp.optimizer_shards(), int64_t(gpt.params().size()),
-                                           options.clip, options.weight_decay,
-                                           [this](const Tensor& squares) {
-                                             sum_over(mesh_.that(&AxisKind::splits_model), squares,
-                                                      Traffic::norm, mesh_.stream);
-                                           });
+  optimizer_ =
+      std::make_unique<Optimizer>(fsdp.optimizer_shards(), gpt.params().size(), options.clip,
+                                  options.weight_decay, [this](const Tensor& squares) {
+                                    sum_over(mesh_.that(&AxisKind::splits_model), squares,
+                                             Traffic::norm, mesh_.stream);
+                                  });
   total_ = Tensor({1}, Dtype::f64, Memory::workspace);
 }
 
@@ -96,14 +96,14 @@ int64_t Trainer::data_rank() const {
 Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) const {
   std::vector<int> inputs, targets;
   // at once: what does not fit is refused before it is read
-  inputs.reserve(size_t(count * gpt.config.context));
-  targets.reserve(size_t(count * gpt.config.context));
+  inputs.reserve(count * gpt.config.context);
+  targets.reserve(count * gpt.config.context);
   for (int64_t s = first; s < first + count; s++) {
     const std::vector<int> tokens = sequence(s);
     inputs.insert(inputs.end(), tokens.begin(), tokens.end() - 1);
     targets.insert(targets.end(), tokens.begin() + 1, tokens.end());
   }
-  const int64_t T = int64_t(inputs.size()) / count;
+  const int64_t T = inputs.size() / count;
   return Tokens(count, T, std::move(inputs), std::move(targets), gpt.tp.part(gpt.config.vocab));
 }
 
@@ -159,7 +159,7 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
 
 std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
   const Purpose purpose(Traffic::evaluation);
-  const int64_t n = int64_t(tokens.size()), V = gpt.config.vocab;
+  const int64_t n = tokens.size(), V = gpt.config.vocab;
   Tokens batch(1, n, tokens, tokens, gpt.tp.part(V));
   batch.only_row = n - 1;
   Tensor next({1, V}, gpt.config.dtype, Memory::workspace);

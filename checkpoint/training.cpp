@@ -64,7 +64,7 @@ std::string save_training(const Options& o, const Dataset& data, int64_t step, c
        save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards()))
     removed += (removed.empty() ? "; removed " : ", ") + old;
   return format("checkpoint saved: %.1f MB in %.2f s",
-                double(parameter_count(config)) * 3 * double(size_of(dtype)) / 1e6,
+                parameter_count(config) * 3 * size_of(dtype) / 1e6,
                 std::chrono::duration<double>(Clock::now() - began).count()) +
          removed;
 }

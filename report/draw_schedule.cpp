@@ -17,11 +17,10 @@ double round_up(double x) {
 }
 std::string percent(double share) { return format("%.1f %%", 100 * share); }
 // By kind of computation: its colour below, and what a column of text shows of micro-batch 0.
-struct Look {
+struct {
   const char* css;
   char mark;
-};
-const Look kLooks[] = {{"f", '0'}, {"b", 'a'}, {"b", 'a'}, {"w", 'A'}};
+} const kLooks[] = {{"f", '0'}, {"b", 'a'}, {"b", 'a'}, {"w", 'A'}};
 // Colours of a light page, and of a dark one.
 const char* kStyle = R"(<style>
 .schedule{font:11px sans-serif} .schedule .head{font-size:15px}
@@ -46,12 +45,10 @@ std::string draw_text(const Schedule& s, const Timeline& t, double unit) {
   std::vector<std::string> marks(s.stages, std::string(columns, '.')),
       chunks(s.stages, std::string(columns, ' '));
   for_each_computation(s, [&](int stage, int i, const Action& a) {
-    const Span& span = t.spans[stage][i];
-    for (int c = int(std::lround(span.start / unit));
-         c < std::min(int(std::lround(span.end / unit)), columns); c++) {
-      marks[stage][c] = char(kLooks[a.kind].mark + a.microbatch % 10);
-      chunks[stage][c] = char('0' + a.chunk % 10);
-    }
+    const auto [start, end] = t.spans[stage][i];
+    const int64_t begin = std::lround(start / unit), width = std::lround(end / unit) - begin;
+    std::fill_n(&marks[stage][begin], width, kLooks[a.kind].mark + a.microbatch % 10);
+    std::fill_n(&chunks[stage][begin], width, '0' + a.chunk % 10);
   });
   std::string text = "time      ";
   for (int c = 0; c <= columns; c += 10)

@@ -89,18 +89,16 @@ static std::string traffic_table(const Json& rows, int64_t steps) {
   if (rows.empty()) return "";
   std::string s = "\ntraffic of rank 0, per step    calls         bytes     predicted   purpose\n";
   for (const Json& r : rows) {
-    const auto text = [&](const char* key) { return r[key].get<std::string>(); };
-    const auto per_step = [&](const char* pattern, const char* key) {
-      return format(pattern, r[key].get<double>() / double(steps));
-    };
-    const bool predicted = r.contains("predicted_bytes");
-    const bool differs =
-        predicted && (r["bytes"] != r["predicted_bytes"] || r["calls"] != r["predicted_calls"]);
-    s += format("  %-9s %-15s %6s %13s %13s   %s%s\n", text("axis").c_str(),
-                text("collective").c_str(), per_step(predicted ? "%.0f" : "%.2g", "calls").c_str(),
-                per_step("%.0f", "bytes").c_str(),
-                predicted ? per_step("%.0f", "predicted_bytes").c_str() : "-",
-                text("purpose").c_str(), differs ? "   DIFFERS" : "");
+    const std::string axis = r["axis"], collective = r["collective"], purpose = r["purpose"];
+    const double calls = r["calls"], bytes = r["bytes"],
+                 predicted = r.value("predicted_bytes", -1.0);
+    const bool is_predicted = predicted >= 0,
+               differs = is_predicted && (bytes != predicted || r["calls"] != r["predicted_calls"]);
+    s += format("  %-9s %-15s ", axis.c_str(), collective.c_str()) +
+         format(is_predicted ? "%6.0f" : "%6.2g", calls / steps) +
+         format(" %13.0f ", bytes / steps) +
+         (is_predicted ? format("%13.0f", predicted / steps) : format("%13s", "-")) +
+         format("   %s%s\n", purpose.c_str(), differs ? "   DIFFERS" : "");
   }
   return s;
 }
@@ -200,7 +198,7 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps
                      traffic_table(mine["traffic"], steps) + communication_line(shares);
   std::vector<Timeline> executed;
   const Schedule& s = trainer.pipeline.schedule();
-  const size_t pipelines = took.size() / size_t(s.stages);
+  const size_t pipelines = took.size() / s.stages;
   for (size_t c = 0; pipelined && c < pipelines; c++) {
     Durations stages;  // stage t of pipeline c is rank t * pipelines + c
     for (size_t rank = c; rank < took.size(); rank += pipelines) stages.push_back(took[rank]);

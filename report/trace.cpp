@@ -21,7 +21,7 @@ void write_trace(const std::string& path, const Schedule& s,
   const char* comma = "\n";
   for (int stage = 0; stage < s.stages; stage++)
     for (size_t c = 0; c < pipelines.size(); c++) {
-      const size_t rank = size_t(stage) * pipelines.size() + c;
+      const size_t rank = stage * pipelines.size() + c;
       out << comma
           << sentence("{\"ph\":\"M\",\"name\":\"thread_name\",\"pid\":0,\"tid\":", rank,
                       ",\"args\":{\"name\":\"rank ", rank, ", stage ", stage, "\"}}");

@@ -47,10 +47,10 @@ static void expect_equal(const Tensor& t, const std::vector<double>& expected,
 // ---- types and shapes
 
 TEST(types_have_names_and_sizes) {
-  CHECK_EQ(size_of(Dtype::f32), 4u);
-  CHECK_EQ(size_of(Dtype::bf16), 2u);
-  CHECK_EQ(size_of(Dtype::f64), 8u);
-  CHECK_EQ(size_of(Dtype::i32), 4u);
+  CHECK_EQ(size_of(Dtype::f32), 4);
+  CHECK_EQ(size_of(Dtype::bf16), 2);
+  CHECK_EQ(size_of(Dtype::f64), 8);
+  CHECK_EQ(size_of(Dtype::i32), 4);
   CHECK_EQ(std::string(name_of(Dtype::bf16)), "bf16");
   CHECK_EQ(std::string(name_of(Dtype::i32)), "i32");
   CHECK(master_dtype(Dtype::f64) == Dtype::f64 && master_dtype(Dtype::bf16) == Dtype::f32 &&
@@ -84,8 +84,7 @@ TEST(views_and_parts_share_memory) {
     const Tensor view = t.view({4, 6}), part = view.part(6, {2, 3});
     CHECK(t.shared() && view.shared() && part.shared());
     CHECK_EQ(view.raw(), t.raw());
-    CHECK_EQ(static_cast<char*>(part.raw()) - static_cast<char*>(t.raw()),
-             int64_t(6 * size_of(dtype)));
+    CHECK_EQ(static_cast<char*>(part.raw()) - static_cast<char*>(t.raw()), 6 * size_of(dtype));
     expect_equal(part, {host.begin() + 6, host.begin() + 12}, "a part");
     fill(part, 3);
     std::vector<double> expected = host;

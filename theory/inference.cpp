@@ -7,8 +7,8 @@ int64_t decoding_bytes(const GptConfig& config, const Layout& layout, int pp_ran
   const Mesh mesh(layout);
   const Axis &tp = mesh["tp"], &pp = mesh["pp"];
   const Gpt gpt(config, tp);
-  const ModelPiece piece = gpt.pieces(pp.size)[size_t(pp_rank)];
-  const int64_t n = tp.size, row = sequences * int64_t(size_of(config.dtype)),
+  const ModelPiece piece = gpt.pieces(pp.size)[pp_rank];
+  const int64_t n = tp.size, row = sequences * size_of(config.dtype),
                 activation = row * config.width, logits = row * n * ((config.vocab + n - 1) / n);
   Ledger sent;
   for (const ModelPart& part : piece)

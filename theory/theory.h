@@ -50,7 +50,7 @@ struct TheoryOfRank {
        shards_parameters = fsdp.size > 1 && options.fsdp.zero == 3,
        by_rows = config.sequence_parallel && tp.size > 1;
   // bytes of an element: of what computes; of gradients, master weights and moments
-  int64_t e = int64_t(size_of(config.dtype)), g = int64_t(size_of(master_dtype(config.dtype)));
+  int64_t e = size_of(config.dtype), g = size_of(master_dtype(config.dtype));
   int64_t m = schedule.microbatches, B = options.microbatch, R = B * config.context,
           S = by_rows ? (R + tp.size - 1) / tp.size : R;
   int64_t activation = S * config.width * e;  // bytes of an activation of width C on this rank
