@@ -160,8 +160,8 @@ const char* name_of(Traffic t);
 
 class Ledger {
  public:
-  // One line before each NCCL call. Bytes are those of the whole buffer: of all ranks together where
-  // each has a part of it.
+  // One line before each NCCL call. Bytes are those of the whole buffer: of all ranks together
+  // where each has a part of it.
   void all_reduce(const Axis& axis, int64_t bytes) { enter(axis, Collective::all_reduce, bytes); }
   void all_gather(const Axis& axis, int64_t bytes) { enter(axis, Collective::all_gather, bytes); }
   void reduce_scatter(const Axis& axis, int64_t bytes) {
