@@ -59,10 +59,19 @@ Job::~Job() {
 }
 
 int Job::leave(int status) const {
-  barrier();
   if (local_size == size || !getenv("MPI_LOCALNRANKS")) return status;
   fflush(nullptr);
-  usleep(300'000);  // mpiexec passes on what was printed before it hears of the end
+  MPI_Request everybody;
+  MPI_Ibarrier(MPI_COMM_WORLD, &everybody);
+  // After the barrier what it has sent must still go out, and mpiexec passes on what was printed
+  // before it hears of the end.
+  double end = MPI_Wtime() + 60;
+  for (int met = 0, any = 0; MPI_Wtime() < end; usleep(1000)) {
+    MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, MPI_COMM_WORLD, &any, MPI_STATUS_IGNORE);
+    if (met) continue;
+    MPI_Test(&everybody, &met, MPI_STATUS_IGNORE);
+    if (met) end = MPI_Wtime() + 0.5;
+  }
   _exit(status);
 }
 
