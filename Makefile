@@ -44,8 +44,11 @@ CXXFLAGS  := -std=c++20 -O2 -g -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -I.
 NVCCFLAGS  = -std=c++20 -O3 -lineinfo -I. -Ikernels -ccbin $(MPICXX) \
              -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas \
              $(if $(WERROR),-Werror all-warnings -Xcompiler -Werror)
-GENCODE   := $(or $(GPU_GENCODE),-gencode arch=compute_80,code=sm_80 \
-             -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90)
+GENCODE   := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
+             -gencode arch=compute_90,code=compute_90
+ifneq ($(GPU_GENCODE),)
+  GENCODE := $(GPU_GENCODE)
+endif
 ifeq ($(BACKEND),cuda)
   CXXFLAGS += -I$(CUDA)/include $(NCCL_FLAGS) $(if $(filter mpi,$(COMM)),-idirafter cpu/nccl)
   LIBS      = $(CUDA_LIBS) -lcublas -lxxhash -Xcompiler -fopenmp

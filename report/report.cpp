@@ -146,7 +146,7 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
                  device().is_gpu ? "time by events" : "processor time", executed.makespan,
                  100 * executed.bubble());
   text += draw_text(s, executed, unit);
-  // at least: a forward's time has embedding and head in it, which are not replayed
+  // A lower bound: it takes off the whole forward, and embedding and head are not replayed.
   if (s.row->splits_backward && trainer.gpt.config.recompute) {
     const Timeline kept = simulate(s, without_replay);
     text +=

@@ -45,6 +45,7 @@ jobs() {
     job pp-1f1b "$np" --pp "$np" --schedule 1f1b $micro
     job pp-interleaved "$np" --pp "$np" --schedule interleaved $micro
     job pp-zb "$np" --pp "$np" --schedule zb $micro
+    job pp-zbv "$np" --pp "$np" --schedule zbv $micro
   fi
   job 3d 8 --pp 2 --fsdp 2 --tp 2 --sequence-parallel $micro
 }

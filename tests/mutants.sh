@@ -187,7 +187,7 @@ mutant faults transfers_are_placed_a_tick_late \
   schedule.cpp 's/meetings\[\{std::floor\(end\),/meetings[{std::floor(end) + 1,/' \
   1 immediate test_schedule $accepts
 mutant faults transfers_come_after_the_computations_of_their_tick \
-  schedule.cpp 's/\{tick, false, m.when/{tick + 0.5, false, m.when/' \
+  schedule.cpp 's/\(key\), false, m.when/(key) + 0.5, false, m.when/' \
   1 immediate test_schedule $accepts
 mutant faults a_transfer_takes_no_moment \
   schedule.cpp 's/moves \* kMoment/0/' 1 immediate test_schedule

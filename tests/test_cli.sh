@@ -201,7 +201,7 @@ train=$generate
 refuses no_prompt_is_refused "there is nothing to continue" $model
 refuses an_empty_prompt_is_refused "prompt 1 is empty" $model --prompt-file /dev/null
 refuses a_prompt_longer_than_the_context_is_refused \
-  "prompt 1 has 100 tokens; with the model's context of 64 at most 63" $model --prompt \
+  "at least 100 tokens; with the model's context of 64 at most 63" $model --prompt \
   "$(printf '%100s' x)"
 refuses more_tokens_than_the_context_are_refused \
   "prompt 1 of 5 tokens and --tokens 100 more do not fit the model's context of 64" $model \
