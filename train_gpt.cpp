@@ -3,10 +3,9 @@
 // idea      every rank runs this program; trainer.cpp composes the model with the strategies
 // test      tests/test_cli.sh (the program from outside), tests/test_golden.cpp and
 //           tests/test_fsdp.cpp (its numbers)
-#include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <sstream>
+#include <nlohmann/json.hpp>
 
 #include "checkpoint/checkpoint.h"
 #include "support/data.h"
@@ -32,11 +31,8 @@ static TrainerOptions trainer_options(const Options& o) {
 }
 
 static void print_setup(const Options& o, const GptConfig& g, const Dataset& data) {
-  printf(
-      "model    %s: %lld layers, width %lld, %lld heads, context %lld, vocabulary %lld: %.2f M "
-      "parameters in %s\n",
-      o.model_name.c_str(), (long long)g.layers, (long long)g.width, (long long)g.heads,
-      (long long)g.context, (long long)g.vocab, parameter_count(g) / 1e6, name_of(g.dtype));
+  printf("model    %s: %s: %.2f M parameters in %s\n", o.model_name.c_str(), to_string(g).c_str(),
+         parameter_count(g) / 1e6, name_of(g.dtype));
   printf("device   %s\n", device().name.c_str());
   const int64_t ranks = o.layout.ranks();
   printf("ranks    %s\n%s", to_string(o.layout).c_str(),
@@ -75,7 +71,7 @@ static void print_sample(Trainer& trainer, const Dataset& data, const Tokenizer&
 // ---- checkpoints
 
 // A signal to any rank ends the training of all after one and the same step; collective.
-static bool stopped(const Signals::Listener& listener) {
+static bool stopped(const SignalListener& listener) {
   int mine = listener.came(), any = 0;
   MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, Finished());
   return any != 0;
@@ -83,19 +79,16 @@ static bool stopped(const Signals::Listener& listener) {
 
 static std::string save(const Options& o, const std::string& data, int64_t step, const Job& job,
                         const Mesh& mesh, Trainer& trainer) {
-  using Clock = std::chrono::steady_clock;
-  const Clock::time_point began = Clock::now();
+  const Stopwatch saving;
   CheckpointInfo info{
       step,      o.model, o.layout, master_dtype(trainer.gpt.config.dtype), uint64_t(o.seed),
       o.command, data,    o.keep};
-  std::string removed;
-  for (const std::string& old :
-       save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards()))
-    removed += (removed.empty() ? "; removed " : ", ") + old;
-  const double seconds = std::chrono::duration<double>(Clock::now() - began).count();
+  const std::vector<std::string> removed =
+      save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards());
   const double megabytes =
       double(parameter_count(trainer.gpt.config)) * 3 * double(size_of(info.dtype)) / 1e6;
-  return format("checkpoint saved: %.1f MB in %.2f s", megabytes, seconds) + removed;
+  return format("checkpoint saved: %.1f MB in %.2f s", megabytes, saving.seconds()) +
+         (removed.empty() ? "" : "; removed " + join(removed, ", "));
 }
 
 // How many steps the newest complete checkpoint had, now in the trainer; 0 if there is none.
@@ -168,7 +161,7 @@ static void train(const Options& o, const Dataset& data, const Tokenizer& tokeni
   if (o.resume) watch.at_files([&] { resumed = resume_training(o, data, job, trainer, prints); });
   if (prints && !o.trace.empty()) open_trace(o.trace);
   Metrics metrics(prints ? o.metrics : "", resumed);
-  const Signals::Listener listener;
+  const SignalListener listener;
   Progress progress(o.steps, prints ? stdout : nullptr, isatty(fileno(stdout)));
   const auto held_out = [&](int64_t s) { return watch.progress(), data.held_out(s); };
   const std::string steps = sentence("a step in micro-batches of ", o.microbatch, " sequences of ",
@@ -224,7 +217,7 @@ static void take_model(Options& o) {
   const bool told = !o.model_name.empty() || m.layers + m.width + m.heads + m.context + m.vocab > 0;
   if (!o.resume) return;
   for (const std::string& path : checkpoints_in(o.checkpoint)) {
-    if (!is_there(path + "/manifest.json")) continue;  // not complete
+    if (!is_complete(path)) continue;
     ModelSize saved;
     try {
       saved = Checkpoint(path).info.model;
@@ -247,16 +240,6 @@ static std::string tokenizer_directory(const Options& o) {
   return own;
 }
 
-// What the first rank has encoded, on every rank. Names are separated by a zero byte.
-static std::vector<std::string> shards_of_first_rank(const std::vector<std::string>& mine) {
-  std::string names;
-  for (const std::string& name : mine) names += name + '\0';
-  std::istringstream all(gather_text(names)[0]);
-  std::vector<std::string> shards;
-  for (std::string name; std::getline(all, name, '\0');) shards.push_back(name);
-  return shards;
-}
-
 // ---- main
 
 int main(int argc, char** argv) {
@@ -273,7 +256,7 @@ int main(int argc, char** argv) {
       if (job.speaks) print_help();
       return {};
     }
-    const bool again = !o.checkpoint.empty() && !o.resume && holds_checkpoints(o.checkpoint);
+    const bool again = !o.checkpoint.empty() && !o.resume && !newest_in(o.checkpoint).empty();
     REQUIRE(!again, "--checkpoint: ", o.checkpoint,
             " holds checkpoints already: give --resume to go on from them, or another directory");
     open_device(job.local_rank % device_count(), o.device_memory << 20);
@@ -299,23 +282,23 @@ int main(int argc, char** argv) {
     if (!tokenizer || job.rank == 0) open_data();
     if (!tokenizer)
       tokenizer = std::make_unique<Tokenizer>("", data->is_text() ? 256 : o.model.vocab);
-    auto given = values_of(o);
+    auto given = values_of(train_options(o));
     std::erase_if(given, [](const auto& option) { return option.first == "--data"; });
     return Start{o.layout, o.timeout, given};
   };
   return run_program(
       "train_gpt", argc, argv, prepare, [&](const Job& job, Mesh& mesh, Watch& watch) {
         std::optional<DirectoryLock> lock;
-        collectively(job, [&] {
-          if (job.rank == 0 && !o.checkpoint.empty()) lock.emplace(o.checkpoint);
+        on_first_rank(job, [&] {
+          if (!o.checkpoint.empty()) lock.emplace(o.checkpoint);
         });
-        if (tokenizer->has_pairs()) o.data = shards_of_first_rank(o.data);
+        if (tokenizer->has_pairs()) o.data = gather(o.data)[0];  // the first rank's
         // not before every rank has looked for one there
         if (tokenizer->has_pairs() && !o.checkpoint.empty() && job.rank == 0)
           copy_tokenizer(vocabulary, o.checkpoint);
         if (!data) open_data();
         // what is in the files, wherever a node has them
-        const std::string differ = differences(job, {{"the data", content_of(data->paths())}});
+        const std::string differ = differences({{"the data", content_of(data->paths())}});
         REQUIRE(differ.empty(), differ);
         train(o, *data, *tokenizer, job, mesh, watch);
       });
