@@ -267,7 +267,7 @@ fresh
 refuses another_width_is_refused \
   "holds a model of 2 layers, width 64, 2 heads" --layers 2 --width 32 \
   --fsdp 2 --checkpoint "$dir/d" --resume
-refuses another_number_of_layers_is_refused "holds a model of 2 layers, width 64, 2 heads" --layers 3 \
+refuses another_number_of_layers_is_refused "holds a model of 2 layers, width 64" --layers 3 \
   --width 64 --fsdp 2 --checkpoint "$dir/d" --resume
 refuses steps_that_are_done_are_refused "has 20 steps already" --layers 2 --width 64 --steps 20 \
   --fsdp 2 --checkpoint "$dir/d" --resume

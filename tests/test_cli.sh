@@ -201,7 +201,7 @@ train=$generate
 refuses no_prompt_is_refused "there is nothing to continue" $model
 refuses an_empty_prompt_is_refused "prompt 1 is empty" $model --prompt-file /dev/null
 refuses a_prompt_longer_than_the_context_is_refused \
-  "at least 100 tokens, which leave no room for a new one in the model's context of 64" $model --prompt \
+  "at least 100 tokens, which leave no room for a new one" $model --prompt \
   "$(printf '%100s' x)"
 refuses more_tokens_than_the_context_are_refused \
   "prompt 1 of 5 tokens and --tokens 100 more do not fit the model's context of 64" $model \
@@ -216,7 +216,8 @@ refuses sizes_beside_a_checkpoint_are_refused "sizes are the checkpoint's" --che
 refuses a_model_beside_a_checkpoint_is_refused "leave out --model" --checkpoint "$dir/none" \
   --model gpt2 --prompt x
 refuses a_directory_is_no_prompt "$dir cannot be read: Is a directory" $model --prompt-file "$dir"
-refuses a_prompt_that_looks_like_an_option_is_refused "none of them empty or beginning with --" $model --prompt \
+refuses a_prompt_that_looks_like_an_option_is_refused "none of them empty or beginning with --" \
+  $model --prompt \
   "-- select"
 refuses heads_too_wide_for_decoding_are_refused "heads of 512 channels are too wide" --attention \
   plain --width 512 --heads 1 --prompt x
@@ -264,6 +265,9 @@ refuses an_empty_svg_is_refused "--svg takes a name, not ''" 1f1b --svg ""
 refuses no_stages_are_refused "--stages takes a whole number from 1 to" zb --stages 0
 refuses times_that_are_no_numbers_are_refused \
   "--times takes four numbers F,B,W,SEND: the first three above 0" zb --times 1,2
+$train all >"$dir/out" 2>&1
+if grep -q '^     8   64 .* 1.79 %    8.00$' "$dir/out"; then ok all_schedules_are_compared
+else fail all_schedules_are_compared "$(tail -1 "$dir/out")"; fi
 $train zb --stages 4 --microbatches 8 --svg "$dir/zb.svg" >"$dir/out" 2>&1
 if grep -q '^bubble    11.11 % simulated, 11.11 % by formula' "$dir/out" \
   && grep -q '</svg>' "$dir/zb.svg"; then

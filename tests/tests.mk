@@ -21,7 +21,7 @@ print-link: ; @echo '$(LINK)'
 print-objects: ; @echo '$(OBJECTS)'
 
 .PHONY: test faults fuzz parity compare mutants sanitize check-docs check-style check-portable
-.PHONY: bench cuda cuda-build check-spills
+.PHONY: bench gpu-check cuda cuda-build check-spills sass
 
 test:  ## make test                the whole suite; with BACKEND=cuda on the GPUs, too
 	@tests/run.sh cpu faithful $(filter cuda,$(BACKEND))
@@ -38,6 +38,7 @@ MUTATED := fsdp tensor_parallel pipeline schedule comm golden
 mutants:  ## make mutants             one-line faults that the suite must catch
 	@$(MAKE) -s --no-print-directory BACKEND=cpu $(MUTATED:%=build/cpu/tests/test_%)
 	@tests/mutants.sh
+	@tests/kernel_mutants.sh
 
 ## make parity              every layout of up to 8 ranks against one rank, in f64: one table
 parity: $(B)/tests/test_parity
@@ -60,12 +61,17 @@ check-style:  ## make check-style         width, clang-format, one sentence a li
 check-portable:
 	@tests/portable.sh $(ON)
 
-bench: build $(BENCHES:%=$(B)/tests/%)  ## make bench               speed: kernels, tokens/s, memory
+## make bench               speed: kernels, tokens/s, memory
+bench: build $(BENCHES:%=$(B)$(WHERE)/tests/%)
 	@tests/bench.sh
+
+## make gpu-check           whether all holds on this machine's GPUs: build/gpu-check.txt
+gpu-check:
+	@MPIEXEC='$(MPIEXEC)' MPICXX='$(MPICXX)' LIBCUDART='$(LIBCUDART)' tests/gpu_check.sh
 
 ## make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)
 cuda:
-	@$(MAKE) --no-print-directory BACKEND=cuda cuda-build check-spills
+	@$(MAKE) --no-print-directory BACKEND=cuda cuda-build check-spills sass
 cuda-build: $(PROGRAMS:%=$(B)/%) $(CUDA_TESTS:%=$(B)/tests/%) $(B)/comm-mpi/train_gpt
 # ptxas spills registers, or keeps an array out of them, in no kernel but those for f64, which are
 # for proofs
@@ -81,3 +87,6 @@ check-spills: cuda-build
 	      "; spills or stack frames outside f64: " (bad ? "yes" : "none"); \
 	    exit bad \
 	  }'
+# the machine code of the kernels that multiply in tensor cores
+sass: cuda-build
+	@CUDA_HOME=$(CUDA) tests/sass.sh $(patsubst %,$(B)/obj/kernels/%.cu.o,attention_mma matmul)
