@@ -58,8 +58,8 @@ step() {
     passed=$((passed + 1))
     return 0
   fi
-  grep -aE '^(FAIL|fakecudart)|[Ee]rror' "$log" | grep -v '^ok' | head -5 | cut -c1-200 | sed 's/^/            /' \
-    | tee -a "$report"
+  grep -aE '^(FAIL|fakecudart)|[Ee]rror' "$log" | grep -v '^ok' | head -5 | cut -c1-200 \
+    | sed 's/^/            /' | tee -a "$report"
   failed=$((failed + 1))
   return 1
 }
