@@ -84,8 +84,9 @@ Tensor take(const std::shared_ptr<Tensor>& grad) {
 
 // ---- embedding
 
-Tokens::Tokens(int64_t B, int64_t T, std::vector<int> in, std::vector<int> out, Range vocabulary)
-    : B(B), T(T) {
+Tokens::Tokens(int64_t B, int64_t length, const Positions& places, std::vector<int> in,
+               std::vector<int> out, Range vocabulary)
+    : B(B), T(places.rows()), length(length), places(places) {
   ASSERT(int64_t(in.size()) == B * T && in.size() == out.size());
   for (std::vector<int>* tokens : {&in, &out})
     for (int& t : *tokens)
@@ -96,13 +97,17 @@ Tokens::Tokens(int64_t B, int64_t T, std::vector<int> in, std::vector<int> out, 
     return t;
   };
   inputs = to_device(in), targets = to_device(out), order = to_device(sort_rows(in));
+  if (T == length) return;
+  std::vector<int> at;
+  for (int64_t row = 0; row < B * T; row++) at.push_back(int(places[row % T]));
+  positions = to_device(at);
 }
 
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
   Var x{activation({tokens.B * tokens.T, wte.value.dim(1)}, wte.value.dtype())};
   embedding_forward(x.value, tokens.inputs, wte.value, wpe.value, tokens.T, tokens.positions);
   tape.push([tokens, &wte, &wpe, dx = x.grad] {
-    embedding_backward(wte.grad, wpe.grad, take(dx), tokens.inputs, tokens.order, tokens.T);
+    embedding_backward(wte.grad, wpe.grad, take(dx), tokens.inputs, tokens.order, tokens.places);
   });
   return x;
 }
@@ -216,9 +221,9 @@ Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, Atten
   if (kind == AttentionKind::plain) {
     const Tensor probabilities = activation({B, H, T, T}, dtype);
     attention_plain_forward(y.value, probabilities, qkv.value, B, T, H);
-    tape.push([=, qkv = qkv.value, dqkv = qkv.grad, dy_slot = y.grad] {
+    tape.push([=, qkv = qkv.value, out = y.value, dqkv = qkv.grad, dy_slot = y.grad] {
       Tensor d = like(qkv);
-      attention_plain_backward(d, take(dy_slot), probabilities, qkv, B, T, H);
+      attention_plain_backward(d, take(dy_slot), out, probabilities, qkv, B, T, H);
       accumulate(dqkv, std::move(d));
     });
   } else {

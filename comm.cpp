@@ -114,7 +114,10 @@ static Axis open_axis(const Mesh& m, size_t slowest, size_t fastest) {
     axis.size *= m.axes[a].size;
   }
   const int color = m.rank - axis.rank * stride;  // the first rank of this line of the grid
-  if (axis.size > 1) NCCL_CHECK(ncclCommSplit(m.world.comm, color, axis.rank, &axis.comm, nullptr));
+  for (const Axis& open : m.joined)
+    if (open.name == axis.name) return open;
+  if (axis.size > 1 && m.world.comm)
+    NCCL_CHECK(ncclCommSplit(m.world.comm, color, axis.rank, &axis.comm, nullptr));
   return axis;
 }
 
@@ -140,7 +143,10 @@ Axis join(Mesh& m, AxisName slowest, AxisName fastest) {
   for (size_t a = slowest.index; a <= fastest.index; a++) all *= m.axes[a].size;
   for (size_t a = slowest.index; a <= fastest.index; a++)
     if (m.axes[a].size == all) return m.axes[a];
-  return m.joined.emplace_back(open_axis(m, slowest.index, fastest.index));
+  const Axis axis = open_axis(m, slowest.index, fastest.index);
+  const auto is_it = [&](const Axis& open) { return open.name == axis.name; };
+  if (std::none_of(m.joined.begin(), m.joined.end(), is_it)) m.joined.push_back(axis);
+  return axis;
 }
 
 void close_mesh(Mesh& m) {

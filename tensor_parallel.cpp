@@ -158,7 +158,7 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
     const Tensor all_d = start_gather(d, R);
     if (slices_rows_) finish();
     // of its rows of wte; of all of wpe, on every rank
-    embedding_backward(wte.grad, wpe.grad, all_d, tokens.inputs, tokens.order, tokens.T);
+    embedding_backward(wte.grad, wpe.grad, all_d, tokens.inputs, tokens.order, tokens.places);
   });
   return x;
 }

@@ -70,7 +70,9 @@ static std::string names_of_axes(auto which) {  // "replicate x fsdp"
 }
 
 OptionGroup mesh_options(Layout& layout, bool has_batch) {
-  const auto is_there = [=](const AxisKind& axis) { return has_batch || !axis.splits_batch; };
+  const auto is_there = [=](const AxisKind& axis) {
+    return has_batch || !(axis.splits_batch || axis.splits_sequence);
+  };
   OptionGroup group{"Mesh: mpiexec -n (" + names_of_axes(is_there) + ")", {}};
   for (size_t a = 0; a < kAxes.size(); a++)
     if (is_there(kAxes[a]))
@@ -264,9 +266,10 @@ void resolve(Options& o, bool has_gpu) {
     o.microbatch = std::max<int64_t>(1, o.batch / parts);
     while (o.microbatch > 1 && !fits(o.microbatch)) o.microbatch--;
   }
-  if (o.zero == 0 && o.layout["fsdp"] > 1) o.zero = 3;
+  const int64_t shards = o.layout["fsdp"] * o.layout["cp"];
+  if (o.zero == 0 && shards > 1) o.zero = 3;
   if (o.reshard.empty() && o.zero == 3) o.reshard = "yes";
-  if (o.prefetch < 0 && ranks > 1) o.prefetch = 1;
+  if (o.prefetch < 0 && shards * o.layout["replicate"] > 1) o.prefetch = 1;
   if (o.lr == 0) o.lr = preset.lr;
   if (o.min_lr < 0) o.min_lr = o.lr / 10;
   if (o.warmup < 0) o.warmup = std::min<int64_t>(o.steps / 20, 100);
@@ -292,7 +295,8 @@ static void check_reports(const Options& o) {
 }
 
 void check(const Options& o) {
-  const int64_t pp = o.layout["pp"], fsdp = o.layout["fsdp"], ranks = o.layout.data_ranks();
+  const int64_t pp = o.layout["pp"], cp = o.layout["cp"], shards = o.layout["fsdp"] * cp,
+                ranks = o.layout.data_ranks();
   check_common(o, pp > 1 ? o.chunks : 1);
   REQUIRE(o.batch % (o.microbatch * ranks) == 0, "a batch of ", o.batch,
           " does not divide into micro-batches of ", o.microbatch,
@@ -300,13 +304,16 @@ void check(const Options& o) {
                      : sentence(" on ", ranks, " data-parallel ranks (",
                                 names_of_axes([](auto& a) { return a.splits_batch; }), ")"),
           ": change --batch or --microbatch");
-  REQUIRE(fsdp > 1 || o.zero == 0, "--zero ", o.zero,
-          " shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
+  REQUIRE(cp == 1 || o.model.context >= 2 * cp, "--cp ", cp, " cuts a sequence into ", 2 * cp,
+          " pieces, and a context of ", o.model.context, " has fewer tokens: give --context ",
+          2 * cp, " or more");
+  REQUIRE(shards > 1 || o.zero == 0, "--zero ", o.zero,
+          " shards over the ranks of --fsdp and --cp, which are 1: give --fsdp 2 or more");
   REQUIRE(
       o.reshard.empty() || o.zero == 3,
       "--reshard-after-forward is about the parameters that ZeRO-3 gathers: give --fsdp 2 or more",
-      fsdp > 1 ? " and --zero 3" : "");
-  REQUIRE(o.prefetch < 0 || ranks > 1, "--prefetch ", o.prefetch,
+      shards > 1 ? " and --zero 3" : "");
+  REQUIRE(o.prefetch < 0 || shards * o.layout["replicate"] > 1, "--prefetch ", o.prefetch,
           " is about what ranks gather and sum: give --fsdp or --replicate "
           "2 or more");
   REQUIRE(

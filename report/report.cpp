@@ -162,8 +162,7 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
 void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options,
                          int64_t steps, double communication, const std::string& trace,
                          Metrics& metrics) {
-  const Theory t =
-      theory(trainer.gpt.config, mesh.layout, mesh["pp"].rank, mesh["tp"].rank, options);
+  const Theory t = theory(trainer.gpt.config, mesh.layout, mesh.rank, options);
   const MemoryUse& m = device().memory;
   const bool pipelined = trainer.pipeline.timed;
   const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.kept_activations())},
