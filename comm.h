@@ -72,7 +72,7 @@ struct Layout {
   int64_t data_ranks() const;  // that share the batch
   std::array<int64_t, kAxes.size()> sizes;
 };
-std::string to_string(const Layout& layout);  // "pp 2 x replicate 1 x fsdp 2 x tp 2"
+std::string to_string(const Layout& layout);  // "pp 2 x replicate 1 x fsdp 2 x cp 1 x tp 2"
 std::string draw(const Layout& layout);       // the place of each rank, a line each
 // REQUIREs their product to be the ranks that mpiexec started
 void check_ranks(const Layout& layout, int ranks);

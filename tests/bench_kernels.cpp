@@ -185,7 +185,7 @@ static std::vector<Row> elementwise_rows(Dtype d) {
          const std::vector<int> all = tokens();
          auto dx = random(rows, d), dwpe = random({kT, kC}, acc), t = integers(all),
               order = integers(sort_rows(all));
-         return [=] { embedding_backward(*dwte, dwpe, dx, t, order, kT); };
+         return [=] { embedding_backward(*dwte, dwpe, dx, t, order, {{0, kT}}); };
        }},
   };
 }
@@ -281,7 +281,7 @@ static std::vector<Row> product_rows(Dtype d) {
       {"attention_plain_backward", 0, 4 * half, [=] {
          auto x = qkv(), out = random({kR, kC}, d), p = random({kB, kH, kT, kT}, d), dx = qkv();
          attention_plain_forward(out, p, x, kB, kT, kH);
-         return [=] { attention_plain_backward(dx, out, p, x, kB, kT, kH); };
+         return [=] { attention_plain_backward(dx, out, out, p, x, kB, kT, kH); };
        }});
   rows.push_back({"attention_flash_forward", 0, 2 * half, [=] {
                     auto x = qkv(), out = random({kR, kC}, d), lse = random({kB, kH, kT}, acc);

@@ -98,4 +98,100 @@ TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
   measured(settings, " settings, ", bytes, " bytes sent by rank 0");
 }
 
+// Evaluation and sampling: a prompt of fewer tokens than pieces is computed whole on every rank.
+TEST(held_out_loss_and_next_token_are_the_same_in_every_layout) {
+  std::vector<int> longer;
+  for (int i = 0; i < 16; i++) longer.push_back(i * 7 % 23);
+  double worst = 0;
+  for (const std::vector<int>& prompt : {std::vector<int>{3, 1, 4}, longer}) {
+    const HeldOut expected = held_out(kConfig, prompt);
+    each_layout([&](const Layout& layout) {
+      Mesh mesh = open_mesh(layout);
+      TrainerOptions options;
+      options.microbatch = 2, options.batch = 2 * layout.data_ranks() * layout["pp"];
+      worst = std::max(worst, difference(mesh, kConfig, options, expected));
+      close_mesh(mesh);
+    });
+  }
+  CHECK_LE(worst, 1e-12);
+  measured("relative difference ", worst);
+}
+
+// With queries of 0 a row's scores are all 0, and exp(lse) is the number of keys that it sees: the
+// kernels count their own work.
+static int64_t pairs_of(const Positions& queries, const std::vector<Positions>& sets, bool flash) {
+  const int64_t H = 1, D = 16;
+  const Tensor q({1, queries.rows(), H, D}, Dtype::f64, Memory::data),
+      lse({1, H, queries.rows()}, Dtype::f64, Memory::data),
+      out(q.shape(), Dtype::f64, Memory::data);
+  fill(q, 0);
+  double pairs = 0;
+  for (const Positions& keys : sets) {
+    const Tensor kv({1, keys.rows(), 2, H, D}, Dtype::f64, Memory::data),
+        p({1, H, queries.rows(), keys.rows()}, Dtype::f64, Memory::data);
+    fill(kv, 1);
+    if (flash) attention_flash_forward(out, lse, q, kv, 1, H, queries, keys);
+    else attention_plain_forward(out, lse, p, q, kv, 1, H, queries, keys);
+    for (const double x : download(lse)) pairs += std::exp(x);
+  }
+  return std::llround(pairs);
+}
+
+TEST(every_rank_has_the_same_work_in_attention) {
+  std::string shares;
+  for (const int n : {2, 4, 8})
+    for (const int64_t T : {64, 257}) {
+      std::vector<Positions> zigzag, plain_cut;
+      for (int r = 0; r < n; r++) {
+        zigzag.push_back(ContextParallel(Axis{"cp", n, r}, nullptr).part(T));
+        plain_cut.push_back({{r * T / n, (r + 1) * T / n}});
+      }
+      const double mean = double(T * (T + 1)) / 2 / n;
+      double most = 0;
+      for (int r = 0; r < n; r++) {
+        // (query, key) pairs: a query at position t sees t + 1 keys
+        const auto formula = [](const Positions& p) {
+          int64_t pairs = 0;
+          for (const Range& piece : {p.low, p.high})
+            pairs += (piece.begin + 1 + piece.end) * piece.size() / 2;
+          return pairs;
+        };
+        for (const bool flash : {true, false})
+          for (const auto& cut : {zigzag, plain_cut})
+            CHECK_EQ(pairs_of(cut[size_t(r)], cut, flash), formula(cut[size_t(r)]), "rank ", r,
+                     " of ", n, ", T = ", T);
+        most = std::max(most, double(formula(zigzag[size_t(r)])) / mean);
+      }
+      const double last = double(pairs_of(plain_cut.back(), plain_cut, true)) / mean;
+      if (T % (2 * n) == 0) CHECK_LE(most, 1);
+      CHECK_LE(std::abs(last - (2.0 * n - 1) / n), 4.0 / double(T / n));  // the diagonal
+      shares += sentence(shares.empty() ? "" : "; ", n, " ranks, T = ", T, ": ", most, ", ", last);
+    }
+  measured("the busiest rank's share of the mean, zigzag and plain cut: ", shares);
+}
+
+// bf16 rounds what a rank has of a row's result once, after all rounds, as one rank does: errors of
+// the loss against f64 grow by no more than chance.
+TEST(the_bf16_curve_of_50_steps_is_as_close_to_f64_as_one_ranks) {
+  GptConfig exact{2, 40, 4, 64, 61, Dtype::f64}, half = exact;
+  half.dtype = Dtype::bf16;
+  const int64_t batch = 8;
+  const int steps = kDelayed ? 4 : 50;
+  const auto error = [&](const Run& run, const Run& of) {  // the root of the mean square
+    double sum = 0;
+    for (size_t i = 0; i < run.losses.size(); i++)
+      sum += std::pow(run.losses[i] / of.losses[i] - 1, 2);
+    return std::sqrt(sum / double(run.losses.size()));
+  };
+  const Run reference = one_rank(exact, batch, steps);
+  const double alone = error(one_rank(half, batch, steps), reference);
+  Mesh mesh = open_mesh(Layout{{"cp", job().size}});
+  TrainerOptions options;
+  options.batch = options.microbatch = batch;
+  const double ring = error(curve_of(mesh, half, options, steps), reference);
+  close_mesh(mesh);
+  CHECK_LE(ring, 1.5 * alone);
+  measured("relative error of the loss, cp ", job().size, ": ", ring, ", one rank: ", alone);
+}
+
 int main(int argc, char** argv) { return run_mpi_tests(argc, argv); }
