@@ -105,8 +105,8 @@ struct Mesh {
 Mesh open_mesh(const Layout& layout);
 // Collective. Two axes, or more, that are neighbours in kAxes as one: join(mesh, "fsdp", "tp") has
 // fsdp * tp ranks, which it numbers slow axis first. It has a communicator of its own, unless all
-// but one of the axes have size 1: then it is that one. A second time it is the same; of a mesh that
-// is not open it has no communicator.
+// but one of the axes have size 1: then it is that one. A second call returns the same; of a mesh
+// that is not open it has no communicator.
 Axis join(Mesh& mesh, AxisName slowest, AxisName fastest);
 void close_mesh(Mesh& mesh);  // before MPI_Finalize and before the device closes
 

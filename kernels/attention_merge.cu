@@ -64,7 +64,6 @@ void copy_columns(const Tensor& to, int64_t to_first, const Tensor& from, int64_
     columns_kernel<T, U><<<unsigned(rows), kThreads, 0, device().compute>>>(
         target + to_first, to_ld, source + from_first, from_ld, int(columns));
   };
-  DISPATCH(
-      to.dtype(), if (from.dtype() == to.dtype()) launch(to.data<T>(), from.data<T>());
-      else launch(to.data<T>(), from.data<acc_t<T>>()));
+  DISPATCH(to.dtype(), if (from.dtype() == to.dtype()) launch(to.data<T>(), from.data<T>());
+           else launch(to.data<T>(), from.data<acc_t<T>>()));
 }

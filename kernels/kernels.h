@@ -111,9 +111,9 @@ void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
 void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& q,
                              const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
                              const Positions& keys);
-// dq as q may be, and dkv as kv, of their dtype or acc: written, or with `add` added to what is there.
-// out and lse may be merged from this and other keys: then this is these keys' part of dq, and all
-// that these queries give to dk and dv.
+// dq as q may be, and dkv as kv, of their dtype or acc: written, or with `add` added to what is
+// there. out and lse may be merged from this and other keys: then this is these keys' part of dq,
+// and all that these queries give to dk and dv.
 void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
                               const Tensor& out, const Tensor& lse, const Tensor& q,
                               const Tensor& kv, int64_t B, int64_t H, const Positions& queries,

@@ -162,10 +162,12 @@ mutant faults the_targets_logit_is_not_summed \
   2 immediate test_tensor_parallel $parity_tp
 
 mutant faults a_piece_begins_a_token_late \
-  context_parallel.cpp 's/return \{piece\(rank\), /return {{piece(rank).begin + 1, piece(rank).end + 1}, /' \
+  context_parallel.cpp \
+  's/return \{piece\(rank\), /return {{piece(rank).begin + 1, piece(rank).end + 1}, /' \
   2 immediate test_context_parallel $parity_cp
 mutant faults results_are_merged_without_their_weights \
-  context_parallel.cpp 's/merge_attention\(sum, lse, part_out, part_lse\)/add(sum, sum, part_out)/' \
+  context_parallel.cpp \
+  's/merge_attention\(sum, lse, part_out, part_lse\)/add(sum, sum, part_out)/' \
   2 immediate test_context_parallel $parity_cp
 mutant faults the_last_round_is_lost \
   context_parallel.cpp 's/if \(round\) merge/if (round \&\& round + 1 < axis_.size) merge/' \
@@ -177,7 +179,8 @@ mutant faults only_the_last_rank_adds_to_a_key_s_gradient \
 mutant faults the_loss_is_of_one_ranks_tokens \
   trainer.cpp '/axes.push_back\(mesh_\["cp"\]\);/d' 2 immediate test_context_parallel $parity_cp
 mutant faults pieces_of_the_plain_cut \
-  context_parallel.cpp 's/\{piece\(rank\), piece\(pieces - 1 - rank\)\}/{piece(2 * rank), piece(2 * rank + 1)}/' \
+  context_parallel.cpp \
+  's/\{piece\(rank\), piece\(pieces - 1 - rank\)\}/{piece(2 * rank), piece(2 * rank + 1)}/' \
   2 immediate test_context_parallel same_work
 
 mutant faults the_head_s_part_of_the_tied_gradient_stays_away \

@@ -1,7 +1,7 @@
 // test_context_parallel.cpp: context parallelism, alone and with every other strategy, equals one
 // rank, in f64 to rounding; bytes and memory equal the formulas exactly; every rank has the same
-// work. Run under mpiexec -n 1, 2, 3, 4, 8: every layout with cp > 1 of the world's size and at most
-// one other axis, lengths that 2 cp divides and that it does not.
+// work. Run under mpiexec -n 1, 2, 3, 4, 8: every layout with cp > 1 of the world's size and at
+// most one other axis, lengths that 2 cp divides and that it does not.
 #include "tests/parity.h"
 
 namespace {
