@@ -28,7 +28,7 @@
 #pragma once
 #include "kernels/common.cuh"
 #ifdef CPU_FAITHFUL
-#include "cpu/faithful/mma.h"
+#include <cpu/faithful/mma.h>  // stands in for the instructions
 #endif
 
 using bf16 = __nv_bfloat16;

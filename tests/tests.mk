@@ -21,7 +21,7 @@ print-link: ; @echo '$(LINK)'
 print-objects: ; @echo '$(OBJECTS)'
 
 .PHONY: test faults fuzz parity compare mutants sanitize check-docs check-style check-portable
-.PHONY: bench cuda cuda-build check-spills sass
+.PHONY: bench gpu-check cuda cuda-build check-spills sass
 
 test:  ## make test                the whole suite; with BACKEND=cuda on the GPUs, too
 	@tests/run.sh cpu faithful $(filter cuda,$(BACKEND))
@@ -61,8 +61,13 @@ check-style:  ## make check-style         width, clang-format, one sentence a li
 check-portable:
 	@tests/portable.sh $(ON)
 
-bench: build $(BENCHES:%=$(B)/tests/%)  ## make bench               speed: kernels, tokens/s, memory
+## make bench               speed: kernels, tokens/s, memory
+bench: build $(BENCHES:%=$(B)$(WHERE)/tests/%)
 	@tests/bench.sh
+
+## make gpu-check           whether all holds on this machine's GPUs: build/gpu-check.txt
+gpu-check:
+	@MPIEXEC='$(MPIEXEC)' MPICXX='$(MPICXX)' LIBCUDART='$(LIBCUDART)' tests/gpu_check.sh
 
 ## make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)
 cuda:
