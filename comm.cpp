@@ -99,7 +99,7 @@ std::vector<Axis> Mesh::that(bool AxisKind::*splits, bool is) const {
 std::vector<Axis> Mesh::every_axis() const {
   std::vector<Axis> all{world};
   all.insert(all.end(), axes.begin(), axes.end());
-  all.insert(all.end(), joined.begin(), joined.end());
+  for (const auto& [ends, axis] : joined) all.push_back(axis);
   return all;
 }
 
@@ -114,8 +114,6 @@ static Axis open_axis(const Mesh& m, size_t slowest, size_t fastest) {
     axis.size *= m.axes[a].size;
   }
   const int color = m.rank - axis.rank * stride;  // the first rank of this line of the grid
-  for (const Axis& open : m.joined)
-    if (open.name == axis.name) return open;
   if (axis.size > 1 && m.world.comm)
     NCCL_CHECK(ncclCommSplit(m.world.comm, color, axis.rank, &axis.comm, nullptr));
   return axis;
@@ -143,10 +141,9 @@ Axis join(Mesh& m, AxisName slowest, AxisName fastest) {
   for (size_t a = slowest.index; a <= fastest.index; a++) all *= m.axes[a].size;
   for (size_t a = slowest.index; a <= fastest.index; a++)
     if (m.axes[a].size == all) return m.axes[a];
-  const Axis axis = open_axis(m, slowest.index, fastest.index);
-  const auto is_it = [&](const Axis& open) { return open.name == axis.name; };
-  if (std::none_of(m.joined.begin(), m.joined.end(), is_it)) m.joined.push_back(axis);
-  return axis;
+  const auto [axis, is_new] = m.joined.try_emplace({slowest.index, fastest.index});
+  if (is_new) axis->second = open_axis(m, slowest.index, fastest.index);
+  return axis->second;
 }
 
 void close_mesh(Mesh& m) {

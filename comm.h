@@ -97,9 +97,9 @@ struct Mesh {
   Layout layout;
   int rank = 0, size = 1;
   std::array<Axis, kAxes.size()> axes;
-  Axis world;                     // every rank
-  std::vector<Axis> joined;       // see join
-  cudaStream_t stream = nullptr;  // the one communication queue
+  Axis world;                                        // every rank
+  std::map<std::pair<size_t, size_t>, Axis> joined;  // by their ends: see join
+  cudaStream_t stream = nullptr;                     // the one communication queue
 };
 // Collective. The communicators are split from the world's in the same order everywhere.
 Mesh open_mesh(const Layout& layout);

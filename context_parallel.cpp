@@ -33,20 +33,18 @@ Positions ContextParallel::part_of(int rank, int64_t T) const {
 // ---- communication: on the one queue, behind what was computed. What is sent must be kept until
 // finish().
 
-void ContextParallel::start_exchange(const std::vector<Tensor>& send,
-                                     const std::vector<Tensor>& receive) const {
-  const int next = (axis_.rank + 1) % axis_.size;
+// Each x goes to the next rank, and the rank before fills its room.
+void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
+  const int next = (axis_.rank + 1) % axis_.size, before = source(1);
   make_wait(stream_, device().compute);  // what is sent must be there, and room for what comes
   const Timed timed(stream_);
   NCCL_CHECK(ncclGroupStart());
-  for (const Tensor& x : send) {
+  for (const auto& [x, room] : all) {
+    const ncclDataType_t type = nccl_type(x.dtype());
     ledger.send(axis_, x.bytes());
-    NCCL_CHECK(
-        ncclSend(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), next, axis_.comm, stream_));
+    NCCL_CHECK(ncclSend(x.raw(), size_t(x.numel()), type, next, axis_.comm, stream_));
+    NCCL_CHECK(ncclRecv(room.raw(), size_t(room.numel()), type, before, axis_.comm, stream_));
   }
-  for (const Tensor& x : receive)
-    NCCL_CHECK(
-        ncclRecv(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), source(1), axis_.comm, stream_));
   NCCL_CHECK(ncclGroupEnd());
 }
 
@@ -60,13 +58,10 @@ struct ContextParallel::Problem {
   int64_t B, T, H, C;  // C: width of H heads
   AttentionKind kind;
   Dtype dtype;
-  Dtype master() const { return master_dtype(dtype); }
+  Dtype master = master_dtype(dtype);
   // (rows, columns C) of the tokens of one rank
   Tensor rows(const Positions& of, int64_t columns, Dtype type) const {
     return Tensor({B * of.rows(), columns * C}, type, Memory::workspace);
-  }
-  Tensor lse(const Positions& queries, Memory category) const {
-    return Tensor({B, H, queries.rows()}, master(), category);
   }
 };
 
@@ -75,7 +70,7 @@ Var ContextParallel::attention(Tape& tape, const Var& qkv, int64_t B, int64_t T,
   if (!splits(T)) return ::attention(tape, qkv, B, T, H, kind);
   const Problem p{B, T, H, qkv.value.dim(1) / 3, kind, qkv.value.dtype()};
   Var y{Tensor({qkv.value.dim(0), p.C}, p.dtype, Memory::activations)};
-  const Tensor lse = p.lse(part(T), Memory::activations);
+  const Tensor lse({B, H, part(T).rows()}, p.master, Memory::activations);
   {
     const Purpose purpose(tape.replaying ? Traffic::recompute : Traffic::training);
     forward(p, y.value, lse, qkv.value);
@@ -92,8 +87,8 @@ void ContextParallel::forward(const Problem& p, const Tensor& out, const Tensor&
                               const Tensor& qkv) const {
   const Positions queries = part(p.T);
   // over the keys so far; and of one round
-  const Tensor sum = p.rows(queries, 1, p.master()), part_out = p.rows(queries, 1, p.master()),
-               part_lse = p.lse(queries, Memory::workspace);
+  const Tensor sum = p.rows(queries, 1, p.master), part_out = p.rows(queries, 1, p.master),
+               part_lse(lse.shape(), p.master, Memory::workspace);
   Tensor kv = p.rows(queries, 2, p.dtype);  // of this round
   copy_columns(kv, 0, qkv, p.C, 2 * p.C);
   for (int round = 0; round < axis_.size; round++) {
@@ -101,16 +96,12 @@ void ContextParallel::forward(const Problem& p, const Tensor& out, const Tensor&
     Tensor next;
     if (round + 1 < axis_.size) {
       next = p.rows(part_of(source(round + 1), p.T), 2, p.dtype);
-      start_exchange({kv}, {next});
+      start_exchange({{kv, next}});
     }
     const Tensor &o = round ? part_out : sum, &l = round ? part_lse : lse;
-    if (p.kind == AttentionKind::plain) {
-      const Tensor probabilities({p.B, p.H, queries.rows(), keys.rows()}, p.dtype,
-                                 Memory::workspace);
-      attention_plain_forward(o, l, probabilities, qkv, kv, p.B, p.H, queries, keys);
-    } else {
-      attention_flash_forward(o, l, qkv, kv, p.B, p.H, queries, keys);
-    }
+    if (p.kind == AttentionKind::plain)
+      attention_plain_forward(o, l, {}, qkv, kv, p.B, p.H, queries, keys);
+    else attention_flash_forward(o, l, qkv, kv, p.B, p.H, queries, keys);
     if (round) merge_attention(sum, lse, part_out, part_lse);
     finish();
     kv = next;
@@ -125,28 +116,26 @@ void ContextParallel::forward(const Problem& p, const Tensor& out, const Tensor&
 void ContextParallel::backward(const Problem& p, const Tensor& dqkv, const Tensor& dout,
                                const Tensor& out, const Tensor& lse, const Tensor& qkv) const {
   const Positions queries = part(p.T);
-  const Tensor dq = p.rows(queries, 1, p.master()), own = p.rows(queries, 2, p.master()),
-               others =
-                   p.rows(queries, 2, p.master());  // of its own keys: by its queries, by others
+  const Tensor dq = p.rows(queries, 1, p.master);
+  // gradients of this rank's keys and values: by its own queries, and by those of others
+  const Tensor own = p.rows(queries, 2, p.master), others = p.rows(queries, 2, p.master);
   Tensor kv = p.rows(queries, 2, p.dtype);
   copy_columns(kv, 0, qkv, p.C, 2 * p.C);
   Tensor sum;  // gradients of the last round's keys, by the ranks so far
   for (int round = 0; round < axis_.size; round++) {
     const Positions keys = part_of(source(round), p.T);
-    const Tensor dkv = round ? p.rows(keys, 2, p.master()) : own;
-    std::vector<Tensor> send, receive;
+    const Tensor dkv = round ? p.rows(keys, 2, p.master) : own;
+    std::vector<Travel> all;
     Tensor next, before;  // keys and values of the next round; gradients of this one's
     if (round + 1 < axis_.size) {
       next = p.rows(part_of(source(round + 1), p.T), 2, p.dtype);
-      send.push_back(kv);
-      receive.push_back(next);
+      all.push_back({kv, next});
     }
     if (round > 1) {
-      before = p.rows(keys, 2, p.master());
-      send.push_back(sum);
-      receive.push_back(before);
+      before = p.rows(keys, 2, p.master);
+      all.push_back({sum, before});
     }
-    start_exchange(send, receive);
+    start_exchange(all);
     if (round) fill(dkv, 0);
     const bool add_to = round > 0;  // dq adds up over the rounds
     if (p.kind == AttentionKind::plain)
@@ -159,7 +148,7 @@ void ContextParallel::backward(const Problem& p, const Tensor& dqkv, const Tenso
     kv = next;
     sum = dkv;
   }
-  start_exchange({sum}, {others});
+  start_exchange({{sum, others}});
   finish();
   add(own, own, others);
   copy_columns(dqkv, 0, dq, 0, p.C);

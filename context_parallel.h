@@ -40,7 +40,10 @@ class ContextParallel {
   void forward(const Problem& p, const Tensor& out, const Tensor& lse, const Tensor& qkv) const;
   void backward(const Problem& p, const Tensor& dqkv, const Tensor& dout, const Tensor& out,
                 const Tensor& lse, const Tensor& qkv) const;
-  void start_exchange(const std::vector<Tensor>& send, const std::vector<Tensor>& receive) const;
+  struct Travel {
+    Tensor x, room;
+  };
+  void start_exchange(const std::vector<Travel>& all) const;
   void finish() const;
   int source(int round) const { return (axis_.rank - round + axis_.size) % axis_.size; }
 

@@ -119,17 +119,17 @@ void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor&
   if (!out.numel()) return;
   const Problem x(out, B, H, queries, keys);
   const Dtype dtype = q.dtype();
-  ASSERT(probabilities.numel() == B * x.scores() && probabilities.dtype() == dtype,
-         to_string(probabilities.shape()), " with B = ", B, ", H = ", H, ", T = ", x.Tq, ", ",
-         x.Tk);
+  const Tensor p =
+      probabilities.empty() ? Tensor({B, H, x.Tq, x.Tk}, dtype, Memory::workspace) : probabilities;
+  ASSERT(p.numel() == B * x.scores() && p.dtype() == dtype, to_string(p.shape()), " with B = ", B,
+         ", H = ", H, ", T = ", x.Tq, ", ", x.Tk);
   const Heads y(out, B, x.n.queries, x.n), qs(q, B, x.n.queries, x.n), kvs(kv, B, x.n.keys, x.n);
-  for (int64_t b = 0; b < B; b++)
-    x.multiply(x.of(probabilities, b), qs.first(b), kvs.keys(b, true));
+  for (int64_t b = 0; b < B; b++) x.multiply(x.of(p, b), qs.first(b), kvs.keys(b, true));
   DISPATCH(dtype, causal_softmax<T><<<unsigned(B) * x.rows, kThreads, 0, device().compute>>>(
-                      probabilities.data<T>(), lse.empty() ? nullptr : lse.data<acc_t<T>>(), x.n));
+                      p.data<T>(), lse.empty() ? nullptr : lse.data<acc_t<T>>(), x.n));
   for (int64_t b = 0; b < B; b++)
-    matmul(dtype, out.dtype(), x.Tq, x.n.D, x.Tk, x.matrix(x.of(probabilities, b)), kvs.values(b),
-           y.first(b), 1, 0, H);
+    matmul(dtype, out.dtype(), x.Tq, x.n.D, x.Tk, x.matrix(x.of(p, b)), kvs.values(b), y.first(b),
+           1, 0, H);
 }
 
 void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,

@@ -96,8 +96,8 @@ std::vector<int> sort_rows(const std::vector<int>& tokens);
 // sum of exponentials, which the backward needs, and who merges results over several sets of keys.
 // A row that sees no key has out 0 and as lse the lowest number there is.
 
-// plain: batched matrix products and a softmax kernel; probabilities (B,H,Tq,Tk) of q's dtype. lse
-// may be empty.
+// plain: batched matrix products and a softmax kernel; probabilities (B,H,Tq,Tk) of q's dtype.
+// These, where nobody keeps them, or lse may be empty.
 void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor& probabilities,
                              const Tensor& q, const Tensor& kv, int64_t B, int64_t H,
                              const Positions& queries, const Positions& keys);
