@@ -21,13 +21,13 @@ std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int 
   return of_stage;
 }
 
-Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options)
-    : gpt(config, mesh["tp"], mesh.stream, mesh["cp"]),
+Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
+    : options(o),
+      gpt(config, mesh["tp"], mesh.stream, mesh["cp"]),
       fsdp(join(mesh, "fsdp", "cp"), mesh.that(&AxisKind::splits_model, false), mesh.stream,
            config.dtype, options.fsdp, options.seed),
       pipeline(mesh["pp"], mesh.stream, schedule_of(options, mesh.layout)),
       mesh_(mesh),
-      options_(options),
       pieces_(pieces_of(gpt, pipeline.schedule(), mesh["pp"].rank)) {
   fsdp.add_units(params_of(pieces_));
   for (int c = 0; c < int(pieces_.size()); c++)
@@ -37,8 +37,7 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& opti
   // Embedding and head are tied. On one rank each has a gradient of its own; where gradients live
   // for one micro-batch only, they share it. On two ranks each has a copy of the parameter: the
   // gradients are exchanged, and the first counts it in the norm and saves it.
-  const bool first = pieces_[0].front().kind == ModelPart::embedding,
-             last = pieces_.back().back().kind == ModelPart::head;
+  const bool first = has_embedding(pieces_[0]), last = has_head(pieces_.back());
   if (first && last && !fsdp.shards_gradients()) separate_uses(gpt.tied());
   gpt.tied().counted = first;
   exchanges_tied_ = first != last;
@@ -48,42 +47,42 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& opti
     gpt.tp.sum_partial_gradients(params);
   };
   optimizer_ = std::make_unique<Optimizer>(fsdp.optimizer_shards(), int64_t(gpt.params().size()),
-                                           options.clip, options.weight_decay);
+                                           options.clip, options.weight_decay,
+                                           [this](const Tensor& squares) {
+                                             sum_over(mesh_.that(&AxisKind::splits_model), squares,
+                                                      Traffic::norm, mesh_.stream);
+                                           });
   total_ = Tensor({1}, Dtype::f64, Memory::workspace);
 }
 
 // ---- a step
 
 void Trainer::gradients(const Sequences& batch) {
-  const int64_t b = options_.microbatch, T = gpt.config.context;
+  const int64_t b = options.microbatch, T = gpt.config.context;
   fill(total_, 0);
   fsdp.begin_step(pipeline.schedule().microbatches);
   pipeline.run(
       activation(b, T), gpt.config.dtype, [&](Tape& tape, int chunk, const Var& x, int microbatch) {
         const Tokens tokens = read((microbatch * data_ranks() + data_rank()) * b, b, batch);
-        return forward_loss(tape, chunk, x, tokens, 1.0 / double(options_.batch * tokens.length));
+        return forward_loss(tape, chunk, x, tokens, 1.0 / double(options.batch * tokens.length));
       });
   fsdp.finish_backward();
   if (exchanges_tied_) pipeline.sum_tied(fsdp.gradient_shard(kTied));
   sum_loss();
 }
 
-Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale) {
-  scale /= double(gpt.cp.copies(tokens.length));
-  return forward(tape, chunk, x, tokens, [&](Var logits) {
-    gpt.tp.cross_entropy(tape, std::move(logits), tokens.targets, scale, total_);
-  });
+Var Trainer::forward(Tape& tape, int chunk, Var x, const Tokens& tokens) {
+  for (const ModelPart& part : pieces_[chunk])
+    x = fsdp.run(tape, uses_.at(&part), [&] { return gpt.run(tape, part, x, tokens); });
+  return x;
 }
 
-Var Trainer::forward(Tape& tape, int chunk, Var x, const Tokens& tokens, const Finish& finish) {
-  for (const ModelPart& part : pieces_[chunk])
-    x = fsdp.run(tape, uses_.at(&part), [&] {
-      Var y = gpt.run(tape, part, x, tokens);
-      if (part.kind != ModelPart::head) return y;
-      finish(std::move(y));
-      return Var{};
-    });
-  return x;
+Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale) {
+  Var y = forward(tape, chunk, x, tokens);
+  if (!has_head(pieces_[chunk])) return y;
+  const double copies = double(gpt.cp.copies(tokens.length));
+  gpt.tp.cross_entropy(tape, std::move(y), tokens.targets, scale / copies, total_);
+  return {};
 }
 
 int64_t Trainer::data_rank() const {
@@ -96,21 +95,21 @@ int64_t Trainer::data_rank() const {
 // targets.
 Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) const {
   std::vector<int> inputs, targets;
+  // at once: what does not fit is refused before it is read
+  inputs.reserve(size_t(count * gpt.config.context));
+  targets.reserve(size_t(count * gpt.config.context));
   int64_t T = 0;
-  Positions places;
   for (int64_t s = first; s < first + count; s++) {
     const std::vector<int> tokens = sequence(s);
     T = int64_t(tokens.size()) - 1;
-    places = gpt.cp.part(T);
-    if (s == first)  // at once: what does not fit is refused before it is read
-      for (std::vector<int>* all : {&inputs, &targets}) all->reserve(size_t(count * places.rows()));
+    const Positions places = gpt.cp.part(T);
     for (const Range& piece : {places.low, places.high}) {
       const auto begin = tokens.begin() + piece.begin, end = tokens.begin() + piece.end;
       inputs.insert(inputs.end(), begin, end);
       targets.insert(targets.end(), begin + 1, end + 1);
     }
   }
-  return Tokens(count, T, places, std::move(inputs), std::move(targets),
+  return Tokens(count, T, gpt.cp.part(T), std::move(inputs), std::move(targets),
                 gpt.tp.part(gpt.config.vocab));
 }
 
@@ -122,12 +121,8 @@ void Trainer::sum_loss() {
   sum_over(axes, total_, Traffic::loss, mesh_.stream);
 }
 
-void Trainer::sum_squares(const Tensor& squares) {
-  sum_over(mesh_.that(&AxisKind::splits_model), squares, Traffic::norm, mesh_.stream);
-}
-
 void Trainer::update(double lr) {
-  optimizer_->step(lr, [this](const Tensor& squares) { sum_squares(squares); });
+  optimizer_->step(lr);
   fsdp.end_step();
 }
 
@@ -135,9 +130,10 @@ bool Trainer::can_go_on(const Sequences& batch) {
   const auto rows = ledger.rows;
   const bool timed = std::exchange(pipeline.timed, false);
   gradients(batch);
-  optimizer_->measure([this](const Tensor& squares) { sum_squares(squares); });
+  optimizer_->measure();
   fsdp.end_step();
-  ledger.rows = rows, pipeline.timed = timed;
+  ledger.rows = rows;
+  pipeline.timed = timed;
   return std::isfinite(loss()) && std::isfinite(norm()) && optimizer_->finite();
 }
 
@@ -145,7 +141,7 @@ bool Trainer::can_go_on(const Sequences& batch) {
 
 double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
   const Purpose purpose(Traffic::evaluation);
-  const int64_t T = gpt.config.context, b = options_.microbatch, round = b * data_ranks(),
+  const int64_t T = gpt.config.context, b = options.microbatch, round = b * data_ranks(),
                 rounds = sequences / round;
   fill(total_, 0);
   // Micro-batches of `count` sequences from `first` on, `times` on each rank. A rank that has none
@@ -181,10 +177,11 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
   fill(next, 0);  // what a rank has that does not have the head
   pipeline.forward(activation(1, n), gpt.config.dtype, 1,
                    [&](Tape& tape, int chunk, const Var& x, int) {
-                     return forward(tape, chunk, x, batch, [&](const Var& logits) {
-                       const Tensor whole = gpt.tp.whole_logits(logits.value, V);
-                       if (mesh_["cp"].rank == 0) next = whole;  // it has the last token
-                     });
+                     const Var y = forward(tape, chunk, x, batch);
+                     if (!has_head(pieces_[chunk])) return y;
+                     const Tensor whole = gpt.tp.whole_logits(y.value, V);
+                     if (mesh_["cp"].rank == 0) next = whole;  // it has the last token
+                     return Var{};
                    });
   sum_over({mesh_["cp"], mesh_["pp"]}, next, Traffic::evaluation, mesh_.stream);
   return download(next);
