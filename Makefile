@@ -11,6 +11,7 @@ MAKEFLAGS += -r# no rules but those below
 
 THREADS ?= $(shell nproc)
 WERROR  ?=# -Werror (as .ci/run has it): another compiler's warnings do not stop a user
+OPTIMIZE ?= -O2 -g1# of what is no kernel
 COMM    ?= nccl
 # MPICH, though another MPI may be there; looked for at each use, since `make deps` may come first
 MPICXX  ?= $(or $(shell command -v mpicxx.mpich 2>/dev/null),mpicxx)
@@ -40,12 +41,13 @@ SOURCES  := tensor.cu $(sort $(wildcard kernels/*.cu)) \
 
 # ---- compilers: here for CUDA; cpu/cpu.mk changes them for the backends that stand in for it
 
-CXXFLAGS  := -std=c++20 -O2 -g -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -I.
-NVCCFLAGS  = -std=c++20 -O3 -lineinfo -I. -Ikernels -ccbin $(MPICXX) \
+CXXFLAGS  := -std=c++20 $(OPTIMIZE) -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -I.
+NVCCFLAGS  = -std=c++20 $(filter -O%,$(OPTIMIZE)) -lineinfo -I. -Ikernels -ccbin $(MPICXX) \
              -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas \
              $(if $(WERROR),-Werror all-warnings -Xcompiler -Werror)
-GENCODE   := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
-             -gencode arch=compute_90,code=compute_90
+# with PTX for newer GPUs, and for a PTX runner, which takes the first that it finds uncompressed
+GENCODE   := -gencode arch=compute_80,code=[compute_80,sm_80] \
+             -gencode arch=compute_90,code=sm_90 -no-compress
 ifneq ($(GPU_GENCODE),)
   GENCODE := $(GPU_GENCODE)
 endif
@@ -83,11 +85,12 @@ $(B)/obj/%.cpp.o: %.cpp | $(B)/ready
 
 # with COMM=mpi ranks share a GPU; cpu/nccl stages through host memory in place of NCCL
 WHERE := $(if $(filter cuda-mpi,$(BACKEND)-$(COMM)),/comm-mpi)
+main   = $(B)/obj/$(or $(main_$*),$*.cpp).o# of the program $*
 .SECONDEXPANSION:
-$(PROGRAMS:%=$(B)/%): $(B)/%: $(B)/obj/$$(main_$$*).o $(OBJECTS)
+$(patsubst %,$(B)/%,$(PROGRAMS) $(basename $(wildcard tests/*.cpp))): $(B)/%: $$(main) $(OBJECTS)
+	@mkdir -p $(@D)
 	@$(LINK) $^ -o $@ $(LIBS) $(LIBS_NCCL)
-$(PROGRAMS:%=$(B)/comm-mpi/%): $(B)/comm-mpi/%: $(B)/obj/$$(main_$$*).o $(OBJECTS) \
-    $(NCCL_CPU:%=$(B)/obj/%.o)
+$(B)/comm-mpi/%: $$(main) $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
 	@mkdir -p $(@D)
 	@$(LINK) $^ -o $@ $(LIBS)
 -include $(shell find build -name '*.d' 2>/dev/null)
