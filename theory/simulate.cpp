@@ -93,28 +93,28 @@ static std::string wrong_action(const Schedule& s) {
     };
     for (int i = 0; i < int(s.actions[stage].size()); i++) {
       const auto& [kind, m, c, transfers] = s.at(stage, i);
-      const std::string here = place(s, stage, i);
+      const auto here = [&] { return place(s, stage, i); };
       std::string wrong;
       for (const Transfer& t : transfers) {
         const int part = t.payload == Transfer::activation ? 0 : 1;
         wrong = out_of_turn(t.microbatch, t.chunk, moved[{t.send, t.payload, t.chunk}]);
-        if (!wrong.empty()) return here + wrong;
+        if (!wrong.empty()) return here() + wrong;
         if (t.peer == stage ||
             transfer_of(s, stage, {kPart[part], t.microbatch, t.chunk}, t.send) != t)
-          return sentence(here, ": nothing needs to ", to_string(t), ".");
+          return sentence(here(), ": nothing needs to ", to_string(t), ".");
         if (t.send && done[{part, t.chunk}] <= t.microbatch)
-          return here + " sends before it has computed that.";
+          return here() + " sends before it has computed that.";
       }
       if (kind == Action::exchange) continue;
       for (const int part : parts_of[kind]) {
         if (part > 0 && done[{part - 1, c}] <= m)
-          return sentence(here, " comes before the ", to_string({kPart[part - 1], m, c}), ".");
+          return sentence(here(), " comes before the ", to_string({kPart[part - 1], m, c}), ".");
         if (const auto t = transfer_of(s, stage, {kPart[part], m, c}, false))
           if (m >= (t->peer == stage ? done[{part, other_end(s, stage, *t).chunk}]
                                      : moved[{false, t->payload, c}]))
-            return here + " comes before its input.";
+            return here() + " comes before its input.";
         wrong = out_of_turn(m, c, done[{part, c}]);
-        if (!wrong.empty()) return here + wrong;
+        if (!wrong.empty()) return here() + wrong;
       }
     }
     for (int part = 0; part < 3; part++)
