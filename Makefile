@@ -70,6 +70,11 @@ $(B)/ready: Makefile cpu/cpu.mk $(B)/packages
 	@$(PROBE)
 	@touch $@
 
+# what most files include is parsed once, with PRECOMPILE=yes: a compiler cache would rather not
+COMMON := $(if $(PRECOMPILE),$(B)/common.h.gch)
+$(B)/common.h.gch: comm.h | $(B)/ready
+	@echo '#include "$<"' >$(@:.gch=)
+	@$(MPICXX) $(CXXFLAGS) -MMD -MP -x c++-header $(@:.gch=) -o $@
 OBJECTS = $(patsubst %,$(B)/obj/%.o,$(SOURCES))
 ifeq ($(STANDIN),)
 $(B)/obj/%.cu.o: %.cu | $(B)/ready
@@ -78,10 +83,10 @@ $(B)/obj/%.cu.o: %.cu | $(B)/ready
 	@$(NVCC) $(NVCCFLAGS) $(GENCODE) -Xptxas -v -MMD -MP -c $< -o $@ 2>$(@:.o=.ptxas) || \
 	  { cat $(@:.o=.ptxas); exit 1; }
 endif
-$(B)/obj/%.cpp.o: %.cpp | $(B)/ready
+$(B)/obj/%.cpp.o: %.cpp $(COMMON) | $(B)/ready
 	@mkdir -p $(@D)
 	@echo "  $(BACKEND)  $<"
-	@$(MPICXX) $(CXXFLAGS) -MMD -MP -c $< -o $@
+	@$(MPICXX) $(CXXFLAGS) $(COMMON:%.gch=-include %) -MMD -MP -c $< -o $@
 
 # with COMM=mpi ranks share a GPU; cpu/nccl stages through host memory in place of NCCL
 WHERE := $(if $(filter cuda-mpi,$(BACKEND)-$(COMM)),/comm-mpi)

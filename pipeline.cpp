@@ -20,7 +20,8 @@
 //
 //   Live      a micro-batch on a chunk, from its forward to the end of its backward
 //   Parcel    an activation or a gradient, and the event at which it is computed, has come or left
-//   room_     memory for what the next exchange receives
+//   outbox_   parcels that were computed here, until they have left
+//   inbox_    parcels that came, or the memory for those that the next exchange receives
 //
 //   the compute queue              the communication queue
 //     prepare_room  ---- room is free ---+
@@ -36,16 +37,13 @@
 
 // ---- the executor
 
-void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
-  const std::vector<Action>& actions = schedule_.actions[axis_.rank];
+// Executes a list: exchanges and, between what each receives and what it passes on, computations.
+void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, Dtype dtype,
+                       const std::function<Tensor(size_t action, Tensor x)>& compute) {
   const auto prepare_next = [&](size_t i) {  // the first exchange from action i on
     while (i < actions.size() && actions[i].kind != Action::exchange) i++;
     if (i < actions.size()) prepare_room(actions[i].transfers, shape, dtype);
   };
-  const int64_t& held = device().memory.now[int(Memory::activations)];
-  Lives lives;
-  most_live_ = most_live_bytes_ = 0;
-  if (timed) milliseconds_.assign(actions.size(), 0);
   prepare_next(0);
   for (size_t i = 0; i < actions.size(); i++) {
     const Action& a = actions[i];
@@ -54,27 +52,42 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
       prepare_next(i + 1);
       continue;
     }
-    Live& live = lives[{a.microbatch, a.chunk}];
     const auto input = transfer_of(schedule_, axis_.rank, a, false),
                output = transfer_of(schedule_, axis_.rank, a, true);
+    Tensor result = compute(i, input ? receive(*input) : Tensor());
+    if (output) put_in_outbox(*output, std::move(result));
+  }
+  release_sent(exchanges_);
+}
+
+void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
+  const std::vector<Action>& actions = schedule_.actions[axis_.rank];
+  const int64_t& held = device().memory.now[int(Memory::activations)];
+  Lives lives;
+  most_live_ = most_live_bytes_ = 0;
+  if (timed) milliseconds_.assign(actions.size(), 0);
+  execute(actions, shape, dtype, [&](size_t i, Tensor x) {
+    const Action& a = actions[i];
+    Live& live = lives[{a.microbatch, a.chunk}];
+    Tensor result;
     switch (a.kind) {
       case Action::forward: {
-        if (input) live.in.value = receive(*input);
-        const int64_t before = held - (input ? live.in.value.bytes() : 0);
+        const int64_t before = held - (x.empty() ? 0 : x.bytes());
+        live.in.value = std::move(x);
         measure(i, [&] { live.out = compute(live.tape, a.chunk, live.in, a.microbatch); });
-        // what was made, and what came, less what is passed on
-        live.bytes = held - before - (output ? live.out.value.bytes() : 0);
         live.in.value = Tensor();  // whoever needs it for the backward has it
+        result = std::move(live.out.value);
+        // what was made, and what came, less what is passed on
+        live.bytes = held - before - (result.empty() ? 0 : result.bytes());
         count_live(lives);
-        if (output) put_in_outbox(*output, std::move(live.out.value));
         break;
       }
       case Action::backward:
       case Action::input_gradient:
         if (a.kind == Action::input_gradient) live.tape.deferred = &live.later;
-        if (input) *live.out.grad = receive(*input);
+        *live.out.grad = std::move(x);
         measure(i, [&] { live.tape.backward(); });
-        if (output) put_in_outbox(*output, take(live.in.grad));
+        result = std::move(*live.in.grad);
         break;
       default:  // weight_gradient
         measure(i, [&] {
@@ -83,32 +96,27 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
     }
     if (a.kind == Action::backward || a.kind == Action::weight_gradient)
       lives.erase({a.microbatch, a.chunk});
-  }
-  release_sent(exchanges_);
+    return result;
+  });
 }
 
 void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute) {
-  const auto exchange_now = [&](const Transfer& t) {
-    if (t.peer == axis_.rank) return;
-    prepare_room({t}, shape, dtype);
-    exchange({t});
-  };
+  std::vector<Action> actions;
   for (int m = 0; m < microbatches; m++)
     for (int chunk = 0; chunk < schedule_.chunks; chunk++) {
       const Action a{Action::forward, m, chunk};
-      Var x;
-      if (const auto input = transfer_of(schedule_, axis_.rank, a, false)) {
-        exchange_now(*input);
-        x.value = receive(*input);
-      }
-      Tape tape(false);
-      const Var y = compute(tape, chunk, x, m);
-      if (const auto output = transfer_of(schedule_, axis_.rank, a, true)) {
-        put_in_outbox(*output, y.value);
-        exchange_now(*output);
-      }
+      const auto add_exchange = [&](bool send) {
+        const auto t = transfer_of(schedule_, axis_.rank, a, send);
+        if (t && t->peer != axis_.rank) actions.push_back({Action::exchange, -1, -1, {*t}});
+      };
+      add_exchange(false);
+      actions.push_back(a);
+      add_exchange(true);
     }
-  release_sent(exchanges_);
+  execute(actions, shape, dtype, [&](size_t i, Tensor x) {
+    Tape tape(false);
+    return compute(tape, actions[i].chunk, Var{std::move(x)}, actions[i].microbatch).value;
+  });
 }
 
 // ---- between stages
@@ -118,23 +126,21 @@ void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const 
 void Pipeline::prepare_room(const std::vector<Transfer>& transfers, const Shape& shape,
                             Dtype dtype) {
   for (const Transfer& t : transfers)
-    if (!t.send) room_.push_back(Tensor(shape, dtype, Memory::activations));
+    if (!t.send) inbox_[t].x = Tensor(shape, dtype, Memory::activations);
   room_is_free_.record(device().compute);
 }
 
 // Where both ends are on this stage, it has come already.
 void Pipeline::put_in_outbox(const Transfer& t, Tensor x) {
-  const auto computed = std::make_shared<Event>();
-  computed->record(device().compute);
-  if (t.peer == axis_.rank) inbox_[other_end(schedule_, axis_.rank, t)] = {std::move(x), computed};
-  else outbox_[t] = {std::move(x), computed};
+  const bool stays = t.peer == axis_.rank;
+  Parcel& parcel = stays ? inbox_[other_end(schedule_, axis_.rank, t)] : outbox_[t];
+  parcel = {std::move(x), std::make_shared<Event>()};
+  parcel.event->record(device().compute);
 }
 
 // All transfers of an exchange are one NCCL group, so that two that face each other do not wait for
 // each other.
 void Pipeline::exchange(const std::vector<Transfer>& transfers) {
-  const auto done = std::make_shared<Event>();
-  exchanges_++;
   for (const Transfer& t : transfers)
     // what is sent must have been computed
     if (t.send) outbox_.at(t).event->make_wait(stream_);
@@ -142,45 +148,49 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
     else room_is_free_.make_wait(stream_);
 
   const Timed timed(stream_);
+  const auto done = std::make_shared<Event>();
+  exchanges_++;
   NCCL_CHECK(ncclGroupStart());
   for (const Transfer& t : transfers) {
-    if (t.send) {
-      const Tensor x = outbox_.extract(t).mapped().x;
-      ledger.send(axis_, x.bytes());
-      NCCL_CHECK(
-          ncclSend(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), t.peer, axis_.comm, stream_));
-      sent_.push_back({x, done, exchanges_});
-    } else {
-      const Tensor x = std::move(room_.front());
-      room_.pop_front();
-      NCCL_CHECK(
-          ncclRecv(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), t.peer, axis_.comm, stream_));
-      inbox_[t] = {x, done, exchanges_};
-    }
+    Parcel& parcel = (t.send ? outbox_ : inbox_).at(t);
+    if (t.send) send(parcel.x, t.peer);
+    else receive_into(parcel.x, t.peer);
+    parcel.event = done;
+    parcel.exchange = exchanges_;
   }
   NCCL_CHECK(ncclGroupEnd());
   done->record(stream_);
-  // a stage that runs ahead keeps four parcels at most
-  if (sent_.size() > 4) release_sent(sent_[sent_.size() - 5].exchange);
+  release_sent(exchanges_ - 4);  // a stage that runs ahead keeps what four exchanges sent, at most
+}
+
+void Pipeline::send(const Tensor& x, int peer) {
+  ledger.send(axis_, x.bytes());
+  NCCL_CHECK(ncclSend(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), peer, axis_.comm, stream_));
+}
+
+void Pipeline::receive_into(const Tensor& x, int peer) {
+  NCCL_CHECK(ncclRecv(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), peer, axis_.comm, stream_));
 }
 
 Tensor Pipeline::receive(const Transfer& transfer) {
   const auto parcel = inbox_.extract(transfer);
-  ASSERT(parcel, to_string(transfer), " did not come before it was needed");
+  ASSERT(parcel && parcel.mapped().event, to_string(transfer),
+         " did not come before it was needed");
   const auto& [x, event, exchange] = parcel.mapped();
   event->make_wait(device().compute);  // it must have arrived
-  // one queue: these left before
-  while (!sent_.empty() && sent_.front().exchange <= exchange) sent_.pop_front();
+  release_sent(exchange);              // one queue: what was sent until then has left
   return x;
 }
 
 // The compute queue waits until everything up to that exchange has left; then the memory can be
 // used again.
 void Pipeline::release_sent(int exchange) {
-  while (!sent_.empty() && sent_.front().exchange <= exchange) {
-    sent_.front().event->make_wait(device().compute);
-    sent_.pop_front();
-  }
+  std::erase_if(outbox_, [&](const auto& entry) {
+    const Parcel& parcel = entry.second;
+    const bool has_left = parcel.exchange > 0 && parcel.exchange <= exchange;
+    if (has_left) parcel.event->make_wait(device().compute);
+    return has_left;
+  });
 }
 
 // ---- once a step
@@ -191,12 +201,9 @@ void Pipeline::sum_tied(const Tensor& gradient) {
   const Tensor other(gradient.shape(), gradient.dtype(), Memory::workspace);
   make_wait(stream_, device().compute);  // the gradient must be complete
   const Timed timed(stream_);
-  ledger.send(axis_, gradient.bytes());
   NCCL_CHECK(ncclGroupStart());
-  NCCL_CHECK(ncclSend(gradient.raw(), size_t(gradient.numel()), nccl_type(gradient.dtype()), peer,
-                      axis_.comm, stream_));
-  NCCL_CHECK(ncclRecv(other.raw(), size_t(other.numel()), nccl_type(other.dtype()), peer,
-                      axis_.comm, stream_));
+  send(gradient, peer);
+  receive_into(other, peer);
   NCCL_CHECK(ncclGroupEnd());
   make_wait(device().compute, stream_);  // the other stage's part must have arrived
   add(gradient, gradient, other);        // a + b here, b + a there: the same bits

@@ -59,11 +59,15 @@ class Pipeline {
   struct Parcel {
     Tensor x;
     std::shared_ptr<Event> event;
-    int exchange = 0;  // that moved it, from 1 on
+    int exchange = 0;  // that moves it, from 1 on
   };
+  void execute(const std::vector<Action>& actions, const Shape& shape, Dtype dtype,
+               const std::function<Tensor(size_t action, Tensor x)>& compute);
   void prepare_room(const std::vector<Transfer>& transfers, const Shape& shape, Dtype dtype);
   void put_in_outbox(const Transfer& transfer, Tensor x);
   void exchange(const std::vector<Transfer>& transfers);
+  void send(const Tensor& x, int peer);
+  void receive_into(const Tensor& x, int peer);
   Tensor receive(const Transfer& transfer);
   void release_sent(int exchange);
   void measure(size_t action, const std::function<void()>& work);
@@ -72,10 +76,8 @@ class Pipeline {
   const Axis axis_;
   cudaStream_t stream_;  // of communication
   Schedule schedule_;
-  std::map<Transfer, Parcel> outbox_, inbox_;  // computed here, or come, and not used yet
-  std::deque<Parcel> sent_;                    // until the compute stream knows that they have left
-  std::deque<Tensor> room_;                    // memory for what the next exchange receives
-  Event room_is_free_;                         // whoever used that memory before is done with it
+  std::map<Transfer, Parcel> outbox_, inbox_;
+  Event room_is_free_;  // whoever used the memory of the next receives before is done with it
   int exchanges_ = 0;
   std::vector<double> milliseconds_;  // of each action, in processor time
   std::map<size_t, TimedWork> work_;  // of each computation

@@ -7,12 +7,8 @@
 #include "schedule.h"
 
 #include <algorithm>
-#include <cctype>
-#include <cmath>
-#include <deque>
 #include <map>
-#include <string_view>
-#include <tuple>
+#include <utility>
 
 #include "support/check.h"
 
@@ -30,14 +26,14 @@ static const ScheduleRow kRows[] = {
     {"1f1b", Place::line, false,
      [](int p, int m, int, int s) -> Phases {
        return {{p - 1 - s, "F"},  // one for each later stage
-               {m, "FG"}};
+               {m, "F G"}};
      },
      idle_of_whole_backwards, [](int p, int m, int, int s) { return std::min(p - s, m); }},
 
     {"interleaved", Place::ring, false,
      [](int p, int m, int V, int s) -> Phases {
        // up to the last chunk, then twice the way: a backward takes two forwards
-       return {{(V - 1) * p + 2 * (p - 1 - s), "F"}, {V * m, "FG"}};
+       return {{(V - 1) * p + 2 * (p - 1 - s), "F"}, {V * m, "F G"}};
      },
      idle_of_whole_backwards,
      [](int p, int m, int V, int s) { return std::min((V - 1) * p + 2 * (p - 1 - s) + 1, V * m); }},
@@ -47,7 +43,7 @@ static const ScheduleRow kRows[] = {
     // stages hold p micro-batches, and the later ones have work left for the end.
     {"zb", Place::line, true,
      [](int p, int m, int, int s) -> Phases {
-       return {{p - 1 - s, "F"}, {s, "FB"}, {m, "FBW"}};
+       return {{p - 1 - s, "F"}, {s, "F B"}, {m, "F B W"}};
      },
      [](int p, int m, const Times& t) {
        const double F = t.forward, B = t.input_gradient, W = t.weight_gradient;
@@ -100,19 +96,18 @@ const ScheduleRow& schedule_row(const std::string& name) {
 static std::vector<Action> computations(const Schedule& s, int stage) {
   const int p = s.stages, V = s.chunks;
   std::vector<Action> order;
-  std::map<std::pair<size_t, char>, int> next;  // of each step
+  std::map<std::string, int> done;  // of each step
   for (const auto& [times, steps] : s.row->phases(p, s.microbatches, V, stage))
-    for (int k = 0; k < times; k++)
-      for (const char* c = steps; *c; c++) {
-        const size_t kind = std::string_view("FGBW").find(*c);  // in the order of Action::Kind
-        if (*c == ' ') continue;
-        const bool chosen = std::isdigit(c[1]);
-        const int n = next[{kind, chosen ? *++c : 0}]++;
-        const int round = n / (p * V), chunk = n % (p * V) / p;
-        Action a{Action::Kind(kind), round * p + n % p, kind == 0 ? chunk : V - 1 - chunk};
-        if (chosen) a.microbatch = n, a.chunk = *c - '0';
+    for (int k = 0; k < times; k++) {
+      std::istringstream each(steps);
+      for (std::string step; each >> step;) {
+        const int n = done[step]++, round = n / (p * V), turn = n % (p * V) / p;
+        const auto kind = Action::Kind(std::string("FGBW").find(step[0]));  // in their order
+        Action a{kind, round * p + n % p, kind == Action::forward ? turn : V - 1 - turn};
+        if (step.size() > 1) a = {kind, n, step[1] - '0'};
         if (a.microbatch < s.microbatches) order.push_back(a);
       }
+    }
   return order;
 }
 
@@ -153,68 +148,57 @@ std::optional<Transfer> transfer_of(const Schedule& s, int stage, const Action& 
 // power of two, so that sums stay exact.
 constexpr double kMoment = 1.0 / (1 << 30);
 
-struct Ticks {
-  double start, end;
-};
-// [stage][action]: when it runs if F = B = W = 1 tick and each transfer takes a moment.
-static std::vector<std::vector<Ticks>> ticks(const Schedule& s) {
-  std::vector<std::vector<Ticks>> ticks(s.stages);
-  std::map<std::pair<int, Transfer>, double> came;  // {stage, the transfer as it sees it}
-  std::deque<int> ready;  // stages that may get on: another one has sent them something
-  for (int stage = 0; stage < s.stages; stage++) ready.push_back(stage);
-  for (; !ready.empty(); ready.pop_front()) {
-    const int stage = ready.front();
-    for (auto& mine = ticks[stage]; mine.size() < s.actions[stage].size();) {
-      const Action& a = s.at(stage, int(mine.size()));
-      double start = mine.empty() ? 0 : mine.back().end;
-      if (const auto input = transfer_of(s, stage, a, false)) {
-        const auto there = came.find({stage, *input});
-        if (there == came.end()) break;
-        start = std::max(start, there->second);
-      }
-      const double end = start + (a.kind == Action::backward ? 2 : 1);
-      mine.push_back({start, end});
-      if (const auto output = transfer_of(s, stage, a, true)) {
-        const bool moves = output->peer != stage;
-        came[{output->peer, other_end(s, stage, *output)}] = end + moves * kMoment;
-        if (moves) ready.push_back(output->peer);
-      }
-    }
-  }
-  return ticks;
-}
-
-// Lists every transfer on both its stages, at the time when what it sends exists. Two that face
-// each other at one tick become one exchange, at the later of their times. Exchanges of a tick come
-// before the computations that start at it.
+// From computations alone to all actions. Tick by tick: first what was computed by now is sent, in
+// the order in which it was; then stages start what they have the input for.
 static void place_transfers(Schedule& s) {
+  using End = std::pair<int, Transfer>;  // the stage, and the transfer as it sees it
   struct Meeting {
     double when = 0;
     std::map<int, std::vector<Transfer>> of;  // by stage
   };
-  const auto times = ticks(s);
-  // {tick, lower stage, higher stage}
-  std::map<std::tuple<double, int, int>, Meeting> meetings;
-  // {tick, computes, when, stage, peer}
-  std::map<std::tuple<double, bool, double, int, int>, Action> events;
-  for_each_computation(s, [&](int stage, int i, const Action& a) {
-    ASSERT(i < int(times[stage].size()), s.row->name, " waits for itself on stage ", stage);
-    const auto [start, end] = times[stage][i];
-    events[{std::floor(start), true, start, stage, stage}] = a;
-    const auto sent = transfer_of(s, stage, a, true);
-    if (!sent || sent->peer == stage) return;
-    const auto [low, high] = std::minmax({stage, sent->peer});
-    Meeting& m = meetings[{std::floor(end), low, high}];
-    m.when = std::max(m.when, end);
-    m.of[stage].push_back(*sent);
-    m.of[sent->peer].push_back(other_end(s, stage, *sent));
-  });
-  for (const auto& [key, m] : meetings)
-    for (const auto& [stage, transfers] : m.of)
-      events[{std::get<0>(key), false, m.when, stage, transfers[0].peer}] = {Action::exchange, -1,
-                                                                             -1, transfers};
-  for (auto& list : s.actions) list.clear();
-  for (const auto& [key, action] : events) s.actions[std::get<3>(key)].push_back(action);
+  const auto computations = std::exchange(s.actions, {size_t(s.stages), std::vector<Action>{}});
+  std::vector<size_t> started(s.stages);
+  std::vector<double> free(s.stages);                           // when the stage is
+  std::map<End, double> came;                                   // inputs, and when
+  std::map<int, std::vector<std::pair<double, End>>> computed;  // by tick: what is to be sent
+  for (int tick = 0, last = 0; tick <= last; tick++) {
+    // {lower stage, higher stage}: two that face each other are one exchange, when both are there
+    std::map<std::pair<int, int>, Meeting> meetings;
+    for (const auto& [when, end] : computed[tick]) {
+      const auto& [stage, sent] = end;
+      Meeting& m = meetings[std::minmax({stage, sent.peer})];
+      m.when = std::max(m.when, when);
+      m.of[stage].push_back(sent);
+      m.of[sent.peer].push_back(other_end(s, stage, sent));
+    }
+    std::multimap<double, Meeting> in_order;
+    for (const auto& [stages, m] : meetings) in_order.insert({m.when, m});
+    for (const auto& [when, m] : in_order)
+      for (const auto& [stage, transfers] : m.of)
+        s.actions[stage].push_back({Action::exchange, -1, -1, transfers});
+
+    for (int stage = 0; stage < s.stages; stage++) {
+      if (started[stage] == computations[stage].size()) continue;
+      const Action& a = computations[stage][started[stage]];
+      double start = free[stage];
+      if (const auto input = transfer_of(s, stage, a, false)) {
+        const auto there = came.find({stage, *input});
+        if (there == came.end()) continue;
+        start = std::max(start, there->second);
+      }
+      if (start >= tick + 1) continue;
+      s.actions[stage].push_back(a);
+      started[stage]++;
+      const double end = free[stage] = start + (a.kind == Action::backward ? 2 : 1);
+      last = std::max(last, int(end));
+      if (const auto sent = transfer_of(s, stage, a, true)) {
+        came[{sent->peer, other_end(s, stage, *sent)}] = end + (sent->peer != stage) * kMoment;
+        if (sent->peer != stage) computed[int(end)].push_back({end, {stage, *sent}});
+      }
+    }
+  }
+  for (int stage = 0; stage < s.stages; stage++)
+    ASSERT(started[stage] == computations[stage].size(), s.row->name, " waits for itself");
 }
 
 Schedule make_schedule(const std::string& name, int p, int m, int V) {

@@ -76,6 +76,7 @@ struct Action {
   Kind kind;
   int microbatch = -1, chunk = -1;       // of a computation
   std::vector<Transfer> transfers = {};  // of an exchange
+  auto operator<=>(const Action&) const = default;
 };
 
 // of one chunk; a whole backward takes both gradients' times
@@ -92,8 +93,8 @@ enum class Place {
 };
 
 // So many times these steps: F forward, G both gradients, or B input and W weight gradient, each of
-// the next micro-batch; a digit says of which chunk. 1f1b on stage 2 of 4: {{1, "F"}, {m, "FG"}} is
-// F0, then F1 G0, F2 G1, ...; what comes after the last micro-batch is left out.
+// the next micro-batch; a digit says of which chunk. 1f1b on stage 2 of 4: {{1, "F"}, {m, "F G"}},
+// so F0, then F1 G0, F2 G1, ...; what comes after the last micro-batch is left out.
 using Phases = std::vector<std::pair<int, const char*>>;
 
 struct ScheduleRow;

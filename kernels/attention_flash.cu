@@ -1,23 +1,32 @@
-// attention_flash.cu: causal self-attention that never stores the scores (T,T). (Dao et al.,
+// attention_flash.cu: causal attention that never stores the scores (queries, keys). (Dao et al.,
 // "FlashAttention", 2022, algorithms 1 and 4.)
 //
-// idea      a block owns a tile of queries and walks over tiles of keys, up to the diagonal. The
-//           softmax is taken online: each row keeps its largest score and its sum of exponentials
-//           so far, and what was summed before is rescaled when a larger score appears. Kept for
-//           the backward: out, and lse (B,H,T), the logarithm of the row's sum, from which any tile
-//           of probabilities is exp(score - lse).
+// idea      a block owns a tile of queries and walks over tiles of keys, as far as its last query
+//           sees them. The softmax is taken online: each row keeps its largest score and its sum of
+//           exponentials so far, and what was summed before is rescaled when a larger score
+//           appears. Kept for the backward: out, and lse, the logarithm of the row's sum, from
+//           which any tile of probabilities is exp(score - lse).
+// rows      Queries and keys may be different parts of the sequence, each row with a position
+//           (attention.cuh). A query sees the keys whose position is not after its own: the first
+//           so many, perhaps all or none.
 // backward  with delta = sum over d of dout * out: ds = p (dp - delta), dq = ds k, dk = ds^T q, dv
 //           = p^T dout. Two kernels, since nothing is added atomically: one owns queries and sums
-//           dq, one owns keys and sums dk and dv; each computes its tiles of p again.
+//           dq, one owns keys and sums dk and dv; each computes its tiles of p again. lse, out and
+//           dout may come from more keys than these: gradients then are these keys' part.
+// forms     f32 and f64, and whatever runs on a CPU: here, in registers (block_product.cuh). bf16
+//           on a GPU: in tensor cores (attention_mma.cu), if rows begin at multiples of 16 bytes.
 // cost      products of (tile, tile, D) for each pair of tiles on or below the diagonal: forward 2,
-//           backward 7; plain: 2 and 4 for all pairs. Memory: lse, and B H T for delta while the
+//           backward 7; plain: 2 and 4 for all pairs. Memory: lse, and as much for delta while the
 //           backward runs
 // tiles     64 by 64; fewer where D or the type is wide, so that a block needs at most 92 KiB of
 //           shared memory
-// not here  tensor cores: bf16 is widened to f32 and multiplied in registers; dropout, windows,
-//           unequal numbers of queries and keys
+// not here  dropout, windows
 // test      tests/test_attention.cpp
 #include <block_product.cuh>
+
+#include "kernels/attention.cuh"
+
+using namespace flash;
 
 namespace {
 
@@ -41,51 +50,42 @@ template <class T, int kWidth> struct Tiles {
   using Output = BlockProduct<A, kTile, kD>;
 };
 
-template <class T> struct Rows {  // row t of one head of one sequence lies at data + t * ld
-  T* data;
-  int64_t ld;
-};
-constexpr int kQ = 0, kK = 1, kV = 2;
-
-struct Sizes {
-  int T, H, D;
-  bool packs;  // rows begin at multiples of 16 bytes
-  // blocks of a head, one after the other: gridDim.y, of which there are 65535, could not count all
-  // heads, nor all tiles
-  unsigned tiles = 0;
-  __device__ unsigned tile() const { return blockIdx.x % tiles; }
-  __device__ unsigned head() const { return blockIdx.x / tiles; }
-  // This block's head, of qkv (B,T,3,H,D) and of x (B,T,H,D); and its first row in (B,H,T)
-  template <class X> __device__ Rows<X> packed(X* qkv, int part) const {
-    const int64_t b = head() / H, h = head() % H;
-    return {qkv + ((b * T * 3 + part) * H + h) * D, int64_t(3) * H * D};
-  }
-  template <class X> __device__ Rows<X> rows(X* x) const {
-    const int64_t b = head() / H, h = head() % H;
-    return {x + (b * T * H + h) * D, int64_t(H) * D};
-  }
-  __device__ int64_t statistics() const { return int64_t(head()) * T; }
-};
-
-// tile = rows first, first + 1, ... of x * scale, zero beyond T and D; kTransposed: as (d, row)
+// tile = rows first, first + 1, ... of x * scale, zero beyond the last row and D; kTransposed: as
+// (d, row)
 template <class S, bool kTransposed, class T>
 __device__ __forceinline__ void load_rows(typename S::A* tile, Rows<const T> x, int first, Sizes n,
                                           typename S::A scale = 1) {
   load_tile<S::kTile, S::kD, kTransposed>(tile, kTransposed ? S::kLdT : S::kLd,
-                                          x.data + first * x.ld, x.ld, n.T - first, n.D, n.packs,
+                                          x.data + first * x.ld, x.ld, x.rows - first, n.D, n.packs,
                                           scale);
 }
 
 // rows first, first + 1, ... of x = the product's * factor(row)
 template <class S, class T, class F>
-__device__ __forceinline__ void store_rows(Rows<T> x, int first, Sizes n,
+__device__ __forceinline__ void store_rows(const Results& x, int first, Sizes n,
                                            typename S::Output& product, F factor) {
-  product.for_each_run([&](int row, int d, const typename S::A* sum) {
-    if (first + row >= n.T) return;
+  using A = typename S::A;
+  product.for_each_run([&](int row, int d, const A* sum) {
+    if (first + row >= x.rows) return;
     const auto f = factor(row);
-    write_run<S::Output::kColumnRun>(x.data + (first + row) * x.ld + d, n.D - d, n.packs,
-                                     [=](int e) { return sum[e] * f; });
+    const int64_t at = x.first + (first + row) * x.ld + d;
+    const auto write = [&](auto* p) {
+      write_run<S::Output::kColumnRun>(p, n.D - d, n.packs, [=, add = x.add](int e) {
+        return sum[e] * f + (add ? load(p[e]) : A(0));
+      });
+    };
+    if (x.wide) write(static_cast<A*>(x.data) + at);
+    else write(static_cast<T*>(x.data) + at);
   });
+}
+
+template <class S> __device__ int last_row(int first, const Places& of) {
+  return (first + S::kTile < of.rows ? first + S::kTile : of.rows) - 1;
+}
+
+// seen[row] = how many keys the query q0 + row sees
+template <class S> __device__ __forceinline__ void count_seen(int* seen, int q0, Sizes n) {
+  for (int i = threadIdx.x; i < S::kTile; i += S::kThreads) seen[i] = n.seen_by(q0 + i);
 }
 
 // ---- forward
@@ -101,22 +101,22 @@ template <class S> struct OnlineSoftmax {
     for (int r = 0; r < S::kOwnRows; r++) most[r] = Max<A>::identity, sum[r] = 0;
   }
 
-  // s (key, row): scores become exp(score - most), or zero where the key comes later than the
-  // query, which is `ahead` of the tile's first key. factor (row) = what earlier sums must be
-  // multiplied with.
-  __device__ __forceinline__ void add(A* s, A* factor, int ahead) {
+  // s (key, row): scores of the keys from k0 on become exp(score - most), or zero where the row
+  // does not see the key. factor (row) = what earlier sums must be multiplied with.
+  __device__ __forceinline__ void add(A* s, A* factor, int k0, const int* seen) {
     A now[S::kOwnRows], more[S::kOwnRows];
     s += first;
+    seen += first;
     for (int r = 0; r < S::kOwnRows; r++) now[r] = most[r], more[r] = 0;
     for (int key = lane; key < S::kTile; key += S::kLanes)
       for (int r = 0; r < S::kOwnRows; r++) {
         const A larger = Max<A>::combine(now[r], s[key * S::kLdS + r]);
-        now[r] = key <= first + r + ahead ? larger : now[r];
+        now[r] = k0 + key < seen[r] ? larger : now[r];
       }
     for (int r = 0; r < S::kOwnRows; r++) now[r] = reduce_lanes<Max<A>, S::kLanes>(now[r]);
     for (int key = lane; key < S::kTile; key += S::kLanes)
       for (int r = 0; r < S::kOwnRows; r++) {
-        const A e = exp_of(s[key * S::kLdS + r] - now[r]), p = key <= first + r + ahead ? e : A(0);
+        const A e = exp_of(s[key * S::kLdS + r] - now[r]), p = k0 + key < seen[r] ? e : A(0);
         s[key * S::kLdS + r] = p;
         more[r] += p;
       }
@@ -130,27 +130,31 @@ template <class S> struct OnlineSoftmax {
 };
 
 template <class S> constexpr size_t forward_bytes() {
-  return (S::kSizeT + S::kSize + S::kScores + S::kTile) * sizeof(typename S::A);
+  return (S::kSizeT + S::kSize + S::kScores + S::kTile) * sizeof(typename S::A) +
+         S::kTile * sizeof(int);
 }
 
-// out (B,T,H,D), lse (B,H,T) from qkv (B,T,3,H,D); block (head, tile): a tile of queries; reads q
-// once, k and v up to the diagonal; D <= kD, any T
+// out, lse (B,H,queries); block (head, tile): a tile of queries; reads q once, and k and v as far
+// as the tile sees them; D <= kD
 template <class T, int kD> __global__ void __launch_bounds__(256)
-    flash_forward(T* out, acc_t<T>* lse, const T* qkv, Sizes n, acc_t<T> scale) {
+    flash_forward(Results out, acc_t<T>* lse, Inputs<T> in, Sizes n, acc_t<T> scale) {
   using S = Tiles<T, kD>;
   using A = acc_t<T>;
   extern __shared__ __align__(64) char shared[];
   A *q = reinterpret_cast<A*>(shared), *kv = q + S::kSizeT, *p = kv + S::kSize,
     *factor = p + S::kScores;
+  int* seen = reinterpret_cast<int*>(factor + S::kTile);
   const int q0 = (n.tiles - 1 - n.tile()) * S::kTile;  // the longest walks begin first
+  const int keys = n.seen_by(last_row<S>(q0, n.queries));
   OnlineSoftmax<S> softmax;
   typename S::Output o;
   o.clear();
-  load_rows<S, true>(q, n.packed(qkv, kQ), q0, n, scale);
+  load_rows<S, true>(q, n.of_head(in.q), q0, n, scale);
+  count_seen<S>(seen, q0, n);
 
-  for (int k0 = 0; k0 <= q0; k0 += S::kTile) {
-    load_rows<S, false>(kv, n.packed(qkv, kK), k0, n);
-    __syncthreads();       // q and k are there
+  for (int k0 = 0; k0 < keys; k0 += S::kTile) {
+    load_rows<S, false>(kv, n.of_head(in.k), k0, n);
+    __syncthreads();       // q, k and seen are there
     typename S::Scores s;  // (key, query)
     s.clear();
     s.template add<true>(kv, S::kLd, q, S::kLdT, kD);
@@ -158,8 +162,8 @@ template <class T, int kD> __global__ void __launch_bounds__(256)
       UNROLL for (int e = 0; e < S::Scores::kColumnRun; e++) p[key * S::kLdS + row + e] = score[e];
     });
     __syncthreads();  // scores are there; k is no longer needed
-    load_rows<S, false>(kv, n.packed(qkv, kV), k0, n);
-    softmax.add(p, factor, q0 - k0);
+    load_rows<S, false>(kv, n.of_head(in.v), k0, n);
+    softmax.add(p, factor, k0, seen);
     __syncthreads();  // v, p and factors are there
     o.for_each_run([&](int row, int, A* sum) {
       const A f = factor[row];
@@ -171,20 +175,22 @@ template <class T, int kD> __global__ void __launch_bounds__(256)
 
   for (int r = 0; r < S::kOwnRows; r++) {
     const int row = softmax.first + r;
-    if (softmax.lane == 0) factor[row] = 1 / softmax.sum[r];
-    if (softmax.lane == 0 && q0 + row < n.T)
-      lse[n.statistics() + q0 + row] = softmax.most[r] + log_of(softmax.sum[r]);
+    const bool any = softmax.sum[r] > 0;
+    if (softmax.lane == 0) factor[row] = any ? 1 / softmax.sum[r] : A(0);
+    if (softmax.lane == 0 && q0 + row < n.queries.rows)
+      lse[n.statistics() + q0 + row] =
+          any ? softmax.most[r] + log_of(softmax.sum[r]) : Max<A>::identity;
   }
   __syncthreads();  // factors are there
-  store_rows<S>(n.rows(out), q0, n, o, [=](int row) { return factor[row]; });
+  store_rows<S, T>(n.of_head(out), q0, n, o, [=](int row) { return factor[row]; });
 }
 
 // ---- backward
 
 constexpr int kDeltaRows = kProductThreads / kWarp;
 
-// delta (B,H,T) = sum over d of dout * out, both (B,T,H,D); a warp owns a row; reads both once; any
-// D
+// delta (B,H,queries) = sum over d of dout * out, both (B,queries,H,D); a warp owns a row; reads
+// both once; any D
 template <class T> __global__ void __launch_bounds__(256)
     flash_delta(acc_t<T>* delta, const T* dout, const T* out, Sizes n, int64_t rows) {
   const int64_t row = int64_t(blockIdx.x) * kDeltaRows + threadIdx.x / kWarp;  // of (B,T,H)
@@ -193,48 +199,53 @@ template <class T> __global__ void __launch_bounds__(256)
   for (int d = threadIdx.x % kWarp; d < n.D; d += kWarp)
     sum += load(dout[row * n.D + d]) * load(out[row * n.D + d]);
   sum = reduce_lanes<Sum<acc_t<T>>>(sum);
-  const int64_t h = row % n.H, t = row / n.H % n.T, b = row / n.H / n.T;
-  if (threadIdx.x % kWarp == 0) delta[(b * n.H + h) * n.T + t] = sum;
+  const int64_t queries = n.queries.rows, h = row % n.H, t = row / n.H % queries,
+                b = row / n.H / queries;
+  if (threadIdx.x % kWarp == 0) delta[(b * n.H + h) * queries + t] = sum;
 }
 
-// lse and delta of a tile's rows; beyond T zeros, which with zeros in q and dout give gradients of
-// zero
+// lse and delta of a tile's queries, and how many keys each sees; beyond the last query zeros,
+// which with zeros in q and dout give gradients of zero
 template <class S, class A>
-__device__ __forceinline__ void load_statistics(A* row_lse, A* row_delta, const A* lse,
+__device__ __forceinline__ void load_statistics(A* row_lse, A* row_delta, int* seen, const A* lse,
                                                 const A* delta, int first, Sizes n) {
   for (int i = threadIdx.x; i < S::kTile; i += S::kThreads) {
-    const bool inside = first + i < n.T;
+    const bool inside = first + i < n.queries.rows;
     row_lse[i] = inside ? lse[n.statistics() + first + i] : A(0);
     row_delta[i] = inside ? delta[n.statistics() + first + i] : A(0);
   }
+  count_seen<S>(seen, first, n);
 }
 
 template <class S> constexpr size_t backward_bytes() {
   return (2 * S::kSizeT + 2 * S::kSize + S::kTile * S::kTile + 2 * S::kTile) *
-         sizeof(typename S::A);
+             sizeof(typename S::A) +
+         S::kTile * sizeof(int);
 }
 
-// dq of dqkv (B,T,3,H,D); block (head, tile): a tile of queries; reads q and dout once, k and v up
-// to the diagonal
+// d.q; block (head, tile): a tile of queries; reads q and dout once, and k and v as far as the tile
+// sees them
 template <class T, int kD> __global__ void __launch_bounds__(256)
-    flash_backward_q(T* dqkv, const T* dout, const acc_t<T>* lse, const acc_t<T>* delta,
-                     const T* qkv, Sizes n, acc_t<T> scale) {
+    flash_backward_q(Gradients d, Rows<const T> dout, const acc_t<T>* lse, const acc_t<T>* delta,
+                     Inputs<T> in, Sizes n, acc_t<T> scale) {
   using S = Tiles<T, kD>;
   using A = acc_t<T>;
   extern __shared__ __align__(64) char shared[];
   A *q = reinterpret_cast<A*>(shared), *dy = q + S::kSizeT, *k = dy + S::kSizeT, *v = k + S::kSize,
     *ds = v + S::kSize;
   A *row_lse = ds + S::kTile * S::kTile, *row_delta = row_lse + S::kTile;
+  int* seen = reinterpret_cast<int*>(row_delta + S::kTile);
   const int q0 = (n.tiles - 1 - n.tile()) * S::kTile;
-  load_rows<S, true>(q, n.packed(qkv, kQ), q0, n, scale);
-  load_rows<S, true>(dy, n.rows(dout), q0, n);
-  load_statistics<S>(row_lse, row_delta, lse, delta, q0, n);
+  const int keys = n.seen_by(last_row<S>(q0, n.queries));
+  load_rows<S, true>(q, n.of_head(in.q), q0, n, scale);
+  load_rows<S, true>(dy, n.of_head(dout), q0, n);
+  load_statistics<S>(row_lse, row_delta, seen, lse, delta, q0, n);
   typename S::Output dq;
   dq.clear();
 
-  for (int k0 = 0; k0 <= q0; k0 += S::kTile) {
-    load_rows<S, false>(k, n.packed(qkv, kK), k0, n);
-    load_rows<S, false>(v, n.packed(qkv, kV), k0, n);
+  for (int k0 = 0; k0 < keys; k0 += S::kTile) {
+    load_rows<S, false>(k, n.of_head(in.k), k0, n);
+    load_rows<S, false>(v, n.of_head(in.v), k0, n);
     __syncthreads();           // all tiles are there
     typename S::Scores s, dp;  // (key, query)
     s.clear();
@@ -245,7 +256,7 @@ template <class T, int kD> __global__ void __launch_bounds__(256)
         [&](int key, int row, const A* s, const A* dp) {
           UNROLL for (int e = 0; e < S::Scores::kColumnRun; e++) {
             const A x = exp_of(s[e] - row_lse[row + e]) * (dp[e] - row_delta[row + e]);
-            ds[key * S::kTile + row + e] = k0 + key <= q0 + row + e ? x : A(0);
+            ds[key * S::kTile + row + e] = k0 + key < seen[row + e] ? x : A(0);
           }
         },
         dp);
@@ -253,31 +264,32 @@ template <class T, int kD> __global__ void __launch_bounds__(256)
     dq.template add<false>(ds, S::kTile, k, S::kLd, S::kTile);
     __syncthreads();  // k, v and ds are no longer needed
   }
-  store_rows<S>(n.packed(dqkv, kQ), q0, n, dq, [=](int) { return scale; });
+  store_rows<S, T>(n.of_head(d.q), q0, n, dq, [=](int) { return scale; });
 }
 
-// dk and dv of dqkv (B,T,3,H,D); block (head, tile): a tile of keys; reads k and v once, q and dout
-// from the diagonal on
+// d.k and d.v; block (head, tile): a tile of keys; reads k and v once, and q and dout from the
+// first query on that sees the tile
 template <class T, int kD> __global__ void __launch_bounds__(256)
-    flash_backward_kv(T* dqkv, const T* dout, const acc_t<T>* lse, const acc_t<T>* delta,
-                      const T* qkv, Sizes n, acc_t<T> scale) {
+    flash_backward_kv(Gradients d, Rows<const T> dout, const acc_t<T>* lse, const acc_t<T>* delta,
+                      Inputs<T> in, Sizes n, acc_t<T> scale) {
   using S = Tiles<T, kD>;
   using A = acc_t<T>;
   extern __shared__ __align__(64) char shared[];
   A *k = reinterpret_cast<A*>(shared), *v = k + S::kSizeT, *q = v + S::kSizeT, *dy = q + S::kSize,
     *p = dy + S::kSize;
   A *row_lse = p + S::kTile * S::kTile, *row_delta = row_lse + S::kTile;
+  int* seen = reinterpret_cast<int*>(row_delta + S::kTile);
   const int k0 = n.tile() * S::kTile;
-  load_rows<S, true>(k, n.packed(qkv, kK), k0, n);
-  load_rows<S, true>(v, n.packed(qkv, kV), k0, n);
+  load_rows<S, true>(k, n.of_head(in.k), k0, n);
+  load_rows<S, true>(v, n.of_head(in.v), k0, n);
   typename S::Output dk, dv;
   dk.clear();
   dv.clear();
 
-  for (int q0 = k0; q0 < n.T; q0 += S::kTile) {
-    load_rows<S, false>(q, n.packed(qkv, kQ), q0, n, scale);
-    load_rows<S, false>(dy, n.rows(dout), q0, n);
-    load_statistics<S>(row_lse, row_delta, lse, delta, q0, n);
+  for (int q0 = n.first_seeing(k0) / S::kTile * S::kTile; q0 < n.queries.rows; q0 += S::kTile) {
+    load_rows<S, false>(q, n.of_head(in.q), q0, n, scale);
+    load_rows<S, false>(dy, n.of_head(dout), q0, n);
+    load_statistics<S>(row_lse, row_delta, seen, lse, delta, q0, n);
     __syncthreads();           // all tiles are there
     typename S::Scores s, dp;  // (query, key)
     s.clear();
@@ -287,10 +299,11 @@ template <class T, int kD> __global__ void __launch_bounds__(256)
     s.for_each_run(
         [&](int row, int key, const A* s, A* dp) {
           const A lse = row_lse[row], delta = row_delta[row];
+          const int keys = seen[row];
           UNROLL for (int e = 0; e < S::Scores::kColumnRun; e++) {
-            const A x = exp_of(s[e] - lse), seen = k0 + key + e <= q0 + row ? x : A(0);
-            p[row * S::kTile + key + e] = seen;
-            dp[e] = seen * (dp[e] - delta);
+            const A x = exp_of(s[e] - lse), kept = k0 + key + e < keys ? x : A(0);
+            p[row * S::kTile + key + e] = kept;
+            dp[e] = kept * (dp[e] - delta);
           }
         },
         dp);
@@ -304,35 +317,34 @@ template <class T, int kD> __global__ void __launch_bounds__(256)
     dk.template add<false>(p, S::kTile, q, S::kLd, S::kTile);
     __syncthreads();  // q, dy and ds are no longer needed
   }
-  store_rows<S>(n.packed(dqkv, kK), k0, n, dk, [](int) { return A(1); });
-  store_rows<S>(n.packed(dqkv, kV), k0, n, dv, [](int) { return A(1); });
+  store_rows<S, T>(n.of_head(d.k), k0, n, dk, [](int) { return A(1); });
+  store_rows<S, T>(n.of_head(d.v), k0, n, dv, [](int) { return A(1); });
 }
 
 // ---- launches
 
 template <class T, int kD>
-void forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, unsigned heads, Sizes n) {
+void forward(unsigned heads, Sizes n, Results out, acc_t<T>* lse, Inputs<T> in) {
   using S = Tiles<T, kD>;
-  using A = acc_t<T>;
-  n.tiles = unsigned(ceil_div(n.T, S::kTile));
+  n.tiles = unsigned(ceil_div(n.queries.rows, S::kTile));
   const size_t bytes = forward_bytes<S>();
   allow_shared(flash_forward<T, kD>, bytes);
   flash_forward<T, kD><<<heads * n.tiles, S::kThreads, bytes, device().compute>>>(
-      out.data<T>(), lse.data<A>(), qkv.data<T>(), n, A(1 / std::sqrt(double(n.D))));
+      out, lse, in, n, acc_t<T>(1 / std::sqrt(double(n.D))));
+  LAUNCHED();
 }
 
-template <class T, int kD> void backward(const Tensor& dqkv, const Tensor& delta,
-                                         const Tensor& dout, const Tensor& lse, const Tensor& qkv,
-                                         unsigned heads, Sizes n) {
+template <class T, int kD> void backward(unsigned heads, Sizes n, Gradients d, Rows<const T> dout,
+                                         const acc_t<T>* lse, const acc_t<T>* delta, Inputs<T> in) {
   using S = Tiles<T, kD>;
-  using A = acc_t<T>;
-  n.tiles = unsigned(ceil_div(n.T, S::kTile));
   const size_t bytes = backward_bytes<S>();
-  for (const auto kernel : {flash_backward_q<T, kD>, flash_backward_kv<T, kD>}) {
+  for (const bool owns_keys : {false, true}) {
+    const auto kernel = owns_keys ? flash_backward_kv<T, kD> : flash_backward_q<T, kD>;
+    n.tiles = unsigned(ceil_div(owns_keys ? n.keys.rows : n.queries.rows, S::kTile));
+    if (!n.tiles) continue;
     allow_shared(kernel, bytes);
     kernel<<<heads * n.tiles, S::kThreads, bytes, device().compute>>>(
-        dqkv.data<T>(), dout.data<T>(), lse.data<A>(), delta.data<A>(), qkv.data<T>(), n,
-        A(1 / std::sqrt(double(n.D))));
+        d, dout, lse, delta, in, n, acc_t<T>(1 / std::sqrt(double(n.D))));
     LAUNCHED();
   }
 }
@@ -350,47 +362,108 @@ template <class T, int kD> void backward(const Tensor& dqkv, const Tensor& delta
     __VA_ARGS__;               \
   }
 
-Sizes sizes_of(const Tensor& qkv, const Tensor& out, const Tensor& lse, int64_t B, int64_t T,
-               int64_t H, bool packs) {
-  const int64_t D = qkv.numel() / (B * T * 3 * H);
-  ASSERT(qkv.numel() == B * T * 3 * H * D && out.numel() == B * T * H * D &&
-             lse.numel() == B * H * T,
-         to_string(qkv.shape()), ", ", to_string(out.shape()), ", ", to_string(lse.shape()),
-         " with B = ", B, ", T = ", T, ", H = ", H);
-  ASSERT(out.dtype() == qkv.dtype() && lse.dtype() == master_dtype(qkv.dtype()));
-  REQUIRE(B * H <= INT_MAX / ceil_div(T, 16), "flash attention takes at most 2^31 tiles, and ", B,
-          " sequences of ", T, " tokens with ", H, " heads have more: give a smaller --microbatch");
+// ---- arguments
+
+Places places_of(const Positions& p) {
+  ASSERT(p.high.size() == 0 || p.high.begin >= p.low.end, "pieces of a sequence must ascend");
+  const int rows = int(p.rows()), cut = int(p.low.size());
+  return {rows, p.high.size() ? cut : rows, int(p.low.begin),
+          int(p.high.size() ? p.high.begin - cut : p.low.begin)};
+}
+
+// A tensor (B,rows,parts,H,D), and how to find its parts
+struct Parts {
+  const Tensor& tensor;
+  int64_t parts, row;  // elements of H heads in one part
+  int rows;
+  Parts(const Tensor& x, Dtype dtype, int64_t B, const Places& of, const Sizes& n)
+      : tensor(x), parts(0), row(int64_t(n.H) * n.D), rows(of.rows) {
+    if (x.numel()) parts = x.numel() / (B * rows * row);
+    ASSERT(x.numel() == B * rows * parts * row, to_string(x.shape()), " with B = ", B,
+           ", T = ", rows, ", H = ", n.H, ", D = ", n.D);
+    ASSERT(x.dtype() == dtype || x.dtype() == master_dtype(dtype), name_of(x.dtype()));
+  }
+  template <class T> Rows<const T> read(int64_t part) const {
+    return {tensor.data<T>() + part * row, parts * row, rows};
+  }
+  Results write(int64_t part, bool add) const {
+    const bool wide = tensor.dtype() == master_dtype(tensor.dtype());
+    return {static_cast<char*>(tensor.raw()) + part * row * int64_t(size_of(tensor.dtype())),
+            parts * row, rows, wide, add};
+  }
+};
+
+Sizes sizes_of(const Tensor& out, const Tensor& lse, const Tensor& q, int64_t B, int64_t H,
+               const Positions& queries, const Positions& keys) {
+  Sizes n{
+      .H = int(H), .D = 0, .packs = false, .queries = places_of(queries), .keys = places_of(keys)};
+  const int64_t T = n.queries.rows, D = out.numel() / (B * T * H);
+  ASSERT(out.numel() == B * T * H * D && lse.numel() == B * H * T, to_string(out.shape()), ", ",
+         to_string(lse.shape()), " with B = ", B, ", T = ", T, ", H = ", H);
+  ASSERT(lse.dtype() == master_dtype(q.dtype()));
+  REQUIRE(B * H <= INT_MAX / ceil_div(std::max(T, keys.rows()), 16),
+          "flash attention takes at most 2^31 tiles, and ", B, " sequences of ", T, " tokens with ",
+          H, " heads have more: give a smaller --microbatch");
   REQUIRE(D <= 128, "flash attention holds heads of at most 128 elements, these have ", D,
           ": use plain attention");
-  return {.T = int(T), .H = int(H), .D = int(D), .packs = packs};
+  n.D = int(D);
+  return n;
 }
 
 }  // namespace
 
 // ---- host functions
 
-void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, int64_t B,
-                             int64_t T, int64_t H) {
-  if (!qkv.numel()) return;
-  const Sizes n =
-      sizes_of(qkv, out, lse, B, T, H, in_packs(qkv.numel() / (B * T * 3 * H), {&out, &qkv}));
+void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& q,
+                             const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
+                             const Positions& keys) {
+  if (!out.numel()) return;
+  Sizes n = sizes_of(out, lse, q, B, H, queries, keys);
+  n.packs = in_packs(n.D, {&out, &q, &kv});
+  const Dtype dtype = q.dtype();
+  const Parts o(out, dtype, B, n.queries, n), qs(q, dtype, B, n.queries, n),
+      kvs(kv, dtype, B, n.keys, n);
   const unsigned heads = unsigned(B * H);
-  DISPATCH(qkv.dtype(), DISPATCH_WIDTH(n.D, forward<T, kD>(out, lse, qkv, heads, n)));
+  const auto launch = [&]<class T>(T) {
+    const Inputs<T> in{qs.read<T>(0), kvs.read<T>(kvs.parts - 2), kvs.read<T>(kvs.parts - 1)};
+    acc_t<T>* l = lse.data<acc_t<T>>();
+#ifndef CPU_FAST
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+      if (n.packs) return mma_forward(heads, n, o.write(0, false), l, in);
+#endif
+    DISPATCH_WIDTH(n.D, forward<T, kD>(heads, n, o.write(0, false), l, in));
+  };
+  DISPATCH(dtype, launch(T()));
 }
 
-void attention_flash_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out,
-                              const Tensor& lse, const Tensor& qkv, int64_t B, int64_t T,
-                              int64_t H) {
-  if (!qkv.numel()) return;
-  const Sizes n = sizes_of(qkv, out, lse, B, T, H,
-                           in_packs(qkv.numel() / (B * T * 3 * H), {&out, &qkv, &dout, &dqkv}));
-  ASSERT(dqkv.dtype() == qkv.dtype() && dqkv.numel() == qkv.numel() &&
-         dout.dtype() == qkv.dtype() && dout.numel() == out.numel());
-  const Tensor delta({B, H, T}, lse.dtype(), Memory::workspace);
-  const int64_t rows = B * T * H;
+void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
+                              const Tensor& out, const Tensor& lse, const Tensor& q,
+                              const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
+                              const Positions& keys, bool add) {
+  if (!out.numel()) return;
+  Sizes n = sizes_of(out, lse, q, B, H, queries, keys);
+  ASSERT(out.dtype() == q.dtype() && dout.dtype() == q.dtype() && dout.numel() == out.numel());
+  n.packs = in_packs(n.D, {&dq, &dkv, &dout, &q, &kv});
+  const Dtype dtype = q.dtype();
+  const Parts qs(q, dtype, B, n.queries, n), kvs(kv, dtype, B, n.keys, n),
+      dqs(dq, dtype, B, n.queries, n), dkvs(dkv, dtype, B, n.keys, n),
+      dys(dout, dtype, B, n.queries, n);
+  ASSERT(dqs.parts == qs.parts && dkvs.parts == kvs.parts);
+  const Gradients d{dqs.write(0, add), dkvs.write(dkvs.parts - 2, add),
+                    dkvs.write(dkvs.parts - 1, add)};
+  const Tensor delta({B, H, n.queries.rows}, lse.dtype(), Memory::workspace);
+  const int64_t rows = delta.numel();
   const unsigned heads = unsigned(B * H), blocks = unsigned(ceil_div(rows, kDeltaRows));
-  DISPATCH(qkv.dtype(), flash_delta<T><<<blocks, kProductThreads, 0, device().compute>>>(
-                            delta.data<acc_t<T>>(), dout.data<T>(), out.data<T>(), n, rows));
-  DISPATCH(qkv.dtype(),
-           DISPATCH_WIDTH(n.D, backward<T, kD>(dqkv, delta, dout, lse, qkv, heads, n)));
+  DISPATCH(dtype, flash_delta<T><<<blocks, kProductThreads, 0, device().compute>>>(
+                      delta.data<acc_t<T>>(), dout.data<T>(), out.data<T>(), n, rows));
+  const auto launch = [&]<class T>(T) {
+    const Inputs<T> in{qs.read<T>(0), kvs.read<T>(kvs.parts - 2), kvs.read<T>(kvs.parts - 1)};
+    const acc_t<T>*l = lse.data<acc_t<T>>(), *de = delta.data<acc_t<T>>();
+#ifndef CPU_FAST
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+      if (n.packs) return mma_backward(heads, n, d, dys.read<T>(0), l, de, in);
+#endif
+    DISPATCH_WIDTH(n.D, backward<T, kD>(heads, n, d, dys.read<T>(0), l, de, in));
+  };
+  DISPATCH(dtype, launch(T()));
 }

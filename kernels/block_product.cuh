@@ -13,13 +13,6 @@
 #pragma once
 #include "kernels/common.cuh"
 
-// A loop over what a thread holds in registers becomes straight-line code.
-#ifdef __CUDACC__
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL
-#endif
-
 namespace {
 
 constexpr int kProductThreads = 256;

@@ -78,20 +78,46 @@ void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx
 std::vector<int> sort_rows(const std::vector<int>& tokens);
 
 // ---- attention_plain.cu, attention_flash.cu
-// causal self-attention over packed qkv (B,T,3,H,D); scale 1/sqrt(D)
+// causal self-attention; scale 1/sqrt(D)
 
-// plain: batched matrix products and a softmax kernel; probabilities (B,H,T,T) are kept
+// plain: batched matrix products and a softmax kernel, over packed qkv (B,T,3,H,D); probabilities
+// (B,H,T,T) are kept
 void attention_plain_forward(const Tensor& out, const Tensor& probabilities, const Tensor& qkv,
                              int64_t B, int64_t T, int64_t H);
 void attention_plain_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& probabilities,
                               const Tensor& qkv, int64_t B, int64_t T, int64_t H);
-// flash: tiles of scores live in shared memory only; lse (B,H,T), the log of each row's sum of
-// exponentials, is kept (Dao et al., "FlashAttention", 2022, algorithms 1 and 4)
-void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv, int64_t B,
-                             int64_t T, int64_t H);
-void attention_flash_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out,
-                              const Tensor& lse, const Tensor& qkv, int64_t B, int64_t T,
-                              int64_t H);
+// flash: tiles of scores never leave the chip (Dao et al., "FlashAttention", 2022, algorithms 1 and
+// 4). Queries may come from one tensor, keys and values from another, each with the positions of
+// its rows: ascending, one piece of the sequence or two. A query sees the keys whose position is
+// not after its own: all, some or none.
+struct Positions {
+  Range low, high{};
+  int64_t rows() const { return low.size() + high.size(); }
+};
+// q (B,Tq,H,D), or the first part of (B,Tq,3,H,D); kv (B,Tk,2,H,D), or the last two parts of
+// (B,Tk,3,H,D). out (B,Tq,H,D) of q's dtype or acc; lse (B,H,Tq) acc: the logarithm of each row's
+// sum of exponentials, which the backward needs, and who merges results over several sets of keys.
+// A row that sees no key has out 0 and as lse the lowest number there is.
+void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& q,
+                             const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
+                             const Positions& keys);
+// dq like q and dkv like kv, of their dtype or acc: written, or with `add` added to what is there.
+// out and lse may be merged from this and other keys: then this is these keys' part of dq, and all
+// that these queries give to dk and dv.
+void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
+                              const Tensor& out, const Tensor& lse, const Tensor& q,
+                              const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
+                              const Positions& keys, bool add = false);
+// a whole sequence, packed
+inline void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv,
+                                    int64_t B, int64_t T, int64_t H) {
+  attention_flash_forward(out, lse, qkv, qkv, B, H, {{0, T}}, {{0, T}});
+}
+inline void attention_flash_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out,
+                                     const Tensor& lse, const Tensor& qkv, int64_t B, int64_t T,
+                                     int64_t H) {
+  attention_flash_backward(dqkv, dqkv, dout, out, lse, qkv, qkv, B, H, {{0, T}}, {{0, T}});
+}
 
 // ---- attention_decode.cu   one new token a sequence, over the keys and values of all before it
 

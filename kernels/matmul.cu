@@ -14,14 +14,12 @@
 // not here  split k (thin c leaves a GPU idle), TMA and wgmma (what cuBLAS gains on Hopper),
 //           epilogues with bias or gelu
 // test      tests/test_matmul.cpp
-#ifndef CPU_FAST  // one thread is no warp: there, bf16 is widened to f32 and takes the first kernel
-#include <cuda_pipeline.h>
-#include <mma.h>
-#endif
-
 #include <climits>
 
 #include <block_product.cuh>
+#ifndef CPU_FAST  // one thread is no warp: there, bf16 is widened to f32 and takes the first kernel
+#include "kernels/mma.cuh"
+#endif
 
 MatmulBackend matmul_backend = MatmulBackend::cublas;
 
@@ -86,18 +84,6 @@ template <class T, int kX, int kK> struct Slice16 {
       for (int e = 0; e < kRun; e++) at[along_k ? e * tile_ld : e] = load(held[r][e]);
     }
   }
-#ifndef CPU_FAST
-  // The slice as it lies in memory, run beside run: tile[x * tile_ld + k], or tile[k * tile_ld +
-  // x]. No registers in between: the copies go on by themselves until __pipeline_wait_prior.
-  __device__ __forceinline__ void copy(T* tile, int tile_ld, int k0) const {
-    UNROLL for (int r = 0; r < kRuns; r++) {
-      T* to = tile + (along_k ? x_of(r) * tile_ld + k_of(r) : k_of(r) * tile_ld + x_of(r));
-      if (packs && inside(r, k0) >= kRun) __pipeline_memcpy_async(to, at(r, k0), 16);
-      else store_pack<kRun>(to, read(r, k0));
-    }
-    __pipeline_commit();
-  }
-#endif
 
  private:
   __device__ static int index(int run) { return int(threadIdx.x) + run * kProductThreads; }
@@ -183,81 +169,114 @@ template <class T, class U> void launch_simt(int64_t m, int64_t n, int64_t k, Op
 // ---- in tensor cores: bf16, on a GPU and in FAITHFUL
 
 #ifndef CPU_FAST
-namespace wmma = nvcuda::wmma;
-using bf16 = __nv_bfloat16;
+constexpr int kX = 128, kK = 32;  // a slice: kX vectors by kK of their elements
+constexpr int kBuffers = 4;       // of slices: one is multiplied, three are on their way
+constexpr int kSlice = kX * kK;
+constexpr int kTensorBytes = kBuffers * 2 * kSlice * 2;
+
+// Where a run of eight elements lies in a slice, whose vectors run along k or not. Runs that
+// ldmatrix reads together, of eight vectors or at eight k, lie in different banks.
+template <bool kAlongK> __device__ __forceinline__ int place(int x, int k) {
+  return kAlongK ? x * kK + (k / 8 ^ x / 2 % 4) * 8 : k * kX + (x / 8 ^ k % 8) * 8;
+}
+
+// Brings one slice of an operand after the other. kPacks: runs begin at multiples of 16 bytes, and
+// are copied while the thread goes on.
+template <bool kAlongK, bool kPacks> struct Slices {
+  static constexpr int kRuns = kSlice / 8 / kProductThreads;
+  const bf16* from[kRuns];
+  int64_t step;
+  int to[kRuns];
+  int inside[kRuns], inside_last[kRuns];  // elements of the run that exist; of the last slice's
+
+  __device__ Slices(const Operand<bf16>& of, int first, int extent, int depth)
+      : step(kAlongK ? kK : kK * of.ld) {
+    const auto clamp = [](int n) { return n < 0 ? 0 : n < 8 ? n : 8; };
+    UNROLL for (int r = 0; r < kRuns; r++) {
+      const int i = threadIdx.x + r * kProductThreads,
+                x = kAlongK ? i / (kK / 8) : i % (kX / 8) * 8,
+                k = kAlongK ? i % (kK / 8) * 8 : i / (kX / 8);
+      from[r] = of.data + blockIdx.z * of.stride +
+                (kAlongK ? (first + x) * of.ld + k : k * of.ld + first + x);
+      to[r] = place<kAlongK>(x, k);
+      const int across = extent - first - x, along = (depth - 1) % kK + 1 - k;
+      inside[r] = kAlongK ? (across > 0 ? 8 : 0) : clamp(across);
+      inside_last[r] = across > 0 && along > 0 ? clamp(kAlongK ? along : across) : 0;
+    }
+  }
+  __device__ __forceinline__ void copy_next(bf16* slice, bool last) {
+    UNROLL for (int r = 0; r < kRuns; r++) {
+      const int n = last ? inside_last[r] : inside[r];
+      if constexpr (kPacks) copy_async<16>(slice + to[r], from[r], n * 2);
+      else store_pack<8>(slice + to[r], load_run<8>(from[r], n, false));
+      from[r] += step;
+    }
+  }
+};
 
 // c (m,n) = alpha a b + c * add, batch blockIdx.z; a block owns 128 x 128 of c, each of its 8 warps
-// 64 x 32 as 4 x 2 fragments of 16 x 16. Slices lie in shared memory as they lie in memory: a
-// fragment is told which way it runs. Reads a n / 128 and b m / 128 times; any m, n, k
-template <class U, bool kARuns, bool kBRuns>  // along k
-__global__ void __launch_bounds__(256, 2)
+// 64 x 32 as 4 strips. Reads a n / 128 and b m / 128 times; any m, n, k
+template <class U, bool kARuns, bool kBRuns, bool kPacks, int kBytes>  // along k
+__global__ void __launch_bounds__(kProductThreads, 2)
     matmul_tensor(Operand<bf16> a, Operand<bf16> b, Result<U> c, int m, int n, int k, float alpha) {
-  constexpr int kX = 128, kK = 32, kPatchLd = 32 + 8;
-  // padded by 16 bytes: no bank conflicts
-  constexpr int kLdA = (kARuns ? kK : kX) + 8, kLdB = (kBRuns ? kK : kX) + 8;
-  __shared__ alignas(128) bf16 tiles[2][2][kX * (kK + 8)];
+  extern __shared__ __align__(128) char shared[];
+  bf16* slices = reinterpret_cast<bf16*>(shared);
   const int i0 = blockIdx.y * kX, j0 = blockIdx.x * kX, warp = threadIdx.x / kWarp,
-            wi = warp / 4 * 64, wj = warp % 4 * 32;
-  Slice16<bf16, kX, kK> from_a(a, i0, m, k), from_b(b, j0, n, k);
-  wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum[4][2];
-  UNROLL for (int i = 0; i < 4; i++) UNROLL for (int j = 0; j < 2; j++)
-      wmma::fill_fragment(sum[i][j], 0.0f);
-
-  from_a.copy(tiles[0][0], kLdA, 0);
-  from_b.copy(tiles[0][1], kLdB, 0);
-  for (int k0 = 0; k0 < k; k0 += kK) {
-    bf16(*now)[kX * (kK + 8)] = tiles[k0 / kK % 2], (*next)[kX * (kK + 8)] = tiles[1 - k0 / kK % 2];
-    __pipeline_wait_prior(0);
-    // everyone's part of this slice has arrived, and nobody reads the other buffer any more
-    __syncthreads();
-    if (k0 + kK < k) {
-      from_a.copy(next[0], kLdA, k0 + kK);
-      from_b.copy(next[1], kLdB, k0 + kK);
+            wi = warp / 4 * 64, wj = warp % 4 * 32, count = (k + kK - 1) / kK;
+  Slices<kARuns, kPacks> from_a(a, i0, m, k);
+  Slices<kBRuns, kPacks> from_b(b, j0, n, k);
+  const auto copy_next = [&](int i, int buffer) {
+    if (i < count) {
+      bf16* slice = slices + buffer * 2 * kSlice;
+      from_a.copy_next(slice, i == count - 1);
+      from_b.copy_next(slice + kSlice, i == count - 1);
     }
-    const bf16 *tile_a = now[0], *tile_b = now[1];
-#pragma unroll 1
-    for (int kk = 0; kk < kK; kk += 16) {
-      wmma::fragment<wmma::matrix_a, 16, 16, 16, bf16,
-                     std::conditional_t<kARuns, wmma::row_major, wmma::col_major>>
-          fa;
-      wmma::fragment<wmma::matrix_b, 16, 16, 16, bf16,
-                     std::conditional_t<kBRuns, wmma::col_major, wmma::row_major>>
-          fb[2];
-      UNROLL for (int j = 0; j < 2; j++) {
-        const int x = wj + j * 16;
-        wmma::load_matrix_sync(fb[j], tile_b + (kBRuns ? x * kLdB + kk : kk * kLdB + x), kLdB);
-      }
-      UNROLL for (int i = 0; i < 4; i++) {
-        const int x = wi + i * 16;
-        wmma::load_matrix_sync(fa, tile_a + (kARuns ? x * kLdA + kk : kk * kLdA + x), kLdA);
-        UNROLL for (int j = 0; j < 2; j++) wmma::mma_sync(sum[i][j], fa, fb[j], sum[i][j]);
+    close_copies();
+  };
+  Strip<32> sum[4];
+  UNROLL for (int i = 0; i < 4; i++) clear(sum[i]);
+
+  for (int i = 0; i < kBuffers - 1; i++) copy_next(i, i);
+  for (int first = 0; first < count; first += kBuffers) {
+    UNROLL for (int buffer = 0; buffer < kBuffers; buffer++) {
+      const int i = first + buffer;
+      if (i >= count) break;
+      wait_for_copies<kBuffers - 2>();
+      // everyone's part of this slice has arrived, and nobody reads the one before it any more
+      __syncthreads();
+      copy_next(i + kBuffers - 1, (buffer + kBuffers - 1) % kBuffers);
+      const bf16 *slice_a = slices + buffer * 2 * kSlice, *slice_b = slice_a + kSlice;
+      UNROLL for (int kk = 0; kk < kK; kk += 16) {
+        Right right[2];
+        UNROLL for (int j = 0; j < 2; j++) right[j] = load_right<kBRuns>(
+            [&](int x, int k) { return slice_b + place<kBRuns>(wj + j * 16 + x, kk + k); });
+        UNROLL for (int s = 0; s < 4; s++) {
+          const Left left = load_left<kARuns>(
+              [&](int x, int k) { return slice_a + place<kARuns>(wi + s * 16 + x, kk + k); });
+          UNROLL for (int j = 0; j < 2; j++) add(sum[s], j * 16, left, right[j]);
+        }
       }
     }
   }
 
-  // the tiles are free: each warp lays its fragments down in a patch of its own, to know which lane
-  // holds what
-  __syncthreads();
-  float* patch = reinterpret_cast<float*>(tiles) + warp * 16 * kPatchLd;
-  const int lane = threadIdx.x % kWarp, column = lane % 8 * 4;
-  UNROLL for (int i = 0; i < 4; i++) {
-    UNROLL for (int j = 0; j < 2; j++)
-        wmma::store_matrix_sync(patch + j * 16, sum[i][j], kPatchLd, wmma::mem_row_major);
-    __syncwarp();
-    for (int r = lane / 8, row = i0 + wi + i * 16 + r; r < 16 && row < m; r += 4, row += 4)
-      write_sums<4>(c, row, j0 + wj + column, n, patch + r * kPatchLd + column, alpha);
-    __syncwarp();
+  UNROLL for (int s = 0; s < 4; s++) UNROLL for (int j = 0; j < 4; j++)
+      UNROLL for (int e = 0; e < 4; e += 2) {
+    const int row = i0 + wi + s * 16 + strip_row(e), column = j0 + wj + strip_column(j, 0);
+    if (row < m) write_sums<2>(c, row, column, n, &sum[s].v[j][e], alpha);
   }
 }
 
-template <class U> void launch_tensor(int64_t m, int64_t n, int64_t k, Operand<bf16> a,
-                                      Operand<bf16> b, Result<U> c, double alpha, int64_t batch) {
-  const dim3 grid(unsigned(ceil_div(n, 128)), unsigned(ceil_div(m, 128)), unsigned(batch));
-  const auto kernel = a.along_k
-                          ? b.along_k ? matmul_tensor<U, true, true> : matmul_tensor<U, true, false>
-                      : b.along_k ? matmul_tensor<U, false, true>
-                                  : matmul_tensor<U, false, false>;
-  kernel<<<grid, 256, 0, device().compute>>>(a, b, c, int(m), int(n), int(k), float(alpha));
+template <class U, bool kPacks> void launch_tensor(int64_t m, int64_t n, int64_t k, Operand<bf16> a,
+                                                   Operand<bf16> b, Result<U> c, double alpha,
+                                                   int64_t batch) {
+  const dim3 grid(unsigned(ceil_div(n, kX)), unsigned(ceil_div(m, kX)), unsigned(batch));
+  const auto kernel = a.along_k   ? b.along_k ? matmul_tensor<U, true, true, kPacks, kTensorBytes>
+                                              : matmul_tensor<U, true, false, kPacks, kTensorBytes>
+                        : b.along_k ? matmul_tensor<U, false, true, kPacks, kTensorBytes>
+                                  : matmul_tensor<U, false, false, kPacks, kTensorBytes>;
+  allow_shared(kernel, kTensorBytes);
+  kernel<<<grid, kProductThreads, kTensorBytes, device().compute>>>(a, b, c, int(m), int(n), int(k),
+                                                                    float(alpha));
   LAUNCHED();
 }
 #endif
@@ -267,9 +286,12 @@ template <class T, class U> void own_matmul(int64_t m, int64_t n, int64_t k, con
                                             double beta, int64_t batch) {
   const Result<U> to{static_cast<U*>(c.data), c.ld, c.stride, aligned<U>(c), beta != 0};
 #ifndef CPU_FAST
-  if constexpr (std::is_same_v<T, bf16>)
-    return launch_tensor<U>(m, n, k, rows_of<T>(a), columns_of<T>(b), to, alpha, batch);
-  else
+  if constexpr (std::is_same_v<T, bf16>) {
+    const Operand<T> rows = rows_of<T>(a), columns = columns_of<T>(b);
+    const auto launch =
+        rows.packs && columns.packs ? launch_tensor<U, true> : launch_tensor<U, false>;
+    launch(m, n, k, rows, columns, to, alpha, batch);
+  } else
 #endif
     launch_simt<T, U>(m, n, k, rows_of<T>(a), columns_of<T>(b), to, alpha, batch);
 }

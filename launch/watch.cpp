@@ -127,10 +127,12 @@ bool Watch::is_stuck(int64_t now) const {
   return now - progress >= limit_ms();
 }
 
-// Opening and checking the mesh takes seconds, and a cluster that is set up wrong hangs there.
+// Opening and checking the mesh takes seconds, and a cluster that is set up wrong hangs there: a
+// tenth of the time, though a minute at least, has to do.
 int64_t Watch::limit_ms() const {
   if (mine_->at_files) return std::max<int64_t>(10 * timeout_ms_, 60000);
-  return mine_->step < 0 ? std::min<int64_t>(timeout_ms_, 60000) : timeout_ms_;
+  if (mine_->step >= 0) return timeout_ms_;
+  return std::min(timeout_ms_, std::max<int64_t>(timeout_ms_ / 10, 60000));
 }
 
 void Watch::ask_nccl() {

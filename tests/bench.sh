@@ -9,19 +9,29 @@
 set -u
 cd "$(dirname "$0")/.."
 only=${ONLY:-} steps=${STEPS:-3} cores=$(nproc)
-backend=$(readlink build/train_gpt | cut -d/ -f1)
+program=$(readlink build/train_gpt)
+backend=${program%%/*} built=build/${program%/*}/tests
 . tests/lib.sh
+most=8
+[ "$backend" = cpu ] || most=$(launch/detect.sh gpus)
+# fits RANKS: on GPUs each rank needs one, unless they share
+fits() {
+  [ "$1" -le "$most" ] || [[ $program == *comm-mpi* ]] && return
+  echo "  left out: $1 ranks need as many GPUs, and here are $most"
+  return 1
+}
 wants() { [ -z "$only" ] || [ "$only" = "$1" ]; }
 
 if wants kernels; then
   echo "== kernels"
-  OMP_NUM_THREADS=$cores "build/$backend/tests/bench_kernels"
+  OMP_NUM_THREADS=$cores "$built/bench_kernels"
 fi
 
 if wants collectives; then
   for n in 2 4 8; do
     echo "== collectives, $n ranks"
-    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $MPIEXEC -n $n "build/$backend/tests/bench_nccl"
+    fits $n || continue
+    OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $MPIEXEC -n $n "$built/bench_nccl"
   done
 fi
 
@@ -59,6 +69,7 @@ over() {
   local layout="$*"
   layout="${layout#"$both "}"
   layout="${layout#"$args "}"
+  fits "$ranks" || return
   row "$layout" "$tokens" "$(step_ms ranks 1 "$ranks" "$@")" "$base"
   grep -E '^ *(communicating|predicted from|executed)' "$dir/ranks.out" | sed 's/^ */    /'
 }
@@ -74,7 +85,7 @@ share() {
 
 if wants training; then
   # GFLOP/s of the best library product: with 1 thread, with all (on a GPU the same)
-  peaks=$(OMP_NUM_THREADS=$cores "build/$backend/tests/bench_kernels" "matmul cublas" | awk -F'|' '
+  peaks=$(OMP_NUM_THREADS=$cores "$built/bench_kernels" "matmul cublas" | awk -F'|' '
     /^matmul/ {
       split($2, a, " ")
       split($NF, b, " ")
@@ -128,38 +139,44 @@ if wants inference; then
   decode() {
     for _ in 1 2 3; do
       OMP_NUM_THREADS=1 OMP_WAIT_POLICY=active $MPIEXEC -n "$1" build/generate --tp "$1" \
-        --model gpt2 --prompt "$(tokens "$2")" --tokens "$3" --temperature 0 >/dev/null 2>"$dir/g"
+        --model gpt2 --dtype f32 --prompt "$(tokens "$2")" --tokens "$3" --temperature 0 \
+        >/dev/null 2>"$dir/g"
       echo "$(field 'first token after' "$dir/g") $(field 'median' "$dir/g")"
     done >"$dir/all"
     echo "$(cut -d' ' -f1 "$dir/all" | median) $(cut -d' ' -f2 "$dir/all" | median)"
   }
   weights=497.8 # MB that a token reads: 124.4 M parameters in f32
   reads() {     # reads THREADS: GB/s
-    OMP_NUM_THREADS=$1 "build/$backend/tests/bench_kernels" read \
+    OMP_NUM_THREADS=$1 "$built/bench_kernels" read \
       | sed -n 's/^read.*: *\([0-9.]*\) GB.*/\1/p'
   }
   reads="$(reads 1) $(reads 2)"
-  echo "  reading memory: ${reads% *} GB/s on one core, ${reads#* } on two"
-  one=$(decode 1 90 20) two=$(decode 2 90 20)
+  echo "  reading memory: ${reads% *} GB/s on one core, ${reads#* } on two (or the GPU's)"
+  two=""
+  one=$(decode 1 90 20)
+  ! fits 2 || two=$(decode 2 90 20)
   awk -v one="${one#* }" -v two="${two#* }" -v mb=$weights -v reads="$reads" 'BEGIN {
     split(reads, r, " ")
-    printf "  a token after about 100: 1 rank %.1f ms, %.1f GB/s of weights, %.0f%% of reading; ",
+    printf "  a token after about 100: 1 rank %.1f ms, %.1f GB/s of weights, %.0f%% of reading\n",
       one, mb / one, 100 * mb / one / r[1]
-    printf "--tp 2 %.1f ms, %.2fx faster, %.0f%% of what two cores gain (%.2fx)\n",
-      two, one / two, 100 * (one / two) / (r[2] / r[1]), r[2] / r[1]
+    if (two)
+      printf "    --tp 2 %.1f ms, %.2fx faster, %.0f%% of what two cores gain (%.2fx)\n",
+        two, one / two, 100 * (one / two) / (r[2] / r[1]), r[2] / r[1]
   }'
   long=$(decode 1 990 20)
   awk -v short="${one#* }" -v long="${long#* }" 'BEGIN {
     printf "  a token after about 1000: %.1f ms, %.2fx of that after 100\n", long, long / short
   }'
-  one=$(decode 1 512 2) two=$(decode 2 512 2)
+  one=$(decode 1 512 2)
+  [ -z "$two" ] || two=$(decode 2 512 2)
   awk -v one="${one% *}" -v two="${two% *}" 'BEGIN {
-    printf "  512 tokens of prompt: 1 rank %.0f ms, --tp 2 %.0f ms, %.2fx faster\n",
-      one, two, one / two
+    printf "  512 tokens of prompt: 1 rank %.0f ms", one
+    if (two) printf ", --tp 2 %.0f ms, %.2fx faster", two, one / two
+    printf "\n"
   }'
 fi
 
-if wants checkpoint; then
+if wants checkpoint && fits 4; then
   echo "== saving gpt2 on 4 ranks (--fsdp 4) beside dd of as many bytes, in turn, medians of 5"
   for _ in 1 2 3 4 5; do
     OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $MPIEXEC -n 4 build/train_gpt --model gpt2 --fsdp 4 \

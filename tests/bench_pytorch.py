@@ -28,6 +28,7 @@ import torch.nn.functional as F
 MODELS = {  # layers, width, heads, context, vocab, batch
     "char": (6, 384, 6, 256, 256, 16),
     "gpt2": (12, 768, 12, 256, 50257, 4),
+    "gpt2-1024": (12, 768, 12, 1024, 50257, 16),  # for a GPU
 }
 
 
@@ -214,7 +215,7 @@ def measure(model, device, threads, warmup, steps):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["char", "gpt2"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="on the CPU")
     parser.add_argument(
         "--device",

@@ -4,17 +4,12 @@
 
 #include <cuda_bf16.h>
 #ifndef CPU_FAST
-#include <mma.h>
+#include "kernels/mma.cuh"
 #endif
 
 #include <cmath>
 #include <cstdio>
 #include <utility>
-
-#ifdef __CUDACC__
-constexpr int kWarp = 32;
-constexpr int block_threads(int threads) { return threads; }
-#endif
 
 namespace {
 
@@ -100,20 +95,52 @@ __global__ void shuffles_kernel(float* y, double* z, const float* x, const doubl
   shuffle_all(z, t[threadIdx.x]);
 }
 
-namespace wmma = nvcuda::wmma;
-template <class LayoutA, class LayoutB>
+// 16 x 16: c = (a b + 1) scale + a b; a warp
+template <bool kAByRows, bool kBByRows>
 __global__ void tensor_core_kernel(float* c, const __nv_bfloat16* a, const __nv_bfloat16* b,
                                    float scale) {
-  wmma::fragment<wmma::matrix_a, 16, 16, 16, __nv_bfloat16, LayoutA> fa;
-  wmma::fragment<wmma::matrix_b, 16, 16, 16, __nv_bfloat16, LayoutB> fb;
-  wmma::fragment<wmma::accumulator, 16, 16, 16, float> sum;
-  wmma::load_matrix_sync(fa, a, 16);
-  wmma::load_matrix_sync(fb, b, 16);
-  wmma::fill_fragment(sum, 1.0f);
-  wmma::mma_sync(sum, fa, fb, sum);
-  for (int i = 0; i < sum.num_elements; i++) sum.x[i] *= scale;
-  wmma::mma_sync(sum, fa, fb, sum);
-  wmma::store_matrix_sync(c, sum, 16, wmma::mem_row_major);
+  __shared__ alignas(16) __nv_bfloat16 tiles[2][256];
+  for (int t = 0; t < 2; t++)
+    copy_async<16>(tiles[t] + threadIdx.x * 8, (t ? b : a) + threadIdx.x * 8, 16);
+  close_copies();
+  wait_for_copies<0>();
+  __syncwarp();
+  const Left left = load_left<kAByRows>(
+      [&](int x, int k) { return tiles[0] + (kAByRows ? x * 16 + k : k * 16 + x); });
+  const Right right = load_right<!kBByRows>(
+      [&](int x, int k) { return tiles[1] + (kBByRows ? k * 16 + x : x * 16 + k); });
+  Strip<16> sum;
+  for (int j = 0; j < 2; j++)
+    for (int e = 0; e < 4; e++) sum.v[j][e] = 1;
+  add(sum, 0, left, right);
+  for (int j = 0; j < 2; j++)
+    for (int e = 0; e < 4; e++) sum.v[j][e] *= scale;
+  add(sum, 0, left, right);
+  for (int j = 0; j < 2; j++)
+    for (int e = 0; e < 4; e++) c[strip_row(e) * 16 + strip_column(j, e)] = sum.v[j][e];
+}
+
+// y (3,64): what a warp sees of 64 numbers copied in two groups, the second one's last 8 cut off:
+// before it waits, after it waited for the first group, and for both
+__global__ void async_copy_kernel(float* y, const float* x) {
+  __shared__ alignas(16) float held[64];
+  const auto show = [&](int when) {
+    for (int i = threadIdx.x; i < 64; i += kWarp) y[when * 64 + i] = held[i];
+    __syncwarp();
+  };
+  for (int group = 0; group < 2; group++) {
+    const int i = group * 32 + threadIdx.x % 8 * 4;
+    if (threadIdx.x < 8) copy_async<16>(held + i, x + i, i < 56 ? 16 : 0);
+    close_copies();
+  }
+  __syncwarp();
+  show(0);
+  wait_for_copies<1>();
+  __syncwarp();
+  show(1);
+  wait_for_copies<0>();
+  __syncwarp();
+  show(2);
 }
 #endif
 
@@ -184,7 +211,7 @@ void scale_rows(double* y, const double* x, int rows, int width) {
           AS(double, apply_kernel<Times<T, 2>, T><<<rows, block_threads(32)>>>(y, y, width)));
 }
 // Launches on several lines must not move the lines after them. After an edit: the new number.
-static_assert(__LINE__ == 187);
+static_assert(__LINE__ == 214);
 
 void write_places(Place* places, dim3 grid, dim3 block) { places_kernel<<<grid, block>>>(places); }
 void rotate_rows(float* y, const float* x, int rows, int width, int threads, bool barrier) {
@@ -218,15 +245,13 @@ void shuffles(float* y, double* z, const float* x, const double* t) {
 void tensor_core_product(float* c, const void* a, const void* b, bool a_by_rows, bool b_by_rows,
                          float scale) {
   const auto *pa = static_cast<const __nv_bfloat16*>(a), *pb = static_cast<const __nv_bfloat16*>(b);
-  if (a_by_rows && b_by_rows)
-    tensor_core_kernel<wmma::row_major, wmma::row_major><<<1, 32>>>(c, pa, pb, scale);
-  if (a_by_rows && !b_by_rows)
-    tensor_core_kernel<wmma::row_major, wmma::col_major><<<1, 32>>>(c, pa, pb, scale);
-  if (!a_by_rows && b_by_rows)
-    tensor_core_kernel<wmma::col_major, wmma::row_major><<<1, 32>>>(c, pa, pb, scale);
-  if (!a_by_rows && !b_by_rows)
-    tensor_core_kernel<wmma::col_major, wmma::col_major><<<1, 32>>>(c, pa, pb, scale);
+  const auto kernel =
+      a_by_rows   ? b_by_rows ? tensor_core_kernel<true, true> : tensor_core_kernel<true, false>
+        : b_by_rows ? tensor_core_kernel<false, true>
+                  : tensor_core_kernel<false, false>;
+  kernel<<<1, 32>>>(c, pa, pb, scale);
 }
+void async_copies(float* y, const float* x) { async_copy_kernel<<<1, 32>>>(y, x); }
 #endif
 
 #ifdef CPU_FAITHFUL

@@ -30,6 +30,8 @@ void shuffles(float* y, double* z, const float* x, const double* t);
 // 16 x 16, bf16
 void tensor_core_product(float* c, const void* a, const void* b, bool a_by_rows, bool b_by_rows,
                          float scale);
+// y (3,64) from x (64): see the kernel
+void async_copies(float* y, const float* x);
 
 // What must not go unnoticed.
 enum class Mistake {

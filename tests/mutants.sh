@@ -174,7 +174,7 @@ mutant faults the_warm_up_is_one_forward_longer \
 mutant faults the_warm_up_over_chunks_is_one_forward_longer \
   schedule.cpp 's/\{\(V - 1\)/{1 + (V - 1)/' 1 immediate test_schedule $live
 mutant faults weight_gradients_are_put_off_by_one_more \
-  schedule.cpp 's/\{s, "FB"\}/{s + 1, "FB"}/' 1 immediate test_schedule $live
+  schedule.cpp 's/\{s, "F B"\}/{s + 1, "F B"}/' 1 immediate test_schedule $live
 mutant faults the_last_weight_gradients_are_left_out \
   schedule.cpp 's/\{s, "W1 W0"\}/{s, "W1"}/' 1 immediate test_schedule $accepts
 mutant faults the_second_chunk_goes_down_again \
@@ -184,13 +184,13 @@ mutant faults the_v_keeps_one_chunk_more \
 mutant faults the_v_puts_no_weight_gradients_off_at_the_end \
   schedule.cpp 's/"B0 B1"/"B0 B1 W1"/' 1 immediate test_schedule bubbles_equal
 mutant faults transfers_are_placed_a_tick_late \
-  schedule.cpp 's/meetings\[\{std::floor\(end\),/meetings[{std::floor(end) + 1,/' \
+  schedule.cpp 's/computed\[int\(end\)\]/computed[int(end) + 1]/' \
   1 immediate test_schedule $accepts
-mutant faults transfers_come_after_the_computations_of_their_tick \
-  schedule.cpp 's/\(key\), false, m.when/(key) + 0.5, false, m.when/' \
+mutant faults computations_come_before_the_transfers_of_their_tick \
+  schedule.cpp 's/start >= tick \+ 1/start >= tick + 2/' \
   1 immediate test_schedule $accepts
 mutant faults a_transfer_takes_no_moment \
-  schedule.cpp 's/moves \* kMoment/0/' 1 immediate test_schedule
+  schedule.cpp 's/ \+ \(sent->peer != stage\) \* kMoment//' 1 immediate test_schedule
 
 mesh=open_mesh ledger=ledger_enters
 mutant faults ranks_of_other_lines_talk \

@@ -20,50 +20,95 @@ struct Case {
 };
 
 struct Attention {
-  Values out, lse, probabilities, dqkv;
+  Values out, lse, probabilities, dq, dk, dv, dqkv;
   double largest_score = 0;
 };
 
 // ---- the formulas, in double
 
-static Attention reference(const Case& c, const Values& qkv, const Values& dout) {
-  const auto [B, T, H, D] = std::array{c.B, c.T, c.H, c.D};
-  Attention r{Values(B * T * H * D), Values(B * H * T), Values(B * H * T * T), Values(qkv.size())};
-  const auto at = [&](int64_t b, int64_t t, int part, int64_t h) {
-    return ((b * T + t) * 3 + part) * H * D + h * D;
-  };
-  Values p(T), dp(T);
+static std::vector<int64_t> places(const Positions& p) {
+  std::vector<int64_t> all;
+  for (const Range& piece : {p.low, p.high})
+    for (int64_t t = piece.begin; t < piece.end; t++) all.push_back(t);
+  return all;
+}
+
+// q (B,Tq,H,D), k and v (B,Tk,H,D), each row with its position in the sequence. lse and `delta`
+// (dout times out) may come from more keys than these: then gradients are these keys' part.
+static Attention reference(int64_t B, int64_t H, int64_t D, const Values& q, const Values& k,
+                           const Values& v, const Values& dout, const Positions& queries,
+                           const Positions& keys, const Attention* whole = nullptr) {
+  const std::vector<int64_t> q_at = places(queries), k_at = places(keys);
+  const int64_t Tq = int64_t(q_at.size()), Tk = int64_t(k_at.size());
+  Attention r{Values(q.size()),
+              Values(B * H * Tq),
+              Values(B * H * Tq * Tk),
+              Values(q.size()),
+              Values(k.size()),
+              Values(k.size()),
+              {}};
+  const double scale = 1 / std::sqrt(double(D));
+  Values p(Tk), dp(Tk);
   for (int64_t b = 0; b < B; b++)
     for (int64_t h = 0; h < H; h++)
-      for (int64_t t = 0; t < T; t++) {
-        const double *q = &qkv[at(b, t, 0, h)], *dy = &dout[((b * T + t) * H + h) * D],
-                     scale = 1 / std::sqrt(double(D));
-        double most = -1e300, sum = 0, row = 0;
-        for (int64_t i = 0; i <= t; i++) {
+      for (int64_t t = 0; t < Tq; t++) {
+        const int64_t row = ((b * Tq + t) * H + h) * D, statistic = (b * H + h) * Tq + t;
+        const auto key = [&](int64_t i) { return ((b * Tk + i) * H + h) * D; };
+        int64_t seen = 0;
+        while (seen < Tk && k_at[seen] <= q_at[t]) seen++;
+        double most = -1e300, sum = 0;
+        for (int64_t i = 0; i < seen; i++) {
           p[i] = 0;
-          for (int64_t d = 0; d < D; d++) p[i] += q[d] * qkv[at(b, i, 1, h) + d] * scale;
+          for (int64_t d = 0; d < D; d++) p[i] += q[row + d] * k[key(i) + d] * scale;
           most = std::max(most, p[i]);
           r.largest_score = std::max(r.largest_score, std::abs(p[i]));
         }
-        for (int64_t i = 0; i <= t; i++) sum += p[i] = std::exp(p[i] - most);
-        r.lse[(b * H + h) * T + t] = most + std::log(sum);
-        for (int64_t i = 0; i <= t; i++) {
-          r.probabilities[((b * H + h) * T + t) * T + i] = p[i] /= sum;
+        for (int64_t i = 0; i < seen; i++) sum += std::exp(p[i] - most);
+        r.lse[statistic] = seen ? most + std::log(sum) : -std::numeric_limits<double>::infinity();
+        for (int64_t i = 0; i < seen; i++) {
+          p[i] = std::exp(p[i] - r.lse[statistic]);
+          for (int64_t d = 0; d < D; d++) r.out[row + d] += p[i] * v[key(i) + d];
+        }
+        const Attention& all = whole ? *whole : r;
+        double delta = 0;
+        for (int64_t d = 0; d < D; d++) delta += dout[row + d] * all.out[row + d];
+        for (int64_t i = 0; i < seen; i++) {
+          p[i] *= std::exp(r.lse[statistic] - all.lse[statistic]);
+          r.probabilities[statistic * Tk + i] = p[i];
           dp[i] = 0;
           for (int64_t d = 0; d < D; d++) {
-            r.out[((b * T + t) * H + h) * D + d] += p[i] * qkv[at(b, i, 2, h) + d];
-            r.dqkv[at(b, i, 2, h) + d] += p[i] * dy[d];
-            dp[i] += dy[d] * qkv[at(b, i, 2, h) + d];
+            r.dv[key(i) + d] += p[i] * dout[row + d];
+            dp[i] += dout[row + d] * v[key(i) + d];
           }
-          row += p[i] * dp[i];
-        }
-        for (int64_t i = 0; i <= t; i++)
+          const double ds = p[i] * (dp[i] - delta) * scale;
           for (int64_t d = 0; d < D; d++) {
-            const double ds = p[i] * (dp[i] - row) * scale;
-            r.dqkv[at(b, t, 0, h) + d] += ds * qkv[at(b, i, 1, h) + d];
-            r.dqkv[at(b, i, 1, h) + d] += ds * q[d];
+            r.dq[row + d] += ds * k[key(i) + d];
+            r.dk[key(i) + d] += ds * q[row + d];
           }
+        }
       }
+  return r;
+}
+
+// Part `part` of a tensor (R,parts,H,D), and the tensor of its parts
+static Values part_of(const Values& x, int64_t parts, int64_t part, int64_t width) {
+  Values y;
+  for (size_t row = 0; row < x.size(); row += size_t(parts * width))
+    y.insert(y.end(), &x[row + size_t(part * width)], &x[row] + (part + 1) * width);
+  return y;
+}
+static Values packed(const std::vector<Values>& parts, int64_t width) {
+  Values x;
+  for (size_t row = 0; row < parts[0].size(); row += size_t(width))
+    for (const Values& p : parts) x.insert(x.end(), &p[row], &p[row] + width);
+  return x;
+}
+
+static Attention reference(const Case& c, const Values& qkv, const Values& dout) {
+  const int64_t C = c.H * c.D;
+  Attention r = reference(c.B, c.H, c.D, part_of(qkv, 3, 0, C), part_of(qkv, 3, 1, C),
+                          part_of(qkv, 3, 2, C), dout, {{0, c.T}}, {{0, c.T}});
+  r.dqkv = packed({r.dq, r.dk, r.dv}, C);
   return r;
 }
 
@@ -164,6 +209,162 @@ TEST(plain_bf16_equals_double) { sweep(Dtype::bf16, false); }
 TEST(flash_f32_equals_double) { sweep(Dtype::f32, true); }
 TEST(flash_f64_equals_double) { sweep(Dtype::f64, true); }
 TEST(flash_bf16_equals_double) { sweep(Dtype::bf16, true); }
+
+static double largest_difference(const Values& a, const Values& b) {
+  double most = 0;
+  for (size_t i = 0; i < a.size(); i++) most = std::max(most, std::abs(a[i] - b[i]));
+  return most;
+}
+// of the whole: the root of the sum of squares
+static double distance(const Values& a, const Values& b) {
+  double d = 0, norm = 0;
+  for (size_t i = 0; i < a.size(); i++) d += (a[i] - b[i]) * (a[i] - b[i]), norm += b[i] * b[i];
+  return d == 0 ? 0 : std::sqrt(d / norm);
+}
+
+// Tensor cores round probabilities and their gradients to bf16 on the way. Widths of 1 and 31 take
+// the form in registers: their rows begin at no multiple of 16 bytes.
+TEST(flash_bf16_is_close_at_every_width_and_length) {
+  double out = 0, gradients = 0, lse = 0;
+  int cases = 0;
+  for (int64_t D : {16, 32, 64, 128, 8, 24, 80, 31})
+    for (int64_t T : {1, 15, 16, 17, 63, 64, 65, 150, 257}) {
+      const Case c{Dtype::bf16, 1 + cases % 2 * (T < 20), T, 1 + cases % 2, D};
+      const Inputs in(c);
+      const Attention expected = reference(c, download(in.qkv), download(in.dout)),
+                      got = run(c, in, true);
+      const auto where = sentence("T = ", T, ", D = ", D, ", B = ", c.B, ", H = ", c.H);
+      out = std::max(out, relative_difference(got.out, expected.out));
+      lse = std::max(lse, largest_difference(got.lse, expected.lse));
+      gradients = std::max({gradients, relative_difference(got.dqkv, expected.dqkv),
+                            distance(got.dqkv, expected.dqkv)});
+      CHECK_LE(out, 4e-3, where);
+      CHECK_LE(gradients, 5e-3, where);
+      CHECK_LE(lse, 1e-5, where);
+      cases++;
+    }
+  measured(cases, " shapes, out off by ", out, ", gradients by ", gradients, ", lse by ", lse);
+}
+
+// Queries and keys from different tensors, as ranks of a ring have them: rows of two pieces of the
+// sequence against rows of two others. What all keys give together is merged here and must be what
+// one call over all keys gives.
+static void check_pieces(Dtype dtype, int64_t T, int64_t D, const Positions& queries,
+                         const std::vector<Positions>& sets, double& worst) {
+  const int64_t B = 2, H = 2, C = H * D, Tq = queries.rows();
+  const Tensor q = random_tensor({B, Tq, H, D}, dtype, 1),
+               dout = random_tensor({B, Tq, H, D}, dtype, 2);
+  const Dtype acc = master_dtype(dtype);
+  const double bound = dtype == Dtype::f64 ? 1e-13 : dtype == Dtype::f32 ? 1e-5 : 5e-3;
+  struct Set {
+    Positions at;
+    Tensor kv;
+    Values k, v;
+  };
+  std::vector<Set> rounds;
+  const Tensor all = random_tensor({B, T, 2, H, D}, dtype, 3);
+  const Values all_kv = download(all);
+  for (const Positions& at : sets) {
+    Values kv;
+    for (int64_t b = 0; b < B; b++)
+      for (int64_t t : places(at)) {
+        const double* row = &all_kv[size_t((b * T + t) * 2 * C)];
+        kv.insert(kv.end(), row, row + 2 * C);
+      }
+    rounds.push_back({at, tensor_of(kv, {B, at.rows(), 2, H, D}, dtype), part_of(kv, 2, 0, C),
+                      part_of(kv, 2, 1, C)});
+  }
+  const Values q_values = download(q), dy_values = download(dout);
+  const Attention whole = reference(B, H, D, q_values, part_of(all_kv, 2, 0, C),
+                                    part_of(all_kv, 2, 1, C), dy_values, queries, {{0, T}});
+
+  // forward, merged by lse: out = sum over rounds of out_i exp(lse_i - lse)
+  const auto close = [&](const char* what, const Values& a, const Values& b) {
+    const double d = relative_difference(a, b);
+    CHECK_LE(d, bound, what, ", ", name_of(dtype), ", T = ", T, ", D = ", D);
+    worst = std::max(worst, d / bound);
+  };
+  Values out(q_values.size()), top(whole.lse.size(), -1e300), sum(whole.lse.size());
+  std::vector<std::pair<Values, Values>> results;
+  for (const Set& set : rounds) {
+    const Values together = in_every_order([&] {
+      const Tensor o = unwritten(q.shape(), acc), lse = unwritten({B, H, Tq}, acc);
+      attention_flash_forward(o, lse, q, set.kv, B, H, queries, set.at);
+      Values both = download(o);
+      for (double x : download(lse)) both.push_back(x);
+      return both;
+    });
+    results.push_back({Values(together.begin(), together.begin() + int64_t(out.size())),
+                       Values(together.begin() + int64_t(out.size()), together.end())});
+    const Attention expected =
+        reference(B, H, D, q_values, set.k, set.v, dy_values, queries, set.at);
+    close("out of a round", results.back().first, expected.out);
+    for (size_t i = 0; i < top.size(); i++) {
+      if (std::isinf(expected.lse[i])) CHECK_LE(results.back().second[i], -1e38);
+      top[i] = std::max(top[i], results.back().second[i]);
+    }
+  }
+  for (const auto& [o, lse] : results)
+    for (size_t i = 0; i < top.size(); i++) sum[i] += std::exp(lse[i] - top[i]);
+  const auto statistic = [&](size_t row) {  // of row (B,Tq,H)
+    const int64_t h = int64_t(row) % H, t = int64_t(row) / H % Tq, b = int64_t(row) / H / Tq;
+    return size_t((b * H + h) * Tq + t);
+  };
+  Values merged(top);
+  for (size_t i = 0; i < top.size(); i++) merged[i] += std::log(sum[i]);
+  for (const auto& [o, lse] : results)
+    for (size_t i = 0; i < out.size(); i++)
+      out[i] += o[i] * std::exp(lse[statistic(i / D)] - merged[statistic(i / D)]);
+  close("merged out", out, whole.out);
+  close("merged lse", merged, whole.lse);
+
+  // backward, each round's part added to what is there
+  const Tensor o = tensor_of(whole.out, q.shape(), dtype),
+               lse = tensor_of(whole.lse, {B, H, Tq}, acc),
+               start = random_tensor(q.shape(), acc, 4);
+  Values dq_expected = download(start);
+  for (size_t i = 0; i < dq_expected.size(); i++) dq_expected[i] += whole.dq[i];
+  const Values dq = in_every_order([&] {
+    const Tensor d = unwritten(q.shape(), acc);
+    copy(d, start);
+    for (const Set& set : rounds) {
+      const Tensor dkv = unwritten(set.kv.shape(), acc);
+      fill(dkv, 0);
+      attention_flash_backward(d, dkv, dout, o, lse, q, set.kv, B, H, queries, set.at, true);
+    }
+    return download(d);
+  });
+  close("dq", dq, dq_expected);
+  for (const Set& set : rounds) {
+    const Attention expected =
+        reference(B, H, D, q_values, set.k, set.v, dy_values, queries, set.at, &whole);
+    const Tensor dkv = unwritten(set.kv.shape(), dtype), d = unwritten(q.shape(), dtype);
+    attention_flash_backward(d, dkv, dout, o, lse, q, set.kv, B, H, queries, set.at);
+    const Values got = download(dkv);
+    // where no query sees a key, gradients are zero, and have no magnitude
+    if (distance(expected.dv, Values(expected.dv.size())) == 0)
+      CHECK(got == Values(got.size()), "a gradient from a query that sees nothing");
+    else close("dkv", got, packed({expected.dk, expected.dv}, C));
+  }
+}
+
+TEST(queries_and_keys_of_any_pieces_merge_to_the_whole) {
+  double worst = 0;
+  const int64_t T = 150;
+  const Range pieces[]{{0, 37}, {37, 75}, {75, 112}, {112, 150}};
+  for (auto [dtype, D] : {std::pair<Dtype, int64_t>{Dtype::f64, 20},
+                          {Dtype::f32, 31},
+                          {Dtype::bf16, 31},
+                          {Dtype::bf16, 16},
+                          {Dtype::bf16, 64},
+                          {Dtype::bf16, 128}})
+    for (int r : {0, 1})
+      check_pieces(dtype, T, D, {pieces[r], pieces[3 - r]},
+                   {{pieces[0], pieces[3]}, {pieces[1], pieces[2]}}, worst);
+  check_pieces(Dtype::bf16, 257, 32, {{0, 257}}, {{{0, 130}}, {{130, 257}}}, worst);
+  check_pieces(Dtype::bf16, 100, 64, {{100, 130}}, {{{0, 100}}}, worst);
+  measured("14 cuts, largest error ", worst, " of the bound");
+}
 
 TEST(plain_with_own_matmul_equals_double) {
   matmul_backend = MatmulBackend::own;

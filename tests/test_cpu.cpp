@@ -360,6 +360,24 @@ TEST(tensor_cores_equal_a_plain_product) {
 
 // ---- what FAITHFUL notices
 
+TEST(an_asynchronous_copy_arrives_at_the_wait_and_leaves_nan_before) {
+#ifdef CPU_FAITHFUL
+  const auto x = random_values<float>(64, 8);
+  DeviceArray<float> in(x), out(3 * 64);
+  async_copies(out.data, in.data);
+  const auto seen = out.download();
+  for (size_t when = 0; when < 3; when++)
+    for (size_t i = 0; i < 64; i++) {
+      const float y = seen[when * 64 + i], arrived = i < 56 ? x[i] : 0;
+      if (i < 32 * when) CHECK_EQ(y, arrived, "number ", i, " after ", when, " waits");
+      else CHECK(std::isnan(y), "number ", i, " is there before the wait");
+    }
+  measured("2 groups; 8 numbers that are not read are zeros");
+#else
+  skip("copies are asynchronous in the FAITHFUL form only");
+#endif
+}
+
 TEST(a_missing_barrier_gives_a_wrong_answer_in_some_order) {
 #ifdef CPU_FAITHFUL
   const int rows = 6, width = 96;

@@ -1,7 +1,8 @@
 # tests.mk: the test programs, the benchmarks, and everything that checks the project.
 
 TESTS      := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/test_*.cpp)))
-CUDA_TESTS := $(filter-out test_cpu test_nccl test_comm,$(TESTS))
+# all but those of cpu/, and those that use no device
+CUDA_TESTS := $(filter-out test_cpu test_nccl test_comm test_schedule test_support test_fuzz,$(TESTS))
 BENCHES    := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/bench_*.cpp)))
 
 $(B)/obj/tests/%: CXXFLAGS += -O1# compiling takes longer than running
@@ -13,7 +14,7 @@ $(B)/tests/libfaults.so: tests/faults.cpp
 # The CUDA build without a GPU: the objects of BACKEND=cuda, linked with the CUDA runtime in
 # LIBCUDART=dir, which runs PTX, and with cpu/ in place of cuBLAS and NCCL.
 PTX_CPU := cpu/cuda/cublas.cpp tests/ptx_extra.cpp $(NCCL_CPU)
-$(B)/obj/cpu/cuda/cublas.cpp.o: CXXFLAGS += -fopenmp
+$(B)/obj/cpu/cuda/cublas.cpp.o: private CXXFLAGS += -fopenmp
 $(B)/ptx/%: $$(main) $(OBJECTS) $(PTX_CPU:%=$(B)/obj/%.o)
 	@mkdir -p $(@D)
 	@$(LINK) $^ -o $@ -cudart none -L$(LIBCUDART) -lfakecudart -Xlinker -rpath=$(LIBCUDART) \
@@ -25,7 +26,7 @@ print-link: ; @echo '$(LINK)'
 print-objects: ; @echo '$(OBJECTS)'
 
 .PHONY: test faults fuzz parity compare mutants sanitize check-docs check-style check-portable
-.PHONY: bench cuda cuda-build check-spills
+.PHONY: bench gpu-check cuda cuda-build check-spills sass
 
 test:  ## make test                the whole suite; with BACKEND=cuda on the GPUs, too
 	@tests/run.sh cpu faithful $(filter cuda,$(BACKEND))
@@ -42,6 +43,7 @@ MUTATED := fsdp tensor_parallel pipeline schedule comm golden
 mutants:  ## make mutants             one-line faults that the suite must catch
 	@$(MAKE) -s --no-print-directory BACKEND=cpu $(MUTATED:%=build/cpu/tests/test_%)
 	@tests/mutants.sh
+	@tests/kernel_mutants.sh
 
 ## make parity              every layout of up to 8 ranks against one rank, in f64: one table
 parity: $(B)/tests/test_parity
@@ -64,12 +66,17 @@ check-style:  ## make check-style         width, clang-format, one sentence a li
 check-portable:
 	@tests/portable.sh $(ON)
 
-bench: build $(BENCHES:%=$(B)/tests/%)  ## make bench               speed: kernels, tokens/s, memory
+## make bench               speed: kernels, tokens/s, memory
+bench: build $(BENCHES:%=$(B)$(WHERE)/tests/%)
 	@tests/bench.sh
+
+## make gpu-check           whether all holds on this machine's GPUs: build/gpu-check.txt
+gpu-check:
+	@MPIEXEC='$(MPIEXEC)' MPICXX='$(MPICXX)' LIBCUDART='$(LIBCUDART)' tests/gpu_check.sh
 
 ## make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)
 cuda:
-	@$(MAKE) --no-print-directory BACKEND=cuda cuda-build check-spills
+	@$(MAKE) --no-print-directory BACKEND=cuda cuda-build check-spills sass
 cuda-build: $(PROGRAMS:%=$(B)/%) $(CUDA_TESTS:%=$(B)/tests/%) $(B)/comm-mpi/train_gpt
 # ptxas spills registers, or keeps an array out of them, in no kernel but those for f64, which are
 # for proofs
@@ -85,3 +92,6 @@ check-spills: cuda-build
 	      "; spills or stack frames outside f64: " (bad ? "yes" : "none"); \
 	    exit bad \
 	  }'
+# the machine code of the kernels that multiply in tensor cores
+sass: cuda-build
+	@CUDA_HOME=$(CUDA) tests/sass.sh $(patsubst %,$(B)/obj/kernels/%.cu.o,attention_mma matmul)

@@ -2,67 +2,87 @@
 #include "theory/simulate.h"
 
 #include <algorithm>
-#include <deque>
 #include <map>
-#include <tuple>
+#include <set>
+#include <utility>
 
 #include "support/check.h"
+
+// ---- parts: what a stage does, transfer by transfer and gradient by gradient
+
+static Action exchange_of(const Transfer& t) { return {Action::exchange, -1, -1, {t}}; }
+
+static std::vector<Action> parts_of(const Action& a) {
+  if (a.kind == Action::backward)
+    return {{Action::input_gradient, a.microbatch, a.chunk},
+            {Action::weight_gradient, a.microbatch, a.chunk}};
+  if (a.kind != Action::exchange) return {a};
+  std::vector<Action> parts;
+  for (const Transfer& t : a.transfers) parts.push_back(exchange_of(t));
+  return parts;
+}
+
+// The parts that this stage must have done before it begins with an action.
+static std::vector<Action> needs_of(const Schedule& s, int stage, const Action& a) {
+  std::vector<Action> needs;
+  for (const Transfer& t : a.transfers) {
+    const bool activates = t.payload == Transfer::activation;
+    if (t.send)
+      needs.push_back(
+          {activates ? Action::forward : Action::input_gradient, t.microbatch, t.chunk});
+  }
+  if (a.kind == Action::exchange) return needs;
+  const auto parts = parts_of(a);
+  for (const auto& [kind, m, c, transfers] : parts)
+    if (m > 0) needs.push_back({kind, m - 1, c});  // sums are made in ascending order
+  if (a.kind != Action::forward)
+    needs.push_back({a.kind == Action::weight_gradient ? Action::input_gradient : Action::forward,
+                     a.microbatch, a.chunk});
+  if (const auto t = transfer_of(s, stage, a, false))
+    needs.push_back(t->peer != stage
+                        ? exchange_of(*t)
+                        : Action{parts[0].kind, t->microbatch, other_end(s, stage, *t).chunk});
+  return needs;
+}
 
 // ---- one walk over all lists, for checker and simulator
 
 // The spans of what each stage gets done; lists that end early wait for each other. A stage steps
-// over a computation when its input is there, and over an exchange when its peers have come to the
-// facing ones. That is how an executor whose every action blocks goes ahead. The times are those of
-// two queues a stage (simulate.h): each waits only for what it needs.
+// over an action when what it needs is done, and over an exchange when its peers have come to the
+// facing ones, too. That is how an executor whose every action blocks goes ahead. The times are
+// those of two queues a stage (simulate.h): each waits only for what it needs.
 static Spans walk(const Schedule& s, const Durations& durations) {
-  using End = std::pair<int, Transfer>;  // the stage, and the transfer as it sees it
-  // when what is sent was computed, or what is received had come; when its exchange was reached
-  std::map<End, double> there, reached;
-  // when each queue finished the action before
-  std::vector<double> computed(s.stages, 0.0), exchanged(s.stages, 0.0);
-  // stages that may get on: somebody has done what they may wait for
-  std::deque<int> ready;
-  const auto compute = [&](int stage, const Action& a, double duration) -> std::optional<Span> {
-    double start = computed[stage];
-    if (const auto input = transfer_of(s, stage, a, false)) {
-      const auto came = there.find({stage, *input});
-      if (came == there.end()) return {};
-      start = std::max(start, came->second);
-    }
-    const double end = computed[stage] = start + duration;
-    if (const auto output = transfer_of(s, stage, a, true))
-      there[{stage, output->peer == stage ? other_end(s, stage, *output) : *output}] = end;
-    return Span{start, end};
-  };
-  const auto exchange = [&](int stage, const Action& a, double duration) -> std::optional<Span> {
-    double start = exchanged[stage];
-    for (const Transfer& t : a.transfers)
-      if (t.send) start = std::max(start, there.at({stage, t}));
-    for (const Transfer& t : a.transfers)
-      if (reached.insert({{stage, t}, start}).second) ready.push_back(t.peer);
-    double end = start;
-    for (const Transfer& t : a.transfers) {
-      const auto facing = reached.find({t.peer, other_end(s, stage, t)});
-      if (facing == reached.end()) return {};
-      end = std::max(end, std::max(start, facing->second) + duration);
-    }
-    for (const Transfer& t : a.transfers)
-      if (!t.send) there[{stage, t}] = end;
-    exchanged[stage] = end;
-    return Span{start, end};
-  };
+  std::vector<std::map<Action, double>> done(s.stages);         // [stage]: parts, and when
+  std::vector<std::map<Transfer, double>> reached(s.stages);    // [stage]: when its exchange was
+  std::vector<double> computed(s.stages), exchanged(s.stages);  // when each queue is free
   Spans spans(s.stages);
-  for (int stage = 0; stage < s.stages; stage++) ready.push_back(stage);
-  for (; !ready.empty(); ready.pop_front()) {
-    const int stage = ready.front();
-    for (size_t i = spans[stage].size(); i < s.actions[stage].size(); i++) {
-      const Action& a = s.actions[stage][i];
-      const auto span = a.kind == Action::exchange ? exchange(stage, a, durations[stage][i])
-                                                   : compute(stage, a, durations[stage][i]);
-      if (!span) break;  // until another stage has got on
-      spans[stage].push_back(*span);
+  bool moved = true;
+  // Does the next action of a stage, if it can.
+  const auto proceed = [&](int stage) {
+    const size_t i = spans[stage].size();
+    if (i == s.actions[stage].size()) return false;
+    const Action& a = s.actions[stage][i];
+    double& free = (a.kind == Action::exchange ? exchanged : computed)[stage];
+    double start = free, end = 0;
+    for (const Action& need : needs_of(s, stage, a)) {
+      const auto when = done[stage].find(need);
+      if (when == done[stage].end()) return false;
+      start = std::max(start, when->second);
     }
-  }
+    for (const Transfer& t : a.transfers) moved |= reached[stage].insert({t, start}).second;
+    for (const Transfer& t : a.transfers) {
+      const auto facing = reached[t.peer].find(other_end(s, stage, t));
+      if (facing == reached[t.peer].end()) return false;
+      end = std::max(end, facing->second);
+    }
+    end = free = std::max(start, end) + durations[stage][i];
+    for (const Action& part : parts_of(a)) done[stage][part] = end;
+    spans[stage].push_back({start, end});
+    return true;
+  };
+  while (std::exchange(moved, false))
+    for (int stage = 0; stage < s.stages; stage++)
+      while (proceed(stage)) moved = true;
   return spans;
 }
 
@@ -72,79 +92,45 @@ static std::string place(const Schedule& s, int stage, int index) {
   return sentence("stage ", stage, ", action ", index, " (", to_string(s.at(stage, index)), ")");
 }
 
-// Each part of each chunk comes once for every micro-batch, in ascending order, after what it
-// needs; each transfer that they need comes once, in ascending order, after what it sends and
-// before what uses it; and there is no other.
-static std::string wrong_action(const Schedule& s) {
-  constexpr Action::Kind kPart[] = {Action::forward, Action::input_gradient,
-                                    Action::weight_gradient};
-  const std::vector<int> parts_of[] = {{0}, {1, 2}, {1}, {2}};  // by kind
+// Every part of a step is there once, and no other.
+static std::string wrong_part(const Schedule& s) {
   for (int stage = 0; stage < s.stages; stage++) {
-    // how many micro-batches are through: {part, chunk}, {send, payload, chunk}
-    std::map<std::pair<int, int>, int> done;
-    std::map<std::tuple<bool, int, int>, int> moved;
-    const auto out_of_turn = [&](int m, int chunk, int& next) -> std::string {
-      if (chunk < 0 || chunk >= s.chunks || m >= s.microbatches)
-        return " is not part of this step.";
-      if (m < next) return " comes twice.";
-      if (m > next) return sentence(" comes before that of micro-batch ", next, ".");
-      next++;
-      return "";
-    };
-    for (int i = 0; i < int(s.actions[stage].size()); i++) {
-      const auto& [kind, m, c, transfers] = s.at(stage, i);
-      const auto here = [&] { return place(s, stage, i); };
-      std::string wrong;
-      for (const Transfer& t : transfers) {
-        const int part = t.payload == Transfer::activation ? 0 : 1;
-        wrong = out_of_turn(t.microbatch, t.chunk, moved[{t.send, t.payload, t.chunk}]);
-        if (!wrong.empty()) return here() + wrong;
-        if (t.peer == stage ||
-            transfer_of(s, stage, {kPart[part], t.microbatch, t.chunk}, t.send) != t)
-          return sentence(here(), ": nothing needs to ", to_string(t), ".");
-        if (t.send && done[{part, t.chunk}] <= t.microbatch)
-          return here() + " sends before it has computed that.";
-      }
-      if (kind == Action::exchange) continue;
-      for (const int part : parts_of[kind]) {
-        if (part > 0 && done[{part - 1, c}] <= m)
-          return sentence(here(), " comes before the ", to_string({kPart[part - 1], m, c}), ".");
-        if (const auto t = transfer_of(s, stage, {kPart[part], m, c}, false))
-          if (m >= (t->peer == stage ? done[{part, other_end(s, stage, *t).chunk}]
-                                     : moved[{false, t->payload, c}]))
-            return here() + " comes before its input.";
-        wrong = out_of_turn(m, c, done[{part, c}]);
-        if (!wrong.empty()) return here() + wrong;
-      }
-    }
-    for (int part = 0; part < 3; part++)
-      for (int c = 0; c < s.chunks; c++) {
-        const Action last{kPart[part], s.microbatches - 1, c};
-        if (done[{part, c}] < s.microbatches)
-          return sentence("stage ", stage, " never does the ", to_string(last), ".");
-        const auto t = transfer_of(s, stage, last, true);
-        if (t && t->peer != stage && moved[{true, t->payload, c}] < s.microbatches)
-          return sentence("stage ", stage, " lacks a transfer: ", to_string(*t), ".");
-      }
+    std::set<Action> missing;
+    for (int m = 0; m < s.microbatches; m++)
+      for (int c = 0; c < s.chunks; c++)
+        for (const auto kind : {Action::forward, Action::input_gradient, Action::weight_gradient}) {
+          const Action a{kind, m, c};
+          missing.insert(a);
+          for (const bool send : {false, true})
+            if (const auto t = transfer_of(s, stage, a, send); t && t->peer != stage)
+              missing.insert(exchange_of(*t));
+        }
+    for (int i = 0; i < int(s.actions[stage].size()); i++)
+      for (const Action& part : parts_of(s.at(stage, i)))
+        if (!missing.erase(part))
+          return place(s, stage, i) + " comes twice or is not part of this step.";
+    for (const Action& part : missing)
+      return sentence("stage ", stage, " never does this: ", to_string(part), ".");
   }
   return "";
 }
 
 // Between two stages NCCL knows transfers only by their order.
 static std::string wrong_order(const Schedule& s) {
-  // {from, to}: as the receiver sees them; as many, by wrong_action
+  // {from, to}: as the receiver sees them; as many, by wrong_part
   std::map<std::pair<int, int>, std::vector<Transfer>> sent, received;
   for (int stage = 0; stage < s.stages; stage++)
     for (const Action& a : s.actions[stage])
       for (const Transfer& t : a.transfers)
         if (t.send) sent[{stage, t.peer}].push_back(other_end(s, stage, t));
         else received[{t.peer, stage}].push_back(t);
-  for (const auto& [pair, sends] : sent)
-    for (size_t k = 0; k < sends.size(); k++)
-      if (const Transfer& meets = received[pair][k]; sends[k] != meets)
-        return sentence("transfer ", k, " from stage ", pair.first, " to stage ", pair.second,
-                        " should meet '", to_string(sends[k]), "' there, but meets '",
-                        to_string(meets), "'.");
+  for (const auto& [pair, sends] : sent) {
+    const auto [meant, meets] = std::mismatch(sends.begin(), sends.end(), received[pair].begin());
+    if (meant != sends.end())
+      return sentence("a transfer from stage ", pair.first, " to stage ", pair.second,
+                      " should meet '", to_string(*meant), "' there, but meets '",
+                      to_string(*meets), "'.");
+  }
   return "";
 }
 
@@ -161,7 +147,7 @@ static std::string deadlock(const Schedule& s) {
 std::string check(const Schedule& s) {
   if (int(s.actions.size()) != s.stages)
     return sentence("there are ", s.actions.size(), " lists for ", s.stages, " stages.");
-  for (const auto rule : {wrong_action, wrong_order, deadlock})
+  for (const auto rule : {wrong_part, wrong_order, deadlock})
     if (const std::string wrong = rule(s); !wrong.empty()) return wrong;
   return "";
 }

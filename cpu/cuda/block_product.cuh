@@ -8,9 +8,6 @@
 #pragma once
 #include "kernels/common.cuh"
 
-// vector instructions: g++ is kept from unrolling a loop before it vectorizes
-#define UNROLL _Pragma("GCC unroll 1")
-
 namespace {
 
 constexpr int kProductThreads = 1;

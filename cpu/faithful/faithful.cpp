@@ -6,7 +6,8 @@
 //           ucontext elsewhere)
 // test      tests/test_cpu.cpp
 #ifdef CPU_FAITHFUL
-#include <cuda_runtime.h>
+#include "cpu/faithful/mma.h"
+
 #include <link.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -245,6 +246,9 @@ __attribute__((noinline)) void yield() {
 
 void fiber_main() {
   (*thread_body)();
+  if (cpu::copies_under_way())
+    cpu::report("a thread ends while its copies to shared memory are under way",
+                {"", "the kernel", 0});
   block.done++;
   yield();
 }

@@ -1,0 +1,73 @@
+// attention.cuh: what both forms of flash attention (attention_flash.cu, attention_mma.cu) know of
+// their tensors, and which keys a query sees.
+#pragma once
+#include "kernels/common.cuh"
+
+namespace flash {
+
+// Row i of sequence b begins at data + (b * rows + i) * ld, its heads D elements apart.
+template <class T> struct Rows {
+  T* data;
+  int64_t ld;
+  int rows;
+};
+// The same to write: of T, or with `wide` of what sums run in; `add`: to what is there
+struct Results {
+  void* data;
+  int64_t ld;
+  int rows;
+  bool wide, add;
+  int64_t first = 0;  // element where a head's rows begin
+};
+
+template <class T> struct Inputs { Rows<const T> q, k, v; };
+struct Gradients {
+  Results q, k, v;
+};
+
+// Positions of a tensor's rows in the sequence, ascending: row i < cut has i + low, the others
+// i + high.
+struct Places {
+  int rows, cut, low, high;
+  __device__ int position(int row) const { return row + (row < cut ? low : high); }
+  // how many rows, the first ones, have a position before this one
+  __device__ int before(int position) const {
+    const int in_low = position - low < cut ? position - low : cut,
+              in_all = position - high < rows ? position - high : rows;
+    return in_all > in_low ? in_all : in_low > 0 ? in_low : 0;
+  }
+};
+
+struct Sizes {
+  int H, D;
+  bool packs;  // rows begin at multiples of 16 bytes
+  Places queries, keys;
+  // blocks of a head, one after the other: gridDim.y, of which there are 65535, could not count all
+  // heads, nor all tiles
+  unsigned tiles = 0;
+  __device__ unsigned tile() const { return blockIdx.x % tiles; }
+  __device__ unsigned head() const { return blockIdx.x / tiles; }
+  // This block's head of a tensor; and the first of its rows in (B,H,queries)
+  template <class T> __device__ Rows<T> of_head(Rows<T> x) const {
+    x.data += int64_t(head() / H) * x.rows * x.ld + int64_t(head() % H) * D;
+    return x;
+  }
+  __device__ Results of_head(Results x) const {
+    x.first = int64_t(head() / H) * x.rows * x.ld + int64_t(head() % H) * D;
+    return x;
+  }
+  __device__ int64_t statistics() const { return int64_t(head()) * queries.rows; }
+  // Since positions ascend, a query sees the first so many keys, and the queries that see a key are
+  // those from this one on.
+  __device__ int seen_by(int query) const { return keys.before(queries.position(query) + 1); }
+  __device__ int first_seeing(int key) const { return queries.before(keys.position(key)); }
+};
+
+// Arguments of attention in tensor cores (attention_mma.cu). It takes bf16 with `packs`, which a D
+// of whole packs has.
+using Bf16Rows = Rows<const __nv_bfloat16>;
+void mma_forward(unsigned heads, Sizes n, Results out, float* lse, Inputs<__nv_bfloat16> in);
+void mma_backward(unsigned heads, Sizes n, Gradients d, Bf16Rows dout, const float* lse,
+                  const float* delta, Inputs<__nv_bfloat16> in);
+
+}  // namespace flash
