@@ -1,7 +1,7 @@
 # Threefold: `make` lists what there is. Everything that is built lives in build/<backend>/.
+#   launch/launch.mk    which backend, what has to be installed, make run
 #   cpu/cpu.mk          what stands in for CUDA and NCCL
 #   tests/tests.mk      tests, benchmarks and checks
-#   launch/detect.sh    GPUs, CUDA and NCCL; launch/packages.sh: the rest; launch/run.sh: make run
 #   `##` begins what help shows
 
 MAKEFLAGS += -r# no rules but those below
@@ -17,15 +17,7 @@ COMM    ?= nccl
 MPICXX  ?= $(or $(shell command -v mpicxx.mpich 2>/dev/null),mpicxx)
 MPIEXEC ?= $(subst mpicxx,mpiexec,$(MPICXX))
 
-# ---- which backend: CUDA where a kernel runs on a GPU, else the CPU (BACKEND=cpu|cuda overrides)
-
--include build/detected.mk
-BACKEND ?= $(or $(DETECTED),cpu)
-B := build/$(BACKEND)
-build/detected.mk: launch/detect.sh \
-    $(if $(filter-out $(CUDA_HOME):$(NCCL_HOME),$(LOOKED_IN)),look-again)
-	@mkdir -p build 2>/dev/null && [ -w build ] || exit 0; \
-	  CUDA_HOME='$(CUDA_HOME)' NCCL_HOME='$(NCCL_HOME)' $< >$@.new && mv $@.new $@
+include launch/launch.mk
 
 # ---- sources: a folder a concern; the files with a main() are the programs
 
@@ -61,15 +53,6 @@ include cpu/cpu.mk
 
 # ---- rules
 
-# what is missing is installed first; then the tools are looked for again
-PROBE = launch/packages.sh probe $(BACKEND) $(COMM) '$(LINK)' '$(LIBS) $(LIBS_NCCL)'
-$(B)/packages: launch/packages.sh
-	@$(PROBE) >/dev/null 2>&1 || $(MAKE) --no-print-directory deps || { $(PROBE); exit 1; }
-	@touch $@
-$(B)/ready: Makefile cpu/cpu.mk $(B)/packages
-	@$(PROBE)
-	@touch $@
-
 # what most files include is parsed once, with PRECOMPILE=yes: a compiler cache would rather not
 COMMON := $(if $(PRECOMPILE),$(B)/common.h.gch)
 $(B)/common.h.gch: comm.h | $(B)/ready
@@ -103,23 +86,11 @@ $(B)/comm-mpi/%: $$(main) $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
 
 # ---- targets
 
-.PHONY: help build built run generate deps detect clean look-again
+.PHONY: help build built clean
 help:
 	@echo 'Threefold ($(BACKEND) backend)$(if $(WHY),; no GPU is used: $(WHY))'
-	@sed -nE 's/^([a-z].*)?## /  /p' $(filter %akefile %.mk,$(MAKEFILE_LIST))
+	@sed -nE 's/^([a-z].*)?## /  /p' launch/launch.mk Makefile tests/tests.mk
 	@tests/size.sh | sed 's/^/  /'
-
-# to launch/run.sh through the environment, where no sign in a name means anything
-export override DATA := $(value DATA)
-export override ARGS := $(value ARGS)
-export override PROMPT := $(value PROMPT)
-export override CHECKPOINT := $(value CHECKPOINT)
-## make run [DATA=file] [STRATEGY=serial|replicate|fsdp|tp|pp|3d] [NP=ranks] [ARGS=options]
-##                          train a GPT and print a sample of what it learned
-## make generate [PROMPT=text] [CHECKPOINT=dir] [NP=ranks] [ARGS=options] [TRAIN_ARGS=options]
-##                          continue a text with a model (trains one first where there is none)
-run generate: built
-	@BACKEND=$(BACKEND) THREADS=$(THREADS) MPIEXEC='$(MPIEXEC)' WHY='$(WHY)' launch/run.sh $@
 
 build: $(PROGRAMS:%=$(B)$(WHERE)/%)  ## make build               compile the programs into build/
 	@for p in $(PROGRAMS); do [ "$$(readlink build/$$p)" = $(BACKEND)$(WHERE)/$$p ] || \
@@ -129,10 +100,6 @@ built:  # for those who type no -j
 
 include tests/tests.mk
 
-deps:  ## make deps                install what is missing (MPICH, oneDNN, nlohmann/json, xxHash)
-	@launch/packages.sh install
-detect:  ## make detect              look for GPUs, CUDA and NCCL again (CUDA_HOME= NCCL_HOME=)
-	@rm -f build/detected.mk && $(MAKE) --no-print-directory help
 clean:  ## make clean               remove build/
 	rm -rf build
 
