@@ -1,8 +1,8 @@
 # tests.mk: the test programs, the benchmarks, and everything that checks the project.
 
 TESTS      := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/test_*.cpp)))
-# all but those of cpu/, and those that use no device
-CUDA_TESTS := $(filter-out test_cpu test_nccl test_comm test_schedule test_support test_fuzz,$(TESTS))
+# all but those of cpu/ and those that use no device
+CUDA_TESTS := $(filter-out %_cpu %_nccl %_comm %_schedule %_support %_fuzz,$(TESTS))
 BENCHES    := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/bench_*.cpp)))
 
 $(B)/obj/tests/%: CXXFLAGS += -O1# compiling takes longer than running
