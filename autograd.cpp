@@ -11,15 +11,7 @@
 
 Shape Param::local_shape() const {
   Shape local = shape;
-  int64_t outer = 1;
-  // the split dim is the one with `outer` elements before it
-  for (size_t d = 0; d < local.size(); d++) {
-    if (outer == slice.outer && local[d] == slice.split) {
-      local[d] = slice.end - slice.begin;
-      break;
-    }
-    outer *= local[d];
-  }
+  local[dim] = slice.end - slice.begin;
   return local;
 }
 
@@ -95,7 +87,9 @@ Tokens::Tokens(int64_t B, int64_t T, std::vector<int> in, std::vector<int> out, 
     upload(t, host.data());
     return t;
   };
-  inputs = to_device(in), targets = to_device(out), order = to_device(sort_rows(in));
+  inputs = to_device(in);
+  targets = to_device(out);
+  order = to_device(sort_rows(in));
 }
 
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
@@ -212,24 +206,20 @@ Var add(Tape& tape, const Var& a, const Var& b) {
 
 Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, AttentionKind kind) {
   const Dtype dtype = qkv.value.dtype();
+  const bool plain = kind == AttentionKind::plain;
   Var y{activation({B * T, qkv.value.dim(1) / 3}, dtype)};
-  if (kind == AttentionKind::plain) {
-    const Tensor probabilities = activation({B, H, T, T}, dtype);
-    attention_plain_forward(y.value, probabilities, qkv.value, B, T, H);
-    tape.push([=, qkv = qkv.value, dqkv = qkv.grad, dy_slot = y.grad] {
-      Tensor d = like(qkv);
-      attention_plain_backward(d, take(dy_slot), probabilities, qkv, B, T, H);
-      accumulate(dqkv, std::move(d));
-    });
-  } else {
-    const Tensor lse = activation({B, H, T}, master_dtype(dtype));
-    attention_flash_forward(y.value, lse, qkv.value, B, T, H);
-    tape.push([=, qkv = qkv.value, out = y.value, dqkv = qkv.grad, dy_slot = y.grad] {
-      Tensor d = like(qkv);
-      attention_flash_backward(d, take(dy_slot), out, lse, qkv, B, T, H);
-      accumulate(dqkv, std::move(d));
-    });
-  }
+  // plain: probabilities; flash: the log of each row's sum of exponentials
+  const Tensor saved =
+      plain ? activation({B, H, T, T}, dtype) : activation({B, H, T}, master_dtype(dtype));
+  if (plain) attention_plain_forward(y.value, saved, qkv.value, B, T, H);
+  else attention_flash_forward(y.value, saved, qkv.value, B, T, H);
+  const Tensor out = plain ? Tensor() : y.value;
+  tape.push([=, qkv = qkv.value, dqkv = qkv.grad, dy = y.grad] {
+    Tensor d = like(qkv);
+    if (plain) attention_plain_backward(d, take(dy), saved, qkv, B, T, H);
+    else attention_flash_backward(d, take(dy), out, saved, qkv, B, T, H);
+    accumulate(dqkv, std::move(d));
+  });
   return y;
 }
 

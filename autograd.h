@@ -24,7 +24,8 @@ struct Param {
   std::string name;  // GPT-2's Hugging Face name
   uint32_t id = 0;   // keys the random generator, with the global element index
   Shape shape;       // global
-  // what this rank owns: [begin, end) of one dim of `shape` seen as (outer, split, inner)
+  // what this rank owns: [begin, end) of dim number `dim` of `shape`, seen as (outer, split, inner)
+  int dim = 0;
   Slice slice;
   float std = 0, mean = 0;  // initial values: normal(0, std), or the constant `mean` when std is 0
   bool decay = false;       // weight decay: matrices only

@@ -23,7 +23,10 @@ Timed::~Timed() {
   if (work_) error_of([this] { work_->end.record(queue_); });  // the next call says what is wrong
 }
 
-void start_timing() { timing = true, blocks_of_step = 0; }
+void start_timing() {
+  timing = true;
+  blocks_of_step = 0;
+}
 
 double end_timing(cudaStream_t queue) {
   timing = false;

@@ -82,14 +82,13 @@ std::map<int, std::vector<Param*>> units_of(const std::vector<Param*>& params) {
   return units;
 }
 
-// Calls work(param, first element of it that is in the shard, how many, where in the shard) for
-// each parameter that the shard of `rank` touches.
-template <class Unit, class Work> static void for_pieces(const Unit& u, int rank, Work work) {
-  const int64_t begin = rank * u.shard_size, end = begin + u.shard_size;
+// Calls work(param, first element of it that is in this rank's shard, how many, where in the shard)
+// for each parameter that the shard touches.
+template <class Unit, class Work> static void for_pieces(const Unit& u, Work work) {
   for (size_t i = 0; i < u.params.size(); i++) {
-    const int64_t first = std::max(begin, u.offsets[i]);
-    const int64_t last = std::min(end, u.offsets[i] + u.params[i]->numel());
-    if (first < last) work(*u.params[i], first - u.offsets[i], last - first, first - begin);
+    const int64_t first = std::max(u.begin, u.offsets[i]);
+    const int64_t last = std::min(u.begin + u.shard_size, u.offsets[i] + u.params[i]->numel());
+    if (first < last) work(*u.params[i], first - u.offsets[i], last - first, first - u.begin);
   }
 }
 
@@ -103,8 +102,16 @@ Fsdp::Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t strea
       seed_(seed) {}
 
 Fsdp::~Fsdp() {
-  for (auto& [number, u] : units_)
-    for (Param* p : u.params) p->value = p->grad = Tensor();
+  for (auto& [number, u] : units_) {
+    u.bind(&Param::value, {});
+    u.bind(&Param::grad, {});
+  }
+}
+
+void Fsdp::Unit::bind(Tensor Param::*what, const Tensor& buffer) {
+  for (size_t i = 0; i < params.size(); i++)
+    params[i]->*what =
+        buffer.empty() ? Tensor() : buffer.part(offsets[i], params[i]->local_shape());
 }
 
 void Fsdp::add_units(const std::vector<Param*>& all) {
@@ -115,16 +122,16 @@ void Fsdp::add_units(const std::vector<Param*>& all) {
     u.offsets = offsets_in_unit(params);
     u.padded = padded_unit(params, axis_.size);
     u.shard_size = u.padded / axis_.size;
-    const int64_t mine = axis_.rank * u.shard_size;
+    u.begin = axis_.rank * u.shard_size;
 
     if (shards_parameters()) {
       u.shard = Tensor({u.shard_size}, dtype_, Memory::parameters);
     } else {
       u.whole = Tensor({u.padded}, dtype_, Memory::parameters);
-      u.shard = u.whole.part(mine, {u.shard_size});
+      u.shard = u.shard_of(u.whole);
     }
     fill(u.shard, 0);  // the padding stays 0
-    for_pieces(u, axis_.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
+    for_pieces(u, [&](Param& p, int64_t first, int64_t count, int64_t at) {
       p.initialise(u.shard.part(at, {count}), seed_, first);
     });
 
@@ -132,8 +139,8 @@ void Fsdp::add_units(const std::vector<Param*>& all) {
       u.shard_grad = Tensor({u.shard_size}, master, Memory::gradients);
     } else {
       u.whole_grad = Tensor({u.padded}, master, Memory::gradients);
-      u.shard_grad = u.whole_grad.part(mine, {u.shard_size});
-      bind_gradients(u);
+      u.shard_grad = u.shard_of(u.whole_grad);
+      u.bind(&Param::grad, u.whole_grad);
     }
 
     if (dtype_ != master) {
@@ -159,7 +166,7 @@ int Fsdp::add_use(const std::vector<Param*>& params, Backward backward, int grou
 std::vector<Shard> Fsdp::optimizer_shards() const {
   std::vector<Shard> shards;
   for (const auto& [number, u] : units_)
-    for_pieces(u, axis_.rank, [&](Param& p, int64_t first, int64_t count, int64_t at) {
+    for_pieces(u, [&](Param& p, int64_t first, int64_t count, int64_t at) {
       const auto piece = [&](const Tensor& x) { return x.part(at, {count}); };
       const bool same = u.master.empty();  // the weights that compute are the master weights
       shards.push_back({piece(same ? u.shard : u.master), same ? Tensor() : piece(u.shard),
@@ -201,8 +208,7 @@ void Fsdp::start_unshard(Unit& u) {
 void Fsdp::finish_unshard(Unit& u) {
   // every rank's shard must have arrived
   if (axis_.size > 1) u.arrived.make_wait(device().compute);
-  for (size_t i = 0; i < u.params.size(); i++)
-    u.params[i]->value = u.whole.part(u.offsets[i], u.params[i]->local_shape());
+  u.bind(&Param::value, u.whole);
 }
 
 void Fsdp::reshard_after_use(int use) {
@@ -214,7 +220,7 @@ void Fsdp::reshard(Unit& u) {
   if (!u.gathered) return;
   u.gathered = false;
   if (!shards_parameters()) return;  // the buffer stays; the other ranks' parts of it are old
-  for (Param* p : u.params) p->value = Tensor();
+  u.bind(&Param::value, {});
   // returned to the pool in the order of the compute stream, behind the last kernel that reads it
   u.whole = Tensor();
 }
@@ -227,14 +233,7 @@ void Fsdp::allocate_gradients(int use) {
     if (!u->whole_grad.empty()) continue;
     u->whole_grad = Tensor({u->padded}, master_dtype(dtype_), Memory::gather);
     fill(u->whole_grad, 0);
-    bind_gradients(*u);
-  }
-}
-
-void Fsdp::bind_gradients(Unit& u) {
-  for (size_t i = 0; i < u.params.size(); i++) {
-    Param& p = *u.params[i];
-    p.grad = u.whole_grad.empty() ? Tensor() : u.whole_grad.part(u.offsets[i], p.local_shape());
+    u->bind(&Param::grad, u->whole_grad);
   }
 }
 
@@ -254,7 +253,7 @@ void Fsdp::start_reduce(Unit& u) {
   make_wait(stream_, device().compute);  // the gradients must have been computed
   if (axis_.size > 1) {
     // in place; without sharded gradients this is shard_grad
-    const Tensor mine = u.whole_grad.part(axis_.rank * u.shard_size, {u.shard_size});
+    const Tensor mine = u.shard_of(u.whole_grad);
     const Timed timed(stream_);
     ledger.reduce_scatter(axis_, u.whole_grad.bytes());
     NCCL_CHECK(ncclReduceScatter(u.whole_grad.raw(), mine.raw(), u.shard_size,
@@ -274,9 +273,9 @@ void Fsdp::finish_reduce() {
   u.reducing = false;
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!shards_gradients()) return;
-  add(u.shard_grad, u.shard_grad, u.whole_grad.part(axis_.rank * u.shard_size, {u.shard_size}));
+  add(u.shard_grad, u.shard_grad, u.shard_of(u.whole_grad));
   u.whole_grad = Tensor();
-  bind_gradients(u);
+  u.bind(&Param::grad, {});
   if (u.microbatches_done == microbatches_) {
     make_wait(stream_, device().compute);  // this rank's shard must be complete
     sum_over_copies(u);

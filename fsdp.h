@@ -70,9 +70,9 @@ class Fsdp {
  private:
   struct Unit {
     std::vector<Param*> params;
-    std::vector<int64_t> offsets;  // of each parameter in the flat unit, in elements
-    int64_t padded = 0;            // elements of the flat unit: n shards
-    int64_t shard_size = 0;        // elements of one shard
+    std::vector<int64_t> offsets;       // of each parameter in the flat unit, in elements
+    int64_t padded = 0;                 // elements of the flat unit: n shards
+    int64_t begin = 0, shard_size = 0;  // of this rank's shard in the flat unit, in elements
     // In the compute dtype. If parameters are sharded, the shard has a buffer of its own and the
     // whole is there only in use; else the whole is always there and the shard is a view of it.
     Tensor whole, shard;
@@ -87,6 +87,9 @@ class Fsdp {
     // model. In each micro-batch's backward the head's use makes uses_done 1, then the embedding's
     // makes it 2: uses_done starts again at 0, and microbatches_done is one more.
     int uses_per_microbatch = 0, uses_done = 0, microbatches_done = 0;
+    // Each parameter's value or gradient becomes its part of a whole buffer, or nothing.
+    void bind(Tensor Param::*what, const Tensor& buffer);
+    Tensor shard_of(const Tensor& buffer) const { return buffer.part(begin, {shard_size}); }
   };
   struct Use {
     std::vector<Unit*> units;
@@ -105,7 +108,6 @@ class Fsdp {
   void reshard(Unit& unit);
 
   void allocate_gradients(int use);
-  void bind_gradients(Unit& unit);
   void reduce_gradients(int use);
   void start_reduce(Unit& unit);
   void finish_reduce();

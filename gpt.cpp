@@ -12,7 +12,8 @@ static Param make(std::string name, Shape shape, float std, float mean = 0) {
   p.slice = {1, shape[0], elements(shape) / shape[0], 0, shape[0]};
   p.decay = shape.size() > 1 && std > 0;
   p.shape = std::move(shape);
-  p.std = std, p.mean = mean;
+  p.std = std;
+  p.mean = mean;
   return p;
 }
 
@@ -22,25 +23,27 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   const std::string h = "h." + std::to_string(layer) + ".";
   const Range heads = tp.part(g.heads), hidden = tp.part(4 * C);
   const Range channels{heads.begin * (C / g.heads), heads.end * (C / g.heads)};  // whole heads
-  Block b;
-  b.ln_1_weight = tp.whole_with_partial_gradient(make(h + "ln_1.weight", {C}, 0, 1));
-  b.ln_1_bias = tp.whole_with_partial_gradient(make(h + "ln_1.bias", {C}, 0));
-  // columns
-  b.c_attn_weight = tp.split(make(h + "attn.c_attn.weight", {C, 3, C}, std), 2, channels);
-  b.c_attn_bias = tp.split(make(h + "attn.c_attn.bias", {3, C}, 0), 1, channels);
-  // rows
-  b.attn_c_proj_weight =
-      tp.split(make(h + "attn.c_proj.weight", {C, C}, residual_std), 0, channels);
-  b.attn_c_proj_bias = tp.whole_with_partial_gradient(make(h + "attn.c_proj.bias", {C}, 0));
-  b.ln_2_weight = tp.whole_with_partial_gradient(make(h + "ln_2.weight", {C}, 0, 1));
-  b.ln_2_bias = tp.whole_with_partial_gradient(make(h + "ln_2.bias", {C}, 0));
-  b.c_fc_weight = tp.split(make(h + "mlp.c_fc.weight", {C, 4 * C}, std), 1, hidden);  // columns
-  b.c_fc_bias = tp.split(make(h + "mlp.c_fc.bias", {4 * C}, 0), 0, hidden);
-  // rows
-  b.mlp_c_proj_weight =
-      tp.split(make(h + "mlp.c_proj.weight", {4 * C, C}, residual_std), 0, hidden);
-  b.mlp_c_proj_bias = tp.whole_with_partial_gradient(make(h + "mlp.c_proj.bias", {C}, 0));
-  return b;
+  // of what sees only this rank's rows; the others are split by columns or by rows
+  const auto vector = [&](const char* name, float value) {
+    return tp.whole_with_partial_gradient(make(h + name, {C}, 0, value));
+  };
+  const auto split = [&](const char* name, Shape shape, float std, int dim, Range range) {
+    return tp.split(make(h + name, std::move(shape), std), dim, range);
+  };
+  return {
+      .ln_1_weight = vector("ln_1.weight", 1),
+      .ln_1_bias = vector("ln_1.bias", 0),
+      .c_attn_weight = split("attn.c_attn.weight", {C, 3, C}, std, 2, channels),
+      .c_attn_bias = split("attn.c_attn.bias", {3, C}, 0, 1, channels),
+      .attn_c_proj_weight = split("attn.c_proj.weight", {C, C}, residual_std, 0, channels),
+      .attn_c_proj_bias = vector("attn.c_proj.bias", 0),
+      .ln_2_weight = vector("ln_2.weight", 1),
+      .ln_2_bias = vector("ln_2.bias", 0),
+      .c_fc_weight = split("mlp.c_fc.weight", {C, 4 * C}, std, 1, hidden),
+      .c_fc_bias = split("mlp.c_fc.bias", {4 * C}, 0, 0, hidden),
+      .mlp_c_proj_weight = split("mlp.c_proj.weight", {4 * C, C}, residual_std, 0, hidden),
+      .mlp_c_proj_bias = vector("mlp.c_proj.bias", 0),
+  };
 }
 
 std::vector<Param*> Block::params() {

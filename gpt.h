@@ -33,6 +33,8 @@ struct ModelPart {
 };
 // parts that follow each other: what a pipeline cuts the model into
 using ModelPiece = std::span<const ModelPart>;
+inline bool has_embedding(ModelPiece piece) { return piece.front().kind == ModelPart::embedding; }
+inline bool has_head(ModelPiece piece) { return piece.back().kind == ModelPart::head; }
 // each parameter of the pieces once, in order
 std::vector<Param*> params_of(const std::vector<ModelPiece>& pieces);
 // FSDP's units: the token embedding, which is tied; the rest of both ends; each block

@@ -5,23 +5,23 @@
 #include <cmath>
 
 Optimizer::Optimizer(std::vector<Shard> shards, int64_t parameters, double clip,
-                     double weight_decay)
-    : shards_(std::move(shards)), clip_(clip), weight_decay_(weight_decay) {
+                     double weight_decay, Sum sum)
+    : shards_(std::move(shards)), clip_(clip), weight_decay_(weight_decay), sum_(std::move(sum)) {
   squares_ = Tensor({parameters}, Dtype::f64, Memory::workspace);
   norm_ = Tensor({1}, Dtype::f64, Memory::workspace);
   clip_factor_ = Tensor({1}, Dtype::f64, Memory::workspace);
 }
 
-void Optimizer::measure(const std::function<void(const Tensor&)>& sum_squares) {
+void Optimizer::measure() {
   fill(squares_, 0);
   for (const Shard& s : shards_)
     if (s.param->counted) sum_of_squares(squares_, s.param->id, s.gradient);
-  if (sum_squares) sum_squares(squares_);
+  if (sum_) sum_(squares_);
   norm_and_clip(norm_, clip_factor_, squares_, clip_);
 }
 
-void Optimizer::step(double lr, const std::function<void(const Tensor&)>& sum_squares) {
-  measure(sum_squares);
+void Optimizer::step(double lr) {
+  measure();
   AdamW options;
   options.lr = lr;
   options.step = ++steps_;

@@ -20,14 +20,14 @@ struct Shard {
 
 class Optimizer {
  public:
+  // Adds up the vector of per-parameter squares over the ranks that share parameters.
+  using Sum = std::function<void(const Tensor& squares)>;
   // clip: the largest global norm that an update may see; 0 for none. `parameters`: how many there
-  // are in all.
-  Optimizer(std::vector<Shard> shards, int64_t parameters, double clip, double weight_decay);
-  // sum_squares adds up the vector of per-parameter squares over the ranks that share parameters;
-  // nothing to do on one rank.
-  void step(double lr, const std::function<void(const Tensor& squares)>& sum_squares = {});
-  // the norm alone, of the gradients that are there
-  void measure(const std::function<void(const Tensor& squares)>& sum_squares);
+  // are in all. On one rank there is nothing to sum.
+  Optimizer(std::vector<Shard> shards, int64_t parameters, double clip, double weight_decay,
+            Sum sum = {});
+  void step(double lr);
+  void measure();  // the norm alone, of the gradients that are there
   // of the last step's gradients, before clipping; waits for the device
   double norm() const { return download(norm_)[0]; }
   // whether every weight and moment that this rank updates is a number; waits for the device
@@ -41,6 +41,7 @@ class Optimizer {
   std::vector<Shard> shards_;
   Tensor squares_, norm_, clip_factor_;  // f64: (parameters), (1), (1)
   double clip_, weight_decay_;
+  Sum sum_;
   int64_t steps_ = 0;
 };
 

@@ -153,23 +153,21 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   NCCL_CHECK(ncclGroupStart());
   for (const Transfer& t : transfers) {
     Parcel& parcel = (t.send ? outbox_ : inbox_).at(t);
-    if (t.send) send(parcel.x, t.peer);
-    else receive_into(parcel.x, t.peer);
+    const Tensor& x = parcel.x;
+    const size_t count = size_t(x.numel());
+    const ncclDataType_t type = nccl_type(x.dtype());
+    if (t.send) {
+      ledger.send(axis_, x.bytes());
+      NCCL_CHECK(ncclSend(x.raw(), count, type, t.peer, axis_.comm, stream_));
+    } else {
+      NCCL_CHECK(ncclRecv(x.raw(), count, type, t.peer, axis_.comm, stream_));
+    }
     parcel.event = done;
     parcel.exchange = exchanges_;
   }
   NCCL_CHECK(ncclGroupEnd());
   done->record(stream_);
   release_sent(exchanges_ - 4);  // a stage that runs ahead keeps what four exchanges sent, at most
-}
-
-void Pipeline::send(const Tensor& x, int peer) {
-  ledger.send(axis_, x.bytes());
-  NCCL_CHECK(ncclSend(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), peer, axis_.comm, stream_));
-}
-
-void Pipeline::receive_into(const Tensor& x, int peer) {
-  NCCL_CHECK(ncclRecv(x.raw(), size_t(x.numel()), nccl_type(x.dtype()), peer, axis_.comm, stream_));
 }
 
 Tensor Pipeline::receive(const Transfer& transfer) {
@@ -198,34 +196,26 @@ void Pipeline::release_sent(int exchange) {
 void Pipeline::sum_tied(const Tensor& gradient) {
   const Purpose purpose(Traffic::embedding);
   const int peer = axis_.size - 1 - axis_.rank;
-  const Tensor other(gradient.shape(), gradient.dtype(), Memory::workspace);
-  make_wait(stream_, device().compute);  // the gradient must be complete
-  const Timed timed(stream_);
-  NCCL_CHECK(ncclGroupStart());
-  send(gradient, peer);
-  receive_into(other, peer);
-  NCCL_CHECK(ncclGroupEnd());
-  make_wait(device().compute, stream_);  // the other stage's part must have arrived
-  add(gradient, gradient, other);        // a + b here, b + a there: the same bits
+  const Transfer mine{true, Transfer::gradient, peer, 0, 0},
+      theirs{false, Transfer::gradient, peer, 0, 0};
+  put_in_outbox(mine, gradient);
+  prepare_room({theirs}, gradient.shape(), gradient.dtype());
+  exchange({mine, theirs});
+  const Tensor other = receive(theirs);
+  add(gradient, gradient, other);  // a + b here, b + a there: the same bits
 }
 
 // ---- what a run took and kept
 
-static double processor_seconds() {  // of all threads of this process
-  timespec t;
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &t);
-  return double(t.tv_sec) + double(t.tv_nsec) * 1e-9;
-}
-
 void Pipeline::measure(size_t action, const std::function<void()>& work) {
   if (!timed) return work();
-  const double begin = processor_seconds();
+  const std::clock_t begin = std::clock();  // of the processors: all threads of this process
   work_[action].begin.record(device().compute);
   work();
   work_[action].end.record(device().compute);
   // CPU streams run asynchronously: wait, or this work is charged to a later action
   if (!device().is_gpu) synchronize();
-  milliseconds_[action] = (processor_seconds() - begin) * 1e3;
+  milliseconds_[action] = double(std::clock() - begin) * 1e3 / CLOCKS_PER_SEC;
 }
 
 std::vector<double> Pipeline::milliseconds() const {

@@ -66,8 +66,6 @@ class Pipeline {
   void prepare_room(const std::vector<Transfer>& transfers, const Shape& shape, Dtype dtype);
   void put_in_outbox(const Transfer& transfer, Tensor x);
   void exchange(const std::vector<Transfer>& transfers);
-  void send(const Tensor& x, int peer);
-  void receive_into(const Tensor& x, int peer);
   Tensor receive(const Transfer& transfer);
   void release_sent(int exchange);
   void measure(size_t action, const std::function<void()>& work);

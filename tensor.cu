@@ -128,7 +128,9 @@ Buffer::Buffer(int64_t bytes, Memory category) : bytes(bytes), category(category
   m.now[int(category)] += bytes;
   m.peak[int(category)] = std::max(m.peak[int(category)], m.now[int(category)]);
   m.total += bytes;
-  if (m.total > m.total_peak) m.total_peak = m.total, m.at_peak = m.now;
+  if (m.total <= m.total_peak) return;
+  m.total_peak = m.total;
+  m.at_peak = m.now;
 }
 
 Buffer::~Buffer() {

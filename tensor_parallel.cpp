@@ -23,35 +23,50 @@
 // ---- communication: all of it goes on the one queue, behind what was computed. It is started, and
 // finish() lets the computation wait for it. Whatever is sent must be kept until then.
 
+void TensorParallel::all_gather(const Tensor& mine, const Tensor& all) {
+  make_wait(stream_, device().compute);  // this rank's part must have been computed
+  const Timed timed(stream_);
+  ledger.all_gather(axis_, all.bytes());
+  NCCL_CHECK(ncclAllGather(mine.raw(), all.raw(), size_t(mine.numel()), nccl_type(all.dtype()),
+                           axis_.comm, stream_));
+}
+
+void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
+  make_wait(stream_, device().compute);  // x must have been computed
+  const Timed timed(stream_);
+  ledger.all_reduce(axis_, x.bytes());
+  NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), size_t(x.numel()), nccl_type(x.dtype()), op,
+                           axis_.comm, stream_));
+}
+
 // All R rows of x. Without sequence parallelism x has them: nothing is sent or waited for.
 Tensor TensorParallel::start_gather(const Tensor& x, int64_t R) {
   if (!slices_rows_) return x;
-  const int64_t S = slice(R), C = x.dim(1);
-  const Tensor all({S * axis_.size, C}, x.dtype(), Memory::activations);
-  make_wait(stream_, device().compute);  // the slice must have been computed
-  const Timed timed(stream_);
-  ledger.all_gather(axis_, all.bytes());
-  NCCL_CHECK(ncclAllGather(x.raw(), all.raw(), size_t(x.numel()), nccl_type(x.dtype()), axis_.comm,
-                           stream_));
+  const int64_t C = x.dim(1);
+  const Tensor all({slice(R) * axis_.size, C}, x.dtype(), Memory::activations);
+  all_gather(x, all);
   return all.part(0, {R, C});  // without the padding
+}
+
+Tensor TensorParallel::gather(const Tensor& x, int64_t R) {
+  const Tensor all = start_gather(x, R);
+  if (slices_rows_) finish();
+  return all;
 }
 
 // The sum over ranks: in place or, under sequence parallelism, of this rank's slice of the rows.
 Tensor TensorParallel::start_sum(const Tensor& partial) {
-  make_wait(stream_, device().compute);  // the partial sums must have been computed
-  const Timed timed(stream_);
-  const ncclDataType_t type = nccl_type(partial.dtype());
   if (!slices_rows_) {
-    ledger.all_reduce(axis_, partial.bytes());
-    NCCL_CHECK(ncclAllReduce(partial.raw(), partial.raw(), size_t(partial.numel()), type, ncclSum,
-                             axis_.comm, stream_));
+    all_reduce(partial);
     return partial;
   }
   const Tensor sum({partial.dim(0) / axis_.size, partial.dim(1)}, partial.dtype(),
                    Memory::activations);
+  make_wait(stream_, device().compute);  // the partial sums must have been computed
+  const Timed timed(stream_);
   ledger.reduce_scatter(axis_, partial.bytes());
-  NCCL_CHECK(ncclReduceScatter(partial.raw(), sum.raw(), size_t(sum.numel()), type, ncclSum,
-                               axis_.comm, stream_));
+  NCCL_CHECK(ncclReduceScatter(partial.raw(), sum.raw(), size_t(sum.numel()),
+                               nccl_type(sum.dtype()), ncclSum, axis_.comm, stream_));
   return sum;
 }
 
@@ -75,8 +90,7 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
   const Purpose purpose(tape.replaying ? Traffic::recompute : serves);
   const Tensor matrix = as_matrix(w.value);
   Var y{Tensor({R, matrix.dim(transposed ? 0 : 1)}, x.value.dtype(), Memory::activations)};
-  const Tensor all_x = start_gather(x.value, R);
-  if (slices_rows_) finish();
+  const Tensor all_x = gather(x.value, R);
   product(y.value, all_x, false, matrix, transposed, 0);
   if (bias) add_bias(y.value, bias->value.view({y.value.dim(1)}));
 
@@ -127,8 +141,7 @@ Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w, Pa
   tape.push([this, &tape, R, &w, &bias, x = x.value, dx = x.grad, dy_slot = y.grad] {
     const Purpose purpose(Traffic::training);
     const Tensor dy = take(dy_slot);
-    const Tensor all_dy = start_gather(dy, R);
-    if (slices_rows_) finish();
+    const Tensor all_dy = gather(dy, R);
     Tensor d({R, x.dim(1)}, x.dtype(), Memory::activations);  // its part of the width: whole
     product(d, all_dy, false, w.value, true, 0);
     accumulate(dx, std::move(d));
@@ -155,21 +168,11 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
   tape.push([this, tokens, R, &wte, &wpe, dx = x.grad] {
     const Purpose purpose(Traffic::embedding);
     const Tensor d = take(dx);
-    const Tensor all_d = start_gather(d, R);
-    if (slices_rows_) finish();
+    const Tensor all_d = gather(d, R);
     // of its rows of wte; of all of wpe, on every rank
     embedding_backward(wte.grad, wpe.grad, all_d, tokens.inputs, tokens.order, tokens.T);
   });
   return x;
-}
-
-void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
-  make_wait(stream_, device().compute);  // x must have been computed
-  const Timed timed(stream_);
-  ledger.all_reduce(axis_, x.bytes());
-  NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), size_t(x.numel()), nccl_type(x.dtype()), op,
-                           axis_.comm, stream_));
-  finish();
 }
 
 void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets, double scale,
@@ -184,8 +187,10 @@ void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets
   softmax_parts(parts, logits.value, targets);
   copy(top, parts.part(0, {R}));  // the rescaling needs this rank's maximum and that of all
   all_reduce(top, ncclMax);
+  finish();
   softmax_rescale(parts, top);
-  all_reduce(parts.part(R, {2, R}), ncclSum);
+  all_reduce(parts.part(R, {2, R}));
+  finish();
   cross_entropy_parts(losses, logits.value, targets, top, parts, scale, tape.recording());
   if (tape.recording()) *logits.grad = std::move(logits.value);  // overwritten by their gradient
   add_sum(total, losses);
@@ -214,7 +219,8 @@ void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
 Param TensorParallel::split(Param p, int dim, Range range) const {
   int64_t outer = 1, inner = 1;
   for (int d = 0; d < int(p.shape.size()); d++)
-    (d < dim ? outer : inner) *= d == dim ? 1 : p.shape[d];
+    if (d != dim) (d < dim ? outer : inner) *= p.shape[d];
+  p.dim = dim;
   p.slice = {outer, p.shape[dim], inner, range.begin, range.end};
   return p;
 }
@@ -233,9 +239,7 @@ Param TensorParallel::whole_with_partial_gradient(Param p) const {
 
 Tensor TensorParallel::one_row(const Tensor& x, int64_t R, int64_t row) {
   const int64_t C = x.dim(1);
-  const Tensor all = start_gather(x, R);
-  if (slices_rows_) finish();
-  const Tensor one = all.part(row * C, {1, C});
+  const Tensor one = gather(x, R).part(row * C, {1, C});
   // ceil(1 / n) = 1: the first rank has the row, the others padding
   if (!slices_rows_ || axis_.rank == 0) return one;
   const Tensor padding({1, C}, x.dtype(), Memory::activations);
@@ -253,11 +257,7 @@ Tensor TensorParallel::whole_logits(const Tensor& logits, int64_t vocab) {
   fill(padded, 0);
   for (int64_t row = 0; row < m; row++)
     copy(padded.part(row * S, {mine}), logits.part(row * mine, {mine}));
-  make_wait(stream_, device().compute);  // the logits must have been computed
-  const Timed timed(stream_);
-  ledger.all_gather(axis_, all.bytes());
-  NCCL_CHECK(ncclAllGather(padded.raw(), all.raw(), size_t(padded.numel()), nccl_type(all.dtype()),
-                           axis_.comm, stream_));
+  all_gather(padded, all);
   finish();
   const Tensor whole({m, vocab}, logits.dtype(), Memory::workspace);
   for (int64_t r = 0; r < axis_.size; r++) {

@@ -65,10 +65,12 @@ class TensorParallel {
   Tensor whole_logits(const Tensor& logits, int64_t vocab);
 
  private:
+  void all_gather(const Tensor& mine, const Tensor& all);
+  void all_reduce(const Tensor& x, ncclRedOp_t op = ncclSum);
   Tensor start_gather(const Tensor& x, int64_t rows);
+  Tensor gather(const Tensor& x, int64_t rows);
   Tensor start_sum(const Tensor& partial);
   void finish();
-  void all_reduce(const Tensor& x, ncclRedOp_t op);
   Tensor for_partial_sums(int64_t rows, int64_t width, Dtype dtype) const;
   Var column(Tape& tape, const Var& x, int64_t rows, Param& w, bool transposed, Param* bias,
              Traffic purpose);

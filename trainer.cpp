@@ -21,13 +21,13 @@ std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int 
   return of_stage;
 }
 
-Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options)
-    : gpt(config, mesh["tp"], mesh.stream),
+Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
+    : options(o),
+      gpt(config, mesh["tp"], mesh.stream),
       fsdp(mesh["fsdp"], mesh.that(&AxisKind::splits_model, false), mesh.stream, config.dtype,
            options.fsdp, options.seed),
       pipeline(mesh["pp"], mesh.stream, schedule_of(options, mesh.layout)),
       mesh_(mesh),
-      options_(options),
       pieces_(pieces_of(gpt, pipeline.schedule(), mesh["pp"].rank)) {
   fsdp.add_units(params_of(pieces_));
   for (int c = 0; c < int(pieces_.size()); c++)
@@ -37,8 +37,7 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& opti
   // Embedding and head are tied. On one rank each has a gradient of its own; where gradients live
   // for one micro-batch only, they share it. On two ranks each has a copy of the parameter: the
   // gradients are exchanged, and the first counts it in the norm and saves it.
-  const bool first = pieces_[0].front().kind == ModelPart::embedding,
-             last = pieces_.back().back().kind == ModelPart::head;
+  const bool first = has_embedding(pieces_[0]), last = has_head(pieces_.back());
   if (first && last && !fsdp.shards_gradients()) separate_uses(gpt.tied());
   gpt.tied().counted = first;
   exchanges_tied_ = first != last;
@@ -48,14 +47,18 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& opti
     gpt.tp.sum_partial_gradients(params);
   };
   optimizer_ = std::make_unique<Optimizer>(fsdp.optimizer_shards(), int64_t(gpt.params().size()),
-                                           options.clip, options.weight_decay);
+                                           options.clip, options.weight_decay,
+                                           [this](const Tensor& squares) {
+                                             sum_over(mesh_.that(&AxisKind::splits_model), squares,
+                                                      Traffic::norm, mesh_.stream);
+                                           });
   total_ = Tensor({1}, Dtype::f64, Memory::workspace);
 }
 
 // ---- a step
 
 void Trainer::gradients(const Sequences& batch) {
-  const int64_t b = options_.microbatch, T = gpt.config.context;
+  const int64_t b = options.microbatch, T = gpt.config.context;
   fill(total_, 0);
   fsdp.begin_step(pipeline.schedule().microbatches);
   pipeline.run(activation(b * T), gpt.config.dtype,
@@ -63,28 +66,24 @@ void Trainer::gradients(const Sequences& batch) {
                  const Tokens tokens =
                      read((microbatch * data_ranks() + data_rank()) * b, b, batch);
                  return forward_loss(tape, chunk, x, tokens,
-                                     1.0 / double(options_.batch * tokens.T));
+                                     1.0 / double(options.batch * tokens.T));
                });
   fsdp.finish_backward();
   if (exchanges_tied_) pipeline.sum_tied(fsdp.gradient_shard(kTied));
   sum_loss();
 }
 
-Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale) {
-  return forward(tape, chunk, x, tokens, [&](Var logits) {
-    gpt.tp.cross_entropy(tape, std::move(logits), tokens.targets, scale, total_);
-  });
+Var Trainer::forward(Tape& tape, int chunk, Var x, const Tokens& tokens) {
+  for (const ModelPart& part : pieces_[chunk])
+    x = fsdp.run(tape, uses_.at(&part), [&] { return gpt.run(tape, part, x, tokens); });
+  return x;
 }
 
-Var Trainer::forward(Tape& tape, int chunk, Var x, const Tokens& tokens, const Finish& finish) {
-  for (const ModelPart& part : pieces_[chunk])
-    x = fsdp.run(tape, uses_.at(&part), [&] {
-      Var y = gpt.run(tape, part, x, tokens);
-      if (part.kind != ModelPart::head) return y;
-      finish(std::move(y));
-      return Var{};
-    });
-  return x;
+Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale) {
+  Var y = forward(tape, chunk, x, tokens);
+  if (!has_head(pieces_[chunk])) return y;
+  gpt.tp.cross_entropy(tape, std::move(y), tokens.targets, scale, total_);
+  return {};
 }
 
 int64_t Trainer::data_rank() const {
@@ -96,15 +95,15 @@ int64_t Trainer::data_rank() const {
 // `count` sequences from `first` on, as inputs and, one token further, targets.
 Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) const {
   std::vector<int> inputs, targets;
-  int64_t T = 0;
+  // at once: what does not fit is refused before it is read
+  inputs.reserve(size_t(count * gpt.config.context));
+  targets.reserve(size_t(count * gpt.config.context));
   for (int64_t s = first; s < first + count; s++) {
     const std::vector<int> tokens = sequence(s);
-    T = int64_t(tokens.size()) - 1;
-    if (s == first)  // at once: what does not fit is refused before it is read
-      for (std::vector<int>* all : {&inputs, &targets}) all->reserve(size_t(count * T));
     inputs.insert(inputs.end(), tokens.begin(), tokens.end() - 1);
     targets.insert(targets.end(), tokens.begin() + 1, tokens.end());
   }
+  const int64_t T = int64_t(inputs.size()) / count;
   return Tokens(count, T, std::move(inputs), std::move(targets), gpt.tp.part(gpt.config.vocab));
 }
 
@@ -115,12 +114,8 @@ void Trainer::sum_loss() {
   sum_over(axes, total_, Traffic::loss, mesh_.stream);
 }
 
-void Trainer::sum_squares(const Tensor& squares) {
-  sum_over(mesh_.that(&AxisKind::splits_model), squares, Traffic::norm, mesh_.stream);
-}
-
 void Trainer::update(double lr) {
-  optimizer_->step(lr, [this](const Tensor& squares) { sum_squares(squares); });
+  optimizer_->step(lr);
   fsdp.end_step();
 }
 
@@ -128,9 +123,10 @@ bool Trainer::can_go_on(const Sequences& batch) {
   const auto rows = ledger.rows;
   const bool timed = std::exchange(pipeline.timed, false);
   gradients(batch);
-  optimizer_->measure([this](const Tensor& squares) { sum_squares(squares); });
+  optimizer_->measure();
   fsdp.end_step();
-  ledger.rows = rows, pipeline.timed = timed;
+  ledger.rows = rows;
+  pipeline.timed = timed;
   return std::isfinite(loss()) && std::isfinite(norm()) && optimizer_->finite();
 }
 
@@ -138,7 +134,7 @@ bool Trainer::can_go_on(const Sequences& batch) {
 
 double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
   const Purpose purpose(Traffic::evaluation);
-  const int64_t T = gpt.config.context, b = options_.microbatch, round = b * data_ranks(),
+  const int64_t T = gpt.config.context, b = options.microbatch, round = b * data_ranks(),
                 rounds = sequences / round;
   fill(total_, 0);
   // Micro-batches of `count` sequences from `first` on, `times` on each rank. A rank that has none
@@ -170,9 +166,10 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
   fill(next, 0);  // what a rank has that does not have the head
   pipeline.forward(activation(n), gpt.config.dtype, 1,
                    [&](Tape& tape, int chunk, const Var& x, int) {
-                     return forward(tape, chunk, x, batch, [&](const Var& logits) {
-                       next = gpt.tp.whole_logits(logits.value, V);
-                     });
+                     const Var y = forward(tape, chunk, x, batch);
+                     if (!has_head(pieces_[chunk])) return y;
+                     next = gpt.tp.whole_logits(y.value, V);
+                     return Var{};
                    });
   sum_over({mesh_["pp"]}, next, Traffic::evaluation, mesh_.stream);
   return download(next);

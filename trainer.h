@@ -46,13 +46,12 @@ class Trainer {
   // of the last update's gradients, before clipping; waits for the device
   double norm() const { return optimizer_->norm(); }
 
-  int64_t kept_activations() const { return pipeline.most_live_bytes(); }
-
   // mean loss, the same in every layout
   double evaluate(int64_t sequences, const Sequences& held_out);
   // (V) after the last token; every rank calls it
   std::vector<double> next_logits(const std::vector<int>& tokens);
 
+  const TrainerOptions options;
   Gpt gpt;
   Fsdp fsdp;
   Pipeline pipeline;  // of one stage where pp is 1
@@ -61,17 +60,13 @@ class Trainer {
   int64_t data_ranks() const { return mesh_.layout.data_ranks(); }
   int64_t data_rank() const;
   Var forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale);
-  // What a chunk's parts make of x, the result of the part before. At the end of the model it goes
-  // to `finish` instead.
-  using Finish = std::function<void(Var logits)>;
-  Var forward(Tape& tape, int chunk, Var x, const Tokens& tokens, const Finish& finish);
+  // what a chunk's parts make of x, the result of the part before: at the end of the model, logits
+  Var forward(Tape& tape, int chunk, Var x, const Tokens& tokens);
   Tokens read(int64_t first, int64_t count, const Sequences& sequence) const;
   void sum_loss();
-  void sum_squares(const Tensor& squares);
   Shape activation(int64_t rows) const { return {gpt.tp.slice(rows), gpt.config.width}; }
 
   Mesh& mesh_;
-  TrainerOptions options_;
   std::vector<ModelPiece> pieces_;        // by chunk
   std::map<const ModelPart*, int> uses_;  // FSDP's number of each part
   bool exchanges_tied_ = false;           // the token embedding is on another rank, too

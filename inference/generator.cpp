@@ -42,7 +42,7 @@ Generator::Logits Generator::forward(const Tokens& tokens, const Gpt::Attend& at
                     [&](Tape& tape, int, Var x, int) {
                       for (const ModelPart& part : piece_)
                         x = gpt.run(tape, part, x, tokens, attend);
-                      if (piece_.back().kind != ModelPart::head) return x;
+                      if (!has_head(piece_)) return x;
                       const std::vector<double> all = download(gpt.tp.whole_logits(x.value, V));
                       for (auto row = all.begin(); row != all.end(); row += V)
                         logits.emplace_back(row, row + V);

@@ -11,7 +11,6 @@
 #include <filesystem>
 #include <set>
 
-#include "schedule.h"
 #include "support/data.h"
 
 // ---- models by name, and the options that train_gpt and generate share
@@ -120,7 +119,8 @@ GptConfig model_config(const CommonOptions& o) {
           o.dtype == "f64"    ? Dtype::f64
           : o.dtype == "bf16" ? Dtype::bf16
                               : Dtype::f32,
-          o.attention == "flash" ? AttentionKind::flash : AttentionKind::plain};
+          o.attention == "flash" ? AttentionKind::flash : AttentionKind::plain, o.recompute,
+          o.sequence_parallel};
 }
 
 void check_common(const CommonOptions& o, int64_t chunks) {
@@ -271,6 +271,17 @@ void resolve(Options& o, bool has_gpu) {
   if (o.min_lr < 0) o.min_lr = o.lr / 10;
   if (o.warmup < 0) o.warmup = std::min<int64_t>(o.steps / 20, 100);
   if (o.keep < 0 && !o.checkpoint.empty()) o.keep = 2;
+}
+
+TrainerOptions trainer_options(const Options& o) {
+  return {o.batch,
+          o.microbatch,
+          uint64_t(o.seed),
+          o.clip,
+          o.weight_decay,
+          {o.zero ? int(o.zero) : 3, o.reshard != "no", std::max(int(o.prefetch), 0)},
+          o.schedule.empty() ? "1f1b" : o.schedule,
+          int(o.chunks)};
 }
 
 // A report overwrites nothing that is read, and no other report.

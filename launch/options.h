@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "gpt.h"
+#include "trainer.h"
 
 // ---- the parser: knows no option
 
@@ -82,6 +82,7 @@ struct CommonOptions {
   Layout layout;              // the product of its axes is what mpiexec starts
   int64_t device_memory = 0;  // MiB; 0: no cap
   int64_t timeout = 600;      // seconds
+  bool recompute = false, sequence_parallel = false;  // in training alone
   bool help = false;
 };
 OptionGroup model_options(CommonOptions& options);  // --model and what overrides its sizes
@@ -107,12 +108,10 @@ struct Options : CommonOptions {
   double lr = 0, min_lr = -1;
   int64_t warmup = -1;
   double weight_decay = 0.1, clip = 1.0;
-  bool recompute = false;
 
   // unset where they mean nothing: without shards; without shards and copies
   int64_t zero = 0, prefetch = -1;
-  std::string reshard;  // unset below ZeRO-3
-  bool sequence_parallel = false;
+  std::string reshard;                // unset below ZeRO-3
   std::string schedule;               // empty: 1f1b
   int64_t chunks = 0;                 // of a stage
   std::string trace;                  // empty: none
@@ -132,3 +131,4 @@ void print_help();
 void resolve(Options& options, bool has_gpu);
 // resolved options that contradict each other: a sentence
 void check(const Options& options);
+TrainerOptions trainer_options(const Options& options);

@@ -16,6 +16,12 @@ double round_up(double x) {
   return 10 * power;
 }
 std::string percent(double share) { return format("%.1f %%", 100 * share); }
+// By kind of computation: its colour below, and what a column of text shows of micro-batch 0.
+struct Look {
+  const char* css;
+  char mark;
+};
+const Look kLooks[] = {{"f", '0'}, {"b", 'a'}, {"b", 'a'}, {"w", 'A'}};
 // Colours of a light page, and of a dark one.
 const char* kStyle = R"(<style>
 .schedule{font:11px sans-serif} .schedule .head{font-size:15px}
@@ -41,12 +47,9 @@ std::string draw_text(const Schedule& s, const Timeline& t, double unit) {
       chunks(s.stages, std::string(columns, ' '));
   for_each_computation(s, [&](int stage, int i, const Action& a) {
     const Span& span = t.spans[stage][i];
-    const char first = a.kind == Action::forward           ? '0'
-                       : a.kind == Action::weight_gradient ? 'A'
-                                                           : 'a';
     for (int c = int(std::lround(span.start / unit));
          c < std::min(int(std::lround(span.end / unit)), columns); c++) {
-      marks[stage][c] = char(first + a.microbatch % 10);
+      marks[stage][c] = char(kLooks[a.kind].mark + a.microbatch % 10);
       chunks[stage][c] = char('0' + a.chunk % 10);
     }
   });
@@ -81,8 +84,7 @@ std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& ti
   };
   const auto box = [&](double x, double y, double w, double h, const char* css, double opacity) {
     svg << "<rect x='" << x << "' y='" << y << "' width='" << w << "' height='" << h << "' class='"
-        << css << "'";
-    svg << (opacity < 1 ? sentence(" fill-opacity='", opacity, "'") : "") << "/>";
+        << css << "' fill-opacity='" << opacity << "'/>";
   };
   svg << "<svg xmlns='http://www.w3.org/2000/svg' class='schedule' viewBox='0 0 " << width << " "
       << height << "' width='" << width << "' height='" << height << "' role='img'>\n<title>"
@@ -90,14 +92,13 @@ std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& ti
       << kStyle;
   box(0, 0, width, height, "paper", 1);
   text(10, 20, "head", title);
-  const bool split = s.row->splits_backward;
-  std::vector<std::pair<const char*, const char*>> legend{
-      {"f", "forward"}, {"b", split ? "input gradient" : "backward"}};
-  if (split) legend.push_back({"w", "weight gradient"});
+  std::vector<Action::Kind> kinds{Action::forward, Action::backward};
+  if (s.row->splits_backward)
+    kinds = {Action::forward, Action::input_gradient, Action::weight_gradient};
   double x = 10;
-  for (const auto& [css, word] : legend) {
-    box(x, 32, 16, 16, css, 1);
-    text(x + 21, 44, "", word);
+  for (const Action::Kind kind : kinds) {
+    box(x, 32, 16, 16, kLooks[kind].css, 1);
+    text(x + 21, 44, "", name_of(kind));
     x += 120;
   }
   text(x, 44, "", "number: micro-batch", s.chunks > 1 ? ", fainter: later chunk" : "");
@@ -109,10 +110,7 @@ std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& ti
     const auto [start, end] = t.spans[stage][i];
     const double from = left + start * scale, wide = (end - start) * scale, y = top + row * stage;
     svg << "\n<g><title>" << to_string(a) << ": " << start << " to " << end << "</title>";
-    const char* css = a.kind == Action::forward           ? "f"
-                      : a.kind == Action::weight_gradient ? "w"
-                                                          : "b";
-    box(from, y + 2, wide, row - 4, css, 1 - 0.7 * a.chunk / s.chunks);
+    box(from, y + 2, wide, row - 4, kLooks[a.kind].css, 1 - 0.7 * a.chunk / s.chunks);
     if (wide >= 14) text(from + wide / 2, y + 19, "mid", a.microbatch);
     svg << "</g>";
   });

@@ -16,6 +16,23 @@ using Json = nlohmann::ordered_json;
 
 static double mib(int64_t bytes) { return double(bytes) / 1048576.0; }
 
+// ---- the setup
+
+void print_setup(const Options& o, const Dataset& data) {
+  const GptConfig g = model_config(o);
+  const int64_t ranks = o.layout.ranks();
+  const std::string text =
+      sentence("model    ", o.model_name, ": ", g.layers, " layers, width ", g.width, ", ", g.heads,
+               " heads, context ", g.context, ", vocabulary ", g.vocab, ": ",
+               format("%.2f", parameter_count(g) / 1e6), " M parameters in ", name_of(g.dtype),
+               "\ndevice   ", device().name, "\nranks    ", to_string(o.layout), "\n",
+               ranks > 1 && ranks <= 16 ? draw(o.layout) : "", "data     ", data.describe(),
+               "\nsteps    ", o.steps, " of ", o.batch, " sequences (", o.batch * g.context,
+               " tokens), micro-batches of ", o.microbatch, "\n\n");
+  printf("%s", text.c_str());
+  fflush(stdout);
+}
+
 // ---- memory
 
 static std::string memory_table(const MemoryUse& m, const Theory& t, int64_t activations) {
@@ -49,25 +66,23 @@ static Json memory_json(int rank, const MemoryUse& m, const Theory& t, int64_t a
 
 // Every row that this rank's ledger or the theory knows, in a fixed order.
 static Json traffic_json(int rank, const Theory& t, int64_t steps) {
-  std::map<Ledger::Key, Json> rows;
-  const auto row = [&](const Ledger::Key& key) -> Json& {
+  auto sent = ledger.rows;
+  for (const auto& [key, step] : t.step) sent[key];
+  Json rows = Json::array();
+  for (const auto& [key, row] : sent) {
     const auto& [axis, collective, purpose] = key;
-    const Json empty{{"rank", rank},
-                     {"axis", axis},
-                     {"collective", name_of(collective)},
-                     {"purpose", name_of(purpose)},
-                     {"calls", 0},
-                     {"bytes", 0}};
-    return rows.emplace(key, empty).first->second;
-  };
-  for (const auto& [key, sent] : ledger.rows)
-    row(key).update({{"calls", sent.calls}, {"bytes", sent.numerator / sent.n}});
-  for (const auto& [key, step] : t.step)
-    row(key).update({{"predicted_bytes", steps * step.numerator / step.n},
-                     {"predicted_calls", steps * step.calls}});
-  Json all = Json::array();
-  for (const auto& [key, json] : rows) all.push_back(json);
-  return all;
+    Json json{{"rank", rank},
+              {"axis", axis},
+              {"collective", name_of(collective)},
+              {"purpose", name_of(purpose)},
+              {"calls", row.calls},
+              {"bytes", row.numerator / row.n}};
+    if (const auto step = t.step.find(key); step != t.step.end())
+      json.update({{"predicted_bytes", steps * step->second.numerator / step->second.n},
+                   {"predicted_calls", steps * step->second.calls}});
+    rows.push_back(json);
+  }
+  return rows;
 }
 
 static std::string traffic_table(const Json& rows, int64_t steps) {
@@ -101,31 +116,25 @@ static std::string communication_line(std::vector<double> shares) {
 
 // ---- the pipeline
 
-struct Mean {
-  double sum = 0;
-  int count = 0;
-  void add(double x) { sum += x, count++; }
-  double value() const { return sum / count; }
-};
-
 // Predicted: every forward, input gradient and weight gradient takes the mean time of its kind on
 // its chunk of its stage. Executed: each takes what it took. Ranks that differ in other axes only
 // run pipelines of their own: the first is shown. Adds the pipeline's member of the metrics.
 static std::string pipeline_table(const Trainer& trainer, const Durations& took,
                                   const Timeline& executed, Json& summary) {
   const Schedule& s = trainer.pipeline.schedule();
-  std::map<std::tuple<int, Action::Kind, int>, Mean> of_chunk;  // {stage, kind, chunk}
-  std::map<Action::Kind, Mean> of_all;
+  std::map<std::tuple<int, Action::Kind, int>, double> mean;  // {stage, kind, chunk}
+  std::map<Action::Kind, double> mean_of_all;
   for_each_computation(s, [&](int stage, int i, const Action& a) {
-    of_chunk[{stage, a.kind, a.chunk}].add(took[stage][i]);
-    of_all[a.kind].add(took[stage][i]);
+    const double share = took[stage][i] / s.microbatches;
+    mean[{stage, a.kind, a.chunk}] += share;
+    mean_of_all[a.kind] += share / s.positions();
   });
   Durations means = took, without_replay = took;
   for_each_computation(s, [&](int stage, int i, const Action& a) {
-    means[stage][i] = without_replay[stage][i] = of_chunk[{stage, a.kind, a.chunk}].value();
+    means[stage][i] = without_replay[stage][i] = mean[{stage, a.kind, a.chunk}];
     if (a.kind == Action::input_gradient)
       without_replay[stage][i] =
-          std::max(0.0, means[stage][i] - of_chunk[{stage, Action::forward, a.chunk}].value());
+          std::max(0.0, means[stage][i] - mean[{stage, Action::forward, a.chunk}]);
   });
   const Timeline predicted = simulate(s, means);
   summary["pipeline"] = {{"schedule", s.row->name},
@@ -138,8 +147,8 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
   const double unit = executed.makespan / 100;
   std::string text = "\npipeline " + to_string(s) +
                      "; the last step, in ms\npredicted from each stage's mean times (of all: ";
-  for (const auto& [kind, mean] : of_all)
-    text += format("%s%s %.2f", kind == Action::forward ? "" : ", ", name_of(kind), mean.value());
+  for (const auto& [kind, ms] : mean_of_all)
+    text += format("%s%s %.2f", kind == Action::forward ? "" : ", ", name_of(kind), ms);
   text += format("): %.1f, bubble %.1f%%\n", predicted.makespan, 100 * predicted.bubble()) +
           draw_text(s, predicted, unit);
   text += format("executed, rebuilt from the %s that each computation took: %.1f, bubble %.1f%%\n",
@@ -159,45 +168,44 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
 
 // ---- all of it
 
-void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options,
-                         int64_t steps, double communication, const std::string& trace,
-                         Metrics& metrics) {
+void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps,
+                         double communication, const std::string& trace, Metrics& metrics) {
   const Theory t =
-      theory(trainer.gpt.config, mesh.layout, mesh["pp"].rank, mesh["tp"].rank, options);
+      theory(trainer.gpt.config, mesh.layout, mesh["pp"].rank, mesh["tp"].rank, trainer.options);
   const MemoryUse& m = device().memory;
   const bool pipelined = trainer.pipeline.timed;
-  const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.kept_activations())},
+  const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.pipeline.most_live_bytes())},
                   {"traffic", traffic_json(mesh.rank, t, steps)},
                   {"communication_share", communication},
                   {"took", pipelined ? trainer.pipeline.milliseconds() : std::vector<double>{}}};
   const std::vector<std::string> texts = gather_text(mine.dump());
   if (mesh.rank != 0) return;
 
-  std::vector<Json> ranks;
-  for (const std::string& of_rank : texts) ranks.push_back(Json::parse(of_rank));
-  Json summary{{"summary", true},
-               {"layout", Json::object()},
-               {"memory", Json::array()},
-               {"traffic", Json::array()},
-               {"communication_share", Json::array()}};
-  for (const Axis& axis : mesh.axes) summary["layout"][axis.name] = axis.size;
-  for (const Json& rank : ranks) {
-    summary["memory"].push_back(rank["memory"]);
-    summary["traffic"].insert(summary["traffic"].end(), rank["traffic"].begin(),
-                              rank["traffic"].end());
-    summary["communication_share"].push_back(rank["communication_share"]);
+  Json layout, memory, traffic = Json::array(), shares;
+  for (const Axis& axis : mesh.axes) layout[axis.name] = axis.size;
+  Durations took;  // by rank
+  for (const std::string& of_rank : texts) {
+    const Json rank = Json::parse(of_rank);
+    memory.push_back(rank["memory"]);
+    traffic.insert(traffic.end(), rank["traffic"].begin(), rank["traffic"].end());
+    shares.push_back(rank["communication_share"]);
+    took.push_back(rank["took"]);
   }
-  std::string text = memory_table(m, t, trainer.kept_activations()) +
-                     traffic_table(mine["traffic"], steps) +
-                     communication_line(summary["communication_share"]);
-  std::vector<Timeline> executed;  // stage t of pipeline c is rank t * pipelines + c
+  Json summary{{"summary", true},
+               {"layout", layout},
+               {"memory", memory},
+               {"traffic", traffic},
+               {"communication_share", shares}};
+  std::string text = memory_table(m, t, trainer.pipeline.most_live_bytes()) +
+                     traffic_table(mine["traffic"], steps) + communication_line(shares);
+  std::vector<Timeline> executed;
   const Schedule& s = trainer.pipeline.schedule();
-  for (size_t c = 0, pipelines = ranks.size() / size_t(s.stages); pipelined && c < pipelines; c++) {
-    Durations took;
-    for (size_t rank = c; rank < ranks.size(); rank += pipelines)
-      took.push_back(ranks[rank]["took"]);
-    executed.push_back(simulate(s, took));
-    if (c == 0) text += pipeline_table(trainer, took, executed[0], summary);
+  const size_t pipelines = took.size() / size_t(s.stages);
+  for (size_t c = 0; pipelined && c < pipelines; c++) {
+    Durations stages;  // stage t of pipeline c is rank t * pipelines + c
+    for (size_t rank = c; rank < took.size(); rank += pipelines) stages.push_back(took[rank]);
+    executed.push_back(simulate(s, stages));
+    if (c == 0) text += pipeline_table(trainer, stages, executed[0], summary);
   }
   metrics.line(summary);
   printf("%s", text.c_str());

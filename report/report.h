@@ -1,14 +1,16 @@
-// report.h: the end of a run: what each rank held and sent, beside what theory says.
+// report.h: what a run says before it trains; and at its end what each rank held and sent, beside
+// what theory says.
 #pragma once
 #include <string>
 
-#include "comm.h"
+#include "launch/options.h"
+#include "support/data.h"
 #include "support/metrics.h"
-#include "trainer.h"
+
+void print_setup(const Options& options, const Dataset& data);
 
 // Collective. Rank 0 prints the tables; the same numbers, of all ranks, become the metrics' summary
 // line. communication: the share of this rank's time in which it communicated. trace: where the
 // pipelines' timelines go, if not empty.
-void compare_with_theory(const Mesh& mesh, const Trainer& trainer, const TrainerOptions& options,
-                         int64_t steps, double communication, const std::string& trace,
-                         Metrics& metrics);
+void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps,
+                         double communication, const std::string& trace, Metrics& metrics);

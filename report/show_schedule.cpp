@@ -48,7 +48,7 @@ Times parse_times(const std::string& text) {
   REQUIRE(
       four && used == int(text.size()) &&
           std::min({t.forward, t.input_gradient, t.weight_gradient}) > 0 && t.send >= 0 &&
-          t.forward + t.input_gradient + t.weight_gradient + t.send < 1e9,
+          t.all() + t.send < 1e9,
       "--times takes four numbers F,B,W,SEND: the first three above 0, SEND at least 0, their sum "
       "below 1e9; not '",
       text, "'");
@@ -87,8 +87,11 @@ void show(const ShowOptions& o) {
 
   size_t actions = 0, transfers = 0, groups = 0;
   for (const auto& list : s.actions)
-    for (const Action& a : list)
-      actions++, transfers += a.transfers.size(), groups += a.transfers.size() > 1;
+    for (const Action& a : list) {
+      actions++;
+      transfers += a.transfers.size();
+      groups += a.transfers.size() > 1;
+    }
   printf(
       "checked   accepted: complete, in order, no deadlock (%zu actions, %zu transfers, %zu facing "
       "pairs grouped)\n",

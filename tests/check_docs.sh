@@ -33,7 +33,8 @@ fail() {
 # ---- names
 
 folders="kernels launch theory report inference checkpoint support cpu tests"
-code="$(ls *.cpp *.cu *.h Makefile) $(find $folders -type f -not -name '*.bin')"
+code="$(ls *.cpp *.cu *.h Makefile) \
+  $(find $folders -type f -not -path '*/corpus/*' -not -name '*.bin')"
 # the words of the sources, for whole-word lookups
 cat $code | grep -oE '[A-Za-z_][A-Za-z0-9_]*' | sort -u >"$work/words"
 cat $code | grep -oE -- '--[a-z][a-z-]+' | sort -u >"$work/options"

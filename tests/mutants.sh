@@ -96,7 +96,7 @@ mutant waits a_shard_does_not_wait_for_its_sum \
 # The wait at the end of finish_backward is no mutant: sum_loss, which follows, waits for the same
 # queue.
 mutant waits a_layer_does_not_wait_for_the_partial_sums \
-  tensor_parallel.cpp '/the partial sums must have been computed/d' \
+  tensor_parallel.cpp '/(x|the partial sums) must have been computed/d' \
   2 queued test_tensor_parallel $parity_tp
 mutant waits a_layer_does_not_wait_for_the_sum \
   tensor_parallel.cpp '/what was sent must have arrived/d' 2 queued test_tensor_parallel $parity_tp
@@ -111,11 +111,10 @@ mutant faults the_reduce_scatter_is_dropped \
 mutant faults the_all_reduce_over_copies_is_dropped \
   fsdp.cpp '/NCCL_CHECK\(ncclAllReduce\(u.shard_grad.raw/,/;$/d' 2 immediate test_fsdp $parity
 mutant faults the_shards_are_swapped \
-  fsdp.cpp \
-  's/(Tensor mine = u.whole_grad.part\()axis_.rank/\1(axis_.size - 1 - axis_.rank)/' \
+  fsdp.cpp 's/(mine = u).shard_of\(u.whole_grad\)/\1.whole_grad.part(0, {u.shard_size})/' \
   2 immediate test_fsdp $parity
 mutant faults the_loss_is_scaled_twice \
-  trainer.cpp 's/1.0 \/ double\(options_.batch/2.0 \/ double(options_.batch/' \
+  trainer.cpp 's/1.0 \/ double\(options.batch/2.0 \/ double(options.batch/' \
   2 immediate test_fsdp $parity
 mutant faults a_rank_repeats_the_sequences_of_another \
   trainer.cpp 's/data_ranks\(\) \+ data_rank\(\)\) \* b/data_ranks()) * b/' \
@@ -130,7 +129,7 @@ mutant faults the_weights_are_gathered_once_for_all_steps \
   's/  for \(auto& \[number, u\] : units_\) reshard\(u\);.*//' \
   2 immediate test_fsdp $parity
 mutant faults only_the_last_micro_batch_counts \
-  fsdp.cpp 's/  add\(u.shard_grad, u.shard_grad, u.whole_grad/  copy(u.shard_grad, u.whole_grad/' \
+  fsdp.cpp 's/  add\(u.shard_grad, u.shard_grad, u.shard_of/  copy(u.shard_grad, u.shard_of/' \
   2 immediate test_fsdp $parity
 mutant faults a_unit_is_unsharded_once_too_often \
   fsdp.cpp 's/  if \(!backward_is_next\) reshard/  (void)backward_is_next; reshard/' \
@@ -139,7 +138,7 @@ mutant faults nothing_is_resharded \
   fsdp.cpp 's/  u.whole = Tensor\(\);.*//' 2 immediate test_fsdp $formulas
 
 mutant faults the_all_reduce_of_partial_products_is_dropped \
-  tensor_parallel.cpp '/NCCL_CHECK\(ncclAllReduce\(partial.raw/,/;$/d' \
+  tensor_parallel.cpp 's/^    all_reduce\(partial\);//' \
   2 immediate test_tensor_parallel $parity_tp
 mutant faults every_rank_adds_the_bias_before_the_sum \
   tensor_parallel.cpp \
@@ -216,7 +215,7 @@ mutant faults ranks_agree_that_all_is_well_when_one_is \
 mutant faults all_that_hold_a_parameter_count_it_in_the_norm \
   optimizer.cpp 's/if \(s.param->counted\) //' 2 immediate test_tensor_parallel $parity_tp
 mutant faults the_norm_is_that_of_this_rank \
-  optimizer.cpp 's/if \(sum_squares\) sum_squares\(squares_\);//' 2 immediate test_fsdp $parity
+  optimizer.cpp 's/if \(sum_\) sum_\(squares_\);//' 2 immediate test_fsdp $parity
 mutant faults the_norm_is_that_of_the_last_parameter \
   optimizer.cpp 's/s.param->id, s.gradient/0, s.gradient/' \
   1 immediate test_golden f64_equals_pytorch

@@ -231,7 +231,7 @@ template <class Check> int64_t equals_theory(Mesh& mesh, const GptConfig& config
              expected.persistent[int(category)], name, ": ", name_of(category));
   CHECK_LE(device().memory.peak[int(Memory::gather)], expected.gather_bound, name,
            ": whole buffers in use");
-  CHECK_EQ(trainer.kept_activations(), expected.activations, name,
+  CHECK_EQ(trainer.pipeline.most_live_bytes(), expected.activations, name,
            ": activations kept for backwards");
   check(trainer);
   return bytes;

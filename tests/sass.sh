@@ -36,7 +36,7 @@ read_objects "$@" | c++filt | awk '
     }
     threads = kernel ~ /^matmul/ ? 256 : 128
     match(kernel, /[0-9]+>$/)
-    memory = shared[chip, name] - (chip == "sm_80" ? 0 : 1024)  # sm_90 counts the system's, too
+    memory = shared[chip, name] - (chip == "sm_80" ? 0 : 1024)  # sm_90 counts those of the system
     if (RSTART) memory += substr(kernel, RSTART, RLENGTH - 1)
     registers = up(regs[chip, name] * 32, 256) * threads / 32
     blocks = least(int(65536 / registers), int(2048 / threads))

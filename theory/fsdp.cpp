@@ -1,23 +1,20 @@
 // theory/fsdp.cpp: what data parallelism sends and holds: the table of fsdp.cpp for real units.
-#include <set>
-
 #include "theory/theory.h"
 
 void TheoryOfRank::add_fsdp() {
   const bool reshards = shards_parameters && options.fsdp.reshard;
   int64_t& gradients = sum.persistent[int(Memory::gradients)];
   std::map<int, int64_t> gathers;  // of each unit in a micro-batch, where it is resharded
-  std::set<Param*> seen;
   int64_t blocks = 0;
   for (const ModelPiece& piece : pieces)
     for (const ModelPart& part : piece) {
       blocks += part.kind == ModelPart::block;
       for (const auto& [unit, params] : units_of(part.params))
         gathers[unit] += part.backward == Backward::unshards ? 2 : 1;
-      for (Param* p : part.params)
-        if (!seen.insert(p).second && !shards_gradients)
-          gradients += p->numel() * g;  // tied: each of its two uses has a gradient of its own
     }
+  // tied: each of its two uses has a gradient of its own
+  if (has_embedding(pieces[0]) && has_head(pieces.back()) && !shards_gradients)
+    gradients += gpt.tied().numel() * g;
 
   int64_t ends = 0, block = 0;  // elements of the units of embedding and head; of a block's
   for (const auto& [unit, params] : units_of(params_of(pieces))) {

@@ -12,7 +12,7 @@ int64_t decoding_bytes(const GptConfig& config, const Layout& layout, int pp_ran
   int64_t sums = 0;
   for (const ModelPart& part : piece) sums += split_matrices(part).by_inputs;
   int64_t bytes = 2 * (n - 1) * activation * sums * steps / n;
-  if (piece.back().kind == ModelPart::head) bytes += (n - 1) * logits * steps;
+  if (has_head(piece)) bytes += (n - 1) * logits * steps;
   else bytes += activation * steps;
   if (layout["pp"] > 1) bytes += sequences * 4 * steps;  // the tokens that were picked
   return bytes;

@@ -12,9 +12,7 @@ void TheoryOfRank::add_pipeline() {
         enter(pp, Collective::send, Traffic::training, m, activation);
   }
   // embedding and head are on two ranks: each sends its shard of the unit that both have
-  const bool first = pieces[0].front().kind == ModelPart::embedding,
-             last = pieces.back().back().kind == ModelPart::head;
-  if (first == last) return;
+  if (has_embedding(pieces[0]) == has_head(pieces.back())) return;
   const int64_t P = padded_unit(units_of(params_of(pieces))[kTied], fsdp.size);
   enter(pp, Collective::send, Traffic::embedding, 1, P / fsdp.size * g);
 }

@@ -1,0 +1,70 @@
+// training.cpp: see training.h.
+#include "checkpoint/training.h"
+
+#include <chrono>
+#include <cstdio>
+
+void take_sizes(Options& o) {
+  const ModelSize& m = o.model;
+  const bool told = !o.model_name.empty() || m.layers + m.width + m.heads + m.context + m.vocab > 0;
+  for (const std::string& path : checkpoints_in(o.checkpoint)) {
+    if (!is_there(path + "/manifest.json")) continue;  // not complete
+    ModelSize saved;
+    try {
+      saved = Checkpoint(path).info.model;
+    } catch (const Damaged&) {
+      continue;
+    }
+    if (!told) {
+      o.model_name = nearest_model(saved);
+      o.model = saved;
+    }
+    if (m.vocab == 0) o.model.vocab = saved.vocab;
+    return;
+  }
+}
+
+int64_t resume_training(const Options& o, const Dataset& data, const Job& job, Trainer& trainer) {
+  const auto say = [&](const std::string& text) {
+    if (job.speaks) printf("resume   %s\n", text.c_str());
+  };
+  const std::optional<Checkpoint> c = newest_checkpoint(o.checkpoint, job, say, o.resume_step);
+  if (!c) {
+    say("there is no checkpoint in " + o.checkpoint + ": starting at step 1");
+    return 0;
+  }
+  const CheckpointInfo& saved = c->info;
+  const bool imported = saved.step == 0;
+  check_model(*c, o.model);
+  REQUIRE(!imported || !data.is_text() || o.model.vocab == 256, c->path,
+          " was imported without a tokenizer, so bytes of text are not its tokens: give "
+          "--tokenizer DIR");
+  REQUIRE(saved.step < o.steps, c->path, " has ", saved.step,
+          " steps already: give more --steps than that");
+  resume(*c, trainer.optimizer());
+  say(sentence(c->path, ", saved on ", to_string(saved.layout)));
+  if (o.resume_step >= 0) put_later_aside(o.checkpoint, saved.step, job, say);
+  if (!imported && saved.data != data.describe())
+    say(sentence("it was trained on ", saved.data, ", and is now on ", data.describe()));
+  if (!imported && saved.seed != uint64_t(o.seed))
+    say(sentence("it was trained with --seed ", saved.seed, ", so batches differ from here on"));
+  return saved.step;
+}
+
+std::string save_training(const Options& o, const Dataset& data, int64_t step, const Job& job,
+                          const Mesh& mesh, Trainer& trainer) {
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point began = Clock::now();
+  const GptConfig& config = trainer.gpt.config;
+  const Dtype dtype = master_dtype(config.dtype);
+  const CheckpointInfo info{step,      o.model,         o.layout, dtype, uint64_t(o.seed),
+                            o.command, data.describe(), o.keep};
+  std::string removed;
+  for (const std::string& old :
+       save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards()))
+    removed += (removed.empty() ? "; removed " : ", ") + old;
+  return format("checkpoint saved: %.1f MB in %.2f s",
+                double(parameter_count(config)) * 3 * double(size_of(dtype)) / 1e6,
+                std::chrono::duration<double>(Clock::now() - began).count()) +
+         removed;
+}

@@ -1,0 +1,46 @@
+// training_data.cpp: see training_data.h.
+#include "inference/training_data.h"
+
+#include <cstdio>
+
+#include "inference/text_shards.h"
+#include "launch/environment.h"
+
+void TrainingData::find_tokenizer(Options& o) {
+  const std::string& given = o.tokenizer;
+  REQUIRE(given.empty() || has_tokenizer(given), "--tokenizer: ", given,
+          " has neither tokenizer.json nor vocab.json and merges.txt");
+  // the checkpoints have it from an earlier --tokenizer, or from an import
+  const bool kept = !o.checkpoint.empty() && has_tokenizer(o.checkpoint);
+  directory_ = kept ? o.checkpoint : given;
+  if (directory_.empty()) return;
+  tokenizer.emplace(directory_, o.model.vocab);
+  REQUIRE(given.empty() || tokenizer->key() == Tokenizer(given, 0).key(), "--tokenizer ", given,
+          " is not the one in ", o.checkpoint, ": leave it out");
+  if (o.model.vocab == 0) o.model.vocab = tokenizer->size();
+}
+
+void TrainingData::open(Options& o, const Job& job) {
+  if (directory_.empty() || job.rank == 0) read(o, job);
+  if (directory_.empty()) tokenizer.emplace("", tokens->is_text() ? 256 : o.model.vocab);
+}
+
+void TrainingData::meet(Options& o, const Job& job) {
+  // not before every rank has looked for one there
+  if (!directory_.empty() && !o.checkpoint.empty() && job.rank == 0)
+    copy_tokenizer(directory_, o.checkpoint);
+  if (!tokens) read(o, job);
+  // what is in the files, wherever a node has them
+  const std::string differ = differences(job, {{"the data", content_of(tokens->paths())}});
+  REQUIRE(differ.empty(), differ);
+}
+
+void TrainingData::read(Options& o, const Job& job) {
+  const auto say = [&](const std::string& text) {
+    if (!job.speaks) return;
+    printf("tokens   %s\n", text.c_str());
+    fflush(stdout);
+  };
+  if (!directory_.empty()) o.data = token_shards(o.data, *tokenizer, o.checkpoint, say);
+  tokens.emplace(Dataset::open(o.data, o.model.context, o.model.vocab));
+}
