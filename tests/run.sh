@@ -25,6 +25,7 @@ comm="test_comm"
 # under mpiexec -n 8
 referee="test_nccl"
 cores=$(nproc)
+skipped=0
 export OMP_WAIT_POLICY=passive # two tests share the processors
 
 # run LABEL COMMAND...: for the lanes
