@@ -49,7 +49,7 @@ static void check_weights(const Options& o, const Dataset& data, int64_t step, c
 }
 
 // A signal to any rank ends the training of all after one and the same step; collective.
-static bool stopped(const Signals::Listener& listener) {
+static bool stopped(const SignalListener& listener) {
   int mine = listener.came(), any = 0;
   MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, Finished());
   return any != 0;
@@ -95,7 +95,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
   if (o.resume) watch.at_files([&] { resumed = resume_training(o, data, job, trainer); });
   if (prints && !o.trace.empty()) open_trace(o.trace);
   Metrics metrics(prints ? o.metrics : "", resumed);
-  const Signals::Listener listener;
+  const SignalListener listener;
   Progress progress(o.steps, prints ? stdout : nullptr, isatty(fileno(stdout)));
   const std::string steps = sentence("a step in micro-batches of ", o.microbatch, " sequences of ",
                                      o.model.context, " tokens");
@@ -151,7 +151,7 @@ int main(int argc, char** argv) {
       if (job.speaks) print_help();
       return {};
     }
-    REQUIRE(o.checkpoint.empty() || o.resume || !holds_checkpoints(o.checkpoint),
+    REQUIRE(o.checkpoint.empty() || o.resume || newest_in(o.checkpoint).empty(),
             "--checkpoint: ", o.checkpoint,
             " holds checkpoints already: give --resume to go on from them, or another directory");
     open_device(job.local_rank % device_count(), o.device_memory << 20);
@@ -163,14 +163,14 @@ int main(int argc, char** argv) {
     schedule_of(trainer_options(o), o.layout);  // may refuse this number of micro-batches
     if (!o.checkpoint.empty() && job.rank == 0) make_directory(o.checkpoint);
     data.open(o, job);
-    auto given = values_of(o);
+    auto given = values_of(train_options(o));
     std::erase_if(given, [](const auto& option) { return option.first == "--data"; });
     return Start{o.layout, o.timeout, given};
   };
   const auto work = [&](const Job& job, Mesh& mesh, Watch& watch) {
     std::optional<DirectoryLock> lock;
-    collectively(job, [&] {
-      if (job.rank == 0 && !o.checkpoint.empty()) lock.emplace(o.checkpoint);
+    on_first_rank(job, [&] {
+      if (!o.checkpoint.empty()) lock.emplace(o.checkpoint);
     });
     data.meet(o, job);
     train(o, data, job, mesh, watch);

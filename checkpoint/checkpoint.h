@@ -18,9 +18,6 @@
 // not here  copies on several file systems: DIR must be one that all nodes see
 // test      tests/test_checkpoint.cpp, tests/test_checkpoint.sh
 #pragma once
-#include <functional>
-#include <map>
-#include <memory>
 #include <optional>
 
 #include "gpt.h"
@@ -51,6 +48,7 @@ struct Piece {
   Slice slice;
   int64_t first = 0, count = 0;
 };
+Piece whole_tensor(const std::string& name, const Shape& shape);
 enum class Part { weights, m, v };
 
 class Checkpoint {
@@ -75,16 +73,12 @@ class Checkpoint {
     int64_t at;
   };
   std::map<std::string, std::vector<Run>> runs_;
-  const SafetensorsFile& file(int rank, Part part) const;
-  mutable std::map<std::string, std::unique_ptr<SafetensorsFile>> open_;
+  void read_manifest(nlohmann::json manifest);
+  mutable std::map<std::string, SafetensorsFile> open_;  // by path
 };
 
 // ---- ranks; all of these are collective, and throw on every rank what went wrong on one
 
-template <class Work> void collectively(const Job& job, Work work) {
-  const std::string error = job.agree(error_of(work));
-  REQUIRE(error.empty(), error);
-}
 using Say = std::function<void(const std::string&)>;
 
 // Writes the checkpoint of info.step, then removes what info.keep says; rank 0 learns which. Where
@@ -100,7 +94,7 @@ std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& j
 // Checkpoints of later steps are renamed to later-step-...: training goes on from `step`, and they
 // are no longer the newest.
 void put_later_aside(const std::string& dir, int64_t step, const Job& job, const Say& say);
-// an Error where layers or heads differ: shapes are load()'s
+// an Error where their sizes differ
 void check_model(const Checkpoint& checkpoint, const ModelSize& model);
 void resume(const Checkpoint& checkpoint, Optimizer& optimizer);
 // What this rank owns of a parameter, from its element `first` on.
@@ -120,12 +114,13 @@ class DirectoryLock {
 
  private:
   const std::string path_;
-  int fd_ = -1;
+  std::optional<OpenFile> file_;
 };
 
 // paths of steps, newest first, whole or not
 std::vector<std::string> checkpoints_in(const std::string& dir);
-bool holds_checkpoints(const std::string& dir);  // complete ones
+bool is_complete(const std::string& path);       // a step
+std::string newest_in(const std::string& dir);   // that is complete; empty: none
 // unless it is there; an Error where nothing can be written
 void make_directory(const std::string& dir);
 // `path` itself if it is a checkpoint, else the newest whole one in it

@@ -6,17 +6,16 @@
 #include <csignal>
 #include <cstdio>
 #include <filesystem>
-#include <memory>
-#include <nlohmann/json.hpp>
 #include <set>
 
 #include "gpt.h"
 #include "checkpoint/checkpoint.h"
 #include "inference/tokenizer.h"
+#include "launch/options.h"
 #include "support/json.h"
 
 namespace fs = std::filesystem;
-using Json = nlohmann::ordered_json;
+using nlohmann::json;
 
 static const char kUsage[] =
     "usage: build/checkpoint info PATH          what is in it: PATH is a directory given to\n"
@@ -38,17 +37,15 @@ static void describe(const Checkpoint& c) {
   int64_t parameters = 0, bytes = 0;
   for (const auto& [name, shape] : c.tensors) parameters += elements(shape);
   for (const WrittenFile& f : c.files) bytes += f.bytes;
-  const ModelSize& m = c.info.model;
-  printf(
-      "%s\n  step     %lld\n  model    %lld layers, width %lld, %lld heads, context %lld, "
-      "vocabulary %lld: %.2f M parameters in %s%s\n",
-      c.path.c_str(), (long long)c.info.step, (long long)m.layers, (long long)m.width,
-      (long long)m.heads, (long long)m.context, (long long)m.vocab, double(parameters) / 1e6,
-      name_of(c.info.dtype), c.has_moments ? " and their moments" : ", without moments");
-  printf("  layout   %s\n  files    %zu, %.1f MB\n", to_string(c.info.layout).c_str(),
-         c.files.size(), double(bytes) / 1e6);
-  if (!c.info.options.empty()) printf("  options  %s\n", c.info.options.c_str());
-  if (!c.info.data.empty()) printf("  data     %s\n", c.info.data.c_str());
+  const CheckpointInfo& i = c.info;
+  const std::string text =
+      sentence(c.path, "\n  step     ", i.step, "\n  model    ", to_string(i.model),
+               format(": %.2f M parameters in ", double(parameters) / 1e6), name_of(i.dtype),
+               c.has_moments ? " and their moments" : ", without moments", "\n  layout   ",
+               to_string(i.layout), "\n  files    ", c.files.size(),
+               format(", %.1f MB", double(bytes) / 1e6), "\n  options  ", i.options,
+               "\n  data     ", i.data);
+  puts(text.c_str());
 }
 
 static void check(const Checkpoint& c) {
@@ -72,23 +69,37 @@ static int each_step(const std::string& path, void (*work)(const Checkpoint&)) {
 
 // ---- Hugging Face
 
+// What a configuration may say beside the sizes.
+static const json kThisModel = json::parse(R"({
+  "model_type": "gpt2",
+  "activation_function": "gelu_new",
+  "layer_norm_epsilon": 1e-5,
+  "tie_word_embeddings": true,
+  "scale_attn_weights": true,
+  "scale_attn_by_inverse_layer_idx": false,
+  "add_cross_attention": false})");
+
+struct Size {
+  const char* name;
+  int64_t ModelSize::*member;
+  int64_t most;
+};
+constexpr Size kSizes[] = {{"n_layer", &ModelSize::layers, 10'000},
+                           {"n_embd", &ModelSize::width, 1'000'000},
+                           {"n_head", &ModelSize::heads, 1'000'000},
+                           {"n_positions", &ModelSize::context, 10'000'000},
+                           {"vocab_size", &ModelSize::vocab, 1'000'000'000}};
+
 // end: the token that ends a text; -1: none
-static Json config_of(const ModelSize& m, int end) {
-  const Json end_of_text = end < 0 ? Json() : Json(end);
-  return {{"architectures", {"GPT2LMHeadModel"}},
-          {"model_type", "gpt2"},
-          {"n_layer", m.layers},
-          {"n_embd", m.width},
-          {"n_head", m.heads},
-          {"n_positions", m.context},
-          {"n_ctx", m.context},
-          {"vocab_size", m.vocab},
-          {"activation_function", "gelu_new"},
-          {"layer_norm_epsilon", 1e-5},
-          {"tie_word_embeddings", true},
-          {"bos_token_id", end_of_text},
-          {"eos_token_id", end_of_text},
-          {"torch_dtype", "float32"}};
+static json config_of(const ModelSize& m, int end) {
+  json config = kThisModel;
+  config["architectures"] = {"GPT2LMHeadModel"};
+  config["torch_dtype"] = "float32";
+  for (const Size& size : kSizes) config[size.name] = m.*size.member;
+  config["n_ctx"] = m.context;
+  for (const char* key : {"bos_token_id", "eos_token_id"})
+    config[key] = end < 0 ? json() : json(end);
+  return config;
 }
 
 static void export_weights(const std::string& path, const std::string& dir) {
@@ -96,7 +107,7 @@ static void export_weights(const std::string& path, const std::string& dir) {
   c.verify("weights-");
   std::vector<NamedArray> arrays;
   for (const auto& [name, shape] : c.tensors) {
-    const Piece whole{name, {1, 1, elements(shape), 0, 1}, 0, elements(shape)};
+    const Piece whole = whole_tensor(name, shape);
     arrays.push_back({name, shape, Dtype::f32,
                       [&c, whole](void* to) { c.read(whole, Part::weights, Dtype::f32, to); }});
   }
@@ -114,49 +125,38 @@ static void export_weights(const std::string& path, const std::string& dir) {
 }
 
 static ModelSize read_config(const std::string& path) {
-  try {
-    const Json j = Json::parse(read_file(path));
-    const auto size = [&](const char* key, int64_t most = 1'000'000) {
-      const Json& n = j.at(key);
-      REQUIRE(n.is_number_integer() && n > 0 && n <= most, path, ": ", key, " is ", n,
-              "; it takes a whole number from 1 to ", most);
-      return n.get<int64_t>();
-    };
-    const ModelSize m{size("n_layer", 10'000), size("n_embd"), size("n_head"),
-                      size("n_positions", 10'000'000), size("vocab_size", 1'000'000'000)};
-    REQUIRE(m.width % m.heads == 0, path, ": n_embd ", m.width, " does not divide by n_head ",
-            m.heads);
-    const std::string gelu = j.value("activation_function", "gelu_new");
-    REQUIRE(gelu == "gelu_new" || gelu == "gelu_pytorch_tanh", path, " asks for the activation ",
-            gelu, "; this model has gelu_new");
-    const Json only{{"model_type", "gpt2"},        {"layer_norm_epsilon", 1e-5},
-                    {"n_inner", 4 * m.width},      {"tie_word_embeddings", true},
-                    {"scale_attn_weights", true},  {"scale_attn_by_inverse_layer_idx", false},
-                    {"add_cross_attention", false}};
-    for (const auto& [key, value] : only.items())
-      REQUIRE(j.value(key, Json()).is_null() || j.at(key) == value, path, ": ", key, " is ",
-              j.at(key), "; this model has ", value);
-    return m;
-  } catch (const nlohmann::json::exception& e) {
-    throw Error(sentence(path, " does not describe a GPT-2: ", e.what()));
-  }
+  ModelSize m;
+  read_json(path, read_file(path), [&](json config) {
+    for (const auto& [name, member, most] : kSizes) {
+      m.*member = whole_number(config.at(name), most);
+      REQUIRE(m.*member > 0, name, " is 0");
+    }
+    REQUIRE(m.width % m.heads == 0, "n_embd ", m.width, " does not divide by n_head ", m.heads);
+    json& gelu = config["activation_function"];
+    if (gelu == "gelu_pytorch_tanh") gelu = "gelu_new";  // the same
+    json expected = kThisModel;
+    expected["n_inner"] = 4 * m.width;
+    for (const auto& [key, value] : expected.items())
+      REQUIRE(config[key].is_null() || config[key] == value, key, " is ", config[key],
+              "; this model has ", value);
+  });
+  return m;
 }
 
 // The files of weights in `dir`: one, or the parts that an index names.
-static std::vector<std::unique_ptr<SafetensorsFile>> open_weights(const std::string& dir) {
+static std::vector<SafetensorsFile> open_weights(const std::string& dir) {
   const std::string whole = dir + "/model.safetensors", index = whole + ".index.json";
   std::set<std::string> parts = {"model.safetensors"};
   if (!is_there(whole) && is_there(index))
-    read_json(index, " is damaged: ", [&] {
-      const nlohmann::json map = parse_json(read_file(index)).at("weight_map");
-      REQUIRE(map.is_object() && !map.empty(), "its weight_map names no file");
+    read_json(index, read_file(index), [&](const json& file) {
       parts.clear();
-      for (const auto& part : map) parts.insert(part.get<std::string>());
+      for (const auto& [tensor, part] : file.at("weight_map").items()) parts.insert(part);
+      REQUIRE(!parts.empty(), "its weight_map names no file");
     });
-  std::vector<std::unique_ptr<SafetensorsFile>> files;
+  std::vector<SafetensorsFile> files;
   for (const fs::path part : parts) {
     REQUIRE(part == part.filename(), index, " names a file of another directory, ", part);
-    files.push_back(std::make_unique<SafetensorsFile>(fs::path(dir) / part));
+    files.emplace_back(fs::path(dir) / part);
   }
   return files;
 }
@@ -166,31 +166,29 @@ struct Found {
   const SafetensorsFile* file;
   const SafetensorsFile::Entry* entry;
   void read(void* to) const { file->read(*entry, 0, elements(entry->shape), Dtype::f32, to); }
-  bool operator==(const Found& other) const {
-    std::vector<float> mine(size_t(elements(entry->shape))), others(mine);
-    if (entry->shape != other.entry->shape) return false;
-    read(mine.data());
-    other.read(others.data());
-    return mine == others;
+  std::vector<float> values() const {
+    std::vector<float> all(size_t(elements(entry->shape)));
+    read(all.data());
+    return all;
   }
 };
 
 static void import_weights(const std::string& dir, const std::string& path) {
-  REQUIRE(!holds_checkpoints(path), path, " holds checkpoints already: give another directory");
+  REQUIRE(newest_in(path).empty(), path, " holds checkpoints already: give another directory");
   const ModelSize m = read_config(dir + "/config.json");
   const Tokenizer readable(dir, m.vocab);  // or an Error, before anything is written
   const auto files = open_weights(dir);
   std::map<std::string, Found> all;
-  for (const auto& file : files)
-    for (const auto& [name, entry] : file->entries()) {
+  for (const SafetensorsFile& file : files)
+    for (const auto& [name, entry] : file.entries()) {
       const std::string short_name = name.substr(name.starts_with("transformer.") ? 12 : 0);
-      REQUIRE(all.insert({short_name, {file.get(), &entry}}).second, file->path(), " has ", name,
+      REQUIRE(all.insert({short_name, {&file, &entry}}).second, file.path(), " has ", name,
               ", which is there already");
     }
   // one matrix, tied: under both names, or one of them
   if (const auto head = all.extract("lm_head.weight"); !head.empty()) {
     const auto [wte, alone] = all.insert({"wte.weight", head.mapped()});
-    REQUIRE(alone || wte->second == head.mapped(), head.mapped().file->path(),
+    REQUIRE(alone || wte->second.values() == head.mapped().values(), head.mapped().file->path(),
             ": lm_head.weight is not wte.weight; the head of this model is its embedding");
   }
   Gpt gpt(GptConfig{m});  // names and shapes only

@@ -1,14 +1,13 @@
 // training.cpp: see training.h.
 #include "checkpoint/training.h"
 
-#include <chrono>
-#include <cstdio>
+#include "support/stopwatch.h"
 
 void take_sizes(Options& o) {
   const ModelSize& m = o.model;
   const bool told = !o.model_name.empty() || m.layers + m.width + m.heads + m.context + m.vocab > 0;
   for (const std::string& path : checkpoints_in(o.checkpoint)) {
-    if (!is_there(path + "/manifest.json")) continue;  // not complete
+    if (!is_complete(path)) continue;
     ModelSize saved;
     try {
       saved = Checkpoint(path).info.model;
@@ -53,18 +52,15 @@ int64_t resume_training(const Options& o, const Dataset& data, const Job& job, T
 
 std::string save_training(const Options& o, const Dataset& data, int64_t step, const Job& job,
                           const Mesh& mesh, Trainer& trainer) {
-  using Clock = std::chrono::steady_clock;
-  const Clock::time_point began = Clock::now();
+  const Stopwatch saving;
   const GptConfig& config = trainer.gpt.config;
   const Dtype dtype = master_dtype(config.dtype);
   const CheckpointInfo info{step,      o.model,         o.layout, dtype, uint64_t(o.seed),
                             o.command, data.describe(), o.keep};
-  std::string removed;
-  for (const std::string& old :
-       save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards()))
-    removed += (removed.empty() ? "; removed " : ", ") + old;
+  const std::vector<std::string> removed =
+      save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards());
   return format("checkpoint saved: %.1f MB in %.2f s",
                 double(parameter_count(config)) * 3 * double(size_of(dtype)) / 1e6,
-                std::chrono::duration<double>(Clock::now() - began).count()) +
-         removed;
+                saving.seconds()) +
+         (removed.empty() ? "" : "; removed " + join(removed, ", "));
 }

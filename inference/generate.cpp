@@ -4,11 +4,9 @@
 //           until they are long enough
 // test      tests/test_cli.sh (the program from outside), tests/test_generator.cpp (its numbers)
 #include <algorithm>
-#include <chrono>
-#include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <iostream>
+#include <numeric>
 #include <nlohmann/json.hpp>
 
 #include "inference/generator.h"
@@ -16,6 +14,7 @@
 #include "launch/program.h"
 #include "inference/sampling.h"
 #include "inference/tokenizer.h"
+#include "support/stopwatch.h"
 #include "theory/theory.h"
 
 // ---- options
@@ -32,22 +31,22 @@ static OptionTable table(GenerateOptions& o) {
   return {
       {"A checkpoint",
        {
-           {"checkpoint", "DIR", Text{&o.checkpoint},
+           {"checkpoint", "DIR", text(&o.checkpoint),
             "directory of train_gpt's --checkpoint (its newest), or one step in it",
             "a fresh model"},
        }},
       model,
       {"Text",
        {
-           {"prompt", "TEXT...",
-            List{&o.prompts, "; a text that begins with -- is read by --prompt-file -"},
+           {"prompt", "TEXT...", list(&o.prompts),
             "what to continue; several are continued together"},
-           {"prompt-file", "FILE...", List{&o.files}, "the same from files; - is standard input"},
-           {"tokens", "N", Whole{&o.tokens}, "how many to add to each"},
-           {"temperature", "X", Real{&o.temperature},
+           {"prompt-file", "FILE...", list(&o.files),
+            "the same from files, whatever they begin with; - is standard input"},
+           {"tokens", "N", whole(&o.tokens), "how many to add to each"},
+           {"temperature", "X", real(&o.temperature),
             "below 1: likelier tokens more often; 0: always the likeliest"},
-           {"top-k", "K", Whole{&o.top_k, 0}, "only the K likeliest; 0: all"},
-           {"top-p", "P", Real{&o.top_p, false},
+           {"top-k", "K", whole(&o.top_k, 0), "only the K likeliest; 0: all"},
+           {"top-p", "P", real(&o.top_p, false),
             "only the likeliest that together reach this probability"},
        }},
       computing_options(o),
@@ -77,65 +76,53 @@ static void resolve(GenerateOptions& o, std::unique_ptr<Checkpoint>& checkpoint)
 
 // ---- prompts: read by rank 0, which alone has the standard input
 
-static std::vector<std::string> read_prompts(const GenerateOptions& o) {
+static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
+                                                    const Tokenizer& tokenizer) {
   std::vector<std::string> texts = o.prompts;
-  for (const std::string& name : o.files) {
-    std::ifstream file;
-    if (name != "-") {
-      file.open(name, std::ios::binary);
-      REQUIRE(file, "--prompt-file: ", name, " cannot be read: ", strerror(errno));
-      REQUIRE(!std::filesystem::is_directory(name), "--prompt-file: ", name, " is a directory");
-    }
-    texts.emplace_back(std::istreambuf_iterator<char>(name == "-" ? std::cin : file),
-                       std::istreambuf_iterator<char>());
-  }
+  for (const std::string& name : o.files)
+    texts.push_back(name == "-" ? std::string(std::istreambuf_iterator<char>(std::cin), {})
+                                : read_file(name));
   REQUIRE(!texts.empty(),
           "there is nothing to continue: give --prompt TEXT or --prompt-file FILE (- is standard "
           "input)");
-  return texts;
-}
-
-static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
-                                                    const Tokenizer& tokenizer) {
   std::vector<std::vector<int>> prompts;
-  const int64_t T = o.model.context;
-  for (const std::string& text : read_prompts(o)) {
-    const int64_t bytes = int64_t(text.size()), longest = tokenizer.longest();
-    REQUIRE(longest == 0 || bytes < T * longest, "prompt ", prompts.size() + 1, " has ", bytes,
-            " bytes, at least ", (bytes + longest - 1) / longest,
-            " tokens; with the model's context of ", T, " at most ", T - 1,
-            " leave room for a new one");
-    const std::vector<int>& p = prompts.emplace_back(tokenizer.encode(text));
-    const int64_t n = int64_t(p.size());
-    REQUIRE(n > 0, "prompt ", prompts.size(), " is empty: a text is continued from its last token");
-    REQUIRE(n < T, "prompt ", prompts.size(), " has ", n, " tokens; with the model's context of ",
-            T, " at most ", T - 1, " leave room for a new one");
-    REQUIRE(n + o.tokens <= T, "prompt ", prompts.size(), " of ", n, " tokens and --tokens ",
-            o.tokens, " more do not fit the model's context of ", T);
+  const int64_t T = o.model.context, longest = tokenizer.longest();
+  for (const std::string& text : texts) {
+    const std::string name = sentence("prompt ", prompts.size() + 1);
+    const int64_t bytes = int64_t(text.size());
+    REQUIRE(longest == 0 || bytes < T * longest, name, " has ", bytes, " bytes, at least ",
+            bytes / std::max<int64_t>(longest, 1),
+            " tokens, which leave no room for a new one in the model's context of ", T);
+    prompts.push_back(tokenizer.encode(text));
+    const int64_t n = int64_t(prompts.back().size());
+    REQUIRE(n > 0, name, " is empty: a text is continued from its last token");
+    REQUIRE(n + o.tokens <= T, name, " of ", n, " tokens and --tokens ", o.tokens,
+            " more do not fit the model's context of ", T);
   }
   return prompts;
 }
 
 // ---- output
 
-static void print_statistics(const Generator& generator, std::vector<double> seconds, double first,
-                             int64_t tokens, int64_t sent, int64_t predicted) {
+// seconds: of each token after the first
+static void print_statistics(const Generator& generator, const Mesh& mesh, double first,
+                             std::vector<double> seconds, size_t sequences) {
   fprintf(stderr, "\nfirst token after %.1f ms\n", first * 1e3);
   if (seconds.empty()) return;
-  double sum = 0;
-  for (const double s : seconds) sum += s;
-  std::sort(seconds.begin(), seconds.end());
-  const auto rank = [&](double share) {
-    return seconds[std::min(seconds.size() - 1, size_t(share * double(seconds.size())))] * 1e3;
-  };
+  const size_t n = seconds.size();
+  std::ranges::sort(seconds);
   fprintf(stderr, "each token    median %.2f ms, 99th percentile %.2f ms, %.1f tokens/s\n",
-          rank(0.5), rank(0.99), double(tokens) / sum);
+          seconds[n / 2] * 1e3, seconds[n * 99 / 100] * 1e3,
+          double(n * sequences) / std::reduce(seconds.begin(), seconds.end()));
   fprintf(stderr, "memory        %.1f MiB of weights, %.1f MiB of keys and values\n",
           double(device().memory.now[int(Memory::parameters)]) / 1048576,
           double(generator.cache_bytes()) / 1048576);
-  const double steps = double(seconds.size());
-  fprintf(stderr, "sent a token  %.1f bytes by rank 0, predicted %.1f%s\n", double(sent) / steps,
-          double(predicted) / steps, sent == predicted ? "" : "   DIFFERS");
+  const int64_t sent = ledger.bytes(),
+                predicted = decoding_bytes(generator.gpt.config, mesh.layout, mesh["pp"].rank,
+                                           int64_t(sequences), int64_t(n));
+  fprintf(stderr, "sent a token  %.1f bytes by rank 0, predicted %.1f%s\n",
+          double(sent) / double(n), double(predicted) / double(n),
+          sent == predicted ? "" : "   DIFFERS");
 }
 
 // ---- generation
@@ -143,10 +130,6 @@ static void print_statistics(const Generator& generator, std::vector<double> sec
 static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
                      const Checkpoint* checkpoint, const Tokenizer& tokenizer,
                      const std::vector<std::vector<int>>& prompts, Watch& watch) {
-  using Clock = std::chrono::steady_clock;
-  const auto since = [](Clock::time_point t) {
-    return std::chrono::duration<double>(Clock::now() - t).count();
-  };
   const size_t B = prompts.size();
   size_t longest = 0;
   for (const auto& p : prompts) longest = std::max(longest, p.size());
@@ -173,35 +156,32 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
     for (const int token : prompts[b]) add(b, token);
   synchronize();
 
-  const Clock::time_point began = Clock::now();
+  const Stopwatch prefill;
   Generator::Logits logits;
   for (size_t b = 0; b < B; b++) {
     watch.progress();
     for (auto& row : generator.prefill(int64_t(b), prompts[b])) logits.push_back(std::move(row));
   }
   std::vector<int> next = pick_all(logits);
-  const double first = since(began);
+  const double first = prefill.seconds();
   std::vector<double> seconds;
   std::vector<bool> ended(B, false);
   ledger.rows.clear();
-  int64_t added = 0;  // by decoding
   while (true) {
     for (size_t b = 0; b < B; b++) {
       ended[b] = ended[b] || next[b] == tokenizer.end_of_text();
-      if (!ended[b]) add(b, next[b]), added += made > 1;  // the first is prefill's
+      if (!ended[b]) add(b, next[b]);
     }
-    if (made == o.tokens || std::count(ended.begin(), ended.end(), false) == 0) break;
+    if (made == o.tokens || std::ranges::count(ended, false) == 0) break;
     watch.progress();
-    const Clock::time_point start = Clock::now();
+    const Stopwatch decode;
     next = pick_all(generator.decode(next));
-    seconds.push_back(since(start));
+    seconds.push_back(decode.seconds());
   }
   if (!job.speaks) return;
   for (size_t b = 1; b < B; b++) show(sentence("\n\n--- ", b + 1, "\n", texts[b]));
   show("\n");
-  const int64_t predicted = decoding_bytes(generator.gpt.config, mesh.layout, mesh["pp"].rank,
-                                           int64_t(B), int64_t(seconds.size()));
-  print_statistics(generator, seconds, first, added, ledger.bytes(), predicted);
+  print_statistics(generator, mesh, first, seconds, B);
 }
 
 // ---- main
@@ -237,8 +217,7 @@ int main(int argc, char** argv) {
   };
   return run_program("generate", argc, argv, prepare,
                      [&](const Job& job, Mesh& mesh, Watch& watch) {
-                       prompts = nlohmann::json::parse(
-                           gather_text(nlohmann::json(prompts).dump())[0]);  // rank 0's
+                       prompts = gather(prompts)[0];  // the first rank's
                        generate(o, job, mesh, checkpoint.get(), *tokenizer, prompts, watch);
                      });
 }

@@ -10,12 +10,13 @@ Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int
       pipeline_(mesh["pp"], mesh.stream, make_schedule("gpipe", mesh["pp"].size, 1)),
       lengths_(size_t(sequences), 0),
       sequences_(sequences),
-      room_(room) {
+      room_(room),
+      heads_(gpt.tp.part(config.heads).size()) {
   for (Param* p : params()) p->value = Tensor(p->local_shape(), config.dtype, Memory::parameters);
-  const int64_t H = gpt.tp.part(config.heads).size(), D = config.width / config.heads;
   for (const ModelPart& part : piece_)
     if (part.kind == ModelPart::block)
-      caches_[part.layer] = Tensor({sequences, 2, H, room, D}, config.dtype, Memory::cache);
+      caches_[part.layer] = Tensor({sequences, 2, heads_, room, config.width / config.heads},
+                                   config.dtype, Memory::cache);
 }
 
 void Generator::initialise(uint64_t seed) {
@@ -52,19 +53,18 @@ Generator::Logits Generator::forward(const Tokens& tokens, const Gpt::Attend& at
 }
 
 Generator::Logits Generator::prefill(int64_t sequence, const std::vector<int>& prompt) {
-  const int64_t n = int64_t(prompt.size()), H = gpt.tp.part(gpt.config.heads).size();
+  const int64_t n = int64_t(prompt.size());
   ASSERT(n > 0 && n <= room_);
   lengths_[size_t(sequence)] = int(n);
   Tokens tokens(1, n, prompt, prompt, gpt.tp.part(gpt.config.vocab));
   tokens.only_row = n - 1;
   return forward(tokens, [=, this](Tape& tape, int64_t layer, const Var& qkv) {
-    append_to_cache(caches_.at(layer), qkv.value, sequence, 0, H);
-    return attention(tape, qkv, 1, n, H, gpt.config.attention);
+    append_to_cache(caches_.at(layer), qkv.value, sequence, 0, heads_);
+    return attention(tape, qkv, 1, n, heads_, gpt.config.attention);
   });
 }
 
 Generator::Logits Generator::decode(const std::vector<int>& tokens) {
-  const int64_t H = gpt.tp.part(gpt.config.heads).size();
   for (const int length : lengths_) ASSERT(length > 0 && length < room_);
   Tokens batch(sequences_, 1, tokens, tokens, gpt.tp.part(gpt.config.vocab));
   batch.positions = Tensor({sequences_}, Dtype::i32, Memory::data);
@@ -72,7 +72,7 @@ Generator::Logits Generator::decode(const std::vector<int>& tokens) {
   for (int& length : lengths_) length++;
   return forward(batch, [&](Tape&, int64_t layer, const Var& qkv) {
     const Tensor out({sequences_, qkv.value.dim(1) / 3}, qkv.value.dtype(), Memory::activations);
-    attention_decode(out, caches_.at(layer), qkv.value, batch.positions, H);
+    attention_decode(out, caches_.at(layer), qkv.value, batch.positions, heads_);
     return Var{out};
   });
 }

@@ -50,5 +50,5 @@ class Generator {
   Pipeline pipeline_;                 // carries activations between stages
   std::map<int64_t, Tensor> caches_;  // of this stage's layers: see append_to_cache
   std::vector<int> lengths_;          // tokens of each sequence in the cache
-  int64_t sequences_, room_;
+  int64_t sequences_, room_, heads_;  // heads: of this rank
 };

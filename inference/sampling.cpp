@@ -10,10 +10,10 @@
 
 int pick(const std::vector<double>& logits, const Sampling& how, int64_t position,
          int64_t sequence) {
-  REQUIRE(std::all_of(logits.begin(), logits.end(), [](double l) { return std::isfinite(l); }),
+  REQUIRE(std::ranges::all_of(logits, [](double l) { return std::isfinite(l); }),
           "the model's logits at position ", position,
           " are not all finite numbers: its weights are damaged, or too large for this --dtype");
-  const int likeliest = int(std::max_element(logits.begin(), logits.end()) - logits.begin());
+  const int likeliest = int(std::ranges::max_element(logits) - logits.begin());
   if (how.temperature == 0 || how.top_k == 1) return likeliest;
   std::vector<double> p(logits.size());
   for (size_t v = 0; v < p.size(); v++)
@@ -21,9 +21,7 @@ int pick(const std::vector<double>& logits, const Sampling& how, int64_t positio
   std::vector<int> order(p.size());
   std::iota(order.begin(), order.end(), 0);
   if (how.top_k > 0 || how.top_p < 1)  // the likeliest first, equals by number
-    std::sort(order.begin(), order.end(), [&](int a, int b) {
-      return p[size_t(a)] != p[size_t(b)] ? p[size_t(a)] > p[size_t(b)] : a < b;
-    });
+    std::ranges::stable_sort(order, std::greater{}, [&](int v) { return p[size_t(v)]; });
   if (how.top_k > 0) order.resize(std::min(order.size(), size_t(how.top_k)));
   std::vector<double> sums;  // of the probabilities up to each
   for (double sum = 0; const int v : order) sums.push_back(sum += p[size_t(v)]);

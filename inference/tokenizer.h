@@ -12,6 +12,7 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -39,10 +40,11 @@ class Tokenizer {
   int64_t longest() const { return longest_; }  // bytes of the longest token; 0: they are numbers
 
  private:
-  void read_tokenizer_json(const std::string& path);
-  void read_vocab_and_merges(const std::string& vocab, const std::string& merges);
-  void add(int64_t token, const std::string& text, bool special, const std::string& path);
-  void add_merge(const std::string& left, const std::string& right, const std::string& path);
+  void read_tokenizer_json(const nlohmann::json& file);
+  void read_model(const nlohmann::json& model);  // {"vocab": {...}, "merges": [...]}
+  void add(int64_t token, const std::string& text);
+  void add_special(const nlohmann::json& number, const std::string& text);
+  void encode_numbers(const std::string& text, const Take& take) const;
   void merge_pairs(std::string_view word, std::vector<int>& tokens) const;
 
   struct Merge {
@@ -50,7 +52,7 @@ class Tokenizer {
   };
   int64_t vocab_, longest_ = 0;
   uint64_t key_ = 0;
-  int end_ = -1, merges_read_ = 0;
+  int end_ = -1;
   std::vector<std::string> texts_;               // by number; none: tokens are written as numbers
   std::unordered_map<std::string, int> tokens_;  // by their bytes
   std::unordered_map<uint64_t, Merge> merges_;   // by the two tokens

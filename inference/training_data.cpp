@@ -1,8 +1,6 @@
 // training_data.cpp: see training_data.h.
 #include "inference/training_data.h"
 
-#include <cstdio>
-
 #include "inference/text_shards.h"
 #include "launch/environment.h"
 
@@ -31,7 +29,7 @@ void TrainingData::meet(Options& o, const Job& job) {
     copy_tokenizer(directory_, o.checkpoint);
   if (!tokens) read(o, job);
   // what is in the files, wherever a node has them
-  const std::string differ = differences(job, {{"the data", content_of(tokens->paths())}});
+  const std::string differ = differences({{"the data", content_of(tokens->paths())}});
   REQUIRE(differ.empty(), differ);
 }
 

@@ -7,10 +7,6 @@
 //           that drift apart. So all compare what they have before they talk about anything else.
 // test      tests/test_environment.sh
 #pragma once
-#include <string>
-#include <utility>
-#include <vector>
-
 #include "launch/job.h"
 
 // Needs the device; an Error names the product that is wrong.
@@ -18,4 +14,4 @@ void check_products();
 
 // Collective: what the ranks were not given alike, by name, with the ranks that have each value; ""
 // where all are alike. The program itself is compared, too.
-std::string differences(const Job& job, std::vector<std::pair<std::string, std::string>> given);
+std::string differences(NamedValues given);

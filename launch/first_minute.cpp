@@ -11,36 +11,37 @@ static void check_axis(const Axis& axis, cudaStream_t stream) {
   float *send = mine.data<float>(), *receive = all.data<float>();
   fill(mine, 1 + axis.rank);
   make_wait(stream, device().compute);
-  const float sum = float(n * (n + 1) / 2);
-  const auto expect = [&](const char* what, size_t count,
-                          const std::function<double(size_t)>& value) {
+  const auto expect = [&](const char* what, std::vector<double> expected) {
     make_wait(device().compute, stream);
-    const std::vector<double> got = download(all);
-    for (size_t i = 0; i < count; i++)
-      REQUIRE(got[i] == value(i), "the first ", what, " on axis ", axis.name, " (rank ", axis.rank,
-              " of ", n, ") gave ", got[i], " where ", value(i),
-              " was expected: check that no two ranks use one GPU, and GPU peer access "
-              "(NCCL_P2P_DISABLE=1 avoids it)");
+    std::vector<double> got = download(all);
+    got.resize(expected.size());
+    REQUIRE(got == expected, "the first ", what, " on axis ", axis.name, " (rank ", axis.rank,
+            " of ", n, ") gave ", got[0], "... where ", expected[0],
+            "... was expected: check that no two ranks use one GPU, and GPU peer access "
+            "(NCCL_P2P_DISABLE=1 avoids it)");
   };
+  const double sum = n * (n + 1) / 2;
   NCCL_CHECK(ncclAllReduce(send, receive, values, ncclFloat32, ncclSum, axis.comm, stream));
-  expect("all-reduce", values, [&](size_t) { return sum; });
+  expect("all-reduce", std::vector<double>(values, sum));
   NCCL_CHECK(ncclAllGather(send, receive, values, ncclFloat32, axis.comm, stream));
-  expect("all-gather", values * size_t(n), [&](size_t i) { return float(1 + i / values); });
+  std::vector<double> gathered;
+  for (int rank = 0; rank < n; rank++) gathered.insert(gathered.end(), values, 1 + rank);
+  expect("all-gather", gathered);
   NCCL_CHECK(ncclReduceScatter(send, receive, 2, ncclFloat32, ncclSum, axis.comm, stream));
-  expect("reduce-scatter", 2, [&](size_t) { return sum; });
+  expect("reduce-scatter", {sum, sum});
   NCCL_CHECK(ncclBroadcast(send, receive, values, ncclFloat32, n - 1, axis.comm, stream));
-  expect("broadcast", values, [&](size_t) { return float(n); });
+  expect("broadcast", std::vector<double>(values, n));
   // facing pairs, both directions of each
-  const int neighbours[] = {(axis.rank + 1) % n, (axis.rank + n - 1) % n};
+  std::vector<double> received;
   NCCL_CHECK(ncclGroupStart());
-  for (int i = 0; i < 2; i++) {
-    NCCL_CHECK(ncclSend(send, values, ncclFloat32, neighbours[i], axis.comm, stream));
-    NCCL_CHECK(ncclRecv(receive + size_t(i) * values, values, ncclFloat32, neighbours[i], axis.comm,
-                        stream));
+  for (const int neighbour : {(axis.rank + 1) % n, (axis.rank + n - 1) % n}) {
+    NCCL_CHECK(ncclSend(send, values, ncclFloat32, neighbour, axis.comm, stream));
+    NCCL_CHECK(
+        ncclRecv(receive + received.size(), values, ncclFloat32, neighbour, axis.comm, stream));
+    received.insert(received.end(), values, 1 + neighbour);
   }
   NCCL_CHECK(ncclGroupEnd());
-  expect("send and receive", 2 * values,
-         [&](size_t i) { return float(1 + neighbours[i / values]); });
+  expect("send and receive", received);
 }
 
 void check_mesh(const Mesh& mesh) {

@@ -3,11 +3,16 @@
 
 #include <unistd.h>
 
-#include <cstdio>
-#include <cstdlib>
+#include <nlohmann/json.hpp>
 #include <numeric>
 
 void barrier() { MPI_Ibarrier(MPI_COMM_WORLD, Finished()); }
+
+std::string host_name() {
+  char name[256] = "";
+  gethostname(name, sizeof name - 1);
+  return name;
+}
 
 std::vector<std::string> gather_text(const std::string& mine) {
   int ranks = 1;
@@ -23,6 +28,15 @@ std::vector<std::string> gather_text(const std::string& mine) {
   for (size_t r = 0; r < lengths.size(); r++)
     texts.push_back(all.substr(size_t(begins[r]), size_t(lengths[r])));
   return texts;
+}
+
+std::vector<nlohmann::json> gather(const nlohmann::json& mine) {
+  // as bytes: the name of a file may be no UTF-8, which JSON's text is
+  const std::vector<uint8_t> bytes = nlohmann::json::to_cbor(mine);
+  std::vector<nlohmann::json> all;
+  for (const std::string& rank : gather_text({bytes.begin(), bytes.end()}))
+    all.push_back(nlohmann::json::from_cbor(rank));
+  return all;
 }
 
 Job::Job(int* argc, char*** argv) {
@@ -59,10 +73,19 @@ Job::~Job() {
 }
 
 int Job::leave(int status) const {
-  barrier();
   if (local_size == size || !getenv("MPI_LOCALNRANKS")) return status;
   fflush(nullptr);
-  usleep(300'000);  // mpiexec passes on what was printed before it hears of the end
+  MPI_Request everybody;
+  MPI_Ibarrier(MPI_COMM_WORLD, &everybody);
+  // After the barrier what it has sent must still go out, and mpiexec passes on what was printed
+  // before it hears of the end.
+  double end = MPI_Wtime() + 60;
+  for (int met = 0, any = 0; MPI_Wtime() < end; usleep(1000)) {
+    MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, MPI_COMM_WORLD, &any, MPI_STATUS_IGNORE);
+    if (met) continue;
+    MPI_Test(&everybody, &met, MPI_STATUS_IGNORE);
+    if (met) end = MPI_Wtime() + 0.5;
+  }
   _exit(status);
 }
 

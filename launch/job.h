@@ -4,8 +4,7 @@
 #include <mpi.h>
 
 #include <atomic>
-#include <string>
-#include <vector>
+#include <nlohmann/json_fwd.hpp>
 
 #include "comm.h"
 
@@ -35,4 +34,18 @@ class Job {
 };
 
 void barrier();
+std::string host_name();
 std::vector<std::string> gather_text(const std::string& mine);  // of all ranks, on every rank
+std::vector<nlohmann::json> gather(const nlohmann::json& mine);
+
+// ---- collective work, which throws on every rank what went wrong on one
+
+template <class Work> void collectively(const Job& job, Work work) {
+  const std::string error = job.agree(error_of(work));
+  REQUIRE(error.empty(), error);
+}
+template <class Work> void on_first_rank(const Job& job, Work work) {
+  collectively(job, [&] {
+    if (job.rank == 0) work();
+  });
+}

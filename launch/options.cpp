@@ -6,8 +6,6 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <filesystem>
 #include <set>
 
@@ -37,10 +35,9 @@ const Preset kPresets[] = {
 }  // namespace
 
 static const Preset& preset_of(const std::string& name) {
-  const auto preset = std::find_if(std::begin(kPresets), std::end(kPresets),
-                                   [&](const Preset& p) { return p.name == name; });
-  ASSERT(preset != std::end(kPresets), name);
-  return *preset;
+  for (const Preset& p : kPresets)
+    if (p.name == name) return p;
+  throw Error("there is no model " + name);
 }
 
 OptionGroup model_options(CommonOptions& o) {
@@ -49,53 +46,48 @@ OptionGroup model_options(CommonOptions& o) {
   for (const Preset& p : kPresets) models.push_back(p.name);
   return {"Model",
           {
-              {"model", "", Choice{&o.model_name, models}, "size of the model", kPresets[0].name},
-              {"layers", "N", Whole{&m.layers, 1, 10'000}, "blocks", "the model's"},
-              {"width", "C", Whole{&m.width, 1, 1'000'000}, "channels", "the model's"},
-              {"heads", "H", Whole{&m.heads, 1, 1'000'000},
+              {"model", "", choice(&o.model_name, models), "size of the model", kPresets[0].name},
+              {"layers", "N", whole(&m.layers, 1, 10'000), "blocks", "the model's"},
+              {"width", "C", whole(&m.width, 1, 1'000'000), "channels", "the model's"},
+              {"heads", "H", whole(&m.heads, 1, 1'000'000),
                "attention heads; the width divides by them", "the model's"},
-              {"context", "T", Whole{&m.context, 1, 10'000'000}, "tokens in a sequence",
+              {"context", "T", whole(&m.context, 1, 10'000'000), "tokens in a sequence",
                "the model's"},
-              {"vocab", "V", Whole{&m.vocab}, "number of different tokens; bytes of text need 256",
+              {"vocab", "V", whole(&m.vocab), "number of different tokens; bytes of text need 256",
                "the model's"},
           }};
 }
 
-static std::string names_of_axes(auto which) {  // "replicate x fsdp"
-  std::string names;
-  for (const AxisKind& axis : kAxes)
-    if (which(axis)) names += (names.empty() ? "" : " x ") + std::string(axis.name);
-  return names;
-}
-
 OptionGroup mesh_options(Layout& layout, bool has_batch) {
-  const auto is_there = [=](const AxisKind& axis) { return has_batch || !axis.splits_batch; };
-  OptionGroup group{"Mesh: mpiexec -n (" + names_of_axes(is_there) + ")", {}};
-  for (size_t a = 0; a < kAxes.size(); a++)
-    if (is_there(kAxes[a]))
-      group.options.push_back(
-          {kAxes[a].name, kAxes[a].letter, Whole{&layout.sizes[a], 1, 50'000}, kAxes[a].help});
-  return group;
+  std::vector<std::string> names;
+  std::vector<Option> options;
+  for (size_t a = 0; a < kAxes.size(); a++) {
+    if (kAxes[a].splits_batch && !has_batch) continue;
+    names.push_back(kAxes[a].name);
+    options.push_back(
+        {kAxes[a].name, kAxes[a].letter, whole(&layout.sizes[a], 1, 50'000), kAxes[a].help});
+  }
+  return {"Mesh: mpiexec -n (" + join(names, " x ") + ")", options};
 }
 
 OptionGroup computing_options(CommonOptions& o) {
   return {
       "Computing",
       {
-          {"dtype", "", Choice{&o.dtype, {"f32", "bf16", "f64"}},
+          {"dtype", "", choice(&o.dtype, {"f32", "bf16", "f64"}),
            "what is computed in; f64 is for proofs", "bf16 on a GPU, else f32"},
-          {"matmul", "", Choice{&o.matmul, {"cublas", "own"}},
+          {"matmul", "", choice(&o.matmul, {"cublas", "own"}),
            "who multiplies matrices: cuBLAS or the kernels of this project"},
-          {"attention", "", Choice{&o.attention, {"plain", "flash"}},
+          {"attention", "", choice(&o.attention, {"plain", "flash"}),
            "whole score matrices, or tiles of them with an online softmax (in build/generate: of "
            "prompts)"},
-          {"seed", "N", Whole{&o.seed, 0, INT64_MAX},
+          {"seed", "N", whole(&o.seed, 0, INT64_MAX),
            "decides what is random: initial weights, batches, samples"},
-          {"device-memory", "MiB", Whole{&o.device_memory},
+          {"device-memory", "MiB", whole(&o.device_memory),
            "stop when more device memory than this is asked for", "no cap"},
-          {"timeout", "SECONDS", Whole{&o.timeout, 1},
+          {"timeout", "SECONDS", whole(&o.timeout, 1),
            "without progress for so long, say where each rank stands and end"},
-          {"help", "", Flag{&o.help}, "print this"},
+          {"help", "", flag(&o.help), "print this"},
       }};
 }
 
@@ -114,6 +106,11 @@ std::string nearest_model(const ModelSize& size) {
   return name;
 }
 
+std::string to_string(const ModelSize& m) {
+  return sentence(m.layers, " layers, width ", m.width, ", ", m.heads, " heads, context ",
+                  m.context, ", vocabulary ", m.vocab);
+}
+
 GptConfig model_config(const CommonOptions& o) {
   return {o.model,
           o.dtype == "f64"    ? Dtype::f64
@@ -126,101 +123,99 @@ GptConfig model_config(const CommonOptions& o) {
 void check_common(const CommonOptions& o, int64_t chunks) {
   const ModelSize& m = o.model;
   const int64_t tp = o.layout["tp"], pp = o.layout["pp"];
-  REQUIRE(std::min({m.layers, m.width, m.heads, m.context, m.vocab}) > 0,
-          "--layers, --width, --heads, --context and --vocab must be at least 1");
   REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads,
           " heads: change --width or --heads");
   REQUIRE(o.attention != "flash" || m.width / m.heads <= 128,
           "--attention flash takes heads of at most 128 channels, and a width of ", m.width,
-          " with ", m.heads, m.heads == 1 ? " head" : " heads", " makes them ", m.width / m.heads,
+          " with ", m.heads, " heads makes them ", m.width / m.heads,
           " wide: give --attention plain or more --heads");
   REQUIRE(tp <= m.heads, "--tp ", tp, " has more ranks than the ", m.heads,
           " attention heads that they would share (--heads)");
   REQUIRE(tp <= m.vocab, "--tp ", tp, " has more ranks than the vocabulary has tokens, ", m.vocab,
           " (--vocab)");
-  REQUIRE(pp * chunks <= m.layers, m.layers, " layers cannot be cut into ", pp, " stages",
-          chunks > 1 ? sentence(" of ", chunks, " chunks") : "",
-          ": each needs a layer (--layers, --pp", chunks > 1 ? ", --chunks)" : ")");
+  REQUIRE(pp * chunks <= m.layers, m.layers, " layers cannot be cut into ", pp,
+          " stages: each needs at least ", chunks, " (--layers, --pp, --chunks)");
 }
 
 // ---- train_gpt: options, defaults, contradictions
 
-static OptionTable table(Options& o) {
+OptionTable train_options(Options& o) {
   const Preset& tiny = kPresets[0];
+  const auto by_model = [&](double value) {
+    return sentence("by model, ", tiny.name, ": ", value);
+  };
   return {
       model_options(o),
       {"Data",
        {
-           {"data", "FILE...", List{&o.data}, "plain text or llm.c's .bin token shards",
+           {"data", "FILE...", list(&o.data), "plain text or llm.c's .bin token shards",
             "this project's sources"},
-           {"tokenizer", "DIR", Text{&o.tokenizer},
+           {"tokenizer", "DIR", text(&o.tokenizer),
             "what encodes texts: tokenizer.json, or vocab.json and merges.txt, of byte pairs",
             "the checkpoint's; without one bytes are tokens"},
        }},
       {"Training",
        {
-           {"steps", "N", Whole{&o.steps}, "optimizer steps",
-            sentence("by model, ", tiny.name, ": ", tiny.steps)},
-           {"batch", "B", Whole{&o.batch}, "sequences per optimizer step, over all ranks",
-            sentence("by model, ", tiny.name, ": ", tiny.batch)},
-           {"microbatch", "B", Whole{&o.microbatch, 1, 100'000'000},
+           {"steps", "N", whole(&o.steps), "optimizer steps", by_model(double(tiny.steps))},
+           {"batch", "B", whole(&o.batch), "sequences per optimizer step, over all ranks",
+            by_model(double(tiny.batch))},
+           {"microbatch", "B", whole(&o.microbatch, 1, 100'000'000),
             "sequences per micro-batch of a rank",
             "all of the rank's; with pp at most 1/(2P) of them"},
-           {"lr", "X", Real{&o.lr, false}, "highest learning rate",
-            sentence("by model, ", tiny.name, ": ", tiny.lr)},
-           {"min-lr", "X", Real{&o.min_lr}, "learning rate at the end", "a tenth of --lr"},
-           {"warmup", "N", Whole{&o.warmup, 0}, "steps until the learning rate is at its highest",
+           {"lr", "X", real(&o.lr, false), "highest learning rate", by_model(tiny.lr)},
+           {"min-lr", "X", real(&o.min_lr), "learning rate at the end", "a tenth of --lr"},
+           {"warmup", "N", whole(&o.warmup, 0), "steps until the learning rate is at its highest",
             "5% of --steps, at most 100"},
-           {"weight-decay", "X", Real{&o.weight_decay}, "AdamW's weight decay"},
-           {"clip", "X", Real{&o.clip}, "largest norm of the gradient; 0: no limit"},
-           {"recompute", "", Flag{&o.recompute},
+           {"weight-decay", "X", real(&o.weight_decay), "AdamW's weight decay"},
+           {"clip", "X", real(&o.clip), "largest norm of the gradient; 0: no limit"},
+           {"recompute", "", flag(&o.recompute),
             "keep only the input of each block and run its forward again in the backward"},
        }},
       computing_options(o),
       mesh_options(o.layout, true),
       {"Strategies: what the ranks of an axis share",
        {
-           {"zero", "STAGE", Whole{&o.zero, 1, 3},
+           {"zero", "STAGE", whole(&o.zero, 1, 3),
             "what fsdp shards: optimizer state, and gradients, and parameters", "3"},
-           {"reshard-after-forward", "", Choice{&o.reshard, {"yes", "no"}},
+           {"reshard-after-forward", "", choice(&o.reshard, {"yes", "no"}),
             "ZeRO-3: free whole parameters after the forward, and gather them again", "yes"},
-           {"prefetch", "K", Whole{&o.prefetch, 0, 1000},
+           {"prefetch", "K", whole(&o.prefetch, 0, 1000),
             "layers gathered ahead while others compute; above 0 one sum of gradients runs behind, "
             "too",
             "1"},
-           {"sequence-parallel", "", Flag{&o.sequence_parallel},
+           {"sequence-parallel", "", flag(&o.sequence_parallel),
             "with tp: activations between the split layers are split by tokens, too"},
-           {"schedule", "", Choice{&o.schedule, schedule_names()},
+           {"schedule", "", choice(&o.schedule, schedule_names()),
             "with pp: in which order a stage computes its micro-batches", "1f1b"},
-           {"chunks", "V", Whole{&o.chunks, 1, 1000},
+           {"chunks", "V", whole(&o.chunks, 1, 1000),
             "with interleaved: pieces of the model that a stage has", "2"},
        }},
       {"Checkpoints",
        {
-           {"checkpoint", "DIR", Text{&o.checkpoint},
+           {"checkpoint", "DIR", text(&o.checkpoint),
             "save weights and optimizer state here at the end, and when a signal ends the run",
             "none"},
-           {"save-every", "K", Whole{&o.save_every, 0}, "and every K steps; 0: only then"},
-           {"keep", "N", Whole{&o.keep, 0},
+           {"save-every", "K", whole(&o.save_every, 0), "and every K steps; 0: only then"},
+           {"keep", "N", whole(&o.keep, 0),
             "remove all but the newest N checkpoints of those saved with an N above 0; 0: none",
             "2"},
-           {"resume", "", Flag{&o.resume},
+           {"resume", "", flag(&o.resume),
             "go on from the newest complete checkpoint, in this or any other layout"},
-           {"resume-step", "N", Whole{&o.resume_step, 0},
+           {"resume-step", "N", whole(&o.resume_step, 0),
             "with --resume: from that of step N; later ones are renamed to later-step-...",
             "the newest"},
        }},
       {"Reports",
        {
-           {"eval-every", "K", Whole{&o.eval_every, 0},
+           {"eval-every", "K", whole(&o.eval_every, 0),
             "report the loss on held-out data every K steps; 0: never"},
-           {"sample", "K", Whole{&o.sample, 0},
+           {"sample", "K", whole(&o.sample, 0),
             "print K tokens that the trained model continues with"},
-           {"metrics", "FILE.jsonl", Text{&o.metrics},
+           {"metrics", "FILE.jsonl", text(&o.metrics),
             "write one JSON object per step to this file; an earlier run's is renamed to "
             "FILE.jsonl.1",
             "none"},
-           {"trace", "FILE.json", Text{&o.trace},
+           {"trace", "FILE.json", text(&o.trace),
             "with pp: write the last step's timeline in Chrome's trace format", "none"},
        }},
   };
@@ -228,14 +223,9 @@ static OptionTable table(Options& o) {
 
 Options parse_options(int argc, const char* const* argv) {
   Options options;
-  parse(argc, argv, table(options));
-  for (int i = 1; i < argc; i++) options.command += std::string(i > 1 ? " " : "") + argv[i];
+  parse(argc, argv, train_options(options));
+  options.command = join({argv + 1, argv + argc}, " ");
   return options;
-}
-
-std::vector<std::pair<std::string, std::string>> values_of(const Options& options) {
-  Options all = options;
-  return values_of(table(all));
 }
 
 void print_help() {
@@ -243,7 +233,7 @@ void print_help() {
   const char* usage =
       "usage: build/train_gpt [options]\n"
       "Trains a GPT on text. [In brackets: what holds without the option.]";
-  fputs(help_text(usage, table(defaults)).c_str(), stdout);
+  fputs(help_text(usage, train_options(defaults)).c_str(), stdout);
 }
 
 void resolve(Options& o, bool has_gpu) {
@@ -286,19 +276,14 @@ TrainerOptions trainer_options(const Options& o) {
 
 // A report overwrites nothing that is read, and no other report.
 static void check_reports(const Options& o) {
-  const auto same = [](const std::string& a, const std::string& b) {
-    std::error_code none;  // what is not there is no other file
-    return std::filesystem::weakly_canonical(a, none) ==
-               std::filesystem::weakly_canonical(b, none) ||
-           std::filesystem::equivalent(a, b, none);
-  };
-  for (const auto& [option, file] : {std::pair{"--metrics ", o.metrics}, {"--trace ", o.trace}}) {
-    if (file.empty()) continue;
-    for (const std::string& data : o.data.empty() ? project_files(project_root()) : o.data)
-      REQUIRE(!same(file, data), option, file,
+  namespace fs = std::filesystem;
+  std::error_code none;  // what is not there is no other file
+  for (const std::string& data : o.data.empty() ? project_files(project_root()) : o.data)
+    for (const auto& [option, file] : {std::pair{"--metrics ", o.metrics}, {"--trace ", o.trace}})
+      REQUIRE(!fs::equivalent(file, data, none), option, file,
               " would overwrite a file of the training data: give another name");
-  }
-  REQUIRE(o.metrics.empty() || o.trace.empty() || !same(o.metrics, o.trace),
+  REQUIRE(o.metrics.empty() ||
+              fs::weakly_canonical(o.metrics, none) != fs::weakly_canonical(o.trace, none),
           "--metrics and --trace name the same file, ", o.trace);
 }
 
@@ -306,33 +291,26 @@ void check(const Options& o) {
   const int64_t pp = o.layout["pp"], fsdp = o.layout["fsdp"], ranks = o.layout.data_ranks();
   check_common(o, pp > 1 ? o.chunks : 1);
   REQUIRE(o.batch % (o.microbatch * ranks) == 0, "a batch of ", o.batch,
-          " does not divide into micro-batches of ", o.microbatch,
-          ranks == 1 ? ""
-                     : sentence(" on ", ranks, " data-parallel ranks (",
-                                names_of_axes([](auto& a) { return a.splits_batch; }), ")"),
-          ": change --batch or --microbatch");
-  REQUIRE(fsdp > 1 || o.zero == 0, "--zero ", o.zero,
-          " shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
-  REQUIRE(
-      o.reshard.empty() || o.zero == 3,
-      "--reshard-after-forward is about the parameters that ZeRO-3 gathers: give --fsdp 2 or more",
-      fsdp > 1 ? " and --zero 3" : "");
-  REQUIRE(o.prefetch < 0 || ranks > 1, "--prefetch ", o.prefetch,
-          " is about what ranks gather and sum: give --fsdp or --replicate "
-          "2 or more");
-  REQUIRE(
-      o.layout["tp"] > 1 || !o.sequence_parallel,
-      "--sequence-parallel splits activations over the ranks of --tp, which is 1: give --tp 2 or "
-      "more");
+          " does not divide into micro-batches of ", o.microbatch, " on ", ranks,
+          " data-parallel ranks: change --batch or --microbatch");
+  REQUIRE(fsdp > 1 || o.zero == 0,
+          "--zero shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
+  REQUIRE(o.reshard.empty() || o.zero == 3,
+          "--reshard-after-forward is about the parameters that ZeRO-3 gathers: give --fsdp 2 or "
+          "more and --zero 3");
+  REQUIRE(o.prefetch < 0 || ranks > 1,
+          "--prefetch is about what ranks gather and sum: give --fsdp or --replicate 2 or more");
+  REQUIRE(o.layout["tp"] > 1 || !o.sequence_parallel,
+          "--sequence-parallel splits activations over the ranks of --tp, which is 1: give --tp 2 "
+          "or more");
   REQUIRE(pp > 1 || (o.schedule.empty() && o.chunks == 1 && o.trace.empty()),
           "--schedule, --chunks and --trace are about a pipeline: give --pp 2 or more");
   REQUIRE(!o.checkpoint.empty() || (!o.resume && o.save_every == 0 && o.keep < 0),
           "--save-every, --keep and --resume need a directory: give --checkpoint DIR");
   REQUIRE(o.resume || o.resume_step < 0, "--resume-step says where --resume goes on: give both");
-  REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr,
-          ": the learning rate ends at --min-lr");
+  REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr);
   REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps,
-          " steps (--steps)");
+          " steps");
   check_reports(o);
 }
 
@@ -344,103 +322,87 @@ template <class Number> static bool read_all(const std::string& word, Number& fi
   return error == std::errc() && stop == end;
 }
 
-template <class Number> static std::function<std::string()> digits_of(const Number* field) {
-  return [=] {
-    char text[32];
-    return std::string(text, std::to_chars(text, std::end(text), *field).ptr);
-  };
-}
-template <class Field> static std::function<std::string()> text_of(const Field* field) {
-  return [=] { return *field; };
+template <class Field> static std::function<std::string()> value_of(const Field* field) {
+  return [=] { return sentence(*field); };
 }
 
-Flag::Flag(bool* field)
-    : Takes{"no value", [=] { return *field ? "given" : "not given"; },
-            [=](const auto&) { return *field = true; }, nothing} {}
-
-Whole::Whole(int64_t* field, int64_t low, int64_t high)
-    : Takes{sentence("a whole number from ", low, " to ", high), digits_of(field),
-            [=](const auto& word) {
-              return read_all(word, *field) && low <= *field && *field <= high;
-            }} {}
-
-Real::Real(double* field, bool zero)
-    : Takes{zero ? "a number of at least 0" : "a number above 0", digits_of(field),
-            [=](const auto& word) {
-              return read_all(word, *field) && std::isfinite(*field) &&
-                     (*field > 0 || (zero && *field == 0));
-            }} {}
-
-Choice::Choice(std::string* field, const std::vector<std::string>& of)
-    : Takes{of[0], text_of(field),
-            [=](const auto& word) {
-              return std::find(of.begin(), of.end(), *field = word) != of.end();
-            },
-            a_word, of[0]} {
-  for (size_t i = 1; i < of.size(); i++)
-    allowed += (i + 1 == of.size() ? " or " : ", ") + of[i], names += "|" + of[i];
+Takes flag(bool* field) {
+  return {"", [=] { return *field ? "given" : "not given"; },
+          [=](const auto&) { return *field = true; }, Takes::nothing};
 }
 
-Text::Text(std::string* field)
-    : Takes{"a name", text_of(field), [=](const auto& word) { return !(*field = word).empty(); }} {}
+Takes whole(int64_t* field, int64_t low, int64_t high) {
+  return {sentence("a whole number from ", low, " to ", high), value_of(field),
+          [=](const auto& word) {
+            return read_all(word, *field) && low <= *field && *field <= high;
+          }};
+}
 
-List::List(std::vector<std::string>* field, const std::string& others)
-    : Takes{"one or more words, none of them empty" + others,
-            [=] {
-              std::string all;
-              for (const std::string& word : *field) all += (all.empty() ? "" : " ") + word;
-              return all;
-            },
-            [=](const auto& word) { return field->push_back(word), !word.empty(); }, words} {}
+Takes real(double* field, bool zero) {
+  return {zero ? "a number of at least 0" : "a number above 0", value_of(field),
+          [=](const auto& word) {
+            return read_all(word, *field) && std::isfinite(*field) &&
+                   (*field > 0 || (zero && *field == 0));
+          }};
+}
+
+Takes choice(std::string* field, const std::vector<std::string>& of) {
+  return {join(of, "|"), value_of(field),
+          [=](const auto& word) { return std::ranges::find(of, *field = word) != of.end(); }};
+}
+
+Takes text(std::string* field) {
+  return {"a name", value_of(field), [=](const auto& word) { return !(*field = word).empty(); }};
+}
+
+Takes list(std::vector<std::string>* field) {
+  return {"one or more words, none of them empty or beginning with --",
+          [=] { return join(*field, " "); },
+          [=](const auto& word) {
+            field->push_back(word);
+            return !word.empty();
+          },
+          Takes::words};
+}
 
 static const Option& find_option(const OptionTable& table, const std::string& word) {
-  REQUIRE(word[0] == '-', "'", word,
+  REQUIRE(word.starts_with('-'), "'", word,
           "' belongs to no option: options begin with --, and --help lists them");
   const std::string name = word.substr(std::min(word.find_first_not_of('-'), word.size())),
                     left = name.substr(0, name.find('='));
-  // the one of the same letters, or that begins like it, in three at least
-  const Option* nearest = nullptr;
-  size_t alike = 2;
+  std::string nearest;
+  ptrdiff_t alike = 1;  // letters that both begin with
   for (const OptionGroup& group : table)
     for (const Option& option : group.options) {
-      if (word == "--" + option.name) return option;
-      size_t n = size_t(
-          std::mismatch(left.begin(), left.end(), option.name.begin(), option.name.end()).first -
-          left.begin());
-      if (std::is_permutation(left.begin(), left.end(), option.name.begin(), option.name.end()))
-        n = left.size();
-      if (n > alike) alike = n, nearest = &option;
+      const std::string& other = option.name;
+      if (word == "--" + other) return option;
+      const auto differs = std::ranges::mismatch(left, other).in1;
+      if (differs - left.begin() <= alike) continue;
+      alike = differs - left.begin();
+      nearest =
+          ": did you mean --" + other + (left == name ? "?" : ", with a space before the value?");
     }
-  REQUIRE(!nearest, "there is no option ", word, ": did you mean --", nearest->name,
-          left != name ? ", with a space before the value?" : "? (--help lists all options)");
-  throw Error(sentence("there is no option ", word, ": --help lists all options"));
+  throw Error(sentence("there is no option ", word, nearest, " (--help lists all options)"));
 }
 
 void parse(int argc, const char* const* argv, const OptionTable& table) {
   std::set<std::string> seen;
   for (int i = 1; i < argc;) {
-    const std::string word = argv[i++];
-    const Option& option = find_option(table, word);
+    const Option& option = find_option(table, argv[i++]);
     REQUIRE(seen.insert(option.name).second, "--", option.name, " is given twice");
     const Takes& takes = option.takes;
-    if (takes.what == Takes::nothing) {
-      takes.read("");
-      REQUIRE(i == argc || argv[i][0] == '-', "--", option.name, " takes no value, but '", argv[i],
-              "' follows it");
-      continue;
-    }
-    const auto follows = [&] { return i < argc && strncmp(argv[i], "--", 2) != 0; };
-    REQUIRE(follows(), "--", option.name, " needs a value: ", takes.allowed);
+    const bool flag = takes.what == Takes::nothing;
+    const auto follows = [&] { return i < argc && !std::string(argv[i]).starts_with("--"); };
+    REQUIRE(flag || follows(), "--", option.name, " needs a value: ", takes.allowed);
     do {
-      REQUIRE(takes.read(argv[i]), "--", option.name, " takes ", takes.allowed, ", not '", argv[i],
-              "'");
-      i++;
+      const std::string word = flag ? "" : argv[i++];
+      REQUIRE(takes.read(word), "--", option.name, " takes ", takes.allowed, ", not '", word, "'");
     } while (takes.what == Takes::words && follows());
   }
 }
 
-std::vector<std::pair<std::string, std::string>> values_of(const OptionTable& table) {
-  std::vector<std::pair<std::string, std::string>> values;
+NamedValues values_of(const OptionTable& table) {
+  NamedValues values;
   for (const OptionGroup& group : table)
     for (const Option& option : group.options)
       values.emplace_back("--" + option.name, option.takes.value());
@@ -453,10 +415,11 @@ std::string help_text(const std::string& usage, const OptionTable& table) {
   for (const OptionGroup& group : table) {
     text += "\n" + group.title + "\n";
     for (const Option& option : group.options) {
-      const std::string value = option.value + option.takes.names,
-                        now = option.takes.what == Takes::nothing ? "" : option.takes.value(),
-                        unset = option.unset.empty() ? now : option.unset;
-      std::string left = "  --" + option.name + (value.empty() ? "" : " " + value);
+      const Takes& takes = option.takes;
+      const bool flag = takes.what == Takes::nothing;
+      const std::string value = option.value.empty() ? takes.allowed : option.value,
+                        unset = !option.unset.empty() || flag ? option.unset : takes.value();
+      std::string left = "  --" + option.name + (flag ? "" : " " + value);
       if (left.size() + 2 > kColumn) left += "\n" + std::string(kColumn, ' ');
       else left.resize(kColumn, ' ');
       text += left + option.help + (unset.empty() ? "" : " [" + unset + "]") + "\n";

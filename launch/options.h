@@ -7,11 +7,6 @@
 // not here  --name=value, abbreviations, configuration files
 // test      tests/test_support.cpp
 #pragma once
-#include <cstdint>
-#include <functional>
-#include <string>
-#include <vector>
-
 #include "trainer.h"
 
 // ---- the parser: knows no option
@@ -24,32 +19,17 @@ struct Takes {
   std::function<bool(const std::string& word)> read;
   // words: every following one up to the next option
   enum { nothing, a_word, words } what = a_word;
-  std::string names = "";  // of a choice
 };
-struct Flag : Takes {
-  explicit Flag(bool* field);
-};
-struct Whole : Takes {
-  explicit Whole(int64_t* field, int64_t low = 1, int64_t high = 1'000'000'000);
-};
-// finite and never negative; zero: 0 is allowed, too
-struct Real : Takes {
-  explicit Real(double* field, bool zero = true);
-};
-struct Choice : Takes {
-  Choice(std::string* field, const std::vector<std::string>& names);
-};
-struct Text : Takes {
-  explicit Text(std::string* field);
-};
-// others: where words go that are not allowed
-struct List : Takes {
-  explicit List(std::vector<std::string>* field, const std::string& others = "");
-};
+Takes flag(bool* field);
+Takes whole(int64_t* field, int64_t low = 1, int64_t high = 1'000'000'000);
+Takes real(double* field, bool zero = true);  // finite and never negative; zero: 0 is allowed, too
+Takes choice(std::string* field, const std::vector<std::string>& names);
+Takes text(std::string* field);
+Takes list(std::vector<std::string>* field);
 
 struct Option {
   std::string name;  // without the dashes
-  // what --help calls the value; empty for a flag, and for a choice, whose names are shown
+  // what --help calls the value; empty for a flag, and for a choice, which shows what is allowed
   std::string value;
   Takes takes;
   std::string help;        // one line
@@ -64,7 +44,7 @@ using OptionTable = std::vector<OptionGroup>;
 // Fills the fields that the table is bound to; an Error names the option and what is allowed.
 void parse(int argc, const char* const* argv, const OptionTable& table);
 // What each option stands at, by name.
-std::vector<std::pair<std::string, std::string>> values_of(const OptionTable& table);
+NamedValues values_of(const OptionTable& table);
 // The groups with every option and its default. The table must be bound to a struct that nothing
 // was parsed into.
 std::string help_text(const std::string& usage, const OptionTable& table);
@@ -93,6 +73,7 @@ OptionGroup computing_options(CommonOptions& options);
 void resolve_common(CommonOptions& options, bool has_gpu);
 // the largest named model that is not wider
 std::string nearest_model(const ModelSize& size);
+std::string to_string(const ModelSize& size);
 GptConfig model_config(const CommonOptions& options);
 // what cannot work: a sentence. chunks: of a stage
 void check_common(const CommonOptions& options, int64_t chunks = 1);
@@ -125,7 +106,7 @@ struct Options : CommonOptions {
 };
 
 Options parse_options(int argc, const char* const* argv);
-std::vector<std::pair<std::string, std::string>> values_of(const Options& options);
+OptionTable train_options(Options& options);
 void print_help();
 // what is unset, from the model, the machine and the other options
 void resolve(Options& options, bool has_gpu);

@@ -3,8 +3,6 @@
 #pragma once
 #include <unistd.h>
 
-#include <cstdio>
-#include <cstdlib>
 #include <optional>
 
 #include "launch/environment.h"
@@ -16,16 +14,17 @@ struct Start {
   Layout layout;
   int64_t timeout;  // seconds
   // what every rank must have been given alike: names, and what they stand for
-  std::vector<std::pair<std::string, std::string>> given;
+  NamedValues given;
 };
 
 // prepare(job) reads the options, on every rank without a word to the others; nothing: they only
 // asked for help. work(job, mesh, watch) does what they ask for. Returns main's status.
 template <class Prepare, class Work>
 int run_program(const char* name, int argc, char** argv, Prepare prepare, Work work) {
-  std::optional<Signals> signals;
-  if (const std::string error = error_of([&] { signals.emplace(); }); !error.empty())
-    return fprintf(stderr, "%s: %s\n", name, error.c_str()), 1;
+  if (const std::string error = error_of(fetch_signals); !error.empty()) {
+    fprintf(stderr, "%s: %s\n", name, error.c_str());
+    return 1;
+  }
   Job job(&argc, &argv);
   try {
     std::optional<Start> start;
@@ -35,11 +34,13 @@ int run_program(const char* name, int argc, char** argv, Prepare prepare, Work w
       start = prepare(job);
       if (start) check_products();
     }));
-    if (error.empty())
-      error = differences(job, start ? start->given : decltype(start->given){{"--help", "given"}});
+    if (error.empty()) error = differences(start ? start->given : NamedValues{{"--help", "given"}});
     if (!error.empty() && job.speaks) fprintf(stderr, "%s: %s\n", name, error.c_str());
     if (!error.empty()) return job.leave(1);
-    if (!start) return check_printed(), 0;
+    if (!start) {
+      check_printed();
+      return 0;
+    }
     // of NCCL's stand-in: the watch speaks first
     setenv("THREEFOLD_TIMEOUT", sentence(start->timeout + 10).c_str(), 0);
     {

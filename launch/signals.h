@@ -9,28 +9,14 @@
 //           ends the process at once, as does any signal that nobody listens for.
 // test      tests/test_environment.sh, tests/test_checkpoint.sh
 #pragma once
-#include <atomic>
-#include <csignal>
-#include <thread>
 
-class Signals {
+void fetch_signals();  // from then on; before MPI_Init
+
+class SignalListener {  // while it lives, signals are asked for
  public:
-  Signals();  // before MPI_Init
-  ~Signals();
-
-  class Listener {  // while it lives, signals are asked for
-   public:
-    Listener() { listens_ = true; }
-    ~Listener() { listens_ = false; }
-    // A signal has come to this process, or whoever reads its output has left (`| head -1`): then
-    // what is printed from now on goes nowhere.
-    bool came() const;
-  };
-
- private:
-  void fetch();
-  static inline std::atomic<bool> listens_ = false, came_ = false;
-  sigset_t fetched_;
-  std::atomic<bool> stop_ = false;
-  std::thread thread_;
+  SignalListener();
+  ~SignalListener();
+  // A signal has come to this process, or whoever reads its output has left (`| head -1`): then
+  // what is printed from now on goes nowhere.
+  bool came() const;
 };

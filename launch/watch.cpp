@@ -6,26 +6,15 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <cerrno>
-#include <chrono>
 #include <csignal>
-#include <cstdio>
-#include <cstring>
 #include <set>
 
-#include "support/progress.h"
+#include "support/files.h"
 
 static int64_t now_ms() {  // CLOCK_MONOTONIC, the same clock in every process of a node
   return std::chrono::duration_cast<std::chrono::milliseconds>(
              std::chrono::steady_clock::now().time_since_epoch())
       .count();
-}
-
-static std::string host() {
-  char name[256] = "";
-  gethostname(name, sizeof name - 1);
-  return name;
 }
 
 static std::string place_of(const WatchRecord& r) {  // "step 13, all_reduce #181 (fsdp)"
@@ -46,10 +35,10 @@ static void* share(const Job& job, size_t bytes) {
   MPI_Ibcast(owner, 2, MPI_INT64_T, 0, job.node, Finished());
   const std::string name = sentence("/threefold-watch-", owner[0], "-", owner[1]);
   const int fd = shm_open(name.c_str(), O_RDWR | O_CREAT, 0600);
-  const int failed = fd < 0 ? errno : posix_fallocate(fd, 0, off_t(bytes));
-  REQUIRE(!failed, "cannot share the watch's records in /dev/shm", name, ": ", strerror(failed));
+  if (fd >= 0) errno = posix_fallocate(fd, 0, off_t(bytes));
+  SYSTEM_CHECK(errno == 0, "the watch's records cannot be shared in /dev/shm", name);
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  ASSERT(memory != MAP_FAILED, strerror(errno));
+  SYSTEM_CHECK(memory != MAP_FAILED, "the watch's records cannot be mapped");
   MPI_Ibarrier(job.node, Finished());
   if (job.local_rank == 0) shm_unlink(name.c_str());  // nobody opens it any more
   close(fd);
@@ -58,10 +47,13 @@ static void* share(const Job& job, size_t bytes) {
 
 Watch::Watch(Job& job, double timeout_seconds)
     : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
-  records_ = static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * size_t(job.local_size)));
-  mine_ = new (&records_[job.local_rank]) WatchRecord();
-  ASSERT(pipe2(lifeline_, O_CLOEXEC) == 0, strerror(errno));
-  mine_->rank = job.rank, mine_->pid = getpid(), mine_->lifeline = lifeline_[0];
+  const size_t ranks = size_t(job.local_size);
+  records_ = {static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * ranks)), ranks};
+  mine_ = new (&records_[size_t(job.local_rank)]) WatchRecord();
+  SYSTEM_CHECK(pipe2(lifeline_, O_CLOEXEC) == 0, "the watch's pipe cannot be made");
+  mine_->rank = job.rank;
+  mine_->pid = getpid();
+  mine_->lifeline = lifeline_[0];
   mine_->heartbeat_ms = mine_->progress_ms = now_ms();
   mine_->step = -1;
   barrier();  // every record is filled in
@@ -107,8 +99,12 @@ void Watch::look() {
     usleep(100000);
     const int64_t now = now_ms(), slept = now - last;
     last = now;
-    if (slept > 1000) mine_->progress_ms += slept, woke_ms_ = now;
-    if (bytes_moved != moved) moved = bytes_moved, progress();
+    if (slept > 1000) {
+      mine_->progress_ms += slept;
+      woke_ms_ = now;
+    }
+    if (bytes_moved != moved) progress();
+    moved = bytes_moved;
     mine_->heartbeat_ms = now;
     ask_nccl();
     // Alone, a rank waits for nobody.
@@ -117,22 +113,19 @@ void Watch::look() {
 }
 
 bool Watch::is_stuck(int64_t now) const {
-  int64_t progress = mine_->progress_ms;
-  for (int i = 0; mine_->at_files && i < job_.local_size; i++) {
-    const WatchRecord& r = records_[i];
+  if (!mine_->at_files) {
+    // Opening and checking the mesh takes seconds, and a cluster that is set up wrong hangs there:
+    // a tenth of the time, though a minute at least, has to do.
+    const int64_t opening = std::min(timeout_ms_, std::max<int64_t>(timeout_ms_ / 10, 60000));
+    return now - mine_->progress_ms >= (mine_->step < 0 ? opening : timeout_ms_);
+  }
+  int64_t progress = 0;
+  for (const WatchRecord& r : records_) {
     progress = std::max<int64_t>(progress, r.progress_ms);
     if (!r.finished && now - std::max<int64_t>(r.heartbeat_ms, woke_ms_) >= timeout_ms_)
       return true;
   }
-  return now - progress >= limit_ms();
-}
-
-// Opening and checking the mesh takes seconds, and a cluster that is set up wrong hangs there: a
-// tenth of the time, though a minute at least, has to do.
-int64_t Watch::limit_ms() const {
-  if (mine_->at_files) return std::max<int64_t>(10 * timeout_ms_, 60000);
-  if (mine_->step >= 0) return timeout_ms_;
-  return std::min(timeout_ms_, std::max<int64_t>(timeout_ms_ / 10, 60000));
+  return now - progress >= std::max<int64_t>(10 * timeout_ms_, 60000);
 }
 
 void Watch::ask_nccl() {
@@ -149,11 +142,10 @@ void Watch::ask_nccl() {
 std::string Watch::report() const {
   const int64_t now = now_ms();
   std::string s = sentence("no progress for ", (now - mine_->progress_ms) / 1000,
-                           " s (--timeout); where the ranks of ", host(), " stand:");
+                           " s (--timeout); where the ranks of ", host_name(), " stand:");
   std::set<int64_t> entered;
-  for (int i = 0; i < job_.local_size; i++) entered.insert(records_[i].collectives);
-  for (int i = 0; i < job_.local_size; i++) {
-    const WatchRecord& r = records_[i];
+  for (const WatchRecord& r : records_) entered.insert(r.collectives);
+  for (const WatchRecord& r : records_) {
     s += sentence("\n  rank ", r.rank, ": ", place_of(r));
     if (now - std::max<int64_t>(r.heartbeat_ms, woke_ms_) > 1500)
       s += sentence("; DOES NOT RUN since ", (now - r.heartbeat_ms) / 1000,
@@ -177,16 +169,15 @@ std::string Watch::report() const {
 void Watch::start_child() {
   const int parent = getpid();
   const pid_t child = fork();
-  REQUIRE(child >= 0, "the process that watches the ranks cannot be started: ", strerror(errno));
+  SYSTEM_CHECK(child >= 0, "the process that watches the ranks cannot be started");
   if (child > 0) return;
   setsid();  // mpiexec ends the ranks' process groups; signals are blocked as in the parent
   close(lifeline_[1]);                 // the parent's alone
   const int queue = epoll_create1(0);  // lists what becomes ready in the order of its becoming so
   int left = 0;
-  for (int i = 0; i < job_.local_size; i++) {
-    epoll_event event{EPOLLIN | EPOLLONESHOT, {.u32 = uint32_t(i)}};
-    const int pipe =
-        open(sentence("/proc/", records_[i].pid, "/fd/", records_[i].lifeline).c_str(), O_RDONLY);
+  for (WatchRecord& r : records_) {
+    epoll_event event{EPOLLIN | EPOLLONESHOT, {.ptr = &r}};
+    const int pipe = open(sentence("/proc/", r.pid, "/fd/", r.lifeline).c_str(), O_RDONLY);
     left += pipe >= 0 && epoll_ctl(queue, EPOLL_CTL_ADD, pipe, &event) == 0;
   }
   epoll_event event;
@@ -195,13 +186,13 @@ void Watch::start_child() {
     if (ready < 0 && errno != EINTR) break;
     if (ready < 1) continue;
     left--;
-    const WatchRecord& r = records_[event.data.u32];
+    const WatchRecord& r = *static_cast<WatchRecord*>(event.data.ptr);
     if (r.finished) continue;
     if (records_[0].explained.exchange(true)) break;
     dprintf(2,
             "rank %d on %s (process %d) ended without finishing: killed, or it crashed; last seen: "
             "%s\n",
-            r.rank.load(), host().c_str(), r.pid.load(), place_of(r).c_str());
+            r.rank.load(), host_name().c_str(), r.pid.load(), place_of(r).c_str());
     kill(parent, SIGKILL);  // should mpiexec have been told not to clean up
     break;
   }

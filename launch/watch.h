@@ -20,9 +20,8 @@
 #pragma once
 #include <atomic>
 #include <mutex>
-#include <string>
+#include <span>
 #include <thread>
-#include <vector>
 
 #include "comm.h"
 #include "launch/job.h"
@@ -63,14 +62,13 @@ class Watch {
 
  private:
   void look();
-  int64_t limit_ms() const;
   bool is_stuck(int64_t now) const;
   void ask_nccl();
   std::string report() const;
   void start_child();
   const Job& job_;
   int64_t timeout_ms_;
-  WatchRecord* records_ = nullptr;  // one for each rank of this node
+  std::span<WatchRecord> records_;  // one for each rank of this node
   WatchRecord* mine_ = nullptr;
   int64_t woke_ms_ = 0;  // this thread, after it had not run for a while
   int lifeline_[2];

@@ -22,8 +22,7 @@ void print_setup(const Options& o, const Dataset& data) {
   const GptConfig g = model_config(o);
   const int64_t ranks = o.layout.ranks();
   const std::string text =
-      sentence("model    ", o.model_name, ": ", g.layers, " layers, width ", g.width, ", ", g.heads,
-               " heads, context ", g.context, ", vocabulary ", g.vocab, ": ",
+      sentence("model    ", o.model_name, ": ", to_string(g), ": ",
                format("%.2f", parameter_count(g) / 1e6), " M parameters in ", name_of(g.dtype),
                "\ndevice   ", device().name, "\nranks    ", to_string(o.layout), "\n",
                ranks > 1 && ranks <= 16 ? draw(o.layout) : "", "data     ", data.describe(),

@@ -23,20 +23,20 @@ struct ShowOptions {
   bool actions = false, help = false;
 };
 
-Choice kinds(ShowOptions& o) { return {&o.name, schedule_names()}; }
+Takes kinds(ShowOptions& o) { return choice(&o.name, schedule_names()); }
 
 OptionTable table(ShowOptions& o) {
   return {{"Options",
            {
-               {"stages", "P", Whole{&o.stages, 1, 10'000}, "stages", ""},
-               {"microbatches", "M", Whole{&o.microbatches, 1, 1'000'000},
+               {"stages", "P", whole(&o.stages, 1, 10'000), "stages", ""},
+               {"microbatches", "M", whole(&o.microbatches, 1, 1'000'000),
                 "micro-batches of a step", ""},
-               {"chunks", "V", Whole{&o.chunks, 1, 1000}, "with interleaved: chunks a stage", "2"},
-               {"times", "F,B,W,SEND", Text{&o.times_text},
+               {"chunks", "V", whole(&o.chunks, 1, 1000), "with interleaved: chunks a stage", "2"},
+               {"times", "F,B,W,SEND", text(&o.times_text),
                 "of one chunk: forward, input gradient, weight gradient, transfer", "1,1,1,0"},
-               {"svg", "FILE", Text{&o.svg}, "draw the timeline there, too", "none"},
-               {"actions", "", Flag{&o.actions}, "list what each stage does", ""},
-               {"help", "", Flag{&o.help}, "print this", ""},
+               {"svg", "FILE", text(&o.svg), "draw the timeline there, too", "none"},
+               {"actions", "", flag(&o.actions), "list what each stage does", ""},
+               {"help", "", flag(&o.help), "print this", ""},
            }}};
 }
 
@@ -142,7 +142,7 @@ int main(int argc, char** argv) {
     const ShowOptions o = parse_words(argc, argv);
     ShowOptions defaults;
     if (o.help)
-      printf("%s", help_text(sentence("usage: build/show_schedule ", kinds(defaults).names,
+      printf("%s", help_text(sentence("usage: build/show_schedule ", kinds(defaults).allowed,
                                       "|all [options]"),
                              table(defaults))
                        .c_str());

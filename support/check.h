@@ -1,13 +1,16 @@
 // check.h: what to say when something is wrong. Every failure is one sentence in an Error; main
 // prints it and exits non-zero.
 #pragma once
+#include <cerrno>
 #include <charconv>
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 #include <new>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -26,6 +29,14 @@ template <class... Parts> std::string sentence(const Parts&... parts) {
   (out << ... << digits(parts));
   return out.str();
 }
+
+inline std::string join(const std::vector<std::string>& words, const std::string& separator) {
+  std::string all;
+  for (const std::string& word : words) all += (all.empty() ? "" : separator) + word;
+  return all;
+}
+
+using NamedValues = std::vector<std::pair<std::string, std::string>>;
 
 // what printf would print
 __attribute__((format(printf, 1, 2))) inline std::string format(const char* pattern, ...) {
@@ -63,6 +74,9 @@ template <class Work> std::string error_of(const Work& work) {
   do {                                                    \
     if (!(condition)) throw Error(sentence(__VA_ARGS__)); \
   } while (0)
+
+// The same for what the system refuses: the sentence ends with its reason.
+#define SYSTEM_CHECK(condition, ...) REQUIRE(condition, __VA_ARGS__, ": ", strerror(errno))
 
 // For the programmer: a broken contract inside the program; names the place.
 #define ASSERT(condition, ...)                                                                     \

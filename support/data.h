@@ -13,28 +13,18 @@
 // shrink while they are mapped
 // test      tests/test_support.cpp
 #pragma once
-#include <cstdint>
-#include <string>
-#include <string_view>
 #include <vector>
 
-#include "support/check.h"
-
-struct MappedFile {  // the bytes of a regular file that is not empty
-  // whose: begins every error
-  explicit MappedFile(const std::string& path, const std::string& whose = "--data: ");
-  ~MappedFile();
-  MappedFile(MappedFile&& other) noexcept;
-  MappedFile& operator=(MappedFile&&) = delete;
-  std::string_view view() const { return {reinterpret_cast<const char*>(data), size_t(bytes)}; }
-  std::string path;
-  const unsigned char* data = nullptr;
-  int64_t bytes = 0;
-};
+#include "support/files.h"
 
 // of llm.c's shards
-constexpr int32_t kMagic16 = 20240520, kVersion16 = 1, kMagic32 = 20240801, kVersion32 = 7;
-bool holds_tokens(const MappedFile& file);  // it begins with a magic
+struct ShardFormat {
+  int32_t magic, version;
+  int64_t width;  // bytes a token
+};
+constexpr ShardFormat kShardFormats[] = {{20240520, 1, 2}, {20240801, 7, 4}};
+constexpr int64_t kShardHeader = 256 * sizeof(int32_t);
+const ShardFormat* shard_format(const MappedFile& file);  // by its magic; null: it is text
 
 class Dataset {
  public:
@@ -65,9 +55,6 @@ class Dataset {
   int64_t context_ = 0, vocab_ = 0, tokens_ = 0, train_ = 0;
 };
 
-// A digest of files for comparing copies of them: their sizes, their first megabyte, and pieces all
-// over them.
-std::string content_of(const std::vector<std::string>& paths);
 // the nearest directory above the program that holds train_gpt.cpp; empty: there is none
 std::string project_root();
 // Sources and docs below `root`, sorted by name; nothing from build/ and hidden directories.

@@ -6,19 +6,21 @@
 
 #include "support/check.h"
 
-// As nlohmann's parse, but a name that stands twice in one object is an Error, too.
+// As nlohmann's parse, but of an object, and a name that stands twice in one is an Error, too.
 inline nlohmann::json parse_json(std::string_view text) {
   using Event = nlohmann::json::parse_event_t;
   // where nlohmann stops reading
   REQUIRE(text.find('\0') == text.npos, "a zero byte stands in it");
   std::vector<std::set<std::string>> names;  // of the objects around
-  return nlohmann::json::parse(text.begin(), text.end(), [&](int, Event event, const auto& name) {
+  const auto json = nlohmann::json::parse(text, [&](int, Event event, const auto& name) {
     if (event == Event::object_start) names.emplace_back();
     if (event == Event::object_end) names.pop_back();
     REQUIRE(event != Event::key || names.back().insert(name).second, "the name ", name,
             " stands twice in one object");
     return true;
   });
+  REQUIRE(json.is_object(), "it is no object of names");
+  return json;
 }
 
 // Not 8.9, true or "8", which nlohmann's get would take for numbers.
@@ -27,14 +29,8 @@ inline int64_t whole_number(const nlohmann::json& n, int64_t most = INT64_MAX) {
   return n;
 }
 
-// Everything that can be wrong while `read` looks through a file becomes a sentence about it.
-template <class Read> void read_json(const std::string& path, const char* damage, Read read) {
-  try {
-    read();
-  } catch (const nlohmann::json::exception& e) {
-    throw Error(sentence(path, damage, e.what()));
-  } catch (const Error& e) {
-    const std::string what = e.what();
-    throw Error(what.starts_with(path) ? what : sentence(path, damage, what));
-  }
+// Calls read(what the text of a file holds); what it finds wrong becomes a sentence about the file.
+template <class Read> void read_json(const std::string& path, std::string_view text, Read read) {
+  const std::string error = error_of([&] { read(parse_json(text)); });
+  REQUIRE(error.empty(), path, " is damaged, or of another kind: ", error);
 }

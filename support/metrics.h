@@ -6,14 +6,11 @@
 // not here  averaging over ranks: one rank reports for all
 // test      tests/test_support.cpp
 #pragma once
-#include <chrono>
-#include <cstdint>
-#include <cstdio>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
-#include <string>
 
-#include "support/check.h"
+#include "support/files.h"
+#include "support/stopwatch.h"
 
 struct StepRecord {
   int64_t step = 0;  // from 1
@@ -33,15 +30,12 @@ class Metrics {  // JSON lines; what JSON cannot say, infinities and NaN, is nul
   // that resumes after some steps keeps what was written up to the last of those; one that begins
   // at step 1 puts aside whatever an earlier run has written.
   explicit Metrics(const std::string& path, int64_t resumed = 0);
-  ~Metrics();
-  Metrics(const Metrics&) = delete;
-  Metrics& operator=(const Metrics&) = delete;
   void step(const StepRecord& r);
   void line(const nlohmann::ordered_json& object);
 
  private:
   std::string path_;
-  FILE* file_ = nullptr;
+  std::optional<OpenFile> file_;
 };
 
 // ---- for people
@@ -66,7 +60,6 @@ class Progress {
   double communication() const { return timed_.communicated / timed_.seconds; }
 
  private:
-  using Clock = std::chrono::steady_clock;
   void print(const StepRecord& r);
   void show(const std::string& text);
   struct {
@@ -76,5 +69,5 @@ class Progress {
   int64_t steps_, first_step_ = 0;
   FILE* out_;
   bool terminal_, line_open_ = false;
-  Clock::time_point started_, step_started_, printed_;
+  Stopwatch run_, step_, printed_;
 };

@@ -6,7 +6,7 @@
 set -u
 cd "$(dirname "$0")/.."
 here="checkpoint/safetensors.cpp checkpoint/checkpoint.cpp inference/tokenizer.cpp
-      launch/options.cpp support/data.cpp tests/fuzz.cpp"
+      launch/options.cpp support/data.cpp support/files.cpp tests/fuzz.cpp"
 targets="safetensors manifest vocabulary tokenizer_json shard options"
 dir=build/fuzz
 mkdir -p $dir/obj $dir/corpus $dir/found

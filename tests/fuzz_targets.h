@@ -70,8 +70,7 @@ inline void manifest(const std::string& bytes) {
   std::vector<float> values(16);
   for (const auto& [name, shape] : checkpoint.tensors)
     if (elements(shape) > 0 && elements(shape) <= 16)
-      checkpoint.read({name, {1, 1, elements(shape), 0, 1}, 0, elements(shape)}, Part::weights,
-                      Dtype::f32, values.data());
+      checkpoint.read(whole_tensor(name, shape), Part::weights, Dtype::f32, values.data());
 }
 
 inline void comes_back(const Tokenizer& tokenizer, const std::string& text) {

@@ -175,7 +175,7 @@ rm "$last/weights-1.safetensors"
 resumes a_missing_file_is_passed_over "weights-1.safetensors is missing"
 fresh
 truncate -s 5000 "$last/optimizer-0.safetensors"
-resumes a_truncated_file_is_passed_over "optimizer-0.safetensors has 5000 bytes of"
+resumes a_truncated_file_is_passed_over "optimizer-0.safetensors is damaged: it has 5000 bytes of"
 fresh
 flip "$last/weights-0.safetensors"
 resumes a_flipped_byte_is_passed_over "its checksum is not the manifest's"
@@ -265,9 +265,9 @@ refuses() { # NAME 'what is said' ARGS...
 }
 fresh
 refuses another_width_is_refused \
-  "wte.weight is of shape (256, 64) in $last and (256, 32) in this model" --layers 2 --width 32 \
+  "holds a model of 2 layers, width 64, 2 heads" --layers 2 --width 32 \
   --fsdp 2 --checkpoint "$dir/d" --resume
-refuses another_number_of_layers_is_refused "holds a model of 2 layers and 2 heads" --layers 3 \
+refuses another_number_of_layers_is_refused "holds a model of 2 layers, width 64" --layers 3 \
   --width 64 --fsdp 2 --checkpoint "$dir/d" --resume
 refuses steps_that_are_done_are_refused "has 20 steps already" --layers 2 --width 64 --steps 20 \
   --fsdp 2 --checkpoint "$dir/d" --resume
@@ -312,7 +312,7 @@ cd "$dir/back"
 # "z" is in no vocabulary but that of bytes
 for path in ../back/step-00000000/ step-00000000 step-00000000/.; do
   ! "$root/$generate" --checkpoint $path --prompt z --tokens 1 2>"$dir/err" >"$dir/out" \
-    && grep -q "vocab.json has no token for 'z'" "$dir/err" && said=$((said + 1))
+    && grep -q "the vocabulary has no token for 'z'" "$dir/err" && said=$((said + 1))
 done
 cd "$root"
 check the_tokenizer_comes_along \

@@ -94,7 +94,7 @@ refuses a_missing_value_is_refused "--steps needs a value" --steps
 refuses zero_steps_are_refused "--steps takes a whole number from 1" --steps 0
 refuses a_negative_batch_is_refused "--batch takes a whole number from 1" --batch -3
 refuses a_rate_that_is_no_number_is_refused "--lr takes a number above 0" --lr fast
-refuses an_unknown_model_is_refused "--model takes tiny, char" --model gpt5
+refuses an_unknown_model_is_refused "--model takes tiny|char" --model gpt5
 refuses a_missing_file_is_refused "nowhere.txt cannot be opened: No such file" --data \
   "$dir/nowhere.txt"
 refuses an_empty_file_is_refused "empty.txt is empty" --data "$dir/empty.txt"
@@ -104,15 +104,15 @@ refuses a_file_of_another_format_is_refused "is no token shard in llm.c's format
 refuses a_truncated_shard_is_refused "promises 5000 tokens, which take 11024 bytes" --data \
   "$dir/cut.bin"
 ends a_token_outside_the_vocabulary_ends_the_run "has token 300 at position" --data "$dir/vocab.bin"
-refuses mixed_formats_are_refused "--data mixes 16-bit tokens" --data "$dir/good.bin" \
+refuses mixed_formats_are_refused "--data mixes tokens of 16 bits" --data "$dir/good.bin" \
   "$dir/good.txt"
-ends an_unwritable_metrics_path_ends_the_run "metrics.jsonl cannot be opened for writing" $small \
+ends an_unwritable_metrics_path_ends_the_run "metrics.jsonl cannot be opened" $small \
   --metrics /nowhere/metrics.jsonl
 refuses heads_that_do_not_divide_are_refused "a width of 100 does not divide by 3 heads" --width \
   100 --heads 3
 refuses a_batch_that_does_not_divide_is_refused \
   "a batch of 8 does not divide into micro-batches of 3" --batch 8 --microbatch 3
-refuses stages_without_shards_are_refused "--zero 1 shards over the ranks of --fsdp" --zero 1
+refuses stages_without_shards_are_refused "--zero shards over the ranks of --fsdp" --zero 1
 refuses heads_too_wide_for_flash_attention_are_refused \
   "makes them 256 wide: give --attention plain" --width 256 --heads 1
 ends a_loss_that_is_not_finite_stops_with_the_step "at step 2 the loss is" $small --lr 1e30 --clip 0
@@ -201,7 +201,7 @@ train=$generate
 refuses no_prompt_is_refused "there is nothing to continue" $model
 refuses an_empty_prompt_is_refused "prompt 1 is empty" $model --prompt-file /dev/null
 refuses a_prompt_longer_than_the_context_is_refused \
-  "at least 100 tokens; with the model's context of 64 at most 63" $model --prompt \
+  "at least 100 tokens, which leave no room for a new one" $model --prompt \
   "$(printf '%100s' x)"
 refuses more_tokens_than_the_context_are_refused \
   "prompt 1 of 5 tokens and --tokens 100 more do not fit the model's context of 64" $model \
@@ -215,8 +215,9 @@ refuses sizes_beside_a_checkpoint_are_refused "sizes are the checkpoint's" --che
   "$dir/none" --layers 3 --prompt x
 refuses a_model_beside_a_checkpoint_is_refused "leave out --model" --checkpoint "$dir/none" \
   --model gpt2 --prompt x
-refuses a_directory_is_no_prompt "$dir is a directory" $model --prompt-file "$dir"
-refuses a_prompt_that_looks_like_an_option_is_refused "is read by --prompt-file -" $model --prompt \
+refuses a_directory_is_no_prompt "$dir cannot be read: Is a directory" $model --prompt-file "$dir"
+refuses a_prompt_that_looks_like_an_option_is_refused "none of them empty or beginning with --" \
+  $model --prompt \
   "-- select"
 refuses heads_too_wide_for_decoding_are_refused "heads of 512 channels are too wide" --attention \
   plain --width 512 --heads 1 --prompt x

@@ -89,7 +89,8 @@ echo '{"model":{"type":"Unigram"},"pre_tokenizer":{"type":"Metaspace"}}' \
   >"$dir/unigram/tokenizer.json"
 refuses another_kind_of_tokenizer_is_said "is not of GPT-2's encoding" "$dir/unigram"
 echo '{}' >"$dir/unigram/tokenizer.json"
-refuses a_tokenizer_that_is_none_is_said "tokenizer.json is no byte-level" "$dir/unigram"
+refuses a_tokenizer_that_is_none_is_said "tokenizer.json is damaged, or of another kind" \
+  "$dir/unigram"
 head -c 1000000 /dev/zero | tr '\0' a >"$dir/long"
 check a_long_prompt_is_refused_before_it_is_encoded \
   "! timeout 20 $generate --checkpoint $dir/run-two --prompt-file $dir/long 2>$dir/err >$dir/out &&

@@ -264,32 +264,30 @@ TEST(contradictions_between_options_are_refused) {
              "a width of 128 does not divide by 3 heads: change --width or --heads");
   CHECK_SAYS(resolved({"--batch", "10", "--microbatch", "4"}),
              "a batch of 10 does not divide into micro-batches of 4");
-  CHECK_SAYS(resolved({"--batch", "4", "--microbatch", "8"}),
-             "a batch of 4 does not divide into micro-batches of 8: change");
   CHECK_SAYS(
-      resolved({"--batch", "12", "--microbatch", "2", "--fsdp", "2", "--replicate", "2"}),
-      "a batch of 12 does not divide into micro-batches of 2 on 4 data-parallel ranks (replicate x "
-      "fsdp)");
+      resolved({"--batch", "4", "--microbatch", "8"}),
+      "a batch of 4 does not divide into micro-batches of 8 on 1 data-parallel ranks: change");
+  CHECK_SAYS(resolved({"--batch", "12", "--microbatch", "2", "--fsdp", "2", "--replicate", "2"}),
+             "a batch of 12 does not divide into micro-batches of 2 on 4 data-parallel ranks");
   CHECK_SAYS(resolved({"--lr", "1e-4", "--min-lr", "1e-3"}), "--min-lr 0.001 is above --lr 0.0001");
   CHECK_SAYS(resolved({"--lr", "0.001", "--min-lr", "0.0010000001"}),
              "--min-lr 0.0010000001 is above --lr 0.001");
   CHECK_SAYS(resolved({"--checkpoint", "c", "--resume-step", "3"}), "give both");
   CHECK_SAYS(resolved({"--zero", "3"}),
-             "--zero 3 shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
+             "--zero shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more");
   CHECK_SAYS(resolved({"--replicate", "2", "--reshard-after-forward", "no"}),
-             "parameters that ZeRO-3 gathers: give --fsdp 2 or more");
+             "parameters that ZeRO-3 gathers: give --fsdp 2 or more and --zero 3");
   CHECK_SAYS(resolved({"--fsdp", "2", "--zero", "2", "--reshard-after-forward", "no"}),
              "give --fsdp 2 or more and --zero 3");
   CHECK_SAYS(resolved({"--fsdp", "2", "--zero", "1", "--reshard-after-forward", "yes"}),
              "give --fsdp 2 or more and --zero 3");
   CHECK_SAYS(resolved({"--reshard-after-forward", "yes"}),
-             "parameters that ZeRO-3 gathers: give --fsdp 2 or more");
+             "parameters that ZeRO-3 gathers: give --fsdp 2 or more and --zero 3");
   resolved({"--fsdp", "2", "--reshard-after-forward", "no"}),
       resolved({"--fsdp", "2", "--reshard-after-forward", "yes"});
-  CHECK_SAYS(
-      resolved({"--prefetch", "3"}),
-      "--prefetch 3 is about what ranks gather and sum: give --fsdp or --replicate 2 or more");
-  CHECK_SAYS(resolved({"--pp", "2", "--prefetch", "0"}), "--prefetch 0 is about");
+  CHECK_SAYS(resolved({"--prefetch", "3"}),
+             "--prefetch is about what ranks gather and sum: give --fsdp or --replicate 2 or more");
+  CHECK_SAYS(resolved({"--pp", "2", "--prefetch", "0"}), "--prefetch is about");
   resolved({"--replicate", "2", "--prefetch", "0"});
   CHECK_SAYS(resolved({"--width", "516", "--heads", "4"}),
              "with 4 heads makes them 129 wide: give --attention plain or more --heads");
@@ -297,8 +295,6 @@ TEST(contradictions_between_options_are_refused) {
       resolved({"--width", "516", "--heads", "4", "--attention", "plain"});
   CHECK_SAYS(resolved({"--steps", "5", "--warmup", "6"}),
              "--warmup 6 is longer than the training of 5 steps");
-  Options unset;
-  CHECK_SAYS(check(unset), "--layers, --width, --heads, --context and --vocab must be at least 1");
   resolved({"--steps", "5", "--warmup", "5", "--min-lr", "1e-3"});  // equal is fine
 }
 
@@ -313,9 +309,9 @@ TEST(an_unknown_option_suggests_the_nearest) {
   CHECK_SAYS(parsed({"--micro-batch", "3"}), "did you mean --microbatch?");
   CHECK_SAYS(parsed({"--steps=3"}),
              "there is no option --steps=3: did you mean --steps, with a space before the value?");
-  CHECK_SAYS(parsed({"--quantize"}), "there is no option --quantize: --help lists all options");
-  CHECK_SAYS(parsed({"-h"}), "there is no option -h: --help lists all options");
-  CHECK_SAYS(parsed({"--"}), "there is no option --: --help lists all options");
+  CHECK_SAYS(parsed({"--quantize"}), "there is no option --quantize (--help lists all options)");
+  CHECK_SAYS(parsed({"-h"}), "there is no option -h (--help lists all options)");
+  CHECK_SAYS(parsed({"--"}), "there is no option -- (--help lists all options)");
   CHECK_SAYS(parsed({"text.txt"}), "'text.txt' belongs to no option: options begin with --");
   CHECK_SAYS(parsed({"--steps", "3", "4"}), "'4' belongs to no option");
   CHECK_SAYS(parsed({""}), "'' belongs to no option");
@@ -328,8 +324,8 @@ TEST(a_missing_value_or_a_repeated_option_is_refused) {
   CHECK_SAYS(parsed({"--data", "--steps", "3"}), "--data needs a value");
   CHECK_SAYS(parsed({"--metrics", ""}), "--metrics takes a name, not ''");
   CHECK_SAYS(parsed({"--data", "a", ""}),
-             "--data takes one or more words, none of them empty, not ''");
-  CHECK_SAYS(parsed({"--recompute", "yes"}), "--recompute takes no value, but 'yes' follows it");
+             "--data takes one or more words, none of them empty or beginning with --, not ''");
+  CHECK_SAYS(parsed({"--recompute", "yes"}), "'yes' belongs to no option");
   CHECK_SAYS(parsed({"--steps", "3", "--steps", "3"}), "--steps is given twice");
   CHECK_SAYS(parsed({"--recompute", "--recompute"}), "--recompute is given twice");
   CHECK_SAYS(parsed({"--data", "a", "--steps", "3", "--data", "b"}), "--data is given twice");
@@ -355,11 +351,11 @@ TEST(a_value_that_is_not_allowed_is_refused) {
   for (const AxisKind& axis : kAxes)
     CHECK_SAYS(parsed({sentence("--", axis.name).c_str(), "50001"}),
                sentence("--", axis.name, " takes a whole number from 1 to 50000, not '50001'"));
-  CHECK_SAYS(parsed({"--dtype", "f16"}), "--dtype takes f32, bf16 or f64, not 'f16'");
-  CHECK_SAYS(parsed({"--matmul", "mine"}), "--matmul takes cublas or own, not 'mine'");
-  CHECK_SAYS(parsed({"--attention", ""}), "--attention takes plain or flash, not ''");
+  CHECK_SAYS(parsed({"--dtype", "f16"}), "--dtype takes f32|bf16|f64, not 'f16'");
+  CHECK_SAYS(parsed({"--matmul", "mine"}), "--matmul takes cublas|own, not 'mine'");
+  CHECK_SAYS(parsed({"--attention", ""}), "--attention takes plain|flash, not ''");
   CHECK_SAYS(parsed({"--model", "gpt5"}),
-             "--model takes tiny, char, gpt2, gpt2-medium, gpt2-large or gpt2-xl, not 'gpt5'");
+             "--model takes tiny|char|gpt2|gpt2-medium|gpt2-large|gpt2-xl, not 'gpt5'");
 }
 
 TEST(help_lists_groups_options_and_defaults_of_any_table) {
@@ -369,13 +365,13 @@ TEST(help_lists_groups_options_and_defaults_of_any_table) {
   std::string shape = "round", name;
   std::vector<std::string> files;
   const OptionTable own = {{"Shapes",
-                            {{"shape", "", Choice{&shape, {"round", "square"}}, "how it looks", ""},
-                             {"fast", "", Flag{&fast}, "hurry", ""}}},
+                            {{"shape", "", choice(&shape, {"round", "square"}), "how it looks", ""},
+                             {"fast", "", flag(&fast), "hurry", ""}}},
                            {"Numbers",
-                            {{"count", "N", Whole{&count, 2, 9}, "how many", ""},
-                             {"rate", "X", Real{&rate}, "how much", ""},
-                             {"name", "NAME", Text{&name}, "called", "nameless"},
-                             {"files", "FILE...", List{&files}, "read", ""}}}};
+                            {{"count", "N", whole(&count, 2, 9), "how many", ""},
+                             {"rate", "X", real(&rate), "how much", ""},
+                             {"name", "NAME", text(&name), "called", "nameless"},
+                             {"files", "FILE...", list(&files), "read", ""}}}};
   const std::string expected =
       "usage: x\n\nShapes\n"
       "  --shape round|square     how it looks [round]\n"
@@ -502,8 +498,7 @@ TEST(files_that_cannot_be_read_are_refused) {
   const auto open = [&](const std::string& name) {
     Dataset::open({dir.path + "/" + name}, 4, 256);
   };
-  CHECK_SAYS(open("nowhere"),
-             "--data: " + dir.path + "/nowhere cannot be opened: No such file or directory");
+  CHECK_SAYS(open("nowhere"), dir.path + "/nowhere cannot be opened: No such file or directory");
   CHECK(symlink("loop", (dir.path + "/loop").c_str()) == 0);
   CHECK_SAYS(open("loop"), "loop cannot be opened: Too many levels of symbolic links");
   dir.write("empty", "");
@@ -521,13 +516,11 @@ TEST(files_that_cannot_be_read_are_refused) {
 TEST(a_file_too_short_for_the_context_is_refused) {
   const TemporaryDirectory dir;
   const std::string nine = dir.write("nine", "123456789"), one = dir.write("one", "0");
-  CHECK_SAYS(Dataset::open({nine}, 4, 256),
-             "--data: a context of 4 needs at least 10 tokens, 5 to train on and 5 held out; " +
-                 nine + " has 9");
   CHECK_SAYS(
-      Dataset::open({nine, one}, 5, 256),
-      "a context of 5 needs at least 12 tokens, 6 to train on and 6 held out; the files together "
-      "have 10");
+      Dataset::open({nine}, 4, 256),
+      "--data: a context of 4 needs at least 10 tokens, 5 to train on and 5 held out; there are 9");
+  CHECK_SAYS(Dataset::open({nine, one}, 5, 256),
+             "a context of 5 needs at least 12 tokens, 6 to train on and 6 held out; there are 10");
   // after five tokens to train on
   CHECK_EQ(Dataset::open({nine, one}, 4, 256).held_out(0)[0], '6');
 }
@@ -539,21 +532,17 @@ TEST(shards_that_are_not_what_they_say_are_refused) {
     Dataset::open({dir.write("x.bin", bytes)}, 4, 256);
   };
   open(shard(tokens));
-  CHECK_SAYS(
-      open(shard(tokens, 12345)),
-      "x.bin is no token shard in llm.c's format: it begins with 12345, not with 20240520 (16-bit "
-      "tokens)");
+  CHECK_SAYS(open(shard(tokens, 12345)), "x.bin is no token shard in llm.c's format");
   CHECK_SAYS(open("ab"), "x.bin is no token shard");
   CHECK_SAYS(open(shard(tokens, 20240520, 2)),
              "x.bin is a token shard of version 2; expected version 1");
   CHECK_SAYS(open(shard(tokens, 20240801, 1)),
              "x.bin is a token shard of version 1; expected version 7");
   CHECK_SAYS(open(shard(tokens).substr(0, 1000)),
-             "x.bin ends within its header: it has 1000 bytes of 1024");
+             "x.bin promises 100 tokens, which take 1224 bytes, but has 1000 bytes");
   CHECK_SAYS(open(shard(tokens, 20240520, 1, 0)), "x.bin holds no tokens: its header says 0");
-  CHECK_SAYS(
-      open(shard(tokens, 20240520, 1, 150)),
-      "x.bin promises 150 tokens, which take 1324 bytes, but has 1224 bytes, room for 100 tokens");
+  CHECK_SAYS(open(shard(tokens, 20240520, 1, 150)),
+             "x.bin promises 150 tokens, which take 1324 bytes, but has 1224 bytes");
   CHECK_SAYS(open(shard(tokens, 20240520, 1, 50)),
              "x.bin promises 50 tokens, which take 1124 bytes, but has 1224 bytes");
   CHECK_SAYS(open(shard(tokens) + "?"),
@@ -566,9 +555,9 @@ TEST(files_of_different_kinds_are_refused_together) {
                     narrow = dir.write("n.bin", shard(counting<uint16_t>(100))),
                     wide = dir.write("w.bin", shard(counting<uint32_t>(100), 20240801, 7));
   CHECK_SAYS(Dataset::open({text, narrow}, 4, 256),
-             "--data mixes text (" + text + ") with 16-bit tokens (" + narrow + ")");
+             "--data mixes tokens of 8 bits (" + text + ") and 16 bits (" + narrow + ")");
   CHECK_SAYS(Dataset::open({narrow, wide}, 4, 256),
-             "--data mixes 16-bit tokens (" + narrow + ") with 32-bit tokens (" + wide + ")");
+             "--data mixes tokens of 16 bits (" + narrow + ") and 32 bits (" + wide + ")");
 }
 
 TEST(a_token_outside_the_vocabulary_is_refused_with_its_place) {
@@ -576,8 +565,7 @@ TEST(a_token_outside_the_vocabulary_is_refused_with_its_place) {
   const std::string text = dir.write("t.txt", "plain text \xc3\xa9 and more");
   const std::string negative = dir.write("n.bin", shard<uint32_t>({1, 2, ~0u, 4}, 20240801, 7));
   CHECK_SAYS(Dataset::open({text}, 4, 128),
-             "--data: " + text +
-                 " has token 195 at position 11, outside the vocabulary of 128 (--vocab)");
+             text + " has token 195 at position 11, outside the vocabulary of 128 (--vocab)");
   CHECK_SAYS(Dataset::open({negative}, 1, 50257),
              "n.bin has token 4294967295 at position 2, outside the vocabulary of 50257");
   // beyond what is checked at opening: found when it is used
@@ -691,11 +679,10 @@ TEST(numbers_that_json_cannot_say_become_null) {
 TEST(metrics_that_cannot_be_written_are_reported) {
   const TemporaryDirectory dir;
   CHECK_SAYS(Metrics(dir.path + "/no/m.jsonl"),
-             "--metrics: " + dir.path +
-                 "/no/m.jsonl cannot be opened for writing: No such file or directory");
-  CHECK_SAYS(Metrics{dir.path}, "cannot be opened for writing: Is a directory");
+             dir.path + "/no/m.jsonl cannot be opened: No such file or directory");
+  CHECK_SAYS(Metrics{dir.path}, "cannot be opened: Is a directory");
   Metrics full("/dev/full");
-  CHECK_SAYS(full.step({}), "--metrics: writing /dev/full failed: No space left on device");
+  CHECK_SAYS(full.step({}), "/dev/full cannot be written: No space left on device");
   Metrics none("");
   none.step({});
 }
@@ -724,7 +711,7 @@ TEST(progress_in_a_pipe_is_about_twenty_lines) {
   const auto lines = std::count(text.begin(), text.end(), '\n');
   CHECK(text.starts_with("step 1/1000  loss 2.5000  norm 0.750  lr 1.00e-03  "), text);
   CHECK(text.find("\nstep 1000/1000  ") != std::string::npos &&
-            text.ends_with(" tokens/s  0 s left\n"),
+            text.ends_with(" tokens/s  0:00:00 left\n"),
         text);
   CHECK(lines == 21 && text.find('\r') == std::string::npos, lines);
   CHECK(last.step == 1000 && last.loss == 2.5 && last.grad_norm == 0.75 && last.lr == 1e-3 &&
@@ -846,14 +833,14 @@ TEST(safetensors_are_refused_where_others_refuse_them) {
         std::string(R"("a":{"dtype":"BOOL","shape":[8],"data_offsets":[0,8]})")})
     CHECK_EQ(opens(good), "", good);
   const std::pair<std::string, const char*> bad[] = {
-      {f32("a", "[2]", "[0,8]") + "," + f32("b", "[2]", "[0,8]"), "has bytes of two tensors"},
-      {f32("a", "[1]", "[0,4]") + "," + f32("b", "[1]", "[2,6]"), "has bytes of two tensors"},
-      {f32("a", "[1]", "[4,8]"), "belong to no tensor before a"},
-      {f32("a", "[1]", "[0,4]"), "belong to no tensor before end"},
-      {"", "belong to no tensor"},
+      {f32("a", "[2]", "[0,8]") + "," + f32("b", "[2]", "[0,8]"), "do not fill its data"},
+      {f32("a", "[1]", "[0,4]") + "," + f32("b", "[1]", "[2,6]"), "do not fill its data"},
+      {f32("a", "[1]", "[4,8]"), "do not fill its data"},
+      {f32("a", "[1]", "[0,4]"), "do not fill its data"},
+      {"", "do not fill its data"},
       {f32("a", "[2]", "[0,8,7]"), "has 3 data_offsets"},
       {f32("a", "[2]", "[0]"), "has 1 data_offsets"},
-      {f32("a", "[2]", "[8,0]"), "is truncated"},
+      {f32("a", "[2]", "[8,0]"), "does not take bytes 8 to 0"},
       {f32("a", "[2]", "[-8,0]"), "is no whole number"},
       {f32("a", "[2]", "[0.0,8]"), "is no whole number"},
       {f32("a", "[2.9]", "[0,8]"), "is no whole number"},
@@ -861,16 +848,16 @@ TEST(safetensors_are_refused_where_others_refuse_them) {
       {f32("a", "[-2]", "[0,8]"), "is no whole number"},
       {f32("a", "[true,2]", "[0,8]"), "is no whole number"},
       {f32("a", "[\"2\"]", "[0,8]"), "is no whole number"},
-      {f32("a", "2", "[0,8]"), "is no list"},
-      {f32("a", "[4294967296,4294967296,2]", "[0,8]"), "does not take 8 bytes"},
-      {f32("a", "[9223372036854775807,2]", "[0,8]"), "does not take 8 bytes"},
+      {f32("a", "2", "[0,8]"), "must be array"},
+      {f32("a", "[4294967296,4294967296,2]", "[0,8]"), "does not take bytes 0 to 8"},
+      {f32("a", "[9223372036854775807,2]", "[0,8]"), "does not take bytes 0 to 8"},
       {f32("a", "[99999999999999999999]", "[0,8]"), "is no whole number"},
       {one + "," + one, "the name \"a\" stands twice"},
-      {one + R"(,"__metadata__":{"x":1})", "has a damaged header"},
+      {one + R"(,"__metadata__":{"x":1})", "is damaged, or of another kind"},
       {R"("a":{"dtype":"F33","shape":[2],"data_offsets":[0,8]})", "there is no dtype F33"},
-      {R"("a":{"dtype":"F4","shape":[1],"data_offsets":[0,8]})", "does not take 8 bytes"},
-      {R"("a":{"dtype":"F32","shape":[2]})", "has a damaged header"},
-      {R"("a":7)", "has a damaged header"}};
+      {R"("a":{"dtype":"F4","shape":[1],"data_offsets":[0,8]})", "does not take bytes 0 to 8"},
+      {R"("a":{"dtype":"F32","shape":[2]})", "is damaged, or of another kind"},
+      {R"("a":7)", "is damaged, or of another kind"}};
   for (const auto& [members, what] : bad) CHECK_SAYS(throw Error(opens(members)), what);
   write_bytes(path, "{" + one + "}" + std::string(1, 0), "12345678");
   CHECK_SAYS(SafetensorsFile{path}, "a zero byte stands in it");
@@ -886,14 +873,14 @@ TEST(damaged_safetensors_are_refused) {
     CHECK_SAYS(SafetensorsFile{path}, what);
   };
   says(R"({"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", "1234",
-       "is truncated: a would end at byte");
+       "do not fill its data: one ends at byte 8");
   says(R"({"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}})", "12345678",
-       "does not take 8 bytes");
-  says(R"({"a":{"dtype":"F32","shape":[2],"data_)", "", "has a damaged header");
+       "does not take bytes 0 to 8");
+  says(R"({"a":{"dtype":"F32","shape":[2],"data_)", "", "is damaged, or of another kind");
   std::ofstream(path, std::ios::binary) << "12345678\x7f";
   CHECK_SAYS(SafetensorsFile{path}, "its header would have");
   std::ofstream(path, std::ios::binary) << "123";
-  CHECK_SAYS(SafetensorsFile{path}, "it has 3 bytes");
+  CHECK_SAYS(SafetensorsFile{path}, "and 0 follow");
   CHECK_SAYS(SafetensorsFile{dir.path + "/none"}, "cannot be opened");
 }
 
@@ -953,7 +940,7 @@ TEST(tokens_are_bytes_pairs_or_numbers) {
   CHECK(pairs.encode("low  low") == (std::vector<int>{4, 5, 6}));
   CHECK_EQ(pairs.decode(6), " low");
   CHECK_EQ(pairs.end_of_text(), 11);
-  CHECK_SAYS(pairs.encode("x"), "vocab.json has no token for 'x'");
+  CHECK_SAYS(pairs.encode("x"), "the vocabulary has no token for 'x'");
   CHECK_SAYS(Tokenizer(dir.path, 5), "outside the vocabulary of 5");
   CHECK_EQ(Tokenizer(dir.path, 50304).end_of_text(), 11, "a padded vocabulary");
 }
@@ -1007,14 +994,14 @@ TEST(a_tokenizer_json_is_read_like_vocab_and_merges) {
   reads();
   says("/model/type", "WordPiece", "is not of GPT-2's encoding");
   says("/pre_tokenizer/type", "Metaspace", "is not of GPT-2's encoding");
-  says("/pre_tokenizer", nullptr, "is no byte-level byte-pair encoding");
+  says("/pre_tokenizer", nullptr, "is damaged, or of another kind");
   says("/pre_tokenizer/add_prefix_space", true, "add_prefix_space is true");
   says("/pre_tokenizer/use_regex", false, "use_regex is false");
   says("/normalizer", {{"type", "NFC"}}, "normalizer is {\"type\":\"NFC\"}");
-  says("/post_processor/type", "BertProcessing", "type is \"BertProcessing\"");
+  says("/post_processor/type", "BertProcessing", "post_processor adds something to a text");
   says("/post_processor",
        json::parse(R"({"type":"TemplateProcessing","special_tokens":{"<s>":{"id":"<s>"}}})"),
-       "special_tokens is");
+       "post_processor adds something to a text");
   says("/model/byte_fallback", true, "byte_fallback is true");
   says("/model/ignore_merges", true, "ignore_merges is true");
   says("/model/dropout", 0.1, "dropout is 0.1");
@@ -1024,9 +1011,9 @@ TEST(a_tokenizer_json_is_read_like_vocab_and_merges) {
   says("/model/vocab/lo", "3", "is no whole number");
   says("/model/merges/0", "lo", "is no pair");
   says("/model/merges/0", json::array({"l", "o", "w"}), "is no pair");
-  says("/model/merges", 7, "7 is no pair");
+  says("/model/merges", 7, "must be string");
   dir.write("tokenizer.json", "{}");
-  CHECK_SAYS(Tokenizer(dir.path, 13), "is no byte-level byte-pair encoding");
+  CHECK_SAYS(Tokenizer(dir.path, 13), "is damaged, or of another kind");
 }
 
 TEST(vocabularies_that_are_not_what_they_say_are_refused) {
@@ -1046,12 +1033,12 @@ TEST(vocabularies_that_are_not_what_they_say_are_refused) {
   says(R"({"a":4294967296})", "#version: 0.2\n", "is no whole number from 0 to");
   says(R"({"":0})", "#version: 0.2\n", "an empty one");
   says(R"({"a b":0})", "#version: 0.2\n", "'a b' is no token of byte-level");
-  says(R"({"a":0)", "#version: 0.2\n", "vocab.json is damaged");
-  says(R"([1])", "#version: 0.2\n", "vocab.json is damaged");
-  says(R"({"a":0,"b":1})", "a b\n", "merges 'a' and 'b', but the vocabulary lacks what they make");
-  says(R"({"a":0,"ab":1})", "a b\n", "lacks one of the two");
-  says(R"({"a":0,"b":1,"ab":2})", "ab\n", "'ab' is no pair");
-  says(R"({"a":0,"b":1,"ab":2})", "a b c\n", "is no token of byte-level");
+  says(R"({"a":0)", "#version: 0.2\n", "vocab.json or merges.txt is damaged");
+  says(R"([1])", "#version: 0.2\n", "vocab.json or merges.txt is damaged");
+  says(R"({"a":0,"b":1})", "a b\n", "merges \"a b\", but its vocabulary lacks 'ab'");
+  says(R"({"a":0,"ab":1})", "a b\n", "its vocabulary lacks 'b'");
+  says(R"({"a":0,"b":1,"ab":2})", "ab\n", "\"ab\" is no pair");
+  says(R"({"a":0,"b":1,"ab":2})", "a b c\n", "\"a b c\" is no pair");
 }
 
 // Token b is the byte b.

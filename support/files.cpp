@@ -1,0 +1,143 @@
+// files.cpp: see files.h. Checksums are xxHash's.
+#include "support/files.h"
+
+#include <sys/file.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+#include <filesystem>
+#include <vector>
+#include <xxhash.h>
+
+// ---- reading
+
+MappedFile::MappedFile(const std::string& name) : path(name) {
+  const OpenFile file(path, O_RDONLY | O_NONBLOCK);  // a pipe that nobody writes to must not block
+  struct stat status;
+  SYSTEM_CHECK(fstat(file.fd, &status) == 0, path, " cannot be examined");
+  REQUIRE(!S_ISDIR(status.st_mode), path, " is a directory: name the files in it");
+  REQUIRE(S_ISREG(status.st_mode), path, " is not a regular file");
+  const size_t bytes = size_t(status.st_size);
+  REQUIRE(bytes > 0, path, " is empty");
+  void* mapped = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, file.fd, 0);
+  SYSTEM_CHECK(mapped != MAP_FAILED, path, " cannot be mapped into memory");
+  map = {mapped, [=](void* at) { munmap(at, bytes); }};
+  view = {static_cast<const char*>(mapped), bytes};
+}
+
+bool is_there(const std::string& path) {
+  struct stat status;
+  if (stat(path.c_str(), &status) == 0) return true;
+  SYSTEM_CHECK(errno == ENOENT || errno == ENOTDIR, path, " cannot be examined");
+  return false;
+}
+
+// Calls take(block) with what is in a file, one block after the other.
+template <class Take> static void for_blocks(const std::string& path, Take take) {
+  const OpenFile file(path, O_RDONLY);
+  std::vector<char> block(1 << 20);
+  while (true) {
+    const ssize_t n = read(file.fd, block.data(), block.size());
+    SYSTEM_CHECK(n >= 0, path, " cannot be read");
+    if (n == 0) return;
+    take(std::string_view(block.data(), size_t(n)));
+    bytes_moved += n;
+  }
+}
+
+std::string read_file(const std::string& path) {
+  std::string text;
+  for_blocks(path, [&](std::string_view block) { text += block; });
+  return text;
+}
+
+// ---- checksums
+
+namespace {
+
+// of pieces
+struct Checksum {
+  Checksum() { XXH3_64bits_reset(state.get()); }
+  void add(std::string_view piece) {
+    XXH3_64bits_update(state.get(), piece.data(), piece.size());
+    file.bytes += int64_t(piece.size());
+  }
+  WrittenFile end() {
+    file.checksum = XXH3_64bits_digest(state.get());
+    return file;
+  }
+  WrittenFile file;
+  std::unique_ptr<XXH3_state_t, decltype(&XXH3_freeState)> state{XXH3_createState(),
+                                                                 XXH3_freeState};
+};
+
+}  // namespace
+
+uint64_t checksum(std::string_view bytes) { return XXH3_64bits(bytes.data(), bytes.size()); }
+
+WrittenFile measure(const std::string& path) {
+  Checksum sum;
+  for_blocks(path, [&](std::string_view block) { sum.add(block); });
+  return sum.end();
+}
+
+std::string content_of(const std::vector<std::string>& paths) {
+  constexpr size_t kBegin = 1 << 20, kPieces = 64, kPiece = 4096;
+  std::string all;
+  size_t bytes = 0;
+  for (const std::string& path : paths) {
+    const MappedFile file(path);
+    const size_t size = file.view.size();
+    std::string sample(file.view.substr(0, kBegin));
+    for (size_t i = 1; i <= kPieces; i++)
+      sample += file.view.substr((size - std::min(size, kPiece)) / kPieces * i, kPiece);
+    all += sentence(checksum(sample), " ");
+    bytes += size;
+  }
+  return sentence(paths.size(), paths.size() == 1 ? " file of " : " files of ", bytes,
+                  " bytes with digest ", checksum(all));
+}
+
+// ---- writing
+
+// Beside `path`; renamed when it is whole.
+WrittenFile write_file(const std::string& path, const std::function<void(const Write&)>& fill) {
+  constexpr size_t kAhead = 16 << 20;
+  const std::string beside = path + ".partial";
+  const OpenFile file(beside, O_WRONLY | O_CREAT | O_NOFOLLOW);
+  REQUIRE(flock(file.fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK, path,
+          " is being written by another process");
+  Checksum sum;
+  sum.file.name = std::filesystem::path(path).filename();
+  const auto check = [&](bool done) { SYSTEM_CHECK(done, path, " cannot be written"); };
+  size_t ahead = 0;  // of the disk
+  try {
+    check(ftruncate(file.fd, 0) == 0);  // a process that was killed may have left something
+    fill([&](std::string_view piece) {
+      sum.add(piece);
+      while (!piece.empty()) {
+        const ssize_t n = write(file.fd, piece.data(), std::min(piece.size(), kAhead));
+        check(n > 0);
+        piece.remove_prefix(size_t(n));
+        bytes_moved += n;
+        ahead += size_t(n);
+        if (ahead < kAhead) continue;
+        // It works on this while the next is made, and has written what came before: an error of
+        // that is told here, and no more by fsync.
+        check(sync_file_range(file.fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE) ==
+                  0 ||
+              errno == ENOSYS);
+        ahead = 0;
+      }
+    });
+    check(fsync(file.fd) == 0 && rename(beside.c_str(), path.c_str()) == 0);
+  } catch (...) {
+    unlink(beside.c_str());
+    throw;
+  }
+  return sum.end();
+}
+
+WrittenFile write_file(const std::string& path, std::string_view text) {
+  return write_file(path, [&](const Write& write) { write(text); });
+}

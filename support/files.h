@@ -1,0 +1,55 @@
+// files.h: files whose errors are sentences, and that are written whole or not at all.
+// cost      read through a map of the file, or in blocks; written once from front to back
+// test      tests/test_support.cpp, tests/test_faults.sh
+#pragma once
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string_view>
+
+#include "support/check.h"
+
+// Read, written or verified by this process so far: so the watch sees that slow work moves on.
+inline std::atomic<int64_t> bytes_moved = 0;
+
+struct OpenFile {
+  OpenFile(const std::string& path, int flags) : fd(open(path.c_str(), flags | O_CLOEXEC, 0666)) {
+    SYSTEM_CHECK(fd >= 0, path, " cannot be opened");
+  }
+  ~OpenFile() { close(fd); }
+  OpenFile(const OpenFile&) = delete;
+  const int fd;
+};
+
+struct MappedFile {  // the bytes of a regular file that is not empty
+  explicit MappedFile(const std::string& path);
+  std::string path;
+  std::string_view view;
+  std::shared_ptr<void> map;
+};
+
+bool is_there(const std::string& path);  // an Error where the system does not say
+// An error of the disk is an Error here, where a map of the file would end the process.
+std::string read_file(const std::string& path);
+
+uint64_t checksum(std::string_view bytes);  // XXH3, 64 bits: of a whole file it is WrittenFile's
+// name: without the directory
+struct WrittenFile {
+  std::string name;
+  int64_t bytes = 0;
+  uint64_t checksum = 0;
+};
+WrittenFile measure(const std::string& path);  // reads it to its end; what it is now
+// A digest of files for comparing copies of them: their sizes, their first megabyte, and pieces all
+// over them.
+std::string content_of(const std::vector<std::string>& paths);
+
+// Writes a file that is there whole or not at all, and waits until the disk has it. `fill` writes
+// one piece after the other. A link of that name is replaced, and what it points to stays.
+using Write = std::function<void(std::string_view piece)>;
+WrittenFile write_file(const std::string& path, const std::function<void(const Write&)>& fill);
+WrittenFile write_file(const std::string& path, std::string_view text);
