@@ -57,7 +57,7 @@ include cpu/cpu.mk
 COMMON := $(if $(PRECOMPILE),$(B)/common.h.gch)
 $(B)/common.h.gch: comm.h | $(B)/ready
 	@echo '#include "$<"' >$(@:.gch=)
-	@$(MPICXX) $(CXXFLAGS) -MMD -MP -x c++-header $(@:.gch=) -o $@
+	@$(MPICXX) $(CXXFLAGS) -MMD -MP -x c++-header -c $(@:.gch=) -o $@
 OBJECTS = $(patsubst %,$(B)/obj/%.o,$(SOURCES))
 ifeq ($(STANDIN),)
 $(B)/obj/%.cu.o: %.cu | $(B)/ready
