@@ -1,20 +1,28 @@
 // pipeline.cpp: the executor of pipeline schedules. See pipeline.h for the idea and schedule.h for
 // the schedules.
 //
-//   stage 0   F0 F1 F2 F3          B0    B1 ...        1f1b, 4 stages: a stage warms up with one
-//   stage 1      F0 F1 F2       B0 F3 B1 ...           forward for each stage behind it, then one
-//   stage 2         F0 F1    B0 F2 B1 F3 ...           backward makes room for one forward
-//   stage 3            F0 B0 F1 B1 F2 ...
+//   stage 0   F0 F1 F2 F3                   [ G0]    [ G1]    [ G2]    [ G3]
+//   stage 1      F0 F1 F2             [ G0] F3 [ G1]    [ G2]    [ G3]
+//   stage 2         F0 F1       [ G0] F2 [ G1] F3 [ G2]    [ G3]
+//   stage 3            F0 [ G0] F1 [ G1] F2 [ G2] F3 [ G3]
+//
+//           1f1b, 4 stages, 4 micro-batches; F forward, G whole backward. A stage warms up with one
+//           forward for each later stage, then does one forward and one backward in turn.
 //
 // traffic   an activation forward and its gradient backward at each cut between two stages: 2 m
-//           sends of S*C elements (S: rows that a rank holds); the tied embedding's gradient once a
-//           step, where first and last piece of the model are on two stages
+//           sends of S*C elements in the compute dtype (S: rows that a rank holds); the tied
+//           embedding's gradient once a step, where first and last piece of the model are on two
+//           stages: vocabulary*C / (tp fsdp) elements of the master dtype from each. The ledger
+//           enters them at the sender alone; theory/pipeline.cpp predicts them.
 // memory    weights, gradients and optimizer state of this stage's layers; activations of as many
-//           micro-batches as the schedule keeps alive
-// bubble    how long a stage idles: schedule.h has the formulas, report.cpp prints them beside what
-//           this executor measured
-// overlap   an exchange waits for what it sends and for room for what it receives, not for all that
-//           was computed before it; a computation waits for what it needs
+//           micro-batches as the schedule keeps alive; parcels: what the next exchange receives,
+//           what waits to be sent, and what at most four exchanges sent
+// bubble    how long a stage idles: schedule.h has the formulas. report/report.cpp prints what the
+//           simulator makes of the times that this executor measured.
+// overlap   A computation waits for what it needs. An exchange waits for what it sends; one that
+//           receives waits for the computations before the previous exchange, too, but not for
+//           those between the two. One queue carries the collectives of all axes: where a
+//           collective of another axis waits, exchanges behind it do, too.
 // not here  stages on different numbers of ranks, activations kept on the host
 // test      tests/test_pipeline.cpp
 //
@@ -30,6 +38,11 @@
 //     more computations                              |
 //     receive  <---- has come, has left -------------+
 //     backward
+//
+//           The pool hands out memory in the order of the compute queue (Buffer in tensor.h): who
+//           gets a block there may use it at once on the compute queue, behind its earlier users.
+//           The communication queue is not in that order. So what it writes waits for the earlier
+//           users (room is free), and what it reads is kept until it has left (release_sent).
 #include "pipeline.h"
 
 #include <algorithm>
@@ -37,7 +50,8 @@
 
 // ---- the executor
 
-// Executes a list: exchanges and, between what each receives and what it passes on, computations.
+// Executes a list: an exchange moves parcels; a computation takes its input from the inbox and
+// leaves its result in the outbox.
 void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, Dtype dtype,
                        const std::function<Tensor(size_t action, Tensor x)>& compute) {
   const auto prepare_next = [&](size_t i) {  // the first exchange from action i on
@@ -85,7 +99,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
       case Action::backward:
       case Action::input_gradient:
         if (a.kind == Action::input_gradient) live.tape.deferred = &live.later;
-        *live.out.grad = std::move(x);
+        *live.out.grad = std::move(x);  // at the last position: nothing, and nobody reads it
         measure(i, [&] { live.tape.backward(); });
         result = std::move(*live.in.grad);
         break;
@@ -121,8 +135,8 @@ void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const 
 
 // ---- between stages
 
-// Allocates what this exchange receives, ahead of it, so that it waits for nothing that is computed
-// from here on.
+// Allocates what the next exchange receives, and marks the place: the exchange waits for what was
+// queued up to here, which may use this memory, and not for what is computed from here on.
 void Pipeline::prepare_room(const std::vector<Transfer>& transfers, const Shape& shape,
                             Dtype dtype) {
   for (const Transfer& t : transfers)
@@ -130,7 +144,7 @@ void Pipeline::prepare_room(const std::vector<Transfer>& transfers, const Shape&
   room_is_free_.record(device().compute);
 }
 
-// Where both ends are on this stage, it has come already.
+// Where the result stays on this stage, it has come already.
 void Pipeline::put_in_outbox(const Transfer& t, Tensor x) {
   const bool stays = t.peer == axis_.rank;
   Parcel& parcel = stays ? inbox_[other_end(schedule_, axis_.rank, t)] : outbox_[t];
@@ -138,14 +152,12 @@ void Pipeline::put_in_outbox(const Transfer& t, Tensor x) {
   parcel.event->record(device().compute);
 }
 
-// All transfers of an exchange are one NCCL group, so that two that face each other do not wait for
-// each other.
+// All transfers of an exchange are one NCCL group. Two stages that each send first and then receive
+// would deadlock: each queue would stand in its send, before the receive that the other waits for.
 void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   for (const Transfer& t : transfers)
-    // what is sent must have been computed
-    if (t.send) outbox_.at(t).event->make_wait(stream_);
-    // whoever used this memory before must be done with it
-    else room_is_free_.make_wait(stream_);
+    if (t.send) outbox_.at(t).event->make_wait(stream_);  // it must have been computed
+    else room_is_free_.make_wait(stream_);  // who used the memory before must be done with it
 
   const Timed timed(stream_);
   const auto done = std::make_shared<Event>();
@@ -163,29 +175,32 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
       NCCL_CHECK(ncclRecv(x.raw(), count, type, t.peer, axis_.comm, stream_));
     }
     parcel.event = done;
-    parcel.exchange = exchanges_;
+    parcel.moved_by = exchanges_;
   }
   NCCL_CHECK(ncclGroupEnd());
   done->record(stream_);
-  release_sent(exchanges_ - 4);  // a stage that runs ahead keeps what four exchanges sent, at most
+  // A stage that runs ahead of its peers keeps what four exchanges sent, at most (a bound, not a
+  // tuned number). This wait cannot deadlock: schedules are safe when each action waits for all
+  // actions before it.
+  release_sent(exchanges_ - 4);
 }
 
 Tensor Pipeline::receive(const Transfer& transfer) {
   const auto parcel = inbox_.extract(transfer);
   ASSERT(parcel && parcel.mapped().event, to_string(transfer),
          " did not come before it was needed");
-  const auto& [x, event, exchange] = parcel.mapped();
+  const auto& [x, event, moved_by] = parcel.mapped();
   event->make_wait(device().compute);  // it must have arrived
-  release_sent(exchange);              // one queue: what was sent until then has left
+  release_sent(moved_by);  // exchanges end in order, so everything sent up to this one has left
   return x;
 }
 
-// The compute queue waits until everything up to that exchange has left; then the memory can be
-// used again.
-void Pipeline::release_sent(int exchange) {
+// What exchanges up to the last of these sent goes back to the pool. The compute queue, in whose
+// order memory is used again, first waits until it has left.
+void Pipeline::release_sent(int last) {
   std::erase_if(outbox_, [&](const auto& entry) {
     const Parcel& parcel = entry.second;
-    const bool has_left = parcel.exchange > 0 && parcel.exchange <= exchange;
+    const bool has_left = parcel.moved_by > 0 && parcel.moved_by <= last;
     if (has_left) parcel.event->make_wait(device().compute);
     return has_left;
   });

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <map>
+#include <sstream>
 #include <utility>
 
 #include "support/check.h"
@@ -32,15 +33,16 @@ static const ScheduleRow kRows[] = {
 
     {"interleaved", Place::ring, false,
      [](int p, int m, int V, int s) -> Phases {
-       // up to the last chunk, then twice the way: a backward takes two forwards
+       // p of each chunk but the last; then one for each hop to the last stage and back
        return {{(V - 1) * p + 2 * (p - 1 - s), "F"}, {V * m, "F G"}};
      },
      idle_of_whole_backwards,
      [](int p, int m, int V, int s) { return std::min((V - 1) * p + 2 * (p - 1 - s) + 1, V * m); }},
 
-    // ZB-H1 is 1F1B whose backwards pass on the input gradient at once. Stage s puts its weight
-    // gradients off by s micro-batches: as many as its warm-up is shorter than stage 0's, so all
-    // stages hold p micro-batches, and the later ones have work left for the end.
+    // ZB-H1 is 1F1B whose backwards pass on the input gradient at once. The warm-up of stage s is s
+    // forwards shorter than stage 0's, and it puts its weight gradients off by as many
+    // micro-batches. So all stages hold p micro-batches, and the later ones have work left for the
+    // end.
     {"zb", Place::line, true,
      [](int p, int m, int, int s) -> Phases {
        return {{p - 1 - s, "F"}, {s, "F B"}, {m, "F B W"}};
@@ -91,29 +93,30 @@ const ScheduleRow& schedule_row(const std::string& name) {
   throw Error(sentence("there is no schedule '", name, "': choose one of", names));
 }
 
-// What a stage computes, in order. Without a digit steps take the chunks in turn: p micro-batches
-// walk through chunk 0, then through chunk 1, ...; then the next p; backwards from the last chunk.
+// What a stage computes, in order. A code is a letter of Phases, with or without a digit. Without
+// one, codes take the chunks in turn: p micro-batches walk through chunk 0, then through chunk 1,
+// ...; then the next p; backwards begin with the last chunk.
 static std::vector<Action> computations(const Schedule& s, int stage) {
   const int p = s.stages, V = s.chunks;
   std::vector<Action> order;
-  std::map<std::string, int> done;  // of each step
-  for (const auto& [times, steps] : s.row->phases(p, s.microbatches, V, stage))
+  std::map<std::string, int> done;  // of each code
+  for (const auto& [times, codes] : s.row->phases(p, s.microbatches, V, stage))
     for (int k = 0; k < times; k++) {
-      std::istringstream each(steps);
-      for (std::string step; each >> step;) {
-        const int n = done[step]++, round = n / (p * V), turn = n % (p * V) / p;
-        const auto kind = Action::Kind(std::string("FGBW").find(step[0]));  // in their order
+      std::istringstream each(codes);
+      for (std::string code; each >> code;) {
+        const int n = done[code]++, round = n / (p * V), turn = n % (p * V) / p;
+        const auto kind = Action::Kind(std::string("FGBW").find(code[0]));  // in their order
         Action a{kind, round * p + n % p, kind == Action::forward ? turn : V - 1 - turn};
-        if (step.size() > 1) a = {kind, n, step[1] - '0'};
+        if (code.size() > 1) a = {kind, n, code[1] - '0'};
         if (a.microbatch < s.microbatches) order.push_back(a);
       }
     }
   return order;
 }
 
-// ---- where positions are, and what travels between them
+// ---- where positions are, and what travels between them; from here on s is the schedule
 
-// The stages of a chunk, in the order of its positions; and back: it is its own inverse.
+// The stage of a chunk's i-th position; and the other way round, since the map is its own inverse.
 static int in_chunk(const Schedule& s, int chunk, int i) {
   return s.row->place == Place::vee && chunk % 2 ? s.stages - 1 - i : i;
 }
@@ -151,54 +154,51 @@ constexpr double kMoment = 1.0 / (1 << 30);
 // From computations alone to all actions. Tick by tick: first what was computed by now is sent, in
 // the order in which it was; then stages start what they have the input for.
 static void place_transfers(Schedule& s) {
-  using End = std::pair<int, Transfer>;  // the stage, and the transfer as it sees it
   struct Meeting {
     double when = 0;
     std::map<int, std::vector<Transfer>> of;  // by stage
   };
-  const auto computations = std::exchange(s.actions, {size_t(s.stages), std::vector<Action>{}});
+  const auto lists = std::exchange(s.actions, {size_t(s.stages), std::vector<Action>{}});
   std::vector<size_t> started(s.stages);
-  std::vector<double> free(s.stages);                           // when the stage is
-  std::map<End, double> came;                                   // inputs, and when
-  std::map<int, std::vector<std::pair<double, End>>> computed;  // by tick: what is to be sent
+  std::vector<double> idle_from(s.stages);
+  std::vector<std::map<Transfer, double>> came(s.stages);  // [stage]: inputs, and when
+  // By tick and {lower stage, higher stage}. Two sends that face each other are one exchange, when
+  // both results are there.
+  std::map<int, std::map<std::pair<int, int>, Meeting>> meetings;
   for (int tick = 0, last = 0; tick <= last; tick++) {
-    // {lower stage, higher stage}: two that face each other are one exchange, when both are there
-    std::map<std::pair<int, int>, Meeting> meetings;
-    for (const auto& [when, end] : computed[tick]) {
-      const auto& [stage, sent] = end;
-      Meeting& m = meetings[std::minmax({stage, sent.peer})];
-      m.when = std::max(m.when, when);
-      m.of[stage].push_back(sent);
-      m.of[sent.peer].push_back(other_end(s, stage, sent));
-    }
     std::multimap<double, Meeting> in_order;
-    for (const auto& [stages, m] : meetings) in_order.insert({m.when, m});
-    for (const auto& [when, m] : in_order)
-      for (const auto& [stage, transfers] : m.of)
+    for (const auto& [stages, meeting] : meetings[tick]) in_order.insert({meeting.when, meeting});
+    for (const auto& [when, meeting] : in_order)
+      for (const auto& [stage, transfers] : meeting.of)
         s.actions[stage].push_back({Action::exchange, -1, -1, transfers});
 
     for (int stage = 0; stage < s.stages; stage++) {
-      if (started[stage] == computations[stage].size()) continue;
-      const Action& a = computations[stage][started[stage]];
-      double start = free[stage];
+      if (started[stage] == lists[stage].size()) continue;
+      const Action& a = lists[stage][started[stage]];
+      double start = idle_from[stage];
       if (const auto input = transfer_of(s, stage, a, false)) {
-        const auto there = came.find({stage, *input});
-        if (there == came.end()) continue;
+        const auto there = came[stage].find(*input);
+        if (there == came[stage].end()) continue;
         start = std::max(start, there->second);
       }
       if (start >= tick + 1) continue;
       s.actions[stage].push_back(a);
       started[stage]++;
-      const double end = free[stage] = start + (a.kind == Action::backward ? 2 : 1);
+      const double end = idle_from[stage] = start + (a.kind == Action::backward ? 2 : 1);
       last = std::max(last, int(end));
       if (const auto sent = transfer_of(s, stage, a, true)) {
-        came[{sent->peer, other_end(s, stage, *sent)}] = end + (sent->peer != stage) * kMoment;
-        if (sent->peer != stage) computed[int(end)].push_back({end, {stage, *sent}});
+        const Transfer received = other_end(s, stage, *sent);
+        came[sent->peer][received] = end + (sent->peer != stage) * kMoment;
+        if (sent->peer == stage) continue;  // in memory
+        Meeting& meeting = meetings[int(end)][std::minmax({stage, sent->peer})];
+        meeting.when = std::max(meeting.when, end);
+        meeting.of[stage].push_back(*sent);
+        meeting.of[sent->peer].push_back(received);
       }
     }
   }
   for (int stage = 0; stage < s.stages; stage++)
-    ASSERT(started[stage] == computations[stage].size(), s.row->name, " waits for itself");
+    ASSERT(started[stage] == lists[stage].size(), s.row->name, " waits for itself");
 }
 
 Schedule make_schedule(const std::string& name, int p, int m, int V) {
@@ -209,7 +209,7 @@ Schedule make_schedule(const std::string& name, int p, int m, int V) {
           V);
   REQUIRE(V == row.chunks() || row.place == Place::ring, "schedule ", name, " has ",
           row.chunks() == 1 ? "one chunk" : "two chunks", " a stage, not ", V);
-  REQUIRE(m % row.round(p) == 0, name, " needs a number of micro-batches that its ", p,
+  REQUIRE(m % row.divisor(p) == 0, name, " needs a number of micro-batches that its ", p,
           " stages divide, not ", m);
   REQUIRE(int64_t(p) * m <= 1'000'000 / V, p, " stages, ", m, " micro-batches and ", V,
           " chunks make more than a million forwards");

@@ -3,21 +3,24 @@
 //
 // idea      The model is cut into p*V pieces, V chunks a stage; a piece's number is its position in
 //           the model. A schedule is one row of a table (schedules()) and, for so many stages and
-//           micro-batches, one list of actions for each stage. The executor (pipeline.cpp) is a
-//           loop with one switch over `kind`.
+//           micro-batches, one list of actions for each stage, which pipeline.cpp executes.
 // backward  One action, or two: the input gradient (what the previous stage waits for) now and the
 //           weight gradient (what nobody waits for) later, where the stage would idle. Both run in
 //           ascending micro-batch order on every chunk in all schedules, so that all of them add up
 //           gradients in one order.
-// sends     One rule places them. Run the computations with F = B = W = 1 and a tiny transfer
-//           delay. A result is sent in the whole tick in which it ends; within a tick the delays
-//           decide the order. Two sends that face each other in one tick are one exchange (one NCCL
-//           group), so that neither waits for the other.
+// sends     One rule places them. Run the computations with F = B = W = 1 (a whole backward takes
+//           2) and a tiny transfer delay. A result that ends at time t is sent at tick floor(t);
+//           results of one tick are sent in the order in which they ended. Two sends that face each
+//           other in one tick are one exchange (one NCCL group); so an exchange has one transfer,
+//           or two between the same two stages. (Pipeline::forward, for evaluation and sampling,
+//           has lists and an order of its own.)
 // safety    All stages' lists are cut from one global order of events: the exchanges of a tick,
-//           then the computations that start at it. Its earliest unfinished event waits only for
-//           earlier ones, so it can always proceed: nothing deadlocks, not with one communication
-//           queue a stage, not when every action blocks its stage. Collectives of the other axes
-//           join ranks that run the same list, so they keep to that order, too.
+//           then the computations that start at it. The earliest unfinished event of that order
+//           waits only for earlier ones, so it can always proceed: nothing deadlocks, not with one
+//           communication queue a stage, not when every action blocks its stage. Collectives of the
+//           other axes join ranks that run the same list, so they keep to that order, too.
+//           `check` (theory/simulate.h) proves it for a schedule that is given to it. The tests
+//           and build/show_schedule call it; a training run does not.
 //
 // cost      p stages, m micro-batches, V chunks a stage, s this stage (0 first); times of a chunk,
 //           F = B = W = 1 and free sends. A micro-batch is live on a chunk from its forward to the
@@ -32,14 +35,17 @@
 //           For other F, B, W: (p-1)(F+B+W) where a backward is one action (interleaved: if B+W <=
 //           2F); zb (p-1) max(F, B, F+B-W) for m >= p; zbv (p-1) max(B, 2(B-W)) for m >= 2p, if B
 //           is the longest of the three.
-//           A send is one activation or gradient (S C elements) between two stages: 2 m in all at
-//           each of the pV - 1 cuts; zbv's middle cut lies inside the last stage and sends nothing.
+//           A send is one activation or gradient between two stages: S C elements, C the width and
+//           S the rows that a rank holds (all R of a micro-batch; with sequence parallelism R/tp,
+//           rounded up). For p > 1 there are 2 m in all at each of the pV - 1 cuts; zbv's middle
+//           cut lies inside the last stage and sends nothing.
 //
 // sources   GPipe (Huang et al., 2019); 1F1B (Narayanan et al., "PipeDream", SOSP 2019; its
 //           flushing form in "Memory-efficient pipeline-parallel DNN training", 2021); interleaved
 //           (Narayanan et al., "Efficient large-scale language model training on GPU clusters using
-//           Megatron-LM", SC 2021); zb is ZB-H1 and zbv is ZB-V (Qi et al., "Zero bubble pipeline
-//           parallelism", 2023, and "Pipeline parallelism with controllable memory", 2024)
+//           Megatron-LM", SC 2021); zb is ZB-H1 (Qi et al., "Zero bubble pipeline parallelism",
+//           2023) and zbv is ZB-V (the same, and "Pipeline parallelism with controllable memory",
+//           2024)
 // not here  ZB-H2, uneven chunks a stage, schedules found by search
 // test      tests/test_schedule.cpp; build/show_schedule draws any of them
 #pragma once
@@ -71,7 +77,7 @@ struct Action {
     backward,         // both gradients at once
     input_gradient,   // or in two parts: what travels to the previous position,
     weight_gradient,  // and what is added to this chunk's parameters
-    exchange,         // all of `transfers` at once, as one group on the communication queue
+    exchange,         // all of `transfers`, one or two, as one group on the communication queue
   };
   Kind kind;
   int microbatch = -1, chunk = -1;       // of a computation
@@ -88,13 +94,14 @@ struct Times {
 // Where the model's positions are: position v is chunk v / p of its stage.
 enum class Place {
   line,  // one chunk a stage
-  ring,  // any number of chunks: round the stages once a chunk, p micro-batches at a time
+  ring,  // any number of chunks: position v is on stage v mod p; p micro-batches at a time
   vee,   // two chunks: down the stages and up again; the last stage has both at the bottom
 };
 
-// So many times these steps: F forward, G both gradients, or B input and W weight gradient, each of
-// the next micro-batch; a digit says of which chunk. 1f1b on stage 2 of 4: {{1, "F"}, {m, "F G"}},
-// so F0, then F1 G0, F2 G1, ...; what comes after the last micro-batch is left out.
+// How often, and which computations: F is a forward, G a whole backward, B an input gradient and W
+// a weight gradient, each of the next micro-batch; a digit behind it says of which chunk. 1f1b on
+// stage 2 of 4: {{1, "F"}, {m, "F G"}}, so F of micro-batch 0, then F of 1 and G of 0, F of 2 and G
+// of 1, ...; what comes after the last micro-batch is left out.
 using Phases = std::vector<std::pair<int, const char*>>;
 
 struct ScheduleRow;
@@ -103,14 +110,14 @@ struct Schedule {
   int stages = 1, microbatches = 1, chunks = 1;   // p, m, V
   std::vector<std::vector<Action>> actions = {};  // actions[s]: what stage s does, in order
   int positions() const { return stages * chunks; }
-  // of a chunk in the model: 0 holds the first layers
+  // where a stage's chunk is in the model; position 0 holds the first layers
   int position(int stage, int chunk) const;
   int stage_of(int position) const;
   const Action& at(int stage, int index) const { return actions[stage][index]; }
 };
 
 // A row of the table: what makes a schedule, for any number of stages and micro-batches. Nothing
-// else knows the schedules' names.
+// else asks which schedule it is; only defaults name one.
 struct ScheduleRow {
   const char* name;
   Place place;
@@ -118,12 +125,13 @@ struct ScheduleRow {
   Phases (*phases)(int p, int m, int V, int s);  // of a stage's computations
   // How long each stage idles if sends are free; see above for the times that this holds for.
   double (*idle)(int p, int m, const Times& t);
-  // the most chunks' activations of one micro-batch that are live at once
+  // the most pairs of micro-batch and chunk that are live at once on stage s
   int (*live)(int p, int m, int V, int s);
 
-  int chunks() const { return place == Place::line ? 1 : 2; }  // a stage, unless others are wanted
-  // what the number of micro-batches must divide by
-  int round(int stages) const { return place == Place::ring ? stages : 1; }
+  // of a stage, where no number is asked for
+  int chunks() const { return place == Place::line ? 1 : 2; }
+  // The number of micro-batches must be a multiple of this.
+  int divisor(int stages) const { return place == Place::ring ? stages : 1; }
 };
 const ScheduleRow& schedule_row(const std::string& name);  // or a sentence that lists the names
 std::vector<std::string> schedule_names();
@@ -131,9 +139,10 @@ std::vector<std::string> schedule_names();
 // Refuses what a schedule does not allow with a sentence. chunks 0: as many as the row says.
 Schedule make_schedule(const std::string& name, int stages, int microbatches, int chunks = 0);
 
-// How a computation's input comes to its stage, or how its result leaves (send); the peer is the
-// stage itself where it hands over in memory. Nothing at the ends of the model and for weight
-// gradients.
+// How a computation's input comes to its stage, or how its result leaves (send): its position plus
+// or minus one gives the peer, which is the stage itself where it hands over in memory (the bottom
+// of the V, or one stage alone); that is no exchange. Nothing at the ends of the model and for
+// weight gradients.
 std::optional<Transfer> transfer_of(const Schedule& s, int stage, const Action& computation,
                                     bool send);
 // The same transfer as the stage at its other end sees it.

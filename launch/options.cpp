@@ -246,7 +246,7 @@ void resolve(Options& o, bool has_gpu) {
   // the largest that divides the batch, into a number of micro-batches that the schedule takes
   if (o.microbatch == 0) {
     const auto fits = [&](int64_t b) {
-      return o.batch % (b * ranks * schedule.round(int(pp))) == 0;
+      return o.batch % (b * ranks * schedule.divisor(int(pp))) == 0;
     };
     o.microbatch = std::max<int64_t>(1, o.batch / parts);
     while (o.microbatch > 1 && !fits(o.microbatch)) o.microbatch--;

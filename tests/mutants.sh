@@ -183,7 +183,7 @@ mutant faults the_v_keeps_one_chunk_more \
 mutant faults the_v_puts_no_weight_gradients_off_at_the_end \
   schedule.cpp 's/"B0 B1"/"B0 B1 W1"/' 1 immediate test_schedule bubbles_equal
 mutant faults transfers_are_placed_a_tick_late \
-  schedule.cpp 's/computed\[int\(end\)\]/computed[int(end) + 1]/' \
+  schedule.cpp 's/meetings\[int\(end\)\]/meetings[int(end) + 1]/' \
   1 immediate test_schedule $accepts
 mutant faults computations_come_before_the_transfers_of_their_tick \
   schedule.cpp 's/start >= tick \+ 1/start >= tick + 2/' \

@@ -33,8 +33,8 @@ enum Factor {
   attention,
   kFactors
 };
-constexpr int kValues[kFactors] = {3, 2, 3, 5, 2, 2, 3, 2};
-constexpr const char* kSchedules[] = {"gpipe", "1f1b", "interleaved", "zb", "zbv"};
+const std::vector<std::string> kSchedules = schedule_names();
+const int kValues[kFactors] = {3, 2, 3, int(kSchedules.size()), 2, 2, 3, 2};
 using Setting = std::array<int, kFactors>;
 
 // A value that changes nothing in this mesh counts as absent, and only its first is tried.
@@ -48,23 +48,32 @@ bool matters(const Layout& l, const Setting& s, int factor) {
     default: return true;
   }
 }
+// Whether the schedule takes only multiples of p micro-batches: here p or 2 p.
+bool takes_multiples(const Layout& l, const Setting& s) {
+  static const std::vector<bool> rings = [] {  // looked up once, not for every setting
+    std::vector<bool> of;
+    for (const std::string& name : kSchedules)
+      of.push_back(schedule_row(name).place == Place::ring);
+    return of;
+  }();
+  return l["pp"] > 1 && rings[size_t(s[schedule])];
+}
 bool allowed(const Layout& l, const Setting& s) {
   for (int f = 0; f < kFactors; f++)
     if (s[size_t(f)] && !matters(l, s, f)) return false;
-  // interleaved: p or 2 p micro-batches
-  return l["pp"] == 1 || s[schedule] != 2 || s[microbatches] > 0;
+  return !takes_multiples(l, s) || s[microbatches] > 0;
 }
 
 int64_t microbatches_of(const Layout& l, const Setting& s) {
   const int64_t m = int64_t(1) << s[microbatches];
-  return l["pp"] > 1 && s[schedule] == 2 ? l["pp"] * m / 2 : m;
+  return takes_multiples(l, s) ? l["pp"] * m / 2 : m;
 }
 
 TrainerOptions options_of(const Layout& l, const Setting& s) {
   TrainerOptions o;
   o.batch = batch_of(l.ranks()), o.microbatch = o.batch / (microbatches_of(l, s) * l.data_ranks());
   o.fsdp = {1 + s[zero], s[reshard] == 0, s[prefetch]};
-  o.schedule = kSchedules[s[schedule]];
+  o.schedule = kSchedules[size_t(s[schedule])];
   return o;
 }
 GptConfig config_of(const Setting& s) {

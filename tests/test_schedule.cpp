@@ -17,18 +17,19 @@
 
 namespace {
 
-const char* kNames[] = {"gpipe", "1f1b", "interleaved", "zb", "zbv"};
+// The numbers of chunks to try.
+std::vector<int> chunks_of(const std::string& name) {
+  const ScheduleRow& row = schedule_row(name);
+  return row.place == Place::ring ? std::vector{1, 2, 3, 4} : std::vector{row.chunks()};
+}
 
 // Calls f(name, p, m, V) for all that is allowed.
 void for_all(const std::function<void(const std::string&, int, int, int)>& f) {
-  for (const std::string name : kNames)
+  for (const std::string& name : schedule_names())
     for (int p = 1; p <= 8; p++)
       for (int m = 1; m <= 32; m++)
-        for (int V = name == "zbv" ? 2 : 1; V <= (name == "interleaved" ? 4
-                                                  : name == "zbv"       ? 2
-                                                                        : 1);
-             V++)
-          if (name != "interleaved" || m % p == 0) f(name, p, m, V);
+        for (int V : chunks_of(name))
+          if (schedule_row(name).place != Place::ring || m % p == 0) f(name, p, m, V);
 }
 
 std::string label(const Schedule& s) {
@@ -45,9 +46,9 @@ std::vector<Schedule> some() {
   std::vector<Schedule> all;
   for (int p : {2, 3, 4})
     for (int m : {p, 2 * p + (p == 3 ? 3 : 0)}) {
-      for (const char* name : {"gpipe", "1f1b", "zb", "zbv"})
-        all.push_back(make_schedule(name, p, m));
-      for (int V : {1, 2, 3}) all.push_back(make_schedule("interleaved", p, m, V));
+      for (const std::string& name : schedule_names())
+        for (int V : chunks_of(name))
+          if (V <= 3) all.push_back(make_schedule(name, p, m, V));
     }
   return all;
 }
@@ -221,7 +222,11 @@ TEST(the_checker_accepts_every_schedule) {
     schedules++;
     for (const auto& list : s.actions) actions += list.size();
   });
-  CHECK_EQ(schedules, 4 * 8 * 32 + 4 * (32 + 16 + 10 + 8 + 6 + 5 + 4 + 4));
+  int expected = 0;
+  for (const std::string& name : schedule_names())
+    expected +=
+        schedule_row(name).place == Place::ring ? 4 * (32 + 16 + 10 + 8 + 6 + 5 + 4 + 4) : 8 * 32;
+  CHECK_EQ(schedules, expected);
   measured(schedules, " schedules, ", actions, " actions");
 }
 
@@ -345,8 +350,8 @@ TEST(each_cut_carries_each_micro_batch_once_each_way) {
       for (const Action& a : s.actions[stage])
         for (const Transfer& t : a.transfers)
           if (t.send) sends[{t.payload, s.position(stage, t.chunk)}]++;
-    // zbv's middle cut lies inside the last stage
-    const int cuts = p == 1 ? 0 : name == "zbv" ? 2 * p - 2 : p * V - 1;
+    // the middle cut of a V lies inside the last stage
+    const int cuts = p == 1 ? 0 : s.row->place == Place::vee ? 2 * p - 2 : p * V - 1;
     CHECK_EQ(int(sends.size()), 2 * cuts, label(s));
     for (const auto& [from, count] : sends) {
       CHECK_EQ(count, m, label(s));
@@ -727,11 +732,13 @@ TEST(the_one_queue_costs_next_to_nothing) {
       });
     return worst;
   };
+  const std::vector<std::string> names = schedule_names();
+  const std::set<std::string> every(names.begin(), names.end());
   const std::vector<Times> free{{1, 1, 1, 0}, {5, 6, 4, 0}, {5, 5, 3, 0}, {10, 7, 7, 0}};
-  CHECK_EQ(worst_of(free, {"gpipe", "1f1b", "zb", "zbv", "interleaved"}), 0.0);
+  CHECK_EQ(worst_of(free, every), 0.0);
   CHECK_EQ(worst_of({{1, 2, 1, 0}}, {"gpipe", "1f1b", "zb"}), 0.0);
   const double recompute = worst_of({{1, 2, 1, 0}}, {"interleaved"});
-  const double slow = worst_of({{20, 20, 20, 1}}, {"gpipe", "1f1b", "zb", "zbv", "interleaved"});
+  const double slow = worst_of({{20, 20, 20, 1}}, every);
   CHECK_LE(recompute, 0.02);
   CHECK_LE(slow, 0.02);
   measured("free sends: 0; interleaved with B + W = 3 F: ", recompute, "; sends of F/20: ", slow);
