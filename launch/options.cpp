@@ -128,10 +128,9 @@ void check_common(const CommonOptions& o, int64_t chunks) {
           "--attention flash takes heads of at most 128 channels, and a width of ", m.width,
           " with ", m.heads, " heads makes them ", m.width / m.heads,
           " wide: give --attention plain or more --heads");
-  REQUIRE(tp <= m.heads, "--tp ", tp, " has more ranks than the ", m.heads,
-          " attention heads that they would share (--heads)");
-  REQUIRE(tp <= m.vocab, "--tp ", tp, " has more ranks than the vocabulary has tokens, ", m.vocab,
-          " (--vocab)");
+  REQUIRE(tp <= std::min(m.heads, m.vocab), "--tp ", tp,
+          " has more ranks than there are attention heads (", m.heads,
+          ") or tokens in the vocabulary (", m.vocab, ") for them to share");
   REQUIRE(pp * chunks <= m.layers, m.layers, " layers cannot be cut into ", pp,
           " stages: each needs at least ", chunks, " (--layers, --pp, --chunks)");
 }
