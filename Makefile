@@ -106,7 +106,7 @@ export override DATA := $(value DATA)
 export override ARGS := $(value ARGS)
 export override PROMPT := $(value PROMPT)
 export override CHECKPOINT := $(value CHECKPOINT)
-## make run [DATA=file] [STRATEGY=serial|replicate|fsdp|tp|pp|3d] [NP=ranks] [ARGS=options]
+## make run [DATA=file] [STRATEGY=serial|replicate|fsdp|cp|tp|pp|3d] [NP=ranks] [ARGS=options]
 ##                          train a GPT and print a sample of what it learned
 ## make generate [PROMPT=text] [CHECKPOINT=dir] [NP=ranks] [ARGS=options] [TRAIN_ARGS=options]
 ##                          continue a text with a model (trains one first where there is none)

@@ -76,8 +76,9 @@ Tensor take(const std::shared_ptr<Tensor>& grad) {
 
 // ---- embedding
 
-Tokens::Tokens(int64_t B, int64_t T, std::vector<int> in, std::vector<int> out, Range vocabulary)
-    : B(B), T(T) {
+Tokens::Tokens(int64_t B, int64_t length, const Positions& places, std::vector<int> in,
+               std::vector<int> out, Range vocabulary)
+    : B(B), T(places.rows()), length(length), places(places) {
   ASSERT(int64_t(in.size()) == B * T && in.size() == out.size());
   for (std::vector<int>* tokens : {&in, &out})
     for (int& t : *tokens)
@@ -90,13 +91,17 @@ Tokens::Tokens(int64_t B, int64_t T, std::vector<int> in, std::vector<int> out, 
   inputs = to_device(in);
   targets = to_device(out);
   order = to_device(sort_rows(in));
+  if (T == length) return;
+  std::vector<int> at;
+  for (int64_t row = 0; row < B * T; row++) at.push_back(int(places[row % T]));
+  positions = to_device(at);
 }
 
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
   Var x{activation({tokens.B * tokens.T, wte.value.dim(1)}, wte.value.dtype())};
   embedding_forward(x.value, tokens.inputs, wte.value, wpe.value, tokens.T, tokens.positions);
   tape.push([tokens, &wte, &wpe, dx = x.grad] {
-    embedding_backward(wte.grad, wpe.grad, take(dx), tokens.inputs, tokens.order, tokens.T);
+    embedding_backward(wte.grad, wpe.grad, take(dx), tokens.inputs, tokens.order, tokens.places);
   });
   return x;
 }
@@ -213,10 +218,9 @@ Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, Atten
       plain ? activation({B, H, T, T}, dtype) : activation({B, H, T}, master_dtype(dtype));
   if (plain) attention_plain_forward(y.value, saved, qkv.value, B, T, H);
   else attention_flash_forward(y.value, saved, qkv.value, B, T, H);
-  const Tensor out = plain ? Tensor() : y.value;
-  tape.push([=, qkv = qkv.value, dqkv = qkv.grad, dy = y.grad] {
+  tape.push([=, qkv = qkv.value, out = y.value, dqkv = qkv.grad, dy = y.grad] {
     Tensor d = like(qkv);
-    if (plain) attention_plain_backward(d, take(dy), saved, qkv, B, T, H);
+    if (plain) attention_plain_backward(d, take(dy), out, saved, qkv, B, T, H);
     else attention_flash_backward(d, take(dy), out, saved, qkv, B, T, H);
     accumulate(dqkv, std::move(d));
   });

@@ -100,15 +100,22 @@ enum class AttentionKind { plain, flash };
 
 // Tokens of one micro-batch, on the device and sorted for the embedding's backward.
 struct Tokens {
-  int64_t B = 0, T = 0;
+  int64_t B = 0, T = 0;    // T of each sequence are on this rank
+  int64_t length = 0;      // of a whole sequence
+  Positions places;        // of the T tokens in it
   Tensor inputs, targets;  // (R) i32
   Tensor order;            // rows sorted by input token: see sort_rows
-  Tensor positions;        // (R) i32; empty: row % T
+  Tensor positions;        // (R) i32, of every row; empty: row % T
   int64_t only_row = -1;   // the head makes logits of this row alone; -1: of every row
   Tokens() = default;
-  // Tokens outside this rank's part of the vocabulary become -1, the others count from its begin.
+  // B sequences of `length` tokens, of which those at `places` are here. Tokens outside this rank's
+  // part of the vocabulary become -1, the others count from its begin.
+  Tokens(int64_t B, int64_t length, const Positions& places, std::vector<int> inputs,
+         std::vector<int> targets, Range vocabulary);
+  // all of their tokens
   Tokens(int64_t B, int64_t T, std::vector<int> inputs, std::vector<int> targets,
-         Range vocabulary = {0, INT32_MAX});
+         Range vocabulary = {0, INT32_MAX})
+      : Tokens(B, T, {{0, T}}, std::move(inputs), std::move(targets), vocabulary) {}
 };
 
 // c = op(a) op(b) + beta c, of whole matrices: what the linear layers are made of

@@ -102,7 +102,7 @@ std::vector<Axis> Mesh::that(bool AxisKind::*splits, bool is) const {
 std::vector<Axis> Mesh::every_axis() const {
   std::vector<Axis> all{world};
   all.insert(all.end(), axes.begin(), axes.end());
-  all.insert(all.end(), joined.begin(), joined.end());
+  for (const auto& [ends, axis] : joined) all.push_back(axis);
   return all;
 }
 
@@ -117,7 +117,8 @@ static Axis open_axis(const Mesh& m, size_t slowest, size_t fastest) {
     axis.size *= m.axes[a].size;
   }
   const int color = m.rank - axis.rank * stride;  // the first rank of this line of the grid
-  if (axis.size > 1) NCCL_CHECK(ncclCommSplit(m.world.comm, color, axis.rank, &axis.comm, nullptr));
+  if (axis.size > 1 && m.world.comm)
+    NCCL_CHECK(ncclCommSplit(m.world.comm, color, axis.rank, &axis.comm, nullptr));
   return axis;
 }
 
@@ -143,7 +144,9 @@ Axis join(Mesh& m, AxisName slowest, AxisName fastest) {
   for (size_t a = slowest.index; a <= fastest.index; a++) all *= m.axes[a].size;
   for (size_t a = slowest.index; a <= fastest.index; a++)
     if (m.axes[a].size == all) return m.axes[a];
-  return m.joined.emplace_back(open_axis(m, slowest.index, fastest.index));
+  const auto [axis, is_new] = m.joined.try_emplace({slowest.index, fastest.index});
+  if (is_new) axis->second = open_axis(m, slowest.index, fastest.index);
+  return axis->second;
 }
 
 void close_mesh(Mesh& m) {

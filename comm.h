@@ -1,9 +1,9 @@
 // comm.h: ranks that talk: the axes of the mesh, its NCCL communicators, and the ledger of what was
 // sent.
 //
-// idea      Rank r sits at one place of a grid pp x replicate x fsdp x tp (slowest to fastest).
-//           Along each axis it shares a communicator with the ranks that differ from it in that
-//           place only. The strategies call NCCL on these communicators themselves.
+// idea      Rank r sits at one place of a grid pp x replicate x fsdp x cp x tp (slowest to
+//           fastest). Along each axis it shares a communicator with the ranks that differ from it
+//           in that place only. The strategies call NCCL on these communicators themselves.
 // axes      kAxes is the one list of them; everything else iterates over it. `mesh["fsdp"]` is this
 //           rank's place on an axis and its communicator, `layout["fsdp"]` the axis's size, and a
 //           name that is not in the list does not compile.
@@ -34,17 +34,22 @@
 
 struct AxisKind {
   const char* name;
-  bool splits_batch;  // each rank computes with its own sequences: the loss is summed over them
-  bool splits_model;  // each rank updates its own part of the parameters; else it holds a copy
+  bool splits_batch;     // each rank computes with its own sequences
+  bool splits_sequence;  // each rank computes with its own pieces of every sequence
+  bool splits_model;     // each rank updates its own part of the parameters; else it holds a copy
   const char *letter, *help;  // of the option --name
 };
 constexpr std::array kAxes = std::to_array<AxisKind>({
     // slowest to fastest
-    {"pp", false, true, "P", "pipeline parallelism: the layers are cut into P stages"},
-    {"replicate", true, false, "R",
+    {"pp", false, false, true, "P", "pipeline parallelism: the layers are cut into P stages"},
+    {"replicate", true, false, false, "R",
      "data parallelism: copies of the model, gradients summed over them"},
-    {"fsdp", true, true, "S", "fully sharded data parallelism: each rank owns 1/S of every layer"},
-    {"tp", false, true, "T", "tensor parallelism: each layer's weights are split over T ranks"},
+    {"fsdp", true, false, true, "S",
+     "fully sharded data parallelism: each rank owns 1/S of every layer"},
+    {"cp", false, true, true, "C",
+     "context parallelism: each rank has 1/C of every sequence, and of every layer as with fsdp"},
+    {"tp", false, false, true, "T",
+     "tensor parallelism: each layer's weights are split over T ranks"},
 });
 
 struct AxisName {
@@ -67,7 +72,7 @@ struct Layout {
   int64_t data_ranks() const;  // that share the batch
   std::array<int64_t, kAxes.size()> sizes;
 };
-std::string to_string(const Layout& layout);  // "pp 2 x replicate 1 x fsdp 2 x tp 2"
+std::string to_string(const Layout& layout);  // "pp 2 x replicate 1 x fsdp 2 x cp 1 x tp 2"
 std::string draw(const Layout& layout);       // the place of each rank, a line each
 // REQUIREs their product to be the ranks that mpiexec started
 void check_ranks(const Layout& layout, int ranks);
@@ -92,15 +97,16 @@ struct Mesh {
   Layout layout;
   int rank = 0, size = 1;
   std::array<Axis, kAxes.size()> axes;
-  Axis world;                     // every rank
-  std::vector<Axis> joined;       // see join
-  cudaStream_t stream = nullptr;  // the one communication queue
+  Axis world;                                        // every rank
+  std::map<std::pair<size_t, size_t>, Axis> joined;  // by their ends: see join
+  cudaStream_t stream = nullptr;                     // the one communication queue
 };
 // Collective. The communicators are split from the world's in the same order everywhere.
 Mesh open_mesh(const Layout& layout);
 // Collective. Two axes, or more, that are neighbours in kAxes as one: join(mesh, "fsdp", "tp") has
 // fsdp * tp ranks, which it numbers slow axis first. It has a communicator of its own, unless all
-// but one of the axes have size 1: then it is that one.
+// but one of the axes have size 1: then it is that one. A second call returns the same; of a mesh
+// that is not open it has no communicator.
 Axis join(Mesh& mesh, AxisName slowest, AxisName fastest);
 void close_mesh(Mesh& mesh);  // before MPI_Finalize and before the device closes
 

@@ -52,8 +52,8 @@ std::vector<Param*> Block::params() {
           &c_fc_weight,        &c_fc_bias,        &mlp_c_proj_weight, &mlp_c_proj_bias};
 }
 
-Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication)
-    : config(g), tp(axis, communication, g.sequence_parallel) {
+Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication, const Axis& cp)
+    : config(g), tp(axis, communication, g.sequence_parallel), cp(cp, communication) {
   ASSERT(g.width % g.heads == 0 && axis.size <= g.heads && axis.size <= g.vocab);
   wte = tp.split(make("wte.weight", {g.vocab, g.width}, 0.02f), 0, tp.part(g.vocab));
   wpe = tp.whole(make("wpe.weight", {g.context, g.width}, 0.01f));
@@ -117,7 +117,7 @@ std::vector<ModelPiece> Gpt::pieces(int positions) const {
 
 Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& tokens,
              const Attend& attend) {
-  const int64_t B = tokens.B, T = tokens.T, R = B * T, H = tp.part(config.heads).size(),
+  const int64_t B = tokens.B, T = tokens.length, R = B * tokens.T, H = tp.part(config.heads).size(),
                 row = tokens.only_row;
   if (part.kind == ModelPart::embedding) return tp.embedding(tape, tokens, wte, wpe);
 
@@ -132,7 +132,7 @@ Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& toke
     const Var normed = layernorm(tape, x, b.ln_1_weight, b.ln_1_bias);
     const Var qkv = tp.column_linear(tape, normed, R, b.c_attn_weight, b.c_attn_bias);
     const Var heads =
-        attend ? attend(tape, layer, qkv) : attention(tape, qkv, B, T, H, config.attention);
+        attend ? attend(tape, layer, qkv) : cp.attention(tape, qkv, B, T, H, config.attention);
     const Var attended = tp.row_linear(tape, heads, R, b.attn_c_proj_weight, b.attn_c_proj_bias);
     const auto [sum, normed_2] = add_layernorm(tape, x, attended, b.ln_2_weight, b.ln_2_bias);
     const Var hidden = gelu(tape, tp.column_linear(tape, normed_2, R, b.c_fc_weight, b.c_fc_bias));

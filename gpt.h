@@ -2,8 +2,9 @@
 // the token embedding.
 // idea      the model is a list of parts: the embedding, the blocks, the head. Each says which
 //           parameters it has and what its backward needs of them, and Gpt::run runs it. It is
-//           written once on tensor_parallel's layers, which on one rank are plain layers. Training,
-//           sampling, theory and the other strategies go through the list.
+//           written once on tensor_parallel's layers and context_parallel's attention, which on one
+//           rank are plain ones. Training, sampling, theory and the other strategies go through the
+//           list.
 // source    Radford et al., "Language models are unsupervised multitask learners", 2019; initial
 //           values as in its released code: normal(0, 0.02), positions 0.01, the two projections
 //           into the residual stream scaled by 1/sqrt(2 layers)
@@ -11,6 +12,7 @@
 #pragma once
 #include <span>
 
+#include "context_parallel.h"
 #include "tensor_parallel.h"
 
 struct ModelSize {
@@ -60,7 +62,8 @@ class Gpt {
  public:
   // Declares the parameters, this tp rank's part of each; FSDP gives them memory. Without an axis:
   // all of each, on one rank.
-  explicit Gpt(const GptConfig& config, const Axis& tp = {}, cudaStream_t communication = nullptr);
+  explicit Gpt(const GptConfig& config, const Axis& tp = {}, cudaStream_t communication = nullptr,
+               const Axis& cp = {});
   Gpt(const Gpt&) = delete;
 
   ModelPiece parts() const { return parts_; }
@@ -77,6 +80,7 @@ class Gpt {
 
   const GptConfig config;
   TensorParallel tp;
+  ContextParallel cp;
 
  private:
   Param wte, wpe, ln_f_weight, ln_f_bias;

@@ -170,7 +170,7 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
     const Tensor d = take(dx);
     const Tensor all_d = gather(d, R);
     // of its rows of wte; of all of wpe, on every rank
-    embedding_backward(wte.grad, wpe.grad, all_d, tokens.inputs, tokens.order, tokens.T);
+    embedding_backward(wte.grad, wpe.grad, all_d, tokens.inputs, tokens.order, tokens.places);
   });
   return x;
 }

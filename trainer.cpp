@@ -23,9 +23,9 @@ std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int 
 
 Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
     : options(o),
-      gpt(config, mesh["tp"], mesh.stream),
-      fsdp(mesh["fsdp"], mesh.that(&AxisKind::splits_model, false), mesh.stream, config.dtype,
-           options.fsdp, options.seed),
+      gpt(config, mesh["tp"], mesh.stream, mesh["cp"]),
+      fsdp(join(mesh, "fsdp", "cp"), mesh.that(&AxisKind::splits_model, false), mesh.stream,
+           config.dtype, options.fsdp, options.seed),
       pipeline(mesh["pp"], mesh.stream, schedule_of(options, mesh.layout)),
       mesh_(mesh),
       pieces_(pieces_of(gpt, pipeline.schedule(), mesh["pp"].rank)) {
@@ -61,13 +61,11 @@ void Trainer::gradients(const Sequences& batch) {
   const int64_t b = options.microbatch, T = gpt.config.context;
   fill(total_, 0);
   fsdp.begin_step(pipeline.schedule().microbatches);
-  pipeline.run(activation(b * T), gpt.config.dtype,
-               [&](Tape& tape, int chunk, const Var& x, int microbatch) {
-                 const Tokens tokens =
-                     read((microbatch * data_ranks() + data_rank()) * b, b, batch);
-                 return forward_loss(tape, chunk, x, tokens,
-                                     1.0 / double(options.batch * tokens.T));
-               });
+  pipeline.run(
+      activation(b, T), gpt.config.dtype, [&](Tape& tape, int chunk, const Var& x, int microbatch) {
+        const Tokens tokens = read((microbatch * data_ranks() + data_rank()) * b, b, batch);
+        return forward_loss(tape, chunk, x, tokens, 1.0 / double(options.batch * tokens.length));
+      });
   fsdp.finish_backward();
   if (exchanges_tied_) pipeline.sum_tied(fsdp.gradient_shard(kTied));
   sum_loss();
@@ -82,7 +80,8 @@ Var Trainer::forward(Tape& tape, int chunk, Var x, const Tokens& tokens) {
 Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale) {
   Var y = forward(tape, chunk, x, tokens);
   if (!has_head(pieces_[chunk])) return y;
-  gpt.tp.cross_entropy(tape, std::move(y), tokens.targets, scale, total_);
+  const double copies = double(gpt.cp.copies(tokens.length));
+  gpt.tp.cross_entropy(tape, std::move(y), tokens.targets, scale / copies, total_);
   return {};
 }
 
@@ -92,24 +91,32 @@ int64_t Trainer::data_rank() const {
   return rank;
 }
 
-// `count` sequences from `first` on, as inputs and, one token further, targets.
+// This rank's pieces of `count` sequences from `first` on, as inputs and, one token further,
+// targets.
 Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) const {
   std::vector<int> inputs, targets;
   // at once: what does not fit is refused before it is read
   inputs.reserve(size_t(count * gpt.config.context));
   targets.reserve(size_t(count * gpt.config.context));
+  int64_t T = 0;
   for (int64_t s = first; s < first + count; s++) {
     const std::vector<int> tokens = sequence(s);
-    inputs.insert(inputs.end(), tokens.begin(), tokens.end() - 1);
-    targets.insert(targets.end(), tokens.begin() + 1, tokens.end());
+    T = int64_t(tokens.size()) - 1;
+    const Positions places = gpt.cp.part(T);
+    for (const Range& piece : {places.low, places.high}) {
+      const auto begin = tokens.begin() + piece.begin, end = tokens.begin() + piece.end;
+      inputs.insert(inputs.end(), begin, end);
+      targets.insert(targets.end(), begin + 1, end + 1);
+    }
   }
-  const int64_t T = int64_t(inputs.size()) / count;
-  return Tokens(count, T, std::move(inputs), std::move(targets), gpt.tp.part(gpt.config.vocab));
+  return Tokens(count, T, gpt.cp.part(T), std::move(inputs), std::move(targets),
+                gpt.tp.part(gpt.config.vocab));
 }
 
-// Each data-parallel rank has its sequences' part of the loss, and only the last stage has any.
+// Each rank has its sequences', or its pieces', part of the loss, and only the last stage has any.
 void Trainer::sum_loss() {
   std::vector<Axis> axes = mesh_.that(&AxisKind::splits_batch);
+  axes.push_back(mesh_["cp"]);
   axes.push_back(mesh_["pp"]);
   sum_over(axes, total_, Traffic::loss, mesh_.stream);
 }
@@ -140,13 +147,13 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
   // Micro-batches of `count` sequences from `first` on, `times` on each rank. A rank that has none
   // left repeats one with weight 0: all ranks run the same collectives.
   const auto add = [&](int64_t first, int64_t count, int64_t times) {
-    pipeline.forward(activation(count * T), gpt.config.dtype, int(times),
+    pipeline.forward(activation(count, T), gpt.config.dtype, int(times),
                      [&](Tape& tape, int chunk, const Var& x, int i) {
                        const int64_t mine = first + (i * data_ranks() + data_rank()) * count;
                        const Tokens tokens =
                            read(std::min(mine, sequences - count), count, held_out);
                        const double scale =
-                           mine < sequences ? 1.0 / double(sequences * tokens.T) : 0.0;
+                           mine < sequences ? 1.0 / double(sequences * tokens.length) : 0.0;
                        return forward_loss(tape, chunk, x, tokens, scale);
                      });
   };
@@ -160,17 +167,22 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
 std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
   const Purpose purpose(Traffic::evaluation);
   const int64_t n = int64_t(tokens.size()), V = gpt.config.vocab;
-  Tokens batch(1, n, tokens, tokens, gpt.tp.part(V));
-  batch.only_row = n - 1;
+  Tokens batch = read(0, 1, [&](int64_t) {
+    std::vector<int> and_target = tokens;
+    and_target.push_back(0);
+    return and_target;
+  });
+  batch.only_row = batch.T - 1;
   Tensor next({1, V}, gpt.config.dtype, Memory::workspace);
   fill(next, 0);  // what a rank has that does not have the head
-  pipeline.forward(activation(n), gpt.config.dtype, 1,
+  pipeline.forward(activation(1, n), gpt.config.dtype, 1,
                    [&](Tape& tape, int chunk, const Var& x, int) {
                      const Var y = forward(tape, chunk, x, batch);
                      if (!has_head(pieces_[chunk])) return y;
-                     next = gpt.tp.whole_logits(y.value, V);
+                     const Tensor whole = gpt.tp.whole_logits(y.value, V);
+                     if (mesh_["cp"].rank == 0) next = whole;  // it has the last token
                      return Var{};
                    });
-  sum_over({mesh_["pp"]}, next, Traffic::evaluation, mesh_.stream);
+  sum_over({mesh_["cp"], mesh_["pp"]}, next, Traffic::evaluation, mesh_.stream);
   return download(next);
 }

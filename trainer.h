@@ -7,7 +7,8 @@
 //           as the parity tests do, since Adam would hide a wrong scale.
 // sums      the loss divides by the step's number of tokens once; everything after that is a sum
 // batch     sequence s of the global batch goes to the data-parallel rank and micro-batch that the
-//           layout says; which tokens it holds depends on (seed, step, s) alone
+//           layout says; which tokens it holds depends on (seed, step, s) alone. Along the cp axis
+//           each rank has its pieces of it.
 #pragma once
 #include <memory>
 
@@ -64,7 +65,10 @@ class Trainer {
   Var forward(Tape& tape, int chunk, Var x, const Tokens& tokens);
   Tokens read(int64_t first, int64_t count, const Sequences& sequence) const;
   void sum_loss();
-  Shape activation(int64_t rows) const { return {gpt.tp.slice(rows), gpt.config.width}; }
+  // of `count` sequences on this rank
+  Shape activation(int64_t count, int64_t length) const {
+    return {gpt.tp.slice(count * gpt.cp.part(length).rows()), gpt.config.width};
+  }
 
   Mesh& mesh_;
   std::vector<ModelPiece> pieces_;        // by chunk

@@ -119,8 +119,8 @@ class DirectoryLock {
 
 // paths of steps, newest first, whole or not
 std::vector<std::string> checkpoints_in(const std::string& dir);
-bool is_complete(const std::string& path);       // a step
-std::string newest_in(const std::string& dir);   // that is complete; empty: none
+bool is_complete(const std::string& path);      // a step
+std::string newest_in(const std::string& dir);  // that is complete; empty: none
 // unless it is there; an Error where nothing can be written
 void make_directory(const std::string& dir);
 // `path` itself if it is a checkpoint, else the newest whole one in it

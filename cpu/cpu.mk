@@ -22,8 +22,8 @@ else ifeq ($(BACKEND),sanitize)
 else ifeq ($(BACKEND),faithful)
   CXXFLAGS += -DCPU_FAITHFUL -g1
   KERNEL_FAST :=
-  SOURCES  := $(filter %.cu autograd.cpp gpt.cpp optimizer.cpp comm.cpp tensor_parallel.cpp, \
-                $(SOURCES))
+  SOURCES  := $(filter %.cu autograd.cpp gpt.cpp optimizer.cpp comm.cpp \
+                tensor_parallel.cpp context_parallel.cpp, $(SOURCES))
   SOURCES  += cpu/faithful/faithful.cpp
 else ifeq ($(BACKEND),ptx)
   CXXFLAGS += -I$(CUDA)/include -fopenmp -march=$(MARCH)

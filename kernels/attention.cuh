@@ -63,6 +63,16 @@ struct Sizes {
   __device__ int first_seeing(int key) const { return queries.before(keys.position(key)); }
 };
 
+inline Places places_of(const Positions& p) {
+  ASSERT(p.high.size() == 0 || p.high.begin >= p.low.end, "pieces of a sequence must ascend");
+  const int rows = int(p.rows()), cut = int(p.low.size());
+  return {rows, p.high.size() ? cut : rows, int(p.low.begin),
+          int(p.high.size() ? p.high.begin - cut : p.low.begin)};
+}
+
+// (B,H,queries) acc: the sum over d of dout * out, both (B,queries,H,D)
+Tensor delta_of(const Tensor& dout, const Tensor& out, int64_t B, const Sizes& n);
+
 // Arguments of attention in tensor cores (attention_mma.cu). It takes bf16 with `packs`, which a D
 // of whole packs has.
 using Bf16Rows = Rows<const __nv_bfloat16>;

@@ -364,13 +364,6 @@ template <class T, int kD> void backward(unsigned heads, Sizes n, Gradients d, R
 
 // ---- arguments
 
-Places places_of(const Positions& p) {
-  ASSERT(p.high.size() == 0 || p.high.begin >= p.low.end, "pieces of a sequence must ascend");
-  const int rows = int(p.rows()), cut = int(p.low.size());
-  return {rows, p.high.size() ? cut : rows, int(p.low.begin),
-          int(p.high.size() ? p.high.begin - cut : p.low.begin)};
-}
-
 // A tensor (B,rows,parts,H,D), and how to find its parts
 struct Parts {
   const Tensor& tensor;
@@ -414,6 +407,15 @@ Sizes sizes_of(const Tensor& out, const Tensor& lse, const Tensor& q, int64_t B,
 
 // ---- host functions
 
+Tensor flash::delta_of(const Tensor& dout, const Tensor& out, int64_t B, const Sizes& n) {
+  const Tensor delta({B, n.H, n.queries.rows}, master_dtype(out.dtype()), Memory::workspace);
+  const int64_t rows = delta.numel();
+  const unsigned blocks = unsigned(ceil_div(rows, kDeltaRows));
+  DISPATCH(out.dtype(), flash_delta<T><<<blocks, kProductThreads, 0, device().compute>>>(
+                            delta.data<acc_t<T>>(), dout.data<T>(), out.data<T>(), n, rows));
+  return delta;
+}
+
 void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& q,
                              const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
                              const Positions& keys) {
@@ -448,14 +450,11 @@ void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
   const Parts qs(q, dtype, B, n.queries, n), kvs(kv, dtype, B, n.keys, n),
       dqs(dq, dtype, B, n.queries, n), dkvs(dkv, dtype, B, n.keys, n),
       dys(dout, dtype, B, n.queries, n);
-  ASSERT(dqs.parts == qs.parts && dkvs.parts == kvs.parts);
+  ASSERT(dkvs.parts >= 2);
   const Gradients d{dqs.write(0, add), dkvs.write(dkvs.parts - 2, add),
                     dkvs.write(dkvs.parts - 1, add)};
-  const Tensor delta({B, H, n.queries.rows}, lse.dtype(), Memory::workspace);
-  const int64_t rows = delta.numel();
-  const unsigned heads = unsigned(B * H), blocks = unsigned(ceil_div(rows, kDeltaRows));
-  DISPATCH(dtype, flash_delta<T><<<blocks, kProductThreads, 0, device().compute>>>(
-                      delta.data<acc_t<T>>(), dout.data<T>(), out.data<T>(), n, rows));
+  const Tensor delta = delta_of(dout, out, B, n);
+  const unsigned heads = unsigned(B * H);
   const auto launch = [&]<class T>(T) {
     const Inputs<T> in{qs.read<T>(0), kvs.read<T>(kvs.parts - 2), kvs.read<T>(kvs.parts - 1)};
     const acc_t<T>*l = lse.data<acc_t<T>>(), *de = delta.data<acc_t<T>>();

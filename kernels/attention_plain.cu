@@ -1,127 +1,167 @@
-// attention_plain.cu: causal self-attention as the formula says: scores, softmax, product.
+// attention_plain.cu: causal attention as the formula says: scores, softmax, product.
 //
-// idea      scores (T,T) = q k^T / sqrt(D) for each head, softmax over the keys up to the query,
-//           out = probabilities v. The products are batched over the heads and read q, k, v where
-//           they lie, inside packed qkv: one head's rows are 3 H D elements apart.
-// cost      forward 2, backward 4 products of (T,T,D) for each head, the half above the diagonal
-//           included; B H T T probabilities are kept for the backward, which needs H T T more while
-//           it runs: one sequence at a time
-// not here  skipping what lies above the diagonal, and never storing (T,T): attention_flash.cu
+// idea      scores (Tq,Tk) = q k^T / sqrt(D) for each head, softmax over the keys that the query
+//           sees, out = probabilities v. The products are batched over the heads and read q, k, v
+//           where they lie, inside packed qkv: one head's rows are 3 H D elements apart.
+// cost      forward 2, backward 4 products of (Tq,Tk,D) for each head, what no query sees included;
+//           B H Tq Tk probabilities are kept for the backward, which needs H Tq Tk more while it
+//           runs: one sequence at a time. Where they are not kept it has a product more.
+// not here  skipping what lies above the diagonal, and never storing (Tq,Tk): attention_flash.cu
 // test      tests/test_attention.cpp
-#include "kernels/common.cuh"
+#include "kernels/attention.cuh"
+
+using namespace flash;
 
 namespace {
 
 constexpr int kThreads = block_threads(128);
 
-// s (B,H,T,T) becomes probabilities: softmax over columns 0..t of row t, zero beyond; one block a
-// row; reads it twice, writes it once; any T
+// s (B,H,queries,keys) becomes probabilities: softmax over the first keys of a row, those that its
+// query sees, zero beyond; lse (B,H,queries), if there is one: the logarithm of its sum; one block
+// a row; reads it twice, writes it once
 template <class T> __global__ void __launch_bounds__(128)
-    causal_softmax(T* __restrict__ s, int width) {
+    causal_softmax(T* __restrict__ s, acc_t<T>* lse, Sizes n) {
   using A = acc_t<T>;
-  s += int64_t(blockIdx.x) * width;
-  const int t = blockIdx.x % width;
+  s += int64_t(blockIdx.x) * n.keys.rows;
+  const int seen = n.seen_by(blockIdx.x % n.queries.rows);
   A most = Max<A>::identity;
-  for (int i = threadIdx.x; i <= t; i += kThreads) most = Max<A>::combine(most, load(s[i]));
+  for (int i = threadIdx.x; i < seen; i += kThreads) most = Max<A>::combine(most, load(s[i]));
   most = block_reduce<Max<A>>(most);
   A sum = 0;
-  for (int i = threadIdx.x; i <= t; i += kThreads) sum += exp_of(load(s[i]) - most);
-  const A scale = 1 / block_reduce<Sum<A>>(sum);
-  INDEPENDENT
-  for (int i = threadIdx.x; i <= t; i += kThreads)
-    s[i] = store<T>(exp_of(load(s[i]) - most) * scale);
-  for (int i = t + 1 + threadIdx.x; i < width; i += kThreads) s[i] = store<T>(A(0));
-}
-
-// dp (H,T,T), the gradient of probabilities p, becomes that of scores: scale * p * (dp - sum of p
-// dp); one block a row; reads both twice
-template <class T> __global__ void __launch_bounds__(128)
-    causal_softmax_backward(T* __restrict__ dp, const T* __restrict__ p, int width,
-                            acc_t<T> scale) {
-  using A = acc_t<T>;
-  dp += int64_t(blockIdx.x) * width;
-  p += int64_t(blockIdx.x) * width;
-  const int t = blockIdx.x % width;
-  A sum = 0;
-  for (int i = threadIdx.x; i <= t; i += kThreads) sum += load(p[i]) * load(dp[i]);
+  for (int i = threadIdx.x; i < seen; i += kThreads) sum += exp_of(load(s[i]) - most);
   sum = block_reduce<Sum<A>>(sum);
+  const A scale = 1 / sum;
   INDEPENDENT
-  for (int i = threadIdx.x; i <= t; i += kThreads)
-    dp[i] = store<T>(scale * load(p[i]) * (load(dp[i]) - sum));
-  for (int i = t + 1 + threadIdx.x; i < width; i += kThreads) dp[i] = store<T>(A(0));
+  for (int i = threadIdx.x; i < seen; i += kThreads)
+    s[i] = store<T>(exp_of(load(s[i]) - most) * scale);
+  for (int i = seen + threadIdx.x; i < n.keys.rows; i += kThreads) s[i] = store<T>(A(0));
+  if (lse && threadIdx.x == 0) lse[blockIdx.x] = seen ? most + log_of(sum) : Max<A>::identity;
 }
 
-// Matrices of one sequence, batched over its heads
-struct Sequence {
+// s (H,queries,keys), scores, become exp(score - lse (H,queries)), zero for keys that are not seen;
+// one block a row; reads and writes it once
+template <class T> __global__ void __launch_bounds__(128)
+    softmax_again(T* __restrict__ s, const acc_t<T>* lse, Sizes n) {
+  using A = acc_t<T>;
+  s += int64_t(blockIdx.x) * n.keys.rows;
+  const int seen = n.seen_by(blockIdx.x % n.queries.rows);
+  const A of_row = lse[blockIdx.x];
+  INDEPENDENT
+  for (int i = threadIdx.x; i < seen; i += kThreads) s[i] = store<T>(exp_of(load(s[i]) - of_row));
+  for (int i = seen + threadIdx.x; i < n.keys.rows; i += kThreads) s[i] = store<T>(A(0));
+}
+
+// dp (H,queries,keys), the gradient of probabilities p, becomes that of scores: scale * p * (dp -
+// delta (H,queries)), which is zero where p is; one block a row; reads both once
+template <class T> __global__ void __launch_bounds__(128)
+    causal_softmax_backward(T* __restrict__ dp, const T* __restrict__ p, const acc_t<T>* delta,
+                            int keys, acc_t<T> scale) {
+  using A = acc_t<T>;
+  dp += int64_t(blockIdx.x) * keys;
+  p += int64_t(blockIdx.x) * keys;
+  const A of_row = delta[blockIdx.x];
+  INDEPENDENT
+  for (int i = threadIdx.x; i < keys; i += kThreads)
+    dp[i] = store<T>(scale * load(p[i]) * (load(dp[i]) - of_row));
+}
+
+// A tensor (B,rows,parts,H,D) and the matrices of one of its sequences, batched over the heads
+struct Heads {
   const Tensor& of;
-  int64_t b, T, H, D;
-  char* at(int64_t element) const {
-    return static_cast<char*>(of.raw()) + element * int64_t(size_of(of.dtype()));
+  int64_t rows, parts, H, D;
+  Heads(const Tensor& x, int64_t B, const Places& places, const Sizes& n)
+      : of(x), rows(places.rows), parts(x.numel() / (B * rows * n.H * n.D)), H(n.H), D(n.D) {
+    ASSERT(x.numel() == B * rows * parts * H * D, to_string(x.shape()), " with B = ", B,
+           ", T = ", rows, ", H = ", H, ", D = ", D);
   }
-  // (B,T,3,H,D)
-  Matrix packed(int64_t part, bool transposed = false) const {
-    return {at((b * T * 3 + part) * H * D), 3 * H * D, transposed, D};
+  Matrix part(int64_t b, int64_t part, bool transposed = false) const {
+    char* data = static_cast<char*>(of.raw()) +
+                 (b * rows * parts + part) * H * D * int64_t(size_of(of.dtype()));
+    return {data, parts * H * D, transposed, D};
   }
-  // (B,T,H,D)
-  Matrix rows(bool transposed = false) const { return {at(b * T * H * D), H * D, transposed, D}; }
-  // (B,H,T,T)
-  Matrix scores(bool transposed = false) const { return {at(b * H * T * T), T, transposed, T * T}; }
+  Matrix first(int64_t b, bool transposed = false) const { return part(b, 0, transposed); }
+  Matrix keys(int64_t b, bool transposed = false) const { return part(b, parts - 2, transposed); }
+  Matrix values(int64_t b, bool transposed = false) const { return part(b, parts - 1, transposed); }
 };
-constexpr int kQ = 0, kK = 1, kV = 2;
 
-int64_t head_width(const Tensor& qkv, const Tensor& out, const Tensor& probabilities, int64_t B,
-                   int64_t T, int64_t H) {
-  const int64_t D = qkv.numel() / (B * T * 3 * H);
-  ASSERT(qkv.numel() == B * T * 3 * H * D && out.numel() == B * T * H * D &&
-             probabilities.numel() == B * H * T * T,
-         to_string(qkv.shape()), ", ", to_string(out.shape()), ", ",
-         to_string(probabilities.shape()), " with B = ", B, ", T = ", T, ", H = ", H);
-  ASSERT(out.dtype() == qkv.dtype() && probabilities.dtype() == qkv.dtype());
-  return D;
-}
+struct Problem {
+  Sizes n;
+  int64_t Tq, Tk;
+  unsigned rows;  // of a sequence's scores
+  double scale;
+  Problem(const Tensor& out, int64_t B, int64_t H, const Positions& queries, const Positions& keys)
+      : n{.H = int(H),
+          .D = int(out.numel() / (B * queries.rows() * H)),
+          .packs = false,
+          .queries = places_of(queries),
+          .keys = places_of(keys)},
+        Tq(n.queries.rows),
+        Tk(n.keys.rows),
+        rows(unsigned(H * Tq)),
+        scale(1 / std::sqrt(double(n.D))) {}
+  int64_t scores() const { return n.H * Tq * Tk; }  // of a sequence
+  // (H,Tq,Tk)
+  Matrix matrix(const Tensor& scores, bool transposed = false) const {
+    return {scores.raw(), Tk, transposed, Tq * Tk};
+  }
+  Tensor of(const Tensor& all, int64_t b) const { return all.part(b * scores(), {n.H, Tq, Tk}); }
+  // s (H,Tq,Tk) = q k^T * scale
+  void multiply(const Tensor& s, Matrix q, Matrix k_transposed) const {
+    matmul(s.dtype(), s.dtype(), Tq, Tk, n.D, q, k_transposed, matrix(s), scale, 0, n.H);
+  }
+};
 
 }  // namespace
 
-void attention_plain_forward(const Tensor& out, const Tensor& probabilities, const Tensor& qkv,
-                             int64_t B, int64_t T, int64_t H) {
-  if (!qkv.numel()) return;
-  const int64_t D = head_width(qkv, out, probabilities, B, T, H);
-  const Dtype dtype = qkv.dtype();
-  for (int64_t b = 0; b < B; b++) {
-    const Sequence x{qkv, b, T, H, D}, p{probabilities, b, T, H, D};
-    matmul(dtype, dtype, T, T, D, x.packed(kQ), x.packed(kK, true), p.scores(),
-           1 / std::sqrt(double(D)), 0, H);
-  }
-  const unsigned rows = unsigned(B * H * T);
-  const int width = int(T);
-  DISPATCH(dtype, causal_softmax<T>
-           <<<rows, kThreads, 0, device().compute>>>(probabilities.data<T>(), width));
-  for (int64_t b = 0; b < B; b++) {
-    const Sequence x{qkv, b, T, H, D}, p{probabilities, b, T, H, D}, y{out, b, T, H, D};
-    matmul(dtype, dtype, T, D, T, p.scores(), x.packed(kV), y.rows(), 1, 0, H);
-  }
+void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor& probabilities,
+                             const Tensor& q, const Tensor& kv, int64_t B, int64_t H,
+                             const Positions& queries, const Positions& keys) {
+  if (!out.numel()) return;
+  const Problem x(out, B, H, queries, keys);
+  const Dtype dtype = q.dtype();
+  const Tensor p =
+      probabilities.empty() ? Tensor({B, H, x.Tq, x.Tk}, dtype, Memory::workspace) : probabilities;
+  ASSERT(p.numel() == B * x.scores() && p.dtype() == dtype, to_string(p.shape()), " with B = ", B,
+         ", H = ", H, ", T = ", x.Tq, ", ", x.Tk);
+  const Heads y(out, B, x.n.queries, x.n), qs(q, B, x.n.queries, x.n), kvs(kv, B, x.n.keys, x.n);
+  for (int64_t b = 0; b < B; b++) x.multiply(x.of(p, b), qs.first(b), kvs.keys(b, true));
+  DISPATCH(dtype, causal_softmax<T><<<unsigned(B) * x.rows, kThreads, 0, device().compute>>>(
+                      p.data<T>(), lse.empty() ? nullptr : lse.data<acc_t<T>>(), x.n));
+  for (int64_t b = 0; b < B; b++)
+    matmul(dtype, out.dtype(), x.Tq, x.n.D, x.Tk, x.matrix(x.of(p, b)), kvs.values(b), y.first(b),
+           1, 0, H);
 }
 
-void attention_plain_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& probabilities,
-                              const Tensor& qkv, int64_t B, int64_t T, int64_t H) {
-  if (!qkv.numel()) return;
-  const int64_t D = head_width(qkv, dout, probabilities, B, T, H);
-  const Dtype dtype = qkv.dtype();
-  ASSERT(dqkv.dtype() == dtype && dqkv.numel() == qkv.numel());
-  // the gradient of probabilities, then of scores
-  const Tensor scores({H, T, T}, dtype, Memory::workspace);
-  const unsigned rows = unsigned(H * T);
-  const int width = int(T);
-  const double scale = 1 / std::sqrt(double(D));
+void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
+                              const Tensor& out, const Tensor& lse, const Tensor& probabilities,
+                              const Tensor& q, const Tensor& kv, int64_t B, int64_t H,
+                              const Positions& queries, const Positions& keys, bool add) {
+  if (!out.numel()) return;
+  const Problem x(out, B, H, queries, keys);
+  const Dtype dtype = q.dtype(), to = dq.dtype();
+  ASSERT(dkv.dtype() == to && dout.numel() == out.numel());
+  const Heads qs(q, B, x.n.queries, x.n), kvs(kv, B, x.n.keys, x.n), dqs(dq, B, x.n.queries, x.n),
+      dkvs(dkv, B, x.n.keys, x.n), dy(dout, B, x.n.queries, x.n);
+  const Tensor delta = delta_of(dout, out, B, x.n);
+  const Tensor ds({H, x.Tq, x.Tk}, dtype, Memory::workspace);  // the gradient of probabilities, too
+  const bool kept = !probabilities.empty();
+  const Tensor again = kept ? Tensor() : Tensor(ds.shape(), dtype, Memory::workspace);
   for (int64_t b = 0; b < B; b++) {
-    const Sequence x{qkv, b, T, H, D}, dx{dqkv, b, T, H, D}, dy{dout, b, T, H, D},
-        p{probabilities, b, T, H, D}, ds{scores, 0, T, H, D};
-    const Tensor p_b = probabilities.part(b * H * T * T, {H, T, T});
-    matmul(dtype, dtype, T, D, T, p.scores(true), dy.rows(), dx.packed(kV), 1, 0, H);
-    matmul(dtype, dtype, T, T, D, dy.rows(), x.packed(kV, true), ds.scores(), 1, 0, H);
-    DISPATCH(dtype, causal_softmax_backward<T><<<rows, kThreads, 0, device().compute>>>(
-                        scores.data<T>(), p_b.data<T>(), width, acc_t<T>(scale)));
-    matmul(dtype, dtype, T, D, T, ds.scores(), x.packed(kK), dx.packed(kQ), 1, 0, H);
-    matmul(dtype, dtype, T, D, T, ds.scores(true), x.packed(kQ), dx.packed(kK), 1, 0, H);
+    const Tensor p = kept ? x.of(probabilities, b) : again;
+    if (!kept) {
+      x.multiply(p, qs.first(b), kvs.keys(b, true));
+      const Tensor of_rows = lse.part(b * x.rows, {x.rows});
+      DISPATCH(dtype, softmax_again<T><<<x.rows, kThreads, 0, device().compute>>>(
+                          p.data<T>(), of_rows.data<acc_t<T>>(), x.n));
+    }
+    matmul(dtype, to, x.Tk, x.n.D, x.Tq, x.matrix(p, true), dy.first(b), dkvs.values(b), 1, add, H);
+    matmul(dtype, dtype, x.Tq, x.Tk, x.n.D, dy.first(b), kvs.values(b, true), x.matrix(ds), 1, 0,
+           H);
+    const Tensor of_rows = delta.part(b * x.rows, {x.rows});
+    DISPATCH(dtype, causal_softmax_backward<T><<<x.rows, kThreads, 0, device().compute>>>(
+                        ds.data<T>(), p.data<T>(), of_rows.data<acc_t<T>>(), int(x.Tk),
+                        acc_t<T>(x.scale)));
+    matmul(dtype, to, x.Tq, x.n.D, x.Tk, x.matrix(ds), kvs.keys(b), dqs.first(b), 1, add, H);
+    matmul(dtype, to, x.Tk, x.n.D, x.Tq, x.matrix(ds, true), qs.first(b), dkvs.keys(b), 1, add, H);
   }
 }

@@ -125,15 +125,25 @@ std::vector<int> sort_rows(const std::vector<int>& tokens) {
 }
 
 void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx,
-                        const Tensor& tokens, const Tensor& order, int64_t period) {
+                        const Tensor& tokens, const Tensor& order, const Positions& places) {
   const int64_t C = dwte.dim(-1), R = tokens.numel(), sorted_rows = order.numel(),
-                positions = std::min(period, R);
-  ASSERT(dx.numel() == R * C && sorted_rows <= R && dwpe.numel() >= positions * C &&
-         (!R || R % positions == 0));
+                positions = std::min(places.rows(), R);
+  ASSERT(dx.numel() == R * C && sorted_rows <= R && (!R || R % positions == 0));
   ASSERT(dwte.dtype() == master_dtype(dx.dtype()) && dwpe.dtype() == dwte.dtype());
   if (!R) return;
   // dx (sequences, positions C): the positions of a sequence are the columns
-  bias_backward(dwpe.part(0, {positions * C}), dx);
+  if (places.high.size() == 0) bias_backward(dwpe.part(places.low.begin * C, {positions * C}), dx);
+  else {
+    const Tensor sums({positions * C}, dwpe.dtype(), Memory::workspace);
+    fill(sums, 0);
+    bias_backward(sums, dx);
+    int64_t row = 0;
+    for (const Range& piece : {places.low, places.high}) {
+      const Tensor to = dwpe.part(piece.begin * C, {piece.size() * C});
+      add(to, to, sums.part(row * C, to.shape()));
+      row += piece.size();
+    }
+  }
   const unsigned segments = unsigned(ceil_div(sorted_rows, kSegment));
   if (!segments) return;
   const Tensor parts({segments, 2, C}, dwte.dtype(), Memory::workspace);

@@ -65,50 +65,70 @@ void add(const Tensor& y, const Tensor& a, const Tensor& b);
 
 // ---- embedding.cu
 
+// Positions in a sequence of consecutive rows: ascending, one piece of the sequence or two.
+struct Positions {
+  Range low, high{};
+  int64_t rows() const { return low.size() + high.size(); }
+  int64_t operator[](int64_t row) const {
+    return row < low.size() ? low.begin + row : high.begin + row - low.size();
+  }
+};
 // x (R,C) = wte (V,C)[tokens (R)] + wpe (T,C)[row % T, or positions (R)]; rows whose token is -1
 // (another rank's) are 0
 void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe,
                        int64_t T, const Tensor& positions = {});
 // dwte (V,C) += rows of dx (R,C) with that token, dwpe (T,C) += rows of dx at that position, all of
-// them; R is a multiple of T, or less. `order` lists the rows that have a token sorted by it
-// (stable), so that one block owns one token's run and nothing needs an atomic: see sort_rows.
+// them; every sequence has rows at `places`, or R are fewer. `order` lists the rows that have a
+// token sorted by it (stable), so that one block owns one token's run and nothing needs an atomic:
+// see sort_rows.
 void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx,
-                        const Tensor& tokens, const Tensor& order, int64_t T);
+                        const Tensor& tokens, const Tensor& order, const Positions& places);
 // on the host: numbers of the rows with a token, in its order, stable
 std::vector<int> sort_rows(const std::vector<int>& tokens);
 
 // ---- attention_plain.cu, attention_flash.cu
-// causal self-attention; scale 1/sqrt(D)
+// Causal attention; scale 1/sqrt(D). Queries may come from one tensor, keys and values from
+// another, each with the positions of its rows. A query sees the keys whose position is not after
+// its own: all, some or none.
 
-// plain: batched matrix products and a softmax kernel, over packed qkv (B,T,3,H,D); probabilities
-// (B,H,T,T) are kept
-void attention_plain_forward(const Tensor& out, const Tensor& probabilities, const Tensor& qkv,
-                             int64_t B, int64_t T, int64_t H);
-void attention_plain_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& probabilities,
-                              const Tensor& qkv, int64_t B, int64_t T, int64_t H);
-// flash: tiles of scores never leave the chip (Dao et al., "FlashAttention", 2022, algorithms 1 and
-// 4). Queries may come from one tensor, keys and values from another, each with the positions of
-// its rows: ascending, one piece of the sequence or two. A query sees the keys whose position is
-// not after its own: all, some or none.
-struct Positions {
-  Range low, high{};
-  int64_t rows() const { return low.size() + high.size(); }
-};
 // q (B,Tq,H,D), or the first part of (B,Tq,3,H,D); kv (B,Tk,2,H,D), or the last two parts of
 // (B,Tk,3,H,D). out (B,Tq,H,D) of q's dtype or acc; lse (B,H,Tq) acc: the logarithm of each row's
 // sum of exponentials, which the backward needs, and who merges results over several sets of keys.
 // A row that sees no key has out 0 and as lse the lowest number there is.
+
+// plain: batched matrix products and a softmax kernel; probabilities (B,H,Tq,Tk) of q's dtype.
+// These, where nobody keeps them, or lse may be empty.
+void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor& probabilities,
+                             const Tensor& q, const Tensor& kv, int64_t B, int64_t H,
+                             const Positions& queries, const Positions& keys);
+// as the flash form's; `probabilities` that are empty are computed again, from lse
+void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
+                              const Tensor& out, const Tensor& lse, const Tensor& probabilities,
+                              const Tensor& q, const Tensor& kv, int64_t B, int64_t H,
+                              const Positions& queries, const Positions& keys, bool add = false);
+// flash: tiles of scores never leave the chip (Dao et al., "FlashAttention", 2022, algorithms 1 and
+// 4)
 void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& q,
                              const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
                              const Positions& keys);
-// dq like q and dkv like kv, of their dtype or acc: written, or with `add` added to what is there.
-// out and lse may be merged from this and other keys: then this is these keys' part of dq, and all
-// that these queries give to dk and dv.
+// dq as q may be, and dkv as kv, of their dtype or acc: written, or with `add` added to what is
+// there. out and lse may be merged from this and other keys: then this is these keys' part of dq,
+// and all that these queries give to dk and dv.
 void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
                               const Tensor& out, const Tensor& lse, const Tensor& q,
                               const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
                               const Positions& keys, bool add = false);
-// a whole sequence, packed
+// a whole sequence, packed: qkv (B,T,3,H,D)
+inline void attention_plain_forward(const Tensor& out, const Tensor& probabilities,
+                                    const Tensor& qkv, int64_t B, int64_t T, int64_t H) {
+  attention_plain_forward(out, {}, probabilities, qkv, qkv, B, H, {{0, T}}, {{0, T}});
+}
+inline void attention_plain_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out,
+                                     const Tensor& probabilities, const Tensor& qkv, int64_t B,
+                                     int64_t T, int64_t H) {
+  attention_plain_backward(dqkv, dqkv, dout, out, {}, probabilities, qkv, qkv, B, H, {{0, T}},
+                           {{0, T}});
+}
 inline void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv,
                                     int64_t B, int64_t T, int64_t H) {
   attention_flash_forward(out, lse, qkv, qkv, B, H, {{0, T}}, {{0, T}});
@@ -118,6 +138,17 @@ inline void attention_flash_backward(const Tensor& dqkv, const Tensor& dout, con
                                      int64_t H) {
   attention_flash_backward(dqkv, dqkv, dout, out, lse, qkv, qkv, B, H, {{0, T}}, {{0, T}});
 }
+
+// ---- attention_merge.cu   attention over several sets of keys, one after the other
+
+// out (B,T,H,D) and lse (B,H,T), both acc, of some keys become those of these and other keys, whose
+// are part and part_lse; at least one of a row's two sets has a key that it sees
+void merge_attention(const Tensor& out, const Tensor& lse, const Tensor& part,
+                     const Tensor& part_lse);
+// columns to_first .. of every row of `to` = as many columns from_first .. of `from`, which is of
+// the same dtype or acc
+void copy_columns(const Tensor& to, int64_t to_first, const Tensor& from, int64_t from_first,
+                  int64_t columns);
 
 // ---- attention_decode.cu   one new token a sequence, over the keys and values of all before it
 

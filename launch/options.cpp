@@ -61,7 +61,7 @@ OptionGroup mesh_options(Layout& layout, bool has_batch) {
   std::vector<std::string> names;
   std::vector<Option> options;
   for (size_t a = 0; a < kAxes.size(); a++) {
-    if (kAxes[a].splits_batch && !has_batch) continue;
+    if ((kAxes[a].splits_batch || kAxes[a].splits_sequence) && !has_batch) continue;
     names.push_back(kAxes[a].name);
     options.push_back(
         {kAxes[a].name, kAxes[a].letter, whole(&layout.sizes[a], 1, 50'000), kAxes[a].help});
@@ -250,7 +250,7 @@ void resolve(Options& o, bool has_gpu) {
     o.microbatch = std::max<int64_t>(1, o.batch / parts);
     while (o.microbatch > 1 && !fits(o.microbatch)) o.microbatch--;
   }
-  if (ranks == 1) o.prefetch = 0;
+  if (ranks * o.layout["cp"] == 1) o.prefetch = 0;
   if (o.lr == 0) o.lr = preset.lr;
   if (o.min_lr < 0) o.min_lr = o.lr / 10;
   if (o.warmup < 0) o.warmup = std::min<int64_t>(o.steps / 20, 100);
@@ -276,23 +276,29 @@ static void check_reports(const Options& o) {
 }
 
 void check(const Options& o) {
-  const int64_t pp = o.layout["pp"], fsdp = o.layout["fsdp"], ranks = o.layout.data_ranks();
+  const int64_t pp = o.layout["pp"], cp = o.layout["cp"], shards = o.layout["fsdp"] * cp,
+                ranks = o.layout.data_ranks();
   check_common(o, pp > 1 ? o.chunks : 1);
   REQUIRE(o.batch % (o.microbatch * ranks) == 0, "a batch of ", o.batch,
           " does not divide into micro-batches of ", o.microbatch, " on ", ranks,
           " data-parallel ranks: change --batch or --microbatch");
+  REQUIRE(cp == 1 || o.model.context >= 2 * cp, "--cp ", cp, " cuts a sequence into ", 2 * cp,
+          " pieces, and a context of ", o.model.context, " has fewer tokens: give --context ",
+          2 * cp, " or more");
   // what would do nothing here
   const struct {
     std::vector<const char*> options;
     bool means_something;
     const char* why;
   } rules[] = {
-      {{"zero"}, fsdp > 1, "shards over the ranks of --fsdp, which is 1: give --fsdp 2 or more"},
+      {{"zero"},
+       shards > 1,
+       "shards over the ranks of --fsdp and --cp, which are 1: give --fsdp 2 or more"},
       {{"reshard-after-forward"},
-       fsdp > 1 && o.zero == 3,
+       shards > 1 && o.zero == 3,
        "is about the parameters that ZeRO-3 gathers: give --fsdp 2 or more and --zero 3"},
       {{"prefetch"},
-       ranks > 1,
+       shards * o.layout["replicate"] > 1,
        "is about what ranks gather and sum: give --fsdp or --replicate 2 or more"},
       {{"sequence-parallel"},
        o.layout["tp"] > 1,

@@ -69,7 +69,7 @@ struct CommonOptions {
   bool help = false;
 };
 OptionGroup model_options(CommonOptions& options);  // --model and what overrides its sizes
-// --pp and the like: a row for each axis, or for each that splits no batch
+// --pp and the like: a row for each axis, or for each that splits no tokens
 OptionGroup mesh_options(Layout& layout, bool has_batch);
 OptionGroup computing_options(CommonOptions& options);
 // sizes that are unset become the named model's

@@ -58,13 +58,13 @@ fi
 command=(build/train_gpt)
 case $strategy in
   serial) ranks=1 ;;
-  replicate | fsdp | tp | pp) command+=("--$strategy" "$ranks") ;;
+  replicate | fsdp | cp | tp | pp) command+=("--$strategy" "$ranks") ;;
   3d)
     [ $((ranks % 4)) = 0 ] || refuse "STRATEGY=3d is pp 2 x fsdp NP/4 x tp 2, but NP is $ranks:" \
       "choose a multiple of 4"
     command+=(--pp 2 --fsdp $((ranks / 4)) --tp 2 --sequence-parallel)
     ;;
-  *) refuse "STRATEGY is '$strategy', expected serial, replicate, fsdp, tp, pp or 3d" ;;
+  *) refuse "STRATEGY is '$strategy', expected serial, replicate, fsdp, cp, tp, pp or 3d" ;;
 esac
 # DATA is one file, whatever its name, or several whose names have no spaces.
 if [ -e "${DATA:-}" ]; then

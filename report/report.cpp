@@ -169,8 +169,7 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
 
 void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps,
                          double communication, const std::string& trace, Metrics& metrics) {
-  const Theory t =
-      theory(trainer.gpt.config, mesh.layout, mesh["pp"].rank, mesh["tp"].rank, trainer.options);
+  const Theory t = theory(trainer.gpt.config, mesh.layout, mesh.rank, trainer.options);
   const MemoryUse& m = device().memory;
   const bool pipelined = trainer.pipeline.timed;
   const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.pipeline.most_live_bytes())},

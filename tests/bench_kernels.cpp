@@ -185,7 +185,7 @@ static std::vector<Row> elementwise_rows(Dtype d) {
          const std::vector<int> all = tokens();
          auto dx = random(rows, d), dwpe = random({kT, kC}, acc), t = integers(all),
               order = integers(sort_rows(all));
-         return [=] { embedding_backward(*dwte, dwpe, dx, t, order, kT); };
+         return [=] { embedding_backward(*dwte, dwpe, dx, t, order, {{0, kT}}); };
        }},
   };
 }
@@ -281,7 +281,7 @@ static std::vector<Row> product_rows(Dtype d) {
       {"attention_plain_backward", 0, 4 * half, [=] {
          auto x = qkv(), out = random({kR, kC}, d), p = random({kB, kH, kT, kT}, d), dx = qkv();
          attention_plain_forward(out, p, x, kB, kT, kH);
-         return [=] { attention_plain_backward(dx, out, p, x, kB, kT, kH); };
+         return [=] { attention_plain_backward(dx, out, out, p, x, kB, kT, kH); };
        }});
   rows.push_back({"attention_flash_forward", 0, 2 * half, [=] {
                     auto x = qkv(), out = random({kR, kC}, d), lse = random({kB, kH, kT}, acc);
@@ -293,6 +293,29 @@ static std::vector<Row> product_rows(Dtype d) {
                     attention_flash_forward(out, lse, x, kB, kT, kH);
                     return [=] { attention_flash_backward(dx, dout, out, lse, x, kB, kT, kH); };
                   }});
+
+  // context parallelism: what a rank of a ring of 4 has to attend to in all its rounds, forward;
+  // pieces r and 7 - r, and the cut that it does not make, 2 r and 2 r + 1
+  const auto piece = [](int64_t i) { return Range{i * kT / 8, (i + 1) * kT / 8}; };
+  for (const bool zigzag : {true, false})
+    for (const int rank : {0, 1, 2, 3}) {
+      const auto of = [=](int r) {
+        return zigzag ? Positions{piece(r), piece(7 - r)}
+                      : Positions{piece(2 * r), piece(2 * r + 1)};
+      };
+      double pairs = 0;
+      for (const Range& p : {of(rank).low, of(rank).high})
+        pairs += double(p.begin + p.end) / 2 * double(p.size());
+      rows.push_back({sentence(zigzag ? "zigzag" : "plain cut", ", ring rank ", rank), 0,
+                      4 * double(kB * kC) * pairs, [=] {
+                        auto q = random({kR / 4, 3 * kC}, d), kv = random({kR / 4, 2 * kC}, d),
+                             out = random({kR / 4, kC}, acc), lse = random({kB, kH, kT / 4}, acc);
+                        return [=] {
+                          for (int r = 0; r < 4; r++)
+                            attention_flash_forward(out, lse, q, kv, kB, kH, of(rank), of(r));
+                        };
+                      }});
+    }
   return rows;
 }
 

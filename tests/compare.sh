@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # compare.sh: the strategies side by side, `make compare`: the same model, batch and seed serially
 # and in each layout, as mpiexec jobs; then tables and build/report.html (tests/compare.cpp).
-#   ONLY=pp       run again only the jobs whose names begin so (serial, replicate, fsdp, tp, pp, 3d,
-#                 generate); the others stay as they were, unless their command or the text they
+#   ONLY=pp       run again only the jobs whose names begin so (serial, replicate, fsdp, cp, tp, pp,
+#                 3d, generate); the others stay as they were, unless their command or the text they
 #                 train on is another one now
 #   STEPS=20      training steps of each job
 #   NP=4          ranks of a layout: 1, 2 or 4 (3d has 8); with GPUs the largest of these that
@@ -39,6 +39,7 @@ jobs() {
     job fsdp-zero1 "$np" --fsdp "$np" --zero 1
     job fsdp-zero2 "$np" --fsdp "$np" --zero 2
     job fsdp-zero3 "$np" --fsdp "$np"
+    job cp "$np" --cp "$np"
     job tp "$np" --tp "$np"
     job tp-rows "$np" --tp "$np" --sequence-parallel
     job pp-gpipe "$np" --pp "$np" --schedule gpipe $micro

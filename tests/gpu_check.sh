@@ -58,8 +58,8 @@ step() {
     passed=$((passed + 1))
     return 0
   fi
-  grep -aE '^(FAIL|fakecudart)|[Ee]rror' "$log" | head -5 | cut -c1-200 | sed 's/^/            /' \
-    | tee -a "$report"
+  grep -aE '^(FAIL|fakecudart)|[Ee]rror' "$log" | grep -v '^ok' | head -5 | cut -c1-200 \
+    | sed 's/^/            /' | tee -a "$report"
   failed=$((failed + 1))
   return 1
 }
@@ -101,7 +101,11 @@ trains() { # trains RANKS PROGRAM OPTIONS...
   echo "largest relative difference of the losses: $difference"
   at_most "$difference" 1e-12
 }
-export -f trains losses worst at_most
+resumes() { # resumes PROGRAM: saves while --fsdp 2 trains, and goes on from step 2 with --tp 2
+  run 2 "$1" $tiny --fsdp 2 --checkpoint "$dir/c" --save-every 1 --metrics "$dir/m.jsonl" \
+    && trains 2 "$1" --tp 2 --checkpoint "$dir/c" --resume --resume-step 2
+}
+export -f trains resumes losses worst at_most
 export tiny dir
 step "train, one rank" 60 bash -c 'run 1 "$0" $tiny --metrics "$dir/one.jsonl"' $built/train_gpt
 # layouts HOW PROGRAM MOST: all that have at most so many ranks
@@ -129,6 +133,7 @@ if [ "$gpus" -gt 1 ]; then
   step "test_parity, $gpus ranks" 120 bash -c 'run "$@"' - "$gpus" "$built/tests/test_parity" first
 fi
 layouts "COMM=mpi" $sharing/train_gpt 8
+step "saved by --fsdp 2, resumed by --tp 2" 60 bash -c 'resumes "$@"' - $sharing/train_gpt
 for test in $strategies "test_parity first_setting"; do
   step "$test, 4 ranks, COMM=mpi" 120 bash -c 'run "$@"' - 4 $sharing/tests/$test
 done

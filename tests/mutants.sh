@@ -85,7 +85,7 @@ mutant() {
 }
 parity=data_parallel_and_fsdp parity_tp=tensor_parallelism_equals
 formulas=bytes_sent
-parity_pp=every_schedule_equals
+parity_pp=every_schedule_equals parity_cp=context_parallelism_equals
 
 mutant waits compute_does_not_wait_for_the_gather \
   fsdp.cpp '/ u.arrived.make_wait/d' 2 queued test_fsdp $parity
@@ -105,6 +105,11 @@ mutant waits a_stage_sends_before_it_has_computed \
   2 queued test_pipeline $parity_pp
 mutant waits a_stage_computes_before_its_input_has_arrived \
   pipeline.cpp '/it must have arrived/d' 2 queued test_pipeline $parity_pp
+
+mutant waits a_ring_sends_before_it_has_computed \
+  context_parallel.cpp '/what is sent must be there/d' 2 queued test_context_parallel $parity_cp
+mutant waits a_rank_attends_before_the_keys_have_come \
+  context_parallel.cpp '/what was sent must have left/d' 2 queued test_context_parallel $parity_cp
 
 mutant faults the_reduce_scatter_is_dropped \
   fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/,/;$/d' 2 immediate test_fsdp $parity
@@ -154,6 +159,28 @@ mutant faults gradients_stay_in_parts \
 mutant faults the_targets_logit_is_not_summed \
   tensor_parallel.cpp 's/parts.part\(R, \{2, R\}\)/parts.part(R, {R})/' \
   2 immediate test_tensor_parallel $parity_tp
+
+mutant faults a_piece_begins_a_token_late \
+  context_parallel.cpp \
+  's/return \{piece\(rank\), /return {{piece(rank).begin + 1, piece(rank).end + 1}, /' \
+  2 immediate test_context_parallel $parity_cp
+mutant faults results_are_merged_without_their_weights \
+  context_parallel.cpp \
+  's/merge_attention\(sum, lse, part_out, part_lse\)/add(sum, sum, part_out)/' \
+  2 immediate test_context_parallel $parity_cp
+mutant faults the_last_round_is_lost \
+  context_parallel.cpp 's/if \(round\) merge/if (round \&\& round + 1 < axis_.size) merge/' \
+  3 immediate test_context_parallel $parity_cp
+mutant faults gradients_of_keys_do_not_come_home \
+  context_parallel.cpp '/  add\(own, own, others\);/d' 2 immediate test_context_parallel $parity_cp
+mutant faults only_the_last_rank_adds_to_a_key_s_gradient \
+  context_parallel.cpp '/add\(dkv, dkv, before\)/d' 3 immediate test_context_parallel $parity_cp
+mutant faults the_loss_is_of_one_ranks_tokens \
+  trainer.cpp '/axes.push_back\(mesh_\["cp"\]\);/d' 2 immediate test_context_parallel $parity_cp
+mutant faults pieces_of_the_plain_cut \
+  context_parallel.cpp \
+  's/\{piece\(rank\), piece\(pieces - 1 - rank\)\}/{piece(2 * rank), piece(2 * rank + 1)}/' \
+  2 immediate test_context_parallel same_work
 
 mutant faults the_head_s_part_of_the_tied_gradient_stays_away \
   pipeline.cpp 's/^  add\(gradient, gradient, other\);.*//' 2 immediate test_pipeline $parity_pp

@@ -91,7 +91,8 @@ inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer
       copies[to] = values[k];
     }
   }
-  mine = sum_over(mesh, mesh["fsdp"], mine), copies = sum_over(mesh, mesh["fsdp"], copies);
+  const Axis shards = join(mesh, "fsdp", "cp");
+  mine = sum_over(mesh, shards, mine), copies = sum_over(mesh, shards, copies);
   mine = sum_over(mesh, mesh["tp"], mine);
   for (size_t i = 0; i < mine.size(); i++)
     if (copies[i] != 0)
@@ -190,6 +191,7 @@ class Parity {
     settings_++;
   }
   int settings() const { return settings_; }
+  const Difference& worst() const { return worst_; }
   void report() const {
     measured(settings_, " settings: loss ", worst_.loss, ", gradients ", worst_.gradients,
              ", norm ", worst_.norm, ", weights ", worst_.weights);
@@ -206,7 +208,7 @@ class Parity {
 template <class Check> int64_t equals_theory(Mesh& mesh, const GptConfig& config,
                                              const TrainerOptions& options, const std::string& name,
                                              Check check) {
-  const Theory expected = theory(config, mesh.layout, mesh["pp"].rank, mesh["tp"].rank, options);
+  const Theory expected = theory(config, mesh.layout, mesh.rank, options);
   const MemoryUse before = device().memory;
   device().memory.peak = before.now;
   ledger.rows.clear();

@@ -15,7 +15,7 @@ kernels="$kernels test_golden"
 # plain C++
 alone="test_support test_schedule"
 # under mpiexec -n 1, 2, 3, 4, 8
-ranks="test_fsdp test_tensor_parallel test_pipeline"
+ranks="test_fsdp test_tensor_parallel test_context_parallel test_pipeline"
 # under mpiexec -n 1, 2, 3, 4
 few="test_generator"
 # a sample under mpiexec -n 4, 8; `make parity` runs all
@@ -95,7 +95,7 @@ for backend in "$@"; do
     && run "the CUDA build trains to the CPU build's losses" tests/test_ptx_train.sh
   [ "$backend" = cpu ] || continue
   # on 2 ranks `mutants.sh waits` runs them
-  for test in test_fsdp test_tensor_parallel test_pipeline; do
+  for test in $ranks; do
     run "cpu/$test, 4 ranks, queued streams" env THREEFOLD_STREAMS=queued:4 THREEFOLD_REFEREE=1 \
       OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $MPIEXEC -n 4 build/cpu/tests/$test one_rank_in_f64
   done

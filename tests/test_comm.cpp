@@ -84,6 +84,7 @@ TEST(joined_axes_number_their_ranks_slow_axis_first) {
     Mesh m = open_mesh(l);
     check(m, "pp", "replicate");
     check(m, "replicate", "fsdp");
+    check(m, "fsdp", "cp");
     check(m, "fsdp", "tp");
     check(m, "pp", "tp");
     check_mesh(m);  // tries the joined axes, too
@@ -98,7 +99,8 @@ TEST(joined_axes_number_their_ranks_slow_axis_first) {
 TEST(layouts_that_do_not_fit_the_world_are_refused) {
   CHECK_SAYS(
       check_ranks(Layout{{"replicate", 3}, {"fsdp", 2}}, 4),
-      "pp 1 x replicate 3 x fsdp 2 x tp 1 needs 6 ranks, but mpiexec started 4: mpiexec -n 6");
+      "pp 1 x replicate 3 x fsdp 2 x cp 1 x tp 1 needs 6 ranks, but mpiexec started 4: mpiexec -n "
+      "6");
   CHECK_SAYS(check_ranks({}, 2), "needs 1 rank, but mpiexec started 2: mpiexec -n 1");
   CHECK_SAYS(check_ranks(Layout{{"pp", 65536}, {"fsdp", 65536}}, 1),
              "needs 4294967296 ranks, but mpiexec started 1");
@@ -109,11 +111,11 @@ TEST(layouts_that_do_not_fit_the_world_are_refused) {
 
 TEST(the_mesh_is_drawn_a_rank_a_line) {
   CHECK_EQ(draw(Layout{{"replicate", 2}, {"tp", 2}}),
-           "rank  pp  replicate  fsdp  tp\n"
-           "   0   0          0     0   0\n"
-           "   1   0          0     0   1\n"
-           "   2   0          1     0   0\n"
-           "   3   0          1     0   1\n");
+           "rank  pp  replicate  fsdp  cp  tp\n"
+           "   0   0          0     0   0   0\n"
+           "   1   0          0     0   0   1\n"
+           "   2   0          1     0   0   0\n"
+           "   3   0          1     0   0   1\n");
 }
 
 TEST(all_ranks_agree_on_the_first_failing_ranks_sentence) {

@@ -100,6 +100,26 @@ if timeout 300 $MPIEXEC -n 4 $train $big --fsdp 4 --device-memory $cap --metrics
   fi
 else fail four_ranks_train_what_one_refuses_under_the_same_cap "$(head -c 300 "$dir/err")"; fi
 
+# The same for a context that is too long for one rank
+long="--model tiny --layers 2 --width 64 --heads 4 --context 2048 --batch 1 --steps 2 --dtype f32"
+cap=12
+says one_rank_refuses_a_context_that_does_not_fit "out of device memory" 1 $long \
+  --device-memory $cap
+timeout 300 $MPIEXEC -n 1 $train $long --metrics "$dir/one.jsonl" >/dev/null 2>&1
+if timeout 300 $MPIEXEC -n 4 $train $long --cp 4 --device-memory $cap \
+  --metrics "$dir/four.jsonl" >"$dir/out" 2>"$dir/err"; then
+  worst=$(worst 2 "$dir/one.jsonl" "$dir/four.jsonl")
+  if at_most "$worst" 1e-4; then
+    ok four_ranks_train_on_a_context_that_one_refuses_under_the_same_cap \
+      "$cap MiB a rank; relative difference of the loss $worst; $(grep -E '^  all' "$dir/out")"
+  else
+    fail four_ranks_train_on_a_context_that_one_refuses_under_the_same_cap "difference $worst"
+  fi
+else
+  fail four_ranks_train_on_a_context_that_one_refuses_under_the_same_cap \
+    "$(head -c 300 "$dir/err")"
+fi
+
 # Every rank's timeline, and its share of time in communication
 if OMP_NUM_THREADS=1 timeout 120 $MPIEXEC -n 4 $train --pp 2 --tp 2 --schedule zb --recompute \
   --layers 2 --width 32 --heads 2 --context 32 --steps 2 --trace "$dir/t.json" \

@@ -503,7 +503,7 @@ TEST(embedding_backward_adds_rows_by_token_and_by_position) {
     struct Case {
       int64_t C, V, B, T;
     };  // a segment of the sorted rows is 8 long
-    for (bool part : {false, true})
+    for (const auto& [part, pieces] : {std::pair{false, false}, {true, false}, {false, true}})
       for (const auto& [C, V, B, T] : {Case{1, 1, 1, 1},
                                        {33, 2, 5, 1},
                                        {128, 2, 1, 8},
@@ -516,11 +516,13 @@ TEST(embedding_backward_adds_rows_by_token_and_by_position) {
         const int64_t R = B * T;
         const Values whole = text(R, V, V == 257 ? 60 : 0), t = part ? partly(whole) : whole,
                      dx = numbers(R * C, dtype), te = numbers(V * C, acc, 10),
-                     pe = numbers(T * C, acc, 10);
+                     pe = numbers((T + 3) * C, acc, 10);
+        const Positions places =
+            pieces ? Positions{{1, 1 + T / 2}, {T / 2 + 3, T + 3}} : Positions{{0, T}};
         Values dwte = te, dwpe = pe;
         for (int64_t i = 0; i < R * C; i++) {
           if (t[i / C] >= 0) dwte[int64_t(t[i / C]) * C + i % C] += dx[i];
-          dwpe[i / C % T * C + i % C] += dx[i];
+          dwpe[places[i / C % T] * C + i % C] += dx[i];
         }
         const std::vector<int> order = sort_rows(std::vector<int>(t.begin(), t.end()));
         const Values sorted(order.begin(), order.end());
@@ -528,10 +530,33 @@ TEST(embedding_backward_adds_rows_by_token_and_by_position) {
                [&] {
                  Array DX(dx, dtype), TOKENS(t, Dtype::i32), ORDER(sorted, Dtype::i32),
                      DWTE(te, acc), DWPE(pe, acc);
-                 embedding_backward(DWTE.shaped({V, C}), DWPE.shaped({T, C}), DX, TOKENS, ORDER, T);
+                 embedding_backward(DWTE.shaped({V, C}), DWPE.shaped({T + 3, C}), DX, TOKENS, ORDER,
+                                    places);
                  return Outputs{DWTE.values(), DWPE.values()};
                },
                {{"dwte", dwte, bound(acc)}, {"dwpe", dwpe, bound(acc)}});
+      }
+  });
+}
+
+TEST(columns_are_copied_into_other_columns) {
+  for_dtypes([](Dtype dtype) {
+    for (const Dtype from : {dtype, master_dtype(dtype)})
+      for (const int64_t columns : {1, 33, 300}) {
+        const int64_t R = 5;
+        const Values x = numbers(R * (columns + 3), dtype), old = numbers(R * (columns + 2), dtype);
+        Values y = old;
+        for (int64_t i = 0; i < R * columns; i++)
+          y[i / columns * (columns + 2) + 2 + i % columns] =
+              x[i / columns * (columns + 3) + 1 + i % columns];
+        verify(
+            sentence("copy_columns ", columns, " from ", name_of(from)), dtype,
+            [&] {
+              Array X(x, from), Y(old, dtype);
+              copy_columns(Y.shaped({R, columns + 2}), 2, X.shaped({R, columns + 3}), 1, columns);
+              return Outputs{Y.values()};
+            },
+            {{"y", y, 0}});
       }
   });
 }
@@ -821,7 +846,7 @@ TEST(results_have_the_same_bits_with_1_and_2_threads) {
   expect_same_bits("embedding", [&] {
     Array DX(x, f32), TOKENS(t, Dtype::i32), ORDER(Values(order.begin(), order.end()), Dtype::i32),
         DWTE(w, f32), DWPE(w, f32);
-    embedding_backward(DWTE.shaped({V, C}), DWPE.shaped({V, C}), DX, TOKENS, ORDER, T);
+    embedding_backward(DWTE.shaped({V, C}), DWPE.shaped({V, C}), DX, TOKENS, ORDER, {{0, T}});
     return Outputs{DWTE.values(), DWPE.values()};
   });
   expect_same_bits("cross_entropy", [&] {

@@ -1,4 +1,4 @@
-// test_parity.cpp: the parity matrix. Every mesh pp x replicate x fsdp x tp of up to 8 ranks
+// test_parity.cpp: the parity matrix. Every mesh pp x replicate x fsdp x cp x tp of up to 8 ranks
 // against one rank in f64, with a covering set of settings: whatever axes a mesh has, any two
 // values of any two settings that matter there come together in some mesh with those axes. `make
 // parity` runs all of it, one mpiexec a world size, and prints one table; `make test` runs one
@@ -18,7 +18,9 @@ const GptConfig kConfig = [] {  // 17 layers, 9 heads, 13 words: most axes divid
 constexpr int kMostRanks = 8;
 
 // divides by data-parallel ranks times micro-batches of any setting below
-int64_t batch_of(int ranks) { return 4 * ranks; }
+int64_t batch_of(const Layout& l) { return 4 * l.ranks() / l["cp"]; }
+// with cp a sequence is cut into 2 cp pieces
+int64_t context_of(const Layout& l) { return l["cp"] == 1 ? kConfig.context : 17; }
 
 // ---- settings: a value of each factor
 
@@ -41,8 +43,8 @@ using Setting = std::array<int, kFactors>;
 bool matters(const Layout& l, const Setting& s, int factor) {
   switch (factor) {
     case zero:
-    case prefetch: return l["fsdp"] > 1;
-    case reshard: return l["fsdp"] > 1 && s[zero] == 2;
+    case prefetch: return l["fsdp"] * l["cp"] > 1;
+    case reshard: return l["fsdp"] * l["cp"] > 1 && s[zero] == 2;
     case schedule: return l["pp"] > 1;
     case rows: return l["tp"] > 1;
     default: return true;
@@ -71,13 +73,14 @@ int64_t microbatches_of(const Layout& l, const Setting& s) {
 
 TrainerOptions options_of(const Layout& l, const Setting& s) {
   TrainerOptions o;
-  o.batch = batch_of(l.ranks()), o.microbatch = o.batch / (microbatches_of(l, s) * l.data_ranks());
+  o.batch = batch_of(l), o.microbatch = o.batch / (microbatches_of(l, s) * l.data_ranks());
   o.fsdp = {1 + s[zero], s[reshard] == 0, s[prefetch]};
   o.schedule = kSchedules[size_t(s[schedule])];
   return o;
 }
-GptConfig config_of(const Setting& s) {
+GptConfig config_of(const Layout& l, const Setting& s) {
   GptConfig g = kConfig;
+  g.context = context_of(l);
   g.sequence_parallel = s[rows], g.recompute = s[recompute],
   g.attention = s[attention] ? AttentionKind::flash : AttentionKind::plain;
   return g;
@@ -150,32 +153,40 @@ struct Reference {
   Run run;
   std::vector<std::vector<double>> initial;
 };
-Reference reference_of(int ranks) {
-  WholeGpt gpt(kConfig, 1337);
-  Reference r{one_rank(kConfig, batch_of(ranks), kSteps), {}};
+// by context and batch
+using References = std::map<std::pair<int64_t, int64_t>, Reference>;
+const Reference& reference_of(References& known, const Layout& l) {
+  const auto key = std::pair(context_of(l), batch_of(l));
+  if (known.count(key)) return known[key];
+  GptConfig g = kConfig;
+  g.context = context_of(l);
+  WholeGpt gpt(g, 1337);
+  Reference& r = known[key];
+  r.run = one_rank(g, batch_of(l), kSteps);
   for (Param* p : gpt.params()) r.initial.push_back(download(p->value));
   return r;
 }
 
 void run_matrix(size_t settings_a_mesh) {
-  const Reference reference = reference_of(job().size);
+  References references;
   Difference worst;
   int settings = 0;
   for (const Cell& cell : matrix()) {
     const Layout& l = cell.layout;
     if (l.ranks() != job().size) continue;
+    const Reference& reference = reference_of(references, l);
     Mesh mesh = open_mesh(l);
     Difference of_mesh;
     size_t done = 0;
     for (; done < std::min(settings_a_mesh, cell.settings.size()); done++) {
       const Setting& s = cell.settings[done];
       if (done == 0) {
-        Trainer trainer(mesh, config_of(s), options_of(l, s));
+        Trainer trainer(mesh, config_of(l, s), options_of(l, s));
         CHECK(whole_model(mesh, trainer, WholeOf::weights) == reference.initial, name_of(l, s),
               ": initial weights differ from one rank's");
       }
       const Difference d =
-          compare(many_ranks(mesh, config_of(s), options_of(l, s), kSteps), reference.run);
+          compare(many_ranks(mesh, config_of(l, s), options_of(l, s), kSteps), reference.run);
       CHECK_LE(d.worst(), 1e-12, name_of(l, s), ": loss ", d.loss, " gradients ", d.gradients,
                " norm ", d.norm, " weights ", d.weights);
       of_mesh.widen(d);

@@ -28,5 +28,6 @@ trains() {
 trains three_steps_equal_the_cpu_build 1
 trains two_ranks_on_one_device_with_fsdp 2 --fsdp 2
 trains two_ranks_on_one_device_with_tensor_parallelism 2 --tp 2 --sequence-parallel
+trains two_ranks_on_one_device_with_context_parallelism 2 --cp 2
 trains two_ranks_on_one_device_with_a_pipeline 2 --pp 2 --microbatch 2
 sums_up

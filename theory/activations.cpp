@@ -19,8 +19,8 @@ static int64_t kept(const TheoryOfRank& t, const ModelPart& part) {
                 by_columns = t.R * heads * (c.width / c.heads) * t.e,
                 hidden = t.R * t.gpt.tp.part(4 * c.width).size() * t.e;
   // probabilities, or one number a row
-  const int64_t attention =
-      t.R * heads * (c.attention == AttentionKind::plain ? c.context * t.e : t.g);
+  const bool keeps_probabilities = c.attention == AttentionKind::plain && t.cp.size == 1;
+  const int64_t attention = t.R * heads * (keeps_probabilities ? c.context * t.e : t.g);
   // x, the sum and two layernorms; queries, keys, values and what attention makes of them; before
   // and after gelu
   return 4 * by_rows + 2 * statistics + 4 * by_columns + attention + 2 * hidden;

@@ -1,23 +1,22 @@
 // theory.cpp: see theory.h. A rank's place, and what it sums once a step.
 #include "theory/theory.h"
 
-Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp_rank,
+Theory theory(const GptConfig& config, const Layout& layout, int rank,
               const TrainerOptions& options) {
-  Mesh mesh(layout);
-  mesh["pp"].rank = pp_rank;
-  mesh["tp"].rank = tp_rank;
+  Mesh mesh(layout, rank);
   TheoryOfRank t{config, options, mesh, schedule_of(options, layout)};
   t.add_fsdp();
+  t.add_context_parallel();
   t.add_tensor_parallel();
   t.add_pipeline();
   t.add_activations();
   const auto sum_in_f64 = [&](const std::vector<Axis>& axes, Traffic purpose, int64_t numbers) {
     for (const Axis& axis : axes) t.enter(axis, Collective::all_reduce, purpose, 1, numbers * 8);
   };
-  // a square a parameter; the loss, of which one stage has all
+  // a square a parameter; the loss, of which ranks have their tokens' part, and one stage all
   sum_in_f64(mesh.that(&AxisKind::splits_model), Traffic::norm, int64_t(t.gpt.params().size()));
   sum_in_f64(mesh.that(&AxisKind::splits_batch), Traffic::loss, 1);
-  sum_in_f64({t.pp}, Traffic::loss, 1);
+  sum_in_f64({t.cp, t.pp}, Traffic::loss, 1);
   return t.sum;
 }
 

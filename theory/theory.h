@@ -20,9 +20,8 @@ struct Theory {
   // bytes kept for backwards at once: of one micro-batch, or of a pipeline's live ones
   int64_t activations = 0;
 };
-// Of the rank at these places of the pp and the tp axis: ranks that differ in the others send and
-// hold the same.
-Theory theory(const GptConfig& config, const Layout& layout, int pp_rank, int tp_rank,
+// Of a rank of the job.
+Theory theory(const GptConfig& config, const Layout& layout, int rank,
               const TrainerOptions& options);
 // What the rank at this place of the pp axis sends while a Generator decodes `steps` tokens of
 // every sequence and shares what was picked.
@@ -34,6 +33,7 @@ int64_t decoding_bytes(const GptConfig& config, const Layout& layout, int pp_ran
 // A rank: its place in the job, its parts of the model, and the theory so far.
 struct TheoryOfRank {
   void add_fsdp();
+  void add_context_parallel();
   void add_tensor_parallel();
   void add_pipeline();
   void add_activations();
@@ -44,18 +44,18 @@ struct TheoryOfRank {
 
   const GptConfig& config;
   const TrainerOptions& options;
-  const Mesh& mesh;  // sizes only: nothing is opened
+  Mesh& mesh;  // sizes only: nothing is opened
   Schedule schedule;
-  const Axis &pp = mesh["pp"], &fsdp = mesh["fsdp"], &tp = mesh["tp"];
-  Gpt gpt{config, tp};  // nor allocated
+  const Axis &pp = mesh["pp"], fsdp = join(mesh, "fsdp", "cp"), &cp = mesh["cp"], &tp = mesh["tp"];
+  Gpt gpt{config, tp, nullptr, cp};  // nor allocated
   std::vector<ModelPiece> pieces = pieces_of(gpt, schedule, pp.rank);
   bool shards_gradients = fsdp.size > 1 && options.fsdp.zero >= 2,
        shards_parameters = fsdp.size > 1 && options.fsdp.zero == 3,
        by_rows = config.sequence_parallel && tp.size > 1;
   // bytes of an element: of what computes; of gradients, master weights and moments
   int64_t e = int64_t(size_of(config.dtype)), g = int64_t(size_of(master_dtype(config.dtype)));
-  int64_t m = schedule.microbatches, B = options.microbatch, R = B * config.context,
-          S = by_rows ? (R + tp.size - 1) / tp.size : R;
+  int64_t m = schedule.microbatches, B = options.microbatch,
+          R = B * gpt.cp.part(config.context).rows(), S = by_rows ? (R + tp.size - 1) / tp.size : R;
   int64_t activation = S * config.width * e;  // bytes of an activation of width C on this rank
 
   Theory sum = {};

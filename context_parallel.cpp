@@ -1,0 +1,156 @@
+// context_parallel.cpp: attention over a sequence that is split over the ranks of the cp axis. See
+// context_parallel.h for the idea.
+//
+//   3 ranks, 6 pieces     keys   0 1 2 3 4 5
+//   rank 0  queries 0            *                 * a square of which half is seen, + all of it
+//                   5            + + + + + *       every rank has 2 * and 5 +: without the zigzag
+//   rank 1  queries 1            + *               (pieces 0 1 | 2 3 | 4 5) they would be 1, 5, 9 +
+//                   4            + + + + *
+//   rank 2  queries 2            + + *             in round i rank r has the keys of rank r - i:
+//                   3            + + + *           its own, then those of the rank before it, ...
+//
+// traffic   A = B T C elements of keys, and as many of values, C the width of this rank's heads.
+//           A block sends, for each micro-batch, 2 (n-1)/n A forward, and backward as much, and
+//           2 (n-1)/n A gradients in the master dtype. All of it goes to the next rank.
+// memory    activations fall to 1/n. Beside its own keys and values a rank holds those of the
+//           present round and the next. FSDP shards over this axis, too (see fsdp.h): weights,
+//           gradients and optimizer state fall with it.
+// overlap   keys and values of the next round, and gradients that are complete, travel while
+//           attention runs on those that are there
+// not here  more than one ring, heads exchanged for tokens (all-to-all)
+// test      tests/test_context_parallel.cpp
+#include "context_parallel.h"
+
+// ---- who has what
+
+Positions ContextParallel::part_of(int rank, int64_t T) const {
+  if (!splits(T)) return {{0, T}};
+  const int64_t pieces = 2 * axis_.size;
+  const auto piece = [=](int64_t i) { return Range{i * T / pieces, (i + 1) * T / pieces}; };
+  return {piece(rank), piece(pieces - 1 - rank)};
+}
+
+// ---- communication: on the one queue, behind what was computed. What is sent must be kept until
+// finish().
+
+// Each x goes to the next rank, and the rank before fills its room.
+void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
+  const int next = (axis_.rank + 1) % axis_.size, before = source(1);
+  make_wait(stream_, device().compute);  // what is sent must be there, and room for what comes
+  const Timed timed(stream_);
+  NCCL_CHECK(ncclGroupStart());
+  for (const auto& [x, room] : all) {
+    const ncclDataType_t type = nccl_type(x.dtype());
+    ledger.send(axis_, x.bytes());
+    NCCL_CHECK(ncclSend(x.raw(), size_t(x.numel()), type, next, axis_.comm, stream_));
+    NCCL_CHECK(ncclRecv(room.raw(), size_t(room.numel()), type, before, axis_.comm, stream_));
+  }
+  NCCL_CHECK(ncclGroupEnd());
+}
+
+void ContextParallel::finish() const {
+  make_wait(device().compute, stream_);  // what was sent must have left, and what comes be here
+}
+
+// ---- attention
+
+struct ContextParallel::Problem {
+  int64_t B, T, H, C;  // C: width of H heads
+  AttentionKind kind;
+  Dtype dtype;
+  Dtype master = master_dtype(dtype);
+  // (rows, columns C) of the tokens of one rank
+  Tensor rows(const Positions& of, int64_t columns, Dtype type) const {
+    return Tensor({B * of.rows(), columns * C}, type, Memory::workspace);
+  }
+};
+
+Var ContextParallel::attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H,
+                               AttentionKind kind) {
+  if (!splits(T)) return ::attention(tape, qkv, B, T, H, kind);
+  const Problem p{B, T, H, qkv.value.dim(1) / 3, kind, qkv.value.dtype()};
+  Var y{Tensor({qkv.value.dim(0), p.C}, p.dtype, Memory::activations)};
+  const Tensor lse({B, H, part(T).rows()}, p.master, Memory::activations);
+  {
+    const Purpose purpose(tape.replaying ? Traffic::recompute : Traffic::training);
+    forward(p, y.value, lse, qkv.value);
+  }
+  tape.push([=, this, qkv = qkv.value, out = y.value, dqkv = qkv.grad, dy_slot = y.grad] {
+    Tensor d(qkv.shape(), p.dtype, Memory::activations);
+    backward(p, d, take(dy_slot), out, lse, qkv);
+    accumulate(dqkv, std::move(d));
+  });
+  return y;
+}
+
+void ContextParallel::forward(const Problem& p, const Tensor& out, const Tensor& lse,
+                              const Tensor& qkv) const {
+  const Positions queries = part(p.T);
+  // over the keys so far; and of one round
+  const Tensor sum = p.rows(queries, 1, p.master), part_out = p.rows(queries, 1, p.master),
+               part_lse(lse.shape(), p.master, Memory::workspace);
+  Tensor kv = p.rows(queries, 2, p.dtype);  // of this round
+  copy_columns(kv, 0, qkv, p.C, 2 * p.C);
+  for (int round = 0; round < axis_.size; round++) {
+    const Positions keys = part_of(source(round), p.T);
+    Tensor next;
+    if (round + 1 < axis_.size) {
+      next = p.rows(part_of(source(round + 1), p.T), 2, p.dtype);
+      start_exchange({{kv, next}});
+    }
+    const Tensor &o = round ? part_out : sum, &l = round ? part_lse : lse;
+    if (p.kind == AttentionKind::plain)
+      attention_plain_forward(o, l, {}, qkv, kv, p.B, p.H, queries, keys);
+    else attention_flash_forward(o, l, qkv, kv, p.B, p.H, queries, keys);
+    if (round) merge_attention(sum, lse, part_out, part_lse);
+    finish();
+    kv = next;
+  }
+  cast(out, sum);
+}
+
+// In round i, rank r computes the gradients of the keys and values of rank r - i, as far as its own
+// queries make them. Those of its own keys (round 0) stay here. To those of another rank it adds
+// what the ranks between them have made, which come from the rank before, and sends the sum on: it
+// follows its keys round the ring, one round behind, and comes home after the last.
+void ContextParallel::backward(const Problem& p, const Tensor& dqkv, const Tensor& dout,
+                               const Tensor& out, const Tensor& lse, const Tensor& qkv) const {
+  const Positions queries = part(p.T);
+  const Tensor dq = p.rows(queries, 1, p.master);
+  // gradients of this rank's keys and values: by its own queries, and by those of others
+  const Tensor own = p.rows(queries, 2, p.master), others = p.rows(queries, 2, p.master);
+  Tensor kv = p.rows(queries, 2, p.dtype);
+  copy_columns(kv, 0, qkv, p.C, 2 * p.C);
+  Tensor sum;  // gradients of the last round's keys, by the ranks so far
+  for (int round = 0; round < axis_.size; round++) {
+    const Positions keys = part_of(source(round), p.T);
+    const Tensor dkv = round ? p.rows(keys, 2, p.master) : own;
+    std::vector<Travel> all;
+    Tensor next, before;  // keys and values of the next round; gradients of this one's
+    if (round + 1 < axis_.size) {
+      next = p.rows(part_of(source(round + 1), p.T), 2, p.dtype);
+      all.push_back({kv, next});
+    }
+    if (round > 1) {
+      before = p.rows(keys, 2, p.master);
+      all.push_back({sum, before});
+    }
+    start_exchange(all);
+    if (round) fill(dkv, 0);
+    const bool add_to = round > 0;  // dq adds up over the rounds
+    if (p.kind == AttentionKind::plain)
+      attention_plain_backward(dq, dkv, dout, out, lse, {}, qkv, kv, p.B, p.H, queries, keys,
+                               add_to);
+    else
+      attention_flash_backward(dq, dkv, dout, out, lse, qkv, kv, p.B, p.H, queries, keys, add_to);
+    finish();
+    if (round > 1) add(dkv, dkv, before);
+    kv = next;
+    sum = dkv;
+  }
+  start_exchange({{sum, others}});
+  finish();
+  add(own, own, others);
+  copy_columns(dqkv, 0, dq, 0, p.C);
+  copy_columns(dqkv, p.C, own, 0, 2 * p.C);
+}

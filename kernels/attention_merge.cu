@@ -1,0 +1,69 @@
+// attention_merge.cu: attention over several sets of keys, one after the other: what context
+// parallelism needs beside attention itself.
+//
+// idea      Over keys A a row's result is a mean of their values, weighted by exponentials whose
+//           sum's logarithm is lse_A; over B likewise. Over both it is the mean of the two results,
+//           weighted by exp(lse_A - lse) and exp(lse_B - lse), where exp(lse) = exp(lse_A) +
+//           exp(lse_B).
+// source    Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, section 3.1
+// test      tests/test_attention.cpp
+#include "kernels/common.cuh"
+
+namespace {
+
+constexpr int kThreads = block_threads(256), kRows = kThreads / kWarp;
+
+// a warp owns a row of D elements; reads out and part, writes out
+template <class A> __global__ void __launch_bounds__(256)
+    merge_kernel(A* out, A* lse, const A* part, const A* part_lse, int T, int H, int D,
+                 int64_t rows) {
+  const int64_t row = int64_t(blockIdx.x) * kRows + threadIdx.x / kWarp;  // of (B,T,H)
+  const bool inside = row < rows;
+  const int64_t at = (row / H / T * H + row % H) * T + row / H % T;  // in (B,H,T)
+  const A a = inside ? lse[at] : A(0), b = inside ? part_lse[at] : A(0);
+  const A most = Max<A>::combine(a, b), both = most + log_of(exp_of(a - most) + exp_of(b - most));
+  __syncthreads();  // every lane has read lse
+  if (!inside) return;
+  if (threadIdx.x % kWarp == 0) lse[at] = both;
+  const A of_out = exp_of(a - both), of_part = exp_of(b - both);
+  out += row * D;
+  part += row * D;
+  INDEPENDENT
+  for (int d = threadIdx.x % kWarp; d < D; d += kWarp) out[d] = out[d] * of_out + part[d] * of_part;
+}
+
+// one block a row; reads and writes the columns once
+template <class T, class U> __global__ void __launch_bounds__(256)
+    columns_kernel(T* to, int64_t to_ld, const U* from, int64_t from_ld, int columns) {
+  to += blockIdx.x * to_ld;
+  from += blockIdx.x * from_ld;
+  INDEPENDENT
+  for (int i = threadIdx.x; i < columns; i += kThreads) to[i] = store<T>(acc_t<T>(load(from[i])));
+}
+
+}  // namespace
+
+void merge_attention(const Tensor& out, const Tensor& lse, const Tensor& part,
+                     const Tensor& part_lse) {
+  const int64_t H = lse.dim(1), T_ = lse.dim(2), rows = lse.numel();
+  ASSERT(part.numel() == out.numel() && part_lse.numel() == rows && out.numel() % rows == 0);
+  const unsigned blocks = unsigned(ceil_div(rows, kRows));
+  const int D = int(out.numel() / rows);
+  DISPATCH(out.dtype(), using A = acc_t<T>; merge_kernel<A>
+           <<<blocks, kThreads, 0, device().compute>>>(out.data<A>(), lse.data<A>(), part.data<A>(),
+                                                       part_lse.data<A>(), int(T_), int(H), D,
+                                                       rows));
+}
+
+void copy_columns(const Tensor& to, int64_t to_first, const Tensor& from, int64_t from_first,
+                  int64_t columns) {
+  const int64_t rows = to.dim(0), to_ld = to.dim(1), from_ld = from.dim(1);
+  ASSERT(from.dim(0) == rows && to_first + columns <= to_ld && from_first + columns <= from_ld);
+  if (!rows) return;
+  const auto launch = [&]<class T, class U>(T* target, const U* source) {
+    columns_kernel<T, U><<<unsigned(rows), kThreads, 0, device().compute>>>(
+        target + to_first, to_ld, source + from_first, from_ld, int(columns));
+  };
+  DISPATCH(to.dtype(), if (from.dtype() == to.dtype()) launch(to.data<T>(), from.data<T>());
+           else launch(to.data<T>(), from.data<acc_t<T>>()));
+}

@@ -1,0 +1,197 @@
+// test_context_parallel.cpp: context parallelism, alone and with every other strategy, equals one
+// rank, in f64 to rounding; bytes and memory equal the formulas exactly; every rank has the same
+// work. Run under mpiexec -n 1, 2, 3, 4, 8: every layout with cp > 1 of the world's size and at
+// most one other axis, lengths that 2 cp divides and that it does not.
+#include "tests/parity.h"
+
+namespace {
+
+const GptConfig kConfig = [] {  // 5 heads, 23 words, 3 layers
+  GptConfig g{3, 20, 5, 17, 23};
+  g.dtype = Dtype::f64;
+  return g;
+}();
+
+template <class Work> void each_layout(Work work) {
+  const int n = job().size;
+  for (int cp = n; cp > 1; cp--) {
+    if (n % cp) continue;
+    const int rest = n / cp;
+    work(Layout{{"cp", cp}, {"fsdp", rest}});
+    if (rest == 1) continue;
+    work(Layout{{"cp", cp}, {"replicate", rest}});
+    if (rest <= kConfig.heads) work(Layout{{"cp", cp}, {"tp", rest}});
+    if (rest <= 3) work(Layout{{"cp", cp}, {"pp", rest}});
+  }
+}
+
+struct Setting {
+  int64_t length;
+  AttentionKind attention;
+  bool recompute, by_rows;
+  int64_t microbatches;
+  FsdpOptions fsdp;
+  const char* schedule;
+};
+constexpr AttentionKind plain = AttentionKind::plain, flash = AttentionKind::flash;
+const Setting kSettings[] = {
+    {16, flash, false, false, 1, {3, true, 1}, "1f1b"},
+    {17, plain, true, true, 2, {1, true, 1}, "zb"},
+    {31, flash, true, true, 4, {2, true, 0}, "gpipe"},
+    {33, plain, false, true, 4, {3, false, 2}, "1f1b"},
+    {64, flash, false, true, 2, {2, true, 1}, "zb"},
+    {257, flash, true, false, 1, {1, true, 0}, "1f1b"},
+};
+
+template <class Work> void each_setting(const Layout& layout, Work work) {
+  for (const Setting& s : kSettings) {
+    GptConfig g = kConfig;
+    g.context = s.length, g.attention = s.attention, g.recompute = s.recompute;
+    g.sequence_parallel = s.by_rows && layout["tp"] > 1;
+    TrainerOptions o;
+    const int64_t m = layout["pp"] > 1 ? std::max<int64_t>(s.microbatches, 2) : s.microbatches;
+    o.batch = 4 * layout.data_ranks(), o.microbatch = 4 / m;
+    o.fsdp = s.fsdp, o.schedule = s.schedule;
+    work(g, o,
+         sentence(to_string(layout), ", length ", s.length,
+                  s.attention == plain ? " plain" : " flash", s.recompute ? " recompute" : "",
+                  g.sequence_parallel ? " by rows" : "", " zero ", s.fsdp.zero, " prefetch ",
+                  s.fsdp.prefetch, " ", s.schedule, " ", m, " micro-batches"));
+  }
+}
+
+}  // namespace
+
+TEST(context_parallelism_equals_one_rank_in_f64) {
+  std::map<std::pair<int64_t, int64_t>, Parity> references;  // by length and batch
+  int settings = 0;
+  Difference worst;
+  each_layout([&](const Layout& layout) {
+    Mesh mesh = open_mesh(layout);
+    each_setting(layout, [&](const GptConfig& g, const TrainerOptions& o, const std::string& name) {
+      const auto key = std::pair(g.context, o.batch);
+      const auto reference = references.try_emplace(key, g, o.batch).first;
+      reference->second.check(mesh, g, o, name);
+    });
+    close_mesh(mesh);
+  });
+  for (const auto& [key, parity] : references) {
+    settings += parity.settings();
+    worst.widen(parity.worst());
+  }
+  measured(settings, " settings: loss ", worst.loss, ", gradients ", worst.gradients, ", norm ",
+           worst.norm, ", weights ", worst.weights);
+}
+
+TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
+  int settings = 0;
+  int64_t bytes = 0;
+  each_layout([&](const Layout& layout) {
+    Mesh mesh = open_mesh(layout);
+    each_setting(layout, [&](GptConfig g, const TrainerOptions& o, const std::string& name) {
+      const Dtype dtypes[] = {Dtype::f32, Dtype::bf16, Dtype::f64};
+      g.dtype = dtypes[settings++ % 3];
+      bytes += equals_theory(mesh, g, o, sentence(name_of(g.dtype), " ", name), [](Trainer&) {});
+    });
+    close_mesh(mesh);
+  });
+  measured(settings, " settings, ", bytes, " bytes sent by rank 0");
+}
+
+// Evaluation and sampling: a prompt of fewer tokens than pieces is computed whole on every rank.
+TEST(held_out_loss_and_next_token_are_the_same_in_every_layout) {
+  std::vector<int> longer;
+  for (int i = 0; i < 16; i++) longer.push_back(i * 7 % 23);
+  double worst = 0;
+  for (const std::vector<int>& prompt : {std::vector<int>{3, 1, 4}, longer}) {
+    const HeldOut expected = held_out(kConfig, prompt);
+    each_layout([&](const Layout& layout) {
+      Mesh mesh = open_mesh(layout);
+      TrainerOptions options;
+      options.microbatch = 2, options.batch = 2 * layout.data_ranks() * layout["pp"];
+      worst = std::max(worst, difference(mesh, kConfig, options, expected));
+      close_mesh(mesh);
+    });
+  }
+  CHECK_LE(worst, 1e-12);
+  measured("relative difference ", worst);
+}
+
+// With queries of 0 a row's scores are all 0, and exp(lse) is the number of keys that it sees: the
+// kernels count their own work.
+static int64_t pairs_of(const Positions& queries, const std::vector<Positions>& sets, bool flash) {
+  const int64_t H = 1, D = 16;
+  const Tensor q({1, queries.rows(), H, D}, Dtype::f64, Memory::data),
+      lse({1, H, queries.rows()}, Dtype::f64, Memory::data),
+      out(q.shape(), Dtype::f64, Memory::data);
+  fill(q, 0);
+  double pairs = 0;
+  for (const Positions& keys : sets) {
+    const Tensor kv({1, keys.rows(), 2, H, D}, Dtype::f64, Memory::data),
+        p({1, H, queries.rows(), keys.rows()}, Dtype::f64, Memory::data);
+    fill(kv, 1);
+    if (flash) attention_flash_forward(out, lse, q, kv, 1, H, queries, keys);
+    else attention_plain_forward(out, lse, p, q, kv, 1, H, queries, keys);
+    for (const double x : download(lse)) pairs += std::exp(x);
+  }
+  return std::llround(pairs);
+}
+
+TEST(every_rank_has_the_same_work_in_attention) {
+  std::string shares;
+  for (const int n : {2, 4, 8})
+    for (const int64_t T : {64, 257}) {
+      std::vector<Positions> zigzag, plain_cut;
+      for (int r = 0; r < n; r++) {
+        zigzag.push_back(ContextParallel(Axis{"cp", n, r}, nullptr).part(T));
+        plain_cut.push_back({{r * T / n, (r + 1) * T / n}});
+      }
+      const double mean = double(T * (T + 1)) / 2 / n;
+      double most = 0;
+      for (int r = 0; r < n; r++) {
+        // (query, key) pairs: a query at position t sees t + 1 keys
+        const auto formula = [](const Positions& p) {
+          int64_t pairs = 0;
+          for (const Range& piece : {p.low, p.high})
+            pairs += (piece.begin + 1 + piece.end) * piece.size() / 2;
+          return pairs;
+        };
+        for (const bool flash : {true, false})
+          for (const auto& cut : {zigzag, plain_cut})
+            CHECK_EQ(pairs_of(cut[size_t(r)], cut, flash), formula(cut[size_t(r)]), "rank ", r,
+                     " of ", n, ", T = ", T);
+        most = std::max(most, double(formula(zigzag[size_t(r)])) / mean);
+      }
+      const double last = double(pairs_of(plain_cut.back(), plain_cut, true)) / mean;
+      if (T % (2 * n) == 0) CHECK_LE(most, 1);
+      CHECK_LE(std::abs(last - (2.0 * n - 1) / n), 4.0 / double(T / n));  // the diagonal
+      shares += sentence(shares.empty() ? "" : "; ", n, " ranks, T = ", T, ": ", most, ", ", last);
+    }
+  measured("the busiest rank's share of the mean, zigzag and plain cut: ", shares);
+}
+
+// bf16 rounds what a rank has of a row's result once, after all rounds, as one rank does: errors of
+// the loss against f64 grow by no more than chance.
+TEST(the_bf16_curve_of_50_steps_is_as_close_to_f64_as_one_ranks) {
+  GptConfig exact{2, 40, 4, 64, 61, Dtype::f64}, half = exact;
+  half.dtype = Dtype::bf16;
+  const int64_t batch = 8;
+  const int steps = kDelayed ? 4 : 50;
+  const auto error = [&](const Run& run, const Run& of) {  // the root of the mean square
+    double sum = 0;
+    for (size_t i = 0; i < run.losses.size(); i++)
+      sum += std::pow(run.losses[i] / of.losses[i] - 1, 2);
+    return std::sqrt(sum / double(run.losses.size()));
+  };
+  const Run reference = one_rank(exact, batch, steps);
+  const double alone = error(one_rank(half, batch, steps), reference);
+  Mesh mesh = open_mesh(Layout{{"cp", job().size}});
+  TrainerOptions options;
+  options.batch = options.microbatch = batch;
+  const double ring = error(curve_of(mesh, half, options, steps), reference);
+  close_mesh(mesh);
+  CHECK_LE(ring, 1.5 * alone);
+  measured("relative error of the loss, cp ", job().size, ": ", ring, ", one rank: ", alone);
+}
+
+int main(int argc, char** argv) { return run_mpi_tests(argc, argv); }
