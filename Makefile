@@ -1,7 +1,7 @@
 # Threefold: `make` lists what there is. Everything that is built lives in build/<backend>/.
+#   launch/launch.mk    which backend, what has to be installed, make run
 #   cpu/cpu.mk          what stands in for CUDA and NCCL
 #   tests/tests.mk      tests, benchmarks and checks
-#   launch/detect.sh    GPUs, CUDA and NCCL; launch/packages.sh: the rest; launch/run.sh: make run
 #   `##` begins what help shows
 
 MAKEFLAGS += -r# no rules but those below
@@ -11,20 +11,13 @@ MAKEFLAGS += -r# no rules but those below
 
 THREADS ?= $(shell nproc)
 WERROR  ?=# -Werror (as .ci/run has it): another compiler's warnings do not stop a user
+OPTIMIZE ?= -O2 -g1# of what is no kernel
 COMM    ?= nccl
 # MPICH, though another MPI may be there; looked for at each use, since `make deps` may come first
 MPICXX  ?= $(or $(shell command -v mpicxx.mpich 2>/dev/null),mpicxx)
 MPIEXEC ?= $(subst mpicxx,mpiexec,$(MPICXX))
 
-# ---- which backend: CUDA where a kernel runs on a GPU, else the CPU (BACKEND=cpu|cuda overrides)
-
--include build/detected.mk
-BACKEND ?= $(or $(DETECTED),cpu)
-B := build/$(BACKEND)
-build/detected.mk: launch/detect.sh \
-    $(if $(filter-out $(CUDA_HOME):$(NCCL_HOME),$(LOOKED_IN)),look-again)
-	@mkdir -p build 2>/dev/null && [ -w build ] || exit 0; \
-	  CUDA_HOME='$(CUDA_HOME)' NCCL_HOME='$(NCCL_HOME)' $< >$@.new && mv $@.new $@
+include launch/launch.mk
 
 # ---- sources: a folder a concern; the files with a main() are the programs
 
@@ -40,12 +33,13 @@ SOURCES  := tensor.cu $(sort $(wildcard kernels/*.cu)) \
 
 # ---- compilers: here for CUDA; cpu/cpu.mk changes them for the backends that stand in for it
 
-CXXFLAGS  := -std=c++20 -O2 -g -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -I.
-NVCCFLAGS  = -std=c++20 -O3 -lineinfo -I. -Ikernels -ccbin $(MPICXX) \
+CXXFLAGS  := -std=c++20 $(OPTIMIZE) -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -I.
+NVCCFLAGS  = -std=c++20 $(filter -O%,$(OPTIMIZE)) -lineinfo -I. -Ikernels -ccbin $(MPICXX) \
              -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas \
              $(if $(WERROR),-Werror all-warnings -Xcompiler -Werror)
-GENCODE   := -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
-             -gencode arch=compute_90,code=compute_90
+# with PTX for newer GPUs, and for a PTX runner, which takes the first that it finds uncompressed
+GENCODE   := -gencode arch=compute_80,code=[compute_80,sm_80] \
+             -gencode arch=compute_90,code=sm_90 -no-compress
 ifneq ($(GPU_GENCODE),)
   GENCODE := $(GPU_GENCODE)
 endif
@@ -59,15 +53,11 @@ include cpu/cpu.mk
 
 # ---- rules
 
-# what is missing is installed first; then the tools are looked for again
-PROBE = launch/packages.sh probe $(BACKEND) $(COMM) '$(LINK)' '$(LIBS) $(LIBS_NCCL)'
-$(B)/packages: launch/packages.sh
-	@$(PROBE) >/dev/null 2>&1 || $(MAKE) --no-print-directory deps || { $(PROBE); exit 1; }
-	@touch $@
-$(B)/ready: Makefile cpu/cpu.mk $(B)/packages
-	@$(PROBE)
-	@touch $@
-
+# what most files include is parsed once, with PRECOMPILE=yes: a compiler cache would rather not
+COMMON := $(if $(PRECOMPILE),$(B)/common.h.gch)
+$(B)/common.h.gch: comm.h | $(B)/ready
+	@echo '#include "$<"' >$(@:.gch=)
+	@$(MPICXX) $(CXXFLAGS) -MMD -MP -x c++-header -c $(@:.gch=) -o $@
 OBJECTS = $(patsubst %,$(B)/obj/%.o,$(SOURCES))
 ifeq ($(STANDIN),)
 $(B)/obj/%.cu.o: %.cu | $(B)/ready
@@ -76,18 +66,19 @@ $(B)/obj/%.cu.o: %.cu | $(B)/ready
 	@$(NVCC) $(NVCCFLAGS) $(GENCODE) -Xptxas -v -MMD -MP -c $< -o $@ 2>$(@:.o=.ptxas) || \
 	  { cat $(@:.o=.ptxas); exit 1; }
 endif
-$(B)/obj/%.cpp.o: %.cpp | $(B)/ready
+$(B)/obj/%.cpp.o: %.cpp $(COMMON) | $(B)/ready
 	@mkdir -p $(@D)
 	@echo "  $(BACKEND)  $<"
-	@$(MPICXX) $(CXXFLAGS) -MMD -MP -c $< -o $@
+	@$(MPICXX) $(CXXFLAGS) $(COMMON:%.gch=-include %) -MMD -MP -c $< -o $@
 
 # with COMM=mpi ranks share a GPU; cpu/nccl stages through host memory in place of NCCL
 WHERE := $(if $(filter cuda-mpi,$(BACKEND)-$(COMM)),/comm-mpi)
+main   = $(B)/obj/$(or $(main_$*),$*.cpp).o# of the program $*
 .SECONDEXPANSION:
-$(PROGRAMS:%=$(B)/%): $(B)/%: $(B)/obj/$$(main_$$*).o $(OBJECTS)
+$(patsubst %,$(B)/%,$(PROGRAMS) $(basename $(wildcard tests/*.cpp))): $(B)/%: $$(main) $(OBJECTS)
+	@mkdir -p $(@D)
 	@$(LINK) $^ -o $@ $(LIBS) $(LIBS_NCCL)
-$(PROGRAMS:%=$(B)/comm-mpi/%): $(B)/comm-mpi/%: $(B)/obj/$$(main_$$*).o $(OBJECTS) \
-    $(NCCL_CPU:%=$(B)/obj/%.o)
+$(B)/comm-mpi/%: $$(main) $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
 	@mkdir -p $(@D)
 	@$(LINK) $^ -o $@ $(LIBS)
 -include $(shell find build -name '*.d' 2>/dev/null)
@@ -95,23 +86,11 @@ $(PROGRAMS:%=$(B)/comm-mpi/%): $(B)/comm-mpi/%: $(B)/obj/$$(main_$$*).o $(OBJECT
 
 # ---- targets
 
-.PHONY: help build built run generate deps detect clean look-again
+.PHONY: help build built clean
 help:
 	@echo 'Threefold ($(BACKEND) backend)$(if $(WHY),; no GPU is used: $(WHY))'
-	@sed -nE 's/^([a-z].*)?## /  /p' $(filter %akefile %.mk,$(MAKEFILE_LIST))
+	@sed -nE 's/^([a-z].*)?## /  /p' launch/launch.mk Makefile tests/tests.mk
 	@tests/size.sh | sed 's/^/  /'
-
-# to launch/run.sh through the environment, where no sign in a name means anything
-export override DATA := $(value DATA)
-export override ARGS := $(value ARGS)
-export override PROMPT := $(value PROMPT)
-export override CHECKPOINT := $(value CHECKPOINT)
-## make run [DATA=file] [STRATEGY=serial|replicate|fsdp|cp|tp|pp|3d] [NP=ranks] [ARGS=options]
-##                          train a GPT and print a sample of what it learned
-## make generate [PROMPT=text] [CHECKPOINT=dir] [NP=ranks] [ARGS=options] [TRAIN_ARGS=options]
-##                          continue a text with a model (trains one first where there is none)
-run generate: built
-	@BACKEND=$(BACKEND) THREADS=$(THREADS) MPIEXEC='$(MPIEXEC)' WHY='$(WHY)' launch/run.sh $@
 
 build: $(PROGRAMS:%=$(B)$(WHERE)/%)  ## make build               compile the programs into build/
 	@for p in $(PROGRAMS); do [ "$$(readlink build/$$p)" = $(BACKEND)$(WHERE)/$$p ] || \
@@ -121,10 +100,6 @@ built:  # for those who type no -j
 
 include tests/tests.mk
 
-deps:  ## make deps                install what is missing (MPICH, oneDNN, nlohmann/json, xxHash)
-	@launch/packages.sh install
-detect:  ## make detect              look for GPUs, CUDA and NCCL again (CUDA_HOME= NCCL_HOME=)
-	@rm -f build/detected.mk && $(MAKE) --no-print-directory help
 clean:  ## make clean               remove build/
 	rm -rf build
 

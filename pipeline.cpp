@@ -12,11 +12,12 @@
 // traffic   an activation forward and its gradient backward at each cut between two stages: 2 m
 //           sends of S*C elements in the compute dtype (S: rows that a rank holds); the tied
 //           embedding's gradient once a step, where first and last piece of the model are on two
-//           stages: vocabulary*C / (tp fsdp) elements of the master dtype from each. The ledger
+//           stages: vocabulary*C / (tp fsdp cp) elements of the master dtype from each. The ledger
 //           enters them at the sender alone; theory/pipeline.cpp predicts them.
 // memory    weights, gradients and optimizer state of this stage's layers; activations of as many
 //           micro-batches as the schedule keeps alive; parcels: what the next exchange receives,
-//           what waits to be sent, and what at most four exchanges sent
+//           what came and was not used yet, what waits to be sent, and what at most four exchanges
+//           sent
 // bubble    how long a stage idles: schedule.h has the formulas. report/report.cpp prints what the
 //           simulator makes of the times that this executor measured.
 // overlap   A computation waits for what it needs. An exchange waits for what it sends; one that
@@ -28,10 +29,10 @@
 //
 //   Live      a micro-batch on a chunk, from its forward to the end of its backward
 //   Parcel    an activation or a gradient, and the event at which it is computed, has come or left
-//   outbox_   parcels that were computed here, until they have left
+//   outbox_   parcels that were computed here, until the compute stream waits for their departure
 //   inbox_    parcels that came, or the memory for those that the next exchange receives
 //
-//   the compute queue              the communication queue
+//   the compute stream             the communication queue
 //     prepare_room  ---- room is free ---+
 //     forward                            |
 //     put_in_outbox ---- computed -------+-->  exchange: waits for both, then sends and receives
@@ -39,8 +40,8 @@
 //     receive  <---- has come, has left -------------+
 //     backward
 //
-//           The pool hands out memory in the order of the compute queue (Buffer in tensor.h): who
-//           gets a block there may use it at once on the compute queue, behind its earlier users.
+//           The pool hands out memory in the order of the compute stream (Buffer in tensor.h): who
+//           gets a block there may use it at once on the compute stream, behind its earlier users.
 //           The communication queue is not in that order. So what it writes waits for the earlier
 //           users (room is free), and what it reads is kept until it has left (release_sent).
 #include "pipeline.h"
@@ -195,7 +196,7 @@ Tensor Pipeline::receive(const Transfer& transfer) {
   return x;
 }
 
-// What exchanges up to the last of these sent goes back to the pool. The compute queue, in whose
+// What exchanges up to the last of these sent goes back to the pool. The compute stream, in whose
 // order memory is used again, first waits until it has left.
 void Pipeline::release_sent(int last) {
   std::erase_if(outbox_, [&](const auto& entry) {

@@ -2,8 +2,6 @@
 #   cpu       one thread a block (FAST); FAST has its own form of two headers of kernels/
 #   faithful  the same with every CUDA thread a fiber (FAITHFUL), for tests
 #   sanitize  as cpu, under Address- and UndefinedBehaviorSanitizer, for tests
-#   ptx       the CUDA build, with the CUDA runtime in LIBCUDART=dir and cpu/cuda/cublas.cpp in
-#             place of CUDA's own, for tests without a GPU
 
 NCCL_CPU := $(sort $(wildcard cpu/nccl/*.cpp))
 STANDIN  := $(filter cpu faithful sanitize,$(BACKEND))
@@ -20,18 +18,11 @@ else ifeq ($(BACKEND),sanitize)
   KERNEL_FAST :=
   LIBS     := -fsanitize=address,undefined
 else ifeq ($(BACKEND),faithful)
-  CXXFLAGS += -DCPU_FAITHFUL -g1
+  CXXFLAGS += -DCPU_FAITHFUL
   KERNEL_FAST :=
   SOURCES  := $(filter %.cu autograd.cpp gpt.cpp optimizer.cpp comm.cpp \
                 tensor_parallel.cpp context_parallel.cpp, $(SOURCES))
   SOURCES  += cpu/faithful/faithful.cpp
-else ifeq ($(BACKEND),ptx)
-  CXXFLAGS += -I$(CUDA)/include -fopenmp -march=$(MARCH)
-  GENCODE  := -gencode arch=compute_80,code=compute_80 -no-compress
-  SOURCES  += cpu/cuda/cublas.cpp tests/ptx_extra.cpp $(NCCL_CPU)
-  LIBS     := -cudart none -L$(LIBCUDART) -lfakecudart -Xlinker -rpath=$(LIBCUDART) \
-              -ldnnl -lxxhash -Xcompiler -fopenmp
-  LINK      = $(NVCC) -ccbin $(MPICXX)
 else ifneq ($(filter-out cuda,$(BACKEND)),)
   $(error BACKEND is '$(BACKEND)', expected cpu or cuda)
 endif

@@ -21,7 +21,7 @@ gpus=$(launch/detect.sh gpus)
 if [ "$gpus" != 0 ]; then
   backend=cuda built=build/cuda sharing=build/cuda/comm-mpi
 elif [ -n "${LIBCUDART:-}" ]; then
-  backend=ptx built=build/ptx sharing=build/ptx
+  backend=ptx built=build/cuda/ptx sharing=build/cuda/ptx
   export PTXRUN_RACE=1 # a race in shared memory is an error
 else
   why=$(sed -n 's/^WHY := //p' build/detected.mk)
@@ -79,11 +79,11 @@ export MPIEXEC cores
 kernels="test_golden test_tensor test_kernels test_matmul test_attention test_decode test_autograd"
 strategies="test_fsdp test_tensor_parallel test_pipeline test_generator"
 programs="build"
-[ $backend = cuda ] || programs=build/ptx/train_gpt
+[ $backend = cuda ] || programs=build/cuda/ptx/train_gpt
 programs="$programs $(printf "$built/tests/%s " $kernels $strategies test_parity)"
 [ $backend = ptx ] || programs="$programs $(printf "$built/tests/%s " bench_kernels bench_nccl) \
   $sharing/train_gpt $(printf "$sharing/tests/%s " $strategies test_parity)"
-step "build" 420 make -k -j"$cores" BACKEND=$backend $programs
+step "build" 420 make -k -j"$cores" BACKEND=${backend/ptx/cuda} $programs
 
 # ---- one rank
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# run.sh: the whole suite. Builds the test programs, runs each, and closes with the sum: `N passed,
-# N failed` alone on a line.
+# run.sh: the whole suite. Builds the test programs, runs them two at a time, and closes with the
+# sum: `N passed, N failed` alone on a line.
 #   tests/run.sh [cpu|faithful|cuda|ptx]...   without arguments: cpu and faithful
 #   COMM=mpi        for cuda: ranks share GPUs
 #   LIBCUDART=dir   for ptx: a CUDA runtime library (libfakecudart.so) that runs PTX without a GPU
@@ -26,49 +26,65 @@ comm="test_comm"
 referee="test_nccl"
 cores=$(nproc)
 skipped=0
-log=$dir/log
+export OMP_WAIT_POLICY=passive # two tests share the processors
 
-# run LABEL COMMAND...: runs it, shows its lines, adds up its closing line
+# run LABEL COMMAND...: for the lanes
+labels=() commands=()
 run() {
-  local label=$1
+  labels+=("$1")
   shift
-  local began=$SECONDS status
-  echo "== $label"
-  timeout 900 "$@" 2>&1 | tee "$log" | grep -v ' passed, .* failed'
-  status=${PIPESTATUS[0]}
-  if grep -q '^fakecudart:' "$log"; then
-    echo "FAIL $label  the PTX runner reports a race or an error"
+  commands+=("$(printf '%q ' "$@")")
+}
+
+# conduct NUMBER: runs that test, then shows its lines in one piece; its sums go to $dir/sums
+conduct() {
+  local label=${labels[$1]} log=$dir/log.$1 status sum passed=0 failed=0 skipped=0
+  local TIMEFORMAT='%0R s; of a processor %0U + %0S s'
+  { time eval "timeout 900 ${commands[$1]}" >"$log" 2>&1; } 2>"$log.time"
+  status=$?
+  problem() {
+    echo "FAIL $label  $1" >>"$log"
     failed=$((failed + 1))
-  fi
-  local sum
+  }
   sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | tail -1)
+  read -r passed failed skipped <<<"$(tr -dc '0-9 ' <<<"$sum") 0 0 0"
+  if grep -q '^fakecudart:' "$log"; then problem "the PTX runner reports a race or an error"; fi
   if [ -z "$sum" ]; then
-    echo "FAIL $label  ended with status $status and no closing line"
-    failed=$((failed + 1))
-  else
-    set -- $(echo "$sum" | tr -dc '0-9 ')
-    passed=$((passed + $1))
-    failed=$((failed + $2))
-    skipped=$((skipped + ${3:-0}))
-    if [ "$status" -ne 0 ] && [ "$2" -eq 0 ]; then
-      echo "FAIL $label  ended with status $status"
-      failed=$((failed + 1))
-    fi
+    problem "ended with status $status and no closing line"
+  elif [ "$status" -ne 0 ] && [ "$failed" -eq 0 ]; then
+    problem "ended with status $status"
   fi
-  echo "   $((SECONDS - began)) s"
+  flock "$dir/sums" cat - "$log.time" <<<"== $label
+$(grep -v ' passed, .* failed' "$log")"
+  echo "$passed $failed $skipped" >>"$dir/sums"
+}
+
+# lanes: runs all, one lane from the first on, the other from the last on, until they meet: what
+# computes on many ranks comes first, what mostly waits last
+lanes() {
+  : >"$dir/sums"
+  local last=$((${#labels[@]} - 1)) order number
+  for order in "0 1 $last" "$last -1 0"; do
+    for number in $(seq $order); do
+      mkdir "$dir/taken.$number" 2>/dev/null || break
+      conduct "$number"
+    done &
+  done
+  wait
 }
 
 for backend in "$@"; do
   built=build/$backend
-  [ "$backend-${COMM:-}" = cuda-mpi ] && built=$built/comm-mpi
+  [ "$backend-${COMM:-}" = cuda-mpi ] && built=build/cuda/comm-mpi
+  [ "$backend" = ptx ] && built=build/cuda/ptx
   programs="$kernels"
   [ "$backend" = cpu ] && programs="$kernels $alone $comm $ranks $few $parity $referee"
   [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks $few $parity"
   [ "$backend" = ptx ] && programs="${kernels#test_cpu }"
   targets=$(printf "$built/tests/%s " $programs)
   [ "$backend" = cpu ] && targets="$targets build build/cpu/tests/test_checkpoint"
-  [ "$backend" = ptx ] && targets="$targets build/ptx/train_gpt"
-  make --no-print-directory -j"$cores" BACKEND="$backend" $targets || {
+  [ "$backend" = ptx ] && targets="$targets $built/train_gpt"
+  make --no-print-directory -j"$cores" BACKEND="${backend/ptx/cuda}" $targets || {
     echo "FAIL the $backend build"
     failed=$((failed + 1))
     continue
@@ -87,7 +103,7 @@ for backend in "$@"; do
     for n in $sizes; do
       threads=$((cores / n))
       [ $threads -gt 0 ] || threads=1
-      run "$backend/$p, $n ranks" env OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive \
+      run "$backend/$p, $n ranks" env OMP_NUM_THREADS=$threads \
         $MPIEXEC -n "$n" "$built/tests/$p" $filter
     done
   done
@@ -97,7 +113,7 @@ for backend in "$@"; do
   # on 2 ranks `mutants.sh waits` runs them
   for test in $ranks; do
     run "cpu/$test, 4 ranks, queued streams" env THREEFOLD_STREAMS=queued:4 THREEFOLD_REFEREE=1 \
-      OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $MPIEXEC -n 4 build/cpu/tests/$test one_rank_in_f64
+      OMP_NUM_THREADS=1 $MPIEXEC -n 4 build/cpu/tests/$test one_rank_in_f64
   done
   run "the parity matrix covers every pair of settings" build/cpu/tests/test_parity any_two
   run "queued streams on 2 ranks; removed event waits are caught" tests/mutants.sh waits
@@ -110,6 +126,10 @@ for backend in "$@"; do
   run "what the machine gives or forbids" tests/test_environment.sh
 done
 
+lanes
+while read -r -a sum; do
+  passed=$((passed + sum[0])) failed=$((failed + sum[1])) skipped=$((skipped + sum[2]))
+done <"$dir/sums"
 if [ $skipped -gt 0 ]; then
   echo "$passed passed, $failed failed, $skipped skipped"
 else

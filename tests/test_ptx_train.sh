@@ -15,7 +15,7 @@ trains() {
   local name=$1 ranks=$2
   shift 2
   rm -f "$dir/ptx.jsonl"
-  timeout 600 $MPIEXEC -n "$ranks" build/ptx/train_gpt $args "$@" --metrics "$dir/ptx.jsonl" \
+  timeout 600 $MPIEXEC -n "$ranks" build/cuda/ptx/train_gpt $args "$@" --metrics "$dir/ptx.jsonl" \
     >"$dir/out" 2>&1
   local worst
   worst=$(worst 3 "$dir/ptx.jsonl" "$dir/cpu.jsonl")

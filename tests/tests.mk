@@ -1,19 +1,24 @@
 # tests.mk: the test programs, the benchmarks, and everything that checks the project.
 
 TESTS      := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/test_*.cpp)))
-CUDA_TESTS := $(filter-out test_cpu test_nccl test_comm,$(TESTS))
+# all but those of cpu/ and those that use no device
+CUDA_TESTS := $(filter-out %_cpu %_nccl %_comm %_schedule %_support %_fuzz,$(TESTS))
 BENCHES    := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/bench_*.cpp)))
 
-$(B)/tests/%: $(B)/obj/tests/%.cpp.o $(OBJECTS)
-	@mkdir -p $(@D)
-	@$(LINK) $^ -o $@ $(LIBS) $(LIBS_NCCL)
-$(B)/comm-mpi/tests/%: $(B)/obj/tests/%.cpp.o $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
-	@mkdir -p $(@D)
-	@$(LINK) $^ -o $@ $(LIBS)
+$(B)/obj/tests/%: CXXFLAGS += -O1# compiling takes longer than running
 $(B)/tests/test_cpu: $(B)/obj/tests/cpu_kernels.cu.o
 $(B)/tests/libfaults.so: tests/faults.cpp
 	@mkdir -p $(@D)
 	@$(MPICXX) -shared -fPIC -O1 -Wall -Wextra $< -o $@ -ldl
+
+# The CUDA build without a GPU: the objects of BACKEND=cuda, linked with the CUDA runtime in
+# LIBCUDART=dir, which runs PTX, and with cpu/ in place of cuBLAS and NCCL.
+PTX_CPU := cpu/cuda/cublas.cpp tests/ptx_extra.cpp $(NCCL_CPU)
+$(B)/obj/cpu/cuda/cublas.cpp.o: private CXXFLAGS += -fopenmp
+$(B)/ptx/%: $$(main) $(OBJECTS) $(PTX_CPU:%=$(B)/obj/%.o)
+	@mkdir -p $(@D)
+	@$(LINK) $^ -o $@ -cudart none -L$(LIBCUDART) -lfakecudart -Xlinker -rpath=$(LIBCUDART) \
+	  -ldnnl -lxxhash -Xcompiler -fopenmp
 
 # what tests/mutants.sh compiles and links with
 print-compile: ; @echo '$(MPICXX) $(CXXFLAGS)'

@@ -1,0 +1,44 @@
+# launch.mk: which backend there is, what has to be installed for it, and the commands that a user
+# types first.
+#   detect.sh   GPUs, CUDA and NCCL        packages.sh   the rest        run.sh   make run
+
+# ---- which backend: CUDA where a kernel runs on a GPU, else the CPU (BACKEND=cpu|cuda overrides)
+
+-include build/detected.mk
+BACKEND ?= $(or $(DETECTED),cpu)
+B := build/$(BACKEND)
+build/detected.mk: launch/detect.sh \
+    $(if $(filter-out $(CUDA_HOME):$(NCCL_HOME),$(LOOKED_IN)),look-again)
+	@mkdir -p build 2>/dev/null && [ -w build ] || exit 0; \
+	  CUDA_HOME='$(CUDA_HOME)' NCCL_HOME='$(NCCL_HOME)' $< >$@.new && mv $@.new $@
+
+# ---- packages
+
+# what is missing is installed first; then the tools are looked for again
+PROBE = launch/packages.sh probe $(BACKEND) $(COMM) '$(LINK)' '$(LIBS) $(LIBS_NCCL)'
+$(B)/packages: launch/packages.sh
+	@$(PROBE) >/dev/null 2>&1 || $(MAKE) --no-print-directory deps || { $(PROBE); exit 1; }
+	@touch $@
+$(B)/ready: Makefile cpu/cpu.mk $(B)/packages
+	@$(PROBE)
+	@touch $@
+
+# ---- commands
+
+.PHONY: run generate deps detect look-again
+# to launch/run.sh through the environment, where no sign in a name means anything
+export override DATA := $(value DATA)
+export override ARGS := $(value ARGS)
+export override PROMPT := $(value PROMPT)
+export override CHECKPOINT := $(value CHECKPOINT)
+## make run [DATA=file] [STRATEGY=serial|replicate|fsdp|cp|tp|pp|3d] [NP=ranks] [ARGS=options]
+##                          train a GPT and print a sample of what it learned
+## make generate [PROMPT=text] [CHECKPOINT=dir] [NP=ranks] [ARGS=options] [TRAIN_ARGS=options]
+##                          continue a text with a model (trains one first where there is none)
+run generate: built
+	@BACKEND=$(BACKEND) THREADS=$(THREADS) MPIEXEC='$(MPIEXEC)' WHY='$(WHY)' launch/run.sh $@
+
+deps:  ## make deps                install what is missing (MPICH, oneDNN, nlohmann/json, xxHash)
+	@launch/packages.sh install
+detect:  ## make detect              look for GPUs, CUDA and NCCL again (CUDA_HOME= NCCL_HOME=)
+	@rm -f build/detected.mk && $(MAKE) --no-print-directory help
