@@ -104,10 +104,11 @@ static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
 
 // ---- output
 
-// seconds: of each token after the first
-static void print_statistics(const Generator& generator, const Mesh& mesh, double first,
+// seconds: of each token; the first one's with the prompts
+static void print_statistics(const Generator& generator, const Mesh& mesh,
                              std::vector<double> seconds, size_t sequences) {
-  fprintf(stderr, "\nfirst token after %.1f ms\n", first * 1e3);
+  fprintf(stderr, "\nfirst token after %.1f ms\n", seconds[0] * 1e3);
+  seconds.erase(seconds.begin());
   if (seconds.empty()) return;
   const size_t n = seconds.size();
   std::ranges::sort(seconds);
@@ -137,15 +138,6 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
   if (checkpoint) watch.at_files([&] { generator.load_weights(*checkpoint); });
   else generator.initialise(uint64_t(o.seed));
 
-  const Sampling how{o.temperature, o.top_k, o.top_p, uint64_t(o.seed)};
-  int64_t made = 0;  // tokens of each text
-  const auto pick_all = [&](const Generator::Logits& logits) {
-    std::vector<int> picked(B);
-    for (size_t b = 0; b < logits.size(); b++)
-      picked[b] = pick(logits[b], how, int64_t(prompts[b].size()) + made, int64_t(b));
-    made++;
-    return generator.share(picked);
-  };
   // the first is shown as it is made; the others, made beside it, after it
   std::vector<std::string> texts(B);
   const auto add = [&](size_t b, int token) {
@@ -156,32 +148,33 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
     for (const int token : prompts[b]) add(b, token);
   synchronize();
 
-  const Stopwatch prefill;
-  Generator::Logits logits;
-  for (size_t b = 0; b < B; b++) {
-    watch.progress();
-    for (auto& row : generator.prefill(int64_t(b), prompts[b])) logits.push_back(std::move(row));
-  }
-  std::vector<int> next = pick_all(logits);
-  const double first = prefill.seconds();
-  std::vector<double> seconds;
+  const Sampling how{o.temperature, o.top_k, o.top_p, uint64_t(o.seed)};
+  std::vector<double> seconds;  // of each token
   std::vector<bool> ended(B, false);
-  ledger.rows.clear();
-  while (true) {
+  std::vector<int> next(B);
+  for (int64_t made = 0; made < o.tokens && std::ranges::count(ended, false) > 0; made++) {
+    const Stopwatch token;
+    Generator::Logits logits;
+    for (size_t b = 0; made == 0 && b < B; b++) {
+      watch.progress();
+      for (auto& row : generator.prefill(int64_t(b), prompts[b])) logits.push_back(row);
+    }
+    watch.progress();
+    if (made > 0) logits = generator.decode(next);
+    for (size_t b = 0; b < logits.size(); b++)
+      next[b] = pick(logits[b], how, int64_t(prompts[b].size()) + made, int64_t(b));
+    next = generator.share(next);
+    if (made == 0) ledger.rows.clear();  // from here on it is of decoding
+    seconds.push_back(token.seconds());
     for (size_t b = 0; b < B; b++) {
       ended[b] = ended[b] || next[b] == tokenizer.end_of_text();
       if (!ended[b]) add(b, next[b]);
     }
-    if (made == o.tokens || std::ranges::count(ended, false) == 0) break;
-    watch.progress();
-    const Stopwatch decode;
-    next = pick_all(generator.decode(next));
-    seconds.push_back(decode.seconds());
   }
   if (!job.speaks) return;
   for (size_t b = 1; b < B; b++) show(sentence("\n\n--- ", b + 1, "\n", texts[b]));
   show("\n");
-  print_statistics(generator, mesh, first, seconds, B);
+  print_statistics(generator, mesh, seconds, B);
 }
 
 // ---- main

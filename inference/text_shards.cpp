@@ -14,19 +14,15 @@ static std::string encode_files(const std::vector<MappedFile>& texts, const std:
                                 const Tokenizer& tokenizer, const Say& say) {
   const ShardFormat& kind = kShardFormats[tokenizer.size() > 65536];
   std::string shard(kShardHeader, '\0');
-  double done = 0, all = 0;  // MB
-  for (const MappedFile& text : texts) all += double(text.view.size()) / 1e6;
   Stopwatch said;
-  for (const MappedFile& text : texts) {
+  for (const MappedFile& text : texts)
     tokenizer.encode(text.view, [&](const std::vector<int>& tokens, size_t end) {
       for (const int token : tokens)
         shard.append(reinterpret_cast<const char*>(&token), size_t(kind.width));
       if (said.seconds() < 3) return;
       said = {};
-      say(format("%s: %.1f of %.1f MB are encoded", name.c_str(), done + double(end) / 1e6, all));
+      say(sentence(text.path, ": ", end, " of ", text.view.size(), " bytes are encoded"));
     });
-    done += double(text.view.size()) / 1e6;
-  }
   const int64_t count = (int64_t(shard.size()) - kShardHeader) / kind.width;
   REQUIRE(count <= INT32_MAX, name, " has ", count, " tokens, and a shard at most ", INT32_MAX,
           ": cut it into several files");

@@ -50,19 +50,16 @@ constexpr int64_t kLargest = 10'000'000;  // number of a token
 static uint64_t pair_of(int left, int right) { return uint64_t(left) << 32 | uint64_t(right); }
 
 // They write each byte as a printable character: itself, or 256 and up for the others in order.
-static std::map<char32_t, char> byte_of_character() {
-  std::map<char32_t, char> bytes;
-  char32_t next = 256;
-  for (int b = 0; b < 256; b++) {
-    const bool printable =
-        (b >= '!' && b <= '~') || (b >= 0xa1 && b <= 0xac) || (b >= 0xae && b <= 0xff);
-    bytes[printable ? char32_t(b) : next++] = char(b);
-  }
-  return bytes;
-}
-
 static std::string to_bytes(const std::string& written) {
-  static const std::map<char32_t, char> bytes = byte_of_character();
+  static const std::map<char32_t, char> bytes = [] {
+    std::map<char32_t, char> all;
+    char32_t next = 256;
+    for (char32_t b = 0; b < 256; b++) {
+      const bool printable = (b >= '!' && b <= '~') || (b >= 0xa1 && b != 0xad);
+      all[printable ? b : next++] = char(b);
+    }
+    return all;
+  }();
   std::string text;
   for (size_t at = 0; at < written.size();) {
     const auto found = bytes.find(next_code_point(written, at));

@@ -3,8 +3,8 @@
 
 #include <unistd.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
-#include <numeric>
 
 void barrier() { MPI_Ibarrier(MPI_COMM_WORLD, Finished()); }
 
@@ -18,15 +18,16 @@ std::vector<std::string> gather_text(const std::string& mine) {
   int ranks = 1;
   MPI_Comm_size(MPI_COMM_WORLD, &ranks);
   const int length = int(mine.size());
-  std::vector<int> lengths(size_t(ranks), 0), begins(size_t(ranks), 0);
+  std::vector<int> lengths(size_t(ranks), 0);
   MPI_Iallgather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, MPI_COMM_WORLD, Finished());
-  std::exclusive_scan(lengths.begin(), lengths.end(), begins.begin(), 0);
-  std::string all(size_t(begins.back() + lengths.back()), ' ');
-  MPI_Iallgatherv(mine.data(), length, MPI_CHAR, all.data(), lengths.data(), begins.data(),
-                  MPI_CHAR, MPI_COMM_WORLD, Finished());
+  const int longest = *std::ranges::max_element(lengths);
+  std::string padded = mine, all(size_t(longest) * size_t(ranks), ' ');
+  padded.resize(size_t(longest));
+  MPI_Iallgather(padded.data(), longest, MPI_CHAR, all.data(), longest, MPI_CHAR, MPI_COMM_WORLD,
+                 Finished());
   std::vector<std::string> texts;
-  for (size_t r = 0; r < lengths.size(); r++)
-    texts.push_back(all.substr(size_t(begins[r]), size_t(lengths[r])));
+  for (const int bytes : lengths)
+    texts.push_back(all.substr(texts.size() * size_t(longest), size_t(bytes)));
   return texts;
 }
 

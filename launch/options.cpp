@@ -7,7 +7,6 @@
 #include <charconv>
 #include <cmath>
 #include <filesystem>
-#include <set>
 
 #include "support/data.h"
 
@@ -129,10 +128,9 @@ void check_common(const CommonOptions& o, int64_t chunks) {
           "--attention flash takes heads of at most 128 channels, and a width of ", m.width,
           " with ", m.heads, " heads makes them ", m.width / m.heads,
           " wide: give --attention plain or more --heads");
-  REQUIRE(tp <= m.heads, "--tp ", tp, " has more ranks than the ", m.heads,
-          " attention heads that they would share (--heads)");
-  REQUIRE(tp <= m.vocab, "--tp ", tp, " has more ranks than the vocabulary has tokens, ", m.vocab,
-          " (--vocab)");
+  REQUIRE(tp <= std::min(m.heads, m.vocab), "--tp ", tp,
+          " has more ranks than there are attention heads (", m.heads,
+          ") or tokens in the vocabulary (", m.vocab, ") for them to share");
   REQUIRE(pp * chunks <= m.layers, m.layers, " layers cannot be cut into ", pp,
           " stages: each needs at least ", chunks, " (--layers, --pp, --chunks)");
 }
@@ -176,17 +174,16 @@ OptionTable train_options(Options& o) {
       {"Strategies: what the ranks of an axis share",
        {
            {"zero", "STAGE", whole(&o.zero, 1, 3),
-            "what fsdp shards: optimizer state, and gradients, and parameters", "3"},
+            "what fsdp shards: optimizer state, and gradients, and parameters"},
            {"reshard-after-forward", "", choice(&o.reshard, {"yes", "no"}),
-            "ZeRO-3: free whole parameters after the forward, and gather them again", "yes"},
+            "ZeRO-3: free whole parameters after the forward, and gather them again"},
            {"prefetch", "K", whole(&o.prefetch, 0, 1000),
             "layers gathered ahead while others compute; above 0 one sum of gradients runs behind, "
-            "too",
-            "1"},
+            "too"},
            {"sequence-parallel", "", flag(&o.sequence_parallel),
             "with tp: activations between the split layers are split by tokens, too"},
            {"schedule", "", choice(&o.schedule, schedule_names()),
-            "with pp: in which order a stage computes its micro-batches", "1f1b"},
+            "with pp: in which order a stage computes its micro-batches"},
            {"chunks", "V", whole(&o.chunks, 1, 1000),
             "with interleaved: pieces of the model that a stage has", "2"},
        }},
@@ -197,8 +194,7 @@ OptionTable train_options(Options& o) {
             "none"},
            {"save-every", "K", whole(&o.save_every, 0), "and every K steps; 0: only then"},
            {"keep", "N", whole(&o.keep, 0),
-            "remove all but the newest N checkpoints of those saved with an N above 0; 0: none",
-            "2"},
+            "remove all but the newest N checkpoints of those saved with an N above 0; 0: none"},
            {"resume", "", flag(&o.resume),
             "go on from the newest complete checkpoint, in this or any other layout"},
            {"resume-step", "N", whole(&o.resume_step, 0),
@@ -223,7 +219,7 @@ OptionTable train_options(Options& o) {
 
 Options parse_options(int argc, const char* const* argv) {
   Options options;
-  parse(argc, argv, train_options(options));
+  options.given = parse(argc, argv, train_options(options));
   options.command = join({argv + 1, argv + argc}, " ");
   return options;
 }
@@ -241,7 +237,7 @@ void resolve(Options& o, bool has_gpu) {
   const Preset& preset = preset_of(o.model_name);
   if (o.steps == 0) o.steps = preset.steps;
   const int64_t ranks = o.layout.data_ranks(), pp = o.layout["pp"];
-  const ScheduleRow& schedule = schedule_row(o.schedule.empty() ? "1f1b" : o.schedule);
+  const ScheduleRow& schedule = schedule_row(o.schedule);
   if (o.chunks == 0) o.chunks = pp > 1 ? schedule.chunks() : 1;
   // a pipeline wants several micro-batches
   const int64_t parts = ranks * (pp > 1 ? 2 * pp : 1);
@@ -254,25 +250,16 @@ void resolve(Options& o, bool has_gpu) {
     o.microbatch = std::max<int64_t>(1, o.batch / parts);
     while (o.microbatch > 1 && !fits(o.microbatch)) o.microbatch--;
   }
-  const int64_t shards = o.layout["fsdp"] * o.layout["cp"];
-  if (o.zero == 0 && shards > 1) o.zero = 3;
-  if (o.reshard.empty() && o.zero == 3) o.reshard = "yes";
-  if (o.prefetch < 0 && shards * o.layout["replicate"] > 1) o.prefetch = 1;
+  if (ranks * o.layout["cp"] == 1) o.prefetch = 0;
   if (o.lr == 0) o.lr = preset.lr;
   if (o.min_lr < 0) o.min_lr = o.lr / 10;
   if (o.warmup < 0) o.warmup = std::min<int64_t>(o.steps / 20, 100);
-  if (o.keep < 0 && !o.checkpoint.empty()) o.keep = 2;
 }
 
 TrainerOptions trainer_options(const Options& o) {
-  return {o.batch,
-          o.microbatch,
-          uint64_t(o.seed),
-          o.clip,
-          o.weight_decay,
-          {o.zero ? int(o.zero) : 3, o.reshard != "no", std::max(int(o.prefetch), 0)},
-          o.schedule.empty() ? "1f1b" : o.schedule,
-          int(o.chunks)};
+  return {o.batch,    o.microbatch,   uint64_t(o.seed),
+          o.clip,     o.weight_decay, {int(o.zero), o.reshard == "yes", int(o.prefetch)},
+          o.schedule, int(o.chunks)};
 }
 
 // A report overwrites nothing that is read, and no other report.
@@ -298,21 +285,32 @@ void check(const Options& o) {
   REQUIRE(cp == 1 || o.model.context >= 2 * cp, "--cp ", cp, " cuts a sequence into ", 2 * cp,
           " pieces, and a context of ", o.model.context, " has fewer tokens: give --context ",
           2 * cp, " or more");
-  REQUIRE(shards > 1 || o.zero == 0,
-          "--zero shards over the ranks of --fsdp and --cp, which are 1: give --fsdp 2 or more");
-  REQUIRE(o.reshard.empty() || o.zero == 3,
-          "--reshard-after-forward is about the parameters that ZeRO-3 gathers: give --fsdp 2 or "
-          "more and --zero 3");
-  REQUIRE(o.prefetch < 0 || shards * o.layout["replicate"] > 1,
-          "--prefetch is about what ranks gather and sum: give --fsdp or --replicate 2 or more");
-  REQUIRE(o.layout["tp"] > 1 || !o.sequence_parallel,
-          "--sequence-parallel splits activations over the ranks of --tp, which is 1: give --tp 2 "
-          "or more");
-  REQUIRE(pp > 1 || (o.schedule.empty() && o.chunks == 1 && o.trace.empty()),
-          "--schedule, --chunks and --trace are about a pipeline: give --pp 2 or more");
-  REQUIRE(!o.checkpoint.empty() || (!o.resume && o.save_every == 0 && o.keep < 0),
-          "--save-every, --keep and --resume need a directory: give --checkpoint DIR");
-  REQUIRE(o.resume || o.resume_step < 0, "--resume-step says where --resume goes on: give both");
+  // what would do nothing here
+  const struct {
+    std::vector<const char*> options;
+    bool means_something;
+    const char* why;
+  } rules[] = {
+      {{"zero"},
+       shards > 1,
+       "shards over the ranks of --fsdp and --cp, which are 1: give --fsdp 2 or more"},
+      {{"reshard-after-forward"},
+       shards > 1 && o.zero == 3,
+       "is about the parameters that ZeRO-3 gathers: give --fsdp 2 or more and --zero 3"},
+      {{"prefetch"},
+       shards * o.layout["replicate"] > 1,
+       "is about what ranks gather and sum: give --fsdp or --replicate 2 or more"},
+      {{"sequence-parallel"},
+       o.layout["tp"] > 1,
+       "splits activations over the ranks of --tp, which is 1: give --tp 2 or more"},
+      {{"schedule", "chunks", "trace"}, pp > 1, "is about a pipeline: give --pp 2 or more"},
+      {{"save-every", "keep", "resume"},
+       !o.checkpoint.empty(),
+       "needs a directory: give --checkpoint DIR"},
+      {{"resume-step"}, o.resume, "says where --resume goes on: give both"}};
+  for (const auto& rule : rules)
+    for (const char* option : rule.options)
+      REQUIRE(rule.means_something || !o.given.count(option), "--", option, " ", rule.why);
   REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr);
   REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps,
           " steps");
@@ -390,7 +388,7 @@ static const Option& find_option(const OptionTable& table, const std::string& wo
   throw Error(sentence("there is no option ", word, nearest, " (--help lists all options)"));
 }
 
-void parse(int argc, const char* const* argv, const OptionTable& table) {
+std::set<std::string> parse(int argc, const char* const* argv, const OptionTable& table) {
   std::set<std::string> seen;
   for (int i = 1; i < argc;) {
     const Option& option = find_option(table, argv[i++]);
@@ -404,6 +402,7 @@ void parse(int argc, const char* const* argv, const OptionTable& table) {
       REQUIRE(takes.read(word), "--", option.name, " takes ", takes.allowed, ", not '", word, "'");
     } while (takes.what == Takes::words && follows());
   }
+  return seen;
 }
 
 NamedValues values_of(const OptionTable& table) {

@@ -7,6 +7,8 @@
 // not here  --name=value, abbreviations, configuration files
 // test      tests/test_support.cpp
 #pragma once
+#include <set>
+
 #include "trainer.h"
 
 // ---- the parser: knows no option
@@ -42,7 +44,8 @@ struct OptionGroup {
 using OptionTable = std::vector<OptionGroup>;
 
 // Fills the fields that the table is bound to; an Error names the option and what is allowed.
-void parse(int argc, const char* const* argv, const OptionTable& table);
+// Returns which options were given, without the dashes.
+std::set<std::string> parse(int argc, const char* const* argv, const OptionTable& table);
 // What each option stands at, by name.
 NamedValues values_of(const OptionTable& table);
 // The groups with every option and its default. The table must be bound to a struct that nothing
@@ -90,19 +93,18 @@ struct Options : CommonOptions {
   int64_t warmup = -1;
   double weight_decay = 0.1, clip = 1.0;
 
-  // unset where they mean nothing: without shards; without shards and copies
-  int64_t zero = 0, prefetch = -1;
-  std::string reshard;                // unset below ZeRO-3
-  std::string schedule;               // empty: 1f1b
-  int64_t chunks = 0;                 // of a stage
-  std::string trace;                  // empty: none
-  int64_t save_every = 0, keep = -1;  // 0: at the end only; all
+  int64_t zero = 3, prefetch = 1;
+  std::string reshard = "yes", schedule = "1f1b";
+  int64_t chunks = 0;                // of a stage
+  std::string trace;                 // empty: none
+  int64_t save_every = 0, keep = 2;  // 0: at the end only; all
   bool resume = false;
   int64_t resume_step = -1;  // the newest
 
   int64_t eval_every = 0, sample = 0;  // 0: never, none
   std::string metrics;                 // empty: none
   std::string command;                 // the words as they were given
+  std::set<std::string> given;         // the options among them
 };
 
 Options parse_options(int argc, const char* const* argv);

@@ -82,20 +82,18 @@ WrittenFile measure(const std::string& path) {
 }
 
 std::string content_of(const std::vector<std::string>& paths) {
-  constexpr size_t kBegin = 1 << 20, kPieces = 64, kPiece = 4096;
-  std::string all;
+  constexpr size_t kPieces = 64, kPiece = 16384;
+  std::string sums;
   size_t bytes = 0;
   for (const std::string& path : paths) {
     const MappedFile file(path);
     const size_t size = file.view.size();
-    std::string sample(file.view.substr(0, kBegin));
-    for (size_t i = 1; i <= kPieces; i++)
-      sample += file.view.substr((size - std::min(size, kPiece)) / kPieces * i, kPiece);
-    all += sentence(checksum(sample), " ");
+    for (size_t i = 0; i < kPieces; i++)
+      sums += sentence(checksum(file.view.substr(size / kPieces * i, kPiece)), " ");
     bytes += size;
   }
   return sentence(paths.size(), paths.size() == 1 ? " file of " : " files of ", bytes,
-                  " bytes with digest ", checksum(all));
+                  " bytes with digest ", checksum(sums));
 }
 
 // ---- writing

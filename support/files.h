@@ -44,8 +44,7 @@ struct WrittenFile {
   uint64_t checksum = 0;
 };
 WrittenFile measure(const std::string& path);  // reads it to its end; what it is now
-// A digest of files for comparing copies of them: their sizes, their first megabyte, and pieces all
-// over them.
+// A digest of files for comparing copies of them: their sizes, and pieces all over them.
 std::string content_of(const std::vector<std::string>& paths);
 
 // Writes a file that is there whole or not at all, and waits until the disk has it. `fill` writes

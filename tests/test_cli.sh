@@ -222,9 +222,10 @@ refuses a_prompt_that_looks_like_an_option_is_refused "none of them empty or beg
 refuses heads_too_wide_for_decoding_are_refused "heads of 512 channels are too wide" --attention \
   plain --width 512 --heads 1 --prompt x
 refuses more_tp_ranks_than_tokens_are_refused \
-  "--tp 5 has more ranks than the vocabulary has tokens, 4" --width 48 --heads 6 --vocab 4 --tp 5 \
-  --prompt 1
-refuses more_tp_ranks_than_heads_are_refused "--tp 5 has more ranks than the 4 attention heads" \
+  "--tp 5 has more ranks than there are attention heads (6) or tokens in the vocabulary (4)" \
+  --width 48 --heads 6 --vocab 4 --tp 5 --prompt 1
+refuses more_tp_ranks_than_heads_are_refused \
+  "--tp 5 has more ranks than there are attention heads (4)" \
   $model --tp 5 --prompt x
 refuses more_stages_than_layers_are_refused "3 layers cannot be cut into 4 stages" $model --pp 4 \
   --prompt x
