@@ -53,11 +53,6 @@ include cpu/cpu.mk
 
 # ---- rules
 
-# what most files include is parsed once, with PRECOMPILE=yes: a compiler cache would rather not
-COMMON := $(if $(PRECOMPILE),$(B)/common.h.gch)
-$(B)/common.h.gch: comm.h | $(B)/ready
-	@echo '#include "$<"' >$(@:.gch=)
-	@$(MPICXX) $(CXXFLAGS) -MMD -MP -x c++-header -c $(@:.gch=) -o $@
 OBJECTS = $(patsubst %,$(B)/obj/%.o,$(SOURCES))
 ifeq ($(STANDIN),)
 $(B)/obj/%.cu.o: %.cu | $(B)/ready
@@ -66,10 +61,10 @@ $(B)/obj/%.cu.o: %.cu | $(B)/ready
 	@$(NVCC) $(NVCCFLAGS) $(GENCODE) -Xptxas -v -MMD -MP -c $< -o $@ 2>$(@:.o=.ptxas) || \
 	  { cat $(@:.o=.ptxas); exit 1; }
 endif
-$(B)/obj/%.cpp.o: %.cpp $(COMMON) | $(B)/ready
+$(B)/obj/%.cpp.o: %.cpp | $(B)/ready
 	@mkdir -p $(@D)
 	@echo "  $(BACKEND)  $<"
-	@$(MPICXX) $(CXXFLAGS) $(COMMON:%.gch=-include %) -MMD -MP -c $< -o $@
+	@$(MPICXX) $(CXXFLAGS) -MMD -MP -c $< -o $@
 
 # with COMM=mpi ranks share a GPU; cpu/nccl stages through host memory in place of NCCL
 WHERE := $(if $(filter cuda-mpi,$(BACKEND)-$(COMM)),/comm-mpi)
