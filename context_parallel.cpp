@@ -13,10 +13,11 @@
 //           A block sends, for each micro-batch, 2 (n-1)/n A forward, and backward as much, and
 //           2 (n-1)/n A gradients in the master dtype. All of it goes to the next rank.
 // memory    activations fall to 1/n. Beside its own keys and values a rank holds those of the
-//           present round and the next. FSDP shards over this axis, too (see fsdp.h): weights,
-//           gradients and optimizer state fall with it.
-// overlap   keys and values of the next round, and gradients that are complete, travel while
-//           attention runs on those that are there
+//           present round and the next. FSDP shards over this axis, too (trainer.cpp joins the two
+//           axes): what it shards falls with it.
+// overlap   Keys and values of the next round, and sums of gradients so far, travel while attention
+//           runs on those that are there. The last sums travel home when nothing is left to do. One
+//           queue carries the collectives of all axes: keys stand behind FSDP's gathers.
 // not here  more than one ring, heads exchanged for tokens (all-to-all)
 // test      tests/test_context_parallel.cpp
 #include "context_parallel.h"
@@ -35,6 +36,7 @@ Positions ContextParallel::part_of(int rank, int64_t T) const {
 
 // Each x goes to the next rank, and the rank before fills its room.
 void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
+  if (all.empty()) return;
   const int next = (axis_.rank + 1) % axis_.size, before = source(1);
   make_wait(stream_, device().compute);  // what is sent must be there, and room for what comes
   const Timed timed(stream_);
@@ -117,8 +119,7 @@ void ContextParallel::backward(const Problem& p, const Tensor& dqkv, const Tenso
                                const Tensor& out, const Tensor& lse, const Tensor& qkv) const {
   const Positions queries = part(p.T);
   const Tensor dq = p.rows(queries, 1, p.master);
-  // gradients of this rank's keys and values: by its own queries, and by those of others
-  const Tensor own = p.rows(queries, 2, p.master), others = p.rows(queries, 2, p.master);
+  const Tensor own = p.rows(queries, 2, p.master);  // of its keys and values, by its own queries
   Tensor kv = p.rows(queries, 2, p.dtype);
   copy_columns(kv, 0, qkv, p.C, 2 * p.C);
   Tensor sum;  // gradients of the last round's keys, by the ranks so far
@@ -148,6 +149,7 @@ void ContextParallel::backward(const Problem& p, const Tensor& dqkv, const Tenso
     kv = next;
     sum = dkv;
   }
+  const Tensor others = p.rows(queries, 2, p.master);  // the same by the queries of others
   start_exchange({{sum, others}});
   finish();
   add(own, own, others);

@@ -27,16 +27,21 @@ class ContextParallel {
   // one token.
   Positions part(int64_t length) const { return part_of(axis_.rank, length); }
   Positions part_of(int rank, int64_t length) const;
-  // A sequence of fewer tokens than pieces is not split: every rank has it, and the same results.
+  // A sequence of fewer tokens than pieces is not split: every rank has all of it, and the same
+  // results; `copies` are how many ranks have each.
   bool splits(int64_t length) const { return axis_.size > 1 && length >= 2 * axis_.size; }
   int64_t copies(int64_t length) const { return splits(length) ? 1 : axis_.size; }
+  // whether this rank is the one that answers for the last token, which is its last one
+  bool has_last(int64_t length) const {
+    return splits(length) ? part(length).high.end == length : axis_.rank == 0;
+  }
 
   // Causal attention over whole sequences of T tokens. qkv (R,3,H,D) holds the rows of this rank's
   // tokens of B sequences, as does the result (R,H,D).
   Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, AttentionKind kind);
 
  private:
-  struct Problem;  // what an attention is of
+  struct Problem;  // the sizes of an attention
   void forward(const Problem& p, const Tensor& out, const Tensor& lse, const Tensor& qkv) const;
   void backward(const Problem& p, const Tensor& dqkv, const Tensor& dout, const Tensor& out,
                 const Tensor& lse, const Tensor& qkv) const;

@@ -96,8 +96,9 @@ int64_t Trainer::data_rank() const {
 Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) const {
   std::vector<int> inputs, targets;
   // at once: what does not fit is refused before it is read
-  inputs.reserve(size_t(count * gpt.config.context));
-  targets.reserve(size_t(count * gpt.config.context));
+  const size_t most = size_t(count * gpt.cp.part(gpt.config.context).rows());
+  inputs.reserve(most);
+  targets.reserve(most);
   int64_t T = 0;
   for (int64_t s = first; s < first + count; s++) {
     const std::vector<int> tokens = sequence(s);
@@ -116,7 +117,7 @@ Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) co
 // Each rank has its sequences', or its pieces', part of the loss, and only the last stage has any.
 void Trainer::sum_loss() {
   std::vector<Axis> axes = mesh_.that(&AxisKind::splits_batch);
-  axes.push_back(mesh_["cp"]);
+  for (const Axis& axis : mesh_.that(&AxisKind::splits_sequence)) axes.push_back(axis);
   axes.push_back(mesh_["pp"]);
   sum_over(axes, total_, Traffic::loss, mesh_.stream);
 }
@@ -180,7 +181,7 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
                      const Var y = forward(tape, chunk, x, batch);
                      if (!has_head(pieces_[chunk])) return y;
                      const Tensor whole = gpt.tp.whole_logits(y.value, V);
-                     if (mesh_["cp"].rank == 0) next = whole;  // it has the last token
+                     if (gpt.cp.has_last(n)) next = whole;
                      return Var{};
                    });
   sum_over({mesh_["cp"], mesh_["pp"]}, next, Traffic::evaluation, mesh_.stream);

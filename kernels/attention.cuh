@@ -1,5 +1,5 @@
-// attention.cuh: what both forms of flash attention (attention_flash.cu, attention_mma.cu) know of
-// their tensors, and which keys a query sees.
+// attention.cuh: which keys a query sees (all forms of attention), and what both forms of flash
+// attention (attention_flash.cu, attention_mma.cu) know of their tensors.
 #pragma once
 #include "kernels/common.cuh"
 

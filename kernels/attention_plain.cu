@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kThreads = block_threads(128);
 
-// s (B,H,queries,keys) becomes probabilities: softmax over the first keys of a row, those that its
-// query sees, zero beyond; lse (B,H,queries), if there is one: the logarithm of its sum; one block
+// s (H,queries,keys) becomes probabilities: softmax over the first keys of a row, those that its
+// query sees, zero beyond; lse (H,queries), if there is one: the logarithm of its sum; one block
 // a row; reads it twice, writes it once
 template <class T> __global__ void __launch_bounds__(128)
     causal_softmax(T* __restrict__ s, acc_t<T>* lse, Sizes n) {
@@ -119,17 +119,20 @@ void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor&
   if (!out.numel()) return;
   const Problem x(out, B, H, queries, keys);
   const Dtype dtype = q.dtype();
-  const Tensor p =
-      probabilities.empty() ? Tensor({B, H, x.Tq, x.Tk}, dtype, Memory::workspace) : probabilities;
-  ASSERT(p.numel() == B * x.scores() && p.dtype() == dtype, to_string(p.shape()), " with B = ", B,
-         ", H = ", H, ", T = ", x.Tq, ", ", x.Tk);
+  const bool keeps = !probabilities.empty();
+  ASSERT(!keeps || (probabilities.numel() == B * x.scores() && probabilities.dtype() == dtype),
+         to_string(probabilities.shape()), " with B = ", B, ", H = ", H, ", T = ", x.Tq, ", ",
+         x.Tk);
   const Heads y(out, B, x.n.queries, x.n), qs(q, B, x.n.queries, x.n), kvs(kv, B, x.n.keys, x.n);
-  for (int64_t b = 0; b < B; b++) x.multiply(x.of(p, b), qs.first(b), kvs.keys(b, true));
-  DISPATCH(dtype, causal_softmax<T><<<unsigned(B) * x.rows, kThreads, 0, device().compute>>>(
-                      p.data<T>(), lse.empty() ? nullptr : lse.data<acc_t<T>>(), x.n));
-  for (int64_t b = 0; b < B; b++)
-    matmul(dtype, out.dtype(), x.Tq, x.n.D, x.Tk, x.matrix(x.of(p, b)), kvs.values(b), y.first(b),
-           1, 0, H);
+  const Tensor one = keeps ? Tensor() : Tensor({H, x.Tq, x.Tk}, dtype, Memory::workspace);
+  for (int64_t b = 0; b < B; b++) {
+    const Tensor p = keeps ? x.of(probabilities, b) : one;
+    x.multiply(p, qs.first(b), kvs.keys(b, true));
+    const Tensor sums = lse.empty() ? lse : lse.part(b * x.rows, {x.rows});
+    DISPATCH(dtype, causal_softmax<T><<<x.rows, kThreads, 0, device().compute>>>(
+                        p.data<T>(), static_cast<acc_t<T>*>(sums.raw()), x.n));
+    matmul(dtype, out.dtype(), x.Tq, x.n.D, x.Tk, x.matrix(p), kvs.values(b), y.first(b), 1, 0, H);
+  }
 }
 
 void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,

@@ -65,7 +65,7 @@ void add(const Tensor& y, const Tensor& a, const Tensor& b);
 
 // ---- embedding.cu
 
-// Positions in a sequence of consecutive rows: ascending, one piece of the sequence or two.
+// Where rows stand in a sequence: in one piece of it, or in two, the earlier one first.
 struct Positions {
   Range low, high{};
   int64_t rows() const { return low.size() + high.size(); }
@@ -78,7 +78,8 @@ struct Positions {
 void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe,
                        int64_t T, const Tensor& positions = {});
 // dwte (V,C) += rows of dx (R,C) with that token, dwpe (T,C) += rows of dx at that position, all of
-// them; every sequence has rows at `places`, or R are fewer. `order` lists the rows that have a
+// them. The rows of each sequence stand at `places` (with R < T those at the first R positions).
+// `order` lists the rows that have a
 // token sorted by it (stable), so that one block owns one token's run and nothing needs an atomic:
 // see sort_rows.
 void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx,

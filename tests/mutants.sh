@@ -107,9 +107,9 @@ mutant waits a_stage_computes_before_its_input_has_arrived \
   pipeline.cpp '/it must have arrived/d' 2 queued test_pipeline $parity_pp
 
 mutant waits a_ring_sends_before_it_has_computed \
-  context_parallel.cpp '/what is sent must be there/d' 2 queued test_context_parallel $parity_cp
+  context_parallel.cpp '/what is sent must be there/d' 3 queued test_context_parallel $parity_cp
 mutant waits a_rank_attends_before_the_keys_have_come \
-  context_parallel.cpp '/what was sent must have left/d' 2 queued test_context_parallel $parity_cp
+  context_parallel.cpp '/what was sent must have left/d' 3 queued test_context_parallel $parity_cp
 
 mutant faults the_reduce_scatter_is_dropped \
   fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/,/;$/d' 2 immediate test_fsdp $parity
@@ -176,7 +176,9 @@ mutant faults gradients_of_keys_do_not_come_home \
 mutant faults only_the_last_rank_adds_to_a_key_s_gradient \
   context_parallel.cpp '/add\(dkv, dkv, before\)/d' 3 immediate test_context_parallel $parity_cp
 mutant faults the_loss_is_of_one_ranks_tokens \
-  trainer.cpp '/axes.push_back\(mesh_\["cp"\]\);/d' 2 immediate test_context_parallel $parity_cp
+  trainer.cpp '/splits_sequence\)\) axes.push_back/d' 2 immediate test_context_parallel $parity_cp
+mutant faults a_whole_text_counts_on_every_rank \
+  trainer.cpp 's/scale \/ copies/scale/' 3 immediate test_context_parallel $parity_cp
 mutant faults pieces_of_the_plain_cut \
   context_parallel.cpp \
   's/\{piece\(rank\), piece\(pieces - 1 - rank\)\}/{piece(2 * rank), piece(2 * rank + 1)}/' \

@@ -271,24 +271,24 @@ TEST(contradictions_between_options_are_refused) {
   CHECK_SAYS(resolved({"--lr", "0.001", "--min-lr", "0.0010000001"}),
              "--min-lr 0.0010000001 is above --lr 0.001");
   CHECK_SAYS(resolved({"--checkpoint", "c", "--resume-step", "3"}), "give both");
-  CHECK_SAYS(resolved({"--zero", "3"}),
-             "--zero shards over the ranks of --fsdp and --cp, which are 1: give --fsdp 2 or more");
+  CHECK_SAYS(resolved({"--zero", "3"}), "ranks of --fsdp and --cp, which are 1: give --fsdp or");
   CHECK_SAYS(resolved({"--cp", "4", "--context", "7"}),
              "--cp 4 cuts a sequence into 8 pieces, and a context of 7 has fewer tokens: give "
              "--context 8 or more");
   resolved({"--cp", "4", "--context", "8", "--zero", "2", "--prefetch", "2"});
   CHECK_SAYS(resolved({"--replicate", "2", "--reshard-after-forward", "no"}),
-             "parameters that ZeRO-3 gathers: give --fsdp 2 or more and --zero 3");
+             "parameters that ZeRO-3 gathers: give --fsdp or --cp 2 or more and --zero 3");
   CHECK_SAYS(resolved({"--fsdp", "2", "--zero", "2", "--reshard-after-forward", "no"}),
              "give --fsdp 2 or more and --zero 3");
   CHECK_SAYS(resolved({"--fsdp", "2", "--zero", "1", "--reshard-after-forward", "yes"}),
              "give --fsdp 2 or more and --zero 3");
   CHECK_SAYS(resolved({"--reshard-after-forward", "yes"}),
-             "parameters that ZeRO-3 gathers: give --fsdp 2 or more and --zero 3");
+             "parameters that ZeRO-3 gathers: give --fsdp or --cp 2 or more and --zero 3");
   resolved({"--fsdp", "2", "--reshard-after-forward", "no"}),
       resolved({"--fsdp", "2", "--reshard-after-forward", "yes"});
-  CHECK_SAYS(resolved({"--prefetch", "3"}),
-             "--prefetch is about what ranks gather and sum: give --fsdp or --replicate 2 or more");
+  CHECK_SAYS(
+      resolved({"--prefetch", "3"}),
+      "--prefetch is about what ranks gather and sum: give --fsdp, --cp or --replicate 2 or more");
   CHECK_SAYS(resolved({"--pp", "2", "--prefetch", "0"}), "--prefetch is about");
   resolved({"--replicate", "2", "--prefetch", "0"});
   CHECK_SAYS(resolved({"--width", "516", "--heads", "4"}),

@@ -19,7 +19,8 @@ static int64_t kept(const TheoryOfRank& t, const ModelPart& part) {
                 by_columns = t.R * heads * (c.width / c.heads) * t.e,
                 hidden = t.R * t.gpt.tp.part(4 * c.width).size() * t.e;
   // probabilities, or one number a row
-  const bool keeps_probabilities = c.attention == AttentionKind::plain && t.cp.size == 1;
+  const bool keeps_probabilities =
+      c.attention == AttentionKind::plain && !t.gpt.cp.splits(c.context);
   const int64_t attention = t.R * heads * (keeps_probabilities ? c.context * t.e : t.g);
   // x, the sum and two layernorms; queries, keys, values and what attention makes of them; before
   // and after gelu

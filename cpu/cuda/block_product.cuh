@@ -68,6 +68,7 @@ template <class A, int kI, int kJ> class BlockProduct {
 
   template <bool kRowMajor>
   __forceinline__ void add(const A* a, int lda, const A* b, int ldb, int depth) {
+    cpu::multiply_adds.fetch_add(int64_t(kI) * kJ * depth, std::memory_order_relaxed);
     UNROLL for (int t = 0; t < kTiles; t++)
         add_micro_tile<kRowMajor>(sum[t], a + row(t) * (kRowMajor ? lda : 1), lda, b + column(t),
                                   ldb, depth);
