@@ -134,9 +134,12 @@ template <class S> constexpr size_t forward_bytes() {
          S::kTile * sizeof(int);
 }
 
+// (256, 2): with up to 128 registers a thread nothing is spilled; for a third block on a
+// multiprocessor shared memory often has no room anyway.
+
 // out, lse (B,H,queries); block (head, tile): a tile of queries; reads q once, and k and v as far
 // as the tile sees them; D <= kD
-template <class T, int kD> __global__ void __launch_bounds__(256)
+template <class T, int kD> __global__ void __launch_bounds__(256, 2)
     flash_forward(Results out, acc_t<T>* lse, Inputs<T> in, Sizes n, acc_t<T> scale) {
   using S = Tiles<T, kD>;
   using A = acc_t<T>;
@@ -225,7 +228,7 @@ template <class S> constexpr size_t backward_bytes() {
 
 // d.q; block (head, tile): a tile of queries; reads q and dout once, and k and v as far as the tile
 // sees them
-template <class T, int kD> __global__ void __launch_bounds__(256)
+template <class T, int kD> __global__ void __launch_bounds__(256, 2)
     flash_backward_q(Gradients d, Rows<const T> dout, const acc_t<T>* lse, const acc_t<T>* delta,
                      Inputs<T> in, Sizes n, acc_t<T> scale) {
   using S = Tiles<T, kD>;
@@ -269,7 +272,7 @@ template <class T, int kD> __global__ void __launch_bounds__(256)
 
 // d.k and d.v; block (head, tile): a tile of keys; reads k and v once, and q and dout from the
 // first query on that sees the tile
-template <class T, int kD> __global__ void __launch_bounds__(256)
+template <class T, int kD> __global__ void __launch_bounds__(256, 2)
     flash_backward_kv(Gradients d, Rows<const T> dout, const acc_t<T>* lse, const acc_t<T>* delta,
                       Inputs<T> in, Sizes n, acc_t<T> scale) {
   using S = Tiles<T, kD>;
