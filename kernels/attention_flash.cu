@@ -134,8 +134,8 @@ template <class S> constexpr size_t forward_bytes() {
          S::kTile * sizeof(int);
 }
 
-// (256, 2): with up to 128 registers a thread nothing is spilled; for a third block on a
-// multiprocessor shared memory often has no room anyway.
+// (256, 2): up to 128 registers a thread. Left to itself nvcc aims at more blocks a multiprocessor,
+// and spills for them on sm_90.
 
 // out, lse (B,H,queries); block (head, tile): a tile of queries; reads q once, and k and v as far
 // as the tile sees them; D <= kD
