@@ -138,12 +138,13 @@ void ContextParallel::backward(const Problem& p, const Tensor& dqkv, const Tenso
     }
     start_exchange(all);
     if (round) fill(dkv, 0);
-    const bool add_to = round > 0;  // dq adds up over the rounds
+    // dq adds up over the rounds
     if (p.kind == AttentionKind::plain)
       attention_plain_backward(dq, dkv, dout, out, lse, {}, qkv, kv, p.B, p.H, queries, keys,
-                               add_to);
+                               round > 0);
     else
-      attention_flash_backward(dq, dkv, dout, out, lse, qkv, kv, p.B, p.H, queries, keys, add_to);
+      attention_flash_backward(dq, dkv, dout, out, lse, qkv, kv, p.B, p.H, queries, keys,
+                               round > 0);
     finish();
     if (round > 1) add(dkv, dkv, before);
     kv = next;

@@ -80,8 +80,8 @@ Var Trainer::forward(Tape& tape, int chunk, Var x, const Tokens& tokens) {
 Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale) {
   Var y = forward(tape, chunk, x, tokens);
   if (!has_head(pieces_[chunk])) return y;
-  const double copies = double(gpt.cp.copies(tokens.length));
-  gpt.tp.cross_entropy(tape, std::move(y), tokens.targets, scale / copies, total_);
+  scale /= double(gpt.cp.copies(tokens.length));
+  gpt.tp.cross_entropy(tape, std::move(y), tokens.targets, scale, total_);
   return {};
 }
 

@@ -178,7 +178,7 @@ mutant faults only_the_last_rank_adds_to_a_key_s_gradient \
 mutant faults the_loss_is_of_one_ranks_tokens \
   trainer.cpp '/splits_sequence\)\) axes.push_back/d' 2 immediate test_context_parallel $parity_cp
 mutant faults a_whole_text_counts_on_every_rank \
-  trainer.cpp 's/scale \/ copies/scale/' 3 immediate test_context_parallel $parity_cp
+  trainer.cpp '/scale \/= double/d' 3 immediate test_context_parallel $parity_cp
 mutant faults pieces_of_the_plain_cut \
   context_parallel.cpp \
   's/\{piece\(rank\), piece\(pieces - 1 - rank\)\}/{piece(2 * rank), piece(2 * rank + 1)}/' \
