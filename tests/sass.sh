@@ -8,8 +8,11 @@
 #   tests/sass.sh OBJECT...      (`make cuda` runs it)
 set -u
 cuobjdump=$(command -v cuobjdump || ls "${CUDA_HOME:-/usr/local/cuda}/bin/cuobjdump" 2>/dev/null)
-[ -n "$cuobjdump" ] ||
-  { echo "SKIP sass.sh: no cuobjdump (pip install nvidia-cuda-cuobjdump)"; exit; }
+{ [ -n "$cuobjdump" ] && PATH=$PATH:$(dirname "$cuobjdump") command -v nvdisasm >/dev/null; } || {
+  echo "SKIP sass.sh: no cuobjdump with nvdisasm (pip install nvidia-cuda-cuobjdump" \
+    "nvidia-cuda-nvdisasm)"
+  exit
+}
 read_objects() {
   for object in "$@"; do
     "$cuobjdump" -res-usage "$object"
@@ -42,6 +45,7 @@ read_objects "$@" | c++filt | awk '
     blocks = least(int(65536 / registers), int(2048 / threads))
     blocks = least(blocks, int((chip == "sm_80" ? 164 : 228) / (memory / 1024 + 1)))
     sub(/, [0-9]+>$/, ">", kernel)
+    rows++
     printf "| `%s` | %s | %d / %d | %.1f | %d | %d | %d |\n", kernel, chip, products, all,
            all / products, regs[chip, name], memory, blocks
     if (spills || stack[chip, name]) { print "FAIL  it spills registers"; bad = 1 }
@@ -78,4 +82,8 @@ read_objects "$@" | c++filt | awk '
     print "| kernel | chip | HMMA / all in loops | all per HMMA | registers | shared | blocks |"
     print "|---|---|---|---|---|---|---|"
   }
-  END { finish(); exit bad }'
+  END {
+    finish()
+    if (!rows) print "FAIL  no kernel that multiplies in tensor cores was found"
+    exit bad || !rows
+  }'
