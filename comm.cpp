@@ -136,6 +136,7 @@ Mesh open_mesh(const Layout& layout) {
   MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, Finished());
   NCCL_CHECK(ncclCommInitRank(&m.world.comm, ranks, id, rank));
   for (size_t a = 0; a < kAxes.size(); a++) m.axes[a] = open_axis(m, a, a);
+  join(m, "fsdp", "cp");  // what FSDP shards over: now, so that it is checked and watched, too
   return m;
 }
 

@@ -101,7 +101,8 @@ struct Mesh {
   std::map<std::pair<size_t, size_t>, Axis> joined;  // by their ends: see join
   cudaStream_t stream = nullptr;                     // the one communication queue
 };
-// Collective. The communicators are split from the world's in the same order everywhere.
+// Collective. The communicators are split from the world's in the same order everywhere, those of
+// the axes and that of fsdp and cp joined.
 Mesh open_mesh(const Layout& layout);
 // Collective. Two axes, or more, that are neighbours in kAxes as one: join(mesh, "fsdp", "tp") has
 // fsdp * tp ranks, which it numbers slow axis first. It has a communicator of its own, unless all

@@ -34,7 +34,6 @@ Positions ContextParallel::part_of(int rank, int64_t T) const {
 // ---- communication: on the one queue, behind what was computed. What is sent must be kept until
 // finish().
 
-// Each x goes to the next rank, and the rank before fills its room.
 void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
   if (all.empty()) return;
   const int next = (axis_.rank + 1) % axis_.size, before = source(1);

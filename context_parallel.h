@@ -31,7 +31,8 @@ class ContextParallel {
   // results; `copies` are how many ranks have each.
   bool splits(int64_t length) const { return axis_.size > 1 && length >= 2 * axis_.size; }
   int64_t copies(int64_t length) const { return splits(length) ? 1 : axis_.size; }
-  // whether this rank is the one that answers for the last token, which is its last one
+  // Whether this rank speaks for the last token of a sequence: one rank does, and it is the last of
+  // that rank's tokens.
   bool has_last(int64_t length) const {
     return splits(length) ? part(length).high.end == length : axis_.rank == 0;
   }
@@ -46,7 +47,7 @@ class ContextParallel {
   void backward(const Problem& p, const Tensor& dqkv, const Tensor& dout, const Tensor& out,
                 const Tensor& lse, const Tensor& qkv) const;
   struct Travel {
-    Tensor x, room;
+    Tensor x, room;  // x goes to the next rank, and what the rank before sends fills the room
   };
   void start_exchange(const std::vector<Travel>& all) const;
   void finish() const;

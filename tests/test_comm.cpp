@@ -82,6 +82,8 @@ TEST(joined_axes_number_their_ranks_slow_axis_first) {
   };
   for (const Layout& l : layouts_of(job().size)) {
     Mesh m = open_mesh(l);
+    // what FSDP shards over is there from the first minute on: the checks and the watch see it
+    CHECK_EQ(m.joined.size(), size_t(l["fsdp"] > 1 && l["cp"] > 1), to_string(l));
     check(m, "pp", "replicate");
     check(m, "replicate", "fsdp");
     check(m, "fsdp", "cp");

@@ -82,43 +82,33 @@ says zero_4_is_refused "--zero" 1 --zero 4
 says a_negative_prefetch_is_refused "--prefetch" 1 --prefetch -1
 says a_missing_file_is_said_once "nowhere.txt" 3 --replicate 3 --batch 12 --data "$dir/nowhere.txt"
 
-# The headline: what one rank refuses trains on four under the same cap, to the loss of one rank
-# without it.
-big="--model tiny --layers 6 --width 256 --heads 4 --context 32 --batch 8 --microbatch 1"
-big="$big --steps 4 --recompute --dtype f32"
-cap=48
-says one_rank_refuses_what_does_not_fit "out of device memory" 1 $big --device-memory $cap
-timeout 300 $MPIEXEC -n 1 $train $big --metrics "$dir/one.jsonl" >/dev/null 2>&1
-if timeout 300 $MPIEXEC -n 4 $train $big --fsdp 4 --device-memory $cap --metrics "$dir/four.jsonl" \
-  >"$dir/out" 2>"$dir/err"; then
-  worst=$(worst 4 "$dir/one.jsonl" "$dir/four.jsonl")
+# headline REFUSED TRAINED STEPS MIB STRATEGY OPTIONS: what one rank refuses under a cap trains on
+# four under the same cap, to the loss of one rank without it
+headline() {
+  local refused=$1 trained=$2 steps=$3 cap=$4 strategy=$5 worst
+  shift 5
+  says "$refused" "out of device memory" 1 "$@" --steps "$steps" --device-memory "$cap"
+  rm -f "$dir/one.jsonl" "$dir/four.jsonl"
+  timeout 300 $MPIEXEC -n 1 $train "$@" --steps "$steps" --metrics "$dir/one.jsonl" >/dev/null 2>&1
+  timeout 300 $MPIEXEC -n 4 $train "$@" --steps "$steps" "--$strategy" 4 --device-memory "$cap" \
+    --metrics "$dir/four.jsonl" >"$dir/out" 2>"$dir/err" || {
+    fail "$trained" "$(head -c 300 "$dir/err")"
+    return
+  }
+  worst=$(worst "$steps" "$dir/one.jsonl" "$dir/four.jsonl")
   if at_most "$worst" 1e-4; then
-    ok four_ranks_train_what_one_refuses_under_the_same_cap \
+    ok "$trained" \
       "$cap MiB a rank; relative difference of the loss $worst; $(grep -E '^  all' "$dir/out")"
   else
-    fail four_ranks_train_what_one_refuses_under_the_same_cap "difference $worst"
+    fail "$trained" "difference $worst"
   fi
-else fail four_ranks_train_what_one_refuses_under_the_same_cap "$(head -c 300 "$dir/err")"; fi
-
-# The same for a context that is too long for one rank
-long="--model tiny --layers 2 --width 64 --heads 4 --context 2048 --batch 1 --steps 2 --dtype f32"
-cap=12
-says one_rank_refuses_a_context_that_does_not_fit "out of device memory" 1 $long \
-  --device-memory $cap
-timeout 300 $MPIEXEC -n 1 $train $long --metrics "$dir/one.jsonl" >/dev/null 2>&1
-if timeout 300 $MPIEXEC -n 4 $train $long --cp 4 --device-memory $cap \
-  --metrics "$dir/four.jsonl" >"$dir/out" 2>"$dir/err"; then
-  worst=$(worst 2 "$dir/one.jsonl" "$dir/four.jsonl")
-  if at_most "$worst" 1e-4; then
-    ok four_ranks_train_on_a_context_that_one_refuses_under_the_same_cap \
-      "$cap MiB a rank; relative difference of the loss $worst; $(grep -E '^  all' "$dir/out")"
-  else
-    fail four_ranks_train_on_a_context_that_one_refuses_under_the_same_cap "difference $worst"
-  fi
-else
-  fail four_ranks_train_on_a_context_that_one_refuses_under_the_same_cap \
-    "$(head -c 300 "$dir/err")"
-fi
+}
+headline one_rank_refuses_what_does_not_fit \
+  four_ranks_train_what_one_refuses_under_the_same_cap 4 48 fsdp --model tiny --layers 6 \
+  --width 256 --heads 4 --context 32 --batch 8 --microbatch 1 --recompute --dtype f32
+headline one_rank_refuses_a_context_that_does_not_fit \
+  four_ranks_train_on_a_context_that_one_refuses_under_the_same_cap 2 12 cp --model tiny \
+  --layers 2 --width 64 --heads 4 --context 2048 --batch 1 --dtype f32
 
 # Every rank's timeline, and its share of time in communication
 if OMP_NUM_THREADS=1 timeout 120 $MPIEXEC -n 4 $train --pp 2 --tp 2 --schedule zb --recompute \
