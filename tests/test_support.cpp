@@ -279,9 +279,9 @@ TEST(contradictions_between_options_are_refused) {
   CHECK_SAYS(resolved({"--replicate", "2", "--reshard-after-forward", "no"}),
              "parameters that ZeRO-3 gathers: give --fsdp or --cp 2 or more and --zero 3");
   CHECK_SAYS(resolved({"--fsdp", "2", "--zero", "2", "--reshard-after-forward", "no"}),
-             "give --fsdp 2 or more and --zero 3");
+             "give --fsdp or --cp 2 or more and --zero 3");
   CHECK_SAYS(resolved({"--fsdp", "2", "--zero", "1", "--reshard-after-forward", "yes"}),
-             "give --fsdp 2 or more and --zero 3");
+             "give --fsdp or --cp 2 or more and --zero 3");
   CHECK_SAYS(resolved({"--reshard-after-forward", "yes"}),
              "parameters that ZeRO-3 gathers: give --fsdp or --cp 2 or more and --zero 3");
   resolved({"--fsdp", "2", "--reshard-after-forward", "no"}),
