@@ -164,19 +164,21 @@ void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t 
 // ---- cross_entropy.cu
 
 // losses (R) = -log softmax(logits (R,V))[targets (R)] * scale; with `gradient`, logits become
-// their own gradient, (softmax - onehot) * scale
-void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale,
-                   bool gradient);
+// their own gradient, (softmax - onehot) * scale. Rows of logits may be longer than V: what stands
+// behind column V is not read, and its gradient is 0.
+void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, int64_t V,
+                   double scale, bool gradient);
 // The same where this rank holds V of the vocabulary's columns, in three steps; a target of -1 is
 // another rank's. parts (3,R) acc = each row's maximum m, sum of exp(x - m), target's logit or 0.
 // `logits` then serve the third step only.
-void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targets);
+void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targets, int64_t V);
 // after the maxima of all ranks were combined to top (R): the sums in parts become sums of exp(x -
 // top)
 void softmax_rescale(const Tensor& parts, const Tensor& top);
 // after sums and target logits in parts were added up over the ranks: as cross_entropy
 void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets,
-                         const Tensor& top, const Tensor& parts, double scale, bool gradient);
+                         int64_t V, const Tensor& top, const Tensor& parts, double scale,
+                         bool gradient);
 
 // ---- adamw.cu
 // Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2
