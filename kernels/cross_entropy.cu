@@ -60,8 +60,8 @@ __device__ __forceinline__ void finish_row(acc_t<T>* loss, T* x, int V, int ld, 
 }
 
 // losses (R) = (log of the sum of exp(logits (R,V)) - logits[target]) * scale; with kGradient:
-// logits = (softmax - onehot) * scale. One block a row; rows are ld apart; reads RV (kGradient: 2RV,
-// writes R ld); any V.
+// logits = (softmax - onehot) * scale, 0 in the padding. One block a row; rows are ld apart; reads RV
+// (kGradient: 2RV, writes R ld); any V.
 template <class T, int N, bool kGradient> __global__ void __launch_bounds__(1024)
     cross_entropy_kernel(acc_t<T>* losses, T* logits, const int* targets, int V, int ld,
                          acc_t<T> scale) {
