@@ -114,12 +114,12 @@ void Watch::look() {
     answer();
     // Alone, a rank waits for nobody.
     if (job_.size == 1 || !is_stuck(now) || stop_) continue;
-    std::string others;
+    std::string stand = report();
     if (asking_ != MPI_COMM_NULL) {
-      if (!records_[0].asked.exchange(true)) others = ask_other_nodes();
+      if (!records_[0].asked.exchange(true)) stand += ask_other_nodes();
       else usleep(useconds_t(2 * kPatience * 1e6));  // another rank of this node does, and reports
     }
-    job_.abort(report() + others);
+    job_.abort(stand);
   }
 }
 
