@@ -147,8 +147,8 @@ template <int kThreads, int N, class F> __device__ __forceinline__ void for_row(
   for (int i = threadIdx.x * N; i < width; i += kThreads * N) f(i);
 }
 
-// The same for `size` elements, of which N need not be a divisor: f(first element of the pack, Width),
-// with Width<1> for those at the end
+// The same for `size` elements, of which N need not be a divisor: f(first element of the pack,
+// Width), with Width<1> for those at the end
 template <int kThreads, int N, class F> __device__ __forceinline__ void for_packs(int size, F f) {
   const int packed = size / N * N;
   INDEPENDENT

@@ -207,13 +207,15 @@ static std::vector<Row> loss_and_optimizer_rows(Dtype d) {
   return {
       {"cross_entropy", 2 * rv, 0,
        [=] {
-         auto x = random({kR, kV}, d, 3), l = random({kR}, acc), t = integers(tokens());
-         return [=] { cross_entropy(l, x, t, 1, true); };
+         auto x = random({kR, round_up(kV, 128)}, d, 3), l = random({kR}, acc),
+              t = integers(tokens());
+         return [=] { cross_entropy(l, x, t, kV, 1, true); };
        }},
       {"cross_entropy_loss", rv, 0,
        [=] {
-         auto x = random({kR, kV}, d, 3), l = random({kR}, acc), t = integers(tokens());
-         return [=] { cross_entropy(l, x, t, 1, false); };
+         auto x = random({kR, round_up(kV, 128)}, d, 3), l = random({kR}, acc),
+              t = integers(tokens());
+         return [=] { cross_entropy(l, x, t, kV, 1, false); };
        }},
       {"adamw", 7 * n + (d == Dtype::bf16 ? n / 2 : 0), 0,
        [=] {
