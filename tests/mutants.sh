@@ -252,6 +252,15 @@ mutant faults vectors_decay_like_matrices \
   optimizer.cpp 's/s.param->decay,/true,/' 1 immediate test_golden f64_equals_pytorch
 mutant faults a_parameter_counts_with_its_first_piece_alone \
   optimizer.cpp 's/counts \? int\(count\)/counts ? 1/' 1 immediate test_kernels sums_of_squares
+mutant faults the_padding_of_a_part_of_the_vocabulary_is_in_the_softmax \
+  tensor_parallel.cpp 's/V = part\(vocab\).size\(\)/V = (void(vocab), logits.value.dim(1))/' \
+  2 immediate test_tensor_parallel padded_vocabularies
+mutant faults padding_is_among_the_logits_that_are_sampled \
+  tensor_parallel.cpp 's/^  Tensor all = logits;/  if (n == 1) return logits;\n&/' \
+  1 immediate test_tensor_parallel held_out
+mutant faults padding_is_saved_and_in_the_norm \
+  fsdp.cpp 's/u.params\[i\]->numel\(\)\)/elements(u.params[i]->local_shape()))/' \
+  2 immediate test_tensor_parallel padded_vocabularies
 mutant faults rows_of_padding_are_not_cleared \
   tensor_parallel.cpp '/if \(padded > R\) fill/d' 2 queued test_tensor_parallel $parity_tp
 
