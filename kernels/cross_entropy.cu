@@ -60,8 +60,8 @@ __device__ __forceinline__ void finish_row(acc_t<T>* loss, T* x, int V, int ld, 
 }
 
 // losses (R) = (log of the sum of exp(logits (R,V)) - logits[target]) * scale; with kGradient:
-// logits = (softmax - onehot) * scale, 0 in the padding. One block a row; rows are ld apart; reads RV
-// (kGradient: 2RV, writes R ld); any V.
+// logits = (softmax - onehot) * scale, and 0 in the padding. One block a row; rows are ld apart;
+// reads RV (kGradient: 2RV, writes R ld); any V.
 template <class T, int N, bool kGradient> __global__ void __launch_bounds__(1024)
     cross_entropy_kernel(acc_t<T>* losses, T* logits, const int* targets, int V, int ld,
                          acc_t<T> scale) {
@@ -77,7 +77,7 @@ template <class T, int N, bool kGradient> __global__ void __launch_bounds__(1024
 // logit (0: not here). Reads RV.
 template <class T, int N> __global__ void __launch_bounds__(1024)
     softmax_parts_kernel(acc_t<T>* parts, const T* logits, const int* targets, int V, int ld,
-                         int R) {
+                         int64_t R) {
   const T* x = logits + int64_t(blockIdx.x) * ld;
   const int target = targets[blockIdx.x];
   const auto all = row_softmax<N>(x, V);
@@ -99,7 +99,7 @@ template <class A> __global__ void __launch_bounds__(256)
 // (R). Reads and writes RV.
 template <class T, int N, bool kGradient> __global__ void __launch_bounds__(1024)
     cross_entropy_parts_kernel(acc_t<T>* losses, T* logits, const int* targets, const acc_t<T>* top,
-                               const acc_t<T>* parts, int V, int ld, int R, acc_t<T> scale) {
+                               const acc_t<T>* parts, int V, int ld, int64_t R, acc_t<T> scale) {
   const int r = blockIdx.x;
   finish_row<N, kGradient>(losses + r, logits + int64_t(r) * ld, V, ld, targets[r],
                            parts[2 * R + r], Two<acc_t<T>>{top[r], parts[R + r]}, scale);
@@ -135,10 +135,8 @@ void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targ
   ASSERT(parts.numel() == 3 * R && parts.dtype() == master_dtype(logits.dtype()));
   if (!R) return;
   DISPATCH_PACKS(logits.dtype(), in_packs(ld, {&logits}), using A = acc_t<T>;
-                 softmax_parts_kernel<T, N>
-                 <<<unsigned(R), kThreads, 0, device().compute>>>(parts.data<A>(), logits.data<T>(),
-                                                                  targets.data<int>(), int(V),
-                                                                  int(ld), int(R)));
+                 softmax_parts_kernel<T, N><<<unsigned(R), kThreads, 0, device().compute>>>(
+                     parts.data<A>(), logits.data<T>(), targets.data<int>(), int(V), int(ld), R));
 }
 
 void softmax_rescale(const Tensor& parts, const Tensor& top) {
@@ -163,5 +161,5 @@ void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tenso
                                               : cross_entropy_parts_kernel<T, N, false>;
                  kernel<<<unsigned(R), kThreads, 0, device().compute>>>(
                      losses.data<A>(), logits.data<T>(), targets.data<int>(), top.data<A>(),
-                     parts.data<A>(), int(V), int(ld), int(R), A(scale)));
+                     parts.data<A>(), int(V), int(ld), R, A(scale)));
 }
