@@ -166,7 +166,7 @@ int Fsdp::add_use(const std::vector<Param*>& params, Backward backward, int grou
 std::vector<Shard> Fsdp::optimizer_shards() const {
   std::vector<Shard> shards;
   for (const auto& [number, u] : units_)
-    for_pieces(u, [&](Param& p, int64_t first, int64_t count, int64_t at) {
+    for_pieces(u, [&, &u = u](Param& p, int64_t first, int64_t count, int64_t at) {
       const auto piece = [&](const Tensor& x) { return x.part(at, {count}); };
       const bool same = u.master.empty();  // the weights that compute are the master weights
       shards.push_back({piece(same ? u.shard : u.master), same ? Tensor() : piece(u.shard),

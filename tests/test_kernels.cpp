@@ -353,7 +353,7 @@ TEST(layernorm_forward_normalises_each_row_and_adds_the_residual_before) {
       for (int64_t i = 0; i < R * C; i++) sum[i] = rounded(x[i] + h[i], dtype);
       const Norm alone = layernorm(x, gain, bias), after = layernorm(sum, gain, bias);
       verify(sentence("layernorm (", R, ", ", C, ")"), dtype,
-             [&] {
+             [&, R = R, C = C] {
                const Array X(x, dtype), H(h, dtype), G(gain, dtype), B(bias, dtype),
                    Y = Array::blank(R * C, dtype), M = Array::blank(R, acc),
                    S = Array::blank(R, acc), Y2 = Array::blank(R * C, dtype),
@@ -397,7 +397,7 @@ TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) 
       Values dx(R * C), dx_more(R * C), dgain = dgain_before, dbias = dbias_before;
       for (int64_t r = 0; r < R; r++) {
         double a = 0, b = 0;
-        const auto xhat = [&](int64_t i) { return (x[r * C + i] - n.mean[r]) * n.rstd[r]; };
+        const auto xhat = [&, C = C](int64_t i) { return (x[r * C + i] - n.mean[r]) * n.rstd[r]; };
         for (int64_t i = 0; i < C; i++) {
           const double d = dy[r * C + i];
           a += gain[i] * d / C;
@@ -414,7 +414,7 @@ TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) 
       // C = 1: dx is 0, and the rounding of gain dy, at most 2, is multiplied by rstd = 316
       const double slack = C > 1 ? 0 : 2 * 316 * std::ldexp(1, acc == Dtype::f64 ? -53 : -24);
       verify(sentence("layernorm_backward (", R, ", ", C, ")"), dtype,
-             [&] {
+             [&, R = R, C = C] {
                const Array X(x, dtype), DY(dy, dtype), MORE(more, dtype), G(gain, dtype),
                    M(n.mean, acc), S(n.rstd, acc),
                    DX = Array::blank(R * C, dtype), DX2 = Array::blank(R * C, dtype),
@@ -475,7 +475,7 @@ TEST(embedding_forward_adds_token_and_position) {
         for (int64_t i = 0; i < R * C; i++)
           x[i] = wte[int64_t(t[i / C]) * C + i % C] + wpe[i / C % T * C + i % C];
         verify(sentence("embedding_forward C ", C, " V ", V, " B ", B, " T ", T), dtype,
-               [&] {
+               [&, C = C, V = V, T = T] {
                  Array X = Array::blank(R * C, dtype), TOKENS(t, Dtype::i32), WTE(wte, dtype),
                        WPE(wpe, dtype);
                  embedding_forward(X, TOKENS, WTE.shaped({V, C}), WPE.shaped({-1 + T + 3, C}), T);
@@ -486,7 +486,7 @@ TEST(embedding_forward_adds_token_and_position) {
         for (int64_t i = 0; i < R * C; i++)
           if (some[i / C] < 0) x[i] = 0;
         verify(sentence("embedding_forward of a part, C ", C, " V ", V, " B ", B, " T ", T), dtype,
-               [&] {
+               [&, C = C, V = V, T = T] {
                  Array X = Array::blank(R * C, dtype), TOKENS(some, Dtype::i32), WTE(wte, dtype),
                        WPE(wpe, dtype);
                  embedding_forward(X, TOKENS, WTE.shaped({V, C}), WPE.shaped({-1 + T + 3, C}), T);
@@ -527,7 +527,7 @@ TEST(embedding_backward_adds_rows_by_token_and_by_position) {
         const std::vector<int> order = sort_rows(std::vector<int>(t.begin(), t.end()));
         const Values sorted(order.begin(), order.end());
         verify(sentence("embedding_backward C ", C, " V ", V, " B ", B, " T ", T), dtype,
-               [&] {
+               [&, C = C, V = V, T = T] {
                  Array DX(dx, dtype), TOKENS(t, Dtype::i32), ORDER(sorted, Dtype::i32),
                      DWTE(te, acc), DWPE(pe, acc);
                  embedding_backward(DWTE.shaped({V, C}), DWPE.shaped({T + 3, C}), DX, TOKENS, ORDER,
