@@ -4,6 +4,7 @@
 #include <random>
 
 #include "tests/test.h"
+#include "theory/predict.h"
 #include "theory/timeline.h"
 
 namespace {
@@ -111,6 +112,107 @@ TEST(tasks_that_wait_for_each_other_are_refused) {
                   {1, Queue::compute, 1, -1, 1},
                   {1, Queue::compute, 1, -1, 0}}),
              "wait for each");
+}
+
+// ---- against published tables
+
+namespace {
+
+struct Row {
+  const char* name;
+  int64_t layers, width, heads, gpus, tp, pp, chunks, batch, microbatch;
+  bool full;  // recomputation; else sequence parallelism, and attention alone is computed again
+  double published;
+};
+
+double step_seconds(const Row& r) {
+  GptConfig config{{r.layers, r.width, r.heads, 2048, 51200}, Dtype::bf16};
+  config.recompute = r.full;
+  config.attention = r.full ? AttentionKind::plain : AttentionKind::flash;
+  config.sequence_parallel = !r.full;
+  Job job{config, {}, {{"pp", r.pp}, {"replicate", r.gpus / (r.tp * r.pp)}, {"tp", r.tp}}};
+  job.options.batch = r.batch;
+  job.options.microbatch = r.microbatch;
+  job.options.schedule = r.chunks > 1 ? "interleaved" : "1f1b";
+  job.options.chunks = int(r.chunks);
+  Predictor predictor({read_machine("a100-80g"), (r.gpus + 7) / 8, 8},
+                      profile_named("megatron-2021"), config);
+  return predictor.predict(job).seconds;
+}
+
+}  // namespace
+
+// Korthikanti et al., "Reducing activation recomputation in large transformer models", MLSys 2023,
+// table 5: seconds an iteration. No constant was fitted on it.
+TEST(korthikantis_table_5_is_predicted) {
+  const Row rows[] = {
+      {"22B", 48, 6144, 64, 8, 8, 1, 1, 4, 4, true, 1.42},
+      {"22B", 48, 6144, 64, 8, 8, 1, 1, 4, 4, false, 1.10},
+      {"175B", 96, 12288, 96, 64, 8, 8, 3, 64, 1, true, 18.13},
+      {"175B", 96, 12288, 96, 64, 8, 8, 3, 64, 1, false, 13.75},
+      {"530B", 105, 20480, 128, 280, 8, 35, 3, 280, 1, true, 49.05},
+      {"530B", 105, 20480, 128, 280, 8, 35, 3, 280, 1, false, 37.83},
+      {"1T", 128, 25600, 160, 512, 8, 64, 1, 512, 1, true, 94.42},
+      {"1T", 128, 25600, 160, 512, 8, 64, 1, 512, 1, false, 71.49},
+  };
+  double sum = 0, worst = 0;
+  for (const Row& r : rows) {
+    const double predicted = step_seconds(r), error = predicted / r.published - 1;
+    printf("     %-5s %-7s %6.2f s published %6.2f predicted %+6.2f %%\n", r.name,
+           r.full ? "full" : "seqsel", r.published, predicted, 100 * error);
+    sum += std::abs(error);
+    worst = std::max(worst, std::abs(error));
+  }
+  const double mean = sum / std::size(rows);
+  measured("error ", 100 * mean, " % on average, ", 100 * worst, " % at most");
+  CHECK_LE(mean, 0.05);
+  CHECK_LE(worst, 0.12);
+}
+
+// Narayanan et al., "Efficient large-scale language model training on GPU clusters using
+// Megatron-LM", SC 2021, table 1: TFLOP/s a GPU, recomputation counted. One constant of the A100,
+// what its large products sustain, was fitted on it.
+TEST(narayanans_table_1_is_predicted) {
+  const Row rows[] = {
+      {"1.7B", 24, 2304, 24, 32, 1, 1, 1, 512, 16, true, 137},
+      {"3.6B", 30, 3072, 32, 64, 2, 1, 1, 512, 16, true, 138},
+      {"7.5B", 36, 4096, 32, 128, 4, 1, 1, 512, 16, true, 142},
+      {"18.4B", 40, 6144, 48, 256, 8, 1, 1, 1024, 8, true, 135},
+      {"39.1B", 48, 8192, 64, 512, 8, 2, 1, 1536, 4, true, 138},
+      {"76.1B", 60, 10240, 80, 1024, 8, 4, 3, 1792, 2, true, 140},
+      {"145.6B", 80, 12288, 96, 1536, 8, 8, 2, 2304, 2, true, 148},
+      {"310.1B", 96, 16384, 128, 1920, 8, 16, 2, 2160, 1, true, 155},
+      {"529.6B", 105, 20480, 128, 2520, 8, 35, 3, 2520, 1, true, 163},
+      {"1008B", 128, 25600, 160, 3072, 8, 64, 1, 3072, 1, true, 163},
+  };
+  double sum = 0, worst = 0;
+  std::vector<double> predicted;
+  for (const Row& r : rows) {
+    const double s = 2048, l = double(r.layers), h = double(r.width), V = 51200,
+                 operations =
+                     96 * double(r.batch) * s * l * h * h * (1 + s / (6 * h) + V / (16 * l * h)),
+                 rate = operations / step_seconds(r) / double(r.gpus) / 1e12,
+                 points = (rate - r.published) / 3.12;
+    printf("     %-6s %4.0f TFLOP/s published %4.0f predicted %+5.2f points of the peak\n", r.name,
+           r.published, rate, points);
+    predicted.push_back(rate);
+    sum += std::abs(points);
+    worst = std::max(worst, std::abs(points));
+  }
+  int pairs = 0, right = 0;
+  for (size_t i = 0; i < predicted.size(); i++)
+    for (size_t j = 0; j < i; j++) {
+      const double d = rows[i].published - rows[j].published;
+      if (std::abs(d) <= 3) continue;
+      pairs++;
+      right += d * (predicted[i] - predicted[j]) > 0;
+    }
+  const double mean = sum / std::size(rows);
+  measured(mean, " points on average, ", worst, " at most; ", right, " of ", pairs,
+           " pairs in the right order");
+  CHECK_LE(mean, 2.0);
+  CHECK_LE(worst, 4.0);
+  CHECK_LE(0.9 * pairs, right);
 }
 
 int main(int argc, char** argv) { return run_tests(argc, argv); }
