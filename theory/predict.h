@@ -51,9 +51,6 @@ class Predictor {
   Predictor(const Cluster& cluster, const Profile& profile, const ModelSize& model)
       : cluster(cluster), profile(profile), gpt_({model}) {}
   Prediction predict(const Job& job);
-  // At most what predict() says, and found in a moment: no stage waits for communication but tp's.
-  double at_least(const Job& job);
-
   const Cluster cluster;
   const Profile& profile;
 
@@ -63,8 +60,3 @@ class Predictor {
   std::map<std::tuple<std::string, int, int, int>, std::shared_ptr<PipelineTasks>> pipelines_;
   Gpt gpt_;  // its pieces
 };
-
-// One token of each of `sequences` that have `length` tokens in the cache: weights and cache are
-// read once, and each sum over tp waits.
-double decode_seconds(const Cluster& cluster, const GptConfig& config, const Layout& layout,
-                      int64_t sequences, int64_t length);
