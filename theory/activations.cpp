@@ -2,16 +2,15 @@
 #include "theory/simulate.h"
 #include "theory/theory.h"
 
-// By rows: an activation of width C, of the
-// slice of the rows that this rank has. By columns: one of all rows, of this rank's part of the
-// width.
+// By rows: an activation of width C, of the slice of the rows that this rank has. By columns: one
+// of all rows, of this rank's part of the width.
 int64_t TheoryOfRank::kept(const ModelPart& part) const {
   const GptConfig& c = config;
   const int64_t by_rows = activation,
                 statistics = 2 * S * g;  // of a layernorm's rows: mean, reciprocal deviation
   if (part.kind == ModelPart::embedding) return 0;  // tokens alone, which are no activations
   if (part.kind == ModelPart::head) {               // x, layernorm, logits
-    const int64_t logits = R * gpt.tp.part(c.vocab).size() * e;
+    const int64_t logits = R * gpt.tp.padded_part(c.vocab) * e;
     return 2 * by_rows + statistics + logits;
   }
   if (c.recompute) return by_rows;  // x

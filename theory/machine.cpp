@@ -14,8 +14,8 @@
 
 // Hours of training sustain less than the best rate that a product reaches for a moment. What an
 // A100 sustains, 242 inner / (inner + 192), is the one fitted constant: with it the last row of
-// Narayanan's table 1, whose products are the largest, is met. (Least error over its ten rows: 235.)
-// The others are taken to sustain the same share of their best product, 0.825.
+// Narayanan's table 1, whose products are the largest, is met. (Least error over its ten rows:
+// 235.) The others are taken to sustain the same share of their best product, 0.825.
 static const std::pair<const char*, const char*> kMachines[] = {
     {"a100-80g", R"(
 peak 312            : NVIDIA, A100 80GB data sheet

@@ -5,10 +5,10 @@
 //           (machine.cpp), and a measured one can be written by hand or by a program:
 //             peak 312            : data sheet            TFLOP/s of bf16 products
 //             f32 19.5            : data sheet            TFLOP/s of f32 products
-//             product 128 96.8    : measured ...          TFLOP/s that a large bf16 product reaches,
-//             product 8192 236    : measured ...          by its inner dim; at least two lines
-//             multiprocessors 108 : data sheet            tiles go over them in waves; 0: not counted
-//             copy 1733           : measured ...          GB/s read and written together
+//             product 128 96.8    : measured ...          TFLOP/s that a large bf16 product
+//             reaches, product 8192 236    : measured ...          by its inner dim; at least two
+//             lines multiprocessors 108 : data sheet            tiles go over them in waves; 0: not
+//             counted copy 1733           : measured ...          GB/s read and written together
 //             memory 80           : data sheet            GiB
 //             launch 4            : measured ...          us from one kernel to the next
 //             inside 232.5 3.3    : measured ...          GB/s that a device sends in a collective
@@ -48,8 +48,8 @@ struct Cluster {
 
 // ---- how long one piece of work takes
 
-// c (m,n) = a (m,k) b (k,n), `batch` of them, in a dtype of `bytes`. Tiles of the result go over the
-// multiprocessors in waves, and the last wave takes as long as a full one (NVIDIA, "Matrix
+// c (m,n) = a (m,k) b (k,n), `batch` of them, in a dtype of `bytes`. Tiles of the result go over
+// the multiprocessors in waves, and the last wave takes as long as a full one (NVIDIA, "Matrix
 // multiplication background user's guide", 2023, sections 3.1 and 3.2); smaller tiles reach less.
 double product_seconds(const Machine& machine, double m, double n, double k, double batch,
                        int64_t bytes);

@@ -86,7 +86,7 @@ class RankWork {
     S = double(t.S);
     C = double(c.width);
     F = double(t.gpt.tp.part(c.hidden()).size());
-    V = double(t.gpt.tp.part(c.vocab).size());
+    V = double(t.gpt.tp.padded_part(c.vocab));
     const double kv = double(t.gpt.tp.part(c.kv()).size()), D = C / double(c.heads);
     heads = kv * double(c.heads / c.kv());
     channels = heads * D;

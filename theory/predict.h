@@ -1,13 +1,14 @@
 // predict.h: how long a training step takes on a cluster, and where the time goes.
 //
 // idea      One rank of each kind of stage is issued as the code issues it: products and kernels on
-//           the compute queue, collectives of all axes on the communication queue (timeline.h). From
-//           the first, a middle and the last micro-batch come the times of a stage's computations,
-//           waiting included, and the schedule makes the step of them. Bytes, units and what is kept
-//           come from theory/; nothing of it is counted again here.
-// work      A product takes what its machine reaches (machine.h). Everything else is bound by memory:
-//           a profile says how often software reads or writes each kind of activation.
-// not here  an exchange of a pipeline that stands in the queue behind a gather; stragglers; the host
+//           the compute queue, collectives of all axes on the communication queue (timeline.h).
+//           From the first, a middle and the last micro-batch come the times of a stage's
+//           computations, waiting included, and the schedule makes the step of them. Bytes, units
+//           and what is kept come from theory/; nothing of it is counted again here.
+// work      A product takes what its machine reaches (machine.h). Everything else is bound by
+//           memory: a profile says how often software reads or writes each kind of activation.
+// not here  an exchange of a pipeline that stands in the queue behind a gather; stragglers; the
+//           host
 // test      tests/test_plan.cpp: held against published tables
 #pragma once
 #include "theory/machine.h"

@@ -3,8 +3,8 @@
 //
 // idea      A rank has two queues, for computation and for communication, and each does its tasks
 //           in the order in which they were issued. So what a task of one queue waits for is one
-//           task of the other: the latest of those that it needs. A collective begins when the last of
-//           its ranks has reached it, and lasts as long as its largest piece of work.
+//           task of the other: the latest of those that it needs. A collective begins when the last
+//           of its ranks has reached it, and lasts as long as its largest piece of work.
 // steady    The makespan of a schedule grows by the same time with every micro-batch (in a ring:
 //           with every p of them) once all stages are in their steady state. `extended_makespan`
 //           runs small numbers of micro-batches and goes on from there.
