@@ -57,6 +57,7 @@ template <class T, int N> __global__ void __launch_bounds__(256)
 
 void adamw(const Tensor& weights, const Tensor& compute, const Tensor& m, const Tensor& v,
            const Tensor& gradient, const Tensor& clip, const AdamW& options) {
+  OP("adamw", bytes_of(weights, weights, m, m, v, v, gradient, compute));
   const int64_t n = weights.numel();
   const Dtype master = weights.dtype();
   ASSERT(master == Dtype::f32 || master == Dtype::f64);

@@ -107,6 +107,7 @@ template <class T, int N, bool kGradient> __global__ void __launch_bounds__(1024
 
 void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale,
                    bool gradient) {
+  OP("cross_entropy", bytes_of(losses, logits, targets) + gradient * bytes_of(logits));
   const int64_t R = losses.numel(), V = R ? logits.numel() / R : 0;
   ASSERT(logits.numel() == R * V && V <= INT_MAX && targets.numel() == R &&
          losses.dtype() == master_dtype(logits.dtype()));
@@ -119,6 +120,7 @@ void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& tar
 }
 
 void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targets) {
+  OP("softmax_parts", bytes_of(parts, logits, targets));
   const int64_t R = targets.numel(), V = R ? logits.numel() / R : 0;
   ASSERT(logits.numel() == R * V && V <= INT_MAX && parts.numel() == 3 * R &&
          parts.dtype() == master_dtype(logits.dtype()));
@@ -129,6 +131,7 @@ void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targ
 }
 
 void softmax_rescale(const Tensor& parts, const Tensor& top) {
+  OP("softmax_rescale", 4 * bytes_of(top));
   const int64_t R = top.numel();
   ASSERT(parts.numel() == 3 * R && parts.dtype() == top.dtype() && top.dtype() != Dtype::bf16);
   if (!R) return;
@@ -140,6 +143,8 @@ void softmax_rescale(const Tensor& parts, const Tensor& top) {
 
 void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets,
                          const Tensor& top, const Tensor& parts, double scale, bool gradient) {
+  OP("cross_entropy_parts",
+     bytes_of(losses, targets, top, parts) + gradient * 2 * bytes_of(logits));
   const int64_t R = losses.numel(), V = R ? logits.numel() / R : 0;
   ASSERT(logits.numel() == R * V && targets.numel() == R && top.numel() == R &&
          parts.numel() == 3 * R && top.dtype() == losses.dtype());

@@ -56,16 +56,19 @@ template <bool kSquares> void sum_into(double* total, const Tensor& x, bool add)
 // ---- host side
 
 void add_sum(const Tensor& total, const Tensor& x) {
+  OP("add_sum", bytes_of(total, x));
   ASSERT(total.numel() == 1);
   sum_into<false>(total.data<double>(), x, true);
 }
 
 void sum_of_squares(const Tensor& out, int64_t index, const Tensor& x) {
+  OP("sum_of_squares", bytes_of(x));
   ASSERT(index >= 0 && index < out.numel());
   sum_into<true>(out.data<double>() + index, x, false);
 }
 
 void norm_and_clip(const Tensor& norm, const Tensor& clip, const Tensor& squares, double limit) {
+  OP("norm_and_clip", bytes_of(squares));
   ASSERT(norm.numel() == 1 && clip.numel() == 1);
   norm_kernel<<<1, block_threads(1), 0, device().compute>>>(
       norm.data<double>(), clip.data<double>(), squares.data<double>(), squares.numel(), limit);
