@@ -13,7 +13,7 @@
 
 Shape Param::local_shape() const {
   Shape local = shape;
-  local[dim] = slice.end - slice.begin;
+  local[dim] = slice.end - slice.begin + padding;
   return local;
 }
 
@@ -238,10 +238,10 @@ Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, Atten
 
 // ---- loss
 
-void cross_entropy(Tape& tape, Var logits, const Tensor& targets, double scale,
+void cross_entropy(Tape& tape, Var logits, const Tensor& targets, int64_t V, double scale,
                    const Tensor& total) {
   const Tensor losses = row_statistics(logits.value);
-  cross_entropy(losses, logits.value, targets, scale, tape.recording());
+  cross_entropy(losses, logits.value, targets, V, scale, tape.recording());
   // the same memory: the gradient is ready before the backward starts
   if (tape.recording()) *logits.grad = std::move(logits.value);
   add_sum(total, losses);

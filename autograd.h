@@ -27,6 +27,8 @@ struct Param {
   // what this rank owns: [begin, end) of dim number `dim` of `shape`, seen as (outer, split, inner)
   int dim = 0;
   Slice slice;
+  // rows of memory behind the slice's last: 0, and no elements of the parameter
+  int64_t padding = 0;
   float std = 0, mean = 0;  // initial values: normal(0, std), or the constant `mean` when std is 0
   bool decay = false;       // weight decay: matrices only
   // in this rank's part of the norm: false where another rank that holds the same values counts
@@ -35,14 +37,16 @@ struct Param {
   // each rank of the tp axis has only its rows' part of the gradient; the parts are to be summed
   bool partial = false;
   int unit = 0;         // FSDP shards the parameters of one unit together
-  Tensor value;         // compute dtype, the slice's shape
+  Tensor value;         // compute dtype, the local shape
   Tensor grad;          // master dtype
   Tensor grad_of_head;  // of a tied parameter, where its uses are kept apart: see separate_uses
   Tensor& grad_of(bool transposed) {
     return transposed && !grad_of_head.empty() ? grad_of_head : grad;
   }
-  Shape local_shape() const;
+  Shape local_shape() const;  // the slice's, with padding
+  // elements that this rank owns, and where they are in its value or gradient: without padding
   int64_t numel() const { return slice.outer * (slice.end - slice.begin) * slice.inner; }
+  Tensor own(const Tensor& x) const { return x.part(0, {numel()}); }
   // Initial values of the elements [first, first + x.numel()) of what this rank owns.
   void initialise(const Tensor& x, uint64_t seed, int64_t first) const;
 };
@@ -135,9 +139,9 @@ std::pair<Var, Var> add_layernorm(Tape& tape, const Var& x, const Var& h, Param&
 Var gelu(Tape& tape, const Var& x);
 Var add(Tape& tape, const Var& a, const Var& b);
 Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, AttentionKind kind);
-// total (1) f64 += scale * the sum of the rows' losses. Takes `logits`: when recording, they become
-// their gradient in place.
-void cross_entropy(Tape& tape, Var logits, const Tensor& targets, double scale,
+// total (1) f64 += scale * the sum of the rows' losses over their first V columns. Takes `logits`:
+// when recording, they become their gradient in place.
+void cross_entropy(Tape& tape, Var logits, const Tensor& targets, int64_t V, double scale,
                    const Tensor& total);
 // Activation checkpointing: runs `f` without recording, keeps only x, and replays f on a fresh tape
 // when its gradient is needed (Chen et al., "Training deep nets with sublinear memory cost", 2016).

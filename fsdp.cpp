@@ -58,22 +58,19 @@ void Fsdp::after_backward(Tape& tape, int use) {
 
 // ---- set-up: parameters are born as shards
 
-static int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
-
 // Where each parameter starts in the flat unit.
 static std::vector<int64_t> offsets_in_unit(const std::vector<Param*>& params) {
   std::vector<int64_t> offsets;
   for (int64_t end = 0; const Param* p : params) {
     offsets.push_back(round_up(end, kUnitAlignment));
-    end = offsets.back() + p->numel();
+    end = offsets.back() + elements(p->local_shape());
   }
   return offsets;
 }
 
 int64_t padded_unit(const std::vector<Param*>& params, int64_t shards) {
-  return round_up(offsets_in_unit(params).back() + params.back()->numel(), 16 * shards);
+  return round_up(offsets_in_unit(params).back() + elements(params.back()->local_shape()),
+                  16 * shards);
 }
 
 std::map<int, std::vector<Param*>> units_of(const std::vector<Param*>& params) {
@@ -166,7 +163,7 @@ int Fsdp::add_use(const std::vector<Param*>& params, Backward backward, int grou
 std::vector<Shard> Fsdp::optimizer_shards() const {
   std::vector<Shard> shards;
   for (const auto& [number, u] : units_)
-    for_pieces(u, [&](Param& p, int64_t first, int64_t count, int64_t at) {
+    for_pieces(u, [&, &u = u](Param& p, int64_t first, int64_t count, int64_t at) {
       const auto piece = [&](const Tensor& x) { return x.part(at, {count}); };
       const bool same = u.master.empty();  // the weights that compute are the master weights
       shards.push_back({piece(same ? u.shard : u.master), same ? Tensor() : piece(u.shard),

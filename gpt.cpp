@@ -56,6 +56,7 @@ Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication, const
     : config(g), tp(axis, communication, g.sequence_parallel), cp(cp, communication) {
   ASSERT(g.width % g.heads == 0 && axis.size <= g.heads && axis.size <= g.vocab);
   wte = tp.split(make("wte.weight", {g.vocab, g.width}, 0.02f), 0, tp.part(g.vocab));
+  wte.padding = tp.padded_part(g.vocab) - tp.part(g.vocab).size();
   wpe = tp.whole(make("wpe.weight", {g.context, g.width}, 0.01f));
   for (int64_t l = 0; l < g.layers; l++) blocks_.push_back(make_block(g, tp, l));
   ln_f_weight = tp.whole_with_partial_gradient(make("ln_f.weight", {g.width}, 0, 1));

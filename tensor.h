@@ -40,6 +40,9 @@ template <> struct DtypeOf<int> { static constexpr Dtype value = Dtype::i32; };
 
 using Shape = std::vector<int64_t>;
 int64_t elements(const Shape& shape);
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 std::string to_string(const Shape& shape);  // "(2, 3)"
 
 // ---- memory

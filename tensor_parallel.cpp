@@ -175,23 +175,24 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
   return x;
 }
 
-void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets, double scale,
-                                   const Tensor& total) {
-  if (axis_.size == 1) return ::cross_entropy(tape, std::move(logits), targets, scale, total);
+void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets, int64_t vocab,
+                                   double scale, const Tensor& total) {
+  if (axis_.size == 1)
+    return ::cross_entropy(tape, std::move(logits), targets, vocab, scale, total);
   const Purpose purpose(Traffic::loss);
-  const int64_t R = targets.numel();
+  const int64_t R = targets.numel(), V = part(vocab).size();
   const Dtype acc = master_dtype(logits.value.dtype());
   const Tensor parts({3, R}, acc, Memory::activations), top({R}, acc, Memory::activations),
       losses({R}, acc, Memory::activations);
   // of each row, over this rank's columns: maximum, sum of exponentials, target's logit
-  softmax_parts(parts, logits.value, targets);
+  softmax_parts(parts, logits.value, targets, V);
   copy(top, parts.part(0, {R}));  // the rescaling needs this rank's maximum and that of all
   all_reduce(top, ncclMax);
   finish();
   softmax_rescale(parts, top);
   all_reduce(parts.part(R, {2, R}));
   finish();
-  cross_entropy_parts(losses, logits.value, targets, top, parts, scale, tape.recording());
+  cross_entropy_parts(losses, logits.value, targets, V, top, parts, scale, tape.recording());
   if (tape.recording()) *logits.grad = std::move(logits.value);  // overwritten by their gradient
   add_sum(total, losses);
 }
@@ -248,22 +249,17 @@ Tensor TensorParallel::one_row(const Tensor& x, int64_t R, int64_t row) {
 }
 
 Tensor TensorParallel::whole_logits(const Tensor& logits, int64_t vocab) {
-  if (axis_.size == 1) return logits;
-  // padded: NCCL has no unequal gather
-  const int64_t m = logits.dim(0), mine = part(vocab).size(),
-                S = (vocab + axis_.size - 1) / axis_.size;
-  const Tensor padded({m, S}, logits.dtype(), Memory::workspace),
-      all({axis_.size, m, S}, logits.dtype(), Memory::workspace);
-  fill(padded, 0);
-  for (int64_t row = 0; row < m; row++)
-    copy(padded.part(row * S, {mine}), logits.part(row * mine, {mine}));
-  all_gather(padded, all);
-  finish();
+  const int64_t m = logits.dim(0), n = axis_.size;
+  Tensor all = logits;
+  if (n > 1) {
+    all = Tensor({n, m, logits.dim(1)}, logits.dtype(), Memory::workspace);
+    all_gather(logits, all);
+    finish();
+  }
   const Tensor whole({m, vocab}, logits.dtype(), Memory::workspace);
-  for (int64_t r = 0; r < axis_.size; r++) {
-    const int64_t begin = vocab * r / axis_.size, count = vocab * (r + 1) / axis_.size - begin;
-    for (int64_t row = 0; row < m; row++)
-      copy(whole.part(row * vocab + begin, {count}), all.part((r * m + row) * S, {count}));
+  for (int64_t r = 0; r < n; r++) {  // without the padding
+    const int64_t begin = vocab * r / n, end = vocab * (r + 1) / n;
+    copy_columns(whole, begin, all.part(r * logits.numel(), logits.shape()), 0, end - begin);
   }
   return whole;
 }

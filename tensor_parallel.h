@@ -29,6 +29,12 @@ class TensorParallel {
   Range part(int64_t n) const {
     return {n * axis_.rank / axis_.size, n * (axis_.rank + 1) / axis_.size};
   }
+  // What each part takes in memory, where rows that long are to begin at aligned addresses, as fast
+  // products need: the largest part, padded. Nothing but products sees the padding.
+  int64_t padded_part(int64_t n) const {
+    const int64_t most = (n + axis_.size - 1) / axis_.size;
+    return round_up(most, most < 1024 ? 8 : 128);
+  }
   // p, of whose global shape this rank owns `range` of dim number `dim`
   Param split(Param p, int dim, Range range) const;
   // p, of which every rank owns all; only rank 0's copy counts in the gradient's norm
@@ -45,14 +51,14 @@ class TensorParallel {
 
   // ---- layers on the tape. `rows` is R = B*T of this micro-batch. x and the results of embedding
   // and row_linear hold slice(R) rows of width C. What column_linear and head return holds all R
-  // rows of this rank's part of the width.
+  // rows of this rank's part of the width, which head pads.
   Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
   Var column_linear(Tape& tape, const Var& x, int64_t rows, Param& w, Param& bias);
   Var row_linear(Tape& tape, const Var& x, int64_t rows, Param& w, Param& bias);
   // logits of this rank's part of the vocabulary
   Var head(Tape& tape, const Var& x, int64_t rows, Param& wte);
   // total (1) f64 += scale * the sum of all rows' losses, on every rank
-  void cross_entropy(Tape& tape, Var logits, const Tensor& targets, double scale,
+  void cross_entropy(Tape& tape, Var logits, const Tensor& targets, int64_t vocab, double scale,
                      const Tensor& total);
 
   // ---- a step

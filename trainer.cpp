@@ -90,7 +90,7 @@ Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tok
   Var y = forward(tape, chunk, x, tokens);
   if (!has_head(pieces_[chunk])) return y;
   scale /= double(gpt.cp.copies(tokens.length));
-  gpt.tp.cross_entropy(tape, std::move(y), tokens.targets, scale, total_);
+  gpt.tp.cross_entropy(tape, std::move(y), tokens.targets, gpt.config.vocab, scale, total_);
   return {};
 }
 

@@ -12,7 +12,10 @@ Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int
       sequences_(sequences),
       room_(room),
       heads_(gpt.tp.part(config.heads).size()) {
-  for (Param* p : params()) p->value = Tensor(p->local_shape(), config.dtype, Memory::parameters);
+  for (Param* p : params()) {
+    p->value = Tensor(p->local_shape(), config.dtype, Memory::parameters);
+    fill(p->value, 0);  // the padding stays 0
+  }
   for (const ModelPart& part : piece_)
     if (part.kind == ModelPart::block)
       caches_[part.layer] = Tensor({sequences, 2, heads_, room, config.width / config.heads},
@@ -20,11 +23,11 @@ Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int
 }
 
 void Generator::initialise(uint64_t seed) {
-  for (Param* p : params()) p->initialise(p->value, seed, 0);
+  for (Param* p : params()) p->initialise(p->own(p->value), seed, 0);
 }
 
 void Generator::load_weights(const Checkpoint& checkpoint) {
-  for (Param* p : params()) load(checkpoint, *p, 0, Part::weights, p->value);
+  for (Param* p : params()) load(checkpoint, *p, 0, Part::weights, p->own(p->value));
 }
 
 int64_t Generator::cache_bytes() const {

@@ -1,8 +1,8 @@
 // columns.cuh: the neighbouring columns of a row that one thread owns at a time: how to walk over
 // them, read them and change them.
 //
-// idea      a thread owns a pack of 16 bytes (Width<N>: N columns), or one column at the ends of a
-//           row that begins at an odd address. What it sums stays in registers.
+// idea      a thread owns a pack of 16 bytes (Width<N>: N columns), or one column at the end of a
+//           row that packs do not fill. What it sums stays in registers.
 // CPU       FAST finds cpu/cuda/columns.cuh in this one's place: there a thread owns a thousand
 //           columns, in the first-level cache
 // test      tests/test_kernels.cpp, tests/test_decode.cpp
@@ -24,18 +24,12 @@ __device__ __forceinline__ void for_columns(int width, F f) {
   for (int i = threadIdx.x * N; i < width; i += kThreads * N) f(i, Width<N>());
 }
 
-// The same for a row x (width) that may begin at any address: packs at multiples of 16 bytes, and
-// single columns before and behind them
-template <int kThreads, int N, bool kBackwards, class T, class F>
-__device__ __forceinline__ void for_unaligned_columns(const T* x, int width, F f) {
-  const int unaligned =
-      N > 1 ? int((16 - reinterpret_cast<uintptr_t>(x) % 16) % 16 / sizeof(T)) : 0;
-  const int head = unaligned < width ? unaligned : width, packs = (width - head) / N,
-            tail = head + packs * N, i = threadIdx.x;
-  if (i < head) f(i, Width<1>());
-  for (int p = i; p < packs; p += kThreads)
-    f(head + (kBackwards ? packs - 1 - p : p) * N, Width<N>());
-  if (i < width - tail) f(tail + i, Width<1>());
+// The same for any width: packs, and single columns behind them
+template <int kThreads, int N, bool kBackwards, class F>
+__device__ __forceinline__ void for_ragged_columns(int width, F f) {
+  const int packs = width / N, i = threadIdx.x;
+  for (int p = i; p < packs; p += kThreads) f((kBackwards ? packs - 1 - p : p) * N, Width<N>());
+  if (i < width - packs * N) f(packs * N + i, Width<1>());
 }
 
 // f(k, p[k]) for n columns

@@ -30,7 +30,7 @@ template <class A> struct SoftmaxSum {
 template <int N, class T> __device__ __forceinline__ Two<acc_t<T>> row_softmax(const T* x, int V) {
   using A = acc_t<T>;
   Two<A> mine = SoftmaxSum<A>::identity;
-  for_unaligned_columns<kThreads, N, false>(x, V, [&](int i, auto n) {
+  for_ragged_columns<kThreads, N, false>(V, [&](int i, auto n) {
     A top = mine.a, sum = 0;
     read_columns(x + i, n, [&](int, A v) { top = Max<A>::combine(top, v); });
     read_columns(x + i, n, [&](int, A v) { sum += exp_of(v - top); });
@@ -41,40 +41,44 @@ template <int N, class T> __device__ __forceinline__ Two<acc_t<T>> row_softmax(c
 }
 
 // Of a row x (V) whose maximum and sum of exponentials are `all`: the loss, and with kGradient x =
-// (softmax - onehot) * scale
+// (softmax - onehot) * scale, and 0 behind it up to the next row, at x + ld
 template <int N, bool kGradient, class T>
-__device__ __forceinline__ void finish_row(acc_t<T>* loss, T* x, int V, int target,
+__device__ __forceinline__ void finish_row(acc_t<T>* loss, T* x, int V, int ld, int target,
                                            acc_t<T> target_logit, Two<acc_t<T>> all,
                                            acc_t<T> scale) {
   using A = acc_t<T>;
   if (threadIdx.x == 0) *loss = (log_of(all.b) + (all.a - target_logit)) * scale;
   const A factor = scale / all.b;
-  if constexpr (kGradient)
-    for_unaligned_columns<kThreads, N, true>(x, V, [&](int i, auto n) {
+  if constexpr (kGradient) {
+    for_ragged_columns<kThreads, N, true>(V, [&](int i, auto n) {
       change_columns(x + i, n, [&](int k, A v) {
         return exp_of(v - all.a) * factor - (i + k == target ? scale : A(0));
       });
     });
+    for (int i = V + int(threadIdx.x); i < ld; i += kThreads) x[i] = store<T>(A(0));
+  }
 }
 
 // losses (R) = (log of the sum of exp(logits (R,V)) - logits[target]) * scale; with kGradient:
-// logits = (softmax - onehot) * scale. One block a row; reads RV (kGradient: 2RV, writes RV); any V
-// and alignment.
+// logits = (softmax - onehot) * scale, and 0 in the padding. One block a row; rows are ld apart;
+// reads RV (kGradient: 2RV, writes R ld); any V.
 template <class T, int N, bool kGradient> __global__ void __launch_bounds__(1024)
-    cross_entropy_kernel(acc_t<T>* losses, T* logits, const int* targets, int V, acc_t<T> scale) {
-  T* x = logits + int64_t(blockIdx.x) * V;
+    cross_entropy_kernel(acc_t<T>* losses, T* logits, const int* targets, int V, int ld,
+                         acc_t<T> scale) {
+  T* x = logits + int64_t(blockIdx.x) * ld;
   const int target = targets[blockIdx.x];
   // now: after the barriers of the reduction others write
   const acc_t<T> target_logit = load(x[target]);
-  finish_row<N, kGradient>(losses + blockIdx.x, x, V, target, target_logit, row_softmax<N>(x, V),
-                           scale);
+  finish_row<N, kGradient>(losses + blockIdx.x, x, V, ld, target, target_logit,
+                           row_softmax<N>(x, V), scale);
 }
 
 // parts (3,R) = of each row's logits (R,V): maximum, sum of exponentials beside it, the target's
 // logit (0: not here). Reads RV.
 template <class T, int N> __global__ void __launch_bounds__(1024)
-    softmax_parts_kernel(acc_t<T>* parts, const T* logits, const int* targets, int V, int R) {
-  const T* x = logits + int64_t(blockIdx.x) * V;
+    softmax_parts_kernel(acc_t<T>* parts, const T* logits, const int* targets, int V, int ld,
+                         int64_t R) {
+  const T* x = logits + int64_t(blockIdx.x) * ld;
   const int target = targets[blockIdx.x];
   const auto all = row_softmax<N>(x, V);
   const acc_t<T> target_logit = target < 0 ? acc_t<T>(0) : load(x[target]);
@@ -95,39 +99,46 @@ template <class A> __global__ void __launch_bounds__(256)
 // (R). Reads and writes RV.
 template <class T, int N, bool kGradient> __global__ void __launch_bounds__(1024)
     cross_entropy_parts_kernel(acc_t<T>* losses, T* logits, const int* targets, const acc_t<T>* top,
-                               const acc_t<T>* parts, int V, int R, acc_t<T> scale) {
+                               const acc_t<T>* parts, int V, int ld, int64_t R, acc_t<T> scale) {
   const int r = blockIdx.x;
-  finish_row<N, kGradient>(losses + r, logits + int64_t(r) * V, V, targets[r], parts[2 * R + r],
-                           Two<acc_t<T>>{top[r], parts[R + r]}, scale);
+  finish_row<N, kGradient>(losses + r, logits + int64_t(r) * ld, V, ld, targets[r],
+                           parts[2 * R + r], Two<acc_t<T>>{top[r], parts[R + r]}, scale);
 }
 
 }  // namespace
 
 // ---- host side
 
-void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, double scale,
-                   bool gradient) {
-  OP("cross_entropy", bytes_of(losses, logits, targets) + gradient * bytes_of(logits));
-  const int64_t R = losses.numel(), V = R ? logits.numel() / R : 0;
-  ASSERT(logits.numel() == R * V && V <= INT_MAX && targets.numel() == R &&
-         losses.dtype() == master_dtype(logits.dtype()));
-  if (!R) return;
-  DISPATCH_PACKS(logits.dtype(), true, using A = acc_t<T>;
-                 const auto kernel = gradient ? cross_entropy_kernel<T, N, true>
-                                              : cross_entropy_kernel<T, N, false>;
-                 kernel<<<unsigned(R), kThreads, 0, device().compute>>>(
-                     losses.data<A>(), logits.data<T>(), targets.data<int>(), int(V), A(scale)));
+// from one of R rows of logits to the next, of which the first V columns count
+static int64_t row_length(const Tensor& logits, int64_t R, int64_t V) {
+  const int64_t ld = R ? logits.numel() / R : V;
+  ASSERT(logits.numel() == R * ld && V > 0 && V <= ld && ld <= INT_MAX);
+  return ld;
 }
 
-void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targets) {
-  OP("softmax_parts", bytes_of(parts, logits, targets));
-  const int64_t R = targets.numel(), V = R ? logits.numel() / R : 0;
-  ASSERT(logits.numel() == R * V && V <= INT_MAX && parts.numel() == 3 * R &&
-         parts.dtype() == master_dtype(logits.dtype()));
+void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, int64_t V,
+                   double scale, bool gradient) {
+  OP("cross_entropy", bytes_of(losses, logits, targets) + gradient * bytes_of(logits));
+  const int64_t R = targets.numel(), ld = row_length(logits, R, V);
+  ASSERT(losses.numel() == R && losses.dtype() == master_dtype(logits.dtype()));
   if (!R) return;
-  DISPATCH_PACKS(logits.dtype(), true, using A = acc_t<T>;
+  DISPATCH_PACKS(logits.dtype(), in_packs(ld, {&logits}), using A = acc_t<T>;
+                 const auto kernel = gradient ? cross_entropy_kernel<T, N, true>
+                                              : cross_entropy_kernel<T, N, false>;
+                 kernel<<<unsigned(R), kThreads, 0, device().compute>>>(losses.data<A>(),
+                                                                        logits.data<T>(),
+                                                                        targets.data<int>(), int(V),
+                                                                        int(ld), A(scale)));
+}
+
+void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targets, int64_t V) {
+  OP("softmax_parts", bytes_of(parts, logits, targets));
+  const int64_t R = targets.numel(), ld = row_length(logits, R, V);
+  ASSERT(parts.numel() == 3 * R && parts.dtype() == master_dtype(logits.dtype()));
+  if (!R) return;
+  DISPATCH_PACKS(logits.dtype(), in_packs(ld, {&logits}), using A = acc_t<T>;
                  softmax_parts_kernel<T, N><<<unsigned(R), kThreads, 0, device().compute>>>(
-                     parts.data<A>(), logits.data<T>(), targets.data<int>(), int(V), int(R)));
+                     parts.data<A>(), logits.data<T>(), targets.data<int>(), int(V), int(ld), R));
 }
 
 void softmax_rescale(const Tensor& parts, const Tensor& top) {
@@ -142,17 +153,18 @@ void softmax_rescale(const Tensor& parts, const Tensor& top) {
 }
 
 void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets,
-                         const Tensor& top, const Tensor& parts, double scale, bool gradient) {
+                         int64_t V, const Tensor& top, const Tensor& parts, double scale,
+                         bool gradient) {
   OP("cross_entropy_parts",
      bytes_of(losses, targets, top, parts) + gradient * 2 * bytes_of(logits));
-  const int64_t R = losses.numel(), V = R ? logits.numel() / R : 0;
-  ASSERT(logits.numel() == R * V && targets.numel() == R && top.numel() == R &&
-         parts.numel() == 3 * R && top.dtype() == losses.dtype());
+  const int64_t R = targets.numel(), ld = row_length(logits, R, V);
+  ASSERT(losses.numel() == R && top.numel() == R && parts.numel() == 3 * R &&
+         top.dtype() == losses.dtype());
   if (!R) return;
-  DISPATCH_PACKS(logits.dtype(), true, using A = acc_t<T>;
+  DISPATCH_PACKS(logits.dtype(), in_packs(ld, {&logits}), using A = acc_t<T>;
                  const auto kernel = gradient ? cross_entropy_parts_kernel<T, N, true>
                                               : cross_entropy_parts_kernel<T, N, false>;
                  kernel<<<unsigned(R), kThreads, 0, device().compute>>>(
                      losses.data<A>(), logits.data<T>(), targets.data<int>(), top.data<A>(),
-                     parts.data<A>(), int(V), int(R), A(scale)));
+                     parts.data<A>(), int(V), int(ld), R, A(scale)));
 }

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # kernel_mutants.sh: faults in the kernels that multiply in tensor cores: each barrier and each wait
-# for copies taken out, a number in another lane, a mask off by one. In FAITHFUL a test must fail,
-# or the stand-in report it; unchanged, the test must have passed before.
+# for copies taken out, a number in another lane, a mask off by one; and padding that the loss reads
+# or leaves. In FAITHFUL a test must fail, or the stand-in report it; unchanged, the test must have
+# passed before.
 #   tests/kernel_mutants.sh [NAME]
 # The fault is put into a copy of its file (a header is found there before the real one); the
 # kernels are compiled from there and linked into the test in the real ones' place.
@@ -10,7 +11,7 @@ cd "$(dirname "$0")/.."
 only=${1:-}
 make="make -s --no-print-directory BACKEND=faithful"
 work=build/faithful/mutants
-$make build/faithful/tests/test_attention build/faithful/tests/test_matmul || exit 1
+for test in attention matmul kernels; do $make build/faithful/tests/test_$test || exit 1; done
 compile=$($make print-compile) link=$($make print-link) objects=$($make print-objects)
 passed=0 failed=0
 
@@ -51,6 +52,8 @@ mutant() {
 
 attention="kernels/attention_mma.cu kernels/attention_mma.cu test_attention any_pieces"
 product="kernels/matmul.cu kernels/matmul.cu test_matmul own_bf16_equals"
+loss="kernels/cross_entropy.cu kernels/cross_entropy.cu test_kernels cross_entropy_gives"
+parts="kernels/cross_entropy.cu kernels/cross_entropy.cu test_kernels cross_entropy_in_parts"
 lanes="kernels/mma.cuh kernels/attention_mma.cu test_attention any_pieces"
 lanes_of_product="kernels/mma.cuh kernels/matmul.cu test_matmul own_bf16_equals"
 drop() { echo "/ $1\(/,/^}/{/$2/d}"; }  # what matches is deleted from that kernel
@@ -70,6 +73,9 @@ mutant earlier_sums_are_not_rescaled $attention 's/ x \*= factor\[e \/ 2\];/;/'
 mutant the_rows_of_a_strip_are_swapped $lanes 's|/ 4 \+ e / 2 \* 8|/ 4 + (1 - e / 2) * 8|'
 mutant two_numbers_of_an_operand_swap $lanes 's/pair\(low\[2\], low\[3\]\)/pair(low[3], low[2])/'
 mutant an_operand_is_not_transposed $lanes_of_product 's/ldmatrix<true>\(a/ldmatrix<false>(a/'
+mutant the_softmax_reads_padding $loss 's/(row_softmax<N>)\(x, V\), scale/\1(x, ld), scale/'
+mutant a_part_s_softmax_reads_padding $parts 's/(all = row_softmax<N>)\(x, V\)/\1(x, ld)/'
+mutant the_gradient_of_padding_stays $loss '/x\[i\] = store<T>\(A\(0\)\)/d'
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

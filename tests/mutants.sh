@@ -247,12 +247,25 @@ mutant faults ranks_agree_that_all_is_well_when_one_is \
   launch/job.cpp 's/if \(!text.empty\(\)\) return text/return text/' 2 immediate test_comm agree
 
 mutant faults all_that_hold_a_parameter_count_it_in_the_norm \
-  optimizer.cpp 's/if \(s.param->counted\) //' 2 immediate test_tensor_parallel $parity_tp
+  optimizer.cpp 's/ \&\& s.param->counted;/;/' 2 immediate test_tensor_parallel $parity_tp
 mutant faults the_norm_is_that_of_this_rank \
   optimizer.cpp 's/if \(sum_\) sum_\(squares_\);//' 2 immediate test_fsdp $parity
 mutant faults the_norm_is_that_of_the_last_parameter \
-  optimizer.cpp 's/s.param->id, s.gradient/0, s.gradient/' \
+  optimizer.cpp 's/int\(s.param->id\)/0/' \
   1 immediate test_golden f64_equals_pytorch
+mutant faults vectors_decay_like_matrices \
+  optimizer.cpp 's/s.param->decay,/true,/' 1 immediate test_golden f64_equals_pytorch
+mutant faults a_parameter_counts_with_its_first_piece_alone \
+  optimizer.cpp 's/counts \? int\(count\)/counts ? 1/' 1 immediate test_kernels sums_of_squares
+mutant faults the_padding_of_a_part_of_the_vocabulary_is_in_the_softmax \
+  tensor_parallel.cpp 's/V = part\(vocab\).size\(\)/V = (void(vocab), logits.value.dim(1))/' \
+  2 immediate test_tensor_parallel padded_vocabularies
+mutant faults padding_is_among_the_logits_that_are_sampled \
+  tensor_parallel.cpp 's/^  Tensor all = logits;/  if (n == 1) return logits;\n&/' \
+  1 immediate test_tensor_parallel held_out
+mutant faults padding_is_saved_and_in_the_norm \
+  fsdp.cpp 's/u.params\[i\]->numel\(\)\)/elements(u.params[i]->local_shape()))/' \
+  2 immediate test_tensor_parallel padded_vocabularies
 mutant faults rows_of_padding_are_not_cleared \
   tensor_parallel.cpp '/if \(padded > R\) fill/d' 2 queued test_tensor_parallel $parity_tp
 

@@ -3,20 +3,25 @@
 #include "gpt.h"
 #include "optimizer.h"
 
-// of every row, or of tokens.only_row
-inline Var logits(Gpt& gpt, Tape& tape, const Tokens& tokens) {
+// logits, with padding, of every row or of tokens.only_row
+inline Var padded_logits(Gpt& gpt, Tape& tape, const Tokens& tokens) {
   Var x;
   for (const ModelPart& part : gpt.parts()) x = gpt.run(tape, part, x, tokens);
   return x;
+}
+inline std::vector<double> logits(Gpt& gpt, const Tokens& tokens) {
+  Tape tape(false);
+  return download(gpt.tp.whole_logits(padded_logits(gpt, tape, tokens).value, gpt.config.vocab));
 }
 
 class WholeGpt : public Gpt {
  public:
   WholeGpt(const GptConfig& g, uint64_t seed) : Gpt(g) {
     for (Param* p : params()) {
-      p->value = Tensor(p->shape, g.dtype, Memory::parameters);
-      p->grad = Tensor(p->shape, master_dtype(g.dtype), Memory::gradients);
-      p->initialise(p->value, seed, 0);
+      p->value = Tensor(p->local_shape(), g.dtype, Memory::parameters);
+      p->grad = Tensor(p->local_shape(), master_dtype(g.dtype), Memory::gradients);
+      fill(p->value, 0);
+      p->initialise(p->own(p->value), seed, 0);
     }
     separate_uses(tied());
     zero_gradients();
@@ -28,7 +33,8 @@ class WholeGpt : public Gpt {
   }
   // total (1) f64 += scale * sum of the losses of one micro-batch; the tape can then run backward
   void loss(Tape& tape, const Tokens& tokens, double scale, const Tensor& total) {
-    cross_entropy(tape, logits(*this, tape, tokens), tokens.targets, scale, total);
+    tp.cross_entropy(tape, padded_logits(*this, tape, tokens), tokens.targets, config.vocab, scale,
+                     total);
   }
   void finish_gradients() { join_uses(tied()); }  // once a step
 
@@ -40,15 +46,15 @@ class WholeGpt : public Gpt {
         fill(t, 0);
         return t;
       };
-      Shard s{.weights = p->value,
+      Shard s{.weights = p->own(p->value),
               .compute = {},
-              .gradient = p->grad,
+              .gradient = p->own(p->grad),
               .m = zeros(),
               .v = zeros(),
               .param = p};
       if (p->value.dtype() != p->grad.dtype()) {
-        s.weights = zeros(), s.compute = p->value;
-        cast(s.weights, p->value);
+        s.compute = s.weights, s.weights = zeros();
+        cast(s.weights, s.compute);
       }
       shards.push_back(std::move(s));
     }

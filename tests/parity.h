@@ -48,11 +48,11 @@ inline Run one_rank(const GptConfig& config, int64_t batch, int steps) {
     tape.backward();
     gpt.finish_gradients();
     run.losses.push_back(download(total)[0]);
-    for (Param* p : gpt.params()) run.gradients.push_back(download(p->grad));
+    for (Param* p : gpt.params()) run.gradients.push_back(download(p->own(p->grad)));
     optimizer.step(kLearningRate);
     run.norms.push_back(optimizer.norm());
   }
-  for (Param* p : gpt.params()) run.weights.push_back(download(p->value));
+  for (Param* p : gpt.params()) run.weights.push_back(download(p->own(p->value)));
   return run;
 }
 
@@ -255,9 +255,8 @@ inline HeldOut held_out(const GptConfig& config, std::vector<int> prompt) {
     gpt.loss(tape, Tokens(1, config.context, {t.begin(), t.end() - 1}, {t.begin() + 1, t.end()}),
              1.0 / double(7 * config.context), total);
   }
-  Tape tape(false);
   const Tokens tokens(1, int64_t(prompt.size()), prompt, prompt);
-  const std::vector<double> all = download(logits(gpt, tape, tokens).value);
+  const std::vector<double> all = logits(gpt, tokens);
   return {prompt, download(total)[0], {all.end() - config.vocab, all.end()}};
 }
 // How far a layout's are from these, at most.

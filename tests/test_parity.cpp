@@ -163,7 +163,7 @@ const Reference& reference_of(References& known, const Layout& l) {
   WholeGpt gpt(g, 1337);
   Reference& r = known[key];
   r.run = one_rank(g, batch_of(l), kSteps);
-  for (Param* p : gpt.params()) r.initial.push_back(download(p->value));
+  for (Param* p : gpt.params()) r.initial.push_back(download(p->own(p->value)));
   return r;
 }
 

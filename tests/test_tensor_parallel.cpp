@@ -2,6 +2,8 @@
 // f64 to rounding; bytes and memory equal the formulas exactly. Run under mpiexec -n 1, 2, 3, 4, 8:
 // every layout with tp > 1 of the world's size and at most one other axis, each with the settings
 // of a table. In f32, bf16 and f64, which on 6 and 8 ranks take turns in the formulas' test.
+#include <map>
+
 #include "tests/parity.h"
 
 namespace {
@@ -111,9 +113,10 @@ TEST(initial_weights_have_the_bits_of_one_rank) {
       options.microbatch = 1, options.batch = layout.data_ranks();
       Trainer trainer(mesh, config, options);
       const auto initial = whole_model(mesh, trainer, WholeOf::weights);
-      for (size_t i = 0; i < initial.size(); i++)
-        CHECK(initial[i] == download(one.params()[i]->value), one.params()[i]->name, " in ",
-              name_of(dtype));
+      for (size_t i = 0; i < initial.size(); i++) {
+        const Param& p = *one.params()[i];
+        CHECK(initial[i] == download(p.own(p.value)), p.name, " in ", name_of(dtype));
+      }
       close_mesh(mesh);
     });
   }
@@ -143,6 +146,129 @@ TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
     close_mesh(mesh);
   });
   measured(settings, " settings, ", bytes, " bytes on rank 0");
+}
+
+// ---- padding behind each rank's part of the vocabulary
+
+namespace {
+
+// A layer for each of 8 stages, a head for each of 8 ranks, and little else
+GptConfig with_vocabulary(int64_t vocab, Dtype dtype) {
+  GptConfig g{8, 8, 8, 4, vocab};
+  g.dtype = dtype;
+  return g;
+}
+
+// Vocabularies that need padding on any number of ranks, or on some; the last one that of 128 rows.
+// Layouts of tp alone, pp alone and, where the ranks allow it, of tp with each other axis.
+template <class Work> void each_vocabulary(Work work) {
+  const int n = job().size;
+  for (const int64_t vocab : {257, 1000, 50257}) {
+    std::vector<Layout> layouts{Layout{{"tp", n}}};
+    if (n > 1) layouts.push_back({{"pp", n}});
+    if (n % 2 == 0 && n > 2) {
+      layouts.push_back({{"pp", 2}, {"tp", n / 2}});
+      layouts.push_back({{"fsdp", 2}, {"tp", n / 2}});
+    }
+    for (const Layout& layout : layouts) {
+      Mesh mesh = open_mesh(layout);
+      TrainerOptions options;
+      options.microbatch = 8 / (4 * layout.data_ranks()), options.batch = 8;
+      options.schedule = vocab == 257 ? "zb" : "1f1b";
+      work(mesh, vocab, options);
+      close_mesh(mesh);
+    }
+  }
+}
+
+}  // namespace
+
+TEST(padded_vocabularies_equal_one_rank_in_f64) {
+  std::map<int64_t, Parity> parities;
+  each_vocabulary([&](Mesh& mesh, int64_t vocab, const TrainerOptions& options) {
+    GptConfig config = with_vocabulary(vocab, Dtype::f64);
+    Parity& parity = parities.try_emplace(vocab, config, options.batch).first->second;
+    config.sequence_parallel = vocab == 1000;
+    parity.check(mesh, config, options, sentence(vocab, " words, ", to_string(mesh.layout)));
+  });
+  for (const auto& [vocab, parity] : parities)
+    measured(vocab, " words: within ", parity.worst().worst(), "; ");
+}
+
+TEST(bytes_and_memory_of_padded_vocabularies_equal_the_formulas_exactly) {
+  int64_t bytes = 0;
+  each_vocabulary([&](Mesh& mesh, int64_t vocab, const TrainerOptions& options) {
+    for (const Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64})
+      bytes +=
+          equals_theory(mesh, with_vocabulary(vocab, dtype), options,
+                        sentence(vocab, " words, ", name_of(dtype), " ", to_string(mesh.layout)),
+                        [](Trainer&) {});
+  });
+  measured(bytes, " bytes on rank 0");
+}
+
+TEST(parts_of_the_vocabulary_are_padded_for_aligned_rows) {
+  const auto rows = [](int64_t vocab, int n) {
+    std::vector<int64_t> all;
+    for (int rank = 0; rank < n; rank++) {
+      const Gpt gpt({1, 8, 8, 4, vocab}, Axis{"tp", n, rank});
+      all.push_back(const_cast<Gpt&>(gpt).tied().local_shape()[0]);
+    }
+    return all;
+  };
+  using Rows = std::vector<int64_t>;
+  CHECK(rows(50257, 1) == Rows{50304});
+  CHECK(rows(50257, 2) == (Rows{25216, 25216}));
+  CHECK(rows(50257, 8) == Rows(8, 6400));
+  CHECK(rows(50304, 1) == Rows{50304});
+  CHECK(rows(1000, 1) == Rows{1000});
+  CHECK(rows(1000, 3) == Rows(3, 336));
+  CHECK(rows(257, 1) == Rows{264});
+  CHECK(rows(257, 2) == (Rows{136, 136}));
+  CHECK(rows(1023, 1) == Rows{1024} && rows(1025, 1) == Rows{1152});
+  measured("9 vocabularies");
+}
+
+// Values of padding are 0 and their gradients become 0. Beyond that nobody reads them: in the
+// forward they may be anything, and so may their gradients once the backward is done.
+TEST(padding_stays_0_and_nothing_depends_on_it) {
+  if (job().size > 4) return skip("1 to 4 ranks tell");
+  for (const Dtype dtype : {Dtype::f32, Dtype::bf16}) {
+    const GptConfig config = with_vocabulary(257, dtype);
+    Mesh mesh = open_mesh(Layout{{"tp", job().size}});
+    TrainerOptions options;
+    const auto batch = [&](int64_t s) { return sequence(1, s, config); };
+    const auto end = [](const Param& p, const Tensor& x) {  // of x: its padding
+      return x.part(p.numel(), {x.numel() - p.numel()});
+    };
+    const auto train = [&](bool poison) {
+      Trainer trainer(mesh, config, options);
+      Param& wte = trainer.gpt.tied();
+      std::vector<double> all;
+      const auto note = [&](const std::vector<double>& more) {
+        all.insert(all.end(), more.begin(), more.end());
+      };
+      for (int step = 1; step <= 3; step++) {
+        trainer.gradients(batch);
+        for (const Tensor& x : {wte.value, wte.grad, wte.grad_of_head})
+          for (const double v : download(end(wte, x))) CHECK_EQ(v, 0, "padding in step ", step);
+        if (poison) fill(end(wte, wte.grad), NAN);
+        trainer.update(kLearningRate);
+        note({trainer.loss(), trainer.norm()});
+      }
+      note(download(wte.own(wte.value)));
+      CHECK(end(wte, wte.value).numel() > 0, "there is no padding");
+      if (poison) fill(end(wte, wte.value), NAN);
+      note({trainer.evaluate(8, batch)});
+      note(trainer.next_logits({3, 1, 4}));
+      return all;
+    };
+    const std::vector<double> clean = train(false);
+    CHECK(train(true) == clean, name_of(dtype));
+    for (const double v : clean) CHECK(std::isfinite(v));
+    close_mesh(mesh);
+  }
+  measured("losses, norms, weights and logits in f32 and bf16 have the same bits");
 }
 
 // A vocabulary so large that the logits of all of it would be larger than everything else: if a

@@ -11,7 +11,7 @@ static int64_t kept(const TheoryOfRank& t, const ModelPart& part) {
                 statistics = 2 * t.S * t.g;  // of a layernorm's rows: mean, reciprocal deviation
   if (part.kind == ModelPart::embedding) return 0;  // tokens alone, which are no activations
   if (part.kind == ModelPart::head) {               // x, layernorm, logits
-    const int64_t logits = t.R * t.gpt.tp.part(c.vocab).size() * t.e;
+    const int64_t logits = t.R * t.gpt.tp.padded_part(c.vocab) * t.e;
     return 2 * by_rows + statistics + logits;
   }
   if (c.recompute) return by_rows;  // x

@@ -14,7 +14,7 @@ void TheoryOfRank::add_fsdp() {
     }
   // tied: each of its two uses has a gradient of its own
   if (has_embedding(pieces[0]) && has_head(pieces.back()) && !shards_gradients)
-    gradients += gpt.tied().numel() * g;
+    gradients += elements(gpt.tied().local_shape()) * g;
 
   int64_t ends = 0, block = 0;  // elements of the units of embedding and head; of a block's
   for (const auto& [unit, params] : units_of(params_of(pieces))) {

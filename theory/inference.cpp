@@ -9,7 +9,8 @@ int64_t decoding_bytes(const GptConfig& config, const Layout& layout, int pp_ran
   const Gpt gpt(config, tp);
   const ModelPiece piece = gpt.pieces(pp.size)[pp_rank];
   const int64_t n = tp.size, row = sequences * size_of(config.dtype),
-                activation = row * config.width, logits = row * n * ((config.vocab + n - 1) / n);
+                activation = row * config.width,
+                logits = row * n * gpt.tp.padded_part(config.vocab);
   Ledger sent;
   for (const ModelPart& part : piece)
     sent.enter(tp, Collective::all_reduce, activation, steps * split_matrices(part).by_inputs);

@@ -20,8 +20,8 @@ template <int, int N, class F> __forceinline__ void for_columns(int width, F f) 
   for (int i = 0; i < width; i += kColumns<N>) f(i, own_columns<N>(width - i));
 }
 
-template <int, int N, bool kBackwards, class T, class F>
-__forceinline__ void for_unaligned_columns(const T*, int width, F f) {
+template <int, int N, bool kBackwards, class F>
+__forceinline__ void for_ragged_columns(int width, F f) {
   const int runs = (width + kColumns<N> - 1) / kColumns<N>;
   for (int r = 0; r < runs; r++) {
     const int i = (kBackwards ? runs - 1 - r : r) * kColumns<N>;
