@@ -124,6 +124,7 @@ for backend in "$@"; do
   run "files of others" tests/test_formats.sh
   run "ranks that die, stop and refuse" tests/test_failures.sh
   run "what the machine gives or forbids" tests/test_environment.sh
+  run "several nodes" tests/test_network.sh
 done
 
 lanes

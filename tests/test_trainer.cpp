@@ -1,5 +1,5 @@
-// test_trainer.cpp: a step as its host sees it: which sequences it reads and when, that it waits for
-// the device at the end alone, and what a profile says that the step was made of. What a step
+// test_trainer.cpp: a step as its host sees it: which sequences it reads and when, that it waits
+// for the device at the end alone, and what a profile says that the step was made of. What a step
 // computes is test_parity's, and each strategy's own test.
 #include <atomic>
 #include <chrono>
