@@ -152,12 +152,8 @@ static void train(const Options& o, const TrainingData& training, const Job& job
     printf("\nloss     %.4f at step %lld, %.4f at step %lld\nspeed    %s\n", first_loss,
            (long long)resumed + 1, loss, (long long)step,
            progress.summary(flops_per_token(trainer.gpt.config)).c_str());
-<<<<<<< HEAD
-  compare_with_theory(mesh, trainer, step - resumed, progress.communication(), o.trace, metrics);
-  if (o.profile) profile.print(trainer, o.batch, prints);
-=======
   compare_with_theory(mesh, trainer, step - resumed, progress.step_time(), o.trace, metrics);
->>>>>>> main
+  if (o.profile) profile.print(trainer, o.batch, prints);
 }
 
 // ---- main
