@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 kernels="test_cpu test_tensor test_kernels test_matmul test_attention test_decode test_autograd"
 kernels="$kernels test_golden"
 # plain C++
-alone="test_support test_schedule"
+alone="test_support test_schedule test_plan"
 # under mpiexec -n 1, 2, 3, 4, 8
 ranks="test_fsdp test_tensor_parallel test_context_parallel test_pipeline"
 # under mpiexec -n 1, 2, 3, 4

@@ -2,7 +2,7 @@
 
 TESTS      := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/test_*.cpp)))
 # all but those of cpu/ and those that use no device
-CUDA_TESTS := $(filter-out %_cpu %_nccl %_comm %_schedule %_support %_fuzz,$(TESTS))
+CUDA_TESTS := $(filter-out %_cpu %_nccl %_comm %_schedule %_support %_fuzz %_plan,$(TESTS))
 BENCHES    := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/bench_*.cpp)))
 
 $(B)/obj/tests/%: CXXFLAGS += -O1# compiling takes longer than running
