@@ -4,39 +4,63 @@
 #include <algorithm>
 #include <cmath>
 
+UpdateTable update_table(const std::vector<Shard>& shards) {
+  std::vector<UpdatePiece> pieces;
+  UpdateTable table;
+  for (const Shard& s : shards) {
+    const int64_t n = s.weights.numel(), count = (n + kPieceSize - 1) / kPieceSize;
+    table.elements += n;
+    table.compute = (s.compute.empty() ? s.weights : s.compute).dtype();
+    for (const Tensor* x : {&s.m, &s.v, &s.gradient})
+      ASSERT(x->numel() == n && x->dtype() == s.weights.dtype());
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t first = i * kPieceSize, size = std::min<int64_t>(n - first, kPieceSize);
+      const auto at = [&](const Tensor& x) {
+        void* const address = x.empty() ? nullptr : x.part(first, {size}).raw();
+        ASSERT(uintptr_t(address) % 16 == 0);
+        return address;
+      };
+      const bool counts = i == 0 && s.param->counted;
+      pieces.push_back({at(s.weights), at(s.m), at(s.v), at(s.gradient), at(s.compute), int(size),
+                        int(s.param->id), s.param->decay, counts ? int(count) : 0});
+    }
+  }
+  table.pieces =
+      Tensor({int64_t(pieces.size()), sizeof(UpdatePiece) / 4}, Dtype::i32, Memory::workspace);
+  upload(table.pieces, pieces.data());
+  return table;
+}
+
 Optimizer::Optimizer(std::vector<Shard> shards, int64_t parameters, double clip,
                      double weight_decay, Sum sum)
-    : shards_(std::move(shards)), clip_(clip), weight_decay_(weight_decay), sum_(std::move(sum)) {
+    : shards_(std::move(shards)),
+      table_(update_table(shards_)),
+      clip_(clip),
+      weight_decay_(weight_decay),
+      sum_(std::move(sum)) {
   squares_ = Tensor({parameters}, Dtype::f64, Memory::workspace);
   norm_ = Tensor({1}, Dtype::f64, Memory::workspace);
   clip_factor_ = Tensor({1}, Dtype::f64, Memory::workspace);
 }
 
 void Optimizer::measure() {
-  fill(squares_, 0);
-  for (const Shard& s : shards_)
-    if (s.param->counted) sum_of_squares(squares_, s.param->id, s.gradient);
+  sum_of_squares(squares_, table_);
   if (sum_) sum_(squares_);
   norm_and_clip(norm_, clip_factor_, squares_, clip_);
 }
 
 void Optimizer::step(double lr) {
   measure();
-  AdamW options;
-  options.lr = lr;
-  options.step = ++steps_;
-  for (Shard& s : shards_) {
-    options.weight_decay = s.param->decay ? weight_decay_ : 0;
-    adamw(s.weights, s.compute, s.m, s.v, s.gradient, clip_factor_, options);
-  }
+  adamw(table_, clip_factor_, {.lr = lr, .weight_decay = weight_decay_, .step = ++steps_});
 }
 
 bool Optimizer::finite() const {
-  fill(squares_, 0);
-  for (const Shard& s : shards_)
-    for (const Tensor& x : {s.weights, s.m, s.v}) sum_of_squares(squares_, s.param->id, x);
-  const std::vector<double> squares = download(squares_);
-  return std::all_of(squares.begin(), squares.end(), [](double s) { return std::isfinite(s); });
+  for (void* UpdatePiece::*of : {&UpdatePiece::weights, &UpdatePiece::m, &UpdatePiece::v}) {
+    sum_of_squares(squares_, table_, of);
+    for (double square : download(squares_))
+      if (!std::isfinite(square)) return false;
+  }
+  return true;
 }
 
 double learning_rate(int64_t step, int64_t steps, int64_t warmup, double lr, double min_lr) {

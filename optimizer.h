@@ -2,7 +2,9 @@
 // idea      a shard is what this rank updates: its piece of a parameter (Fsdp::optimizer_shards).
 //           Master weights and moments are f32 (f64 in proofs) whatever dtype computes; for
 //           f32 and f64 the master weights are the weights themselves.
-// order     norm, clip factor and update stay on the device: no step waits for the host
+// order     norm, clip factor and update stay on the device: no step waits for the host. The update
+//           is one launch over a table of all shards, which is uploaded once; their memory stays
+//           where it is.
 // cost      memory a parameter: f32 m + v 8 bytes; bf16 m + v + master 12 bytes
 // test      tests/test_golden.cpp (three steps against PyTorch)
 #pragma once
@@ -18,6 +20,9 @@ struct Shard {
   int64_t first = 0;
 };
 
+// One line for each kPieceSize elements of each shard.
+UpdateTable update_table(const std::vector<Shard>& shards);
+
 class Optimizer {
  public:
   // Adds up the vector of per-parameter squares over the ranks that share parameters.
@@ -30,7 +35,8 @@ class Optimizer {
   void measure();  // the norm alone, of the gradients that are there
   // of the last step's gradients, before clipping; waits for the device
   double norm() const { return download(norm_)[0]; }
-  // whether every weight and moment that this rank updates is a number; waits for the device
+  const Tensor& norm_on_device() const { return norm_; }  // (1) f64
+  // whether every weight and moment that counts on this rank is a number; waits for the device
   bool finite() const;
   const std::vector<Shard>& shards() const { return shards_; }
   int64_t steps() const { return steps_; }
@@ -39,6 +45,7 @@ class Optimizer {
 
  private:
   std::vector<Shard> shards_;
+  UpdateTable table_;                    // where they are
   Tensor squares_, norm_, clip_factor_;  // f64: (parameters), (1), (1)
   double clip_, weight_decay_;
   Sum sum_;

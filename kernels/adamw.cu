@@ -1,11 +1,13 @@
 // adamw.cu: the optimizer's step.
 //
-// idea      one pass over weights, moments and gradient, with the bias corrections computed once on
-//           the host. The clipping factor is read on the device, so that the step waits for nobody.
+// idea      one launch for all parameters, and one pass over weights, moments and gradient: a block
+//           owns a line of a table, which says where they are. The bias corrections are computed
+//           once on the host. The clipping factor is read on the device, so that the step waits for
+//           nobody.
 // cost      reads 4n and writes 3n (and n of the compute dtype)
 // not here  AMSGrad, Nesterov momentum
 // test      tests/test_kernels.cpp
-#include "kernels/tiles.cuh"
+#include "kernels/common.cuh"
 
 namespace {
 
@@ -26,14 +28,18 @@ template <class A> struct Factors {
         weight_decay(A(o.weight_decay)) {}
 };
 
-// weights, m, v (n) of A updated from gradient (n) * clip; compute (n) of T, if not null, =
-// weights. Reads 4n, writes 3n (4n).
+// One block a piece: weights, m, v of A updated from gradient * clip; compute of T, if there, =
+// weights. Of n elements in all reads 4n, writes 3n (4n).
 template <class T, int N> __global__ void __launch_bounds__(256)
-    adamw_kernel(acc_t<T>* weights, T* compute, acc_t<T>* m, acc_t<T>* v, const acc_t<T>* gradient,
-                 const double* clip, Factors<acc_t<T>> f, int64_t n) {
+    adamw_kernel(const UpdatePiece* pieces, const double* clip, Factors<acc_t<T>> f) {
   using A = acc_t<T>;
-  const A scale = A(*clip);
-  for_tile<kThreads, N>(n, [=](int64_t i, auto width) {
+  const UpdatePiece piece = pieces[blockIdx.x];
+  A *const weights = static_cast<A*>(piece.weights), *const m = static_cast<A*>(piece.m),
+           *const v = static_cast<A*>(piece.v);
+  const A* const gradient = static_cast<const A*>(piece.gradient);
+  T* const compute = static_cast<T*>(piece.compute);
+  const A scale = A(*clip), decay = piece.decay ? f.weight_decay : A(0);
+  for_packs<kThreads, N>(piece.size, [=](int i, auto width) {
     constexpr int W = decltype(width)::value;
     auto pw = load_pack<W>(weights + i), pm = load_pack<W>(m + i), pv = load_pack<W>(v + i);
     const auto pg = load_pack<W>(gradient + i);
@@ -42,8 +48,7 @@ template <class T, int N> __global__ void __launch_bounds__(256)
       const A g = pg[k] * scale;
       pm[k] = f.keep1 * pm[k] + f.take1 * g;
       pv[k] = f.keep2 * pv[k] + f.take2 * g * g;
-      pw[k] -= f.lr * (pm[k] * f.correct1 / (sqrt_of(pv[k] * f.correct2) + f.eps) +
-                       f.weight_decay * pw[k]);
+      pw[k] -= f.lr * (pm[k] * f.correct1 / (sqrt_of(pv[k] * f.correct2) + f.eps) + decay * pw[k]);
       pc[k] = store<T>(pw[k]);
     }
     store_pack(weights + i, pw), store_pack(m + i, pm), store_pack(v + i, pv);
@@ -55,21 +60,13 @@ template <class T, int N> __global__ void __launch_bounds__(256)
 
 // ---- host side
 
-void adamw(const Tensor& weights, const Tensor& compute, const Tensor& m, const Tensor& v,
-           const Tensor& gradient, const Tensor& clip, const AdamW& options) {
-  const int64_t n = weights.numel();
-  const Dtype master = weights.dtype();
-  ASSERT(master == Dtype::f32 || master == Dtype::f64);
-  ASSERT(m.numel() == n && v.numel() == n && gradient.numel() == n && m.dtype() == master &&
-         v.dtype() == master && gradient.dtype() == master);
-  ASSERT(compute.empty() || (compute.numel() == n && master_dtype(compute.dtype()) == master));
+void adamw(const UpdateTable& table, const Tensor& clip, const AdamW& options) {
+  const Dtype master = master_dtype(table.compute);
+  OP("adamw", double(table.elements *
+                     (7 * size_of(master) + (table.compute != master) * size_of(table.compute))));
   ASSERT(clip.numel() == 1 && clip.dtype() == Dtype::f64 && options.step >= 1);
-  if (!n) return;
-  const bool casts = !compute.empty();
-  DISPATCH_PACKS(casts ? compute.dtype() : master,
-                 in_packs(0, {&weights, &compute, &m, &v, &gradient}), using A = acc_t<T>;
-                 constexpr int W = N > 1 ? kPack<A> : 1;
-                 adamw_kernel<T, W><<<tiles(n), kThreads, 0, device().compute>>>(
-                     weights.data<A>(), casts ? compute.data<T>() : nullptr, m.data<A>(),
-                     v.data<A>(), gradient.data<A>(), clip.data<double>(), Factors<A>(options), n));
+  if (!table.size()) return;
+  DISPATCH(table.compute, using A = acc_t<T>;
+           adamw_kernel<T, kPack<A>><<<unsigned(table.size()), kThreads, 0, device().compute>>>(
+               table.data(), clip.data<double>(), Factors<A>(options)));
 }

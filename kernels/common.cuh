@@ -147,6 +147,15 @@ template <int kThreads, int N, class F> __device__ __forceinline__ void for_row(
   for (int i = threadIdx.x * N; i < width; i += kThreads * N) f(i);
 }
 
+// The same for `size` elements, of which N need not be a divisor: f(first element of the pack,
+// Width), with Width<1> for those at the end
+template <int kThreads, int N, class F> __device__ __forceinline__ void for_packs(int size, F f) {
+  const int packed = size / N * N;
+  INDEPENDENT
+  for (int i = threadIdx.x * N; i < packed; i += kThreads * N) f(i, Width<N>());
+  if (N > 1 && packed + int(threadIdx.x) < size) f(packed + int(threadIdx.x), Width<1>());
+}
+
 // ---- reductions over a block
 
 template <class A> struct Sum {

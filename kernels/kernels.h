@@ -183,22 +183,40 @@ void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tenso
 // ---- adamw.cu
 // Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2
 
+// A line of the optimizer's table: neighbouring elements of one parameter, which a block updates.
+struct UpdatePiece {
+  void *weights, *m, *v, *gradient;  // of acc dtype, at multiples of 16 bytes
+  void* compute;                     // receives the new weights in its own dtype; may be null
+  int size, id;                      // elements; the parameter's number
+  bool decay;
+  // how many pieces from this one on are of its parameter; 0 where it is not the first of them, or
+  // where the parameter does not count in the norm
+  int counted_pieces;
+};
+constexpr int kPieceSize = 1 << 14;  // elements, at most
+struct UpdateTable {
+  Tensor pieces;  // (n, sizeof(UpdatePiece) / 4) i32, on the device
+  Dtype compute;  // of what computes: bf16, or acc
+  int64_t elements = 0;
+  int64_t size() const { return pieces.dim(0); }
+  const UpdatePiece* data() const { return static_cast<const UpdatePiece*>(pieces.raw()); }
+};
 // step counts from 1
 struct AdamW {
   double lr, beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0;
   int64_t step = 1;
 };
-// weights, m, v, gradient: n elements of acc dtype. clip (1) f64 is a factor on the gradient, read
-// on the device (1 when nothing is clipped). compute, if not empty, receives the new weights in its
-// own dtype (bf16).
-void adamw(const Tensor& weights, const Tensor& compute, const Tensor& m, const Tensor& v,
-           const Tensor& gradient, const Tensor& clip, const AdamW& options);
+// Updates every piece of the table. clip (1) f64 is a factor on the gradients, read on the device
+// (1 when nothing is clipped).
+void adamw(const UpdateTable& table, const Tensor& clip, const AdamW& options);
 
 // ---- sums.cu   in f64, fixed order
 
 void add_sum(const Tensor& total, const Tensor& x);  // total (1) f64 += sum of x (R)
-// out (n) f64: element `index` = sum of squares of x
-void sum_of_squares(const Tensor& out, int64_t index, const Tensor& x);
+// squares (parameters) f64: element `id` = sum of squares of the parameter's gradient (or weights,
+// m or v), if it has counted pieces here, else 0
+void sum_of_squares(const Tensor& squares, const UpdateTable& table,
+                    void* UpdatePiece::*of = &UpdatePiece::gradient);
 // norm (1) f64 = sqrt(sum of squares (n), first to last); clip (1) f64 = min(1, limit / norm), or 1
 // when limit is 0
 void norm_and_clip(const Tensor& norm, const Tensor& clip, const Tensor& squares, double limit);

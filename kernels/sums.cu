@@ -2,7 +2,8 @@
 // norm of all gradients, which clips them.
 //
 // idea      a block sums a fixed chunk; a second launch adds the chunks' sums up in the same way.
-//           What comes out stays on the device, so that the step waits for nobody.
+//           The gradients' chunks are the pieces of the optimizer's table: two launches for all
+//           parameters. What comes out stays on the device, so that the step waits for nobody.
 // cost      reads n
 // test      tests/test_kernels.cpp
 #include "kernels/common.cuh"
@@ -12,22 +13,42 @@ namespace {
 constexpr int kThreads = block_threads(256);
 constexpr int64_t kChunk = 1 << 16;
 
-// out[chunk] = sum of x's elements of that chunk, or kSquares of their squares; `add`: +=. One
-// block a chunk; reads n
-template <class T, int N, bool kSquares> __global__ void __launch_bounds__(256)
+// The sum of the block's `size` elements, or kSquares of their squares, in every thread
+template <int N, bool kSquares, class T> __device__ double sum_over_block(const T* x, int size) {
+  double sum = 0;
+  for_packs<kThreads, N>(size, [&](int i, auto width) {
+    const auto p = load_pack<decltype(width)::value>(x + i);
+    for (int k = 0; k < decltype(width)::value; k++) {
+      const double v = load(p[k]);
+      sum += kSquares ? v * v : v;
+    }
+  });
+  return block_reduce<Sum<double>>(sum);
+}
+// out[chunk] = sum of x's elements of that chunk; `add`: +=. One block a chunk; reads n
+template <class T, int N> __global__ void __launch_bounds__(256)
     sum_kernel(double* out, const T* x, int64_t n, bool add) {
   const int64_t begin = int64_t(blockIdx.x) * kChunk;
-  const int size = int(n - begin < kChunk ? n - begin : kChunk), packed = size / N * N;
-  x += begin;
-  double sum = 0;
-  const auto take = [&](double v) { sum += kSquares ? v * v : v; };
-  for_row<kThreads, N>(packed, [&](int i) {
-    const auto p = load_pack<N>(x + i);
-    for (int k = 0; k < N; k++) take(load(p[k]));
-  });
-  if (packed + int(threadIdx.x) < size) take(load(x[packed + threadIdx.x]));
-  sum = block_reduce<Sum<double>>(sum);
+  const double sum =
+      sum_over_block<N, false>(x + begin, int(n - begin < kChunk ? n - begin : kChunk));
   if (threadIdx.x == 0) out[blockIdx.x] = add ? out[blockIdx.x] + sum : sum;
+}
+
+// sums[piece] = sum of the squares of what `of` names; one block a piece
+template <class A> __global__ void __launch_bounds__(256)
+    squares_kernel(double* sums, const UpdatePiece* pieces, void* UpdatePiece::*of) {
+  const UpdatePiece& piece = pieces[blockIdx.x];
+  const double sum = sum_over_block<kPack<A>, true>(static_cast<const A*>(piece.*of), piece.size);
+  if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+// squares[id] = sum over the pieces of that parameter; one block a piece, and the first one's sums
+__global__ void __launch_bounds__(256)
+    parameters_kernel(double* squares, const double* sums, const UpdatePiece* pieces) {
+  const UpdatePiece& first = pieces[blockIdx.x];
+  if (!first.counted_pieces) return;
+  const double sum = sum_over_block<1, false>(sums + blockIdx.x, first.counted_pieces);
+  if (threadIdx.x == 0) squares[first.id] = sum;
 }
 
 // norm = sqrt(squares (n), first to last), clip = min(1, limit / norm), or 1 without a limit; one
@@ -40,32 +61,36 @@ __global__ void norm_kernel(double* norm, double* clip, const double* squares, i
   *clip = limit > 0 && *norm > limit ? limit / *norm : 1;
 }
 
-// total = sum of x, or kSquares of its squares; `add`: +=
-template <bool kSquares> void sum_into(double* total, const Tensor& x, bool add) {
-  const int64_t n = x.numel(), chunks = std::max(ceil_div(n, kChunk), int64_t(1));
-  const Tensor sums = chunks > 1 ? Tensor({chunks}, Dtype::f64, Memory::workspace) : Tensor();
-  double* const out = chunks > 1 ? sums.data<double>() : total;
-  DISPATCH_PACKS(x.dtype(), in_packs(0, {&x}),
-                 sum_kernel<T, N, kSquares><<<unsigned(chunks), kThreads, 0, device().compute>>>(
-                     out, x.data<T>(), n, add && chunks == 1));
-  if (chunks > 1) sum_into<false>(total, sums, add);
-}
-
 }  // namespace
 
 // ---- host side
 
 void add_sum(const Tensor& total, const Tensor& x) {
+  OP("add_sum", bytes_of(total, x));
   ASSERT(total.numel() == 1);
-  sum_into<false>(total.data<double>(), x, true);
+  const int64_t n = x.numel(), chunks = std::max(ceil_div(n, kChunk), int64_t(1));
+  const Tensor sums = chunks > 1 ? Tensor({chunks}, Dtype::f64, Memory::workspace) : total;
+  DISPATCH_PACKS(x.dtype(), in_packs(0, {&x}),
+                 sum_kernel<T, N><<<unsigned(chunks), kThreads, 0, device().compute>>>(
+                     sums.data<double>(), x.data<T>(), n, chunks == 1));
+  if (chunks > 1) add_sum(total, sums);
 }
 
-void sum_of_squares(const Tensor& out, int64_t index, const Tensor& x) {
-  ASSERT(index >= 0 && index < out.numel());
-  sum_into<true>(out.data<double>() + index, x, false);
+void sum_of_squares(const Tensor& squares, const UpdateTable& table, void* UpdatePiece::*of) {
+  OP("sum_of_squares", double(table.elements * size_of(master_dtype(table.compute))));
+  fill(squares, 0);
+  if (!table.size()) return;
+  const Tensor sums({table.size()}, Dtype::f64, Memory::workspace);
+  double *const parts = sums.data<double>(), *const out = squares.data<double>();
+  DISPATCH(table.compute, squares_kernel<acc_t<T>>
+           <<<unsigned(table.size()), kThreads, 0, device().compute>>>(parts, table.data(), of));
+  parameters_kernel<<<unsigned(table.size()), kThreads, 0, device().compute>>>(out, parts,
+                                                                               table.data());
+  LAUNCHED();
 }
 
 void norm_and_clip(const Tensor& norm, const Tensor& clip, const Tensor& squares, double limit) {
+  OP("norm_and_clip", bytes_of(squares));
   ASSERT(norm.numel() == 1 && clip.numel() == 1);
   norm_kernel<<<1, block_threads(1), 0, device().compute>>>(
       norm.data<double>(), clip.data<double>(), squares.data<double>(), squares.numel(), limit);

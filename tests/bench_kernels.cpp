@@ -18,7 +18,7 @@
 #include <omp.h>
 #endif
 
-#include "kernels/kernels.h"
+#include "optimizer.h"
 #include "tests/test.h"
 
 constexpr int64_t kB = 1, kT = 1024, kR = kB * kT, kC = 768, kH = 12, kV = 50257,
@@ -190,6 +190,16 @@ static std::vector<Row> elementwise_rows(Dtype d) {
   };
 }
 
+static Shard one_parameter(Dtype d) {
+  static const Param param;
+  Shard s;
+  for (Tensor* x : {&s.weights, &s.m, &s.v, &s.gradient})
+    *x = constant({kWeights}, master_dtype(d), x == &s.weights ? 1 : 0.1);
+  if (d == Dtype::bf16) s.compute = constant({kWeights}, d, 1);
+  s.param = &param;
+  return s;
+}
+
 static std::vector<Row> loss_and_optimizer_rows(Dtype d) {
   const Dtype acc = master_dtype(d);
   const double rv = double(kR * kV * int64_t(size_of(d))),
@@ -209,16 +219,17 @@ static std::vector<Row> loss_and_optimizer_rows(Dtype d) {
        }},
       {"adamw", 7 * n + (d == Dtype::bf16 ? n / 2 : 0), 0,
        [=] {
-         auto w = constant({kWeights}, acc, 1), m = constant({kWeights}, acc, 0.1),
-              v = constant({kWeights}, acc, 0.1), g = constant({kWeights}, acc, 0.1),
-              clip = constant({1}, Dtype::f64, 1),
-              c = d == Dtype::bf16 ? constant({kWeights}, d, 1) : Tensor();
-         return [=] { adamw(w, c, m, v, g, clip, AdamW{.lr = 1e-4}); };
+         auto shard = one_parameter(d);
+         auto table = update_table({shard});
+         auto clip = constant({1}, Dtype::f64, 1);
+         return [shard, table, clip] { adamw(table, clip, AdamW{.lr = 1e-4}); };
        }},
       {"sum_of_squares", n, 0,
        [=] {
-         auto out = random({1}, Dtype::f64), x = constant({kWeights}, acc, 0.1);
-         return [=] { sum_of_squares(out, 0, x); };
+         auto shard = one_parameter(d);
+         auto table = update_table({shard});
+         auto out = random({1}, Dtype::f64);
+         return [shard, table, out] { sum_of_squares(out, table); };
        }},
   };
 }

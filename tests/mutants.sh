@@ -122,8 +122,13 @@ mutant faults the_loss_is_scaled_twice \
   trainer.cpp 's/1.0 \/ double\(options.batch/2.0 \/ double(options.batch/' \
   2 immediate test_fsdp $parity
 mutant faults a_rank_repeats_the_sequences_of_another \
-  trainer.cpp 's/data_ranks\(\) \+ data_rank\(\)\) \* b/data_ranks()) * b/' \
+  trainer.cpp 's/data_ranks\(\) \+ data_rank\(\)\) \* count/data_ranks()) * count/' \
   2 immediate test_fsdp $parity
+mutant faults the_host_waits_inside_a_step \
+  trainer.cpp 's/^  optimizer_->step\(lr\);/&\n  synchronize();/' \
+  2 immediate test_trainer stands_still
+mutant faults every_stage_reads_the_batch \
+  trainer.cpp 's/ && \(embeds \|\| predicts\)//' 3 immediate test_trainer every_sequence
 mutant faults the_tied_gradient_is_forgotten \
   trainer.cpp '/join_uses/d' 1 immediate test_fsdp $parity
 mutant faults the_norm_is_not_summed_over_shards \
@@ -242,12 +247,16 @@ mutant faults ranks_agree_that_all_is_well_when_one_is \
   launch/job.cpp 's/if \(!text.empty\(\)\) return text/return text/' 2 immediate test_comm agree
 
 mutant faults all_that_hold_a_parameter_count_it_in_the_norm \
-  optimizer.cpp 's/if \(s.param->counted\) //' 2 immediate test_tensor_parallel $parity_tp
+  optimizer.cpp 's/ \&\& s.param->counted;/;/' 2 immediate test_tensor_parallel $parity_tp
 mutant faults the_norm_is_that_of_this_rank \
   optimizer.cpp 's/if \(sum_\) sum_\(squares_\);//' 2 immediate test_fsdp $parity
 mutant faults the_norm_is_that_of_the_last_parameter \
-  optimizer.cpp 's/s.param->id, s.gradient/0, s.gradient/' \
+  optimizer.cpp 's/int\(s.param->id\)/0/' \
   1 immediate test_golden f64_equals_pytorch
+mutant faults vectors_decay_like_matrices \
+  optimizer.cpp 's/s.param->decay,/true,/' 1 immediate test_golden f64_equals_pytorch
+mutant faults a_parameter_counts_with_its_first_piece_alone \
+  optimizer.cpp 's/counts \? int\(count\)/counts ? 1/' 1 immediate test_kernels sums_of_squares
 mutant faults the_padding_of_a_part_of_the_vocabulary_is_in_the_softmax \
   tensor_parallel.cpp 's/V = part\(vocab\).size\(\)/V = (void(vocab), logits.value.dim(1))/' \
   2 immediate test_tensor_parallel padded_vocabularies

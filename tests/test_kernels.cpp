@@ -12,13 +12,14 @@
 //           large cases with 1 and 2 OpenMP threads give the same bits.
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <map>
 #include <tuple>
 #ifdef CPU_FAST
 #include <omp.h>
 #endif
 
-#include "kernels/kernels.h"
+#include "optimizer.h"
 #include "tests/tensors.h"
 
 using Values = std::vector<double>;
@@ -736,83 +737,122 @@ TEST(add_sum_adds_in_f64) {
 
 // ---- AdamW
 
+// A parameter's arrays, as the optimizer sees them; `compute`: i32 stands for no tensor of the
+// compute dtype.
+struct Updated {
+  Param param;
+  Array weights, m, v, gradient, compute;
+  Updated(int id, bool decay, bool counted, const std::vector<Values>& start, Dtype dtype,
+          Dtype compute)
+      : weights(start[0], dtype),
+        m(start[1], dtype),
+        v(start[2], dtype),
+        gradient(start[3], dtype),
+        compute(Array::blank(int64_t(start[0].size()), compute)) {
+    param.id = uint32_t(id), param.decay = decay, param.counted = counted;
+  }
+  Shard shard() const {
+    Shard s;
+    s.weights = weights, s.m = m, s.v = v, s.gradient = gradient, s.param = &param;
+    if (compute.dtype != Dtype::i32) s.compute = compute;
+    return s;
+  }
+};
+
 TEST(adamw_takes_the_steps_of_the_paper) {
   worst.clear();
   state = 1;
+  const std::vector<int64_t> sizes = {1, 33, kPieceSize, 1000, 2 * kPieceSize + 17};
   for (const auto& [dtype, compute] : {std::pair{Dtype::f32, Dtype::i32},
                                        {Dtype::f32, Dtype::bf16},
                                        {Dtype::f32, Dtype::f32},
                                        {Dtype::f64, Dtype::i32},
-                                       // i32 stands for no tensor of the compute dtype
-                                       {Dtype::f64, Dtype::f64}})
-    for_addresses([&, dtype = dtype, compute = compute] {
-      for (int64_t n : kSizes) {
-        AdamW options{.lr = 0.01, .weight_decay = 0.1};
-        const double clip = 0.37;
-        const Values w0 = numbers(n, dtype), m0 = numbers(n, dtype, 0.1), g = numbers(n, dtype, 3);
-        Values v0 = numbers(n, dtype, 0.1, 0.1), w = w0, m = m0, v = v0;
-        for (int step = 1; step <= 3; step++)
-          for (int64_t i = 0; i < n; i++) {
-            m[i] = options.beta1 * m[i] + (1 - options.beta1) * g[i] * clip;
-            v[i] = options.beta2 * v[i] + (1 - options.beta2) * g[i] * clip * g[i] * clip;
-            const double m_hat = m[i] / (1 - std::pow(options.beta1, step)),
-                         v_hat = v[i] / (1 - std::pow(options.beta2, step));
-            w[i] -= options.lr *
-                    (m_hat / (std::sqrt(v_hat) + options.eps) + options.weight_decay * w[i]);
+                                       {Dtype::f64, Dtype::f64}}) {
+    const AdamW options{.lr = 0.01, .weight_decay = 0.1};
+    const double clip = 0.37;
+    std::vector<std::vector<Values>> start;
+    std::vector<Expected> expected;
+    for (size_t p = 0; p < sizes.size(); p++) {
+      const int64_t n = sizes[p];
+      const double decay = p % 2 ? options.weight_decay : 0;
+      Values w = numbers(n, dtype), m = numbers(n, dtype, 0.1), v = numbers(n, dtype, 0.1, 0.1);
+      const Values g = numbers(n, dtype, 3);
+      start.push_back({w, m, v, g});
+      for (int step = 1; step <= 3; step++)
+        for (int64_t i = 0; i < n; i++) {
+          m[i] = options.beta1 * m[i] + (1 - options.beta1) * g[i] * clip;
+          v[i] = options.beta2 * v[i] + (1 - options.beta2) * g[i] * clip * g[i] * clip;
+          const double m_hat = m[i] / (1 - std::pow(options.beta1, step)),
+                       v_hat = v[i] / (1 - std::pow(options.beta2, step));
+          w[i] -= options.lr * (m_hat / (std::sqrt(v_hat) + options.eps) + decay * w[i]);
+        }
+      const std::string of = sentence(" of ", n);
+      expected.push_back({"weights" + of, w, bound(dtype)});
+      expected.push_back({"m" + of, m, bound(dtype)});
+      expected.push_back({"v" + of, v, bound(dtype)});
+      if (compute != Dtype::i32) expected.push_back({"compute" + of, w, bound(compute)});
+    }
+    verify(
+        sentence("adamw, compute ", compute == Dtype::i32 ? "none" : name_of(compute)),
+        compute == Dtype::i32 ? dtype : compute,
+        [&, dtype = dtype, compute = compute] {
+          std::deque<Updated> parameters;
+          std::vector<Shard> shards;
+          for (size_t p = 0; p < sizes.size(); p++)
+            shards.push_back(
+                parameters.emplace_back(int(p), p % 2, true, start[p], dtype, compute).shard());
+          const Array CLIP({clip}, Dtype::f64);
+          const UpdateTable table = update_table(shards);
+          for (int step = 1; step <= 3; step++) {
+            AdamW now = options;
+            now.step = step;
+            adamw(table, CLIP, now);
           }
-        const bool has_compute = compute != Dtype::i32;
-        std::vector<Expected> expected = {{"weights", w, bound(dtype)},
-                                          {"m", m, bound(dtype)},
-                                          {"v", v, bound(dtype)}};
-        if (has_compute) expected.push_back({"compute", w, bound(compute)});
-        verify(
-            sentence("adamw ", n, " compute ", has_compute ? name_of(compute) : "none"),
-            has_compute ? compute : dtype,
-            [&] {
-              const Array W(w0, dtype), M(m0, dtype), V(v0, dtype), G(g, dtype),
-                  CLIP({clip}, Dtype::f64);
-              const Array COMPUTE = Array::blank(n, has_compute ? compute : Dtype::f32);
-              for (int step = 1; step <= 3; step++) {
-                AdamW now = options;
-                now.step = step;
-                adamw(W, has_compute ? COMPUTE.tensor : Tensor(), M, V, G, CLIP, now);
-              }
-              Outputs outputs{W.values(), M.values(), V.values()};
-              if (has_compute) outputs.push_back(COMPUTE.values());
-              return outputs;
-            },
-            expected);
-      }
-    });
+          Outputs outputs;
+          for (const Updated& p : parameters) {
+            for (const Array* x : {&p.weights, &p.m, &p.v}) outputs.push_back(x->values());
+            if (compute != Dtype::i32) outputs.push_back(p.compute.values());
+          }
+          return outputs;
+        },
+        expected);
+  }
   report();
 }
 
-TEST(sum_of_squares_and_the_clipping_factor_are_f64) {
-  for_dtypes([](Dtype dtype) {
-    for (int64_t n : {1, 7, 1000, 3 * 65536 + 17}) {  // more than a chunk
-      const Values x = numbers(n, dtype, 3);
-      long double sum = 0;  // more than 53 bits, or the reference would be the less exact one
-      for (double v : x) sum += static_cast<long double>(v) * v;
-      const Values squares = {2, double(sum), 0.5};
-      const double norm = double(std::sqrt(2.5L + sum));
+TEST(sums_of_squares_and_the_clipping_factor_are_f64) {
+  worst.clear();
+  state = 1;
+  for (Dtype dtype : {Dtype::f32, Dtype::f64})
+    for (int64_t n : {1, 7, 1000, 3 * kPieceSize + 17, 300 * 16}) {
+      const Values x = numbers(n, dtype, 3), none(size_t(n), 0), other = numbers(9, dtype);
+      const auto squares = [](const Values& values) {
+        long double sum = 0;  // more than 53 bits, or the reference would be the less exact one
+        for (double v : values) sum += static_cast<long double>(v) * v;
+        return sum;
+      };
+      const double norm = double(std::sqrt(squares(x) + squares(other)));
       verify(sentence("sum_of_squares ", n), dtype,
              [&] {
-               const Array X(x, dtype), S({2, 77, 0.5}, Dtype::f64), NORM({0}, Dtype::f64),
+               const Updated last(3, true, true, {none, none, none, x}, dtype, Dtype::i32),
+                   copy(1, true, false, {none, none, none, x}, dtype, Dtype::i32),
+                   first(0, true, true, {other, other, other, other}, dtype, Dtype::i32);
+               const Array S({7, 7, 7, 7, 7}, Dtype::f64), NORM({0}, Dtype::f64),
                    TIGHT({0}, Dtype::f64), LOOSE({0}, Dtype::f64), NONE({0}, Dtype::f64);
-               sum_of_squares(S, 1, X);
+               sum_of_squares(S, update_table({last.shard(), copy.shard(), first.shard()}));
                norm_and_clip(NORM, LOOSE, S, 2 * norm);
                norm_and_clip(NORM, NONE, S, 0);
                norm_and_clip(NORM, TIGHT, S, 0.25 * norm);
                return Outputs{S.values(), NORM.values(), TIGHT.values(), LOOSE.values(),
                               NONE.values()};
              },
-             {{"squares", squares, bound(Dtype::f64)},
+             {{"squares", {double(squares(other)), 0, 0, double(squares(x)), 0}, bound(Dtype::f64)},
               {"norm", {norm}, bound(Dtype::f64)},
               {"tight clip", {0.25}, bound(Dtype::f64)},
               {"loose clip", {1}, 0},
               {"no clip", {1}, 0}});
     }
-  });
+  report();
 }
 
 // ---- contracts
@@ -832,9 +872,16 @@ TEST(wrong_shapes_and_dtypes_are_refused) {
   CHECK_SAYS(layernorm_backward(a, b, b, a, c, a, r, r, b), "does not hold");
   CHECK_SAYS(cross_entropy(a, a, r, 3, 1, true), "does not hold");
   CHECK_SAYS(cross_entropy(r, a, i.part(0, {2}), 4, 1, true), "does not hold");
-  CHECK_SAYS(adamw(c, Tensor(), c, c, c, d, AdamW{.lr = 1}), "does not hold");
-  CHECK_SAYS(sum_of_squares(d, 1, a), "does not hold");
-  measured("13 calls");
+  const Param p;
+  const auto shard = [&](const Tensor& weights, const Tensor& gradient) {
+    Shard s;
+    s.weights = s.m = s.v = weights, s.gradient = gradient, s.param = &p;
+    return std::vector<Shard>{s};
+  };
+  CHECK_SAYS(update_table(shard(a, b)), "does not hold");
+  CHECK_SAYS(update_table(shard(a, c)), "does not hold");
+  CHECK_SAYS(update_table(shard(a.part(1, {5}), b)), "does not hold");  // at an odd address
+  measured("14 calls");
 }
 
 // ---- the same bits for any number of threads
@@ -885,10 +932,11 @@ TEST(results_have_the_same_bits_with_1_and_2_threads) {
     return Outputs{X.values(), L.values(), TOTAL.values()};
   });
   expect_same_bits("adamw", [&] {
-    const Array W(x, f32), M(dy, f32), S(Values(R * C, 0.5), f32), G(dy, f32), CLIP({1}, f64),
-        SUM({0}, f64);
-    sum_of_squares(SUM, 0, G), adamw(W, Tensor(), M, S, G, CLIP, AdamW{.lr = 0.1});
-    return Outputs{W.values(), SUM.values()};
+    const Updated p(0, true, true, {x, dy, Values(R * C, 0.5), dy}, f32, Dtype::i32);
+    const UpdateTable table = update_table({p.shard()});
+    const Array CLIP({1}, f64), SUM({0}, f64);
+    sum_of_squares(SUM, table), adamw(table, CLIP, AdamW{.lr = 0.1});
+    return Outputs{p.weights.values(), SUM.values()};
   });
   omp_set_num_threads(saved);
   measured("5 groups of kernels, ", R, " rows of ", C);
