@@ -27,7 +27,8 @@ struct Param {
   // what this rank owns: [begin, end) of dim number `dim` of `shape`, seen as (outer, split, inner)
   int dim = 0;
   Slice slice;
-  // rows of memory behind the slice's last: 0, and no elements of the parameter
+  // rows of zeros in memory behind the slice's, for fast products (TensorParallel::padded_part):
+  // no elements of the parameter
   int64_t padding = 0;
   float std = 0, mean = 0;  // initial values: normal(0, std), or the constant `mean` when std is 0
   bool decay = false;       // weight decay: matrices only
@@ -112,8 +113,9 @@ struct Tokens {
   Tensor positions;        // (R) i32, of every row; empty: row % T
   int64_t only_row = -1;   // the head makes logits of this row alone; -1: of every row
   Tokens() = default;
-  // B sequences of `length` tokens, of which those at `places` are here. Tokens outside this rank's
-  // part of the vocabulary become -1, the others count from its begin.
+  // B sequences of `length` tokens, of which those at `places` are here, in one upload. Tokens
+  // outside this rank's part of the vocabulary become -1, the others count from its begin. Inputs,
+  // which the embedding reads, or targets, which the loss does, may be left out.
   Tokens(int64_t B, int64_t length, const Positions& places, std::vector<int> inputs,
          std::vector<int> targets, Range vocabulary);
   // all of their tokens

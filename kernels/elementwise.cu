@@ -81,13 +81,21 @@ template <class F> void combine(const Tensor& y, const Tensor& a, const Tensor& 
 
 }  // namespace
 
-void add(const Tensor& y, const Tensor& a, const Tensor& b) { combine(y, a, b, Add()); }
-void gelu_forward(const Tensor& y, const Tensor& x) { combine(y, x, x, GeluForward()); }
+void add(const Tensor& y, const Tensor& a, const Tensor& b) {
+  OP("add", bytes_of(y, a, b));
+  combine(y, a, b, Add());
+}
+void gelu_forward(const Tensor& y, const Tensor& x) {
+  OP("gelu_forward", bytes_of(y, x));
+  combine(y, x, x, GeluForward());
+}
 void gelu_backward(const Tensor& dx, const Tensor& dy, const Tensor& x) {
+  OP("gelu_backward", bytes_of(dx, dy, x));
   combine(dx, dy, x, GeluBackward());
 }
 
 void add_bias(const Tensor& y, const Tensor& bias) {
+  OP("add_bias", bytes_of(y, y, bias));
   const int64_t columns = bias.numel();
   ASSERT(columns && y.numel() % columns == 0 && y.dtype() == bias.dtype());
   const unsigned rows = unsigned(y.numel() / columns);

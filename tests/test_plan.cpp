@@ -1,0 +1,319 @@
+// test_plan.cpp: the timeline against the simulator and cases by hand; the planner against the
+// formulas of theory/ and against published tables.
+#include <algorithm>
+#include <ctime>
+#include <random>
+#include <set>
+
+#include "tests/test.h"
+#include "theory/plan.h"
+#include "theory/timeline.h"
+
+namespace {
+
+double close(double a, double b) { return std::abs(a - b) / std::max({std::abs(a), std::abs(b)}); }
+
+// Calls f for schedules of every kind.
+void for_schedules(int most_stages, int most_microbatches,
+                   const std::function<void(const Schedule&)>& f) {
+  for (const std::string& name : schedule_names())
+    for (int p = 1; p <= most_stages; p += 1 + p / 4)
+      for (int m = 1; m <= most_microbatches; m += 1 + m / 3) {
+        const ScheduleRow& row = schedule_row(name);
+        const int of = (m + row.divisor(p) - 1) / row.divisor(p) * row.divisor(p);
+        if (of <= most_microbatches)
+          for (const int V : row.place == Place::ring ? std::vector{2, 3} : std::vector{0})
+            f(make_schedule(name, p, of, V));
+      }
+}
+
+// Every stage's own times of its kinds, and a time of transfers.
+Durations uneven(const Schedule& s, std::mt19937& random) {
+  Durations all(s.stages);
+  std::uniform_real_distribution<double> part(0.2, 1);
+  const double send = part(random) / 5;
+  for (int stage = 0; stage < s.stages; stage++) {
+    const double f = part(random), b = part(random), w = part(random);
+    const double of_kind[] = {f, b + w, b, w, send};
+    for (const Action& a : s.actions[stage]) all[stage].push_back(of_kind[a.kind]);
+  }
+  return all;
+}
+
+}  // namespace
+
+// ---- the timeline
+
+TEST(a_pipeline_takes_as_long_as_the_simulator_says) {
+  std::mt19937 random(1);
+  int count = 0;
+  double worst = 0;
+  for_schedules(12, 40, [&](const Schedule& s) {
+    const Durations durations = uneven(s, random);
+    const std::vector<Span> spans = run(tasks_of(s, durations));
+    const Timeline expected = simulate(s, durations);
+    size_t task = 0;
+    for (const auto& stage : expected.spans)
+      for (const Span& span : stage) worst = std::max(worst, close(spans[task++].end, span.end));
+    count++;
+  });
+  CHECK_LE(worst, 1e-12);
+  measured(count, " schedules, every action's end within ", worst);
+}
+
+TEST(a_schedule_extends_to_any_number_of_micro_batches) {
+  std::mt19937 random(2);
+  std::uniform_real_distribution<double> part(0.2, 1);
+  int count = 0, extended = 0;
+  double worst = 0;
+  for (const std::string& name : schedule_names())
+    for (const int p : {2, 3, 4, 7, 8, 16}) {
+      const ScheduleRow& row = schedule_row(name);
+      const int step = row.divisor(p);
+      for (const Times& t :
+           {Times{}, Times{1, 1, 1, 0.1}, Times{part(random), part(random), part(random), 0.05}}) {
+        int most = 0;  // that were run
+        const auto of = [&](int m) {
+          most = std::max(most, m);
+          const Schedule s = make_schedule(name, p, m);
+          return makespan(run(tasks_of(s, durations(s, t))));
+        };
+        for (int m = step; m <= 64; m += step * (1 + 4 / step)) {
+          most = 0;
+          const double expected = [&] {
+            const Schedule s = make_schedule(name, p, m);
+            return simulate(s, durations(s, t)).makespan;
+          }();
+          worst = std::max(worst, close(extended_makespan(m, step, steady_microbatches(row, p), of),
+                                        expected));
+          extended += most < m;
+          count++;
+        }
+      }
+    }
+  CHECK_LE(worst, 1e-9);
+  measured(count, " cases, ", extended, " of them extended, within ", worst);
+}
+
+TEST(a_collective_begins_with_its_last_rank_and_lasts_its_longest) {
+  // rank 0 computes 1, rank 1 computes 3; then both sum (2 and 1), and rank 0 goes on behind it
+  const std::vector<Task> tasks{
+      {0, Queue::compute, 1}, {0, Queue::communication, 2, 0, 0}, {0, Queue::compute, 1, 1},
+      {1, Queue::compute, 3}, {1, Queue::communication, 1, 3, 0}, {1, Queue::compute, 1}};
+  const std::vector<Span> spans = run(tasks);
+  CHECK_EQ(spans[1].start, 3);
+  CHECK_EQ(spans[4].end, 5);
+  CHECK_EQ(spans[2].end, 6);
+  CHECK_EQ(spans[5].end, 4, "nobody waits for the sum here");
+}
+
+TEST(tasks_that_wait_for_each_other_are_refused) {
+  CHECK_SAYS(run({{0, Queue::compute, 1, 1}, {0, Queue::communication, 1, 0}}), "wait for each");
+  CHECK_SAYS(run({{0, Queue::compute, 1, -1, 0},
+                  {0, Queue::compute, 1, -1, 1},
+                  {1, Queue::compute, 1, -1, 1},
+                  {1, Queue::compute, 1, -1, 0}}),
+             "wait for each");
+}
+
+// ---- against published tables
+
+namespace {
+
+struct Row {
+  const char* name;
+  int64_t layers, width, heads, gpus, tp, pp, chunks, batch, microbatch;
+  bool full;  // recomputation; else sequence parallelism, and attention alone is computed again
+  double published;
+};
+
+double step_seconds(const Row& r) {
+  GptConfig config{{r.layers, r.width, r.heads, 2048, 51200}, Dtype::bf16};
+  config.recompute = r.full;
+  config.attention = r.full ? AttentionKind::plain : AttentionKind::flash;
+  config.sequence_parallel = !r.full;
+  Job job{config, {}, {{"pp", r.pp}, {"replicate", r.gpus / (r.tp * r.pp)}, {"tp", r.tp}}};
+  job.options.batch = r.batch;
+  job.options.microbatch = r.microbatch;
+  job.options.schedule = r.chunks > 1 ? "interleaved" : "1f1b";
+  job.options.chunks = int(r.chunks);
+  Predictor predictor({read_machine("a100-80g"), (r.gpus + 7) / 8, 8},
+                      profile_named("megatron-2021"), config);
+  return predictor.predict(job).seconds;
+}
+
+}  // namespace
+
+// Korthikanti et al., "Reducing activation recomputation in large transformer models", MLSys 2023,
+// table 5: seconds an iteration. No constant was fitted on it.
+TEST(korthikantis_table_5_is_predicted) {
+  const Row rows[] = {
+      {"22B", 48, 6144, 64, 8, 8, 1, 1, 4, 4, true, 1.42},
+      {"22B", 48, 6144, 64, 8, 8, 1, 1, 4, 4, false, 1.10},
+      {"175B", 96, 12288, 96, 64, 8, 8, 3, 64, 1, true, 18.13},
+      {"175B", 96, 12288, 96, 64, 8, 8, 3, 64, 1, false, 13.75},
+      {"530B", 105, 20480, 128, 280, 8, 35, 3, 280, 1, true, 49.05},
+      {"530B", 105, 20480, 128, 280, 8, 35, 3, 280, 1, false, 37.83},
+      {"1T", 128, 25600, 160, 512, 8, 64, 1, 512, 1, true, 94.42},
+      {"1T", 128, 25600, 160, 512, 8, 64, 1, 512, 1, false, 71.49},
+  };
+  double sum = 0, worst = 0;
+  for (const Row& r : rows) {
+    const double predicted = step_seconds(r), error = predicted / r.published - 1;
+    printf("     %-5s %-7s %6.2f s published %6.2f predicted %+6.2f %%\n", r.name,
+           r.full ? "full" : "seqsel", r.published, predicted, 100 * error);
+    sum += std::abs(error);
+    worst = std::max(worst, std::abs(error));
+  }
+  const double mean = sum / std::size(rows);
+  measured("error ", 100 * mean, " % on average, ", 100 * worst, " % at most");
+  CHECK_LE(mean, 0.05);
+  CHECK_LE(worst, 0.12);
+}
+
+// Narayanan et al., "Efficient large-scale language model training on GPU clusters using
+// Megatron-LM", SC 2021, table 1: TFLOP/s a GPU, recomputation counted. One constant of the A100,
+// what its large products sustain, was fitted on it.
+TEST(narayanans_table_1_is_predicted) {
+  const Row rows[] = {
+      {"1.7B", 24, 2304, 24, 32, 1, 1, 1, 512, 16, true, 137},
+      {"3.6B", 30, 3072, 32, 64, 2, 1, 1, 512, 16, true, 138},
+      {"7.5B", 36, 4096, 32, 128, 4, 1, 1, 512, 16, true, 142},
+      {"18.4B", 40, 6144, 48, 256, 8, 1, 1, 1024, 8, true, 135},
+      {"39.1B", 48, 8192, 64, 512, 8, 2, 1, 1536, 4, true, 138},
+      {"76.1B", 60, 10240, 80, 1024, 8, 4, 3, 1792, 2, true, 140},
+      {"145.6B", 80, 12288, 96, 1536, 8, 8, 2, 2304, 2, true, 148},
+      {"310.1B", 96, 16384, 128, 1920, 8, 16, 2, 2160, 1, true, 155},
+      {"529.6B", 105, 20480, 128, 2520, 8, 35, 3, 2520, 1, true, 163},
+      {"1008B", 128, 25600, 160, 3072, 8, 64, 1, 3072, 1, true, 163},
+  };
+  double sum = 0, worst = 0;
+  std::vector<double> predicted;
+  for (const Row& r : rows) {
+    const double s = 2048, l = double(r.layers), h = double(r.width), V = 51200,
+                 operations =
+                     96 * double(r.batch) * s * l * h * h * (1 + s / (6 * h) + V / (16 * l * h)),
+                 rate = operations / step_seconds(r) / double(r.gpus) / 1e12,
+                 points = (rate - r.published) / 3.12;
+    printf("     %-6s %4.0f TFLOP/s published %4.0f predicted %+5.2f points of the peak\n", r.name,
+           r.published, rate, points);
+    predicted.push_back(rate);
+    sum += std::abs(points);
+    worst = std::max(worst, std::abs(points));
+  }
+  int pairs = 0, right = 0;
+  for (size_t i = 0; i < predicted.size(); i++)
+    for (size_t j = 0; j < i; j++) {
+      const double d = rows[i].published - rows[j].published;
+      if (std::abs(d) <= 3) continue;
+      pairs++;
+      right += d * (predicted[i] - predicted[j]) > 0;
+    }
+  const double mean = sum / std::size(rows);
+  measured(mean, " points on average, ", worst, " at most; ", right, " of ", pairs,
+           " pairs in the right order");
+  CHECK_LE(mean, 2.0);
+  CHECK_LE(worst, 4.0);
+  CHECK_LE(0.9 * pairs, right);
+}
+
+// ---- the search
+
+namespace {
+
+Wanted anything(int64_t batch) {
+  Wanted wanted;
+  wanted.layout.sizes.fill(0);
+  wanted.batch = batch;
+  return wanted;
+}
+
+}  // namespace
+
+TEST(the_searchs_memory_is_that_of_the_formulas) {
+  const GptConfig config{{11, 96, 6, 64, 301}, Dtype::bf16};
+  const Cluster cluster{read_machine("a100-80g"), 1, 8};
+  const Plan found = plan(cluster, profile_named("threefold"), config, anything(48), 1 << 30, 900);
+  CHECK_EQ(found.fastest.size(), size_t(900));
+  std::set<std::string> schedules;
+  for (const Planned& p : found.fastest) {
+    const Account a = account(p.job);
+    CHECK_EQ(a.stages[a.fullest()].total(), p.memory, to_string(p.job.layout), " zero ",
+             p.job.options.fsdp.zero, " ", p.job.options.schedule, " ", p.job.options.chunks);
+    if (p.job.layout["pp"] > 1) schedules.insert(p.job.options.schedule);
+  }
+  CHECK_EQ(schedules.size(), schedule_names().size());
+  measured(found.fastest.size(), " of ", found.fitting, " layouts, to the byte");
+}
+
+TEST(the_search_finds_what_trying_all_finds) {
+  const GptConfig config{{8, 512, 8, 256, 5003}, Dtype::bf16};
+  const Cluster cluster{read_machine("rtx4090"), 4, 2};
+  const int64_t memory = 600 << 20;
+  const auto search = [&](int64_t top) {
+    return plan(cluster, profile_named("threefold"), config, anything(64), memory, top);
+  };
+  const Plan five = search(5), all = search(100'000);
+  CHECK_EQ(int64_t(all.fastest.size()), all.fitting);
+  CHECK(all.fitting < all.layouts && five.predicted < all.predicted);
+  for (size_t i = 0; i < 5; i++)
+    CHECK_EQ(five.fastest[i].time.seconds, all.fastest[i].time.seconds);
+  CHECK(all.smallest && all.smallest->memory > memory);
+  double sum = 0;
+  for (const auto& p : all.fastest) {
+    double parts = p.time.computing + p.time.bubble + p.time.optimizer;
+    for (const double w : p.time.waiting) parts += w;
+    sum = std::max(sum, close(parts, p.time.seconds));
+  }
+  CHECK_LE(sum, 1e-9, "the parts of a step are all of it");
+  measured("predicted ", five.predicted, " of ", all.predicted, " that fit, of ", all.layouts);
+}
+
+TEST(large_clusters_are_planned) {
+  GptConfig config{{126, 16384, 128, 8192, 128256, 8, 79872}, Dtype::bf16};
+  const Cluster cluster{read_machine("h100"), 2048, 8};
+  const clock_t begin = clock();
+  const Plan found =
+      plan(cluster, profile_named("threefold"), config, anything(2048), int64_t(73) << 30, 10);
+  CHECK_EQ(found.fastest.size(), size_t(10));
+  CHECK(found.fastest[0].job.layout["tp"] > 1 && found.fastest[0].job.layout["pp"] > 1);
+  measured(found.layouts, " layouts of 16384 devices, ", found.predicted, " predicted in ",
+           double(clock() - begin) / CLOCKS_PER_SEC, " s of a processor");
+}
+
+// ---- machines
+
+TEST(a_machines_mistakes_get_a_sentence_each) {
+  const std::string good = R"(peak 1 : a
+f32 1 : a
+product 64 0.5 : a
+product 512 0.9 : a
+multiprocessors 0 : a
+copy 10 : a
+memory 1 : a
+launch 5 : a  # a comment
+inside 1 20 : a
+between 0.1 50 : a
+)";
+  const Machine m = parse_machine("lab", good);
+  CHECK_EQ(m.between.bandwidth, 0.1e9);
+  CHECK_EQ(m.sources.at("launch"), "a");
+  const auto with = [&](const std::string& from, const std::string& to) {
+    std::string text = good;
+    return parse_machine("lab", text.replace(text.find(from), from.size(), to));
+  };
+  CHECK_SAYS(with("copy 10 : a", ""), "does not say its copy");
+  CHECK_SAYS(with("copy 10 : a", "copy 10"), "line 6: copy needs a source");
+  CHECK_SAYS(with("copy 10 : a", "copy : a"), "copy takes 1 number of at least 0");
+  CHECK_SAYS(with("copy 10 : a", "copy -3 : a"), "copy takes 1 number of at least 0");
+  CHECK_SAYS(with("copy 10 : a", "copy 0 : a"), "rates and memory are above 0");
+  CHECK_SAYS(with("copy 10 : a", "copy 10 11 : a"), "'11' is too much");
+  CHECK_SAYS(with("copy 10 : a", "cpy 10 : a"), "'cpy' is no fact of a machine");
+  CHECK_SAYS(with("copy 10 : a", "peak 10 : a"), "peak stands twice");
+  CHECK_SAYS(with("inside 1 20", "inside 1"), "inside takes 2 numbers");
+  CHECK_SAYS(with("product 512 0.9 : a", ""), "rates of two products");
+  CHECK_SAYS(with("product 512", "product 32"), "ascending order");
+  CHECK_SAYS(read_machine("no such file"), "there is no machine and no file 'no such file'");
+}
+
+int main(int argc, char** argv) { return run_tests(argc, argv); }
