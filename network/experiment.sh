@@ -4,8 +4,8 @@
 # table of how many times slower a step is than over the fast link.
 #   network/experiment.sh [LAYOUT]...   only these layouts (names of the table)
 #   STEPS=4   steps of each cell, of which the first does not count
-# The cells of a layout take turns over the links, so that what else the machine does meets all of
-# them alike. Writes build/network/cells.tsv: nodes' ranks, link, layout, ms, slowdown, bytes that
+# The cells of a layout take turns over the links, so that what else the machine does meets all
+# alike. Writes build/network/cells.tsv: nodes' ranks, link, layout, ms, slowdown, bytes that
 # rank 0 sends a step by its ledger, and by the count of its node's device.
 set -u
 cd "$(dirname "$0")/.."
@@ -33,7 +33,7 @@ mkdir -p $out
 rm -f $out/failed-*
 model="--model tiny --layers 8 --width 256 --batch 16 --dtype f32 --seed 1 --data README.md"
 
-# layouts RANKS: NAME OPTIONS; of mixed ones the right way round, and with ranks spread the wrong one
+# layouts RANKS: NAME OPTIONS; mixed ones the right way round, and with ranks spread the wrong one
 layouts() {
   local n=$1 micro="--microbatch 2"
   row() { printf '%s\t%s\n' "$1" "${*:2}"; }
@@ -68,7 +68,8 @@ cell() {
   before=$($nodes sent 1)
   # shellcheck disable=SC2086
   timeout -k 5 300 $nodes run -n "$ranks" $spread build/train_gpt $model --steps "$steps" "$@" \
-    --metrics "$metrics" >"$dir/out" 2>&1 </dev/null || {
+    --metrics "$metrics" >"$dir/out" 2>&1 </dev/null &
+  wait $! || { # (in the background, so that a signal need not wait for it)
     cp "$dir/out" "$out/failed-$ranks-$link-$name.txt"
     printf ' FAILED over %s (%s)' "$link" "$out/failed-$ranks-$link-$name.txt"
     failed=1
@@ -77,7 +78,7 @@ cell() {
   after=$($nodes sent 1)
   local ms ledger
   ms=$(sed -n 's/.*"step_ms":\([0-9.]*\).*/\1/p' "$metrics" | tail -n +2 | sort -n \
-    | awk '{ ms[NR] = $1 } END { printf "%.1f", (ms[int((NR + 1) / 2)] + ms[int(NR / 2) + 1]) / 2 }')
+    | awk '{ x[NR] = $1 } END { printf "%.1f", (x[int((NR + 1) / 2)] + x[int(NR / 2 + 1)]) / 2 }')
   ledger=$(grep -o '"traffic".*' "$metrics" | tr '{' '\n' | grep '"rank":0,' \
     | grep -o '"bytes":[0-9]*' | awk -F: -v n="$steps" '{ s += $2 } END { printf "%.0f", s / n }')
   # the program looks at the last update with one more forward and backward
