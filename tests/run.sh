@@ -125,6 +125,7 @@ for backend in "$@"; do
   run "ranks that die, stop and refuse" tests/test_failures.sh
   run "what the machine gives or forbids" tests/test_environment.sh
   run "several nodes" tests/test_network.sh
+  run "the planner from outside" tests/test_plan.sh
 done
 
 lanes
