@@ -1,7 +1,9 @@
 // show_plan.cpp: which layout trains a model fastest on a cluster, and why. Needs no GPU, no MPI.
 //
 //   build/plan --model gpt2-xl --nodes 4 --devices 8 --machine h100 --batch 512
-//   build/plan --model gpt2 --devices 2 --machine lab.txt --layout --tp 2 --json
+//   build/plan --model gpt2 --devices 2 --machine lab.txt --memory 8000 --layout --tp 2 --json
+//   build/plan --model gpt2-xl --decode
+//   build/plan --map when_to_use_what.svg
 //
 // idea      The options are those of train_gpt. What is given is fixed, and all of the rest is
 //           tried; with --layout nothing is tried.
