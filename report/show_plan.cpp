@@ -1,7 +1,9 @@
 // show_plan.cpp: which layout trains a model fastest on a cluster, and why. Needs no GPU, no MPI.
 //
 //   build/plan --model gpt2-xl --nodes 4 --devices 8 --machine h100 --batch 512
-//   build/plan --model gpt2 --devices 2 --machine lab.txt --layout --tp 2 --json
+//   build/plan --model gpt2 --devices 2 --machine lab.txt --memory 8000 --layout --tp 2 --json
+//   build/plan --model gpt2-xl --decode
+//   build/plan --map when_to_use_what.svg
 //
 // idea      The options are those of train_gpt. What is given is fixed, and all of the rest is
 //           tried; with --layout nothing is tried.
@@ -10,6 +12,8 @@
 #include <nlohmann/json.hpp>
 
 #include "launch/options.h"
+#include "report/draw_map.h"
+#include "support/files.h"
 #include "theory/plan.h"
 
 using Json = nlohmann::ordered_json;
@@ -19,6 +23,7 @@ namespace {
 struct PlanOptions : Options {
   std::string machine = "a100-80g", profile = "threefold";
   int64_t nodes = 1, devices = 8, memory = 0, top = 10, sequences = 1;
+  std::string map;
   bool layout_only = false, json = false, decode = false;
 };
 
@@ -69,6 +74,8 @@ OptionTable table(PlanOptions& o) {
            {"top", "N", whole(&o.top, 1, 1000), "how many layouts to show"},
            {"decode", "", flag(&o.decode), "instead: the time per token of inference, by tp"},
            {"sequences", "N", whole(&o.sequences, 1, 1'000'000), "with --decode: at once"},
+           {"map", "FILE.svg", text(&o.map),
+            "instead: draw when to use what, by size of model and number of devices", "none"},
            {"json", "", flag(&o.json), "as one JSON object"},
            {"help", "", flag(&o.help), "print this"},
        }}};
@@ -186,7 +193,7 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
   Json rows = Json::array();
   if (!o.json) printf("  tp  ms a token   weights     cache   kernels      sums    stages\n");
   for (int64_t tp = 1; tp <= std::min(o.nodes * o.devices, config.kv()); tp++) {
-    if (config.kv() % tp || (o.layout["tp"] > 0 && o.layout["tp"] != tp)) continue;
+    if (o.nodes * o.devices % tp || (o.layout["tp"] > 0 && o.layout["tp"] != tp)) continue;
     const Layout layout{{"pp", std::max<int64_t>(o.layout["pp"], 1)}, {"tp", tp}};
     const DecodePrediction d =
         predict_decoding(cluster, config, layout, o.sequences, config.context / 2);
@@ -305,7 +312,8 @@ int main(int argc, char** argv) {
                              "brackets: what holds without the option.]",
                              table(defaults))
                        .c_str());
-    else show(o);
+    else if (o.map.empty()) show(o);
+    else write_file(o.map, draw_map(read_machine(o.machine), profile_named(o.profile), 1.25e9));
     check_printed();
   } catch (const std::exception& e) {
     fprintf(stderr, "plan: %s\n", words_of(e).c_str());

@@ -59,9 +59,9 @@ for run in range(40):
         words += ["--recompute"]
     words = [str(word) for word in words]
     metrics = f"{sys.argv[1]}/{run}.jsonl"
-    mpiexec = [os.environ.get("MPIEXEC", "mpiexec"), "-n", str(ranks)]
-    done = subprocess.run(mpiexec + ["build/cpu/train_gpt", "--steps", "1", "--metrics", metrics]
-                          + words, capture_output=True, text=True, timeout=100)
+    start = [os.environ.get("MPIEXEC", "mpiexec"), "-n", str(ranks), "build/cpu/train_gpt"]
+    done = subprocess.run(start + ["--steps", "1", "--metrics", metrics] + words,
+                          capture_output=True, text=True, timeout=100)
     planned = subprocess.run(["build/cpu/plan", "--layout", "--json", "--devices", str(ranks)]
                              + words, capture_output=True, text=True)
     if done.returncode or planned.returncode:
