@@ -22,13 +22,13 @@ void Param::initialise(const Tensor& x, uint64_t seed, int64_t first) const {
 
 void separate_uses(Param& p) {
   p.grad_of_head = Tensor(p.local_shape(), p.grad.dtype(), Memory::gradients);
-  fill(p.grad_of_head, 0);
+  p.fresh_of_head = true;
 }
 
 void join_uses(Param& p) {
   if (p.grad_of_head.empty()) return;
   add(p.grad, p.grad, p.grad_of_head);
-  fill(p.grad_of_head, 0);
+  p.fresh_of_head = true;
 }
 
 // ---- the tape
@@ -100,10 +100,13 @@ Tokens::Tokens(int64_t B, int64_t length, const Positions& places, std::vector<i
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
   Var x{activation({tokens.B * tokens.T, wte.value.dim(1)}, wte.value.dtype())};
   embedding_forward(x.value, tokens.inputs, wte.value, wpe.value, tokens.T, tokens.positions);
-  tape.push([tokens, &wte, &wpe, dx = x.grad] {
-    embedding_backward(wte.grad, wpe.grad, take(dx), tokens.inputs, tokens.order, tokens.places);
-  });
+  tape.push([tokens, &wte, &wpe, dx = x.grad] { embedding_backward(wte, wpe, take(dx), tokens); });
   return x;
+}
+
+void embedding_backward(Param& wte, Param& wpe, const Tensor& dx, const Tokens& tokens) {
+  for (Param* p : {&wte, &wpe}) p->clear_if_fresh();  // not every row is written
+  embedding_backward(wte.grad, wpe.grad, dx, tokens.inputs, tokens.order, tokens.places);
 }
 
 // ---- matrix products
@@ -120,9 +123,10 @@ Tensor as_matrix(const Tensor& w) { return w.view({w.dim(0), w.numel() / w.dim(0
 
 void weight_backward(Param& w, bool transposed, Param* bias, const Tensor& x, const Tensor& dy) {
   const Tensor dw = as_matrix(w.grad_of(transposed));
-  if (transposed) product(dw, dy, true, x, false, 1);  // dw += dy^T x
-  else product(dw, x, true, dy, false, 1);             // dw += x^T dy
-  if (bias) bias_backward(bias->grad.view({dy.dim(1)}), dy);
+  const double beta = w.adds(transposed);
+  if (transposed) product(dw, dy, true, x, false, beta);  // dw += dy^T x
+  else product(dw, x, true, dy, false, beta);             // dw += x^T dy
+  if (bias) bias_backward(bias->grad.view({dy.dim(1)}), dy, bias->adds());
 }
 
 Var linear(Tape& tape, const Var& x, Param& w, Param* bias, bool transposed) {
@@ -154,7 +158,9 @@ static void push_layernorm(Tape& tape, const Var& x, const Var& y, const Tensor&
     // The gradient that x already has joins in the same pass.
     const Tensor dy = take(dy_slot), residual = std::move(*dx);
     const Tensor d = residual.empty() ? like(x) : writable(residual);
-    layernorm_backward(d, gain.grad, bias.grad, dy, residual, x, mean, rstd, gain.value);
+    const bool adds = gain.adds();
+    ASSERT(bias.adds() == adds);
+    layernorm_backward(d, gain.grad, bias.grad, dy, residual, x, mean, rstd, gain.value, adds);
     *dx = d;
   });
 }

@@ -146,8 +146,9 @@ Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w, Pa
     product(d, all_dy, false, w.value, true, 0);
     accumulate(dx, std::move(d));
     tape.weight_gradient([&w, &bias, x, dy, all_dy] {
-      product(w.grad, x, true, all_dy, false, 1);
-      bias_backward(bias.grad, dy);  // of this rank's rows: see sum_partial_gradients
+      weight_backward(w, false, nullptr, x, all_dy);
+      // of this rank's rows: see sum_partial_gradients
+      bias_backward(bias.grad, dy, bias.adds());
     });
   });
   return y;
@@ -170,7 +171,7 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
     const Tensor d = take(dx);
     const Tensor all_d = gather(d, R);
     // of its rows of wte; of all of wpe, on every rank
-    embedding_backward(wte.grad, wpe.grad, all_d, tokens.inputs, tokens.order, tokens.places);
+    embedding_backward(wte, wpe, all_d, tokens);
   });
   return x;
 }

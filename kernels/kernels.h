@@ -35,8 +35,8 @@ constexpr int64_t kMatvecRows = 8;
 // y (m,N) = x (m,K) w, w (K,N) or, transposed, (N,K); m at most kMatvecRows. All of one dtype; sums
 // in acc(T)
 void matvec(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed);
-// dbias (N) += column sums of dy (R,N): ones times dy
-void bias_backward(const Tensor& dbias, const Tensor& dy);
+// dbias (N) += column sums of dy (R,N): ones times dy. Without `add`, `=`: dbias is not read.
+void bias_backward(const Tensor& dbias, const Tensor& dy, bool add = true);
 
 // ---- layernorm.cu   eps = 1e-5
 
@@ -48,10 +48,11 @@ void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mea
                            const Tensor& rstd, const Tensor& x, const Tensor& h, const Tensor& gain,
                            const Tensor& bias);
 // dx (R,C) = residual + d layernorm / dx;  dgain, dbias (C) +=
-// residual (R,C) may be empty (0), and may be dx itself (in place)
+// residual (R,C) may be empty (0), and may be dx itself (in place); `add`: see bias_backward
 void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbias,
                         const Tensor& dy, const Tensor& residual, const Tensor& x,
-                        const Tensor& mean, const Tensor& rstd, const Tensor& gain);
+                        const Tensor& mean, const Tensor& rstd, const Tensor& gain,
+                        bool add = true);
 
 // ---- elementwise.cu
 

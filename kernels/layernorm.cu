@@ -173,7 +173,7 @@ void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mea
 
 void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbias,
                         const Tensor& dy, const Tensor& residual, const Tensor& x,
-                        const Tensor& mean, const Tensor& rstd, const Tensor& gain) {
+                        const Tensor& mean, const Tensor& rstd, const Tensor& gain, bool add) {
   const int64_t C = gain.numel(), R = mean.numel();
   ASSERT(dx.numel() == R * C && dy.numel() == R * C && x.numel() == R * C && rstd.numel() == R);
   ASSERT(dgain.numel() == C && dbias.numel() == C &&
@@ -181,21 +181,21 @@ void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbi
   ASSERT(dx.dtype() == x.dtype() && dy.dtype() == x.dtype() && gain.dtype() == x.dtype());
   ASSERT(residual.empty() || residual.dtype() == x.dtype());
   ASSERT(mean.dtype() == master_dtype(x.dtype()) && rstd.dtype() == mean.dtype());
-  if (!R) return;
   const Tensor dgains({row_chunks(R), C}, mean.dtype(), Memory::workspace),
       dbiases({row_chunks(R), C}, mean.dtype(), Memory::workspace);
   const int64_t bytes = 2 * C * int64_t(size_of(mean.dtype()));
   REQUIRE(bytes + kStaticBytes <= device().block_memory, "the layernorm of ", C, " channels keeps ",
           bytes, " bytes of sums in a block, and ", device().name, " has room for ",
           device().block_memory - kStaticBytes);
-  DISPATCH_PACKS(x.dtype(), in_packs(C, {&dx, &dy, &residual, &x, &gain}), using A = acc_t<T>;
-                 const auto kernel =
-                     residual.empty() ? backward_kernel<T, N, false> : backward_kernel<T, N, true>;
-                 if (bytes > kSharedBytes) allow_shared(kernel, bytes);
-                 kernel<<<unsigned(dgains.dim(0)), kBackwardThreads, bytes, device().compute>>>(
-                     dx.data<T>(), dgains.data<A>(), dbiases.data<A>(), dy.data<T>(),
-                     residual.empty() ? nullptr : residual.data<T>(), x.data<T>(), mean.data<A>(),
-                     rstd.data<A>(), gain.data<T>(), R, int(C)));
-  bias_backward(dgain, dgains);
-  bias_backward(dbias, dbiases);
+  if (R)
+    DISPATCH_PACKS(x.dtype(), in_packs(C, {&dx, &dy, &residual, &x, &gain}), using A = acc_t<T>;
+                   const auto kernel = residual.empty() ? backward_kernel<T, N, false>
+                                                        : backward_kernel<T, N, true>;
+                   if (bytes > kSharedBytes) allow_shared(kernel, bytes);
+                   kernel<<<unsigned(dgains.dim(0)), kBackwardThreads, bytes, device().compute>>>(
+                       dx.data<T>(), dgains.data<A>(), dbiases.data<A>(), dy.data<T>(),
+                       residual.empty() ? nullptr : residual.data<T>(), x.data<T>(), mean.data<A>(),
+                       rstd.data<A>(), gain.data<T>(), R, int(C)));
+  bias_backward(dgain, dgains, add);
+  bias_backward(dbias, dbiases, add);
 }

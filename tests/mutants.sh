@@ -134,8 +134,25 @@ mutant faults the_weights_are_gathered_once_for_all_steps \
   's/  for \(auto& \[number, u\] : units_\) reshard\(u\);.*//' \
   2 immediate test_fsdp $parity
 mutant faults only_the_last_micro_batch_counts \
-  fsdp.cpp 's/  add\(u.shard_grad, u.shard_grad, u.shard_of/  copy(u.shard_grad, u.shard_of/' \
+  fsdp.cpp 's/add\(u.shard_grad, u.shard_grad, mine/copy(u.shard_grad, mine/' \
   2 immediate test_fsdp $parity
+mutant faults the_first_writer_of_a_gradient_adds \
+  autograd.cpp 's/beta = w.adds\(transposed\)/beta = (w.adds(transposed), 1)/' \
+  2 immediate test_fsdp $parity
+mutant faults a_gradient_stays_fresh \
+  autograd.cpp 's/dy, bias->adds\(\)/dy, !bias->fresh/' 2 immediate test_fsdp $parity
+mutant faults a_head_s_gradient_is_not_fresh_again \
+  autograd.cpp '/^  add\(p.grad, p.grad/,/fresh_of_head/{/fresh_of_head/d}' \
+  1 immediate test_fsdp $parity
+mutant faults embeddings_are_added_to_what_was_there \
+  autograd.cpp '/clear_if_fresh/d' 2 immediate test_fsdp $parity
+mutant faults the_first_micro_batch_is_added_to_the_last_step_s_sum \
+  fsdp.cpp 's/if \(std::exchange\(u.fresh, false\)\) copy.*/if (false) {}/' \
+  2 immediate test_fsdp $parity
+mutant faults what_nobody_wrote_is_summed \
+  fsdp.cpp '/clear_if_fresh/d' 4 queued test_pipeline $parity_pp
+mutant faults padding_of_a_gradient_is_not_cleared \
+  fsdp.cpp '/no writer clears the padding/d' 2 queued test_fsdp $parity
 mutant faults a_unit_is_unsharded_once_too_often \
   fsdp.cpp 's/  if \(!backward_is_next\) reshard/  (void)backward_is_next; reshard/' \
   2 immediate test_fsdp $formulas

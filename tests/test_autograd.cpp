@@ -414,6 +414,39 @@ TEST(gradients_are_overwritten_in_place_only_when_nobody_holds_them) {
   measured("gelu, add, residual and layernorm");
 }
 
+TEST(the_first_writer_overwrites_a_fresh_gradient_and_the_next_adds) {
+  Param wte = random_param("wte", {7, 6}, 1), wpe = random_param("wpe", {5, 6}, 2),
+        gain = random_param("gain", {6}, 3), bias = random_param("bias", {6}, 4),
+        w = random_param("w", {6, 6}, 5), b = random_param("b", {6}, 6);
+  const std::vector<Param*> params = {&wte, &wpe, &gain, &bias, &w, &b};
+  const Tokens tokens(1, 3, {4, 0, 4}, {1, 2, 3});  // not every row of wte and wpe
+  const auto gradients = [&](bool fresh, bool separate, int uses) {
+    for (Param* p : params) fill(p->grad, fresh ? NAN : 0), p->fresh = fresh;
+    if (separate) separate_uses(wte), fill(wte.grad_of_head, NAN);
+    const Tensor total({1}, Dtype::f64, Memory::workspace);
+    for (int i = 0; i < uses; i++) {
+      Tape tape;
+      const Var x = layernorm(tape, embedding(tape, tokens, wte, wpe), gain, bias);
+      const Var y = linear(tape, x, w, &b);
+      cross_entropy(tape, linear(tape, y, wte, nullptr, true), tokens.targets, 7, 1, total);
+      tape.backward();
+    }
+    join_uses(wte);
+    wte.grad_of_head = Tensor();
+    std::vector<double> all;
+    for (Param* p : params)
+      for (double v : download(p->grad)) all.push_back(v);
+    return all;
+  };
+  for (bool separate : {false, true})
+    for (int uses : {1, 3}) {
+      const std::vector<double> cleared = gradients(false, separate, uses),
+                                fresh = gradients(true, separate, uses);
+      CHECK(fresh == cleared, "they differ, ", uses, " uses");
+    }
+  measured("6 parameters, one of them tied, 1 and 3 times");
+}
+
 TEST(deferred_weight_gradients_wait_for_their_turn) {
   Param w = random_param("w", {6, 5}, 2), bias = random_param("bias", {5}, 3);
   std::deque<std::function<void()>> deferred;
