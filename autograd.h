@@ -137,20 +137,23 @@ struct Tokens {
 // c = op(a) op(b) + beta c, of whole matrices: what the linear layers are made of
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta);
 Tensor as_matrix(const Tensor& w);  // (K,3,C) is (K,3C)
-// The gradients of w and bias in linear() below, from its input x and its output's gradient dy:
-// added to those that are there
-void weight_backward(Param& w, bool transposed, Param* bias, const Tensor& x, const Tensor& dy);
+// The gradient of w in linear() below, from its input x and its output's gradient dy: added to that
+// which is there
+void weight_backward(Param& w, bool transposed, const Tensor& x, const Tensor& dy);
 // Those of embedding(), which scatters rows
 void embedding_backward(Param& wte, Param& wpe, const Tensor& dx, const Tokens& tokens);
 
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
-// x (R,K) w (K,N) [+ bias (N)], or x w^T with w (N,K)
-Var linear(Tape& tape, const Var& x, Param& w, Param* bias, bool transposed = false);
+// x (R,K) w (K,N), or x w^T with w (N,K). The bias (N) is added by the op that reads the result, in
+// the pass that it makes anyway: an argument of those below.
+Var linear(Tape& tape, const Var& x, Param& w, bool transposed = false);
+Var add_bias(Tape& tape, const Var& x, Param& bias);  // in place, where no such op follows
 Var layernorm(Tape& tape, const Var& x, Param& gain, Param& bias);
-// {x + h, layernorm(x + h)}
-std::pair<Var, Var> add_layernorm(Tape& tape, const Var& x, const Var& h, Param& gain, Param& bias);
-Var gelu(Tape& tape, const Var& x);
-Var add(Tape& tape, const Var& a, const Var& b);
+// sum = x + (h + h_bias); {sum, layernorm(sum)}
+std::pair<Var, Var> add_layernorm(Tape& tape, const Var& x, const Var& h, Param& h_bias,
+                                  Param& gain, Param& bias);
+Var gelu(Tape& tape, const Var& x, Param* bias = nullptr);               // gelu(x + bias)
+Var add(Tape& tape, const Var& a, const Var& b, Param* bias = nullptr);  // a + (b + bias)
 Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, AttentionKind kind);
 // total (1) f64 += scale * the sum of the rows' losses over their first V columns. Takes `logits`:
 // when recording, they become their gradient in place.
