@@ -1,6 +1,7 @@
 # Threefold: `make` lists what there is. Everything that is built lives in build/<backend>/.
 #   launch/launch.mk    which backend, what has to be installed, make run
 #   cpu/cpu.mk          what stands in for CUDA and NCCL
+#   network/network.mk  several nodes on one machine
 #   tests/tests.mk      tests, benchmarks and checks
 #   `##` begins what help shows
 
@@ -84,7 +85,7 @@ $(B)/comm-mpi/%: $$(main) $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
 .PHONY: help build built clean
 help:
 	@echo 'Threefold ($(BACKEND) backend)$(if $(WHY),; no GPU is used: $(WHY))'
-	@sed -nE 's/^([a-z].*)?## /  /p' launch/launch.mk Makefile tests/tests.mk
+	@sed -nE 's/^([a-z].*)?## /  /p' launch/launch.mk Makefile network/network.mk tests/tests.mk
 	@tests/size.sh | sed 's/^/  /'
 
 build: $(PROGRAMS:%=$(B)$(WHERE)/%)  ## make build               compile the programs into build/
@@ -93,6 +94,7 @@ build: $(PROGRAMS:%=$(B)$(WHERE)/%)  ## make build               compile the pro
 built:  # for those who type no -j
 	@$(MAKE) --no-print-directory -j$(THREADS) build
 
+include network/network.mk
 include tests/tests.mk
 
 clean:  ## make clean               remove build/

@@ -7,6 +7,8 @@
 // test      tests/test_autograd.cpp, tests/test_golden.cpp
 #include "autograd.h"
 
+#include <span>
+
 // ---- parameters
 
 Shape Param::local_shape() const {
@@ -79,22 +81,29 @@ Tensor take(const std::shared_ptr<Tensor>& grad) {
 Tokens::Tokens(int64_t B, int64_t length, const Positions& places, std::vector<int> in,
                std::vector<int> out, Range vocabulary)
     : B(B), T(places.rows()), length(length), places(places) {
-  ASSERT(int64_t(in.size()) == B * T && in.size() == out.size());
+  for (const std::vector<int>* tokens : {&in, &out})
+    ASSERT(tokens->empty() || int64_t(tokens->size()) == B * T);
   for (std::vector<int>* tokens : {&in, &out})
     for (int& t : *tokens)
       t = t >= vocabulary.begin && t < vocabulary.end ? t - int(vocabulary.begin) : -1;
-  const auto to_device = [](const std::vector<int>& host) {
-    Tensor t({int64_t(host.size())}, Dtype::i32, Memory::data);
-    upload(t, host.data());
-    return t;
+  const std::vector<int> sorted = sort_rows(in);
+  std::vector<int> at, all;
+  for (int64_t row = 0; T < length && row < int64_t(in.size()); row++)
+    at.push_back(int(places[row % T]));
+  for (const auto& part : {std::span<const int>(in), {out}, {sorted}, {at}})
+    all.insert(all.end(), part.begin(), part.end());
+  if (all.empty()) return;
+  const Tensor whole({int64_t(all.size())}, Dtype::i32, Memory::data);
+  upload(whole, all.data());
+  int64_t begin = 0;
+  const auto next = [&](const std::vector<int>& part) {
+    begin += int64_t(part.size());
+    return whole.part(begin - int64_t(part.size()), {int64_t(part.size())});
   };
-  inputs = to_device(in);
-  targets = to_device(out);
-  order = to_device(sort_rows(in));
-  if (T == length) return;
-  std::vector<int> at;
-  for (int64_t row = 0; row < B * T; row++) at.push_back(int(places[row % T]));
-  positions = to_device(at);
+  inputs = next(in);
+  targets = next(out);
+  order = next(sorted);
+  if (!at.empty()) positions = next(at);
 }
 
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {

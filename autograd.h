@@ -124,8 +124,9 @@ struct Tokens {
   Tensor positions;        // (R) i32, of every row; empty: row % T
   int64_t only_row = -1;   // the head makes logits of this row alone; -1: of every row
   Tokens() = default;
-  // B sequences of `length` tokens, of which those at `places` are here. Tokens outside this rank's
-  // part of the vocabulary become -1, the others count from its begin.
+  // B sequences of `length` tokens, of which those at `places` are here, in one upload. Tokens
+  // outside this rank's part of the vocabulary become -1, the others count from its begin. Inputs,
+  // which the embedding reads, or targets, which the loss does, may be left out.
   Tokens(int64_t B, int64_t length, const Positions& places, std::vector<int> inputs,
          std::vector<int> targets, Range vocabulary);
   // all of their tokens

@@ -4,35 +4,21 @@
 
 #include <sched.h>
 
-#include <deque>
-
 // ---- time
 
-static std::deque<TimedWork> timed_blocks;  // reused by every step
-static size_t blocks_of_step = 0;
-static bool timing = false;
-
-Timed::Timed(cudaStream_t queue) : queue_(queue), work_(nullptr) {
-  if (!timing) return;
-  if (blocks_of_step == timed_blocks.size()) timed_blocks.emplace_back();
-  work_ = &timed_blocks[blocks_of_step++];
-  work_->begin.record(queue);
+Timed::Timed(cudaStream_t queue) : queue_(queue), timed_(op_times.times(OpTimes::collectives)) {
+  if (timed_) op_times.begin(queue, true)->work = {"receive"};
 }
 
 Timed::~Timed() {
-  if (work_) error_of([this] { work_->end.record(queue_); });  // the next call says what is wrong
+  if (timed_) op_times.end(queue_);
 }
 
-void start_timing() {
-  timing = true;
-  blocks_of_step = 0;
-}
-
-double end_timing(cudaStream_t queue) {
-  timing = false;
-  CUDA_CHECK(cudaStreamSynchronize(queue));
+double communicated() {
   double seconds = 0;
-  for (size_t i = 0; i < blocks_of_step; i++) seconds += timed_blocks[i].seconds();
+  op_times.each([&](const OpTimes::Op& op) {
+    if (op.collective) seconds += op.seconds();
+  });
   return seconds;
 }
 
@@ -128,7 +114,11 @@ Mesh open_mesh(const Layout& layout) {
   MPI_Comm_size(MPI_COMM_WORLD, &ranks);
   check_ranks(layout, ranks);
   Mesh m(layout, rank);
-  CUDA_CHECK(cudaStreamCreateWithFlags(&m.stream, cudaStreamNonBlocking));
+  // What others wait for goes first: between two kernels of the compute stream that fill the device
+  // a collective would otherwise wait until the second has no block left to start.
+  int lowest, highest;
+  CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
+  CUDA_CHECK(cudaStreamCreateWithPriority(&m.stream, cudaStreamNonBlocking, highest));
   if (ranks == 1) return m;
 
   ncclUniqueId id;
@@ -151,7 +141,6 @@ Axis join(Mesh& m, AxisName slowest, AxisName fastest) {
 }
 
 void close_mesh(Mesh& m) {
-  timed_blocks.clear();  // their events belong to the device
   if (m.stream) CUDA_CHECK(cudaStreamSynchronize(m.stream));
   for (const Axis& axis : m.every_axis())
     if (axis.comm) NCCL_CHECK(ncclCommDestroy(axis.comm));
@@ -210,6 +199,10 @@ const char* name_of(Traffic t) {
 void Ledger::enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls) {
   // what a bandwidth-optimal algorithm sends, in n-ths of the buffer, by collective
   const int64_t n = axis.size, parts[] = {2 * (n - 1), n - 1, n - 1, n, n};
+  if (OpTimes::Op* op = op_times.open()) {
+    op->work.name = sentence(name_of(c), " (", axis.name, ")");
+    op->work.bytes += double(calls * parts[int(c)] * bytes / n);
+  }
   Row& row = rows[{axis.name, c, purpose}];
   row.calls += calls;
   row.numerator += calls * parts[int(c)] * bytes;

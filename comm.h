@@ -21,7 +21,6 @@
 
 #include <array>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <map>
 #include <string>
@@ -139,8 +138,8 @@ class Finished {
 
 // ---- time
 
-// How long the communication queue is busy in a step, waiting for other ranks included: a block
-// that begins with `const Timed timed(queue);` has an event on the queue before and one after it.
+// A block that begins with `const Timed timed(queue);` is timed as one op (tensor.h) on the queue,
+// waiting for other ranks included. The ledger's lines in it name it; without one it only receives.
 class Timed {
  public:
   explicit Timed(cudaStream_t queue);
@@ -149,11 +148,11 @@ class Timed {
 
  private:
   cudaStream_t queue_;
-  TimedWork* work_;
+  bool timed_;
 };
-void start_timing();  // until then, and after end_timing, nothing is timed
-// seconds in all blocks since start_timing; waits for the queue
-double end_timing(cudaStream_t queue);
+// How long the queue was busy in all blocks that were timed, in seconds; the host has waited for
+// them.
+double communicated();
 
 // ---- the ledger
 

@@ -21,8 +21,11 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   const int64_t C = g.width;
   const float std = 0.02f, residual_std = 0.02f / std::sqrt(2.0f * g.layers);
   const std::string h = "h." + std::to_string(layer) + ".";
-  const Range heads = tp.part(g.heads), hidden = tp.part(4 * C);
-  const Range channels{heads.begin * (C / g.heads), heads.end * (C / g.heads)};  // whole heads
+  const int64_t F = g.hidden(), kv = g.kv(), group = C / kv;  // channels of queries that share keys
+  const Range heads = tp.part(kv), hidden = tp.part(F);
+  const Range channels{heads.begin * group, heads.end * group};  // whole heads
+  const bool shares_keys = kv < g.heads;
+  const Shape qkv = shares_keys ? Shape{kv, group + 2 * (C / g.heads)} : Shape{3, C};
   // of what sees only this rank's rows; the others are split by columns or by rows
   const auto vector = [&](const char* name, float value) {
     return tp.whole_with_partial_gradient(make(h + name, {C}, 0, value));
@@ -33,15 +36,17 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   return {
       .ln_1_weight = vector("ln_1.weight", 1),
       .ln_1_bias = vector("ln_1.bias", 0),
-      .c_attn_weight = split("attn.c_attn.weight", {C, 3, C}, std, 2, channels),
-      .c_attn_bias = split("attn.c_attn.bias", {3, C}, 0, 1, channels),
+      .c_attn_weight = split("attn.c_attn.weight", {C, qkv[0], qkv[1]}, std, shares_keys ? 1 : 2,
+                             shares_keys ? heads : channels),
+      .c_attn_bias =
+          split("attn.c_attn.bias", qkv, 0, shares_keys ? 0 : 1, shares_keys ? heads : channels),
       .attn_c_proj_weight = split("attn.c_proj.weight", {C, C}, residual_std, 0, channels),
       .attn_c_proj_bias = vector("attn.c_proj.bias", 0),
       .ln_2_weight = vector("ln_2.weight", 1),
       .ln_2_bias = vector("ln_2.bias", 0),
-      .c_fc_weight = split("mlp.c_fc.weight", {C, 4 * C}, std, 1, hidden),
-      .c_fc_bias = split("mlp.c_fc.bias", {4 * C}, 0, 0, hidden),
-      .mlp_c_proj_weight = split("mlp.c_proj.weight", {4 * C, C}, residual_std, 0, hidden),
+      .c_fc_weight = split("mlp.c_fc.weight", {C, F}, std, 1, hidden),
+      .c_fc_bias = split("mlp.c_fc.bias", {F}, 0, 0, hidden),
+      .mlp_c_proj_weight = split("mlp.c_proj.weight", {F, C}, residual_std, 0, hidden),
       .mlp_c_proj_bias = vector("mlp.c_proj.bias", 0),
   };
 }
@@ -54,7 +59,8 @@ std::vector<Param*> Block::params() {
 
 Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication, const Axis& cp)
     : config(g), tp(axis, communication, g.sequence_parallel), cp(cp, communication) {
-  ASSERT(g.width % g.heads == 0 && axis.size <= g.heads && axis.size <= g.vocab);
+  ASSERT(g.width % g.heads == 0 && g.heads % g.kv() == 0 && axis.size <= g.kv() &&
+         axis.size <= g.vocab);
   wte = tp.split(make("wte.weight", {g.vocab, g.width}, 0.02f), 0, tp.part(g.vocab));
   wte.padding = tp.padded_part(g.vocab) - tp.part(g.vocab).size();
   wpe = tp.whole(make("wpe.weight", {g.context, g.width}, 0.01f));
@@ -101,10 +107,16 @@ std::vector<Range> split_layers(int64_t layers, double head, int positions) {
   return ranges;
 }
 
+// that multiply: 12 C C in GPT-2
+static double weights_of_layer(const GptConfig& g) {
+  const double C = g.width;
+  return C * (2 * C + 2 * C * g.kv() / g.heads + 2.0 * g.hidden());
+}
+
 std::vector<ModelPiece> Gpt::pieces(int positions) const {
   // what the head costs: a layer's attention is 6 C T of its 6 (12 C C + C T): see flops_per_token
   const double C = config.width,
-               head_in_layers = config.vocab * C / (12 * C * C + C * config.context);
+               head_in_layers = config.vocab * C / (weights_of_layer(config) + C * config.context);
   std::vector<ModelPiece> all;
   for (const Range& r : split_layers(config.layers, head_in_layers, positions)) {
     // the embedding goes with the first layer, the head with the last
@@ -128,6 +140,7 @@ Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& toke
     return tp.head(tape, normed, row < 0 ? R : 1, wte);
   }
 
+  ASSERT(config.kv() == config.heads, "attention here has keys and values for every head");
   Block& b = blocks_[part.layer];
   const auto block = [=, this, &b, layer = part.layer](Tape& tape, const Var& x) {
     const Var normed = layernorm(tape, x, b.ln_1_weight, b.ln_1_bias);
@@ -148,12 +161,13 @@ Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& toke
 // ---- sizes
 
 int64_t parameter_count(const GptConfig& g) {
-  const int64_t C = g.width;
-  return (g.vocab + g.context) * C + g.layers * (12 * C * C + 13 * C) + 2 * C;
+  const int64_t C = g.width, F = g.hidden(), kv = C / g.heads * g.kv();
+  const int64_t layer = (C + 1) * (C + 2 * kv) + (C + 1) * C + (C + 1) * F + (F + 1) * C + 4 * C;
+  return (g.vocab + g.context) * C + g.layers * layer + 2 * C;
 }
 
 double flops_per_token(const GptConfig& g) {
-  const double C = g.width, multiplying = g.layers * 12 * C * C + g.vocab * C;
+  const double C = g.width, multiplying = g.layers * weights_of_layer(g) + g.vocab * C;
   // attention: 2 products, 2 flops, T/2 keys, x3 with the backward
   return 6 * multiplying + 6 * g.layers * C * g.context;
 }

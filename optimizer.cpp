@@ -9,6 +9,7 @@ UpdateTable update_table(const std::vector<Shard>& shards) {
   UpdateTable table;
   for (const Shard& s : shards) {
     const int64_t n = s.weights.numel(), count = (n + kPieceSize - 1) / kPieceSize;
+    table.elements += n;
     table.compute = (s.compute.empty() ? s.weights : s.compute).dtype();
     for (const Tensor* x : {&s.m, &s.v, &s.gradient})
       ASSERT(x->numel() == n && x->dtype() == s.weights.dtype());

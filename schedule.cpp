@@ -96,7 +96,7 @@ const ScheduleRow& schedule_row(const std::string& name) {
 // What a stage computes, in order. A code is a letter of Phases, with or without a digit. Without
 // one, codes take the chunks in turn: p micro-batches walk through chunk 0, then through chunk 1,
 // ...; then the next p; backwards begin with the last chunk.
-static std::vector<Action> computations(const Schedule& s, int stage) {
+std::vector<Action> computations(const Schedule& s, int stage) {
   const int p = s.stages, V = s.chunks;
   std::vector<Action> order;
   std::map<std::string, int> done;  // of each code

@@ -140,6 +140,9 @@ std::vector<std::string> schedule_names();
 // Refuses what a schedule does not allow with a sentence. chunks 0: as many as the row says.
 Schedule make_schedule(const std::string& name, int stages, int microbatches, int chunks = 0);
 
+// What a stage computes, in order: its list without exchanges. Of the schedule it needs no actions.
+std::vector<Action> computations(const Schedule& s, int stage);
+
 // How a computation's input comes to its stage, or how its result leaves (send): its position plus
 // or minus one gives the peer, which is the stage itself where it hands over in memory (the bottom
 // of the V, or one stage alone); that is no exchange. Nothing at the ends of the model and for

@@ -78,13 +78,53 @@ Device& open_device(int ordinal, int64_t memory_limit_bytes) {
 
 Device& device() { return opened ? *opened : open_device(0, 0); }
 
+// Pinned host memory, which copies read and write while the host goes on.
+struct Staged {
+  void* data = nullptr;
+  Event free;  // once it is reached another copy may use the memory
+  Staged() { CUDA_CHECK(cudaMallocHost(&data, kBytes)); }
+  ~Staged() { cudaFreeHost(data); }
+  static constexpr int64_t kBytes = 1 << 20;
+};
+static std::deque<Staged> staging;
+
+static Staged& stage() {
+  for (Staged& s : staging)
+    if (s.free.reached()) return s;
+  return staging.emplace_back();
+}
+
 void close_device() {
   if (!opened) return;
   synchronize();
+  staging.clear();
+  op_times.clear();
   cublasDestroy(opened->blas);
   cudaEventDestroy(opened->place);
   cudaStreamDestroy(opened->compute);
   opened.reset();
+}
+
+// ---- what a step is made of
+
+OpTimes op_times;
+
+void OpTimes::start(What what) {
+  what_ = what;
+  count_ = 0;
+}
+
+OpTimes::Op* OpTimes::begin(cudaStream_t stream, bool collective) {
+  if (count_ == ops_.size()) ops_.emplace_back();
+  open_ = &ops_[count_++];
+  open_->collective = collective;
+  open_->begin.record(stream);
+  return open_;
+}
+
+void OpTimes::end(cudaStream_t stream) {
+  error_of([&] { open_->end.record(stream); });  // the next call says what is wrong
+  open_ = nullptr;
 }
 
 void synchronize() { CUDA_CHECK(cudaStreamSynchronize(device().compute)); }
@@ -206,6 +246,7 @@ template <class T> __global__ void __launch_bounds__(256)
 // ---- host side
 
 void fill(const Tensor& x, double value) {
+  OP("fill", bytes_of(x));
   const int64_t n = x.numel();
   if (!n) return;
   if (value == 0) {
@@ -217,6 +258,7 @@ void fill(const Tensor& x, double value) {
 }
 
 void copy(const Tensor& to, const Tensor& from) {
+  OP("copy", bytes_of(to, from));
   ASSERT(to.dtype() == from.dtype() && to.numel() == from.numel());
   CUDA_CHECK(cudaMemcpyAsync(to.raw(), from.raw(), to.bytes(), cudaMemcpyDeviceToDevice,
                              device().compute));
@@ -229,6 +271,7 @@ template <class U> static void cast_from(const Tensor& to, const Tensor& from) {
 }
 
 void cast(const Tensor& to, const Tensor& from) {
+  OP("cast", bytes_of(to, from));
   ASSERT(to.numel() == from.numel());
   if (!to.numel()) return;
   if (to.dtype() == from.dtype()) return copy(to, from);
@@ -236,18 +279,21 @@ void cast(const Tensor& to, const Tensor& from) {
 }
 
 void upload(const Tensor& to, const void* host) {
-  // The copy is asynchronous: what it reads stays until the stream has passed it.
-  const char* first = static_cast<const char*>(host);
-  auto* kept = new std::vector<char>(first, first + to.bytes());
-  CUDA_CHECK(cudaMemcpyAsync(to.raw(), kept->data(), kept->size(), cudaMemcpyHostToDevice,
-                             device().compute));
-  CUDA_CHECK(cudaLaunchHostFunc(
-      device().compute, [](void* p) { delete static_cast<std::vector<char>*>(p); }, kept));
+  OP("upload", bytes_of(to));
+  const bool small = to.bytes() <= Staged::kBytes;
+  Staged* const staged = small ? &stage() : nullptr;
+  if (small) host = memcpy(staged->data, host, to.bytes());
+  CUDA_CHECK(cudaMemcpyAsync(to.raw(), host, to.bytes(), cudaMemcpyHostToDevice, device().compute));
+  if (small) staged->free.record(device().compute);
+  else synchronize();
 }
 
 void download(const Tensor& x, void* host) {
-  CUDA_CHECK(cudaMemcpyAsync(host, x.raw(), x.bytes(), cudaMemcpyDeviceToHost, device().compute));
+  const bool small = x.bytes() <= Staged::kBytes;  // to memory that is not pinned a copy waits, too
+  void* const to = small ? stage().data : host;
+  CUDA_CHECK(cudaMemcpyAsync(to, x.raw(), x.bytes(), cudaMemcpyDeviceToHost, device().compute));
   synchronize();
+  if (small) memcpy(host, to, x.bytes());
 }
 
 static double wide(double x) { return x; }
@@ -269,6 +315,7 @@ std::vector<double> download(const Tensor& x) {
 
 void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float std, const Slice& slice,
                  int64_t first) {
+  OP("fill_random", bytes_of(x));
   const int64_t n = x.numel();
   ASSERT(first + n <= slice.outer * (slice.end - slice.begin) * slice.inner);
   if (!n) return;

@@ -16,6 +16,7 @@
 
 #include <array>
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <string>
 #include <vector>
@@ -130,6 +131,7 @@ class Event {  // a place in a stream that another stream can wait for
   Event& operator=(const Event&) = delete;
   void record(cudaStream_t stream) { CUDA_CHECK(cudaEventRecord(event_, stream)); }
   void make_wait(cudaStream_t stream) const { CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0)); }
+  bool reached() const { return cudaEventQuery(event_) == cudaSuccess; }
   double seconds_since(const Event& earlier) const {  // both timed, and reached
     float ms = 0;
     CUDA_CHECK(cudaEventElapsedTime(&ms, earlier.event_, event_));
@@ -145,14 +147,76 @@ struct TimedWork {
 };
 void make_wait(cudaStream_t stream, cudaStream_t other);  // for everything that is in `other` now
 
+// ---- what a step is made of
+// Each function that launches kernels says so in its first line, `OP("add", bytes_of(y, a, b));`,
+// and each block of collectives, `const Timed timed(queue);` (comm.h). Where these are timed, they
+// have an event before and one after them. An op inside another is a part of that one.
+
+struct Work {
+  std::string name;
+  // At least, whoever does it: read and written in memory, or sent to other ranks; and the
+  // floating-point operations of products.
+  double bytes = 0, flops = 0;
+};
+template <class... T> double bytes_of(const T&... x) {
+  return double(((x.empty() ? 0 : x.bytes()) + ...));
+}
+
+class OpTimes {  // of what has been timed since start()
+ public:
+  enum What { nothing, collectives, everything };
+  struct Op : TimedWork {
+    Work work;
+    bool collective;
+  };
+  void start(What what);
+  void stop() { what_ = nothing; }
+  bool times(What what) const { return what_ >= what && !open_; }
+  Op* begin(cudaStream_t stream, bool collective);
+  void end(cudaStream_t stream);
+  Op* open() const { return what_ == everything ? open_ : nullptr; }
+  // Calls visit(op) for each; the host has waited for their streams.
+  template <class Visit> void each(Visit visit) const {
+    for (size_t i = 0; i < count_; i++) visit(ops_[i]);
+  }
+  void clear() { ops_.clear(); }  // their events belong to the device
+
+ private:
+  What what_ = nothing;
+  Op* open_ = nullptr;
+  size_t count_ = 0;
+  std::deque<Op> ops_;  // their events are used again
+};
+extern OpTimes op_times;
+
+class TimedOp {
+ public:
+  template <class Describe> explicit TimedOp(Describe describe) {
+    if (op_times.times(OpTimes::everything)) begin(describe());
+  }
+  ~TimedOp() {
+    if (timed_) op_times.end(device().compute);
+  }
+  TimedOp(const TimedOp&) = delete;
+
+ private:
+  void begin(Work work) {
+    op_times.begin(device().compute, false)->work = std::move(work);
+    timed_ = true;
+  }
+  bool timed_ = false;
+};
+#define OP(...) const TimedOp timed_op_([&] { return Work{__VA_ARGS__}; })
+
 // ---- moving and filling; asynchronous on the compute stream unless said otherwise
 
 void fill(const Tensor& x, double value);
 void copy(const Tensor& to, const Tensor& from);  // same dtype and number of elements
 void cast(const Tensor& to, const Tensor& from);  // f32, bf16, f64, any to any
-void upload(const Tensor& to, const void* host);  // returns when `host` may be reused
-std::vector<double> download(const Tensor& x);    // waits; any dtype, widened
-void download(const Tensor& x, void* host);       // waits; the bytes as they are
+// returns when `host` may be reused; up to a MiB without waiting for the device
+void upload(const Tensor& to, const void* host);
+std::vector<double> download(const Tensor& x);  // waits; any dtype, widened
+void download(const Tensor& x, void* host);     // waits; the bytes as they are
 
 // Initial weights. Element i of the *global* parameter depends on (seed, parameter, i) alone, so
 // that every layout starts from the same bits: Philox-4x32-10 (Salmon et al., "Parallel random

@@ -10,37 +10,43 @@
 #include "inference/sampling.h"
 #include "inference/training_data.h"
 #include "launch/program.h"
+#include "report/profile.h"
 #include "report/report.h"
 #include "report/trace.h"
 
 // ---- a step
 
-static StepRecord train_step(const Options& o, const Dataset& data, const Mesh& mesh, Watch& watch,
-                             Trainer& trainer, Progress& progress, int64_t step) {
+using ReadBatch = std::function<Batch(int64_t step)>;
+
+// `batch` is of this step, then of the next one: it is read while the device computes.
+static StepRecord train_step(const Options& o, const Mesh& mesh, Watch& watch, Trainer& trainer,
+                             Progress& progress, Profile& profile, int64_t step, Batch& batch,
+                             const ReadBatch& read) {
   progress.start_step();
   watch.step(step);
   const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
   trainer.pipeline.timed = mesh["pp"].size > 1 && step == o.steps;
-  start_timing();
-  trainer.gradients([&](int64_t s) {
-    watch.progress();
-    return data.sequence(step, s, o.seed);
-  });
+  op_times.start(o.profile ? OpTimes::everything : OpTimes::collectives);
+  profile.host_begins();
+  trainer.gradients(batch);
   trainer.update(lr);
-  const double loss = trainer.loss(), norm = trainer.norm(), communicated = end_timing(mesh.stream);
+  profile.host_reads();
+  batch = read(step + 1);
+  profile.host_waits();
+  const auto [loss, norm] = trainer.results();
+  op_times.stop();
   REQUIRE(std::isfinite(loss) && std::isfinite(norm), "at step ", step, " the loss is ", loss,
           " and the gradient norm ", norm,
           ": training stops here; a smaller --lr or a longer --warmup may help");
-  return progress.end_step(step, loss, norm, lr, o.batch * o.model.context, communicated);
+  const StepRecord record =
+      progress.end_step(step, loss, norm, lr, o.batch * o.model.context, communicated());
+  if (o.profile) profile.end_step(record.step_ms * 1e-3);
+  return record;
 }
 
 // The loss of a step is from before its update: what that made is looked at here.
-static void check_weights(const Options& o, const Dataset& data, int64_t step, const Job& job,
-                          Watch& watch, Trainer& trainer) {
-  const bool fine = trainer.can_go_on([&](int64_t s) {
-    watch.progress();
-    return data.sequence(step + 1, s, o.seed);
-  });
+static void check_weights(int64_t step, const Job& job, Trainer& trainer, const Batch& next) {
+  const bool fine = trainer.can_go_on(next);
   collectively(job, [&] {
     REQUIRE(fine, "the update of step ", step,
             " made weights from which training cannot go on (they, their moments, their loss or its"
@@ -97,13 +103,22 @@ static void train(const Options& o, const TrainingData& training, const Job& job
   Metrics metrics(prints ? o.metrics : "", resumed);
   const SignalListener listener;
   Progress progress(o.steps, prints ? stdout : nullptr, isatty(fileno(stdout)));
+  Profile profile;
   const std::string steps = sentence("a step in micro-batches of ", o.microbatch, " sequences of ",
                                      o.model.context, " tokens");
+  const ReadBatch read = [&](int64_t of_step) {
+    return trainer.read([&](int64_t s) {
+      watch.progress();
+      return data.sequence(of_step, s, o.seed);
+    });
+  };
   double first_loss = 0, loss = 0;
   int64_t step = resumed;
+  at_work = steps;
+  Batch batch = read(step + 1);
   for (bool last = false; !last;) {
     at_work = steps;
-    StepRecord record = train_step(o, data, mesh, watch, trainer, progress, ++step);
+    StepRecord record = train_step(o, mesh, watch, trainer, progress, profile, ++step, batch, read);
     loss = record.loss;
     if (step == resumed + 1) first_loss = loss;
     if (o.eval_every && (step % o.eval_every == 0 || step == o.steps)) {
@@ -118,7 +133,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
     last = stopped(listener) || step == o.steps;
     const bool due = last || (o.save_every && step % o.save_every == 0),
                saves = due && !o.checkpoint.empty();
-    if (last || saves) check_weights(o, data, step, job, watch, trainer);
+    if (last || saves) check_weights(step, job, trainer, batch);
     if (saves) {
       at_work = "a checkpoint that is saved";
       watch.at_files([&] { progress.say(step, save_training(o, data, step, job, mesh, trainer)); });
@@ -137,7 +152,8 @@ static void train(const Options& o, const TrainingData& training, const Job& job
     printf("\nloss     %.4f at step %lld, %.4f at step %lld\nspeed    %s\n", first_loss,
            (long long)resumed + 1, loss, (long long)step,
            progress.summary(flops_per_token(trainer.gpt.config)).c_str());
-  compare_with_theory(mesh, trainer, step - resumed, progress.communication(), o.trace, metrics);
+  compare_with_theory(mesh, trainer, step - resumed, progress.step_time(), o.trace, metrics);
+  if (o.profile) profile.print(trainer, o.batch, prints);
 }
 
 // ---- main

@@ -52,19 +52,28 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
                                              sum_over(mesh_.that(&AxisKind::splits_model), squares,
                                                       Traffic::norm, mesh_.stream);
                                            });
-  total_ = Tensor({1}, Dtype::f64, Memory::workspace);
+  results_ = Tensor({2}, Dtype::f64, Memory::workspace);
+  total_ = results_.part(0, {1});
 }
 
 // ---- a step
 
-void Trainer::gradients(const Sequences& batch) {
+Batch Trainer::read(const Sequences& batch) const {
+  OP("read a batch");
+  Batch mine;
+  const int64_t b = options.microbatch;
+  for (int i = 0; i < pipeline.schedule().microbatches; i++)
+    mine.push_back(read(first_sequence(i, b), b, gpt.config.context, batch));
+  return mine;
+}
+
+void Trainer::gradients(const Batch& batch) {
   const int64_t b = options.microbatch, T = gpt.config.context;
   fill(total_, 0);
   fsdp.begin_step(pipeline.schedule().microbatches);
   pipeline.run(
       activation(b, T), gpt.config.dtype, [&](Tape& tape, int chunk, const Var& x, int microbatch) {
-        const Tokens tokens = read((microbatch * data_ranks() + data_rank()) * b, b, batch);
-        return forward_loss(tape, chunk, x, tokens, 1.0 / double(options.batch * tokens.length));
+        return forward_loss(tape, chunk, x, batch[microbatch], 1.0 / double(options.batch * T));
       });
   fsdp.finish_backward();
   if (exchanges_tied_) pipeline.sum_tied(fsdp.gradient_shard(kTied));
@@ -91,26 +100,30 @@ int64_t Trainer::data_rank() const {
   return rank;
 }
 
-// This rank's pieces of `count` sequences from `first` on, as inputs and, one token further,
-// targets.
-Tokens Trainer::read(int64_t first, int64_t count, const Sequences& sequence) const {
+int64_t Trainer::first_sequence(int64_t i, int64_t count) const {
+  return (i * data_ranks() + data_rank()) * count;
+}
+
+// This rank's pieces of `count` sequences of `length` tokens from `first` on, as inputs and, one
+// token further, targets: what of these its stage has a use for.
+Tokens Trainer::read(int64_t first, int64_t count, int64_t length,
+                     const Sequences& sequence) const {
+  const bool embeds = has_embedding(pieces_[0]), predicts = has_head(pieces_.back());
+  const Positions places = gpt.cp.part(length);
   std::vector<int> inputs, targets;
   // at once: what does not fit is refused before it is read
-  const size_t most = size_t(count * gpt.cp.part(gpt.config.context).rows());
-  inputs.reserve(most);
-  targets.reserve(most);
-  int64_t T = 0;
-  for (int64_t s = first; s < first + count; s++) {
+  if (embeds) inputs.reserve(size_t(count * places.rows()));
+  if (predicts) targets.reserve(size_t(count * places.rows()));
+  for (int64_t s = first; s < first + count && (embeds || predicts); s++) {
     const std::vector<int> tokens = sequence(s);
-    T = int64_t(tokens.size()) - 1;
-    const Positions places = gpt.cp.part(T);
+    ASSERT(int64_t(tokens.size()) == length + 1);
     for (const Range& piece : {places.low, places.high}) {
       const auto begin = tokens.begin() + piece.begin, end = tokens.begin() + piece.end;
-      inputs.insert(inputs.end(), begin, end);
-      targets.insert(targets.end(), begin + 1, end + 1);
+      if (embeds) inputs.insert(inputs.end(), begin, end);
+      if (predicts) targets.insert(targets.end(), begin + 1, end + 1);
     }
   }
-  return Tokens(count, T, gpt.cp.part(T), std::move(inputs), std::move(targets),
+  return Tokens(count, length, places, std::move(inputs), std::move(targets),
                 gpt.tp.part(gpt.config.vocab));
 }
 
@@ -127,7 +140,13 @@ void Trainer::update(double lr) {
   fsdp.end_step();
 }
 
-bool Trainer::can_go_on(const Sequences& batch) {
+Trainer::Results Trainer::results() const {
+  copy(results_.part(1, {1}), optimizer_->norm_on_device());
+  const std::vector<double> both = download(results_);
+  return {both[0], both[1]};
+}
+
+bool Trainer::can_go_on(const Batch& batch) {
   const auto rows = ledger.rows;
   const bool timed = std::exchange(pipeline.timed, false);
   gradients(batch);
@@ -148,14 +167,16 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
   // Micro-batches of `count` sequences from `first` on, `times` on each rank. A rank that has none
   // left repeats one with weight 0: all ranks run the same collectives.
   const auto add = [&](int64_t first, int64_t count, int64_t times) {
+    Batch batch;
+    std::vector<double> scales;
+    for (int64_t i = 0; i < times; i++) {
+      const int64_t mine = first + first_sequence(i, count);
+      batch.push_back(read(std::min(mine, sequences - count), count, T, held_out));
+      scales.push_back(mine < sequences ? 1.0 / double(sequences * T) : 0.0);
+    }
     pipeline.forward(activation(count, T), gpt.config.dtype, int(times),
                      [&](Tape& tape, int chunk, const Var& x, int i) {
-                       const int64_t mine = first + (i * data_ranks() + data_rank()) * count;
-                       const Tokens tokens =
-                           read(std::min(mine, sequences - count), count, held_out);
-                       const double scale =
-                           mine < sequences ? 1.0 / double(sequences * tokens.length) : 0.0;
-                       return forward_loss(tape, chunk, x, tokens, scale);
+                       return forward_loss(tape, chunk, x, batch[i], scales[i]);
                      });
   };
   add(0, b, rounds);  // whole rounds first, then one sequence a rank
@@ -168,7 +189,7 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
 std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
   const Purpose purpose(Traffic::evaluation);
   const int64_t n = int64_t(tokens.size()), V = gpt.config.vocab;
-  Tokens batch = read(0, 1, [&](int64_t) {
+  Tokens batch = read(0, 1, n, [&](int64_t) {
     std::vector<int> and_target = tokens;
     and_target.push_back(0);
     return and_target;

@@ -6,6 +6,8 @@
 //           backward; update(lr) is the optimizer. Between the two the gradients can be looked at,
 //           as the parity tests do, since Adam would hide a wrong scale.
 // sums      the loss divides by the step's number of tokens once; everything after that is a sum
+// host      It goes through a step without waiting for the device. So the next batch can be read,
+//           sorted and on its way while this one is computed; results() is the one wait.
 // batch     sequence s of the global batch goes to the data-parallel rank and micro-batch that the
 //           layout says; which tokens it holds depends on (seed, step, s) alone. Along the cp axis
 //           each rank has its pieces of it.
@@ -32,15 +34,24 @@ std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int 
 
 // Sequence s of a batch: context + 1 tokens, the last ones are only targets.
 using Sequences = std::function<std::vector<int>(int64_t s)>;
+// A rank's micro-batches of a step, on the device: inputs on the embedding's stage, targets on the
+// head's, between the two neither.
+using Batch = std::vector<Tokens>;
 
 class Trainer {
  public:
   Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options);
-  void gradients(const Sequences& batch);
+  Batch read(const Sequences& batch) const;
+  void gradients(const Batch& batch);
+  void gradients(const Sequences& batch) { gradients(read(batch)); }
   void update(double lr);
   // Whether weights and moments are finite numbers, and loss and gradients of a batch with them: an
   // update can end training without a word in its own loss. Counts no traffic.
-  bool can_go_on(const Sequences& batch);
+  bool can_go_on(const Batch& batch);
+  struct Results {
+    double loss, norm;
+  };
+  Results results() const;  // as loss() and norm(), with one wait for the device
   // of the last gradients(), over the whole batch; waits for the device
   double loss() const { return download(total_)[0]; }
   Optimizer& optimizer() { return *optimizer_; }  // its shards are what this rank saves and resumes
@@ -63,7 +74,9 @@ class Trainer {
   Var forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale);
   // what a chunk's parts make of x, the result of the part before: at the end of the model, logits
   Var forward(Tape& tape, int chunk, Var x, const Tokens& tokens);
-  Tokens read(int64_t first, int64_t count, const Sequences& sequence) const;
+  // of this rank's micro-batch i, of `count` sequences each
+  int64_t first_sequence(int64_t i, int64_t count) const;
+  Tokens read(int64_t first, int64_t count, int64_t length, const Sequences& sequence) const;
   void sum_loss();
   // of `count` sequences on this rank
   Shape activation(int64_t count, int64_t length) const {
@@ -75,5 +88,5 @@ class Trainer {
   std::map<const ModelPart*, int> uses_;  // FSDP's number of each part
   bool exchanges_tied_ = false;           // the token embedding is on another rank, too
   std::unique_ptr<Optimizer> optimizer_;
-  Tensor total_;  // (1) f64
+  Tensor results_, total_;  // f64: (2); (1), its first, the loss
 };

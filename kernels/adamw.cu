@@ -61,6 +61,9 @@ template <class T, int N> __global__ void __launch_bounds__(256)
 // ---- host side
 
 void adamw(const UpdateTable& table, const Tensor& clip, const AdamW& options) {
+  const Dtype master = master_dtype(table.compute);
+  OP("adamw", double(table.elements *
+                     (7 * size_of(master) + (table.compute != master) * size_of(table.compute))));
   ASSERT(clip.numel() == 1 && clip.dtype() == Dtype::f64 && options.step >= 1);
   if (!table.size()) return;
   DISPATCH(table.compute, using A = acc_t<T>;

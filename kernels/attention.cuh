@@ -1,6 +1,8 @@
 // attention.cuh: which keys a query sees (all forms of attention), and what both forms of flash
 // attention (attention_flash.cu, attention_mma.cu) know of their tensors.
 #pragma once
+#include <algorithm>
+
 #include "kernels/common.cuh"
 
 namespace flash {
@@ -68,6 +70,16 @@ inline Places places_of(const Positions& p) {
   const int rows = int(p.rows()), cut = int(p.low.size());
   return {rows, p.high.size() ? cut : rows, int(p.low.begin),
           int(p.high.size() ? p.high.begin - cut : p.low.begin)};
+}
+
+// The floating-point operations of one of attention's products, over the pairs that are seen; out
+// (B,queries,H,D)
+inline double flops_of_product(const Tensor& out, const Positions& queries, const Positions& keys) {
+  int64_t pairs = 0;
+  for (int64_t row = 0; row < queries.rows(); row++)
+    for (const Range& piece : {keys.low, keys.high})
+      pairs += std::clamp<int64_t>(queries[row] + 1 - piece.begin, 0, piece.size());
+  return 2.0 * double(pairs) * double(out.numel()) / double(std::max<int64_t>(queries.rows(), 1));
 }
 
 // (B,H,queries) acc: the sum over d of dout * out, both (B,queries,H,D)

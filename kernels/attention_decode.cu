@@ -87,6 +87,7 @@ template <class T> __global__ void __launch_bounds__(128)
 
 void attention_decode(const Tensor& out, const Tensor& cache, const Tensor& qkv,
                       const Tensor& lengths, int64_t H) {
+  OP("attention_decode", bytes_of(out, qkv));  // and the cache as far as it is filled
   const int64_t B = cache.dim(0), S = cache.dim(3), D = cache.dim(4);
   REQUIRE(D <= kMaxD, "decoding takes heads of at most ", kMaxD, " channels, not ", D);
   ASSERT(cache.dim(2) == H && qkv.numel() == B * 3 * H * D && out.numel() == B * H * D &&
@@ -97,6 +98,7 @@ void attention_decode(const Tensor& out, const Tensor& cache, const Tensor& qkv,
 }
 
 void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t first, int64_t H) {
+  OP("append_to_cache", bytes_of(qkv) * 4 / 3);
   const int64_t S = cache.dim(3), D = cache.dim(4), T_ = qkv.numel() / (3 * H * D);
   ASSERT(b < cache.dim(0) && first + T_ <= S && cache.dim(2) == H);
   DISPATCH(cache.dtype(),

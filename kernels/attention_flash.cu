@@ -422,6 +422,7 @@ Tensor flash::delta_of(const Tensor& dout, const Tensor& out, int64_t B, const S
 void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& q,
                              const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
                              const Positions& keys) {
+  OP("attention_flash_forward", 0, 2 * flops_of_product(out, queries, keys));
   if (!out.numel()) return;
   Sizes n = sizes_of(out, lse, q, B, H, queries, keys);
   n.packs = in_packs(n.D, {&out, &q, &kv});
@@ -445,6 +446,7 @@ void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
                               const Tensor& out, const Tensor& lse, const Tensor& q,
                               const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
                               const Positions& keys, bool add) {
+  OP("attention_flash_backward", 0, 5 * flops_of_product(out, queries, keys));
   if (!out.numel()) return;
   Sizes n = sizes_of(out, lse, q, B, H, queries, keys);
   ASSERT(out.dtype() == q.dtype() && dout.dtype() == q.dtype() && dout.numel() == out.numel());

@@ -45,6 +45,7 @@ template <class T, class U> __global__ void __launch_bounds__(256)
 
 void merge_attention(const Tensor& out, const Tensor& lse, const Tensor& part,
                      const Tensor& part_lse) {
+  OP("merge_attention", bytes_of(out, out, lse, lse, part, part_lse));
   const int64_t H = lse.dim(1), T_ = lse.dim(2), rows = lse.numel();
   ASSERT(part.numel() == out.numel() && part_lse.numel() == rows && out.numel() % rows == 0);
   const unsigned blocks = unsigned(ceil_div(rows, kRows));
@@ -57,6 +58,7 @@ void merge_attention(const Tensor& out, const Tensor& lse, const Tensor& part,
 
 void copy_columns(const Tensor& to, int64_t to_first, const Tensor& from, int64_t from_first,
                   int64_t columns) {
+  OP("copy_columns", double(to.dim(0) * columns * (size_of(to.dtype()) + size_of(from.dtype()))));
   const int64_t rows = to.dim(0), to_ld = to.dim(1), from_ld = from.dim(1);
   ASSERT(from.dim(0) == rows && to_first + columns <= to_ld && from_first + columns <= from_ld);
   if (!rows) return;

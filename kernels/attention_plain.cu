@@ -116,6 +116,7 @@ struct Problem {
 void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor& probabilities,
                              const Tensor& q, const Tensor& kv, int64_t B, int64_t H,
                              const Positions& queries, const Positions& keys) {
+  OP("attention_plain_forward", 0, 2 * flops_of_product(out, queries, keys));
   if (!out.numel()) return;
   const Problem x(out, B, H, queries, keys);
   const Dtype dtype = q.dtype();
@@ -138,6 +139,8 @@ void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
                               const Tensor& out, const Tensor& lse, const Tensor& probabilities,
                               const Tensor& q, const Tensor& kv, int64_t B, int64_t H,
                               const Positions& queries, const Positions& keys, bool add) {
+  OP("attention_plain_backward", 0,
+     (probabilities.empty() ? 5 : 4) * flops_of_product(out, queries, keys));
   if (!out.numel()) return;
   const Problem x(out, B, H, queries, keys);
   const Dtype dtype = q.dtype(), to = dq.dtype();

@@ -118,6 +118,7 @@ static int64_t row_length(const Tensor& logits, int64_t R, int64_t V) {
 
 void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, int64_t V,
                    double scale, bool gradient) {
+  OP("cross_entropy", bytes_of(losses, logits, targets) + gradient * bytes_of(logits));
   const int64_t R = targets.numel(), ld = row_length(logits, R, V);
   ASSERT(losses.numel() == R && losses.dtype() == master_dtype(logits.dtype()));
   if (!R) return;
@@ -131,6 +132,7 @@ void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& tar
 }
 
 void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targets, int64_t V) {
+  OP("softmax_parts", bytes_of(parts, logits, targets));
   const int64_t R = targets.numel(), ld = row_length(logits, R, V);
   ASSERT(parts.numel() == 3 * R && parts.dtype() == master_dtype(logits.dtype()));
   if (!R) return;
@@ -140,6 +142,7 @@ void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targ
 }
 
 void softmax_rescale(const Tensor& parts, const Tensor& top) {
+  OP("softmax_rescale", 4 * bytes_of(top));
   const int64_t R = top.numel();
   ASSERT(parts.numel() == 3 * R && parts.dtype() == top.dtype() && top.dtype() != Dtype::bf16);
   if (!R) return;
@@ -152,6 +155,8 @@ void softmax_rescale(const Tensor& parts, const Tensor& top) {
 void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets,
                          int64_t V, const Tensor& top, const Tensor& parts, double scale,
                          bool gradient) {
+  OP("cross_entropy_parts",
+     bytes_of(losses, targets, top, parts) + gradient * 2 * bytes_of(logits));
   const int64_t R = targets.numel(), ld = row_length(logits, R, V);
   ASSERT(losses.numel() == R && top.numel() == R && parts.numel() == 3 * R &&
          top.dtype() == losses.dtype());

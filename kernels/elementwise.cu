@@ -96,12 +96,18 @@ void combine(const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& bi
 }  // namespace
 
 void add(const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& bias) {
+  OP("add", bytes_of(y, a, b));
   combine(y, a, b, bias, Add());
 }
-void add_bias(const Tensor& y, const Tensor& bias) { combine(y, y, y, bias, Second()); }
+void add_bias(const Tensor& y, const Tensor& bias) {
+  OP("add_bias", bytes_of(y, y, bias));
+  combine(y, y, y, bias, Second());
+}
 void gelu_forward(const Tensor& y, const Tensor& x, const Tensor& bias) {
+  OP("gelu_forward", bytes_of(y, x));
   combine(y, x, x, bias, GeluForward());
 }
 void gelu_backward(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor& bias) {
+  OP("gelu_backward", bytes_of(dx, dy, x));
   combine(dx, dy, x, bias, GeluBackward());
 }

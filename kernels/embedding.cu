@@ -103,6 +103,7 @@ template <class A, int N> __global__ void __launch_bounds__(256)
 
 void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe,
                        int64_t period, const Tensor& positions) {
+  OP("embedding_forward", 2 * bytes_of(x));
   const int64_t C = wte.dim(-1), R = tokens.numel();
   ASSERT(positions.empty() || positions.numel() == R);
   ASSERT(x.numel() == R * C && wpe.numel() >= std::min(period, R) * C && wte.dtype() == x.dtype() &&
@@ -125,6 +126,7 @@ std::vector<int> sort_rows(const std::vector<int>& tokens) {
 
 void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx,
                         const Tensor& tokens, const Tensor& order, const Positions& places) {
+  OP("embedding_backward", bytes_of(dx));
   const int64_t C = dwte.dim(-1), R = tokens.numel(), sorted_rows = order.numel(),
                 positions = std::min(places.rows(), R);
   ASSERT(dx.numel() == R * C && sorted_rows <= R && (!R || R % positions == 0));

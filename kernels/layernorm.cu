@@ -165,18 +165,21 @@ static void forward(const Tensor& sum, const Tensor& y, const Tensor& mean, cons
 
 void layernorm_forward(const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x,
                        const Tensor& gain, const Tensor& bias) {
+  OP("layernorm_forward", bytes_of(y, mean, rstd, x, gain, bias));
   forward({}, y, mean, rstd, x, {}, {}, gain, bias);
 }
 
 void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mean,
                            const Tensor& rstd, const Tensor& x, const Tensor& h,
                            const Tensor& h_bias, const Tensor& gain, const Tensor& bias) {
+  OP("add_layernorm_forward", bytes_of(sum, y, mean, rstd, x, h, h_bias, gain, bias));
   forward(sum, y, mean, rstd, x, h, h_bias, gain, bias);
 }
 
 void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbias,
                         const Tensor& dy, const Tensor& residual, const Tensor& x,
                         const Tensor& mean, const Tensor& rstd, const Tensor& gain, bool add) {
+  OP("layernorm_backward", bytes_of(dx, dgain, dbias, dy, residual, x, mean, rstd, gain));
   const int64_t C = gain.numel(), R = mean.numel();
   ASSERT(dx.numel() == R * C && dy.numel() == R * C && x.numel() == R * C && rstd.numel() == R);
   ASSERT(dgain.numel() == C && dbias.numel() == C &&

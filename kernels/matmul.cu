@@ -330,6 +330,7 @@ void cublas_matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, const M
 
 void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix c,
             double alpha, double beta, int64_t batch) {
+  OP(sentence("matmul ", m, " x ", n, " x ", k), 0, 2.0 * double(m * n) * double(k * batch));
   ASSERT(in != Dtype::i32 && (in == out || (in == Dtype::bf16 && out == Dtype::f32)), name_of(in),
          " to ", name_of(out));
   ASSERT(beta == 0 || beta == 1, "beta = ", beta);

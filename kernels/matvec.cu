@@ -114,6 +114,7 @@ template <int kM> void launch(const Tensor& y, const Tensor& x, const Tensor& w,
 // ---- host side
 
 void matvec(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed) {
+  OP("matvec", bytes_of(y, x, w));
   const int64_t m = x.dim(0);
   ASSERT(m >= 1 && m <= kMatvecRows && y.dim(0) == m && x.dim(1) == w.dim(transposed ? 1 : 0) &&
              y.dim(1) == w.dim(transposed ? 0 : 1),
@@ -125,6 +126,7 @@ void matvec(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed) 
 }
 
 void bias_backward(const Tensor& dbias, const Tensor& dy, bool add) {
+  OP("bias_backward", bytes_of(dbias, dy));
   const int64_t columns = dbias.numel();
   ASSERT(columns && dy.numel() % columns == 0 && dbias.dtype() == master_dtype(dy.dtype()));
   const int64_t rows = dy.numel() / columns;

@@ -66,6 +66,7 @@ __global__ void norm_kernel(double* norm, double* clip, const double* squares, i
 // ---- host side
 
 void add_sum(const Tensor& total, const Tensor& x) {
+  OP("add_sum", bytes_of(total, x));
   ASSERT(total.numel() == 1);
   const int64_t n = x.numel(), chunks = std::max(ceil_div(n, kChunk), int64_t(1));
   const Tensor sums = chunks > 1 ? Tensor({chunks}, Dtype::f64, Memory::workspace) : total;
@@ -76,6 +77,7 @@ void add_sum(const Tensor& total, const Tensor& x) {
 }
 
 void sum_of_squares(const Tensor& squares, const UpdateTable& table, void* UpdatePiece::*of) {
+  OP("sum_of_squares", double(table.elements * size_of(master_dtype(table.compute))));
   fill(squares, 0);
   if (!table.size()) return;
   const Tensor sums({table.size()}, Dtype::f64, Memory::workspace);
@@ -88,6 +90,7 @@ void sum_of_squares(const Tensor& squares, const UpdateTable& table, void* Updat
 }
 
 void norm_and_clip(const Tensor& norm, const Tensor& clip, const Tensor& squares, double limit) {
+  OP("norm_and_clip", bytes_of(squares));
   ASSERT(norm.numel() == 1 && clip.numel() == 1);
   norm_kernel<<<1, block_threads(1), 0, device().compute>>>(
       norm.data<double>(), clip.data<double>(), squares.data<double>(), squares.numel(), limit);

@@ -211,6 +211,9 @@ OptionTable train_options(Options& o) {
             "write one JSON object per step to this file; an earlier run's is renamed to "
             "FILE.jsonl.1",
             "none"},
+           {"profile", "", flag(&o.profile),
+            "print where a step's time goes: each kernel and collective, beside what the machine "
+            "can do"},
            {"trace", "FILE.json", text(&o.trace),
             "with pp: write the last step's timeline in Chrome's trace format", "none"},
        }},

@@ -103,8 +103,9 @@ struct Options : CommonOptions {
 
   int64_t eval_every = 0, sample = 0;  // 0: never, none
   std::string metrics;                 // empty: none
-  std::string command;                 // the words as they were given
-  std::set<std::string> given;         // the options among them
+  bool profile = false;
+  std::string command;          // the words as they were given
+  std::set<std::string> given;  // the options among them
 };
 
 Options parse_options(int argc, const char* const* argv);

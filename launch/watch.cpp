@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <csignal>
+#include <map>
 #include <set>
 
 #include "support/files.h"
@@ -56,6 +57,7 @@ Watch::Watch(Job& job, double timeout_seconds)
   mine_->lifeline = lifeline_[0];
   mine_->heartbeat_ms = mine_->progress_ms = now_ms();
   mine_->step = -1;
+  if (job.size > job.local_size) MPI_Comm_dup(MPI_COMM_WORLD, &asking_);
   barrier();  // every record is filled in
   // the records stay mapped: the job may end after the watch
   job.explained = &records_[0].explained;
@@ -93,6 +95,8 @@ void Watch::observe(const Mesh& m) {
 
 // ---- a hang, or an error that no call returns
 
+constexpr double kPatience = 2;  // seconds for an answer from another node
+
 void Watch::look() {
   int64_t last = now_ms(), moved = 0;
   while (!stop_) {
@@ -107,8 +111,15 @@ void Watch::look() {
     moved = bytes_moved;
     mine_->heartbeat_ms = now;
     ask_nccl();
+    answer();
     // Alone, a rank waits for nobody.
-    if (job_.size > 1 && is_stuck(now) && !stop_) job_.abort(report());
+    if (job_.size == 1 || !is_stuck(now) || stop_) continue;
+    std::string stand = report();
+    if (asking_ != MPI_COMM_NULL) {
+      if (!records_[0].asked.exchange(true)) stand += ask_other_nodes();
+      else usleep(useconds_t(2 * kPatience * 1e6));  // another rank of this node does, and reports
+    }
+    job_.abort(stand);
   }
 }
 
@@ -158,6 +169,72 @@ std::string Watch::report() const {
          "\nThe mesh could not be opened or checked. Look at the network interface "
          "(NCCL_SOCKET_IFNAME), a firewall between nodes, the size of /dev/shm in a container, "
          "and GPU peer access (NCCL_P2P_DISABLE=1 avoids it).";
+}
+
+// ---- other nodes
+
+struct Standing {
+  int64_t collectives;
+  char host[64], place[128];
+};
+enum : int { kQuestion, kAnswer };
+
+// Nothing here waits: the receiver may be stopped, or gone.
+static void send(const void* what, size_t bytes, int to, int tag, MPI_Comm comm) {
+  auto* kept = new std::string(static_cast<const char*>(what), bytes);  // until the process ends
+  MPI_Request request;
+  MPI_Isend(kept->data(), int(bytes), MPI_BYTE, to, tag, comm, &request);
+  MPI_Request_free(&request);
+}
+// Whether a message with this tag was there to be received
+static bool receive(void* to, size_t bytes, int tag, MPI_Comm comm, int& from) {
+  int there = 0;
+  MPI_Status status;
+  MPI_Iprobe(MPI_ANY_SOURCE, tag, comm, &there, &status);
+  if (!there) return false;
+  from = status.MPI_SOURCE;
+  MPI_Recv(to, int(bytes), MPI_BYTE, from, tag, comm, MPI_STATUS_IGNORE);
+  return true;
+}
+
+void Watch::answer() {
+  Standing mine{};
+  int from;
+  while (asking_ != MPI_COMM_NULL && receive(nullptr, 0, kQuestion, asking_, from)) {
+    mine.collectives = mine_->collectives;
+    host_name().copy(mine.host, sizeof mine.host - 1);
+    place_of(*mine_).copy(mine.place, sizeof mine.place - 1);
+    send(&mine, sizeof mine, from, kAnswer, asking_);
+  }
+}
+
+// Who does not answer, and who of the others is furthest behind
+std::string Watch::ask_other_nodes() {
+  std::set<int> silent;
+  for (int r = 0; r < job_.size; r++) silent.insert(r);
+  for (const WatchRecord& r : records_) silent.erase(r.rank);
+  for (const int r : silent) send(nullptr, 0, r, kQuestion, asking_);
+  std::map<int, Standing> answers;
+  Standing of{};
+  int from;
+  for (const double end = MPI_Wtime() + kPatience; !silent.empty() && MPI_Wtime() < end;
+       usleep(10000)) {
+    answer();
+    while (receive(&of, sizeof of, kAnswer, asking_, from)) answers[from] = of, silent.erase(from);
+  }
+  std::string s;
+  for (const int r : silent)
+    s += sentence("\n  rank ", r,
+                  ", on another node, DOES NOT ANSWER: stopped, or its node or "
+                  "cable is gone");
+  int64_t least = INT64_MAX, most = 0;
+  for (const auto& [r, a] : answers)
+    least = std::min(least, a.collectives), most = std::max(most, a.collectives);
+  for (const auto& [r, a] : answers)
+    if (a.collectives == least)
+      s += sentence("\n  rank ", r, " on ", a.host, ": ", a.place,
+                    least < most ? "; behind the others" : "");
+  return s;
 }
 
 // ---- a death

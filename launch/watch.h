@@ -14,9 +14,11 @@
 //           files, a rank has ten times `timeout`, a minute at least, from the last byte that any
 //           rank of its node moved; a rank whose process does not run is still found after
 //           `timeout`.
+// nodes     Records of other nodes cannot be read. Before a node reports, its first stuck rank asks
+//           the ranks of all others, whose threads answer where they stand: who does not answer is
+//           stopped, or its node or cable is gone.
 // cost      one thread that wakes ten times a second; a record is written at each ledger line
-// not here  ranks of other nodes: each node reports its own
-// test      tests/test_failures.sh
+// test      tests/test_failures.sh, tests/test_network.sh
 #pragma once
 #include <atomic>
 #include <mutex>
@@ -39,8 +41,9 @@ struct WatchRecord {
   std::atomic<bool> at_files;  // a checkpoint's
   // the reading end of a pipe that nobody but this rank can write
   std::atomic<int> lifeline;
-  // of the first rank's record: why the job ends has been said on this node
-  std::atomic<bool> explained;
+  // of the first rank's record: a rank of this node asks the other nodes; why the job ends has been
+  // said here
+  std::atomic<bool> asked, explained;
 };
 
 class Watch {
@@ -65,8 +68,11 @@ class Watch {
   bool is_stuck(int64_t now) const;
   void ask_nccl();
   std::string report() const;
+  void answer();
+  std::string ask_other_nodes();
   void start_child();
   const Job& job_;
+  MPI_Comm asking_ = MPI_COMM_NULL;  // of all ranks, where there are several nodes
   int64_t timeout_ms_;
   std::span<WatchRecord> records_;  // one for each rank of this node
   WatchRecord* mine_ = nullptr;

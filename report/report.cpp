@@ -111,6 +111,19 @@ static std::string communication_line(std::vector<double> shares) {
       100 * *least, 100 * *most);
 }
 
+// Names the rank that computes longest, if that is half as long again as the middle one of them.
+static std::string straggler_line(const std::vector<double>& computing, const Json& hosts) {
+  std::vector<double> sorted = computing;
+  std::ranges::sort(sorted);
+  const double most = sorted.back(), middle = sorted[(sorted.size() - 1) / 2];
+  if (most < 1.5 * middle) return "";
+  const size_t slow = size_t(std::ranges::find(computing, most) - computing.begin());
+  return format(
+      "  the others wait for rank %zu on %s: of a step it computes for %.1f ms, the "
+      "middle one of all ranks for %.1f\n",
+      slow, hosts[slow].get<std::string>().c_str(), most, middle);
+}
+
 // ---- the pipeline
 
 // Predicted: every forward, input gradient and weight gradient takes the mean time of its kind on
@@ -165,19 +178,21 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
 
 // ---- all of it
 
-void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps,
-                         double communication, const std::string& trace, Metrics& metrics) {
+void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps, StepTime time,
+                         const std::string& trace, Metrics& metrics) {
   const Theory t = theory(trainer.gpt.config, mesh.layout, mesh.rank, trainer.options);
   const MemoryUse& m = device().memory;
   const bool pipelined = trainer.pipeline.timed;
   const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.pipeline.most_live_bytes())},
                   {"traffic", traffic_json(mesh.rank, t, steps)},
-                  {"communication_share", communication},
+                  {"communication_share", time.communicating / time.ms},
+                  {"computing", time.ms - time.communicating},
+                  {"host", host_name()},
                   {"took", pipelined ? trainer.pipeline.milliseconds() : std::vector<double>{}}};
   const std::vector<std::string> texts = gather_text(mine.dump());
   if (mesh.rank != 0) return;
 
-  Json layout, memory, traffic = Json::array(), shares;
+  Json layout, memory, traffic = Json::array(), shares, computing, hosts;
   for (const Axis& axis : mesh.axes) layout[axis.name] = axis.size;
   Durations took;  // by rank
   for (const std::string& of_rank : texts) {
@@ -185,15 +200,20 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps
     memory.push_back(rank["memory"]);
     traffic.insert(traffic.end(), rank["traffic"].begin(), rank["traffic"].end());
     shares.push_back(rank["communication_share"]);
+    computing.push_back(rank["computing"]);
+    hosts.push_back(rank["host"]);
     took.push_back(rank["took"]);
   }
   Json summary{{"summary", true},
                {"layout", layout},
                {"memory", memory},
                {"traffic", traffic},
-               {"communication_share", shares}};
+               {"communication_share", shares},
+               {"computing_ms", computing},
+               {"hosts", hosts}};
   std::string text = memory_table(m, t, trainer.pipeline.most_live_bytes()) +
-                     traffic_table(mine["traffic"], steps) + communication_line(shares);
+                     traffic_table(mine["traffic"], steps) + communication_line(shares) +
+                     straggler_line(computing, hosts);
   std::vector<Timeline> executed;
   const Schedule& s = trainer.pipeline.schedule();
   const size_t pipelines = took.size() / s.stages;

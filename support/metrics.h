@@ -40,6 +40,10 @@ class Metrics {  // JSON lines; what JSON cannot say, infinities and NaN, is nul
 
 // ---- for people
 
+struct StepTime {
+  double ms = 0, communicating = 0;
+};
+
 // on a terminal one line rewritten in place; elsewhere about twenty lines, or more of a slow run
 class Progress {
  public:
@@ -54,10 +58,13 @@ class Progress {
                       double communicated = 0);
   void say(int64_t step, const std::string& what);  // a line that stays
   void done();
-  // Speed, and the share of the time in which the queue was busy; the first step, which warms up,
-  // counts only if it is the only one.
+  // Speed, and a step's milliseconds, of which those in which the queue was busy; the first step,
+  // which warms up, counts only if it is the only one.
   std::string summary(double flops_per_token) const;
-  double communication() const { return timed_.communicated / timed_.seconds; }
+  StepTime step_time() const {
+    const double per_step = 1e3 / double(timed_.steps);
+    return {timed_.seconds * per_step, timed_.communicated * per_step};
+  }
 
  private:
   void print(const StepRecord& r);

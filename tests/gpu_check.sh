@@ -77,7 +77,7 @@ export MPIEXEC cores
 # ---- build
 
 kernels="test_golden test_tensor test_kernels test_matmul test_attention test_decode test_autograd"
-strategies="test_fsdp test_tensor_parallel test_pipeline test_generator"
+strategies="test_trainer test_fsdp test_tensor_parallel test_pipeline test_generator"
 programs="build"
 [ $backend = cuda ] || programs=build/cuda/ptx/train_gpt
 programs="$programs $(printf "$built/tests/%s " $kernels $strategies test_parity)"

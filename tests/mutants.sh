@@ -122,8 +122,13 @@ mutant faults the_loss_is_scaled_twice \
   trainer.cpp 's/1.0 \/ double\(options.batch/2.0 \/ double(options.batch/' \
   2 immediate test_fsdp $parity
 mutant faults a_rank_repeats_the_sequences_of_another \
-  trainer.cpp 's/data_ranks\(\) \+ data_rank\(\)\) \* b/data_ranks()) * b/' \
+  trainer.cpp 's/data_ranks\(\) \+ data_rank\(\)\) \* count/data_ranks()) * count/' \
   2 immediate test_fsdp $parity
+mutant faults the_host_waits_inside_a_step \
+  trainer.cpp 's/^  optimizer_->step\(lr\);/&\n  synchronize();/' \
+  2 immediate test_trainer stands_still
+mutant faults every_stage_reads_the_batch \
+  trainer.cpp 's/ && \(embeds \|\| predicts\)//' 3 immediate test_trainer every_sequence
 mutant faults the_tied_gradient_is_forgotten \
   trainer.cpp '/join_uses/d' 1 immediate test_fsdp $parity
 mutant faults the_norm_is_not_summed_over_shards \

@@ -15,5 +15,13 @@ WEAK cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t function, void* a
   function(argument);
   return cudaSuccess;
 }
+WEAK cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  *least = *greatest = 0;
+  return cudaSuccess;
+}
+WEAK cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+  return cudaStreamCreateWithFlags(stream, flags);
+}
+WEAK cudaError_t cudaEventQuery(cudaEvent_t) { return cudaSuccess; }
 WEAK cudaError_t cudaHostRegister(void*, size_t, unsigned) { return cudaSuccess; }
 }

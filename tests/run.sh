@@ -13,11 +13,11 @@ cd "$(dirname "$0")/.."
 kernels="test_cpu test_tensor test_kernels test_matmul test_attention test_decode test_autograd"
 kernels="$kernels test_golden"
 # plain C++
-alone="test_support test_schedule"
+alone="test_support test_schedule test_plan"
 # under mpiexec -n 1, 2, 3, 4, 8
 ranks="test_fsdp test_tensor_parallel test_context_parallel test_pipeline"
 # under mpiexec -n 1, 2, 3, 4
-few="test_generator"
+few="test_generator test_trainer"
 # a sample under mpiexec -n 4, 8; `make parity` runs all
 parity="test_parity"
 # under mpiexec -n 1, 2, 4, 8
@@ -93,9 +93,9 @@ for backend in "$@"; do
     filter=""
     sizes=""
     [[ " $ranks " == *" $p "* ]] && sizes="1 2 3 4 8"
+    [[ " $few " == *" $p "* ]] && sizes="1 2 3 4"
     case $p in
       $comm) sizes="1 2 4 8" ;;
-      $few) sizes="1 2 3 4" ;;
       $parity) sizes="4 8" filter=first_setting ;;
       $referee) sizes=8 ;;
     esac
@@ -124,6 +124,7 @@ for backend in "$@"; do
   run "files of others" tests/test_formats.sh
   run "ranks that die, stop and refuse" tests/test_failures.sh
   run "what the machine gives or forbids" tests/test_environment.sh
+  run "several nodes" tests/test_network.sh
 done
 
 lanes

@@ -14,7 +14,7 @@ tokens() {
 path=$(ls {tensor,autograd,gpt,optimizer,comm}.{h,cpp,cu} \
   {fsdp,tensor_parallel,pipeline,context_parallel}.{h,cpp,cu} \
   {schedule,trainer,train_gpt}.{h,cpp} theory/simulate.{h,cpp} 2>/dev/null)
-folders="kernels launch theory report inference checkpoint support"
+folders="kernels launch theory report inference checkpoint support network"
 whole=$(
   ls *.h *.cpp *.cu
   find $folders -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \

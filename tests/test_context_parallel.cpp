@@ -128,10 +128,10 @@ TEST(held_out_loss_and_next_token_are_the_same_in_every_layout) {
 
 // With queries of 0 a row's scores are all 0, and exp(lse) is the number of keys that it sees. The
 // stand-in for CUDA counts the multiply-adds of flash attention's tiles.
-struct Work {
+struct Attended {
   int64_t pairs, multiply_adds;
 };
-static Work work_of(const Positions& queries, const std::vector<Positions>& sets, bool flash) {
+static Attended work_of(const Positions& queries, const std::vector<Positions>& sets, bool flash) {
   const int64_t H = 1, D = 32;
   const Tensor q({1, queries.rows(), H, D}, Dtype::f64, Memory::data),
       lse({1, H, queries.rows()}, Dtype::f64, Memory::data),
@@ -212,7 +212,7 @@ TEST(every_rank_has_the_same_work_in_attention) {
 // the loss against f64 grow by no more than chance.
 TEST(the_bf16_curve_of_50_steps_is_as_close_to_f64_as_one_ranks) {
   if (job().size == 1) skip("a ring has 2 ranks or more");
-  GptConfig exact{2, 40, 4, 64, 61, Dtype::f64}, half = exact;
+  GptConfig exact{{2, 40, 4, 64, 61}, Dtype::f64}, half = exact;
   half.dtype = Dtype::bf16;
   const int64_t batch = 8;
   const int steps = kDelayed ? 4 : 50;

@@ -121,7 +121,7 @@ TEST(the_f32_curve_of_50_steps_equals_one_rank_within_1e_4) {
 // masters, so one flipped last bit (2^-8 of a weight) is what two layouts can differ by. On a loss
 // that averages hundreds of tokens this stays below 2^-8.
 TEST(the_bf16_curve_of_20_steps_equals_one_rank_within_2_to_the_minus_8) {
-  CHECK_LE(curve({2, 32, 4, 16, 61, Dtype::bf16}, 20), std::ldexp(1, -8));
+  CHECK_LE(curve({{2, 32, 4, 16, 61}, Dtype::bf16}, 20), std::ldexp(1, -8));
 }
 
 TEST(a_held_out_loss_and_the_next_token_are_the_same_in_every_layout) {

@@ -2,7 +2,7 @@
 
 TESTS      := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/test_*.cpp)))
 # all but those of cpu/ and those that use no device
-CUDA_TESTS := $(filter-out %_cpu %_nccl %_comm %_schedule %_support %_fuzz,$(TESTS))
+CUDA_TESTS := $(filter-out %_cpu %_nccl %_comm %_schedule %_support %_fuzz %_plan,$(TESTS))
 BENCHES    := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/bench_*.cpp)))
 
 $(B)/obj/tests/%: CXXFLAGS += -O1# compiling takes longer than running
@@ -39,7 +39,7 @@ SECONDS ?= 60
 fuzz:  ## make fuzz [SECONDS=60]   libFuzzer on everything that reads files of others (needs clang)
 	@tests/fuzz.sh $(SECONDS)
 
-MUTATED := fsdp tensor_parallel context_parallel pipeline schedule comm golden
+MUTATED := trainer fsdp tensor_parallel context_parallel pipeline schedule comm golden
 mutants:  ## make mutants             one-line faults that the suite must catch
 	@$(MAKE) -s --no-print-directory BACKEND=cpu $(MUTATED:%=build/cpu/tests/test_%)
 	@tests/mutants.sh

@@ -4,7 +4,7 @@
 
 void TheoryOfRank::add_context_parallel() {
   const int64_t T = config.context,
-                C = config.width / config.heads * gpt.tp.part(config.heads).size();
+                C = config.width / config.heads * gpt.tp.part(config.kv()).size();
   if (!gpt.cp.splits(T)) return;
   int64_t blocks = 0;
   for (const ModelPiece& piece : pieces)

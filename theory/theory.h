@@ -38,6 +38,7 @@ struct TheoryOfRank {
   void add_activations();
   void enter(const Axis& axis, Collective collective, Traffic purpose, int64_t calls,
              int64_t bytes);
+  int64_t kept(const ModelPart& part) const;  // bytes that a micro-batch leaves behind there
 
   const GptConfig& config;
   const TrainerOptions& options;

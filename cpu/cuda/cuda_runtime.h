@@ -11,6 +11,7 @@
 // not here  driver API, graphs, textures, unified memory, printf in kernels
 // test      tests/test_cpu.cpp
 #pragma once
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -150,6 +151,8 @@ constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1;
 constexpr unsigned cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2;
 cudaError_t cudaStreamCreate(cudaStream_t* stream);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority);
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
 cudaError_t cudaStreamQuery(cudaStream_t stream);
@@ -208,6 +211,8 @@ namespace cpu {
 void queue_streams(unsigned seed);
 void run_streams_at_once();
 extern bool streams_are_queued;
+// Calls that made the host wait for the device, so far: how tests see where a program does.
+inline std::atomic<int64_t> host_waits = 0;
 
 // The one way for work that touches device memory to enter a stream.
 void enqueue(cudaStream_t stream, std::function<void()> work);

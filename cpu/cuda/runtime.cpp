@@ -382,6 +382,12 @@ cudaError_t cudaStreamCreate(cudaStream_t* stream) {
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
   return cudaStreamCreate(stream);
 }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) {
+  return cudaStreamCreate(stream);
+}
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  return *least = 0, *greatest = -5, cudaSuccess;
+}
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   cudaStreamSynchronize(stream);
   auto& s = streams();
@@ -393,6 +399,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  cpu::host_waits++;
   if (cpu::streams_are_queued) of(stream).queue.drain();
   return cudaSuccess;
 }
@@ -400,6 +407,7 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
   return !cpu::streams_are_queued || of(stream).queue.idle() ? cudaSuccess : cudaErrorNotReady;
 }
 cudaError_t cudaDeviceSynchronize() {
+  cpu::host_waits++;
   if (!cpu::streams_are_queued) return cudaSuccess;
   std::vector<CUstream_st*> all;
   {
@@ -432,6 +440,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  cpu::host_waits++;
   if (event->moment) event->moment->wait();
   return cudaSuccess;
 }

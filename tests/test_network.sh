@@ -1,0 +1,124 @@
+#!/usr/bin/env bash
+# test_network.sh: ranks on several nodes, which are network namespaces (network/nodes.sh): the same
+# losses, the bytes on the wire, and what is said when a rank stops, a node is lost, a cable is
+# pulled, a node is slow. Needs root and iproute2.
+set -u
+cd "$(dirname "$0")/.."
+. tests/lib.sh
+export LAB=3f$$ OMP_NUM_THREADS=1
+nodes=network/nodes.sh
+if ! reason=$($nodes up 3 2>&1 >/dev/null); then
+  echo "SKIP several nodes on one machine  $(tail -1 <<<"$reason")"
+  echo "0 passed, 0 failed, 1 skipped"
+  exit 0
+fi
+trap "$nodes down; rm -rf '$dir'" EXIT
+train="build/cpu/train_gpt --layers 2 --batch 6 --microbatch 1 --dtype f64 --data README.md"
+
+# run NAME RANKS OPTIONS: status.NAME has its status and seconds; to_end at most 60 s
+run() {
+  local name=$1 ranks=$2 began=$EPOCHREALTIME
+  shift 2
+  timeout -k 5 60 $nodes run -n "$ranks" $train --metrics "$dir/$name.jsonl" "$@" \
+    >"$dir/$name" 2>&1 </dev/null
+  echo "$? $(awk -v a="$began" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }')" \
+    >"$dir/status.$name"
+}
+status() { cut -d' ' -f1 "$dir/status.$1"; }
+# rank_on NODE: the process of the rank that runs there
+rank_on() {
+  local process
+  for process in $(ip netns pids "$LAB-$1"); do
+    grep -qs train_gpt "/proc/$process/comm" \
+      && ! grep -qx 'Threads:[[:space:]]*1' "/proc/$process/status" && echo "$process"
+  done
+}
+# until_step NAME STEP: until it has been taken
+until_step() {
+  local i
+  for i in $(seq 600); do
+    grep -qs "\"step\":$2," "$dir/$1.jsonl" && return
+    sleep 0.1
+  done
+  return 1
+}
+
+# ---- losses and bytes
+
+$MPIEXEC -n 1 $train --steps 3 --metrics "$dir/alone.jsonl" >/dev/null 2>&1
+# what starts and ends a run is on the wire, too: two more steps are what they add
+wire=0 ledger=0
+for steps in 1 3; do
+  before=$($nodes sent 1)
+  run fsdp 3 --steps $steps --fsdp 3
+  wire=$(($($nodes sent 1) - before - wire))
+  ledger=$(($(grep -o '"traffic".*' "$dir/fsdp.jsonl" | tr '{' '\n' | grep '"rank":0,' \
+    | grep -o '"bytes":[0-9]*' | awk -F: '{ sum += $2 } END { printf "%.0f", sum }') - ledger))
+done
+worst=$(worst 3 "$dir/alone.jsonl" "$dir/fsdp.jsonl")
+check three_nodes_train_to_the_losses_of_one_rank "at_most $worst 1e-12" "within $worst" \
+  "$worst: $(tail -1 "$dir/fsdp")"
+check the_wire_carries_the_bytes_of_the_ledger "at_most $wire $((ledger * 11 / 10))" \
+  "$wire bytes for $ledger" "$wire bytes for $ledger"
+run shared 6 --steps 2 --tp 2 --pp 1 --fsdp 3
+run spread 6 --spread --steps 2 --tp 2 --fsdp 3 2>/dev/null
+check ranks_are_placed_in_blocks_or_spread "[ $(status shared) = 0 ]" "" "$(tail -1 "$dir/shared")"
+
+# ---- a rank that stops, a node that is lost, a cable that is pulled, a node that is slow
+
+long="--steps 100000 --fsdp 3 --timeout 4"
+run stopped 3 $long &
+until_step stopped 2 && kill -STOP "$(rank_on 3)"
+wait $!
+said=$(grep -c 'rank 2, on another node, DOES NOT ANSWER' "$dir/stopped")
+check a_stopped_rank_is_named_on_every_other_node "[ $said = 2 ] && [ $(status stopped) != 0 ]" \
+  "after $(cut -d' ' -f2 "$dir/status.stopped") s in all" "$said times, $(tail -2 "$dir/stopped")"
+check its_node_says_that_it_does_not_run \
+  "! grep -q 'rank [01]: .*DOES NOT RUN' '$dir/stopped'"
+
+run whole 3 --steps 8 --fsdp 3
+run lost 3 --steps 8 --fsdp 3 --checkpoint "$dir/c" --save-every 2 &
+until_step lost 4 && ip netns pids "$LAB-2" | xargs -r kill -9
+wait $!
+run resumed 3 --steps 8 --fsdp 3 --checkpoint "$dir/c" --resume
+same=$(diff <(losses "$dir/whole.jsonl" | tail -1) <(losses "$dir/resumed.jsonl" | tail -1) \
+  && echo yes)
+check a_lost_node_ends_the_job_and_resume_goes_on "[ $(status lost) != 0 ] && [ '$same' = yes ]" \
+  "ended $(cut -d' ' -f2 "$dir/status.lost") s after its start; the last loss is the same" \
+  "status $(status lost); $(tail -1 "$dir/resumed")"
+
+run cut 3 $long &
+until_step cut 2 && $nodes link 3 down && pulled=$EPOCHREALTIME
+wait $!
+took=$(awk -v a="$pulled" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }')
+check a_pulled_cable_is_named "grep -q 'rank 2, on another node, DOES NOT ANSWER' '$dir/cut'" \
+  "the job ended $took s after it, status $(status cut)" "$(tail -2 "$dir/cut")"
+$nodes link 3 up
+
+run slow 3 --steps 12 --fsdp 3 &
+until_step slow 1
+slow=$(rank_on 2)
+while kill -STOP "$slow" 2>/dev/null; do # it runs for a quarter of the time
+  sleep 0.15
+  kill -CONT "$slow" 2>/dev/null
+  sleep 0.05
+done
+wait $!
+check a_slow_node_is_named "grep -q 'the others wait for rank 1 on node2' '$dir/slow'" \
+  "$(grep -o 'the others wait.*' "$dir/slow")" "$(tail -2 "$dir/slow")"
+
+# ---- the lab itself
+
+for wrong in "up 3 fast" "up 1" "up 2 0 long" "up 2"; do
+  $nodes $wrong >"$dir/wrong" 2>&1
+  check "refused: nodes.sh $wrong" "[ $? = 1 ]" "$(tail -1 "$dir/wrong")" "$(cat "$dir/wrong")"
+done
+$nodes down
+check nothing_is_left_behind "! ip netns list | grep -q '^$LAB-'" "" \
+  "$(ip netns list | grep "^$LAB-")"
+$nodes up 2 1gbit 2000
+run late 2 --steps 3 --tp 2
+worst=$(worst 3 "$dir/alone.jsonl" "$dir/late.jsonl")
+check slow_links_carry_the_same_numbers "at_most $worst 1e-12" "within $worst" \
+  "$(tail -1 "$dir/late")"
+sums_up

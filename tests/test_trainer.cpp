@@ -1,0 +1,290 @@
+// test_trainer.cpp: a step as its host sees it: which sequences it reads and when, that it waits
+// for the device at the end alone, and what a profile says that the step was made of. What a step
+// computes is test_parity's, and each strategy's own test.
+#include <atomic>
+#include <chrono>
+#include <set>
+#include <thread>
+
+#include "report/profile.h"
+#include "tests/parity.h"
+
+namespace {
+
+const GptConfig kConfig = [] {
+  GptConfig g{4, 24, 4, 16, 32};
+  g.dtype = Dtype::f64;
+  return g;
+}();
+
+// Each strategy on all ranks, and pairs of them.
+struct Setting {
+  Layout layout;
+  TrainerOptions options;
+  bool rows = false;
+};
+std::vector<Setting> settings() {
+  const int64_t n = job().size, half = n / 2;
+  std::vector<Setting> all;
+  const auto add = [&](const Layout& layout, const char* schedule = "1f1b", int zero = 3) {
+    if (layout.ranks() != n || layout["pp"] > kConfig.layers / 2 || layout["tp"] > kConfig.heads)
+      return;
+    Setting s{layout, {}, layout["tp"] > 1};
+    s.options.microbatch = 1;
+    s.options.batch = layout.data_ranks() * 2 * layout["pp"];
+    s.options.schedule = schedule;
+    s.options.fsdp.zero = zero;
+    all.push_back(s);
+  };
+  add({{"replicate", n}});
+  if (n == 1) return all;
+  for (int zero : {1, 2, 3}) add({{"fsdp", n}}, "1f1b", zero);
+  add({{"tp", n}});
+  add({{"cp", n}});
+  for (const char* schedule : {"gpipe", "1f1b", "interleaved", "zb", "zbv"})
+    add({{"pp", n}}, schedule);
+  add({{"pp", 2}, {"fsdp", half}}, "zbv");
+  add({{"pp", 2}, {"tp", half}});
+  add({{"fsdp", 2}, {"cp", half}});
+  return all;
+}
+// Calls visit(mesh, config, options, name) for each.
+template <class Visit> void each_setting(Visit visit) {
+  for (const Setting& s : settings()) {
+    GptConfig config = kConfig;
+    config.sequence_parallel = s.rows;
+    Mesh mesh = open_mesh(s.layout);
+    visit(mesh, config, s.options, sentence(to_string(s.layout), " ", s.options.schedule));
+    close_mesh(mesh);
+  }
+}
+
+// ---- a device that stands still
+
+// What comes on the compute stream behind it waits until go(), ten seconds at most.
+class Standstill {
+ public:
+  Standstill() { CUDA_CHECK(cudaLaunchHostFunc(device().compute, stand, &state_)); }
+  ~Standstill() {
+    go();
+    synchronize();
+  }
+  void go() { state_.go = true; }
+  bool stands() const { return !state_.ended; }
+
+ private:
+  struct State {
+    std::atomic<bool> go = false, ended = false;
+  };
+  static void stand(void* p) {
+    State& s = *static_cast<State*>(p);
+    for (int i = 0; i < 10000 && !s.go; i++)
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    s.ended = true;
+  }
+  State state_;
+};
+
+// Streams that run by themselves, as a GPU's do: with no GPU the stand-in's queues.
+struct Queues {
+  Queues() {
+#ifdef CPU_FAST
+    was_ = cpu::streams_are_queued;
+    if (!was_) cpu::queue_streams(1);
+#endif
+  }
+  ~Queues() {
+#ifdef CPU_FAST
+    if (!was_) cpu::run_streams_at_once();
+#endif
+  }
+  bool was_ = true;
+};
+
+int64_t host_waits() {
+#ifdef CPU_FAST
+  return cpu::host_waits;
+#else
+  return 0;
+#endif
+}
+
+}  // namespace
+
+TEST(the_host_goes_through_a_step_while_the_device_stands_still_and_waits_once) {
+  const Queues queues;
+  if (getenv("PTXRUN_RACE")) skip("a PTX runner's streams run at once");
+  int count = 0;
+  each_setting([&](Mesh& mesh, const GptConfig& config, const TrainerOptions& options,
+                   const std::string& name) {
+    Trainer trainer(mesh, config, options);
+    const auto read = [&](int64_t step) {
+      return trainer.read([&](int64_t s) { return sequence(step, s, config); });
+    };
+    Batch batch = read(1);
+    for (int step = 1; step <= 3; step++) {
+      synchronize();
+      const int64_t before = host_waits();
+      bool stands;
+      {
+        Standstill device_stands_still;
+        trainer.gradients(batch);
+        trainer.update(kLearningRate);
+        batch = read(step + 1);
+        stands = device_stands_still.stands();
+        CHECK_EQ(host_waits(), before, name);
+        device_stands_still.go();
+        const auto [loss, norm] = trainer.results();
+        if (host_waits()) CHECK_EQ(host_waits(), before + 1, name);
+        CHECK(std::isfinite(loss) && std::isfinite(norm), name);
+      }
+      // a first step allocates
+      CHECK(stands || step == 1, name, ": step ", step, " waited for the device");
+    }
+    count++;
+  });
+  measured(count, " settings");
+}
+
+// ---- the batch
+
+TEST(a_batch_that_is_read_ahead_trains_to_the_same_bits) {
+  int count = 0;
+  each_setting([&](Mesh& mesh, const GptConfig& config, const TrainerOptions& options,
+                   const std::string& name) {
+    const auto losses = [&](bool ahead) {
+      Trainer trainer(mesh, config, options);
+      std::vector<double> values;
+      const auto of = [&](int64_t step) {
+        return [&, step](int64_t s) { return sequence(step, s, config); };
+      };
+      Batch batch = trainer.read(of(1));
+      for (int step = 1; step <= 3; step++) {
+        if (ahead) trainer.gradients(batch);
+        else trainer.gradients(of(step));
+        trainer.update(kLearningRate);
+        if (ahead) batch = trainer.read(of(step + 1));
+        const auto [loss, norm] = trainer.results();
+        CHECK_EQ(loss, trainer.loss());
+        CHECK_EQ(norm, trainer.norm());
+        values.insert(values.end(), {loss, norm});
+        // what reads other sequences comes between
+        if (step == 2) values.push_back(trainer.evaluate(3, of(0)));
+        if (step == 2 && ahead) CHECK(trainer.can_go_on(batch), name);
+      }
+      return values;
+    };
+    CHECK(losses(true) == losses(false), name);
+    count++;
+  });
+  measured(count, " settings");
+}
+
+TEST(every_sequence_is_read_once_and_uploaded_with_its_micro_batch_where_the_model_ends) {
+  int64_t uploads = 0;
+  each_setting([&](Mesh& mesh, const GptConfig& config, const TrainerOptions& options,
+                   const std::string& name) {
+    Trainer trainer(mesh, config, options);
+    const Schedule& schedule = trainer.pipeline.schedule();
+    const int stage = mesh["pp"].rank;
+    const bool first = stage == 0, last = stage == schedule.stage_of(schedule.positions() - 1);
+    std::vector<int64_t> read;
+    const Batch batch = trainer.read([&](int64_t s) {
+      read.push_back(s);
+      return sequence(1, s, config);
+    });
+    const size_t mine = size_t(options.batch / mesh.layout.data_ranks());
+    CHECK_EQ(read.size(), first || last ? mine : 0, name);
+    CHECK(std::is_sorted(read.begin(), read.end()), name);
+    CHECK_EQ(std::set<int64_t>(read.begin(), read.end()).size(), read.size(), name);
+    CHECK_EQ(int64_t(batch.size()), schedule.microbatches, name);
+    for (const Tokens& tokens : batch) {
+      CHECK_EQ(tokens.length, config.context);
+      const int64_t rows = tokens.B * tokens.T;
+      CHECK_EQ(tokens.inputs.empty() ? 0 : tokens.inputs.numel(), first ? rows : 0, name);
+      CHECK_EQ(tokens.targets.empty() ? 0 : tokens.targets.numel(), last ? rows : 0, name);
+      if (!first || !last) continue;
+      // parts of one upload
+      CHECK_EQ(tokens.targets.data<int>() - tokens.inputs.data<int>(), rows, name);
+      CHECK_EQ(tokens.order.data<int>() - tokens.targets.data<int>(), rows, name);
+      uploads++;
+    }
+  });
+  measured(uploads, " micro-batches of rank 0 in one upload each");
+}
+
+// ---- the profile
+
+TEST(a_profile_has_every_op_of_a_step_and_no_more_time_than_the_step) {
+  double share = 1;
+  each_setting([&](Mesh& mesh, const GptConfig& config, const TrainerOptions& options,
+                   const std::string& name) {
+    Trainer trainer(mesh, config, options);
+    const auto of = [&](int64_t s) { return sequence(1, s, config); };
+    Profile profile;
+    double seconds = 0;
+    int64_t bytes = 0;
+    for (int step = 1; step <= 3; step++) {
+      if (step == 2) bytes = ledger.bytes();  // the first one warms up
+      const Stopwatch clock;
+      op_times.start(OpTimes::everything);
+      profile.host_begins();
+      trainer.gradients(of);
+      trainer.update(kLearningRate);
+      profile.host_reads();
+      profile.host_waits();
+      trainer.results();
+      op_times.stop();
+      const double took = clock.seconds();
+      if (step > 1) seconds += took;
+      profile.end_step(took);
+    }
+    bytes = ledger.bytes() - bytes;
+    double named = 0, kernels = 0, sent = 0, multiplied = 0;
+    for (const auto& [op, row] : profile.rows()) {
+      CHECK(!op.empty(), name);
+      CHECK(row.calls > 0 && row.calls % 2 == 0, name, ": ", op, " ran ", row.calls,
+            " times in two equal steps");
+      CHECK(row.seconds >= 0, name, ": ", op);
+      named += row.seconds;
+      (row.collective ? sent : kernels) += row.collective ? row.work.bytes : row.seconds;
+      if (op.starts_with("matmul")) multiplied += row.work.flops;
+    }
+    // collectives may run beside the kernels
+    CHECK_LE(device().is_gpu || kDelayed ? kernels : named, seconds, name);
+    share = std::min(share, named / seconds);
+    // what the ledger entered, and what the model's size says
+    CHECK_LE(std::abs(sent - double(bytes)), 1e-9 * double(bytes) + 16, name);
+    const double flops = 2 * flops_per_token(config) * double(options.batch * config.context),
+                 attention = 2 * 6.0 * double(config.layers * config.width * config.context) *
+                             double(options.batch * config.context);
+    if (job().size == 1) {
+      CHECK_EQ(multiplied, flops - attention, name);
+      CHECK_EQ(profile.rows().at("adamw").calls, 2);
+      CHECK_EQ(profile.rows().at("read a batch").calls, 2);
+    }
+  });
+  measured("named ops are ", format("%.1f", 100 * share), "% of a step, at least");
+}
+
+TEST(nothing_is_timed_that_is_not_asked_for) {
+  const Tensor x({3}, Dtype::f32, Memory::data);
+  int ops = 0;
+  const auto count = [&] {
+    ops = 0;
+    op_times.each([&](const OpTimes::Op&) { ops++; });
+    return ops;
+  };
+  op_times.start(OpTimes::collectives);
+  add(x, x, x);
+  CHECK_EQ(count(), 0);
+  op_times.start(OpTimes::everything);
+  add(x, x, x);
+  cast(x, x);  // a copy inside it is a part of it
+  op_times.stop();
+  add(x, x, x);
+  synchronize();
+  CHECK_EQ(count(), 2);
+}
+
+int main(int argc, char** argv) { return run_mpi_tests(argc, argv); }

@@ -1,0 +1,243 @@
+// machine.cpp: see machine.h.
+#include "theory/machine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <sstream>
+#include <thread>
+
+#include "autograd.h"
+#include "support/files.h"
+#include "support/stopwatch.h"
+
+// ---- machines by name
+
+// Hours of training sustain less than the best rate that a product reaches for a moment. What an
+// A100 sustains, 242 inner / (inner + 192), is the one fitted constant: with it the last row of
+// Narayanan's table 1, whose products are the largest, is met. (Least error over its ten rows:
+// 235.) The others are taken to sustain the same share of their best product, 0.825.
+static const std::pair<const char*, const char*> kMachines[] = {
+    {"a100-80g", R"(
+peak 312            : NVIDIA, A100 80GB data sheet
+f32 19.5            : NVIDIA, A100 80GB data sheet
+product 128 96.8    : fitted on Narayanan et al. 2021, table 1, last row
+product 8192 236.5  : the same
+multiprocessors 108 : NVIDIA, A100 data sheet
+copy 1733           : 85 % of the data sheet's 2039
+memory 80           : NVIDIA, A100 80GB data sheet
+launch 4            : between two kernels of one stream, as profilers show it
+inside 232.5 3.3    : all_reduce_perf on 8 A100, NVIDIA/nccl-tests issue 175
+between 24 7        : one HDR card, NVIDIA/nccl issues 412 and 1048
+)"},
+    {"h100", R"(
+peak 989            : NVIDIA, H100 SXM data sheet
+f32 66.9            : NVIDIA, H100 SXM data sheet
+product 128 280     : 0.825 of the best product, 794.5 (ml-engineering, MAMF), and as A100 by inner
+product 8192 684    : the same
+multiprocessors 132 : NVIDIA, H100 SXM data sheet
+copy 2848           : 85 % of the data sheet's 3350
+memory 80           : NVIDIA, H100 SXM data sheet
+launch 4            : as A100
+inside 360 3.3      : 80 % of the data sheet's 450 each way, as A100's share of 300
+between 47 7        : one NDR card, NVIDIA/nccl-tests issue 290: 46 to 48
+)"},
+    {"h200", R"(
+peak 989            : NVIDIA, H200 SXM data sheet
+f32 66.9            : NVIDIA, H200 SXM data sheet
+product 128 280     : as H100
+product 8192 684    : as H100
+multiprocessors 132 : NVIDIA, H200 SXM data sheet
+copy 4080           : 85 % of the data sheet's 4800
+memory 141          : NVIDIA, H200 SXM data sheet
+launch 4            : as A100
+inside 360 3.3      : as H100
+between 47 7        : as H100
+)"},
+    {"rtx4090", R"(
+peak 165.2          : NVIDIA, Ada architecture paper, bf16 with sums in f32
+f32 82.6            : NVIDIA, Ada architecture paper
+product 128 54      : 0.825 of the peak, and as A100 by inner
+product 8192 133    : the same
+multiprocessors 128 : NVIDIA, Ada architecture paper
+copy 857            : 85 % of the data sheet's 1008
+memory 24           : NVIDIA, RTX 4090 data sheet
+launch 4            : as A100
+inside 10 7         : through host memory, half of PCIe 4.0 x16 and shared both ways (estimated)
+between 1.2 20      : 10 Gbit/s Ethernet
+)"},
+};
+
+std::vector<std::string> machine_names() {
+  std::vector<std::string> names;
+  for (const auto& [name, text] : kMachines) names.push_back(name);
+  return names;
+}
+
+Machine read_machine(const std::string& name) {
+  for (const auto& [known, text] : kMachines)
+    if (name == known) return parse_machine(name, text);
+  REQUIRE(is_there(name), "there is no machine and no file '", name, "': choose one of ",
+          join(machine_names(), ", "), ", this, or give a file of such facts (theory/machine.h)");
+  return parse_machine(name, read_file(name));
+}
+
+Machine parse_machine(const std::string& name, const std::string& text) {
+  constexpr double kTera = 1e12, kGiga = 1e9, kMicro = 1e-6;
+  Machine m;
+  m.name = name;
+  const struct {
+    const char* name;
+    std::vector<std::pair<double*, double>> numbers;  // where they go, and their unit
+  } kFacts[] = {{"peak", {{&m.peak, kTera}}},
+                {"f32", {{&m.f32, kTera}}},
+                {"multiprocessors", {{&m.multiprocessors, 1}}},
+                {"copy", {{&m.copy, kGiga}}},
+                {"memory", {{&m.memory, 1024.0 * 1024 * 1024}}},
+                {"launch", {{&m.launch, kMicro}}},
+                {"inside", {{&m.inside.bandwidth, kGiga}, {&m.inside.latency, kMicro}}},
+                {"between", {{&m.between.bandwidth, kGiga}, {&m.between.latency, kMicro}}}};
+  std::istringstream lines(text);
+  int number = 0;
+  for (std::string line; std::getline(lines, line);) {
+    const std::string place = sentence("machine ", name, ", line ", ++number, ": ");
+    line = line.substr(0, line.find('#'));
+    const size_t colon = line.find(':');
+    std::istringstream words(line.substr(0, colon));
+    std::string fact;
+    if (!(words >> fact)) continue;
+    std::pair<double, double> product;
+    std::vector<std::pair<double*, double>> numbers{{&product.first, 1}, {&product.second, kTera}};
+    if (fact != "product") {
+      const auto known =
+          std::ranges::find_if(kFacts, [&](const auto& f) { return f.name == fact; });
+      REQUIRE(known != std::end(kFacts), place, "'", fact, "' is no fact of a machine");
+      REQUIRE(!m.sources.count(fact), place, fact, " stands twice");
+      numbers = known->numbers;
+    }
+    for (const auto& [where, unit] : numbers) {
+      REQUIRE(words >> *where && *where >= 0 && std::isfinite(*where), place, fact, " takes ",
+              numbers.size(), numbers.size() > 1 ? " numbers" : " number", " of at least 0");
+      *where *= unit;
+    }
+    std::string more;
+    REQUIRE(!(words >> more), place, "'", more, "' is too much");
+    const size_t source = colon == line.npos ? line.npos : line.find_first_not_of(" \t", colon + 1);
+    REQUIRE(source != line.npos, place, fact, " needs a source: a colon, and where it comes from");
+    m.sources[fact] = line.substr(source);
+    if (fact != "product") continue;
+    REQUIRE(product.first > 0 && product.second > 0, place, "a product's numbers are above 0");
+    REQUIRE(m.products.empty() || product.first > m.products.back().first, place,
+            "products come in ascending order of their inner dim");
+    m.products.push_back(product);
+  }
+  for (const auto& fact : kFacts)
+    REQUIRE(m.sources.count(fact.name), "machine ", name, " does not say its ", fact.name);
+  REQUIRE(m.products.size() >= 2, "machine ", name, " needs the rates of two products at least");
+  REQUIRE(std::min({m.peak, m.f32, m.copy, m.memory, m.inside.bandwidth, m.between.bandwidth}) > 0,
+          "machine ", name, ": rates and memory are above 0");
+  return m;
+}
+
+// ---- this machine
+
+static double best_of_three(const std::function<void()>& work) {
+  work();
+  double best = INFINITY;
+  for (int i = 0; i < 3; i++) {
+    const Stopwatch watch;
+    work();
+    synchronize();
+    best = std::min(best, watch.seconds());
+  }
+  return best;
+}
+
+Machine measure_machine(int64_t ranks) {
+  Machine m;
+  m.name = "this: " + device().name;
+  const Dtype dtype = device().is_gpu ? Dtype::bf16 : Dtype::f32;
+  const int64_t rows = device().is_gpu ? 8192 : 1024;
+  const double cores = device().is_gpu ? double(ranks) : std::thread::hardware_concurrency(),
+               share = std::min(1.0, cores / double(ranks));
+  const auto tensor = [&](int64_t a, int64_t b) {
+    const Tensor x({a, b}, dtype, Memory::workspace);
+    fill(x, 0.5);
+    return x;
+  };
+  for (const int64_t inner : {64, 256, 1024, 4096}) {
+    const Tensor a = tensor(rows, inner), b = tensor(inner, rows), c = tensor(rows, rows);
+    const double seconds = best_of_three([&] { product(c, a, false, b, false, 0); });
+    m.products.push_back({double(inner), share * 2.0 * rows * rows * inner / seconds});
+  }
+  for (const auto& [inner, rate] : m.products) m.peak = std::max(m.peak, rate);
+  m.f32 = m.peak;
+  const Tensor from = tensor(1 << 14, 1 << 11), to = tensor(1 << 14, 1 << 11);
+  const double copying = best_of_three([&] { copy(to, from); });
+  m.copy = share * 2.0 * double(from.bytes()) / copying;
+  const Tensor one = tensor(1, 16), other = tensor(1, 16);
+  m.launch = best_of_three([&] {
+               for (int i = 0; i < 1000; i++) copy(other, one);
+             }) /
+             1000 / share;
+  const int64_t pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGE_SIZE);
+  m.memory = double(pages * page) / double(ranks);
+  m.inside = m.between = {m.copy / 2, 20e-6 / share};
+  for (const char* fact : {"peak", "f32", "product", "copy", "launch"})
+    m.sources[fact] = share < 1 ? "measured now; ranks share cores" : "measured now";
+  m.sources["memory"] = "the host's, shared by all ranks";
+  m.sources["inside"] = m.sources["between"] = "ranks of one host exchange by copying";
+  return m;
+}
+
+// ---- one piece of work
+
+// FLOP/s by the inner dim: between two that were measured, and below them, the time is a line.
+static double rate_of(const Machine& m, double k) {
+  const auto& p = m.products;
+  size_t high = 1;
+  while (high + 1 < p.size() && p[high].first < k) high++;
+  const double low_k = p[high - 1].first, high_k = p[high].first, low = low_k / p[high - 1].second,
+               up = high_k / p[high].second;
+  if (k >= high_k) return p[high].second;
+  const double time = low + (up - low) * (k - low_k) / (high_k - low_k);
+  return k / std::max(time, std::min(k, low_k) / p[high - 1].second);
+}
+
+double product_seconds(const Machine& m, double rows, double columns, double k, double batch,
+                       int64_t bytes) {
+  // of a result's tile, and what it reaches of the largest tile's rate
+  struct Tile {
+    double rows, columns, reaches;
+  };
+  static constexpr Tile kTiles[] = {
+      {256, 128, 1}, {128, 256, 1}, {128, 128, 0.9}, {64, 128, 0.7}, {128, 64, 0.7}};
+  double computing = INFINITY;
+  for (const Tile& t : kTiles) {
+    const double tiles = batch * std::ceil(rows / t.rows) * std::ceil(columns / t.columns),
+                 waves = std::ceil(tiles / m.multiprocessors) * m.multiprocessors;
+    computing = std::min(computing, 2 * waves * t.rows * t.columns * k / t.reaches);
+  }
+  if (m.multiprocessors == 0) computing = 2 * batch * rows * columns * k;
+  const double slower = bytes == 2 || m.f32 == m.peak ? 1 : m.peak / m.f32,
+               moving = batch * (rows * k + k * columns + rows * columns) * double(bytes) / m.copy;
+  return std::max(computing * slower / rate_of(m, k), moving) + m.launch;
+}
+
+double move_seconds(const Machine& m, double bytes, double kernels) {
+  return bytes / m.copy + kernels * m.launch;
+}
+
+Link link_of(const Cluster& c, int64_t n, int64_t stride) {
+  const Link &in = c.machine.inside, &out = c.machine.between;
+  if (n * stride <= c.devices) return in;
+  const double cards = double(std::clamp<int64_t>(c.devices / stride, 1, n));
+  return {std::min(in.bandwidth, cards * out.bandwidth), out.latency};
+}
+
+double collective_seconds(const Link& link, int n, Collective collective, double bytes) {
+  if (n == 1) return 0;
+  Ledger sent;
+  sent.enter({"", n}, collective, 1);
+  return link.latency * std::log2(n) +
+         bytes * double(sent.rows.begin()->second.numerator) / n / link.bandwidth;
+}

@@ -1,0 +1,63 @@
+// machine.h: what a prediction knows of the hardware: rates, each with its source.
+//
+// format    A machine is a text, a line a fact: a name, its numbers, and after a colon where they
+//           come from. What stands behind # is a comment. The built-in machines are such texts, too
+//           (machine.cpp), and a measured one can be written by hand or by a program:
+//             peak 312            : data sheet            TFLOP/s of bf16 products
+//             f32 19.5            : data sheet            TFLOP/s of f32 products
+//             product 128 96.8    : measured ...          TFLOP/s that a large bf16 product
+//             reaches, product 8192 236    : measured ...          by its inner dim; at least two
+//             lines multiprocessors 108 : data sheet            tiles go over them in waves; 0: not
+//             counted copy 1733           : measured ...          GB/s read and written together
+//             memory 80           : data sheet            GiB
+//             launch 4            : measured ...          us from one kernel to the next
+//             inside 232.5 3.3    : measured ...          GB/s that a device sends in a collective
+//             between 24 7        : measured ...          inside a node or between nodes, and us
+//                                                         for each doubling of the ranks
+// test      tests/test_plan.cpp
+#pragma once
+#include <map>
+#include <string>
+#include <vector>
+
+#include "comm.h"
+
+struct Link {
+  double bandwidth = 0, latency = 0;  // bytes/s that a device sends; seconds
+};
+struct Machine {
+  std::string name;
+  double peak = 0, f32 = 0;                                      // FLOP/s
+  std::vector<std::pair<double, double>> products;               // inner dim, FLOP/s reached
+  double multiprocessors = 0, copy = 0, memory = 0, launch = 0;  // -, bytes/s, bytes, seconds
+  Link inside, between;
+  std::map<std::string, std::string> sources;  // by the line's name
+};
+std::vector<std::string> machine_names();
+// A built-in machine, or that of a file; an Error names the line that is wrong.
+Machine read_machine(const std::string& name_or_file);
+Machine parse_machine(const std::string& name, const std::string& text);
+// This one: products and copies are timed now. Ranks beyond its cores share them: each of `ranks`
+// gets as large a part.
+Machine measure_machine(int64_t ranks);
+
+struct Cluster {
+  Machine machine;
+  int64_t nodes = 1, devices = 1;  // of a node
+};
+
+// ---- how long one piece of work takes
+
+// c (m,n) = a (m,k) b (k,n), `batch` of them, in a dtype of `bytes`. Tiles of the result go over
+// the multiprocessors in waves, and the last wave takes as long as a full one (NVIDIA, "Matrix
+// multiplication background user's guide", 2023, sections 3.1 and 3.2); smaller tiles reach less.
+double product_seconds(const Machine& machine, double m, double n, double k, double batch,
+                       int64_t bytes);
+// `kernels` that read and write so many bytes together
+double move_seconds(const Machine& machine, double bytes, double kernels);
+
+// The link of n ranks whose neighbours are `stride` ranks apart. Ranks of one group that share a
+// node send over as many of its network cards at the same time.
+Link link_of(const Cluster& cluster, int64_t n, int64_t stride);
+// of a collective on a buffer of so many bytes: the ledger's bytes over the link
+double collective_seconds(const Link& link, int n, Collective collective, double bytes);

@@ -1,0 +1,544 @@
+// predict.cpp: see predict.h.
+#include "theory/predict.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "theory/timeline.h"
+
+// ---- what software does
+
+// threefold: the kernels' reads and writes as docs/gpu.md lists them; flash attention by tensor
+// cores as FlashAttention-2 reaches it on an A100 (Dao, 2023: half to three quarters of the peak).
+// megatron-2021: the kernels of Megatron-LM's transformer layer of 2021, with its fused softmax,
+// bias + GELU and bias + dropout + add, and one byte a number for a dropout's mask. Where attention
+// is "flash", it is computed again in the backward (selective recomputation). A tp rank sends its
+// slice of an activation to the next stage, where the slices are gathered. Its optimizer reads and
+// writes gradients in 16 bits, a copy in 32, master weights and two moments.
+static const Profile kProfiles[] = {
+    {"threefold", {13, 6, 4, 2, 3, 16}, {13, 3, 4, 3, 0, 14}, false, true, true, true, 0, 39, 0.6},
+    {"megatron-2021",
+     {11, 2, 2, 4.5, 11, 12},
+     {21, 11, 4, 5.5, 7, 20},
+     true,
+     false,
+     false,
+     false,
+     2,
+     52,
+     0},
+};
+
+std::vector<std::string> profile_names() {
+  std::vector<std::string> names;
+  for (const Profile& p : kProfiles) names.push_back(p.name);
+  return names;
+}
+
+const Profile& profile_named(const std::string& name) {
+  for (const Profile& p : kProfiles)
+    if (name == p.name) return p;
+  throw Error(
+      sentence("there is no profile '", name, "': choose one of ", join(profile_names(), ", ")));
+}
+
+// ---- a rank's part of one micro-batch, as it is issued
+
+namespace {
+
+// What a chunk of a stage has of the model.
+struct ChunkKind {
+  int64_t blocks;
+  bool embedding, head;
+  auto operator<=>(const ChunkKind&) const = default;
+};
+enum { kFirst, kMiddle, kLast };  // micro-batches of a step
+struct Phase {
+  double seconds = 0;
+  std::array<double, kAxes.size()> waiting{};
+};
+struct ChunkTimes {
+  Phase forward[3], backward[3], weights[3], tail;  // tail: of the step, behind the last backward
+};
+
+// The model with one block: what all blocks are like.
+struct OneBlock {
+  explicit OneBlock(const Job& job) : config(job.config), options(job.options), mesh(job.layout) {
+    config.layers = 1;
+    mesh.layout["pp"] = 1;
+    mesh = Mesh(mesh.layout, int(mesh.layout.ranks()) - 1);  // the largest part of everything
+  }
+  GptConfig config;
+  TrainerOptions options;
+  Mesh mesh;
+};
+
+class RankWork {
+ public:
+  RankWork(const Predictor& predictor, const Job& job, const ChunkKind& chunk, bool splits_backward)
+      : machine(predictor.cluster.machine),
+        profile(predictor.profile),
+        splits(splits_backward),
+        one(job),
+        t{one.config, one.options, one.mesh, Schedule{&schedule_row("1f1b")}} {
+    const GptConfig& c = one.config;
+    R = double(t.R);
+    S = double(t.S);
+    C = double(c.width);
+    F = double(t.gpt.tp.part(c.hidden()).size());
+    V = double(t.gpt.tp.padded_part(c.vocab));
+    const double kv = double(t.gpt.tp.part(c.kv()).size()), D = C / double(c.heads);
+    heads = kv * double(c.heads / c.kv());
+    channels = heads * D;
+    kv_channels = kv * D;
+    int64_t stride = 1;
+    for (size_t a = kAxes.size(); a-- > 0; stride *= job.layout.sizes[a])
+      links[a] = link_of(predictor.cluster, job.layout.sizes[a], stride);
+    const int64_t tp = job.layout["tp"];
+    shards = link_of(predictor.cluster, t.fsdp.size, tp);
+    const auto parts = t.gpt.parts();
+    if (chunk.embedding) add_use(parts[0]);
+    for (int64_t i = 0; i < chunk.blocks; i++) add_use(parts[1], int(i));
+    if (chunk.head) add_use(parts[2]);
+  }
+
+  ChunkTimes run(int microbatches) {
+    ChunkTimes times;
+    const int n = std::min(microbatches, 3);
+    for (int i = 0; i < n; i++) {
+      const int which = i == 0 ? kFirst : i == n - 1 ? kLast : kMiddle;
+      is_last = i == n - 1;
+      for (size_t u = 0; u < uses.size(); u++) forward(int(u));
+      mark(times.forward[which]);
+      for (size_t u = uses.size(); u-- > 0;) backward(int(u));
+      mark(times.backward[which]);
+      if (!splits) continue;
+      for (; !deferred.empty(); deferred.pop_front()) deferred.front()();
+      mark(times.weights[which]);
+    }
+    end_step();
+    mark(times.tail);
+    read_off();
+    return times;
+  }
+  double bytes_between_stages() const { return double(t.activation); }
+  // of the optimizer, after the last backward
+  double optimizer() const {
+    double elements = 0;
+    for (const auto& [key, unit] : units) elements += unit.elements;
+    return move_seconds(machine, elements * profile.optimizer_bytes, 4.0 * double(units.size()));
+  }
+
+ private:
+  struct Unit {
+    double elements = 0;                   // of this rank's shard
+    double whole = 0, whole_gradient = 0;  // bytes
+    bool gathered = false;
+    int arrived = -1, reduced = -1, uses = 0, done = 0;
+  };
+  struct Use {
+    ModelPart::Kind kind;
+    Backward backward;
+    std::vector<Unit*> units;
+  };
+  void add_use(const ModelPart& part, int layer = 0) {
+    Use use{part.kind, part.backward, {}};
+    for (const auto& [number, params] : units_of(part.params)) {
+      Unit& u = units[number + (number >= kFirstBlock ? layer : 0)];
+      const int64_t padded = padded_unit(params, t.fsdp.size);
+      const double g = profile.gradient_bytes > 0 ? profile.gradient_bytes : double(t.g);
+      u.elements = double(padded) / t.fsdp.size;
+      u.whole = double(padded * t.e);
+      u.whole_gradient = double(padded) * g;
+      u.uses++;
+      use.units.push_back(&u);
+    }
+    uses.push_back(use);
+  }
+
+  // ---- issuing
+  int send(AxisName axis, const Link& link, int n, Collective c, double bytes) {
+    const int task = issue.communicate(collective_seconds(link, n, c, bytes));
+    axis_of[task] = axis.index;
+    return task;
+  }
+  void compute(double seconds) { issue.compute(seconds); }
+  double product(double m, double n, double k, double batch = 1) const {
+    return product_seconds(machine, m, n, k, batch, t.e);
+  }
+  double move(double numbers, double kernels) const {
+    return move_seconds(machine, numbers * double(t.e), kernels);
+  }
+  void weight(double seconds) {
+    if (splits) deferred.push_back([=, this] { compute(seconds); });
+    else compute(seconds);
+  }
+  // rows of width C over tp: their sum, or all of them where a rank has a slice
+  void tp_start(Collective c) {
+    if (t.tp.size == 1) return;
+    const double bytes = double(t.by_rows ? t.tp.size * t.activation : t.activation);
+    send("tp", links[AxisName("tp").index], t.tp.size, c, bytes);
+  }
+  void tp_sum() { tp_start(t.by_rows ? Collective::reduce_scatter : Collective::all_reduce); }
+  void tp_gather() {
+    if (t.by_rows) tp_start(Collective::all_gather);
+  }
+  void finish() { issue.finish(); }
+  // and wait for it
+  void whole_rows() {
+    tp_gather();
+    if (t.by_rows) finish();
+  }
+  void whole_sum() {
+    tp_sum();
+    if (t.tp.size > 1) finish();
+  }
+
+  // ---- blocks, head, embedding
+  void attention(bool backward) {
+    const GptConfig& c = t.config;
+    const double T = double(c.context), D = double(c.width / c.heads), batch = double(t.B) * heads;
+    const bool splits_sequence = t.gpt.cp.splits(c.context);
+    const Passes& passes = backward ? profile.backward : profile.forward;
+    const bool whole = profile.stores_scores || c.attention == AttentionKind::plain;
+    if (whole && !splits_sequence) {
+      if (backward && profile.stores_scores && c.attention == AttentionKind::flash && !c.recompute)
+        attention(false);  // selective recomputation
+      const double both = product(T, T, D, batch) + product(T, D, T, batch);
+      compute((backward ? 2 : 1) * both + move(passes.scores * batch * T * T, 2));
+      return;
+    }
+    // the causal mask leaves half of 2 products forward and 5 backward, of 2 operations each
+    const double operations = (backward ? 5 : 2) * double(t.R) * T * channels,
+                 slower = t.e == 2 || machine.f32 == machine.peak ? 1 : machine.peak / machine.f32,
+                 rate = machine.products.back().second *
+                        (profile.flash_share > 0 ? profile.flash_share : 0.6) / slower;
+    const int rounds = splits_sequence ? t.cp.size : 1;
+    const double travels = 2 * double(t.R) * kv_channels * double(backward ? t.e + t.g : t.e);
+    for (int r = 0; r < rounds; r++) {
+      if (r + 1 < rounds) send("cp", links[AxisName("cp").index], 2, Collective::send, travels);
+      compute(operations / rate / rounds + machine.launch * (backward ? 3 : 1));
+      if (r + 1 < rounds) finish();
+    }
+  }
+  void block_forward() {
+    const Passes& p = profile.forward;
+    const double half = move(p.rows / 2 * S * C, p.kernels / 2);
+    whole_rows();
+    compute(half + product(R, channels + 2 * kv_channels, C));
+    attention(false);
+    compute(move(p.columns * R * channels, 0) + product(R, C, channels));
+    whole_sum();
+    whole_rows();
+    compute(half + product(R, F, C) + move(p.hidden * R * F, 0) + product(R, C, F));
+    whole_sum();
+  }
+  // of a matrix split by its outputs, n of them on this rank
+  void column_backward(double n) {
+    tp_gather();  // of the slice that was saved
+    compute(product(R, C, n));
+    if (t.by_rows) finish();
+    tp_sum();
+    if (t.tp.size > 1 && (!profile.overlaps_sums || splits)) finish();
+    weight(product(C, n, R));
+    if (t.tp.size > 1) finish();
+  }
+  void row_backward(double n) {
+    whole_rows();
+    compute(product(R, n, C));
+    weight(product(n, C, R));
+  }
+  void block_backward() {
+    if (t.config.recompute) block_forward();
+    const Passes& p = profile.backward;
+    const double half = move(p.rows / 2 * S * C, p.kernels / 2);
+    row_backward(F);
+    compute(move(p.hidden * R * F, 0));
+    column_backward(F);
+    compute(half);
+    row_backward(channels);
+    attention(true);
+    compute(move(p.columns * R * channels, 0));
+    column_backward(channels + 2 * kv_channels);
+    compute(half);
+  }
+  void part_forward(ModelPart::Kind kind) {
+    if (kind == ModelPart::block) return block_forward();
+    if (kind == ModelPart::embedding) {
+      compute(move(2 * R * C, 1));
+      whole_sum();
+      return;
+    }
+    whole_rows();
+    compute(move(2 * S * C, 1) + product(R, V, C) + move(profile.forward.logits * R * V, 4));
+    if (t.tp.size == 1) return;
+    send("tp", links[AxisName("tp").index], t.tp.size, Collective::all_reduce, 3 * R * double(t.g));
+    finish();
+  }
+  void part_backward(ModelPart::Kind kind) {
+    if (kind == ModelPart::block) return block_backward();
+    if (kind == ModelPart::embedding) {
+      whole_rows();
+      compute(move(3 * R * C, 1));
+      return;
+    }
+    compute(move(profile.backward.logits * R * V, 2));
+    column_backward(V);
+    compute(move(4 * S * C, 1));
+  }
+
+  // ---- FSDP around them: the names are those of fsdp.cpp
+  void start_unshard(Unit& u) {
+    if (u.gathered) return;
+    u.gathered = true;
+    if (t.fsdp.size > 1)
+      u.arrived = send("fsdp", shards, t.fsdp.size, Collective::all_gather, u.whole);
+  }
+  void unshard(int use, int direction) {
+    for (Unit* u : uses[use].units) start_unshard(*u);
+    for (int k = 1; k <= t.options.fsdp.prefetch; k++) {
+      const int next = use + k * direction;
+      if (next < 0 || next >= int(uses.size())) break;
+      if (direction < 0 && uses[next].backward != Backward::unshards) continue;
+      for (Unit* u : uses[next].units) start_unshard(*u);
+    }
+    for (Unit* u : uses[use].units) issue.wait_for(u->arrived);
+  }
+  void reshard(int use) {
+    if (t.shards_parameters && t.options.fsdp.reshard)
+      for (Unit* u : uses[use].units) u->gathered = false;
+  }
+  void forward(int use) {
+    unshard(use, +1);
+    part_forward(uses[use].kind);
+    if (uses[use].backward != Backward::keeps) reshard(use);
+  }
+  void backward(int use) {
+    if (uses[use].backward != Backward::nothing) unshard(use, -1);
+    part_backward(uses[use].kind);
+    if (splits) deferred.push_back([=, this] { reduce_gradients(use); });
+    else reduce_gradients(use);
+    reshard(use);
+  }
+  void sum_over_copies(const Unit& u) {
+    const int n = int(t.mesh.layout["replicate"]);
+    if (n > 1)
+      send("replicate", links[AxisName("replicate").index], n, Collective::all_reduce,
+           u.whole_gradient / t.fsdp.size);
+  }
+  void reduce_gradients(int use) {
+    for (Unit* u : uses[use].units) {
+      if (++u->done < u->uses) continue;
+      u->done = 0;
+      if (!t.shards_gradients && !is_last) continue;
+      if (!profile.overlaps_gradients && is_last) continue;  // at the step's end
+      if (t.fsdp.size > 1)
+        send("fsdp", shards, t.fsdp.size, Collective::reduce_scatter, u->whole_gradient);
+      if (is_last) sum_over_copies(*u);
+      u->reduced = int(issue.tasks.size()) - 1;
+      in_flight.push_back(u);
+      while (in_flight.size() > (t.options.fsdp.prefetch > 0 ? 1 : 0)) finish_reduce();
+    }
+  }
+  void finish_reduce() {
+    const Unit& u = *in_flight.front();
+    in_flight.pop_front();
+    if (t.fsdp.size * t.mesh.layout["replicate"] == 1) return;
+    issue.wait_for(u.reduced);
+    compute(t.shards_gradients ? move_seconds(machine, 3 * u.elements * double(t.g), 1) : 0);
+  }
+  void end_step() {
+    while (!in_flight.empty()) finish_reduce();
+    if (profile.overlaps_gradients) return;
+    for (const auto& [key, unit] : units) {
+      if (t.fsdp.size > 1)
+        send("fsdp", shards, t.fsdp.size, Collective::reduce_scatter, unit.whole_gradient);
+      sum_over_copies(unit);
+    }
+    finish();
+  }
+
+  // ---- what came of it
+  void mark(Phase& phase) {
+    compute(0);
+    marks.push_back({issue.last_compute(), &phase});
+  }
+  void read_off() {
+    const std::vector<Span> spans = ::run(issue.tasks);
+    double end = 0, begin = 0;  // of the last computation; of the phase
+    size_t next = 0;
+    for (int i = 0; i < int(issue.tasks.size()); i++) {
+      const Task& task = issue.tasks[i];
+      if (task.queue != Queue::compute) continue;
+      Phase& phase = *marks[next].second;
+      if (spans[i].start > end) phase.waiting[axis_of.at(task.after)] += spans[i].start - end;
+      end = spans[i].end;
+      if (i < marks[next].first) continue;
+      phase.seconds = end - begin;
+      begin = end;
+      next++;
+    }
+  }
+
+  friend class ::Predictor;
+  const Machine& machine;
+  const Profile& profile;
+  bool splits, is_last = false;
+  OneBlock one;
+  TheoryOfRank t;
+  Link links[kAxes.size()], shards;
+  double R, S, C, F, V;
+  double heads, channels, kv_channels;
+  std::map<int, Unit> units;
+  std::vector<Use> uses;
+  std::deque<Unit*> in_flight;
+  std::deque<std::function<void()>> deferred;
+  Issue issue;
+  std::map<int, size_t> axis_of;  // of a communication
+  std::vector<std::pair<int, Phase*>> marks;
+};
+
+}  // namespace
+
+// ---- the step
+
+// What each chunk of each stage has.
+static std::vector<std::vector<ChunkKind>> chunks_of(const Gpt& gpt, const Schedule& s) {
+  std::vector<std::vector<ChunkKind>> kinds;
+  for (int stage = 0; stage < s.stages; stage++) {
+    kinds.emplace_back();
+    for (const ModelPiece& piece : pieces_of(gpt, s, stage)) {
+      const bool embedding = has_embedding(piece), head = has_head(piece);
+      kinds.back().push_back({int64_t(piece.size()) - embedding - head, embedding, head});
+    }
+  }
+  return kinds;
+}
+
+// Without actions.
+static Schedule outline(const Job& job) {
+  const int pp = int(job.layout["pp"]);
+  const ScheduleRow& row = schedule_row(pp > 1 ? job.options.schedule : "1f1b");
+  const int64_t ranks = job.options.microbatch * job.layout.data_ranks();
+  const int chunks = pp == 1 ? 1 : job.options.chunks ? job.options.chunks : row.chunks();
+  return {&row, pp, int(job.options.batch / ranks), chunks};
+}
+
+// The tasks of a pipeline without their durations, and what each of them is.
+struct Predictor::PipelineTasks {
+  struct What {
+    int stage;
+    Action::Kind kind;
+    int chunk, microbatch;
+  };
+  std::vector<Task> tasks;
+  std::vector<What> what;
+};
+
+const Predictor::PipelineTasks& Predictor::tasks(const Schedule& s, int microbatches) {
+  auto& kept = pipelines_[{s.row->name, s.stages, microbatches, s.chunks}];
+  if (kept) return *kept;
+  kept = std::make_shared<PipelineTasks>();
+  const Schedule schedule = make_schedule(s.row->name, s.stages, microbatches, s.chunks);
+  kept->tasks = tasks_of(schedule, durations(schedule, {}), Queue::communication);
+  for (int stage = 0; stage < s.stages; stage++)
+    for (const Action& a : schedule.actions[stage])
+      kept->what.push_back({stage, a.kind, a.chunk, a.microbatch});
+  return *kept;
+}
+
+// Of an activation between two stages.
+static double exchange_seconds(const Predictor& p, const Job& job, const RankWork& work) {
+  const int64_t pp = job.layout["pp"], tp = job.layout["tp"], stride = job.layout.ranks() / pp;
+  const Link link = link_of(p.cluster, pp, stride);
+  const Link one_card{std::min(link.bandwidth, stride * pp <= p.cluster.devices
+                                                   ? p.cluster.machine.inside.bandwidth
+                                                   : p.cluster.machine.between.bandwidth),
+                      link.latency};
+  const double bytes = work.bytes_between_stages();
+  if (p.profile.overlaps_exchanges || job.config.sequence_parallel)
+    return collective_seconds(one_card, 2, Collective::send, bytes);
+  return collective_seconds(one_card, 2, Collective::send, bytes / double(tp)) +
+         collective_seconds(link_of(p.cluster, tp, 1), int(tp), Collective::all_gather, bytes);
+}
+
+Prediction Predictor::predict(const Job& job) {
+  const Schedule s = outline(job);
+  const auto kinds = chunks_of(gpt_, s);
+  std::map<ChunkKind, ChunkTimes> times;
+  Prediction result;
+  double exchange = 0, tail = 0;
+  for (const auto& stage : kinds) {
+    double optimizer = 0, of_stage = 0;
+    for (const ChunkKind& kind : stage) {
+      RankWork work(*this, job, kind, s.row->splits_backward);
+      if (!times.count(kind)) times[kind] = work.run(s.microbatches);
+      optimizer += work.optimizer();
+      of_stage += times[kind].tail.seconds;
+      exchange = exchange_seconds(*this, job, work);
+    }
+    result.optimizer = std::max(result.optimizer, optimizer);
+    tail = std::max(tail, of_stage);
+  }
+
+  // which of three times a micro-batch has
+  const auto phase = [&](const PipelineTasks::What& what, int microbatches) -> const Phase& {
+    const ChunkTimes& t = times.at(kinds[what.stage][what.chunk]);
+    const int which = what.microbatch == 0                  ? kFirst
+                      : what.microbatch == microbatches - 1 ? kLast
+                                                            : kMiddle;
+    return what.kind == Action::forward           ? t.forward[which]
+           : what.kind == Action::weight_gradient ? t.weights[which]
+                                                  : t.backward[which];
+  };
+  const auto run_with = [&](double exchange, int m) {
+    const PipelineTasks& pipeline = tasks(s, m);
+    std::vector<Task> timed = pipeline.tasks;
+    // where nothing overlaps, a computation first takes what comes, and then hands on its result
+    const double exposed = profile.overlaps_exchanges ? 0 : exchange;
+    for (size_t i = 0; i < timed.size(); i++) {
+      const auto& what = pipeline.what[i];
+      if (what.kind == Action::exchange) timed[i].duration = exchange - exposed;
+      else timed[i].duration = phase(what, m).seconds + exposed;
+    }
+    return makespan(run(timed));
+  };
+  const auto step = [&](double exchange) {
+    return extended_makespan(s.microbatches, s.row->divisor(s.stages),
+                             steady_microbatches(*s.row, s.stages),
+                             [&](int m) { return run_with(exchange, m); });
+  };
+
+  // the busiest stage: its computations, and what they wait for
+  double busiest = 0;
+  for (int stage = 0; stage < s.stages; stage++) {
+    double busy = 0;
+    std::array<double, kAxes.size()> waiting{};
+    const auto add = [](auto& sum, const auto& x) {
+      for (size_t a = 0; a < kAxes.size(); a++) sum[a] += x[a];
+    };
+    for (int chunk = 0; chunk < s.chunks; chunk++) {
+      add(waiting, times.at(kinds[stage][chunk]).tail.waiting);
+      for (int m = 0; m < s.microbatches; m++)
+        for (const auto kind : {Action::forward, Action::backward, Action::weight_gradient}) {
+          const Phase& p = phase({stage, kind, chunk, m}, s.microbatches);
+          busy += p.seconds;
+          add(waiting, p.waiting);
+        }
+    }
+    if (busy <= busiest) continue;
+    busiest = busy;
+    result.waiting = waiting;
+  }
+  result.computing = busiest + tail;
+  for (const double w : result.waiting) result.computing -= w;
+  double pipeline = busiest;
+  if (s.stages > 1) {
+    pipeline = step(exchange);
+    const double free = step(0);
+    result.waiting[AxisName("pp").index] = pipeline - free;
+    result.bubble = free - busiest;
+  }
+  result.seconds = pipeline + tail + result.optimizer;
+  return result;
+}

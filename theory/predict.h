@@ -1,0 +1,63 @@
+// predict.h: how long a training step takes on a cluster, and where the time goes.
+//
+// idea      One rank of each kind of stage is issued as the code issues it: products and kernels on
+//           the compute queue, collectives of all axes on the communication queue (timeline.h).
+//           From the first, a middle and the last micro-batch come the times of a stage's
+//           computations, waiting included, and the schedule makes the step of them. Bytes, units
+//           and what is kept come from theory/; nothing of it is counted again here.
+// work      A product takes what its machine reaches (machine.h). Everything else is bound by
+//           memory: a profile says how often software reads or writes each kind of activation.
+// not here  an exchange of a pipeline that stands in the queue behind a gather; stragglers; the
+//           host
+// test      tests/test_plan.cpp: held against published tables
+#pragma once
+#include "theory/machine.h"
+#include "theory/theory.h"
+
+// Numbers of the compute dtype read or written in a block, for each number in: an activation of
+// width C of this rank's rows; one of its part of the width, of all rows; one between the MLP's
+// products; the scores. In the head: the logits.
+struct Passes {
+  double rows, columns, hidden, scores, logits, kernels;
+};
+// What software does with the hardware.
+struct Profile {
+  const char* name;
+  Passes forward, backward;
+  bool stores_scores;       // attention as whole matrices, with plain products
+  bool overlaps_sums;       // tp: a backward's sum travels beside the weight gradient
+  bool overlaps_gradients;  // sums of gradients run behind the backward
+  bool overlaps_exchanges;  // between stages; and each tp rank sends all that it has
+  double gradient_bytes;    // on the wire; 0: those of the master dtype
+  double optimizer_bytes;   // read and written a parameter of the shard, in all
+  double flash_share;       // of a large product's rate
+};
+const Profile& profile_named(const std::string& name);
+std::vector<std::string> profile_names();
+
+struct Job {
+  GptConfig config;
+  TrainerOptions options;
+  Layout layout;
+};
+struct Prediction {
+  double seconds = 0;  // of a step
+  // of the busiest stage, in a step
+  double computing = 0, bubble = 0, optimizer = 0;
+  std::array<double, kAxes.size()> waiting{};  // for each axis, after overlap
+};
+// The times of pipelines are kept: the next prediction with so many stages is faster.
+class Predictor {
+ public:
+  Predictor(const Cluster& cluster, const Profile& profile, const ModelSize& model)
+      : cluster(cluster), profile(profile), gpt_({model}) {}
+  Prediction predict(const Job& job);
+  const Cluster cluster;
+  const Profile& profile;
+
+ private:
+  struct PipelineTasks;
+  const PipelineTasks& tasks(const Schedule& outline, int microbatches);
+  std::map<std::tuple<std::string, int, int, int>, std::shared_ptr<PipelineTasks>> pipelines_;
+  Gpt gpt_;  // its pieces
+};
