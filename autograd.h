@@ -47,7 +47,8 @@ struct Param {
   Tensor& grad_of(bool transposed) {
     return transposed && !grad_of_head.empty() ? grad_of_head : grad;
   }
-  // Asked by each writer of a gradient: whether it adds to it. The first one of a fresh one does not.
+  // Asked by each writer of a gradient: whether it adds to it. The first one of a fresh one does
+  // not.
   bool adds(bool transposed = false) {
     bool& is_fresh = transposed && !grad_of_head.empty() ? fresh_of_head : fresh;
     return !std::exchange(is_fresh, false);

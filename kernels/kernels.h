@@ -43,8 +43,8 @@ void bias_backward(const Tensor& dbias, const Tensor& dy, bool add = true);
 // y (R,C) = (x - mean) * rstd * gain (C) + bias (C);  mean, rstd (R) are saved for the backward
 void layernorm_forward(const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x,
                        const Tensor& gain, const Tensor& bias);
-// sum (R,C) = x (R,C) + (h (R,C) + h_bias (C)), y = layernorm(sum): neither the residual add nor the
-// bias of what made h costs a pass of its own
+// sum (R,C) = x (R,C) + (h (R,C) + h_bias (C)), y = layernorm(sum): neither the residual add nor
+// the bias of what made h costs a pass of its own
 void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mean,
                            const Tensor& rstd, const Tensor& x, const Tensor& h,
                            const Tensor& h_bias, const Tensor& gain, const Tensor& bias);

@@ -20,8 +20,8 @@ constexpr int kForwardThreads = block_threads(128);
 constexpr int64_t kStaticBytes = 1 << 10;
 constexpr int64_t kSharedBytes = (48 << 10) - kStaticBytes;  // what a block may have without asking
 
-// y (R,C) = layernorm(x), or with kAdd: sum (R,C) = x + (h + h_bias), y = layernorm(sum); mean, rstd
-// (R).
+// y (R,C) = layernorm(x), or with kAdd: sum (R,C) = x + (h + h_bias), y = layernorm(sum); mean,
+// rstd (R).
 // Reads and writes RC of each; any C. `keep`: the row fits into shared memory; else it is read
 // again through the caches.
 template <class T, int N, bool kAdd> __global__ void __launch_bounds__(128)
