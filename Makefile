@@ -23,11 +23,12 @@ include launch/launch.mk
 # ---- sources: a folder a concern; the files with a main() are the programs
 
 FOLDERS := launch theory report inference checkpoint support
-PROGRAMS := train_gpt generate checkpoint show_schedule
+PROGRAMS := train_gpt generate checkpoint show_schedule plan
 main_train_gpt     := train_gpt.cpp
 main_generate      := inference/generate.cpp
 main_checkpoint    := checkpoint/tool.cpp
 main_show_schedule := report/show_schedule.cpp
+main_plan          := report/show_plan.cpp
 MAINS    := $(foreach program,$(PROGRAMS),$(main_$(program)))
 SOURCES  := tensor.cu $(sort $(wildcard kernels/*.cu)) \
             $(filter-out $(MAINS),$(sort $(wildcard *.cpp $(FOLDERS:%=%/*.cpp))))

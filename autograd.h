@@ -29,7 +29,8 @@ struct Param {
   // what this rank owns: [begin, end) of dim number `dim` of `shape`, seen as (outer, split, inner)
   int dim = 0;
   Slice slice;
-  // rows of memory behind the slice's last: 0, and no elements of the parameter
+  // rows of zeros in memory behind the slice's, for fast products (TensorParallel::padded_part):
+  // no elements of the parameter
   int64_t padding = 0;
   float std = 0, mean = 0;  // initial values: normal(0, std), or the constant `mean` when std is 0
   bool decay = false;       // weight decay: matrices only

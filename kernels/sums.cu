@@ -34,11 +34,13 @@ template <class T, int N> __global__ void __launch_bounds__(256)
   if (threadIdx.x == 0) out[blockIdx.x] = add ? out[blockIdx.x] + sum : sum;
 }
 
-// sums[piece] = sum of the squares of what `of` names; one block a piece
+// sums[piece] = sum of the squares of what the pointer `at` bytes behind a piece's begin points to;
+// one block a piece. (nvcc takes no pointer to a member as an argument.)
 template <class A> __global__ void __launch_bounds__(256)
-    squares_kernel(double* sums, const UpdatePiece* pieces, void* UpdatePiece::*of) {
+    squares_kernel(double* sums, const UpdatePiece* pieces, int64_t at) {
   const UpdatePiece& piece = pieces[blockIdx.x];
-  const double sum = sum_over_block<kPack<A>, true>(static_cast<const A*>(piece.*of), piece.size);
+  const A* const x = *reinterpret_cast<A* const*>(reinterpret_cast<const char*>(&piece) + at);
+  const double sum = sum_over_block<kPack<A>, true>(x, piece.size);
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
@@ -82,8 +84,11 @@ void sum_of_squares(const Tensor& squares, const UpdateTable& table, void* Updat
   if (!table.size()) return;
   const Tensor sums({table.size()}, Dtype::f64, Memory::workspace);
   double *const parts = sums.data<double>(), *const out = squares.data<double>();
+  const UpdatePiece any{};
+  const int64_t at =
+      reinterpret_cast<const char*>(&(any.*of)) - reinterpret_cast<const char*>(&any);
   DISPATCH(table.compute, squares_kernel<acc_t<T>>
-           <<<unsigned(table.size()), kThreads, 0, device().compute>>>(parts, table.data(), of));
+           <<<unsigned(table.size()), kThreads, 0, device().compute>>>(parts, table.data(), at));
   parameters_kernel<<<unsigned(table.size()), kThreads, 0, device().compute>>>(out, parts,
                                                                                table.data());
   LAUNCHED();

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # nodes.sh: several nodes on one machine, joined by links of a chosen speed.
-#   network/nodes.sh up N [RATE] [DELAY]  makes N nodes (RATE as for tc: 100mbit, 1gbit; 0: not shaped;
-#                                         DELAY in microseconds, one way)
+#   network/nodes.sh up N [RATE] [DELAY]  makes N nodes (RATE as for tc: 100mbit, 1gbit; 0: not
+#                                         shaped; DELAY in microseconds, one way)
 #   network/nodes.sh run -n R [--spread] COMMAND...
 #                                         mpiexec over all nodes: the first R/N ranks on node 1, or
 #                                         with --spread each next rank on the next node
@@ -15,10 +15,10 @@
 #                                      | switch |
 #                  mpiexec: 10.77.0.254 +--------+ ==cable== node 3: eth0 10.77.0.3
 #
-# node      a network namespace, and for what runs there a host name, an IPC namespace and a /dev/shm
-#           of its own: ranks of a node share memory, those of two nodes cannot
-# cable     a veth pair on a bridge; both ends let through RATE (tbf). With a DELAY, the switch and its
-#           cables are a program (delay.cpp), since many kernels lack what would do it (netem).
+# node      a network namespace, and for what runs there a host name, an IPC namespace and a
+#           /dev/shm of its own: ranks of a node share memory, those of two nodes cannot
+# cable     a veth pair on a bridge; both ends let through RATE (tbf). With a DELAY, the switch and
+#           its cables are a program (delay.cpp), since many kernels lack what would do it (netem).
 # launcher  mpiexec is told to reach other hosts by this script in the place of rsh
 # The machine's own network is never touched. Needs root and iproute2.
 set -euo pipefail
@@ -36,8 +36,8 @@ refuse() {
 is_up() { [ -e "/run/netns/$switch" ]; }
 nodes() { ip netns list | grep -cE "^$lab-[0-9]+( |$)"; }
 
-# shape NAMESPACE DEVICE RATE: a burst of 100 us, or of two frames, else short messages would pass at
-# once; the queue is longer than any socket's buffer and so never drops
+# shape NAMESPACE DEVICE RATE: a burst of 100 us, or of two frames, else short messages would pass
+# at once; the queue is longer than any socket's buffer and so never drops
 shape() {
   [ "$3" = 0 ] && return
   local bytes
@@ -142,7 +142,7 @@ case ${1:-} in
   sent) ip netns exec "$lab-$2" cat /sys/class/net/eth0/statistics/tx_bytes ;;
   $net.*) on "${1##*.}" "${*:2}" ;; # mpiexec: HOST COMMAND...
   *)
-    sed -n '2,13s/^# \{0,1\}//p' "$self"
+    sed -n '2,11s/^# \{0,1\}//p' "$self"
     exit 1
     ;;
 esac

@@ -110,7 +110,7 @@ std::string Profile::table(const Machine& machine, Dtype dtype) const {
     s += line("all collectives", "", collectives) + (beside ? "  beside them" : "") + "\n";
   s += line(beside ? "in no row: the device waits" : "in no row: the host's own", "",
             all_.seconds - kernels - (beside ? 0 : collectives)) +
-       "\n";
+       "\n" + line("the step", "", all_.seconds) + "\n";
   s += format("  the host %s for %.3f ms, reads the next batch for %.3f ms and waits for %.3f ms\n",
               beside ? "launches" : "computes", all_.host.launched * 1e3 / steps,
               (all_.host.read - all_.host.launched) * 1e3 / steps,

@@ -59,6 +59,8 @@ with tempfile.TemporaryDirectory() as d:
         96,
         "--layers",
         3,
+        "--vocab",
+        257,
         "--checkpoint",
         f"{d}/c",
     )
@@ -74,12 +76,12 @@ with tempfile.TemporaryDirectory() as d:
     # Tokens of byte pairs, and a random model of theirs with that vocabulary.
     files = [f for f in sorted(glob.glob("*.cpp") + glob.glob("docs/*.md"))]
     bpe = ByteLevelBPETokenizer()
-    bpe.train(files, vocab_size=600, min_frequency=2, special_tokens=["<|endoftext|>"])
+    bpe.train(files, vocab_size=601, min_frequency=2, special_tokens=["<|endoftext|>"])
     bpe.save_model(d)
     torch.manual_seed(1)
     random = GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=600,
+            vocab_size=601,
             n_positions=256,
             n_embd=48,
             n_layer=2,

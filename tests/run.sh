@@ -83,7 +83,7 @@ for backend in "$@"; do
   [ "$backend" = ptx ] && programs="${kernels#test_cpu }"
   targets=$(printf "$built/tests/%s " $programs)
   [ "$backend" = cpu ] && targets="$targets build build/cpu/tests/test_checkpoint"
-  [ "$backend" = ptx ] && targets="$targets $built/train_gpt"
+  [ "$backend" = ptx ] && targets="$targets $built/train_gpt build/cuda/null/train_gpt"
   make --no-print-directory -j"$cores" BACKEND="${backend/ptx/cuda}" $targets || {
     echo "FAIL the $backend build"
     failed=$((failed + 1))
@@ -108,7 +108,8 @@ for backend in "$@"; do
     done
   done
   [ "$backend" = ptx ] \
-    && run "the CUDA build trains to the CPU build's losses" tests/test_ptx_train.sh
+    && run "the CUDA build trains to the CPU build's losses" tests/test_ptx_train.sh \
+    && run "what the host asks of the device" tests/test_host_calls.sh
   [ "$backend" = cpu ] || continue
   # on 2 ranks `mutants.sh waits` runs them
   for test in $ranks; do
@@ -125,6 +126,7 @@ for backend in "$@"; do
   run "ranks that die, stop and refuse" tests/test_failures.sh
   run "what the machine gives or forbids" tests/test_environment.sh
   run "several nodes" tests/test_network.sh
+  run "the planner from outside" tests/test_plan.sh
 done
 
 lanes

@@ -52,6 +52,42 @@ for dtype in f32 bf16 f64; do
     fail two_runs_give_identical_losses_$dtype
   fi
 done
+# profiled NAME RANKS OPTIONS...: --profile changes no bit; its rows add up to its sums (of rounded
+# numbers, within a unit of each), those and what is in no row to the step, and names are once there
+profiled() {
+  local name=$1 ranks=$2 text
+  shift 2
+  $MPIEXEC -n $ranks $train $small "$@" --metrics "$dir/a.jsonl" >/dev/null 2>&1
+  $MPIEXEC -n $ranks $train $small "$@" --metrics "$dir/b.jsonl" --profile >"$dir/out" 2>&1
+  text=$(sed -n '/^profile of rank/,$p' "$dir/out" | awk '
+    /^  the step/ { step = $(NF - 1) }
+    /^op, / { inside = 1; next }
+    /^  all |^  in no row/ { sums += $(NF - 1); inside = 0 }
+    inside {
+      name = substr($0, 3, 32)
+      if (name in seen) twice = name
+      seen[name] = 1
+      rows += substr($0, 45, 10)
+      n++
+    }
+    /in no row/ { left = $(NF - 1) }
+    function abs(x) { return x < 0 ? -x : x }
+    END {
+      if (!n || twice != "" || left < -0.01) exit 1
+      if (abs(sums - step) > 0.01 || abs(rows + left - step) > 0.001 * (n + 3)) exit 1
+      printf "%d ops take %.1f %% of a step of %s ms", n, 100 * (1 - left / step), step
+    }')
+  if [ -n "$text" ] && same_losses; then
+    ok "$name" "$text"
+  else
+    fail "$name" "$(sed -n '/^profile/,$p' "$dir/out" | tr '\n' ';' | cut -c1-400)"
+  fi
+}
+profiled a_profile_adds_up_to_the_step 1
+profiled a_profile_of_one_micro_batch_at_a_time_adds_up 1 --microbatch 1 --recompute
+OMP_NUM_THREADS=1 profiled a_profile_of_four_ranks_adds_up 4 --pp 2 --fsdp 2
+OMP_NUM_THREADS=1 profiled a_profile_of_split_layers_adds_up 2 --tp 2 --sequence-parallel
+
 for matmul in cublas own; do for attention in plain flash; do
   $train $small --matmul $matmul --attention $attention --metrics "$dir/a.jsonl" >/dev/null 2>&1
   $train $small --matmul $matmul --attention $attention --recompute --metrics "$dir/b.jsonl" \

@@ -116,6 +116,15 @@ done
 $nodes down
 check nothing_is_left_behind "! ip netns list | grep -q '^$LAB-'" "" \
   "$(ip netns list | grep "^$LAB-")"
+setsid network/experiment.sh replicate >"$dir/experiment" 2>&1 &
+for i in $(seq 300); do
+  grep -q replicate "$dir/experiment" && break
+  sleep 0.1
+done
+kill -TERM -- -$! && wait $!
+status=$? left=$(ip netns list | grep "^3f$!-")
+check an_experiment_that_is_ended_leaves_nothing "[ $status = 130 ] && [ -z '$left' ]" "" \
+  "status $status, $left"
 $nodes up 2 1gbit 2000
 run late 2 --steps 3 --tp 2
 worst=$(worst 3 "$dir/alone.jsonl" "$dir/late.jsonl")

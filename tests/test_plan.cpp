@@ -1,10 +1,12 @@
 // test_plan.cpp: the timeline against the simulator and cases by hand; the planner against the
 // formulas of theory/ and against published tables.
 #include <algorithm>
+#include <ctime>
 #include <random>
+#include <set>
 
 #include "tests/test.h"
-#include "theory/predict.h"
+#include "theory/plan.h"
 #include "theory/timeline.h"
 
 namespace {
@@ -213,6 +215,105 @@ TEST(narayanans_table_1_is_predicted) {
   CHECK_LE(mean, 2.0);
   CHECK_LE(worst, 4.0);
   CHECK_LE(0.9 * pairs, right);
+}
+
+// ---- the search
+
+namespace {
+
+Wanted anything(int64_t batch) {
+  Wanted wanted;
+  wanted.layout.sizes.fill(0);
+  wanted.batch = batch;
+  return wanted;
+}
+
+}  // namespace
+
+TEST(the_searchs_memory_is_that_of_the_formulas) {
+  const GptConfig config{{11, 96, 6, 64, 301}, Dtype::bf16};
+  const Cluster cluster{read_machine("a100-80g"), 1, 8};
+  const Plan found = plan(cluster, profile_named("threefold"), config, anything(48), 1 << 30, 900);
+  CHECK_EQ(found.fastest.size(), size_t(900));
+  std::set<std::string> schedules;
+  for (const Planned& p : found.fastest) {
+    const Account a = account(p.job);
+    CHECK_EQ(a.stages[a.fullest()].total(), p.memory, to_string(p.job.layout), " zero ",
+             p.job.options.fsdp.zero, " ", p.job.options.schedule, " ", p.job.options.chunks);
+    if (p.job.layout["pp"] > 1) schedules.insert(p.job.options.schedule);
+  }
+  CHECK_EQ(schedules.size(), schedule_names().size());
+  measured(found.fastest.size(), " of ", found.fitting, " layouts, to the byte");
+}
+
+TEST(the_search_finds_what_trying_all_finds) {
+  const GptConfig config{{8, 512, 8, 256, 5003}, Dtype::bf16};
+  const Cluster cluster{read_machine("rtx4090"), 4, 2};
+  const int64_t memory = 600 << 20;
+  const auto search = [&](int64_t top) {
+    return plan(cluster, profile_named("threefold"), config, anything(64), memory, top);
+  };
+  const Plan five = search(5), all = search(100'000);
+  CHECK_EQ(int64_t(all.fastest.size()), all.fitting);
+  CHECK(all.fitting < all.layouts && five.predicted < all.predicted);
+  for (size_t i = 0; i < 5; i++)
+    CHECK_EQ(five.fastest[i].time.seconds, all.fastest[i].time.seconds);
+  CHECK(all.smallest && all.smallest->memory > memory);
+  double sum = 0;
+  for (const auto& p : all.fastest) {
+    double parts = p.time.computing + p.time.bubble + p.time.optimizer;
+    for (const double w : p.time.waiting) parts += w;
+    sum = std::max(sum, close(parts, p.time.seconds));
+  }
+  CHECK_LE(sum, 1e-9, "the parts of a step are all of it");
+  measured("predicted ", five.predicted, " of ", all.predicted, " that fit, of ", all.layouts);
+}
+
+TEST(large_clusters_are_planned) {
+  GptConfig config{{126, 16384, 128, 8192, 128256, 8, 79872}, Dtype::bf16};
+  const Cluster cluster{read_machine("h100"), 2048, 8};
+  const clock_t begin = clock();
+  const Plan found =
+      plan(cluster, profile_named("threefold"), config, anything(2048), int64_t(73) << 30, 10);
+  CHECK_EQ(found.fastest.size(), size_t(10));
+  CHECK(found.fastest[0].job.layout["tp"] > 1 && found.fastest[0].job.layout["pp"] > 1);
+  measured(found.layouts, " layouts of 16384 devices, ", found.predicted, " predicted in ",
+           double(clock() - begin) / CLOCKS_PER_SEC, " s of a processor");
+}
+
+// ---- machines
+
+TEST(a_machines_mistakes_get_a_sentence_each) {
+  const std::string good = R"(peak 1 : a
+f32 1 : a
+product 64 0.5 : a
+product 512 0.9 : a
+multiprocessors 0 : a
+copy 10 : a
+memory 1 : a
+launch 5 : a  # a comment
+inside 1 20 : a
+between 0.1 50 : a
+)";
+  const Machine m = parse_machine("lab", good);
+  CHECK_EQ(m.between.bandwidth, 0.1e9);
+  CHECK_EQ(m.sources.at("launch"), "a");
+  const auto with = [&](const std::string& from, const std::string& to) {
+    std::string text = good;
+    return parse_machine("lab", text.replace(text.find(from), from.size(), to));
+  };
+  CHECK_SAYS(with("copy 10 : a", ""), "does not say its copy");
+  CHECK_SAYS(with("copy 10 : a", "copy 10"), "line 6: copy needs a source");
+  CHECK_SAYS(with("copy 10 : a", "copy : a"), "copy takes 1 number of at least 0");
+  CHECK_SAYS(with("copy 10 : a", "copy -3 : a"), "copy takes 1 number of at least 0");
+  CHECK_SAYS(with("copy 10 : a", "copy 0 : a"), "rates and memory are above 0");
+  CHECK_SAYS(with("copy 10 : a", "copy 10 11 : a"), "'11' is too much");
+  CHECK_SAYS(with("copy 10 : a", "cpy 10 : a"), "'cpy' is no fact of a machine");
+  CHECK_SAYS(with("copy 10 : a", "peak 10 : a"), "peak stands twice");
+  CHECK_SAYS(with("inside 1 20", "inside 1"), "inside takes 2 numbers");
+  CHECK_SAYS(with("product 512 0.9 : a", ""), "rates of two products");
+  CHECK_SAYS(with("product 512", "product 32"), "ascending order");
+  CHECK_SAYS(read_machine("no such file"), "there is no machine and no file 'no such file'");
 }
 
 int main(int argc, char** argv) { return run_tests(argc, argv); }

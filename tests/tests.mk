@@ -20,6 +20,11 @@ $(B)/ptx/%: $$(main) $(OBJECTS) $(PTX_CPU:%=$(B)/obj/%.o)
 	@$(LINK) $^ -o $@ -cudart none -L$(LIBCUDART) -lfakecudart -Xlinker -rpath=$(LIBCUDART) \
 	  -ldnnl -lxxhash -Xcompiler -fopenmp
 
+# The same with a device that computes nothing, to count what the host asks of it.
+$(B)/null/%: $$(main) $(OBJECTS) $(B)/obj/tests/null_device.cpp.o
+	@mkdir -p $(@D)
+	@$(LINK) $^ -o $@ -cudart none $(CUDA_LIBS) -lxxhash $(LIBS_NCCL) -Xcompiler -fopenmp
+
 # what tests/mutants.sh compiles and links with
 print-compile: ; @echo '$(MPICXX) $(CXXFLAGS)'
 print-link: ; @echo '$(LINK)'

@@ -123,7 +123,7 @@ Machine parse_machine(const std::string& name, const std::string& text) {
     REQUIRE(!(words >> more), place, "'", more, "' is too much");
     const size_t source = colon == line.npos ? line.npos : line.find_first_not_of(" \t", colon + 1);
     REQUIRE(source != line.npos, place, fact, " needs a source: a colon, and where it comes from");
-    m.sources[fact] = line.substr(source);
+    m.sources[fact] = line.substr(source, line.find_last_not_of(" \t") + 1 - source);
     if (fact != "product") continue;
     REQUIRE(product.first > 0 && product.second > 0, place, "a product's numbers are above 0");
     REQUIRE(m.products.empty() || product.first > m.products.back().first, place,
@@ -236,8 +236,12 @@ Link link_of(const Cluster& c, int64_t n, int64_t stride) {
 
 double collective_seconds(const Link& link, int n, Collective collective, double bytes) {
   if (n == 1) return 0;
-  Ledger sent;
-  sent.enter({"", n}, collective, 1);
-  return link.latency * std::log2(n) +
-         bytes * double(sent.rows.begin()->second.numerator) / n / link.bandwidth;
+  static std::map<std::pair<int, Collective>, double> parts;  // of the buffer, that a rank sends
+  double& part = parts[{n, collective}];
+  if (part == 0) {
+    Ledger sent;
+    sent.enter({"", n}, collective, 1);
+    part = double(sent.rows.begin()->second.numerator) / n;
+  }
+  return link.latency * std::log2(n) + bytes * part / link.bandwidth;
 }

@@ -2,7 +2,7 @@
 #include "theory/predict.h"
 
 #include <algorithm>
-#include <cmath>
+#include <set>
 
 #include "theory/timeline.h"
 
@@ -46,12 +46,6 @@ const Profile& profile_named(const std::string& name) {
 
 namespace {
 
-// What a chunk of a stage has of the model.
-struct ChunkKind {
-  int64_t blocks;
-  bool embedding, head;
-  auto operator<=>(const ChunkKind&) const = default;
-};
 enum { kFirst, kMiddle, kLast };  // micro-batches of a step
 struct Phase {
   double seconds = 0;
@@ -61,25 +55,13 @@ struct ChunkTimes {
   Phase forward[3], backward[3], weights[3], tail;  // tail: of the step, behind the last backward
 };
 
-// The model with one block: what all blocks are like.
-struct OneBlock {
-  explicit OneBlock(const Job& job) : config(job.config), options(job.options), mesh(job.layout) {
-    config.layers = 1;
-    mesh.layout["pp"] = 1;
-    mesh = Mesh(mesh.layout, int(mesh.layout.ranks()) - 1);  // the largest part of everything
-  }
-  GptConfig config;
-  TrainerOptions options;
-  Mesh mesh;
-};
-
 class RankWork {
  public:
   RankWork(const Predictor& predictor, const Job& job, const ChunkKind& chunk, bool splits_backward)
       : machine(predictor.cluster.machine),
         profile(predictor.profile),
         splits(splits_backward),
-        one(job),
+        one(job, 1),
         t{one.config, one.options, one.mesh, Schedule{&schedule_row("1f1b")}} {
     const GptConfig& c = one.config;
     R = double(t.R);
@@ -159,6 +141,7 @@ class RankWork {
   // ---- issuing
   int send(AxisName axis, const Link& link, int n, Collective c, double bytes) {
     const int task = issue.communicate(collective_seconds(link, n, c, bytes));
+    axis_of.resize(task + 1);
     axis_of[task] = axis.index;
     return task;
   }
@@ -213,13 +196,15 @@ class RankWork {
                  slower = t.e == 2 || machine.f32 == machine.peak ? 1 : machine.peak / machine.f32,
                  rate = machine.products.back().second *
                         (profile.flash_share > 0 ? profile.flash_share : 0.6) / slower;
-    const int rounds = splits_sequence ? t.cp.size : 1;
-    const double travels = 2 * double(t.R) * kv_channels * double(backward ? t.e + t.g : t.e);
-    for (int r = 0; r < rounds; r++) {
-      if (r + 1 < rounds) send("cp", links[AxisName("cp").index], 2, Collective::send, travels);
-      compute(operations / rate / rounds + machine.launch * (backward ? 3 : 1));
-      if (r + 1 < rounds) finish();
-    }
+    const double computing = operations / rate + machine.launch * (backward ? 3 : 1);
+    if (!splits_sequence) return compute(computing);
+    // while keys and values of the next rank travel, those that are here are attended to
+    const double n = t.cp.size, travels = 2 * double(t.R) * kv_channels *
+                                          double(backward ? t.e + t.g : t.e) * (n - 1);
+    send("cp", links[AxisName("cp").index], 2, Collective::send, travels);
+    compute(computing * (n - 1) / n);
+    finish();
+    compute(computing / n);
   }
   void block_forward() {
     const Passes& p = profile.forward;
@@ -371,7 +356,7 @@ class RankWork {
       const Task& task = issue.tasks[i];
       if (task.queue != Queue::compute) continue;
       Phase& phase = *marks[next].second;
-      if (spans[i].start > end) phase.waiting[axis_of.at(task.after)] += spans[i].start - end;
+      if (spans[i].start > end) phase.waiting[axis_of[task.after]] += spans[i].start - end;
       end = spans[i].end;
       if (i < marks[next].first) continue;
       phase.seconds = end - begin;
@@ -384,7 +369,7 @@ class RankWork {
   const Machine& machine;
   const Profile& profile;
   bool splits, is_last = false;
-  OneBlock one;
+  FewBlocks one;
   TheoryOfRank t;
   Link links[kAxes.size()], shards;
   double R, S, C, F, V;
@@ -394,20 +379,32 @@ class RankWork {
   std::deque<Unit*> in_flight;
   std::deque<std::function<void()>> deferred;
   Issue issue;
-  std::map<int, size_t> axis_of;  // of a communication
+  std::vector<size_t> axis_of;  // of a communication, by its task
   std::vector<std::pair<int, Phase*>> marks;
 };
 
 }  // namespace
 
+FewBlocks::FewBlocks(const Job& job, int64_t blocks)
+    : config(job.config), options(job.options), mesh(job.layout) {
+  config.layers = blocks;
+  mesh.layout["pp"] = 1;
+  mesh = Mesh(mesh.layout, int(mesh.layout.ranks()) - 1);  // the largest part of everything
+}
+
+std::array<double, 3> Predictor::chunk_seconds(const Job& job, const ChunkKind& chunk,
+                                               bool splits_backward) {
+  const ChunkTimes t = RankWork(*this, job, chunk, splits_backward).run(3);
+  return {t.forward[kMiddle].seconds, t.backward[kMiddle].seconds, t.weights[kMiddle].seconds};
+}
+
 // ---- the step
 
-// What each chunk of each stage has.
-static std::vector<std::vector<ChunkKind>> chunks_of(const Gpt& gpt, const Schedule& s) {
+std::vector<std::vector<ChunkKind>> Predictor::chunks_of(const Schedule& s) const {
   std::vector<std::vector<ChunkKind>> kinds;
   for (int stage = 0; stage < s.stages; stage++) {
     kinds.emplace_back();
-    for (const ModelPiece& piece : pieces_of(gpt, s, stage)) {
+    for (const ModelPiece& piece : pieces_of(*gpt_, s, stage)) {
       const bool embedding = has_embedding(piece), head = has_head(piece);
       kinds.back().push_back({int64_t(piece.size()) - embedding - head, embedding, head});
     }
@@ -462,9 +459,9 @@ static double exchange_seconds(const Predictor& p, const Job& job, const RankWor
          collective_seconds(link_of(p.cluster, tp, 1), int(tp), Collective::all_gather, bytes);
 }
 
-Prediction Predictor::predict(const Job& job) {
+Prediction Predictor::predict(const Job& job, double limit) {
   const Schedule s = outline(job);
-  const auto kinds = chunks_of(gpt_, s);
+  const auto kinds = chunks_of(s);
   std::map<ChunkKind, ChunkTimes> times;
   Prediction result;
   double exchange = 0, tail = 0;
@@ -475,7 +472,7 @@ Prediction Predictor::predict(const Job& job) {
       if (!times.count(kind)) times[kind] = work.run(s.microbatches);
       optimizer += work.optimizer();
       of_stage += times[kind].tail.seconds;
-      exchange = exchange_seconds(*this, job, work);
+      exchange = exchanges_are_free_ ? 0 : exchange_seconds(*this, job, work);
     }
     result.optimizer = std::max(result.optimizer, optimizer);
     tail = std::max(tail, of_stage);
@@ -509,23 +506,30 @@ Prediction Predictor::predict(const Job& job) {
                              [&](int m) { return run_with(exchange, m); });
   };
 
-  // the busiest stage: its computations, and what they wait for
-  double busiest = 0;
+  // the busiest stage: its computations, and what they wait for; and a bound: a stage begins behind
+  // the first forward of those before it, which end behind its last backward
+  double busiest = 0, bound = 0, before = 0;
+  const auto add = [](auto& sum, const auto& x, double times) {
+    for (size_t a = 0; a < kAxes.size(); a++) sum[a] += times * x[a];
+  };
   for (int stage = 0; stage < s.stages; stage++) {
     double busy = 0;
     std::array<double, kAxes.size()> waiting{};
-    const auto add = [](auto& sum, const auto& x) {
-      for (size_t a = 0; a < kAxes.size(); a++) sum[a] += x[a];
-    };
     for (int chunk = 0; chunk < s.chunks; chunk++) {
-      add(waiting, times.at(kinds[stage][chunk]).tail.waiting);
-      for (int m = 0; m < s.microbatches; m++)
+      add(waiting, times.at(kinds[stage][chunk]).tail.waiting, 1);
+      for (const int m : std::set{0, std::min(1, s.microbatches - 1), s.microbatches - 1})
         for (const auto kind : {Action::forward, Action::backward, Action::weight_gradient}) {
+          const bool middle = m > 0 && m < s.microbatches - 1;
+          const double times = middle ? s.microbatches - 2 : 1;
           const Phase& p = phase({stage, kind, chunk, m}, s.microbatches);
-          busy += p.seconds;
-          add(waiting, p.waiting);
+          busy += times * p.seconds;
+          add(waiting, p.waiting, times);
         }
     }
+    bound = std::max(bound, before + busy);
+    const ChunkTimes& first = times.at(kinds[stage][0]);
+    before +=
+        first.forward[kFirst].seconds + first.backward[s.microbatches > 1 ? kLast : kFirst].seconds;
     if (busy <= busiest) continue;
     busiest = busy;
     result.waiting = waiting;
@@ -534,11 +538,43 @@ Prediction Predictor::predict(const Job& job) {
   for (const double w : result.waiting) result.computing -= w;
   double pipeline = busiest;
   if (s.stages > 1) {
-    pipeline = step(exchange);
-    const double free = step(0);
-    result.waiting[AxisName("pp").index] = pipeline - free;
-    result.bubble = free - busiest;
+    pipeline = bound;
+    if (bound + tail + result.optimizer < limit) pipeline = step(exchange);
+    result.bubble = pipeline - busiest;
   }
   result.seconds = pipeline + tail + result.optimizer;
   return result;
+}
+
+void Predictor::split_bubble(const Job& job, Prediction& prediction) {
+  if (job.layout["pp"] == 1) return;
+  Predictor free(*this);
+  free.exchanges_are_free_ = true;
+  const double exchanging = prediction.seconds - free.predict(job).seconds;
+  prediction.waiting[AxisName("pp").index] = exchanging;
+  prediction.bubble -= exchanging;
+}
+
+// ---- inference
+
+DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& config,
+                                  const Layout& layout, int64_t sequences, int64_t length) {
+  const Machine& machine = cluster.machine;
+  const Mesh mesh(layout, int(layout.ranks()) - 1);
+  const Gpt gpt(config, mesh["tp"]);
+  const double e = double(size_of(config.dtype)), row = double(sequences) * e,
+               L = double(config.layers), C = double(config.width),
+               kv = double(gpt.tp.part(config.kv()).size()) * C / double(config.heads);
+  double weights = 0, sums = 0;
+  for (const Param* p : gpt.params()) weights += double(p->numel()) * e;
+  for (const ModelPart& part : gpt.parts()) sums += double(split_matrices(part).by_inputs);
+  const int tp = mesh["tp"].size, pp = mesh["pp"].size;
+  const Link link = link_of(cluster, tp, 1), to_next = link_of(cluster, pp, tp);
+  constexpr double kKernels = 13;  // of a block: 4 products, their biases, 2 norms, attention, ...
+  return {weights / machine.copy, 2 * kv * double(length) * L * row / machine.copy,
+          (L * kKernels + 6) * machine.launch,
+          sums * collective_seconds(link, tp, Collective::all_reduce, row * C) +
+              collective_seconds(link, tp, Collective::all_gather, row * double(config.vocab)),
+          (pp - 1) * collective_seconds(to_next, 2, Collective::send, row * C) +
+              collective_seconds(to_next, pp, Collective::broadcast, double(sequences) * 4)};
 }

@@ -11,6 +11,8 @@
 //           host
 // test      tests/test_plan.cpp: held against published tables
 #pragma once
+#include <cmath>
+
 #include "theory/machine.h"
 #include "theory/theory.h"
 
@@ -40,6 +42,19 @@ struct Job {
   TrainerOptions options;
   Layout layout;
 };
+// What a chunk of a stage has of the model.
+struct ChunkKind {
+  int64_t blocks;
+  bool embedding, head;
+  auto operator<=>(const ChunkKind&) const = default;
+};
+// A model of few blocks, on the last rank of a stage: all blocks of a model are alike.
+struct FewBlocks {
+  FewBlocks(const Job& job, int64_t blocks);
+  GptConfig config;
+  TrainerOptions options;
+  Mesh mesh;
+};
 struct Prediction {
   double seconds = 0;  // of a step
   // of the busiest stage, in a step
@@ -50,8 +65,17 @@ struct Prediction {
 class Predictor {
  public:
   Predictor(const Cluster& cluster, const Profile& profile, const ModelSize& model)
-      : cluster(cluster), profile(profile), gpt_({model}) {}
-  Prediction predict(const Job& job);
+      : cluster(cluster), profile(profile), gpt_(std::make_shared<Gpt>(GptConfig{model})) {}
+  // Where a step takes longer than the limit for certain, its pipeline is not run: a bound.
+  Prediction predict(const Job& job, double limit = INFINITY);
+  // Of what a prediction calls bubble, what goes when exchanges take no time is pp's waiting.
+  void split_bubble(const Job& job, Prediction& prediction);
+  // of a micro-batch in the middle of a step: forward, backward (or input gradients, where it is
+  // split) and weight gradients
+  std::array<double, 3> chunk_seconds(const Job& job, const ChunkKind& chunk, bool splits_backward);
+  // of each stage
+  std::vector<std::vector<ChunkKind>> chunks_of(const Schedule& outline) const;
+
   const Cluster cluster;
   const Profile& profile;
 
@@ -59,5 +83,15 @@ class Predictor {
   struct PipelineTasks;
   const PipelineTasks& tasks(const Schedule& outline, int microbatches);
   std::map<std::tuple<std::string, int, int, int>, std::shared_ptr<PipelineTasks>> pipelines_;
-  Gpt gpt_;  // its pieces
+  std::shared_ptr<Gpt> gpt_;  // its pieces
+  bool exchanges_are_free_ = false;
 };
+
+// How long one more token of each of `sequences` takes that have `length` tokens in the cache:
+// weights and cache are read once, each sum over tp waits, and the stages come one after the other.
+struct DecodePrediction {
+  double weights = 0, cache = 0, kernels = 0, sums = 0, stages = 0;  // seconds
+  double seconds() const { return weights + cache + kernels + sums + stages; }
+};
+DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& config,
+                                  const Layout& layout, int64_t sequences, int64_t length);

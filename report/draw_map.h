@@ -1,0 +1,12 @@
+// draw_map.h: when to use what, as a picture that the planner draws.
+//
+// idea      For each size of model and number of devices, every kind of layout is planned by
+//           itself. A cell shows the simplest kind whose best layout is at most 3 % slower than the
+//           fastest of all. A line shows above which size one device does not hold a training.
+// cost      A minute of one core or two: docs/when_to_use_what.svg is one; no test draws it.
+#pragma once
+#include "theory/plan.h"
+
+// One map for each speed of the links between nodes: that of the cluster's machine, and a slow one
+// of so many bytes/s; below them the time per token of inference by tp.
+std::string draw_map(const Machine& machine, const Profile& profile, double slow);

@@ -1,0 +1,323 @@
+// show_plan.cpp: which layout trains a model fastest on a cluster, and why. Needs no GPU, no MPI.
+//
+//   build/plan --model gpt2-xl --nodes 4 --devices 8 --machine h100 --batch 512
+//   build/plan --model gpt2 --devices 2 --machine lab.txt --memory 8000 --layout --tp 2 --json
+//   build/plan --model gpt2-xl --decode
+//   build/plan --map when_to_use_what.svg
+//
+// idea      The options are those of train_gpt. What is given is fixed, and all of the rest is
+//           tried; with --layout nothing is tried.
+// test      tests/test_plan.sh
+#include <cstdio>
+#include <nlohmann/json.hpp>
+
+#include "launch/options.h"
+#include "report/draw_map.h"
+#include "support/files.h"
+#include "theory/plan.h"
+
+using Json = nlohmann::ordered_json;
+
+namespace {
+
+struct PlanOptions : Options {
+  std::string machine = "a100-80g", profile = "threefold";
+  int64_t nodes = 1, devices = 8, memory = 0, top = 10, sequences = 1;
+  std::string map;
+  bool layout_only = false, json = false, decode = false;
+};
+
+OptionTable table(PlanOptions& o) {
+  OptionGroup model = model_options(o), mesh = mesh_options(o.layout, true);
+  model.options.push_back({"kv-heads", "H", whole(&o.model.kv_heads, 1, 1'000'000),
+                           "heads of keys and values, which queries share", "the heads"});
+  model.options.push_back({"feed-forward", "F", whole(&o.model.feed_forward, 1, 10'000'000),
+                           "width between an MLP's two products", "4 C"});
+  mesh.title = "Layout: what is given is fixed, all of the rest is tried";
+  for (Option& option : mesh.options) option.unset = "any";
+  const OptionGroup choices{
+      "",
+      {
+          {"microbatch", "B", whole(&o.microbatch, 1, 100'000'000), "sequences per micro-batch",
+           "any"},
+          {"zero", "STAGE", whole(&o.zero, 1, 3), "what fsdp and cp shard", "any"},
+          {"reshard-after-forward", "", choice(&o.reshard, {"yes", "no"}), "with ZeRO-3", "any"},
+          {"schedule", "", choice(&o.schedule, schedule_names()), "with pp", "any"},
+          {"chunks", "V", whole(&o.chunks, 1, 1000), "with interleaved", "2 to 4"},
+          {"sequence-parallel", "", flag(&o.sequence_parallel), "with tp", "any"},
+          {"recompute", "", flag(&o.recompute), "run forwards again in the backward", "any"},
+      }};
+  mesh.options.insert(mesh.options.end(), choices.options.begin(), choices.options.end());
+  return {
+      model,
+      {"Job",
+       {
+           {"batch", "B", whole(&o.batch), "sequences per optimizer step, over all ranks",
+            "by model"},
+           {"dtype", "", choice(&o.dtype, {"f32", "bf16"}), "what is computed in", "bf16"},
+           {"attention", "", choice(&o.attention, {"plain", "flash"}), "whole scores, or tiles"},
+       }},
+      {"Cluster",
+       {
+           {"nodes", "N", whole(&o.nodes, 1, 100'000), "nodes"},
+           {"devices", "N", whole(&o.devices, 1, 1000), "devices of a node"},
+           {"machine", "NAME", text(&o.machine),
+            join(machine_names(), "|") + "|this, or a file (theory/machine.h)"},
+           {"profile", "", choice(&o.profile, profile_names()), "what software does with it"},
+           {"memory", "MiB", whole(&o.memory), "of a device", "92 % of the machine's"},
+       }},
+      mesh,
+      {"Output",
+       {
+           {"layout", "", flag(&o.layout_only),
+            "explain the one layout that the options name; axes that are not given have 1 rank"},
+           {"top", "N", whole(&o.top, 1, 1000), "how many layouts to show"},
+           {"decode", "", flag(&o.decode), "instead: the time per token of inference, by tp"},
+           {"sequences", "N", whole(&o.sequences, 1, 1'000'000), "with --decode: at once"},
+           {"map", "FILE.svg", text(&o.map),
+            "instead: draw when to use what, by size of model and number of devices", "none"},
+           {"json", "", flag(&o.json), "as one JSON object"},
+           {"help", "", flag(&o.help), "print this"},
+       }}};
+}
+
+// ---- a layout in words
+
+std::string words_of(const Job& job) {
+  std::string text;
+  for (size_t a = 0; a < kAxes.size(); a++)
+    if (job.layout.sizes[a] > 1) text += sentence(kAxes[a].name, " ", job.layout.sizes[a], ", ");
+  const TrainerOptions& o = job.options;
+  if (job.layout["fsdp"] * job.layout["cp"] > 1)
+    text += sentence("zero ", o.fsdp.zero, o.fsdp.reshard ? ", " : " kept whole, ");
+  if (job.layout["pp"] > 1) {
+    text += o.schedule + ", ";
+    if (schedule_row(o.schedule).place == Place::ring) text += sentence(o.chunks, " chunks, ");
+  }
+  text += sentence("micro-batch ", o.microbatch);
+  if (job.config.sequence_parallel) text += ", sequence-parallel";
+  if (job.config.recompute) text += ", recompute";
+  return text;
+}
+
+struct Measures {
+  double tokens_per_second, mfu;
+};
+Measures measures(const Cluster& cluster, const Job& job, double seconds) {
+  const double tokens = double(job.options.batch * job.config.context) / seconds;
+  const double peak = job.config.dtype == Dtype::bf16 ? cluster.machine.peak : cluster.machine.f32;
+  return {tokens, tokens * flops_per_token(job.config) / double(job.layout.ranks()) / peak};
+}
+
+double gib(double bytes) { return bytes / (1024.0 * 1024 * 1024); }
+
+// The parts of a step, the longest first.
+std::vector<std::pair<double, std::string>> parts_of(const Prediction& p) {
+  std::vector<std::pair<double, std::string>> parts{{p.computing, "computing"},
+                                                    {p.bubble, "bubble"},
+                                                    {p.optimizer, "optimizer"}};
+  for (size_t a = 0; a < kAxes.size(); a++)
+    parts.push_back({p.waiting[a], sentence("waiting for ", kAxes[a].name)});
+  std::ranges::sort(parts, std::greater<>());
+  return parts;
+}
+
+std::string memory_words(const StageMemory& m) {
+  std::string text;
+  for (int i = 0; i < kMemoryCategories; i++)
+    if (m.held[i] > 0)
+      text +=
+          format("%s%s %.2f", text.empty() ? "" : ", ", name_of(Memory(i)), gib(double(m.held[i])));
+  return text;
+}
+
+Json json_of(const Cluster& cluster, const Planned& p) {
+  const Account a = account(p.job);
+  const auto [tokens, mfu] = measures(cluster, p.job, p.time.seconds);
+  Json layout, waiting, memory;
+  for (size_t i = 0; i < kAxes.size(); i++) {
+    layout[kAxes[i].name] = p.job.layout.sizes[i];
+    waiting[kAxes[i].name] = p.time.waiting[i];
+  }
+  const StageMemory& fullest = a.stages[a.fullest()];
+  for (int i = 0; i < kMemoryCategories; i++)
+    if (fullest.held[i] > 0) memory[name_of(Memory(i))] = fullest.held[i];
+  const TrainerOptions& o = p.job.options;
+  return {{"layout", layout},
+          {"zero", o.fsdp.zero},
+          {"reshard_after_forward", o.fsdp.reshard},
+          {"schedule", o.schedule},
+          {"chunks", o.chunks},
+          {"microbatch", o.microbatch},
+          {"sequence_parallel", p.job.config.sequence_parallel},
+          {"recompute", p.job.config.recompute},
+          {"step_seconds", p.time.seconds},
+          {"tokens_per_second", tokens},
+          {"mfu", mfu},
+          {"seconds",
+           {{"computing", p.time.computing},
+            {"waiting", waiting},
+            {"bubble", p.time.bubble},
+            {"optimizer", p.time.optimizer}}},
+          {"memory_rank", p.job.layout.ranks() / p.job.layout["pp"] * (a.fullest() + 1) - 1},
+          {"memory", memory},
+          {"memory_bytes", fullest.total()},
+          {"sent_bytes", a.sent}};
+}
+
+void explain(const Cluster& cluster, const Planned& p, int64_t memory) {
+  const Account a = account(p.job);
+  const auto [tokens, mfu] = measures(cluster, p.job, p.time.seconds);
+  printf("layout   %s\n", words_of(p.job).c_str());
+  printf("step     %.4g s, %.4g tokens/s, MFU %.1f %%\n", p.time.seconds, tokens, 100 * mfu);
+  const auto parts = parts_of(p.time);
+  for (const auto& [seconds, name] : parts)
+    if (seconds > 0)
+      printf("  %-24s %9.4g s %5.1f %%\n", name.c_str(), seconds, 100 * seconds / p.time.seconds);
+  const int stage = a.fullest();
+  const StageMemory& fullest = a.stages[stage];
+  printf("memory   %.2f GiB of %.2f on stage %d: %s\n", gib(double(fullest.total())),
+         gib(double(memory)), stage, memory_words(fullest).c_str());
+  for (const auto& [axis, bytes] : a.sent)
+    printf("sent     %.4g MB a step over %s\n", double(bytes) / 1e6, axis.c_str());
+  if (fullest.total() > memory)
+    printf("does not fit: %.2f GiB too much\n", gib(double(fullest.total() - memory)));
+  else
+    printf("binds    %s takes %.0f %% of the step\n", parts[0].second.c_str(),
+           100 * parts[0].first / p.time.seconds);
+}
+
+// ---- what is asked for
+
+void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& config) {
+  Json rows = Json::array();
+  if (!o.json) printf("  tp  ms a token   weights     cache   kernels      sums    stages\n");
+  for (int64_t tp = 1; tp <= std::min(o.nodes * o.devices, config.kv()); tp++) {
+    if (o.nodes * o.devices % tp || (o.layout["tp"] > 0 && o.layout["tp"] != tp)) continue;
+    const Layout layout{{"pp", std::max<int64_t>(o.layout["pp"], 1)}, {"tp", tp}};
+    const DecodePrediction d =
+        predict_decoding(cluster, config, layout, o.sequences, config.context / 2);
+    rows.push_back({{"tp", tp}, {"pp", layout["pp"]}, {"token_seconds", d.seconds()}});
+    if (!o.json)
+      printf("%4d %11.3f %9.3f %9.3f %9.3f %9.3f %9.3f\n", int(tp), d.seconds() * 1e3,
+             d.weights * 1e3, d.cache * 1e3, d.kernels * 1e3, d.sums * 1e3, d.stages * 1e3);
+  }
+  if (o.json) printf("%s\n", Json{{"decode", rows}}.dump(1).c_str());
+}
+
+// The options name one layout, as train_gpt's do.
+Job one_job(PlanOptions& o) {
+  for (int64_t& size : o.layout.sizes) size = std::max<int64_t>(size, 1);
+  REQUIRE(o.layout.ranks() == o.nodes * o.devices, to_string(o.layout), " has ", o.layout.ranks(),
+          " ranks, and --nodes ", o.nodes, " with --devices ", o.devices, " have ",
+          o.nodes * o.devices);
+  resolve(o, true);
+  check(o);
+  return {model_config(o), trainer_options(o), o.layout};
+}
+
+void show(PlanOptions& o) {
+  if (o.dtype.empty()) o.dtype = "bf16";
+  const Layout asked = o.layout;
+  const int64_t batch = o.batch, microbatch = o.microbatch;
+  resolve_common(o, true);
+  const ModelSize& m = o.model;
+  REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads,
+          " heads: change --width or --heads");
+  REQUIRE(m.heads % m.kv() == 0, "--kv-heads ", m.kv(), " does not divide the ", m.heads, " heads");
+  const Cluster cluster{o.machine == "this" ? measure_machine(o.nodes * o.devices)
+                                            : read_machine(o.machine),
+                        o.nodes, o.devices};
+  const GptConfig config = model_config(o);
+  const int64_t memory = o.memory > 0 ? o.memory << 20 : int64_t(0.92 * cluster.machine.memory);
+  if (!o.json) {
+    printf("model    %s: %.4g B parameters in %s\n", to_string(m).c_str(),
+           double(parameter_count(config)) / 1e9, name_of(config.dtype));
+    printf("cluster  %d x %d devices, %s, %.1f GiB each\n", int(o.nodes), int(o.devices),
+           cluster.machine.name.c_str(), gib(double(memory)));
+    if (o.machine == "this")
+      for (const auto& [fact, source] : cluster.machine.sources)
+        printf("  %-16s %s\n", fact.c_str(), source.c_str());
+  }
+  if (o.decode) return decode(o, cluster, config);
+  if (o.layout_only) {
+    const Job job = one_job(o);
+    REQUIRE(job.layout["tp"] <= job.config.kv(), "--tp ", job.layout["tp"],
+            " has more ranks than --kv-heads ", job.config.kv());
+    Predictor predictor(cluster, profile_named(o.profile), config);
+    Planned p{job, 0, predictor.predict(job)};
+    predictor.split_bubble(job, p.time);
+    if (o.json) printf("%s\n", json_of(cluster, p).dump(1).c_str());
+    else explain(cluster, p, memory);
+    return;
+  }
+
+  const bool one_zero = o.given.count("zero"), one_schedule = o.given.count("schedule"),
+             one_reshard = o.given.count("reshard-after-forward");
+  PlanOptions defaults = o;
+  for (int64_t& size : defaults.layout.sizes) size = 1;
+  resolve(defaults, true);
+  const Wanted wanted{asked,
+                      batch > 0 ? batch : defaults.batch,
+                      microbatch,
+                      one_zero ? o.zero : 0,
+                      o.chunks,
+                      one_schedule ? o.schedule : "",
+                      one_reshard ? o.reshard : "",
+                      o.sequence_parallel,
+                      o.recompute};
+  const Plan found = plan(cluster, profile_named(o.profile), config, wanted, memory, o.top);
+  REQUIRE(found.layouts > 0, "no layout of ", o.nodes * o.devices,
+          " devices is what the options ask for: the batch of ", wanted.batch,
+          " must divide by the ranks that share it, --tp by nothing above ", m.kv(),
+          " and --pp by nothing above ", m.layers);
+  if (o.json) {
+    Json all = Json::array();
+    for (const Planned& p : found.fastest) all.push_back(json_of(cluster, p));
+    printf("%s\n", Json{{"layouts", found.layouts}, {"fitting", found.fitting}, {"fastest", all}}
+                       .dump(1)
+                       .c_str());
+    return;
+  }
+  printf("layouts  %lld of a batch of %lld, %lld fit in memory\n", (long long)found.layouts,
+         (long long)wanted.batch, (long long)found.fitting);
+  if (found.smallest) {
+    const Account a = account(found.smallest->job);
+    printf("too large from %.2f GiB on: %s\n         (%s)\n", gib(double(found.smallest->memory)),
+           words_of(found.smallest->job).c_str(), memory_words(a.stages[a.fullest()]).c_str());
+  }
+  if (!found.fastest.empty())
+    printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n");
+  for (const Planned& p : found.fastest) {
+    const auto [tokens, mfu] = measures(cluster, p.job, p.time.seconds);
+    double waits = 0;
+    for (const double w : p.time.waiting) waits += w;
+    const double percent = 100 / p.time.seconds;
+    printf("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  %s\n", p.time.seconds, tokens,
+           100 * mfu, gib(double(p.memory)), percent * p.time.computing, percent * p.time.bubble,
+           percent * waits, words_of(p.job).c_str());
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    PlanOptions o, defaults;
+    for (int64_t& size : o.layout.sizes) size = 0;
+    o.given = parse(argc, argv, table(o));
+    if (o.help)
+      printf("%s", help_text("usage: build/plan [options]\n"
+                             "Predicts which layout trains a model fastest on a cluster. [In "
+                             "brackets: what holds without the option.]",
+                             table(defaults))
+                       .c_str());
+    else if (o.map.empty()) show(o);
+    else write_file(o.map, draw_map(read_machine(o.machine), profile_named(o.profile), 1.25e9));
+    check_printed();
+  } catch (const std::exception& e) {
+    fprintf(stderr, "plan: %s\n", words_of(e).c_str());
+    return 1;
+  }
+  return 0;
+}

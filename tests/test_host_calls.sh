@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# test_host_calls.sh: what the host asks of the device in one steady step of the CUDA build, counted
+# on a device that computes nothing (tests/null_device.cpp): calls of a run with one more step, less
+# those without it. A step makes the host wait once, at its end; it allocates and copies nothing that
+# would.
+set -u
+cd "$(dirname "$0")/.."
+. tests/lib.sh
+export OMP_NUM_THREADS=1
+
+# step OPTIONS...: a line a call, count and name, to $dir/step
+step() {
+  local steps
+  for steps in 3 4; do
+    THREEFOLD_CALLS=$dir/$steps timeout 120 build/cuda/null/train_gpt "$@" --steps $steps \
+      --metrics "$dir/m.jsonl" >"$dir/out" 2>&1 || fail "$*" "$(tail -1 "$dir/out")"
+  done
+  awk '{ n = $1; $1 = ""; sub(/^ /, "") }
+    NR == FNR { before[$0] = n; next }
+    n != before[$0] { print n - before[$0], $0 }' "$dir/3" "$dir/4" >"$dir/step"
+}
+calls() { awk -v pattern="$1" '$0 ~ pattern { n += $1 } END { print n + 0 }' "$dir/step"; }
+
+waits='Synchronize|not pinned|cudaMalloc$|cudaFree$|Host$|cudaStreamDestroy'
+checks() { # checks NAME MICRO-BATCHES OPTIONS...
+  local name=$1 microbatches=$2
+  shift 2
+  step "$@"
+  if [ "$(calls "$waits")" = 1 ] && [ "$(calls 'to the device')" = "$microbatches" ]; then
+    ok "$name" "$(calls 'kernel') kernels, $(calls cublas) products, $(calls '') calls in all"
+  else
+    fail "$name" "$(tr '\n' ',' <"$dir/step")"
+  fi
+}
+gpt2="--model gpt2 --batch 16 --dtype bf16"
+checks a_step_of_gpt2_waits_once 1 $gpt2
+cp "$dir/step" "$dir/gpt2"
+checks four_micro_batches_are_four_uploads_and_one_wait 4 $gpt2 --microbatch 4
+checks activations_that_are_recomputed_wait_for_nothing 1 $gpt2 --recompute --attention plain
+checks own_products_wait_for_nothing 2 --model tiny --dtype bf16 --matmul own --microbatch 8
+sed 's/^/     /' "$dir/gpt2"
+THREEFOLD_CALLS=/dev/null build/cuda/null/train_gpt $gpt2 --steps 40 --metrics "$dir/m.jsonl" \
+  >"$dir/out" 2>&1
+echo "     the host's own time a step of gpt2, median:" \
+  "$(grep -o '"step_ms":[0-9.]*' "$dir/m.jsonl" | cut -d: -f2 | sort -n | sed -n 20p) ms"
+sums_up

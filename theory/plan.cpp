@@ -1,0 +1,367 @@
+// plan.cpp: see plan.h.
+#include "theory/plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <set>
+#include <utility>
+
+int64_t StageMemory::total() const {
+  int64_t sum = 0;
+  for (const int64_t bytes : held) sum += bytes;
+  return sum;
+}
+
+int Account::fullest() const {
+  const auto most = std::ranges::max_element(stages, {}, &StageMemory::total);
+  return int(most - stages.begin());
+}
+
+Account account(const Job& job) {
+  Account result;
+  const int64_t ranks = job.layout.ranks(), pp = job.layout["pp"];
+  for (int64_t stage = 1; stage <= pp; stage++) {
+    // the last rank of a stage has the largest part of everything
+    const Theory t = theory(job.config, job.layout, int(ranks / pp * stage - 1), job.options);
+    StageMemory memory{t.persistent};
+    memory.held[int(Memory::gather)] = t.gather_bound;
+    memory.held[int(Memory::activations)] = t.activations;
+    result.stages.push_back(memory);
+    std::map<std::string, int64_t> sent;
+    for (const auto& [key, row] : t.step.rows) sent[std::get<0>(key)] += row.numerator / row.n;
+    for (const auto& [axis, bytes] : sent) result.sent[axis] = std::max(result.sent[axis], bytes);
+  }
+  return result;
+}
+
+// ---- the search
+
+namespace {
+
+std::vector<int64_t> divisors(int64_t n) {
+  std::vector<int64_t> all;
+  for (int64_t d = 1; d <= n; d++)
+    if (n % d == 0) all.push_back(d);
+  return all;
+}
+
+struct ShardMode {
+  int zero;
+  bool reshard;
+};
+
+class Search {
+ public:
+  Search(const Cluster& cluster, const Profile& profile, const GptConfig& config,
+         const Wanted& wanted, int64_t memory)
+      : predictor(cluster, profile, config), config(config), wanted(wanted), memory(memory) {}
+
+  Plan run(int64_t top) {
+    const int64_t ranks = predictor.cluster.nodes * predictor.cluster.devices;
+    const auto sizes = [&](AxisName axis, int64_t of, int64_t most) {
+      std::vector<int64_t> allowed;
+      for (const int64_t d : divisors(of))
+        if (d <= most && (wanted.layout[axis] == 0 || wanted.layout[axis] == d))
+          allowed.push_back(d);
+      return allowed;
+    };
+    for (const int64_t tp : sizes("tp", ranks, std::min(config.kv(), config.vocab)))
+      for (const int64_t cp : sizes("cp", ranks / tp, config.context / 2))
+        for (const int64_t pp : sizes("pp", ranks / tp / cp, config.layers)) {
+          Job job{config, {}, {{"pp", pp}, {"cp", cp}, {"tp", tp}}};
+          const int64_t data = ranks / tp / cp / pp;
+          if (wanted.batch % data) continue;
+          job.options.batch = wanted.batch;
+          const std::vector<int64_t> fsdp = sizes("fsdp", data, data);
+          for (const int64_t b : divisors(wanted.batch / data))
+            if (wanted.microbatch == 0 || wanted.microbatch == b)
+              for (const bool by_rows : {false, true})
+                for (const bool recompute : {false, true}) {
+                  if ((by_rows && tp == 1) || (wanted.sequence_parallel && !by_rows && tp > 1))
+                    continue;
+                  if (wanted.recompute && !recompute) continue;
+                  job.options.microbatch = b;
+                  job.config.sequence_parallel = by_rows;
+                  job.config.recompute = recompute;
+                  for_schedules(job, data, fsdp);
+                }
+        }
+    return predict(top);
+  }
+
+ private:
+  void for_schedules(Job job, int64_t data, const std::vector<int64_t>& shards) {
+    const int pp = int(job.layout["pp"]),
+              m = int(job.options.batch / data / job.options.microbatch);
+    for (const std::string& name : schedule_names()) {
+      const ScheduleRow& row = schedule_row(name);
+      if (pp == 1 ? name != "1f1b" : !wanted.schedule.empty() && wanted.schedule != name) continue;
+      if (m % row.divisor(pp) || int64_t(pp) * m > 1'000'000) continue;
+      for (int64_t V = row.chunks(); V <= (row.place == Place::ring && pp > 1 ? 4 : row.chunks());
+           V++) {
+        if (pp > 1 && wanted.chunks > 0 && wanted.chunks != V && row.place == Place::ring) continue;
+        const int64_t chunks = pp == 1 ? 1 : V;
+        if (pp * chunks > config.layers) continue;
+        job.options.schedule = name;
+        job.options.chunks = int(chunks);
+        for_shards(job, Schedule{&row, pp, m, int(chunks)}, data, shards);
+      }
+    }
+  }
+
+  void for_shards(Job job, const Schedule& s, int64_t data, const std::vector<int64_t>& sizes) {
+    const auto& chunks = chunks_of(s);
+    const auto [of_block, of_head] = kept(job);
+    const auto times = block_seconds(job, s.row->splits_backward);
+    // by what a stage has: the most that its backwards keep; and the bound of the step's time
+    std::map<ChunkKind, int64_t> activations;
+    double bound = 0, before = 0;
+    for (int stage = 0; stage < s.stages; stage++) {
+      ChunkKind all{0, false, false};
+      std::vector<int64_t> bytes;
+      double busy = 0;
+      for (const ChunkKind& c : chunks[stage]) {
+        all.blocks += c.blocks;
+        all.embedding |= c.embedding;
+        all.head |= c.head;
+        bytes.push_back(c.blocks * of_block + c.head * of_head);
+        busy += seconds(times, c, true);
+      }
+      int64_t& most = activations[all];
+      most = std::max(most, peak(s, stage, bytes));
+      bound = std::max(bound, before + s.microbatches * busy);
+      before += seconds(times, chunks[stage][0], false);
+    }
+    const ShardMode modes[] = {{1, true}, {2, true}, {3, true}, {3, false}};
+    for (const int64_t fsdp : sizes) {
+      job.layout["fsdp"] = fsdp;
+      job.layout["replicate"] = data / fsdp;
+      if (wanted.layout["replicate"] > 0 && wanted.layout["replicate"] != data / fsdp) continue;
+      const bool shards = fsdp * job.layout["cp"] > 1;
+      for (const auto& [zero, reshard] : modes) {
+        if (!shards && zero > 1) continue;
+        if (shards && wanted.zero > 0 && wanted.zero != zero) continue;
+        if (shards && zero == 3 && !wanted.reshard.empty() && (wanted.reshard == "yes") != reshard)
+          continue;
+        job.options.fsdp = {zero, reshard, data * job.layout["cp"] > 1};
+        int64_t bytes = 0;
+        double sending = 0;
+        const std::vector<Held>& held = held_by_kind(job, s, activations);
+        size_t i = 0;
+        for (const auto& [kind, kept] : activations) {
+          const Held& h = held[i++];
+          bytes = std::max(bytes, kept + int64_t(h.bytes));
+          sending = std::max(sending, h.sending + s.microbatches * h.sending_each);
+        }
+        result.layouts++;
+        result.fitting += bytes <= memory;
+        if (bytes > memory && smallest && bytes >= smallest->bytes) continue;
+        const Candidate c{std::max(bound, sending),
+                          bytes,
+                          job.layout,
+                          s.row,
+                          s.chunks,
+                          int(job.options.microbatch),
+                          {zero, reshard},
+                          job.config.sequence_parallel,
+                          job.config.recompute};
+        if (bytes <= memory) keep(c);
+        else smallest = c;
+      }
+    }
+  }
+
+  // ---- what theory says, asked once for each kind
+  // bytes that a micro-batch keeps in a block, and in the head
+  std::pair<int64_t, int64_t> kept(const Job& job) {
+    auto& bytes = kept_[key_of(job)];
+    if (bytes.first > 0) return bytes;
+    FewBlocks one(job, 1);
+    const TheoryOfRank t{one.config, one.options, one.mesh, Schedule{&schedule_row("1f1b")}};
+    return bytes = {t.kept(t.gpt.parts()[1]), t.kept(t.gpt.parts()[2])};
+  }
+  // between steps, and of whole units; and how long they are sent, once and in each micro-batch
+  struct Held {
+    double bytes, sending, sending_each;
+    Held operator*(double x) const { return {bytes * x, sending * x, sending_each * x}; }
+    Held operator+(const Held& h) const {
+      return {bytes + h.bytes, sending + h.sending, sending_each + h.sending_each};
+    }
+  };
+  Held ask(const Job& job, const ChunkKind& kind, int64_t blocks, bool splits) const {
+    FewBlocks few(job, blocks);
+    const Schedule one_stage{&schedule_row(splits ? "zb" : "1f1b")};
+    double sending[2] = {};  // with one micro-batch, and with two
+    Held h{};
+    for (const int m : {1, 2}) {
+      TheoryOfRank t{few.config, few.options, few.mesh, one_stage};
+      t.schedule.microbatches = m;
+      t.m = m;
+      t.pieces = {t.gpt.parts().subspan(!kind.embedding, blocks + kind.embedding + kind.head)};
+      t.add_fsdp();
+      h.bytes = double(t.sum.gather_bound);
+      for (const int64_t bytes : t.sum.persistent) h.bytes += double(bytes);
+      const int64_t tp = job.layout["tp"];
+      for (const auto& [key, row] : t.sum.step.rows) {
+        const bool copies = std::get<0>(key) == "replicate";
+        const Link link = link_of(predictor.cluster, row.n, copies ? tp * t.fsdp.size : tp);
+        sending[m - 1] += double(row.calls) * link.latency * std::log2(row.n) +
+                          double(row.numerator) / row.n / link.bandwidth;
+      }
+    }
+    h.sending_each = sending[1] - sending[0];
+    h.sending = sending[0] - h.sending_each;
+    return h;
+  }
+  Held held(const Job& job, const ChunkKind& kind, bool splits) {
+    const FsdpOptions& o = job.options.fsdp;
+    auto& of =
+        held_[{job.layout["tp"], job.layout["fsdp"] * job.layout["cp"], job.layout["replicate"],
+               4 * o.zero + 2 * o.reshard + splits, kind.embedding, kind.head}];
+    if (of.empty())
+      for (const int64_t blocks : {1, 2, 3}) of.push_back(ask(job, kind, blocks, splits));
+    return kind.blocks == 1 ? of[0] : of[1] + (of[2] + of[1] * -1) * double(kind.blocks - 2);
+  }
+  const std::vector<Held>& held_by_kind(const Job& job, const Schedule& s,
+                                        const std::map<ChunkKind, int64_t>& kinds) {
+    const FsdpOptions& o = job.options.fsdp;
+    auto& all =
+        held_by_kind_[{job.layout["tp"], job.layout["fsdp"] * job.layout["cp"],
+                       job.layout["replicate"], 4 * o.zero + 2 * o.reshard + s.row->splits_backward,
+                       s.stages, s.chunks, s.row->place}];
+    if (all.empty())
+      for (const auto& [kind, kept] : kinds) all.push_back(held(job, kind, s.row->splits_backward));
+    return all;
+  }
+  // the most that is live at once on a stage
+  int64_t peak(const Schedule& s, int stage, const std::vector<int64_t>& bytes) {
+    if (s.chunks == 1) return s.row->live(s.stages, s.microbatches, 1, stage) * bytes[0];
+    // beyond 4 p micro-batches no more are live at once
+    Schedule few = s;
+    few.microbatches = std::min(s.microbatches, 4 * s.stages);
+    auto& states = states_[{s.row->name, s.stages, few.microbatches, s.chunks, stage}];
+    if (states.empty()) {
+      std::vector<int64_t> live(s.chunks);
+      bool grew = false;
+      for (const Action& a : computations(few, stage)) {
+        if (a.kind == Action::input_gradient) continue;
+        if (a.kind != Action::forward && std::exchange(grew, false)) states.insert(live);
+        grew |= a.kind == Action::forward;
+        live[a.chunk] += a.kind == Action::forward ? 1 : -1;
+      }
+    }
+    int64_t most = 0;
+    for (const auto& live : states) {
+      int64_t sum = 0;
+      for (int c = 0; c < s.chunks; c++) sum += live[c] * bytes[c];
+      most = std::max(most, sum);
+    }
+    return most;
+  }
+  const std::vector<std::vector<ChunkKind>>& chunks_of(const Schedule& s) {
+    auto& kinds = chunks_[{s.row->place, s.stages, s.chunks}];
+    if (kinds.empty()) kinds = predictor.chunks_of(s);
+    return kinds;
+  }
+  // forward, backward and weight gradients: of a block, of the embedding, of the head
+  using BlockSeconds = std::array<std::array<double, 3>, 3>;
+  const BlockSeconds& block_seconds(const Job& job, bool splits) {
+    const auto [of, is_new] = seconds_.try_emplace({key_of(job), splits});
+    if (is_new) {
+      Job alone = job;
+      alone.layout["fsdp"] = alone.layout["replicate"] = 1;
+      alone.options.fsdp = {1, true, 0};
+      const ChunkKind kinds[] = {{1, false, false}, {1, true, false}, {1, false, true}};
+      for (int i = 0; i < 3; i++) of->second[i] = predictor.chunk_seconds(alone, kinds[i], splits);
+      for (int i = 1; i < 3; i++)
+        for (int k = 0; k < 3; k++) of->second[i][k] -= of->second[0][k];
+    }
+    return of->second;
+  }
+  static double seconds(const BlockSeconds& s, const ChunkKind& c, bool weights) {
+    double sum = 0;
+    for (int k = 0; k < 2 + weights; k++)
+      sum += double(c.blocks) * s[0][k] + c.embedding * s[1][k] + c.head * s[2][k];
+    return sum;
+  }
+  using Key = std::tuple<int64_t, int64_t, int64_t, bool, bool>;
+  static Key key_of(const Job& job) {
+    return {job.layout["tp"], job.layout["cp"], job.options.microbatch,
+            job.config.sequence_parallel, job.config.recompute};
+  }
+
+  // ---- from the lowest bound on
+  struct Candidate {
+    double bound;
+    int64_t bytes;
+    Layout layout;
+    const ScheduleRow* row;
+    int chunks;
+    int microbatch;
+    ShardMode shards;
+    bool sequence_parallel, recompute;
+  };
+  // those of the lowest bounds: far more than are predicted
+  void keep(const Candidate& c) {
+    constexpr size_t kMost = 400'000;
+    candidates.push_back(c);
+    if (candidates.size() < kMost) return;
+    std::ranges::nth_element(candidates, candidates.begin() + kMost / 2, {}, &Candidate::bound);
+    candidates.resize(kMost / 2);
+  }
+  Planned planned(const Candidate& c, double limit = INFINITY) {
+    Job job{config, {}, c.layout};
+    job.options.batch = wanted.batch;
+    job.options.microbatch = c.microbatch;
+    const bool has_copies = c.layout.data_ranks() * c.layout["cp"] > 1;
+    job.options.fsdp = {c.shards.zero, c.shards.reshard, has_copies};
+    job.options.schedule = c.row->name;
+    job.options.chunks = c.chunks;
+    job.config.sequence_parallel = c.sequence_parallel;
+    job.config.recompute = c.recompute;
+    return {job, c.bytes, predictor.predict(job, limit)};
+  }
+  Plan predict(int64_t top) {
+    std::ranges::sort(candidates, {}, &Candidate::bound);
+    const auto faster = [](const Planned& a, const Planned& b) {
+      return a.time.seconds < b.time.seconds;
+    };
+    auto& best = result.fastest;  // a heap: the slowest is first
+    for (const Candidate& c : candidates) {
+      const bool full = int64_t(best.size()) == top;
+      if (full && best[0].time.seconds <= c.bound) break;
+      best.push_back(planned(c, full ? best[0].time.seconds : INFINITY));
+      result.predicted++;
+      std::ranges::push_heap(best, faster);
+      if (int64_t(best.size()) <= top) continue;
+      std::ranges::pop_heap(best, faster);
+      best.pop_back();
+    }
+    std::ranges::sort(best, faster);
+    for (Planned& p : best) predictor.split_bubble(p.job, p.time);
+    if (smallest) result.smallest = planned(*smallest);
+    return result;
+  }
+
+  Predictor predictor;
+  GptConfig config;
+  const Wanted& wanted;
+  int64_t memory;
+  std::vector<Candidate> candidates;
+  std::optional<Candidate> smallest;
+  Plan result;
+  std::map<Key, std::pair<int64_t, int64_t>> kept_;
+  std::map<std::tuple<int64_t, int64_t, int64_t, int, bool, bool>, std::vector<Held>> held_;
+  std::map<std::tuple<int64_t, int64_t, int64_t, int, int, int, Place>, std::vector<Held>>
+      held_by_kind_;
+  std::map<std::tuple<const char*, int, int, int, int>, std::set<std::vector<int64_t>>> states_;
+  std::map<std::tuple<Place, int, int>, std::vector<std::vector<ChunkKind>>> chunks_;
+  std::map<std::pair<Key, bool>, BlockSeconds> seconds_;
+};
+
+}  // namespace
+
+Plan plan(const Cluster& cluster, const Profile& profile, const GptConfig& config,
+          const Wanted& wanted, int64_t memory, int64_t top) {
+  return Search(cluster, profile, config, wanted, memory).run(top);
+}

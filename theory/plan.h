@@ -1,0 +1,50 @@
+// plan.h: all layouts of a cluster for a model, those that fit in memory, and the fastest of them.
+//
+// memory    What a rank holds is affine in the number of its blocks, and what it keeps for
+//           backwards in the number of its live micro-batches. So the formulas of theory/ are asked
+//           once for each kind of stage, for models of two and three blocks, and all layouts
+//           follow. Memory is what the code here holds, whatever the profile; workspace is not
+//           counted.
+// time      Every layout that fits gets a bound from below: no stage waits for anything but tp's
+//           sums, and the busiest stage idles only while the first micro-batch comes and the last
+//           goes. In the order of their bounds layouts are predicted (predict.h), until no bound
+//           left is below the time of the last that is asked for. So none faster is left out.
+// not here  more than one schedule's chunks above 4, prefetch other than 1
+// test      tests/test_plan.cpp, tests/test_plan.sh
+#pragma once
+#include <optional>
+
+#include "theory/predict.h"
+
+struct StageMemory {                              // bytes of the fullest rank of a stage
+  std::array<int64_t, kMemoryCategories> held{};  // gather and activations: at the peak, at most
+  int64_t total() const;
+};
+// Exactly, by theory/, of every stage's fullest rank; and what it sends in a step, by axis.
+struct Account {
+  std::vector<StageMemory> stages;
+  std::map<std::string, int64_t> sent;  // of the stage that sends most over that axis
+  int fullest() const;                  // which stage
+};
+Account account(const Job& job);
+
+// What is fixed by the user: 0 or empty where all are tried.
+struct Wanted {
+  Layout layout;  // sizes of 0: any
+  int64_t batch = 0, microbatch = 0, zero = 0, chunks = 0;
+  std::string schedule, reshard;
+  bool sequence_parallel = false, recompute = false;  // true: nothing else
+};
+struct Planned {
+  Job job;
+  int64_t memory = 0;  // bytes of the fullest rank
+  Prediction time;
+};
+struct Plan {
+  std::vector<Planned> fastest;
+  int64_t layouts = 0, fitting = 0, predicted = 0;  // how many there are; of these; of these
+  // of what does not fit, the layout that needs least
+  std::optional<Planned> smallest;
+};
+Plan plan(const Cluster& cluster, const Profile& profile, const GptConfig& config,
+          const Wanted& wanted, int64_t memory, int64_t top);
