@@ -24,13 +24,13 @@ void Param::initialise(const Tensor& x, uint64_t seed, int64_t first) const {
 
 void separate_uses(Param& p) {
   p.grad_of_head = Tensor(p.local_shape(), p.grad.dtype(), Memory::gradients);
-  fill(p.grad_of_head, 0);
+  p.fresh_of_head = true;
 }
 
 void join_uses(Param& p) {
   if (p.grad_of_head.empty()) return;
   add(p.grad, p.grad, p.grad_of_head);
-  fill(p.grad_of_head, 0);
+  p.fresh_of_head = true;
 }
 
 // ---- the tape
@@ -109,10 +109,13 @@ Tokens::Tokens(int64_t B, int64_t length, const Positions& places, std::vector<i
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
   Var x{activation({tokens.B * tokens.T, wte.value.dim(1)}, wte.value.dtype())};
   embedding_forward(x.value, tokens.inputs, wte.value, wpe.value, tokens.T, tokens.positions);
-  tape.push([tokens, &wte, &wpe, dx = x.grad] {
-    embedding_backward(wte.grad, wpe.grad, take(dx), tokens.inputs, tokens.order, tokens.places);
-  });
+  tape.push([tokens, &wte, &wpe, dx = x.grad] { embedding_backward(wte, wpe, take(dx), tokens); });
   return x;
+}
+
+void embedding_backward(Param& wte, Param& wpe, const Tensor& dx, const Tokens& tokens) {
+  for (Param* p : {&wte, &wpe}) p->clear_if_fresh();  // not every row is written
+  embedding_backward(wte.grad, wpe.grad, dx, tokens.inputs, tokens.order, tokens.places);
 }
 
 // ---- matrix products
@@ -127,27 +130,40 @@ void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb
 
 Tensor as_matrix(const Tensor& w) { return w.view({w.dim(0), w.numel() / w.dim(0)}); }
 
-void weight_backward(Param& w, bool transposed, Param* bias, const Tensor& x, const Tensor& dy) {
+void weight_backward(Param& w, bool transposed, const Tensor& x, const Tensor& dy) {
   const Tensor dw = as_matrix(w.grad_of(transposed));
-  if (transposed) product(dw, dy, true, x, false, 1);  // dw += dy^T x
-  else product(dw, x, true, dy, false, 1);             // dw += x^T dy
-  if (bias) bias_backward(bias->grad.view({dy.dim(1)}), dy);
+  const double beta = w.adds(transposed);
+  if (transposed) product(dw, dy, true, x, false, beta);  // dw += dy^T x
+  else product(dw, x, true, dy, false, beta);             // dw += x^T dy
 }
 
-Var linear(Tape& tape, const Var& x, Param& w, Param* bias, bool transposed) {
+Var linear(Tape& tape, const Var& x, Param& w, bool transposed) {
   const Tensor matrix = as_matrix(w.value);
   Var y{activation({x.value.dim(0), matrix.dim(transposed ? 0 : 1)}, x.value.dtype())};
   product(y.value, x.value, false, matrix, transposed, 0);
-  if (bias) add_bias(y.value, bias->value.view({y.value.dim(1)}));
-  tape.push([&tape, &w, transposed, bias, x = x.value, dx = x.grad, dy_slot = y.grad] {
+  tape.push([&tape, &w, transposed, x = x.value, dx = x.grad, dy_slot = y.grad] {
     const Tensor dy = take(dy_slot);
     Tensor d = like(x);
     product(d, dy, false, as_matrix(w.value), !transposed, 0);  // dx = dy w^T, or dy w
     accumulate(dx, std::move(d));
-    tape.weight_gradient(
-        [&w, transposed, bias, x, dy] { weight_backward(w, transposed, bias, x, dy); });
+    tape.weight_gradient([&w, transposed, x, dy] { weight_backward(w, transposed, x, dy); });
   });
   return y;
+}
+
+// ---- biases
+
+static Tensor value_of(const Param* bias) { return bias ? bias->value : Tensor(); }
+
+// The backward of a bias, from the gradient of what it was added to
+static void bias_gradient(Tape& tape, Param* bias, const Tensor& dy) {
+  if (bias) tape.weight_gradient([bias, dy] { bias_backward(bias->grad, dy, bias->adds()); });
+}
+
+Var add_bias(Tape& tape, const Var& x, Param& bias) {
+  add_bias(x.value, bias.value);
+  tape.push([&tape, &bias, dx = x.grad] { bias_gradient(tape, &bias, *dx); });
+  return x;
 }
 
 // ---- layernorm
@@ -163,15 +179,18 @@ static void push_layernorm(Tape& tape, const Var& x, const Var& y, const Tensor&
     // The gradient that x already has joins in the same pass.
     const Tensor dy = take(dy_slot), residual = std::move(*dx);
     const Tensor d = residual.empty() ? like(x) : writable(residual);
-    layernorm_backward(d, gain.grad, bias.grad, dy, residual, x, mean, rstd, gain.value);
+    const bool adds = gain.adds();
+    ASSERT(bias.adds() == adds);
+    layernorm_backward(d, gain.grad, bias.grad, dy, residual, x, mean, rstd, gain.value, adds);
     *dx = d;
   });
 }
 
-// The backward of y = a + b: a sum hands its gradient to both terms.
-static void push_add(Tape& tape, const Var& a, const Var& b, const Var& y) {
-  tape.push([da = a.grad, db = b.grad, dy_slot = y.grad] {
+// The backward of y = a + (b + bias): a sum hands its gradient to all terms.
+static void push_add(Tape& tape, const Var& a, const Var& b, Param* bias, const Var& y) {
+  tape.push([&tape, bias, da = a.grad, db = b.grad, dy_slot = y.grad] {
     const Tensor dy = take(dy_slot);
+    bias_gradient(tape, bias, dy);
     accumulate(da, dy);
     accumulate(db, dy);
   });
@@ -185,34 +204,36 @@ Var layernorm(Tape& tape, const Var& x, Param& gain, Param& bias) {
   return y;
 }
 
-std::pair<Var, Var> add_layernorm(Tape& tape, const Var& x, const Var& h, Param& gain,
-                                  Param& bias) {
+std::pair<Var, Var> add_layernorm(Tape& tape, const Var& x, const Var& h, Param& h_bias,
+                                  Param& gain, Param& bias) {
   Var sum{like(x.value)}, y{like(x.value)};
   const Tensor mean = row_statistics(x.value), rstd = row_statistics(x.value);
-  add_layernorm_forward(sum.value, y.value, mean, rstd, x.value, h.value, gain.value, bias.value);
-  push_add(tape, x, h, sum);
+  add_layernorm_forward(sum.value, y.value, mean, rstd, x.value, h.value, h_bias.value, gain.value,
+                        bias.value);
+  push_add(tape, x, h, &h_bias, sum);
   push_layernorm(tape, sum, y, mean, rstd, gain, bias);
   return {sum, y};
 }
 
 // ---- elementwise
 
-Var gelu(Tape& tape, const Var& x) {
+Var gelu(Tape& tape, const Var& x, Param* bias) {
   Var y{like(x.value)};
-  gelu_forward(y.value, x.value);
-  tape.push([x = x.value, dx = x.grad, dy_slot = y.grad] {
+  gelu_forward(y.value, x.value, value_of(bias));
+  tape.push([&tape, bias, x = x.value, dx = x.grad, dy_slot = y.grad] {
     const Tensor dy = take(dy_slot);
     const Tensor d = writable(dy);
-    gelu_backward(d, dy, x);
+    gelu_backward(d, dy, x, value_of(bias));
+    bias_gradient(tape, bias, d);
     accumulate(dx, d);
   });
   return y;
 }
 
-Var add(Tape& tape, const Var& a, const Var& b) {
+Var add(Tape& tape, const Var& a, const Var& b, Param* bias) {
   Var y{like(a.value)};
-  add(y.value, a.value, b.value);
-  push_add(tape, a, b, y);
+  add(y.value, a.value, b.value, value_of(bias));
+  push_add(tape, a, b, bias, y);
   return y;
 }
 

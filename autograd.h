@@ -6,13 +6,15 @@
 //           the tape is a valid order.
 // gradients of activations belong to a Var and are summed when it is used twice; gradients of
 // parameters belong to the Param and are
-//           always `+=`, so that micro-batches, and a weight used in two places, add up.
+//           `+=`, so that micro-batches, and a weight used in two places, add up. The first writer
+//           of a fresh one overwrites it: nobody has to clear it, or read it.
 // not here  second derivatives, in-place ops on values
 // test      tests/test_autograd.cpp (finite differences), tests/test_golden.cpp (PyTorch)
 #pragma once
 #include <deque>
 #include <functional>
 #include <string>
+#include <utility>
 
 #include "kernels/kernels.h"
 
@@ -41,8 +43,19 @@ struct Param {
   Tensor value;         // compute dtype, the local shape
   Tensor grad;          // master dtype
   Tensor grad_of_head;  // of a tied parameter, where its uses are kept apart: see separate_uses
+  // Fresh: its memory holds no numbers yet, as when it was allocated or a step begins.
+  bool fresh = false, fresh_of_head = false;
   Tensor& grad_of(bool transposed) {
     return transposed && !grad_of_head.empty() ? grad_of_head : grad;
+  }
+  // Asked by each writer of a gradient: whether it adds to it. The first one of a fresh one does
+  // not.
+  bool adds(bool transposed = false) {
+    bool& is_fresh = transposed && !grad_of_head.empty() ? fresh_of_head : fresh;
+    return !std::exchange(is_fresh, false);
+  }
+  void clear_if_fresh() {
+    if (!adds()) fill(grad, 0);
   }
   Shape local_shape() const;  // the slice's, with padding
   // elements that this rank owns, and where they are in its value or gradient: without padding
@@ -64,7 +77,7 @@ enum class Backward {
 // all micro-batches. Where one rank has both uses, the head's gets a gradient of its own, so that
 // the sums have the same order and the same bits.
 void separate_uses(Param& p);
-void join_uses(Param& p);  // once a step: grad += grad_of_head, which is then 0
+void join_uses(Param& p);  // once a step: grad += grad_of_head, which is then fresh
 
 // ---- the tape
 
@@ -127,18 +140,23 @@ struct Tokens {
 // c = op(a) op(b) + beta c, of whole matrices: what the linear layers are made of
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta);
 Tensor as_matrix(const Tensor& w);  // (K,3,C) is (K,3C)
-// The gradients of w and bias in linear() below, from its input x and its output's gradient dy:
-// added to those that are there
-void weight_backward(Param& w, bool transposed, Param* bias, const Tensor& x, const Tensor& dy);
+// The gradient of w in linear() below, from its input x and its output's gradient dy: added to that
+// which is there
+void weight_backward(Param& w, bool transposed, const Tensor& x, const Tensor& dy);
+// Those of embedding(), which scatters rows
+void embedding_backward(Param& wte, Param& wpe, const Tensor& dx, const Tokens& tokens);
 
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
-// x (R,K) w (K,N) [+ bias (N)], or x w^T with w (N,K)
-Var linear(Tape& tape, const Var& x, Param& w, Param* bias, bool transposed = false);
+// x (R,K) w (K,N), or x w^T with w (N,K). The bias (N) is added by the op that reads the result, in
+// the pass that it makes anyway: an argument of those below.
+Var linear(Tape& tape, const Var& x, Param& w, bool transposed = false);
+Var add_bias(Tape& tape, const Var& x, Param& bias);  // in place, where no such op follows
 Var layernorm(Tape& tape, const Var& x, Param& gain, Param& bias);
-// {x + h, layernorm(x + h)}
-std::pair<Var, Var> add_layernorm(Tape& tape, const Var& x, const Var& h, Param& gain, Param& bias);
-Var gelu(Tape& tape, const Var& x);
-Var add(Tape& tape, const Var& a, const Var& b);
+// sum = x + (h + h_bias); {sum, layernorm(sum)}
+std::pair<Var, Var> add_layernorm(Tape& tape, const Var& x, const Var& h, Param& h_bias,
+                                  Param& gain, Param& bias);
+Var gelu(Tape& tape, const Var& x, Param* bias = nullptr);               // gelu(x + bias)
+Var add(Tape& tape, const Var& a, const Var& b, Param* bias = nullptr);  // a + (b + bias)
 Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, AttentionKind kind);
 // total (1) f64 += scale * the sum of the rows' losses over their first V columns. Takes `logits`:
 // when recording, they become their gradient in place.

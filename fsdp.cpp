@@ -111,6 +111,15 @@ void Fsdp::Unit::bind(Tensor Param::*what, const Tensor& buffer) {
         buffer.empty() ? Tensor() : buffer.part(offsets[i], params[i]->local_shape());
 }
 
+void Fsdp::Unit::begin_gradients() {
+  for (size_t i = 0; i < params.size(); i++) {
+    params[i]->fresh = true;
+    const int64_t end = offsets[i] + elements(params[i]->local_shape()),
+                  next = i + 1 < params.size() ? offsets[i + 1] : padded;
+    fill(whole_grad.part(end, {next - end}), 0);  // no writer clears the padding
+  }
+}
+
 void Fsdp::add_units(const std::vector<Param*>& all) {
   const Dtype master = master_dtype(dtype_);
   for (const auto& [number, params] : units_of(all)) {
@@ -222,15 +231,16 @@ void Fsdp::reshard(Unit& u) {
   u.whole = Tensor();
 }
 
-// ---- gradients: a whole buffer that the backward adds to, then this rank's shard of the sum
+// ---- gradients: a whole buffer that the backward adds to, then this rank's shard of the sum. None
+// is cleared: the first writer of a fresh one overwrites it.
 
 void Fsdp::allocate_gradients(int use) {
   for (Unit* u : uses_[use].units) {
     while (u->reducing) finish_reduce();  // the previous micro-batch's sum still uses the buffer
     if (!u->whole_grad.empty()) continue;
     u->whole_grad = Tensor({u->padded}, master_dtype(dtype_), Memory::gather);
-    fill(u->whole_grad, 0);
     u->bind(&Param::grad, u->whole_grad);
+    u->begin_gradients();
   }
 }
 
@@ -246,6 +256,7 @@ void Fsdp::reduce_gradients(int use) {
 
 // A unit's gradient, of one micro-batch or of the step, is complete on this rank.
 void Fsdp::start_reduce(Unit& u) {
+  for (Param* p : u.params) p->clear_if_fresh();  // zero bubble may leave some without a writer
   if (complete_gradients) complete_gradients(u.params);
   make_wait(stream_, device().compute);  // the gradients must have been computed
   if (axis_.size > 1) {
@@ -270,7 +281,9 @@ void Fsdp::finish_reduce() {
   u.reducing = false;
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!shards_gradients()) return;
-  add(u.shard_grad, u.shard_grad, u.shard_of(u.whole_grad));
+  const Tensor mine = u.shard_of(u.whole_grad);
+  if (std::exchange(u.fresh, false)) copy(u.shard_grad, mine);
+  else add(u.shard_grad, u.shard_grad, mine);
   u.whole_grad = Tensor();
   u.bind(&Param::grad, {});
   if (u.microbatches_done == microbatches_) {
@@ -296,7 +309,8 @@ void Fsdp::begin_step(int microbatches) {
   microbatches_ = microbatches;
   for (auto& [number, u] : units_) {
     u.microbatches_done = 0;
-    fill(shards_gradients() ? u.shard_grad : u.whole_grad, 0);
+    if (shards_gradients()) u.fresh = true;
+    else u.begin_gradients();
   }
 }
 
@@ -316,7 +330,8 @@ void Fsdp::end_step() {
 //               reduce-scatter is then queued behind its use's weight gradients, on the same list.
 //               By the time they run, the reduce-scatter of an earlier micro-batch may have freed
 //               the whole gradient: before_backward allocates it again, on the list before this
-//               use's weight gradients.
+//               use's weight gradients. Those that were not put off (of layernorms) may all be in
+//               the earlier buffer: nobody writes theirs in this one.
 // sequence parallelism   leaves gradients that are partial sums over the tp axis, and
 // tied weights           leave two gradients of one parameter on one rank: complete_gradients adds
 //                        both up before they leave the rank.

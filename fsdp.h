@@ -82,6 +82,8 @@ class Fsdp {
     Tensor m, v;            // Adam's moments of the shard
     bool gathered = false;  // `whole` is up to date, or will be once `arrived` is reached
     bool reducing = false;  // from start_reduce to finish_reduce
+    // no micro-batch's sum is in `shard_grad` yet, if gradients are sharded
+    bool fresh = false;
     Event arrived, reduced;
     // When is a gradient complete? The token embedding's unit has 2 uses, at both ends of the
     // model. In each micro-batch's backward the head's use makes uses_done 1, then the embedding's
@@ -89,6 +91,7 @@ class Fsdp {
     int uses_per_microbatch = 0, uses_done = 0, microbatches_done = 0;
     // Each parameter's value or gradient becomes its part of a whole buffer, or nothing.
     void bind(Tensor Param::*what, const Tensor& buffer);
+    void begin_gradients();  // the parameters' become fresh
     Tensor shard_of(const Tensor& buffer) const { return buffer.part(begin, {shard_size}); }
   };
   struct Use {

@@ -144,14 +144,16 @@ Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& toke
   Block& b = blocks_[part.layer];
   const auto block = [=, this, &b, layer = part.layer](Tape& tape, const Var& x) {
     const Var normed = layernorm(tape, x, b.ln_1_weight, b.ln_1_bias);
-    const Var qkv = tp.column_linear(tape, normed, R, b.c_attn_weight, b.c_attn_bias);
+    const Var qkv =
+        add_bias(tape, tp.column_linear(tape, normed, R, b.c_attn_weight), b.c_attn_bias);
     const Var heads =
         attend ? attend(tape, layer, qkv) : cp.attention(tape, qkv, B, T, H, config.attention);
-    const Var attended = tp.row_linear(tape, heads, R, b.attn_c_proj_weight, b.attn_c_proj_bias);
-    const auto [sum, normed_2] = add_layernorm(tape, x, attended, b.ln_2_weight, b.ln_2_bias);
-    const Var hidden = gelu(tape, tp.column_linear(tape, normed_2, R, b.c_fc_weight, b.c_fc_bias));
-    const Var mlp = tp.row_linear(tape, hidden, R, b.mlp_c_proj_weight, b.mlp_c_proj_bias);
-    return add(tape, sum, mlp);
+    const Var attended = tp.row_linear(tape, heads, R, b.attn_c_proj_weight);
+    const auto [sum, normed_2] =
+        add_layernorm(tape, x, attended, b.attn_c_proj_bias, b.ln_2_weight, b.ln_2_bias);
+    const Var hidden = gelu(tape, tp.column_linear(tape, normed_2, R, b.c_fc_weight), &b.c_fc_bias);
+    const Var mlp = tp.row_linear(tape, hidden, R, b.mlp_c_proj_weight);
+    return add(tape, sum, mlp, &b.mlp_c_proj_bias);
   };
   return config.recompute ? checkpoint(tape, x, block) : block(tape, x);
 }

@@ -86,69 +86,63 @@ Tensor TensorParallel::for_partial_sums(int64_t R, int64_t width, Dtype dtype) c
 // ---- a column-parallel layer: y (R,N) = x w, where N are this rank's columns
 
 Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool transposed,
-                           Param* bias, Traffic serves) {
+                           Traffic serves) {
   const Purpose purpose(tape.replaying ? Traffic::recompute : serves);
   const Tensor matrix = as_matrix(w.value);
   Var y{Tensor({R, matrix.dim(transposed ? 0 : 1)}, x.value.dtype(), Memory::activations)};
   const Tensor all_x = gather(x.value, R);
   product(y.value, all_x, false, matrix, transposed, 0);
-  if (bias) add_bias(y.value, bias->value.view({y.value.dim(1)}));
 
-  tape.push(
-      [this, &tape, R, &w, transposed, bias, serves, x = x.value, dx = x.grad, dy_slot = y.grad] {
-        const Tensor dy = take(dy_slot);
-        Tensor all_x;
-        {  // sequence parallelism saved a slice: it is gathered again during the next product
-          const Purpose purpose(Traffic::again);
-          all_x = start_gather(x, R);
-        }
-        const Tensor partial = for_partial_sums(R, x.dim(1), x.dtype());  // of dx
-        product(partial.part(0, {R, x.dim(1)}), dy, false, as_matrix(w.value), !transposed, 0);
-        if (slices_rows_) finish();  // the product below reads all_x
-        const Purpose purpose(serves);
-        Tensor sum = start_sum(partial);  // it travels while the weight gradient is computed
-        tape.weight_gradient(
-            [&w, transposed, bias, all_x, dy] { weight_backward(w, transposed, bias, all_x, dy); });
-        finish();
-        accumulate(dx, std::move(sum));
-      });
+  tape.push([this, &tape, R, &w, transposed, serves, x = x.value, dx = x.grad, dy_slot = y.grad] {
+    const Tensor dy = take(dy_slot);
+    Tensor all_x;
+    {  // sequence parallelism saved a slice: it is gathered again during the next product
+      const Purpose purpose(Traffic::again);
+      all_x = start_gather(x, R);
+    }
+    const Tensor partial = for_partial_sums(R, x.dim(1), x.dtype());  // of dx
+    product(partial.part(0, {R, x.dim(1)}), dy, false, as_matrix(w.value), !transposed, 0);
+    if (slices_rows_) finish();  // the product below reads all_x
+    const Purpose purpose(serves);
+    Tensor sum = start_sum(partial);  // it travels while the weight gradient is computed
+    tape.weight_gradient(
+        [&w, transposed, all_x, dy] { weight_backward(w, transposed, all_x, dy); });
+    finish();
+    accumulate(dx, std::move(sum));
+  });
   return y;
 }
 
-Var TensorParallel::column_linear(Tape& tape, const Var& x, int64_t R, Param& w, Param& bias) {
-  if (axis_.size == 1) return linear(tape, x, w, &bias);
-  return column(tape, x, R, w, false, &bias, Traffic::training);
+Var TensorParallel::column_linear(Tape& tape, const Var& x, int64_t R, Param& w) {
+  if (axis_.size == 1) return linear(tape, x, w);
+  return column(tape, x, R, w, false, Traffic::training);
 }
 
 Var TensorParallel::head(Tape& tape, const Var& x, int64_t R, Param& wte) {
-  if (axis_.size == 1) return linear(tape, x, wte, nullptr, true);
-  return column(tape, x, R, wte, true, nullptr, Traffic::embedding);
+  if (axis_.size == 1) return linear(tape, x, wte, true);
+  return column(tape, x, R, wte, true, Traffic::embedding);
 }
 
 // ---- a row-parallel layer: y = sum over ranks of x w, where x (R,K) and w (K,N) have this rank's
 // part of the inputs
 
-Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w, Param& bias) {
-  if (axis_.size == 1) return linear(tape, x, w, &bias);
+Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w) {
+  if (axis_.size == 1) return linear(tape, x, w);
   const Purpose purpose(tape.replaying ? Traffic::recompute : Traffic::training);
   const int64_t N = w.value.dim(1);
   const Tensor partial = for_partial_sums(R, N, x.value.dtype());
   product(partial.part(0, {R, N}), x.value, false, w.value, false, 0);
   Var y{start_sum(partial)};
   finish();
-  add_bias(y.value, bias.value);  // once, after the sum
 
-  tape.push([this, &tape, R, &w, &bias, x = x.value, dx = x.grad, dy_slot = y.grad] {
+  tape.push([this, &tape, R, &w, x = x.value, dx = x.grad, dy_slot = y.grad] {
     const Purpose purpose(Traffic::training);
     const Tensor dy = take(dy_slot);
     const Tensor all_dy = gather(dy, R);
     Tensor d({R, x.dim(1)}, x.dtype(), Memory::activations);  // its part of the width: whole
     product(d, all_dy, false, w.value, true, 0);
     accumulate(dx, std::move(d));
-    tape.weight_gradient([&w, &bias, x, dy, all_dy] {
-      product(w.grad, x, true, all_dy, false, 1);
-      bias_backward(bias.grad, dy);  // of this rank's rows: see sum_partial_gradients
-    });
+    tape.weight_gradient([&w, x, all_dy] { weight_backward(w, false, x, all_dy); });
   });
   return y;
 }
@@ -170,7 +164,7 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
     const Tensor d = take(dx);
     const Tensor all_d = gather(d, R);
     // of its rows of wte; of all of wpe, on every rank
-    embedding_backward(wte.grad, wpe.grad, all_d, tokens.inputs, tokens.order, tokens.places);
+    embedding_backward(wte, wpe, all_d, tokens);
   });
   return x;
 }

@@ -9,8 +9,8 @@
 //           of all rows an all-gather.
 // use       TensorParallel tp(axis, stream, sequence_parallel);
 //           Param w = tp.split(p, 1, tp.part(p.shape[1]));   // set-up: what this rank owns
-//           Var h = tp.column_linear(tape, x, rows, w, b);   // a pair of layers
-//           Var y = tp.row_linear(tape, gelu(tape, h), rows, w2, b2);
+//           Var h = tp.column_linear(tape, x, rows, w);      // a pair of layers
+//           Var y = tp.row_linear(tape, gelu(tape, h, &b), rows, w2);
 //           tp.sum_partial_gradients(params);    // before gradients leave the rank
 // source    Shoeybi et al., "Megatron-LM: Training multi-billion parameter language models using
 //           model parallelism", 2019, section 3; Korthikanti et al., "Reducing activation
@@ -44,7 +44,7 @@ class TensorParallel {
 
   // The rows that an activation of width C holds here: all of them or, under sequence parallelism,
   // this rank's slice, ceil(rows / n) of them. The last slices end in padding: numbers without
-  // meaning (row_linear adds its bias there), whose gradients are 0.
+  // meaning (biases are added there), whose gradients are 0.
   int64_t slice(int64_t rows) const {
     return slices_rows_ ? (rows + axis_.size - 1) / axis_.size : rows;
   }
@@ -53,8 +53,10 @@ class TensorParallel {
   // and row_linear hold slice(R) rows of width C. What column_linear and head return holds all R
   // rows of this rank's part of the width, which head pads.
   Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
-  Var column_linear(Tape& tape, const Var& x, int64_t rows, Param& w, Param& bias);
-  Var row_linear(Tape& tape, const Var& x, int64_t rows, Param& w, Param& bias);
+  // Biases are left to the op that reads the result, as in linear(): a row-parallel layer's is
+  // added once, after the sum.
+  Var column_linear(Tape& tape, const Var& x, int64_t rows, Param& w);
+  Var row_linear(Tape& tape, const Var& x, int64_t rows, Param& w);
   // logits of this rank's part of the vocabulary
   Var head(Tape& tape, const Var& x, int64_t rows, Param& wte);
   // total (1) f64 += scale * the sum of all rows' losses, on every rank
@@ -78,8 +80,7 @@ class TensorParallel {
   Tensor start_sum(const Tensor& partial);
   void finish();
   Tensor for_partial_sums(int64_t rows, int64_t width, Dtype dtype) const;
-  Var column(Tape& tape, const Var& x, int64_t rows, Param& w, bool transposed, Param* bias,
-             Traffic purpose);
+  Var column(Tape& tape, const Var& x, int64_t rows, Param& w, bool transposed, Traffic purpose);
 
   Axis axis_;
   cudaStream_t stream_;

@@ -140,11 +140,18 @@ inline bool in_packs(int64_t width, std::initializer_list<const Tensor*> tensors
   return true;
 }
 
-// The packs of a row of `width` elements (a multiple of N), dealt to the kThreads threads of the
-// block: f(first element of the pack)
-template <int kThreads, int N, class F> __device__ __forceinline__ void for_row(int width, F f) {
+// Threads of a block for rows of so many packs: as few rounds as `most` threads can, and nobody
+// idle in the last one, so that a row of 96 packs has 96 threads and not 256.
+inline unsigned row_threads(int64_t packs, int most) {
+  const int64_t rounds = std::max(ceil_div(packs, most), int64_t(1));
+  return unsigned(ceil_div(ceil_div(packs, rounds), kWarp) * kWarp);
+}
+
+// The packs of a row of `width` elements (a multiple of N), dealt to the threads of the block, of
+// which there may be any number (see row_threads): f(first element of the pack)
+template <int N, class F> __device__ __forceinline__ void for_row(int width, F f) {
   INDEPENDENT
-  for (int i = threadIdx.x * N; i < width; i += kThreads * N) f(i);
+  for (int i = threadIdx.x * N; i < width; i += blockDim.x * N) f(i);
 }
 
 // The same for `size` elements, of which N need not be a divisor: f(first element of the pack,

@@ -1,6 +1,6 @@
-// elementwise.cu: add, add_bias, GELU and its backward.
+// elementwise.cu: add, GELU and its backward, each with the bias of the linear layer before it.
 //
-// idea      each element is read and written once, in packs of 16 bytes
+// idea      each element is read and written once, in packs of 16 bytes; a bias costs no pass
 // cost      the bytes of the arguments
 // not here  residual add with layernorm (layernorm.cu), bias inside the matrix product, the bias's
 //           gradient (matvec.cu)
@@ -11,33 +11,37 @@ namespace {
 
 constexpr int kThreads = block_threads(256);
 
-// y = f(a, b) for W neighbours; y may be a or b
-template <int W, class T, class F>
-__device__ __forceinline__ void combine(T* y, const T* a, const T* b, F f) {
-  const auto p = load_pack<W>(a), q = load_pack<W>(b);
-  Pack<T, W> r;
-  for (int k = 0; k < W; k++) r[k] = store<T>(f(load(p[k]), load(q[k])));
-  store_pack(y, r);
-}
-
 // y (n) = f(a (n), b (n)); y may be a or b
 template <class T, int N, class F> __global__ void __launch_bounds__(256)
     combine_kernel(T* y, const T* a, const T* b, int64_t n, F f) {
   for_tile<kThreads, N>(n, [=](int64_t i, auto width) {
-    combine<decltype(width)::value>(y + i, a + i, b + i, f);
+    constexpr int W = decltype(width)::value;
+    const auto p = load_pack<W>(a + i), q = load_pack<W>(b + i);
+    Pack<T, W> r;
+    for (int k = 0; k < W; k++) r[k] = store<T>(f(load(p[k]), load(q[k])));
+    store_pack(y + i, r);
+  });
+}
+
+// y (R,N) = f(a (R,N), b (R,N) + bias (N)); one block a row; y may be a or b
+template <class T, int N, class F> __global__ void __launch_bounds__(256)
+    rows_kernel(T* y, const T* a, const T* b, const T* bias, int columns, F f) {
+  const int64_t row = int64_t(blockIdx.x) * columns;
+  y += row, a += row, b += row;
+  for_row<N>(columns, [=](int i) {
+    const auto p = load_pack<N>(a + i), q = load_pack<N>(b + i), s = load_pack<N>(bias + i);
+    Pack<T, N> r;
+    for (int k = 0; k < N; k++) r[k] = store<T>(f(load(p[k]), load(q[k]) + load(s[k])));
+    store_pack(y + i, r);
   });
 }
 
 struct Add {
   template <class A> __device__ A operator()(A a, A b) const { return a + b; }
 };
-
-// y (R,N) += bias (N); one block a row; reads RN, writes RN
-template <class T, int N> __global__ void __launch_bounds__(256)
-    add_bias_kernel(T* y, const T* bias, int columns) {
-  y += int64_t(blockIdx.x) * columns;
-  for_row<kThreads, N>(columns, [=](int i) { combine<N>(y + i, y + i, bias + i, Add()); });
-}
+struct Second {
+  template <class A> __device__ A operator()(A, A b) const { return b; }
+};
 
 // ---- GELU, tanh form
 // 0.5 x (1 + tanh u) with u = sqrt(2/pi) (x + 0.044715 x^3), which is x / (1 + exp(-2u)): one exp,
@@ -57,7 +61,7 @@ template <class A> struct Gelu {
 };
 
 struct GeluForward {
-  template <class A> __device__ __forceinline__ A operator()(A x, A) const {
+  template <class A> __device__ __forceinline__ A operator()(A, A x) const {
     return x * Gelu<A>(x).s;
   }
 };
@@ -70,37 +74,40 @@ struct GeluBackward {
 
 // ---- host side
 
-template <class F> void combine(const Tensor& y, const Tensor& a, const Tensor& b, F f) {
+template <class F>
+void combine(const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& bias, F f) {
   const int64_t n = y.numel();
   ASSERT(a.numel() == n && b.numel() == n && a.dtype() == y.dtype() && b.dtype() == y.dtype());
   if (!n) return;
-  DISPATCH_PACKS(y.dtype(), in_packs(0, {&y, &a, &b}),
-                 combine_kernel<T, N, F><<<tiles(n), kThreads, 0, device().compute>>>(
-                     y.data<T>(), a.data<T>(), b.data<T>(), n, f));
+  if (bias.empty()) {
+    DISPATCH_PACKS(y.dtype(), in_packs(0, {&y, &a, &b}),
+                   combine_kernel<T, N, F><<<tiles(n), kThreads, 0, device().compute>>>(
+                       y.data<T>(), a.data<T>(), b.data<T>(), n, f));
+  } else {
+    const int64_t columns = bias.numel();
+    ASSERT(n % columns == 0 && bias.dtype() == y.dtype());
+    DISPATCH_PACKS(y.dtype(), in_packs(columns, {&y, &a, &b, &bias}),
+                   const unsigned threads = row_threads(columns / N, kThreads);
+                   rows_kernel<T, N, F><<<unsigned(n / columns), threads, 0, device().compute>>>(
+                       y.data<T>(), a.data<T>(), b.data<T>(), bias.data<T>(), int(columns), f));
+  }
 }
 
 }  // namespace
 
-void add(const Tensor& y, const Tensor& a, const Tensor& b) {
+void add(const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& bias) {
   OP("add", bytes_of(y, a, b));
-  combine(y, a, b, Add());
+  combine(y, a, b, bias, Add());
 }
-void gelu_forward(const Tensor& y, const Tensor& x) {
-  OP("gelu_forward", bytes_of(y, x));
-  combine(y, x, x, GeluForward());
-}
-void gelu_backward(const Tensor& dx, const Tensor& dy, const Tensor& x) {
-  OP("gelu_backward", bytes_of(dx, dy, x));
-  combine(dx, dy, x, GeluBackward());
-}
-
 void add_bias(const Tensor& y, const Tensor& bias) {
   OP("add_bias", bytes_of(y, y, bias));
-  const int64_t columns = bias.numel();
-  ASSERT(columns && y.numel() % columns == 0 && y.dtype() == bias.dtype());
-  const unsigned rows = unsigned(y.numel() / columns);
-  if (!rows) return;
-  DISPATCH_PACKS(y.dtype(), in_packs(columns, {&y, &bias}),
-                 add_bias_kernel<T, N><<<rows, kThreads, 0, device().compute>>>(
-                     y.data<T>(), bias.data<T>(), int(columns)));
+  combine(y, y, y, bias, Second());
+}
+void gelu_forward(const Tensor& y, const Tensor& x, const Tensor& bias) {
+  OP("gelu_forward", bytes_of(y, x));
+  combine(y, x, x, bias, GeluForward());
+}
+void gelu_backward(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor& bias) {
+  OP("gelu_backward", bytes_of(dx, dy, x));
+  combine(dx, dy, x, bias, GeluBackward());
 }

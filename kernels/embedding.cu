@@ -28,11 +28,11 @@ template <class T, int N> __global__ void __launch_bounds__(256)
   x += row * C;
   if (tokens[row] < 0) {
     const Pack<T, N> zero{};
-    return for_row<kThreads, N>(C, [=](int i) { store_pack(x + i, zero); });
+    return for_row<N>(C, [=](int i) { store_pack(x + i, zero); });
   }
   wte += int64_t(tokens[row]) * C;
   wpe += (positions ? positions[row] : row % period) * C;
-  for_row<kThreads, N>(C, [=](int i) {
+  for_row<N>(C, [=](int i) {
     const auto p = load_pack<N>(wte + i), q = load_pack<N>(wpe + i);
     Pack<T, N> r;
     for (int k = 0; k < N; k++) r[k] = store<T>(load(p[k]) + load(q[k]));
@@ -110,11 +110,10 @@ void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte,
          wpe.dtype() == x.dtype());
   if (!R) return;
   const int* const at = positions.empty() ? nullptr : positions.data<int>();
-  DISPATCH_PACKS(x.dtype(), in_packs(C, {&x, &wte, &wpe}),
-                 embedding_kernel<T, N>
-                 <<<unsigned(R), kThreads, 0, device().compute>>>(x.data<T>(), tokens.data<int>(),
-                                                                  at, wte.data<T>(), wpe.data<T>(),
-                                                                  period, int(C)));
+  DISPATCH_PACKS(
+      x.dtype(), in_packs(C, {&x, &wte, &wpe}),
+      embedding_kernel<T, N><<<unsigned(R), row_threads(C / N, kThreads), 0, device().compute>>>(
+          x.data<T>(), tokens.data<int>(), at, wte.data<T>(), wpe.data<T>(), period, int(C)));
 }
 
 std::vector<int> sort_rows(const std::vector<int>& tokens) {

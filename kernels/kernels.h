@@ -35,33 +35,36 @@ constexpr int64_t kMatvecRows = 8;
 // y (m,N) = x (m,K) w, w (K,N) or, transposed, (N,K); m at most kMatvecRows. All of one dtype; sums
 // in acc(T)
 void matvec(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed);
-// dbias (N) += column sums of dy (R,N): ones times dy
-void bias_backward(const Tensor& dbias, const Tensor& dy);
+// dbias (N) += column sums of dy (R,N): ones times dy. Without `add`, `=`: dbias is not read.
+void bias_backward(const Tensor& dbias, const Tensor& dy, bool add = true);
 
 // ---- layernorm.cu   eps = 1e-5
 
 // y (R,C) = (x - mean) * rstd * gain (C) + bias (C);  mean, rstd (R) are saved for the backward
 void layernorm_forward(const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x,
                        const Tensor& gain, const Tensor& bias);
-// sum (R,C) = x (R,C) + h (R,C), y = layernorm(sum): the residual add costs no pass of its own
+// sum (R,C) = x (R,C) + (h (R,C) + h_bias (C)), y = layernorm(sum): neither the residual add nor
+// the bias of what made h costs a pass of its own
 void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mean,
-                           const Tensor& rstd, const Tensor& x, const Tensor& h, const Tensor& gain,
-                           const Tensor& bias);
+                           const Tensor& rstd, const Tensor& x, const Tensor& h,
+                           const Tensor& h_bias, const Tensor& gain, const Tensor& bias);
 // dx (R,C) = residual + d layernorm / dx;  dgain, dbias (C) +=
-// residual (R,C) may be empty (0), and may be dx itself (in place)
+// residual (R,C) may be empty (0), and may be dx itself (in place); `add`: see bias_backward
 void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbias,
                         const Tensor& dy, const Tensor& residual, const Tensor& x,
-                        const Tensor& mean, const Tensor& rstd, const Tensor& gain);
+                        const Tensor& mean, const Tensor& rstd, const Tensor& gain,
+                        bool add = true);
 
 // ---- elementwise.cu
 
-// y (R,N) += bias (N) in every row
-void add_bias(const Tensor& y, const Tensor& bias);
-void gelu_forward(const Tensor& y, const Tensor& x);  // tanh form (GPT-2)
-// dx = dy * gelu'(x); dx may be dy
-void gelu_backward(const Tensor& dx, const Tensor& dy, const Tensor& x);
-// y = a + b; y may be a or b
-void add(const Tensor& y, const Tensor& a, const Tensor& b);
+// A bias (N) is added to every row of (R,N); an empty one is none.
+void add_bias(const Tensor& y, const Tensor& bias);  // y += bias
+// y = gelu(x + bias), tanh form (GPT-2)
+void gelu_forward(const Tensor& y, const Tensor& x, const Tensor& bias = {});
+// dx = dy * gelu'(x + bias); dx may be dy
+void gelu_backward(const Tensor& dx, const Tensor& dy, const Tensor& x, const Tensor& bias = {});
+// y = a + (b + bias); y may be a or b
+void add(const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& bias = {});
 
 // ---- embedding.cu
 

@@ -125,11 +125,12 @@ void matvec(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed) 
   else launch<8>(y, x, w, transposed);
 }
 
-void bias_backward(const Tensor& dbias, const Tensor& dy) {
+void bias_backward(const Tensor& dbias, const Tensor& dy, bool add) {
   OP("bias_backward", bytes_of(dbias, dy));
   const int64_t columns = dbias.numel();
   ASSERT(columns && dy.numel() % columns == 0 && dbias.dtype() == master_dtype(dy.dtype()));
   const int64_t rows = dy.numel() / columns;
+  if (!rows && !add) fill(dbias, 0);
   if (!rows) return;
   Tensor sums;
   DISPATCH_PACKS(dy.dtype(), in_packs(columns, {&dy}), using A = acc_t<T>;
@@ -140,6 +141,6 @@ void bias_backward(const Tensor& dbias, const Tensor& dy) {
                  A* const to = chunks > 1 ? sums.data<A>() : dbias.data<A>();
                  columns_kernel<N, 1, true, A, T>
                  <<<dim3(blocks, unsigned(chunks)), kThreads, 0, device().compute>>>(
-                     to, none, dy.data<T>(), rows, columns, 1, chunks == 1));
-  if (!sums.empty()) bias_backward(dbias, sums);
+                     to, none, dy.data<T>(), rows, columns, 1, add && chunks == 1));
+  if (!sums.empty()) bias_backward(dbias, sums, add);
 }

@@ -130,6 +130,11 @@ static std::vector<Row> elementwise_rows(Dtype d) {
          auto y = random(rows, d), a = random(rows, d), b = random(rows, d);
          return [=] { add(y, a, b); };
        }},
+      {"add with bias", 3 * rc, 0,
+       [=] {
+         auto y = random(rows, d), a = random(rows, d), b = random(rows, d), c = random({kC}, d);
+         return [=] { add(y, a, b, c); };
+       }},
       {"add_bias", 2 * rc, 0,
        [=] {
          auto y = random(rows, d), b = random({kC}, d, 1e-3f);
@@ -142,13 +147,14 @@ static std::vector<Row> elementwise_rows(Dtype d) {
        }},
       {"gelu_forward", 8 * rc, 0,
        [=] {
-         auto y = random(wide, d), x = random(wide, d);
-         return [=] { gelu_forward(y, x); };
+         auto y = random(wide, d), x = random(wide, d), b = random({4 * kC}, d);
+         return [=] { gelu_forward(y, x, b); };
        }},
       {"gelu_backward", 12 * rc, 0,
        [=] {
-         auto dx = random(wide, d), dy = random(wide, d), x = random(wide, d);
-         return [=] { gelu_backward(dx, dy, x); };
+         auto dx = random(wide, d), dy = random(wide, d), x = random(wide, d),
+              b = random({4 * kC}, d);
+         return [=] { gelu_backward(dx, dy, x, b); };
        }},
       {"cast to f64", rc + double(kR * kC * 8), 0,
        [=] {
@@ -166,7 +172,7 @@ static std::vector<Row> elementwise_rows(Dtype d) {
          auto x = random(rows, d), h = random(rows, d), sum = random(rows, d), y = random(rows, d),
               m = random({kR}, acc), s = random({kR}, acc), g = random({kC}, d),
               b = random({kC}, d);
-         return [=] { add_layernorm_forward(sum, y, m, s, x, h, g, b); };
+         return [=] { add_layernorm_forward(sum, y, m, s, x, h, b, g, b); };
        }},
       {"layernorm_backward", 4 * rc, 0,
        [=] {

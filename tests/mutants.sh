@@ -139,8 +139,30 @@ mutant faults the_weights_are_gathered_once_for_all_steps \
   's/  for \(auto& \[number, u\] : units_\) reshard\(u\);.*//' \
   2 immediate test_fsdp $parity
 mutant faults only_the_last_micro_batch_counts \
-  fsdp.cpp 's/  add\(u.shard_grad, u.shard_grad, u.shard_of/  copy(u.shard_grad, u.shard_of/' \
+  fsdp.cpp 's/add\(u.shard_grad, u.shard_grad, mine/copy(u.shard_grad, mine/' \
   2 immediate test_fsdp $parity
+mutant faults the_slope_of_gelu_forgets_its_bias \
+  autograd.cpp 's/gelu_backward\(d, dy, x, value_of\(bias\)\)/gelu_backward(d, dy, x)/' \
+  1 immediate test_autograd gradient_of_gelu
+mutant faults a_bias_in_a_sum_has_no_gradient \
+  autograd.cpp '/^    bias_gradient\(tape, bias, dy\);/d' 1 immediate test_autograd gradient_of_gelu
+mutant faults the_first_writer_of_a_gradient_adds \
+  autograd.cpp 's/beta = w.adds\(transposed\)/beta = (w.adds(transposed), 1)/' \
+  2 immediate test_fsdp $parity
+mutant faults a_gradient_stays_fresh \
+  autograd.cpp 's/dy, bias->adds\(\)/dy, !bias->fresh/' 2 immediate test_fsdp $parity
+mutant faults a_head_s_gradient_is_not_fresh_again \
+  autograd.cpp '/^  add\(p.grad, p.grad/,/fresh_of_head/{/fresh_of_head/d}' \
+  1 immediate test_fsdp $parity
+mutant faults embeddings_are_added_to_what_was_there \
+  autograd.cpp '/clear_if_fresh/d' 2 immediate test_fsdp $parity
+mutant faults the_first_micro_batch_is_added_to_the_last_step_s_sum \
+  fsdp.cpp 's/if \(std::exchange\(u.fresh, false\)\) copy.*/if (false) {}/' \
+  2 immediate test_fsdp $parity
+mutant faults what_nobody_wrote_is_summed \
+  fsdp.cpp '/clear_if_fresh/d' 4 queued test_pipeline $parity_pp
+mutant faults padding_of_a_gradient_is_not_cleared \
+  fsdp.cpp '/no writer clears the padding/d' 2 queued test_fsdp $parity
 mutant faults a_unit_is_unsharded_once_too_often \
   fsdp.cpp 's/  if \(!backward_is_next\) reshard/  (void)backward_is_next; reshard/' \
   2 immediate test_fsdp $formulas
@@ -149,11 +171,6 @@ mutant faults nothing_is_resharded \
 
 mutant faults the_all_reduce_of_partial_products_is_dropped \
   tensor_parallel.cpp 's/^    all_reduce\(partial\);//' \
-  2 immediate test_tensor_parallel $parity_tp
-mutant faults every_rank_adds_the_bias_before_the_sum \
-  tensor_parallel.cpp \
-  '/ add_bias\(y.value, bias.value\);/d;
-   s/^  (Var y\{start_sum\(partial\)\};)/  add_bias(partial.part(0, {R, N}), bias.value); \1/' \
   2 immediate test_tensor_parallel $parity_tp
 mutant faults every_rank_counts_the_squares_of_what_all_own \
   tensor_parallel.cpp 's/p.counted = axis_.rank == 0/p.counted = true/' \

@@ -4,6 +4,9 @@
 // relative here: the largest absolute difference over the largest magnitude of the same kind in the
 // whole reference model
 #pragma once
+#include <cmath>
+#include <set>
+
 #include "tests/mpi_test.h"
 #include "tests/one_rank.h"
 #include "theory/theory.h"
@@ -116,12 +119,30 @@ inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer
   return params;
 }
 
+// What a step finds where it will put gradients is no part of them.
+inline void spoil_gradients(Trainer& trainer) {
+  for (const Shard& s : trainer.optimizer().shards()) fill(s.gradient, NAN);
+  for (const Param* p : trainer.gpt.params())
+    for (const Tensor& x : {p->grad, p->grad_of_head})
+      if (!x.empty()) fill(x, NAN);
+}
+// Nor does anything but numbers leave it, in padding either.
+inline void expect_numbers(Trainer& trainer) {
+  std::set<int> units;
+  for (const Shard& s : trainer.optimizer().shards()) units.insert(s.param->unit);
+  for (int unit : units)
+    for (double x : download(trainer.fsdp.gradient_shard(unit)))
+      CHECK(std::isfinite(x), "a gradient of unit ", unit, " is ", x);
+}
+
 inline Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions& options,
                       int steps) {
   Trainer trainer(mesh, config, options);
   Run run;
   for (int step = 1; step <= steps; step++) {
+    spoil_gradients(trainer);
     trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
+    expect_numbers(trainer);
     run.losses.push_back(trainer.loss());
     for (auto& gradient : whole_model(mesh, trainer, WholeOf::gradients))
       run.gradients.push_back(std::move(gradient));

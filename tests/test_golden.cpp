@@ -115,8 +115,8 @@ static double loss_and_gradients(WholeGpt& gpt, const How& how) {
              total);
     tape.backward();
     if (how.deferred)
-      CHECK_EQ(int(waiting.size()), 1 + 4 * g.layers,
-               "every matrix defers its weight gradient, recomputed or not");
+      CHECK_EQ(int(waiting.size()), 1 + 8 * g.layers,
+               "every matrix and its bias defer their gradients, recomputed or not");
     for (auto& work : waiting) work();
   }
   gpt.finish_gradients();

@@ -266,20 +266,30 @@ TEST(gelu_of_large_negative_numbers_keeps_its_digits) {
   measured("max|d|/|y| = ", d, " for x from -5 to -1");
 }
 
-TEST(add_bias_adds_the_bias_to_every_row) {
+TEST(a_bias_is_added_to_every_row_alone_and_inside_gelu_and_add) {
   for_dtypes([](Dtype dtype) {
     for (int64_t R : {1, 5})
       for (int64_t N : kWidths) {
-        const Values x = numbers(R * N, dtype), b = numbers(N, dtype, 3);
-        Values y(R * N);
-        for (int64_t i = 0; i < R * N; i++) y[i] = x[i] + b[i % N];
-        verify(sentence("add_bias (", R, ", ", N, ")"), dtype,
+        const Values x = numbers(R * N, dtype), b = numbers(N, dtype, 3), a = numbers(R * N, dtype);
+        Values y(R * N), sum(R * N), g(R * N), dg(R * N);
+        for (int64_t i = 0; i < R * N; i++) {
+          y[i] = x[i] + b[i % N];
+          sum[i] = a[i] + y[i], g[i] = gelu(y[i]), dg[i] = a[i] * gelu_slope(y[i]);
+        }
+        verify(sentence("bias (", R, ", ", N, ")"), dtype,
                [&] {
-                 const Array Y(x, dtype), B(b, dtype);
+                 const Array Y(x, dtype), B(b, dtype), X(x, dtype), A(a, dtype),
+                     SUM = Array::blank(R * N, dtype), G = Array::blank(R * N, dtype);
                  add_bias(Y, B);
-                 return Outputs{Y.values()};
+                 add(SUM, A, X, B);
+                 gelu_forward(G, X, B);
+                 gelu_backward(A, A, X, B);  // in place
+                 return Outputs{Y.values(), SUM.values(), G.values(), A.values()};
                },
-               {{"y", y, bound(dtype)}});
+               {{"y", y, bound(dtype)},
+                {"sum", sum, bound(dtype)},
+                {"gelu", g, bound(dtype)},
+                {"dgelu", dg, bound(dtype)}});
       }
   });
 }
@@ -297,21 +307,24 @@ TEST(bias_backward_adds_the_column_sums) {
                                {1100, 33},
                                {3, 2500}}) {
       const Values dy = numbers(R * N, dtype), before = numbers(N, acc, 10);
-      Values db = before, terms = before;
+      Values db = before, terms = before, alone(size_t(N), 0.0);
       for (int64_t i = 0; i < R * N; i++) {
         db[i % N] += dy[i];
+        alone[i % N] += dy[i];
         terms[i % N] += std::abs(dy[i]);
       }
       // A sum rounds as its terms are large, not as it is: where they cancel in the only column
       // there is, no larger sum beside it is the measure of the error.
-      const double cancelled = N > 1 ? 1 : std::max(1.0, terms[0] / std::abs(db[0]) / 16);
+      const double cancelled = N > 1 ? 1 : std::max(1.0, terms[0] / std::abs(db[0]) / 16),
+                   lonely = N > 1 ? 1 : std::max(1.0, terms[0] / std::abs(alone[0]) / 16);
       verify(sentence("bias_backward (", R, ", ", N, ")"), dtype,
              [&] {
-               const Array DY(dy, dtype), DB(before, acc);
+               const Array DY(dy, dtype), DB(before, acc), FRESH(Values(size_t(N), kNaN), acc);
                bias_backward(DB, DY);
-               return Outputs{DB.values()};
+               bias_backward(FRESH, DY, false);
+               return Outputs{DB.values(), FRESH.values()};
              },
-             {{"dbias", db, bound(acc) * cancelled}});
+             {{"dbias", db, bound(acc) * cancelled}, {"fresh dbias", alone, bound(acc) * lonely}});
     }
   });
 }
@@ -349,26 +362,31 @@ TEST(layernorm_forward_normalises_each_row_and_adds_the_residual_before) {
                                {1, 25000}}) {
       // rows of 48 KiB and more are not kept in shared memory
       const Values x = numbers(R * C, dtype, 2, 1), h = numbers(R * C, dtype),
-                   gain = numbers(C, dtype, 1, 1), bias = numbers(C, dtype);
+                   h_bias = numbers(C, dtype), gain = numbers(C, dtype, 1, 1),
+                   bias = numbers(C, dtype);
       Values sum(R * C);
-      for (int64_t i = 0; i < R * C; i++) sum[i] = rounded(x[i] + h[i], dtype);
+      for (int64_t i = 0; i < R * C; i++) {
+        // as the kernel rounds: the bias in the type of sums
+        const double more = rounded(h[i] + h_bias[i % C], acc);
+        sum[i] = rounded(rounded(x[i] + more, acc), dtype);
+      }
       const Norm alone = layernorm(x, gain, bias), after = layernorm(sum, gain, bias);
       verify(sentence("layernorm (", R, ", ", C, ")"), dtype,
              [&, R = R, C = C] {
-               const Array X(x, dtype), H(h, dtype), G(gain, dtype), B(bias, dtype),
-                   Y = Array::blank(R * C, dtype), M = Array::blank(R, acc),
-                   S = Array::blank(R, acc), Y2 = Array::blank(R * C, dtype),
-                   M2 = Array::blank(R, acc), S2 = Array::blank(R, acc),
-                   SUM = Array::blank(R * C, dtype);
+               const Array X(x, dtype), H(h, dtype), HB(h_bias, dtype), G(gain, dtype),
+                   B(bias, dtype), Y = Array::blank(R * C, dtype), M = Array::blank(R, acc),
+                                   S = Array::blank(R, acc), Y2 = Array::blank(R * C, dtype),
+                                   M2 = Array::blank(R, acc), S2 = Array::blank(R, acc),
+                                   SUM = Array::blank(R * C, dtype);
                layernorm_forward(Y, M, S, X, G, B);
-               add_layernorm_forward(SUM, Y2, M2, S2, X, H, G, B);
+               add_layernorm_forward(SUM, Y2, M2, S2, X, H, HB, G, B);
                return Outputs{Y.values(),  M.values(),  S.values(), SUM.values(),
                               Y2.values(), M2.values(), S2.values()};
              },
              {{"y", alone.y, bound(dtype)},
               {"mean", alone.mean, bound(acc)},
               {"rstd", alone.rstd, bound(acc)},
-              {"sum", sum, 0},
+              {"sum", sum, bound(dtype)},
               {"y after add", after.y, bound(dtype)},
               {"mean after add", after.mean, bound(acc)},
               {"rstd after add", after.rstd, bound(acc)}});
