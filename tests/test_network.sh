@@ -116,6 +116,11 @@ done
 $nodes down
 check nothing_is_left_behind "! ip netns list | grep -q '^$LAB-'" "" \
   "$(ip netns list | grep "^$LAB-")"
+if [ ! -c /dev/net/tun ]; then
+  echo "SKIP links that are far away  there is no /dev/net/tun"
+  echo "$passed passed, $failed failed, 1 skipped"
+  exit $((failed > 0))
+fi
 setsid network/experiment.sh replicate >"$dir/experiment" 2>&1 &
 for i in $(seq 300); do
   grep -q replicate "$dir/experiment" && break
