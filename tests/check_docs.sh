@@ -158,7 +158,8 @@ missing() {
     }' "$2"
 }
 only_looked_up='^make( [A-Z]+=[^ ]+)* '
-only_looked_up+='(test|bench|compare|network|parity|mutants|sanitize|check-docs|gpu-check|cuda|deps)( |$)'
+only_looked_up+='(test|bench|compare|network|parity|mutants|sanitize|check-docs|gpu-check|cuda|'
+only_looked_up+='deps)( |$)'
 place=$work/place
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 lines_compared=0

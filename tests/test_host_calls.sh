@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # test_host_calls.sh: what the host asks of the device in one steady step of the CUDA build, counted
 # on a device that computes nothing (tests/null_device.cpp): calls of a run with one more step, less
-# those without it. A step makes the host wait once, at its end; it allocates and copies nothing that
-# would.
+# those without it. A step makes the host wait once, at its end; it allocates and copies nothing
+# that would.
 set -u
 cd "$(dirname "$0")/.."
 . tests/lib.sh
