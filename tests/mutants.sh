@@ -153,7 +153,7 @@ mutant faults a_gradient_stays_fresh \
   autograd.cpp 's/dy, bias->adds\(\)/dy, !bias->fresh/' 2 immediate test_fsdp $parity
 mutant faults a_head_s_gradient_is_not_fresh_again \
   autograd.cpp '/^  add\(p.grad, p.grad/,/fresh_of_head/{/fresh_of_head/d}' \
-  1 immediate test_fsdp $parity
+  2 immediate test_fsdp $parity
 mutant faults embeddings_are_added_to_what_was_there \
   autograd.cpp '/clear_if_fresh/d' 2 immediate test_fsdp $parity
 mutant faults the_first_micro_batch_is_added_to_the_last_step_s_sum \
