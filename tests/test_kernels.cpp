@@ -318,7 +318,7 @@ TEST(bias_backward_adds_the_column_sums) {
       const double cancelled = N > 1 ? 1 : std::max(1.0, terms[0] / std::abs(db[0]) / 16),
                    lonely = N > 1 ? 1 : std::max(1.0, terms[0] / std::abs(alone[0]) / 16);
       verify(sentence("bias_backward (", R, ", ", N, ")"), dtype,
-             [&] {
+             [&, N = N] {
                const Array DY(dy, dtype), DB(before, acc), FRESH(Values(size_t(N), kNaN), acc);
                bias_backward(DB, DY);
                bias_backward(FRESH, DY, false);

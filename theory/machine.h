@@ -3,17 +3,21 @@
 // format    A machine is a text, a line a fact: a name, its numbers, and after a colon where they
 //           come from. What stands behind # is a comment. The built-in machines are such texts, too
 //           (machine.cpp), and a measured one can be written by hand or by a program:
-//             peak 312            : data sheet            TFLOP/s of bf16 products
-//             f32 19.5            : data sheet            TFLOP/s of f32 products
-//             product 128 96.8    : measured ...          TFLOP/s that a large bf16 product
-//             reaches, product 8192 236    : measured ...          by its inner dim; at least two
-//             lines multiprocessors 108 : data sheet            tiles go over them in waves; 0: not
-//             counted copy 1733           : measured ...          GB/s read and written together
-//             memory 80           : data sheet            GiB
-//             launch 4            : measured ...          us from one kernel to the next
-//             inside 232.5 3.3    : measured ...          GB/s that a device sends in a collective
-//             between 24 7        : measured ...          inside a node or between nodes, and us
-//                                                         for each doubling of the ranks
+//             peak 312              : data sheet
+//             f32 19.5              : data sheet
+//             product 128 96.8      : measured ...
+//             product 8192 236      : measured ...
+//             multiprocessors 108   : data sheet
+//             copy 1733             : measured ...
+//             memory 80             : data sheet
+//             launch 4              : measured ...
+//             inside 232.5 3.3      : measured ...
+//             between 24 7          : measured ...
+// units     peak and f32: TFLOP/s of bf16 and f32 products. product: an inner dim, and the TFLOP/s
+//           that a large bf16 product of it reaches; at least two lines. multiprocessors: tiles go
+//           over them in waves; 0: not counted. copy: GB/s read and written together. memory: GiB.
+//           launch: us from one kernel to the next. inside and between (of nodes): GB/s that a
+//           device sends in a collective, and us for each doubling of the ranks
 // test      tests/test_plan.cpp
 #pragma once
 #include <map>
