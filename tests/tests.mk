@@ -31,6 +31,7 @@ print-link: ; @echo '$(LINK)'
 print-objects: ; @echo '$(OBJECTS)'
 
 .PHONY: test faults fuzz parity compare mutants sanitize check-docs check-style check-portable
+.PHONY: check-pages
 .PHONY: bench gpu-check cuda cuda-build check-spills sass
 
 test:  ## make test                the whole suite; with BACKEND=cuda on the GPUs, too
@@ -66,6 +67,10 @@ check-docs: built  ## make check-docs          runs the commands that the docs s
 
 check-style:  ## make check-style         width, clang-format, one sentence a line, includes
 	@tests/check_style.sh
+
+## make check-pages         drives a replay of each strategy in Chromium (where it is installed)
+check-pages: built
+	@BACKEND=$(BACKEND) THREADS=$(THREADS) MPIEXEC='$(MPIEXEC)' tests/check_pages.sh
 
 ## make check-portable      other systems, as root on Debian: ON=trixie|arm64|clang (all three)
 check-portable:
