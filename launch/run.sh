@@ -87,7 +87,7 @@ if [ "$what" = replay ]; then # short sequences, so that activations do not dwar
   default --steps 3
   rm -f "${page%.html}.json"
   start "$ranks" "${command[@]}" "${args[@]}" || exit
-  report/replay.sh "${page%.html}.json" "$page"
+  report/replay.sh "${page%.html}.json" "$page" || exit
   echo "replay: $page"
   exit
 fi

@@ -161,7 +161,6 @@ function make_device(device) {
   const place = Object.keys(device.place).filter(axis => trace.layout[axis] > 1);
   make('h2', card, '', `rank ${device.rank}`);
   make('small', card, '', place.map(axis => `${axis} ${device.place[axis]}`).join(', '));
-  device.card = card;
   device.computes = make('p', card, 'computes');
   device.lane = make('p', card, 'lane');
   device.port = make('i', card, 'port');
@@ -272,8 +271,8 @@ function show_travel(now) {
       'gradients';
     for (const other of others) {
       const [x, y] = port(rank), [to_x, to_y] = port(other), d = `M${x} ${y}H${to_x}V${to_y}`;
-      paths.push(`<path d="${d}"/><path d="${d}" class="parcel ${carries}" pathLength="100"
-        stroke-dashoffset="${-96 * way}"/>`);
+      paths.push(`<path d="${d}"/><path d="${d}" class="parcel" pathLength="100"
+        style="stroke: var(--${carries})" stroke-dashoffset="${-96 * way}"/>`);
     }
   }));
   by_id('travel').innerHTML = paths.join('');
