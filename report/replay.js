@@ -31,6 +31,7 @@ function read(json) {
 
 // ---- the state
 
+const sum = bytes => Object.values(bytes).reduce((all, one) => all + one, 0);
 const kReducing = {reduce: true, reduced: false};
 
 // Of each rank at the moment t: the part that it computes, the collectives that it is in, what it
@@ -40,23 +41,30 @@ function state(trace, t) {
   const reshard = trace.shards_parameters ? 'shard' : 'old';
   const weights = {unshard: 'gathering', arrived: 'whole', reshard};
   return trace.devices.map(({rank, events}) => {
-    const now = {part: null, collectives: [], units: {}, memory: trace.held[rank], kept: {}};
+    const now = {
+      part: null, collectives: [], units: {}, memory: trace.held[rank], kept: {}, frees: ''};
+    const key = ({microbatch, chunk}) => `${microbatch}.${chunk}`;  // chunk of a stage
     for (const {unit} of trace.units[rank]) now.units[unit] = {weights: reshard, reducing: false};
     for (const e of events) {
       if (e.ts > t) break;
       const a = e.args, runs = t < e.ts + e.dur;
       if (e.ph === 'C') now.memory = a;
-      else if (e.cat === 'part' && runs) now.part = e;
+      else if (e.cat === 'part') {
+        if (runs) now.part = e;
+        if (a.pass !== 'forward') now.frees = key(a);
+      }
       else if (e.cat === 'collective' && runs) now.collectives.push(e);
       else if (e.cat === 'unit') {
         const unit = now.units[a.unit];
         unit.weights = weights[e.name] ?? unit.weights;
         unit.reducing = kReducing[e.name] ?? unit.reducing;
       } else if (e.cat === 'live') {
-        const key = `${a.microbatch}.${a.chunk}`;  // of one micro-batch, in one chunk of the stage
-        now.kept[key] = (now.kept[key] ?? 0) + (e.name === 'keeps' ? a.bytes : -a.bytes);
+        now.kept[key(a)] = (now.kept[key(a)] ?? 0) + (e.name === 'keeps' ? a.bytes : -a.bytes);
       }
     }
+    // a backward frees piece by piece what it then says to be free
+    const freed = sum(now.kept) - now.memory.activations;
+    if (freed > 0 && now.kept[now.frees] > 0) now.kept[now.frees] -= freed;
     return now;
   });
 }
@@ -77,7 +85,12 @@ const kVerbs = {
   broadcast: 'broadcasts', unshard: 'asks for', arrived: 'has all of', reshard: 'frees',
   reduce: 'has the gradient of', reduced: 'has its shard of the summed gradient of',
   keeps: 'keeps', frees: 'frees',
+  begin: 'begins the step', optimizer: 'updates its weights', 'next batch': 'reads the next batch',
 };
+
+// What a rank does in a part: "computes the backward of block 2".
+const computing = ({name, args: a}) => kVerbs[name] ??
+  `computes the ${a.part ? `${a.pass} of ${a.part}` : name}`;
 
 // What a rank does in a collective: "gathers block 3 (fsdp, 96 KiB)".
 function travel({args: a}) {
@@ -94,14 +107,13 @@ function sentence(trace, e) {
   const a = e.args, part = state(trace, e.ts)[e.pid].part;
   const of = a.microbatch === undefined ? '' : ` of micro-batch ${a.microbatch}`;
   const what = {
-    part: () => `computes ${e.name}${of}`,
-    collective: () => travel(e) +
-      (a.waited_us > 0 ? `, waits ${milliseconds(a.waited_us)} for the last rank` : ''),
+    part: () => computing(e) + (a.part ? of.replace(' of', ',') : ''),
+    collective: () => travel(e),
     unit: () => `${kVerbs[e.name]} ${a.name}` + (e.name === 'reshard' ? ': its shard stays' : ''),
     live: () => `${kVerbs[e.name]} ${size(a.bytes)}${of} for the backward`,
   }[e.cat]();
-  return `Rank ${e.pid} ${what}` +
-    (part && part !== e ? ` while it computes ${part.name}.` : '.');
+  return `Rank ${e.pid} ${what}` + (part && part !== e ? ` while it ${computing(part)}` : '') +
+    (a.waited_us > 0 ? `, after ${milliseconds(a.waited_us)} of waiting for the last rank.` : '.');
 }
 
 // ---- the page, made once
@@ -114,6 +126,13 @@ function make(tag, parent, name = '', text = '') {
   element.textContent = text;
   return element;
 }
+
+// who computes a part
+const kFunctions = {
+  forward: 'Gpt::run', backward: 'Tape::backward', 'weight gradient': 'Tape::backward',
+  optimizer: 'Optimizer::step', sum: 'Fsdp::finish_reduce', begin: 'Trainer::gradients',
+  'next batch': 'Trainer::read', 'tied gradient': 'Pipeline::sum_tied',
+};
 
 const trace = read(JSON.parse(by_id('trace').textContent));
 const functions = JSON.parse(by_id('functions').textContent);  // where each stands: "fsdp.cpp:120"
@@ -131,31 +150,32 @@ function arrange() {
   return counts[0];
 }
 
-// What is drawn as units has no row of its own.
-const kUnits = ['weights', 'parameters', 'gather', 'gather buffers'];
-const categories = Object.keys(trace.held[0]).filter(name => !kUnits.includes(name));
-
-// One scale for all bars of all ranks: the bytes that fill the width.
+// One scale for all bars of all ranks: the bytes that fill the width. Parameters are drawn as units;
+// of the other categories of memory, those have a row that are ever a hundredth of the width.
 function most_bytes() {
-  let most = 1;
-  for (const {rank, events} of trace.devices) {
-    for (const unit of trace.units[rank]) most = Math.max(most, unit.bytes);
+  const most = {...trace.held[0]};
+  for (const {rank, events} of trace.devices)
     for (const held of [trace.held[rank], ...events.filter(e => e.ph === 'C').map(e => e.args)])
-      for (const name of categories) most = Math.max(most, held[name]);
-  }
+      for (const name in held) most[name] = Math.max(most[name], held[name]);
+  most.parameters = Math.max(...Object.values(trace.units).flat().map(unit => unit.bytes));
   return most;
 }
-const scale = most_bytes(), width = bytes => 100 * bytes / scale + '%';
+const most = most_bytes(), scale = Math.max(...Object.values(most));
+const categories = Object.keys(most).filter(
+  name => name !== 'parameters' && most[name] > scale / 100);
+const width = bytes => 100 * bytes / scale + '%';
 
 const kKey = ['weights', 'gradients', 'optimizer', 'activations', 'forward', 'backward',
-  'weight gradient', 'communication'];
+  'weight gradient', 'other', 'communication'];
+const kind = e => e.cat === 'collective' ? 'communication' :
+  kKey.includes(e.args.pass) ? e.args.pass.replace(' ', '-') : 'other';
 
 function make_device(device) {
   const card = make('section', by_id('devices'), 'device');
   card.style.gridArea = `${device.at[1]} / ${device.at[0]}`;
   const row = (name, kind) => {
     const line = make('div', card, 'row');
-    make('span', line, '', name);
+    make('span', line, '', name).title = name;
     return make('div', make('div', line, 'room'), kind);
   };
   const place = Object.keys(device.place).filter(axis => trace.layout[axis] > 1);
@@ -180,8 +200,6 @@ function make_device(device) {
   device.total = make('p', card, 'total');
 }
 
-const kind = e => e.cat === 'part' ? e.args.pass.replace(' ', '-') : 'communication';
-
 // Two rows a rank: what it computes, and under it what travels. A bar says of what: in a pipeline,
 // the micro-batch.
 function make_timeline(device) {
@@ -191,7 +209,7 @@ function make_timeline(device) {
   const rows = {part: make('div', line, 'track'), collective: make('div', line, 'track')};
   for (const e of device.events.filter(e => rows[e.cat])) {
     const a = e.args, share = e.dur / trace.end;
-    const of = trace.layout.pp > 1 ? a.microbatch ?? '' : a.part ?? a.for;
+    const of = trace.layout.pp > 1 ? a.microbatch ?? '' : a.part || a.for || e.name;
     const bar = make('i', rows[e.cat], kind(e), `${of}`.length < room * share ? of : '');
     bar.title = `${e.name}, ${milliseconds(e.dur)}`;
     bar.style.left = 100 * e.ts / trace.end + '%';
@@ -220,7 +238,8 @@ function show(time, which = moments.findLastIndex(e => e.ts <= time)) {
 }
 
 function say(e) {
-  const text = sentence(trace, e), name = e.args.function, place = functions[name];
+  const text = sentence(trace, e), name = e.args.function ?? kFunctions[e.args.pass];
+  const place = functions[name];
   if (by_id('sentence').textContent !== text) by_id('sentence').textContent = text;
   const link = by_id('function');
   link.textContent = place ? `${name}, ${place}` : '';
@@ -232,7 +251,8 @@ function say(e) {
 function show_device(device, now) {
   device.computes.textContent = now.part ? now.part.name : 'waits';
   device.computes.className = `computes ${now.part ? kind(now.part) : 'waits'}`;
-  device.lane.textContent = now.collectives.map(travel).join('; ');
+  device.lane.textContent = now.collectives.map(
+    e => travel(e) + (t < e.ts + e.args.waited_us ? ', waits' : '')).join('; ');
   for (const bar of device.units) {
     const unit = now.units[bar.dataset.unit];
     bar.dataset.weights = unit.weights;
@@ -250,8 +270,7 @@ function show_device(device, now) {
       piece.dataset.kept = key;
     }
   }
-  const all = Object.values(now.memory).reduce((sum, bytes) => sum + bytes, 0);
-  device.total.textContent = size(all) + ' in all' +
+  device.total.textContent = size(sum(now.memory)) + ' in all' +
     (trace.memory_limit ? ` of ${size(trace.memory_limit)}` : '');
 }
 
@@ -267,8 +286,9 @@ function show_travel(now) {
     const others = a.op === 'exchange' ? a.sends.map(p => p.to) :
       [a.ranks[at - 1], a.ranks[at + 1]].filter(other => other !== undefined);
     const way = still ? 0.5 : Math.max(0, (t - ts - waited) / (dur - waited));
-    const carries = a.op === 'all_gather' ? 'weights' : a.op === 'exchange' ? 'activations' :
-      'gradients';
+    const carries = a.purpose !== 'training' ? 'communication' :
+      !a.function.startsWith('Fsdp') ? 'activations' :
+      a.op === 'all_gather' ? 'weights' : 'gradients';
     for (const other of others) {
       const [x, y] = port(rank), [to_x, to_y] = port(other), d = `M${x} ${y}H${to_x}V${to_y}`;
       paths.push(`<path d="${d}"/><path d="${d}" class="parcel" pathLength="100"
@@ -344,8 +364,10 @@ function begin() {
     devices.style.setProperty('--columns', fitting);
     show(t, index);
   };
-  by_id('title').textContent = trace.title;
-  document.title = `Replay: ${trace.title}`;
+  const {zero} = trace.units[0][0], details = [trace.title];
+  if (zero) details.push(`ZeRO-${zero}`);
+  if (trace.layout.pp > 1) details.push(trace.schedule);
+  by_id('title').textContent = document.title = `Replay: ${details.join(', ')}`;
   by_id('rebuilt').hidden = trace.clock !== 'rebuilt';
   by_id('scale').textContent = size(scale);
   trace.devices.forEach(make_device);

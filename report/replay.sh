@@ -5,10 +5,11 @@ set -eu
 trace=$(realpath "$1") page=$(realpath -m "$2")
 cd "$(dirname "$0")/.."
 
-# where each function that the trace names is defined: "Fsdp::reshard":"fsdp.cpp:200"
+# where each function that the trace or the script names is defined: "Fsdp::reshard":"fsdp.cpp:200"
 functions() {
   local name place comma=""
-  grep -oE '"function": ?"[^"]+"' "$trace" | cut -d'"' -f4 | sort -u | while read -r name; do
+  grep -ohE '"function": ?"[^"]+"|[A-Z][a-z]+::[a-z_]+' "$trace" report/replay.js \
+    | sed 's/.*"\(.*\)"/\1/' | sort -u | while read -r name; do
     place=$(grep -nE "^[^ /].*\b$name\(" ./*.cpp | head -1 | cut -d: -f1,2)
     [ -z "$place" ] || printf '%s"%s":"%s"' "$comma" "$name" "${place#./}"
     comma=,

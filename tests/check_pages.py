@@ -168,6 +168,14 @@ class Trace:
             key = f"{e['args']['microbatch']}.{e['args']['chunk']}"
             sign = 1 if e['name'] == 'keeps' else -1
             kept[key] = kept.get(key, 0) + sign * e['args']['bytes']
+        # a backward has freed some of its micro-batch's before it says so
+        begun = [e['args'] for e in self.until(rank, t, cat='part')
+                 if e['args']['pass'] != 'forward']
+        freed = sum(kept.values()) - self.memory(rank, t)['activations']
+        if begun and freed > 0:
+            key = f"{begun[-1].get('microbatch')}.{begun[-1].get('chunk')}"
+            if kept.get(key, 0) > 0:
+                kept[key] -= freed
         return {key: value for key, value in kept.items() if value > 0}
 
 
@@ -182,15 +190,25 @@ def about(words, value):
     return abs(bytes_in(words) - value) <= 0.006 * value
 
 
+def computing(part):
+    a = part['args']
+    if a['part']:
+        return f"computes the {a['pass']} of {a['part']}"
+    return {'begin': 'begins the step', 'optimizer': 'updates its weights',
+            'next batch': 'reads the next batch'}.get(part['name'], 'computes the ' + part['name'])
+
+
 def wrong_sentence(trace, said, t):
     e = [e for e in trace.told if e['ts'] <= t][-1]
     a, wrong = e['args'], []
     part = trace.running(e['pid'], e['ts'], 'part')
     wanted = [f"Rank {e['pid']} "]
     if part and part[-1] is not e:
-        wanted.append('while it computes ' + part[-1]['name'])
+        wanted.append('while it ' + computing(part[-1]))
     if e['cat'] == 'part':
-        wanted.append('computes ' + e['name'])
+        wanted.append(computing(e))
+        if a['part'] and 'microbatch' in a:
+            wanted.append(f"micro-batch {a['microbatch']}")
     if e['cat'] == 'unit':
         wanted.append(a['name'])
     if e['cat'] == 'collective':
@@ -264,8 +282,10 @@ def wrong_drawing(trace, cards, t):
             if row['name'] == 'activations':
                 if {key for key, _ in row['kept']} != set(kept):
                     wrong.append(f't {t}: rank {rank} keeps {row["kept"]}, not {kept}')
+                # where another micro-batch's weight gradients are due, too, all give way
+                less = min(1, memory['activations'] / max(sum(kept.values()), 1))
                 for key, pixels in row['kept']:
-                    to_scale(f'micro-batch {key}', pixels, kept.get(key, 0))
+                    to_scale(f'micro-batch {key}', pixels, less * kept.get(key, 0))
     return wrong
 
 
