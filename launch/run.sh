@@ -83,7 +83,7 @@ if [ "$what" = replay ]; then # short sequences, so that activations do not dwar
   page=${PAGE:-build/replay.html}
   command+=(--trace "${page%.html}.json")
   default --context 32
-  default --batch $((strategy == pp || ranks == 8 ? 2 * ranks : ranks))
+  default --batch $([[ $strategy == pp || $strategy == 3d ]] && echo $((2 * ranks)) || echo "$ranks")
   default --steps 3
   rm -f "${page%.html}.json"
   start "$ranks" "${command[@]}" "${args[@]}" || exit

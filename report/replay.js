@@ -92,11 +92,13 @@ const kVerbs = {
 const computing = ({name, args: a}) => kVerbs[name] ??
   `computes the ${a.part ? `${a.pass} of ${a.part}` : name}`;
 
+const of = ({microbatch: m}) => m >= 0 ? ` of micro-batch ${m}` : '';
+
 // What a rank does in a collective: "gathers block 3 (fsdp, 96 KiB)".
 function travel({args: a}) {
   const cost = bytes => ` (${a.axis}, ${size(bytes)})`;
   const parcel = (verb, p, way) =>
-    `${verb} the ${p.payload} of micro-batch ${p.microbatch} ${way} rank ${p[way]}` + cost(p.bytes);
+    `${verb} the ${p.payload}${of(p)} ${way} rank ${p[way]}` + cost(p.bytes);
   if (a.op !== 'exchange') return `${kVerbs[a.op]} ${a.for}` + cost(a.bytes);
   return [...a.sends.map(p => parcel('sends', p, 'to')),
     ...a.receives.map(p => parcel('receives', p, 'from'))].join(' and ');
@@ -105,12 +107,11 @@ function travel({args: a}) {
 // What happens at an event, and during what.
 function sentence(trace, e) {
   const a = e.args, part = state(trace, e.ts)[e.pid].part;
-  const of = a.microbatch === undefined ? '' : ` of micro-batch ${a.microbatch}`;
   const what = {
-    part: () => computing(e) + (a.part ? of.replace(' of', ',') : ''),
+    part: () => computing(e) + (a.part ? of(a).replace(' of', ',') : ''),
     collective: () => travel(e),
     unit: () => `${kVerbs[e.name]} ${a.name}` + (e.name === 'reshard' ? ': its shard stays' : ''),
-    live: () => `${kVerbs[e.name]} ${size(a.bytes)}${of} for the backward`,
+    live: () => `${kVerbs[e.name]} ${size(a.bytes)}${of(a)} for the backward`,
   }[e.cat]();
   return `Rank ${e.pid} ${what}` + (part && part !== e ? ` while it ${computing(part)}` : '') +
     (a.waited_us > 0 ? `, after ${milliseconds(a.waited_us)} of waiting for the last rank.` : '.');

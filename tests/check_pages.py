@@ -214,10 +214,10 @@ def wrong_sentence(trace, said, t):
     if e['cat'] == 'collective':
         wanted.append(f"({a['axis']}, ")
         parcels = [*a.get('sends', []), *a.get('receives', [])]
-        wanted += [f"{p['payload']} of micro-batch {p['microbatch']} to rank {p['to']}"
-                   for p in a.get('sends', [])]
-        wanted += [f"{p['payload']} of micro-batch {p['microbatch']} from rank {p['from']}"
-                   for p in a.get('receives', [])]
+        for parcel in parcels:
+            of = f" of micro-batch {parcel['microbatch']}" if parcel['microbatch'] >= 0 else ''
+            way = 'to' if 'to' in parcel else 'from'
+            wanted.append(f"the {parcel['payload']}{of} {way} rank {parcel[way]}")
         if a['op'] != 'exchange':
             wanted.append(a['for'])
         elif sum(p['bytes'] for p in a.get('sends', [])) != a['bytes']:
