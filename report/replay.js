@@ -111,7 +111,8 @@ function sentence(trace, e) {
     part: () => computing(e) + (a.part ? of(a).replace(' of', ',') : ''),
     collective: () => travel(e),
     unit: () => `${kVerbs[e.name]} ${a.name}` + (e.name === 'reshard' ? ': its shard stays' : ''),
-    live: () => `${kVerbs[e.name]} ${size(a.bytes)}${of(a)} for the backward`,
+    live: () => `${kVerbs[e.name]} ${size(a.bytes)}${of(a)}` +
+      (e.name === 'keeps' ? ' for the backward' : ''),
   }[e.cat]();
   return `Rank ${e.pid} ${what}` + (part && part !== e ? ` while it ${computing(part)}` : '') +
     (a.waited_us > 0 ? `, after ${milliseconds(a.waited_us)} of waiting for the last rank.` : '.');
@@ -151,8 +152,7 @@ function arrange() {
   return counts[0];
 }
 
-// One scale for all bars of all ranks: the bytes that fill the width. Parameters are drawn as units;
-// of the other categories of memory, those have a row that are ever a hundredth of the width.
+// The most that a rank ever has of each category of memory; of parameters, in one unit.
 function most_bytes() {
   const most = {...trace.held[0]};
   for (const {rank, events} of trace.devices)
@@ -161,10 +161,15 @@ function most_bytes() {
   most.parameters = Math.max(...Object.values(trace.units).flat().map(unit => unit.bytes));
   return most;
 }
-const most = most_bytes(), scale = Math.max(...Object.values(most));
-const categories = Object.keys(most).filter(
-  name => name !== 'parameters' && most[name] > scale / 100);
+
+// One scale for all bars of all ranks: the bytes that fill the width. What needs more than that, as
+// activations may, is drawn at a half, a quarter, ... of the scale. What is thinner than a fiftieth
+// has no row. Parameters are drawn as units.
+const most = most_bytes(), scale = Math.max(most.parameters, most.gradients, most.optimizer);
 const width = bytes => 100 * bytes / scale + '%';
+const categories = Object.keys(most).filter(
+  name => name !== 'parameters' && most[name] > scale / 50);
+const parts = name => 2 ** Math.max(0, Math.ceil(Math.log2(most[name] / scale)));
 
 const kKey = ['weights', 'gradients', 'optimizer', 'activations', 'forward', 'backward',
   'weight gradient', 'other', 'communication'];
@@ -194,7 +199,7 @@ function make_device(device) {
     return bar;
   });
   device.rows = categories.map(name => {
-    const bar = row(name, 'bytes ' + name);
+    const bar = row(parts(name) > 1 ? `${name} / ${parts(name)}` : name, 'bytes ' + name);
     bar.dataset.category = name;
     return bar;
   });
@@ -261,7 +266,7 @@ function show_device(device, now) {
   }
   for (const bar of device.rows) {
     const name = bar.dataset.category, kept = name === 'activations' ? now.kept : {};
-    bar.style.width = width(now.memory[name]);
+    bar.style.width = width(now.memory[name] / parts(name));
     bar.dataset.bytes = now.memory[name];
     bar.replaceChildren();
     for (const key in kept) {

@@ -239,7 +239,8 @@ READ = '''[...document.querySelectorAll('.device')].map(card => {
       outline: wide(bar), part: wide(bar.querySelector('.part')),
       shard: wide(bar.querySelector('.shard'))})),
     rows: [...card.querySelectorAll('.bytes')].map(bar => ({
-      name: bar.dataset.category, wide: wide(bar), room: wide(bar.parentNode),
+      name: bar.dataset.category, wide: wide(bar),
+      label: bar.closest('.row').firstChild.textContent,
       kept: [...bar.children].map(piece => [piece.dataset.kept, wide(piece)])})),
   };
 })'''
@@ -278,14 +279,15 @@ def wrong_drawing(trace, cards, t):
                      unit['shard_bytes'] if state == 'shard' else unit['bytes'])
         memory, kept = trace.memory(rank, t), trace.kept(rank, t)
         for row in card['rows']:
-            to_scale(f'rank {rank} {row["name"]}', row['wide'], memory[row['name']])
+            parts = int((re.search(r' / (\d+)$', row['label']) or [0, 1])[1])
+            to_scale(f'rank {rank} {row["label"]}', row['wide'], memory[row['name']] / parts)
             if row['name'] == 'activations':
                 if {key for key, _ in row['kept']} != set(kept):
                     wrong.append(f't {t}: rank {rank} keeps {row["kept"]}, not {kept}')
                 # where another micro-batch's weight gradients are due, too, all give way
                 less = min(1, memory['activations'] / max(sum(kept.values()), 1))
                 for key, pixels in row['kept']:
-                    to_scale(f'micro-batch {key}', pixels, less * kept.get(key, 0))
+                    to_scale(f'micro-batch {key}', pixels, less * kept.get(key, 0) / parts)
     return wrong
 
 

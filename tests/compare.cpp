@@ -230,7 +230,7 @@ std::string html(const Table& t) {
   return s + "</table></div>\n";
 }
 
-const char* const kColours[] = {"c0", "c1", "c2", "c3", "c4", "c5"};
+const char* const kColours[] = {"c0", "c1", "c2", "c3", "c4", "c5", "c6"};
 
 // Three names a row, each behind a square of its colour; 17 high a row.
 std::string legend(const std::vector<std::string>& names) {
@@ -324,11 +324,12 @@ std::string lines(const std::string& title, const std::string& y_title,
   for (const Line& l : all)
     for (double v : l.y) low = std::min(low, v), high = std::max(high, v);
   const size_t n = all[0].y.size();
-  const double left = 48, wide = 296, top = 62, tall = 180, step = round_step((high - low) / 4);
+  const double left = 48, wide = 296, tall = 180, step = round_step((high - low) / 4),
+               top = 28 + 17 * double((families.size() + 2) / 3);
   const auto x = [&](size_t k) { return left + wide * double(k) / double(n - 1); };
   const auto y = [&](double v) { return top + tall * (high - v) / std::max(high - low, 1e-300); };
   std::ostringstream svg;
-  svg << legend(families) << "<text x='4' y='50'>" << y_title << "</text>\n";
+  svg << legend(families) << "<text x='4' y='" << top - 12 << "'>" << y_title << "</text>\n";
   for (double v = std::ceil(low / step) * step; v <= high * (1 + 1e-9); v += step)
     svg << "<line class=grid x1='" << left << "' x2='" << left + wide << "' y1='" << y(v)
         << "' y2='" << y(v) << "'/><text class=end x='" << left - 5 << "' y='" << y(v) + 4 << "'>"
@@ -455,7 +456,7 @@ std::string slowdowns(const std::string& layout) {
     if (ms.count("fast") && ms.count(link))
       s += format("%s%.2f times over %s", s.empty() ? "a step takes " : ", ", ms[link] / ms["fast"],
                   link);
-  return s.empty() ? std::string(kNotMeasured) + " (make network)" : s;
+  return s.empty() ? kNotMeasured : s;
 }
 
 // What each strategy promises, what it asks of the network and when to use it, each with what was
@@ -472,9 +473,9 @@ std::string promises(const std::vector<Job>& jobs, const std::map<std::string, d
     const Sent s = sent(j, busiest(j));
     return format("%.2f MiB per step and rank in %.0f calls", mib(s.all), s.calls);
   };
-  Table t{"Five ways, and what was measured: on " + sentence(serial.losses.size()) + " steps here",
+  Table t{"What each strategy is for and what it asks of the network, with what was measured here",
           {"strategy", "what it is for", "what it is like", "what it asks of the network",
-           "over slow links, of the time over a fast one", "when to use it"},
+           "over slow links (make network)", "when to use it"},
           {}};
   // Words, each followed by what was measured of the job: nothing, where it did not run.
   const auto row = [&](const char* name, const char* of_job, const char* layout, const char* for_,
@@ -562,11 +563,11 @@ std::string promises(const std::vector<Job>& jobs, const std::map<std::string, d
 
 const char* const kStyle = R"(<style>
 :root { --paper:#fff; --ink:#1c1e21; --soft:#5c6670; --grid:#dde1e6; --c0:#2f6fb7;
-  --c1:#d9822b; --c2:#3f9142; --c3:#8e5bb5; --c4:#c0392b; --c5:#7a7f87;
+  --c1:#d9822b; --c2:#3f9142; --c3:#8e5bb5; --c4:#c0392b; --c5:#7a7f87; --c6:#12868c;
   color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --paper:#15181c; --ink:#e7e9ec; --soft:#a3acb5;
   --grid:#343a41; --c0:#6aa7ea; --c1:#f0a658; --c2:#75c079; --c3:#bb92dd; --c4:#ec7b6e;
-  --c5:#a7adb5; } }
+  --c5:#a7adb5; --c6:#56c2c7; } }
 body { margin:0 auto; padding:1rem; max-width:1240px; background:var(--paper);
   color:var(--ink); font:16px/1.5 system-ui,sans-serif; }
 h1 { font-size:1.6rem; margin:.2em 0; } h2 { font-size:1.2rem; margin:2em 0 .5em; }
@@ -581,10 +582,10 @@ figcaption { font-size:.9rem; font-weight:600; max-width:600px; min-height:3em; 
 svg text { font:11px system-ui,sans-serif; fill:var(--ink); } svg .small { font-size:9px; }
 svg .mid { text-anchor:middle; } svg .end { text-anchor:end; } svg .grid { stroke:var(--grid); }
 .c0 { fill:var(--c0); } .c1 { fill:var(--c1); } .c2 { fill:var(--c2); } .c3 { fill:var(--c3); }
-.c4 { fill:var(--c4); } .c5 { fill:var(--c5); } .formula { fill-opacity:.45; }
+.c4 { fill:var(--c4); } .c5 { fill:var(--c5); } .c6 { fill:var(--c6); } .formula { fill-opacity:.45; }
 polyline { fill:none; } .l0 { stroke:var(--c0); } .l1 { stroke:var(--c1); }
 .l2 { stroke:var(--c2); } .l3 { stroke:var(--c3); } .l4 { stroke:var(--c4); }
-.l5 { stroke:var(--c5); }
+.l5 { stroke:var(--c5); } .l6 { stroke:var(--c6); }
 .scroll { overflow-x:auto; margin:1rem 0; }
 .scroll:focus-visible, a:focus-visible { outline:2px solid var(--c0); outline-offset:2px; }
 table { border-collapse:collapse; font-size:.9rem; }
