@@ -454,8 +454,8 @@ std::string slowdowns(const std::string& layout) {
   std::string s;
   for (const char* link : {"1gbit", "300mbit", "100mbit", "1ms"})
     if (ms.count("fast") && ms.count(link))
-      s += format("%s%.2f times over %s", s.empty() ? "a step takes " : ", ", ms[link] / ms["fast"],
-                  link);
+      s += format(s.empty() ? "a step takes %.2f times as long over %s" : ", %.2f over %s",
+                  ms[link] / ms["fast"], link);
   return s.empty() ? kNotMeasured : s;
 }
 
