@@ -368,6 +368,8 @@ function begin() {
     while (fitting > 1 && devices.clientWidth / fitting < 220) fitting = Math.ceil(fitting / 2);
     devices.classList.toggle('narrow', fitting < columns);
     devices.style.setProperty('--columns', fitting);
+    timeline.replaceChildren();
+    trace.devices.forEach(make_timeline);
     show(t, index);
   };
   const {zero} = trace.units[0][0], details = [trace.title];
@@ -377,7 +379,6 @@ function begin() {
   by_id('rebuilt').hidden = trace.clock !== 'rebuilt';
   by_id('scale').textContent = size(scale);
   trace.devices.forEach(make_device);
-  trace.devices.forEach(make_timeline);
   trace.devices.forEach(({rank}) => make('option', by_id('watch'), '', `rank ${rank}`));
   for (const [id, says, does, key, act] of kControls) {
     const button = make('button', by_id('buttons'), '', says);
