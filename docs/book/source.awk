@@ -45,7 +45,7 @@ FNR == 1 {
     if (found ~ /^["']/) html = html marked("string", found)
     else html = html (found in is_word ? marked("word", found) : escape(found))
   }
-  print "<span>" html escape(rest) "</span>" > page
+  printf "%s", "<span>" html escape(rest) "\n</span>" > page
 }
 function close_page() {
   print "</pre>\n<script src=\"source.js\"></script>" > page
