@@ -60,7 +60,7 @@ def indentation(line):
 
 
 def end_of(lines, first):
-    """The last line (from 1) of what begins at `first`: where its braces close, or its statement."""
+    """The last line (from 1) of what begins at `first`: where its braces or its statement end."""
     if lines[first - 1].startswith('#define'):
         return next(i + 1 for i in range(first - 1, len(lines)) if not lines[i].endswith('\\'))
     depth = 0
@@ -147,7 +147,8 @@ for source in glob.glob('docs/*.md'):
 for source, built in markdown.items():
     check(built in pages, f'{source} has no page {built}')
     with open(source) as f:
-        for heading in re.findall(r'^#+ ([^`*\n]+)$', re.sub(r'(?ms)^```.*?^```', '', f.read()), re.M):
+        prose = re.sub(r'(?ms)^```.*?^```', '', f.read())
+        for heading in re.findall(r'^#+ ([^`*\n]+)$', prose, re.M):
             check(heading in pages[built].text, f'{built} lacks the heading "{heading}"')
 
 files = {}  # of code, by their pages

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# check_book.sh: `make check-book`: makes the book, and reads it (check_book.py): every page is there
-# and every link leads somewhere, every file of code is the source, and the lines that a name leads
-# to are what the name defines, found here in another way than by docs/book/references.sh.
+# check_book.sh: `make check-book`: makes the book, and reads it (check_book.py): every page is
+# there, every link leads somewhere, every file of code is the source, and the lines that a name
+# leads to are what the name defines, found here in another way than by docs/book/references.sh.
 set -u
 cd "$(dirname "$0")/.."
 for tool in pandoc ctags python3; do
