@@ -12,7 +12,7 @@
 #              elsewhere with any numbers (times, losses) in the places of numbers. A line "..."
 #              stands for lines left out. Other blocks are not looked at.
 #   listings   the first C++ block of a strategy's page computes on 2 and on 3 ranks what one rank
-#              does (tests/listings.cpp)
+#              does (tests/listings.cpp); other C++ blocks show lines of the sources
 #   names      every word in backticks that has a capital, a _, :: or () is a word of the sources
 #              (all-lowercase words are not looked up), and so is each part of one with ::; every
 #              file and option in backticks exists, every link leads somewhere, and the line counts
@@ -108,6 +108,13 @@ else
 fi
 
 # ---- listings
+
+# lines FILE...: each without its indentation
+lines() { sed 's/^ *//' "$@" | sort -u; }
+listing='^docs/(fsdp|tensor_parallel|pipeline|context_parallel)\.md$'
+awk '/^ *```/ { inside = /```cpp/; next } inside' $(ls $pages | grep -vE "$listing") | lines \
+  | comm -23 - <(lines $(ls $code | grep -E '\.(h|cuh?|cpp)$')) >"$work/out"
+if [ -s "$work/out" ]; then fail "lines that no source has: $(head -3 "$work/out")"; else ok; fi
 
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 if make -s --no-print-directory BACKEND=cpu build/cpu/tests/listings >"$work/out" 2>&1; then

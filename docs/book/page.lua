@@ -19,8 +19,9 @@ local function link(content, place)
 end
 
 function Code(code)
+  if #code.text < 25 then code.classes = {"short"} end
   local place = places[code.text]
-  return place and link({code}, place)
+  return place and link({code}, place) or code
 end
 
 function Link(l)
@@ -53,19 +54,20 @@ local function draw(text)
           names[id] = name
           return id
         end)
-      local row, rest = "", line
+      local row, rest, boxes = "", line, 0
       repeat
         local id, arrow, after = rest:match("^%s*(%w+)%s*([%-%.>]*)(.*)")
         if not id or id == "graph" or id == "end" or id == "sequenceDiagram" then break end
         local label, tail = after:match('^|"?([^|"]*)"?|(.*)')
         row = row .. "<b>" .. escape(names[id] or id) .. "</b>"
+        boxes = boxes + 1
         if arrow ~= "" then
           local head = arrow:match(">") and " →" or " —"
           row = row .. "<i>" .. escape(label or "") .. head .. "</i>"
         end
         rest = tail or after
       until arrow == ""
-      if row ~= "" then rows[#rows + 1] = "<div>" .. row .. "</div>" end
+      if boxes > 1 then rows[#rows + 1] = "<div>" .. row .. "</div>" end
     end
   end
   return '<figure class="drawing">' .. table.concat(rows, "\n") .. "</figure>"
