@@ -77,5 +77,12 @@ function CodeBlock(block)
   if block.classes[1] == "mermaid" then return pandoc.RawBlock("html", draw(block.text)) end
 end
 
+-- a cell with a sentence is not squeezed
+function Plain(text)
+  if #pandoc.utils.stringify(text) > 40 then
+    return pandoc.Plain({pandoc.Span(text.content, {class = "long"})})
+  end
+end
+
 -- links last, so that the names inside of them are links already
-return {{Code = Code, CodeBlock = CodeBlock}, {Link = Link}}
+return {{Code = Code, CodeBlock = CodeBlock, Plain = Plain}, {Link = Link}}
