@@ -27,20 +27,20 @@ pages=(README.md $(printf '%s\n' $ordered docs/*.md | awk '!seen[$0]++'))
 address() { [ "$1" = README.md ] && echo index.html || echo "$(basename "$1" .md).html"; }
 title() { sed -n 's/^# //p' "$1" | head -1; }
 
-# replays PAGE: links to what this machine has played of the page's strategy
-replays() {
-  local names file
+# seen PAGE: links to what `make compare` and `make replay` have drawn of the page's subject here
+seen() {
+  local files file
   case $1 in
-    *fsdp.md) names="fsdp zero1 replicate" ;;
-    *tensor_parallel.md) names="tp tp-rows" ;;
-    *pipeline.md) names=pp ;;
-    *context_parallel.md) names=cp ;;
-    *choosing.md) names=3d ;;
-    *) names= ;;
+    *fsdp.md) files="compare/replicate compare/fsdp-*" ;;
+    *tensor_parallel.md) files="compare/tp*" ;;
+    *pipeline.md) files="compare/pp-*" ;;
+    *context_parallel.md) files=compare/cp ;;
+    *choosing.md) files="report compare/3d" ;;
+    *replay.md) files=replay ;;
+    *) return ;;
   esac
-  for file in $names; do
-    [ ! -e "build/replay-$file.html" ] \
-      || echo "<a href='../replay-$file.html'>Watch it run on this machine: $file</a>"
+  for file in $(cd build && ls ${files// /.html }.html 2>/dev/null); do
+    echo "<a href='../$file'>$(basename "$file" .html)</a>"
   done
 }
 
@@ -59,7 +59,7 @@ for i in $(seq 0 $last); do
   }
   pandoc "$page" -f gfm --wrap=none --template docs/book/page.html --lua-filter docs/book/page.lua \
     -M title="$(title "$page")" -V pages="$contents" -V previous="$previous" -V next="$next" \
-    -V after="$after" -V replays="$(replays "$page")" -o "$out/$(address "$page")"
+    -V after="$after" -V seen="$(seen "$page")" -o "$out/$(address "$page")"
 done
 
 awk -v out=$out/source -f docs/book/source.awk $(cut -f3 $REFERENCES | sort -u)
