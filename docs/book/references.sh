@@ -4,7 +4,7 @@
 #   page <TAB> name <TAB> file <TAB> first line <TAB> last line
 # of what the name defines. Of a file, which is meant as a whole, the lines are 1 and 0. What nobody
 # here defines (a name of NCCL's, a variable of the environment) has the first line that mentions
-# it, and what no line mentions has no file.
+# it, and what no line mentions has no file, nor has a `Class::name` that is not there.
 #   which     of several definitions: the page's own files first, then others, then tests/; there
 #             classes before functions, functions that are declared elsewhere before others,
 #             functions before members; declarations last
@@ -122,7 +122,7 @@ awk -v work="$work" '
         named[i] = name
         optional[page, name] = name_of[i] ~ /^[a-z0-9]+$/
         result[i] = resolve(page, name)
-        if (result[i] == "" && !optional[page, name]) wanted[base_name(name)] = 1
+        if (result[i] == "" && !optional[page, name] && name !~ /::/) wanted[name] = 1
       }
     }
     for (f = 1; f <= file_count; f++) {
@@ -143,11 +143,11 @@ awk -v work="$work" '
         best = 1e9
         for (f = 1; f <= file_count; f++)
           for (comment = 0; comment < 2; comment++)
-            if ((base_name(named[i]), f, comment) in mentioned) {
+            if ((named[i], f, comment) in mentioned) {
               c = cost(page_of[i], files[f], "") + 300000 * comment
               if (c < best) {
                 best = c
-                line = mentioned[base_name(named[i]), f, comment]
+                line = mentioned[named[i], f, comment]
                 result[i] = files[f] "\t" line "\t" line
               }
             }
