@@ -1,7 +1,8 @@
 // book.js: keeps the code on the right in step with the paragraph that is read on the left.
-// idea      A line wanders from the top of the window, at the page's beginning, to its bottom, at
-//           the page's end. The last block with a name of code above this line is the one that is
-//           read, and its first name is shown; a click shows another.
+// idea      One reads at two fifths of the window's height; at the page's beginning above, at its
+//           end below. The last block with a name of code that begins above this line, or the next
+//           one where that has left the window, is the one that is read. Its first name is shown; a
+//           click shows another.
 'use strict';
 const pane = document.querySelector('#pane');
 const blocks = new Map();  // from a block to its names, those of lines before those of whole files
@@ -19,11 +20,12 @@ function show(name) {
   frames.code.location.replace(name.href);
 }
 function follow() {
-  const page = document.documentElement;
-  const way = Math.max(1, page.scrollHeight - innerHeight);
-  const line = 60 + (innerHeight - 120) * Math.min(1, scrollY / way);
-  let now = blocks.keys().next().value;
-  for (const block of blocks.keys()) if (block.getBoundingClientRect().top < line) now = block;
+  const page = document.documentElement, below = page.scrollHeight - innerHeight - scrollY;
+  const line = Math.max(Math.min(innerHeight * .4, 60 + scrollY), innerHeight - 60 - below);
+  const boxes = [...blocks.keys()].map(block => block.getBoundingClientRect());
+  let i = Math.max(0, boxes.findLastIndex(box => box.top < line));
+  if (boxes[i]?.bottom < 60 && boxes[i + 1]?.top < innerHeight) i++;
+  const now = [...blocks.keys()][i];
   if (!now || now === reading) return;
   reading?.classList.remove('reading');
   reading = now;
@@ -37,6 +39,9 @@ document.querySelector('main').addEventListener('click', event => {
   event.preventDefault();
   pane.open = true;
   show(name);
+});
+document.querySelector('header').addEventListener('click', event => {
+  if (event.target.closest('nav a')) event.target.closest('details').open = false;
 });
 addEventListener('keydown', event => {
   if (event.altKey || event.ctrlKey || event.metaKey) return;
