@@ -57,7 +57,8 @@ for i in $(seq 0 $last); do
     next=$(address "${pages[$((i + 1))]}")
     after=$(title "${pages[$((i + 1))]}")
   }
-  pandoc "$page" -f gfm --wrap=none --toc --template docs/book/page.html --lua-filter docs/book/page.lua \
+  pandoc "$page" -f gfm --wrap=none --toc \
+    --template docs/book/page.html --lua-filter docs/book/page.lua \
     -M title="$(title "$page")" -V pages="$contents" -V previous="$previous" -V next="$next" \
     -V after="$after" -V seen="$(seen "$page")" -o "$out/$(address "$page")"
 done
