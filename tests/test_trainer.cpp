@@ -12,7 +12,7 @@
 namespace {
 
 const GptConfig kConfig = [] {
-  GptConfig g{4, 24, 4, 16, 32};
+  GptConfig g{6, 24, 4, 16, 32};  // three stages of two chunks: one stage has no end of the model
   g.dtype = Dtype::f64;
   return g;
 }();
