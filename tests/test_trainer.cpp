@@ -48,13 +48,16 @@ std::vector<Setting> settings() {
   add({{"fsdp", 2}, {"cp", half}});
   return all;
 }
-// Calls visit(mesh, config, options, name) for each.
+// Calls visit(mesh, config, options, name) for each. What fails on one rank ends the test on all:
+// they would wait for it in the next setting.
 template <class Visit> void each_setting(Visit visit) {
   for (const Setting& s : settings()) {
     GptConfig config = kConfig;
     config.sequence_parallel = s.rows;
     Mesh mesh = open_mesh(s.layout);
-    visit(mesh, config, s.options, sentence(to_string(s.layout), " ", s.options.schedule));
+    collectively(job(), [&] {
+      visit(mesh, config, s.options, sentence(to_string(s.layout), " ", s.options.schedule));
+    });
     close_mesh(mesh);
   }
 }
