@@ -83,7 +83,9 @@ if [ "$what" = replay ]; then # short sequences, so that activations do not dwar
   page=${PAGE:-build/replay.html}
   command+=(--trace "${page%.html}.json")
   default --context 32
-  default --batch $([[ $strategy == pp || $strategy == 3d ]] && echo $((2 * ranks)) || echo "$ranks")
+  sequences=$ranks
+  [[ $strategy != pp && $strategy != 3d ]] || sequences=$((2 * ranks)) # more micro-batches
+  default --batch $sequences
   default --steps 3
   rm -f "${page%.html}.json"
   start "$ranks" "${command[@]}" "${args[@]}" || exit
