@@ -82,8 +82,9 @@ const milliseconds = us => (us / 1000).toPrecision(3) + ' ms';
 
 const kVerbs = {
   all_gather: 'gathers', reduce_scatter: 'sums and scatters', all_reduce: 'sums',
-  broadcast: 'broadcasts', unshard: 'asks for', arrived: 'has all of', reshard: 'frees',
-  reduce: 'has the gradient of', reduced: 'has its shard of the summed gradient of',
+  broadcast: 'broadcasts', unshard: 'asks for', arrived: 'has all of',
+  reshard: 'frees all but its shard of', reduce: 'has the gradient of',
+  reduced: 'has its shard of the summed gradient of',
   keeps: 'keeps', frees: 'frees',
   begin: 'begins the step', optimizer: 'updates its weights', 'next batch': 'reads the next batch',
 };
@@ -110,7 +111,7 @@ function sentence(trace, e) {
   const what = {
     part: () => computing(e) + (a.part ? of(a).replace(' of', ',') : ''),
     collective: () => travel(e),
-    unit: () => `${kVerbs[e.name]} ${a.name}` + (e.name === 'reshard' ? ': its shard stays' : ''),
+    unit: () => `${kVerbs[e.name]} ${a.name}`,
     live: () => `${kVerbs[e.name]} ${size(a.bytes)}${of(a)}` +
       (e.name === 'keeps' ? ' for the backward' : ''),
   }[e.cat]();

@@ -582,7 +582,8 @@ figcaption { font-size:.9rem; font-weight:600; max-width:600px; min-height:3em; 
 svg text { font:11px system-ui,sans-serif; fill:var(--ink); } svg .small { font-size:9px; }
 svg .mid { text-anchor:middle; } svg .end { text-anchor:end; } svg .grid { stroke:var(--grid); }
 .c0 { fill:var(--c0); } .c1 { fill:var(--c1); } .c2 { fill:var(--c2); } .c3 { fill:var(--c3); }
-.c4 { fill:var(--c4); } .c5 { fill:var(--c5); } .c6 { fill:var(--c6); } .formula { fill-opacity:.45; }
+.c4 { fill:var(--c4); } .c5 { fill:var(--c5); } .c6 { fill:var(--c6); }
+.formula { fill-opacity:.45; }
 polyline { fill:none; } .l0 { stroke:var(--c0); } .l1 { stroke:var(--c1); }
 .l2 { stroke:var(--c2); } .l3 { stroke:var(--c3); } .l4 { stroke:var(--c4); }
 .l5 { stroke:var(--c5); } .l6 { stroke:var(--c6); }
