@@ -2,9 +2,8 @@
 // wrote, checks them (equal losses; bytes and memory equal to their formulas), prints three tables
 // and writes the report: one HTML file, no network.
 //   compare DIR REPORT.html    DIR has jobs.txt (lines: name, tab, ranks, tab, options) and for
-//                              each job NAME.jsonl, its trace NAME.json and its replay NAME.html.
-//                              How much slower links slow a step is in build/network/cells.tsv, if
-//                              `make network` has run.
+//                              each job NAME.jsonl, and its replay NAME.html. How much slower links
+//                              slow a step is in build/network/cells.tsv, if `make network` has run.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -25,7 +24,7 @@ struct Job {
   std::string name, options, replay;  // the page of its replay, empty if there is none
   int ranks = 1;
   std::vector<double> losses, step_ms;
-  Json summary, trace;
+  Json summary;
 };
 
 std::vector<std::string> names_of_axes() {
@@ -64,9 +63,6 @@ std::vector<Job> read_jobs(const std::string& dir) {
     }
     REQUIRE(!job.summary.is_null() && job.losses.size() > 2, dir, "/", job.name,
             ".jsonl is not there or not complete: run make compare");
-    if (std::ifstream trace(dir + "/" + job.name + ".json");
-        trace && job.summary.contains("pipeline"))
-      job.trace = Json::parse(trace)["traceEvents"];
     if (std::filesystem::exists(dir + "/" + job.name + ".html"))
       job.replay = std::filesystem::path(dir).filename() / (job.name + ".html");
     jobs.push_back(job);
@@ -367,40 +363,6 @@ std::string curves(const std::vector<Job>& jobs) {
                "relative difference of the loss, in units of 1e-7", differences);
 }
 
-// When a stage's actions ran: from the first of the parts that belong to an action to the last.
-Timeline executed(const Job& j, const Schedule& schedule) {
-  const int pipelines = j.ranks / schedule.stages;
-  std::map<std::string, Span> spans;
-  const auto key = [](int rank, const std::string& pass, int microbatch, int chunk) {
-    return sentence(rank, " ", pass, " ", microbatch, " ", chunk);
-  };
-  double begin = 1e300;
-  for (const Json& event : j.trace) {
-    if (event.value("cat", "") != "part" || !event["args"].contains("microbatch")) continue;
-    const Json& args = event["args"];
-    const double start = event["ts"].get<double>() / 1e3,
-                 end = start + event["dur"].get<double>() / 1e3;
-    Span& span = spans
-                     .try_emplace(key(event["pid"], args["pass"], args["microbatch"],
-                                      args.value("chunk", 0)),
-                                  Span{start, end})
-                     .first->second;
-    span = {std::min(span.start, start), std::max(span.end, end)};
-    begin = std::min(begin, start);
-  }
-  Spans all;
-  for (const auto& actions : schedule.actions) all.emplace_back(actions.size());
-  for_each_computation(schedule, [&](int stage, int i, const Action& a) {
-    const char* pass = a.kind == Action::forward           ? "forward"
-                       : a.kind == Action::weight_gradient ? "weight gradient"
-                                                           : "backward";
-    const auto found = spans.find(key(stage * pipelines, pass, a.microbatch, a.chunk));
-    REQUIRE(found != spans.end(), j.name, "'s trace has no ", to_string(a), " on stage ", stage);
-    all[stage][i] = {found->second.start - begin, found->second.end - begin};
-  });
-  return timeline(schedule, all);
-}
-
 std::string link(const Job& j) {
   return j.replay.empty() ? "" : " <a href='" + j.replay + "'>replay</a>";
 }
@@ -415,9 +377,10 @@ std::string timelines(const std::vector<Job>& jobs) {
   std::vector<Drawn> all;
   double longest = 0;
   for (const Job& j : jobs) {
-    if (!has_pipeline(j) || j.trace.is_null()) continue;
+    if (!has_pipeline(j) || !j.summary["pipeline"].contains("took_ms")) continue;
     const Schedule schedule = schedule_of(j);
-    all.push_back({j, schedule, executed(j, schedule)});
+    const Durations took = j.summary["pipeline"]["took_ms"];
+    all.push_back({j, schedule, simulate(schedule, took)});
     longest = std::max(longest, all.back().executed.makespan);
   }
   std::string s;
