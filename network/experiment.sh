@@ -36,7 +36,7 @@ for link in $links; do
 done
 mkdir -p $out
 rm -f $out/failed-*
-model="--model tiny --layers 8 --width 256 --batch 16 --dtype f32"
+model="--model tiny --layers 8 --width 192 --batch 12 --dtype f32"
 
 # in_lab LINK COMMAND...: nodes.sh run; in the background, so that a signal need not wait for it
 in_lab() {
