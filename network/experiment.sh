@@ -50,7 +50,8 @@ in_lab() {
 # machine LINK RANKS: the file of the calibration
 machine() { echo "$out/machine-$1-$(($2 / 2)).txt"; }
 calibrate() {
-  local ranks=$1 link i
+  local ranks=$1 link i measured=between
+  [ "$ranks" = 2 ] || measured="between|inside"
   for i in 1 2; do # (at the same time, since cores share memory's bandwidth)
     build/cpu/plan --machine this --nodes 2 --devices $((ranks / 2)) --layout --fsdp "$ranks" \
       >"$dir/machine.$i" 2>&1 &
@@ -59,7 +60,7 @@ calibrate() {
   for link in "${@:2}"; do
     in_lab "$link" -n "$ranks" build/cpu/tests/bench_links || return
     {
-      grep ' : ' "$dir/machine.1" | grep -v -e ^between $([ "$ranks" = 2 ] || echo -e ^inside)
+      grep ' : ' "$dir/machine.1" | grep -vE "^($measured)"
       grep -v ^short "$dir/out"
     } >"$(machine "$link" "$ranks")"
     sed -n 's/^short//p' "$dir/out" >"$out/short-$link-$ranks.txt"
@@ -138,31 +139,29 @@ cell() {
 
 # ---- other questions
 
-# Bytes and time that a block costs, at four times as many rows: blocks are what a model of 8 layers
-# has more than one of 4. Nothing overlaps here, so that what travels is what is lost.
+# block OPTIONS: bytes that rank 0 sends for a block, and ms that a step loses for it. A block is
+# what a model of 8 layers has more than one of 4, and lost is what a step takes longer over a slow
+# link than over the fast one. Streams run at once, so that nothing overlaps.
+block() {
+  local link=100mbit l over figures=()
+  for l in 4 8; do
+    for over in fast $link; do
+      train $over 2 --model tiny --width 256 --dtype f32 --layers $l "$@" \
+        || { cat "$dir/err" >&2 && exit 1; }
+      figures+=("$ms" "$wire")
+    done
+  done
+  echo "${figures[@]}" \
+    | awk '{ printf "%.3f MB %6.1f ms", ($8 - $4) / 4e6, ($7 - $5 - $3 + $1) / 4 }'
+}
 crossover() {
   unset THREEFOLD_STREAMS
-  local width=256 link=100mbit steps=3 rows batch
-  printf '%-6s %8s  %s\n' rows 'R / C' 'a block, FSDP and TP: MB sent, ms lost (TP by rows, too)'
-  for batch in 4 8 12 16; do
-    rows=$((batch * 128))
-    printf '%-6s %8s ' $rows "$(awk -v r=$rows -v c=$width 'BEGIN { printf "%.1f", r / c }')"
-    for layout in "--fsdp 2" "--tp 2" "--tp 2 --sequence-parallel"; do
-      local ms_of=() wire_of=() l over
-      for l in 4 8; do
-        for over in fast $link; do
-          # shellcheck disable=SC2086
-          train $over 2 $layout --model tiny --width $width --layers $l --batch $batch \
-            --dtype f32 || { cat "$dir/err" && exit 1; }
-          ms_of+=("$ms")
-          wire_of+=("$wire")
-        done
-      done
-      printf ' | %s' "$(awk -v a="${ms_of[0]}" -v b="${ms_of[1]}" -v c="${ms_of[2]}" \
-        -v d="${ms_of[3]}" -v e="${wire_of[1]}" -v f="${wire_of[3]}" \
-        'BEGIN { printf "%.2f MB %6.1f ms", (f - e) / 4e6, (d - c - b + a) / 4 }')"
-    done
-    echo
+  local batch
+  echo "a block of width 256, f32, over 100 Mbit/s: sent and lost"
+  echo "FSDP, whatever R is     $(block --batch 8 --fsdp 2)"
+  for batch in 4 8 12; do
+    echo "TP, R = $((batch / 2)) C            $(block --batch $batch --tp 2)"
+    echo "TP by rows, R = $((batch / 2)) C    $(block --batch $batch --tp 2 --sequence-parallel)"
   done
 }
 

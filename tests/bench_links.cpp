@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "autograd.h"
 #include "launch/job.h"
 #include "tensor.h"
 #include "tests/test.h"
@@ -28,32 +29,37 @@ static void call(ncclComm_t comm, int ranks, Collective collective, const Tensor
   else NCCL_CHECK(ncclAllReduce(data, data, all, ncclFloat, ncclSum, comm, stream));
 }
 
-// Seconds of an all-reduce of `bytes`: the median of several, of the slowest rank
-static double seconds(ncclComm_t comm, const Tensor& x, size_t bytes) {
-  std::vector<double> times;
-  for (int i = 0; i < 12; i++) {
+// Seconds of one of `times` all-reduces (0 bytes: none), each after some work: ranks that share
+// cores do not come to it together, and those who wait leave the core to others.
+static double seconds(ncclComm_t comm, const Tensor& x, int times, size_t bytes, int work) {
+  const Tensor a({512, 512}, Dtype::f32, Memory::workspace),
+      c({512, 512}, Dtype::f32, Memory::workspace);
+  fill(a, 0);
+  barrier();
+  const double start = MPI_Wtime();
+  for (int i = 0; i < times; i++) {
+    for (int k = 0; k < work; k++) product(c, a, false, a, false, 0);
+    if (bytes) call(comm, 2, Collective::all_reduce, x, bytes);
     synchronize();
-    barrier();
-    const double start = MPI_Wtime();
-    call(comm, 2, Collective::all_reduce, x, bytes);
-    synchronize();
-    double mine = MPI_Wtime() - start, slowest = 0;
-    MPI_Iallreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, Finished());
-    if (i > 0) times.push_back(slowest);  // the first opens connections
   }
-  std::ranges::sort(times);
-  return times[times.size() / 2];
+  double mine = MPI_Wtime() - start, slowest = 0;
+  MPI_Iallreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, Finished());
+  return slowest / times;
 }
 
 static void measure(const Job& job, const char* name, ncclComm_t world, int color,
                     const Tensor& x) {
   constexpr size_t kSmall = 128 << 10, kLarge = 4 << 20;
+  constexpr int kWork = 3;  // products, some 10 ms
   ncclComm_t pair;
   NCCL_CHECK(ncclCommSplit(world, color, job.rank, &pair, nullptr));
-  const double small = seconds(pair, x, kSmall), large = seconds(pair, x, kLarge),
+  seconds(pair, x, 3, kLarge, 0);  // opens connections
+  const double alone = seconds(pair, x, 60, 0, kWork),
+               small = seconds(pair, x, 60, kSmall, kWork) - alone,
+               large = seconds(pair, x, 12, kLarge, kWork) - alone,
                rate = double(kLarge - kSmall) / (large - small),
                latency = std::max(0.0, small - double(kSmall) / rate) / 2,
-               short_call = seconds(pair, x, 4 << 10);
+               short_call = seconds(pair, x, 100, 4 << 10, 0);
   NCCL_CHECK(ncclCommDestroy(pair));
   if (job.rank) return;
   printf("%s %.4f %.1f : measured\n", name, rate / 1e9, 1e6 * latency);
