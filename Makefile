@@ -83,7 +83,7 @@ $(B)/comm-mpi/%: $$(main) $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
 
 # ---- targets
 
-.PHONY: help build built clean
+.PHONY: help build built book clean
 help:
 	@echo 'Threefold ($(BACKEND) backend)$(if $(WHY),; no GPU is used: $(WHY))'
 	@sed -nE 's/^([a-z].*)?## /  /p' launch/launch.mk Makefile network/network.mk tests/tests.mk
@@ -94,6 +94,9 @@ build: $(PROGRAMS:%=$(B)$(WHERE)/%)  ## make build               compile the pro
 	  ln -sfn $(BACKEND)$(WHERE)/$$p build/$$p || exit 1; done
 built:  # for those who type no -j
 	@$(MAKE) --no-print-directory -j$(THREADS) build
+
+book:  ## make book                docs/ beside the code: build/book/index.html (needs pandoc)
+	@docs/book/book.sh
 
 include network/network.mk
 include tests/tests.mk

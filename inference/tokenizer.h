@@ -7,7 +7,7 @@
 //           2.2 (bytes, pairs inside words); Sennrich et al., "Neural machine translation of rare
 //           words with subword units", 2016 (merging pairs); unicode_table.h (letters, numbers)
 // not here  tokenizers of other kinds: a tokenizer.json that asks for anything else is refused
-// test      tests/test_support.cpp; tests/tokenizers.py compares with Hugging Face's library
+// test      tests/test_support.cpp; tests/byte_pairs.py compares with Hugging Face's library
 #pragma once
 #include <array>
 #include <cstdint>

@@ -72,7 +72,14 @@ if [ -e "${DATA:-}" ]; then
 elif [ -n "${DATA:-}" ]; then
   command+=(--data $DATA)
 fi
-default --model "$([ "$BACKEND" = cuda ] && echo char || echo tiny)"
+if [ "$BACKEND" = cuda ]; then
+  default --model char
+elif [[ " ${ARGS:-} " != *" --model "* ]]; then
+  # enough for its sample to look like what it read, and under two minutes on two cores
+  command+=(--model tiny)
+  default --steps 1200
+  default --lr 4e-3
+fi
 default --sample 400
 default --eval-every 100
 start "$ranks" "${command[@]}" "${args[@]}"

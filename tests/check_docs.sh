@@ -11,10 +11,14 @@
 #              Each line of it must come out again: exactly for schedules, traffic and memory,
 #              elsewhere with any numbers (times, losses) in the places of numbers. A line "..."
 #              stands for lines left out. Other blocks are not looked at.
+#   listings   the first C++ block of a strategy's page computes on 2 and on 3 ranks what one rank
+#              does (tests/listings.cpp); other C++ blocks show lines of the sources
 #   names      every word in backticks that has a capital, a _, :: or () is a word of the sources
 #              (all-lowercase words are not looked up), and so is each part of one with ::; every
 #              file and option in backticks exists, every link leads somewhere, and the line counts
 #              in README's table are right
+#   references each of these words leads to lines of the sources that contain it
+#              (docs/book/references.sh, which the book follows as well)
 set -u
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -85,6 +89,45 @@ while IFS='|' read -r _ _ files lines _; do
   fi
 done < <(grep -E '^\|.*\]\([a-z_]*\.cpp\)' README.md)
 echo "names    $passed functions, files, options, links and line counts looked up, $failed wrong"
+
+# ---- references
+
+if command -v ctags >/dev/null; then
+  while IFS=$'\t' read -r page name file first last; do
+    word=${name%%[(<]*}
+    if [ -z "$file" ]; then
+      fail "$page names \`$name\`, which no line of the sources has"
+    elif [ "$last" != 0 ] && ! sed -n "$first,${last}p" "$file" | grep -qw -- "${word##*::}"; then
+      fail "$page names \`$name\`, which is not in $file, lines $first to $last"
+    else
+      ok
+    fi
+  done < <(docs/book/references.sh)
+else
+  echo "SKIP references: there is no ctags (on Debian: universal-ctags)"
+fi
+
+# ---- listings
+
+# lines FILE...: each without its indentation
+lines() { sed 's/^ *//' "$@" | sort -u; }
+listing='^docs/(fsdp|tensor_parallel|pipeline|context_parallel)\.md$'
+awk '/^ *```/ { inside = /```cpp/; next } inside' $(ls $pages | grep -vE "$listing") | lines \
+  | comm -23 - <(lines $(ls $code | grep -E '\.(h|cuh?|cpp)$')) >"$work/out"
+if [ -s "$work/out" ]; then fail "lines that no source has: $(head -3 "$work/out")"; else ok; fi
+
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+if make -s --no-print-directory BACKEND=cpu build/cpu/tests/listings >"$work/out" 2>&1; then
+  for n in 2 3; do
+    THREEFOLD_POISON=1 THREEFOLD_REFEREE=1 \
+      timeout 120 $MPIEXEC -n $n build/cpu/tests/listings >"$work/out" 2>&1 \
+      || fail "the listings on $n ranks: $(grep -m1 ^FAIL "$work/out" || tail -3 "$work/out")"
+    passed=$((passed + $(grep -c '^ok' "$work/out")))
+    grep '^ok' "$work/out"
+  done
+else
+  fail "a listing does not compile: $(grep -m3 error "$work/out" || tail -3 "$work/out")"
+fi
 
 # ---- commands
 
@@ -161,7 +204,6 @@ only_looked_up='^make( [A-Z]+=[^ ]+)* '
 only_looked_up+='(test|bench|compare|network|parity|mutants|sanitize|check-docs|gpu-check|cuda|'
 only_looked_up+='deps)( |$)'
 place=$work/place
-export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 lines_compared=0
 for page in $pages; do
   rm -rf "$work"/expected.* "$place"

@@ -19,6 +19,7 @@ whole=$(
   ls *.h *.cpp *.cu
   find $folders -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu' \
     | grep -v '^inference/unicode_table.h$'
+  find report docs -name '*.js' -o -name '*.css' -o -name '*.html'
 )
 stand_in=$(find cpu -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.sed')
 echo "size in tokens: $(tokens $path) the reading path, $(tokens $whole) the whole outside" \

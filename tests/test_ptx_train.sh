@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # test_ptx_train.sh: what nvcc compiled trains a very small GPT to the losses of the CPU build:
-# alone, and on two ranks that share a device, with the stand-in for NCCL staging through pinned
-# host memory (what COMM=mpi links) under each strategy.
+# alone, and on ranks that share a device, with the stand-in for NCCL staging through pinned host
+# memory (what COMM=mpi links) under each strategy and all of them.
 set -u
 cd "$(dirname "$0")/.."
 . tests/lib.sh
@@ -30,4 +30,7 @@ trains two_ranks_on_one_device_with_fsdp 2 --fsdp 2
 trains two_ranks_on_one_device_with_tensor_parallelism 2 --tp 2 --sequence-parallel
 trains two_ranks_on_one_device_with_context_parallelism 2 --cp 2
 trains two_ranks_on_one_device_with_a_pipeline 2 --pp 2 --microbatch 2
+trains four_ranks_on_one_device_with_a_pipeline_of_shards 4 --pp 2 --fsdp 2 --microbatch 1
+trains eight_ranks_on_one_device_with_all_three 8 --pp 2 --fsdp 2 --tp 2 --sequence-parallel \
+  --microbatch 1
 sums_up

@@ -1181,7 +1181,7 @@ TEST(texts_become_shards_that_are_made_once) {
 }
 
 // test_support encode DIR: the tokens of each text that the standard input has, a line each; a text
-// ends with a zero byte (tests/tokenizers.py)
+// ends with a zero byte (tests/byte_pairs.py)
 static int encode_all(const std::string& directory) {
   const Tokenizer tokenizer(directory, 0);
   for (std::string text; std::getline(std::cin, text, '\0');) {

@@ -11,6 +11,15 @@ $(B)/tests/libfaults.so: tests/faults.cpp
 	@mkdir -p $(@D)
 	@$(MPICXX) -shared -fPIC -O1 -Wall -Wextra $< -o $@ -ldl
 
+# the listings of the strategies' pages, each the first C++ block of its page
+LISTINGS := $(patsubst %,$(B)/gen/%.listing,fsdp tensor_parallel pipeline context_parallel)
+$(B)/gen/%.listing: docs/%.md
+	@mkdir -p $(@D)
+	@awk '/^```/ { if (inside) exit; inside = /cpp/; line = FNR + 1; next } \
+	  inside { if (line) print "#line " line " \"$<\""; line = 0; print }' $< >$@
+$(B)/obj/tests/listings.cpp.o: private CXXFLAGS += -I$(B)/gen
+$(B)/obj/tests/listings.cpp.o: $(LISTINGS)
+
 # The CUDA build without a GPU: the objects of BACKEND=cuda, linked with the CUDA runtime in
 # LIBCUDART=dir, which runs PTX, and with cpu/ in place of cuBLAS and NCCL.
 PTX_CPU := cpu/cuda/cublas.cpp tests/ptx_extra.cpp $(NCCL_CPU)
@@ -31,6 +40,7 @@ print-link: ; @echo '$(LINK)'
 print-objects: ; @echo '$(OBJECTS)'
 
 .PHONY: test faults fuzz parity compare mutants sanitize check-docs check-style check-portable
+.PHONY: check-book
 .PHONY: bench gpu-check cuda cuda-build check-spills sass
 
 test:  ## make test                the whole suite; with BACKEND=cuda on the GPUs, too
@@ -44,7 +54,7 @@ SECONDS ?= 60
 fuzz:  ## make fuzz [SECONDS=60]   libFuzzer on everything that reads files of others (needs clang)
 	@tests/fuzz.sh $(SECONDS)
 
-MUTATED := trainer fsdp tensor_parallel context_parallel pipeline schedule comm golden
+MUTATED := kernels trainer fsdp tensor_parallel context_parallel pipeline schedule comm golden
 mutants:  ## make mutants             one-line faults that the suite must catch
 	@$(MAKE) -s --no-print-directory BACKEND=cpu $(MUTATED:%=build/cpu/tests/test_%)
 	@tests/mutants.sh
@@ -63,6 +73,10 @@ sanitize:  ## make sanitize            small tests under Address- and UndefinedB
 
 check-docs: built  ## make check-docs          runs the commands that the docs show, looks up names
 	@tests/check_docs.sh
+
+## make check-book          makes the book, and follows its links and names (needs pandoc)
+check-book:
+	@tests/check_book.sh
 
 check-style:  ## make check-style         width, clang-format, one sentence a line, includes
 	@tests/check_style.sh

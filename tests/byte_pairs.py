@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Byte pairs against Hugging Face's tokenizers library, only when asked for: needs `tokenizers`.
 
-    make BACKEND=cpu build/cpu/tests/test_support && python3 tests/tokenizers.py [STRINGS]
+    make BACKEND=cpu build/cpu/tests/test_support && python3 tests/byte_pairs.py [STRINGS]
 
 A byte-level encoding with GPT-2's pattern is trained on this project's files and on random texts,
 saved as vocab.json and merges.txt and as tokenizer.json, and STRINGS (100,000) mixed strings of all
@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 
-sys.path.pop(0)  # this file has the library's name
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 os.chdir(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# book.sh: `make book`: README.md and the pages of docs/ as a book in build/book/, each page beside
+# the code that it speaks of.
+#   references.sh   which name is which lines      source.awk, source.html   a file of code
+#   page.lua        a page's links and drawings    source.js                 shows some of its lines
+#   page.html       a page around its text         book.js                   the code follows
+set -eu
+cd "$(dirname "$0")/../.."
+for tool in pandoc ctags; do
+  command -v $tool >/dev/null || {
+    echo "make book: there is no $tool (on Debian and Ubuntu:" \
+      "apt-get install pandoc universal-ctags)"
+    exit 1
+  }
+done
+out=build/book
+rm -rf $out
+mkdir -p $out/source
+cp docs/book/book.css docs/book/book.js docs/*.svg $out
+cp docs/book/source.js $out/source
+export REFERENCES=$out/references.tsv
+docs/book/references.sh >$REFERENCES
+
+# README's reading order, then the others
+ordered=$(sed -n '/^## Reading order/,/^## /p' README.md | grep -oE 'docs/[a-z_]+\.md')
+pages=(README.md $(printf '%s\n' $ordered docs/*.md | awk '!seen[$0]++'))
+address() { [ "$1" = README.md ] && echo index.html || echo "$(basename "$1" .md).html"; }
+title() { sed -n 's/^# //p' "$1" | head -1; }
+
+# seen PAGE: links to what `make compare` and `make replay` have drawn of the page's subject here
+seen() {
+  local files file
+  case $1 in
+    *fsdp.md) files="compare/replicate compare/fsdp-*" ;;
+    *tensor_parallel.md) files="compare/tp*" ;;
+    *pipeline.md) files="compare/pp-*" ;;
+    *context_parallel.md) files=compare/cp ;;
+    *choosing.md) files="report compare/3d" ;;
+    *replay.md) files=replay ;;
+    *) return ;;
+  esac
+  for file in $(cd build && ls ${files// /.html }.html 2>/dev/null); do
+    echo "<a href='../$file'>$(basename "$file" .html)</a>"
+  done
+}
+
+last=$((${#pages[@]} - 1))
+for i in $(seq 0 $last); do
+  page=${pages[$i]}
+  contents=$(for other in "${pages[@]}"; do
+    [ "$other" = "$page" ] && current=' aria-current="page"' || current=
+    echo "<a href='$(address "$other")'$current>$(title "$other")</a>"
+  done)
+  previous= next= after=
+  [ "$i" = 0 ] || previous=$(address "${pages[$((i - 1))]}")
+  [ "$i" = $last ] || {
+    next=$(address "${pages[$((i + 1))]}")
+    after=$(title "${pages[$((i + 1))]}")
+  }
+  pandoc "$page" -f gfm --wrap=none --toc \
+    --template docs/book/page.html --lua-filter docs/book/page.lua \
+    -M title="$(title "$page")" -V pages="$contents" -V previous="$previous" -V next="$next" \
+    -V after="$after" -V seen="$(seen "$page")" -o "$out/$(address "$page")"
+done
+
+awk -v out=$out/source -f docs/book/source.awk $(cut -f3 $REFERENCES | sort -u)
+files=$(ls $out/source/*.html | wc -l)
+echo "book: $out/index.html (${#pages[@]} pages beside $files files of code)"
