@@ -50,8 +50,8 @@ in_lab() {
 # machine LINK RANKS: the file of the calibration
 machine() { echo "$out/machine-$1-$(($2 / 2)).txt"; }
 calibrate() {
-  local ranks=$1 link i measured=between
-  [ "$ranks" = 2 ] || measured="between|inside"
+  local ranks=$1 link i measured="between|overlap"
+  [ "$ranks" = 2 ] || measured="between|overlap|inside"
   for i in 1 2; do # (at the same time, since cores share memory's bandwidth)
     build/cpu/plan --machine this --nodes 2 --devices $((ranks / 2)) --layout --fsdp "$ranks" \
       >"$dir/machine.$i" 2>&1 &
@@ -99,18 +99,21 @@ layouts() {
 # train LINK RANKS OPTIONS: sets ms (the median of the steps but the first), ledger and wire (bytes
 # a step that rank 0 sends, by its ledger and by the device of its node)
 train() {
-  local link=$1 ranks=$2 spread="" before metrics=$dir/metrics.jsonl
+  local link=$1 ranks=$2 spread="" before attempt metrics=$dir/metrics.jsonl
   shift 2
   if [ "$1" = --spread ]; then
     spread=$1
     shift
   fi
-  rm -f "$metrics"
   export LAB=$own-$link
-  before=$($nodes sent 1)
-  # shellcheck disable=SC2086
-  in_lab "$link" -n "$ranks" $spread build/cpu/train_gpt --seed 1 --data README.md --steps "$steps" \
-    "$@" --metrics "$metrics" || return
+  for attempt in 1 2; do # (MPICH over TCP sometimes fails in MPI_Finalize)
+    rm -f "$metrics"
+    before=$($nodes sent 1)
+    # shellcheck disable=SC2086
+    in_lab "$link" -n "$ranks" $spread build/cpu/train_gpt --seed 1 --data README.md \
+      --steps "$steps" "$@" --metrics "$metrics" && break
+    [ $attempt = 1 ] || return
+  done
   # the program looks at the last update with one more forward and backward
   wire=$((($($nodes sent 1) - before) / (steps + 1)))
   ms=$(sed -n 's/.*"step_ms":\([0-9.]*\).*/\1/p' "$metrics" | tail -n +2 | sort -n \

@@ -1,6 +1,7 @@
-# table.awk: of build/network/cells.tsv: how many times slower a step is than over the fast link, and
-# how far the predictions are off. experiment.sh prints it; make compare's report shows it.
-#   1: ranks a node  2: link  3: layout  4: ms  5: predicted ms  6: bytes by the ledger  7: by device
+# table.awk: of build/network/cells.tsv: how many times slower a step is than over the fast link,
+# and how far the predictions are off. experiment.sh prints it, make compare's report shows it.
+#   fields   1 ranks a node, 2 link, 3 layout, 4 ms, 5 predicted ms, 6 bytes by the ledger,
+#            7 by the node's device, 8 options
 BEGIN { FS = "\t" }
 {
   ms[$1, $2, $3] = $4
@@ -59,15 +60,16 @@ END {
                              predicted[ranks[k], link[j], layout[k]])
       }
   if (pairs)
-    printf "the faster of two layouts is named rightly in %d of %d pairs that differ by over 10 %%\n", \
-      right, pairs
+    printf "the faster of two layouts is named rightly in %d of %d pairs that differ by over 10 %%" \
+      "\n", right, pairs
   for (i = 1; i <= n; i++) {
-    if (layout[i] == "first-choice" && ms[ranks[i], "1gbit", layout[i]] != "") {
-      for (k = best = 1; k <= n; k++)
-        if (ranks[k] == ranks[i] && (ranks[best] != ranks[i] || \
-            ms[ranks[k], "1gbit", layout[k]] < ms[ranks[best], "1gbit", layout[best]])) best = k
-      printf "%s a node, 1gbit: the planner's first choice takes %.2f times as long as the fastest (%s)\n", \
-        ranks[i], ms[ranks[i], "1gbit", layout[i]] / ms[ranks[i], "1gbit", layout[best]], layout[best]
-    }
+    own = ms[ranks[i], "1gbit", layout[i]]
+    if (layout[i] != "first-choice" || own == "") continue
+    best = i
+    for (k = 1; k <= n; k++)
+      if (ranks[k] == ranks[i] && ms[ranks[k], "1gbit", layout[k]] != "" && \
+          ms[ranks[k], "1gbit", layout[k]] < ms[ranks[i], "1gbit", layout[best]]) best = k
+    printf "%s a node, 1gbit: the planner's first choice takes %.2f times as long as the fastest " \
+      "(%s)\n", ranks[i], own / ms[ranks[i], "1gbit", layout[best]], layout[best]
   }
 }

@@ -4,9 +4,10 @@
 //   mpiexec -n 4 build/cpu/tests/bench_links                  inside a node and between nodes:
 //       inside 2.1 14 : measured      GB/s that a rank sends, and us of an all-gather
 //       between 0.06 90 : measured    (all ranks of a node send to their neighbours at once)
-//       short 45 : measured           us of a call of 4 KiB between nodes, which a decoding waits for
+//       overlap 0.7 : measured        of what travels beside computing, what costs no time
+//       short 45 : measured           us of a call of 4 KiB between nodes, as decoding has them
 //   mpiexec -n 3 build/cpu/tests/bench_links all_reduce 1048576 20
-//       so many calls of a buffer of so many bytes; prints the bytes that rank 0 sends by the ledger
+//       so many calls on a buffer of so many bytes; prints what rank 0 sends by the ledger
 //
 // idea      An all-reduce on 2 ranks sends its buffer's bytes in two rounds. Two sizes give the
 //           latency of a round and the rate.
@@ -18,10 +19,10 @@
 #include "tensor.h"
 #include "tests/test.h"
 
-static void call(ncclComm_t comm, int ranks, Collective collective, const Tensor& x, size_t bytes) {
+static void call(ncclComm_t comm, int ranks, Collective collective, const Tensor& x, size_t bytes,
+                 cudaStream_t stream = device().compute) {
   const size_t all = bytes / 4, part = all / size_t(ranks);
   float* data = x.data<float>();
-  const cudaStream_t stream = device().compute;
   if (collective == Collective::all_gather)
     NCCL_CHECK(ncclAllGather(data, data + all, part, ncclFloat, comm, stream));
   else if (collective == Collective::reduce_scatter)
@@ -29,41 +30,58 @@ static void call(ncclComm_t comm, int ranks, Collective collective, const Tensor
   else NCCL_CHECK(ncclAllReduce(data, data, all, ncclFloat, ncclSum, comm, stream));
 }
 
-// Seconds of one of `times` all-reduces (0 bytes: none), each after some work: ranks that share
-// cores do not come to it together, and those who wait leave the core to others.
-static double seconds(ncclComm_t comm, const Tensor& x, int times, size_t bytes, int work) {
-  const Tensor a({512, 512}, Dtype::f32, Memory::workspace),
-      c({512, 512}, Dtype::f32, Memory::workspace);
+// What is timed: so many products, and an all-reduce of so many bytes (0: none), behind them or
+// beside them.
+struct Round {
+  int products;
+  size_t bytes;
+  bool beside = false;
+};
+// Seconds of a round. Products come first where ranks share cores: they do not come to the
+// all-reduce together, and those who wait leave the core to others.
+static double seconds(ncclComm_t comm, const Tensor& x, int times, const Round& round) {
+  const Tensor a({512, 512}, Dtype::f32, Memory::workspace), c(a.shape(), a.dtype(), Memory::data);
   fill(a, 0);
+  cudaStream_t other;
+  CUDA_CHECK(cudaStreamCreate(&other));
+  synchronize();
   barrier();
   const double start = MPI_Wtime();
   for (int i = 0; i < times; i++) {
-    for (int k = 0; k < work; k++) product(c, a, false, a, false, 0);
-    if (bytes) call(comm, 2, Collective::all_reduce, x, bytes);
+    if (round.beside) call(comm, 2, Collective::all_reduce, x, round.bytes, other);
+    for (int k = 0; k < round.products; k++) product(c, a, false, a, false, 0);
+    if (round.bytes && !round.beside) call(comm, 2, Collective::all_reduce, x, round.bytes);
+    CUDA_CHECK(cudaStreamSynchronize(other));
     synchronize();
   }
   double mine = MPI_Wtime() - start, slowest = 0;
   MPI_Iallreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, Finished());
+  CUDA_CHECK(cudaStreamDestroy(other));
   return slowest / times;
 }
 
 static void measure(const Job& job, const char* name, ncclComm_t world, int color,
                     const Tensor& x) {
-  constexpr size_t kSmall = 128 << 10, kLarge = 4 << 20;
-  constexpr int kWork = 3;  // products, some 10 ms
+  constexpr size_t kSmall = 512 << 10, kLarge = 4 << 20;
+  constexpr int kFew = 3;  // products: some 20 ms
   ncclComm_t pair;
   NCCL_CHECK(ncclCommSplit(world, color, job.rank, &pair, nullptr));
-  seconds(pair, x, 3, kLarge, 0);  // opens connections
-  const double alone = seconds(pair, x, 60, 0, kWork),
-               small = seconds(pair, x, 60, kSmall, kWork) - alone,
-               large = seconds(pair, x, 12, kLarge, kWork) - alone,
-               rate = double(kLarge - kSmall) / (large - small),
-               latency = std::max(0.0, small - double(kSmall) / rate) / 2,
-               short_call = seconds(pair, x, 100, 4 << 10, 0);
+  seconds(pair, x, 3, {0, kLarge});  // opens connections
+  const double few = seconds(pair, x, 60, {kFew, 0}),
+               small = seconds(pair, x, 60, {kFew, kSmall}) - few,
+               large = seconds(pair, x, 12, {kFew, kLarge}) - few,
+               rate = double(kLarge - kSmall) / std::max(large - small, large / 4),
+               latency = std::max(0.0, small - double(kSmall) / rate) / 2;
+  const int many = 1 + int(1.5 * kFew * large / few);  // they take longer than what is beside them
+  const double behind = seconds(pair, x, 12, {many, 0}) + large,
+               beside = seconds(pair, x, 12, {many, kLarge, true}),
+               short_call = seconds(pair, x, 100, {0, 4 << 10});
   NCCL_CHECK(ncclCommDestroy(pair));
   if (job.rank) return;
   printf("%s %.4f %.1f : measured\n", name, rate / 1e9, 1e6 * latency);
-  if (std::string(name) == "between") printf("short %.1f : measured\n", 1e6 * short_call);
+  if (std::string(name) != "between") return;
+  printf("overlap %.3f : measured\n", std::clamp((behind - beside) / large, 0.0, 1.0));
+  printf("short %.1f : measured\n", 1e6 * short_call);
 }
 
 int main(int argc, char** argv) {

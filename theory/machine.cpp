@@ -96,7 +96,7 @@ static std::vector<Fact> facts_of(Machine& m) {
           {"copy", {{&m.copy, kGiga}}},      {"memory", {{&m.memory, kGiB}}},
           {"launch", {{&m.launch, kMicro}}}, {"multiprocessors", {{&m.multiprocessors, 1}}},
           {"inside", link(m.inside)},        {"between", link(m.between)},
-          {"sharing", {{&m.sharing, 1}}}};
+          {"sharing", {{&m.sharing, 1}}},    {"overlap", {{&m.overlap, 1}}}};
 }
 
 Machine parse_machine(const std::string& name, const std::string& text) {
@@ -141,6 +141,7 @@ Machine parse_machine(const std::string& name, const std::string& text) {
     REQUIRE(m.sources.count(fact.name) || *fact.numbers[0].first == 1, "machine ", name,
             " does not say its ", fact.name);
   REQUIRE(m.products.size() >= 2, "machine ", name, " needs the rates of two products at least");
+  REQUIRE(m.overlap <= 1, "machine ", name, ": overlap is a share, at most 1");
   REQUIRE(std::min({m.peak, m.f32, m.copy, m.memory, m.inside.bandwidth, m.between.bandwidth,
                     m.sharing}) > 0,
           "machine ", name, ": rates and memory are above 0");
@@ -208,6 +209,7 @@ Machine measure_machine(int64_t ranks) {
   m.sources["memory"] = "the host's, shared by all ranks";
   m.sources["inside"] = m.sources["between"] = "ranks of one host exchange by copying";
   m.sources["multiprocessors"] = "not counted";
+  m.sources["overlap"] = "not measured";
   return m;
 }
 

@@ -14,13 +14,16 @@
 //             inside 232.5 1.65     : measured ...
 //             between 24 3.5        : measured ...
 //             sharing 2             : two ranks a core
+//             overlap 0.8           : measured ...
 // units     peak and f32: TFLOP/s of bf16 and f32 products. product: an inner dim, and the TFLOP/s
 //           that a large bf16 product of it reaches; at least two lines. multiprocessors: tiles go
 //           over them in waves; 0: not counted. copy: GB/s read and written together. memory: GiB.
 //           launch: us from one kernel to the next. inside and between (of nodes): GB/s that a
 //           device sends in a collective, and us for each doubling of the ranks (of an all-reduce:
 //           twice). sharing: ranks to a processor, each rate above being a rank's when all compute;
-//           where some wait, the others are faster (1 where it is left out)
+//           where some wait, the others are faster. overlap: what share of the
+//           time is hidden that something travels beside a computation; the rest slows it down.
+//           Both are 1 where they are left out
 // test      tests/test_plan.cpp
 #pragma once
 #include <map>
@@ -38,7 +41,7 @@ struct Machine {
   std::vector<std::pair<double, double>> products;               // inner dim, FLOP/s reached
   double multiprocessors = 0, copy = 0, memory = 0, launch = 0;  // -, bytes/s, bytes, seconds
   Link inside, between;
-  double sharing = 1;
+  double sharing = 1, overlap = 1;
   std::map<std::string, std::string> sources;  // by the line's name
 };
 std::vector<std::string> machine_names();

@@ -354,17 +354,24 @@ class RankWork {
   }
   void read_off() {
     const std::vector<Span> spans = ::run(issue.tasks);
-    double end = 0, begin = 0;  // of the last computation; of the phase
+    // of the last computation; of the phase; of what has travelled in it and was not waited for
+    double end = 0, begin = 0, beside = 0;
     size_t next = 0;
     for (int i = 0; i < int(issue.tasks.size()); i++) {
       const Task& task = issue.tasks[i];
-      if (task.queue != Queue::compute) continue;
+      if (task.queue != Queue::compute) {
+        beside += task.duration;
+        continue;
+      }
       Phase& phase = *marks[next].second;
-      if (spans[i].start > end) phase.waiting[axis_of[task.after]] += spans[i].start - end;
+      const double waited = std::max(0.0, spans[i].start - end);
+      if (waited > 0) phase.waiting[axis_of[task.after]] += waited;
+      beside -= waited;
       end = spans[i].end;
       if (i < marks[next].first) continue;
-      phase.seconds = end - begin;
+      phase.seconds = end - begin + (1 - machine.overlap) * std::max(0.0, beside);
       begin = end;
+      beside = 0;
       next++;
     }
   }
