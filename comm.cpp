@@ -6,8 +6,11 @@
 
 // ---- time
 
-Timed::Timed(cudaStream_t queue) : queue_(queue), timed_(op_times.times(OpTimes::collectives)) {
-  if (timed_) op_times.begin(queue, true)->work = {"receive"};
+Timed::Timed(cudaStream_t queue, std::source_location function)
+    : queue_(queue), timed_(op_times.times(OpTimes::collectives)) {
+  if (!timed_) return;
+  op_times.begin(queue, true, {"receive"});
+  if (recorder.on) recorder.issued_by(function.function_name());
 }
 
 Timed::~Timed() {
@@ -102,9 +105,10 @@ static Axis open_axis(const Mesh& m, size_t slowest, size_t fastest) {
     axis.rank = axis.rank * m.axes[a].size + m.axes[a].rank;
     axis.size *= m.axes[a].size;
   }
-  const int color = m.rank - axis.rank * stride;  // the first rank of this line of the grid
+  axis.stride = stride;
+  axis.first = m.rank - axis.rank * stride;  // of this line of the grid
   if (axis.size > 1 && m.world.comm)
-    NCCL_CHECK(ncclCommSplit(m.world.comm, color, axis.rank, &axis.comm, nullptr));
+    NCCL_CHECK(ncclCommSplit(m.world.comm, axis.first, axis.rank, &axis.comm, nullptr));
   return axis;
 }
 
@@ -203,6 +207,8 @@ void Ledger::enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls)
     op->work.name = sentence(name_of(c), " (", axis.name, ")");
     op->work.bytes += double(calls * parts[int(c)] * bytes / n);
   }
+  if (recorder.on)
+    recorder.call(axis, name_of(c), double(calls * parts[int(c)] * bytes) / double(n));
   Row& row = rows[{axis.name, c, purpose}];
   row.calls += calls;
   row.numerator += calls * parts[int(c)] * bytes;
@@ -212,6 +218,7 @@ void Ledger::enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls)
 
 void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic serves, cudaStream_t queue) {
   const Purpose purpose(serves);
+  const Entered entered(name_of(serves));
   make_wait(queue, device().compute);  // x must have been computed
   for (const Axis& axis : axes) {
     if (axis.size == 1) continue;

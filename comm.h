@@ -23,6 +23,7 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <source_location>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -82,6 +83,7 @@ struct Axis {
   std::string name;
   int size = 1, rank = 0;
   ncclComm_t comm = nullptr;  // null when size is 1
+  int first = 0, stride = 1;  // in the world: its ranks are first, first + stride, ...
 };
 
 struct Mesh {
@@ -142,7 +144,8 @@ class Finished {
 // waiting for other ranks included. The ledger's lines in it name it; without one it only receives.
 class Timed {
  public:
-  explicit Timed(cudaStream_t queue);
+  explicit Timed(cudaStream_t queue,
+                 std::source_location function = std::source_location::current());
   ~Timed();
   Timed(const Timed&) = delete;
 

@@ -42,6 +42,10 @@ void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
   NCCL_CHECK(ncclGroupStart());
   for (const auto& [x, room] : all) {
     const ncclDataType_t type = nccl_type(x.dtype());
+    for (const bool send : {false, true})
+      if (recorder.on)
+        recorder.travel(axis_, send, "keys, values or gradients", send ? next : before,
+                        (send ? x : room).bytes());
     ledger.send(axis_, x.bytes());
     NCCL_CHECK(ncclSend(x.raw(), size_t(x.numel()), type, next, axis_.comm, stream_));
     NCCL_CHECK(ncclRecv(room.raw(), size_t(room.numel()), type, before, axis_.comm, stream_));

@@ -36,7 +36,10 @@ Var Fsdp::run(Tape& tape, int use, const std::function<Var()>& f) {
   return y;
 }
 
-void Fsdp::before_forward(int use) { unshard(use, +1); }
+void Fsdp::before_forward(int use) {
+  unshard(use, +1);
+  recorder.enter_use("forward", uses_[use].part);
+}
 
 void Fsdp::after_forward(const Tape& tape, int use) {
   const bool backward_is_next = tape.recording() && uses_[use].backward == Backward::keeps;
@@ -46,8 +49,12 @@ void Fsdp::after_forward(const Tape& tape, int use) {
 void Fsdp::before_backward(Tape& tape, int use) {
   if (uses_[use].backward != Backward::nothing) unshard(use, -1);
   allocate_gradients(use);
-  if (tape.deferred)  // zero bubble: see the end of this file
-    tape.weight_gradient([this, use] { allocate_gradients(use); });
+  recorder.enter_use("backward", uses_[use].part);
+  if (!tape.deferred) return;
+  tape.weight_gradient([this, use] {  // zero bubble: see the end of this file
+    allocate_gradients(use);
+    recorder.enter("weight gradient", &uses_[use].part);
+  });
 }
 
 void Fsdp::after_backward(Tape& tape, int use) {
@@ -120,10 +127,11 @@ void Fsdp::Unit::begin_gradients() {
   }
 }
 
-void Fsdp::add_units(const std::vector<Param*>& all) {
+void Fsdp::add_units(const std::vector<Param*>& all, std::string (*name)(int unit)) {
   const Dtype master = master_dtype(dtype_);
   for (const auto& [number, params] : units_of(all)) {
     Unit& u = units_[number];
+    u.part = {name ? name(number) : "", {number}};
     u.params = params;
     u.offsets = offsets_in_unit(params);
     u.padded = padded_unit(params, axis_.size);
@@ -160,9 +168,11 @@ void Fsdp::add_units(const std::vector<Param*>& all) {
   }
 }
 
-int Fsdp::add_use(const std::vector<Param*>& params, Backward backward, int group) {
-  Use& use = uses_.emplace_back(Use{{}, backward, group});
+int Fsdp::add_use(const std::vector<Param*>& params, Backward backward, int group,
+                  const std::string& name) {
+  Use& use = uses_.emplace_back(Use{{name}, {}, backward, group});
   for (const auto& [number, of_unit] : units_of(params)) {
+    use.part.units.push_back(number);
     use.units.push_back(&units_.at(number));
     use.units.back()->uses_per_microbatch++;
   }
@@ -201,6 +211,8 @@ void Fsdp::start_unshard(Unit& u) {
   u.gathered = true;
   if (u.whole.empty()) u.whole = Tensor({u.padded}, dtype_, Memory::gather);
   if (axis_.size == 1) return;
+  const Entered entered("gather", &u.part);
+  recorder.note_unit("unshard", Recorder::compute, u.part, "Fsdp::start_unshard");
   // kernels that used this memory before must have finished, and the optimizer must have written
   // the shard that is sent
   make_wait(stream_, device().compute);
@@ -209,6 +221,7 @@ void Fsdp::start_unshard(Unit& u) {
   NCCL_CHECK(ncclAllGather(u.shard.raw(), u.whole.raw(), u.shard_size, nccl_type(dtype_),
                            axis_.comm, stream_));
   u.arrived.record(stream_);
+  recorder.note_unit("arrived", Recorder::communication, u.part, "Fsdp::finish_unshard");
 }
 
 void Fsdp::finish_unshard(Unit& u) {
@@ -226,6 +239,7 @@ void Fsdp::reshard(Unit& u) {
   if (!u.gathered) return;
   u.gathered = false;
   if (!shards_parameters()) return;  // the buffer stays; the other ranks' parts of it are old
+  recorder.note_unit("reshard", Recorder::compute, u.part, "Fsdp::reshard");
   u.bind(&Param::value, {});
   // returned to the pool in the order of the compute stream, behind the last kernel that reads it
   u.whole = Tensor();
@@ -256,16 +270,19 @@ void Fsdp::reduce_gradients(int use) {
 
 // A unit's gradient, of one micro-batch or of the step, is complete on this rank.
 void Fsdp::start_reduce(Unit& u) {
+  const Entered entered("sum", &u.part);
   for (Param* p : u.params) p->clear_if_fresh();  // zero bubble may leave some without a writer
   if (complete_gradients) complete_gradients(u.params);
   make_wait(stream_, device().compute);  // the gradients must have been computed
   if (axis_.size > 1) {
     // in place; without sharded gradients this is shard_grad
     const Tensor mine = u.shard_of(u.whole_grad);
+    recorder.note_unit("reduce", Recorder::compute, u.part, "Fsdp::start_reduce");
     const Timed timed(stream_);
     ledger.reduce_scatter(axis_, u.whole_grad.bytes());
     NCCL_CHECK(ncclReduceScatter(u.whole_grad.raw(), mine.raw(), u.shard_size,
                                  nccl_type(mine.dtype()), ncclSum, axis_.comm, stream_));
+    recorder.note_unit("reduced", Recorder::communication, u.part, "Fsdp::finish_reduce");
   }
   if (!shards_gradients()) sum_over_copies(u);
   u.reduced.record(stream_);
@@ -279,6 +296,7 @@ void Fsdp::finish_reduce() {
   Unit& u = *in_flight_.front();
   in_flight_.pop_front();
   u.reducing = false;
+  const Entered entered("sum", &u.part);
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!shards_gradients()) return;
   const Tensor mine = u.shard_of(u.whole_grad);
@@ -296,10 +314,12 @@ void Fsdp::finish_reduce() {
 void Fsdp::sum_over_copies(Unit& u) {
   for (const Axis& copies : copies_) {
     if (copies.size == 1) continue;
+    recorder.note_unit("reduce", Recorder::compute, u.part, "Fsdp::sum_over_copies");
     const Timed timed(stream_);
     ledger.all_reduce(copies, u.shard_grad.bytes());
     NCCL_CHECK(ncclAllReduce(u.shard_grad.raw(), u.shard_grad.raw(), u.shard_size,
                              nccl_type(u.shard_grad.dtype()), ncclSum, copies.comm, stream_));
+    recorder.note_unit("reduced", Recorder::communication, u.part, "Fsdp::sum_over_copies");
   }
 }
 

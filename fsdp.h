@@ -40,10 +40,12 @@ class Fsdp {
 
   // ---- set-up: all units, then their uses in forward order
   // Parameters of one Param::unit make a unit. Allocates this rank's shards with initial values.
-  void add_units(const std::vector<Param*>& params);
+  // Names, of units and uses, are for traces.
+  void add_units(const std::vector<Param*>& params, std::string (*name)(int unit) = nullptr);
   // A use computes with the units of these parameters. Uses are unsharded ahead within a group
   // only: the uses of a pipeline's chunk, which run directly after each other.
-  int add_use(const std::vector<Param*>& params, Backward backward, int group = 0);
+  int add_use(const std::vector<Param*>& params, Backward backward, int group = 0,
+              const std::string& name = "");
   // What this rank updates: its piece of each parameter, padding left out.
   std::vector<Shard> optimizer_shards() const;
 
@@ -69,6 +71,7 @@ class Fsdp {
 
  private:
   struct Unit {
+    Recorder::Part part;
     std::vector<Param*> params;
     std::vector<int64_t> offsets;       // of each parameter in the flat unit, in elements
     int64_t padded = 0;                 // elements of the flat unit: n shards
@@ -95,6 +98,7 @@ class Fsdp {
     Tensor shard_of(const Tensor& buffer) const { return buffer.part(begin, {shard_size}); }
   };
   struct Use {
+    Recorder::Part part;
     std::vector<Unit*> units;
     Backward backward;
     int group;
@@ -123,7 +127,7 @@ class Fsdp {
   FsdpOptions options_;
   uint64_t seed_;
   std::map<int, Unit> units_;  // by Param::unit; a map: uses hold pointers
-  std::vector<Use> uses_;
+  std::deque<Use> uses_;
   std::deque<Unit*> in_flight_;  // whose gradients are being summed, oldest first
   int microbatches_ = 1;
 };

@@ -77,6 +77,17 @@ Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication, const
 
 // ---- lists of parts
 
+std::string name_of_unit(int unit) {
+  if (unit == kTied) return "token embedding";
+  if (unit == kRoot) return "positions and last layernorm";
+  return sentence("block ", unit - kFirstBlock);
+}
+
+std::string name_of(const ModelPart& part) {
+  if (part.kind == ModelPart::block) return name_of_unit(kFirstBlock + int(part.layer));
+  return part.kind == ModelPart::head ? "head" : "embedding";
+}
+
 std::vector<Param*> params_of(const std::vector<ModelPiece>& pieces) {
   std::vector<Param*> all;
   for (const ModelPiece& piece : pieces)

@@ -46,6 +46,8 @@ inline bool has_head(ModelPiece piece) { return piece.back().kind == ModelPart::
 std::vector<Param*> params_of(const std::vector<ModelPiece>& pieces);
 // FSDP's units: the token embedding, which is tied; the rest of both ends; each block
 enum { kTied, kRoot, kFirstBlock };
+std::string name_of_unit(int unit);
+std::string name_of(const ModelPart& part);
 
 // Layers of each position of the model: as even as it goes when the head counts for as many layers
 // as it costs. At least one each.

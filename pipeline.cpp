@@ -84,6 +84,8 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   execute(actions, shape, dtype, [&](size_t i, Tensor x) {
     const Action& a = actions[i];
     Live& live = lives[{a.microbatch, a.chunk}];
+    recorder.where.microbatch = a.microbatch;
+    recorder.where.chunk = a.chunk;
     Tensor result;
     switch (a.kind) {
       case Action::forward: {
@@ -95,6 +97,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
         // what was made, and what came, less what is passed on
         live.bytes = held - before - (result.empty() ? 0 : result.bytes());
         count_live(lives);
+        recorder.note_live("keeps", live.bytes);
         break;
       }
       case Action::backward:
@@ -109,10 +112,13 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
           for (; !live.later.empty(); live.later.pop_front()) live.later.front()();
         });
     }
-    if (a.kind == Action::backward || a.kind == Action::weight_gradient)
+    if (a.kind == Action::backward || a.kind == Action::weight_gradient) {
+      recorder.note_live("frees", live.bytes);
       lives.erase({a.microbatch, a.chunk});
+    }
     return result;
   });
+  recorder.where = {};
 }
 
 void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute) {
@@ -160,6 +166,7 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
     if (t.send) outbox_.at(t).event->make_wait(stream_);  // it must have been computed
     else room_is_free_.make_wait(stream_);  // who used the memory before must be done with it
 
+  const Entered entered(name_of(transfers[0].payload));
   const Timed timed(stream_);
   const auto done = std::make_shared<Event>();
   exchanges_++;
@@ -167,6 +174,8 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   for (const Transfer& t : transfers) {
     Parcel& parcel = (t.send ? outbox_ : inbox_).at(t);
     const Tensor& x = parcel.x;
+    recorder.where.microbatch = t.microbatch;
+    if (recorder.on) recorder.travel(axis_, t.send, name_of(t.payload), t.peer, x.bytes());
     const ncclDataType_t type = nccl_type(x.dtype());
     if (t.send) {
       ledger.send(axis_, x.bytes());
@@ -210,9 +219,10 @@ void Pipeline::release_sent(int last) {
 
 void Pipeline::sum_tied(const Tensor& gradient) {
   const Purpose purpose(Traffic::embedding);
+  recorder.enter("tied gradient");
   const int peer = axis_.size - 1 - axis_.rank;
-  const Transfer mine{true, Transfer::gradient, peer, 0, 0},
-      theirs{false, Transfer::gradient, peer, 0, 0};
+  const Transfer mine{true, Transfer::gradient, peer, -1, -1},
+      theirs{false, Transfer::gradient, peer, -1, -1};
   put_in_outbox(mine, gradient);
   prepare_room({theirs}, gradient.shape(), gradient.dtype());
   exchange({mine, theirs});

@@ -227,8 +227,7 @@ const char* name_of(Action::Kind kind) {
 }
 
 std::string to_string(const Transfer& t) {
-  return sentence(t.send ? "send " : "receive ",
-                  t.payload == Transfer::activation ? "activation" : "gradient", " of micro-batch ",
+  return sentence(t.send ? "send " : "receive ", name_of(t.payload), " of micro-batch ",
                   t.microbatch, ", chunk ", t.chunk, t.send ? " to " : " from ", "stage ", t.peer);
 }
 

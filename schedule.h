@@ -160,6 +160,9 @@ template <class F> void for_each_computation(const Schedule& s, const F& f) {
 }
 
 const char* name_of(Action::Kind kind);
+inline const char* name_of(Transfer::Payload payload) {
+  return payload == Transfer::activation ? "activation" : "gradient";
+}
 std::string to_string(const Transfer& transfer);  // "send activation of micro-batch 3, ..."
 std::string to_string(const Action& action);      // "forward of micro-batch 3, chunk 0"
 std::string to_string(const Schedule& schedule);  // "1f1b, 4 stages, 8 micro-batches"

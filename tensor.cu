@@ -114,16 +114,20 @@ void OpTimes::start(What what) {
   count_ = 0;
 }
 
-OpTimes::Op* OpTimes::begin(cudaStream_t stream, bool collective) {
+OpTimes::Op* OpTimes::begin(cudaStream_t stream, bool collective, Work work) {
   if (count_ == ops_.size()) ops_.emplace_back();
   open_ = &ops_[count_++];
+  open_->work = std::move(work);
   open_->collective = collective;
+  if (recorder.on)
+    recorder.begin(queue_of(stream), open_->work.name, open_->work.bytes, open_->work.flops);
   open_->begin.record(stream);
   return open_;
 }
 
 void OpTimes::end(cudaStream_t stream) {
   error_of([&] { open_->end.record(stream); });  // the next call says what is wrong
+  if (recorder.on) recorder.end();
   open_ = nullptr;
 }
 
@@ -132,6 +136,7 @@ void synchronize() { CUDA_CHECK(cudaStreamSynchronize(device().compute)); }
 void make_wait(cudaStream_t stream, cudaStream_t other) {
   CUDA_CHECK(cudaEventRecord(device().place, other));
   CUDA_CHECK(cudaStreamWaitEvent(stream, device().place, 0));
+  if (recorder.on) recorder.wait(queue_of(stream), recorder.last(queue_of(other)));
 }
 
 // ---- memory
@@ -168,6 +173,7 @@ Buffer::Buffer(int64_t bytes, Memory category) : bytes(bytes), category(category
   m.now[int(category)] += bytes;
   m.peak[int(category)] = std::max(m.peak[int(category)], m.now[int(category)]);
   m.total += bytes;
+  if (recorder.on) recorder.allocated(int(category), bytes);
   if (m.total <= m.total_peak) return;
   m.total_peak = m.total;
   m.at_peak = m.now;
@@ -177,6 +183,7 @@ Buffer::~Buffer() {
   if (!opened) return;  // the device was closed: its pool went with it
   opened->memory.now[int(category)] -= bytes;
   opened->memory.total -= bytes;
+  if (recorder.on) recorder.allocated(int(category), -bytes);
   if (data) cudaFreeAsync(data, opened->compute);
 }
 

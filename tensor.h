@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "report/recorder.h"
 #include "support/check.h"
 
 // ---- types
@@ -120,6 +121,11 @@ class Tensor {
 
 // ---- streams
 
+// of the recorder: a rank has one stream beside the compute stream
+inline Recorder::Queue queue_of(cudaStream_t stream) {
+  return stream == device().compute ? Recorder::compute : Recorder::communication;
+}
+
 class Event {  // a place in a stream that another stream can wait for
  public:
   explicit Event(bool timed = false) {
@@ -129,8 +135,14 @@ class Event {  // a place in a stream that another stream can wait for
   ~Event() { cudaEventDestroy(event_); }
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
-  void record(cudaStream_t stream) { CUDA_CHECK(cudaEventRecord(event_, stream)); }
-  void make_wait(cudaStream_t stream) const { CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0)); }
+  void record(cudaStream_t stream) {
+    CUDA_CHECK(cudaEventRecord(event_, stream));
+    if (recorder.on) behind_ = recorder.last(queue_of(stream));
+  }
+  void make_wait(cudaStream_t stream) const {
+    CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0));
+    if (recorder.on) recorder.wait(queue_of(stream), behind_);
+  }
   bool reached() const { return cudaEventQuery(event_) == cudaSuccess; }
   double seconds_since(const Event& earlier) const {  // both timed, and reached
     float ms = 0;
@@ -140,6 +152,7 @@ class Event {  // a place in a stream that another stream can wait for
 
  private:
   cudaEvent_t event_ = nullptr;
+  int behind_ = -1;  // which work of the stream, if it is recorded
 };
 struct TimedWork {
   Event begin{true}, end{true};
@@ -172,7 +185,7 @@ class OpTimes {  // of what has been timed since start()
   void start(What what);
   void stop() { what_ = nothing; }
   bool times(What what) const { return what_ >= what && !open_; }
-  Op* begin(cudaStream_t stream, bool collective);
+  Op* begin(cudaStream_t stream, bool collective, Work work);
   void end(cudaStream_t stream);
   Op* open() const { return what_ == everything ? open_ : nullptr; }
   // Calls visit(op) for each; the host has waited for their streams.
@@ -201,7 +214,7 @@ class TimedOp {
 
  private:
   void begin(Work work) {
-    op_times.begin(device().compute, false)->work = std::move(work);
+    op_times.begin(device().compute, false, std::move(work));
     timed_ = true;
   }
   bool timed_ = false;

@@ -20,13 +20,14 @@ using ReadBatch = std::function<Batch(int64_t step)>;
 
 // `batch` is of this step, then of the next one: it is read while the device computes.
 static StepRecord train_step(const Options& o, const Mesh& mesh, Watch& watch, Trainer& trainer,
-                             Progress& progress, Profile& profile, int64_t step, Batch& batch,
-                             const ReadBatch& read) {
+                             Progress& progress, Profile& profile, Trace* trace, int64_t step,
+                             Batch& batch, const ReadBatch& read) {
+  if (trace) trace->begin_step(step);
   progress.start_step();
   watch.step(step);
   const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
   trainer.pipeline.timed = mesh["pp"].size > 1 && step == o.steps;
-  op_times.start(o.profile ? OpTimes::everything : OpTimes::collectives);
+  op_times.start(o.profile || trace ? OpTimes::everything : OpTimes::collectives);
   profile.host_begins();
   trainer.gradients(batch);
   trainer.update(lr);
@@ -41,6 +42,7 @@ static StepRecord train_step(const Options& o, const Mesh& mesh, Watch& watch, T
   const StepRecord record =
       progress.end_step(step, loss, norm, lr, o.batch * o.model.context, communicated());
   if (o.profile) profile.end_step(record.step_ms * 1e-3);
+  if (trace) trace->end_step();
   return record;
 }
 
@@ -99,7 +101,8 @@ static void train(const Options& o, const TrainingData& training, const Job& job
   int64_t resumed = 0;
   at_work = "the checkpoint that is resumed";
   if (o.resume) watch.at_files([&] { resumed = resume_training(o, data, job, trainer); });
-  if (prints && !o.trace.empty()) open_trace(o.trace);
+  std::optional<Trace> trace;
+  if (!o.trace.empty()) trace.emplace(prints ? o.trace : "", mesh, trainer);
   Metrics metrics(prints ? o.metrics : "", resumed);
   const SignalListener listener;
   Progress progress(o.steps, prints ? stdout : nullptr, isatty(fileno(stdout)));
@@ -118,7 +121,10 @@ static void train(const Options& o, const TrainingData& training, const Job& job
   Batch batch = read(step + 1);
   for (bool last = false; !last;) {
     at_work = steps;
-    StepRecord record = train_step(o, mesh, watch, trainer, progress, profile, ++step, batch, read);
+    step++;
+    const bool is_traced = trace && o.traced.begin <= step && step <= o.traced.end;
+    StepRecord record = train_step(o, mesh, watch, trainer, progress, profile,
+                                   is_traced ? &*trace : nullptr, step, batch, read);
     loss = record.loss;
     if (step == resumed + 1) first_loss = loss;
     if (o.eval_every && (step % o.eval_every == 0 || step == o.steps)) {
@@ -143,17 +149,19 @@ static void train(const Options& o, const TrainingData& training, const Job& job
     progress.say(step, o.checkpoint.empty()
                            ? "stopped by a signal; without --checkpoint nothing is saved"
                            : "stopped by a signal; --resume goes on from here");
-    if (!o.trace.empty())
-      progress.say(step, "nothing is written to " + o.trace + ": --trace is of the last step");
   }
+  if (trace && trace->empty())
+    progress.say(step,
+                 "nothing is written to " + o.trace + ": no step of --trace-steps was trained");
   progress.done();
   if (o.sample && step == o.steps) print_sample(o, training, trainer, watch, prints);
   if (prints)
     printf("\nloss     %.4f at step %lld, %.4f at step %lld\nspeed    %s\n", first_loss,
            (long long)resumed + 1, loss, (long long)step,
            progress.summary(flops_per_token(trainer.gpt.config)).c_str());
-  compare_with_theory(mesh, trainer, step - resumed, progress.step_time(), o.trace, metrics);
+  compare_with_theory(mesh, trainer, step - resumed, progress.step_time(), metrics);
   if (o.profile) profile.print(trainer, o.batch, prints);
+  if (trace && !trace->empty()) trace->write();
 }
 
 // ---- main

@@ -29,10 +29,10 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
       pipeline(mesh["pp"], mesh.stream, schedule_of(options, mesh.layout)),
       mesh_(mesh),
       pieces_(pieces_of(gpt, pipeline.schedule(), mesh["pp"].rank)) {
-  fsdp.add_units(params_of(pieces_));
+  fsdp.add_units(params_of(pieces_), name_of_unit);
   for (int c = 0; c < int(pieces_.size()); c++)
     for (const ModelPart& part : pieces_[c])
-      uses_[&part] = fsdp.add_use(part.params, part.backward, c);
+      uses_[&part] = fsdp.add_use(part.params, part.backward, c, name_of(part));
 
   // Embedding and head are tied. On one rank each has a gradient of its own; where gradients live
   // for one micro-batch only, they share it. On two ranks each has a copy of the parameter: the
@@ -59,6 +59,7 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
 // ---- a step
 
 Batch Trainer::read(const Sequences& batch) const {
+  const Entered entered("next batch");
   OP("read a batch");
   Batch mine;
   const int64_t b = options.microbatch;
@@ -69,6 +70,7 @@ Batch Trainer::read(const Sequences& batch) const {
 
 void Trainer::gradients(const Batch& batch) {
   const int64_t b = options.microbatch, T = gpt.config.context;
+  recorder.enter("begin");
   fill(total_, 0);
   fsdp.begin_step(pipeline.schedule().microbatches);
   pipeline.run(
@@ -90,6 +92,8 @@ Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tok
   Var y = forward(tape, chunk, x, tokens);
   if (!has_head(pieces_[chunk])) return y;
   scale /= double(gpt.cp.copies(tokens.length));
+  static const Recorder::Part loss{"loss"};
+  recorder.enter("forward", &loss);
   gpt.tp.cross_entropy(tape, std::move(y), tokens.targets, gpt.config.vocab, scale, total_);
   return {};
 }
@@ -136,6 +140,7 @@ void Trainer::sum_loss() {
 }
 
 void Trainer::update(double lr) {
+  recorder.enter("optimizer");
   optimizer_->step(lr);
   fsdp.end_step();
 }

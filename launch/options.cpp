@@ -215,7 +215,9 @@ OptionTable train_options(Options& o) {
             "print where a step's time goes: each kernel and collective, beside what the machine "
             "can do"},
            {"trace", "FILE.json", text(&o.trace),
-            "with pp: write the last step's timeline in Chrome's trace format", "none"},
+            "write what every rank computes, sends and holds in a step, in Chrome's trace format",
+            "none"},
+           {"trace-steps", "A-B", range(&o.traced), "with --trace: which steps", "the last one"},
        }},
   };
 }
@@ -256,6 +258,7 @@ void resolve(Options& o, bool has_gpu) {
   if (ranks * o.layout["cp"] == 1) o.prefetch = 0;
   if (o.lr == 0) o.lr = preset.lr;
   if (o.min_lr < 0) o.min_lr = o.lr / 10;
+  if (o.traced.begin == 0) o.traced = {o.steps, o.steps};
   if (o.warmup < 0) o.warmup = std::min<int64_t>(o.steps / 20, 100);
 }
 
@@ -306,7 +309,8 @@ void check(const Options& o) {
       {{"sequence-parallel"},
        o.layout["tp"] > 1,
        "splits activations over the ranks of --tp, which is 1: give --tp 2 or more"},
-      {{"schedule", "chunks", "trace"}, pp > 1, "is about a pipeline: give --pp 2 or more"},
+      {{"schedule", "chunks"}, pp > 1, "is about a pipeline: give --pp 2 or more"},
+      {{"trace-steps"}, !o.trace.empty(), "says which steps are traced: give --trace FILE.json"},
       {{"save-every", "keep", "resume"},
        !o.checkpoint.empty(),
        "needs a directory: give --checkpoint DIR"},
@@ -317,6 +321,8 @@ void check(const Options& o) {
   REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr);
   REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps,
           " steps");
+  REQUIRE(o.traced.end <= o.steps, "--trace-steps: step ", o.traced.end, " is after the last one, ",
+          o.steps);
   check_reports(o);
 }
 
@@ -359,6 +365,17 @@ Takes choice(std::string* field, const std::vector<std::string>& of) {
 
 Takes text(std::string* field) {
   return {"a name", value_of(field), [=](const auto& word) { return !(*field = word).empty(); }};
+}
+
+Takes range(Range* field) {
+  return {"a whole number, or two as in 5-8",
+          [=] { return sentence(field->begin, "-", field->end); },
+          [=](const auto& word) {
+            const size_t dash = word.find('-');
+            return read_all(word.substr(0, dash), field->begin) &&
+                   read_all(word.substr(dash == word.npos ? 0 : dash + 1), field->end) &&
+                   1 <= field->begin && field->begin <= field->end;
+          }};
 }
 
 Takes list(std::vector<std::string>* field) {

@@ -27,6 +27,7 @@ Takes whole(int64_t* field, int64_t low = 1, int64_t high = 1'000'000'000);
 Takes real(double* field, bool zero = true);  // finite and never negative; zero: 0 is allowed, too
 Takes choice(std::string* field, const std::vector<std::string>& names);
 Takes text(std::string* field);
+Takes range(Range* field);  // its end is the last one
 Takes list(std::vector<std::string>* field);
 
 struct Option {
@@ -97,6 +98,7 @@ struct Options : CommonOptions {
   std::string reshard = "yes", schedule = "1f1b";
   int64_t chunks = 0;                // of a stage
   std::string trace;                 // empty: none
+  Range traced;                      // steps; the end is the last one
   int64_t save_every = 0, keep = 2;  // 0: at the end only; all
   bool resume = false;
   int64_t resume_step = -1;  // the newest

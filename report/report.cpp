@@ -9,7 +9,6 @@
 
 #include "launch/job.h"
 #include "report/draw_schedule.h"
-#include "report/trace.h"
 #include "theory/theory.h"
 
 using Json = nlohmann::ordered_json;
@@ -129,8 +128,7 @@ static std::string straggler_line(const std::vector<double>& computing, const Js
 // Predicted: every forward, input gradient and weight gradient takes the mean time of its kind on
 // its chunk of its stage. Executed: each takes what it took. Ranks that differ in other axes only
 // run pipelines of their own: the first is shown. Adds the pipeline's member of the metrics.
-static std::string pipeline_table(const Trainer& trainer, const Durations& took,
-                                  const Timeline& executed, Json& summary) {
+static std::string pipeline_table(const Trainer& trainer, const Durations& took, Json& summary) {
   const Schedule& s = trainer.pipeline.schedule();
   std::map<std::tuple<int, Action::Kind, int>, double> mean;  // {stage, kind, chunk}
   std::map<Action::Kind, double> mean_of_all;
@@ -146,14 +144,15 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
       without_replay[stage][i] =
           std::max(0.0, means[stage][i] - mean[{stage, Action::forward, a.chunk}]);
   });
-  const Timeline predicted = simulate(s, means);
+  const Timeline predicted = simulate(s, means), executed = simulate(s, took);
   summary["pipeline"] = {{"schedule", s.row->name},
                          {"stages", s.stages},
                          {"microbatches", s.microbatches},
                          {"chunks", s.chunks},
                          {"bubble", executed.bubble()},
                          {"predicted_bubble", predicted.bubble()},
-                         {"most_live", trainer.pipeline.most_live()}};
+                         {"most_live", trainer.pipeline.most_live()},
+                         {"took_ms", took}};
   const double unit = executed.makespan / 100;
   std::string text = "\npipeline " + to_string(s) +
                      "; the last step, in ms\npredicted from each stage's mean times (of all: ";
@@ -179,7 +178,7 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
 // ---- all of it
 
 void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps, StepTime time,
-                         const std::string& trace, Metrics& metrics) {
+                         Metrics& metrics) {
   const Theory t = theory(trainer.gpt.config, mesh.layout, mesh.rank, trainer.options);
   const MemoryUse& m = device().memory;
   const bool pipelined = trainer.pipeline.timed;
@@ -214,16 +213,12 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps
   std::string text = memory_table(m, t, trainer.pipeline.most_live_bytes()) +
                      traffic_table(mine["traffic"], steps) + communication_line(shares) +
                      straggler_line(computing, hosts);
-  std::vector<Timeline> executed;
-  const Schedule& s = trainer.pipeline.schedule();
-  const size_t pipelines = took.size() / s.stages;
-  for (size_t c = 0; pipelined && c < pipelines; c++) {
-    Durations stages;  // stage t of pipeline c is rank t * pipelines + c
-    for (size_t rank = c; rank < took.size(); rank += pipelines) stages.push_back(took[rank]);
-    executed.push_back(simulate(s, stages));
-    if (c == 0) text += pipeline_table(trainer, stages, executed[0], summary);
+  if (pipelined) {
+    const size_t pipelines = took.size() / trainer.pipeline.schedule().stages;
+    Durations stages;  // stage t of the first pipeline is rank t * pipelines
+    for (size_t rank = 0; rank < took.size(); rank += pipelines) stages.push_back(took[rank]);
+    text += pipeline_table(trainer, stages, summary);
   }
   metrics.line(summary);
   printf("%s", text.c_str());
-  if (pipelined && !trace.empty()) write_trace(trace, s, executed);
 }

@@ -10,6 +10,6 @@
 void print_setup(const Options& options, const Dataset& data);
 
 // Collective. Rank 0 prints the tables; the same numbers, of all ranks, become the metrics' summary
-// line. time: of a step of this rank. trace: where the pipelines' timelines go, if not empty.
+// line. time: of a step of this rank.
 void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps, StepTime time,
-                         const std::string& trace, Metrics& metrics);
+                         Metrics& metrics);

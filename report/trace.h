@@ -1,14 +1,49 @@
-// trace.h: a timeline as a file in Chrome's trace format (chrome://tracing and Perfetto open it): a
-// row a rank, a bar a computation.
+// trace.h: what every rank computed, sent and held in some steps, as a file in Chrome's trace
+// format (Perfetto opens it): --trace. docs/tracing.md says what each row is.
+//
+// idea      report/recorder.h and tensor.h's OpTimes have a step's work in the order of issue.
+//           Every rank makes events of it whose times are still edges of its works; the first rank
+//           gathers them, joins the ends of each collective, and puts times in their places.
+// matching  Ranks that share a communicator call it in one order. So the k-th collective of some
+//           ranks on an axis is the same one on all of them.
+// measured  On a GPU times are those of events, on each rank since an origin. The clocks of two
+//           ranks are compared by ping-pong, and what that leaves is mended: no rank ends a
+//           collective before another one begins it.
+// rebuilt   With no GPU ranks may share cores, and the clock shows the scheduler's doing. So a work
+//           lasts as long as the processor time of the thread that issues it, which takes part in
+//           all that its team does: that is what the clock would show if each thread had a core. A
+//           collective lasts as long as on the rank on which it took least, the last one to come.
+//           theory/timeline.h makes times of these durations and of the waits that were recorded.
+//           What the host does between works takes no time there.
+// cost      two events a work, and its record; steps that are not traced: a branch
+// test      tests/test_trace.cpp
 #pragma once
-#include <string>
+#include <optional>
 
-#include "theory/simulate.h"
+#include "theory/timeline.h"
+#include "trainer.h"
 
-// Creates the file; one that is there stays as it is. Throws where it cannot be written: before
-// training, not after it.
-void open_trace(const std::string& path);
-// pipelines: of the ranks that differ in other axes only; rank = stage * number of pipelines +
-// pipeline. Spans are in ms. Throws where the file cannot be written.
-void write_trace(const std::string& path, const Schedule& schedule,
-                 const std::vector<Timeline>& pipelines);
+class Trace {
+ public:
+  // Collective. The file is created where `path` is not empty; one that is there is put aside.
+  Trace(const std::string& path, Mesh& mesh, const Trainer& trainer,
+        bool rebuilds = !device().is_gpu);
+  void begin_step(int64_t step);  // collective
+  void end_step();                // the host has waited for the step
+  bool empty() const { return steps_.empty(); }
+  // Collective; throws where the file cannot be written.
+  void write() const;
+
+ private:
+  std::string describe() const;
+
+  const std::string path_;
+  Mesh& mesh_;
+  const Trainer& trainer_;
+  const bool rebuilds_;
+  std::vector<int64_t> steps_;
+  std::optional<Event> origin_;
+  double began_ = 0;         // the origin by the first rank's clock
+  std::vector<Span> spans_;  // of the recorder's works, in seconds since the origin
+  std::array<int64_t, kMemoryCategories> held_{};
+};

@@ -2,7 +2,7 @@
 // wrote, checks them (equal losses; bytes and memory equal to their formulas), prints three tables
 // and writes the report: one HTML file, no network.
 //   compare DIR REPORT.html    DIR has jobs.txt (lines: name, tab, ranks, tab, options) and for
-//                              each job NAME.jsonl, for pipelines NAME.trace.json
+//                              each job NAME.jsonl
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -22,7 +22,7 @@ struct Job {
   std::string name, options;
   int ranks = 1;
   std::vector<double> losses, step_ms;
-  Json summary, trace;
+  Json summary;
 };
 
 std::vector<std::string> names_of_axes() {
@@ -61,9 +61,6 @@ std::vector<Job> read_jobs(const std::string& dir) {
     }
     REQUIRE(!job.summary.is_null() && job.losses.size() > 2, dir, "/", job.name,
             ".jsonl is not there or not complete: run make compare");
-    if (std::ifstream trace(dir + "/" + job.name + ".trace.json");
-        trace && job.summary.contains("pipeline"))
-      job.trace = Json::parse(trace)["traceEvents"];
     jobs.push_back(job);
   }
   REQUIRE(!jobs.empty() && jobs[0].name == "serial", dir,
@@ -371,17 +368,10 @@ std::string timelines(const std::vector<Job>& jobs) {
   std::vector<Drawn> all;
   double longest = 0;
   for (const Job& j : jobs) {
-    if (!has_pipeline(j) || j.trace.is_null()) continue;
+    if (!has_pipeline(j) || !j.summary["pipeline"].contains("took_ms")) continue;
     const Schedule schedule = schedule_of(j);
-    const int pipelines = j.ranks / schedule.stages;
-    std::vector<std::vector<Span>> spans{size_t(schedule.stages)};
-    for (const Json& event : j.trace)
-      if (event["ph"] == "X" && event["tid"].get<int>() % pipelines == 0) {
-        const double start = event["ts"].get<double>() / 1e3;
-        spans[size_t(event["tid"].get<int>() / pipelines)].push_back(
-            {start, start + event["dur"].get<double>() / 1e3});
-      }
-    all.push_back({j, schedule, timeline(schedule, spans)});
+    const Durations took = j.summary["pipeline"]["took_ms"];
+    all.push_back({j, schedule, simulate(schedule, took)});
     longest = std::max(longest, all.back().executed.makespan);
   }
   std::string s;

@@ -89,11 +89,9 @@ while IFS=$'\t' read -r name ranks options; do
   printf '  %-15s mpiexec -n %s build/train_gpt %s ' "$name" "$ranks" "$options"
   rm -f "$dir/$name.command" "$dir/$name.jsonl" "$dir/$name.trace.json"
   start=$SECONDS
-  trace=""
-  [[ $options != *--pp* ]] || trace="--trace $dir/$name.trace.json"
   OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive $MPIEXEC -n "$ranks" \
-    build/train_gpt $common $options --metrics "$dir/$name.jsonl" $trace \
-    >"$dir/$name.out" 2>&1 </dev/null || {
+    build/train_gpt $common $options --metrics "$dir/$name.jsonl" \
+    --trace "$dir/$name.trace.json" >"$dir/$name.out" 2>&1 </dev/null || {
     echo "FAILED"
     tail -3 "$dir/$name.out"
     failed=1

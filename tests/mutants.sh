@@ -244,9 +244,9 @@ mutant faults a_transfer_takes_no_moment \
 
 mesh=open_mesh ledger=ledger_enters
 mutant faults ranks_of_other_lines_talk \
-  comm.cpp 's/color = m.rank - axis.rank \* stride/color = axis.rank/' 4 immediate test_comm $mesh
+  comm.cpp 's/first = m.rank - axis.rank \* stride/first = axis.rank/' 4 immediate test_comm $mesh
 mutant faults the_color_of_fsdp_forgets_tp \
-  comm.cpp 's/axis.rank \* stride/axis.rank/' 4 immediate test_comm $mesh
+  comm.cpp 's/m.rank - axis.rank \* stride/m.rank - axis.rank/' 4 immediate test_comm $mesh
 mutant faults the_ranks_of_an_axis_are_swapped \
   comm.cpp 's/rank % n\}/n - 1 - rank % n}/' 2 immediate test_comm $mesh
 mutant faults joined_axes_number_the_fast_axis_first \

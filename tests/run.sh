@@ -22,6 +22,8 @@ few="test_generator test_trainer"
 parity="test_parity"
 # under mpiexec -n 1, 2, 4, 8
 comm="test_comm"
+# under mpiexec -n 1, 4, 8
+trace="test_trace"
 # under mpiexec -n 8
 referee="test_nccl"
 cores=$(nproc)
@@ -78,7 +80,7 @@ for backend in "$@"; do
   [ "$backend-${COMM:-}" = cuda-mpi ] && built=build/cuda/comm-mpi
   [ "$backend" = ptx ] && built=build/cuda/ptx
   programs="$kernels"
-  [ "$backend" = cpu ] && programs="$kernels $alone $comm $ranks $few $parity $referee"
+  [ "$backend" = cpu ] && programs="$kernels $alone $comm $ranks $few $parity $trace $referee"
   [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks $few $parity"
   [ "$backend" = ptx ] && programs="${kernels#test_cpu }"
   targets=$(printf "$built/tests/%s " $programs)
@@ -96,6 +98,7 @@ for backend in "$@"; do
     [[ " $few " == *" $p "* ]] && sizes="1 2 3 4"
     case $p in
       $comm) sizes="1 2 4 8" ;;
+      $trace) sizes="1 4 8" ;;
       $parity) sizes="4 8" filter=first_setting ;;
       $referee) sizes=8 ;;
     esac

@@ -33,7 +33,7 @@ seen() {
   case $1 in
     *fsdp.md) files="compare/replicate compare/fsdp-*" ;;
     *tensor_parallel.md) files="compare/tp*" ;;
-    *pipeline.md) files="compare/pp-*" ;;
+    *pipeline.md) files="report compare/pp-*" ;;
     *context_parallel.md) files=compare/cp ;;
     *choosing.md) files="report compare/3d" ;;
     *replay.md) files=replay ;;
