@@ -60,8 +60,8 @@ END {
                              predicted[ranks[k], link[j], layout[k]])
       }
   if (pairs)
-    printf "the faster of two layouts is named rightly in %d of %d pairs that differ by over 10 %%" \
-      "\n", right, pairs
+    printf "the faster of two layouts is named rightly in %d of %d pairs that differ by over " \
+      "10 %%\n", right, pairs
   for (i = 1; i <= n; i++) {
     own = ms[ranks[i], "1gbit", layout[i]]
     if (layout[i] != "first-choice" || own == "") continue
