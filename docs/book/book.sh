@@ -59,8 +59,9 @@ for i in $(seq 0 $last); do
   }
   pandoc "$page" -f gfm --wrap=none --toc \
     --template docs/book/page.html --lua-filter docs/book/page.lua \
-    -M title="$(title "$page")" -V pages="${contents/"'$here'"/"'$here' aria-current='page'"}" -V previous="$previous" -V next="$next" \
-    -V after="$after" -V seen="$(seen "$page")" -o "$out/$here"
+    -M title="$(title "$page")" -V pages="${contents/"'$here'"/"'$here' aria-current='page'"}" \
+    -V previous="$previous" -V next="$next" -V after="$after" -V seen="$(seen "$page")" \
+    -o "$out/$here"
 done
 
 awk -v out=$out/source -f docs/book/source.awk $(cut -f3 $REFERENCES | sort -u)
