@@ -21,11 +21,9 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   const int64_t C = g.width;
   const float std = 0.02f, residual_std = 0.02f / std::sqrt(2.0f * g.layers);
   const std::string h = "h." + std::to_string(layer) + ".";
-  const int64_t F = g.hidden(), kv = g.kv(), group = C / kv;  // channels of queries that share keys
-  const Range heads = tp.part(kv), hidden = tp.part(F);
-  const Range channels{heads.begin * group, heads.end * group};  // whole heads
-  const bool shares_keys = kv < g.heads;
-  const Shape qkv = shares_keys ? Shape{kv, group + 2 * (C / g.heads)} : Shape{3, C};
+  const int64_t F = g.hidden(), D = C / g.heads;
+  const Range heads = tp.part(g.heads), hidden = tp.part(F);
+  const Range channels{heads.begin * D, heads.end * D};  // whole heads
   // of what sees only this rank's rows; the others are split by columns or by rows
   const auto vector = [&](const char* name, float value) {
     return tp.whole_with_partial_gradient(make(h + name, {C}, 0, value));
@@ -36,10 +34,8 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   return {
       .ln_1_weight = vector("ln_1.weight", 1),
       .ln_1_bias = vector("ln_1.bias", 0),
-      .c_attn_weight = split("attn.c_attn.weight", {C, qkv[0], qkv[1]}, std, shares_keys ? 1 : 2,
-                             shares_keys ? heads : channels),
-      .c_attn_bias =
-          split("attn.c_attn.bias", qkv, 0, shares_keys ? 0 : 1, shares_keys ? heads : channels),
+      .c_attn_weight = split("attn.c_attn.weight", {C, 3, C}, std, 2, channels),
+      .c_attn_bias = split("attn.c_attn.bias", {3, C}, 0, 1, channels),
       .attn_c_proj_weight = split("attn.c_proj.weight", {C, C}, residual_std, 0, channels),
       .attn_c_proj_bias = vector("attn.c_proj.bias", 0),
       .ln_2_weight = vector("ln_2.weight", 1),
@@ -59,8 +55,7 @@ std::vector<Param*> Block::params() {
 
 Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication, const Axis& cp)
     : config(g), tp(axis, communication, g.sequence_parallel), cp(cp, communication) {
-  ASSERT(g.width % g.heads == 0 && g.heads % g.kv() == 0 && axis.size <= g.kv() &&
-         axis.size <= g.vocab);
+  ASSERT(g.width % g.heads == 0 && axis.size <= g.heads && axis.size <= g.vocab);
   wte = tp.split(make("wte.weight", {g.vocab, g.width}, 0.02f), 0, tp.part(g.vocab));
   wte.padding = tp.padded_part(g.vocab) - tp.part(g.vocab).size();
   wpe = tp.whole(make("wpe.weight", {g.context, g.width}, 0.01f));
@@ -151,7 +146,6 @@ Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& toke
     return tp.head(tape, normed, row < 0 ? R : 1, wte);
   }
 
-  ASSERT(config.kv() == config.heads, "attention here has keys and values for every head");
   Block& b = blocks_[part.layer];
   const auto block = [=, this, &b, layer = part.layer](Tape& tape, const Var& x) {
     const Var normed = layernorm(tape, x, b.ln_1_weight, b.ln_1_bias);

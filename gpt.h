@@ -17,8 +17,8 @@
 
 struct ModelSize {
   int64_t layers = 0, width = 0, heads = 0, context = 0, vocab = 0;
-  // What other models have, and the planner asks for; this one runs with 0. Heads of keys and
-  // values (0: as many as heads) and the width between the two products of an MLP (0: 4 width).
+  // Of other models, for the planner: heads of keys and values (0: as many as heads; others are in
+  // SizedGpt of theory.h alone) and the width between the two products of an MLP (0: 4 width).
   int64_t kv_heads = 0, feed_forward = 0;
   int64_t kv() const { return kv_heads ? kv_heads : heads; }
   int64_t hidden() const { return feed_forward ? feed_forward : 4 * width; }

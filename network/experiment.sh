@@ -1,17 +1,22 @@
 #!/usr/bin/env bash
-# experiment.sh: `make network`: what each strategy asks of the network, measured. The same model in
-# each layout over two nodes (nodes.sh) whose link is fast, or 1 Gbit/s, or slower, or far; then a
-# table of how many times slower a step is than over the fast link.
-#   network/experiment.sh [LAYOUT]...   only these layouts (names of the table)
-#   STEPS=4   steps of each cell, of which the first does not count
+# experiment.sh: `make network`: what each strategy asks of the network, predicted and measured. The
+# same model in each layout over two nodes (nodes.sh) whose link is fast, or 1 Gbit/s, or slower, or
+# far; then a table of how many times slower a step is than over the fast link, beside what
+# build/plan predicts from a calibration of links and machine.
+#   network/experiment.sh [LAYOUT]...    only these layouts (names of the table)
+#   network/experiment.sh crossover      below and above R = 4.5 C rows: who loses more, FSDP or TP
+#   network/experiment.sh decode         the time a token of build/generate --tp 2
+#   STEPS=3   steps of each cell, of which the first does not count
+#   RANKS=2   only the layouts of so many ranks (2: one a node, 4: two a node)
 # The cells of a layout take turns over the links, so that what else the machine does meets all
-# alike. Writes build/network/cells.tsv: nodes' ranks, link, layout, ms, slowdown, bytes that
-# rank 0 sends a step by its ledger, and by the count of its node's device.
+# alike. Writes build/network/cells.tsv: ranks a node, link, layout, ms, predicted ms, bytes that
+# rank 0 sends a step by its ledger, and by the count of its node's device, options.
 set -u
 cd "$(dirname "$0")/.."
 . tests/lib.sh
-steps=${STEPS:-4}
-export OMP_NUM_THREADS=1
+steps=${STEPS:-3} failed=0
+# a thread a rank, and one for what travels beside it
+export OMP_NUM_THREADS=1 THREEFOLD_STREAMS=queued
 nodes=network/nodes.sh own=3f$$ out=build/network
 links="fast 1gbit 300mbit 100mbit 1ms"
 rate_of() { case $1 in fast) echo 0 ;; 1ms) echo 1gbit 1000 ;; *) echo "$1" ;; esac; }
@@ -31,7 +36,44 @@ for link in $links; do
 done
 mkdir -p $out
 rm -f $out/failed-*
-model="--model tiny --layers 8 --width 256 --batch 16 --dtype f32 --seed 1 --data README.md"
+model="--model tiny --layers 8 --width 192 --batch 12 --dtype f32"
+
+# in_lab LINK COMMAND...: nodes.sh run; in the background, so that a signal need not wait for it
+in_lab() {
+  export LAB=$own-$1
+  timeout -k 5 300 $nodes run "${@:2}" >"$dir/out" 2>"$dir/err" </dev/null &
+  wait $!
+}
+
+# ---- calibration: the machine while both cores work, and every link
+
+# machine LINK RANKS: the file of the calibration
+machine() { echo "$out/machine-$1-$(($2 / 2)).txt"; }
+calibrate() {
+  local ranks=$1 link i measured="between|overlap"
+  [ "$ranks" = 2 ] || measured="between|overlap|inside"
+  for i in 1 2; do # (at the same time, since cores share memory's bandwidth)
+    build/cpu/plan --machine this --nodes 2 --devices $((ranks / 2)) --layout --fsdp "$ranks" \
+      >"$dir/machine.$i" 2>&1 &
+  done
+  wait
+  for link in "${@:2}"; do
+    in_lab "$link" -n "$ranks" build/cpu/tests/bench_links || return
+    {
+      grep ' : ' "$dir/machine.1" | grep -vE "^($measured)"
+      grep -v ^short "$dir/out"
+    } >"$(machine "$link" "$ranks")"
+    sed -n 's/^short//p' "$dir/out" >"$out/short-$link-$ranks.txt"
+  done
+}
+# predict LINK RANKS OPTIONS: seconds
+predict() {
+  build/cpu/plan --machine "$(machine "$1" "$2")" --profile threefold-cpu --nodes 2 \
+    --devices $(($2 / 2)) --json "${@:3}"
+}
+number() { sed -n "s/.*\"$1\": *\([0-9.e+-]*\).*/\1/p" | head -1; }
+
+# ---- the layouts
 
 # layouts RANKS: NAME OPTIONS; mixed ones the right way round, and with ranks spread the wrong one
 layouts() {
@@ -54,76 +96,129 @@ layouts() {
   row fsdp-of-copies --spread --replicate 2 --fsdp 2
 }
 
-# cell RANKS LINK NAME OPTIONS: appends a line to cells.tsv
-cell() {
-  local ranks=$1 link=$2 name=$3 spread="" before after
-  shift 3
+# train LINK RANKS OPTIONS: sets ms (the median of the steps but the first), ledger and wire (bytes
+# a step that rank 0 sends, by its ledger and by the device of its node)
+train() {
+  local link=$1 ranks=$2 spread="" before attempt metrics=$dir/metrics.jsonl
+  shift 2
   if [ "$1" = --spread ]; then
     spread=$1
     shift
   fi
-  local metrics=$dir/metrics.jsonl
-  rm -f "$metrics"
   export LAB=$own-$link
-  before=$($nodes sent 1)
-  # shellcheck disable=SC2086
-  timeout -k 5 300 $nodes run -n "$ranks" $spread build/train_gpt $model --steps "$steps" "$@" \
-    --metrics "$metrics" >"$dir/out" 2>&1 </dev/null &
-  wait $! || { # (in the background, so that a signal need not wait for it)
-    cp "$dir/out" "$out/failed-$ranks-$link-$name.txt"
-    printf ' FAILED over %s (%s)' "$link" "$out/failed-$ranks-$link-$name.txt"
-    failed=1
-    return
-  }
-  after=$($nodes sent 1)
-  local ms ledger
+  for attempt in 1 2; do # (MPICH over TCP sometimes fails in MPI_Finalize)
+    rm -f "$metrics"
+    before=$($nodes sent 1)
+    # shellcheck disable=SC2086
+    in_lab "$link" -n "$ranks" $spread build/cpu/train_gpt --seed 1 --data README.md \
+      --steps "$steps" "$@" --metrics "$metrics" && break
+    [ $attempt = 1 ] || return
+  done
+  # the program looks at the last update with one more forward and backward
+  wire=$((($($nodes sent 1) - before) / (steps + 1)))
   ms=$(sed -n 's/.*"step_ms":\([0-9.]*\).*/\1/p' "$metrics" | tail -n +2 | sort -n \
     | awk '{ x[NR] = $1 } END { printf "%.1f", (x[int((NR + 1) / 2)] + x[int(NR / 2 + 1)]) / 2 }')
   ledger=$(grep -o '"traffic".*' "$metrics" | tr '{' '\n' | grep '"rank":0,' \
     | grep -o '"bytes":[0-9]*' | awk -F: -v n="$steps" '{ s += $2 } END { printf "%.0f", s / n }')
-  # the program looks at the last update with one more forward and backward
-  printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "$((ranks / 2))" "$link" "$name" "$ms" "$ledger" \
-    "$(((after - before) / (steps + 1)))" "${spread:+$spread }$*" >>$out/cells.tsv
+}
+# cell LINK RANKS NAME OPTIONS: appends a line to cells.tsv
+cell() {
+  local link=$1 ranks=$2 name=$3 ms ledger wire seconds
+  shift 3
+  # shellcheck disable=SC2086
+  if ! train "$link" "$ranks" "$@" $model; then
+    cat "$dir/out" "$dir/err" >"$out/failed-$ranks-$link-$name.txt"
+    printf ' FAILED over %s (%s)' "$link" "$out/failed-$ranks-$link-$name.txt"
+    failed=1
+    return
+  fi
+  # shellcheck disable=SC2086
+  seconds=$(predict "$link" "$ranks" --layout $model "$@" | number step_seconds)
+  printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "$((ranks / 2))" "$link" "$name" "$ms" \
+    "$(awk -v s="$seconds" 'BEGIN { printf "%.1f", 1000 * s }')" "$ledger" "$wire" "$*" \
+    >>$out/cells.tsv
   printf ' %s %s ms' "$link" "$ms"
 }
 
+# ---- other questions
+
+# block OPTIONS: bytes that rank 0 sends for a block, and ms that a step loses for it. A block is
+# what a model of 8 layers has more than one of 4, and lost is what a step takes longer over a slow
+# link than over the fast one. Streams run at once, so that nothing overlaps.
+block() {
+  local link=100mbit l over figures=()
+  for l in 4 8; do
+    for over in fast $link; do
+      train $over 2 --model tiny --width 256 --dtype f32 --layers $l "$@" \
+        || { cat "$dir/err" >&2 && exit 1; }
+      figures+=("$ms" "$wire")
+    done
+  done
+  echo "${figures[@]}" \
+    | awk '{ printf "%.3f MB %6.1f ms", ($8 - $4) / 4e6, ($7 - $5 - $3 + $1) / 4 }'
+}
+crossover() {
+  unset THREEFOLD_STREAMS
+  local batch
+  echo "a block of width 256, f32, over 100 Mbit/s: sent and lost"
+  echo "FSDP, whatever R is     $(block --batch 8 --fsdp 2)"
+  for batch in 4 8 12; do
+    echo "TP, R = $((batch / 2)) C            $(block --batch $batch --tp 2)"
+    echo "TP by rows, R = $((batch / 2)) C    $(block --batch $batch --tp 2 --sequence-parallel)"
+  done
+}
+
+# The time a token takes with tp 2 over each link, measured and predicted.
+decode() {
+  local link model="--model tiny --layers 8 --width 512 --heads 8 --dtype f32" measured predicted
+  unset THREEFOLD_STREAMS
+  # shellcheck disable=SC2086
+  calibrate 2 $links || exit
+  printf '%-8s %10s %10s\n' link measured predicted
+  for link in $links; do
+    # shellcheck disable=SC2086
+    in_lab "$link" -n 2 build/cpu/generate $model --tp 2 --prompt Once --tokens 100 \
+      || { cat "$dir/err" && exit 1; }
+    measured=$(sed -n 's/.*median \([0-9.]*\) ms.*/\1/p' "$dir/err" "$dir/out")
+    # what is decoded sends short messages
+    awk -v us="$(cat "$out/short-$link-2.txt")" \
+      '$1 == "between" { $3 = us / 2 } { print }' "$(machine "$link" 2)" >"$dir/short"
+    # shellcheck disable=SC2086
+    predicted=$(build/cpu/plan --machine "$dir/short" --nodes 2 --devices 1 --decode --json $model \
+      --tp 2 | number token_seconds)
+    printf '%-8s %7.2f ms %7.2f ms\n' "$link" "$measured" \
+      "$(awk -v s="$predicted" 'BEGIN { print 1000 * s }')"
+  done
+}
+
+# ---- the experiment
+
 began=$SECONDS
+case ${1:-} in
+  crossover) crossover && exit ;;
+  decode) decode && exit ;;
+esac
 : >$out/cells.tsv
-for ranks in 2 4; do
+for ranks in ${RANKS:-2 4}; do
   over=$links
-  [ $ranks = 2 ] || over="fast 1gbit 1ms"
+  [ "$ranks" = 2 ] || over="fast 1gbit 1ms"
+  # shellcheck disable=SC2086
+  calibrate "$ranks" $over || { cat "$dir/err" && exit 1; }
+  # shellcheck disable=SC2086
+  first=$(predict 1gbit "$ranks" $model --top 1 | sed -n 's/.*"options": "\(.*\)",/\1/p')
   while IFS=$'\t' read -r name options; do
     [ $# = 0 ] || [[ " $* " == *" $name "* ]] || continue
-    printf '  %s rank%s a node  %-15s' "$((ranks / 2))" "$([ $ranks = 2 ] || echo s)" "$name"
+    printf '  %s rank%s a node  %-15s' "$((ranks / 2))" "$([ "$ranks" = 2 ] || echo s)" "$name"
     for link in $over; do
       # shellcheck disable=SC2086
-      cell $ranks "$link" "$name" $options
+      cell $link "$ranks" "$name" $options
     done
     echo
-  done < <(layouts $ranks)
+  done < <(
+    layouts "$ranks"
+    printf 'first-choice\t%s\n' "$first"
+  )
 done
-[ $failed = 0 ] || exit 1
-
-# ---- the table: slowdowns, and the bytes of a step
-
-awk -F'\t' '
-  { ms[$1, $2, $3] = $4; wire[$1, $3] = $6; ledger[$1, $3] = $5 }
-  !(($1, $3) in seen) { seen[$1, $3] = 1; order[++n] = $1 SUBSEP $3 }
-  END {
-    printf "\nA step, how many times slower than over the fast link:\n"
-    printf "%-7s %-15s %8s %7s %8s %8s %6s   %s\n", "a node", "layout", "fast, ms", "1gbit",
-      "300mbit", "100mbit", "1ms", "MB a step by the ledger of rank 0, by its device"
-    for (i = 1; i <= n; i++) {
-      split(order[i], k, SUBSEP)
-      fast = ms[k[1], "fast", k[2]]
-      printf "%-7s %-15s %8.0f", k[1], k[2], fast
-      split("1gbit 300mbit 100mbit 1ms", link, " ")
-      split("7 8 8 6", width, " ")
-      for (j = 1; j <= 4; j++) {
-        x = ms[k[1], link[j], k[2]]
-        printf " %*s", width[j], x == "" ? "-" : sprintf("%.2f", x / fast)
-      }
-      printf "   %.2f %.2f\n", ledger[k[1], k[2]] / 1e6, wire[k[1], k[2]] / 1e6
-    }
-  }' $out/cells.tsv | tee $out/table.txt
+awk -f network/table.awk $out/cells.tsv | tee $out/table.txt
 echo "all of it took $((SECONDS - began)) s"
+[ $failed = 0 ]

@@ -5,5 +5,7 @@
 build/delay: network/delay.cpp
 	@mkdir -p $(@D)
 	@$(MPICXX) $(filter-out -I%,$(CXXFLAGS)) $< -o $@
-network: built build/delay  ## make network             the strategies over links made slow (root)
+## make network             the strategies over links made slow, predicted and measured (root)
+network:
+	@$(MAKE) -s --no-print-directory BACKEND=cpu build build/delay build/cpu/tests/bench_links
 	@network/experiment.sh

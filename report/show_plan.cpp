@@ -24,7 +24,7 @@ struct PlanOptions : Options {
   std::string machine = "a100-80g", profile = "threefold";
   int64_t nodes = 1, devices = 8, memory = 0, top = 10, sequences = 1;
   std::string map;
-  bool layout_only = false, json = false, decode = false;
+  bool layout_only = false, json = false, decode = false, spread = false;
 };
 
 OptionTable table(PlanOptions& o) {
@@ -42,6 +42,7 @@ OptionTable table(PlanOptions& o) {
            "any"},
           {"zero", "STAGE", whole(&o.zero, 1, 3), "what fsdp and cp shard", "any"},
           {"reshard-after-forward", "", choice(&o.reshard, {"yes", "no"}), "with ZeRO-3", "any"},
+          {"prefetch", "K", whole(&o.prefetch, 0, 1000), "uses unsharded ahead"},
           {"schedule", "", choice(&o.schedule, schedule_names()), "with pp", "any"},
           {"chunks", "V", whole(&o.chunks, 1, 1000), "with interleaved", "2 to 4"},
           {"sequence-parallel", "", flag(&o.sequence_parallel), "with tp", "any"},
@@ -61,6 +62,7 @@ OptionTable table(PlanOptions& o) {
        {
            {"nodes", "N", whole(&o.nodes, 1, 100'000), "nodes"},
            {"devices", "N", whole(&o.devices, 1, 1000), "devices of a node"},
+           {"spread", "", flag(&o.spread), "each next rank is on the next node"},
            {"machine", "NAME", text(&o.machine),
             join(machine_names(), "|") + "|this, or a file (theory/machine.h)"},
            {"profile", "", choice(&o.profile, profile_names()), "what software does with it"},
@@ -81,22 +83,23 @@ OptionTable table(PlanOptions& o) {
        }}};
 }
 
-// ---- a layout in words
+// ---- a layout in words: the options of train_gpt
 
 std::string words_of(const Job& job) {
   std::string text;
   for (size_t a = 0; a < kAxes.size(); a++)
-    if (job.layout.sizes[a] > 1) text += sentence(kAxes[a].name, " ", job.layout.sizes[a], ", ");
+    if (job.layout.sizes[a] > 1)
+      text += sentence("--", kAxes[a].name, " ", job.layout.sizes[a], " ");
   const TrainerOptions& o = job.options;
   if (job.layout["fsdp"] * job.layout["cp"] > 1)
-    text += sentence("zero ", o.fsdp.zero, o.fsdp.reshard ? ", " : " kept whole, ");
+    text += sentence("--zero ", o.fsdp.zero, o.fsdp.reshard ? " " : " --reshard-after-forward no ");
   if (job.layout["pp"] > 1) {
-    text += o.schedule + ", ";
-    if (schedule_row(o.schedule).place == Place::ring) text += sentence(o.chunks, " chunks, ");
+    text += sentence("--schedule ", o.schedule, " ");
+    if (schedule_row(o.schedule).place == Place::ring) text += sentence("--chunks ", o.chunks, " ");
   }
-  text += sentence("micro-batch ", o.microbatch);
-  if (job.config.sequence_parallel) text += ", sequence-parallel";
-  if (job.config.recompute) text += ", recompute";
+  text += sentence("--microbatch ", o.microbatch);
+  if (job.config.sequence_parallel) text += " --sequence-parallel";
+  if (job.config.recompute) text += " --recompute";
   return text;
 }
 
@@ -144,6 +147,7 @@ Json json_of(const Cluster& cluster, const Planned& p) {
     if (fullest.held[i] > 0) memory[name_of(Memory(i))] = fullest.held[i];
   const TrainerOptions& o = p.job.options;
   return {{"layout", layout},
+          {"options", words_of(p.job)},
           {"zero", o.fsdp.zero},
           {"reshard_after_forward", o.fsdp.reshard},
           {"schedule", o.schedule},
@@ -227,7 +231,7 @@ void show(PlanOptions& o) {
   REQUIRE(m.heads % m.kv() == 0, "--kv-heads ", m.kv(), " does not divide the ", m.heads, " heads");
   const Cluster cluster{o.machine == "this" ? measure_machine(o.nodes * o.devices)
                                             : read_machine(o.machine),
-                        o.nodes, o.devices};
+                        o.nodes, o.devices, o.spread, profile_named(o.profile).direct};
   const GptConfig config = model_config(o);
   const int64_t memory = o.memory > 0 ? o.memory << 20 : int64_t(0.92 * cluster.machine.memory);
   if (!o.json) {
@@ -235,9 +239,7 @@ void show(PlanOptions& o) {
            double(parameter_count(config)) / 1e9, name_of(config.dtype));
     printf("cluster  %d x %d devices, %s, %.1f GiB each\n", int(o.nodes), int(o.devices),
            cluster.machine.name.c_str(), gib(double(memory)));
-    if (o.machine == "this")
-      for (const auto& [fact, source] : cluster.machine.sources)
-        printf("  %-16s %s\n", fact.c_str(), source.c_str());
+    if (o.machine == "this") printf("%s\n", to_text(cluster.machine).c_str());
   }
   if (o.decode) return decode(o, cluster, config);
   if (o.layout_only) {
@@ -265,7 +267,8 @@ void show(PlanOptions& o) {
                       one_schedule ? o.schedule : "",
                       one_reshard ? o.reshard : "",
                       o.sequence_parallel,
-                      o.recompute};
+                      o.recompute,
+                      o.prefetch};
   const Plan found = plan(cluster, profile_named(o.profile), config, wanted, memory, o.top);
   REQUIRE(found.layouts > 0, "no layout of ", o.nodes * o.devices,
           " devices is what the options ask for: the batch of ", wanted.batch,

@@ -1,53 +1,119 @@
-// bench_links.cpp: what a link between ranks carries: the rate and the latency of an all-reduce, as
-// a machine's file has them (theory/machine.h). network/experiment.sh calibrates predictions so.
+// bench_links.cpp: what the links between ranks carry, as a machine's file has it
+// (theory/machine.h). network/experiment.sh calibrates its predictions so, and counts bytes.
 //
-//   mpiexec -n 2 build/cpu/tests/bench_links        prints: GB/s that a rank sends, us of a call
+//   mpiexec -n 4 build/cpu/tests/bench_links                  inside a node and between nodes:
+//       inside 2.1 14 : measured      GB/s that a rank sends, and us of an all-gather
+//       between 0.06 90 : measured    (all ranks of a node send to their neighbours at once)
+//       overlap 0.7 : measured        of what travels beside computing, what costs no time
+//       short 45 : measured           us of a call of 4 KiB between nodes, as decoding has them
+//   mpiexec -n 3 build/cpu/tests/bench_links all_reduce 1048576 20
+//       so many calls on a buffer of so many bytes; prints what rank 0 sends by the ledger
 //
-// idea      A call of b bytes on n ranks takes latency + 2 (n-1)/n b / rate. Two sizes give both.
+// idea      An all-reduce on 2 ranks sends its buffer's bytes in two rounds. Two sizes give the
+//           latency of a round and the rate.
 #include <algorithm>
 #include <cstdio>
 
+#include "autograd.h"
 #include "launch/job.h"
 #include "tensor.h"
 #include "tests/test.h"
 
-// Seconds of an all-reduce of `bytes`: the median of several, of the slowest rank
-static double seconds(ncclComm_t comm, const Tensor& x, size_t bytes) {
-  std::vector<double> times;
-  for (int i = 0; i < 8; i++) {
+static void call(ncclComm_t comm, int ranks, Collective collective, const Tensor& x, size_t bytes,
+                 cudaStream_t stream = device().compute) {
+  const size_t all = bytes / 4, part = all / size_t(ranks);
+  float* data = x.data<float>();
+  if (collective == Collective::all_gather)
+    NCCL_CHECK(ncclAllGather(data, data + all, part, ncclFloat, comm, stream));
+  else if (collective == Collective::reduce_scatter)
+    NCCL_CHECK(ncclReduceScatter(data, data + all, part, ncclFloat, ncclSum, comm, stream));
+  else NCCL_CHECK(ncclAllReduce(data, data, all, ncclFloat, ncclSum, comm, stream));
+}
+
+// What is timed: so many products, and an all-reduce of so many bytes (0: none), behind them or
+// beside them.
+struct Round {
+  int products;
+  size_t bytes;
+  bool beside = false;
+};
+// Seconds of a round. Products come first where ranks share cores: they do not come to the
+// all-reduce together, and those who wait leave the core to others.
+static double seconds(ncclComm_t comm, const Tensor& x, int times, const Round& round) {
+  const Tensor a({512, 512}, Dtype::f32, Memory::workspace), c(a.shape(), a.dtype(), Memory::data);
+  fill(a, 0);
+  cudaStream_t other;
+  CUDA_CHECK(cudaStreamCreate(&other));
+  synchronize();
+  barrier();
+  const double start = MPI_Wtime();
+  for (int i = 0; i < times; i++) {
+    if (round.beside) call(comm, 2, Collective::all_reduce, x, round.bytes, other);
+    for (int k = 0; k < round.products; k++) product(c, a, false, a, false, 0);
+    if (round.bytes && !round.beside) call(comm, 2, Collective::all_reduce, x, round.bytes);
+    CUDA_CHECK(cudaStreamSynchronize(other));
     synchronize();
-    barrier();
-    const double start = MPI_Wtime();
-    NCCL_CHECK(ncclAllReduce(x.data<float>(), x.data<float>(), bytes / 4, ncclFloat, ncclSum, comm,
-                             device().compute));
-    synchronize();
-    double mine = MPI_Wtime() - start, slowest = 0;
-    MPI_Iallreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, Finished());
-    if (i > 0) times.push_back(slowest);  // the first opens connections
   }
-  std::ranges::sort(times);
-  return times[times.size() / 2];
+  double mine = MPI_Wtime() - start, slowest = 0;
+  MPI_Iallreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, Finished());
+  CUDA_CHECK(cudaStreamDestroy(other));
+  return slowest / times;
+}
+
+static void measure(const Job& job, const char* name, ncclComm_t world, int color,
+                    const Tensor& x) {
+  constexpr size_t kSmall = 512 << 10, kLarge = 4 << 20;
+  constexpr int kFew = 3;  // products: some 20 ms
+  ncclComm_t pair;
+  NCCL_CHECK(ncclCommSplit(world, color, job.rank, &pair, nullptr));
+  seconds(pair, x, 3, {0, kLarge});  // opens connections
+  const double few = seconds(pair, x, 60, {kFew, 0}),
+               small = seconds(pair, x, 60, {kFew, kSmall}) - few,
+               large = seconds(pair, x, 12, {kFew, kLarge}) - few,
+               rate = double(kLarge - kSmall) / std::max(large - small, large / 4),
+               latency = std::max(0.0, small - double(kSmall) / rate) / 2;
+  const int many = 1 + int(1.5 * kFew * large / few);  // they take longer than what is beside them
+  const double behind = seconds(pair, x, 12, {many, 0}) + large,
+               beside = seconds(pair, x, 12, {many, kLarge, true}),
+               short_call = seconds(pair, x, 100, {0, 4 << 10});
+  NCCL_CHECK(ncclCommDestroy(pair));
+  if (job.rank) return;
+  printf("%s %.4f %.1f : measured\n", name, rate / 1e9, 1e6 * latency);
+  if (std::string(name) != "between") return;
+  printf("overlap %.3f : measured\n", std::clamp((behind - beside) / large, 0.0, 1.0));
+  printf("short %.1f : measured\n", 1e6 * short_call);
 }
 
 int main(int argc, char** argv) {
   Job job(&argc, &argv);
   try {
     open_device(job.local_rank % device_count(), 0);
-    constexpr size_t kSmall = 4 << 10, kLarge = 4 << 20;
     {
-      const Tensor x({kLarge / 4}, Dtype::f32, Memory::data);
-      fill(x, 0);
       ncclUniqueId id;
       if (!job.rank) NCCL_CHECK(ncclGetUniqueId(&id));
       MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, Finished());
-      ncclComm_t comm;
-      NCCL_CHECK(ncclCommInitRank(&comm, job.size, id, job.rank));
-      const double small = seconds(comm, x, kSmall), large = seconds(comm, x, kLarge),
-                   sent = 2.0 * (job.size - 1) / job.size,
-                   rate = sent * double(kLarge - kSmall) / (large - small);
-      if (!job.rank)
-        printf("%.4f %.1f\n", rate / 1e9, 1e6 * (small - sent * double(kSmall) / rate));
-      NCCL_CHECK(ncclCommDestroy(comm));
+      ncclComm_t world;
+      NCCL_CHECK(ncclCommInitRank(&world, job.size, id, job.rank));
+      const size_t bytes = argc == 4 ? std::stoul(argv[2]) : 4 << 20;
+      const Tensor x({int64_t(bytes) / 2}, Dtype::f32, Memory::data);
+      fill(x, 0);
+      if (argc == 4) {
+        Ledger sent;
+        const std::string name = argv[1];
+        const Collective collective = name == "all_gather"       ? Collective::all_gather
+                                      : name == "reduce_scatter" ? Collective::reduce_scatter
+                                                                 : Collective::all_reduce;
+        for (int i = 0; i < std::stoi(argv[3]); i++) {
+          call(world, job.size, collective, x, bytes);
+          sent.enter({"", job.size}, collective, int64_t(bytes));
+        }
+        synchronize();
+        if (!job.rank) printf("%lld\n", (long long)sent.bytes());
+      } else {
+        if (job.local_size > 1) measure(job, "inside", world, job.rank / job.local_size, x);
+        measure(job, "between", world, job.local_rank, x);
+      }
+      NCCL_CHECK(ncclCommDestroy(world));
     }
     close_device();
     return job.leave(0);

@@ -569,6 +569,35 @@ code { font-size:.9em; overflow-wrap:anywhere; }
 </style>
 )";
 
+// What `make network` measured, where it has run: a chart a link.
+std::string network() {
+  std::ifstream table("build/network/table.txt"), cells("build/network/cells.tsv");
+  std::map<std::string, double> fast[2];  // ms, measured and predicted, by ranks and layout
+  std::vector<std::pair<std::string, std::vector<Bar>>> charts;
+  for (std::string line; std::getline(cells, line);) {
+    std::istringstream words(line);
+    std::string ranks, link, layout;
+    double ms, predicted;
+    words >> ranks >> link >> layout >> ms >> predicted;
+    const std::string name = layout + (ranks == "1" ? "" : " x " + ranks);
+    if (link == "fast") fast[0][name] = ms, fast[1][name] = predicted;
+    auto chart =
+        std::find_if(charts.begin(), charts.end(), [&](const auto& c) { return c.first == link; });
+    if (chart == charts.end()) chart = charts.insert(chart, {link, {}});
+    chart->second.push_back({name, {ms / fast[0][name]}, {predicted / fast[1][name]}});
+  }
+  std::string s;
+  for (const auto& [link, all] : charts)
+    if (link != "fast") s += bars("A step over " + link, "times slower", {"measured"}, all);
+  if (s.empty()) return s;
+  std::ostringstream text;
+  text << table.rdbuf();
+  return "<p>Two nodes, one rank a node (x 2: two ranks), joined by links of a chosen speed: how "
+         "many times slower a step is than over a fast one, measured, and below it what the "
+         "planner predicts from a calibration.</p><div class=cards>" +
+         s + "</div><pre>" + text.str() + "</pre>";
+}
+
 std::string report(const std::vector<Job>& jobs, const std::vector<Table>& all,
                    const std::map<std::string, double>& token_ms, const std::string& common,
                    const std::string& device) {
@@ -625,6 +654,7 @@ std::string report(const std::vector<Job>& jobs, const std::vector<Table>& all,
                                   names_of_axes(), traffic)) +
           "</div>");
   section("pipelines", "Pipelines as they ran", timelines(jobs));
+  section("network", "Over slow links", network());
   section("numbers", "All numbers", tables_as_html);
   s += nav + "</nav>\n" + body;
   s += "<h2>The jobs</h2><ul>";

@@ -332,7 +332,7 @@ TEST(held_out_loss_and_next_token_are_the_same_in_every_layout) {
 }
 
 TEST(more_ranks_than_heads_are_refused) {
-  CHECK_SAYS(Gpt({1, 12, 3, 4, 31}, Axis{"tp", 4, 0}), "axis.size <= g.kv()");
+  CHECK_SAYS(Gpt({1, 12, 3, 4, 31}, Axis{"tp", 4, 0}), "axis.size <= g.heads");
   CHECK_SAYS(Gpt({1, 16, 4, 4, 3}, Axis{"tp", 4, 0}), "axis.size <= g.vocab");
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <sstream>
 #include <thread>
 
@@ -26,8 +27,8 @@ multiprocessors 108 : NVIDIA, A100 data sheet
 copy 1733           : 85 % of the data sheet's 2039
 memory 80           : NVIDIA, A100 80GB data sheet
 launch 4            : between two kernels of one stream, as profilers show it
-inside 232.5 3.3    : all_reduce_perf on 8 A100, NVIDIA/nccl-tests issue 175
-between 24 7        : one HDR card, NVIDIA/nccl issues 412 and 1048
+inside 232.5 1.65   : all_reduce_perf on 8 A100, NVIDIA/nccl-tests issue 175
+between 24 3.5      : one HDR card, NVIDIA/nccl issues 412 and 1048
 )"},
     {"h100", R"(
 peak 989            : NVIDIA, H100 SXM data sheet
@@ -38,8 +39,8 @@ multiprocessors 132 : NVIDIA, H100 SXM data sheet
 copy 2848           : 85 % of the data sheet's 3350
 memory 80           : NVIDIA, H100 SXM data sheet
 launch 4            : as A100
-inside 360 3.3      : 80 % of the data sheet's 450 each way, as A100's share of 300
-between 47 7        : one NDR card, NVIDIA/nccl-tests issue 290: 46 to 48
+inside 360 1.65     : 80 % of the data sheet's 450 each way, as A100's share of 300
+between 47 3.5      : one NDR card, NVIDIA/nccl-tests issue 290: 46 to 48
 )"},
     {"h200", R"(
 peak 989            : NVIDIA, H200 SXM data sheet
@@ -50,8 +51,8 @@ multiprocessors 132 : NVIDIA, H200 SXM data sheet
 copy 4080           : 85 % of the data sheet's 4800
 memory 141          : NVIDIA, H200 SXM data sheet
 launch 4            : as A100
-inside 360 3.3      : as H100
-between 47 7        : as H100
+inside 360 1.65     : as H100
+between 47 3.5      : as H100
 )"},
     {"rtx4090", R"(
 peak 165.2          : NVIDIA, Ada architecture paper, bf16 with sums in f32
@@ -62,8 +63,8 @@ multiprocessors 128 : NVIDIA, Ada architecture paper
 copy 857            : 85 % of the data sheet's 1008
 memory 24           : NVIDIA, RTX 4090 data sheet
 launch 4            : as A100
-inside 10 7         : through host memory, half of PCIe 4.0 x16 and shared both ways (estimated)
-between 1.2 20      : 10 Gbit/s Ethernet
+inside 10 3.5       : through host memory, half of PCIe 4.0 x16 and shared both ways (estimated)
+between 1.2 10      : 10 Gbit/s Ethernet
 )"},
 };
 
@@ -81,21 +82,29 @@ Machine read_machine(const std::string& name) {
   return parse_machine(name, read_file(name));
 }
 
+struct Fact {
+  const char* name;
+  std::vector<std::pair<double*, double>> numbers;  // where they go, and their unit
+};
+constexpr double kTera = 1e12, kGiga = 1e9, kMicro = 1e-6, kGiB = 1024.0 * 1024 * 1024;
+
+static std::vector<Fact> facts_of(Machine& m) {
+  const auto link = [](Link& l) {
+    return std::vector<std::pair<double*, double>>{{&l.bandwidth, kGiga}, {&l.latency, kMicro}};
+  };
+  return {{"peak", {{&m.peak, kTera}}},      {"f32", {{&m.f32, kTera}}},
+          {"copy", {{&m.copy, kGiga}}},      {"memory", {{&m.memory, kGiB}}},
+          {"launch", {{&m.launch, kMicro}}}, {"multiprocessors", {{&m.multiprocessors, 1}}},
+          {"inside", link(m.inside)},        {"between", link(m.between)},
+          {"sharing", {{&m.sharing, 1}}},    {"overlap", {{&m.overlap, 1}}}};
+}
+
 Machine parse_machine(const std::string& name, const std::string& text) {
-  constexpr double kTera = 1e12, kGiga = 1e9, kMicro = 1e-6;
   Machine m;
   m.name = name;
-  const struct {
-    const char* name;
-    std::vector<std::pair<double*, double>> numbers;  // where they go, and their unit
-  } kFacts[] = {{"peak", {{&m.peak, kTera}}},
-                {"f32", {{&m.f32, kTera}}},
-                {"multiprocessors", {{&m.multiprocessors, 1}}},
-                {"copy", {{&m.copy, kGiga}}},
-                {"memory", {{&m.memory, 1024.0 * 1024 * 1024}}},
-                {"launch", {{&m.launch, kMicro}}},
-                {"inside", {{&m.inside.bandwidth, kGiga}, {&m.inside.latency, kMicro}}},
-                {"between", {{&m.between.bandwidth, kGiga}, {&m.between.latency, kMicro}}}};
+  std::pair<double, double> product;
+  std::vector<Fact> facts = facts_of(m);
+  facts.push_back({"product", {{&product.first, 1}, {&product.second, kTera}}});
   std::istringstream lines(text);
   int number = 0;
   for (std::string line; std::getline(lines, line);) {
@@ -103,39 +112,52 @@ Machine parse_machine(const std::string& name, const std::string& text) {
     line = line.substr(0, line.find('#'));
     const size_t colon = line.find(':');
     std::istringstream words(line.substr(0, colon));
-    std::string fact;
+    std::string fact, more;
     if (!(words >> fact)) continue;
-    std::pair<double, double> product;
-    std::vector<std::pair<double*, double>> numbers{{&product.first, 1}, {&product.second, kTera}};
-    if (fact != "product") {
-      const auto known =
-          std::ranges::find_if(kFacts, [&](const auto& f) { return f.name == fact; });
-      REQUIRE(known != std::end(kFacts), place, "'", fact, "' is no fact of a machine");
-      REQUIRE(!m.sources.count(fact), place, fact, " stands twice");
-      numbers = known->numbers;
-    }
-    for (const auto& [where, unit] : numbers) {
+    const auto known = std::ranges::find(facts, fact, &Fact::name);
+    REQUIRE(known != facts.end(), place, "'", fact, "' is no fact of a machine");
+    for (const auto& [where, unit] : known->numbers) {
       REQUIRE(words >> *where && *where >= 0 && std::isfinite(*where), place, fact, " takes ",
-              numbers.size(), numbers.size() > 1 ? " numbers" : " number", " of at least 0");
+              known->numbers.size(), known->numbers.size() > 1 ? " numbers" : " number",
+              " of at least 0");
       *where *= unit;
     }
-    std::string more;
     REQUIRE(!(words >> more), place, "'", more, "' is too much");
     const size_t source = colon == line.npos ? line.npos : line.find_first_not_of(" \t", colon + 1);
     REQUIRE(source != line.npos, place, fact, " needs a source: a colon, and where it comes from");
-    m.sources[fact] = line.substr(source, line.find_last_not_of(" \t") + 1 - source);
-    if (fact != "product") continue;
+    const bool is_new =
+        m.sources.insert({fact, line.substr(source, line.find_last_not_of(" \t") + 1 - source)})
+            .second;
+    if (fact != "product") {
+      REQUIRE(is_new, place, fact, " stands twice");
+      continue;
+    }
     REQUIRE(product.first > 0 && product.second > 0, place, "a product's numbers are above 0");
     REQUIRE(m.products.empty() || product.first > m.products.back().first, place,
             "products come in ascending order of their inner dim");
     m.products.push_back(product);
   }
-  for (const auto& fact : kFacts)
-    REQUIRE(m.sources.count(fact.name), "machine ", name, " does not say its ", fact.name);
+  for (const Fact& fact : facts_of(m))
+    REQUIRE(m.sources.count(fact.name) || *fact.numbers[0].first == 1, "machine ", name,
+            " does not say its ", fact.name);
   REQUIRE(m.products.size() >= 2, "machine ", name, " needs the rates of two products at least");
-  REQUIRE(std::min({m.peak, m.f32, m.copy, m.memory, m.inside.bandwidth, m.between.bandwidth}) > 0,
+  REQUIRE(m.overlap <= 1, "machine ", name, ": overlap is a share, at most 1");
+  REQUIRE(std::min({m.peak, m.f32, m.copy, m.memory, m.inside.bandwidth, m.between.bandwidth,
+                    m.sharing}) > 0,
           "machine ", name, ": rates and memory are above 0");
   return m;
+}
+
+std::string to_text(Machine m) {
+  std::ostringstream text;
+  for (const auto& [inner, rate] : m.products)
+    text << "product " << inner << " " << rate / kTera << " : " << m.sources["product"] << "\n";
+  for (const Fact& fact : facts_of(m)) {
+    text << fact.name;
+    for (const auto& [value, unit] : fact.numbers) text << " " << *value / unit;
+    text << " : " << m.sources[fact.name] << "\n";
+  }
+  return text.str();
 }
 
 // ---- this machine
@@ -171,7 +193,7 @@ Machine measure_machine(int64_t ranks) {
   }
   for (const auto& [inner, rate] : m.products) m.peak = std::max(m.peak, rate);
   m.f32 = m.peak;
-  const Tensor from = tensor(1 << 14, 1 << 11), to = tensor(1 << 14, 1 << 11);
+  const Tensor from = tensor(rows, 2 * rows), to = tensor(rows, 2 * rows);
   const double copying = best_of_three([&] { copy(to, from); });
   m.copy = share * 2.0 * double(from.bytes()) / copying;
   const Tensor one = tensor(1, 16), other = tensor(1, 16);
@@ -179,13 +201,15 @@ Machine measure_machine(int64_t ranks) {
                for (int i = 0; i < 1000; i++) copy(other, one);
              }) /
              1000 / share;
-  const int64_t pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGE_SIZE);
-  m.memory = double(pages * page) / double(ranks);
-  m.inside = m.between = {m.copy / 2, 20e-6 / share};
-  for (const char* fact : {"peak", "f32", "product", "copy", "launch"})
-    m.sources[fact] = share < 1 ? "measured now; ranks share cores" : "measured now";
+  m.memory = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE)) / double(ranks);
+  m.sharing = 1 / share;
+  m.inside = m.between = {m.copy / 2, 10e-6 / share};
+  for (const Fact& fact : facts_of(m)) m.sources[fact.name] = "measured now";
+  m.sources["product"] = "measured now, " + device().name;
   m.sources["memory"] = "the host's, shared by all ranks";
   m.sources["inside"] = m.sources["between"] = "ranks of one host exchange by copying";
+  m.sources["multiprocessors"] = "not counted";
+  m.sources["overlap"] = "not measured";
   return m;
 }
 
@@ -229,8 +253,13 @@ double move_seconds(const Machine& m, double bytes, double kernels) {
 
 Link link_of(const Cluster& c, int64_t n, int64_t stride) {
   const Link &in = c.machine.inside, &out = c.machine.between;
-  if (n * stride <= c.devices) return in;
-  const double cards = double(std::clamp<int64_t>(c.devices / stride, 1, n));
+  // nodes that a group is on, and how many of it are on each
+  const int64_t nodes = c.spread ? std::min(n, c.nodes / std::gcd(stride, c.nodes))
+                                 : (n * stride + c.devices - 1) / c.devices,
+                here = std::clamp<int64_t>(n / nodes, 1, n);
+  if (nodes == 1) return in;
+  const double cards =
+      c.direct ? double(n - 1) / double(std::max<int64_t>(n - here, 1)) : double(here);
   return {std::min(in.bandwidth, cards * out.bandwidth), out.latency};
 }
 
@@ -243,5 +272,6 @@ double collective_seconds(const Link& link, int n, Collective collective, double
     sent.enter({"", n}, collective, 1);
     part = double(sent.rows.begin()->second.numerator) / n;
   }
-  return link.latency * std::log2(n) + bytes * part / link.bandwidth;
+  const double rounds = collective == Collective::all_reduce ? 2 : 1;
+  return rounds * link.latency * std::log2(n) + bytes * part / link.bandwidth;
 }

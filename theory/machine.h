@@ -11,13 +11,19 @@
 //             copy 1733             : measured ...
 //             memory 80             : data sheet
 //             launch 4              : measured ...
-//             inside 232.5 3.3      : measured ...
-//             between 24 7          : measured ...
+//             inside 232.5 1.65     : measured ...
+//             between 24 3.5        : measured ...
+//             sharing 2             : two ranks a core
+//             overlap 0.8           : measured ...
 // units     peak and f32: TFLOP/s of bf16 and f32 products. product: an inner dim, and the TFLOP/s
 //           that a large bf16 product of it reaches; at least two lines. multiprocessors: tiles go
 //           over them in waves; 0: not counted. copy: GB/s read and written together. memory: GiB.
 //           launch: us from one kernel to the next. inside and between (of nodes): GB/s that a
-//           device sends in a collective, and us for each doubling of the ranks
+//           device sends in a collective, and us for each doubling of the ranks (of an all-reduce:
+//           twice). sharing: ranks to a processor, each rate above being a rank's when all compute;
+//           where some wait, the others are faster. overlap: what share of the
+//           time is hidden that something travels beside a computation; the rest slows it down.
+//           Both are 1 where they are left out
 // test      tests/test_plan.cpp
 #pragma once
 #include <map>
@@ -35,12 +41,14 @@ struct Machine {
   std::vector<std::pair<double, double>> products;               // inner dim, FLOP/s reached
   double multiprocessors = 0, copy = 0, memory = 0, launch = 0;  // -, bytes/s, bytes, seconds
   Link inside, between;
+  double sharing = 1, overlap = 1;
   std::map<std::string, std::string> sources;  // by the line's name
 };
 std::vector<std::string> machine_names();
 // A built-in machine, or that of a file; an Error names the line that is wrong.
 Machine read_machine(const std::string& name_or_file);
 Machine parse_machine(const std::string& name, const std::string& text);
+std::string to_text(Machine machine);
 // This one: products and copies are timed now. Ranks beyond its cores share them: each of `ranks`
 // gets as large a part.
 Machine measure_machine(int64_t ranks);
@@ -48,6 +56,8 @@ Machine measure_machine(int64_t ranks);
 struct Cluster {
   Machine machine;
   int64_t nodes = 1, devices = 1;  // of a node
+  bool spread = false;             // rank r is on node r mod nodes; else the first are on node 0
+  bool direct = false;             // in collectives each rank sends to every other; else in a ring
 };
 
 // ---- how long one piece of work takes
@@ -61,7 +71,8 @@ double product_seconds(const Machine& machine, double m, double n, double k, dou
 double move_seconds(const Machine& machine, double bytes, double kernels);
 
 // The link of n ranks whose neighbours are `stride` ranks apart. Ranks of one group that share a
-// node send over as many of its network cards at the same time.
+// node send over as many of its network cards at the same time; directly, more of it.
 Link link_of(const Cluster& cluster, int64_t n, int64_t stride);
-// of a collective on a buffer of so many bytes: the ledger's bytes over the link
+// of a collective on a buffer of so many bytes: the ledger's bytes over the link, in one round or,
+// of an all-reduce, in two
 double collective_seconds(const Link& link, int n, Collective collective, double bytes);

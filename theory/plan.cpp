@@ -45,10 +45,11 @@ std::vector<int64_t> divisors(int64_t n) {
   return all;
 }
 
-struct ShardMode {
-  int zero;
-  bool reshard;
-};
+// All, or the one that is wanted.
+template <class T> std::vector<T> those(std::vector<T> all, const T& wanted) {
+  std::erase_if(all, [&](const T& x) { return wanted != T{} && x != wanted; });
+  return all;
+}
 
 class Search {
  public:
@@ -58,58 +59,52 @@ class Search {
 
   Plan run(int64_t top) {
     const int64_t ranks = predictor.cluster.nodes * predictor.cluster.devices;
-    const auto sizes = [&](AxisName axis, int64_t of, int64_t most) {
-      std::vector<int64_t> allowed;
-      for (const int64_t d : divisors(of))
-        if (d <= most && (wanted.layout[axis] == 0 || wanted.layout[axis] == d))
-          allowed.push_back(d);
-      return allowed;
-    };
     for (const int64_t tp : sizes("tp", ranks, std::min(config.kv(), config.vocab)))
       for (const int64_t cp : sizes("cp", ranks / tp, config.context / 2))
         for (const int64_t pp : sizes("pp", ranks / tp / cp, config.layers)) {
-          Job job{config, {}, {{"pp", pp}, {"cp", cp}, {"tp", tp}}};
           const int64_t data = ranks / tp / cp / pp;
           if (wanted.batch % data) continue;
+          Job job{config, {}, {{"pp", pp}, {"cp", cp}, {"tp", tp}}};
           job.options.batch = wanted.batch;
-          const std::vector<int64_t> fsdp = sizes("fsdp", data, data);
-          for (const int64_t b : divisors(wanted.batch / data))
-            if (wanted.microbatch == 0 || wanted.microbatch == b)
-              for (const bool by_rows : {false, true})
-                for (const bool recompute : {false, true}) {
-                  if ((by_rows && tp == 1) || (wanted.sequence_parallel && !by_rows && tp > 1))
-                    continue;
-                  if (wanted.recompute && !recompute) continue;
-                  job.options.microbatch = b;
-                  job.config.sequence_parallel = by_rows;
-                  job.config.recompute = recompute;
-                  for_schedules(job, data, fsdp);
-                }
+          for (const int64_t b : those(divisors(wanted.batch / data), wanted.microbatch))
+            for (const bool by_rows :
+                 tp == 1 ? std::vector{false} : those({false, true}, wanted.sequence_parallel))
+              for (const bool recompute : those({false, true}, wanted.recompute)) {
+                job.options.microbatch = b;
+                job.config.sequence_parallel = by_rows;
+                job.config.recompute = recompute;
+                for_schedules(job, data);
+              }
         }
     return predict(top);
   }
 
  private:
-  void for_schedules(Job job, int64_t data, const std::vector<int64_t>& shards) {
+  std::vector<int64_t> sizes(AxisName axis, int64_t of, int64_t most) const {
+    std::vector<int64_t> all = those(divisors(of), wanted.layout[axis]);
+    std::erase_if(all, [=](int64_t d) { return d > most; });
+    return all;
+  }
+
+  void for_schedules(Job job, int64_t data) {
     const int pp = int(job.layout["pp"]),
               m = int(job.options.batch / data / job.options.microbatch);
-    for (const std::string& name : schedule_names()) {
+    for (const std::string& name :
+         pp == 1 ? std::vector<std::string>{"1f1b"} : those(schedule_names(), wanted.schedule)) {
       const ScheduleRow& row = schedule_row(name);
-      if (pp == 1 ? name != "1f1b" : !wanted.schedule.empty() && wanted.schedule != name) continue;
       if (m % row.divisor(pp) || int64_t(pp) * m > 1'000'000) continue;
-      for (int64_t V = row.chunks(); V <= (row.place == Place::ring && pp > 1 ? 4 : row.chunks());
-           V++) {
-        if (pp > 1 && wanted.chunks > 0 && wanted.chunks != V && row.place == Place::ring) continue;
-        const int64_t chunks = pp == 1 ? 1 : V;
-        if (pp * chunks > config.layers) continue;
+      std::vector<int64_t> chunks{pp == 1 ? 1 : row.chunks()};
+      if (pp > 1 && row.place == Place::ring) chunks = those({2, 3, 4}, wanted.chunks);
+      for (const int64_t V : chunks) {
+        if (pp * V > config.layers) continue;
         job.options.schedule = name;
-        job.options.chunks = int(chunks);
-        for_shards(job, Schedule{&row, pp, m, int(chunks)}, data, shards);
+        job.options.chunks = int(V);
+        for_shards(job, Schedule{&row, pp, m, int(V)}, data);
       }
     }
   }
 
-  void for_shards(Job job, const Schedule& s, int64_t data, const std::vector<int64_t>& sizes) {
+  void for_shards(Job job, const Schedule& s, int64_t data) {
     const auto& chunks = chunks_of(s);
     const auto [of_block, of_head] = kept(job);
     const auto times = block_seconds(job, s.row->splits_backward);
@@ -132,42 +127,30 @@ class Search {
       bound = std::max(bound, before + s.microbatches * busy);
       before += seconds(times, chunks[stage][0], false);
     }
-    const ShardMode modes[] = {{1, true}, {2, true}, {3, true}, {3, false}};
-    for (const int64_t fsdp : sizes) {
+    bound /= predictor.cluster.machine.sharing;
+    for (const int64_t fsdp : sizes("fsdp", data, data)) {
       job.layout["fsdp"] = fsdp;
       job.layout["replicate"] = data / fsdp;
       if (wanted.layout["replicate"] > 0 && wanted.layout["replicate"] != data / fsdp) continue;
       const bool shards = fsdp * job.layout["cp"] > 1;
-      for (const auto& [zero, reshard] : modes) {
-        if (!shards && zero > 1) continue;
-        if (shards && wanted.zero > 0 && wanted.zero != zero) continue;
-        if (shards && zero == 3 && !wanted.reshard.empty() && (wanted.reshard == "yes") != reshard)
-          continue;
-        job.options.fsdp = {zero, reshard, data * job.layout["cp"] > 1};
-        int64_t bytes = 0;
-        double sending = 0;
-        const std::vector<Held>& held = held_by_kind(job, s, activations);
-        size_t i = 0;
-        for (const auto& [kind, kept] : activations) {
-          const Held& h = held[i++];
-          bytes = std::max(bytes, kept + int64_t(h.bytes));
-          sending = std::max(sending, h.sending + s.microbatches * h.sending_each);
+      const int prefetch = data * job.layout["cp"] > 1 ? int(wanted.prefetch) : 0;
+      for (const int64_t zero : shards ? those({1, 2, 3}, wanted.zero) : std::vector<int64_t>{1})
+        for (const std::string& reshard :
+             zero == 3 ? those({"yes", "no"}, wanted.reshard) : std::vector<std::string>{"yes"}) {
+          job.options.fsdp = {int(zero), reshard == "yes", prefetch};
+          Candidate c{bound, {job, 0, {}}};
+          for (const auto& [kind, kept] : activations) {
+            const Held h = held(job, kind, s.row->splits_backward);
+            c.planned.memory = std::max(c.planned.memory, kept + int64_t(h.bytes));
+            c.bound = std::max(c.bound, h.sending + s.microbatches * h.sending_each);
+          }
+          result.layouts++;
+          const bool fits = c.planned.memory <= memory;
+          result.fitting += fits;
+          if (fits) keep(c);
+          else if (!result.smallest || c.planned.memory < result.smallest->memory)
+            result.smallest = c.planned;
         }
-        result.layouts++;
-        result.fitting += bytes <= memory;
-        if (bytes > memory && smallest && bytes >= smallest->bytes) continue;
-        const Candidate c{std::max(bound, sending),
-                          bytes,
-                          job.layout,
-                          s.row,
-                          s.chunks,
-                          int(job.options.microbatch),
-                          {zero, reshard},
-                          job.config.sequence_parallel,
-                          job.config.recompute};
-        if (bytes <= memory) keep(c);
-        else smallest = c;
-      }
     }
   }
 
@@ -221,17 +204,6 @@ class Search {
     if (of.empty())
       for (const int64_t blocks : {1, 2, 3}) of.push_back(ask(job, kind, blocks, splits));
     return kind.blocks == 1 ? of[0] : of[1] + (of[2] + of[1] * -1) * double(kind.blocks - 2);
-  }
-  const std::vector<Held>& held_by_kind(const Job& job, const Schedule& s,
-                                        const std::map<ChunkKind, int64_t>& kinds) {
-    const FsdpOptions& o = job.options.fsdp;
-    auto& all =
-        held_by_kind_[{job.layout["tp"], job.layout["fsdp"] * job.layout["cp"],
-                       job.layout["replicate"], 4 * o.zero + 2 * o.reshard + s.row->splits_backward,
-                       s.stages, s.chunks, s.row->place}];
-    if (all.empty())
-      for (const auto& [kind, kept] : kinds) all.push_back(held(job, kind, s.row->splits_backward));
-    return all;
   }
   // the most that is live at once on a stage
   int64_t peak(const Schedule& s, int stage, const std::vector<int64_t>& bytes) {
@@ -293,33 +265,15 @@ class Search {
   // ---- from the lowest bound on
   struct Candidate {
     double bound;
-    int64_t bytes;
-    Layout layout;
-    const ScheduleRow* row;
-    int chunks;
-    int microbatch;
-    ShardMode shards;
-    bool sequence_parallel, recompute;
+    Planned planned;
   };
   // those of the lowest bounds: far more than are predicted
   void keep(const Candidate& c) {
-    constexpr size_t kMost = 400'000;
+    constexpr size_t kMost = 200'000;
     candidates.push_back(c);
     if (candidates.size() < kMost) return;
     std::ranges::nth_element(candidates, candidates.begin() + kMost / 2, {}, &Candidate::bound);
     candidates.resize(kMost / 2);
-  }
-  Planned planned(const Candidate& c, double limit = INFINITY) {
-    Job job{config, {}, c.layout};
-    job.options.batch = wanted.batch;
-    job.options.microbatch = c.microbatch;
-    const bool has_copies = c.layout.data_ranks() * c.layout["cp"] > 1;
-    job.options.fsdp = {c.shards.zero, c.shards.reshard, has_copies};
-    job.options.schedule = c.row->name;
-    job.options.chunks = c.chunks;
-    job.config.sequence_parallel = c.sequence_parallel;
-    job.config.recompute = c.recompute;
-    return {job, c.bytes, predictor.predict(job, limit)};
   }
   Plan predict(int64_t top) {
     std::ranges::sort(candidates, {}, &Candidate::bound);
@@ -327,19 +281,20 @@ class Search {
       return a.time.seconds < b.time.seconds;
     };
     auto& best = result.fastest;  // a heap: the slowest is first
-    for (const Candidate& c : candidates) {
+    for (Candidate& c : candidates) {
       const bool full = int64_t(best.size()) == top;
-      if (full && best[0].time.seconds <= c.bound) break;
-      best.push_back(planned(c, full ? best[0].time.seconds : INFINITY));
+      const double limit = full ? best[0].time.seconds : INFINITY;
+      if (limit <= c.bound) break;
+      c.planned.time = predictor.predict(c.planned.job, limit);
+      best.push_back(c.planned);
       result.predicted++;
       std::ranges::push_heap(best, faster);
-      if (int64_t(best.size()) <= top) continue;
+      if (!full) continue;
       std::ranges::pop_heap(best, faster);
       best.pop_back();
     }
     std::ranges::sort(best, faster);
     for (Planned& p : best) predictor.split_bubble(p.job, p.time);
-    if (smallest) result.smallest = planned(*smallest);
     return result;
   }
 
@@ -348,12 +303,9 @@ class Search {
   const Wanted& wanted;
   int64_t memory;
   std::vector<Candidate> candidates;
-  std::optional<Candidate> smallest;
   Plan result;
   std::map<Key, std::pair<int64_t, int64_t>> kept_;
   std::map<std::tuple<int64_t, int64_t, int64_t, int, bool, bool>, std::vector<Held>> held_;
-  std::map<std::tuple<int64_t, int64_t, int64_t, int, int, int, Place>, std::vector<Held>>
-      held_by_kind_;
   std::map<std::tuple<const char*, int, int, int, int>, std::set<std::vector<int64_t>>> states_;
   std::map<std::tuple<Place, int, int>, std::vector<std::vector<ChunkKind>>> chunks_;
   std::map<std::pair<Key, bool>, BlockSeconds> seconds_;

@@ -9,7 +9,7 @@
 //           sums, and the busiest stage idles only while the first micro-batch comes and the last
 //           goes. In the order of their bounds layouts are predicted (predict.h), until no bound
 //           left is below the time of the last that is asked for. So none faster is left out.
-// not here  more than one schedule's chunks above 4, prefetch other than 1
+// not here  more than one schedule's chunks above 4; other numbers of uses unsharded ahead
 // test      tests/test_plan.cpp, tests/test_plan.sh
 #pragma once
 #include <optional>
@@ -34,6 +34,7 @@ struct Wanted {
   int64_t batch = 0, microbatch = 0, zero = 0, chunks = 0;
   std::string schedule, reshard;
   bool sequence_parallel = false, recompute = false;  // true: nothing else
+  int64_t prefetch = 1;
 };
 struct Planned {
   Job job;

@@ -10,13 +10,16 @@
 
 // threefold: the kernels' reads and writes as docs/gpu.md lists them; flash attention by tensor
 // cores as FlashAttention-2 reaches it on an A100 (Dao, 2023: half to three quarters of the peak).
+// threefold-cpu: the same on the stand-ins for a GPU and NCCL (cpu/).
 // megatron-2021: the kernels of Megatron-LM's transformer layer of 2021, with its fused softmax,
 // bias + GELU and bias + dropout + add, and one byte a number for a dropout's mask. Where attention
 // is "flash", it is computed again in the backward (selective recomputation). A tp rank sends its
 // slice of an activation to the next stage, where the slices are gathered. Its optimizer reads and
 // writes gradients in 16 bits, a copy in 32, master weights and two moments.
+static constexpr Passes kForward{13, 6, 4, 2, 3, 16}, kBackward{13, 3, 4, 3, 0, 14};
 static const Profile kProfiles[] = {
-    {"threefold", {13, 6, 4, 2, 3, 16}, {13, 3, 4, 3, 0, 14}, false, true, true, true, 0, 39, 0.6},
+    {"threefold", kForward, kBackward, false, true, true, true, 0, 39, 0.6, false},
+    {"threefold-cpu", kForward, kBackward, false, true, true, true, 0, 28, 0.6, true},
     {"megatron-2021",
      {11, 2, 2, 4.5, 11, 12},
      {21, 11, 4, 5.5, 7, 20},
@@ -26,7 +29,8 @@ static const Profile kProfiles[] = {
      false,
      2,
      52,
-     0},
+     0,
+     false},
 };
 
 std::vector<std::string> profile_names() {
@@ -350,17 +354,24 @@ class RankWork {
   }
   void read_off() {
     const std::vector<Span> spans = ::run(issue.tasks);
-    double end = 0, begin = 0;  // of the last computation; of the phase
+    // of the last computation; of the phase; of what has travelled in it and was not waited for
+    double end = 0, begin = 0, beside = 0;
     size_t next = 0;
     for (int i = 0; i < int(issue.tasks.size()); i++) {
       const Task& task = issue.tasks[i];
-      if (task.queue != Queue::compute) continue;
+      if (task.queue != Queue::compute) {
+        beside += task.duration;
+        continue;
+      }
       Phase& phase = *marks[next].second;
-      if (spans[i].start > end) phase.waiting[axis_of[task.after]] += spans[i].start - end;
+      const double waited = std::max(0.0, spans[i].start - end);
+      if (waited > 0) phase.waiting[axis_of[task.after]] += waited;
+      beside -= waited;
       end = spans[i].end;
       if (i < marks[next].first) continue;
-      phase.seconds = end - begin;
+      phase.seconds = end - begin + (1 - machine.overlap) * std::max(0.0, beside);
       begin = end;
+      beside = 0;
       next++;
     }
   }
@@ -444,18 +455,15 @@ const Predictor::PipelineTasks& Predictor::tasks(const Schedule& s, int microbat
   return *kept;
 }
 
-// Of an activation between two stages.
+// Of an activation between two stages, over one card.
 static double exchange_seconds(const Predictor& p, const Job& job, const RankWork& work) {
   const int64_t pp = job.layout["pp"], tp = job.layout["tp"], stride = job.layout.ranks() / pp;
-  const Link link = link_of(p.cluster, pp, stride);
-  const Link one_card{std::min(link.bandwidth, stride * pp <= p.cluster.devices
-                                                   ? p.cluster.machine.inside.bandwidth
-                                                   : p.cluster.machine.between.bandwidth),
-                      link.latency};
+  const bool leaves = pp * stride > p.cluster.devices && !p.cluster.spread;
+  const Link link = link_of(p.cluster, 2, leaves ? std::max(stride, p.cluster.devices) : stride);
   const double bytes = work.bytes_between_stages();
   if (p.profile.overlaps_exchanges || job.config.sequence_parallel)
-    return collective_seconds(one_card, 2, Collective::send, bytes);
-  return collective_seconds(one_card, 2, Collective::send, bytes / double(tp)) +
+    return collective_seconds(link, 2, Collective::send, bytes);
+  return collective_seconds(link, 2, Collective::send, bytes / double(tp)) +
          collective_seconds(link_of(p.cluster, tp, 1), int(tp), Collective::all_gather, bytes);
 }
 
@@ -536,10 +544,12 @@ Prediction Predictor::predict(const Job& job, double limit) {
   }
   result.computing = busiest + tail;
   for (const double w : result.waiting) result.computing -= w;
+  const double sharing = cluster.machine.sharing;
   double pipeline = busiest;
   if (s.stages > 1) {
     pipeline = bound;
-    if (bound + tail + result.optimizer < limit) pipeline = step(exchange);
+    if (bound / sharing + tail + result.optimizer < limit) pipeline = step(exchange);
+    pipeline = std::max(busiest, pipeline / sharing);  // others compute where a stage idles
     result.bubble = pipeline - busiest;
   }
   result.seconds = pipeline + tail + result.optimizer;
@@ -561,7 +571,7 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
                                   const Layout& layout, int64_t sequences, int64_t length) {
   const Machine& machine = cluster.machine;
   const Mesh mesh(layout, int(layout.ranks()) - 1);
-  const Gpt gpt(config, mesh["tp"]);
+  const SizedGpt gpt(config, mesh["tp"]);
   const double e = double(size_of(config.dtype)), row = double(sequences) * e,
                L = double(config.layers), C = double(config.width),
                kv = double(gpt.tp.part(config.kv()).size()) * C / double(config.heads);

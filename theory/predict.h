@@ -33,6 +33,7 @@ struct Profile {
   double gradient_bytes;    // on the wire; 0: those of the master dtype
   double optimizer_bytes;   // read and written a parameter of the shard, in all
   double flash_share;       // of a large product's rate
+  bool direct;              // Cluster's
 };
 const Profile& profile_named(const std::string& name);
 std::vector<std::string> profile_names();

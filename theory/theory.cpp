@@ -20,6 +20,22 @@ Theory theory(const GptConfig& config, const Layout& layout, int rank,
   return t.sum;
 }
 
+SizedGpt::SizedGpt(const GptConfig& g, const Axis& axis, const Axis& cp)
+    : Gpt(g, axis, nullptr, cp) {
+  if (g.kv() == g.heads) return;
+  const int64_t D = g.width / g.heads, queries = g.heads / g.kv() * D, group = queries + 2 * D;
+  const Range part = tp.part(g.kv());
+  const auto split = [&](Param& p, Shape shape, int dim, int64_t width) {
+    p.shape = std::move(shape);
+    p = tp.split(p, dim, {part.begin * width, part.end * width});
+  };
+  for (const ModelPart& block : parts().subspan(1, g.layers)) {
+    split(*block.params[2], {g.width, g.kv(), group}, 1, 1);  // c_attn's weight and bias
+    split(*block.params[3], {g.kv(), group}, 0, 1);
+    split(*block.params[4], {g.width, g.width}, 0, queries);  // the projection
+  }
+}
+
 void TheoryOfRank::enter(const Axis& axis, Collective collective, Traffic purpose, int64_t calls,
                          int64_t bytes) {
   if (axis.size == 1 || calls == 0) return;

@@ -27,6 +27,12 @@ Theory theory(const GptConfig& config, const Layout& layout, int rank,
 int64_t decoding_bytes(const GptConfig& config, const Layout& layout, int pp_rank,
                        int64_t sequences, int64_t steps);
 
+// The parameters of a model in which so many heads of queries share keys and values, for counting:
+// Gpt runs none.
+struct SizedGpt : Gpt {
+  explicit SizedGpt(const GptConfig& config, const Axis& tp = {}, const Axis& cp = {});
+};
+
 // ---- for the strategies' files
 
 // A rank: its place in the job, its parts of the model, and the theory so far.
@@ -45,7 +51,7 @@ struct TheoryOfRank {
   Mesh& mesh;  // sizes only: nothing is opened
   Schedule schedule;
   const Axis &pp = mesh["pp"], fsdp = join(mesh, "fsdp", "cp"), &cp = mesh["cp"], &tp = mesh["tp"];
-  Gpt gpt{config, tp, nullptr, cp};  // nor allocated
+  SizedGpt gpt{config, tp, cp};  // nor allocated
   std::vector<ModelPiece> pieces = pieces_of(gpt, schedule, pp.rank);
   bool shards_gradients = fsdp.size > 1 && options.fsdp.zero >= 2,
        shards_parameters = fsdp.size > 1 && options.fsdp.zero == 3,

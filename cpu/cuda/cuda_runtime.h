@@ -206,8 +206,9 @@ cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t pool, cudaMemPoolAttr attribut
 namespace cpu {
 
 // How streams run. Immediate: in the caller, at once. Queued: each stream is a queue that a thread
-// of its own works off, with random delays drawn from the seed, so that a forgotten wait between
-// two streams shows. THREEFOLD_STREAMS=queued:SEED or these functions.
+// of its own works off, so that communication overlaps with computation (THREEFOLD_STREAMS=queued);
+// with random delays drawn from a seed a forgotten wait between two streams shows
+// (THREEFOLD_STREAMS=queued:SEED or these functions).
 void queue_streams(unsigned seed);
 void run_streams_at_once();
 extern bool streams_are_queued;

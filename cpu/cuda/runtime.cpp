@@ -222,6 +222,8 @@ void* cpu::shared_block(size_t bytes) {
 
 namespace {
 
+unsigned streams_seed = 0;  // of the delays; 0: none
+
 // A stream's queue and the thread that works it off, started by the first work that is queued.
 class Queue {
  public:
@@ -273,6 +275,7 @@ class Queue {
   }
   // Mostly no delay, sometimes a short one, seldom one that is longer than any kernel of a test.
   void dawdle() {
+    if (streams_seed == 0) return;
     const unsigned draw = random_() % 100;
     if (draw < 60) return;
     const unsigned longest = draw < 95 ? 100 : 2000;
@@ -325,7 +328,6 @@ struct CUevent_st {
 };
 
 namespace {
-unsigned streams_seed = 0;
 
 struct Streams {  // all there are; the null stream is the first
   std::mutex mutex;
@@ -353,7 +355,7 @@ CUstream_st& of(cudaStream_t stream) { return stream ? *stream : *streams().all.
 bool streams_from_environment() {
   const char* value = getenv("THREEFOLD_STREAMS");
   if (!value || strncmp(value, "queued", 6)) return false;
-  streams_seed = value[6] == ':' ? unsigned(strtoul(value + 7, nullptr, 10)) : 1;
+  streams_seed = value[6] == ':' ? unsigned(strtoul(value + 7, nullptr, 10)) : 0;
   return true;
 }
 }  // namespace
@@ -553,7 +555,7 @@ class Pool {
 #ifdef CPU_FAITHFUL
   bool poison_ = true;
 #else
-  bool poison_ = cpu::streams_are_queued || getenv("THREEFOLD_POISON");
+  bool poison_ = (cpu::streams_are_queued && streams_seed) || getenv("THREEFOLD_POISON");
 #endif
 };
 Pool& pool() {

@@ -44,13 +44,13 @@ seen() {
   done
 }
 
+contents=$(for page in "${pages[@]}"; do
+  echo "<a href='$(address "$page")'>$(title "$page")</a>"
+done)
 last=$((${#pages[@]} - 1))
 for i in $(seq 0 $last); do
   page=${pages[$i]}
-  contents=$(for other in "${pages[@]}"; do
-    [ "$other" = "$page" ] && current=' aria-current="page"' || current=
-    echo "<a href='$(address "$other")'$current>$(title "$other")</a>"
-  done)
+  here=$(address "$page")
   previous= next= after=
   [ "$i" = 0 ] || previous=$(address "${pages[$((i - 1))]}")
   [ "$i" = $last ] || {
@@ -59,8 +59,9 @@ for i in $(seq 0 $last); do
   }
   pandoc "$page" -f gfm --wrap=none --toc \
     --template docs/book/page.html --lua-filter docs/book/page.lua \
-    -M title="$(title "$page")" -V pages="$contents" -V previous="$previous" -V next="$next" \
-    -V after="$after" -V seen="$(seen "$page")" -o "$out/$(address "$page")"
+    -M title="$(title "$page")" -V pages="${contents/"'$here'"/"'$here' aria-current='page'"}" \
+    -V previous="$previous" -V next="$next" -V after="$after" -V seen="$(seen "$page")" \
+    -o "$out/$here"
 done
 
 awk -v out=$out/source -f docs/book/source.awk $(cut -f3 $REFERENCES | sort -u)
