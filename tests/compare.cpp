@@ -2,8 +2,8 @@
 // wrote, checks them (equal losses; bytes and memory equal to their formulas), prints three tables
 // and writes the report: one HTML file, no network.
 //   compare DIR REPORT.html    DIR has jobs.txt (lines: name, tab, ranks, tab, options) and for
-//                              each job NAME.jsonl, and its replay NAME.html. How much slower links
-//                              slow a step is in build/network/cells.tsv, if `make network` has run.
+//                              each job NAME.jsonl, and its replay NAME.html. How much slow links
+//                              slow a step is in build/network/cells.tsv, if `make network` ran
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
