@@ -3,7 +3,7 @@
 // and writes the report: one HTML file, no network.
 //   compare DIR REPORT.html    DIR has jobs.txt (lines: name, tab, ranks, tab, options) and for
 //                              each job NAME.jsonl, and its replay NAME.html. How much slow links
-//                              slow a step is in build/network/cells.tsv, if `make network` ran
+//                              slow a step is in build/network/cells.tsv, if `make network` ran.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>

@@ -97,7 +97,7 @@ while IFS=$'\t' read -r name ranks options; do
     failed=1
     continue
   }
-  report/replay.sh "$dir/$name.json" "$dir/$name.html"
+  report/replay.sh "$dir/$name.json" "$dir/$name.html" || refuse "no replay of $name"
   echo "$command" >"$dir/$name.command"
   echo "($((SECONDS - start)) s)"
 done < <(jobs)
