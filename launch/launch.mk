@@ -25,17 +25,19 @@ $(B)/ready: Makefile cpu/cpu.mk $(B)/packages
 
 # ---- commands
 
-.PHONY: run generate deps detect look-again
+.PHONY: run replay generate deps detect look-again
 # to launch/run.sh through the environment, where no sign in a name means anything
 export override DATA := $(value DATA)
 export override ARGS := $(value ARGS)
 export override PROMPT := $(value PROMPT)
 export override CHECKPOINT := $(value CHECKPOINT)
-## make run [DATA=file] [STRATEGY=serial|replicate|fsdp|cp|tp|pp|3d] [NP=ranks] [ARGS=options]
-##                          train a GPT and print a sample of what it learned
+## make run [DATA=file] [STRATEGY=serial|replicate|zero1|fsdp|cp|tp|tp-rows|pp|3d] [NP=ranks]
+##          [ARGS=options]  train a GPT and print a sample of what it learned
+## make replay [STRATEGY=fsdp] [NP=4] [ARGS=options]
+##                          a step of all ranks to look at, event by event: build/replay.html
 ## make generate [PROMPT=text] [CHECKPOINT=dir] [NP=ranks] [ARGS=options] [TRAIN_ARGS=options]
 ##                          continue a text with a model (trains one first where there is none)
-run generate: built
+run replay generate: built
 	@BACKEND=$(BACKEND) THREADS=$(THREADS) MPIEXEC='$(MPIEXEC)' WHY='$(WHY)' launch/run.sh $@
 
 deps:  ## make deps                install what is missing (MPICH, oneDNN, nlohmann/json, xxHash)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# run.sh: `make run` and `make generate`. What was given to make comes through the environment, so
-# that no sign in a name means anything.
+# run.sh: `make run`, `make replay` and `make generate`. What was given to make comes through the
+# environment, so that no sign in a name means anything.
 #   launch/run.sh run        BACKEND MPIEXEC THREADS, and perhaps DATA STRATEGY NP ARGS
+#   launch/run.sh replay     the same, and perhaps PAGE
 #   launch/run.sh generate   the same, and perhaps PROMPT CHECKPOINT TRAIN_ARGS
 set -u
 cd "$(dirname "$0")/.."
@@ -25,7 +26,7 @@ start() {
 # default OPTION VALUE: adds it to the command, unless ARGS has the option
 default() { [[ " ${ARGS:-} " == *" $1 "* ]] || command+=("$1" "$2"); }
 
-# ---- ranks: one a GPU; without GPUs one a core, of which 3d takes 8
+# ---- ranks: one a GPU; without GPUs one a core, to look at four, and for 3d eight
 
 if [ -n "${NP:-}" ]; then
   ranks=$NP
@@ -34,6 +35,7 @@ elif [ "$BACKEND" = cuda ]; then
   [ "$ranks" != 0 ] || ranks=1
 else
   ranks=$(nproc)
+  [ "$what" != replay ] || ranks=4
   [ "$strategy" != 3d ] || ranks=8
 fi
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || refuse "NP is '$ranks', expected a number of ranks"
@@ -53,24 +55,43 @@ if [ "$what" = generate ]; then
   exit
 fi
 
-# ---- run
+# ---- run and replay
 
 command=(build/train_gpt)
 case $strategy in
   serial) ranks=1 ;;
   replicate | fsdp | cp | tp | pp) command+=("--$strategy" "$ranks") ;;
+  zero1) command+=(--fsdp "$ranks" --zero 1) ;;
+  tp-rows) command+=(--tp "$ranks" --sequence-parallel) ;;
   3d)
     [ $((ranks % 4)) = 0 ] || refuse "STRATEGY=3d is pp 2 x fsdp NP/4 x tp 2, but NP is $ranks:" \
       "choose a multiple of 4"
     command+=(--pp 2 --fsdp $((ranks / 4)) --tp 2 --sequence-parallel)
     ;;
-  *) refuse "STRATEGY is '$strategy', expected serial, replicate, fsdp, cp, tp, pp or 3d" ;;
+  *)
+    refuse "STRATEGY is '$strategy', expected serial, replicate, zero1, fsdp, cp, tp, tp-rows, pp" \
+      "or 3d"
+    ;;
 esac
 # DATA is one file, whatever its name, or several whose names have no spaces.
 if [ -e "${DATA:-}" ]; then
   command+=(--data "$DATA")
 elif [ -n "${DATA:-}" ]; then
   command+=(--data $DATA)
+fi
+if [ "$what" = replay ]; then # short sequences, so that activations do not dwarf the weights
+  page=${PAGE:-build/replay.html}
+  command+=(--trace "${page%.html}.json")
+  default --context 32
+  sequences=$ranks
+  [[ $strategy != pp && $strategy != 3d ]] || sequences=$((2 * ranks)) # more micro-batches
+  default --batch $sequences
+  default --steps 3
+  rm -f "${page%.html}.json"
+  start "$ranks" "${command[@]}" "${args[@]}" || exit
+  report/replay.sh "${page%.html}.json" "$page" || exit
+  echo "replay: $page"
+  exit
 fi
 if [ "$BACKEND" = cuda ]; then
   default --model char

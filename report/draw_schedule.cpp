@@ -70,7 +70,7 @@ std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& ti
                      const std::string& unit_name, double longest) {
   ASSERT(t.makespan > 0, "there is nothing to draw");
   const double whole =
-      longest > 0 ? 1400 : std::clamp(72.0 * s.microbatches * s.chunks, 640.0, 2400.0);
+      longest > 0 ? 1080 : std::clamp(72.0 * s.microbatches * s.chunks, 640.0, 2400.0);
   const double scale = whole / std::max(t.makespan, longest), span_px = t.makespan * scale;
   const double left = 70, top = 64, row = 30, width = left + whole + 90,
                bottom = top + row * s.stages, height = bottom + 50;

@@ -11,7 +11,7 @@ set -u
 cd "$(dirname "$0")/.."
 . tests/lib.sh
 code=$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
-scripts=$(git ls-files '*.sh' '*.awk' '*.py' '*.mk' Makefile .ci/run)
+scripts=$(git ls-files '*.sh' '*.awk' '*.py' '*.mk' '*.js' '*.css' '*.html' Makefile .ci/run)
 folders="checkpoint cpu docs inference kernels launch network report support tests theory"
 main_line="autograd comm context_parallel fsdp gpt optimizer pipeline schedule tensor"
 main_line="$main_line tensor_parallel"

@@ -2,10 +2,12 @@
 // wrote, checks them (equal losses; bytes and memory equal to their formulas), prints three tables
 // and writes the report: one HTML file, no network.
 //   compare DIR REPORT.html    DIR has jobs.txt (lines: name, tab, ranks, tab, options) and for
-//                              each job NAME.jsonl
+//                              each job NAME.jsonl, and its replay NAME.html. How much slow links
+//                              slow a step is in build/network/cells.tsv, if `make network` ran.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -19,7 +21,7 @@ namespace {
 using Json = nlohmann::json;
 
 struct Job {
-  std::string name, options;
+  std::string name, options, replay;  // the page of its replay, empty if there is none
   int ranks = 1;
   std::vector<double> losses, step_ms;
   Json summary;
@@ -61,6 +63,8 @@ std::vector<Job> read_jobs(const std::string& dir) {
     }
     REQUIRE(!job.summary.is_null() && job.losses.size() > 2, dir, "/", job.name,
             ".jsonl is not there or not complete: run make compare");
+    if (std::filesystem::exists(dir + "/" + job.name + ".html"))
+      job.replay = std::filesystem::path(dir).filename() / (job.name + ".html");
     jobs.push_back(job);
   }
   REQUIRE(!jobs.empty() && jobs[0].name == "serial", dir,
@@ -222,7 +226,7 @@ std::string html(const Table& t) {
   return s + "</table></div>\n";
 }
 
-const char* const kColours[] = {"c0", "c1", "c2", "c3", "c4", "c5"};
+const char* const kColours[] = {"c0", "c1", "c2", "c3", "c4", "c5", "c6"};
 
 // Three names a row, each behind a square of its colour; 17 high a row.
 std::string legend(const std::vector<std::string>& names) {
@@ -316,11 +320,12 @@ std::string lines(const std::string& title, const std::string& y_title,
   for (const Line& l : all)
     for (double v : l.y) low = std::min(low, v), high = std::max(high, v);
   const size_t n = all[0].y.size();
-  const double left = 48, wide = 296, top = 62, tall = 180, step = round_step((high - low) / 4);
+  const double left = 48, wide = 296, tall = 180, step = round_step((high - low) / 4),
+               top = 28 + 17 * double((families.size() + 2) / 3);
   const auto x = [&](size_t k) { return left + wide * double(k) / double(n - 1); };
   const auto y = [&](double v) { return top + tall * (high - v) / std::max(high - low, 1e-300); };
   std::ostringstream svg;
-  svg << legend(families) << "<text x='4' y='50'>" << y_title << "</text>\n";
+  svg << legend(families) << "<text x='4' y='" << top - 12 << "'>" << y_title << "</text>\n";
   for (double v = std::ceil(low / step) * step; v <= high * (1 + 1e-9); v += step)
     svg << "<line class=grid x1='" << left << "' x2='" << left + wide << "' y1='" << y(v)
         << "' y2='" << y(v) << "'/><text class=end x='" << left - 5 << "' y='" << y(v) + 4 << "'>"
@@ -358,6 +363,10 @@ std::string curves(const std::vector<Job>& jobs) {
                "relative difference of the loss, in units of 1e-7", differences);
 }
 
+std::string link(const Job& j) {
+  return j.replay.empty() ? "" : " <a href='" + j.replay + "'>replay</a>";
+}
+
 // All pipelines on one scale of time: a shorter step is a shorter drawing.
 std::string timelines(const std::vector<Job>& jobs) {
   struct Drawn {
@@ -380,7 +389,7 @@ std::string timelines(const std::vector<Job>& jobs) {
                               bubble(j, "predicted_bubble") + " predicted from mean times, " +
                               bubble(j, nullptr) + " if F = B = W";
     s += "<div class=scroll tabindex=0 role=region aria-label='timeline of " + j.name + "'>" +
-         draw_svg(schedule, executed, title, "ms", longest) + "</div>\n";
+         draw_svg(schedule, executed, title, "ms", longest) + "</div>" + link(j) + "\n";
   }
   return s;
 }
@@ -391,71 +400,137 @@ const Job* find(const std::vector<Job>& jobs, const std::string& name) {
   return nullptr;
 }
 
-// The three promises, each with what was measured here.
+const char* const kNotMeasured = "not measured here";
+
+// How many times slower a step is over slow links, from the lines of `make network`: ranks a node,
+// link, layout, ms.
+std::string slowdowns(const std::string& layout) {
+  std::map<std::string, double> ms;
+  std::ifstream cells("build/network/cells.tsv");
+  for (std::string line; std::getline(cells, line);) {
+    std::istringstream fields(line);
+    std::string ranks, link, name;
+    double of_step = 0;
+    if (fields >> ranks >> link >> name >> of_step && ranks == "1" && name == layout)
+      ms[link] = of_step;
+  }
+  std::string s;
+  for (const char* link : {"1gbit", "300mbit", "100mbit", "1ms"})
+    if (ms.count("fast") && ms.count(link))
+      s += format(s.empty() ? "a step takes %.2f times as long over %s" : ", %.2f over %s",
+                  ms[link] / ms["fast"], link);
+  return s.empty() ? kNotMeasured : s;
+}
+
+// What each strategy promises, what it asks of the network and when to use it, each with what was
+// measured here.
 std::string promises(const std::vector<Job>& jobs, const std::map<std::string, double>& token_ms) {
-  const Job &serial = jobs[0], *fsdp = find(jobs, "fsdp-zero3"), *tp = find(jobs, "tp"),
-            *pp = find(jobs, "pp-1f1b");
+  const Job& serial = jobs[0];
   const auto state = [](const Job& j) {
     double all = 0;
     for (const char* category : kPersistent) all += of(fullest(j), category, "now");
     return all;
   };
-  const auto step = [](const Job& j) { return mib(sent(j, busiest(j)).all); };
-  Table t{"Three strategies, and what was measured",
-          {"strategy", "what it is for", "what it is like", "what it asks of the network"},
+  const auto weights = [](const Job& j) { return of(fullest(j), "parameters", "now"); };
+  const auto sends = [&](const Job& j) {
+    const Sent s = sent(j, busiest(j));
+    return format("%.2f MiB per step and rank in %.0f calls", mib(s.all), s.calls);
+  };
+  Table t{"What each strategy is for and what it asks of the network, with what was measured here",
+          {"strategy", "what it is for", "what it is like", "what it asks of the network",
+           "over slow links (make network)", "when to use it"},
           {}};
-  if (fsdp)
-    t.rows.push_back(
-        {"FSDP",
-         format("Memory: a rank holds %.2f MiB of weights, gradients and optimizer state; alone it "
-                "would hold %.2f MiB, %.2f times as much.",
-                state(*fsdp), state(serial), state(serial) / state(*fsdp)),
-         format("A large book cut in slices: each of %d people keeps %.2f of %.2f MiB of weights.",
-                fsdp->ranks, of(fullest(*fsdp), "parameters", "now"),
-                of(fullest(serial), "parameters", "now")),
-         format(
-             "Moderate: %.2f MiB per step and rank in all-gathers and reduce-scatters, %.0f calls.",
-             step(*fsdp), sent(*fsdp, 0).calls)});
-  if (tp) {
-    const std::string speed =
-        token_ms.count("tp")
-            ? format(
-                  "Latency: one token of gpt2 takes %.2f ms on one rank and %.2f ms with --tp 2, "
-                  "which is %.2f times as fast.",
-                  token_ms.at("one"), token_ms.at("tp"), token_ms.at("one") / token_ms.at("tp"))
-            : std::string("Latency: not measured here (ONLY=generate).");
-    t.rows.push_back(
-        {"Tensor parallel", speed,
-         format(
-             "%d people on different parts of one problem: each multiplies with %.2f of %.2f MiB "
-             "of weights.",
-             tp->ranks, of(fullest(*tp), "parameters", "now"),
-             of(fullest(serial), "parameters", "now")),
-         format("Very high: %.2f MiB per step and rank, in %.0f calls for which everyone waits.",
-                step(*tp), sent(*tp, 0).calls)});
-  }
-  if (pp)
-    t.rows.push_back(
-        {"Pipeline",
-         format(
-             "Throughput over slow links: busy %.1f %% of the time with 1f1b, by formula %.1f %%.",
-             100 - 100 * pp->summary["pipeline"]["bubble"].get<double>(),
-             100 - 100 * theoretical_bubble(schedule_of(*pp))),
-         format("An assembly line: each of %d people adds 1/%d of the layers.", pp->ranks,
-                pp->ranks),
-         fsdp ? format("Low: %.2f MiB per step and rank, FSDP sends %.0f times as much.", step(*pp),
-                       step(*fsdp) / step(*pp))
-              : format("Low: %.2f MiB per step and rank.", step(*pp))});
-  return t.rows.empty() ? "" : "<div class=words>" + html(t) + "</div>";
+  // Words, each followed by what was measured of the job: nothing, where it did not run.
+  const auto row = [&](const char* name, const char* of_job, const char* layout, const char* for_,
+                       const auto& benefit, const char* like, const auto& likewise,
+                       const char* network, const char* when) {
+    const Job* j = find(jobs, of_job);
+    const auto cell = [&](const char* words, const auto& measured) {
+      return std::string(words) + ": " + (j ? measured(*j) : kNotMeasured) + ".";
+    };
+    t.rows.push_back({name + (j ? link(*j) : ""), cell(for_, benefit), cell(like, likewise),
+                      cell(network, sends), slowdowns(layout), when});
+  };
+  row(
+      "Data parallel (DDP)", "replicate", "replicate", "Speed, with a whole model on each rank",
+      [&](const Job& j) {
+        return format("a rank holds %.2f MiB of weights, gradients and optimizer state, as alone",
+                      state(j));
+      },
+      "Copies of a book, each reads other pages",
+      [&](const Job& j) {
+        return format("%.2f MiB of weights on each of %d", weights(j), j.ranks);
+      },
+      "Moderate, all-reduce", "The model fits on one GPU, and training is slow");
+  row(
+      "FSDP", "fsdp-zero3", "zero3", "Memory",
+      [&](const Job& j) {
+        return format(
+            "a rank holds %.2f MiB of weights, gradients and optimizer state; alone it "
+            "would hold %.2f MiB, %.2f times as much",
+            state(j), state(serial), state(serial) / state(j));
+      },
+      "A large book cut in slices",
+      [&](const Job& j) {
+        return format("each of %d people keeps %.2f of %.2f MiB of weights", j.ranks, weights(j),
+                      weights(serial));
+      },
+      "Moderate, all-gather and reduce-scatter",
+      "The model does not fit on one GPU: its optimizer state is too large");
+  row(
+      "Tensor parallel", "tp", "tp", "Latency",
+      [&](const Job&) {
+        return token_ms.count("tp")
+                   ? format(
+                         "one token of gpt2 takes %.2f ms on one rank and %.2f ms with --tp 2, "
+                         "which is %.2f times as fast",
+                         token_ms.at("one"), token_ms.at("tp"),
+                         token_ms.at("one") / token_ms.at("tp"))
+                   : std::string(kNotMeasured) + " (ONLY=generate)";
+      },
+      "People on different parts of one problem",
+      [&](const Job& j) {
+        return format("each of %d multiplies with %.2f of %.2f MiB of weights", j.ranks, weights(j),
+                      weights(serial));
+      },
+      "Extremely high, everyone waits for each all-reduce (NVLink)",
+      "The lowest latency of a token is needed (inference)");
+  row(
+      "Pipeline", "pp-1f1b", "1f1b", "Throughput",
+      [&](const Job& j) {
+        return format("busy %.1f %% of the time with 1f1b, by formula %.1f %%",
+                      100 - 100 * j.summary["pipeline"]["bubble"].get<double>(),
+                      100 - 100 * theoretical_bubble(schedule_of(j)));
+      },
+      "An assembly line",
+      [&](const Job& j) {
+        return format("each of %d people adds 1/%d of the layers", j.ranks, j.ranks);
+      },
+      "Lower, an activation at each cut", "The model is very deep, and spans several nodes");
+  row(
+      "All three (3D)", "3d", "3d", "Very large models",
+      [&](const Job& j) {
+        return format(
+            "a rank holds %.2f MiB of weights, gradients and optimizer state; alone it "
+            "would hold %.2f MiB",
+            state(j), state(serial));
+      },
+      "Assembly lines whose workers share each task",
+      [&](const Job& j) {
+        return format("each of %d holds %.2f of %.2f MiB of weights", j.ranks, weights(j),
+                      weights(serial));
+      },
+      "Each axis its own: tp inside a node, pp between nodes", "100 billion parameters and more");
+  return "<div class=words>" + html(t) + "</div>";
 }
 
 const char* const kStyle = R"(<style>
 :root { --paper:#fff; --ink:#1c1e21; --soft:#5c6670; --grid:#dde1e6; --c0:#2f6fb7;
-  --c1:#d9822b; --c2:#3f9142; --c3:#8e5bb5; --c4:#c0392b; --c5:#7a7f87;
+  --c1:#d9822b; --c2:#3f9142; --c3:#8e5bb5; --c4:#c0392b; --c5:#7a7f87; --c6:#12868c;
   color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --paper:#15181c; --ink:#e7e9ec; --soft:#a3acb5;
   --grid:#343a41; --c0:#6aa7ea; --c1:#f0a658; --c2:#75c079; --c3:#bb92dd; --c4:#ec7b6e;
-  --c5:#a7adb5; } }
+  --c5:#a7adb5; --c6:#56c2c7; } }
 body { margin:0 auto; padding:1rem; max-width:1240px; background:var(--paper);
   color:var(--ink); font:16px/1.5 system-ui,sans-serif; }
 h1 { font-size:1.6rem; margin:.2em 0; } h2 { font-size:1.2rem; margin:2em 0 .5em; }
@@ -465,15 +540,16 @@ nav a { display:inline-block; margin-right:1em; padding:.4em 0; } a { color:var(
   gap:1.5rem; }
 figure { margin:0; min-width:0; }
 figure svg { display:block; width:100%; max-width:600px; height:auto; }
-.scroll svg { max-width:max(100%,700px); height:auto; }
+.scroll svg { max-width:none; }
 figcaption { font-size:.9rem; font-weight:600; max-width:600px; min-height:3em; }
 svg text { font:11px system-ui,sans-serif; fill:var(--ink); } svg .small { font-size:9px; }
 svg .mid { text-anchor:middle; } svg .end { text-anchor:end; } svg .grid { stroke:var(--grid); }
 .c0 { fill:var(--c0); } .c1 { fill:var(--c1); } .c2 { fill:var(--c2); } .c3 { fill:var(--c3); }
-.c4 { fill:var(--c4); } .c5 { fill:var(--c5); } .formula { fill-opacity:.45; }
+.c4 { fill:var(--c4); } .c5 { fill:var(--c5); } .c6 { fill:var(--c6); }
+.formula { fill-opacity:.45; }
 polyline { fill:none; } .l0 { stroke:var(--c0); } .l1 { stroke:var(--c1); }
 .l2 { stroke:var(--c2); } .l3 { stroke:var(--c3); } .l4 { stroke:var(--c4); }
-.l5 { stroke:var(--c5); }
+.l5 { stroke:var(--c5); } .l6 { stroke:var(--c6); }
 .scroll { overflow-x:auto; margin:1rem 0; }
 .scroll:focus-visible, a:focus-visible { outline:2px solid var(--c0); outline-offset:2px; }
 table { border-collapse:collapse; font-size:.9rem; }
@@ -584,7 +660,7 @@ std::string report(const std::vector<Job>& jobs, const std::vector<Table>& all,
   s += "<h2>The jobs</h2><ul>";
   for (const Job& j : jobs)
     s += sentence("<li><b>", j.name, "</b>: <code>mpiexec -n ", j.ranks, " build/train_gpt ",
-                  common, " ", j.options, "</code>");
+                  common, " ", j.options, "</code>", link(j));
   return s + "</ul></html>\n";
 }
 

@@ -87,16 +87,17 @@ while IFS=$'\t' read -r name ranks options; do
   threads=$((cores / ranks))
   [ $threads -gt 0 ] || threads=1
   printf '  %-15s mpiexec -n %s build/train_gpt %s ' "$name" "$ranks" "$options"
-  rm -f "$dir/$name.command" "$dir/$name.jsonl" "$dir/$name.trace.json"
+  rm -f "$dir/$name.command" "$dir/$name."{jsonl,json,html}
   start=$SECONDS
   OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive $MPIEXEC -n "$ranks" \
     build/train_gpt $common $options --metrics "$dir/$name.jsonl" \
-    --trace "$dir/$name.trace.json" >"$dir/$name.out" 2>&1 </dev/null || {
+    --trace "$dir/$name.json" >"$dir/$name.out" 2>&1 </dev/null || {
     echo "FAILED"
     tail -3 "$dir/$name.out"
     failed=1
     continue
   }
+  report/replay.sh "$dir/$name.json" "$dir/$name.html" || refuse "no replay of $name"
   echo "$command" >"$dir/$name.command"
   echo "($((SECONDS - start)) s)"
 done < <(jobs)

@@ -286,4 +286,13 @@ mutant faults padding_is_saved_and_in_the_norm \
 mutant faults rows_of_padding_are_not_cleared \
   tensor_parallel.cpp '/if \(padded > R\) fill/d' 2 queued test_tensor_parallel $parity_tp
 
+mutant faults a_trace_counts_the_last_call_of_a_group_alone \
+  report/recorder.cpp 's/bytes \+= bytes/bytes = bytes/' 4 immediate test_trace
+mutant faults a_trace_keeps_the_last_change_of_memory_alone \
+  report/recorder.cpp 's/\[category\] \+= bytes/[category] = bytes/' 4 immediate test_trace
+mutant faults a_rebuilt_trace_forgets_what_works_wait_for \
+  report/trace.cpp 's/after < 0 \? -1 : first \+ after/(void(after), -1)/' 4 immediate test_trace
+mutant faults a_unit_of_a_trace_never_arrives \
+  fsdp.cpp '/note_unit\("arrived"/d' 4 immediate test_trace
+
 sums_up

@@ -271,7 +271,7 @@ refuses a_probability_above_one_is_refused "--top-p 2 is above 1" $model --top-p
 refuses words_without_a_tokenizer_are_refused "'hello' is no token" --layers 1 --width 8 --heads 1 \
   --vocab 1000 --prompt hello
 
-# ---- make run and make generate: the command that they come to
+# ---- make run, make replay and make generate: the command that they come to
 
 mkdir "$dir/made"
 touch "$dir/made/manifest.json"
@@ -291,6 +291,10 @@ make BACKEND=cpu run NP=two >"$dir/out" 2>&1
 status=$?
 check a_number_of_ranks_that_is_none_is_refused \
   '[ $status != 0 ] && grep -q "NP is .two., expected a number of ranks" "$dir/out"'
+make BACKEND=cpu replay STRATEGY=zero9 >"$dir/out" 2>&1
+status=$?
+check a_strategy_that_is_none_is_refused '[ $status != 0 ] &&
+  grep -q "make replay: STRATEGY is .zero9., expected serial, replicate, zero1," "$dir/out"'
 
 # ---- build/show_schedule, and output that goes nowhere
 

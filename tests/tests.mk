@@ -40,7 +40,7 @@ print-link: ; @echo '$(LINK)'
 print-objects: ; @echo '$(OBJECTS)'
 
 .PHONY: test faults fuzz parity compare mutants sanitize check-docs check-style check-portable
-.PHONY: check-book
+.PHONY: check-book check-pages
 .PHONY: bench gpu-check cuda cuda-build check-spills sass
 
 test:  ## make test                the whole suite; with BACKEND=cuda on the GPUs, too
@@ -54,7 +54,7 @@ SECONDS ?= 60
 fuzz:  ## make fuzz [SECONDS=60]   libFuzzer on everything that reads files of others (needs clang)
 	@tests/fuzz.sh $(SECONDS)
 
-MUTATED := kernels trainer fsdp tensor_parallel context_parallel pipeline schedule comm golden
+MUTATED := kernels trainer fsdp tensor_parallel context_parallel pipeline schedule comm golden trace
 mutants:  ## make mutants             one-line faults that the suite must catch
 	@$(MAKE) -s --no-print-directory BACKEND=cpu $(MUTATED:%=build/cpu/tests/test_%)
 	@tests/mutants.sh
@@ -80,6 +80,10 @@ check-book:
 
 check-style:  ## make check-style         width, clang-format, one sentence a line, includes
 	@tests/check_style.sh
+
+## make check-pages         drives a replay of each strategy in Chromium (where it is installed)
+check-pages: built
+	@BACKEND=$(BACKEND) THREADS=$(THREADS) MPIEXEC='$(MPIEXEC)' tests/check_pages.sh
 
 ## make check-portable      other systems, as root on Debian: ON=trixie|arm64|clang (all three)
 check-portable:

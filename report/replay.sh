@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# replay.sh: a trace as a page that plays it: one file that needs no network.
+#   report/replay.sh TRACE.json PAGE.html
+set -eu
+trace=$(realpath "$1") page=$(realpath -m "$2")
+cd "$(dirname "$0")/.."
+
+# where each function that the trace or the script names is defined: "Fsdp::reshard":"fsdp.cpp:200"
+functions() {
+  local name place comma=""
+  grep -ohE '"function": ?"[^"]+"|[A-Z][a-z]+::[a-z_]+' "$trace" report/replay.js \
+    | sed 's/.*"\(.*\)"/\1/' | sort -u | while read -r name; do
+    place=$(grep -nE "^[^ /].*\b$name\(" ./*.cpp | head -1 | cut -d: -f1,2)
+    [ -z "$place" ] || printf '%s"%s":"%s"' "$comma" "$name" "${place#./}"
+    comma=,
+  done
+}
+data() { printf '<script type="application/json" id="%s">%s</script>\n' "$1" "$2"; }
+
+{
+  echo '<!doctype html><html lang="en"><meta charset="utf-8">'
+  echo '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Replay</title>'
+  echo '<style>'
+  cat report/replay.css
+  printf '</style><body data-sources="%s/">\n' "$(realpath --relative-to="$(dirname "$page")" .)"
+  cat report/replay.html
+  data functions "{$(functions)}"
+  echo '<script type="application/json" id="trace">'
+  sed 's/</\\u003c/g' "$trace" # no name can end the script
+  echo '</script><script>'
+  cat report/replay.js
+  echo '</script></html>'
+} >"$page"

@@ -1,0 +1,427 @@
+#!/usr/bin/env python3
+"""check_pages.py: `make check-pages`, with tests/check_pages.sh: opens pages in headless Chromium,
+and drives them as a person would.
+
+   tests/check_pages.py SCREENSHOTS PAGE.html...
+
+A page that holds a trace is a replay: it is played, stepped, moved by keys, and at 20 random
+moments what it says and draws is compared with the trace, which is read and added up here, in
+Python. Of any page: no error of a script, no overflow at 360, 768 and 1440 pixels, light and dark,
+and it prints.
+Chromium is spoken to over a pair of pipes, in its DevTools protocol."""
+import base64
+import fcntl
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+passed = failed = 0
+
+
+def check(name, wrong, about=''):
+    """Passes when nothing is wrong: wrong is a list of what is."""
+    global passed, failed
+    if wrong:
+        failed += 1
+        print('FAIL', name, *wrong[:5], sep='\n     ')
+    else:
+        passed += 1
+        print('ok  ', name, f'({about})' if about else '')
+
+
+class Browser:
+    def __init__(self, program):
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in os.pipe() + os.pipe()]
+        reads, self.out, self.into, writes = ends
+        self.process = subprocess.Popen(
+            ['bash', '-c', f'exec "$@" 3<&{reads} 4>&{writes}', '-', program, '--headless=new',
+             '--remote-debugging-pipe', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
+             '--no-first-run', '--hide-scrollbars', f'--user-data-dir={self.profile.name}'],
+            pass_fds=(reads, writes), stderr=subprocess.DEVNULL)
+        os.close(reads), os.close(writes)
+        self.number, self.rest, self.errors, self.session = 0, b'', [], None
+        target = self.call('Target.createTarget', url='about:blank')['targetId']
+        self.session = self.call('Target.attachToTarget', targetId=target,
+                                 flatten=True)['sessionId']
+        for domain in 'Page', 'Runtime', 'Log':
+            self.call(domain + '.enable')
+
+    def message(self):
+        while b'\0' not in self.rest:
+            piece = os.read(self.into, 1 << 20)
+            if not piece:
+                raise SystemExit('check_pages: Chromium ended')
+            self.rest += piece
+        one, self.rest = self.rest.split(b'\0', 1)
+        one = json.loads(one)
+        if one.get('method') == 'Runtime.exceptionThrown':
+            details = one['params']['exceptionDetails']
+            self.errors.append(details.get('exception', {}).get('description', details['text']))
+        if one.get('method') == 'Log.entryAdded' and one['params']['entry']['level'] == 'error':
+            self.errors.append(one['params']['entry']['text'])
+        return one
+
+    def call(self, method, **params):
+        self.number += 1
+        message = {'id': self.number, 'method': method, 'params': params}
+        if self.session:
+            message['sessionId'] = self.session
+        data = json.dumps(message).encode() + b'\0'
+        while data:
+            data = data[os.write(self.out, data):]
+        while True:
+            answer = self.message()
+            if answer.get('id') == self.number:
+                if 'error' in answer:
+                    raise SystemExit(f'check_pages: {method}: {answer["error"]}')
+                return answer['result']
+
+    def open(self, path):
+        self.call('Page.navigate', url='file://' + os.path.abspath(path))
+        while self.message().get('method') != 'Page.loadEventFired':
+            pass
+
+    def evaluate(self, script):
+        answer = self.call('Runtime.evaluate', expression=script, returnByValue=True)
+        if 'exceptionDetails' in answer:
+            self.errors.append(str(answer['exceptionDetails']))
+        return answer['result'].get('value')
+
+    def press(self, key, text=''):
+        for kind in 'keyDown', 'keyUp':
+            self.call('Input.dispatchKeyEvent', type=kind, key=key,
+                      **({'text': text} if text and kind == 'keyDown' else {}))
+
+    def click(self, selector):
+        x, y = self.evaluate(
+            f'(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView();'
+            ' const r = e.getBoundingClientRect();'
+            ' return [r.x + r.width / 2, r.y + r.height / 2]; })()')
+        for kind in 'mousePressed', 'mouseReleased':
+            self.call('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left', buttons=1,
+                      clickCount=1)
+
+    def size(self, width, height=900):
+        self.call('Emulation.setDeviceMetricsOverride', width=width, height=height,
+                  deviceScaleFactor=1, mobile=width < 500)
+
+    def media(self, media='', **features):
+        self.call('Emulation.setEmulatedMedia', media=media, features=[
+            {'name': name.replace('_', '-'), 'value': value} for name, value in features.items()])
+
+    def screenshot(self, path):
+        box = self.call('Page.getLayoutMetrics')['cssContentSize']
+        data = self.call('Page.captureScreenshot', captureBeyondViewport=True,
+                         clip={**box, 'height': min(box['height'], 4000), 'scale': 1})['data']
+        with open(path, 'wb') as file:
+            file.write(base64.b64decode(data))
+
+
+# ---- what the trace says, added up without the page
+
+
+class Trace:
+    def __init__(self, page):
+        text = re.search(r'id="trace">(.*?)</script>', page, re.S)[1]
+        trace = json.loads(text)
+        self.about, self.events = trace['threefold'], trace['traceEvents']
+        self.ranks = range(self.about['ranks'])
+        self.end = max(e['ts'] + e.get('dur', 0) for e in self.events if 'ts' in e)
+        self.told = sorted((e for e in self.events
+                            if e.get('cat') in ('part', 'collective', 'unit', 'live')),
+                           key=lambda e: e['ts'])
+
+    def until(self, rank, t, **fields):
+        """A rank's events that began, in the order of time."""
+        return sorted((e for e in self.events if e['pid'] == rank and e.get('ts', 1e99) <= t
+                       and all(e.get(k) == v for k, v in fields.items())), key=lambda e: e['ts'])
+
+    def running(self, rank, t, cat):
+        return [e for e in self.until(rank, t, ph='X', cat=cat) if e['ts'] + e['dur'] > t]
+
+    def memory(self, rank, t):
+        counters = self.until(rank, t, ph='C')
+        return counters[-1]['args'] if counters else self.about['held'][str(rank)]
+
+    def units(self, rank, t):
+        states, less = {}, 'shard' if self.about['shards_parameters'] else 'old'
+        for unit in self.about['units'][str(rank)]:
+            names = [e['name'] for e in self.until(rank, t, cat='unit')
+                     if e['args']['unit'] == unit['unit']]
+            weights = [n for n in names if n in ('unshard', 'arrived', 'reshard')]
+            sums = [n for n in names if n in ('reduce', 'reduced')]
+            states[unit['unit']] = (
+                {'unshard': 'gathering', 'arrived': 'whole', 'reshard': less}[weights[-1]]
+                if weights else less, bool(sums) and sums[-1] == 'reduce')
+        return states
+
+    def kept(self, rank, t):
+        kept = {}
+        for e in self.until(rank, t, cat='live'):
+            key = f"{e['args']['microbatch']}.{e['args']['chunk']}"
+            sign = 1 if e['name'] == 'keeps' else -1
+            kept[key] = kept.get(key, 0) + sign * e['args']['bytes']
+        # a backward has freed some of its micro-batch's before it says so
+        begun = [e['args'] for e in self.until(rank, t, cat='part')
+                 if e['args']['pass'] != 'forward']
+        freed = sum(kept.values()) - self.memory(rank, t)['activations']
+        if begun and freed > 0:
+            key = f"{begun[-1].get('microbatch')}.{begun[-1].get('chunk')}"
+            if kept.get(key, 0) > 0:
+                kept[key] -= freed
+        return {key: value for key, value in kept.items() if value > 0}
+
+
+def bytes_in(words):
+    """The bytes that "(fsdp, 96 KiB)" speaks of, and by how much they may be rounded."""
+    number, unit = re.search(r'([\d.]+(?:e\+\d+)?) (bytes|KiB|MiB|GiB)', words).groups()
+    factor = {'bytes': 1, 'KiB': 1 << 10, 'MiB': 1 << 20, 'GiB': 1 << 30}[unit]
+    return float(number) * factor
+
+
+def about(words, value):
+    return abs(bytes_in(words) - value) <= 0.006 * value
+
+
+def computing(part):
+    a = part['args']
+    if a['part']:
+        return f"computes the {a['pass']} of {a['part']}"
+    return {'begin': 'begins the step', 'optimizer': 'updates its weights',
+            'next batch': 'reads the next batch'}.get(part['name'], 'computes the ' + part['name'])
+
+
+def wrong_sentence(trace, said, t):
+    e = [e for e in trace.told if e['ts'] <= t][-1]
+    a, wrong = e['args'], []
+    part = trace.running(e['pid'], e['ts'], 'part')
+    wanted = [f"Rank {e['pid']} "]
+    if part and part[-1] is not e:
+        wanted.append('while it ' + computing(part[-1]))
+    if e['cat'] == 'part':
+        wanted.append(computing(e))
+        if a['part'] and 'microbatch' in a:
+            wanted.append(f"micro-batch {a['microbatch']}")
+    if e['cat'] == 'unit':
+        wanted.append(a['name'])
+    if e['cat'] == 'collective':
+        wanted.append(f"({a['axis']}, ")
+        parcels = [*a.get('sends', []), *a.get('receives', [])]
+        for parcel in parcels:
+            of = f" of micro-batch {parcel['microbatch']}" if parcel['microbatch'] >= 0 else ''
+            way = 'to' if 'to' in parcel else 'from'
+            wanted.append(f"the {parcel['payload']}{of} {way} rank {parcel[way]}")
+        if a['op'] != 'exchange':
+            wanted.append(a['for'])
+        elif sum(p['bytes'] for p in a.get('sends', [])) != a['bytes']:
+            wrong.append(f'{a}: the bytes sent do not add up')
+        if not about(said, parcels[0]['bytes'] if parcels else a['bytes']):
+            wrong.append(f'"{said}": {a["bytes"]} bytes')
+    if e['cat'] == 'live' and not about(said, a['bytes']):
+        wrong.append(f'"{said}": {a["bytes"]} bytes')
+    return wrong + [f'"{said}" lacks "{words}"' for words in wanted if words not in said]
+
+
+READ = '''[...document.querySelectorAll('.device')].map(card => {
+  const wide = e => e.getBoundingClientRect().width;
+  return {
+    computes: card.querySelector('.computes').textContent,
+    lane: card.querySelector('.lane').textContent,
+    units: [...card.querySelectorAll('.unit')].map(bar => ({
+      unit: +bar.dataset.unit, weights: bar.dataset.weights, reducing: bar.dataset.reducing,
+      outline: wide(bar), part: wide(bar.querySelector('.part')),
+      shard: wide(bar.querySelector('.shard'))})),
+    rows: [...card.querySelectorAll('.bytes')].map(bar => ({
+      name: bar.dataset.category, wide: wide(bar),
+      label: bar.closest('.row').firstChild.textContent,
+      kept: [...bar.children].map(piece => [piece.dataset.kept, wide(piece)])})),
+  };
+})'''
+
+
+def wrong_drawing(trace, cards, t):
+    wrong = []
+    scale = None  # pixels a byte: the same for every bar of the page
+
+    def to_scale(what, pixels, value):
+        nonlocal scale
+        if value > 0 and scale is None and pixels > 20:
+            scale = pixels / value
+        if scale and abs(pixels - value * scale) > 1.5:
+            wrong.append(f't {t}: {what} is {pixels} px, not {value * scale}')
+
+    for rank in trace.ranks:
+        card, units = cards[rank], trace.units(rank, t)
+        part = trace.running(rank, t, 'part')
+        if card['computes'] != (part[-1]['name'] if part else 'waits'):
+            wrong.append(f"t {t}: rank {rank} draws '{card['computes']}', not {part}")
+        moving = trace.running(rank, t, 'collective')
+        for e in moving:
+            if not (e['args']['op'] == 'exchange' or e['args']['for'] in card['lane']):
+                wrong.append(f"t {t}: rank {rank} '{card['lane']}' lacks {e['args']['for']}")
+        if bool(moving) != bool(card['lane']):
+            wrong.append(f"t {t}: rank {rank} '{card['lane']}' beside {moving}")
+        for unit in trace.about['units'][str(rank)]:
+            bar = next(bar for bar in card['units'] if bar['unit'] == unit['unit'])
+            state, reducing = units[unit['unit']]
+            if (bar['weights'], bar['reducing']) != (state, str(reducing).lower()):
+                wrong.append(f't {t}: rank {rank} {unit["name"]}: {bar}, not {state} {reducing}')
+            to_scale(f'rank {rank} {unit["name"]}', bar['outline'], unit['bytes'])
+            to_scale(f'the shard of {unit["name"]}', bar['shard'], unit['shard_bytes'])
+            to_scale(f'what is here of {unit["name"]}', max(bar['part'], bar['shard']),
+                     unit['shard_bytes'] if state == 'shard' else unit['bytes'])
+        memory, kept = trace.memory(rank, t), trace.kept(rank, t)
+        for row in card['rows']:
+            parts = int((re.search(r' / (\d+)$', row['label']) or [0, 1])[1])
+            to_scale(f'rank {rank} {row["label"]}', row['wide'], memory[row['name']] / parts)
+            if row['name'] == 'activations':
+                if {key for key, _ in row['kept']} != set(kept):
+                    wrong.append(f't {t}: rank {rank} keeps {row["kept"]}, not {kept}')
+                # where another micro-batch's weight gradients are due, too, all give way
+                less = min(1, memory['activations'] / max(sum(kept.values()), 1))
+                for key, pixels in row['kept']:
+                    to_scale(f'micro-batch {key}', pixels, less * kept.get(key, 0) / parts)
+    return wrong
+
+
+def check_replay(browser, page, name):
+    trace = Trace(page)
+    now = 'document.getElementById("clock").textContent'
+    follows = browser.evaluate('document.getElementById("watch").value')
+    wanted = 'every rank' if trace.about['layout']['pp'] > 1 else 'rank 0'
+    check(f'{name}: follows {wanted}', [] if follows == wanted else [follows])
+    browser.evaluate('document.getElementById("watch").selectedIndex = 0; follow()')
+
+    browser.click('#play')
+    time.sleep(0.5)
+    browser.click('#play')
+    played = browser.evaluate('t')
+    time.sleep(0.3)
+    check(f'{name}: plays and pauses',
+          [] if 0 < played == browser.evaluate('t') else [f'{played}, {browser.evaluate(now)}'])
+
+    wrong = []
+    browser.evaluate('document.activeElement.blur()')
+    for key, script, value in (
+            ('Home', 't', 0), ('End', 't', trace.end),
+            ('ArrowLeft', 'index', len(trace.told) - 2),
+            ('ArrowRight', 'index', len(trace.told) - 1),
+            ('Home', 'index', sum(e['ts'] <= 0 for e in trace.told) - 1)):
+        browser.press(key)
+        if browser.evaluate(script) != value:
+            wrong.append(f'{key}: {script} is {browser.evaluate(script)}, not {value}')
+    for key in 'f', 'b', 'o':
+        browser.press(key, key)
+        wanted = {'f': 'forward', 'b': 'backward', 'o': 'optimizer'}[key]
+        is_pass = browser.evaluate('moments[index].args.pass')
+        if is_pass != wanted:
+            wrong.append(f'{key}: jumps to {is_pass}')
+    browser.press('Home')
+    browser.press(' ', ' ')
+    time.sleep(0.3)
+    browser.press(' ', ' ')
+    if not browser.evaluate('t > 0 && !playing'):
+        wrong.append('space does not play')
+    check(f'{name}: keys', wrong)
+
+    moments = random.Random(name)
+    times = [moments.uniform(0, trace.end) for _ in range(10)]
+    times += [e['ts'] for e in moments.sample(trace.told, 10)]
+    said, drawn = [], []
+    for t in times:
+        browser.evaluate(f'show({t!r})')
+        said += wrong_sentence(
+            trace, browser.evaluate('document.getElementById("sentence").textContent'), t)
+        drawn += wrong_drawing(trace, browser.evaluate(READ), t)
+    check(f'{name}: the sentence is what the trace says', said, f'{len(times)} moments')
+    check(f'{name}: the drawing is what the trace says, to scale', drawn, f'{len(times)} moments')
+
+    wrong = []
+    names = {e['args']['function'] for e in trace.events
+             if e.get('cat') in ('part', 'collective', 'unit') and 'function' in e['args']}
+    places = browser.evaluate('functions')
+    for function in names:
+        file, _, line = places.get(function, '').partition(':')
+        if not file or function + '(' not in open(file).read().splitlines()[int(line) - 1]:
+            wrong.append(f'{function} is not at {places.get(function)}')
+    check(f'{name}: functions are where their links lead', wrong, ', '.join(sorted(names)))
+
+    browser.media(prefers_reduced_motion='reduce')
+    browser.press('Home')
+    before = browser.evaluate('index')
+    browser.click('#play')
+    time.sleep(1.5)
+    browser.click('#play')
+    check(f'{name}: with reduced motion it goes from event to event',
+          [] if browser.evaluate(f'index > {before} && t === moments[index].ts')
+          else [browser.evaluate(now)])
+    browser.media()
+
+
+OVERFLOW = '''[...document.querySelectorAll('body *')].filter(e => {
+  const box = e.getBoundingClientRect();
+  let inside = e.parentElement;
+  while (inside && getComputedStyle(inside).overflowX === 'visible') inside = inside.parentElement;
+  return (!inside || inside === document.documentElement) && box.right > innerWidth + 1;
+}).slice(0, 3).map(e => e.tagName + ' ' + e.className + ' ' + e.textContent.slice(0, 30))'''
+
+
+def check_page(browser, path, screenshots):
+    name = os.path.basename(path).removesuffix('.html')
+    with open(path) as file:
+        page = file.read()
+    browser.errors.clear()
+    browser.size(1440)
+    browser.open(path)
+    is_replay = 'id="trace"' in page
+    if is_replay:
+        check_replay(browser, page, name)
+        browser.evaluate('show(trace.end * 0.6)')
+    wrong, papers = [], set()
+    for width in 360, 768, 1440:
+        browser.size(width)
+        for scheme in 'light', 'dark':
+            browser.media(prefers_color_scheme=scheme)
+            papers.add(browser.evaluate('getComputedStyle(document.body).backgroundColor'))
+            if browser.evaluate('document.documentElement.scrollWidth') > width:
+                wrong += [f'at {width}: {e}' for e in browser.evaluate(OVERFLOW)] or [f'at {width}']
+            browser.screenshot(f'{screenshots}/{name}-{width}-{scheme}.png')
+    if len(papers) != 2:
+        wrong.append(f'light and dark have the same paper: {papers}')
+    check(f'{name}: no overflow at 360, 768, 1440, light and dark', wrong)
+    browser.media('print')
+    data = base64.b64decode(browser.call('Page.printToPDF', printBackground=True)['data'])
+    browser.media()
+    with open(f'{screenshots}/{name}.pdf', 'wb') as file:
+        file.write(data)
+    check(f'{name}: prints', [] if data.startswith(b'%PDF') and len(data) > 5000 else ['no PDF'],
+          f'{len(data)} bytes')
+    check(f'{name}: no error of a script', browser.errors[:])
+
+
+def main():
+    screenshots, *pages = sys.argv[1:]
+    program = shutil.which('chromium') or shutil.which('google-chrome')
+    if not program:
+        print('SKIP check-pages: there is no chromium (apt-get install chromium)')
+        return 0
+    os.makedirs(screenshots, exist_ok=True)
+    browser = Browser(program)
+    try:
+        for page in pages:
+            check_page(browser, page, screenshots)
+    finally:
+        browser.process.terminate()
+        browser.process.wait()
+    print(f'{passed} passed, {failed} failed')
+    return failed > 0
+
+
+sys.exit(main())

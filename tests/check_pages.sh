@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# check_pages.sh: `make check-pages`: makes a replay of each strategy, and drives it in Chromium
+# (tests/check_pages.py); and the report of `make compare` and the book, where they are there. What
+# was seen is in build/pages/.
+#   STRATEGIES="fsdp pp"   only these
+set -u
+cd "$(dirname "$0")/.."
+. tests/lib.sh
+out=build/pages pages=()
+command -v chromium >/dev/null || command -v google-chrome >/dev/null || {
+  echo "SKIP check-pages: there is no chromium (apt-get install chromium)"
+  exit 0
+}
+mkdir -p $out
+for strategy in ${STRATEGIES:-serial replicate zero1 fsdp cp tp tp-rows pp 3d}; do
+  STRATEGY=$strategy PAGE=$out/$strategy.html launch/run.sh replay >"$out/$strategy.txt" 2>&1 || {
+    tail -3 "$out/$strategy.txt"
+    echo "check-pages: no replay of $strategy"
+    exit 1
+  }
+  pages+=("$out/$strategy.html")
+done
+for page in build/report.html build/book/{index,fsdp}.html; do
+  [ ! -e "$page" ] || pages+=("$page")
+done
+python3 tests/check_pages.py $out "${pages[@]}"
