@@ -67,9 +67,10 @@ static void measure(const Job& job, const char* name, ncclComm_t world, int colo
   ncclComm_t pair;
   NCCL_CHECK(ncclCommSplit(world, color, job.rank, &pair, nullptr));
   seconds(pair, x, 3, {0, kLarge});  // opens connections
+  // (differences, which may seem to be no time at all where others use the cores)
   const double few = seconds(pair, x, 60, {kFew, 0}),
                small = seconds(pair, x, 60, {kFew, kSmall}) - few,
-               large = seconds(pair, x, 12, {kFew, kLarge}) - few,
+               large = std::max(1e-4, seconds(pair, x, 12, {kFew, kLarge}) - few),
                rate = double(kLarge - kSmall) / std::max(large - small, large / 4),
                latency = std::max(0.0, small - double(kSmall) / rate) / 2;
   const int many = 1 + int(1.5 * kFew * large / few);  // they take longer than what is beside them
