@@ -10,7 +10,7 @@ Timed::Timed(cudaStream_t queue, std::source_location function)
     : queue_(queue), timed_(op_times.times(OpTimes::collectives)) {
   if (!timed_) return;
   op_times.begin(queue, true, {"receive"});
-  if (recorder.on) recorder.issued_by(function.function_name());
+  if (recorder.on) recorder.issued_by(function.function_name(), name_of(ledger.purpose));
 }
 
 Timed::~Timed() {
@@ -208,7 +208,7 @@ void Ledger::enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls)
     op->work.bytes += double(calls * parts[int(c)] * bytes / n);
   }
   if (recorder.on)
-    recorder.call(axis, name_of(c), double(calls * parts[int(c)] * bytes) / double(n));
+    recorder.call(axis.ranks(), name_of(c), double(calls * parts[int(c)] * bytes) / double(n));
   Row& row = rows[{axis.name, c, purpose}];
   row.calls += calls;
   row.numerator += calls * parts[int(c)] * bytes;

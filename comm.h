@@ -84,6 +84,7 @@ struct Axis {
   int size = 1, rank = 0;
   ncclComm_t comm = nullptr;  // null when size is 1
   int first = 0, stride = 1;  // in the world: its ranks are first, first + stride, ...
+  Recorder::Ranks ranks() const { return {name, first, stride, size, rank}; }
 };
 
 struct Mesh {

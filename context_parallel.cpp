@@ -44,7 +44,7 @@ void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
     const ncclDataType_t type = nccl_type(x.dtype());
     for (const bool send : {false, true})
       if (recorder.on)
-        recorder.travel(axis_, send, "keys, values or gradients", send ? next : before,
+        recorder.travel(axis_.ranks(), send, "keys, values or gradients", send ? next : before,
                         (send ? x : room).bytes());
     ledger.send(axis_, x.bytes());
     NCCL_CHECK(ncclSend(x.raw(), size_t(x.numel()), type, next, axis_.comm, stream_));

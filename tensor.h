@@ -21,7 +21,7 @@
 #include <string>
 #include <vector>
 
-#include "report/recorder.h"
+#include "support/recorder.h"
 #include "support/check.h"
 
 // ---- types

@@ -103,4 +103,14 @@ elif [[ " ${ARGS:-} " != *" --model "* ]]; then
 fi
 default --sample 400
 default --eval-every 100
-start "$ranks" "${command[@]}" "${args[@]}"
+# a page of it, unless its files are wanted elsewhere
+if [[ " ${ARGS:-} " != *" --metrics "* && " ${ARGS:-} " != *" --trace "* ]]; then
+  page=build/run.html
+  rm -f build/run.{html,json,jsonl}
+  command+=(--metrics build/run.jsonl --trace build/run.json)
+fi
+start "$ranks" "${command[@]}" "${args[@]}" || exit
+# a run that a signal has ended has no last step
+[ -z "${page:-}" ] || [ ! -s build/run.json ] || {
+  report/replay.sh build/run.json $page build/run.jsonl && echo "look at it: $page"
+}

@@ -1,7 +1,7 @@
 // trace.h: what every rank computed, sent and held in some steps, as a file in Chrome's trace
 // format (Perfetto opens it): --trace. docs/tracing.md says what each row is.
 //
-// idea      report/recorder.h and tensor.h's OpTimes have a step's work in the order of issue.
+// idea      support/recorder.h and tensor.h's OpTimes have a step's work in the order of issue.
 //           Every rank makes events of it whose times are still edges of its works; the first rank
 //           gathers them, joins the ends of each collective, and puts times in their places.
 // matching  Ranks that share a communicator call it in one order. So the k-th collective of some

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # check_pages.sh: `make check-pages`: makes a replay of each strategy, and drives it in Chromium
-# (tests/check_pages.py); and the report of `make compare` and the book, where they are there. What
-# was seen is in build/pages/.
+# (tests/check_pages.py); and the pages of `make run`, `make compare` and `make book`, where they
+# are there. What was seen is in build/pages/.
 #   STRATEGIES="fsdp pp"   only these
 set -u
 cd "$(dirname "$0")/.."
@@ -20,7 +20,7 @@ for strategy in ${STRATEGIES:-serial replicate zero1 fsdp cp tp tp-rows pp 3d}; 
   }
   pages+=("$out/$strategy.html")
 done
-for page in build/report.html build/book/{index,fsdp}.html; do
+for page in build/run.html build/report.html build/book/*.html; do
   [ ! -e "$page" ] || pages+=("$page")
 done
 python3 tests/check_pages.py $out "${pages[@]}"

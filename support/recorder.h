@@ -17,8 +17,6 @@
 #include <string>
 #include <vector>
 
-struct Axis;
-
 class Recorder {
  public:
   bool on = false;
@@ -52,9 +50,14 @@ class Recorder {
   };
   std::vector<Work> works;
   void begin(Queue queue, const std::string& name, double bytes, double flops);
-  void issued_by(const char* function) { block_.function = function; }
-  void call(const Axis& axis, const char* op, double bytes);  // as the ledger counts it
-  void travel(const Axis& axis, bool send, const char* payload, int peer, int64_t bytes);
+  struct
+      Ranks {  // of an axis, in the world: first, first + stride, ...; `rank` is the place of this
+    std::string axis = "";
+    int first = 0, stride = 1, size = 0, rank = 0;
+  };
+  void issued_by(const char* function, const char* purpose);
+  void call(const Ranks& ranks, const char* op, double bytes);  // as the ledger counts it
+  void travel(const Ranks& ranks, bool send, const char* payload, int peer, int64_t bytes);
   void end();
   int last(Queue queue) const { return last_[queue]; }  // work so far
   void wait(Queue queue, int work);                     // the queue does, until it is done
@@ -78,7 +81,7 @@ class Recorder {
  private:
   std::string name() const;
   std::string microbatch() const;
-  void name_block(const Axis& axis, const char* op);
+  void name_block(const Ranks& ranks, const char* op);
 
   int last_[2] = {-1, -1}, waits_for_[2] = {-1, -1};
   int numbers_ = 0, drawn_ = 0;
@@ -87,8 +90,8 @@ class Recorder {
   bool open_ = false;
   double began_ = 0;
   struct {
-    const Axis* axis = nullptr;
-    std::string op, purpose, function, travels[2];
+    Ranks ranks;
+    std::string op, serves, purpose, function, travels[2];
     double bytes = 0;
     int peer = -1;  // of all sends and receives; -2: there are several
   } block_;

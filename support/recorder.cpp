@@ -1,11 +1,11 @@
 // recorder.cpp: see recorder.h.
-#include "report/recorder.h"
+#include "support/recorder.h"
 
 #include <time.h>
 
 #include <nlohmann/json.hpp>
 
-#include "comm.h"
+#include "support/check.h"
 #if __has_include(<nvtx3/nvToolsExt.h>)
 #include <nvtx3/nvToolsExt.h>
 static void open_range(const std::string& name) { nvtxRangePushA(name.c_str()); }
@@ -81,26 +81,31 @@ void Recorder::begin(Queue queue, const std::string& name, double bytes, double 
 }
 
 // Of a block of collectives: what its first call says of all.
-void Recorder::name_block(const Axis& axis, const char* op) {
-  if (block_.axis) return;
-  block_.axis = &axis;
+void Recorder::name_block(const Ranks& ranks, const char* op) {
+  if (block_.ranks.size) return;
+  block_.ranks = ranks;
   block_.op = op;
-  block_.purpose = where.part ? where.part->name : where.pass;
+  block_.serves = where.part ? where.part->name : where.pass;
   if (!where.part && where.microbatch >= 0)
-    block_.purpose += sentence(" of micro-batch ", where.microbatch);
-  open_range(block_.op + " " + block_.purpose);
+    block_.serves += sentence(" of micro-batch ", where.microbatch);
+  open_range(block_.op + " " + block_.serves);
 }
 
-void Recorder::call(const Axis& axis, const char* op, double bytes) {
+void Recorder::issued_by(const char* function, const char* purpose) {
+  block_.function = function;
+  block_.purpose = purpose;
+}
+
+void Recorder::call(const Ranks& ranks, const char* op, double bytes) {
   if (!open_ || works.back().queue == compute) return;
-  name_block(axis, op);
+  name_block(ranks, op);
   block_.bytes += bytes;
 }
 
-void Recorder::travel(const Axis& axis, bool send, const char* payload, int peer, int64_t bytes) {
+void Recorder::travel(const Ranks& ranks, bool send, const char* payload, int peer, int64_t bytes) {
   if (!open_) return;
-  name_block(axis, "exchange");
-  const int rank = axis.first + peer * axis.stride;
+  name_block(ranks, "exchange");
+  const int rank = ranks.first + peer * ranks.stride;
   block_.peer = block_.peer == -1 || block_.peer == rank ? rank : -2;
   std::string& all = block_.travels[send];
   all += sentence(all.empty() ? "" : ",", "{\"payload\":\"", payload,
@@ -113,26 +118,25 @@ void Recorder::end() {
   Work& work = works.back();
   work.processor = processor_time() - began_;
   open_ = false;
-  if (work.queue == communication && !block_.axis) return;  // nothing was to be sent
+  if (work.queue == communication && !block_.ranks.size) return;  // nothing was to be sent
   close_range();
   if (work.queue == compute) return;
-  const Axis& axis = *block_.axis;
+  const auto& [axis, first, stride, size, mine] = block_.ranks;
   nlohmann::json ranks;  // all of the axis, or two
-  for (int r = 0; r < axis.size; r++)
-    if (const int rank = axis.first + r * axis.stride;
-        block_.peer < 0 || rank == block_.peer || r == axis.rank)
+  for (int r = 0; r < size; r++)
+    if (const int rank = first + r * stride; block_.peer < 0 || rank == block_.peer || r == mine)
       ranks.push_back(rank);
-  work.ranks = axis.name + ranks.dump();
+  work.ranks = axis + ranks.dump();
   const std::string function = block_.function.substr(0, block_.function.find('('));
   std::string args =
-      sentence("\"op\":\"", block_.op, "\",\"axis\":\"", axis.name, "\",\"for\":\"", block_.purpose,
-               "\",\"purpose\":\"", name_of(ledger.purpose), "\",\"bytes\":", block_.bytes,
+      sentence("\"op\":\"", block_.op, "\",\"axis\":\"", axis, "\",\"for\":\"", block_.serves,
+               "\",\"purpose\":\"", block_.purpose, "\",\"bytes\":", block_.bytes,
                ",\"function\":\"", function.substr(function.rfind(' ') + 1), "\",\"ranks\":", ranks,
                microbatch());
   if (block_.peer != -1)
     args += sentence(",\"sends\":[", block_.travels[1], "],\"receives\":[", block_.travels[0], "]");
   marks.push_back({communication, last_[communication], begins, last_[communication],
-                   event("collective", block_.op + " " + block_.purpose, args)});
+                   event("collective", block_.op + " " + block_.serves, args)});
 }
 
 void Recorder::wait(Queue queue, int work) {
