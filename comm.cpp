@@ -203,15 +203,16 @@ const char* name_of(Traffic t) {
 void Ledger::enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls) {
   // what a bandwidth-optimal algorithm sends, in n-ths of the buffer, by collective
   const int64_t n = axis.size, parts[] = {2 * (n - 1), n - 1, n - 1, n, n};
+  const int64_t numerator = calls * parts[int(c)] * bytes;
+  const double sent = double(numerator) / double(n);
   if (OpTimes::Op* op = op_times.open()) {
     op->work.name = sentence(name_of(c), " (", axis.name, ")");
-    op->work.bytes += double(calls * parts[int(c)] * bytes / n);
+    op->work.bytes += sent;
   }
-  if (recorder.on)
-    recorder.call(axis.ranks(), name_of(c), double(calls * parts[int(c)] * bytes) / double(n));
+  if (recorder.on) recorder.call(axis.ranks(), name_of(c), sent);
   Row& row = rows[{axis.name, c, purpose}];
   row.calls += calls;
-  row.numerator += calls * parts[int(c)] * bytes;
+  row.numerator += numerator;
   row.n = axis.size;
   if (on_enter) on_enter(axis, c);
 }

@@ -48,12 +48,12 @@ void Fsdp::after_forward(const Tape& tape, int use) {
 
 void Fsdp::before_backward(Tape& tape, int use) {
   if (uses_[use].backward != Backward::nothing) unshard(use, -1);
-  allocate_gradients(use);
   recorder.enter_use("backward", uses_[use].part);
+  allocate_gradients(use);
   if (!tape.deferred) return;
   tape.weight_gradient([this, use] {  // zero bubble: see the end of this file
-    allocate_gradients(use);
     recorder.enter("weight gradient", &uses_[use].part);
+    allocate_gradients(use);
   });
 }
 

@@ -79,7 +79,10 @@ if [ -e "${DATA:-}" ]; then
 elif [ -n "${DATA:-}" ]; then
   command+=(--data $DATA)
 fi
-if [ "$what" = replay ]; then # short sequences, so that activations do not dwarf the weights
+if [ "$what" = replay ]; then
+  [[ " ${ARGS:-} " != *" --trace "* ]] \
+    || refuse "the replay has a --trace of its own; PAGE=file.html says where"
+  # short sequences, so that activations do not dwarf the weights
   page=${PAGE:-build/replay.html}
   command+=(--trace "${page%.html}.json")
   default --context 32
@@ -103,8 +106,8 @@ elif [[ " ${ARGS:-} " != *" --model "* ]]; then
 fi
 default --sample 400
 default --eval-every 100
-# a page of it, unless its files are wanted elsewhere
-if [[ " ${ARGS:-} " != *" --metrics "* && " ${ARGS:-} " != *" --trace "* ]]; then
+# a page of it, unless its files are wanted elsewhere, or a model alone
+if [[ " ${ARGS:-} " != *" --"@(metrics|trace|checkpoint)" "* ]]; then
   page=build/run.html
   rm -f build/run.{html,json,jsonl}
   command+=(--metrics build/run.jsonl --trace build/run.json)

@@ -56,7 +56,10 @@ calibrate() {
     build/cpu/plan --machine this --nodes 2 --devices $((ranks / 2)) --layout --fsdp "$ranks" \
       >"$dir/machine.$i" 2>&1 &
   done
-  wait
+  wait -n && wait -n || {
+    cat "$dir"/machine.* >&2
+    return 1
+  }
   for link in "${@:2}"; do
     in_lab "$link" -n "$ranks" build/cpu/tests/bench_links || return
     {
@@ -134,6 +137,11 @@ cell() {
   fi
   # shellcheck disable=SC2086
   seconds=$(predict "$link" "$ranks" --layout $model "$@" | number step_seconds)
+  if [ -z "$seconds" ]; then
+    printf ' FAILED: no prediction'
+    failed=1
+    return
+  fi
   printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "$((ranks / 2))" "$link" "$name" "$ms" \
     "$(awk -v s="$seconds" 'BEGIN { printf "%.1f", 1000 * s }')" "$ledger" "$wire" "$*" \
     >>$out/cells.tsv
@@ -195,8 +203,10 @@ decode() {
 
 began=$SECONDS
 case ${1:-} in
-  crossover) crossover && exit ;;
-  decode) decode && exit ;;
+  crossover | decode)
+    "$1"
+    exit
+    ;;
 esac
 : >$out/cells.tsv
 for ranks in ${RANKS:-2 4}; do

@@ -82,16 +82,17 @@ const milliseconds = us => (us / 1000).toPrecision(3) + ' ms';
 
 const kVerbs = {
   all_gather: 'gathers', reduce_scatter: 'sums and scatters', all_reduce: 'sums',
-  broadcast: 'broadcasts', unshard: 'asks for', arrived: 'has all of',
-  reshard: 'frees all but its shard of', reduce: 'has the gradient of',
+  broadcast: 'broadcasts', unshard: 'unshards', arrived: 'has unsharded',
+  reshard: 'reshards', reduce: 'has the gradient of',
   reduced: 'has its shard of the summed gradient of',
   keeps: 'keeps', frees: 'frees',
   begin: 'begins the step', optimizer: 'updates its weights', 'next batch': 'reads the next batch',
 };
 
 // What a rank does in a part: "computes the backward of block 2".
-const computing = ({name, args: a}) => kVerbs[name] ??
-  `computes the ${a.part ? `${a.pass} of ${a.part}` : name}`;
+const computing = ({name, args: a}) => kVerbs[name] ?? (a.pass === 'sum' ?
+  `adds the summed gradient of ${a.part} to its shard` :
+  `computes the ${a.part ? `${a.pass} of ${a.part}` : name}`);
 
 const of = ({microbatch: m}) => m >= 0 ? ` of micro-batch ${m}` : '';
 

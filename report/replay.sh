@@ -12,7 +12,8 @@ functions() {
   grep -ohE '"function": ?"[^"]+"|[A-Z][a-z]+::[a-z_]+' "$trace" report/replay.js \
     | sed 's/.*"\(.*\)"/\1/' | sort -u | while read -r name; do
     place=$(grep -nE "^[^ /].*\b$name\(" ./*.cpp | head -1 | cut -d: -f1,2)
-    [ -z "$place" ] || printf '%s"%s":"%s"' "$comma" "$name" "${place#./}"
+    [ -n "$place" ] || continue
+    printf '%s"%s":"%s"' "$comma" "$name" "${place#./}"
     comma=,
   done
 }

@@ -73,7 +73,8 @@ void Trace::begin_step(int64_t step) {
 void Trace::end_step() {
   recorder.stop();
   op_times.each([&](const OpTimes::Op& op) {
-    spans_.push_back({op.begin.seconds_since(*origin_), op.end.seconds_since(*origin_)});
+    spans_.push_back(
+        {began_ + op.begin.seconds_since(*origin_), began_ + op.end.seconds_since(*origin_)});
   });
 }
 
@@ -83,8 +84,8 @@ std::string Trace::describe() const {
   Json works = Json::array(), marks = Json::array(), arrows = recorder.arrows, units, held;
   for (size_t i = 0; i < spans_.size(); i++) {
     const Recorder::Work& w = recorder.works[i];
-    works.push_back({w.queue, w.after, w.processor, began_ + spans_[i].start,
-                     began_ + spans_[i].end, w.ranks, w.sources});
+    works.push_back(
+        {w.queue, w.after, w.processor, spans_[i].start, spans_[i].end, w.ranks, w.sources});
   }
   for (const Recorder::Mark& m : recorder.marks)
     marks.push_back({m.last < 0 ? "i" : "X", m.row, m.work, m.edge, m.last, m.event});
@@ -128,6 +129,10 @@ struct Joined {
   std::vector<Span> spans;                // a collective's begins where its rank has come to it
   std::vector<std::vector<int>> members;  // of the collectives
   std::vector<std::vector<int>> sources;  // of each task: see Recorder
+  bool only_sends(int task) const {
+    return sources[task].empty() && std::ranges::any_of(members[tasks[task].collective],
+                                                        [&](int i) { return !sources[i].empty(); });
+  }
   // Those that a collective waits for: in a ring of sends only its sources.
   std::vector<int> needs(int task) const {
     std::vector<int> needed = members[tasks[task].collective];
@@ -163,12 +168,16 @@ Joined join_works(const std::vector<Json>& ranks) {
   return all;
 }
 
-// Moves the ranks' clocks until none ends a collective before another begins it.
+// Moves the ranks' clocks until none ends a collective before another begins it, and none a receive
+// before its send: as often as a chain of ranks is long. Clocks that drift may still contradict
+// each other then.
 void align(Joined& all, size_t ranks) {
   std::vector<double> shift(ranks);
-  for (bool moved = true; std::exchange(moved, false);)
+  bool moved = true;
+  for (size_t pass = 0; pass < ranks && std::exchange(moved, false); pass++)
     for (const std::vector<int>& members : all.members)
-      for (const int i : members)
+      for (const int i : members) {
+        if (all.only_sends(i)) continue;  // and may end before it is received
         for (const int j : all.needs(i)) {
           double& mine = shift[all.tasks[j].rank];
           const double latest = shift[all.tasks[i].rank] + all.spans[i].end - all.spans[j].start;
@@ -176,6 +185,7 @@ void align(Joined& all, size_t ranks) {
           mine = latest;
           moved = true;
         }
+      }
   double zero = INFINITY;
   for (size_t i = 0; i < all.spans.size(); i++)
     zero = std::min(zero, all.spans[i].start + shift[all.tasks[i].rank]);
@@ -267,7 +277,7 @@ void Trace::write() const {
       std::string event = m[5];
       if (row && last >= 0) {
         const int task = first + work;
-        const double moved = moves(task), end = all.spans[task].end;
+        const double end = all.spans[task].end, moved = std::min(moves(task), end);
         event += format(",\"id\":%d,\"waited_us\":%.3f", all.tasks[task].collective,
                         microseconds(moved) - microseconds(all.spans[task].start));
         for (const int from : rank["works"][work][6])

@@ -8,14 +8,16 @@
 //           ranks on an axis is the same one on all of them.
 // measured  On a GPU times are those of events, on each rank since an origin. The clocks of two
 //           ranks are compared by ping-pong, and what that leaves is mended: no rank ends a
-//           collective before another one begins it.
+//           collective before another one begins it, or a receive before its send.
+//           Streams in queues (THREEFOLD_STREAMS) are measured, too.
 // rebuilt   With no GPU ranks may share cores, and the clock shows the scheduler's doing. So a work
 //           lasts as long as the processor time of the thread that issues it, which takes part in
 //           all that its team does: that is what the clock would show if each thread had a core. A
 //           collective lasts as long as on the rank on which it took least, the last one to come.
 //           theory/timeline.h makes times of these durations and of the waits that were recorded.
 //           What the host does between works takes no time there.
-// cost      two events a work, and its record; steps that are not traced: a branch
+// cost      two events a work, and its record in memory until the end, some 100 KB a step, on the
+//           first rank for all; steps that are not traced: a branch
 // test      tests/test_trace.cpp
 #pragma once
 #include <optional>
@@ -27,7 +29,7 @@ class Trace {
  public:
   // Collective. The file is created where `path` is not empty; one that is there is put aside.
   Trace(const std::string& path, Mesh& mesh, const Trainer& trainer,
-        bool rebuilds = !device().is_gpu);
+        bool rebuilds = !device().is_gpu && !getenv("THREEFOLD_STREAMS"));
   void begin_step(int64_t step);  // collective
   void end_step();                // the host has waited for the step
   bool empty() const { return steps_.empty(); }
@@ -44,6 +46,6 @@ class Trace {
   std::vector<int64_t> steps_;
   std::optional<Event> origin_;
   double began_ = 0;         // the origin by the first rank's clock
-  std::vector<Span> spans_;  // of the recorder's works, in seconds since the origin
+  std::vector<Span> spans_;  // of the recorder's works, by that clock
   std::array<int64_t, kMemoryCategories> held_{};
 };

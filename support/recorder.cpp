@@ -38,6 +38,7 @@ void Recorder::enter(const char* pass, const Part* part) {
 }
 
 void Recorder::enter_use(const char* pass, const Part& part) {
+  if (!on) return;
   enter(pass, &part);
   for (const int unit : part.units)
     if (const auto gather = gathers_.extract(unit))

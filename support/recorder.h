@@ -79,7 +79,6 @@ class Recorder {
   void allocated(int category, int64_t bytes);  // or freed, if negative
 
  private:
-  std::string name() const;
   std::string microbatch() const;
   void name_block(const Ranks& ranks, const char* op);
 

@@ -1,12 +1,12 @@
 // bench_links.cpp: what the links between ranks carry, as a machine's file has it
 // (theory/machine.h). network/experiment.sh calibrates its predictions so, and counts bytes.
 //
-//   mpiexec -n 4 build/cpu/tests/bench_links                  inside a node and between nodes:
+//   network/nodes.sh run -n 4 build/cpu/tests/bench_links     inside two nodes and between them:
 //       inside 2.1 14 : measured      GB/s that a rank sends, and us of an all-gather
 //       between 0.06 90 : measured    (all ranks of a node send to their neighbours at once)
 //       overlap 0.7 : measured        of what travels beside computing, what costs no time
 //       short 45 : measured           us of a call of 4 KiB between nodes, as decoding has them
-//   mpiexec -n 3 build/cpu/tests/bench_links all_reduce 1048576 20
+//   network/nodes.sh run -n 3 build/cpu/tests/bench_links all_reduce 1179648 20
 //       so many calls on a buffer of so many bytes; prints what rank 0 sends by the ledger
 //
 // idea      An all-reduce on 2 ranks sends its buffer's bytes in two rounds. Two sizes give the
@@ -88,6 +88,9 @@ static void measure(const Job& job, const char* name, ncclComm_t world, int colo
 int main(int argc, char** argv) {
   Job job(&argc, &argv);
   try {
+    REQUIRE(argc == 4 || (argc == 1 && job.local_size <= 2 && job.size == 2 * job.local_size),
+            "bench_links measures the links of two nodes with one rank or two each, or takes a"
+            " collective, bytes and a number of calls");
     open_device(job.local_rank % device_count(), 0);
     {
       ncclUniqueId id;
@@ -100,10 +103,12 @@ int main(int argc, char** argv) {
       fill(x, 0);
       if (argc == 4) {
         Ledger sent;
-        const std::string name = argv[1];
-        const Collective collective = name == "all_gather"       ? Collective::all_gather
-                                      : name == "reduce_scatter" ? Collective::reduce_scatter
-                                                                 : Collective::all_reduce;
+        const std::map<std::string, Collective> known{{"all_gather", Collective::all_gather},
+                                                      {"reduce_scatter",
+                                                       Collective::reduce_scatter},
+                                                      {"all_reduce", Collective::all_reduce}};
+        REQUIRE(known.contains(argv[1]), "bench_links knows no collective '", argv[1], "'");
+        const Collective collective = known.at(argv[1]);
         for (int i = 0; i < std::stoi(argv[3]); i++) {
           call(world, job.size, collective, x, bytes);
           sent.enter({"", job.size}, collective, int64_t(bytes));

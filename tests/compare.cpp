@@ -577,10 +577,13 @@ std::string network() {
   for (std::string line; std::getline(cells, line);) {
     std::istringstream words(line);
     std::string ranks, link, layout;
-    double ms, predicted;
-    words >> ranks >> link >> layout >> ms >> predicted;
+    double ms, predicted, ledger, wire;
+    if (!(words >> ranks >> link >> layout >> ms >> predicted >> ledger >> wire)) continue;
     const std::string name = layout + (ranks == "1" ? "" : " x " + ranks);
-    if (link == "fast") fast[0][name] = ms, fast[1][name] = predicted;
+    if (link == "fast") {
+      fast[0][name] = ms;
+      fast[1][name] = predicted;
+    }
     auto chart =
         std::find_if(charts.begin(), charts.end(), [&](const auto& c) { return c.first == link; });
     if (chart == charts.end()) chart = charts.insert(chart, {link, {}});

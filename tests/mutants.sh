@@ -45,7 +45,7 @@ mutant() {
   local group=$1 name=$2 file=$3 change=$4 ranks=$5 streams=$6 test=$7 filter=${8:-}
   [ -z "$only" ] || [ "$only" = "$group" ] || return 0
   failed=$((failed + 1)) # until it is caught
-  sed -E "$change" "$file" >"$work/$name.cpp"
+  sed -E "$change" "$file" >"$work/$name.cpp" || return
   if cmp -s "$file" "$work/$name.cpp"; then
     echo "FAIL $name  the change no longer applies to $file"
     return
@@ -287,9 +287,9 @@ mutant faults rows_of_padding_are_not_cleared \
   tensor_parallel.cpp '/if \(padded > R\) fill/d' 2 queued test_tensor_parallel $parity_tp
 
 mutant faults a_trace_counts_the_last_call_of_a_group_alone \
-  report/recorder.cpp 's/bytes \+= bytes/bytes = bytes/' 4 immediate test_trace
+  support/recorder.cpp 's/bytes \+= bytes/bytes = bytes/' 4 immediate test_trace
 mutant faults a_trace_keeps_the_last_change_of_memory_alone \
-  report/recorder.cpp 's/\[category\] \+= bytes/[category] = bytes/' 4 immediate test_trace
+  support/recorder.cpp 's/\[category\] \+= bytes/[category] = bytes/' 4 immediate test_trace
 mutant faults a_rebuilt_trace_forgets_what_works_wait_for \
   report/trace.cpp 's/after < 0 \? -1 : first \+ after/(void(after), -1)/' 4 immediate test_trace
 mutant faults a_unit_of_a_trace_never_arrives \

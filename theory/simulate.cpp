@@ -171,20 +171,15 @@ double Timeline::bubble() const {
   return makespan > 0 ? 1 - sum / (makespan * busy.size()) : 0;
 }
 
-Timeline timeline(const Schedule& s, Spans spans) {
-  Timeline t{std::move(spans), std::vector<double>(s.stages, 0.0), 0};
+Timeline simulate(const Schedule& s, const Durations& durations) {
+  Timeline t{walk(s, durations), std::vector<double>(s.stages, 0.0), 0};
+  for (int stage = 0; stage < s.stages; stage++)
+    ASSERT(t.spans[stage].size() == s.actions[stage].size(), check(s));
   for_each_computation(s, [&](int stage, int i, const Action&) {
     t.busy[stage] += t.spans[stage][i].end - t.spans[stage][i].start;
     t.makespan = std::max(t.makespan, t.spans[stage][i].end);
   });
   return t;
-}
-
-Timeline simulate(const Schedule& s, const Durations& durations) {
-  Spans spans = walk(s, durations);
-  for (int stage = 0; stage < s.stages; stage++)
-    ASSERT(spans[stage].size() == s.actions[stage].size(), check(s));
-  return timeline(s, std::move(spans));
 }
 
 int64_t peak_live(const Schedule& s, int stage, const std::vector<int64_t>& bytes) {

@@ -32,8 +32,6 @@ struct Timeline {
   double bubble(int stage) const { return makespan > 0 ? 1 - busy[stage] / makespan : 0; }
   double bubble() const;  // idle share of all stages together
 };
-// Adds up spans that were measured (or simulated).
-Timeline timeline(const Schedule& schedule, Spans spans);
 
 // The timeline of an executor with two queues a stage. Computations run in list order, each when
 // the exchange that receives its input has completed. Exchanges run in list order, each when what

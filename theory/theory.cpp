@@ -30,6 +30,7 @@ SizedGpt::SizedGpt(const GptConfig& g, const Axis& axis, const Axis& cp)
     p = tp.split(p, dim, {part.begin * width, part.end * width});
   };
   for (const ModelPart& block : parts().subspan(1, g.layers)) {
+    ASSERT(block.params[2]->name.ends_with("attn.c_attn.weight"));
     split(*block.params[2], {g.width, g.kv(), group}, 1, 1);  // c_attn's weight and bias
     split(*block.params[3], {g.kv(), group}, 0, 1);
     split(*block.params[4], {g.width, g.width}, 0, queries);  // the projection

@@ -354,9 +354,13 @@ CUstream_st& of(cudaStream_t stream) { return stream ? *stream : *streams().all.
 
 bool streams_from_environment() {
   const char* value = getenv("THREEFOLD_STREAMS");
-  if (!value || strncmp(value, "queued", 6)) return false;
-  streams_seed = value[6] == ':' ? unsigned(strtoul(value + 7, nullptr, 10)) : 0;
-  return true;
+  if (!value || !strcmp(value, "immediate")) return false;
+  int read = 0;
+  if (!strcmp(value, "queued")) return true;
+  if (sscanf(value, "queued:%u%n", &streams_seed, &read) == 1 && !value[read] && streams_seed)
+    return true;
+  fprintf(stderr, "THREEFOLD_STREAMS is '%s', expected immediate, queued or queued:SEED\n", value);
+  exit(1);
 }
 }  // namespace
 
