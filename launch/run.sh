@@ -99,9 +99,9 @@ fi
 if [ "$BACKEND" = cuda ]; then
   default --model char
 elif [[ " ${ARGS:-} " != *" --model "* ]]; then
-  # enough for its sample to look like what it read, and under two minutes on two cores
+  # enough for its sample to look like what it read, and a minute or two on two cores
   command+=(--model tiny)
-  default --steps 1200
+  default --steps 600
   default --lr 4e-3
 fi
 default --sample 400
