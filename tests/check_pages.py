@@ -192,6 +192,8 @@ def about(words, value):
 
 def computing(part):
     a = part['args']
+    if a['pass'] == 'sum':
+        return f"adds the summed gradient of {a['part']} to its shard"
     if a['part']:
         return f"computes the {a['pass']} of {a['part']}"
     return {'begin': 'begins the step', 'optimizer': 'updates its weights',
