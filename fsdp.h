@@ -126,8 +126,8 @@ class Fsdp {
   Dtype dtype_;
   FsdpOptions options_;
   uint64_t seed_;
-  std::map<int, Unit> units_;  // by Param::unit; a map: uses hold pointers
-  std::deque<Use> uses_;
+  std::map<int, Unit> units_;    // by Param::unit; a map: uses hold pointers
+  std::deque<Use> uses_;         // a deque: the recorder points at their parts
   std::deque<Unit*> in_flight_;  // whose gradients are being summed, oldest first
   int microbatches_ = 1;
 };

@@ -21,8 +21,8 @@
 #include <string>
 #include <vector>
 
-#include "support/recorder.h"
 #include "support/check.h"
+#include "support/recorder.h"
 
 // ---- types
 

@@ -151,8 +151,8 @@ static void train(const Options& o, const TrainingData& training, const Job& job
                            : "stopped by a signal; --resume goes on from here");
   }
   if (trace && trace->empty())
-    progress.say(step,
-                 "nothing is written to " + o.trace + ": no step of --trace-steps was trained");
+    progress.say(step, sentence("nothing is written to ", o.trace, ": none of steps ",
+                                o.traced.begin, " to ", o.traced.end, " was trained"));
   progress.done();
   if (o.sample && step == o.steps) print_sample(o, training, trainer, watch, prints);
   if (prints)

@@ -106,7 +106,7 @@ elif [[ " ${ARGS:-} " != *" --model "* ]]; then
 fi
 default --sample 400
 default --eval-every 100
-# a page of it, unless its files are wanted elsewhere, or a model alone
+# a page of it, unless its files are wanted elsewhere; for `make generate` a checkpoint is enough
 if [[ " ${ARGS:-} " != *" --"@(metrics|trace|checkpoint)" "* ]]; then
   page=build/run.html
   rm -f build/run.{html,json,jsonl}

@@ -158,7 +158,7 @@ block() {
   for l in 4 8; do
     for over in fast $link; do
       train $over 2 --model tiny --width 256 --dtype f32 --layers $l "$@" \
-        || { cat "$dir/err" >&2 && exit 1; }
+        || { cat "$dir/err" >&2; return 1; }
       figures+=("$ms" "$wire")
     done
   done
@@ -168,11 +168,12 @@ block() {
 crossover() {
   unset THREEFOLD_STREAMS
   local batch
+  measure() { printf '%s' "$1" && block "${@:2}" && echo; }
   echo "a block of width 256, f32, over 100 Mbit/s: sent and lost"
-  echo "FSDP, whatever R is     $(block --batch 8 --fsdp 2)"
+  measure "FSDP, whatever R is     " --batch 8 --fsdp 2 || return
   for batch in 4 8 12; do
-    echo "TP, R = $((batch / 2)) C            $(block --batch $batch --tp 2)"
-    echo "TP by rows, R = $((batch / 2)) C    $(block --batch $batch --tp 2 --sequence-parallel)"
+    measure "TP, R = $((batch / 2)) C            " --batch $batch --tp 2 || return
+    measure "TP by rows, R = $((batch / 2)) C    " --batch $batch --tp 2 --sequence-parallel || return
   done
 }
 

@@ -83,7 +83,7 @@ void Trace::end_step() {
 std::string Trace::describe() const {
   Json works = Json::array(), marks = Json::array(), arrows = recorder.arrows, units, held;
   for (size_t i = 0; i < spans_.size(); i++) {
-    const Recorder::Work& w = recorder.works[i];
+    const Recorder::Issued& w = recorder.works[i];
     works.push_back(
         {w.queue, w.after, w.processor, spans_[i].start, spans_[i].end, w.ranks, w.sources});
   }
@@ -215,7 +215,7 @@ void rebuild(Joined& all, size_t ranks) {
 double microseconds(double seconds) { return std::round(seconds * 1e9) * 1e-3; }
 
 // The events as text, in the order of rank, row and time; of two that begin together, the longer
-// one first.
+// one first. An event ends among its arguments: its two braces are closed here.
 class Lines {
  public:
   void add(const std::string& kind, size_t rank, int row, double begin, double end,
@@ -224,11 +224,11 @@ class Lines {
     lines_.insert({{rank, kind == "M" ? -1 : row, from, -lasts},
                    format("{\"ph\":\"%s\",\"pid\":%zu,\"tid\":%d,\"ts\":%.3f,", kind.c_str(), rank,
                           row, from) +
-                       (kind == "X" ? format("\"dur\":%.3f,", lasts) : "") + event + "}"});
+                       (kind == "X" ? format("\"dur\":%.3f,", lasts) : "") + event + "}}"});
   }
   void arrow(const char* name, size_t from, double begin, size_t to, int to_row, double end) {
-    const std::string event =
-        sentence("\"cat\":\"flow\",\"bp\":\"e\",\"name\":\"", name, "\",\"id\":", ++arrows_);
+    const std::string event = sentence("\"cat\":\"flow\",\"bp\":\"e\",\"name\":\"", name,
+                                       "\",\"id\":", ++arrows_, ",\"args\":{");
     add("s", from, 1, begin, begin, event);
     add("f", to, to_row, end, end, event);
   }
@@ -263,7 +263,7 @@ void Trace::write() const {
     const Json& rank = ranks[r];
     const auto name = [&](const char* what, int row, const std::string& name) {
       lines.add("M", r, row, 0, 0,
-                sentence("\"name\":\"", what, "\",\"args\":{\"name\":\"", name, "\"}"));
+                sentence("\"name\":\"", what, "\",\"args\":{\"name\":\"", name, "\""));
     };
     name("process_name", 0, rank["name"]);
     name("thread_name", 0, "compute");
@@ -285,7 +285,7 @@ void Trace::write() const {
             if (all.tasks[i].rank == from)
               lines.arrow("send", from, all.spans[i].start, r, 1, (moved + end) / 2);
       }
-      lines.add(m[0], r, row, time(work, edge), last < 0 ? 0 : time(last, 1), event + "}");
+      lines.add(m[0], r, row, time(work, edge), last < 0 ? 0 : time(last, 1), event);
     }
     for (const Json& arrow : rank["arrows"]) {
       int use = arrow[1];

@@ -21,6 +21,7 @@ static double processor_time() {
   return double(t.tv_sec) + double(t.tv_nsec) * 1e-9;
 }
 
+// More arguments may follow: report/trace.cpp closes both braces.
 static std::string event(const char* kind, const std::string& name, const std::string& args) {
   return sentence("\"cat\":\"", kind, "\",\"name\":\"", name, "\",\"args\":{", args);
 }
@@ -116,7 +117,7 @@ void Recorder::travel(const Ranks& ranks, bool send, const char* payload, int pe
 }
 
 void Recorder::end() {
-  Work& work = works.back();
+  Issued& work = works.back();
   work.processor = processor_time() - began_;
   open_ = false;
   if (work.queue == communication && !block_.ranks.size) return;  // nothing was to be sent

@@ -41,17 +41,17 @@ class Recorder {
   // ---- works: ops and blocks of collectives
   enum Queue { compute, communication };
   enum Edge { begins, ends };
-  struct Work {
+  struct Issued {
     Queue queue;
     int after;               // the last work of the other queue that this one waits for; -1: none
     double processor = 0;    // seconds of the issuing thread
     std::string ranks = "";  // of a collective: the axis and who takes part
     std::vector<int> sources = {};  // ranks that it receives from
   };
-  std::vector<Work> works;
+  std::vector<Issued> works;
   void begin(Queue queue, const std::string& name, double bytes, double flops);
-  struct
-      Ranks {  // of an axis, in the world: first, first + stride, ...; `rank` is the place of this
+  // Of an axis, in the world: first, first + stride, ...; `rank` is this rank's place among them.
+  struct Ranks {
     std::string axis = "";
     int first = 0, stride = 1, size = 0, rank = 0;
   };
@@ -68,7 +68,7 @@ class Recorder {
     int work;  // -1: at the beginning
     Edge edge;
     int last;           // -1: no bar
-    std::string event;  // in JSON, without times, ranks and the last two braces
+    std::string event;  // in JSON, up to its arguments, without times and ranks
   };
   std::vector<Mark> marks;
   std::vector<std::pair<int, int>> arrows;  // from a unit's gather to the work before its first use

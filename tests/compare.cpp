@@ -451,6 +451,18 @@ std::string promises(const std::vector<Job>& jobs, const std::map<std::string, d
     t.rows.push_back({name + (j ? link(*j) : ""), cell(for_, benefit), cell(like, likewise),
                       cell(network, sends), slowdowns(layout), when});
   };
+  const auto held = [&](const Job& j) {
+    return format(
+        "a rank holds %.2f MiB of weights, gradients and optimizer state; alone it would hold "
+        "%.2f MiB, %.2f times as much",
+        state(j), state(serial), state(serial) / state(j));
+  };
+  const auto weights_of = [&](const char* each) {
+    return [&, each](const Job& j) {
+      return sentence("each of ", j.ranks, each,
+                      format(" %.2f of %.2f MiB of weights", weights(j), weights(serial)));
+    };
+  };
   row(
       "Data parallel (DDP)", "replicate", "replicate", "Speed, with a whole model on each rank",
       [&](const Job& j) {
@@ -462,20 +474,8 @@ std::string promises(const std::vector<Job>& jobs, const std::map<std::string, d
         return format("%.2f MiB of weights on each of %d", weights(j), j.ranks);
       },
       "Moderate, all-reduce", "The model fits on one GPU, and training is slow");
-  row(
-      "FSDP", "fsdp-zero3", "zero3", "Memory",
-      [&](const Job& j) {
-        return format(
-            "a rank holds %.2f MiB of weights, gradients and optimizer state; alone it "
-            "would hold %.2f MiB, %.2f times as much",
-            state(j), state(serial), state(serial) / state(j));
-      },
-      "A large book cut in slices",
-      [&](const Job& j) {
-        return format("each of %d people keeps %.2f of %.2f MiB of weights", j.ranks, weights(j),
-                      weights(serial));
-      },
-      "Moderate, all-gather and reduce-scatter",
+  row("FSDP", "fsdp-zero3", "zero3", "Memory", held, "A large book cut in slices",
+      weights_of(" people keeps"), "Moderate, all-gather and reduce-scatter",
       "The model does not fit on one GPU: its optimizer state is too large");
   row(
       "Tensor parallel", "tp", "tp", "Latency",
@@ -488,11 +488,7 @@ std::string promises(const std::vector<Job>& jobs, const std::map<std::string, d
                          token_ms.at("one") / token_ms.at("tp"))
                    : std::string(kNotMeasured) + " (ONLY=generate)";
       },
-      "People on different parts of one problem",
-      [&](const Job& j) {
-        return format("each of %d multiplies with %.2f of %.2f MiB of weights", j.ranks, weights(j),
-                      weights(serial));
-      },
+      "People on different parts of one problem", weights_of(" multiplies with"),
       "Extremely high, everyone waits for each all-reduce (NVLink)",
       "The lowest latency of a token is needed (inference)");
   row(
@@ -507,19 +503,8 @@ std::string promises(const std::vector<Job>& jobs, const std::map<std::string, d
         return format("each of %d people adds 1/%d of the layers", j.ranks, j.ranks);
       },
       "Lower, an activation at each cut", "The model is very deep, and spans several nodes");
-  row(
-      "All three (3D)", "3d", "3d", "Very large models",
-      [&](const Job& j) {
-        return format(
-            "a rank holds %.2f MiB of weights, gradients and optimizer state; alone it "
-            "would hold %.2f MiB",
-            state(j), state(serial));
-      },
-      "Assembly lines whose workers share each task",
-      [&](const Job& j) {
-        return format("each of %d holds %.2f of %.2f MiB of weights", j.ranks, weights(j),
-                      weights(serial));
-      },
+  row("All three (3D)", "3d", "3d", "Very large models", held,
+      "Assembly lines whose workers share each task", weights_of(" holds"),
       "Each axis its own: tp inside a node, pp between nodes", "100 billion parameters and more");
   return "<div class=words>" + html(t) + "</div>";
 }

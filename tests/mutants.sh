@@ -45,7 +45,10 @@ mutant() {
   local group=$1 name=$2 file=$3 change=$4 ranks=$5 streams=$6 test=$7 filter=${8:-}
   [ -z "$only" ] || [ "$only" = "$group" ] || return 0
   failed=$((failed + 1)) # until it is caught
-  sed -E "$change" "$file" >"$work/$name.cpp" || return
+  sed -E "$change" "$file" >"$work/$name.cpp" || {
+    echo "FAIL $name  $file cannot be changed"
+    return
+  }
   if cmp -s "$file" "$work/$name.cpp"; then
     echo "FAIL $name  the change no longer applies to $file"
     return

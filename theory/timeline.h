@@ -13,9 +13,10 @@
 #pragma once
 #include <functional>
 
+#include "support/recorder.h"
 #include "theory/simulate.h"
 
-enum class Queue { compute, communication };
+using Queue = Recorder::Queue;  // compute, communication
 struct Task {
   int rank = 0;
   Queue queue = Queue::compute;
