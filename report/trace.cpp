@@ -277,9 +277,11 @@ void Trace::write() const {
       std::string event = m[5];
       if (row && last >= 0) {
         const int task = first + work;
-        const double end = all.spans[task].end, moved = std::min(moves(task), end);
+        const auto [start, end] = all.spans[task];
+        // a send may end before it is received, and has waited for nobody then
+        const double last_came = moves(task), moved = last_came > end ? start : last_came;
         event += format(",\"id\":%d,\"waited_us\":%.3f", all.tasks[task].collective,
-                        microseconds(moved) - microseconds(all.spans[task].start));
+                        microseconds(moved) - microseconds(start));
         for (const int from : rank["works"][work][6])
           for (const int i : all.needs(task))
             if (all.tasks[i].rank == from)

@@ -99,10 +99,15 @@ size_t check_collectives(const Json& events, const std::string& name) {
     std::ranges::sort(ranks);
     CHECK_EQ(Json(ranks), first["ranks"], name, ": who takes part in ", first);
     for (const Json* e : members) {
-      const int64_t moves = begin(*e) + ns((*e)["args"]["waited_us"]);
+      const Json& args = (*e)["args"];
+      const int64_t moves = begin(*e) + ns(args["waited_us"]);
       CHECK_LE(moves, end(*e), name, ": ends before another rank begins it: ", *e);
+      const bool sends = args["op"] == "exchange" && args["receives"].empty();
+      if (sends && end(*e) < last)
+        CHECK_EQ(moves, begin(*e), name, ": a send that waited for none");
       // in a ring of sends a rank waits for the one before it alone
-      if (first["op"] != "exchange" || members.size() == 2) CHECK_EQ(moves, last, name, ": ", *e);
+      else if (args["op"] != "exchange" || members.size() == 2)
+        CHECK_EQ(moves, last, name, ": ", *e);
     }
   }
   return by_id.size();
