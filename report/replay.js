@@ -131,9 +131,10 @@ function draw_rank({part, collectives, units, memory, kept}, rank) {
   const lane = collectives.map(
     e => travelling(e) + (t < e.ts + e.args.waited_us ? ', waits' : ''));
   const weights = trace.units[rank].map(({unit, name, bytes, shard_bytes}) => row(name,
-    `<div class="unit" style="${width(bytes)}" data-unit="${unit}"
+    `<div class="unit weights" style="${width(bytes)}" data-unit="${unit}"
       data-weights="${units[unit].weights}" data-gradient="${units[unit].gradient}">
-      <i class="part"></i><i class="shard" style="width: ${100 * shard_bytes / bytes}%"></i></div>`));
+      <i class="part"></i><i class="shard" style="width: ${100 * shard_bytes / bytes}%"></i>
+    </div>`));
   const pieces = Object.keys(kept).filter(key => kept[key] > 0).map(key =>
     `<i style="width: ${100 * kept[key] / memory.activations}%" data-kept="${key}">${
       key.split('.')[0]}</i>`);
@@ -237,12 +238,17 @@ function tick() {
   else timer = setTimeout(tick, still.matches ? 1000 / speed : 20);
 }
 
+function pause_and_step(by) {
+  play(false);
+  step(by);
+}
+
 // by key: the button's words, and what it does
 const kControls = {
   Home: ['start', () => show(0)],
-  ArrowLeft: ['‹ event', () => step(-1)],
+  ArrowLeft: ['‹ event', () => pause_and_step(-1)],
   ' ': ['play', () => play()],
-  ArrowRight: ['event ›', () => step(1)],
+  ArrowRight: ['event ›', () => pause_and_step(1)],
   End: ['end', () => show(trace.end)],
   f: ['next forward', () => jump('forward')],
   b: ['next backward', () => jump('backward')],
@@ -278,7 +284,7 @@ document.body.insertAdjacentHTML('beforeend', `<h1>${document.title}</h1>
   names.map(name => `<option>${name}`).join('')}</select></label> <output id="clock"></output></nav>
 <div id="devices"><div id="ranks"></div><svg id="travel"></svg></div>
 <p>${['weights', 'gradients', 'optimizer', 'activations', 'forward', 'backward', 'weight gradient',
-  'communication'].map(name => `<i class="key ${name}"></i> ${name}`).join(' ')}</p>
+  'other', 'communication'].map(name => `<i class="key ${name}"></i> ${name}`).join(' ')}</p>
 <div id="timeline"><input id="time" type="range" max="1" step="any" aria-label="time"
   oninput="show(value * trace.end)">${trace.ranks.map(draw_timeline).join('')}</div>
 <footer>${kLegend}${size(scale)}.</footer>`);
