@@ -131,7 +131,7 @@ function draw_rank({part, collectives, units, memory, kept}, rank) {
   const lane = collectives.map(
     e => travelling(e) + (t < e.ts + e.args.waited_us ? ', waits' : ''));
   const weights = trace.units[rank].map(({unit, name, bytes, shard_bytes}) => row(name,
-    `<div class="unit weights" style="${width(bytes)}" data-unit="${unit}"
+    `<div class="unit weights" style="${width(bytes)}"
       data-weights="${units[unit].weights}" data-gradient="${units[unit].gradient}">
       <i class="part"></i><i class="shard" style="width: ${100 * shard_bytes / bytes}%"></i>
     </div>`));
@@ -140,8 +140,8 @@ function draw_rank({part, collectives, units, memory, kept}, rank) {
       key.split('.')[0]}</i>`);
   const others = categories.map(name => row(
     parts(name) > 1 ? `${name} / ${parts(name)}` : name,
-    `<div class="bytes ${name}" style="${width(memory[name] / parts(name))}"
-      data-category="${name}">${name === 'activations' ? pieces.join('') : ''}</div>`));
+    `<div class="bytes ${name}" style="${width(memory[name] / parts(name))}">${
+      name === 'activations' ? pieces.join('') : ''}</div>`));
   return `<section class="device"><h2>${names[rank]}</h2>
     <p class="computes ${part?.args.pass ?? 'waits'}">${part?.name ?? 'waits'}</p>
     <p class="lane">${lane.join('; ')}</p><i class="port"></i>${weights.join('')}${others.join('')}

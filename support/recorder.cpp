@@ -135,14 +135,18 @@ void Recorder::wait(Queue queue, int work) {
 
 void Recorder::add(const char* kind, const char* category, const std::string& name, int row,
                    int edge, Json args) {
-  if (on) args.update({{"stage", stage}, {"microbatch", where.microbatch}, {"chunk", where.chunk}});
+  if (on) {
+    args["stage"] = stage;
+    args["microbatch"] = where.microbatch;
+    args["chunk"] = where.chunk;
+  }
   events.push_back({{"ph", kind},
                     {"cat", category},
                     {"name", name},
                     {"tid", row},
                     {"ts", edge},
                     {"dur", edge | 1},
-                    {"args", args}});
+                    {"args", std::move(args)}});
 }
 
 void Recorder::note_unit(const char* name, Queue row, const Part& part, const char* function) {

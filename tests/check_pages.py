@@ -230,16 +230,16 @@ def wrong_sentence(trace, said, t):
 
 READ = '''[...document.querySelectorAll('.device')].map(card => {
   const wide = e => e.getBoundingClientRect().width;
+  const label = bar => bar.closest('.row').firstChild.textContent;
   return {
     computes: card.querySelector('.computes').textContent,
     lane: card.querySelector('.lane').textContent,
     units: [...card.querySelectorAll('.unit')].map(bar => ({
-      unit: +bar.dataset.unit, weights: bar.dataset.weights, gradient: bar.dataset.gradient,
+      unit: label(bar), weights: bar.dataset.weights, gradient: bar.dataset.gradient,
       outline: wide(bar), part: wide(bar.querySelector('.part')),
       shard: wide(bar.querySelector('.shard'))})),
     rows: [...card.querySelectorAll('.bytes')].map(bar => ({
-      name: bar.dataset.category, wide: wide(bar),
-      label: bar.closest('.row').firstChild.textContent,
+      name: label(bar).split(' / ')[0], wide: wide(bar), label: label(bar),
       kept: [...bar.children].map(piece => [piece.dataset.kept, wide(piece)])})),
   };
 })'''
@@ -268,7 +268,7 @@ def wrong_drawing(trace, cards, t):
         if bool(moving) != bool(card['lane']):
             wrong.append(f"t {t}: rank {rank} '{card['lane']}' beside {moving}")
         for unit in trace.about['units'][rank]:
-            bar = next(bar for bar in card['units'] if bar['unit'] == unit['unit'])
+            bar = next(bar for bar in card['units'] if bar['unit'] == unit['name'])
             state, gradient = units[unit['unit']]
             if (bar['weights'], bar['gradient']) != (state, gradient):
                 wrong.append(f't {t}: rank {rank} {unit["name"]}: {bar}, not {state} {gradient}')
