@@ -61,8 +61,8 @@ void Trace::begin_step(int64_t step) {
 void Trace::end_step() {
   recorder.stop();
   op_times.each([&](const OpTimes::Op& op) {
-    const auto& [queue, after, processor] = recorder.works[works_.size()];
-    works_.push_back({queue, after, processor, began_ + op.begin.seconds_since(*origin_),
+    const Recorder::Issued& w = recorder.works[works_.size()];
+    works_.push_back({w.queue, w.after, w.processor, began_ + op.begin.seconds_since(*origin_),
                       began_ + op.end.seconds_since(*origin_)});
   });
 }
@@ -86,6 +86,12 @@ Json Trace::describe() const {
   name("process_name", 0, sentence("rank ", mesh_.rank, place.empty() ? "" : " (" + place + ")"));
   name("thread_name", Recorder::compute, "compute");
   name("thread_name", Recorder::communication, "communication");
+  for (int i = 0; const Recorder::Issued& w : recorder.works) {
+    if (w.queue == Recorder::compute)
+      recorder.add("X", "op", w.name, w.queue, Recorder::begin_of(i),
+                   {{"bytes", w.bytes}, {"flops", w.flops}});
+    i++;
+  }
   std::array<int64_t, kMemoryCategories> held{};
   for (const auto& [edge, changes] : recorder.memory) {
     Json bytes;
@@ -98,6 +104,8 @@ Json Trace::describe() const {
                      {"name", unit.part.name},
                      {"bytes", unit.padded * size_of(unit.shard.dtype())},
                      {"shard_bytes", unit.shard.bytes()}});
+  // of a part and its first op, which begin together, the part stays the first
+  std::ranges::stable_sort(recorder.events, {}, [](const Json& e) { return e["ts"].get<int>(); });
   return {{"works", works_}, {"events", recorder.events}, {"units", units}};
 }
 

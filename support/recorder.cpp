@@ -41,7 +41,7 @@ void Recorder::enter(const char* pass, const std::string& part) {
 
 void Recorder::begin(Queue queue, const std::string& name, double bytes, double flops) {
   const int work = last_[queue] = int(works.size()), edge = begin_of(work);
-  works.push_back({queue, std::exchange(waits_for_[queue], -1)});
+  works.push_back({queue, std::exchange(waits_for_[queue], -1), name, bytes, flops});
   open_ = queue;
   block_ = -1;
   if (queue == compute) {
@@ -58,7 +58,6 @@ void Recorder::begin(Queue queue, const std::string& name, double bytes, double 
       add("s", "flow", "use", communication, begin_of(collective), {});
       add("f", "flow", "use", compute, edge, {});
     }
-    add("X", "op", name, compute, edge, {{"bytes", bytes}, {"flops", flops}});
     open_range(name);
   }
   began_ = processor_time();

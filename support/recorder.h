@@ -4,8 +4,8 @@
 //           such a piece of work has a number. What else a trace says of it is noted here: the part
 //           of the model that it belongs to, what it waits for in the rank's other queue, what the
 //           ledger counts for it, and what changes beside it in memory and in the state of units.
-//           All of it is an event of Chrome's format at once, but for the times: until
-//           report/trace.h knows those, they are edges of works.
+//           It is an event of Chrome's format at once (an op, of which there are many, at the end),
+//           but for the times: until report/trace.h knows those, they are edges of works.
 // order     The host allocates and frees in the order of the compute stream (Buffer in tensor.h).
 //           So a change of memory stands at the op before it, however far the host is ahead.
 // names     On the CUDA build parts, ops and collectives are NVTX ranges, too: Nsight shows them.
@@ -40,7 +40,9 @@ class Recorder {
   enum Queue { compute, communication };
   struct Issued {
     Queue queue;
-    int after;             // the last work of the other queue that this one waits for; -1: none
+    int after;  // the last work of the other queue that this one waits for; -1: none
+    std::string name;
+    double bytes, flops;
     double processor = 0;  // seconds of the issuing thread
   };
   std::vector<Issued> works;
