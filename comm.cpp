@@ -3,6 +3,9 @@
 #include "comm.h"
 
 #include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
 
 // ---- time
 
@@ -170,10 +173,13 @@ ncclDataType_t nccl_type(Dtype dtype) {
   return types[int(dtype)];
 }
 
+// Ranks may outnumber cores, and whoever we wait for needs ours: it yields, and where that takes
+// long it sleeps, for no longer than it has waited.
 Finished::~Finished() {
-  for (int done = 0; !done;) {
+  for (int turn = 0, done = 0; !done; turn++) {
     MPI_Test(&request_, &done, MPI_STATUS_IGNORE);
-    if (!done) sched_yield();  // ranks may outnumber cores: whoever we wait for needs ours
+    if (turn < 100) sched_yield();
+    else if (!done) usleep(unsigned(std::min(turn, 1000)));
   }
 }
 

@@ -151,7 +151,7 @@ template <class T, int kD> __global__ void __launch_bounds__(256, 2)
   const int keys = n.seen_by(last_row<S>(q0, n.queries));
   OnlineSoftmax<S> softmax;
   typename S::Output o;
-  o.clear();
+  o.clear(n.queries.rows - q0, n.D);
   load_rows<S, true>(q, n.of_head(in.q), q0, n, scale);
   count_seen<S>(seen, q0, n);
 
@@ -159,7 +159,7 @@ template <class T, int kD> __global__ void __launch_bounds__(256, 2)
     load_rows<S, false>(kv, n.of_head(in.k), k0, n);
     __syncthreads();       // q, k and seen are there
     typename S::Scores s;  // (key, query)
-    s.clear();
+    s.clear(keys - k0, n.queries.rows - q0);
     s.template add<true>(kv, S::kLd, q, S::kLdT, kD);
     s.for_each_run([&](int key, int row, const A* score) {
       UNROLL for (int e = 0; e < S::Scores::kColumnRun; e++) p[key * S::kLdS + row + e] = score[e];
@@ -244,15 +244,15 @@ template <class T, int kD> __global__ void __launch_bounds__(256, 2)
   load_rows<S, true>(dy, n.of_head(dout), q0, n);
   load_statistics<S>(row_lse, row_delta, seen, lse, delta, q0, n);
   typename S::Output dq;
-  dq.clear();
+  dq.clear(n.queries.rows - q0, n.D);
 
   for (int k0 = 0; k0 < keys; k0 += S::kTile) {
     load_rows<S, false>(k, n.of_head(in.k), k0, n);
     load_rows<S, false>(v, n.of_head(in.v), k0, n);
     __syncthreads();           // all tiles are there
     typename S::Scores s, dp;  // (key, query)
-    s.clear();
-    dp.clear();
+    s.clear(keys - k0, n.queries.rows - q0);
+    dp.clear(keys - k0, n.queries.rows - q0);
     s.template add<true>(k, S::kLd, q, S::kLdT, kD);
     dp.template add<true>(v, S::kLd, dy, S::kLdT, kD);
     s.for_each_run(
@@ -286,8 +286,8 @@ template <class T, int kD> __global__ void __launch_bounds__(256, 2)
   load_rows<S, true>(k, n.of_head(in.k), k0, n);
   load_rows<S, true>(v, n.of_head(in.v), k0, n);
   typename S::Output dk, dv;
-  dk.clear();
-  dv.clear();
+  dk.clear(n.keys.rows - k0, n.D);
+  dv.clear(n.keys.rows - k0, n.D);
 
   for (int q0 = n.first_seeing(k0) / S::kTile * S::kTile; q0 < n.queries.rows; q0 += S::kTile) {
     load_rows<S, false>(q, n.of_head(in.q), q0, n, scale);
@@ -295,8 +295,8 @@ template <class T, int kD> __global__ void __launch_bounds__(256, 2)
     load_statistics<S>(row_lse, row_delta, seen, lse, delta, q0, n);
     __syncthreads();           // all tiles are there
     typename S::Scores s, dp;  // (query, key)
-    s.clear();
-    dp.clear();
+    s.clear(n.queries.rows - q0, n.keys.rows - k0);
+    dp.clear(n.queries.rows - q0, n.keys.rows - k0);
     s.template add<true>(q, S::kLd, k, S::kLdT, kD);
     dp.template add<true>(dy, S::kLd, v, S::kLdT, kD);
     s.for_each_run(

@@ -67,7 +67,9 @@ template <class A, int kI, int kJ> class BlockProduct {
  public:
   static constexpr int kColumnRun = kColumns < kRun ? kColumns : kRun;
 
-  __device__ __forceinline__ void clear() {
+  // sum = 0; c is used up to so many rows and columns, and may stay 0 beyond: FAST then has less to
+  // do for a sequence shorter than a tile
+  __device__ __forceinline__ void clear(int = kI, int = kJ) {
     UNROLL for (int r = 0; r < kRows; r++) UNROLL for (int c = 0; c < kColumns; c++) sum[r][c] = 0;
   }
 

@@ -24,14 +24,30 @@ inline std::vector<int> sequence(int64_t step, int64_t s, const GptConfig& g) {
   return tokens;
 }
 
-struct Run {  // what a training run of kSteps steps computed
-  std::vector<double> losses, norms;
-  std::vector<std::vector<double>> gradients;  // one a step and parameter
-  std::vector<std::vector<double>> weights;
+struct Run {  // what a training run computed: of each step, of each parameter, in a row
+  std::vector<double> losses, norms, gradients;
+  std::vector<double> weights;  // at the end
 };
 
+inline void append(std::vector<double>& all, const std::vector<double>& more) {
+  all.insert(all.end(), more.begin(), more.end());
+}
+
+// What work() computes on rank 0, on every rank: they may share cores.
+template <class Work> Run from_rank_0(Work work) {
+  Run run;
+  on_first_rank(job(), [&] { run = work(); });
+  for (std::vector<double>* values : {&run.losses, &run.norms, &run.gradients, &run.weights}) {
+    int64_t size = int64_t(values->size());
+    MPI_Ibcast(&size, 1, MPI_INT64_T, 0, MPI_COMM_WORLD, Finished());
+    values->resize(size_t(size));
+    MPI_Ibcast(values->data(), int(size), MPI_DOUBLE, 0, MPI_COMM_WORLD, Finished());
+  }
+  return run;
+}
+
 // The reference: whole parameters, no mesh, no units, the batch in one piece.
-inline Run one_rank(const GptConfig& config, int64_t batch, int steps) {
+inline Run train_alone(const GptConfig& config, int64_t batch, int steps) {
   WholeGpt gpt(config, 1337);
   Optimizer optimizer = gpt.optimizer(1.0, 0.1);
   Tensor total({1}, Dtype::f64, Memory::workspace);
@@ -51,12 +67,15 @@ inline Run one_rank(const GptConfig& config, int64_t batch, int steps) {
     tape.backward();
     gpt.finish_gradients();
     run.losses.push_back(download(total)[0]);
-    for (Param* p : gpt.params()) run.gradients.push_back(download(p->own(p->grad)));
+    for (Param* p : gpt.params()) append(run.gradients, download(p->own(p->grad)));
     optimizer.step(kLearningRate);
     run.norms.push_back(optimizer.norm());
   }
-  for (Param* p : gpt.params()) run.weights.push_back(download(p->own(p->value)));
+  for (Param* p : gpt.params()) append(run.weights, download(p->own(p->value)));
   return run;
+}
+inline Run one_rank(const GptConfig& config, int64_t batch, int steps) {
+  return from_rank_0([&] { return train_alone(config, batch, steps); });
 }
 
 // The sum over an axis of what each rank has, in f64.
@@ -73,7 +92,7 @@ inline std::vector<double> sum_over(Mesh& mesh, const Axis& axis, const std::vec
 
 // Gradients or weights of every parameter in its global shape, from what each rank updates of it.
 enum class WholeOf { gradients, weights };
-inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer, WholeOf what) {
+inline std::vector<double> whole_model(Mesh& mesh, Trainer& trainer, WholeOf what) {
   std::vector<int64_t> starts;  // of each parameter, by its id, all in a row
   int64_t all = 0;
   for (Param* p : trainer.gpt.params()) starts.push_back(all), all += elements(p->shape);
@@ -112,11 +131,7 @@ inline std::vector<std::vector<double>> whole_model(Mesh& mesh, Trainer& trainer
   if (tied) last = sum_over(mesh, mesh["pp"], last);
   CHECK(std::equal(last.begin(), last.end(), first.begin()),
         "the token embedding is not the same on the first and the last stage");
-  std::vector<std::vector<double>> params;
-  for (Param* p : trainer.gpt.params())
-    params.emplace_back(first.begin() + starts[p->id],
-                        first.begin() + starts[p->id] + elements(p->shape));
-  return params;
+  return first;
 }
 
 // What a step finds where it will put gradients is no part of them. (A number: kernels that are
@@ -146,8 +161,7 @@ inline Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions&
     trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
     expect_numbers(trainer);
     run.losses.push_back(trainer.loss());
-    for (auto& gradient : whole_model(mesh, trainer, WholeOf::gradients))
-      run.gradients.push_back(std::move(gradient));
+    append(run.gradients, whole_model(mesh, trainer, WholeOf::gradients));
     trainer.update(kLearningRate);
     run.norms.push_back(trainer.norm());
   }
@@ -168,23 +182,14 @@ inline Run curve_of(Mesh& mesh, const GptConfig& config, const TrainerOptions& o
   return run;
 }
 
-inline double largest(const std::vector<std::vector<double>>& a) {
-  double m = 0;
-  for (const auto& v : a)
-    for (double x : v) m = std::max(m, std::abs(x));
-  return m;
-}
-
-inline double relative(const std::vector<std::vector<double>>& a,
-                       const std::vector<std::vector<double>>& b) {
+inline double relative(const std::vector<double>& a, const std::vector<double>& b) {
   CHECK_EQ(a.size(), b.size());
-  double d = 0;
+  double d = 0, largest = 0;
   for (size_t i = 0; i < a.size(); i++) {
-    CHECK_EQ(a[i].size(), b[i].size());
-    for (size_t j = 0; j < a[i].size(); j++)
-      d = a[i][j] == a[i][j] ? std::max(d, std::abs(a[i][j] - b[i][j])) : INFINITY;
+    d = a[i] == a[i] ? std::max(d, std::abs(a[i] - b[i])) : INFINITY;
+    largest = std::max(largest, std::abs(b[i]));
   }
-  return d / largest(b);
+  return d / largest;
 }
 
 struct Difference {
@@ -197,8 +202,8 @@ struct Difference {
 };
 
 inline Difference compare(const Run& a, const Run& b) {
-  return {relative({a.losses}, {b.losses}), relative(a.gradients, b.gradients),
-          relative({a.norms}, {b.norms}), relative(a.weights, b.weights)};
+  return {relative(a.losses, b.losses), relative(a.gradients, b.gradients),
+          relative(a.norms, b.norms), relative(a.weights, b.weights)};
 }
 
 // Settings against one rank in f64, kSteps steps each.
@@ -288,5 +293,5 @@ inline double difference(Mesh& mesh, const GptConfig& config, const TrainerOptio
   Trainer trainer(mesh, config, options);
   const double loss = trainer.evaluate(7, [&](int64_t s) { return sequence(0, s, config); });
   return std::max(std::abs(loss - expected.loss) / expected.loss,
-                  relative({trainer.next_logits(expected.prompt)}, {expected.logits}));
+                  relative(trainer.next_logits(expected.prompt), expected.logits));
 }

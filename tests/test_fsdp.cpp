@@ -1,6 +1,6 @@
 // test_fsdp.cpp: data parallelism and FSDP equal one rank, in f64 to rounding; bytes and memory
 // equal the formulas exactly. Run under mpiexec -n 1, 2, 3, 4, 8: every layout replicate x fsdp of
-// the world's size is compared with a plain single-rank computation that each rank does by itself.
+// the world's size is compared with a plain computation on a single rank.
 // Up to 4 ranks each ZeRO stage, reshard, prefetch 0 to 2 and one or more micro-batches, all
 // combined. On 8 ranks, and with delayed streams, each stage x reshard x prefetch once, one or more
 // micro-batches taking turns: every pair is still there. Recompute and flash attention take turns
@@ -66,8 +66,8 @@ double curve(GptConfig config, int steps) {
     TrainerOptions options;
     options.batch = 24, options.microbatch = 24 / layout.ranks();
     config.attention = layout["replicate"] == 1 ? AttentionKind::flash : AttentionKind::plain;
-    worst = std::max(worst,
-                     relative({curve_of(mesh, config, options, steps).losses}, {reference.losses}));
+    worst =
+        std::max(worst, relative(curve_of(mesh, config, options, steps).losses, reference.losses));
     close_mesh(mesh);
   });
   measured("largest relative difference of the loss ", worst, "; it falls from ",

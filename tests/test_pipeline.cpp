@@ -90,12 +90,6 @@ template <class Work> void each_setting(Work work) {
   }
 }
 
-Mesh lonely() {  // a mesh of this rank alone
-  Mesh mesh;
-  CUDA_CHECK(cudaStreamCreateWithFlags(&mesh.stream, cudaStreamNonBlocking));
-  return mesh;
-}
-
 }  // namespace
 
 TEST(every_schedule_equals_one_rank_in_f64) {
@@ -114,9 +108,14 @@ TEST(every_schedule_has_the_bits_of_one_rank_in_f32_over_20_steps) {
   config.dtype = Dtype::f32;
   const int pp = job().size;
   const int64_t m = pp == 3 || pp == 6 ? 6 : 8, batch = 2 * m;
-  Mesh alone = lonely();
   Setting s{Layout{{"pp", pp}}, "1f1b", 1, m, {}, false, false};
-  const Run reference = curve_of(alone, config, s.options(batch), 20);
+  const Run reference = from_rank_0([&] {
+    Mesh alone;
+    CUDA_CHECK(cudaStreamCreateWithFlags(&alone.stream, cudaStreamNonBlocking));
+    const Run run = curve_of(alone, config, s.options(batch), 20);
+    close_mesh(alone);
+    return run;
+  });
   Mesh mesh = open_mesh(s.layout);
   int runs = 0;
   for (const std::string& schedule : schedule_names())
@@ -128,7 +127,6 @@ TEST(every_schedule_has_the_bits_of_one_rank_in_f32_over_20_steps) {
       runs++;
     }
   close_mesh(mesh);
-  close_mesh(alone);
   measured(runs, " schedules, losses and norms; the loss goes from ", reference.losses.front(),
            " to ", reference.losses.back());
 }

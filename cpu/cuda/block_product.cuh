@@ -59,7 +59,10 @@ template <class A, int kI, int kJ> class BlockProduct {
  public:
   static constexpr int kColumnRun = 64 / int(sizeof(A));
 
-  void clear() { memset(sum, 0, sizeof sum); }
+  void clear(int rows = kI, int columns = kJ) {
+    used_rows = rows, used_columns = columns;
+    memset(sum, 0, sizeof sum);
+  }
 
   template <class F, class... Others> __forceinline__ void for_each_run(F f, Others&... others) {
     UNROLL for (int t = 0; t < kTiles; t++) UNROLL for (int r = 0; r < kMicroRows; r++)
@@ -69,7 +72,7 @@ template <class A, int kI, int kJ> class BlockProduct {
   template <bool kRowMajor>
   __forceinline__ void add(const A* a, int lda, const A* b, int ldb, int depth) {
     cpu::multiply_adds.fetch_add(int64_t(kI) * kJ * depth, std::memory_order_relaxed);
-    UNROLL for (int t = 0; t < kTiles; t++)
+    UNROLL for (int t = 0; t < kTiles; t++) if (row(t) < used_rows && column(t) < used_columns)
         add_micro_tile<kRowMajor>(sum[t], a + row(t) * (kRowMajor ? lda : 1), lda, b + column(t),
                                   ldb, depth);
   }
@@ -78,6 +81,7 @@ template <class A, int kI, int kJ> class BlockProduct {
   static constexpr int kAcross = kJ / kColumnRun, kTiles = kAcross * kI / kMicroRows;
   static_assert(kAcross * kColumnRun == kJ && kTiles * kMicroRows == kAcross * kI);
   A sum[kTiles][kMicroRows][kColumnRun];
+  int used_rows = kI, used_columns = kJ;  // micro-tiles beyond are not summed
 
   static int row(int tile) { return tile / kAcross * kMicroRows; }
   static int column(int tile) { return tile % kAcross * kColumnRun; }
