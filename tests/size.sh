@@ -11,7 +11,8 @@ tokens() {
   local three='<<=|>>=|<=>|\.\.\.|->\*' two='::|->|\+\+|--|<<|>>|[-+*/%&|^<>=!]=|&&|\|\||##'
   local comment='//.*|/\*([^*]|\*[^/])*\*/|<!--.*-->'
   local raw='/R"\(/,/\)"/{ /R"\(/{ s/R"\(.*/""/; b }; /\)"/!d; s/.*\)"// }' # is one string
-  sed -E "$raw" "$@" | grep -oE "$string|$character|$comment|$number|$word|$three|$two|[^[:space:]]" \
+  sed -E "$raw" "$@" \
+    | grep -oE "$string|$character|$comment|$number|$word|$three|$two|[^[:space:]]" \
     | grep -vcE '^(//|/\*|<!--)'
 }
 path=$(ls {tensor,autograd,gpt,optimizer,comm}.{h,cpp,cu} \
