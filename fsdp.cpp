@@ -38,7 +38,7 @@ Var Fsdp::run(Tape& tape, int use, const std::function<Var()>& f) {
 
 void Fsdp::before_forward(int use) {
   unshard(use, +1);
-  recorder.enter_use("forward", uses_[use].part);
+  recorder.enter("forward", uses_[use].name);
 }
 
 void Fsdp::after_forward(const Tape& tape, int use) {
@@ -48,11 +48,11 @@ void Fsdp::after_forward(const Tape& tape, int use) {
 
 void Fsdp::before_backward(Tape& tape, int use) {
   if (uses_[use].backward != Backward::nothing) unshard(use, -1);
-  recorder.enter_use("backward", uses_[use].part);
+  recorder.enter("backward", uses_[use].name);
   allocate_gradients(use);
   if (!tape.deferred) return;
   tape.weight_gradient([this, use] {  // zero bubble: see the end of this file
-    recorder.enter("weight gradient", &uses_[use].part);
+    recorder.enter("weight gradient", uses_[use].name);
     allocate_gradients(use);
   });
 }
@@ -131,7 +131,7 @@ void Fsdp::add_units(const std::vector<Param*>& all, std::string (*name)(int uni
   const Dtype master = master_dtype(dtype_);
   for (const auto& [number, params] : units_of(all)) {
     Unit& u = units_[number];
-    u.part = {name ? name(number) : "", {number}};
+    u.part = {name ? name(number) : "", number};
     u.params = params;
     u.offsets = offsets_in_unit(params);
     u.padded = padded_unit(params, axis_.size);
@@ -170,9 +170,8 @@ void Fsdp::add_units(const std::vector<Param*>& all, std::string (*name)(int uni
 
 int Fsdp::add_use(const std::vector<Param*>& params, Backward backward, int group,
                   const std::string& name) {
-  Use& use = uses_.emplace_back(Use{{name}, {}, backward, group});
+  Use& use = uses_.emplace_back(Use{name, {}, backward, group});
   for (const auto& [number, of_unit] : units_of(params)) {
-    use.part.units.push_back(number);
     use.units.push_back(&units_.at(number));
     use.units.back()->uses_per_microbatch++;
   }
@@ -211,7 +210,7 @@ void Fsdp::start_unshard(Unit& u) {
   u.gathered = true;
   if (u.whole.empty()) u.whole = Tensor({u.padded}, dtype_, Memory::gather);
   if (axis_.size == 1) return;
-  const Entered entered("gather", &u.part);
+  const Entered entered("gather", u.part.name);
   recorder.note_unit("unshard", Recorder::compute, u.part, "Fsdp::start_unshard");
   // kernels that used this memory before must have finished, and the optimizer must have written
   // the shard that is sent
@@ -270,7 +269,7 @@ void Fsdp::reduce_gradients(int use) {
 
 // A unit's gradient, of one micro-batch or of the step, is complete on this rank.
 void Fsdp::start_reduce(Unit& u) {
-  const Entered entered("sum", &u.part);
+  const Entered entered("sum", u.part.name);
   for (Param* p : u.params) p->clear_if_fresh();  // zero bubble may leave some without a writer
   if (complete_gradients) complete_gradients(u.params);
   make_wait(stream_, device().compute);  // the gradients must have been computed
@@ -296,7 +295,7 @@ void Fsdp::finish_reduce() {
   Unit& u = *in_flight_.front();
   in_flight_.pop_front();
   u.reducing = false;
-  const Entered entered("sum", &u.part);
+  const Entered entered("sum", u.part.name);
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!shards_gradients()) return;
   const Tensor mine = u.shard_of(u.whole_grad);

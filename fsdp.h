@@ -57,6 +57,7 @@ class Fsdp {
   void finish_backward();  // after the last micro-batch: the shards' gradients are complete
   void end_step();  // after the optimizer: frees whole parameters, or marks them as out of date
   Tensor gradient_shard(int unit) { return units_.at(unit).shard_grad; }  // after finish_backward
+  const auto& units() const { return units_; }
 
   // ---- the two questions that tell DDP and the ZeRO stages apart
   // Are whole parameters there only while a use needs them?
@@ -98,7 +99,7 @@ class Fsdp {
     Tensor shard_of(const Tensor& buffer) const { return buffer.part(begin, {shard_size}); }
   };
   struct Use {
-    Recorder::Part part;
+    std::string name;
     std::vector<Unit*> units;
     Backward backward;
     int group;
@@ -126,8 +127,8 @@ class Fsdp {
   Dtype dtype_;
   FsdpOptions options_;
   uint64_t seed_;
-  std::map<int, Unit> units_;    // by Param::unit; a map: uses hold pointers
-  std::deque<Use> uses_;         // a deque: the recorder points at their parts
+  std::map<int, Unit> units_;  // by Param::unit; a map: uses hold pointers
+  std::vector<Use> uses_;
   std::deque<Unit*> in_flight_;  // whose gradients are being summed, oldest first
   int microbatches_ = 1;
 };

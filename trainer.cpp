@@ -92,8 +92,7 @@ Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tok
   Var y = forward(tape, chunk, x, tokens);
   if (!has_head(pieces_[chunk])) return y;
   scale /= double(gpt.cp.copies(tokens.length));
-  static const Recorder::Part loss{"loss"};
-  recorder.enter("forward", &loss);
+  recorder.enter("forward", "loss");
   gpt.tp.cross_entropy(tape, std::move(y), tokens.targets, gpt.config.vocab, scale, total_);
   return {};
 }

@@ -190,9 +190,9 @@ decode() {
     in_lab "$link" -n 2 build/cpu/generate $model --tp 2 --prompt Once --tokens 100 \
       || { cat "$dir/err" && exit 1; }
     measured=$(sed -n 's/.*median \([0-9.]*\) ms.*/\1/p' "$dir/err" "$dir/out")
-    # what is decoded sends short messages
+    # what is decoded sends short messages, whose bytes are in the time that was measured
     awk -v us="$(cat "$out/short-$link-2.txt")" \
-      '$1 == "between" { $3 = us / 2 } { print }' "$(machine "$link" 2)" >"$dir/short"
+      '$1 == "between" { $2 = 1000; $3 = us / 2 } { print }' "$(machine "$link" 2)" >"$dir/short"
     # shellcheck disable=SC2086
     predicted=$(build/cpu/plan --machine "$dir/short" --nodes 2 --devices 1 --decode --json $model \
       --tp 2 | number token_seconds)

@@ -23,10 +23,8 @@ data() { printf '<script type="application/json" id="%s">%s</script>\n' "$1" "$2
   echo '<!doctype html><html lang="en"><meta charset="utf-8">'
   echo '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Replay</title>'
   echo '<style>'
-  cat report/replay.css
+  cat report/page.css
   printf '</style><body data-sources="%s/">\n' "$(realpath --relative-to="$(dirname "$page")" .)"
-  [ -z "$metrics" ] || cat report/run.html
-  cat report/replay.html
   data functions "{$(functions)}"
   echo '<script type="application/json" id="trace">'
   sed 's/</\\u003c/g' "$trace" # no name can end the script

@@ -2,45 +2,33 @@
 #include "report/trace.h"
 
 #include <algorithm>
-#include <cerrno>
-#include <chrono>
 #include <cmath>
-#include <cstring>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "launch/job.h"
 #include "support/metrics.h"
 
-using Json = nlohmann::ordered_json;
+using Json = nlohmann::json;
 
 // ---- clocks
-
-static double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
 
 // By how many seconds this rank's clock is ahead of the first rank's: from the fastest of some
 // round trips, in whose middle the other clock was read.
 static double clock_ahead(const Mesh& mesh) {
-  double ahead = 0;
-  for (int rank = 1; rank < mesh.size; rank++) {
-    double fastest = INFINITY, theirs = 0;
-    for (int i = 0; i < 20 && (mesh.rank == 0 || mesh.rank == rank); i++) {
-      const int peer = mesh.rank ? 0 : rank;
-      const auto send = [&] {
-        theirs = now();
-        MPI_Isend(&theirs, 1, MPI_DOUBLE, peer, 0, MPI_COMM_WORLD, Finished());
-      };
-      const double begin = now();
-      if (mesh.rank) send();
-      MPI_Irecv(&theirs, 1, MPI_DOUBLE, peer, 0, MPI_COMM_WORLD, Finished());
-      const double end = now();
-      if (!mesh.rank) send();
-      if (end - begin >= fastest) continue;
-      fastest = end - begin;
-      ahead = (begin + end) / 2 - theirs;
-    }
+  double ahead = 0, fastest = INFINITY;
+  for (int i = 20; i < 20 * mesh.size; i++) {  // 20 for each rank but the first
+    const int asks = i / 20, peer = mesh.rank ? 0 : asks;
+    if (mesh.rank && mesh.rank != asks) continue;
+    const double begin = MPI_Wtime();
+    if (mesh.rank) MPI_Isend(&begin, 1, MPI_DOUBLE, peer, 0, MPI_COMM_WORLD, Finished());
+    double theirs;
+    MPI_Irecv(&theirs, 1, MPI_DOUBLE, peer, 0, MPI_COMM_WORLD, Finished());
+    const double end = MPI_Wtime();
+    if (!mesh.rank) MPI_Isend(&end, 1, MPI_DOUBLE, peer, 0, MPI_COMM_WORLD, Finished());
+    if (end - begin >= fastest) continue;
+    fastest = end - begin;
+    ahead = (begin + end) / 2 - theirs;
   }
   return mesh.rank ? ahead : 0;
 }
@@ -51,18 +39,18 @@ Trace::Trace(const std::string& path, Mesh& mesh, const Trainer& trainer, bool r
     : path_(path), mesh_(mesh), trainer_(trainer), rebuilds_(rebuilds) {
   if (path.empty()) return;
   put_aside(path, "traces");
-  REQUIRE(std::ofstream(path, std::ios::app), "--trace: ", path,
-          " cannot be opened for writing: ", strerror(errno));
+  SYSTEM_CHECK(std::ofstream(path, std::ios::app), "--trace: ", path,
+               " cannot be opened for writing");
 }
 
 void Trace::begin_step(int64_t step) {
   if (steps_.empty()) {
-    held_ = device().memory.now;
+    recorder.memory[Recorder::end_of(-1)] = device().memory.now;
     origin_.emplace(true);
     barrier();
     origin_->record(device().compute);
     synchronize();
-    began_ = now();
+    began_ = MPI_Wtime();
     if (!rebuilds_) began_ -= clock_ahead(mesh_);
   }
   steps_.push_back(step);
@@ -73,52 +61,44 @@ void Trace::begin_step(int64_t step) {
 void Trace::end_step() {
   recorder.stop();
   op_times.each([&](const OpTimes::Op& op) {
-    spans_.push_back(
-        {began_ + op.begin.seconds_since(*origin_), began_ + op.end.seconds_since(*origin_)});
+    const auto& [queue, after, processor] = recorder.works[works_.size()];
+    works_.push_back({queue, after, processor, began_ + op.begin.seconds_since(*origin_),
+                      began_ + op.end.seconds_since(*origin_)});
   });
 }
 
 // ---- all ranks
 
-std::string Trace::describe() const {
-  Json works = Json::array(), marks = Json::array(), arrows = recorder.arrows, units, held;
-  for (size_t i = 0; i < spans_.size(); i++) {
-    const Recorder::Issued& w = recorder.works[i];
-    works.push_back(
-        {w.queue, w.after, w.processor, spans_[i].start, spans_[i].end, w.ranks, w.sources});
+// Of each axis with more than one rank: "fsdp 4, tp 2".
+static std::string list_axes(const Mesh& mesh, int Axis::*number) {
+  std::vector<std::string> all;
+  for (const Axis& axis : mesh.axes)
+    if (axis.size > 1) all.push_back(sentence(axis.name, " ", axis.*number));
+  return join(all, ", ");
+}
+
+// Of this rank.
+Json Trace::describe() const {
+  const auto name = [](const char* what, int row, const std::string& name) {
+    recorder.add("M", "", what, row, Recorder::end_of(-1), {{"name", name}});
+  };
+  const std::string place = list_axes(mesh_, &Axis::rank);
+  name("process_name", 0, sentence("rank ", mesh_.rank, place.empty() ? "" : " (" + place + ")"));
+  name("thread_name", Recorder::compute, "compute");
+  name("thread_name", Recorder::communication, "communication");
+  std::array<int64_t, kMemoryCategories> held{};
+  for (const auto& [edge, changes] : recorder.memory) {
+    Json bytes;
+    for (int c = 0; c < kMemoryCategories; c++) bytes[name_of(Memory(c))] = held[c] += changes[c];
+    recorder.add("C", "", "memory", 0, edge, bytes);
   }
-  for (const Recorder::Mark& m : recorder.marks)
-    marks.push_back({m.last < 0 ? "i" : "X", m.row, m.work, m.edge, m.last, m.event});
-  auto now = held_;
-  for (const auto& [place, changes] : recorder.memory) {
-    std::string event;
-    for (int c = 0; c < kMemoryCategories; c++)
-      event += sentence(c ? ",\"" : "\"name\":\"memory\",\"args\":{\"", name_of(Memory(c)),
-                        "\":", now[c] += changes[c]);
-    marks.push_back({"C", 0, place.first, place.second, -1, event});
-  }
-  for (int c = 0; c < kMemoryCategories; c++) held[name_of(Memory(c))] = held_[c];
-  const Schedule& schedule = trainer_.pipeline.schedule();
-  const int64_t shards = join(mesh_, "fsdp", "cp").size;
-  for (const auto& [unit, params] :
-       units_of(params_of(pieces_of(trainer_.gpt, schedule, recorder.stage)))) {
-    const int64_t bytes = padded_unit(params, shards) * size_of(trainer_.gpt.config.dtype);
-    units.push_back({{"unit", unit},
-                     {"name", name_of_unit(unit)},
-                     {"bytes", bytes},
-                     {"shard_bytes", bytes / shards},
-                     {"zero", shards > 1 ? trainer_.options.fsdp.zero : 0}});
-  }
-  std::string places;
-  for (const Axis& axis : mesh_.axes)
-    if (axis.size > 1) places += sentence(places.empty() ? " (" : ", ", axis.name, " ", axis.rank);
-  return Json{{"works", works},
-              {"marks", marks},
-              {"arrows", arrows},
-              {"units", units},
-              {"held", held},
-              {"name", sentence("rank ", mesh_.rank, places, places.empty() ? "" : ")")}}
-      .dump();
+  Json units;
+  for (const auto& [number, unit] : trainer_.fsdp.units())
+    units.push_back({{"unit", number},
+                     {"name", unit.part.name},
+                     {"bytes", unit.padded * size_of(unit.shard.dtype())},
+                     {"shard_bytes", unit.shard.bytes()}});
+  return {{"works", works_}, {"events", recorder.events}, {"units", units}};
 }
 
 namespace {
@@ -127,43 +107,50 @@ namespace {
 struct Joined {
   std::vector<Task> tasks;
   std::vector<Span> spans;                // a collective's begins where its rank has come to it
+  std::vector<double> shift;              // of each rank's clock
   std::vector<std::vector<int>> members;  // of the collectives
-  std::vector<std::vector<int>> sources;  // of each task: see Recorder
-  bool only_sends(int task) const {
-    return sources[task].empty() && std::ranges::any_of(members[tasks[task].collective],
-                                                        [&](int i) { return !sources[i].empty(); });
+  std::vector<const Json*> args;          // of each task's event, if it is a collective
+  double start(int task) const { return spans[task].start + shift[tasks[task].rank]; }
+  double end(int task) const { return spans[task].end + shift[tasks[task].rank]; }
+  // The sends that it receives, in their order.
+  std::vector<int> sources(int task) const {
+    std::vector<int> all;
+    for (const Json& received : (*args[task])["receives"])
+      for (const int i : members[tasks[task].collective])
+        if (received["from"] == tasks[i].rank) all.push_back(i);
+    return all;
   }
-  // Those that a collective waits for: in a ring of sends only its sources.
+  // Those that a collective waits for: in a ring of sends only the ones that it receives.
   std::vector<int> needs(int task) const {
-    std::vector<int> needed = members[tasks[task].collective];
-    const std::vector<int>& from = sources[task];
-    if (needed.size() > 2 && !from.empty())
-      std::erase_if(needed, [&](int i) {
-        return i != task && std::ranges::find(from, tasks[i].rank) == from.end();
-      });
-    return needed;
+    const std::vector<int> received = sources(task);
+    return received.empty() ? members[tasks[task].collective] : received;
   }
 };
 
 Joined join_works(const std::vector<Json>& ranks) {
   Joined all;
-  std::map<std::pair<std::string, int>, int> numbers;  // of the collectives
+  all.shift.resize(ranks.size());
+  std::map<std::pair<std::string, int>, std::vector<int>> collectives;  // the k-th of some ranks
   for (size_t r = 0; r < ranks.size(); r++) {
     const int first = int(all.tasks.size());
-    std::map<std::string, int> calls;
     for (const Json& w : ranks[r]["works"]) {
       const int after = w[1];
-      Task task{int(r), Queue(w[0].get<int>()), w[2], after < 0 ? -1 : first + after};
-      if (const std::string who = w[5]; !who.empty()) {
-        const int next = int(all.members.size());
-        task.collective = numbers.try_emplace({who, calls[who]++}, next).first->second;
-        if (task.collective == next) all.members.emplace_back();
-        all.members[task.collective].push_back(int(all.tasks.size()));
-      }
-      all.tasks.push_back(task);
+      all.tasks.push_back({int(r), w[0], w[2], after < 0 ? -1 : first + after});
       all.spans.push_back({w[3], w[4]});
-      all.sources.push_back(w[6]);
     }
+    all.args.resize(all.tasks.size());
+    std::map<std::string, int> calls;
+    for (const Json& e : ranks[r]["events"]) {
+      if (e["cat"] != "collective") continue;
+      const int i = first + e["ts"].get<int>() / 2;
+      all.args[i] = &e["args"];
+      const std::string who = sentence(e["args"]["axis"], e["args"]["ranks"]);
+      collectives[{who, calls[who]++}].push_back(i);
+    }
+  }
+  for (const auto& [call, members] : collectives) {
+    for (const int i : members) all.tasks[i].collective = int(all.members.size());
+    all.members.push_back(members);
   }
   return all;
 }
@@ -171,154 +158,95 @@ Joined join_works(const std::vector<Json>& ranks) {
 // Moves the ranks' clocks until none ends a collective before another begins it, and none a receive
 // before its send: as often as a chain of ranks is long. Clocks that drift may still contradict
 // each other then.
-void align(Joined& all, size_t ranks) {
-  std::vector<double> shift(ranks);
+void align(Joined& all) {
   bool moved = true;
-  for (size_t pass = 0; pass < ranks && std::exchange(moved, false); pass++)
+  for (size_t pass = 0; pass < all.shift.size() && std::exchange(moved, false); pass++)
     for (const std::vector<int>& members : all.members)
       for (const int i : members) {
-        if (all.only_sends(i)) continue;  // and may end before it is received
+        const Json& args = *all.args[i];
+        if (!args["sends"].empty() && args["receives"].empty()) continue;  // may end before that
         for (const int j : all.needs(i)) {
-          double& mine = shift[all.tasks[j].rank];
-          const double latest = shift[all.tasks[i].rank] + all.spans[i].end - all.spans[j].start;
-          if (mine <= latest + 1e-9) continue;
-          mine = latest;
+          const double early = all.end(i) - all.start(j);
+          if (early > -1e-9) continue;
+          all.shift[all.tasks[j].rank] += early;
           moved = true;
         }
       }
-  double zero = INFINITY;
-  for (size_t i = 0; i < all.spans.size(); i++)
-    zero = std::min(zero, all.spans[i].start + shift[all.tasks[i].rank]);
-  for (size_t i = 0; i < all.spans.size(); i++) {
-    const double later = shift[all.tasks[i].rank] - zero;
-    all.spans[i] = {all.spans[i].start + later, all.spans[i].end + later};
-  }
+  double first = INFINITY;
+  for (size_t i = 0; i < all.tasks.size(); i++) first = std::min(first, all.start(int(i)));
+  for (double& shift : all.shift) shift -= first;
 }
 
-void rebuild(Joined& all, size_t ranks) {
+void rebuild(Joined& all) {
   for (const std::vector<int>& members : all.members) {
     double least = INFINITY;
     for (const int i : members) least = std::min(least, all.tasks[i].duration);
     for (const int i : members) all.tasks[i].duration = least;
   }
   all.spans = run(all.tasks);
-  std::vector<double> free(2 * ranks);
-  for (size_t i = 0; i < all.tasks.size(); i++) {
-    const Task& task = all.tasks[i];
-    double& until = free[2 * task.rank + int(task.queue)];
-    if (task.collective >= 0)
-      all.spans[i].start = std::max(until, task.after < 0 ? 0 : all.spans[task.after].end);
-    until = all.spans[i].end;
-  }
 }
-
-double microseconds(double seconds) { return std::round(seconds * 1e9) * 1e-3; }
-
-// The events as text, in the order of rank, row and time; of two that begin together, the longer
-// one first. An event ends among its arguments: its two braces are closed here.
-class Lines {
- public:
-  void add(const std::string& kind, size_t rank, int row, double begin, double end,
-           const std::string& event) {
-    const double from = microseconds(begin), lasts = microseconds(end) - from;
-    lines_.insert({{rank, kind == "M" ? -1 : row, from, -lasts},
-                   format("{\"ph\":\"%s\",\"pid\":%zu,\"tid\":%d,\"ts\":%.3f,", kind.c_str(), rank,
-                          row, from) +
-                       (kind == "X" ? format("\"dur\":%.3f,", lasts) : "") + event + "}}"});
-  }
-  void arrow(const char* name, size_t from, double begin, size_t to, int to_row, double end) {
-    const std::string event = sentence("\"cat\":\"flow\",\"bp\":\"e\",\"name\":\"", name,
-                                       "\",\"id\":", ++arrows_, ",\"args\":{");
-    add("s", from, 1, begin, begin, event);
-    add("f", to, to_row, end, end, event);
-  }
-  std::string text() const {
-    std::string all;
-    for (const auto& [place, line] : lines_) all += (all.empty() ? "" : ",\n") + line;
-    return all;
-  }
-
- private:
-  std::multimap<std::tuple<size_t, int, double, double>, std::string> lines_;
-  int arrows_ = 0;
-};
 
 }  // namespace
 
 void Trace::write() const {
-  std::vector<Json> ranks;
-  for (const std::string& text : gather_text(describe())) ranks.push_back(Json::parse(text));
+  const std::vector<Json> ranks = gather(describe());
   if (mesh_.rank) return;
   Joined all = join_works(ranks);
-  rebuilds_ ? rebuild(all, ranks.size()) : align(all, ranks.size());
-  const auto moves = [&](int task) {  // when the last of the ranks that it needs has come
-    double last = 0;
-    for (const int i : all.needs(task)) last = std::max(last, all.spans[i].start);
-    return last;
+  rebuilds_ ? rebuild(all) : align(all);
+  std::ofstream out(path_);
+  out << "{\"traceEvents\":[\n";
+  const char* separator = "";
+  int arrow_ends = 0;
+  const auto nanoseconds = [](double seconds) { return double(llround(seconds * 1e9)); };
+  const auto add = [&](Json event, int rank, double begin, double end) {
+    event["pid"] = rank;
+    event["ts"] = nanoseconds(begin) / 1e3;
+    event["dur"] = (nanoseconds(end) - nanoseconds(begin)) / 1e3;
+    if (event["cat"] == "flow") event.update({{"bp", "e"}, {"id", arrow_ends++ / 2}});
+    out << std::exchange(separator, ",\n") << event;
   };
-  Lines lines;
-  Json layout, units, held;
+  const auto add_send = [&](const char* kind, int rank, double time) {
+    add({{"ph", kind}, {"cat", "flow"}, {"name", "send"}, {"tid", 1}}, rank, time, time);
+  };
+  Json units;
   int first = 0;  // task of the rank
-  for (size_t r = 0; r < ranks.size(); r++) {
-    const Json& rank = ranks[r];
-    const auto name = [&](const char* what, int row, const std::string& name) {
-      lines.add("M", r, row, 0, 0,
-                sentence("\"name\":\"", what, "\",\"args\":{\"name\":\"", name, "\""));
+  for (int rank = 0; rank < mesh_.size; rank++) {
+    const auto time = [&](int edge) {
+      if (edge < 0) return 0.0;
+      return edge % 2 ? all.end(first + edge / 2) : all.start(first + edge / 2);
     };
-    name("process_name", 0, rank["name"]);
-    name("thread_name", 0, "compute");
-    name("thread_name", 1, "communication");
-    const int count = int(rank["works"].size());
-    const auto time = [&](int work, int edge) {
-      return work < 0 ? 0 : edge ? all.spans[first + work].end : all.spans[first + work].start;
-    };
-    for (const Json& m : rank["marks"]) {
-      const int row = m[1], work = m[2], edge = m[3], last = m[4];
-      std::string event = m[5];
-      if (row && last >= 0) {
-        const int task = first + work;
-        const auto [start, end] = all.spans[task];
+    for (Json e : ranks[rank]["events"]) {
+      const double begin = time(e["ts"]), end = time(e["dur"]);
+      if (e["cat"] == "collective") {
+        const int task = first + e["ts"].get<int>() / 2;
+        double last = begin;  // when the last of the ranks that it needs has come
+        for (const int i : all.needs(task)) last = std::max(last, all.start(i));
         // a send may end before it is received, and has waited for nobody then
-        const double last_came = moves(task), moved = last_came > end ? start : last_came;
-        event += format(",\"id\":%d,\"waited_us\":%.3f", all.tasks[task].collective,
-                        microseconds(moved) - microseconds(start));
-        for (const int from : rank["works"][work][6])
-          for (const int i : all.needs(task))
-            if (all.tasks[i].rank == from)
-              lines.arrow("send", from, all.spans[i].start, r, 1, (moved + end) / 2);
+        const double moves = last > end ? begin : last;
+        e["args"]["id"] = all.tasks[task].collective;
+        e["args"]["waited_us"] = (nanoseconds(moves) - nanoseconds(begin)) / 1e3;
+        for (const int i : all.sources(task)) {
+          add_send("s", all.tasks[i].rank, all.start(i));
+          add_send("f", rank, moves);
+        }
       }
-      lines.add(m[0], r, row, time(work, edge), last < 0 ? 0 : time(last, 1), event);
+      add(e, rank, begin, end);
     }
-    for (const Json& arrow : rank["arrows"]) {
-      int use = arrow[1];
-      while (use < count && rank["works"][use][0] != Recorder::compute) use++;
-      if (use < count)
-        lines.arrow("gather", r, moves(first + arrow[0].get<int>()), r, 0, time(use, 0));
-    }
-    units[std::to_string(r)] = rank["units"];
-    held[std::to_string(r)] = rank["held"];
-    first += count;
+    units.push_back(ranks[rank]["units"]);
+    first += int(ranks[rank]["works"].size());
   }
-  std::string title;
-  for (const Axis& axis : mesh_.axes) {
-    layout[axis.name] = axis.size;
-    if (axis.size > 1) title += sentence(title.empty() ? "" : ", ", axis.name, " ", axis.size);
-  }
-  const Fsdp& fsdp = trainer_.fsdp;
-  const int64_t limit = device().memory_limit;
-  const Json about{{"layout", layout},
-                   {"ranks", mesh_.size},
-                   {"title", title.empty() ? "one rank" : title},
-                   {"schedule", trainer_.pipeline.schedule().row->name},
+  std::string title = list_axes(mesh_, &Axis::size);
+  if (title.empty()) title = "one rank";
+  if (join(mesh_, "fsdp", "cp").size > 1) title += sentence(", ZeRO-", trainer_.options.fsdp.zero);
+  if (mesh_["pp"].size > 1) title += sentence(", ", trainer_.pipeline.schedule().row->name);
+  const Json about{{"title", title},
+                   {"stages", mesh_["pp"].size},
                    {"clock", rebuilds_ ? "rebuilt" : "measured"},
                    {"steps", steps_},
                    {"units", units},
-                   {"shards_parameters", fsdp.shards_parameters()},
-                   {"shards_gradients", fsdp.shards_gradients()},
-                   {"memory_limit", limit ? Json(limit) : Json()},
-                   {"held", held}};
-  std::ofstream out(path_);
-  out << "{\"traceEvents\":[\n" << lines.text() << "\n],\n\"threefold\":" << about << "}\n";
+                   {"shards_parameters", trainer_.fsdp.shards_parameters()},
+                   {"memory_limit", device().memory_limit}};
+  out << "\n],\n\"threefold\":" << about << "}\n";
   out.close();
-  REQUIRE(out, "--trace: ", path_, " cannot be written: ", strerror(errno));
+  SYSTEM_CHECK(out, "--trace: ", path_, " cannot be written");
 }

@@ -1,9 +1,9 @@
 // trace.h: what every rank computed, sent and held in some steps, as a file in Chrome's trace
 // format (Perfetto opens it): --trace. docs/tracing.md says what each row is.
 //
-// idea      support/recorder.h and tensor.h's OpTimes have a step's work in the order of issue.
-//           Every rank makes events of it whose times are still edges of its works; the first rank
-//           gathers them, joins the ends of each collective, and puts times in their places.
+// idea      support/recorder.h and tensor.h's OpTimes have a step's work in the order of issue, and
+//           events whose times are edges of it. The first rank gathers those of all ranks, joins
+//           the ends of each collective, and puts times in the places of edges.
 // matching  Ranks that share a communicator call it in one order. So the k-th collective of some
 //           ranks on an axis is the same one on all of them.
 // measured  On a GPU times are those of events, on each rank since an origin. The clocks of two
@@ -37,7 +37,7 @@ class Trace {
   void write() const;
 
  private:
-  std::string describe() const;
+  nlohmann::json describe() const;
 
   const std::string path_;
   Mesh& mesh_;
@@ -45,7 +45,8 @@ class Trace {
   const bool rebuilds_;
   std::vector<int64_t> steps_;
   std::optional<Event> origin_;
-  double began_ = 0;         // the origin by the first rank's clock
-  std::vector<Span> spans_;  // of the recorder's works, by that clock
-  std::array<int64_t, kMemoryCategories> held_{};
+  double began_ = 0;  // the origin by the first rank's clock
+  // of each of the recorder's works: queue, what it waits for, processor time, begin and end by
+  // that clock
+  std::vector<std::tuple<int, int, double, double, double>> works_;
 };

@@ -15,15 +15,14 @@ static void open_range(const std::string&) {}
 static void close_range() {}
 #endif
 
+using Json = nlohmann::json;
+
+Recorder recorder;
+
 static double processor_time() {
   timespec t;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
   return double(t.tv_sec) + double(t.tv_nsec) * 1e-9;
-}
-
-// More arguments may follow: report/trace.cpp closes both braces.
-static std::string event(const char* kind, const std::string& name, const std::string& args) {
-  return sentence("\"cat\":\"", kind, "\",\"name\":\"", name, "\",\"args\":{", args);
 }
 
 // ---- where
@@ -34,136 +33,130 @@ void Recorder::stop() {
   on = false;
 }
 
-void Recorder::enter(const char* pass, const Part* part) {
+void Recorder::enter(const char* pass, const std::string& part) {
   if (on) where = {pass, part, where.microbatch, where.chunk, ++numbers_};
-}
-
-void Recorder::enter_use(const char* pass, const Part& part) {
-  if (!on) return;
-  enter(pass, &part);
-  for (const int unit : part.units)
-    if (const auto gather = gathers_.extract(unit))
-      arrows.push_back({gather.mapped(), works.size()});
-}
-
-std::string Recorder::microbatch() const {
-  return where.microbatch < 0
-             ? ""
-             : sentence(",\"microbatch\":", where.microbatch, ",\"chunk\":", where.chunk);
 }
 
 // ---- works
 
 void Recorder::begin(Queue queue, const std::string& name, double bytes, double flops) {
-  const int number = int(works.size());
+  const int work = last_[queue] = int(works.size()), edge = begin_of(work);
   works.push_back({queue, std::exchange(waits_for_[queue], -1)});
-  last_[queue] = number;
-  open_ = true;
-  block_ = {};
+  open_ = queue;
+  block_ = -1;
   if (queue == compute) {
     if (drawn_ != where.number) {
       if (drawn_) close_range();
       drawn_ = where.number;
-      part_ = marks.size();
-      const Part part = where.part ? *where.part : Part{};
-      const std::string of = sentence(where.pass, part.name.empty() ? "" : " ", part.name);
+      part_ = events.size();
+      const std::string of = where.pass + (where.part.empty() ? "" : " ") + where.part;
+      add("X", "part", of, compute, edge, {{"pass", where.pass}, {"part", where.part}});
       open_range(of);
-      marks.push_back({compute, number, begins, number,
-                       event("part", of,
-                             sentence("\"pass\":\"", where.pass, "\",\"part\":\"", part.name,
-                                      "\",\"unit\":", nlohmann::json(part.units),
-                                      ",\"stage\":", stage, microbatch()))});
     }
-    marks[part_].last = number;
-    marks.push_back({compute, number, begins, number,
-                     event("op", name, sentence("\"bytes\":", bytes, ",\"flops\":", flops))});
+    events[part_]["dur"] = end_of(work);
+    for (const int collective : std::exchange(arriving_, {})) {
+      add("s", "flow", "use", communication, begin_of(collective), {});
+      add("f", "flow", "use", compute, edge, {});
+    }
+    add("X", "op", name, compute, edge, {{"bytes", bytes}, {"flops", flops}});
     open_range(name);
   }
   began_ = processor_time();
 }
 
-// Of a block of collectives: what its first call says of all.
-void Recorder::name_block(const Ranks& ranks, const char* op) {
-  if (block_.ranks.size) return;
-  block_.ranks = ranks;
-  block_.op = op;
-  block_.serves = where.part ? where.part->name : where.pass;
-  if (!where.part && where.microbatch >= 0)
-    block_.serves += sentence(" of micro-batch ", where.microbatch);
-  open_range(block_.op + " " + block_.serves);
+void Recorder::issued_by(const char* function, const char* purpose) {
+  function_ = function;
+  purpose_ = purpose;
 }
 
-void Recorder::issued_by(const char* function, const char* purpose) {
-  block_.function = function;
-  block_.purpose = purpose;
+static Json all_of(const Recorder::Ranks& ranks) {
+  Json all;
+  for (int r = 0; r < ranks.size; r++) all.push_back(ranks.first + r * ranks.stride);
+  return all;
+}
+
+// The arguments of the open block of collectives, if one is open; its first call names it.
+Json* Recorder::block(const Ranks& ranks, const char* op) {
+  if (open_ != communication) return nullptr;
+  if (block_ < 0) {
+    block_ = int(events.size());
+    std::string serves = where.part.empty() ? where.pass : where.part;
+    if (where.part.empty() && where.microbatch >= 0)
+      serves += sentence(" of micro-batch ", where.microbatch);
+    const std::string name = op + (" " + serves),
+                      function = function_.substr(0, function_.find('('));
+    add("X", "collective", name, communication, begin_of(last_[communication]),
+        {{"op", op},
+         {"axis", ranks.axis},
+         {"ranks", all_of(ranks)},
+         {"for", serves},
+         {"purpose", purpose_},
+         {"function", function.substr(function.rfind(' ') + 1)},
+         {"bytes", 0.0},
+         {"sends", Json::array()},
+         {"receives", Json::array()}});
+    open_range(name);
+  }
+  return &events[block_]["args"];
 }
 
 void Recorder::call(const Ranks& ranks, const char* op, double bytes) {
-  if (!open_ || works.back().queue == compute) return;
-  name_block(ranks, op);
-  block_.bytes += bytes;
+  if (Json* args = block(ranks, op)) (*args)["bytes"].get_ref<double&>() += bytes;
 }
 
 void Recorder::travel(const Ranks& ranks, bool send, const char* payload, int peer, int64_t bytes) {
-  if (!open_) return;
-  name_block(ranks, "exchange");
-  const int rank = ranks.first + peer * ranks.stride;
-  block_.peer = block_.peer == -1 || block_.peer == rank ? rank : -2;
-  std::string& all = block_.travels[send];
-  all += sentence(all.empty() ? "" : ",", "{\"payload\":\"", payload,
-                  "\",\"microbatch\":", where.microbatch, send ? ",\"to\":" : ",\"from\":", rank,
-                  ",\"bytes\":", bytes, "}");
-  if (!send) works.back().sources.push_back(rank);
+  Json* args = block(ranks, "exchange");
+  if (!args) return;
+  const int me = ranks.first + ranks.rank * ranks.stride, other = ranks.first + peer * ranks.stride;
+  const Json two{std::min(me, other), std::max(me, other)};
+  Json &members = (*args)["ranks"], &sends = (*args)["sends"], &receives = (*args)["receives"];
+  if (sends.empty() && receives.empty()) members = two;
+  else if (members != two) members = all_of(ranks);
+  (send ? sends : receives)
+      .push_back({{"payload", payload},
+                  {"microbatch", where.microbatch},
+                  {send ? "to" : "from", other},
+                  {"bytes", bytes}});
 }
 
 void Recorder::end() {
-  Issued& work = works.back();
-  work.processor = processor_time() - began_;
-  open_ = false;
-  if (work.queue == communication && !block_.ranks.size) return;  // nothing was to be sent
-  close_range();
-  if (work.queue == compute) return;
-  const auto& [axis, first, stride, size, mine] = block_.ranks;
-  nlohmann::json ranks;  // all of the axis, or two
-  for (int r = 0; r < size; r++)
-    if (const int rank = first + r * stride; block_.peer < 0 || rank == block_.peer || r == mine)
-      ranks.push_back(rank);
-  work.ranks = axis + ranks.dump();
-  const std::string function = block_.function.substr(0, block_.function.find('('));
-  std::string args =
-      sentence("\"op\":\"", block_.op, "\",\"axis\":\"", axis, "\",\"for\":\"", block_.serves,
-               "\",\"purpose\":\"", block_.purpose, "\",\"bytes\":", block_.bytes,
-               ",\"function\":\"", function.substr(function.rfind(' ') + 1), "\",\"ranks\":", ranks,
-               microbatch());
-  if (block_.peer != -1)
-    args += sentence(",\"sends\":[", block_.travels[1], "],\"receives\":[", block_.travels[0], "]");
-  marks.push_back({communication, last_[communication], begins, last_[communication],
-                   event("collective", block_.op + " " + block_.serves, args)});
+  works.back().processor = processor_time() - began_;
+  if (open_ == compute || block_ >= 0) close_range();  // else nothing was to be sent
+  open_.reset();
 }
 
 void Recorder::wait(Queue queue, int work) {
-  if (work >= 0 && works[work].queue != queue)
-    waits_for_[queue] = std::max(waits_for_[queue], work);
+  if (work < 0 || works[work].queue == queue) return;
+  waits_for_[queue] = std::max(waits_for_[queue], work);
+  if (queue == compute && awaited_.insert(work).second) arriving_.push_back(work);
 }
 
-// ---- beside them
+// ---- events
+
+void Recorder::add(const char* kind, const char* category, const std::string& name, int row,
+                   int edge, Json args) {
+  if (on) args.update({{"stage", stage}, {"microbatch", where.microbatch}, {"chunk", where.chunk}});
+  events.push_back({{"ph", kind},
+                    {"cat", category},
+                    {"name", name},
+                    {"tid", row},
+                    {"ts", edge},
+                    {"dur", edge | 1},
+                    {"args", args}});
+}
 
 void Recorder::note_unit(const char* name, Queue row, const Part& part, const char* function) {
   if (!on) return;
-  if (std::string_view(name) == "arrived") gathers_[part.units[0]] = last_[row];
-  marks.push_back({row, last_[row], ends, -1,
-                   event("unit", name,
-                         sentence("\"unit\":", part.units[0], ",\"name\":\"", part.name,
-                                  "\",\"function\":\"", function, "\""))});
+  add("i", "unit", name, row, end_of(last_[row]),
+      {{"unit", part.unit}, {"name", part.name}, {"function", function}});
 }
 
 void Recorder::note_live(const char* name, int64_t bytes) {
-  if (!on) return;
-  marks.push_back({compute, last_[compute], ends, -1,
-                   event("live", name, sentence("\"bytes\":", bytes, microbatch()))});
+  if (on) add("i", "live", name, compute, end_of(last_[compute]), {{"bytes", bytes}});
 }
 
 void Recorder::allocated(int category, int64_t bytes) {
-  const bool inside = open_ && works.back().queue == compute;
-  memory[{last_[compute], inside && bytes > 0 ? begins : ends}][category] += bytes;
+  const bool is_first = open_ == compute && bytes > 0;  // in the op that is open
+  const int op = last_[compute];
+  memory[is_first ? begin_of(op) : end_of(op)][category] += bytes;
 }

@@ -30,53 +30,51 @@ static void call(ncclComm_t comm, int ranks, Collective collective, const Tensor
   else NCCL_CHECK(ncclAllReduce(data, data, all, ncclFloat, ncclSum, comm, stream));
 }
 
-// What is timed: so many products, and an all-reduce of so many bytes (0: none), behind them or
+// What a round is: so many products, and an all-reduce of so many bytes (0: none), behind them or
 // beside them.
 struct Round {
   int products;
   size_t bytes;
   bool beside = false;
 };
-// Seconds of a round. Products come first where ranks share cores: they do not come to the
-// all-reduce together, and those who wait leave the core to others.
+// Seconds of a round on the slowest rank: the median of `times`.
 static double seconds(ncclComm_t comm, const Tensor& x, int times, const Round& round) {
   const Tensor a({512, 512}, Dtype::f32, Memory::workspace), c(a.shape(), a.dtype(), Memory::data);
   fill(a, 0);
   cudaStream_t other;
   CUDA_CHECK(cudaStreamCreate(&other));
-  synchronize();
-  barrier();
-  const double start = MPI_Wtime();
+  std::vector<double> all;
   for (int i = 0; i < times; i++) {
+    synchronize();
+    barrier();
+    const double start = MPI_Wtime();
     if (round.beside) call(comm, 2, Collective::all_reduce, x, round.bytes, other);
     for (int k = 0; k < round.products; k++) product(c, a, false, a, false, 0);
     if (round.bytes && !round.beside) call(comm, 2, Collective::all_reduce, x, round.bytes);
     CUDA_CHECK(cudaStreamSynchronize(other));
     synchronize();
+    double mine = MPI_Wtime() - start, slowest = 0;
+    MPI_Iallreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, Finished());
+    all.push_back(slowest);
   }
-  double mine = MPI_Wtime() - start, slowest = 0;
-  MPI_Iallreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, Finished());
   CUDA_CHECK(cudaStreamDestroy(other));
-  return slowest / times;
+  std::ranges::sort(all);
+  return all[all.size() / 2];
 }
 
 static void measure(const Job& job, const char* name, ncclComm_t world, int color,
                     const Tensor& x) {
-  constexpr size_t kSmall = 512 << 10, kLarge = 4 << 20;
-  constexpr int kFew = 3;  // products: some 20 ms
+  constexpr size_t kSmall = 128 << 10, kLarge = 4 << 20;
   ncclComm_t pair;
   NCCL_CHECK(ncclCommSplit(world, color, job.rank, &pair, nullptr));
   seconds(pair, x, 3, {0, kLarge});  // opens connections
-  // (differences, which may seem to be no time at all where others use the cores)
-  const double few = seconds(pair, x, 60, {kFew, 0}),
-               small = seconds(pair, x, 60, {kFew, kSmall}) - few,
-               large = std::max(1e-4, seconds(pair, x, 12, {kFew, kLarge}) - few),
-               rate = double(kLarge - kSmall) / std::max(large - small, large / 4),
-               latency = std::max(0.0, small - double(kSmall) / rate) / 2;
-  const int many = 1 + int(1.5 * kFew * large / few);  // they take longer than what is beside them
-  const double behind = seconds(pair, x, 12, {many, 0}) + large,
-               beside = seconds(pair, x, 12, {many, kLarge, true}),
-               short_call = seconds(pair, x, 100, {0, 4 << 10});
+  const double small = seconds(pair, x, 30, {0, kSmall}), large = seconds(pair, x, 11, {0, kLarge}),
+               rate = double(kLarge - kSmall) / (large - small),
+               latency = std::max(0.0, small - double(kSmall) / rate) / 2,
+               one = seconds(pair, x, 11, {1, 0}), short_call = seconds(pair, x, 100, {0, 4 << 10});
+  const int many = 1 + int(1.5 * large / one);  // they take longer than what is beside them
+  const double behind = seconds(pair, x, 11, {many, kLarge}),
+               beside = seconds(pair, x, 11, {many, kLarge, true});
   NCCL_CHECK(ncclCommDestroy(pair));
   if (job.rank) return;
   printf("%s %.4f %.1f : measured\n", name, rate / 1e9, 1e6 * latency);

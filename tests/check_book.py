@@ -20,7 +20,7 @@ def check(holds, what):
 
 
 class Page(html.parser.HTMLParser):
-    """ids, links (target, classes, text), and the text of what is in <code> in <pre>."""
+    """ids, links (target, classes, text), and the text of what is in <ol>."""
 
     def __init__(self, path):
         super().__init__()
@@ -35,18 +35,18 @@ class Page(html.parser.HTMLParser):
         for target in [a.get('href'), a.get('src')]:
             if target is not None and 'aria-hidden' not in a:
                 self.links.append([target, a.get('class') or '', ''])
-        if tag in ('a', 'pre'):
+        if tag in ('a', 'ol'):
             self.inside.append(tag)
 
     def handle_endtag(self, tag):
-        if tag in ('a', 'pre'):
+        if tag in ('a', 'ol'):
             self.inside.pop()
 
     def handle_data(self, data):
         self.text += data
         if 'a' in self.inside and self.links:
             self.links[-1][2] += data
-        if 'pre' in self.inside:
+        if 'ol' in self.inside:
             self.code += data
 
 

@@ -132,7 +132,7 @@ class Trace:
         text = re.search(r'id="trace">(.*?)</script>', page, re.S)[1]
         trace = json.loads(text)
         self.about, self.events = trace['threefold'], trace['traceEvents']
-        self.ranks = range(self.about['ranks'])
+        self.ranks = range(len(self.about['units']))
         self.end = max(e['ts'] + e.get('dur', 0) for e in self.events if 'ts' in e)
         self.told = sorted((e for e in self.events
                             if e.get('cat') in ('part', 'collective', 'unit', 'live')),
@@ -147,19 +147,16 @@ class Trace:
         return [e for e in self.until(rank, t, ph='X', cat=cat) if e['ts'] + e['dur'] > t]
 
     def memory(self, rank, t):
-        counters = self.until(rank, t, ph='C')
-        return counters[-1]['args'] if counters else self.about['held'][str(rank)]
+        return self.until(rank, t, ph='C')[-1]['args']
 
     def units(self, rank, t):
-        states, less = {}, 'shard' if self.about['shards_parameters'] else 'old'
-        for unit in self.about['units'][str(rank)]:
+        states, less = {}, 'reshard' if self.about['shards_parameters'] else 'old'
+        for unit in self.about['units'][rank]:
             names = [e['name'] for e in self.until(rank, t, cat='unit')
                      if e['args']['unit'] == unit['unit']]
             weights = [n for n in names if n in ('unshard', 'arrived', 'reshard')]
             sums = [n for n in names if n in ('reduce', 'reduced')]
-            states[unit['unit']] = (
-                {'unshard': 'gathering', 'arrived': 'whole', 'reshard': less}[weights[-1]]
-                if weights else less, bool(sums) and sums[-1] == 'reduce')
+            states[unit['unit']] = (weights or [less])[-1], (sums or ['reduced'])[-1]
         return states
 
     def kept(self, rank, t):
@@ -193,7 +190,7 @@ def about(words, value):
 def computing(part):
     a = part['args']
     if a['pass'] == 'sum':
-        return f"adds the summed gradient of {a['part']} to its shard"
+        return f"adds to its shard the summed gradient of {a['part']}"
     if a['part']:
         return f"computes the {a['pass']} of {a['part']}"
     return {'begin': 'begins the step', 'optimizer': 'updates its weights',
@@ -209,20 +206,20 @@ def wrong_sentence(trace, said, t):
         wanted.append('while it ' + computing(part[-1]))
     if e['cat'] == 'part':
         wanted.append(computing(e))
-        if a['part'] and 'microbatch' in a:
+        if a['part'] and a['microbatch'] >= 0:
             wanted.append(f"micro-batch {a['microbatch']}")
     if e['cat'] == 'unit':
         wanted.append(a['name'])
     if e['cat'] == 'collective':
         wanted.append(f"({a['axis']}, ")
-        parcels = [*a.get('sends', []), *a.get('receives', [])]
+        parcels = [*a['sends'], *a['receives']]
         for parcel in parcels:
             of = f" of micro-batch {parcel['microbatch']}" if parcel['microbatch'] >= 0 else ''
             way = 'to' if 'to' in parcel else 'from'
             wanted.append(f"the {parcel['payload']}{of} {way} rank {parcel[way]}")
         if a['op'] != 'exchange':
             wanted.append(a['for'])
-        elif sum(p['bytes'] for p in a.get('sends', [])) != a['bytes']:
+        elif sum(p['bytes'] for p in a['sends']) != a['bytes']:
             wrong.append(f'{a}: the bytes sent do not add up')
         if not about(said, parcels[0]['bytes'] if parcels else a['bytes']):
             wrong.append(f'"{said}": {a["bytes"]} bytes')
@@ -237,7 +234,7 @@ READ = '''[...document.querySelectorAll('.device')].map(card => {
     computes: card.querySelector('.computes').textContent,
     lane: card.querySelector('.lane').textContent,
     units: [...card.querySelectorAll('.unit')].map(bar => ({
-      unit: +bar.dataset.unit, weights: bar.dataset.weights, reducing: bar.dataset.reducing,
+      unit: +bar.dataset.unit, weights: bar.dataset.weights, gradient: bar.dataset.gradient,
       outline: wide(bar), part: wide(bar.querySelector('.part')),
       shard: wide(bar.querySelector('.shard'))})),
     rows: [...card.querySelectorAll('.bytes')].map(bar => ({
@@ -270,15 +267,15 @@ def wrong_drawing(trace, cards, t):
                 wrong.append(f"t {t}: rank {rank} '{card['lane']}' lacks {e['args']['for']}")
         if bool(moving) != bool(card['lane']):
             wrong.append(f"t {t}: rank {rank} '{card['lane']}' beside {moving}")
-        for unit in trace.about['units'][str(rank)]:
+        for unit in trace.about['units'][rank]:
             bar = next(bar for bar in card['units'] if bar['unit'] == unit['unit'])
-            state, reducing = units[unit['unit']]
-            if (bar['weights'], bar['reducing']) != (state, str(reducing).lower()):
-                wrong.append(f't {t}: rank {rank} {unit["name"]}: {bar}, not {state} {reducing}')
+            state, gradient = units[unit['unit']]
+            if (bar['weights'], bar['gradient']) != (state, gradient):
+                wrong.append(f't {t}: rank {rank} {unit["name"]}: {bar}, not {state} {gradient}')
             to_scale(f'rank {rank} {unit["name"]}', bar['outline'], unit['bytes'])
             to_scale(f'the shard of {unit["name"]}', bar['shard'], unit['shard_bytes'])
             to_scale(f'what is here of {unit["name"]}', max(bar['part'], bar['shard']),
-                     unit['shard_bytes'] if state == 'shard' else unit['bytes'])
+                     unit['shard_bytes'] if state == 'reshard' else unit['bytes'])
         memory, kept = trace.memory(rank, t), trace.kept(rank, t)
         for row in card['rows']:
             parts = int((re.search(r' / (\d+)$', row['label']) or [0, 1])[1])
@@ -297,7 +294,8 @@ def check_replay(browser, page, name):
     trace = Trace(page)
     now = 'document.getElementById("clock").textContent'
     follows = browser.evaluate('document.getElementById("watch").value')
-    wanted = 'every rank' if trace.about['layout']['pp'] > 1 else 'rank 0'
+    wanted = 'every rank' if trace.about['stages'] > 1 else next(
+        e['args']['name'] for e in trace.events if e['name'] == 'process_name')
     check(f'{name}: follows {wanted}', [] if follows == wanted else [follows])
     browser.evaluate('document.getElementById("watch").selectedIndex = 0; follow()')
 

@@ -290,7 +290,7 @@ mutant faults rows_of_padding_are_not_cleared \
   tensor_parallel.cpp '/if \(padded > R\) fill/d' 2 queued test_tensor_parallel $parity_tp
 
 mutant faults a_trace_counts_the_last_call_of_a_group_alone \
-  support/recorder.cpp 's/bytes \+= bytes/bytes = bytes/' 4 immediate test_trace
+  support/recorder.cpp 's/\(\) \+= bytes/() = bytes/' 4 immediate test_trace
 mutant faults a_trace_keeps_the_last_change_of_memory_alone \
   support/recorder.cpp 's/\[category\] \+= bytes/[category] = bytes/' 4 immediate test_trace
 mutant faults a_rebuilt_trace_forgets_what_works_wait_for \

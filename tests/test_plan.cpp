@@ -101,7 +101,8 @@ TEST(a_collective_begins_with_its_last_rank_and_lasts_its_longest) {
       {0, Queue::compute, 1}, {0, Queue::communication, 2, 0, 0}, {0, Queue::compute, 1, 1},
       {1, Queue::compute, 3}, {1, Queue::communication, 1, 3, 0}, {1, Queue::compute, 1}};
   const std::vector<Span> spans = run(tasks);
-  CHECK_EQ(spans[1].start, 3);
+  CHECK_EQ(spans[1].start, 1, "and waits");
+  CHECK_EQ(spans[4].start, 3);
   CHECK_EQ(spans[4].end, 5);
   CHECK_EQ(spans[2].end, 6);
   CHECK_EQ(spans[5].end, 4, "nobody waits for the sum here");

@@ -96,7 +96,8 @@ static std::vector<Fact> facts_of(Machine& m) {
           {"copy", {{&m.copy, kGiga}}},      {"memory", {{&m.memory, kGiB}}},
           {"launch", {{&m.launch, kMicro}}}, {"multiprocessors", {{&m.multiprocessors, 1}}},
           {"inside", link(m.inside)},        {"between", link(m.between)},
-          {"sharing", {{&m.sharing, 1}}},    {"overlap", {{&m.overlap, 1}}}};
+          {"sharing", {{&m.sharing, 1}}},    {"overlap", {{&m.overlap, 1}}},
+          {"read", {{&m.read, kGiga}}}};
 }
 
 Machine parse_machine(const std::string& name, const std::string& text) {
@@ -137,13 +138,17 @@ Machine parse_machine(const std::string& name, const std::string& text) {
             "products come in ascending order of their inner dim");
     m.products.push_back(product);
   }
+  if (!m.sources.count("read")) {
+    m.read = m.copy;
+    m.sources["read"] = "as copying";
+  }
   for (const Fact& fact : facts_of(m))
     REQUIRE(m.sources.count(fact.name) || *fact.numbers[0].first == 1, "machine ", name,
             " does not say its ", fact.name);
   REQUIRE(m.products.size() >= 2, "machine ", name, " needs the rates of two products at least");
   REQUIRE(m.overlap <= 1, "machine ", name, ": overlap is a share, at most 1");
   REQUIRE(std::min({m.peak, m.f32, m.copy, m.memory, m.inside.bandwidth, m.between.bandwidth,
-                    m.sharing}) > 0,
+                    m.sharing, m.read}) > 0,
           "machine ", name, ": rates and memory are above 0");
   return m;
 }
@@ -196,6 +201,11 @@ Machine measure_machine(int64_t ranks) {
   const Tensor from = tensor(rows, 2 * rows), to = tensor(rows, 2 * rows);
   const double copying = best_of_three([&] { copy(to, from); });
   m.copy = share * 2.0 * double(from.bytes()) / copying;
+  const Tensor row = tensor(1, rows), product_of_row = tensor(1, 16'384),
+               matrix = tensor(rows, 16'384);
+  const double reading =
+      best_of_three([&] { product(product_of_row, row, false, matrix, false, 0); });
+  m.read = share * double(matrix.bytes()) / reading;
   const Tensor one = tensor(1, 16), other = tensor(1, 16);
   m.launch = best_of_three([&] {
                for (int i = 0; i < 1000; i++) copy(other, one);

@@ -15,15 +15,17 @@
 //             between 24 3.5        : measured ...
 //             sharing 2             : two ranks a core
 //             overlap 0.8           : measured ...
+//             read 8                : measured ...
 // units     peak and f32: TFLOP/s of bf16 and f32 products. product: an inner dim, and the TFLOP/s
 //           that a large bf16 product of it reaches; at least two lines. multiprocessors: tiles go
 //           over them in waves; 0: not counted. copy: GB/s read and written together. memory: GiB.
 //           launch: us from one kernel to the next. inside and between (of nodes): GB/s that a
 //           device sends in a collective, and us for each doubling of the ranks (of an all-reduce:
 //           twice). sharing: ranks to a processor, each rate above being a rank's when all compute;
-//           where some wait, the others are faster. overlap: what share of the
-//           time is hidden that something travels beside a computation; the rest slows it down.
-//           Both are 1 where they are left out
+//           where some wait, the others are faster. overlap: what share of the time is hidden that
+//           something travels beside a computation; the rest slows it down. read: GB/s at which a
+//           product of one row reads its matrix. Where they are left out, the first two are 1, and
+//           reading is as fast as copying
 // test      tests/test_plan.cpp
 #pragma once
 #include <map>
@@ -40,6 +42,7 @@ struct Machine {
   double peak = 0, f32 = 0;                                      // FLOP/s
   std::vector<std::pair<double, double>> products;               // inner dim, FLOP/s reached
   double multiprocessors = 0, copy = 0, memory = 0, launch = 0;  // -, bytes/s, bytes, seconds
+  double read = 0;                                               // bytes/s
   Link inside, between;
   double sharing = 1, overlap = 1;
   std::map<std::string, std::string> sources;  // by the line's name

@@ -34,9 +34,9 @@ std::vector<Span> run(const std::vector<Task>& tasks) {
   std::vector<double> free(2 * ranks);
   std::vector<bool> stands(2 * ranks);  // in a collective
   int done = 0;
-  const auto end = [&](int i, double start, double duration) {
+  const auto end = [&](int i, double time) {
     const int queue = queue_of(tasks[i]);
-    spans[i] = {start, free[queue] = start + duration};
+    spans[i].end = free[queue] = time;
     head[queue] = next[i];
     stands[queue] = false;
     done++;
@@ -47,8 +47,9 @@ std::vector<Span> run(const std::vector<Task>& tasks) {
     const Task& t = tasks[i];
     if (t.after >= 0 && spans[t.after].end < 0) return false;
     const double start = std::max(free[queue], t.after >= 0 ? spans[t.after].end : 0);
+    spans[i].start = start;
     if (t.collective < 0) {
-      end(i, start, t.duration);
+      end(i, start + t.duration);
       return true;
     }
     Meeting& m = meetings[t.collective];
@@ -57,7 +58,7 @@ std::vector<Span> run(const std::vector<Task>& tasks) {
     m.longest = std::max(m.longest, t.duration);
     m.there.push_back(i);
     if (--m.missing > 0) return false;
-    for (const int member : m.there) end(member, m.start, m.longest);
+    for (const int member : m.there) end(member, m.start + m.longest);
     return true;
   };
   for (int before = -1; before < done;) {

@@ -25,7 +25,8 @@ struct Task {
   int collective = -1;  // tasks of one number, on different ranks, are one collective; -1: none
 };
 
-// Of each task. An Error where tasks wait for each other.
+// Of each task; that of a collective begins where its rank has come to it. An Error where tasks
+// wait for each other.
 std::vector<Span> run(const std::vector<Task>& tasks);
 double makespan(const std::vector<Span>& spans);
 

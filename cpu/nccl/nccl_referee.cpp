@@ -329,18 +329,20 @@ void look_around(Task& task, const std::function<bool()>& ready, double since, d
 }  // namespace
 
 // Spins a little where every rank has a core of its own, yields a few times, then sleeps: what we
-// wait for may need our core.
+// wait for may need our core. Who yields to a computation comes back milliseconds later, who sleeps
+// comes back at once: so a yield that took long was the last.
 void wait_until(Task& task, const std::function<bool()>& ready) {
   bool messages = false;  // MPI has no doorbell
   for (const auto& comm : task.comms) messages |= !comm->shares;
   const int spins = ranks_here <= cores() ? 1000 : 0, yields = messages ? 2000 : 20;
+  const double yields_end = now() + 3e-4;
   double since = 0, next_look = 0, seen = 0;
   for (int turn = 0; !ready(); turn++) {
     if (turn < spins) {
 #ifdef __x86_64__
       __builtin_ia32_pause();
 #endif
-    } else if (turn < spins + yields) {
+    } else if (turn < spins + yields && now() < yields_end) {
       sched_yield();
     } else {
       const double time = now();

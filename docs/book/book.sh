@@ -16,7 +16,7 @@ done
 out=build/book
 rm -rf $out
 mkdir -p $out/source
-cp docs/book/book.css docs/book/book.js docs/*.svg $out
+cp report/page.css docs/book/book.js docs/*.svg $out
 cp docs/book/source.js $out/source
 export REFERENCES=$out/references.tsv
 docs/book/references.sh >$REFERENCES

@@ -1,5 +1,5 @@
 # source.awk: pages of the book for files of code: book.sh gives it the files and `out`, where they
-# go. A line of code is a <span>; comments, strings and the language's own words have classes.
+# go. A line of code is a <li>; comments, strings and the language's own words have classes.
 BEGIN {
   n = split("auto bool break case catch class const constexpr continue default delete do double " \
     "else enum explicit extern false float for if inline int int64_t namespace new nullptr " \
@@ -26,7 +26,7 @@ FNR == 1 {
     print line > page
   }
   close("docs/book/source.html")
-  printf "<pre>" > page
+  printf "<ol>" > page
 }
 {
   rest = $0
@@ -37,18 +37,18 @@ FNR == 1 {
     comment = found == "//"
     if (!is_c) comment = found == "#" && (RSTART == 1 || substr(rest, RSTART - 1, 1) == " ")
     if (comment) {
-      html = html marked("comment", substr(rest, RSTART))
+      html = html marked("co", substr(rest, RSTART))
       rest = ""
       break
     }
     rest = substr(rest, RSTART + RLENGTH)
-    if (found ~ /^["']/) html = html marked("string", found)
-    else html = html (found in is_word ? marked("word", found) : escape(found))
+    if (found ~ /^["']/) html = html marked("st", found)
+    else html = html (found in is_word ? marked("kw", found) : escape(found))
   }
-  printf "%s", "<span>" html escape(rest) "\n</span>" > page
+  printf "%s", "<li>" html escape(rest) "\n" > page
 }
 function close_page() {
-  print "</pre>\n<script src=\"source.js\"></script>" > page
+  print "</ol>\n<script src=\"source.js\"></script>" > page
   close(page)
 }
 END { close_page() }
