@@ -9,11 +9,11 @@
 
 // ---- time
 
-Timed::Timed(cudaStream_t queue, std::source_location function)
+Timed::Timed(cudaStream_t queue, const char* function)
     : queue_(queue), timed_(op_times.times(OpTimes::collectives)) {
   if (!timed_) return;
   op_times.begin(queue, true, {"receive"});
-  if (recorder.on) recorder.issued_by(function.function_name(), name_of(ledger.purpose));
+  if (recorder.on) recorder.issued_by(function, name_of(ledger.purpose));
 }
 
 Timed::~Timed() {

@@ -116,13 +116,7 @@ void close_mesh(Mesh& mesh);  // before MPI_Finalize and before the device close
 // ---- NCCL
 
 std::string nccl_error(ncclResult_t status);  // NCCL's own last sentence where it has one
-#define NCCL_CHECK(call)                                                                     \
-  do {                                                                                       \
-    const ncclResult_t status_ = (call);                                                     \
-    if (status_ != ncclSuccess)                                                              \
-      throw Error(                                                                           \
-          sentence(__FILE__, ":", __LINE__, ": ", #call, " failed: ", nccl_error(status_))); \
-  } while (0)
+#define NCCL_CHECK(call) STATUS_CHECK(#call, call, ncclSuccess, nccl_error(status_))
 ncclDataType_t nccl_type(Dtype dtype);
 
 // Host-side MPI without a spinning core: the last argument of a non-blocking call,
@@ -141,12 +135,17 @@ class Finished {
 
 // ---- time
 
+#if __has_builtin(__builtin_source_location)
+#define CALLING_FUNCTION std::source_location::current().function_name()
+#else  // clang before 16: without its class
+#define CALLING_FUNCTION __builtin_FUNCTION()
+#endif
+
 // A block that begins with `const Timed timed(queue);` is timed as one op (tensor.h) on the queue,
 // waiting for other ranks included. The ledger's lines in it name it; without one it only receives.
 class Timed {
  public:
-  explicit Timed(cudaStream_t queue,
-                 std::source_location function = std::source_location::current());
+  explicit Timed(cudaStream_t queue, const char* function = CALLING_FUNCTION);
   ~Timed();
   Timed(const Timed&) = delete;
 

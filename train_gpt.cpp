@@ -4,7 +4,6 @@
 // test      tests/test_cli.sh (the program from outside), tests/test_golden.cpp and
 //           tests/test_fsdp.cpp (its numbers)
 #include <cmath>
-#include <cstdio>
 
 #include "checkpoint/training.h"
 #include "inference/sampling.h"
@@ -57,8 +56,8 @@ static void check_weights(int64_t step, const Job& job, Trainer& trainer, const 
 }
 
 // A signal to any rank ends the training of all after one and the same step; collective.
-static bool stopped(const SignalListener& listener) {
-  int mine = listener.came(), any = 0;
+static bool stopped() {
+  int mine = signal_came(), any = 0;
   MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, Finished());
   return any != 0;
 }
@@ -78,8 +77,7 @@ static void print_sample(const Options& o, const TrainingData& data, Trainer& tr
   if (prints) printf("|");
   for (int64_t i = 0; i < o.sample; i++) {
     watch.progress();
-    const std::vector<int> window(tokens.end() - std::min<int64_t>(int64_t(tokens.size()), T),
-                                  tokens.end());
+    const std::vector<int> window(tokens.end() - std::min<int64_t>(tokens.size(), T), tokens.end());
     tokens.push_back(
         pick(trainer.next_logits(window), {.temperature = 0.8, .seed = uint64_t(o.seed)}, i));
     if (tokens.back() == data.tokenizer->end_of_text()) break;
@@ -94,7 +92,6 @@ static void train(const Options& o, const TrainingData& training, const Job& job
                   Watch& watch) {
   const bool prints = job.speaks;
   const Dataset& data = *training.tokens;
-  matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
   if (prints) print_setup(o, data);
   at_work = "the model";
   Trainer trainer(mesh, model_config(o), trainer_options(o));
@@ -104,7 +101,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
   std::optional<Trace> trace;
   if (!o.trace.empty()) trace.emplace(prints ? o.trace : "", mesh, trainer);
   Metrics metrics(prints ? o.metrics : "", resumed);
-  const SignalListener listener;
+  listen_for_signals();
   Progress progress(o.steps, prints ? stdout : nullptr, isatty(fileno(stdout)));
   Profile profile;
   const std::string steps = sentence("a step in micro-batches of ", o.microbatch, " sequences of ",
@@ -136,7 +133,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
       progress.say(step, format("held-out loss %.4f", *record.held_out_loss));
     }
     metrics.step(record);
-    last = stopped(listener) || step == o.steps;
+    last = stopped() || step == o.steps;
     const bool due = last || (o.save_every && step % o.save_every == 0),
                saves = due && !o.checkpoint.empty();
     if (last || saves) check_weights(step, job, trainer, batch);
@@ -156,9 +153,8 @@ static void train(const Options& o, const TrainingData& training, const Job& job
   progress.done();
   if (o.sample && step == o.steps) print_sample(o, training, trainer, watch, prints);
   if (prints)
-    printf("\nloss     %.4f at step %lld, %.4f at step %lld\nspeed    %s\n", first_loss,
-           (long long)resumed + 1, loss, (long long)step,
-           progress.summary(flops_per_token(trainer.gpt.config)).c_str());
+    printf("\nloss     %.4f at step %ld, %.4f at step %ld\nspeed    %s\n", first_loss, resumed + 1,
+           loss, step, progress.summary(flops_per_token(trainer.gpt.config)).c_str());
   compare_with_theory(mesh, trainer, step - resumed, progress.step_time(), metrics);
   if (o.profile) profile.print(trainer, o.batch, prints);
   if (trace && !trace->empty()) trace->write();
@@ -169,16 +165,11 @@ static void train(const Options& o, const TrainingData& training, const Job& job
 int main(int argc, char** argv) {
   Options o;
   TrainingData data;
-  const auto prepare = [&](const Job& job) -> std::optional<Start> {
-    o = parse_options(argc, argv);
-    if (o.help) {
-      if (job.speaks) print_help();
-      return {};
-    }
-    REQUIRE(o.checkpoint.empty() || o.resume || newest_in(o.checkpoint).empty(),
+  const auto prepare = [&](const Job& job) {
+    o.command = join({argv + 1, argv + argc}, " ");
+    REQUIRE(o.checkpoint.empty() || o.resume || checkpoints_in(o.checkpoint).empty(),
             "--checkpoint: ", o.checkpoint,
             " holds checkpoints already: give --resume to go on from them, or another directory");
-    open_device(job.local_rank % device_count(), o.device_memory << 20);
     if (o.resume) take_sizes(o);
     data.find_tokenizer(o);
     resolve(o, device().is_gpu);
@@ -189,7 +180,7 @@ int main(int argc, char** argv) {
     data.open(o, job);
     auto given = values_of(train_options(o));
     std::erase_if(given, [](const auto& option) { return option.first == "--data"; });
-    return Start{o.layout, o.timeout, given};
+    return given;
   };
   const auto work = [&](const Job& job, Mesh& mesh, Watch& watch) {
     std::optional<DirectoryLock> lock;
@@ -199,5 +190,8 @@ int main(int argc, char** argv) {
     data.meet(o, job);
     train(o, data, job, mesh, watch);
   };
-  return run_program("train_gpt", argc, argv, prepare, work);
+  const char* usage =
+      "usage: build/train_gpt [options]\n"
+      "Trains a GPT on text. [In brackets: what holds without the option.]";
+  return run_program("train_gpt", usage, argc, argv, o, train_options, prepare, work);
 }

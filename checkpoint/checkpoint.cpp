@@ -7,9 +7,6 @@
 #include <csignal>
 #include <filesystem>
 #include <nlohmann/json.hpp>
-#include <sstream>
-
-#include "launch/options.h"
 
 namespace fs = std::filesystem;
 using nlohmann::json;
@@ -20,6 +17,7 @@ struct Saved {
   std::map<std::string, Shape> tensors;
   std::vector<Piece> pieces;
   std::vector<WrittenFile> files;
+  std::map<std::string, std::vector<NamedArray>> arrays = {};  // by file; in no manifest
 };
 
 // ---- what a manifest says of these: both directions
@@ -33,7 +31,8 @@ static void to_json(json& j, const Layout& layout) {
 static void from_json(const json& j, Layout& layout) {
   for (size_t a = 0; a < kAxes.size(); a++) layout.sizes[a] = j.value(kAxes[a].name, int64_t(1));
 }
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(CheckpointInfo, step, model, layout, dtype, seed, options, data)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(CheckpointInfo, step, model, layout, dtype, seed,
+                                                options, data, keep)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(WrittenFile, name, bytes, checksum)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Slice, outer, split, inner, begin, end)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Piece, tensor, slice, first, count)
@@ -55,7 +54,7 @@ Piece whole_tensor(const std::string& name, const Shape& shape) {
 template <class Work> static void for_runs(const Piece& p, Work work) {
   const Slice& s = p.slice;
   const int64_t whole = s.split * s.inner, mine = (s.end - s.begin) * s.inner;
-  if (mine == whole) return work(p.first, int64_t(0), p.count);
+  if (mine == whole) return work(p.first, 0, p.count);
   for (int64_t i = p.first; i < p.first + p.count;) {
     const int64_t outer = i / mine, at = i % mine, n = std::min(mine - at, p.first + p.count - i);
     work(outer * whole + s.begin * s.inner + at, i - p.first, n);
@@ -73,15 +72,16 @@ static std::string file_name(int rank, Part part) {
 // ---- the directory
 
 // "step-" and at least 8 digits. What else a user keeps beside the checkpoints is none.
-static std::string step_name(int64_t step) { return format("step-%08lld", (long long)step); }
+static std::string step_name(int64_t step) { return format("step-%08ld", step); }
 static bool is_step_name(const std::string& name) {
-  return name.size() >= 13 && name.starts_with("step-") &&
-         name.find_first_not_of("0123456789", 5) == name.npos;
+  return name.starts_with("step-") && name == step_name(atoll(name.c_str() + 5));
 }
 static std::string last_name(const std::string& path) { return fs::path(path).filename(); }
 
-std::vector<std::string> checkpoints_in(const std::string& dir) {
-  std::vector<std::string> paths;
+static bool is_complete(const std::string& path) { return is_there(path + "/manifest.json"); }
+
+std::vector<std::string> checkpoints_in(const std::string& dir, const Say& unfinished) {
+  std::vector<std::string> paths, complete;
   std::error_code error;
   for (fs::directory_iterator i(dir, error), end; !error && i != end; i.increment(error)) {
     const std::string name = i->path().filename(), path = dir + "/" + name;
@@ -91,24 +91,19 @@ std::vector<std::string> checkpoints_in(const std::string& dir) {
       error == std::errc::no_such_file_or_directory || error == std::errc::not_a_directory;
   REQUIRE(!error || is_none, dir, " cannot be listed: ", error.message());
   std::ranges::sort(paths, std::greater{}, [](auto& p) { return std::pair(p.size(), p); });
-  return paths;
-}
-
-bool is_complete(const std::string& path) { return is_there(path + "/manifest.json"); }
-
-std::string newest_in(const std::string& dir) {
-  for (const std::string& step : checkpoints_in(dir))
-    if (is_complete(step)) return step;
-  return "";
+  for (const std::string& path : paths)
+    if (is_complete(path)) complete.push_back(path);
+    else if (unfinished) unfinished(path);
+  return complete;
 }
 
 std::string newest_path(const std::string& path) {
   if (is_complete(path)) return path;
   REQUIRE(is_there(path), path, " does not exist");
-  const std::string newest = newest_in(path);
-  REQUIRE(!newest.empty(), path,
+  const std::vector<std::string> steps = checkpoints_in(path);
+  REQUIRE(!steps.empty(), path,
           " holds no checkpoint: neither a manifest.json nor a directory step-... with one");
-  return newest;
+  return steps[0];
 }
 
 void make_directory(const std::string& dir) {
@@ -116,14 +111,6 @@ void make_directory(const std::string& dir) {
   fs::create_directories(dir, error);
   REQUIRE(!error, dir, " cannot be created: ", error.message());
   SYSTEM_CHECK(access(dir.c_str(), W_OK) == 0, dir, " cannot be written to");
-}
-
-// Whether that is so of a checkpoint, and certainly: what cannot be examined stays as it is, as
-// does what lies behind a link.
-template <class Condition> static bool surely(const std::string& path, Condition condition) {
-  bool is = false;
-  error_of([&] { is = !fs::is_symlink(path) && condition(path); });
-  return is;
 }
 
 // False where something is left. Of a link only the link goes. Without its manifest it is no
@@ -138,18 +125,19 @@ static bool remove_checkpoint(const std::string& path) {
 
 // Ready for a new checkpoint: an empty directory for it; unfinished ones are removed.
 static void make_place(const std::string& dir, const std::string& path) {
-  for (const std::string& old : checkpoints_in(dir))
-    if (surely(old, [](auto& p) { return !is_complete(p); })) remove_checkpoint(old);
+  checkpoints_in(dir, [](auto& old) {
+    if (!fs::is_symlink(old)) remove_checkpoint(old);
+  });
   REQUIRE(remove_checkpoint(path), path, " is in the way and cannot be removed");
   make_directory(path);
 }
 
 // The newest `keep` stay of those that were saved under such a number.
 static std::vector<std::string> remove_old(const std::string& dir, int64_t keep) {
-  std::vector<std::string> steps, removed;
-  error_of([&] { steps = checkpoints_in(dir); });
-  for (const std::string& old : steps) {
-    const bool counts = surely(old, [](auto& p) { return Checkpoint(p).info.keep > 0; });
+  std::vector<std::string> removed;
+  for (const std::string& old : checkpoints_in(dir)) {
+    bool counts = false;  // what cannot be read stays, as does what lies behind a link
+    error_of([&] { counts = !fs::is_symlink(old) && Checkpoint(old).info.keep > 0; });
     if (counts && --keep < 0 && remove_checkpoint(old)) removed.push_back(last_name(old));
   }
   return removed;
@@ -166,13 +154,9 @@ static void rename_step(const std::string& path, const std::string& prefix, cons
 
 static const char kFormat[] = "threefold checkpoint, version 3";
 
-// Writes the files of one rank, which it notes.
-static void write_files(const std::string& path, Saved& saved,
-                        const std::vector<NamedArray>& weights,
-                        const std::vector<NamedArray>& moments) {
-  for (const auto& [part, arrays] : {std::pair{Part::weights, &weights}, {Part::m, &moments}})
-    if (!arrays->empty())
-      saved.files.push_back(write_safetensors(path + "/" + file_name(saved.rank, part), *arrays));
+static void write_files(const std::string& path, Saved& saved) {
+  for (const auto& [name, arrays] : saved.arrays)
+    saved.files.push_back(write_safetensors(path + "/" + name, arrays));
 }
 
 // What a file or an option is called may be no UTF-8, which JSON is: such bytes are replaced.
@@ -184,7 +168,6 @@ static void write_manifest(const std::string& path, const CheckpointInfo& info,
                            const std::vector<json>& ranks) {
   json manifest = info;
   manifest["format"] = kFormat;
-  manifest["keep"] = info.keep;
   manifest["ranks"] = ranks;
   manifest["checksum"] = checksum(text_of(manifest));  // of all else
   write_file(path + "/manifest.json", text_of(manifest) + "\n");
@@ -201,12 +184,13 @@ void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info,
   const std::string path = dir + "/" + step_name(info.step);
   make_place(dir, path);
   Saved saved;
+  saved.arrays[file_name(0, Part::weights)] = weights;
   for (const NamedArray& w : weights) {
     saved.tensors[w.name] = w.shape;
     saved.pieces.push_back(whole_tensor(w.name, w.shape));
   }
   try {
-    write_files(path, saved, weights, {});
+    write_files(path, saved);
     write_manifest(path, info, {saved});
   } catch (...) {
     remove_checkpoint(path);
@@ -220,26 +204,23 @@ std::vector<std::string> save_checkpoint(const std::string& dir, const Checkpoin
   const std::string path = dir + "/" + step_name(info.step);
   Saved saved;
   saved.rank = job.rank;
-  std::vector<NamedArray> weights, moments;
   bool copy = false;  // another rank saves it
   for (const Axis& axis : mesh.that(&AxisKind::splits_model, false)) copy |= axis.rank != 0;
   for (const Shard& s : shards) {
     if (copy || !s.param->counted) continue;
     const std::string& name = s.param->name;
     const Shape shape = file_shape(*s.param), here{s.weights.numel()};
-    const auto array = [&](Part part, const Tensor& x) {
-      return NamedArray{name + suffix(part), x.numel() == elements(shape) ? shape : here, x.dtype(),
-                        [x](void* to) { download(x, to); }};
-    };
     saved.tensors[name] = shape;
     saved.pieces.push_back({name, s.param->slice, s.first, s.weights.numel()});
-    weights.push_back(array(Part::weights, s.weights));
-    moments.push_back(array(Part::m, s.m));
-    moments.push_back(array(Part::v, s.v));
+    for (const auto& [part, x] :
+         {std::pair{Part::weights, s.weights}, {Part::m, s.m}, {Part::v, s.v}})
+      saved.arrays[file_name(job.rank, part)].push_back(
+          {name + suffix(part), x.numel() == elements(shape) ? shape : here, x.dtype(),
+           [x = x](void* to) { download(x, to); }});
   }
   on_first_rank(job, [&] { make_place(dir, path); });
   try {
-    collectively(job, [&] { write_files(path, saved, weights, moments); });
+    collectively(job, [&] { write_files(path, saved); });
     const std::vector<json> ranks = gather(saved);
     on_first_rank(job, [&] { write_manifest(path, info, ranks); });
   } catch (...) {
@@ -279,8 +260,6 @@ DirectoryLock::DirectoryLock(const std::string& dir) : path_(dir + "/lock") {
                path_, " cannot be written");
 }
 
-DirectoryLock::~DirectoryLock() { unlink(path_.c_str()); }
-
 // ---- reading
 
 template <class... Parts> static void expect(bool condition, const Parts&... parts) {
@@ -288,47 +267,41 @@ template <class... Parts> static void expect(bool condition, const Parts&... par
 }
 
 Checkpoint::Checkpoint(const std::string& p) : path(p) {
-  REQUIRE(is_complete(path), path,
-          " is not complete: it has no manifest.json, so its saving did not end");
-  const std::string text = read_file(path + "/manifest.json");
+  const std::string file = path + "/manifest.json", text = read_file(file);
   try {
-    read_manifest(json::parse(text));
+    json m = json::parse(text);
+    const std::string format = m.value("format", kFormat);
+    REQUIRE(format == kFormat || !format.starts_with("threefold checkpoint, version "), path,
+            " is of another format: ", format);
+    const uint64_t was = m.at("checksum");
+    m.erase("checksum");
+    expect(checksum(text_of(m)) == was, file, " is damaged: it does not have its checksum");
+    info = m;
+    for (const Saved& saved : m.at("ranks").get<std::vector<Saved>>()) {
+      tensors.insert(saved.tensors.begin(), saved.tensors.end());
+      for (const WrittenFile& f : saved.files) {
+        files.push_back(f);
+        has_moments |= f.name == file_name(saved.rank, Part::m);
+      }
+      for (const Piece& piece : saved.pieces) {
+        const auto& [tensor, s, first, held] = piece;
+        const int64_t all = checked_elements({s.outer, s.split, s.inner});
+        expect(all > 0 && 0 <= s.begin && s.begin < s.end && s.end <= s.split && 0 <= first &&
+                   0 <= held && held <= all / s.split * (s.end - s.begin) - first,
+               file, " is damaged: ", tensor, " has a piece outside of it");
+        std::vector<Run>& runs = runs_[tensor];
+        for_runs(piece, [&](int64_t begin, int64_t at, int64_t count) {
+          runs.push_back({begin, count, saved.rank, at});
+        });
+      }
+    }
   } catch (const json::exception& e) {
-    throw Damaged(sentence(path, "/manifest.json is damaged: ", e.what()));
+    throw Damaged(sentence(file, " is damaged: ", e.what()));
   }
+  for (auto& [name, runs] : runs_) std::ranges::sort(runs, {}, &Run::begin);
   const std::string name = fs::canonical(path).filename();
   REQUIRE(!is_step_name(name) || name == step_name(info.step), path,
           " holds another step than its name says: ", info.step);
-}
-
-void Checkpoint::read_manifest(json m) {
-  const std::string format = m.value("format", kFormat);
-  REQUIRE(format == kFormat || !format.starts_with("threefold checkpoint, version "), path,
-          " is of another format: ", format);
-  const uint64_t was = m.at("checksum");
-  m.erase("checksum");
-  expect(checksum(text_of(m)) == was, path,
-         "/manifest.json is damaged: it does not have its checksum");
-  info = m;
-  info.keep = m.value("keep", int64_t(0));
-  for (const Saved& saved : m.at("ranks").get<std::vector<Saved>>()) {
-    tensors.insert(saved.tensors.begin(), saved.tensors.end());
-    for (const WrittenFile& f : saved.files) {
-      files.push_back(f);
-      has_moments |= f.name == file_name(saved.rank, Part::m);
-    }
-    for (const Piece& p : saved.pieces) {
-      const Slice& s = p.slice;
-      const int64_t all = checked_elements({s.outer, s.split, s.inner});
-      expect(all > 0 && 0 <= s.begin && s.begin < s.end && s.end <= s.split && 0 <= p.first &&
-                 0 <= p.count && p.count <= all / s.split * (s.end - s.begin) - p.first,
-             path, "/manifest.json is damaged: ", p.tensor, " has a piece outside of it");
-      for_runs(p, [&](int64_t begin, int64_t at, int64_t count) {
-        runs_[p.tensor].push_back({begin, count, saved.rank, at});
-      });
-    }
-  }
-  for (auto& [name, runs] : runs_) std::ranges::sort(runs, {}, &Run::begin);
 }
 
 void Checkpoint::verify(const std::string& names, int rank, int ranks) const {
@@ -365,31 +338,27 @@ void Checkpoint::read(const Piece& piece, Part part, Dtype dtype, void* to) cons
       const Run& from = run[-1];
       const int64_t skip = begin - from.begin, n = std::min(count, from.count - skip);
       const std::string name = path + "/" + file_name(from.rank, part);
-      const SafetensorsFile& file = open_.try_emplace(name, name).first->second;
-      file.read(file.at(piece.tensor + suffix(part)), from.at + skip, n, dtype,
-                static_cast<char*>(to) + at * int64_t(size_of(dtype)));
+      StoredArrays& file = open_[name];
+      if (file.empty()) file = open_safetensors(name);
+      const auto array = file.find(piece.tensor + suffix(part));
+      REQUIRE(array != file.end(), name, " has no tensor ", piece.tensor);
+      array->second.read(from.at + skip, n, dtype, static_cast<char*>(to) + at * size_of(dtype));
       begin += n, at += n, count -= n, ++run;
     }
   });
 }
 
-// Complete ones, newest first: what rank 0 sees, since all ranks must look at the same.
-static std::vector<std::string> complete_steps(const std::string& dir, const Job& job,
-                                               const Say& say) {
-  std::vector<std::string> paths;
-  on_first_rank(job, [&] {
-    for (const std::string& path : checkpoints_in(dir))
-      if (is_complete(path)) paths.push_back(path);
-      else say(sentence("passed over: ", path, " is not complete: its saving did not end"));
-  });
-  return gather(paths)[0];
-}
-
 std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& job, const Say& say,
                                             int64_t step) {
   std::optional<Checkpoint> found;
-  std::vector<std::string> damaged;
-  for (const std::string& path : complete_steps(dir, job, say)) {
+  std::vector<std::string> steps, damaged;
+  on_first_rank(job, [&] {
+    steps = checkpoints_in(dir, [&](const std::string& path) {
+      say("passed over: " + path + " is not complete: its saving did not end");
+    });
+  });
+  steps = gather(steps)[0];  // what rank 0 sees, since all ranks must look at the same
+  for (const std::string& path : steps) {
     if (step >= 0 && last_name(path) != step_name(step)) continue;
     std::string damage;
     collectively(job, [&] {
@@ -419,21 +388,15 @@ void put_later_aside(const std::string& dir, int64_t step, const Job& job, const
   on_first_rank(job, [&] {
     for (const std::string& path : checkpoints_in(dir)) {
       if (last_name(path) == step_name(step)) break;
-      if (is_complete(path)) rename_step(path, "later-", say);
+      rename_step(path, "later-", say);
     }
   });
-}
-
-void check_model(const Checkpoint& c, const ModelSize& m) {
-  const std::string saved = to_string(c.info.model), mine = to_string(m);
-  REQUIRE(saved == mine, c.path, " holds a model of ", saved, ", and this one has ", mine,
-          ": give --model and its sizes as it was trained");
 }
 
 void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part part,
           const Tensor& to) {
   const Dtype dtype = master_dtype(to.dtype());
-  std::vector<char> host(size_t(to.numel()) * size_of(dtype));
+  std::vector<char> host(to.numel() * size_of(dtype));
   checkpoint.read({param.name, param.slice, first, to.numel()}, part, dtype, host.data());
   if (dtype == to.dtype()) return upload(to, host.data());
   const Tensor wide(to.shape(), dtype, Memory::workspace);

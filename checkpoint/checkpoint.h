@@ -73,13 +73,10 @@ class Checkpoint {
     int64_t at;
   };
   std::map<std::string, std::vector<Run>> runs_;
-  void read_manifest(nlohmann::json manifest);
-  mutable std::map<std::string, SafetensorsFile> open_;  // by path
+  mutable std::map<std::string, StoredArrays> open_;  // by path
 };
 
 // ---- ranks; all of these are collective, and throw on every rank what went wrong on one
-
-using Say = std::function<void(const std::string&)>;
 
 // Writes the checkpoint of info.step, then removes what info.keep says; rank 0 learns which. Where
 // it fails nothing is left of it, and older ones stay.
@@ -94,8 +91,6 @@ std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& j
 // Checkpoints of later steps are renamed to later-step-...: training goes on from `step`, and they
 // are no longer the newest.
 void put_later_aside(const std::string& dir, int64_t step, const Job& job, const Say& say);
-// an Error where their sizes differ
-void check_model(const Checkpoint& checkpoint, const ModelSize& model);
 void resume(const Checkpoint& checkpoint, Optimizer& optimizer);
 // What this rank owns of a parameter, from its element `first` on.
 void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part part,
@@ -109,7 +104,7 @@ void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part 
 class DirectoryLock {
  public:
   explicit DirectoryLock(const std::string& dir);
-  ~DirectoryLock();
+  ~DirectoryLock() { unlink(path_.c_str()); }
   DirectoryLock(const DirectoryLock&) = delete;
 
  private:
@@ -117,10 +112,8 @@ class DirectoryLock {
   std::optional<OpenFile> file_;
 };
 
-// paths of steps, newest first, whole or not
-std::vector<std::string> checkpoints_in(const std::string& dir);
-bool is_complete(const std::string& path);      // a step
-std::string newest_in(const std::string& dir);  // that is complete; empty: none
+// Paths of complete ones, newest first. Calls unfinished(path) with each whose saving did not end.
+std::vector<std::string> checkpoints_in(const std::string& dir, const Say& unfinished = {});
 // unless it is there; an Error where nothing can be written
 void make_directory(const std::string& dir);
 // `path` itself if it is a checkpoint, else the newest whole one in it

@@ -11,8 +11,8 @@ static_assert(std::endian::native == std::endian::little, "safetensors are littl
 // ---- writing
 
 static const char* safetensors_name(Dtype dtype) {
-  ASSERT(dtype != Dtype::i32);
-  return dtype == Dtype::f64 ? "F64" : dtype == Dtype::f32 ? "F32" : "BF16";
+  ASSERT(dtype == Dtype::f64 || dtype == Dtype::f32);
+  return dtype == Dtype::f64 ? "F64" : "F32";
 }
 
 WrittenFile write_safetensors(const std::string& path, const std::vector<NamedArray>& arrays) {
@@ -21,7 +21,7 @@ WrittenFile write_safetensors(const std::string& path, const std::vector<NamedAr
   int64_t end = 0;
   for (const NamedArray& a : arrays) {
     const int64_t begin = end;
-    end += elements(a.shape) * int64_t(size_of(a.dtype));
+    end += elements(a.shape) * size_of(a.dtype);
     header[a.name] = {{"dtype", safetensors_name(a.dtype)},
                       {"shape", a.shape},
                       {"data_offsets", {begin, end}}};
@@ -33,7 +33,7 @@ WrittenFile write_safetensors(const std::string& path, const std::vector<NamedAr
     write({reinterpret_cast<const char*>(&length), sizeof length});
     write(text);
     for (const NamedArray& a : arrays) {
-      text.resize(size_t(elements(a.shape)) * size_of(a.dtype));
+      text.resize(elements(a.shape) * size_of(a.dtype));
       a.read(text.data());
       write(text);
     }
@@ -64,21 +64,10 @@ static std::vector<int64_t> whole_numbers(const nlohmann::json& list) {
   return numbers;
 }
 
-SafetensorsFile::SafetensorsFile(const std::string& path) : file_(path) {
-  constexpr uint64_t kLongest = 100'000'000;
-  uint64_t length = 0;
-  const uint64_t bytes = file_.view.copy(reinterpret_cast<char*>(&length), sizeof length);
-  const std::string_view rest = file_.view.substr(bytes);
-  REQUIRE(bytes == sizeof length && length <= std::min(kLongest, rest.size()), path,
-          " is truncated, or no safetensors file: its header would have ", length, " bytes, and ",
-          rest.size(), " follow");
-  data_ = rest.substr(length);
-  read_json(path, rest.substr(0, length), [&](const nlohmann::json& j) { read_header(j); });
-}
-
-void SafetensorsFile::read_header(const nlohmann::json& header) {
-  const int64_t bytes = int64_t(data_.size());
-  std::multiset<std::pair<int64_t, int64_t>> places{{bytes, INT64_MAX}};  // begins and ends
+static void read_header(const nlohmann::json& header, const MappedFile& file, std::string_view data,
+                        StoredArrays& arrays) {
+  // begins and ends
+  std::multiset<std::pair<int64_t, int64_t>> places{{int64_t(data.size()), INT64_MAX}};
   for (const auto& [name, value] : header.items()) {
     if (name == "__metadata__") {
       if (!value.is_null()) value.get<std::map<std::string, std::string>>();
@@ -86,14 +75,18 @@ void SafetensorsFile::read_header(const nlohmann::json& header) {
     }
     const auto place = whole_numbers(value.at("data_offsets"));
     REQUIRE(place.size() == 2, name, " has ", place.size(), " data_offsets, expected 2");
-    const Entry e{value.at("dtype"), whole_numbers(value.at("shape")), place[0], place[1]};
-    Shape in_bits = e.shape;
-    in_bits.push_back(bits_of(e.dtype));
+    const int64_t begin = place[0], end = place[1];
+    const StoredArray a{file,
+                        value.at("dtype"),
+                        whole_numbers(value.at("shape")),
+                        {data.data() + begin, size_t(end - begin)}};
+    Shape in_bits = a.shape;
+    in_bits.push_back(bits_of(a.dtype));
     const int64_t bits = checked_elements(in_bits);
-    REQUIRE(bits % 8 == 0 && bits / 8 == e.end - e.begin, name, " of shape ", to_string(e.shape),
-            " in ", e.dtype, " does not take bytes ", e.begin, " to ", e.end);
-    places.insert({e.begin, e.end});
-    entries_[name] = e;
+    REQUIRE(bits % 8 == 0 && bits / 8 == end - begin, name, " of shape ", to_string(a.shape),
+            " in ", a.dtype, " does not take bytes ", begin, " to ", end);
+    places.insert({begin, end});
+    arrays.insert({name, a});
   }
   int64_t next = 0;
   for (const auto& [begin, end] : places) {
@@ -103,10 +96,20 @@ void SafetensorsFile::read_header(const nlohmann::json& header) {
   }
 }
 
-const SafetensorsFile::Entry& SafetensorsFile::at(const std::string& name) const {
-  const auto found = entries_.find(name);
-  REQUIRE(found != entries_.end(), path(), " has no tensor ", name);
-  return found->second;
+StoredArrays open_safetensors(const std::string& path) {
+  constexpr uint64_t kLongest = 100'000'000;
+  const MappedFile file(path);
+  uint64_t length = 0;
+  const uint64_t bytes = file.view.copy(reinterpret_cast<char*>(&length), sizeof length);
+  const std::string_view rest = file.view.substr(bytes);
+  REQUIRE(bytes == sizeof length && length <= std::min(kLongest, rest.size()), path,
+          " is truncated, or no safetensors file: its header would have ", length, " bytes, and ",
+          rest.size(), " follow");
+  StoredArrays arrays;
+  read_json(path, rest.substr(0, length), [&](const nlohmann::json& header) {
+    read_header(header, file, rest.substr(length), arrays);
+  });
+  return arrays;
 }
 
 // Its exponent is 112 below a float's; above 65504 are infinity and what is no number.
@@ -129,22 +132,20 @@ static double element(const char* p, const std::string& dtype) {
   return dtype == "F16" ? from_half(bits) : std::bit_cast<float>(uint32_t(bits) << 16);
 }
 
-void SafetensorsFile::read(const Entry& e, int64_t first, int64_t count, Dtype dtype,
-                           void* to) const {
-  const bool readable = e.dtype == "F64" || e.dtype == "F32" || e.dtype.ends_with("F16");
-  REQUIRE(readable, path(), " has a tensor in ", e.dtype, "; F64, F32, F16 and BF16 can be read");
-  ASSERT(first >= 0 && first + count <= elements(e.shape));
-  const int64_t size = bits_of(e.dtype) / 8;
-  const char* from = data_.data() + e.begin + first * size;
+void StoredArray::read(int64_t first, int64_t count, Dtype as, void* to) const {
+  const bool readable = dtype == "F64" || dtype == "F32" || dtype.ends_with("F16");
+  REQUIRE(readable, file.path, " has a tensor in ", dtype, "; F64, F32, F16 and BF16 can be read");
+  ASSERT(first >= 0 && first + count <= elements(shape));
+  const int64_t size = bits_of(dtype) / 8;
+  const char* from = bytes.data() + first * size;
   bytes_moved += count * size;
-  if (e.dtype == safetensors_name(dtype)) {
-    memcpy(to, from, size_t(count * size));
+  if (dtype == safetensors_name(as)) {
+    memcpy(to, from, count * size);
     return;
   }
-  ASSERT(dtype == Dtype::f64 || dtype == Dtype::f32);
   for (int64_t i = 0; i < count; i++) {
-    const double x = element(from + i * size, e.dtype);
-    if (dtype == Dtype::f64) static_cast<double*>(to)[i] = x;
-    else static_cast<float*>(to)[i] = float(x);
+    const double x = element(from + i * size, dtype);
+    if (as == Dtype::f64) static_cast<double*>(to)[i] = x;
+    else static_cast<float*>(to)[i] = x;
   }
 }

@@ -6,7 +6,6 @@
 // test      tests/test_support.cpp
 #pragma once
 #include <map>
-#include <nlohmann/json_fwd.hpp>
 
 #include "support/files.h"
 #include "tensor.h"
@@ -22,24 +21,14 @@ WrittenFile write_safetensors(const std::string& path, const std::vector<NamedAr
 // -1 where 64 bits do not hold it
 int64_t checked_elements(const Shape& shape);
 
-class SafetensorsFile {
- public:
-  // checks that the header is whole and that every byte of the data belongs to one array
-  explicit SafetensorsFile(const std::string& path);
-  struct Entry {
-    std::string dtype;
-    Shape shape;
-    int64_t begin, end;  // bytes of the data
-  };
-  const std::map<std::string, Entry>& entries() const { return entries_; }
-  const Entry& at(const std::string& name) const;
-  // Elements [first, first + count) of an array as `dtype`, rounded where need be.
-  void read(const Entry& entry, int64_t first, int64_t count, Dtype dtype, void* to) const;
-  const std::string& path() const { return file_.path; }
-
- private:
-  void read_header(const nlohmann::json& header);
-  MappedFile file_;
-  std::string_view data_;
-  std::map<std::string, Entry> entries_;
+struct StoredArray {
+  MappedFile file;  // that it is in
+  std::string dtype;
+  Shape shape;
+  std::string_view bytes;
+  // Elements [first, first + count) as f32 or f64, rounded where need be.
+  void read(int64_t first, int64_t count, Dtype as, void* to) const;
 };
+using StoredArrays = std::map<std::string, StoredArray>;
+// Checks that the header is whole and that every byte of the data belongs to one array.
+StoredArrays open_safetensors(const std::string& path);

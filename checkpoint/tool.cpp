@@ -4,11 +4,8 @@
 //           everything
 // test      tests/test_checkpoint.sh; tests/huggingface.py opens what `export` writes
 #include <csignal>
-#include <cstdio>
 #include <filesystem>
-#include <set>
 
-#include "gpt.h"
 #include "checkpoint/checkpoint.h"
 #include "inference/tokenizer.h"
 #include "launch/options.h"
@@ -40,11 +37,11 @@ static void describe(const Checkpoint& c) {
   const CheckpointInfo& i = c.info;
   const std::string text =
       sentence(c.path, "\n  step     ", i.step, "\n  model    ", to_string(i.model),
-               format(": %.2f M parameters in ", double(parameters) / 1e6), name_of(i.dtype),
+               format(": %.2f M parameters in ", parameters / 1e6), name_of(i.dtype),
                c.has_moments ? " and their moments" : ", without moments", "\n  layout   ",
                to_string(i.layout), "\n  files    ", c.files.size(),
-               format(", %.1f MB", double(bytes) / 1e6), "\n  options  ", i.options,
-               "\n  data     ", i.data);
+               format(", %.1f MB", bytes / 1e6), "\n  options  ", i.options, "\n  data     ",
+               i.data);
   puts(text.c_str());
 }
 
@@ -55,9 +52,12 @@ static void check(const Checkpoint& c) {
 
 // Does `work` with each step, and says what is wrong with those that are not whole: status 1.
 static int each_step(const std::string& path, void (*work)(const Checkpoint&)) {
-  std::vector<std::string> steps = checkpoints_in(path);
-  if (steps.empty()) steps = {newest_path(path)};
   int status = 0;
+  std::vector<std::string> steps = checkpoints_in(path, [&](const std::string& step) {
+    printf("%s is not complete: its saving did not end\n", step.c_str());
+    status = 1;
+  });
+  if (steps.empty()) steps = {newest_path(path)};
   for (const std::string& step : steps) try {
       work(Checkpoint(step));
     } catch (const std::exception& e) {
@@ -79,23 +79,12 @@ static const json kThisModel = json::parse(R"({
   "scale_attn_by_inverse_layer_idx": false,
   "add_cross_attention": false})");
 
-struct Size {
-  const char* name;
-  int64_t ModelSize::*member;
-  int64_t most;
-};
-constexpr Size kSizes[] = {{"n_layer", &ModelSize::layers, 10'000},
-                           {"n_embd", &ModelSize::width, 1'000'000},
-                           {"n_head", &ModelSize::heads, 1'000'000},
-                           {"n_positions", &ModelSize::context, 10'000'000},
-                           {"vocab_size", &ModelSize::vocab, 1'000'000'000}};
-
 // end: the token that ends a text; -1: none
 static json config_of(const ModelSize& m, int end) {
   json config = kThisModel;
   config["architectures"] = {"GPT2LMHeadModel"};
   config["torch_dtype"] = "float32";
-  for (const Size& size : kSizes) config[size.name] = m.*size.member;
+  for (const SizeOption& s : kSizes) config[s.hugging_face] = m.*s.member;
   config["n_ctx"] = m.context;
   for (const char* key : {"bos_token_id", "eos_token_id"})
     config[key] = end < 0 ? json() : json(end);
@@ -114,22 +103,22 @@ static void export_weights(const std::string& path, const std::string& dir) {
   const std::string home = fs::canonical(c.path).parent_path();
   const Tokenizer tokenizer(home, c.info.model.vocab);
   // without a tokenizer, numbers of GPT-2's are what so large a vocabulary holds
-  const bool gpt2 = !tokenizer.has_pairs() && c.info.model.vocab >= 50257;
+  const bool gpt2 = tokenizer.key() == 0 && c.info.model.vocab >= 50257;
   make_directory(dir);
   copy_tokenizer(home, dir);
   const WrittenFile w = write_safetensors(dir + "/model.safetensors", arrays);
   write_file(dir + "/config.json",
              config_of(c.info.model, gpt2 ? 50256 : tokenizer.end_of_text()).dump(2) + "\n");
   printf("%s/model.safetensors: %zu tensors, %.1f MB, from %s\n", dir.c_str(), arrays.size(),
-         double(w.bytes) / 1e6, c.path.c_str());
+         w.bytes / 1e6, c.path.c_str());
 }
 
 static ModelSize read_config(const std::string& path) {
   ModelSize m;
   read_json(path, read_file(path), [&](json config) {
-    for (const auto& [name, member, most] : kSizes) {
-      m.*member = whole_number(config.at(name), most);
-      REQUIRE(m.*member > 0, name, " is 0");
+    for (const SizeOption& s : kSizes) {
+      m.*s.member = whole_number(config.at(s.hugging_face), s.most);
+      REQUIRE(m.*s.member > 0, s.hugging_face, " is 0");
     }
     REQUIRE(m.width % m.heads == 0, "n_embd ", m.width, " does not divide by n_head ", m.heads);
     json& gelu = config["activation_function"];
@@ -143,8 +132,8 @@ static ModelSize read_config(const std::string& path) {
   return m;
 }
 
-// The files of weights in `dir`: one, or the parts that an index names.
-static std::vector<SafetensorsFile> open_weights(const std::string& dir) {
+// The weights in `dir`: of one file, or of the parts that an index names.
+static StoredArrays read_weights(const std::string& dir) {
   const std::string whole = dir + "/model.safetensors", index = whole + ".index.json";
   std::set<std::string> parts = {"model.safetensors"};
   if (!is_there(whole) && is_there(index))
@@ -153,42 +142,27 @@ static std::vector<SafetensorsFile> open_weights(const std::string& dir) {
       for (const auto& [tensor, part] : file.at("weight_map").items()) parts.insert(part);
       REQUIRE(!parts.empty(), "its weight_map names no file");
     });
-  std::vector<SafetensorsFile> files;
+  StoredArrays all;
   for (const fs::path part : parts) {
     REQUIRE(part == part.filename(), index, " names a file of another directory, ", part);
-    files.emplace_back(fs::path(dir) / part);
-  }
-  return files;
-}
-
-// A tensor in one of the files.
-struct Found {
-  const SafetensorsFile* file;
-  const SafetensorsFile::Entry* entry;
-  void read(void* to) const { file->read(*entry, 0, elements(entry->shape), Dtype::f32, to); }
-  std::vector<float> values() const {
-    std::vector<float> all(size_t(elements(entry->shape)));
-    read(all.data());
-    return all;
-  }
-};
-
-static void import_weights(const std::string& dir, const std::string& path) {
-  REQUIRE(newest_in(path).empty(), path, " holds checkpoints already: give another directory");
-  const ModelSize m = read_config(dir + "/config.json");
-  const Tokenizer readable(dir, m.vocab);  // or an Error, before anything is written
-  const auto files = open_weights(dir);
-  std::map<std::string, Found> all;
-  for (const SafetensorsFile& file : files)
-    for (const auto& [name, entry] : file.entries()) {
+    for (const auto& [name, array] : open_safetensors(fs::path(dir) / part)) {
       const std::string short_name = name.substr(name.starts_with("transformer.") ? 12 : 0);
-      REQUIRE(all.insert({short_name, {&file, &entry}}).second, file.path(), " has ", name,
+      REQUIRE(all.insert({short_name, array}).second, array.file.path, " has ", name,
               ", which is there already");
     }
+  }
+  return all;
+}
+
+static void import_weights(const std::string& dir, const std::string& path) {
+  REQUIRE(checkpoints_in(path).empty(), path, " holds checkpoints already: give another directory");
+  const ModelSize m = read_config(dir + "/config.json");
+  const Tokenizer readable(dir, m.vocab);  // or an Error, before anything is written
+  StoredArrays all = read_weights(dir);
   // one matrix, tied: under both names, or one of them
   if (const auto head = all.extract("lm_head.weight"); !head.empty()) {
-    const auto [wte, alone] = all.insert({"wte.weight", head.mapped()});
-    REQUIRE(alone || wte->second.values() == head.mapped().values(), head.mapped().file->path(),
+    const StoredArray& mine = head.mapped();
+    REQUIRE(all.insert({"wte.weight", mine}).first->second.bytes == mine.bytes, mine.file.path,
             ": lm_head.weight is not wte.weight; the head of this model is its embedding");
   }
   Gpt gpt(GptConfig{m});  // names and shapes only
@@ -196,14 +170,15 @@ static void import_weights(const std::string& dir, const std::string& path) {
   for (const Param* p : gpt.params()) {
     const auto found = all.extract(p->name);
     REQUIRE(!found.empty(), dir, " has no tensor ", p->name);
-    const Found& from = found.mapped();
+    const StoredArray& from = found.mapped();
     const Shape shape = file_shape(*p);
-    REQUIRE(from.entry->shape == shape, from.file->path(), ": ", p->name, " is of shape ",
-            to_string(from.entry->shape), "; by config.json it should be ", to_string(shape));
-    arrays.push_back({p->name, shape, Dtype::f32, [from](void* to) { from.read(to); }});
+    REQUIRE(from.shape == shape, from.file.path, ": ", p->name, " is of shape ",
+            to_string(from.shape), "; by config.json it should be ", to_string(shape));
+    arrays.push_back({p->name, shape, Dtype::f32,
+                      [from](void* to) { from.read(0, elements(from.shape), Dtype::f32, to); }});
   }
   for (const auto& [name, left] : all)  // causal masks may be there, too
-    REQUIRE(name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias"), left.file->path(),
+    REQUIRE(name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias"), left.file.path,
             ": the model of config.json has no ", name);
   make_directory(path);
   const DirectoryLock lock(path);

@@ -6,21 +6,16 @@
 void take_sizes(Options& o) {
   const ModelSize& m = o.model;
   const bool told = !o.model_name.empty() || m.layers + m.width + m.heads + m.context + m.vocab > 0;
-  for (const std::string& path : checkpoints_in(o.checkpoint)) {
-    if (!is_complete(path)) continue;
-    ModelSize saved;
-    try {
-      saved = Checkpoint(path).info.model;
-    } catch (const Damaged&) {
-      continue;
+  for (const std::string& path : checkpoints_in(o.checkpoint)) try {
+      const ModelSize saved = Checkpoint(path).info.model;
+      if (!told) {
+        o.model_name = nearest_model(saved);
+        o.model = saved;
+      }
+      if (m.vocab == 0) o.model.vocab = saved.vocab;
+      return;
+    } catch (const Damaged&) {  // then those of the one before
     }
-    if (!told) {
-      o.model_name = nearest_model(saved);
-      o.model = saved;
-    }
-    if (m.vocab == 0) o.model.vocab = saved.vocab;
-    return;
-  }
 }
 
 int64_t resume_training(const Options& o, const Dataset& data, const Job& job, Trainer& trainer) {
@@ -34,7 +29,9 @@ int64_t resume_training(const Options& o, const Dataset& data, const Job& job, T
   }
   const CheckpointInfo& saved = c->info;
   const bool imported = saved.step == 0;
-  check_model(*c, o.model);
+  const std::string model = to_string(saved.model), mine = to_string(o.model);
+  REQUIRE(model == mine, c->path, " holds a model of ", model, ", and this one has ", mine,
+          ": give --model and its sizes as it was trained");
   REQUIRE(!imported || !data.is_text() || o.model.vocab == 256, c->path,
           " was imported without a tokenizer, so bytes of text are not its tokens: give "
           "--tokenizer DIR");

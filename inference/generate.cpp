@@ -10,7 +10,6 @@
 #include <nlohmann/json.hpp>
 
 #include "inference/generator.h"
-#include "launch/options.h"
 #include "launch/program.h"
 #include "inference/sampling.h"
 #include "inference/tokenizer.h"
@@ -54,14 +53,12 @@ static OptionTable table(GenerateOptions& o) {
   };
 }
 
-static void resolve(GenerateOptions& o, std::unique_ptr<Checkpoint>& checkpoint) {
+static void resolve(GenerateOptions& o, std::optional<Checkpoint>& checkpoint) {
   if (!o.checkpoint.empty()) {
-    const ModelSize& m = o.model;
-    REQUIRE(
-        o.model_name.empty() && std::max({m.layers, m.width, m.heads, m.context, m.vocab}) == 0,
-        "the model's sizes are the checkpoint's: leave out --model, --layers, --width, --heads, "
-        "--context and --vocab");
-    checkpoint = std::make_unique<Checkpoint>(newest_path(o.checkpoint));
+    for (const Option& size : model_options(o).options)
+      REQUIRE(!o.given.count(size.name), "the model's sizes are the checkpoint's: leave out --",
+              size.name);
+    checkpoint.emplace(newest_path(o.checkpoint));
     o.model = checkpoint->info.model;
   }
   resolve_common(o, device().is_gpu);
@@ -89,12 +86,12 @@ static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
   const int64_t T = o.model.context, longest = tokenizer.longest();
   for (const std::string& text : texts) {
     const std::string name = sentence("prompt ", prompts.size() + 1);
-    const int64_t bytes = int64_t(text.size());
+    const int64_t bytes = text.size();
     REQUIRE(longest == 0 || bytes < T * longest, name, " has ", bytes, " bytes, at least ",
             bytes / std::max<int64_t>(longest, 1),
             " tokens, which leave no room for a new one in the model's context of ", T);
     prompts.push_back(tokenizer.encode(text));
-    const int64_t n = int64_t(prompts.back().size());
+    const int64_t n = prompts.back().size();
     REQUIRE(n > 0, name, " is empty: a text is continued from its last token");
     REQUIRE(n + o.tokens <= T, name, " of ", n, " tokens and --tokens ", o.tokens,
             " more do not fit the model's context of ", T);
@@ -105,8 +102,8 @@ static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
 // ---- output
 
 // seconds: of each token; the first one's with the prompts
-static void print_statistics(const Generator& generator, const Mesh& mesh,
-                             std::vector<double> seconds, size_t sequences) {
+static void print_statistics(const GptConfig& config, const Mesh& mesh, std::vector<double> seconds,
+                             size_t sequences) {
   fprintf(stderr, "\nfirst token after %.1f ms\n", seconds[0] * 1e3);
   seconds.erase(seconds.begin());
   if (seconds.empty()) return;
@@ -114,29 +111,27 @@ static void print_statistics(const Generator& generator, const Mesh& mesh,
   std::ranges::sort(seconds);
   fprintf(stderr, "each token    median %.2f ms, 99th percentile %.2f ms, %.1f tokens/s\n",
           seconds[n / 2] * 1e3, seconds[n * 99 / 100] * 1e3,
-          double(n * sequences) / std::reduce(seconds.begin(), seconds.end()));
+          n * sequences / std::reduce(seconds.begin(), seconds.end()));
+  const auto mib = [](Memory category) { return device().memory.now[int(category)] / 1048576.0; };
   fprintf(stderr, "memory        %.1f MiB of weights, %.1f MiB of keys and values\n",
-          double(device().memory.now[int(Memory::parameters)]) / 1048576,
-          double(generator.cache_bytes()) / 1048576);
+          mib(Memory::parameters), mib(Memory::cache));
   const int64_t sent = ledger.bytes(),
-                predicted = decoding_bytes(generator.gpt.config, mesh.layout, mesh["pp"].rank,
-                                           int64_t(sequences), int64_t(n));
-  fprintf(stderr, "sent a token  %.1f bytes by rank 0, predicted %.1f%s\n",
-          double(sent) / double(n), double(predicted) / double(n),
-          sent == predicted ? "" : "   DIFFERS");
+                predicted = decoding_bytes(config, mesh.layout, mesh["pp"].rank, sequences, n);
+  fprintf(stderr, "sent a token  %.1f bytes by rank 0, predicted %.1f%s\n", double(sent) / n,
+          double(predicted) / n, sent == predicted ? "" : "   DIFFERS");
 }
 
 // ---- generation
 
 static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
-                     const Checkpoint* checkpoint, const Tokenizer& tokenizer,
+                     const std::optional<Checkpoint>& checkpoint, const Tokenizer& tokenizer,
                      const std::vector<std::vector<int>>& prompts, Watch& watch) {
   const size_t B = prompts.size();
   size_t longest = 0;
   for (const auto& p : prompts) longest = std::max(longest, p.size());
-  Generator generator(mesh, model_config(o), int64_t(B), int64_t(longest) + o.tokens);
+  Generator generator(mesh, model_config(o), B, longest + o.tokens);
   if (checkpoint) watch.at_files([&] { generator.load_weights(*checkpoint); });
-  else generator.initialise(uint64_t(o.seed));
+  else generator.initialise(o.seed);
 
   // the first is shown as it is made; the others, made beside it, after it
   std::vector<std::string> texts(B);
@@ -157,12 +152,12 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
     Generator::Logits logits;
     for (size_t b = 0; made == 0 && b < B; b++) {
       watch.progress();
-      for (auto& row : generator.prefill(int64_t(b), prompts[b])) logits.push_back(row);
+      for (auto& row : generator.prefill(b, prompts[b])) logits.push_back(row);
     }
     watch.progress();
     if (made > 0) logits = generator.decode(next);
     for (size_t b = 0; b < logits.size(); b++)
-      next[b] = pick(logits[b], how, int64_t(prompts[b].size()) + made, int64_t(b));
+      next[b] = pick(logits[b], how, prompts[b].size() + made, b);
     next = generator.share(next);
     if (made == 0) ledger.rows.clear();  // from here on it is of decoding
     seconds.push_back(token.seconds());
@@ -174,43 +169,36 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
   if (!job.speaks) return;
   for (size_t b = 1; b < B; b++) show(sentence("\n\n--- ", b + 1, "\n", texts[b]));
   show("\n");
-  print_statistics(generator, mesh, seconds, B);
+  print_statistics(generator.gpt.config, mesh, seconds, B);
 }
 
 // ---- main
 
 int main(int argc, char** argv) {
   GenerateOptions o;
-  std::unique_ptr<Checkpoint> checkpoint;
-  std::unique_ptr<Tokenizer> tokenizer;
+  std::optional<Checkpoint> checkpoint;
+  std::optional<Tokenizer> tokenizer;
   std::vector<std::vector<int>> prompts;
-  const auto prepare = [&](const Job& job) -> std::optional<Start> {
-    const char* usage =
-        "usage: build/generate --prompt TEXT [options]\n"
-        "Continues a text with a model. [In brackets: what holds without the option.]";
-    const std::string help = help_text(usage, table(o));
-    parse(argc, argv, table(o));
-    if (o.help) {
-      if (job.speaks) fputs(help.c_str(), stdout);
-      return {};
-    }
-    open_device(job.local_rank % device_count(), o.device_memory << 20);
+  const auto prepare = [&](const Job& job) {
     resolve(o, checkpoint);
     check_ranks(o.layout, job.size);
-    matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
     if (checkpoint) checkpoint->verify("weights-", job.rank, job.size);
-    tokenizer = std::make_unique<Tokenizer>(
-        checkpoint ? std::filesystem::canonical(checkpoint->path).parent_path().string() : "",
-        o.model.vocab);
+    tokenizer.emplace(checkpoint
+                          ? std::filesystem::canonical(checkpoint->path).parent_path().string()
+                          : "",
+                      o.model.vocab);
     if (job.rank == 0) prompts = encode_prompts(o, *tokenizer);
     auto given = values_of(table(o));
     if (checkpoint)
       given.emplace_back("the checkpoint", content_of({checkpoint->path + "/manifest.json"}));
-    return Start{o.layout, o.timeout, given};
+    return given;
   };
-  return run_program("generate", argc, argv, prepare,
-                     [&](const Job& job, Mesh& mesh, Watch& watch) {
-                       prompts = gather(prompts)[0];  // the first rank's
-                       generate(o, job, mesh, checkpoint.get(), *tokenizer, prompts, watch);
-                     });
+  const auto work = [&](const Job& job, Mesh& mesh, Watch& watch) {
+    prompts = gather(prompts)[0];  // the first rank's
+    generate(o, job, mesh, checkpoint, *tokenizer, prompts, watch);
+  };
+  const char* usage =
+      "usage: build/generate --prompt TEXT [options]\n"
+      "Continues a text with a model. [In brackets: what holds without the option.]";
+  return run_program("generate", usage, argc, argv, o, table, prepare, work);
 }

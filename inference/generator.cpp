@@ -6,9 +6,9 @@
 Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int64_t room)
     : gpt(config, mesh["tp"], mesh.stream),
       mesh_(mesh),
-      piece_(gpt.pieces(mesh["pp"].size)[size_t(mesh["pp"].rank)]),
+      piece_(gpt.pieces(mesh["pp"].size)[mesh["pp"].rank]),
       pipeline_(mesh["pp"], mesh.stream, make_schedule("gpipe", mesh["pp"].size, 1)),
-      lengths_(size_t(sequences), 0),
+      lengths_(sequences),
       sequences_(sequences),
       room_(room),
       heads_(gpt.tp.part(config.heads).size()) {
@@ -20,20 +20,6 @@ Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int
     if (part.kind == ModelPart::block)
       caches_[part.layer] = Tensor({sequences, 2, heads_, room, config.width / config.heads},
                                    config.dtype, Memory::cache);
-}
-
-void Generator::initialise(uint64_t seed) {
-  for (Param* p : params()) p->initialise(p->own(p->value), seed, 0);
-}
-
-void Generator::load_weights(const Checkpoint& checkpoint) {
-  for (Param* p : params()) load(checkpoint, *p, 0, Part::weights, p->own(p->value));
-}
-
-int64_t Generator::cache_bytes() const {
-  int64_t bytes = 0;
-  for (const auto& [layer, cache] : caches_) bytes += cache.bytes();
-  return bytes;
 }
 
 // ---- forward
@@ -56,9 +42,9 @@ Generator::Logits Generator::forward(const Tokens& tokens, const Gpt::Attend& at
 }
 
 Generator::Logits Generator::prefill(int64_t sequence, const std::vector<int>& prompt) {
-  const int64_t n = int64_t(prompt.size());
+  const int64_t n = prompt.size();
   ASSERT(n > 0 && n <= room_);
-  lengths_[size_t(sequence)] = int(n);
+  lengths_[sequence] = int(n);
   Tokens tokens(1, n, prompt, prompt, gpt.tp.part(gpt.config.vocab));
   tokens.only_row = n - 1;
   return forward(tokens, [=, this](Tape& tape, int64_t layer, const Var& qkv) {
@@ -82,14 +68,14 @@ Generator::Logits Generator::decode(const std::vector<int>& tokens) {
 
 std::vector<int> Generator::share(std::vector<int> picked) {
   if (mesh_["pp"].size == 1) return picked;
-  picked.resize(size_t(sequences_));
+  picked.resize(sequences_);
   const Tensor tokens({sequences_}, Dtype::i32, Memory::data);
   upload(tokens, picked.data());
   make_wait(mesh_.stream, device().compute);  // the tokens must be on the device
   const Timed timed(mesh_.stream);
   ledger.broadcast(mesh_["pp"], tokens.bytes());
-  NCCL_CHECK(ncclBroadcast(tokens.raw(), tokens.raw(), size_t(sequences_), ncclInt32,
-                           mesh_["pp"].size - 1, mesh_["pp"].comm, mesh_.stream));
+  NCCL_CHECK(ncclBroadcast(tokens.raw(), tokens.raw(), sequences_, ncclInt32, mesh_["pp"].size - 1,
+                           mesh_["pp"].comm, mesh_.stream));
   make_wait(device().compute, mesh_.stream);  // they must have arrived
   download(tokens, picked.data());
   return picked;

@@ -25,8 +25,12 @@ class Generator {
   // `sequences` at once, each with room for `room` tokens, prompt included. Weights are
   // uninitialised until one of the two below.
   Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int64_t room);
-  void initialise(uint64_t seed);
-  void load_weights(const Checkpoint& checkpoint);
+  void initialise(uint64_t seed) {
+    for (Param* p : params()) p->initialise(p->own(p->value), seed, 0);
+  }
+  void load_weights(const Checkpoint& checkpoint) {
+    for (Param* p : params()) load(checkpoint, *p, 0, Part::weights, p->own(p->value));
+  }
 
   // (V) a sequence on the last stage; empty on the others
   using Logits = std::vector<std::vector<double>>;
@@ -36,8 +40,6 @@ class Generator {
   Logits decode(const std::vector<int>& tokens);
   // What the last stage has picked, on every stage.
   std::vector<int> share(std::vector<int> picked);
-
-  int64_t cache_bytes() const;
 
   Gpt gpt;
 

@@ -17,20 +17,20 @@ int pick(const std::vector<double>& logits, const Sampling& how, int64_t positio
   if (how.temperature == 0 || how.top_k == 1) return likeliest;
   std::vector<double> p(logits.size());
   for (size_t v = 0; v < p.size(); v++)
-    p[v] = std::exp((logits[v] - logits[size_t(likeliest)]) / how.temperature);
+    p[v] = std::exp((logits[v] - logits[likeliest]) / how.temperature);
   std::vector<int> order(p.size());
   std::iota(order.begin(), order.end(), 0);
   if (how.top_k > 0 || how.top_p < 1)  // the likeliest first, equals by number
-    std::ranges::stable_sort(order, std::greater{}, [&](int v) { return p[size_t(v)]; });
+    std::ranges::stable_sort(order, std::greater{}, [&](int v) { return p[v]; });
   if (how.top_k > 0) order.resize(std::min(order.size(), size_t(how.top_k)));
   std::vector<double> sums;  // of the probabilities up to each
-  for (double sum = 0; const int v : order) sums.push_back(sum += p[size_t(v)]);
+  for (double sum = 0; const int v : order) sums.push_back(sum += p[v]);
   // the first that reaches top_p
   const auto last = std::lower_bound(sums.begin(), sums.end() - 1, how.top_p * sums.back());
-  const uint64_t at = uint64_t(position);
+  const uint64_t at = position;
   const double u = philox(uint32_t(at), uint32_t(at >> 32), uint32_t(sequence), 1,
                           uint32_t(how.seed), uint32_t(how.seed >> 32))
                        .v[0] /
                    4294967296.0;
-  return order[size_t(std::upper_bound(sums.begin(), last, u * *last) - sums.begin())];
+  return order[std::upper_bound(sums.begin(), last, u * *last) - sums.begin()];
 }

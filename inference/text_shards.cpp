@@ -7,7 +7,6 @@
 #include "support/stopwatch.h"
 
 namespace fs = std::filesystem;
-using Say = std::function<void(const std::string&)>;
 
 // The texts' tokens, as the bytes of a shard.
 static std::string encode_files(const std::vector<MappedFile>& texts, const std::string& name,
@@ -18,7 +17,7 @@ static std::string encode_files(const std::vector<MappedFile>& texts, const std:
   for (const MappedFile& text : texts)
     tokenizer.encode(text.view, [&](const std::vector<int>& tokens, size_t end) {
       for (const int token : tokens)
-        shard.append(reinterpret_cast<const char*>(&token), size_t(kind.width));
+        shard.append(reinterpret_cast<const char*>(&token), kind.width);
       if (said.seconds() < 3) return;
       said = {};
       say(sentence(text.path, ": ", end, " of ", text.view.size(), " bytes are encoded"));

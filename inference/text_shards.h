@@ -12,4 +12,4 @@
 // say: what to tell those who wait.
 std::vector<std::string> token_shards(const std::vector<std::string>& files,
                                       const Tokenizer& tokenizer, const std::string& directory,
-                                      const std::function<void(const std::string&)>& say);
+                                      const Say& say);

@@ -3,14 +3,9 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstdio>
 #include <filesystem>
-#include <map>
-#include <set>
-#include <sstream>
 
 #include "inference/unicode_table.h"
-#include "support/files.h"
 #include "support/json.h"
 
 using nlohmann::json;
@@ -25,7 +20,7 @@ static char32_t next_code_point(std::string_view text, size_t& at) {
   constexpr char32_t kLeast[] = {0, 0x80, 0x800, 0x10000};  // what needs so many bytes more
   const unsigned char first = text[at++];
   if (first < 0x80) return first;
-  const size_t more = size_t(std::countl_one(first)) - 1;
+  const size_t more = std::countl_one(first) - 1;
   if (more == 0 || more > 3 || at + more > text.size()) return kNoCodePoint;
   char32_t c = first & (0x3f >> more);
   for (size_t i = at; i < at + more; i++) {
@@ -45,9 +40,6 @@ static Sign sign_of(char32_t c) {
 // ---- the files
 
 constexpr int64_t kLargest = 10'000'000;  // number of a token
-
-// as merges are looked up
-static uint64_t pair_of(int left, int right) { return uint64_t(left) << 32 | uint64_t(right); }
 
 // They write each byte as a printable character: itself, or 256 and up for the others in order.
 static std::string to_bytes(const std::string& written) {
@@ -73,7 +65,7 @@ static const std::string kEndOfText = "<|endoftext|>";
 
 Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : vocab_(vocab) {
   const std::string base = directory + "/", one = base + kTokenizerFiles[0];
-  if (directory.empty() || !has_tokenizer(directory)) {
+  if (!has_tokenizer(directory)) {
     for (int b = 0; b < 256 && vocab == 256; b++) add(b, std::string(1, char(b)));
   } else if (is_there(one)) {
     const std::string text = read_file(one);
@@ -87,22 +79,21 @@ Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : vocab_(vocab
       if (vocabulary.contains(kEndOfText)) add_special(vocabulary[kEndOfText], kEndOfText);
       json model = {{"vocab", vocabulary}, {"merges", json::array()}};
       std::istringstream lines(merges);
-      for (std::string line; std::getline(lines, line);) {
-        while (line.ends_with('\r')) line.pop_back();
-        if (!line.empty() && !line.starts_with("#version")) model["merges"].push_back(line);
-      }
+      for (std::string line; std::getline(lines, line);)
+        if (line.find_first_not_of('\r') != line.npos && !line.starts_with("#version"))
+          model["merges"].push_back(line);
       read_model(model);
     });
   }
   if (const auto end = tokens_.find(kEndOfText); end != tokens_.end()) end_ = end->second;
-  std::ranges::sort(special_, std::greater{}, [&](int t) { return texts_[size_t(t)].size(); });
+  std::ranges::sort(special_, std::greater{}, [&](int t) { return texts_[t].size(); });
 }
 
 void Tokenizer::add(int64_t token, const std::string& text) {
   REQUIRE(vocab_ == 0 || token < vocab_, "it has token ", token, ", outside the vocabulary of ",
           vocab_);
-  if (size() <= token) texts_.resize(size_t(token) + 1);
-  std::string& place = texts_[size_t(token)];
+  if (size() <= token) texts_.resize(token + 1);
+  std::string& place = texts_[token];
   REQUIRE(!text.empty() && place.empty() && tokens_.insert({text, int(token)}).second,
           "it has token ", token, " twice, an empty one, or two of one text");
   place = text;
@@ -166,8 +157,7 @@ void Tokenizer::read_model(const json& model) {
               "'");
       return found->second;
     };
-    merges_[pair_of(token_of(parts[0]), token_of(parts[1]))] = {rank++,
-                                                                token_of(parts[0] + parts[1])};
+    merges_[{token_of(parts[0]), token_of(parts[1])}] = {rank++, token_of(parts[0] + parts[1])};
   }
 }
 
@@ -197,12 +187,12 @@ void Tokenizer::merge_pairs(std::string_view word, std::vector<int>& tokens) con
   for (size_t at = 0; at < word.size(); at++) {
     const auto found = tokens_.find(std::string(1, word[at]));
     REQUIRE(found != tokens_.end(), "the vocabulary has no token for '", word[at], "'");
-    parts.emplace_hint(parts.end(), at, found->second);
+    parts[at] = found->second;
   }
   const auto merge_of = [&](auto part) -> const Merge* {  // that it makes with the next one
     const auto next = part == parts.end() ? part : std::next(part);
     if (next == parts.end()) return nullptr;
-    const auto m = merges_.find(pair_of(part->second, next->second));
+    const auto m = merges_.find({part->second, next->second});
     return m == merges_.end() ? nullptr : &m->second;
   };
   std::set<std::pair<int, size_t>> candidates;  // rank, first of the two
@@ -246,7 +236,7 @@ void Tokenizer::encode(std::string_view text, const Take& take) const {
     size_t end = text.size();
     std::vector<int> special;  // what stands at the end: one or none
     for (size_t i = 0; i < special_.size(); i++) {
-      if (places[i] <= at) places[i] = text.find(texts_[size_t(special_[i])], at);
+      if (places[i] <= at) places[i] = text.find(texts_[special_[i]], at);
       if (places[i] >= end) continue;
       end = places[i];
       special = {special_[i]};
@@ -260,7 +250,7 @@ void Tokenizer::encode(std::string_view text, const Take& take) const {
       take(tokens, at);
     }
     if (special.empty()) continue;
-    at += texts_[size_t(special[0])].size();
+    at += texts_[special[0]].size();
     take(special, at);
   }
 }
@@ -275,11 +265,11 @@ std::vector<int> Tokenizer::encode(std::string_view text) const {
 
 std::string Tokenizer::decode(int token) const {
   if (texts_.empty()) return std::to_string(token) + " ";
-  return size_t(token) < texts_.size() ? texts_[size_t(token)] : "";
+  return size_t(token) < texts_.size() ? texts_[token] : "";
 }
 
 bool has_tokenizer(const std::string& directory) {
-  return std::ranges::any_of(kTokenizerFiles, [&](const std::string& name) {
+  return !directory.empty() && std::ranges::any_of(kTokenizerFiles, [&](const std::string& name) {
     return is_there(directory + "/" + name);
   });
 }
@@ -292,7 +282,6 @@ void copy_tokenizer(const std::string& from, const std::string& to) {
 }
 
 void show(const std::string& bytes) {
-  for (const char c : bytes)
-    putchar(c == '\n' || c == '\t' || (c & 0xe0) ? (c == 127 ? '?' : c) : '?');
+  for (const unsigned char c : bytes) putchar(iscntrl(c) && c != '\n' && c != '\t' ? '?' : c);
   check_printed();  // a reader that has left ends the work
 }

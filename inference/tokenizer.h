@@ -10,13 +10,11 @@
 // test      tests/test_support.cpp; tests/byte_pairs.py compares with Hugging Face's library
 #pragma once
 #include <array>
-#include <cstdint>
-#include <functional>
+#include <map>
 #include <nlohmann/json_fwd.hpp>
-#include <string>
-#include <string_view>
 #include <unordered_map>
-#include <vector>
+
+#include "support/files.h"
 
 // The files that a tokenizer may be read from.
 inline constexpr std::array<const char*, 3> kTokenizerFiles = {"tokenizer.json", "vocab.json",
@@ -33,10 +31,9 @@ class Tokenizer {
   void encode(std::string_view text, const Take& take) const;
   // its bytes; a number is followed by a space
   std::string decode(int token) const;
-  int end_of_text() const { return end_; }      // -1: there is none
-  bool has_pairs() const { return key_ != 0; }  // it was read from files
-  uint64_t key() const { return key_; }         // a checksum of those
-  int64_t size() const { return int64_t(texts_.size()); }
+  int end_of_text() const { return end_; }  // -1: there is none
+  uint64_t key() const { return key_; }     // a checksum of its files; 0: there are none
+  int64_t size() const { return texts_.size(); }
   int64_t longest() const { return longest_; }  // bytes of the longest token; 0: they are numbers
 
  private:
@@ -55,7 +52,7 @@ class Tokenizer {
   int end_ = -1;
   std::vector<std::string> texts_;               // by number; none: tokens are written as numbers
   std::unordered_map<std::string, int> tokens_;  // by their bytes
-  std::unordered_map<uint64_t, Merge> merges_;   // by the two tokens
+  std::map<std::pair<int, int>, Merge> merges_;  // by the two tokens
   std::vector<int> special_;  // found in a text before it is cut into words; the longest first
 };
 

@@ -9,8 +9,7 @@ void TrainingData::find_tokenizer(Options& o) {
   REQUIRE(given.empty() || has_tokenizer(given), "--tokenizer: ", given,
           " has neither tokenizer.json nor vocab.json and merges.txt");
   // the checkpoints have it from an earlier --tokenizer, or from an import
-  const bool kept = !o.checkpoint.empty() && has_tokenizer(o.checkpoint);
-  directory_ = kept ? o.checkpoint : given;
+  directory_ = has_tokenizer(o.checkpoint) ? o.checkpoint : given;
   if (directory_.empty()) return;
   tokenizer.emplace(directory_, o.model.vocab);
   REQUIRE(given.empty() || tokenizer->key() == Tokenizer(given, 0).key(), "--tokenizer ", given,
@@ -29,7 +28,7 @@ void TrainingData::meet(Options& o, const Job& job) {
     copy_tokenizer(directory_, o.checkpoint);
   if (!tokens) read(o, job);
   // what is in the files, wherever a node has them
-  const std::string differ = differences({{"the data", content_of(tokens->paths())}});
+  const std::string differ = differences({{"the data", content_of(tokens->paths)}});
   REQUIRE(differ.empty(), differ);
 }
 

@@ -1,13 +1,11 @@
 // first_minute.cpp: see first_minute.h.
 #include "launch/first_minute.h"
 
-// Every rank of the axis contributes 1 + its rank, 2n values; what must come out is known.
+// Every rank of the axis contributes 1 + its rank, n values; what must come out is known.
 static void check_axis(const Axis& axis, cudaStream_t stream) {
   if (axis.size == 1) return;
   const int n = axis.size;
-  const size_t values = size_t(2 * n);
-  const Tensor mine({2 * n}, Dtype::f32, Memory::workspace),
-      all({n, 2 * n}, Dtype::f32, Memory::workspace);
+  const Tensor mine({n}, Dtype::f32, Memory::workspace), all({n}, Dtype::f32, Memory::workspace);
   float *send = mine.data<float>(), *receive = all.data<float>();
   fill(mine, 1 + axis.rank);
   make_wait(stream, device().compute);
@@ -21,24 +19,23 @@ static void check_axis(const Axis& axis, cudaStream_t stream) {
             "(NCCL_P2P_DISABLE=1 avoids it)");
   };
   const double sum = n * (n + 1) / 2;
-  NCCL_CHECK(ncclAllReduce(send, receive, values, ncclFloat32, ncclSum, axis.comm, stream));
-  expect("all-reduce", std::vector<double>(values, sum));
-  NCCL_CHECK(ncclAllGather(send, receive, values, ncclFloat32, axis.comm, stream));
+  NCCL_CHECK(ncclAllReduce(send, receive, n, ncclFloat32, ncclSum, axis.comm, stream));
+  expect("all-reduce", std::vector<double>(n, sum));
+  NCCL_CHECK(ncclAllGather(send, receive, 1, ncclFloat32, axis.comm, stream));
   std::vector<double> gathered;
-  for (int rank = 0; rank < n; rank++) gathered.insert(gathered.end(), values, 1 + rank);
+  for (int rank = 0; rank < n; rank++) gathered.push_back(1 + rank);
   expect("all-gather", gathered);
-  NCCL_CHECK(ncclReduceScatter(send, receive, 2, ncclFloat32, ncclSum, axis.comm, stream));
-  expect("reduce-scatter", {sum, sum});
-  NCCL_CHECK(ncclBroadcast(send, receive, values, ncclFloat32, n - 1, axis.comm, stream));
-  expect("broadcast", std::vector<double>(values, n));
+  NCCL_CHECK(ncclReduceScatter(send, receive, 1, ncclFloat32, ncclSum, axis.comm, stream));
+  expect("reduce-scatter", {sum});
+  NCCL_CHECK(ncclBroadcast(send, receive, n, ncclFloat32, n - 1, axis.comm, stream));
+  expect("broadcast", std::vector<double>(n, n));
   // facing pairs, both directions of each
   std::vector<double> received;
   NCCL_CHECK(ncclGroupStart());
   for (const int neighbour : {(axis.rank + 1) % n, (axis.rank + n - 1) % n}) {
-    NCCL_CHECK(ncclSend(send, values, ncclFloat32, neighbour, axis.comm, stream));
-    NCCL_CHECK(
-        ncclRecv(receive + received.size(), values, ncclFloat32, neighbour, axis.comm, stream));
-    received.insert(received.end(), values, 1 + neighbour);
+    NCCL_CHECK(ncclSend(send, 1, ncclFloat32, neighbour, axis.comm, stream));
+    NCCL_CHECK(ncclRecv(receive + received.size(), 1, ncclFloat32, neighbour, axis.comm, stream));
+    received.push_back(1 + neighbour);
   }
   NCCL_CHECK(ncclGroupEnd());
   expect("send and receive", received);

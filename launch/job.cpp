@@ -6,8 +6,6 @@
 #include <algorithm>
 #include <nlohmann/json.hpp>
 
-void barrier() { MPI_Ibarrier(MPI_COMM_WORLD, Finished()); }
-
 std::string host_name() {
   char name[256] = "";
   gethostname(name, sizeof name - 1);
@@ -17,17 +15,16 @@ std::string host_name() {
 std::vector<std::string> gather_text(const std::string& mine) {
   int ranks = 1;
   MPI_Comm_size(MPI_COMM_WORLD, &ranks);
-  const int length = int(mine.size());
-  std::vector<int> lengths(size_t(ranks), 0);
+  const int length = mine.size();
+  std::vector<int> lengths(ranks);
   MPI_Iallgather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, MPI_COMM_WORLD, Finished());
   const int longest = *std::ranges::max_element(lengths);
-  std::string padded = mine, all(size_t(longest) * size_t(ranks), ' ');
-  padded.resize(size_t(longest));
+  std::string padded = mine, all(size_t(longest) * ranks, ' ');
+  padded.resize(longest);
   MPI_Iallgather(padded.data(), longest, MPI_CHAR, all.data(), longest, MPI_CHAR, MPI_COMM_WORLD,
                  Finished());
   std::vector<std::string> texts;
-  for (const int bytes : lengths)
-    texts.push_back(all.substr(texts.size() * size_t(longest), size_t(bytes)));
+  for (const int bytes : lengths) texts.push_back(all.substr(texts.size() * longest, bytes));
   return texts;
 }
 

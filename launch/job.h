@@ -33,7 +33,7 @@ class Job {
   std::atomic<bool>* explained = nullptr;  // shared by the ranks of this node once there is a Watch
 };
 
-void barrier();
+inline void barrier() { MPI_Ibarrier(MPI_COMM_WORLD, Finished()); }
 std::string host_name();
 std::vector<std::string> gather_text(const std::string& mine);  // of all ranks, on every rank
 std::vector<nlohmann::json> gather(const nlohmann::json& mine);

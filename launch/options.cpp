@@ -4,7 +4,6 @@
 #include "launch/options.h"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <filesystem>
 
@@ -34,27 +33,19 @@ const Preset kPresets[] = {
 }  // namespace
 
 static const Preset& preset_of(const std::string& name) {
-  for (const Preset& p : kPresets)
-    if (p.name == name) return p;
-  throw Error("there is no model " + name);
+  return *std::ranges::find(kPresets, name, &Preset::name);
 }
 
 OptionGroup model_options(CommonOptions& o) {
-  ModelSize& m = o.model;
   std::vector<std::string> models;
   for (const Preset& p : kPresets) models.push_back(p.name);
-  return {"Model",
-          {
-              {"model", "", choice(&o.model_name, models), "size of the model", kPresets[0].name},
-              {"layers", "N", whole(&m.layers, 1, 10'000), "blocks", "the model's"},
-              {"width", "C", whole(&m.width, 1, 1'000'000), "channels", "the model's"},
-              {"heads", "H", whole(&m.heads, 1, 1'000'000),
-               "attention heads; the width divides by them", "the model's"},
-              {"context", "T", whole(&m.context, 1, 10'000'000), "tokens in a sequence",
-               "the model's"},
-              {"vocab", "V", whole(&m.vocab), "number of different tokens; bytes of text need 256",
-               "the model's"},
-          }};
+  OptionGroup group{"Model",
+                    {{"model", "", choice(&o.model_name, models), "size of the model",
+                      kPresets[0].name}}};
+  for (const SizeOption& s : kSizes)
+    group.options.push_back(
+        {s.name, s.value, whole(&(o.model.*s.member), 1, s.most), s.help, "the model's"});
+  return group;
 }
 
 OptionGroup mesh_options(Layout& layout, bool has_batch) {
@@ -92,9 +83,8 @@ OptionGroup computing_options(CommonOptions& o) {
 
 void resolve_common(CommonOptions& o, bool has_gpu) {
   if (o.model_name.empty()) o.model_name = kPresets[0].name;
-  for (int64_t ModelSize::*size : {&ModelSize::layers, &ModelSize::width, &ModelSize::heads,
-                                   &ModelSize::context, &ModelSize::vocab})
-    if (o.model.*size == 0) o.model.*size = preset_of(o.model_name).size.*size;
+  for (const SizeOption& s : kSizes)
+    if (o.model.*s.member == 0) o.model.*s.member = preset_of(o.model_name).size.*s.member;
   if (o.dtype.empty()) o.dtype = has_gpu ? "bf16" : "f32";
 }
 
@@ -154,9 +144,9 @@ OptionTable train_options(Options& o) {
        }},
       {"Training",
        {
-           {"steps", "N", whole(&o.steps), "optimizer steps", by_model(double(tiny.steps))},
+           {"steps", "N", whole(&o.steps), "optimizer steps", by_model(tiny.steps)},
            {"batch", "B", whole(&o.batch), "sequences per optimizer step, over all ranks",
-            by_model(double(tiny.batch))},
+            by_model(tiny.batch)},
            {"microbatch", "B", whole(&o.microbatch, 1, 100'000'000),
             "sequences per micro-batch of a rank",
             "all of the rank's; with pp at most 1/(2P) of them"},
@@ -222,21 +212,6 @@ OptionTable train_options(Options& o) {
   };
 }
 
-Options parse_options(int argc, const char* const* argv) {
-  Options options;
-  options.given = parse(argc, argv, train_options(options));
-  options.command = join({argv + 1, argv + argc}, " ");
-  return options;
-}
-
-void print_help() {
-  Options defaults;
-  const char* usage =
-      "usage: build/train_gpt [options]\n"
-      "Trains a GPT on text. [In brackets: what holds without the option.]";
-  fputs(help_text(usage, train_options(defaults)).c_str(), stdout);
-}
-
 void resolve(Options& o, bool has_gpu) {
   resolve_common(o, has_gpu);
   const Preset& preset = preset_of(o.model_name);
@@ -249,9 +224,7 @@ void resolve(Options& o, bool has_gpu) {
   if (o.batch == 0) o.batch = (preset.batch + parts - 1) / parts * parts;
   // the largest that divides the batch, into a number of micro-batches that the schedule takes
   if (o.microbatch == 0) {
-    const auto fits = [&](int64_t b) {
-      return o.batch % (b * ranks * schedule.divisor(int(pp))) == 0;
-    };
+    const auto fits = [&](int64_t b) { return o.batch % (b * ranks * schedule.divisor(pp)) == 0; };
     o.microbatch = std::max<int64_t>(1, o.batch / parts);
     while (o.microbatch > 1 && !fits(o.microbatch)) o.microbatch--;
   }

@@ -55,6 +55,22 @@ std::string help_text(const std::string& usage, const OptionTable& table);
 
 // ---- the options that train_gpt and generate share
 
+// Of a model: --name VALUE, and what Hugging Face's config.json calls it.
+struct SizeOption {
+  const char *name, *value, *hugging_face;
+  int64_t ModelSize::*member;
+  int64_t most;
+  const char* help;
+};
+inline constexpr SizeOption kSizes[] = {
+    {"layers", "N", "n_layer", &ModelSize::layers, 10'000, "blocks"},
+    {"width", "C", "n_embd", &ModelSize::width, 1'000'000, "channels"},
+    {"heads", "H", "n_head", &ModelSize::heads, 1'000'000,
+     "attention heads; the width divides by them"},
+    {"context", "T", "n_positions", &ModelSize::context, 10'000'000, "tokens in a sequence"},
+    {"vocab", "V", "vocab_size", &ModelSize::vocab, 1'000'000'000,
+     "number of different tokens; bytes of text need 256"}};
+
 // Fields without a default here, and in Options, are unset until they are resolved: 0, empty, or
 // negative where 0 has a meaning.
 struct CommonOptions {
@@ -68,6 +84,7 @@ struct CommonOptions {
   int64_t timeout = 600;      // seconds
   bool recompute = false, sequence_parallel = false;  // in training alone
   bool help = false;
+  std::set<std::string> given;  // which of them were
 };
 OptionGroup model_options(CommonOptions& options);  // --model and what overrides its sizes
 // --pp and the like: a row for each axis, or for each that splits no tokens
@@ -106,13 +123,10 @@ struct Options : CommonOptions {
   int64_t eval_every = 0, sample = 0;  // 0: never, none
   std::string metrics;                 // empty: none
   bool profile = false;
-  std::string command;          // the words as they were given
-  std::set<std::string> given;  // the options among them
+  std::string command;  // the words as they were given
 };
 
-Options parse_options(int argc, const char* const* argv);
 OptionTable train_options(Options& options);
-void print_help();
 // what is unset, from the model, the machine and the other options
 void resolve(Options& options, bool has_gpu);
 // resolved options that contradict each other: a sentence

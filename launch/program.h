@@ -1,51 +1,49 @@
 // program.h: what train_gpt and generate share: from the command line to the mesh, and back.
 // test      tests/test_cli.sh, tests/test_failures.sh
 #pragma once
-#include <unistd.h>
-
-#include <optional>
-
 #include "launch/environment.h"
 #include "launch/first_minute.h"
+#include "launch/options.h"
 #include "launch/signals.h"
 #include "launch/watch.h"
 
-struct Start {
-  Layout layout;
-  int64_t timeout;  // seconds
-  // what every rank must have been given alike: names, and what they stand for
-  NamedValues given;
-};
-
-// prepare(job) reads the options, on every rank without a word to the others; nothing: they only
-// asked for help. work(job, mesh, watch) does what they ask for. Returns main's status.
-template <class Prepare, class Work>
-int run_program(const char* name, int argc, char** argv, Prepare prepare, Work work) {
-  if (const std::string error = error_of(fetch_signals); !error.empty()) {
-    fprintf(stderr, "%s: %s\n", name, error.c_str());
-    return 1;
-  }
+// On every rank without a word to the others: reads the options, of which `table` knows, opens the
+// device, and calls prepare(job), which says what every rank must have been given alike. Then
+// work(job, mesh, watch) does what the options ask for. Returns main's status.
+template <class Options, class Prepare, class Work>
+int run_program(const char* name, const char* usage, int argc, char** argv, Options& o,
+                OptionTable (*table)(Options&), Prepare prepare, Work work) {
+  fetch_signals();
   Job job(&argc, &argv);
   try {
-    std::optional<Start> start;
+    NamedValues given;
     // what is wrong for one rank ends all, with one message
     std::string error = job.agree(error_of([&] {
       job.check_launcher();
-      start = prepare(job);
-      if (start) check_products();
+      const std::string help = help_text(usage, table(o));
+      o.given = parse(argc, argv, table(o));
+      if (o.help) {
+        given = {{"--help", "given"}};
+        if (job.speaks) fputs(help.c_str(), stdout);
+        return;
+      }
+      open_device(job.local_rank % device_count(), o.device_memory << 20);
+      matmul_backend = o.matmul == "own" ? MatmulBackend::own : MatmulBackend::cublas;
+      given = prepare(job);
+      check_products();
     }));
-    if (error.empty()) error = differences(start ? start->given : NamedValues{{"--help", "given"}});
+    if (error.empty()) error = differences(given);
     if (!error.empty() && job.speaks) fprintf(stderr, "%s: %s\n", name, error.c_str());
     if (!error.empty()) return job.leave(1);
-    if (!start) {
+    if (o.help) {
       check_printed();
       return 0;
     }
     // of NCCL's stand-in: the watch speaks first
-    setenv("THREEFOLD_TIMEOUT", sentence(start->timeout + 10).c_str(), 0);
+    setenv("THREEFOLD_TIMEOUT", sentence(o.timeout + 10).c_str(), 0);
     {
-      Watch watch(job, double(start->timeout));
-      Mesh mesh = open_mesh(start->layout);
+      Watch watch(job, o.timeout);
+      Mesh mesh = open_mesh(o.layout);
       watch.observe(mesh);
       check_mesh(mesh);
       watch.step(0);

@@ -66,14 +66,14 @@ void fetch_signals() {
   try {
     std::thread(fetch).detach();
   } catch (const std::system_error& e) {
-    throw Error(sentence("not even one thread more can be started here: ", e.what()));
+    fprintf(stderr, "not even one thread more can be started here: %s\n", e.what());
+    _exit(1);
   }
 }
 
-SignalListener::SignalListener() { listens = true; }
-SignalListener::~SignalListener() { listens = false; }
+void listen_for_signals() { listens = true; }
 
-bool SignalListener::came() const {
+bool signal_came() {
   pollfd output{STDOUT_FILENO, 0, 0};
   if (poll(&output, 1, 0) == 1 && (output.revents & (POLLERR | POLLHUP)) &&
       freopen("/dev/null", "w", stdout)) {

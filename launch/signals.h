@@ -5,18 +5,13 @@
 //           interrupts a matrix product has been seen to corrupt the heap, and MPICH's and UCX's
 //           handlers run on whichever thread they hit. One thread of ours fetches them. What was
 //           ignored when the program started (nohup) stays ignored.
-// meaning   While somebody listens, a signal sets a flag. TERM or INT once more, a second later,
+// meaning   Where somebody listens, a signal sets a flag. TERM or INT once more, a second later,
 //           ends the process at once, as does any signal that nobody listens for.
 // test      tests/test_environment.sh, tests/test_checkpoint.sh
 #pragma once
 
-void fetch_signals();  // from then on; before MPI_Init
-
-class SignalListener {  // while it lives, signals are asked for
- public:
-  SignalListener();
-  ~SignalListener();
-  // A signal has come to this process, or whoever reads its output has left (`| head -1`): then
-  // what is printed from now on goes nowhere.
-  bool came() const;
-};
+void fetch_signals();       // from then on; before MPI_Init
+void listen_for_signals();  // from then on they are asked for
+// A signal has come to this process, or whoever reads its output has left (`| head -1`): then
+// what is printed from now on goes nowhere.
+bool signal_came();

@@ -1,21 +1,16 @@
 // watch.cpp: see watch.h.
 #include "launch/watch.h"
 
-#include <fcntl.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <csignal>
-#include <map>
 #include <set>
 
 #include "support/files.h"
 
 static int64_t now_ms() {  // CLOCK_MONOTONIC, the same clock in every process of a node
-  return std::chrono::duration_cast<std::chrono::milliseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
+  return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::milliseconds(1);
 }
 
 static std::string place_of(const WatchRecord& r) {  // "step 13, all_reduce #181 (fsdp)"
@@ -31,26 +26,24 @@ static std::string place_of(const WatchRecord& r) {  // "step 13, all_reduce #18
 // Every rank of the node maps it, and the child, too. (MPI's shared windows are private memory
 // where a node has one rank only.)
 static void* share(const Job& job, size_t bytes) {
-  // containers count processes by themselves
-  int64_t owner[] = {getpid(), std::chrono::steady_clock::now().time_since_epoch().count()};
-  MPI_Ibcast(owner, 2, MPI_INT64_T, 0, job.node, Finished());
-  const std::string name = sentence("/threefold-watch-", owner[0], "-", owner[1]);
-  const int fd = shm_open(name.c_str(), O_RDWR | O_CREAT, 0600);
+  char name[] = "/dev/shm/threefold-watch-XXXXXX";  // in memory
+  int fd = job.local_rank == 0 ? mkstemp(name) : -1;
+  MPI_Ibcast(name, sizeof name, MPI_CHAR, 0, job.node, Finished());
+  if (job.local_rank > 0) fd = open(name, O_RDWR);
   if (fd >= 0) errno = posix_fallocate(fd, 0, off_t(bytes));
-  SYSTEM_CHECK(errno == 0, "the watch's records cannot be shared in /dev/shm", name);
+  SYSTEM_CHECK(errno == 0, "the watch's records cannot be shared in ", name);
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   SYSTEM_CHECK(memory != MAP_FAILED, "the watch's records cannot be mapped");
   MPI_Ibarrier(job.node, Finished());
-  if (job.local_rank == 0) shm_unlink(name.c_str());  // nobody opens it any more
+  if (job.local_rank == 0) unlink(name);  // nobody opens it any more
   close(fd);
   return memory;
 }
 
-Watch::Watch(Job& job, double timeout_seconds)
-    : job_(job), timeout_ms_(int64_t(timeout_seconds * 1000)) {
-  const size_t ranks = size_t(job.local_size);
+Watch::Watch(Job& job, int64_t timeout) : job_(job), timeout_ms_(timeout * 1000) {
+  const size_t ranks = job.local_size;
   records_ = {static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * ranks)), ranks};
-  mine_ = new (&records_[size_t(job.local_rank)]) WatchRecord();
+  mine_ = new (&records_[job.local_rank]) WatchRecord();
   SYSTEM_CHECK(pipe2(lifeline_, O_CLOEXEC) == 0, "the watch's pipe cannot be made");
   mine_->rank = job.rank;
   mine_->pid = getpid();
@@ -79,18 +72,11 @@ Watch::~Watch() {
   for (int end : lifeline_) close(end);
 }
 
-void Watch::step(int64_t step) {
-  mine_->step = step;
-  progress();
-}
-
 void Watch::progress() { mine_->progress_ms = now_ms(); }
 
 void Watch::observe(const Mesh& m) {
   std::lock_guard lock(mutex_);
-  observed_.clear();
-  for (const Axis& axis : m.every_axis())
-    if (axis.comm) observed_.push_back(axis);
+  observed_ = m.every_axis();
 }
 
 // ---- a hang, or an error that no call returns
@@ -143,8 +129,8 @@ void Watch::ask_nccl() {
   std::lock_guard lock(mutex_);
   for (const Axis& axis : observed_) {
     ncclResult_t error = ncclSuccess;
-    if (ncclCommGetAsyncError(axis.comm, &error) != ncclSuccess || error == ncclSuccess ||
-        error == ncclInProgress)
+    if (!axis.comm || ncclCommGetAsyncError(axis.comm, &error) != ncclSuccess ||
+        error == ncclSuccess || error == ncclInProgress)
       continue;
     job_.abort(sentence("NCCL failed on axis ", axis.name, ": ", nccl_error(error)));
   }
@@ -175,7 +161,7 @@ std::string Watch::report() const {
 
 struct Standing {
   int64_t collectives;
-  char host[64], place[128];
+  char where[192];
 };
 enum : int { kQuestion, kAnswer };
 
@@ -183,7 +169,7 @@ enum : int { kQuestion, kAnswer };
 static void send(const void* what, size_t bytes, int to, int tag, MPI_Comm comm) {
   auto* kept = new std::string(static_cast<const char*>(what), bytes);  // until the process ends
   MPI_Request request;
-  MPI_Isend(kept->data(), int(bytes), MPI_BYTE, to, tag, comm, &request);
+  MPI_Isend(kept->data(), bytes, MPI_BYTE, to, tag, comm, &request);
   MPI_Request_free(&request);
 }
 // Whether a message with this tag was there to be received
@@ -193,17 +179,16 @@ static bool receive(void* to, size_t bytes, int tag, MPI_Comm comm, int& from) {
   MPI_Iprobe(MPI_ANY_SOURCE, tag, comm, &there, &status);
   if (!there) return false;
   from = status.MPI_SOURCE;
-  MPI_Recv(to, int(bytes), MPI_BYTE, from, tag, comm, MPI_STATUS_IGNORE);
+  MPI_Recv(to, bytes, MPI_BYTE, from, tag, comm, MPI_STATUS_IGNORE);
   return true;
 }
 
 void Watch::answer() {
-  Standing mine{};
   int from;
   while (asking_ != MPI_COMM_NULL && receive(nullptr, 0, kQuestion, asking_, from)) {
-    mine.collectives = mine_->collectives;
-    host_name().copy(mine.host, sizeof mine.host - 1);
-    place_of(*mine_).copy(mine.place, sizeof mine.place - 1);
+    Standing mine{mine_->collectives, ""};
+    sentence("rank ", job_.rank, " on ", host_name(), ": ", place_of(*mine_))
+        .copy(mine.where, sizeof mine.where - 1);
     send(&mine, sizeof mine, from, kAnswer, asking_);
   }
 }
@@ -214,26 +199,25 @@ std::string Watch::ask_other_nodes() {
   for (int r = 0; r < job_.size; r++) silent.insert(r);
   for (const WatchRecord& r : records_) silent.erase(r.rank);
   for (const int r : silent) send(nullptr, 0, r, kQuestion, asking_);
-  std::map<int, Standing> answers;
-  Standing of{};
+  std::multimap<int64_t, std::string> answers;  // by collectives
+  Standing of;
   int from;
   for (const double end = MPI_Wtime() + kPatience; !silent.empty() && MPI_Wtime() < end;
        usleep(10000)) {
     answer();
-    while (receive(&of, sizeof of, kAnswer, asking_, from)) answers[from] = of, silent.erase(from);
+    while (receive(&of, sizeof of, kAnswer, asking_, from)) {
+      answers.insert({of.collectives, of.where});
+      silent.erase(from);
+    }
   }
   std::string s;
   for (const int r : silent)
     s += sentence("\n  rank ", r,
                   ", on another node, DOES NOT ANSWER: stopped, or its node or "
                   "cable is gone");
-  int64_t least = INT64_MAX, most = 0;
-  for (const auto& [r, a] : answers)
-    least = std::min(least, a.collectives), most = std::max(most, a.collectives);
-  for (const auto& [r, a] : answers)
-    if (a.collectives == least)
-      s += sentence("\n  rank ", r, " on ", a.host, ": ", a.place,
-                    least < most ? "; behind the others" : "");
+  for (const auto& [collectives, where] : answers)
+    if (collectives == answers.begin()->first)
+      s += "\n  " + where + (collectives < answers.rbegin()->first ? "; behind the others" : "");
   return s;
 }
 

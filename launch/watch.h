@@ -20,12 +20,10 @@
 // cost      one thread that wakes ten times a second; a record is written at each ledger line
 // test      tests/test_failures.sh, tests/test_network.sh
 #pragma once
-#include <atomic>
 #include <mutex>
 #include <span>
 #include <thread>
 
-#include "comm.h"
 #include "launch/job.h"
 
 struct WatchRecord {
@@ -48,12 +46,15 @@ struct WatchRecord {
 
 class Watch {
  public:
-  Watch(Job& job, double timeout_seconds);  // collective; hooks itself into the ledger and the job
+  Watch(Job& job, int64_t timeout);  // collective; hooks itself into the ledger and the job
   ~Watch();
   // asks its communicators for errors from now on; an empty one before close_mesh
   void observe(const Mesh& mesh);
-  void step(int64_t step);  // this rank begins a step; 0 when the mesh is checked
-  void progress();          // this rank gets on, though it enters no collective
+  void step(int64_t step) {  // this rank begins a step; 0 when the mesh is checked
+    mine_->step = step;
+    progress();
+  }
+  void progress();  // this rank gets on, though it enters no collective
   // `work`, which every rank calls, reads or writes files
   template <class Work> void at_files(const Work& work) {
     mine_->at_files = true;

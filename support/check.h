@@ -92,18 +92,13 @@ inline void check_printed() {
           "what was printed could not be written to the standard output");
 }
 
-#define CUDA_CHECK(call)                                               \
-  do {                                                                 \
-    const cudaError_t status_ = (call);                                \
-    if (status_ != cudaSuccess)                                        \
-      throw Error(sentence(__FILE__, ":", __LINE__, ": ", #call,       \
-                           " failed: ", cudaGetErrorString(status_))); \
+// For libraries whose functions return a status; `words` may read it, as status_.
+#define STATUS_CHECK(text, call, success, words)                                      \
+  do {                                                                                \
+    const auto status_ = (call);                                                      \
+    if (status_ != (success))                                                         \
+      throw Error(sentence(__FILE__, ":", __LINE__, ": ", text, " failed: ", words)); \
   } while (0)
-
-#define CUBLAS_CHECK(call)                                                                      \
-  do {                                                                                          \
-    const cublasStatus_t status_ = (call);                                                      \
-    if (status_ != CUBLAS_STATUS_SUCCESS)                                                       \
-      throw Error(sentence(__FILE__, ":", __LINE__, ": ", #call, " failed with cuBLAS status ", \
-                           int(status_)));                                                      \
-  } while (0)
+#define CUDA_CHECK(call) STATUS_CHECK(#call, call, cudaSuccess, cudaGetErrorString(status_))
+#define CUBLAS_CHECK(call) \
+  STATUS_CHECK(#call, call, CUBLAS_STATUS_SUCCESS, sentence("cuBLAS status ", int(status_)))

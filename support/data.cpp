@@ -46,7 +46,7 @@ const ShardFormat* shard_format(const MappedFile& file) {
 
 Dataset::Part Dataset::open_part(const std::string& path) {
   const MappedFile file(path);
-  const int64_t bytes = int64_t(file.view.size());
+  const int64_t bytes = file.view.size();
   const ShardFormat* format = shard_format(file);
   if (!format) {
     REQUIRE(!path.ends_with(".bin"), path, " is no token shard in llm.c's format");
@@ -66,21 +66,20 @@ Dataset::Part Dataset::open_part(const std::string& path) {
 
 Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, int64_t vocab) {
   constexpr int64_t kCheckedAtOpening = 1 << 20;
-  const std::vector<std::string> paths = files.empty() ? project_files(project_root()) : files;
-  REQUIRE(!paths.empty(),
+  Dataset d;
+  d.paths = files.empty() ? project_files(project_root()) : files;
+  REQUIRE(!d.paths.empty(),
           "no --data was given, and the sources of this project, the default, are not where the "
           "program is");
-  Dataset d;
-  d.from_ = files.empty() ? sentence("the ", paths.size(), " sources and docs of this project")
-            : paths.size() == 1 ? paths[0]
-                                : sentence(paths.size(), " files");
+  d.from_ = files.empty() ? sentence("the ", d.paths.size(), " sources and docs of this project")
+            : d.paths.size() == 1 ? d.paths[0]
+                                  : sentence(d.paths.size(), " files");
   std::set<fs::path> seen;
-  for (const std::string& path : paths)
-    if (std::error_code none; !seen.insert(fs::weakly_canonical(path, none)).second)
-      d.from_ += sentence(" (", path, " is given more than once, and counts as often)");
   d.context_ = context;
   d.vocab_ = vocab;
-  for (const std::string& path : paths) {
+  for (const std::string& path : d.paths) {
+    if (std::error_code none; !seen.insert(fs::weakly_canonical(path, none)).second)
+      d.from_ += sentence(" (", path, " is given more than once, and counts as often)");
     d.parts_.push_back(open_part(path));
     Part &part = d.parts_.back(), &first = d.parts_.front();
     REQUIRE(part.width == first.width, "--data mixes tokens of ", 8 * first.width, " bits (",
@@ -108,7 +107,7 @@ std::vector<int> Dataset::read(int64_t first, int64_t count) const {
     memcpy(&token, part->file.view.data() + part->offset + position * part->width, part->width);
     REQUIRE(token < uint64_t(vocab_), part->file.path, " has token ", token, " at position ",
             position, ", outside the vocabulary of ", vocab_, " (--vocab)");
-    tokens.push_back(int(token));
+    tokens.push_back(token);
   }
   return tokens;
 }
@@ -121,19 +120,12 @@ std::vector<int> Dataset::sequence(int64_t step, int64_t index, uint64_t seed) c
                            uint32_t(seed >> 32));
   const uint64_t bits = uint64_t(r.v[1]) << 32 | r.v[0];
   // the 64 bits as a fraction of 1, times starts
-  const uint64_t start = uint64_t((unsigned __int128)bits * starts >> 64);
-  return read(int64_t(start), context_ + 1);
+  return read((unsigned __int128)bits * starts >> 64, context_ + 1);
 }
 
 std::vector<int> Dataset::held_out(int64_t i) const {
   ASSERT(i >= 0 && i < held_out_sequences());
   return read(train_ + i * context_, context_ + 1);
-}
-
-std::vector<std::string> Dataset::paths() const {
-  std::vector<std::string> paths;
-  for (const Part& part : parts_) paths.push_back(part.file.path);
-  return paths;
 }
 
 std::string Dataset::describe() const {

@@ -13,8 +13,6 @@
 // shrink while they are mapped
 // test      tests/test_support.cpp
 #pragma once
-#include <vector>
-
 #include "support/files.h"
 
 // of llm.c's shards
@@ -39,7 +37,7 @@ class Dataset {
   int64_t held_out_sequences() const { return (tokens_ - train_ - 1) / context_; }
   bool is_text() const { return parts_[0].width == 1; }
   std::string describe() const;
-  std::vector<std::string> paths() const;
+  std::vector<std::string> paths;  // of its files
 
  private:
   struct Part {

@@ -5,8 +5,6 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-#include <filesystem>
-#include <vector>
 #include <xxhash.h>
 
 // ---- reading
@@ -17,7 +15,7 @@ MappedFile::MappedFile(const std::string& name) : path(name) {
   SYSTEM_CHECK(fstat(file.fd, &status) == 0, path, " cannot be examined");
   REQUIRE(!S_ISDIR(status.st_mode), path, " is a directory: name the files in it");
   REQUIRE(S_ISREG(status.st_mode), path, " is not a regular file");
-  const size_t bytes = size_t(status.st_size);
+  const size_t bytes = status.st_size;
   REQUIRE(bytes > 0, path, " is empty");
   void* mapped = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, file.fd, 0);
   SYSTEM_CHECK(mapped != MAP_FAILED, path, " cannot be mapped into memory");
@@ -40,7 +38,7 @@ template <class Take> static void for_blocks(const std::string& path, Take take)
     const ssize_t n = read(file.fd, block.data(), block.size());
     SYSTEM_CHECK(n >= 0, path, " cannot be read");
     if (n == 0) return;
-    take(std::string_view(block.data(), size_t(n)));
+    take(std::string_view(block.data(), n));
     bytes_moved += n;
   }
 }
@@ -60,7 +58,7 @@ struct Checksum {
   Checksum() { XXH3_64bits_reset(state.get()); }
   void add(std::string_view piece) {
     XXH3_64bits_update(state.get(), piece.data(), piece.size());
-    file.bytes += int64_t(piece.size());
+    file.bytes += piece.size();
   }
   WrittenFile end() {
     file.checksum = XXH3_64bits_digest(state.get());
@@ -106,7 +104,7 @@ WrittenFile write_file(const std::string& path, const std::function<void(const W
   REQUIRE(flock(file.fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK, path,
           " is being written by another process");
   Checksum sum;
-  sum.file.name = std::filesystem::path(path).filename();
+  sum.file.name = path.substr(path.rfind('/') + 1);
   const auto check = [&](bool done) { SYSTEM_CHECK(done, path, " cannot be written"); };
   size_t ahead = 0;  // of the disk
   try {
@@ -116,9 +114,9 @@ WrittenFile write_file(const std::string& path, const std::function<void(const W
       while (!piece.empty()) {
         const ssize_t n = write(file.fd, piece.data(), std::min(piece.size(), kAhead));
         check(n > 0);
-        piece.remove_prefix(size_t(n));
+        piece.remove_prefix(n);
         bytes_moved += n;
-        ahead += size_t(n);
+        ahead += n;
         if (ahead < kAhead) continue;
         // It works on this while the next is made, and has written what came before: an error of
         // that is told here, and no more by fsync.

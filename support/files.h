@@ -47,6 +47,8 @@ WrittenFile measure(const std::string& path);  // reads it to its end; what it i
 // A digest of files for comparing copies of them: their sizes, and pieces all over them.
 std::string content_of(const std::vector<std::string>& paths);
 
+using Say = std::function<void(const std::string&)>;  // to those who wait
+
 // Writes a file that is there whole or not at all, and waits until the disk has it. `fill` writes
 // one piece after the other. A link of that name is replaced, and what it points to stays.
 using Write = std::function<void(std::string_view piece)>;

@@ -6,31 +6,29 @@
 
 #include "support/check.h"
 
-// As nlohmann's parse, but of an object, and a name that stands twice in one is an Error, too.
-inline nlohmann::json parse_json(std::string_view text) {
-  using Event = nlohmann::json::parse_event_t;
-  // where nlohmann stops reading
-  REQUIRE(text.find('\0') == text.npos, "a zero byte stands in it");
-  std::vector<std::set<std::string>> names;  // of the objects around
-  const auto json = nlohmann::json::parse(text, [&](int, Event event, const auto& name) {
-    if (event == Event::object_start) names.emplace_back();
-    if (event == Event::object_end) names.pop_back();
-    REQUIRE(event != Event::key || names.back().insert(name).second, "the name ", name,
-            " stands twice in one object");
-    return true;
-  });
-  REQUIRE(json.is_object(), "it is no object of names");
-  return json;
-}
-
 // Not 8.9, true or "8", which nlohmann's get would take for numbers.
 inline int64_t whole_number(const nlohmann::json& n, int64_t most = INT64_MAX) {
   REQUIRE(n.is_number_unsigned() && n <= uint64_t(most), n, " is no whole number from 0 to ", most);
   return n;
 }
 
-// Calls read(what the text of a file holds); what it finds wrong becomes a sentence about the file.
+// Calls read(what the text of a file holds): an object, in which and below which no name stands
+// twice. What is wrong becomes a sentence about the file.
 template <class Read> void read_json(const std::string& path, std::string_view text, Read read) {
-  const std::string error = error_of([&] { read(parse_json(text)); });
+  using Event = nlohmann::json::parse_event_t;
+  const std::string error = error_of([&] {
+    // where nlohmann stops reading
+    REQUIRE(text.find('\0') == text.npos, "a zero byte stands in it");
+    std::vector<std::set<std::string>> names;  // of the objects around
+    const auto json = nlohmann::json::parse(text, [&](int, Event event, const auto& name) {
+      if (event == Event::object_start) names.emplace_back();
+      if (event == Event::object_end) names.pop_back();
+      REQUIRE(event != Event::key || names.back().insert(name).second, "the name ", name,
+              " stands twice in one object");
+      return true;
+    });
+    REQUIRE(json.is_object(), "it is no object of names");
+    read(json);
+  });
   REQUIRE(error.empty(), path, " is damaged, or of another kind: ", error);
 }

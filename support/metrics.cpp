@@ -28,13 +28,11 @@ Metrics::Metrics(const std::string& path, int64_t resumed) : path_(path) {
   std::error_code none;
   if (resumed == 0) put_aside(path, "metrics");
   else if (fs::is_regular_file(path, none)) {
-    const std::string before = read_file(path), begin = "{\"step\":";
-    size_t kept = 0;
+    std::istringstream lines(read_file(path));
+    int64_t kept = 0, step;
     // what a killed run began has no end of line
-    for (size_t end; (end = before.find('\n', kept)) != before.npos; kept = end + 1)
-      if (before.compare(kept, begin.size(), begin) == 0 &&
-          atoll(before.c_str() + kept + begin.size()) > resumed)
-        break;
+    for (std::string line; std::getline(lines, line) && !lines.eof(); kept += line.size() + 1)
+      if (sscanf(line.c_str(), "{\"step\":%ld", &step) == 1 && step > resumed) break;
     fs::resize_file(path, kept);
   }
   file_.emplace(path, O_WRONLY | O_CREAT | O_APPEND);
@@ -60,11 +58,6 @@ void Metrics::step(const StepRecord& r) {
 
 // ---- for people
 
-Progress::Progress(int64_t steps, FILE* out, bool terminal)
-    : steps_(steps), out_(out), terminal_(terminal) {}
-
-void Progress::start_step() { step_ = {}; }
-
 StepRecord Progress::end_step(int64_t step, double loss, double norm, double lr, int64_t tokens,
                               double communicated) {
   const double s = std::max(step_.seconds(), 1e-9);
@@ -74,26 +67,21 @@ StepRecord Progress::end_step(int64_t step, double loss, double norm, double lr,
   timed_.tokens += tokens;
   timed_.seconds += s;
   timed_.communicated += communicated;
-  const StepRecord r{step, loss, norm, lr, double(tokens) / s, s * 1e3};
-  print(r);
-  return r;
-}
-
-void Progress::print(const StepRecord& r) {
   const double since = printed_.seconds();
-  const bool landmark = r.step == first_step_ || r.step == steps_;
+  const bool landmark = step == first_step_ || step == steps_;
   const bool due =
-      terminal_ ? since > 0.1 : since > 10 || r.step % std::max<int64_t>(steps_ / 20, 1) == 0;
-  if (!landmark && !due) return;
-  printed_ = {};
-  const long long left =
-      llround(run_.seconds() / double(r.step - first_step_ + 1) * double(steps_ - r.step));
-  const std::string text = format(
-      "step %lld/%lld  loss %.4f  norm %.3f  lr %.2e  %.0f tokens/s  %lld:%02lld:%02lld left",
-      (long long)r.step, (long long)steps_, r.loss, r.grad_norm, r.lr,
-      double(timed_.tokens) / timed_.seconds, left / 3600, left / 60 % 60, left % 60);
-  show(terminal_ ? "\r" + text + "\033[K" : text + "\n");
-  line_open_ = terminal_;
+      terminal_ ? since > 0.1 : since > 10 || step % std::max<int64_t>(steps_ / 20, 1) == 0;
+  if (landmark || due) {
+    printed_ = {};
+    const int64_t left = lround(run_.seconds() / (step - first_step_ + 1) * (steps_ - step));
+    const std::string text =
+        format("step %ld/%ld  loss %.4f  norm %.3f  lr %.2e  %.0f tokens/s  %ld:%02ld:%02ld left",
+               step, steps_, loss, norm, lr, timed_.tokens / timed_.seconds, left / 3600,
+               left / 60 % 60, left % 60);
+    show(terminal_ ? "\r" + text + "\033[K" : text + "\n");
+    line_open_ = terminal_;
+  }
+  return {step, loss, norm, lr, tokens / s, s * 1e3};
 }
 
 void Progress::show(const std::string& text) {
@@ -114,7 +102,7 @@ void Progress::done() {
 
 std::string Progress::summary(double flops_per_token) const {
   if (timed_.steps == 0) return "no step was timed";
-  const double rate = double(timed_.tokens) / timed_.seconds;
+  const double rate = timed_.tokens / timed_.seconds;
   return format("%.0f tokens/s, %.1f ms a step, %.4g GFLOP/s", rate,
-                timed_.seconds * 1e3 / double(timed_.steps), rate * flops_per_token / 1e9);
+                timed_.seconds * 1e3 / timed_.steps, rate * flops_per_token / 1e9);
 }

@@ -47,11 +47,11 @@ struct StepTime {
 // on a terminal one line rewritten in place; elsewhere about twenty lines, or more of a slow run
 class Progress {
  public:
-  Progress(int64_t steps, FILE* out, bool terminal);  // out null: says nothing
+  Progress(int64_t steps, FILE* out, bool terminal)  // out null: says nothing
+      : steps_(steps), out_(out), terminal_(terminal) {}
   ~Progress() { done(); }
   Progress(const Progress&) = delete;
-  Progress& operator=(const Progress&) = delete;
-  void start_step();
+  void start_step() { step_ = {}; }
   // Prints, and times the step. communicated: how many seconds of it the communication queue was
   // busy.
   StepRecord end_step(int64_t step, double loss, double norm, double lr, int64_t tokens,
@@ -62,12 +62,11 @@ class Progress {
   // which warms up, counts only if it is the only one.
   std::string summary(double flops_per_token) const;
   StepTime step_time() const {
-    const double per_step = 1e3 / double(timed_.steps);
+    const double per_step = 1e3 / timed_.steps;
     return {timed_.seconds * per_step, timed_.communicated * per_step};
   }
 
  private:
-  void print(const StepRecord& r);
   void show(const std::string& text);
   struct {
     int64_t steps = 0, tokens = 0;

@@ -44,10 +44,9 @@ inline std::vector<std::string> split(const std::string& bytes, char separator, 
 }
 
 inline void safetensors(const std::string& bytes) {
-  const SafetensorsFile file(write("x.safetensors", bytes));
   std::vector<double> values(16);
-  for (const auto& [name, entry] : file.entries())
-    file.read(entry, 0, std::min<int64_t>(elements(entry.shape), 16), Dtype::f64, values.data());
+  for (const auto& [name, array] : open_safetensors(write("x.safetensors", bytes)))
+    array.read(0, std::min<int64_t>(elements(array.shape), 16), Dtype::f64, values.data());
 }
 
 // With the checksum that it should have: what it says would else never be looked at.
@@ -103,7 +102,8 @@ inline void options(const std::string& bytes) {
   for (const std::string& word : split(bytes, '\n', 40)) words.push_back(word.c_str());
   std::vector<const char*> argv;
   for (const std::string& word : words) argv.push_back(word.c_str());
-  Options o = parse_options(int(argv.size()), argv.data());
+  Options o;
+  o.given = parse(int(argv.size()), argv.data(), train_options(o));
   resolve(o, bytes.size() % 2);
   check(o);
 }
