@@ -204,17 +204,18 @@ void Trace::write() const {
   std::ofstream out(path_);
   out << "{\"traceEvents\":[\n";
   const char* separator = "";
-  int arrow_ends = 0;
+  int sends = 0;
   const auto nanoseconds = [](double seconds) { return double(llround(seconds * 1e9)); };
   const auto add = [&](Json event, int rank, double begin, double end) {
     event["pid"] = rank;
     event["ts"] = nanoseconds(begin) / 1e3;
     event["dur"] = (nanoseconds(end) - nanoseconds(begin)) / 1e3;
-    if (event["cat"] == "flow") event.update({{"bp", "e"}, {"id", arrow_ends++ / 2}});
+    if (event["cat"] == "flow") event["bp"] = "e";
     out << std::exchange(separator, ",\n") << event;
   };
   const auto add_send = [&](const char* kind, int rank, double time) {
-    add({{"ph", kind}, {"cat", "flow"}, {"name", "send"}, {"tid", 1}}, rank, time, time);
+    add({{"ph", kind}, {"cat", "flow"}, {"name", "send"}, {"tid", 1}, {"id", 2 * sends + 1}}, rank,
+        time, time);
   };
   Json units;
   int first = 0;  // task of the rank
@@ -225,6 +226,7 @@ void Trace::write() const {
     };
     for (Json e : ranks[rank]["events"]) {
       const double begin = time(e["ts"]), end = time(e["dur"]);
+      if (e["cat"] == "flow") e["id"] = 2 * (first + e["args"]["work"].get<int>());
       if (e["cat"] == "collective") {
         const int task = first + e["ts"].get<int>() / 2;
         double last = begin;  // when the last of the ranks that it needs has come
@@ -236,6 +238,7 @@ void Trace::write() const {
         for (const int i : all.sources(task)) {
           add_send("s", all.tasks[i].rank, all.start(i));
           add_send("f", rank, moves);
+          sends++;
         }
       }
       add(e, rank, begin, end);

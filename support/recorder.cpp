@@ -55,8 +55,8 @@ void Recorder::begin(Queue queue, const std::string& name, double bytes, double 
     }
     events[part_]["dur"] = end_of(work);
     for (const int collective : std::exchange(arriving_, {})) {
-      add("s", "flow", "use", communication, begin_of(collective), {});
-      add("f", "flow", "use", compute, edge, {});
+      add("s", "flow", "use", communication, begin_of(collective), {{"work", collective}});
+      add("f", "flow", "use", compute, edge, {{"work", collective}});
     }
     open_range(name);
   }
