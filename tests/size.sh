@@ -10,7 +10,9 @@ tokens() {
   local number="\.?[0-9]([A-Za-z_0-9.]|'[0-9])*"
   local three='<<=|>>=|<=>|\.\.\.|->\*' two='::|->|\+\+|--|<<|>>|[-+*/%&|^<>=!]=|&&|\|\||##'
   local comment='//.*|/\*([^*]|\*[^/])*\*/|<!--.*-->'
-  cat "$@" | grep -oE "$string|$character|$comment|$number|$word|$three|$two|[^[:space:]]" \
+  local raw='/R"\(/,/\)"/{ /R"\(/{ s/R"\(.*/""/; b }; /\)"/!d; s/.*\)"// }' # is one string
+  sed -E "$raw" "$@" \
+    | grep -oE "$string|$character|$comment|$number|$word|$three|$two|[^[:space:]]" \
     | grep -vcE '^(//|/\*|<!--)'
 }
 path=$(ls {tensor,autograd,gpt,optimizer,comm}.{h,cpp,cu} \

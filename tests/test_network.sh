@@ -65,24 +65,24 @@ run spread 6 --spread --steps 2 --tp 2 --fsdp 3 2>/dev/null
 check ranks_are_placed_in_blocks_or_spread "[ $(status shared) = 0 ]" "" "$(tail -1 "$dir/shared")"
 
 make -s --no-print-directory BACKEND=cpu build/cpu/tests/bench_links
-# Twenty calls of 1 MiB and of 4 on 2, 3 and 4 nodes; what starts a job is on the wire, too
+# Twenty calls of 1 MiB, or of 4, more than two on 2, 3 and 4 nodes: what starts a job is on the
+# wire, too
+# calls_on RANKS COLLECTIVE BYTES TIMES: the bytes on the wire, and by the ledger
+calls_on() {
+  local before ledger
+  before=$($nodes sent 1)
+  ledger=$(timeout -k 5 60 $nodes run -n "$1" build/cpu/tests/bench_links "${@:2}" 2>&1 </dev/null)
+  echo $(($($nodes sent 1) - before)) "$ledger"
+}
 worst=0 least=9
 for ranks in 2 3 4; do
+  start=$(calls_on $ranks all_gather 1179648 2)
   for call in all_gather reduce_scatter all_reduce; do
     for bytes in 1179648 4718592; do # (they divide by 2, 3 and 4)
-      counts=()
-      for times in 2 22; do
-        before=$($nodes sent 1)
-        ledger=$(timeout -k 5 60 $nodes run -n $ranks build/cpu/tests/bench_links $call $bytes \
-          $times 2>&1 </dev/null)
-        counts+=($(($($nodes sent 1) - before)) "$ledger")
-      done
-      worst=$(awk -v a="${counts[0]}" -v b="${counts[1]}" -v c="${counts[2]}" \
-        -v d="${counts[3]}" -v worst="$worst" 'BEGIN {
-          x = d > b ? (c - a) / (d - b) : 9; print (x > worst ? x : worst) }')
-      least=$(awk -v a="${counts[0]}" -v b="${counts[1]}" -v c="${counts[2]}" \
-        -v d="${counts[3]}" -v least="$least" 'BEGIN {
-          x = d > b ? (c - a) / (d - b) : 0; print (x < least ? x : least) }')
+      read -r worst least < <(echo "$start $(calls_on $ranks $call $bytes 22)" \
+        | awk -v worst="$worst" -v least="$least" '{
+          x = $4 > $2 ? ($3 - $1) / ($4 - $2) : 0 # no job, no ledger
+          print(x > worst ? x : worst, x < least ? x : least) }')
     done
   done
 done
