@@ -259,7 +259,7 @@ mutant faults joined_axes_number_the_fast_axis_first \
 mutant faults the_first_minute_expects_another_sum \
   launch/first_minute.cpp 's/n \* \(n \+ 1\) \/ 2/n * (n - 1) \/ 2/' 2 immediate test_comm $mesh
 mutant faults the_ledger_enters_twice_the_bytes \
-  comm.cpp 's/row.numerator \+= calls/row.numerator += 2 * calls/' \
+  comm.cpp 's/row.numerator \+= numerator/row.numerator += 2 * numerator/' \
   2 immediate test_comm $ledger
 mutant faults the_ledger_forgets_to_count_calls \
   comm.cpp '/row.calls \+= calls;/d' 2 immediate test_comm $ledger
