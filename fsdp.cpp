@@ -269,7 +269,7 @@ void Fsdp::reduce_gradients(int use) {
 
 // A unit's gradient, of one micro-batch or of the step, is complete on this rank.
 void Fsdp::start_reduce(Unit& u) {
-  const Entered entered("sum", u.part.name);
+  const Entered entered("complete", u.part.name);
   for (Param* p : u.params) p->clear_if_fresh();  // zero bubble may leave some without a writer
   if (complete_gradients) complete_gradients(u.params);
   make_wait(stream_, device().compute);  // the gradients must have been computed

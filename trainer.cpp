@@ -43,7 +43,10 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
   exchanges_tied_ = first != last;
 
   fsdp.complete_gradients = [this](const std::vector<Param*>& params) {
-    for (Param* p : params) join_uses(*p);
+    {
+      const Entered entered("tied", recorder.where.part);
+      for (Param* p : params) join_uses(*p);
+    }
     gpt.tp.sum_partial_gradients(params);
   };
   optimizer_ = std::make_unique<Optimizer>(fsdp.optimizer_shards(), int64_t(gpt.params().size()),
@@ -145,6 +148,7 @@ void Trainer::update(double lr) {
 }
 
 Trainer::Results Trainer::results() const {
+  recorder.enter("results");
   copy(results_.part(1, {1}), optimizer_->norm_on_device());
   const std::vector<double> both = download(results_);
   return {both[0], both[1]};

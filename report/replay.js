@@ -13,7 +13,7 @@
 
 const by_id = id => document.getElementById(id);
 const {threefold, traceEvents} = JSON.parse(by_id('trace').textContent);
-const functions = JSON.parse(by_id('functions').textContent);  // where each stands: "fsdp.cpp:120"
+const functions = JSON.parse(by_id('functions').textContent);  // each one's place and a link to it
 const trace = {...threefold, ranks: threefold.units.map(() => []), moments: [], end: 0, most: {}};
 const names = [];  // of the ranks: "rank 3 (pp 1, tp 1)"
 for (const e of traceEvents.sort((a, b) => a.ts - b.ts)) {
@@ -72,11 +72,12 @@ const milliseconds = us => (us / 1000).toPrecision(3) + ' ms';
 
 const kVerbs = {
   all_gather: 'gathers', reduce_scatter: 'sums and scatters', all_reduce: 'sums',
-  broadcast: 'broadcasts', unshard: 'unshards', arrived: 'has unsharded', reshard: 'reshards',
-  reduce: 'has the gradient of', reduced: 'has its shard of the summed gradient of',
+  broadcast: 'broadcasts', unshard: 'queues the gather of', arrived: 'has received', reshard: 'reshards',
+  reduce: 'has the gradient of', reduced: 'has received its part of the sum of',
   keeps: 'keeps for the backward', frees: 'frees', begin: 'begins the step',
-  optimizer: 'updates its weights', 'next batch': 'reads the next batch',
-  sum: 'adds to its shard the summed gradient',
+  optimizer: 'runs the optimizer (norm, clipping, AdamW)', 'next batch': 'reads the next batch',
+  sum: 'adds to its shard the summed gradient', complete: 'completes the gradient',
+  tied: "adds the head's gradient to that", results: 'hands over the loss and the norm',
 };
 
 const of = ({microbatch: m}) => m >= 0 ? ` of micro-batch ${m}` : '';
@@ -95,12 +96,16 @@ function travelling({args: a}) {
     .join(' and ');
 }
 
-// What happens at an event, and during what.
+// What happens at an event, and during or after what. A mark comes before what begins with it.
 function sentence(e) {
-  const a = e.args, {part} = state(e.ts)[e.pid];
+  const a = e.args, part = trace.ranks[e.pid].findLast(
+    p => p.cat === 'part' && (p.ts < e.ts || p.ts === e.ts && e.cat === 'collective'));
+  const when = e.cat === 'part' || !part ? '' : part.ts + part.dur > e.ts ? 'while it ' :
+    e.cat !== 'collective' && e.tid === part.tid ? 'after it ' : '';
   const what = e.cat === 'part' ? computing(e) + of(a) : e.cat === 'collective' ? travelling(e) :
     `${kVerbs[e.name]} ${a.name ?? size(a.bytes) + of(a)}`;
-  return `Rank ${e.pid} ${what}` + (part && part !== e ? ` while it ${computing(part)}` : '') +
+  return `Rank ${e.pid} ${what}` +
+    (when && ` ${when}${computing(part)}`.replace('after it computes', 'after')) +
     (a.waited_us > 0 ? `, after ${milliseconds(a.waited_us)} of waiting for the last rank.` : '.');
 }
 
@@ -108,6 +113,7 @@ function sentence(e) {
 const kFunctions = {
   forward: 'Gpt::run', backward: 'Tape::backward', 'weight gradient': 'Tape::backward',
   optimizer: 'Optimizer::step', sum: 'Fsdp::finish_reduce', begin: 'Trainer::gradients',
+  complete: 'Fsdp::start_reduce', tied: 'Fsdp::start_reduce', results: 'Trainer::results',
   'next batch': 'Trainer::read', 'tied gradient': 'Pipeline::sum_tied',
 };
 
@@ -149,6 +155,11 @@ function draw_rank({part, collectives, units, memory, kept}, rank) {
       trace.memory_limit ? ` of ${size(trace.memory_limit)}` : ''}</p></section>`;
 }
 
+// What a collective carries.
+const carries = a => a.purpose !== 'training' ? 'communication' :
+  !a.function.startsWith('Fsdp') ? 'activations' :
+  a.op === 'all_gather' ? 'weights' : 'gradients';
+
 // Between two ranks, a line; on it, what travels: it waits at its end until every rank is there.
 function draw_travel({collectives}, rank) {
   const ports = document.querySelectorAll('.port');
@@ -157,12 +168,9 @@ function draw_travel({collectives}, rank) {
     const others = a.op === 'exchange' ? a.sends.map(parcel => parcel.to) :
       [a.ranks[at - 1], a.ranks[at + 1]].filter(other => other !== undefined);
     const way = still.matches ? 0.5 : Math.max(0, (t - ts - a.waited_us) / (dur - a.waited_us));
-    const carries = a.purpose !== 'training' ? 'communication' :
-      !a.function.startsWith('Fsdp') ? 'activations' :
-      a.op === 'all_gather' ? 'weights' : 'gradients';
     return others.map(other => {
       const path = `d="M${x} ${y}H${ports[other].offsetLeft}V${ports[other].offsetTop}"`;
-      return `<path ${path}/><path ${path} class="parcel ${carries}" pathLength="100"
+      return `<path ${path}/><path ${path} class="parcel ${carries(a)}" pathLength="100"
         stroke-dashoffset="${-96 * way}"/>`;
     });
   }).join('');
@@ -171,7 +179,7 @@ function draw_travel({collectives}, rank) {
 // Two rows a rank: what it computes, and under it what travels. A bar says of what: in a pipeline,
 // the micro-batch.
 function draw_timeline(events, rank) {
-  const bar = ({name, ts, dur, args: a}) => `<i class="${a.pass ?? 'communication'}"
+  const bar = ({name, ts, dur, args: a}) => `<i class="${a.pass ?? 'moves ' + carries(a)}"
     title="${name}, ${milliseconds(dur)}" style="left: ${100 * ts / trace.end}%;
     width: ${100 * dur / trace.end}%; --waits: ${100 * a.waited_us / dur}%">${
     trace.stages > 1 ? a.microbatch < 0 ? '' : a.microbatch : a.part || a.for || name}</i>`;
@@ -196,11 +204,9 @@ function show(time, which) {
   by_id('timeline').style.setProperty('--at', t / trace.end);
   by_id('time').value = t / trace.end;
   by_id('sentence').textContent = sentence(e);
-  const name = e.args.function ?? kFunctions[e.args.pass], place = functions[name];
+  const name = e.args.function ?? kFunctions[e.args.pass], [place, address] = functions[name] ?? [];
   link.textContent = place ? `${name}, ${place}` : '';
-  // the browser scrolls to the text, and marks it, if it can
-  if (place) link.href = document.body.dataset.sources + place.split(':')[0] +
-    '#:~:text=' + encodeURIComponent(name);
+  link.href = address ?? '';
 }
 
 // Steps go through the events of the chosen rank, or of all.
@@ -270,9 +276,11 @@ const kRebuilt = 'The clock is rebuilt: these ranks share processors and take tu
   'were put together from the processor time of each computation and from what waits for what.';
 const kLegend = 'A box is a rank. Its bars are bytes, all on one scale; "/ 4" is drawn at a ' +
   'quarter. An outline is a whole unit, what is filled is here: dark the shard of the rank, ' +
-  'light what it gathered, striped what is on its way. Numbers in activations, and those of a ' +
-  'pipeline in the timeline, are micro-batches. What travels is pale while it waits for the ' +
-  'last rank. The full width of a bar is ';
+  'light what it gathered (with ZeRO-3 into a buffer that has the shard once more), striped what ' +
+  'is on its way; an orange line: its gradient is being summed. Numbers in activations, and ' +
+  'those of a pipeline in the timeline, are micro-batches. A line between boxes is a whole ' +
+  'collective, whatever its algorithm. What travels is pale while it waits for the last rank. ' +
+  'The full width of a bar is ';
 document.title = `Replay: ${trace.title}`;
 document.body.insertAdjacentHTML('beforeend', `<h1>${document.title}</h1>
 <footer>${trace.clock === 'rebuilt' ? kRebuilt : ''}</footer>

@@ -6,14 +6,20 @@ set -eu
 trace=$(realpath "$1") page=$(realpath -m "$2") metrics=${3:+$(realpath "$3")}
 cd "$(dirname "$0")/.."
 
-# where each function that the trace or the script names is defined: "Fsdp::reshard":"fsdp.cpp:200"
+# where each function that the trace or the script names is defined, and a link to its lines in the
+# book, if there is one: "Fsdp::reshard":["fsdp.cpp:200","book/source/fsdp.cpp.html#200-210"]
 functions() {
-  local name place comma=""
+  local name file line sources address comma=""
+  sources=$(realpath -m --relative-to="$(dirname "$page")" .)
   grep -ohE '"function": ?"[^"]+"|[A-Z][a-z]+::[a-z_]+' "$trace" report/replay.js \
     | sed 's/.*"\(.*\)"/\1/' | sort -u | while read -r name; do
-    place=$(grep -nE "^[^ /].*\b$name\(" ./*.cpp | head -1 | cut -d: -f1,2)
-    [ -n "$place" ] || continue
-    printf '%s"%s":"%s"' "$comma" "$name" "${place#./}"
+    IFS=: read -r file line _ < <(grep -nE "^[^ /].*\b$name\(.*[^;]$" -- *.cpp) || continue
+    address=$sources/$file
+    [ ! -e "build/book/source/$file.html" ] \
+      || address=$sources/build/book/source/$file.html#$line-$(
+        awk -v line="$line" 'NR >= line && /^}/ { print NR; exit }' "$file"
+      )
+    printf '%s"%s":["%s","%s"]' "$comma" "$name" "$file:$line" "$address"
     comma=,
   done
 }
@@ -24,7 +30,7 @@ data() { printf '<script type="application/json" id="%s">%s</script>\n' "$1" "$2
   echo '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Replay</title>'
   echo '<style>'
   cat report/page.css
-  printf '</style><body data-sources="%s/">\n' "$(realpath --relative-to="$(dirname "$page")" .)"
+  echo '</style><body>'
   data functions "{$(functions)}"
   echo '<script type="application/json" id="trace">'
   sed 's/</\\u003c/g' "$trace" # no name can end the script

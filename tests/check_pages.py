@@ -189,21 +189,29 @@ def about(words, value):
 
 def computing(part):
     a = part['args']
-    if a['pass'] == 'sum':
-        return f"adds to its shard the summed gradient of {a['part']}"
+    verb = {'sum': 'adds to its shard the summed gradient', 'complete': 'completes the gradient',
+            'tied': "adds the head's gradient to that"}.get(a['pass'])
+    if verb:
+        return f"{verb} of {a['part']}"
     if a['part']:
         return f"computes the {a['pass']} of {a['part']}"
-    return {'begin': 'begins the step', 'optimizer': 'updates its weights',
-            'next batch': 'reads the next batch'}.get(part['name'], 'computes the ' + part['name'])
+    return {'begin': 'begins the step', 'next batch': 'reads the next batch',
+            'optimizer': 'runs the optimizer (norm, clipping, AdamW)',
+            'results': 'hands over the loss and the norm'}.get(part['name'], 'computes the ' + part['name'])
 
 
 def wrong_sentence(trace, said, t):
     e = [e for e in trace.told if e['ts'] <= t][-1]
     a, wrong = e['args'], []
-    part = trace.running(e['pid'], e['ts'], 'part')
     wanted = [f"Rank {e['pid']} "]
-    if part and part[-1] is not e:
-        wanted.append('while it ' + computing(part[-1]))
+    # a collective begins together with a part; a mark stands at the end of one, or inside
+    part = [p for p in trace.until(e['pid'], e['ts'], cat='part')
+            if p['ts'] < e['ts'] or e['cat'] == 'collective']
+    if part and e['cat'] != 'part':
+        if part[-1]['ts'] + part[-1]['dur'] > e['ts']:
+            wanted.append('while it ' + computing(part[-1]))
+        elif e['cat'] != 'collective' and e['tid'] == 0:
+            wanted.append('after ' + ('it ' + computing(part[-1])).replace('it computes ', ''))
     if e['cat'] == 'part':
         wanted.append(computing(e))
         if a['part'] and a['microbatch'] >= 0:
@@ -290,7 +298,7 @@ def wrong_drawing(trace, cards, t):
     return wrong
 
 
-def check_replay(browser, page, name):
+def check_replay(browser, page, name, path):
     trace = Trace(page)
     now = 'document.getElementById("clock").textContent'
     follows = browser.evaluate('document.getElementById("watch").value')
@@ -348,8 +356,10 @@ def check_replay(browser, page, name):
              if e.get('cat') in ('part', 'collective', 'unit') and 'function' in e['args']}
     places = browser.evaluate('functions')
     for function in names:
-        file, _, line = places.get(function, '').partition(':')
-        if not file or function + '(' not in open(file).read().splitlines()[int(line) - 1]:
+        place, address = places.get(function, (':1', ''))
+        file, _, line = place.partition(':')
+        if not file or function + '(' not in open(file).read().splitlines()[int(line) - 1] or (
+                not os.path.exists(os.path.join(os.path.dirname(path), address.split('#')[0]))):
             wrong.append(f'{function} is not at {places.get(function)}')
     check(f'{name}: functions are where their links lead', wrong, ', '.join(sorted(names)))
 
@@ -382,7 +392,7 @@ def check_page(browser, path, screenshots):
     browser.open(path)
     is_replay = 'id="trace"' in page
     if is_replay:
-        check_replay(browser, page, name)
+        check_replay(browser, page, name, path)
         browser.evaluate('show(trace.end * 0.6)')
     wrong, papers = [], set()
     for width in 360, 768, 1440:
