@@ -72,7 +72,8 @@ const milliseconds = us => (us / 1000).toPrecision(3) + ' ms';
 
 const kVerbs = {
   all_gather: 'gathers', reduce_scatter: 'sums and scatters', all_reduce: 'sums',
-  broadcast: 'broadcasts', unshard: 'queues the gather of', arrived: 'has received', reshard: 'reshards',
+  broadcast: 'broadcasts', unshard: 'queues the gather of', arrived: 'has received',
+  reshard: 'reshards',
   reduce: 'has the gradient of', reduced: 'has received its part of the sum of',
   keeps: 'keeps for the backward', frees: 'frees', begin: 'begins the step',
   optimizer: 'runs the optimizer (norm, clipping, AdamW)', 'next batch': 'reads the next batch',

@@ -197,7 +197,8 @@ def computing(part):
         return f"computes the {a['pass']} of {a['part']}"
     return {'begin': 'begins the step', 'next batch': 'reads the next batch',
             'optimizer': 'runs the optimizer (norm, clipping, AdamW)',
-            'results': 'hands over the loss and the norm'}.get(part['name'], 'computes the ' + part['name'])
+            'results': 'hands over the loss and the norm'}.get(
+                part['name'], 'computes the ' + part['name'])
 
 
 def wrong_sentence(trace, said, t):
