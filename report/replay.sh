@@ -3,14 +3,14 @@
 #   report/replay.sh TRACE.json PAGE.html [METRICS.jsonl]
 # With metrics, what --metrics wrote of the same run stands above it (run.js): `make run`.
 set -eu
-trace=$(realpath "$1") page=$(realpath -m "$2") metrics=${3:+$(realpath "$3")}
+trace=$(realpath "$1") page=$(realpath -ms "$2") metrics=${3:+$(realpath "$3")}
 cd "$(dirname "$0")/.."
 
 # where each function that the trace or the script names is defined, and a link to its lines in the
 # book, if there is one: "Fsdp::reshard":["fsdp.cpp:200","book/source/fsdp.cpp.html#200-210"]
 functions() {
   local name file line sources address comma=""
-  sources=$(realpath -m --relative-to="$(dirname "$page")" .)
+  sources=$(realpath -ms --relative-to="$(dirname "$page")" .)
   grep -ohE '"function": ?"[^"]+"|[A-Z][a-z]+::[a-z_]+' "$trace" report/replay.js \
     | sed 's/.*"\(.*\)"/\1/' | sort -u | while read -r name; do
     IFS=: read -r file line _ < <(grep -nE "^[^ /].*\b$name\(.*[^;]$" -- *.cpp) || continue
