@@ -34,7 +34,7 @@ void print_setup(const Options& o, const Dataset& data) {
 // ---- memory
 
 static std::string memory_table(const MemoryUse& m, const Theory& t, int64_t activations) {
-  std::string s = "\nmemory of rank 0, MiB       now     predicted  at the peak\n";
+  std::string s = "\nmemory of rank 0, MiB       now     predicted  at the peak of all\n";
   for (int i = 0; i < kMemoryCategories; i++) {
     if (!m.peak[i]) continue;
     const std::string bound = Memory(i) == Memory::gather && t.gather_bound

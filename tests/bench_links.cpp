@@ -67,14 +67,14 @@ static void measure(const Job& job, const char* name, ncclComm_t world, int colo
   constexpr size_t kSmall = 128 << 10, kLarge = 4 << 20;
   ncclComm_t pair;
   NCCL_CHECK(ncclCommSplit(world, color, job.rank, &pair, nullptr));
-  seconds(pair, x, 3, {0, kLarge});  // opens connections
-  const double small = seconds(pair, x, 30, {0, kSmall}), large = seconds(pair, x, 11, {0, kLarge}),
+  seconds(pair, x, 1, {0, kLarge});  // opens connections
+  const double small = seconds(pair, x, 30, {0, kSmall}), large = seconds(pair, x, 7, {0, kLarge}),
                rate = double(kLarge - kSmall) / (large - small),
                latency = std::max(0.0, small - double(kSmall) / rate) / 2,
-               one = seconds(pair, x, 11, {1, 0}), short_call = seconds(pair, x, 100, {0, 4 << 10});
+               one = seconds(pair, x, 7, {1, 0}), short_call = seconds(pair, x, 100, {0, 4 << 10});
   const int many = 1 + int(1.5 * large / one);  // they take longer than what is beside them
-  const double behind = seconds(pair, x, 11, {many, kLarge}),
-               beside = seconds(pair, x, 11, {many, kLarge, true});
+  const double behind = seconds(pair, x, 7, {many, kLarge}),
+               beside = seconds(pair, x, 7, {many, kLarge, true});
   NCCL_CHECK(ncclCommDestroy(pair));
   if (job.rank) return;
   printf("%s %.4f %.1f : measured\n", name, rate / 1e9, 1e6 * latency);

@@ -148,10 +148,10 @@ status=$?
 check host_memory_that_runs_out_is_a_sentence \
   "[ $status = 1 ] &&
     grep -q '^rank 0: the memory of this machine.*: a step in micro-batches of 1000000000' $dir/err"
-under -s 16 $train $small --steps 1
+under -s 32 $train $small --steps 1
 status=$?
 check a_stack_too_small_for_any_library_is_a_sentence \
-  "[ $status = 1 ] && grep -q '^a stack of 16 KiB (ulimit -s) is too small' $dir/err"
+  "[ $status = 1 ] && grep -q '^a stack of 32 KiB (ulimit -s) is too small' $dir/err"
 file=memory.limit_in_bytes
 [ -d /sys/fs/cgroup/memory ] || file=memory.max
 if in_group memory $file 800000000 true 2>/dev/null; then
