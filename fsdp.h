@@ -57,7 +57,7 @@ class Fsdp {
   void finish_backward();  // after the last micro-batch: the shards' gradients are complete
   void end_step();  // after the optimizer: frees whole parameters, or marks them as out of date
   Tensor gradient_shard(int unit) { return units_.at(unit).shard_grad; }  // after finish_backward
-  const auto& units() const { return units_; }
+  const auto& units() const { return units_; }                            // for traces
 
   // ---- the two questions that tell DDP and the ZeRO stages apart
   // Are whole parameters there only while a use needs them?

@@ -31,8 +31,7 @@ static void to_json(json& j, const Layout& layout) {
 static void from_json(const json& j, Layout& layout) {
   for (size_t a = 0; a < kAxes.size(); a++) layout.sizes[a] = j.value(kAxes[a].name, int64_t(1));
 }
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE_WITH_DEFAULT(CheckpointInfo, step, model, layout, dtype, seed,
-                                                options, data, keep)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(CheckpointInfo, step, model, layout, dtype, seed, options, data)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(WrittenFile, name, bytes, checksum)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Slice, outer, split, inner, begin, end)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Piece, tensor, slice, first, count)
@@ -123,10 +122,13 @@ static bool remove_checkpoint(const std::string& path) {
       .empty();
 }
 
-// Ready for a new checkpoint: an empty directory for it; unfinished ones are removed.
+// Ready for a new checkpoint: an empty directory for it; unfinished ones are removed, as far as
+// they can be examined.
 static void make_place(const std::string& dir, const std::string& path) {
-  checkpoints_in(dir, [](auto& old) {
-    if (!fs::is_symlink(old)) remove_checkpoint(old);
+  error_of([&] {
+    checkpoints_in(dir, [](auto& old) {
+      if (!fs::is_symlink(old)) remove_checkpoint(old);
+    });
   });
   REQUIRE(remove_checkpoint(path), path, " is in the way and cannot be removed");
   make_directory(path);
@@ -134,8 +136,9 @@ static void make_place(const std::string& dir, const std::string& path) {
 
 // The newest `keep` stay of those that were saved under such a number.
 static std::vector<std::string> remove_old(const std::string& dir, int64_t keep) {
-  std::vector<std::string> removed;
-  for (const std::string& old : checkpoints_in(dir)) {
+  std::vector<std::string> steps, removed;
+  error_of([&] { steps = checkpoints_in(dir); });  // what was saved stays saved
+  for (const std::string& old : steps) {
     bool counts = false;  // what cannot be read stays, as does what lies behind a link
     error_of([&] { counts = !fs::is_symlink(old) && Checkpoint(old).info.keep > 0; });
     if (counts && --keep < 0 && remove_checkpoint(old)) removed.push_back(last_name(old));
@@ -168,6 +171,7 @@ static void write_manifest(const std::string& path, const CheckpointInfo& info,
                            const std::vector<json>& ranks) {
   json manifest = info;
   manifest["format"] = kFormat;
+  manifest["keep"] = info.keep;
   manifest["ranks"] = ranks;
   manifest["checksum"] = checksum(text_of(manifest));  // of all else
   write_file(path + "/manifest.json", text_of(manifest) + "\n");
@@ -277,6 +281,7 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
     m.erase("checksum");
     expect(checksum(text_of(m)) == was, file, " is damaged: it does not have its checksum");
     info = m;
+    info.keep = m.value("keep", int64_t(0));
     for (const Saved& saved : m.at("ranks").get<std::vector<Saved>>()) {
       tensors.insert(saved.tensors.begin(), saved.tensors.end());
       for (const WrittenFile& f : saved.files) {

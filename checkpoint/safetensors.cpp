@@ -76,16 +76,15 @@ static void read_header(const nlohmann::json& header, const MappedFile& file, st
     const auto place = whole_numbers(value.at("data_offsets"));
     REQUIRE(place.size() == 2, name, " has ", place.size(), " data_offsets, expected 2");
     const int64_t begin = place[0], end = place[1];
-    const StoredArray a{file,
-                        value.at("dtype"),
-                        whole_numbers(value.at("shape")),
-                        {data.data() + begin, size_t(end - begin)}};
+    StoredArray a{file, value.at("dtype"), whole_numbers(value.at("shape")), {}};
     Shape in_bits = a.shape;
     in_bits.push_back(bits_of(a.dtype));
     const int64_t bits = checked_elements(in_bits);
     REQUIRE(bits % 8 == 0 && bits / 8 == end - begin, name, " of shape ", to_string(a.shape),
             " in ", a.dtype, " does not take bytes ", begin, " to ", end);
     places.insert({begin, end});
+    if (end <= int64_t(data.size()))
+      a.bytes = data.substr(begin, end - begin);  // else refused below
     arrays.insert({name, a});
   }
   int64_t next = 0;

@@ -40,7 +40,7 @@ static void* share(const Job& job, size_t bytes) {
   return memory;
 }
 
-Watch::Watch(Job& job, int64_t timeout) : job_(job), timeout_ms_(timeout * 1000) {
+Watch::Watch(Job& job, int64_t timeout_seconds) : job_(job), timeout_ms_(timeout_seconds * 1000) {
   const size_t ranks = job.local_size;
   records_ = {static_cast<WatchRecord*>(share(job, sizeof(WatchRecord) * ranks)), ranks};
   mine_ = new (&records_[job.local_rank]) WatchRecord();

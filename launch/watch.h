@@ -46,7 +46,8 @@ struct WatchRecord {
 
 class Watch {
  public:
-  Watch(Job& job, int64_t timeout);  // collective; hooks itself into the ledger and the job
+  // collective; hooks itself into the ledger and the job
+  Watch(Job& job, int64_t timeout_seconds);
   ~Watch();
   // asks its communicators for errors from now on; an empty one before close_mesh
   void observe(const Mesh& mesh);
