@@ -253,9 +253,9 @@ template <class T> __global__ void __launch_bounds__(256)
 // ---- host side
 
 void fill(const Tensor& x, double value) {
-  OP("fill", bytes_of(x));
   const int64_t n = x.numel();
   if (!n) return;
+  OP("fill", bytes_of(x));
   if (value == 0) {
     CUDA_CHECK(cudaMemsetAsync(x.raw(), 0, x.bytes(), device().compute));
     return;
@@ -308,8 +308,8 @@ static double wide(__nv_bfloat16 x) { return __bfloat162float(x); }
 template <class T> static std::vector<double> download_wide(const Tensor& x) {
   std::vector<T> host(x.numel());
   download(x, host.data());
-  std::vector<double> values;
-  for (const T& v : host) values.push_back(wide(v));
+  std::vector<double> values(host.size());
+  for (size_t i = 0; i < host.size(); i++) values[i] = wide(host[i]);
   return values;
 }
 

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "support/check.h"
@@ -10,8 +11,9 @@
 
 int pick(const std::vector<double>& logits, const Sampling& how, int64_t position,
          int64_t sequence) {
-  REQUIRE(std::ranges::all_of(logits, [](double l) { return std::isfinite(l); }),
-          "the model's logits at position ", position,
+  bool finite = true;
+  for (const double l : logits) finite &= std::abs(l) <= std::numeric_limits<double>::max();
+  REQUIRE(finite, "the model's logits at position ", position,
           " are not all finite numbers: its weights are damaged, or too large for this --dtype");
   const int likeliest = int(std::ranges::max_element(logits) - logits.begin());
   if (how.temperature == 0 || how.top_k == 1) return likeliest;
@@ -20,9 +22,12 @@ int pick(const std::vector<double>& logits, const Sampling& how, int64_t positio
     p[v] = std::exp((logits[v] - logits[likeliest]) / how.temperature);
   std::vector<int> order(p.size());
   std::iota(order.begin(), order.end(), 0);
-  if (how.top_k > 0 || how.top_p < 1)  // the likeliest first, equals by number
-    std::ranges::stable_sort(order, std::greater{}, [&](int v) { return p[v]; });
-  if (how.top_k > 0) order.resize(std::min(order.size(), size_t(how.top_k)));
+  if (how.top_k > 0 || how.top_p < 1) {  // the likeliest first, equals by number
+    const auto comes_first = [&](int a, int b) { return p[a] != p[b] ? p[a] > p[b] : a < b; };
+    const size_t most = how.top_k > 0 ? std::min(order.size(), size_t(how.top_k)) : order.size();
+    std::partial_sort(order.begin(), order.begin() + most, order.end(), comes_first);
+    order.resize(most);
+  }
   std::vector<double> sums;  // of the probabilities up to each
   for (double sum = 0; const int v : order) sums.push_back(sum += p[v]);
   // the first that reaches top_p

@@ -15,33 +15,44 @@
 
 namespace {
 
-constexpr int kThreads = block_threads(128), kWarps = kThreads / kWarp, kMaxD = 256;
-constexpr int kOwn = kMaxD / kWarp;  // channels of a lane
+constexpr int kThreads = block_threads(512), kWarps = kThreads / kWarp, kMaxD = 256,
+              kCopyThreads = block_threads(128);
+constexpr int kTogether = kWarp == 1 ? 1 : 4;  // positions whose loads are under way at a time
 
-// What a warp has seen: maximum score, sum of exp(score - maximum), the values weighed with that
-template <class A> struct Seen { A most, sum, value[kOwn]; };
+// What a warp has seen: maximum score, sum of exp(score - maximum), the values weighed with that,
+// of which a lane has kOwn channels
+template <class A, int kOwn> struct Seen { A most, sum, value[kOwn]; };
 
-template <class A, class T> __device__ __forceinline__ void see(Seen<A>& s, const A (&q)[kOwn],
-                                                                const T* key, const T* value,
-                                                                A scale, int D) {
-  A score = 0;
-  for_lane_columns<kOwn>(D, [&](int i, int d) { score += q[i] * A(load(key[d])); });
-  score = scale * reduce_lanes<Sum<A>>(score);
-  if (score > s.most) {
-    const A shrink = exp_of(s.most - score);
-    s.most = score, s.sum *= shrink;
+// Sees kRows positions, whose keys and values are ld apart.
+template <int kRows, int kOwn, class A, class T>
+__device__ __forceinline__ void see(Seen<A, kOwn>& s, const A (&q)[kOwn], const T* keys,
+                                    const T* values, int64_t ld, A scale, int D) {
+  A score[kRows] = {}, most = s.most;
+  for_lane_columns<kOwn>(D, [&](int i, int d) {
+    for (int u = 0; u < kRows; u++) score[u] += q[i] * A(load(keys[u * ld + d]));
+  });
+  for (int u = 0; u < kRows; u++) {
+    score[u] = scale * reduce_lanes<Sum<A>>(score[u]);
+    most = Max<A>::combine(most, score[u]);
+  }
+  if (most > s.most) {
+    const A shrink = exp_of(s.most - most);
+    s.most = most, s.sum *= shrink;
     for_lane_columns<kOwn>(D, [&](int i, int) { s.value[i] *= shrink; });
   }
-  const A weight = exp_of(score - s.most);
-  s.sum += weight;
-  for_lane_columns<kOwn>(D, [&](int i, int d) { s.value[i] += weight * A(load(value[d])); });
+  for (int u = 0; u < kRows; u++) s.sum += score[u] = exp_of(score[u] - most);
+  for_lane_columns<kOwn>(D, [&](int i, int d) {
+    for (int u = 0; u < kRows; u++) s.value[i] += score[u] * A(load(values[u * ld + d]));
+  });
 }
 
-// out (B,H,D), cache (B,2,H,S,D), qkv (B,3,H,D), lengths (B); one block a sequence and head
-template <class T> __global__ void __launch_bounds__(128)
+// out (B,H,D), cache (B,2,H,S,D), qkv (B,3,H,D), lengths (B); one block a sequence and head;
+// D <= kD
+template <class T, int kD> __global__ void __launch_bounds__(512)
     decode_kernel(T* out, T* cache, const T* qkv, const int* lengths, int H, int64_t S, int D,
                   acc_t<T> scale) {
   using A = acc_t<T>;
+  constexpr int kOwn = kD / kWarp;
   const int64_t b = blockIdx.x / H, h = blockIdx.x % H;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, length = lengths[b];
   T *const keys = cache + (b * 2 * H + h) * S * D, *const values = keys + H * S * D;
@@ -49,16 +60,22 @@ template <class T> __global__ void __launch_bounds__(128)
                  *const value = key + int64_t(H) * D;
   A q[kOwn] = {};
   for_lane_columns<kOwn>(D, [&](int i, int d) { q[i] = load(query[d]); });
-  Seen<A> s{Max<A>::identity, 0, {}};
-  for (int t = warp; t < length; t += kWarps)
-    see(s, q, keys + int64_t(t) * D, values + int64_t(t) * D, scale, D);
+  Seen<A, kOwn> s{Max<A>::identity, 0, {}};
+  const auto see_cached = [&](int t, auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    see<kRows>(s, q, keys + int64_t(t) * D, values + int64_t(t) * D, int64_t(kWarps) * D, scale, D);
+  };
+  int t = warp;
+  for (; t + (kTogether - 1) * kWarps < length; t += kTogether * kWarps)
+    see_cached(t, Width<kTogether>());
+  for (; t < length; t += kWarps) see_cached(t, Width<1>());
   if (warp == 0) {
-    see(s, q, key, value, scale, D);
+    see<1>(s, q, key, value, D, scale, D);
     for_lane_columns<kOwn>(D, [&](int, int d) {
       keys[int64_t(length) * D + d] = key[d], values[int64_t(length) * D + d] = value[d];
     });
   }
-  __shared__ A most[kWarps], sum[kWarps], part[kWarps][kMaxD];
+  __shared__ A most[kWarps], sum[kWarps], part[kWarps][kD];
   if (lane == 0) most[warp] = s.most, sum[warp] = s.sum;
   for_lane_columns<kOwn>(D, [&](int i, int d) { part[warp][d] = s.value[i]; });
   __syncthreads();
@@ -80,7 +97,7 @@ template <class T> __global__ void __launch_bounds__(128)
   const T* const from = qkv + ((t * 3 + 1 + part) * H + h) * D;
   T* const to = cache + ((part * H + h) * S + first + t) * D;
   INDEPENDENT
-  for (int d = threadIdx.x; d < D; d += kThreads) to[d] = from[d];
+  for (int d = threadIdx.x; d < D; d += kCopyThreads) to[d] = from[d];
 }
 
 }  // namespace
@@ -92,9 +109,12 @@ void attention_decode(const Tensor& out, const Tensor& cache, const Tensor& qkv,
   REQUIRE(D <= kMaxD, "decoding takes heads of at most ", kMaxD, " channels, not ", D);
   ASSERT(cache.dim(2) == H && qkv.numel() == B * 3 * H * D && out.numel() == B * H * D &&
          lengths.numel() == B);
-  DISPATCH(cache.dtype(), decode_kernel<T><<<unsigned(B * H), kThreads, 0, device().compute>>>(
-                              out.data<T>(), cache.data<T>(), qkv.data<T>(), lengths.data<int>(),
-                              int(H), S, int(D), acc_t<T>(1 / std::sqrt(double(D)))));
+  DISPATCH(cache.dtype(), const auto kernel = D <= 64    ? decode_kernel<T, 64>
+                                              : D <= 128 ? decode_kernel<T, 128>
+                                                         : decode_kernel<T, kMaxD>;
+           kernel<<<unsigned(B * H), kThreads, 0, device().compute>>>(
+               out.data<T>(), cache.data<T>(), qkv.data<T>(), lengths.data<int>(), int(H), S,
+               int(D), acc_t<T>(1 / std::sqrt(double(D)))));
 }
 
 void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t first, int64_t H) {
@@ -102,6 +122,6 @@ void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t 
   const int64_t S = cache.dim(3), D = cache.dim(4), T_ = qkv.numel() / (3 * H * D);
   ASSERT(b < cache.dim(0) && first + T_ <= S && cache.dim(2) == H);
   DISPATCH(cache.dtype(),
-           append_kernel<T><<<unsigned(T_ * 2 * H), kThreads, 0, device().compute>>>(
+           append_kernel<T><<<unsigned(T_ * 2 * H), kCopyThreads, 0, device().compute>>>(
                cache.data<T>() + b * 2 * H * S * D, qkv.data<T>(), int(H), S, int(D), first));
 }

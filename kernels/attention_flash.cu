@@ -190,21 +190,25 @@ template <class T, int kD> __global__ void __launch_bounds__(256, 2)
 
 // ---- backward
 
-constexpr int kDeltaRows = kProductThreads / kWarp;
+constexpr int kDeltaLanes = block_threads(8), kDeltaRows = kProductThreads / kDeltaLanes;
 
-// delta (B,H,queries) = sum over d of dout * out, both (B,queries,H,D); a warp owns a row; reads
-// both once; any D
-template <class T> __global__ void __launch_bounds__(256)
+// delta (B,H,queries) = sum over d of dout * out, both (B,queries,H,D); kDeltaLanes threads own a
+// row; reads both once; any D
+template <class T, int N> __global__ void __launch_bounds__(256)
     flash_delta(acc_t<T>* delta, const T* dout, const T* out, Sizes n, int64_t rows) {
-  const int64_t row = int64_t(blockIdx.x) * kDeltaRows + threadIdx.x / kWarp;  // of (B,T,H)
-  if (row >= rows) return;
+  const int lane = threadIdx.x % kDeltaLanes;
+  const int64_t row = int64_t(blockIdx.x) * kDeltaRows + threadIdx.x / kDeltaLanes;  // of (B,T,H)
+  const int D = row < rows ? n.D : 0;
   acc_t<T> sum = 0;
-  for (int d = threadIdx.x % kWarp; d < n.D; d += kWarp)
-    sum += load(dout[row * n.D + d]) * load(out[row * n.D + d]);
-  sum = reduce_lanes<Sum<acc_t<T>>>(sum);
+  for (int d = lane * N; d < D; d += kDeltaLanes * N) {
+    const auto p = load_pack<N>(dout + row * n.D + d), q = load_pack<N>(out + row * n.D + d);
+    for (int k = 0; k < N; k++) sum += load(p[k]) * load(q[k]);
+  }
+  sum = reduce_lanes<Sum<acc_t<T>>, kDeltaLanes>(sum);
+  if (row >= rows || lane) return;
   const int64_t queries = n.queries.rows, h = row % n.H, t = row / n.H % queries,
                 b = row / n.H / queries;
-  if (threadIdx.x % kWarp == 0) delta[(b * n.H + h) * queries + t] = sum;
+  delta[(b * n.H + h) * queries + t] = sum;
 }
 
 // lse and delta of a tile's queries, and how many keys each sees; beyond the last query zeros,
@@ -414,8 +418,9 @@ Tensor flash::delta_of(const Tensor& dout, const Tensor& out, int64_t B, const S
   const Tensor delta({B, n.H, n.queries.rows}, master_dtype(out.dtype()), Memory::workspace);
   const int64_t rows = delta.numel();
   const unsigned blocks = unsigned(ceil_div(rows, kDeltaRows));
-  DISPATCH(out.dtype(), flash_delta<T><<<blocks, kProductThreads, 0, device().compute>>>(
-                            delta.data<acc_t<T>>(), dout.data<T>(), out.data<T>(), n, rows));
+  DISPATCH_PACKS(out.dtype(), in_packs(n.D, {&dout, &out}),
+                 flash_delta<T, N><<<blocks, kProductThreads, 0, device().compute>>>(
+                     delta.data<acc_t<T>>(), dout.data<T>(), out.data<T>(), n, rows));
   return delta;
 }
 

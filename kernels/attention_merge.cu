@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int kThreads = block_threads(256), kRows = kThreads / kWarp;
+constexpr int kPiece = 4096;  // columns of a row that a block copies
 
 // a warp owns a row of D elements; reads out and part, writes out
 template <class A> __global__ void __launch_bounds__(256)
@@ -32,13 +33,16 @@ template <class A> __global__ void __launch_bounds__(256)
   for (int d = threadIdx.x % kWarp; d < D; d += kWarp) out[d] = out[d] * of_out + part[d] * of_part;
 }
 
-// one block a row; reads and writes the columns once
+// Grid (rows, pieces of a row); reads and writes the columns once
 template <class T, class U> __global__ void __launch_bounds__(256)
     columns_kernel(T* to, int64_t to_ld, const U* from, int64_t from_ld, int columns) {
   to += blockIdx.x * to_ld;
   from += blockIdx.x * from_ld;
+  const int first = blockIdx.y * kPiece, left = columns - first;
+  const int end = first + (left < kPiece ? left : kPiece);
   INDEPENDENT
-  for (int i = threadIdx.x; i < columns; i += kThreads) to[i] = store<T>(acc_t<T>(load(from[i])));
+  for (int i = first + threadIdx.x; i < end; i += kThreads)
+    to[i] = store<T>(acc_t<T>(load(from[i])));
 }
 
 }  // namespace
@@ -61,10 +65,12 @@ void copy_columns(const Tensor& to, int64_t to_first, const Tensor& from, int64_
   OP("copy_columns", double(to.dim(0) * columns * (size_of(to.dtype()) + size_of(from.dtype()))));
   const int64_t rows = to.dim(0), to_ld = to.dim(1), from_ld = from.dim(1);
   ASSERT(from.dim(0) == rows && to_first + columns <= to_ld && from_first + columns <= from_ld);
-  if (!rows) return;
+  if (!rows || !columns) return;
   const auto launch = [&]<class T, class U>(T* target, const U* source) {
-    columns_kernel<T, U><<<unsigned(rows), kThreads, 0, device().compute>>>(
-        target + to_first, to_ld, source + from_first, from_ld, int(columns));
+    const dim3 grid(unsigned(rows), unsigned(ceil_div(columns, kPiece)));
+    columns_kernel<T, U><<<grid, kThreads, 0, device().compute>>>(target + to_first, to_ld,
+                                                                  source + from_first, from_ld,
+                                                                  int(columns));
   };
   DISPATCH(to.dtype(), if (from.dtype() == to.dtype()) launch(to.data<T>(), from.data<T>());
            else launch(to.data<T>(), from.data<acc_t<T>>()));

@@ -173,6 +173,9 @@ constexpr int kX = 128, kK = 32;  // a slice: kX vectors by kK of their elements
 constexpr int kBuffers = 4;       // of slices: one is multiplied, three are on their way
 constexpr int kSlice = kX * kK;
 constexpr int kTensorBytes = kBuffers * 2 * kSlice * 2;
+// Tiles of c in a band, which blocks take column by column: what runs at a time then shares rows of
+// a and columns of b in the second-level cache; along a wide c, each row would read all of b again.
+constexpr int kBand = 8;
 
 // Where a run of eight elements lies in a slice, whose vectors run along k or not. Runs that
 // ldmatrix reads together, of eight vectors or at eight k, lie in different banks.
@@ -221,8 +224,11 @@ __global__ void __launch_bounds__(kProductThreads, 2)
     matmul_tensor(Operand<bf16> a, Operand<bf16> b, Result<U> c, int m, int n, int k, float alpha) {
   extern __shared__ __align__(128) char shared[];
   bf16* slices = reinterpret_cast<bf16*>(shared);
-  const int i0 = blockIdx.y * kX, j0 = blockIdx.x * kX, warp = threadIdx.x / kWarp,
-            wi = warp / 4 * 64, wj = warp % 4 * 32, count = (k + kK - 1) / kK;
+  const int band = kBand * gridDim.x, id = blockIdx.y * gridDim.x + blockIdx.x,
+            top = id / band * kBand, rest = gridDim.y - top, rows = rest < kBand ? rest : kBand,
+            i0 = (top + id % band % rows) * kX, j0 = id % band / rows * kX,
+            warp = threadIdx.x / kWarp, wi = warp / 4 * 64, wj = warp % 4 * 32,
+            count = (k + kK - 1) / kK;
   Slices<kARuns, kPacks> from_a(a, i0, m, k);
   Slices<kBRuns, kPacks> from_b(b, j0, n, k);
   const auto copy_next = [&](int i, int buffer) {

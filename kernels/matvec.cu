@@ -9,7 +9,7 @@
 //           each of a workspace, which is summed in the same way until one chunk is left: no
 //           atomics, one order.
 // cost      reads KN once (from memory), mK for each block (from a cache), writes mN; the workspace
-//           has at most a row for 16 that are summed
+//           has at most a row for 64 that are summed
 // order     of a sum: K, N and the width of the packs (dtype and alignment) decide it alone
 // not here  splitting K over blocks for products of very narrow matrices
 // test      tests/test_decode.cpp, tests/test_kernels.cpp
@@ -20,8 +20,8 @@ namespace {
 constexpr int kThreads = block_threads(256);
 // Threads that share neighbouring columns; the groups of so many share the rows. A product wants
 // many blocks, sums wide reads of few rows.
-constexpr int kProductLanes = block_threads(8), kSumLanes = block_threads(32);
-constexpr int kChunk = 32;  // rows, at least
+constexpr int kProductLanes = block_threads(2), kSumLanes = block_threads(32);
+constexpr int kChunk = 128;  // rows, at least
 
 // y (m,N) = x (m,K) w (K,N), m <= kM; or kSums, as if x were a row of ones: y (chunks,N) = the sums
 // of each chunk's rows of w; `add`: +=. Grid (blocks of kLanes * kColumns columns, chunks of rows);
@@ -54,7 +54,8 @@ template <int N, int kM, bool kSums, class Y, class T> __global__ void __launch_
     for (; k < end; k += kGroups) add_rows(k, Width<1>());
   }
   __shared__ A part[kGroups][kOwn][kLanes];  // lanes side by side: no bank conflicts
-  for (int r = 0; r < kM && r < m; r++) {    // over the groups, first to last
+  UNROLL for (int r = 0; r < kM; r++) {      // over the groups, first to last
+    if (r >= m) break;
     for (int j = 0; j < kOwn; j++) part[group][j][lane] = sum[r][j];
     __syncthreads();
     Y* const to = y + (int64_t(blockIdx.y) * m + r) * columns + block;

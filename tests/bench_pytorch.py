@@ -8,12 +8,12 @@ work      one step: forward, backward, clipping at a global norm of 1, AdamW on 
           bf16 by autocast over f32 weights, TF32 for what stays f32.
 fair      whatever PyTorch does fastest: attention by F.scaled_dot_product_attention or by plain
           products, AdamW fused or foreach; both of each are timed first and the faster one is
-          named. Not here: torch.compile (this is eager), and data loading.
+          named; with --compile the model and its loss under torch.compile. Not here: data loading.
 figures   the median of the timed steps; a share of the peak that torch.mm reaches (2048^3 on the
           same threads, 8192^3 on a GPU), counting floating-point operations as flops_per_token in
           gpt.cpp does (the causal half of attention's scores).
-usage     python3 tests/bench_pytorch.py [--model char gpt2] [--threads 1 2] [--warmup N] [--steps
-          N] [--json]
+usage     python3 tests/bench_pytorch.py [--model char gpt2] [--threads 1 2] [--device cuda]
+          [--compile] [--warmup N] [--steps N] [--json]
 """
 
 import argparse
@@ -28,7 +28,8 @@ import torch.nn.functional as F
 MODELS = {  # layers, width, heads, context, vocab, batch
     "char": (6, 384, 6, 256, 256, 16),
     "gpt2": (12, 768, 12, 256, 50257, 4),
-    "gpt2-1024": (12, 768, 12, 1024, 50257, 16),  # for a GPU
+    # for a GPU; the rows of the vocabulary padded as train_gpt pads them, which a GPU needs
+    "gpt2-1024": (12, 768, 12, 1024, 50304, 16),
 }
 
 
@@ -163,7 +164,7 @@ def faster_adamw(params, device):
     return best[1], best[2]
 
 
-def measure(model, device, threads, warmup, steps):
+def measure(model, device, threads, warmup, steps, compiled):
     sizes = MODELS[model]
     layers, width, heads, context, vocab, batch = sizes
     torch.manual_seed(1)
@@ -178,11 +179,12 @@ def measure(model, device, threads, warmup, steps):
 
     fused = faster_attention(gpt, sizes, device, autocast)
     optimizer, adamw = faster_adamw(gpt.params, device)
+    loss_of = torch.compile(gpt.loss, dynamic=False) if compiled else gpt.loss
 
     def step():
         optimizer.zero_grad(set_to_none=True)
         with autocast():
-            loss = gpt.loss(tokens[:, :-1], tokens[:, 1:], fused)
+            loss = loss_of(tokens[:, :-1], tokens[:, 1:], fused)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(gpt.params, 1.0, foreach=True)
         optimizer.step()
@@ -198,6 +200,7 @@ def measure(model, device, threads, warmup, steps):
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "dtype": str(half).replace("torch.", ""),
         "threads": threads,
+        "compiled": compiled,
         "model": model,
         "batch": batch,
         "context": context,
@@ -225,16 +228,17 @@ def main():
     )
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--json", action="store_true", help="one object a line")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = True
     for device in args.device:
         for model in args.model:
             for threads in args.threads if device == "cpu" else [1]:
-                r = measure(model, device, threads, args.warmup, args.steps)
+                r = measure(model, device, threads, args.warmup, args.steps, args.compile)
                 line = (
                     f"pytorch {r['pytorch']} {r['device']} {r['dtype']}, "
-                    f"{r['threads']} threads, {model}: "
+                    f"{'compiled' if args.compile else 'eager'}, {r['threads']} threads, {model}: "
                     f"{r['tokens_per_second']:.0f} tokens/s, {r['step_ms']:.0f} ms a step "
                     f"(fastest {r['fastest_step_ms']:.0f}, {r['steps']} steps), "
                     f"{r['gflops']:.1f} GFLOP/s = {100 * r['share_of_mm']:.0f} % of torch.mm's "

@@ -131,6 +131,15 @@ if [ "$gpus" -gt 1 ]; then
     step "$test, $gpus ranks" 120 bash -c 'run "$@"' - "$gpus" "$built/tests/$test"
   done
   step "test_parity, $gpus ranks" 120 bash -c 'run "$@"' - "$gpus" "$built/tests/test_parity" first
+elif [ "$gpus" = 1 ]; then
+  # NCCL takes ranks that share a GPU if it believes them on other hosts: it goes through sockets
+  cat >"$dir/as_host" <<END
+#!/usr/bin/env bash
+export NCCL_HOSTID=rank-\$PMI_RANK NCCL_NET=Socket NCCL_SOCKET_IFNAME=lo NCCL_IB_DISABLE=1
+exec $PWD/$built/train_gpt "\$@"
+END
+  chmod +x "$dir/as_host"
+  layouts "NCCL, ranks of one GPU" "$dir/as_host" 4
 fi
 layouts "COMM=mpi" $sharing/train_gpt 8
 step "saved by --fsdp 2, resumed by --tp 2" 60 bash -c 'resumes "$@"' - $sharing/train_gpt
@@ -169,8 +178,10 @@ else
       --dtype $options $profile && shows '^(speed|  all)|%'
   done
   if python3 -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
-    step "PyTorch, gpt2, T 1024, batch 16" 120 python3 tests/bench_pytorch.py --model gpt2-1024 \
-      --steps 10 && shows .
+    for compile in "" --compile; do
+      step "PyTorch, gpt2, T 1024, batch 16 $compile" 120 python3 tests/bench_pytorch.py \
+        --model gpt2-1024 --device cuda --warmup 3 --steps 10 $compile && shows .
+    done
   fi
   for ((n = 2; n <= gpus; n *= 2)); do
     step "NCCL, $n ranks" 60 bash -c 'run "$@"' - $n $built/tests/bench_nccl && shows MiB

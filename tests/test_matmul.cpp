@@ -5,7 +5,8 @@
 // and a largest element of about four times that. Rounding: k additions, each off by at most u
 // times the sum so far, which grow like a random walk: about u sqrt(k) of the sum. The bound is 4 u
 // sqrt(k) + 4 u of the largest element of c, u = 2^-24 (f32, and sums of bf16) or 2^-53; writing
-// bf16 adds half of its last bit, 2^-8.
+// bf16 adds half of its last bit, 2^-8. On a GPU cuBLAS may round twice where it adds to c in bf16,
+// the product and the sum (H100, cuBLAS 13.0: 1.26 times 2^-8).
 #include "kernels/kernels.h"
 #include "tests/tensors.h"
 
@@ -21,7 +22,9 @@ struct Case {
 
 static double bound(const Case& p) {
   const double u = p.in == Dtype::f64 ? 0x1p-53 : 0x1p-24;
-  return 4 * u * std::sqrt(double(p.k)) + 4 * u + (p.out == Dtype::bf16 ? 0x1p-8 : 0);
+  const bool twice = p.beta != 0 && device().is_gpu && matmul_backend == MatmulBackend::cublas;
+  return 4 * u * std::sqrt(double(p.k)) + 4 * u +
+         (p.out == Dtype::bf16 ? twice ? 0x1p-7 : 0x1p-8 : 0);
 }
 
 struct Side {  // one matrix of a case, and the memory it lies in
@@ -96,9 +99,9 @@ static Sizes sizes() {  // every combination
   return all;
 }
 #else
-static Sizes sizes() {  // each size in each place
-  return {{1, 1, 1},     {31, 129, 33},  {33, 31, 129}, {129, 33, 31},
-          {64, 100, 64}, {100, 64, 100}, {128, 128, 16}};
+static Sizes sizes() {  // each size in each place; the last has more rows than a band of tiles
+  return {{1, 1, 1},     {31, 129, 33},  {33, 31, 129},  {129, 33, 31},
+          {64, 100, 64}, {100, 64, 100}, {128, 128, 16}, {1100, 150, 17}};
 }
 #endif
 

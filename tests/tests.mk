@@ -106,7 +106,7 @@ cuda-build: $(PROGRAMS:%=$(B)/%) $(CUDA_TESTS:%=$(B)/tests/%) $(B)/comm-mpi/trai
 check-spills: cuda-build
 	@cat $(B)/obj/*.ptxas $(B)/obj/*/*.ptxas | awk -v built_for='$(GENCODE)' ' \
 	  /Compiling entry function/ { name = $$7; kernels++ } \
-	  /bytes stack frame/ && ($$1 > 0 || $$5 > 0) && name !~ /I(f|13__nv_bfloat16)*d/ { \
+	  /bytes stack frame/ && ($$1 > 0 || $$5 > 0) && name !~ /[IE](f|13__nv_bfloat16)*d/ { \
 	    print "spills:", name, $$0; \
 	    bad = 1 \
 	  } \
