@@ -179,25 +179,42 @@ static double best_of_three(const std::function<void()>& work) {
   return best;
 }
 
+// FLOP/s of a product of (rows,inner) and (inner,rows)
+static double rate_of_product(Dtype dtype, int64_t rows, int64_t inner) {
+  const Tensor a({rows, inner}, dtype, Memory::workspace),
+      b({inner, rows}, dtype, Memory::workspace), c({rows, rows}, dtype, Memory::workspace);
+  fill(a, 0.5);
+  fill(b, 0.5);
+  return 2.0 * double(rows * rows * inner) /
+         best_of_three([&] { product(c, a, false, b, false, 0); });
+}
+
+// The built-in machine whose links a GPU of that name is taken to have
+static std::string links_of(std::string gpu) {
+  std::erase(gpu, ' ');
+  for (char& c : gpu) c = char(tolower(c));
+  for (const std::string& name : machine_names())
+    if (gpu.find(name.substr(0, name.find('-'))) != gpu.npos) return name;
+  return "rtx4090";  // through host memory, as most cards
+}
+
 Machine measure_machine(int64_t ranks) {
   Machine m;
   m.name = "this: " + device().name;
-  const Dtype dtype = device().is_gpu ? Dtype::bf16 : Dtype::f32;
-  const int64_t rows = device().is_gpu ? 8192 : 1024;
-  const double cores = device().is_gpu ? double(ranks) : std::thread::hardware_concurrency(),
+  const bool gpu = device().is_gpu;
+  const Dtype dtype = gpu ? Dtype::bf16 : Dtype::f32;
+  const int64_t rows = gpu ? 8192 : 1024;
+  const double cores = gpu ? double(ranks) : std::thread::hardware_concurrency(),
                share = std::min(1.0, cores / double(ranks));
   const auto tensor = [&](int64_t a, int64_t b) {
     const Tensor x({a, b}, dtype, Memory::workspace);
     fill(x, 0.5);
     return x;
   };
-  for (const int64_t inner : {64, 256, 1024, 4096}) {
-    const Tensor a = tensor(rows, inner), b = tensor(inner, rows), c = tensor(rows, rows);
-    const double seconds = best_of_three([&] { product(c, a, false, b, false, 0); });
-    m.products.push_back({double(inner), share * 2.0 * rows * rows * inner / seconds});
-  }
+  for (const int64_t inner : {64, 256, 1024, 4096})
+    m.products.push_back({double(inner), share * rate_of_product(dtype, rows, inner)});
   for (const auto& [inner, rate] : m.products) m.peak = std::max(m.peak, rate);
-  m.f32 = m.peak;
+  m.f32 = gpu ? rate_of_product(Dtype::f32, rows, 1024) : m.peak;
   const Tensor from = tensor(rows, 2 * rows), to = tensor(rows, 2 * rows);
   const double copying = best_of_three([&] { copy(to, from); });
   m.copy = share * 2.0 * double(from.bytes()) / copying;
@@ -211,15 +228,28 @@ Machine measure_machine(int64_t ranks) {
                for (int i = 0; i < 1000; i++) copy(other, one);
              }) /
              1000 / share;
-  m.memory = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE)) / double(ranks);
   m.sharing = 1 / share;
-  m.inside = m.between = {m.copy / 2, 10e-6 / share};
   for (const Fact& fact : facts_of(m)) m.sources[fact.name] = "measured now";
   m.sources["product"] = "measured now, " + device().name;
-  m.sources["memory"] = "the host's, shared by all ranks";
-  m.sources["inside"] = m.sources["between"] = "ranks of one host exchange by copying";
-  m.sources["multiprocessors"] = "not counted";
   m.sources["overlap"] = "not measured";
+  if (gpu) {
+    int ordinal = 0;
+    cudaDeviceProp properties;
+    CUDA_CHECK(cudaGetDevice(&ordinal));
+    CUDA_CHECK(cudaGetDeviceProperties(&properties, ordinal));
+    m.multiprocessors = properties.multiProcessorCount;
+    m.memory = double(properties.totalGlobalMem);
+    m.sources["multiprocessors"] = m.sources["memory"] = "the driver's";
+    const Machine like = read_machine(links_of(device().name));
+    m.inside = like.inside, m.between = like.between;
+    m.sources["inside"] = m.sources["between"] = "not measured: as " + like.name;
+  } else {
+    m.memory = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE)) / double(ranks);
+    m.inside = m.between = {m.copy / 2, 10e-6 / share};
+    m.sources["memory"] = "the host's, shared by all ranks";
+    m.sources["inside"] = m.sources["between"] = "ranks of one host exchange by copying";
+    m.sources["multiprocessors"] = "not counted";
+  }
   return m;
 }
 
