@@ -33,20 +33,25 @@ between 24 3.5      : one HDR card, NVIDIA/nccl issues 412 and 1048
     {"h100", R"(
 peak 989            : NVIDIA, H100 SXM data sheet
 f32 66.9            : NVIDIA, H100 SXM data sheet
-product 128 280     : 0.825 of the best product, 794.5 (ml-engineering, MAMF), and as A100 by inner
-product 8192 684    : the same
+product 64 127      : measured, one H100 80GB HBM3, plan --machine this
+product 256 428     : the same
+product 1024 727    : the same
+product 4096 818    : the same
 multiprocessors 132 : NVIDIA, H100 SXM data sheet
-copy 2848           : 85 % of the data sheet's 3350
+copy 2842           : measured, the same
+read 2207           : the same
 memory 80           : NVIDIA, H100 SXM data sheet
-launch 4            : as A100
+launch 4            : as A100; copies of 32 bytes take 4.7
 inside 360 1.65     : 80 % of the data sheet's 450 each way, as A100's share of 300
 between 47 3.5      : one NDR card, NVIDIA/nccl-tests issue 290: 46 to 48
 )"},
     {"h200", R"(
 peak 989            : NVIDIA, H200 SXM data sheet
 f32 66.9            : NVIDIA, H200 SXM data sheet
-product 128 280     : as H100
-product 8192 684    : as H100
+product 64 127      : as H100
+product 256 428     : as H100
+product 1024 727    : as H100
+product 4096 818    : as H100
 multiprocessors 132 : NVIDIA, H200 SXM data sheet
 copy 4080           : 85 % of the data sheet's 4800
 memory 141          : NVIDIA, H200 SXM data sheet
