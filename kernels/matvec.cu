@@ -121,7 +121,6 @@ void matvec(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed) 
              y.dim(1) == w.dim(transposed ? 0 : 1),
          to_string(y.shape()), " = ", to_string(x.shape()), " ", to_string(w.shape()));
   if (m == 1) launch<1>(y, x, w, transposed);
-  else if (m == 2) launch<2>(y, x, w, transposed);
   else if (m <= 4) launch<4>(y, x, w, transposed);
   else launch<8>(y, x, w, transposed);
 }
