@@ -11,7 +11,7 @@
 
 int pick(const std::vector<double>& logits, const Sampling& how, int64_t position,
          int64_t sequence) {
-  bool finite = true;
+  bool finite = true;  // without a branch, which would keep the loop from being vectorized
   for (const double l : logits) finite &= std::abs(l) <= std::numeric_limits<double>::max();
   REQUIRE(finite, "the model's logits at position ", position,
           " are not all finite numbers: its weights are damaged, or too large for this --dtype");
@@ -25,8 +25,10 @@ int pick(const std::vector<double>& logits, const Sampling& how, int64_t positio
   if (how.top_k > 0 || how.top_p < 1) {  // the likeliest first, equals by number
     const auto comes_first = [&](int a, int b) { return p[a] != p[b] ? p[a] > p[b] : a < b; };
     const size_t most = how.top_k > 0 ? std::min(order.size(), size_t(how.top_k)) : order.size();
-    std::partial_sort(order.begin(), order.begin() + most, order.end(), comes_first);
+    if (most < order.size())
+      std::nth_element(order.begin(), order.begin() + most, order.end(), comes_first);
     order.resize(most);
+    std::sort(order.begin(), order.end(), comes_first);
   }
   std::vector<double> sums;  // of the probabilities up to each
   for (double sum = 0; const int v : order) sums.push_back(sum += p[v]);

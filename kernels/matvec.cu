@@ -21,7 +21,7 @@ constexpr int kThreads = block_threads(256);
 // Threads that share neighbouring columns; the groups of so many share the rows. A product wants
 // many blocks, sums wide reads of few rows.
 constexpr int kProductLanes = block_threads(2), kSumLanes = block_threads(32);
-constexpr int kChunk = 128;  // rows, at least
+constexpr int kChunk = 128;  // rows; a chunk has more than half as many
 
 // y (m,N) = x (m,K) w (K,N), m <= kM; or kSums, as if x were a row of ones: y (chunks,N) = the sums
 // of each chunk's rows of w; `add`: +=. Grid (blocks of kLanes * kColumns columns, chunks of rows);
@@ -53,7 +53,7 @@ template <int N, int kM, bool kSums, class Y, class T> __global__ void __launch_
       add_rows(k, Width<kRowsAhead>());
     for (; k < end; k += kGroups) add_rows(k, Width<1>());
   }
-  __shared__ A part[kGroups][kOwn][kLanes];  // lanes side by side: no bank conflicts
+  __shared__ A part[kGroups][kOwn][kLanes];  // lanes side by side
   UNROLL for (int r = 0; r < kM; r++) {      // over the groups, first to last
     if (r >= m) break;
     for (int j = 0; j < kOwn; j++) part[group][j][lane] = sum[r][j];

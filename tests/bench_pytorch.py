@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""bench_pytorch.py: tokens a second of eager PyTorch on the work that train_gpt does, as a
-yardstick beside it.
+"""bench_pytorch.py: tokens a second of PyTorch, eager or compiled, on the work that train_gpt
+does, as a yardstick beside it.
 
 work      one step: forward, backward, clipping at a global norm of 1, AdamW on a fixed batch;
           GPT-2 from its definition (weights (in, out), fused qkv, tanh GELU, tied head), sizes as

@@ -119,8 +119,8 @@ TEST(a_new_token_attends_to_the_cache_and_joins_it) {
   int cases = 0;
   for (const Dtype dtype : kDtypes)
     for (const int64_t D : {1, 16, 33, 64, 128, 256})
-      for (const std::vector<int>& lengths : {std::vector<int>{0}, {1, 0, 5}, {31, 100}}) {
-        const int64_t B = int64_t(lengths.size()), H = 3, S = 101;
+      for (const std::vector<int>& lengths : {std::vector<int>{0}, {1, 0, 5}, {31, 200}}) {
+        const int64_t B = int64_t(lengths.size()), H = 3, S = 201;
         const unsigned seed = unsigned(cases);
         const Tensor cache = random_tensor({B, 2, H, S, D}, dtype, seed),
                      qkv = random_tensor({B, 3 * H * D}, dtype, seed + 1),

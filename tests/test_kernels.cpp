@@ -561,7 +561,7 @@ TEST(embedding_backward_adds_rows_by_token_and_by_position) {
 TEST(columns_are_copied_into_other_columns) {
   for_dtypes([](Dtype dtype) {
     for (const Dtype from : {dtype, master_dtype(dtype)})
-      for (const int64_t columns : {1, 33, 300}) {
+      for (const int64_t columns : {1, 33, 300, 4099}) {
         const int64_t R = 5;
         const Values x = numbers(R * (columns + 3), dtype), old = numbers(R * (columns + 2), dtype);
         Values y = old;

@@ -16,7 +16,8 @@
 // Hours of training sustain less than the best rate that a product reaches for a moment. What an
 // A100 sustains, 242 inner / (inner + 192), is the one fitted constant: with it the last row of
 // Narayanan's table 1, whose products are the largest, is met. (Least error over its ten rows:
-// 235.) The others are taken to sustain the same share of their best product, 0.825.
+// 235.) An RTX 4090 is taken to sustain the same share of its best product, 0.825; an H100 has the
+// products of a moment, with which steps of seconds are predicted well, and hours perhaps too fast.
 static const std::pair<const char*, const char*> kMachines[] = {
     {"a100-80g", R"(
 peak 312            : NVIDIA, A100 80GB data sheet
@@ -54,6 +55,7 @@ product 1024 727    : as H100
 product 4096 818    : as H100
 multiprocessors 132 : NVIDIA, H200 SXM data sheet
 copy 4080           : 85 % of the data sheet's 4800
+read 3169           : as H100's share of its copy
 memory 141          : NVIDIA, H200 SXM data sheet
 launch 4            : as A100
 inside 360 1.65     : as H100
@@ -198,8 +200,12 @@ static double rate_of_product(Dtype dtype, int64_t rows, int64_t inner) {
 static std::string links_of(std::string gpu) {
   std::erase(gpu, ' ');
   for (char& c : gpu) c = char(tolower(c));
+  const auto has = [&](const std::string& word) {
+    const size_t at = gpu.find(word);
+    return at != gpu.npos && !isdigit(gpu[std::min(at + word.size(), gpu.size() - 1)]);
+  };
   for (const std::string& name : machine_names())
-    if (gpu.find(name.substr(0, name.find('-'))) != gpu.npos) return name;
+    if (has(name.substr(0, name.find('-'))) && !has("pcie")) return name;
   return "rtx4090";  // through host memory, as most cards
 }
 
