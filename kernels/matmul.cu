@@ -173,9 +173,9 @@ constexpr int kX = 128, kK = 32;  // a slice: kX vectors by kK of their elements
 constexpr int kBuffers = 4;       // of slices: one is multiplied, three are on their way
 constexpr int kSlice = kX * kK;
 constexpr int kTensorBytes = kBuffers * 2 * kSlice * 2;
-// Rows of tiles of c in a band, which blocks take column by column: what runs at a time then shares
-// rows of a and columns of b in the second-level cache; along a wide c, each row would read all of b
-// again.
+// Rows of tiles of c in a band, which blocks take column by column: what runs at a time then
+// shares rows of a and columns of b in the second-level cache; along a wide c, each row would read
+// all of b again.
 constexpr int kBand = 8;
 
 // Where a run of eight elements lies in a slice, whose vectors run along k or not. Runs that
