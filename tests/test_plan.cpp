@@ -284,6 +284,17 @@ TEST(large_clusters_are_planned) {
 
 // ---- machines
 
+TEST(a_gpu_has_the_links_of_the_machine_that_it_is) {
+  const std::pair<const char*, const char*> names[] = {{"NVIDIA H200", "h200"},
+                                                       {"NVIDIA H100 80GB HBM3", "h100"},
+                                                       {"NVIDIA H100 PCIe", "rtx4090"},
+                                                       {"NVIDIA A100-SXM4-80GB", "a100-80g"},
+                                                       {"NVIDIA RTX A1000 Laptop GPU", "rtx4090"},
+                                                       {"NVIDIA GeForce RTX 4090", "rtx4090"}};
+  for (const auto& [gpu, machine] : names) CHECK_EQ(links_of(gpu), machine, gpu);
+  measured(std::size(names), " names");
+}
+
 TEST(a_machines_mistakes_get_a_sentence_each) {
   const std::string good = R"(peak 1 : a
 f32 1 : a

@@ -196,13 +196,11 @@ static double rate_of_product(Dtype dtype, int64_t rows, int64_t inner) {
          best_of_three([&] { product(c, a, false, b, false, 0); });
 }
 
-// The built-in machine whose links a GPU of that name is taken to have
-static std::string links_of(std::string gpu) {
-  std::erase(gpu, ' ');
+std::string links_of(std::string gpu) {
   for (char& c : gpu) c = char(tolower(c));
   const auto has = [&](const std::string& word) {
     const size_t at = gpu.find(word);
-    return at != gpu.npos && !isdigit(gpu[std::min(at + word.size(), gpu.size() - 1)]);
+    return at != gpu.npos && !isdigit(gpu[at + word.size()]);  // an A1000 is no A100
   };
   for (const std::string& name : machine_names())
     if (has(name.substr(0, name.find('-'))) && !has("pcie")) return name;

@@ -52,6 +52,8 @@ std::vector<std::string> machine_names();
 Machine read_machine(const std::string& name_or_file);
 Machine parse_machine(const std::string& name, const std::string& text);
 std::string to_text(Machine machine);
+// The built-in machine whose links a GPU of that name, as its driver has it, is taken to have
+std::string links_of(std::string gpu);
 // This one: products and copies are timed now. Ranks beyond its cores share them: each of `ranks`
 // gets as large a part.
 Machine measure_machine(int64_t ranks);
