@@ -12,7 +12,7 @@ MAKEFLAGS += -r# no rules but those below
 
 THREADS ?= $(shell nproc)
 WERROR  ?=# -Werror (as .ci/run has it): another compiler's warnings do not stop a user
-OPTIMIZE ?= -O2 -g1# of what is no kernel
+OPTIMIZE ?= -O1 -g1# of what is no kernel: -O2 compiles longer and runs no faster
 COMM    ?= nccl
 # MPICH, though another MPI may be there; looked for at each use, since `make deps` may come first
 MPICXX  ?= $(or $(shell command -v mpicxx.mpich 2>/dev/null),mpicxx)

@@ -27,6 +27,7 @@ else ifneq ($(filter-out cuda,$(BACKEND)),)
   $(error BACKEND is '$(BACKEND)', expected cpu or cuda)
 endif
 LINK ?= $(MPICXX)
+$(B)/obj/cpu/nccl/%: private CXXFLAGS += -O2# sums of what ranks have
 
 ifneq ($(STANDIN),)
   CXXFLAGS += $(if $(filter faithful,$(BACKEND)),-Ikernels -Icpu/cuda,-Icpu/cuda -Ikernels) \

@@ -9,7 +9,7 @@ packages="mpich libmpich-dev libdnnl-dev nlohmann-json3-dev libxxhash-dev"
 
 # probe BACKEND COMM LINK LIBS
 probe() {
-  local dir=build/$1 headers="mpi.h nlohmann/json.hpp xxhash.h" call need
+  local dir=build/$1 headers="mpi.h nlohmann/json_fwd.hpp xxhash.h" call need
   mkdir -p "$dir" || {
     echo "make: nothing can be built here, since build/ cannot be written (above)"
     return 1

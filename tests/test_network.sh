@@ -169,15 +169,22 @@ if [ ! -c /dev/net/tun ]; then
   exit $((failed > 0))
 fi
 labs() { ip netns list | grep -oE '^3f[0-9]+-(fast|1gbit|300mbit|100mbit|1ms)-.*'; }
+# under_way SIGNAL: INT comes while links are calibrated, TERM while layouts train
+under_way() {
+  if [ "$1" = TERM ]; then grep -q replicate "$dir/experiment"; else
+    labs | while read -r lab _; do ip netns pids "$lab"; done | grep -q .
+  fi
+}
 for signal in INT TERM; do
   interrupted experiment make -s BACKEND=cpu network
   for i in $(seq 1200); do
-    grep -q replicate "$dir/experiment" && break
+    under_way $signal && break
     sleep 0.1
   done
+  check make_network_is_under_way_when_${signal}_comes "under_way $signal" "" \
+    "$(tail -1 "$dir/experiment")"
   kill -$signal -- -$job
-  check make_network_that_is_ended_by_${signal}_leaves_nothing \
-    "grep -q replicate '$dir/experiment' && none_left labs" "" \
+  check make_network_that_is_ended_by_${signal}_leaves_nothing "none_left labs" "" \
     "$(tail -1 "$dir/experiment"); $(labs)"
 done
 $nodes up 2 1gbit 2000
