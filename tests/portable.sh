@@ -29,8 +29,13 @@ system() {
     inside "$root" "cd / && apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get \
       install -y -qq --no-install-recommends $*" && touch "$root/ready" || return
   fi
-  mkdir -p "$root/threefold"
-  git ls-files -z | tar --null -T - -cf - | tar -xf - -C "$root/threefold"
+  copy_to "$root/threefold"
+}
+# copy_to DIRECTORY: the project, beside what was built there
+copy_to() {
+  mkdir -p "$1"
+  find "$1" -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+  git ls-files -z | tar --null -T - -cf - | tar -xf - -C "$1"
 }
 # inside ROOT COMMAND: in the project's copy there; what is mounted for it is gone afterwards
 inside() {
@@ -96,8 +101,7 @@ on_clang() {
   command -v clang++ >/dev/null && [ -e /usr/lib/llvm-*/lib/libomp.so ] \
     || apt-get install -y -qq --no-install-recommends clang libomp-dev
   local copy=$place/clang
-  mkdir -p "$copy"
-  git ls-files -z | tar --null -T - -cf - | tar -xf - -C "$copy"
+  copy_to "$copy"
   export MPICH_CXX=clang++
   step clang_builds clang-build make -C "$copy" BACKEND=cpu -j"$(nproc)" build || return
   OMP_NUM_THREADS=2 "$copy/build/cpu/train_gpt" --steps 1 --layers 1 >"$logs/clang-train" 2>&1
