@@ -84,7 +84,7 @@ std::vector<std::string> schedule_names() {
   return names;
 }
 
-const ScheduleRow& schedule_row(const std::string& name) {
+const ScheduleRow& schedule_row(std::string_view name) {
   std::string names;
   for (const ScheduleRow& row : kRows) {
     if (row.name == name) return row;

@@ -134,7 +134,7 @@ struct ScheduleRow {
   // The number of micro-batches must be a multiple of this.
   int divisor(int stages) const { return place == Place::ring ? stages : 1; }
 };
-const ScheduleRow& schedule_row(const std::string& name);  // or a sentence that lists the names
+const ScheduleRow& schedule_row(std::string_view name);  // or a sentence that lists the names
 std::vector<std::string> schedule_names();
 
 // Refuses what a schedule does not allow with a sentence. chunks 0: as many as the row says.

@@ -55,9 +55,10 @@ static void check_weights(int64_t step, const Job& job, Trainer& trainer, const 
   });
 }
 
-// A signal to any rank ends the training of all after one and the same step; collective.
-static bool stopped() {
-  int mine = signal_came(), any = 0;
+// A signal to any rank, or an error of its own, ends the work of all after one and the same step;
+// collective.
+static bool stopped(const std::string& error = "") {
+  int mine = signal_came() || !error.empty(), any = 0;
   MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, Finished());
   return any != 0;
 }
@@ -80,7 +81,7 @@ static void print_sample(const Options& o, const TrainingData& data, Trainer& tr
     const std::vector<int> window(tokens.end() - std::min<int64_t>(tokens.size(), T), tokens.end());
     tokens.push_back(
         pick(trainer.next_logits(window), {.temperature = 0.8, .seed = uint64_t(o.seed)}, i));
-    if (tokens.back() == data.tokenizer->end_of_text()) break;
+    if (stopped() || tokens.back() == data.tokenizer->end_of_text()) break;
     add(tokens.back());
   }
   if (prints) printf("\n---\n");
@@ -113,6 +114,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
     });
   };
   double first_loss = 0, loss = 0;
+  std::string error;  // of the metrics, which are not worth what was trained
   int64_t step = resumed;
   at_work = steps;
   Batch batch = read(step + 1);
@@ -132,8 +134,8 @@ static void train(const Options& o, const TrainingData& training, const Job& job
       });
       progress.say(step, format("held-out loss %.4f", *record.held_out_loss));
     }
-    metrics.step(record);
-    last = stopped() || step == o.steps;
+    error = error_of([&] { metrics.step(record); });
+    last = stopped(error) || step == o.steps;
     const bool due = last || (o.save_every && step % o.save_every == 0),
                saves = due && !o.checkpoint.empty();
     if (last || saves) check_weights(step, job, trainer, batch);
@@ -142,6 +144,8 @@ static void train(const Options& o, const TrainingData& training, const Job& job
       watch.at_files([&] { progress.say(step, save_training(o, data, step, job, mesh, trainer)); });
     }
   }
+  REQUIRE(error.empty(), error, ": stopped after step ", step,
+          o.checkpoint.empty() ? "" : ", which is saved");
   if (step < o.steps) {
     progress.say(step, o.checkpoint.empty()
                            ? "stopped by a signal; without --checkpoint nothing is saved"
@@ -157,7 +161,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
            loss, step, progress.summary(flops_per_token(trainer.gpt.config)).c_str());
   compare_with_theory(mesh, trainer, step - resumed, progress.step_time(), metrics);
   if (o.profile) profile.print(trainer, o.batch, prints);
-  if (trace && !trace->empty()) trace->write();
+  if (trace && !trace->empty()) watch.at_files([&] { trace->write(); });
 }
 
 // ---- main
@@ -165,11 +169,16 @@ static void train(const Options& o, const TrainingData& training, const Job& job
 int main(int argc, char** argv) {
   Options o;
   TrainingData data;
-  const auto prepare = [&](const Job& job) {
-    o.command = join({argv + 1, argv + argc}, " ");
+  const auto refuse_used = [&] {
     REQUIRE(o.checkpoint.empty() || o.resume || checkpoints_in(o.checkpoint).empty(),
             "--checkpoint: ", o.checkpoint,
             " holds checkpoints already: give --resume to go on from them, or another directory");
+  };
+  const auto prepare = [&](const Job& job) {
+    o.command = join({argv + 1, argv + argc}, " ");
+    refuse_used();
+    REQUIRE(!is_there(o.checkpoint + "/manifest.json"), "--checkpoint: ", o.checkpoint,
+            " is one step of a run: give the run's directory, and --resume-step");
     if (o.resume) take_sizes(o);
     data.find_tokenizer(o);
     resolve(o, device().is_gpu);
@@ -186,8 +195,15 @@ int main(int argc, char** argv) {
     std::optional<DirectoryLock> lock;
     on_first_rank(job, [&] {
       if (!o.checkpoint.empty()) lock.emplace(o.checkpoint);
+      refuse_used();  // by one that has ended since
     });
-    data.meet(o, job);
+    if (!o.checkpoint.empty()) {
+      const std::string path = o.checkpoint + "/lock",
+                        differ = differences({{"the lock in the directory of --checkpoint",
+                                               is_there(path) ? read_file(path) : "none"}});
+      REQUIRE(differ.empty(), differ, ": is it the same directory?");
+    }
+    watch.at_files([&] { data.meet(o, job); });
     train(o, data, job, mesh, watch);
   };
   const char* usage =

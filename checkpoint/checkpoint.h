@@ -104,10 +104,14 @@ void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part 
 class DirectoryLock {
  public:
   explicit DirectoryLock(const std::string& dir);
-  ~DirectoryLock() { unlink(path_.c_str()); }
+  ~DirectoryLock() {
+    if (is_mine()) unlink(path_.c_str());
+  }
   DirectoryLock(const DirectoryLock&) = delete;
 
  private:
+  std::string opened() const { return sentence("/proc/self/fd/", file_->fd); }
+  bool is_mine() const;  // not another one, made after somebody has removed this one
   const std::string path_;
   std::optional<OpenFile> file_;
 };

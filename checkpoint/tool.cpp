@@ -3,6 +3,8 @@
 // idea      one process, no mesh: a checkpoint's pieces are read as if by a rank that owns
 //           everything
 // test      tests/test_checkpoint.sh; tests/huggingface.py opens what `export` writes
+#include <algorithm>
+#include <cmath>
 #include <csignal>
 #include <filesystem>
 
@@ -116,6 +118,8 @@ static void export_weights(const std::string& path, const std::string& dir) {
 static ModelSize read_config(const std::string& path) {
   ModelSize m;
   read_json(path, read_file(path), [&](json config) {
+    REQUIRE(config.value("model_type", "gpt2") == "gpt2", "its model_type is ",
+            config["model_type"], ", and this model is gpt2");
     for (const SizeOption& s : kSizes) {
       m.*s.member = whole_number(config.at(s.hugging_face), s.most);
       REQUIRE(m.*s.member > 0, s.hugging_face, " is 0");
@@ -142,6 +146,10 @@ static StoredArrays read_weights(const std::string& dir) {
       for (const auto& [tensor, part] : file.at("weight_map").items()) parts.insert(part);
       REQUIRE(!parts.empty(), "its weight_map names no file");
     });
+  else
+    REQUIRE(is_there(whole), dir,
+            " has no model.safetensors: where it has weights of another "
+            "kind, transformers' save_pretrained makes it");
   StoredArrays all;
   for (const fs::path part : parts) {
     REQUIRE(part == part.filename(), index, " names a file of another directory, ", part);
@@ -174,16 +182,22 @@ static void import_weights(const std::string& dir, const std::string& path) {
     const Shape shape = file_shape(*p);
     REQUIRE(from.shape == shape, from.file.path, ": ", p->name, " is of shape ",
             to_string(from.shape), "; by config.json it should be ", to_string(shape));
-    arrays.push_back({p->name, shape, Dtype::f32,
-                      [from](void* to) { from.read(0, elements(from.shape), Dtype::f32, to); }});
+    arrays.push_back(
+        {p->name, shape, Dtype::f32, [from](void* to) {
+           const int64_t n = elements(from.shape);
+           from.read(0, n, Dtype::f32, to);
+           const std::span numbers(static_cast<const float*>(to), n);
+           REQUIRE(std::ranges::all_of(numbers, [](float x) { return std::isfinite(x); }),
+                   from.file.path, " has weights that are not finite");
+         }});
   }
   for (const auto& [name, left] : all)  // causal masks may be there, too
     REQUIRE(name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias"), left.file.path,
             ": the model of config.json has no ", name);
   make_directory(path);
   const DirectoryLock lock(path);
-  copy_tokenizer(dir, path);
   write_whole_checkpoint(path, {0, m, {}, Dtype::f32, 0, "", "imported from " + dir}, arrays);
+  copy_tokenizer(dir, path);
   describe(Checkpoint(newest_path(path)));
 }
 

@@ -32,9 +32,10 @@ int64_t resume_training(const Options& o, const Dataset& data, const Job& job, T
   const std::string model = to_string(saved.model), mine = to_string(o.model);
   REQUIRE(model == mine, c->path, " holds a model of ", model, ", and this one has ", mine,
           ": give --model and its sizes as it was trained");
-  REQUIRE(!imported || !data.is_text() || o.model.vocab == 256, c->path,
-          " was imported without a tokenizer, so bytes of text are not its tokens: give "
-          "--tokenizer DIR");
+  REQUIRE(o.model.vocab == 256 || !data.is_text() ||
+              saved.data.find(", text:") != std::string::npos,
+          c->path,
+          " was not trained on bytes, so bytes of text are not its tokens: give --tokenizer DIR");
   REQUIRE(saved.step < o.steps, c->path, " has ", saved.step,
           " steps already: give more --steps than that");
   resume(*c, trainer.optimizer());

@@ -191,6 +191,7 @@ int main(int argc, char** argv) {
     auto given = values_of(table(o));
     if (checkpoint)
       given.emplace_back("the checkpoint", content_of({checkpoint->path + "/manifest.json"}));
+    given.emplace_back("the tokenizer's checksum", sentence(tokenizer->key()));
     return given;
   };
   const auto work = [&](const Job& job, Mesh& mesh, Watch& watch) {

@@ -7,6 +7,7 @@
 
 #include "inference/unicode_table.h"
 #include "support/json.h"
+#include "support/metrics.h"
 
 using nlohmann::json;
 
@@ -73,10 +74,16 @@ Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : vocab_(vocab
     read_json(one, text, [&](const json& file) { read_tokenizer_json(file); });
   } else {
     const std::string words = read_file(base + kTokenizerFiles[1]),
-                      merges = read_file(base + kTokenizerFiles[2]);
-    key_ = checksum(words + merges);
+                      merges = read_file(base + kTokenizerFiles[2]),
+                      more = base + kTokenizerFiles[3],
+                      added = is_there(more) ? read_file(more) : "{}";
+    key_ = checksum(words + merges + added);
+    read_json(more, added, [&](const json& tokens) {
+      for (const auto& [text, number] : tokens.items()) add_special(number, text);
+    });
     read_json(base + "vocab.json or merges.txt", words, [&](const json& vocabulary) {
-      if (vocabulary.contains(kEndOfText)) add_special(vocabulary[kEndOfText], kEndOfText);
+      if (vocabulary.contains(kEndOfText) && !tokens_.contains(kEndOfText))
+        add_special(vocabulary[kEndOfText], kEndOfText);
       json model = {{"vocab", vocabulary}, {"merges", json::array()}};
       std::istringstream lines(merges);
       for (std::string line; std::getline(lines, line);)
@@ -101,7 +108,9 @@ void Tokenizer::add(int64_t token, const std::string& text) {
 }
 
 void Tokenizer::add_special(const json& number, const std::string& text) {
-  add(whole_number(number, kLargest), text);
+  const int64_t token = whole_number(number, kLargest);
+  if (vocab_ && token >= vocab_) return;  // as padding is, which no model has seen
+  add(token, text);
   special_.push_back(tokens_.at(text));
 }
 
@@ -121,8 +130,8 @@ void Tokenizer::read_tokenizer_json(const json& file) {
     "/model/ignore_merges": false})");
   for (const auto& [place, value] : gpt2.items()) {
     const json found = file.value(json::json_pointer(place), value);
-    REQUIRE(found == value || found.is_null() || found == "", place.substr(1), " is ", found,
-            "; GPT-2's encoding has ", value);
+    REQUIRE(found == value || found.is_null() || found == "" || found == 0, place.substr(1), " is ",
+            found, "; GPT-2's encoding has ", value);
   }
   const json after = file.value("post_processor", json());
   REQUIRE(after.is_null() || after.at("type") == "ByteLevel" ||
@@ -276,9 +285,15 @@ bool has_tokenizer(const std::string& directory) {
 
 void copy_tokenizer(const std::string& from, const std::string& to) {
   namespace fs = std::filesystem;
-  for (const fs::path name : kTokenizerFiles)
-    if (is_there(from / name) && !fs::equivalent(from, to))
-      write_file(to / name, read_file(from / name));
+  if (!from.empty() && fs::equivalent(from, to)) return;
+  for (const fs::path name : kTokenizerFiles) {
+    const bool brings = !from.empty() && is_there(from / name),
+               is_same =
+                   brings && is_there(to / name) && read_file(from / name) == read_file(to / name);
+    if (is_same) continue;
+    put_aside(to / name, "tokens");
+    if (brings) write_file(to / name, read_file(from / name));
+  }
 }
 
 void show(const std::string& bytes) {

@@ -17,8 +17,8 @@
 #include "support/files.h"
 
 // The files that a tokenizer may be read from.
-inline constexpr std::array<const char*, 3> kTokenizerFiles = {"tokenizer.json", "vocab.json",
-                                                               "merges.txt"};
+inline constexpr std::array kTokenizerFiles = {"tokenizer.json", "vocab.json", "merges.txt",
+                                               "added_tokens.json"};
 
 class Tokenizer {
  public:
@@ -57,7 +57,8 @@ class Tokenizer {
 };
 
 bool has_tokenizer(const std::string& directory);  // one of kTokenizerFiles
-// The files in `from` go to `to`; in one directory they stay.
+// The files in `from`, or none if it is empty, go to `to`, where others of these names are put
+// aside; in one directory they stay.
 void copy_tokenizer(const std::string& from, const std::string& to);
 // What a terminal may see of a text: no control characters.
 void show(const std::string& bytes);

@@ -1,6 +1,7 @@
 // training_data.cpp: see training_data.h.
 #include "inference/training_data.h"
 
+#include "checkpoint/checkpoint.h"
 #include "inference/text_shards.h"
 #include "launch/environment.h"
 
@@ -9,7 +10,8 @@ void TrainingData::find_tokenizer(Options& o) {
   REQUIRE(given.empty() || has_tokenizer(given), "--tokenizer: ", given,
           " has neither tokenizer.json nor vocab.json and merges.txt");
   // the checkpoints have it from an earlier --tokenizer, or from an import
-  directory_ = has_tokenizer(o.checkpoint) ? o.checkpoint : given;
+  const bool kept = has_tokenizer(o.checkpoint) && !checkpoints_in(o.checkpoint).empty();
+  directory_ = kept ? o.checkpoint : given;
   if (directory_.empty()) return;
   tokenizer.emplace(directory_, o.model.vocab);
   REQUIRE(given.empty() || tokenizer->key() == Tokenizer(given, 0).key(), "--tokenizer ", given,
@@ -24,8 +26,7 @@ void TrainingData::open(Options& o, const Job& job) {
 
 void TrainingData::meet(Options& o, const Job& job) {
   // not before every rank has looked for one there
-  if (!directory_.empty() && !o.checkpoint.empty() && job.rank == 0)
-    copy_tokenizer(directory_, o.checkpoint);
+  if (!o.checkpoint.empty() && job.rank == 0) copy_tokenizer(directory_, o.checkpoint);
   if (!tokens) read(o, job);
   // what is in the files, wherever a node has them
   const std::string differ = differences({{"the data", content_of(tokens->paths)}});

@@ -11,7 +11,9 @@ refuse() {
   exit 1
 }
 what=$1 strategy=${STRATEGY:-replicate}
-eval "args=(${ARGS:-})" # words, as a shell reads them
+# words, as a shell reads them
+(eval "args=(${ARGS:-})") 2>/dev/null && eval "args=(${ARGS:-})" \
+  || refuse "ARGS is no list of words, as a shell reads them: ${ARGS:-}"
 [ -z "${WHY:-}" ] || [ "$BACKEND" != cpu ] || echo "no GPU is used: $WHY"
 
 # start RANKS PROGRAM ARGS...
@@ -84,13 +86,13 @@ if [ "$what" = replay ]; then
     || refuse "the replay has a --trace of its own; PAGE=file.html says where"
   # short sequences, so that activations do not dwarf the weights
   page=${PAGE:-build/replay.html}
+  [ -n "${PAGE:-}" ] || rm -f build/replay.json
   command+=(--trace "${page%.html}.json")
   default --context 32
   sequences=$ranks
   [[ $strategy != pp && $strategy != 3d ]] || sequences=$((2 * ranks)) # more micro-batches
   default --batch $sequences
   default --steps 3
-  rm -f "${page%.html}.json"
   start "$ranks" "${command[@]}" "${args[@]}" || exit
   report/replay.sh "${page%.html}.json" "$page" || exit
   echo "replay: $page"

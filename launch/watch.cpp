@@ -93,8 +93,8 @@ void Watch::look() {
       mine_->progress_ms += slept;
       woke_ms_ = now;
     }
-    if (bytes_moved != moved) progress();
-    moved = bytes_moved;
+    if (bytes_moved + op_times.begun != moved) progress();
+    moved = bytes_moved + op_times.begun;
     mine_->heartbeat_ms = now;
     ask_nccl();
     answer();

@@ -3,7 +3,7 @@
 // idea      each rank keeps a record (last collective, step, a heartbeat) in memory that the ranks
 //           of its node share, so that the record of a stopped or killed rank can still be read. A
 //           thread a rank looks at it: a rank that has made no progress (entered no collective,
-//           read no sequence, begun no step, moved no bytes of a file) for `timeout` seconds
+//           begun no op or step, read no sequence, moved no bytes of a file) for `timeout` seconds
 //           reports where everybody stands and ends the job. The thread also asks NCCL for errors
 //           that no call returns. A child process of each node's first rank holds the other end
 //           of a pipe from each rank and names the rank whose

@@ -108,7 +108,7 @@ void show(const ShowOptions& o) {
          s.stages - 1, formula.c_str());
   if (o.actions) print_lists(s);
   if (o.svg.empty()) return;
-  if (std::filesystem::is_symlink(o.svg)) put_aside(o.svg, "drawings");
+  put_aside(o.svg, "drawings");
   std::ofstream file(o.svg);
   file << draw_svg(s, t, to_string(s), units ? "forwards of one chunk" : "the unit of --times");
   REQUIRE(file.flush().good(), "cannot write ", o.svg);

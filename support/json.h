@@ -19,6 +19,7 @@ template <class Read> void read_json(const std::string& path, std::string_view t
   const std::string error = error_of([&] {
     // where nlohmann stops reading
     REQUIRE(text.find('\0') == text.npos, "a zero byte stands in it");
+    REQUIRE(!text.starts_with("\xef\xbb\xbf"), "it begins with a byte-order mark");  // passed over
     std::vector<std::set<std::string>> names;  // of the objects around
     const auto json = nlohmann::json::parse(text, [&](int, Event event, const auto& name) {
       if (event == Event::object_start) names.emplace_back();

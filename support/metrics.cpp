@@ -28,13 +28,20 @@ Metrics::Metrics(const std::string& path, int64_t resumed) : path_(path) {
   std::error_code none;
   if (resumed == 0) put_aside(path, "metrics");
   else if (fs::is_regular_file(path, none)) {
-    std::istringstream lines(read_file(path));
-    int64_t kept = 0, step;
+    const std::string text = read_file(path);
+    std::istringstream lines(text);
+    size_t kept = 0;
+    int64_t step;
     // what a killed run began has no end of line
     for (std::string line; std::getline(lines, line) && !lines.eof(); kept += line.size() + 1)
       if (sscanf(line.c_str(), "{\"step\":%ld", &step) == 1 && step > resumed) break;
-    fs::resize_file(path, kept);
+    if (kept < text.size()) {
+      put_aside(path, "metrics");
+      write_file(path, text.substr(0, kept));
+    }
   }
+  // what is printed and what is written here may go to one file
+  if (path.starts_with("/dev/")) fcntl(STDOUT_FILENO, F_SETFL, O_APPEND);
   file_.emplace(path, O_WRONLY | O_CREAT | O_APPEND);
 }
 

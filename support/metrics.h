@@ -27,8 +27,8 @@ void put_aside(const std::string& path, const std::string& what);
 class Metrics {  // JSON lines; what JSON cannot say, infinities and NaN, is null
  public:
   // path empty: nothing is written. One that cannot be written fails here, before training. A run
-  // that resumes after some steps keeps what was written up to the last of those; one that begins
-  // at step 1 puts aside whatever an earlier run has written.
+  // that resumes after some steps goes on behind the last of those, and one that begins at step 1
+  // begins anew; a file with more than that is put aside whole.
   explicit Metrics(const std::string& path, int64_t resumed = 0);
   void step(const StepRecord& r);
   void line(const nlohmann::ordered_json& object);

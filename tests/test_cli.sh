@@ -271,6 +271,38 @@ refuses a_probability_above_one_is_refused "--top-p 2 is above 1" $model --top-p
 refuses words_without_a_tokenizer_are_refused "'hello' is no token" --layers 1 --width 8 --heads 1 \
   --vocab 1000 --prompt hello
 
+# ---- where a run writes
+
+little="--model tiny --layers 1 --width 16 --heads 1 --context 16 --batch 2 --data README.md"
+train=build/cpu/train_gpt
+$train $little --steps 4 --save-every 2 --checkpoint "$dir/run" --metrics "$dir/run.jsonl" \
+  >"$dir/out" 2>&1
+refuses one_step_is_no_run "is one step of a run" --checkpoint "$dir/run/step-00000004" --resume
+cp "$dir/run.jsonl" "$dir/was.jsonl"
+$train $little --steps 5 --resume --resume-step 2 --checkpoint "$dir/run" \
+  --metrics "$dir/run.jsonl" >"$dir/out" 2>&1
+check metrics_of_steps_that_come_again_are_put_aside \
+  "cmp $dir/was.jsonl $dir/run.jsonl.1 && [ \$(grep -c step\\\" $dir/run.jsonl) = 5 ]" "" \
+  "$(tail -1 "$dir/out")"
+printf 'my notes' >"$dir/notes"
+$train $little --steps 6 --resume --checkpoint "$dir/run" --metrics "$dir/notes" >"$dir/out" 2>&1
+check what_is_no_metrics_is_put_aside "[ '$(cat "$dir/notes.1")' = 'my notes' ]" "" \
+  "$(tail -1 "$dir/out")"
+$train $little --steps 3 --metrics /dev/stdout 2>"$dir/err" | cat >"$dir/out"
+check metrics_go_into_a_pipe "[ \$(grep -c '^{\"step' $dir/out) = 3 ]" "" "$(cat "$dir/err")"
+$train $little --steps 3 --metrics /dev/stdout >"$dir/out" 2>"$dir/err"
+check metrics_and_what_is_printed_go_into_one_file \
+  "[ \$(grep -c '^{\"step' $dir/out) = 3 ] && grep -q '^speed' $dir/out" "" "$(cat "$dir/err")"
+$train $little --steps 50 --checkpoint "$dir/full" --metrics /dev/full >"$dir/out" 2>"$dir/err"
+status=$?
+check metrics_that_cannot_be_written_cost_no_training \
+  "[ $status = 1 ] && grep -q 'stopped after step 1, which is saved' $dir/err &&
+   build/checkpoint verify $dir/full >/dev/null" "" "status $status: $(cat "$dir/err")"
+timeout -s TERM 10 $train $little --steps 2 --sample 100000000 --checkpoint "$dir/long" \
+  >"$dir/out" 2>"$dir/err"
+check a_signal_ends_the_sample "grep -q '^speed' $dir/out && [ ! -e $dir/long/lock ]" "" \
+  "$(tail -c 300 "$dir/err")"
+
 # ---- make run, make replay and make generate: the command that they come to
 
 mkdir "$dir/made"
@@ -287,6 +319,10 @@ for name in "a b.txt" "it's.txt" 'two " $HOME `ls` # %.txt'; do
   check "make_run_takes_data_of_any_name: $name" 'grep -qF -- "$said" "$dir/out" &&
     grep -q -- "--steps 3 --sample 2 0$" "$dir/out"' "" "$(tail -3 "$dir/out")"
 done
+make BACKEND=cpu run ARGS="--steps 5 --checkpoint it's" >"$dir/out" 2>&1
+status=$?
+check words_with_half_a_quote_are_refused \
+  '[ $status != 0 ] && grep -q "ARGS is no list of words" "$dir/out"' "" "$(tail -1 "$dir/out")"
 make BACKEND=cpu run NP=two >"$dir/out" 2>&1
 status=$?
 check a_number_of_ranks_that_is_none_is_refused \

@@ -110,6 +110,27 @@ headline one_rank_refuses_a_context_that_does_not_fit \
   four_ranks_train_on_a_context_that_one_refuses_under_the_same_cap 2 12 cp --model tiny \
   --layers 2 --width 64 --heads 4 --context 2048 --batch 1 --dtype f32
 
+# A step of many micro-batches without a collective, and a trace that takes its time
+if OMP_NUM_THREADS=1 timeout 120 $MPIEXEC -n 2 $train --model tiny --layers 2 --width 64 \
+  --heads 2 --context 128 --batch 512 --microbatch 1 --replicate 2 --steps 1 --timeout 1 \
+  --trace "$dir/t.json" --metrics "$dir/m.jsonl" >"$dir/out" 2>&1; then
+  ok a_step_longer_than_the_timeout_is_no_hang \
+    "$(grep -o '"step_ms":[0-9.]*' "$dir/m.jsonl") with --timeout 1"
+else
+  fail a_step_longer_than_the_timeout_is_no_hang "$(tail -3 "$dir/out")"
+fi
+mkdir "$dir/here" "$dir/there"
+alike="$PWD/$train --model tiny --layers 1 --width 16 --heads 1 --context 16 --batch 2 --steps 2"
+alike="$alike --data $PWD/README.md --replicate 2 --checkpoint c"
+if timeout 60 $MPIEXEC -wdir "$dir/here" -n 1 $alike : -wdir "$dir/there" -n 1 $alike \
+  >"$dir/out" 2>&1; then
+  fail ranks_with_two_directories_of_one_name_are_refused "status 0"
+elif grep -q 'is it the same directory?' "$dir/out"; then
+  ok ranks_with_two_directories_of_one_name_are_refused
+else
+  fail ranks_with_two_directories_of_one_name_are_refused "$(tail -3 "$dir/out")"
+fi
+
 # Every rank's timeline, and its share of time in communication
 if OMP_NUM_THREADS=1 timeout 120 $MPIEXEC -n 4 $train --pp 2 --tp 2 --schedule zb --recompute \
   --layers 2 --width 32 --heads 2 --context 32 --steps 2 --trace "$dir/t.json" \

@@ -144,8 +144,70 @@ says another_tokenizer_than_the_checkpoints_is_refused "is not the one in" \
   --checkpoint "$dir/run-two" --resume --tokenizer "$dir/one"
 says a_directory_without_a_tokenizer_is_refused "has neither tokenizer.json nor vocab.json" \
   $size --tokenizer "$dir/plain"
-says bytes_for_a_model_of_other_tokens_are_refused "was imported without a tokenizer" \
+says bytes_for_a_model_of_other_tokens_are_refused "was not trained on bytes" \
   --checkpoint "$dir/in-head" --resume
+cp -r "$dir/run-two" "$dir/moved"
+rm "$dir"/moved/{vocab.json,merges.txt}
+says and_for_one_that_went_on_from_them_without_its_tokenizer "was not trained on bytes" \
+  --checkpoint "$dir/moved" --resume
+
+# ---- tokenizers of others
+
+mkdir "$dir"/{stale,sent,added,padded,bom,nan}
+cp "$dir/one/tokenizer.json" "$dir/stale"
+cp "$dir/one/tokenizer.json" "$dir/sent"
+$tool import "$dir/two" "$dir/stale" >"$dir/out" 2>&1
+$tool export "$dir/stale" "$dir/sent" >>"$dir/out" 2>&1
+for to in stale sent; do
+  check "another_tokenizer_that_was_there_is_put_aside_$to" "[ ! -e $dir/$to/tokenizer.json ] &&
+    cmp $dir/one/tokenizer.json $dir/$to/tokenizer.json.1 &&
+    cmp $dir/two/vocab.json $dir/$to/vocab.json" "$(grep -c aside "$dir/out")" "$(cat "$dir/out")"
+done
+cp "$dir"/two/* "$dir/added"
+echo '{"<|user|>": 260}' >"$dir/added/added_tokens.json"
+printf '<|user|>%.0s' $(seq 50) >"$dir/users.txt"
+$tool import "$dir/added" "$dir/run-added" >"$dir/out" 2>&1
+$train --checkpoint "$dir/run-added" --resume --data "$dir/users.txt" --batch 2 --steps 1 \
+  >>"$dir/out" 2>&1
+tokens=$(($(stat -c %s "$dir"/users.txt.*.bin) / 2 - 512))
+check what_added_tokens_lists_is_one_token_each \
+  "[ $tokens = 50 ] && [ -e $dir/run-added/added_tokens.json ]" "" "$tokens: $(cat "$dir/out")"
+cp "$dir"/one/* "$dir/padded"
+sed -i 's/"added_tokens": *\[/&{"id":304,"content":"[PAD]","special":true},/' \
+  "$dir/padded/tokenizer.json"
+$tool import "$dir/padded" "$dir/run-padded" >"$dir/out" 2>&1
+status=$?
+check an_added_token_that_the_model_does_not_have_is_left_out \
+  "[ $status = 0 ] && grep -q PAD $dir/padded/tokenizer.json" "" "$(cat "$dir/out")"
+
+# ---- what is refused
+
+cp "$dir"/plain/* "$dir/bom"
+cp "$dir"/plain/* "$dir/nan"
+python3 - "$dir" <<'PYTHON'
+import sys
+whole = open(sys.argv[1] + "/plain/model.safetensors", "rb").read()
+n = int.from_bytes(whole[:8], "little")
+header = b"\xef\xbb\xbf" + whole[8:8 + n]
+with open(sys.argv[1] + "/bom/model.safetensors", "wb") as bom:
+    bom.write(len(header).to_bytes(8, "little") + header + whole[8 + n:])
+with open(sys.argv[1] + "/nan/model.safetensors", "wb") as nan:
+    nan.write(whole[:-4] + b"\x00\x00\xc0\x7f")
+PYTHON
+not_imported() { # NAME 'what is said' DIRECTORY
+  $tool import "$dir/$3" "$dir/run-$1" >"$dir/out" 2>"$dir/err"
+  status=$?
+  check "$1" "[ $status = 1 ] && grep -qF -- '$2' $dir/err && [ ! -e $dir/run-$1/tokenizer.json ]" \
+    "$(sed "s#$dir/##g" "$dir/err" | head -c 140)" "status $status: $(cat "$dir/err")"
+}
+not_imported a_header_that_begins_with_a_mark_is_refused "byte-order mark" bom
+not_imported weights_that_are_no_numbers_are_refused "not finite" nan
+mkdir "$dir/llama"
+sed 's/"gpt2"/"llama"/; /n_layer/d' "$dir/plain/config.json" >"$dir/llama/config.json"
+not_imported a_model_of_another_kind_is_named 'its model_type is "llama"' llama
+mkdir "$dir/bin"
+cp "$dir/plain/config.json" "$dir/bin"
+not_imported weights_of_another_kind_get_a_hint "save_pretrained" bin
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

@@ -644,23 +644,28 @@ TEST(a_resumed_run_keeps_the_metrics_of_the_steps_before_it_and_loses_no_others)
     return s;
   };
   const std::string summary = "{\"summary\":true}\n", unfinished = "{\"step\":3,\"lo";
-  dir.write("m.jsonl", lines({1, 2}) + summary + lines({3, 4, 5}) + summary);
+  const std::string all = lines({1, 2}) + summary + lines({3, 4, 5}) + summary;
+  dir.write("m.jsonl", all);
   Metrics(path, 3).step({4, 1});
   CHECK_EQ(contents(path), lines({1, 2}) + summary + lines({3, 4}));
+  CHECK_EQ(contents(path + ".1"), all);
+  Metrics(path, 4).step({5, 1});  // nothing is too much there
+  CHECK(!fs::exists(path + ".2"));
   dir.write("m.jsonl", lines({1, 2}) + unfinished);  // as a killed run leaves it
   Metrics(path, 2).step({3, 1});
   CHECK_EQ(contents(path), lines({1, 2, 3}));
+  CHECK_EQ(contents(path + ".2"), lines({1, 2}) + unfinished);
   for (const int run : {1, 2}) {  // no checkpoint was found, perhaps by a mistyped name
     Metrics(path, 0).step({1, 1});
     CHECK_EQ(contents(path), lines({1}));
-    CHECK_EQ(contents(path + ".1"), lines({1, 2, 3}));
-    CHECK_EQ(fs::exists(path + ".2"), run == 2);
+    CHECK_EQ(contents(path + ".3"), lines({1, 2, 3}));
+    CHECK_EQ(fs::exists(path + ".4"), run == 2);
   }
   Metrics(dir.path + "/new.jsonl", 7).step({8, 1});
   CHECK_EQ(contents(dir.path + "/new.jsonl"), lines({8}));
   Metrics(path).step({2, 1});  // a run that does not resume begins anew, too
   CHECK_EQ(contents(path), lines({2}));
-  CHECK_EQ(contents(path + ".3"), lines({1}));
+  CHECK_EQ(contents(path + ".5"), lines({1}));
   fs::create_symlink(path, dir.path + "/link");
   Metrics(dir.path + "/link").step({3, 1});
   CHECK_EQ(contents(path), lines({2}));
