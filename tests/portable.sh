@@ -40,7 +40,8 @@ copy_to() {
 # inside ROOT COMMAND: in the project's copy there; what is mounted for it is gone afterwards
 inside() {
   unshare --mount bash -c '
-    mount --rbind /proc "$0/proc" && mount --rbind /dev "$0/dev" && cp /etc/resolv.conf "$0/etc/" &&
+    for of in proc sys dev; do mount --rbind /$of "$0/$of" || exit; done
+    cp /etc/resolv.conf "$0/etc/" &&
       exec chroot "$0" env -i HOME=/root LANG=C.UTF-8 PATH=/usr/bin:/bin:/usr/sbin:/sbin \
         bash -c "mkdir -p /threefold && cd /threefold && $1"' "$1" "$2"
 }

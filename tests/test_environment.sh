@@ -5,20 +5,11 @@
 set -u
 cd "$(dirname "$0")/.."
 train=build/cpu/train_gpt
-dir=$(mktemp -d)
-groups=()
+. tests/lib.sh
+groups=() skipped=0
 trap 'rm -rf "$dir"; for g in "${groups[@]}"; do rmdir "$g" 2>/dev/null; done' EXIT
-passed=0 failed=0 skipped=0
 unset OMP_NUM_THREADS
 export OMP_WAIT_POLICY=passive
-ok() {
-  echo "ok   $1  ${2:-}"
-  passed=$((passed + 1))
-}
-fail() {
-  echo "FAIL $1  ${2:-}"
-  failed=$((failed + 1))
-}
 skip() {
   echo "SKIP $1  ${2:-}"
   skipped=$((skipped + 1))
@@ -30,7 +21,6 @@ check() {
     fail "$1" "${4:-$(head -c 300 "$dir/err")}"
   fi
 }
-losses() { sed -n 's/.*"loss":\([^,]*\),.*/\1/p' "$1"; }
 # faults NAME SOURCE: a library of C functions that takes the place of others; its path
 faults() {
   echo "$2" | g++ -w -shared -fPIC -x c++ - -o "$dir/$1.so" -ldl
@@ -179,18 +169,13 @@ started() {
     sleep 0.05
   done
 }
-# process RANK: of the ranks that write to $dir/c
-process() {
-  for pid in $(pgrep -f "^$train .*$dir/c"); do
-    [ "$(tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | sed -n 's/^PMI_RANK=//p')" = "$1" ] \
-      && [ "$(ls "/proc/$pid/task" | wc -l)" -gt 1 ] && echo "$pid" && return
-  done
-}
+# the_child: of $job, of which it is the only one
+the_child() { tr -d ' ' <"/proc/$job/task/$job/children"; }
 saved="[ \$status = 0 ] && grep -q 'stopped by a signal; --resume goes on' $dir/out &&
   ls $dir/c/step-*/manifest.json >/dev/null"
 for signal in TERM INT HUP USR1 USR2 XCPU; do
   started env --default-signal="$signal" $train $run
-  child=$(pgrep -P $job -f "^$train")
+  child=$(the_child)
   open=$(grep -h '^SigBlk' /proc/"$child"/task/*/status)
   kill -$signal "$child"
   wait $job
@@ -208,14 +193,14 @@ check none_of_them_can_interrupt_a_thread "[ -n '$open' ] && [ $free -le 1 ]" \
   "$(tr '\n\t' '  ' <<<"$open")" "$open"
 for signal in USR1 HUP XCPU; do
   started mpiexec -n 2 $train $run --fsdp 2
-  kill -$signal "$(process 1)"
+  kill -$signal "$(rank_pids "$dir/c" 1)"
   wait $job
   status=$?
   check "SIG${signal}_to_one_rank_of_two_saves_and_ends_the_run" "$saved" "" \
     "status $status: $(tail -2 "$dir/out") $(cat "$dir/err")"
 done
 started nohup $train $run
-child=$(pgrep -P $job -f "^$train")
+child=$(the_child)
 kill -HUP "$child"
 before=$(wc -l <"$dir/m.jsonl")
 sleep 1
@@ -264,7 +249,7 @@ check verifying_for_longer_than_the_timeout_resumes \
   "[ $status = 0 ] && grep -q '^resume .*step-00000002' $dir/out" "" \
   "status $status: $(tail -2 "$dir/out") $(cat "$dir/err")"
 started $two --steps 1000000 --timeout 2
-ranks="$(process 0) $(process 1)"
+ranks="$(rank_pids "$dir/c" 0) $(rank_pids "$dir/c" 1)"
 kill -STOP $ranks
 sleep 4
 before=$(wc -l <"$dir/m.jsonl")
