@@ -144,9 +144,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
       watch.at_files([&] { progress.say(step, save_training(o, data, step, job, mesh, trainer)); });
     }
   }
-  REQUIRE(error.empty(), error, ": stopped after step ", step,
-          o.checkpoint.empty() ? "" : ", which is saved");
-  if (step < o.steps) {
+  if (step < o.steps && error.empty()) {
     progress.say(step, o.checkpoint.empty()
                            ? "stopped by a signal; without --checkpoint nothing is saved"
                            : "stopped by a signal; --resume goes on from here");
@@ -159,9 +157,15 @@ static void train(const Options& o, const TrainingData& training, const Job& job
   if (prints)
     printf("\nloss     %.4f at step %ld, %.4f at step %ld\nspeed    %s\n", first_loss, resumed + 1,
            loss, step, progress.summary(flops_per_token(trainer.gpt.config)).c_str());
-  compare_with_theory(mesh, trainer, step - resumed, progress.step_time(), metrics);
+  Metrics none("");
+  compare_with_theory(mesh, trainer, step - resumed, progress.step_time(),
+                      error.empty() ? metrics : none);
   if (o.profile) profile.print(trainer, o.batch, prints);
   if (trace && !trace->empty()) watch.at_files([&] { trace->write(); });
+  collectively(job, [&] {
+    REQUIRE(error.empty(), error, ": stopped after step ", step,
+            o.checkpoint.empty() ? "" : ", which is saved");
+  });
 }
 
 // ---- main
@@ -177,7 +181,8 @@ int main(int argc, char** argv) {
   const auto prepare = [&](const Job& job) {
     o.command = join({argv + 1, argv + argc}, " ");
     refuse_used();
-    REQUIRE(!is_there(o.checkpoint + "/manifest.json"), "--checkpoint: ", o.checkpoint,
+    REQUIRE(o.checkpoint.empty() || !is_there(o.checkpoint + "/manifest.json"),
+            "--checkpoint: ", o.checkpoint,
             " is one step of a run: give the run's directory, and --resume-step");
     if (o.resume) take_sizes(o);
     data.find_tokenizer(o);
@@ -197,11 +202,15 @@ int main(int argc, char** argv) {
       if (!o.checkpoint.empty()) lock.emplace(o.checkpoint);
       refuse_used();  // by one that has ended since
     });
-    if (!o.checkpoint.empty()) {
-      const std::string path = o.checkpoint + "/lock",
-                        differ = differences({{"the lock in the directory of --checkpoint",
+    const std::string path = o.checkpoint + "/lock";
+    // another node may see a new directory half a minute later
+    for (int tries = job.local_size < job.size ? 60 : 1; tries-- && !o.checkpoint.empty();) {
+      const std::string differ = differences({{"the lock in the directory of --checkpoint",
                                                is_there(path) ? read_file(path) : "none"}});
-      REQUIRE(differ.empty(), differ, ": is it the same directory?");
+      if (differ.empty()) break;
+      REQUIRE(tries, differ, ": is it the same directory?");
+      watch.progress();
+      sleep(1);
     }
     watch.at_files([&] { data.meet(o, job); });
     train(o, data, job, mesh, watch);

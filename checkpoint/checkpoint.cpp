@@ -263,7 +263,8 @@ DirectoryLock::DirectoryLock(const std::string& dir) : path_(dir + "/lock") {
   }
   const std::string me = sentence(host_name(), " ", getpid(), "\n");
   SYSTEM_CHECK(ftruncate(file_->fd, 0) == 0 &&
-                   pwrite(file_->fd, me.data(), me.size(), 0) == ssize_t(me.size()),
+                   pwrite(file_->fd, me.data(), me.size(), 0) == ssize_t(me.size()) &&
+                   (fsync(file_->fd) == 0 || errno == EINVAL),  // other nodes read it
                path_, " cannot be written");
 }
 

@@ -118,8 +118,9 @@ static void export_weights(const std::string& path, const std::string& dir) {
 static ModelSize read_config(const std::string& path) {
   ModelSize m;
   read_json(path, read_file(path), [&](json config) {
-    REQUIRE(config.value("model_type", "gpt2") == "gpt2", "its model_type is ",
-            config["model_type"], ", and this model is gpt2");
+    const json& kind = config["model_type"];
+    REQUIRE(kind.is_null() || kind == "gpt2", "its model_type is ", kind,
+            ", and this model is gpt2");
     for (const SizeOption& s : kSizes) {
       m.*s.member = whole_number(config.at(s.hugging_face), s.most);
       REQUIRE(m.*s.member > 0, s.hugging_face, " is 0");
@@ -196,8 +197,8 @@ static void import_weights(const std::string& dir, const std::string& path) {
             ": the model of config.json has no ", name);
   make_directory(path);
   const DirectoryLock lock(path);
-  write_whole_checkpoint(path, {0, m, {}, Dtype::f32, 0, "", "imported from " + dir}, arrays);
   copy_tokenizer(dir, path);
+  write_whole_checkpoint(path, {0, m, {}, Dtype::f32, 0, "", "imported from " + dir}, arrays);
   describe(Checkpoint(newest_path(path)));
 }
 

@@ -34,8 +34,8 @@ int64_t resume_training(const Options& o, const Dataset& data, const Job& job, T
           ": give --model and its sizes as it was trained");
   REQUIRE(o.model.vocab == 256 || !data.is_text() ||
               saved.data.find(", text:") != std::string::npos,
-          c->path,
-          " was not trained on bytes, so bytes of text are not its tokens: give --tokenizer DIR");
+          c->path, " was not trained on bytes last (", saved.data,
+          "), so they are not its tokens: give --tokenizer DIR");
   REQUIRE(saved.step < o.steps, c->path, " has ", saved.step,
           " steps already: give more --steps than that");
   resume(*c, trainer.optimizer());

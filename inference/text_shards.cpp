@@ -35,7 +35,7 @@ static std::string shard_of(const std::vector<std::string>& paths, const fs::pat
                             const Tokenizer& tokenizer, const std::string& directory,
                             const Say& say) {
   std::vector<MappedFile> texts;
-  std::string key = sentence(tokenizer.key());
+  std::string key = sentence(tokenizer.key(), " ", tokenizer.size());
   for (const std::string& path : paths)
     key += sentence(" ", checksum(texts.emplace_back(path).view));
   const std::string file =

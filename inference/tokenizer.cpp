@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <filesystem>
+#include <span>
 
 #include "inference/unicode_table.h"
 #include "support/json.h"
@@ -76,11 +77,12 @@ Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : vocab_(vocab
     const std::string words = read_file(base + kTokenizerFiles[1]),
                       merges = read_file(base + kTokenizerFiles[2]),
                       more = base + kTokenizerFiles[3],
-                      added = is_there(more) ? read_file(more) : "{}";
+                      added = is_there(more) ? read_file(more) : "";
     key_ = checksum(words + merges + added);
-    read_json(more, added, [&](const json& tokens) {
-      for (const auto& [text, number] : tokens.items()) add_special(number, text);
-    });
+    if (!added.empty())
+      read_json(more, added, [&](const json& tokens) {
+        for (const auto& [text, number] : tokens.items()) add_special(number, text);
+      });
     read_json(base + "vocab.json or merges.txt", words, [&](const json& vocabulary) {
       if (vocabulary.contains(kEndOfText) && !tokens_.contains(kEndOfText))
         add_special(vocabulary[kEndOfText], kEndOfText);
@@ -278,7 +280,8 @@ std::string Tokenizer::decode(int token) const {
 }
 
 bool has_tokenizer(const std::string& directory) {
-  return !directory.empty() && std::ranges::any_of(kTokenizerFiles, [&](const std::string& name) {
+  const std::span three(kTokenizerFiles.begin(), 3);  // the last only adds to two of them
+  return !directory.empty() && std::ranges::any_of(three, [&](const std::string& name) {
     return is_there(directory + "/" + name);
   });
 }
@@ -291,7 +294,7 @@ void copy_tokenizer(const std::string& from, const std::string& to) {
                is_same =
                    brings && is_there(to / name) && read_file(from / name) == read_file(to / name);
     if (is_same) continue;
-    put_aside(to / name, "tokens");
+    put_aside(to / name, "files");
     if (brings) write_file(to / name, read_file(from / name));
   }
 }

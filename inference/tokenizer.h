@@ -56,7 +56,7 @@ class Tokenizer {
   std::vector<int> special_;  // found in a text before it is cut into words; the longest first
 };
 
-bool has_tokenizer(const std::string& directory);  // one of kTokenizerFiles
+bool has_tokenizer(const std::string& directory);  // one of the first three
 // The files in `from`, or none if it is empty, go to `to`, where others of these names are put
 // aside; in one directory they stay.
 void copy_tokenizer(const std::string& from, const std::string& to);

@@ -12,8 +12,9 @@ refuse() {
 }
 what=$1 strategy=${STRATEGY:-replicate}
 # words, as a shell reads them
-(eval "args=(${ARGS:-})") 2>/dev/null && eval "args=(${ARGS:-})" \
+bash -nc "args=(${ARGS:-})" 2>/dev/null \
   || refuse "ARGS is no list of words, as a shell reads them: ${ARGS:-}"
+eval "args=(${ARGS:-})"
 [ -z "${WHY:-}" ] || [ "$BACKEND" != cpu ] || echo "no GPU is used: $WHY"
 
 # start RANKS PROGRAM ARGS...

@@ -16,7 +16,7 @@ static int64_t now_ms() {  // CLOCK_MONOTONIC, the same clock in every process o
 static std::string place_of(const WatchRecord& r) {  // "step 13, all_reduce #181 (fsdp)"
   std::string s = r.step < 0 ? "starting, " : sentence("step ", r.step, ", ");
   if (r.collectives == 0) return s + "no collective entered";
-  if (r.at_files) s += "at a checkpoint's files after ";
+  if (r.at_files) s += "at files after ";
   return s +
          sentence(name_of(Collective(r.collective.load())), " #", r.collectives, " (", r.axis, ")");
 }

@@ -10,7 +10,7 @@
 //           end closed first without a goodbye. Whoever explains the end first, a rank that throws
 //           included, silences the others of its node.
 // patience  Time in which the watch itself did not run (the job was stopped, a machine slept) does
-//           not count. A disk may take long in one call, so while all ranks are at a checkpoint's
+//           not count. A disk may take long in one call, so while all ranks are at a run's
 //           files, a rank has ten times `timeout`, a minute at least, from the last byte that any
 //           rank of its node moved; a rank whose process does not run is still found after
 //           `timeout`.
@@ -36,7 +36,7 @@ struct WatchRecord {
   char axis[16];                // its axis
   // said goodbye: may exit, or idle without being reported
   std::atomic<bool> finished;
-  std::atomic<bool> at_files;  // a checkpoint's
+  std::atomic<bool> at_files;  // a checkpoint's, the data, a trace
   // the reading end of a pipe that nobody but this rank can write
   std::atomic<int> lifeline;
   // of the first rank's record: a rank of this node asks the other nodes; why the job ends has been

@@ -22,6 +22,7 @@ links="fast 1gbit 300mbit 100mbit 1ms"
 rate_of() { case $1 in fast) echo 0 ;; 1ms) echo 1gbit 1000 ;; *) echo "$1" ;; esac; }
 clean() {
   local link
+  trap '' INT TERM HUP # make passes on to it what the terminal has sent to all
   for link in $links; do LAB=$own-$link $nodes down; done
   rm -rf "$dir"
 }

@@ -80,14 +80,17 @@ WrittenFile measure(const std::string& path) {
 }
 
 std::string content_of(const std::vector<std::string>& paths) {
-  constexpr size_t kPieces = 4096, kPiece = 16384;
+  constexpr size_t kPiece = 16384;
+  const size_t pieces = std::max<size_t>(64, 4096 / paths.size());  // of a file
   std::string sums;
   size_t bytes = 0;
   for (const std::string& path : paths) {
     const MappedFile file(path);
     const size_t size = file.view.size();
-    for (size_t at = 0; at < size; at += std::max(size / kPieces, kPiece))
+    for (size_t at = 0; at < size; at += std::max(size / pieces, kPiece)) {
       sums += sentence(checksum(file.view.substr(at, kPiece)), " ");
+      bytes_moved += kPiece;
+    }
     bytes += size;
   }
   return sentence(paths.size(), paths.size() == 1 ? " file of " : " files of ", bytes,

@@ -9,12 +9,15 @@ namespace fs = std::filesystem;
 
 // ---- for programs
 
+// What is written goes elsewhere, /dev/stdout's perhaps to a file.
+static bool is_device(const std::string& path) {
+  return path.starts_with("/dev/") && !path.starts_with("/dev/shm/");
+}
+
 void put_aside(const std::string& path, const std::string& what) {
   std::error_code none;
-  // a device or a pipe holds nothing, and a file that is not there or empty neither; /dev/stdout
-  // may be a file
-  if (!fs::is_regular_file(path, none) || fs::is_empty(path, none) || path.starts_with("/dev/"))
-    return;
+  // a pipe holds nothing, and a file that is not there or empty neither
+  if (!fs::is_regular_file(path, none) || fs::is_empty(path, none) || is_device(path)) return;
   std::string aside;
   for (int n = 1; aside.empty() || fs::exists(fs::symlink_status(aside, none)); n++)
     aside = sentence(path, ".", n);
@@ -27,7 +30,7 @@ Metrics::Metrics(const std::string& path, int64_t resumed) : path_(path) {
   if (path.empty()) return;
   std::error_code none;
   if (resumed == 0) put_aside(path, "metrics");
-  else if (fs::is_regular_file(path, none)) {
+  else if (fs::is_regular_file(path, none) && !is_device(path)) {
     const std::string text = read_file(path);
     std::istringstream lines(text);
     size_t kept = 0;
@@ -41,7 +44,7 @@ Metrics::Metrics(const std::string& path, int64_t resumed) : path_(path) {
     }
   }
   // what is printed and what is written here may go to one file
-  if (path.starts_with("/dev/")) fcntl(STDOUT_FILENO, F_SETFL, O_APPEND);
+  if (is_device(path)) fcntl(STDOUT_FILENO, F_SETFL, fcntl(STDOUT_FILENO, F_GETFL) | O_APPEND);
   file_.emplace(path, O_WRONLY | O_CREAT | O_APPEND);
 }
 

@@ -293,6 +293,12 @@ check metrics_go_into_a_pipe "[ \$(grep -c '^{\"step' $dir/out) = 3 ]" "" "$(cat
 $train $little --steps 3 --metrics /dev/stdout >"$dir/out" 2>"$dir/err"
 check metrics_and_what_is_printed_go_into_one_file \
   "[ \$(grep -c '^{\"step' $dir/out) = 3 ] && grep -q '^speed' $dir/out" "" "$(cat "$dir/err")"
+for last in 1 2; do
+  $train $little --steps $((7 + last)) --resume --checkpoint "$dir/run" --metrics /dev/stdout \
+    >>"$dir/log" 2>"$dir/err"
+done
+check resumed_runs_append_to_what_is_printed \
+  "[ \$(grep -c '^{\"step' $dir/log) = 3 ] && [ -L /dev/stdout ]" "" "$(cat "$dir/err")"
 $train $little --steps 50 --checkpoint "$dir/full" --metrics /dev/full >"$dir/out" 2>"$dir/err"
 status=$?
 check metrics_that_cannot_be_written_cost_no_training \
@@ -300,7 +306,8 @@ check metrics_that_cannot_be_written_cost_no_training \
    build/checkpoint verify $dir/full >/dev/null" "" "status $status: $(cat "$dir/err")"
 timeout -s TERM 10 $train $little --steps 2 --sample 100000000 --checkpoint "$dir/long" \
   >"$dir/out" 2>"$dir/err"
-check a_signal_ends_the_sample "grep -q '^speed' $dir/out && [ ! -e $dir/long/lock ]" "" \
+check a_signal_ends_the_sample \
+  "grep -q 'a sample' $dir/out && grep -q '^speed' $dir/out && [ ! -e $dir/long/lock ]" "" \
   "$(tail -c 300 "$dir/err")"
 
 # ---- make run, make replay and make generate: the command that they come to

@@ -273,7 +273,7 @@ LD_PRELOAD=$stuck timeout 60 $two --steps 2 --timeout 2 --checkpoint "$dir/c" >"
 status=$?
 check a_rank_that_stops_in_a_save_is_named \
   "[ $status != 0 ] && [ $status != 124 ] &&
-    grep -q \"rank 1: .*at a checkpoint's files.*DOES NOT RUN\" $dir/err" \
+    grep -q \"rank 1: .*at files.*DOES NOT RUN\" $dir/err" \
   "$(grep -o 'rank 1: .*' "$dir/err" | head -1)" "status $status: $(cat "$dir/err")"
 
 # ---- ranks that were started differently

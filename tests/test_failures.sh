@@ -111,13 +111,14 @@ headline one_rank_refuses_a_context_that_does_not_fit \
   --layers 2 --width 64 --heads 4 --context 2048 --batch 1 --dtype f32
 
 # A step of many micro-batches without a collective, and a trace that takes its time
-if OMP_NUM_THREADS=1 timeout 120 $MPIEXEC -n 2 $train --model tiny --layers 2 --width 64 \
-  --heads 2 --context 128 --batch 512 --microbatch 1 --replicate 2 --steps 1 --timeout 1 \
+if ! OMP_NUM_THREADS=1 timeout 120 $MPIEXEC -n 2 $train --model tiny --layers 2 --width 64 \
+  --heads 2 --context 128 --batch 1024 --microbatch 1 --replicate 2 --steps 1 --timeout 2 \
   --trace "$dir/t.json" --metrics "$dir/m.jsonl" >"$dir/out" 2>&1; then
-  ok a_step_longer_than_the_timeout_is_no_hang \
-    "$(grep -o '"step_ms":[0-9.]*' "$dir/m.jsonl") with --timeout 1"
-else
   fail a_step_longer_than_the_timeout_is_no_hang "$(tail -3 "$dir/out")"
+elif took=$(sed -n 's/.*"step_ms":\([0-9]*\).*/\1/p' "$dir/m.jsonl") && [ "$took" -gt 2000 ]; then
+  ok a_step_longer_than_the_timeout_is_no_hang "$took ms with --timeout 2"
+else
+  echo "SKIP a_step_longer_than_the_timeout_is_no_hang  it took $took ms"
 fi
 mkdir "$dir/here" "$dir/there"
 alike="$PWD/$train --model tiny --layers 1 --width 16 --heads 1 --context 16 --batch 2 --steps 2"

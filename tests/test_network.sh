@@ -177,11 +177,12 @@ under_way() {
 }
 for signal in INT TERM; do
   interrupted experiment make -s BACKEND=cpu network
+  comes=early
   for i in $(seq 1200); do
-    under_way $signal && break
+    under_way $signal && comes="under way" && break
     sleep 0.1
   done
-  check make_network_is_under_way_when_${signal}_comes "under_way $signal" "" \
+  check make_network_is_under_way_when_${signal}_comes "[ '$comes' = 'under way' ]" "" \
     "$(tail -1 "$dir/experiment")"
   kill -$signal -- -$job
   check make_network_that_is_ended_by_${signal}_leaves_nothing "none_left labs" "" \
