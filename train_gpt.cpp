@@ -198,9 +198,11 @@ int main(int argc, char** argv) {
   };
   const auto work = [&](const Job& job, Mesh& mesh, Watch& watch) {
     std::optional<DirectoryLock> lock;
-    on_first_rank(job, [&] {
-      if (!o.checkpoint.empty()) lock.emplace(o.checkpoint);
-      refuse_used();  // by one that has ended since
+    watch.at_files([&] {
+      on_first_rank(job, [&] {
+        if (!o.checkpoint.empty()) lock.emplace(o.checkpoint);
+        refuse_used();  // by one that has ended since
+      });
     });
     const std::string path = o.checkpoint + "/lock";
     // another node may see a new directory half a minute later
