@@ -16,6 +16,7 @@
 
 #include <array>
 #include <cstdint>
+#include <atomic>
 #include <deque>
 #include <memory>
 #include <string>
