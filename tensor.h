@@ -15,8 +15,8 @@
 #include <cuda_runtime.h>
 
 #include <array>
-#include <cstdint>
 #include <atomic>
+#include <cstdint>
 #include <deque>
 #include <memory>
 #include <string>

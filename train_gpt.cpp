@@ -114,7 +114,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
     });
   };
   double first_loss = 0, loss = 0;
-  std::string error;  // of the metrics, which are not worth what was trained
+  std::string error;  // of the metrics: what was trained is saved all the same
   int64_t step = resumed;
   at_work = steps;
   Batch batch = read(step + 1);

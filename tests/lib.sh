@@ -3,7 +3,7 @@ MPICXX=${MPICXX:-$(command -v mpicxx.mpich || echo mpicxx)}
 MPIEXEC=${MPIEXEC:-${MPICXX/mpicxx/mpiexec}} # of the same MPI
 dir=$(mktemp -d)                             # removed at the end
 trap "rm -rf '$dir'" EXIT
-passed=0 failed=0
+passed=0 failed=0 skipped=0
 
 ok() {
   echo "ok   $1  ${2:-}"
@@ -12,6 +12,10 @@ ok() {
 fail() {
   echo "FAIL $1  ${2:-}"
   failed=$((failed + 1))
+}
+skip() {
+  echo "SKIP $1  ${2:-}"
+  skipped=$((skipped + 1))
 }
 # check NAME CONDITION [ON SUCCESS] [ON FAILURE]
 check() {
@@ -23,7 +27,8 @@ check() {
 }
 # sums_up: the closing line, and the script's exit status
 sums_up() {
-  echo "$passed passed, $failed failed"
+  [ $skipped = 0 ] || local more=", $skipped skipped"
+  echo "$passed passed, $failed failed${more:-}"
   [ $failed -eq 0 ]
 }
 

@@ -6,14 +6,10 @@ set -u
 cd "$(dirname "$0")/.."
 train=build/cpu/train_gpt
 . tests/lib.sh
-groups=() skipped=0
+groups=()
 trap 'rm -rf "$dir"; for g in "${groups[@]}"; do rmdir "$g" 2>/dev/null; done' EXIT
 unset OMP_NUM_THREADS
 export OMP_WAIT_POLICY=passive
-skip() {
-  echo "SKIP $1  ${2:-}"
-  skipped=$((skipped + 1))
-}
 check() {
   if eval "$2"; then
     ok "$1" "${3:-}"
@@ -325,9 +321,4 @@ status=$?
 check generate_compares_its_options_too \
   "[ $status != 0 ] && grep -q -- '--temperature is 1 on rank 0, 2 on rank 1' $dir/err"
 
-if [ $skipped -gt 0 ]; then
-  echo "$passed passed, $failed failed, $skipped skipped"
-else
-  echo "$passed passed, $failed failed"
-fi
-[ $failed -eq 0 ]
+sums_up

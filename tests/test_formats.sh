@@ -161,7 +161,7 @@ $tool export "$dir/stale" "$dir/sent" >>"$dir/out" 2>&1
 for to in stale sent; do
   check "another_tokenizer_that_was_there_is_put_aside_$to" "[ ! -e $dir/$to/tokenizer.json ] &&
     cmp $dir/one/tokenizer.json $dir/$to/tokenizer.json.1 &&
-    cmp $dir/two/vocab.json $dir/$to/vocab.json" "$(grep -c aside "$dir/out")" "$(cat "$dir/out")"
+    cmp $dir/two/vocab.json $dir/$to/vocab.json" "" "$(cat "$dir/out")"
 done
 cp "$dir"/two/* "$dir/added"
 echo '{"<|user|>": 260}' >"$dir/added/added_tokens.json"

@@ -5,7 +5,7 @@ TESTS      := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/test_*.cpp)))
 CUDA_TESTS := $(filter-out %_cpu %_nccl %_comm %_schedule %_support %_fuzz %_plan,$(TESTS))
 BENCHES    := $(patsubst tests/%.cpp,%,$(sort $(wildcard tests/bench_*.cpp)))
 
-$(B)/obj/tests/%: private CXXFLAGS += -O1
+$(B)/obj/tests/%: private CXXFLAGS += -O1# compiling takes longer than running, but for -O0
 $(B)/tests/test_cpu: $(B)/obj/tests/cpu_kernels.cu.o
 $(B)/tests/libfaults.so: tests/faults.cpp
 	@mkdir -p $(@D)
