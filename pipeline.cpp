@@ -12,8 +12,8 @@
 // traffic   an activation forward and its gradient backward at each cut between two stages: 2 m
 //           sends of S*C elements in the compute dtype (S: rows that a rank holds); the tied
 //           embedding's gradient once a step, where first and last piece of the model are on two
-//           stages: vocabulary*C / (tp fsdp cp) elements of the master dtype from each. The ledger
-//           enters them at the sender alone; theory/pipeline.cpp predicts them.
+//           stages: from each its shard, vocabulary*C / (tp fsdp cp) elements of the master dtype.
+//           The ledger enters them at the sender alone; theory/pipeline.cpp predicts them.
 // memory    weights, gradients and optimizer state of this stage's layers; activations of as many
 //           micro-batches as the schedule keeps alive; parcels: what the next exchange receives,
 //           what came and was not used yet, what waits to be sent, and what at most four exchanges
@@ -21,9 +21,9 @@
 // bubble    how long a stage idles: schedule.h has the formulas. report/report.cpp prints what the
 //           simulator makes of the times that this executor measured.
 // overlap   A computation waits for what it needs. An exchange waits for what it sends; one that
-//           receives waits for the computations before the previous exchange, too, but not for
-//           those between the two. One queue carries the collectives of all axes: where a
-//           collective of another axis waits, exchanges behind it do, too.
+//           receives waits for the computations before the previous exchange, too, but not (unless
+//           it sends their result) for those between the two. One queue carries the collectives of
+//           all axes: where a collective of another axis waits, exchanges behind it do, too.
 // not here  stages on different numbers of ranks, activations kept on the host
 // test      tests/test_pipeline.cpp
 //
@@ -92,7 +92,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
         const int64_t before = held - (x.empty() ? 0 : x.bytes());
         live.in.value = std::move(x);
         measure(i, [&] { live.out = compute(live.tape, a.chunk, live.in, a.microbatch); });
-        live.in.value = Tensor();  // whoever needs it for the backward has it
+        live.in.value = Tensor();  // what needs it for the backward is on the tape, and holds it
         result = std::move(live.out.value);
         // what was made, and what came, less what is passed on
         live.bytes = held - before - (result.empty() ? 0 : result.bytes());
@@ -103,7 +103,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
       case Action::backward:
       case Action::input_gradient:
         if (a.kind == Action::input_gradient) live.tape.deferred = &live.later;
-        *live.out.grad = std::move(x);  // at the last position: nothing, and nobody reads it
+        *live.out.grad = std::move(x);  // the tape reads it; at the last position there is none
         measure(i, [&] { live.tape.backward(); });
         result = std::move(*live.in.grad);
         break;
@@ -222,7 +222,7 @@ void Pipeline::sum_tied(const Tensor& gradient) {
   recorder.enter("tied gradient");
   const int peer = axis_.size - 1 - axis_.rank;
   const Transfer mine{true, Transfer::gradient, peer, -1, -1},
-      theirs{false, Transfer::gradient, peer, -1, -1};
+      theirs{false, Transfer::gradient, peer, -1, -1};  // of no micro-batch and no chunk
   put_in_outbox(mine, gradient);
   prepare_room({theirs}, gradient.shape(), gradient.dtype());
   exchange({mine, theirs});

@@ -21,9 +21,9 @@
 class Pipeline {
  public:
   // One chunk of the model on one micro-batch: takes the activation of the position before (at the
-  // first position: nothing) and returns its own (at the last: nothing; the loss has been added
-  // up). The last position's backward receives nothing either: cross_entropy put the logits'
-  // gradient in its place during the forward, and the tape begins there.
+  // first position: nothing) and returns its own (at the last: nothing; the loss has been added up,
+  // or the logits taken). The last position's backward receives nothing either: cross_entropy put
+  // the logits' gradient in its place during the forward, and the tape begins there.
   using Compute = std::function<Var(Tape& tape, int chunk, const Var& x, int microbatch)>;
 
   Pipeline(const Axis& axis, cudaStream_t communication, Schedule schedule)
@@ -33,9 +33,9 @@ class Pipeline {
   // A step: the whole schedule, forward and backward. Activations between stages have this shape,
   // (S, C), and dtype.
   void run(const Shape& shape, Dtype dtype, const Compute& compute);
-  // Forward only: evaluation and sampling. Each micro-batch goes through all positions before the
-  // next one does. Every stage keeps to this one order, with each exchange between the two
-  // positions that it joins, so nothing deadlocks.
+  // Forward only: evaluation and sampling, in the order of the micro-batches and for each of its
+  // positions. Every stage keeps to this one order, with each exchange between the two positions
+  // that it joins, so nothing deadlocks.
   void forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute);
   // Once a step, after the gradients were reduced over the other axes, on the stages of the first
   // and the last piece where these are two: this rank's shard of the token embedding's gradient.
@@ -49,7 +49,7 @@ class Pipeline {
   // events, else in processor time, since ranks may share cores). Exchanges count as 0, and waiting
   // is not measured. Waits for the device.
   std::vector<double> milliseconds() const;
-  // Of the last run: the most that its tapes kept for backwards at once.
+  // Of the last run: the most that was kept for backwards at once, as the forwards left it.
   int64_t most_live() const { return most_live_; }  // pairs of micro-batch and chunk
   int64_t most_live_bytes() const { return most_live_bytes_; }
 
@@ -66,7 +66,7 @@ class Pipeline {
   // by micro-batch and chunk; a map: tapes hold references to themselves
   using Lives = std::map<std::pair<int, int>, Live>;
   // An activation or a gradient, and the event at which it has been computed or, once its exchange
-  // was issued, has come or left.
+  // was issued, has come or left. None yet where there is only memory for it (prepare_room).
   struct Parcel {
     Tensor x;
     std::shared_ptr<Event> event;
