@@ -33,7 +33,8 @@ ifneq ($(STANDIN),)
   CXXFLAGS += $(if $(filter faithful,$(BACKEND)),-Ikernels -Icpu/cuda,-Icpu/cuda -Ikernels) \
               -Icpu/nccl -march=$(MARCH) -fopenmp
   SOURCES  += cpu/cuda/runtime.cpp cpu/cuda/cublas.cpp $(NCCL_CPU)
-  LIBS     += -ldnnl -lxxhash -fopenmp
+  # a function that is looked up at its first call needs more stack than a thread may have
+  LIBS     += -ldnnl -lxxhash -fopenmp -Wl,-z,now
 
 $(B)/gen/%.cu.cpp: %.cu cpu/cuda/launch.sed | $(B)/ready
 	@mkdir -p $(@D)
