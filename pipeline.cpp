@@ -75,9 +75,11 @@ void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, D
   release_sent(exchanges_);
 }
 
+static int64_t bytes_of(const Tensor& x) { return x.empty() ? 0 : x.bytes(); }
+
 void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   const std::vector<Action>& actions = schedule_.actions[axis_.rank];
-  const int64_t& held = device().memory.now[int(Memory::activations)];
+  const int64_t& held = device().memory.now[int(Memory::activations)];  // moves on
   Lives lives;
   most_live_ = most_live_bytes_ = 0;
   if (timed) milliseconds_.assign(actions.size(), 0);
@@ -86,24 +88,19 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
     Live& live = lives[{a.microbatch, a.chunk}];
     recorder.where.microbatch = a.microbatch;
     recorder.where.chunk = a.chunk;
+    const int64_t before = held - bytes_of(x);
     Tensor result;
     switch (a.kind) {
-      case Action::forward: {
-        const int64_t before = held - (x.empty() ? 0 : x.bytes());
+      case Action::forward:
         live.in.value = std::move(x);
         measure(i, [&] { live.out = compute(live.tape, a.chunk, live.in, a.microbatch); });
         live.in.value = Tensor();  // what needs it for the backward is on the tape, and holds it
         result = std::move(live.out.value);
-        // what was made, and what came, less what is passed on
-        live.bytes = held - before - (result.empty() ? 0 : result.bytes());
-        count_live(lives);
-        recorder.note_live("keeps", live.bytes);
         break;
-      }
       case Action::backward:
       case Action::input_gradient:
         if (a.kind == Action::input_gradient) live.tape.deferred = &live.later;
-        *live.out.grad = std::move(x);  // the tape reads it; at the last position there is none
+        *live.out.grad = std::move(x);  // at the last position none: the logits have theirs
         measure(i, [&] { live.tape.backward(); });
         result = std::move(*live.in.grad);
         break;
@@ -115,6 +112,12 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
     if (a.kind == Action::backward || a.kind == Action::weight_gradient) {
       recorder.note_live("frees", live.bytes);
       lives.erase({a.microbatch, a.chunk});
+    } else {
+      // what was made, and what came, less what is passed on
+      const int64_t kept = held - before - bytes_of(result);
+      live.bytes += kept;
+      count_live(lives);
+      recorder.note_live(kept > 0 ? "keeps" : "frees", std::abs(kept));
     }
     return result;
   });

@@ -33,9 +33,9 @@ class Pipeline {
   // A step: the whole schedule, forward and backward. Activations between stages have this shape,
   // (S, C), and dtype.
   void run(const Shape& shape, Dtype dtype, const Compute& compute);
-  // Forward only: evaluation and sampling, in the order of the micro-batches and for each of its
-  // positions. Every stage keeps to this one order, with each exchange between the two positions
-  // that it joins, so nothing deadlocks.
+  // Forward only: evaluation and sampling, for each micro-batch in turn this stage's chunks. Every
+  // stage keeps to this one order, with each exchange between the two positions that it joins, so
+  // nothing deadlocks.
   void forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute);
   // Once a step, after the gradients were reduced over the other axes, on the stages of the first
   // and the last piece where these are two: this rank's shard of the token embedding's gradient.
@@ -49,7 +49,7 @@ class Pipeline {
   // events, else in processor time, since ranks may share cores). Exchanges count as 0, and waiting
   // is not measured. Waits for the device.
   std::vector<double> milliseconds() const;
-  // Of the last run: the most that was kept for backwards at once, as the forwards left it.
+  // Of the last run: the most that was kept for backwards at once.
   int64_t most_live() const { return most_live_; }  // pairs of micro-batch and chunk
   int64_t most_live_bytes() const { return most_live_bytes_; }
 
@@ -61,7 +61,7 @@ class Pipeline {
     // its weight gradients, where the schedule puts them off; that of a linear layer keeps the
     // layer's input and its output's gradient
     std::deque<std::function<void()>> later;
-    int64_t bytes = 0;  // activations that its tape keeps
+    int64_t bytes = 0;  // activations that the tape keeps, or what is put off
   };
   // by micro-batch and chunk; a map: tapes hold references to themselves
   using Lives = std::map<std::pair<int, int>, Live>;

@@ -711,10 +711,14 @@ TEST(peak_bytes_are_weighed_by_chunk) {
   // stage 0: F0 F0' in turn; all four chunk activations live
   const Schedule s = make_schedule("interleaved", 2, 2, 2);
   CHECK_EQ(peak_live(s, 0), 4);
-  CHECK_EQ(peak_live(s, 0, {100, 10}), 220);
+  CHECK_EQ(peak_live(s, 0, {{100}, {10}}), 220);
   // at most 3 at once on stage 1: chunk 0 twice, chunk 1 once
-  CHECK_EQ(peak_live(s, 1, {1000, 1}), 2001);
-  CHECK_EQ(peak_live(make_schedule("gpipe", 3, 7), 2, {7}), 49);
+  CHECK_EQ(peak_live(s, 1, {{1000}, {1}}), 2001);
+  CHECK_EQ(peak_live(make_schedule("gpipe", 3, 7), 2, {{7}}), 49);
+  // F0 B0 F1 B1 W0 W1
+  const Schedule zb = make_schedule("zb", 2, 2);
+  CHECK_EQ(peak_live(zb, 1, {{10, 3}}), 13);
+  CHECK_EQ(peak_live(zb, 1, {{3, 10}}), 20);
 }
 
 TEST(the_one_queue_costs_next_to_nothing) {

@@ -1,35 +1,39 @@
 // theory/activations.cpp: what the parts of the model keep for their backwards.
-#include "theory/simulate.h"
 #include "theory/theory.h"
 
-// By rows: an activation of width C, of the slice of the rows that this rank has. By columns: one
+// Slice: an activation of width C, of the rows that this rank has; whole: of all rows. By columns:
 // of all rows, of this rank's part of the width.
-int64_t TheoryOfRank::kept(const ModelPart& part) const {
+Kept TheoryOfRank::kept(const ModelPart& part) const {
   const GptConfig& c = config;
-  const int64_t by_rows = activation,
+  const int64_t slice = activation, whole = by_rows ? tp.size * slice : slice,
                 statistics = 2 * S * g;  // of a layernorm's rows: mean, reciprocal deviation
-  if (part.kind == ModelPart::embedding) return 0;  // tokens alone, which are no activations
-  if (part.kind == ModelPart::head) {               // x, layernorm, logits
+  if (part.kind == ModelPart::embedding) return {0, 0};  // tokens alone, which are no activations
+  if (part.kind == ModelPart::head) {                    // x, layernorm, logits
     const int64_t logits = R * gpt.tp.padded_part(c.vocab) * e;
-    return 2 * by_rows + statistics + logits;
+    return {2 * slice + statistics + logits, whole + logits};
   }
-  if (c.recompute) return by_rows;  // x
   const int64_t kv = gpt.tp.part(c.kv()).size(), heads = kv * (c.heads / c.kv()),
-                of_head = R * (c.width / c.heads) * e, by_columns = 2 * (heads + kv) * of_head,
+                of_head = R * (c.width / c.heads) * e,
                 hidden = R * gpt.tp.part(c.hidden()).size() * e;
+  // queries, keys, values and what attention makes of them; before and after gelu
+  const int64_t by_columns = 2 * (heads + kv) * of_head + 2 * hidden;
   // probabilities, or one number a row
   const bool keeps_probabilities = c.attention == AttentionKind::plain && !gpt.cp.splits(c.context);
   const int64_t attention = R * heads * (keeps_probabilities ? c.context * e : g);
-  // x, the sum and two layernorms; queries, keys, values and what attention makes of them; before
-  // and after gelu
-  return 4 * by_rows + 2 * statistics + by_columns + attention + 2 * hidden;
+  // x, the sum and two layernorms; with recompute x alone. Put off: products' inputs, and their
+  // outputs' gradients, of which a bias has a slice of its own where that is not the whole.
+  return {c.recompute ? slice : 4 * slice + 2 * statistics + by_columns + attention,
+          4 * whole + 2 * by_rows * slice + by_columns};
 }
 
 void TheoryOfRank::add_activations() {
-  std::vector<int64_t> bytes;  // of a micro-batch on each chunk
+  std::vector<Kept> chunks;
   for (const ModelPiece& piece : pieces) {
-    bytes.push_back(0);
-    for (const ModelPart& part : piece) bytes.back() += kept(part);
+    Kept& sum = chunks.emplace_back(Kept{0, 0});
+    for (const ModelPart& part : piece) {
+      sum.forward += kept(part).forward;
+      sum.input_gradient += kept(part).input_gradient;
+    }
   }
-  sum.activations = peak_live(schedule, pp.rank, bytes);
+  sum.activations = peak_live(schedule, pp.rank, chunks);
 }

@@ -113,13 +113,14 @@ class Search {
     double bound = 0, before = 0;
     for (int stage = 0; stage < s.stages; stage++) {
       ChunkKind all{0, false, false};
-      std::vector<int64_t> bytes;
+      std::vector<Kept> bytes;
       double busy = 0;
       for (const ChunkKind& c : chunks[stage]) {
         all.blocks += c.blocks;
         all.embedding |= c.embedding;
         all.head |= c.head;
-        bytes.push_back(c.blocks * of_block + c.head * of_head);
+        bytes.push_back({c.blocks * of_block.forward + c.head * of_head.forward,
+                         c.blocks * of_block.input_gradient + c.head * of_head.input_gradient});
         busy += seconds(times, c, true);
       }
       int64_t& most = activations[all];
@@ -155,10 +156,10 @@ class Search {
   }
 
   // ---- what theory says, asked once for each kind
-  // bytes that a micro-batch keeps in a block, and in the head
-  std::pair<int64_t, int64_t> kept(const Job& job) {
+  // in a block, and in the head
+  std::pair<Kept, Kept> kept(const Job& job) {
     auto& bytes = kept_[key_of(job)];
-    if (bytes.first > 0) return bytes;
+    if (bytes.first.forward > 1) return bytes;
     FewBlocks one(job, 1);
     const TheoryOfRank t{one.config, one.options, one.mesh, Schedule{&schedule_row("1f1b")}};
     return bytes = {t.kept(t.gpt.parts()[1]), t.kept(t.gpt.parts()[2])};
@@ -206,26 +207,29 @@ class Search {
     return kind.blocks == 1 ? of[0] : of[1] + (of[2] + of[1] * -1) * double(kind.blocks - 2);
   }
   // the most that is live at once on a stage
-  int64_t peak(const Schedule& s, int stage, const std::vector<int64_t>& bytes) {
-    if (s.chunks == 1) return s.row->live(s.stages, s.microbatches, 1, stage) * bytes[0];
+  int64_t peak(const Schedule& s, int stage, const std::vector<Kept>& bytes) {
+    if (s.chunks == 1 && !s.row->splits_backward)
+      return s.row->live(s.stages, s.microbatches, 1, stage) * bytes[0].forward;
     // beyond 4 p micro-batches no more are live at once
     Schedule few = s;
     few.microbatches = std::min(s.microbatches, 4 * s.stages);
     auto& states = states_[{s.row->name, s.stages, few.microbatches, s.chunks, stage}];
     if (states.empty()) {
-      std::vector<int64_t> live(s.chunks);
-      bool grew = false;
+      std::vector<Kept> live(s.chunks, {0, 0});
       for (const Action& a : computations(few, stage)) {
-        if (a.kind == Action::input_gradient) continue;
-        if (a.kind != Action::forward && std::exchange(grew, false)) states.insert(live);
-        grew |= a.kind == Action::forward;
-        live[a.chunk] += a.kind == Action::forward ? 1 : -1;
+        auto& [forward, input_gradient] = live[a.chunk];
+        (a.kind == Action::weight_gradient ? input_gradient : forward) +=
+            a.kind == Action::forward ? 1 : -1;
+        input_gradient += a.kind == Action::input_gradient;
+        states.insert(live);
       }
     }
     int64_t most = 0;
     for (const auto& live : states) {
       int64_t sum = 0;
-      for (int c = 0; c < s.chunks; c++) sum += live[c] * bytes[c];
+      for (int c = 0; c < s.chunks; c++)
+        sum +=
+            live[c].forward * bytes[c].forward + live[c].input_gradient * bytes[c].input_gradient;
       most = std::max(most, sum);
     }
     return most;
@@ -304,9 +308,9 @@ class Search {
   int64_t memory;
   std::vector<Candidate> candidates;
   Plan result;
-  std::map<Key, std::pair<int64_t, int64_t>> kept_;
+  std::map<Key, std::pair<Kept, Kept>> kept_;
   std::map<std::tuple<int64_t, int64_t, int64_t, int, bool, bool>, std::vector<Held>> held_;
-  std::map<std::tuple<const char*, int, int, int, int>, std::set<std::vector<int64_t>>> states_;
+  std::map<std::tuple<const char*, int, int, int, int>, std::set<std::vector<Kept>>> states_;
   std::map<std::tuple<Place, int, int>, std::vector<std::vector<ChunkKind>>> chunks_;
   std::map<std::pair<Key, bool>, BlockSeconds> seconds_;
 };

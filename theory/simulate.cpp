@@ -182,12 +182,16 @@ Timeline simulate(const Schedule& s, const Durations& durations) {
   return t;
 }
 
-int64_t peak_live(const Schedule& s, int stage, const std::vector<int64_t>& bytes) {
+int64_t peak_live(const Schedule& s, int stage, std::vector<Kept> kept) {
   int64_t live = 0, peak = 0;
+  kept.resize(s.chunks);
   for (const Action& a : s.actions[stage]) {
-    if (a.kind == Action::exchange || a.kind == Action::input_gradient) continue;
-    const int64_t size = bytes.empty() ? 1 : bytes[a.chunk];
-    live += a.kind == Action::forward ? size : -size;
+    if (a.kind == Action::exchange) continue;
+    const auto [forward, input_gradient] = kept[a.chunk];
+    if (a.kind == Action::forward) live += forward;
+    else if (a.kind == Action::backward) live -= forward;
+    else if (a.kind == Action::input_gradient) live += input_gradient - forward;
+    else live -= input_gradient;
     peak = std::max(peak, live);
   }
   return peak;

@@ -39,9 +39,14 @@ struct Timeline {
 // exchange completes with its last transfer. The schedule must have passed `check`.
 Timeline simulate(const Schedule& schedule, const Durations& durations);
 
-// The most that is live at once on a stage: chunks' activations of one micro-batch, weighed with
-// bytes[chunk], or counted when `bytes` is empty.
-int64_t peak_live(const Schedule& schedule, int stage, const std::vector<int64_t>& bytes = {});
+// Bytes that one micro-batch keeps on a chunk: from its forward to its backward, and where that is
+// split from its input gradient to its weight gradient.
+struct Kept {
+  int64_t forward = 1, input_gradient = 1;
+  auto operator<=>(const Kept&) const = default;
+};
+// The most that is live at once on a stage, by chunk; without `kept` it is counted.
+int64_t peak_live(const Schedule& schedule, int stage, std::vector<Kept> kept = {});
 
 // The row's idle time as a share of the time.
 double theoretical_bubble(const Schedule& schedule, const Times& times = {});

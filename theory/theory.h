@@ -8,6 +8,7 @@
 // test      tests/test_fsdp.cpp, tests/test_tensor_parallel.cpp, tests/test_pipeline.cpp,
 //           tests/test_generator.cpp
 #pragma once
+#include "theory/simulate.h"
 #include "trainer.h"
 
 struct Theory {
@@ -44,7 +45,7 @@ struct TheoryOfRank {
   void add_activations();
   void enter(const Axis& axis, Collective collective, Traffic purpose, int64_t calls,
              int64_t bytes);
-  int64_t kept(const ModelPart& part) const;  // bytes that a micro-batch leaves behind there
+  Kept kept(const ModelPart& part) const;  // of a micro-batch
 
   const GptConfig& config;
   const TrainerOptions& options;
