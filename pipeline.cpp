@@ -27,7 +27,8 @@
 // not here  stages on different numbers of ranks, activations kept on the host
 // test      tests/test_pipeline.cpp
 //
-//   Live      a micro-batch on a chunk, from its forward to the end of its backward
+//   Live      a micro-batch on a chunk, from its forward to the end of its backward (split: of its
+//             weight gradient)
 //   Parcel    an activation or a gradient, and the event at which it is computed, has come or left
 //   outbox_   parcels that were computed here, until the compute stream waits for their departure
 //   inbox_    parcels that came, or the memory for those that the next exchange receives
@@ -43,7 +44,8 @@
 //           The pool hands out memory in the order of the compute stream (Buffer in tensor.h): who
 //           gets a block there may use it at once on the compute stream, behind its earlier users.
 //           The communication queue is not in that order. So what it writes waits for the earlier
-//           users (room is free), and what it reads is kept until it has left (release_sent).
+//           users (room is free), and what it reads is kept until the compute stream waits for its
+//           departure (release_sent).
 #include "pipeline.h"
 
 #include <algorithm>
@@ -162,8 +164,7 @@ void Pipeline::put_in_outbox(const Transfer& t, Tensor x) {
   parcel.event->record(device().compute);
 }
 
-// All transfers of an exchange are one NCCL group. Two stages that each send first and then receive
-// would deadlock: each queue would stand in its send, before the receive that the other waits for.
+// All transfers of an exchange are one NCCL group: a facing pair goes both ways at once.
 void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   for (const Transfer& t : transfers)
     if (t.send) outbox_.at(t).event->make_wait(stream_);  // it must have been computed
@@ -212,9 +213,9 @@ Tensor Pipeline::receive(const Transfer& transfer) {
 void Pipeline::release_sent(int last) {
   std::erase_if(outbox_, [&](const auto& entry) {
     const Parcel& parcel = entry.second;
-    const bool has_left = parcel.moved_by > 0 && parcel.moved_by <= last;
-    if (has_left) parcel.event->make_wait(device().compute);
-    return has_left;
+    const bool lets_go = parcel.moved_by > 0 && parcel.moved_by <= last;
+    if (lets_go) parcel.event->make_wait(device().compute);
+    return lets_go;
   });
 }
 

@@ -54,12 +54,13 @@ class Pipeline {
   int64_t most_live_bytes() const { return most_live_bytes_; }
 
  private:
-  // A micro-batch on a chunk, from its forward to the end of its backward.
+  // A micro-batch on a chunk, from its forward to the end of its backward (split: of its weight
+  // gradient).
   struct Live {
     Tape tape;
     Var in, out;
-    // its weight gradients, where the schedule puts them off; that of a linear layer keeps the
-    // layer's input and its output's gradient
+    // its weight gradients, where the schedule puts them off, and what FSDP does behind them; that
+    // of a linear layer keeps the layer's input and its output's gradient
     std::deque<std::function<void()>> later;
     int64_t bytes = 0;  // activations that the tape keeps, or what is put off
   };

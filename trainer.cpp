@@ -133,7 +133,7 @@ Tokens Trainer::read(int64_t first, int64_t count, int64_t length,
                 gpt.tp.part(gpt.config.vocab));
 }
 
-// Each rank has its sequences', or its pieces', part of the loss, and only the last stage has any.
+// Each rank has its sequences', or its pieces', part of the loss, if its stage has the head.
 void Trainer::sum_loss() {
   std::vector<Axis> axes = mesh_.that(&AxisKind::splits_batch);
   for (const Axis& axis : mesh_.that(&AxisKind::splits_sequence)) axes.push_back(axis);

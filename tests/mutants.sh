@@ -109,7 +109,7 @@ mutant waits a_stage_sends_before_it_has_computed \
 mutant waits a_stage_computes_before_its_input_has_arrived \
   pipeline.cpp '/it must have arrived/d' 2 queued test_pipeline $parity_pp
 mutant waits what_is_being_sent_is_overwritten \
-  pipeline.cpp '/if \(has_left\) parcel.event->make_wait/d' 2 queued test_pipeline $parity_pp
+  pipeline.cpp '/if \(lets_go\) parcel.event->make_wait/d' 2 queued test_pipeline $parity_pp
 
 mutant waits a_ring_sends_before_it_has_computed \
   context_parallel.cpp '/what is sent must be there/d' 3 queued test_context_parallel $parity_cp
