@@ -78,7 +78,9 @@ void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, D
 void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   const std::vector<Action>& actions = schedule_.actions[axis_.rank];
   const int64_t& held = device().memory.now[int(Memory::activations)];
-  Lives lives;
+  // by micro-batch and chunk; a map: tapes hold references to themselves
+  std::map<std::pair<int, int>, Live> lives;
+  int64_t kept = 0;  // by all that are live
   most_live_ = most_live_bytes_ = 0;
   if (timed) milliseconds_.assign(actions.size(), 0);
   execute(actions, shape, dtype, [&](size_t i, Tensor x) {
@@ -96,7 +98,9 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
         result = std::move(live.out.value);
         // what was made, and what came, less what is passed on
         live.bytes = held - before - (result.empty() ? 0 : result.bytes());
-        count_live(lives);
+        kept += live.bytes;
+        most_live_ = std::max(most_live_, int64_t(lives.size()));
+        most_live_bytes_ = std::max(most_live_bytes_, kept);
         recorder.note_live("keeps", live.bytes);
         break;
       }
@@ -113,6 +117,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
         });
     }
     if (a.kind == Action::backward || a.kind == Action::weight_gradient) {
+      kept -= live.bytes;
       recorder.note_live("frees", live.bytes);
       lives.erase({a.microbatch, a.chunk});
     }
@@ -173,16 +178,8 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   NCCL_CHECK(ncclGroupStart());
   for (const Transfer& t : transfers) {
     Parcel& parcel = (t.send ? outbox_ : inbox_).at(t);
-    const Tensor& x = parcel.x;
     recorder.where.microbatch = t.microbatch;
-    if (recorder.on) recorder.travel(axis_.ranks(), t.send, name_of(t.payload), t.peer, x.bytes());
-    const ncclDataType_t type = nccl_type(x.dtype());
-    if (t.send) {
-      ledger.send(axis_, x.bytes());
-      NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, t.peer, axis_.comm, stream_));
-    } else {
-      NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, t.peer, axis_.comm, stream_));
-    }
+    send_or_receive(axis_, t.send, parcel.x, t.peer, name_of(t.payload), stream_);
     parcel.event = done;
     parcel.moved_by = exchanges_;
   }
@@ -249,11 +246,4 @@ std::vector<double> Pipeline::milliseconds() const {
   if (device().is_gpu)
     for (const auto& [action, work] : work_) ms[action] = work.seconds() * 1e3;
   return ms;
-}
-
-void Pipeline::count_live(const Lives& lives) {
-  int64_t bytes = 0;
-  for (const auto& [where, live] : lives) bytes += live.bytes;
-  most_live_ = std::max(most_live_, int64_t(lives.size()));
-  most_live_bytes_ = std::max(most_live_bytes_, bytes);
 }
