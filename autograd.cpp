@@ -62,10 +62,8 @@ static Tensor writable(const Tensor& g) { return g.shared() ? like(g) : g; }
 void accumulate(const std::shared_ptr<Tensor>& grad, Tensor g) {
   if (grad->empty()) {
     *grad = std::move(g);
-  } else if (!grad->shared()) {
-    add(*grad, *grad, g);
   } else {
-    const Tensor sum = writable(g);
+    const Tensor sum = grad->shared() ? writable(g) : *grad;
     add(sum, *grad, g);
     *grad = sum;
   }
@@ -81,11 +79,11 @@ Tensor take(const std::shared_ptr<Tensor>& grad) {
 Tokens::Tokens(int64_t B, int64_t length, const Positions& places, std::vector<int> in,
                std::vector<int> out, Range vocabulary)
     : B(B), T(places.rows()), length(length), places(places) {
-  for (const std::vector<int>* tokens : {&in, &out})
+  for (std::vector<int>* tokens : {&in, &out}) {
     ASSERT(tokens->empty() || int64_t(tokens->size()) == B * T);
-  for (std::vector<int>* tokens : {&in, &out})
     for (int& t : *tokens)
       t = t >= vocabulary.begin && t < vocabulary.end ? t - int(vocabulary.begin) : -1;
+  }
   const std::vector<int> sorted = sort_rows(in);
   std::vector<int> at, all;
   for (int64_t row = 0; T < length && row < int64_t(in.size()); row++)
@@ -246,12 +244,13 @@ Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, Atten
   // plain: probabilities; flash: the log of each row's sum of exponentials
   const Tensor saved =
       plain ? activation({B, H, T, T}, dtype) : activation({B, H, T}, master_dtype(dtype));
-  if (plain) attention_plain_forward(y.value, saved, qkv.value, B, T, H);
-  else attention_flash_forward(y.value, saved, qkv.value, B, T, H);
+  const Positions all{{0, T}};
+  if (plain) attention_plain_forward(y.value, {}, saved, qkv.value, qkv.value, B, H, all, all);
+  else attention_flash_forward(y.value, saved, qkv.value, qkv.value, B, H, all, all);
   tape.push([=, qkv = qkv.value, out = y.value, dqkv = qkv.grad, dy = y.grad] {
     Tensor d = like(qkv);
-    if (plain) attention_plain_backward(d, take(dy), out, saved, qkv, B, T, H);
-    else attention_flash_backward(d, take(dy), out, saved, qkv, B, T, H);
+    if (plain) attention_plain_backward(d, d, take(dy), out, {}, saved, qkv, qkv, B, H, all, all);
+    else attention_flash_backward(d, d, take(dy), out, saved, qkv, qkv, B, H, all, all);
     accumulate(dqkv, std::move(d));
   });
   return y;

@@ -223,6 +223,26 @@ void Ledger::enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls)
   if (on_enter) on_enter(axis, c);
 }
 
+// ---- what several strategies do alike
+
+void all_reduce(const Axis& axis, const Tensor& x, cudaStream_t queue, ncclRedOp_t op) {
+  ledger.enter(axis, Collective::all_reduce, x.bytes());
+  NCCL_CHECK(
+      ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), op, axis.comm, queue));
+}
+
+void send_or_receive(const Axis& axis, bool send, const Tensor& x, int peer, const char* what,
+                     cudaStream_t queue) {
+  if (recorder.on) recorder.travel(axis.ranks(), send, what, peer, x.bytes());
+  const ncclDataType_t type = nccl_type(x.dtype());
+  if (send) {
+    ledger.enter(axis, Collective::send, x.bytes());
+    NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, peer, axis.comm, queue));
+  } else {
+    NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, peer, axis.comm, queue));
+  }
+}
+
 void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic serves, cudaStream_t queue) {
   const Purpose purpose(serves);
   const Entered entered(name_of(serves));
@@ -230,9 +250,7 @@ void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic serves, cu
   for (const Axis& axis : axes) {
     if (axis.size == 1) continue;
     const Timed timed(queue);
-    ledger.all_reduce(axis, x.bytes());
-    NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), ncclSum, axis.comm,
-                             queue));
+    all_reduce(axis, x, queue);
   }
   make_wait(device().compute, queue);  // the sum must have arrived
 }

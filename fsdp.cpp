@@ -65,19 +65,20 @@ void Fsdp::after_backward(Tape& tape, int use) {
 
 // ---- set-up: parameters are born as shards
 
-// Where each parameter starts in the flat unit.
-static std::vector<int64_t> offsets_in_unit(const std::vector<Param*>& params) {
+// Where each parameter starts in the flat unit, and where that ends.
+static std::vector<int64_t> offsets_in_unit(const std::vector<Param*>& params, int64_t shards) {
   std::vector<int64_t> offsets;
-  for (int64_t end = 0; const Param* p : params) {
+  int64_t end = 0;
+  for (const Param* p : params) {
     offsets.push_back(round_up(end, kUnitAlignment));
     end = offsets.back() + elements(p->local_shape());
   }
+  offsets.push_back(round_up(end, 16 * shards));
   return offsets;
 }
 
 int64_t padded_unit(const std::vector<Param*>& params, int64_t shards) {
-  return round_up(offsets_in_unit(params).back() + elements(params.back()->local_shape()),
-                  16 * shards);
+  return offsets_in_unit(params, shards).back();
 }
 
 std::map<int, std::vector<Param*>> units_of(const std::vector<Param*>& params) {
@@ -105,13 +106,6 @@ Fsdp::Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t strea
       options_(options),
       seed_(seed) {}
 
-Fsdp::~Fsdp() {
-  for (auto& [number, u] : units_) {
-    u.bind(&Param::value, {});
-    u.bind(&Param::grad, {});
-  }
-}
-
 void Fsdp::Unit::bind(Tensor Param::*what, const Tensor& buffer) {
   for (size_t i = 0; i < params.size(); i++)
     params[i]->*what =
@@ -121,9 +115,8 @@ void Fsdp::Unit::bind(Tensor Param::*what, const Tensor& buffer) {
 void Fsdp::Unit::begin_gradients() {
   for (size_t i = 0; i < params.size(); i++) {
     params[i]->fresh = true;
-    const int64_t end = offsets[i] + elements(params[i]->local_shape()),
-                  next = i + 1 < params.size() ? offsets[i + 1] : padded;
-    fill(whole_grad.part(end, {next - end}), 0);  // no writer clears the padding
+    const int64_t end = offsets[i] + elements(params[i]->local_shape());
+    fill(whole_grad.part(end, {offsets[i + 1] - end}), 0);  // no writer clears the padding
   }
 }
 
@@ -133,8 +126,8 @@ void Fsdp::add_units(const std::vector<Param*>& all, std::string (*name)(int uni
     Unit& u = units_[number];
     u.part = {name ? name(number) : "", number};
     u.params = params;
-    u.offsets = offsets_in_unit(params);
-    u.padded = padded_unit(params, axis_.size);
+    u.offsets = offsets_in_unit(params, axis_.size);
+    u.padded = u.offsets.back();
     u.shard_size = u.padded / axis_.size;
     u.begin = axis_.rank * u.shard_size;
 
@@ -315,9 +308,7 @@ void Fsdp::sum_over_copies(Unit& u) {
     if (copies.size == 1) continue;
     recorder.note_unit("reduce", Recorder::compute, u.part, "Fsdp::sum_over_copies");
     const Timed timed(stream_);
-    ledger.all_reduce(copies, u.shard_grad.bytes());
-    NCCL_CHECK(ncclAllReduce(u.shard_grad.raw(), u.shard_grad.raw(), u.shard_size,
-                             nccl_type(u.shard_grad.dtype()), ncclSum, copies.comm, stream_));
+    all_reduce(copies, u.shard_grad, stream_);
     recorder.note_unit("reduced", Recorder::communication, u.part, "Fsdp::sum_over_copies");
   }
 }

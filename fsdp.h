@@ -36,7 +36,6 @@ class Fsdp {
   // axis: over which units are sharded. copies: axes whose ranks hold the same shard.
   Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t stream, Dtype dtype,
        const FsdpOptions& options, uint64_t seed);
-  ~Fsdp();
 
   // ---- set-up: all units, then their uses in forward order
   // Parameters of one Param::unit make a unit. Allocates this rank's shards with initial values.
@@ -74,7 +73,7 @@ class Fsdp {
   struct Unit {
     Recorder::Part part;
     std::vector<Param*> params;
-    std::vector<int64_t> offsets;       // of each parameter in the flat unit, in elements
+    std::vector<int64_t> offsets;       // of each parameter in the flat unit, and of its end
     int64_t padded = 0;                 // elements of the flat unit: n shards
     int64_t begin = 0, shard_size = 0;  // of this rank's shard in the flat unit, in elements
     // In the compute dtype. If parameters are sharded, the shard has a buffer of its own and the

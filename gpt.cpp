@@ -105,9 +105,7 @@ std::vector<Range> split_layers(int64_t layers, double head, int positions) {
   int64_t end = 0;
   for (int v = 0; v < positions; v++) {
     const int64_t begin = end, later = positions - 1 - v;
-    end = v + 1 == positions
-              ? layers
-              : std::clamp(int64_t(std::llround(each * (v + 1))), begin + 1, layers - later);
+    end = std::clamp(int64_t(std::llround(each * (v + 1))), begin + 1, layers - later);
     ranges.push_back({begin, end});
   }
   return ranges;

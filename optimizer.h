@@ -32,10 +32,8 @@ class Optimizer {
   Optimizer(std::vector<Shard> shards, int64_t parameters, double clip, double weight_decay,
             Sum sum = {});
   void step(double lr);
-  void measure();  // the norm alone, of the gradients that are there
-  // of the last step's gradients, before clipping; waits for the device
-  double norm() const { return download(norm_)[0]; }
-  const Tensor& norm_on_device() const { return norm_; }  // (1) f64
+  void measure();                               // the norm alone, of the gradients that are there
+  const Tensor& norm() const { return norm_; }  // (1) f64: of the last gradients, before clipping
   // whether every weight and moment that counts on this rank is a number; waits for the device
   bool finite() const;
   const std::vector<Shard>& shards() const { return shards_; }

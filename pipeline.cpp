@@ -77,12 +77,12 @@ void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, D
   release_sent(exchanges_);
 }
 
-static int64_t bytes_of(const Tensor& x) { return x.empty() ? 0 : x.bytes(); }
-
 void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   const std::vector<Action>& actions = schedule_.actions[axis_.rank];
   const int64_t& held = device().memory.now[int(Memory::activations)];  // moves on
-  Lives lives;
+  // by micro-batch and chunk; a map: tapes hold references to themselves
+  std::map<std::pair<int, int>, Live> lives;
+  int64_t kept = 0;  // by all that are live
   most_live_ = most_live_bytes_ = 0;
   if (timed) milliseconds_.assign(actions.size(), 0);
   execute(actions, shape, dtype, [&](size_t i, Tensor x) {
@@ -90,7 +90,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
     Live& live = lives[{a.microbatch, a.chunk}];
     recorder.where.microbatch = a.microbatch;
     recorder.where.chunk = a.chunk;
-    const int64_t before = held - bytes_of(x);
+    const int64_t before = held - x.bytes();
     Tensor result;
     switch (a.kind) {
       case Action::forward:
@@ -112,14 +112,17 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
         });
     }
     if (a.kind == Action::backward || a.kind == Action::weight_gradient) {
+      kept -= live.bytes;
       recorder.note_live("frees", live.bytes);
       lives.erase({a.microbatch, a.chunk});
     } else {
       // what was made, and what came, less what is passed on
-      const int64_t kept = held - before - bytes_of(result);
-      live.bytes += kept;
-      count_live(lives);
-      recorder.note_live(kept > 0 ? "keeps" : "frees", std::abs(kept));
+      const int64_t more = held - before - result.bytes();
+      live.bytes += more;
+      kept += more;
+      most_live_ = std::max(most_live_, int64_t(lives.size()));
+      most_live_bytes_ = std::max(most_live_bytes_, kept);
+      recorder.note_live(more > 0 ? "keeps" : "frees", std::abs(more));
     }
     return result;
   });
@@ -177,16 +180,8 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   NCCL_CHECK(ncclGroupStart());
   for (const Transfer& t : transfers) {
     Parcel& parcel = (t.send ? outbox_ : inbox_).at(t);
-    const Tensor& x = parcel.x;
     recorder.where.microbatch = t.microbatch;
-    if (recorder.on) recorder.travel(axis_.ranks(), t.send, name_of(t.payload), t.peer, x.bytes());
-    const ncclDataType_t type = nccl_type(x.dtype());
-    if (t.send) {
-      ledger.send(axis_, x.bytes());
-      NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, t.peer, axis_.comm, stream_));
-    } else {
-      NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, t.peer, axis_.comm, stream_));
-    }
+    send_or_receive(axis_, t.send, parcel.x, t.peer, name_of(t.payload), stream_);
     parcel.event = done;
     parcel.moved_by = exchanges_;
   }
@@ -253,11 +248,4 @@ std::vector<double> Pipeline::milliseconds() const {
   if (device().is_gpu)
     for (const auto& [action, work] : work_) ms[action] = work.seconds() * 1e3;
   return ms;
-}
-
-void Pipeline::count_live(const Lives& lives) {
-  int64_t bytes = 0;
-  for (const auto& [where, live] : lives) bytes += live.bytes;
-  most_live_ = std::max(most_live_, int64_t(lives.size()));
-  most_live_bytes_ = std::max(most_live_bytes_, bytes);
 }

@@ -64,8 +64,6 @@ class Pipeline {
     std::deque<std::function<void()>> later;
     int64_t bytes = 0;  // activations that the tape keeps, or what is put off
   };
-  // by micro-batch and chunk; a map: tapes hold references to themselves
-  using Lives = std::map<std::pair<int, int>, Live>;
   // An activation or a gradient, and the event at which it has been computed or, once its exchange
   // was issued, has come or left. None yet where there is only memory for it (prepare_room).
   struct Parcel {
@@ -81,7 +79,6 @@ class Pipeline {
   Tensor receive(const Transfer& transfer);
   void release_sent(int last);
   void measure(size_t action, const std::function<void()>& work);
-  void count_live(const Lives& lives);
 
   const Axis axis_;
   cudaStream_t stream_;  // of communication

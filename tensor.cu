@@ -65,7 +65,6 @@ Device& open_device(int ordinal, int64_t memory_limit_bytes) {
   d->is_gpu = properties.major > 0;
   d->block_memory = properties.sharedMemPerBlockOptin;
   CUDA_CHECK(cudaStreamCreateWithFlags(&d->compute, cudaStreamNonBlocking));
-  CUDA_CHECK(cudaEventCreateWithFlags(&d->place, cudaEventDisableTiming));
   cudaMemPool_t pool;
   uint64_t keep_all = UINT64_MAX;
   CUDA_CHECK(cudaDeviceGetDefaultMemPool(&pool, ordinal));
@@ -100,7 +99,6 @@ void close_device() {
   staging.clear();
   op_times.clear();
   cublasDestroy(opened->blas);
-  cudaEventDestroy(opened->place);
   cudaStreamDestroy(opened->compute);
   opened.reset();
 }
@@ -114,7 +112,7 @@ void OpTimes::start(What what) {
   count_ = 0;
 }
 
-OpTimes::Op* OpTimes::begin(cudaStream_t stream, bool collective, Work work) {
+void OpTimes::begin(cudaStream_t stream, bool collective, Work work) {
   if (count_ == ops_.size()) ops_.emplace_back();
   open_ = &ops_[count_++];
   open_->work = std::move(work);
@@ -122,7 +120,6 @@ OpTimes::Op* OpTimes::begin(cudaStream_t stream, bool collective, Work work) {
   if (recorder.on)
     recorder.begin(queue_of(stream), open_->work.name, open_->work.bytes, open_->work.flops);
   open_->begin.record(stream);
-  return open_;
 }
 
 void OpTimes::end(cudaStream_t stream) {
@@ -131,12 +128,17 @@ void OpTimes::end(cudaStream_t stream) {
   open_ = nullptr;
 }
 
+// ---- streams
+
 void synchronize() { CUDA_CHECK(cudaStreamSynchronize(device().compute)); }
 
+Recorder::Queue queue_of(cudaStream_t stream) {
+  return stream == device().compute ? Recorder::compute : Recorder::communication;
+}
+
 void make_wait(cudaStream_t stream, cudaStream_t other) {
-  CUDA_CHECK(cudaEventRecord(device().place, other));
-  CUDA_CHECK(cudaStreamWaitEvent(stream, device().place, 0));
-  if (recorder.on) recorder.wait(queue_of(stream), recorder.last(queue_of(other)));
+  device().place.record(other);
+  device().place.make_wait(stream);
 }
 
 // ---- memory

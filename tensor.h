@@ -47,85 +47,10 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
 }
 std::string to_string(const Shape& shape);  // "(2, 3)"
 
-// ---- memory
-
-enum class Memory { parameters, gradients, optimizer, activations, gather, workspace, data, cache };
-constexpr int kMemoryCategories = 8;
-const char* name_of(Memory category);
-
-struct MemoryUse {  // bytes as requested
-  // at_peak: what each held when the total was highest
-  std::array<int64_t, kMemoryCategories> now{}, peak{}, at_peak{};
-  int64_t total = 0, total_peak = 0;
-};
-
-// The device of this rank. One compute stream: ops run in the order they are issued.
-struct Device {
-  std::string name;
-  bool is_gpu = false;
-  int64_t block_memory = 0;  // bytes of shared memory that a block may ask for
-  cudaStream_t compute = nullptr;
-  cudaEvent_t place = nullptr;  // for make_wait
-  cublasHandle_t blas = nullptr;
-  int64_t memory_limit = 0;  // bytes; 0: no cap of our own
-  MemoryUse memory;
-};
-// Opens the device on first use. `open_device` chooses which and caps its memory; call it once,
-// before anything else.
-int device_count();
-Device& device();
-Device& open_device(int ordinal, int64_t memory_limit_bytes);
-// returns streams and handles; every Tensor must be gone
-void close_device();
-void synchronize();                               // host waits for the compute stream
-std::string describe_memory(const MemoryUse& m);  // one line a category: now and peak, in MiB
-
-struct Buffer {  // a block of device memory; allocated and freed in the order of the compute stream
-  Buffer(int64_t bytes, Memory category);
-  ~Buffer();
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  void* data = nullptr;
-  int64_t bytes = 0;
-  Memory category;
-};
-
-// ---- tensors
-
-class Tensor {
- public:
-  Tensor() = default;
-  Tensor(Shape shape, Dtype dtype, Memory category);  // uninitialised
-  bool empty() const { return !buffer_; }
-  const Shape& shape() const { return shape_; }
-  int64_t dim(int i) const { return shape_[i < 0 ? i + shape_.size() : i]; }
-  int64_t numel() const { return elements(shape_); }
-  int64_t bytes() const { return numel() * size_of(dtype_); }
-  Dtype dtype() const { return dtype_; }
-  void* raw() const { return data_; }
-  template <class T> T* data() const {
-    ASSERT(dtype_ == DtypeOf<T>::value, "asked a tensor of ", name_of(dtype_), " for ",
-           name_of(DtypeOf<T>::value));
-    return static_cast<T*>(data_);
-  }
-  Tensor view(Shape shape) const;                         // the same elements in another shape
-  Tensor part(int64_t first_element, Shape shape) const;  // consecutive elements; shares the memory
-  // somebody else may read it: do not write in place
-  bool shared() const { return buffer_.use_count() > 1; }
-
- private:
-  std::shared_ptr<Buffer> buffer_;
-  void* data_ = nullptr;
-  Shape shape_;
-  Dtype dtype_ = Dtype::f32;
-};
-
 // ---- streams
 
 // of the recorder: a rank has one stream beside the compute stream
-inline Recorder::Queue queue_of(cudaStream_t stream) {
-  return stream == device().compute ? Recorder::compute : Recorder::communication;
-}
+Recorder::Queue queue_of(cudaStream_t stream);
 
 class Event {  // a place in a stream that another stream can wait for
  public:
@@ -161,6 +86,79 @@ struct TimedWork {
 };
 void make_wait(cudaStream_t stream, cudaStream_t other);  // for everything that is in `other` now
 
+// ---- memory
+
+enum class Memory { parameters, gradients, optimizer, activations, gather, workspace, data, cache };
+constexpr int kMemoryCategories = 8;
+const char* name_of(Memory category);
+
+struct MemoryUse {  // bytes as requested
+  // at_peak: what each held when the total was highest
+  std::array<int64_t, kMemoryCategories> now{}, peak{}, at_peak{};
+  int64_t total = 0, total_peak = 0;
+};
+
+// The device of this rank. One compute stream: ops run in the order they are issued.
+struct Device {
+  std::string name;
+  bool is_gpu = false;
+  int64_t block_memory = 0;  // bytes of shared memory that a block may ask for
+  cudaStream_t compute = nullptr;
+  Event place;  // for make_wait
+  cublasHandle_t blas = nullptr;
+  int64_t memory_limit = 0;  // bytes; 0: no cap of our own
+  MemoryUse memory;
+};
+// Opens the device on first use. `open_device` chooses which and caps its memory; call it once,
+// before anything else.
+int device_count();
+Device& device();
+Device& open_device(int ordinal, int64_t memory_limit_bytes);
+// returns streams and handles; every Tensor must be gone
+void close_device();
+void synchronize();                               // host waits for the compute stream
+std::string describe_memory(const MemoryUse& m);  // one line a category: now and peak, in MiB
+
+struct Buffer {  // a block of device memory; allocated and freed in the order of the compute stream
+  Buffer(int64_t bytes, Memory category);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  void* data = nullptr;
+  int64_t bytes = 0;
+  Memory category;
+};
+
+// ---- tensors
+
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(Shape shape, Dtype dtype, Memory category);  // uninitialised
+  bool empty() const { return !buffer_; }
+  const Shape& shape() const { return shape_; }
+  int64_t dim(int i) const { return shape_[i]; }
+  int64_t numel() const { return elements(shape_); }
+  int64_t bytes() const { return empty() ? 0 : numel() * size_of(dtype_); }
+  Dtype dtype() const { return dtype_; }
+  void* raw() const { return data_; }
+  template <class T> T* data() const {  // of an empty one: null
+    ASSERT(empty() || dtype_ == DtypeOf<T>::value, "asked a tensor of ", name_of(dtype_), " for ",
+           name_of(DtypeOf<T>::value));
+    return static_cast<T*>(data_);
+  }
+  Tensor view(Shape shape) const;                         // the same elements in another shape
+  Tensor part(int64_t first_element, Shape shape) const;  // consecutive elements; shares the memory
+  // somebody else may read it: do not write in place
+  bool shared() const { return buffer_.use_count() > 1; }
+
+ private:
+  std::shared_ptr<Buffer> buffer_;
+  void* data_ = nullptr;
+  Shape shape_;
+  Dtype dtype_ = Dtype::f32;
+};
+
 // ---- what a step is made of
 // Each function that launches kernels says so in its first line, `OP("add", bytes_of(y, a, b));`,
 // and each block of collectives, `const Timed timed(queue);` (comm.h). Where these are timed, they
@@ -173,7 +171,7 @@ struct Work {
   double bytes = 0, flops = 0;
 };
 template <class... T> double bytes_of(const T&... x) {
-  return double(((x.empty() ? 0 : x.bytes()) + ...));
+  return double((x.bytes() + ...));
 }
 
 class OpTimes {  // of what has been timed since start()
@@ -186,7 +184,7 @@ class OpTimes {  // of what has been timed since start()
   void start(What what);
   void stop() { what_ = nothing; }
   bool times(What what) const { return what_ >= what && !open_; }
-  Op* begin(cudaStream_t stream, bool collective, Work work);
+  void begin(cudaStream_t stream, bool collective, Work work);
   void end(cudaStream_t stream);
   Op* open() const { return what_ == everything ? open_ : nullptr; }
   // Calls visit(op) for each; the host has waited for their streams.
@@ -208,7 +206,7 @@ class TimedOp {
  public:
   template <class Describe> explicit TimedOp(Describe describe) {
     op_times.begun++;
-    if (op_times.times(OpTimes::everything)) begin(describe());
+    if (timed_) op_times.begin(device().compute, false, describe());
   }
   ~TimedOp() {
     if (timed_) op_times.end(device().compute);
@@ -216,11 +214,7 @@ class TimedOp {
   TimedOp(const TimedOp&) = delete;
 
  private:
-  void begin(Work work) {
-    op_times.begin(device().compute, false, std::move(work));
-    timed_ = true;
-  }
-  bool timed_ = false;
+  const bool timed_ = op_times.times(OpTimes::everything);
 };
 #define OP(...) const TimedOp timed_op_([&] { return Work{__VA_ARGS__}; })
 

@@ -34,9 +34,7 @@ void TensorParallel::all_gather(const Tensor& mine, const Tensor& all) {
 void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
   make_wait(stream_, device().compute);  // x must have been computed
   const Timed timed(stream_);
-  ledger.all_reduce(axis_, x.bytes());
-  NCCL_CHECK(
-      ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), op, axis_.comm, stream_));
+  ::all_reduce(axis_, x, stream_, op);
 }
 
 // All R rows of x. Without sequence parallelism x has them: nothing is sent or waited for.
@@ -137,8 +135,7 @@ Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w) {
 
   tape.push([this, &tape, R, &w, x = x.value, dx = x.grad, dy_slot = y.grad] {
     const Purpose purpose(Traffic::training);
-    const Tensor dy = take(dy_slot);
-    const Tensor all_dy = gather(dy, R);
+    const Tensor all_dy = gather(take(dy_slot), R);
     Tensor d({R, x.dim(1)}, x.dtype(), Memory::activations);  // its part of the width: whole
     product(d, all_dy, false, w.value, true, 0);
     accumulate(dx, std::move(d));
@@ -161,10 +158,8 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
   finish();
   tape.push([this, tokens, R, &wte, &wpe, dx = x.grad] {
     const Purpose purpose(Traffic::embedding);
-    const Tensor d = take(dx);
-    const Tensor all_d = gather(d, R);
     // of its rows of wte; of all of wpe, on every rank
-    embedding_backward(wte, wpe, all_d, tokens);
+    embedding_backward(wte, wpe, gather(take(dx), R), tokens);
   });
   return x;
 }
@@ -200,12 +195,8 @@ void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
   make_wait(stream_, device().compute);  // the gradients must have been computed
   const Timed timed(stream_);
   NCCL_CHECK(ncclGroupStart());
-  for (const Param* p : params) {
-    if (!p->partial) continue;
-    ledger.all_reduce(axis_, p->grad.bytes());
-    NCCL_CHECK(ncclAllReduce(p->grad.raw(), p->grad.raw(), p->grad.numel(),
-                             nccl_type(p->grad.dtype()), ncclSum, axis_.comm, stream_));
-  }
+  for (const Param* p : params)
+    if (p->partial) ::all_reduce(axis_, p->grad, stream_);
   NCCL_CHECK(ncclGroupEnd());
 }
 

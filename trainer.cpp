@@ -100,14 +100,10 @@ Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tok
   return {};
 }
 
-int64_t Trainer::data_rank() const {
-  int64_t rank = 0;
-  for (const Axis& axis : mesh_.that(&AxisKind::splits_batch)) rank = rank * axis.size + axis.rank;
-  return rank;
-}
-
 int64_t Trainer::first_sequence(int64_t i, int64_t count) const {
-  return (i * data_ranks() + data_rank()) * count;
+  int64_t turn = i;  // of all ranks' micro-batches
+  for (const Axis& axis : mesh_.that(&AxisKind::splits_batch)) turn = turn * axis.size + axis.rank;
+  return turn * count;
 }
 
 // This rank's pieces of `count` sequences of `length` tokens from `first` on, as inputs and, one
@@ -149,7 +145,7 @@ void Trainer::update(double lr) {
 
 Trainer::Results Trainer::results() const {
   recorder.enter("results");
-  copy(results_.part(1, {1}), optimizer_->norm_on_device());
+  copy(results_.part(1, {1}), optimizer_->norm());
   const std::vector<double> both = download(results_);
   return {both[0], both[1]};
 }
@@ -169,8 +165,8 @@ bool Trainer::can_go_on(const Batch& batch) {
 
 double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
   const Purpose purpose(Traffic::evaluation);
-  const int64_t T = gpt.config.context, b = options.microbatch, round = b * data_ranks(),
-                rounds = sequences / round;
+  const int64_t T = gpt.config.context, b = options.microbatch, ranks = mesh_.layout.data_ranks(),
+                round = b * ranks, rounds = sequences / round;
   fill(total_, 0);
   // Micro-batches of `count` sequences from `first` on, `times` on each rank. A rank that has none
   // left repeats one with weight 0: all ranks run the same collectives.
@@ -188,7 +184,7 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
                      });
   };
   add(0, b, rounds);  // whole rounds first, then one sequence a rank
-  add(rounds * round, 1, (sequences - rounds * round + data_ranks() - 1) / data_ranks());
+  add(rounds * round, 1, (sequences - rounds * round + ranks - 1) / ranks);
   sum_loss();
   fsdp.end_step();
   return loss();

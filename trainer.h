@@ -43,7 +43,6 @@ class Trainer {
   Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options);
   Batch read(const Sequences& batch) const;
   void gradients(const Batch& batch);
-  void gradients(const Sequences& batch) { gradients(read(batch)); }
   void update(double lr);
   // Whether weights and moments are finite numbers, and loss and gradients of a batch with them: an
   // update can end training without a word in its own loss. Counts no traffic.
@@ -56,7 +55,7 @@ class Trainer {
   double loss() const { return download(total_)[0]; }
   Optimizer& optimizer() { return *optimizer_; }  // its shards are what this rank saves and resumes
   // of the last update's gradients, before clipping; waits for the device
-  double norm() const { return optimizer_->norm(); }
+  double norm() const { return download(optimizer_->norm())[0]; }
 
   // mean loss, the same in every layout
   double evaluate(int64_t sequences, const Sequences& held_out);
@@ -69,8 +68,6 @@ class Trainer {
   Pipeline pipeline;  // of one stage where pp is 1
 
  private:
-  int64_t data_ranks() const { return mesh_.layout.data_ranks(); }
-  int64_t data_rank() const;
   Var forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale);
   // what a chunk's parts make of x, the result of the part before: at the end of the model, logits
   Var forward(Tape& tape, int chunk, Var x, const Tokens& tokens);

@@ -62,6 +62,10 @@ struct Sizes {
   // Since positions ascend, a query sees the first so many keys, and the queries that see a key are
   // those from this one on.
   __device__ int seen_by(int query) const { return keys.before(queries.position(query) + 1); }
+  // How many keys a tile of queries sees, which begins at `first`: as many as its last query.
+  __device__ int seen_by_tile(int first, int tile) const {
+    return seen_by((first + tile < queries.rows ? first + tile : queries.rows) - 1);
+  }
   __device__ int first_seeing(int key) const { return queries.before(keys.position(key)); }
 };
 
@@ -71,6 +75,24 @@ inline Places places_of(const Positions& p) {
   return {rows, p.high.size() ? cut : rows, int(p.low.begin),
           int(p.high.size() ? p.high.begin - cut : p.low.begin)};
 }
+
+// A tensor (B,rows,parts,H,D), and how to find its parts
+struct Parts {
+  const Tensor& tensor;
+  int64_t rows, H, D, parts = 0;
+  Parts(const Tensor& x, int64_t B, const Places& of, const Sizes& n)
+      : tensor(x), rows(of.rows), H(n.H), D(n.D) {
+    if (x.numel()) parts = x.numel() / (B * rows * H * D);
+    ASSERT(x.numel() == B * rows * parts * H * D, to_string(x.shape()), " with B = ", B,
+           ", T = ", rows, ", H = ", H, ", D = ", D);
+  }
+  int64_t ld() const { return parts * H * D; }  // elements from one row to the next
+  // where the part of sequence b begins
+  void* begin(int64_t part, int64_t b = 0) const {
+    return static_cast<char*>(tensor.raw()) +
+           (b * rows * ld() + part * H * D) * size_of(tensor.dtype());
+  }
+};
 
 // The floating-point operations of one of attention's products, over the pairs that are seen; out
 // (B,queries,H,D)

@@ -79,10 +79,6 @@ __device__ __forceinline__ void store_rows(const Results& x, int first, Sizes n,
   });
 }
 
-template <class S> __device__ int last_row(int first, const Places& of) {
-  return (first + S::kTile < of.rows ? first + S::kTile : of.rows) - 1;
-}
-
 // seen[row] = how many keys the query q0 + row sees
 template <class S> __device__ __forceinline__ void count_seen(int* seen, int q0, Sizes n) {
   for (int i = threadIdx.x; i < S::kTile; i += S::kThreads) seen[i] = n.seen_by(q0 + i);
@@ -148,7 +144,7 @@ template <class T, int kD> __global__ void __launch_bounds__(256, 2)
     *factor = p + S::kScores;
   int* seen = reinterpret_cast<int*>(factor + S::kTile);
   const int q0 = (n.tiles - 1 - n.tile()) * S::kTile;  // the longest walks begin first
-  const int keys = n.seen_by(last_row<S>(q0, n.queries));
+  const int keys = n.seen_by_tile(q0, S::kTile);
   OnlineSoftmax<S> softmax;
   typename S::Output o;
   o.clear(n.queries.rows - q0, n.D);
@@ -243,7 +239,7 @@ template <class T, int kD> __global__ void __launch_bounds__(256, 2)
   A *row_lse = ds + S::kTile * S::kTile, *row_delta = row_lse + S::kTile;
   int* seen = reinterpret_cast<int*>(row_delta + S::kTile);
   const int q0 = (n.tiles - 1 - n.tile()) * S::kTile;
-  const int keys = n.seen_by(last_row<S>(q0, n.queries));
+  const int keys = n.seen_by_tile(q0, S::kTile);
   load_rows<S, true>(q, n.of_head(in.q), q0, n, scale);
   load_rows<S, true>(dy, n.of_head(dout), q0, n);
   load_statistics<S>(row_lse, row_delta, seen, lse, delta, q0, n);
@@ -371,27 +367,14 @@ template <class T, int kD> void backward(unsigned heads, Sizes n, Gradients d, R
 
 // ---- arguments
 
-// A tensor (B,rows,parts,H,D), and how to find its parts
-struct Parts {
-  const Tensor& tensor;
-  int64_t parts, row;  // elements of H heads in one part
-  int rows;
-  Parts(const Tensor& x, Dtype dtype, int64_t B, const Places& of, const Sizes& n)
-      : tensor(x), parts(0), row(int64_t(n.H) * n.D), rows(of.rows) {
-    if (x.numel()) parts = x.numel() / (B * rows * row);
-    ASSERT(x.numel() == B * rows * parts * row, to_string(x.shape()), " with B = ", B,
-           ", T = ", rows, ", H = ", n.H, ", D = ", n.D);
-    ASSERT(x.dtype() == dtype || x.dtype() == master_dtype(dtype), name_of(x.dtype()));
-  }
-  template <class T> Rows<const T> read(int64_t part) const {
-    return {tensor.data<T>() + part * row, parts * row, rows};
-  }
-  Results write(int64_t part, bool add) const {
-    const bool wide = tensor.dtype() == master_dtype(tensor.dtype());
-    return {static_cast<char*>(tensor.raw()) + part * row * int64_t(size_of(tensor.dtype())),
-            parts * row, rows, wide, add};
-  }
-};
+template <class T> Rows<const T> read(const Parts& x, int64_t part) {
+  return {x.tensor.data<T>() + part * x.H * x.D, x.ld(), int(x.rows)};
+}
+Results write(const Parts& x, Dtype dtype, int64_t part, bool add) {
+  const bool wide = x.tensor.dtype() == master_dtype(dtype);
+  ASSERT(wide || x.tensor.dtype() == dtype, name_of(x.tensor.dtype()));
+  return {x.begin(part), x.ld(), int(x.rows), wide, add};
+}
 
 Sizes sizes_of(const Tensor& out, const Tensor& lse, const Tensor& q, int64_t B, int64_t H,
                const Positions& queries, const Positions& keys) {
@@ -432,17 +415,16 @@ void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor&
   Sizes n = sizes_of(out, lse, q, B, H, queries, keys);
   n.packs = in_packs(n.D, {&out, &q, &kv});
   const Dtype dtype = q.dtype();
-  const Parts o(out, dtype, B, n.queries, n), qs(q, dtype, B, n.queries, n),
-      kvs(kv, dtype, B, n.keys, n);
+  const Parts o(out, B, n.queries, n), qs(q, B, n.queries, n), kvs(kv, B, n.keys, n);
   const unsigned heads = unsigned(B * H);
   const auto launch = [&]<class T>(T) {
-    const Inputs<T> in{qs.read<T>(0), kvs.read<T>(kvs.parts - 2), kvs.read<T>(kvs.parts - 1)};
+    const Inputs<T> in{read<T>(qs, 0), read<T>(kvs, kvs.parts - 2), read<T>(kvs, kvs.parts - 1)};
     acc_t<T>* l = lse.data<acc_t<T>>();
 #ifndef CPU_FAST
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
-      if (n.packs) return mma_forward(heads, n, o.write(0, false), l, in);
+      if (n.packs) return mma_forward(heads, n, write(o, dtype, 0, false), l, in);
 #endif
-    DISPATCH_WIDTH(n.D, forward<T, kD>(heads, n, o.write(0, false), l, in));
+    DISPATCH_WIDTH(n.D, forward<T, kD>(heads, n, write(o, dtype, 0, false), l, in));
   };
   DISPATCH(dtype, launch(T()));
 }
@@ -457,22 +439,21 @@ void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
   ASSERT(out.dtype() == q.dtype() && dout.dtype() == q.dtype() && dout.numel() == out.numel());
   n.packs = in_packs(n.D, {&dq, &dkv, &dout, &q, &kv});
   const Dtype dtype = q.dtype();
-  const Parts qs(q, dtype, B, n.queries, n), kvs(kv, dtype, B, n.keys, n),
-      dqs(dq, dtype, B, n.queries, n), dkvs(dkv, dtype, B, n.keys, n),
-      dys(dout, dtype, B, n.queries, n);
+  const Parts qs(q, B, n.queries, n), kvs(kv, B, n.keys, n), dqs(dq, B, n.queries, n),
+      dkvs(dkv, B, n.keys, n), dys(dout, B, n.queries, n);
   ASSERT(dkvs.parts >= 2);
-  const Gradients d{dqs.write(0, add), dkvs.write(dkvs.parts - 2, add),
-                    dkvs.write(dkvs.parts - 1, add)};
+  const Gradients d{write(dqs, dtype, 0, add), write(dkvs, dtype, dkvs.parts - 2, add),
+                    write(dkvs, dtype, dkvs.parts - 1, add)};
   const Tensor delta = delta_of(dout, out, B, n);
   const unsigned heads = unsigned(B * H);
   const auto launch = [&]<class T>(T) {
-    const Inputs<T> in{qs.read<T>(0), kvs.read<T>(kvs.parts - 2), kvs.read<T>(kvs.parts - 1)};
+    const Inputs<T> in{read<T>(qs, 0), read<T>(kvs, kvs.parts - 2), read<T>(kvs, kvs.parts - 1)};
     const acc_t<T>*l = lse.data<acc_t<T>>(), *de = delta.data<acc_t<T>>();
 #ifndef CPU_FAST
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
-      if (n.packs) return mma_backward(heads, n, d, dys.read<T>(0), l, de, in);
+      if (n.packs) return mma_backward(heads, n, d, read<T>(dys, 0), l, de, in);
 #endif
-    DISPATCH_WIDTH(n.D, backward<T, kD>(heads, n, d, dys.read<T>(0), l, de, in));
+    DISPATCH_WIDTH(n.D, backward<T, kD>(heads, n, d, read<T>(dys, 0), l, de, in));
   };
   DISPATCH(dtype, launch(T()));
 }

@@ -104,8 +104,7 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
   bf16 *q_tile = reinterpret_cast<bf16*>(shared), *kv_tiles = q_tile + S::kOwnSize;
   const int q0 = (n.tiles - 1 - n.tile()) * kOwn;  // the longest walks begin first
   const int strip = threadIdx.x / kWarp * 16, first = q0 + strip;
-  const int last = (q0 + kOwn < n.queries.rows ? q0 + kOwn : n.queries.rows) - 1;
-  const int keys = n.seen_by(last), seen_by_all = n.seen_by(first),
+  const int keys = n.seen_by_tile(q0, kOwn), seen_by_all = n.seen_by(first),
             seen[2] = {n.seen_by(first + own_row(0)), n.seen_by(first + own_row(1))};
   const Bf16Rows k = n.of_head(in.k), v = n.of_head(in.v);
   const auto fetch_keys = [&](int buffer, int k0) {
@@ -165,10 +164,10 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
 
 // ---- backward
 
-// dq; block (head, tile): 64 queries; reads q and dout once, and k and v as far as the tile sees
+// d.q; block (head, tile): 64 queries; reads q and dout once, and k and v as far as the tile sees
 // them
 template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlocks<kD>)
-    attention_backward_q(Results dq, Bf16Rows dout, const float* lse, const float* delta,
+    attention_backward_q(Gradients d, Bf16Rows dout, const float* lse, const float* delta,
                          Inputs<bf16> in, Sizes n, float scale) {
   using S = BackwardShape<kD>;
   extern __shared__ __align__(16) char shared[];
@@ -176,8 +175,7 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
        *kv_tiles = dy_tile + S::kOwnSize;
   const int q0 = (n.tiles - 1 - n.tile()) * kOwn;
   const int strip = threadIdx.x / kWarp * 16, first = q0 + strip;
-  const int last = (q0 + kOwn < n.queries.rows ? q0 + kOwn : n.queries.rows) - 1;
-  const int keys = n.seen_by(last), seen_by_all = n.seen_by(first);
+  const int keys = n.seen_by_tile(q0, kOwn), seen_by_all = n.seen_by(first);
   const Bf16Rows k = n.of_head(in.k), v = n.of_head(in.v);
   const auto fetch_keys = [&](int buffer, int k0) {
     fetch_two<S::kStep, kD>(kv_tiles + buffer * 2 * S::kSize, k, v, k0, n.D);
@@ -220,14 +218,14 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
     add_product<S::kStep, false>(
         sum, [&](int key) { return as_left(s, key); }, k_tile, S::kLd);
   }
-  write(n.of_head(dq), first, n.D, sum, {scale, scale});
+  write(n.of_head(d.q), first, n.D, sum, {scale, scale});
 }
 
-// dk and dv; block (head, tile): 64 keys; reads k and v once, and q and dout from the first query
+// d.k and d.v; block (head, tile): 64 keys; reads k and v once, and q and dout from the first query
 // on that sees the tile
 template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlocks<kD> - 1)
-    attention_backward_kv(Results dk, Results dv, Bf16Rows dout, const float* lse,
-                          const float* delta, Inputs<bf16> in, Sizes n, float scale) {
+    attention_backward_kv(Gradients d, Bf16Rows dout, const float* lse, const float* delta,
+                          Inputs<bf16> in, Sizes n, float scale) {
   using S = BackwardShape<kD>;
   extern __shared__ __align__(16) char shared[];
   bf16 *k_tile = reinterpret_cast<bf16*>(shared), *v_tile = k_tile + S::kOwnSize,
@@ -285,8 +283,8 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
     add_product<S::kStep, false>(
         sum_k, [&](int t) { return as_left(dp, t); }, q_tile, S::kLd);
   }
-  write(n.of_head(dk), first, n.D, sum_k, {scale, scale});
-  write(n.of_head(dv), first, n.D, sum_v, {1, 1});
+  write(n.of_head(d.k), first, n.D, sum_k, {scale, scale});
+  write(n.of_head(d.v), first, n.D, sum_v, {1, 1});
 }
 
 // ---- launches
@@ -304,20 +302,16 @@ template <int kD> void forward(unsigned heads, Sizes n, Results out, float* lse,
 template <int kD> void backward(unsigned heads, Sizes n, Gradients d, Bf16Rows dout,
                                 const float* lse, const float* delta, Inputs<bf16> in) {
   constexpr int kBytes = kBackwardBytes<BackwardShape<kD>>;
-  const float scale = 1 / std::sqrt(float(n.D));
-  n.tiles = unsigned(ceil_div(n.queries.rows, kOwn));
-  allow_shared(attention_backward_q<kD, kBytes>, kBytes);
-  attention_backward_q<kD, kBytes>
-      <<<heads * n.tiles, kThreads, kBytes, device().compute>>>(d.q, dout, lse, delta, in, n,
-                                                                scale);
-  LAUNCHED();
-  n.tiles = unsigned(ceil_div(n.keys.rows, kOwn));
-  if (!n.tiles) return;
-  allow_shared(attention_backward_kv<kD, kBytes>, kBytes);
-  attention_backward_kv<kD, kBytes>
-      <<<heads * n.tiles, kThreads, kBytes, device().compute>>>(d.k, d.v, dout, lse, delta, in, n,
-                                                                scale);
-  LAUNCHED();
+  for (const bool owns_keys : {false, true}) {
+    const auto kernel =
+        owns_keys ? attention_backward_kv<kD, kBytes> : attention_backward_q<kD, kBytes>;
+    n.tiles = unsigned(ceil_div(owns_keys ? n.keys.rows : n.queries.rows, kOwn));
+    if (!n.tiles) continue;
+    allow_shared(kernel, kBytes);
+    kernel<<<heads * n.tiles, kThreads, kBytes, device().compute>>>(d, dout, lse, delta, in, n,
+                                                                    1 / std::sqrt(float(n.D)));
+    LAUNCHED();
+  }
 }
 
 }  // namespace

@@ -65,19 +65,11 @@ template <class T> __global__ void __launch_bounds__(128)
     dp[i] = store<T>(scale * load(p[i]) * (load(dp[i]) - of_row));
 }
 
-// A tensor (B,rows,parts,H,D) and the matrices of one of its sequences, batched over the heads
-struct Heads {
-  const Tensor& of;
-  int64_t rows, parts, H, D;
-  Heads(const Tensor& x, int64_t B, const Places& places, const Sizes& n)
-      : of(x), rows(places.rows), parts(x.numel() / (B * rows * n.H * n.D)), H(n.H), D(n.D) {
-    ASSERT(x.numel() == B * rows * parts * H * D, to_string(x.shape()), " with B = ", B,
-           ", T = ", rows, ", H = ", H, ", D = ", D);
-  }
-  Matrix part(int64_t b, int64_t part, bool transposed = false) const {
-    char* data = static_cast<char*>(of.raw()) +
-                 (b * rows * parts + part) * H * D * int64_t(size_of(of.dtype()));
-    return {data, parts * H * D, transposed, D};
+// The matrices of one of a tensor's sequences, batched over the heads
+struct Heads : Parts {
+  using Parts::Parts;
+  Matrix part(int64_t b, int64_t part, bool transposed) const {
+    return {begin(part, b), ld(), transposed, D};
   }
   Matrix first(int64_t b, bool transposed = false) const { return part(b, 0, transposed); }
   Matrix keys(int64_t b, bool transposed = false) const { return part(b, parts - 2, transposed); }
@@ -129,8 +121,8 @@ void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor&
     const Tensor p = keeps ? x.of(probabilities, b) : one;
     x.multiply(p, qs.first(b), kvs.keys(b, true));
     const Tensor sums = lse.empty() ? lse : lse.part(b * x.rows, {x.rows});
-    DISPATCH(dtype, causal_softmax<T><<<x.rows, kThreads, 0, device().compute>>>(
-                        p.data<T>(), static_cast<acc_t<T>*>(sums.raw()), x.n));
+    DISPATCH(dtype, causal_softmax<T>
+             <<<x.rows, kThreads, 0, device().compute>>>(p.data<T>(), sums.data<acc_t<T>>(), x.n));
     matmul(dtype, out.dtype(), x.Tq, x.n.D, x.Tk, x.matrix(p), kvs.values(b), y.first(b), 1, 0, H);
   }
 }

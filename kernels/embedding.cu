@@ -104,16 +104,16 @@ template <class A, int N> __global__ void __launch_bounds__(256)
 void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte, const Tensor& wpe,
                        int64_t period, const Tensor& positions) {
   OP("embedding_forward", 2 * bytes_of(x));
-  const int64_t C = wte.dim(-1), R = tokens.numel();
+  const int64_t C = wte.dim(1), R = tokens.numel();
   ASSERT(positions.empty() || positions.numel() == R);
   ASSERT(x.numel() == R * C && wpe.numel() >= std::min(period, R) * C && wte.dtype() == x.dtype() &&
          wpe.dtype() == x.dtype());
   if (!R) return;
-  const int* const at = positions.empty() ? nullptr : positions.data<int>();
-  DISPATCH_PACKS(
-      x.dtype(), in_packs(C, {&x, &wte, &wpe}),
-      embedding_kernel<T, N><<<unsigned(R), row_threads(C / N, kThreads), 0, device().compute>>>(
-          x.data<T>(), tokens.data<int>(), at, wte.data<T>(), wpe.data<T>(), period, int(C)));
+  DISPATCH_PACKS(x.dtype(), in_packs(C, {&x, &wte, &wpe}),
+                 embedding_kernel<T, N>
+                 <<<unsigned(R), row_threads(C / N, kThreads), 0, device().compute>>>(
+                     x.data<T>(), tokens.data<int>(), positions.data<int>(), wte.data<T>(),
+                     wpe.data<T>(), period, int(C)));
 }
 
 std::vector<int> sort_rows(const std::vector<int>& tokens) {
@@ -127,7 +127,7 @@ std::vector<int> sort_rows(const std::vector<int>& tokens) {
 void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx,
                         const Tensor& tokens, const Tensor& order, const Positions& places) {
   OP("embedding_backward", bytes_of(dx));
-  const int64_t C = dwte.dim(-1), R = tokens.numel(), sorted_rows = order.numel(),
+  const int64_t C = dwte.dim(1), R = tokens.numel(), sorted_rows = order.numel(),
                 positions = std::min(places.rows(), R);
   ASSERT(dx.numel() == R * C && sorted_rows <= R && (!R || R % positions == 0));
   ASSERT(dwte.dtype() == master_dtype(dx.dtype()) && dwpe.dtype() == dwte.dtype());

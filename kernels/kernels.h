@@ -44,7 +44,8 @@ void bias_backward(const Tensor& dbias, const Tensor& dy, bool add = true);
 void layernorm_forward(const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x,
                        const Tensor& gain, const Tensor& bias);
 // sum (R,C) = x (R,C) + (h (R,C) + h_bias (C)), y = layernorm(sum): neither the residual add nor
-// the bias of what made h costs a pass of its own
+// the bias of what made h costs a pass of its own. sum, h and h_bias may be empty, all of them:
+// y = layernorm(x)
 void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mean,
                            const Tensor& rstd, const Tensor& x, const Tensor& h,
                            const Tensor& h_bias, const Tensor& gain, const Tensor& bias);
@@ -122,26 +123,6 @@ void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
                               const Tensor& out, const Tensor& lse, const Tensor& q,
                               const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
                               const Positions& keys, bool add = false);
-// a whole sequence, packed: qkv (B,T,3,H,D)
-inline void attention_plain_forward(const Tensor& out, const Tensor& probabilities,
-                                    const Tensor& qkv, int64_t B, int64_t T, int64_t H) {
-  attention_plain_forward(out, {}, probabilities, qkv, qkv, B, H, {{0, T}}, {{0, T}});
-}
-inline void attention_plain_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out,
-                                     const Tensor& probabilities, const Tensor& qkv, int64_t B,
-                                     int64_t T, int64_t H) {
-  attention_plain_backward(dqkv, dqkv, dout, out, {}, probabilities, qkv, qkv, B, H, {{0, T}},
-                           {{0, T}});
-}
-inline void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& qkv,
-                                    int64_t B, int64_t T, int64_t H) {
-  attention_flash_forward(out, lse, qkv, qkv, B, H, {{0, T}}, {{0, T}});
-}
-inline void attention_flash_backward(const Tensor& dqkv, const Tensor& dout, const Tensor& out,
-                                     const Tensor& lse, const Tensor& qkv, int64_t B, int64_t T,
-                                     int64_t H) {
-  attention_flash_backward(dqkv, dqkv, dout, out, lse, qkv, qkv, B, H, {{0, T}}, {{0, T}});
-}
 
 // ---- attention_merge.cu   attention over several sets of keys, one after the other
 

@@ -138,10 +138,10 @@ template <class T, int N, bool kResidual> __global__ void __launch_bounds__(256)
 
 // ---- host side
 
-static void forward(const Tensor& sum, const Tensor& y, const Tensor& mean, const Tensor& rstd,
-                    const Tensor& x, const Tensor& h, const Tensor& h_bias,
-                    // sum, h and h_bias are all empty, or none
-                    const Tensor& gain, const Tensor& bias) {
+void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mean,
+                           const Tensor& rstd, const Tensor& x, const Tensor& h,
+                           const Tensor& h_bias, const Tensor& gain, const Tensor& bias) {
+  OP("add_layernorm_forward", bytes_of(sum, y, mean, rstd, x, h, h_bias, gain, bias));
   const int64_t C = gain.numel(), R = mean.numel();
   ASSERT(x.numel() == R * C && y.numel() == R * C && rstd.numel() == R && bias.numel() == C);
   ASSERT(y.dtype() == x.dtype() && gain.dtype() == x.dtype() && bias.dtype() == x.dtype());
@@ -157,23 +157,15 @@ static void forward(const Tensor& sum, const Tensor& y, const Tensor& mean, cons
       x.dtype(), in_packs(C, {&sum, &y, &x, &h, &h_bias, &gain, &bias}),
       const auto kernel = adds ? forward_kernel<T, N, true> : forward_kernel<T, N, false>;
       kernel<<<unsigned(R), row_threads(C / N, kForwardThreads), keep ? bytes : 0,
-               device().compute>>>(adds ? sum.data<T>() : nullptr, y.data<T>(),
-                                   mean.data<acc_t<T>>(), rstd.data<acc_t<T>>(), x.data<T>(),
-                                   adds ? h.data<T>() : nullptr, adds ? h_bias.data<T>() : nullptr,
-                                   gain.data<T>(), bias.data<T>(), int(C), keep));
+               device().compute>>>(sum.data<T>(), y.data<T>(), mean.data<acc_t<T>>(),
+                                   rstd.data<acc_t<T>>(), x.data<T>(), h.data<T>(),
+                                   h_bias.data<T>(), gain.data<T>(), bias.data<T>(), int(C), keep));
 }
 
 void layernorm_forward(const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x,
                        const Tensor& gain, const Tensor& bias) {
   OP("layernorm_forward", bytes_of(y, mean, rstd, x, gain, bias));
-  forward({}, y, mean, rstd, x, {}, {}, gain, bias);
-}
-
-void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mean,
-                           const Tensor& rstd, const Tensor& x, const Tensor& h,
-                           const Tensor& h_bias, const Tensor& gain, const Tensor& bias) {
-  OP("add_layernorm_forward", bytes_of(sum, y, mean, rstd, x, h, h_bias, gain, bias));
-  forward(sum, y, mean, rstd, x, h, h_bias, gain, bias);
+  add_layernorm_forward({}, y, mean, rstd, x, {}, {}, gain, bias);
 }
 
 void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbias,
@@ -200,10 +192,9 @@ void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbi
                    if (bytes > kSharedBytes) allow_shared(kernel, bytes);
                    kernel<<<unsigned(dgains.dim(0)), row_threads(C / N, kBackwardThreads), bytes,
                             device().compute>>>(dx.data<T>(), dgains.data<A>(), dbiases.data<A>(),
-                                                dy.data<T>(),
-                                                residual.empty() ? nullptr : residual.data<T>(),
-                                                x.data<T>(), mean.data<A>(), rstd.data<A>(),
-                                                gain.data<T>(), R, int(C)));
+                                                dy.data<T>(), residual.data<T>(), x.data<T>(),
+                                                mean.data<A>(), rstd.data<A>(), gain.data<T>(), R,
+                                                int(C)));
   bias_backward(dgain, dgains, add);
   bias_backward(dbias, dbiases, add);
 }

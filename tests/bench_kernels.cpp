@@ -20,6 +20,7 @@
 
 #include "optimizer.h"
 #include "tests/test.h"
+#include "tests/whole_sequence.h"
 
 constexpr int64_t kB = 1, kT = 1024, kR = kB * kT, kC = 768, kH = 12, kV = 50257,
                   kWeights = 40'000'000;

@@ -119,7 +119,7 @@ mutant waits a_rank_attends_before_the_keys_have_come \
 mutant faults the_reduce_scatter_is_dropped \
   fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/,/;$/d' 2 immediate test_fsdp $parity
 mutant faults the_all_reduce_over_copies_is_dropped \
-  fsdp.cpp '/NCCL_CHECK\(ncclAllReduce\(u.shard_grad.raw/,/;$/d' 2 immediate test_fsdp $parity
+  fsdp.cpp '/ all_reduce\(copies, u.shard_grad/d' 2 immediate test_fsdp $parity
 mutant faults the_shards_are_swapped \
   fsdp.cpp 's/(mine = u).shard_of\(u.whole_grad\)/\1.whole_grad.part(0, {u.shard_size})/' \
   2 immediate test_fsdp $parity
@@ -127,7 +127,7 @@ mutant faults the_loss_is_scaled_twice \
   trainer.cpp 's/1.0 \/ double\(options.batch/2.0 \/ double(options.batch/' \
   2 immediate test_fsdp $parity
 mutant faults a_rank_repeats_the_sequences_of_another \
-  trainer.cpp 's/data_ranks\(\) \+ data_rank\(\)\) \* count/data_ranks()) * count/' \
+  trainer.cpp 's/turn \* axis.size \+ axis.rank/turn * axis.size/' \
   2 immediate test_fsdp $parity
 mutant faults the_host_waits_inside_a_step \
   trainer.cpp 's/^  optimizer_->step\(lr\);/&\n  synchronize();/' \

@@ -70,7 +70,7 @@ inline Run train_alone(const GptConfig& config, int64_t batch, int steps) {
     run.losses.push_back(download(total)[0]);
     for (Param* p : gpt.params()) append(run.gradients, download(p->own(p->grad)));
     optimizer.step(kLearningRate);
-    run.norms.push_back(optimizer.norm());
+    run.norms.push_back(download(optimizer.norm())[0]);
   }
   for (Param* p : gpt.params()) append(run.weights, download(p->own(p->value)));
   return run;
@@ -159,7 +159,7 @@ inline Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions&
   Run run;
   for (int step = 1; step <= steps; step++) {
     spoil_gradients(trainer);
-    trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
+    trainer.gradients(trainer.read([&](int64_t s) { return sequence(step, s, config); }));
     expect_numbers(trainer);
     run.losses.push_back(trainer.loss());
     append(run.gradients, whole_model(mesh, trainer, WholeOf::gradients));
@@ -175,7 +175,7 @@ inline Run curve_of(Mesh& mesh, const GptConfig& config, const TrainerOptions& o
   Trainer trainer(mesh, config, options);
   Run run;
   for (int step = 1; step <= steps; step++) {
-    trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
+    trainer.gradients(trainer.read([&](int64_t s) { return sequence(step, s, config); }));
     trainer.update(kLearningRate);
     run.losses.push_back(trainer.loss());
     run.norms.push_back(trainer.norm());
@@ -243,7 +243,7 @@ template <class Check> int64_t equals_theory(Mesh& mesh, const GptConfig& config
   ledger.rows.clear();
   Trainer trainer(mesh, config, options);
   for (int step = 1; step <= 2; step++) {
-    trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
+    trainer.gradients(trainer.read([&](int64_t s) { return sequence(step, s, config); }));
     trainer.update(kLearningRate);
   }
   int64_t bytes = 0;

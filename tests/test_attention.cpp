@@ -10,6 +10,7 @@
 //   enters delta): u (1 + |score| / 2).
 #include "kernels/kernels.h"
 #include "tests/tensors.h"
+#include "tests/whole_sequence.h"
 
 using Values = std::vector<double>;
 

@@ -42,7 +42,7 @@ Setting parse_setting(const std::string& text) {
 std::vector<double> train(Trainer& trainer, const GptConfig& config, int first, int last) {
   std::vector<double> losses;
   for (int step = first; step <= last; step++) {
-    trainer.gradients([&](int64_t i) { return sequence(step, i, config); });
+    trainer.gradients(trainer.read([&](int64_t i) { return sequence(step, i, config); }));
     trainer.update(kLearningRate);
     losses.push_back(trainer.loss());
   }

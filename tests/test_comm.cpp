@@ -153,7 +153,7 @@ TEST(the_ledger_enters_exactly_what_was_sent) {
           return std::vector<int>{1, 2, 3, 4, 5, 6, 7, 8, 9, int(s % 31)};
         };
         for (int step = 0; step < 2; step++) {
-          trainer.gradients(sequence);
+          trainer.gradients(trainer.read(sequence));
           trainer.update(1e-3);
         }
         trainer.evaluate(3, sequence);

@@ -7,6 +7,7 @@
 //           2^-8 more.
 #include "kernels/kernels.h"
 #include "tests/tensors.h"
+#include "tests/whole_sequence.h"
 
 namespace {
 

@@ -143,7 +143,7 @@ static Run train(const How& how) {
     run.losses.push_back(loss_and_gradients(gpt, how));
     if (step == 0) run.gradients = gather(gpt, &Param::grad);
     optimizer.step(g.lr);
-    run.norms.push_back(optimizer.norm());
+    run.norms.push_back(download(optimizer.norm())[0]);
   }
   // the master weights, when the model computes in bf16
   for (const Shard& s : optimizer.shards()) {

@@ -172,7 +172,7 @@ TEST(two_hundred_random_runs_end) {
               m = looped ? pp * (1 + below(2)) : 1 + below(12);
     Setting s{Layout{{"pp", pp}}, schedule, chunks, m, {}, below(2) == 1, false};
     Trainer trainer(mesh, s.of(config), s.options(m));
-    trainer.gradients([&](int64_t i) { return sequence(run, i, config); });
+    trainer.gradients(trainer.read([&](int64_t i) { return sequence(run, i, config); }));
     trainer.update(1e-3);
     sum += trainer.loss();
   }

@@ -248,7 +248,7 @@ TEST(padding_stays_0_and_nothing_depends_on_it) {
         all.insert(all.end(), more.begin(), more.end());
       };
       for (int step = 1; step <= 3; step++) {
-        trainer.gradients(batch);
+        trainer.gradients(trainer.read(batch));
         for (const Tensor& x : {wte.value, wte.grad, wte.grad_of_head})
           for (const double v : download(end(wte, x))) CHECK_EQ(v, 0, "padding in step ", step);
         if (poison) fill(end(wte, wte.grad), NAN);
@@ -286,7 +286,7 @@ TEST(no_rank_ever_holds_the_logits_of_the_whole_vocabulary) {
       MemoryUse& use = device().memory;
       use.peak = use.now;
       const int64_t before = use.now[int(Memory::activations)];
-      trainer.gradients([&](int64_t s) { return sequence(1, s, config); });
+      trainer.gradients(trainer.read([&](int64_t s) { return sequence(1, s, config); }));
       trainer.update(1e-3);
       trainer.evaluate(8, [&](int64_t s) { return sequence(0, s, config); });
       const double all = double(4 * config.context * config.vocab) * 4,

@@ -30,7 +30,7 @@ Json traced(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, 
     if (step == 2) ledger.rows.clear();
     if (step > 1) trace.begin_step(step);
     op_times.start(step > 1 ? OpTimes::everything : OpTimes::nothing);
-    trainer.gradients([&](int64_t s) { return sequence(step, s, config); });
+    trainer.gradients(trainer.read([&](int64_t s) { return sequence(step, s, config); }));
     trainer.update(kLearningRate);
     trainer.results();
     op_times.stop();

@@ -166,7 +166,7 @@ TEST(a_batch_that_is_read_ahead_trains_to_the_same_bits) {
       Batch batch = trainer.read(of(1));
       for (int step = 1; step <= 3; step++) {
         if (ahead) trainer.gradients(batch);
-        else trainer.gradients(of(step));
+        else trainer.gradients(trainer.read(of(step)));
         trainer.update(kLearningRate);
         if (ahead) batch = trainer.read(of(step + 1));
         const auto [loss, norm] = trainer.results();
@@ -234,7 +234,7 @@ TEST(a_profile_has_every_op_of_a_step_and_no_more_time_than_the_step) {
       const Stopwatch clock;
       op_times.start(OpTimes::everything);
       profile.host_begins();
-      trainer.gradients(of);
+      trainer.gradients(trainer.read(of));
       trainer.update(kLearningRate);
       profile.host_reads();
       profile.host_waits();
