@@ -130,18 +130,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
 }
 
 void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute) {
-  std::vector<Action> actions;
-  for (int m = 0; m < microbatches; m++)
-    for (int chunk = 0; chunk < schedule_.chunks; chunk++) {
-      const Action a{Action::forward, m, chunk};
-      const auto add_exchange = [&](bool send) {
-        const auto t = transfer_of(schedule_, axis_.rank, a, send);
-        if (t && t->peer != axis_.rank) actions.push_back({Action::exchange, -1, -1, {*t}});
-      };
-      add_exchange(false);
-      actions.push_back(a);
-      add_exchange(true);
-    }
+  const auto actions = forwards_of(schedule_, microbatches).actions[axis_.rank];
   execute(actions, shape, dtype, [&](size_t i, Tensor x) {
     Tape tape(false);
     return compute(tape, actions[i].chunk, Var{std::move(x)}, actions[i].microbatch).value;

@@ -33,9 +33,7 @@ class Pipeline {
   // A step: the whole schedule, forward and backward. Activations between stages have this shape,
   // (S, C), and dtype.
   void run(const Shape& shape, Dtype dtype, const Compute& compute);
-  // Forward only: evaluation and sampling, for each micro-batch in turn this stage's chunks. Every
-  // stage keeps to this one order, with each exchange between the two positions that it joins, so
-  // nothing deadlocks.
+  // Evaluation and sampling: the schedule's forwards alone.
   void forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute);
   // Once a step, after the gradients were reduced over the other axes, on the stages of the first
   // and the last piece where these are two: this rank's shard of the token embedding's gradient.

@@ -219,6 +219,16 @@ Schedule make_schedule(const std::string& name, int p, int m, int V) {
   return s;
 }
 
+Schedule forwards_of(Schedule s, int microbatches) {
+  s.microbatches = microbatches;
+  for (int stage = 0; stage < s.stages; stage++) {
+    s.actions[stage] = computations(s, stage);
+    std::erase_if(s.actions[stage], [](const Action& a) { return a.kind != Action::forward; });
+  }
+  place_transfers(s);
+  return s;
+}
+
 // ---- in words
 
 const char* name_of(Action::Kind kind) {

@@ -12,8 +12,7 @@
 //           2) and a tiny transfer delay. A result that ends at time t is sent at tick floor(t);
 //           results of one tick are sent in the order in which they ended. Two sends that face each
 //           other in one tick are one exchange (one NCCL group); so an exchange has one transfer,
-//           or two between the same two stages. (Pipeline::forward, for evaluation and sampling,
-//           has lists and an order of its own.)
+//           or two between the same two stages.
 // safety    All stages' lists are cut from one global order of events: the exchanges of a tick,
 //           then the computations that start at it. The earliest unfinished event of that order
 //           waits only for earlier ones, so it can always proceed: nothing deadlocks, not with one
@@ -139,6 +138,8 @@ std::vector<std::string> schedule_names();
 
 // Refuses what a schedule does not allow with a sentence. chunks 0: as many as the row says.
 Schedule make_schedule(const std::string& name, int stages, int microbatches, int chunks = 0);
+// Its forwards alone, of any number of micro-batches: for evaluation and sampling.
+Schedule forwards_of(Schedule schedule, int microbatches);
 
 // What a stage computes, in order: its list without exchanges. Of the schedule it needs no actions.
 std::vector<Action> computations(const Schedule& s, int stage);

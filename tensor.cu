@@ -193,7 +193,7 @@ Buffer::~Buffer() {
 
 Tensor::Tensor(Shape shape, Dtype dtype, Memory category)
     : shape_(std::move(shape)), dtype_(dtype) {
-  buffer_ = std::make_shared<Buffer>(bytes(), category);
+  buffer_ = std::make_shared<Buffer>(numel() * size_of(dtype), category);
   data_ = buffer_->data;
 }
 

@@ -170,9 +170,7 @@ struct Work {
   // floating-point operations of products.
   double bytes = 0, flops = 0;
 };
-template <class... T> double bytes_of(const T&... x) {
-  return double((x.bytes() + ...));
-}
+template <class... T> double bytes_of(const T&... x) { return double((x.bytes() + ...)); }
 
 class OpTimes {  // of what has been timed since start()
  public:

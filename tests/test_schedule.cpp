@@ -721,6 +721,25 @@ TEST(peak_bytes_are_weighed_by_chunk) {
   CHECK_EQ(peak_live(zb, 1, {{3, 10}}), 20);
 }
 
+TEST(forwards_alone_keep_the_line_full) {
+  int tried = 0;
+  for (const std::string& name : schedule_names())
+    for (int p = 1; p <= 8; p++) {
+      const Schedule whole = make_schedule(name, p, p);
+      for (int m = 1; m <= 4 * p; m++, tried++) {
+        const Schedule s = forwards_of(whole, m);
+        const Timeline t = simulate(s, durations(s, {}));
+        const int V = s.chunks, each = m * V;
+        for (int stage = 0; stage < p; stage++) CHECK_EQ(t.busy[stage], each, label(s));
+        // a ring has whole rounds
+        const bool ring = s.row->place == Place::ring;
+        const int most = ring ? (m + p - 1) / p * p * V + p - 1 : each + V * (p - 1);
+        CHECK_LE(t.makespan, most, label(s));
+      }
+    }
+  measured(tried, " lists");
+}
+
 TEST(the_one_queue_costs_next_to_nothing) {
   // against transfers with a wire each. Lists are made for F = B = W = 1; other times must not make
   // exchanges wait in the wrong order.
