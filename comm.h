@@ -82,9 +82,8 @@ void check_ranks(const Layout& layout, int ranks);
 struct Axis {
   std::string name;
   int size = 1, rank = 0;
-  ncclComm_t comm = nullptr;  // null when size is 1
-  int first = 0, stride = 1;  // in the world: its ranks are first, first + stride, ...
-  Recorder::Ranks ranks() const { return {name, first, stride, size, rank}; }
+  ncclComm_t comm = nullptr;      // null when size is 1
+  std::vector<int> members = {};  // its ranks in the world; none when size is 1
 };
 
 struct Mesh {

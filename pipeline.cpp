@@ -175,7 +175,11 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
     Parcel& parcel = (t.send ? outbox_ : inbox_).at(t);
     const Tensor& x = parcel.x;
     recorder.where.microbatch = t.microbatch;
-    if (recorder.on) recorder.travel(axis_.ranks(), t.send, name_of(t.payload), t.peer, x.bytes());
+    if (recorder.on) {
+      const auto [low, high] = std::minmax(axis_.rank, t.peer);
+      recorder.travel(axis_.name, {axis_.members[low], axis_.members[high]}, t.send,
+                      name_of(t.payload), axis_.members[t.peer], x.bytes());
+    }
     const ncclDataType_t type = nccl_type(x.dtype());
     if (t.send) {
       ledger.send(axis_, x.bytes());

@@ -30,12 +30,12 @@ for (const e of traceEvents.sort((a, b) => a.ts - b.ts)) {
 
 const sum = bytes => Object.values(bytes).reduce((all, one) => all + one, 0);
 
-// Of each rank at the moment t: the part that it computes, the collectives that it is in, what was
-// noted last of each unit, its bytes by category, and what it keeps for the backward of each
-// micro-batch.
+// Of each rank at the moment t: the events that last, which are the part that it computes and the
+// collectives that it is in; what was noted last of each unit; its bytes by category; and what it
+// keeps for the backward of each micro-batch.
 function state(t) {
   return trace.ranks.map((events, rank) => {
-    const now = {part: null, collectives: [], units: {}, memory: {}, kept: {}};
+    const now = {part: [], collective: [], units: {}, memory: {}, kept: {}};
     const key = ({microbatch, chunk}) => `${microbatch}.${chunk}`;  // chunk of a stage
     // A whole unit that is not freed is old, but for the rank's own shard, until it is gathered.
     for (const {unit} of trace.units[rank])
@@ -43,11 +43,10 @@ function state(t) {
     let frees;
     for (const e of events) {
       if (e.ts > t) break;
-      const a = e.args, runs = t < e.ts + e.dur;
+      const a = e.args;
+      if (t < e.ts + e.dur) now[e.cat]?.push(e);
       if (e.ph === 'C') now.memory = a;
-      if (e.cat === 'part' && runs) now.part = e;
       if (e.cat === 'part' && a.pass !== 'forward') frees = key(a);
-      if (e.cat === 'collective' && runs) now.collectives.push(e);
       if (e.cat === 'unit')
         now.units[a.unit][e.name.startsWith('reduce') ? 'gradient' : 'weights'] = e.name;
       if (e.cat === 'live')
@@ -132,10 +131,10 @@ const categories = Object.keys(most).filter(
 const parts = name => 2 ** Math.max(0, Math.ceil(Math.log2(most[name] / scale)));
 
 // A rank: what it computes, which collectives it is in, and its bars of memory.
-function draw_rank({part, collectives, units, memory, kept}, rank) {
+function draw_rank({part: [part], collective, units, memory, kept}, rank) {
   const row = (name, bar) =>
     `<div class="row"><span title="${name}">${name}</span>${bar}</div>`;
-  const lane = collectives.map(
+  const lane = collective.map(
     e => travelling(e) + (t < e.ts + e.args.waited_us ? ', waits' : ''));
   const weights = trace.units[rank].map(({unit, name, bytes, shard_bytes}) => row(name,
     `<div class="unit weights" style="${width(bytes)}"
@@ -162,9 +161,9 @@ const carries = a => a.purpose !== 'training' ? 'communication' :
   a.op === 'all_gather' ? 'weights' : 'gradients';
 
 // Between two ranks, a line; on it, what travels: it waits at its end until every rank is there.
-function draw_travel({collectives}, rank) {
+function draw_travel({collective}, rank) {
   const boxes = by_id('ranks').children;
-  return collectives.flatMap(({ts, dur, args: a}) => {
+  return collective.flatMap(({ts, dur, args: a}) => {
     const at = a.ranks.indexOf(rank), {offsetLeft: x, offsetTop: y} = boxes[rank];
     const others = a.op === 'exchange' ? a.sends.map(parcel => parcel.to) :
       a.ranks.filter((other, i) => Math.abs(i - at) === 1);
@@ -201,7 +200,7 @@ function show(moment, which) {
   t = Number(time.value);
   index = which ?? Math.max(0, moments.findLastIndex(e => e.ts <= t));
   const now = state(t), e = moments[index], link = by_id('function');
-  by_id('ranks').innerHTML = now.map(draw_rank).join('');
+  by_id('ranks').innerHTML = now.map(draw_rank).join('') + '<svg id="travel"></svg>';
   by_id('travel').innerHTML = now.map(draw_travel).join('');
   by_id('clock').textContent = `${milliseconds(t)} of ${milliseconds(trace.end)}`;
   by_id('timeline').style.setProperty('--at', t / trace.end);
@@ -292,7 +291,7 @@ document.body.insertAdjacentHTML('beforeend', `<h1>${document.title}</h1>
 <label>speed <select id="speed"><option>0.25<option selected>1<option>4</select></label>
 <label>follow <select id="watch" onchange="follow()"><option>every rank${
   names.map(name => `<option>${name}`).join('')}</select></label> <small id="clock"></small></nav>
-<div id="devices"><div id="ranks"></div><svg id="travel"></svg></div>
+<div id="ranks"></div>
 <p>${['weights', 'gradients', 'optimizer', 'activations', 'forward', 'backward', 'weight gradient',
   'other', 'communication'].map(name => `<b class="key ${name}">■</b> ${name}`).join(' ')}</p>
 <div id="timeline"><input id="time" type="range" max="${trace.end}" step="any"

@@ -70,7 +70,7 @@ local function draw(text)
       if boxes > 1 then rows[#rows + 1] = "<div>" .. row .. "</div>" end
     end
   end
-  return '<figure class="drawing">' .. table.concat(rows, "\n") .. "</figure>"
+  return '<div class="drawing">' .. table.concat(rows, "\n") .. "</div>"
 end
 
 function CodeBlock(block)
