@@ -30,9 +30,9 @@ for (const e of traceEvents.sort((a, b) => a.ts - b.ts)) {
 
 const sum = bytes => Object.values(bytes).reduce((all, one) => all + one, 0);
 
-// Of each rank at the moment t: the events that last, which are the part that it computes and the
-// collectives that it is in; what was noted last of each unit; its bytes by category; and what it
-// keeps for the backward of each micro-batch.
+// Of each rank at the moment t: the events that last, the latest first, which are the part that it
+// computes and the collectives that it is in; what was noted last of each unit; its bytes by
+// category; and what it keeps for the backward of each micro-batch.
 function state(t) {
   return trace.ranks.map((events, rank) => {
     const now = {part: [], collective: [], units: {}, memory: {}, kept: {}};
@@ -44,7 +44,7 @@ function state(t) {
     for (const e of events) {
       if (e.ts > t) break;
       const a = e.args;
-      if (t < e.ts + e.dur) now[e.cat]?.push(e);
+      if (t < e.ts + e.dur) now[e.cat]?.unshift(e);
       if (e.ph === 'C') now.memory = a;
       if (e.cat === 'part' && a.pass !== 'forward') frees = key(a);
       if (e.cat === 'unit')
@@ -194,16 +194,15 @@ let t = 0, moments = trace.moments, index = 0, playing = false, timer;
 const still = matchMedia('(prefers-reduced-motion: reduce)');  // then nothing glides
 
 // which: the event to speak of, where several happen at the same time.
-function show(moment, which) {
-  const time = by_id('time');
-  time.value = moment;  // which keeps it between the ends
-  t = Number(time.value);
+function show(time, which) {
+  t = Math.min(Math.max(time, 0), trace.end);
   index = which ?? Math.max(0, moments.findLastIndex(e => e.ts <= t));
   const now = state(t), e = moments[index], link = by_id('function');
   by_id('ranks').innerHTML = now.map(draw_rank).join('') + '<svg id="travel"></svg>';
   by_id('travel').innerHTML = now.map(draw_travel).join('');
   by_id('clock').textContent = `${milliseconds(t)} of ${milliseconds(trace.end)}`;
   by_id('timeline').style.setProperty('--at', t / trace.end);
+  by_id('time').value = t;
   by_id('sentence').textContent = sentence(e);
   const name = e.args.function ?? kFunctions[e.args.pass], [place, address] = functions[name] ?? [];
   link.textContent = place ? `${name}, ${place}` : '';
@@ -220,7 +219,7 @@ function follow() {
 function step(by) {
   const next = moments[index + by];
   if (next) show(next.ts, index + by);
-  else show(by > 0 ? trace.end : 0);
+  else show(by * trace.end);  // one of the ends
 }
 
 function jump(pass) {
