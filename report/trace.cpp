@@ -60,10 +60,9 @@ void Trace::begin_step(int64_t step) {
 void Trace::end_step() {
   recorder.stop();
   op_times.each([&](const OpTimes::Op& op) {
-    const Recorder::Issued& w = recorder.works[works_.size()];
-    works_.push_back({w.queue, w.after, w.event, w.processor,
-                      began_ + op.begin.seconds_since(*origin_),
-                      began_ + op.end.seconds_since(*origin_)});
+    Recorder::Issued& w = recorder.works[timed_++];
+    w.begin = began_ + op.begin.seconds_since(*origin_);
+    w.end = began_ + op.end.seconds_since(*origin_);
   });
 }
 
@@ -76,6 +75,8 @@ static std::string list_axes(const Mesh& mesh, int Axis::*number) {
     if (axis.size > 1) all.push_back(sentence(axis.name, " ", axis.*number));
   return join(all, ", ");
 }
+
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Recorder::Issued, queue, after, event, processor, begin, end)
 
 // Of this rank.
 Json Trace::describe() const {
@@ -98,7 +99,7 @@ Json Trace::describe() const {
                      {"name", unit.part.name},
                      {"bytes", unit.padded * size_of(unit.shard.dtype())},
                      {"shard_bytes", unit.shard.bytes()}});
-  return {{"works", works_}, {"events", recorder.events}, {"units", units}};
+  return {{"works", recorder.works}, {"events", recorder.events}, {"units", units}};
 }
 
 namespace {
@@ -134,12 +135,12 @@ Joined join_works(const std::vector<Json>& ranks) {
   for (size_t r = 0; r < ranks.size(); r++) {
     const int first = int(all.tasks.size());
     std::map<std::string, int> calls;
-    for (const Json& w : ranks[r]["works"]) {
-      const int after = w[1], event = w[2], i = int(all.tasks.size());
-      all.tasks.push_back({int(r), w[0], w[3], after < 0 ? -1 : first + after});
-      all.spans.push_back({w[4], w[5]});
-      all.args.push_back(event < 0 ? nullptr : &ranks[r]["events"][event]["args"]);
-      if (event < 0) continue;
+    for (const Recorder::Issued w : ranks[r]["works"]) {
+      const int i = int(all.tasks.size());
+      all.tasks.push_back({int(r), w.queue, w.processor, w.after < 0 ? -1 : first + w.after});
+      all.spans.push_back({w.begin, w.end});
+      all.args.push_back(w.event < 0 ? nullptr : &ranks[r]["events"][w.event]["args"]);
+      if (w.event < 0) continue;
       const std::string who = sentence((*all.args[i])["axis"], (*all.args[i])["ranks"]);
       collectives[{who, calls[who]++}].push_back(i);
     }

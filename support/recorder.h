@@ -42,6 +42,7 @@ class Recorder {
     int event = -1;        // of a block of collectives, if one of it was called
     bool awaited = false;  // by an op
     double processor = 0;  // seconds of the issuing thread
+    double begin = 0, end = 0;  // by the first rank's clock: report/trace.h knows
   };
   std::vector<Issued> works;
   void begin(Queue queue, const std::string& name, double bytes, double flops);
