@@ -13,7 +13,8 @@ Timed::Timed(cudaStream_t queue, const char* function)
     : queue_(queue), timed_(op_times.times(OpTimes::collectives)) {
   if (!timed_) return;
   op_times.begin(queue, true, {"receive"});
-  if (recorder.on) recorder.issued_by(function, name_of(ledger.purpose));
+  recorder.function = function;
+  recorder.purpose = name_of(ledger.purpose);
 }
 
 Timed::~Timed() {
@@ -108,10 +109,10 @@ static Axis open_axis(const Mesh& m, size_t slowest, size_t fastest) {
     axis.rank = axis.rank * m.axes[a].size + m.axes[a].rank;
     axis.size *= m.axes[a].size;
   }
-  axis.stride = stride;
-  axis.first = m.rank - axis.rank * stride;  // of this line of the grid
-  if (axis.size > 1 && m.world.comm)
-    NCCL_CHECK(ncclCommSplit(m.world.comm, axis.first, axis.rank, &axis.comm, nullptr));
+  if (axis.size == 1) return axis;
+  const int first = m.rank - axis.rank * stride;  // of this line of the grid
+  for (int r = 0; r < axis.size; r++) axis.members.push_back(first + r * stride);
+  if (m.world.comm) NCCL_CHECK(ncclCommSplit(m.world.comm, first, axis.rank, &axis.comm, nullptr));
   return axis;
 }
 
@@ -132,6 +133,7 @@ Mesh open_mesh(const Layout& layout) {
   if (rank == 0) NCCL_CHECK(ncclGetUniqueId(&id));
   MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, Finished());
   NCCL_CHECK(ncclCommInitRank(&m.world.comm, ranks, id, rank));
+  for (int r = 0; r < ranks; r++) m.world.members.push_back(r);
   for (size_t a = 0; a < kAxes.size(); a++) m.axes[a] = open_axis(m, a, a);
   join(m, "fsdp", "cp");  // what FSDP shards over: now, so that it is checked and watched, too
   return m;
@@ -215,32 +217,12 @@ void Ledger::enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls)
     op->work.name = sentence(name_of(c), " (", axis.name, ")");
     op->work.bytes += sent;
   }
-  if (recorder.on) recorder.call(axis.ranks(), name_of(c), sent);
+  if (recorder.on) recorder.call(name_of(c), axis.name, axis.members, sent);
   Row& row = rows[{axis.name, c, purpose}];
   row.calls += calls;
   row.numerator += numerator;
   row.n = axis.size;
   if (on_enter) on_enter(axis, c);
-}
-
-// ---- what several strategies do alike
-
-void all_reduce(const Axis& axis, const Tensor& x, cudaStream_t queue, ncclRedOp_t op) {
-  ledger.enter(axis, Collective::all_reduce, x.bytes());
-  NCCL_CHECK(
-      ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), op, axis.comm, queue));
-}
-
-void send_or_receive(const Axis& axis, bool send, const Tensor& x, int peer, const char* what,
-                     cudaStream_t queue) {
-  if (recorder.on) recorder.travel(axis.ranks(), send, what, peer, x.bytes());
-  const ncclDataType_t type = nccl_type(x.dtype());
-  if (send) {
-    ledger.enter(axis, Collective::send, x.bytes());
-    NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, peer, axis.comm, queue));
-  } else {
-    NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, peer, axis.comm, queue));
-  }
 }
 
 void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic serves, cudaStream_t queue) {
@@ -250,7 +232,9 @@ void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic serves, cu
   for (const Axis& axis : axes) {
     if (axis.size == 1) continue;
     const Timed timed(queue);
-    all_reduce(axis, x, queue);
+    ledger.all_reduce(axis, x.bytes());
+    NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), ncclSum, axis.comm,
+                             queue));
   }
   make_wait(device().compute, queue);  // the sum must have arrived
 }

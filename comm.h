@@ -3,8 +3,7 @@
 //
 // idea      Rank r sits at one place of a grid pp x replicate x fsdp x cp x tp (slowest to
 //           fastest). Along each axis it shares a communicator with the ranks that differ from it
-//           in that place only. The strategies call NCCL on these communicators themselves; what
-//           several of them do alike stands at the end of this file.
+//           in that place only. The strategies call NCCL on these communicators themselves.
 // axes      kAxes is the one list of them; everything else iterates over it. `mesh["fsdp"]` is this
 //           rank's place on an axis and its communicator, `layout["fsdp"]` the axis's size, and a
 //           name that is not in the list does not compile.
@@ -83,9 +82,8 @@ void check_ranks(const Layout& layout, int ranks);
 struct Axis {
   std::string name;
   int size = 1, rank = 0;
-  ncclComm_t comm = nullptr;  // null when size is 1
-  int first = 0, stride = 1;  // in the world: its ranks are first, first + stride, ...
-  Recorder::Ranks ranks() const { return {name, first, stride, size, rank}; }
+  ncclComm_t comm = nullptr;      // null when size is 1
+  std::vector<int> members = {};  // its ranks in the world; none when size is 1
 };
 
 struct Mesh {
@@ -172,11 +170,13 @@ class Ledger {
  public:
   // One line before each NCCL call. Bytes are those of the whole buffer: of all ranks together
   // where each has a part of it.
+  void all_reduce(const Axis& axis, int64_t bytes) { enter(axis, Collective::all_reduce, bytes); }
   void all_gather(const Axis& axis, int64_t bytes) { enter(axis, Collective::all_gather, bytes); }
   void reduce_scatter(const Axis& axis, int64_t bytes) {
     enter(axis, Collective::reduce_scatter, bytes);
   }
   void broadcast(const Axis& axis, int64_t bytes) { enter(axis, Collective::broadcast, bytes); }
+  void send(const Axis& axis, int64_t bytes) { enter(axis, Collective::send, bytes); }
   void enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls = 1);
 
   struct Row {  // bytes sent by this rank = numerator / n
@@ -206,13 +206,5 @@ class Purpose {
   const Traffic before_;
 };
 
-// ---- what several strategies do alike, with its line in the ledger
-
-// x becomes the sum, or what else `op` says, of all ranks' x.
-void all_reduce(const Axis& axis, const Tensor& x, cudaStream_t queue, ncclRedOp_t op = ncclSum);
-// One end of a transfer, inside a group: x goes to the peer, or has room for what comes from there.
-// what: for traces
-void send_or_receive(const Axis& axis, bool send, const Tensor& x, int peer, const char* what,
-                     cudaStream_t queue);
 // Sums x over the ranks of one axis after the other, in place: the loss, the norm.
 void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic purpose, cudaStream_t queue);

@@ -36,13 +36,19 @@ Positions ContextParallel::part_of(int rank, int64_t T) const {
 
 void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
   if (all.empty()) return;
+  const int next = (axis_.rank + 1) % axis_.size, before = source(1);
   make_wait(stream_, device().compute);  // what is sent must be there, and room for what comes
   const Timed timed(stream_);
   NCCL_CHECK(ncclGroupStart());
   for (const auto& [x, room] : all) {
-    const char* const what = "keys, values or gradients";
-    send_or_receive(axis_, true, x, (axis_.rank + 1) % axis_.size, what, stream_);
-    send_or_receive(axis_, false, room, source(1), what, stream_);
+    const ncclDataType_t type = nccl_type(x.dtype());
+    for (const bool send : {false, true})
+      if (recorder.on)
+        recorder.travel(axis_.name, axis_.members, send, "keys, values or gradients",
+                        axis_.members[send ? next : before], (send ? x : room).bytes());
+    ledger.send(axis_, x.bytes());
+    NCCL_CHECK(ncclSend(x.raw(), size_t(x.numel()), type, next, axis_.comm, stream_));
+    NCCL_CHECK(ncclRecv(room.raw(), size_t(room.numel()), type, before, axis_.comm, stream_));
   }
   NCCL_CHECK(ncclGroupEnd());
 }

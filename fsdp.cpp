@@ -204,7 +204,7 @@ void Fsdp::start_unshard(Unit& u) {
   if (u.whole.empty()) u.whole = Tensor({u.padded}, dtype_, Memory::gather);
   if (axis_.size == 1) return;
   const Entered entered("gather", u.part.name);
-  recorder.note_unit("unshard", Recorder::compute, u.part, "Fsdp::start_unshard");
+  recorder.note_unit("unshard", u.part, "Fsdp::start_unshard");
   // kernels that used this memory before must have finished, and the optimizer must have written
   // the shard that is sent
   make_wait(stream_, device().compute);
@@ -213,7 +213,7 @@ void Fsdp::start_unshard(Unit& u) {
   NCCL_CHECK(ncclAllGather(u.shard.raw(), u.whole.raw(), u.shard_size, nccl_type(dtype_),
                            axis_.comm, stream_));
   u.arrived.record(stream_);
-  recorder.note_unit("arrived", Recorder::communication, u.part, "Fsdp::finish_unshard");
+  recorder.note_unit("arrived", u.part, "Fsdp::finish_unshard");
 }
 
 void Fsdp::finish_unshard(Unit& u) {
@@ -231,7 +231,7 @@ void Fsdp::reshard(Unit& u) {
   if (!u.gathered) return;
   u.gathered = false;
   if (!shards_parameters()) return;  // the buffer stays; the other ranks' parts of it are old
-  recorder.note_unit("reshard", Recorder::compute, u.part, "Fsdp::reshard");
+  recorder.note_unit("reshard", u.part, "Fsdp::reshard");
   u.bind(&Param::value, {});
   // returned to the pool in the order of the compute stream, behind the last kernel that reads it
   u.whole = Tensor();
@@ -269,12 +269,12 @@ void Fsdp::start_reduce(Unit& u) {
   if (axis_.size > 1) {
     // in place; without sharded gradients this is shard_grad
     const Tensor mine = u.shard_of(u.whole_grad);
-    recorder.note_unit("reduce", Recorder::compute, u.part, "Fsdp::start_reduce");
+    recorder.note_unit("reduce", u.part, "Fsdp::start_reduce");
     const Timed timed(stream_);
     ledger.reduce_scatter(axis_, u.whole_grad.bytes());
     NCCL_CHECK(ncclReduceScatter(u.whole_grad.raw(), mine.raw(), u.shard_size,
                                  nccl_type(mine.dtype()), ncclSum, axis_.comm, stream_));
-    recorder.note_unit("reduced", Recorder::communication, u.part, "Fsdp::finish_reduce");
+    recorder.note_unit("reduced", u.part, "Fsdp::finish_reduce");
   }
   if (!shards_gradients()) sum_over_copies(u);
   u.reduced.record(stream_);
@@ -306,10 +306,12 @@ void Fsdp::finish_reduce() {
 void Fsdp::sum_over_copies(Unit& u) {
   for (const Axis& copies : copies_) {
     if (copies.size == 1) continue;
-    recorder.note_unit("reduce", Recorder::compute, u.part, "Fsdp::sum_over_copies");
+    recorder.note_unit("reduce", u.part, "Fsdp::sum_over_copies");
     const Timed timed(stream_);
-    all_reduce(copies, u.shard_grad, stream_);
-    recorder.note_unit("reduced", Recorder::communication, u.part, "Fsdp::sum_over_copies");
+    ledger.all_reduce(copies, u.shard_grad.bytes());
+    NCCL_CHECK(ncclAllReduce(u.shard_grad.raw(), u.shard_grad.raw(), u.shard_size,
+                             nccl_type(u.shard_grad.dtype()), ncclSum, copies.comm, stream_));
+    recorder.note_unit("reduced", u.part, "Fsdp::sum_over_copies");
   }
 }
 

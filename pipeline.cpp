@@ -169,8 +169,20 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   NCCL_CHECK(ncclGroupStart());
   for (const Transfer& t : transfers) {
     Parcel& parcel = (t.send ? outbox_ : inbox_).at(t);
+    const Tensor& x = parcel.x;
     recorder.where.microbatch = t.microbatch;
-    send_or_receive(axis_, t.send, parcel.x, t.peer, name_of(t.payload), stream_);
+    if (recorder.on) {
+      const auto [low, high] = std::minmax(axis_.rank, t.peer);
+      recorder.travel(axis_.name, {axis_.members[low], axis_.members[high]}, t.send,
+                      name_of(t.payload), axis_.members[t.peer], x.bytes());
+    }
+    const ncclDataType_t type = nccl_type(x.dtype());
+    if (t.send) {
+      ledger.send(axis_, x.bytes());
+      NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, t.peer, axis_.comm, stream_));
+    } else {
+      NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, t.peer, axis_.comm, stream_));
+    }
     parcel.event = done;
     parcel.moved_by = exchanges_;
   }

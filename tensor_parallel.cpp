@@ -34,7 +34,9 @@ void TensorParallel::all_gather(const Tensor& mine, const Tensor& all) {
 void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
   make_wait(stream_, device().compute);  // x must have been computed
   const Timed timed(stream_);
-  ::all_reduce(axis_, x, stream_, op);
+  ledger.all_reduce(axis_, x.bytes());
+  NCCL_CHECK(
+      ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), op, axis_.comm, stream_));
 }
 
 // All R rows of x. Without sequence parallelism x has them: nothing is sent or waited for.
@@ -195,8 +197,12 @@ void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
   make_wait(stream_, device().compute);  // the gradients must have been computed
   const Timed timed(stream_);
   NCCL_CHECK(ncclGroupStart());
-  for (const Param* p : params)
-    if (p->partial) ::all_reduce(axis_, p->grad, stream_);
+  for (const Param* p : params) {
+    if (!p->partial) continue;
+    ledger.all_reduce(axis_, p->grad.bytes());
+    NCCL_CHECK(ncclAllReduce(p->grad.raw(), p->grad.raw(), p->grad.numel(),
+                             nccl_type(p->grad.dtype()), ncclSum, axis_.comm, stream_));
+  }
   NCCL_CHECK(ncclGroupEnd());
 }
 

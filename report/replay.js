@@ -9,32 +9,33 @@
 'use strict';
 
 // ---- the trace: by rank, its events in the order of time; of all ranks, the moments that one can
-// step to, the end, and the most that a rank ever has of each category of memory
+// step to, and the end
 
 const by_id = id => document.getElementById(id);
 const {threefold, traceEvents} = JSON.parse(by_id('trace').textContent);
 const functions = JSON.parse(by_id('functions').textContent);  // each one's place and a link to it
-const trace = {...threefold, ranks: threefold.units.map(() => []), moments: [], end: 0, most: {}};
+const trace = {...threefold, ranks: threefold.units.map(() => []), moments: [], end: 0};
 const names = [];  // of the ranks: "rank 3 (pp 1, tp 1)"
+const most = {};  // that a rank ever has of each category of memory
 for (const e of traceEvents.sort((a, b) => a.ts - b.ts)) {
   trace.ranks[e.pid].push(e);
   if (['part', 'collective', 'unit', 'live'].includes(e.cat)) trace.moments.push(e);
   trace.end = Math.max(trace.end, e.ts + e.dur);
   if (e.name === 'process_name') names[e.pid] = e.args.name;
   if (e.ph === 'C')
-    for (const name in e.args) trace.most[name] = Math.max(trace.most[name] ?? 0, e.args[name]);
+    for (const name in e.args) most[name] = Math.max(most[name] ?? 0, e.args[name]);
 }
 
 // ---- the state
 
 const sum = bytes => Object.values(bytes).reduce((all, one) => all + one, 0);
 
-// Of each rank at the moment t: the part that it computes, the collectives that it is in, what was
-// noted last of each unit, its bytes by category, and what it keeps for the backward of each
-// micro-batch.
+// Of each rank at the moment t: the events that last, the latest first, which are the part that it
+// computes and the collectives that it is in; what was noted last of each unit; its bytes by
+// category; and what it keeps for the backward of each micro-batch.
 function state(t) {
   return trace.ranks.map((events, rank) => {
-    const now = {part: null, collectives: [], units: {}, memory: {}, kept: {}};
+    const now = {part: [], collective: [], units: {}, memory: {}, kept: {}};
     const key = ({microbatch, chunk}) => `${microbatch}.${chunk}`;  // chunk of a stage
     // A whole unit that is not freed is old, but for the rank's own shard, until it is gathered.
     for (const {unit} of trace.units[rank])
@@ -42,11 +43,10 @@ function state(t) {
     let frees;
     for (const e of events) {
       if (e.ts > t) break;
-      const a = e.args, runs = t < e.ts + e.dur;
+      const a = e.args;
+      if (t < e.ts + e.dur) now[e.cat]?.unshift(e);
       if (e.ph === 'C') now.memory = a;
-      if (e.cat === 'part' && runs) now.part = e;
       if (e.cat === 'part' && a.pass !== 'forward') frees = key(a);
-      if (e.cat === 'collective' && runs) now.collectives.push(e);
       if (e.cat === 'unit')
         now.units[a.unit][e.name.startsWith('reduce') ? 'gradient' : 'weights'] = e.name;
       if (e.cat === 'live')
@@ -123,7 +123,6 @@ const kFunctions = {
 // One scale for all bars of all ranks: the bytes that fill the width. What needs more than that, as
 // activations may, is drawn at a half, a quarter, ... of the scale. What is thinner than a fiftieth
 // has no row. Parameters are drawn as units.
-const {most} = trace;
 const scale = Math.max(
   most.gradients, most.optimizer, ...trace.units.flat().map(unit => unit.bytes));
 const width = bytes => `width: ${100 * bytes / scale}%`;
@@ -132,10 +131,10 @@ const categories = Object.keys(most).filter(
 const parts = name => 2 ** Math.max(0, Math.ceil(Math.log2(most[name] / scale)));
 
 // A rank: what it computes, which collectives it is in, and its bars of memory.
-function draw_rank({part, collectives, units, memory, kept}, rank) {
-  const row = (name, bar) => `<div class="row"><span title="${name}">${name}</span>
-    <div class="room">${bar}</div></div>`;
-  const lane = collectives.map(
+function draw_rank({part: [part], collective, units, memory, kept}, rank) {
+  const row = (name, bar) =>
+    `<div class="row"><span title="${name}">${name}</span>${bar}</div>`;
+  const lane = collective.map(
     e => travelling(e) + (t < e.ts + e.args.waited_us ? ', waits' : ''));
   const weights = trace.units[rank].map(({unit, name, bytes, shard_bytes}) => row(name,
     `<div class="unit weights" style="${width(bytes)}"
@@ -150,10 +149,10 @@ function draw_rank({part, collectives, units, memory, kept}, rank) {
     `<div class="bytes ${name}" style="${width(memory[name] / parts(name))}">${
       name === 'activations' ? pieces.join('') : ''}</div>`));
   return `<section class="device"><h2>${names[rank]}</h2>
-    <p class="computes ${part?.args.pass ?? 'waits'}">${part?.name ?? 'waits'}</p>
-    <p class="lane">${lane.join('; ')}</p><i class="port"></i>${weights.join('')}${others.join('')}
-    <p class="total">${size(sum(memory))} in all${
-      trace.memory_limit ? ` of ${size(trace.memory_limit)}` : ''}</p></section>`;
+    <div class="computes ${part?.args.pass ?? 'waits'}">${part?.name ?? 'waits'}</div>
+    <div class="lane">${lane.join('; ')}</div>${weights.join('')}${others.join('')}
+    <small>${size(sum(memory))} in all${
+      trace.memory_limit ? ` of ${size(trace.memory_limit)}` : ''}</small></section>`;
 }
 
 // What a collective carries.
@@ -162,15 +161,15 @@ const carries = a => a.purpose !== 'training' ? 'communication' :
   a.op === 'all_gather' ? 'weights' : 'gradients';
 
 // Between two ranks, a line; on it, what travels: it waits at its end until every rank is there.
-function draw_travel({collectives}, rank) {
-  const ports = document.querySelectorAll('.port');
-  return collectives.flatMap(({ts, dur, args: a}) => {
-    const at = a.ranks.indexOf(rank), {offsetLeft: x, offsetTop: y} = ports[rank];
+function draw_travel({collective}, rank) {
+  const boxes = by_id('ranks').children;
+  return collective.flatMap(({ts, dur, args: a}) => {
+    const at = a.ranks.indexOf(rank), {offsetLeft: x, offsetTop: y} = boxes[rank];
     const others = a.op === 'exchange' ? a.sends.map(parcel => parcel.to) :
-      [a.ranks[at - 1], a.ranks[at + 1]].filter(other => other !== undefined);
-    const way = still.matches ? 0.5 : Math.max(0, (t - ts - a.waited_us) / (dur - a.waited_us));
+      a.ranks.filter((other, i) => Math.abs(i - at) === 1);
+    const way = Math.max(0, (t - ts - a.waited_us) / (dur - a.waited_us));
     return others.map(other => {
-      const path = `d="M${x} ${y}H${ports[other].offsetLeft}V${ports[other].offsetTop}"`;
+      const path = `d="M${x} ${y}H${boxes[other].offsetLeft}V${boxes[other].offsetTop}"`;
       return `<path ${path}/><path ${path} class="parcel ${carries(a)}" pathLength="100"
         stroke-dashoffset="${-96 * way}"/>`;
     });
@@ -182,7 +181,7 @@ function draw_travel({collectives}, rank) {
 function draw_timeline(events, rank) {
   const bar = ({name, ts, dur, args: a}) => `<i class="${a.pass ?? 'moves ' + carries(a)}"
     title="${name}, ${milliseconds(dur)}" style="left: ${100 * ts / trace.end}%;
-    width: ${100 * dur / trace.end}%; --waits: ${100 * a.waited_us / dur}%">${
+    width: ${100 * dur / trace.end}%; --waits: ${100 * a.waited_us / dur}%"><wbr>${
     trace.stages > 1 ? a.microbatch < 0 ? '' : a.microbatch : a.part || a.for || name}</i>`;
   const row = category =>
     `<div class="track">${events.filter(e => e.cat === category).map(bar).join('')}</div>`;
@@ -199,11 +198,11 @@ function show(time, which) {
   t = Math.min(Math.max(time, 0), trace.end);
   index = which ?? Math.max(0, moments.findLastIndex(e => e.ts <= t));
   const now = state(t), e = moments[index], link = by_id('function');
-  by_id('ranks').innerHTML = now.map(draw_rank).join('');
+  by_id('ranks').innerHTML = now.map(draw_rank).join('') + '<svg id="travel"></svg>';
   by_id('travel').innerHTML = now.map(draw_travel).join('');
   by_id('clock').textContent = `${milliseconds(t)} of ${milliseconds(trace.end)}`;
   by_id('timeline').style.setProperty('--at', t / trace.end);
-  by_id('time').value = t / trace.end;
+  by_id('time').value = t;
   by_id('sentence').textContent = sentence(e);
   const name = e.args.function ?? kFunctions[e.args.pass], [place, address] = functions[name] ?? [];
   link.textContent = place ? `${name}, ${place}` : '';
@@ -220,7 +219,7 @@ function follow() {
 function step(by) {
   const next = moments[index + by];
   if (next) show(next.ts, index + by);
-  else show(by > 0 ? trace.end : 0);
+  else show(by * trace.end);  // one of the ends
 }
 
 function jump(pass) {
@@ -288,14 +287,14 @@ document.body.insertAdjacentHTML('beforeend', `<h1>${document.title}</h1>
 <p id="says"><span id="sentence"></span> <a id="function"></a></p>
 <nav>${Object.entries(kControls).map(([key, [says]]) =>
   `<button id="${says}" title="${key}" onclick="kControls[title][1]()">${says}</button>`).join('')}
-<label>speed <select id="speed"><option value="0.25">¼<option selected>1<option>4</select></label>
+<label>speed <select id="speed"><option>0.25<option selected>1<option>4</select></label>
 <label>follow <select id="watch" onchange="follow()"><option>every rank${
-  names.map(name => `<option>${name}`).join('')}</select></label> <output id="clock"></output></nav>
-<div id="devices"><div id="ranks"></div><svg id="travel"></svg></div>
+  names.map(name => `<option>${name}`).join('')}</select></label> <small id="clock"></small></nav>
+<div id="ranks"></div>
 <p>${['weights', 'gradients', 'optimizer', 'activations', 'forward', 'backward', 'weight gradient',
-  'other', 'communication'].map(name => `<i class="key ${name}"></i> ${name}`).join(' ')}</p>
-<div id="timeline"><input id="time" type="range" max="1" step="any" aria-label="time"
-  oninput="show(value * trace.end)">${trace.ranks.map(draw_timeline).join('')}</div>
+  'other', 'communication'].map(name => `<b class="key ${name}">■</b> ${name}`).join(' ')}</p>
+<div id="timeline"><input id="time" type="range" max="${trace.end}" step="any"
+  aria-label="time" oninput="show(value)">${trace.ranks.map(draw_timeline).join('')}</div>
 <footer>${kLegend}${size(scale)}.</footer>`);
 by_id('watch').selectedIndex = trace.stages > 1 ? 0 : 1;  // else all ranks do the same
 follow();

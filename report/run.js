@@ -11,24 +11,27 @@ const held_out = steps.findLast(s => s.held_out_loss)?.held_out_loss.toFixed(2);
 const draw_loss = (name, member) => `<polyline class="${name}" points="${
   steps.filter(s => s[member]).map(s => `${s.step},${-s[member]}`).join(' ')}"/>`;
 
-// what rank 0 has or did, and its bytes, measured and by the formula
+// what rank 0 has or did, and its bytes, where there is a formula of them
 const {kept_activations: kept, ...held} = memory[0];
-const table = [
-  ...Object.entries(held).map(([name, m]) => [`holds between steps: ${name}`, m.now, m.predicted]),
-  ['keeps for backwards: activations', kept.bytes, kept.predicted_bytes],
-  ...traffic.filter(t => t.rank === 0).map(
-    t => [`has sent: ${t.axis} ${t.collective}, ${t.purpose}`, t.bytes, t.predicted_bytes]),
+const number = bytes => `<td>${bytes.toLocaleString('en')}`;
+const row = (what, measured, formula) =>
+  formula === undefined ? '' : `<tr><td>${what}${number(measured)}${number(formula)}`;
+const rows = [
+  ...Object.entries(held).map(
+    ([name, m]) => row(`holds between steps: ${name}`, m.now, m.predicted)),
+  row('keeps for backwards: activations', kept.bytes, kept.predicted_bytes),
+  ...traffic.map(t => t.rank ? '' :
+    row(`has sent: ${t.axis} ${t.collective}, ${t.purpose}`, t.bytes, t.predicted_bytes)),
 ];
 
 document.body.insertAdjacentHTML('afterbegin', `<h1>A run</h1>
 <p>Loss ${last.loss.toFixed(2)} after ${steps.length} steps${
   held_out ? `, ${held_out} on text that it has not read` : ''} (nats a token).
   Below, the last step, played.</p>
-<div id="loss"><span>${high.toFixed(2)}</span>
-<svg preserveAspectRatio="none" viewBox="${first.step} ${-high} ${steps.length} ${high - low}">${
+<svg id="loss" preserveAspectRatio="none"
+  viewBox="${first.step} ${-high} ${steps.length} ${high - low}">${
   draw_loss('forward', 'loss') + draw_loss('gradients', 'held_out_loss')}</svg>
-<span>${low.toFixed(2)}</span><span>step ${first.step} to ${last.step}:
-  <i class="key forward"></i> loss of a step <i class="key gradients"></i> held-out</span></div>
-<table id="bytes"><tr><th>rank 0, in bytes</th><th>measured</th><th>by the formula</th></tr>${
-  table.filter(([, , formula]) => formula !== undefined).map(([what, ...both]) => `<tr><td>${what}${
-    both.map(bytes => `<td>${bytes.toLocaleString('en')}`).join('')}</tr>`).join('')}</table>`);
+<p>Step ${first.step} to ${last.step},
+from ${low.toFixed(2)} (bottom) to ${high.toFixed(2)} (top):
+<b class="key forward">■</b> loss of a step <b class="key gradients">■</b> held-out</p>
+<table id="bytes"><tr><th>rank 0, in bytes<th>measured<th>by the formula${rows.join('')}</table>`);

@@ -54,16 +54,15 @@ void Trace::begin_step(int64_t step) {
     if (!rebuilds_) began_ -= clock_ahead(mesh_);
   }
   steps_.push_back(step);
-  recorder.stage = mesh_["pp"].rank;
   recorder.on = true;
 }
 
 void Trace::end_step() {
   recorder.stop();
   op_times.each([&](const OpTimes::Op& op) {
-    const Recorder::Issued& w = recorder.works[works_.size()];
-    works_.push_back({w.queue, w.after, w.processor, began_ + op.begin.seconds_since(*origin_),
-                      began_ + op.end.seconds_since(*origin_)});
+    Recorder::Issued& w = recorder.works[timed_++];
+    w.begin = began_ + op.begin.seconds_since(*origin_);
+    w.end = began_ + op.end.seconds_since(*origin_);
   });
 }
 
@@ -77,6 +76,8 @@ static std::string list_axes(const Mesh& mesh, int Axis::*number) {
   return join(all, ", ");
 }
 
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Recorder::Issued, queue, after, event, processor, begin, end)
+
 // Of this rank.
 Json Trace::describe() const {
   const auto name = [](const char* what, int row, const std::string& name) {
@@ -86,12 +87,6 @@ Json Trace::describe() const {
   name("process_name", 0, sentence("rank ", mesh_.rank, place.empty() ? "" : " (" + place + ")"));
   name("thread_name", Recorder::compute, "compute");
   name("thread_name", Recorder::communication, "communication");
-  for (int i = 0; const Recorder::Issued& w : recorder.works) {
-    if (w.queue == Recorder::compute)
-      recorder.add("X", "op", w.name, w.queue, Recorder::begin_of(i),
-                   {{"bytes", w.bytes}, {"flops", w.flops}});
-    i++;
-  }
   std::array<int64_t, kMemoryCategories> held{};
   for (const auto& [edge, changes] : recorder.memory) {
     Json bytes;
@@ -104,9 +99,7 @@ Json Trace::describe() const {
                      {"name", unit.part.name},
                      {"bytes", unit.padded * size_of(unit.shard.dtype())},
                      {"shard_bytes", unit.shard.bytes()}});
-  // of a part and its first op, which begin together, the part stays the first
-  std::ranges::stable_sort(recorder.events, {}, [](const Json& e) { return e["ts"].get<int>(); });
-  return {{"works", works_}, {"events", recorder.events}, {"units", units}};
+  return {{"works", recorder.works}, {"events", recorder.events}, {"units", units}};
 }
 
 namespace {
@@ -141,18 +134,14 @@ Joined join_works(const std::vector<Json>& ranks) {
   std::map<std::pair<std::string, int>, std::vector<int>> collectives;  // the k-th of some ranks
   for (size_t r = 0; r < ranks.size(); r++) {
     const int first = int(all.tasks.size());
-    for (const Json& w : ranks[r]["works"]) {
-      const int after = w[1];
-      all.tasks.push_back({int(r), w[0], w[2], after < 0 ? -1 : first + after});
-      all.spans.push_back({w[3], w[4]});
-    }
-    all.args.resize(all.tasks.size());
     std::map<std::string, int> calls;
-    for (const Json& e : ranks[r]["events"]) {
-      if (e["cat"] != "collective") continue;
-      const int i = first + e["ts"].get<int>() / 2;
-      all.args[i] = &e["args"];
-      const std::string who = sentence(e["args"]["axis"], e["args"]["ranks"]);
+    for (const Recorder::Issued w : ranks[r]["works"]) {
+      const int i = int(all.tasks.size());
+      all.tasks.push_back({int(r), w.queue, w.processor, w.after < 0 ? -1 : first + w.after});
+      all.spans.push_back({w.begin, w.end});
+      all.args.push_back(w.event < 0 ? nullptr : &ranks[r]["events"][w.event]["args"]);
+      if (w.event < 0) continue;
+      const std::string who = sentence((*all.args[i])["axis"], (*all.args[i])["ranks"]);
       collectives[{who, calls[who]++}].push_back(i);
     }
   }

@@ -46,7 +46,5 @@ class Trace {
   std::vector<int64_t> steps_;
   std::optional<Event> origin_;
   double began_ = 0;  // the origin by the first rank's clock
-  // of each of the recorder's works: queue, what it waits for, processor time, begin and end by
-  // that clock
-  std::vector<std::tuple<int, int, double, double, double>> works_;
+  size_t timed_ = 0;  // works
 };

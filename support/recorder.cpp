@@ -8,11 +8,9 @@
 #include "support/check.h"
 #if __has_include(<nvtx3/nvToolsExt.h>)
 #include <nvtx3/nvToolsExt.h>
-static void open_range(const std::string& name) { nvtxRangePushA(name.c_str()); }
-static void close_range() { nvtxRangePop(); }
-#else
-static void open_range(const std::string&) {}
-static void close_range() {}
+#else  // nobody looks at ranges
+static void nvtxRangePushA(const char*) {}
+static void nvtxRangePop() {}
 #endif
 
 using Json = nlohmann::json;
@@ -28,7 +26,7 @@ static double processor_time() {
 // ---- where
 
 void Recorder::stop() {
-  if (std::exchange(drawn_, 0)) close_range();
+  if (std::exchange(drawn_, 0)) nvtxRangePop();
   where = {};
   on = false;
 }
@@ -41,93 +39,78 @@ void Recorder::enter(const char* pass, const std::string& part) {
 
 void Recorder::begin(Queue queue, const std::string& name, double bytes, double flops) {
   const int work = last_[queue] = int(works.size()), edge = begin_of(work);
-  works.push_back({queue, std::exchange(waits_for_[queue], -1), name, bytes, flops});
+  works.push_back({queue, std::exchange(waits_for_[queue], -1)});
   open_ = queue;
-  block_ = -1;
   if (queue == compute) {
     if (drawn_ != where.number) {
-      if (drawn_) close_range();
+      if (drawn_) nvtxRangePop();
       drawn_ = where.number;
       part_ = events.size();
       const std::string of = where.pass + (where.part.empty() ? "" : " ") + where.part;
       add("X", "part", of, compute, edge, {{"pass", where.pass}, {"part", where.part}});
-      open_range(of);
+      nvtxRangePushA(of.c_str());
     }
     events[part_]["dur"] = end_of(work);
     for (const int collective : std::exchange(arriving_, {})) {
       add("s", "flow", "use", communication, begin_of(collective), {{"work", collective}});
       add("f", "flow", "use", compute, edge, {{"work", collective}});
     }
-    open_range(name);
+    add("X", "op", name, compute, edge, {{"bytes", bytes}, {"flops", flops}});
+    nvtxRangePushA(name.c_str());
   }
   began_ = processor_time();
 }
 
-void Recorder::issued_by(const char* function, const char* purpose) {
-  function_ = function;
-  purpose_ = purpose;
-}
-
-static Json all_of(const Recorder::Ranks& ranks) {
-  Json all;
-  for (int r = 0; r < ranks.size; r++) all.push_back(ranks.first + r * ranks.stride);
-  return all;
-}
-
 // The arguments of the open block of collectives, if one is open; its first call names it.
-Json* Recorder::block(const Ranks& ranks, const char* op) {
+Json* Recorder::block(const char* op, const std::string& axis, const std::vector<int>& ranks) {
   if (open_ != communication) return nullptr;
-  if (block_ < 0) {
-    block_ = int(events.size());
+  int& event = works.back().event;
+  if (event < 0) {
+    event = int(events.size());
     std::string serves = where.part.empty() ? where.pass : where.part;
     if (where.part.empty() && where.microbatch >= 0)
       serves += sentence(" of micro-batch ", where.microbatch);
-    const std::string name = op + (" " + serves),
-                      function = function_.substr(0, function_.find('('));
+    const std::string name = op + (" " + serves), declared = function,
+                      caller = declared.substr(0, declared.find('('));
     add("X", "collective", name, communication, begin_of(last_[communication]),
         {{"op", op},
-         {"axis", ranks.axis},
-         {"ranks", all_of(ranks)},
+         {"axis", axis},
+         {"ranks", ranks},
          {"for", serves},
-         {"purpose", purpose_},
-         {"function", function.substr(function.rfind(' ') + 1)},
+         {"purpose", purpose},
+         {"function", caller.substr(caller.rfind(' ') + 1)},
          {"bytes", 0.0},
          {"sends", Json::array()},
          {"receives", Json::array()}});
-    open_range(name);
+    nvtxRangePushA(name.c_str());
   }
-  return &events[block_]["args"];
+  return &events[event]["args"];
 }
 
-void Recorder::call(const Ranks& ranks, const char* op, double bytes) {
-  if (Json* args = block(ranks, op)) (*args)["bytes"].get_ref<double&>() += bytes;
+void Recorder::call(const char* op, const std::string& axis, const std::vector<int>& ranks,
+                    double bytes) {
+  if (Json* args = block(op, axis, ranks)) (*args)["bytes"].get_ref<double&>() += bytes;
 }
 
-void Recorder::travel(const Ranks& ranks, bool send, const char* payload, int peer, int64_t bytes) {
-  Json* args = block(ranks, "exchange");
-  if (!args) return;
-  const int me = ranks.first + ranks.rank * ranks.stride, other = ranks.first + peer * ranks.stride;
-  const Json two{std::min(me, other), std::max(me, other)};
-  Json &members = (*args)["ranks"], &sends = (*args)["sends"], &receives = (*args)["receives"];
-  if (sends.empty() && receives.empty()) members = two;
-  else if (members != two) members = all_of(ranks);
-  (send ? sends : receives)
-      .push_back({{"payload", payload},
-                  {"microbatch", where.microbatch},
-                  {send ? "to" : "from", other},
-                  {"bytes", bytes}});
+void Recorder::travel(const std::string& axis, const std::vector<int>& ranks, bool send,
+                      const char* payload, int peer, int64_t bytes) {
+  if (Json* args = block("exchange", axis, ranks))
+    (*args)[send ? "sends" : "receives"].push_back({{"payload", payload},
+                                                    {"microbatch", where.microbatch},
+                                                    {send ? "to" : "from", peer},
+                                                    {"bytes", bytes}});
 }
 
 void Recorder::end() {
   works.back().processor = processor_time() - began_;
-  if (open_ == compute || block_ >= 0) close_range();  // else nothing was to be sent
+  if (open_ == compute || works.back().event >= 0) nvtxRangePop();  // else nothing was to be sent
   open_.reset();
 }
 
 void Recorder::wait(Queue queue, int work) {
   if (work < 0 || works[work].queue == queue) return;
   waits_for_[queue] = std::max(waits_for_[queue], work);
-  if (queue == compute && awaited_.insert(work).second) arriving_.push_back(work);
+  if (queue == compute && !std::exchange(works[work].awaited, true)) arriving_.push_back(work);
 }
 
 // ---- events
@@ -135,7 +118,6 @@ void Recorder::wait(Queue queue, int work) {
 void Recorder::add(const char* kind, const char* category, const std::string& name, int row,
                    int edge, Json args) {
   if (on) {
-    args["stage"] = stage;
     args["microbatch"] = where.microbatch;
     args["chunk"] = where.chunk;
   }
@@ -148,8 +130,9 @@ void Recorder::add(const char* kind, const char* category, const std::string& na
                     {"args", std::move(args)}});
 }
 
-void Recorder::note_unit(const char* name, Queue row, const Part& part, const char* function) {
+void Recorder::note_unit(const char* name, const Part& part, const char* function) {
   if (!on) return;
+  const Queue row = open_.value_or(compute);
   add("i", "unit", name, row, end_of(last_[row]),
       {{"unit", part.unit}, {"name", part.name}, {"function", function}});
 }

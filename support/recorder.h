@@ -4,8 +4,8 @@
 //           such a piece of work has a number. What else a trace says of it is noted here: the part
 //           of the model that it belongs to, what it waits for in the rank's other queue, what the
 //           ledger counts for it, and what changes beside it in memory and in the state of units.
-//           It is an event of Chrome's format at once (an op, of which there are many, at the end),
-//           but for the times: until report/trace.h knows those, they are edges of works.
+//           It is an event of Chrome's format at once, but for the times: until report/trace.h
+//           knows those, they are edges of works.
 // order     The host allocates and frees in the order of the compute stream (Buffer in tensor.h).
 //           So a change of memory stands at the op before it, however far the host is ahead.
 // names     On the CUDA build parts, ops and collectives are NVTX ranges, too: Nsight shows them.
@@ -17,14 +17,12 @@
 #include <map>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
-#include <set>
 #include <string>
 #include <vector>
 
 class Recorder {
  public:
   bool on = false;
-  int stage = 0;
   void stop();  // until it is switched on again
 
   // ---- where the work is that is issued now
@@ -40,21 +38,20 @@ class Recorder {
   enum Queue { compute, communication };
   struct Issued {
     Queue queue;
-    int after;  // the last work of the other queue that this one waits for; -1: none
-    std::string name;
-    double bytes, flops;
+    int after;             // the last work of the other queue that this one waits for; -1: none
+    int event = -1;        // of a block of collectives, if one of it was called
+    bool awaited = false;  // by an op
     double processor = 0;  // seconds of the issuing thread
+    double begin = 0, end = 0;  // by the first rank's clock: report/trace.h knows
   };
   std::vector<Issued> works;
   void begin(Queue queue, const std::string& name, double bytes, double flops);
-  // Of an axis, in the world: first, first + stride, ...; `rank` is this rank's place among them.
-  struct Ranks {
-    std::string axis = "";
-    int first = 0, stride = 1, size = 0, rank = 0;
-  };
-  void issued_by(const char* function, const char* purpose);
-  void call(const Ranks& ranks, const char* op, double bytes);  // as the ledger counts it
-  void travel(const Ranks& ranks, bool send, const char* payload, int peer, int64_t bytes);
+  // Of the next block of collectives, and what is in it. `ranks`, which take part, and `peer` are
+  // numbers in the world. The ledger counts the bytes of a call.
+  const char *function = "", *purpose = "";
+  void call(const char* op, const std::string& axis, const std::vector<int>& ranks, double bytes);
+  void travel(const std::string& axis, const std::vector<int>& ranks, bool send,
+              const char* payload, int peer, int64_t bytes);
   void end();
   int last(Queue queue) const { return last_[queue]; }  // work so far
   void wait(Queue queue, int work);                     // the queue does, until it is done
@@ -73,24 +70,22 @@ class Recorder {
     std::string name;
     int unit;
   };
-  void note_unit(const char* name, Queue row, const Part& unit, const char* function);
+  // At the end of the block of collectives that is open, or else of the last op.
+  void note_unit(const char* name, const Part& unit, const char* function);
   void note_live(const char* name, int64_t bytes);  // activations of the micro-batch
   // changes at an edge of an op, in bytes by category
   std::map<int, std::array<int64_t, 8>> memory;
   void allocated(int category, int64_t bytes);  // or freed, if negative
 
  private:
-  nlohmann::json* block(const Ranks& ranks, const char* op);
+  nlohmann::json* block(const char* op, const std::string& axis, const std::vector<int>& ranks);
 
   int last_[2] = {-1, -1}, waits_for_[2] = {-1, -1};
   int numbers_ = 0, drawn_ = 0;
-  std::set<int> awaited_;      // works of collectives that an op has waited for
-  std::vector<int> arriving_;  // those that the next op is the first to wait for
+  std::vector<int> arriving_;  // works of collectives that the next op is the first to wait for
   std::optional<Queue> open_;  // of the work that is being issued
   size_t part_ = 0;            // the event of the part that is open
-  int block_ = -1;             // that of the open block of collectives, if one of it was called
   double began_ = 0;
-  std::string function_, purpose_;
 };
 extern Recorder recorder;
 

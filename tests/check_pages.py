@@ -408,12 +408,15 @@ def check_page(browser, path, screenshots):
         wrong.append(f'light and dark have the same paper: {papers}')
     check(f'{name}: no overflow at 360, 768, 1440, light and dark', wrong)
     browser.media('print')
+    wrong = browser.evaluate("""[...document.querySelectorAll('.book > header, #pane, button')]
+        .filter(e => e.getClientRects().length).map(e => `${e.tagName} is on paper`)""")
     data = base64.b64decode(browser.call('Page.printToPDF', printBackground=True)['data'])
     browser.media()
     with open(f'{screenshots}/{name}.pdf', 'wb') as file:
         file.write(data)
-    check(f'{name}: prints', [] if data.startswith(b'%PDF') and len(data) > 5000 else ['no PDF'],
-          f'{len(data)} bytes')
+    if not data.startswith(b'%PDF') or len(data) <= 5000:
+        wrong.append('no PDF')
+    check(f'{name}: prints, without what is to be clicked', wrong, f'{len(data)} bytes')
     check(f'{name}: no error of a script', browser.errors[:])
 
 

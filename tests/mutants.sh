@@ -296,7 +296,7 @@ mutant faults a_trace_counts_the_last_call_of_a_group_alone \
 mutant faults a_trace_keeps_the_last_change_of_memory_alone \
   support/recorder.cpp 's/\[category\] \+= bytes/[category] = bytes/' 4 immediate test_trace
 mutant faults a_rebuilt_trace_forgets_what_works_wait_for \
-  report/trace.cpp 's/after < 0 \? -1 : first \+ after/(void(after), -1)/' 4 immediate test_trace
+  report/trace.cpp 's/w.after < 0 \? -1 : first \+ w.after/-1/' 4 immediate test_trace
 mutant faults a_unit_of_a_trace_never_arrives \
   fsdp.cpp '/note_unit\("arrived"/d' 4 immediate test_trace
 

@@ -4,11 +4,8 @@
 //           line is the one that is read. Its first name is shown; a click shows another.
 'use strict';
 const pane = document.querySelector('#pane');
-const blocks = new Map();  // from a block to its names
-for (const name of document.querySelectorAll('main a.code')) {
-  const block = name.closest('li, p, tr, h1, h2, h3');
-  blocks.set(block, [...(blocks.get(block) ?? []), name]);
-}
+const names = [...document.querySelectorAll('main a.code')];
+const block_of = name => name?.closest('li, p, tr, h1, h2, h3');
 let reading, shown;
 
 function show(name) {
@@ -21,14 +18,14 @@ function show(name) {
 function follow() {
   const below = document.documentElement.scrollHeight - innerHeight;
   const line = 60 + (innerHeight - 120) * scrollY / Math.max(below, 1);
-  const all = [...blocks.keys()];
-  const now = all.findLast(block => block.getBoundingClientRect().top <= line) ?? all[0];
-  if (!now || now === reading) return;
+  const begun = names.filter(name => block_of(name).getBoundingClientRect().top <= line);
+  const now = block_of(begun.at(-1) ?? names[0]);
+  if (now === reading) return;
   reading?.classList.remove('reading');
   reading = now;
   reading.classList.add('reading');
-  const names = blocks.get(now);
-  show(names.find(name => name.hash) ?? names[0]);  // lines rather than a whole file
+  const its = names.filter(name => block_of(name) === now);
+  show(its.find(name => name.hash) ?? its[0]);  // lines rather than a whole file
 }
 addEventListener('click', event => {
   const name = event.target.closest('main a.code');

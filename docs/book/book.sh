@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # book.sh: `make book`: README.md and the pages of docs/ as a book in build/book/, each page beside
 # the code that it speaks of.
-#   references.sh   which name is which lines      source.awk, source.html   a file of code
-#   page.lua        a page's links and drawings    source.js                 shows some of its lines
-#   page.html       a page around its text         book.js                   the code follows
+#   references.sh   which name is which lines      source.awk   a file of code
+#   page.lua        a page's links and drawings    source.js    shows some of its lines
+#   page.html       a page around its text         book.js      the code follows
+#   head.html       how both begin
 set -eu
 cd "$(dirname "$0")/../.."
 for tool in pandoc ctags; do
@@ -17,7 +18,7 @@ out=build/book
 rm -rf $out
 mkdir -p $out/source
 cp report/page.css docs/book/book.js docs/*.svg $out
-cp docs/book/source.js $out/source
+cp report/page.css docs/book/source.js $out/source
 export REFERENCES=$out/references.tsv
 docs/book/references.sh >$REFERENCES
 

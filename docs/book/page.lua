@@ -59,18 +59,18 @@ local function draw(text)
         local id, arrow, after = rest:match("^%s*(%w+)%s*([%-%.>]*)(.*)")
         if not id or id == "graph" or id == "end" or id == "sequenceDiagram" then break end
         local label, tail = after:match('^|"?([^|"]*)"?|(.*)')
-        row = row .. "<b>" .. escape(names[id] or id) .. "</b>"
+        row = row .. " <b>" .. escape(names[id] or id) .. "</b>"
         boxes = boxes + 1
         if arrow ~= "" then
           local head = arrow:match(">") and " →" or " —"
-          row = row .. "<i>" .. escape(label or "") .. head .. "</i>"
+          row = row .. " <i>" .. escape(label or "") .. head .. "</i>"
         end
         rest = tail or after
       until arrow == ""
       if boxes > 1 then rows[#rows + 1] = "<div>" .. row .. "</div>" end
     end
   end
-  return '<figure class="drawing">' .. table.concat(rows, "\n") .. "</figure>"
+  return '<div class="drawing">' .. table.concat(rows, "\n") .. "</div>"
 end
 
 function CodeBlock(block)

@@ -21,11 +21,11 @@ FNR == 1 {
   gsub(/\//, "-", page)
   page = out "/" page ".html"
   is_c = FILENAME ~ /\.(cpp|h|cu|cuh)$/
-  while ((getline line < "docs/book/source.html") > 0) {
-    gsub(/TITLE/, FILENAME, line)
+  while ((getline line < "docs/book/head.html") > 0) {
+    gsub(/\$title\$/, FILENAME, line)
     print line > page
   }
-  close("docs/book/source.html")
+  close("docs/book/head.html")
   printf "<ol>" > page
 }
 {
