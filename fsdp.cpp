@@ -98,13 +98,8 @@ template <class Unit, class Work> static void for_pieces(const Unit& u, Work wor
 }
 
 Fsdp::Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t stream, Dtype dtype,
-           const FsdpOptions& options, uint64_t seed)
-    : axis_(axis),
-      copies_(copies),
-      stream_(stream),
-      dtype_(dtype),
-      options_(options),
-      seed_(seed) {}
+           const FsdpOptions& options)
+    : axis_(axis), copies_(copies), stream_(stream), dtype_(dtype), options_(options) {}
 
 void Fsdp::Unit::bind(Tensor Param::*what, const Tensor& buffer) {
   for (size_t i = 0; i < params.size(); i++)
@@ -120,11 +115,11 @@ void Fsdp::Unit::begin_gradients() {
   }
 }
 
-void Fsdp::add_units(const std::vector<Param*>& all, std::string (*name)(int unit)) {
+void Fsdp::add_units(const std::vector<Param*>& all, uint64_t seed, std::string (*name)(int unit)) {
   const Dtype master = master_dtype(dtype_);
   for (const auto& [number, params] : units_of(all)) {
     Unit& u = units_[number];
-    u.part = {name ? name(number) : "", number};
+    u.part = {name(number), number};
     u.params = params;
     u.offsets = offsets_in_unit(params, axis_.size);
     u.padded = u.offsets.back();
@@ -139,7 +134,7 @@ void Fsdp::add_units(const std::vector<Param*>& all, std::string (*name)(int uni
     }
     fill(u.shard, 0);  // the padding stays 0
     for_pieces(u, [&](Param& p, int64_t first, int64_t count, int64_t at) {
-      p.initialise(u.shard.part(at, {count}), seed_, first);
+      p.initialise(u.shard.part(at, {count}), seed, first);
     });
 
     if (shards_gradients()) {

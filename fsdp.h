@@ -5,9 +5,10 @@
 //           embeddings): its shard. To compute with a unit it is unsharded: all-gathered into a
 //           whole buffer, which is freed afterwards (resharded). Other axes hold copies of the
 //           shards: gradients are summed over them. With n = 1 this is plain data parallelism.
-// use       fsdp.add_units(params);  // set-up: the model is born sharded. What a use's backward
-//           // needs of the parameters is autograd.h's Backward: here, their values once more.
-//           int use = fsdp.add_use(layer_params, Backward::unshards);
+// use       fsdp.add_units(params, seed, name_of_unit);  // set-up: the model is born sharded.
+//           // What a use's backward needs of the parameters is autograd.h's Backward: here, their
+//           // values once more.
+//           int use = fsdp.add_use(layer_params, Backward::unshards, group, name);
 //           fsdp.begin_step(microbatches);
 //           Var y = fsdp.run(tape, use, [&] { return layer(tape, x); });  // for each layer,
 //           tape.backward();                                              // for each micro-batch
@@ -35,16 +36,16 @@ class Fsdp {
  public:
   // axis: over which units are sharded. copies: axes whose ranks hold the same shard.
   Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t stream, Dtype dtype,
-       const FsdpOptions& options, uint64_t seed);
+       const FsdpOptions& options);
 
   // ---- set-up: all units, then their uses in forward order
   // Parameters of one Param::unit make a unit. Allocates this rank's shards with initial values.
   // Names, of units and uses, are for traces.
-  void add_units(const std::vector<Param*>& params, std::string (*name)(int unit) = nullptr);
+  void add_units(const std::vector<Param*>& params, uint64_t seed, std::string (*name)(int unit));
   // A use computes with the units of these parameters. Uses are unsharded ahead within a group
   // only: the uses of a pipeline's chunk, which run directly after each other.
-  int add_use(const std::vector<Param*>& params, Backward backward, int group = 0,
-              const std::string& name = "");
+  int add_use(const std::vector<Param*>& params, Backward backward, int group,
+              const std::string& name);
   // What this rank updates: its piece of each parameter, padding left out.
   std::vector<Shard> optimizer_shards() const;
 
@@ -55,8 +56,8 @@ class Fsdp {
   Var run(Tape& tape, int use, const std::function<Var()>& f);
   void finish_backward();  // after the last micro-batch: the shards' gradients are complete
   void end_step();  // after the optimizer: frees whole parameters, or marks them as out of date
-  Tensor gradient_shard(int unit) { return units_.at(unit).shard_grad; }  // after finish_backward
-  const auto& units() const { return units_; }                            // for traces
+  // by Param::unit; after finish_backward their shard_grad is this rank's part of the gradient
+  const auto& units() const { return units_; }
 
   // ---- the two questions that tell DDP and the ZeRO stages apart
   // Are whole parameters there only while a use needs them?
@@ -125,7 +126,6 @@ class Fsdp {
   cudaStream_t stream_;
   Dtype dtype_;
   FsdpOptions options_;
-  uint64_t seed_;
   std::map<int, Unit> units_;  // by Param::unit; a map: uses hold pointers
   std::vector<Use> uses_;
   std::deque<Unit*> in_flight_;  // whose gradients are being summed, oldest first

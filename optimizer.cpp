@@ -55,7 +55,8 @@ void Optimizer::step(double lr) {
 }
 
 bool Optimizer::finite() const {
-  for (void* UpdatePiece::*of : {&UpdatePiece::weights, &UpdatePiece::m, &UpdatePiece::v}) {
+  for (const size_t of :
+       {offsetof(UpdatePiece, weights), offsetof(UpdatePiece, m), offsetof(UpdatePiece, v)}) {
     sum_of_squares(squares_, table_, of);
     for (double square : download(squares_))
       if (!std::isfinite(square)) return false;

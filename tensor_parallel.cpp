@@ -87,6 +87,7 @@ Tensor TensorParallel::for_partial_sums(int64_t R, int64_t width, Dtype dtype) c
 
 Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool transposed,
                            Traffic serves) {
+  if (axis_.size == 1) return linear(tape, x, w, transposed);
   const Purpose purpose(tape.replaying ? Traffic::recompute : serves);
   const Tensor matrix = as_matrix(w.value);
   Var y{Tensor({R, matrix.dim(transposed ? 0 : 1)}, x.value.dtype(), Memory::activations)};
@@ -114,12 +115,10 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
 }
 
 Var TensorParallel::column_linear(Tape& tape, const Var& x, int64_t R, Param& w) {
-  if (axis_.size == 1) return linear(tape, x, w);
   return column(tape, x, R, w, false, Traffic::training);
 }
 
 Var TensorParallel::head(Tape& tape, const Var& x, int64_t R, Param& wte) {
-  if (axis_.size == 1) return linear(tape, x, wte, true);
   return column(tape, x, R, wte, true, Traffic::embedding);
 }
 
@@ -136,7 +135,6 @@ Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w) {
   finish();
 
   tape.push([this, &tape, R, &w, x = x.value, dx = x.grad, dy_slot = y.grad] {
-    const Purpose purpose(Traffic::training);
     const Tensor all_dy = gather(take(dy_slot), R);
     Tensor d({R, x.dim(1)}, x.dtype(), Memory::activations);  // its part of the width: whole
     product(d, all_dy, false, w.value, true, 0);

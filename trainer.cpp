@@ -25,11 +25,11 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
     : options(o),
       gpt(config, mesh["tp"], mesh.stream, mesh["cp"]),
       fsdp(join(mesh, "fsdp", "cp"), mesh.that(&AxisKind::splits_model, false), mesh.stream,
-           config.dtype, options.fsdp, options.seed),
+           config.dtype, options.fsdp),
       pipeline(mesh["pp"], mesh.stream, schedule_of(options, mesh.layout)),
       mesh_(mesh),
       pieces_(pieces_of(gpt, pipeline.schedule(), mesh["pp"].rank)) {
-  fsdp.add_units(params_of(pieces_), name_of_unit);
+  fsdp.add_units(params_of(pieces_), options.seed, name_of_unit);
   for (int c = 0; c < int(pieces_.size()); c++)
     for (const ModelPart& part : pieces_[c])
       uses_[&part] = fsdp.add_use(part.params, part.backward, c, name_of(part));
@@ -81,7 +81,7 @@ void Trainer::gradients(const Batch& batch) {
         return forward_loss(tape, chunk, x, batch[microbatch], 1.0 / double(options.batch * T));
       });
   fsdp.finish_backward();
-  if (exchanges_tied_) pipeline.sum_tied(fsdp.gradient_shard(kTied));
+  if (exchanges_tied_) pipeline.sum_tied(fsdp.units().at(kTied).shard_grad);
   sum_loss();
 }
 

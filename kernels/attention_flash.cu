@@ -415,16 +415,17 @@ void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor&
   Sizes n = sizes_of(out, lse, q, B, H, queries, keys);
   n.packs = in_packs(n.D, {&out, &q, &kv});
   const Dtype dtype = q.dtype();
-  const Parts o(out, B, n.queries, n), qs(q, B, n.queries, n), kvs(kv, B, n.keys, n);
+  const Parts qs(q, B, n.queries, n), kvs(kv, B, n.keys, n);
+  const Results to = write(Parts(out, B, n.queries, n), dtype, 0, false);
   const unsigned heads = unsigned(B * H);
   const auto launch = [&]<class T>(T) {
     const Inputs<T> in{read<T>(qs, 0), read<T>(kvs, kvs.parts - 2), read<T>(kvs, kvs.parts - 1)};
     acc_t<T>* l = lse.data<acc_t<T>>();
 #ifndef CPU_FAST
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
-      if (n.packs) return mma_forward(heads, n, write(o, dtype, 0, false), l, in);
+      if (n.packs) return mma_forward(heads, n, to, l, in);
 #endif
-    DISPATCH_WIDTH(n.D, forward<T, kD>(heads, n, write(o, dtype, 0, false), l, in));
+    DISPATCH_WIDTH(n.D, forward<T, kD>(heads, n, to, l, in));
   };
   DISPATCH(dtype, launch(T()));
 }

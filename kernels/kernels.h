@@ -10,6 +10,8 @@
 // one source, three ways to run it: docs/kernels.md
 // test      tests/test_kernels.cpp, tests/test_matmul.cpp, tests/test_attention.cpp
 #pragma once
+#include <cstddef>
+
 #include "tensor.h"
 
 // ---- matmul.cu
@@ -198,9 +200,9 @@ void adamw(const UpdateTable& table, const Tensor& clip, const AdamW& options);
 
 void add_sum(const Tensor& total, const Tensor& x);  // total (1) f64 += sum of x (R)
 // squares (parameters) f64: element `id` = sum of squares of the parameter's gradient (or weights,
-// m or v), if it has counted pieces here, else 0
+// m or v: which pointer of a piece), if it has counted pieces here, else 0
 void sum_of_squares(const Tensor& squares, const UpdateTable& table,
-                    void* UpdatePiece::*of = &UpdatePiece::gradient);
+                    size_t of = offsetof(UpdatePiece, gradient));
 // norm (1) f64 = sqrt(sum of squares (n), first to last); clip (1) f64 = min(1, limit / norm), or 1
 // when limit is 0
 void norm_and_clip(const Tensor& norm, const Tensor& clip, const Tensor& squares, double limit);

@@ -34,12 +34,12 @@ template <class T, int N> __global__ void __launch_bounds__(256)
   if (threadIdx.x == 0) out[blockIdx.x] = add ? out[blockIdx.x] + sum : sum;
 }
 
-// sums[piece] = sum of the squares of what the pointer `at` bytes behind a piece's begin points to;
-// one block a piece. (nvcc takes no pointer to a member as an argument.)
+// sums[piece] = sum of the squares of what the pointer `of` bytes behind a piece's begin points to;
+// one block a piece
 template <class A> __global__ void __launch_bounds__(256)
-    squares_kernel(double* sums, const UpdatePiece* pieces, int64_t at) {
+    squares_kernel(double* sums, const UpdatePiece* pieces, size_t of) {
   const UpdatePiece& piece = pieces[blockIdx.x];
-  const A* const x = *reinterpret_cast<A* const*>(reinterpret_cast<const char*>(&piece) + at);
+  const A* const x = *reinterpret_cast<A* const*>(reinterpret_cast<const char*>(&piece) + of);
   const double sum = sum_over_block<kPack<A>, true>(x, piece.size);
   if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
@@ -78,17 +78,14 @@ void add_sum(const Tensor& total, const Tensor& x) {
   if (chunks > 1) add_sum(total, sums);
 }
 
-void sum_of_squares(const Tensor& squares, const UpdateTable& table, void* UpdatePiece::*of) {
+void sum_of_squares(const Tensor& squares, const UpdateTable& table, size_t of) {
   OP("sum_of_squares", double(table.elements * size_of(master_dtype(table.compute))));
   fill(squares, 0);
   if (!table.size()) return;
   const Tensor sums({table.size()}, Dtype::f64, Memory::workspace);
   double *const parts = sums.data<double>(), *const out = squares.data<double>();
-  const UpdatePiece any{};
-  const int64_t at =
-      reinterpret_cast<const char*>(&(any.*of)) - reinterpret_cast<const char*>(&any);
   DISPATCH(table.compute, squares_kernel<acc_t<T>>
-           <<<unsigned(table.size()), kThreads, 0, device().compute>>>(parts, table.data(), at));
+           <<<unsigned(table.size()), kThreads, 0, device().compute>>>(parts, table.data(), of));
   parameters_kernel<<<unsigned(table.size()), kThreads, 0, device().compute>>>(out, parts,
                                                                                table.data());
   LAUNCHED();

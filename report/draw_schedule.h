@@ -5,7 +5,7 @@
 #include "theory/simulate.h"
 
 // One column `unit` of time; unit = 0 chooses one that fits 100 columns.
-std::string draw_text(const Schedule& schedule, const Timeline& timeline, double unit = 0);
+std::string draw_text(const Schedule& schedule, const Timeline& timeline, double unit);
 // longest: how long the longest of the drawings takes that are to be compared: they get one width,
 // and one scale of time. 0: this one is alone.
 std::string draw_svg(const Schedule& schedule, const Timeline& timeline, const std::string& title,
