@@ -20,7 +20,7 @@ using ReadBatch = std::function<Batch(int64_t step)>;
 // `batch` is of this step, then of the next one: it is read while the device computes.
 static StepRecord train_step(const Options& o, const Mesh& mesh, Watch& watch, Trainer& trainer,
                              Progress& progress, Profile& profile, Trace* trace, int64_t step,
-                             Batch& batch, const ReadBatch& read) {
+                             Batch& batch, const ReadBatch& read, std::string& error) {
   if (trace) trace->begin_step(step);
   progress.start_step();
   watch.step(step);
@@ -31,7 +31,7 @@ static StepRecord train_step(const Options& o, const Mesh& mesh, Watch& watch, T
   trainer.gradients(batch);
   trainer.update(lr);
   profile.host_reads();
-  batch = read(step + 1);
+  error = error_of([&] { batch = read(step + 1); });
   profile.host_waits();
   const auto [loss, norm] = trainer.results();
   op_times.stop();
@@ -114,7 +114,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
     });
   };
   double first_loss = 0, loss = 0;
-  std::string error;  // of the metrics: what was trained is saved all the same
+  std::string error;  // of data or metrics: what was trained is saved all the same
   int64_t step = resumed;
   at_work = steps;
   Batch batch = read(step + 1);
@@ -123,7 +123,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
     step++;
     const bool is_traced = trace && o.traced.begin <= step && step <= o.traced.end;
     StepRecord record = train_step(o, mesh, watch, trainer, progress, profile,
-                                   is_traced ? &*trace : nullptr, step, batch, read);
+                                   is_traced ? &*trace : nullptr, step, batch, read, error);
     loss = record.loss;
     if (step == resumed + 1) first_loss = loss;
     if (o.eval_every && (step % o.eval_every == 0 || step == o.steps)) {
@@ -134,7 +134,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
       });
       progress.say(step, format("held-out loss %.4f", *record.held_out_loss));
     }
-    error = error_of([&] { metrics.step(record); });
+    if (error.empty()) error = error_of([&] { metrics.step(record); });
     last = stopped(error) || step == o.steps;
     const bool due = last || (o.save_every && step % o.save_every == 0),
                saves = due && !o.checkpoint.empty();

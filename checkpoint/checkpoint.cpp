@@ -105,6 +105,10 @@ std::string newest_path(const std::string& path) {
   return steps[0];
 }
 
+std::string home_of(const std::string& path) {
+  return is_complete(path) ? fs::canonical(path).parent_path().string() : path;
+}
+
 void make_directory(const std::string& dir) {
   std::error_code error;
   fs::create_directories(dir, error);

@@ -4,7 +4,6 @@
 //           until they are long enough
 // test      tests/test_cli.sh (the program from outside), tests/test_generator.cpp (its numbers)
 #include <algorithm>
-#include <filesystem>
 #include <iostream>
 #include <numeric>
 #include <nlohmann/json.hpp>
@@ -183,10 +182,7 @@ int main(int argc, char** argv) {
     resolve(o, checkpoint);
     check_ranks(o.layout, job.size);
     if (checkpoint) checkpoint->verify("weights-", job.rank, job.size);
-    tokenizer.emplace(checkpoint
-                          ? std::filesystem::canonical(checkpoint->path).parent_path().string()
-                          : "",
-                      o.model.vocab);
+    tokenizer.emplace(checkpoint ? home_of(o.checkpoint) : "", o.model.vocab);
     if (job.rank == 0) prompts = encode_prompts(o, *tokenizer);
     auto given = values_of(table(o));
     if (checkpoint)

@@ -40,8 +40,11 @@ static std::string shard_of(const std::vector<std::string>& paths, const fs::pat
     key += sentence(" ", checksum(texts.emplace_back(path).view));
   const std::string file =
       sentence(name.filename().string().substr(0, 200), ".", checksum(key), ".bin");
-  std::error_code none;
-  const fs::path places[] = {name.parent_path(), directory, fs::temp_directory_path(none)};
+  std::error_code error;
+  fs::path last = fs::temp_directory_path(error);
+  if (error) last = "/tmp";
+  const fs::path places[] = {name.parent_path(), directory.empty() ? last : fs::path(directory),
+                             last};
   for (const fs::path& place : places)
     if (is_there(place / file)) return place / file;
   const std::string shard = encode_files(texts, name, tokenizer, say);

@@ -149,12 +149,15 @@ void Tokenizer::read_tokenizer_json(const json& file) {
 
 void Tokenizer::read_model(const json& model) {
   for (const auto& [written, number] : model.at("vocab").items()) {
-    const auto added = tokens_.find(written);
-    if (added == tokens_.end()) add(whole_number(number, kLargest), to_bytes(written));
-    else REQUIRE(number == added->second, "it has two numbers of '", written, "'");
+    const auto added = std::ranges::find(special_, written, [&](int t) { return texts_[t]; });
+    if (added == special_.end()) add(whole_number(number, kLargest), to_bytes(written));
+    else REQUIRE(number == *added, "it has two numbers of '", written, "'");
   }
+  const json& merges = model.at("merges");
+  REQUIRE(!merges.empty() || model.at("vocab").size() <= 256 + special_.size(),
+          "it has no merges, without which tokens are bytes");
   int rank = 0;
-  for (const json& pair : model.at("merges")) {
+  for (const json& pair : merges) {
     std::vector<std::string> parts;
     if (pair.is_array()) parts = pair;
     else {
@@ -230,7 +233,7 @@ void Tokenizer::encode_numbers(const std::string& text, const Take& take) const 
   for (std::string word; words >> word;) {
     char* end;
     const long long token = strtoll(word.c_str(), &end, 10);
-    REQUIRE(!*end && token >= 0 && token < vocab_, "'", word,
+    REQUIRE(end == word.data() + word.size() && token >= 0 && token < vocab_, "'", word.c_str(),
             "' is no token: without a tokenizer beside the checkpoint (tokenizer.json, or "
             "vocab.json and merges.txt) a prompt is the numbers of its tokens, 0 to ",
             vocab_ - 1);

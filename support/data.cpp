@@ -100,8 +100,9 @@ std::vector<int> Dataset::read(int64_t first, int64_t count) const {
   std::vector<int> tokens;
   tokens.reserve(count);
   auto part = std::ranges::upper_bound(parts_, first, {}, &Part::first) - 1;
+  part->file.check();
   for (int64_t n = first; n < first + count; n++) {
-    if (n == part->first + part->count) ++part;
+    if (n == part->first + part->count) (++part)->file.check();
     const int64_t position = n - part->first;
     uint32_t token = 0;  // little-endian, as is every machine with a GPU
     memcpy(&token, part->file.view.data() + part->offset + position * part->width, part->width);

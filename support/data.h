@@ -9,8 +9,7 @@
 // checks    the first million tokens of each file when it is opened, and every token when it is
 //           used: a shard outside the vocabulary fails at the start, and shards of many gigabytes
 //           are not read through first
-// not here  tokenizers (inference/text_shards.h makes shards of texts), shuffled epochs, files that
-// shrink while they are mapped
+// not here  tokenizers (inference/text_shards.h makes shards of texts), shuffled epochs
 // test      tests/test_support.cpp
 #pragma once
 #include "support/files.h"

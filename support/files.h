@@ -27,8 +27,10 @@ struct OpenFile {
 
 struct MappedFile {  // the bytes of a regular file that is not empty
   explicit MappedFile(const std::string& path);
+  void check() const;  // an Error where it has become shorter: reading on would end the process
   std::string path;
   std::string_view view;
+  uint64_t inode;
   std::shared_ptr<void> map;
 };
 

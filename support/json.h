@@ -31,5 +31,7 @@ template <class Read> void read_json(const std::string& path, std::string_view t
     REQUIRE(json.is_object(), "it is no object of names");
     read(json);
   });
-  REQUIRE(error.empty(), path, " is damaged, or of another kind: ", error);
+  // without nlohmann's "[json.exception....] "
+  const size_t begin = error.starts_with("[json.") ? error.find("] ") + 2 : 0;
+  REQUIRE(error.empty(), path, " is damaged, or of another kind: ", error.substr(begin));
 }

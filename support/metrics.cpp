@@ -37,7 +37,9 @@ Metrics::Metrics(const std::string& path, int64_t resumed) : path_(path) {
     int64_t step;
     // what a killed run began has no end of line
     for (std::string line; std::getline(lines, line) && !lines.eof(); kept += line.size() + 1)
-      if (sscanf(line.c_str(), "{\"step\":%ld", &step) == 1 && step > resumed) break;
+      if (sscanf(line.c_str(), "{\"step\":%ld", &step) == 1 ? step > resumed
+                                                            : !line.starts_with("{\"summary\":"))
+        break;
     if (kept < text.size()) {
       put_aside(path, "metrics");
       write_file(path, text.substr(0, kept));
@@ -51,8 +53,11 @@ Metrics::Metrics(const std::string& path, int64_t resumed) : path_(path) {
 void Metrics::line(const nlohmann::ordered_json& object) {
   if (!file_) return;
   const std::string text = object.dump() + "\n";
-  SYSTEM_CHECK(write(file_->fd, text.data(), text.size()) == ssize_t(text.size()), path_,
-               " cannot be written");
+  for (std::string_view left = text; !left.empty();) {
+    const ssize_t n = write(file_->fd, left.data(), left.size());
+    SYSTEM_CHECK(n > 0, path_, " cannot be written");
+    left.remove_prefix(n);
+  }
 }
 
 void Metrics::step(const StepRecord& r) {

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Byte pairs against Hugging Face's tokenizers library, only when asked for: needs `tokenizers`.
 
-    make BACKEND=cpu build/cpu/tests/test_support && python3 tests/byte_pairs.py [STRINGS]
+    make BACKEND=cpu build/cpu/tests/test_support && python3 tests/byte_pairs.py [STRINGS [DIR]]
 
-A byte-level encoding with GPT-2's pattern is trained on this project's files and on random texts,
-saved as vocab.json and merges.txt and as tokenizer.json, and STRINGS (100,000) mixed strings of all
-scripts must have the same tokens there and here, both ways.
+A byte-level encoding with GPT-2's pattern is read from DIR (GPT-2's own vocab.json and merges.txt,
+say), or trained on this project's files, accented letters and random texts. It is saved as
+vocab.json and merges.txt and as tokenizer.json, and STRINGS (100,000) mixed strings of all scripts
+must have the same tokens there and here, both ways.
 """
 import glob
 import os
@@ -42,10 +43,16 @@ def text():
 
 texts = [text() for _ in range(strings)]
 with tempfile.TemporaryDirectory() as d:
-    bpe = ByteLevelBPETokenizer()
-    files = sorted(glob.glob("*.cpp") + glob.glob("docs/*.md"))
-    bpe.train_from_iterator([open(f).read() for f in files] + texts[:2000], vocab_size=2000,
-                            min_frequency=2, special_tokens=["<|endoftext|>"])
+    if len(sys.argv) > 2:
+        bpe = ByteLevelBPETokenizer(f"{sys.argv[2]}/vocab.json", f"{sys.argv[2]}/merges.txt")
+        bpe.add_special_tokens(["<|endoftext|>"])
+    else:
+        bpe = ByteLevelBPETokenizer()
+        files = sorted(glob.glob("*.cpp") + glob.glob("docs/*.md"))
+        accents = ["".join(map(chr, range(0xA1, 0x180))) * 9]
+        bpe.train_from_iterator([open(f).read() for f in files] + accents + texts[:2000],
+                                vocab_size=2400, min_frequency=2,
+                                special_tokens=["<|endoftext|>"])
     os.makedirs(f"{d}/two")
     os.makedirs(f"{d}/one")
     bpe.save_model(f"{d}/two")

@@ -284,7 +284,7 @@ $train $little --steps 5 --resume --resume-step 2 --checkpoint "$dir/run" \
 check metrics_of_steps_that_come_again_are_put_aside \
   "cmp $dir/was.jsonl $dir/run.jsonl.1 && [ \$(grep -c step\\\" $dir/run.jsonl) = 5 ]" "" \
   "$(tail -1 "$dir/out")"
-printf 'my notes' >"$dir/notes"
+printf 'my notes\n' >"$dir/notes"
 $train $little --steps 6 --resume --checkpoint "$dir/run" --metrics "$dir/notes" >"$dir/out" 2>&1
 check what_is_no_metrics_is_put_aside "[ '$(cat "$dir/notes.1")' = 'my notes' ]" "" \
   "$(tail -1 "$dir/out")"
@@ -304,6 +304,16 @@ status=$?
 check metrics_that_cannot_be_written_cost_no_training \
   "[ $status = 1 ] && grep -q 'stopped after step 1, which is saved' $dir/err &&
    build/checkpoint verify $dir/full >/dev/null" "" "status $status: $(cat "$dir/err")"
+head -c 3000000 /dev/urandom >"$dir/shrinks"
+$train ${little% --data*} --data "$dir/shrinks" --steps 100000000 --checkpoint "$dir/shrunk" \
+  >"$dir/out" 2>"$dir/err" &
+until [ -e "$dir/shrunk/lock" ] && grep -q '^step 1/' "$dir/out"; do sleep 0.1; done
+: >"$dir/shrinks"
+wait $!
+status=$?
+check data_that_becomes_shorter_costs_no_training \
+  "[ $status = 1 ] && grep -q 'has become shorter while it was read: stopped after step' $dir/err &&
+   build/checkpoint verify $dir/shrunk >/dev/null" "" "status $status: $(cat "$dir/err")"
 timeout -s TERM 10 $train $little --steps 2 --sample 100000000 --checkpoint "$dir/long" \
   >"$dir/out" 2>"$dir/err"
 check a_signal_ends_the_sample \

@@ -84,6 +84,18 @@ for form in one two; do
   check "a_prompt_is_byte_pairs_and_end_of_text_is_one_$form" \
     "grep -q 'prompt 1 of 3 tokens and --tokens 99' $dir/err" "" "$(cat "$dir/err")"
 done
+mkdir "$dir/archive"
+step=$(basename "$dir"/run-two/step-*)
+mv "$dir/run-two/$step" "$dir/archive"
+ln -s "../archive/$step" "$dir/run-two/$step"
+$tool export "$dir/run-two" "$dir/linked" >"$dir/out" 2>"$dir/err"
+check the_tokenizer_is_that_of_the_directory_that_was_named \
+  "cmp $dir/two/vocab.json $dir/linked/vocab.json" "" "$(cat "$dir/err")"
+rm "$dir/run-two/$step"
+mv "$dir/archive/$step" "$dir/run-two"
+cp -r "$dir/plain" "$dir/unnamed"
+sed -i '/n_positions/d' "$dir/unnamed/config.json"
+refuses what_a_config_lacks_is_said "of another kind: key 'n_positions' not found" "$dir/unnamed"
 cp -r "$dir/plain" "$dir/unigram"
 echo '{"model":{"type":"Unigram"},"pre_tokenizer":{"type":"Metaspace"}}' \
   >"$dir/unigram/tokenizer.json"

@@ -428,6 +428,20 @@ TEST(text_bytes_are_tokens_and_files_are_read_as_one) {
                  "76 held out");
 }
 
+TEST(a_file_that_has_become_shorter_is_not_read_on) {
+  const TemporaryDirectory dir;
+  const std::string file = dir.write("a", std::string(100'000, 'a'));
+  const Dataset d = Dataset::open({file}, 10, 256);
+  d.sequence(1, 0, 5);
+  fs::resize_file(file, 5000);
+  CHECK_SAYS(d.sequence(1, 0, 5), "a has become shorter while it was read");
+  fs::remove(file);  // what is mapped stays
+  std::ofstream(file) << "another";
+  const Dataset one = Dataset::open({dir.write("b", std::string(100'000, 'b'))}, 10, 256);
+  fs::rename(file, dir.path + "/b");
+  one.sequence(1, 0, 5);
+}
+
 TEST(token_shards_of_both_widths_are_read) {
   const TemporaryDirectory dir;
   const std::string thousand = shard(counting<uint16_t>(1000));
@@ -943,6 +957,7 @@ TEST(tokens_are_bytes_pairs_or_numbers) {
   CHECK(numbers.encode(" 7 999") == (std::vector<int>{7, 999}) && numbers.decode(7) == "7 ");
   CHECK_SAYS(numbers.encode("1000"), "'1000' is no token");
   CHECK_SAYS(numbers.encode("7x"), "'7x' is no token");
+  CHECK_SAYS(numbers.encode(std::string("7\0x", 3)), "is no token");
   std::ofstream(dir.path + "/vocab.json")
       << R"({"l":0,"o":1,"w":2,"lo":3,"low":4,"\u0120":5,"\u0120low":6,"\u010a":7,"'":8,"s":9,)"
       << R"("'s":10,"<|endoftext|>":11})";
@@ -956,6 +971,16 @@ TEST(tokens_are_bytes_pairs_or_numbers) {
   CHECK_SAYS(pairs.encode("x"), "the vocabulary has no token for 'x'");
   CHECK_SAYS(Tokenizer(dir.path, 5), "outside the vocabulary of 5");
   CHECK_EQ(Tokenizer(dir.path, 50304).end_of_text(), 11, "a padded vocabulary");
+}
+
+TEST(a_text_may_be_spelled_as_a_byte_is_written) {
+  const TemporaryDirectory dir;
+  // the text \u00e9 is two bytes, written \u00c3 and \u00a9; the byte e9 is written \u00e9
+  dir.write("vocab.json", R"({"\u00c3":0,"\u00a9":1,"\u00c3\u00a9":2,"\u00e9":3})");
+  dir.write("merges.txt", "\u00c3 \u00a9\n");
+  const Tokenizer t(dir.path, 4);
+  CHECK(t.encode("\u00e9\xe9") == (std::vector<int>{2, 3}));
+  CHECK(t.decode(2) == "\u00e9" && t.decode(3) == "\xe9");
 }
 
 TEST(end_of_text_is_one_token) {
@@ -1052,6 +1077,11 @@ TEST(vocabularies_that_are_not_what_they_say_are_refused) {
   says(R"({"a":0,"ab":1})", "a b\n", "its vocabulary lacks 'b'");
   says(R"({"a":0,"b":1,"ab":2})", "ab\n", "\"ab\" is no pair");
   says(R"({"a":0,"b":1,"ab":2})", "a b c\n", "\"a b c\" is no pair");
+  nlohmann::json many;
+  for (int i = 0; i < 257; i++) many["a" + std::to_string(i)] = i;
+  dir.write("vocab.json", many.dump());
+  dir.write("merges.txt", "#version: 0.2\rl o\r");
+  CHECK_SAYS(Tokenizer(dir.path, 257), "it has no merges");
 }
 
 // Token b is the byte b.
