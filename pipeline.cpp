@@ -84,7 +84,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   std::map<std::pair<int, int>, Live> lives;
   int64_t kept = 0;  // by all that are live
   most_live_ = most_live_bytes_ = 0;
-  if (timed) milliseconds_.assign(actions.size(), 0);
+  if (measures) milliseconds_.assign(actions.size(), 0);
   execute(actions, shape, dtype, [&](size_t i, Tensor x) {
     const Action& a = actions[i];
     Live& live = lives[{a.microbatch, a.chunk}];
@@ -233,7 +233,7 @@ void Pipeline::sum_tied(const Tensor& gradient) {
 // ---- what a run took and kept
 
 void Pipeline::measure(size_t action, const std::function<void()>& work) {
-  if (!timed) return work();
+  if (!measures) return work();
   const std::clock_t begin = std::clock();  // of the processors: all threads of this process
   work_[action].begin.record(device().compute);
   work();

@@ -42,10 +42,10 @@ class Pipeline {
   void sum_tied(const Tensor& gradient);
 
   // the next run: without a GPU the host then waits for each computation, and nothing overlaps
-  bool timed = false;
-  // Of the last timed run: how long each computation of this stage took by itself (on a GPU by
-  // events, else in processor time, since ranks may share cores). Exchanges count as 0, and waiting
-  // is not measured. Waits for the device.
+  bool measures = false;
+  // Of the last run that was measured: how long each computation of this stage took by itself (on a
+  // GPU by events, else in processor time, since ranks may share cores). Exchanges count as 0, and
+  // waiting is not measured. Waits for the device.
   std::vector<double> milliseconds() const;
   // Of the last run: the most that was kept for backwards at once.
   int64_t most_live() const { return most_live_; }  // pairs of micro-batch and chunk

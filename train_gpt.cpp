@@ -25,7 +25,7 @@ static StepRecord train_step(const Options& o, const Mesh& mesh, Watch& watch, T
   progress.start_step();
   watch.step(step);
   const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
-  trainer.pipeline.timed = mesh["pp"].size > 1 && step == o.steps;
+  trainer.pipeline.measures = mesh["pp"].size > 1 && step == o.steps;
   op_times.start(o.profile || trace ? OpTimes::everything : OpTimes::collectives);
   profile.host_begins();
   trainer.gradients(batch);

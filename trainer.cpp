@@ -152,12 +152,12 @@ Trainer::Results Trainer::results() const {
 
 bool Trainer::can_go_on(const Batch& batch) {
   const auto rows = ledger.rows;
-  const bool timed = std::exchange(pipeline.timed, false);
+  const bool measured = std::exchange(pipeline.measures, false);
   gradients(batch);
   optimizer_->measure();
   fsdp.end_step();
   ledger.rows = rows;
-  pipeline.timed = timed;
+  pipeline.measures = measured;
   return std::isfinite(loss()) && std::isfinite(norm()) && optimizer_->finite();
 }
 

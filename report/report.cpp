@@ -181,7 +181,7 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps
                          Metrics& metrics) {
   const Theory t = theory(trainer.gpt.config, mesh.layout, mesh.rank, trainer.options);
   const MemoryUse& m = device().memory;
-  const bool pipelined = trainer.pipeline.timed;
+  const bool pipelined = trainer.pipeline.measures;
   const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.pipeline.most_live_bytes())},
                   {"traffic", traffic_json(mesh.rank, t, steps)},
                   {"communication_share", time.communicating / time.ms},
