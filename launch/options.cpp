@@ -254,9 +254,35 @@ static void check_reports(const Options& o) {
           "--metrics and --trace name the same file, ", o.trace);
 }
 
+void check_meaning(const Options& o, std::vector<Rule> rules) {
+  const int64_t shards = o.layout["fsdp"] * o.layout["cp"];
+  rules.insert(
+      rules.end(),
+      {{{"zero"},
+        shards != 1,
+        "shards over the ranks of --fsdp and --cp, which are 1: give --fsdp or --cp 2 or more"},
+       {{"reshard-after-forward"},
+        shards != 1 && o.zero == 3,
+        "is about the parameters that ZeRO-3 gathers: give --fsdp or --cp 2 or more and --zero 3"},
+       {{"prefetch"},
+        shards * o.layout["replicate"] != 1,
+        "is about what ranks gather and sum: give --fsdp, --cp or --replicate 2 or more"},
+       {{"sequence-parallel"},
+        o.layout["tp"] != 1,
+        "splits activations over the ranks of --tp, which is 1: give --tp 2 or more"},
+       {{"schedule", "chunks"}, o.layout["pp"] != 1, "is about a pipeline: give --pp 2 or more"},
+       {{"trace-steps"}, !o.trace.empty(), "says which steps are traced: give --trace FILE.json"},
+       {{"save-every", "keep", "resume"},
+        !o.checkpoint.empty(),
+        "needs a directory: give --checkpoint DIR"},
+       {{"resume-step"}, o.resume, "says where --resume goes on: give both"}});
+  for (const auto& rule : rules)
+    for (const char* option : rule.options)
+      REQUIRE(rule.means_something || !o.given.count(option), "--", option, " ", rule.why);
+}
+
 void check(const Options& o) {
-  const int64_t pp = o.layout["pp"], cp = o.layout["cp"], shards = o.layout["fsdp"] * cp,
-                ranks = o.layout.data_ranks();
+  const int64_t pp = o.layout["pp"], cp = o.layout["cp"], ranks = o.layout.data_ranks();
   check_common(o, pp > 1 ? o.chunks : 1);
   REQUIRE(o.batch % (o.microbatch * ranks) == 0, "a batch of ", o.batch,
           " does not divide into micro-batches of ", o.microbatch, " on ", ranks,
@@ -264,33 +290,7 @@ void check(const Options& o) {
   REQUIRE(cp == 1 || o.model.context >= 2 * cp, "--cp ", cp, " cuts a sequence into ", 2 * cp,
           " pieces, and a context of ", o.model.context, " has fewer tokens: give --context ",
           2 * cp, " or more");
-  // what would do nothing here
-  const struct {
-    std::vector<const char*> options;
-    bool means_something;
-    const char* why;
-  } rules[] = {
-      {{"zero"},
-       shards > 1,
-       "shards over the ranks of --fsdp and --cp, which are 1: give --fsdp or --cp 2 or more"},
-      {{"reshard-after-forward"},
-       shards > 1 && o.zero == 3,
-       "is about the parameters that ZeRO-3 gathers: give --fsdp or --cp 2 or more and --zero 3"},
-      {{"prefetch"},
-       shards * o.layout["replicate"] > 1,
-       "is about what ranks gather and sum: give --fsdp, --cp or --replicate 2 or more"},
-      {{"sequence-parallel"},
-       o.layout["tp"] > 1,
-       "splits activations over the ranks of --tp, which is 1: give --tp 2 or more"},
-      {{"schedule", "chunks"}, pp > 1, "is about a pipeline: give --pp 2 or more"},
-      {{"trace-steps"}, !o.trace.empty(), "says which steps are traced: give --trace FILE.json"},
-      {{"save-every", "keep", "resume"},
-       !o.checkpoint.empty(),
-       "needs a directory: give --checkpoint DIR"},
-      {{"resume-step"}, o.resume, "says where --resume goes on: give both"}};
-  for (const auto& rule : rules)
-    for (const char* option : rule.options)
-      REQUIRE(rule.means_something || !o.given.count(option), "--", option, " ", rule.why);
+  check_meaning(o);
   REQUIRE(o.min_lr <= o.lr, "--min-lr ", o.min_lr, " is above --lr ", o.lr);
   REQUIRE(o.warmup <= o.steps, "--warmup ", o.warmup, " is longer than the training of ", o.steps,
           " steps");

@@ -129,6 +129,14 @@ struct Options : CommonOptions {
 OptionTable train_options(Options& options);
 // what is unset, from the model, the machine and the other options
 void resolve(Options& options, bool has_gpu);
-// resolved options that contradict each other: a sentence
+// Options that would do nothing beside the others are refused: "--option why".
+struct Rule {
+  std::vector<const char*> options;
+  bool means_something;
+  const char* why;
+};
+// By these rules and then by train_gpt's, for which an axis of size 0 may have any.
+void check_meaning(const Options& options, std::vector<Rule> rules = {});
+// the same, and resolved options that contradict each other: a sentence
 void check(const Options& options);
 TrainerOptions trainer_options(const Options& options);

@@ -129,8 +129,7 @@ std::string memory_words(const StageMemory& m) {
   std::string text;
   for (int i = 0; i < kMemoryCategories; i++)
     if (m.held[i] > 0)
-      text +=
-          format("%s%s %.2f", text.empty() ? "" : ", ", name_of(Memory(i)), gib(double(m.held[i])));
+      text += format("%s%s %.4g", text.empty() ? "" : ", ", name_of(Memory(i)), gib(m.held[i]));
   return text;
 }
 
@@ -180,33 +179,46 @@ void explain(const Cluster& cluster, const Planned& p, int64_t memory) {
       printf("  %-24s %9.4g s %5.1f %%\n", name.c_str(), seconds, 100 * seconds / p.time.seconds);
   const int stage = a.fullest();
   const StageMemory& fullest = a.stages[stage];
-  printf("memory   %.2f GiB of %.2f on stage %d: %s\n", gib(double(fullest.total())),
-         gib(double(memory)), stage, memory_words(fullest).c_str());
+  printf("memory   %.4g GiB of %.4g on stage %d: %s\n", gib(p.memory), gib(memory), stage,
+         memory_words(fullest).c_str());
   for (const auto& [axis, bytes] : a.sent)
     printf("sent     %.4g MB a step over %s\n", double(bytes) / 1e6, axis.c_str());
-  if (fullest.total() > memory)
-    printf("does not fit: %.2f GiB too much\n", gib(double(fullest.total() - memory)));
-  else
+  if (p.memory <= memory)
     printf("binds    %s takes %.0f %% of the step\n", parts[0].second.c_str(),
            100 * parts[0].first / p.time.seconds);
 }
 
 // ---- what is asked for
 
-void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& config) {
+void check_fits(double needed, double memory) {
+  REQUIRE(needed <= memory, format("does not fit: a rank needs %.4g GiB, and a device has %.4g",
+                                   gib(needed), gib(memory)));
+}
+
+void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& config, double memory) {
+  check_common(o);
+  const int64_t devices = o.nodes * o.devices, pp = std::max<int64_t>(o.layout["pp"], 1);
+  double least = INFINITY;
   Json rows = Json::array();
-  if (!o.json) printf("  tp  ms a token   weights     cache   kernels      sums    stages\n");
-  for (int64_t tp = 1; tp <= std::min(o.nodes * o.devices, config.kv()); tp++) {
-    if (o.nodes * o.devices % tp || (o.layout["tp"] > 0 && o.layout["tp"] != tp)) continue;
-    const Layout layout{{"pp", std::max<int64_t>(o.layout["pp"], 1)}, {"tp", tp}};
-    const DecodePrediction d =
-        predict_decoding(cluster, config, layout, o.sequences, config.context / 2);
-    rows.push_back({{"tp", tp}, {"pp", layout["pp"]}, {"token_seconds", d.seconds()}});
+  if (!o.json)
+    printf("  tp  ms a token   weights     cache   kernels      sums    stages       GiB\n");
+  for (int64_t tp = 1; tp <= std::min(devices / pp, config.kv()); tp++) {
+    if (devices % tp || (o.layout["tp"] > 0 && o.layout["tp"] != tp)) continue;
+    const DecodePrediction d = predict_decoding(cluster, config, {{"pp", pp}, {"tp", tp}},
+                                                o.sequences, config.context / 2);
+    least = std::min(least, d.memory);
+    const bool fits = d.memory <= memory;
+    if (fits) rows.push_back({{"tp", tp}, {"pp", pp}, {"token_seconds", d.seconds()}});
     if (!o.json)
-      printf("%4d %11.3f %9.3f %9.3f %9.3f %9.3f %9.3f\n", int(tp), d.seconds() * 1e3,
-             d.weights * 1e3, d.cache * 1e3, d.kernels * 1e3, d.sums * 1e3, d.stages * 1e3);
+      printf("%4d %11.3f %9.3f %9.3f %9.3f %9.3f %9.3f %9.4g%s\n", int(tp), d.seconds() * 1e3,
+             d.weights * 1e3, d.cache * 1e3, d.kernels * 1e3, d.sums * 1e3, d.stages * 1e3,
+             gib(d.memory), fits ? "" : "  does not fit");
   }
+  REQUIRE(least < INFINITY, "no --tp is possible: it must divide the ", devices,
+          " devices, make at most ", devices, " ranks with --pp ", pp, " and be at most ",
+          config.kv(), " (--kv-heads)");
   if (o.json) printf("%s\n", Json{{"decode", rows}}.dump(1).c_str());
+  check_fits(least, memory);
 }
 
 // The options name one layout, as train_gpt's do.
@@ -221,6 +233,13 @@ Job one_job(PlanOptions& o) {
 }
 
 void show(PlanOptions& o) {
+  check_meaning(o, {{{"sequences"}, o.decode, "is about inference: give --decode"},
+                    {{"top"}, !o.layout_only, "is about a search, which --layout leaves out"},
+                    {{"replicate", "fsdp", "cp", "batch", "microbatch", "zero",
+                      "reshard-after-forward", "prefetch", "schedule", "chunks",
+                      "sequence-parallel", "recompute", "layout", "top"},
+                     !o.decode,
+                     "is about training, and --decode about inference: leave one of them out"}});
   if (o.dtype.empty()) o.dtype = "bf16";
   const Layout asked = o.layout;
   const int64_t batch = o.batch, microbatch = o.microbatch;
@@ -237,25 +256,27 @@ void show(PlanOptions& o) {
   if (!o.json) {
     printf("model    %s: %.4g B parameters in %s\n", to_string(m).c_str(),
            double(parameter_count(config)) / 1e9, name_of(config.dtype));
-    printf("cluster  %d x %d devices, %s, %.1f GiB each\n", int(o.nodes), int(o.devices),
-           cluster.machine.name.c_str(), gib(double(memory)));
+    printf("cluster  %d x %d devices, %s, %.4g GiB each\n", int(o.nodes), int(o.devices),
+           cluster.machine.name.c_str(), gib(memory));
     if (o.machine == "this") printf("%s\n", to_text(cluster.machine).c_str());
   }
-  if (o.decode) return decode(o, cluster, config);
+  if (o.decode) return decode(o, cluster, config, memory);
   if (o.layout_only) {
     const Job job = one_job(o);
     REQUIRE(job.layout["tp"] <= job.config.kv(), "--tp ", job.layout["tp"],
             " has more ranks than --kv-heads ", job.config.kv());
     Predictor predictor(cluster, profile_named(o.profile), config);
-    Planned p{job, 0, predictor.predict(job)};
+    const Account a = account(job);
+    Planned p{job, a.stages[a.fullest()].total(), predictor.predict(job)};
     predictor.split_bubble(job, p.time);
     if (o.json) printf("%s\n", json_of(cluster, p).dump(1).c_str());
     else explain(cluster, p, memory);
-    return;
+    return check_fits(p.memory, memory);
   }
 
   const bool one_zero = o.given.count("zero"), one_schedule = o.given.count("schedule"),
              one_reshard = o.given.count("reshard-after-forward");
+  if (one_schedule) make_schedule(o.schedule, 1, 1, int(o.chunks));  // or it has other chunks
   PlanOptions defaults = o;
   for (int64_t& size : defaults.layout.sizes) size = 1;
   resolve(defaults, true);
@@ -280,26 +301,27 @@ void show(PlanOptions& o) {
     printf("%s\n", Json{{"layouts", found.layouts}, {"fitting", found.fitting}, {"fastest", all}}
                        .dump(1)
                        .c_str());
-    return;
+  } else {
+    printf("layouts  %lld of a batch of %lld, %lld fit in memory\n", (long long)found.layouts,
+           (long long)wanted.batch, (long long)found.fitting);
+    if (found.smallest) {
+      const Account a = account(found.smallest->job);
+      printf("too large from %.4g GiB on: %s\n         (%s)\n", gib(found.smallest->memory),
+             words_of(found.smallest->job).c_str(), memory_words(a.stages[a.fullest()]).c_str());
+    }
+    if (!found.fastest.empty())
+      printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n");
+    for (const Planned& p : found.fastest) {
+      const auto [tokens, mfu] = measures(cluster, p.job, p.time.seconds);
+      double waits = 0;
+      for (const double w : p.time.waiting) waits += w;
+      const double percent = 100 / p.time.seconds;
+      printf("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  %s\n", p.time.seconds, tokens,
+             100 * mfu, gib(p.memory), percent * p.time.computing, percent * p.time.bubble,
+             percent * waits, words_of(p.job).c_str());
+    }
   }
-  printf("layouts  %lld of a batch of %lld, %lld fit in memory\n", (long long)found.layouts,
-         (long long)wanted.batch, (long long)found.fitting);
-  if (found.smallest) {
-    const Account a = account(found.smallest->job);
-    printf("too large from %.2f GiB on: %s\n         (%s)\n", gib(double(found.smallest->memory)),
-           words_of(found.smallest->job).c_str(), memory_words(a.stages[a.fullest()]).c_str());
-  }
-  if (!found.fastest.empty())
-    printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n");
-  for (const Planned& p : found.fastest) {
-    const auto [tokens, mfu] = measures(cluster, p.job, p.time.seconds);
-    double waits = 0;
-    for (const double w : p.time.waiting) waits += w;
-    const double percent = 100 / p.time.seconds;
-    printf("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  %s\n", p.time.seconds, tokens,
-           100 * mfu, gib(double(p.memory)), percent * p.time.computing, percent * p.time.bubble,
-           percent * waits, words_of(p.job).c_str());
-  }
+  if (found.fitting == 0) check_fits(found.smallest->memory, memory);
 }
 
 }  // namespace
@@ -316,7 +338,10 @@ int main(int argc, char** argv) {
                              table(defaults))
                        .c_str());
     else if (o.map.empty()) show(o);
-    else write_file(o.map, draw_map(read_machine(o.machine), profile_named(o.profile), 1.25e9));
+    else
+      write_file(o.map, [&](const Write& write) {  // which must be possible: it takes a minute
+        write(draw_map(read_machine(o.machine), profile_named(o.profile), 1.25e9));
+      });
     check_printed();
   } catch (const std::exception& e) {
     fprintf(stderr, "plan: %s\n", words_of(e).c_str());

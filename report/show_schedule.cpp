@@ -63,6 +63,8 @@ ShowOptions parse_words(int argc, char** argv) {
   parse(argc - named, argv + named, table(o));
   REQUIRE(o.help || named, "say first which schedule: ", kinds(o).allowed,
           ", or all; --help lists the options");
+  REQUIRE(o.help || o.name != "all" || argc == 2, argv[2],
+          " is about one schedule: name it in place of all");
   return o;
 }
 

@@ -359,6 +359,8 @@ refuses an_empty_svg_is_refused "--svg takes a name, not ''" 1f1b --svg ""
 refuses no_stages_are_refused "--stages takes a whole number from 1 to" zb --stages 0
 refuses times_that_are_no_numbers_are_refused \
   "--times takes four numbers F,B,W,SEND: the first three above 0" zb --times 1,2
+refuses options_of_all_schedules_are_refused "--svg is about one schedule" \
+  all --svg "$dir/all.svg" --stages 3
 $train all >"$dir/out" 2>&1
 if grep -q '^     8   64 .* 1.79 %    8.00$' "$dir/out"; then ok all_schedules_are_compared
 else fail all_schedules_are_compared "$(tail -1 "$dir/out")"; fi

@@ -27,6 +27,49 @@ refuses no_layout "no layout of 8 devices" --batch 3 --pp 1 --tp 1 --cp 1
 refuses a_number "--nodes takes a whole number" --nodes 0
 refuses a_schedule "is about a pipeline" --layout --tp 2 --devices 2 --schedule zb
 
+# ---- options that would do nothing
+refuses a_schedule_without_a_pipeline "--schedule is about a pipeline" --pp 1 --schedule zb
+refuses chunks_without_a_pipeline "--chunks is about a pipeline" --pp 1 --chunks 2
+refuses chunks_of_a_schedule_that_has_one "schedule zb has one chunk a stage, not 3" \
+  --schedule zb --chunks 3
+refuses reshard_without_zero3 "is about the parameters that ZeRO-3 gathers" \
+  --zero 2 --reshard-after-forward no
+refuses zero_without_shards "--zero shards over the ranks of" --fsdp 1 --cp 1 --zero 2
+refuses rows_without_tp "--sequence-parallel splits activations" --tp 1 --sequence-parallel
+refuses sequences_of_a_training "--sequences is about inference" --sequences 2
+refuses a_search_of_one_layout "--top is about a search" --layout --devices 1 --top 3
+for option in "replicate 2" "fsdp 2" "cp 2" "batch 8" "microbatch 2" "zero 1" "prefetch 2" \
+  "reshard-after-forward no" "schedule zb" "chunks 2" sequence-parallel recompute layout "top 3"; do
+  refuses "decode_with_${option% *}" "--${option% *} is about training" --decode --$option
+done
+
+# ---- what does not fit
+refuses decode_more_stages_than_layers "4 layers cannot be cut into 50000 stages" \
+  --decode --pp 50000 --devices 1
+refuses decode_more_ranks_than_devices "make at most 8 ranks with --pp 4" --decode --tp 4 --pp 4
+refuses decode_more_ranks_than_heads "--tp 8 has more ranks than there are attention heads (4)" \
+  --decode --tp 8
+refuses decode_ranks_that_do_not_divide "no --tp is possible: it must divide the 8 devices" \
+  --decode --tp 3
+refuses decode_weights_that_do_not_fit "a rank needs 3.194 GiB, and a device has 0.0009766" \
+  --decode --model gpt2-xl --memory 1 --devices 1
+refuses decode_cache_that_does_not_fit "a rank needs 3.516e+04 GiB, and a device has 73.6" \
+  --decode --model gpt2 --sequences 1000000 --devices 1 --json
+refuses no_layout_fits "a rank needs 0.01449 GiB, and a device has 0.0009766" \
+  --memory 1 --devices 1
+check its_memory_has_digits \
+  'grep -q "(parameters 0.001569, gradients 0.003261, optimizer 0.009416," "$dir/out"'
+refuses no_layout_fits_in_json "does not fit" --memory 1 --devices 1 --json
+refuses one_layout_does_not_fit "does not fit" --layout --memory 1 --devices 1
+refuses one_layout_does_not_fit_in_json "does not fit" --layout --memory 1 --devices 1 --json
+
+# ---- the map: its file is opened first, and an older one stays until the new one is whole
+refuses a_map_nowhere "/nowhere/x.svg.partial cannot be opened" --map "$dir/nowhere/x.svg"
+echo older >"$dir/map.svg"
+timeout 2 $plan --map "$dir/map.svg"
+status=$?
+check an_interrupted_map_leaves_the_older "[ $status = 124 ] && grep -qx older '$dir/map.svg'"
+
 # ---- memory: 40 random runs of 1 to 8 ranks, each rank's bytes
 python3 - "$dir" <<'PYTHON'
 import json, os, random, subprocess, sys
@@ -94,4 +137,19 @@ assert plan["fastest"][0]["step_seconds"] <= plan["fastest"][1]["step_seconds"]'
 then ok json_lists_the_fastest; else fail json_lists_the_fastest; fi
 $plan --model gpt2-xl --devices 8 --decode >"$dir/decode"
 if grep -q '^   1 ' "$dir/decode"; then ok decode_says_a_time; else fail decode_says_a_time; fi
+$plan --model gpt2-xl --devices 4 --decode --memory 2000 >"$dir/decode"
+check decode_says_which_tp_fits \
+  '[ $? = 0 ] && grep -q "^   1 .* 3.194  does not fit$" "$dir/decode" \
+  && grep -q "^   2 .* 1.623$" "$dir/decode"'
+
+# the context is full with a prompt of one byte and 127 tokens
+model="--model tiny --dtype f32 --layers 8 --tp 2"
+$MPIEXEC -n 2 build/cpu/generate $model --prompt a b --tokens 127 >"$dir/out" 2>&1
+held=$(sed -n 's/^memory *\(.*\) MiB of weights, \(.*\) MiB of keys.*/\1 \2/p' "$dir/out" \
+  | awk '{ print $1 + $2 }')
+planned=$($plan $model --devices 2 --decode --sequences 2 \
+  | awk '$1 == 2 && NF == 8 { print 1024 * $8 }')
+check decode_memory_is_what_generate_holds \
+  'awk -v a="$held" -v b="$planned" "BEGIN { d = a - b; exit !(a > 4 && d * d < 0.01) }"' \
+  "$held MiB, planned $planned" "$held MiB, planned $planned"
 sums_up

@@ -576,16 +576,19 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
   const double e = double(size_of(config.dtype)), row = double(sequences) * e,
                L = double(config.layers), C = double(config.width),
                kv = double(gpt.tp.part(config.kv()).size()) * C / double(config.heads);
+  const double position = 2 * kv * L * row;  // of the cache
   double weights = 0, sums = 0;
   for (const Param* p : gpt.params()) weights += double(p->numel()) * e;
   for (const ModelPart& part : gpt.parts()) sums += double(split_matrices(part).by_inputs);
   const int tp = mesh["tp"].size, pp = mesh["pp"].size;
   const Link link = link_of(cluster, tp, 1), to_next = link_of(cluster, pp, tp);
   constexpr double kKernels = 13;  // of a block: 4 products, their biases, 2 norms, attention, ...
-  return {weights / machine.read, 2 * kv * double(length) * L * row / machine.read,
+  return {weights / machine.read,
+          position * double(length) / machine.read,
           (L * kKernels + 6) * machine.launch,
           sums * collective_seconds(link, tp, Collective::all_reduce, row * C) +
               collective_seconds(link, tp, Collective::all_gather, row * double(config.vocab)),
           (pp - 1) * collective_seconds(to_next, 2, Collective::send, row * C) +
-              collective_seconds(to_next, pp, Collective::broadcast, double(sequences) * 4)};
+              collective_seconds(to_next, pp, Collective::broadcast, double(sequences) * 4),
+          (weights + position * double(config.context)) / pp};
 }

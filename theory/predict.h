@@ -92,6 +92,7 @@ class Predictor {
 // weights and cache are read once, each sum over tp waits, and the stages come one after the other.
 struct DecodePrediction {
   double weights = 0, cache = 0, kernels = 0, sums = 0, stages = 0;  // seconds
+  double memory = 0;  // bytes of a rank, on average over the stages, when the cache is full
   double seconds() const { return weights + cache + kernels + sums + stages; }
 };
 DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& config,
