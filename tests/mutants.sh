@@ -119,7 +119,7 @@ mutant waits a_rank_attends_before_the_keys_have_come \
 mutant faults the_reduce_scatter_is_dropped \
   fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/,/;$/d' 2 immediate test_fsdp $parity
 mutant faults the_all_reduce_over_copies_is_dropped \
-  fsdp.cpp '/ all_reduce\(copies, u.shard_grad/d' 2 immediate test_fsdp $parity
+  fsdp.cpp '/NCCL_CHECK\(ncclAllReduce\(u.shard_grad.raw/,/;$/d' 2 immediate test_fsdp $parity
 mutant faults the_shards_are_swapped \
   fsdp.cpp 's/(mine = u).shard_of\(u.whole_grad\)/\1.whole_grad.part(0, {u.shard_size})/' \
   2 immediate test_fsdp $parity
