@@ -102,7 +102,8 @@ status=$?
 check a_library_that_multiplies_wrongly_is_refused \
   "[ $status = 1 ] && [ ! -s $dir/none.jsonl ] &&
     grep -q '^train_gpt: this machine multiplies matrices wrongly' $dir/err"
-for stack in "OMP_STACKSIZE=16k" "OMP_STACKSIZE=64k"; do
+# with 16 KiB LLVM's runtime crashes by itself, where it looks up its own functions
+for stack in $(ldd $train | grep -q libomp || echo OMP_STACKSIZE=16k) OMP_STACKSIZE={20,64}k; do
   env OMP_NUM_THREADS=2 $stack $train $small --steps 1 >"$dir/out" 2>"$dir/err"
   status=$?
   check "a_stack_too_small_is_a_sentence_$stack" \
