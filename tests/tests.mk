@@ -9,7 +9,7 @@ $(B)/obj/tests/%: private CXXFLAGS += -O1# compiling takes longer than running, 
 $(B)/tests/test_cpu: $(B)/obj/tests/cpu_kernels.cu.o
 $(B)/tests/libfaults.so: tests/faults.cpp
 	@mkdir -p $(@D)
-	@$(MPICXX) -shared -fPIC -O1 -Wall -Wextra $< -o $@ -ldl
+	@$(MPICXX) -std=c++20 -shared -fPIC -O1 -Wall -Wextra $< -o $@ -ldl
 
 # the listings of the strategies' pages, each the first C++ block of its page
 LISTINGS := $(patsubst %,$(B)/gen/%.listing,fsdp tensor_parallel pipeline context_parallel)
