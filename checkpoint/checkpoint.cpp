@@ -281,7 +281,10 @@ template <class... Parts> static void expect(bool condition, const Parts&... par
 Checkpoint::Checkpoint(const std::string& p) : path(p) {
   const std::string file = path + "/manifest.json", text = read_file(file);
   try {
-    json m = json::parse(text);
+    json m = json::parse(text, [&](int, json::parse_event_t, const json& value) {
+      expect(!value.is_number_float(), file, " is damaged: ", value, " is no whole number");
+      return true;
+    });
     const std::string format = m.value("format", kFormat);
     REQUIRE(format == kFormat || !format.starts_with("threefold checkpoint, version "), path,
             " is of another format: ", format);
