@@ -289,6 +289,7 @@ void cast(const Tensor& to, const Tensor& from) {
 
 void upload(const Tensor& to, const void* host) {
   OP("upload", bytes_of(to));
+  if (!to.numel()) return;
   const bool small = to.bytes() <= Staged::kBytes;
   Staged* const staged = small ? &stage() : nullptr;
   if (small) host = memcpy(staged->data, host, to.bytes());
@@ -298,6 +299,7 @@ void upload(const Tensor& to, const void* host) {
 }
 
 void download(const Tensor& x, void* host) {
+  if (!x.numel()) return;
   const bool small = x.bytes() <= Staged::kBytes;  // to memory that is not pinned a copy waits, too
   void* const to = small ? stage().data : host;
   CUDA_CHECK(cudaMemcpyAsync(to, x.raw(), x.bytes(), cudaMemcpyDeviceToHost, device().compute));
