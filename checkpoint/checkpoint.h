@@ -122,7 +122,7 @@ std::vector<std::string> checkpoints_in(const std::string& dir, const Say& unfin
 void make_directory(const std::string& dir);
 // `path` itself if it is a checkpoint, else the newest whole one in it
 std::string newest_path(const std::string& path);
-// The directory of its run, where a tokenizer may be: of one step the one that it is in.
+// The run's directory, where a tokenizer may be: `path` itself, or what one step lies in
 std::string home_of(const std::string& path);
 // A checkpoint of whole tensors without moments, written by one process: from imported weights.
 void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info,

@@ -9,6 +9,8 @@
 // checks    the first million tokens of each file when it is opened, and every token when it is
 //           used: a shard outside the vocabulary fails at the start, and shards of many gigabytes
 //           are not read through first
+//           A file that has become shorter is refused before it is read on; one that becomes so
+//           during a read still ends the process
 // not here  tokenizers (inference/text_shards.h makes shards of texts), shuffled epochs
 // test      tests/test_support.cpp
 #pragma once

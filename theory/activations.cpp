@@ -20,8 +20,8 @@ Kept TheoryOfRank::kept(const ModelPart& part) const {
   // probabilities, or one number a row
   const bool keeps_probabilities = c.attention == AttentionKind::plain && !gpt.cp.splits(c.context);
   const int64_t attention = R * heads * (keeps_probabilities ? c.context * e : g);
-  // x, the sum and two layernorms; with recompute x alone. Put off: products' inputs, and their
-  // outputs' gradients, of which a bias has a slice of its own where that is not the whole.
+  // x, the sum and two layernorms; with recompute x alone. Put off: inputs of products, and whole
+  // gradients of their outputs; by rows the biases behind sums keep slices of these, too.
   return {c.recompute ? slice : 4 * slice + 2 * statistics + by_columns + attention,
           4 * whole + 2 * by_rows * slice + by_columns};
 }

@@ -158,11 +158,11 @@ class Search {
   // ---- what theory says, asked once for each kind
   // in a block, and in the head
   std::pair<Kept, Kept> kept(const Job& job) {
-    auto& bytes = kept_[key_of(job)];
-    if (bytes.first.forward > 1) return bytes;
+    const auto [found, is_new] = kept_.try_emplace(key_of(job));
+    if (!is_new) return found->second;
     FewBlocks one(job, 1);
     const TheoryOfRank t{one.config, one.options, one.mesh, Schedule{&schedule_row("1f1b")}};
-    return bytes = {t.kept(t.gpt.parts()[1]), t.kept(t.gpt.parts()[2])};
+    return found->second = {t.kept(t.gpt.parts()[1]), t.kept(t.gpt.parts()[2])};
   }
   // between steps, and of whole units; and how long they are sent, once and in each micro-batch
   struct Held {
@@ -215,7 +215,7 @@ class Search {
     few.microbatches = std::min(s.microbatches, 4 * s.stages);
     auto& states = states_[{s.row->name, s.stages, few.microbatches, s.chunks, stage}];
     if (states.empty()) {
-      std::vector<Kept> live(s.chunks, {0, 0});
+      std::vector<Kept> live(s.chunks, {0, 0});  // how many micro-batches keep each
       for (const Action& a : computations(few, stage)) {
         auto& [forward, input_gradient] = live[a.chunk];
         (a.kind == Action::weight_gradient ? input_gradient : forward) +=
