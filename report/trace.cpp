@@ -104,15 +104,16 @@ Json Trace::describe() const {
 
 namespace {
 
-// The works of all ranks, those of the first rank first.
+// The works of all ranks, those of the first rank first. Their times are compared in whole
+// nanoseconds, as the file has them: what is aligned is equal.
 struct Joined {
   std::vector<Task> tasks;
   std::vector<Span> spans;                // a collective's begins where its rank has come to it
-  std::vector<double> shift;              // of each rank's clock
+  std::vector<int64_t> shift;             // of each rank's clock, in nanoseconds
   std::vector<std::vector<int>> members;  // of the collectives
   std::vector<const Json*> args;          // of each task's event, if it is a collective
-  double start(int task) const { return spans[task].start + shift[tasks[task].rank]; }
-  double end(int task) const { return spans[task].end + shift[tasks[task].rank]; }
+  int64_t start(int i) const { return llround(spans[i].start * 1e9) + shift[tasks[i].rank]; }
+  int64_t end(int i) const { return llround(spans[i].end * 1e9) + shift[tasks[i].rank]; }
   // The sends that it receives, in their order.
   std::vector<int> sources(int task) const {
     std::vector<int> all;
@@ -163,15 +164,15 @@ void align(Joined& all) {
         const Json& args = *all.args[i];
         if (!args["sends"].empty() && args["receives"].empty()) continue;  // may end before that
         for (const int j : all.needs(i)) {
-          const double early = all.end(i) - all.start(j);
-          if (early > -1e-9) continue;
+          const int64_t early = all.end(i) - all.start(j);
+          if (early >= 0) continue;
           all.shift[all.tasks[j].rank] += early;
           moved = true;
         }
       }
-  double first = INFINITY;
+  int64_t first = INT64_MAX;
   for (size_t i = 0; i < all.tasks.size(); i++) first = std::min(first, all.start(int(i)));
-  for (double& shift : all.shift) shift -= first;
+  for (int64_t& shift : all.shift) shift -= first;
 }
 
 void rebuild(Joined& all) {
@@ -194,15 +195,14 @@ void Trace::write() const {
   out << "{\"traceEvents\":[\n";
   const char* separator = "";
   int sends = 0;
-  const auto nanoseconds = [](double seconds) { return double(llround(seconds * 1e9)); };
-  const auto add = [&](Json event, int rank, double begin, double end) {
+  const auto add = [&](Json event, int rank, int64_t begin, int64_t end) {
     event["pid"] = rank;
-    event["ts"] = nanoseconds(begin) / 1e3;
-    event["dur"] = (nanoseconds(end) - nanoseconds(begin)) / 1e3;
+    event["ts"] = begin / 1e3;
+    event["dur"] = (end - begin) / 1e3;
     if (event["cat"] == "flow") event["bp"] = "e";
     out << std::exchange(separator, ",\n") << event;
   };
-  const auto add_send = [&](const char* kind, int rank, double time) {
+  const auto add_send = [&](const char* kind, int rank, int64_t time) {
     add({{"ph", kind}, {"cat", "flow"}, {"name", "send"}, {"tid", 1}, {"id", 2 * sends + 1}}, rank,
         time, time);
   };
@@ -210,20 +210,21 @@ void Trace::write() const {
   int first = 0;  // task of the rank
   for (int rank = 0; rank < mesh_.size; rank++) {
     const auto time = [&](int edge) {
-      if (edge < 0) return 0.0;
+      if (edge < 0) return int64_t(0);
       return edge % 2 ? all.end(first + edge / 2) : all.start(first + edge / 2);
     };
     for (Json e : ranks[rank]["events"]) {
-      const double begin = time(e["ts"]), end = time(e["dur"]);
+      const int64_t begin = time(e["ts"]), end = time(e["dur"]);
       if (e["cat"] == "flow") e["id"] = 2 * (first + e["args"]["work"].get<int>());
       if (e["cat"] == "collective") {
         const int task = first + e["ts"].get<int>() / 2;
-        double last = begin;  // when the last of the ranks that it needs has come
+        int64_t last = begin;  // when the last of the ranks that it needs has come
         for (const int i : all.needs(task)) last = std::max(last, all.start(i));
         // a send may end before it is received, and has waited for nobody then
-        const double moves = last > end ? begin : last;
+        const bool sends_alone = !e["args"]["sends"].empty() && e["args"]["receives"].empty();
+        const int64_t moves = sends_alone && last > end ? begin : std::min(last, end);
         e["args"]["id"] = all.tasks[task].collective;
-        e["args"]["waited_us"] = (nanoseconds(moves) - nanoseconds(begin)) / 1e3;
+        e["args"]["waited_us"] = (moves - begin) / 1e3;
         for (const int i : all.sources(task)) {
           add_send("s", all.tasks[i].rank, all.start(i));
           add_send("f", rank, moves);
