@@ -64,7 +64,7 @@ void adamw(const UpdateTable& table, const Tensor& clip, const AdamW& options) {
   const Dtype master = master_dtype(table.compute);
   OP("adamw", double(table.elements *
                      (7 * size_of(master) + (table.compute != master) * size_of(table.compute))));
-  ASSERT(clip.numel() == 1 && clip.dtype() == Dtype::f64 && options.step >= 1);
+  ASSERT(clip.numel() == 1 && options.step >= 1);
   if (!table.size()) return;
   DISPATCH(table.compute, using A = acc_t<T>;
            adamw_kernel<T, kPack<A>><<<unsigned(table.size()), kThreads, 0, device().compute>>>(
