@@ -12,8 +12,9 @@
 // traffic   an activation forward and its gradient backward at each cut between two stages: 2 m
 //           sends of S*C elements in the compute dtype (S: rows that a rank holds); the tied
 //           embedding's gradient once a step, where first and last piece of the model are on two
-//           stages: from each its shard, vocabulary*C / (tp fsdp cp) elements of the master dtype.
-//           The ledger enters them at the sender alone; theory/pipeline.cpp predicts them.
+//           stages: from each its shard, vocabulary*C / (tp fsdp cp) elements of the master dtype;
+//           loss and norm, two small all-reduces of all stages.
+//           The ledger enters sends at the sender alone; theory/pipeline.cpp predicts them.
 // memory    weights, gradients and optimizer state of this stage's layers; activations of as many
 //           micro-batches as the schedule keeps alive; parcels: what the next exchange receives,
 //           what came and was not used yet, what waits to be sent, and what at most four exchanges
@@ -34,6 +35,7 @@
 //   inbox_    parcels that came, or the memory for those that the next exchange receives
 //
 //   the compute stream             the communication queue
+//                                                  the exchange before, issued
 //     prepare_room  ---- room is free ---+
 //     forward                            |
 //     put_in_outbox ---- computed -------+-->  exchange: waits for both, then sends and receives
@@ -102,7 +104,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
       case Action::backward:
       case Action::input_gradient:
         if (a.kind == Action::input_gradient) live.tape.deferred = &live.later;
-        *live.out.grad = std::move(x);  // at the last position none: the logits have theirs
+        *live.out.grad = std::move(x);  // at the last position empty, and nothing reads it
         measure(i, [&] { live.tape.backward(); });
         result = std::move(*live.in.grad);
         break;
@@ -238,7 +240,7 @@ void Pipeline::measure(size_t action, const std::function<void()>& work) {
   work_[action].begin.record(device().compute);
   work();
   work_[action].end.record(device().compute);
-  // CPU streams run asynchronously: wait, or this work is charged to a later action
+  // queued CPU streams run behind the host: wait, or a later action is charged for this work
   if (!device().is_gpu) synchronize();
   milliseconds_[action] = double(std::clock() - begin) * 1e3 / CLOCKS_PER_SEC;
 }
