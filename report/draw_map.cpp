@@ -32,9 +32,9 @@ struct Cell {
   std::string best;
 };
 
-// The fastest of a kind.
-std::optional<Planned> best_of(const Cluster& cluster, const Profile& profile,
-                               const GptConfig& config, const Kind& kind) {
+// The fastest of a kind; empty if none fits.
+std::vector<Planned> best_of(const Cluster& cluster, const Profile& profile,
+                             const GptConfig& config, const Kind& kind) {
   Wanted wanted;
   wanted.layout["fsdp"] = kind.fsdp;
   wanted.layout["replicate"] = 0;
@@ -42,21 +42,18 @@ std::optional<Planned> best_of(const Cluster& cluster, const Profile& profile,
   wanted.layout["pp"] = kind.pp;
   wanted.zero = kind.zero;
   wanted.batch = kBatch;
-  const Plan found =
-      plan(cluster, profile, config, wanted, int64_t(0.92 * cluster.machine.memory), 1);
-  if (found.fastest.empty()) return {};
-  return found.fastest[0];
+  return plan(cluster, profile, config, wanted, int64_t(0.92 * cluster.machine.memory), 1).fastest;
 }
 
 Cell best_kind(const Cluster& cluster, const Profile& profile, const GptConfig& config) {
   const Kind& any = *std::rbegin(kKinds);
   const auto fastest = best_of(cluster, profile, config, any);
-  if (!fastest) return {};
+  if (fastest.empty()) return {};
   for (const Kind& kind : kKinds) {
     const auto best = &kind == &any ? fastest : best_of(cluster, profile, config, kind);
-    if (best && best->time.seconds <= 1.03 * fastest->time.seconds)
-      return {&kind, sentence(kind.name, ": ", to_string(best->job.layout),
-                              format(", %.3g s a step", best->time.seconds))};
+    if (!best.empty() && best[0].time.seconds <= 1.03 * fastest[0].time.seconds)
+      return {&kind, sentence(kind.name, ": ", to_string(best[0].job.layout),
+                              format(", %.3g s a step", best[0].time.seconds))};
   }
   return {};
 }

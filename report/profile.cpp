@@ -48,15 +48,15 @@ static double seconds_of_call(const std::function<void()>& call) {
 Profile::Machine Profile::measure(Dtype dtype) {
   const Device& d = device();
   const int64_t room = d.memory_limit ? d.memory_limit - d.memory.total : INT64_MAX,
-                bytes = std::min<int64_t>(128 << 20, room / 2) / 4 * 4;
+                elements = std::min<int64_t>(32 << 20, room / 8);
   Machine machine{0, 0, d.is_gpu ? 8192 : 1024};
   while (3 * machine.width * machine.width * size_of(dtype) > room) machine.width /= 2;
   {
-    const Tensor from({bytes / 4}, Dtype::f32, Memory::workspace),
-        to({bytes / 4}, Dtype::f32, Memory::workspace);
+    const Tensor from({elements}, Dtype::f32, Memory::workspace),
+        to({elements}, Dtype::f32, Memory::workspace);
     fill(from, 1);
     barrier();
-    machine.copied = 2 * double(bytes) / seconds_of_call([&] { copy(to, from); });
+    machine.copied = 2 * double(from.bytes()) / seconds_of_call([&] { copy(to, from); });
   }
   const int64_t n = machine.width;
   const auto matrix = [&] {
