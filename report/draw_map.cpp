@@ -3,7 +3,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <sstream>
+
+#include "report/svg.h"
 
 namespace {
 
@@ -15,47 +16,44 @@ const ModelSize kModels[] = {{12, 768, 12, 2048, 51200},   {24, 2048, 16, 2048, 
 const int64_t kDevices[] = {1, 2, 4, 8, 16, 64, 256, 1024, 4096};
 constexpr int64_t kBatch = 2048, kOfNode = 8;
 
-// The simplest first: which axes it may use, and the highest stage of ZeRO.
+// The simplest first: how many ranks of each axis (0: as many as is best), and the highest stage of
+// ZeRO (0: any). The last has all layouts of the others.
 struct Kind {
   const char *name, *colour;
-  bool fsdp, tp, pp;
-  int64_t zero;
+  int fsdp, tp, pp, zero;
 };
 const Kind kKinds[] = {
-    {"copies", "#dbe7f3", false, false, false, 0}, {"ZeRO-1", "#a9ceff", true, false, false, 1},
-    {"ZeRO-3", "#5f9be0", true, false, false, 3},  {"with PP", "#96deb8", true, false, true, 0},
-    {"with TP", "#ffcf94", true, true, false, 0},  {"TP and PP", "#e58f73", true, true, true, 0}};
+    {"copies", "fill='#dbe7f3'", 1, 1, 1, 0},  {"ZeRO-1", "fill='#a9ceff'", 0, 1, 1, 1},
+    {"ZeRO-3", "fill='#5f9be0'", 0, 1, 1, 3},  {"with PP", "fill='#96deb8'", 0, 1, 0, 0},
+    {"with TP", "fill='#ffcf94'", 0, 0, 1, 0}, {"TP and PP", "fill='#e58f73'", 0, 0, 0, 0}};
 
 struct Cell {
-  int kind = -1;  // none fits
+  const Kind* kind = nullptr;  // none fits
   std::string best;
 };
 
-// The fastest of a kind.
-std::optional<Planned> best_of(const Cluster& cluster, const Profile& profile,
-                               const GptConfig& config, const Kind& kind) {
+// The fastest of a kind; empty if none fits.
+std::vector<Planned> best_of(const Cluster& cluster, const Profile& profile,
+                             const GptConfig& config, const Kind& kind) {
   Wanted wanted;
-  wanted.layout["fsdp"] = kind.fsdp ? 0 : 1;
+  wanted.layout["fsdp"] = kind.fsdp;
   wanted.layout["replicate"] = 0;
-  wanted.layout["tp"] = kind.tp ? 0 : 1;
-  wanted.layout["pp"] = kind.pp ? 0 : 1;
+  wanted.layout["tp"] = kind.tp;
+  wanted.layout["pp"] = kind.pp;
   wanted.zero = kind.zero;
   wanted.batch = kBatch;
-  const Plan found =
-      plan(cluster, profile, config, wanted, int64_t(0.92 * cluster.machine.memory), 1);
-  if (found.fastest.empty()) return {};
-  return found.fastest[0];
+  return plan(cluster, profile, config, wanted, int64_t(0.92 * cluster.machine.memory), 1).fastest;
 }
 
 Cell best_kind(const Cluster& cluster, const Profile& profile, const GptConfig& config) {
-  const int last = int(std::size(kKinds)) - 1;  // has all layouts of the others
-  const auto fastest = best_of(cluster, profile, config, kKinds[last]);
-  if (!fastest) return {};
-  for (int k = 0; k <= last; k++) {
-    const auto best = k < last ? best_of(cluster, profile, config, kKinds[k]) : fastest;
-    if (!best || best->time.seconds > 1.03 * fastest->time.seconds) continue;
-    return {k, sentence(kKinds[k].name, ": ", to_string(best->job.layout),
-                        format(", %.3g s a step", best->time.seconds))};
+  const Kind& any = *std::rbegin(kKinds);
+  const auto fastest = best_of(cluster, profile, config, any);
+  if (fastest.empty()) return {};
+  for (const Kind& kind : kKinds) {
+    const auto best = &kind == &any ? fastest : best_of(cluster, profile, config, kind);
+    if (!best.empty() && best[0].time.seconds <= 1.03 * fastest[0].time.seconds)
+      return {&kind, sentence(kind.name, ": ", to_string(best[0].job.layout),
+                              format(", %.3g s a step", best[0].time.seconds))};
   }
   return {};
 }
@@ -69,80 +67,80 @@ std::string size_of_model(const GptConfig& config) {
 
 std::string draw_map(const Machine& machine, const Profile& profile, double slow) {
   constexpr double kLeft = 70, kWide = 56, kHigh = 34, kTop = 70;
-  const int rows = int(std::size(kModels)), columns = int(std::size(kDevices));
-  const double panel = kLeft + columns * kWide + 30, bottom = kTop + rows * kHigh,
-               width = 2 * panel, height = bottom + 330;
-  std::ostringstream svg;
-  const auto text = [&](double x, double y, const char* more, const std::string& words) {
-    svg << "<text x='" << x << "' y='" << y << "' " << more << ">" << words << "</text>\n";
+  const double wide = std::size(kDevices) * kWide, panel = kLeft + wide + 30,
+               bottom = kTop + std::size(kModels) * kHigh, width = 2 * panel, height = bottom + 330;
+  Svg svg(width, height, "font-family='sans-serif' font-size='12'", "When to use what");
+  const auto line = [&](double x, double y, double length, const char* more) {
+    svg.out << "<line x1='" << x << "' y1='" << y << "' x2='" << x + length << "' y2='" << y
+            << "' stroke='#1f2328' " << more << "/>\n";
   };
-  const auto line = [&](double x, double y, double x2, double y2, const char* more) {
-    svg << "<line x1='" << x << "' y1='" << y << "' x2='" << x2 << "' y2='" << y2
-        << "' stroke='#1f2328' " << more << "/>\n";
-  };
-  svg << "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 " << width << " " << height
-      << "' font-family='sans-serif' font-size='12'>\n<title>When to use what</title>\n"
-      << "<rect width='" << width << "' height='" << height << "' fill='#fff'/>\n";
-  for (int map = 0; map < 2; map++) {
-    const double left = map * panel + kLeft;
+  const char *large = "font-size='15'", *middle = "text-anchor='middle'",
+             *end = "text-anchor='end'";
+  svg.box(0, 0, width, height, "fill='#fff'");
+  for (const bool is_slow : {false, true}) {
+    const double left = is_slow * panel + kLeft;
     Cluster cluster{machine, 1, 1};
-    if (map == 1) cluster.machine.between.bandwidth = slow;
-    text(left, 20, "font-size='15'",
-         sentence(machine.name, ", ", kOfNode, " a node; between nodes ",
-                  format("%.3g", cluster.machine.between.bandwidth / 1e9), " GB/s a device"));
-    double wall = bottom;
-    for (int row = 0; row < rows; row++) {
-      const GptConfig config{kModels[row], Dtype::bf16};
-      const double y = bottom - (row + 1) * kHigh;
-      text(left - 8, y + 21, "text-anchor='end'", size_of_model(config));
-      for (int column = 0; column < columns; column++) {
-        cluster.devices = std::min(kDevices[column], kOfNode);
-        cluster.nodes = kDevices[column] / cluster.devices;
-        const Cell cell = best_kind(cluster, profile, config);
-        if (column == 0 && cell.kind >= 0) wall = y;
-        if (cell.kind < 0) continue;
-        svg << "<rect x='" << left + column * kWide << "' y='" << y << "' width='" << kWide - 1
-            << "' height='" << kHigh - 1 << "' fill='" << kKinds[cell.kind].colour << "'><title>"
-            << cell.best << "</title></rect>\n";
+    if (is_slow) cluster.machine.between.bandwidth = slow;
+    svg.text(left, 20, large, machine.name, ", ", kOfNode, " a node; between nodes ",
+             format("%.3g", cluster.machine.between.bandwidth / 1e9), " GB/s a device");
+    double y = bottom, wall = bottom, x = left;
+    for (const ModelSize& model : kModels) {
+      const GptConfig config{model, Dtype::bf16};
+      y -= kHigh;
+      svg.text(left - 8, y + 21, end, size_of_model(config));
+      x = left;
+      for (const int64_t devices : kDevices) {
+        cluster.devices = std::min(devices, kOfNode);
+        cluster.nodes = devices / cluster.devices;
+        if (const Cell cell = best_kind(cluster, profile, config); cell.kind) {
+          if (devices == 1) wall = y;
+          svg.out << "<g><title>" << cell.best << "</title>";
+          svg.box(x, y, kWide - 1, kHigh - 1, cell.kind->colour);
+          svg.out << "</g>\n";
+        }
+        x += kWide;
       }
     }
-    line(left, wall, left + columns * kWide, wall, "stroke-width='2' stroke-dasharray='6 4'");
-    text(left + 4, wall - 5, "", "one device holds what is below");
-    for (int column = 0; column < columns; column++)
-      text(left + (column + 0.5) * kWide, bottom + 16, "text-anchor='middle'",
-           sentence(kDevices[column]));
-    text(left + columns * kWide / 2, bottom + 34, "text-anchor='middle'", "devices");
+    line(left, wall, wide, "stroke-width='2' stroke-dasharray='6 4'");
+    svg.text(left + 4, wall - 5, "", "one device holds what is below");
+    x = left + kWide / 2;
+    for (const int64_t devices : kDevices) {
+      svg.text(x, bottom + 16, middle, devices);
+      x += kWide;
+    }
+    svg.text(left + wide / 2, bottom + 34, middle, "devices");
   }
-  for (int k = 0; k < int(std::size(kKinds)); k++) {
-    svg << "<rect x='" << kLeft + k * 130 << "' y='34' width='16' height='16' fill='"
-        << kKinds[k].colour << "'/>\n";
-    text(kLeft + k * 130 + 22, 47, "", kKinds[k].name);
+  double x = kLeft;
+  for (const Kind& kind : kKinds) {
+    svg.box(x, 34, 16, 16, kind.colour);
+    svg.text(x + 22, 47, "", kind.name);
+    x += 130;
   }
-  text(kLeft + 6 * 130, 47, "", "white: nothing fits");
+  svg.text(x, 47, "", "white: nothing fits");
 
   // inference: ms a token by tp, both logarithmic
-  const double top = bottom + 80, high = 200, wide = 500;
-  text(kLeft, top - 14, "font-size='15'",
-       "Inference of one sequence: ms a token by ranks of tp (above 8: over two nodes and more)");
-  const auto x_of = [&](double tp) { return kLeft + std::log2(tp) / 5 * wide; };
+  const double top = bottom + 80, high = 200, length = 500;
+  svg.text(
+      kLeft, top - 14, large,
+      "Inference of one sequence: ms a token by ranks of tp (above 8: over two nodes and more)");
+  const auto x_of = [&](double tp) { return kLeft + std::log2(tp) / 5 * length; };
   const auto y_of = [&](double ms) { return top + high * (1 - std::log10(ms) / 3); };
-  for (const double ms : {1, 10, 100, 1000}) {
-    line(kLeft, y_of(ms), kLeft + wide, y_of(ms), "stroke-width='0.3'");
-    text(kLeft - 8, y_of(ms) + 4, "text-anchor='end'", sentence(ms));
+  for (const int ms : {1, 10, 100, 1000}) {
+    line(kLeft, y_of(ms), length, "stroke-width='0.3'");
+    svg.text(kLeft - 8, y_of(ms) + 4, end, ms);
   }
-  for (int tp = 1; tp <= 32; tp *= 2)
-    text(x_of(tp), top + high + 18, "text-anchor='middle'", sentence(tp));
+  for (int tp = 1; tp <= 32; tp *= 2) svg.text(x_of(tp), top + high + 18, middle, tp);
+  const Cluster cluster{machine, 4, kOfNode};
   for (const int row : {2, 5, 6}) {
     const GptConfig config{kModels[row], Dtype::bf16};
-    std::ostringstream points;
     double ms = 0;
+    svg.out << "<polyline fill='none' stroke='#1f5fa8' points='";
     for (int tp = 1; tp <= 32; tp *= 2) {
-      const Cluster cluster{machine, 4, kOfNode};
       ms = 1e3 * predict_decoding(cluster, config, {{"tp", tp}}, 1, 1024).seconds();
-      points << x_of(tp) << "," << y_of(ms) << " ";
+      svg.out << x_of(tp) << "," << y_of(ms) << " ";
     }
-    svg << "<polyline points='" << points.str() << "' fill='none' stroke='#1f5fa8'/>\n";
-    text(kLeft + wide + 8, y_of(ms) + 4, "", size_of_model(config));
+    svg.out << "'/>\n";
+    svg.text(kLeft + length + 8, y_of(ms) + 4, "", size_of_model(config));
   }
-  return svg.str() + "</svg>\n";
+  return svg.out.str() + "</svg>\n";
 }

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "support/check.h"
+#include "report/svg.h"
 
 namespace {
 
@@ -16,11 +16,11 @@ double round_up(double x) {
   return 10 * power;
 }
 std::string percent(double share) { return format("%.1f %%", 100 * share); }
-// By kind of computation: its colour below, and what a column of text shows of micro-batch 0.
+// By kind of computation: its colour in kStyle, and what a column of text shows of micro-batch 0.
 struct {
-  const char* css;
+  const char* colour;
   char mark;
-} const kLooks[] = {{"f", '0'}, {"b", 'a'}, {"b", 'a'}, {"w", 'A'}};
+} const kLooks[] = {{"class='f'", '0'}, {"class='b'", 'a'}, {"class='b'", 'a'}, {"class='w'", 'A'}};
 // Colours of a light page, and of a dark one.
 const char* kStyle = R"(<style>
 .schedule{font:11px sans-serif} .schedule .head{font-size:15px}
@@ -74,48 +74,41 @@ std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& ti
   const double scale = whole / std::max(t.makespan, longest), span_px = t.makespan * scale;
   const double left = 70, top = 64, row = 30, width = left + whole + 90,
                bottom = top + row * s.stages, height = bottom + 50;
-  std::ostringstream svg;
-  const auto text = [&](double x, double y, const char* css, const auto&... words) {
-    svg << "<text x='" << x << "' y='" << y << "' class='" << css << "'>";
-    (svg << ... << words) << "</text>";
-  };
-  const auto box = [&](double x, double y, double w, double h, const char* css, double opacity) {
-    svg << "<rect x='" << x << "' y='" << y << "' width='" << w << "' height='" << h << "' class='"
-        << css << "' fill-opacity='" << opacity << "'/>";
-  };
-  svg << "<svg xmlns='http://www.w3.org/2000/svg' class='schedule' viewBox='0 0 " << width << " "
-      << height << "' width='" << width << "' height='" << height << "' role='img'>\n<title>"
-      << title << "</title>\n"
-      << kStyle;
-  box(0, 0, width, height, "paper", 1);
-  text(10, 20, "head", title);
+  const char* middle = "class='mid'";
+  Svg svg(width, height,
+          sentence("class='schedule' width='", width, "' height='", height, "' role='img'"), title);
+  svg.out << kStyle;
+  svg.box(0, 0, width, height, "class='paper'");
+  svg.text(10, 20, "class='head'", title);
   std::vector<Action::Kind> kinds{Action::forward, Action::backward};
   if (s.row->splits_backward)
     kinds = {Action::forward, Action::input_gradient, Action::weight_gradient};
   double x = 10;
   for (const Action::Kind kind : kinds) {
-    box(x, 32, 16, 16, kLooks[kind].css, 1);
-    text(x + 21, 44, "", name_of(kind));
+    svg.box(x, 32, 16, 16, kLooks[kind].colour);
+    svg.text(x + 21, 44, "", name_of(kind));
     x += 120;
   }
-  text(x, 44, "", "number: micro-batch", s.chunks > 1 ? ", fainter: later chunk" : "");
+  svg.text(x, 44, "", "number: micro-batch", s.chunks > 1 ? ", fainter: later chunk" : "");
   for (int stage = 0; stage < s.stages; stage++) {
-    text(10, top + row * stage + 18, "", "stage ", stage);
-    text(left + span_px + 8, top + row * stage + 18, "", "idle ", percent(t.bubble(stage)));
+    const double y = top + row * stage + 18;
+    svg.text(10, y, "", "stage ", stage);
+    svg.text(left + span_px + 8, y, "", "idle ", percent(t.bubble(stage)));
   }
   for_each_computation(s, [&](int stage, int i, const Action& a) {
     const auto [start, end] = t.spans[stage][i];
     const double from = left + start * scale, wide = (end - start) * scale, y = top + row * stage;
-    svg << "\n<g><title>" << to_string(a) << ": " << start << " to " << end << "</title>";
-    box(from, y + 2, wide, row - 4, kLooks[a.kind].css, 1 - 0.7 * a.chunk / s.chunks);
-    if (wide >= 14) text(from + wide / 2, y + 19, "mid", a.microbatch);
-    svg << "</g>";
+    svg.out << "<g><title>" << to_string(a) << ": " << start << " to " << end << "</title>";
+    svg.box(from, y + 2, wide, row - 4,
+            sentence(kLooks[a.kind].colour, " fill-opacity='", 1 - 0.7 * a.chunk / s.chunks, "'"));
+    if (wide >= 14) svg.text(from + wide / 2, y + 19, middle, a.microbatch);
+    svg.out << "</g>\n";
   });
   const double step = round_up(60 / scale);
   for (int k = 0; k * step <= t.makespan * (1 + 1e-9); k++) {
-    box(left + k * step * scale, bottom + 2, 1, 6, "line", 1);
-    text(left + k * step * scale, bottom + 22, "mid", k * step);
+    svg.box(left + k * step * scale, bottom + 2, 1, 6, "class='line'");
+    svg.text(left + k * step * scale, bottom + 22, middle, k * step);
   }
-  text(left + span_px / 2, bottom + 40, "mid", "time in ", unit_name);
-  return svg.str() + "\n</svg>\n";
+  svg.text(left + span_px / 2, bottom + 40, middle, "time in ", unit_name);
+  return svg.out.str() + "</svg>\n";
 }

@@ -8,11 +8,8 @@
 #include "launch/job.h"
 
 void Profile::end_step(double seconds) {
-  if (all_.steps == 1 && !std::exchange(warm_, true)) all_ = {};
   all_.steps++;
   all_.seconds += seconds;
-  all_.host.launched += now_.launched;
-  all_.host.read += now_.read;
   op_times.each([&](const OpTimes::Op& op) {
     Row& row = all_.rows[op.work.name];
     row.calls++;
@@ -51,15 +48,15 @@ static double seconds_of_call(const std::function<void()>& call) {
 Profile::Machine Profile::measure(Dtype dtype) {
   const Device& d = device();
   const int64_t room = d.memory_limit ? d.memory_limit - d.memory.total : INT64_MAX,
-                bytes = std::min<int64_t>(128 << 20, room / 2) / 4 * 4;
+                elements = std::min<int64_t>(32 << 20, room / 8);
   Machine machine{0, 0, d.is_gpu ? 8192 : 1024};
   while (3 * machine.width * machine.width * size_of(dtype) > room) machine.width /= 2;
   {
-    const Tensor from({bytes / 4}, Dtype::f32, Memory::workspace),
-        to({bytes / 4}, Dtype::f32, Memory::workspace);
+    const Tensor from({elements}, Dtype::f32, Memory::workspace),
+        to({elements}, Dtype::f32, Memory::workspace);
     fill(from, 1);
     barrier();
-    machine.copied = 2 * double(bytes) / seconds_of_call([&] { copy(to, from); });
+    machine.copied = 2 * double(from.bytes()) / seconds_of_call([&] { copy(to, from); });
   }
   const int64_t n = machine.width;
   const auto matrix = [&] {
@@ -70,11 +67,10 @@ Profile::Machine Profile::measure(Dtype dtype) {
   const Tensor a = matrix(), b = matrix(), c = matrix();
   const MatmulBackend backend = std::exchange(matmul_backend, MatmulBackend::cublas);
   barrier();
-  const double seconds = seconds_of_call([&] {
-    matmul(dtype, dtype, n, n, n, {a.raw(), n}, {b.raw(), n}, {c.raw(), n});
-  });
+  machine.multiplied = 2 * double(n * n) * double(n) / seconds_of_call([&] {
+                         matmul(dtype, dtype, n, n, n, {a.raw(), n}, {b.raw(), n}, {c.raw(), n});
+                       });
   matmul_backend = backend;
-  machine.multiplied = 2 * double(n * n) * double(n) / seconds;
   return machine;
 }
 
@@ -87,34 +83,34 @@ std::string Profile::table(const Machine& machine, Dtype dtype) const {
                            [](auto& a, auto& b) { return a.second.seconds > b.second.seconds; });
   std::string s = format("%-34s %8s %10s %7s  %14s %16s\n", "op, a step", "calls", "ms", "share",
                          "at least", "reached");
-  const auto line = [&](const std::string& name, const std::string& calls, double seconds) {
-    return format("  %-32s %8s %10.3f %6.1f%%", name.c_str(), calls.c_str(), seconds * 1e3 / steps,
-                  100 * seconds / all_.seconds);
+  const auto line = [&](const std::string& name, const std::string& calls, double seconds,
+                        const std::string& more = "") {
+    s += format("  %-32s %8s %10.3f %6.1f%%", name.c_str(), calls.c_str(), seconds * 1e3 / steps,
+                100 * seconds / all_.seconds) +
+         more + "\n";
   };
   for (const auto& [name, row] : rows) {
     const bool multiplies = row.work.flops > 0;
     const double amount = multiplies ? row.work.flops : row.work.bytes, rate = amount / row.seconds,
                  best = multiplies ? machine.multiplied : machine.copied;
     const char* unit = multiplies ? "GFLOP" : "GB";
-    s += line(name, format("%.4g", double(row.calls) / steps), row.seconds);
+    std::string speed;
     if (amount > 0)
-      s += format("  %8.4g %-5s %8.4g %s/s", amount * 1e-9 / steps, unit, rate * 1e-9, unit);
+      speed = format("  %8.4g %-5s %8.4g %s/s", amount * 1e-9 / steps, unit, rate * 1e-9, unit);
     if (amount > 0 && !row.collective)
-      s += format(", %.0f%% of a %s", 100 * rate / best, multiplies ? "product" : "copy");
-    s += "\n";
+      speed += format(", %.0f%% of a %s", 100 * rate / best, multiplies ? "product" : "copy");
+    line(name, format("%.4g", double(row.calls) / steps), row.seconds, speed);
   }
   const double kernels = seconds_of(false), collectives = seconds_of(true);
   const bool beside = device().is_gpu;
-  s += line("all kernels", "", kernels) + "\n";
-  if (collectives > 0)
-    s += line("all collectives", "", collectives) + (beside ? "  beside them" : "") + "\n";
-  s += line(beside ? "in no row: the device waits" : "in no row: the host's own", "",
-            all_.seconds - kernels - (beside ? 0 : collectives)) +
-       "\n" + line("the step", "", all_.seconds) + "\n";
+  line("all kernels", "", kernels);
+  if (collectives > 0) line("all collectives", "", collectives, beside ? "  beside them" : "");
+  line(beside ? "in no row: the device waits" : "in no row: the host's own", "",
+       all_.seconds - kernels - (beside ? 0 : collectives));
+  line("the step", "", all_.seconds);
   s += format("  the host %s for %.3f ms, reads the next batch for %.3f ms and waits for %.3f ms\n",
-              beside ? "launches" : "computes", all_.host.launched * 1e3 / steps,
-              (all_.host.read - all_.host.launched) * 1e3 / steps,
-              (all_.seconds - all_.host.read) * 1e3 / steps);
+              beside ? "launches" : "computes", all_.launched * 1e3 / steps,
+              (all_.read - all_.launched) * 1e3 / steps, (all_.seconds - all_.read) * 1e3 / steps);
   return s + format(
                  "  a copy of 128 MiB: %.4g GB/s, read and written; a product of %lld x %lld x"
                  " %lld in %s: %.4g GFLOP/s\n",
@@ -129,22 +125,19 @@ void Profile::print(const Trainer& trainer, int64_t batch, bool prints) const {
                                                     {"multiplied", machine.multiplied},
                                                     {"table", table(machine, g.dtype)}});
   if (!prints) return;
-  size_t slowest = 0;
-  double least = seconds_of(false), multiplied = 0;
-  for (size_t r = 0; r < ranks.size(); r++) {
-    if (ranks[r]["kernels"] > ranks[slowest]["kernels"]) slowest = r;
-    least = std::min<double>(least, ranks[r]["kernels"]);
-    multiplied += double(ranks[r]["multiplied"]);
-  }
+  const auto kernels = [](const nlohmann::json& rank) { return double(rank["kernels"]); };
+  const auto [fastest, slowest] = std::ranges::minmax_element(ranks, {}, kernels);
+  double multiplied = 0;
+  for (const nlohmann::json& rank : ranks) multiplied += double(rank["multiplied"]);
   const double steps = double(all_.steps), tokens = double(batch * g.context) * steps,
                flops = tokens / all_.seconds * flops_per_token(g);
-  std::string s = sentence("\nprofile of rank ", slowest, ", ", all_.steps,
+  std::string s = sentence("\nprofile of rank ", slowest - ranks.begin(), ", ", all_.steps,
                            all_.steps == 1 ? " step" : " steps");
   if (ranks.size() > 1)
     s += format("; its kernels take longest: %.3f ms a step, those of others at least %.3f",
-                double(ranks[slowest]["kernels"]) * 1e3 / steps, least * 1e3 / steps);
+                kernels(*slowest) * 1e3 / steps, kernels(*fastest) * 1e3 / steps);
   s += format(
       "\n  %.3f ms a step, %.0f tokens/s, %.4g GFLOP/s: %.1f%% of what a product reaches (MFU)\n",
       all_.seconds * 1e3 / steps, tokens / all_.seconds, flops * 1e-9, 100 * flops / multiplied);
-  printf("%s%s", s.c_str(), std::string(ranks[slowest]["table"]).c_str());
+  printf("%s%s", s.c_str(), std::string((*slowest)["table"]).c_str());
 }

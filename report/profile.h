@@ -18,9 +18,12 @@
 class Profile {
  public:
   // The host in a step: it launches, reads the next batch, and waits for the device.
-  void host_begins() { now_ = {}, clock_ = {}; }
-  void host_reads() { now_.launched = clock_.seconds(); }
-  void host_waits() { now_.read = clock_.seconds(); }
+  void host_begins() {
+    if (all_.steps == 1 && !std::exchange(warm_, true)) all_ = {};
+    clock_ = {};
+  }
+  void host_reads() { all_.launched += clock_.seconds(); }
+  void host_waits() { all_.read += clock_.seconds(); }
   // Adds the step, and what op_times has of it; the host has waited.
   void end_step(double seconds);
   // Collective: the table of the rank whose kernels took longest, which the others wait for.
@@ -36,9 +39,6 @@ class Profile {
   const std::map<std::string, Row>& rows() const { return all_.rows; }
 
  private:
-  struct Host {
-    double launched = 0, read = 0;  // seconds since the step began
-  };
   struct Machine {
     double copied, multiplied;  // bytes, operations a second
     int64_t width;              // of the product
@@ -48,12 +48,10 @@ class Profile {
   double seconds_of(bool collectives) const;  // or of kernels
 
   Stopwatch clock_;
-  Host now_;
   struct {
     std::map<std::string, Row> rows;
     int64_t steps = 0;
-    double seconds = 0;
-    Host host;
+    double seconds = 0, launched = 0, read = 0;  // until the host had launched, and read
   } all_;
   bool warm_ = false;
 };

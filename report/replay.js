@@ -12,8 +12,9 @@
 // step to, and the end
 
 const by_id = id => document.getElementById(id);
-const {threefold, traceEvents} = JSON.parse(by_id('trace').textContent);
-const functions = JSON.parse(by_id('functions').textContent);  // each one's place and a link to it
+const read = id => JSON.parse(by_id(id).textContent);
+const {threefold, traceEvents} = read('trace');
+const functions = read('functions');  // each one's place and a link to it
 const trace = {...threefold, ranks: threefold.units.map(() => []), moments: [], end: 0};
 const names = [];  // of the ranks: "rank 3 (pp 1, tp 1)"
 const most = {};  // that a rank ever has of each category of memory
@@ -130,29 +131,31 @@ const categories = Object.keys(most).filter(
   name => name !== 'parameters' && most[name] > scale / 50);
 const parts = name => 2 ** Math.max(0, Math.ceil(Math.log2(most[name] / scale)));
 
+// An element of HTML: tag('b class="key"', 'words'). What is in it may be lists of elements.
+const tag = (opening, ...inside) =>
+  `<${opening}>${inside.flat().join('')}</${opening.split(' ')[0]}>`;
+
 // A rank: what it computes, which collectives it is in, and its bars of memory.
 function draw_rank({part: [part], collective, units, memory, kept}, rank) {
-  const row = (name, bar) =>
-    `<div class="row"><span title="${name}">${name}</span>${bar}</div>`;
+  const row = (name, bar) => tag('div class="row"', tag(`span title="${name}"`, name), bar);
   const lane = collective.map(
     e => travelling(e) + (t < e.ts + e.args.waited_us ? ', waits' : ''));
-  const weights = trace.units[rank].map(({unit, name, bytes, shard_bytes}) => row(name,
-    `<div class="unit weights" style="${width(bytes)}"
-      data-weights="${units[unit].weights}" data-gradient="${units[unit].gradient}">
-      <i class="part"></i><i class="shard" style="width: ${100 * shard_bytes / bytes}%"></i>
-    </div>`));
-  const pieces = Object.keys(kept).filter(key => kept[key] > 0).map(key =>
-    `<i style="width: ${100 * kept[key] / memory.activations}%" data-kept="${key}">${
-      key.split('.')[0]}</i>`);
+  const weights = trace.units[rank].map(({unit, name, bytes, shard_bytes}) => row(name, tag(
+    `div class="unit weights" style="${width(bytes)}"
+      data-weights="${units[unit].weights}" data-gradient="${units[unit].gradient}"`,
+    tag('i class="part"'), tag(`i class="shard" style="width: ${100 * shard_bytes / bytes}%"`))));
+  const pieces = Object.keys(kept).filter(key => kept[key] > 0).map(key => tag(
+    `i style="width: ${100 * kept[key] / memory.activations}%" data-kept="${key}"`,
+    key.split('.')[0]));
   const others = categories.map(name => row(
     parts(name) > 1 ? `${name} / ${parts(name)}` : name,
-    `<div class="bytes ${name}" style="${width(memory[name] / parts(name))}">${
-      name === 'activations' ? pieces.join('') : ''}</div>`));
-  return `<section class="device"><h2>${names[rank]}</h2>
-    <div class="computes ${part?.args.pass ?? 'waits'}">${part?.name ?? 'waits'}</div>
-    <div class="lane">${lane.join('; ')}</div>${weights.join('')}${others.join('')}
-    <small>${size(sum(memory))} in all${
-      trace.memory_limit ? ` of ${size(trace.memory_limit)}` : ''}</small></section>`;
+    tag(`div class="bytes ${name}" style="${width(memory[name] / parts(name))}"`,
+      name === 'activations' ? pieces : '')));
+  return tag('section class="device"', tag('h2', names[rank]),
+    tag(`div class="computes ${part?.args.pass ?? 'waits'}"`, part?.name ?? 'waits'),
+    tag('div class="lane"', lane.join('; ')), weights, others,
+    tag('small', size(sum(memory)), ' in all',
+      trace.memory_limit ? ` of ${size(trace.memory_limit)}` : ''));
 }
 
 // What a collective carries.
@@ -169,23 +172,25 @@ function draw_travel({collective}, rank) {
       a.ranks.filter((other, i) => Math.abs(i - at) === 1);
     const way = Math.max(0, (t - ts - a.waited_us) / (dur - a.waited_us));
     return others.map(other => {
-      const path = `d="M${x} ${y}H${boxes[other].offsetLeft}V${boxes[other].offsetTop}"`;
-      return `<path ${path}/><path ${path} class="parcel ${carries(a)}" pathLength="100"
-        stroke-dashoffset="${-96 * way}"/>`;
+      const path = `path d="M${x} ${y}H${boxes[other].offsetLeft}V${boxes[other].offsetTop}"`;
+      return tag(path) +
+        tag(`${path} class="parcel ${carries(a)}" pathLength="100"
+          stroke-dashoffset="${-96 * way}"`);
     });
-  }).join('');
+  });
 }
 
 // Two rows a rank: what it computes, and under it what travels. A bar says of what: in a pipeline,
 // the micro-batch.
 function draw_timeline(events, rank) {
-  const bar = ({name, ts, dur, args: a}) => `<i class="${a.pass ?? 'moves ' + carries(a)}"
-    title="${name}, ${milliseconds(dur)}" style="left: ${100 * ts / trace.end}%;
-    width: ${100 * dur / trace.end}%; --waits: ${100 * a.waited_us / dur}%"><wbr>${
-    trace.stages > 1 ? a.microbatch < 0 ? '' : a.microbatch : a.part || a.for || name}</i>`;
+  const bar = ({name, ts, dur, args: a}) => tag(
+    `i class="${a.pass ?? 'moves ' + carries(a)}" title="${name}, ${milliseconds(dur)}"
+      style="left: ${100 * ts / trace.end}%; width: ${100 * dur / trace.end}%;
+      --waits: ${100 * a.waited_us / dur}%"`,
+    '<wbr>', trace.stages > 1 ? a.microbatch < 0 ? '' : a.microbatch : a.part || a.for || name);
   const row = category =>
-    `<div class="track">${events.filter(e => e.cat === category).map(bar).join('')}</div>`;
-  return `<div class="rank"><b>${rank}</b>${row('part')}${row('collective')}</div>`;
+    tag('div class="track"', events.filter(e => e.cat === category).map(bar));
+  return tag('div class="rank"', tag('b', rank), row('part'), row('collective'));
 }
 
 // ---- controls
@@ -197,16 +202,15 @@ const still = matchMedia('(prefers-reduced-motion: reduce)');  // then nothing g
 function show(time, which) {
   t = Math.min(Math.max(time, 0), trace.end);
   index = which ?? Math.max(0, moments.findLastIndex(e => e.ts <= t));
-  const now = state(t), e = moments[index], link = by_id('function');
-  by_id('ranks').innerHTML = now.map(draw_rank).join('') + '<svg id="travel"></svg>';
-  by_id('travel').innerHTML = now.map(draw_travel).join('');
+  const now = state(t), e = moments[index];
+  const name = e.args.function ?? kFunctions[e.args.pass], [place, address] = functions[name] ?? [];
+  by_id('ranks').innerHTML = now.map(draw_rank).join('') + tag('svg id="travel"');
+  by_id('travel').innerHTML = now.flatMap(draw_travel).join('');
   by_id('clock').textContent = `${milliseconds(t)} of ${milliseconds(trace.end)}`;
   by_id('timeline').style.setProperty('--at', t / trace.end);
   by_id('time').value = t;
-  by_id('sentence').textContent = sentence(e);
-  const name = e.args.function ?? kFunctions[e.args.pass], [place, address] = functions[name] ?? [];
-  link.textContent = place ? `${name}, ${place}` : '';
-  link.href = address ?? '';
+  by_id('says').innerHTML = tag('span id="sentence"', sentence(e)) + ' ' +
+    (place ? tag(`a href="${address}"`, name, ', ', place) : '');
 }
 
 // Steps go through the events of the chosen rank, or of all.
@@ -282,19 +286,28 @@ const kLegend = 'A box is a rank. Its bars are bytes, all on one scale; "/ 4" is
   'collective, whatever its algorithm. What travels is pale while it waits for the last rank. ' +
   'The full width of a bar is ';
 document.title = `Replay: ${trace.title}`;
-document.body.insertAdjacentHTML('beforeend', `<h1>${document.title}</h1>
-<footer>${trace.clock === 'rebuilt' ? kRebuilt : ''}</footer>
-<p id="says"><span id="sentence"></span> <a id="function"></a></p>
-<nav>${Object.entries(kControls).map(([key, [says]]) =>
-  `<button id="${says}" title="${key}" onclick="kControls[title][1]()">${says}</button>`).join('')}
-<label>speed <select id="speed"><option>0.25<option selected>1<option>4</select></label>
-<label>follow <select id="watch" onchange="follow()"><option>every rank${
-  names.map(name => `<option>${name}`).join('')}</select></label> <small id="clock"></small></nav>
-<div id="ranks"></div>
-<p>${['weights', 'gradients', 'optimizer', 'activations', 'forward', 'backward', 'weight gradient',
-  'other', 'communication'].map(name => `<b class="key ${name}">■</b> ${name}`).join(' ')}</p>
-<div id="timeline"><input id="time" type="range" max="${trace.end}" step="any"
-  aria-label="time" oninput="show(value)">${trace.ranks.map(draw_timeline).join('')}</div>
-<footer>${kLegend}${size(scale)}.</footer>`);
+const kKeys = ['weights', 'gradients', 'optimizer', 'activations', 'forward', 'backward',
+  'weight gradient', 'other', 'communication'];
+const draw_key = (colour, words) => tag(`b class="key ${colour}"`, '■') + ` ${words} `;
+document.body.insertAdjacentHTML('beforeend', [
+  tag('h1', document.title),
+  tag('footer', trace.clock === 'rebuilt' ? kRebuilt : ''),
+  tag('p id="says"'),
+  tag('nav',
+    Object.entries(kControls).map(([key, [says]]) =>
+      tag(`button id="${says}" title="${key}" onclick="kControls[title][1]()"`, says)),
+    tag('label', 'speed ',
+      tag('select id="speed"', '<option>0.25<option selected>1<option>4')),
+    tag('label', 'follow ', tag('select id="watch" onchange="follow()"',
+      ['every rank', ...names].map(name => tag('option', name)))),
+    tag('small id="clock"')),
+  tag('div id="ranks"'),
+  tag('p', kKeys.map(name => draw_key(name, name))),
+  tag('div id="timeline"',
+    `<input id="time" type="range" max="${trace.end}" step="any" aria-label="time"
+      oninput="show(value)">`,
+    trace.ranks.map(draw_timeline)),
+  tag('footer', kLegend, size(scale), '.'),
+].join(''));
 by_id('watch').selectedIndex = trace.stages > 1 ? 0 : 1;  // else all ranks do the same
 follow();

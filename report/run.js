@@ -3,13 +3,13 @@
 // test      tests/check_pages.py
 'use strict';
 
-const metrics = JSON.parse(by_id('metrics').textContent), {memory, traffic} = metrics.at(-1);
+const metrics = read('metrics'), {memory, traffic} = metrics.at(-1);
 const steps = metrics.filter(line => line.step), first = steps[0], last = steps.at(-1);
 const losses = steps.map(s => s.loss), low = Math.min(...losses), high = Math.max(...losses);
 const held_out = steps.findLast(s => s.held_out_loss)?.held_out_loss.toFixed(2);
 
-const draw_loss = (name, member) => `<polyline class="${name}" points="${
-  steps.filter(s => s[member]).map(s => `${s.step},${-s[member]}`).join(' ')}"/>`;
+const draw_loss = (name, member) => tag(`polyline class="${name}" points="${
+  steps.filter(s => s[member]).map(s => [s.step, -s[member]]).join(' ')}"`);
 
 // what rank 0 has or did, and its bytes, where there is a formula of them
 const {kept_activations: kept, ...held} = memory[0];
@@ -24,14 +24,16 @@ const rows = [
     row(`has sent: ${t.axis} ${t.collective}, ${t.purpose}`, t.bytes, t.predicted_bytes)),
 ];
 
-document.body.insertAdjacentHTML('afterbegin', `<h1>A run</h1>
-<p>Loss ${last.loss.toFixed(2)} after ${steps.length} steps${
-  held_out ? `, ${held_out} on text that it has not read` : ''} (nats a token).
-  Below, the last step, played.</p>
-<svg id="loss" preserveAspectRatio="none"
-  viewBox="${first.step} ${-high} ${steps.length} ${high - low}">${
-  draw_loss('forward', 'loss') + draw_loss('gradients', 'held_out_loss')}</svg>
-<p>Step ${first.step} to ${last.step},
-from ${low.toFixed(2)} (bottom) to ${high.toFixed(2)} (top):
-<b class="key forward">■</b> loss of a step <b class="key gradients">■</b> held-out</p>
-<table id="bytes"><tr><th>rank 0, in bytes<th>measured<th>by the formula${rows.join('')}</table>`);
+document.body.insertAdjacentHTML('afterbegin', [
+  tag('h1', 'A run'),
+  tag('p', 'Loss ', last.loss.toFixed(2), ' after ', steps.length, ' steps',
+    held_out ? `, ${held_out} on text that it has not read` : '',
+    ' (nats a token). Below, the last step, played.'),
+  tag(`svg id="loss" preserveAspectRatio="none"
+    viewBox="${first.step} ${-high} ${steps.length} ${high - low}"`,
+    draw_loss('forward', 'loss'), draw_loss('gradients', 'held_out_loss')),
+  tag('p', 'Step ', first.step, ' to ', last.step, ', from ', low.toFixed(2), ' (bottom) to ',
+    high.toFixed(2), ' (top): ', draw_key('forward', 'loss of a step'),
+    draw_key('gradients', 'held-out')),
+  tag('table id="bytes"', '<tr><th>rank 0, in bytes<th>measured<th>by the formula', rows),
+].join(''));

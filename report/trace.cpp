@@ -112,20 +112,16 @@ struct Joined {
   std::vector<int64_t> shift;             // of each rank's clock, in nanoseconds
   std::vector<std::vector<int>> members;  // of the collectives
   std::vector<const Json*> args;          // of each task's event, if it is a collective
+  std::vector<std::vector<int>> sources;  // the sends that each task receives, in their order
   int64_t start(int i) const { return llround(spans[i].start * 1e9) + shift[tasks[i].rank]; }
   int64_t end(int i) const { return llround(spans[i].end * 1e9) + shift[tasks[i].rank]; }
-  // The sends that it receives, in their order.
-  std::vector<int> sources(int task) const {
-    std::vector<int> all;
-    for (const Json& received : (*args[task])["receives"])
-      for (const int i : members[tasks[task].collective])
-        if (received["from"] == tasks[i].rank) all.push_back(i);
-    return all;
-  }
   // Those that a collective waits for: in a ring of sends only the ones that it receives.
-  std::vector<int> needs(int task) const {
-    const std::vector<int> received = sources(task);
-    return received.empty() ? members[tasks[task].collective] : received;
+  const std::vector<int>& needs(int task) const {
+    return sources[task].empty() ? members[tasks[task].collective] : sources[task];
+  }
+  // It may end before those that it needs begin.
+  bool sends_alone(int task) const {
+    return sources[task].empty() && !(*args[task])["sends"].empty();
   }
 };
 
@@ -146,8 +142,14 @@ Joined join_works(const std::vector<Json>& ranks) {
       collectives[{who, calls[who]++}].push_back(i);
     }
   }
+  all.sources.resize(all.tasks.size());
   for (const auto& [call, members] : collectives) {
-    for (const int i : members) all.tasks[i].collective = int(all.members.size());
+    for (const int i : members) {
+      all.tasks[i].collective = int(all.members.size());
+      for (const Json& received : (*all.args[i])["receives"])
+        for (const int j : members)
+          if (received["from"] == all.tasks[j].rank) all.sources[i].push_back(j);
+    }
     all.members.push_back(members);
   }
   return all;
@@ -161,8 +163,7 @@ void align(Joined& all) {
   for (size_t pass = 0; pass < all.shift.size() && std::exchange(moved, false); pass++)
     for (const std::vector<int>& members : all.members)
       for (const int i : members) {
-        const Json& args = *all.args[i];
-        if (!args["sends"].empty() && args["receives"].empty()) continue;  // may end before that
+        if (all.sends_alone(i)) continue;
         for (const int j : all.needs(i)) {
           const int64_t early = all.end(i) - all.start(j);
           if (early >= 0) continue;
@@ -221,11 +222,10 @@ void Trace::write() const {
         int64_t last = begin;  // when the last of the ranks that it needs has come
         for (const int i : all.needs(task)) last = std::max(last, all.start(i));
         // a send may end before it is received, and has waited for nobody then
-        const bool sends_alone = !e["args"]["sends"].empty() && e["args"]["receives"].empty();
-        const int64_t moves = sends_alone && last > end ? begin : std::min(last, end);
+        const int64_t moves = all.sends_alone(task) && last > end ? begin : std::min(last, end);
         e["args"]["id"] = all.tasks[task].collective;
         e["args"]["waited_us"] = (moves - begin) / 1e3;
-        for (const int i : all.sources(task)) {
+        for (const int i : all.sources[task]) {
           add_send("s", all.tasks[i].rank, all.start(i));
           add_send("f", rank, moves);
           sends++;
