@@ -16,8 +16,8 @@ const ModelSize kModels[] = {{12, 768, 12, 2048, 51200},   {24, 2048, 16, 2048, 
 const int64_t kDevices[] = {1, 2, 4, 8, 16, 64, 256, 1024, 4096};
 constexpr int64_t kBatch = 2048, kOfNode = 8;
 
-// The simplest first: how many ranks of each axis (0: as many as is best), and the highest stage of
-// ZeRO (0: any). The last has all layouts of the others.
+// The simplest first: how many ranks of each axis (0: as many as is best), and the stage of ZeRO
+// (0: any). The last has all layouts of the others.
 struct Kind {
   const char *name, *colour;
   int fsdp, tp, pp, zero;
