@@ -9,8 +9,8 @@
 //           1f1b, 4 stages, 4 micro-batches; F forward, G whole backward. A stage warms up with one
 //           forward for each later stage, then does one forward and one backward in turn.
 //
-// traffic   an activation forward and its gradient backward at each cut between two stages: 2 m
-//           sends of S*C elements in the compute dtype (S: rows that a rank holds); the tied
+// traffic   an activation forward and its gradient backward at each cut between two stages: m sends
+//           each of S*C elements in the compute dtype (S: rows that a rank holds); the tied
 //           embedding's gradient once a step, where first and last piece of the model are on two
 //           stages: from each its shard, vocabulary*C / (tp fsdp cp) elements of the master dtype;
 //           loss and norm, two small all-reduces of all stages.
@@ -158,7 +158,8 @@ void Pipeline::put_in_outbox(const Transfer& t, Tensor x) {
   parcel.event->record(device().compute);
 }
 
-// All transfers of an exchange are one NCCL group: a facing pair goes both ways at once.
+// All transfers of an exchange are one NCCL group: a facing pair goes both ways at once, and cannot
+// deadlock in whichever order its ends are listed (sum_tied).
 void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   for (const Transfer& t : transfers)
     if (t.send) outbox_.at(t).event->make_wait(stream_);  // it must have been computed
