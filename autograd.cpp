@@ -82,12 +82,12 @@ Tokens::Tokens(int64_t B, int64_t length, const Positions& places, std::vector<i
   for (std::vector<int>* tokens : {&in, &out}) {
     ASSERT(tokens->empty() || int64_t(tokens->size()) == B * T);
     for (int& t : *tokens)
-      t = t >= vocabulary.begin && t < vocabulary.end ? t - int(vocabulary.begin) : -1;
+      t = t >= vocabulary.begin && t < vocabulary.end ? t - vocabulary.begin : -1;
   }
   const std::vector<int> sorted = sort_rows(in);
   std::vector<int> at, all;
   for (int64_t row = 0; T < length && row < int64_t(in.size()); row++)
-    at.push_back(int(places[row % T]));
+    at.push_back(places[row % T]);
   for (const auto& part : {std::span<const int>(in), {out}, {sorted}, {at}})
     all.insert(all.end(), part.begin(), part.end());
   if (all.empty()) return;
@@ -95,7 +95,7 @@ Tokens::Tokens(int64_t B, int64_t length, const Positions& places, std::vector<i
   upload(whole, all.data());
   int64_t begin = 0;
   const auto next = [&](const std::vector<int>& part) {
-    begin += int64_t(part.size());
+    begin += part.size();
     return whole.part(begin - int64_t(part.size()), {int64_t(part.size())});
   };
   inputs = next(in);

@@ -78,9 +78,9 @@ void check_ranks(const Layout& l, int ranks) {
 // ---- the mesh
 
 Mesh::Mesh(const Layout& l, int rank)
-    : layout(l), rank(rank), size(int(l.ranks())), world{"world", size, rank} {
+    : layout(l), rank(rank), size(l.ranks()), world{"world", size, rank} {
   for (size_t a = kAxes.size(); a-- > 0; rank /= axes[a].size) {  // the fastest first
-    const int n = int(l.sizes[a]);
+    const int n = l.sizes[a];
     axes[a] = {kAxes[a].name, n, rank % n};
   }
 }
@@ -181,7 +181,7 @@ Finished::~Finished() {
   for (int turn = 0, done = 0; !done; turn++) {
     MPI_Test(&request_, &done, MPI_STATUS_IGNORE);
     if (turn < 100) sched_yield();
-    else if (!done) usleep(unsigned(std::min(turn, 1000)));
+    else if (!done) usleep(std::min(turn, 1000));
   }
 }
 

@@ -47,8 +47,8 @@ void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
         recorder.travel(axis_.name, axis_.members, send, "keys, values or gradients",
                         axis_.members[send ? next : before], (send ? x : room).bytes());
     ledger.send(axis_, x.bytes());
-    NCCL_CHECK(ncclSend(x.raw(), size_t(x.numel()), type, next, axis_.comm, stream_));
-    NCCL_CHECK(ncclRecv(room.raw(), size_t(room.numel()), type, before, axis_.comm, stream_));
+    NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, next, axis_.comm, stream_));
+    NCCL_CHECK(ncclRecv(room.raw(), room.numel(), type, before, axis_.comm, stream_));
   }
   NCCL_CHECK(ncclGroupEnd());
 }

@@ -163,7 +163,7 @@ int Fsdp::add_use(const std::vector<Param*>& params, Backward backward, int grou
     use.units.push_back(&units_.at(number));
     use.units.back()->uses_per_microbatch++;
   }
-  return int(uses_.size()) - 1;
+  return uses_.size() - 1;
 }
 
 std::vector<Shard> Fsdp::optimizer_shards() const {

@@ -84,7 +84,7 @@ std::string name_of_unit(int unit) {
 }
 
 std::string name_of(const ModelPart& part) {
-  if (part.kind == ModelPart::block) return name_of_unit(kFirstBlock + int(part.layer));
+  if (part.kind == ModelPart::block) return name_of_unit(kFirstBlock + part.layer);
   return part.kind == ModelPart::head ? "head" : "embedding";
 }
 

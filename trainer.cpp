@@ -10,8 +10,8 @@
 Schedule schedule_of(const TrainerOptions& o, const Layout& l) {
   const int64_t all = o.microbatch * l.data_ranks();
   ASSERT(o.batch % all == 0);
-  const int pp = int(l["pp"]);
-  return make_schedule(pp > 1 ? o.schedule : "1f1b", pp, int(o.batch / all), o.chunks);
+  const int pp = l["pp"];
+  return make_schedule(pp > 1 ? o.schedule : "1f1b", pp, o.batch / all, o.chunks);
 }
 
 std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int stage) {
@@ -49,12 +49,12 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
     }
     gpt.tp.sum_partial_gradients(params);
   };
-  optimizer_ = std::make_unique<Optimizer>(fsdp.optimizer_shards(), int64_t(gpt.params().size()),
-                                           options.clip, options.weight_decay,
-                                           [this](const Tensor& squares) {
-                                             sum_over(mesh_.that(&AxisKind::splits_model), squares,
-                                                      Traffic::norm, mesh_.stream);
-                                           });
+  optimizer_ =
+      std::make_unique<Optimizer>(fsdp.optimizer_shards(), gpt.params().size(), options.clip,
+                                  options.weight_decay, [this](const Tensor& squares) {
+                                    sum_over(mesh_.that(&AxisKind::splits_model), squares,
+                                             Traffic::norm, mesh_.stream);
+                                  });
   results_ = Tensor({2}, Dtype::f64, Memory::workspace);
   total_ = results_.part(0, {1});
 }
@@ -114,8 +114,8 @@ Tokens Trainer::read(int64_t first, int64_t count, int64_t length,
   const Positions places = gpt.cp.part(length);
   std::vector<int> inputs, targets;
   // at once: what does not fit is refused before it is read
-  if (embeds) inputs.reserve(size_t(count * places.rows()));
-  if (predicts) targets.reserve(size_t(count * places.rows()));
+  if (embeds) inputs.reserve(count * places.rows());
+  if (predicts) targets.reserve(count * places.rows());
   for (int64_t s = first; s < first + count && (embeds || predicts); s++) {
     const std::vector<int> tokens = sequence(s);
     ASSERT(int64_t(tokens.size()) == length + 1);
@@ -178,7 +178,7 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
       batch.push_back(read(std::min(mine, sequences - count), count, T, held_out));
       scales.push_back(mine < sequences ? 1.0 / double(sequences * T) : 0.0);
     }
-    pipeline.forward(activation(count, T), gpt.config.dtype, int(times),
+    pipeline.forward(activation(count, T), gpt.config.dtype, times,
                      [&](Tape& tape, int chunk, const Var& x, int i) {
                        return forward_loss(tape, chunk, x, batch[i], scales[i]);
                      });
@@ -192,7 +192,7 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
 
 std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
   const Purpose purpose(Traffic::evaluation);
-  const int64_t n = int64_t(tokens.size()), V = gpt.config.vocab;
+  const int64_t n = tokens.size(), V = gpt.config.vocab;
   Tokens batch = read(0, 1, n, [&](int64_t) {
     std::vector<int> and_target = tokens;
     and_target.push_back(0);

@@ -44,7 +44,7 @@ Generator::Logits Generator::forward(const Tokens& tokens, const Gpt::Attend& at
 Generator::Logits Generator::prefill(int64_t sequence, const std::vector<int>& prompt) {
   const int64_t n = prompt.size();
   ASSERT(n > 0 && n <= room_);
-  lengths_[sequence] = int(n);
+  lengths_[sequence] = n;
   Tokens tokens(1, n, prompt, prompt, gpt.tp.part(gpt.config.vocab));
   tokens.only_row = n - 1;
   return forward(tokens, [=, this](Tape& tape, int64_t layer, const Var& qkv) {

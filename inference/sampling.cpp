@@ -15,7 +15,7 @@ int pick(const std::vector<double>& logits, const Sampling& how, int64_t positio
   for (const double l : logits) finite &= std::abs(l) <= std::numeric_limits<double>::max();
   REQUIRE(finite, "the model's logits at position ", position,
           " are not all finite numbers: its weights are damaged, or too large for this --dtype");
-  const int likeliest = int(std::ranges::max_element(logits) - logits.begin());
+  const int likeliest = std::ranges::max_element(logits) - logits.begin();
   if (how.temperature == 0 || how.top_k == 1) return likeliest;
   std::vector<double> p(logits.size());
   for (size_t v = 0; v < p.size(); v++)

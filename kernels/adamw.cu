@@ -66,7 +66,7 @@ void adamw(const UpdateTable& table, const Tensor& clip, const AdamW& options) {
                      (7 * size_of(master) + (table.compute != master) * size_of(table.compute))));
   ASSERT(clip.numel() == 1 && options.step >= 1);
   if (!table.size()) return;
-  DISPATCH(table.compute, using A = acc_t<T>;
-           adamw_kernel<T, kPack<A>><<<unsigned(table.size()), kThreads, 0, device().compute>>>(
-               table.data(), clip.data<double>(), Factors<A>(options)));
+  DISPATCH(table.compute, using A = acc_t<T>; adamw_kernel<T, kPack<A>>
+           <<<table.size(), kThreads, 0, device().compute>>>(table.data(), clip.data<double>(),
+                                                             Factors<A>(options)));
 }

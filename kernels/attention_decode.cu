@@ -112,16 +112,16 @@ void attention_decode(const Tensor& out, const Tensor& cache, const Tensor& qkv,
   DISPATCH(cache.dtype(), const auto kernel = D <= 64    ? decode_kernel<T, 64>
                                               : D <= 128 ? decode_kernel<T, 128>
                                                          : decode_kernel<T, kMaxD>;
-           kernel<<<unsigned(B * H), kThreads, 0, device().compute>>>(
-               out.data<T>(), cache.data<T>(), qkv.data<T>(), lengths.data<int>(), int(H), S,
-               int(D), acc_t<T>(1 / std::sqrt(double(D)))));
+           kernel<<<B * H, kThreads, 0, device().compute>>>(out.data<T>(), cache.data<T>(),
+                                                            qkv.data<T>(), lengths.data<int>(), H,
+                                                            S, D,
+                                                            acc_t<T>(1 / std::sqrt(double(D)))));
 }
 
 void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t first, int64_t H) {
   OP("append_to_cache", bytes_of(qkv) * 4 / 3);
   const int64_t S = cache.dim(3), D = cache.dim(4), T_ = qkv.numel() / (3 * H * D);
   ASSERT(b < cache.dim(0) && first + T_ <= S && cache.dim(2) == H);
-  DISPATCH(cache.dtype(),
-           append_kernel<T><<<unsigned(T_ * 2 * H), kCopyThreads, 0, device().compute>>>(
-               cache.data<T>() + b * 2 * H * S * D, qkv.data<T>(), int(H), S, int(D), first));
+  DISPATCH(cache.dtype(), append_kernel<T><<<T_ * 2 * H, kCopyThreads, 0, device().compute>>>(
+                              cache.data<T>() + b * 2 * H * S * D, qkv.data<T>(), H, S, D, first));
 }

@@ -329,7 +329,7 @@ template <class T, int kD> __global__ void __launch_bounds__(256, 2)
 template <class T, int kD>
 void forward(unsigned heads, Sizes n, Results out, acc_t<T>* lse, Inputs<T> in) {
   using S = Tiles<T, kD>;
-  n.tiles = unsigned(ceil_div(n.queries.rows, S::kTile));
+  n.tiles = ceil_div(n.queries.rows, S::kTile);
   const size_t bytes = forward_bytes<S>();
   allow_shared(flash_forward<T, kD>, bytes);
   flash_forward<T, kD><<<heads * n.tiles, S::kThreads, bytes, device().compute>>>(
@@ -343,7 +343,7 @@ template <class T, int kD> void backward(unsigned heads, Sizes n, Gradients d, R
   const size_t bytes = backward_bytes<S>();
   for (const bool owns_keys : {false, true}) {
     const auto kernel = owns_keys ? flash_backward_kv<T, kD> : flash_backward_q<T, kD>;
-    n.tiles = unsigned(ceil_div(owns_keys ? n.keys.rows : n.queries.rows, S::kTile));
+    n.tiles = ceil_div(owns_keys ? n.keys.rows : n.queries.rows, S::kTile);
     if (!n.tiles) continue;
     allow_shared(kernel, bytes);
     kernel<<<heads * n.tiles, S::kThreads, bytes, device().compute>>>(
@@ -388,7 +388,7 @@ Sizes sizes_of(const Tensor& out, const Tensor& lse, int64_t B, int64_t H, const
           H, " heads have more: give a smaller --microbatch");
   REQUIRE(D <= 128, "flash attention holds heads of at most 128 elements, these have ", D,
           ": use plain attention");
-  n.D = int(D);
+  n.D = D;
   return n;
 }
 
@@ -399,7 +399,7 @@ Sizes sizes_of(const Tensor& out, const Tensor& lse, int64_t B, int64_t H, const
 Tensor flash::delta_of(const Tensor& dout, const Tensor& out, int64_t B, const Sizes& n) {
   const Tensor delta({B, n.H, n.queries.rows}, master_dtype(out.dtype()), Memory::workspace);
   const int64_t rows = delta.numel();
-  const unsigned blocks = unsigned(ceil_div(rows, kDeltaRows));
+  const unsigned blocks = ceil_div(rows, kDeltaRows);
   DISPATCH_PACKS(out.dtype(), in_packs(n.D, {&dout, &out}),
                  flash_delta<T, N><<<blocks, kProductThreads, 0, device().compute>>>(
                      delta.data<acc_t<T>>(), dout.data<T>(), out.data<T>(), n, rows));
@@ -416,7 +416,7 @@ void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor&
   const Dtype dtype = q.dtype();
   const Parts qs(q, B, n.queries, n), kvs(kv, B, n.keys, n);
   const Results to = write(Parts(out, B, n.queries, n), dtype, 0, false);
-  const unsigned heads = unsigned(B * H);
+  const unsigned heads = B * H;
   const auto launch = [&]<class T>(T) {
     const Inputs<T> in{read<T>(qs, 0), read<T>(kvs, kvs.parts - 2), read<T>(kvs, kvs.parts - 1)};
     acc_t<T>* l = lse.data<acc_t<T>>();
@@ -445,7 +445,7 @@ void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
   const Gradients d{write(dqs, dtype, 0, add), write(dkvs, dtype, dkvs.parts - 2, add),
                     write(dkvs, dtype, dkvs.parts - 1, add)};
   const Tensor delta = delta_of(dout, out, B, n);
-  const unsigned heads = unsigned(B * H);
+  const unsigned heads = B * H;
   const auto launch = [&]<class T>(T) {
     const Inputs<T> in{read<T>(qs, 0), read<T>(kvs, kvs.parts - 2), read<T>(kvs, kvs.parts - 1)};
     const acc_t<T>*l = lse.data<acc_t<T>>(), *de = delta.data<acc_t<T>>();

@@ -52,12 +52,11 @@ void merge_attention(const Tensor& out, const Tensor& lse, const Tensor& part,
   OP("merge_attention", bytes_of(out, out, lse, lse, part, part_lse));
   const int64_t H = lse.dim(1), T_ = lse.dim(2), rows = lse.numel();
   ASSERT(part.numel() == out.numel() && part_lse.numel() == rows && out.numel() % rows == 0);
-  const unsigned blocks = unsigned(ceil_div(rows, kRows));
-  const int D = int(out.numel() / rows);
+  const unsigned blocks = ceil_div(rows, kRows);
+  const int D = out.numel() / rows;
   DISPATCH(out.dtype(), using A = acc_t<T>; merge_kernel<A>
            <<<blocks, kThreads, 0, device().compute>>>(out.data<A>(), lse.data<A>(), part.data<A>(),
-                                                       part_lse.data<A>(), int(T_), int(H), D,
-                                                       rows));
+                                                       part_lse.data<A>(), T_, H, D, rows));
 }
 
 void copy_columns(const Tensor& to, int64_t to_first, const Tensor& from, int64_t from_first,
@@ -67,10 +66,10 @@ void copy_columns(const Tensor& to, int64_t to_first, const Tensor& from, int64_
   ASSERT(from.dim(0) == rows && to_first + columns <= to_ld && from_first + columns <= from_ld);
   if (!rows || !columns) return;
   const auto launch = [&]<class T, class U>(T* target, const U* source) {
-    const dim3 grid(unsigned(rows), unsigned(ceil_div(columns, kPiece)));
+    const dim3 grid(rows, ceil_div(columns, kPiece));
     columns_kernel<T, U><<<grid, kThreads, 0, device().compute>>>(target + to_first, to_ld,
                                                                   source + from_first, from_ld,
-                                                                  int(columns));
+                                                                  columns);
   };
   DISPATCH(to.dtype(), if (from.dtype() == to.dtype()) launch(to.data<T>(), from.data<T>());
            else launch(to.data<T>(), from.data<acc_t<T>>()));

@@ -291,7 +291,7 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
 
 template <int kD> void forward(unsigned heads, Sizes n, Results out, float* lse, Inputs<bf16> in) {
   constexpr int kBytes = kForwardBytes<ForwardShape<kD>>;
-  n.tiles = unsigned(ceil_div(n.queries.rows, kOwn));
+  n.tiles = ceil_div(n.queries.rows, kOwn);
   allow_shared(attention_forward<kD, kBytes>, kBytes);
   attention_forward<kD, kBytes>
       <<<heads * n.tiles, kThreads, kBytes, device().compute>>>(out, lse, in, n,
@@ -305,7 +305,7 @@ template <int kD> void backward(unsigned heads, Sizes n, Gradients d, Bf16Rows d
   for (const bool owns_keys : {false, true}) {
     const auto kernel =
         owns_keys ? attention_backward_kv<kD, kBytes> : attention_backward_q<kD, kBytes>;
-    n.tiles = unsigned(ceil_div(owns_keys ? n.keys.rows : n.queries.rows, kOwn));
+    n.tiles = ceil_div(owns_keys ? n.keys.rows : n.queries.rows, kOwn);
     if (!n.tiles) continue;
     allow_shared(kernel, kBytes);
     kernel<<<heads * n.tiles, kThreads, kBytes, device().compute>>>(d, dout, lse, delta, in, n,

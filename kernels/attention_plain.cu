@@ -89,7 +89,7 @@ struct Problem {
           .keys = places_of(keys)},
         Tq(n.queries.rows),
         Tk(n.keys.rows),
-        rows(unsigned(H * Tq)),
+        rows(H * Tq),
         scale(1 / std::sqrt(double(n.D))) {}
   int64_t scores() const { return n.H * Tq * Tk; }  // of a sequence
   // (H,Tq,Tk)
@@ -97,6 +97,7 @@ struct Problem {
     return {scores.raw(), Tk, transposed, Tq * Tk};
   }
   Tensor of(const Tensor& all, int64_t b) const { return all.part(b * scores(), {n.H, Tq, Tk}); }
+  Tensor rows_of(const Tensor& all, int64_t b) const { return all.part(b * rows, {rows}); }
   // s (H,Tq,Tk) = q k^T * scale
   void multiply(const Tensor& s, Matrix q, Matrix k_transposed) const {
     matmul(s.dtype(), s.dtype(), Tq, Tk, n.D, q, k_transposed, matrix(s), scale, 0, n.H);
@@ -120,7 +121,7 @@ void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor&
   for (int64_t b = 0; b < B; b++) {
     const Tensor p = keeps ? x.of(probabilities, b) : one;
     x.multiply(p, qs.first(b), kvs.keys(b, true));
-    const Tensor sums = lse.empty() ? lse : lse.part(b * x.rows, {x.rows});
+    const Tensor sums = lse.empty() ? lse : x.rows_of(lse, b);
     DISPATCH(dtype, causal_softmax<T>
              <<<x.rows, kThreads, 0, device().compute>>>(p.data<T>(), sums.data<acc_t<T>>(), x.n));
     matmul(dtype, out.dtype(), x.Tq, x.n.D, x.Tk, x.matrix(p), kvs.values(b), y.first(b), 1, 0, H);
@@ -147,16 +148,14 @@ void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
     const Tensor p = kept ? x.of(probabilities, b) : again;
     if (!kept) {
       x.multiply(p, qs.first(b), kvs.keys(b, true));
-      const Tensor of_rows = lse.part(b * x.rows, {x.rows});
       DISPATCH(dtype, softmax_again<T><<<x.rows, kThreads, 0, device().compute>>>(
-                          p.data<T>(), of_rows.data<acc_t<T>>(), x.n));
+                          p.data<T>(), x.rows_of(lse, b).data<acc_t<T>>(), x.n));
     }
     matmul(dtype, to, x.Tk, x.n.D, x.Tq, x.matrix(p, true), dy.first(b), dkvs.values(b), 1, add, H);
     matmul(dtype, dtype, x.Tq, x.Tk, x.n.D, dy.first(b), kvs.values(b, true), x.matrix(ds), 1, 0,
            H);
-    const Tensor of_rows = delta.part(b * x.rows, {x.rows});
     DISPATCH(dtype, causal_softmax_backward<T><<<x.rows, kThreads, 0, device().compute>>>(
-                        ds.data<T>(), p.data<T>(), of_rows.data<acc_t<T>>(), int(x.Tk),
+                        ds.data<T>(), p.data<T>(), x.rows_of(delta, b).data<acc_t<T>>(), x.Tk,
                         acc_t<T>(x.scale)));
     matmul(dtype, to, x.Tq, x.n.D, x.Tk, x.matrix(ds), kvs.keys(b), dqs.first(b), 1, add, H);
     matmul(dtype, to, x.Tk, x.n.D, x.Tq, x.matrix(ds, true), qs.first(b), dkvs.keys(b), 1, add, H);

@@ -92,7 +92,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Before a launch whose blocks share more than 48 KiB
 template <class K> void allow_shared(K kernel, size_t bytes) {
-  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)));
+  CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
 
 // float and double by one name
@@ -144,7 +144,7 @@ inline bool in_packs(int64_t width, std::initializer_list<const Tensor*> tensors
 // idle in the last one, so that a row of 96 packs has 96 threads and not 256.
 inline unsigned row_threads(int64_t packs, int most) {
   const int64_t rounds = std::max(ceil_div(packs, most), int64_t(1));
-  return unsigned(ceil_div(ceil_div(packs, rounds), kWarp) * kWarp);
+  return ceil_div(ceil_div(packs, rounds), kWarp) * kWarp;
 }
 
 // The packs of a row of `width` elements (a multiple of N), dealt to the threads of the block, of

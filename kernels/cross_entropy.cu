@@ -125,10 +125,8 @@ void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& tar
   DISPATCH_PACKS(logits.dtype(), in_packs(ld, {&logits}), using A = acc_t<T>;
                  const auto kernel = gradient ? cross_entropy_kernel<T, N, true>
                                               : cross_entropy_kernel<T, N, false>;
-                 kernel<<<unsigned(R), kThreads, 0, device().compute>>>(losses.data<A>(),
-                                                                        logits.data<T>(),
-                                                                        targets.data<int>(), int(V),
-                                                                        int(ld), A(scale)));
+                 kernel<<<R, kThreads, 0, device().compute>>>(
+                     losses.data<A>(), logits.data<T>(), targets.data<int>(), V, ld, A(scale)));
 }
 
 void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targets, int64_t V) {
@@ -137,8 +135,8 @@ void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targ
   ASSERT(parts.numel() == 3 * R);
   if (!R) return;
   DISPATCH_PACKS(logits.dtype(), in_packs(ld, {&logits}), using A = acc_t<T>;
-                 softmax_parts_kernel<T, N><<<unsigned(R), kThreads, 0, device().compute>>>(
-                     parts.data<A>(), logits.data<T>(), targets.data<int>(), int(V), int(ld), R));
+                 softmax_parts_kernel<T, N><<<R, kThreads, 0, device().compute>>>(
+                     parts.data<A>(), logits.data<T>(), targets.data<int>(), V, ld, R));
 }
 
 void softmax_rescale(const Tensor& parts, const Tensor& top) {
@@ -146,10 +144,10 @@ void softmax_rescale(const Tensor& parts, const Tensor& top) {
   const int64_t R = top.numel();
   ASSERT(parts.numel() == 3 * R);
   if (!R) return;
-  const unsigned blocks = unsigned(ceil_div(R, kRescaleThreads));
+  const unsigned blocks = ceil_div(R, kRescaleThreads);
   DISPATCH(top.dtype(), using A = acc_t<T>; rescale_kernel<A>
            <<<blocks, kRescaleThreads, 0, device().compute>>>(parts.data<A>() + R, parts.data<A>(),
-                                                              top.data<A>(), int(R)));
+                                                              top.data<A>(), R));
 }
 
 void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets,
@@ -163,7 +161,7 @@ void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tenso
   DISPATCH_PACKS(logits.dtype(), in_packs(ld, {&logits}), using A = acc_t<T>;
                  const auto kernel = gradient ? cross_entropy_parts_kernel<T, N, true>
                                               : cross_entropy_parts_kernel<T, N, false>;
-                 kernel<<<unsigned(R), kThreads, 0, device().compute>>>(
-                     losses.data<A>(), logits.data<T>(), targets.data<int>(), top.data<A>(),
-                     parts.data<A>(), int(V), int(ld), R, A(scale)));
+                 kernel<<<R, kThreads, 0, device().compute>>>(losses.data<A>(), logits.data<T>(),
+                                                              targets.data<int>(), top.data<A>(),
+                                                              parts.data<A>(), V, ld, R, A(scale)));
 }

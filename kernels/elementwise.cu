@@ -88,8 +88,8 @@ void combine(const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& bi
     ASSERT(n % columns == 0);
     DISPATCH_PACKS(y.dtype(), in_packs(columns, {&y, &a, &b, &bias}),
                    const unsigned threads = row_threads(columns / N, kThreads);
-                   rows_kernel<T, N, F><<<unsigned(n / columns), threads, 0, device().compute>>>(
-                       y.data<T>(), a.data<T>(), b.data<T>(), bias.data<T>(), int(columns), f));
+                   rows_kernel<T, N, F><<<n / columns, threads, 0, device().compute>>>(
+                       y.data<T>(), a.data<T>(), b.data<T>(), bias.data<T>(), columns, f));
   }
 }
 

@@ -109,16 +109,15 @@ void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte,
   ASSERT(x.numel() == R * C && wpe.numel() >= std::min(period, R) * C);
   if (!R) return;
   DISPATCH_PACKS(x.dtype(), in_packs(C, {&x, &wte, &wpe}),
-                 embedding_kernel<T, N>
-                 <<<unsigned(R), row_threads(C / N, kThreads), 0, device().compute>>>(
+                 embedding_kernel<T, N><<<R, row_threads(C / N, kThreads), 0, device().compute>>>(
                      x.data<T>(), tokens.data<int>(), positions.data<int>(), wte.data<T>(),
-                     wpe.data<T>(), period, int(C)));
+                     wpe.data<T>(), period, C));
 }
 
 std::vector<int> sort_rows(const std::vector<int>& tokens) {
   std::vector<int> order;
   for (size_t row = 0; row < tokens.size(); row++)
-    if (tokens[row] >= 0) order.push_back(int(row));
+    if (tokens[row] >= 0) order.push_back(row);
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return tokens[a] < tokens[b]; });
   return order;
 }
@@ -143,7 +142,7 @@ void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx
       row += piece.size();
     }
   }
-  const unsigned segments = unsigned(ceil_div(sorted_rows, kSegment));
+  const unsigned segments = ceil_div(sorted_rows, kSegment);
   if (!segments) return;
   const Tensor parts({segments, 2, C}, dwte.dtype(), Memory::workspace);
   fill(parts, 0);
@@ -151,7 +150,7 @@ void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx
   const cudaStream_t stream = device().compute;
   DISPATCH_PACKS(dx.dtype(), in_packs(C, {&dx, &dwte}), using A = acc_t<T>; segment_kernel<T, N>
                  <<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), dx.data<T>(),
-                                                     token, sorted, int(sorted_rows), int(C));
+                                                     token, sorted, sorted_rows, C);
                  LAUNCHED(); crossing_kernel<A, N><<<segments, kThreads, 0, stream>>>(
-                     dwte.data<A>(), parts.data<A>(), token, sorted, int(sorted_rows), int(C)));
+                     dwte.data<A>(), parts.data<A>(), token, sorted, sorted_rows, C));
 }

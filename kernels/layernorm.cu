@@ -152,10 +152,9 @@ void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mea
   DISPATCH_PACKS(
       x.dtype(), in_packs(C, {&sum, &y, &x, &h, &h_bias, &gain, &bias}),
       const auto kernel = adds ? forward_kernel<T, N, true> : forward_kernel<T, N, false>;
-      kernel<<<unsigned(R), row_threads(C / N, kForwardThreads), keep ? bytes : 0,
-               device().compute>>>(sum.data<T>(), y.data<T>(), mean.data<acc_t<T>>(),
-                                   rstd.data<acc_t<T>>(), x.data<T>(), h.data<T>(),
-                                   h_bias.data<T>(), gain.data<T>(), bias.data<T>(), int(C), keep));
+      kernel<<<R, row_threads(C / N, kForwardThreads), keep ? bytes : 0, device().compute>>>(
+          sum.data<T>(), y.data<T>(), mean.data<acc_t<T>>(), rstd.data<acc_t<T>>(), x.data<T>(),
+          h.data<T>(), h_bias.data<T>(), gain.data<T>(), bias.data<T>(), C, keep));
 }
 
 void layernorm_forward(const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x,
@@ -179,15 +178,14 @@ void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbi
           bytes, " bytes of sums in a block, and ", device().name, " has room for ",
           device().block_memory - kStaticBytes);
   if (R)
-    DISPATCH_PACKS(x.dtype(), in_packs(C, {&dx, &dy, &residual, &x, &gain}), using A = acc_t<T>;
-                   const auto kernel = residual.empty() ? backward_kernel<T, N, false>
-                                                        : backward_kernel<T, N, true>;
-                   if (bytes > kSharedBytes) allow_shared(kernel, bytes);
-                   kernel<<<unsigned(dgains.dim(0)), row_threads(C / N, kBackwardThreads), bytes,
-                            device().compute>>>(dx.data<T>(), dgains.data<A>(), dbiases.data<A>(),
-                                                dy.data<T>(), residual.data<T>(), x.data<T>(),
-                                                mean.data<A>(), rstd.data<A>(), gain.data<T>(), R,
-                                                int(C)));
+    DISPATCH_PACKS(
+        x.dtype(), in_packs(C, {&dx, &dy, &residual, &x, &gain}), using A = acc_t<T>;
+        const auto kernel =
+            residual.empty() ? backward_kernel<T, N, false> : backward_kernel<T, N, true>;
+        if (bytes > kSharedBytes) allow_shared(kernel, bytes);
+        kernel<<<dgains.dim(0), row_threads(C / N, kBackwardThreads), bytes, device().compute>>>(
+            dx.data<T>(), dgains.data<A>(), dbiases.data<A>(), dy.data<T>(), residual.data<T>(),
+            x.data<T>(), mean.data<A>(), rstd.data<A>(), gain.data<T>(), R, C));
   bias_backward(dgain, dgains, add);
   bias_backward(dbias, dbiases, add);
 }

@@ -160,9 +160,9 @@ template <class T, class U> void launch_simt(int64_t m, int64_t n, int64_t k, Op
                                              Operand<T> b, Result<U> c, double alpha,
                                              int64_t batch) {
   using S = Tiles<acc_t<T>>;
-  const dim3 grid(unsigned(ceil_div(n, S::kJ)), unsigned(ceil_div(m, S::kI)), unsigned(batch));
-  matmul_simt<T, U><<<grid, kProductThreads, 0, device().compute>>>(a, b, c, int(m), int(n), int(k),
-                                                                    acc_t<T>(alpha));
+  const dim3 grid(ceil_div(n, S::kJ), ceil_div(m, S::kI), batch);
+  matmul_simt<T, U>
+      <<<grid, kProductThreads, 0, device().compute>>>(a, b, c, m, n, k, acc_t<T>(alpha));
   LAUNCHED();
 }
 
@@ -276,14 +276,13 @@ __global__ void __launch_bounds__(kProductThreads, 2)
 template <class U, bool kPacks> void launch_tensor(int64_t m, int64_t n, int64_t k, Operand<bf16> a,
                                                    Operand<bf16> b, Result<U> c, double alpha,
                                                    int64_t batch) {
-  const dim3 grid(unsigned(ceil_div(n, kX)), unsigned(ceil_div(m, kX)), unsigned(batch));
+  const dim3 grid(ceil_div(n, kX), ceil_div(m, kX), batch);
   const auto kernel = a.along_k   ? b.along_k ? matmul_tensor<U, true, true, kPacks, kTensorBytes>
                                               : matmul_tensor<U, true, false, kPacks, kTensorBytes>
                         : b.along_k ? matmul_tensor<U, false, true, kPacks, kTensorBytes>
                                   : matmul_tensor<U, false, false, kPacks, kTensorBytes>;
   allow_shared(kernel, kTensorBytes);
-  kernel<<<grid, kProductThreads, kTensorBytes, device().compute>>>(a, b, c, int(m), int(n), int(k),
-                                                                    float(alpha));
+  kernel<<<grid, kProductThreads, kTensorBytes, device().compute>>>(a, b, c, m, n, k, float(alpha));
   LAUNCHED();
 }
 #endif
@@ -321,14 +320,14 @@ void cublas_matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, const M
   const cublasComputeType_t compute = f64 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
   const cudaDataType_t from = type_of(in), to = type_of(out);
   if (batch == 1)
-    CUBLAS_CHECK(cublasGemmEx(device().blas, op(b), op(a), int(n), int(m), int(k), alpha_, b.data,
-                              from, int(b.ld), a.data, from, int(a.ld), beta_, c.data, to,
-                              int(c.ld), compute, CUBLAS_GEMM_DEFAULT));
+    CUBLAS_CHECK(cublasGemmEx(device().blas, op(b), op(a), n, m, k, alpha_, b.data, from, b.ld,
+                              a.data, from, a.ld, beta_, c.data, to, c.ld, compute,
+                              CUBLAS_GEMM_DEFAULT));
   else
-    CUBLAS_CHECK(cublasGemmStridedBatchedEx(device().blas, op(b), op(a), int(n), int(m), int(k),
-                                            alpha_, b.data, from, int(b.ld), b.stride, a.data, from,
-                                            int(a.ld), a.stride, beta_, c.data, to, int(c.ld),
-                                            c.stride, int(batch), compute, CUBLAS_GEMM_DEFAULT));
+    CUBLAS_CHECK(cublasGemmStridedBatchedEx(device().blas, op(b), op(a), n, m, k, alpha_, b.data,
+                                            from, b.ld, b.stride, a.data, from, a.ld, a.stride,
+                                            beta_, c.data, to, c.ld, c.stride, batch, compute,
+                                            CUBLAS_GEMM_DEFAULT));
 }
 
 }  // namespace

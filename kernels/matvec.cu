@@ -94,17 +94,16 @@ template <int N, int kM, class T> __global__ void __launch_bounds__(256)
 
 template <int kM> void launch(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed) {
   const int64_t K = x.dim(1), columns = y.dim(1);
-  const int m = int(x.dim(0));
+  const int m = x.dim(0);
   const bool packs = in_packs(w.dim(1), {&w});
   if (transposed) {
-    DISPATCH_PACKS(
-        w.dtype(), packs,
-        rows_kernel<N, kM, T>
-        <<<unsigned(ceil_div(columns, kThreads / kWarp)), kThreads, 0, device().compute>>>(
-            y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m));
+    DISPATCH_PACKS(w.dtype(), packs,
+                   rows_kernel<N, kM, T>
+                   <<<ceil_div(columns, kThreads / kWarp), kThreads, 0, device().compute>>>(
+                       y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m));
   } else {
     DISPATCH_PACKS(w.dtype(), packs,
-                   const unsigned blocks = unsigned(ceil_div(columns, kProductLanes * kColumns<N>));
+                   const unsigned blocks = ceil_div(columns, kProductLanes * kColumns<N>);
                    columns_kernel<N, kM, false, T, T><<<blocks, kThreads, 0, device().compute>>>(
                        y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m, false));
   }
@@ -133,14 +132,13 @@ void bias_backward(const Tensor& dbias, const Tensor& dy, bool add) {
   if (!rows && !add) fill(dbias, 0);
   if (!rows) return;
   Tensor sums;
-  DISPATCH_PACKS(dy.dtype(), in_packs(columns, {&dy}), using A = acc_t<T>;
-                 const T* const none = nullptr;
-                 const unsigned blocks = unsigned(ceil_div(columns, kSumLanes * kColumns<N>));
-                 const int64_t chunks = std::min(ceil_div(rows, kChunk), ceil_div(1024, blocks));
-                 if (chunks > 1) sums = Tensor({chunks, columns}, dbias.dtype(), Memory::workspace);
-                 A* const to = chunks > 1 ? sums.data<A>() : dbias.data<A>();
-                 columns_kernel<N, 1, true, A, T>
-                 <<<dim3(blocks, unsigned(chunks)), kThreads, 0, device().compute>>>(
-                     to, none, dy.data<T>(), rows, columns, 1, add && chunks == 1));
+  DISPATCH_PACKS(
+      dy.dtype(), in_packs(columns, {&dy}), using A = acc_t<T>; const T* const none = nullptr;
+      const unsigned blocks = ceil_div(columns, kSumLanes * kColumns<N>);
+      const int64_t chunks = std::min(ceil_div(rows, kChunk), ceil_div(1024, blocks));
+      if (chunks > 1) sums = Tensor({chunks, columns}, dbias.dtype(), Memory::workspace);
+      A* const to = chunks > 1 ? sums.data<A>() : dbias.data<A>(); columns_kernel<N, 1, true, A, T>
+      <<<dim3(blocks, chunks), kThreads, 0, device().compute>>>(to, none, dy.data<T>(), rows,
+                                                                columns, 1, add && chunks == 1));
   if (!sums.empty()) bias_backward(dbias, sums, add);
 }

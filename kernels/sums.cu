@@ -29,8 +29,7 @@ template <int N, bool kSquares, class T> __device__ double sum_over_block(const 
 template <class T, int N> __global__ void __launch_bounds__(256)
     sum_kernel(double* out, const T* x, int64_t n, bool add) {
   const int64_t begin = int64_t(blockIdx.x) * kChunk;
-  const double sum =
-      sum_over_block<N, false>(x + begin, int(n - begin < kChunk ? n - begin : kChunk));
+  const double sum = sum_over_block<N, false>(x + begin, n - begin < kChunk ? n - begin : kChunk);
   if (threadIdx.x == 0) out[blockIdx.x] = add ? out[blockIdx.x] + sum : sum;
 }
 
@@ -73,7 +72,7 @@ void add_sum(const Tensor& total, const Tensor& x) {
   const int64_t n = x.numel(), chunks = std::max(ceil_div(n, kChunk), int64_t(1));
   const Tensor sums = chunks > 1 ? Tensor({chunks}, Dtype::f64, Memory::workspace) : total;
   DISPATCH_PACKS(x.dtype(), in_packs(0, {&x}),
-                 sum_kernel<T, N><<<unsigned(chunks), kThreads, 0, device().compute>>>(
+                 sum_kernel<T, N><<<chunks, kThreads, 0, device().compute>>>(
                      sums.data<double>(), x.data<T>(), n, chunks == 1));
   if (chunks > 1) add_sum(total, sums);
 }
@@ -85,9 +84,8 @@ void sum_of_squares(const Tensor& squares, const UpdateTable& table, size_t of) 
   const Tensor sums({table.size()}, Dtype::f64, Memory::workspace);
   double *const parts = sums.data<double>(), *const out = squares.data<double>();
   DISPATCH(table.compute, squares_kernel<acc_t<T>>
-           <<<unsigned(table.size()), kThreads, 0, device().compute>>>(parts, table.data(), of));
-  parameters_kernel<<<unsigned(table.size()), kThreads, 0, device().compute>>>(out, parts,
-                                                                               table.data());
+           <<<table.size(), kThreads, 0, device().compute>>>(parts, table.data(), of));
+  parameters_kernel<<<table.size(), kThreads, 0, device().compute>>>(out, parts, table.data());
   LAUNCHED();
 }
 

@@ -41,7 +41,7 @@ const char* kStyle = R"(<style>
 std::string draw_text(const Schedule& s, const Timeline& t, double unit) {
   ASSERT(t.makespan > 0, "there is nothing to draw");
   if (unit <= 0) unit = round_up(t.makespan / 100);
-  const int columns = int(std::ceil(t.makespan / unit - 1e-9));
+  const int columns = std::ceil(t.makespan / unit - 1e-9);
   std::vector<std::string> marks(s.stages, std::string(columns, '.')),
       chunks(s.stages, std::string(columns, ' '));
   for_each_computation(s, [&](int stage, int i, const Action& a) {

@@ -116,7 +116,7 @@ static std::string straggler_line(const std::vector<double>& computing, const Js
   std::ranges::sort(sorted);
   const double most = sorted.back(), middle = sorted[(sorted.size() - 1) / 2];
   if (most < 1.5 * middle) return "";
-  const size_t slow = size_t(std::ranges::find(computing, most) - computing.begin());
+  const size_t slow = std::ranges::find(computing, most) - computing.begin();
   return format(
       "  the others wait for rank %zu on %s: of a step it computes for %.1f ms, the "
       "middle one of all ranks for %.1f\n",
@@ -185,34 +185,28 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps
   const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.pipeline.most_live_bytes())},
                   {"traffic", traffic_json(mesh.rank, t, steps)},
                   {"communication_share", time.communicating / time.ms},
-                  {"computing", time.ms - time.communicating},
-                  {"host", host_name()},
+                  {"computing_ms", time.ms - time.communicating},
+                  {"hosts", host_name()},
                   {"took", pipelined ? trainer.pipeline.milliseconds() : std::vector<double>{}}};
   const std::vector<std::string> texts = gather_text(mine.dump());
   if (mesh.rank != 0) return;
 
-  Json layout, memory, traffic = Json::array(), shares, computing, hosts;
+  Json layout, by_rank, traffic = Json::array();
   for (const Axis& axis : mesh.axes) layout[axis.name] = axis.size;
-  Durations took;  // by rank
-  for (const std::string& of_rank : texts) {
-    const Json rank = Json::parse(of_rank);
-    memory.push_back(rank["memory"]);
+  for (const std::string& text : texts) {
+    const Json rank = Json::parse(text);
+    for (const auto& [name, of_rank] : rank.items()) by_rank[name].push_back(of_rank);
     traffic.insert(traffic.end(), rank["traffic"].begin(), rank["traffic"].end());
-    shares.push_back(rank["communication_share"]);
-    computing.push_back(rank["computing"]);
-    hosts.push_back(rank["host"]);
-    took.push_back(rank["took"]);
   }
-  Json summary{{"summary", true},
-               {"layout", layout},
-               {"memory", memory},
-               {"traffic", traffic},
-               {"communication_share", shares},
-               {"computing_ms", computing},
-               {"hosts", hosts}};
+  const Durations took = by_rank["took"];
+  by_rank.erase("took");
+  by_rank["traffic"] = traffic;  // in one list
+  Json summary{{"summary", true}, {"layout", layout}};
+  summary.update(by_rank);
   std::string text = memory_table(m, t, trainer.pipeline.most_live_bytes()) +
-                     traffic_table(mine["traffic"], steps) + communication_line(shares) +
-                     straggler_line(computing, hosts);
+                     traffic_table(mine["traffic"], steps) +
+                     communication_line(summary["communication_share"]) +
+                     straggler_line(summary["computing_ms"], summary["hosts"]);
   if (pipelined) {
     const size_t pipelines = took.size() / trainer.pipeline.schedule().stages;
     Durations stages;  // stage t of the first pipeline is rank t * pipelines

@@ -276,7 +276,7 @@ void show(PlanOptions& o) {
 
   const bool one_zero = o.given.count("zero"), one_schedule = o.given.count("schedule"),
              one_reshard = o.given.count("reshard-after-forward");
-  if (one_schedule) make_schedule(o.schedule, 1, 1, int(o.chunks));  // or it has other chunks
+  if (one_schedule) make_schedule(o.schedule, 1, 1, o.chunks);  // or it has other chunks
   PlanOptions defaults = o;
   for (int64_t& size : defaults.layout.sizes) size = 1;
   resolve(defaults, true);

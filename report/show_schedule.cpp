@@ -77,7 +77,7 @@ void print_lists(const Schedule& s) {
 }
 
 void show(const ShowOptions& o) {
-  const Schedule s = make_schedule(o.name, int(o.stages), int(o.microbatches), int(o.chunks));
+  const Schedule s = make_schedule(o.name, o.stages, o.microbatches, o.chunks);
   const std::string wrong = check(s);
   REQUIRE(wrong.empty(), "the checker refuses this schedule: ", wrong);
   const Timeline t = simulate(s, durations(s, o.times));

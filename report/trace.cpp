@@ -130,10 +130,10 @@ Joined join_works(const std::vector<Json>& ranks) {
   all.shift.resize(ranks.size());
   std::map<std::pair<std::string, int>, std::vector<int>> collectives;  // the k-th of some ranks
   for (size_t r = 0; r < ranks.size(); r++) {
-    const int first = int(all.tasks.size());
+    const int first = all.tasks.size();
     std::map<std::string, int> calls;
     for (const Recorder::Issued w : ranks[r]["works"]) {
-      const int i = int(all.tasks.size());
+      const int i = all.tasks.size();
       all.tasks.push_back({int(r), w.queue, w.processor, w.after < 0 ? -1 : first + w.after});
       all.spans.push_back({w.begin, w.end});
       all.args.push_back(w.event < 0 ? nullptr : &ranks[r]["events"][w.event]["args"]);
@@ -145,7 +145,7 @@ Joined join_works(const std::vector<Json>& ranks) {
   all.sources.resize(all.tasks.size());
   for (const auto& [call, members] : collectives) {
     for (const int i : members) {
-      all.tasks[i].collective = int(all.members.size());
+      all.tasks[i].collective = all.members.size();
       for (const Json& received : (*all.args[i])["receives"])
         for (const int j : members)
           if (received["from"] == all.tasks[j].rank) all.sources[i].push_back(j);
@@ -172,7 +172,7 @@ void align(Joined& all) {
         }
       }
   int64_t first = INT64_MAX;
-  for (size_t i = 0; i < all.tasks.size(); i++) first = std::min(first, all.start(int(i)));
+  for (size_t i = 0; i < all.tasks.size(); i++) first = std::min(first, all.start(i));
   for (int64_t& shift : all.shift) shift -= first;
 }
 
@@ -234,7 +234,7 @@ void Trace::write() const {
       add(e, rank, begin, end);
     }
     units.push_back(ranks[rank]["units"]);
-    first += int(ranks[rank]["works"].size());
+    first += ranks[rank]["works"].size();
   }
   std::string title = list_axes(mesh_, &Axis::size);
   if (title.empty()) title = "one rank";

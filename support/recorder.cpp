@@ -38,7 +38,7 @@ void Recorder::enter(const char* pass, const std::string& part) {
 // ---- works
 
 void Recorder::begin(Queue queue, const std::string& name, double bytes, double flops) {
-  const int work = last_[queue] = int(works.size()), edge = begin_of(work);
+  const int work = last_[queue] = works.size(), edge = begin_of(work);
   works.push_back({queue, std::exchange(waits_for_[queue], -1)});
   open_ = queue;
   if (queue == compute) {
@@ -66,7 +66,7 @@ Json* Recorder::block(const char* op, const std::string& axis, const std::vector
   if (open_ != communication) return nullptr;
   int& event = works.back().event;
   if (event < 0) {
-    event = int(events.size());
+    event = events.size();
     std::string serves = where.part.empty() ? where.pass : where.part;
     if (where.part.empty() && where.microbatch >= 0)
       serves += sentence(" of micro-batch ", where.microbatch);

@@ -14,7 +14,7 @@ int64_t StageMemory::total() const {
 
 int Account::fullest() const {
   const auto most = std::ranges::max_element(stages, {}, &StageMemory::total);
-  return int(most - stages.begin());
+  return most - stages.begin();
 }
 
 Account account(const Job& job) {
@@ -22,7 +22,7 @@ Account account(const Job& job) {
   const int64_t ranks = job.layout.ranks(), pp = job.layout["pp"];
   for (int64_t stage = 1; stage <= pp; stage++) {
     // the last rank of a stage has the largest part of everything
-    const Theory t = theory(job.config, job.layout, int(ranks / pp * stage - 1), job.options);
+    const Theory t = theory(job.config, job.layout, ranks / pp * stage - 1, job.options);
     StageMemory memory{t.persistent};
     memory.held[int(Memory::gather)] = t.gather_bound;
     memory.held[int(Memory::activations)] = t.activations;
@@ -87,8 +87,7 @@ class Search {
   }
 
   void for_schedules(Job job, int64_t data) {
-    const int pp = int(job.layout["pp"]),
-              m = int(job.options.batch / data / job.options.microbatch);
+    const int pp = job.layout["pp"], m = job.options.batch / data / job.options.microbatch;
     for (const std::string& name :
          pp == 1 ? std::vector<std::string>{"1f1b"} : those(schedule_names(), wanted.schedule)) {
       const ScheduleRow& row = schedule_row(name);
@@ -98,7 +97,7 @@ class Search {
       for (const int64_t V : chunks) {
         if (pp * V > config.layers) continue;
         job.options.schedule = name;
-        job.options.chunks = int(V);
+        job.options.chunks = V;
         for_shards(job, Schedule{&row, pp, m, int(V)}, data);
       }
     }

@@ -85,7 +85,7 @@ class RankWork {
     shards = link_of(predictor.cluster, t.fsdp.size, tp);
     const auto parts = t.gpt.parts();
     if (chunk.embedding) add_use(parts[0]);
-    for (int64_t i = 0; i < chunk.blocks; i++) add_use(parts[1], int(i));
+    for (int64_t i = 0; i < chunk.blocks; i++) add_use(parts[1], i);
     if (chunk.head) add_use(parts[2]);
   }
 
@@ -95,9 +95,9 @@ class RankWork {
     for (int i = 0; i < n; i++) {
       const int which = i == 0 ? kFirst : i == n - 1 ? kLast : kMiddle;
       is_last = i == n - 1;
-      for (size_t u = 0; u < uses.size(); u++) forward(int(u));
+      for (size_t u = 0; u < uses.size(); u++) forward(u);
       mark(times.forward[which]);
-      for (size_t u = uses.size(); u-- > 0;) backward(int(u));
+      for (size_t u = uses.size(); u-- > 0;) backward(u);
       mark(times.backward[which]);
       if (!splits) continue;
       for (; !deferred.empty(); deferred.pop_front()) deferred.front()();
@@ -311,7 +311,7 @@ class RankWork {
     reshard(use);
   }
   void sum_over_copies(const Unit& u) {
-    const int n = int(t.mesh.layout["replicate"]);
+    const int n = t.mesh.layout["replicate"];
     if (n > 1)
       send("replicate", links[AxisName("replicate").index], n, Collective::all_reduce,
            u.whole_gradient / t.fsdp.size);
@@ -325,7 +325,7 @@ class RankWork {
       if (t.fsdp.size > 1)
         send("fsdp", shards, t.fsdp.size, Collective::reduce_scatter, u->whole_gradient);
       if (is_last) sum_over_copies(*u);
-      u->reduced = int(issue.tasks.size()) - 1;
+      u->reduced = issue.tasks.size() - 1;
       in_flight.push_back(u);
       while (in_flight.size() > (t.options.fsdp.prefetch > 0 ? 1 : 0)) finish_reduce();
     }
@@ -401,7 +401,7 @@ FewBlocks::FewBlocks(const Job& job, int64_t blocks)
     : config(job.config), options(job.options), mesh(job.layout) {
   config.layers = blocks;
   mesh.layout["pp"] = 1;
-  mesh = Mesh(mesh.layout, int(mesh.layout.ranks()) - 1);  // the largest part of everything
+  mesh = Mesh(mesh.layout, mesh.layout.ranks() - 1);  // the largest part of everything
 }
 
 std::array<double, 3> Predictor::chunk_seconds(const Job& job, const ChunkKind& chunk,
@@ -426,7 +426,7 @@ std::vector<std::vector<ChunkKind>> Predictor::chunks_of(const Schedule& s) cons
 
 // Without actions.
 static Schedule outline(const Job& job) {
-  const int pp = int(job.layout["pp"]);
+  const int pp = job.layout["pp"];
   const ScheduleRow& row = schedule_row(pp > 1 ? job.options.schedule : "1f1b");
   const int64_t ranks = job.options.microbatch * job.layout.data_ranks();
   const int chunks = pp == 1 ? 1 : job.options.chunks ? job.options.chunks : row.chunks();
@@ -465,7 +465,7 @@ static double exchange_seconds(const Predictor& p, const Job& job, const RankWor
   if (p.profile.overlaps_exchanges || job.config.sequence_parallel)
     return collective_seconds(link, 2, Collective::send, bytes);
   return collective_seconds(link, 2, Collective::send, bytes / double(tp)) +
-         collective_seconds(link_of(p.cluster, tp, 1), int(tp), Collective::all_gather, bytes);
+         collective_seconds(link_of(p.cluster, tp, 1), tp, Collective::all_gather, bytes);
 }
 
 Prediction Predictor::predict(const Job& job, double limit) {
@@ -571,7 +571,7 @@ void Predictor::split_bubble(const Job& job, Prediction& prediction) {
 DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& config,
                                   const Layout& layout, int64_t sequences, int64_t length) {
   const Machine& machine = cluster.machine;
-  const Mesh mesh(layout, int(layout.ranks()) - 1);
+  const Mesh mesh(layout, layout.ranks() - 1);
   const SizedGpt gpt(config, mesh["tp"]);
   const double e = double(size_of(config.dtype)), row = double(sequences) * e,
                L = double(config.layers), C = double(config.width),

@@ -139,8 +139,8 @@ static std::string deadlock(const Schedule& s) {
   std::string stuck;
   for (int stage = 0; stage < s.stages; stage++)
     if (spans[stage].size() < s.actions[stage].size())
-      stuck += (stuck.empty() ? "deadlock: " : "; ") + place(s, stage, int(spans[stage].size())) +
-               " waits";
+      stuck +=
+          (stuck.empty() ? "deadlock: " : "; ") + place(s, stage, spans[stage].size()) + " waits";
   return stuck.empty() ? "" : stuck + ".";
 }
 

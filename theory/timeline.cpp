@@ -8,7 +8,7 @@
 #include "support/check.h"
 
 std::vector<Span> run(const std::vector<Task>& tasks) {
-  const int n = int(tasks.size());
+  const int n = tasks.size();
   int ranks = 0, collectives = 0;
   for (const Task& t : tasks) {
     ranks = std::max(ranks, t.rank + 1);
@@ -82,12 +82,12 @@ double makespan(const std::vector<Span>& spans) {
 int Issue::compute(double duration) {
   tasks.push_back({0, Queue::compute, duration, waits_for_});
   waits_for_ = -1;
-  return last_[0] = int(tasks.size()) - 1;
+  return last_[0] = tasks.size() - 1;
 }
 
 int Issue::communicate(double duration) {
   tasks.push_back({0, Queue::communication, duration, last_[0]});
-  return last_[1] = int(tasks.size()) - 1;
+  return last_[1] = tasks.size() - 1;
 }
 
 void Issue::wait_for(int communication) { waits_for_ = std::max(waits_for_, communication); }
@@ -104,7 +104,7 @@ std::vector<Task> tasks_of(const Schedule& s, const Durations& durations, Queue 
     for (int i = 0; i < int(s.actions[stage].size()); i++) {
       const Action& a = s.at(stage, i);
       Task task{stage, Queue::compute, durations[stage][i]};
-      const int number = int(tasks.size());
+      const int number = tasks.size();
       if (a.kind == Action::exchange) {
         task.queue = exchanges;
         for (const Transfer& t : a.transfers) {
