@@ -212,7 +212,7 @@ void Ledger::enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls)
   // what a bandwidth-optimal algorithm sends, in n-ths of the buffer, by collective
   const int64_t n = axis.size, parts[] = {2 * (n - 1), n - 1, n - 1, n, n};
   const int64_t numerator = calls * parts[int(c)] * bytes;
-  const double sent = double(numerator) / double(n);
+  const double sent = double(numerator) / n;
   if (OpTimes::Op* op = op_times.open()) {
     op->work.name = sentence(name_of(c), " (", axis.name, ")");
     op->work.bytes += sent;

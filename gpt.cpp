@@ -100,7 +100,7 @@ std::vector<Param*> params_of(const std::vector<ModelPiece>& pieces) {
 std::vector<Range> split_layers(int64_t layers, double head, int positions) {
   REQUIRE(layers >= positions, layers, " layers cannot be cut into ", positions,
           " pieces (stages x chunks): each needs a layer");
-  const double each = (double(layers) + head) / positions;
+  const double each = (layers + head) / positions;
   std::vector<Range> ranges;
   int64_t end = 0;
   for (int v = 0; v < positions; v++) {

@@ -143,7 +143,7 @@ void make_wait(cudaStream_t stream, cudaStream_t other) {
 
 // ---- memory
 
-static std::string mib(int64_t bytes) { return format("%.1f MiB", double(bytes) / 1048576.0); }
+static std::string mib(int64_t bytes) { return format("%.1f MiB", bytes / 1048576.0); }
 
 std::string describe_memory(const MemoryUse& m) {
   std::string s;

@@ -76,10 +76,10 @@ void Trainer::gradients(const Batch& batch) {
   recorder.enter("begin");
   fill(total_, 0);
   fsdp.begin_step(pipeline.schedule().microbatches);
-  pipeline.run(
-      activation(b, T), gpt.config.dtype, [&](Tape& tape, int chunk, const Var& x, int microbatch) {
-        return forward_loss(tape, chunk, x, batch[microbatch], 1.0 / double(options.batch * T));
-      });
+  pipeline.run(activation(b, T), gpt.config.dtype,
+               [&](Tape& tape, int chunk, const Var& x, int microbatch) {
+                 return forward_loss(tape, chunk, x, batch[microbatch], 1.0 / (options.batch * T));
+               });
   fsdp.finish_backward();
   if (exchanges_tied_) pipeline.sum_tied(fsdp.units().at(kTied).shard_grad);
   sum_loss();
@@ -94,7 +94,7 @@ Var Trainer::forward(Tape& tape, int chunk, Var x, const Tokens& tokens) {
 Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale) {
   Var y = forward(tape, chunk, x, tokens);
   if (!has_head(pieces_[chunk])) return y;
-  scale /= double(gpt.cp.copies(tokens.length));
+  scale /= gpt.cp.copies(tokens.length);
   recorder.enter("forward", "loss");
   gpt.tp.cross_entropy(tape, std::move(y), tokens.targets, gpt.config.vocab, scale, total_);
   return {};
@@ -176,7 +176,7 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
     for (int64_t i = 0; i < times; i++) {
       const int64_t mine = first + first_sequence(i, count);
       batch.push_back(read(std::min(mine, sequences - count), count, T, held_out));
-      scales.push_back(mine < sequences ? 1.0 / double(sequences * T) : 0.0);
+      scales.push_back(mine < sequences ? 1.0 / (sequences * T) : 0.0);
     }
     pipeline.forward(activation(count, T), gpt.config.dtype, times,
                      [&](Tape& tape, int chunk, const Var& x, int i) {

@@ -101,7 +101,7 @@ inline double flops_of_product(const Tensor& out, const Positions& queries, cons
   for (int64_t row = 0; row < queries.rows(); row++)
     for (const Range& piece : {keys.low, keys.high})
       pairs += std::clamp<int64_t>(queries[row] + 1 - piece.begin, 0, piece.size());
-  return 2.0 * double(pairs) * double(out.numel()) / double(std::max<int64_t>(queries.rows(), 1));
+  return 2.0 * pairs * out.numel() / std::max<int64_t>(queries.rows(), 1);
 }
 
 // (B,H,queries) acc: the sum over d of dout * out, both (B,queries,H,D)

@@ -332,8 +332,9 @@ void forward(unsigned heads, Sizes n, Results out, acc_t<T>* lse, Inputs<T> in) 
   n.tiles = ceil_div(n.queries.rows, S::kTile);
   const size_t bytes = forward_bytes<S>();
   allow_shared(flash_forward<T, kD>, bytes);
-  flash_forward<T, kD><<<heads * n.tiles, S::kThreads, bytes, device().compute>>>(
-      out, lse, in, n, acc_t<T>(1 / std::sqrt(double(n.D))));
+  flash_forward<T, kD>
+      <<<heads * n.tiles, S::kThreads, bytes, device().compute>>>(out, lse, in, n,
+                                                                  acc_t<T>(1 / std::sqrt(n.D)));
   LAUNCHED();
 }
 
@@ -346,8 +347,8 @@ template <class T, int kD> void backward(unsigned heads, Sizes n, Gradients d, R
     n.tiles = ceil_div(owns_keys ? n.keys.rows : n.queries.rows, S::kTile);
     if (!n.tiles) continue;
     allow_shared(kernel, bytes);
-    kernel<<<heads * n.tiles, S::kThreads, bytes, device().compute>>>(
-        d, dout, lse, delta, in, n, acc_t<T>(1 / std::sqrt(double(n.D))));
+    kernel<<<heads * n.tiles, S::kThreads, bytes, device().compute>>>(d, dout, lse, delta, in, n,
+                                                                      acc_t<T>(1 / std::sqrt(n.D)));
     LAUNCHED();
   }
 }

@@ -90,7 +90,7 @@ struct Problem {
         Tq(n.queries.rows),
         Tk(n.keys.rows),
         rows(H * Tq),
-        scale(1 / std::sqrt(double(n.D))) {}
+        scale(1 / std::sqrt(n.D)) {}
   int64_t scores() const { return n.H * Tq * Tk; }  // of a sequence
   // (H,Tq,Tk)
   Matrix matrix(const Tensor& scores, bool transposed = false) const {

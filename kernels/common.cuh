@@ -143,7 +143,7 @@ inline bool in_packs(int64_t width, std::initializer_list<const Tensor*> tensors
 // Threads of a block for rows of so many packs: as few rounds as `most` threads can, and nobody
 // idle in the last one, so that a row of 96 packs has 96 threads and not 256.
 inline unsigned row_threads(int64_t packs, int most) {
-  const int64_t rounds = std::max(ceil_div(packs, most), int64_t(1));
+  const int64_t rounds = std::max<int64_t>(ceil_div(packs, most), 1);
   return ceil_div(ceil_div(packs, rounds), kWarp) * kWarp;
 }
 

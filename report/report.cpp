@@ -13,7 +13,7 @@
 
 using Json = nlohmann::ordered_json;
 
-static double mib(int64_t bytes) { return double(bytes) / 1048576.0; }
+static double mib(int64_t bytes) { return bytes / 1048576.0; }
 
 // ---- the setup
 
