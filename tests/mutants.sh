@@ -124,7 +124,7 @@ mutant faults the_shards_are_swapped \
   fsdp.cpp 's/(mine = u).shard_of\(u.whole_grad\)/\1.whole_grad.part(0, {u.shard_size})/' \
   2 immediate test_fsdp $parity
 mutant faults the_loss_is_scaled_twice \
-  trainer.cpp 's/1.0 \/ double\(options.batch/2.0 \/ double(options.batch/' \
+  trainer.cpp 's/1.0 \/ \(options.batch/2.0 \/ (options.batch/' \
   2 immediate test_fsdp $parity
 mutant faults a_rank_repeats_the_sequences_of_another \
   trainer.cpp 's/turn \* axis.size \+ axis.rank/turn * axis.size/' \
@@ -205,7 +205,7 @@ mutant faults only_the_last_rank_adds_to_a_key_s_gradient \
 mutant faults the_loss_is_of_one_ranks_tokens \
   trainer.cpp '/splits_sequence\)\) axes.push_back/d' 2 immediate test_context_parallel $parity_cp
 mutant faults a_whole_text_counts_on_every_rank \
-  trainer.cpp '/scale \/= double/d' 3 immediate test_context_parallel $parity_cp
+  trainer.cpp '/scale \/= /d' 3 immediate test_context_parallel $parity_cp
 mutant faults pieces_of_the_plain_cut \
   context_parallel.cpp \
   's/\{piece\(rank\), piece\(pieces - 1 - rank\)\}/{piece(2 * rank), piece(2 * rank + 1)}/' \
