@@ -10,11 +10,11 @@
 //           forward for each later stage, then does one forward and one backward in turn.
 //
 // traffic   an activation forward and its gradient backward at each cut between two stages: m sends
-//           each of S*C elements in the compute dtype (S: rows that a rank holds); the tied
+//           each way, of S*C elements in the compute dtype (S: rows that a rank holds); the tied
 //           embedding's gradient once a step, where first and last piece of the model are on two
 //           stages: from each its shard, vocabulary*C / (tp fsdp cp) elements of the master dtype;
-//           loss and norm, two small all-reduces of all stages.
-//           The ledger enters sends at the sender alone; theory/pipeline.cpp predicts them.
+//           loss and norm, two small all-reduces over all stages. The ledger enters sends at the
+//           sender alone; theory/pipeline.cpp predicts all of it.
 // memory    weights, gradients and optimizer state of this stage's layers; activations of as many
 //           micro-batches as the schedule keeps alive; parcels: what the next exchange receives,
 //           what came and was not used yet, what waits to be sent, and what at most four exchanges
@@ -35,7 +35,7 @@
 //   inbox_    parcels that came, or the memory for those that the next exchange receives
 //
 //   the compute stream             the communication queue
-//                                                  the exchange before, issued
+//                                             the exchange before
 //     prepare_room  ---- room is free ---+
 //     forward                            |
 //     put_in_outbox ---- computed -------+-->  exchange: waits for both, then sends and receives

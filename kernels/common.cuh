@@ -43,7 +43,7 @@ constexpr int block_threads(int threads) { return threads; }  // cpu/cuda/fast.h
 #define LAUNCHED() CUDA_CHECK(cudaGetLastError())  // follows each launch
 
 // DISPATCH(x.dtype(), kernel<T><<<...>>>(x.data<T>())): the statement with T = float, double or
-// __nv_bfloat16
+// __nv_bfloat16. A tensor of another dtype is refused by its data<T>(): no kernel is handed one.
 #define DISPATCH(dtype_, ...)                                          \
   switch (dtype_) {                                                    \
     case Dtype::f32: {                                                 \

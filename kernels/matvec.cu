@@ -132,13 +132,14 @@ void bias_backward(const Tensor& dbias, const Tensor& dy, bool add) {
   if (!rows && !add) fill(dbias, 0);
   if (!rows) return;
   Tensor sums;
-  DISPATCH_PACKS(
-      dy.dtype(), in_packs(columns, {&dy}), using A = acc_t<T>; const T* const none = nullptr;
-      const unsigned blocks = ceil_div(columns, kSumLanes * kColumns<N>);
-      const int64_t chunks = std::min(ceil_div(rows, kChunk), ceil_div(1024, blocks));
-      if (chunks > 1) sums = Tensor({chunks, columns}, dbias.dtype(), Memory::workspace);
-      A* const to = chunks > 1 ? sums.data<A>() : dbias.data<A>(); columns_kernel<N, 1, true, A, T>
-      <<<dim3(blocks, chunks), kThreads, 0, device().compute>>>(to, none, dy.data<T>(), rows,
-                                                                columns, 1, add && chunks == 1));
+  DISPATCH_PACKS(dy.dtype(), in_packs(columns, {&dy}), using A = acc_t<T>;
+                 const T* const none = nullptr;
+                 const unsigned blocks = ceil_div(columns, kSumLanes * kColumns<N>);
+                 const int64_t chunks = std::min(ceil_div(rows, kChunk), ceil_div(1024, blocks));
+                 if (chunks > 1) sums = Tensor({chunks, columns}, dbias.dtype(), Memory::workspace);
+                 A* const to = chunks > 1 ? sums.data<A>() : dbias.data<A>();
+                 columns_kernel<N, 1, true, A, T>
+                 <<<dim3(blocks, unsigned(chunks)), kThreads, 0, device().compute>>>(
+                     to, none, dy.data<T>(), rows, columns, 1, add && chunks == 1));
   if (!sums.empty()) bias_backward(dbias, sums, add);
 }

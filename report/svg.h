@@ -1,4 +1,5 @@
 // svg.h: a picture in SVG, written element by element.
+// test      tests/test_schedule.cpp, tests/test_plan.sh
 #pragma once
 #include <sstream>
 
