@@ -93,7 +93,7 @@ std::vector<Param*> params_of(const std::vector<ModelPiece>& pieces) {
   for (const ModelPiece& piece : pieces)
     for (const ModelPart& part : piece)
       for (Param* p : part.params)
-        if (std::find(all.begin(), all.end(), p) == all.end()) all.push_back(p);
+        if (std::ranges::find(all, p) == all.end()) all.push_back(p);
   return all;
 }
 
@@ -105,7 +105,7 @@ std::vector<Range> split_layers(int64_t layers, double head, int positions) {
   int64_t end = 0;
   for (int v = 0; v < positions; v++) {
     const int64_t begin = end, later = positions - 1 - v;
-    end = std::clamp(int64_t(std::llround(each * (v + 1))), begin + 1, layers - later);
+    end = std::clamp(std::lround(each * (v + 1)), begin + 1, layers - later);
     ranges.push_back({begin, end});
   }
   return ranges;

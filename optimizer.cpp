@@ -8,7 +8,7 @@ UpdateTable update_table(const std::vector<Shard>& shards) {
   std::vector<UpdatePiece> pieces;
   UpdateTable table;
   for (const Shard& s : shards) {
-    const int64_t n = s.weights.numel(), count = (n + kPieceSize - 1) / kPieceSize;
+    const int64_t n = s.weights.numel(), count = ceil_div(n, kPieceSize);
     table.elements += n;
     table.compute = (s.compute.empty() ? s.weights : s.compute).dtype();
     for (const Tensor* x : {&s.m, &s.v, &s.gradient})

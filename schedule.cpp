@@ -85,12 +85,10 @@ std::vector<std::string> schedule_names() {
 }
 
 const ScheduleRow& schedule_row(std::string_view name) {
-  std::string names;
-  for (const ScheduleRow& row : kRows) {
-    if (row.name == name) return row;
-    names += sentence(" ", row.name);
-  }
-  throw Error(sentence("there is no schedule '", name, "': choose one of", names));
+  const auto row = std::ranges::find(kRows, name, &ScheduleRow::name);
+  REQUIRE(row != std::end(kRows), "there is no schedule '", name, "': choose one of ",
+          join(schedule_names(), " "));
+  return *row;
 }
 
 // What a stage computes, in order. A code is a letter of Phases, with or without a digit. Without
@@ -158,7 +156,7 @@ static void place_transfers(Schedule& s) {
     double when = 0;
     std::map<int, std::vector<Transfer>> of;  // by stage
   };
-  const auto lists = std::exchange(s.actions, {size_t(s.stages), std::vector<Action>{}});
+  const auto lists = std::exchange(s.actions, std::vector<std::vector<Action>>(s.stages));
   std::vector<size_t> started(s.stages);
   std::vector<double> idle_from(s.stages);
   std::vector<std::map<Transfer, double>> came(s.stages);  // [stage]: inputs, and when

@@ -156,8 +156,10 @@ Transfer other_end(const Schedule& s, int stage, const Transfer& transfer);
 // Calls f(stage, index, action) for each.
 template <class F> void for_each_computation(const Schedule& s, const F& f) {
   for (int stage = 0; stage < s.stages; stage++)
-    for (int i = 0; i < int(s.actions[stage].size()); i++)
-      if (s.at(stage, i).kind != Action::exchange) f(stage, i, s.at(stage, i));
+    for (int i = 0; const Action& action : s.actions[stage]) {
+      if (action.kind != Action::exchange) f(stage, i, action);
+      i++;
+    }
 }
 
 const char* name_of(Action::Kind kind);

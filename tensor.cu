@@ -172,10 +172,11 @@ Buffer::Buffer(int64_t bytes, Memory category) : bytes(bytes), category(category
     CUDA_CHECK(status);
   }
   MemoryUse& m = d.memory;
-  m.now[int(category)] += bytes;
-  m.peak[int(category)] = std::max(m.peak[int(category)], m.now[int(category)]);
+  const int i = int(category);
+  m.now[i] += bytes;
+  m.peak[i] = std::max(m.peak[i], m.now[i]);
   m.total += bytes;
-  if (recorder.on) recorder.allocated(int(category), bytes);
+  if (recorder.on) recorder.allocated(i, bytes);
   if (m.total <= m.total_peak) return;
   m.total_peak = m.total;
   m.at_peak = m.now;
@@ -241,8 +242,7 @@ template <class T> __global__ void __launch_bounds__(256)
   for_tile<kThreads, 1>(n, [=](int64_t i, auto) {
     const int64_t own = start + i,
                   g = own / width * s.split * s.inner + s.begin * s.inner + own % width;
-    const Philox4 r =
-        philox(uint32_t(g), uint32_t(g >> 32), parameter, 0, uint32_t(seed), uint32_t(seed >> 32));
+    const Philox4 r = philox(g, g >> 32, parameter, 0, seed, seed >> 32);
     int sum = 0;
     for (int k = 0; k < 4; k++) sum += int(r.v[k] & 0xffff) + int(r.v[k] >> 16);
     // eight halves of mean 0xffff / 2

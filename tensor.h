@@ -42,9 +42,8 @@ template <> struct DtypeOf<int> { static constexpr Dtype value = Dtype::i32; };
 
 using Shape = std::vector<int64_t>;
 int64_t elements(const Shape& shape);
-inline int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 std::string to_string(const Shape& shape);  // "(2, 3)"
 
 // ---- streams
@@ -170,7 +169,7 @@ struct Work {
   // floating-point operations of products.
   double bytes = 0, flops = 0;
 };
-template <class... T> double bytes_of(const T&... x) { return double((x.bytes() + ...)); }
+template <class... T> double bytes_of(const T&... x) { return (x.bytes() + ...); }
 
 class OpTimes {  // of what has been timed since start()
  public:

@@ -160,7 +160,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
   Metrics none("");
   compare_with_theory(mesh, trainer, step - resumed, progress.step_time(),
                       error.empty() ? metrics : none);
-  if (o.profile) profile.print(trainer, o.batch, prints);
+  if (o.profile) profile.print(trainer, prints);
   if (trace && !trace->empty()) watch.at_files([&] { trace->write(); });
   collectively(job, [&] {
     REQUIRE(error.empty(), error, ": stopped after step ", step,

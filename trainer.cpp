@@ -184,7 +184,7 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
                      });
   };
   add(0, b, rounds);  // whole rounds first, then one sequence a rank
-  add(rounds * round, 1, (sequences - rounds * round + ranks - 1) / ranks);
+  add(rounds * round, 1, ceil_div(sequences - rounds * round, ranks));
   sum_loss();
   fsdp.end_step();
   return loss();

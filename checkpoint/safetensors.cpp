@@ -27,7 +27,7 @@ WrittenFile write_safetensors(const std::string& path, const std::vector<NamedAr
                       {"data_offsets", {begin, end}}};
   }
   std::string text = header.dump();
-  text.resize((text.size() + 7) / 8 * 8, ' ');
+  text.resize(round_up(text.size(), 8), ' ');
   const uint64_t length = text.size();
   return write_file(path, [&](const Write& write) {
     write({reinterpret_cast<const char*>(&length), sizeof length});

@@ -4,7 +4,6 @@
 #include "checkpoint/checkpoint.h"
 #include "launch/options.h"
 #include "support/data.h"
-#include "trainer.h"
 
 // Before options are resolved: the sizes that --resume is not told are the checkpoint's, all of
 // them or that of the vocabulary alone.

@@ -67,15 +67,16 @@ Generator::Logits Generator::decode(const std::vector<int>& tokens) {
 }
 
 std::vector<int> Generator::share(std::vector<int> picked) {
-  if (mesh_["pp"].size == 1) return picked;
+  const Axis& pp = mesh_["pp"];
+  if (pp.size == 1) return picked;
   picked.resize(sequences_);
   const Tensor tokens({sequences_}, Dtype::i32, Memory::data);
   upload(tokens, picked.data());
   make_wait(mesh_.stream, device().compute);  // the tokens must be on the device
   const Timed timed(mesh_.stream);
-  ledger.broadcast(mesh_["pp"], tokens.bytes());
-  NCCL_CHECK(ncclBroadcast(tokens.raw(), tokens.raw(), sequences_, ncclInt32, mesh_["pp"].size - 1,
-                           mesh_["pp"].comm, mesh_.stream));
+  ledger.broadcast(pp, tokens.bytes());
+  NCCL_CHECK(ncclBroadcast(tokens.raw(), tokens.raw(), sequences_, ncclInt32, pp.size - 1, pp.comm,
+                           mesh_.stream));
   make_wait(device().compute, mesh_.stream);  // they must have arrived
   download(tokens, picked.data());
   return picked;

@@ -16,7 +16,6 @@
 #pragma once
 #include <map>
 
-#include "gpt.h"
 #include "pipeline.h"
 #include "checkpoint/checkpoint.h"
 

@@ -25,19 +25,15 @@ int pick(const std::vector<double>& logits, const Sampling& how, int64_t positio
   if (how.top_k > 0 || how.top_p < 1) {  // the likeliest first, equals by number
     const auto comes_first = [&](int a, int b) { return p[a] != p[b] ? p[a] > p[b] : a < b; };
     const size_t most = how.top_k > 0 ? std::min(order.size(), size_t(how.top_k)) : order.size();
-    if (most < order.size())
-      std::nth_element(order.begin(), order.begin() + most, order.end(), comes_first);
+    if (most < order.size()) std::ranges::nth_element(order, order.begin() + most, comes_first);
     order.resize(most);
-    std::sort(order.begin(), order.end(), comes_first);
+    std::ranges::sort(order, comes_first);
   }
   std::vector<double> sums;  // of the probabilities up to each
   for (double sum = 0; const int v : order) sums.push_back(sum += p[v]);
   // the first that reaches top_p
   const auto last = std::lower_bound(sums.begin(), sums.end() - 1, how.top_p * sums.back());
-  const uint64_t at = position;
-  const double u = philox(uint32_t(at), uint32_t(at >> 32), uint32_t(sequence), 1,
-                          uint32_t(how.seed), uint32_t(how.seed >> 32))
-                       .v[0] /
-                   4294967296.0;
+  const Philox4 r = philox(position, position >> 32, sequence, 1, how.seed, how.seed >> 32);
+  const double u = r.v[0] / 4294967296.0;
   return order[std::upper_bound(sums.begin(), last, u * *last) - sums.begin()];
 }

@@ -22,7 +22,7 @@ static std::string encode_files(const std::vector<MappedFile>& texts, const std:
       said = {};
       say(sentence(text.path, ": ", end, " of ", text.view.size(), " bytes are encoded"));
     });
-  const int64_t count = (int64_t(shard.size()) - kShardHeader) / kind.width;
+  const int64_t count = (shard.size() - kShardHeader) / kind.width;
   REQUIRE(count <= INT32_MAX, name, " has ", count, " tokens, and a shard at most ", INT32_MAX,
           ": cut it into several files");
   const int32_t header[] = {kind.magic, kind.version, int32_t(count)};

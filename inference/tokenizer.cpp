@@ -103,8 +103,8 @@ void Tokenizer::add(int64_t token, const std::string& text) {
           vocab_);
   if (size() <= token) texts_.resize(token + 1);
   std::string& place = texts_[token];
-  REQUIRE(!text.empty() && place.empty() && tokens_.insert({text, int(token)}).second,
-          "it has token ", token, " twice, an empty one, or two of one text");
+  REQUIRE(!text.empty() && place.empty() && tokens_.emplace(text, token).second, "it has token ",
+          token, " twice, an empty one, or two of one text");
   place = text;
   longest_ = std::max(longest_, int64_t(text.size()));
 }

@@ -17,15 +17,15 @@ constexpr int kThreads = block_threads(256);
 template <class A> struct Factors {
   A lr, keep1, take1, keep2, take2, correct1, correct2, eps, weight_decay;
   explicit Factors(const AdamW& o)
-      : lr(A(o.lr)),
-        keep1(A(o.beta1)),
-        take1(A(1 - o.beta1)),
-        keep2(A(o.beta2)),
-        take2(A(1 - o.beta2)),
-        correct1(A(1 / (1 - std::pow(o.beta1, double(o.step))))),
-        correct2(A(1 / (1 - std::pow(o.beta2, double(o.step))))),
-        eps(A(o.eps)),
-        weight_decay(A(o.weight_decay)) {}
+      : lr(o.lr),
+        keep1(o.beta1),
+        take1(1 - o.beta1),
+        keep2(o.beta2),
+        take2(1 - o.beta2),
+        correct1(1 / (1 - std::pow(o.beta1, o.step))),
+        correct2(1 / (1 - std::pow(o.beta2, o.step))),
+        eps(o.eps),
+        weight_decay(o.weight_decay) {}
 };
 
 // One block a piece: weights, m, v of A updated from gradient * clip; compute of T, if there, =
@@ -66,7 +66,7 @@ void adamw(const UpdateTable& table, const Tensor& clip, const AdamW& options) {
                      (7 * size_of(master) + (table.compute != master) * size_of(table.compute))));
   ASSERT(clip.numel() == 1 && options.step >= 1);
   if (!table.size()) return;
-  DISPATCH(table.compute, using A = acc_t<T>; adamw_kernel<T, kPack<A>>
+  DISPATCH(table.compute, adamw_kernel<T, kPack<A>>
            <<<table.size(), kThreads, 0, device().compute>>>(table.data(), clip.data<double>(),
                                                              Factors<A>(options)));
 }

@@ -114,7 +114,7 @@ void attention_decode(const Tensor& out, const Tensor& cache, const Tensor& qkv,
                                                          : decode_kernel<T, kMaxD>;
            kernel<<<B * H, kThreads, 0, device().compute>>>(out.data<T>(), cache.data<T>(),
                                                             qkv.data<T>(), lengths.data<int>(), H,
-                                                            S, D, acc_t<T>(1 / std::sqrt(D))));
+                                                            S, D, 1 / std::sqrt(D)));
 }
 
 void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t first, int64_t H) {

@@ -403,7 +403,7 @@ Tensor flash::delta_of(const Tensor& dout, const Tensor& out, int64_t B, const S
   const unsigned blocks = ceil_div(rows, kDeltaRows);
   DISPATCH_PACKS(out.dtype(), in_packs(n.D, {&dout, &out}),
                  flash_delta<T, N><<<blocks, kProductThreads, 0, device().compute>>>(
-                     delta.data<acc_t<T>>(), dout.data<T>(), out.data<T>(), n, rows));
+                     delta.data<A>(), dout.data<T>(), out.data<T>(), n, rows));
   return delta;
 }
 

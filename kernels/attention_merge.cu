@@ -54,7 +54,7 @@ void merge_attention(const Tensor& out, const Tensor& lse, const Tensor& part,
   ASSERT(part.numel() == out.numel() && part_lse.numel() == rows && out.numel() % rows == 0);
   const unsigned blocks = ceil_div(rows, kRows);
   const int D = out.numel() / rows;
-  DISPATCH(out.dtype(), using A = acc_t<T>; merge_kernel<A>
+  DISPATCH(out.dtype(), merge_kernel<A>
            <<<blocks, kThreads, 0, device().compute>>>(out.data<A>(), lse.data<A>(), part.data<A>(),
                                                        part_lse.data<A>(), T_, H, D, rows));
 }
@@ -72,5 +72,5 @@ void copy_columns(const Tensor& to, int64_t to_first, const Tensor& from, int64_
                                                                   columns);
   };
   DISPATCH(to.dtype(), if (from.dtype() == to.dtype()) launch(to.data<T>(), from.data<T>());
-           else launch(to.data<T>(), from.data<acc_t<T>>()));
+           else launch(to.data<T>(), from.data<A>()));
 }

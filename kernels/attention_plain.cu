@@ -71,7 +71,7 @@ struct Heads : Parts {
   Matrix part(int64_t b, int64_t part, bool transposed) const {
     return {begin(part, b), ld(), transposed, D};
   }
-  Matrix first(int64_t b, bool transposed = false) const { return part(b, 0, transposed); }
+  Matrix first(int64_t b) const { return part(b, 0, false); }
   Matrix keys(int64_t b, bool transposed = false) const { return part(b, parts - 2, transposed); }
   Matrix values(int64_t b, bool transposed = false) const { return part(b, parts - 1, transposed); }
 };
@@ -98,9 +98,9 @@ struct Problem {
   }
   Tensor of(const Tensor& all, int64_t b) const { return all.part(b * scores(), {n.H, Tq, Tk}); }
   Tensor rows_of(const Tensor& all, int64_t b) const { return all.part(b * rows, {rows}); }
-  // s (H,Tq,Tk) = q k^T * scale
-  void multiply(const Tensor& s, Matrix q, Matrix k_transposed) const {
-    matmul(s.dtype(), s.dtype(), Tq, Tk, n.D, q, k_transposed, matrix(s), scale, 0, n.H);
+  // s (H,Tq,Tk) = a b^T * factor, of queries and keys
+  void multiply(const Tensor& s, Matrix a, Matrix b_transposed, double factor) const {
+    matmul(s.dtype(), s.dtype(), Tq, Tk, n.D, a, b_transposed, matrix(s), factor, 0, n.H);
   }
 };
 
@@ -120,10 +120,10 @@ void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor&
   const Tensor one = keeps ? Tensor() : Tensor({H, x.Tq, x.Tk}, dtype, Memory::workspace);
   for (int64_t b = 0; b < B; b++) {
     const Tensor p = keeps ? x.of(probabilities, b) : one;
-    x.multiply(p, qs.first(b), kvs.keys(b, true));
+    x.multiply(p, qs.first(b), kvs.keys(b, true), x.scale);
     const Tensor sums = lse.empty() ? lse : x.rows_of(lse, b);
     DISPATCH(dtype, causal_softmax<T>
-             <<<x.rows, kThreads, 0, device().compute>>>(p.data<T>(), sums.data<acc_t<T>>(), x.n));
+             <<<x.rows, kThreads, 0, device().compute>>>(p.data<T>(), sums.data<A>(), x.n));
     matmul(dtype, out.dtype(), x.Tq, x.n.D, x.Tk, x.matrix(p), kvs.values(b), y.first(b), 1, 0, H);
   }
 }
@@ -147,16 +147,14 @@ void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
   for (int64_t b = 0; b < B; b++) {
     const Tensor p = kept ? x.of(probabilities, b) : again;
     if (!kept) {
-      x.multiply(p, qs.first(b), kvs.keys(b, true));
+      x.multiply(p, qs.first(b), kvs.keys(b, true), x.scale);
       DISPATCH(dtype, softmax_again<T><<<x.rows, kThreads, 0, device().compute>>>(
-                          p.data<T>(), x.rows_of(lse, b).data<acc_t<T>>(), x.n));
+                          p.data<T>(), x.rows_of(lse, b).data<A>(), x.n));
     }
     matmul(dtype, to, x.Tk, x.n.D, x.Tq, x.matrix(p, true), dy.first(b), dkvs.values(b), 1, add, H);
-    matmul(dtype, dtype, x.Tq, x.Tk, x.n.D, dy.first(b), kvs.values(b, true), x.matrix(ds), 1, 0,
-           H);
+    x.multiply(ds, dy.first(b), kvs.values(b, true), 1);
     DISPATCH(dtype, causal_softmax_backward<T><<<x.rows, kThreads, 0, device().compute>>>(
-                        ds.data<T>(), p.data<T>(), x.rows_of(delta, b).data<acc_t<T>>(), x.Tk,
-                        acc_t<T>(x.scale)));
+                        ds.data<T>(), p.data<T>(), x.rows_of(delta, b).data<A>(), x.Tk, x.scale));
     matmul(dtype, to, x.Tq, x.n.D, x.Tk, x.matrix(ds), kvs.keys(b), dqs.first(b), 1, add, H);
     matmul(dtype, to, x.Tk, x.n.D, x.Tq, x.matrix(ds, true), qs.first(b), dkvs.keys(b), 1, add, H);
   }

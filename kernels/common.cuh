@@ -43,24 +43,22 @@ constexpr int block_threads(int threads) { return threads; }  // cpu/cuda/fast.h
 #define LAUNCHED() CUDA_CHECK(cudaGetLastError())  // follows each launch
 
 // DISPATCH(x.dtype(), kernel<T><<<...>>>(x.data<T>())): the statement with T = float, double or
-// __nv_bfloat16. A tensor of another dtype is refused by its data<T>(): no kernel is handed one.
+// __nv_bfloat16, and A = acc_t<T>. A tensor of another dtype is refused by its data<T>(): no kernel
+// is handed one.
 #define DISPATCH(dtype_, ...)                                          \
   switch (dtype_) {                                                    \
-    case Dtype::f32: {                                                 \
-      using T = float;                                                 \
-      __VA_ARGS__;                                                     \
-    } break;                                                           \
-    case Dtype::bf16: {                                                \
-      using T = __nv_bfloat16;                                         \
-      __VA_ARGS__;                                                     \
-    } break;                                                           \
-    case Dtype::f64: {                                                 \
-      using T = double;                                                \
-      __VA_ARGS__;                                                     \
-    } break;                                                           \
+    DISPATCH_CASE(f32, float, __VA_ARGS__)                             \
+    DISPATCH_CASE(bf16, __nv_bfloat16, __VA_ARGS__)                    \
+    DISPATCH_CASE(f64, double, __VA_ARGS__)                            \
     default: throw Error(sentence("no kernel for ", name_of(dtype_))); \
   }                                                                    \
   LAUNCHED()
+#define DISPATCH_CASE(dtype_, T_, ...)   \
+  case Dtype::dtype_: {                  \
+    using T = T_;                        \
+    using A [[maybe_unused]] = acc_t<T>; \
+    __VA_ARGS__;                         \
+  } break;
 
 // The same, with N elements in a pack: 16 bytes where `packs` (see in_packs), else single elements.
 #define DISPATCH_PACKS(dtype_, packs_, ...) \
@@ -87,8 +85,6 @@ template <class T, class A> __device__ __forceinline__ T store(A x) { return sta
 template <> __device__ __forceinline__ __nv_bfloat16 store<__nv_bfloat16, float>(float x) {
   return __float2bfloat16(x);
 }
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Before a launch whose blocks share more than 48 KiB
 template <class K> void allow_shared(K kernel, size_t bytes) {

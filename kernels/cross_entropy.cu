@@ -122,11 +122,11 @@ void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& tar
   const int64_t R = targets.numel(), ld = row_length(logits, R, V);
   ASSERT(losses.numel() == R);
   if (!R) return;
-  DISPATCH_PACKS(logits.dtype(), in_packs(ld, {&logits}), using A = acc_t<T>;
+  DISPATCH_PACKS(logits.dtype(), in_packs(ld, {&logits}),
                  const auto kernel = gradient ? cross_entropy_kernel<T, N, true>
                                               : cross_entropy_kernel<T, N, false>;
-                 kernel<<<R, kThreads, 0, device().compute>>>(
-                     losses.data<A>(), logits.data<T>(), targets.data<int>(), V, ld, A(scale)));
+                 kernel<<<R, kThreads, 0, device().compute>>>(losses.data<A>(), logits.data<T>(),
+                                                              targets.data<int>(), V, ld, scale));
 }
 
 void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targets, int64_t V) {
@@ -134,7 +134,7 @@ void softmax_parts(const Tensor& parts, const Tensor& logits, const Tensor& targ
   const int64_t R = targets.numel(), ld = row_length(logits, R, V);
   ASSERT(parts.numel() == 3 * R);
   if (!R) return;
-  DISPATCH_PACKS(logits.dtype(), in_packs(ld, {&logits}), using A = acc_t<T>;
+  DISPATCH_PACKS(logits.dtype(), in_packs(ld, {&logits}),
                  softmax_parts_kernel<T, N><<<R, kThreads, 0, device().compute>>>(
                      parts.data<A>(), logits.data<T>(), targets.data<int>(), V, ld, R));
 }
@@ -145,9 +145,8 @@ void softmax_rescale(const Tensor& parts, const Tensor& top) {
   ASSERT(parts.numel() == 3 * R);
   if (!R) return;
   const unsigned blocks = ceil_div(R, kRescaleThreads);
-  DISPATCH(top.dtype(), using A = acc_t<T>; rescale_kernel<A>
-           <<<blocks, kRescaleThreads, 0, device().compute>>>(parts.data<A>() + R, parts.data<A>(),
-                                                              top.data<A>(), R));
+  DISPATCH(top.dtype(), rescale_kernel<A><<<blocks, kRescaleThreads, 0, device().compute>>>(
+                            parts.data<A>() + R, parts.data<A>(), top.data<A>(), R));
 }
 
 void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tensor& targets,
@@ -158,10 +157,10 @@ void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tenso
   const int64_t R = targets.numel(), ld = row_length(logits, R, V);
   ASSERT(losses.numel() == R && top.numel() == R && parts.numel() == 3 * R);
   if (!R) return;
-  DISPATCH_PACKS(logits.dtype(), in_packs(ld, {&logits}), using A = acc_t<T>;
+  DISPATCH_PACKS(logits.dtype(), in_packs(ld, {&logits}),
                  const auto kernel = gradient ? cross_entropy_parts_kernel<T, N, true>
                                               : cross_entropy_parts_kernel<T, N, false>;
                  kernel<<<R, kThreads, 0, device().compute>>>(losses.data<A>(), logits.data<T>(),
                                                               targets.data<int>(), top.data<A>(),
-                                                              parts.data<A>(), V, ld, R, A(scale)));
+                                                              parts.data<A>(), V, ld, R, scale));
 }

@@ -118,7 +118,7 @@ std::vector<int> sort_rows(const std::vector<int>& tokens) {
   std::vector<int> order;
   for (size_t row = 0; row < tokens.size(); row++)
     if (tokens[row] >= 0) order.push_back(row);
-  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return tokens[a] < tokens[b]; });
+  std::ranges::stable_sort(order, {}, [&](int row) { return tokens[row]; });
   return order;
 }
 
@@ -148,9 +148,9 @@ void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx
   fill(parts, 0);
   const int *token = tokens.data<int>(), *sorted = order.data<int>();
   const cudaStream_t stream = device().compute;
-  DISPATCH_PACKS(dx.dtype(), in_packs(C, {&dx, &dwte}), using A = acc_t<T>; segment_kernel<T, N>
-                 <<<segments, kThreads, 0, stream>>>(dwte.data<A>(), parts.data<A>(), dx.data<T>(),
-                                                     token, sorted, sorted_rows, C);
+  DISPATCH_PACKS(dx.dtype(), in_packs(C, {&dx, &dwte}),
+                 segment_kernel<T, N><<<segments, kThreads, 0, stream>>>(
+                     dwte.data<A>(), parts.data<A>(), dx.data<T>(), token, sorted, sorted_rows, C);
                  LAUNCHED(); crossing_kernel<A, N><<<segments, kThreads, 0, stream>>>(
                      dwte.data<A>(), parts.data<A>(), token, sorted, sorted_rows, C));
 }

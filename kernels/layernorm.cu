@@ -153,8 +153,8 @@ void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mea
       x.dtype(), in_packs(C, {&sum, &y, &x, &h, &h_bias, &gain, &bias}),
       const auto kernel = adds ? forward_kernel<T, N, true> : forward_kernel<T, N, false>;
       kernel<<<R, row_threads(C / N, kForwardThreads), keep ? bytes : 0, device().compute>>>(
-          sum.data<T>(), y.data<T>(), mean.data<acc_t<T>>(), rstd.data<acc_t<T>>(), x.data<T>(),
-          h.data<T>(), h_bias.data<T>(), gain.data<T>(), bias.data<T>(), C, keep));
+          sum.data<T>(), y.data<T>(), mean.data<A>(), rstd.data<A>(), x.data<T>(), h.data<T>(),
+          h_bias.data<T>(), gain.data<T>(), bias.data<T>(), C, keep));
 }
 
 void layernorm_forward(const Tensor& y, const Tensor& mean, const Tensor& rstd, const Tensor& x,
@@ -179,7 +179,7 @@ void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbi
           device().block_memory - kStaticBytes);
   if (R)
     DISPATCH_PACKS(
-        x.dtype(), in_packs(C, {&dx, &dy, &residual, &x, &gain}), using A = acc_t<T>;
+        x.dtype(), in_packs(C, {&dx, &dy, &residual, &x, &gain}),
         const auto kernel =
             residual.empty() ? backward_kernel<T, N, false> : backward_kernel<T, N, true>;
         if (bytes > kSharedBytes) allow_shared(kernel, bytes);

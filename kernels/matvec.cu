@@ -132,8 +132,7 @@ void bias_backward(const Tensor& dbias, const Tensor& dy, bool add) {
   if (!rows && !add) fill(dbias, 0);
   if (!rows) return;
   Tensor sums;
-  DISPATCH_PACKS(dy.dtype(), in_packs(columns, {&dy}), using A = acc_t<T>;
-                 const T* const none = nullptr;
+  DISPATCH_PACKS(dy.dtype(), in_packs(columns, {&dy}), const T* const none = nullptr;
                  const unsigned blocks = ceil_div(columns, kSumLanes * kColumns<N>);
                  const int64_t chunks = std::min(ceil_div(rows, kChunk), ceil_div(1024, blocks));
                  if (chunks > 1) sums = Tensor({chunks, columns}, dbias.dtype(), Memory::workspace);

@@ -83,7 +83,7 @@ void sum_of_squares(const Tensor& squares, const UpdateTable& table, size_t of) 
   if (!table.size()) return;
   const Tensor sums({table.size()}, Dtype::f64, Memory::workspace);
   double *const parts = sums.data<double>(), *const out = squares.data<double>();
-  DISPATCH(table.compute, squares_kernel<acc_t<T>>
+  DISPATCH(table.compute, squares_kernel<A>
            <<<table.size(), kThreads, 0, device().compute>>>(parts, table.data(), of));
   parameters_kernel<<<table.size(), kThreads, 0, device().compute>>>(out, parts, table.data());
   LAUNCHED();

@@ -11,7 +11,7 @@
 // Numbers are -1, 0 and 1, so that every dtype holds each sum exactly.
 static Tensor numbers(int64_t count, int64_t seed, Dtype dtype) {
   std::vector<double> x(count);
-  for (int64_t i = 0; i < count; i++) x[i] = double(uint32_t((i + seed) * 2654435761) % 3) - 1;
+  for (int64_t i = 0; i < count; i++) x[i] = uint32_t((i + seed) * 2654435761) % 3 - 1.0;
   const Tensor wide({count}, Dtype::f64, Memory::workspace);
   upload(wide, x.data());
   const Tensor narrow({count}, dtype, Memory::workspace);

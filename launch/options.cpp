@@ -52,10 +52,10 @@ OptionGroup mesh_options(Layout& layout, bool has_batch) {
   std::vector<std::string> names;
   std::vector<Option> options;
   for (size_t a = 0; a < kAxes.size(); a++) {
-    if ((kAxes[a].splits_batch || kAxes[a].splits_sequence) && !has_batch) continue;
-    names.push_back(kAxes[a].name);
-    options.push_back(
-        {kAxes[a].name, kAxes[a].letter, whole(&layout.sizes[a], 1, 50'000), kAxes[a].help});
+    const AxisKind& axis = kAxes[a];
+    if ((axis.splits_batch || axis.splits_sequence) && !has_batch) continue;
+    names.push_back(axis.name);
+    options.push_back({axis.name, axis.letter, whole(&layout.sizes[a], 1, 50'000), axis.help});
   }
   return {"Mesh: mpiexec -n (" + join(names, " x ") + ")", options};
 }
@@ -221,7 +221,7 @@ void resolve(Options& o, bool has_gpu) {
   if (o.chunks == 0) o.chunks = pp > 1 ? schedule.chunks() : 1;
   // a pipeline wants several micro-batches
   const int64_t parts = ranks * (pp > 1 ? 2 * pp : 1);
-  if (o.batch == 0) o.batch = (preset.batch + parts - 1) / parts * parts;
+  if (o.batch == 0) o.batch = round_up(preset.batch, parts);
   // the largest that divides the batch, into a number of micro-batches that the schedule takes
   if (o.microbatch == 0) {
     const auto fits = [&](int64_t b) { return o.batch % (b * ranks * schedule.divisor(pp)) == 0; };
@@ -372,9 +372,9 @@ static const Option& find_option(const OptionTable& table, const std::string& wo
     for (const Option& option : group.options) {
       const std::string& other = option.name;
       if (word == "--" + other) return option;
-      const auto differs = std::ranges::mismatch(left, other).in1;
-      if (differs - left.begin() <= alike) continue;
-      alike = differs - left.begin();
+      const ptrdiff_t same = std::ranges::mismatch(left, other).in1 - left.begin();
+      if (same <= alike) continue;
+      alike = same;
       nearest =
           ": did you mean --" + other + (left == name ? "?" : ", with a space before the value?");
     }

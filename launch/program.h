@@ -33,8 +33,10 @@ int run_program(const char* name, const char* usage, int argc, char** argv, Opti
       check_products();
     }));
     if (error.empty()) error = differences(given);
-    if (!error.empty() && job.speaks) fprintf(stderr, "%s: %s\n", name, error.c_str());
-    if (!error.empty()) return job.leave(1);
+    if (!error.empty()) {
+      if (job.speaks) fprintf(stderr, "%s: %s\n", name, error.c_str());
+      return job.leave(1);
+    }
     if (o.help) {
       check_printed();
       return 0;

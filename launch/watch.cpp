@@ -30,7 +30,7 @@ static void* share(const Job& job, size_t bytes) {
   int fd = job.local_rank == 0 ? mkstemp(name) : -1;
   MPI_Ibcast(name, sizeof name, MPI_CHAR, 0, job.node, Finished());
   if (job.local_rank > 0) fd = open(name, O_RDWR);
-  if (fd >= 0) errno = posix_fallocate(fd, 0, off_t(bytes));
+  if (fd >= 0) errno = posix_fallocate(fd, 0, bytes);
   SYSTEM_CHECK(errno == 0, "the watch's records cannot be shared in ", name);
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   SYSTEM_CHECK(memory != MAP_FAILED, "the watch's records cannot be mapped");
@@ -103,7 +103,7 @@ void Watch::look() {
     std::string stand = report();
     if (asking_ != MPI_COMM_NULL) {
       if (!records_[0].asked.exchange(true)) stand += ask_other_nodes();
-      else usleep(useconds_t(2 * kPatience * 1e6));  // another rank of this node does, and reports
+      else usleep(2 * kPatience * 1e6);  // another rank of this node does, and reports
     }
     job_.abort(stand);
   }

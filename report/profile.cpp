@@ -118,7 +118,7 @@ std::string Profile::table(const Machine& machine, Dtype dtype) const {
                  (long long)machine.width, name_of(dtype), machine.multiplied * 1e-9);
 }
 
-void Profile::print(const Trainer& trainer, int64_t batch, bool prints) const {
+void Profile::print(const Trainer& trainer, bool prints) const {
   const GptConfig& g = trainer.gpt.config;
   const Machine machine = measure(g.dtype);
   const std::vector<nlohmann::json> ranks = gather({{"kernels", seconds_of(false)},
@@ -129,7 +129,8 @@ void Profile::print(const Trainer& trainer, int64_t batch, bool prints) const {
   const auto [fastest, slowest] = std::ranges::minmax_element(ranks, {}, kernels);
   double multiplied = 0;
   for (const nlohmann::json& rank : ranks) multiplied += double(rank["multiplied"]);
-  const double steps = double(all_.steps), tokens = double(batch * g.context) * steps,
+  const double steps = double(all_.steps),
+               tokens = double(trainer.options.batch * g.context) * steps,
                flops = tokens / all_.seconds * flops_per_token(g);
   std::string s = sentence("\nprofile of rank ", slowest - ranks.begin(), ", ", all_.steps,
                            all_.steps == 1 ? " step" : " steps");

@@ -27,8 +27,7 @@ class Profile {
   // Adds the step, and what op_times has of it; the host has waited.
   void end_step(double seconds);
   // Collective: the table of the rank whose kernels took longest, which the others wait for.
-  // batch: sequences a step, of all ranks
-  void print(const Trainer& trainer, int64_t batch, bool prints) const;
+  void print(const Trainer& trainer, bool prints) const;
 
   struct Row {
     int64_t calls = 0;

@@ -104,10 +104,10 @@ static std::string traffic_table(const Json& rows, int64_t steps) {
 // The share of a step in which the communication queue was busy, by rank.
 static std::string communication_line(std::vector<double> shares) {
   if (shares.size() == 1) return "";
-  const auto [least, most] = std::minmax_element(shares.begin(), shares.end());
+  const auto [least, most] = std::ranges::minmax(shares);
   return format(
       "  communicating, with waiting for other ranks: %.0f%% to %.0f%% of a step's time, by rank\n",
-      100 * *least, 100 * *most);
+      100 * least, 100 * most);
 }
 
 // Names the rank that computes longest, if that is half as long again as the middle one of them.

@@ -1,8 +1,6 @@
 // report.h: what a run says before it trains; and at its end what each rank held and sent, beside
 // what theory says.
 #pragma once
-#include <string>
-
 #include "launch/options.h"
 #include "support/data.h"
 #include "support/metrics.h"

@@ -7,7 +7,6 @@
 // test      tests/test_schedule.cpp
 #include <algorithm>
 #include <cstdio>
-#include <filesystem>
 #include <fstream>
 
 #include "report/draw_schedule.h"
@@ -39,8 +38,6 @@ Takes four_times(Times& t) {
           }};
 }
 
-Takes kinds(ShowOptions& o) { return choice(&o.name, schedule_names()); }
-
 OptionTable table(ShowOptions& o) {
   return {
       {"Options",
@@ -61,7 +58,7 @@ ShowOptions parse_words(int argc, char** argv) {
   const bool named = argc > 1 && argv[1][0] != '-';
   if (named) o.name = argv[1];
   parse(argc - named, argv + named, table(o));
-  REQUIRE(o.help || named, "say first which schedule: ", kinds(o).allowed,
+  REQUIRE(o.help || named, "say first which schedule: ", join(schedule_names(), "|"),
           ", or all; --help lists the options");
   REQUIRE(o.help || o.name != "all" || argc == 2, argv[2],
           " is about one schedule: name it in place of all");
@@ -143,7 +140,7 @@ int main(int argc, char** argv) {
     const ShowOptions o = parse_words(argc, argv);
     ShowOptions defaults;
     if (o.help)
-      printf("%s", help_text(sentence("usage: build/show_schedule ", kinds(defaults).allowed,
+      printf("%s", help_text(sentence("usage: build/show_schedule ", join(schedule_names(), "|"),
                                       "|all [options]"),
                              table(defaults))
                        .c_str());

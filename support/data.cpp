@@ -106,8 +106,8 @@ std::vector<int> Dataset::read(int64_t first, int64_t count) const {
     const int64_t position = n - part->first;
     uint32_t token = 0;  // little-endian, as is every machine with a GPU
     memcpy(&token, part->file.view.data() + part->offset + position * part->width, part->width);
-    REQUIRE(token < uint64_t(vocab_), part->file.path, " has token ", token, " at position ",
-            position, ", outside the vocabulary of ", vocab_, " (--vocab)");
+    REQUIRE(token < vocab_, part->file.path, " has token ", token, " at position ", position,
+            ", outside the vocabulary of ", vocab_, " (--vocab)");
     tokens.push_back(token);
   }
   return tokens;
@@ -117,8 +117,7 @@ std::vector<int> Dataset::sequence(int64_t step, int64_t index, uint64_t seed) c
   ASSERT(step >= 0 && index >= 0 && index <= UINT32_MAX);
   // a sequence may start at tokens 0 to train - context - 1
   const uint64_t starts = train_ - context_;
-  const Philox4 r = philox(uint32_t(index), uint32_t(step), uint32_t(step >> 32), 2, uint32_t(seed),
-                           uint32_t(seed >> 32));
+  const Philox4 r = philox(index, step, step >> 32, 2, seed, seed >> 32);
   const uint64_t bits = uint64_t(r.v[1]) << 32 | r.v[0];
   // the 64 bits as a fraction of 1, times starts
   return read((unsigned __int128)bits * starts >> 64, context_ + 1);

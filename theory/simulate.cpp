@@ -172,7 +172,7 @@ double Timeline::bubble() const {
 }
 
 Timeline simulate(const Schedule& s, const Durations& durations) {
-  Timeline t{walk(s, durations), std::vector<double>(s.stages), 0};
+  Timeline t{walk(s, durations), std::vector<double>(s.stages)};
   for (int stage = 0; stage < s.stages; stage++)
     ASSERT(t.spans[stage].size() == s.actions[stage].size(), check(s));
   for_each_computation(s, [&](int stage, int i, const Action&) {

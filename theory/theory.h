@@ -60,7 +60,7 @@ struct TheoryOfRank {
   // bytes of an element: of what computes; of gradients, master weights and moments
   int64_t e = size_of(config.dtype), g = size_of(master_dtype(config.dtype));
   int64_t m = schedule.microbatches, B = options.microbatch,
-          R = B * gpt.cp.part(config.context).rows(), S = by_rows ? (R + tp.size - 1) / tp.size : R;
+          R = B * gpt.cp.part(config.context).rows(), S = by_rows ? ceil_div(R, tp.size) : R;
   int64_t activation = S * config.width * e;  // bytes of an activation of width C on this rank
 
   Theory sum = {};
