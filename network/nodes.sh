@@ -109,11 +109,23 @@ down() {
   done
 }
 
+# cores NODE: those of its own, as long as there is one for each node: "0,1"
+cores() {
+  local all=() range each n
+  n=$(nodes)
+  for range in $(sed -n 's/^Cpus_allowed_list://p' /proc/self/status | tr , ' '); do
+    all+=($(seq "${range%-*}" "${range#*-}"))
+  done
+  each=$((${#all[@]} > n ? ${#all[@]} / n : 1))
+  for ((i = ($1 - 1) * each; i < $1 * each; i++)); do echo ${all[i % ${#all[@]}]}; done | paste -sd,
+}
+
 # on NODE COMMAND: as the words of a shell
 on() {
   local node=$1
   shift
-  exec ip netns exec "$lab-$node" unshare --uts --ipc --mount bash -c \
+  exec taskset -c "$(cores "$node")" \
+    ip netns exec "$lab-$node" unshare --uts --ipc --mount bash -c \
     "hostname node$node && mount -t tmpfs tmpfs /dev/shm && exec $*"
 }
 

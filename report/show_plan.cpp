@@ -109,7 +109,7 @@ struct Measures {
 Measures measures(const Cluster& cluster, const Job& job, double seconds) {
   const double tokens = double(job.options.batch * job.config.context) / seconds;
   const double peak = job.config.dtype == Dtype::bf16 ? cluster.machine.peak : cluster.machine.f32;
-  return {tokens, tokens * flops_per_token(job.config) / double(job.layout.ranks()) / peak};
+  return {tokens, tokens * flops_per_token(job.config) / job.layout.ranks() / peak};
 }
 
 double gib(double bytes) { return bytes / (1024.0 * 1024 * 1024); }

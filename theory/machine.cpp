@@ -192,8 +192,7 @@ static double rate_of_product(Dtype dtype, int64_t rows, int64_t inner) {
       b({inner, rows}, dtype, Memory::workspace), c({rows, rows}, dtype, Memory::workspace);
   fill(a, 0.5);
   fill(b, 0.5);
-  return 2.0 * double(rows * rows * inner) /
-         best_of_three([&] { product(c, a, false, b, false, 0); });
+  return 2.0 * rows * rows * inner / best_of_three([&] { product(c, a, false, b, false, 0); });
 }
 
 std::string links_of(std::string gpu) {
@@ -214,7 +213,7 @@ Machine measure_machine(int64_t ranks) {
   const Dtype dtype = gpu ? Dtype::bf16 : Dtype::f32;
   const int64_t rows = gpu ? 8192 : 1024;
   const double cores = gpu ? double(ranks) : std::thread::hardware_concurrency(),
-               share = std::min(1.0, cores / double(ranks));
+               share = std::min(1.0, cores / ranks);
   const auto tensor = [&](int64_t a, int64_t b) {
     const Tensor x({a, b}, dtype, Memory::workspace);
     fill(x, 0.5);
@@ -226,12 +225,12 @@ Machine measure_machine(int64_t ranks) {
   m.f32 = gpu ? rate_of_product(Dtype::f32, rows, 1024) : m.peak;
   const Tensor from = tensor(rows, 2 * rows), to = tensor(rows, 2 * rows);
   const double copying = best_of_three([&] { copy(to, from); });
-  m.copy = share * 2.0 * double(from.bytes()) / copying;
+  m.copy = share * 2 * from.bytes() / copying;
   const Tensor row = tensor(1, rows), product_of_row = tensor(1, 16'384),
                matrix = tensor(rows, 16'384);
   const double reading =
       best_of_three([&] { product(product_of_row, row, false, matrix, false, 0); });
-  m.read = share * double(matrix.bytes()) / reading;
+  m.read = share * matrix.bytes() / reading;
   const Tensor one = tensor(1, 16), other = tensor(1, 16);
   m.launch = best_of_three([&] {
                for (int i = 0; i < 1000; i++) copy(other, one);
@@ -247,7 +246,7 @@ Machine measure_machine(int64_t ranks) {
     CUDA_CHECK(cudaGetDevice(&ordinal));
     CUDA_CHECK(cudaGetDeviceProperties(&properties, ordinal));
     m.multiprocessors = properties.multiProcessorCount;
-    m.memory = double(properties.totalGlobalMem);
+    m.memory = properties.totalGlobalMem;
     m.sources["multiprocessors"] = m.sources["memory"] = "the driver's";
     const Machine like = read_machine(links_of(device().name));
     m.inside = like.inside, m.between = like.between;
@@ -292,7 +291,7 @@ double product_seconds(const Machine& m, double rows, double columns, double k, 
   }
   if (m.multiprocessors == 0) computing = 2 * batch * rows * columns * k;
   const double slower = bytes == 2 || m.f32 == m.peak ? 1 : m.peak / m.f32,
-               moving = batch * (rows * k + k * columns + rows * columns) * double(bytes) / m.copy;
+               moving = batch * (rows * k + k * columns + rows * columns) * bytes / m.copy;
   return std::max(computing * slower / rate_of(m, k), moving) + m.launch;
 }
 
@@ -307,8 +306,7 @@ Link link_of(const Cluster& c, int64_t n, int64_t stride) {
                                  : (n * stride + c.devices - 1) / c.devices,
                 here = std::clamp<int64_t>(n / nodes, 1, n);
   if (nodes == 1) return in;
-  const double cards =
-      c.direct ? double(n - 1) / double(std::max<int64_t>(n - here, 1)) : double(here);
+  const double cards = c.direct ? (n - 1.0) / std::max<int64_t>(n - here, 1) : here;
   return {std::min(in.bandwidth, cards * out.bandwidth), out.latency};
 }
 

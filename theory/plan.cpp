@@ -182,13 +182,13 @@ class Search {
       t.m = m;
       t.pieces = {t.gpt.parts().subspan(!kind.embedding, blocks + kind.embedding + kind.head)};
       t.add_fsdp();
-      h.bytes = double(t.sum.gather_bound);
-      for (const int64_t bytes : t.sum.persistent) h.bytes += double(bytes);
+      h.bytes = t.sum.gather_bound;
+      for (const int64_t bytes : t.sum.persistent) h.bytes += bytes;
       const int64_t tp = job.layout["tp"];
       for (const auto& [key, row] : t.sum.step.rows) {
         const bool copies = std::get<0>(key) == "replicate";
         const Link link = link_of(predictor.cluster, row.n, copies ? tp * t.fsdp.size : tp);
-        sending[m - 1] += double(row.calls) * link.latency * std::log2(row.n) +
+        sending[m - 1] += row.calls * link.latency * std::log2(row.n) +
                           double(row.numerator) / row.n / link.bandwidth;
       }
     }
@@ -203,7 +203,7 @@ class Search {
                4 * o.zero + 2 * o.reshard + splits, kind.embedding, kind.head}];
     if (of.empty())
       for (const int64_t blocks : {1, 2, 3}) of.push_back(ask(job, kind, blocks, splits));
-    return kind.blocks == 1 ? of[0] : of[1] + (of[2] + of[1] * -1) * double(kind.blocks - 2);
+    return kind.blocks == 1 ? of[0] : of[1] + (of[2] + of[1] * -1) * (kind.blocks - 2);
   }
   // the most that is live at once on a stage
   int64_t peak(const Schedule& s, int stage, const std::vector<Kept>& bytes) {
@@ -256,7 +256,7 @@ class Search {
   static double seconds(const BlockSeconds& s, const ChunkKind& c, bool weights) {
     double sum = 0;
     for (int k = 0; k < 2 + weights; k++)
-      sum += double(c.blocks) * s[0][k] + c.embedding * s[1][k] + c.head * s[2][k];
+      sum += c.blocks * s[0][k] + c.embedding * s[1][k] + c.head * s[2][k];
     return sum;
   }
   using Key = std::tuple<int64_t, int64_t, int64_t, bool, bool>;

@@ -41,10 +41,10 @@ std::vector<std::string> profile_names() {
 }
 
 const Profile& profile_named(const std::string& name) {
-  for (const Profile& p : kProfiles)
-    if (name == p.name) return p;
-  throw Error(
-      sentence("there is no profile '", name, "': choose one of ", join(profile_names(), ", ")));
+  const auto known = std::ranges::find(kProfiles, name, &Profile::name);
+  REQUIRE(known != std::end(kProfiles), "there is no profile '", name, "': choose one of ",
+          join(profile_names(), ", "));
+  return *known;
 }
 
 // ---- a rank's part of one micro-batch, as it is issued
@@ -69,13 +69,13 @@ class RankWork {
         one(job, 1),
         t{one.config, one.options, one.mesh, Schedule{&schedule_row("1f1b")}} {
     const GptConfig& c = one.config;
-    R = double(t.R);
-    S = double(t.S);
-    C = double(c.width);
-    F = double(t.gpt.tp.part(c.hidden()).size());
-    V = double(t.gpt.tp.padded_part(c.vocab));
-    const double kv = double(t.gpt.tp.part(c.kv()).size()), D = C / double(c.heads);
-    heads = kv * double(c.heads / c.kv());
+    R = t.R;
+    S = t.S;
+    C = c.width;
+    F = t.gpt.tp.part(c.hidden()).size();
+    V = t.gpt.tp.padded_part(c.vocab);
+    const double kv = t.gpt.tp.part(c.kv()).size(), D = C / c.heads;
+    heads = kv * (c.heads / c.kv());
     channels = heads * D;
     kv_channels = kv * D;
     int64_t stride = 1;
@@ -108,12 +108,12 @@ class RankWork {
     read_off();
     return times;
   }
-  double bytes_between_stages() const { return double(t.activation); }
+  double bytes_between_stages() const { return t.activation; }
   // of the optimizer, after the last backward
   double optimizer() const {
     double elements = 0;
     for (const auto& [key, unit] : units) elements += unit.elements;
-    return move_seconds(machine, elements * profile.optimizer_bytes, 4.0 * double(units.size()));
+    return move_seconds(machine, elements * profile.optimizer_bytes, 4 * units.size());
   }
 
  private:
@@ -133,10 +133,10 @@ class RankWork {
     for (const auto& [number, params] : units_of(part.params)) {
       Unit& u = units[number + (number >= kFirstBlock ? layer : 0)];
       const int64_t padded = padded_unit(params, t.fsdp.size);
-      const double g = profile.gradient_bytes > 0 ? profile.gradient_bytes : double(t.g);
-      u.elements = double(padded) / t.fsdp.size;
-      u.whole = double(padded * t.e);
-      u.whole_gradient = double(padded) * g;
+      const double g = profile.gradient_bytes > 0 ? profile.gradient_bytes : t.g;
+      u.elements = padded / t.fsdp.size;
+      u.whole = padded * t.e;
+      u.whole_gradient = padded * g;
       u.uses++;
       use.units.push_back(&u);
     }
@@ -155,7 +155,7 @@ class RankWork {
     return product_seconds(machine, m, n, k, batch, t.e);
   }
   double move(double numbers, double kernels) const {
-    return move_seconds(machine, numbers * double(t.e), kernels);
+    return move_seconds(machine, numbers * t.e, kernels);
   }
   void weight(double seconds) {
     if (splits) deferred.push_back([=, this] { compute(seconds); });
@@ -164,7 +164,7 @@ class RankWork {
   // rows of width C over tp: their sum, or all of them where a rank has a slice
   void tp_start(Collective c) {
     if (t.tp.size == 1) return;
-    const double bytes = double(t.by_rows ? t.tp.size * t.activation : t.activation);
+    const double bytes = t.by_rows ? t.tp.size * t.activation : t.activation;
     send("tp", links[AxisName("tp").index], t.tp.size, c, bytes);
   }
   void tp_sum() { tp_start(t.by_rows ? Collective::reduce_scatter : Collective::all_reduce); }
@@ -185,7 +185,7 @@ class RankWork {
   // ---- blocks, head, embedding
   void attention(bool backward) {
     const GptConfig& c = t.config;
-    const double T = double(c.context), D = double(c.width / c.heads), batch = double(t.B) * heads;
+    const double T = c.context, D = c.width / c.heads, batch = t.B * heads;
     const bool splits_sequence = t.gpt.cp.splits(c.context);
     const Passes& passes = backward ? profile.backward : profile.forward;
     const bool whole = profile.stores_scores || c.attention == AttentionKind::plain;
@@ -197,15 +197,15 @@ class RankWork {
       return;
     }
     // the causal mask leaves half of 2 products forward and 5 backward, of 2 operations each
-    const double operations = (backward ? 5 : 2) * double(t.R) * T * channels,
+    const double operations = (backward ? 5 : 2) * R * T * channels,
                  slower = t.e == 2 || machine.f32 == machine.peak ? 1 : machine.peak / machine.f32,
                  rate = machine.products.back().second *
                         (profile.flash_share > 0 ? profile.flash_share : 0.6) / slower;
     const double computing = operations / rate + machine.launch * (backward ? 3 : 1);
     if (!splits_sequence) return compute(computing);
     // while keys and values of the next rank travel, those that are here are attended to
-    const double n = t.cp.size, travels = 2 * double(t.R) * kv_channels *
-                                          double(backward ? t.e + t.g : t.e) * (n - 1);
+    const double n = t.cp.size,
+                 travels = 2 * R * kv_channels * (backward ? t.e + t.g : t.e) * (n - 1);
     send("cp", links[AxisName("cp").index], 2, Collective::send, travels);
     compute(computing * (n - 1) / n);
     finish();
@@ -262,7 +262,7 @@ class RankWork {
     whole_rows();
     compute(move(2 * S * C, 1) + product(R, V, C) + move(profile.forward.logits * R * V, 4));
     if (t.tp.size == 1) return;
-    send("tp", links[AxisName("tp").index], t.tp.size, Collective::all_reduce, 3 * R * double(t.g));
+    send("tp", links[AxisName("tp").index], t.tp.size, Collective::all_reduce, 3 * R * t.g);
     finish();
   }
   void part_backward(ModelPart::Kind kind) {
@@ -335,7 +335,7 @@ class RankWork {
     in_flight.pop_front();
     if (t.fsdp.size * t.mesh.layout["replicate"] == 1) return;
     issue.wait_for(u.reduced);
-    compute(t.shards_gradients ? move_seconds(machine, 3 * u.elements * double(t.g), 1) : 0);
+    compute(t.shards_gradients ? move_seconds(machine, 3 * u.elements * t.g, 1) : 0);
   }
   void end_step() {
     while (!in_flight.empty()) finish_reduce();
@@ -464,7 +464,7 @@ static double exchange_seconds(const Predictor& p, const Job& job, const RankWor
   const double bytes = work.bytes_between_stages();
   if (p.profile.overlaps_exchanges || job.config.sequence_parallel)
     return collective_seconds(link, 2, Collective::send, bytes);
-  return collective_seconds(link, 2, Collective::send, bytes / double(tp)) +
+  return collective_seconds(link, 2, Collective::send, bytes / tp) +
          collective_seconds(link_of(p.cluster, tp, 1), tp, Collective::all_gather, bytes);
 }
 
@@ -573,22 +573,21 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
   const Machine& machine = cluster.machine;
   const Mesh mesh(layout, layout.ranks() - 1);
   const SizedGpt gpt(config, mesh["tp"]);
-  const double e = double(size_of(config.dtype)), row = double(sequences) * e,
-               L = double(config.layers), C = double(config.width),
-               kv = double(gpt.tp.part(config.kv()).size()) * C / double(config.heads);
+  const double e = size_of(config.dtype), row = sequences * e, L = config.layers, C = config.width,
+               kv = gpt.tp.part(config.kv()).size() * C / config.heads;
   const double position = 2 * kv * L * row;  // of the cache
   double weights = 0, sums = 0;
-  for (const Param* p : gpt.params()) weights += double(p->numel()) * e;
-  for (const ModelPart& part : gpt.parts()) sums += double(split_matrices(part).by_inputs);
+  for (const Param* p : gpt.params()) weights += p->numel() * e;
+  for (const ModelPart& part : gpt.parts()) sums += split_matrices(part).by_inputs;
   const int tp = mesh["tp"].size, pp = mesh["pp"].size;
   const Link link = link_of(cluster, tp, 1), to_next = link_of(cluster, pp, tp);
   constexpr double kKernels = 13;  // of a block: 4 products, their biases, 2 norms, attention, ...
   return {weights / machine.read,
-          position * double(length) / machine.read,
+          position * length / machine.read,
           (L * kKernels + 6) * machine.launch,
           sums * collective_seconds(link, tp, Collective::all_reduce, row * C) +
-              collective_seconds(link, tp, Collective::all_gather, row * double(config.vocab)),
+              collective_seconds(link, tp, Collective::all_gather, row * config.vocab),
           (pp - 1) * collective_seconds(to_next, 2, Collective::send, row * C) +
-              collective_seconds(to_next, pp, Collective::broadcast, double(sequences) * 4),
-          (weights + position * double(config.context)) / pp};
+              collective_seconds(to_next, pp, Collective::broadcast, sequences * 4),
+          (weights + position * config.context) / pp};
 }
