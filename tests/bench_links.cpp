@@ -10,7 +10,8 @@
 //       so many calls on a buffer of so many bytes; prints what rank 0 sends by the ledger
 //
 // idea      An all-reduce on 2 ranks sends its buffer's bytes in two rounds. Two sizes give the
-//           latency of a round and the rate.
+//           latency of a round and the rate. Calls are timed in a row, as a step has them: the first
+//           also waits for the rank that left the barrier last, by the link's delay and more.
 #include <algorithm>
 #include <cstdio>
 
@@ -30,10 +31,10 @@ static void call(ncclComm_t comm, int ranks, Collective collective, const Tensor
   else NCCL_CHECK(ncclAllReduce(data, data, all, ncclFloat, ncclSum, comm, stream));
 }
 
-// What a round is: so many products, and an all-reduce of so many bytes (0: none), behind them or
-// beside them.
+// What a round is: so many products, and so many all-reduces of so many bytes, behind them or beside
+// them.
 struct Round {
-  int products;
+  int products, calls;
   size_t bytes;
   bool beside = false;
 };
@@ -48,9 +49,13 @@ static double seconds(ncclComm_t comm, const Tensor& x, int times, const Round& 
     synchronize();
     barrier();
     const double start = MPI_Wtime();
-    if (round.beside) call(comm, 2, Collective::all_reduce, x, round.bytes, other);
+    const auto communicate = [&](cudaStream_t stream) {
+      for (int k = 0; k < round.calls; k++)
+        call(comm, 2, Collective::all_reduce, x, round.bytes, stream);
+    };
+    if (round.beside) communicate(other);
     for (int k = 0; k < round.products; k++) product(c, a, false, a, false, 0);
-    if (round.bytes && !round.beside) call(comm, 2, Collective::all_reduce, x, round.bytes);
+    if (!round.beside) communicate(device().compute);
     CUDA_CHECK(cudaStreamSynchronize(other));
     synchronize();
     double mine = MPI_Wtime() - start, slowest = 0;
@@ -67,14 +72,17 @@ static void measure(const Job& job, const char* name, ncclComm_t world, int colo
   constexpr size_t kSmall = 128 << 10, kLarge = 4 << 20;
   ncclComm_t pair;
   NCCL_CHECK(ncclCommSplit(world, color, job.rank, &pair, nullptr));
-  seconds(pair, x, 1, {0, kLarge});  // opens connections
-  const double small = seconds(pair, x, 30, {0, kSmall}), large = seconds(pair, x, 7, {0, kLarge}),
+  seconds(pair, x, 1, {0, 1, kLarge});  // opens connections
+  const auto of_a_call = [&](size_t bytes, int times, int calls) {
+    return seconds(pair, x, times, {0, calls, bytes}) / calls;
+  };
+  const double small = of_a_call(kSmall, 9, 20), large = of_a_call(kLarge, 7, 3),
                rate = double(kLarge - kSmall) / (large - small),
                latency = std::max(0.0, small - double(kSmall) / rate) / 2,
-               one = seconds(pair, x, 7, {1, 0}), short_call = seconds(pair, x, 100, {0, 4 << 10});
+               one = seconds(pair, x, 7, {1, 0, 0}), short_call = of_a_call(4 << 10, 9, 50);
   const int many = 1 + int(1.5 * large / one);  // they take longer than what is beside them
-  const double behind = seconds(pair, x, 7, {many, kLarge}),
-               beside = seconds(pair, x, 7, {many, kLarge, true});
+  const double behind = seconds(pair, x, 7, {many, 1, kLarge}),
+               beside = seconds(pair, x, 7, {many, 1, kLarge, true});
   NCCL_CHECK(ncclCommDestroy(pair));
   if (job.rank) return;
   printf("%s %.4f %.1f : measured\n", name, rate / 1e9, 1e6 * latency);
