@@ -46,7 +46,7 @@ in_lab() {
   wait $!
 }
 
-# ---- calibration: the machine while both cores work, and every link
+# ---- calibration: a node while both work, and every link
 
 # machine LINK RANKS: the file of the calibration
 machine() { echo "$out/machine-$1-$(($2 / 2)).txt"; }
@@ -54,8 +54,8 @@ calibrate() {
   local ranks=$1 link i measured="between|overlap"
   [ "$ranks" = 2 ] || measured="between|overlap|inside"
   for i in 1 2; do # (at the same time, since cores share memory's bandwidth)
-    build/cpu/plan --machine this --nodes 2 --devices $((ranks / 2)) --layout --fsdp "$ranks" \
-      >"$dir/machine.$i" 2>&1 &
+    LAB=$own-fast $nodes on $i build/cpu/plan --machine this --devices $((ranks / 2)) --layout \
+      --fsdp $((ranks / 2)) >"$dir/machine.$i" 2>&1 &
   done
   wait -n && wait -n || {
     cat "$dir"/machine.* >&2

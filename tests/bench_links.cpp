@@ -10,8 +10,9 @@
 //       so many calls on a buffer of so many bytes; prints what rank 0 sends by the ledger
 //
 // idea      An all-reduce on 2 ranks sends its buffer's bytes in two rounds. Two sizes give the
-//           latency of a round and the rate. Calls are timed in a row, as a step has them: the first
-//           also waits for the rank that left the barrier last, by the link's delay and more.
+//           latency of a round and the rate. Calls are timed in a row, as a step has them: the
+//           first also waits for the rank that leaves the barrier last, as long as a message takes
+//           and longer.
 #include <algorithm>
 #include <cstdio>
 
@@ -31,8 +32,8 @@ static void call(ncclComm_t comm, int ranks, Collective collective, const Tensor
   else NCCL_CHECK(ncclAllReduce(data, data, all, ncclFloat, ncclSum, comm, stream));
 }
 
-// What a round is: so many products, and so many all-reduces of so many bytes, behind them or beside
-// them.
+// What a round is: so many products, and so many all-reduces of so many bytes, behind them or
+// beside them.
 struct Round {
   int products, calls;
   size_t bytes;

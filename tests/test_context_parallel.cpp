@@ -36,7 +36,7 @@ struct Setting {
 };
 constexpr AttentionKind plain = AttentionKind::plain, flash = AttentionKind::flash;
 // 5 is fewer tokens than 2 cp for 3 ranks and more: every rank then has all of them. train_gpt
-// refuses that; it must be right all the same, since evaluations and samples run so.
+// refuses that; it must be right all the same, since samples run so.
 const Setting kSettings[] = {
     {16, flash, false, false, 1, {3, true, 1}, "1f1b"},
     {17, plain, true, true, 2, {1, true, 1}, "zb"},

@@ -1,6 +1,8 @@
 // machine.cpp: see machine.h.
 #include "theory/machine.h"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <cmath>
 #include <numeric>
@@ -206,14 +208,20 @@ std::string links_of(std::string gpu) {
   return "rtx4090";  // through host memory, as most cards
 }
 
+// that this process may use
+static int cores() {
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof set, &set) ? std::thread::hardware_concurrency()
+                                                : CPU_COUNT(&set);
+}
+
 Machine measure_machine(int64_t ranks) {
   Machine m;
   m.name = "this: " + device().name;
   const bool gpu = device().is_gpu;
   const Dtype dtype = gpu ? Dtype::bf16 : Dtype::f32;
   const int64_t rows = gpu ? 8192 : 1024;
-  const double cores = gpu ? double(ranks) : std::thread::hardware_concurrency(),
-               share = std::min(1.0, cores / ranks);
+  const double share = gpu ? 1 : std::min(1.0, double(cores()) / ranks);
   const auto tensor = [&](int64_t a, int64_t b) {
     const Tensor x({a, b}, dtype, Memory::workspace);
     fill(x, 0.5);
@@ -305,9 +313,9 @@ Link link_of(const Cluster& c, int64_t n, int64_t stride) {
   const int64_t nodes = c.spread ? std::min(n, c.nodes / std::gcd(stride, c.nodes))
                                  : (n * stride + c.devices - 1) / c.devices,
                 here = std::clamp<int64_t>(n / nodes, 1, n);
-  if (nodes == 1) return in;
+  if (nodes == 1) return {in.bandwidth, in.latency, c.direct};
   const double cards = c.direct ? (n - 1.0) / std::max<int64_t>(n - here, 1) : here;
-  return {std::min(in.bandwidth, cards * out.bandwidth), out.latency};
+  return {std::min(in.bandwidth, cards * out.bandwidth), out.latency, c.direct};
 }
 
 double collective_seconds(const Link& link, int n, Collective collective, double bytes) {
@@ -320,5 +328,5 @@ double collective_seconds(const Link& link, int n, Collective collective, double
     part = double(sent.rows.begin()->second.numerator) / n;
   }
   const double rounds = collective == Collective::all_reduce ? 2 : 1;
-  return rounds * link.latency * std::log2(n) + bytes * part / link.bandwidth;
+  return rounds * link.latency_of(n) + bytes * part / link.bandwidth;
 }

@@ -21,13 +21,15 @@
 //           over them in waves; 0: not counted. copy: GB/s read and written together. memory: GiB.
 //           launch: us from one kernel to the next. inside and between (of nodes): GB/s that a
 //           device sends in a collective, and us for each doubling of the ranks (of an all-reduce:
-//           twice). sharing: ranks to a processor, each rate above being a rank's when all compute;
-//           where some wait, the others are faster. overlap: what share of the time is hidden that
-//           something travels beside a computation; the rest slows it down. read: GB/s at which a
-//           product of one row reads its matrix. Where they are left out, the first two are 1, and
-//           reading is as fast as copying
+//           twice; where each rank sends to every other directly, once for any number). sharing:
+//           ranks to a processor, each rate above being a rank's when all compute; where some wait,
+//           the others are faster. overlap: what share of the time is hidden that something travels
+//           beside a computation; the rest slows it down. read: GB/s at which a product of one row
+//           reads its matrix. Where they are left out, the first two are 1, and reading is as fast
+//           as copying
 // test      tests/test_plan.cpp
 #pragma once
+#include <cmath>
 #include <map>
 #include <string>
 #include <vector>
@@ -36,6 +38,9 @@
 
 struct Link {
   double bandwidth = 0, latency = 0;  // bytes/s that a device sends; seconds
+  bool direct = false;                // Cluster's
+  // of a round among n ranks
+  double latency_of(int n) const { return direct ? latency : latency * std::log2(n); }
 };
 struct Machine {
   std::string name;
@@ -76,7 +81,8 @@ double product_seconds(const Machine& machine, double m, double n, double k, dou
 double move_seconds(const Machine& machine, double bytes, double kernels);
 
 // The link of n ranks whose neighbours are `stride` ranks apart. Ranks of one group that share a
-// node send over as many of its network cards at the same time; directly, more of it.
+// node send over as many of its network cards at the same time; where each rank sends to every
+// other directly, only what is for other nodes goes over a card.
 Link link_of(const Cluster& cluster, int64_t n, int64_t stride);
 // of a collective on a buffer of so many bytes: the ledger's bytes over the link, in one round or,
 // of an all-reduce, in two

@@ -188,8 +188,8 @@ class Search {
       for (const auto& [key, row] : t.sum.step.rows) {
         const bool copies = std::get<0>(key) == "replicate";
         const Link link = link_of(predictor.cluster, row.n, copies ? tp * t.fsdp.size : tp);
-        sending[m - 1] += row.calls * link.latency * std::log2(row.n) +
-                          double(row.numerator) / row.n / link.bandwidth;
+        sending[m - 1] +=
+            row.calls * link.latency_of(row.n) + double(row.numerator) / row.n / link.bandwidth;
       }
     }
     h.sending_each = sending[1] - sending[0];

@@ -545,15 +545,18 @@ Prediction Predictor::predict(const Job& job, double limit) {
   }
   result.computing = busiest + tail;
   for (const double w : result.waiting) result.computing -= w;
-  const double sharing = cluster.machine.sharing;
-  double pipeline = busiest;
   if (s.stages > 1) {
-    pipeline = bound;
-    if (bound / sharing + tail + result.optimizer < limit) pipeline = step(exchange);
-    pipeline = std::max(busiest, pipeline / sharing);  // others compute where a stage idles
-    result.bubble = pipeline - busiest;
+    // where a stage idles, those that share its processor compute
+    const int64_t ranks = job.layout.ranks() / s.stages,
+                  on_node = cluster.spread ? ceil_div(ranks, cluster.nodes) : ranks,
+                  stages = std::max<int64_t>(1, cluster.devices / on_node);
+    const double share = std::min<double>(stages, cluster.machine.sharing);
+    const auto idle = [&](double pipeline) { return std::max(0.0, pipeline - busiest) / share; };
+    result.bubble = idle(bound);
+    if (busiest + result.bubble + tail + result.optimizer < limit)
+      result.bubble = idle(step(exchange));
   }
-  result.seconds = pipeline + tail + result.optimizer;
+  result.seconds = busiest + result.bubble + tail + result.optimizer;
   return result;
 }
 

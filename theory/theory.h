@@ -1,12 +1,13 @@
 // theory.h: what the textbook says a layout sends and holds, from configuration and mesh alone;
 // never from the buffers.
 // idea      the program prints these numbers beside the ones it measured, and a test fails if they
-//           differ by a byte. A file a strategy (fsdp.cpp, tensor_parallel.cpp, pipeline.cpp) adds
-//           its own, counting over the parts of the model that the rank has.
+//           differ by a byte. A file a strategy (fsdp.cpp, tensor_parallel.cpp, pipeline.cpp,
+//           context_parallel.cpp) adds its own, counting over the parts of the model that the rank
+//           has.
 // symbols   P elements of a padded unit; n ranks on the axis that a file is about; m micro-batches
 //           a step of B sequences; R = B T rows, S of them on a rank
 // test      tests/test_fsdp.cpp, tests/test_tensor_parallel.cpp, tests/test_pipeline.cpp,
-//           tests/test_generator.cpp
+//           tests/test_context_parallel.cpp, tests/test_generator.cpp
 #pragma once
 #include "theory/simulate.h"
 #include "trainer.h"

@@ -30,12 +30,11 @@ struct Task {
 std::vector<Span> run(const std::vector<Task>& tasks);
 double makespan(const std::vector<Span>& spans);
 
-// The tasks of one rank, in the order in which its host issues them. The names are those of the
-// streams' calls in fsdp.cpp, tensor_parallel.cpp and pipeline.cpp.
+// The tasks of one rank, in the order in which its host issues them.
 class Issue {
  public:
-  // Both return the task's number. A computation waits for the tasks of the communication queue up
-  // to `after`, a communication for all that was issued to the compute queue so far.
+  // Both return the task's number. A computation waits for the communication that was named before
+  // it, a communication for all that was issued to the compute queue so far.
   int compute(double duration);
   int communicate(double duration);
   void wait_for(int communication);      // the next computation does
@@ -53,8 +52,8 @@ std::vector<Task> tasks_of(const Schedule& schedule, const Durations& durations,
                            Queue exchanges = Queue::communication);
 
 // From how many micro-batches on a schedule has a steady state, if its stages are alike.
+int steady_microbatches(const ScheduleRow& row, int stages);
 // The makespan of m micro-batches. of(m) runs as many; m grows in steps of `step`. Beyond `steady`
 // micro-batches every step adds as much as the one before. Where two steps in a row do not, there
 // is no steady state yet, and twice as many are run.
-int steady_microbatches(const ScheduleRow& row, int stages);
 double extended_makespan(int m, int step, int steady, const std::function<double(int m)>& of);
