@@ -6,7 +6,7 @@
 #   network/experiment.sh [LAYOUT]...    only these layouts (names of the table)
 #   network/experiment.sh crossover      below and above R = 4.5 C rows: who loses more, FSDP or TP
 #   network/experiment.sh decode         the time a token of build/generate --tp 2
-#   STEPS=3   steps of each cell, of which the first does not count
+#   STEPS=5   steps of each cell, of which the first does not count
 #   RANKS=2   only the layouts of so many ranks (2: one a node, 4: two a node)
 # The cells of a layout take turns over the links, so that what else the machine does meets all
 # alike. Writes build/network/cells.tsv: ranks a node, link, layout, ms, predicted ms, bytes that
@@ -14,7 +14,7 @@
 set -u
 cd "$(dirname "$0")/.."
 . tests/lib.sh
-steps=${STEPS:-3} failed=0
+steps=${STEPS:-5} failed=0
 # a thread a rank, and one for what travels beside it
 export OMP_NUM_THREADS=1 THREEFOLD_STREAMS=queued
 nodes=network/nodes.sh own=3f$$ out=build/network

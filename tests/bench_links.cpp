@@ -10,9 +10,8 @@
 //       so many calls on a buffer of so many bytes; prints what rank 0 sends by the ledger
 //
 // idea      An all-reduce on 2 ranks sends its buffer's bytes in two rounds. Two sizes give the
-//           latency of a round and the rate. Calls are timed in a row, as a step has them: the
-//           first also waits for the rank that leaves the barrier last, as long as a message takes
-//           and longer.
+//           latency of a round and the rate. A call is timed as a step has it, behind products and
+//           before products: many turns of both, less the same products alone.
 #include <algorithm>
 #include <cstdio>
 
@@ -32,17 +31,20 @@ static void call(ncclComm_t comm, int ranks, Collective collective, const Tensor
   else NCCL_CHECK(ncclAllReduce(data, data, all, ncclFloat, ncclSum, comm, stream));
 }
 
-// What a round is: so many products, and so many all-reduces of so many bytes, behind them or
-// beside them.
-struct Round {
-  int products, calls;
-  size_t bytes;
+// So many turns of some products, each of so many rows, and an all-reduce of so many bytes (0:
+// none) behind them; or beside them.
+struct Turns {
+  int count, products, rows;
+  size_t bytes = 0;
   bool beside = false;
 };
-// Seconds of a round on the slowest rank: the median of `times`.
-static double seconds(ncclComm_t comm, const Tensor& x, int times, const Round& round) {
-  const Tensor a({512, 512}, Dtype::f32, Memory::workspace), c(a.shape(), a.dtype(), Memory::data);
+// Their seconds on the slowest rank: the median of `times`.
+static double seconds(ncclComm_t comm, const Tensor& x, int times, const Turns& turns) {
+  const Tensor a({turns.rows, 512}, Dtype::f32, Memory::workspace),
+      b({512, 512}, Dtype::f32, Memory::workspace), c(a.shape(), a.dtype(), Memory::data);
   fill(a, 0);
+  fill(b, 0);
+  const cudaStream_t compute = device().compute;
   cudaStream_t other;
   CUDA_CHECK(cudaStreamCreate(&other));
   std::vector<double> all;
@@ -50,14 +52,15 @@ static double seconds(ncclComm_t comm, const Tensor& x, int times, const Round& 
     synchronize();
     barrier();
     const double start = MPI_Wtime();
-    const auto communicate = [&](cudaStream_t stream) {
-      for (int k = 0; k < round.calls; k++)
-        call(comm, 2, Collective::all_reduce, x, round.bytes, stream);
-    };
-    if (round.beside) communicate(other);
-    for (int k = 0; k < round.products; k++) product(c, a, false, a, false, 0);
-    if (!round.beside) communicate(device().compute);
-    CUDA_CHECK(cudaStreamSynchronize(other));
+    for (int turn = 0; turn < turns.count; turn++) {
+      if (turns.beside) call(comm, 2, Collective::all_reduce, x, turns.bytes, other);
+      for (int k = 0; k < turns.products; k++) product(c, a, false, b, false, 0);
+      if (!turns.beside && turns.bytes) {
+        make_wait(other, compute);
+        call(comm, 2, Collective::all_reduce, x, turns.bytes, other);
+      }
+      make_wait(compute, other);
+    }
     synchronize();
     double mine = MPI_Wtime() - start, slowest = 0;
     MPI_Iallreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, Finished());
@@ -73,17 +76,19 @@ static void measure(const Job& job, const char* name, ncclComm_t world, int colo
   constexpr size_t kSmall = 128 << 10, kLarge = 4 << 20;
   ncclComm_t pair;
   NCCL_CHECK(ncclCommSplit(world, color, job.rank, &pair, nullptr));
-  seconds(pair, x, 1, {0, 1, kLarge});  // opens connections
-  const auto of_a_call = [&](size_t bytes, int times, int calls) {
-    return seconds(pair, x, times, {0, calls, bytes}) / calls;
+  seconds(pair, x, 1, {1, 0, 1, kLarge});  // opens connections
+  const auto of_a_call = [&](int turns, int products, int rows, size_t bytes) {
+    const double both = seconds(pair, x, 9, {turns, products, rows, bytes}),
+                 alone = seconds(pair, x, 9, {turns, products, rows});
+    return std::max(0.0, both - alone) / turns;
   };
-  const double small = of_a_call(kSmall, 9, 20), large = of_a_call(kLarge, 7, 3),
+  const double small = of_a_call(20, 1, 512, kSmall), large = of_a_call(3, 1, 512, kLarge),
                rate = double(kLarge - kSmall) / (large - small),
                latency = std::max(0.0, small - double(kSmall) / rate) / 2,
-               one = seconds(pair, x, 7, {1, 0, 0}), short_call = of_a_call(4 << 10, 9, 50);
+               one = seconds(pair, x, 9, {20, 1, 512}) / 20, short_call = of_a_call(50, 4, 1, 4096);
   const int many = 1 + int(1.5 * large / one);  // they take longer than what is beside them
-  const double behind = seconds(pair, x, 7, {many, 1, kLarge}),
-               beside = seconds(pair, x, 7, {many, 1, kLarge, true});
+  const double behind = seconds(pair, x, 9, {1, many, 512, kLarge}),
+               beside = seconds(pair, x, 9, {1, many, 512, kLarge, true});
   NCCL_CHECK(ncclCommDestroy(pair));
   if (job.rank) return;
   printf("%s %.4f %.1f : measured\n", name, rate / 1e9, 1e6 * latency);
