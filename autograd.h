@@ -4,10 +4,10 @@
 // idea      `backward` runs the closures from last to first and drops each once it has run, so that
 //           activations are returned as soon as nobody needs them. There is no graph: the order of
 //           the tape is a valid order.
-// gradients of activations belong to a Var and are summed when it is used twice; gradients of
-// parameters belong to the Param and are
-//           `+=`, so that micro-batches, and a weight used in two places, add up. The first writer
-//           of a fresh one overwrites it: nobody has to clear it, or read it.
+// gradients of activations belong to a Var and are summed when it is used twice; those of
+//           parameters belong to the Param and are `+=`, so that micro-batches, and a weight used
+//           in two places, add up. The first writer of a fresh one overwrites it: nobody has to
+//           clear it, or read it.
 // not here  second derivatives, in-place ops on values
 // test      tests/test_autograd.cpp (finite differences), tests/test_golden.cpp (PyTorch)
 #pragma once

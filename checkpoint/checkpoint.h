@@ -1,7 +1,7 @@
 // checkpoint.h: training state on disk, saved by all ranks at once and read back in any layout.
 //
 //   DIR/step-00000100/weights-3.safetensors     what rank 3 owns, under GPT-2's Hugging Face names;
-//   master weights where bf16 computes
+//                                               master weights where bf16 computes
 //                     optimizer-3.safetensors   the same pieces of Adam's moments: <name>.m and
 //                                               <name>.v
 //                     manifest.json             step, model, layout, options; which piece of which
@@ -120,7 +120,7 @@ class DirectoryLock {
 std::vector<std::string> checkpoints_in(const std::string& dir, const Say& unfinished = {});
 // unless it is there; an Error where nothing can be written
 void make_directory(const std::string& dir);
-// `path` itself if it is a checkpoint, else the newest whole one in it
+// `path` itself if it is a checkpoint, else the newest complete one in it, whose files are not read
 std::string newest_path(const std::string& path);
 // The run's directory, where a tokenizer may be: `path` itself, or what one step lies in
 std::string home_of(const std::string& path);

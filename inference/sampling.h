@@ -13,7 +13,7 @@ struct Sampling {
   uint64_t seed = 1337;
 };
 // A token with the probabilities of softmax(logits / temperature), cut to top_k and top_p. The
-// random number depends on (seed, position, sequence) alone, so every layout and every batch picks
-// the same.
+// random number depends on (seed, position, sequence) alone, so every layout picks the same, and
+// every batch in which the text has the same place.
 int pick(const std::vector<double>& logits, const Sampling& how, int64_t position,
          int64_t sequence = 0);

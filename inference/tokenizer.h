@@ -2,7 +2,7 @@
 // idea      GPT-2's byte-level byte-pair encoding, from tokenizer.json, or vocab.json and
 //           merges.txt, beside a checkpoint. Without those files a vocabulary of 256 is the bytes,
 //           which no pair merges, and of any other a text is the numbers of its tokens.
-// cost      n log n for a word of n bytes: a heap of the pairs that could be merged next
+// cost      n log n for a word of n bytes: an ordered set of the pairs that could be merged next
 // source    Radford et al., "Language models are unsupervised multitask learners", 2019, section
 //           2.2 (bytes, pairs inside words); Sennrich et al., "Neural machine translation of rare
 //           words with subword units", 2016 (merging pairs); unicode_table.h (letters, numbers)

@@ -18,8 +18,8 @@
 // cost      products of (tile, tile, D) for each pair of tiles on or below the diagonal: forward 2,
 //           backward 7; plain: 2 and 4 for all pairs. Memory: lse, and as much for delta while the
 //           backward runs
-// tiles     64 by 64; fewer where D or the type is wide, so that a block needs at most 92 KiB of
-//           shared memory
+// tiles     64 by 64; fewer where D or the type is wide, so that a block needs at most 85 KiB of
+//           shared memory, of which workstation cards give it 99
 // not here  dropout, windows
 // test      tests/test_attention.cpp
 #include <block_product.cuh>
@@ -37,7 +37,7 @@ template <class T, int kWidth> struct Tiles {
   // kD: D, or more and filled with zeros
   static constexpr int kThreads = kProductThreads, kD = kWidth, kRowBytes = kD * int(sizeof(A));
   // queries, or keys
-  static constexpr int kTile = kRowBytes <= 256 ? 64 : kRowBytes <= 512 ? 32 : 16;
+  static constexpr int kTile = kRowBytes > 512 ? 16 : kRowBytes > 256 || sizeof(A) > 4 ? 32 : 64;
   // Leading dims of tiles as (row, d), as (d, row), and of scores
   static constexpr int kLd = kD + kPad * 16 / int(sizeof(A)), kLdT = kTile + kPad * 4,
                        kLdS = kTile + kPad * kTile / 2 / int(sizeof(A));
@@ -341,7 +341,8 @@ void forward(unsigned heads, Sizes n, Results out, acc_t<T>* lse, Inputs<T> in) 
 template <class T, int kD> void backward(unsigned heads, Sizes n, Gradients d, Rows<const T> dout,
                                          const acc_t<T>* lse, const acc_t<T>* delta, Inputs<T> in) {
   using S = Tiles<T, kD>;
-  const size_t bytes = backward_bytes<S>();
+  constexpr size_t bytes = backward_bytes<S>();
+  static_assert(bytes <= 99 << 10);
   for (const bool owns_keys : {false, true}) {
     const auto kernel = owns_keys ? flash_backward_kv<T, kD> : flash_backward_q<T, kD>;
     n.tiles = ceil_div(owns_keys ? n.keys.rows : n.queries.rows, S::kTile);

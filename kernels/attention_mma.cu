@@ -4,12 +4,13 @@
 //           of the rows, and no warp needs another's sums. The product q k^T leaves a warp's
 //           scores in the very lanes where the product with v needs them (mma.cuh), so scores and
 //           probabilities stay in registers, and a row's maximum and sum are taken over the four
-//           lanes that share it. Shared memory holds tiles of q, k, v and dout only.
+//           lanes that share it. Shared memory holds tiles of q, k, v and dout, and in
+//           attention_backward_kv the queries' lse and delta.
 // flow      Two buffers: while one tile is multiplied, the next one travels to the other. One
 //           barrier a tile: behind it, the tile is there, and nobody reads the other buffer.
 // cost      as in attention_flash.cu; the backward kernels compute the scores again
 // order     each sum runs over tiles from first to last, in one lane
-// memory    at most 70 KiB of shared memory a block, D 64: 47 KiB
+// memory    at most 70 KiB of shared memory a block, D 64: 45 KiB
 // not here  32 rows a warp, wgmma and TMA (sm_90): what the best kernels for one chip do on top
 // test      tests/test_attention.cpp
 #ifndef CPU_FAST  // one thread is no warp

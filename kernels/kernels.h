@@ -85,9 +85,8 @@ void embedding_forward(const Tensor& x, const Tensor& tokens, const Tensor& wte,
                        int64_t T, const Tensor& positions = {});
 // dwte (V,C) += rows of dx (R,C) with that token, dwpe (T,C) += rows of dx at that position, all of
 // them. The rows of each sequence stand at `places` (with R < T those at the first R positions).
-// `order` lists the rows that have a
-// token sorted by it (stable), so that one block owns one token's run and nothing needs an atomic:
-// see sort_rows.
+// `order` lists the rows that have a token, sorted by it (stable), so that a token's rows lie
+// beside each other and nothing needs an atomic: see sort_rows.
 void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx,
                         const Tensor& tokens, const Tensor& order, const Positions& places);
 // on the host: numbers of the rows with a token, in its order, stable

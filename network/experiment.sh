@@ -183,6 +183,7 @@ crossover() {
 decode() {
   local link model="--model tiny --layers 8 --width 512 --heads 8 --dtype f32" measured predicted
   unset THREEFOLD_STREAMS
+  out=$dir
   # shellcheck disable=SC2086
   calibrate 2 $links || exit
   printf '%-8s %10s %10s\n' link measured predicted
@@ -191,9 +192,9 @@ decode() {
     in_lab "$link" -n 2 build/cpu/generate $model --tp 2 --prompt Once --tokens 100 \
       || { cat "$dir/err" && exit 1; }
     measured=$(sed -n 's/.*median \([0-9.]*\) ms.*/\1/p' "$dir/err" "$dir/out")
-    # what is decoded sends short messages, whose bytes are in the time that was measured
+    # what is decoded sends short messages
     awk -v us="$(cat "$out/short-$link-2.txt")" \
-      '$1 == "between" { $2 = 1000; $3 = us / 2 } { print }' "$(machine "$link" 2)" >"$dir/short"
+      '$1 == "between" { $3 = us / 2 } { print }' "$(machine "$link" 2)" >"$dir/short"
     # shellcheck disable=SC2086
     predicted=$(build/cpu/plan --machine "$dir/short" --nodes 2 --devices 1 --decode --json $model \
       --tp 2 | number token_seconds)

@@ -5,7 +5,8 @@
 //       inside 2.1 14 : measured      GB/s that a rank sends, and us of an all-gather
 //       between 0.06 90 : measured    (all ranks of a node send to their neighbours at once)
 //       overlap 0.7 : measured        of what travels beside computing, what costs no time
-//       short 45 : measured           us of a call of 4 KiB between nodes, as decoding has them
+//       short 45 : measured           us of a call of 64 bytes between nodes, behind products of
+//                                     one row, as decoding has them
 //   network/nodes.sh run -n 3 build/cpu/tests/bench_links all_reduce 1179648 20
 //       so many calls on a buffer of so many bytes; prints what rank 0 sends by the ledger
 //
@@ -85,7 +86,7 @@ static void measure(const Job& job, const char* name, ncclComm_t world, int colo
   const double small = of_a_call(20, 1, 512, kSmall), large = of_a_call(3, 1, 512, kLarge),
                rate = double(kLarge - kSmall) / (large - small),
                latency = std::max(0.0, small - double(kSmall) / rate) / 2,
-               one = seconds(pair, x, 9, {20, 1, 512}) / 20, short_call = of_a_call(50, 4, 1, 4096);
+               one = seconds(pair, x, 9, {20, 1, 512}) / 20, short_call = of_a_call(50, 4, 1, 64);
   const int many = 1 + int(1.5 * large / one);  // they take longer than what is beside them
   const double behind = seconds(pair, x, 9, {1, many, 512, kLarge}),
                beside = seconds(pair, x, 9, {1, many, 512, kLarge, true});

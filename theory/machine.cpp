@@ -297,9 +297,10 @@ double product_seconds(const Machine& m, double rows, double columns, double k, 
                  waves = std::ceil(tiles / m.multiprocessors) * m.multiprocessors;
     computing = std::min(computing, 2 * waves * t.rows * t.columns * k / t.reaches);
   }
-  if (m.multiprocessors == 0) computing = 2 * batch * rows * columns * k;
   const double slower = bytes == 2 || m.f32 == m.peak ? 1 : m.peak / m.f32,
                moving = batch * (rows * k + k * columns + rows * columns) * bytes / m.copy;
+  if (m.multiprocessors == 0)  // a core multiplies or waits for memory
+    return 2 * batch * rows * columns * k * slower / rate_of(m, k) + moving + m.launch;
   return std::max(computing * slower / rate_of(m, k), moving) + m.launch;
 }
 

@@ -75,6 +75,7 @@ struct Cluster {
 // c (m,n) = a (m,k) b (k,n), `batch` of them, in a dtype of `bytes`. Tiles of the result go over
 // the multiprocessors in waves, and the last wave takes as long as a full one (NVIDIA, "Matrix
 // multiplication background user's guide", 2023, sections 3.1 and 3.2); smaller tiles reach less.
+// Matrices are read and written meanwhile, or, where no multiprocessors are counted, besides.
 double product_seconds(const Machine& machine, double m, double n, double k, double batch,
                        int64_t bytes);
 // `kernels` that read and write so many bytes together

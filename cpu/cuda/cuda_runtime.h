@@ -234,8 +234,8 @@ struct Arena {
 const Arena& arena();
 void share_device_memory();
 
-// Fills memory with NaN (0xff) when it is first handed out and when it is freed. On in FAITHFUL and
-// with queued streams.
+// Fills memory with NaN (0xff) when it is first handed out and when it is freed. On in FAITHFUL,
+// and with queued streams that have a seed.
 void poison_memory(bool on);
 // bytes, as rounded; carved: taken from the arena so far
 struct PoolCounts {
