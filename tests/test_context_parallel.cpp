@@ -179,16 +179,17 @@ TEST(a_rank_attends_to_all_keys_before_its_queries) {
   measured(ranks, " ranks' pairs of query and key, flash and plain");
 }
 
-// Pieces of one tile, 64 tokens. Under the mask a tile of queries at piece i meets i + 1 tiles of
-// keys: 2n + 1 for the two pieces of every rank, and 4r + 3 if rank r had pieces 2r and 2r + 1.
+// Pieces of one tile, 32 tokens in f64. Under the mask a tile of queries at piece i meets i + 1
+// tiles of keys: 2n + 1 for the two pieces of every rank, and 4r + 3 if rank r had pieces 2r and
+// 2r + 1.
 TEST(every_rank_has_the_same_work_in_attention) {
 #ifndef CPU_FAST
   skip("the stand-in for CUDA counts");
 #endif
-  const int64_t of_a_tile = 2 * 64 * 64 * 32;  // scores, and their product with the values
+  const int64_t of_a_tile = 2 * 32 * 32 * 32;  // scores, and their product with the values
   std::string shares;
   for (const int n : {2, 4, 8}) {
-    const int64_t T = 128 * n;
+    const int64_t T = 64 * n;
     int64_t most = 0, all = 0;
     for (int r = 0; r < n; r++) {
       const auto zigzag = cut(n, T, true), plain_cut = cut(n, T, false);
