@@ -104,7 +104,7 @@ if [ "$BACKEND" = cuda ]; then
 elif [[ " ${ARGS:-} " != *" --model "* ]]; then
   # enough for its sample to look like what it read, and a minute or two on two cores
   command+=(--model tiny)
-  default --steps 700
+  default --steps 850
   default --lr 4e-3
 fi
 default --sample 400

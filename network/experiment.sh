@@ -46,6 +46,12 @@ in_lab() {
   wait $!
 }
 
+# ends with what the last command in the lab has said
+give_up() {
+  cat "$dir/err" 2>/dev/null
+  exit 1
+}
+
 # ---- calibration: a node while both work, and every link
 
 # machine LINK RANKS: the file of the calibration
@@ -185,12 +191,12 @@ decode() {
   unset THREEFOLD_STREAMS
   out=$dir
   # shellcheck disable=SC2086
-  calibrate 2 $links || exit
+  calibrate 2 $links || give_up
   printf '%-8s %10s %10s\n' link measured predicted
   for link in $links; do
     # shellcheck disable=SC2086
     in_lab "$link" -n 2 build/cpu/generate $model --tp 2 --prompt Once --tokens 100 \
-      || { cat "$dir/err" && exit 1; }
+      || give_up
     measured=$(sed -n 's/.*median \([0-9.]*\) ms.*/\1/p' "$dir/err" "$dir/out")
     # what is decoded sends short messages
     awk -v us="$(cat "$out/short-$link-2.txt")" \
@@ -217,7 +223,7 @@ for ranks in ${RANKS:-2 4}; do
   over=$links
   [ "$ranks" = 2 ] || over="fast 1gbit 1ms"
   # shellcheck disable=SC2086
-  calibrate "$ranks" $over || { cat "$dir/err" && exit 1; }
+  calibrate "$ranks" $over || give_up
   # shellcheck disable=SC2086
   first=$(predict 1gbit "$ranks" $model --top 1 | sed -n 's/.*"options": "\(.*\)",/\1/p')
   while IFS=$'\t' read -r name options; do

@@ -16,7 +16,8 @@
 #                  mpiexec: 10.77.0.254 +--------+ ==cable== node 3: eth0 10.77.0.3
 #
 # node      a network namespace, and for what runs there a host name, an IPC namespace and a
-#           /dev/shm of its own: ranks of a node share memory, those of two nodes cannot
+#           /dev/shm of its own: ranks of a node share memory, those of two nodes cannot; and
+#           processor cores of its own, which the nodes take in turn where there are too few
 # cable     a veth pair on a bridge; both ends let through RATE (tbf). With a DELAY, the switch and
 #           its cables are a program (delay.cpp), since many kernels lack what would do it (netem).
 # launcher  mpiexec is told to reach other hosts by this script in the place of rsh
@@ -109,9 +110,9 @@ down() {
   done
 }
 
-# cores NODE: those of its own, as long as there is one for each node: "0,1"
+# cores NODE: those that are its own: "0,1"
 cores() {
-  local all=() range each n
+  local all=() range each n i
   n=$(nodes)
   for range in $(sed -n 's/^Cpus_allowed_list://p' /proc/self/status | tr , ' '); do
     all+=($(seq "${range%-*}" "${range#*-}"))
@@ -124,6 +125,7 @@ cores() {
 on() {
   local node=$1
   shift
+  is_up || refuse "no lab named $lab is up"
   exec taskset -c "$(cores "$node")" \
     ip netns exec "$lab-$node" unshare --uts --ipc --mount bash -c \
     "hostname node$node && mount -t tmpfs tmpfs /dev/shm && exec $*"
@@ -132,9 +134,9 @@ on() {
 run() {
   local ranks n each
   [ "${1:-}" = -n ] && [ $# -ge 3 ] || refuse "usage: network/nodes.sh run -n RANKS COMMAND..."
+  is_up || refuse "no lab named $lab is up"
   ranks=$2 n=$(nodes)
   shift 2
-  is_up || refuse "no lab named $lab is up"
   each=$(((ranks + n - 1) / n))
   if [ "$1" = --spread ]; then
     shift

@@ -248,8 +248,7 @@ void show(PlanOptions& o) {
   REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads,
           " heads: change --width or --heads");
   REQUIRE(m.heads % m.kv() == 0, "--kv-heads ", m.kv(), " does not divide the ", m.heads, " heads");
-  const Cluster cluster{o.machine == "this" ? measure_machine(o.nodes * o.devices)
-                                            : read_machine(o.machine),
+  const Cluster cluster{o.machine == "this" ? measure_machine(o.devices) : read_machine(o.machine),
                         o.nodes, o.devices, o.spread, profile_named(o.profile).direct};
   const GptConfig config = model_config(o);
   const int64_t memory = o.memory > 0 ? o.memory << 20 : int64_t(0.92 * cluster.machine.memory);

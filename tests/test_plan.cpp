@@ -284,6 +284,45 @@ TEST(large_clusters_are_planned) {
 
 // ---- machines
 
+TEST(idle_stages_lend_their_processor_on_their_node_alone) {
+  const GptConfig config{{8, 256, 4, 128, 256}, Dtype::f32};
+  Machine machine = read_machine("h100");
+  machine.between = machine.inside;
+  Job job{config, {}, {{"pp", 2}}};
+  job.options.batch = 4;
+  job.options.microbatch = 1;
+  job.options.schedule = "1f1b";
+  const auto bubble = [&](double sharing, int64_t nodes, int64_t devices) {
+    machine.sharing = sharing;
+    Predictor predictor({machine, nodes, devices}, profile_named("threefold"), config);
+    return predictor.predict(job).bubble;
+  };
+  const double apart = bubble(1, 2, 1);
+  CHECK_LE(1e-6, apart);
+  CHECK_EQ(bubble(2, 2, 1), apart);
+  CHECK_LE(close(bubble(2, 1, 2), apart / 2), 1e-12);
+  CHECK_EQ(bubble(1, 1, 2), apart);
+}
+
+TEST(a_round_among_many_takes_one_message_where_they_send_directly) {
+  const Machine machine = read_machine("h100");
+  const double latency = machine.inside.latency, bytes = 1e-6;
+  for (const bool direct : {false, true}) {
+    const Link link = link_of({machine, 1, 8, false, direct}, 8, 1);
+    const double seconds = collective_seconds(link, 8, Collective::all_reduce, bytes);
+    CHECK_LE(close(seconds, (direct ? 2 : 6) * latency), 1e-6);
+  }
+}
+
+TEST(a_cpu_moves_matrices_besides_multiplying_them) {
+  Machine m = read_machine("h100");
+  m.multiprocessors = m.launch = 0;
+  m.f32 = m.peak;
+  const double n = m.products.back().first, computing = 2 * n * n * n / m.products.back().second,
+               moving = 3 * n * n * 4 / m.copy;
+  CHECK_LE(close(product_seconds(m, n, n, n, 1, 4), computing + moving), 1e-12);
+}
+
 TEST(a_gpu_has_the_links_of_the_machine_that_it_is) {
   const std::pair<const char*, const char*> names[] = {{"NVIDIA H200", "h200"},
                                                        {"NVIDIA H100 80GB HBM3", "h100"},
@@ -324,6 +363,7 @@ between 0.1 50 : a
   CHECK_SAYS(with("copy 10 : a", "peak 10 : a"), "peak stands twice");
   CHECK_SAYS(with("inside 1 20", "inside 1"), "inside takes 2 numbers");
   CHECK_SAYS(with("product 512 0.9 : a", ""), "rates of two products");
+  CHECK_SAYS(with("copy 10 : a", "copy 10 : a\nsharing 0.5 : a"), "sharing is at least 1");
   CHECK_SAYS(with("product 512", "product 32"), "ascending order");
   CHECK_SAYS(read_machine("no such file"), "there is no machine and no file 'no such file'");
 }

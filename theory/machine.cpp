@@ -18,7 +18,7 @@
 // Hours of training sustain less than the best rate that a product reaches for a moment. What an
 // A100 sustains, 242 inner / (inner + 192), is the one fitted constant: with it the last row of
 // Narayanan's table 1, whose products are the largest, is met. (Least error over its ten rows:
-// 235.) An RTX 4090 is taken to sustain the same share of its best product, 0.825; an H100 has the
+// 234.) An RTX 4090 is taken to sustain the same share of its best product, 0.825; an H100 has the
 // products of a moment, with which steps of seconds are predicted well, and hours perhaps too fast.
 static const std::pair<const char*, const char*> kMachines[] = {
     {"a100-80g", R"(
@@ -156,8 +156,9 @@ Machine parse_machine(const std::string& name, const std::string& text) {
             " does not say its ", fact.name);
   REQUIRE(m.products.size() >= 2, "machine ", name, " needs the rates of two products at least");
   REQUIRE(m.overlap <= 1, "machine ", name, ": overlap is a share, at most 1");
+  REQUIRE(m.sharing >= 1, "machine ", name, ": sharing is at least 1, a processor to a rank");
   REQUIRE(std::min({m.peak, m.f32, m.copy, m.memory, m.inside.bandwidth, m.between.bandwidth,
-                    m.sharing, m.read}) > 0,
+                    m.read}) > 0,
           "machine ", name, ": rates and memory are above 0");
   return m;
 }
@@ -291,17 +292,17 @@ double product_seconds(const Machine& m, double rows, double columns, double k, 
   };
   static constexpr Tile kTiles[] = {
       {256, 128, 1}, {128, 256, 1}, {128, 128, 0.9}, {64, 128, 0.7}, {128, 64, 0.7}};
+  const double slower = bytes == 2 || m.f32 == m.peak ? 1 : m.peak / m.f32,
+               rate = rate_of(m, k) / slower,
+               moving = batch * (rows * k + k * columns + rows * columns) * bytes / m.copy;
+  if (m.multiprocessors == 0) return 2 * batch * rows * columns * k / rate + moving + m.launch;
   double computing = INFINITY;
   for (const Tile& t : kTiles) {
     const double tiles = batch * std::ceil(rows / t.rows) * std::ceil(columns / t.columns),
                  waves = std::ceil(tiles / m.multiprocessors) * m.multiprocessors;
     computing = std::min(computing, 2 * waves * t.rows * t.columns * k / t.reaches);
   }
-  const double slower = bytes == 2 || m.f32 == m.peak ? 1 : m.peak / m.f32,
-               moving = batch * (rows * k + k * columns + rows * columns) * bytes / m.copy;
-  if (m.multiprocessors == 0)  // a core multiplies or waits for memory
-    return 2 * batch * rows * columns * k * slower / rate_of(m, k) + moving + m.launch;
-  return std::max(computing * slower / rate_of(m, k), moving) + m.launch;
+  return std::max(computing / rate, moving) + m.launch;
 }
 
 double move_seconds(const Machine& m, double bytes, double kernels) {

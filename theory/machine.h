@@ -20,13 +20,12 @@
 //           that a large bf16 product of it reaches; at least two lines. multiprocessors: tiles go
 //           over them in waves; 0: not counted. copy: GB/s read and written together. memory: GiB.
 //           launch: us from one kernel to the next. inside and between (of nodes): GB/s that a
-//           device sends in a collective, and us for each doubling of the ranks (of an all-reduce:
-//           twice; where each rank sends to every other directly, once for any number). sharing:
-//           ranks to a processor, each rate above being a rank's when all compute; where some wait,
-//           the others are faster. overlap: what share of the time is hidden that something travels
-//           beside a computation; the rest slows it down. read: GB/s at which a product of one row
-//           reads its matrix. Where they are left out, the first two are 1, and reading is as fast
-//           as copying
+//           device sends in a collective, and us of a round: for each doubling of the ranks or,
+//           where each rank sends to every other directly, once for any number. sharing: ranks to a
+//           processor, each rate above being a rank's when all compute; where some wait, the others
+//           are faster. overlap: what share of the time is hidden that something travels beside a
+//           computation; the rest slows it down. read: GB/s at which a product of one row reads its
+//           matrix. Where they are left out, the first two are 1, and reading is as fast as copying
 // test      tests/test_plan.cpp
 #pragma once
 #include <cmath>
@@ -75,7 +74,8 @@ struct Cluster {
 // c (m,n) = a (m,k) b (k,n), `batch` of them, in a dtype of `bytes`. Tiles of the result go over
 // the multiprocessors in waves, and the last wave takes as long as a full one (NVIDIA, "Matrix
 // multiplication background user's guide", 2023, sections 3.1 and 3.2); smaller tiles reach less.
-// Matrices are read and written meanwhile, or, where no multiprocessors are counted, besides.
+// Matrices are read and written meanwhile or, where no multiprocessors are counted, besides: there
+// it is a surcharge, since the rates have these bytes of large products in them.
 double product_seconds(const Machine& machine, double m, double n, double k, double batch,
                        int64_t bytes);
 // `kernels` that read and write so many bytes together

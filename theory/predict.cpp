@@ -546,7 +546,8 @@ Prediction Predictor::predict(const Job& job, double limit) {
   result.computing = busiest + tail;
   for (const double w : result.waiting) result.computing -= w;
   if (s.stages > 1) {
-    // where a stage idles, those that share its processor compute
+    // Where a stage idles, those of its node that share its processor compute. Approximately: two
+    // stages alone on one processor are never idle, and are here.
     const int64_t ranks = job.layout.ranks() / s.stages,
                   on_node = cluster.spread ? ceil_div(ranks, cluster.nodes) : ranks,
                   stages = std::max<int64_t>(1, cluster.devices / on_node);
