@@ -14,6 +14,9 @@ THREADS ?= $(shell nproc)
 WERROR  ?=# -Werror (as .ci/run has it): another compiler's warnings do not stop a user
 OPTIMIZE ?= -O1 -g1# of what is no kernel: -O2 compiles longer and runs no faster
 COMM    ?= nccl
+ifeq ($(filter nccl mpi,$(COMM)),)
+  $(error COMM is '$(COMM)', expected nccl or mpi)
+endif
 # MPICH, though another MPI may be there; looked for at each use, since `make deps` may come first
 MPICXX  ?= $(or $(shell command -v mpicxx.mpich 2>/dev/null),mpicxx)
 MPIEXEC ?= $(subst mpicxx,mpiexec,$(MPICXX))
@@ -83,13 +86,14 @@ $(B)/comm-mpi/%: $$(main) $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
 
 # ---- targets
 
-.PHONY: help build built book clean
+.PHONY: help programs build built book clean
 help:
 	@echo 'Threefold ($(BACKEND) backend)$(if $(WHY),; no GPU is used: $(WHY))'
 	@sed -nE 's/^([a-z].*)?## /  /p' launch/launch.mk Makefile network/network.mk tests/tests.mk
 	@tests/size.sh | sed 's/^/  /'
 
-build: $(PROGRAMS:%=$(B)$(WHERE)/%)  ## make build               compile the programs into build/
+programs: $(PROGRAMS:%=$(B)$(WHERE)/%)  # of this backend; build/ keeps those that it has
+build: programs  ## make build               compile the programs into build/
 	@for p in $(PROGRAMS); do [ "$$(readlink build/$$p)" = $(BACKEND)$(WHERE)/$$p ] || \
 	  ln -sfn $(BACKEND)$(WHERE)/$$p build/$$p || exit 1; done
 built:  # for those who type no -j

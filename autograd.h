@@ -8,7 +8,9 @@
 //           parameters belong to the Param and are `+=`, so that micro-batches, and a weight used
 //           in two places, add up. The first writer of a fresh one overwrites it: nobody has to
 //           clear it, or read it.
-// not here  second derivatives, in-place ops on values
+// in place  a bias is added to what its product wrote, and the loss turns logits into their
+//           gradient: nobody else needs what was there
+// not here  second derivatives
 // test      tests/test_autograd.cpp (finite differences), tests/test_golden.cpp (PyTorch)
 #pragma once
 #include <deque>

@@ -190,10 +190,10 @@ Finished::~Finished() {
 Ledger ledger;
 
 int64_t Ledger::bytes() const {
-  std::map<int, int64_t> numerators;
+  std::map<int, __int128> numerators;
   for (const auto& [key, row] : rows) numerators[row.n] += row.numerator;
   int64_t all = 0;
-  for (const auto& [n, numerator] : numerators) all += numerator / n;
+  for (const auto& [n, numerator] : numerators) all += int64_t(numerator / n);
   return all;
 }
 
@@ -211,7 +211,7 @@ const char* name_of(Traffic t) {
 void Ledger::enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls) {
   // what a bandwidth-optimal algorithm sends, in n-ths of the buffer, by collective
   const int64_t n = axis.size, parts[] = {2 * (n - 1), n - 1, n - 1, n, n};
-  const int64_t numerator = calls * parts[int(c)] * bytes;
+  const __int128 numerator = __int128(calls) * parts[int(c)] * bytes;
   const double sent = double(numerator) / n;
   if (OpTimes::Op* op = op_times.open()) {
     op->work.name = sentence(name_of(c), " (", axis.name, ")");

@@ -180,8 +180,10 @@ class Ledger {
   void enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls = 1);
 
   struct Row {  // bytes sent by this rank = numerator / n
-    int64_t calls = 0, numerator = 0;
+    int64_t calls = 0;
+    __int128 numerator = 0;  // a long run on many ranks needs more than 64 bits
     int n = 1;
+    int64_t bytes() const { return int64_t(numerator / n); }
   };
   using Key = std::tuple<std::string, Collective, Traffic>;
   std::map<Key, Row> rows;

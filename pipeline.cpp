@@ -209,7 +209,7 @@ Tensor Pipeline::receive(const Transfer& transfer) {
 
 // What exchanges up to the last of these sent goes back to the pool. The compute stream, in whose
 // order memory is used again, first waits until it has left.
-void Pipeline::release_sent(int last) {
+void Pipeline::release_sent(int64_t last) {
   std::erase_if(outbox_, [&](const auto& entry) {
     const Parcel& parcel = entry.second;
     const bool lets_go = parcel.moved_by > 0 && parcel.moved_by <= last;

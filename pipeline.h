@@ -67,7 +67,7 @@ class Pipeline {
   struct Parcel {
     Tensor x;
     std::shared_ptr<Event> event;
-    int moved_by = 0;  // number of the exchange, from 1 on; 0: none yet
+    int64_t moved_by = 0;  // number of the exchange, from 1 on; 0: none yet
   };
   void execute(const std::vector<Action>& actions, const Shape& shape, Dtype dtype,
                const std::function<Tensor(size_t action, Tensor x)>& compute);
@@ -75,7 +75,7 @@ class Pipeline {
   void put_in_outbox(const Transfer& transfer, Tensor x);
   void exchange(const std::vector<Transfer>& transfers);
   Tensor receive(const Transfer& transfer);
-  void release_sent(int last);
+  void release_sent(int64_t last);
   void measure(size_t action, const std::function<void()>& work);
 
   const Axis axis_;
@@ -85,7 +85,7 @@ class Pipeline {
   // recorded when the next exchange's receive buffers were allocated: their memory's earlier users
   // are done
   Event room_is_free_;
-  int exchanges_ = 0;                 // issued so far
+  int64_t exchanges_ = 0;             // issued so far
   std::vector<double> milliseconds_;  // of each action, in processor time
   std::map<size_t, TimedWork> work_;  // of each computation
   int64_t most_live_ = 0, most_live_bytes_ = 0;

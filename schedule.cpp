@@ -209,7 +209,7 @@ Schedule make_schedule(const std::string& name, int p, int m, int V) {
           row.chunks() == 1 ? "one chunk" : "two chunks", " a stage, not ", V);
   REQUIRE(m % row.divisor(p) == 0, name, " needs a number of micro-batches that its ", p,
           " stages divide, not ", m);
-  REQUIRE(int64_t(p) * m <= 1'000'000 / V, p, " stages, ", m, " micro-batches and ", V,
+  REQUIRE(int64_t(p) * m <= kMostForwards / V, p, " stages, ", m, " micro-batches and ", V,
           " chunks make more than a million forwards");
   Schedule s{&row, p, m, V};
   for (int stage = 0; stage < p; stage++) s.actions.push_back(computations(s, stage));

@@ -136,6 +136,7 @@ struct ScheduleRow {
 const ScheduleRow& schedule_row(std::string_view name);  // or a sentence that lists the names
 std::vector<std::string> schedule_names();
 
+constexpr int64_t kMostForwards = 1'000'000;  // of a schedule, on all stages
 // Refuses what a schedule does not allow with a sentence. chunks 0: as many as the row says.
 Schedule make_schedule(const std::string& name, int stages, int microbatches, int chunks = 0);
 // Its forwards alone, of any number of micro-batches: for evaluation and sampling.

@@ -79,8 +79,11 @@ static void print_sample(const Options& o, const TrainingData& data, Trainer& tr
   for (int64_t i = 0; i < o.sample; i++) {
     watch.progress();
     const std::vector<int> window(tokens.end() - std::min<int64_t>(tokens.size(), T), tokens.end());
-    tokens.push_back(
-        pick(trainer.next_logits(window), {.temperature = 0.8, .seed = uint64_t(o.seed)}, i));
+    int token =
+        pick(trainer.next_logits(window), {.temperature = 0.8, .seed = uint64_t(o.seed)}, i);
+    // copies of the model may differ by a rounding, and all must go on with one token
+    MPI_Ibcast(&token, 1, MPI_INT, 0, MPI_COMM_WORLD, Finished());
+    tokens.push_back(token);
     if (stopped() || tokens.back() == data.tokenizer->end_of_text()) break;
     add(tokens.back());
   }

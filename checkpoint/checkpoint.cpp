@@ -242,20 +242,16 @@ std::vector<std::string> save_checkpoint(const std::string& dir, const Checkpoin
 
 // ---- one run in a directory
 
-bool DirectoryLock::is_mine() const {
-  std::error_code none;
-  return fs::equivalent(path_, opened(), none);
-}
-
 DirectoryLock::DirectoryLock(const std::string& dir) : path_(dir + "/lock") {
   for (int tries = 0;; tries++) {
     file_.emplace(path_, O_RDWR | O_CREAT | O_NOFOLLOW);
     const int error = flock(file_->fd, LOCK_EX | LOCK_NB) == 0 ? 0 : errno;
     std::string host;
     pid_t process = 0;
-    const bool named = bool(std::istringstream(read_file(opened())) >> host >> process),
+    const bool named = bool(std::istringstream(read_file(sentence("/proc/self/fd/", file_->fd))) >>
+                            host >> process),
                local = !named || host == host_name();
-    const bool held = !is_mine() ||  // removed meanwhile, by who held it
+    const bool held = !file_->is_at(path_) ||  // removed meanwhile, by who held it
                       error == EWOULDBLOCK ||
                       // a file system without locks leaves what the file says
                       (error && named && local && (kill(process, 0) == 0 || errno == EPERM));

@@ -105,13 +105,11 @@ class DirectoryLock {
  public:
   explicit DirectoryLock(const std::string& dir);
   ~DirectoryLock() {
-    if (is_mine()) unlink(path_.c_str());
+    if (file_->is_at(path_)) unlink(path_.c_str());
   }
   DirectoryLock(const DirectoryLock&) = delete;
 
  private:
-  std::string opened() const { return sentence("/proc/self/fd/", file_->fd); }
-  bool is_mine() const;  // not another one, made after somebody has removed this one
   const std::string path_;
   std::optional<OpenFile> file_;
 };

@@ -26,8 +26,9 @@ struct Matrix {  // a row-major matrix inside a tensor, or `batch` of them `stri
   int64_t stride = 0;       // elements from one matrix of the batch to the next
 };
 // c (m,n) = a (m,k) b (k,n) * alpha + c * beta, for each of `batch`. a and b are of dtype `in`, c
-// of dtype `out`: equal, or in = bf16 and out = f32. Sums in acc(in). beta is 0 (c is not read, may
-// be uninitialised) or 1.
+// of dtype `out`: equal, or in = bf16 and out = f32. Sums in acc(in), except that cuBLAS may cut a
+// long one into parts and add these in bf16, where c is bf16. beta is 0 (c is not read, may be
+// uninitialised) or 1.
 void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix c,
             double alpha = 1, double beta = 0, int64_t batch = 1);
 

@@ -46,6 +46,8 @@ Job::Job(int* argc, char*** argv) {
   MPI_Comm_rank(node, &local_rank);
   MPI_Comm_size(node, &local_size);
   speaks = rank == 0;
+  // the watch's thread asks other nodes while a rank waits for its peers
+  if (provided < MPI_THREAD_MULTIPLE) abort("this MPI lets only one thread of a rank call it");
 }
 
 // Launchers tell their processes how many there are. If that is more than our world, mpiexec is

@@ -95,6 +95,7 @@ if [ "$what" = replay ]; then
   default --batch $sequences
   default --steps 3
   start "$ranks" "${command[@]}" "${args[@]}" || exit
+  [ -s "${page%.html}.json" ] || refuse "the run has ended before its last step, which is played"
   report/replay.sh "${page%.html}.json" "$page" || exit
   echo "replay: $page"
   exit

@@ -139,7 +139,8 @@ void Watch::ask_nccl() {
 std::string Watch::report() const {
   const int64_t now = now_ms();
   std::string s = sentence("no progress for ", (now - mine_->progress_ms) / 1000,
-                           " s (--timeout); where the ranks of ", host_name(), " stand:");
+                           " s (--timeout); where the ranks of ", host_name(),
+                           " stand, by what they have issued:");
   std::set<int64_t> entered;
   for (const WatchRecord& r : records_) entered.insert(r.collectives);
   for (const WatchRecord& r : records_) {

@@ -15,6 +15,10 @@ set -u
 cd "$(dirname "$0")/.."
 . tests/lib.sh
 steps=${STEPS:-5} failed=0
+[[ $steps =~ ^[1-9][0-9]*$ ]] && [ "$steps" -gt 1 ] || {
+  echo "network/experiment.sh: STEPS is '$steps', expected 2 or more: the first does not count" >&2
+  exit 1
+}
 # a thread a rank, and one for what travels beside it
 export OMP_NUM_THREADS=1 THREEFOLD_STREAMS=queued
 nodes=network/nodes.sh own=3f$$ out=build/network
@@ -57,8 +61,8 @@ give_up() {
 # machine LINK RANKS: the file of the calibration
 machine() { echo "$out/machine-$1-$(($2 / 2)).txt"; }
 calibrate() {
-  local ranks=$1 link i measured="between|overlap"
-  [ "$ranks" = 2 ] || measured="between|overlap|inside"
+  local ranks=$1 link i measured="between|overlap|read"
+  [ "$ranks" = 2 ] || measured="$measured|inside"
   for i in 1 2; do # (at the same time, since cores share memory's bandwidth)
     LAB=$own-fast $nodes on $i build/cpu/plan --machine this --devices $((ranks / 2)) --layout \
       --fsdp $((ranks / 2)) >"$dir/machine.$i" 2>&1 &
@@ -73,7 +77,7 @@ calibrate() {
       grep ' : ' "$dir/machine.1" | grep -vE "^($measured)"
       grep -v ^short "$dir/out"
     } >"$(machine "$link" "$ranks")"
-    sed -n 's/^short//p' "$dir/out" >"$out/short-$link-$ranks.txt"
+    sed -n 's/^short/between/p' "$dir/out" >"$out/short-$link-$ranks.txt"
   done
 }
 # predict LINK RANKS OPTIONS: seconds
@@ -199,8 +203,7 @@ decode() {
       || give_up
     measured=$(sed -n 's/.*median \([0-9.]*\) ms.*/\1/p' "$dir/err" "$dir/out")
     # what is decoded sends short messages
-    awk -v us="$(cat "$out/short-$link-2.txt")" \
-      '$1 == "between" { $3 = us / 2 } { print }' "$(machine "$link" 2)" >"$dir/short"
+    grep -v ^between "$(machine "$link" 2)" | cat - "$out/short-$link-2.txt" >"$dir/short"
     # shellcheck disable=SC2086
     predicted=$(build/cpu/plan --machine "$dir/short" --nodes 2 --devices 1 --decode --json $model \
       --tp 2 | number token_seconds)
@@ -218,6 +221,12 @@ case ${1:-} in
     exit
     ;;
 esac
+for name in "$@"; do
+  { layouts 4 && echo first-choice; } | cut -f 1 | grep -qxF "$name" || {
+    echo "network/experiment.sh: there is no layout '$name'" >&2
+    exit 1
+  }
+done
 : >$out/cells.tsv
 for ranks in ${RANKS:-2 4}; do
   over=$links

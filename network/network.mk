@@ -7,5 +7,5 @@ build/delay: network/delay.cpp
 	@$(MPICXX) $(filter-out -I%,$(CXXFLAGS)) $< -o $@
 ## make network             the strategies over links made slow, predicted and measured (root)
 network:
-	@$(MAKE) -s --no-print-directory BACKEND=cpu build build/delay build/cpu/tests/bench_links
+	@$(MAKE) -s --no-print-directory BACKEND=cpu programs build/delay build/cpu/tests/bench_links
 	@network/experiment.sh

@@ -79,7 +79,7 @@ up() {
   else
     make -s --no-print-directory BACKEND=cpu build/delay
     local mbit=0
-    [ "$rate" = 0 ] || mbit=$(($(bits "$rate") / 1000000))
+    [ "$rate" = 0 ] || mbit=$(bits "$rate")e-6
     ip netns exec "$switch" chrt -f 10 build/delay $((n + 1)) "$delay" $mbit \
       </dev/null >/dev/null 2>&1 &
     for i in $(seq 100); do

@@ -74,9 +74,9 @@ static Json traffic_json(int rank, const Theory& t, int64_t steps) {
               {"collective", name_of(collective)},
               {"purpose", name_of(purpose)},
               {"calls", row.calls},
-              {"bytes", row.numerator / row.n}};
+              {"bytes", row.bytes()}};
     if (const auto step = t.step.rows.find(key); step != t.step.rows.end())
-      json.update({{"predicted_bytes", steps * step->second.numerator / step->second.n},
+      json.update({{"predicted_bytes", int64_t(steps * step->second.numerator / step->second.n)},
                    {"predicted_calls", steps * step->second.calls}});
     rows.push_back(json);
   }

@@ -202,7 +202,7 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
   Json rows = Json::array();
   if (!o.json)
     printf("  tp  ms a token   weights     cache   kernels      sums    stages       GiB\n");
-  for (int64_t tp = 1; tp <= std::min(devices / pp, config.kv()); tp++) {
+  for (int64_t tp = 1; tp <= std::min({devices / pp, config.kv(), config.vocab}); tp++) {
     if (devices % tp || (o.layout["tp"] > 0 && o.layout["tp"] != tp)) continue;
     const DecodePrediction d = predict_decoding(cluster, config, {{"pp", pp}, {"tp", tp}},
                                                 o.sequences, config.context / 2);
@@ -216,7 +216,7 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
   }
   REQUIRE(least < INFINITY, "no --tp is possible: it must divide the ", devices,
           " devices, make at most ", devices, " ranks with --pp ", pp, " and be at most ",
-          config.kv(), " (--kv-heads)");
+          std::min(config.kv(), config.vocab), " (--kv-heads, --vocab)");
   if (o.json) printf("%s\n", Json{{"decode", rows}}.dump(1).c_str());
   check_fits(least, memory);
 }
@@ -230,6 +230,10 @@ Job one_job(PlanOptions& o) {
   resolve(o, true);
   check(o);
   return {model_config(o), trainer_options(o), o.layout};
+}
+
+Machine machine_of(const PlanOptions& o) {
+  return o.machine == "this" ? measure_machine(o.devices) : read_machine(o.machine);
 }
 
 void show(PlanOptions& o) {
@@ -248,8 +252,14 @@ void show(PlanOptions& o) {
   REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads,
           " heads: change --width or --heads");
   REQUIRE(m.heads % m.kv() == 0, "--kv-heads ", m.kv(), " does not divide the ", m.heads, " heads");
-  const Cluster cluster{o.machine == "this" ? measure_machine(o.devices) : read_machine(o.machine),
-                        o.nodes, o.devices, o.spread, profile_named(o.profile).direct};
+  REQUIRE(o.attention == "flash" || double(std::max<int64_t>(o.batch, 1024)) * m.context *
+                                            m.context * m.heads * m.layers <
+                                        1e18,
+          "whole scores of ", m.context,
+          " tokens are too many bytes to count: give --attention "
+          "flash");
+  const Cluster cluster{machine_of(o), o.nodes, o.devices, o.spread,
+                        profile_named(o.profile).direct};
   const GptConfig config = model_config(o);
   const int64_t memory = o.memory > 0 ? o.memory << 20 : int64_t(0.92 * cluster.machine.memory);
   if (!o.json) {
@@ -337,10 +347,14 @@ int main(int argc, char** argv) {
                              table(defaults))
                        .c_str());
     else if (o.map.empty()) show(o);
-    else
+    else {
+      for (const std::string& name : o.given)
+        REQUIRE(name == "map" || name == "machine" || name == "profile", "--", name,
+                " would do nothing: --map draws models and clusters of its own");
       write_file(o.map, [&](const Write& write) {  // which must be possible: it takes a minute
-        write(draw_map(read_machine(o.machine), profile_named(o.profile), 1.25e9));
+        write(draw_map(machine_of(o), profile_named(o.profile), 1.25e9));
       });
+    }
     check_printed();
   } catch (const std::exception& e) {
     fprintf(stderr, "plan: %s\n", words_of(e).c_str());

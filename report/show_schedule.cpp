@@ -147,8 +147,8 @@ int main(int argc, char** argv) {
     else if (o.name == "all") show_all();
     else show(o);
     check_printed();
-  } catch (const Error& e) {
-    fprintf(stderr, "show_schedule: %s\n", e.what());
+  } catch (const std::exception& e) {
+    fprintf(stderr, "show_schedule: %s\n", words_of(e).c_str());
     return 1;
   }
   return 0;

@@ -108,13 +108,20 @@ std::string content_of(const std::vector<std::string>& paths) {
 
 // ---- writing
 
+bool OpenFile::is_at(const std::string& path) const {
+  struct stat mine, there;
+  return fstat(fd, &mine) == 0 && stat(path.c_str(), &there) == 0 && mine.st_ino == there.st_ino &&
+         mine.st_dev == there.st_dev;
+}
+
 // Beside `path`; renamed when it is whole.
 WrittenFile write_file(const std::string& path, const std::function<void(const Write&)>& fill) {
   constexpr size_t kAhead = 16 << 20;
   const std::string beside = path + ".partial";
   const OpenFile file(beside, O_WRONLY | O_CREAT | O_NOFOLLOW);
-  REQUIRE(flock(file.fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK, path,
-          " is being written by another process");
+  const bool is_free = flock(file.fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
+  // who held it has perhaps just renamed it: then it is the finished file
+  REQUIRE(is_free && file.is_at(beside), path, " is being written by another process");
   Checksum sum;
   sum.file.name = path.substr(path.rfind('/') + 1);
   const auto check = [&](bool done) { SYSTEM_CHECK(done, path, " cannot be written"); };

@@ -22,6 +22,7 @@ struct OpenFile {
   }
   ~OpenFile() { close(fd); }
   OpenFile(const OpenFile&) = delete;
+  bool is_at(const std::string& path) const;  // not another one, made there since
   const int fd;
 };
 

@@ -5,14 +5,16 @@
 //       inside 2.1 14 : measured      GB/s that a rank sends, and us of an all-gather
 //       between 0.06 90 : measured    (all ranks of a node send to their neighbours at once)
 //       overlap 0.7 : measured        of what travels beside computing, what costs no time
-//       short 45 : measured           us of a call of 64 bytes between nodes, behind products of
-//                                     one row, as decoding has them
+//       read 16 : measured            GB/s at which products of one row read matrices from memory
+//                                     while those of all ranks do
+//       short 0.2 22 : measured       as between, but of short messages behind such products: what
+//                                     decoding sends
 //   network/nodes.sh run -n 3 build/cpu/tests/bench_links all_reduce 1179648 20
 //       so many calls on a buffer of so many bytes; prints what rank 0 sends by the ledger
 //
 // idea      An all-reduce on 2 ranks sends its buffer's bytes in two rounds. Two sizes give the
 //           latency of a round and the rate. A call is timed as a step has it, behind products and
-//           before products: many turns of both, less the same products alone.
+//           before products: turns of both, less the same products alone.
 #include <algorithm>
 #include <cstdio>
 
@@ -32,71 +34,100 @@ static void call(ncclComm_t comm, int ranks, Collective collective, const Tensor
   else NCCL_CHECK(ncclAllReduce(data, data, all, ncclFloat, ncclSum, comm, stream));
 }
 
-// So many turns of some products, each of so many rows, and an all-reduce of so many bytes (0:
-// none) behind them; or beside them.
+// So many turns of some products, each of so many rows and the next matrix, and an all-reduce of so
+// many bytes (0: none) behind them; or beside them.
 struct Turns {
   int count, products, rows;
   size_t bytes = 0;
   bool beside = false;
 };
-// Their seconds on the slowest rank: the median of `times`.
-static double seconds(ncclComm_t comm, const Tensor& x, int times, const Turns& turns) {
-  const Tensor a({turns.rows, 512}, Dtype::f32, Memory::workspace),
-      b({512, 512}, Dtype::f32, Memory::workspace), c(a.shape(), a.dtype(), Memory::data);
-  fill(a, 0);
-  fill(b, 0);
-  const cudaStream_t compute = device().compute;
-  cudaStream_t other;
-  CUDA_CHECK(cudaStreamCreate(&other));
-  std::vector<double> all;
-  for (int i = 0; i < times; i++) {
+
+// A pair of ranks that takes turns. All of its matrices are larger than a cache.
+class Pair {
+ public:
+  Pair(const Job& job, ncclComm_t world, int color, const Tensor& x) : x_(x) {
+    NCCL_CHECK(ncclCommSplit(world, color, job.rank, &comm_, nullptr));
+    CUDA_CHECK(cudaStreamCreate(&other_));
+    fill(a_, 0);
+    fill(b_, 0);
+    seconds({1, 0, 1, kLarge});  // opens connections
+  }
+  ~Pair() {
+    ncclCommDestroy(comm_);
+    cudaStreamDestroy(other_);
+  }
+  Pair(const Pair&) = delete;
+
+  static constexpr size_t kLarge = 4 << 20;
+  // on the slowest rank
+  double seconds(const Turns& turns) {
+    const Tensor a = a_.part(0, {turns.rows, kInner}), c = c_.part(0, {turns.rows, kColumns});
+    const cudaStream_t compute = device().compute;
     synchronize();
     barrier();
     const double start = MPI_Wtime();
     for (int turn = 0; turn < turns.count; turn++) {
-      if (turns.beside) call(comm, 2, Collective::all_reduce, x, turns.bytes, other);
-      for (int k = 0; k < turns.products; k++) product(c, a, false, b, false, 0);
-      if (!turns.beside && turns.bytes) {
-        make_wait(other, compute);
-        call(comm, 2, Collective::all_reduce, x, turns.bytes, other);
+      if (turns.beside) call(comm_, 2, Collective::all_reduce, x_, turns.bytes, other_);
+      for (int k = 0; k < turns.products; k++, next_++) {
+        const Tensor matrix = b_.part(next_ % kMatrices * kMatrix, {kInner, kColumns});
+        product(c, a, false, matrix, false, 0);
       }
-      make_wait(compute, other);
+      if (!turns.beside && turns.bytes) {
+        make_wait(other_, compute);
+        call(comm_, 2, Collective::all_reduce, x_, turns.bytes, other_);
+      }
+      make_wait(compute, other_);
     }
     synchronize();
     double mine = MPI_Wtime() - start, slowest = 0;
     MPI_Iallreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, Finished());
-    all.push_back(slowest);
+    return slowest;
   }
-  CUDA_CHECK(cudaStreamDestroy(other));
-  std::ranges::sort(all);
-  return all[all.size() / 2];
-}
+  // What a turn of `more` takes longer than one of `less`, which take turns themselves, so that
+  // what else the machine does meets both alike: the median.
+  double difference(const Turns& more, const Turns& less) {
+    std::vector<double> all;
+    for (int i = 0; i < 11; i++) all.push_back((seconds(more) - seconds(less)) / more.count);
+    std::ranges::sort(all);
+    return std::max(0.0, all[all.size() / 2]);
+  }
+  static constexpr int64_t kRows = 256, kInner = 512, kColumns = 1024, kMatrices = 64,
+                           kMatrix = kInner * kColumns;
+
+ private:
+  const Tensor& x_;
+  const Tensor a_{{kRows, kInner}, Dtype::f32, Memory::workspace},
+      b_{{kMatrices, kMatrix}, Dtype::f32, Memory::workspace},
+      c_{{kRows, kColumns}, Dtype::f32, Memory::workspace};
+  ncclComm_t comm_ = nullptr;
+  cudaStream_t other_ = nullptr;
+  int64_t next_ = 0;
+};
 
 static void measure(const Job& job, const char* name, ncclComm_t world, int color,
                     const Tensor& x) {
-  constexpr size_t kSmall = 128 << 10, kLarge = 4 << 20;
-  ncclComm_t pair;
-  NCCL_CHECK(ncclCommSplit(world, color, job.rank, &pair, nullptr));
-  seconds(pair, x, 1, {1, 0, 1, kLarge});  // opens connections
-  const auto of_a_call = [&](int turns, int products, int rows, size_t bytes) {
-    const double both = seconds(pair, x, 9, {turns, products, rows, bytes}),
-                 alone = seconds(pair, x, 9, {turns, products, rows});
-    return std::max(0.0, both - alone) / turns;
-  };
-  const double small = of_a_call(20, 1, 512, kSmall), large = of_a_call(3, 1, 512, kLarge),
+  Pair pair(job, world, color, x);
+  constexpr int kRows = Pair::kRows;
+  constexpr size_t kLarge = Pair::kLarge, kSmall = 128 << 10, kRow = 4 << 10, kShort = 64;
+  const double small = pair.difference({20, 1, kRows, kSmall}, {20, 1, kRows}),
+               large = pair.difference({3, 1, kRows, kLarge}, {3, 1, kRows}),
                rate = double(kLarge - kSmall) / (large - small),
-               latency = std::max(0.0, small - double(kSmall) / rate) / 2,
-               one = seconds(pair, x, 9, {20, 1, 512}) / 20, short_call = of_a_call(50, 4, 1, 64);
+               latency = std::max(0.0, small - double(kSmall) / rate) / 2;
   REQUIRE(large > small, "this link is too fast to be measured beside a product");
+  const double one = pair.difference({20, 1, kRows}, {20, 0, kRows});
   const int many = 1 + int(1.5 * large / one);  // they take longer than what is beside them
-  const double behind = seconds(pair, x, 9, {1, many, 512, kLarge}),
-               beside = seconds(pair, x, 9, {1, many, 512, kLarge, true});
-  NCCL_CHECK(ncclCommDestroy(pair));
+  const double hidden = pair.difference({1, many, kRows, kLarge}, {1, many, kRows, kLarge, true});
+  // as decoding has them: products of one row
+  const double reading = pair.difference({50, 4, 1}, {50, 0, 1}) / 4,
+               short_call = pair.difference({50, 4, 1, kShort}, {50, 4, 1}),
+               row = pair.difference({50, 4, 1, kRow}, {50, 4, 1, kShort});
   if (job.rank) return;
   printf("%s %.4f %.1f : measured\n", name, rate / 1e9, 1e6 * latency);
   if (std::string(name) != "between") return;
-  printf("overlap %.3f : measured\n", std::clamp((behind - beside) / large, 0.0, 1.0));
-  printf("short %.1f : measured\n", 1e6 * short_call);
+  printf("overlap %.3f : measured\n", std::min(hidden / large, 1.0));
+  printf("read %.2f : measured\n", 4 * Pair::kMatrix / reading / 1e9);
+  printf("short %.4f %.1f : measured\n", (kRow - kShort) / std::max(row, 1e-7) / 1e9,
+         1e6 * short_call / 2);
 }
 
 int main(int argc, char** argv) {

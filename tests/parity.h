@@ -253,9 +253,9 @@ template <class Check> int64_t equals_theory(Mesh& mesh, const GptConfig& config
     const std::string what = sentence(name, ": ", std::get<0>(key), " ", name_of(std::get<1>(key)),
                                       " for ", name_of(std::get<2>(key)));
     CHECK_EQ(got.calls, 2 * row.calls, what);
-    CHECK_EQ(got.numerator, 2 * row.numerator, what);
+    CHECK_EQ(int64_t(got.numerator), int64_t(2 * row.numerator), what);
     CHECK_EQ(got.n, row.n, what);
-    bytes += got.numerator / row.n;
+    bytes += got.bytes();
   }
   for (Memory category : {Memory::parameters, Memory::gradients, Memory::optimizer})
     CHECK_EQ(device().memory.now[int(category)] - before.now[int(category)],

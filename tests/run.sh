@@ -84,7 +84,7 @@ for backend in "$@"; do
   [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks $few $parity"
   [ "$backend" = ptx ] && programs="${kernels#test_cpu }"
   targets=$(printf "$built/tests/%s " $programs)
-  [ "$backend" = cpu ] && targets="$targets build build/cpu/tests/test_checkpoint"
+  [ "$backend" = cpu ] && targets="$targets programs build/cpu/tests/test_checkpoint"
   [ "$backend" = ptx ] && targets="$targets $built/train_gpt build/cuda/null/train_gpt"
   make --no-print-directory -j"$cores" BACKEND="${backend/ptx/cuda}" $targets || {
     echo "FAIL the $backend build"

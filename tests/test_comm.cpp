@@ -175,7 +175,7 @@ TEST(the_ledger_enters_exactly_what_was_sent) {
           const std::string what =
               sentence(name_of(collective), " on ", axis.name, " of ", to_string(layout));
           CHECK_EQ(entered.calls, sent.calls, what);
-          CHECK_EQ(entered.numerator, sent.numerator, what);
+          CHECK_EQ(int64_t(entered.numerator), sent.numerator, what);
           calls += sent.calls, bytes += sent.numerator / sent.n;
         }
       }

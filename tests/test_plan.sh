@@ -43,7 +43,20 @@ for option in "replicate 2" "fsdp 2" "cp 2" "batch 8" "microbatch 2" "zero 1" "p
   refuses "decode_with_${option% *}" "--${option% *} is about training" --decode --$option
 done
 
+refuses a_map_of_a_model "--model would do nothing: --map draws models" \
+  --map "$dir/map.svg" --model gpt2
+
+# ---- what is asked for is tried
+check chunks_beyond_those_that_are_tried_by_themselves \
+  "$plan --model gpt2 --schedule interleaved --pp 2 --chunks 6 --top 1 | grep -q -- '--chunks 6'"
+refuses more_forwards_than_a_schedule_has "no layout of 2 devices" \
+  --devices 2 --pp 2 --schedule zbv --batch 400000 --microbatch 1
+check decoding_of_two_tokens_has_two_ranks_at_most \
+  "$plan --decode --width 128 --heads 4 --vocab 2 --devices 4 | grep -c '^ *[0-9] ' | grep -qx 2"
+check a_context_of_one_token "$plan --context 1 --devices 1 --top 1 | grep -q 'layouts '"
+
 # ---- what does not fit
+refuses scores_beyond_counting "give --attention flash" --attention plain --context 10000000
 refuses decode_more_stages_than_layers "4 layers cannot be cut into 50000 stages" \
   --decode --pp 50000 --devices 1
 refuses decode_more_ranks_than_devices "make at most 8 ranks with --pp 4" --decode --tp 4 --pp 4

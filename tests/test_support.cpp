@@ -428,6 +428,17 @@ TEST(text_bytes_are_tokens_and_files_are_read_as_one) {
                  "76 held out");
 }
 
+TEST(an_open_file_knows_whether_it_is_still_at_its_place) {
+  const TemporaryDirectory dir;
+  const std::string place = dir.write("x.partial", ""), moved = place + ".moved";
+  const OpenFile file(place, O_WRONLY | O_CREAT);
+  CHECK(file.is_at(place));
+  CHECK_EQ(rename(place.c_str(), moved.c_str()), 0);
+  CHECK(!file.is_at(place) && file.is_at(moved));
+  const OpenFile other(place, O_WRONLY | O_CREAT);
+  CHECK(!file.is_at(place), "another file has its name");
+}
+
 TEST(a_file_that_has_become_shorter_is_not_read_on) {
   const TemporaryDirectory dir;
   const std::string file = dir.write("a", std::string(100'000, 'a'));

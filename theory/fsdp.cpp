@@ -36,5 +36,8 @@ void TheoryOfRank::add_fsdp() {
   const int64_t two = schedule.row->splits_backward ? std::max<int64_t>(blocks, 2) : 2;
   if (shards_gradients) sum.gather_bound += (ends + two * block) * g;
   if (shards_parameters)
-    sum.gather_bound += (ends + (reshards ? 1 + options.fsdp.prefetch : blocks) * block) * e;
+    sum.gather_bound +=
+        (ends +
+         (reshards ? std::min(blocks, int64_t(1) + options.fsdp.prefetch) : blocks) * block) *
+        e;
 }

@@ -217,6 +217,8 @@ static int cores() {
 }
 
 Machine measure_machine(int64_t ranks) {
+  // the device opens as that of one of so many ranks: a team of threads for each
+  setenv("MPI_LOCALNRANKS", std::to_string(ranks).c_str(), true);
   Machine m;
   m.name = "this: " + device().name;
   const bool gpu = device().is_gpu;
@@ -312,12 +314,19 @@ double move_seconds(const Machine& m, double bytes, double kernels) {
 Link link_of(const Cluster& c, int64_t n, int64_t stride) {
   const Link &in = c.machine.inside, &out = c.machine.between;
   // nodes that a group is on, and how many of it are on each
-  const int64_t nodes = c.spread ? std::min(n, c.nodes / std::gcd(stride, c.nodes))
-                                 : (n * stride + c.devices - 1) / c.devices,
+  const int64_t nodes = std::min(n, c.spread ? c.nodes / std::gcd(stride, c.nodes)
+                                             : ceil_div(n * stride, c.devices)),
                 here = std::clamp<int64_t>(n / nodes, 1, n);
   if (nodes == 1) return {in.bandwidth, in.latency, c.direct};
   const double cards = c.direct ? (n - 1.0) / std::max<int64_t>(n - here, 1) : here;
-  return {std::min(in.bandwidth, cards * out.bandwidth), out.latency, c.direct};
+  return {std::min(in.bandwidth, cards * out.bandwidth), out.latency, c.direct, double(nodes)};
+}
+
+double Link::latency_of(int n, Collective collective) const {
+  if (direct) return latency;
+  const bool is_ring =
+      collective == Collective::all_gather || collective == Collective::reduce_scatter;
+  return latency * std::max(std::log2(n), is_ring ? nodes - 1 : 0);
 }
 
 double collective_seconds(const Link& link, int n, Collective collective, double bytes) {
@@ -330,5 +339,5 @@ double collective_seconds(const Link& link, int n, Collective collective, double
     part = double(sent.rows.begin()->second.numerator) / n;
   }
   const double rounds = collective == Collective::all_reduce ? 2 : 1;
-  return rounds * link.latency_of(n) + bytes * part / link.bandwidth;
+  return rounds * link.latency_of(n, collective) + bytes * part / link.bandwidth;
 }

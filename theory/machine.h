@@ -20,12 +20,15 @@
 //           that a large bf16 product of it reaches; at least two lines. multiprocessors: tiles go
 //           over them in waves; 0: not counted. copy: GB/s read and written together. memory: GiB.
 //           launch: us from one kernel to the next. inside and between (of nodes): GB/s that a
-//           device sends in a collective, and us of a round: for each doubling of the ranks or,
-//           where each rank sends to every other directly, once for any number. sharing: ranks to a
-//           processor, each rate above being a rank's when all compute; where some wait, the others
-//           are faster. overlap: what share of the time is hidden that something travels beside a
+//           device sends in a collective, and us of a round (below). sharing: ranks to a processor,
+//           each rate above being a rank's when all compute; where some wait, the others are
+//           faster. overlap: what share of the time is hidden that something travels beside a
 //           computation; the rest slows it down. read: GB/s at which a product of one row reads its
 //           matrix. Where they are left out, the first two are 1, and reading is as fast as copying
+// rounds    A round waits once for each doubling of the ranks. Where a ring goes over more nodes
+//           than that (all-gather, reduce-scatter), it waits once for each further node: so NCCL
+//           itself reckons (src/graph/tuning.cc). Where each rank sends to every other directly, it
+//           waits once.
 // test      tests/test_plan.cpp
 #pragma once
 #include <cmath>
@@ -38,8 +41,9 @@
 struct Link {
   double bandwidth = 0, latency = 0;  // bytes/s that a device sends; seconds
   bool direct = false;                // Cluster's
+  double nodes = 1;                   // that its ranks are on
   // of a round among n ranks
-  double latency_of(int n) const { return direct ? latency : latency * std::log2(n); }
+  double latency_of(int n, Collective collective) const;
 };
 struct Machine {
   std::string name;

@@ -28,7 +28,7 @@ Account account(const Job& job) {
     memory.held[int(Memory::activations)] = t.activations;
     result.stages.push_back(memory);
     std::map<std::string, int64_t> sent;
-    for (const auto& [key, row] : t.step.rows) sent[std::get<0>(key)] += row.numerator / row.n;
+    for (const auto& [key, row] : t.step.rows) sent[std::get<0>(key)] += row.bytes();
     for (const auto& [axis, bytes] : sent) result.sent[axis] = std::max(result.sent[axis], bytes);
   }
   return result;
@@ -60,7 +60,7 @@ class Search {
   Plan run(int64_t top) {
     const int64_t ranks = predictor.cluster.nodes * predictor.cluster.devices;
     for (const int64_t tp : sizes("tp", ranks, std::min(config.kv(), config.vocab)))
-      for (const int64_t cp : sizes("cp", ranks / tp, config.context / 2))
+      for (const int64_t cp : sizes("cp", ranks / tp, std::max<int64_t>(config.context / 2, 1)))
         for (const int64_t pp : sizes("pp", ranks / tp / cp, config.layers)) {
           const int64_t data = ranks / tp / cp / pp;
           if (wanted.batch % data) continue;
@@ -91,11 +91,12 @@ class Search {
     for (const std::string& name :
          pp == 1 ? std::vector<std::string>{"1f1b"} : those(schedule_names(), wanted.schedule)) {
       const ScheduleRow& row = schedule_row(name);
-      if (m % row.divisor(pp) || int64_t(pp) * m > 1'000'000) continue;
+      if (m % row.divisor(pp)) continue;
       std::vector<int64_t> chunks{pp == 1 ? 1 : row.chunks()};
-      if (pp > 1 && row.place == Place::ring) chunks = those({2, 3, 4}, wanted.chunks);
+      if (pp > 1 && row.place == Place::ring)
+        chunks = wanted.chunks ? std::vector{wanted.chunks} : std::vector<int64_t>{2, 3, 4};
       for (const int64_t V : chunks) {
-        if (pp * V > config.layers) continue;
+        if (pp * V > config.layers || pp * V * m > kMostForwards) continue;
         job.options.schedule = name;
         job.options.chunks = V;
         for_shards(job, Schedule{&row, pp, m, int(V)}, data);
@@ -186,10 +187,14 @@ class Search {
       for (const int64_t bytes : t.sum.persistent) h.bytes += bytes;
       const int64_t tp = job.layout["tp"];
       for (const auto& [key, row] : t.sum.step.rows) {
-        const bool copies = std::get<0>(key) == "replicate";
-        const Link link = link_of(predictor.cluster, row.n, copies ? tp * t.fsdp.size : tp);
-        sending[m - 1] +=
-            row.calls * link.latency_of(row.n) + double(row.numerator) / row.n / link.bandwidth;
+        const auto& [axis, collective, purpose] = key;
+        const Link link =
+            link_of(predictor.cluster, row.n, axis == "replicate" ? tp * t.fsdp.size : tp);
+        const double of_gradients = predictor.profile.gradient_bytes,  // on the wire
+            share =
+                of_gradients > 0 && collective != Collective::all_gather ? of_gradients / t.g : 1;
+        sending[m - 1] += row.calls * link.latency_of(row.n, collective) +
+                          share * double(row.numerator) / row.n / link.bandwidth;
       }
     }
     h.sending_each = sending[1] - sending[0];
@@ -198,12 +203,15 @@ class Search {
   }
   Held held(const Job& job, const ChunkKind& kind, bool splits) {
     const FsdpOptions& o = job.options.fsdp;
+    // models of three blocks at most do not show what more than one unit gathered ahead takes
+    const int64_t exactly = o.prefetch > 1 ? kind.blocks : 0;
     auto& of =
         held_[{job.layout["tp"], job.layout["fsdp"] * job.layout["cp"], job.layout["replicate"],
-               4 * o.zero + 2 * o.reshard + splits, kind.embedding, kind.head}];
+               4 * o.zero + 2 * o.reshard + splits, kind.embedding, kind.head, exactly}];
+    if (exactly && of.empty()) of.push_back(ask(job, kind, exactly, splits));
     if (of.empty())
       for (const int64_t blocks : {1, 2, 3}) of.push_back(ask(job, kind, blocks, splits));
-    return kind.blocks == 1 ? of[0] : of[1] + (of[2] + of[1] * -1) * (kind.blocks - 2);
+    return exactly || kind.blocks == 1 ? of[0] : of[1] + (of[2] + of[1] * -1) * (kind.blocks - 2);
   }
   // the most that is live at once on a stage
   int64_t peak(const Schedule& s, int stage, const std::vector<Kept>& bytes) {
@@ -308,7 +316,8 @@ class Search {
   std::vector<Candidate> candidates;
   Plan result;
   std::map<Key, std::pair<Kept, Kept>> kept_;
-  std::map<std::tuple<int64_t, int64_t, int64_t, int, bool, bool>, std::vector<Held>> held_;
+  std::map<std::tuple<int64_t, int64_t, int64_t, int, bool, bool, int64_t>, std::vector<Held>>
+      held_;
   std::map<std::tuple<const char*, int, int, int, int>, std::set<std::vector<Kept>>> states_;
   std::map<std::tuple<Place, int, int>, std::vector<std::vector<ChunkKind>>> chunks_;
   std::map<std::pair<Key, bool>, BlockSeconds> seconds_;
