@@ -6,7 +6,7 @@
 #   network/experiment.sh [LAYOUT]...    only these layouts (names of the table)
 #   network/experiment.sh crossover      below and above R = 4.5 C rows: who loses more, FSDP or TP
 #   network/experiment.sh decode         the time a token of build/generate --tp 2
-#   STEPS=5   steps of each cell, of which the first does not count
+#   STEPS=5   steps of a run, of which the first does not count
 #   RANKS=2   only the layouts of so many ranks (2: one a node, 4: two a node)
 # The cells of a layout take turns over the links, so that what else the machine does meets all
 # alike. Writes build/network/cells.tsv: ranks a node, link, layout, ms, predicted ms, bytes that
@@ -50,6 +50,11 @@ in_lab() {
   wait $!
 }
 
+# of the numbers of a file
+median() {
+  sort -n "$1" | awk '{ x[NR] = $1 } END { print (x[int((NR + 1) / 2)] + x[int(NR / 2 + 1)]) / 2 }'
+}
+
 # ends with what the last command in the lab has said
 give_up() {
   cat "$dir/err" 2>/dev/null
@@ -78,6 +83,10 @@ calibrate() {
       grep -v ^short "$dir/out"
     } >"$(machine "$link" "$ranks")"
     sed -n 's/^short/between/p' "$dir/out" >"$out/short-$link-$ranks.txt"
+    sed -n 's/^read \([^ ]*\).*/\1/p' "$dir/out" >>"$dir/read-$ranks"
+  done
+  for link in "${@:2}"; do # memory is as fast whatever the link
+    sed -i "s/^read .*/read $(median "$dir/read-$ranks") : measured/" "$(machine "$link" "$ranks")"
   done
 }
 # predict LINK RANKS OPTIONS: seconds
@@ -130,8 +139,8 @@ train() {
   done
   # the program looks at the last update with one more forward and backward
   wire=$((($($nodes sent 1) - before) / (steps + 1)))
-  ms=$(sed -n 's/.*"step_ms":\([0-9.]*\).*/\1/p' "$metrics" | tail -n +2 | sort -n \
-    | awk '{ x[NR] = $1 } END { printf "%.1f", (x[int((NR + 1) / 2)] + x[int(NR / 2 + 1)]) / 2 }')
+  sed -n 's/.*"step_ms":\([0-9.]*\).*/\1/p' "$metrics" | tail -n +2 >"$dir/steps"
+  ms=$(printf '%.1f' "$(median "$dir/steps")")
   ledger=$(grep -o '"traffic".*' "$metrics" | tr '{' '\n' | grep '"rank":0,' \
     | grep -o '"bytes":[0-9]*' | awk -F: -v n="$steps" '{ s += $2 } END { printf "%.0f", s / n }')
 }
@@ -191,23 +200,37 @@ crossover() {
 
 # The time a token takes with tp 2 over each link, measured and predicted.
 decode() {
-  local link model="--model tiny --layers 8 --width 512 --heads 8 --dtype f32" measured predicted
+  local link turn predicted launch shape="--model tiny --layers 8 --heads 8 --dtype f32"
+  local model="$shape --width 512" narrow="$shape --width 32" text="--prompt Once --tokens 100"
   unset THREEFOLD_STREAMS
   out=$dir
   # shellcheck disable=SC2086
   calibrate 2 $links || give_up
+  token() { sed -n 's/.*median \([0-9.]*\) ms.*/\1/p' "$dir/err" "$dir/out"; }
+  for turn in 1 2 3 4 5; do
+    # what kernels cost by themselves: a model that has as many, and hardly any weights
+    # shellcheck disable=SC2086
+    LAB=$own-fast $nodes on 1 build/cpu/generate $narrow $text >"$dir/out" 2>"$dir/err" || give_up
+    token >>"$dir/narrow"
+    for link in $links; do
+      # shellcheck disable=SC2086
+      in_lab "$link" -n 2 build/cpu/generate $model --tp 2 $text || give_up
+      token >>"$dir/tokens-$link"
+    done
+  done
+  launch=$(awk -v ms="$(median "$dir/narrow")" 'BEGIN { print 1000 * ms / (8 * 13 + 6) }')
   printf '%-8s %10s %10s\n' link measured predicted
   for link in $links; do
-    # shellcheck disable=SC2086
-    in_lab "$link" -n 2 build/cpu/generate $model --tp 2 --prompt Once --tokens 100 \
-      || give_up
-    measured=$(sed -n 's/.*median \([0-9.]*\) ms.*/\1/p' "$dir/err" "$dir/out")
     # what is decoded sends short messages
-    grep -v ^between "$(machine "$link" 2)" | cat - "$out/short-$link-2.txt" >"$dir/short"
+    {
+      grep -vE '^(between|launch)' "$(machine "$link" 2)"
+      cat "$out/short-$link-2.txt"
+      echo "launch $launch : measured"
+    } >"$dir/short"
     # shellcheck disable=SC2086
     predicted=$(build/cpu/plan --machine "$dir/short" --nodes 2 --devices 1 --decode --json $model \
       --tp 2 | number token_seconds)
-    printf '%-8s %7.2f ms %7.2f ms\n' "$link" "$measured" \
+    printf '%-8s %7.2f ms %7.2f ms\n' "$link" "$(median "$dir/tokens-$link")" \
       "$(awk -v s="$predicted" 'BEGIN { print 1000 * s }')"
   done
 }
