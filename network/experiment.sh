@@ -245,7 +245,7 @@ case ${1:-} in
     ;;
 esac
 for name in "$@"; do
-  { layouts 4 && echo first-choice; } | cut -f 1 | grep -qxF "$name" || {
+  { layouts 4 && echo first-choice; } | cut -f 1 | grep -qxF -- "$name" || {
     echo "network/experiment.sh: there is no layout '$name'" >&2
     exit 1
   }

@@ -302,8 +302,9 @@ void show(PlanOptions& o) {
   const Plan found = plan(cluster, profile_named(o.profile), config, wanted, memory, o.top);
   REQUIRE(found.layouts > 0, "no layout of ", o.nodes * o.devices,
           " devices is what the options ask for: the batch of ", wanted.batch,
-          " must divide by the ranks that share it, --tp is at most ", m.kv(), " and --pp at most ",
-          m.layers);
+          " must divide by the ranks that share it, --tp is at most ", m.kv(),
+          ", --pp times --chunks at most ", m.layers, ", and a schedule has at most ",
+          kMostForwards, " forwards");
   if (o.json) {
     Json all = Json::array();
     for (const Planned& p : found.fastest) all.push_back(json_of(cluster, p));

@@ -303,7 +303,7 @@ $train $little --steps 50 --checkpoint "$dir/full" --metrics /dev/full >"$dir/ou
 status=$?
 check metrics_that_cannot_be_written_cost_no_training \
   "[ $status = 1 ] && grep -q 'stopped after step 1, which is saved' $dir/err &&
-   build/checkpoint verify $dir/full >/dev/null" "" "status $status: $(cat "$dir/err")"
+   build/cpu/checkpoint verify $dir/full >/dev/null" "" "status $status: $(cat "$dir/err")"
 head -c 3000000 /dev/urandom >"$dir/shrinks"
 $train ${little% --data*} --data "$dir/shrinks" --steps 100000000 --checkpoint "$dir/shrunk" \
   >"$dir/out" 2>"$dir/err" &
@@ -313,38 +313,39 @@ wait $!
 status=$?
 check data_that_becomes_shorter_costs_no_training \
   "[ $status = 1 ] && grep -q 'has become shorter while it was read: stopped after step' $dir/err &&
-   build/checkpoint verify $dir/shrunk >/dev/null" "" "status $status: $(cat "$dir/err")"
+   build/cpu/checkpoint verify $dir/shrunk >/dev/null" "" "status $status: $(cat "$dir/err")"
 timeout -s TERM 10 $train $little --steps 2 --sample 100000000 --checkpoint "$dir/long" \
   >"$dir/out" 2>"$dir/err"
 check a_signal_ends_the_sample \
   "grep -q 'a sample' $dir/out && grep -q '^speed' $dir/out && [ ! -e $dir/long/lock ]" "" \
   "$(tail -c 300 "$dir/err")"
 
-# ---- make run, make replay and make generate: the command that they come to
+# ---- make run, make replay and make generate: the command that they come to (without building,
+# which would make build/ point to this backend)
 
 mkdir "$dir/made"
 touch "$dir/made/manifest.json"
-NP=4 MPIEXEC='echo mpiexec' make BACKEND=cpu generate CHECKPOINT="$dir/made" ARGS="--tokens 7" \
-  PROMPT='`"' >"$dir/out" 2>&1
+NP=4 MPIEXEC='echo mpiexec' make -o built BACKEND=cpu generate CHECKPOINT="$dir/made" \
+  ARGS="--tokens 7" PROMPT='`"' >"$dir/out" 2>&1
 said="mpiexec -n 4 build/generate --checkpoint $dir/made --prompt \`\" --tp 4 --tokens 7"
 check make_generate_takes_NP_and_ARGS 'grep -qxF -- "$said" "$dir/out"' "" "$(tail -3 "$dir/out")"
 for name in "a b.txt" "it's.txt" 'two " $HOME `ls` # %.txt'; do
   echo text >"$dir/$name"
-  MPIEXEC='echo mpiexec' make BACKEND=cpu run STRATEGY=fsdp NP=2 DATA="$dir/$name" \
+  MPIEXEC='echo mpiexec' make -o built BACKEND=cpu run STRATEGY=fsdp NP=2 DATA="$dir/$name" \
     ARGS="--steps 3 --sample '2 0'" >"$dir/out" 2>&1
   said="mpiexec -n 2 build/train_gpt --fsdp 2 --data $dir/$name"
   check "make_run_takes_data_of_any_name: $name" 'grep -qF -- "$said" "$dir/out" &&
     grep -q -- "--steps 3 --sample 2 0$" "$dir/out"' "" "$(tail -3 "$dir/out")"
 done
-make BACKEND=cpu run ARGS="--steps 5 --checkpoint it's" >"$dir/out" 2>&1
+make -o built BACKEND=cpu run ARGS="--steps 5 --checkpoint it's" >"$dir/out" 2>&1
 status=$?
 check words_with_half_a_quote_are_refused \
   '[ $status != 0 ] && grep -q "ARGS is no list of words" "$dir/out"' "" "$(tail -1 "$dir/out")"
-make BACKEND=cpu run NP=two >"$dir/out" 2>&1
+make -o built BACKEND=cpu run NP=two >"$dir/out" 2>&1
 status=$?
 check a_number_of_ranks_that_is_none_is_refused \
   '[ $status != 0 ] && grep -q "NP is .two., expected a number of ranks" "$dir/out"'
-make BACKEND=cpu replay STRATEGY=zero9 >"$dir/out" 2>&1
+make -o built BACKEND=cpu replay STRATEGY=zero9 >"$dir/out" 2>&1
 status=$?
 check a_strategy_that_is_none_is_refused '[ $status != 0 ] &&
   grep -q "make replay: STRATEGY is .zero9., expected serial, replicate, zero1," "$dir/out"'

@@ -49,7 +49,7 @@ refuses a_map_of_a_model "--model would do nothing: --map draws models" \
 # ---- what is asked for is tried
 check chunks_beyond_those_that_are_tried_by_themselves \
   "$plan --model gpt2 --schedule interleaved --pp 2 --chunks 6 --top 1 | grep -q -- '--chunks 6'"
-refuses more_forwards_than_a_schedule_has "no layout of 2 devices" \
+refuses more_forwards_than_a_schedule_has "a schedule has at most 1000000 forwards" \
   --devices 2 --pp 2 --schedule zbv --batch 400000 --microbatch 1
 check decoding_of_two_tokens_has_two_ranks_at_most \
   "$plan --decode --width 128 --heads 4 --vocab 2 --devices 4 | grep -c '^ *[0-9] ' | grep -qx 2"

@@ -25,10 +25,10 @@
 //           faster. overlap: what share of the time is hidden that something travels beside a
 //           computation; the rest slows it down. read: GB/s at which a product of one row reads its
 //           matrix. Where they are left out, the first two are 1, and reading is as fast as copying
-// rounds    A round waits once for each doubling of the ranks. Where a ring goes over more nodes
-//           than that (all-gather, reduce-scatter), it waits once for each further node: so NCCL
-//           itself reckons (src/graph/tuning.cc). Where each rank sends to every other directly, it
-//           waits once.
+// rounds    A round waits once for each doubling of the ranks. A ring (all-gather, reduce-scatter)
+//           that goes over more nodes than that waits once for each hop between two of them, as in
+//           NCCL's own model (src/graph/tuning.cc), which adds the hops inside: left out here.
+//           Where each rank sends to every other directly, a round waits once.
 // test      tests/test_plan.cpp
 #pragma once
 #include <cmath>
