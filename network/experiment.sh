@@ -208,7 +208,8 @@ decode() {
   calibrate 2 $links || give_up
   token() { sed -n 's/.*median \([0-9.]*\) ms.*/\1/p' "$dir/err" "$dir/out"; }
   for turn in 1 2 3 4 5; do
-    # what kernels cost by themselves: a model that has as many, and hardly any weights
+    # what kernels cost by themselves: a model that has as many (theory/predict.cpp counts 13 a
+    # block and 6), and hardly any weights
     # shellcheck disable=SC2086
     LAB=$own-fast $nodes on 1 build/cpu/generate $narrow $text >"$dir/out" 2>"$dir/err" || give_up
     token >>"$dir/narrow"
