@@ -256,8 +256,7 @@ void show(PlanOptions& o) {
                                             m.context * m.heads * m.layers <
                                         1e18,
           "whole scores of ", m.context,
-          " tokens are too many bytes to count: give --attention "
-          "flash");
+          " tokens are too many bytes to count: give --attention flash");
   const Cluster cluster{machine_of(o), o.nodes, o.devices, o.spread,
                         profile_named(o.profile).direct};
   const GptConfig config = model_config(o);

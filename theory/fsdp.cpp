@@ -35,9 +35,6 @@ void TheoryOfRank::add_fsdp() {
   // are put off; parameters of both ends, of a block and those that are gathered ahead.
   const int64_t two = schedule.row->splits_backward ? std::max<int64_t>(blocks, 2) : 2;
   if (shards_gradients) sum.gather_bound += (ends + two * block) * g;
-  if (shards_parameters)
-    sum.gather_bound +=
-        (ends +
-         (reshards ? std::min(blocks, int64_t(1) + options.fsdp.prefetch) : blocks) * block) *
-        e;
+  const int64_t whole = reshards ? std::min<int64_t>(blocks, 1 + options.fsdp.prefetch) : blocks;
+  if (shards_parameters) sum.gather_bound += (ends + whole * block) * e;
 }
