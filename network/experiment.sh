@@ -50,6 +50,19 @@ in_lab() {
   wait $!
 }
 
+# on_both COMMAND...: on both nodes at the same time, since cores share memory's bandwidth; what
+# node i says is in $dir/node.i
+on_both() {
+  local i
+  for i in 1 2; do
+    LAB=$own-fast $nodes on $i "$@" >"$dir/node.$i" 2>&1 &
+  done
+  wait -n && wait -n || {
+    cat "$dir"/node.? >&2
+    return 1
+  }
+}
+
 # of the numbers of a file
 median() {
   sort -n "$1" | awk '{ x[NR] = $1 } END { print (x[int((NR + 1) / 2)] + x[int(NR / 2 + 1)]) / 2 }'
@@ -66,27 +79,17 @@ give_up() {
 # machine LINK RANKS: the file of the calibration
 machine() { echo "$out/machine-$1-$(($2 / 2)).txt"; }
 calibrate() {
-  local ranks=$1 link i measured="between|overlap|read"
+  local ranks=$1 link measured="between|overlap"
   [ "$ranks" = 2 ] || measured="$measured|inside"
-  for i in 1 2; do # (at the same time, since cores share memory's bandwidth)
-    LAB=$own-fast $nodes on $i build/cpu/plan --machine this --devices $((ranks / 2)) --layout \
-      --fsdp $((ranks / 2)) >"$dir/machine.$i" 2>&1 &
-  done
-  wait -n && wait -n || {
-    cat "$dir"/machine.* >&2
-    return 1
-  }
+  on_both build/cpu/plan --machine this --devices $((ranks / 2)) --layout --fsdp $((ranks / 2)) \
+    || return
   for link in "${@:2}"; do
     in_lab "$link" -n "$ranks" build/cpu/tests/bench_links || return
     {
-      grep ' : ' "$dir/machine.1" | grep -vE "^($measured)"
+      grep ' : ' "$dir/node.1" | grep -vE "^($measured)"
       grep -v ^short "$dir/out"
     } >"$(machine "$link" "$ranks")"
     sed -n 's/^short/between/p' "$dir/out" >"$out/short-$link-$ranks.txt"
-    sed -n 's/^read \([^ ]*\).*/\1/p' "$dir/out" >>"$dir/read-$ranks"
-  done
-  for link in "${@:2}"; do # memory is as fast whatever the link
-    sed -i "s/^read .*/read $(median "$dir/read-$ranks") : measured/" "$(machine "$link" "$ranks")"
   done
 }
 # predict LINK RANKS OPTIONS: seconds
@@ -198,35 +201,40 @@ crossover() {
   done
 }
 
-# The time a token takes with tp 2 over each link, measured and predicted.
+# The time a token takes with tp 2 over each link, measured and predicted. How fast weights are read
+# and kernels are started is what decoding without tp shows, on both nodes at once: a model with
+# hardly any weights, and this one.
 decode() {
-  local link turn predicted launch shape="--model tiny --layers 8 --heads 8 --dtype f32"
-  local model="$shape --width 512" narrow="$shape --width 32" text="--prompt Once --tokens 100"
+  local link turn width weights shape="--model tiny --layers 8 --heads 8 --dtype f32"
+  local model="$shape --width 512" text="--prompt Once --tokens 100" narrow wide predicted
   unset THREEFOLD_STREAMS
   out=$dir
   # shellcheck disable=SC2086
   calibrate 2 $links || give_up
-  token() { sed -n 's/.*median \([0-9.]*\) ms.*/\1/p' "$dir/err" "$dir/out"; }
+  token() { sed -n 's/.*median \([0-9.]*\) ms.*/\1/p' "$@"; }
   for turn in 1 2 3 4 5; do
-    # what kernels cost by themselves: a model that has as many (theory/predict.cpp counts 13 a
-    # block and 6), and hardly any weights
-    # shellcheck disable=SC2086
-    LAB=$own-fast $nodes on 1 build/cpu/generate $narrow $text >"$dir/out" 2>"$dir/err" || give_up
-    token >>"$dir/narrow"
+    for width in 32 512; do
+      # shellcheck disable=SC2086
+      on_both build/cpu/generate $shape --width $width $text || exit
+      token "$dir"/node.? >>"$dir/alone-$width"
+      weights=$(sed -n 's/^memory *\([0-9.]*\) MiB.*/\1/p' "$dir/node.1")
+    done
     for link in $links; do
       # shellcheck disable=SC2086
       in_lab "$link" -n 2 build/cpu/generate $model --tp 2 $text || give_up
-      token >>"$dir/tokens-$link"
+      token "$dir/err" "$dir/out" >>"$dir/tokens-$link"
     done
   done
-  launch=$(awk -v ms="$(median "$dir/narrow")" 'BEGIN { print 1000 * ms / (8 * 13 + 6) }')
+  narrow=$(median "$dir/alone-32") wide=$(median "$dir/alone-512")
   printf '%-8s %10s %10s\n' link measured predicted
   for link in $links; do
-    # what is decoded sends short messages
     {
-      grep -vE '^(between|launch)' "$(machine "$link" 2)"
-      cat "$out/short-$link-2.txt"
-      echo "launch $launch : measured"
+      grep -vE '^(between|launch|read)' "$(machine "$link" 2)"
+      cat "$out/short-$link-2.txt" # what is decoded sends short messages
+      # theory/predict.cpp counts 13 kernels a block and 6
+      awk -v weights="$weights" -v narrow="$narrow" -v wide="$wide" 'BEGIN {
+        print "launch", 1000 * narrow / (8 * 13 + 6), ": measured"
+        print "read", weights * 1.048576 / (wide - narrow), ": measured" }'
     } >"$dir/short"
     # shellcheck disable=SC2086
     predicted=$(build/cpu/plan --machine "$dir/short" --nodes 2 --devices 1 --decode --json $model \

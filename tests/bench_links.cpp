@@ -5,10 +5,8 @@
 //       inside 2.1 14 : measured      GB/s that a rank sends, and us of an all-gather
 //       between 0.06 90 : measured    (all ranks of a node send to their neighbours at once)
 //       overlap 0.7 : measured        of what travels beside computing, what costs no time
-//       read 16 : measured            GB/s at which products of one row read matrices from memory
-//                                     while those of all ranks do
-//       short 0.2 22 : measured       as between, but of short messages behind such products: what
-//                                     decoding sends
+//       short 0.2 22 : measured       as between, but of short messages behind products of one row:
+//                                     what decoding sends
 //   network/nodes.sh run -n 3 build/cpu/tests/bench_links all_reduce 1179648 20
 //       so many calls on a buffer of so many bytes; prints what rank 0 sends by the ledger
 //
@@ -93,8 +91,7 @@ class Pair {
     std::ranges::sort(all);
     return std::max(0.0, all[all.size() / 2]);
   }
-  static constexpr int64_t kRows = 256, kInner = 512, kColumns = 1024, kMatrices = 64,
-                           kMatrix = kInner * kColumns;
+  static constexpr int64_t kRows = 256, kInner = 512, kColumns = 1024, kMatrices = 64;
 
  private:
   const Tensor& x_;
@@ -120,14 +117,12 @@ static void measure(const Job& job, const char* name, ncclComm_t world, int colo
   const int many = 1 + int(1.5 * large / one);  // they take longer than what is beside them
   const double hidden = pair.difference({1, many, kRows, kLarge}, {1, many, kRows, kLarge, true});
   // as decoding has them: products of one row
-  const double reading = pair.difference({50, 4, 1}, {50, 0, 1}) / 4,
-               short_call = pair.difference({50, 4, 1, kShort}, {50, 4, 1}),
+  const double short_call = pair.difference({50, 4, 1, kShort}, {50, 4, 1}),
                row = pair.difference({50, 4, 1, kRow}, {50, 4, 1, kShort});
   if (job.rank) return;
   printf("%s %.4f %.1f : measured\n", name, rate / 1e9, 1e6 * latency);
   if (std::string(name) != "between") return;
   printf("overlap %.3f : measured\n", std::min(hidden / large, 1.0));
-  printf("read %.2f : measured\n", 4 * Pair::kMatrix / reading / 1e9);
   printf("short %.4f %.1f : measured\n", (kRow - kShort) / std::max(row, 1e-7) / 1e9,
          1e6 * short_call / 2);
 }

@@ -465,7 +465,8 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEve
 
 namespace {
 
-constexpr size_t kAlign = 256;
+constexpr size_t kAlign = 256, kLargePage = 2 << 20;
+constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
 
 // Eight sizes an octave.
 size_t rounded(size_t bytes) {
@@ -546,6 +547,11 @@ class Pool {
     if (bytes > arena.size - counts_.carved) return nullptr;
     char* block = arena.base + counts_.carved;
     counts_.carved += bytes;
+    // Memory that is shared gets large pages only on demand, and only where something lies.
+    for (; arena.fd >= 0 && large_ < counts_.carved; large_ += kLargePage) {
+      arena.base[large_] = 0;
+      madvise(arena.base + large_, kLargePage, kCollapse);  // before Linux 6.1: no such advice
+    }
     if (poison_) memset(block, 0xff, bytes);
     return block;
   }
@@ -556,6 +562,7 @@ class Pool {
   std::unordered_map<void*, size_t> in_use_;
   int64_t frees_ = 0;
   cpu::PoolCounts counts_{};
+  size_t large_ = 0;  // bytes of the arena that lie on large pages, if the system has them
 #ifdef CPU_FAITHFUL
   bool poison_ = true;
 #else
@@ -571,8 +578,7 @@ Pool& pool() {
 bool share_memory = getenv("THREEFOLD_SHARE_MEMORY") != nullptr;
 
 cpu::Arena reserve() {
-  constexpr size_t kLeast = 1 << 21;
-  size_t size = std::max(kLeast, room().bytes / kLeast * kLeast);
+  size_t size = std::max(kLargePage, room().bytes / kLargePage * kLargePage);
   int fd = -1;
   if (share_memory) {
     fd = memfd_create("threefold device memory", MFD_CLOEXEC);
@@ -581,8 +587,12 @@ cpu::Arena reserve() {
   const int flags = fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
   void* base = MAP_FAILED;
   // a machine that promises no more than it has (vm.overcommit_memory 2) may refuse
-  for (; size >= kLeast; size /= 2) {
-    base = mmap(nullptr, size, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE, fd, 0);
+  for (; size >= kLargePage; size /= 2) {
+    base = mmap(nullptr, size + kLargePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                -1, 0);
+    if (base == MAP_FAILED) continue;
+    base = reinterpret_cast<void*>((uintptr_t(base) + kLargePage - 1) / kLargePage * kLargePage);
+    base = mmap(base, size, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE | MAP_FIXED, fd, 0);
     if (base != MAP_FAILED) break;
   }
   if (base == MAP_FAILED) return {-1, nullptr, 0};
