@@ -10,7 +10,7 @@ MAKEFLAGS += -r# no rules but those below
 
 # ---- knobs
 
-THREADS ?= $(shell nproc)
+THREADS ?= $(shell env -u OMP_NUM_THREADS nproc)
 WERROR  ?=# -Werror (as .ci/run has it): another compiler's warnings do not stop a user
 OPTIMIZE ?= -O1 -g1# of what is no kernel: -O2 compiles longer and runs no faster
 COMM    ?= nccl

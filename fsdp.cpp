@@ -65,13 +65,15 @@ void Fsdp::after_backward(Tape& tape, int use) {
 
 // ---- set-up: parameters are born as shards
 
-// Where each parameter starts in the flat unit, and where that ends.
+// Where each parameter starts in the flat unit, and where that ends. The same on all tp ranks,
+// though their slices may differ: so what all of them hold has the same owner everywhere, and NCCL,
+// whose order of adding depends on owner and place, leaves all with the same bits.
 static std::vector<int64_t> offsets_in_unit(const std::vector<Param*>& params, int64_t shards) {
   std::vector<int64_t> offsets;
   int64_t end = 0;
   for (const Param* p : params) {
     offsets.push_back(round_up(end, kUnitAlignment));
-    end = offsets.back() + elements(p->local_shape());
+    end = offsets.back() + std::max(elements(p->local_shape()), p->largest_slice);
   }
   offsets.push_back(round_up(end, 16 * shards));
   return offsets;

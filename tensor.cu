@@ -6,6 +6,10 @@
 // test      tests/test_tensor.cpp
 #include "tensor.h"
 
+#include <bit>
+#include <list>
+#include <map>
+
 #include "kernels/tiles.cuh"
 #include "support/philox.h"
 
@@ -81,16 +85,19 @@ Device& device() { return opened ? *opened : open_device(0, 0); }
 struct Staged {
   void* data = nullptr;
   Event free;  // once it is reached another copy may use the memory
-  Staged() { CUDA_CHECK(cudaMallocHost(&data, kBytes)); }
+  explicit Staged(int64_t bytes) { CUDA_CHECK(cudaMallocHost(&data, bytes)); }
   ~Staged() { cudaFreeHost(data); }
-  static constexpr int64_t kBytes = 1 << 20;
+  static constexpr int64_t kLeast = 4 << 10, kMost = 1 << 20;
 };
-static std::deque<Staged> staging;
+// by size, a power of 2; in the order of use, so that the first one is free first
+static std::map<int64_t, std::list<Staged>> staging;
 
-static Staged& stage() {
-  for (Staged& s : staging)
-    if (s.free.reached()) return s;
-  return staging.emplace_back();
+static Staged& stage(int64_t bytes) {
+  const int64_t size = std::bit_ceil(uint64_t(std::max(bytes, Staged::kLeast)));
+  std::list<Staged>& all = staging[size];
+  if (all.empty() || !all.front().free.reached()) all.emplace_front(size);
+  all.splice(all.end(), all, all.begin());
+  return all.back();
 }
 
 void close_device() {
@@ -290,18 +297,20 @@ void cast(const Tensor& to, const Tensor& from) {
 void upload(const Tensor& to, const void* host) {
   OP("upload", bytes_of(to));
   if (!to.numel()) return;
-  const bool small = to.bytes() <= Staged::kBytes;
-  Staged* const staged = small ? &stage() : nullptr;
-  if (small) host = memcpy(staged->data, host, to.bytes());
-  CUDA_CHECK(cudaMemcpyAsync(to.raw(), host, to.bytes(), cudaMemcpyHostToDevice, device().compute));
-  if (small) staged->free.record(device().compute);
-  else synchronize();
+  for (int64_t at = 0; at < to.bytes(); at += Staged::kMost) {
+    const int64_t bytes = std::min(Staged::kMost, to.bytes() - at);
+    Staged& staged = stage(bytes);
+    memcpy(staged.data, static_cast<const char*>(host) + at, bytes);
+    CUDA_CHECK(cudaMemcpyAsync(static_cast<char*>(to.raw()) + at, staged.data, bytes,
+                               cudaMemcpyHostToDevice, device().compute));
+    staged.free.record(device().compute);
+  }
 }
 
 void download(const Tensor& x, void* host) {
   if (!x.numel()) return;
-  const bool small = x.bytes() <= Staged::kBytes;  // to memory that is not pinned a copy waits, too
-  void* const to = small ? stage().data : host;
+  const bool small = x.bytes() <= Staged::kMost;  // to memory that is not pinned a copy waits, too
+  void* const to = small ? stage(x.bytes()).data : host;
   CUDA_CHECK(cudaMemcpyAsync(to, x.raw(), x.bytes(), cudaMemcpyDeviceToHost, device().compute));
   synchronize();
   if (small) memcpy(host, to, x.bytes());

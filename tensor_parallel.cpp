@@ -212,6 +212,7 @@ Param TensorParallel::split(Param p, int dim, Range range) const {
     if (d != dim) (d < dim ? outer : inner) *= p.shape[d];
   p.dim = dim;
   p.slice = {outer, p.shape[dim], inner, range.begin, range.end};
+  p.largest_slice = outer * ceil_div(p.shape[dim], axis_.size) * inner;
   return p;
 }
 

@@ -128,14 +128,26 @@ static void train(const Options& o, const TrainingData& training, const Job& job
     StepRecord record = train_step(o, mesh, watch, trainer, progress, profile,
                                    is_traced ? &*trace : nullptr, step, batch, read, error);
     loss = record.loss;
-    if (step == resumed + 1) first_loss = loss;
+    if (step == resumed + 1) {
+      first_loss = loss;
+      if (o.resume_step >= 0)  // now that training goes on
+        watch.at_files([&] {
+          put_later_aside(o.checkpoint, resumed, job,
+                          [&](const std::string& text) { progress.say(step, text); });
+        });
+    }
     if (o.eval_every && (step % o.eval_every == 0 || step == o.steps)) {
-      const int64_t sequences = std::min<int64_t>(data.held_out_sequences(), 32);
-      record.held_out_loss = trainer.evaluate(sequences, [&](int64_t s) {
-        watch.progress();
-        return data.held_out(s);
-      });
-      progress.say(step, format("held-out loss %.4f", *record.held_out_loss));
+      // read beforehand: who cannot must not leave the others in a collective
+      std::vector<std::vector<int>> held_out(std::min<int64_t>(data.held_out_sequences(), 32));
+      for (size_t s = 0; s < held_out.size() && error.empty(); s++)
+        error = error_of([&] { held_out[s] = data.held_out(s); });
+      if (!stopped(error)) {
+        record.held_out_loss = trainer.evaluate(held_out.size(), [&](int64_t s) {
+          watch.progress();
+          return held_out[s];
+        });
+        progress.say(step, format("held-out loss %.4f", *record.held_out_loss));
+      }
     }
     if (error.empty()) error = error_of([&] { metrics.step(record); });
     last = stopped(error) || step == o.steps;

@@ -126,14 +126,25 @@ static bool remove_checkpoint(const std::string& path) {
       .empty();
 }
 
+// Whether all that is in a directory is a checkpoint's.
+static bool is_ours(const fs::path& path) {
+  return std::all_of(fs::directory_iterator(path), {}, [](const fs::directory_entry& entry) {
+    const std::string name = entry.path().filename();
+    return name.starts_with("weights-") || name.starts_with("optimizer-") ||
+           name.starts_with("manifest.json");
+  });
+}
+
 // Ready for a new checkpoint: an empty directory for it; unfinished ones are removed, as far as
 // they can be examined.
 static void make_place(const std::string& dir, const std::string& path) {
   error_of([&] {
     checkpoints_in(dir, [](auto& old) {
-      if (!fs::is_symlink(old)) remove_checkpoint(old);
+      if (!fs::is_symlink(old) && is_ours(old)) remove_checkpoint(old);
     });
   });
+  REQUIRE(!fs::is_directory(path) || is_ours(path), path,
+          " is in the way: there are other things in it than a checkpoint's");
   REQUIRE(remove_checkpoint(path), path, " is in the way and cannot be removed");
   make_directory(path);
 }

@@ -40,7 +40,6 @@ int64_t resume_training(const Options& o, const Dataset& data, const Job& job, T
           " steps already: give more --steps than that");
   resume(*c, trainer.optimizer());
   say(sentence(c->path, ", saved on ", to_string(saved.layout)));
-  if (o.resume_step >= 0) put_later_aside(o.checkpoint, saved.step, job, say);
   if (!imported && saved.data != data.describe())
     say(sentence("it was trained on ", saved.data, ", and is now on ", data.describe()));
   if (!imported && saved.seed != uint64_t(o.seed))

@@ -2,6 +2,7 @@
 #include "inference/text_shards.h"
 
 #include <filesystem>
+#include <utility>
 
 #include "support/data.h"
 #include "support/stopwatch.h"
@@ -45,17 +46,24 @@ static std::string shard_of(const std::vector<std::string>& paths, const fs::pat
   if (error) last = "/tmp";
   const fs::path places[] = {name.parent_path(), directory.empty() ? last : fs::path(directory),
                              last};
-  for (const fs::path& place : places)
-    if (is_there(place / file)) return place / file;
-  const std::string shard = encode_files(texts, name, tokenizer, say);
-  std::string why;
-  for (const fs::path& place : places) {
-    const std::string error = error_of([&] { write_file(place / file, shard); });
-    if (error.empty()) {
-      say(sentence(name.string(), " is encoded and kept as ", (place / file).string()));
-      return place / file;
+  std::string shard, why;
+  // as long as another process is writing the same: then it will be there
+  for (bool is_coming = true; std::exchange(is_coming, false); usleep(50000)) {
+    for (const fs::path& place : places)
+      if (is_there(place / file)) return place / file;
+    if (shard.empty()) shard = encode_files(texts, name, tokenizer, say);
+    why = "";
+    for (const fs::path& place : places) {
+      try {
+        write_file(place / file, shard);
+        say(sentence(name.string(), " is encoded and kept as ", (place / file).string()));
+        return place / file;
+      } catch (const BusyError&) {
+        is_coming = true;
+      } catch (const Error& e) {
+        why += sentence("; ", e.what());
+      }
     }
-    why += "; " + error;
   }
   throw Error(sentence("the tokens of ", name.string(), " have no place", why));
 }

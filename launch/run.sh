@@ -27,7 +27,11 @@ start() {
   $MPIEXEC -n "$ranks" "$@"
 }
 # default OPTION VALUE: adds it to the command, unless ARGS has the option
-default() { [[ " ${ARGS:-} " == *" $1 "* ]] || command+=("$1" "$2"); }
+default() {
+  local given
+  for given in "${args[@]}"; do [ "$given" != "$1" ] || return 0; done
+  command+=("$1" "$2")
+}
 
 # ---- ranks: one a GPU; without GPUs one a core, to look at four, and for 3d eight
 
@@ -37,10 +41,12 @@ elif [ "$BACKEND" = cuda ]; then
   ranks=$(launch/detect.sh gpus)
   [ "$ranks" != 0 ] || ranks=1
 else
-  ranks=$(nproc)
+  ranks=$(env -u OMP_NUM_THREADS nproc)
   [ "$what" != replay ] || ranks=4
   [ "$strategy" != 3d ] || ranks=8
 fi
+# what the smallest model can be cut into
+[[ -n ${NP:-} || ! $strategy =~ ^(tp|tp-rows|pp)$ || $ranks -le 4 ]] || ranks=4
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || refuse "NP is '$ranks', expected a number of ranks"
 
 # ---- generate: with tensor parallelism on two ranks, from a checkpoint made on first use

@@ -252,6 +252,10 @@ void show(PlanOptions& o) {
   REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads,
           " heads: change --width or --heads");
   REQUIRE(m.heads % m.kv() == 0, "--kv-heads ", m.kv(), " does not divide the ", m.heads, " heads");
+  REQUIRE(double(std::max<int64_t>(o.batch, 1024)) * m.context *
+                  (double(m.width) * m.layers + m.vocab) <
+              1e17,
+          "so many tokens in so large a model are too many bytes to count");
   REQUIRE(o.attention == "flash" || double(std::max<int64_t>(o.batch, 1024)) * m.context *
                                             m.context * m.heads * m.layers <
                                         1e18,
@@ -286,7 +290,7 @@ void show(PlanOptions& o) {
              one_reshard = o.given.count("reshard-after-forward");
   if (one_schedule) make_schedule(o.schedule, 1, 1, o.chunks);  // or it has other chunks
   PlanOptions defaults = o;
-  for (int64_t& size : defaults.layout.sizes) size = 1;
+  for (int64_t& size : defaults.layout.sizes) size = std::max<int64_t>(size, 1);
   resolve(defaults, true);
   const Wanted wanted{asked,
                       batch > 0 ? batch : defaults.batch,
@@ -301,7 +305,9 @@ void show(PlanOptions& o) {
   const Plan found = plan(cluster, profile_named(o.profile), config, wanted, memory, o.top);
   REQUIRE(found.layouts > 0, "no layout of ", o.nodes * o.devices,
           " devices is what the options ask for: the batch of ", wanted.batch,
-          " must divide by the ranks that share it, --tp is at most ", m.kv(),
+          " must divide by the ranks that share it, and each one's part by --microbatch; --tp is at"
+          " most ",
+          m.kv(), ", --cp at most half of the context of ", m.context,
           ", --pp times --chunks at most ", m.layers, ", and a schedule has at most ",
           kMostForwards, " forwards");
   if (o.json) {

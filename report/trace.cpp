@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 
@@ -10,6 +11,7 @@
 #include "support/metrics.h"
 
 using Json = nlohmann::json;
+namespace fs = std::filesystem;
 
 // ---- clocks
 
@@ -43,16 +45,21 @@ Trace::Trace(const std::string& path, Mesh& mesh, const Trainer& trainer, bool r
                " cannot be opened for writing");
 }
 
+Trace::~Trace() {
+  std::error_code error;
+  if (fs::is_regular_file(path_, error) && !fs::file_size(path_, error)) fs::remove(path_, error);
+}
+
 void Trace::begin_step(int64_t step) {
-  if (steps_.empty()) {
+  const bool is_first = steps_.empty();
+  if (is_first) {
     recorder.memory[Recorder::end_of(-1)] = device().memory.now;
-    origin_.emplace(true);
     barrier();
-    origin_->record(device().compute);
-    synchronize();
-    began_ = MPI_Wtime();
-    if (!rebuilds_) began_ -= clock_ahead(mesh_);
   }
+  origins_.emplace_back(true).record(device().compute);
+  synchronize();
+  if (is_first) began_ = MPI_Wtime() - (rebuilds_ ? 0 : clock_ahead(mesh_));
+  else began_ += origins_.back().seconds_since(origins_[origins_.size() - 2]);
   steps_.push_back(step);
   recorder.on = true;
 }
@@ -61,8 +68,8 @@ void Trace::end_step() {
   recorder.stop();
   op_times.each([&](const OpTimes::Op& op) {
     Recorder::Issued& w = recorder.works[timed_++];
-    w.begin = began_ + op.begin.seconds_since(*origin_);
-    w.end = began_ + op.end.seconds_since(*origin_);
+    w.begin = began_ + op.begin.seconds_since(origins_.back());
+    w.end = began_ + op.end.seconds_since(origins_.back());
   });
 }
 
@@ -249,5 +256,6 @@ void Trace::write() const {
                    {"memory_limit", device().memory_limit}};
   out << "\n],\n\"threefold\":" << about << "}\n";
   out.close();
+  if (!out && fs::is_regular_file(path_)) fs::resize_file(path_, 0);
   SYSTEM_CHECK(out, "--trace: ", path_, " cannot be written");
 }

@@ -20,7 +20,7 @@
 //           first rank for all; steps that are not traced: a branch
 // test      tests/test_trace.cpp
 #pragma once
-#include <optional>
+#include <deque>
 
 #include "theory/timeline.h"
 #include "trainer.h"
@@ -35,6 +35,7 @@ class Trace {
   bool empty() const { return steps_.empty(); }
   // Collective; throws where the file cannot be written.
   void write() const;
+  ~Trace();  // removes the file if nothing is in it
 
  private:
   nlohmann::json describe() const;
@@ -44,7 +45,7 @@ class Trace {
   const Trainer& trainer_;
   const bool rebuilds_;
   std::vector<int64_t> steps_;
-  std::optional<Event> origin_;
-  double began_ = 0;  // the origin by the first rank's clock
-  size_t timed_ = 0;  // works
+  std::deque<Event> origins_;  // of each step, since events tell long times apart badly
+  double began_ = 0;           // the last of them by the first rank's clock
+  size_t timed_ = 0;           // works
 };

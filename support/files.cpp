@@ -118,10 +118,14 @@ bool OpenFile::is_at(const std::string& path) const {
 WrittenFile write_file(const std::string& path, const std::function<void(const Write&)>& fill) {
   constexpr size_t kAhead = 16 << 20;
   const std::string beside = path + ".partial";
+  struct stat old;
+  REQUIRE(lstat(path.c_str(), &old) || S_ISREG(old.st_mode) || S_ISLNK(old.st_mode), path,
+          " is no file that can be written anew");
   const OpenFile file(beside, O_WRONLY | O_CREAT | O_NOFOLLOW);
   const bool is_free = flock(file.fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
   // who held it has perhaps just renamed it: then it is the finished file
-  REQUIRE(is_free && file.is_at(beside), path, " is being written by another process");
+  if (!is_free || !file.is_at(beside))
+    throw BusyError(path + " is being written by another process");
   Checksum sum;
   sum.file.name = path.substr(path.rfind('/') + 1);
   const auto check = [&](bool done) { SYSTEM_CHECK(done, path, " cannot be written"); };

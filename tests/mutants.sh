@@ -137,8 +137,9 @@ mutant faults every_stage_reads_the_batch \
 mutant faults the_tied_gradient_is_forgotten \
   trainer.cpp '/join_uses/d' 1 immediate test_fsdp $parity
 mutant faults the_norm_is_not_summed_over_shards \
-  trainer.cpp 's/mesh_.that\(&AxisKind::splits_model\), squares/{mesh_["tp"]}, squares/' \
-  2 immediate test_fsdp $parity
+  trainer.cpp 's/\{mesh_.world\}, squares/{mesh_["tp"]}, squares/' 2 immediate test_fsdp $parity
+mutant faults copies_count_twice_in_the_norm \
+  trainer.cpp '/mesh_\["replicate"\].rank\) fill/d' 2 immediate test_fsdp $parity
 mutant faults the_weights_are_gathered_once_for_all_steps \
   fsdp.cpp \
   's/  for \(auto& \[number, u\] : units_\) reshard\(u\);.*//' \
@@ -180,6 +181,9 @@ mutant faults the_all_reduce_of_partial_products_is_dropped \
 mutant faults every_rank_counts_the_squares_of_what_all_own \
   tensor_parallel.cpp 's/p.counted = axis_.rank == 0/p.counted = true/' \
   2 immediate test_tensor_parallel $parity_tp
+mutant faults tp_ranks_have_other_owners_for_what_all_hold \
+  fsdp.cpp 's/, p->largest_slice\)/, int64_t(0))/' \
+  6 immediate test_tensor_parallel what_all_tp_ranks_hold
 mutant faults gradients_stay_in_parts \
   tensor_parallel.cpp 's/^  if \(!slices_rows_\) return;$/  (void)params; return;/' \
   2 immediate test_tensor_parallel $parity_tp

@@ -119,6 +119,8 @@ for backend in "$@"; do
     run "cpu/$test, 4 ranks, queued streams" env THREEFOLD_STREAMS=queued:4 THREEFOLD_REFEREE=1 \
       OMP_NUM_THREADS=1 $MPIEXEC -n 4 build/cpu/tests/$test one_rank_in_f64
   done
+  run "tp ranks with unlike slices, 6 ranks" env OMP_NUM_THREADS=1 $MPIEXEC -n 6 \
+    build/cpu/tests/test_tensor_parallel what_all_tp_ranks_hold
   run "the parity matrix covers every pair of settings" build/cpu/tests/test_parity any_two
   run "queued streams on 2 ranks; removed event waits are caught" tests/mutants.sh waits
   run "which backend is found" tests/test_detect.sh

@@ -327,6 +327,31 @@ export_to_a_full_disk() (
 check a_full_disk_leaves_the_export_before "! export_to_a_full_disk &&
     grep -q 'cannot be written' $dir/err && cmp $dir/before $dir/hf/model.safetensors &&
     [ \$(ls $dir/hf | wc -l) = 4 ]" "" "$(cat "$dir/err") $(ls "$dir/hf")"
+mkdir -p "$dir/others/step-00000009"
+echo mine >"$dir/others/step-00000009/model.pt"
+small="--model tiny --layers 1 --width 16 --heads 1 --context 16 --batch 2 --data README.md"
+check what_others_keep_in_a_directory_stays \
+  "$train $small --steps 2 --save-every 1 --checkpoint $dir/others >$dir/out 2>&1 &&
+    grep -qx mine $dir/others/step-00000009/model.pt && [ -e $dir/others/step-00000002 ]" \
+  "" "$(tail -1 "$dir/out")"
+check later_steps_stay_until_training_goes_on \
+  "! $train $small --steps 3 --checkpoint $dir/others --resume --resume-step 1 \
+      --trace /nowhere/t >$dir/out 2>&1 && [ -e $dir/others/step-00000002 ] &&
+    $train $small --steps 3 --checkpoint $dir/others --resume --resume-step 1 >$dir/out 2>&1 &&
+    [ ! -e $dir/others/step-00000002 ] && [ -e $dir/others/later-step-00000002 ]" \
+  "" "$(tail -1 "$dir/out")"
+# a shard of which only the part that is held out has a token that is none
+{
+  printf '%b' '\x88\xd8\x34\x01\x01\x00\x00\x00\x20\xd6\x13\x00' # 20240520, 1, 1300000
+  head -c 1012 /dev/zero
+  head -c 2340010 /dev/zero
+  printf '%b' '\x2c\x01'
+  head -c 259988 /dev/zero
+} >"$dir/bad.bin"
+check a_fault_of_held_out_text_costs_no_training \
+  "! $MPIEXEC -n 2 $train ${small/README.md/$dir/bad.bin} --replicate 2 --steps 3 --eval-every 3 \
+      --checkpoint $dir/held >$dir/out 2>&1 && grep -q 'step 3, which is saved' $dir/out &&
+    [ -e $dir/held/step-00000003/manifest.json ]" "" "$(tail -1 "$dir/out")"
 echo mine >"$dir/back/vocab.json"
 check an_import_beside_checkpoints_is_refused \
   "! $tool import $dir/hf $dir/back 2>$dir/err && grep -q 'holds checkpoints already' $dir/err &&

@@ -103,13 +103,14 @@ template <class T> T value(int rank, size_t i) {
   if constexpr (std::is_integral_v<T>) return T(v * 1234567);
   else return T(float(v) * 0.37f);
 }
-// Element i of the reduction over ranks 0..n-1, in ascending rank; bf16 in f32.
-template <class T> T reduced(int n, size_t i, ncclRedOp_t op) {
+// Element i of the reduction over n ranks, which begins with rank `first` and goes round; bf16 in
+// f32.
+template <class T> T reduced(int n, size_t i, ncclRedOp_t op, int first) {
   using Wide = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, float, T>;
   using Whole = std::conditional_t<std::is_integral_v<Wide>, uint64_t, Wide>;  // integers wrap
-  Wide sum = Wide(value<T>(0, i));
+  Wide sum = Wide(value<T>(first, i));
   for (int r = 1; r < n; r++) {
-    const Wide x = Wide(value<T>(r, i));
+    const Wide x = Wide(value<T>((first + r) % n, i));
     if (op == ncclProd) sum = Wide(Whole(sum) * Whole(x));
     else if (op == ncclMax) sum = std::max(sum, x);
     else if (op == ncclMin) sum = std::min(sum, x);
@@ -150,8 +151,10 @@ template <class T> class Pattern {
 template <class T> Pattern<T> values(int rank, size_t first, size_t count) {
   return Pattern<T>(first, count, [=](size_t i) { return value<T>(rank, i); });
 }
-template <class T> Pattern<T> reductions(int n, size_t first, size_t count, ncclRedOp_t op) {
-  return Pattern<T>(first, count, [=](size_t i) { return reduced<T>(n, i, op); });
+// owner: whose part they are, which is added last; without one, in ascending rank
+template <class T>
+Pattern<T> reductions(int n, size_t first, size_t count, ncclRedOp_t op, int owner = -1) {
+  return Pattern<T>(first, count, [=](size_t i) { return reduced<T>(n, i, op, (owner + 1) % n); });
 }
 
 template <class T> struct Array {  // device memory
@@ -215,13 +218,23 @@ template <class T> void check_reductions(const Case& c, ncclRedOp_t op) {
   T* to = c.in_place ? send.data : recv.data;
   NCCL_CHECK(ncclAllReduce(send.data, to, c.count, dtype_of<T>(), op, c.comm, c.stream));
   CUDA_CHECK(cudaStreamSynchronize(c.stream));
-  reductions<T>(c.n, 0, c.count, op).expect(to, name_of<T>("all-reduce", c, op));
+  if (c.count * sizeof(T) <= 16384) {  // small: everyone sums all of it
+    reductions<T>(c.n, 0, c.count, op).expect(to, name_of<T>("all-reduce", c, op));
+  } else {
+    const size_t share = (c.count / c.n + 64) / 64 * 64;
+    for (int q = 0; q < c.n; q++) {
+      const size_t begin = std::min(c.count, q * share), end = std::min(c.count, begin + share);
+      reductions<T>(c.n, begin, end - begin, op, q)
+          .expect(to + begin, name_of<T>("all-reduce", c, op));
+    }
+  }
 
   values<T>(c.me, 0, c.n * c.count).write(send.data);
   to = c.in_place ? send.data + c.me * c.count : recv.data;
   NCCL_CHECK(ncclReduceScatter(send.data, to, c.count, dtype_of<T>(), op, c.comm, c.stream));
   CUDA_CHECK(cudaStreamSynchronize(c.stream));
-  reductions<T>(c.n, c.me * c.count, c.count, op).expect(to, name_of<T>("reduce-scatter", c, op));
+  reductions<T>(c.n, c.me * c.count, c.count, op, c.me)
+      .expect(to, name_of<T>("reduce-scatter", c, op));
 
   const int root = c.n / 2;
   values<T>(c.me, 0, c.count).write(send.data);
@@ -330,7 +343,7 @@ void expect_same(const std::vector<float>& got, const std::vector<float>& wanted
 }
 }  // namespace
 
-TEST(sums_have_the_same_bits_whatever_the_algorithm_size_and_transport) {
+TEST(sums_have_the_same_bits_on_every_rank_whatever_the_transport) {
   const int n = job().size, me = job().rank;
   const size_t small = 100, large = 65536 * size_t(n);
   std::vector<float> mine(large);
@@ -344,19 +357,22 @@ TEST(sums_have_the_same_bits_whatever_the_algorithm_size_and_transport) {
     CUDA_CHECK(cudaStreamSynchronize(nullptr));
     return recv.read();
   };
-  const std::vector<float> all = reduce_all(true, large), first(all.begin(), all.begin() + small);
-  expect_same(reduce_all(true, small), first, "small all-reduce");
-  expect_same(reduce_all(false, small), first, "small all-reduce over MPI");
-  expect_same(reduce_all(false, large), all, "large all-reduce over MPI");
-  Array<float> part(large / n);
-  NCCL_CHECK(
-      ncclReduceScatter(send.data, part.data, large / n, ncclFloat, ncclSum, world(), nullptr));
-  CUDA_CHECK(cudaStreamSynchronize(nullptr));
-  expect_same(part.read(),
-              std::vector<float>(all.begin() + me * (large / n),
-                                 all.begin() + (me + 1) * (large / n)),
-              "reduce-scatter");
-  measured(large, " random floats summed five ways");
+  for (const size_t count : {small, large}) {
+    const std::vector<float> all = reduce_all(true, count);
+    std::vector<float> of_first = all;
+    MPI_Ibcast(of_first.data(), int(count), MPI_FLOAT, 0, MPI_COMM_WORLD, Finished());
+    expect_same(all, of_first, "all-reduce");
+    expect_same(reduce_all(false, count), all, "all-reduce over MPI");
+  }
+  const auto scatter = [&](bool shared) {
+    Array<float> part(large / n);
+    NCCL_CHECK(ncclReduceScatter(send.data, part.data, part.count, ncclFloat, ncclSum,
+                                 world(shared), nullptr));
+    CUDA_CHECK(cudaStreamSynchronize(nullptr));
+    return part.read();
+  };
+  expect_same(scatter(false), scatter(true), "reduce-scatter over MPI");
+  measured(large, " random floats summed six ways");
 }
 
 // ---- sends and receives

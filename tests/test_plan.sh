@@ -49,6 +49,12 @@ refuses a_map_of_a_model "--model would do nothing: --map draws models" \
 # ---- what is asked for is tried
 check chunks_beyond_those_that_are_tried_by_themselves \
   "$plan --model gpt2 --schedule interleaved --pp 2 --chunks 6 --top 1 | grep -q -- '--chunks 6'"
+check chunks_are_not_those_of_another_schedule \
+  "! $plan --model gpt2 --devices 2 --pp 2 --chunks 3 --top 50 | grep -q 'zbv\|1f1b'"
+check the_batch_fits_the_ranks_that_are_asked_for \
+  "$plan --model gpt2 --nodes 16 --fsdp 128 --top 1 | grep -q -- '--fsdp 128'"
+check a_batch_of_a_billion \
+  "timeout 20 $plan --model tiny --devices 8 --batch 1000000000 --top 1 | grep -q 'layouts '"
 refuses more_forwards_than_a_schedule_has "a schedule has at most 1000000 forwards" \
   --devices 2 --pp 2 --schedule zbv --batch 400000 --microbatch 1
 check decoding_of_two_tokens_has_two_ranks_at_most \
@@ -56,6 +62,9 @@ check decoding_of_two_tokens_has_two_ranks_at_most \
 check a_context_of_one_token "$plan --context 1 --devices 1 --top 1 | grep -q 'layouts '"
 
 # ---- what does not fit
+refuses bytes_beyond_counting "too many bytes to count" --layers 10000 --width 1000000 \
+  --heads 1000 --context 10000000
+refuses a_map_in_place_of_a_device "/dev/null is no file" --map /dev/null
 refuses scores_beyond_counting "give --attention flash" --attention plain --context 10000000
 refuses decode_more_stages_than_layers "4 layers cannot be cut into 50000 stages" \
   --decode --pp 50000 --devices 1

@@ -160,6 +160,7 @@ Machine parse_machine(const std::string& name, const std::string& text) {
   REQUIRE(std::min({m.peak, m.f32, m.copy, m.memory, m.inside.bandwidth, m.between.bandwidth,
                     m.read}) > 0,
           "machine ", name, ": rates and memory are above 0");
+  REQUIRE(m.memory < 1e6 * kGiB, "machine ", name, ": memory is in GiB, and less than 1e6");
   return m;
 }
 

@@ -40,8 +40,12 @@ namespace {
 
 std::vector<int64_t> divisors(int64_t n) {
   std::vector<int64_t> all;
-  for (int64_t d = 1; d <= n; d++)
-    if (n % d == 0) all.push_back(d);
+  for (int64_t d = 1; d * d <= n; d++) {
+    if (n % d) continue;
+    all.push_back(d);
+    if (d * d < n) all.push_back(n / d);
+  }
+  std::ranges::sort(all);
   return all;
 }
 
@@ -95,6 +99,7 @@ class Search {
       std::vector<int64_t> chunks{pp == 1 ? 1 : row.chunks()};
       if (pp > 1 && row.place == Place::ring)
         chunks = wanted.chunks ? std::vector{wanted.chunks} : std::vector<int64_t>{2, 3, 4};
+      else if (pp > 1) chunks = those(chunks, wanted.chunks);
       for (const int64_t V : chunks) {
         if (pp * V > config.layers || pp * V * m > kMostForwards) continue;
         job.options.schedule = name;

@@ -14,7 +14,7 @@ Theory theory(const GptConfig& config, const Layout& layout, int rank,
     for (const Axis& axis : axes) t.enter(axis, Collective::all_reduce, purpose, 1, numbers * 8);
   };
   // a square a parameter; the loss, of which ranks have their tokens' part, and one stage all
-  sum_in_f64(mesh.that(&AxisKind::splits_model), Traffic::norm, t.gpt.params().size());
+  sum_in_f64({mesh.world}, Traffic::norm, t.gpt.params().size());
   sum_in_f64(mesh.that(&AxisKind::splits_batch), Traffic::loss, 1);
   sum_in_f64({t.cp, t.pp}, Traffic::loss, 1);
   return t.sum;

@@ -2,7 +2,7 @@
 // sums.
 //
 // idea      a collective is straight-line code: meet everyone, offer what the others need, fetch
-//           what I need, sum in ascending rank, wait until the others have read. Sends and receives
+//           what I need, sum, wait until the others have read. Sends and receives
 //           of a group advance together, a step at a time.
 // cost      a rank reads: all-gather and reduce-scatter (n-1) slices; all-reduce both, or n-1 whole
 //           buffers when they fit into a record; broadcast W; reduce n-1 times W at the root. A
@@ -50,7 +50,8 @@ void copy(char* to, const char* from, size_t bytes) {
              [=](size_t begin, size_t end) { memcpy(to + begin, from + begin, end - begin); });
 }
 
-// ---- sums, in ascending rank
+// ---- sums, in the order of a ring: behind its owner's rank, and the owner last. Small ones, which
+// have no owner: in ascending rank.
 
 namespace {
 
@@ -189,6 +190,12 @@ std::vector<const char*> gather_sources(Task& task, Op& op, size_t offset, size_
   return from;
 }
 
+// As NCCL's rings add what ends here: so copies that are summed by other owners differ, here, too.
+std::vector<const char*> in_ring(const Op& op, std::vector<const char*> from) {
+  std::ranges::rotate(from, from.begin() + (op.comm->rank + 1) % op.comm->size);
+  return from;
+}
+
 void all_gather(Task& task, Op& op) {
   const size_t slice = op.send_bytes;
   for_peers(op, [&](int q) {
@@ -205,7 +212,7 @@ void reduce_scatter(Task& task, Op& op) {
   const auto from = gather_sources(task, op, size_t(op.comm->rank) * slice, slice, [&](int q) {
     return Bytes{size_t(q) * slice, slice};
   });
-  reduce(op, op.recv, from, op.record.count);
+  reduce(op, op.recv, in_ring(op, from), op.record.count);
   finish_phase(task, op);
 }
 
@@ -219,7 +226,7 @@ void all_reduce(Task& task, Op& op) {
   };
   const Bytes mine = part(op.comm->rank);
   const auto from = gather_sources(task, op, mine.begin, mine.bytes, part);
-  reduce(op, op.recv + mine.begin, from, mine.bytes / each);
+  reduce(op, op.recv + mine.begin, op.record.inlined ? from : in_ring(op, from), mine.bytes / each);
   if (op.record.inlined) return finish_phase(task, op);
   finish_phase(task, op);
   for_peers(op, [&](int q) {
