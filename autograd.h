@@ -34,7 +34,7 @@ struct Param {
   // rows of zeros in memory behind the slice's, for fast products (TensorParallel::padded_part):
   // no elements of the parameter
   int64_t padding = 0;
-  int64_t largest_slice = 0;  // elements, of all ranks' where the parameter is split
+  int64_t largest_slice = 0;  // where it is split: elements of the largest rank's slice
   float std = 0, mean = 0;  // initial values: normal(0, std), or the constant `mean` when std is 0
   bool decay = false;       // weight decay: matrices only
   // in this rank's part of the norm: false where another rank that holds the same values counts

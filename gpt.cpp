@@ -21,28 +21,26 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   const int64_t C = g.width;
   const float std = 0.02f, residual_std = 0.02f / std::sqrt(2.0f * g.layers);
   const std::string h = "h." + std::to_string(layer) + ".";
-  const int64_t F = g.hidden(), D = C / g.heads;
-  const Range heads = tp.part(g.heads), hidden = tp.part(F);
-  const Range channels{heads.begin * D, heads.end * D};  // whole heads
+  const int64_t F = g.hidden();
   // of what sees only this rank's rows; the others are split by columns or by rows
   const auto vector = [&](const char* name, float value) {
     return tp.whole_with_partial_gradient(make(h + name, {C}, 0, value));
   };
-  const auto split = [&](const char* name, Shape shape, float std, int dim, Range range) {
-    return tp.split(make(h + name, std::move(shape), std), dim, range);
+  const auto split = [&](const char* name, Shape shape, float std, int dim, int64_t parts) {
+    return tp.split(make(h + name, std::move(shape), std), dim, parts);
   };
   return {
       .ln_1_weight = vector("ln_1.weight", 1),
       .ln_1_bias = vector("ln_1.bias", 0),
-      .c_attn_weight = split("attn.c_attn.weight", {C, 3, C}, std, 2, channels),
-      .c_attn_bias = split("attn.c_attn.bias", {3, C}, 0, 1, channels),
-      .attn_c_proj_weight = split("attn.c_proj.weight", {C, C}, residual_std, 0, channels),
+      .c_attn_weight = split("attn.c_attn.weight", {C, 3, C}, std, 2, g.heads),
+      .c_attn_bias = split("attn.c_attn.bias", {3, C}, 0, 1, g.heads),
+      .attn_c_proj_weight = split("attn.c_proj.weight", {C, C}, residual_std, 0, g.heads),
       .attn_c_proj_bias = vector("attn.c_proj.bias", 0),
       .ln_2_weight = vector("ln_2.weight", 1),
       .ln_2_bias = vector("ln_2.bias", 0),
-      .c_fc_weight = split("mlp.c_fc.weight", {C, F}, std, 1, hidden),
-      .c_fc_bias = split("mlp.c_fc.bias", {F}, 0, 0, hidden),
-      .mlp_c_proj_weight = split("mlp.c_proj.weight", {F, C}, residual_std, 0, hidden),
+      .c_fc_weight = split("mlp.c_fc.weight", {C, F}, std, 1, F),
+      .c_fc_bias = split("mlp.c_fc.bias", {F}, 0, 0, F),
+      .mlp_c_proj_weight = split("mlp.c_proj.weight", {F, C}, residual_std, 0, F),
       .mlp_c_proj_bias = vector("mlp.c_proj.bias", 0),
   };
 }
@@ -56,7 +54,7 @@ std::vector<Param*> Block::params() {
 Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication, const Axis& cp)
     : config(g), tp(axis, communication, g.sequence_parallel), cp(cp, communication) {
   ASSERT(g.width % g.heads == 0 && axis.size <= g.heads && axis.size <= g.vocab);
-  wte = tp.split(make("wte.weight", {g.vocab, g.width}, 0.02f), 0, tp.part(g.vocab));
+  wte = tp.split(make("wte.weight", {g.vocab, g.width}, 0.02f), 0, g.vocab);
   wte.padding = tp.padded_part(g.vocab) - tp.part(g.vocab).size();
   wpe = tp.whole(make("wpe.weight", {g.context, g.width}, 0.01f));
   for (int64_t l = 0; l < g.layers; l++) blocks_.push_back(make_block(g, tp, l));

@@ -13,8 +13,8 @@
 //           each way, of S*C elements in the compute dtype (S: rows that a rank holds); the tied
 //           embedding's gradient once a step, where first and last piece of the model are on two
 //           stages: from each its shard, vocabulary*C / (tp fsdp cp) elements of the master dtype;
-//           loss and norm, two small all-reduces over all stages. The ledger enters sends at the
-//           sender alone; theory/pipeline.cpp predicts all of it.
+//           the loss, a small all-reduce over all stages. The ledger enters sends at the sender
+//           alone; theory/pipeline.cpp predicts all of it.
 // memory    weights, gradients and optimizer state of this stage's layers; activations of as many
 //           micro-batches as the schedule keeps alive; parcels: what the next exchange receives,
 //           what came and was not used yet, what waits to be sent, and what at most four exchanges

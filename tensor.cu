@@ -91,11 +91,15 @@ struct Staged {
 };
 // by size, a power of 2; in the order of use, so that the first one is free first
 static std::map<int64_t, std::list<Staged>> staging;
+constexpr int64_t kMostStaged = 64 << 20;  // bytes of one size
 
 static Staged& stage(int64_t bytes) {
   const int64_t size = std::bit_ceil(uint64_t(std::max(bytes, Staged::kLeast)));
   std::list<Staged>& all = staging[size];
-  if (all.empty() || !all.front().free.reached()) all.emplace_front(size);
+  if (all.empty() || !all.front().free.reached()) {
+    if (int64_t(all.size() + 1) * size <= kMostStaged) all.emplace_front(size);
+    else all.front().free.synchronize();
+  }
   all.splice(all.end(), all, all.begin());
   return all.back();
 }

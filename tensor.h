@@ -68,6 +68,7 @@ class Event {  // a place in a stream that another stream can wait for
     CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0));
     if (recorder.on) recorder.wait(queue_of(stream), behind_);
   }
+  void synchronize() const { CUDA_CHECK(cudaEventSynchronize(event_)); }
   bool reached() const { return cudaEventQuery(event_) == cudaSuccess; }
   double seconds_since(const Event& earlier) const {  // both timed, and reached
     float ms = 0;
@@ -220,7 +221,8 @@ class TimedOp {
 void fill(const Tensor& x, double value);
 void copy(const Tensor& to, const Tensor& from);  // same dtype and number of elements
 void cast(const Tensor& to, const Tensor& from);  // f32, bf16, f64, any to any
-// returns when `host` may be reused; up to a MiB without waiting for the device
+// returns when `host` may be reused; up to 64 MiB, in all of one size, without waiting for the
+// device
 void upload(const Tensor& to, const void* host);
 std::vector<double> download(const Tensor& x);  // waits; any dtype, widened
 void download(const Tensor& x, void* host);     // waits; the bytes as they are

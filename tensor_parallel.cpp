@@ -206,13 +206,15 @@ void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
 
 // ---- who owns what
 
-Param TensorParallel::split(Param p, int dim, Range range) const {
+Param TensorParallel::split(Param p, int dim, int64_t parts) const {
+  const int64_t each = p.shape[dim] / parts;
+  const Range mine = part(parts);
   int64_t outer = 1, inner = 1;
   for (int d = 0; d < int(p.shape.size()); d++)
     if (d != dim) (d < dim ? outer : inner) *= p.shape[d];
   p.dim = dim;
-  p.slice = {outer, p.shape[dim], inner, range.begin, range.end};
-  p.largest_slice = outer * ceil_div(p.shape[dim], axis_.size) * inner;
+  p.slice = {outer, p.shape[dim], inner, mine.begin * each, mine.end * each};
+  p.largest_slice = outer * ceil_div(parts, axis_.size) * each * inner;
   return p;
 }
 

@@ -8,7 +8,7 @@
 //           ranks, too: each has a slice of them. Every sum becomes a reduce-scatter, and every use
 //           of all rows an all-gather.
 // use       TensorParallel tp(axis, stream, sequence_parallel);
-//           Param w = tp.split(p, 1, tp.part(p.shape[1]));   // set-up: what this rank owns
+//           Param w = tp.split(p, 1, heads);         // set-up: what this rank owns
 //           Var h = tp.column_linear(tape, x, rows, w);      // a pair of layers
 //           Var y = tp.row_linear(tape, gelu(tape, h, &b), rows, w2);
 //           tp.sum_partial_gradients(params);    // before gradients leave the rank
@@ -35,8 +35,8 @@ class TensorParallel {
     const int64_t most = (n + axis_.size - 1) / axis_.size;
     return round_up(most, most < 1024 ? 8 : 128);
   }
-  // p, of whose global shape this rank owns `range` of dim number `dim`
-  Param split(Param p, int dim, Range range) const;
+  // p, whose dim number `dim` is cut into so many equal parts, of which a rank owns some
+  Param split(Param p, int dim, int64_t parts) const;
   // p, of which every rank owns all; only rank 0's copy counts in the gradient's norm
   Param whole(Param p) const;
   // the same for what sees only this rank's slice of the rows: its gradient is a partial sum

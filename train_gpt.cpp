@@ -119,6 +119,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
   double first_loss = 0, loss = 0;
   std::string error;  // of data or metrics: what was trained is saved all the same
   int64_t step = resumed;
+  bool ends = false;  // by a signal or an error, on all ranks
   at_work = steps;
   Batch batch = read(step + 1);
   for (bool last = false; !last;) {
@@ -150,7 +151,8 @@ static void train(const Options& o, const TrainingData& training, const Job& job
       }
     }
     if (error.empty()) error = error_of([&] { metrics.step(record); });
-    last = stopped(error) || step == o.steps;
+    ends = stopped(error);
+    last = ends || step == o.steps;
     const bool due = last || (o.save_every && step % o.save_every == 0),
                saves = due && !o.checkpoint.empty();
     if (last || saves) check_weights(step, job, trainer, batch);
@@ -168,7 +170,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
     progress.say(step, sentence("nothing is written to ", o.trace, ": none of steps ",
                                 o.traced.begin, " to ", o.traced.end, " was trained"));
   progress.done();
-  if (o.sample && step == o.steps) print_sample(o, training, trainer, watch, prints);
+  if (o.sample && step == o.steps && !ends) print_sample(o, training, trainer, watch, prints);
   if (prints)
     printf("\nloss     %.4f at step %ld, %.4f at step %ld\nspeed    %s\n", first_loss, resumed + 1,
            loss, step, progress.summary(flops_per_token(trainer.gpt.config)).c_str());

@@ -126,6 +126,13 @@ static bool remove_checkpoint(const std::string& path) {
       .empty();
 }
 
+static void rename_step(const std::string& path, const std::string& prefix, const Say& say) {
+  std::string kept = fs::path(path).parent_path() / (prefix + last_name(path));
+  while (is_there(kept)) kept += "-again";
+  SYSTEM_CHECK(rename(path.c_str(), kept.c_str()) == 0, path, " cannot be renamed to ", kept);
+  say(sentence(path, " is now ", kept));
+}
+
 // Whether all that is in a directory is a checkpoint's.
 static bool is_ours(const fs::path& path) {
   return std::all_of(fs::directory_iterator(path), {}, [](const fs::directory_entry& entry) {
@@ -140,11 +147,13 @@ static bool is_ours(const fs::path& path) {
 static void make_place(const std::string& dir, const std::string& path) {
   error_of([&] {
     checkpoints_in(dir, [](auto& old) {
-      if (!fs::is_symlink(old) && is_ours(old)) remove_checkpoint(old);
+      error_of([&] {
+        if (!fs::is_symlink(old) && is_ours(old)) remove_checkpoint(old);
+      });
     });
   });
-  REQUIRE(!fs::is_directory(path) || is_ours(path), path,
-          " is in the way: there are other things in it than a checkpoint's");
+  if (fs::is_directory(path) && !fs::is_symlink(path) && !is_ours(path))
+    rename_step(path, "others-", [](const std::string&) {});
   REQUIRE(remove_checkpoint(path), path, " is in the way and cannot be removed");
   make_directory(path);
 }
@@ -159,13 +168,6 @@ static std::vector<std::string> remove_old(const std::string& dir, int64_t keep)
     if (counts && --keep < 0 && remove_checkpoint(old)) removed.push_back(last_name(old));
   }
   return removed;
-}
-
-static void rename_step(const std::string& path, const std::string& prefix, const Say& say) {
-  std::string kept = fs::path(path).parent_path() / (prefix + last_name(path));
-  while (is_there(kept)) kept += "-again";
-  SYSTEM_CHECK(rename(path.c_str(), kept.c_str()) == 0, path, " cannot be renamed to ", kept);
-  say(sentence(path, " is now ", kept));
 }
 
 // ---- writing

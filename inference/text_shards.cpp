@@ -47,19 +47,22 @@ static std::string shard_of(const std::vector<std::string>& paths, const fs::pat
   const fs::path places[] = {name.parent_path(), directory.empty() ? last : fs::path(directory),
                              last};
   std::string shard, why;
+  const Stopwatch waited;
   // as long as another process is writing the same: then it will be there
   for (bool is_coming = true; std::exchange(is_coming, false); usleep(50000)) {
     for (const fs::path& place : places)
       if (is_there(place / file)) return place / file;
     if (shard.empty()) shard = encode_files(texts, name, tokenizer, say);
-    why = "";
     for (const fs::path& place : places) {
       try {
         write_file(place / file, shard);
         say(sentence(name.string(), " is encoded and kept as ", (place / file).string()));
         return place / file;
-      } catch (const BusyError&) {
-        is_coming = true;
+      } catch (const BusyError& e) {
+        if (why.empty()) say(sentence(e.what(), ": waiting for it"));
+        why = sentence("; ", e.what());
+        is_coming = waited.seconds() < 600;
+        break;
       } catch (const Error& e) {
         why += sentence("; ", e.what());
       }

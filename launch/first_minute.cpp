@@ -1,20 +1,17 @@
 // first_minute.cpp: see first_minute.h.
 #include "launch/first_minute.h"
 
-#include <numeric>
-
-// Every rank of the axis contributes one of 1 to 8, n times: sums of them are exact in f32, and
-// what must come out is known.
+// Every rank of the axis contributes 1 + its rank, n times, and to sums, which are to be exact in
+// f32, one of 1 to 8: what must come out is known.
 static void check_axis(const Axis& axis, cudaStream_t stream) {
   if (axis.size == 1) return;
   const int n = axis.size;
   const Tensor mine({n}, Dtype::f32, Memory::workspace), all({n}, Dtype::f32, Memory::workspace);
   float *send = mine.data<float>(), *receive = all.data<float>();
-  const auto value_of = [](int rank) { return 1.0 + rank % 8; };
-  std::vector<double> values;
-  for (int rank = 0; rank < n; rank++) values.push_back(value_of(rank));
-  fill(mine, value_of(axis.rank));
-  make_wait(stream, device().compute);
+  const auto contribute = [&](double value) {
+    fill(mine, value);
+    make_wait(stream, device().compute);
+  };
   const auto expect = [&](const char* what, std::vector<double> expected) {
     make_wait(device().compute, stream);
     std::vector<double> got = download(all);
@@ -24,13 +21,20 @@ static void check_axis(const Axis& axis, cudaStream_t stream) {
             "... was expected: check that no two ranks use one GPU, and GPU peer access "
             "(NCCL_P2P_DISABLE=1 avoids it)");
   };
-  const double sum = std::reduce(values.begin(), values.end());
+  double sum = 0;
+  std::vector<double> values;
+  for (int rank = 0; rank < n; rank++) {
+    sum += 1 + rank % 8;
+    values.push_back(1 + rank);
+  }
+  contribute(1 + axis.rank % 8);
   NCCL_CHECK(ncclAllReduce(send, receive, n, ncclFloat32, ncclSum, axis.comm, stream));
   expect("all-reduce", std::vector<double>(n, sum));
-  NCCL_CHECK(ncclAllGather(send, receive, 1, ncclFloat32, axis.comm, stream));
-  expect("all-gather", values);
   NCCL_CHECK(ncclReduceScatter(send, receive, 1, ncclFloat32, ncclSum, axis.comm, stream));
   expect("reduce-scatter", {sum});
+  contribute(1 + axis.rank);
+  NCCL_CHECK(ncclAllGather(send, receive, 1, ncclFloat32, axis.comm, stream));
+  expect("all-gather", values);
   NCCL_CHECK(ncclBroadcast(send, receive, n, ncclFloat32, n - 1, axis.comm, stream));
   expect("broadcast", std::vector<double>(n, values.back()));
   // facing pairs, both directions of each
@@ -39,7 +43,7 @@ static void check_axis(const Axis& axis, cudaStream_t stream) {
   for (const int neighbour : {(axis.rank + 1) % n, (axis.rank + n - 1) % n}) {
     NCCL_CHECK(ncclSend(send, 1, ncclFloat32, neighbour, axis.comm, stream));
     NCCL_CHECK(ncclRecv(receive + received.size(), 1, ncclFloat32, neighbour, axis.comm, stream));
-    received.push_back(value_of(neighbour));
+    received.push_back(1 + neighbour);
   }
   NCCL_CHECK(ncclGroupEnd());
   expect("send and receive", received);

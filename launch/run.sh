@@ -45,8 +45,14 @@ else
   [ "$what" != replay ] || ranks=4
   [ "$strategy" != 3d ] || ranks=8
 fi
-# what the smallest model can be cut into
-[[ -n ${NP:-} || ! $strategy =~ ^(tp|tp-rows|pp)$ || $ranks -le 4 ]] || ranks=4
+# what the default models can be cut into
+case $strategy in tp | tp-rows | pp)
+  if [ -z "${NP:-}" ] && [ "$ranks" -gt 4 ] && ! [[ ${ARGS:-} =~ --(model|heads|layers) ]]; then
+    echo "make $what: on 4 of $ranks ranks, which divide the default model; NP=$ranks takes all"
+    ranks=4
+  fi
+  ;;
+esac
 [[ $ranks =~ ^[1-9][0-9]*$ ]] || refuse "NP is '$ranks', expected a number of ranks"
 
 # ---- generate: with tensor parallelism on two ranks, from a checkpoint made on first use

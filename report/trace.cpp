@@ -59,7 +59,8 @@ void Trace::begin_step(int64_t step) {
   origins_.emplace_back(true).record(device().compute);
   synchronize();
   if (is_first) began_ = MPI_Wtime() - (rebuilds_ ? 0 : clock_ahead(mesh_));
-  else began_ += origins_.back().seconds_since(origins_[origins_.size() - 2]);
+  else began_ += origins_.back().seconds_since(origins_.front());
+  if (!is_first) origins_.pop_front();
   steps_.push_back(step);
   recorder.on = true;
 }
@@ -256,6 +257,7 @@ void Trace::write() const {
                    {"memory_limit", device().memory_limit}};
   out << "\n],\n\"threefold\":" << about << "}\n";
   out.close();
-  if (!out && fs::is_regular_file(path_)) fs::resize_file(path_, 0);
+  std::error_code ignored;
+  if (!out && fs::is_regular_file(path_, ignored)) fs::resize_file(path_, 0, ignored);
   SYSTEM_CHECK(out, "--trace: ", path_, " cannot be written");
 }

@@ -6,9 +6,9 @@
 //           the ends of each collective, and puts times in the places of edges.
 // matching  Ranks that share a communicator call it in one order. So the k-th collective of some
 //           ranks on an axis is the same one on all of them.
-// measured  On a GPU times are those of events, on each rank since an origin. The clocks of two
-//           ranks are compared by ping-pong, and what that leaves is mended: no rank ends a
-//           collective before another one begins it, or a receive before its send.
+// measured  On a GPU times are those of events, on each rank since the beginning of a step. The
+//           clocks of two ranks are compared by ping-pong, and what that leaves is mended: no rank
+//           ends a collective before another one begins it, or a receive before its send.
 //           Streams in queues (THREEFOLD_STREAMS) are measured, too.
 // rebuilt   With no GPU ranks may share cores, and the clock shows the scheduler's doing. So a work
 //           lasts as long as the processor time of the thread that issues it, which takes part in
@@ -45,7 +45,7 @@ class Trace {
   const Trainer& trainer_;
   const bool rebuilds_;
   std::vector<int64_t> steps_;
-  std::deque<Event> origins_;  // of each step, since events tell long times apart badly
+  std::deque<Event> origins_;  // of this step: events tell long times apart badly
   double began_ = 0;           // the last of them by the first rank's clock
   size_t timed_ = 0;           // works
 };

@@ -52,11 +52,11 @@ std::string content_of(const std::vector<std::string>& paths);
 
 using Say = std::function<void(const std::string&)>;  // to those who wait
 
-// Writes a file that is there whole or not at all, and waits until the disk has it. `fill` writes
-// one piece after the other. A link of that name is replaced, and what it points to stays.
-struct BusyError : Error {  // another process is writing it
+struct BusyError : Error {  // another process is writing the file
   using Error::Error;
 };
+// Writes a file that is there whole or not at all, and waits until the disk has it. `fill` writes
+// one piece after the other. A link of that name is replaced, and what it points to stays.
 using Write = std::function<void(std::string_view piece)>;
 WrittenFile write_file(const std::string& path, const std::function<void(const Write&)>& fill);
 WrittenFile write_file(const std::string& path, std::string_view text);

@@ -30,6 +30,7 @@ struct Job {
 std::vector<std::string> names_of_axes() {
   std::vector<std::string> names;
   for (const AxisKind& axis : kAxes) names.push_back(axis.name);
+  names.push_back("world");
   return names;
 }
 const char* const kPersistent[] = {"parameters", "gradients", "optimizer"};

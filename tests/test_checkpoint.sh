@@ -334,6 +334,15 @@ check what_others_keep_in_a_directory_stays \
   "$train $small --steps 2 --save-every 1 --checkpoint $dir/others >$dir/out 2>&1 &&
     grep -qx mine $dir/others/step-00000009/model.pt && [ -e $dir/others/step-00000002 ]" \
   "" "$(tail -1 "$dir/out")"
+mkdir -p "$dir/others/step-00000004" "$dir/linked"
+ln -s "$dir/linked" "$dir/others/step-00000005"
+echo mine | tee "$dir/linked/notes.txt" >"$dir/others/step-00000004/notes.txt"
+check what_is_in_the_way_of_a_save_is_kept \
+  "$train $small --steps 5 --save-every 1 --keep 0 --checkpoint $dir/others --resume \
+      >$dir/out 2>&1 && grep -qx mine $dir/others/others-step-00000004/notes.txt &&
+    grep -qx mine $dir/linked/notes.txt && [ -e $dir/others/step-00000005/manifest.json ]" \
+  "" "$(tail -1 "$dir/out")"
+rm -rf "$dir"/others/step-0000000[345]
 check later_steps_stay_until_training_goes_on \
   "! $train $small --steps 3 --checkpoint $dir/others --resume --resume-step 1 \
       --trace /nowhere/t >$dir/out 2>&1 && [ -e $dir/others/step-00000002 ] &&
@@ -349,8 +358,9 @@ check later_steps_stay_until_training_goes_on \
   head -c 259988 /dev/zero
 } >"$dir/bad.bin"
 check a_fault_of_held_out_text_costs_no_training \
-  "! $MPIEXEC -n 2 $train ${small/README.md/$dir/bad.bin} --replicate 2 --steps 3 --eval-every 3 \
-      --checkpoint $dir/held >$dir/out 2>&1 && grep -q 'step 3, which is saved' $dir/out &&
+  "! $MPIEXEC -n 2 $train ${small/README.md/$dir/bad.bin} --replicate 2 --steps 3 \
+      --eval-every 3 --sample 5 --checkpoint $dir/held >$dir/out 2>&1 &&
+    grep -q 'step 3, which is saved' $dir/out &&
     [ -e $dir/held/step-00000003/manifest.json ]" "" "$(tail -1 "$dir/out")"
 echo mine >"$dir/back/vocab.json"
 check an_import_beside_checkpoints_is_refused \

@@ -180,7 +180,7 @@ check what_was_saved_with_keep_0_stays \
 fresh
 two --steps 5 --resume --resume-step 2 --checkpoint "$dir/c" --metrics "$dir/m.jsonl" --eval-every 2
 check a_step_is_chosen "[ $? = 0 ] &&
-  grep -q '^resume .*step-00000004 is now .*later-step-' $dir/out &&
+  grep -q '^step 3.*step-00000004 is now .*later-step-' $dir/out &&
   [ '$(steps_in "$dir/c")' = 'later-step-00000004 step-00000002 step-00000005' ] &&
   diff -r $dir/base/step-00000004 $dir/c/later-step-00000004" "" "$(cat "$dir/out" "$dir/err")"
 check held_out_losses_are_in_the_metrics \

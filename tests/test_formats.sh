@@ -123,6 +123,17 @@ check an_imported_model_is_trained_on_text_by_one_command \
   "status $status: $(cat "$dir/err") $(grep '^tokens' "$dir/out")"
 check its_sample_is_text "grep -q 'the' <(sed -n '/a sample/,\$p' $dir/out | tail -n +2)" "" \
   "$(sed -n '/a sample/,$p' "$dir/out")"
+cp "$shard" "$dir/kept.bin"
+rm "$shard"
+flock "$shard.partial" sleep 2 &
+sleep 0.5
+cp -r "$dir/run-two" "$dir/run-three"
+$train --checkpoint "$dir/run-three" --resume --data "$dir/my.txt" --batch 2 --steps 3 \
+  >"$dir/out" 2>"$dir/err"
+status=$?
+check a_shard_that_another_process_writes_is_waited_for \
+  "[ $status = 0 ] && cmp $shard $dir/kept.bin && grep -q 'by another process: waiting' $dir/out" \
+  "" "status $status: $(cat "$dir/err") $(grep '^tokens' "$dir/out")"
 printf '%s\0' "$(cat "$dir/my.txt")" | $make encode "$dir/two" | tr ' ' '\n' | grep -c . >"$dir/n"
 tokens=$(($(stat -c %s "$shard") / 2 - 512))
 check the_shard_has_the_texts_tokens "[ $tokens = $(($(cat "$dir/n") + 1)) ]" "$tokens, the last \

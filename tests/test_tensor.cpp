@@ -177,7 +177,15 @@ TEST(upload_takes_the_values_at_once) {
   upload(ids, host.data());
   std::fill(host.begin(), host.end(), -1);  // the caller may reuse its memory
   expect_equal(ids, expected, "upload");
-  measured("1000 i32");
+  // several pieces, the last of another size
+  const Tensor many({(3 << 18) + 1}, Dtype::i32, Memory::data);
+  std::vector<int> more(many.numel());
+  expected.resize(more.size());
+  for (size_t i = 0; i < more.size(); i++) expected[i] = more[i] = int(i) * 2003 - 500000000;
+  upload(many, more.data());
+  std::fill(more.begin(), more.end(), -1);
+  expect_equal(many, expected, "upload in pieces");
+  measured(host.size(), " and ", more.size(), " i32");
 }
 
 TEST(empty_tensors_are_allowed) {

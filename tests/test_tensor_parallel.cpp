@@ -104,6 +104,22 @@ TEST(tensor_parallelism_equals_one_rank_in_f64) {
   parity.report();
 }
 
+TEST(units_are_laid_out_alike_on_all_tp_ranks) {
+  for (const int64_t heads : {12, 25})
+    for (int tp = 2; tp <= 8; tp++) {
+      GptConfig config{8, 16 * heads, heads, 1, 50257};
+      std::set<std::vector<int64_t>> sizes;  // of the units
+      for (int rank = 0; rank < tp; rank++) {
+        Gpt gpt(config, Axis{"tp", tp, rank}, nullptr);
+        std::vector<int64_t> of_rank;
+        for (const auto& [number, params] : units_of(gpt.params()))
+          of_rank.push_back(padded_unit(params, 8));
+        sizes.insert(of_rank);
+      }
+      CHECK_EQ(sizes.size(), 1u, heads, " heads on ", tp, " ranks");
+    }
+}
+
 // Each tp rank sums the gradients of layernorms and of some biases with other ranks, in a sum that
 // begins behind the element's owner: the owners must be the same, though slices of heads differ.
 TEST(what_all_tp_ranks_hold_gets_the_same_bits_everywhere) {

@@ -24,16 +24,15 @@ SizedGpt::SizedGpt(const GptConfig& g, const Axis& axis, const Axis& cp)
     : Gpt(g, axis, nullptr, cp) {
   if (g.kv() == g.heads) return;
   const int64_t D = g.width / g.heads, queries = g.heads / g.kv() * D, group = queries + 2 * D;
-  const Range part = tp.part(g.kv());
-  const auto split = [&](Param& p, Shape shape, int dim, int64_t width) {
+  const auto split = [&](Param& p, Shape shape, int dim) {
     p.shape = std::move(shape);
-    p = tp.split(p, dim, {part.begin * width, part.end * width});
+    p = tp.split(p, dim, g.kv());
   };
   for (const ModelPart& block : parts().subspan(1, g.layers)) {
     ASSERT(block.params[2]->name.ends_with("attn.c_attn.weight"));
-    split(*block.params[2], {g.width, g.kv(), group}, 1, 1);  // c_attn's weight and bias
-    split(*block.params[3], {g.kv(), group}, 0, 1);
-    split(*block.params[4], {g.width, g.width}, 0, queries);  // the projection
+    split(*block.params[2], {g.width, g.kv(), group}, 1);  // c_attn's weight and bias
+    split(*block.params[3], {g.kv(), group}, 0);
+    split(*block.params[4], {g.width, g.width}, 0);  // the projection
   }
 }
 
