@@ -30,7 +30,6 @@ struct Job {
 std::vector<std::string> names_of_axes() {
   std::vector<std::string> names;
   for (const AxisKind& axis : kAxes) names.push_back(axis.name);
-  names.push_back("world");
   return names;
 }
 const char* const kPersistent[] = {"parameters", "gradients", "optimizer"};
@@ -172,7 +171,7 @@ std::vector<Table> tables(const std::vector<Job>& jobs) {
       {}};
   Table traffic{"Sent by the busiest rank per step, MiB", {"strategy"}, {}};
   std::vector<std::string> columns = names_of_axes();
-  columns.insert(columns.end(), {"all", "by formula", "calls"});
+  columns.insert(columns.end(), {"world", "all", "by formula", "calls"});
   traffic.head.insert(traffic.head.end(), columns.begin(), columns.end());
   for (const Job& j : jobs) {
     time.rows.push_back({j.name, sentence(j.ranks), format("%.5f", j.losses.back()),
@@ -187,7 +186,9 @@ std::vector<Table> tables(const std::vector<Job>& jobs) {
                            format("%.2f", mib(m["peak"].get<double>())), sentence(differing(j))});
     const Sent s = sent(j, busiest(j));
     std::vector<std::string> row{j.name};
-    for (const std::string& axis : names_of_axes())
+    std::vector<std::string> axes = names_of_axes();
+    axes.push_back("world");  // the norm's sum
+    for (const std::string& axis : axes)
       row.push_back(s.axis.count(axis) ? format("%.3f", mib(s.axis.at(axis))) : "-");
     row.insert(row.end(), {format("%.3f", mib(s.all)),
                            format("%.3f", mib(sent(j, busiest(j), "predicted_bytes").all)),
@@ -520,7 +521,7 @@ const char* const kStyle = R"(<style>
 body { margin:0 auto; padding:1rem; max-width:1240px; background:var(--paper);
   color:var(--ink); font:16px/1.5 system-ui,sans-serif; }
 h1 { font-size:1.6rem; margin:.2em 0; } h2 { font-size:1.2rem; margin:2em 0 .5em; }
-p, li { max-width:70ch; }
+p, li { max-width:70ch; } pre { overflow-x:auto; }
 nav a { display:inline-block; margin-right:1em; padding:.4em 0; } a { color:var(--c0); }
 .cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));
   gap:1.5rem; }
