@@ -221,8 +221,8 @@ class TimedOp {
 void fill(const Tensor& x, double value);
 void copy(const Tensor& to, const Tensor& from);  // same dtype and number of elements
 void cast(const Tensor& to, const Tensor& from);  // f32, bf16, f64, any to any
-// returns when `host` may be reused; up to 64 MiB, in all of one size, without waiting for the
-// device
+// returns when `host` may be reused; without waiting for the device, as long as uploads of at most
+// 64 MiB are on their way
 void upload(const Tensor& to, const void* host);
 std::vector<double> download(const Tensor& x);  // waits; any dtype, widened
 void download(const Tensor& x, void* host);     // waits; the bytes as they are

@@ -1,9 +1,9 @@
 // tensor_parallel.cpp: one layer across the ranks of the tp axis. See tensor_parallel.h for the
 // idea.
 //
-//   half a block     x ──> [ w's columns 0 ] ──> gelu ──> [ w's rows 0 ] ──┐
-//   on two ranks     │                                                     +──> y    the sum is an
-//                    └───> [ w's columns 1 ] ──> gelu ──> [ w's rows 1 ] ──┘         all-reduce
+//   half a block     x --> [ w's columns 0 ] --> gelu --> [ w's rows 0 ] --+
+//   on two ranks     |                                                     +--> y    the sum is an
+//                    +---> [ w's columns 1 ] --> gelu --> [ w's rows 1 ] --+         all-reduce
 //
 // traffic   Each collective carries R*C elements of the compute dtype. A block has, for each micro-
 //           batch, 2 all-reduces forward (the row-parallel results) and 2 backward (the input

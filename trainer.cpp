@@ -52,8 +52,9 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
   optimizer_ =
       std::make_unique<Optimizer>(fsdp.optimizer_shards(), gpt.params().size(), options.clip,
                                   options.weight_decay, [this](const Tensor& squares) {
-                                    // in one call, after which all have the same bits
-                                    if (mesh_["replicate"].rank) fill(squares, 0);  // of copies
+                                    // in one call, after which all ranks have the same bits
+                                    if (mesh_["replicate"].rank)
+                                      fill(squares, 0);  // copies count once
                                     sum_over({mesh_.world}, squares, Traffic::norm, mesh_.stream);
                                   });
   results_ = Tensor({2}, Dtype::f64, Memory::workspace);

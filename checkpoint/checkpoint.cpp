@@ -143,7 +143,7 @@ static bool is_ours(const fs::path& path) {
 }
 
 // Ready for a new checkpoint: an empty directory for it; unfinished ones are removed, as far as
-// they can be examined.
+// they can be examined. A directory of that name with other things in it is set aside.
 static void make_place(const std::string& dir, const std::string& path) {
   error_of([&] {
     checkpoints_in(dir, [](auto& old) {

@@ -46,29 +46,30 @@ static std::string shard_of(const std::vector<std::string>& paths, const fs::pat
   if (error) last = "/tmp";
   const fs::path places[] = {name.parent_path(), directory.empty() ? last : fs::path(directory),
                              last};
-  std::string shard, why;
+  std::string shard;
   const Stopwatch waited;
-  // as long as another process is writing the same: then it will be there
-  for (bool is_coming = true; std::exchange(is_coming, false); usleep(50000)) {
+  for (bool said = false;; usleep(50000)) {
     for (const fs::path& place : places)
       if (is_there(place / file)) return place / file;
     if (shard.empty()) shard = encode_files(texts, name, tokenizer, say);
+    std::string why;
+    bool is_coming = false;  // another process is writing the same
     for (const fs::path& place : places) {
       try {
         write_file(place / file, shard);
         say(sentence(name.string(), " is encoded and kept as ", (place / file).string()));
         return place / file;
-      } catch (const BusyError& e) {
-        if (why.empty()) say(sentence(e.what(), ": waiting for it"));
-        why = sentence("; ", e.what());
-        is_coming = waited.seconds() < 600;
-        break;
       } catch (const Error& e) {
         why += sentence("; ", e.what());
+        is_coming = dynamic_cast<const BusyError*>(&e);
+        if (is_coming) break;
       }
     }
+    REQUIRE(is_coming && waited.seconds() < 600, "the tokens of ", name.string(), " have no place",
+            why);
+    if (!std::exchange(said, true))
+      say(sentence(name.string(), " is encoded by another process: waiting for its tokens"));
   }
-  throw Error(sentence("the tokens of ", name.string(), " have no place", why));
 }
 
 std::vector<std::string> token_shards(const std::vector<std::string>& files,

@@ -217,7 +217,6 @@ decode() {
       # shellcheck disable=SC2086
       on_both build/cpu/generate $shape --width $width $text || exit
       token "$dir"/node.? >>"$dir/alone-$width"
-      weights=$(sed -n 's/^memory *\([0-9.]*\) MiB.*/\1/p' "$dir/node.1")
     done
     for link in $links; do
       # shellcheck disable=SC2086
@@ -226,6 +225,7 @@ decode() {
     done
   done
   narrow=$(median "$dir/alone-32") wide=$(median "$dir/alone-512")
+  weights=$(sed -n 's/^memory *\([0-9.]*\) MiB.*/\1/p' "$dir/node.1") # of the last, the whole
   printf '%-8s %10s %10s\n' link measured predicted
   for link in $links; do
     {

@@ -30,12 +30,12 @@ class Trace {
   // Collective. The file is created where `path` is not empty; one that is there is put aside.
   Trace(const std::string& path, Mesh& mesh, const Trainer& trainer,
         bool rebuilds = !device().is_gpu && !getenv("THREEFOLD_STREAMS"));
+  ~Trace();                       // removes the file if nothing is in it
   void begin_step(int64_t step);  // collective
   void end_step();                // the host has waited for the step
   bool empty() const { return steps_.empty(); }
   // Collective; throws where the file cannot be written.
   void write() const;
-  ~Trace();  // removes the file if nothing is in it
 
  private:
   nlohmann::json describe() const;

@@ -170,8 +170,10 @@ std::vector<Table> tables(const std::vector<Job>& jobs) {
        "differ from formula"},
       {}};
   Table traffic{"Sent by the busiest rank per step, MiB", {"strategy"}, {}};
-  std::vector<std::string> columns = names_of_axes();
-  columns.insert(columns.end(), {"world", "all", "by formula", "calls"});
+  std::vector<std::string> axes = names_of_axes();
+  axes.push_back("world");  // the norm's sum
+  std::vector<std::string> columns = axes;
+  columns.insert(columns.end(), {"all", "by formula", "calls"});
   traffic.head.insert(traffic.head.end(), columns.begin(), columns.end());
   for (const Job& j : jobs) {
     time.rows.push_back({j.name, sentence(j.ranks), format("%.5f", j.losses.back()),
@@ -186,8 +188,6 @@ std::vector<Table> tables(const std::vector<Job>& jobs) {
                            format("%.2f", mib(m["peak"].get<double>())), sentence(differing(j))});
     const Sent s = sent(j, busiest(j));
     std::vector<std::string> row{j.name};
-    std::vector<std::string> axes = names_of_axes();
-    axes.push_back("world");  // the norm's sum
     for (const std::string& axis : axes)
       row.push_back(s.axis.count(axis) ? format("%.3f", mib(s.axis.at(axis))) : "-");
     row.insert(row.end(), {format("%.3f", mib(s.all)),

@@ -3,7 +3,6 @@
 // every layout with tp > 1 of the world's size and at most one other axis, each with the settings
 // of a table. In f32, bf16 and f64, which on 6 and 8 ranks take turns in the formulas' test.
 #include <map>
-
 #include <nlohmann/json.hpp>
 
 #include "tests/parity.h"

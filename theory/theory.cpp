@@ -13,7 +13,8 @@ Theory theory(const GptConfig& config, const Layout& layout, int rank,
   const auto sum_in_f64 = [&](const std::vector<Axis>& axes, Traffic purpose, int64_t numbers) {
     for (const Axis& axis : axes) t.enter(axis, Collective::all_reduce, purpose, 1, numbers * 8);
   };
-  // a square a parameter; the loss, of which ranks have their tokens' part, and one stage all
+  // a sum of squares for each parameter, over all ranks; the loss, of which ranks have the part of
+  // their tokens, and one stage all
   sum_in_f64({mesh.world}, Traffic::norm, t.gpt.params().size());
   sum_in_f64(mesh.that(&AxisKind::splits_batch), Traffic::loss, 1);
   sum_in_f64({t.cp, t.pp}, Traffic::loss, 1);

@@ -591,6 +591,7 @@ cpu::Arena reserve() {
     base = mmap(nullptr, size + kLargePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
                 -1, 0);
     if (base == MAP_FAILED) continue;
+    // large pages begin at multiples of their size
     base = reinterpret_cast<void*>((uintptr_t(base) + kLargePage - 1) / kLargePage * kLargePage);
     base = mmap(base, size, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE | MAP_FIXED, fd, 0);
     if (base != MAP_FAILED) break;

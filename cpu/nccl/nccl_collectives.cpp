@@ -2,8 +2,8 @@
 // sums.
 //
 // idea      a collective is straight-line code: meet everyone, offer what the others need, fetch
-//           what I need, sum, wait until the others have read. Sends and receives
-//           of a group advance together, a step at a time.
+//           what I need, sum, wait until the others have read. Sends and receives of a group
+//           advance together, a step at a time.
 // cost      a rank reads: all-gather and reduce-scatter (n-1) slices; all-reduce both, or n-1 whole
 //           buffers when they fit into a record; broadcast W; reduce n-1 times W at the root. A
 //           reduction reads each element once and writes each result once.
@@ -50,8 +50,7 @@ void copy(char* to, const char* from, size_t bytes) {
              [=](size_t begin, size_t end) { memcpy(to + begin, from + begin, end - begin); });
 }
 
-// ---- sums, in the order of a ring: behind its owner's rank, and the owner last. Small ones, which
-// have no owner: in ascending rank.
+// ---- sums, of what lies in `from`, in its order: see nccl_internal.h
 
 namespace {
 
@@ -190,7 +189,8 @@ std::vector<const char*> gather_sources(Task& task, Op& op, size_t offset, size_
   return from;
 }
 
-// As NCCL's rings add what ends here: so copies that are summed by other owners differ, here, too.
+// The order in which a ring of NCCL's adds what ends at this rank: from the next rank on, this one
+// last. What is summed by other owners so differs in its last bits, here, too.
 std::vector<const char*> in_ring(const Op& op, std::vector<const char*> from) {
   std::ranges::rotate(from, from.begin() + (op.comm->rank + 1) % op.comm->size);
   return from;
