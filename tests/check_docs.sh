@@ -18,7 +18,7 @@
 #              file and option in backticks exists, every link leads somewhere, and the line counts
 #              in README's table are right
 #   references each of these words leads to lines of the sources that contain it
-#              (docs/book/references.sh, which the book follows as well)
+#              (docs/book/references.py, which the book follows as well)
 set -u
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -92,7 +92,8 @@ echo "names    $passed functions, files, options, links and line counts looked u
 
 # ---- references
 
-if command -v ctags >/dev/null; then
+if command -v ctags >/dev/null && command -v python3 >/dev/null; then
+  docs/book/references.py >"$work/references" || fail "docs/book/references.py ended with status $?"
   while IFS=$'\t' read -r page name file first last; do
     word=${name%%[(<]*}
     if [ -z "$file" ]; then
@@ -102,9 +103,9 @@ if command -v ctags >/dev/null; then
     else
       ok
     fi
-  done < <(docs/book/references.sh)
+  done <"$work/references"
 else
-  echo "SKIP references: there is no ctags (on Debian: universal-ctags)"
+  echo "SKIP references: there is no ctags or no python3 (on Debian: universal-ctags)"
 fi
 
 # ---- listings

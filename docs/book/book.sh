@@ -1,16 +1,15 @@
 #!/usr/bin/env bash
 # book.sh: `make book`: README.md and the pages of docs/ as a book in build/book/, each page beside
 # the code that it speaks of.
-#   references.sh   which name is which lines      source.awk   a file of code
-#   page.lua        a page's links and drawings    source.js    shows some of its lines
-#   page.html       a page around its text         book.js      the code follows
-#   head.html       how both begin
+#   references.py   which name is which lines     head.html    how a page and a file of code begin
+#   page.lua        a page's links                book.js      the code follows what is read
+#   page.html       a page around its text        source.js    a file shows some of its lines
 set -eu
 cd "$(dirname "$0")/../.."
-for tool in pandoc ctags; do
+for tool in pandoc ctags highlight python3; do
   command -v $tool >/dev/null || {
     echo "make book: there is no $tool (on Debian and Ubuntu:" \
-      "apt-get install pandoc universal-ctags)"
+      "apt-get install pandoc universal-ctags highlight python3)"
     exit 1
   }
 done
@@ -20,7 +19,7 @@ mkdir -p $out/source
 cp report/page.css docs/book/book.js docs/*.svg $out
 cp report/page.css docs/book/source.js $out/source
 export REFERENCES=$out/references.tsv
-docs/book/references.sh >$REFERENCES
+docs/book/references.py >$REFERENCES
 
 # README's reading order, then the others
 ordered=$(sed -n '/^## Reading order/,/^## /p' README.md | grep -oE 'docs/[a-z_]+\.md')
@@ -65,6 +64,15 @@ for i in $(seq 0 $last); do
     -o "$out/$here"
 done
 
-awk -v out=$out/source -f docs/book/source.awk $(cut -f3 $REFERENCES | sort -u)
-files=$(ls $out/source/*.html | wc -l)
-echo "book: $out/index.html (${#pages[@]} pages beside $files files of code)"
+mapfile -t files < <(cut -f3 $REFERENCES | sort -u)
+for file in "${files[@]}"; do
+  language=${file##*.}
+  {
+    sed "s#[$]title[$]#$file#" docs/book/head.html
+    printf "<ol>"
+    highlight --fragment --out-format=html --force --syntax="${language/cuh/cu}" <"$file" \
+      | sed 's/^/<li>/'
+    echo "</ol><script src='source.js'></script>"
+  } >"$out/source/${file//\//-}.html"
+done
+echo "book: $out/index.html (${#pages[@]} pages beside ${#files[@]} files of code)"

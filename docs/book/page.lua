@@ -1,6 +1,5 @@
 -- page.lua: a pandoc filter for a page of the book: names of code become links to their lines in
--- source/, links to pages of Markdown lead to those of the book, and Mermaid's drawings become
--- rows of boxes.
+-- source/, and links to pages of Markdown lead to those of the book.
 local page = PANDOC_STATE.input_files[1]
 local places = {}
 for line in io.lines(os.getenv("REFERENCES")) do
@@ -36,47 +35,6 @@ function Link(l)
   return l
 end
 
--- Of each line "a -->|label| b" or "a->>b: label" a row of boxes and arrows.
-local function draw(text)
-  local names, rows = {}, {}
-  local function escape(s) return (s:gsub("&", "&amp;"):gsub("<", "&lt;")) end
-  local function caption(s) rows[#rows + 1] = "<p>" .. escape(s) .. "</p>" end
-  for line in text:gmatch("[^\n]+") do
-    local id, name = line:match("participant (%w+) as (.*)")
-    local note = line:match("Note over .-: (.*)") or line:match('subgraph "?([^"]*)')
-    if id then
-      names[id] = name:gsub(" %(.*", "")
-      caption(name)
-    elseif note then caption(note)
-    else
-      line = line:gsub("(%w+)%->>(%w+): (.*)", "%1 -->|%3| %2")
-        :gsub('(%w+)[%[%(]+"([^"]*)"[%]%)]+', function(id, name)
-          names[id] = name
-          return id
-        end)
-      local row, rest, boxes = "", line, 0
-      repeat
-        local id, arrow, after = rest:match("^%s*(%w+)%s*([%-%.>]*)(.*)")
-        if not id or id == "graph" or id == "end" or id == "sequenceDiagram" then break end
-        local label, tail = after:match('^|"?([^|"]*)"?|(.*)')
-        row = row .. " <b>" .. escape(names[id] or id) .. "</b>"
-        boxes = boxes + 1
-        if arrow ~= "" then
-          local head = arrow:match(">") and " →" or " —"
-          row = row .. " <i>" .. escape(label or "") .. head .. "</i>"
-        end
-        rest = tail or after
-      until arrow == ""
-      if boxes > 1 then rows[#rows + 1] = "<div>" .. row .. "</div>" end
-    end
-  end
-  return '<div class="drawing">' .. table.concat(rows, "\n") .. "</div>"
-end
-
-function CodeBlock(block)
-  if block.classes[1] == "mermaid" then return pandoc.RawBlock("html", draw(block.text)) end
-end
-
 -- a cell with a sentence is not squeezed
 function Plain(text)
   if #pandoc.utils.stringify(text) > 40 then
@@ -85,4 +43,4 @@ function Plain(text)
 end
 
 -- links last, so that the names inside of them are links already
-return {{Code = Code, CodeBlock = CodeBlock, Plain = Plain}, {Link = Link}}
+return {{Code = Code, Plain = Plain}, {Link = Link}}
