@@ -75,7 +75,7 @@ sanitize:  ## make sanitize            small tests under Address- and UndefinedB
 check-docs: built  ## make check-docs          runs the commands that the docs show, looks up names
 	@tests/check_docs.sh
 
-## make check-book          makes the book, and follows its links and names (needs pandoc)
+## make check-book          makes the book, and follows its links and names
 check-book:
 	@tests/check_book.sh
 
