@@ -122,7 +122,7 @@ $nodes link 3 up
 
 run slow 3 --steps 12 --fsdp 3 &
 until_step slow 1
-slow=$(rank_on 3) # where cores are few it shares one with rank 0; rank 1 has one of its own
+slow=$(rank_on 3) # it is slow enough: where cores are few it shares one with rank 0
 while kill -STOP "$slow" 2>/dev/null; do # it runs for a quarter of the time
   sleep 0.15
   kill -CONT "$slow" 2>/dev/null

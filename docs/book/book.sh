@@ -64,14 +64,14 @@ for i in $(seq 0 $last); do
     -o "$out/$here"
 done
 
-mapfile -t files < <(cut -f3 $REFERENCES | sort -u)
+mapfile -t files < <(cut -f3 $REFERENCES | grep . | sort -u)
 for file in "${files[@]}"; do
   language=${file##*.}
+  code=$(highlight --fragment --out-format=html --force --syntax="${language/cuh/cu}" <"$file")
   {
     sed "s#[$]title[$]#$file#" docs/book/head.html
     printf "<ol>"
-    highlight --fragment --out-format=html --force --syntax="${language/cuh/cu}" <"$file" \
-      | sed 's/^/<li>/'
+    sed 's/^/<li>/' <<<"$code"
     echo "</ol><script src='source.js'></script>"
   } >"$out/source/${file//\//-}.html"
 done

@@ -19,10 +19,13 @@ import os
 import re
 import subprocess
 
-files = sorted(
-    os.path.join(folder, name)[2:]
-    for folder, _, names in os.walk('.') if not re.match(r'\./(build|\.git)\b|.*/corpus', folder)
-    for name in names if re.search(r'\.(cpp|cuh?|h|mk|sh|py|awk|sed)$|^Makefile$', name))
+os.chdir(os.path.dirname(os.path.abspath(__file__)) + '/../..')
+files = []
+for folder, below, names in os.walk('.'):
+    below[:] = set(below) - {'build', '.git', 'corpus'}
+    files += [os.path.join(folder, name)[2:] for name in names
+              if re.search(r'\.(cpp|cuh?|h|mk|sh|py|awk|sed)$|^Makefile$', name)]
+files = sorted(file for file in files if os.path.isfile(file))
 lines = {}
 for file in files:
     with open(file) as text:
@@ -35,10 +38,10 @@ path_of.update(zip(files, files))
 # ---- definitions, by their words
 
 tags = subprocess.run(  # CUDA is C++ to it
-    ['ctags', '--options=NONE', '--languages=C++', '--langmap=C++:.cpp.h.cu.cuh',
+    ['ctags', '--quiet', '--options=NONE', '--languages=C++', '--langmap=C++:.cpp.h.cu.cuh',
      '--kinds-C++=+p', '--fields=NFneKs', '-D', 'TEST(name)=void name()',
      '-I', '__launch_bounds__+', '--sort=no', '--output-format=json', '-f-', *files],
-    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True).stdout
+    stdout=subprocess.PIPE, check=True).stdout
 definitions = collections.defaultdict(list)
 declared = set()
 for tag in map(json.loads, tags.splitlines()):
