@@ -99,7 +99,7 @@ build: programs  ## make build               compile the programs into build/
 built:  # for those who type no -j
 	@$(MAKE) --no-print-directory -j$(THREADS) build
 
-book:  ## make book                docs/ beside the code: build/book/index.html (needs pandoc)
+book:  ## make book                docs/ beside the code: build/book/index.html
 	@docs/book/book.sh
 
 include network/network.mk

@@ -172,7 +172,7 @@ cell() {
   printf ' %s %s ms' "$link" "$ms"
 }
 
-# of each cell of a file its fastest line
+# fastest FILE: of each cell its fastest line
 fastest() {
   awk -F '\t' '{ cell = $1 FS $2 FS $3 }
     !(cell in ms) { order[++n] = cell }
@@ -180,7 +180,7 @@ fastest() {
       ms[cell] = $4
       line[cell] = $0
     }
-    END { for (i = 1; i <= n; i++) print line[order[i]] }' "$@"
+    END { for (i = 1; i <= n; i++) print line[order[i]] }' "$1"
 }
 
 # ---- other questions

@@ -105,7 +105,7 @@ if command -v ctags >/dev/null && command -v python3 >/dev/null; then
     fi
   done <"$work/references"
 else
-  echo "SKIP references: there is no ctags or no python3 (on Debian: universal-ctags)"
+  echo "SKIP references: there is no ctags or no python3 (on Debian: universal-ctags, python3)"
 fi
 
 # ---- listings

@@ -76,8 +76,8 @@ for page in ['README.md', *sorted(glob.glob('docs/*.md'))]:
                 kind != 'function', not is_declared, rank(tag['path']))
 
     def find(name):
-        """The file, the first and the last line, or nothing where a word of small letters is
-        none's name."""
+        """The file, the first and the last line; empty where code is named that is not there, and
+        nothing where no code is named."""
         file = name.removeprefix('../')
         if re.fullmatch('[a-z]+_[a-z_]+', file) and file + '.cpp' in path_of:
             file += '.cpp'  # a program
