@@ -217,7 +217,7 @@ void Ledger::enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls)
     op->work.name = sentence(name_of(c), " (", axis.name, ")");
     op->work.bytes += sent;
   }
-  if (recorder.on) recorder.call(name_of(c), axis.name, axis.members, sent);
+  recorder.call(name_of(c), axis.name, axis.members, sent);
   Row& row = rows[{axis.name, c, purpose}];
   row.calls += calls;
   row.numerator += numerator;
@@ -227,7 +227,6 @@ void Ledger::enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls)
 
 void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic serves, cudaStream_t queue) {
   const Purpose purpose(serves);
-  const Entered entered(name_of(serves));
   make_wait(queue, device().compute);  // x must have been computed
   for (const Axis& axis : axes) {
     if (axis.size == 1) continue;

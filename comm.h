@@ -23,7 +23,6 @@
 #include <cstdint>
 #include <functional>
 #include <map>
-#include <source_location>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -134,17 +133,11 @@ class Finished {
 
 // ---- time
 
-#if __has_builtin(__builtin_source_location)
-#define CALLING_FUNCTION std::source_location::current().function_name()
-#else  // clang before 16: without its class
-#define CALLING_FUNCTION __builtin_FUNCTION()
-#endif
-
 // A block that begins with `const Timed timed(queue);` is timed as one op (tensor.h) on the queue,
 // waiting for other ranks included. The ledger's lines in it name it; without one it only receives.
 class Timed {
  public:
-  explicit Timed(cudaStream_t queue, const char* function = CALLING_FUNCTION);
+  explicit Timed(cudaStream_t queue, const char* function = __builtin_FUNCTION());
   ~Timed();
   Timed(const Timed&) = delete;
 

@@ -43,9 +43,8 @@ void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
   for (const auto& [x, room] : all) {
     const ncclDataType_t type = nccl_type(x.dtype());
     for (const bool send : {false, true})
-      if (recorder.on)
-        recorder.travel(axis_.name, axis_.members, send, "keys, values or gradients",
-                        axis_.members[send ? next : before], (send ? x : room).bytes());
+      recorder.travel(axis_.name, axis_.members, send, "keys, values or gradients",
+                      axis_.members[send ? next : before], (send ? x : room).bytes());
     ledger.send(axis_, x.bytes());
     NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, next, axis_.comm, stream_));
     NCCL_CHECK(ncclRecv(room.raw(), room.numel(), type, before, axis_.comm, stream_));

@@ -48,12 +48,10 @@ void Fsdp::after_forward(const Tape& tape, int use) {
 
 void Fsdp::before_backward(Tape& tape, int use) {
   if (uses_[use].backward != Backward::nothing) unshard(use, -1);
-  recorder.enter("backward", uses_[use].name);
-  allocate_gradients(use);
+  enter_backward("backward", use);
   if (!tape.deferred) return;
   tape.weight_gradient([this, use] {  // zero bubble: see the end of this file
-    recorder.enter("weight gradient", uses_[use].name);
-    allocate_gradients(use);
+    enter_backward("weight gradient", use);
   });
 }
 
@@ -121,7 +119,7 @@ void Fsdp::add_units(const std::vector<Param*>& all, uint64_t seed, std::string 
   const Dtype master = master_dtype(dtype_);
   for (const auto& [number, params] : units_of(all)) {
     Unit& u = units_[number];
-    u.part = {name(number), number};
+    u.name = name(number);
     u.params = params;
     u.offsets = offsets_in_unit(params, axis_.size);
     u.padded = u.offsets.back();
@@ -200,8 +198,7 @@ void Fsdp::start_unshard(Unit& u) {
   u.gathered = true;
   if (u.whole.empty()) u.whole = Tensor({u.padded}, dtype_, Memory::gather);
   if (axis_.size == 1) return;
-  const Entered entered("gather", u.part.name);
-  recorder.note_unit("unshard", u.part, "Fsdp::start_unshard");
+  recorder.enter("gather", u.name);
   // kernels that used this memory before must have finished, and the optimizer must have written
   // the shard that is sent
   make_wait(stream_, device().compute);
@@ -210,7 +207,6 @@ void Fsdp::start_unshard(Unit& u) {
   NCCL_CHECK(ncclAllGather(u.shard.raw(), u.whole.raw(), u.shard_size, nccl_type(dtype_),
                            axis_.comm, stream_));
   u.arrived.record(stream_);
-  recorder.note_unit("arrived", u.part, "Fsdp::finish_unshard");
 }
 
 void Fsdp::finish_unshard(Unit& u) {
@@ -228,7 +224,7 @@ void Fsdp::reshard(Unit& u) {
   if (!u.gathered) return;
   u.gathered = false;
   if (!shards_parameters()) return;  // the buffer stays; the other ranks' parts of it are old
-  recorder.note_unit("reshard", u.part, "Fsdp::reshard");
+  recorder.resharded(u.name);
   u.bind(&Param::value, {});
   // returned to the pool in the order of the compute stream, behind the last kernel that reads it
   u.whole = Tensor();
@@ -237,9 +233,11 @@ void Fsdp::reshard(Unit& u) {
 // ---- gradients: a whole buffer that the backward adds to, then this rank's shard of the sum. None
 // is cleared: the first writer of a fresh one overwrites it.
 
-void Fsdp::allocate_gradients(int use) {
-  for (Unit* u : uses_[use].units) {
+void Fsdp::enter_backward(const char* pass, int use) {
+  for (Unit* u : uses_[use].units)
     while (u->reducing) finish_reduce();  // the previous micro-batch's sum still uses the buffer
+  recorder.enter(pass, uses_[use].name);
+  for (Unit* u : uses_[use].units) {
     if (!u->whole_grad.empty()) continue;
     u->whole_grad = Tensor({u->padded}, master_dtype(dtype_), Memory::gather);
     u->bind(&Param::grad, u->whole_grad);
@@ -259,19 +257,17 @@ void Fsdp::reduce_gradients(int use) {
 
 // A unit's gradient, of one micro-batch or of the step, is complete on this rank.
 void Fsdp::start_reduce(Unit& u) {
-  const Entered entered("complete", u.part.name);
+  recorder.enter("complete", u.name);
   for (Param* p : u.params) p->clear_if_fresh();  // zero bubble may leave some without a writer
   if (complete_gradients) complete_gradients(u.params);
   make_wait(stream_, device().compute);  // the gradients must have been computed
   if (axis_.size > 1) {
     // in place; without sharded gradients this is shard_grad
     const Tensor mine = u.shard_of(u.whole_grad);
-    recorder.note_unit("reduce", u.part, "Fsdp::start_reduce");
     const Timed timed(stream_);
     ledger.reduce_scatter(axis_, u.whole_grad.bytes());
     NCCL_CHECK(ncclReduceScatter(u.whole_grad.raw(), mine.raw(), u.shard_size,
                                  nccl_type(mine.dtype()), ncclSum, axis_.comm, stream_));
-    recorder.note_unit("reduced", u.part, "Fsdp::finish_reduce");
   }
   if (!shards_gradients()) sum_over_copies(u);
   u.reduced.record(stream_);
@@ -285,7 +281,7 @@ void Fsdp::finish_reduce() {
   Unit& u = *in_flight_.front();
   in_flight_.pop_front();
   u.reducing = false;
-  const Entered entered("sum", u.part.name);
+  recorder.enter("sum", u.name);
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!shards_gradients()) return;
   const Tensor mine = u.shard_of(u.whole_grad);
@@ -303,12 +299,10 @@ void Fsdp::finish_reduce() {
 void Fsdp::sum_over_copies(Unit& u) {
   for (const Axis& copies : copies_) {
     if (copies.size == 1) continue;
-    recorder.note_unit("reduce", u.part, "Fsdp::sum_over_copies");
     const Timed timed(stream_);
     ledger.all_reduce(copies, u.shard_grad.bytes());
     NCCL_CHECK(ncclAllReduce(u.shard_grad.raw(), u.shard_grad.raw(), u.shard_size,
                              nccl_type(u.shard_grad.dtype()), ncclSum, copies.comm, stream_));
-    recorder.note_unit("reduced", u.part, "Fsdp::sum_over_copies");
   }
 }
 

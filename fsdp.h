@@ -72,7 +72,7 @@ class Fsdp {
 
  private:
   struct Unit {
-    Recorder::Part part;
+    std::string name;
     std::vector<Param*> params;
     std::vector<int64_t> offsets;       // of each parameter in the flat unit, and of its end
     int64_t padded = 0;                 // elements of the flat unit: n shards
@@ -115,7 +115,7 @@ class Fsdp {
   void reshard_after_use(int use);
   void reshard(Unit& unit);
 
-  void allocate_gradients(int use);
+  void enter_backward(const char* pass, int use);
   void reduce_gradients(int use);
   void start_reduce(Unit& unit);
   void finish_reduce();

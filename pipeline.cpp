@@ -90,8 +90,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   execute(actions, shape, dtype, [&](size_t i, Tensor x) {
     const Action& a = actions[i];
     Live& live = lives[{a.microbatch, a.chunk}];
-    recorder.where.microbatch = a.microbatch;
-    recorder.where.chunk = a.chunk;
+    recorder.microbatch = a.microbatch;
     const int64_t before = held - x.bytes();
     Tensor result;
     switch (a.kind) {
@@ -115,7 +114,6 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
     }
     if (a.kind == Action::backward || a.kind == Action::weight_gradient) {
       kept -= live.bytes;
-      recorder.note_live("frees", live.bytes);
       lives.erase({a.microbatch, a.chunk});
     } else {
       // what was made, and what came, less what is passed on
@@ -124,11 +122,10 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
       kept += more;
       most_live_ = std::max(most_live_, int64_t(lives.size()));
       most_live_bytes_ = std::max(most_live_bytes_, kept);
-      recorder.note_live(more > 0 ? "keeps" : "frees", std::abs(more));
     }
     return result;
   });
-  recorder.where = {};
+  recorder.microbatch = -1;
 }
 
 void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute) {
@@ -146,7 +143,10 @@ void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const 
 void Pipeline::prepare_room(const std::vector<Transfer>& transfers, const Shape& shape,
                             Dtype dtype) {
   for (const Transfer& t : transfers)
-    if (!t.send) inbox_[t].x = Tensor(shape, dtype, Memory::activations);
+    if (!t.send) {
+      recorder.microbatch = t.microbatch;
+      inbox_[t].x = Tensor(shape, dtype, Memory::activations);
+    }
   room_is_free_.record(device().compute);
 }
 
@@ -165,7 +165,6 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
     if (t.send) outbox_.at(t).event->make_wait(stream_);  // it must have been computed
     else room_is_free_.make_wait(stream_);  // who used the memory before must be done with it
 
-  const Entered entered(name_of(transfers[0].payload));
   const Timed timed(stream_);
   const auto done = std::make_shared<Event>();
   exchanges_++;
@@ -173,12 +172,10 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   for (const Transfer& t : transfers) {
     Parcel& parcel = (t.send ? outbox_ : inbox_).at(t);
     const Tensor& x = parcel.x;
-    recorder.where.microbatch = t.microbatch;
-    if (recorder.on) {
-      const auto [low, high] = std::minmax(axis_.rank, t.peer);
-      recorder.travel(axis_.name, {axis_.members[low], axis_.members[high]}, t.send,
-                      name_of(t.payload), axis_.members[t.peer], x.bytes());
-    }
+    recorder.microbatch = t.microbatch;
+    const auto [low, high] = std::minmax(axis_.rank, t.peer);
+    recorder.travel(axis_.name, {axis_.members[low], axis_.members[high]}, t.send,
+                    name_of(t.payload), axis_.members[t.peer], x.bytes());
     const ncclDataType_t type = nccl_type(x.dtype());
     if (t.send) {
       ledger.send(axis_, x.bytes());

@@ -187,7 +187,7 @@ Buffer::Buffer(int64_t bytes, Memory category) : bytes(bytes), category(category
   m.now[i] += bytes;
   m.peak[i] = std::max(m.peak[i], m.now[i]);
   m.total += bytes;
-  if (recorder.on) recorder.allocated(i, bytes);
+  recorder.allocated(name_of(category), microbatch, bytes);
   if (m.total <= m.total_peak) return;
   m.total_peak = m.total;
   m.at_peak = m.now;
@@ -197,7 +197,7 @@ Buffer::~Buffer() {
   if (!opened) return;  // the device was closed: its pool went with it
   opened->memory.now[int(category)] -= bytes;
   opened->memory.total -= bytes;
-  if (recorder.on) recorder.allocated(int(category), -bytes);
+  recorder.allocated(name_of(category), microbatch, -bytes);
   if (data) cudaFreeAsync(data, opened->compute);
 }
 

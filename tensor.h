@@ -127,6 +127,8 @@ struct Buffer {  // a block of device memory; allocated and freed in the order o
   void* data = nullptr;
   int64_t bytes = 0;
   Memory category;
+  // of activations, if they are one's
+  const int microbatch = category == Memory::activations ? recorder.microbatch : -1;
 };
 
 // ---- tensors

@@ -104,7 +104,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
   if (o.resume) watch.at_files([&] { resumed = resume_training(o, data, job, trainer); });
   std::optional<Trace> trace;
   if (!o.trace.empty()) trace.emplace(prints ? o.trace : "", mesh, trainer);
-  Metrics metrics(prints ? o.metrics : "", resumed);
+  JsonLines metrics(prints ? o.metrics : "", resumed);
   listen_for_signals();
   Progress progress(o.steps, prints ? stdout : nullptr, isatty(fileno(stdout)));
   Profile profile;
@@ -174,7 +174,7 @@ static void train(const Options& o, const TrainingData& training, const Job& job
   if (prints)
     printf("\nloss     %.4f at step %ld, %.4f at step %ld\nspeed    %s\n", first_loss, resumed + 1,
            loss, step, progress.summary(flops_per_token(trainer.gpt.config)).c_str());
-  Metrics none("");
+  JsonLines none("");
   compare_with_theory(mesh, trainer, step - resumed, progress.step_time(),
                       error.empty() ? metrics : none);
   if (o.profile) profile.print(trainer, prints);

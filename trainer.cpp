@@ -43,10 +43,7 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
   exchanges_tied_ = first != last;
 
   fsdp.complete_gradients = [this](const std::vector<Param*>& params) {
-    {
-      const Entered entered("tied", recorder.where.part);
-      for (Param* p : params) join_uses(*p);
-    }
+    for (Param* p : params) join_uses(*p);
     gpt.tp.sum_partial_gradients(params);
   };
   optimizer_ =
@@ -64,7 +61,7 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
 // ---- a step
 
 Batch Trainer::read(const Sequences& batch) const {
-  const Entered entered("next batch");
+  recorder.enter("next batch");
   OP("read a batch");
   Batch mine;
   const int64_t b = options.microbatch;
@@ -84,6 +81,7 @@ void Trainer::gradients(const Batch& batch) {
                });
   fsdp.finish_backward();
   if (exchanges_tied_) pipeline.sum_tied(fsdp.units().at(kTied).shard_grad);
+  recorder.enter("loss");
   sum_loss();
 }
 

@@ -20,10 +20,10 @@ const names = [];  // of the ranks: "rank 3 (pp 1, tp 1)"
 const most = {};  // that a rank ever has of each category of memory
 for (const e of traceEvents.sort((a, b) => a.ts - b.ts)) {
   trace.ranks[e.pid].push(e);
-  if (['part', 'collective', 'unit', 'live'].includes(e.cat)) trace.moments.push(e);
+  if (['part', 'collective', 'unit'].includes(e.cat)) trace.moments.push(e);
   trace.end = Math.max(trace.end, e.ts + e.dur);
   if (e.name === 'process_name') names[e.pid] = e.args.name;
-  if (e.ph === 'C')
+  if (e.name === 'memory')
     for (const name in e.args) most[name] = Math.max(most[name] ?? 0, e.args[name]);
 }
 
@@ -31,31 +31,29 @@ for (const e of traceEvents.sort((a, b) => a.ts - b.ts)) {
 
 const sum = bytes => Object.values(bytes).reduce((all, one) => all + one, 0);
 
+// What a collective carries: parts of units, unless it is tp's or between neighbours.
+const carries = a => a.purpose !== 'training' ? 'communication' :
+  a.axis === 'tp' || a.op === 'exchange' ? 'activations' :
+  a.op === 'all_gather' ? 'weights' : 'gradients';
+
 // Of each rank at the moment t: the events that last, the latest first, which are the part that it
-// computes and the collectives that it is in; what was noted last of each unit; its bytes by
-// category; and what it keeps for the backward of each micro-batch.
+// computes and the collectives that it is in; where each unit's weights and gradients are; its
+// bytes by category, and of activations by micro-batch.
 function state(t) {
   return trace.ranks.map((events, rank) => {
-    const now = {part: [], collective: [], units: {}, memory: {}, kept: {}};
-    const key = ({microbatch, chunk}) => `${microbatch}.${chunk}`;  // chunk of a stage
+    const now = {part: [], collective: [], units: {}, memory: {}, activations: {}};
     // A whole unit that is not freed is old, but for the rank's own shard, until it is gathered.
-    for (const {unit} of trace.units[rank])
-      now.units[unit] = {weights: trace.shards_parameters ? 'reshard' : 'old', gradient: 'reduced'};
-    let frees;
+    for (const {name} of trace.units[rank])
+      now.units[name] = {weights: trace.shards_parameters ? 'reshard' : 'old', gradients: 'here'};
     for (const e of events) {
       if (e.ts > t) break;
-      const a = e.args;
-      if (t < e.ts + e.dur) now[e.cat]?.unshift(e);
-      if (e.ph === 'C') now.memory = a;
-      if (e.cat === 'part' && a.pass !== 'forward') frees = key(a);
-      if (e.cat === 'unit')
-        now.units[a.unit][e.name.startsWith('reduce') ? 'gradient' : 'weights'] = e.name;
-      if (e.cat === 'live')
-        now.kept[key(a)] = (now.kept[key(a)] ?? 0) + (e.name === 'keeps' ? a.bytes : -a.bytes);
+      const a = e.args, lasts = t < e.ts + e.dur;
+      if (lasts) now[e.cat]?.unshift(e);
+      if (e.ph === 'C') now[e.name] = a;
+      if (e.cat === 'unit') now.units[a.unit].weights = 'reshard';
+      if (e.cat === 'collective' && now.units[a.for])
+        now.units[a.for][carries(a)] = lasts ? 'moves' : 'here';
     }
-    // a backward frees piece by piece what it then says to be free
-    const freed = sum(now.kept) - now.memory.activations;
-    if (freed > 0 && now.kept[frees] > 0) now.kept[frees] -= freed;
     return now;
   });
 }
@@ -73,13 +71,10 @@ const milliseconds = us => (us / 1000).toPrecision(3) + ' ms';
 
 const kVerbs = {
   all_gather: 'gathers', reduce_scatter: 'sums and scatters', all_reduce: 'sums',
-  broadcast: 'broadcasts', unshard: 'queues the gather of', arrived: 'has received',
-  reshard: 'reshards',
-  reduce: 'has the gradient of', reduced: 'has received its part of the sum of',
-  keeps: 'keeps for the backward', frees: 'frees', begin: 'begins the step',
+  begin: 'begins the step',
   optimizer: 'runs the optimizer (norm, clipping, AdamW)', 'next batch': 'reads the next batch',
   sum: 'adds to its shard the summed gradient', complete: 'completes the gradient',
-  tied: "adds the head's gradient to that", results: 'hands over the loss and the norm',
+  results: 'hands over the loss and the norm',
 };
 
 const of = ({microbatch: m}) => m >= 0 ? ` of micro-batch ${m}` : '';
@@ -98,25 +93,23 @@ function travelling({args: a}) {
     .join(' and ');
 }
 
-// What happens at an event, and during or after what. A mark comes before what begins with it.
+// What happens at an event, and while what is computed.
 function sentence(e) {
-  const a = e.args, part = trace.ranks[e.pid].findLast(
-    p => p.cat === 'part' && (p.ts < e.ts || p.ts === e.ts && e.cat === 'collective'));
-  const when = e.cat === 'part' || !part ? '' : part.ts + part.dur > e.ts ? 'while it ' :
-    e.cat !== 'collective' && e.tid === part.tid ? 'after it ' : '';
-  const what = e.cat === 'part' ? computing(e) + of(a) : e.cat === 'collective' ? travelling(e) :
-    `${kVerbs[e.name]} ${a.name ?? size(a.bytes) + of(a)}`;
+  const a = e.args, {part: [part]} = state(e.ts)[e.pid];
+  const what = e.cat === 'part' ? computing(e) + of(a) :
+    e.cat === 'unit' ? `reshards ${a.unit}` :
+    travelling(e) + (part ? ` while it ${computing(part)}` : '');
   return `Rank ${e.pid} ${what}` +
-    (when && ` ${when}${computing(part)}`.replace('after it computes', 'after')) +
     (a.waited_us > 0 ? `, after ${milliseconds(a.waited_us)} of waiting for the last rank.` : '.');
 }
 
-// who computes a part
+// who computes a part, or reshards
 const kFunctions = {
   forward: 'Gpt::run', backward: 'Tape::backward', 'weight gradient': 'Tape::backward',
-  optimizer: 'Optimizer::step', sum: 'Fsdp::finish_reduce', begin: 'Trainer::gradients',
-  complete: 'Fsdp::start_reduce', tied: 'Fsdp::start_reduce', results: 'Trainer::results',
-  'next batch': 'Trainer::read', 'tied gradient': 'Pipeline::sum_tied',
+  optimizer: 'Optimizer::step', reshard: 'Fsdp::reshard', sum: 'Fsdp::finish_reduce',
+  complete: 'Fsdp::start_reduce', begin: 'Trainer::gradients',
+  results: 'Trainer::results', 'next batch': 'Trainer::read',
+  'tied gradient': 'Pipeline::sum_tied',
 };
 
 // ---- the drawing
@@ -136,17 +129,17 @@ const tag = (opening, ...inside) =>
   `<${opening}>${inside.flat().join('')}</${opening.split(' ')[0]}>`;
 
 // A rank: what it computes, which collectives it is in, and its bars of memory.
-function draw_rank({part: [part], collective, units, memory, kept}, rank) {
+function draw_rank({part: [part], collective, units, memory, activations}, rank) {
   const row = (name, bar) => tag('div class="row"', tag(`span title="${name}"`, name), bar);
   const lane = collective.map(
     e => travelling(e) + (t < e.ts + e.args.waited_us ? ', waits' : ''));
-  const weights = trace.units[rank].map(({unit, name, bytes, shard_bytes}) => row(name, tag(
+  const weights = trace.units[rank].map(({name, bytes, shard_bytes}) => row(name, tag(
     `div class="unit weights" style="${width(bytes)}"
-      data-weights="${units[unit].weights}" data-gradient="${units[unit].gradient}"`,
+      data-weights="${units[name].weights}" data-gradients="${units[name].gradients}"`,
     tag('i class="part"'), tag(`i class="shard" style="width: ${100 * shard_bytes / bytes}%"`))));
-  const pieces = Object.keys(kept).filter(key => kept[key] > 0).map(key => tag(
-    `i style="width: ${100 * kept[key] / memory.activations}%" data-kept="${key}"`,
-    key.split('.')[0]));
+  const pieces = Object.entries(activations).filter(([, bytes]) => bytes > 0).map(
+    ([microbatch, bytes]) =>
+      tag(`i style="width: ${100 * bytes / memory.activations}%"`, microbatch));
   const others = categories.map(name => row(
     parts(name) > 1 ? `${name} / ${parts(name)}` : name,
     tag(`div class="bytes ${name}" style="${width(memory[name] / parts(name))}"`,
@@ -154,14 +147,8 @@ function draw_rank({part: [part], collective, units, memory, kept}, rank) {
   return tag('section class="device"', tag('h2', names[rank]),
     tag(`div class="computes ${part?.args.pass ?? 'waits'}"`, part?.name ?? 'waits'),
     tag('div class="lane"', lane.join('; ')), weights, others,
-    tag('small', size(sum(memory)), ' in all',
-      trace.memory_limit ? ` of ${size(trace.memory_limit)}` : ''));
+    tag('small', size(sum(memory)), ' in all'));
 }
-
-// What a collective carries.
-const carries = a => a.purpose !== 'training' ? 'communication' :
-  !a.function.startsWith('Fsdp') ? 'activations' :
-  a.op === 'all_gather' ? 'weights' : 'gradients';
 
 // Between two ranks, a line; on it, what travels: it waits at its end until every rank is there.
 function draw_travel({collective}, rank) {
@@ -203,7 +190,8 @@ function show(time, which) {
   t = Math.min(Math.max(time, 0), trace.end);
   index = which ?? Math.max(0, moments.findLastIndex(e => e.ts <= t));
   const now = state(t), e = moments[index];
-  const name = e.args.function ?? kFunctions[e.args.pass], [place, address] = functions[name] ?? [];
+  const name = e.args.function ?? kFunctions[e.args.pass ?? e.name];
+  const [place, address] = functions[name] ?? [];
   by_id('ranks').innerHTML = now.map(draw_rank).join('') + tag('svg id="travel"');
   by_id('travel').innerHTML = now.flatMap(draw_travel).join('');
   by_id('clock').textContent = `${milliseconds(t)} of ${milliseconds(trace.end)}`;
@@ -255,11 +243,9 @@ function pause_and_step(by) {
 
 // by key: the button's words, and what it does
 const kControls = {
-  Home: ['start', () => show(0)],
   ArrowLeft: ['‹ event', () => pause_and_step(-1)],
   ' ': ['play', () => play()],
   ArrowRight: ['event ›', () => pause_and_step(1)],
-  End: ['end', () => show(trace.end)],
   f: ['next forward', () => jump('forward')],
   b: ['next backward', () => jump('backward')],
   o: ['next optimizer', () => jump('optimizer')],

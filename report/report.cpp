@@ -178,7 +178,7 @@ static std::string pipeline_table(const Trainer& trainer, const Durations& took,
 // ---- all of it
 
 void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps, StepTime time,
-                         Metrics& metrics) {
+                         JsonLines& metrics) {
   const Theory t = theory(trainer.gpt.config, mesh.layout, mesh.rank, trainer.options);
   const MemoryUse& m = device().memory;
   const bool pipelined = trainer.pipeline.measures;
@@ -213,6 +213,7 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps
     for (size_t rank = 0; rank < took.size(); rank += pipelines) stages.push_back(took[rank]);
     text += pipeline_table(trainer, stages, summary);
   }
+  summary["text"] = text;
   metrics.line(summary);
   printf("%s", text.c_str());
 }

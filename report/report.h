@@ -10,4 +10,4 @@ void print_setup(const Options& options, const Dataset& data);
 // Collective. Rank 0 prints the tables; the same numbers, of all ranks, become the metrics' summary
 // line. time: of a step of this rank.
 void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps, StepTime time,
-                         Metrics& metrics);
+                         JsonLines& metrics);

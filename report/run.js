@@ -3,26 +3,13 @@
 // test      tests/check_pages.py
 'use strict';
 
-const metrics = read('metrics'), {memory, traffic} = metrics.at(-1);
+const metrics = read('metrics');
 const steps = metrics.filter(line => line.step), first = steps[0], last = steps.at(-1);
 const losses = steps.map(s => s.loss), low = Math.min(...losses), high = Math.max(...losses);
 const held_out = steps.findLast(s => s.held_out_loss)?.held_out_loss.toFixed(2);
 
 const draw_loss = (name, member) => tag(`polyline class="${name}" points="${
   steps.filter(s => s[member]).map(s => [s.step, -s[member]]).join(' ')}"`);
-
-// what rank 0 has or did, and its bytes, where there is a formula of them
-const {kept_activations: kept, ...held} = memory[0];
-const number = bytes => `<td>${bytes.toLocaleString('en')}`;
-const row = (what, measured, formula) =>
-  formula === undefined ? '' : `<tr><td>${what}${number(measured)}${number(formula)}`;
-const rows = [
-  ...Object.entries(held).map(
-    ([name, m]) => row(`holds between steps: ${name}`, m.now, m.predicted)),
-  row('keeps for backwards: activations', kept.bytes, kept.predicted_bytes),
-  ...traffic.map(t => t.rank ? '' :
-    row(`has sent: ${t.axis} ${t.collective}, ${t.purpose}`, t.bytes, t.predicted_bytes)),
-];
 
 document.body.insertAdjacentHTML('afterbegin', [
   tag('h1', 'A run'),
@@ -35,5 +22,5 @@ document.body.insertAdjacentHTML('afterbegin', [
   tag('p', 'Step ', first.step, ' to ', last.step, ', from ', low.toFixed(2), ' (bottom) to ',
     high.toFixed(2), ' (top): ', draw_key('forward', 'loss of a step'),
     draw_key('gradients', 'held-out')),
-  tag('table id="bytes"', '<tr><th>rank 0, in bytes<th>measured<th>by the formula', rows),
+  tag('pre', metrics.at(-1).text),  // memory and traffic beside their formulas
 ].join(''));

@@ -3,15 +3,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <filesystem>
-#include <fstream>
 #include <nlohmann/json.hpp>
 
 #include "launch/job.h"
-#include "support/metrics.h"
 
 using Json = nlohmann::json;
-namespace fs = std::filesystem;
 
 // ---- clocks
 
@@ -38,39 +34,27 @@ static double clock_ahead(const Mesh& mesh) {
 // ---- a step
 
 Trace::Trace(const std::string& path, Mesh& mesh, const Trainer& trainer, bool rebuilds)
-    : path_(path), mesh_(mesh), trainer_(trainer), rebuilds_(rebuilds) {
-  if (path.empty()) return;
-  put_aside(path, "traces");
-  SYSTEM_CHECK(std::ofstream(path, std::ios::app), "--trace: ", path,
-               " cannot be opened for writing");
-}
-
-Trace::~Trace() {
-  std::error_code error;
-  if (fs::is_regular_file(path_, error) && !fs::file_size(path_, error)) fs::remove(path_, error);
-}
+    : file_(path, 0, "traces"), mesh_(mesh), trainer_(trainer), rebuilds_(rebuilds) {}
 
 void Trace::begin_step(int64_t step) {
-  const bool is_first = steps_.empty();
-  if (is_first) {
-    recorder.memory[Recorder::end_of(-1)] = device().memory.now;
-    barrier();
-  }
-  origins_.emplace_back(true).record(device().compute);
-  synchronize();
-  if (is_first) began_ = MPI_Wtime() - (rebuilds_ ? 0 : clock_ahead(mesh_));
-  else began_ += origins_.back().seconds_since(origins_.front());
-  if (!is_first) origins_.pop_front();
-  steps_.push_back(step);
   recorder.on = true;
+  if (steps_.empty()) {
+    for (int c = 0; c < kMemoryCategories; c++)
+      recorder.allocated(name_of(Memory(c)), -1, device().memory.now[c]);
+    barrier();
+    origin_.record(device().compute);
+    synchronize();
+    began_ = MPI_Wtime() - (rebuilds_ ? 0 : clock_ahead(mesh_));
+  }
+  steps_.push_back(step);
 }
 
 void Trace::end_step() {
   recorder.stop();
   op_times.each([&](const OpTimes::Op& op) {
     Recorder::Issued& w = recorder.works[timed_++];
-    w.begin = began_ + op.begin.seconds_since(origins_.back());
-    w.end = began_ + op.end.seconds_since(origins_.back());
+    w.begin = began_ + op.begin.seconds_since(origin_);
+    w.end = began_ + op.end.seconds_since(origin_);
   });
 }
 
@@ -95,16 +79,16 @@ Json Trace::describe() const {
   name("process_name", 0, sentence("rank ", mesh_.rank, place.empty() ? "" : " (" + place + ")"));
   name("thread_name", Recorder::compute, "compute");
   name("thread_name", Recorder::communication, "communication");
-  std::array<int64_t, kMemoryCategories> held{};
-  for (const auto& [edge, changes] : recorder.memory) {
-    Json bytes;
-    for (int c = 0; c < kMemoryCategories; c++) bytes[name_of(Memory(c))] = held[c] += changes[c];
-    recorder.add("C", "", "memory", 0, edge, bytes);
+  for (const auto& [counter, edges] : recorder.changes) {
+    std::map<std::string, int64_t> held;
+    for (const auto& [edge, changes] : edges) {
+      for (const auto& [of, bytes] : changes) held[of] += bytes;
+      recorder.add("C", "", counter, 0, edge, held);
+    }
   }
   Json units;
   for (const auto& [number, unit] : trainer_.fsdp.units())
-    units.push_back({{"unit", number},
-                     {"name", unit.part.name},
+    units.push_back({{"name", unit.name},
                      {"bytes", unit.padded * size_of(unit.shard.dtype())},
                      {"shard_bytes", unit.shard.bytes()}});
   return {{"works", recorder.works}, {"events", recorder.events}, {"units", units}};
@@ -127,10 +111,6 @@ struct Joined {
   const std::vector<int>& needs(int task) const {
     return sources[task].empty() ? members[tasks[task].collective] : sources[task];
   }
-  // It may end before those that it needs begin.
-  bool sends_alone(int task) const {
-    return sources[task].empty() && !(*args[task])["sends"].empty();
-  }
 };
 
 Joined join_works(const std::vector<Json>& ranks) {
@@ -152,7 +132,10 @@ Joined join_works(const std::vector<Json>& ranks) {
   }
   all.sources.resize(all.tasks.size());
   for (const auto& [call, members] : collectives) {
+    double least = INFINITY;  // on the rank that comes last
+    for (const int i : members) least = std::min(least, all.tasks[i].duration);
     for (const int i : members) {
+      all.tasks[i].duration = least;
       all.tasks[i].collective = all.members.size();
       for (const Json& received : (*all.args[i])["receives"])
         for (const int j : members)
@@ -171,7 +154,8 @@ void align(Joined& all) {
   for (size_t pass = 0; pass < all.shift.size() && std::exchange(moved, false); pass++)
     for (const std::vector<int>& members : all.members)
       for (const int i : members) {
-        if (all.sends_alone(i)) continue;
+        // what only sends may end before those that it needs begin
+        if (all.sources[i].empty() && !(*all.args[i])["sends"].empty()) continue;
         for (const int j : all.needs(i)) {
           const int64_t early = all.end(i) - all.start(j);
           if (early >= 0) continue;
@@ -184,36 +168,33 @@ void align(Joined& all) {
   for (int64_t& shift : all.shift) shift -= first;
 }
 
-void rebuild(Joined& all) {
-  for (const std::vector<int>& members : all.members) {
-    double least = INFINITY;
-    for (const int i : members) least = std::min(least, all.tasks[i].duration);
-    for (const int i : members) all.tasks[i].duration = least;
-  }
-  all.spans = run(all.tasks);
-}
-
 }  // namespace
 
-void Trace::write() const {
+void Trace::write() {
   const std::vector<Json> ranks = gather(describe());
   if (mesh_.rank) return;
   Joined all = join_works(ranks);
-  rebuilds_ ? rebuild(all) : align(all);
-  std::ofstream out(path_);
-  out << "{\"traceEvents\":[\n";
-  const char* separator = "";
-  int sends = 0;
+  if (rebuilds_) all.spans = run(all.tasks);
+  else align(all);
+  Json events;
+  int arrows = 0;
   const auto add = [&](Json event, int rank, int64_t begin, int64_t end) {
     event["pid"] = rank;
     event["ts"] = begin / 1e3;
     event["dur"] = (end - begin) / 1e3;
-    if (event["cat"] == "flow") event["bp"] = "e";
-    out << std::exchange(separator, ",\n") << event;
+    events.push_back(std::move(event));
   };
-  const auto add_send = [&](const char* kind, int rank, int64_t time) {
-    add({{"ph", kind}, {"cat", "flow"}, {"name", "send"}, {"tid", 1}, {"id", 2 * sends + 1}}, rank,
-        time, time);
+  const auto add_arrow = [&](const char* name, int from, int to) {
+    const int64_t begin = all.start(from), end = std::max(begin, all.start(to));
+    for (const auto& [kind, task, time] : {std::tuple{"s", from, begin}, {"f", to, end}})
+      add({{"ph", kind},
+           {"cat", "flow"},
+           {"name", name},
+           {"tid", all.tasks[task].queue},
+           {"id", arrows},
+           {"bp", "e"}},
+          all.tasks[task].rank, time, time);
+    arrows++;
   };
   Json units;
   int first = 0;  // task of the rank
@@ -222,22 +203,21 @@ void Trace::write() const {
       if (edge < 0) return int64_t(0);
       return edge % 2 ? all.end(first + edge / 2) : all.start(first + edge / 2);
     };
+    int next = first;  // the first task that no op has waited for yet
     for (Json e : ranks[rank]["events"]) {
       const int64_t begin = time(e["ts"]), end = time(e["dur"]);
-      if (e["cat"] == "flow") e["id"] = 2 * (first + e["args"]["work"].get<int>());
+      const int task = first + e["ts"].get<int>() / 2;
+      if (e["cat"] == "op")
+        for (; next <= all.tasks[task].after; next++)
+          if (all.tasks[next].collective >= 0) add_arrow("use", next, task);
       if (e["cat"] == "collective") {
-        const int task = first + e["ts"].get<int>() / 2;
         int64_t last = begin;  // when the last of the ranks that it needs has come
         for (const int i : all.needs(task)) last = std::max(last, all.start(i));
         // a send may end before it is received, and has waited for nobody then
-        const int64_t moves = all.sends_alone(task) && last > end ? begin : std::min(last, end);
+        const int64_t moves = last > end ? begin : last;
         e["args"]["id"] = all.tasks[task].collective;
         e["args"]["waited_us"] = (moves - begin) / 1e3;
-        for (const int i : all.sources[task]) {
-          add_send("s", all.tasks[i].rank, all.start(i));
-          add_send("f", rank, moves);
-          sends++;
-        }
+        for (const int i : all.sources[task]) add_arrow("send", i, task);
       }
       add(e, rank, begin, end);
     }
@@ -248,16 +228,12 @@ void Trace::write() const {
   if (title.empty()) title = "one rank";
   if (join(mesh_, "fsdp", "cp").size > 1) title += sentence(", ZeRO-", trainer_.options.fsdp.zero);
   if (mesh_["pp"].size > 1) title += sentence(", ", trainer_.pipeline.schedule().row->name);
-  const Json about{{"title", title},
-                   {"stages", mesh_["pp"].size},
-                   {"clock", rebuilds_ ? "rebuilt" : "measured"},
-                   {"steps", steps_},
-                   {"units", units},
-                   {"shards_parameters", trainer_.fsdp.shards_parameters()},
-                   {"memory_limit", device().memory_limit}};
-  out << "\n],\n\"threefold\":" << about << "}\n";
-  out.close();
-  std::error_code ignored;
-  if (!out && fs::is_regular_file(path_, ignored)) fs::resize_file(path_, 0, ignored);
-  SYSTEM_CHECK(out, "--trace: ", path_, " cannot be written");
+  file_.line({{"traceEvents", events},
+              {"threefold",
+               {{"title", title},
+                {"stages", mesh_["pp"].size},
+                {"clock", rebuilds_ ? "rebuilt" : "measured"},
+                {"steps", steps_},
+                {"units", units},
+                {"shards_parameters", trainer_.fsdp.shards_parameters()}}}});
 }

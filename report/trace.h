@@ -20,8 +20,7 @@
 //           first rank for all; steps that are not traced: a branch
 // test      tests/test_trace.cpp
 #pragma once
-#include <deque>
-
+#include "support/metrics.h"
 #include "theory/timeline.h"
 #include "trainer.h"
 
@@ -30,22 +29,21 @@ class Trace {
   // Collective. The file is created where `path` is not empty; one that is there is put aside.
   Trace(const std::string& path, Mesh& mesh, const Trainer& trainer,
         bool rebuilds = !device().is_gpu && !getenv("THREEFOLD_STREAMS"));
-  ~Trace();                       // removes the file if nothing is in it
   void begin_step(int64_t step);  // collective
   void end_step();                // the host has waited for the step
   bool empty() const { return steps_.empty(); }
   // Collective; throws where the file cannot be written.
-  void write() const;
+  void write();
 
  private:
   nlohmann::json describe() const;
 
-  const std::string path_;
+  JsonLines file_;
   Mesh& mesh_;
   const Trainer& trainer_;
   const bool rebuilds_;
   std::vector<int64_t> steps_;
-  std::deque<Event> origins_;  // of this step: events tell long times apart badly
-  double began_ = 0;           // the last of them by the first rank's clock
-  size_t timed_ = 0;           // works
+  Event origin_{true};  // of times, which get coarser with the distance: 1 us after 10 s
+  double began_ = 0;    // origin_ by the first rank's clock
+  size_t timed_ = 0;    // works
 };

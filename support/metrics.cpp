@@ -26,10 +26,11 @@ void put_aside(const std::string& path, const std::string& what) {
   printf("%-8s of an earlier run are in %s now\n", what.c_str(), aside.c_str());
 }
 
-Metrics::Metrics(const std::string& path, int64_t resumed) : path_(path) {
+JsonLines::JsonLines(const std::string& path, int64_t resumed, const std::string& what)
+    : path_(path) {
   if (path.empty()) return;
   std::error_code none;
-  if (resumed == 0) put_aside(path, "metrics");
+  if (resumed == 0) put_aside(path, what);
   else if (fs::is_regular_file(path, none) && !is_device(path)) {
     const std::string text = read_file(path);
     std::istringstream lines(text);
@@ -50,7 +51,7 @@ Metrics::Metrics(const std::string& path, int64_t resumed) : path_(path) {
   file_.emplace(path, O_WRONLY | O_CREAT | O_APPEND);
 }
 
-void Metrics::line(const nlohmann::ordered_json& object) {
+void JsonLines::line(const nlohmann::ordered_json& object) {
   if (!file_) return;
   const std::string text = object.dump() + "\n";
   for (std::string_view left = text; !left.empty();) {
@@ -60,7 +61,7 @@ void Metrics::line(const nlohmann::ordered_json& object) {
   }
 }
 
-void Metrics::step(const StepRecord& r) {
+void JsonLines::step(const StepRecord& r) {
   nlohmann::ordered_json object{{"step", r.step},
                                 {"loss", r.loss},
                                 {"grad_norm", r.grad_norm},

@@ -24,12 +24,13 @@ struct StepRecord {
 // so.
 void put_aside(const std::string& path, const std::string& what);
 
-class Metrics {  // JSON lines; what JSON cannot say, infinities and NaN, is null
+class JsonLines {  // JSON lines; what JSON cannot say, infinities and NaN, is null
  public:
   // path empty: nothing is written. One that cannot be written fails here, before training. A run
   // that resumes after some steps goes on behind the last of those, and one that begins at step 1
   // begins anew; a file with more than that is put aside whole.
-  explicit Metrics(const std::string& path, int64_t resumed = 0);
+  explicit JsonLines(const std::string& path, int64_t resumed = 0,
+                     const std::string& what = "metrics");
   void step(const StepRecord& r);
   void line(const nlohmann::ordered_json& object);
 

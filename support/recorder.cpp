@@ -26,13 +26,15 @@ static double processor_time() {
 // ---- where
 
 void Recorder::stop() {
-  if (std::exchange(drawn_, 0)) nvtxRangePop();
-  where = {};
+  enter("");
   on = false;
 }
 
-void Recorder::enter(const char* pass, const std::string& part) {
-  if (on) where = {pass, part, where.microbatch, where.chunk, ++numbers_};
+void Recorder::enter(const char* new_pass, const std::string& new_part) {
+  if (!on) return;
+  pass = new_pass;
+  part = new_part;
+  if (std::exchange(part_, {})) nvtxRangePop();
 }
 
 // ---- works
@@ -42,19 +44,13 @@ void Recorder::begin(Queue queue, const std::string& name, double bytes, double 
   works.push_back({queue, std::exchange(waits_for_[queue], -1)});
   open_ = queue;
   if (queue == compute) {
-    if (drawn_ != where.number) {
-      if (drawn_) nvtxRangePop();
-      drawn_ = where.number;
+    if (!part_) {
       part_ = events.size();
-      const std::string of = where.pass + (where.part.empty() ? "" : " ") + where.part;
-      add("X", "part", of, compute, edge, {{"pass", where.pass}, {"part", where.part}});
+      const std::string of = pass + (part.empty() ? "" : " ") + part;
+      add("X", "part", of, compute, edge, {{"pass", pass}, {"part", part}});
       nvtxRangePushA(of.c_str());
     }
-    events[part_]["dur"] = end_of(work);
-    for (const int collective : std::exchange(arriving_, {})) {
-      add("s", "flow", "use", communication, begin_of(collective), {{"work", collective}});
-      add("f", "flow", "use", compute, edge, {{"work", collective}});
-    }
+    events[*part_]["dur"] = end_of(work);
     add("X", "op", name, compute, edge, {{"bytes", bytes}, {"flops", flops}});
     nvtxRangePushA(name.c_str());
   }
@@ -62,23 +58,20 @@ void Recorder::begin(Queue queue, const std::string& name, double bytes, double 
 }
 
 // The arguments of the open block of collectives, if one is open; its first call names it.
-Json* Recorder::block(const char* op, const std::string& axis, const std::vector<int>& ranks) {
+Json* Recorder::block(const char* op, const std::string& axis, const std::vector<int>& ranks,
+                      const std::string& serves) {
   if (open_ != communication) return nullptr;
   int& event = works.back().event;
   if (event < 0) {
     event = events.size();
-    std::string serves = where.part.empty() ? where.pass : where.part;
-    if (where.part.empty() && where.microbatch >= 0)
-      serves += sentence(" of micro-batch ", where.microbatch);
-    const std::string name = op + (" " + serves), declared = function,
-                      caller = declared.substr(0, declared.find('('));
+    const std::string name = op + (" " + serves);
     add("X", "collective", name, communication, begin_of(last_[communication]),
         {{"op", op},
          {"axis", axis},
          {"ranks", ranks},
          {"for", serves},
          {"purpose", purpose},
-         {"function", caller.substr(caller.rfind(' ') + 1)},
+         {"function", function},
          {"bytes", 0.0},
          {"sends", Json::array()},
          {"receives", Json::array()}});
@@ -89,14 +82,16 @@ Json* Recorder::block(const char* op, const std::string& axis, const std::vector
 
 void Recorder::call(const char* op, const std::string& axis, const std::vector<int>& ranks,
                     double bytes) {
-  if (Json* args = block(op, axis, ranks)) (*args)["bytes"].get_ref<double&>() += bytes;
+  if (Json* args = block(op, axis, ranks, part.empty() ? purpose : part))
+    (*args)["bytes"].get_ref<double&>() += bytes;
 }
 
 void Recorder::travel(const std::string& axis, const std::vector<int>& ranks, bool send,
                       const char* payload, int peer, int64_t bytes) {
-  if (Json* args = block("exchange", axis, ranks))
+  const std::string of = microbatch < 0 ? "" : sentence(" of micro-batch ", microbatch);
+  if (Json* args = block("exchange", axis, ranks, payload + of))
     (*args)[send ? "sends" : "receives"].push_back({{"payload", payload},
-                                                    {"microbatch", where.microbatch},
+                                                    {"microbatch", microbatch},
                                                     {send ? "to" : "from", peer},
                                                     {"bytes", bytes}});
 }
@@ -108,19 +103,15 @@ void Recorder::end() {
 }
 
 void Recorder::wait(Queue queue, int work) {
-  if (work < 0 || works[work].queue == queue) return;
-  waits_for_[queue] = std::max(waits_for_[queue], work);
-  if (queue == compute && !std::exchange(works[work].awaited, true)) arriving_.push_back(work);
+  if (work >= 0 && works[work].queue != queue)
+    waits_for_[queue] = std::max(waits_for_[queue], work);
 }
 
 // ---- events
 
 void Recorder::add(const char* kind, const char* category, const std::string& name, int row,
                    int edge, Json args) {
-  if (on) {
-    args["microbatch"] = where.microbatch;
-    args["chunk"] = where.chunk;
-  }
+  if (on) args["microbatch"] = microbatch;
   events.push_back({{"ph", kind},
                     {"cat", category},
                     {"name", name},
@@ -130,19 +121,14 @@ void Recorder::add(const char* kind, const char* category, const std::string& na
                     {"args", std::move(args)}});
 }
 
-void Recorder::note_unit(const char* name, const Part& part, const char* function) {
+void Recorder::resharded(const std::string& unit) {
+  if (on) add("i", "unit", "reshard", compute, end_of(last_[compute]), {{"unit", unit}});
+}
+
+void Recorder::allocated(const char* category, int of, int64_t bytes) {
   if (!on) return;
-  const Queue row = open_.value_or(compute);
-  add("i", "unit", name, row, end_of(last_[row]),
-      {{"unit", part.unit}, {"name", part.name}, {"function", function}});
-}
-
-void Recorder::note_live(const char* name, int64_t bytes) {
-  if (on) add("i", "live", name, compute, end_of(last_[compute]), {{"bytes", bytes}});
-}
-
-void Recorder::allocated(int category, int64_t bytes) {
   const bool is_first = open_ == compute && bytes > 0;  // in the op that is open
-  const int op = last_[compute];
-  memory[is_first ? begin_of(op) : end_of(op)][category] += bytes;
+  const int op = last_[compute], edge = is_first ? begin_of(op) : end_of(op);
+  changes["memory"][edge][category] += bytes;
+  if (of >= 0) changes["activations"][edge][sentence(of)] += bytes;
 }

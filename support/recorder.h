@@ -12,7 +12,6 @@
 // cost      a branch, where nothing is recorded
 // test      tests/test_trace.cpp
 #pragma once
-#include <array>
 #include <cstdint>
 #include <map>
 #include <nlohmann/json_fwd.hpp>
@@ -26,12 +25,9 @@ class Recorder {
   void stop();  // until it is switched on again
 
   // ---- where the work is that is issued now
-  struct Where {
-    std::string pass = "", part = "";  // "forward", "block 2"
-    int microbatch = -1, chunk = -1;
-    int number = 0;  // work of one number is one part of the step
-  };
-  Where where;
+  std::string pass = "", part = "";  // "forward", "block 2"
+  int microbatch = -1;
+  // what is issued from here on belongs to this part
   void enter(const char* pass, const std::string& part = "");
 
   // ---- works: ops and blocks of collectives
@@ -40,7 +36,6 @@ class Recorder {
     Queue queue;
     int after;             // the last work of the other queue that this one waits for; -1: none
     int event = -1;        // of a block of collectives, if one of it was called
-    bool awaited = false;  // by an op
     double processor = 0;  // seconds of the issuing thread
     double begin = 0, end = 0;  // by the first rank's clock: report/trace.h knows
   };
@@ -63,41 +58,22 @@ class Recorder {
   static int end_of(int work) { return 2 * work + 1; }
   std::vector<nlohmann::json> events;
   // kind: "X" a bar from a begin to the same work's end, "i" a mark, "C" a curve's next value, "M"
-  // a name, "s" and "f" the ends of an arrow
+  // a name
   void add(const char* kind, const char* category, const std::string& name, int row, int edge,
            nlohmann::json args);
-  struct Part {  // of the model, which is a unit of FSDP
-    std::string name;
-    int unit;
-  };
-  // At the end of the block of collectives that is open, or else of the last op.
-  void note_unit(const char* name, const Part& unit, const char* function);
-  void note_live(const char* name, int64_t bytes);  // activations of the micro-batch
-  // changes at an edge of an op, in bytes by category
-  std::map<int, std::array<int64_t, 8>> memory;
-  void allocated(int category, int64_t bytes);  // or freed, if negative
+  void resharded(const std::string& unit);  // at the end of the last op
+  // What is allocated, or freed if negative, at an edge of an op: of "memory" in bytes by category,
+  // of "activations" by micro-batch.
+  std::map<std::string, std::map<int, std::map<std::string, int64_t>>> changes;
+  void allocated(const char* category, int microbatch, int64_t bytes);
 
  private:
-  nlohmann::json* block(const char* op, const std::string& axis, const std::vector<int>& ranks);
+  nlohmann::json* block(const char* op, const std::string& axis, const std::vector<int>& ranks,
+                        const std::string& serves);
 
   int last_[2] = {-1, -1}, waits_for_[2] = {-1, -1};
-  int numbers_ = 0, drawn_ = 0;
-  std::vector<int> arriving_;  // works of collectives that the next op is the first to wait for
-  std::optional<Queue> open_;  // of the work that is being issued
-  size_t part_ = 0;            // the event of the part that is open
+  std::optional<Queue> open_;   // of the work that is being issued
+  std::optional<size_t> part_;  // the event of the part that was entered, once it has an op
   double began_ = 0;
 };
 extern Recorder recorder;
-
-// What is issued while it lives belongs to this part.
-class Entered {
- public:
-  explicit Entered(const char* pass, const std::string& part = "") : before_(recorder.where) {
-    recorder.enter(pass, part);
-  }
-  ~Entered() { recorder.where = before_; }
-  Entered(const Entered&) = delete;
-
- private:
-  const Recorder::Where before_;
-};

@@ -135,7 +135,7 @@ class Trace:
         self.ranks = range(len(self.about['units']))
         self.end = max(e['ts'] + e.get('dur', 0) for e in self.events if 'ts' in e)
         self.told = sorted((e for e in self.events
-                            if e.get('cat') in ('part', 'collective', 'unit', 'live')),
+                            if e.get('cat') in ('part', 'collective', 'unit')),
                            key=lambda e: e['ts'])
 
     def until(self, rank, t, **fields):
@@ -147,33 +147,24 @@ class Trace:
         return [e for e in self.until(rank, t, ph='X', cat=cat) if e['ts'] + e['dur'] > t]
 
     def memory(self, rank, t):
-        return self.until(rank, t, ph='C')[-1]['args']
+        return self.until(rank, t, ph='C', name='memory')[-1]['args']
 
     def units(self, rank, t):
-        states, less = {}, 'reshard' if self.about['shards_parameters'] else 'old'
-        for unit in self.about['units'][rank]:
-            names = [e['name'] for e in self.until(rank, t, cat='unit')
-                     if e['args']['unit'] == unit['unit']]
-            weights = [n for n in names if n in ('unshard', 'arrived', 'reshard')]
-            sums = [n for n in names if n in ('reduce', 'reduced')]
-            states[unit['unit']] = (weights or [less])[-1], (sums or ['reduced'])[-1]
+        less = 'reshard' if self.about['shards_parameters'] else 'old'
+        states = {unit['name']: [less, 'here'] for unit in self.about['units'][rank]}
+        for e in sorted(self.until(rank, t, cat='unit') + self.until(rank, t, cat='collective'),
+                        key=lambda e: e['ts']):
+            a = e['args']
+            if e['cat'] == 'unit':
+                states[a['unit']][0] = 'reshard'
+            elif a['function'] in ('start_unshard', 'start_reduce', 'sum_over_copies'):
+                states[a['for']][a['op'] != 'all_gather'] = \
+                    'moves' if e['ts'] + e['dur'] > t else 'here'
         return states
 
     def kept(self, rank, t):
-        kept = {}
-        for e in self.until(rank, t, cat='live'):
-            key = f"{e['args']['microbatch']}.{e['args']['chunk']}"
-            sign = 1 if e['name'] == 'keeps' else -1
-            kept[key] = kept.get(key, 0) + sign * e['args']['bytes']
-        # a backward has freed some of its micro-batch's before it says so
-        begun = [e['args'] for e in self.until(rank, t, cat='part')
-                 if e['args']['pass'] != 'forward']
-        freed = sum(kept.values()) - self.memory(rank, t)['activations']
-        if begun and freed > 0:
-            key = f"{begun[-1].get('microbatch')}.{begun[-1].get('chunk')}"
-            if kept.get(key, 0) > 0:
-                kept[key] -= freed
-        return {key: value for key, value in kept.items() if value > 0}
+        last = self.until(rank, t, ph='C', name='activations')
+        return {m: n for m, n in last[-1]['args'].items() if n > 0} if last else {}
 
 
 def bytes_in(words):
@@ -189,8 +180,8 @@ def about(words, value):
 
 def computing(part):
     a = part['args']
-    verb = {'sum': 'adds to its shard the summed gradient', 'complete': 'completes the gradient',
-            'tied': "adds the head's gradient to that"}.get(a['pass'])
+    verb = {'sum': 'adds to its shard the summed gradient',
+            'complete': 'completes the gradient'}.get(a['pass'])
     if verb:
         return f"{verb} of {a['part']}"
     if a['part']:
@@ -205,20 +196,15 @@ def wrong_sentence(trace, said, t):
     e = [e for e in trace.told if e['ts'] <= t][-1]
     a, wrong = e['args'], []
     wanted = [f"Rank {e['pid']} "]
-    # a collective begins together with a part; a mark stands at the end of one, or inside
-    part = [p for p in trace.until(e['pid'], e['ts'], cat='part')
-            if p['ts'] < e['ts'] or e['cat'] == 'collective']
-    if part and e['cat'] != 'part':
-        if part[-1]['ts'] + part[-1]['dur'] > e['ts']:
-            wanted.append('while it ' + computing(part[-1]))
-        elif e['cat'] != 'collective' and e['tid'] == 0:
-            wanted.append('after ' + ('it ' + computing(part[-1])).replace('it computes ', ''))
+    part = trace.running(e['pid'], e['ts'], 'part')
+    if part and e['cat'] == 'collective':
+        wanted.append('while it ' + computing(part[-1]))
     if e['cat'] == 'part':
         wanted.append(computing(e))
         if a['part'] and a['microbatch'] >= 0:
             wanted.append(f"micro-batch {a['microbatch']}")
     if e['cat'] == 'unit':
-        wanted.append(a['name'])
+        wanted.append(a['unit'])
     if e['cat'] == 'collective':
         wanted.append(f"({a['axis']}, ")
         parcels = [*a['sends'], *a['receives']]
@@ -232,8 +218,6 @@ def wrong_sentence(trace, said, t):
             wrong.append(f'{a}: the bytes sent do not add up')
         if not about(said, parcels[0]['bytes'] if parcels else a['bytes']):
             wrong.append(f'"{said}": {a["bytes"]} bytes')
-    if e['cat'] == 'live' and not about(said, a['bytes']):
-        wrong.append(f'"{said}": {a["bytes"]} bytes')
     return wrong + [f'"{said}" lacks "{words}"' for words in wanted if words not in said]
 
 
@@ -244,12 +228,12 @@ READ = '''[...document.querySelectorAll('.device')].map(card => {
     computes: card.querySelector('.computes').textContent,
     lane: card.querySelector('.lane').textContent,
     units: [...card.querySelectorAll('.unit')].map(bar => ({
-      unit: label(bar), weights: bar.dataset.weights, gradient: bar.dataset.gradient,
+      unit: label(bar), weights: bar.dataset.weights, gradient: bar.dataset.gradients,
       outline: wide(bar), part: wide(bar.querySelector('.part')),
       shard: wide(bar.querySelector('.shard'))})),
     rows: [...card.querySelectorAll('.bytes')].map(bar => ({
       name: label(bar).split(' / ')[0], wide: wide(bar), label: label(bar),
-      kept: [...bar.children].map(piece => [piece.dataset.kept, wide(piece)])})),
+      kept: [...bar.children].map(piece => [piece.textContent, wide(piece)])})),
   };
 })'''
 
@@ -278,7 +262,7 @@ def wrong_drawing(trace, cards, t):
             wrong.append(f"t {t}: rank {rank} '{card['lane']}' beside {moving}")
         for unit in trace.about['units'][rank]:
             bar = next(bar for bar in card['units'] if bar['unit'] == unit['name'])
-            state, gradient = units[unit['unit']]
+            state, gradient = units[unit['name']]
             if (bar['weights'], bar['gradient']) != (state, gradient):
                 wrong.append(f't {t}: rank {rank} {unit["name"]}: {bar}, not {state} {gradient}')
             to_scale(f'rank {rank} {unit["name"]}', bar['outline'], unit['bytes'])
@@ -292,10 +276,8 @@ def wrong_drawing(trace, cards, t):
             if row['name'] == 'activations':
                 if {key for key, _ in row['kept']} != set(kept):
                     wrong.append(f't {t}: rank {rank} keeps {row["kept"]}, not {kept}')
-                # where another micro-batch's weight gradients are due, too, all give way
-                less = min(1, memory['activations'] / max(sum(kept.values()), 1))
                 for key, pixels in row['kept']:
-                    to_scale(f'micro-batch {key}', pixels, less * kept.get(key, 0) / parts)
+                    to_scale(f'micro-batch {key}', pixels, kept.get(key, 0) / parts)
     return wrong
 
 
@@ -317,12 +299,11 @@ def check_replay(browser, page, name, path):
           [] if 0 < played == browser.evaluate('t') else [f'{played}, {browser.evaluate(now)}'])
 
     wrong = []
-    browser.evaluate('document.activeElement.blur()')
+    browser.evaluate('document.activeElement.blur(), show(Infinity)')
     for key, script, value in (
-            ('Home', 't', 0), ('End', 't', trace.end),
             ('ArrowLeft', 'index', len(trace.told) - 2),
             ('ArrowRight', 'index', len(trace.told) - 1),
-            ('Home', 'index', sum(e['ts'] <= 0 for e in trace.told) - 1)):
+            ('ArrowRight', 't', trace.end)):
         browser.press(key)
         if browser.evaluate(script) != value:
             wrong.append(f'{key}: {script} is {browser.evaluate(script)}, not {value}')
@@ -332,7 +313,7 @@ def check_replay(browser, page, name, path):
         is_pass = browser.evaluate('moments[index].args.pass')
         if is_pass != wanted:
             wrong.append(f'{key}: jumps to {is_pass}')
-    browser.press('Home')
+    browser.evaluate('show(0)')
     browser.press(' ', ' ')
     time.sleep(0.3)
     browser.press(' ', ' ')
@@ -365,7 +346,7 @@ def check_replay(browser, page, name, path):
     check(f'{name}: functions are where their links lead', wrong, ', '.join(sorted(names)))
 
     browser.media(prefers_reduced_motion='reduce')
-    browser.press('Home')
+    browser.evaluate('show(0)')
     before = browser.evaluate('index')
     browser.click('#play')
     time.sleep(1.5)

@@ -301,7 +301,9 @@ mutant faults a_trace_keeps_the_last_change_of_memory_alone \
   support/recorder.cpp 's/\[category\] \+= bytes/[category] = bytes/' 4 immediate test_trace
 mutant faults a_rebuilt_trace_forgets_what_works_wait_for \
   report/trace.cpp 's/w.after < 0 \? -1 : first \+ w.after/-1/' 4 immediate test_trace
-mutant faults a_unit_of_a_trace_never_arrives \
-  fsdp.cpp '/note_unit\("arrived"/d' 4 immediate test_trace
+mutant faults a_trace_forgets_that_a_unit_is_freed \
+  fsdp.cpp '/recorder.resharded/d' 4 immediate test_trace
+mutant faults a_trace_forgets_what_a_micro_batch_frees \
+  support/recorder.cpp 's/(sentence\(of\)\] \+=) bytes/\1 std::abs(bytes)/' 4 immediate test_trace
 
 sums_up

@@ -166,20 +166,20 @@ OMP_WAIT_POLICY=passive $MPIEXEC -n 2 $train $small --pp 2 --trace /nowhere/t.js
 status=$?
 check an_unwritable_trace_ends_the_run \
   '[ $status != 0 ] && ! grep -q "^step " "$dir/out" &&
-    grep -q "trace: /nowhere/t.json cannot be opened" "$dir/err"' "" \
+    grep -q "/nowhere/t.json cannot be opened" "$dir/err"' "" \
   "status $status: $(head -c 300 "$dir/err")"
 OMP_WAIT_POLICY=passive $MPIEXEC -n 2 $train $small --pp 2 --trace /dev/full \
   --metrics "$dir/m.jsonl" >"$dir/out" 2>"$dir/err"
 status=$?
 check a_trace_that_does_not_fit_costs_nothing_else \
-  '[ $status != 0 ] && grep -q "trace: /dev/full cannot be written: No space" "$dir/err" &&
+  '[ $status != 0 ] && grep -q "/dev/full cannot be written: No space" "$dir/err" &&
     grep -q "^executed" "$dir/out" &&
     grep -q "^{\"summary\":true,.*\"pipeline\"" "$dir/m.jsonl"' \
   "" "status $status: $(head -c 300 "$dir/err")"
 timeout -s TERM 2 $train $shape --steps 100000 --trace "$dir/late.json" --trace-steps 99999-100000 \
   >"$dir/out" 2>"$dir/err"
-check a_trace_whose_steps_never_came_leaves_no_file \
-  '[ ! -e "$dir/late.json" ] && grep -q "nothing is written to" "$dir/out"' "" \
+check a_trace_whose_steps_never_came_stays_empty \
+  '[ ! -s "$dir/late.json" ] && grep -q "nothing is written to" "$dir/out"' "" \
   "$(ls "$dir") $(tail -1 "$dir/out")"
 refuses metrics_over_the_data_are_refused \
   "--metrics $dir/good.txt would overwrite a file of the training data" $small --data \

@@ -135,8 +135,9 @@ fi
 # Every rank's timeline, and its share of time in communication
 if OMP_NUM_THREADS=1 timeout 120 $MPIEXEC -n 4 $train --pp 2 --tp 2 --schedule zb --recompute \
   --layers 2 --width 32 --heads 2 --context 32 --steps 2 --trace "$dir/t.json" \
-  --metrics "$dir/m.jsonl" >"$dir/out" 2>&1 && [ "$(grep -c process_name "$dir/t.json")" = 4 ] \
-  && [ "$(grep -c '"cat":"part"' "$dir/t.json")" -ge 64 ] \
+  --metrics "$dir/m.jsonl" >"$dir/out" 2>&1 \
+  && [ "$(grep -o process_name "$dir/t.json" | wc -l)" = 4 ] \
+  && [ "$(grep -o '"cat":"part"' "$dir/t.json" | wc -l)" -ge 64 ] \
   && grep -qE '"communication_share":\[[0-9.e-]+(,[0-9.e-]+){3}\]' "$dir/m.jsonl" \
   && grep -q -- '--recompute replays .* without it' "$dir/out" \
   && grep -q 'communicating, with waiting for other ranks' "$dir/out"; then

@@ -640,7 +640,7 @@ TEST(without_data_the_projects_own_sources_are_read) {
 TEST(metrics_are_one_json_object_a_line_that_gives_back_the_same_doubles) {
   const TemporaryDirectory dir;
   const std::string path = dir.path + "/m.jsonl";
-  Metrics metrics(path);
+  JsonLines metrics(path);
   CHECK_EQ(contents(path), "");  // the file is there before the first step
   metrics.step({1, 0.1, 1.0 / 3, 1e-3, 2048, 12.5});
   const std::string first =
@@ -651,7 +651,7 @@ TEST(metrics_are_one_json_object_a_line_that_gives_back_the_same_doubles) {
   CHECK_EQ(contents(path), first + "{\"summary\":true,\"b\":[1],\"a\":4096}\n");
   for (const double x :
        {0.1, 1.0 / 3, 5.0e-324, 1.7976931348623157e308, -0.0, 11.090354888959125}) {
-    Metrics one(path);
+    JsonLines one(path);
     one.step({1, x});
     CHECK_EQ(strtod(contents(path).c_str() + strlen("{\"step\":1,\"loss\":"), nullptr), x);
   }
@@ -671,28 +671,28 @@ TEST(a_resumed_run_keeps_the_metrics_of_the_steps_before_it_and_loses_no_others)
   const std::string summary = "{\"summary\":true}\n", unfinished = "{\"step\":3,\"lo";
   const std::string all = lines({1, 2}) + summary + lines({3, 4, 5}) + summary;
   dir.write("m.jsonl", all);
-  Metrics(path, 3).step({4, 1});
+  JsonLines(path, 3).step({4, 1});
   CHECK_EQ(contents(path), lines({1, 2}) + summary + lines({3, 4}));
   CHECK_EQ(contents(path + ".1"), all);
-  Metrics(path, 4).step({5, 1});  // nothing is too much there
+  JsonLines(path, 4).step({5, 1});  // nothing is too much there
   CHECK(!fs::exists(path + ".2"));
   dir.write("m.jsonl", lines({1, 2}) + unfinished);  // as a killed run leaves it
-  Metrics(path, 2).step({3, 1});
+  JsonLines(path, 2).step({3, 1});
   CHECK_EQ(contents(path), lines({1, 2, 3}));
   CHECK_EQ(contents(path + ".2"), lines({1, 2}) + unfinished);
   for (const int run : {1, 2}) {  // no checkpoint was found, perhaps by a mistyped name
-    Metrics(path, 0).step({1, 1});
+    JsonLines(path, 0).step({1, 1});
     CHECK_EQ(contents(path), lines({1}));
     CHECK_EQ(contents(path + ".3"), lines({1, 2, 3}));
     CHECK_EQ(fs::exists(path + ".4"), run == 2);
   }
-  Metrics(dir.path + "/new.jsonl", 7).step({8, 1});
+  JsonLines(dir.path + "/new.jsonl", 7).step({8, 1});
   CHECK_EQ(contents(dir.path + "/new.jsonl"), lines({8}));
-  Metrics(path).step({2, 1});  // a run that does not resume begins anew, too
+  JsonLines(path).step({2, 1});  // a run that does not resume begins anew, too
   CHECK_EQ(contents(path), lines({2}));
   CHECK_EQ(contents(path + ".5"), lines({1}));
   fs::create_symlink(path, dir.path + "/link");
-  Metrics(dir.path + "/link").step({3, 1});
+  JsonLines(dir.path + "/link").step({3, 1});
   CHECK_EQ(contents(path), lines({2}));
   CHECK_EQ(contents(dir.path + "/link"), lines({3}));
 }
@@ -708,7 +708,7 @@ TEST(numbers_that_json_cannot_say_become_null) {
   const TemporaryDirectory dir;
   const double inf = std::numeric_limits<double>::infinity(),
                nan = std::numeric_limits<double>::quiet_NaN();
-  Metrics metrics(dir.path + "/m.jsonl");
+  JsonLines metrics(dir.path + "/m.jsonl");
   metrics.step({7, nan, inf, -inf, nan, inf});
   CHECK_EQ(contents(dir.path + "/m.jsonl"),
            "{\"step\":7,\"loss\":null,\"grad_norm\":null,\"lr\":null,"
@@ -717,12 +717,12 @@ TEST(numbers_that_json_cannot_say_become_null) {
 
 TEST(metrics_that_cannot_be_written_are_reported) {
   const TemporaryDirectory dir;
-  CHECK_SAYS(Metrics(dir.path + "/no/m.jsonl"),
+  CHECK_SAYS(JsonLines(dir.path + "/no/m.jsonl"),
              dir.path + "/no/m.jsonl cannot be opened: No such file or directory");
-  CHECK_SAYS(Metrics{dir.path}, "cannot be opened: Is a directory");
-  Metrics full("/dev/full");
+  CHECK_SAYS(JsonLines{dir.path}, "cannot be opened: Is a directory");
+  JsonLines full("/dev/full");
   CHECK_SAYS(full.step({}), "/dev/full cannot be written: No space left on device");
-  Metrics none("");
+  JsonLines none("");
   none.step({});
 }
 

@@ -116,7 +116,9 @@ size_t check_collectives(const Json& events, const std::string& name) {
 size_t check_arrows(const Json& events, const std::string& name) {
   std::map<int, std::vector<const Json*>> by_id;
   std::multiset<std::tuple<int, int, int64_t>> expected, found;  // receiver, sender, bytes
+  std::set<std::pair<int, int64_t>> begun;                       // collectives, by rank
   for (const Json& e : events) {
+    if (e["cat"] == "collective") begun.emplace(e["pid"], begin(e));
     if (e["cat"] == "flow") by_id[e["id"]].push_back(&e);
     if (e["cat"] != "collective" || e["args"]["op"] != "exchange") continue;
     for (const Json& r : e["args"]["receives"]) expected.emplace(e["pid"], r["from"], r["bytes"]);
@@ -130,6 +132,7 @@ size_t check_arrows(const Json& events, const std::string& name) {
     const Json &from = *two[turned], &to = *two[!turned];
     CHECK(from["ph"] == "s" && to["ph"] == "f", name, ": arrow ", id);
     CHECK_LE(begin(from), begin(to), name, ": an arrow back in time ", from);
+    CHECK(begun.contains({from["pid"], begin(from)}), name, ": an arrow from nothing ", from);
     if (from["name"] == "send") sends++;
     else CHECK(from["pid"] == to["pid"] && from["tid"] == 1 && to["tid"] == 0, name, ": ", from);
   }
@@ -145,7 +148,7 @@ void check_sums(const Json& file, const Mesh& mesh, const MemoryUse& memory,
   for (const Json& e : file["traceEvents"]) {
     if (e["pid"] != mesh.rank) continue;
     const Json& args = e["args"];
-    if (e["ph"] == "C") last = args;
+    if (e["name"] == "memory") last = args;
     if (e["cat"] != "collective" || args["bytes"] == 0) continue;
     const std::string op = args["op"];
     sent[{args["axis"], op == "exchange" ? "send" : op, args["purpose"]}] += double(args["bytes"]);
@@ -161,26 +164,49 @@ void check_sums(const Json& file, const Mesh& mesh, const MemoryUse& memory,
     CHECK_EQ(last[name_of(Memory(c))], memory.now[c], name, ": ", name_of(Memory(c)));
 }
 
-// What is gathered or reduced comes after that, each once, and what a micro-batch keeps is freed.
-void check_states(const Json& events, const std::string& name) {
-  const std::map<std::string, std::pair<const char*, int>> kinds{
-      {"unshard", {"gather", 1}}, {"arrived", {"gather", -1}}, {"reduce", {"sum", 1}},
-      {"reduced", {"sum", -1}},   {"keeps", {"live", 1}},      {"frees", {"live", -1}}};
-  std::map<std::tuple<int, std::string, int, int>, int64_t> open;
-  std::vector<const Json*> notes;
-  for (const Json& e : events)
-    if (e["ph"] == "i" && e["name"] != "reshard") notes.push_back(&e);
-  std::ranges::stable_sort(notes, {}, [](const Json* e) { return begin(*e); });
-  for (const Json* e : notes) {
-    const Json& args = (*e)["args"];
-    const auto [kind, change] = kinds.at((*e)["name"]);
-    const bool live = (*e)["cat"] == "live";
-    int64_t& count = open[{(*e)["pid"], kind, args.value(live ? "microbatch" : "unit", -1),
-                           args.value("chunk", 0)}];
-    count += change * (live ? int64_t(args["bytes"]) : 1);
-    CHECK_LE(0, count, name, ": ", *e);
+// What micro-batches keep is freed; it is all of the activations, but for what was there before and
+// the tied gradient that the last stage of a pipeline sends to the first.
+void check_activations(const Json& file, const std::string& name) {
+  std::map<std::pair<int, int64_t>, int64_t> kept, all;  // by rank and time
+  for (const Json& e : file["traceEvents"]) {
+    if (e["ph"] != "C") continue;
+    const std::pair<int, int64_t> at{e["pid"], begin(e)};
+    if (e["name"] == "memory") all[at] = e["args"]["activations"];
+    if (e["name"] != "activations") continue;
+    kept[at] = 0;
+    for (const auto& [of, bytes] : e["args"].items()) {
+      CHECK_LE(0, int64_t(bytes), name, ": ", e);
+      kept[at] += int64_t(bytes);
+    }
   }
-  for (const auto& [what, count] : open) CHECK_EQ(count, 0, name, ": ", std::get<1>(what));
+  CHECK(!kept.empty(), name);
+  std::map<int, int64_t> last;
+  for (const auto& [at, bytes] : kept) {
+    last[at.first] = bytes;
+    const int64_t before = all.lower_bound({at.first, INT64_MIN})->second;
+    const int64_t more = all.at(at) - before - bytes;
+    CHECK(more == 0 || (more > 0 && file["threefold"]["stages"] > 1), name, ": ", more,
+          " bytes more on rank ", at.first, " at ", at.second);
+  }
+  for (const auto& [rank, bytes] : last) CHECK_EQ(bytes, 0, name, ": rank ", rank);
+}
+
+// A sharded unit is gathered and resharded in turn, and is not whole in the end.
+void check_units(const Json& file, const std::string& name) {
+  if (!file["threefold"]["shards_parameters"].get<bool>()) return;
+  std::map<std::pair<int, std::string>, std::vector<const Json*>> changes;  // of a rank's unit
+  for (const Json& e : file["traceEvents"]) {
+    if (e["cat"] == "unit") changes[{e["pid"], e["args"]["unit"]}].push_back(&e);
+    else if (e["cat"] == "collective" && e["args"]["function"] == "start_unshard")
+      changes[{e["pid"], e["args"]["for"]}].push_back(&e);
+  }
+  CHECK(!changes.empty(), name);
+  for (auto& [unit, all] : changes) {
+    std::ranges::stable_sort(all, {}, [](const Json* e) { return begin(*e); });
+    for (size_t i = 0; i < all.size(); i++)
+      CHECK_EQ((*all[i])["cat"], i % 2 ? "unit" : "collective", name, ": ", *all[i]);
+    CHECK_EQ(all.size() % 2, size_t(0), name, ": ", unit.second, " is whole in the end");
+  }
 }
 
 struct Strategy {
@@ -235,7 +261,8 @@ TEST(a_trace_of_every_strategy_nests_pairs_and_adds_up) {
         check_bars(all, name);
         collectives += check_collectives(all, name);
         arrows += check_arrows(all, name);
-        check_states(all, name);
+        check_activations(file, name);
+        check_units(file, name);
       }));
       CHECK(wrong.empty(), wrong);
       files++;

@@ -35,11 +35,6 @@ addEventListener('click', event => {
   pane.open = true;
   show(name);
 });
-addEventListener('keydown', event => {
-  if (event.altKey || event.ctrlKey || event.metaKey) return;
-  const turn = {ArrowLeft: 'prev', ArrowRight: 'next'}[event.key];
-  if (turn) document.querySelector(`[rel=${turn}]`).click();
-});
 pane.open = matchMedia('(min-width: 60rem)').matches;
 addEventListener('scroll', follow, {passive: true});
 addEventListener('resize', follow);
