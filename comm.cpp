@@ -208,10 +208,14 @@ const char* name_of(Traffic t) {
   return names[int(t)];
 }
 
+int64_t parts_sent(Collective c, int64_t n) {
+  const int64_t parts[] = {2 * (n - 1), n - 1, n - 1, n, n};
+  return parts[int(c)];
+}
+
 void Ledger::enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls) {
-  // what a bandwidth-optimal algorithm sends, in n-ths of the buffer, by collective
-  const int64_t n = axis.size, parts[] = {2 * (n - 1), n - 1, n - 1, n, n};
-  const __int128 numerator = __int128(calls) * parts[int(c)] * bytes;
+  const int64_t n = axis.size;
+  const __int128 numerator = __int128(calls) * parts_sent(c, n) * bytes;
   const double sent = double(numerator) / n;
   if (OpTimes::Op* op = op_times.open()) {
     op->work.name = sentence(name_of(c), " (", axis.name, ")");

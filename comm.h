@@ -153,6 +153,8 @@ double communicated();
 
 enum class Collective { all_reduce, all_gather, reduce_scatter, broadcast, send };
 const char* name_of(Collective c);
+// What a rank of n sends with a bandwidth-optimal algorithm, in n-ths of the buffer.
+int64_t parts_sent(Collective c, int64_t n);
 // Rows of their own, so that formulas stay pure. embedding: with the head; recompute: forwards
 // replayed; again: what sequence parallelism gathers a second time; partial: gradients that it
 // leaves in parts.

@@ -7,11 +7,17 @@
 
 // ---- composition
 
-Schedule schedule_of(const TrainerOptions& o, const Layout& l) {
+Schedule outline_of(const TrainerOptions& o, const Layout& l) {
   const int64_t all = o.microbatch * l.data_ranks();
   ASSERT(o.batch % all == 0);
   const int pp = l["pp"];
-  return make_schedule(pp > 1 ? o.schedule : "1f1b", pp, o.batch / all, o.chunks);
+  const ScheduleRow& row = schedule_row(pp > 1 ? o.schedule : "1f1b");
+  return {&row, pp, int(o.batch / all), o.chunks ? o.chunks : row.chunks()};
+}
+
+Schedule schedule_of(const TrainerOptions& o, const Layout& l) {
+  const Schedule s = outline_of(o, l);
+  return make_schedule(s.row->name, s.stages, s.microbatches, s.chunks);
 }
 
 std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int stage) {

@@ -29,6 +29,7 @@ struct TrainerOptions {
 // What a layout does in a step. On one stage each micro-batch runs forward and backward, whatever
 // the options' schedule.
 Schedule schedule_of(const TrainerOptions& options, const Layout& layout);
+Schedule outline_of(const TrainerOptions& options, const Layout& layout);  // without its actions
 // What a stage holds of the model: a piece for each of its chunks.
 std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int stage);
 

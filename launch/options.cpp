@@ -361,7 +361,7 @@ Takes list(std::vector<std::string>* field) {
           Takes::words};
 }
 
-static const Option& find_option(const OptionTable& table, const std::string& word) {
+const Option& find_option(const OptionTable& table, const std::string& word) {
   REQUIRE(word.starts_with('-'), "'", word,
           "' belongs to no option: options begin with --, and --help lists them");
   const std::string name = word.substr(std::min(word.find_first_not_of('-'), word.size())),

@@ -47,6 +47,8 @@ using OptionTable = std::vector<OptionGroup>;
 // Fills the fields that the table is bound to; an Error names the option and what is allowed.
 // Returns which options were given, without the dashes.
 std::set<std::string> parse(int argc, const char* const* argv, const OptionTable& table);
+// By its word, as "--layers"; an Error where there is none.
+const Option& find_option(const OptionTable& table, const std::string& word);
 // What each option stands at, by name.
 NamedValues values_of(const OptionTable& table);
 // The groups with every option and its default. The table must be bound to a struct that nothing

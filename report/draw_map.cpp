@@ -35,14 +35,13 @@ struct Cell {
 // The fastest of a kind; empty if none fits.
 std::vector<Planned> best_of(const Cluster& cluster, const Profile& profile,
                              const GptConfig& config, const Kind& kind) {
-  Wanted wanted;
-  wanted.layout["fsdp"] = kind.fsdp;
-  wanted.layout["replicate"] = 0;
-  wanted.layout["tp"] = kind.tp;
-  wanted.layout["pp"] = kind.pp;
-  wanted.zero = kind.zero;
-  wanted.batch = kBatch;
-  return plan(cluster, profile, config, wanted, int64_t(0.92 * cluster.machine.memory), 1).fastest;
+  Wanted wanted{
+      {config, {}, {{"fsdp", kind.fsdp}, {"replicate", 0}, {"tp", kind.tp}, {"pp", kind.pp}}}};
+  wanted.options.batch = kBatch;
+  wanted.options.microbatch = 0;
+  wanted.options.fsdp.zero = kind.zero;
+  wanted.options.schedule.clear();
+  return plan(cluster, profile, wanted, int64_t(0.92 * cluster.machine.memory), 1).fastest;
 }
 
 Cell best_kind(const Cluster& cluster, const Profile& profile, const GptConfig& config) {
@@ -79,7 +78,7 @@ std::string draw_map(const Machine& machine, const Profile& profile, double slow
   svg.box(0, 0, width, height, "fill='#fff'");
   for (const bool is_slow : {false, true}) {
     const double left = is_slow * panel + kLeft;
-    Cluster cluster{machine, 1, 1};
+    Cluster cluster{machine, 1, 1, false, profile.direct};
     if (is_slow) cluster.machine.between.bandwidth = slow;
     svg.text(left, 20, large, machine.name, ", ", kOfNode, " a node; between nodes ",
              format("%.3g", cluster.machine.between.bandwidth / 1e9), " GB/s a device");
@@ -130,7 +129,7 @@ std::string draw_map(const Machine& machine, const Profile& profile, double slow
     svg.text(kLeft - 8, y_of(ms) + 4, end, ms);
   }
   for (int tp = 1; tp <= 32; tp *= 2) svg.text(x_of(tp), top + high + 18, middle, tp);
-  const Cluster cluster{machine, 4, kOfNode};
+  const Cluster cluster{machine, 4, kOfNode, false, profile.direct};
   for (const int row : {2, 5, 6}) {
     const GptConfig config{kModels[row], Dtype::bf16};
     double ms = 0;

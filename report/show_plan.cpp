@@ -35,28 +35,25 @@ OptionTable table(PlanOptions& o) {
                            "width between an MLP's two products", "4 C"});
   mesh.title = "Layout: what is given is fixed, all of the rest is tried";
   for (Option& option : mesh.options) option.unset = "any";
-  const OptionGroup choices{
-      "",
-      {
-          {"microbatch", "B", whole(&o.microbatch, 1, 100'000'000), "sequences per micro-batch",
-           "any"},
-          {"zero", "STAGE", whole(&o.zero, 1, 3), "what fsdp and cp shard", "any"},
-          {"reshard-after-forward", "", choice(&o.reshard, {"yes", "no"}), "with ZeRO-3", "any"},
-          {"prefetch", "K", whole(&o.prefetch, 0, 1000), "uses unsharded ahead"},
-          {"schedule", "", choice(&o.schedule, schedule_names()), "with pp", "any"},
-          {"chunks", "V", whole(&o.chunks, 1, 1000), "with interleaved", "2 to 4"},
-          {"sequence-parallel", "", flag(&o.sequence_parallel), "with tp", "any"},
-          {"recompute", "", flag(&o.recompute), "run forwards again in the backward", "any"},
-      }};
-  mesh.options.insert(mesh.options.end(), choices.options.begin(), choices.options.end());
+  const OptionTable trains = train_options(o);
+  for (const auto& [name, unset] : {std::pair{"microbatch", "any"},
+                                    {"zero", "any"},
+                                    {"reshard-after-forward", "any"},
+                                    {"prefetch", ""},
+                                    {"schedule", "any"},
+                                    {"chunks", "2 to 4"},
+                                    {"sequence-parallel", "any"},
+                                    {"recompute", "any"}}) {
+    mesh.options.push_back(find_option(trains, sentence("--", name)));
+    mesh.options.back().unset = unset;
+  }
   return {
       model,
       {"Job",
        {
-           {"batch", "B", whole(&o.batch), "sequences per optimizer step, over all ranks",
-            "by model"},
+           find_option(trains, "--batch"),
            {"dtype", "", choice(&o.dtype, {"f32", "bf16"}), "what is computed in", "bf16"},
-           {"attention", "", choice(&o.attention, {"plain", "flash"}), "whole scores, or tiles"},
+           find_option(trains, "--attention"),
        }},
       {"Cluster",
        {
@@ -91,6 +88,8 @@ std::string words_of(const Job& job) {
     if (job.layout.sizes[a] > 1)
       text += sentence("--", kAxes[a].name, " ", job.layout.sizes[a], " ");
   const TrainerOptions& o = job.options;
+  if (o.fsdp.prefetch != 1 && job.layout.data_ranks() * job.layout["cp"] > 1)
+    text += sentence("--prefetch ", o.fsdp.prefetch, " ");
   if (job.layout["fsdp"] * job.layout["cp"] > 1)
     text += sentence("--zero ", o.fsdp.zero, o.fsdp.reshard ? " " : " --reshard-after-forward no ");
   if (job.layout["pp"] > 1) {
@@ -125,26 +124,23 @@ std::vector<std::pair<double, std::string>> parts_of(const Prediction& p) {
   return parts;
 }
 
-std::string memory_words(const StageMemory& m) {
+std::string memory_words(const Account& a) {
   std::string text;
   for (int i = 0; i < kMemoryCategories; i++)
-    if (m.held[i] > 0)
-      text += format("%s%s %.4g", text.empty() ? "" : ", ", name_of(Memory(i)), gib(m.held[i]));
+    if (a.memory[i] > 0)
+      text += format("%s%s %.4g", text.empty() ? "" : ", ", name_of(Memory(i)), gib(a.memory[i]));
   return text;
 }
 
 Json json_of(const Cluster& cluster, const Planned& p) {
   const Account a = account(p.job);
   const auto [tokens, mfu] = measures(cluster, p.job, p.time.seconds);
-  Json layout, waiting, memory;
-  for (size_t i = 0; i < kAxes.size(); i++) {
-    layout[kAxes[i].name] = p.job.layout.sizes[i];
-    waiting[kAxes[i].name] = p.time.waiting[i];
-  }
-  const StageMemory& fullest = a.stages[a.fullest()];
-  for (int i = 0; i < kMemoryCategories; i++)
-    if (fullest.held[i] > 0) memory[name_of(Memory(i))] = fullest.held[i];
+  Json layout, seconds, memory;
+  for (size_t i = 0; i < kAxes.size(); i++) layout[kAxes[i].name] = p.job.layout.sizes[i];
+  for (const auto& [of_part, name] : parts_of(p.time)) seconds[name] = of_part;
   const TrainerOptions& o = p.job.options;
+  for (int i = 0; i < kMemoryCategories; i++)
+    if (a.memory[i] > 0) memory[name_of(Memory(i))] = a.memory[i];
   return {{"layout", layout},
           {"options", words_of(p.job)},
           {"zero", o.fsdp.zero},
@@ -157,14 +153,10 @@ Json json_of(const Cluster& cluster, const Planned& p) {
           {"step_seconds", p.time.seconds},
           {"tokens_per_second", tokens},
           {"mfu", mfu},
-          {"seconds",
-           {{"computing", p.time.computing},
-            {"waiting", waiting},
-            {"bubble", p.time.bubble},
-            {"optimizer", p.time.optimizer}}},
-          {"memory_rank", p.job.layout.ranks() / p.job.layout["pp"] * (a.fullest() + 1) - 1},
+          {"seconds", seconds},
+          {"memory_rank", p.job.layout.ranks() / p.job.layout["pp"] * (a.stage + 1) - 1},
           {"memory", memory},
-          {"memory_bytes", fullest.total()},
+          {"memory_bytes", a.bytes},
           {"sent_bytes", a.sent}};
 }
 
@@ -177,10 +169,8 @@ void explain(const Cluster& cluster, const Planned& p, int64_t memory) {
   for (const auto& [seconds, name] : parts)
     if (seconds > 0)
       printf("  %-24s %9.4g s %5.1f %%\n", name.c_str(), seconds, 100 * seconds / p.time.seconds);
-  const int stage = a.fullest();
-  const StageMemory& fullest = a.stages[stage];
-  printf("memory   %.4g GiB of %.4g on stage %d: %s\n", gib(p.memory), gib(memory), stage,
-         memory_words(fullest).c_str());
+  printf("memory   %.4g GiB of %.4g on stage %d: %s\n", gib(p.memory), gib(memory), a.stage,
+         memory_words(a).c_str());
   for (const auto& [axis, bytes] : a.sent)
     printf("sent     %.4g MB a step over %s\n", double(bytes) / 1e6, axis.c_str());
   if (p.memory <= memory)
@@ -196,7 +186,6 @@ void check_fits(double needed, double memory) {
 }
 
 void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& config, double memory) {
-  check_common(o);
   const int64_t devices = o.nodes * o.devices, pp = std::max<int64_t>(o.layout["pp"], 1);
   double least = INFINITY;
   Json rows = Json::array();
@@ -221,13 +210,19 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
   check_fits(least, memory);
 }
 
-// The options name one layout, as train_gpt's do.
-Job one_job(PlanOptions& o) {
+// Where nothing is said, what train_gpt takes.
+PlanOptions resolved(PlanOptions o) {
   for (int64_t& size : o.layout.sizes) size = std::max<int64_t>(size, 1);
+  resolve(o, true);
+  return o;
+}
+
+// The options name one layout, as train_gpt's do.
+Job one_job(const PlanOptions& options) {
+  const PlanOptions o = resolved(options);
   REQUIRE(o.layout.ranks() == o.nodes * o.devices, to_string(o.layout), " has ", o.layout.ranks(),
           " ranks, and --nodes ", o.nodes, " with --devices ", o.devices, " have ",
           o.nodes * o.devices);
-  resolve(o, true);
   check(o);
   return {model_config(o), trainer_options(o), o.layout};
 }
@@ -245,22 +240,18 @@ void show(PlanOptions& o) {
                      !o.decode,
                      "is about training, and --decode about inference: leave one of them out"}});
   if (o.dtype.empty()) o.dtype = "bf16";
-  const Layout asked = o.layout;
-  const int64_t batch = o.batch, microbatch = o.microbatch;
   resolve_common(o, true);
+  check_common(o);
   const ModelSize& m = o.model;
-  REQUIRE(m.width % m.heads == 0, "a width of ", m.width, " does not divide by ", m.heads,
-          " heads: change --width or --heads");
   REQUIRE(m.heads % m.kv() == 0, "--kv-heads ", m.kv(), " does not divide the ", m.heads, " heads");
-  REQUIRE(double(std::max<int64_t>(o.batch, 1024)) * m.context *
-                  (double(m.width) * m.layers + m.vocab) <
-              1e17,
-          "so many tokens in so large a model are too many bytes to count");
-  REQUIRE(o.attention == "flash" || double(std::max<int64_t>(o.batch, 1024)) * m.context *
-                                            m.context * m.heads * m.layers <
-                                        1e18,
-          "whole scores of ", m.context,
-          " tokens are too many bytes to count: give --attention flash");
+  const double of_scores =
+      o.attention == "flash" ? 0 : double(m.context) * m.heads * m.layers;  // whole ones
+  REQUIRE(
+      double(std::max<int64_t>(o.batch, 1024)) * m.context *
+              (double(m.width) * m.layers + m.vocab + of_scores) <
+          1e17,
+      "so many tokens in so large a model are too many bytes to count: make them fewer, or give "
+      "--attention flash");
   const Cluster cluster{machine_of(o), o.nodes, o.devices, o.spread,
                         profile_named(o.profile).direct};
   const GptConfig config = model_config(o);
@@ -270,7 +261,7 @@ void show(PlanOptions& o) {
            double(parameter_count(config)) / 1e9, name_of(config.dtype));
     printf("cluster  %d x %d devices, %s, %.4g GiB each\n", int(o.nodes), int(o.devices),
            cluster.machine.name.c_str(), gib(memory));
-    if (o.machine == "this") printf("%s\n", to_text(cluster.machine).c_str());
+    if (o.machine == "this") printf("%s\n", cluster.machine.text.c_str());
   }
   if (o.decode) return decode(o, cluster, config, memory);
   if (o.layout_only) {
@@ -278,33 +269,21 @@ void show(PlanOptions& o) {
     REQUIRE(job.layout["tp"] <= job.config.kv(), "--tp ", job.layout["tp"],
             " has more ranks than --kv-heads ", job.config.kv());
     Predictor predictor(cluster, profile_named(o.profile), config);
-    const Account a = account(job);
-    Planned p{job, a.stages[a.fullest()].total(), predictor.predict(job)};
-    predictor.split_bubble(job, p.time);
+    const Planned p{job, account(job).bytes, predictor.predict(job)};
     if (o.json) printf("%s\n", json_of(cluster, p).dump(1).c_str());
     else explain(cluster, p, memory);
     return check_fits(p.memory, memory);
   }
 
-  const bool one_zero = o.given.count("zero"), one_schedule = o.given.count("schedule"),
-             one_reshard = o.given.count("reshard-after-forward");
-  if (one_schedule) make_schedule(o.schedule, 1, 1, o.chunks);  // or it has other chunks
-  PlanOptions defaults = o;
-  for (int64_t& size : defaults.layout.sizes) size = std::max<int64_t>(size, 1);
-  resolve(defaults, true);
-  const Wanted wanted{asked,
-                      batch > 0 ? batch : defaults.batch,
-                      microbatch,
-                      one_zero ? o.zero : 0,
-                      o.chunks,
-                      one_schedule ? o.schedule : "",
-                      one_reshard ? o.reshard : "",
-                      o.sequence_parallel,
-                      o.recompute,
-                      o.prefetch};
-  const Plan found = plan(cluster, profile_named(o.profile), config, wanted, memory, o.top);
+  if (o.given.count("schedule"))
+    make_schedule(o.schedule, 1, 1, o.chunks);  // or it has other chunks
+  Wanted wanted{{config, trainer_options(o), o.layout}, !o.given.count("reshard-after-forward")};
+  wanted.options.batch = resolved(o).batch;
+  if (!o.given.count("zero")) wanted.options.fsdp.zero = 0;
+  if (!o.given.count("schedule")) wanted.options.schedule.clear();
+  const Plan found = plan(cluster, profile_named(o.profile), wanted, memory, o.top);
   REQUIRE(found.layouts > 0, "no layout of ", o.nodes * o.devices,
-          " devices is what the options ask for: the batch of ", wanted.batch,
+          " devices is what the options ask for: the batch of ", wanted.options.batch,
           " must divide by the ranks that share it, and each one's part by --microbatch; --tp is at"
           " most ",
           m.kv(), ", --cp at most half of the context of ", m.context,
@@ -318,22 +297,20 @@ void show(PlanOptions& o) {
                        .c_str());
   } else {
     printf("layouts  %lld of a batch of %lld, %lld fit in memory\n", (long long)found.layouts,
-           (long long)wanted.batch, (long long)found.fitting);
+           (long long)wanted.options.batch, (long long)found.fitting);
     if (found.smallest) {
-      const Account a = account(found.smallest->job);
-      printf("too large from %.4g GiB on: %s\n         (%s)\n", gib(found.smallest->memory),
-             words_of(found.smallest->job).c_str(), memory_words(a.stages[a.fullest()]).c_str());
+      const Planned& p = *found.smallest;
+      printf("too large from %.4g GiB on: %s\n         (%s)\n", gib(p.memory),
+             words_of(p.job).c_str(), memory_words(account(p.job)).c_str());
     }
     if (!found.fastest.empty())
       printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n");
     for (const Planned& p : found.fastest) {
       const auto [tokens, mfu] = measures(cluster, p.job, p.time.seconds);
-      double waits = 0;
-      for (const double w : p.time.waiting) waits += w;
       const double percent = 100 / p.time.seconds;
       printf("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  %s\n", p.time.seconds, tokens,
              100 * mfu, gib(p.memory), percent * p.time.computing, percent * p.time.bubble,
-             percent * waits, words_of(p.job).c_str());
+             percent * p.time.waiting.sum(), words_of(p.job).c_str());
     }
   }
   if (found.fitting == 0) check_fits(found.smallest->memory, memory);

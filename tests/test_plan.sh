@@ -64,7 +64,7 @@ check a_context_of_one_token "$plan --context 1 --devices 1 --top 1 | grep -q 'l
 
 # ---- what does not fit
 refuses bytes_beyond_counting "too many bytes to count" --layers 10000 --width 1000000 \
-  --heads 1000 --context 10000000
+  --heads 10000 --context 10000000
 refuses a_map_in_place_of_a_device "/dev/null is no file" --map /dev/null
 refuses scores_beyond_counting "give --attention flash" --attention plain --context 10000000
 refuses decode_more_stages_than_layers "4 layers cannot be cut into 50000 stages" \

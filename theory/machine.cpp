@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <set>
 #include <sstream>
 #include <thread>
 
@@ -112,6 +113,8 @@ static std::vector<Fact> facts_of(Machine& m) {
 Machine parse_machine(const std::string& name, const std::string& text) {
   Machine m;
   m.name = name;
+  m.text = text;
+  std::set<std::string> seen;
   std::pair<double, double> product;
   std::vector<Fact> facts = facts_of(m);
   facts.push_back({"product", {{&product.first, 1}, {&product.second, kTera}}});
@@ -133,11 +136,9 @@ Machine parse_machine(const std::string& name, const std::string& text) {
       *where *= unit;
     }
     REQUIRE(!(words >> more), place, "'", more, "' is too much");
-    const size_t source = colon == line.npos ? line.npos : line.find_first_not_of(" \t", colon + 1);
-    REQUIRE(source != line.npos, place, fact, " needs a source: a colon, and where it comes from");
-    const bool is_new =
-        m.sources.insert({fact, line.substr(source, line.find_last_not_of(" \t") + 1 - source)})
-            .second;
+    REQUIRE(colon != line.npos && line.find_first_not_of(" \t", colon + 1) != line.npos, place,
+            fact, " needs a source: a colon, and where it comes from");
+    const bool is_new = seen.insert(fact).second;
     if (fact != "product") {
       REQUIRE(is_new, place, fact, " stands twice");
       continue;
@@ -147,12 +148,9 @@ Machine parse_machine(const std::string& name, const std::string& text) {
             "products come in ascending order of their inner dim");
     m.products.push_back(product);
   }
-  if (!m.sources.count("read")) {
-    m.read = m.copy;
-    m.sources["read"] = "as copying";
-  }
+  if (seen.insert("read").second) m.read = m.copy;
   for (const Fact& fact : facts_of(m))
-    REQUIRE(m.sources.count(fact.name) || *fact.numbers[0].first == 1, "machine ", name,
+    REQUIRE(seen.count(fact.name) || *fact.numbers[0].first == 1, "machine ", name,
             " does not say its ", fact.name);
   REQUIRE(m.products.size() >= 2, "machine ", name, " needs the rates of two products at least");
   REQUIRE(m.overlap <= 1, "machine ", name, ": overlap is a share, at most 1");
@@ -162,18 +160,6 @@ Machine parse_machine(const std::string& name, const std::string& text) {
           "machine ", name, ": rates and memory are above 0");
   REQUIRE(m.memory < 1e6 * kGiB, "machine ", name, ": memory is in GiB, and less than 1e6");
   return m;
-}
-
-std::string to_text(Machine m) {
-  std::ostringstream text;
-  for (const auto& [inner, rate] : m.products)
-    text << "product " << inner << " " << rate / kTera << " : " << m.sources["product"] << "\n";
-  for (const Fact& fact : facts_of(m)) {
-    text << fact.name;
-    for (const auto& [value, unit] : fact.numbers) text << " " << *value / unit;
-    text << " : " << m.sources[fact.name] << "\n";
-  }
-  return text.str();
 }
 
 // ---- this machine
@@ -190,13 +176,17 @@ static double best_of_three(const std::function<void()>& work) {
   return best;
 }
 
-// FLOP/s of a product of (rows,inner) and (inner,rows)
-static double rate_of_product(Dtype dtype, int64_t rows, int64_t inner) {
-  const Tensor a({rows, inner}, dtype, Memory::workspace),
-      b({inner, rows}, dtype, Memory::workspace), c({rows, rows}, dtype, Memory::workspace);
-  fill(a, 0.5);
-  fill(b, 0.5);
-  return 2.0 * rows * rows * inner / best_of_three([&] { product(c, a, false, b, false, 0); });
+static Tensor filled(Dtype dtype, int64_t rows, int64_t columns) {
+  const Tensor x({rows, columns}, dtype, Memory::workspace);
+  fill(x, 0.5);
+  return x;
+}
+
+// of (rows,inner) and (inner,columns)
+static double seconds_of_product(Dtype dtype, int64_t rows, int64_t columns, int64_t inner) {
+  const Tensor a = filled(dtype, rows, inner), b = filled(dtype, inner, columns),
+               c = filled(dtype, rows, columns);
+  return best_of_three([&] { product(c, a, false, b, false, 0); });
 }
 
 std::string links_of(std::string gpu) {
@@ -220,63 +210,63 @@ static int cores() {
 Machine measure_machine(int64_t ranks) {
   // the device opens as that of one of so many ranks: a team of threads for each
   setenv("MPI_LOCALNRANKS", std::to_string(ranks).c_str(), true);
-  Machine m;
-  m.name = "this: " + device().name;
   const bool gpu = device().is_gpu;
   const Dtype dtype = gpu ? Dtype::bf16 : Dtype::f32;
   const int64_t rows = gpu ? 8192 : 1024;
   const double share = gpu ? 1 : std::min(1.0, double(cores()) / ranks);
-  const auto tensor = [&](int64_t a, int64_t b) {
-    const Tensor x({a, b}, dtype, Memory::workspace);
-    fill(x, 0.5);
-    return x;
+  const auto rate_of = [&](Dtype dtype, int64_t inner) {
+    return share * 2 * rows * rows * inner / seconds_of_product(dtype, rows, rows, inner);
   };
-  for (const int64_t inner : {64, 256, 1024, 4096})
-    m.products.push_back({double(inner), share * rate_of_product(dtype, rows, inner)});
-  for (const auto& [inner, rate] : m.products) m.peak = std::max(m.peak, rate);
-  m.f32 = gpu ? rate_of_product(Dtype::f32, rows, 1024) : m.peak;
-  const Tensor from = tensor(rows, 2 * rows), to = tensor(rows, 2 * rows);
-  const double copying = best_of_three([&] { copy(to, from); });
-  m.copy = share * 2 * from.bytes() / copying;
-  const Tensor row = tensor(1, rows), product_of_row = tensor(1, 16'384),
-               matrix = tensor(rows, 16'384);
-  const double reading =
-      best_of_three([&] { product(product_of_row, row, false, matrix, false, 0); });
-  m.read = share * matrix.bytes() / reading;
-  const Tensor one = tensor(1, 16), other = tensor(1, 16);
-  m.launch = best_of_three([&] {
-               for (int i = 0; i < 1000; i++) copy(other, one);
-             }) /
-             1000 / share;
-  m.sharing = 1 / share;
-  for (const Fact& fact : facts_of(m)) m.sources[fact.name] = "measured now";
-  m.sources["product"] = "measured now, " + device().name;
-  m.sources["overlap"] = "not measured";
+  std::ostringstream text;
+  double peak = 0;
+  for (const int64_t inner : {64, 256, 1024, 4096}) {
+    const double rate = rate_of(dtype, inner);
+    text << "product " << inner << " " << rate / kTera << " : measured now, " << device().name
+         << "\n";
+    peak = std::max(peak, rate);
+  }
+  text << "peak " << peak / kTera << " : measured now\n"
+       << "f32 " << (gpu ? rate_of(Dtype::f32, 1024) : peak) / kTera << " : measured now\n";
+  const Tensor from = filled(dtype, rows, 2 * rows), to = filled(dtype, rows, 2 * rows);
+  const double copying = share * 2 * from.bytes() / best_of_three([&] { copy(to, from); });
+  text << "copy " << copying / kGiga << " : measured now\n";
+  const int64_t columns = 16'384, matrix = rows * columns * size_of(dtype);
+  text << "read " << share * matrix / seconds_of_product(dtype, 1, columns, rows) / kGiga
+       << " : measured now\n";
+  const Tensor one = filled(dtype, 1, 16), other = filled(dtype, 1, 16);
+  const double thousand = best_of_three([&] {
+    for (int i = 0; i < 1000; i++) copy(other, one);
+  });
+  text << "launch " << thousand / 1000 / share / kMicro << " : measured now\n"
+       << "sharing " << 1 / share << " : measured now\noverlap 1 : not measured\n";
+  const auto links = [&](const Link& inside, const Link& between, const std::string& source) {
+    for (const auto& [name, link] : {std::pair{"inside ", inside}, {"between ", between}})
+      text << name << link.bandwidth / kGiga << " " << link.latency / kMicro << " : " << source
+           << "\n";
+  };
   if (gpu) {
     int ordinal = 0;
     cudaDeviceProp properties;
     CUDA_CHECK(cudaGetDevice(&ordinal));
     CUDA_CHECK(cudaGetDeviceProperties(&properties, ordinal));
-    m.multiprocessors = properties.multiProcessorCount;
-    m.memory = properties.totalGlobalMem;
-    m.sources["multiprocessors"] = m.sources["memory"] = "the driver's";
+    text << "multiprocessors " << properties.multiProcessorCount << " : the driver's\n"
+         << "memory " << properties.totalGlobalMem / kGiB << " : the driver's\n";
     const Machine like = read_machine(links_of(device().name));
-    m.inside = like.inside, m.between = like.between;
-    m.sources["inside"] = m.sources["between"] = "not measured: as " + like.name;
+    links(like.inside, like.between, "not measured: as " + like.name);
   } else {
-    m.memory = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE)) / double(ranks);
-    m.inside = m.between = {m.copy / 2, 10e-6 / share};
-    m.sources["memory"] = "the host's, shared by all ranks";
-    m.sources["inside"] = m.sources["between"] = "ranks of one host exchange by copying";
-    m.sources["multiprocessors"] = "not counted";
+    const double memory = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE));
+    text << "multiprocessors 0 : not counted\n"
+         << "memory " << memory / double(ranks) / kGiB << " : the host's, shared by all ranks\n";
+    const Link link{copying / 2, 10e-6 / share};
+    links(link, link, "ranks of one host exchange by copying");
   }
-  return m;
+  return parse_machine("this: " + device().name, text.str());
 }
 
 // ---- one piece of work
 
 // FLOP/s by the inner dim: between two that were measured, and below them, the time is a line.
-static double rate_of(const Machine& m, double k) {
+static double rate_at(const Machine& m, double k) {
   const auto& p = m.products;
   size_t high = 1;
   while (high + 1 < p.size() && p[high].first < k) high++;
@@ -295,8 +285,7 @@ double product_seconds(const Machine& m, double rows, double columns, double k, 
   };
   static constexpr Tile kTiles[] = {
       {256, 128, 1}, {128, 256, 1}, {128, 128, 0.9}, {64, 128, 0.7}, {128, 64, 0.7}};
-  const double slower = bytes == 2 || m.f32 == m.peak ? 1 : m.peak / m.f32,
-               rate = rate_of(m, k) / slower,
+  const double rate = rate_at(m, k) / m.slower(bytes),
                moving = batch * (rows * k + k * columns + rows * columns) * bytes / m.copy;
   if (m.multiprocessors == 0) return 2 * batch * rows * columns * k / rate + moving + m.launch;
   double computing = INFINITY;
@@ -332,13 +321,7 @@ double Link::latency_of(int n, Collective collective) const {
 
 double collective_seconds(const Link& link, int n, Collective collective, double bytes) {
   if (n == 1) return 0;
-  static std::map<std::pair<int, Collective>, double> parts;  // of the buffer, that a rank sends
-  double& part = parts[{n, collective}];
-  if (part == 0) {
-    Ledger sent;
-    sent.enter({"", n}, collective, 1);
-    part = double(sent.rows.begin()->second.numerator) / n;
-  }
+  const double part = double(parts_sent(collective, n)) / n;  // of the buffer
   const double rounds = collective == Collective::all_reduce ? 2 : 1;
   return rounds * link.latency_of(n, collective) + bytes * part / link.bandwidth;
 }

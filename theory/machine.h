@@ -32,7 +32,6 @@
 // test      tests/test_plan.cpp
 #pragma once
 #include <cmath>
-#include <map>
 #include <string>
 #include <vector>
 
@@ -53,13 +52,14 @@ struct Machine {
   double read = 0;                                               // bytes/s
   Link inside, between;
   double sharing = 1, overlap = 1;
-  std::map<std::string, std::string> sources;  // by the line's name
+  std::string text;  // that it was read from
+  // than products of bf16, in a dtype of so many bytes
+  double slower(int64_t bytes) const { return bytes == 2 || f32 == peak ? 1 : peak / f32; }
 };
 std::vector<std::string> machine_names();
 // A built-in machine, or that of a file; an Error names the line that is wrong.
 Machine read_machine(const std::string& name_or_file);
 Machine parse_machine(const std::string& name, const std::string& text);
-std::string to_text(Machine machine);
 // The built-in machine whose links a GPU of that name, as its driver has it, is taken to have
 std::string links_of(std::string gpu);
 // This one: products and copies are timed now. Ranks beyond its cores share them: each of `ranks`

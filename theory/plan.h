@@ -1,10 +1,9 @@
 // plan.h: all layouts of a cluster for a model, those that fit in memory, and the fastest of them.
 //
-// memory    What a rank holds is affine in the number of its blocks, and what it keeps for
-//           backwards in the number of its live micro-batches. So the formulas of theory/ are asked
-//           once for each kind of stage, for models of one to three blocks, and all layouts
-//           follow. Memory is what the code here holds, whatever the profile; workspace is not
-//           counted.
+// memory    What a rank keeps for backwards is proportional to the number of its live
+//           micro-batches. So the formulas of theory/ are asked once for each kind of stage, and
+//           all layouts follow. Memory is what the code here holds, whatever the profile; workspace
+//           is not counted.
 // time      Every layout that fits gets a bound from below: no stage waits for anything but tp and
 //           cp, and the busiest one idles only while the first micro-batch comes and the last goes;
 //           nor is a step shorter than what FSDP sends takes. In the order of their bounds layouts
@@ -17,25 +16,18 @@
 
 #include "theory/predict.h"
 
-struct StageMemory {                              // bytes of the fullest rank of a stage
-  std::array<int64_t, kMemoryCategories> held{};  // gather and activations: at the peak, at most
-  int64_t total() const;
-};
-// Exactly, by theory/, of every stage's fullest rank; and what it sends in a step, by axis.
+// Exactly, by theory/: the fullest rank of all, and what a rank sends in a step at most, by axis.
 struct Account {
-  std::vector<StageMemory> stages;
-  std::map<std::string, int64_t> sent;  // of the stage that sends most over that axis
-  int fullest() const;                  // which stage
+  int stage = 0;
+  int64_t bytes = 0;                                // in all
+  std::array<int64_t, kMemoryCategories> memory{};  // gather and activations: at the peak, at most
+  std::map<std::string, int64_t> sent;
 };
 Account account(const Job& job);
 
-// What is fixed by the user: 0 or empty where all are tried.
-struct Wanted {
-  Layout layout;  // sizes of 0: any
-  int64_t batch = 0, microbatch = 0, zero = 0, chunks = 0;
-  std::string schedule, reshard;
-  bool sequence_parallel = false, recompute = false;  // true: nothing else
-  int64_t prefetch = 1;
+// What is fixed by the user: 0 or empty where all are tried, and what is true stays so.
+struct Wanted : Job {
+  bool any_reshard = true;
 };
 struct Planned {
   Job job;
@@ -48,5 +40,5 @@ struct Plan {
   // of what does not fit, the layout that needs least
   std::optional<Planned> smallest;
 };
-Plan plan(const Cluster& cluster, const Profile& profile, const GptConfig& config,
-          const Wanted& wanted, int64_t memory, int64_t top);
+Plan plan(const Cluster& cluster, const Profile& profile, const Wanted& wanted, int64_t memory,
+          int64_t top);

@@ -2,9 +2,6 @@
 #include "theory/predict.h"
 
 #include <algorithm>
-#include <set>
-
-#include "theory/timeline.h"
 
 // ---- what software does
 
@@ -19,18 +16,16 @@
 // writes gradients in 16 bits, a copy in 32, master weights and two moments.
 static constexpr Passes kForward{13, 6, 4, 2, 3, 16}, kBackward{13, 3, 4, 3, 0, 14};
 static const Profile kProfiles[] = {
-    {"threefold", kForward, kBackward, false, true, true, true, 0, 39, 0.6, false},
-    {"threefold-cpu", kForward, kBackward, false, true, true, true, 0, 28, 0.26, true},
+    {"threefold", kForward, kBackward, false, true, 0, 39, 0.6, false},
+    {"threefold-cpu", kForward, kBackward, false, true, 0, 28, 0.26, true},
     {"megatron-2021",
      {11, 2, 2, 4.5, 11, 12},
      {21, 11, 4, 5.5, 7, 20},
      true,
      false,
-     false,
-     false,
      2,
      52,
-     0,
+     0.6,
      false},
 };
 
@@ -52,12 +47,18 @@ const Profile& profile_named(const std::string& name) {
 namespace {
 
 enum { kFirst, kMiddle, kLast };  // micro-batches of a step
+int which(int microbatch, int of) {
+  return microbatch == 0 ? kFirst : microbatch == of - 1 ? kLast : kMiddle;
+}
 struct Phase {
   double seconds = 0;
-  std::array<double, kAxes.size()> waiting{};
+  ByAxis waiting = ByAxis(kAxes.size());
 };
 struct ChunkTimes {
-  Phase forward[3], backward[3], weights[3], tail;  // tail: of the step, behind the last backward
+  Phase of[3][4];        // which micro-batch, Action::Kind
+  Phase tail;            // of the step, behind the last backward
+  double optimizer = 0;  // then
+  double sent = 0;       // bytes of an activation
 };
 
 class RankWork {
@@ -67,7 +68,7 @@ class RankWork {
         profile(predictor.profile),
         splits(splits_backward),
         one(job, 1),
-        t{one.config, one.options, one.mesh, Schedule{&schedule_row("1f1b")}} {
+        t(one.theory()) {
     const GptConfig& c = one.config;
     R = t.R;
     S = t.S;
@@ -78,11 +79,14 @@ class RankWork {
     heads = kv * (c.heads / c.kv());
     channels = heads * D;
     kv_channels = kv * D;
-    int64_t stride = 1;
-    for (size_t a = kAxes.size(); a-- > 0; stride *= job.layout.sizes[a])
-      links[a] = link_of(predictor.cluster, job.layout.sizes[a], stride);
-    const int64_t tp = job.layout["tp"];
-    shards = link_of(predictor.cluster, t.fsdp.size, tp);
+    const auto group = [&](AxisName axis, int n, int64_t stride) {
+      return Group{axis.index, link_of(predictor.cluster, n, stride), n};
+    };
+    tp = group("tp", t.tp.size, 1);
+    cp = group("cp", t.cp.size, tp.n);
+    cp.n = 2;  // neighbours in a ring
+    fsdp = group("fsdp", t.fsdp.size, tp.n);
+    replicate = group("replicate", job.layout["replicate"], tp.n * fsdp.n);
     const auto parts = t.gpt.parts();
     if (chunk.embedding) add_use(parts[0]);
     for (int64_t i = 0; i < chunk.blocks; i++) add_use(parts[1], i);
@@ -93,35 +97,42 @@ class RankWork {
     ChunkTimes times;
     const int n = std::min(microbatches, 3);
     for (int i = 0; i < n; i++) {
-      const int which = i == 0 ? kFirst : i == n - 1 ? kLast : kMiddle;
+      Phase* phases = times.of[which(i, n)];
       is_last = i == n - 1;
       for (size_t u = 0; u < uses.size(); u++) forward(u);
-      mark(times.forward[which]);
+      end_phase(phases[Action::forward]);
       for (size_t u = uses.size(); u-- > 0;) backward(u);
-      mark(times.backward[which]);
-      if (!splits) continue;
+      end_phase(phases[splits ? Action::input_gradient : Action::backward]);
       for (; !deferred.empty(); deferred.pop_front()) deferred.front()();
-      mark(times.weights[which]);
+      end_phase(phases[Action::weight_gradient]);
     }
     end_step();
-    mark(times.tail);
-    read_off();
-    return times;
-  }
-  double bytes_between_stages() const { return t.activation; }
-  // of the optimizer, after the last backward
-  double optimizer() const {
+    end_phase(times.tail);
     double elements = 0;
     for (const auto& [key, unit] : units) elements += unit.elements;
-    return move_seconds(machine, elements * profile.optimizer_bytes, 4 * units.size());
+    times.optimizer = move_seconds(machine, elements * profile.optimizer_bytes, 4 * units.size());
+    times.sent = t.activation;
+    return times;
   }
 
  private:
+  // The ranks of an axis, or of two, as this one reaches them.
+  struct Group {
+    size_t axis;
+    Link link;
+    int n;
+  };
+  struct Sent {  // when it arrives, and over which axis
+    double end = 0;
+    size_t axis = 0;
+    auto operator<=>(const Sent&) const = default;
+  };
   struct Unit {
     double elements = 0;                   // of this rank's shard
     double whole = 0, whole_gradient = 0;  // bytes
     bool gathered = false;
-    int arrived = -1, reduced = -1, uses = 0, done = 0;
+    Sent arrived, reduced;
+    int uses = 0, done = 0;
   };
   struct Use {
     ModelPart::Kind kind;
@@ -143,14 +154,27 @@ class RankWork {
     uses.push_back(use);
   }
 
-  // ---- issuing
-  int send(AxisName axis, const Link& link, int n, Collective c, double bytes) {
-    const int task = issue.communicate(collective_seconds(link, n, c, bytes));
-    axis_of.resize(task + 1);
-    axis_of[task] = axis.index;
-    return task;
+  // ---- issuing to the two queues
+  Sent send(const Group& to, Collective c, double bytes) {
+    if (to.n == 1) return {};
+    const double seconds = collective_seconds(to.link, to.n, c, bytes);
+    beside += seconds;
+    return last = {issue.communicate(seconds), to.axis};
   }
-  void compute(double seconds) { issue.compute(seconds); }
+  void wait_for(const Sent& sent) { awaited = std::max(awaited, sent); }  // the next computation
+  void compute(double seconds) {
+    const double waited = issue.compute(seconds, awaited.end);
+    waiting[awaited.axis] += waited;
+    beside -= waited;
+  }
+  void end_phase(Phase& phase) {
+    compute(0);
+    const double took = issue.computed() - began;
+    phase = {took + (1 - machine.overlap) * std::max(0.0, beside), waiting};
+    began = issue.computed();
+    beside = 0;
+    waiting = 0;
+  }
   double product(double m, double n, double k, double batch = 1) const {
     return product_seconds(machine, m, n, k, batch, t.e);
   }
@@ -162,25 +186,11 @@ class RankWork {
     else compute(seconds);
   }
   // rows of width C over tp: their sum, or all of them where a rank has a slice
-  void tp_start(Collective c) {
-    if (t.tp.size == 1) return;
-    const double bytes = t.by_rows ? t.tp.size * t.activation : t.activation;
-    send("tp", links[AxisName("tp").index], t.tp.size, c, bytes);
+  Sent tp_send(Collective c) {
+    return send(tp, c, t.by_rows ? t.tp.size * t.activation : t.activation);
   }
-  void tp_sum() { tp_start(t.by_rows ? Collective::reduce_scatter : Collective::all_reduce); }
-  void tp_gather() {
-    if (t.by_rows) tp_start(Collective::all_gather);
-  }
-  void finish() { issue.finish(); }
-  // and wait for it
-  void whole_rows() {
-    tp_gather();
-    if (t.by_rows) finish();
-  }
-  void whole_sum() {
-    tp_sum();
-    if (t.tp.size > 1) finish();
-  }
+  Sent tp_sum() { return tp_send(t.by_rows ? Collective::reduce_scatter : Collective::all_reduce); }
+  Sent tp_gather() { return t.by_rows ? tp_send(Collective::all_gather) : Sent{}; }
 
   // ---- blocks, head, embedding
   void attention(bool backward) {
@@ -198,43 +208,41 @@ class RankWork {
     }
     // the causal mask leaves half of 2 products forward and 5 backward, of 2 operations each
     const double operations = (backward ? 5 : 2) * R * T * channels,
-                 slower = t.e == 2 || machine.f32 == machine.peak ? 1 : machine.peak / machine.f32,
-                 rate = machine.products.back().second *
-                        (profile.flash_share > 0 ? profile.flash_share : 0.6) / slower;
+                 rate = machine.products.back().second * profile.flash_share / machine.slower(t.e);
     const double computing = operations / rate + machine.launch * (backward ? 3 : 1);
     if (!splits_sequence) return compute(computing);
     // while keys and values of the next rank travel, those that are here are attended to
     const double n = t.cp.size,
                  travels = 2 * R * kv_channels * (backward ? t.e + t.g : t.e) * (n - 1);
-    send("cp", links[AxisName("cp").index], 2, Collective::send, travels);
+    const Sent arrives = send(cp, Collective::send, travels);
     compute(computing * (n - 1) / n);
-    finish();
+    wait_for(arrives);
     compute(computing / n);
   }
   void block_forward() {
     const Passes& p = profile.forward;
     const double half = move(p.rows / 2 * S * C, p.kernels / 2);
-    whole_rows();
+    wait_for(tp_gather());
     compute(half + product(R, channels + 2 * kv_channels, C));
     attention(false);
     compute(move(p.columns * R * channels, 0) + product(R, C, channels));
-    whole_sum();
-    whole_rows();
+    wait_for(tp_sum());
+    wait_for(tp_gather());
     compute(half + product(R, F, C) + move(p.hidden * R * F, 0) + product(R, C, F));
-    whole_sum();
+    wait_for(tp_sum());
   }
   // of a matrix split by its outputs, n of them on this rank
   void column_backward(double n) {
-    tp_gather();  // of the slice that was saved
+    const Sent saved = tp_gather();  // of the slice that was
     compute(product(R, C, n));
-    if (t.by_rows) finish();
-    tp_sum();
-    if (t.tp.size > 1 && (!profile.overlaps_sums || splits)) finish();
+    wait_for(saved);
+    const Sent sum = tp_sum();
+    if (!profile.overlaps || splits) wait_for(sum);
     weight(product(C, n, R));
-    if (t.tp.size > 1) finish();
+    wait_for(sum);
   }
   void row_backward(double n) {
-    whole_rows();
+    wait_for(tp_gather());
     compute(product(R, n, C));
     weight(product(n, C, R));
   }
@@ -256,19 +264,17 @@ class RankWork {
     if (kind == ModelPart::block) return block_forward();
     if (kind == ModelPart::embedding) {
       compute(move(2 * R * C, 1));
-      whole_sum();
+      wait_for(tp_sum());
       return;
     }
-    whole_rows();
+    wait_for(tp_gather());
     compute(move(2 * S * C, 1) + product(R, V, C) + move(profile.forward.logits * R * V, 4));
-    if (t.tp.size == 1) return;
-    send("tp", links[AxisName("tp").index], t.tp.size, Collective::all_reduce, 3 * R * t.g);
-    finish();
+    wait_for(send(tp, Collective::all_reduce, 3 * R * t.g));
   }
   void part_backward(ModelPart::Kind kind) {
     if (kind == ModelPart::block) return block_backward();
     if (kind == ModelPart::embedding) {
-      whole_rows();
+      wait_for(tp_gather());
       compute(move(3 * R * C, 1));
       return;
     }
@@ -281,8 +287,7 @@ class RankWork {
   void start_unshard(Unit& u) {
     if (u.gathered) return;
     u.gathered = true;
-    if (t.fsdp.size > 1)
-      u.arrived = send("fsdp", shards, t.fsdp.size, Collective::all_gather, u.whole);
+    u.arrived = send(fsdp, Collective::all_gather, u.whole);
   }
   void unshard(int use, int direction) {
     for (Unit* u : uses[use].units) start_unshard(*u);
@@ -292,7 +297,7 @@ class RankWork {
       if (direction < 0 && uses[next].backward != Backward::unshards) continue;
       for (Unit* u : uses[next].units) start_unshard(*u);
     }
-    for (Unit* u : uses[use].units) issue.wait_for(u->arrived);
+    for (Unit* u : uses[use].units) wait_for(u->arrived);
   }
   void reshard(int use) {
     if (t.shards_parameters && t.options.fsdp.reshard)
@@ -310,22 +315,19 @@ class RankWork {
     else reduce_gradients(use);
     reshard(use);
   }
-  void sum_over_copies(const Unit& u) {
-    const int n = t.mesh.layout["replicate"];
-    if (n > 1)
-      send("replicate", links[AxisName("replicate").index], n, Collective::all_reduce,
-           u.whole_gradient / t.fsdp.size);
+  // over its shards, and in the last micro-batch over copies
+  Sent sum_of(const Unit& u) {
+    const Sent sum = send(fsdp, Collective::reduce_scatter, u.whole_gradient);
+    if (!is_last) return sum;
+    return std::max(sum, send(replicate, Collective::all_reduce, u.whole_gradient / fsdp.n));
   }
   void reduce_gradients(int use) {
     for (Unit* u : uses[use].units) {
       if (++u->done < u->uses) continue;
       u->done = 0;
       if (!t.shards_gradients && !is_last) continue;
-      if (!profile.overlaps_gradients && is_last) continue;  // at the step's end
-      if (t.fsdp.size > 1)
-        send("fsdp", shards, t.fsdp.size, Collective::reduce_scatter, u->whole_gradient);
-      if (is_last) sum_over_copies(*u);
-      u->reduced = issue.tasks.size() - 1;
+      if (!profile.overlaps && is_last) continue;  // at the step's end
+      u->reduced = sum_of(*u);
       in_flight.push_back(u);
       while (in_flight.size() > (t.options.fsdp.prefetch > 0 ? 1 : 0)) finish_reduce();
     }
@@ -333,57 +335,22 @@ class RankWork {
   void finish_reduce() {
     const Unit& u = *in_flight.front();
     in_flight.pop_front();
-    if (t.fsdp.size * t.mesh.layout["replicate"] == 1) return;
-    issue.wait_for(u.reduced);
+    wait_for(u.reduced);
     compute(t.shards_gradients ? move_seconds(machine, 3 * u.elements * t.g, 1) : 0);
   }
   void end_step() {
     while (!in_flight.empty()) finish_reduce();
-    if (profile.overlaps_gradients) return;
-    for (const auto& [key, unit] : units) {
-      if (t.fsdp.size > 1)
-        send("fsdp", shards, t.fsdp.size, Collective::reduce_scatter, unit.whole_gradient);
-      sum_over_copies(unit);
-    }
-    finish();
+    if (profile.overlaps) return;
+    for (const auto& [key, unit] : units) sum_of(unit);
+    wait_for(last);
   }
 
-  // ---- what came of it
-  void mark(Phase& phase) {
-    compute(0);
-    marks.push_back({issue.last_compute(), &phase});
-  }
-  void read_off() {
-    const std::vector<Span> spans = ::run(issue.tasks);
-    // of the last computation; of the phase; of what has travelled in it and was not waited for
-    double end = 0, begin = 0, beside = 0;
-    size_t next = 0;
-    for (int i = 0; i < int(issue.tasks.size()); i++) {
-      const Task& task = issue.tasks[i];
-      if (task.queue != Queue::compute) {
-        beside += task.duration;
-        continue;
-      }
-      Phase& phase = *marks[next].second;
-      const double waited = std::max(0.0, spans[i].start - end);
-      if (waited > 0) phase.waiting[axis_of[task.after]] += waited;
-      beside -= waited;
-      end = spans[i].end;
-      if (i < marks[next].first) continue;
-      phase.seconds = end - begin + (1 - machine.overlap) * std::max(0.0, beside);
-      begin = end;
-      beside = 0;
-      next++;
-    }
-  }
-
-  friend class ::Predictor;
   const Machine& machine;
   const Profile& profile;
   bool splits, is_last = false;
   FewBlocks one;
   TheoryOfRank t;
-  Link links[kAxes.size()], shards;
+  Group tp, cp, fsdp, replicate;
   double R, S, C, F, V;
   double heads, channels, kv_channels;
   std::map<int, Unit> units;
@@ -391,8 +358,9 @@ class RankWork {
   std::deque<Unit*> in_flight;
   std::deque<std::function<void()>> deferred;
   Issue issue;
-  std::vector<size_t> axis_of;  // of a communication, by its task
-  std::vector<std::pair<int, Phase*>> marks;
+  Sent last, awaited;
+  double began = 0, beside = 0;  // the phase; what has travelled in it and was not waited for
+  ByAxis waiting = ByAxis(kAxes.size());  // of the phase
 };
 
 }  // namespace
@@ -407,7 +375,10 @@ FewBlocks::FewBlocks(const Job& job, int64_t blocks)
 std::array<double, 3> Predictor::chunk_seconds(const Job& job, const ChunkKind& chunk,
                                                bool splits_backward) {
   const ChunkTimes t = RankWork(*this, job, chunk, splits_backward).run(3);
-  return {t.forward[kMiddle].seconds, t.backward[kMiddle].seconds, t.weights[kMiddle].seconds};
+  const Phase* middle = t.of[kMiddle];
+  const auto backward = splits_backward ? Action::input_gradient : Action::backward;
+  return {middle[Action::forward].seconds, middle[backward].seconds,
+          middle[Action::weight_gradient].seconds};
 }
 
 // ---- the step
@@ -416,7 +387,7 @@ std::vector<std::vector<ChunkKind>> Predictor::chunks_of(const Schedule& s) cons
   std::vector<std::vector<ChunkKind>> kinds;
   for (int stage = 0; stage < s.stages; stage++) {
     kinds.emplace_back();
-    for (const ModelPiece& piece : pieces_of(*gpt_, s, stage)) {
+    for (const ModelPiece& piece : pieces_of(gpt_, s, stage)) {
       const bool embedding = has_embedding(piece), head = has_head(piece);
       kinds.back().push_back({int64_t(piece.size()) - embedding - head, embedding, head});
     }
@@ -424,89 +395,60 @@ std::vector<std::vector<ChunkKind>> Predictor::chunks_of(const Schedule& s) cons
   return kinds;
 }
 
-// Without actions.
-static Schedule outline(const Job& job) {
-  const int pp = job.layout["pp"];
-  const ScheduleRow& row = schedule_row(pp > 1 ? job.options.schedule : "1f1b");
-  const int64_t ranks = job.options.microbatch * job.layout.data_ranks();
-  const int chunks = pp == 1 ? 1 : job.options.chunks ? job.options.chunks : row.chunks();
-  return {&row, pp, int(job.options.batch / ranks), chunks};
-}
-
-// The tasks of a pipeline without their durations, and what each of them is.
-struct Predictor::PipelineTasks {
-  struct What {
-    int stage;
-    Action::Kind kind;
-    int chunk, microbatch;
-  };
-  std::vector<Task> tasks;
-  std::vector<What> what;
-};
-
-const Predictor::PipelineTasks& Predictor::tasks(const Schedule& s, int microbatches) {
-  auto& kept = pipelines_[{s.row->name, s.stages, microbatches, s.chunks}];
-  if (kept) return *kept;
-  kept = std::make_shared<PipelineTasks>();
-  const Schedule schedule = make_schedule(s.row->name, s.stages, microbatches, s.chunks);
-  kept->tasks = tasks_of(schedule, durations(schedule, {}), Queue::communication);
-  for (int stage = 0; stage < s.stages; stage++)
-    for (const Action& a : schedule.actions[stage])
-      kept->what.push_back({stage, a.kind, a.chunk, a.microbatch});
-  return *kept;
+const Predictor::Pipeline& Predictor::pipeline(const Schedule& s, int microbatches) {
+  const auto [kept, is_new] =
+      pipelines_.try_emplace({s.row->name, s.stages, microbatches, s.chunks});
+  auto& [schedule, tasks] = kept->second;
+  if (is_new) {
+    schedule = make_schedule(s.row->name, s.stages, microbatches, s.chunks);
+    tasks = tasks_of(schedule, durations(schedule, {}));
+  }
+  return kept->second;
 }
 
 // Of an activation between two stages, over one card.
-static double exchange_seconds(const Predictor& p, const Job& job, const RankWork& work) {
+static double exchange_seconds(const Predictor& p, const Job& job, double bytes) {
   const int64_t pp = job.layout["pp"], tp = job.layout["tp"], stride = job.layout.ranks() / pp;
   const bool leaves = pp * stride > p.cluster.devices && !p.cluster.spread;
   const Link link = link_of(p.cluster, 2, leaves ? std::max(stride, p.cluster.devices) : stride);
-  const double bytes = work.bytes_between_stages();
-  if (p.profile.overlaps_exchanges || job.config.sequence_parallel)
+  if (p.profile.overlaps || job.config.sequence_parallel)
     return collective_seconds(link, 2, Collective::send, bytes);
   return collective_seconds(link, 2, Collective::send, bytes / tp) +
          collective_seconds(link_of(p.cluster, tp, 1), tp, Collective::all_gather, bytes);
 }
 
 Prediction Predictor::predict(const Job& job, double limit) {
-  const Schedule s = outline(job);
+  const Schedule s = outline_of(job.options, job.layout);
   const auto kinds = chunks_of(s);
   std::map<ChunkKind, ChunkTimes> times;
   Prediction result;
-  double exchange = 0, tail = 0;
+  double tail = 0;
   for (const auto& stage : kinds) {
     double optimizer = 0, of_stage = 0;
     for (const ChunkKind& kind : stage) {
-      RankWork work(*this, job, kind, s.row->splits_backward);
-      if (!times.count(kind)) times[kind] = work.run(s.microbatches);
-      optimizer += work.optimizer();
-      of_stage += times[kind].tail.seconds;
-      exchange = exchanges_are_free_ ? 0 : exchange_seconds(*this, job, work);
+      const auto [t, is_new] = times.try_emplace(kind);
+      if (is_new)
+        t->second = RankWork(*this, job, kind, s.row->splits_backward).run(s.microbatches);
+      optimizer += t->second.optimizer;
+      of_stage += t->second.tail.seconds;
     }
     result.optimizer = std::max(result.optimizer, optimizer);
     tail = std::max(tail, of_stage);
   }
 
-  // which of three times a micro-batch has
-  const auto phase = [&](const PipelineTasks::What& what, int microbatches) -> const Phase& {
-    const ChunkTimes& t = times.at(kinds[what.stage][what.chunk]);
-    const int which = what.microbatch == 0                  ? kFirst
-                      : what.microbatch == microbatches - 1 ? kLast
-                                                            : kMiddle;
-    return what.kind == Action::forward           ? t.forward[which]
-           : what.kind == Action::weight_gradient ? t.weights[which]
-                                                  : t.backward[which];
-  };
   const auto run_with = [&](double exchange, int m) {
-    const PipelineTasks& pipeline = tasks(s, m);
-    std::vector<Task> timed = pipeline.tasks;
+    const auto& [schedule, tasks] = pipeline(s, m);
+    std::vector<Task> timed = tasks;
     // where nothing overlaps, a computation first takes what comes, and then hands on its result
-    const double exposed = profile.overlaps_exchanges ? 0 : exchange;
-    for (size_t i = 0; i < timed.size(); i++) {
-      const auto& what = pipeline.what[i];
-      if (what.kind == Action::exchange) timed[i].duration = exchange - exposed;
-      else timed[i].duration = phase(what, m).seconds + exposed;
-    }
+    const double exposed = profile.overlaps ? 0 : exchange;
+    auto task = timed.begin();
+    for (int stage = 0; stage < s.stages; stage++)
+      for (const Action& a : schedule.actions[stage])
+        (task++)->duration =
+            a.kind == Action::exchange
+                ? exchange - exposed
+                : times.at(kinds[stage][a.chunk]).of[which(a.microbatch, m)][a.kind].seconds +
+                      exposed;
     return makespan(run(timed));
   };
   const auto step = [&](double exchange) {
@@ -517,34 +459,31 @@ Prediction Predictor::predict(const Job& job, double limit) {
 
   // the busiest stage: its computations, and what they wait for; and a bound: a stage begins behind
   // the first forward of those before it, which end behind its last backward
+  const double count[] = {1, std::max(0.0, s.microbatches - 2.0), s.microbatches > 1 ? 1.0 : 0};
   double busiest = 0, bound = 0, before = 0;
-  const auto add = [](auto& sum, const auto& x, double times) {
-    for (size_t a = 0; a < kAxes.size(); a++) sum[a] += times * x[a];
-  };
-  for (int stage = 0; stage < s.stages; stage++) {
+  for (const auto& stage : kinds) {
     double busy = 0;
-    std::array<double, kAxes.size()> waiting{};
-    for (int chunk = 0; chunk < s.chunks; chunk++) {
-      add(waiting, times.at(kinds[stage][chunk]).tail.waiting, 1);
-      for (const int m : std::set{0, std::min(1, s.microbatches - 1), s.microbatches - 1})
-        for (const auto kind : {Action::forward, Action::backward, Action::weight_gradient}) {
-          const bool middle = m > 0 && m < s.microbatches - 1;
-          const double times = middle ? s.microbatches - 2 : 1;
-          const Phase& p = phase({stage, kind, chunk, m}, s.microbatches);
-          busy += times * p.seconds;
-          add(waiting, p.waiting, times);
+    ByAxis waiting(kAxes.size());
+    for (const ChunkKind& kind : stage) {
+      const ChunkTimes& t = times.at(kind);
+      waiting += t.tail.waiting;
+      for (const int which : {kFirst, kMiddle, kLast})
+        for (const Phase& p : t.of[which]) {
+          busy += count[which] * p.seconds;
+          waiting += count[which] * p.waiting;
         }
     }
     bound = std::max(bound, before + busy);
-    const ChunkTimes& first = times.at(kinds[stage][0]);
-    before +=
-        first.forward[kFirst].seconds + first.backward[s.microbatches > 1 ? kLast : kFirst].seconds;
+    const ChunkTimes& first = times.at(stage[0]);
+    before += first.of[kFirst][Action::forward].seconds;
+    for (const auto kind : {Action::backward, Action::input_gradient})
+      before += first.of[s.microbatches > 1 ? kLast : kFirst][kind].seconds;
     if (busy <= busiest) continue;
     busiest = busy;
     result.waiting = waiting;
   }
-  result.computing = busiest + tail;
-  for (const double w : result.waiting) result.computing -= w;
+  result.computing = busiest + tail - result.waiting.sum();
+  double idling = 0;
   if (s.stages > 1) {
     // Where a stage idles, those of its node that share its processor compute. Approximately: two
     // stages alone on one processor are never idle, and are here.
@@ -553,21 +492,15 @@ Prediction Predictor::predict(const Job& job, double limit) {
                   stages = std::max<int64_t>(1, cluster.devices / on_node);
     const double share = std::min<double>(stages, cluster.machine.sharing);
     const auto idle = [&](double pipeline) { return std::max(0.0, pipeline - busiest) / share; };
-    result.bubble = idle(bound);
-    if (busiest + result.bubble + tail + result.optimizer < limit)
-      result.bubble = idle(step(exchange));
+    result.bubble = idling = idle(bound);
+    if (busiest + idling + tail + result.optimizer < limit) {
+      idling = idle(step(exchange_seconds(*this, job, times.begin()->second.sent)));
+      result.bubble = idle(step(0));  // and the rest goes when exchanges take no time
+      result.waiting[AxisName("pp").index] = idling - result.bubble;
+    }
   }
-  result.seconds = busiest + result.bubble + tail + result.optimizer;
+  result.seconds = busiest + idling + tail + result.optimizer;
   return result;
-}
-
-void Predictor::split_bubble(const Job& job, Prediction& prediction) {
-  if (job.layout["pp"] == 1) return;
-  Predictor free(*this);
-  free.exchanges_are_free_ = true;
-  const double exchanging = prediction.seconds - free.predict(job).seconds;
-  prediction.waiting[AxisName("pp").index] = exchanging;
-  prediction.bubble -= exchanging;
 }
 
 // ---- inference

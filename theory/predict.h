@@ -12,9 +12,11 @@
 // test      tests/test_plan.cpp: held against published tables
 #pragma once
 #include <cmath>
+#include <valarray>
 
 #include "theory/machine.h"
 #include "theory/theory.h"
+#include "theory/timeline.h"
 
 // Numbers of the compute dtype read or written in a block, for each number in: an activation of
 // width C of this rank's rows; one of its part of the width, of all rows; one between the MLP's
@@ -26,14 +28,14 @@ struct Passes {
 struct Profile {
   const char* name;
   Passes forward, backward;
-  bool stores_scores;       // attention as whole matrices, with plain products
-  bool overlaps_sums;       // tp: a backward's sum travels beside the weight gradient
-  bool overlaps_gradients;  // sums of gradients run behind the backward
-  bool overlaps_exchanges;  // between stages; and each tp rank sends all that it has
-  double gradient_bytes;    // on the wire; 0: those of the master dtype
-  double optimizer_bytes;   // read and written a parameter of the shard, in all
-  double flash_share;       // of a large product's rate
-  bool direct;              // Cluster's
+  bool stores_scores;  // attention as whole matrices, with plain products
+  // tp: a backward's sum travels beside the weight gradient; sums of gradients run behind the
+  // backward; exchanges between stages, where each tp rank then sends all that it has
+  bool overlaps;
+  double gradient_bytes;   // on the wire; 0: those of the master dtype
+  double optimizer_bytes;  // read and written a parameter of the shard, in all
+  double flash_share;      // of a large product's rate
+  bool direct;             // Cluster's
 };
 const Profile& profile_named(const std::string& name);
 std::vector<std::string> profile_names();
@@ -52,25 +54,27 @@ struct ChunkKind {
 // A model of few blocks, on the last rank of a stage: all blocks of a model are alike.
 struct FewBlocks {
   FewBlocks(const Job& job, int64_t blocks);
+  TheoryOfRank theory(const char* schedule = "1f1b") {
+    return {config, options, mesh, Schedule{&schedule_row(schedule)}};
+  }
   GptConfig config;
   TrainerOptions options;
   Mesh mesh;
 };
+using ByAxis = std::valarray<double>;  // for each of kAxes
 struct Prediction {
   double seconds = 0;  // of a step
   // of the busiest stage, in a step
   double computing = 0, bubble = 0, optimizer = 0;
-  std::array<double, kAxes.size()> waiting{};  // for each axis, after overlap
+  ByAxis waiting = ByAxis(kAxes.size());  // after overlap
 };
 // The times of pipelines are kept: the next prediction with so many stages is faster.
 class Predictor {
  public:
   Predictor(const Cluster& cluster, const Profile& profile, const ModelSize& model)
-      : cluster(cluster), profile(profile), gpt_(std::make_shared<Gpt>(GptConfig{model})) {}
+      : cluster(cluster), profile(profile), gpt_(GptConfig{model}) {}
   // Where a step takes longer than the limit for certain, its pipeline is not run: a bound.
   Prediction predict(const Job& job, double limit = INFINITY);
-  // Of what a prediction calls bubble, what goes when exchanges take no time is pp's waiting.
-  void split_bubble(const Job& job, Prediction& prediction);
   // of a micro-batch in the middle of a step: forward, backward (or input gradients, where it is
   // split) and weight gradients
   std::array<double, 3> chunk_seconds(const Job& job, const ChunkKind& chunk, bool splits_backward);
@@ -81,11 +85,13 @@ class Predictor {
   const Profile& profile;
 
  private:
-  struct PipelineTasks;
-  const PipelineTasks& tasks(const Schedule& outline, int microbatches);
-  std::map<std::tuple<std::string, int, int, int>, std::shared_ptr<PipelineTasks>> pipelines_;
-  std::shared_ptr<Gpt> gpt_;  // its pieces
-  bool exchanges_are_free_ = false;
+  struct Pipeline {
+    Schedule schedule;
+    std::vector<Task> tasks;  // in the order of its actions, without their durations
+  };
+  const Pipeline& pipeline(const Schedule& outline, int microbatches);
+  std::map<std::tuple<std::string, int, int, int>, Pipeline> pipelines_;
+  Gpt gpt_;  // its pieces
 };
 
 // How long one more token of each of `sequences` takes that have `length` tokens in the cache:

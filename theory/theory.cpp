@@ -4,7 +4,9 @@
 Theory theory(const GptConfig& config, const Layout& layout, int rank,
               const TrainerOptions& options) {
   Mesh mesh(layout, rank);
-  TheoryOfRank t{config, options, mesh, schedule_of(options, layout)};
+  TheoryOfRank t{config, options, mesh, outline_of(options, layout)};
+  t.schedule.actions.resize(t.schedule.stages);  // of which its own are asked for
+  t.schedule.actions[t.pp.rank] = computations(t.schedule, t.pp.rank);
   t.add_fsdp();
   t.add_context_parallel();
   t.add_tensor_parallel();

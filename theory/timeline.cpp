@@ -15,12 +15,8 @@ std::vector<Span> run(const std::vector<Task>& tasks) {
     collectives = std::max(collectives, t.collective + 1);
   }
   const auto queue_of = [](const Task& t) { return 2 * t.rank + int(t.queue); };
-  std::vector<int> next(n, -1), head(2 * ranks, -1), tail(2 * ranks, -1);  // of the queues
-  for (int i = 0; i < n; i++) {
-    const int queue = queue_of(tasks[i]);
-    (tail[queue] < 0 ? head[queue] : next[tail[queue]]) = i;
-    tail[queue] = i;
-  }
+  std::vector<std::vector<int>> queues(2 * ranks);
+  for (int i = 0; i < n; i++) queues[queue_of(tasks[i])].push_back(i);
   struct Meeting {
     int missing = 0;  // ranks
     double start = 0, longest = 0;
@@ -32,19 +28,19 @@ std::vector<Span> run(const std::vector<Task>& tasks) {
 
   std::vector<Span> spans(n, {-1, -1});
   std::vector<double> free(2 * ranks);
-  std::vector<bool> stands(2 * ranks);  // in a collective
+  std::vector<size_t> next(2 * ranks);  // of each queue
   int done = 0;
   const auto end = [&](int i, double time) {
     const int queue = queue_of(tasks[i]);
     spans[i].end = free[queue] = time;
-    head[queue] = next[i];
-    stands[queue] = false;
+    next[queue]++;
     done++;
   };
   const auto proceed = [&](int queue) {  // does the next task, if it can
-    const int i = head[queue];
-    if (i < 0 || stands[queue]) return false;
+    if (next[queue] == queues[queue].size()) return false;
+    const int i = queues[queue][next[queue]];
     const Task& t = tasks[i];
+    if (spans[i].start >= 0) return false;  // it stands in a collective
     if (t.after >= 0 && spans[t.after].end < 0) return false;
     const double start = std::max(free[queue], t.after >= 0 ? spans[t.after].end : 0);
     spans[i].start = start;
@@ -53,7 +49,6 @@ std::vector<Span> run(const std::vector<Task>& tasks) {
       return true;
     }
     Meeting& m = meetings[t.collective];
-    stands[queue] = true;
     m.start = std::max(m.start, start);
     m.longest = std::max(m.longest, t.duration);
     m.there.push_back(i);
@@ -77,24 +72,9 @@ double makespan(const std::vector<Span>& spans) {
   return last;
 }
 
-// ---- one rank
-
-int Issue::compute(double duration) {
-  tasks.push_back({0, Queue::compute, duration, waits_for_});
-  waits_for_ = -1;
-  return last_[0] = tasks.size() - 1;
-}
-
-int Issue::communicate(double duration) {
-  tasks.push_back({0, Queue::communication, duration, last_[0]});
-  return last_[1] = tasks.size() - 1;
-}
-
-void Issue::wait_for(int communication) { waits_for_ = std::max(waits_for_, communication); }
-
 // ---- a pipeline
 
-std::vector<Task> tasks_of(const Schedule& s, const Durations& durations, Queue exchanges) {
+std::vector<Task> tasks_of(const Schedule& s, const Durations& durations) {
   std::vector<Task> tasks;
   std::map<std::pair<int, Transfer>, int> collective;  // by one end: stage and transfer
   int collectives = 0;
@@ -106,7 +86,7 @@ std::vector<Task> tasks_of(const Schedule& s, const Durations& durations, Queue 
       Task task{stage, Queue::compute, durations[stage][i]};
       const int number = tasks.size();
       if (a.kind == Action::exchange) {
-        task.queue = exchanges;
+        task.queue = Queue::communication;
         for (const Transfer& t : a.transfers) {
           if (t.send) {
             const auto kind =
@@ -126,7 +106,6 @@ std::vector<Task> tasks_of(const Schedule& s, const Durations& durations, Queue 
         made[{a.kind == Action::backward ? Action::input_gradient : a.kind, a.microbatch,
               a.chunk}] = number;
       }
-      if (task.queue == Queue::compute && exchanges == Queue::compute) task.after = -1;  // in order
       tasks.push_back(task);
     }
   }

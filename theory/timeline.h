@@ -11,6 +11,7 @@
 // cost      O(tasks)
 // test      tests/test_plan.cpp: equal to theory/simulate for pipelines
 #pragma once
+#include <algorithm>
 #include <functional>
 
 #include "support/recorder.h"
@@ -30,26 +31,28 @@ struct Task {
 std::vector<Span> run(const std::vector<Task>& tasks);
 double makespan(const std::vector<Span>& spans);
 
-// The tasks of one rank, in the order in which its host issues them.
+// The same of one rank alone: its tasks wait for earlier ones, so each has its times at once.
 class Issue {
  public:
-  // Both return the task's number. A computation waits for the communication that was named before
-  // it, a communication for all that was issued to the compute queue so far.
-  int compute(double duration);
-  int communicate(double duration);
-  void wait_for(int communication);      // the next computation does
-  void finish() { wait_for(last_[1]); }  // for all communication so far
-  int last_compute() const { return last_[0]; }
-  std::vector<Task> tasks;
+  // Waits for all that was issued to the compute queue so far. Returns when it ends.
+  double communicate(double duration) {
+    return communicated_ = std::max(communicated_, computed_) + duration;
+  }
+  // Waits for a communication that ends then. Returns how long.
+  double compute(double duration, double communicated) {
+    const double begins = std::max(communicated, computed_), waited = begins - computed_;
+    computed_ = begins + duration;
+    return waited;
+  }
+  double computed() const { return computed_; }  // when the last computation ends
 
  private:
-  int last_[2] = {-1, -1}, waits_for_ = -1;
+  double computed_ = 0, communicated_ = 0;
 };
 
 // The tasks of a schedule: first those of stage 0, in the order of its actions, then those of stage
-// 1, ... Exchanges are on the communication queue, or block the computations (exchanges: compute).
-std::vector<Task> tasks_of(const Schedule& schedule, const Durations& durations,
-                           Queue exchanges = Queue::communication);
+// 1, ... Exchanges are on the communication queue.
+std::vector<Task> tasks_of(const Schedule& schedule, const Durations& durations);
 
 // From how many micro-batches on a schedule has a steady state, if its stages are alike.
 int steady_microbatches(const ScheduleRow& row, int stages);
