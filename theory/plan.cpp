@@ -242,7 +242,7 @@ class Search {
     candidates.resize(kMost / 2);
   }
   Plan predict(int64_t top) {
-    std::ranges::sort(candidates, {}, seconds);
+    std::ranges::stable_sort(candidates, {}, seconds);
     auto& best = result.fastest;
     for (Planned& p : candidates) {
       const double limit = int64_t(best.size()) < top ? INFINITY : seconds(best.back());
