@@ -49,7 +49,7 @@ function state(t) {
       if (e.ts > t) break;
       const a = e.args, lasts = t < e.ts + e.dur;
       if (lasts) now[e.cat]?.unshift(e);
-      if (e.ph === 'C') now[e.name] = a;
+      if (e.ph === 'C') Object.assign(now[e.name], a);
       if (e.cat === 'unit') now.units[a.unit].weights = 'reshard';
       if (e.cat === 'collective' && now.units[a.for])
         now.units[a.for][carries(a)] = lasts ? 'moves' : 'here';

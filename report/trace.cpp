@@ -82,8 +82,9 @@ Json Trace::describe() const {
   for (const auto& [counter, edges] : recorder.changes) {
     std::map<std::string, int64_t> held;
     for (const auto& [edge, changes] : edges) {
-      for (const auto& [of, bytes] : changes) held[of] += bytes;
-      recorder.add("C", "", counter, 0, edge, held);
+      Json bytes;  // of what changes: a step may have thousands of micro-batches
+      for (const auto& [of, change] : changes) bytes[of] = held[of] += change;
+      recorder.add("C", "", counter, 0, edge, bytes);
     }
   }
   Json units;

@@ -147,7 +147,7 @@ class Trace:
         return [e for e in self.until(rank, t, ph='X', cat=cat) if e['ts'] + e['dur'] > t]
 
     def memory(self, rank, t):
-        return self.until(rank, t, ph='C', name='memory')[-1]['args']
+        return self.counter(rank, t, 'memory')
 
     def units(self, rank, t):
         less = 'reshard' if self.about['shards_parameters'] else 'old'
@@ -163,8 +163,13 @@ class Trace:
         return states
 
     def kept(self, rank, t):
-        last = self.until(rank, t, ph='C', name='activations')
-        return {m: n for m, n in last[-1]['args'].items() if n > 0} if last else {}
+        return {m: n for m, n in self.counter(rank, t, 'activations').items() if n > 0}
+
+    def counter(self, rank, t, name):
+        held = {}
+        for e in self.until(rank, t, ph='C', name=name):  # each says what changes
+            held |= e['args']
+        return held
 
 
 def bytes_in(words):

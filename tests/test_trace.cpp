@@ -144,11 +144,11 @@ size_t check_arrows(const Json& events, const std::string& name) {
 void check_sums(const Json& file, const Mesh& mesh, const MemoryUse& memory,
                 const std::string& name) {
   std::map<std::tuple<std::string, std::string, std::string>, double> sent, counted;
-  Json last;
+  Json last = Json::object();
   for (const Json& e : file["traceEvents"]) {
     if (e["pid"] != mesh.rank) continue;
     const Json& args = e["args"];
-    if (e["name"] == "memory") last = args;
+    if (e["name"] == "memory") last.update(args);
     if (e["cat"] != "collective" || args["bytes"] == 0) continue;
     const std::string op = args["op"];
     sent[{args["axis"], op == "exchange" ? "send" : op, args["purpose"]}] += double(args["bytes"]);
@@ -168,27 +168,28 @@ void check_sums(const Json& file, const Mesh& mesh, const MemoryUse& memory,
 // the tied gradient that the last stage of a pipeline sends to the first.
 void check_activations(const Json& file, const std::string& name) {
   std::map<std::pair<int, int64_t>, int64_t> kept, all;  // by rank and time
+  std::map<std::pair<int, std::string>, int64_t> parts;  // of a rank's micro-batches
+  std::map<int, int64_t> sums;                           // of them
   for (const Json& e : file["traceEvents"]) {
     if (e["ph"] != "C") continue;
     const std::pair<int, int64_t> at{e["pid"], begin(e)};
-    if (e["name"] == "memory") all[at] = e["args"]["activations"];
+    if (e["name"] == "memory" && e["args"].contains("activations"))
+      all[at] = e["args"]["activations"];
     if (e["name"] != "activations") continue;
-    kept[at] = 0;
     for (const auto& [of, bytes] : e["args"].items()) {
       CHECK_LE(0, int64_t(bytes), name, ": ", e);
-      kept[at] += int64_t(bytes);
+      sums[e["pid"]] += int64_t(bytes) - std::exchange(parts[{e["pid"], of}], int64_t(bytes));
     }
+    kept[at] = sums[e["pid"]];
   }
   CHECK(!kept.empty(), name);
-  std::map<int, int64_t> last;
   for (const auto& [at, bytes] : kept) {
-    last[at.first] = bytes;
     const int64_t before = all.lower_bound({at.first, INT64_MIN})->second;
     const int64_t more = all.at(at) - before - bytes;
     CHECK(more == 0 || (more > 0 && file["threefold"]["stages"] > 1), name, ": ", more,
           " bytes more on rank ", at.first, " at ", at.second);
   }
-  for (const auto& [rank, bytes] : last) CHECK_EQ(bytes, 0, name, ": rank ", rank);
+  for (const auto& [rank, bytes] : sums) CHECK_EQ(bytes, 0, name, ": rank ", rank);
 }
 
 // A sharded unit is gathered and resharded in turn, and is not whole in the end.
