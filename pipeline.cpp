@@ -77,6 +77,7 @@ void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, D
     if (output) put_in_outbox(*output, std::move(result));
   }
   release_sent(exchanges_);
+  recorder.microbatch = -1;
 }
 
 void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
@@ -125,7 +126,6 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
     }
     return result;
   });
-  recorder.microbatch = -1;
 }
 
 void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute) {

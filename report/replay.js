@@ -1,6 +1,6 @@
 // replay.js: plays a step of training, all ranks at once, from the trace that --trace writes.
 // idea      A trace is a list of events: a part of the model is computed, a collective runs, a unit
-//           is unsharded or freed, so many bytes are held. state(t) goes through them and says what
+//           is resharded, so many bytes are held. state(t) goes through them and says what
 //           each rank holds and does at the moment t, and show(t) draws that. Nothing is kept from
 //           one moment to the next, so going back is as easy as going forward.
 // sections  the trace, the state, words, the drawing, controls

@@ -135,9 +135,11 @@ std::string memory_words(const Account& a) {
 Json json_of(const Cluster& cluster, const Planned& p) {
   const Account a = account(p.job);
   const auto [tokens, mfu] = measures(cluster, p.job, p.time.seconds);
-  Json layout, seconds, memory;
-  for (size_t i = 0; i < kAxes.size(); i++) layout[kAxes[i].name] = p.job.layout.sizes[i];
-  for (const auto& [of_part, name] : parts_of(p.time)) seconds[name] = of_part;
+  Json layout, waiting, memory;
+  for (size_t i = 0; i < kAxes.size(); i++) {
+    layout[kAxes[i].name] = p.job.layout.sizes[i];
+    waiting[kAxes[i].name] = p.time.waiting[i];
+  }
   const TrainerOptions& o = p.job.options;
   for (int i = 0; i < kMemoryCategories; i++)
     if (a.memory[i] > 0) memory[name_of(Memory(i))] = a.memory[i];
@@ -153,7 +155,11 @@ Json json_of(const Cluster& cluster, const Planned& p) {
           {"step_seconds", p.time.seconds},
           {"tokens_per_second", tokens},
           {"mfu", mfu},
-          {"seconds", seconds},
+          {"seconds",
+           {{"computing", p.time.computing},
+            {"waiting", waiting},
+            {"bubble", p.time.bubble},
+            {"optimizer", p.time.optimizer}}},
           {"memory_rank", p.job.layout.ranks() / p.job.layout["pp"] * (a.stage + 1) - 1},
           {"memory", memory},
           {"memory_bytes", a.bytes},

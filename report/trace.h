@@ -6,7 +6,7 @@
 //           the ends of each collective, and puts times in the places of edges.
 // matching  Ranks that share a communicator call it in one order. So the k-th collective of some
 //           ranks on an axis is the same one on all of them.
-// measured  On a GPU times are those of events, on each rank since the beginning of a step. The
+// measured  On a GPU times are those of events, on each rank since the beginning of the trace. The
 //           clocks of two ranks are compared by ping-pong, and what that leaves is mended: no rank
 //           ends a collective before another one begins it, or a receive before its send.
 //           Streams in queues (THREEFOLD_STREAMS) are measured, too.

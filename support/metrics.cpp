@@ -42,7 +42,7 @@ JsonLines::JsonLines(const std::string& path, int64_t resumed, const std::string
                                                             : !line.starts_with("{\"summary\":"))
         break;
     if (kept < text.size()) {
-      put_aside(path, "metrics");
+      put_aside(path, what);
       write_file(path, text.substr(0, kept));
     }
   }

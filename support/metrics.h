@@ -2,7 +2,8 @@
 // progress for people.
 // idea      numbers are written with the digits that say exactly which double they were: equal runs
 //           write equal text
-// cost      one write per step
+//           The file of --trace is one such line.
+// cost      one write per line
 // not here  averaging over ranks: one rank reports for all
 // test      tests/test_support.cpp
 #pragma once
@@ -28,7 +29,7 @@ class JsonLines {  // JSON lines; what JSON cannot say, infinities and NaN, is n
  public:
   // path empty: nothing is written. One that cannot be written fails here, before training. A run
   // that resumes after some steps goes on behind the last of those, and one that begins at step 1
-  // begins anew; a file with more than that is put aside whole.
+  // begins anew; a file with more than that is put aside whole. what: it is called so then.
   explicit JsonLines(const std::string& path, int64_t resumed = 0,
                      const std::string& what = "metrics");
   void step(const StepRecord& r);

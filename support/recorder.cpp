@@ -57,10 +57,9 @@ void Recorder::begin(Queue queue, const std::string& name, double bytes, double 
   began_ = processor_time();
 }
 
-// The arguments of the open block of collectives, if one is open; its first call names it.
-Json* Recorder::block(const char* op, const std::string& axis, const std::vector<int>& ranks,
+// The arguments of the open block of collectives; its first call names it.
+Json& Recorder::block(const char* op, const std::string& axis, const std::vector<int>& ranks,
                       const std::string& serves) {
-  if (open_ != communication) return nullptr;
   int& event = works.back().event;
   if (event < 0) {
     event = events.size();
@@ -77,23 +76,24 @@ Json* Recorder::block(const char* op, const std::string& axis, const std::vector
          {"receives", Json::array()}});
     nvtxRangePushA(name.c_str());
   }
-  return &events[event]["args"];
+  return events[event]["args"];
 }
 
 void Recorder::call(const char* op, const std::string& axis, const std::vector<int>& ranks,
                     double bytes) {
-  if (Json* args = block(op, axis, ranks, part.empty() ? purpose : part))
-    (*args)["bytes"].get_ref<double&>() += bytes;
+  if (open_ != communication) return;
+  block(op, axis, ranks, part.empty() ? purpose : part)["bytes"].get_ref<double&>() += bytes;
 }
 
 void Recorder::travel(const std::string& axis, const std::vector<int>& ranks, bool send,
                       const char* payload, int peer, int64_t bytes) {
+  if (open_ != communication) return;
   const std::string of = microbatch < 0 ? "" : sentence(" of micro-batch ", microbatch);
-  if (Json* args = block("exchange", axis, ranks, payload + of))
-    (*args)[send ? "sends" : "receives"].push_back({{"payload", payload},
-                                                    {"microbatch", microbatch},
-                                                    {send ? "to" : "from", peer},
-                                                    {"bytes", bytes}});
+  block("exchange", axis, ranks, payload + of)[send ? "sends" : "receives"].push_back(
+      {{"payload", payload},
+       {"microbatch", microbatch},
+       {send ? "to" : "from", peer},
+       {"bytes", bytes}});
 }
 
 void Recorder::end() {

@@ -3,13 +3,13 @@
 // idea      tensor.h puts an event before and one behind each op and each block of collectives:
 //           such a piece of work has a number. What else a trace says of it is noted here: the part
 //           of the model that it belongs to, what it waits for in the rank's other queue, what the
-//           ledger counts for it, and what changes beside it in memory and in the state of units.
+//           ledger counts for it, and what changes beside it in memory, and where units are freed.
 //           It is an event of Chrome's format at once, but for the times: until report/trace.h
 //           knows those, they are edges of works.
 // order     The host allocates and frees in the order of the compute stream (Buffer in tensor.h).
 //           So a change of memory stands at the op before it, however far the host is ahead.
 // names     On the CUDA build parts, ops and collectives are NVTX ranges, too: Nsight shows them.
-// cost      a branch, where nothing is recorded
+// cost      where nothing is recorded: a branch, and of an exchange the list of its two ranks
 // test      tests/test_trace.cpp
 #pragma once
 #include <cstdint>
@@ -68,7 +68,7 @@ class Recorder {
   void allocated(const char* category, int microbatch, int64_t bytes);
 
  private:
-  nlohmann::json* block(const char* op, const std::string& axis, const std::vector<int>& ranks,
+  nlohmann::json& block(const char* op, const std::string& axis, const std::vector<int>& ranks,
                         const std::string& serves);
 
   int last_[2] = {-1, -1}, waits_for_[2] = {-1, -1};

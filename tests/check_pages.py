@@ -304,7 +304,8 @@ def check_replay(browser, page, name, path):
           [] if 0 < played == browser.evaluate('t') else [f'{played}, {browser.evaluate(now)}'])
 
     wrong = []
-    browser.evaluate('document.activeElement.blur(), show(Infinity)')
+    browser.evaluate('document.activeElement.blur()')
+    browser.evaluate('show(Infinity)')
     for key, script, value in (
             ('ArrowLeft', 'index', len(trace.told) - 2),
             ('ArrowRight', 'index', len(trace.told) - 1),

@@ -179,7 +179,8 @@ check a_trace_that_does_not_fit_costs_nothing_else \
 timeout -s TERM 2 $train $shape --steps 100000 --trace "$dir/late.json" --trace-steps 99999-100000 \
   >"$dir/out" 2>"$dir/err"
 check a_trace_whose_steps_never_came_stays_empty \
-  '[ ! -s "$dir/late.json" ] && grep -q "nothing is written to" "$dir/out"' "" \
+  '[ -e "$dir/late.json" ] && [ ! -s "$dir/late.json" ] &&
+    grep -q "nothing is written to" "$dir/out"' "" \
   "$(ls "$dir") $(tail -1 "$dir/out")"
 refuses metrics_over_the_data_are_refused \
   "--metrics $dir/good.txt would overwrite a file of the training data" $small --data \

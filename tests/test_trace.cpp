@@ -35,6 +35,7 @@ Json traced(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, 
     trainer.results();
     op_times.stop();
     if (step > 1) trace.end_step();
+    else trainer.evaluate(options.batch, [&](int64_t s) { return sequence(0, s, config); });
   }
   memory = device().memory;
   trace.write();
@@ -74,6 +75,7 @@ void check_bars(const Json& events, const std::string& name) {
     CHECK(e["cat"] != "op" || (!around.empty() && (*around.back())["cat"] == "part"), name, ": ", e,
           " is in no part");
     CHECK(e["cat"] != "part" || e["args"]["pass"] != "", name, ": ", e, " has no name");
+    CHECK(e["name"] != "begin" || e["args"]["microbatch"] == -1, name, ": ", e);
     around.push_back(&e);
   }
 }

@@ -58,7 +58,8 @@ class Search {
           for (const bool by_rows :
                tp == 1 ? std::vector{false} : those({false, true}, config.sequence_parallel))
             for (const bool recompute : those({false, true}, config.recompute)) {
-              costs[0].reset(), costs[1].reset();
+              costs[0].reset();
+              costs[1].reset();
               job.layout["cp"] = cp;
               job.layout["tp"] = tp;
               job.options.microbatch = b;
