@@ -3,7 +3,7 @@
 // idea      tensor.h puts an event before and one behind each op and each block of collectives:
 //           such a piece of work has a number. What else a trace says of it is noted here: the part
 //           of the model that it belongs to, what it waits for in the rank's other queue, what the
-//           ledger counts for it, and what changes beside it in memory, and where units are freed.
+//           ledger counts for it, what changes beside it in memory, and where a unit is resharded.
 //           It is an event of Chrome's format at once, but for the times: until report/trace.h
 //           knows those, they are edges of works.
 // order     The host allocates and frees in the order of the compute stream (Buffer in tensor.h).

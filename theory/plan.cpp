@@ -232,6 +232,7 @@ class Search {
     if (kinds.empty()) kinds = predictor.chunks_of(s);
     return kinds;
   }
+
   // ---- from the lowest bound on
   static double seconds(const Planned& p) { return p.time.seconds; }  // a bound, or predicted
   // those of the lowest bounds: far more than are predicted
