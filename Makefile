@@ -38,7 +38,8 @@ SOURCES  := tensor.cu $(sort $(wildcard kernels/*.cu)) \
 
 # ---- compilers: here for CUDA; cpu/cpu.mk changes them for the backends that stand in for it
 
-CXXFLAGS  := -std=c++20 $(OPTIMIZE) -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -I.
+CXXFLAGS  := -std=c++20 $(OPTIMIZE) -Wall -Wextra $(WERROR) -Wno-unknown-pragmas -I. \
+             -idirafter cpu/nvtx# where CUDA has none
 NVCCFLAGS  = -std=c++20 $(filter -O%,$(OPTIMIZE)) -lineinfo -I. -Ikernels -ccbin $(MPICXX) \
              -Xcompiler -Wall,-Wextra,-Wno-unknown-pragmas \
              $(if $(WERROR),-Werror all-warnings -Xcompiler -Werror)

@@ -128,8 +128,7 @@ void OpTimes::begin(cudaStream_t stream, bool collective, Work work) {
   open_ = &ops_[count_++];
   open_->work = std::move(work);
   open_->collective = collective;
-  if (recorder.on)
-    recorder.begin(queue_of(stream), open_->work.name, open_->work.bytes, open_->work.flops);
+  if (recorder.on) recorder.begin(queue_of(stream), open_->work.name);
   open_->begin.record(stream);
 }
 

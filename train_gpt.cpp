@@ -21,7 +21,7 @@ using ReadBatch = std::function<Batch(int64_t step)>;
 static StepRecord train_step(const Options& o, const Mesh& mesh, Watch& watch, Trainer& trainer,
                              Progress& progress, Profile& profile, Trace* trace, int64_t step,
                              Batch& batch, const ReadBatch& read, std::string& error) {
-  if (trace) trace->begin_step(step);
+  if (trace) trace->begin_step();
   progress.start_step();
   watch.step(step);
   const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <filesystem>
+#include <set>
 #include <span>
 
 #include "inference/unicode_table.h"
@@ -153,10 +154,10 @@ void Tokenizer::read_model(const json& model) {
     if (added == special_.end()) add(whole_number(number, kLargest), to_bytes(written));
     else REQUIRE(number == *added, "it has two numbers of '", written, "'");
   }
+  REQUIRE(size() > 0, "its vocabulary is empty");
   const json& merges = model.at("merges");
-  REQUIRE(!merges.empty() || model.at("vocab").size() <= 256 + special_.size(),
-          "it has no merges, without which tokens are bytes");
   int rank = 0;
+  std::set<int> made;
   for (const json& pair : merges) {
     std::vector<std::string> parts;
     if (pair.is_array()) parts = pair;
@@ -171,8 +172,16 @@ void Tokenizer::read_model(const json& model) {
               "'");
       return found->second;
     };
-    merges_[{token_of(parts[0]), token_of(parts[1])}] = {rank++, token_of(parts[0] + parts[1])};
+    const int whole = token_of(parts[0] + parts[1]);
+    merges_[{token_of(parts[0]), token_of(parts[1])}] = {rank++, whole};
+    made.insert(whole);
   }
+  // but for special ones, "<pad>" or "[PAD]", which not every such file names
+  for (int t = 0; t < size(); t++)
+    REQUIRE(texts_[t].size() < 2 || texts_[t].find_first_of("<[") == 0 || made.contains(t) ||
+                std::ranges::count(special_, t),
+            "none of its ", merges.size(), " merges makes its token '", texts_[t],
+            "': some are missing");
 }
 
 // ---- encoding

@@ -344,10 +344,10 @@ Takes range(Range* field) {
   return {"a whole number, or two as in 5-8",
           [=] { return sentence(field->begin, "-", field->end); },
           [=](const auto& word) {
-            const size_t dash = word.find('-');
+            const size_t dash = word.find('-');  // none: one number, and npos + 1 is 0
             return read_all(word.substr(0, dash), field->begin) &&
-                   read_all(word.substr(dash == word.npos ? 0 : dash + 1), field->end) &&
-                   1 <= field->begin && field->begin <= field->end;
+                   read_all(word.substr(dash + 1), field->end) && 1 <= field->begin &&
+                   field->begin <= field->end;
           }};
 }
 

@@ -10,7 +10,9 @@ refuse() {
   echo "make $what: $*"
   exit 1
 }
-what=$1 strategy=${STRATEGY:-replicate}
+what=$1 default=replicate
+[ "$what" != replay ] || default=fsdp
+strategy=${STRATEGY:-$default}
 # words, as a shell reads them
 bash -nc "args=(${ARGS:-})" 2>/dev/null \
   || refuse "ARGS is no list of words, as a shell reads them: ${ARGS:-}"
@@ -53,7 +55,7 @@ case $strategy in tp | tp-rows | pp)
   fi
   ;;
 esac
-[[ $ranks =~ ^[1-9][0-9]*$ ]] || refuse "NP is '$ranks', expected a number of ranks"
+[[ $ranks =~ ^[1-9][0-9]{0,3}$ ]] || refuse "NP is '$ranks', expected a number of ranks to 9999"
 
 # ---- generate: with tensor parallelism on two ranks, from a checkpoint made on first use
 
@@ -61,9 +63,18 @@ if [ "$what" = generate ]; then
   [ -n "${NP:-}" ] || ranks=$((ranks > 1 ? 2 : 1))
   checkpoint=${CHECKPOINT:-build/generate-model}
   manifests=("$checkpoint"/manifest.json "$checkpoint"/step-*/manifest.json)
-  if ! ls "${manifests[@]}" 2>/dev/null | grep -q .; then
-    echo "make generate: no model in $checkpoint yet: training one"
+  training=${checkpoint%/}.training # is there until the model is trained
+  if [ -e "$training" ] || ! ls "${manifests[@]}" 2>/dev/null | grep -q .; then
+    heads=4 # of the default models, which at most as many ranks share
+    [ "$BACKEND" != cuda ] || heads=6
+    [ "$ranks" -le "$heads" ] || [[ ${TRAIN_ARGS:-} =~ --(model|heads) ]] \
+      || refuse "NP is $ranks, but the model that would be trained first has $heads heads"
+    echo "make generate: no trained model in $checkpoint yet: training one"
+    touch "$training" || exit
+    trap 'refuse "what is trained so far is in $checkpoint, and the next call goes on"' INT TERM
     ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" "$0" run || exit
+    trap - INT TERM
+    rm "$training"
   fi
   start "$ranks" build/generate --checkpoint "$checkpoint" --prompt "${PROMPT:-// tensor}" \
     --tp "$ranks" "${args[@]}"
@@ -74,7 +85,10 @@ fi
 
 command=(build/train_gpt)
 case $strategy in
-  serial) ranks=1 ;;
+  serial)
+    [ "${NP:-1}" = 1 ] || refuse "STRATEGY=serial is one rank, but NP is $NP"
+    ranks=1
+    ;;
   replicate | fsdp | cp | tp | pp) command+=("--$strategy" "$ranks") ;;
   zero1) command+=(--fsdp "$ranks" --zero 1) ;;
   tp-rows) command+=(--tp "$ranks" --sequence-parallel) ;;
@@ -99,16 +113,18 @@ if [ "$what" = replay ]; then
     || refuse "the replay has a --trace of its own; PAGE=file.html says where"
   # short sequences, so that activations do not dwarf the weights
   page=${PAGE:-build/replay.html}
-  [ -n "${PAGE:-}" ] || rm -f build/replay.json
-  command+=(--trace "${page%.html}.json")
+  trace=${page%.html}.json
+  rm -f "$trace.new"
+  command+=(--trace "$trace.new")
   default --context 32
   sequences=$ranks
   [[ $strategy != pp && $strategy != 3d ]] || sequences=$((2 * ranks)) # more micro-batches
   default --batch $sequences
   default --steps 3
   start "$ranks" "${command[@]}" "${args[@]}" || exit
-  [ -s "${page%.html}.json" ] || refuse "the run has ended before its last step, which is played"
-  report/replay.sh "${page%.html}.json" "$page" || exit
+  [ -s "$trace.new" ] || refuse "the run has ended before its last step, which is played"
+  mv "$trace.new" "$trace"
+  report/replay.sh "$trace" "$page" || exit
   echo "replay: $page"
   exit
 fi
@@ -123,13 +139,16 @@ fi
 default --sample 400
 default --eval-every 100
 # a page of it, unless its files are wanted elsewhere; for `make generate` a checkpoint is enough
-if [[ " ${ARGS:-} " != *" --"@(metrics|trace|checkpoint)" "* ]]; then
-  page=build/run.html
-  rm -f build/run.{html,json,jsonl}
-  command+=(--metrics build/run.jsonl --trace build/run.json)
+page=build/run.html
+if [[ " ${ARGS:-} " == *" --"@(metrics|trace|checkpoint)" "* ]]; then
+  page=
+else
+  rm -f build/run.{json,jsonl}.new # the last run's stay until this one has a page
+  command+=(--metrics build/run.jsonl.new --trace build/run.json.new)
 fi
 start "$ranks" "${command[@]}" "${args[@]}" || exit
 # a run that a signal has ended has no last step
-[ -z "${page:-}" ] || [ ! -s build/run.json ] || {
+if [ -n "$page" ] && [ -s build/run.json.new ]; then
+  for file in build/run.{json,jsonl}; do mv $file.new $file; done
   report/replay.sh build/run.json $page build/run.jsonl && echo "look at it: $page"
-}
+fi

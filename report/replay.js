@@ -29,8 +29,6 @@ for (const e of traceEvents.sort((a, b) => a.ts - b.ts)) {
 
 // ---- the state
 
-const sum = bytes => Object.values(bytes).reduce((all, one) => all + one, 0);
-
 // What a collective carries: parts of units, unless it is tp's or between neighbours.
 const carries = a => a.purpose !== 'training' ? 'communication' :
   a.axis === 'tp' || a.op === 'exchange' ? 'activations' :
@@ -147,7 +145,7 @@ function draw_rank({part: [part], collective, units, memory, activations}, rank)
   return tag('section class="device"', tag('h2', names[rank]),
     tag(`div class="computes ${part?.args.pass ?? 'waits'}"`, part?.name ?? 'waits'),
     tag('div class="lane"', lane.join('; ')), weights, others,
-    tag('small', size(sum(memory)), ' in all'));
+    tag('small', size(Object.values(memory).reduce((all, one) => all + one)), ' in all'));
 }
 
 // Between two ranks, a line; on it, what travels: it waits at its end until every rank is there.
@@ -182,7 +180,7 @@ function draw_timeline(events, rank) {
 
 // ---- controls
 
-let t = 0, moments = trace.moments, index = 0, playing = false, timer;
+let t = 0, moments, index, playing = false, timer;
 const still = matchMedia('(prefers-reduced-motion: reduce)');  // then nothing glides
 
 // which: the event to speak of, where several happen at the same time.

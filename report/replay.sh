@@ -5,6 +5,10 @@
 set -eu
 trace=$(realpath "$1") page=$(realpath -ms "$2") metrics=${3:+$(realpath "$3")}
 cd "$(dirname "$0")/.."
+grep -q '"traceEvents"' "$trace" || {
+  echo "$trace is no trace: --trace writes one" >&2
+  exit 1
+}
 
 # where each function that the trace or the script names is defined, and a link to its lines in the
 # book, if there is one: "Fsdp::reshard":["fsdp.cpp:200","book/source/fsdp.cpp.html#200-210"]

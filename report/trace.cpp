@@ -11,22 +11,19 @@ using Json = nlohmann::json;
 
 // ---- clocks
 
-// By how many seconds this rank's clock is ahead of the first rank's: from the fastest of some
-// round trips, in whose middle the other clock was read.
+// By how many seconds this rank's clock is ahead of the first rank's, which tells its time when all
+// have met: from the fastest of some such rounds, in whose middle it told it.
 static double clock_ahead(const Mesh& mesh) {
   double ahead = 0, fastest = INFINITY;
-  for (int i = 20; i < 20 * mesh.size; i++) {  // 20 for each rank but the first
-    const int asks = i / 20, peer = mesh.rank ? 0 : asks;
-    if (mesh.rank && mesh.rank != asks) continue;
+  for (int i = 0; i < 20; i++) {
     const double begin = MPI_Wtime();
-    if (mesh.rank) MPI_Isend(&begin, 1, MPI_DOUBLE, peer, 0, MPI_COMM_WORLD, Finished());
-    double theirs;
-    MPI_Irecv(&theirs, 1, MPI_DOUBLE, peer, 0, MPI_COMM_WORLD, Finished());
+    barrier();
+    double first = MPI_Wtime();
+    MPI_Ibcast(&first, 1, MPI_DOUBLE, 0, MPI_COMM_WORLD, Finished());
     const double end = MPI_Wtime();
-    if (!mesh.rank) MPI_Isend(&end, 1, MPI_DOUBLE, peer, 0, MPI_COMM_WORLD, Finished());
     if (end - begin >= fastest) continue;
     fastest = end - begin;
-    ahead = (begin + end) / 2 - theirs;
+    ahead = (begin + end) / 2 - first;
   }
   return mesh.rank ? ahead : 0;
 }
@@ -36,9 +33,9 @@ static double clock_ahead(const Mesh& mesh) {
 Trace::Trace(const std::string& path, Mesh& mesh, const Trainer& trainer, bool rebuilds)
     : file_(path, 0, "traces"), mesh_(mesh), trainer_(trainer), rebuilds_(rebuilds) {}
 
-void Trace::begin_step(int64_t step) {
+void Trace::begin_step() {
   recorder.on = true;
-  if (steps_.empty()) {
+  if (empty()) {
     for (int c = 0; c < kMemoryCategories; c++)
       recorder.allocated(name_of(Memory(c)), -1, device().memory.now[c]);
     barrier();
@@ -46,11 +43,11 @@ void Trace::begin_step(int64_t step) {
     synchronize();
     began_ = MPI_Wtime() - (rebuilds_ ? 0 : clock_ahead(mesh_));
   }
-  steps_.push_back(step);
 }
 
 void Trace::end_step() {
-  recorder.stop();
+  recorder.enter("");
+  recorder.on = false;
   op_times.each([&](const OpTimes::Op& op) {
     Recorder::Issued& w = recorder.works[timed_++];
     w.begin = began_ + op.begin.seconds_since(origin_);
@@ -234,7 +231,6 @@ void Trace::write() {
                {{"title", title},
                 {"stages", mesh_["pp"].size},
                 {"clock", rebuilds_ ? "rebuilt" : "measured"},
-                {"steps", steps_},
                 {"units", units},
                 {"shards_parameters", trainer_.fsdp.shards_parameters()}}}});
 }

@@ -7,8 +7,9 @@
 // matching  Ranks that share a communicator call it in one order. So the k-th collective of some
 //           ranks on an axis is the same one on all of them.
 // measured  On a GPU times are those of events, on each rank since the beginning of the trace. The
-//           clocks of two ranks are compared by ping-pong, and what that leaves is mended: no rank
-//           ends a collective before another one begins it, or a receive before its send.
+//           clocks are compared in rounds to the first rank and back, and what that leaves is
+//           mended: no rank ends a collective before another one begins it, or a receive before its
+//           send.
 //           Streams in queues (THREEFOLD_STREAMS) are measured, too.
 // rebuilt   With no GPU ranks may share cores, and the clock shows the scheduler's doing. So a work
 //           lasts as long as the processor time of the thread that issues it, which takes part in
@@ -29,9 +30,9 @@ class Trace {
   // Collective. The file is created where `path` is not empty; one that is there is put aside.
   Trace(const std::string& path, Mesh& mesh, const Trainer& trainer,
         bool rebuilds = !device().is_gpu && !getenv("THREEFOLD_STREAMS"));
-  void begin_step(int64_t step);  // collective
-  void end_step();                // the host has waited for the step
-  bool empty() const { return steps_.empty(); }
+  void begin_step();  // collective
+  void end_step();    // the host has waited for the step
+  bool empty() const { return timed_ == 0; }
   // Collective; throws where the file cannot be written.
   void write();
 
@@ -42,7 +43,6 @@ class Trace {
   Mesh& mesh_;
   const Trainer& trainer_;
   const bool rebuilds_;
-  std::vector<int64_t> steps_;
   Event origin_{true};  // of times, which get coarser with the distance: 1 us after 10 s
   double began_ = 0;    // origin_ by the first rank's clock
   size_t timed_ = 0;    // works

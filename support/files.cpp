@@ -119,7 +119,7 @@ WrittenFile write_file(const std::string& path, const std::function<void(const W
   constexpr size_t kAhead = 16 << 20;
   const std::string beside = path + ".partial";
   struct stat old;
-  REQUIRE(stat(path.c_str(), &old) || S_ISREG(old.st_mode) || S_ISDIR(old.st_mode), path,
+  REQUIRE(stat(path.c_str(), &old) || S_ISREG(old.st_mode), path,
           " is no file that can be written anew");
   const OpenFile file(beside, O_WRONLY | O_CREAT | O_NOFOLLOW);
   const bool is_free = flock(file.fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;

@@ -1,17 +1,12 @@
 // recorder.cpp: see recorder.h.
 #include "support/recorder.h"
 
+#include <nvtx3/nvToolsExt.h>
 #include <time.h>
 
 #include <nlohmann/json.hpp>
 
 #include "support/check.h"
-#if __has_include(<nvtx3/nvToolsExt.h>)
-#include <nvtx3/nvToolsExt.h>
-#else  // nobody looks at ranges
-static void nvtxRangePushA(const char*) {}
-static void nvtxRangePop() {}
-#endif
 
 using Json = nlohmann::json;
 
@@ -25,11 +20,6 @@ static double processor_time() {
 
 // ---- where
 
-void Recorder::stop() {
-  enter("");
-  on = false;
-}
-
 void Recorder::enter(const char* new_pass, const std::string& new_part) {
   if (!on) return;
   pass = new_pass;
@@ -39,7 +29,7 @@ void Recorder::enter(const char* new_pass, const std::string& new_part) {
 
 // ---- works
 
-void Recorder::begin(Queue queue, const std::string& name, double bytes, double flops) {
+void Recorder::begin(Queue queue, const std::string& name) {
   const int work = last_[queue] = works.size(), edge = begin_of(work);
   works.push_back({queue, std::exchange(waits_for_[queue], -1)});
   open_ = queue;
@@ -51,7 +41,7 @@ void Recorder::begin(Queue queue, const std::string& name, double bytes, double 
       nvtxRangePushA(of.c_str());
     }
     events[*part_]["dur"] = end_of(work);
-    add("X", "op", name, compute, edge, {{"bytes", bytes}, {"flops", flops}});
+    add("X", "op", name, compute, edge, {});
     nvtxRangePushA(name.c_str());
   }
   began_ = processor_time();

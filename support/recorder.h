@@ -22,7 +22,6 @@
 class Recorder {
  public:
   bool on = false;
-  void stop();  // until it is switched on again
 
   // ---- where the work is that is issued now
   std::string pass = "", part = "";  // "forward", "block 2"
@@ -40,7 +39,7 @@ class Recorder {
     double begin = 0, end = 0;  // by the first rank's clock: report/trace.h knows
   };
   std::vector<Issued> works;
-  void begin(Queue queue, const std::string& name, double bytes, double flops);
+  void begin(Queue queue, const std::string& name);
   // Of the next block of collectives, and what is in it. `ranks`, which take part, and `peer` are
   // numbers in the world. The ledger counts the bytes of a call.
   const char *function = "", *purpose = "";

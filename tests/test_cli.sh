@@ -351,6 +351,30 @@ make -o built BACKEND=cpu run NP=two >"$dir/out" 2>&1
 status=$?
 check a_number_of_ranks_that_is_none_is_refused \
   '[ $status != 0 ] && grep -q "NP is .two., expected a number of ranks" "$dir/out"'
+make -o built BACKEND=cpu run STRATEGY=serial NP=2 >"$dir/out" 2>&1
+status=$?
+check serial_is_one_rank '[ $status != 0 ] && grep -q "serial is one rank, but NP is 2" "$dir/out"'
+make -o built BACKEND=cpu generate CHECKPOINT="$dir/none" NP=8 >"$dir/out" 2>&1
+status=$?
+check more_ranks_than_heads_train_nothing \
+  '[ $status != 0 ] && grep -q "NP is 8, but the model that would be trained" "$dir/out"'
+# a stand-in for mpiexec: Ctrl-C while it trains, which ends well then, as train_gpt does
+cat >"$dir/interrupted" <<'EOF'
+#!/bin/sh
+trap '' INT
+case "$*" in
+  *train_gpt*) mkdir -p "$HALF" && touch "$HALF/manifest.json" && kill -INT 0 ;;
+  *) echo continues ;;
+esac
+EOF
+chmod +x "$dir/interrupted"
+for call in 1 2; do
+  HALF="$dir/half" MPIEXEC="$dir/interrupted" setsid -w make -o built BACKEND=cpu generate \
+    CHECKPOINT="$dir/half" >"$dir/out" 2>&1
+  status=$?
+  check half_a_model_is_trained_on_first_$call '[ $status != 0 ] &&
+    grep -q "training one" "$dir/out" && ! grep -q continues "$dir/out"'
+done
 make -o built BACKEND=cpu replay STRATEGY=zero9 >"$dir/out" 2>&1
 status=$?
 check a_strategy_that_is_none_is_refused '[ $status != 0 ] &&

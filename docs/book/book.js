@@ -16,6 +16,7 @@ function show(name) {
   frames.code.location.replace(name.href);
 }
 function follow() {
+  document.querySelector('header [open]')?.removeAttribute('open');
   const below = document.documentElement.scrollHeight - innerHeight;
   const line = 60 + (innerHeight - 120) * scrollY / Math.max(below, 1);
   const begun = names.filter(name => block_of(name).getBoundingClientRect().top <= line);
@@ -29,7 +30,6 @@ function follow() {
 }
 addEventListener('click', event => {
   const name = event.target.closest('main a.code');
-  if (event.target.closest('nav a')) event.target.closest('details').open = false;
   if (!name || event.ctrlKey || event.metaKey) return;
   event.preventDefault();
   pane.open = true;
