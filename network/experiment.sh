@@ -20,6 +20,40 @@ steps=${STEPS:-5} failed=0
   echo "network/experiment.sh: STEPS is '$steps', expected 2 or more: the first does not count" >&2
   exit 1
 }
+
+# ---- the layouts
+
+# layouts RANKS: NAME OPTIONS; mixed ones the right way round, and with ranks spread the wrong one
+layouts() {
+  local n=$1 micro="--microbatch 2"
+  row() { printf '%s\t%s\n' "$1" "${*:2}"; }
+  row replicate --replicate "$n"
+  row zero1 --fsdp "$n" --zero 1
+  row zero1-wait --fsdp "$n" --zero 1 --prefetch 0
+  row zero3 --fsdp "$n"
+  row zero3-wait --fsdp "$n" --prefetch 0
+  row tp --tp "$n"
+  row tp-rows --tp "$n" --sequence-parallel
+  row 1f1b --pp "$n" --schedule 1f1b $micro
+  row zb --pp "$n" --schedule zb $micro
+  row zbv --pp "$n" --schedule zbv $micro
+  [ "$n" = 4 ] || return
+  row pp-of-tp --pp 2 --tp 2 $micro
+  row tp-of-pp --spread --pp 2 --tp 2 $micro
+  row copies-of-fsdp --replicate 2 --fsdp 2
+  row fsdp-of-copies --spread --replicate 2 --fsdp 2
+}
+
+for name in "$@"; do
+  { layouts 4 && printf '%s\n' first-choice crossover decode; } | cut -f 1 \
+    | grep -qxF -- "$name" || {
+    echo "network/experiment.sh: there is no layout '$name'" >&2
+    exit 1
+  }
+done
+
+# ---- the lab
+
 # a thread a rank, and one for what travels beside it
 export OMP_NUM_THREADS=1 THREEFOLD_STREAMS=queued
 nodes=network/nodes.sh own=3f$$ out=build/network
@@ -100,28 +134,7 @@ predict() {
 }
 number() { sed -n "s/.*\"$1\": *\([0-9.e+-]*\).*/\1/p" | head -1; }
 
-# ---- the layouts
-
-# layouts RANKS: NAME OPTIONS; mixed ones the right way round, and with ranks spread the wrong one
-layouts() {
-  local n=$1 micro="--microbatch 2"
-  row() { printf '%s\t%s\n' "$1" "${*:2}"; }
-  row replicate --replicate "$n"
-  row zero1 --fsdp "$n" --zero 1
-  row zero1-wait --fsdp "$n" --zero 1 --prefetch 0
-  row zero3 --fsdp "$n"
-  row zero3-wait --fsdp "$n" --prefetch 0
-  row tp --tp "$n"
-  row tp-rows --tp "$n" --sequence-parallel
-  row 1f1b --pp "$n" --schedule 1f1b $micro
-  row zb --pp "$n" --schedule zb $micro
-  row zbv --pp "$n" --schedule zbv $micro
-  [ "$n" = 4 ] || return
-  row pp-of-tp --pp 2 --tp 2 $micro
-  row tp-of-pp --spread --pp 2 --tp 2 $micro
-  row copies-of-fsdp --replicate 2 --fsdp 2
-  row fsdp-of-copies --spread --replicate 2 --fsdp 2
-}
+# ---- a cell
 
 # train LINK RANKS OPTIONS: sets ms (the median of the steps but the first), ledger and wire (bytes
 # a step that rank 0 sends, by its ledger and by the device of its node)
@@ -265,12 +278,6 @@ case ${1:-} in
     exit
     ;;
 esac
-for name in "$@"; do
-  { layouts 4 && echo first-choice; } | cut -f 1 | grep -qxF -- "$name" || {
-    echo "network/experiment.sh: there is no layout '$name'" >&2
-    exit 1
-  }
-done
 : >"$dir/cells"
 for ranks in ${RANKS:-2 4}; do
   over=$links

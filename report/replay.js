@@ -16,7 +16,7 @@ const read = id => JSON.parse(by_id(id).textContent);
 const {threefold, traceEvents} = read('trace');
 const functions = read('functions');  // each one's place and a link to it
 const trace = {...threefold, ranks: threefold.units.map(() => []), moments: [], end: 0};
-const names = [];  // of the ranks: "rank 3 (pp 1, tp 1)"
+const names = [];  // of the ranks: "rank 3, pp 1, tp 1"
 const most = {};  // that a rank ever has of each category of memory
 for (const e of traceEvents.sort((a, b) => a.ts - b.ts)) {
   trace.ranks[e.pid].push(e);
@@ -207,6 +207,7 @@ function follow() {
 }
 
 function step(by) {
+  play(false);
   const next = moments[index + by];
   if (next) show(next.ts, index + by);
   else show(by * trace.end);  // one of the ends
@@ -228,22 +229,16 @@ function play(on = !playing) {
 // At speed 1, a trace takes half a minute.
 function tick() {
   const speed = by_id('speed').value;
-  if (still.matches) step(1);
-  else show(t + speed * trace.end / 1500);
+  show(still.matches ? moments[index + 1]?.ts ?? trace.end : t + speed * trace.end / 1500);
   if (t >= trace.end) play(false);
   else timer = setTimeout(tick, still.matches ? 1000 / speed : 20);
 }
 
-function pause_and_step(by) {
-  play(false);
-  step(by);
-}
-
 // by key: the button's words, and what it does
 const kControls = {
-  ArrowLeft: ['‹ event', () => pause_and_step(-1)],
+  ArrowLeft: ['‹ event', () => step(-1)],
   ' ': ['play', () => play()],
-  ArrowRight: ['event ›', () => pause_and_step(1)],
+  ArrowRight: ['event ›', () => step(1)],
   f: ['next forward', () => jump('forward')],
   b: ['next backward', () => jump('backward')],
   o: ['next optimizer', () => jump('optimizer')],

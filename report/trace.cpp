@@ -57,9 +57,9 @@ void Trace::end_step() {
 
 // ---- all ranks
 
-// Of each axis with more than one rank: "fsdp 4, tp 2".
-static std::string list_axes(const Mesh& mesh, int Axis::*number) {
-  std::vector<std::string> all;
+// And of each axis with more than one rank: "training, fsdp 4, tp 2".
+static std::string list_axes(const std::string& first, const Mesh& mesh, int Axis::*number) {
+  std::vector<std::string> all{first};
   for (const Axis& axis : mesh.axes)
     if (axis.size > 1) all.push_back(sentence(axis.name, " ", axis.*number));
   return join(all, ", ");
@@ -72,8 +72,7 @@ Json Trace::describe() const {
   const auto name = [](const char* what, int row, const std::string& name) {
     recorder.add("M", "", what, row, Recorder::end_of(-1), {{"name", name}});
   };
-  const std::string place = list_axes(mesh_, &Axis::rank);
-  name("process_name", 0, sentence("rank ", mesh_.rank, place.empty() ? "" : " (" + place + ")"));
+  name("process_name", 0, list_axes(sentence("rank ", mesh_.rank), mesh_, &Axis::rank));
   name("thread_name", Recorder::compute, "compute");
   name("thread_name", Recorder::communication, "communication");
   for (const auto& [counter, edges] : recorder.changes) {
@@ -222,8 +221,7 @@ void Trace::write() {
     units.push_back(ranks[rank]["units"]);
     first += ranks[rank]["works"].size();
   }
-  std::string title = list_axes(mesh_, &Axis::size);
-  if (title.empty()) title = "one rank";
+  std::string title = list_axes("training", mesh_, &Axis::size);
   if (join(mesh_, "fsdp", "cp").size > 1) title += sentence(", ZeRO-", trainer_.options.fsdp.zero);
   if (mesh_["pp"].size > 1) title += sentence(", ", trainer_.pipeline.schedule().row->name);
   file_.line({{"traceEvents", events},

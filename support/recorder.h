@@ -24,7 +24,7 @@ class Recorder {
   bool on = false;
 
   // ---- where the work is that is issued now
-  std::string pass = "", part = "";  // "forward", "block 2"
+  std::string pass, part;  // "forward", "block 2"
   int microbatch = -1;
   // what is issued from here on belongs to this part
   void enter(const char* pass, const std::string& part = "");
