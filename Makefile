@@ -12,7 +12,7 @@ MAKEFLAGS += -r# no rules but those below
 
 THREADS ?= $(shell env -u OMP_NUM_THREADS nproc)
 ifneq ($(shell echo '$(THREADS)' | grep -xc '[1-9][0-9]*'),1)
-  $(error THREADS is '$(THREADS)', expected a number)
+  $(error THREADS is '$(THREADS)', expected a whole number from 1)
 endif
 WERROR  ?=# -Werror (as .ci/run has it): another compiler's warnings do not stop a user
 OPTIMIZE ?= -O1 -g1# of what is no kernel: -O2 compiles longer and runs no faster

@@ -157,7 +157,7 @@ void Tokenizer::read_model(const json& model) {
   REQUIRE(size() > 0, "its vocabulary is empty");
   const json& merges = model.at("merges");
   int rank = 0;
-  std::set<int> made;
+  std::set<int> made(special_.begin(), special_.end());
   for (const json& pair : merges) {
     std::vector<std::string> parts;
     if (pair.is_array()) parts = pair;
@@ -176,12 +176,13 @@ void Tokenizer::read_model(const json& model) {
     merges_[{token_of(parts[0]), token_of(parts[1])}] = {rank++, whole};
     made.insert(whole);
   }
-  // but for special ones, "<pad>" or "[PAD]", which not every such file names
+  // but for a few, as "<pad>", "[PAD]" or RoBERTa's "madeupword0000", which not every file names
+  std::vector<int> left;
   for (int t = 0; t < size(); t++)
-    REQUIRE(texts_[t].size() < 2 || texts_[t].find_first_of("<[") == 0 || made.contains(t) ||
-                std::ranges::count(special_, t),
-            "none of its ", merges.size(), " merges makes its token '", texts_[t],
-            "': some are missing");
+    if (texts_[t].size() > 1 && texts_[t].find_first_of("<[") != 0 && !made.contains(t))
+      left.push_back(t);
+  REQUIRE(100 * int64_t(left.size()) <= size(), "none of its ", merges.size(), " merges makes its ",
+          "token '", texts_[left[0]], "', or ", left.size() - 1, " others: some are missing");
 }
 
 // ---- encoding

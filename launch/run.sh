@@ -55,7 +55,8 @@ case $strategy in tp | tp-rows | pp)
   fi
   ;;
 esac
-[[ $ranks =~ ^[1-9][0-9]{0,3}$ ]] || refuse "NP is '$ranks', expected a number of ranks to 9999"
+[[ $ranks =~ ^[1-9][0-9]{0,3}$ ]] \
+  || refuse "NP is '$ranks', expected a number of ranks from 1 to 9999"
 
 # ---- generate: with tensor parallelism on two ranks, from a checkpoint made on first use
 
@@ -63,18 +64,18 @@ if [ "$what" = generate ]; then
   [ -n "${NP:-}" ] || ranks=$((ranks > 1 ? 2 : 1))
   checkpoint=${CHECKPOINT:-build/generate-model}
   manifests=("$checkpoint"/manifest.json "$checkpoint"/step-*/manifest.json)
-  training=${checkpoint%/}.training # is there until the model is trained
+  training=$checkpoint/training # is there until the model is trained
   if [ -e "$training" ] || ! ls "${manifests[@]}" 2>/dev/null | grep -q .; then
-    heads=4 # of the default models, which at most as many ranks share
+    heads=4 # of the default models: as many ranks can share them
     [ "$BACKEND" != cuda ] || heads=6
     [ "$ranks" -le "$heads" ] || [[ ${TRAIN_ARGS:-} =~ --(model|heads) ]] \
       || refuse "NP is $ranks, but the model that would be trained first has $heads heads"
     echo "make generate: no trained model in $checkpoint yet: training one"
-    touch "$training" || exit
-    trap 'refuse "what is trained so far is in $checkpoint, and the next call goes on"' INT TERM
+    mkdir -p -- "$checkpoint" && touch -- "$training" || exit
+    trap 'refuse "what is trained so far is in $checkpoint, and the next call goes on"' INT
     ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" "$0" run || exit
-    trap - INT TERM
-    rm "$training"
+    trap - INT
+    rm -- "$training"
   fi
   start "$ranks" build/generate --checkpoint "$checkpoint" --prompt "${PROMPT:-// tensor}" \
     --tp "$ranks" "${args[@]}"
@@ -114,7 +115,7 @@ if [ "$what" = replay ]; then
   # short sequences, so that activations do not dwarf the weights
   page=${PAGE:-build/replay.html}
   trace=${page%.html}.json
-  rm -f "$trace.new"
+  rm -f -- "$trace.new"
   command+=(--trace "$trace.new")
   default --context 32
   sequences=$ranks
@@ -123,7 +124,8 @@ if [ "$what" = replay ]; then
   default --steps 3
   start "$ranks" "${command[@]}" "${args[@]}" || exit
   [ -s "$trace.new" ] || refuse "the run has ended before its last step, which is played"
-  mv "$trace.new" "$trace"
+  [ -z "${PAGE:-}" ] || backup=--backup=numbered # whoever's file it is
+  mv ${backup:-} -- "$trace.new" "$trace" || exit
   report/replay.sh "$trace" "$page" || exit
   echo "replay: $page"
   exit
@@ -147,8 +149,10 @@ else
   command+=(--metrics build/run.jsonl.new --trace build/run.json.new)
 fi
 start "$ranks" "${command[@]}" "${args[@]}" || exit
-# a run that a signal has ended has no last step
-if [ -n "$page" ] && [ -s build/run.json.new ]; then
-  for file in build/run.{json,jsonl}; do mv $file.new $file; done
-  report/replay.sh build/run.json $page build/run.jsonl && echo "look at it: $page"
-fi
+[ -n "$page" ] || exit 0
+[ -s build/run.json.new ] || {
+  echo "this run has no page, since it has ended before its last step"
+  exit
+}
+for file in build/run.{json,jsonl}; do mv $file.new $file; done
+report/replay.sh build/run.json $page build/run.jsonl && echo "look at it: $page"

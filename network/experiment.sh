@@ -45,8 +45,8 @@ layouts() {
 }
 
 for name in "$@"; do
-  { layouts 4 && printf '%s\n' first-choice crossover decode; } | cut -f 1 \
-    | grep -qxF -- "$name" || {
+  [[ $* = crossover || $* = decode ]] && break
+  { layouts 4 && echo first-choice; } | cut -f 1 | grep -qxF -- "$name" || {
     echo "network/experiment.sh: there is no layout '$name'" >&2
     exit 1
   }

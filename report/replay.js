@@ -15,12 +15,11 @@ const by_id = id => document.getElementById(id);
 const read = id => JSON.parse(by_id(id).textContent);
 const {threefold, traceEvents} = read('trace');
 const functions = read('functions');  // each one's place and a link to it
-const trace = {...threefold, ranks: threefold.units.map(() => []), moments: [], end: 0};
+const trace = {...threefold, ranks: threefold.units.map(() => []), end: 0};
 const names = [];  // of the ranks: "rank 3, pp 1, tp 1"
 const most = {};  // that a rank ever has of each category of memory
 for (const e of traceEvents.sort((a, b) => a.ts - b.ts)) {
   trace.ranks[e.pid].push(e);
-  if (['part', 'collective', 'unit'].includes(e.cat)) trace.moments.push(e);
   trace.end = Math.max(trace.end, e.ts + e.dur);
   if (e.name === 'process_name') names[e.pid] = e.args.name;
   if (e.name === 'memory')
@@ -202,7 +201,8 @@ function show(time, which) {
 // Steps go through the events of the chosen rank, or of all.
 function follow() {
   const rank = by_id('watch').selectedIndex - 1;
-  moments = trace.moments.filter(e => rank < 0 || e.pid === rank);
+  moments = traceEvents.filter(e =>
+    ['part', 'collective', 'unit'].includes(e.cat) && (rank < 0 || e.pid === rank));
   show(t);
 }
 

@@ -5,7 +5,7 @@
 set -eu
 trace=$(realpath "$1") page=$(realpath -ms "$2") metrics=${3:+$(realpath "$3")}
 cd "$(dirname "$0")/.."
-grep -q '"traceEvents"' "$trace" || {
+grep -q '"threefold"' "$trace" || {
   echo "$trace is no trace: --trace writes one" >&2
   exit 1
 }

@@ -41,7 +41,8 @@ void Trace::begin_step() {
     barrier();
     origin_.record(device().compute);
     synchronize();
-    began_ = MPI_Wtime() - (rebuilds_ ? 0 : clock_ahead(mesh_));
+    began_ = MPI_Wtime();
+    if (!rebuilds_) began_ -= clock_ahead(mesh_);
   }
 }
 
@@ -57,7 +58,7 @@ void Trace::end_step() {
 
 // ---- all ranks
 
-// And of each axis with more than one rank: "training, fsdp 4, tp 2".
+// What it is of, and its part in each axis with more than one rank: "training, fsdp 4, tp 2".
 static std::string list_axes(const std::string& first, const Mesh& mesh, int Axis::*number) {
   std::vector<std::string> all{first};
   for (const Axis& axis : mesh.axes)
@@ -70,7 +71,7 @@ NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Recorder::Issued, queue, after, event, proces
 // Of this rank.
 Json Trace::describe() const {
   const auto name = [](const char* what, int row, const std::string& name) {
-    recorder.add("M", "", what, row, Recorder::end_of(-1), {{"name", name}});
+    recorder.add("M", "", what, row, -1, {{"name", name}});
   };
   name("process_name", 0, list_axes(sentence("rank ", mesh_.rank), mesh_, &Axis::rank));
   name("thread_name", Recorder::compute, "compute");

@@ -7,9 +7,8 @@
 // matching  Ranks that share a communicator call it in one order. So the k-th collective of some
 //           ranks on an axis is the same one on all of them.
 // measured  On a GPU times are those of events, on each rank since the beginning of the trace. The
-//           clocks are compared in rounds to the first rank and back, and what that leaves is
-//           mended: no rank ends a collective before another one begins it, or a receive before its
-//           send.
+//           clocks are compared by a barrier and a broadcast, and what that leaves is mended: no
+//           rank ends a collective before another one begins it, or a receive before its send.
 //           Streams in queues (THREEFOLD_STREAMS) are measured, too.
 // rebuilt   With no GPU ranks may share cores, and the clock shows the scheduler's doing. So a work
 //           lasts as long as the processor time of the thread that issues it, which takes part in

@@ -30,7 +30,7 @@ void Recorder::enter(const char* new_pass, const std::string& new_part) {
 // ---- works
 
 void Recorder::begin(Queue queue, const std::string& name) {
-  const int work = last_[queue] = works.size(), edge = begin_of(work);
+  const int work = last_[queue] = works.size(), edge = 2 * work;
   works.push_back({queue, std::exchange(waits_for_[queue], -1)});
   open_ = queue;
   if (queue == compute) {
@@ -40,7 +40,7 @@ void Recorder::begin(Queue queue, const std::string& name) {
       add("X", "part", of, compute, edge, {{"pass", pass}, {"part", part}});
       nvtxRangePushA(of.c_str());
     }
-    events[*part_]["dur"] = end_of(work);
+    events[*part_]["dur"] = edge + 1;
     add("X", "op", name, compute, edge, {});
     nvtxRangePushA(name.c_str());
   }
@@ -54,7 +54,7 @@ Json& Recorder::block(const char* op, const std::string& axis, const std::vector
   if (event < 0) {
     event = events.size();
     const std::string name = op + (" " + serves);
-    add("X", "collective", name, communication, begin_of(last_[communication]),
+    add("X", "collective", name, communication, 2 * last_[communication],
         {{"op", op},
          {"axis", axis},
          {"ranks", ranks},
@@ -112,13 +112,13 @@ void Recorder::add(const char* kind, const char* category, const std::string& na
 }
 
 void Recorder::resharded(const std::string& unit) {
-  if (on) add("i", "unit", "reshard", compute, end_of(last_[compute]), {{"unit", unit}});
+  if (on) add("i", "unit", "reshard", compute, 2 * last_[compute] + 1, {{"unit", unit}});
 }
 
 void Recorder::allocated(const char* category, int of, int64_t bytes) {
   if (!on) return;
   const bool is_first = open_ == compute && bytes > 0;  // in the op that is open
-  const int op = last_[compute], edge = is_first ? begin_of(op) : end_of(op);
+  const int edge = 2 * last_[compute] + !is_first;
   changes["memory"][edge][category] += bytes;
   if (of >= 0) changes["activations"][edge][sentence(of)] += bytes;
 }

@@ -53,8 +53,6 @@ class Recorder {
   // ---- events
   // An edge of a work: 2 i is the begin of work i, 2 i + 1 its end; the end of work -1 is the
   // beginning of the trace.
-  static int begin_of(int work) { return 2 * work; }
-  static int end_of(int work) { return 2 * work + 1; }
   std::vector<nlohmann::json> events;
   // kind: "X" a bar from a begin to the same work's end, "i" a mark, "C" a curve's next value, "M"
   // a name

@@ -13,7 +13,8 @@ command -v chromium >/dev/null || command -v google-chrome >/dev/null || {
 }
 mkdir -p $out
 for strategy in ${STRATEGIES:-serial replicate zero1 fsdp cp tp tp-rows pp 3d}; do
-  STRATEGY=$strategy PAGE=$out/$strategy.html launch/run.sh replay >"$out/$strategy.txt" 2>&1 || {
+  NP='' STRATEGY=$strategy PAGE=$out/$strategy.html \
+    launch/run.sh replay >"$out/$strategy.txt" 2>&1 || {
     tail -3 "$out/$strategy.txt"
     echo "check-pages: no replay of $strategy"
     exit 1

@@ -100,6 +100,7 @@ inline void shard(const std::string& bytes) {
 inline void options(const std::string& bytes) {
   std::vector<std::string> words = {"train_gpt"};
   for (const std::string& word : split(bytes, '\n', 40)) words.push_back(word.c_str());
+  while (words.back().empty()) words.pop_back();  // the parts that there were not
   std::vector<const char*> argv;
   for (const std::string& word : words) argv.push_back(word.c_str());
   Options o;
@@ -116,10 +117,13 @@ inline constexpr Target kTargets[] = {
     {"safetensors", safetensors},       {"manifest", manifest}, {"vocabulary", vocabulary},
     {"tokenizer_json", tokenizer_json}, {"shard", shard},       {"options", options}};
 
-inline void run(const Target& target, const std::string& bytes) {
+// whether it is read
+inline bool run(const Target& target, const std::string& bytes) {
   try {
     target.run(bytes);
+    return true;
   } catch (const Error&) {
+    return false;
   }
 }
 

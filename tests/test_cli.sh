@@ -375,6 +375,35 @@ for call in 1 2; do
   check half_a_model_is_trained_on_first_$call '[ $status != 0 ] &&
     grep -q "training one" "$dir/out" && ! grep -q continues "$dir/out"'
 done
+make -o built BACKEND=cpu THREADS=two run >"$dir/out" 2>&1
+status=$?
+check a_number_of_threads_that_is_none_is_refused \
+  '[ $status != 0 ] && grep -q "THREADS is .two., expected a whole number" "$dir/out"'
+# a stand-in for mpiexec that leaves a trace where --trace says
+cat >"$dir/traced" <<'EOF'
+#!/bin/sh
+while [ "$1" != --trace ]; do shift; done
+echo "$TEXT" >"$2"
+EOF
+chmod +x "$dir/traced"
+for text in '{"threefold": {}}' '{}' ''; do
+  echo "an older one" >"$dir/it's.json"
+  TEXT=$text MPIEXEC="$dir/traced" make -o built BACKEND=cpu replay PAGE="$dir/it's.html" \
+    >"$dir/out" 2>&1
+  status=$?
+  case $text in
+    *threefold*)
+      check a_replay_takes_fsdp_and_keeps_an_older_file '[ $status = 0 ] &&
+        grep -q -- "--fsdp 4" "$dir/out" && grep -q older "$dir"/it*.json.* &&
+        grep -q threefold "$dir/it'"'"'s.html"'
+      ;;
+    *)
+      check "what_is_no_trace_has_no_replay: '$text'" '[ $status != 0 ]' "" \
+        "$(tail -2 "$dir/out")"
+      ;;
+  esac
+  rm -f "$dir"/it*
+done
 make -o built BACKEND=cpu replay STRATEGY=zero9 >"$dir/out" 2>&1
 status=$?
 check a_strategy_that_is_none_is_refused '[ $status != 0 ] &&

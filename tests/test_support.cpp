@@ -1090,6 +1090,8 @@ TEST(vocabularies_that_are_not_what_they_say_are_refused) {
   says(R"({"a":0,"b":1,"ab":2})", "a b c\n", "\"a b c\" is no pair");
   says(R"({"a":0,"aa":1,"aaa":2})", "a a\n", "none of its 1 merges makes its token 'aaa'");
   says("{}", "", "its vocabulary is empty");
+  dir.write("vocab.json", R"({"a":0,"<pad>":1,"[PAD]":2})");
+  CHECK(Tokenizer(dir.path, 3).encode("aa") == (std::vector<int>{0, 0}));
   nlohmann::json many;
   for (int i = 0; i < 257; i++) many["a" + std::to_string(i)] = i;
   dir.write("vocab.json", many.dump());

@@ -38,4 +38,5 @@ addEventListener('click', event => {
 pane.open = matchMedia('(min-width: 60rem)').matches;
 addEventListener('scroll', follow, {passive: true});
 addEventListener('resize', follow);
+addEventListener('hashchange', follow);
 follow();
