@@ -100,14 +100,13 @@ struct Joined {
   std::vector<Task> tasks;
   std::vector<Span> spans;                // a collective's begins where its rank has come to it
   std::vector<int64_t> shift;             // of each rank's clock, in nanoseconds
-  std::vector<std::vector<int>> members;  // of the collectives
   std::vector<const Json*> args;          // of each task's event, if it is a collective
   std::vector<std::vector<int>> sources;  // the sends that each task receives, in their order
   int64_t start(int i) const { return llround(spans[i].start * 1e9) + shift[tasks[i].rank]; }
   int64_t end(int i) const { return llround(spans[i].end * 1e9) + shift[tasks[i].rank]; }
   // Those that a collective waits for: in a ring of sends only the ones that it receives.
   const std::vector<int>& needs(int task) const {
-    return sources[task].empty() ? members[tasks[task].collective] : sources[task];
+    return sources[task].empty() ? tasks[task].with : sources[task];
   }
 };
 
@@ -134,12 +133,11 @@ Joined join_works(const std::vector<Json>& ranks) {
     for (const int i : members) least = std::min(least, all.tasks[i].duration);
     for (const int i : members) {
       all.tasks[i].duration = least;
-      all.tasks[i].collective = all.members.size();
+      all.tasks[i].with = members;
       for (const Json& received : (*all.args[i])["receives"])
         for (const int j : members)
           if (received["from"] == all.tasks[j].rank) all.sources[i].push_back(j);
     }
-    all.members.push_back(members);
   }
   return all;
 }
@@ -150,17 +148,16 @@ Joined join_works(const std::vector<Json>& ranks) {
 void align(Joined& all) {
   bool moved = true;
   for (size_t pass = 0; pass < all.shift.size() && std::exchange(moved, false); pass++)
-    for (const std::vector<int>& members : all.members)
-      for (const int i : members) {
-        // what only sends may end before those that it needs begin
-        if (all.sources[i].empty() && !(*all.args[i])["sends"].empty()) continue;
-        for (const int j : all.needs(i)) {
-          const int64_t early = all.end(i) - all.start(j);
-          if (early >= 0) continue;
-          all.shift[all.tasks[j].rank] += early;
-          moved = true;
-        }
+    for (size_t i = 0; i < all.tasks.size(); i++) {
+      // what only sends may end before those that it needs begin
+      if (all.sources[i].empty() && all.args[i] && !(*all.args[i])["sends"].empty()) continue;
+      for (const int j : all.needs(i)) {
+        const int64_t early = all.end(i) - all.start(j);
+        if (early >= 0) continue;
+        all.shift[all.tasks[j].rank] += early;
+        moved = true;
       }
+    }
   int64_t first = INT64_MAX;
   for (size_t i = 0; i < all.tasks.size(); i++) first = std::min(first, all.start(i));
   for (int64_t& shift : all.shift) shift -= first;
@@ -207,13 +204,13 @@ void Trace::write() {
       const int task = first + e["ts"].get<int>() / 2;
       if (e["cat"] == "op")
         for (; next <= all.tasks[task].after; next++)
-          if (all.tasks[next].collective >= 0) add_arrow("use", next, task);
+          if (!all.tasks[next].with.empty()) add_arrow("use", next, task);
       if (e["cat"] == "collective") {
         int64_t last = begin;  // when the last of the ranks that it needs has come
         for (const int i : all.needs(task)) last = std::max(last, all.start(i));
         // a send may end before it is received, and has waited for nobody then
         const int64_t moves = last > end ? begin : last;
-        e["args"]["id"] = all.tasks[task].collective;
+        e["args"]["id"] = all.tasks[task].with[0];
         e["args"]["waited_us"] = (moves - begin) / 1e3;
         for (const int i : all.sources[task]) add_arrow("send", i, task);
       }

@@ -1,5 +1,5 @@
-// test_plan.cpp: the timeline against the simulator and cases by hand; the planner against the
-// formulas of theory/ and against published tables.
+// test_plan.cpp: the timeline against an independent reading and cases by hand; the planner
+// against the formulas of theory/ and against published tables.
 #include <algorithm>
 #include <ctime>
 #include <random>
@@ -44,21 +44,59 @@ Durations uneven(const Schedule& s, std::mt19937& random) {
 
 // ---- the timeline
 
-TEST(a_pipeline_takes_as_long_as_the_simulator_says) {
+// An independent reading of what simulate.h says: all times begin at 0 and grow until nothing
+// is too early.
+TEST(the_simulators_times_are_the_earliest_that_a_schedule_allows) {
   std::mt19937 random(1);
   int count = 0;
-  double worst = 0;
-  for_schedules(12, 40, [&](const Schedule& s) {
+  for_schedules(9, 20, [&](const Schedule& s) {
     const Durations durations = uneven(s, random);
-    const std::vector<Span> spans = run(tasks_of(s, durations));
-    const Timeline expected = simulate(s, durations);
-    size_t task = 0;
-    for (const auto& stage : expected.spans)
-      for (const Span& span : stage) worst = std::max(worst, close(spans[task++].end, span.end));
+    const Timeline t = simulate(s, durations);
+    Spans spans;
+    for (const auto& stage : durations) spans.emplace_back(stage.size(), Span{0, 0});
+    bool moved = true;
+    while (std::exchange(moved, false)) {
+      std::map<std::tuple<int, bool, int, int>, double> made;  // stage; forward; micro-batch, chunk
+      std::map<std::pair<int, Transfer>, Span> moves;
+      for (int stage = 0; stage < s.stages; stage++)
+        for (size_t i = 0; i < spans[stage].size(); i++) {
+          const Action& a = s.at(stage, int(i));
+          const Span span = spans[stage][i];
+          for (const Transfer& transfer : a.transfers) moves[{stage, transfer}] = span;
+          if (a.kind != Action::exchange && a.kind != Action::weight_gradient)
+            made[{stage, a.kind == Action::forward, a.microbatch, a.chunk}] = span.end;
+        }
+      for (int stage = 0; stage < s.stages; stage++) {
+        double free[2] = {};  // of both queues
+        for (size_t i = 0; i < spans[stage].size(); i++) {
+          const Action& a = s.at(stage, int(i));
+          double& queue = free[a.kind == Action::exchange];
+          double start = queue;
+          if (const auto input = transfer_of(s, stage, a, false);
+              a.kind != Action::exchange && input && input->peer != stage)
+            start = std::max(start, moves.at({stage, *input}).end);
+          for (const Transfer& x : a.transfers)
+            if (x.send)
+              start = std::max(start, made.at({stage, x.payload == Transfer::activation,
+                                               x.microbatch, x.chunk}));
+          double both = start;
+          for (const Transfer& x : a.transfers)
+            both = std::max(both, moves.at({x.peer, other_end(s, stage, x)}).start);
+          const Span span{start, both + durations[stage][i]};
+          moved |= span.start > spans[stage][i].start || span.end > spans[stage][i].end;
+          spans[stage][i] = span;
+          queue = span.end;
+        }
+      }
+    }
+    for (int stage = 0; stage < s.stages; stage++)
+      for (size_t i = 0; i < spans[stage].size(); i++) {
+        CHECK_EQ(t.spans[stage][i].start, spans[stage][i].start);
+        CHECK_EQ(t.spans[stage][i].end, spans[stage][i].end);
+      }
     count++;
   });
-  CHECK_LE(worst, 1e-12);
-  measured(count, " schedules, every action's end within ", worst);
+  measured(count, " schedules, every action's begin and end");
 }
 
 TEST(a_schedule_extends_to_any_number_of_micro_batches) {
@@ -76,14 +114,11 @@ TEST(a_schedule_extends_to_any_number_of_micro_batches) {
         const auto of = [&](int m) {
           most = std::max(most, m);
           const Schedule s = make_schedule(name, p, m);
-          return makespan(run(tasks_of(s, durations(s, t))));
+          return simulate(s, durations(s, t)).makespan;
         };
         for (int m = step; m <= 64; m += step * (1 + 4 / step)) {
+          const double expected = of(m);
           most = 0;
-          const double expected = [&] {
-            const Schedule s = make_schedule(name, p, m);
-            return simulate(s, durations(s, t)).makespan;
-          }();
           worst = std::max(worst, close(extended_makespan(m, step, steady_microbatches(row, p), of),
                                         expected));
           extended += most < m;
@@ -95,11 +130,11 @@ TEST(a_schedule_extends_to_any_number_of_micro_batches) {
   measured(count, " cases, ", extended, " of them extended, within ", worst);
 }
 
-TEST(a_collective_begins_with_its_last_rank_and_lasts_its_longest) {
-  // rank 0 computes 1, rank 1 computes 3; then both sum (2 and 1), and rank 0 goes on behind it
+TEST(a_collective_begins_with_its_last_rank) {
+  // rank 0 computes 1, rank 1 computes 3; then both sum, and rank 0 goes on behind it
   const std::vector<Task> tasks{
-      {0, Queue::compute, 1}, {0, Queue::communication, 2, 0, 0}, {0, Queue::compute, 1, 1},
-      {1, Queue::compute, 3}, {1, Queue::communication, 1, 3, 0}, {1, Queue::compute, 1}};
+      {0, Queue::compute, 1}, {0, Queue::communication, 2, 0, {4}}, {0, Queue::compute, 1, 1},
+      {1, Queue::compute, 3}, {1, Queue::communication, 2, 3, {1}}, {1, Queue::compute, 1}};
   const std::vector<Span> spans = run(tasks);
   CHECK_EQ(spans[1].start, 1, "and waits");
   CHECK_EQ(spans[4].start, 3);
@@ -145,11 +180,13 @@ TEST(a_rank_alone_has_its_times_as_it_issues) {
 
 TEST(tasks_that_wait_for_each_other_are_refused) {
   CHECK_SAYS(run({{0, Queue::compute, 1, 1}, {0, Queue::communication, 1, 0}}), "wait for each");
-  CHECK_SAYS(run({{0, Queue::compute, 1, -1, 0},
-                  {0, Queue::compute, 1, -1, 1},
-                  {1, Queue::compute, 1, -1, 1},
-                  {1, Queue::compute, 1, -1, 0}}),
-             "wait for each");
+  const std::vector<Task> crossed{{0, Queue::compute, 1, -1, {3}},
+                                  {0, Queue::compute, 1, -1, {2}},
+                                  {1, Queue::compute, 1, -1, {1}},
+                                  {1, Queue::compute, 1, -1, {0}}};
+  CHECK_SAYS(run(crossed), "wait for each");
+  CHECK_EQ(run(crossed, true)[0].start, 0);
+  CHECK_EQ(run(crossed, true)[3].start, -1);
 }
 
 // ---- against published tables

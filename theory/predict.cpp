@@ -395,7 +395,7 @@ std::vector<std::vector<ChunkKind>> Predictor::chunks_of(const Schedule& s) cons
   return kinds;
 }
 
-const Predictor::Pipeline& Predictor::pipeline(const Schedule& s, int microbatches) {
+Predictor::Pipeline& Predictor::pipeline(const Schedule& s, int microbatches) {
   const auto [kept, is_new] =
       pipelines_.try_emplace({s.row->name, s.stages, microbatches, s.chunks});
   auto& [schedule, tasks] = kept->second;
@@ -437,11 +437,10 @@ Prediction Predictor::predict(const Job& job, double limit) {
   }
 
   const auto run_with = [&](double exchange, int m) {
-    const auto& [schedule, tasks] = pipeline(s, m);
-    std::vector<Task> timed = tasks;
+    auto& [schedule, tasks] = pipeline(s, m);
     // where nothing overlaps, a computation first takes what comes, and then hands on its result
     const double exposed = profile.overlaps ? 0 : exchange;
-    auto task = timed.begin();
+    auto task = tasks.begin();
     for (int stage = 0; stage < s.stages; stage++)
       for (const Action& a : schedule.actions[stage])
         (task++)->duration =
@@ -449,7 +448,7 @@ Prediction Predictor::predict(const Job& job, double limit) {
                 ? exchange - exposed
                 : times.at(kinds[stage][a.chunk]).of[which(a.microbatch, m)][a.kind].seconds +
                       exposed;
-    return makespan(run(timed));
+    return std::ranges::max(run(tasks), {}, &Span::end).end;
   };
   const auto step = [&](double exchange) {
     return extended_makespan(s.microbatches, s.row->divisor(s.stages),

@@ -16,7 +16,6 @@
 
 #include "theory/machine.h"
 #include "theory/theory.h"
-#include "theory/timeline.h"
 
 // Numbers of the compute dtype read or written in a block, for each number in: an activation of
 // width C of this rank's rows; one of its part of the width, of all rows; one between the MLP's
@@ -87,9 +86,9 @@ class Predictor {
  private:
   struct Pipeline {
     Schedule schedule;
-    std::vector<Task> tasks;  // in the order of its actions, without their durations
+    std::vector<Task> tasks;  // in the order of its actions; of any durations
   };
-  const Pipeline& pipeline(const Schedule& outline, int microbatches);
+  Pipeline& pipeline(const Schedule& outline, int microbatches);
   std::map<std::tuple<std::string, int, int, int>, Pipeline> pipelines_;
   Gpt gpt_;  // its pieces
 };

@@ -2,6 +2,7 @@
 #include "theory/simulate.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <set>
 #include <utility>
@@ -45,45 +46,44 @@ static std::vector<Action> needs_of(const Schedule& s, int stage, const Action& 
   return needs;
 }
 
-// ---- one walk over all lists, for checker and simulator
+// ---- for checker and simulator
 
-// The spans of what each stage gets done; lists that end early wait for each other. A stage steps
-// over an action when what it needs is done, and over an exchange when its peers have come to the
-// facing ones, too. That is how an executor whose every action blocks goes ahead. The times are
-// those of two queues a stage (simulate.h): each waits only for what it needs.
-static Spans walk(const Schedule& s, const Durations& durations) {
-  std::vector<std::map<Action, double>> done(s.stages);         // [stage]: parts, and when
-  std::vector<std::map<Transfer, double>> reached(s.stages);    // [stage]: when its exchange was
-  std::vector<double> computed(s.stages), exchanged(s.stages);  // when each queue is free
-  Spans spans(s.stages);
-  bool moved = true;
-  // Does the next action of a stage, if it can.
-  const auto proceed = [&](int stage) {
-    const size_t i = spans[stage].size();
-    if (i == s.actions[stage].size()) return false;
-    const Action& a = s.actions[stage][i];
-    double& free = (a.kind == Action::exchange ? exchanged : computed)[stage];
-    double start = free, end = 0;
-    for (const Action& need : needs_of(s, stage, a)) {
-      const auto when = done[stage].find(need);
-      if (when == done[stage].end()) return false;
-      start = std::max(start, when->second);
+std::vector<Task> tasks_of(const Schedule& s, const Durations& durations, bool one_queue) {
+  std::vector<Task> tasks;
+  std::vector<std::map<Action, int>> does(s.stages);  // [stage]: which task does a part
+  for (int stage = 0; stage < s.stages; stage++)
+    for (size_t i = 0; i < s.actions[stage].size(); i++) {
+      const Action& a = s.at(stage, i);
+      for (const Action& part : parts_of(a)) does[stage][part] = tasks.size();
+      const bool exchanges = a.kind == Action::exchange && !one_queue;
+      tasks.push_back(
+          {stage, exchanges ? Queue::communication : Queue::compute, durations[stage][i]});
     }
-    for (const Transfer& t : a.transfers) moved |= reached[stage].insert({t, start}).second;
-    for (const Transfer& t : a.transfers) {
-      const auto facing = reached[t.peer].find(other_end(s, stage, t));
-      if (facing == reached[t.peer].end()) return false;
-      end = std::max(end, facing->second);
+  auto task = tasks.begin();
+  for (int stage = 0; stage < s.stages; stage++)
+    for (const Action& a : s.actions[stage]) {
+      for (const Action& need : needs_of(s, stage, a)) {
+        const int number = does[stage].at(need);
+        // a queue has done what was issued to it before
+        if (tasks[number].queue != task->queue || number > task - tasks.begin())
+          task->after = std::max(task->after, number);
+      }
+      for (const Transfer& t : a.transfers)
+        task->with.push_back(does[t.peer].at(exchange_of(other_end(s, stage, t))));
+      task++;
     }
-    end = free = std::max(start, end) + durations[stage][i];
-    for (const Action& part : parts_of(a)) done[stage][part] = end;
-    spans[stage].push_back({start, end});
-    return true;
-  };
-  while (std::exchange(moved, false))
-    for (int stage = 0; stage < s.stages; stage++)
-      while (proceed(stage)) moved = true;
-  return spans;
+  return tasks;
+}
+
+// By stage, from those of the tasks.
+static Spans by_stage(const Schedule& s, const std::vector<Span>& spans) {
+  Spans of_stages;
+  auto next = spans.begin();
+  for (const auto& list : s.actions) {
+    of_stages.emplace_back(next, next + list.size());
+    next += list.size();
+  }
+  return of_stages;
 }
 
 // ---- the rules of the checker: each returns what is wrong, or nothing
@@ -135,12 +135,15 @@ static std::string wrong_order(const Schedule& s) {
 }
 
 static std::string deadlock(const Schedule& s) {
-  const Spans spans = walk(s, durations(s, {}));
   std::string stuck;
-  for (int stage = 0; stage < s.stages; stage++)
-    if (spans[stage].size() < s.actions[stage].size())
+  int stage = 0;
+  for (const auto& spans : by_stage(s, run(tasks_of(s, durations(s, {}), true), true))) {
+    const auto waits = std::ranges::find_if(spans, [](const Span& x) { return x.end < 0; });
+    if (waits != spans.end())
       stuck +=
-          (stuck.empty() ? "deadlock: " : "; ") + place(s, stage, spans[stage].size()) + " waits";
+          (stuck.empty() ? "deadlock: " : "; ") + place(s, stage, waits - spans.begin()) + " waits";
+    stage++;
+  }
   return stuck.empty() ? "" : stuck + ".";
 }
 
@@ -172,14 +175,27 @@ double Timeline::bubble() const {
 }
 
 Timeline simulate(const Schedule& s, const Durations& durations) {
-  Timeline t{walk(s, durations), std::vector<double>(s.stages)};
-  for (int stage = 0; stage < s.stages; stage++)
-    ASSERT(t.spans[stage].size() == s.actions[stage].size(), check(s));
+  Timeline t{by_stage(s, run(tasks_of(s, durations))), std::vector<double>(s.stages)};
   for_each_computation(s, [&](int stage, int i, const Action&) {
     t.busy[stage] += t.spans[stage][i].end - t.spans[stage][i].start;
     t.makespan = std::max(t.makespan, t.spans[stage][i].end);
   });
   return t;
+}
+
+int steady_microbatches(const ScheduleRow& row, int p) {
+  // found by running all up to 16 stages; a ring of few stages settles late
+  return row.place == Place::ring ? std::max(28, 3 * p) : 2 * p;
+}
+
+double extended_makespan(int m, int step, int steady, const std::function<double(int m)>& of) {
+  for (int first = (steady + step - 1) / step * step;; first *= 2) {
+    if (first + 2 * step >= m) return of(m);
+    const double a = of(first), b = of(first + step), c = of(first + 2 * step);
+    const int rest = m - (first + 2 * step);
+    if (std::abs((c - b) - (b - a)) > 1e-9 * c) continue;
+    return c + (c - b) * rest / step;
+  }
 }
 
 int64_t peak_live(const Schedule& s, int stage, std::vector<Kept> kept) {

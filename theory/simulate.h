@@ -1,9 +1,15 @@
 // simulate.h: whether a schedule can run, when each of its actions would, and what it keeps alive.
 //
 // idea      A schedule is only lists, so all of this is a walk over them that computes nothing.
-// test      tests/test_schedule.cpp
+// steady    The makespan of a schedule grows by the same time with every micro-batch (in a ring:
+//           with every p of them) once all stages are in their steady state. `extended_makespan`
+//           runs small numbers of micro-batches and goes on from there.
+// test      tests/test_schedule.cpp, tests/test_plan.cpp
 #pragma once
+#include <functional>
+
 #include "schedule.h"
+#include "theory/timeline.h"
 
 // ---- the checker
 
@@ -21,9 +27,6 @@ std::string check(const Schedule& schedule);
 using Durations = std::vector<std::vector<double>>;
 Durations durations(const Schedule& schedule, const Times& times);
 
-struct Span {
-  double start, end;
-};
 using Spans = std::vector<std::vector<Span>>;  // [stage][action]; from 0
 struct Timeline {
   Spans spans;
@@ -33,11 +36,22 @@ struct Timeline {
   double bubble() const;  // idle share of all stages together
 };
 
-// The timeline of an executor with two queues a stage. Computations run in list order, each when
-// the exchange that receives its input has completed. Exchanges run in list order, each when what
-// it sends has been computed; a transfer starts when both its ends have been reached, and an
-// exchange completes with its last transfer. The schedule must have passed `check`.
+// What an executor with two queues a stage does: the tasks of stage 0 in the order of its actions,
+// then those of stage 1, ... Computations run in list order, each when the exchange that receives
+// its input has completed. Exchanges run in list order, each when what it sends has been computed;
+// a transfer starts when both its ends have been reached, and an exchange completes with its last
+// transfer. With one queue each action blocks its stage. The schedule must have passed `check`, or
+// all of it but that nothing deadlocks.
+std::vector<Task> tasks_of(const Schedule& schedule, const Durations& durations,
+                           bool one_queue = false);
 Timeline simulate(const Schedule& schedule, const Durations& durations);
+
+// From how many micro-batches on a schedule has a steady state, if its stages are alike.
+int steady_microbatches(const ScheduleRow& row, int stages);
+// The makespan of m micro-batches. of(m) runs as many; m grows in steps of `step`. Beyond `steady`
+// micro-batches every step adds as much as the one before. Where two steps in a row do not, there
+// is no steady state yet, and twice as many are run.
+double extended_makespan(int m, int step, int steady, const std::function<double(int m)>& of);
 
 // Bytes that one micro-batch keeps on a chunk: from its forward to its backward, and where that is
 // split from its input gradient to its weight gradient.
