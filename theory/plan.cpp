@@ -166,8 +166,7 @@ class Search {
   const Costs& costs_of(const Job& job, bool splits) {
     auto& cost = costs[splits];
     if (cost) return *cost;
-    FewBlocks one(job, 1);
-    const TheoryOfRank t = one.theory();
+    const TheoryOfRank t = theory_of_few(job, 1);
     cost = {t.kept(t.gpt.parts()[1]), t.kept(t.gpt.parts()[2]), {}};
     Job alone = job;
     alone.layout["fsdp"] = alone.layout["replicate"] = 1;
@@ -191,9 +190,8 @@ class Search {
                            o.zero, o.reshard, splits, kind});
     Held& h = of->second;
     if (!is_new) return h;
-    FewBlocks few(job, kind.blocks);
-    TheoryOfRank t = few.theory(splits ? "zb" : "1f1b");
-    t.pieces = {t.gpt.parts().subspan(!kind.embedding, kind.blocks + kind.embedding + kind.head)};
+    TheoryOfRank t = theory_of_few(job, kind.blocks, splits ? "zb" : "1f1b");
+    t.pieces = {kind.of(t.gpt)};
     double sending[2] = {};  // with one micro-batch, and with two
     for (const int m : {1, 2}) {
       t.m = m;

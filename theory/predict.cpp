@@ -67,9 +67,8 @@ class RankWork {
       : machine(predictor.cluster.machine),
         profile(predictor.profile),
         splits(splits_backward),
-        one(job, 1),
-        t(one.theory()) {
-    const GptConfig& c = one.config;
+        t(theory_of_few(job, chunk.blocks)) {
+    const GptConfig& c = t.config;
     R = t.R;
     S = t.S;
     C = c.width;
@@ -87,10 +86,7 @@ class RankWork {
     cp.n = 2;  // neighbours in a ring
     fsdp = group("fsdp", t.fsdp.size, tp.n);
     replicate = group("replicate", job.layout["replicate"], tp.n * fsdp.n);
-    const auto parts = t.gpt.parts();
-    if (chunk.embedding) add_use(parts[0]);
-    for (int64_t i = 0; i < chunk.blocks; i++) add_use(parts[1], i);
-    if (chunk.head) add_use(parts[2]);
+    for (const ModelPart& part : chunk.of(t.gpt)) add_use(part);
   }
 
   ChunkTimes run(int microbatches) {
@@ -139,10 +135,10 @@ class RankWork {
     Backward backward;
     std::vector<Unit*> units;
   };
-  void add_use(const ModelPart& part, int layer = 0) {
+  void add_use(const ModelPart& part) {
     Use use{part.kind, part.backward, {}};
     for (const auto& [number, params] : units_of(part.params)) {
-      Unit& u = units[number + (number >= kFirstBlock ? layer : 0)];
+      Unit& u = units[number];
       const int64_t padded = padded_unit(params, t.fsdp.size);
       const double g = profile.gradient_bytes > 0 ? profile.gradient_bytes : t.g;
       u.elements = padded / t.fsdp.size;
@@ -348,7 +344,6 @@ class RankWork {
   const Machine& machine;
   const Profile& profile;
   bool splits, is_last = false;
-  FewBlocks one;
   TheoryOfRank t;
   Group tp, cp, fsdp, replicate;
   double R, S, C, F, V;
@@ -365,11 +360,11 @@ class RankWork {
 
 }  // namespace
 
-FewBlocks::FewBlocks(const Job& job, int64_t blocks)
-    : config(job.config), options(job.options), mesh(job.layout) {
-  config.layers = blocks;
-  mesh.layout["pp"] = 1;
-  mesh = Mesh(mesh.layout, mesh.layout.ranks() - 1);  // the largest part of everything
+TheoryOfRank theory_of_few(Job job, int64_t blocks, const char* schedule) {
+  job.config.layers = blocks;
+  job.layout["pp"] = 1;
+  const Mesh last(job.layout, job.layout.ranks() - 1);  // has the largest part of everything
+  return {job.config, job.options, last, Schedule{&schedule_row(schedule)}};
 }
 
 std::array<double, 3> Predictor::chunk_seconds(const Job& job, const ChunkKind& chunk,

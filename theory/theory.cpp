@@ -3,8 +3,7 @@
 
 Theory theory(const GptConfig& config, const Layout& layout, int rank,
               const TrainerOptions& options) {
-  Mesh mesh(layout, rank);
-  TheoryOfRank t{config, options, mesh, outline_of(options, layout)};
+  TheoryOfRank t{config, options, Mesh(layout, rank), outline_of(options, layout)};
   t.schedule.actions.resize(t.schedule.stages);  // of which its own are asked for
   t.schedule.actions[t.pp.rank] = computations(t.schedule, t.pp.rank);
   t.add_fsdp();
@@ -17,8 +16,8 @@ Theory theory(const GptConfig& config, const Layout& layout, int rank,
   };
   // a sum of squares for each parameter, over all ranks; the loss, of which ranks have the part of
   // their tokens, and one stage all
-  sum_in_f64({mesh.world}, Traffic::norm, t.gpt.params().size());
-  sum_in_f64(mesh.that(&AxisKind::splits_batch), Traffic::loss, 1);
+  sum_in_f64({t.mesh.world}, Traffic::norm, t.gpt.params().size());
+  sum_in_f64(t.mesh.that(&AxisKind::splits_batch), Traffic::loss, 1);
   sum_in_f64({t.cp, t.pp}, Traffic::loss, 1);
   return t.sum;
 }

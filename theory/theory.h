@@ -48,9 +48,9 @@ struct TheoryOfRank {
              int64_t bytes);
   Kept kept(const ModelPart& part) const;  // of a micro-batch
 
-  const GptConfig& config;
-  const TrainerOptions& options;
-  Mesh& mesh;  // sizes only: nothing is opened
+  GptConfig config;
+  TrainerOptions options;
+  Mesh mesh;  // sizes only: nothing is opened
   Schedule schedule;
   const Axis &pp = mesh["pp"], fsdp = join(mesh, "fsdp", "cp"), &cp = mesh["cp"], &tp = mesh["tp"];
   SizedGpt gpt{config, tp, cp};  // nor allocated
