@@ -33,23 +33,22 @@ struct Cell {
 };
 
 // The fastest of a kind; empty if none fits.
-std::vector<Planned> best_of(const Cluster& cluster, const Profile& profile,
-                             const GptConfig& config, const Kind& kind) {
+std::vector<Planned> best_of(const Cluster& cluster, const GptConfig& config, const Kind& kind) {
   Wanted wanted{
       {config, {}, {{"fsdp", kind.fsdp}, {"replicate", 0}, {"tp", kind.tp}, {"pp", kind.pp}}}};
   wanted.options.batch = kBatch;
   wanted.options.microbatch = 0;
   wanted.options.fsdp.zero = kind.zero;
   wanted.options.schedule.clear();
-  return plan(cluster, profile, wanted, int64_t(0.92 * cluster.machine.memory), 1).fastest;
+  return plan(cluster, wanted, int64_t(0.92 * cluster.machine.memory), 1).fastest;
 }
 
-Cell best_kind(const Cluster& cluster, const Profile& profile, const GptConfig& config) {
+Cell best_kind(const Cluster& cluster, const GptConfig& config) {
   const Kind& any = *std::rbegin(kKinds);
-  const auto fastest = best_of(cluster, profile, config, any);
+  const auto fastest = best_of(cluster, config, any);
   if (fastest.empty()) return {};
   for (const Kind& kind : kKinds) {
-    const auto best = &kind == &any ? fastest : best_of(cluster, profile, config, kind);
+    const auto best = &kind == &any ? fastest : best_of(cluster, config, kind);
     if (!best.empty() && best[0].time.seconds <= 1.03 * fastest[0].time.seconds)
       return {&kind, sentence(kind.name, ": ", to_string(best[0].job.layout),
                               format(", %.3g s a step", best[0].time.seconds))};
@@ -78,7 +77,7 @@ std::string draw_map(const Machine& machine, const Profile& profile, double slow
   svg.box(0, 0, width, height, "fill='#fff'");
   for (const bool is_slow : {false, true}) {
     const double left = is_slow * panel + kLeft;
-    Cluster cluster{machine, 1, 1, false, profile.direct};
+    Cluster cluster{machine, profile};
     if (is_slow) cluster.machine.between.bandwidth = slow;
     svg.text(left, 20, large, machine.name, ", ", kOfNode, " a node; between nodes ",
              format("%.3g", cluster.machine.between.bandwidth / 1e9), " GB/s a device");
@@ -91,7 +90,7 @@ std::string draw_map(const Machine& machine, const Profile& profile, double slow
       for (const int64_t devices : kDevices) {
         cluster.devices = std::min(devices, kOfNode);
         cluster.nodes = devices / cluster.devices;
-        if (const Cell cell = best_kind(cluster, profile, config); cell.kind) {
+        if (const Cell cell = best_kind(cluster, config); cell.kind) {
           if (devices == 1) wall = y;
           svg.out << "<g><title>" << cell.best << "</title>";
           svg.box(x, y, kWide - 1, kHigh - 1, cell.kind->colour);
@@ -129,7 +128,7 @@ std::string draw_map(const Machine& machine, const Profile& profile, double slow
     svg.text(kLeft - 8, y_of(ms) + 4, end, ms);
   }
   for (int tp = 1; tp <= 32; tp *= 2) svg.text(x_of(tp), top + high + 18, middle, tp);
-  const Cluster cluster{machine, 4, kOfNode, false, profile.direct};
+  const Cluster cluster{machine, profile, 4, kOfNode};
   for (const int row : {2, 5, 6}) {
     const GptConfig config{kModels[row], Dtype::bf16};
     double ms = 0;

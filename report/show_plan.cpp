@@ -258,8 +258,7 @@ void show(PlanOptions& o) {
           1e17,
       "so many tokens in so large a model are too many bytes to count: make them fewer, or give "
       "--attention flash");
-  const Cluster cluster{machine_of(o), o.nodes, o.devices, o.spread,
-                        profile_named(o.profile).direct};
+  const Cluster cluster{machine_of(o), profile_named(o.profile), o.nodes, o.devices, o.spread};
   const GptConfig config = model_config(o);
   const int64_t memory = o.memory > 0 ? o.memory << 20 : int64_t(0.92 * cluster.machine.memory);
   if (!o.json) {
@@ -274,7 +273,7 @@ void show(PlanOptions& o) {
     const Job job = one_job(o);
     REQUIRE(job.layout["tp"] <= job.config.kv(), "--tp ", job.layout["tp"],
             " has more ranks than --kv-heads ", job.config.kv());
-    Predictor predictor(cluster, profile_named(o.profile), config);
+    Predictor predictor(cluster, config);
     const Planned p{job, account(job).bytes, predictor.predict(job)};
     if (o.json) printf("%s\n", json_of(cluster, p).dump(1).c_str());
     else explain(cluster, p, memory);
@@ -287,7 +286,7 @@ void show(PlanOptions& o) {
   wanted.options.batch = resolved(o).batch;
   if (!o.given.count("zero")) wanted.options.fsdp.zero = 0;
   if (!o.given.count("schedule")) wanted.options.schedule.clear();
-  const Plan found = plan(cluster, profile_named(o.profile), wanted, memory, o.top);
+  const Plan found = plan(cluster, wanted, memory, o.top);
   REQUIRE(found.layouts > 0, "no layout of ", o.nodes * o.devices,
           " devices is what the options ask for: the batch of ", wanted.options.batch,
           " must divide by the ranks that share it, and each one's part by --microbatch; --tp is at"

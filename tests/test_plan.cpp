@@ -212,8 +212,8 @@ double step_seconds(const Row& r) {
   job.options.microbatch = r.microbatch;
   job.options.schedule = r.chunks > 1 ? "interleaved" : "1f1b";
   job.options.chunks = int(r.chunks);
-  Predictor predictor({read_machine("a100-80g"), (r.gpus + 7) / 8, 8},
-                      profile_named("megatron-2021"), config);
+  Predictor predictor(
+      {read_machine("a100-80g"), profile_named("megatron-2021"), (r.gpus + 7) / 8, 8}, config);
   return predictor.predict(job).seconds;
 }
 
@@ -345,12 +345,12 @@ Wanted anything(const GptConfig& config, int64_t batch) {
 
 TEST(the_searchs_memory_is_that_of_the_formulas) {
   const GptConfig config{{11, 96, 6, 64, 301}, Dtype::bf16};
-  const Cluster cluster{read_machine("a100-80g"), 1, 8};
+  const Cluster cluster{read_machine("a100-80g"), profile_named("threefold"), 1, 8};
   Wanted wanted = anything(config, 48);
-  Plan found = plan(cluster, profile_named("threefold"), wanted, 1 << 30, 900);
+  Plan found = plan(cluster, wanted, 1 << 30, 900);
   CHECK_EQ(found.fastest.size(), size_t(900));
   wanted.options.fsdp.prefetch = 3;  // gathers more ahead than some stages have
-  const Plan ahead = plan(cluster, profile_named("threefold"), wanted, 1 << 30, 300);
+  const Plan ahead = plan(cluster, wanted, 1 << 30, 300);
   found.fastest.insert(found.fastest.end(), ahead.fastest.begin(), ahead.fastest.end());
   std::set<std::string> schedules;
   for (const Planned& p : found.fastest) {
@@ -365,19 +365,18 @@ TEST(the_searchs_memory_is_that_of_the_formulas) {
 
 TEST(the_search_finds_what_trying_all_finds) {
   const GptConfig config{{8, 512, 8, 256, 5003}, Dtype::bf16};
-  Cluster cluster{read_machine("rtx4090"), 4, 2};
+  Cluster cluster{read_machine("rtx4090"), {}, 4, 2};
   const int64_t memory = 600 << 20;
   double sum = 0;
   int64_t predicted = 0, tried = 0;
   for (const char* profile : {"threefold", "megatron-2021"}) {  // gradients of 4 bytes, and of 2
+    cluster.profile = profile_named(profile);
     Wanted wanted = anything(config, 64);
     if (tried) {  // what is sent takes most of the time
       cluster.machine.between.bandwidth /= 10;
       wanted.layout = {{"replicate", 0}, {"fsdp", 0}};
     }
-    const auto search = [&](int64_t top) {
-      return plan(cluster, profile_named(profile), wanted, memory, top);
-    };
+    const auto search = [&](int64_t top) { return plan(cluster, wanted, memory, top); };
     const Plan five = search(5), all = search(100'000);
     CHECK_EQ(int64_t(all.fastest.size()), all.fitting);
     CHECK(all.fitting < all.layouts && five.predicted < all.predicted);
@@ -398,10 +397,9 @@ TEST(the_search_finds_what_trying_all_finds) {
 
 TEST(large_clusters_are_planned) {
   GptConfig config{{126, 16384, 128, 8192, 128256, 8, 79872}, Dtype::bf16};
-  const Cluster cluster{read_machine("h100"), 2048, 8};
+  const Cluster cluster{read_machine("h100"), profile_named("threefold"), 2048, 8};
   const clock_t begin = clock();
-  const Plan found =
-      plan(cluster, profile_named("threefold"), anything(config, 2048), int64_t(73) << 30, 10);
+  const Plan found = plan(cluster, anything(config, 2048), int64_t(73) << 30, 10);
   CHECK_EQ(found.fastest.size(), size_t(10));
   CHECK(found.fastest[0].job.layout["tp"] > 1 && found.fastest[0].job.layout["pp"] > 1);
   measured(found.layouts, " layouts of 16384 devices, ", found.predicted, " predicted in ",
@@ -420,7 +418,7 @@ TEST(idle_stages_lend_their_processor_on_their_node_alone) {
   job.options.schedule = "1f1b";
   const auto bubble = [&](double sharing, int64_t nodes, int64_t devices) {
     machine.sharing = sharing;
-    Predictor predictor({machine, nodes, devices}, profile_named("threefold"), config);
+    Predictor predictor({machine, profile_named("threefold"), nodes, devices}, config);
     return predictor.predict(job).bubble;
   };
   const double apart = bubble(1, 2, 1);
@@ -434,7 +432,9 @@ TEST(a_round_among_many_takes_one_message_where_they_send_directly) {
   const Machine machine = read_machine("h100");
   const double latency = machine.inside.latency, bytes = 1e-6;
   for (const bool direct : {false, true}) {
-    const Link link = link_of({machine, 1, 8, false, direct}, 8, 1);
+    Profile profile{};
+    profile.direct = direct;
+    const Link link = link_of({machine, profile, 1, 8}, 8, 1);
     const double seconds = collective_seconds(link, 8, Collective::all_reduce, bytes);
     CHECK_LE(close(seconds, (direct ? 2 : 6) * latency), 1e-6);
   }
@@ -444,7 +444,7 @@ TEST(a_ring_over_many_nodes_waits_once_for_each) {
   const Machine machine = read_machine("h100");
   const auto rounds = [&](int64_t nodes, Collective c) {
     const int n = int(8 * nodes);
-    const double seconds = collective_seconds(link_of({machine, nodes, 8}, n, 1), n, c, 1e-6);
+    const double seconds = collective_seconds(link_of({machine, {}, nodes, 8}, n, 1), n, c, 1e-6);
     return std::round(seconds / machine.between.latency);
   };
   CHECK_EQ(rounds(2, Collective::all_gather), 4, "doublings of 16 ranks");
@@ -452,7 +452,7 @@ TEST(a_ring_over_many_nodes_waits_once_for_each) {
   CHECK_EQ(rounds(2048, Collective::reduce_scatter), 2047);
   CHECK_EQ(rounds(2048, Collective::all_reduce), 28, "a tree, up and down");
   // two ranks far apart are on two nodes, however many lie between them
-  CHECK_EQ(link_of({machine, 64, 1}, 2, 32).nodes, 2);
+  CHECK_EQ(link_of({machine, {}, 64, 1}, 2, 32).nodes, 2);
 }
 
 TEST(a_ledger_of_a_long_run_on_many_ranks_does_not_overflow) {

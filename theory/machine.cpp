@@ -263,6 +263,45 @@ Machine measure_machine(int64_t ranks) {
   return parse_machine("this: " + device().name, text.str());
 }
 
+// ---- what software does
+
+// threefold: the kernels' reads and writes as docs/gpu.md lists them; flash attention by tensor
+// cores as FlashAttention-2 reaches it on an A100 (Dao, 2023: half to three quarters of the peak).
+// threefold-cpu: the same on the stand-ins for a GPU and NCCL (cpu/); --profile shows attention at
+// 24 % of a product (backward) and 32 % (forward).
+// megatron-2021: the kernels of Megatron-LM's transformer layer of 2021, with its fused softmax,
+// bias + GELU and bias + dropout + add, and one byte a number for a dropout's mask. Where attention
+// is "flash", it is computed again in the backward (selective recomputation). A tp rank sends its
+// slice of an activation to the next stage, where the slices are gathered. Its optimizer reads and
+// writes gradients in 16 bits, a copy in 32, master weights and two moments.
+static constexpr Passes kForward{13, 6, 4, 2, 3, 16}, kBackward{13, 3, 4, 3, 0, 14};
+static const Profile kProfiles[] = {
+    {"threefold", kForward, kBackward, false, true, 0, 39, 0.6, false},
+    {"threefold-cpu", kForward, kBackward, false, true, 0, 28, 0.26, true},
+    {"megatron-2021",
+     {11, 2, 2, 4.5, 11, 12},
+     {21, 11, 4, 5.5, 7, 20},
+     true,
+     false,
+     2,
+     52,
+     0.6,
+     false},
+};
+
+std::vector<std::string> profile_names() {
+  std::vector<std::string> names;
+  for (const Profile& p : kProfiles) names.push_back(p.name);
+  return names;
+}
+
+const Profile& profile_named(const std::string& name) {
+  const auto known = std::ranges::find(kProfiles, name, &Profile::name);
+  REQUIRE(known != std::end(kProfiles), "there is no profile '", name, "': choose one of ",
+          join(profile_names(), ", "));
+  return *known;
+}
+
 // ---- one piece of work
 
 // FLOP/s by the inner dim: between two that were measured, and below them, the time is a line.
@@ -307,9 +346,10 @@ Link link_of(const Cluster& c, int64_t n, int64_t stride) {
   const int64_t nodes = std::min(n, c.spread ? c.nodes / std::gcd(stride, c.nodes)
                                              : ceil_div(n * stride, c.devices)),
                 here = std::clamp<int64_t>(n / nodes, 1, n);
-  if (nodes == 1) return {in.bandwidth, in.latency, c.direct};
-  const double cards = c.direct ? (n - 1.0) / std::max<int64_t>(n - here, 1) : here;
-  return {std::min(in.bandwidth, cards * out.bandwidth), out.latency, c.direct, double(nodes)};
+  if (nodes == 1) return {in.bandwidth, in.latency, c.profile.direct};
+  const double cards = c.profile.direct ? (n - 1.0) / std::max<int64_t>(n - here, 1) : here;
+  return {std::min(in.bandwidth, cards * out.bandwidth), out.latency, c.profile.direct,
+          double(nodes)};
 }
 
 double Link::latency_of(int n, Collective collective) const {

@@ -1,4 +1,4 @@
-// machine.h: what a prediction knows of the hardware: rates, each with its source.
+// machine.h: what a prediction knows of the hardware, rates, each with its source, and of software.
 //
 // format    A machine is a text, a line a fact: a name, its numbers, and after a colon where they
 //           come from. What stands behind # is a comment. The built-in machines are such texts, too
@@ -39,7 +39,7 @@
 
 struct Link {
   double bandwidth = 0, latency = 0;  // bytes/s that a device sends; seconds
-  bool direct = false;                // Cluster's
+  bool direct = false;                // Profile's
   double nodes = 1;                   // that its ranks are on
   // of a round among n ranks
   double latency_of(int n, Collective collective) const;
@@ -66,11 +66,33 @@ std::string links_of(std::string gpu);
 // gets as large a part.
 Machine measure_machine(int64_t ranks);
 
+// Numbers of the compute dtype read or written in a block, for each number in: an activation of
+// width C of this rank's rows; one of its part of the width, of all rows; one between the MLP's
+// products; the scores. In the head: the logits.
+struct Passes {
+  double rows, columns, hidden, scores, logits, kernels;
+};
+// What software does with the hardware.
+struct Profile {
+  const char* name;
+  Passes forward, backward;
+  bool stores_scores;  // attention as whole matrices, with plain products
+  // tp: a backward's sum travels beside the weight gradient; sums of gradients run behind the
+  // backward; exchanges between stages, where each tp rank then sends all that it has
+  bool overlaps;
+  double gradient_bytes;   // on the wire; 0: those of the master dtype
+  double optimizer_bytes;  // read and written a parameter of the shard, in all
+  double flash_share;      // of a large product's rate
+  bool direct;             // in collectives each rank sends to every other; else in a ring
+};
+const Profile& profile_named(const std::string& name);
+std::vector<std::string> profile_names();
+
 struct Cluster {
   Machine machine;
+  Profile profile;
   int64_t nodes = 1, devices = 1;  // of a node
   bool spread = false;             // rank r is on node r mod nodes; else the first are on node 0
-  bool direct = false;             // in collectives each rank sends to every other; else in a ring
 };
 
 // ---- how long one piece of work takes

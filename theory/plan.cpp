@@ -44,8 +44,8 @@ template <class T> std::vector<T> those(std::vector<T> all, const T& wanted) {
 
 class Search {
  public:
-  Search(const Cluster& cluster, const Profile& profile, const Wanted& wanted, int64_t memory)
-      : predictor(cluster, profile, wanted.config), wanted(wanted), memory(memory) {}
+  Search(const Cluster& cluster, const Wanted& wanted, int64_t memory)
+      : predictor(cluster, wanted.config), wanted(wanted), memory(memory) {}
 
   Plan run(int64_t top) {
     const int64_t ranks = predictor.cluster.nodes * predictor.cluster.devices;
@@ -201,7 +201,7 @@ class Search {
         const auto& [axis, collective, purpose] = key;
         const Link link =
             link_of(predictor.cluster, row.n, axis == "replicate" ? tp * t.fsdp.size : tp);
-        const double of_gradients = predictor.profile.gradient_bytes,  // on the wire
+        const double of_gradients = predictor.cluster.profile.gradient_bytes,  // on the wire
             share =
                 of_gradients > 0 && collective != Collective::all_gather ? of_gradients / t.g : 1;
         sending[m - 1] += row.calls * link.latency_of(row.n, collective) +
@@ -268,7 +268,6 @@ class Search {
 
 }  // namespace
 
-Plan plan(const Cluster& cluster, const Profile& profile, const Wanted& wanted, int64_t memory,
-          int64_t top) {
-  return Search(cluster, profile, wanted, memory).run(top);
+Plan plan(const Cluster& cluster, const Wanted& wanted, int64_t memory, int64_t top) {
+  return Search(cluster, wanted, memory).run(top);
 }

@@ -3,45 +3,6 @@
 
 #include <algorithm>
 
-// ---- what software does
-
-// threefold: the kernels' reads and writes as docs/gpu.md lists them; flash attention by tensor
-// cores as FlashAttention-2 reaches it on an A100 (Dao, 2023: half to three quarters of the peak).
-// threefold-cpu: the same on the stand-ins for a GPU and NCCL (cpu/); --profile shows attention at
-// 24 % of a product (backward) and 32 % (forward).
-// megatron-2021: the kernels of Megatron-LM's transformer layer of 2021, with its fused softmax,
-// bias + GELU and bias + dropout + add, and one byte a number for a dropout's mask. Where attention
-// is "flash", it is computed again in the backward (selective recomputation). A tp rank sends its
-// slice of an activation to the next stage, where the slices are gathered. Its optimizer reads and
-// writes gradients in 16 bits, a copy in 32, master weights and two moments.
-static constexpr Passes kForward{13, 6, 4, 2, 3, 16}, kBackward{13, 3, 4, 3, 0, 14};
-static const Profile kProfiles[] = {
-    {"threefold", kForward, kBackward, false, true, 0, 39, 0.6, false},
-    {"threefold-cpu", kForward, kBackward, false, true, 0, 28, 0.26, true},
-    {"megatron-2021",
-     {11, 2, 2, 4.5, 11, 12},
-     {21, 11, 4, 5.5, 7, 20},
-     true,
-     false,
-     2,
-     52,
-     0.6,
-     false},
-};
-
-std::vector<std::string> profile_names() {
-  std::vector<std::string> names;
-  for (const Profile& p : kProfiles) names.push_back(p.name);
-  return names;
-}
-
-const Profile& profile_named(const std::string& name) {
-  const auto known = std::ranges::find(kProfiles, name, &Profile::name);
-  REQUIRE(known != std::end(kProfiles), "there is no profile '", name, "': choose one of ",
-          join(profile_names(), ", "));
-  return *known;
-}
-
 // ---- a rank's part of one micro-batch, as it is issued
 
 namespace {
@@ -65,7 +26,7 @@ class RankWork {
  public:
   RankWork(const Predictor& predictor, const Job& job, const ChunkKind& chunk, bool splits_backward)
       : machine(predictor.cluster.machine),
-        profile(predictor.profile),
+        profile(predictor.cluster.profile),
         splits(splits_backward),
         t(theory_of_few(job, chunk.blocks)) {
     const GptConfig& c = t.config;
@@ -406,7 +367,7 @@ static double exchange_seconds(const Predictor& p, const Job& job, double bytes)
   const int64_t pp = job.layout["pp"], tp = job.layout["tp"], stride = job.layout.ranks() / pp;
   const bool leaves = pp * stride > p.cluster.devices && !p.cluster.spread;
   const Link link = link_of(p.cluster, 2, leaves ? std::max(stride, p.cluster.devices) : stride);
-  if (p.profile.overlaps || job.config.sequence_parallel)
+  if (p.cluster.profile.overlaps || job.config.sequence_parallel)
     return collective_seconds(link, 2, Collective::send, bytes);
   return collective_seconds(link, 2, Collective::send, bytes / tp) +
          collective_seconds(link_of(p.cluster, tp, 1), tp, Collective::all_gather, bytes);
@@ -434,7 +395,7 @@ Prediction Predictor::predict(const Job& job, double limit) {
   const auto run_with = [&](double exchange, int m) {
     auto& [schedule, tasks] = pipeline(s, m);
     // where nothing overlaps, a computation first takes what comes, and then hands on its result
-    const double exposed = profile.overlaps ? 0 : exchange;
+    const double exposed = cluster.profile.overlaps ? 0 : exchange;
     auto task = tasks.begin();
     for (int stage = 0; stage < s.stages; stage++)
       for (const Action& a : schedule.actions[stage])

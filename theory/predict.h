@@ -17,28 +17,6 @@
 #include "theory/machine.h"
 #include "theory/theory.h"
 
-// Numbers of the compute dtype read or written in a block, for each number in: an activation of
-// width C of this rank's rows; one of its part of the width, of all rows; one between the MLP's
-// products; the scores. In the head: the logits.
-struct Passes {
-  double rows, columns, hidden, scores, logits, kernels;
-};
-// What software does with the hardware.
-struct Profile {
-  const char* name;
-  Passes forward, backward;
-  bool stores_scores;  // attention as whole matrices, with plain products
-  // tp: a backward's sum travels beside the weight gradient; sums of gradients run behind the
-  // backward; exchanges between stages, where each tp rank then sends all that it has
-  bool overlaps;
-  double gradient_bytes;   // on the wire; 0: those of the master dtype
-  double optimizer_bytes;  // read and written a parameter of the shard, in all
-  double flash_share;      // of a large product's rate
-  bool direct;             // Cluster's
-};
-const Profile& profile_named(const std::string& name);
-std::vector<std::string> profile_names();
-
 struct Job {
   GptConfig config;
   TrainerOptions options;
@@ -65,8 +43,8 @@ struct Prediction {
 // The times of pipelines are kept: the next prediction with so many stages is faster.
 class Predictor {
  public:
-  Predictor(const Cluster& cluster, const Profile& profile, const ModelSize& model)
-      : cluster(cluster), profile(profile), gpt_(GptConfig{model}) {}
+  Predictor(const Cluster& cluster, const ModelSize& model)
+      : cluster(cluster), gpt_(GptConfig{model}) {}
   // Where a step takes longer than the limit for certain, its pipeline is not run: a bound.
   Prediction predict(const Job& job, double limit = INFINITY);
   // of a micro-batch in the middle of a step: forward, backward (or input gradients, where it is
@@ -76,7 +54,6 @@ class Predictor {
   std::vector<std::vector<ChunkKind>> chunks_of(const Schedule& outline) const;
 
   const Cluster cluster;
-  const Profile& profile;
 
  private:
   struct Pipeline {
