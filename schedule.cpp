@@ -78,17 +78,10 @@ static const ScheduleRow kRows[] = {
      }},
 };
 
-std::vector<std::string> schedule_names() {
-  std::vector<std::string> names;
-  for (const ScheduleRow& row : kRows) names.push_back(row.name);
-  return names;
-}
+std::vector<std::string> schedule_names() { return names_of(kRows); }
 
 const ScheduleRow& schedule_row(std::string_view name) {
-  const auto row = std::ranges::find(kRows, name, &ScheduleRow::name);
-  REQUIRE(row != std::end(kRows), "there is no schedule '", name, "': choose one of ",
-          join(schedule_names(), " "));
-  return *row;
+  return row_named(kRows, "schedule", name);
 }
 
 // What a stage computes, in order. A code is a letter of Phases, with or without a digit. Without

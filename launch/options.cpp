@@ -33,14 +33,12 @@ const Preset kPresets[] = {
 }  // namespace
 
 static const Preset& preset_of(const std::string& name) {
-  return *std::ranges::find(kPresets, name, &Preset::name);
+  return row_named(kPresets, "model", name);
 }
 
 OptionGroup model_options(CommonOptions& o) {
-  std::vector<std::string> models;
-  for (const Preset& p : kPresets) models.push_back(p.name);
   OptionGroup group{"Model",
-                    {{"model", "", choice(&o.model_name, models), "size of the model",
+                    {{"model", "", choice(&o.model_name, names_of(kPresets)), "size of the model",
                       kPresets[0].name}}};
   for (const SizeOption& s : kSizes)
     group.options.push_back(

@@ -10,6 +10,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 struct Error : std::runtime_error {
@@ -34,6 +35,13 @@ inline std::string join(const std::vector<std::string>& words, const std::string
   std::string all;
   for (const std::string& word : words) all += (all.empty() ? "" : separator) + word;
   return all;
+}
+
+// of the rows of a table
+template <class Rows> std::vector<std::string> names_of(const Rows& rows) {
+  std::vector<std::string> names;
+  for (const auto& row : rows) names.push_back(row.name);
+  return names;
 }
 
 using NamedValues = std::vector<std::pair<std::string, std::string>>;
@@ -77,6 +85,15 @@ template <class Work> std::string error_of(const Work& work) {
 
 // The same for what the system refuses: the sentence ends with its reason.
 #define SYSTEM_CHECK(condition, ...) REQUIRE(condition, __VA_ARGS__, ": ", strerror(errno))
+
+// The row of a table by its name, or a sentence that lists the names.
+template <class Rows>
+const auto& row_named(const Rows& rows, const char* kind, std::string_view name) {
+  for (const auto& row : rows)
+    if (row.name == name) return row;
+  throw Error(
+      sentence("there is no ", kind, " '", name, "': choose one of ", join(names_of(rows), ", ")));
+}
 
 // For the programmer: a broken contract inside the program; names the place.
 #define ASSERT(condition, ...)                                                                     \

@@ -21,7 +21,9 @@
 // Narayanan's table 1, whose products are the largest, is met. (Least error over its ten rows:
 // 234.) An RTX 4090 is taken to sustain the same share of its best product, 0.825; an H100 has the
 // products of a moment, with which steps of seconds are predicted well, and hours perhaps too fast.
-static const std::pair<const char*, const char*> kMachines[] = {
+static const struct {
+  const char *name, *text;
+} kMachines[] = {
     {"a100-80g", R"(
 peak 312            : NVIDIA, A100 80GB data sheet
 f32 19.5            : NVIDIA, A100 80GB data sheet
@@ -78,11 +80,7 @@ between 1.2 10      : 10 Gbit/s Ethernet
 )"},
 };
 
-std::vector<std::string> machine_names() {
-  std::vector<std::string> names;
-  for (const auto& [name, text] : kMachines) names.push_back(name);
-  return names;
-}
+std::vector<std::string> machine_names() { return names_of(kMachines); }
 
 Machine read_machine(const std::string& name) {
   for (const auto& [known, text] : kMachines)
@@ -289,17 +287,10 @@ static const Profile kProfiles[] = {
      false},
 };
 
-std::vector<std::string> profile_names() {
-  std::vector<std::string> names;
-  for (const Profile& p : kProfiles) names.push_back(p.name);
-  return names;
-}
+std::vector<std::string> profile_names() { return names_of(kProfiles); }
 
 const Profile& profile_named(const std::string& name) {
-  const auto known = std::ranges::find(kProfiles, name, &Profile::name);
-  REQUIRE(known != std::end(kProfiles), "there is no profile '", name, "': choose one of ",
-          join(profile_names(), ", "));
-  return *known;
+  return row_named(kProfiles, "profile", name);
 }
 
 // ---- one piece of work
