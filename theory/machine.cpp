@@ -90,32 +90,34 @@ Machine read_machine(const std::string& name) {
   return parse_machine(name, read_file(name));
 }
 
-struct Fact {
-  const char* name;
-  std::vector<std::pair<double*, double>> numbers;  // where they go, and their unit
-};
 constexpr double kTera = 1e12, kGiga = 1e9, kMicro = 1e-6, kGiB = 1024.0 * 1024 * 1024;
-
-static std::vector<Fact> facts_of(Machine& m) {
-  const auto link = [](Link& l) {
-    return std::vector<std::pair<double*, double>>{{&l.bandwidth, kGiga}, {&l.latency, kMicro}};
-  };
-  return {{"peak", {{&m.peak, kTera}}},      {"f32", {{&m.f32, kTera}}},
-          {"copy", {{&m.copy, kGiga}}},      {"memory", {{&m.memory, kGiB}}},
-          {"launch", {{&m.launch, kMicro}}}, {"multiprocessors", {{&m.multiprocessors, 1}}},
-          {"inside", link(m.inside)},        {"between", link(m.between)},
-          {"sharing", {{&m.sharing, 1}}},    {"overlap", {{&m.overlap, 1}}},
-          {"read", {{&m.read, kGiga}}}};
-}
 
 Machine parse_machine(const std::string& name, const std::string& text) {
   Machine m;
   m.name = name;
   m.text = text;
+  double inner = 0, rate = 0;  // of a product
+  struct Number {
+    double *where, unit, least = 1e-9, most = 1e9;  // these before the unit
+  };
+  struct Fact {
+    const char* name;
+    std::vector<Number> numbers;
+  };
+  const Fact facts[] = {{"peak", {{&m.peak, kTera}}},
+                        {"f32", {{&m.f32, kTera}}},
+                        {"product", {{&inner, 1}, {&rate, kTera}}},
+                        {"multiprocessors", {{&m.multiprocessors, 1, 0}}},
+                        {"copy", {{&m.copy, kGiga}}},
+                        {"memory", {{&m.memory, kGiB, 1e-9, 1e6}}},
+                        {"launch", {{&m.launch, kMicro, 0}}},
+                        {"inside", {{&m.inside.bandwidth, kGiga}, {&m.inside.latency, kMicro, 0}}},
+                        {"between",
+                         {{&m.between.bandwidth, kGiga}, {&m.between.latency, kMicro, 0}}},
+                        {"sharing", {{&m.sharing, 1, 1}}},
+                        {"overlap", {{&m.overlap, 1, 0, 1}}},
+                        {"read", {{&m.read, kGiga}}}};
   std::set<std::string> seen;
-  std::pair<double, double> product;
-  std::vector<Fact> facts = facts_of(m);
-  facts.push_back({"product", {{&product.first, 1}, {&product.second, kTera}}});
   std::istringstream lines(text);
   int number = 0;
   for (std::string line; std::getline(lines, line);) {
@@ -126,37 +128,27 @@ Machine parse_machine(const std::string& name, const std::string& text) {
     std::string fact, more;
     if (!(words >> fact)) continue;
     const auto known = std::ranges::find(facts, fact, &Fact::name);
-    REQUIRE(known != facts.end(), place, "'", fact, "' is no fact of a machine");
-    for (const auto& [where, unit] : known->numbers) {
-      REQUIRE(words >> *where && *where >= 0 && std::isfinite(*where), place, fact, " takes ",
-              known->numbers.size(), known->numbers.size() > 1 ? " numbers" : " number",
-              " of at least 0");
+    REQUIRE(known != std::end(facts), place, "'", fact, "' is no fact of a machine");
+    const size_t count = known->numbers.size();
+    for (const auto& [where, unit, least, most] : known->numbers) {
+      REQUIRE(words >> *where && least <= *where && *where <= most, place, fact, " takes ", count,
+              count > 1 ? " numbers" : " number", " from ", least, " to ", most);
       *where *= unit;
     }
     REQUIRE(!(words >> more), place, "'", more, "' is too much");
     REQUIRE(colon != line.npos && line.find_first_not_of(" \t", colon + 1) != line.npos, place,
             fact, " needs a source: a colon, and where it comes from");
-    const bool is_new = seen.insert(fact).second;
-    if (fact != "product") {
-      REQUIRE(is_new, place, fact, " stands twice");
-      continue;
-    }
-    REQUIRE(product.first > 0 && product.second > 0, place, "a product's numbers are above 0");
-    REQUIRE(m.products.empty() || product.first > m.products.back().first, place,
+    REQUIRE(seen.insert(fact).second || fact == "product", place, fact, " stands twice");
+    if (fact != "product") continue;
+    REQUIRE(m.products.empty() || inner > m.products.back().first, place,
             "products come in ascending order of their inner dim");
-    m.products.push_back(product);
+    m.products.emplace_back(inner, rate);
   }
-  if (seen.insert("read").second) m.read = m.copy;
-  for (const Fact& fact : facts_of(m))
-    REQUIRE(seen.count(fact.name) || *fact.numbers[0].first == 1, "machine ", name,
+  if (m.read == 0) m.read = m.copy;
+  for (const Fact& fact : facts)
+    REQUIRE(seen.count(fact.name) || *fact.numbers[0].where > 0, "machine ", name,
             " does not say its ", fact.name);
   REQUIRE(m.products.size() >= 2, "machine ", name, " needs the rates of two products at least");
-  REQUIRE(m.overlap <= 1, "machine ", name, ": overlap is a share, at most 1");
-  REQUIRE(m.sharing >= 1, "machine ", name, ": sharing is at least 1, a processor to a rank");
-  REQUIRE(std::min({m.peak, m.f32, m.copy, m.memory, m.inside.bandwidth, m.between.bandwidth,
-                    m.read}) > 0,
-          "machine ", name, ": rates and memory are above 0");
-  REQUIRE(m.memory < 1e6 * kGiB, "machine ", name, ": memory is in GiB, and less than 1e6");
   return m;
 }
 
@@ -223,41 +215,38 @@ Machine measure_machine(int64_t ranks) {
          << "\n";
     peak = std::max(peak, rate);
   }
-  text << "peak " << peak / kTera << " : measured now\n"
-       << "f32 " << (gpu ? rate_of(Dtype::f32, 1024) : peak) / kTera << " : measured now\n";
+  const double f32 = gpu ? rate_of(Dtype::f32, 1024) : peak;
   const Tensor from = filled(dtype, rows, 2 * rows), to = filled(dtype, rows, 2 * rows);
   const double copying = share * 2 * from.bytes() / best_of_three([&] { copy(to, from); });
-  text << "copy " << copying / kGiga << " : measured now\n";
   const int64_t columns = 16'384, matrix = rows * columns * size_of(dtype);
-  text << "read " << share * matrix / seconds_of_product(dtype, 1, columns, rows) / kGiga
-       << " : measured now\n";
+  const double reading = share * matrix / seconds_of_product(dtype, 1, columns, rows);
   const Tensor one = filled(dtype, 1, 16), other = filled(dtype, 1, 16);
   const double thousand = best_of_three([&] {
     for (int i = 0; i < 1000; i++) copy(other, one);
   });
-  text << "launch " << thousand / 1000 / share / kMicro << " : measured now\n"
-       << "sharing " << 1 / share << " : measured now\noverlap 1 : not measured\n";
-  const auto links = [&](const Link& inside, const Link& between, const std::string& source) {
-    for (const auto& [name, link] : {std::pair{"inside ", inside}, {"between ", between}})
-      text << name << link.bandwidth / kGiga << " " << link.latency / kMicro << " : " << source
-           << "\n";
-  };
+  text << "peak " << peak / kTera << " : measured now\nf32 " << f32 / kTera
+       << " : measured now\ncopy " << copying / kGiga << " : measured now\nread " << reading / kGiga
+       << " : measured now\nlaunch " << thousand / 1000 / share / kMicro
+       << " : measured now\nsharing " << 1 / share << " : measured now\noverlap 1 : not measured\n";
+  Machine like;  // has the same links
   if (gpu) {
     int ordinal = 0;
     cudaDeviceProp properties;
     CUDA_CHECK(cudaGetDevice(&ordinal));
     CUDA_CHECK(cudaGetDeviceProperties(&properties, ordinal));
-    text << "multiprocessors " << properties.multiProcessorCount << " : the driver's\n"
-         << "memory " << properties.totalGlobalMem / kGiB << " : the driver's\n";
-    const Machine like = read_machine(links_of(device().name));
-    links(like.inside, like.between, "not measured: as " + like.name);
+    text << "multiprocessors " << properties.multiProcessorCount << " : the driver's\nmemory "
+         << properties.totalGlobalMem / kGiB << " : the driver's\n";
+    like = read_machine(links_of(device().name));
   } else {
     const double memory = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE));
-    text << "multiprocessors 0 : not counted\n"
-         << "memory " << memory / double(ranks) / kGiB << " : the host's, shared by all ranks\n";
-    const Link link{copying / 2, 10e-6 / share};
-    links(link, link, "ranks of one host exchange by copying");
+    text << "multiprocessors 0 : not counted\nmemory " << memory / double(ranks) / kGiB
+         << " : the host's, shared by all ranks\n";
+    like.inside = like.between = {copying / 2, 10e-6 / share};
   }
+  for (const auto& [name, link] : {std::pair{"inside ", like.inside}, {"between ", like.between}})
+    text << name << link.bandwidth / kGiga << " " << link.latency / kMicro << " : "
+         << (gpu ? "not measured: as " + like.name : "ranks of one host exchange by copying")
+         << "\n";
   return parse_machine("this: " + device().name, text.str());
 }
 
@@ -300,11 +289,12 @@ static double rate_at(const Machine& m, double k) {
   const auto& p = m.products;
   size_t high = 1;
   while (high + 1 < p.size() && p[high].first < k) high++;
-  const double low_k = p[high - 1].first, high_k = p[high].first, low = low_k / p[high - 1].second,
-               up = high_k / p[high].second;
-  if (k >= high_k) return p[high].second;
-  const double time = low + (up - low) * (k - low_k) / (high_k - low_k);
-  return k / std::max(time, std::min(k, low_k) / p[high - 1].second);
+  const auto [low_k, low_rate] = p[high - 1];
+  const auto [high_k, high_rate] = p[high];
+  if (k >= high_k) return high_rate;
+  const double low = low_k / low_rate, up = high_k / high_rate,
+               time = low + (up - low) * (k - low_k) / (high_k - low_k);
+  return k / std::max(time, std::min(k, low_k) / low_rate);
 }
 
 double product_seconds(const Machine& m, double rows, double columns, double k, double batch,
