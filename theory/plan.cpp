@@ -52,6 +52,7 @@ class Search {
     const GptConfig& config = wanted.config;
     Job job = wanted;
     job.layout = {};
+    job.options.fsdp = {1, true, 0};
     for (const int64_t tp : sizes("tp", ranks, std::min(config.kv(), config.vocab)))
       for (const int64_t cp : sizes("cp", ranks / tp, std::max<int64_t>(config.context / 2, 1)))
         for (const int64_t b : those(divisors(wanted.options.batch), wanted.options.microbatch))
@@ -101,7 +102,7 @@ class Search {
   }
 
   void for_shards(Job job, const Schedule& s, int64_t data) {
-    const auto& chunks = chunks_of(s);
+    const auto chunks = predictor.chunks_of(s);
     const Costs& cost = costs_of(job, s.row->splits_backward);
     // by what a stage has: the most that its backwards keep; and the bound of the step's time
     std::map<ChunkKind, int64_t> activations;
@@ -116,12 +117,13 @@ class Search {
         all.head |= c.head;
         bytes.push_back({c.blocks * cost.block.forward + c.head * cost.head.forward,
                          c.blocks * cost.block.input_gradient + c.head * cost.head.input_gradient});
-        busy += cost.seconds(c, 3);
+        busy += cost.seconds(c).sum();
       }
       int64_t& most = activations[all];
       most = std::max(most, peak(s, stage, bytes));
       bound = std::max(bound, before + s.microbatches * busy);
-      before += cost.seconds(chunks[stage][0], 2);
+      const auto first = cost.seconds(chunks[stage][0]);
+      before += first[0] + first[1];
     }
     bound /= predictor.cluster.machine.sharing;
     for (const int64_t fsdp : sizes("fsdp", data, data)) {
@@ -155,27 +157,20 @@ class Search {
   // weight gradients: in a block, and what embedding and head add
   struct Costs {
     Kept block, head;
-    std::array<double, 3> of[3];
-    double seconds(const ChunkKind& c, int phases) const {
-      double sum = 0;
-      for (int k = 0; k < phases; k++)
-        sum += c.blocks * of[0][k] + c.embedding * of[1][k] + c.head * of[2][k];
-      return sum;
+    std::valarray<double> of_block, of_embedding, of_head;
+    std::valarray<double> seconds(const ChunkKind& c) const {
+      return double(c.blocks) * of_block + double(c.embedding) * of_embedding +
+             double(c.head) * of_head;
     }
   };
   const Costs& costs_of(const Job& job, bool splits) {
     auto& cost = costs[splits];
     if (cost) return *cost;
     const TheoryOfRank t = theory_of_few(job, 1);
-    cost = {t.kept(t.gpt.parts()[1]), t.kept(t.gpt.parts()[2]), {}};
-    Job alone = job;
-    alone.layout["fsdp"] = alone.layout["replicate"] = 1;
-    alone.options.fsdp = {1, true, 0};
-    const ChunkKind kinds[] = {{1, false, false}, {1, true, false}, {1, false, true}};
-    for (int i = 0; i < 3; i++) cost->of[i] = predictor.chunk_seconds(alone, kinds[i], splits);
-    for (int i = 1; i < 3; i++)
-      for (int k = 0; k < 3; k++) cost->of[i][k] -= cost->of[0][k];
-    return *cost;
+    const auto block = predictor.chunk_seconds(job, {1, false, false}, splits);
+    return cost.emplace(Costs{t.kept(t.gpt.parts()[1]), t.kept(t.gpt.parts()[2]), block,
+                              predictor.chunk_seconds(job, {1, true, false}, splits) - block,
+                              predictor.chunk_seconds(job, {1, false, true}, splits) - block});
   }
   // between steps, and of whole units; and how long they are sent, once and in each micro-batch
   struct Held {
@@ -225,11 +220,6 @@ class Search {
     }
     return peak_live(few, stage, bytes);
   }
-  const std::vector<std::vector<ChunkKind>>& chunks_of(const Schedule& s) {
-    auto& kinds = chunks_[{s.row->place, s.stages, s.chunks}];
-    if (kinds.empty()) kinds = predictor.chunks_of(s);
-    return kinds;
-  }
 
   // ---- from the lowest bound on
   static double seconds(const Planned& p) { return p.time.seconds; }  // a bound, or predicted
@@ -263,7 +253,6 @@ class Search {
   std::optional<Costs> costs[2];  // of whole backwards, of split ones
   std::map<std::tuple<int64_t, int64_t, int64_t, int, bool, bool, ChunkKind>, Held> held_;
   std::map<std::tuple<const char*, int, int, int>, Schedule> schedules_;
-  std::map<std::tuple<Place, int, int>, std::vector<std::vector<ChunkKind>>> chunks_;
 };
 
 }  // namespace

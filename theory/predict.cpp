@@ -328,7 +328,7 @@ TheoryOfRank theory_of_few(Job job, int64_t blocks, const char* schedule) {
   return {job.config, job.options, last, Schedule{&schedule_row(schedule)}};
 }
 
-std::array<double, 3> Predictor::chunk_seconds(const Job& job, const ChunkKind& chunk,
+std::valarray<double> Predictor::chunk_seconds(const Job& job, const ChunkKind& chunk,
                                                bool splits_backward) {
   const ChunkTimes t = RankWork(*this, job, chunk, splits_backward).run(3);
   const Phase* middle = t.of[kMiddle];
@@ -340,26 +340,14 @@ std::array<double, 3> Predictor::chunk_seconds(const Job& job, const ChunkKind& 
 // ---- the step
 
 std::vector<std::vector<ChunkKind>> Predictor::chunks_of(const Schedule& s) const {
-  std::vector<std::vector<ChunkKind>> kinds;
-  for (int stage = 0; stage < s.stages; stage++) {
-    kinds.emplace_back();
-    for (const ModelPiece& piece : pieces_of(gpt_, s, stage)) {
-      const bool embedding = has_embedding(piece), head = has_head(piece);
-      kinds.back().push_back({int64_t(piece.size()) - embedding - head, embedding, head});
-    }
+  std::vector<std::vector<ChunkKind>> kinds(s.stages);
+  int position = 0;
+  for (const ModelPiece& piece : gpt_.pieces(s.positions())) {
+    const bool embedding = has_embedding(piece), head = has_head(piece);
+    kinds[s.stage_of(position++)].push_back(
+        {int64_t(piece.size()) - embedding - head, embedding, head});
   }
   return kinds;
-}
-
-Predictor::Pipeline& Predictor::pipeline(const Schedule& s, int microbatches) {
-  const auto [kept, is_new] =
-      pipelines_.try_emplace({s.row->name, s.stages, microbatches, s.chunks});
-  auto& [schedule, tasks] = kept->second;
-  if (is_new) {
-    schedule = make_schedule(s.row->name, s.stages, microbatches, s.chunks);
-    tasks = tasks_of(schedule, durations(schedule, {}));
-  }
-  return kept->second;
 }
 
 // Of an activation between two stages, over one card.
@@ -378,49 +366,19 @@ Prediction Predictor::predict(const Job& job, double limit) {
   const auto kinds = chunks_of(s);
   std::map<ChunkKind, ChunkTimes> times;
   Prediction result;
-  double tail = 0;
-  for (const auto& stage : kinds) {
-    double optimizer = 0, of_stage = 0;
-    for (const ChunkKind& kind : stage) {
-      const auto [t, is_new] = times.try_emplace(kind);
-      if (is_new)
-        t->second = RankWork(*this, job, kind, s.row->splits_backward).run(s.microbatches);
-      optimizer += t->second.optimizer;
-      of_stage += t->second.tail.seconds;
-    }
-    result.optimizer = std::max(result.optimizer, optimizer);
-    tail = std::max(tail, of_stage);
-  }
-
-  const auto run_with = [&](double exchange, int m) {
-    auto& [schedule, tasks] = pipeline(s, m);
-    // where nothing overlaps, a computation first takes what comes, and then hands on its result
-    const double exposed = cluster.profile.overlaps ? 0 : exchange;
-    auto task = tasks.begin();
-    for (int stage = 0; stage < s.stages; stage++)
-      for (const Action& a : schedule.actions[stage])
-        (task++)->duration =
-            a.kind == Action::exchange
-                ? exchange - exposed
-                : times.at(kinds[stage][a.chunk]).of[which(a.microbatch, m)][a.kind].seconds +
-                      exposed;
-    return std::ranges::max(run(tasks), {}, &Span::end).end;
-  };
-  const auto step = [&](double exchange) {
-    return extended_makespan(s.microbatches, s.row->divisor(s.stages),
-                             steady_microbatches(*s.row, s.stages),
-                             [&](int m) { return run_with(exchange, m); });
-  };
-
   // the busiest stage: its computations, and what they wait for; and a bound: a stage begins behind
   // the first forward of those before it, which end behind its last backward
   const double count[] = {1, std::max(0.0, s.microbatches - 2.0), s.microbatches > 1 ? 1.0 : 0};
-  double busiest = 0, bound = 0, before = 0;
+  double busiest = 0, bound = 0, before = 0, tail = 0;
   for (const auto& stage : kinds) {
-    double busy = 0;
+    double busy = 0, ending = 0, optimizer = 0;
     ByAxis waiting(kAxes.size());
     for (const ChunkKind& kind : stage) {
-      const ChunkTimes& t = times.at(kind);
+      if (!times.count(kind))
+        times[kind] = RankWork(*this, job, kind, s.row->splits_backward).run(s.microbatches);
+      const ChunkTimes& t = times[kind];
+      optimizer += t.optimizer;
+      ending += t.tail.seconds;
       waiting += t.tail.waiting;
       for (const int which : {kFirst, kMiddle, kLast})
         for (const Phase& p : t.of[which]) {
@@ -428,8 +386,10 @@ Prediction Predictor::predict(const Job& job, double limit) {
           waiting += count[which] * p.waiting;
         }
     }
+    result.optimizer = std::max(result.optimizer, optimizer);
+    tail = std::max(tail, ending);
     bound = std::max(bound, before + busy);
-    const ChunkTimes& first = times.at(stage[0]);
+    const ChunkTimes& first = times[stage[0]];
     before += first.of[kFirst][Action::forward].seconds;
     for (const auto kind : {Action::backward, Action::input_gradient})
       before += first.of[s.microbatches > 1 ? kLast : kFirst][kind].seconds;
@@ -437,6 +397,30 @@ Prediction Predictor::predict(const Job& job, double limit) {
     busiest = busy;
     result.waiting = waiting;
   }
+
+  const auto step = [&](double exchange) {
+    // where nothing overlaps, a computation first takes what comes, and then hands on its result
+    const double exposed = cluster.profile.overlaps ? 0 : exchange;
+    const auto makespan = [&](int m) {
+      auto& [schedule, tasks] = pipelines_[{s.row, s.stages, m, s.chunks}];
+      if (tasks.empty()) {
+        schedule = make_schedule(s.row->name, s.stages, m, s.chunks);
+        tasks = tasks_of(schedule, durations(schedule, {}));
+      }
+      auto task = tasks.begin();
+      for (int stage = 0; stage < s.stages; stage++)
+        for (const Action& a : schedule.actions[stage])
+          (task++)->duration =
+              a.kind == Action::exchange
+                  ? exchange - exposed
+                  : times[kinds[stage][a.chunk]].of[which(a.microbatch, m)][a.kind].seconds +
+                        exposed;
+      return std::ranges::max(run(tasks), {}, &Span::end).end;
+    };
+    return extended_makespan(s.microbatches, s.row->divisor(s.stages),
+                             steady_microbatches(*s.row, s.stages), makespan);
+  };
+
   result.computing = busiest + tail - result.waiting.sum();
   double idling = 0;
   if (s.stages > 1) {

@@ -49,19 +49,16 @@ class Predictor {
   Prediction predict(const Job& job, double limit = INFINITY);
   // of a micro-batch in the middle of a step: forward, backward (or input gradients, where it is
   // split) and weight gradients
-  std::array<double, 3> chunk_seconds(const Job& job, const ChunkKind& chunk, bool splits_backward);
+  std::valarray<double> chunk_seconds(const Job& job, const ChunkKind& chunk, bool splits_backward);
   // of each stage
   std::vector<std::vector<ChunkKind>> chunks_of(const Schedule& outline) const;
 
   const Cluster cluster;
 
  private:
-  struct Pipeline {
-    Schedule schedule;
-    std::vector<Task> tasks;  // in the order of its actions; of any durations
-  };
-  Pipeline& pipeline(const Schedule& outline, int microbatches);
-  std::map<std::tuple<std::string, int, int, int>, Pipeline> pipelines_;
+  // with their tasks, in the order of the actions and of any durations
+  std::map<std::tuple<const ScheduleRow*, int, int, int>, std::pair<Schedule, std::vector<Task>>>
+      pipelines_;
   Gpt gpt_;  // its pieces
 };
 
