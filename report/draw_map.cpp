@@ -134,7 +134,7 @@ std::string draw_map(const Machine& machine, const Profile& profile, double slow
     double ms = 0;
     svg.out << "<polyline fill='none' stroke='#1f5fa8' points='";
     for (int tp = 1; tp <= 32; tp *= 2) {
-      ms = 1e3 * predict_decoding(cluster, config, {{"tp", tp}}, 1, 1024).seconds();
+      ms = 1e3 * predict_decoding(cluster, config, {{"tp", tp}}, 1, 1024).seconds.sum();
       svg.out << x_of(tp) << "," << y_of(ms) << " ";
     }
     svg.out << "'/>\n";

@@ -34,18 +34,13 @@ OptionTable table(PlanOptions& o) {
   model.options.push_back({"feed-forward", "F", whole(&o.model.feed_forward, 1, 10'000'000),
                            "width between an MLP's two products", "4 C"});
   mesh.title = "Layout: what is given is fixed, all of the rest is tried";
-  for (Option& option : mesh.options) option.unset = "any";
   const OptionTable trains = train_options(o);
-  for (const auto& [name, unset] : {std::pair{"microbatch", "any"},
-                                    {"zero", "any"},
-                                    {"reshard-after-forward", "any"},
-                                    {"prefetch", ""},
-                                    {"schedule", "any"},
-                                    {"chunks", "2 to 4"},
-                                    {"sequence-parallel", "any"},
-                                    {"recompute", "any"}}) {
-    mesh.options.push_back(find_option(trains, sentence("--", name)));
-    mesh.options.back().unset = unset;
+  for (const char* name : {"--microbatch", "--zero", "--reshard-after-forward", "--prefetch",
+                           "--schedule", "--chunks", "--sequence-parallel", "--recompute"})
+    mesh.options.push_back(find_option(trains, name));
+  for (Option& option : mesh.options) {
+    if (option.name != "prefetch") option.unset = "any";
+    if (option.name == "chunks") option.unset = "2 to 4";
   }
   return {
       model,
@@ -203,11 +198,11 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
                                                 o.sequences, config.context / 2);
     least = std::min(least, d.memory);
     const bool fits = d.memory <= memory;
-    if (fits) rows.push_back({{"tp", tp}, {"pp", pp}, {"token_seconds", d.seconds()}});
-    if (!o.json)
-      printf("%4d %11.3f %9.3f %9.3f %9.3f %9.3f %9.3f %9.4g%s\n", int(tp), d.seconds() * 1e3,
-             d.weights * 1e3, d.cache * 1e3, d.kernels * 1e3, d.sums * 1e3, d.stages * 1e3,
-             gib(d.memory), fits ? "" : "  does not fit");
+    if (fits) rows.push_back({{"tp", tp}, {"pp", pp}, {"token_seconds", d.seconds.sum()}});
+    if (o.json) continue;
+    printf("%4d %11.3f", int(tp), d.seconds.sum() * 1e3);
+    for (const double seconds : d.seconds) printf(" %9.3f", seconds * 1e3);
+    printf(" %9.4g%s\n", gib(d.memory), fits ? "" : "  does not fit");
   }
   REQUIRE(least < INFINITY, "no --tp is possible: it must divide the ", devices,
           " devices, make at most ", devices, " ranks with --pp ", pp, " and be at most ",

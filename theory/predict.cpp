@@ -458,12 +458,11 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
   const int tp = mesh["tp"].size, pp = mesh["pp"].size;
   const Link link = link_of(cluster, tp, 1), to_next = link_of(cluster, pp, tp);
   constexpr double kKernels = 13;  // of a block: 4 products, their biases, 2 norms, attention, ...
-  return {weights / machine.read,
-          position * length / machine.read,
-          (L * kKernels + 6) * machine.launch,
-          sums * collective_seconds(link, tp, Collective::all_reduce, row * C) +
-              collective_seconds(link, tp, Collective::all_gather, row * config.vocab),
-          (pp - 1) * collective_seconds(to_next, 2, Collective::send, row * C) +
-              collective_seconds(to_next, pp, Collective::broadcast, sequences * 4),
+  return {{weights / machine.read, position * length / machine.read,
+           (L * kKernels + 6) * machine.launch,
+           sums * collective_seconds(link, tp, Collective::all_reduce, row * C) +
+               collective_seconds(link, tp, Collective::all_gather, row * config.vocab),
+           (pp - 1) * collective_seconds(to_next, 2, Collective::send, row * C) +
+               collective_seconds(to_next, pp, Collective::broadcast, sequences * 4)},
           (weights + position * config.context) / pp};
 }

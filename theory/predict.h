@@ -65,9 +65,8 @@ class Predictor {
 // How long one more token of each of `sequences` takes that have `length` tokens in the cache:
 // weights and cache are read once, each sum over tp waits, and the stages come one after the other.
 struct DecodePrediction {
-  double weights = 0, cache = 0, kernels = 0, sums = 0, stages = 0;  // seconds
-  double memory = 0;  // bytes of a rank, on average over the stages, when the cache is full
-  double seconds() const { return weights + cache + kernels + sums + stages; }
+  std::valarray<double> seconds;  // of weights, cache, kernels, sums, stages
+  double memory;  // bytes of a rank, on average over the stages, when the cache is full
 };
 DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& config,
                                   const Layout& layout, int64_t sequences, int64_t length);
