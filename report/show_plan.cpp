@@ -277,8 +277,9 @@ void show(PlanOptions& o) {
 
   if (o.given.count("schedule"))
     make_schedule(o.schedule, 1, 1, o.chunks);  // or it has other chunks
-  Wanted wanted{{config, trainer_options(o), o.layout}, !o.given.count("reshard-after-forward")};
+  Wanted wanted{{config, trainer_options(o), o.layout}};
   wanted.options.batch = resolved(o).batch;
+  if (o.given.count("reshard-after-forward")) wanted.reshard = {wanted.options.fsdp.reshard};
   if (!o.given.count("zero")) wanted.options.fsdp.zero = 0;
   if (!o.given.count("schedule")) wanted.options.schedule.clear();
   const Plan found = plan(cluster, wanted, memory, o.top);

@@ -88,10 +88,10 @@ class Search {
                                            : those(schedule_names(), wanted.options.schedule)) {
       const ScheduleRow& row = schedule_row(name);
       if (m % row.divisor(pp)) continue;
-      std::vector<int> chunks{pp == 1 ? 1 : row.chunks()};
-      if (pp > 1 && row.place == Place::ring)
-        chunks = wanted.options.chunks ? std::vector{wanted.options.chunks} : std::vector{2, 3, 4};
-      else if (pp > 1) chunks = those(chunks, wanted.options.chunks);
+      const int asked = pp > 1 ? wanted.options.chunks : 0;
+      std::vector<int> chunks{asked};
+      if (row.place != Place::ring) chunks = those({row.chunks()}, asked);
+      else if (!asked) chunks = {2, 3, 4};
       for (const int V : chunks) {
         if (pp * V > wanted.config.layers || pp * V * int64_t(m) > kMostForwards) continue;
         job.options.schedule = name;
@@ -133,9 +133,7 @@ class Search {
       const bool shards = fsdp * job.layout["cp"] > 1;
       const int prefetch = data * job.layout["cp"] > 1 ? wanted.options.fsdp.prefetch : 0;
       for (const int zero : shards ? those({1, 2, 3}, wanted.options.fsdp.zero) : std::vector{1})
-        for (const bool reshard : {true, false}) {
-          if (zero < 3 ? !reshard : !wanted.any_reshard && reshard != wanted.options.fsdp.reshard)
-            continue;
+        for (const bool reshard : zero < 3 ? std::vector{true} : wanted.reshard) {
           job.options.fsdp = {zero, reshard, prefetch};
           Planned p{job, 0, {bound}};
           for (const auto& [kind, kept] : activations) {

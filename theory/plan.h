@@ -27,7 +27,7 @@ Account account(const Job& job);
 
 // What is fixed by the user: 0 or empty where all are tried, and what is true stays so.
 struct Wanted : Job {
-  bool any_reshard = true;
+  std::vector<bool> reshard{true, false};  // what is tried
 };
 struct Planned {
   Job job;
