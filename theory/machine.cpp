@@ -4,8 +4,8 @@
 #include <sched.h>
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
+#include <regex>
 #include <set>
 #include <sstream>
 #include <thread>
@@ -179,14 +179,12 @@ static double seconds_of_product(Dtype dtype, int64_t rows, int64_t columns, int
   return best_of_three([&] { product(c, a, false, b, false, 0); });
 }
 
-std::string links_of(std::string gpu) {
-  for (char& c : gpu) c = char(tolower(c));
-  const auto has = [&](const std::string& word) {
-    const size_t at = gpu.find(word);
-    return at != gpu.npos && !isdigit(gpu[at + word.size()]);  // an A1000 is no A100
-  };
-  for (const std::string& name : machine_names())
-    if (has(name.substr(0, name.find('-'))) && !has("pcie")) return name;
+std::string links_of(const std::string& gpu) {
+  for (const std::string& name : machine_names()) {
+    // an A1000 is no A100
+    const std::regex same(name.substr(0, name.find('-')) + "(?!\\d)(?!.*pcie)", std::regex::icase);
+    if (std::regex_search(gpu, same)) return name;
+  }
   return "rtx4090";  // through host memory, as most cards
 }
 

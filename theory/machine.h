@@ -32,8 +32,6 @@
 // test      tests/test_plan.cpp
 #pragma once
 #include <cmath>
-#include <string>
-#include <vector>
 
 #include "comm.h"
 
@@ -61,7 +59,7 @@ std::vector<std::string> machine_names();
 Machine read_machine(const std::string& name_or_file);
 Machine parse_machine(const std::string& name, const std::string& text);
 // The built-in machine whose links a GPU of that name, as its driver has it, is taken to have
-std::string links_of(std::string gpu);
+std::string links_of(const std::string& gpu);
 // This one: products and copies are timed now. Ranks beyond its cores share them: each of `ranks`
 // gets as large a part.
 Machine measure_machine(int64_t ranks);
