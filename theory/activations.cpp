@@ -26,14 +26,17 @@ Kept TheoryOfRank::kept(const ModelPart& part) const {
           4 * whole + 2 * by_rows * slice + by_columns};
 }
 
+Kept TheoryOfRank::kept_of(ModelPiece piece) const {
+  Kept sum{0, 0};
+  for (const ModelPart& part : piece) {
+    sum.forward += kept(part).forward;
+    sum.input_gradient += kept(part).input_gradient;
+  }
+  return sum;
+}
+
 void TheoryOfRank::add_activations() {
   std::vector<Kept> chunks;
-  for (const ModelPiece& piece : pieces) {
-    Kept& sum = chunks.emplace_back(Kept{0, 0});
-    for (const ModelPart& part : piece) {
-      sum.forward += kept(part).forward;
-      sum.input_gradient += kept(part).input_gradient;
-    }
-  }
+  for (const ModelPiece& piece : pieces) chunks.push_back(kept_of(piece));
   sum.activations = peak_live(schedule, pp.rank, chunks);
 }

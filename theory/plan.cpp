@@ -2,10 +2,8 @@
 #include "theory/plan.h"
 
 #include <algorithm>
-#include <cmath>
 #include <numeric>
 #include <set>
-#include <utility>
 
 Account account(const Job& job) {
   Account result;
@@ -115,14 +113,14 @@ class Search {
         all.blocks += c.blocks;
         all.embedding |= c.embedding;
         all.head |= c.head;
-        bytes.push_back({c.blocks * cost.block.forward + c.head * cost.head.forward,
-                         c.blocks * cost.block.input_gradient + c.head * cost.head.input_gradient});
-        busy += cost.seconds(c).sum();
+        const auto of = cost.of(c);
+        bytes.push_back({int64_t(of[3]), int64_t(of[4])});
+        busy += of[0] + of[1] + of[2];
       }
       int64_t& most = activations[all];
       most = std::max(most, peak(s, stage, bytes));
       bound = std::max(bound, before + s.microbatches * busy);
-      const auto first = cost.seconds(chunks[stage][0]);
+      const auto first = cost.of(chunks[stage][0]);
       before += first[0] + first[1];
     }
     bound /= predictor.cluster.machine.sharing;
@@ -151,24 +149,19 @@ class Search {
   }
 
   // ---- what theory says, asked once for each kind
-  // of a block and of the head: what a micro-batch keeps; and seconds of its forward, backward and
-  // weight gradients: in a block, and what embedding and head add
+  // of a block, and what embedding and head add (predict.h)
   struct Costs {
-    Kept block, head;
-    std::valarray<double> of_block, of_embedding, of_head;
-    std::valarray<double> seconds(const ChunkKind& c) const {
-      return double(c.blocks) * of_block + double(c.embedding) * of_embedding +
-             double(c.head) * of_head;
+    std::valarray<double> block, embedding, head;
+    std::valarray<double> of(const ChunkKind& c) const {
+      return double(c.blocks) * block + double(c.embedding) * embedding + double(c.head) * head;
     }
   };
   const Costs& costs_of(const Job& job, bool splits) {
     auto& cost = costs[splits];
     if (cost) return *cost;
-    const TheoryOfRank t = theory_of_few(job, 1);
-    const auto block = predictor.chunk_seconds(job, {1, false, false}, splits);
-    return cost.emplace(Costs{t.kept(t.gpt.parts()[1]), t.kept(t.gpt.parts()[2]), block,
-                              predictor.chunk_seconds(job, {1, true, false}, splits) - block,
-                              predictor.chunk_seconds(job, {1, false, true}, splits) - block});
+    const auto block = predictor.chunk_costs(job, {1, false, false}, splits);
+    return cost.emplace(Costs{block, predictor.chunk_costs(job, {1, true, false}, splits) - block,
+                              predictor.chunk_costs(job, {1, false, true}, splits) - block});
   }
   // between steps, and of whole units; and how long they are sent, once and in each micro-batch
   struct Held {
@@ -185,8 +178,8 @@ class Search {
     if (!is_new) return h;
     TheoryOfRank t = theory_of_few(job, kind.blocks, splits ? "zb" : "1f1b");
     t.pieces = {kind.of(t.gpt)};
-    double sending[2] = {};  // with one micro-batch, and with two
-    for (const int m : {1, 2}) {
+    double sending[2] = {};  // without a micro-batch, and with one
+    for (const int m : {0, 1}) {
       t.m = m;
       t.sum = {};
       t.add_fsdp();
@@ -197,11 +190,11 @@ class Search {
         const double of_gradients = predictor.cluster.profile.gradient_bytes,  // on the wire
             share =
                 of_gradients > 0 && collective != Collective::all_gather ? of_gradients / t.g : 1;
-        sending[m - 1] += row.calls * link.latency_of(row.n, collective) +
-                          share * double(row.numerator) / row.n / link.bandwidth;
+        sending[m] += row.calls * link.latency_of(row.n, collective) +
+                      share * double(row.numerator) / row.n / link.bandwidth;
       }
     }
-    h = {t.sum.gather_bound, 2 * sending[0] - sending[1], sending[1] - sending[0]};
+    h = {t.sum.gather_bound, sending[0], sending[1] - sending[0]};
     for (const int64_t bytes : t.sum.persistent) h.bytes += bytes;
     return h;
   }

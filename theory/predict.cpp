@@ -20,6 +20,7 @@ struct ChunkTimes {
   Phase tail;            // of the step, behind the last backward
   double optimizer = 0;  // then
   double sent = 0;       // bytes of an activation
+  Kept kept;             // of a micro-batch
 };
 
 class RankWork {
@@ -48,6 +49,7 @@ class RankWork {
     fsdp = group("fsdp", t.fsdp.size, tp.n);
     replicate = group("replicate", job.layout["replicate"], tp.n * fsdp.n);
     for (const ModelPart& part : chunk.of(t.gpt)) add_use(part);
+    kept = t.kept_of(chunk.of(t.gpt));
   }
 
   ChunkTimes run(int microbatches) {
@@ -69,6 +71,7 @@ class RankWork {
     for (const auto& [key, unit] : units) elements += unit.elements;
     times.optimizer = move_seconds(machine, elements * profile.optimizer_bytes, 4 * units.size());
     times.sent = t.activation;
+    times.kept = kept;
     return times;
   }
 
@@ -247,8 +250,7 @@ class RankWork {
     u.arrived = send(fsdp, Collective::all_gather, u.whole);
   }
   void unshard(int use, int direction) {
-    for (Unit* u : uses[use].units) start_unshard(*u);
-    for (int k = 1; k <= t.options.fsdp.prefetch; k++) {
+    for (int k = 0; k <= t.options.fsdp.prefetch; k++) {
       const int next = use + k * direction;
       if (next < 0 || next >= int(uses.size())) break;
       if (direction < 0 && uses[next].backward != Backward::unshards) continue;
@@ -308,6 +310,7 @@ class RankWork {
   TheoryOfRank t;
   Group tp, cp, fsdp, replicate;
   double R, S, C, F, V;
+  Kept kept;
   double heads, channels, kv_channels;
   std::map<int, Unit> units;
   std::vector<Use> uses;
@@ -328,13 +331,14 @@ TheoryOfRank theory_of_few(Job job, int64_t blocks, const char* schedule) {
   return {job.config, job.options, last, Schedule{&schedule_row(schedule)}};
 }
 
-std::valarray<double> Predictor::chunk_seconds(const Job& job, const ChunkKind& chunk,
-                                               bool splits_backward) {
+std::valarray<double> Predictor::chunk_costs(const Job& job, const ChunkKind& chunk,
+                                             bool splits_backward) {
   const ChunkTimes t = RankWork(*this, job, chunk, splits_backward).run(3);
   const Phase* middle = t.of[kMiddle];
   const auto backward = splits_backward ? Action::input_gradient : Action::backward;
   return {middle[Action::forward].seconds, middle[backward].seconds,
-          middle[Action::weight_gradient].seconds};
+          middle[Action::weight_gradient].seconds, double(t.kept.forward),
+          double(t.kept.input_gradient)};
 }
 
 // ---- the step

@@ -11,7 +11,6 @@
 //           host
 // test      tests/test_plan.cpp: held against published tables
 #pragma once
-#include <cmath>
 #include <valarray>
 
 #include "theory/machine.h"
@@ -47,9 +46,9 @@ class Predictor {
       : cluster(cluster), gpt_(GptConfig{model}) {}
   // Where a step takes longer than the limit for certain, its pipeline is not run: a bound.
   Prediction predict(const Job& job, double limit = INFINITY);
-  // of a micro-batch in the middle of a step: forward, backward (or input gradients, where it is
-  // split) and weight gradients
-  std::valarray<double> chunk_seconds(const Job& job, const ChunkKind& chunk, bool splits_backward);
+  // of a micro-batch in the middle of a step: seconds of its forward, backward (or input gradients,
+  // where it is split) and weight gradients; bytes kept from its forward, and its input gradients on
+  std::valarray<double> chunk_costs(const Job& job, const ChunkKind& chunk, bool splits_backward);
   // of each stage
   std::vector<std::vector<ChunkKind>> chunks_of(const Schedule& outline) const;
 

@@ -47,6 +47,7 @@ struct TheoryOfRank {
   void enter(const Axis& axis, Collective collective, Traffic purpose, int64_t calls,
              int64_t bytes);
   Kept kept(const ModelPart& part) const;  // of a micro-batch
+  Kept kept_of(ModelPiece piece) const;
 
   GptConfig config;
   TrainerOptions options;
