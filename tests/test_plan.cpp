@@ -119,8 +119,7 @@ TEST(a_schedule_extends_to_any_number_of_micro_batches) {
         for (int m = step; m <= 64; m += step * (1 + 4 / step)) {
           const double expected = of(m);
           most = 0;
-          worst = std::max(worst, close(extended_makespan(m, step, steady_microbatches(row, p), of),
-                                        expected));
+          worst = std::max(worst, close(extended_makespan({&row, p, m}, of), expected));
           extended += most < m;
           count++;
         }

@@ -405,7 +405,7 @@ Prediction Predictor::predict(const Job& job, double limit) {
   const auto step = [&](double exchange) {
     // where nothing overlaps, a computation first takes what comes, and then hands on its result
     const double exposed = cluster.profile.overlaps ? 0 : exchange;
-    const auto makespan = [&](int m) {
+    return extended_makespan(s, [&](int m) {
       auto& [schedule, tasks] = pipelines_[{s.row, s.stages, m, s.chunks}];
       if (tasks.empty()) {
         schedule = make_schedule(s.row->name, s.stages, m, s.chunks);
@@ -420,9 +420,7 @@ Prediction Predictor::predict(const Job& job, double limit) {
                   : times[kinds[stage][a.chunk]].of[which(a.microbatch, m)][a.kind].seconds +
                         exposed;
       return std::ranges::max(run(tasks), {}, &Span::end).end;
-    };
-    return extended_makespan(s.microbatches, s.row->divisor(s.stages),
-                             steady_microbatches(*s.row, s.stages), makespan);
+    });
   };
 
   result.computing = busiest + tail - result.waiting.sum();

@@ -183,16 +183,14 @@ Timeline simulate(const Schedule& s, const Durations& durations) {
   return t;
 }
 
-int steady_microbatches(const ScheduleRow& row, int p) {
+double extended_makespan(const Schedule& s, const std::function<double(int m)>& of) {
+  const int step = s.row->divisor(s.stages);
   // found by running all up to 16 stages; a ring of few stages settles late
-  return row.place == Place::ring ? std::max(28, 3 * p) : 2 * p;
-}
-
-double extended_makespan(int m, int step, int steady, const std::function<double(int m)>& of) {
+  const int steady = s.row->place == Place::ring ? std::max(28, 3 * s.stages) : 2 * s.stages;
   for (int first = (steady + step - 1) / step * step;; first *= 2) {
-    if (first + 2 * step >= m) return of(m);
+    const int rest = s.microbatches - (first + 2 * step);
+    if (rest <= 0) return of(s.microbatches);
     const double a = of(first), b = of(first + step), c = of(first + 2 * step);
-    const int rest = m - (first + 2 * step);
     if (std::abs((c - b) - (b - a)) > 1e-9 * c) continue;
     return c + (c - b) * rest / step;
   }
