@@ -57,8 +57,7 @@ class Search {
           for (const bool by_rows :
                tp == 1 ? std::vector{false} : those({false, true}, config.sequence_parallel))
             for (const bool recompute : those({false, true}, config.recompute)) {
-              costs[0].reset();
-              costs[1].reset();
+              costs.clear();
               job.layout["cp"] = cp;
               job.layout["tp"] = tp;
               job.options.microbatch = b;
@@ -101,7 +100,7 @@ class Search {
 
   void for_shards(Job job, const Schedule& s, int64_t data) {
     const auto chunks = predictor.chunks_of(s);
-    const Costs& cost = costs_of(job, s.row->splits_backward);
+    const bool splits = s.row->splits_backward;
     // by what a stage has: the most that its backwards keep; and the bound of the step's time
     std::map<ChunkKind, int64_t> activations;
     double bound = 0, before = 0;
@@ -113,14 +112,14 @@ class Search {
         all.blocks += c.blocks;
         all.embedding |= c.embedding;
         all.head |= c.head;
-        const auto of = cost.of(c);
-        bytes.push_back({int64_t(of[3]), int64_t(of[4])});
-        busy += of[0] + of[1] + of[2];
+        const auto cost = cost_of(job, c, splits);
+        bytes.push_back({int64_t(cost[3]), int64_t(cost[4])});
+        busy += cost[0] + cost[1] + cost[2];
       }
       int64_t& most = activations[all];
       most = std::max(most, peak(s, stage, bytes));
       bound = std::max(bound, before + s.microbatches * busy);
-      const auto first = cost.of(chunks[stage][0]);
+      const auto first = cost_of(job, chunks[stage][0], splits);
       before += first[0] + first[1];
     }
     bound /= predictor.cluster.machine.sharing;
@@ -135,7 +134,7 @@ class Search {
           job.options.fsdp = {zero, reshard, prefetch};
           Planned p{job, 0, {bound}};
           for (const auto& [kind, kept] : activations) {
-            const Held& h = held(job, kind, s.row->splits_backward);
+            const Held& h = held(job, kind, splits);
             p.memory = std::max(p.memory, kept + h.bytes);
             p.time.seconds = std::max(p.time.seconds, h.sending + s.microbatches * h.sending_each);
           }
@@ -149,19 +148,15 @@ class Search {
   }
 
   // ---- what theory says, asked once for each kind
-  // of a block, and what embedding and head add (predict.h)
-  struct Costs {
-    std::valarray<double> block, embedding, head;
-    std::valarray<double> of(const ChunkKind& c) const {
-      return double(c.blocks) * block + double(c.embedding) * embedding + double(c.head) * head;
+  // of a chunk (predict.h): a block's for each of its blocks, and what embedding and head add
+  std::valarray<double> cost_of(const Job& job, const ChunkKind& c, bool splits) {
+    auto& [block, embedding, head] = costs[splits];
+    if (block.size() == 0) {
+      block = predictor.chunk_costs(job, {1, false, false}, splits);
+      embedding = predictor.chunk_costs(job, {1, true, false}, splits) - block;
+      head = predictor.chunk_costs(job, {1, false, true}, splits) - block;
     }
-  };
-  const Costs& costs_of(const Job& job, bool splits) {
-    auto& cost = costs[splits];
-    if (cost) return *cost;
-    const auto block = predictor.chunk_costs(job, {1, false, false}, splits);
-    return cost.emplace(Costs{block, predictor.chunk_costs(job, {1, true, false}, splits) - block,
-                              predictor.chunk_costs(job, {1, false, true}, splits) - block});
+    return double(c.blocks) * block + double(c.embedding) * embedding + double(c.head) * head;
   }
   // between steps, and of whole units; and how long they are sent, once and in each micro-batch
   struct Held {
@@ -241,7 +236,7 @@ class Search {
   int64_t memory;
   std::vector<Planned> candidates;
   Plan result;
-  std::optional<Costs> costs[2];  // of whole backwards, of split ones
+  std::map<bool, std::array<std::valarray<double>, 3>> costs;  // of whole backwards, of split ones
   std::map<std::tuple<int64_t, int64_t, int64_t, int, bool, bool, ChunkKind>, Held> held_;
   std::map<std::tuple<const char*, int, int, int>, Schedule> schedules_;
 };

@@ -48,8 +48,8 @@ class RankWork {
     cp.n = 2;  // neighbours in a ring
     fsdp = group("fsdp", t.fsdp.size, tp.n);
     replicate = group("replicate", job.layout["replicate"], tp.n * fsdp.n);
-    for (const ModelPart& part : chunk.of(t.gpt)) add_use(part);
-    kept = t.kept_of(chunk.of(t.gpt));
+    t.pieces = {chunk.of(t.gpt)};
+    for (const ModelPart& part : t.pieces[0]) add_use(part);
   }
 
   ChunkTimes run(int microbatches) {
@@ -71,7 +71,7 @@ class RankWork {
     for (const auto& [key, unit] : units) elements += unit.elements;
     times.optimizer = move_seconds(machine, elements * profile.optimizer_bytes, 4 * units.size());
     times.sent = t.activation;
-    times.kept = kept;
+    times.kept = t.kept_of(t.pieces[0]);
     return times;
   }
 
@@ -310,7 +310,6 @@ class RankWork {
   TheoryOfRank t;
   Group tp, cp, fsdp, replicate;
   double R, S, C, F, V;
-  Kept kept;
   double heads, channels, kv_channels;
   std::map<int, Unit> units;
   std::vector<Use> uses;
