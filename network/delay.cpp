@@ -15,14 +15,11 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <cerrno>
 #include <chrono>
 #include <cstdio>
-#include <cstring>
 #include <deque>
-#include <stdexcept>
 #include <string>
+#include <system_error>
 #include <vector>
 
 using Clock = std::chrono::steady_clock;
@@ -30,7 +27,7 @@ using std::chrono::microseconds, std::chrono::nanoseconds;
 
 struct Packet {
   Clock::time_point due;
-  std::vector<char> bytes;
+  std::string bytes;
 };
 struct Port {
   int file;
@@ -49,14 +46,14 @@ static int open_port(size_t number) {
   const int file = open("/dev/net/tun", O_RDWR | O_NONBLOCK);
   if (file < 0 || ioctl(file, TUNSETIFF, &request) ||
       ioctl(file, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6))
-    throw std::runtime_error(std::string("a TUN device cannot be made: ") + strerror(errno));
+    throw std::system_error(errno, std::generic_category(), "a TUN device cannot be made");
   return file;
 }
 
 // Hands over what is due. A full device takes the packet later; one that is down loses it.
 static void deliver(Port& port) {
   while (!port.underway.empty() && port.underway.front().due <= Clock::now()) {
-    const std::vector<char>& bytes = port.underway.front().bytes;
+    const std::string& bytes = port.underway.front().bytes;
     if (write(port.file, bytes.data(), bytes.size()) < 0 && errno == EAGAIN) return;
     port.underway.pop_front();
   }
@@ -73,7 +70,7 @@ static bool forward(Port& from, std::vector<Port>& ports, microseconds delay, do
   Port& to = ports[number];
   to.wire_free = std::max(to.wire_free, Clock::now());
   if (mbit > 0) to.wire_free += nanoseconds(int64_t(double(bytes - kHeader) * 8000 / mbit));
-  to.underway.push_back({to.wire_free + delay, {buffer, buffer + bytes}});
+  to.underway.push_back({to.wire_free + delay, {buffer, bytes}});
   return true;
 }
 
@@ -89,15 +86,14 @@ int main(int argc, char** argv) {
     const microseconds delay(std::stol(argv[2]));
     const double mbit = std::stod(argv[3]);
     while (true) {
-      auto next = Clock::now() + std::chrono::seconds(1);
+      auto next = Clock::now() + std::chrono::milliseconds(999);
       for (Port& port : ports) {
         deliver(port);
         if (!port.underway.empty()) next = std::min(next, port.underway.front().due);
       }
       // a timer is late by up to 100 us: what is due sooner is waited for by asking
       const auto wait = next - Clock::now();
-      const timespec time{0,
-                          wait > microseconds(100) ? std::min<long>(wait.count(), 999999999) : 0};
+      const timespec time{0, wait > microseconds(100) ? wait.count() : 0};
       ppoll(polled.data(), polled.size(), &time, nullptr);
       for (size_t p = 0; p < ports.size(); p++)
         for (int i = 0; polled[p].revents & POLLIN && i < 16; i++)
