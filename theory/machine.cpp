@@ -297,20 +297,17 @@ static double rate_at(const Machine& m, double k) {
 
 double product_seconds(const Machine& m, double rows, double columns, double k, double batch,
                        int64_t bytes) {
-  // of a result's tile, and what it reaches of the largest tile's rate
-  struct Tile {
-    double rows, columns, reaches;
-  };
-  static constexpr Tile kTiles[] = {
+  // rows and columns of a result's tile, and what it reaches of the largest tile's rate
+  static constexpr double kTiles[][3] = {
       {256, 128, 1}, {128, 256, 1}, {128, 128, 0.9}, {64, 128, 0.7}, {128, 64, 0.7}};
   const double rate = rate_at(m, k) / m.slower(bytes),
                moving = batch * (rows * k + k * columns + rows * columns) * bytes / m.copy;
   if (m.multiprocessors == 0) return 2 * batch * rows * columns * k / rate + moving + m.launch;
   double computing = INFINITY;
-  for (const Tile& t : kTiles) {
-    const double tiles = batch * std::ceil(rows / t.rows) * std::ceil(columns / t.columns),
+  for (const auto& [high, wide, reaches] : kTiles) {
+    const double tiles = batch * std::ceil(rows / high) * std::ceil(columns / wide),
                  waves = std::ceil(tiles / m.multiprocessors) * m.multiprocessors;
-    computing = std::min(computing, 2 * waves * t.rows * t.columns * k / t.reaches);
+    computing = std::min(computing, 2 * waves * high * wide * k / reaches);
   }
   return std::max(computing / rate, moving) + m.launch;
 }

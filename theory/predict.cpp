@@ -25,9 +25,9 @@ struct ChunkTimes {
 
 class RankWork {
  public:
-  RankWork(const Predictor& predictor, const Job& job, const ChunkKind& chunk, bool splits_backward)
-      : machine(predictor.cluster.machine),
-        profile(predictor.cluster.profile),
+  RankWork(const Cluster& cluster, const Job& job, const ChunkKind& chunk, bool splits_backward)
+      : machine(cluster.machine),
+        profile(cluster.profile),
         splits(splits_backward),
         t(theory_of_few(job, chunk.blocks)) {
     const GptConfig& c = t.config;
@@ -41,7 +41,7 @@ class RankWork {
     channels = heads * D;
     kv_channels = kv * D;
     const auto group = [&](AxisName axis, int n, int64_t stride) {
-      return Group{axis.index, link_of(predictor.cluster, n, stride), n};
+      return Group{axis.index, link_of(cluster, n, stride), n};
     };
     tp = group("tp", t.tp.size, 1);
     cp = group("cp", t.cp.size, tp.n);
@@ -332,7 +332,7 @@ TheoryOfRank theory_of_few(Job job, int64_t blocks, const char* schedule) {
 
 std::valarray<double> Predictor::chunk_costs(const Job& job, const ChunkKind& chunk,
                                              bool splits_backward) {
-  const ChunkTimes t = RankWork(*this, job, chunk, splits_backward).run(3);
+  const ChunkTimes t = RankWork(cluster, job, chunk, splits_backward).run(3);
   const Phase* middle = t.of[kMiddle];
   const auto backward = splits_backward ? Action::input_gradient : Action::backward;
   return {middle[Action::forward].seconds, middle[backward].seconds,
@@ -354,14 +354,14 @@ std::vector<std::vector<ChunkKind>> Predictor::chunks_of(const Schedule& s) cons
 }
 
 // Of an activation between two stages, over one card.
-static double exchange_seconds(const Predictor& p, const Job& job, double bytes) {
+static double exchange_seconds(const Cluster& c, const Job& job, double bytes) {
   const int64_t pp = job.layout["pp"], tp = job.layout["tp"], stride = job.layout.ranks() / pp;
-  const bool leaves = pp * stride > p.cluster.devices && !p.cluster.spread;
-  const Link link = link_of(p.cluster, 2, leaves ? std::max(stride, p.cluster.devices) : stride);
-  if (p.cluster.profile.overlaps || job.config.sequence_parallel)
+  const bool leaves = pp * stride > c.devices && !c.spread;
+  const Link link = link_of(c, 2, leaves ? std::max(stride, c.devices) : stride);
+  if (c.profile.overlaps || job.config.sequence_parallel)
     return collective_seconds(link, 2, Collective::send, bytes);
   return collective_seconds(link, 2, Collective::send, bytes / tp) +
-         collective_seconds(link_of(p.cluster, tp, 1), tp, Collective::all_gather, bytes);
+         collective_seconds(link_of(c, tp, 1), tp, Collective::all_gather, bytes);
 }
 
 Prediction Predictor::predict(const Job& job, double limit) {
@@ -378,7 +378,7 @@ Prediction Predictor::predict(const Job& job, double limit) {
     ByAxis waiting(kAxes.size());
     for (const ChunkKind& kind : stage) {
       if (!times.count(kind))
-        times[kind] = RankWork(*this, job, kind, s.row->splits_backward).run(s.microbatches);
+        times[kind] = RankWork(cluster, job, kind, s.row->splits_backward).run(s.microbatches);
       const ChunkTimes& t = times[kind];
       optimizer += t.optimizer;
       ending += t.tail.seconds;
@@ -434,7 +434,7 @@ Prediction Predictor::predict(const Job& job, double limit) {
     const auto idle = [&](double pipeline) { return std::max(0.0, pipeline - busiest) / share; };
     result.bubble = idling = idle(bound);
     if (busiest + idling + tail + result.optimizer < limit) {
-      idling = idle(step(exchange_seconds(*this, job, times.begin()->second.sent)));
+      idling = idle(step(exchange_seconds(cluster, job, times.begin()->second.sent)));
       result.bubble = idle(step(0));  // and the rest goes when exchanges take no time
       result.waiting[AxisName("pp").index] = idling - result.bubble;
     }
