@@ -171,8 +171,7 @@ class Search {
                            o.zero, o.reshard, splits, kind});
     Held& h = of->second;
     if (!is_new) return h;
-    TheoryOfRank t = theory_of_few(job, kind.blocks, splits ? "zb" : "1f1b");
-    t.pieces = {kind.of(t.gpt)};
+    TheoryOfChunk t(job, kind, splits ? "zb" : "1f1b");
     double sending[2] = {};  // without a micro-batch, and with one
     for (const int m : {0, 1}) {
       t.m = m;

@@ -23,33 +23,29 @@ struct ChunkTimes {
   Kept kept;             // of a micro-batch
 };
 
-class RankWork {
+class RankWork : TheoryOfChunk {
  public:
   RankWork(const Cluster& cluster, const Job& job, const ChunkKind& chunk, bool splits_backward)
-      : machine(cluster.machine),
+      : TheoryOfChunk(job, chunk),
+        machine(cluster.machine),
         profile(cluster.profile),
-        splits(splits_backward),
-        t(theory_of_few(job, chunk.blocks)) {
-    const GptConfig& c = t.config;
-    R = t.R;
-    S = t.S;
-    C = c.width;
-    F = t.gpt.tp.part(c.hidden()).size();
-    V = t.gpt.tp.padded_part(c.vocab);
-    const double kv = t.gpt.tp.part(c.kv()).size(), D = C / c.heads;
-    heads = kv * (c.heads / c.kv());
+        splits(splits_backward) {
+    C = config.width;
+    F = gpt.tp.part(config.hidden()).size();
+    V = gpt.tp.padded_part(config.vocab);
+    const double kv = gpt.tp.part(config.kv()).size(), D = C / config.heads;
+    heads = kv * (config.heads / config.kv());
     channels = heads * D;
     kv_channels = kv * D;
     const auto group = [&](AxisName axis, int n, int64_t stride) {
       return Group{axis.index, link_of(cluster, n, stride), n};
     };
-    tp = group("tp", t.tp.size, 1);
-    cp = group("cp", t.cp.size, tp.n);
-    cp.n = 2;  // neighbours in a ring
-    fsdp = group("fsdp", t.fsdp.size, tp.n);
-    replicate = group("replicate", job.layout["replicate"], tp.n * fsdp.n);
-    t.pieces = {chunk.of(t.gpt)};
-    for (const ModelPart& part : t.pieces[0]) add_use(part);
+    over_tp = group("tp", tp.size, 1);
+    over_cp = group("cp", cp.size, tp.size);
+    over_cp.n = 2;  // neighbours in a ring
+    over_fsdp = group("fsdp", fsdp.size, tp.size);
+    over_copies = group("replicate", job.layout["replicate"], tp.size * fsdp.size);
+    for (const ModelPart& part : pieces[0]) add_use(part);
   }
 
   ChunkTimes run(int microbatches) {
@@ -70,8 +66,8 @@ class RankWork {
     double elements = 0;
     for (const auto& [key, unit] : units) elements += unit.elements;
     times.optimizer = move_seconds(machine, elements * profile.optimizer_bytes, 4 * units.size());
-    times.sent = t.activation;
-    times.kept = t.kept_of(t.pieces[0]);
+    times.sent = activation;
+    times.kept = kept_of(pieces[0]);
     return times;
   }
 
@@ -103,11 +99,11 @@ class RankWork {
     Use use{part.kind, part.backward, {}};
     for (const auto& [number, params] : units_of(part.params)) {
       Unit& u = units[number];
-      const int64_t padded = padded_unit(params, t.fsdp.size);
-      const double g = profile.gradient_bytes > 0 ? profile.gradient_bytes : t.g;
-      u.elements = padded / t.fsdp.size;
-      u.whole = padded * t.e;
-      u.whole_gradient = padded * g;
+      const int64_t padded = padded_unit(params, fsdp.size);
+      const double sent = profile.gradient_bytes > 0 ? profile.gradient_bytes : g;
+      u.elements = padded / fsdp.size;
+      u.whole = padded * e;
+      u.whole_gradient = padded * sent;
       u.uses++;
       use.units.push_back(&u);
     }
@@ -136,10 +132,10 @@ class RankWork {
     waiting = 0;
   }
   double product(double m, double n, double k, double batch = 1) const {
-    return product_seconds(machine, m, n, k, batch, t.e);
+    return product_seconds(machine, m, n, k, batch, e);
   }
   double move(double numbers, double kernels) const {
-    return move_seconds(machine, numbers * t.e, kernels);
+    return move_seconds(machine, numbers * e, kernels);
   }
   void weight(double seconds) {
     if (splits) deferred.push_back([=, this] { compute(seconds); });
@@ -147,20 +143,20 @@ class RankWork {
   }
   // rows of width C over tp: their sum, or all of them where a rank has a slice
   Sent tp_send(Collective c) {
-    return send(tp, c, t.by_rows ? t.tp.size * t.activation : t.activation);
+    return send(over_tp, c, by_rows ? tp.size * activation : activation);
   }
-  Sent tp_sum() { return tp_send(t.by_rows ? Collective::reduce_scatter : Collective::all_reduce); }
-  Sent tp_gather() { return t.by_rows ? tp_send(Collective::all_gather) : Sent{}; }
+  Sent tp_sum() { return tp_send(by_rows ? Collective::reduce_scatter : Collective::all_reduce); }
+  Sent tp_gather() { return by_rows ? tp_send(Collective::all_gather) : Sent{}; }
 
   // ---- blocks, head, embedding
   void attention(bool backward) {
-    const GptConfig& c = t.config;
-    const double T = c.context, D = c.width / c.heads, batch = t.B * heads;
-    const bool splits_sequence = t.gpt.cp.splits(c.context);
+    const double T = config.context, D = config.width / config.heads, batch = B * heads;
+    const bool splits_sequence = gpt.cp.splits(config.context);
     const Passes& passes = backward ? profile.backward : profile.forward;
-    const bool whole = profile.stores_scores || c.attention == AttentionKind::plain;
+    const bool whole = profile.stores_scores || config.attention == AttentionKind::plain;
     if (whole && !splits_sequence) {
-      if (backward && profile.stores_scores && c.attention == AttentionKind::flash && !c.recompute)
+      if (backward && profile.stores_scores && config.attention == AttentionKind::flash &&
+          !config.recompute)
         attention(false);  // selective recomputation
       const double both = product(T, T, D, batch) + product(T, D, T, batch);
       compute((backward ? 2 : 1) * both + move(passes.scores * batch * T * T, 2));
@@ -168,13 +164,12 @@ class RankWork {
     }
     // the causal mask leaves half of 2 products forward and 5 backward, of 2 operations each
     const double operations = (backward ? 5 : 2) * R * T * channels,
-                 rate = machine.products.back().second * profile.flash_share / machine.slower(t.e);
+                 rate = machine.products.back().second * profile.flash_share / machine.slower(e);
     const double computing = operations / rate + machine.launch * (backward ? 3 : 1);
     if (!splits_sequence) return compute(computing);
     // while keys and values of the next rank travel, those that are here are attended to
-    const double n = t.cp.size,
-                 travels = 2 * R * kv_channels * (backward ? t.e + t.g : t.e) * (n - 1);
-    const Sent arrives = send(cp, Collective::send, travels);
+    const double n = cp.size, travels = 2 * R * kv_channels * (backward ? e + g : e) * (n - 1);
+    const Sent arrives = send(over_cp, Collective::send, travels);
     compute(computing * (n - 1) / n);
     wait_for(arrives);
     compute(computing / n);
@@ -207,7 +202,7 @@ class RankWork {
     weight(product(n, C, R));
   }
   void block_backward() {
-    if (t.config.recompute) block_forward();
+    if (config.recompute) block_forward();
     const Passes& p = profile.backward;
     const double half = move(p.rows / 2 * S * C, p.kernels / 2);
     row_backward(F);
@@ -229,7 +224,7 @@ class RankWork {
     }
     wait_for(tp_gather());
     compute(move(2 * S * C, 1) + product(R, V, C) + move(profile.forward.logits * R * V, 4));
-    wait_for(send(tp, Collective::all_reduce, 3 * R * t.g));
+    wait_for(send(over_tp, Collective::all_reduce, 3 * R * g));
   }
   void part_backward(ModelPart::Kind kind) {
     if (kind == ModelPart::block) return block_backward();
@@ -247,10 +242,10 @@ class RankWork {
   void start_unshard(Unit& u) {
     if (u.gathered) return;
     u.gathered = true;
-    u.arrived = send(fsdp, Collective::all_gather, u.whole);
+    u.arrived = send(over_fsdp, Collective::all_gather, u.whole);
   }
   void unshard(int use, int direction) {
-    for (int k = 0; k <= t.options.fsdp.prefetch; k++) {
+    for (int k = 0; k <= options.fsdp.prefetch; k++) {
       const int next = use + k * direction;
       if (next < 0 || next >= int(uses.size())) break;
       if (direction < 0 && uses[next].backward != Backward::unshards) continue;
@@ -259,7 +254,7 @@ class RankWork {
     for (Unit* u : uses[use].units) wait_for(u->arrived);
   }
   void reshard(int use) {
-    if (t.shards_parameters && t.options.fsdp.reshard)
+    if (shards_parameters && options.fsdp.reshard)
       for (Unit* u : uses[use].units) u->gathered = false;
   }
   void forward(int use) {
@@ -276,26 +271,26 @@ class RankWork {
   }
   // over its shards, and in the last micro-batch over copies
   Sent sum_of(const Unit& u) {
-    const Sent sum = send(fsdp, Collective::reduce_scatter, u.whole_gradient);
+    const Sent sum = send(over_fsdp, Collective::reduce_scatter, u.whole_gradient);
     if (!is_last) return sum;
-    return std::max(sum, send(replicate, Collective::all_reduce, u.whole_gradient / fsdp.n));
+    return std::max(sum, send(over_copies, Collective::all_reduce, u.whole_gradient / fsdp.size));
   }
   void reduce_gradients(int use) {
     for (Unit* u : uses[use].units) {
       if (++u->done < u->uses) continue;
       u->done = 0;
-      if (!t.shards_gradients && !is_last) continue;
+      if (!shards_gradients && !is_last) continue;
       if (!profile.overlaps && is_last) continue;  // at the step's end
       u->reduced = sum_of(*u);
       in_flight.push_back(u);
-      while (in_flight.size() > (t.options.fsdp.prefetch > 0 ? 1 : 0)) finish_reduce();
+      while (in_flight.size() > (options.fsdp.prefetch > 0 ? 1 : 0)) finish_reduce();
     }
   }
   void finish_reduce() {
     const Unit& u = *in_flight.front();
     in_flight.pop_front();
     wait_for(u.reduced);
-    compute(t.shards_gradients ? move_seconds(machine, 3 * u.elements * t.g, 1) : 0);
+    compute(shards_gradients ? move_seconds(machine, 3 * u.elements * g, 1) : 0);
   }
   void end_step() {
     while (!in_flight.empty()) finish_reduce();
@@ -307,9 +302,8 @@ class RankWork {
   const Machine& machine;
   const Profile& profile;
   bool splits, is_last = false;
-  TheoryOfRank t;
-  Group tp, cp, fsdp, replicate;
-  double R, S, C, F, V;
+  Group over_tp, over_cp, over_fsdp, over_copies;
+  double C, F, V;
   double heads, channels, kv_channels;
   std::map<int, Unit> units;
   std::vector<Use> uses;
@@ -323,11 +317,20 @@ class RankWork {
 
 }  // namespace
 
-TheoryOfRank theory_of_few(Job job, int64_t blocks, const char* schedule) {
-  job.config.layers = blocks;
-  job.layout["pp"] = 1;
-  const Mesh last(job.layout, job.layout.ranks() - 1);  // has the largest part of everything
-  return {job.config, job.options, last, Schedule{&schedule_row(schedule)}};
+// The last rank has the largest part of everything.
+static Mesh last_of_stage(Layout layout) {
+  layout["pp"] = 1;
+  return Mesh(layout, layout.ranks() - 1);
+}
+static GptConfig of_blocks(GptConfig config, int64_t blocks) {
+  config.layers = blocks;
+  return config;
+}
+
+TheoryOfChunk::TheoryOfChunk(const Job& job, const ChunkKind& chunk, const char* schedule)
+    : TheoryOfRank{of_blocks(job.config, chunk.blocks), job.options, last_of_stage(job.layout),
+                   Schedule{&schedule_row(schedule)}} {
+  pieces = {gpt.parts().subspan(!chunk.embedding, chunk.blocks + chunk.embedding + chunk.head)};
 }
 
 std::valarray<double> Predictor::chunk_costs(const Job& job, const ChunkKind& chunk,

@@ -25,13 +25,13 @@ struct Job {
 struct ChunkKind {
   int64_t blocks;
   bool embedding, head;
-  ModelPiece of(const Gpt& gpt) const {  // of as many blocks
-    return gpt.parts().subspan(!embedding, blocks + embedding + head);
-  }
   auto operator<=>(const ChunkKind&) const = default;
 };
-// Of a model of few blocks, on the last rank of a stage: all blocks of a model are alike.
-TheoryOfRank theory_of_few(Job job, int64_t blocks, const char* schedule = "1f1b");
+// Of the last rank of a stage that has this chunk alone, of a model of as many blocks: all blocks of
+// a model are alike.
+struct TheoryOfChunk : TheoryOfRank {
+  TheoryOfChunk(const Job& job, const ChunkKind& chunk, const char* schedule = "1f1b");
+};
 using ByAxis = std::valarray<double>;  // for each of kAxes
 struct Prediction {
   double seconds = 0;  // of a step
