@@ -44,16 +44,16 @@ std::vector<Planned> best_of(const Cluster& cluster, const GptConfig& config, co
 }
 
 Cell best_kind(const Cluster& cluster, const GptConfig& config) {
-  const Kind& any = *std::rbegin(kKinds);
-  const auto fastest = best_of(cluster, config, any);
-  if (fastest.empty()) return {};
-  for (const Kind& kind : kKinds) {
-    const auto best = &kind == &any ? fastest : best_of(cluster, config, kind);
-    if (!best.empty() && best[0].time.seconds <= 1.03 * fastest[0].time.seconds)
-      return {&kind, sentence(kind.name, ": ", to_string(best[0].job.layout),
-                              format(", %.3g s a step", best[0].time.seconds))};
-  }
-  return {};
+  Cell cell;
+  double fastest = INFINITY;  // that of the last kind
+  for (const Kind* kind = std::end(kKinds); kind-- != kKinds;)
+    for (const Planned& best : best_of(cluster, config, *kind)) {
+      fastest = std::min(fastest, best.time.seconds);
+      if (best.time.seconds <= 1.03 * fastest)
+        cell = {kind, sentence(kind->name, ": ", to_string(best.job.layout),
+                               format(", %.3g s a step", best.time.seconds))};
+    }
+  return cell;
 }
 
 std::string size_of_model(const GptConfig& config) {
