@@ -36,10 +36,10 @@ struct Cell {
 std::vector<Planned> best_of(const Cluster& cluster, const GptConfig& config, const Kind& kind) {
   Wanted wanted{
       {config, {}, {{"fsdp", kind.fsdp}, {"replicate", 0}, {"tp", kind.tp}, {"pp", kind.pp}}}};
-  wanted.options.batch = kBatch;
-  wanted.options.microbatch = 0;
-  wanted.options.fsdp.zero = kind.zero;
-  wanted.options.schedule.clear();
+  wanted.batch = kBatch;
+  wanted.microbatch = 0;
+  wanted.fsdp.zero = kind.zero;
+  wanted.schedule.clear();
   return plan(cluster, wanted, int64_t(0.92 * cluster.machine.memory), 1).fastest;
 }
 
@@ -48,10 +48,10 @@ Cell best_kind(const Cluster& cluster, const GptConfig& config) {
   double fastest = INFINITY;  // that of the last kind
   for (const Kind* kind = std::end(kKinds); kind-- != kKinds;)
     for (const Planned& best : best_of(cluster, config, *kind)) {
-      fastest = std::min(fastest, best.time.seconds);
-      if (best.time.seconds <= 1.03 * fastest)
-        cell = {kind, sentence(kind->name, ": ", to_string(best.job.layout),
-                               format(", %.3g s a step", best.time.seconds))};
+      fastest = std::min(fastest, best.seconds);
+      if (best.seconds <= 1.03 * fastest)
+        cell = {kind, sentence(kind->name, ": ", to_string(best.layout),
+                               format(", %.3g s a step", best.seconds))};
     }
   return cell;
 }

@@ -82,28 +82,29 @@ std::string words_of(const Job& job) {
   for (size_t a = 0; a < kAxes.size(); a++)
     if (job.layout.sizes[a] > 1)
       text += sentence("--", kAxes[a].name, " ", job.layout.sizes[a], " ");
-  const TrainerOptions& o = job.options;
-  if (o.fsdp.prefetch != 1 && job.layout.data_ranks() * job.layout["cp"] > 1)
-    text += sentence("--prefetch ", o.fsdp.prefetch, " ");
+  if (job.fsdp.prefetch != 1 && job.layout.data_ranks() * job.layout["cp"] > 1)
+    text += sentence("--prefetch ", job.fsdp.prefetch, " ");
   if (job.layout["fsdp"] * job.layout["cp"] > 1)
-    text += sentence("--zero ", o.fsdp.zero, o.fsdp.reshard ? " " : " --reshard-after-forward no ");
+    text +=
+        sentence("--zero ", job.fsdp.zero, job.fsdp.reshard ? " " : " --reshard-after-forward no ");
   if (job.layout["pp"] > 1) {
-    text += sentence("--schedule ", o.schedule, " ");
-    if (schedule_row(o.schedule).place == Place::ring) text += sentence("--chunks ", o.chunks, " ");
+    text += sentence("--schedule ", job.schedule, " ");
+    if (schedule_row(job.schedule).place == Place::ring)
+      text += sentence("--chunks ", job.chunks, " ");
   }
-  text += sentence("--microbatch ", o.microbatch);
-  if (job.config.sequence_parallel) text += " --sequence-parallel";
-  if (job.config.recompute) text += " --recompute";
+  text += sentence("--microbatch ", job.microbatch);
+  if (job.sequence_parallel) text += " --sequence-parallel";
+  if (job.recompute) text += " --recompute";
   return text;
 }
 
 struct Measures {
   double tokens_per_second, mfu;
 };
-Measures measures(const Cluster& cluster, const Job& job, double seconds) {
-  const double tokens = double(job.options.batch * job.config.context) / seconds;
-  const double peak = job.config.dtype == Dtype::bf16 ? cluster.machine.peak : cluster.machine.f32;
-  return {tokens, tokens * flops_per_token(job.config) / job.layout.ranks() / peak};
+Measures measures(const Cluster& cluster, const Planned& p) {
+  const double tokens = double(p.batch * p.context) / p.seconds;
+  const double peak = p.dtype == Dtype::bf16 ? cluster.machine.peak : cluster.machine.f32;
+  return {tokens, tokens * flops_per_token(p) / p.layout.ranks() / peak};
 }
 
 double gib(double bytes) { return bytes / (1024.0 * 1024 * 1024); }
@@ -128,55 +129,54 @@ std::string memory_words(const Account& a) {
 }
 
 Json json_of(const Cluster& cluster, const Planned& p) {
-  const Account a = account(p.job);
-  const auto [tokens, mfu] = measures(cluster, p.job, p.time.seconds);
+  const Account a = account(p);
+  const auto [tokens, mfu] = measures(cluster, p);
   Json layout, waiting, memory;
   for (size_t i = 0; i < kAxes.size(); i++) {
-    layout[kAxes[i].name] = p.job.layout.sizes[i];
-    waiting[kAxes[i].name] = p.time.waiting[i];
+    layout[kAxes[i].name] = p.layout.sizes[i];
+    waiting[kAxes[i].name] = p.waiting[i];
   }
-  const TrainerOptions& o = p.job.options;
   for (int i = 0; i < kMemoryCategories; i++)
     if (a.memory[i] > 0) memory[name_of(Memory(i))] = a.memory[i];
   return {{"layout", layout},
-          {"options", words_of(p.job)},
-          {"zero", o.fsdp.zero},
-          {"reshard_after_forward", o.fsdp.reshard},
-          {"schedule", o.schedule},
-          {"chunks", o.chunks},
-          {"microbatch", o.microbatch},
-          {"sequence_parallel", p.job.config.sequence_parallel},
-          {"recompute", p.job.config.recompute},
-          {"step_seconds", p.time.seconds},
+          {"options", words_of(p)},
+          {"zero", p.fsdp.zero},
+          {"reshard_after_forward", p.fsdp.reshard},
+          {"schedule", p.schedule},
+          {"chunks", p.chunks},
+          {"microbatch", p.microbatch},
+          {"sequence_parallel", p.sequence_parallel},
+          {"recompute", p.recompute},
+          {"step_seconds", p.seconds},
           {"tokens_per_second", tokens},
           {"mfu", mfu},
           {"seconds",
-           {{"computing", p.time.computing},
+           {{"computing", p.computing},
             {"waiting", waiting},
-            {"bubble", p.time.bubble},
-            {"optimizer", p.time.optimizer}}},
-          {"memory_rank", p.job.layout.ranks() / p.job.layout["pp"] * (a.stage + 1) - 1},
+            {"bubble", p.bubble},
+            {"optimizer", p.optimizer}}},
+          {"memory_rank", p.layout.ranks() / p.layout["pp"] * (a.stage + 1) - 1},
           {"memory", memory},
           {"memory_bytes", a.bytes},
           {"sent_bytes", a.sent}};
 }
 
 void explain(const Cluster& cluster, const Planned& p, int64_t memory) {
-  const Account a = account(p.job);
-  const auto [tokens, mfu] = measures(cluster, p.job, p.time.seconds);
-  printf("layout   %s\n", words_of(p.job).c_str());
-  printf("step     %.4g s, %.4g tokens/s, MFU %.1f %%\n", p.time.seconds, tokens, 100 * mfu);
-  const auto parts = parts_of(p.time);
+  const Account a = account(p);
+  const auto [tokens, mfu] = measures(cluster, p);
+  printf("layout   %s\n", words_of(p).c_str());
+  printf("step     %.4g s, %.4g tokens/s, MFU %.1f %%\n", p.seconds, tokens, 100 * mfu);
+  const auto parts = parts_of(p);
   for (const auto& [seconds, name] : parts)
     if (seconds > 0)
-      printf("  %-24s %9.4g s %5.1f %%\n", name.c_str(), seconds, 100 * seconds / p.time.seconds);
+      printf("  %-24s %9.4g s %5.1f %%\n", name.c_str(), seconds, 100 * seconds / p.seconds);
   printf("memory   %.4g GiB of %.4g on stage %d: %s\n", gib(p.memory), gib(memory), a.stage,
          memory_words(a).c_str());
   for (const auto& [axis, bytes] : a.sent)
     printf("sent     %.4g MB a step over %s\n", double(bytes) / 1e6, axis.c_str());
   if (p.memory <= memory)
     printf("binds    %s takes %.0f %% of the step\n", parts[0].second.c_str(),
-           100 * parts[0].first / p.time.seconds);
+           100 * parts[0].first / p.seconds);
 }
 
 // ---- what is asked for
@@ -266,10 +266,10 @@ void show(PlanOptions& o) {
   if (o.decode) return decode(o, cluster, config, memory);
   if (o.layout_only) {
     const Job job = one_job(o);
-    REQUIRE(job.layout["tp"] <= job.config.kv(), "--tp ", job.layout["tp"],
-            " has more ranks than --kv-heads ", job.config.kv());
+    REQUIRE(job.layout["tp"] <= job.kv(), "--tp ", job.layout["tp"],
+            " has more ranks than --kv-heads ", job.kv());
     Predictor predictor(cluster, config);
-    const Planned p{job, account(job).bytes, predictor.predict(job)};
+    const Planned p{job, predictor.predict(job), account(job).bytes};
     if (o.json) printf("%s\n", json_of(cluster, p).dump(1).c_str());
     else explain(cluster, p, memory);
     return check_fits(p.memory, memory);
@@ -278,13 +278,13 @@ void show(PlanOptions& o) {
   if (o.given.count("schedule"))
     make_schedule(o.schedule, 1, 1, o.chunks);  // or it has other chunks
   Wanted wanted{{config, trainer_options(o), o.layout}};
-  wanted.options.batch = resolved(o).batch;
-  if (o.given.count("reshard-after-forward")) wanted.reshard = {wanted.options.fsdp.reshard};
-  if (!o.given.count("zero")) wanted.options.fsdp.zero = 0;
-  if (!o.given.count("schedule")) wanted.options.schedule.clear();
+  wanted.batch = resolved(o).batch;
+  if (o.given.count("reshard-after-forward")) wanted.reshard = {wanted.fsdp.reshard};
+  if (!o.given.count("zero")) wanted.fsdp.zero = 0;
+  if (!o.given.count("schedule")) wanted.schedule.clear();
   const Plan found = plan(cluster, wanted, memory, o.top);
   REQUIRE(found.layouts > 0, "no layout of ", o.nodes * o.devices,
-          " devices is what the options ask for: the batch of ", wanted.options.batch,
+          " devices is what the options ask for: the batch of ", wanted.batch,
           " must divide by the ranks that share it, and each one's part by --microbatch; --tp is at"
           " most ",
           m.kv(), ", --cp at most half of the context of ", m.context,
@@ -298,20 +298,20 @@ void show(PlanOptions& o) {
                        .c_str());
   } else {
     printf("layouts  %lld of a batch of %lld, %lld fit in memory\n", (long long)found.layouts,
-           (long long)wanted.options.batch, (long long)found.fitting);
+           (long long)wanted.batch, (long long)found.fitting);
     if (found.smallest) {
       const Planned& p = *found.smallest;
-      printf("too large from %.4g GiB on: %s\n         (%s)\n", gib(p.memory),
-             words_of(p.job).c_str(), memory_words(account(p.job)).c_str());
+      printf("too large from %.4g GiB on: %s\n         (%s)\n", gib(p.memory), words_of(p).c_str(),
+             memory_words(account(p)).c_str());
     }
     if (!found.fastest.empty())
       printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n");
     for (const Planned& p : found.fastest) {
-      const auto [tokens, mfu] = measures(cluster, p.job, p.time.seconds);
-      const double percent = 100 / p.time.seconds;
-      printf("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  %s\n", p.time.seconds, tokens,
-             100 * mfu, gib(p.memory), percent * p.time.computing, percent * p.time.bubble,
-             percent * p.time.waiting.sum(), words_of(p.job).c_str());
+      const auto [tokens, mfu] = measures(cluster, p);
+      const double percent = 100 / p.seconds;
+      printf("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  %s\n", p.seconds, tokens,
+             100 * mfu, gib(p.memory), percent * p.computing, percent * p.bubble,
+             percent * p.waiting.sum(), words_of(p).c_str());
     }
   }
   if (found.fitting == 0) check_fits(found.smallest->memory, memory);

@@ -207,10 +207,10 @@ double step_seconds(const Row& r) {
   config.sequence_parallel = !r.full;
   Job job{config, {}, {{"pp", r.pp}, {"tp", r.tp}}};
   job.layout[r.zero3 ? AxisName("fsdp") : AxisName("replicate")] = r.gpus / (r.tp * r.pp);
-  job.options.batch = r.batch;
-  job.options.microbatch = r.microbatch;
-  job.options.schedule = r.chunks > 1 ? "interleaved" : "1f1b";
-  job.options.chunks = int(r.chunks);
+  job.batch = r.batch;
+  job.microbatch = r.microbatch;
+  job.schedule = r.chunks > 1 ? "interleaved" : "1f1b";
+  job.chunks = int(r.chunks);
   Predictor predictor(
       {read_machine("a100-80g"), profile_named("megatron-2021"), (r.gpus + 7) / 8, 8}, config);
   return predictor.predict(job).seconds;
@@ -332,11 +332,11 @@ namespace {
 
 Wanted anything(const GptConfig& config, int64_t batch) {
   Wanted wanted{{config, {}, {}}};
-  wanted.options.batch = batch;
-  wanted.options.microbatch = 0;
+  wanted.batch = batch;
+  wanted.microbatch = 0;
   wanted.layout.sizes.fill(0);
-  wanted.options.fsdp.zero = 0;
-  wanted.options.schedule.clear();
+  wanted.fsdp.zero = 0;
+  wanted.schedule.clear();
   return wanted;
 }
 
@@ -348,15 +348,15 @@ TEST(the_searchs_memory_is_that_of_the_formulas) {
   Wanted wanted = anything(config, 48);
   Plan found = plan(cluster, wanted, 1 << 30, 900);
   CHECK_EQ(found.fastest.size(), size_t(900));
-  wanted.options.fsdp.prefetch = 3;  // gathers more ahead than some stages have
+  wanted.fsdp.prefetch = 3;  // gathers more ahead than some stages have
   const Plan ahead = plan(cluster, wanted, 1 << 30, 300);
   found.fastest.insert(found.fastest.end(), ahead.fastest.begin(), ahead.fastest.end());
   std::set<std::string> schedules;
   for (const Planned& p : found.fastest) {
-    const Account a = account(p.job);
-    CHECK_EQ(a.bytes, p.memory, to_string(p.job.layout), " zero ", p.job.options.fsdp.zero, " ",
-             p.job.options.schedule, " ", p.job.options.chunks);
-    if (p.job.layout["pp"] > 1) schedules.insert(p.job.options.schedule);
+    const Account a = account(p);
+    CHECK_EQ(a.bytes, p.memory, to_string(p.layout), " zero ", p.fsdp.zero, " ", p.schedule, " ",
+             p.chunks);
+    if (p.layout["pp"] > 1) schedules.insert(p.schedule);
   }
   CHECK_EQ(schedules.size(), schedule_names().size());
   measured(found.fastest.size(), " of ", found.fitting, " layouts, to the byte");
@@ -380,12 +380,12 @@ TEST(the_search_finds_what_trying_all_finds) {
     CHECK_EQ(int64_t(all.fastest.size()), all.fitting);
     CHECK(all.fitting < all.layouts && five.predicted < all.predicted);
     for (size_t i = 0; i < 5; i++)
-      CHECK_EQ(five.fastest[i].time.seconds, all.fastest[i].time.seconds, profile);
+      CHECK_EQ(five.fastest[i].seconds, all.fastest[i].seconds, profile);
     CHECK(all.smallest && all.smallest->memory > memory);
     for (const auto& p : all.fastest) {
-      double parts = p.time.computing + p.time.bubble + p.time.optimizer;
-      for (const double w : p.time.waiting) parts += w;
-      sum = std::max(sum, close(parts, p.time.seconds));
+      double parts = p.computing + p.bubble + p.optimizer;
+      for (const double w : p.waiting) parts += w;
+      sum = std::max(sum, close(parts, p.seconds));
     }
     predicted += five.predicted;
     tried += all.predicted;
@@ -400,7 +400,7 @@ TEST(large_clusters_are_planned) {
   const clock_t begin = clock();
   const Plan found = plan(cluster, anything(config, 2048), int64_t(73) << 30, 10);
   CHECK_EQ(found.fastest.size(), size_t(10));
-  CHECK(found.fastest[0].job.layout["tp"] > 1 && found.fastest[0].job.layout["pp"] > 1);
+  CHECK(found.fastest[0].layout["tp"] > 1 && found.fastest[0].layout["pp"] > 1);
   measured(found.layouts, " layouts of 16384 devices, ", found.predicted, " predicted in ",
            double(clock() - begin) / CLOCKS_PER_SEC, " s of a processor");
 }
@@ -412,9 +412,9 @@ TEST(idle_stages_lend_their_processor_on_their_node_alone) {
   Machine machine = read_machine("h100");
   machine.between = machine.inside;
   Job job{config, {}, {{"pp", 2}}};
-  job.options.batch = 4;
-  job.options.microbatch = 1;
-  job.options.schedule = "1f1b";
+  job.batch = 4;
+  job.microbatch = 1;
+  job.schedule = "1f1b";
   const auto bubble = [&](double sharing, int64_t nodes, int64_t devices) {
     machine.sharing = sharing;
     Predictor predictor({machine, profile_named("threefold"), nodes, devices}, config);

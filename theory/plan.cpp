@@ -10,7 +10,7 @@ Account account(const Job& job) {
   const int64_t ranks = job.layout.ranks(), pp = job.layout["pp"];
   for (int stage = 0; stage < pp; stage++) {
     // the last rank of a stage has the largest part of everything
-    const Theory t = theory(job.config, job.layout, ranks / pp * (stage + 1) - 1, job.options);
+    const Theory t = theory(job, job.layout, ranks / pp * (stage + 1) - 1, job);
     auto memory = t.persistent;
     memory[int(Memory::gather)] = t.gather_bound;
     memory[int(Memory::activations)] = t.activations;
@@ -43,30 +43,29 @@ template <class T> std::vector<T> those(std::vector<T> all, const T& wanted) {
 class Search {
  public:
   Search(const Cluster& cluster, const Wanted& wanted, int64_t memory)
-      : predictor(cluster, wanted.config), wanted(wanted), memory(memory) {}
+      : predictor(cluster, wanted), wanted(wanted), memory(memory) {}
 
   Plan run(int64_t top) {
     const int64_t ranks = predictor.cluster.nodes * predictor.cluster.devices;
-    const GptConfig& config = wanted.config;
     Job job = wanted;
     job.layout = {};
-    job.options.fsdp = {1, true, 0};
-    for (const int64_t tp : sizes("tp", ranks, std::min(config.kv(), config.vocab)))
-      for (const int64_t cp : sizes("cp", ranks / tp, std::max<int64_t>(config.context / 2, 1)))
-        for (const int64_t b : those(divisors(wanted.options.batch), wanted.options.microbatch))
+    job.fsdp = {1, true, 0};
+    for (const int64_t tp : sizes("tp", ranks, std::min(wanted.kv(), wanted.vocab)))
+      for (const int64_t cp : sizes("cp", ranks / tp, std::max<int64_t>(wanted.context / 2, 1)))
+        for (const int64_t b : those(divisors(wanted.batch), wanted.microbatch))
           for (const bool by_rows :
-               tp == 1 ? std::vector{false} : those({false, true}, config.sequence_parallel))
-            for (const bool recompute : those({false, true}, config.recompute)) {
+               tp == 1 ? std::vector{false} : those({false, true}, wanted.sequence_parallel))
+            for (const bool recompute : those({false, true}, wanted.recompute)) {
               costs.clear();
               job.layout["cp"] = cp;
               job.layout["tp"] = tp;
-              job.options.microbatch = b;
-              job.config.sequence_parallel = by_rows;
-              job.config.recompute = recompute;
-              for (const int64_t pp : sizes("pp", ranks / tp / cp, config.layers)) {
+              job.microbatch = b;
+              job.sequence_parallel = by_rows;
+              job.recompute = recompute;
+              for (const int64_t pp : sizes("pp", ranks / tp / cp, wanted.layers)) {
                 job.layout["pp"] = pp;
                 const int64_t data = ranks / tp / cp / pp;
-                if (job.options.batch % (data * b) == 0) for_schedules(job, data);
+                if (job.batch % (data * b) == 0) for_schedules(job, data);
               }
             }
     return predict(top);
@@ -80,19 +79,19 @@ class Search {
   }
 
   void for_schedules(Job job, int64_t data) {
-    const int pp = job.layout["pp"], m = job.options.batch / data / job.options.microbatch;
-    for (const std::string& name : pp == 1 ? std::vector<std::string>{"1f1b"}
-                                           : those(schedule_names(), wanted.options.schedule)) {
+    const int pp = job.layout["pp"], m = job.batch / data / job.microbatch;
+    for (const std::string& name :
+         pp == 1 ? std::vector<std::string>{"1f1b"} : those(schedule_names(), wanted.schedule)) {
       const ScheduleRow& row = schedule_row(name);
       if (m % row.divisor(pp)) continue;
-      const int asked = pp > 1 ? wanted.options.chunks : 0;
+      const int asked = pp > 1 ? wanted.chunks : 0;
       std::vector<int> chunks{asked};
       if (row.place != Place::ring) chunks = those({row.chunks()}, asked);
       else if (!asked) chunks = {2, 3, 4};
       for (const int V : chunks) {
-        if (pp * V > wanted.config.layers || pp * V * int64_t(m) > kMostForwards) continue;
-        job.options.schedule = name;
-        job.options.chunks = V;
+        if (pp * V > wanted.layers || pp * V * int64_t(m) > kMostForwards) continue;
+        job.schedule = name;
+        job.chunks = V;
         for_shards(job, Schedule{&row, pp, m, V}, data);
       }
     }
@@ -128,15 +127,15 @@ class Search {
       job.layout["replicate"] = data / fsdp;
       if (wanted.layout["replicate"] > 0 && wanted.layout["replicate"] != data / fsdp) continue;
       const bool shards = fsdp * job.layout["cp"] > 1;
-      const int prefetch = data * job.layout["cp"] > 1 ? wanted.options.fsdp.prefetch : 0;
-      for (const int zero : shards ? those({1, 2, 3}, wanted.options.fsdp.zero) : std::vector{1})
+      const int prefetch = data * job.layout["cp"] > 1 ? wanted.fsdp.prefetch : 0;
+      for (const int zero : shards ? those({1, 2, 3}, wanted.fsdp.zero) : std::vector{1})
         for (const bool reshard : zero < 3 ? std::vector{true} : wanted.reshard) {
-          job.options.fsdp = {zero, reshard, prefetch};
-          Planned p{job, 0, {bound}};
+          job.fsdp = {zero, reshard, prefetch};
+          Planned p{job, {bound}};
           for (const auto& [kind, kept] : activations) {
             const Held& h = held(job, kind, splits);
             p.memory = std::max(p.memory, kept + h.bytes);
-            p.time.seconds = std::max(p.time.seconds, h.sending + s.microbatches * h.sending_each);
+            p.seconds = std::max(p.seconds, h.sending + s.microbatches * h.sending_each);
           }
           result.layouts++;
           const bool fits = p.memory <= memory;
@@ -164,7 +163,7 @@ class Search {
     double sending, sending_each;
   };
   const Held& held(const Job& job, const ChunkKind& kind, bool splits) {
-    const FsdpOptions& o = job.options.fsdp;
+    const FsdpOptions& o = job.fsdp;
     const int64_t tp = job.layout["tp"];
     const auto [of, is_new] =
         held_.try_emplace({tp, job.layout["fsdp"] * job.layout["cp"], job.layout["replicate"],
@@ -207,24 +206,23 @@ class Search {
   }
 
   // ---- from the lowest bound on
-  static double seconds(const Planned& p) { return p.time.seconds; }  // a bound, or predicted
   // those of the lowest bounds: far more than are predicted
   void keep(const Planned& p) {
     constexpr size_t kMost = 200'000;
     candidates.push_back(p);
     if (candidates.size() < kMost) return;
-    std::ranges::nth_element(candidates, candidates.begin() + kMost / 2, {}, seconds);
+    std::ranges::nth_element(candidates, candidates.begin() + kMost / 2, {}, &Planned::seconds);
     candidates.resize(kMost / 2);
   }
   Plan predict(int64_t top) {
-    std::ranges::stable_sort(candidates, {}, seconds);
+    std::ranges::stable_sort(candidates, {}, &Planned::seconds);
     auto& best = result.fastest;
     for (Planned& p : candidates) {
-      const double limit = int64_t(best.size()) < top ? INFINITY : seconds(best.back());
-      if (limit <= seconds(p)) break;
-      p.time = predictor.predict(p.job, limit);
+      const double limit = int64_t(best.size()) < top ? INFINITY : best.back().seconds;
+      if (limit <= p.seconds) break;
+      static_cast<Prediction&>(p) = predictor.predict(p, limit);
       result.predicted++;
-      best.insert(std::ranges::upper_bound(best, seconds(p), {}, seconds), p);
+      best.insert(std::ranges::upper_bound(best, p.seconds, {}, &Planned::seconds), p);
       if (int64_t(best.size()) > top) best.pop_back();
     }
     return result;

@@ -29,10 +29,8 @@ Account account(const Job& job);
 struct Wanted : Job {
   std::vector<bool> reshard{true, false};  // what is tried
 };
-struct Planned {
-  Job job;
+struct Planned : Job, Prediction {
   int64_t memory = 0;  // bytes of the fullest rank
-  Prediction time;
 };
 struct Plan {
   std::vector<Planned> fastest;

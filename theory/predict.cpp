@@ -328,7 +328,7 @@ static GptConfig of_blocks(GptConfig config, int64_t blocks) {
 }
 
 TheoryOfChunk::TheoryOfChunk(const Job& job, const ChunkKind& chunk, const char* schedule)
-    : TheoryOfRank{of_blocks(job.config, chunk.blocks), job.options, last_of_stage(job.layout),
+    : TheoryOfRank{of_blocks(job, chunk.blocks), job, last_of_stage(job.layout),
                    Schedule{&schedule_row(schedule)}} {
   pieces = {gpt.parts().subspan(!chunk.embedding, chunk.blocks + chunk.embedding + chunk.head)};
 }
@@ -361,14 +361,14 @@ static double exchange_seconds(const Cluster& c, const Job& job, double bytes) {
   const int64_t pp = job.layout["pp"], tp = job.layout["tp"], stride = job.layout.ranks() / pp;
   const bool leaves = pp * stride > c.devices && !c.spread;
   const Link link = link_of(c, 2, leaves ? std::max(stride, c.devices) : stride);
-  if (c.profile.overlaps || job.config.sequence_parallel)
+  if (c.profile.overlaps || job.sequence_parallel)
     return collective_seconds(link, 2, Collective::send, bytes);
   return collective_seconds(link, 2, Collective::send, bytes / tp) +
          collective_seconds(link_of(c, tp, 1), tp, Collective::all_gather, bytes);
 }
 
 Prediction Predictor::predict(const Job& job, double limit) {
-  const Schedule s = outline_of(job.options, job.layout);
+  const Schedule s = outline_of(job, job.layout);
   const auto kinds = chunks_of(s);
   std::map<ChunkKind, ChunkTimes> times;
   Prediction result;

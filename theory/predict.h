@@ -16,9 +16,7 @@
 #include "theory/machine.h"
 #include "theory/theory.h"
 
-struct Job {
-  GptConfig config;
-  TrainerOptions options;
+struct Job : GptConfig, TrainerOptions {
   Layout layout;
 };
 // What a chunk of a stage has of the model.
