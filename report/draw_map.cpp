@@ -40,7 +40,7 @@ std::vector<Planned> best_of(const Cluster& cluster, const GptConfig& config, co
   wanted.microbatch = 0;
   wanted.fsdp.zero = kind.zero;
   wanted.schedule.clear();
-  return plan(cluster, wanted, int64_t(0.92 * cluster.machine.memory), 1).fastest;
+  return plan(cluster, wanted, 1).fastest;
 }
 
 Cell best_kind(const Cluster& cluster, const GptConfig& config) {
@@ -78,9 +78,10 @@ std::string draw_map(const Machine& machine, const Profile& profile, double slow
   for (const bool is_slow : {false, true}) {
     const double left = is_slow * panel + kLeft;
     Cluster cluster{machine, profile};
-    if (is_slow) cluster.machine.between.bandwidth = slow;
+    cluster.memory *= 0.92;
+    if (is_slow) cluster.between.bandwidth = slow;
     svg.text(left, 20, large, machine.name, ", ", kOfNode, " a node; between nodes ",
-             format("%.3g", cluster.machine.between.bandwidth / 1e9), " GB/s a device");
+             format("%.3g", cluster.between.bandwidth / 1e9), " GB/s a device");
     double y = bottom, wall = bottom, x = left;
     for (const ModelSize& model : kModels) {
       const GptConfig config{model, Dtype::bf16};

@@ -103,7 +103,7 @@ struct Measures {
 };
 Measures measures(const Cluster& cluster, const Planned& p) {
   const double tokens = double(p.batch * p.context) / p.seconds;
-  const double peak = p.dtype == Dtype::bf16 ? cluster.machine.peak : cluster.machine.f32;
+  const double peak = p.dtype == Dtype::bf16 ? cluster.peak : cluster.f32;
   return {tokens, tokens * flops_per_token(p) / p.layout.ranks() / peak};
 }
 
@@ -161,7 +161,7 @@ Json json_of(const Cluster& cluster, const Planned& p) {
           {"sent_bytes", a.sent}};
 }
 
-void explain(const Cluster& cluster, const Planned& p, int64_t memory) {
+void explain(const Cluster& cluster, const Planned& p) {
   const Account a = account(p);
   const auto [tokens, mfu] = measures(cluster, p);
   printf("layout   %s\n", words_of(p).c_str());
@@ -170,23 +170,24 @@ void explain(const Cluster& cluster, const Planned& p, int64_t memory) {
   for (const auto& [seconds, name] : parts)
     if (seconds > 0)
       printf("  %-24s %9.4g s %5.1f %%\n", name.c_str(), seconds, 100 * seconds / p.seconds);
-  printf("memory   %.4g GiB of %.4g on stage %d: %s\n", gib(p.memory), gib(memory), a.stage,
+  printf("memory   %.4g GiB of %.4g on stage %d: %s\n", gib(p.memory), gib(cluster.memory), a.stage,
          memory_words(a).c_str());
   for (const auto& [axis, bytes] : a.sent)
     printf("sent     %.4g MB a step over %s\n", double(bytes) / 1e6, axis.c_str());
-  if (p.memory <= memory)
+  if (p.memory <= cluster.memory)
     printf("binds    %s takes %.0f %% of the step\n", parts[0].second.c_str(),
            100 * parts[0].first / p.seconds);
 }
 
 // ---- what is asked for
 
-void check_fits(double needed, double memory) {
-  REQUIRE(needed <= memory, format("does not fit: a rank needs %.4g GiB, and a device has %.4g",
-                                   gib(needed), gib(memory)));
+void check_fits(const Cluster& cluster, double needed) {
+  REQUIRE(needed <= cluster.memory,
+          format("does not fit: a rank needs %.4g GiB, and a device has %.4g", gib(needed),
+                 gib(cluster.memory)));
 }
 
-void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& config, double memory) {
+void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& config) {
   const int64_t devices = o.nodes * o.devices, pp = std::max<int64_t>(o.layout["pp"], 1);
   double least = INFINITY;
   Json rows = Json::array();
@@ -197,7 +198,7 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
     const DecodePrediction d = predict_decoding(cluster, config, {{"pp", pp}, {"tp", tp}},
                                                 o.sequences, config.context / 2);
     least = std::min(least, d.memory);
-    const bool fits = d.memory <= memory;
+    const bool fits = d.memory <= cluster.memory;
     if (fits) rows.push_back({{"tp", tp}, {"pp", pp}, {"token_seconds", d.seconds.sum()}});
     if (o.json) continue;
     printf("%4d %11.3f", int(tp), d.seconds.sum() * 1e3);
@@ -208,7 +209,7 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
           " devices, make at most ", devices, " ranks with --pp ", pp, " and be at most ",
           std::min(config.kv(), config.vocab), " (--kv-heads, --vocab)");
   if (o.json) printf("%s\n", Json{{"decode", rows}}.dump(1).c_str());
-  check_fits(least, memory);
+  check_fits(cluster, least);
 }
 
 // Where nothing is said, what train_gpt takes.
@@ -253,17 +254,17 @@ void show(PlanOptions& o) {
           1e17,
       "so many tokens in so large a model are too many bytes to count: make them fewer, or give "
       "--attention flash");
-  const Cluster cluster{machine_of(o), profile_named(o.profile), o.nodes, o.devices, o.spread};
+  Cluster cluster{machine_of(o), profile_named(o.profile), o.nodes, o.devices, o.spread};
   const GptConfig config = model_config(o);
-  const int64_t memory = o.memory > 0 ? o.memory << 20 : int64_t(0.92 * cluster.machine.memory);
+  cluster.memory = o.memory > 0 ? double(o.memory << 20) : 0.92 * cluster.memory;
   if (!o.json) {
     printf("model    %s: %.4g B parameters in %s\n", to_string(m).c_str(),
            double(parameter_count(config)) / 1e9, name_of(config.dtype));
     printf("cluster  %d x %d devices, %s, %.4g GiB each\n", int(o.nodes), int(o.devices),
-           cluster.machine.name.c_str(), gib(memory));
-    if (o.machine == "this") printf("%s\n", cluster.machine.text.c_str());
+           cluster.name.c_str(), gib(cluster.memory));
+    if (o.machine == "this") printf("%s\n", cluster.text.c_str());
   }
-  if (o.decode) return decode(o, cluster, config, memory);
+  if (o.decode) return decode(o, cluster, config);
   if (o.layout_only) {
     const Job job = one_job(o);
     REQUIRE(job.layout["tp"] <= job.kv(), "--tp ", job.layout["tp"],
@@ -271,8 +272,8 @@ void show(PlanOptions& o) {
     Predictor predictor(cluster, config);
     const Planned p{job, predictor.predict(job), account(job).bytes};
     if (o.json) printf("%s\n", json_of(cluster, p).dump(1).c_str());
-    else explain(cluster, p, memory);
-    return check_fits(p.memory, memory);
+    else explain(cluster, p);
+    return check_fits(cluster, p.memory);
   }
 
   if (o.given.count("schedule"))
@@ -282,7 +283,7 @@ void show(PlanOptions& o) {
   if (o.given.count("reshard-after-forward")) wanted.reshard = {wanted.fsdp.reshard};
   if (!o.given.count("zero")) wanted.fsdp.zero = 0;
   if (!o.given.count("schedule")) wanted.schedule.clear();
-  const Plan found = plan(cluster, wanted, memory, o.top);
+  const Plan found = plan(cluster, wanted, o.top);
   REQUIRE(found.layouts > 0, "no layout of ", o.nodes * o.devices,
           " devices is what the options ask for: the batch of ", wanted.batch,
           " must divide by the ranks that share it, and each one's part by --microbatch; --tp is at"
@@ -314,7 +315,7 @@ void show(PlanOptions& o) {
              percent * p.waiting.sum(), words_of(p).c_str());
     }
   }
-  if (found.fitting == 0) check_fits(found.smallest->memory, memory);
+  if (found.fitting == 0) check_fits(cluster, found.smallest->memory);
 }
 
 }  // namespace

@@ -344,12 +344,13 @@ Wanted anything(const GptConfig& config, int64_t batch) {
 
 TEST(the_searchs_memory_is_that_of_the_formulas) {
   const GptConfig config{{11, 96, 6, 64, 301}, Dtype::bf16};
-  const Cluster cluster{read_machine("a100-80g"), profile_named("threefold"), 1, 8};
+  Cluster cluster{read_machine("a100-80g"), profile_named("threefold"), 1, 8};
+  cluster.memory = 1 << 30;
   Wanted wanted = anything(config, 48);
-  Plan found = plan(cluster, wanted, 1 << 30, 900);
+  Plan found = plan(cluster, wanted, 900);
   CHECK_EQ(found.fastest.size(), size_t(900));
   wanted.fsdp.prefetch = 3;  // gathers more ahead than some stages have
-  const Plan ahead = plan(cluster, wanted, 1 << 30, 300);
+  const Plan ahead = plan(cluster, wanted, 300);
   found.fastest.insert(found.fastest.end(), ahead.fastest.begin(), ahead.fastest.end());
   std::set<std::string> schedules;
   for (const Planned& p : found.fastest) {
@@ -365,23 +366,23 @@ TEST(the_searchs_memory_is_that_of_the_formulas) {
 TEST(the_search_finds_what_trying_all_finds) {
   const GptConfig config{{8, 512, 8, 256, 5003}, Dtype::bf16};
   Cluster cluster{read_machine("rtx4090"), {}, 4, 2};
-  const int64_t memory = 600 << 20;
+  cluster.memory = 600 << 20;
   double sum = 0;
   int64_t predicted = 0, tried = 0;
   for (const char* profile : {"threefold", "megatron-2021"}) {  // gradients of 4 bytes, and of 2
     cluster.profile = profile_named(profile);
     Wanted wanted = anything(config, 64);
     if (tried) {  // what is sent takes most of the time
-      cluster.machine.between.bandwidth /= 10;
+      cluster.between.bandwidth /= 10;
       wanted.layout = {{"replicate", 0}, {"fsdp", 0}};
     }
-    const auto search = [&](int64_t top) { return plan(cluster, wanted, memory, top); };
+    const auto search = [&](int64_t top) { return plan(cluster, wanted, top); };
     const Plan five = search(5), all = search(100'000);
     CHECK_EQ(int64_t(all.fastest.size()), all.fitting);
     CHECK(all.fitting < all.layouts && five.predicted < all.predicted);
     for (size_t i = 0; i < 5; i++)
       CHECK_EQ(five.fastest[i].seconds, all.fastest[i].seconds, profile);
-    CHECK(all.smallest && all.smallest->memory > memory);
+    CHECK(all.smallest && all.smallest->memory > cluster.memory);
     for (const auto& p : all.fastest) {
       double parts = p.computing + p.bubble + p.optimizer;
       for (const double w : p.waiting) parts += w;
@@ -396,9 +397,10 @@ TEST(the_search_finds_what_trying_all_finds) {
 
 TEST(large_clusters_are_planned) {
   GptConfig config{{126, 16384, 128, 8192, 128256, 8, 79872}, Dtype::bf16};
-  const Cluster cluster{read_machine("h100"), profile_named("threefold"), 2048, 8};
+  Cluster cluster{read_machine("h100"), profile_named("threefold"), 2048, 8};
+  cluster.memory = 73.0 * (1 << 30);
   const clock_t begin = clock();
-  const Plan found = plan(cluster, anything(config, 2048), int64_t(73) << 30, 10);
+  const Plan found = plan(cluster, anything(config, 2048), 10);
   CHECK_EQ(found.fastest.size(), size_t(10));
   CHECK(found.fastest[0].layout["tp"] > 1 && found.fastest[0].layout["pp"] > 1);
   measured(found.layouts, " layouts of 16384 devices, ", found.predicted, " predicted in ",

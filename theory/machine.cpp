@@ -317,7 +317,7 @@ double move_seconds(const Machine& m, double bytes, double kernels) {
 }
 
 Link link_of(const Cluster& c, int64_t n, int64_t stride) {
-  const Link &in = c.machine.inside, &out = c.machine.between;
+  const Link &in = c.inside, &out = c.between;
   // nodes that a group is on, and how many of it are on each
   const int64_t nodes = std::min(n, c.spread ? c.nodes / std::gcd(stride, c.nodes)
                                              : ceil_div(n * stride, c.devices)),

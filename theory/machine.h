@@ -86,8 +86,8 @@ struct Profile {
 const Profile& profile_named(const std::string& name);
 std::vector<std::string> profile_names();
 
-struct Cluster {
-  Machine machine;
+// So many of a machine; its memory is what a rank may have.
+struct Cluster : Machine {
   Profile profile;
   int64_t nodes = 1, devices = 1;  // of a node
   bool spread = false;             // rank r is on node r mod nodes; else the first are on node 0

@@ -42,8 +42,8 @@ template <class T> std::vector<T> those(std::vector<T> all, const T& wanted) {
 
 class Search {
  public:
-  Search(const Cluster& cluster, const Wanted& wanted, int64_t memory)
-      : predictor(cluster, wanted), wanted(wanted), memory(memory) {}
+  Search(const Cluster& cluster, const Wanted& wanted)
+      : predictor(cluster, wanted), wanted(wanted) {}
 
   Plan run(int64_t top) {
     const int64_t ranks = predictor.cluster.nodes * predictor.cluster.devices;
@@ -121,7 +121,7 @@ class Search {
       const auto first = cost_of(job, chunks[stage][0], splits);
       before += first[0] + first[1];
     }
-    bound /= predictor.cluster.machine.sharing;
+    bound /= predictor.cluster.sharing;
     for (const int64_t fsdp : sizes("fsdp", data, data)) {
       job.layout["fsdp"] = fsdp;
       job.layout["replicate"] = data / fsdp;
@@ -138,7 +138,7 @@ class Search {
             p.seconds = std::max(p.seconds, h.sending + s.microbatches * h.sending_each);
           }
           result.layouts++;
-          const bool fits = p.memory <= memory;
+          const bool fits = p.memory <= predictor.cluster.memory;
           result.fitting += fits;
           if (fits) keep(p);
           else if (!result.smallest || p.memory < result.smallest->memory) result.smallest = p;
@@ -230,7 +230,6 @@ class Search {
 
   Predictor predictor;
   const Wanted& wanted;
-  int64_t memory;
   std::vector<Planned> candidates;
   Plan result;
   std::map<bool, std::array<std::valarray<double>, 3>> costs;  // of whole backwards, of split ones
@@ -240,6 +239,6 @@ class Search {
 
 }  // namespace
 
-Plan plan(const Cluster& cluster, const Wanted& wanted, int64_t memory, int64_t top) {
-  return Search(cluster, wanted, memory).run(top);
+Plan plan(const Cluster& cluster, const Wanted& wanted, int64_t top) {
+  return Search(cluster, wanted).run(top);
 }

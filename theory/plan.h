@@ -38,4 +38,4 @@ struct Plan {
   // of what does not fit, the layout that needs least
   std::optional<Planned> smallest;
 };
-Plan plan(const Cluster& cluster, const Wanted& wanted, int64_t memory, int64_t top);
+Plan plan(const Cluster& cluster, const Wanted& wanted, int64_t top);

@@ -27,7 +27,7 @@ class RankWork : TheoryOfChunk {
  public:
   RankWork(const Cluster& cluster, const Job& job, const ChunkKind& chunk, bool splits_backward)
       : TheoryOfChunk(job, chunk),
-        machine(cluster.machine),
+        machine(cluster),
         profile(cluster.profile),
         splits(splits_backward) {
     C = config.width;
@@ -433,7 +433,7 @@ Prediction Predictor::predict(const Job& job, double limit) {
     const int64_t ranks = job.layout.ranks() / s.stages,
                   on_node = cluster.spread ? ceil_div(ranks, cluster.nodes) : ranks,
                   stages = std::max<int64_t>(1, cluster.devices / on_node);
-    const double share = std::min<double>(stages, cluster.machine.sharing);
+    const double share = std::min<double>(stages, cluster.sharing);
     const auto idle = [&](double pipeline) { return std::max(0.0, pipeline - busiest) / share; };
     result.bubble = idling = idle(bound);
     if (busiest + idling + tail + result.optimizer < limit) {
@@ -450,7 +450,6 @@ Prediction Predictor::predict(const Job& job, double limit) {
 
 DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& config,
                                   const Layout& layout, int64_t sequences, int64_t length) {
-  const Machine& machine = cluster.machine;
   const Mesh mesh(layout, layout.ranks() - 1);
   const SizedGpt gpt(config, mesh["tp"]);
   const double e = size_of(config.dtype), row = sequences * e, L = config.layers, C = config.width,
@@ -462,8 +461,8 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
   const int tp = mesh["tp"].size, pp = mesh["pp"].size;
   const Link link = link_of(cluster, tp, 1), to_next = link_of(cluster, pp, tp);
   constexpr double kKernels = 13;  // of a block: 4 products, their biases, 2 norms, attention, ...
-  return {{weights / machine.read, position * length / machine.read,
-           (L * kKernels + 6) * machine.launch,
+  return {{weights / cluster.read, position * length / cluster.read,
+           (L * kKernels + 6) * cluster.launch,
            sums * collective_seconds(link, tp, Collective::all_reduce, row * C) +
                collective_seconds(link, tp, Collective::all_gather, row * config.vocab),
            (pp - 1) * collective_seconds(to_next, 2, Collective::send, row * C) +
