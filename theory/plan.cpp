@@ -40,13 +40,13 @@ template <class T> std::vector<T> those(std::vector<T> all, const T& wanted) {
   return all;
 }
 
-class Search {
+class Search : Predictor {
  public:
   Search(const Cluster& cluster, const Wanted& wanted)
-      : predictor(cluster, wanted), wanted(wanted) {}
+      : Predictor(cluster, wanted), wanted(wanted) {}
 
   Plan run(int64_t top) {
-    const int64_t ranks = predictor.cluster.nodes * predictor.cluster.devices;
+    const int64_t ranks = cluster.nodes * cluster.devices;
     Job job = wanted;
     job.layout = {};
     job.fsdp = {1, true, 0};
@@ -68,7 +68,7 @@ class Search {
                 if (job.batch % (data * b) == 0) for_schedules(job, data);
               }
             }
-    return predict(top);
+    return fastest(top);
   }
 
  private:
@@ -98,7 +98,7 @@ class Search {
   }
 
   void for_shards(Job job, const Schedule& s, int64_t data) {
-    const auto chunks = predictor.chunks_of(s);
+    const auto chunks = chunks_of(s);
     const bool splits = s.row->splits_backward;
     // by what a stage has: the most that its backwards keep; and the bound of the step's time
     std::map<ChunkKind, int64_t> activations;
@@ -121,7 +121,7 @@ class Search {
       const auto first = cost_of(job, chunks[stage][0], splits);
       before += first[0] + first[1];
     }
-    bound /= predictor.cluster.sharing;
+    bound /= cluster.sharing;
     for (const int64_t fsdp : sizes("fsdp", data, data)) {
       job.layout["fsdp"] = fsdp;
       job.layout["replicate"] = data / fsdp;
@@ -138,7 +138,7 @@ class Search {
             p.seconds = std::max(p.seconds, h.sending + s.microbatches * h.sending_each);
           }
           result.layouts++;
-          const bool fits = p.memory <= predictor.cluster.memory;
+          const bool fits = p.memory <= cluster.memory;
           result.fitting += fits;
           if (fits) keep(p);
           else if (!result.smallest || p.memory < result.smallest->memory) result.smallest = p;
@@ -151,9 +151,9 @@ class Search {
   std::valarray<double> cost_of(const Job& job, const ChunkKind& c, bool splits) {
     auto& [block, embedding, head] = costs[splits];
     if (block.size() == 0) {
-      block = predictor.chunk_costs(job, {1, false, false}, splits);
-      embedding = predictor.chunk_costs(job, {1, true, false}, splits) - block;
-      head = predictor.chunk_costs(job, {1, false, true}, splits) - block;
+      block = chunk_costs(job, {1, false, false}, splits);
+      embedding = chunk_costs(job, {1, true, false}, splits) - block;
+      head = chunk_costs(job, {1, false, true}, splits) - block;
     }
     return double(c.blocks) * block + double(c.embedding) * embedding + double(c.head) * head;
   }
@@ -170,7 +170,7 @@ class Search {
                            o.zero, o.reshard, splits, kind});
     Held& h = of->second;
     if (!is_new) return h;
-    TheoryOfChunk t(job, kind, splits ? "zb" : "1f1b");
+    TheoryOfChunk t(job, kind);
     double sending[2] = {};  // without a micro-batch, and with one
     for (const int m : {0, 1}) {
       t.m = m;
@@ -178,9 +178,8 @@ class Search {
       t.add_fsdp();
       for (const auto& [key, row] : t.sum.step.rows) {
         const auto& [axis, collective, purpose] = key;
-        const Link link =
-            link_of(predictor.cluster, row.n, axis == "replicate" ? tp * t.fsdp.size : tp);
-        const double of_gradients = predictor.cluster.profile.gradient_bytes,  // on the wire
+        const Link link = link_of(cluster, row.n, axis == "replicate" ? tp * t.fsdp.size : tp);
+        const double of_gradients = cluster.profile.gradient_bytes,  // on the wire
             share =
                 of_gradients > 0 && collective != Collective::all_gather ? of_gradients / t.g : 1;
         sending[m] += row.calls * link.latency_of(row.n, collective) +
@@ -214,13 +213,13 @@ class Search {
     std::ranges::nth_element(candidates, candidates.begin() + kMost / 2, {}, &Planned::seconds);
     candidates.resize(kMost / 2);
   }
-  Plan predict(int64_t top) {
+  Plan fastest(int64_t top) {
     std::ranges::stable_sort(candidates, {}, &Planned::seconds);
     auto& best = result.fastest;
     for (Planned& p : candidates) {
       const double limit = int64_t(best.size()) < top ? INFINITY : best.back().seconds;
       if (limit <= p.seconds) break;
-      static_cast<Prediction&>(p) = predictor.predict(p, limit);
+      static_cast<Prediction&>(p) = predict(p, limit);
       result.predicted++;
       best.insert(std::ranges::upper_bound(best, p.seconds, {}, &Planned::seconds), p);
       if (int64_t(best.size()) > top) best.pop_back();
@@ -228,7 +227,6 @@ class Search {
     return result;
   }
 
-  Predictor predictor;
   const Wanted& wanted;
   std::vector<Planned> candidates;
   Plan result;

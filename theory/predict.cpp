@@ -327,9 +327,9 @@ static GptConfig of_blocks(GptConfig config, int64_t blocks) {
   return config;
 }
 
-TheoryOfChunk::TheoryOfChunk(const Job& job, const ChunkKind& chunk, const char* schedule)
+TheoryOfChunk::TheoryOfChunk(const Job& job, const ChunkKind& chunk)
     : TheoryOfRank{of_blocks(job, chunk.blocks), job, last_of_stage(job.layout),
-                   Schedule{&schedule_row(schedule)}} {
+                   Schedule{&schedule_row(job.schedule)}} {
   pieces = {gpt.parts().subspan(!chunk.embedding, chunk.blocks + chunk.embedding + chunk.head)};
 }
 

@@ -28,7 +28,7 @@ struct ChunkKind {
 // Of the last rank of a stage that has this chunk alone, of a model of as many blocks: all blocks of
 // a model are alike.
 struct TheoryOfChunk : TheoryOfRank {
-  TheoryOfChunk(const Job& job, const ChunkKind& chunk, const char* schedule = "1f1b");
+  TheoryOfChunk(const Job& job, const ChunkKind& chunk);
 };
 using ByAxis = std::valarray<double>;  // for each of kAxes
 struct Prediction {
