@@ -97,26 +97,25 @@ Machine parse_machine(const std::string& name, const std::string& text) {
   m.name = name;
   m.text = text;
   double inner = 0, rate = 0;  // of a product
-  struct Number {
-    double *where, unit, least = 1e-9, most = 1e9;  // these before the unit
-  };
   struct Fact {
     const char* name;
-    std::vector<Number> numbers;
+    double *where, unit, least = 1e-9, most = 1e9;  // these before the unit
   };
-  const Fact facts[] = {{"peak", {{&m.peak, kTera}}},
-                        {"f32", {{&m.f32, kTera}}},
-                        {"product", {{&inner, 1}, {&rate, kTera}}},
-                        {"multiprocessors", {{&m.multiprocessors, 1, 0}}},
-                        {"copy", {{&m.copy, kGiga}}},
-                        {"memory", {{&m.memory, kGiB, 1e-9, 1e6}}},
-                        {"launch", {{&m.launch, kMicro, 0}}},
-                        {"inside", {{&m.inside.bandwidth, kGiga}, {&m.inside.latency, kMicro, 0}}},
-                        {"between",
-                         {{&m.between.bandwidth, kGiga}, {&m.between.latency, kMicro, 0}}},
-                        {"sharing", {{&m.sharing, 1, 1}}},
-                        {"overlap", {{&m.overlap, 1, 0, 1}}},
-                        {"read", {{&m.read, kGiga}}}};
+  const Fact facts[] = {{"peak", &m.peak, kTera},
+                        {"f32", &m.f32, kTera},
+                        {"product", &inner, 1},
+                        {"product", &rate, kTera},
+                        {"multiprocessors", &m.multiprocessors, 1, 0},
+                        {"copy", &m.copy, kGiga},
+                        {"memory", &m.memory, kGiB, 1e-9, 1e6},
+                        {"launch", &m.launch, kMicro, 0},
+                        {"inside", &m.inside.bandwidth, kGiga},
+                        {"inside", &m.inside.latency, kMicro, 0},
+                        {"between", &m.between.bandwidth, kGiga},
+                        {"between", &m.between.latency, kMicro, 0},
+                        {"sharing", &m.sharing, 1, 1},
+                        {"overlap", &m.overlap, 1, 0, 1},
+                        {"read", &m.read, kGiga}};
   std::set<std::string> seen;
   std::istringstream lines(text);
   int number = 0;
@@ -127,14 +126,15 @@ Machine parse_machine(const std::string& name, const std::string& text) {
     std::istringstream words(line.substr(0, colon));
     std::string fact, more;
     if (!(words >> fact)) continue;
-    const auto known = std::ranges::find(facts, fact, &Fact::name);
-    REQUIRE(known != std::end(facts), place, "'", fact, "' is no fact of a machine");
-    const size_t count = known->numbers.size();
-    for (const auto& [where, unit, least, most] : known->numbers) {
-      REQUIRE(words >> *where && least <= *where && *where <= most, place, fact, " takes ", count,
-              count > 1 ? " numbers" : " number", " from ", least, " to ", most);
+    int count = 0;
+    for (const auto& [fact_name, where, unit, least, most] : facts) {
+      if (fact != fact_name) continue;
+      count++;
+      REQUIRE(words >> *where && least <= *where && *where <= most, place, fact,
+              " takes as number ", count, " one from ", least, " to ", most);
       *where *= unit;
     }
+    REQUIRE(count > 0, place, "'", fact, "' is no fact of a machine");
     REQUIRE(!(words >> more), place, "'", more, "' is too much");
     REQUIRE(colon != line.npos && line.find_first_not_of(" \t", colon + 1) != line.npos, place,
             fact, " needs a source: a colon, and where it comes from");
@@ -146,8 +146,8 @@ Machine parse_machine(const std::string& name, const std::string& text) {
   }
   if (m.read == 0) m.read = m.copy;
   for (const Fact& fact : facts)
-    REQUIRE(seen.count(fact.name) || *fact.numbers[0].where > 0, "machine ", name,
-            " does not say its ", fact.name);
+    REQUIRE(seen.count(fact.name) || *fact.where > 0, "machine ", name, " does not say its ",
+            fact.name);
   REQUIRE(m.products.size() >= 2, "machine ", name, " needs the rates of two products at least");
   return m;
 }
