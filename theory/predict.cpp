@@ -26,25 +26,7 @@ struct ChunkTimes {
 class RankWork : TheoryOfChunk {
  public:
   RankWork(const Cluster& cluster, const Job& job, const ChunkKind& chunk, bool splits_backward)
-      : TheoryOfChunk(job, chunk),
-        machine(cluster),
-        profile(cluster.profile),
-        splits(splits_backward) {
-    C = config.width;
-    F = gpt.tp.part(config.hidden()).size();
-    V = gpt.tp.padded_part(config.vocab);
-    const double kv = gpt.tp.part(config.kv()).size(), D = C / config.heads;
-    heads = kv * (config.heads / config.kv());
-    channels = heads * D;
-    kv_channels = kv * D;
-    const auto group = [&](AxisName axis, int n, int64_t stride) {
-      return Group{axis.index, link_of(cluster, n, stride), n};
-    };
-    over_tp = group("tp", tp.size, 1);
-    over_cp = group("cp", cp.size, tp.size);
-    over_cp.n = 2;  // neighbours in a ring
-    over_fsdp = group("fsdp", fsdp.size, tp.size);
-    over_copies = group("replicate", job.layout["replicate"], tp.size * fsdp.size);
+      : TheoryOfChunk(job, chunk), cluster(cluster), splits(splits_backward) {
     for (const ModelPart& part : pieces[0]) add_use(part);
   }
 
@@ -65,7 +47,7 @@ class RankWork : TheoryOfChunk {
     end_phase(times.tail);
     double elements = 0;
     for (const auto& [key, unit] : units) elements += unit.elements;
-    times.optimizer = move_seconds(machine, elements * profile.optimizer_bytes, 4 * units.size());
+    times.optimizer = move_seconds(cluster, elements * profile.optimizer_bytes, 4 * units.size());
     times.sent = activation;
     times.kept = kept_of(pieces[0]);
     return times;
@@ -126,16 +108,16 @@ class RankWork : TheoryOfChunk {
   void end_phase(Phase& phase) {
     compute(0);
     const double took = issue.computed() - began;
-    phase = {took + (1 - machine.overlap) * std::max(0.0, beside), waiting};
+    phase = {took + (1 - cluster.overlap) * std::max(0.0, beside), waiting};
     began = issue.computed();
     beside = 0;
     waiting = 0;
   }
   double product(double m, double n, double k, double batch = 1) const {
-    return product_seconds(machine, m, n, k, batch, e);
+    return product_seconds(cluster, m, n, k, batch, e);
   }
   double move(double numbers, double kernels) const {
-    return move_seconds(machine, numbers * e, kernels);
+    return move_seconds(cluster, numbers * e, kernels);
   }
   void weight(double seconds) {
     if (splits) deferred.push_back([=, this] { compute(seconds); });
@@ -150,7 +132,7 @@ class RankWork : TheoryOfChunk {
 
   // ---- blocks, head, embedding
   void attention(bool backward) {
-    const double T = config.context, D = config.width / config.heads, batch = B * heads;
+    const double T = config.context, batch = B * heads;
     const bool splits_sequence = gpt.cp.splits(config.context);
     const Passes& passes = backward ? profile.backward : profile.forward;
     const bool whole = profile.stores_scores || config.attention == AttentionKind::plain;
@@ -164,8 +146,8 @@ class RankWork : TheoryOfChunk {
     }
     // the causal mask leaves half of 2 products forward and 5 backward, of 2 operations each
     const double operations = (backward ? 5 : 2) * R * T * channels,
-                 rate = machine.products.back().second * profile.flash_share / machine.slower(e);
-    const double computing = operations / rate + machine.launch * (backward ? 3 : 1);
+                 rate = cluster.products.back().second * profile.flash_share / cluster.slower(e);
+    const double computing = operations / rate + cluster.launch * (backward ? 3 : 1);
     if (!splits_sequence) return compute(computing);
     // while keys and values of the next rank travel, those that are here are attended to
     const double n = cp.size, travels = 2 * R * kv_channels * (backward ? e + g : e) * (n - 1);
@@ -290,7 +272,7 @@ class RankWork : TheoryOfChunk {
     const Unit& u = *in_flight.front();
     in_flight.pop_front();
     wait_for(u.reduced);
-    compute(shards_gradients ? move_seconds(machine, 3 * u.elements * g, 1) : 0);
+    compute(shards_gradients ? move_seconds(cluster, 3 * u.elements * g, 1) : 0);
   }
   void end_step() {
     while (!in_flight.empty()) finish_reduce();
@@ -299,12 +281,19 @@ class RankWork : TheoryOfChunk {
     wait_for(last);
   }
 
-  const Machine& machine;
-  const Profile& profile;
+  Group group(AxisName axis, int n, int64_t stride) const {
+    return {axis.index, link_of(cluster, n, stride), n};
+  }
+
+  const Cluster& cluster;
+  const Profile& profile = cluster.profile;
   bool splits, is_last = false;
-  Group over_tp, over_cp, over_fsdp, over_copies;
-  double C, F, V;
-  double heads, channels, kv_channels;
+  Group over_tp = group("tp", tp.size, 1), over_fsdp = group("fsdp", fsdp.size, tp.size);
+  Group over_copies = group("replicate", mesh["replicate"].size, tp.size* fsdp.size);
+  Group over_cp{AxisName("cp").index, link_of(cluster, cp.size, tp.size), 2};  // two of its ring
+  double C = config.width, D = C / config.heads, F = gpt.tp.part(config.hidden()).size(),
+         V = gpt.tp.padded_part(config.vocab), kv = gpt.tp.part(config.kv()).size(),
+         heads = kv * (config.heads / config.kv()), channels = heads * D, kv_channels = kv * D;
   std::map<int, Unit> units;
   std::vector<Use> uses;
   std::deque<Unit*> in_flight;
