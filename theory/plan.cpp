@@ -125,7 +125,7 @@ class Search : Predictor {
     for (const int64_t fsdp : sizes("fsdp", data, data)) {
       job.layout["fsdp"] = fsdp;
       job.layout["replicate"] = data / fsdp;
-      if (wanted.layout["replicate"] > 0 && wanted.layout["replicate"] != data / fsdp) continue;
+      if (those({data / fsdp}, wanted.layout["replicate"]).empty()) continue;
       const bool shards = fsdp * job.layout["cp"] > 1;
       const int prefetch = data * job.layout["cp"] > 1 ? wanted.fsdp.prefetch : 0;
       for (const int zero : shards ? those({1, 2, 3}, wanted.fsdp.zero) : std::vector{1})

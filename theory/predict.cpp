@@ -289,7 +289,7 @@ class RankWork : TheoryOfChunk {
   const Profile& profile = cluster.profile;
   bool splits, is_last = false;
   Group over_tp = group("tp", tp.size, 1), over_fsdp = group("fsdp", fsdp.size, tp.size);
-  Group over_copies = group("replicate", mesh["replicate"].size, tp.size* fsdp.size);
+  Group over_copies{group("replicate", mesh["replicate"].size, tp.size* fsdp.size)};
   Group over_cp{AxisName("cp").index, link_of(cluster, cp.size, tp.size), 2};  // two of its ring
   double C = config.width, D = C / config.heads, F = gpt.tp.part(config.hidden()).size(),
          V = gpt.tp.padded_part(config.vocab), kv = gpt.tp.part(config.kv()).size(),
@@ -326,8 +326,8 @@ std::valarray<double> Predictor::chunk_costs(const Job& job, const ChunkKind& ch
                                              bool splits_backward) {
   const ChunkTimes t = RankWork(cluster, job, chunk, splits_backward).run(3);
   const Phase* middle = t.of[kMiddle];
-  const auto backward = splits_backward ? Action::input_gradient : Action::backward;
-  return {middle[Action::forward].seconds, middle[backward].seconds,
+  return {middle[Action::forward].seconds,
+          middle[Action::backward].seconds + middle[Action::input_gradient].seconds,
           middle[Action::weight_gradient].seconds, double(t.kept.forward),
           double(t.kept.input_gradient)};
 }
