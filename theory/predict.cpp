@@ -289,7 +289,8 @@ class RankWork : TheoryOfChunk {
   const Profile& profile = cluster.profile;
   bool splits, is_last = false;
   Group over_tp = group("tp", tp.size, 1), over_fsdp = group("fsdp", fsdp.size, tp.size);
-  Group over_copies{group("replicate", mesh["replicate"].size, tp.size* fsdp.size)};
+  const int64_t of_copy = fsdp.size * tp.size;  // ranks
+  Group over_copies = group("replicate", mesh["replicate"].size, of_copy);
   Group over_cp{AxisName("cp").index, link_of(cluster, cp.size, tp.size), 2};  // two of its ring
   double C = config.width, D = C / config.heads, F = gpt.tp.part(config.hidden()).size(),
          V = gpt.tp.padded_part(config.vocab), kv = gpt.tp.part(config.kv()).size(),
