@@ -25,8 +25,8 @@ struct ChunkKind {
   bool embedding, head;
   auto operator<=>(const ChunkKind&) const = default;
 };
-// Of the last rank of a stage that has this chunk alone, of a model of as many blocks: all blocks of
-// a model are alike.
+// Of the last rank of a stage that has this chunk alone, of a model of as many blocks: all blocks
+// of a model are alike.
 struct TheoryOfChunk : TheoryOfRank {
   TheoryOfChunk(const Job& job, const ChunkKind& chunk);
 };
@@ -45,7 +45,7 @@ class Predictor {
   // Where a step takes longer than the limit for certain, its pipeline is not run: a bound.
   Prediction predict(const Job& job, double limit = INFINITY);
   // of a micro-batch in the middle of a step: seconds of its forward, backward (or input gradients,
-  // where it is split) and weight gradients; bytes kept from its forward, and its input gradients on
+  // where it is split) and weight gradients; bytes kept from its forward and input gradients on
   std::valarray<double> chunk_costs(const Job& job, const ChunkKind& chunk, bool splits_backward);
   // of each stage
   std::vector<std::vector<ChunkKind>> chunks_of(const Schedule& outline) const;
@@ -53,7 +53,7 @@ class Predictor {
   const Cluster cluster;
 
  private:
-  // with their tasks, in the order of the actions and of any durations
+  // with their tasks, which are in the order of the actions and of any durations
   std::map<std::tuple<const ScheduleRow*, int, int, int>, std::pair<Schedule, std::vector<Task>>>
       pipelines_;
   Gpt gpt_;  // its pieces

@@ -46,10 +46,10 @@ std::vector<Task> tasks_of(const Schedule& schedule, const Durations& durations,
                            bool one_queue = false);
 Timeline simulate(const Schedule& schedule, const Durations& durations);
 
-// The makespan of a schedule, of which no actions are needed. of(m) runs m micro-batches, a multiple
-// of the row's divisor. From some number of them on every step of as many adds as much as the one
-// before, if stages are alike. Where two steps in a row do not, there is no steady state yet, and
-// twice as many are run.
+// The makespan of a schedule, of which no actions are needed. of(m) runs m micro-batches, a
+// multiple of the row's divisor. From some number of them on every step of as many adds as much as
+// the one before, if stages are alike. Where two steps in a row do not, there is no steady state
+// yet, and twice as many are run.
 double extended_makespan(const Schedule& outline, const std::function<double(int m)>& of);
 
 // Bytes that one micro-batch keeps on a chunk: from its forward to its backward, and where that is
