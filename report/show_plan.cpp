@@ -285,7 +285,8 @@ void show(PlanOptions& o) {
   if (!o.given.count("schedule")) wanted.schedule.clear();
   const Plan found = plan(cluster, wanted, o.top);
   REQUIRE(found.layouts > 0, "no layout of ", o.nodes * o.devices,
-          " devices is what the options ask for: the batch of ", wanted.batch,
+          " devices is what the options ask for: axes divide the devices; the batch of ",
+          wanted.batch,
           " must divide by the ranks that share it, and each one's part by --microbatch; --tp is at"
           " most ",
           m.kv(), ", --cp at most half of the context of ", m.context,
@@ -342,6 +343,7 @@ int main(int argc, char** argv) {
     }
     check_printed();
   } catch (const std::exception& e) {
+    fflush(stdout);  // what it has said before that
     fprintf(stderr, "plan: %s\n", words_of(e).c_str());
     return 1;
   }

@@ -130,8 +130,8 @@ Machine parse_machine(const std::string& name, const std::string& text) {
     for (const auto& [fact_name, where, unit, least, most] : facts) {
       if (fact != fact_name) continue;
       count++;
-      REQUIRE(words >> *where && least <= *where && *where <= most, place, fact,
-              " takes as number ", count, " one from ", least, " to ", most);
+      REQUIRE(words >> *where && least <= *where && *where <= most, place, "number ", count, " of ",
+              fact, " is one from ", least, " to ", most);
       *where *= unit;
     }
     REQUIRE(count > 0, place, "'", fact, "' is no fact of a machine");
