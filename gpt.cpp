@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <set>
 
 // ---- parameters
 
@@ -88,10 +89,11 @@ std::string name_of(const ModelPart& part) {
 
 std::vector<Param*> params_of(const std::vector<ModelPiece>& pieces) {
   std::vector<Param*> all;
+  std::set<Param*> known;
   for (const ModelPiece& piece : pieces)
     for (const ModelPart& part : piece)
       for (Param* p : part.params)
-        if (std::ranges::find(all, p) == all.end()) all.push_back(p);
+        if (known.insert(p).second) all.push_back(p);
   return all;
 }
 
