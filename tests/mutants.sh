@@ -251,6 +251,19 @@ mutant faults computations_come_before_the_transfers_of_their_tick \
 mutant faults a_transfer_takes_no_moment \
   schedule.cpp 's/ \+ \(sent->peer != stage\) \* kMoment//' 1 immediate test_schedule
 
+# The engine that checks and simulates them, and its tasks.
+earliest=the_earliest
+mutant faults a_task_waits_for_nobody_in_the_other_queue \
+  theory/timeline.cpp 's/t.after < 0 \? line.free : .*;/line.free;/' \
+  1 immediate test_plan $earliest
+mutant faults what_ranks_do_together_begins_with_the_first \
+  theory/timeline.cpp 's/(start = std::)max(\(start, spans\[other\])/\1min\2/' \
+  1 immediate test_plan $earliest
+mutant faults a_send_does_not_wait_for_what_it_sends \
+  theory/simulate.cpp 's/if \(t.send\)$/if (false)/' 1 immediate test_plan $earliest
+mutant faults gradients_may_be_summed_in_any_order \
+  theory/simulate.cpp '/sums are made in ascending order/d' 1 immediate test_schedule
+
 mesh=open_mesh ledger=ledger_enters
 mutant faults ranks_of_other_lines_talk \
   comm.cpp 's/first = m.rank - axis.rank \* stride/first = axis.rank/' 4 immediate test_comm $mesh
