@@ -70,9 +70,10 @@ if [ "$what" = generate ]; then
     [ "$BACKEND" != cuda ] || heads=6
     [ "$ranks" -le "$heads" ] || [[ ${TRAIN_ARGS:-} =~ --(model|heads) ]] \
       || refuse "NP is $ranks, but the model that would be trained first has $heads heads"
-    echo "make generate: no trained model in $checkpoint yet: training one"
+    if [ -e "$training" ]; then echo "make generate: training the model in $checkpoint further"
+    else echo "make generate: no model in $checkpoint yet: training one"; fi
     mkdir -p -- "$checkpoint" && touch -- "$training" || exit
-    trap 'refuse "what is trained so far is in $checkpoint, and the next call goes on"' INT
+    trap 'refuse "the next call goes on with what has been saved in $checkpoint"' INT
     ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" "$0" run || exit
     trap - INT
     rm -- "$training"
@@ -115,17 +116,20 @@ if [ "$what" = replay ]; then
   # short sequences, so that activations do not dwarf the weights
   page=${PAGE:-build/replay.html}
   trace=${page%.html}.json
-  rm -f -- "$trace.new"
-  command+=(--trace "$trace.new")
+  [[ ! -d $page && $page != -* ]] || refuse "PAGE is '$page', expected the name of a file"
+  [ ! -e "$page" ] || grep -q '<title>Replay' "$page" || refuse "$page is there, and is no replay"
+  new=$trace.$$ # that of this run alone
+  trap 'rm -f "$new"' EXIT
+  command+=(--trace "$new")
   default --context 32
   sequences=$ranks
   [[ $strategy != pp && $strategy != 3d ]] || sequences=$((2 * ranks)) # more micro-batches
   default --batch $sequences
   default --steps 3
   start "$ranks" "${command[@]}" "${args[@]}" || exit
-  [ -s "$trace.new" ] || refuse "the run has ended before its last step, which is played"
+  [ -s "$new" ] || refuse "the run has ended before its last step, which is played"
   [ -z "${PAGE:-}" ] || backup=--backup=numbered # whoever's file it is
-  mv ${backup:-} -- "$trace.new" "$trace" || exit
+  mv ${backup:-} "$new" "$trace" || exit
   report/replay.sh "$trace" "$page" || exit
   echo "replay: $page"
   exit

@@ -90,9 +90,13 @@ function travelling({args: a}) {
     .join(' and ');
 }
 
-// What happens at an event, and while what is computed.
+// What happens at an event, and while what is computed: the part that it has most time in common
+// with.
 function sentence(e) {
-  const a = e.args, {part: [part]} = state(e.ts)[e.pid];
+  const a = e.args;
+  const common = other => Math.min(other.ts + other.dur, e.ts + e.dur) - Math.max(other.ts, e.ts);
+  const [part] = trace.ranks[e.pid].filter(other => other.cat === 'part' && common(other) > 0)
+    .sort((one, other) => common(other) - common(one));
   const what = e.cat === 'part' ? computing(e) + of(a) :
     e.cat === 'unit' ? `reshards ${a.unit}` :
     travelling(e) + (part ? ` while it ${computing(part)}` : '');

@@ -3,12 +3,21 @@
 #   report/replay.sh TRACE.json PAGE.html [METRICS.jsonl]
 # With metrics, what --metrics wrote of the same run stands above it (run.js): `make run`.
 set -eu
-trace=$(realpath "$1") page=$(realpath -ms "$2") metrics=${3:+$(realpath "$3")}
-cd "$(dirname "$0")/.."
-grep -q '"threefold"' "$trace" || {
-  echo "$trace is no trace: --trace writes one" >&2
+refuse() {
+  echo "report/replay.sh: $*" >&2
   exit 1
 }
+[ $# = 2 ] || [ $# = 3 ] || refuse "expected TRACE.json PAGE.html [METRICS.jsonl]"
+trace=$(realpath -- "$1") page=$(realpath -ms -- "$2") metrics=${3:+$(realpath -- "$3")}
+cd "$(dirname "$0")/.."
+# one line: two runs that name one file add one each
+[[ $(head -c 15 "$trace")$(tail -c 3 "$trace") = '{"traceEvents":}}' && $(wc -l <"$trace") = 1 ]] \
+  || refuse "$1 is no trace, or not one alone: --trace writes it"
+[ -z "$metrics" ] || [ -r "$metrics" ] || refuse "$3 cannot be read"
+[ ! -d "$page" ] || refuse "$2 is a directory"
+[ ! -e "$page" ] || grep -q '<title>Replay' "$page" \
+  || refuse "$2 is there already, and is no replay that a new one may replace"
+trap 'rm -f "$page.$$"' EXIT
 
 # where each function that the trace or the script names is defined, and a link to its lines in the
 # book, if there is one: "Fsdp::reshard":["fsdp.cpp:200","book/source/fsdp.cpp.html#200-210"]
@@ -47,4 +56,5 @@ data() { printf '<script type="application/json" id="%s">%s</script>\n' "$1" "$2
     cat report/run.js
   fi
   echo '</script></html>'
-} >"$page"
+} >"$page.$$"
+mv "$page.$$" "$page"

@@ -69,7 +69,8 @@ OptionTable table(PlanOptions& o) {
            {"decode", "", flag(&o.decode), "instead: the time per token of inference, by tp"},
            {"sequences", "N", whole(&o.sequences, 1, 1'000'000), "with --decode: at once"},
            {"map", "FILE.svg", text(&o.map),
-            "instead: draw when to use what, by size of model and number of devices", "none"},
+            "instead: draw when to use what, by size of model and number of devices, in minutes",
+            "none"},
            {"json", "", flag(&o.json), "as one JSON object"},
            {"help", "", flag(&o.help), "print this"},
        }}};

@@ -201,9 +201,16 @@ def wrong_sentence(trace, said, t):
     e = [e for e in trace.told if e['ts'] <= t][-1]
     a, wrong = e['args'], []
     wanted = [f"Rank {e['pid']} "]
-    part = trace.running(e['pid'], e['ts'], 'part')
-    if part and e['cat'] == 'collective':
-        wanted.append('while it ' + computing(part[-1]))
+    if e['cat'] == 'collective':
+        begin, end = e['ts'], e['ts'] + e['dur']
+        beside = [(min(end, p['ts'] + p['dur']) - max(begin, p['ts']), -p['ts'], -i, p)
+                  for i, p in enumerate(trace.events) if p['pid'] == e['pid']
+                  and p.get('cat') == 'part']
+        longest = max(beside)
+        if longest[0] > 0:
+            wanted.append('while it ' + computing(longest[3]))
+        elif 'while' in said:
+            wrong.append(f'"{said}": nothing is computed meanwhile')
     if e['cat'] == 'part':
         wanted.append(computing(e))
         if a['part'] and a['microbatch'] >= 0:
