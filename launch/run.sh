@@ -128,8 +128,8 @@ if [ "$what" = replay ]; then
   default --steps 3
   start "$ranks" "${command[@]}" "${args[@]}" || exit
   [ -s "$new" ] || refuse "the run has ended before its last step, which is played"
-  [ -z "${PAGE:-}" ] || backup=--backup=numbered # whoever's file it is
-  mv ${backup:-} "$new" "$trace" || exit
+  # where PAGE says, a file of that name may be anybody's
+  mv ${PAGE:+--backup=numbered} "$new" "$trace" || exit
   report/replay.sh "$trace" "$page" || exit
   echo "replay: $page"
   exit

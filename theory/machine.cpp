@@ -131,7 +131,7 @@ Machine parse_machine(const std::string& name, const std::string& text) {
       if (fact != fact_name) continue;
       count++;
       REQUIRE(words >> *where && least <= *where && *where <= most, place, "number ", count, " of ",
-              fact, " is one from ", least, " to ", most);
+              fact, " must be from ", least, " to ", most);
       *where *= unit;
     }
     REQUIRE(count > 0, place, "'", fact, "' is no fact of a machine");

@@ -19,7 +19,7 @@ struct Task {
   Queue queue = Queue::compute;
   double duration = 0;
   int after = -1;              // a task of the rank's other queue; -1: waits for nothing
-  std::vector<int> with = {};  // tasks of other ranks that must be reached, too
+  std::vector<int> with = {};  // tasks that must be reached, too; it may be among them
 };
 struct Span {
   double start, end;
