@@ -51,6 +51,7 @@ void Trace::end_step() {
   recorder.on = false;
   op_times.each([&](const OpTimes::Op& op) {
     Recorder::Issued& w = recorder.works[timed_++];
+    if (rebuilds_) return;
     w.begin = began_ + op.begin.seconds_since(origin_);
     w.end = began_ + op.end.seconds_since(origin_);
   });
@@ -66,31 +67,8 @@ static std::string list_axes(const std::string& first, const Mesh& mesh, int Axi
   return join(all, ", ");
 }
 
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Recorder::Issued, queue, after, event, processor, begin, end)
-
-// Of this rank.
-Json Trace::describe() const {
-  const auto name = [](const char* what, int row, const std::string& name) {
-    recorder.add("M", "", what, row, -1, {{"name", name}});
-  };
-  name("process_name", 0, list_axes(sentence("rank ", mesh_.rank), mesh_, &Axis::rank));
-  name("thread_name", Recorder::compute, "compute");
-  name("thread_name", Recorder::communication, "communication");
-  for (const auto& [counter, edges] : recorder.changes) {
-    std::map<std::string, int64_t> held;
-    for (const auto& [edge, changes] : edges) {
-      Json bytes;  // of what changes: a step may have thousands of micro-batches
-      for (const auto& [of, change] : changes) bytes[of] = held[of] += change;
-      recorder.add("C", "", counter, 0, edge, bytes);
-    }
-  }
-  Json units;
-  for (const auto& [number, unit] : trainer_.fsdp.units())
-    units.push_back({{"name", unit.name},
-                     {"bytes", unit.padded * size_of(unit.shard.dtype())},
-                     {"shard_bytes", unit.shard.bytes()}});
-  return {{"works", recorder.works}, {"events", recorder.events}, {"units", units}};
-}
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Recorder::Issued, queue, after, name, args, resharded, begin,
+                                   end)
 
 namespace {
 
@@ -100,7 +78,7 @@ struct Joined {
   std::vector<Task> tasks;
   std::vector<Span> spans;                // a collective's begins where its rank has come to it
   std::vector<int64_t> shift;             // of each rank's clock, in nanoseconds
-  std::vector<const Json*> args;          // of each task's event, if it is a collective
+  std::vector<Json> args;                 // of each task, or null
   std::vector<std::vector<int>> sources;  // the sends that each task receives, in their order
   int64_t start(int i) const { return llround(spans[i].start * 1e9) + shift[tasks[i].rank]; }
   int64_t end(int i) const { return llround(spans[i].end * 1e9) + shift[tasks[i].rank]; }
@@ -119,11 +97,11 @@ Joined join_works(const std::vector<Json>& ranks) {
     std::map<std::string, int> calls;
     for (const Recorder::Issued w : ranks[r]["works"]) {
       const int i = all.tasks.size();
-      all.tasks.push_back({int(r), w.queue, w.processor, w.after < 0 ? -1 : first + w.after});
+      all.tasks.push_back({int(r), w.queue, w.end - w.begin, w.after < 0 ? -1 : first + w.after});
       all.spans.push_back({w.begin, w.end});
-      all.args.push_back(w.event < 0 ? nullptr : &ranks[r]["events"][w.event]["args"]);
-      if (w.event < 0) continue;
-      const std::string who = sentence((*all.args[i])["axis"], (*all.args[i])["ranks"]);
+      all.args.push_back(w.args < 0 ? Json() : ranks[r]["args"][w.args]);
+      if (w.queue == Recorder::compute || w.args < 0) continue;
+      const std::string who = sentence(all.args[i]["axis"], all.args[i]["ranks"]);
       collectives[{who, calls[who]++}].push_back(i);
     }
   }
@@ -134,7 +112,7 @@ Joined join_works(const std::vector<Json>& ranks) {
     for (const int i : members) {
       all.tasks[i].duration = least;
       all.tasks[i].with = members;
-      for (const Json& received : (*all.args[i])["receives"])
+      for (const Json& received : all.args[i]["receives"])
         for (const int j : members)
           if (received["from"] == all.tasks[j].rank) all.sources[i].push_back(j);
     }
@@ -146,17 +124,13 @@ Joined join_works(const std::vector<Json>& ranks) {
 // before its send: as often as a chain of ranks is long. Clocks that drift may still contradict
 // each other then.
 void align(Joined& all) {
-  bool moved = true;
-  for (size_t pass = 0; pass < all.shift.size() && std::exchange(moved, false); pass++)
+  for (size_t pass = 0; pass < all.shift.size(); pass++)
     for (size_t i = 0; i < all.tasks.size(); i++) {
       // what only sends may end before those that it needs begin
-      if (all.sources[i].empty() && all.args[i] && !(*all.args[i])["sends"].empty()) continue;
-      for (const int j : all.needs(i)) {
-        const int64_t early = all.end(i) - all.start(j);
-        if (early >= 0) continue;
-        all.shift[all.tasks[j].rank] += early;
-        moved = true;
-      }
+      if (all.sources[i].empty() && !all.needs(i).empty() && !all.args[i]["sends"].empty())
+        continue;
+      for (const int j : all.needs(i))
+        all.shift[all.tasks[j].rank] += std::min<int64_t>(0, all.end(i) - all.start(j));
     }
   int64_t first = INT64_MAX;
   for (size_t i = 0; i < all.tasks.size(); i++) first = std::min(first, all.start(i));
@@ -166,58 +140,93 @@ void align(Joined& all) {
 }  // namespace
 
 void Trace::write() {
-  const std::vector<Json> ranks = gather(describe());
+  Json units;
+  for (const auto& [number, unit] : trainer_.fsdp.units())
+    units.push_back({{"name", unit.name},
+                     {"bytes", unit.padded * size_of(unit.shard.dtype())},
+                     {"shard_bytes", unit.shard.bytes()}});
+  std::map<std::tuple<int, std::string, std::string>, int64_t> changes;
+  for (const auto& [edge, curve, of, bytes] : recorder.changes) changes[{edge, curve, of}] += bytes;
+  const std::vector<Json> units_of_ranks = gather(units);
+  const std::string name = list_axes(sentence("rank ", mesh_.rank), mesh_, &Axis::rank);
+  const std::vector<Json> ranks = gather(
+      {{"name", name}, {"works", recorder.works}, {"args", recorder.args}, {"changes", changes}});
   if (mesh_.rank) return;
   Joined all = join_works(ranks);
   if (rebuilds_) all.spans = run(all.tasks);
   else align(all);
-  Json events;
-  int arrows = 0;
-  const auto add = [&](Json event, int rank, int64_t begin, int64_t end) {
-    event["pid"] = rank;
-    event["ts"] = begin / 1e3;
-    event["dur"] = (end - begin) / 1e3;
-    events.push_back(std::move(event));
+  std::vector<Json> events;
+  // kind: "X" a bar, "i" a mark, "C" a curve's next value, "s" and "f" an arrow's ends, "M" a name
+  const auto add = [&](const char* kind, const char* category, const std::string& name, int rank,
+                       int row, int64_t begin, int64_t end, const Json& args) {
+    events.push_back({{"ph", kind},
+                      {"cat", category},
+                      {"name", name},
+                      {"pid", rank},
+                      {"tid", row},
+                      {"ts", begin / 1e3},
+                      {"dur", (end - begin) / 1e3},
+                      {"args", args}});
   };
+  int arrows = 0;
   const auto add_arrow = [&](const char* name, int from, int to) {
     const int64_t begin = all.start(from), end = std::max(begin, all.start(to));
-    for (const auto& [kind, task, time] : {std::tuple{"s", from, begin}, {"f", to, end}})
-      add({{"ph", kind},
-           {"cat", "flow"},
-           {"name", name},
-           {"tid", all.tasks[task].queue},
-           {"id", arrows},
-           {"bp", "e"}},
-          all.tasks[task].rank, time, time);
+    for (const auto& [kind, task, time] : {std::tuple{"s", from, begin}, {"f", to, end}}) {
+      add(kind, "flow", name, all.tasks[task].rank, all.tasks[task].queue, time, time, {});
+      events.back()["id"] = arrows;
+      events.back()["bp"] = "e";
+    }
     arrows++;
   };
-  Json units;
-  int first = 0;  // task of the rank
+  int task = 0;
   for (int rank = 0; rank < mesh_.size; rank++) {
-    const auto time = [&](int edge) {
-      if (edge < 0) return int64_t(0);
-      return edge % 2 ? all.end(first + edge / 2) : all.start(first + edge / 2);
+    const auto add_name = [&](const char* what, int row, const std::string& name) {
+      add("M", "", what, rank, row, 0, 0, {{"name", name}});
     };
+    add_name("process_name", 0, ranks[rank]["name"]);
+    add_name("thread_name", Recorder::compute, "compute");
+    add_name("thread_name", Recorder::communication, "communication");
+    const int first = task;
     int next = first;  // the first task that no op has waited for yet
-    for (Json e : ranks[rank]["events"]) {
-      const int64_t begin = time(e["ts"]), end = time(e["dur"]);
-      const int task = first + e["ts"].get<int>() / 2;
-      if (e["cat"] == "op")
+    int64_t part_begin = 0;
+    size_t part = 0;  // its event
+    for (const Recorder::Issued w : ranks[rank]["works"]) {
+      const int64_t begin = all.start(task), end = all.end(task);
+      Json& args = all.args[task];
+      if (w.queue == Recorder::compute) {
+        if (w.args >= 0) {
+          part = events.size();
+          part_begin = begin;
+          add("X", "part", args["name"], rank, w.queue, begin, end, args);
+        }
         for (; next <= all.tasks[task].after; next++)
-          if (!all.tasks[next].with.empty()) add_arrow("use", next, task);
-      if (e["cat"] == "collective") {
+          if (!all.needs(next).empty()) add_arrow("use", next, task);
+        events[part]["dur"] = (end - part_begin) / 1e3;
+        add("X", "op", w.name, rank, w.queue, begin, end, {});
+      } else if (w.args >= 0) {
         int64_t last = begin;  // when the last of the ranks that it needs has come
         for (const int i : all.needs(task)) last = std::max(last, all.start(i));
         // a send may end before it is received, and has waited for nobody then
         const int64_t moves = last > end ? begin : last;
-        e["args"]["id"] = all.tasks[task].with[0];
-        e["args"]["waited_us"] = (moves - begin) / 1e3;
+        args["id"] = all.tasks[task].with[0];
+        args["waited_us"] = (moves - begin) / 1e3;
         for (const int i : all.sources[task]) add_arrow("send", i, task);
+        add("X", "collective", args["name"], rank, w.queue, begin, end, args);
       }
-      add(e, rank, begin, end);
+      for (const std::string& unit : w.resharded)
+        add("i", "unit", "reshard", rank, w.queue, end, end, {{"unit", unit}});
+      task++;
     }
-    units.push_back(ranks[rank]["units"]);
-    first += ranks[rank]["works"].size();
+    std::map<std::string, int64_t> held;  // by category, and by micro-batch
+    for (Json point; const Json& change : ranks[rank]["changes"]) {
+      const int edge = change[0][0], at = first + edge / 2;
+      const int64_t time = edge < 0 ? 0 : edge % 2 ? all.end(at) : all.start(at);
+      const std::string curve = change[0][1], of = change[0][2];
+      if (std::exchange(point, {edge, curve}) != Json{edge, curve})
+        add("C", "", curve, rank, 0, time, time, {});
+      // what changes: a step may have thousands of micro-batches
+      events.back()["args"][of] = held[of] += change[1].get<int64_t>();
+    }
   }
   std::string title = list_axes("training", mesh_, &Axis::size);
   if (join(mesh_, "fsdp", "cp").size > 1) title += sentence(", ZeRO-", trainer_.options.fsdp.zero);
@@ -227,6 +236,6 @@ void Trace::write() {
                {{"title", title},
                 {"stages", mesh_["pp"].size},
                 {"clock", rebuilds_ ? "rebuilt" : "measured"},
-                {"units", units},
+                {"units", units_of_ranks},
                 {"shards_parameters", trainer_.fsdp.shards_parameters()}}}});
 }

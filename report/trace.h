@@ -36,8 +36,6 @@ class Trace {
   void write();
 
  private:
-  nlohmann::json describe() const;
-
   JsonLines file_;
   Mesh& mesh_;
   const Trainer& trainer_;

@@ -5,6 +5,7 @@
 #include <time.h>
 
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "support/check.h"
 
@@ -20,59 +21,54 @@ static double processor_time() {
 
 // ---- where
 
-void Recorder::enter(const char* new_pass, const std::string& new_part) {
+void Recorder::enter(const char* pass, const std::string& part) {
   if (!on) return;
-  pass = new_pass;
-  part = new_part;
-  if (std::exchange(part_, {})) nvtxRangePop();
+  pass_ = pass;
+  part_ = part;
+  if (std::exchange(in_part_, false)) nvtxRangePop();
 }
 
 // ---- works
 
 void Recorder::begin(Queue queue, const std::string& name) {
-  const int work = last_[queue] = works.size(), edge = 2 * work;
-  works.push_back({queue, std::exchange(waits_for_[queue], -1)});
-  open_ = queue;
+  last_[queue] = works.size();
+  works.push_back({queue, std::exchange(waits_for_[queue], -1), name});
   if (queue == compute) {
-    if (!part_) {
-      part_ = events.size();
-      const std::string of = pass + (part.empty() ? "" : " ") + part;
-      add("X", "part", of, compute, edge, {{"pass", pass}, {"part", part}});
-      nvtxRangePushA(of.c_str());
-    }
-    events[*part_]["dur"] = edge + 1;
-    add("X", "op", name, compute, edge, {});
+    if (!std::exchange(in_part_, true))
+      add(pass_ + (part_.empty() ? "" : " ") + part_, {{"pass", pass_}, {"part", part_}});
     nvtxRangePushA(name.c_str());
   }
-  began_ = processor_time();
+  open_ = queue;
+  works.back().begin = processor_time();
 }
 
-// The arguments of the open block of collectives; its first call names it.
+void Recorder::add(const std::string& name, Json described) {
+  works.back().args = args.size();
+  described.update({{"name", name}, {"microbatch", microbatch}});
+  args.push_back(std::move(described));
+  nvtxRangePushA(name.c_str());
+}
+
+// The open block of collectives; its first call names it.
 Json& Recorder::block(const char* op, const std::string& axis, const std::vector<int>& ranks,
                       const std::string& serves) {
-  int& event = works.back().event;
-  if (event < 0) {
-    event = events.size();
-    const std::string name = op + (" " + serves);
-    add("X", "collective", name, communication, 2 * last_[communication],
-        {{"op", op},
-         {"axis", axis},
-         {"ranks", ranks},
-         {"for", serves},
-         {"purpose", purpose},
-         {"function", function},
-         {"bytes", 0.0},
-         {"sends", Json::array()},
-         {"receives", Json::array()}});
-    nvtxRangePushA(name.c_str());
-  }
-  return events[event]["args"];
+  if (works.back().args < 0)
+    add(op + (" " + serves), {{"op", op},
+                              {"axis", axis},
+                              {"ranks", ranks},
+                              {"for", serves},
+                              {"purpose", purpose},
+                              {"function", function},
+                              {"bytes", 0.0},
+                              {"sends", Json::array()},
+                              {"receives", Json::array()}});
+  return args.back();
 }
 
 void Recorder::call(const char* op, const std::string& axis, const std::vector<int>& ranks,
                     double bytes) {
   if (open_ != communication) return;
-  block(op, axis, ranks, part.empty() ? purpose : part)["bytes"].get_ref<double&>() += bytes;
+  block(op, axis, ranks, part_.empty() ? purpose : part_)["bytes"].get_ref<double&>() += bytes;
 }
 
 void Recorder::travel(const std::string& axis, const std::vector<int>& ranks, bool send,
@@ -87,8 +83,8 @@ void Recorder::travel(const std::string& axis, const std::vector<int>& ranks, bo
 }
 
 void Recorder::end() {
-  works.back().processor = processor_time() - began_;
-  if (open_ == compute || works.back().event >= 0) nvtxRangePop();  // else nothing was to be sent
+  works.back().end = processor_time();
+  if (open_ == compute || works.back().args >= 0) nvtxRangePop();  // else nothing was to be sent
   open_.reset();
 }
 
@@ -97,28 +93,16 @@ void Recorder::wait(Queue queue, int work) {
     waits_for_[queue] = std::max(waits_for_[queue], work);
 }
 
-// ---- events
-
-void Recorder::add(const char* kind, const char* category, const std::string& name, int row,
-                   int edge, Json args) {
-  if (on) args["microbatch"] = microbatch;
-  events.push_back({{"ph", kind},
-                    {"cat", category},
-                    {"name", name},
-                    {"tid", row},
-                    {"ts", edge},
-                    {"dur", edge | 1},
-                    {"args", std::move(args)}});
-}
-
 void Recorder::resharded(const std::string& unit) {
-  if (on) add("i", "unit", "reshard", compute, 2 * last_[compute] + 1, {{"unit", unit}});
+  if (on) works.at(last_[compute]).resharded.push_back(unit);
 }
+
+// ---- memory
 
 void Recorder::allocated(const char* category, int of, int64_t bytes) {
   if (!on) return;
   const bool is_first = open_ == compute && bytes > 0;  // in the op that is open
   const int edge = 2 * last_[compute] + !is_first;
-  changes["memory"][edge][category] += bytes;
-  if (of >= 0) changes["activations"][edge][sentence(of)] += bytes;
+  changes.emplace_back(edge, "memory", category, bytes);
+  if (of >= 0) changes.emplace_back(edge, "activations", std::to_string(of), bytes);
 }

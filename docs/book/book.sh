@@ -47,21 +47,16 @@ seen() {
 contents=$(for page in "${pages[@]}"; do
   echo "<a href='$(address "$page")'>$(title "$page")</a>"
 done)
-last=$((${#pages[@]} - 1))
-for i in $(seq 0 $last); do
-  page=${pages[$i]}
+previous=
+for i in "${!pages[@]}"; do
+  page=${pages[$i]} next=${pages[$((i + 1))]:-}
   here=$(address "$page")
-  previous= next= after=
-  [ "$i" = 0 ] || previous=$(address "${pages[$((i - 1))]}")
-  [ "$i" = $last ] || {
-    next=$(address "${pages[$((i + 1))]}")
-    after=$(title "${pages[$((i + 1))]}")
-  }
   pandoc "$page" -f gfm --wrap=none --toc \
     --template docs/book/page.html --lua-filter docs/book/page.lua \
     -M title="$(title "$page")" -V pages="${contents/"'$here'"/"'$here' aria-current='page'"}" \
-    -V previous="$previous" -V next="$next" -V after="$after" -V seen="$(seen "$page")" \
-    -o "$out/$here"
+    -V previous="$previous" -V next="${next:+$(address "$next")}" \
+    -V after="${next:+$(title "$next")}" -V seen="$(seen "$page")" -o "$out/$here"
+  previous=$here
 done
 
 mapfile -t files < <(cut -f3 $REFERENCES | grep . | sort -u)

@@ -20,12 +20,10 @@ import re
 import subprocess
 
 os.chdir(os.path.dirname(os.path.abspath(__file__)) + '/../..')
-files = []
-for folder, below, names in os.walk('.'):
-    below[:] = set(below) - {'build', '.git', 'corpus'}
-    files += [os.path.join(folder, name)[2:] for name in names
-              if re.search(r'\.(cpp|cuh?|h|mk|sh|py|awk|sed)$|^Makefile$', name)]
-files = sorted(file for file in files if os.path.isfile(file))
+files = sorted(
+    file for file in glob.glob('**', recursive=True)
+    if re.search(r'^(?!build/|.*corpus/).*(\.(cpp|cuh?|h|mk|sh|py|awk|sed)|Makefile)$', file)
+    and os.path.isfile(file))
 lines = {}
 for file in files:
     with open(file) as text:
