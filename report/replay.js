@@ -29,7 +29,8 @@ for (const e of traceEvents.sort((a, b) => a.ts - b.ts)) {
 // ---- the state
 
 // What a collective carries: parts of units, unless it is tp's or between neighbours.
-const carries = a => a.purpose !== 'training' ? 'communication' :
+const carries = a => /loss|norm/.test(a.purpose) ? 'communication' :
+  a.purpose === 'partial gradients' ? 'gradients' :
   a.axis === 'tp' || a.op === 'exchange' ? 'activations' :
   a.op === 'all_gather' ? 'weights' : 'gradients';
 

@@ -60,11 +60,10 @@ void Trace::end_step() {
 // ---- all ranks
 
 // What it is of, and its part in each axis with more than one rank: "training, fsdp 4, tp 2".
-static std::string list_axes(const std::string& first, const Mesh& mesh, int Axis::*number) {
-  std::vector<std::string> all{first};
+static std::string list_axes(std::string all, const Mesh& mesh, int Axis::*number) {
   for (const Axis& axis : mesh.axes)
-    if (axis.size > 1) all.push_back(sentence(axis.name, " ", axis.*number));
-  return join(all, ", ");
+    if (axis.size > 1) all += sentence(", ", axis.name, " ", axis.*number);
+  return all;
 }
 
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Recorder::Issued, queue, after, name, args, resharded, begin,
@@ -124,7 +123,9 @@ Joined join_works(const std::vector<Json>& ranks) {
 // before its send: as often as a chain of ranks is long. Clocks that drift may still contradict
 // each other then.
 void align(Joined& all) {
-  for (size_t pass = 0; pass < all.shift.size(); pass++)
+  std::vector<int64_t> before;
+  for (size_t pass = 0; pass < all.shift.size() && std::exchange(before, all.shift) != all.shift;
+       pass++)
     for (size_t i = 0; i < all.tasks.size(); i++) {
       // what only sends may end before those that it needs begin
       if (all.sources[i].empty() && !all.needs(i).empty() && !all.args[i]["sends"].empty())
@@ -145,12 +146,13 @@ void Trace::write() {
     units.push_back({{"name", unit.name},
                      {"bytes", unit.padded * size_of(unit.shard.dtype())},
                      {"shard_bytes", unit.shard.bytes()}});
-  std::map<std::tuple<int, std::string, std::string>, int64_t> changes;
-  for (const auto& [edge, curve, of, bytes] : recorder.changes) changes[{edge, curve, of}] += bytes;
-  const std::vector<Json> units_of_ranks = gather(units);
-  const std::string name = list_axes(sentence("rank ", mesh_.rank), mesh_, &Axis::rank);
-  const std::vector<Json> ranks = gather(
-      {{"name", name}, {"works", recorder.works}, {"args", recorder.args}, {"changes", changes}});
+  std::map<std::pair<int, std::string>, std::map<std::string, int64_t>> changes;
+  for (const auto& [edge, curve, of, bytes] : recorder.changes) changes[{edge, curve}][of] += bytes;
+  const auto units_of_ranks = gather(units);
+  const auto ranks = gather({{"name", list_axes(sentence("rank ", mesh_.rank), mesh_, &Axis::rank)},
+                             {"works", recorder.works},
+                             {"args", recorder.args},
+                             {"changes", changes}});
   if (mesh_.rank) return;
   Joined all = join_works(ranks);
   if (rebuilds_) all.spans = run(all.tasks);
@@ -158,7 +160,7 @@ void Trace::write() {
   std::vector<Json> events;
   // kind: "X" a bar, "i" a mark, "C" a curve's next value, "s" and "f" an arrow's ends, "M" a name
   const auto add = [&](const char* kind, const char* category, const std::string& name, int rank,
-                       int row, int64_t begin, int64_t end, const Json& args) {
+                       int row, int64_t begin, int64_t end, const Json& args = Json::object()) {
     events.push_back({{"ph", kind},
                       {"cat", category},
                       {"name", name},
@@ -172,7 +174,7 @@ void Trace::write() {
   const auto add_arrow = [&](const char* name, int from, int to) {
     const int64_t begin = all.start(from), end = std::max(begin, all.start(to));
     for (const auto& [kind, task, time] : {std::tuple{"s", from, begin}, {"f", to, end}}) {
-      add(kind, "flow", name, all.tasks[task].rank, all.tasks[task].queue, time, time, {});
+      add(kind, "flow", name, all.tasks[task].rank, all.tasks[task].queue, time, time);
       events.back()["id"] = arrows;
       events.back()["bp"] = "e";
     }
@@ -202,7 +204,7 @@ void Trace::write() {
         for (; next <= all.tasks[task].after; next++)
           if (!all.needs(next).empty()) add_arrow("use", next, task);
         events[part]["dur"] = (end - part_begin) / 1e3;
-        add("X", "op", w.name, rank, w.queue, begin, end, {});
+        add("X", "op", w.name, rank, w.queue, begin, end);
       } else if (w.args >= 0) {
         int64_t last = begin;  // when the last of the ranks that it needs has come
         for (const int i : all.needs(task)) last = std::max(last, all.start(i));
@@ -213,25 +215,25 @@ void Trace::write() {
         for (const int i : all.sources[task]) add_arrow("send", i, task);
         add("X", "collective", args["name"], rank, w.queue, begin, end, args);
       }
-      for (const std::string& unit : w.resharded)
+      for (const auto& unit : w.resharded) {
         add("i", "unit", "reshard", rank, w.queue, end, end, {{"unit", unit}});
+        events.back()["s"] = "p";  // of the process: an arrow to the next op would end at it
+      }
       task++;
     }
     std::map<std::string, int64_t> held;  // by category, and by micro-batch
-    for (Json point; const Json& change : ranks[rank]["changes"]) {
+    for (const Json& change : ranks[rank]["changes"]) {
       const int edge = change[0][0], at = first + edge / 2;
       const int64_t time = edge < 0 ? 0 : edge % 2 ? all.end(at) : all.start(at);
-      const std::string curve = change[0][1], of = change[0][2];
-      if (std::exchange(point, {edge, curve}) != Json{edge, curve})
-        add("C", "", curve, rank, 0, time, time, {});
-      // what changes: a step may have thousands of micro-batches
-      events.back()["args"][of] = held[of] += change[1].get<int64_t>();
+      Json bytes;  // of what changes: a step may have thousands of micro-batches
+      for (const auto& [of, more] : change[1].items()) bytes[of] = held[of] += more.get<int64_t>();
+      add("C", "", change[0][1], rank, 0, time, time, bytes);
     }
   }
   std::string title = list_axes("training", mesh_, &Axis::size);
   if (join(mesh_, "fsdp", "cp").size > 1) title += sentence(", ZeRO-", trainer_.options.fsdp.zero);
   if (mesh_["pp"].size > 1) title += sentence(", ", trainer_.pipeline.schedule().row->name);
-  file_.line({{"traceEvents", events},
+  file_.line({{"traceEvents", std::move(events)},
               {"threefold",
                {{"title", title},
                 {"stages", mesh_["pp"].size},

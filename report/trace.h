@@ -1,9 +1,9 @@
 // trace.h: what every rank computed, sent and held in some steps, as a file in Chrome's trace
 // format (Perfetto opens it): --trace. docs/tracing.md says what each row is.
 //
-// idea      support/recorder.h and tensor.h's OpTimes have a step's work in the order of issue, and
-//           events whose times are edges of it. The first rank gathers those of all ranks, joins
-//           the ends of each collective, and puts times in the places of edges.
+// idea      support/recorder.h has a step's works in the order of issue, and tensor.h's OpTimes
+//           their times. The first rank gathers those of all ranks, joins the ends of each
+//           collective, and makes the file's events of them.
 // matching  Ranks that share a communicator call it in one order. So the k-th collective of some
 //           ranks on an axis is the same one on all of them.
 // measured  On a GPU times are those of events, on each rank since the beginning of the trace. The
@@ -16,8 +16,8 @@
 //           collective lasts as long as on the rank on which it took least, the last one to come.
 //           theory/timeline.h makes times of these durations and of the waits that were recorded.
 //           What the host does between works takes no time there.
-// cost      two events a work, and its record in memory until the end, some 100 KB a step, on the
-//           first rank for all; steps that are not traced: a branch
+// cost      two events a work, and its record in memory until the end, some 100 KB a step; while it
+//           is written, those of all ranks on each; steps that are not traced: a branch
 // test      tests/test_trace.cpp
 #pragma once
 #include "support/metrics.h"

@@ -16,7 +16,7 @@ Recorder recorder;
 static double processor_time() {
   timespec t;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
-  return double(t.tv_sec) + double(t.tv_nsec) * 1e-9;
+  return t.tv_sec + t.tv_nsec * 1e-9;
 }
 
 // ---- where
@@ -47,9 +47,10 @@ void Recorder::add(const std::string& name, Json described) {
   described.update({{"name", name}, {"microbatch", microbatch}});
   args.push_back(std::move(described));
   nvtxRangePushA(name.c_str());
+  works.back().begin = processor_time();  // to note it is no part of it
 }
 
-// The open block of collectives; its first call names it.
+// What `args` has of the open block of collectives, which its first call names.
 Json& Recorder::block(const char* op, const std::string& axis, const std::vector<int>& ranks,
                       const std::string& serves) {
   if (works.back().args < 0)

@@ -33,10 +33,11 @@ class Recorder {
     Queue queue;
     int after;  // the last work of the other queue that this one waits for; -1: none
     std::string name;
-    // of the part that begins with it, or of the collectives in it: which of `args`; -1: neither
+    // where `args` has the part that begins with it, or the collectives in it; -1: nowhere
     int args = -1;
     std::vector<std::string> resharded = {};  // units, at its end
-    // seconds of the issuing thread; where report/trace.h has measured, by the first rank's clock
+    // in processor seconds of the issuing thread; where report/trace.h measures, in seconds by the
+    // first rank's clock
     double begin = 0, end = 0;
   };
   std::vector<Issued> works;
@@ -61,7 +62,7 @@ class Recorder {
   void allocated(const char* category, int microbatch, int64_t bytes);
 
  private:
-  void add(const std::string& name, nlohmann::json args);  // of the last work
+  void add(const std::string& name, nlohmann::json described);  // of the last work
   nlohmann::json& block(const char* op, const std::string& axis, const std::vector<int>& ranks,
                         const std::string& serves);
 

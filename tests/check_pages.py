@@ -157,7 +157,8 @@ class Trace:
             a = e['args']
             if e['cat'] == 'unit':
                 states[a['unit']][0] = 'reshard'
-            elif a['function'] in ('start_unshard', 'start_reduce', 'sum_over_copies'):
+            elif a['for'] in states and a['function'] in (
+                    'start_unshard', 'start_reduce', 'sum_over_copies', 'sum_partial_gradients'):
                 states[a['for']][a['op'] != 'all_gather'] = \
                     'moves' if e['ts'] + e['dur'] > t else 'here'
         return states
@@ -345,6 +346,12 @@ def check_replay(browser, page, name, path):
         drawn += wrong_drawing(trace, browser.evaluate(READ), t)
     check(f'{name}: the sentence is what the trace says', said, f'{len(times)} moments')
     check(f'{name}: the drawing is what the trace says, to scale', drawn, f'{len(times)} moments')
+
+    grey = browser.evaluate('document.querySelectorAll(".track .communication").length')
+    numbers = sum(e.get('cat') == 'collective' and e['args']['purpose'] in ('loss', 'norm')
+                  for e in trace.events)
+    check(f'{name}: what is no number on its way has the colour of what it is',
+          [] if grey == numbers else [f'{grey} grey bars, {numbers} sums of loss or norm'])
 
     wrong = []
     names = {e['args']['function'] for e in trace.events

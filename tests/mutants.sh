@@ -311,7 +311,7 @@ mutant faults rows_of_padding_are_not_cleared \
 mutant faults a_trace_counts_the_last_call_of_a_group_alone \
   support/recorder.cpp 's/\(\) \+= bytes/() = bytes/' 4 immediate test_trace
 mutant faults a_trace_keeps_the_last_change_of_memory_alone \
-  report/trace.cpp 's/(curve, of\}\]) \+= bytes/\1 = bytes/' 4 immediate test_trace
+  report/trace.cpp 's/(curve\}\]\[of\]) \+= bytes/\1 = bytes/' 4 immediate test_trace
 mutant faults a_rebuilt_trace_forgets_what_works_wait_for \
   report/trace.cpp 's/w.after < 0 \? -1 : first \+ w.after/-1/' 4 immediate test_trace
 mutant faults a_trace_forgets_that_a_unit_is_freed \

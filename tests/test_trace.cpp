@@ -47,9 +47,7 @@ Json traced(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, 
     unlink(path);
     unlink((path + std::string(".1")).c_str());  // mkstemp's
   }
-  Json file = Json::parse(text);
-  for (Json& e : file["traceEvents"]) e["args"];
-  return file;
+  return Json::parse(text);
 }
 
 int64_t ns(const Json& us) { return llround(us.get<double>() * 1e3); }
