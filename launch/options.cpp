@@ -339,7 +339,7 @@ Takes text(std::string* field) {
 }
 
 Takes range(Range* field) {
-  return {"a whole number, or two as in 5-8",
+  return {"a number from 1 on, or two in order as in 5-8",
           [=] { return sentence(field->begin, "-", field->end); },
           [=](const auto& word) {
             const size_t dash = word.find('-');  // none: one number, and npos + 1 is 0

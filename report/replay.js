@@ -81,12 +81,14 @@ const of = ({microbatch: m}) => m >= 0 ? ` of micro-batch ${m}` : '';
 const computing = ({args: a}) =>
   (kVerbs[a.pass] ?? `computes the ${a.pass}`) + (a.part && ` of ${a.part}`);
 
-// What a rank does in a collective: "gathers block 3 (fsdp, 96 KiB)".
+// What a rank does in a collective: "gathers weights of block 3 (fsdp, 96 KiB)".
 function travelling({args: a}) {
   const cost = bytes => ` (${a.axis}, ${size(bytes)})`;
   const moves = (verb, way) => parcel =>
     `${verb} the ${parcel.payload}${of(parcel)} ${way} rank ${parcel[way]}` + cost(parcel.bytes);
-  if (a.op !== 'exchange') return `${kVerbs[a.op]} ${a.for}` + cost(a.bytes);
+  if (a.op !== 'exchange')
+    return `${kVerbs[a.op]} ${carries(a)} of ${a.for}`.replace('communication of ', '') +
+      cost(a.bytes);
   return [...a.sends.map(moves('sends', 'to')), ...a.receives.map(moves('receives', 'from'))]
     .join(' and ');
 }
@@ -96,13 +98,13 @@ function travelling({args: a}) {
 function sentence(e) {
   const a = e.args;
   const common = other => Math.min(other.ts + other.dur, e.ts + e.dur) - Math.max(other.ts, e.ts);
-  const [part] = trace.ranks[e.pid].filter(other => other.cat === 'part' && common(other) > 0)
+  const [part] = trace.ranks[e.pid].filter(other => other.cat === 'part' && common(other) > .0005)
     .sort((one, other) => common(other) - common(one));
   const what = e.cat === 'part' ? computing(e) + of(a) :
     e.cat === 'unit' ? `reshards ${a.unit}` :
     travelling(e) + (part ? ` while it ${computing(part)}` : '');
   return `Rank ${e.pid} ${what}` +
-    (a.waited_us > 0 ? `, after ${milliseconds(a.waited_us)} of waiting for the last rank.` : '.');
+    (a.waited_us > 0 ? `, ${milliseconds(a.waited_us)} of it waiting for others.` : '.');
 }
 
 // who computes a part, or reshards
@@ -260,7 +262,7 @@ addEventListener('resize', () => show(t, index));
 
 // ---- the page
 
-const kRebuilt = 'The clock is rebuilt: these ranks share processors and take turns. The times ' +
+const kRebuilt = 'The clock is rebuilt: ranks may share processors and take turns. The times ' +
   'were put together from the processor time of each computation and from what waits for what.';
 const kLegend = 'A box is a rank. Its bars are bytes, all on one scale; "/ 4" is drawn at a ' +
   'quarter. An outline is a whole unit, what is filled is here: dark the shard of the rank, ' +

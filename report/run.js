@@ -5,7 +5,8 @@
 
 const metrics = read('metrics');
 const steps = metrics.filter(line => line.step), first = steps[0], last = steps.at(-1);
-const losses = steps.map(s => s.loss), low = Math.min(...losses), high = Math.max(...losses);
+const losses = steps.flatMap(s => [s.loss, s.held_out_loss ?? s.loss]);
+const low = Math.min(...losses), high = Math.max(...losses);
 const held_out = steps.findLast(s => s.held_out_loss)?.held_out_loss.toFixed(2);
 
 const draw_loss = (name, member) => tag(`polyline class="${name}" points="${
@@ -13,7 +14,7 @@ const draw_loss = (name, member) => tag(`polyline class="${name}" points="${
 
 document.body.insertAdjacentHTML('afterbegin', [
   tag('h1', 'A run'),
-  tag('p', 'Loss ', last.loss.toFixed(2), ' after ', steps.length, ' steps',
+  tag('p', 'Loss ', last.loss.toFixed(2), ' after step ', last.step,
     held_out ? `, ${held_out} on text that it has not read` : '',
     ' (nats a token). Below, the last step, played.'),
   tag(`svg id="loss" preserveAspectRatio="none"

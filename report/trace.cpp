@@ -182,28 +182,30 @@ void Trace::write() {
   };
   int task = 0;
   for (int rank = 0; rank < mesh_.size; rank++) {
-    const auto add_name = [&](const char* what, int row, const std::string& name) {
-      add("M", "", what, rank, row, 0, 0, {{"name", name}});
-    };
-    add_name("process_name", 0, ranks[rank]["name"]);
-    add_name("thread_name", Recorder::compute, "compute");
-    add_name("thread_name", Recorder::communication, "communication");
+    add("M", "", "process_name", rank, 0, 0, 0, {{"name", ranks[rank]["name"]}});
+    for (const int row : {0, 1})
+      add("M", "", "thread_name", rank, row, 0, 0, {{"name", row ? "communication" : "compute"}});
     const int first = task;
     int next = first;  // the first task that no op has waited for yet
-    int64_t part_begin = 0;
-    size_t part = 0;  // its event
+    Json part;         // what is said of it
+    size_t bar = 0;
+    int64_t bar_begin = 0, computed = 0;  // the end of the last op
     for (const Recorder::Issued w : ranks[rank]["works"]) {
       const int64_t begin = all.start(task), end = all.end(task);
       Json& args = all.args[task];
       if (w.queue == Recorder::compute) {
-        if (w.args >= 0) {
-          part = events.size();
-          part_begin = begin;
-          add("X", "part", args["name"], rank, w.queue, begin, end, args);
+        if (w.args >= 0) part = args;
+        if (part["pass"] == "sum") part["microbatch"] = -1;  // of an earlier one than is computed
+        // a part that waits before one of its ops is two bars
+        if (w.args >= 0 || (w.after >= 0 && begin > computed)) {
+          bar = events.size();
+          bar_begin = begin;
+          add("X", "part", part["name"], rank, w.queue, begin, end, part);
         }
         for (; next <= all.tasks[task].after; next++)
           if (!all.needs(next).empty()) add_arrow("use", next, task);
-        events[part]["dur"] = (end - part_begin) / 1e3;
+        events[bar]["dur"] = (end - bar_begin) / 1e3;
+        computed = end;
         add("X", "op", w.name, rank, w.queue, begin, end);
       } else if (w.args >= 0) {
         int64_t last = begin;  // when the last of the ranks that it needs has come
@@ -216,7 +218,7 @@ void Trace::write() {
         add("X", "collective", args["name"], rank, w.queue, begin, end, args);
       }
       for (const auto& unit : w.resharded) {
-        add("i", "unit", "reshard", rank, w.queue, end, end, {{"unit", unit}});
+        add("i", "unit", "reshard", rank, Recorder::compute, computed, computed, {{"unit", unit}});
         events.back()["s"] = "p";  // of the process: an arrow to the next op would end at it
       }
       task++;

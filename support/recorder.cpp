@@ -95,7 +95,7 @@ void Recorder::wait(Queue queue, int work) {
 }
 
 void Recorder::resharded(const std::string& unit) {
-  if (on) works.at(last_[compute]).resharded.push_back(unit);
+  if (on) works.back().resharded.push_back(unit);
 }
 
 // ---- memory

@@ -208,7 +208,7 @@ def wrong_sentence(trace, said, t):
                   for i, p in enumerate(trace.events) if p['pid'] == e['pid']
                   and p.get('cat') == 'part']
         longest = max(beside)
-        if longest[0] > 0:
+        if longest[0] > 0.0005:  # us, with the noise of doubles
             wanted.append('while it ' + computing(longest[3]))
         elif 'while' in said:
             wrong.append(f'"{said}": nothing is computed meanwhile')
@@ -226,7 +226,7 @@ def wrong_sentence(trace, said, t):
             way = 'to' if 'to' in parcel else 'from'
             wanted.append(f"the {parcel['payload']}{of} {way} rank {parcel[way]}")
         if a['op'] != 'exchange':
-            wanted.append(a['for'])
+            wanted.append(f" of {a['for']} (" if a['purpose'] not in ('loss', 'norm') else a['for'])
         elif sum(p['bytes'] for p in a['sends']) != a['bytes']:
             wrong.append(f'{a}: the bytes sent do not add up')
         if not about(said, parcels[0]['bytes'] if parcels else a['bytes']):

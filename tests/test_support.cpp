@@ -264,7 +264,7 @@ TEST(contradictions_between_options_are_refused) {
   CHECK_SAYS(resolved({"--trace", "/t.json", "--trace-steps", "2-301"}),
              "--trace-steps: step 301 is after the last one, 300");
   CHECK_SAYS(resolved({"--trace", "/t.json", "--trace-steps", "3-2"}),
-             "--trace-steps takes a whole number, or two as in 5-8, not '3-2'");
+             "--trace-steps takes a number from 1 on, or two in order as in 5-8, not '3-2'");
   CHECK_SAYS(resolved({"--heads", "3"}),
              "a width of 128 does not divide by 3 heads: change --width or --heads");
   CHECK_SAYS(resolved({"--batch", "10", "--microbatch", "4"}),

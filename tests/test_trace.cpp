@@ -258,7 +258,7 @@ TEST(a_trace_of_every_strategy_nests_pairs_and_adds_up) {
         check_sums(file, mesh, memory, name);
         if (mesh.rank) return;
         CHECK_EQ(file["threefold"]["clock"], rebuilds ? "rebuilt" : "measured", name);
-        CHECK_EQ(std::ranges::count(all, "optimizer", [](const Json& e) { return e["name"]; }),
+        CHECK_EQ(std::ranges::count(all, "read a batch", [](const Json& e) { return e["name"]; }),
                  2 * mesh.size, name, ": two steps of each rank");
         check_bars(all, name);
         collectives += check_collectives(all, name);

@@ -18,7 +18,6 @@ local function link(content, place)
 end
 
 function Code(code)
-  if #code.text < 25 then code.classes = {"short"} end
   local place = places[code.text]
   return place and link({code}, place) or code
 end

@@ -22,7 +22,7 @@ import subprocess
 os.chdir(os.path.dirname(os.path.abspath(__file__)) + '/../..')
 files = sorted(
     file for file in glob.glob('**', recursive=True)
-    if re.search(r'^(?!build/|.*corpus/).*(\.(cpp|cuh?|h|mk|sh|py|awk|sed)|Makefile)$', file)
+    if re.search(r'^(?!build/|.*corpus/).*(\.(cpp|cuh?|h|js|mk|sh|py|awk|sed)|Makefile)$', file)
     and os.path.isfile(file))
 lines = {}
 for file in files:
