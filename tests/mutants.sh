@@ -314,6 +314,8 @@ mutant faults a_trace_keeps_the_last_change_of_memory_alone \
   report/trace.cpp 's/(curve\}\]\[of\]) \+= bytes/\1 = bytes/' 4 immediate test_trace
 mutant faults a_rebuilt_trace_forgets_what_works_wait_for \
   report/trace.cpp 's/w.after < 0 \? -1 : first \+ w.after/-1/' 4 immediate test_trace
+mutant faults a_part_of_a_trace_hides_a_wait \
+  report/trace.cpp 's/ \|\| \(w.after >= 0 && begin > computed\)//' 4 immediate test_trace
 mutant faults a_trace_forgets_that_a_unit_is_freed \
   fsdp.cpp '/recorder.resharded/d' 4 immediate test_trace
 mutant faults a_trace_forgets_what_a_micro_batch_frees \

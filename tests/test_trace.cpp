@@ -54,9 +54,9 @@ int64_t ns(const Json& us) { return llround(us.get<double>() * 1e3); }
 int64_t begin(const Json& e) { return ns(e["ts"]); }
 int64_t end(const Json& e) { return ns(e["ts"]) + ns(e["dur"]); }
 
-void check_bars(const Json& events, const std::string& name) {
+void check_bars(const Json& events, bool rebuilds, const std::string& name) {
   std::map<std::pair<int, int>, std::vector<const Json*>> open;  // by rank and row
-  std::map<std::pair<int, int>, int64_t> latest;
+  std::map<std::pair<int, int>, int64_t> latest, computed;
   for (const Json& e : events) {
     const std::pair<int, int> row{e["pid"], e["tid"]};
     if (e["ph"] != "X") continue;
@@ -73,7 +73,14 @@ void check_bars(const Json& events, const std::string& name) {
     CHECK(e["cat"] != "op" || (!around.empty() && (*around.back())["cat"] == "part"), name, ": ", e,
           " is in no part");
     CHECK(e["cat"] != "part" || e["args"]["pass"] != "", name, ": ", e, " has no name");
-    CHECK(e["name"] != "begin" || e["args"]["microbatch"] == -1, name, ": ", e);
+    for (const char* of_none : {"begin", "sum"})
+      CHECK(e["cat"] != "part" || e["args"]["pass"] != of_none || e["args"]["microbatch"] == -1,
+            name, ": ", e);
+    if (e["cat"] == "op") {
+      const bool is_first = begin(e) == begin(*around.back());
+      CHECK(!rebuilds || is_first || begin(e) == computed[row], name, ": waits in its part: ", e);
+      computed[row] = end(e);
+    }
     around.push_back(&e);
   }
 }
@@ -260,7 +267,7 @@ TEST(a_trace_of_every_strategy_nests_pairs_and_adds_up) {
         CHECK_EQ(file["threefold"]["clock"], rebuilds ? "rebuilt" : "measured", name);
         CHECK_EQ(std::ranges::count(all, "read a batch", [](const Json& e) { return e["name"]; }),
                  2 * mesh.size, name, ": two steps of each rank");
-        check_bars(all, name);
+        check_bars(all, rebuilds, name);
         collectives += check_collectives(all, name);
         arrows += check_arrows(all, name);
         check_activations(file, name);
