@@ -100,7 +100,7 @@ programs: $(PROGRAMS:%=$(B)$(WHERE)/%)  # of this backend; build/ keeps those th
 build: programs  ## make build               compile the programs into build/
 	@for p in $(PROGRAMS); do [ "$$(readlink build/$$p)" = $(BACKEND)$(WHERE)/$$p ] || \
 	  ln -sfn $(BACKEND)$(WHERE)/$$p build/$$p || exit 1; done
-$(PROGRAMS:%=build/%): build
+$(PROGRAMS:%=build/%): build  # make build/plan, after an edit
 built:  # for those who type no -j
 	@$(MAKE) --no-print-directory -j$(THREADS) build
 

@@ -94,7 +94,7 @@ function travelling({args: a}) {
 }
 
 // What happens at an event, and while what is computed: the part that it has most time in common
-// with.
+// with, above the noise of doubles (half a nanosecond).
 function sentence(e) {
   const a = e.args;
   const common = other => Math.min(other.ts + other.dur, e.ts + e.dur) - Math.max(other.ts, e.ts);

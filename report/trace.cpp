@@ -186,10 +186,10 @@ void Trace::write() {
     for (const int row : {0, 1})
       add("M", "", "thread_name", rank, row, 0, 0, {{"name", row ? "communication" : "compute"}});
     const int first = task;
-    int next = first;  // the first task that no op has waited for yet
-    Json part;         // what is said of it
-    size_t bar = 0;
-    int64_t bar_begin = 0, computed = 0;  // the end of the last op
+    int next = first;                     // the first task that no op has waited for yet
+    Json part;                            // args of the part that is computed
+    size_t bar = 0;                       // its event, since it last waited
+    int64_t bar_begin = 0, computed = 0;  // computed: the end of the last op
     for (const Recorder::Issued w : ranks[rank]["works"]) {
       const int64_t begin = all.start(task), end = all.end(task);
       Json& args = all.args[task];

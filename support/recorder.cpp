@@ -5,7 +5,6 @@
 #include <time.h>
 
 #include <nlohmann/json.hpp>
-#include <utility>
 
 #include "support/check.h"
 
@@ -47,7 +46,7 @@ void Recorder::add(const std::string& name, Json described) {
   described.update({{"name", name}, {"microbatch", microbatch}});
   args.push_back(std::move(described));
   nvtxRangePushA(name.c_str());
-  works.back().begin = processor_time();  // to note it is no part of it
+  works.back().begin = processor_time();  // writing this down is no part of the work
 }
 
 // What `args` has of the open block of collectives, which its first call names.

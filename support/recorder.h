@@ -31,8 +31,8 @@ class Recorder {
   enum Queue { compute, communication };
   struct Issued {
     Queue queue;
-    int after;  // the last work of the other queue that this one waits for; -1: none
-    std::string name;
+    int after;         // the last work of the other queue that this one waits for; -1: none
+    std::string name;  // of an op
     // where `args` has the part that begins with it, or the collectives in it; -1: nowhere
     int args = -1;
     std::vector<std::string> resharded = {};  // units, behind the last op so far

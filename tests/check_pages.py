@@ -350,7 +350,7 @@ def check_replay(browser, page, name, path):
     grey = browser.evaluate('document.querySelectorAll(".track .communication").length')
     numbers = sum(e.get('cat') == 'collective' and e['args']['purpose'] in ('loss', 'norm')
                   for e in trace.events)
-    check(f'{name}: what is no number on its way has the colour of what it is',
+    check(f'{name}: only sums of loss or norm are grey',
           [] if grey == numbers else [f'{grey} grey bars, {numbers} sums of loss or norm'])
 
     wrong = []
