@@ -192,7 +192,7 @@ OptionTable train_options(Options& o) {
       {"Reports",
        {
            {"eval-every", "K", whole(&o.eval_every, 0),
-            "report the loss on held-out data every K steps; 0: never"},
+            "report the loss on the held-out tenth of the data every K steps; 0: never"},
            {"sample", "K", whole(&o.sample, 0),
             "print K tokens that the trained model continues with"},
            {"metrics", "FILE.jsonl", text(&o.metrics),
