@@ -140,7 +140,7 @@ class Search : Predictor {
           result.layouts++;
           const bool fits = p.memory <= cluster.memory;
           result.fitting += fits;
-          if (fits) keep(p);
+          if (fits) candidates.push_back(p);
           else if (!result.smallest || p.memory < result.smallest->memory) result.smallest = p;
         }
     }
@@ -205,14 +205,6 @@ class Search : Predictor {
   }
 
   // ---- from the lowest bound on
-  // those of the lowest bounds: far more than are predicted
-  void keep(const Planned& p) {
-    constexpr size_t kMost = 200'000;
-    candidates.push_back(p);
-    if (candidates.size() < kMost) return;
-    std::ranges::nth_element(candidates, candidates.begin() + kMost / 2, {}, &Planned::seconds);
-    candidates.resize(kMost / 2);
-  }
   Plan fastest(int64_t top) {
     std::ranges::stable_sort(candidates, {}, &Planned::seconds);
     auto& best = result.fastest;

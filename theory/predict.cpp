@@ -40,7 +40,7 @@ class RankWork : TheoryOfChunk {
       end_phase(phases[Action::forward]);
       for (size_t u = uses.size(); u-- > 0;) backward(u);
       end_phase(phases[splits ? Action::input_gradient : Action::backward]);
-      for (; !deferred.empty(); deferred.pop_front()) deferred.front()();
+      for (size_t u = uses.size(); splits && u-- > 0;) reduce_gradients(u);
       end_phase(phases[Action::weight_gradient]);
     }
     end_step();
@@ -75,10 +75,11 @@ class RankWork : TheoryOfChunk {
   struct Use {
     ModelPart::Kind kind;
     Backward backward;
-    std::vector<Unit*> units;
+    std::vector<Unit*> units = {};
+    double put_off = 0;  // seconds of weight gradients
   };
   void add_use(const ModelPart& part) {
-    Use use{part.kind, part.backward, {}};
+    Use use{part.kind, part.backward};
     for (const auto& [number, params] : units_of(part.params)) {
       Unit& u = units[number];
       const int64_t padded = padded_unit(params, fsdp.size);
@@ -120,7 +121,7 @@ class RankWork : TheoryOfChunk {
     return move_seconds(cluster, numbers * e, kernels);
   }
   void weight(double seconds) {
-    if (splits) deferred.push_back([=, this] { compute(seconds); });
+    if (splits) put_off += seconds;
     else compute(seconds);
   }
   // rows of width C over tp: their sum, or all of them where a rank has a slice
@@ -247,8 +248,8 @@ class RankWork : TheoryOfChunk {
   void backward(int use) {
     if (uses[use].backward != Backward::nothing) unshard(use, -1);
     part_backward(uses[use].kind);
-    if (splits) deferred.push_back([=, this] { reduce_gradients(use); });
-    else reduce_gradients(use);
+    uses[use].put_off = std::exchange(put_off, 0);
+    if (!splits) reduce_gradients(use);
     reshard(use);
   }
   // over its shards, and in the last micro-batch over copies
@@ -258,6 +259,7 @@ class RankWork : TheoryOfChunk {
     return std::max(sum, send(over_copies, Collective::all_reduce, u.whole_gradient / fsdp.size));
   }
   void reduce_gradients(int use) {
+    compute(uses[use].put_off);
     for (Unit* u : uses[use].units) {
       if (++u->done < u->uses) continue;
       u->done = 0;
@@ -298,10 +300,10 @@ class RankWork : TheoryOfChunk {
   std::map<int, Unit> units;
   std::vector<Use> uses;
   std::deque<Unit*> in_flight;
-  std::deque<std::function<void()>> deferred;
   Issue issue;
   Sent last, awaited;
   double began = 0, beside = 0;  // the phase; what has travelled in it and was not waited for
+  double put_off = 0;            // of this use
   ByAxis waiting = ByAxis(kAxes.size());  // of the phase
 };
 
