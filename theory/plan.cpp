@@ -204,18 +204,19 @@ class Search : Predictor {
     return peak_live(few, stage, bytes);
   }
 
-  // ---- from the lowest bound on
+  // from the lowest bound on
   Plan fastest(int64_t top) {
     std::ranges::stable_sort(candidates, {}, &Planned::seconds);
     auto& best = result.fastest;
     for (Planned& p : candidates) {
       const double limit = int64_t(best.size()) < top ? INFINITY : best.back().seconds;
       if (limit <= p.seconds) break;
-      static_cast<Prediction&>(p) = predict(p, limit);
+      p.seconds = step(p, limit).seconds;
       result.predicted++;
       best.insert(std::ranges::upper_bound(best, p.seconds, {}, &Planned::seconds), p);
       if (int64_t(best.size()) > top) best.pop_back();
     }
+    for (Planned& p : best) static_cast<Prediction&>(p) = predict(p);
     return result;
   }
 

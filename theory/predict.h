@@ -30,20 +30,21 @@ struct ChunkKind {
 struct TheoryOfChunk : TheoryOfRank {
   TheoryOfChunk(const Job& job, const ChunkKind& chunk);
 };
-using ByAxis = std::valarray<double>;  // for each of kAxes
+// Of a step: by how much it is longer than a step in which what is sent over an axis, and over those
+// before it in kAxes, takes no time; and the parts of one in which nothing that is sent does.
 struct Prediction {
-  double seconds = 0;  // of a step
-  // of the busiest stage, in a step
-  double computing = 0, bubble = 0, optimizer = 0;
-  ByAxis waiting = ByAxis(kAxes.size());  // after overlap
+  double seconds = 0, computing = 0, bubble = 0, optimizer = 0;
+  std::valarray<double> waiting = std::valarray<double>(kAxes.size());
 };
 // The times of pipelines are kept: the next prediction with so many stages is faster.
 class Predictor {
  public:
   Predictor(const Cluster& cluster, const ModelSize& model)
       : cluster(cluster), gpt_(GptConfig{model}) {}
-  // Where a step takes longer than the limit for certain, its pipeline is not run: a bound.
-  Prediction predict(const Job& job, double limit = INFINITY);
+  Prediction predict(const Job& job);
+  // The same without `waiting`, where what is sent over the first `free` of kAxes takes no time.
+  // Where it takes longer than the limit for certain, its pipeline is not run: a bound.
+  Prediction step(const Job& job, double limit = INFINITY, size_t free = 0);
   // of a micro-batch in the middle of a step: seconds of its forward, backward (or input gradients,
   // where it is split) and weight gradients; bytes kept from its forward and input gradients on
   std::valarray<double> chunk_costs(const Job& job, const ChunkKind& chunk, bool splits_backward);
