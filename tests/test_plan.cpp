@@ -401,7 +401,7 @@ TEST(a_round_among_many_takes_one_message_where_they_send_directly) {
     Profile profile{};
     profile.direct = direct;
     const Link link = link_of({machine, profile, 1, 8}, 8, 1);
-    const double seconds = collective_seconds(link, 8, Collective::all_reduce, bytes);
+    const double seconds = link.seconds(Collective::all_reduce, bytes);
     CHECK_LE(close(seconds, (direct ? 2 : 6) * latency), 1e-6);
   }
 }
@@ -410,7 +410,7 @@ TEST(a_ring_over_many_nodes_waits_once_for_each) {
   const Machine machine = read_machine("h100");
   const auto rounds = [&](int64_t nodes, Collective c) {
     const int n = int(8 * nodes);
-    const double seconds = collective_seconds(link_of({machine, {}, nodes, 8}, n, 1), n, c, 1e-6);
+    const double seconds = link_of({machine, {}, nodes, 8}, n, 1).seconds(c, 1e-6);
     return std::round(seconds / machine.between.latency);
   };
   CHECK_EQ(rounds(2, Collective::all_gather), 4, "doublings of 16 ranks");

@@ -85,9 +85,8 @@ class Search : Predictor {
       const ScheduleRow& row = schedule_row(name);
       if (m % row.divisor(pp)) continue;
       const int asked = pp > 1 ? wanted.chunks : 0;
-      std::vector<int> chunks{asked};
-      if (row.place != Place::ring) chunks = those({row.chunks()}, asked);
-      else if (!asked) chunks = {2, 3, 4};
+      std::vector<int> chunks = those({row.chunks()}, asked);
+      if (row.place == Place::ring) chunks = asked ? std::vector{asked} : std::vector{2, 3, 4};
       for (const int V : chunks) {
         if (pp * V > wanted.layers || pp * V * int64_t(m) > kMostForwards) continue;
         job.schedule = name;
@@ -147,15 +146,12 @@ class Search : Predictor {
   }
 
   // ---- what theory says, asked once for each kind
-  // of a chunk (predict.h): a block's for each of its blocks, and what embedding and head add
+  // of a chunk (predict.h): that of one with one block, and a block's for each more
   std::valarray<double> cost_of(const Job& job, const ChunkKind& c, bool splits) {
-    auto& [block, embedding, head] = costs[splits];
-    if (block.size() == 0) {
-      block = chunk_costs(job, {1, false, false}, splits);
-      embedding = chunk_costs(job, {1, true, false}, splits) - block;
-      head = chunk_costs(job, {1, false, true}, splits) - block;
-    }
-    return double(c.blocks) * block + double(c.embedding) * embedding + double(c.head) * head;
+    auto& of_one = costs[{splits, c.embedding, c.head}];
+    if (of_one.size() == 0) of_one = chunk_costs(job, {1, c.embedding, c.head}, splits);
+    if (c.blocks == 1) return of_one;
+    return of_one + double(c.blocks - 1) * cost_of(job, {1, false, false}, splits);
   }
   // between steps, and of whole units; and how long they are sent, once and in each micro-batch
   struct Held {
@@ -182,7 +178,7 @@ class Search : Predictor {
         const double of_gradients = cluster.profile.gradient_bytes,  // on the wire
             share =
                 of_gradients > 0 && collective != Collective::all_gather ? of_gradients / t.g : 1;
-        sending[m] += row.calls * link.latency_of(row.n, collective) +
+        sending[m] += row.calls * link.latency_of(collective) +
                       share * double(row.numerator) / row.n / link.bandwidth;
       }
     }
@@ -223,7 +219,7 @@ class Search : Predictor {
   const Wanted& wanted;
   std::vector<Planned> candidates;
   Plan result;
-  std::map<bool, std::array<std::valarray<double>, 3>> costs;  // of whole backwards, of split ones
+  std::map<std::array<bool, 3>, std::valarray<double>> costs;  // splits, embedding, head
   std::map<std::tuple<int64_t, int64_t, int64_t, int, bool, bool, ChunkKind>, Held> held_;
   std::map<std::tuple<const char*, int, int, int>, Schedule> schedules_;
 };

@@ -52,11 +52,6 @@ class RankWork : TheoryOfChunk {
   }
 
  private:
-  // The ranks of an axis, or of two, as this one reaches them.
-  struct Group {
-    Link link;
-    int n;
-  };
   struct Unit {
     double elements = 0;                   // of this rank's shard
     double whole = 0, whole_gradient = 0;  // bytes
@@ -86,9 +81,9 @@ class RankWork : TheoryOfChunk {
   }
 
   // ---- issuing to the two queues: when it ends
-  double send(const Group& to, Collective c, double bytes) {
-    if (to.n == 1) return 0;
-    const double seconds = collective_seconds(to.link, to.n, c, bytes);
+  double send(const Link& over, Collective c, double bytes) {
+    if (over.ranks == 1) return 0;
+    const double seconds = over.seconds(c, bytes);
     beside += seconds;
     return communicated = std::max(communicated, computed) + seconds;
   }
@@ -274,18 +269,19 @@ class RankWork : TheoryOfChunk {
     wait_for(communicated);
   }
 
-  Group group(AxisName axis, int n, int64_t stride) const {
-    return {link_of(cluster, n, stride), axis.index < free ? 1 : n};
+  // of the ranks of an axis, or of two
+  Link link(AxisName axis, int64_t n, int64_t stride) const {
+    return link_of(cluster, axis.index < free ? 1 : n, stride);
   }
 
   const Cluster& cluster;
   const Profile& profile = cluster.profile;
   bool splits, is_last = false;
   size_t free;
-  Group over_tp = group("tp", tp.size, 1), over_cp = group("cp", cp.size, tp.size),
-        over_fsdp = group("fsdp", fsdp.size, tp.size);
+  Link over_tp = link("tp", tp.size, 1), over_cp = link("cp", cp.size, tp.size),
+       over_fsdp = link("fsdp", fsdp.size, tp.size);
   const int64_t of_copy = fsdp.size * tp.size;  // ranks
-  Group over_copies = group("replicate", mesh["replicate"].size, of_copy);
+  Link over_copies = link("replicate", mesh["replicate"].size, of_copy);
   double C = config.width, D = C / config.heads, F = gpt.tp.part(config.hidden()).size(),
          V = gpt.tp.padded_part(config.vocab), kv = gpt.tp.part(config.kv()).size(),
          heads = kv * (config.heads / config.kv()), channels = heads * D, kv_channels = kv * D;
@@ -341,10 +337,9 @@ static double exchange_seconds(const Cluster& c, const Job& job, double bytes) {
   const int64_t pp = job.layout["pp"], tp = job.layout["tp"], stride = job.layout.ranks() / pp;
   const bool leaves = pp * stride > c.devices && !c.spread;
   const Link link = link_of(c, 2, leaves ? std::max(stride, c.devices) : stride);
-  if (c.profile.overlaps || job.sequence_parallel)
-    return collective_seconds(link, 2, Collective::send, bytes);
-  return collective_seconds(link, 2, Collective::send, bytes / tp) +
-         collective_seconds(link_of(c, tp, 1), tp, Collective::all_gather, bytes);
+  if (c.profile.overlaps || job.sequence_parallel) return link.seconds(Collective::send, bytes);
+  return link.seconds(Collective::send, bytes / tp) +
+         link_of(c, tp, 1).seconds(Collective::all_gather, bytes);
 }
 
 Prediction Predictor::step(const Job& job, double limit, size_t free) {
@@ -448,9 +443,9 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
   constexpr double kKernels = 13;  // of a block: 4 products, their biases, 2 norms, attention, ...
   return {{weights / cluster.read, position * length / cluster.read,
            (L * kKernels + 6) * cluster.launch,
-           sums * collective_seconds(link, tp, Collective::all_reduce, row * C) +
-               collective_seconds(link, tp, Collective::all_gather, row * config.vocab),
-           (pp - 1) * collective_seconds(to_next, 2, Collective::send, row * C) +
-               collective_seconds(to_next, pp, Collective::broadcast, sequences * 4)},
+           sums * link.seconds(Collective::all_reduce, row * C) +
+               link.seconds(Collective::all_gather, row * config.vocab),
+           (pp - 1) * to_next.seconds(Collective::send, row * C) +
+               to_next.seconds(Collective::broadcast, sequences * 4)},
           (weights + position * config.context) / pp};
 }
