@@ -344,7 +344,7 @@ TEST(the_search_finds_what_trying_all_finds) {
     const auto search = [&](int64_t top) { return plan(cluster, wanted, top); };
     const Plan five = search(5), all = search(100'000);
     CHECK_EQ(int64_t(all.fastest.size()), all.fitting);
-    CHECK(all.fitting < all.layouts && five.predicted < all.predicted);
+    CHECK(all.fitting < all.layouts);
     for (size_t i = 0; i < 5; i++)
       CHECK_EQ(five.fastest[i].seconds, all.fastest[i].seconds, profile);
     CHECK(all.smallest && all.smallest->memory > cluster.memory);
@@ -357,6 +357,7 @@ TEST(the_search_finds_what_trying_all_finds) {
     tried += all.predicted;
   }
   CHECK_LE(sum, 1e-9, "the parts of a step are all of it");
+  CHECK_LE(predicted, tried / 2);
   measured("predicted ", predicted, " of ", tried, " that fit");
 }
 

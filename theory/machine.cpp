@@ -323,14 +323,11 @@ Link link_of(const Cluster& c, int64_t n, int64_t stride) {
   return {std::min(in.bandwidth, cards * out.bandwidth), out.latency, n, nodes, c.profile.direct};
 }
 
-double Link::latency_of(Collective c) const {
-  const double rounds = c == Collective::all_reduce ? 2 : 1;
-  if (direct || c == Collective::send) return rounds * latency;
-  const bool is_ring = c == Collective::all_gather || c == Collective::reduce_scatter;
-  return rounds * latency * std::max(std::log2(ranks), is_ring ? nodes - 1.0 : 0);
-}
-
 double Link::seconds(Collective c, double bytes) const {
   if (ranks == 1) return 0;
-  return latency_of(c) + bytes * parts_sent(c, ranks) / ranks / bandwidth;
+  const bool is_ring = c == Collective::all_gather || c == Collective::reduce_scatter,
+             is_one = direct || c == Collective::send;
+  const double rounds = c == Collective::all_reduce ? 2 : 1,
+               waits = is_one ? 1 : std::max(std::log2(ranks), is_ring ? nodes - 1.0 : 0);
+  return rounds * waits * latency + bytes * parts_sent(c, ranks) / ranks / bandwidth;
 }

@@ -37,10 +37,9 @@
 
 // Between the ranks of a group.
 struct Link {
-  double bandwidth = 0, latency = 0;               // bytes/s that a device sends; seconds
-  int64_t ranks = 1, nodes = 1;                    // that they are on
-  bool direct = false;                             // Profile's
-  double latency_of(Collective collective) const;  // in all rounds
+  double bandwidth = 0, latency = 0;  // bytes/s that a device sends; seconds
+  int64_t ranks = 1, nodes = 1;       // that they are on
+  bool direct = false;                // Profile's
   // of a collective on a buffer of so many bytes: the ledger's bytes, in one round or, of an
   // all-reduce, in two
   double seconds(Collective collective, double bytes) const;

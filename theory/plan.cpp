@@ -118,7 +118,7 @@ class Search : Predictor {
       most = std::max(most, peak(s, stage, bytes));
       bound = std::max(bound, before + s.microbatches * busy);
       const auto first = cost_of(job, chunks[stage][0], splits);
-      before += first[0] + first[1];
+      before += first[0] + (splits ? 0 : first[1]);
     }
     bound /= cluster.sharing;
     for (const int64_t fsdp : sizes("fsdp", data, data)) {
@@ -131,11 +131,8 @@ class Search : Predictor {
         for (const bool reshard : zero < 3 ? std::vector{true} : wanted.reshard) {
           job.fsdp = {zero, reshard, prefetch};
           Planned p{job, {bound}};
-          for (const auto& [kind, kept] : activations) {
-            const Held& h = held(job, kind, splits);
-            p.memory = std::max(p.memory, kept + h.bytes);
-            p.seconds = std::max(p.seconds, h.sending + s.microbatches * h.sending_each);
-          }
+          for (const auto& [kind, kept] : activations)
+            p.memory = std::max(p.memory, kept + held(job, kind, splits));
           result.layouts++;
           const bool fits = p.memory <= cluster.memory;
           result.fitting += fits;
@@ -153,38 +150,16 @@ class Search : Predictor {
     if (c.blocks == 1) return of_one;
     return of_one + double(c.blocks - 1) * cost_of(job, {1, false, false}, splits);
   }
-  // between steps, and of whole units; and how long they are sent, once and in each micro-batch
-  struct Held {
-    int64_t bytes;
-    double sending, sending_each;
-  };
-  const Held& held(const Job& job, const ChunkKind& kind, bool splits) {
-    const FsdpOptions& o = job.fsdp;
-    const int64_t tp = job.layout["tp"];
-    const auto [of, is_new] =
-        held_.try_emplace({tp, job.layout["fsdp"] * job.layout["cp"], job.layout["replicate"],
-                           o.zero, o.reshard, splits, kind});
-    Held& h = of->second;
-    if (!is_new) return h;
+  // bytes between steps, and of whole units
+  int64_t held(const Job& job, const ChunkKind& kind, bool splits) {
+    const auto& [zero, reshard, prefetch] = job.fsdp;
+    int64_t& bytes = held_[{job.layout["tp"], job.layout["fsdp"] * job.layout["cp"], zero, reshard,
+                            splits, kind}];
+    if (bytes > 0) return bytes;
     TheoryOfChunk t(job, kind);
-    double sending[2] = {};  // without a micro-batch, and with one
-    for (const int m : {0, 1}) {
-      t.m = m;
-      t.sum = {};
-      t.add_fsdp();
-      for (const auto& [key, row] : t.sum.step.rows) {
-        const auto& [axis, collective, purpose] = key;
-        const Link link = link_of(cluster, row.n, axis == "replicate" ? tp * t.fsdp.size : tp);
-        const double of_gradients = cluster.profile.gradient_bytes,  // on the wire
-            share =
-                of_gradients > 0 && collective != Collective::all_gather ? of_gradients / t.g : 1;
-        sending[m] += row.calls * link.latency_of(collective) +
-                      share * double(row.numerator) / row.n / link.bandwidth;
-      }
-    }
-    h = {t.sum.gather_bound, sending[0], sending[1] - sending[0]};
-    for (const int64_t bytes : t.sum.persistent) h.bytes += bytes;
-    return h;
+    t.add_fsdp();
+    return bytes =
+               std::reduce(t.sum.persistent.begin(), t.sum.persistent.end(), t.sum.gather_bound);
   }
   // the most that is live at once on a stage
   int64_t peak(Schedule s, int stage, const std::vector<Kept>& bytes) {
@@ -220,7 +195,7 @@ class Search : Predictor {
   std::vector<Planned> candidates;
   Plan result;
   std::map<std::array<bool, 3>, std::valarray<double>> costs;  // splits, embedding, head
-  std::map<std::tuple<int64_t, int64_t, int64_t, int, bool, bool, ChunkKind>, Held> held_;
+  std::map<std::tuple<int64_t, int64_t, int, bool, bool, ChunkKind>, int64_t> held_;
   std::map<std::tuple<const char*, int, int, int>, Schedule> schedules_;
 };
 

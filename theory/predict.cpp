@@ -16,16 +16,20 @@ struct ChunkTimes {
   double tail = 0;       // of the step, behind the last backward
   double optimizer = 0;  // then
   double sent = 0;       // bytes of an activation
-  Kept kept;             // of a micro-batch
 };
 
-class RankWork : TheoryOfChunk {
+class RankWork : public TheoryOfChunk {
  public:
-  // What is sent over the first `free` of kAxes takes no time.
+  // Of a model of one block, which is used as often as the chunk has blocks. What is sent over the
+  // first `free` of kAxes takes no time.
   RankWork(const Cluster& cluster, const Job& job, const ChunkKind& chunk, bool splits_backward,
            size_t free)
-      : TheoryOfChunk(job, chunk), cluster(cluster), splits(splits_backward), free(free) {
-    for (const ModelPart& part : pieces[0]) add_use(part);
+      : TheoryOfChunk(job, {1, chunk.embedding, chunk.head}),
+        cluster(cluster),
+        splits(splits_backward),
+        free(free) {
+    for (const ModelPart& part : pieces[0])
+      add_uses(part, part.kind == ModelPart::block ? chunk.blocks : 1);
   }
 
   ChunkTimes run(int microbatches) {
@@ -47,7 +51,6 @@ class RankWork : TheoryOfChunk {
     for (const auto& [key, unit] : units) elements += unit.elements;
     times.optimizer = move_seconds(cluster, elements * profile.optimizer_bytes, 4 * units.size());
     times.sent = activation;
-    times.kept = kept_of(pieces[0]);
     return times;
   }
 
@@ -65,19 +68,21 @@ class RankWork : TheoryOfChunk {
     std::vector<Unit*> units = {};
     double put_off = 0;  // seconds of weight gradients
   };
-  void add_use(const ModelPart& part) {
-    Use use{part.kind, part.backward};
+  void add_uses(const ModelPart& part, int64_t number_of) {
+    const size_t first = uses.size();
+    uses.resize(first + number_of, Use{part.kind, part.backward});
     for (const auto& [number, params] : units_of(part.params)) {
-      Unit& u = units[number];
       const int64_t padded = padded_unit(params, fsdp.size);
       const double sent = profile.gradient_bytes > 0 ? profile.gradient_bytes : g;
-      u.elements = padded / fsdp.size;
-      u.whole = padded * e;
-      u.whole_gradient = padded * sent;
-      u.uses++;
-      use.units.push_back(&u);
+      for (int64_t i = 0; i < number_of; i++) {
+        Unit& u = units[number + i];
+        u.elements = padded / fsdp.size;
+        u.whole = padded * e;
+        u.whole_gradient = padded * sent;
+        u.uses++;
+        uses[first + i].units.push_back(&u);
+      }
     }
-    uses.push_back(use);
   }
 
   // ---- issuing to the two queues: when it ends
@@ -313,10 +318,12 @@ TheoryOfChunk::TheoryOfChunk(const Job& job, const ChunkKind& chunk)
 
 std::valarray<double> Predictor::chunk_costs(const Job& job, const ChunkKind& chunk,
                                              bool splits_backward) {
-  const ChunkTimes t = RankWork(cluster, job, chunk, splits_backward, 0).run(3);
-  const double* middle = t.of[kMiddle];
+  RankWork work(cluster, job, chunk, splits_backward, 0);
+  const ChunkTimes times = work.run(3);
+  const double* middle = times.of[kMiddle];
+  const Kept kept = work.kept_of(work.pieces[0]);
   return {middle[Action::forward], middle[Action::backward] + middle[Action::input_gradient],
-          middle[Action::weight_gradient], double(t.kept.forward), double(t.kept.input_gradient)};
+          middle[Action::weight_gradient], double(kept.forward), double(kept.input_gradient)};
 }
 
 // ---- the step
@@ -348,7 +355,7 @@ Prediction Predictor::step(const Job& job, double limit, size_t free) {
   std::map<ChunkKind, ChunkTimes> times;
   Prediction result;
   // the busiest stage, and a bound: a stage begins behind the first forward of those before it,
-  // which end behind its last backward
+  // which end behind its last backward; where that is split, its last weight gradients may wait
   const double count[] = {1, std::max(0.0, s.microbatches - 2.0), s.microbatches > 1 ? 1.0 : 0};
   double busiest = 0, bound = 0, before = 0, tail = 0;
   for (const auto& stage : kinds) {
@@ -367,10 +374,10 @@ Prediction Predictor::step(const Job& job, double limit, size_t free) {
     tail = std::max(tail, ending);
     busiest = std::max(busiest, busy);
     bound = std::max(bound, before + busy);
+    if (busiest > limit) break;  // other stages do not matter
     const ChunkTimes& first = times[stage[0]];
-    before += first.of[kFirst][Action::forward];
-    for (const auto kind : {Action::backward, Action::input_gradient})
-      before += first.of[s.microbatches > 1 ? kLast : kFirst][kind];
+    before += first.of[kFirst][Action::forward] +
+              first.of[s.microbatches > 1 ? kLast : kFirst][Action::backward];
   }
 
   const auto pipeline = [&] {

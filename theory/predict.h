@@ -34,7 +34,7 @@ struct TheoryOfChunk : TheoryOfRank {
 // before it in kAxes, takes no time; and the parts of one in which nothing that is sent does.
 struct Prediction {
   double seconds = 0, computing = 0, bubble = 0, optimizer = 0;
-  std::valarray<double> waiting = std::valarray<double>(kAxes.size());
+  std::array<double, kAxes.size()> waiting{};
 };
 // The times of pipelines are kept: the next prediction with so many stages is faster.
 class Predictor {
@@ -45,8 +45,9 @@ class Predictor {
   // The same without `waiting`, where what is sent over the first `free` of kAxes takes no time.
   // Where it takes longer than the limit for certain, its pipeline is not run: a bound.
   Prediction step(const Job& job, double limit = INFINITY, size_t free = 0);
-  // of a micro-batch in the middle of a step: seconds of its forward, backward (or input gradients,
-  // where it is split) and weight gradients; bytes kept from its forward and input gradients on
+  // of a chunk of one block and a micro-batch in the middle of a step: seconds of its forward,
+  // backward (or input gradients, where it is split) and weight gradients; bytes kept from its
+  // forward and input gradients on
   std::valarray<double> chunk_costs(const Job& job, const ChunkKind& chunk, bool splits_backward);
   // of each stage
   std::vector<std::vector<ChunkKind>> chunks_of(const Schedule& outline) const;
