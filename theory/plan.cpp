@@ -146,7 +146,7 @@ class Search : Predictor {
   // of a chunk (predict.h): that of one with one block, and a block's for each more
   std::valarray<double> cost_of(const Job& job, const ChunkKind& c, bool splits) {
     auto& of_one = costs[{splits, c.embedding, c.head}];
-    if (of_one.size() == 0) of_one = chunk_costs(job, {1, c.embedding, c.head}, splits);
+    if (of_one.size() == 0) of_one = chunk_costs(job, {1, c.embedding, c.head});
     if (c.blocks == 1) return of_one;
     return of_one + double(c.blocks - 1) * cost_of(job, {1, false, false}, splits);
   }

@@ -22,12 +22,8 @@ class RankWork : public TheoryOfChunk {
  public:
   // Of a model of one block, which is used as often as the chunk has blocks. What is sent over the
   // first `free` of kAxes takes no time.
-  RankWork(const Cluster& cluster, const Job& job, const ChunkKind& chunk, bool splits_backward,
-           size_t free)
-      : TheoryOfChunk(job, {1, chunk.embedding, chunk.head}),
-        cluster(cluster),
-        splits(splits_backward),
-        free(free) {
+  RankWork(const Cluster& cluster, const Job& job, const ChunkKind& chunk, size_t free)
+      : TheoryOfChunk(job, {1, chunk.embedding, chunk.head}), cluster(cluster), free(free) {
     for (const ModelPart& part : pieces[0])
       add_uses(part, part.kind == ModelPart::block ? chunk.blocks : 1);
   }
@@ -63,14 +59,13 @@ class RankWork : public TheoryOfChunk {
     int uses = 0, done = 0;
   };
   struct Use {
-    ModelPart::Kind kind;
-    Backward backward;
+    const ModelPart* part;
     std::vector<Unit*> units = {};
     double put_off = 0;  // seconds of weight gradients
   };
   void add_uses(const ModelPart& part, int64_t number_of) {
     const size_t first = uses.size();
-    uses.resize(first + number_of, Use{part.kind, part.backward});
+    uses.resize(first + number_of, Use{&part});
     for (const auto& [number, params] : units_of(part.params)) {
       const int64_t padded = padded_unit(params, fsdp.size);
       const double sent = profile.gradient_bytes > 0 ? profile.gradient_bytes : g;
@@ -213,17 +208,14 @@ class RankWork : public TheoryOfChunk {
   }
 
   // ---- FSDP around them: the names are those of fsdp.cpp
-  void start_unshard(Unit& u) {
-    if (u.gathered) return;
-    u.gathered = true;
-    u.arrived = send(over_fsdp, Collective::all_gather, u.whole);
-  }
   void unshard(int use, int direction) {
     for (int k = 0; k <= options.fsdp.prefetch; k++) {
       const int next = use + k * direction;
       if (next < 0 || next >= int(uses.size())) break;
-      if (direction < 0 && uses[next].backward != Backward::unshards) continue;
-      for (Unit* u : uses[next].units) start_unshard(*u);
+      if (direction < 0 && uses[next].part->backward != Backward::unshards) continue;
+      for (Unit* u : uses[next].units)
+        if (!std::exchange(u->gathered, true))
+          u->arrived = send(over_fsdp, Collective::all_gather, u->whole);
     }
     for (Unit* u : uses[use].units) wait_for(u->arrived);
   }
@@ -233,12 +225,12 @@ class RankWork : public TheoryOfChunk {
   }
   void forward(int use) {
     unshard(use, +1);
-    part_forward(uses[use].kind);
-    if (uses[use].backward != Backward::keeps) reshard(use);
+    part_forward(uses[use].part->kind);
+    if (uses[use].part->backward != Backward::keeps) reshard(use);
   }
   void backward(int use) {
-    if (uses[use].backward != Backward::nothing) unshard(use, -1);
-    part_backward(uses[use].kind);
+    if (uses[use].part->backward != Backward::nothing) unshard(use, -1);
+    part_backward(uses[use].part->kind);
     uses[use].put_off = std::exchange(put_off, 0);
     if (!splits) reduce_gradients(use);
     reshard(use);
@@ -281,12 +273,12 @@ class RankWork : public TheoryOfChunk {
 
   const Cluster& cluster;
   const Profile& profile = cluster.profile;
-  bool splits, is_last = false;
-  size_t free;
+  const size_t free;
+  const bool splits = schedule.row->splits_backward;
+  bool is_last = false;
   Link over_tp = link("tp", tp.size, 1), over_cp = link("cp", cp.size, tp.size),
        over_fsdp = link("fsdp", fsdp.size, tp.size);
-  const int64_t of_copy = fsdp.size * tp.size;  // ranks
-  Link over_copies = link("replicate", mesh["replicate"].size, of_copy);
+  Link over_copies = link("replicate", mesh["replicate"].size, fsdp.size* tp.size);
   double C = config.width, D = C / config.heads, F = gpt.tp.part(config.hidden()).size(),
          V = gpt.tp.padded_part(config.vocab), kv = gpt.tp.part(config.kv()).size(),
          heads = kv * (config.heads / config.kv()), channels = heads * D, kv_channels = kv * D;
@@ -316,9 +308,8 @@ TheoryOfChunk::TheoryOfChunk(const Job& job, const ChunkKind& chunk)
   pieces = {gpt.parts().subspan(!chunk.embedding, chunk.blocks + chunk.embedding + chunk.head)};
 }
 
-std::valarray<double> Predictor::chunk_costs(const Job& job, const ChunkKind& chunk,
-                                             bool splits_backward) {
-  RankWork work(cluster, job, chunk, splits_backward, 0);
+std::valarray<double> Predictor::chunk_costs(const Job& job, const ChunkKind& chunk) {
+  RankWork work(cluster, job, chunk, 0);
   const ChunkTimes times = work.run(3);
   const double* middle = times.of[kMiddle];
   const Kept kept = work.kept_of(work.pieces[0]);
@@ -361,9 +352,7 @@ Prediction Predictor::step(const Job& job, double limit, size_t free) {
   for (const auto& stage : kinds) {
     double busy = 0, ending = 0, optimizer = 0;
     for (const ChunkKind& kind : stage) {
-      if (!times.count(kind))
-        times[kind] =
-            RankWork(cluster, job, kind, s.row->splits_backward, free).run(s.microbatches);
+      if (!times.count(kind)) times[kind] = RankWork(cluster, job, kind, free).run(s.microbatches);
       const ChunkTimes& t = times[kind];
       optimizer += t.optimizer;
       ending += t.tail;
