@@ -49,7 +49,7 @@ class Search : Predictor {
     const int64_t ranks = cluster.nodes * cluster.devices;
     Job job = wanted;
     job.layout = {};
-    job.fsdp = {1, true, 0};
+    job.fsdp.zero = 1;
     for (const int64_t tp : sizes("tp", ranks, std::min(wanted.kv(), wanted.vocab)))
       for (const int64_t cp : sizes("cp", ranks / tp, std::max<int64_t>(wanted.context / 2, 1)))
         for (const int64_t b : those(divisors(wanted.batch), wanted.microbatch))
@@ -126,10 +126,9 @@ class Search : Predictor {
       job.layout["replicate"] = data / fsdp;
       if (those({data / fsdp}, wanted.layout["replicate"]).empty()) continue;
       const bool shards = fsdp * job.layout["cp"] > 1;
-      const int prefetch = data * job.layout["cp"] > 1 ? wanted.fsdp.prefetch : 0;
       for (const int zero : shards ? those({1, 2, 3}, wanted.fsdp.zero) : std::vector{1})
         for (const bool reshard : zero < 3 ? std::vector{true} : wanted.reshard) {
-          job.fsdp = {zero, reshard, prefetch};
+          job.fsdp = {zero, reshard, wanted.fsdp.prefetch};
           Planned p{job, {bound}};
           for (const auto& [kind, kept] : activations)
             p.memory = std::max(p.memory, kept + held(job, kind, splits));

@@ -237,9 +237,9 @@ class RankWork : public TheoryOfChunk {
   }
   // over its shards, and in the last micro-batch over copies
   double sum_of(const Unit& u) {
-    const double sum = send(over_fsdp, Collective::reduce_scatter, u.whole_gradient);
-    if (!is_last) return sum;
-    return std::max(sum, send(over_copies, Collective::all_reduce, u.whole_gradient / fsdp.size));
+    send(over_fsdp, Collective::reduce_scatter, u.whole_gradient);
+    if (is_last) send(over_copies, Collective::all_reduce, u.whole_gradient / fsdp.size);
+    return communicated;
   }
   void reduce_gradients(int use) {
     compute(uses[use].put_off);
@@ -262,8 +262,7 @@ class RankWork : public TheoryOfChunk {
   void end_step() {
     while (!in_flight.empty()) finish_reduce();
     if (profile.overlaps) return;
-    for (const auto& [key, unit] : units) sum_of(unit);
-    wait_for(communicated);
+    for (const auto& [key, unit] : units) wait_for(sum_of(unit));
   }
 
   // of the ranks of an axis, or of two
@@ -277,8 +276,8 @@ class RankWork : public TheoryOfChunk {
   const bool splits = schedule.row->splits_backward;
   bool is_last = false;
   Link over_tp = link("tp", tp.size, 1), over_cp = link("cp", cp.size, tp.size),
-       over_fsdp = link("fsdp", fsdp.size, tp.size);
-  Link over_copies = link("replicate", mesh["replicate"].size, fsdp.size* tp.size);
+       over_fsdp = link("fsdp", fsdp.size, tp.size),
+       over_copies = link("replicate", mesh["replicate"].size, int64_t(fsdp.size) * tp.size);
   double C = config.width, D = C / config.heads, F = gpt.tp.part(config.hidden()).size(),
          V = gpt.tp.padded_part(config.vocab), kv = gpt.tp.part(config.kv()).size(),
          heads = kv * (config.heads / config.kv()), channels = heads * D, kv_channels = kv * D;
@@ -347,7 +346,7 @@ Prediction Predictor::step(const Job& job, double limit, size_t free) {
   Prediction result;
   // the busiest stage, and a bound: a stage begins behind the first forward of those before it,
   // which end behind its last backward; where that is split, its last weight gradients may wait
-  const double count[] = {1, std::max(0.0, s.microbatches - 2.0), s.microbatches > 1 ? 1.0 : 0};
+  const double count[] = {1, std::max(0.0, s.microbatches - 2.0), 1};  // the last may be the first
   double busiest = 0, bound = 0, before = 0, tail = 0;
   for (const auto& stage : kinds) {
     double busy = 0, ending = 0, optimizer = 0;
