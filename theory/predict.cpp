@@ -45,15 +45,15 @@ class RankWork : public TheoryOfChunk {
     times.tail = end_phase();
     double elements = 0;
     for (const auto& [key, unit] : units) elements += unit.elements;
-    times.optimizer = move_seconds(cluster, elements * profile.optimizer_bytes, 4 * units.size());
+    times.optimizer =
+        move_seconds(cluster, elements / fsdp.size * profile.optimizer_bytes, 4 * units.size());
     times.sent = activation;
     return times;
   }
 
  private:
   struct Unit {
-    double elements = 0;                   // of this rank's shard
-    double whole = 0, whole_gradient = 0;  // bytes
+    double elements = 0;
     bool gathered = false;
     double arrived = 0, reduced = 0;  // when
     int uses = 0, done = 0;
@@ -68,12 +68,9 @@ class RankWork : public TheoryOfChunk {
     uses.resize(first + number_of, Use{&part});
     for (const auto& [number, params] : units_of(part.params)) {
       const int64_t padded = padded_unit(params, fsdp.size);
-      const double sent = profile.gradient_bytes > 0 ? profile.gradient_bytes : g;
       for (int64_t i = 0; i < number_of; i++) {
         Unit& u = units[number + i];
-        u.elements = padded / fsdp.size;
-        u.whole = padded * e;
-        u.whole_gradient = padded * sent;
+        u.elements = padded;
         u.uses++;
         uses[first + i].units.push_back(&u);
       }
@@ -215,7 +212,7 @@ class RankWork : public TheoryOfChunk {
       if (direction < 0 && uses[next].part->backward != Backward::unshards) continue;
       for (Unit* u : uses[next].units)
         if (!std::exchange(u->gathered, true))
-          u->arrived = send(over_fsdp, Collective::all_gather, u->whole);
+          u->arrived = send(over_fsdp, Collective::all_gather, u->elements * e);
     }
     for (Unit* u : uses[use].units) wait_for(u->arrived);
   }
@@ -237,8 +234,9 @@ class RankWork : public TheoryOfChunk {
   }
   // over its shards, and in the last micro-batch over copies
   double sum_of(const Unit& u) {
-    send(over_fsdp, Collective::reduce_scatter, u.whole_gradient);
-    if (is_last) send(over_copies, Collective::all_reduce, u.whole_gradient / fsdp.size);
+    const double bytes = u.elements * (profile.gradient_bytes > 0 ? profile.gradient_bytes : g);
+    send(over_fsdp, Collective::reduce_scatter, bytes);
+    if (is_last) send(over_copies, Collective::all_reduce, bytes / fsdp.size);
     return communicated;
   }
   void reduce_gradients(int use) {
@@ -257,7 +255,7 @@ class RankWork : public TheoryOfChunk {
     const Unit& u = *in_flight.front();
     in_flight.pop_front();
     wait_for(u.reduced);
-    compute(shards_gradients ? move_seconds(cluster, 3 * u.elements * g, 1) : 0);
+    compute(shards_gradients ? move_seconds(cluster, 3 * u.elements / fsdp.size * g, 1) : 0);
   }
   void end_step() {
     while (!in_flight.empty()) finish_reduce();
