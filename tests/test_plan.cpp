@@ -361,6 +361,19 @@ TEST(the_search_finds_what_trying_all_finds) {
   measured("predicted ", predicted, " of ", tried, " that fit");
 }
 
+TEST(a_bound_is_below_the_step) {
+  const GptConfig config{{16, 256, 4, 128, 256}, Dtype::f32};
+  Predictor predictor({read_machine("h100"), profile_named("threefold"), 1, 8}, config);
+  for (const std::string& name : schedule_names())
+    for (const int64_t batch : {8, 16, 64}) {
+      Job job{config, {}, {{"pp", 8}}};
+      job.batch = batch;
+      job.microbatch = 1;
+      job.schedule = name;
+      CHECK_LE(predictor.step(job, 0).seconds, predictor.step(job).seconds, name);
+    }
+}
+
 TEST(large_clusters_are_planned) {
   GptConfig config{{126, 16384, 128, 8192, 128256, 8, 79872}, Dtype::bf16};
   Cluster cluster{read_machine("h100"), profile_named("threefold"), 2048, 8};
