@@ -314,7 +314,7 @@ void show(PlanOptions& o) {
       const double percent = 100 / p.seconds;
       printf("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  %s\n", p.seconds, tokens,
              100 * mfu, gib(p.memory), percent * p.computing, percent * p.bubble,
-             percent * p.waiting.sum(), words_of(p).c_str());
+             100 - percent * (p.computing + p.bubble + p.optimizer), words_of(p).c_str());
     }
   }
   if (found.fitting == 0) check_fits(cluster, found.smallest->memory);

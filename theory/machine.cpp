@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <numeric>
-#include <regex>
 #include <set>
 #include <sstream>
 #include <thread>
@@ -22,9 +21,9 @@
 // 234.) An RTX 4090 is taken to sustain the same share of its best product, 0.825; an H100 has the
 // products of a moment, with which steps of seconds are predicted well, and hours perhaps too fast.
 static const struct {
-  const char *name, *text;
+  const char *name, *card, *text;  // card: in its driver's name
 } kMachines[] = {
-    {"a100-80g", R"(
+    {"a100-80g", "A100-", R"(
 peak 312            : NVIDIA, A100 80GB data sheet
 f32 19.5            : NVIDIA, A100 80GB data sheet
 product 128 96.8    : fitted on Narayanan et al. 2021, table 1, last row
@@ -36,7 +35,7 @@ launch 4            : between two kernels of one stream, as profilers show it
 inside 232.5 1.65   : all_reduce_perf on 8 A100, NVIDIA/nccl-tests issue 175
 between 24 3.5      : one HDR card, NVIDIA/nccl issues 412 and 1048
 )"},
-    {"h100", R"(
+    {"h100", "H100 80GB", R"(
 peak 989            : NVIDIA, H100 SXM data sheet
 f32 66.9            : NVIDIA, H100 SXM data sheet
 product 64 127      : measured, one H100 80GB HBM3, plan --machine this
@@ -51,7 +50,7 @@ launch 4            : as A100; copies of 32 bytes take 4.7
 inside 360 1.65     : 80 % of the data sheet's 450 each way, as A100's share of 300
 between 47 3.5      : one NDR card, NVIDIA/nccl-tests issue 290: 46 to 48
 )"},
-    {"h200", R"(
+    {"h200", "H200", R"(
 peak 989            : NVIDIA, H200 SXM data sheet
 f32 66.9            : NVIDIA, H200 SXM data sheet
 product 64 127      : as H100
@@ -66,7 +65,7 @@ launch 4            : as A100
 inside 360 1.65     : as H100
 between 47 3.5      : as H100
 )"},
-    {"rtx4090", R"(
+    {"rtx4090", "RTX 4090", R"(
 peak 165.2          : NVIDIA, Ada architecture paper, bf16 with sums in f32
 f32 82.6            : NVIDIA, Ada architecture paper
 product 128 54      : 0.825 of the peak, and as A100 by inner
@@ -83,7 +82,7 @@ between 1.2 10      : 10 Gbit/s Ethernet
 std::vector<std::string> machine_names() { return names_of(kMachines); }
 
 Machine read_machine(const std::string& name) {
-  for (const auto& [known, text] : kMachines)
+  for (const auto& [known, card, text] : kMachines)
     if (name == known) return parse_machine(name, text);
   REQUIRE(is_there(name), "there is no machine and no file '", name, "': choose one of ",
           join(machine_names(), ", "), ", this, or give a file of such facts (theory/machine.h)");
@@ -180,11 +179,8 @@ static double seconds_of_product(Dtype dtype, int64_t rows, int64_t columns, int
 }
 
 std::string links_of(const std::string& gpu) {
-  for (const std::string& name : machine_names()) {
-    // an A1000 is no A100
-    const std::regex same(name.substr(0, name.find('-')) + "(?!\\d)(?!.*pcie)", std::regex::icase);
-    if (std::regex_search(gpu, same)) return name;
-  }
+  for (const auto& [name, card, text] : kMachines)
+    if (gpu.find(card) != gpu.npos) return name;
   return "rtx4090";  // through host memory, as most cards
 }
 
@@ -285,13 +281,13 @@ const Profile& profile_named(const std::string& name) {
 // FLOP/s by the inner dim: between two that were measured, and below them, the time is a line.
 static double rate_at(const Machine& m, double k) {
   const auto& p = m.products;
+  if (k >= p.back().first) return p.back().second;
   size_t high = 1;
-  while (high + 1 < p.size() && p[high].first < k) high++;
+  while (p[high].first < k) high++;
   const auto [low_k, low_rate] = p[high - 1];
   const auto [high_k, high_rate] = p[high];
-  if (k >= high_k) return high_rate;
-  const double low = low_k / low_rate, up = high_k / high_rate,
-               time = low + (up - low) * (k - low_k) / (high_k - low_k);
+  const double low = low_k / low_rate,
+               time = std::lerp(low, high_k / high_rate, (k - low_k) / (high_k - low_k));
   return k / std::max(time, std::min(k, low_k) / low_rate);
 }
 
@@ -322,22 +318,16 @@ Link link_of(const Cluster& c, int64_t n, int64_t stride) {
   const int64_t nodes = std::min(n, c.spread ? c.nodes / std::gcd(stride, c.nodes)
                                              : ceil_div(n * stride, c.devices)),
                 here = std::clamp<int64_t>(n / nodes, 1, n);
-  if (nodes == 1) return {in.bandwidth, in.latency, c.profile.direct};
+  if (nodes == 1) return {in.bandwidth, in.latency, n, 1, c.profile.direct};
   const double cards = c.profile.direct ? (n - 1.0) / std::max<int64_t>(n - here, 1) : here;
-  return {std::min(in.bandwidth, cards * out.bandwidth), out.latency, c.profile.direct,
-          double(nodes)};
+  return {std::min(in.bandwidth, cards * out.bandwidth), out.latency, n, nodes, c.profile.direct};
 }
 
-double Link::latency_of(int n, Collective collective) const {
-  if (direct) return latency;
-  const bool is_ring =
-      collective == Collective::all_gather || collective == Collective::reduce_scatter;
-  return latency * std::max(std::log2(n), is_ring ? nodes - 1 : 0);
-}
-
-double collective_seconds(const Link& link, int n, Collective collective, double bytes) {
-  if (n == 1) return 0;
-  const double part = double(parts_sent(collective, n)) / n;  // of the buffer
-  const double rounds = collective == Collective::all_reduce ? 2 : 1;
-  return rounds * link.latency_of(n, collective) + bytes * part / link.bandwidth;
+double Link::seconds(Collective c, double bytes) const {
+  if (ranks == 1) return 0;
+  const bool is_ring = c == Collective::all_gather || c == Collective::reduce_scatter,
+             is_one = direct || c == Collective::send;
+  const double rounds = c == Collective::all_reduce ? 2 : 1,
+               waits = is_one ? 1 : std::max(std::log2(ranks), is_ring ? nodes - 1.0 : 0);
+  return rounds * waits * latency + bytes * parts_sent(c, ranks) / ranks / bandwidth;
 }

@@ -35,12 +35,14 @@
 
 #include "comm.h"
 
+// Between the ranks of a group.
 struct Link {
   double bandwidth = 0, latency = 0;  // bytes/s that a device sends; seconds
+  int64_t ranks = 1, nodes = 1;       // that they are on
   bool direct = false;                // Profile's
-  double nodes = 1;                   // that its ranks are on
-  // of a round among n ranks
-  double latency_of(int n, Collective collective) const;
+  // of a collective on a buffer of so many bytes: the ledger's bytes, in one round or, of an
+  // all-reduce, in two
+  double seconds(Collective collective, double bytes) const;
 };
 struct Machine {
   std::string name;
@@ -109,6 +111,3 @@ double move_seconds(const Machine& machine, double bytes, double kernels);
 // node send over as many of its network cards at the same time; where each rank sends to every
 // other directly, only what is for other nodes goes over a card.
 Link link_of(const Cluster& cluster, int64_t n, int64_t stride);
-// of a collective on a buffer of so many bytes: the ledger's bytes over the link, in one round or,
-// of an all-reduce, in two
-double collective_seconds(const Link& link, int n, Collective collective, double bytes);

@@ -49,7 +49,7 @@ class Search : Predictor {
     const int64_t ranks = cluster.nodes * cluster.devices;
     Job job = wanted;
     job.layout = {};
-    job.fsdp = {1, true, 0};
+    job.fsdp.zero = 1;
     for (const int64_t tp : sizes("tp", ranks, std::min(wanted.kv(), wanted.vocab)))
       for (const int64_t cp : sizes("cp", ranks / tp, std::max<int64_t>(wanted.context / 2, 1)))
         for (const int64_t b : those(divisors(wanted.batch), wanted.microbatch))
@@ -85,9 +85,8 @@ class Search : Predictor {
       const ScheduleRow& row = schedule_row(name);
       if (m % row.divisor(pp)) continue;
       const int asked = pp > 1 ? wanted.chunks : 0;
-      std::vector<int> chunks{asked};
-      if (row.place != Place::ring) chunks = those({row.chunks()}, asked);
-      else if (!asked) chunks = {2, 3, 4};
+      std::vector<int> chunks = those({row.chunks()}, asked);
+      if (row.place == Place::ring) chunks = asked ? std::vector{asked} : std::vector{2, 3, 4};
       for (const int V : chunks) {
         if (pp * V > wanted.layers || pp * V * int64_t(m) > kMostForwards) continue;
         job.schedule = name;
@@ -119,7 +118,7 @@ class Search : Predictor {
       most = std::max(most, peak(s, stage, bytes));
       bound = std::max(bound, before + s.microbatches * busy);
       const auto first = cost_of(job, chunks[stage][0], splits);
-      before += first[0] + first[1];
+      before += first[0] + (splits ? 0 : first[1]);
     }
     bound /= cluster.sharing;
     for (const int64_t fsdp : sizes("fsdp", data, data)) {
@@ -127,68 +126,39 @@ class Search : Predictor {
       job.layout["replicate"] = data / fsdp;
       if (those({data / fsdp}, wanted.layout["replicate"]).empty()) continue;
       const bool shards = fsdp * job.layout["cp"] > 1;
-      const int prefetch = data * job.layout["cp"] > 1 ? wanted.fsdp.prefetch : 0;
       for (const int zero : shards ? those({1, 2, 3}, wanted.fsdp.zero) : std::vector{1})
         for (const bool reshard : zero < 3 ? std::vector{true} : wanted.reshard) {
-          job.fsdp = {zero, reshard, prefetch};
+          job.fsdp = {zero, reshard, wanted.fsdp.prefetch};
           Planned p{job, {bound}};
-          for (const auto& [kind, kept] : activations) {
-            const Held& h = held(job, kind, splits);
-            p.memory = std::max(p.memory, kept + h.bytes);
-            p.seconds = std::max(p.seconds, h.sending + s.microbatches * h.sending_each);
-          }
+          for (const auto& [kind, kept] : activations)
+            p.memory = std::max(p.memory, kept + held(job, kind, splits));
           result.layouts++;
           const bool fits = p.memory <= cluster.memory;
           result.fitting += fits;
-          if (fits) keep(p);
+          if (fits) candidates.push_back(p);
           else if (!result.smallest || p.memory < result.smallest->memory) result.smallest = p;
         }
     }
   }
 
   // ---- what theory says, asked once for each kind
-  // of a chunk (predict.h): a block's for each of its blocks, and what embedding and head add
+  // of a chunk (predict.h): that of one with one block, and a block's for each more
   std::valarray<double> cost_of(const Job& job, const ChunkKind& c, bool splits) {
-    auto& [block, embedding, head] = costs[splits];
-    if (block.size() == 0) {
-      block = chunk_costs(job, {1, false, false}, splits);
-      embedding = chunk_costs(job, {1, true, false}, splits) - block;
-      head = chunk_costs(job, {1, false, true}, splits) - block;
-    }
-    return double(c.blocks) * block + double(c.embedding) * embedding + double(c.head) * head;
+    auto& of_one = costs[{splits, c.embedding, c.head}];
+    if (of_one.size() == 0) of_one = chunk_costs(job, {1, c.embedding, c.head});
+    if (c.blocks == 1) return of_one;
+    return of_one + double(c.blocks - 1) * cost_of(job, {1, false, false}, splits);
   }
-  // between steps, and of whole units; and how long they are sent, once and in each micro-batch
-  struct Held {
-    int64_t bytes;
-    double sending, sending_each;
-  };
-  const Held& held(const Job& job, const ChunkKind& kind, bool splits) {
-    const FsdpOptions& o = job.fsdp;
-    const int64_t tp = job.layout["tp"];
-    const auto [of, is_new] =
-        held_.try_emplace({tp, job.layout["fsdp"] * job.layout["cp"], job.layout["replicate"],
-                           o.zero, o.reshard, splits, kind});
-    Held& h = of->second;
-    if (!is_new) return h;
+  // bytes between steps, and of whole units
+  int64_t held(const Job& job, const ChunkKind& kind, bool splits) {
+    const auto& [zero, reshard, prefetch] = job.fsdp;
+    int64_t& bytes = held_[{job.layout["tp"], job.layout["fsdp"] * job.layout["cp"], zero, reshard,
+                            splits, kind}];
+    if (bytes > 0) return bytes;
     TheoryOfChunk t(job, kind);
-    double sending[2] = {};  // without a micro-batch, and with one
-    for (const int m : {0, 1}) {
-      t.m = m;
-      t.sum = {};
-      t.add_fsdp();
-      for (const auto& [key, row] : t.sum.step.rows) {
-        const auto& [axis, collective, purpose] = key;
-        const Link link = link_of(cluster, row.n, axis == "replicate" ? tp * t.fsdp.size : tp);
-        const double of_gradients = cluster.profile.gradient_bytes,  // on the wire
-            share =
-                of_gradients > 0 && collective != Collective::all_gather ? of_gradients / t.g : 1;
-        sending[m] += row.calls * link.latency_of(row.n, collective) +
-                      share * double(row.numerator) / row.n / link.bandwidth;
-      }
-    }
-    h = {t.sum.gather_bound, sending[0], sending[1] - sending[0]};
-    for (const int64_t bytes : t.sum.persistent) h.bytes += bytes;
-    return h;
+    t.add_fsdp();
+    return bytes =
+               std::reduce(t.sum.persistent.begin(), t.sum.persistent.end(), t.sum.gather_bound);
   }
   // the most that is live at once on a stage
   int64_t peak(Schedule s, int stage, const std::vector<Kept>& bytes) {
@@ -204,34 +174,27 @@ class Search : Predictor {
     return peak_live(few, stage, bytes);
   }
 
-  // ---- from the lowest bound on
-  // those of the lowest bounds: far more than are predicted
-  void keep(const Planned& p) {
-    constexpr size_t kMost = 200'000;
-    candidates.push_back(p);
-    if (candidates.size() < kMost) return;
-    std::ranges::nth_element(candidates, candidates.begin() + kMost / 2, {}, &Planned::seconds);
-    candidates.resize(kMost / 2);
-  }
+  // from the lowest bound on
   Plan fastest(int64_t top) {
     std::ranges::stable_sort(candidates, {}, &Planned::seconds);
     auto& best = result.fastest;
     for (Planned& p : candidates) {
       const double limit = int64_t(best.size()) < top ? INFINITY : best.back().seconds;
       if (limit <= p.seconds) break;
-      static_cast<Prediction&>(p) = predict(p, limit);
+      p.seconds = step(p, limit).seconds;
       result.predicted++;
       best.insert(std::ranges::upper_bound(best, p.seconds, {}, &Planned::seconds), p);
       if (int64_t(best.size()) > top) best.pop_back();
     }
+    for (Planned& p : best) static_cast<Prediction&>(p) = predict(p);
     return result;
   }
 
   const Wanted& wanted;
   std::vector<Planned> candidates;
   Plan result;
-  std::map<bool, std::array<std::valarray<double>, 3>> costs;  // of whole backwards, of split ones
-  std::map<std::tuple<int64_t, int64_t, int64_t, int, bool, bool, ChunkKind>, Held> held_;
+  std::map<std::array<bool, 3>, std::valarray<double>> costs;  // splits, embedding, head
+  std::map<std::tuple<int64_t, int64_t, int, bool, bool, ChunkKind>, int64_t> held_;
   std::map<std::tuple<const char*, int, int, int>, Schedule> schedules_;
 };
 

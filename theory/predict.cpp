@@ -11,107 +11,91 @@ enum { kFirst, kMiddle, kLast };  // micro-batches of a step
 int which(int microbatch, int of) {
   return microbatch == 0 ? kFirst : microbatch == of - 1 ? kLast : kMiddle;
 }
-struct Phase {
-  double seconds = 0;
-  ByAxis waiting = ByAxis(kAxes.size());
-};
 struct ChunkTimes {
-  Phase of[3][4];        // which micro-batch, Action::Kind
-  Phase tail;            // of the step, behind the last backward
+  double of[3][4] = {};  // which micro-batch, Action::Kind
+  double tail = 0;       // of the step, behind the last backward
   double optimizer = 0;  // then
   double sent = 0;       // bytes of an activation
-  Kept kept;             // of a micro-batch
 };
 
-class RankWork : TheoryOfChunk {
+class RankWork : public TheoryOfChunk {
  public:
-  RankWork(const Cluster& cluster, const Job& job, const ChunkKind& chunk, bool splits_backward)
-      : TheoryOfChunk(job, chunk), cluster(cluster), splits(splits_backward) {
-    for (const ModelPart& part : pieces[0]) add_use(part);
+  // Of a model of one block, which is used as often as the chunk has blocks. What is sent over the
+  // first `free` of kAxes takes no time.
+  RankWork(const Cluster& cluster, const Job& job, const ChunkKind& chunk, size_t free)
+      : TheoryOfChunk(job, {1, chunk.embedding, chunk.head}), cluster(cluster), free(free) {
+    for (const ModelPart& part : pieces[0])
+      add_uses(part, part.kind == ModelPart::block ? chunk.blocks : 1);
   }
 
   ChunkTimes run(int microbatches) {
     ChunkTimes times;
     const int n = std::min(microbatches, 3);
     for (int i = 0; i < n; i++) {
-      Phase* phases = times.of[which(i, n)];
+      double* phases = times.of[which(i, n)];
       is_last = i == n - 1;
       for (size_t u = 0; u < uses.size(); u++) forward(u);
-      end_phase(phases[Action::forward]);
+      phases[Action::forward] = end_phase();
       for (size_t u = uses.size(); u-- > 0;) backward(u);
-      end_phase(phases[splits ? Action::input_gradient : Action::backward]);
-      for (; !deferred.empty(); deferred.pop_front()) deferred.front()();
-      end_phase(phases[Action::weight_gradient]);
+      phases[splits ? Action::input_gradient : Action::backward] = end_phase();
+      for (size_t u = uses.size(); splits && u-- > 0;) reduce_gradients(u);
+      phases[Action::weight_gradient] = end_phase();
     }
     end_step();
-    end_phase(times.tail);
+    times.tail = end_phase();
     double elements = 0;
     for (const auto& [key, unit] : units) elements += unit.elements;
-    times.optimizer = move_seconds(cluster, elements * profile.optimizer_bytes, 4 * units.size());
+    times.optimizer =
+        move_seconds(cluster, elements / fsdp.size * profile.optimizer_bytes, 4 * units.size());
     times.sent = activation;
-    times.kept = kept_of(pieces[0]);
     return times;
   }
 
  private:
-  // The ranks of an axis, or of two, as this one reaches them.
-  struct Group {
-    size_t axis;
-    Link link;
-    int n;
-  };
-  struct Sent {  // when it arrives, and over which axis
-    double end = 0;
-    size_t axis = 0;
-    auto operator<=>(const Sent&) const = default;
-  };
   struct Unit {
-    double elements = 0;                   // of this rank's shard
-    double whole = 0, whole_gradient = 0;  // bytes
+    double elements = 0;
     bool gathered = false;
-    Sent arrived, reduced;
+    double arrived = 0, reduced = 0;  // when
     int uses = 0, done = 0;
   };
   struct Use {
-    ModelPart::Kind kind;
-    Backward backward;
-    std::vector<Unit*> units;
+    const ModelPart* part;
+    std::vector<Unit*> units = {};
+    double put_off = 0;  // seconds of weight gradients
   };
-  void add_use(const ModelPart& part) {
-    Use use{part.kind, part.backward, {}};
+  void add_uses(const ModelPart& part, int64_t number_of) {
+    const size_t first = uses.size();
+    uses.resize(first + number_of, Use{&part});
     for (const auto& [number, params] : units_of(part.params)) {
-      Unit& u = units[number];
       const int64_t padded = padded_unit(params, fsdp.size);
-      const double sent = profile.gradient_bytes > 0 ? profile.gradient_bytes : g;
-      u.elements = padded / fsdp.size;
-      u.whole = padded * e;
-      u.whole_gradient = padded * sent;
-      u.uses++;
-      use.units.push_back(&u);
+      for (int64_t i = 0; i < number_of; i++) {
+        Unit& u = units[number + i];
+        u.elements = padded;
+        u.uses++;
+        uses[first + i].units.push_back(&u);
+      }
     }
-    uses.push_back(use);
   }
 
-  // ---- issuing to the two queues
-  Sent send(const Group& to, Collective c, double bytes) {
-    if (to.n == 1) return {};
-    const double seconds = collective_seconds(to.link, to.n, c, bytes);
+  // ---- issuing to the two queues: when it ends
+  double send(const Link& over, Collective c, double bytes) {
+    if (over.ranks == 1) return 0;
+    const double seconds = over.seconds(c, bytes);
     beside += seconds;
-    return last = {issue.communicate(seconds), to.axis};
+    return communicated = std::max(communicated, computed) + seconds;
   }
-  void wait_for(const Sent& sent) { awaited = std::max(awaited, sent); }  // the next computation
+  void wait_for(double sent) { awaited = std::max(awaited, sent); }  // the next computation
   void compute(double seconds) {
-    const double waited = issue.compute(seconds, awaited.end);
-    waiting[awaited.axis] += waited;
-    beside -= waited;
+    const double begins = std::max(awaited, computed);
+    beside -= begins - computed;
+    computed = begins + seconds;
   }
-  void end_phase(Phase& phase) {
+  double end_phase() {
     compute(0);
-    const double took = issue.computed() - began;
-    phase = {took + (1 - cluster.overlap) * std::max(0.0, beside), waiting};
-    began = issue.computed();
+    const double took = computed - began + (1 - cluster.overlap) * std::max(0.0, beside);
+    began = computed;
     beside = 0;
-    waiting = 0;
+    return took;
   }
   double product(double m, double n, double k, double batch = 1) const {
     return product_seconds(cluster, m, n, k, batch, e);
@@ -120,15 +104,15 @@ class RankWork : TheoryOfChunk {
     return move_seconds(cluster, numbers * e, kernels);
   }
   void weight(double seconds) {
-    if (splits) deferred.push_back([=, this] { compute(seconds); });
+    if (splits) put_off += seconds;
     else compute(seconds);
   }
   // rows of width C over tp: their sum, or all of them where a rank has a slice
-  Sent tp_send(Collective c) {
+  double tp_send(Collective c) {
     return send(over_tp, c, by_rows ? tp.size * activation : activation);
   }
-  Sent tp_sum() { return tp_send(by_rows ? Collective::reduce_scatter : Collective::all_reduce); }
-  Sent tp_gather() { return by_rows ? tp_send(Collective::all_gather) : Sent{}; }
+  double tp_sum() { return tp_send(by_rows ? Collective::reduce_scatter : Collective::all_reduce); }
+  double tp_gather() { return by_rows ? tp_send(Collective::all_gather) : 0; }
 
   // ---- blocks, head, embedding
   void attention(bool backward) {
@@ -151,7 +135,7 @@ class RankWork : TheoryOfChunk {
     if (!splits_sequence) return compute(computing);
     // while keys and values of the next rank travel, those that are here are attended to
     const double n = cp.size, travels = 2 * R * kv_channels * (backward ? e + g : e) * (n - 1);
-    const Sent arrives = send(over_cp, Collective::send, travels);
+    const double arrives = send(over_cp, Collective::send, travels);
     compute(computing * (n - 1) / n);
     wait_for(arrives);
     compute(computing / n);
@@ -170,10 +154,10 @@ class RankWork : TheoryOfChunk {
   }
   // of a matrix split by its outputs, n of them on this rank
   void column_backward(double n) {
-    const Sent saved = tp_gather();  // of the slice that was
+    const double saved = tp_gather();  // of the slice that was
     compute(product(R, C, n));
     wait_for(saved);
-    const Sent sum = tp_sum();
+    const double sum = tp_sum();
     if (!profile.overlaps || splits) wait_for(sum);
     weight(product(C, n, R));
     wait_for(sum);
@@ -221,17 +205,14 @@ class RankWork : TheoryOfChunk {
   }
 
   // ---- FSDP around them: the names are those of fsdp.cpp
-  void start_unshard(Unit& u) {
-    if (u.gathered) return;
-    u.gathered = true;
-    u.arrived = send(over_fsdp, Collective::all_gather, u.whole);
-  }
   void unshard(int use, int direction) {
     for (int k = 0; k <= options.fsdp.prefetch; k++) {
       const int next = use + k * direction;
       if (next < 0 || next >= int(uses.size())) break;
-      if (direction < 0 && uses[next].backward != Backward::unshards) continue;
-      for (Unit* u : uses[next].units) start_unshard(*u);
+      if (direction < 0 && uses[next].part->backward != Backward::unshards) continue;
+      for (Unit* u : uses[next].units)
+        if (!std::exchange(u->gathered, true))
+          u->arrived = send(over_fsdp, Collective::all_gather, u->elements * e);
     }
     for (Unit* u : uses[use].units) wait_for(u->arrived);
   }
@@ -241,23 +222,25 @@ class RankWork : TheoryOfChunk {
   }
   void forward(int use) {
     unshard(use, +1);
-    part_forward(uses[use].kind);
-    if (uses[use].backward != Backward::keeps) reshard(use);
+    part_forward(uses[use].part->kind);
+    if (uses[use].part->backward != Backward::keeps) reshard(use);
   }
   void backward(int use) {
-    if (uses[use].backward != Backward::nothing) unshard(use, -1);
-    part_backward(uses[use].kind);
-    if (splits) deferred.push_back([=, this] { reduce_gradients(use); });
-    else reduce_gradients(use);
+    if (uses[use].part->backward != Backward::nothing) unshard(use, -1);
+    part_backward(uses[use].part->kind);
+    uses[use].put_off = std::exchange(put_off, 0);
+    if (!splits) reduce_gradients(use);
     reshard(use);
   }
   // over its shards, and in the last micro-batch over copies
-  Sent sum_of(const Unit& u) {
-    const Sent sum = send(over_fsdp, Collective::reduce_scatter, u.whole_gradient);
-    if (!is_last) return sum;
-    return std::max(sum, send(over_copies, Collective::all_reduce, u.whole_gradient / fsdp.size));
+  double sum_of(const Unit& u) {
+    const double bytes = u.elements * (profile.gradient_bytes > 0 ? profile.gradient_bytes : g);
+    send(over_fsdp, Collective::reduce_scatter, bytes);
+    if (is_last) send(over_copies, Collective::all_reduce, bytes / fsdp.size);
+    return communicated;
   }
   void reduce_gradients(int use) {
+    compute(uses[use].put_off);
     for (Unit* u : uses[use].units) {
       if (++u->done < u->uses) continue;
       u->done = 0;
@@ -272,37 +255,36 @@ class RankWork : TheoryOfChunk {
     const Unit& u = *in_flight.front();
     in_flight.pop_front();
     wait_for(u.reduced);
-    compute(shards_gradients ? move_seconds(cluster, 3 * u.elements * g, 1) : 0);
+    compute(shards_gradients ? move_seconds(cluster, 3 * u.elements / fsdp.size * g, 1) : 0);
   }
   void end_step() {
     while (!in_flight.empty()) finish_reduce();
     if (profile.overlaps) return;
-    for (const auto& [key, unit] : units) sum_of(unit);
-    wait_for(last);
+    for (const auto& [key, unit] : units) wait_for(sum_of(unit));
   }
 
-  Group group(AxisName axis, int n, int64_t stride) const {
-    return {axis.index, link_of(cluster, n, stride), n};
+  // of the ranks of an axis, or of two
+  Link link(AxisName axis, int64_t n, int64_t stride) const {
+    return link_of(cluster, axis.index < free ? 1 : n, stride);
   }
 
   const Cluster& cluster;
   const Profile& profile = cluster.profile;
-  bool splits, is_last = false;
-  Group over_tp = group("tp", tp.size, 1), over_fsdp = group("fsdp", fsdp.size, tp.size);
-  const int64_t of_copy = fsdp.size * tp.size;  // ranks
-  Group over_copies = group("replicate", mesh["replicate"].size, of_copy);
-  Group over_cp{AxisName("cp").index, link_of(cluster, cp.size, tp.size), 2};  // two of its ring
+  const size_t free;
+  const bool splits = schedule.row->splits_backward;
+  bool is_last = false;
+  Link over_tp = link("tp", tp.size, 1), over_cp = link("cp", cp.size, tp.size),
+       over_fsdp = link("fsdp", fsdp.size, tp.size),
+       over_copies = link("replicate", mesh["replicate"].size, int64_t(fsdp.size) * tp.size);
   double C = config.width, D = C / config.heads, F = gpt.tp.part(config.hidden()).size(),
          V = gpt.tp.padded_part(config.vocab), kv = gpt.tp.part(config.kv()).size(),
          heads = kv * (config.heads / config.kv()), channels = heads * D, kv_channels = kv * D;
   std::map<int, Unit> units;
   std::vector<Use> uses;
   std::deque<Unit*> in_flight;
-  std::deque<std::function<void()>> deferred;
-  Issue issue;
-  Sent last, awaited;
+  double computed = 0, communicated = 0, awaited = 0;  // when
   double began = 0, beside = 0;  // the phase; what has travelled in it and was not waited for
-  ByAxis waiting = ByAxis(kAxes.size());  // of the phase
+  double put_off = 0;            // of this use
 };
 
 }  // namespace
@@ -323,14 +305,13 @@ TheoryOfChunk::TheoryOfChunk(const Job& job, const ChunkKind& chunk)
   pieces = {gpt.parts().subspan(!chunk.embedding, chunk.blocks + chunk.embedding + chunk.head)};
 }
 
-std::valarray<double> Predictor::chunk_costs(const Job& job, const ChunkKind& chunk,
-                                             bool splits_backward) {
-  const ChunkTimes t = RankWork(cluster, job, chunk, splits_backward).run(3);
-  const Phase* middle = t.of[kMiddle];
-  return {middle[Action::forward].seconds,
-          middle[Action::backward].seconds + middle[Action::input_gradient].seconds,
-          middle[Action::weight_gradient].seconds, double(t.kept.forward),
-          double(t.kept.input_gradient)};
+std::valarray<double> Predictor::chunk_costs(const Job& job, const ChunkKind& chunk) {
+  RankWork work(cluster, job, chunk, 0);
+  const ChunkTimes times = work.run(3);
+  const double* middle = times.of[kMiddle];
+  const Kept kept = work.kept_of(work.pieces[0]);
+  return {middle[Action::forward], middle[Action::backward] + middle[Action::input_gradient],
+          middle[Action::weight_gradient], double(kept.forward), double(kept.input_gradient)};
 }
 
 // ---- the step
@@ -351,52 +332,46 @@ static double exchange_seconds(const Cluster& c, const Job& job, double bytes) {
   const int64_t pp = job.layout["pp"], tp = job.layout["tp"], stride = job.layout.ranks() / pp;
   const bool leaves = pp * stride > c.devices && !c.spread;
   const Link link = link_of(c, 2, leaves ? std::max(stride, c.devices) : stride);
-  if (c.profile.overlaps || job.sequence_parallel)
-    return collective_seconds(link, 2, Collective::send, bytes);
-  return collective_seconds(link, 2, Collective::send, bytes / tp) +
-         collective_seconds(link_of(c, tp, 1), tp, Collective::all_gather, bytes);
+  if (c.profile.overlaps || job.sequence_parallel) return link.seconds(Collective::send, bytes);
+  return link.seconds(Collective::send, bytes / tp) +
+         link_of(c, tp, 1).seconds(Collective::all_gather, bytes);
 }
 
-Prediction Predictor::predict(const Job& job, double limit) {
+Prediction Predictor::step(const Job& job, double limit, size_t free) {
   const Schedule s = outline_of(job, job.layout);
   const auto kinds = chunks_of(s);
   std::map<ChunkKind, ChunkTimes> times;
   Prediction result;
-  // the busiest stage: its computations, and what they wait for; and a bound: a stage begins behind
-  // the first forward of those before it, which end behind its last backward
-  const double count[] = {1, std::max(0.0, s.microbatches - 2.0), s.microbatches > 1 ? 1.0 : 0};
+  // the busiest stage, and a bound: a stage begins behind the first forward of those before it,
+  // which end behind its last backward; where that is split, its last weight gradients may wait
+  const double count[] = {1, std::max(0.0, s.microbatches - 2.0), 1};  // the last may be the first
   double busiest = 0, bound = 0, before = 0, tail = 0;
   for (const auto& stage : kinds) {
     double busy = 0, ending = 0, optimizer = 0;
-    ByAxis waiting(kAxes.size());
     for (const ChunkKind& kind : stage) {
-      if (!times.count(kind))
-        times[kind] = RankWork(cluster, job, kind, s.row->splits_backward).run(s.microbatches);
+      if (!times.count(kind)) times[kind] = RankWork(cluster, job, kind, free).run(s.microbatches);
       const ChunkTimes& t = times[kind];
       optimizer += t.optimizer;
-      ending += t.tail.seconds;
-      waiting += t.tail.waiting;
+      ending += t.tail;
       for (const int which : {kFirst, kMiddle, kLast})
-        for (const Phase& p : t.of[which]) {
-          busy += count[which] * p.seconds;
-          waiting += count[which] * p.waiting;
-        }
+        for (const double seconds : t.of[which]) busy += count[which] * seconds;
     }
     result.optimizer = std::max(result.optimizer, optimizer);
     tail = std::max(tail, ending);
+    busiest = std::max(busiest, busy);
     bound = std::max(bound, before + busy);
+    if (busiest > limit) break;  // other stages do not matter
     const ChunkTimes& first = times[stage[0]];
-    before += first.of[kFirst][Action::forward].seconds;
-    for (const auto kind : {Action::backward, Action::input_gradient})
-      before += first.of[s.microbatches > 1 ? kLast : kFirst][kind].seconds;
-    if (busy <= busiest) continue;
-    busiest = busy;
-    result.waiting = waiting;
+    before += first.of[kFirst][Action::forward] +
+              first.of[s.microbatches > 1 ? kLast : kFirst][Action::backward];
   }
 
-  const auto step = [&](double exchange) {
+  const auto pipeline = [&] {
     // where nothing overlaps, a computation first takes what comes, and then hands on its result
-    const double exposed = cluster.profile.overlaps ? 0 : exchange;
+    const double exchange = free > AxisName("pp").index
+                                ? 0
+                                : exchange_seconds(cluster, job, times.begin()->second.sent),
+                 exposed = cluster.profile.overlaps ? 0 : exchange;
     return extended_makespan(s, [&](int m) {
       auto& [schedule, tasks] = pipelines_[{s.row, s.stages, m, s.chunks}];
       if (tasks.empty()) {
@@ -409,14 +384,12 @@ Prediction Predictor::predict(const Job& job, double limit) {
           (task++)->duration =
               a.kind == Action::exchange
                   ? exchange - exposed
-                  : times[kinds[stage][a.chunk]].of[which(a.microbatch, m)][a.kind].seconds +
-                        exposed;
+                  : times[kinds[stage][a.chunk]].of[which(a.microbatch, m)][a.kind] + exposed;
       return std::ranges::max(run(tasks), {}, &Span::end).end;
     });
   };
 
-  result.computing = busiest + tail - result.waiting.sum();
-  double idling = 0;
+  result.computing = busiest + tail;
   if (s.stages > 1) {
     // Where a stage idles, those of its node that share its processor compute. Approximately: two
     // stages alone on one processor are never idle, and are here.
@@ -425,14 +398,24 @@ Prediction Predictor::predict(const Job& job, double limit) {
                   stages = std::max<int64_t>(1, cluster.devices / on_node);
     const double share = std::min<double>(stages, cluster.sharing);
     const auto idle = [&](double pipeline) { return std::max(0.0, pipeline - busiest) / share; };
-    result.bubble = idling = idle(bound);
-    if (busiest + idling + tail + result.optimizer < limit) {
-      idling = idle(step(exchange_seconds(cluster, job, times.begin()->second.sent)));
-      result.bubble = idle(step(0));  // and the rest goes when exchanges take no time
-      result.waiting[AxisName("pp").index] = idling - result.bubble;
-    }
+    result.bubble = idle(bound);
+    if (result.computing + result.bubble + result.optimizer < limit)
+      result.bubble = idle(pipeline());
   }
-  result.seconds = busiest + idling + tail + result.optimizer;
+  result.seconds = result.computing + result.bubble + result.optimizer;
+  return result;
+}
+
+Prediction Predictor::predict(const Job& job) {
+  Prediction result = step(job);
+  double seconds = result.seconds;
+  for (size_t axis = 0; axis < kAxes.size(); axis++) {
+    const Prediction without = step(job, INFINITY, axis + 1);
+    result.waiting[axis] = seconds - without.seconds;
+    seconds = without.seconds;
+    result.computing = without.computing;
+    result.bubble = without.bubble;
+  }
   return result;
 }
 
@@ -453,9 +436,9 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
   constexpr double kKernels = 13;  // of a block: 4 products, their biases, 2 norms, attention, ...
   return {{weights / cluster.read, position * length / cluster.read,
            (L * kKernels + 6) * cluster.launch,
-           sums * collective_seconds(link, tp, Collective::all_reduce, row * C) +
-               collective_seconds(link, tp, Collective::all_gather, row * config.vocab),
-           (pp - 1) * collective_seconds(to_next, 2, Collective::send, row * C) +
-               collective_seconds(to_next, pp, Collective::broadcast, sequences * 4)},
+           sums * link.seconds(Collective::all_reduce, row * C) +
+               link.seconds(Collective::all_gather, row * config.vocab),
+           (pp - 1) * to_next.seconds(Collective::send, row * C) +
+               to_next.seconds(Collective::broadcast, sequences * 4)},
           (weights + position * config.context) / pp};
 }

@@ -1,7 +1,7 @@
 // predict.h: how long a training step takes on a cluster, and where the time goes.
 //
 // idea      One rank of each kind of stage is issued as the code issues it: products and kernels on
-//           the compute queue, collectives of all axes on the communication queue (timeline.h).
+//           the compute queue, collectives of all axes on the communication queue.
 //           From the first, a middle and the last micro-batch come the times of a stage's
 //           computations, waiting included, and the schedule makes the step of them. Bytes, units
 //           and what is kept come from theory/; nothing of it is counted again here.
@@ -30,23 +30,25 @@ struct ChunkKind {
 struct TheoryOfChunk : TheoryOfRank {
   TheoryOfChunk(const Job& job, const ChunkKind& chunk);
 };
-using ByAxis = std::valarray<double>;  // for each of kAxes
+// Of a step. What an axis is waited for is what the step gains where its collectives take no time,
+// those of the first of kAxes first; the other parts are of what is left.
 struct Prediction {
-  double seconds = 0;  // of a step
-  // of the busiest stage, in a step
-  double computing = 0, bubble = 0, optimizer = 0;
-  ByAxis waiting = ByAxis(kAxes.size());  // after overlap
+  double seconds = 0, computing = 0, bubble = 0, optimizer = 0;
+  std::array<double, kAxes.size()> waiting{};
 };
 // The times of pipelines are kept: the next prediction with so many stages is faster.
 class Predictor {
  public:
   Predictor(const Cluster& cluster, const ModelSize& model)
       : cluster(cluster), gpt_(GptConfig{model}) {}
-  // Where a step takes longer than the limit for certain, its pipeline is not run: a bound.
-  Prediction predict(const Job& job, double limit = INFINITY);
-  // of a micro-batch in the middle of a step: seconds of its forward, backward (or input gradients,
-  // where it is split) and weight gradients; bytes kept from its forward and input gradients on
-  std::valarray<double> chunk_costs(const Job& job, const ChunkKind& chunk, bool splits_backward);
+  Prediction predict(const Job& job);
+  // The same without `waiting`, where what is sent over the first `free` of kAxes takes no time.
+  // Where it takes longer than the limit for certain, its pipeline is not run: a bound.
+  Prediction step(const Job& job, double limit = INFINITY, size_t free = 0);
+  // of a chunk of one block and a micro-batch in the middle of a step: seconds of its forward,
+  // backward (or input gradients, where it is split) and weight gradients; bytes kept from its
+  // forward and input gradients on
+  std::valarray<double> chunk_costs(const Job& job, const ChunkKind& chunk);
   // of each stage
   std::vector<std::vector<ChunkKind>> chunks_of(const Schedule& outline) const;
 
