@@ -186,8 +186,11 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
   check_fits(cluster, least);
 }
 
-Machine machine_of(const PlanOptions& o) {
-  return o.machine == "this" ? measure_machine(o.devices) : read_machine(o.machine);
+Cluster cluster_of(const PlanOptions& o) {
+  Cluster cluster{o.machine == "this" ? measure_machine(o.devices) : read_machine(o.machine),
+                  profile_named(o.profile), o.nodes, o.devices, o.spread};
+  cluster.memory = o.memory > 0 ? double(o.memory << 20) : 0.92 * cluster.memory;
+  return cluster;
 }
 
 void show(PlanOptions& o) {
@@ -214,9 +217,8 @@ void show(PlanOptions& o) {
           1e17,
       "so many tokens in so large a model are too many bytes to count: make them fewer, or give "
       "--attention flash");
-  Cluster cluster{machine_of(o), profile_named(o.profile), o.nodes, o.devices, o.spread};
+  const Cluster cluster = cluster_of(o);
   const GptConfig config = model_config(o);
-  cluster.memory = o.memory > 0 ? double(o.memory << 20) : 0.92 * cluster.memory;
   if (!o.json) {
     printf("model    %s: %.4g B parameters in %s\n", to_string(m).c_str(),
            double(parameter_count(config)) / 1e9, name_of(config.dtype));
@@ -296,7 +298,7 @@ int main(int argc, char** argv) {
         REQUIRE(name == "map" || name == "machine" || name == "profile", "--", name,
                 " would do nothing: --map draws models and clusters of its own");
       write_file(o.map, [&](const Write& write) {  // which must be possible: it takes a minute
-        write(draw_map(machine_of(o), profile_named(o.profile), 1.25e9));
+        write(draw_map(cluster_of(o), 1.25e9));
       });
     }
     check_printed();
