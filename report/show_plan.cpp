@@ -29,11 +29,7 @@ struct PlanOptions : Options {
 };
 
 OptionTable table(PlanOptions& o) {
-  OptionGroup model = model_options(o), mesh = mesh_options(o.layout, true);
-  model.options.push_back({"kv-heads", "H", whole(&o.model.kv_heads, 1, 1'000'000),
-                           "heads of keys and values, which queries share", "the heads"});
-  model.options.push_back({"feed-forward", "F", whole(&o.model.feed_forward, 1, 10'000'000),
-                           "width between an MLP's two products", "4 C"});
+  OptionGroup mesh = mesh_options(o.layout, true);
   mesh.title = "Layout: what is given is fixed, all of the rest is tried";
   const OptionTable trains = train_options(o);
   for (const char* name : {"--microbatch", "--zero", "--reshard-after-forward", "--prefetch",
@@ -44,9 +40,13 @@ OptionTable table(PlanOptions& o) {
     if (option.name == "chunks") option.unset = "2 to 4";
   }
   return {
-      model,
-      {"Job",
+      model_options(o),
+      {"More of the model, and the job",
        {
+           {"kv-heads", "H", whole(&o.model.kv_heads, 1, 1'000'000),
+            "heads of keys and values, which queries share", "the heads"},
+           {"feed-forward", "F", whole(&o.model.feed_forward, 1, 10'000'000),
+            "width between an MLP's two products", "4 C"},
            find_option(trains, "--batch"),
            {"dtype", "", choice(&o.dtype, {"f32", "bf16"}), "what is computed in", "bf16"},
            find_option(trains, "--attention"),
@@ -209,11 +209,10 @@ void show(PlanOptions& o) {
   check_common(o);
   const ModelSize& m = o.model;
   REQUIRE(m.heads % m.kv() == 0, "--kv-heads ", m.kv(), " does not divide the ", m.heads, " heads");
-  const double of_scores =
-      o.attention == "flash" ? 0 : double(m.context) * m.heads * m.layers;  // whole ones
+  const double scores = o.attention == "flash" ? 0 : double(m.context) * m.heads;  // whole ones
   REQUIRE(
       double(std::max<int64_t>(o.batch, 1024)) * m.context *
-              (double(m.width) * m.layers + m.vocab + of_scores) <
+              ((m.width + scores) * m.layers + m.vocab) <
           1e17,
       "so many tokens in so large a model are too many bytes to count: make them fewer, or give "
       "--attention flash");
