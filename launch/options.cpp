@@ -47,15 +47,14 @@ OptionGroup model_options(CommonOptions& o) {
 }
 
 OptionGroup mesh_options(Layout& layout, bool has_batch) {
-  std::vector<std::string> names;
-  std::vector<Option> options;
+  OptionGroup group{"Mesh: mpiexec starts the product of these", {}};
   for (size_t a = 0; a < kAxes.size(); a++) {
     const AxisKind& axis = kAxes[a];
     if ((axis.splits_batch || axis.splits_sequence) && !has_batch) continue;
-    names.push_back(axis.name);
-    options.push_back({axis.name, axis.letter, whole(&layout.sizes[a], 1, 50'000), axis.help});
+    group.options.push_back(
+        {axis.name, axis.letter, whole(&layout.sizes[a], 1, 50'000), axis.help});
   }
-  return {"Mesh: mpiexec -n (" + join(names, " x ") + ")", options};
+  return group;
 }
 
 OptionGroup computing_options(CommonOptions& o) {

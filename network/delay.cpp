@@ -17,7 +17,7 @@
 
 #include <chrono>
 #include <cstdio>
-#include <deque>
+#include <map>
 #include <string>
 #include <system_error>
 #include <vector>
@@ -26,18 +26,13 @@ using Clock = std::chrono::steady_clock;
 using std::chrono::microseconds, std::chrono::nanoseconds;
 
 struct Packet {
-  Clock::time_point due;
+  int port;  // its file
   std::string bytes;
-};
-struct Port {
-  int file;
-  Clock::time_point wire_free{};
-  std::deque<Packet> underway{};  // to this port, in the order of their arrival
 };
 
 // Large TCP segments pass whole, as between virtual machines: a header (virtio's; its own file is
 // no C++) says how to cut them.
-constexpr size_t kHeader = 10, kAddress = kHeader + 19;
+constexpr int kHeader = 10, kAddress = kHeader + 19;
 
 static int open_port(size_t number) {
   ifreq request{};
@@ -50,54 +45,42 @@ static int open_port(size_t number) {
   return file;
 }
 
-// Hands over what is due. A full device takes the packet later; one that is down loses it.
-static void deliver(Port& port) {
-  while (!port.underway.empty() && port.underway.front().due <= Clock::now()) {
-    const std::string& bytes = port.underway.front().bytes;
-    if (write(port.file, bytes.data(), bytes.size()) < 0 && errno == EAGAIN) return;
-    port.underway.pop_front();
-  }
-}
-
-// Reads a packet, if there is one, and puts it on the wire to its port.
-static bool forward(Port& from, std::vector<Port>& ports, microseconds delay, double mbit) {
-  char buffer[kHeader + 65600];
-  const ssize_t read_bytes = read(from.file, buffer, sizeof buffer);
-  if (read_bytes < 0) return false;
-  const size_t bytes = size_t(read_bytes), number = uint8_t(buffer[kAddress]) % 254;
-  const bool is_ipv4 = bytes > kAddress && buffer[kHeader] >> 4 == 4;
-  if (!is_ipv4 || number >= ports.size()) return true;
-  Port& to = ports[number];
-  to.wire_free = std::max(to.wire_free, Clock::now());
-  if (mbit > 0) to.wire_free += nanoseconds(int64_t(double(bytes - kHeader) * 8000 / mbit));
-  to.underway.push_back({to.wire_free + delay, {buffer, bytes}});
-  return true;
-}
-
 int main(int argc, char** argv) {
   if (argc != 4) return fputs("usage: build/delay PORTS MICROSECONDS MBIT\n", stderr), 1;
   try {
-    std::vector<Port> ports;
-    std::vector<pollfd> polled;
-    for (size_t p = 0; p < std::stoul(argv[1]); p++) {
-      ports.push_back({open_port(p)});
-      polled.push_back({ports[p].file, POLLIN, 0});
-    }
+    std::vector<pollfd> ports;
+    while (ports.size() < std::stoul(argv[1]))
+      ports.push_back({open_port(ports.size()), POLLIN, 0});
     const microseconds delay(std::stol(argv[2]));
     const double mbit = std::stod(argv[3]);
+    std::vector<Clock::time_point> wire_free(ports.size());
+    std::multimap<Clock::time_point, Packet> underway;  // by when they arrive
+    char buffer[kHeader + 65600];
     while (true) {
+      // what is due is handed over; a full device takes it later, one that is down loses it
       auto next = Clock::now() + std::chrono::milliseconds(999);
-      for (Port& port : ports) {
-        deliver(port);
-        if (!port.underway.empty()) next = std::min(next, port.underway.front().due);
+      for (; !underway.empty(); underway.erase(underway.begin())) {
+        const auto& [due, packet] = *underway.begin();
+        next = std::min(next, due);
+        if (due > Clock::now() ||
+            (write(packet.port, packet.bytes.data(), packet.bytes.size()) < 0 && errno == EAGAIN))
+          break;
       }
       // a timer is late by up to 100 us: what is due sooner is waited for by asking
       const auto wait = next - Clock::now();
       const timespec time{0, wait > microseconds(100) ? wait.count() : 0};
-      ppoll(polled.data(), polled.size(), &time, nullptr);
-      for (size_t p = 0; p < ports.size(); p++)
-        for (int i = 0; polled[p].revents & POLLIN && i < 16; i++)
-          if (!forward(ports[p], ports, delay, mbit)) break;
+      ppoll(ports.data(), ports.size(), &time, nullptr);
+      // a packet of each port goes on the wire to another
+      for (const pollfd& from : ports) {
+        const ssize_t bytes = read(from.fd, buffer, sizeof buffer);
+        if (bytes <= kAddress || buffer[kHeader] >> 4 != 4) continue;  // there is none, or no IPv4
+        const size_t to = uint8_t(buffer[kAddress]) % 254;
+        if (to >= ports.size()) continue;
+        auto& free = wire_free[to];
+        free = std::max(free, Clock::now());
+        if (mbit > 0) free += nanoseconds(int64_t(double(bytes - kHeader) * 8000 / mbit));
+        underway.emplace(free + delay, Packet{ports[to].fd, {buffer, buffer + bytes}});
+      }
     }
   } catch (const std::exception& e) {
     return fprintf(stderr, "build/delay: %s\n", e.what()), 1;

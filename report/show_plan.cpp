@@ -6,7 +6,8 @@
 //   build/plan --map when_to_use_what.svg
 //
 // idea      The options are those of train_gpt. What is given is fixed, and all of the rest is
-//           tried; with --layout nothing is tried.
+//           tried; with --layout all of it is fixed. Of each layout there is one description, in
+//           JSON; what is printed for people comes from it.
 // test      tests/test_plan.sh
 #include <cstdio>
 #include <nlohmann/json.hpp>
@@ -28,11 +29,7 @@ struct PlanOptions : Options {
 };
 
 OptionTable table(PlanOptions& o) {
-  OptionGroup model = model_options(o), mesh = mesh_options(o.layout, true);
-  model.options.push_back({"kv-heads", "H", whole(&o.model.kv_heads, 1, 1'000'000),
-                           "heads of keys and values, which queries share", "the heads"});
-  model.options.push_back({"feed-forward", "F", whole(&o.model.feed_forward, 1, 10'000'000),
-                           "width between an MLP's two products", "4 C"});
+  OptionGroup mesh = mesh_options(o.layout, true);
   mesh.title = "Layout: what is given is fixed, all of the rest is tried";
   const OptionTable trains = train_options(o);
   for (const char* name : {"--microbatch", "--zero", "--reshard-after-forward", "--prefetch",
@@ -43,9 +40,13 @@ OptionTable table(PlanOptions& o) {
     if (option.name == "chunks") option.unset = "2 to 4";
   }
   return {
-      model,
-      {"Job",
+      model_options(o),
+      {"More of the model, and the job",
        {
+           {"kv-heads", "H", whole(&o.model.kv_heads, 1, 1'000'000),
+            "heads of keys and values, which queries share", "the heads"},
+           {"feed-forward", "F", whole(&o.model.feed_forward, 1, 10'000'000),
+            "width between an MLP's two products", "4 C"},
            find_option(trains, "--batch"),
            {"dtype", "", choice(&o.dtype, {"f32", "bf16"}), "what is computed in", "bf16"},
            find_option(trains, "--attention"),
@@ -64,7 +65,7 @@ OptionTable table(PlanOptions& o) {
       {"Output",
        {
            {"layout", "", flag(&o.layout_only),
-            "explain the one layout that the options name; axes that are not given have 1 rank"},
+            "only the layout that the options name; axes that are not given have 1 rank"},
            {"top", "N", whole(&o.top, 1, 1000), "how many layouts to show"},
            {"decode", "", flag(&o.decode), "instead: the time per token of inference, by tp"},
            {"sequences", "N", whole(&o.sequences, 1, 1'000'000), "with --decode: at once"},
@@ -76,165 +77,139 @@ OptionTable table(PlanOptions& o) {
        }}};
 }
 
-// ---- a layout in words: the options of train_gpt
+// ---- what is said of a layout
 
-std::string words_of(const Job& job) {
-  std::string text;
+// The options of train_gpt that make it, where they are not its defaults.
+Json options_of(const Job& job) {
+  const int64_t shards = job.layout["fsdp"] * job.layout["cp"];
+  Json options;
+  const auto say = [&](bool matters, const char* name, const Json& value) {
+    if (matters) options[name] = value;
+  };
   for (size_t a = 0; a < kAxes.size(); a++)
-    if (job.layout.sizes[a] > 1)
-      text += sentence("--", kAxes[a].name, " ", job.layout.sizes[a], " ");
-  if (job.fsdp.prefetch != 1 && job.layout.data_ranks() * job.layout["cp"] > 1)
-    text += sentence("--prefetch ", job.fsdp.prefetch, " ");
-  if (job.layout["fsdp"] * job.layout["cp"] > 1)
-    text +=
-        sentence("--zero ", job.fsdp.zero, job.fsdp.reshard ? " " : " --reshard-after-forward no ");
-  if (job.layout["pp"] > 1) {
-    text += sentence("--schedule ", job.schedule, " ");
-    if (schedule_row(job.schedule).place == Place::ring)
-      text += sentence("--chunks ", job.chunks, " ");
+    say(job.layout.sizes[a] > 1, kAxes[a].name, job.layout.sizes[a]);
+  say(job.fsdp.prefetch != 1 && shards * job.layout["replicate"] > 1, "prefetch",
+      job.fsdp.prefetch);
+  say(shards > 1, "zero", job.fsdp.zero);
+  say(shards > 1 && !job.fsdp.reshard, "reshard-after-forward", "no");
+  say(job.layout["pp"] > 1, "schedule", job.schedule);
+  say(schedule_row(job.schedule).place == Place::ring, "chunks", job.chunks);
+  say(true, "microbatch", job.microbatch);
+  say(job.sequence_parallel, "sequence-parallel", true);
+  say(job.recompute, "recompute", true);
+  return options;
+}
+std::string words_of(const Json& options) {
+  std::string text;
+  for (const auto& [name, value] : options.items()) {
+    text += (text.empty() ? "--" : " --") + name;
+    if (!value.is_boolean()) text += " " + (value.is_string() ? std::string(value) : value.dump());
   }
-  text += sentence("--microbatch ", job.microbatch);
-  if (job.sequence_parallel) text += " --sequence-parallel";
-  if (job.recompute) text += " --recompute";
   return text;
 }
 
-struct Measures {
-  double tokens_per_second, mfu;
-};
-Measures measures(const Cluster& cluster, const Planned& p) {
-  const double tokens = double(p.batch * p.context) / p.seconds;
-  const double peak = p.dtype == Dtype::bf16 ? cluster.peak : cluster.f32;
-  return {tokens, tokens * flops_per_token(p) / p.layout.ranks() / peak};
-}
-
-double gib(double bytes) { return bytes / (1024.0 * 1024 * 1024); }
-
-// The parts of a step, the longest first.
-std::vector<std::pair<double, std::string>> parts_of(const Prediction& p) {
+// Numbers that programs read: seconds and bytes. The parts of a step are the longest first.
+Json json_of(const Cluster& cluster, const Planned& p) {
+  const Account a = account(p);
+  const double tokens = double(p.batch * p.context) / p.seconds,
+               peak = p.dtype == Dtype::bf16 ? cluster.peak : cluster.f32;
   std::vector<std::pair<double, std::string>> parts{{p.computing, "computing"},
                                                     {p.bubble, "bubble"},
                                                     {p.optimizer, "optimizer"}};
-  for (size_t a = 0; a < kAxes.size(); a++)
-    parts.push_back({p.waiting[a], sentence("waiting for ", kAxes[a].name)});
+  for (size_t axis = 0; axis < kAxes.size(); axis++)
+    parts.push_back({p.waiting[axis], sentence("waiting for ", kAxes[axis].name)});
   std::ranges::sort(parts, std::greater<>());
-  return parts;
-}
-
-std::string memory_words(const Account& a) {
-  std::string text;
-  for (int i = 0; i < kMemoryCategories; i++)
-    if (a.memory[i] > 0)
-      text += format("%s%s %.4g", text.empty() ? "" : ", ", name_of(Memory(i)), gib(a.memory[i]));
-  return text;
-}
-
-Json json_of(const Cluster& cluster, const Planned& p) {
-  const Account a = account(p);
-  const auto [tokens, mfu] = measures(cluster, p);
-  Json layout, waiting, memory;
-  for (size_t i = 0; i < kAxes.size(); i++) {
-    layout[kAxes[i].name] = p.layout.sizes[i];
-    waiting[kAxes[i].name] = p.waiting[i];
-  }
+  Json seconds, memory;
+  for (const auto& [time, name] : parts)
+    if (time > 0) seconds[name] = time;
   for (int i = 0; i < kMemoryCategories; i++)
     if (a.memory[i] > 0) memory[name_of(Memory(i))] = a.memory[i];
+  const Json layout = options_of(p);
   return {{"layout", layout},
-          {"options", words_of(p)},
-          {"zero", p.fsdp.zero},
-          {"reshard_after_forward", p.fsdp.reshard},
-          {"schedule", p.schedule},
-          {"chunks", p.chunks},
-          {"microbatch", p.microbatch},
-          {"sequence_parallel", p.sequence_parallel},
-          {"recompute", p.recompute},
+          {"options", words_of(layout)},
           {"step_seconds", p.seconds},
           {"tokens_per_second", tokens},
-          {"mfu", mfu},
-          {"seconds",
-           {{"computing", p.computing},
-            {"waiting", waiting},
-            {"bubble", p.bubble},
-            {"optimizer", p.optimizer}}},
+          {"mfu", tokens * flops_per_token(p) / p.layout.ranks() / peak},
+          {"seconds", seconds},
+          {"memory_stage", a.stage},
           {"memory_rank", p.layout.ranks() / p.layout["pp"] * (a.stage + 1) - 1},
           {"memory", memory},
           {"memory_bytes", a.bytes},
           {"sent_bytes", a.sent}};
 }
 
-void explain(const Cluster& cluster, const Planned& p) {
-  const Account a = account(p);
-  const auto [tokens, mfu] = measures(cluster, p);
-  printf("layout   %s\n", words_of(p).c_str());
-  printf("step     %.4g s, %.4g tokens/s, MFU %.1f %%\n", p.seconds, tokens, 100 * mfu);
-  const auto parts = parts_of(p);
-  for (const auto& [seconds, name] : parts)
-    if (seconds > 0)
-      printf("  %-24s %9.4g s %5.1f %%\n", name.c_str(), seconds, 100 * seconds / p.seconds);
-  printf("memory   %.4g GiB of %.4g on stage %d: %s\n", gib(p.memory), gib(cluster.memory), a.stage,
-         memory_words(a).c_str());
-  for (const auto& [axis, bytes] : a.sent)
-    printf("sent     %.4g MB a step over %s\n", double(bytes) / 1e6, axis.c_str());
-  if (p.memory <= cluster.memory)
-    printf("binds    %s takes %.0f %% of the step\n", parts[0].second.c_str(),
-           100 * parts[0].first / p.seconds);
+constexpr double kGib = 1 << 30;
+
+// The parts of a whole, each with its share.
+void print_parts(const Json& parts, double unit, const char* unit_name) {
+  double all = 0;
+  for (const double part : parts) all += part;
+  for (const auto& [name, part] : parts.items())
+    printf("  %-24s %9.4g %-3s %5.1f %%\n", name.c_str(), double(part) / unit, unit_name,
+           100 * double(part) / all);
+}
+
+void explain_memory(const Cluster& cluster, const Json& layout) {
+  const std::string options = layout["options"];
+  printf("layout   %s\nmemory   %.4g GiB of %.4g on stage %d\n", options.c_str(),
+         double(layout["memory_bytes"]) / kGib, cluster.memory / kGib, int(layout["memory_stage"]));
+  print_parts(layout["memory"], kGib, "GiB");
+}
+
+void explain(const Cluster& cluster, const Json& layout) {
+  explain_memory(cluster, layout);
+  if (!layout["sent_bytes"].empty()) printf("sent     in a step, by axis\n");
+  print_parts(layout["sent_bytes"], 1e6, "MB");
+  printf("step     %.4g s, %.4g tokens/s, MFU %.1f %%; what binds is first\n",
+         double(layout["step_seconds"]), double(layout["tokens_per_second"]),
+         100 * double(layout["mfu"]));
+  print_parts(layout["seconds"], 1, "s");
 }
 
 // ---- what is asked for
 
 void check_fits(const Cluster& cluster, double needed) {
   REQUIRE(needed <= cluster.memory,
-          format("does not fit: a rank needs %.4g GiB, and a device has %.4g", gib(needed),
-                 gib(cluster.memory)));
+          format("does not fit: a rank needs %.4g GiB, and a device has %.4g", needed / kGib,
+                 cluster.memory / kGib));
 }
 
 void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& config) {
-  const int64_t devices = o.nodes * o.devices, pp = std::max<int64_t>(o.layout["pp"], 1);
+  const int64_t devices = o.nodes * o.devices, pp = std::max<int64_t>(o.layout["pp"], 1),
+                most = std::min({devices / pp, config.kv(), config.vocab});
   double least = INFINITY;
   Json rows = Json::array();
-  if (!o.json)
-    printf("  tp  ms a token   weights     cache   kernels      sums    stages       GiB\n");
-  for (int64_t tp = 1; tp <= std::min({devices / pp, config.kv(), config.vocab}); tp++) {
+  std::string text = "  tp  ms a token   weights     cache   kernels      sums    stages       GiB";
+  for (int64_t tp = 1; tp <= most; tp++) {
     if (devices % tp || (o.layout["tp"] > 0 && o.layout["tp"] != tp)) continue;
     const DecodePrediction d = predict_decoding(cluster, config, {{"pp", pp}, {"tp", tp}},
                                                 o.sequences, config.context / 2);
     least = std::min(least, d.memory);
     const bool fits = d.memory <= cluster.memory;
     if (fits) rows.push_back({{"tp", tp}, {"pp", pp}, {"token_seconds", d.seconds.sum()}});
-    if (o.json) continue;
-    printf("%4d %11.3f", int(tp), d.seconds.sum() * 1e3);
-    for (const double seconds : d.seconds) printf(" %9.3f", seconds * 1e3);
-    printf(" %9.4g%s\n", gib(d.memory), fits ? "" : "  does not fit");
+    text += format("\n%4d %11.3f", int(tp), d.seconds.sum() * 1e3);
+    for (const double seconds : d.seconds) text += format(" %9.3f", seconds * 1e3);
+    text += format(" %9.4g%s", d.memory / kGib, fits ? "" : "  does not fit");
   }
   REQUIRE(least < INFINITY, "no --tp is possible: it must divide the ", devices,
-          " devices, make at most ", devices, " ranks with --pp ", pp, " and be at most ",
-          std::min(config.kv(), config.vocab), " (--kv-heads, --vocab)");
-  if (o.json) printf("%s\n", Json{{"decode", rows}}.dump(1).c_str());
+          " devices and be at most ", most, " (with --pp ", pp, "; --kv-heads, --vocab)");
+  printf("%s\n", (o.json ? Json{{"decode", rows}}.dump(1) : text).c_str());
   check_fits(cluster, least);
 }
 
-// Where nothing is said, what train_gpt takes.
-PlanOptions resolved(PlanOptions o) {
-  for (int64_t& size : o.layout.sizes) size = std::max<int64_t>(size, 1);
-  resolve(o, true);
-  return o;
-}
-
-// The options name one layout, as train_gpt's do.
-Job one_job(const PlanOptions& options) {
-  const PlanOptions o = resolved(options);
-  REQUIRE(o.layout.ranks() == o.nodes * o.devices, to_string(o.layout), " has ", o.layout.ranks(),
-          " ranks, and --nodes ", o.nodes, " with --devices ", o.devices, " have ",
-          o.nodes * o.devices);
-  check(o);
-  return {model_config(o), trainer_options(o), o.layout};
-}
-
-Machine machine_of(const PlanOptions& o) {
-  return o.machine == "this" ? measure_machine(o.devices) : read_machine(o.machine);
+Cluster cluster_of(const PlanOptions& o) {
+  Cluster cluster{o.machine == "this" ? measure_machine(o.devices) : read_machine(o.machine),
+                  profile_named(o.profile), o.nodes, o.devices, o.spread};
+  cluster.memory = o.memory > 0 ? double(o.memory << 20) : 0.92 * cluster.memory;
+  return cluster;
 }
 
 void show(PlanOptions& o) {
+  PlanOptions named = o;  // what train_gpt takes, where nothing is said
+  for (int64_t& size : named.layout.sizes) size = std::max<int64_t>(size, 1);
+  resolve(named, true);
+  if (o.layout_only) o = named;
+  resolve_common(o, true);
   check_meaning(o, {{{"sequences"}, o.decode, "is about inference: give --decode"},
                     {{"top"}, !o.layout_only, "is about a search, which --layout leaves out"},
                     {{"replicate", "fsdp", "cp", "batch", "microbatch", "zero",
@@ -242,79 +217,77 @@ void show(PlanOptions& o) {
                       "sequence-parallel", "recompute", "layout", "top"},
                      !o.decode,
                      "is about training, and --decode about inference: leave one of them out"}});
-  if (o.dtype.empty()) o.dtype = "bf16";
-  resolve_common(o, true);
   check_common(o);
   const ModelSize& m = o.model;
   REQUIRE(m.heads % m.kv() == 0, "--kv-heads ", m.kv(), " does not divide the ", m.heads, " heads");
-  const double of_scores =
-      o.attention == "flash" ? 0 : double(m.context) * m.heads * m.layers;  // whole ones
+  const double scores = o.attention == "flash" ? 0 : double(m.context) * m.heads;  // whole ones
   REQUIRE(
       double(std::max<int64_t>(o.batch, 1024)) * m.context *
-              (double(m.width) * m.layers + m.vocab + of_scores) <
+              ((m.width + scores) * m.layers + m.vocab) <
           1e17,
       "so many tokens in so large a model are too many bytes to count: make them fewer, or give "
       "--attention flash");
-  Cluster cluster{machine_of(o), profile_named(o.profile), o.nodes, o.devices, o.spread};
+  const Cluster cluster = cluster_of(o);
   const GptConfig config = model_config(o);
-  cluster.memory = o.memory > 0 ? double(o.memory << 20) : 0.92 * cluster.memory;
   if (!o.json) {
     printf("model    %s: %.4g B parameters in %s\n", to_string(m).c_str(),
            double(parameter_count(config)) / 1e9, name_of(config.dtype));
     printf("cluster  %d x %d devices, %s, %.4g GiB each\n", int(o.nodes), int(o.devices),
-           cluster.name.c_str(), gib(cluster.memory));
+           cluster.name.c_str(), cluster.memory / kGib);
     if (o.machine == "this") printf("%s\n", cluster.text.c_str());
   }
   if (o.decode) return decode(o, cluster, config);
-  if (o.layout_only) {
-    const Job job = one_job(o);
-    REQUIRE(job.layout["tp"] <= job.kv(), "--tp ", job.layout["tp"],
-            " has more ranks than --kv-heads ", job.kv());
-    Predictor predictor(cluster, config);
-    const Planned p{job, predictor.predict(job), account(job).bytes};
-    if (o.json) printf("%s\n", json_of(cluster, p).dump(1).c_str());
-    else explain(cluster, p);
-    return check_fits(cluster, p.memory);
-  }
 
   if (o.given.count("schedule"))
     make_schedule(o.schedule, 1, 1, o.chunks);  // or it has other chunks
   Wanted wanted{{config, trainer_options(o), o.layout}};
-  wanted.batch = resolved(o).batch;
-  if (o.given.count("reshard-after-forward")) wanted.reshard = {wanted.fsdp.reshard};
-  if (!o.given.count("zero")) wanted.fsdp.zero = 0;
-  if (!o.given.count("schedule")) wanted.schedule.clear();
+  wanted.batch = named.batch;
+  const auto is_fixed = [&](const char* option) { return o.layout_only || o.given.count(option); };
+  if (!is_fixed("zero")) wanted.fsdp.zero = 0;
+  if (!is_fixed("schedule")) wanted.schedule.clear();
+  if (is_fixed("reshard-after-forward")) wanted.reshard = {wanted.fsdp.reshard};
+  if (is_fixed("sequence-parallel")) wanted.by_rows = {wanted.sequence_parallel};
+  if (is_fixed("recompute")) wanted.recomputes = {wanted.recompute};
   const Plan found = plan(cluster, wanted, o.top);
   REQUIRE(found.layouts > 0, "no layout of ", o.nodes * o.devices,
-          " devices is what the options ask for: axes divide the devices; the batch of ",
+          " devices is what the options ask for: the product of the axes is the devices; the batch"
+          " of ",
           wanted.batch,
-          " must divide by the ranks that share it, and each one's part by --microbatch; --tp is at"
-          " most ",
+          " must divide by the ranks that share it, and each one's part by --microbatch, into a "
+          "number of micro-batches that --schedule takes; --tp is at most ",
           m.kv(), ", --cp at most half of the context of ", m.context,
           ", --pp times --chunks at most ", m.layers, ", and a schedule has at most ",
           kMostForwards, " forwards");
-  if (o.json) {
-    Json all = Json::array();
-    for (const Planned& p : found.fastest) all.push_back(json_of(cluster, p));
-    printf("%s\n", Json{{"layouts", found.layouts}, {"fitting", found.fitting}, {"fastest", all}}
-                       .dump(1)
-                       .c_str());
-  } else {
-    printf("layouts  %lld of a batch of %lld, %lld fit in memory\n", (long long)found.layouts,
-           (long long)wanted.batch, (long long)found.fitting);
+  Json fastest = Json::array();
+  std::string table;
+  for (const Planned& p : found.fastest) {
+    const Json& row = fastest.emplace_back(json_of(cluster, p));
+    const double percent = 100 / p.seconds;
+    table += format("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  ", p.seconds,
+                    double(row["tokens_per_second"]), 100 * double(row["mfu"]), p.memory / kGib,
+                    percent * p.computing, percent * p.bubble,
+                    100 - percent * (p.computing + p.bubble + p.optimizer)) +
+             std::string(row["options"]) + "\n";
+  }
+  if (o.json)
+    printf("%s\n",
+           Json{{"layouts", found.layouts}, {"fitting", found.fitting}, {"fastest", fastest}}
+               .dump(1)
+               .c_str());
+  else {
+    const bool searches = !o.layout_only;
+    if (searches)
+      printf("layouts  %lld of a batch of %lld, %lld fit in memory\n", (long long)found.layouts,
+             (long long)wanted.batch, (long long)found.fitting);
     if (found.smallest) {
-      const Planned& p = *found.smallest;
-      printf("too large from %.4g GiB on: %s\n         (%s)\n", gib(p.memory), words_of(p).c_str(),
-             memory_words(account(p)).c_str());
+      if (searches) printf("\nof those that do not fit, the smallest\n");
+      explain_memory(cluster, json_of(cluster, *found.smallest));
     }
-    if (!found.fastest.empty())
-      printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n");
-    for (const Planned& p : found.fastest) {
-      const auto [tokens, mfu] = measures(cluster, p);
-      const double percent = 100 / p.seconds;
-      printf("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  %s\n", p.seconds, tokens,
-             100 * mfu, gib(p.memory), percent * p.computing, percent * p.bubble,
-             100 - percent * (p.computing + p.bubble + p.optimizer), words_of(p).c_str());
+    if (found.fitting > 0) {
+      if (searches)
+        printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n%s\n",
+               table.c_str());
+      explain(cluster, fastest[0]);
     }
   }
   if (found.fitting == 0) check_fits(cluster, found.smallest->memory);
@@ -339,7 +312,7 @@ int main(int argc, char** argv) {
         REQUIRE(name == "map" || name == "machine" || name == "profile", "--", name,
                 " would do nothing: --map draws models and clusters of its own");
       write_file(o.map, [&](const Write& write) {  // which must be possible: it takes a minute
-        write(draw_map(machine_of(o), profile_named(o.profile), 1.25e9));
+        write(draw_map(cluster_of(o), 1.25e9));
       });
     }
     check_printed();

@@ -53,9 +53,8 @@ class Search : Predictor {
     for (const int64_t tp : sizes("tp", ranks, std::min(wanted.kv(), wanted.vocab)))
       for (const int64_t cp : sizes("cp", ranks / tp, std::max<int64_t>(wanted.context / 2, 1)))
         for (const int64_t b : those(divisors(wanted.batch), wanted.microbatch))
-          for (const bool by_rows :
-               tp == 1 ? std::vector{false} : those({false, true}, wanted.sequence_parallel))
-            for (const bool recompute : those({false, true}, wanted.recompute)) {
+          for (const bool by_rows : tp == 1 ? std::vector{false} : wanted.by_rows)
+            for (const bool recompute : wanted.recomputes) {
               costs.clear();
               job.layout["cp"] = cp;
               job.layout["tp"] = tp;

@@ -24,9 +24,9 @@ struct Account {
 };
 Account account(const Job& job);
 
-// What is fixed by the user: 0 or empty where all are tried, and what is true stays so.
+// What is fixed by the user: 0 or empty where all are tried.
 struct Wanted : Job {
-  std::vector<bool> reshard{true, false};  // what is tried
+  std::vector<bool> reshard{true, false}, by_rows{false, true}, recomputes{false, true};  // tried
 };
 struct Planned : Job, Prediction {
   int64_t memory = 0;  // bytes of the fullest rank
