@@ -458,6 +458,8 @@ TEST(a_gpu_has_the_links_of_the_machine_that_it_is) {
                                                        {"NVIDIA H100 80GB HBM3", "h100"},
                                                        {"NVIDIA H100 PCIe", "rtx4090"},
                                                        {"NVIDIA A100-SXM4-80GB", "a100-80g"},
+                                                       {"NVIDIA A100-PCIE-40GB", "rtx4090"},
+                                                       {"NVIDIA GH200 480GB", "rtx4090"},
                                                        {"NVIDIA RTX A1000 Laptop GPU", "rtx4090"},
                                                        {"NVIDIA GeForce RTX 4090", "rtx4090"}};
   for (const auto& [gpu, machine] : names) CHECK_EQ(links_of(gpu), machine, gpu);

@@ -23,7 +23,7 @@
 static const struct {
   const char *name, *card, *text;  // card: in its driver's name
 } kMachines[] = {
-    {"a100-80g", "A100-", R"(
+    {"a100-80g", "A100-SXM", R"(
 peak 312            : NVIDIA, A100 80GB data sheet
 f32 19.5            : NVIDIA, A100 80GB data sheet
 product 128 96.8    : fitted on Narayanan et al. 2021, table 1, last row
@@ -50,7 +50,7 @@ launch 4            : as A100; copies of 32 bytes take 4.7
 inside 360 1.65     : 80 % of the data sheet's 450 each way, as A100's share of 300
 between 47 3.5      : one NDR card, NVIDIA/nccl-tests issue 290: 46 to 48
 )"},
-    {"h200", "H200", R"(
+    {"h200", " H200", R"(
 peak 989            : NVIDIA, H200 SXM data sheet
 f32 66.9            : NVIDIA, H200 SXM data sheet
 product 64 127      : as H100
