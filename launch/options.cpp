@@ -47,7 +47,7 @@ OptionGroup model_options(CommonOptions& o) {
 }
 
 OptionGroup mesh_options(Layout& layout, bool has_batch) {
-  OptionGroup group{"Mesh: mpiexec starts the product of these", {}};
+  OptionGroup group{"Mesh: mpiexec -n N, N being the product of these", {}};
   for (size_t a = 0; a < kAxes.size(); a++) {
     const AxisKind& axis = kAxes[a];
     if ((axis.splits_batch || axis.splits_sequence) && !has_batch) continue;

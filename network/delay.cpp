@@ -57,30 +57,31 @@ int main(int argc, char** argv) {
     std::multimap<Clock::time_point, Packet> underway;  // by when they arrive
     char buffer[kHeader + 65600];
     while (true) {
-      // what is due is handed over; a full device takes it later, one that is down loses it
+      // what is due is handed over; a device that is full or down loses it
       auto next = Clock::now() + std::chrono::milliseconds(999);
       for (; !underway.empty(); underway.erase(underway.begin())) {
         const auto& [due, packet] = *underway.begin();
         next = std::min(next, due);
-        if (due > Clock::now() ||
-            (write(packet.port, packet.bytes.data(), packet.bytes.size()) < 0 && errno == EAGAIN))
-          break;
+        if (due > Clock::now()) break;
+        (void)!write(packet.port, packet.bytes.data(), packet.bytes.size());
       }
       // a timer is late by up to 100 us: what is due sooner is waited for by asking
       const auto wait = next - Clock::now();
       const timespec time{0, wait > microseconds(100) ? wait.count() : 0};
       ppoll(ports.data(), ports.size(), &time, nullptr);
-      // a packet of each port goes on the wire to another
-      for (const pollfd& from : ports) {
-        const ssize_t bytes = read(from.fd, buffer, sizeof buffer);
-        if (bytes <= kAddress || buffer[kHeader] >> 4 != 4) continue;  // there is none, or no IPv4
-        const size_t to = uint8_t(buffer[kAddress]) % 254;
-        if (to >= ports.size()) continue;
-        auto& free = wire_free[to];
-        free = std::max(free, Clock::now());
-        if (mbit > 0) free += nanoseconds(int64_t(double(bytes - kHeader) * 8000 / mbit));
-        underway.emplace(free + delay, Packet{ports[to].fd, {buffer, buffer + bytes}});
-      }
+      // packets go from their ports on the wire to others
+      for (const pollfd& from : ports)
+        for (int i = 0; from.revents & POLLIN && i < 16; i++) {
+          const ssize_t bytes = read(from.fd, buffer, sizeof buffer);
+          if (bytes < 0) break;
+          if (bytes <= kAddress || buffer[kHeader] >> 4 != 4) continue;  // no IPv4
+          const size_t to = uint8_t(buffer[kAddress]) % 254;
+          if (to >= ports.size()) continue;
+          auto& wire = wire_free[to];
+          wire = std::max(wire, Clock::now());
+          if (mbit > 0) wire += nanoseconds(int64_t(double(bytes - kHeader) * 8000 / mbit));
+          underway.emplace(wire + delay, Packet{ports[to].fd, {buffer, buffer + bytes}});
+        }
     }
   } catch (const std::exception& e) {
     return fprintf(stderr, "build/delay: %s\n", e.what()), 1;

@@ -34,7 +34,8 @@ struct Cell {
 Cell best_kind(const Cluster& cluster, const GptConfig& config) {
   Cell cell;
   double fastest = INFINITY;  // that of the last kind
-  for (const Kind* kind = std::end(kKinds); kind-- != kKinds;) {
+  for (const Kind* kind = std::end(kKinds); kind != kKinds;) {
+    kind--;
     Wanted wanted{
         {config, {}, {{"fsdp", kind->fsdp}, {"replicate", 0}, {"tp", kind->tp}, {"pp", kind->pp}}}};
     wanted.batch = kBatch;

@@ -11,6 +11,7 @@
 // test      tests/test_plan.sh
 #include <cstdio>
 #include <nlohmann/json.hpp>
+#include <numeric>
 
 #include "launch/options.h"
 #include "report/draw_map.h"
@@ -99,7 +100,7 @@ Json options_of(const Job& job) {
   say(job.recompute, "recompute", true);
   return options;
 }
-std::string words_of(const Json& options) {
+std::string command_line_of(const Json& options) {
   std::string text;
   for (const auto& [name, value] : options.items()) {
     text += (text.empty() ? "--" : " --") + name;
@@ -120,13 +121,11 @@ Json json_of(const Cluster& cluster, const Planned& p) {
     parts.push_back({p.waiting[axis], sentence("waiting for ", kAxes[axis].name)});
   std::ranges::sort(parts, std::greater<>());
   Json seconds, memory;
-  for (const auto& [time, name] : parts)
-    if (time > 0) seconds[name] = time;
-  for (int i = 0; i < kMemoryCategories; i++)
-    if (a.memory[i] > 0) memory[name_of(Memory(i))] = a.memory[i];
+  for (const auto& [time, name] : parts) seconds[name] = time;
+  for (int i = 0; i < kMemoryCategories; i++) memory[name_of(Memory(i))] = a.memory[i];
   const Json layout = options_of(p);
   return {{"layout", layout},
-          {"options", words_of(layout)},
+          {"options", command_line_of(layout)},
           {"step_seconds", p.seconds},
           {"tokens_per_second", tokens},
           {"mfu", tokens * flops_per_token(p) / p.layout.ranks() / peak},
@@ -140,13 +139,14 @@ Json json_of(const Cluster& cluster, const Planned& p) {
 
 constexpr double kGib = 1 << 30;
 
-// The parts of a whole, each with its share.
+// The parts of a whole that are not nothing, each with its share.
 void print_parts(const Json& parts, double unit, const char* unit_name) {
   double all = 0;
   for (const double part : parts) all += part;
   for (const auto& [name, part] : parts.items())
-    printf("  %-24s %9.4g %-3s %5.1f %%\n", name.c_str(), double(part) / unit, unit_name,
-           100 * double(part) / all);
+    if (part > 0)
+      printf("  %-24s %9.4g %-3s %5.1f %%\n", name.c_str(), double(part) / unit, unit_name,
+             100 * double(part) / all);
 }
 
 void explain_memory(const Cluster& cluster, const Json& layout) {
@@ -248,10 +248,15 @@ void show(PlanOptions& o) {
   if (is_fixed("reshard-after-forward")) wanted.reshard = {wanted.fsdp.reshard};
   if (is_fixed("sequence-parallel")) wanted.by_rows = {wanted.sequence_parallel};
   if (is_fixed("recompute")) wanted.recomputes = {wanted.recompute};
+  const int64_t devices = o.nodes * o.devices;
+  if (o.layout_only) {
+    REQUIRE(o.layout.ranks() == devices, to_string(o.layout), " has ", o.layout.ranks(),
+            " ranks, and --nodes ", o.nodes, " with --devices ", o.devices, " have ", devices);
+    check(o);
+  }
   const Plan found = plan(cluster, wanted, o.top);
-  REQUIRE(found.layouts > 0, "no layout of ", o.nodes * o.devices,
-          " devices is what the options ask for: the product of the axes is the devices; the batch"
-          " of ",
+  REQUIRE(found.layouts > 0, "no layout of ", devices,
+          " devices is what the options ask for: axes divide the devices; the batch of ",
           wanted.batch,
           " must divide by the ranks that share it, and each one's part by --microbatch, into a "
           "number of micro-batches that --schedule takes; --tp is at most ",
@@ -266,14 +271,17 @@ void show(PlanOptions& o) {
     table += format("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  ", p.seconds,
                     double(row["tokens_per_second"]), 100 * double(row["mfu"]), p.memory / kGib,
                     percent * p.computing, percent * p.bubble,
-                    100 - percent * (p.computing + p.bubble + p.optimizer)) +
+                    percent * std::reduce(p.waiting.begin(), p.waiting.end())) +
              std::string(row["options"]) + "\n";
   }
+  const Json smallest = found.smallest ? json_of(cluster, *found.smallest) : Json();
   if (o.json)
-    printf("%s\n",
-           Json{{"layouts", found.layouts}, {"fitting", found.fitting}, {"fastest", fastest}}
-               .dump(1)
-               .c_str());
+    printf("%s\n", Json{{"layouts", found.layouts},
+                        {"fitting", found.fitting},
+                        {"fastest", fastest},
+                        {"smallest_that_does_not_fit", smallest}}
+                       .dump(1)
+                       .c_str());
   else {
     const bool searches = !o.layout_only;
     if (searches)
@@ -281,7 +289,7 @@ void show(PlanOptions& o) {
              (long long)wanted.batch, (long long)found.fitting);
     if (found.smallest) {
       if (searches) printf("\nof those that do not fit, the smallest\n");
-      explain_memory(cluster, json_of(cluster, *found.smallest));
+      (searches ? explain_memory : explain)(cluster, smallest);
     }
     if (found.fitting > 0) {
       if (searches)

@@ -142,6 +142,41 @@ TEST(a_collective_begins_with_its_last_rank) {
   CHECK_EQ(spans[5].end, 4, "nobody waits for the sum here");
 }
 
+TEST(a_rank_alone_has_its_times_as_it_issues) {
+  std::mt19937 random(3);
+  std::uniform_real_distribution<double> some(0, 1);
+  Issue issue;
+  std::vector<Task> tasks;
+  std::vector<double> ends;
+  int last[2] = {-1, -1}, awaited = -1;
+  double waited = 0;
+  for (int i = 0; i < 1000; i++) {
+    const double duration = some(random);
+    const bool computes = some(random) < 0.5;
+    if (computes && last[1] >= 0 && some(random) < 0.5) awaited = last[1];
+    if (computes) {
+      waited += issue.compute(duration, awaited < 0 ? 0 : ends[awaited]);
+      ends.push_back(issue.computed());
+      tasks.push_back({0, Queue::compute, duration, awaited});
+    } else {
+      ends.push_back(issue.communicate(duration));
+      tasks.push_back({0, Queue::communication, duration, last[0]});
+    }
+    last[!computes] = i;
+  }
+  const std::vector<Span> spans = run(tasks);
+  double worst = 0, idle = 0, free = 0;
+  for (size_t i = 0; i < tasks.size(); i++) {
+    worst = std::max(worst, close(spans[i].end, ends[i]));
+    if (tasks[i].queue != Queue::compute) continue;
+    idle += spans[i].start - free;
+    free = spans[i].end;
+  }
+  CHECK_LE(worst, 1e-12);
+  CHECK_LE(close(idle, waited), 1e-12);
+  CHECK(waited > 0);
+}
+
 TEST(tasks_that_wait_for_each_other_are_refused) {
   CHECK_SAYS(run({{0, Queue::compute, 1, 1}, {0, Queue::communication, 1, 0}}), "wait for each");
   const std::vector<Task> crossed{{0, Queue::compute, 1, -1, {3}},
@@ -350,7 +385,10 @@ TEST(the_search_finds_what_trying_all_finds) {
     CHECK(all.smallest && all.smallest->memory > cluster.memory);
     for (const auto& p : all.fastest) {
       double parts = p.computing + p.bubble + p.optimizer;
-      for (const double w : p.waiting) parts += w;
+      for (const double w : p.waiting) {
+        CHECK(w >= 0);
+        parts += w;
+      }
       sum = std::max(sum, close(parts, p.seconds));
     }
     predicted += five.predicted;
@@ -363,15 +401,22 @@ TEST(the_search_finds_what_trying_all_finds) {
 
 TEST(no_bound_is_above_the_step) {
   const GptConfig config{{48, 1600, 25, 1024, 50257}, Dtype::bf16};
-  Predictor predictor({read_machine("a100-80g"), profile_named("threefold"), 1, 8}, config);
-  for (const std::string& name : schedule_names())
-    for (const int64_t batch : {8, 16, 64}) {
-      Job job{config, {}, {{"pp", 8}}};
-      job.batch = batch;
-      job.microbatch = 1;
-      job.schedule = name;
-      const double seconds = predictor.step(job).seconds;
-      CHECK_EQ(predictor.step(job, 1.00001 * seconds).seconds, seconds, name);
+  for (const std::string& profile : profile_names())
+    for (const double sharing : {1, 2}) {
+      Cluster cluster{read_machine("a100-80g"), profile_named(profile), 1, 8};
+      cluster.sharing = sharing;
+      cluster.overlap = 1 / sharing;
+      Predictor predictor(cluster, config);
+      for (const std::string& name : schedule_names())
+        for (const int64_t batch : {8, 16, 64})
+          for (const int64_t pp : {8, 4}) {
+            Job job{config, {}, {{"pp", pp}, {"fsdp", 8 / pp}}};
+            job.batch = batch;
+            job.microbatch = 1;
+            job.schedule = name;
+            const double seconds = predictor.step(job).seconds;
+            CHECK_EQ(predictor.step(job, 1.00001 * seconds).seconds, seconds, name);
+          }
     }
 }
 

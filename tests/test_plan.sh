@@ -22,13 +22,13 @@ printf 'peak 1\n' >"$dir/machine"
 refuses machine_without_sources "line 1: peak needs a source" --machine "$dir/machine"
 refuses heads_that_do_not_divide "does not divide by" --heads 5
 refuses kv_heads_that_do_not_divide "does not divide the" --heads 8 --kv-heads 3
-refuses ranks_of_a_layout "no layout of 8 devices" --layout --tp 4
+refuses ranks_of_a_layout "and --nodes 1 with --devices 8 have 8" --layout --tp 4
 refuses a_layout_of_fewer_heads_than_ranks "--tp is at most 2" --layout --model gpt2 --tp 4 \
   --devices 4 --kv-heads 2
-refuses a_batch_of_a_layout "the batch of 3 must divide" --layout --fsdp 8 --batch 3
+refuses a_batch_of_a_layout "a batch of 3 does not divide" --layout --fsdp 8 --batch 3
 refuses micro_batches_of_a_layout "that --schedule takes" --layout --pp 2 --devices 2 --batch 6 \
   --microbatch 2 --schedule interleaved
-refuses a_context_of_a_layout "at most half of the context of 8" --layout --cp 8 --context 8
+refuses a_context_of_a_layout "cuts a sequence into 16 pieces" --layout --cp 8 --context 8
 refuses no_layout "no layout of 8 devices" --batch 3 --pp 1 --tp 1 --cp 1
 refuses a_number "--nodes takes a whole number" --nodes 0
 refuses a_schedule "is about a pipeline" --layout --tp 2 --devices 2 --schedule zb
@@ -93,6 +93,7 @@ check its_memory_has_digits \
 refuses no_layout_fits_in_json "does not fit" --memory 1 --devices 1 --json
 refuses one_layout_does_not_fit "does not fit" --layout --memory 1 --devices 1
 refuses one_layout_does_not_fit_in_json "does not fit" --layout --memory 1 --devices 1 --json
+check its_memory_is_in_json 'grep -A40 smallest_that_does_not_fit "$dir/out" | grep -q memory_bytes'
 
 # ---- the map: its file is opened first, and an older one stays until the new one is whole
 refuses a_map_nowhere "/nowhere/x.svg.partial cannot be opened" --map "$dir/nowhere/x.svg"

@@ -38,7 +38,7 @@
 // Between the ranks of a group.
 struct Link {
   double bandwidth = 0, latency = 0;  // bytes/s that a device sends; seconds
-  int64_t ranks = 1, nodes = 1;       // that they are on
+  int64_t ranks = 1, nodes = 1;       // of the group; that its ranks are on
   bool direct = false;                // Profile's
   // of a collective on a buffer of so many bytes: the ledger's bytes, in one round or, of an
   // all-reduce, in two

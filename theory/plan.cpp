@@ -100,7 +100,7 @@ class Search : Predictor {
     const bool splits = s.row->splits_backward;
     // by what a stage has: the most that its backwards keep; and the bound of the step's time
     std::map<ChunkKind, int64_t> activations;
-    double bound = 0, before = 0;
+    double bound = 0, before = 0, busiest = 0;
     for (int stage = 0; stage < s.stages; stage++) {
       ChunkKind all{0, false, false};
       std::vector<Kept> bytes;
@@ -115,11 +115,12 @@ class Search : Predictor {
       }
       int64_t& most = activations[all];
       most = std::max(most, peak(s, stage, bytes));
+      busiest = std::max(busiest, s.microbatches * busy);
       bound = std::max(bound, before + s.microbatches * busy);
       const auto first = cost_of(job, chunks[stage][0], splits);
       before += first[0] + (splits ? 0 : first[1]);
     }
-    bound /= cluster.sharing;
+    bound = busiest + (bound - busiest) / cluster.sharing;
     for (const int64_t fsdp : sizes("fsdp", data, data)) {
       job.layout["fsdp"] = fsdp;
       job.layout["replicate"] = data / fsdp;
@@ -186,6 +187,7 @@ class Search : Predictor {
       if (int64_t(best.size()) > top) best.pop_back();
     }
     for (Planned& p : best) static_cast<Prediction&>(p) = predict(p);
+    if (result.smallest) static_cast<Prediction&>(*result.smallest) = predict(*result.smallest);
     return result;
   }
 

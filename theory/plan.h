@@ -5,9 +5,11 @@
 //           all layouts follow. Memory is what the code here holds, whatever the profile; workspace
 //           is not counted.
 // time      Every layout that fits gets a bound from below: no stage waits for anything but tp and
-//           cp, and the busiest one idles only while the first micro-batch comes and the last goes.
-//           In the order of their bounds layouts are predicted (predict.h), until no bound left is
-//           below the time of the last that is asked for. So none faster is left out.
+//           cp, and the busiest one idles only while the first micro-batch comes and, where
+//           backwards are not split, the last goes. In the order of their bounds layouts are
+//           predicted (predict.h), until no bound left is below the time of the last that is asked
+//           for. So none faster is left out.
+// cost      half a kilobyte for each layout that fits
 // not here  more than 4 chunks a stage, with interleaved; other numbers of uses unsharded ahead
 // test      tests/test_plan.cpp, tests/test_plan.sh
 #pragma once

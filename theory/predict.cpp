@@ -21,9 +21,11 @@ struct ChunkTimes {
 class RankWork : public TheoryOfChunk {
  public:
   // Of a model of one block, which is used as often as the chunk has blocks. What is sent over the
-  // first `free` of kAxes takes no time.
-  RankWork(const Cluster& cluster, const Job& job, const ChunkKind& chunk, size_t free)
-      : TheoryOfChunk(job, {1, chunk.embedding, chunk.head}), cluster(cluster), free(free) {
+  // first `free_axes` of kAxes takes no time.
+  RankWork(const Cluster& cluster, const Job& job, const ChunkKind& chunk, size_t free_axes)
+      : TheoryOfChunk(job, {1, chunk.embedding, chunk.head}),
+        cluster(cluster),
+        free_axes(free_axes) {
     for (const ModelPart& part : pieces[0])
       add_uses(part, part.kind == ModelPart::block ? chunk.blocks : 1);
   }
@@ -82,18 +84,14 @@ class RankWork : public TheoryOfChunk {
     if (over.ranks == 1) return 0;
     const double seconds = over.seconds(c, bytes);
     beside += seconds;
-    return communicated = std::max(communicated, computed) + seconds;
+    return issue.communicate(seconds);
   }
   void wait_for(double sent) { awaited = std::max(awaited, sent); }  // the next computation
-  void compute(double seconds) {
-    const double begins = std::max(awaited, computed);
-    beside -= begins - computed;
-    computed = begins + seconds;
-  }
+  void compute(double seconds) { beside -= issue.compute(seconds, awaited); }
   double end_phase() {
     compute(0);
-    const double took = computed - began + (1 - cluster.overlap) * std::max(0.0, beside);
-    began = computed;
+    const double took = issue.computed() - began + (1 - cluster.overlap) * std::max(0.0, beside);
+    began = issue.computed();
     beside = 0;
     return took;
   }
@@ -235,9 +233,9 @@ class RankWork : public TheoryOfChunk {
   // over its shards, and in the last micro-batch over copies
   double sum_of(const Unit& u) {
     const double bytes = u.elements * (profile.gradient_bytes > 0 ? profile.gradient_bytes : g);
-    send(over_fsdp, Collective::reduce_scatter, bytes);
-    if (is_last) send(over_copies, Collective::all_reduce, bytes / fsdp.size);
-    return communicated;
+    const double sum = send(over_fsdp, Collective::reduce_scatter, bytes);
+    return is_last ? std::max(sum, send(over_copies, Collective::all_reduce, bytes / fsdp.size))
+                   : sum;
   }
   void reduce_gradients(int use) {
     compute(uses[use].put_off);
@@ -263,18 +261,19 @@ class RankWork : public TheoryOfChunk {
     for (const auto& [key, unit] : units) wait_for(sum_of(unit));
   }
 
-  // of the ranks of an axis, or of two
+  // of n ranks, whose collectives are those of an axis
   Link link(AxisName axis, int64_t n, int64_t stride) const {
-    return link_of(cluster, axis.index < free ? 1 : n, stride);
+    return link_of(cluster, axis.index < free_axes ? 1 : n, stride);
   }
 
   const Cluster& cluster;
   const Profile& profile = cluster.profile;
-  const size_t free;
+  const size_t free_axes;
   const bool splits = schedule.row->splits_backward;
   bool is_last = false;
   Link over_tp = link("tp", tp.size, 1), over_cp = link("cp", cp.size, tp.size),
-       over_fsdp = link("fsdp", fsdp.size, tp.size),
+       over_fsdp =
+           link(mesh["fsdp"].size > 1 ? AxisName("fsdp") : AxisName("cp"), fsdp.size, tp.size),
        over_copies = link("replicate", mesh["replicate"].size, int64_t(fsdp.size) * tp.size);
   double C = config.width, D = C / config.heads, F = gpt.tp.part(config.hidden()).size(),
          V = gpt.tp.padded_part(config.vocab), kv = gpt.tp.part(config.kv()).size(),
@@ -282,7 +281,8 @@ class RankWork : public TheoryOfChunk {
   std::map<int, Unit> units;
   std::vector<Use> uses;
   std::deque<Unit*> in_flight;
-  double computed = 0, communicated = 0, awaited = 0;  // when
+  Issue issue;
+  double awaited = 0;            // when it ends
   double began = 0, beside = 0;  // the phase; what has travelled in it and was not waited for
   double put_off = 0;            // of this use
 };
@@ -337,7 +337,7 @@ static double exchange_seconds(const Cluster& c, const Job& job, double bytes) {
          link_of(c, tp, 1).seconds(Collective::all_gather, bytes);
 }
 
-Prediction Predictor::step(const Job& job, double limit, size_t free) {
+Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
   const Schedule s = outline_of(job, job.layout);
   const auto kinds = chunks_of(s);
   std::map<ChunkKind, ChunkTimes> times;
@@ -349,7 +349,8 @@ Prediction Predictor::step(const Job& job, double limit, size_t free) {
   for (const auto& stage : kinds) {
     double busy = 0, ending = 0, optimizer = 0;
     for (const ChunkKind& kind : stage) {
-      if (!times.count(kind)) times[kind] = RankWork(cluster, job, kind, free).run(s.microbatches);
+      if (!times.count(kind))
+        times[kind] = RankWork(cluster, job, kind, free_axes).run(s.microbatches);
       const ChunkTimes& t = times[kind];
       optimizer += t.optimizer;
       ending += t.tail;
@@ -368,7 +369,7 @@ Prediction Predictor::step(const Job& job, double limit, size_t free) {
 
   const auto pipeline = [&] {
     // where nothing overlaps, a computation first takes what comes, and then hands on its result
-    const double exchange = free > AxisName("pp").index
+    const double exchange = free_axes > AxisName("pp").index
                                 ? 0
                                 : exchange_seconds(cluster, job, times.begin()->second.sent),
                  exposed = cluster.profile.overlaps ? 0 : exchange;
@@ -408,14 +409,15 @@ Prediction Predictor::step(const Job& job, double limit, size_t free) {
 
 Prediction Predictor::predict(const Job& job) {
   Prediction result = step(job);
-  double seconds = result.seconds;
+  double left = result.seconds;
   for (size_t axis = 0; axis < kAxes.size(); axis++) {
+    if (job.layout.sizes[axis] == 1) continue;
     const Prediction without = step(job, INFINITY, axis + 1);
-    result.waiting[axis] = seconds - without.seconds;
-    seconds = without.seconds;
-    result.computing = without.computing;
-    result.bubble = without.bubble;
+    result.waiting[axis] = std::max(0.0, left - without.seconds);
+    left -= result.waiting[axis];
+    result.bubble = std::min(without.bubble, left - result.optimizer);
   }
+  result.computing = left - result.bubble - result.optimizer;
   return result;
 }
 

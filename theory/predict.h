@@ -1,7 +1,7 @@
 // predict.h: how long a training step takes on a cluster, and where the time goes.
 //
 // idea      One rank of each kind of stage is issued as the code issues it: products and kernels on
-//           the compute queue, collectives of all axes on the communication queue.
+//           the compute queue, collectives of all axes on the communication queue (timeline.h).
 //           From the first, a middle and the last micro-batch come the times of a stage's
 //           computations, waiting included, and the schedule makes the step of them. Bytes, units
 //           and what is kept come from theory/; nothing of it is counted again here.
@@ -31,7 +31,8 @@ struct TheoryOfChunk : TheoryOfRank {
   TheoryOfChunk(const Job& job, const ChunkKind& chunk);
 };
 // Of a step. What an axis is waited for is what the step gains where its collectives take no time,
-// those of the first of kAxes first; the other parts are of what is left.
+// those of the first of kAxes first (pp's with the gathers over tp behind them); the other parts
+// are of what is left. So all parts together are the step.
 struct Prediction {
   double seconds = 0, computing = 0, bubble = 0, optimizer = 0;
   std::array<double, kAxes.size()> waiting{};
@@ -42,9 +43,9 @@ class Predictor {
   Predictor(const Cluster& cluster, const ModelSize& model)
       : cluster(cluster), gpt_(GptConfig{model}) {}
   Prediction predict(const Job& job);
-  // The same without `waiting`, where what is sent over the first `free` of kAxes takes no time.
-  // Where it takes longer than the limit for certain, its pipeline is not run: a bound.
-  Prediction step(const Job& job, double limit = INFINITY, size_t free = 0);
+  // The same without `waiting`, where what is sent over so many of the first of kAxes takes no
+  // time. Where it takes longer than the limit for certain, its pipeline is not run: a bound.
+  Prediction step(const Job& job, double limit = INFINITY, size_t free_axes = 0);
   // of a chunk of one block and a micro-batch in the middle of a step: seconds of its forward,
   // backward (or input gradients, where it is split) and weight gradients; bytes kept from its
   // forward and input gradients on

@@ -28,3 +28,22 @@ struct Span {
 // Of each task; that of what ranks do together begins where its rank has come to it. Where tasks
 // wait for each other there is an Error, or, if they may, what never begins or ends is below 0.
 std::vector<Span> run(const std::vector<Task>& tasks, bool may_wait = false);
+
+// The same of one rank alone: its tasks wait for earlier ones, so each has its times at once.
+class Issue {
+ public:
+  // Waits for all that was issued to the compute queue so far. Returns when it ends.
+  double communicate(double duration) {
+    return communicated_ = std::max(communicated_, computed_) + duration;
+  }
+  // Waits for a communication that ends then. Returns how long.
+  double compute(double duration, double communicated) {
+    const double begins = std::max(communicated, computed_), waited = begins - computed_;
+    computed_ = begins + duration;
+    return waited;
+  }
+  double computed() const { return computed_; }  // when the last computation ends
+
+ private:
+  double computed_ = 0, communicated_ = 0;
+};
