@@ -285,7 +285,7 @@ for ranks in ${RANKS:-2 4}; do
   # shellcheck disable=SC2086
   calibrate "$ranks" $over || give_up
   # shellcheck disable=SC2086
-  first=$(predict 1gbit "$ranks" $model --top 1 | sed -n 's/.*"options": "\(.*\)",/\1/p')
+  first=$(predict 1gbit "$ranks" $model --top 1 | sed -n 's/.*"options": "\(.*\)",/\1/p' | head -1)
   while IFS=$'\t' read -r name options; do
     [ $# = 0 ] || [[ " $* " == *" $name "* ]] || continue
     printf '  %s rank%s a node  %-15s' "$((ranks / 2))" "$([ "$ranks" = 2 ] || echo s)" "$name"

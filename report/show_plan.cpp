@@ -319,7 +319,7 @@ int main(int argc, char** argv) {
       for (const std::string& name : o.given)
         REQUIRE(name == "map" || name == "machine" || name == "profile", "--", name,
                 " would do nothing: --map draws models and clusters of its own");
-      write_file(o.map, [&](const Write& write) {  // which must be possible: it takes a minute
+      write_file(o.map, [&](const Write& write) {  // which must be possible: it takes minutes
         write(draw_map(cluster_of(o), 1.25e9));
       });
     }
