@@ -287,15 +287,15 @@ void show(PlanOptions& o) {
     if (searches)
       printf("layouts  %lld of a batch of %lld, %lld fit in memory\n", (long long)found.layouts,
              (long long)wanted.batch, (long long)found.fitting);
-    if (found.smallest) {
-      if (searches) printf("\nof those that do not fit, the smallest\n");
-      (searches ? explain_memory : explain)(cluster, smallest);
-    }
     if (found.fitting > 0) {
       if (searches)
         printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n%s\n",
                table.c_str());
       explain(cluster, fastest[0]);
+    }
+    if (found.smallest) {
+      if (searches) printf("\nof those that do not fit, the smallest\n");
+      (searches ? explain_memory : explain)(cluster, smallest);
     }
   }
   if (found.fitting == 0) check_fits(cluster, found.smallest->memory);

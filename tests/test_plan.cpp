@@ -547,6 +547,7 @@ between 0.1 50 : a
   CHECK_SAYS(with("memory 1 :", "memory 1e7 :"), "number 1 of memory must be from 1e-09 to 1e+06");
   CHECK_SAYS(with("inside 1 20", "inside 1 -1"), "number 2 of inside must be from 0 to 1e+09");
   CHECK_SAYS(with("product 512", "product 32"), "ascending order");
+  CHECK_SAYS(with("product 512 0.9", "product 512 1.1"), "product 512 is above the peak of 1");
   CHECK_SAYS(read_machine("no such file"), "there is no machine and no file 'no such file'");
 }
 

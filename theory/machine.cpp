@@ -148,6 +148,9 @@ Machine parse_machine(const std::string& name, const std::string& text) {
     REQUIRE(seen.count(fact.name) || *fact.where > 0, "machine ", name, " does not say its ",
             fact.name);
   REQUIRE(m.products.size() >= 2, "machine ", name, " needs the rates of two products at least");
+  for (const auto& [k, reached] : m.products)
+    REQUIRE(reached <= m.peak, "machine ", name, ": product ", k, " is above the peak of ",
+            m.peak / kTera);
   return m;
 }
 
