@@ -57,7 +57,8 @@ void Fsdp::before_backward(Tape& tape, int use) {
 
 void Fsdp::after_backward(Tape& tape, int use) {
   // runs now or, under zero bubble, after this use's weight gradients, which read no weights
-  tape.weight_gradient([this, use] { reduce_gradients(use); });
+  const bool at_end = follows && !tape.deferred && !shards_gradients();
+  tape.weight_gradient([this, use, at_end] { reduce_gradients(use, at_end); });
   reshard_after_use(use);
 }
 
@@ -216,7 +217,7 @@ void Fsdp::finish_unshard(Unit& u) {
 }
 
 void Fsdp::reshard_after_use(int use) {
-  if (!shards_parameters() || !options_.reshard) return;
+  if (!reshards()) return;
   for (Unit* u : uses_[use].units) reshard(*u);
 }
 
@@ -246,12 +247,14 @@ void Fsdp::enter_backward(const char* pass, int use) {
 }
 
 // This use's part of its units' gradients has been computed.
-void Fsdp::reduce_gradients(int use) {
+void Fsdp::reduce_gradients(int use, bool at_end) {
   for (Unit* u : uses_[use].units) {
     if (++u->uses_done < u->uses_per_microbatch) continue;  // another use will add to this gradient
     u->uses_done = 0;
     u->microbatches_done++;
-    if (shards_gradients() || u->microbatches_done == microbatches_) start_reduce(*u);
+    if (!shards_gradients() && u->microbatches_done < microbatches_) continue;
+    if (at_end) complete_.push_back(u);
+    else start_reduce(*u);
   }
 }
 
@@ -273,8 +276,10 @@ void Fsdp::start_reduce(Unit& u) {
   u.reduced.record(stream_);
   u.reducing = true;
   in_flight_.push_back(&u);
-  // at most two whole block gradients: one is computed while one is summed
-  while (int(in_flight_.size()) > std::min(options_.prefetch, 1)) finish_reduce();
+  // Sharded gradients are freed when summed, and two of them are enough: one is computed while one
+  // is summed. Others stay, and nothing waits for their sums before the step's end.
+  const size_t behind = options_.prefetch == 0 ? 0 : shards_gradients() ? 1 : units_.size();
+  while (in_flight_.size() > behind) finish_reduce();
 }
 
 void Fsdp::finish_reduce() {
@@ -315,9 +320,13 @@ void Fsdp::begin_step(int microbatches) {
     if (shards_gradients()) u.fresh = true;
     else u.begin_gradients();
   }
+  if (!follows || reshards() || options_.prefetch == 0) return;
+  for (const Use& use : uses_)
+    for (Unit* u : use.units) start_unshard(*u);
 }
 
 void Fsdp::finish_backward() {
+  for (Unit* u : std::exchange(complete_, {})) start_reduce(*u);
   while (!in_flight_.empty()) finish_reduce();
   make_wait(device().compute, stream_);  // the optimizer reads what the last collectives wrote
 }

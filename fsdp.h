@@ -66,6 +66,12 @@ class Fsdp {
   // over the step, and are scattered once at its end.
   bool shards_gradients() const { return axis_.size > 1 && options_.zero >= 2; }
 
+  // In a pipeline, does this rank's forward follow another's, and another's backward its own? Then,
+  // where whole parameters and gradients stay, all units are gathered while it waits for the first
+  // activation, and summed when it has sent the last gradient: on the one queue, each would stand
+  // before what somebody waits for.
+  bool follows = false;
+
   // Called before a unit's gradients leave this rank: other strategies add up what they left in
   // parts.
   std::function<void(const std::vector<Param*>&)> complete_gradients;
@@ -112,11 +118,12 @@ class Fsdp {
   void unshard(int use, int direction);
   void start_unshard(Unit& unit);
   void finish_unshard(Unit& unit);
+  bool reshards() const { return shards_parameters() && options_.reshard; }
   void reshard_after_use(int use);
   void reshard(Unit& unit);
 
   void enter_backward(const char* pass, int use);
-  void reduce_gradients(int use);
+  void reduce_gradients(int use, bool at_end);
   void start_reduce(Unit& unit);
   void finish_reduce();
   void sum_over_copies(Unit& unit);
@@ -128,6 +135,7 @@ class Fsdp {
   FsdpOptions options_;
   std::map<int, Unit> units_;  // by Param::unit; a map: uses hold pointers
   std::vector<Use> uses_;
+  std::vector<Unit*> complete_;  // whose gradients wait for the end of the step's backward
   std::deque<Unit*> in_flight_;  // whose gradients are being summed, oldest first
   int microbatches_ = 1;
 };

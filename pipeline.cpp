@@ -24,7 +24,8 @@
 // overlap   A computation waits for what it needs. An exchange waits for what it sends; one that
 //           receives waits for the computations before the previous exchange, too, but not (unless
 //           it sends their result) for those between the two. One queue carries the collectives of
-//           all axes: where a collective of another axis waits, exchanges behind it do, too.
+//           all axes: where a collective of another axis waits, exchanges behind it do, too. So
+//           Fsdp gathers and sums what it can before the first exchange and behind the last.
 // not here  stages on different numbers of ranks, activations kept on the host
 // test      tests/test_pipeline.cpp
 //

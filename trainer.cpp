@@ -39,6 +39,7 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
   for (int c = 0; c < int(pieces_.size()); c++)
     for (const ModelPart& part : pieces_[c])
       uses_[&part] = fsdp.add_use(part.params, part.backward, c, name_of(part));
+  fsdp.follows = mesh["pp"].rank > 0;
 
   // Embedding and head are tied. On one rank each has a gradient of its own; where gradients live
   // for one micro-batch only, they share it. On two ranks each has a copy of the parameter: the

@@ -217,6 +217,27 @@ void check_units(const Json& file, const std::string& name) {
   }
 }
 
+// Where parameters and gradients stay whole, later stages gather before their first exchange of a
+// step and sum behind the last one, but for that of the tied gradient.
+void check_what_stands_before_exchanges(const Json& file, const Mesh& mesh,
+                                        const std::string& name) {
+  if (mesh["pp"].size == 1 || mesh["fsdp"].size == 1) return;
+  std::map<int, std::map<int64_t, char>> kinds;  // by rank and begin
+  for (const Json& e : file["traceEvents"]) {
+    if (e["cat"] != "collective") continue;
+    const std::string function = e["args"]["function"];
+    if (e["args"]["op"] == "exchange") kinds[e["pid"]][begin(e)] = 'x';
+    if (function == "start_unshard") kinds[e["pid"]][begin(e)] = 'g';
+    if (function == "start_reduce") kinds[e["pid"]][begin(e)] = 's';
+  }
+  for (int rank = mesh.size / mesh["pp"].size; rank < mesh.size; rank++) {
+    std::string order;
+    for (const auto& [at, kind] : kinds[rank])
+      if (order.empty() || order.back() != kind) order += kind;
+    CHECK_EQ(order, "gxsxgxsx", name, ": rank ", rank, ", two steps");
+  }
+}
+
 struct Strategy {
   std::string name;
   Layout layout;
@@ -235,6 +256,9 @@ std::vector<Strategy> strategies(int n) {
                             {"cp", {{"cp", n}}}};
   for (int zero = 1; zero <= 3; zero++)
     all.push_back({sentence("ZeRO-", zero), {{"fsdp", n}}, "1f1b", {zero}});
+  if (n == 4)
+    for (const std::string schedule : {"1f1b", "interleaved"})
+      all.push_back({"pp of ZeRO-1 " + schedule, {{"pp", 2}, {"fsdp", 2}}, schedule, {1}});
   for (const std::string& schedule : schedule_names())
     all.push_back({"pp " + schedule, {{"pp", n}}, schedule});
   return all;
@@ -272,6 +296,7 @@ TEST(a_trace_of_every_strategy_nests_pairs_and_adds_up) {
         arrows += check_arrows(all, name);
         check_activations(file, name);
         check_units(file, name);
+        check_what_stands_before_exchanges(file, mesh, name);
       }));
       CHECK(wrong.empty(), wrong);
       files++;

@@ -12,26 +12,35 @@ int which(int microbatch, int of) {
   return microbatch == 0 ? kFirst : microbatch == of - 1 ? kLast : kMiddle;
 }
 struct ChunkTimes {
-  double of[3][4] = {};  // which micro-batch, Action::Kind
-  double tail = 0;       // of the step, behind the last backward
-  double optimizer = 0;  // then
-  double sent = 0;       // bytes of an activation
+  double of[3][4] = {};      // which micro-batch, Action::Kind
+  double gathers = 0;        // of the step, while the first activation is on its way
+  double tail = 0;           // behind the last backward: sums of gradients
+  bool sums_at_end = false;  // behind the last of all chunks
+  double optimizer = 0;      // then
+  double sent = 0;           // bytes of an activation
 };
 
 class RankWork : public TheoryOfChunk {
  public:
   // Of a model of one block, which is used as often as the chunk has blocks. What is sent over the
-  // first `free_axes` of kAxes takes no time.
-  RankWork(const Cluster& cluster, const Job& job, const ChunkKind& chunk, size_t free_axes)
+  // first `free_axes` of kAxes takes no time. For `follows` see Fsdp.
+  RankWork(const Cluster& cluster, const Job& job, const ChunkKind& chunk, size_t free_axes,
+           bool follows)
       : TheoryOfChunk(job, {1, chunk.embedding, chunk.head}),
         cluster(cluster),
-        free_axes(free_axes) {
+        free_axes(free_axes),
+        follows(follows) {
     for (const ModelPart& part : pieces[0])
       add_uses(part, part.kind == ModelPart::block ? chunk.blocks : 1);
   }
 
   ChunkTimes run(int microbatches) {
     ChunkTimes times;
+    if (follows && !reshards && options.fsdp.prefetch > 0)
+      for (auto& [key, unit] : units) {
+        unit.gathered = true;
+        times.gathers += over_fsdp.seconds(Collective::all_gather, unit.elements * e);
+      }
     const int n = std::min(microbatches, 3);
     for (int i = 0; i < n; i++) {
       double* phases = times.of[which(i, n)];
@@ -45,6 +54,7 @@ class RankWork : public TheoryOfChunk {
     }
     end_step();
     times.tail = end_phase();
+    times.sums_at_end = sums_at_end;
     double elements = 0;
     for (const auto& [key, unit] : units) elements += unit.elements;
     times.optimizer =
@@ -90,10 +100,10 @@ class RankWork : public TheoryOfChunk {
   void compute(double seconds) { beside -= issue.compute(seconds, awaited); }
   double end_phase() {
     compute(0);
-    const double took = issue.computed() - began + (1 - cluster.overlap) * std::max(0.0, beside);
+    const double hidden = beside - issue.left(), took = issue.computed() - began;
     began = issue.computed();
-    beside = 0;
-    return took;
+    beside = issue.left();
+    return took + (1 - cluster.overlap) * hidden;
   }
   double product(double m, double n, double k, double batch = 1) const {
     return product_seconds(cluster, m, n, k, batch, e);
@@ -215,7 +225,7 @@ class RankWork : public TheoryOfChunk {
     for (Unit* u : uses[use].units) wait_for(u->arrived);
   }
   void reshard(int use) {
-    if (shards_parameters && options.fsdp.reshard)
+    if (reshards)
       for (Unit* u : uses[use].units) u->gathered = false;
   }
   void forward(int use) {
@@ -243,10 +253,11 @@ class RankWork : public TheoryOfChunk {
       if (++u->done < u->uses) continue;
       u->done = 0;
       if (!shards_gradients && !is_last) continue;
-      if (!profile.overlaps && is_last) continue;  // at the step's end
+      if (sums_at_end && is_last) continue;
       u->reduced = sum_of(*u);
       in_flight.push_back(u);
-      while (in_flight.size() > (options.fsdp.prefetch > 0 ? 1 : 0)) finish_reduce();
+      const size_t behind = options.fsdp.prefetch == 0 ? 0 : shards_gradients ? 1 : units.size();
+      while (in_flight.size() > behind) finish_reduce();
     }
   }
   void finish_reduce() {
@@ -257,8 +268,8 @@ class RankWork : public TheoryOfChunk {
   }
   void end_step() {
     while (!in_flight.empty()) finish_reduce();
-    if (profile.overlaps) return;
-    for (const auto& [key, unit] : units) wait_for(sum_of(unit));
+    for (const auto& [key, unit] : units)
+      if (sums_at_end) wait_for(sum_of(unit));
   }
 
   // of n ranks, whose collectives are those of an axis
@@ -269,7 +280,10 @@ class RankWork : public TheoryOfChunk {
   const Cluster& cluster;
   const Profile& profile = cluster.profile;
   const size_t free_axes;
-  const bool splits = schedule.row->splits_backward;
+  const bool follows;
+  const bool splits = schedule.row->splits_backward,
+             reshards = shards_parameters && options.fsdp.reshard,
+             sums_at_end = !profile.overlaps || (follows && !splits && !shards_gradients);
   bool is_last = false;
   Link over_tp = link("tp", tp.size, 1), over_cp = link("cp", cp.size, tp.size),
        over_fsdp =
@@ -283,7 +297,7 @@ class RankWork : public TheoryOfChunk {
   std::deque<Unit*> in_flight;
   Issue issue;
   double awaited = 0;            // when it ends
-  double began = 0, beside = 0;  // the phase; what has travelled in it and was not waited for
+  double began = 0, beside = 0;  // the phase; what travels from then on and was not waited for
   double put_off = 0;            // of this use
 };
 
@@ -306,7 +320,7 @@ TheoryOfChunk::TheoryOfChunk(const Job& job, const ChunkKind& chunk)
 }
 
 std::valarray<double> Predictor::chunk_costs(const Job& job, const ChunkKind& chunk) {
-  RankWork work(cluster, job, chunk, 0);
+  RankWork work(cluster, job, chunk, 0, false);
   const ChunkTimes times = work.run(3);
   const double* middle = times.of[kMiddle];
   const Kept kept = work.kept_of(work.pieces[0]);
@@ -340,29 +354,35 @@ static double exchange_seconds(const Cluster& c, const Job& job, double bytes) {
 Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
   const Schedule s = outline_of(job, job.layout);
   const auto kinds = chunks_of(s);
-  std::map<ChunkKind, ChunkTimes> times;
+  std::map<std::pair<bool, ChunkKind>, ChunkTimes> times;
+  const auto times_of = [&](int stage, int chunk) -> const ChunkTimes& {
+    const auto [at, is_new] = times.try_emplace({stage > 0, kinds[stage][chunk]});
+    if (is_new)
+      at->second =
+          RankWork(cluster, job, kinds[stage][chunk], free_axes, stage > 0).run(s.microbatches);
+    return at->second;
+  };
   Prediction result;
   // the busiest stage, and a bound: a stage begins behind the first forward of those before it,
   // which end behind its last backward; where that is split, its last weight gradients may wait
   const double count[] = {1, std::max(0.0, s.microbatches - 2.0), 1};  // the last may be the first
-  double busiest = 0, bound = 0, before = 0, tail = 0;
-  for (const auto& stage : kinds) {
-    double busy = 0, ending = 0, optimizer = 0;
-    for (const ChunkKind& kind : stage) {
-      if (!times.count(kind))
-        times[kind] = RankWork(cluster, job, kind, free_axes).run(s.microbatches);
-      const ChunkTimes& t = times[kind];
+  double busiest = 0, bound = 0, before = 0, late = 0;
+  for (int stage = 0; stage < s.stages; stage++) {
+    double busy = 0, tail = times_of(stage, 0).tail, gathers = 0, optimizer = 0;
+    for (int chunk = 0; chunk < s.chunks; chunk++) {
+      const ChunkTimes& t = times_of(stage, chunk);
+      if (chunk > 0) tail = t.sums_at_end ? tail + t.tail : std::min(tail, t.tail);
+      gathers += t.gathers;
       optimizer += t.optimizer;
-      ending += t.tail;
       for (const int which : {kFirst, kMiddle, kLast})
         for (const double seconds : t.of[which]) busy += count[which] * seconds;
     }
     result.optimizer = std::max(result.optimizer, optimizer);
-    tail = std::max(tail, ending);
-    busiest = std::max(busiest, busy);
+    busiest = std::max(busiest, busy + tail);
     bound = std::max(bound, before + busy);
+    late = std::max(late, gathers - before);
     if (busiest > limit) break;  // other stages do not matter
-    const ChunkTimes& first = times[stage[0]];
+    const ChunkTimes& first = times_of(stage, 0);
     before += first.of[kFirst][Action::forward] +
               first.of[s.microbatches > 1 ? kLast : kFirst][Action::backward];
   }
@@ -385,12 +405,30 @@ Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
           (task++)->duration =
               a.kind == Action::exchange
                   ? exchange - exposed
-                  : times[kinds[stage][a.chunk]].of[which(a.microbatch, m)][a.kind] + exposed;
-      return std::ranges::max(run(tasks), {}, &Span::end).end;
+                  : times_of(stage, a.chunk).of[which(a.microbatch, m)][a.kind] + exposed;
+      // sums of gradients go on behind the last backward of each chunk, or behind the stage's
+      double end = 0;
+      const std::vector<Span> spans = run(tasks);
+      auto span = spans.begin();
+      for (int stage = 0; stage < s.stages; stage++) {
+        double computed = 0, summed = 0, at_end = 0;
+        for (const Action& a : schedule.actions[stage]) {
+          const auto [start, end_of_it] = *span++;
+          computed = end_of_it;
+          if (a.microbatch < m - 1 ||
+              (a.kind != Action::backward && a.kind != Action::weight_gradient))
+            continue;
+          const ChunkTimes& t = times_of(stage, a.chunk);
+          if (t.sums_at_end) at_end += t.tail;
+          else summed = computed + t.tail + std::max(0.0, summed - start);
+        }
+        end = std::max({end, summed, computed + at_end});
+      }
+      return end;
     });
   };
 
-  result.computing = busiest + tail;
+  result.computing = busiest;
   if (s.stages > 1) {
     // Where a stage idles, those of its node that share its processor compute. Approximately: two
     // stages alone on one processor are never idle, and are here.
@@ -401,7 +439,7 @@ Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
     const auto idle = [&](double pipeline) { return std::max(0.0, pipeline - busiest) / share; };
     result.bubble = idle(bound);
     if (result.computing + result.bubble + result.optimizer < limit)
-      result.bubble = idle(pipeline());
+      result.bubble = idle(pipeline() + late);
   }
   result.seconds = result.computing + result.bubble + result.optimizer;
   return result;

@@ -43,6 +43,8 @@ class Issue {
     return waited;
   }
   double computed() const { return computed_; }  // when the last computation ends
+  // how long communication goes on behind it
+  double left() const { return std::max(0.0, communicated_ - computed_); }
 
  private:
   double computed_ = 0, communicated_ = 0;
