@@ -381,7 +381,8 @@ const Option& find_option(const OptionTable& table, const std::string& word) {
 std::set<std::string> parse(int argc, const char* const* argv, const OptionTable& table) {
   std::set<std::string> seen;
   for (int i = 1; i < argc;) {
-    const Option& option = find_option(table, argv[i++]);
+    const std::string name = argv[i++];
+    const Option& option = find_option(table, name == "-h" ? "--help" : name);
     REQUIRE(seen.insert(option.name).second, "--", option.name, " is given twice");
     const Takes& takes = option.takes;
     const bool flag = takes.what == Takes::nothing;

@@ -186,9 +186,18 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
                                                 o.sequences, config.context / 2);
     least = std::min(least, d.memory);
     const bool fits = d.memory <= cluster.memory;
-    if (fits) rows.push_back({{"tp", tp}, {"pp", pp}, {"token_seconds", d.seconds.sum()}});
+    Json seconds;
     text += format("\n%4d %11.3f", int(tp), d.seconds.sum() * 1e3);
-    for (const double seconds : d.seconds) text += format(" %9.3f", seconds * 1e3);
+    for (const char* part : {"weights", "cache", "kernels", "sums", "stages"}) {
+      seconds[part] = d.seconds[seconds.size()];
+      text += format(" %9.3f", double(seconds[part]) * 1e3);
+    }
+    if (fits)
+      rows.push_back({{"tp", tp},
+                      {"pp", pp},
+                      {"token_seconds", d.seconds.sum()},
+                      {"seconds", seconds},
+                      {"memory_bytes", d.memory}});
     text += format(" %9.4g%s", d.memory / kGib, fits ? "" : "  does not fit");
   }
   REQUIRE(least < INFINITY, "no --tp is possible: it must divide the ", devices,
@@ -211,6 +220,7 @@ void show(PlanOptions& o) {
   if (o.layout_only) o = named;
   resolve_common(o, true);
   check_meaning(o, {{{"sequences"}, o.decode, "is about inference: give --decode"},
+                    {{"spread"}, o.nodes > 1, "is about several nodes: give --nodes"},
                     {{"top"}, !o.layout_only, "is about a search, which --layout leaves out"},
                     {{"replicate", "fsdp", "cp", "batch", "microbatch", "zero",
                       "reshard-after-forward", "prefetch", "schedule", "chunks",
@@ -232,6 +242,10 @@ void show(PlanOptions& o) {
   if (!o.json) {
     printf("model    %s: %.4g B parameters in %s\n", to_string(m).c_str(),
            double(parameter_count(config)) / 1e9, name_of(config.dtype));
+    std::string missing;
+    for (const char* size : {"layers", "width", "heads", "context", "vocab"})
+      if (!o.given.count("model") && !o.given.count(size)) missing += sentence(" --", size);
+    if (!missing.empty()) printf("         not given, and as in tiny:%s\n", missing.c_str());
     printf("cluster  %d x %d devices, %s, %.4g GiB each\n", int(o.nodes), int(o.devices),
            cluster.name.c_str(), cluster.memory / kGib);
     if (o.machine == "this") printf("%s\n", cluster.text.c_str());

@@ -200,7 +200,7 @@ timeout 60 $train --layers 1 --width 4 --heads 4 --context 2 --batch 16384 --mic
   --steps 1 >"$dir/out" 2>&1
 check heads_times_sequences_may_be_65536 "[ $? = 0 ]" "" "$(tail -1 "$dir/out")"
 
-if $train --help | grep -q -- --device-memory; then
+if [ "$($train --help)" = "$($train -h)" ] && $train -h | grep -q -- --device-memory; then
   ok help_lists_the_options
 else
   fail help_lists_the_options

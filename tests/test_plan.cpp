@@ -532,20 +532,26 @@ between 0.1 50 : a
   };
   CHECK_SAYS(with("copy 10 : a", ""), "does not say its copy");
   CHECK_SAYS(with("copy 10 : a", "copy 10"), "line 6: copy needs a source");
-  CHECK_SAYS(with("copy 10 : a", "copy : a"), "number 1 of copy must be from 1e-09 to 1e+09");
-  CHECK_SAYS(with("copy 10 : a", "copy -3 : a"), "number 1 of copy must be from 1e-09 to 1e+09");
-  CHECK_SAYS(with("copy 10 : a", "copy 0 : a"), "number 1 of copy must be from 1e-09 to 1e+09");
+  CHECK_SAYS(with("copy 10 : a", "copy : a"),
+             "number 1 of copy must be there, and from 1e-09 to 1e+09");
+  CHECK_SAYS(with("copy 10 : a", "copy -3 : a"),
+             "number 1 of copy must be there, and from 1e-09 to 1e+09");
+  CHECK_SAYS(with("copy 10 : a", "copy 0 : a"),
+             "number 1 of copy must be there, and from 1e-09 to 1e+09");
   CHECK_SAYS(with("copy 10 : a", "copy 10 11 : a"), "'11' is too much");
   CHECK_SAYS(with("copy 10 : a", "cpy 10 : a"), "'cpy' is no fact of a machine");
   CHECK_SAYS(with("copy 10 : a", "peak 10 : a"), "peak stands twice");
-  CHECK_SAYS(with("inside 1 20", "inside 1"), "number 2 of inside must be from 0 to 1e+09");
+  CHECK_SAYS(with("inside 1 20", "inside 1"),
+             "number 2 of inside must be there, and from 0 to 1e+09");
   CHECK_SAYS(with("product 512 0.9 : a", ""), "rates of two products");
   CHECK_SAYS(with("copy 10 : a", "copy 10 : a\nsharing 0.5 : a"),
-             "number 1 of sharing must be from 1 to 1e+09");
+             "number 1 of sharing must be there, and from 1 to 1e+09");
   CHECK_SAYS(with("copy 10 : a", "copy 10 : a\noverlap 2 : a"),
-             "number 1 of overlap must be from 0 to 1");
-  CHECK_SAYS(with("memory 1 :", "memory 1e7 :"), "number 1 of memory must be from 1e-09 to 1e+06");
-  CHECK_SAYS(with("inside 1 20", "inside 1 -1"), "number 2 of inside must be from 0 to 1e+09");
+             "number 1 of overlap must be there, and from 0 to 1");
+  CHECK_SAYS(with("memory 1 :", "memory 1e7 :"),
+             "number 1 of memory must be there, and from 1e-09 to 1e+06");
+  CHECK_SAYS(with("inside 1 20", "inside 1 -1"),
+             "number 2 of inside must be there, and from 0 to 1e+09");
   CHECK_SAYS(with("product 512", "product 32"), "ascending order");
   CHECK_SAYS(with("product 512 0.9", "product 512 1.1"), "product 512 is above the peak of 1");
   CHECK_SAYS(read_machine("no such file"), "there is no machine and no file 'no such file'");

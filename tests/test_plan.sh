@@ -43,6 +43,7 @@ refuses reshard_without_zero3 "is about the parameters that ZeRO-3 gathers" \
 refuses zero_without_shards "--zero shards over the ranks of" --fsdp 1 --cp 1 --zero 2
 refuses rows_without_tp "--sequence-parallel splits activations" --tp 1 --sequence-parallel
 refuses sequences_of_a_training "--sequences is about inference" --sequences 2
+refuses a_spread_over_one_node "--spread is about several nodes" --spread
 refuses a_search_of_one_layout "--top is about a search" --layout --devices 1 --top 3
 for option in "replicate 2" "fsdp 2" "cp 2" "batch 8" "microbatch 2" "zero 1" "prefetch 2" \
   "reshard-after-forward no" "schedule zb" "chunks 2" sequence-parallel recompute layout "top 3"; do
@@ -173,6 +174,16 @@ $plan --model gpt2-xl --devices 4 --decode --memory 2000 >"$dir/decode"
 check decode_says_which_tp_fits \
   '[ $? = 0 ] && grep -q "^   1 .* 3.194  does not fit$" "$dir/decode" \
   && grep -q "^   2 .* 1.623$" "$dir/decode"'
+
+if $plan --model gpt2-xl --devices 4 --decode --json >"$dir/decode" && python3 -c '
+import json, math, sys
+for row in json.load(open(sys.argv[1]))["decode"]:
+  assert math.isclose(sum(row["seconds"].values()), row["token_seconds"])
+  assert row["memory_bytes"] > 1e9 / row["tp"]' "$dir/decode"
+then ok json_has_the_parts_of_a_token; else fail json_has_the_parts_of_a_token; fi
+check sizes_that_are_not_given_are_named \
+  "$plan --width 256 --heads 4 --top 1 | grep -q 'as in tiny: --layers --context --vocab$' &&
+    ! $plan --model gpt2 --top 1 | grep -q 'as in tiny'"
 
 # the context is full with a prompt of one byte and 127 tokens
 model="--model tiny --dtype f32 --layers 8 --tp 2"

@@ -130,7 +130,7 @@ Machine parse_machine(const std::string& name, const std::string& text) {
       if (fact != fact_name) continue;
       count++;
       REQUIRE(words >> *where && least <= *where && *where <= most, place, "number ", count, " of ",
-              fact, " must be from ", least, " to ", most);
+              fact, " must be there, and from ", least, " to ", most);
       *where *= unit;
     }
     REQUIRE(count > 0, place, "'", fact, "' is no fact of a machine");

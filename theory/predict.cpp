@@ -12,12 +12,11 @@ int which(int microbatch, int of) {
   return microbatch == 0 ? kFirst : microbatch == of - 1 ? kLast : kMiddle;
 }
 struct ChunkTimes {
-  double of[3][4] = {};      // which micro-batch, Action::Kind
-  double gathers = 0;        // of the step, while the first activation is on its way
-  double tail = 0;           // behind the last backward: sums of gradients
-  bool sums_at_end = false;  // behind the last of all chunks
-  double optimizer = 0;      // then
-  double sent = 0;           // bytes of an activation
+  double of[3][4] = {};  // which micro-batch, Action::Kind
+  double gathers = 0;    // of the step, while the first activation is on its way
+  double tail = 0;       // behind the last backward: sums of gradients
+  double optimizer = 0;  // then
+  double sent = 0;       // bytes of an activation
 };
 
 class RankWork : public TheoryOfChunk {
@@ -54,7 +53,6 @@ class RankWork : public TheoryOfChunk {
     }
     end_step();
     times.tail = end_phase();
-    times.sums_at_end = sums_at_end;
     double elements = 0;
     for (const auto& [key, unit] : units) elements += unit.elements;
     times.optimizer =
@@ -366,19 +364,20 @@ Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
   // the busiest stage, and a bound: a stage begins behind the first forward of those before it,
   // which end behind its last backward; where that is split, its last weight gradients may wait
   const double count[] = {1, std::max(0.0, s.microbatches - 2.0), 1};  // the last may be the first
+  std::vector<double> tails(s.stages);
   double busiest = 0, bound = 0, before = 0, late = 0;
   for (int stage = 0; stage < s.stages; stage++) {
-    double busy = 0, tail = times_of(stage, 0).tail, gathers = 0, optimizer = 0;
+    double busy = 0, gathers = 0, optimizer = 0;
     for (int chunk = 0; chunk < s.chunks; chunk++) {
       const ChunkTimes& t = times_of(stage, chunk);
-      if (chunk > 0) tail = t.sums_at_end ? tail + t.tail : std::min(tail, t.tail);
+      tails[stage] += t.tail;
       gathers += t.gathers;
       optimizer += t.optimizer;
       for (const int which : {kFirst, kMiddle, kLast})
         for (const double seconds : t.of[which]) busy += count[which] * seconds;
     }
     result.optimizer = std::max(result.optimizer, optimizer);
-    busiest = std::max(busiest, busy + tail);
+    busiest = std::max(busiest, busy + tails[stage]);
     bound = std::max(bound, before + busy);
     late = std::max(late, gathers - before);
     if (busiest > limit) break;  // other stages do not matter
@@ -406,24 +405,12 @@ Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
               a.kind == Action::exchange
                   ? exchange - exposed
                   : times_of(stage, a.chunk).of[which(a.microbatch, m)][a.kind] + exposed;
-      // sums of gradients go on behind the last backward of each chunk, or behind the stage's
-      double end = 0;
       const std::vector<Span> spans = run(tasks);
       auto span = spans.begin();
-      for (int stage = 0; stage < s.stages; stage++) {
-        double computed = 0, summed = 0, at_end = 0;
-        for (const Action& a : schedule.actions[stage]) {
-          const auto [start, end_of_it] = *span++;
-          computed = end_of_it;
-          if (a.microbatch < m - 1 ||
-              (a.kind != Action::backward && a.kind != Action::weight_gradient))
-            continue;
-          const ChunkTimes& t = times_of(stage, a.chunk);
-          if (t.sums_at_end) at_end += t.tail;
-          else summed = computed + t.tail + std::max(0.0, summed - start);
-        }
-        end = std::max({end, summed, computed + at_end});
-      }
+      double end = 0;
+      for (int stage = 0; stage < s.stages; stage++)
+        for (size_t i = 0; i < schedule.actions[stage].size(); i++)
+          end = std::max(end, (span++)->end + tails[stage]);
       return end;
     });
   };
