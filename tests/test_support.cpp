@@ -319,7 +319,7 @@ TEST(an_unknown_option_suggests_the_nearest) {
   CHECK_SAYS(parsed({"--steps=3"}),
              "there is no option --steps=3: did you mean --steps, with a space before the value?");
   CHECK_SAYS(parsed({"--quantize"}), "there is no option --quantize (--help lists all options)");
-  CHECK_SAYS(parsed({"-h"}), "there is no option -h (--help lists all options)");
+  CHECK_SAYS(parsed({"-x"}), "there is no option -x (--help lists all options)");
   CHECK_SAYS(parsed({"--"}), "there is no option -- (--help lists all options)");
   CHECK_SAYS(parsed({"text.txt"}), "'text.txt' belongs to no option: options begin with --");
   CHECK_SAYS(parsed({"--steps", "3", "4"}), "'4' belongs to no option");

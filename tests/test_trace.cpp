@@ -221,7 +221,9 @@ void check_units(const Json& file, const std::string& name) {
 // step and sum behind the last one, but for that of the tied gradient.
 void check_what_stands_before_exchanges(const Json& file, const Mesh& mesh,
                                         const std::string& name) {
-  if (mesh["pp"].size == 1 || mesh["fsdp"].size == 1) return;
+  if (mesh["pp"].size == 1 || mesh["fsdp"].size == 1 ||
+      file["threefold"]["shards_parameters"].get<bool>())
+    return;
   std::map<int, std::map<int64_t, char>> kinds;  // by rank and begin
   for (const Json& e : file["traceEvents"]) {
     if (e["cat"] != "collective") continue;
