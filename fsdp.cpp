@@ -57,8 +57,7 @@ void Fsdp::before_backward(Tape& tape, int use) {
 
 void Fsdp::after_backward(Tape& tape, int use) {
   // runs now or, under zero bubble, after this use's weight gradients, which read no weights
-  const bool at_end = follows && !tape.deferred && !shards_gradients();
-  tape.weight_gradient([this, use, at_end] { reduce_gradients(use, at_end); });
+  tape.weight_gradient([this, use] { reduce_gradients(use); });
   reshard_after_use(use);
 }
 
@@ -247,14 +246,13 @@ void Fsdp::enter_backward(const char* pass, int use) {
 }
 
 // This use's part of its units' gradients has been computed.
-void Fsdp::reduce_gradients(int use, bool at_end) {
+void Fsdp::reduce_gradients(int use) {
   for (Unit* u : uses_[use].units) {
     if (++u->uses_done < u->uses_per_microbatch) continue;  // another use will add to this gradient
     u->uses_done = 0;
     u->microbatches_done++;
-    if (!shards_gradients() && u->microbatches_done < microbatches_) continue;
-    if (at_end) complete_.push_back(u);
-    else start_reduce(*u);
+    if (!shards_gradients() && (sums_last || u->microbatches_done < microbatches_)) continue;
+    start_reduce(*u);
   }
 }
 
@@ -321,12 +319,12 @@ void Fsdp::begin_step(int microbatches) {
     else u.begin_gradients();
   }
   if (!follows || reshards() || options_.prefetch == 0) return;
-  for (const Use& use : uses_)
-    for (Unit* u : use.units) start_unshard(*u);
+  for (auto& [number, u] : units_) start_unshard(u);
 }
 
 void Fsdp::finish_backward() {
-  for (Unit* u : std::exchange(complete_, {})) start_reduce(*u);
+  if (sums_last && !shards_gradients())
+    for (auto& [number, u] : units_) start_reduce(u);
   while (!in_flight_.empty()) finish_reduce();
   make_wait(device().compute, stream_);  // the optimizer reads what the last collectives wrote
 }

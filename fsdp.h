@@ -29,7 +29,7 @@
 struct FsdpOptions {
   int zero = 3;         // 1: optimizer state is sharded; 2: and gradients; 3: and parameters
   bool reshard = true;  // ZeRO-3: after the forward, and unshard again for the backward
-  int prefetch = 1;     // uses unsharded ahead; above 0 a reduce-scatter runs on behind, too
+  int prefetch = 1;     // uses unsharded ahead; above 0 sums of gradients run on behind, too
 };
 
 class Fsdp {
@@ -66,11 +66,11 @@ class Fsdp {
   // over the step, and are scattered once at its end.
   bool shards_gradients() const { return axis_.size > 1 && options_.zero >= 2; }
 
-  // In a pipeline, does this rank's forward follow another's, and another's backward its own? Then,
-  // where whole parameters and gradients stay, all units are gathered while it waits for the first
-  // activation, and summed when it has sent the last gradient: on the one queue, each would stand
-  // before what somebody waits for.
-  bool follows = false;
+  // On the one queue of a pipeline's stage, each collective stands before what another stage waits
+  // for. follows: does this rank's forward follow another's? Then units that stay whole are
+  // gathered when the step begins (unless prefetch is 0), while it waits. sums_last: are gradients
+  // that stay whole summed behind the step's last exchange?
+  bool follows = false, sums_last = false;
 
   // Called before a unit's gradients leave this rank: other strategies add up what they left in
   // parts.
@@ -123,7 +123,7 @@ class Fsdp {
   void reshard(Unit& unit);
 
   void enter_backward(const char* pass, int use);
-  void reduce_gradients(int use, bool at_end);
+  void reduce_gradients(int use);
   void start_reduce(Unit& unit);
   void finish_reduce();
   void sum_over_copies(Unit& unit);
@@ -135,7 +135,6 @@ class Fsdp {
   FsdpOptions options_;
   std::map<int, Unit> units_;  // by Param::unit; a map: uses hold pointers
   std::vector<Use> uses_;
-  std::vector<Unit*> complete_;  // whose gradients wait for the end of the step's backward
   std::deque<Unit*> in_flight_;  // whose gradients are being summed, oldest first
   int microbatches_ = 1;
 };

@@ -409,15 +409,37 @@ TEST(no_bound_is_above_the_step) {
       Predictor predictor(cluster, config);
       for (const std::string& name : schedule_names())
         for (const int64_t batch : {8, 16, 64})
-          for (const int64_t pp : {8, 4}) {
-            Job job{config, {}, {{"pp", pp}, {"fsdp", 8 / pp}}};
-            job.batch = batch;
-            job.microbatch = 1;
-            job.schedule = name;
-            const double seconds = predictor.step(job).seconds;
-            CHECK_EQ(predictor.step(job, 1.00001 * seconds).seconds, seconds, name);
-          }
+          for (const int64_t pp : {8, 4})
+            for (const int zero : {1, 3}) {
+              Job job{config, {}, {{"pp", pp}, {"fsdp", 8 / pp}}};
+              job.batch = batch;
+              job.microbatch = 1;
+              job.fsdp.zero = zero;
+              job.schedule = name;
+              const double seconds = predictor.step(job).seconds;
+              CHECK_EQ(predictor.step(job, 1.00001 * seconds).seconds, seconds, name);
+            }
     }
+}
+
+TEST(what_stages_gather_and_sum_does_not_add_up) {
+  const GptConfig config{{8, 256, 4, 8, 256}, Dtype::f32};
+  Machine machine = read_machine("a100-80g");
+  machine.inside = {1e6, 0};  // nothing else takes as long
+  const Cluster cluster{machine, profile_named("threefold"), 1, 8};
+  for (const auto& [schedule, most] : {std::pair{"gpipe", 1.05},
+                                       {"1f1b", 1.05},
+                                       {"interleaved", 1.3}}) {  // stage 0: at each chunk's use
+    Job job{config, {}, {{"pp", 4}, {"fsdp", 2}}};
+    job.batch = 8;
+    job.microbatch = 1;
+    job.schedule = schedule;
+    job.fsdp.zero = 1;
+    const double times =
+        Predictor(cluster, config).step(job).seconds * 1e6 / double(account(job).sent.at("fsdp"));
+    CHECK(1 <= times && times < most, schedule, ": ", times);
+    measured(schedule, " ", times, " times what one stage sends; ");
+  }
 }
 
 TEST(large_clusters_are_planned) {

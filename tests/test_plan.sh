@@ -177,7 +177,9 @@ check decode_says_which_tp_fits \
 
 if $plan --model gpt2-xl --devices 4 --decode --json >"$dir/decode" && python3 -c '
 import json, math, sys
-for row in json.load(open(sys.argv[1]))["decode"]:
+rows = json.load(open(sys.argv[1]))["decode"]
+assert [row["tp"] for row in rows] == [1, 2, 4]
+for row in rows:
   assert math.isclose(sum(row["seconds"].values()), row["token_seconds"])
   assert row["memory_bytes"] > 1e9 / row["tp"]' "$dir/decode"
 then ok json_has_the_parts_of_a_token; else fail json_has_the_parts_of_a_token; fi

@@ -35,7 +35,7 @@ class RankWork : public TheoryOfChunk {
 
   ChunkTimes run(int microbatches) {
     ChunkTimes times;
-    if (follows && !reshards && options.fsdp.prefetch > 0)
+    if (follows && !reshards && profile.overlaps && options.fsdp.prefetch > 0)
       for (auto& [key, unit] : units) {
         unit.gathered = true;
         times.gathers += over_fsdp.seconds(Collective::all_gather, unit.elements * e);
@@ -365,7 +365,7 @@ Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
   // which end behind its last backward; where that is split, its last weight gradients may wait
   const double count[] = {1, std::max(0.0, s.microbatches - 2.0), 1};  // the last may be the first
   std::vector<double> tails(s.stages);
-  double busiest = 0, bound = 0, before = 0, late = 0;
+  double busiest = 0, bound = 0, before = 0, begins = 0, late = 0;
   for (int stage = 0; stage < s.stages; stage++) {
     double busy = 0, gathers = 0, optimizer = 0;
     for (int chunk = 0; chunk < s.chunks; chunk++) {
@@ -379,9 +379,10 @@ Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
     result.optimizer = std::max(result.optimizer, optimizer);
     busiest = std::max(busiest, busy + tails[stage]);
     bound = std::max(bound, before + busy);
-    late = std::max(late, gathers - before);
+    late = std::max(late, gathers - begins);
     if (busiest > limit) break;  // other stages do not matter
     const ChunkTimes& first = times_of(stage, 0);
+    begins += first.of[kFirst][Action::forward];
     before += first.of[kFirst][Action::forward] +
               first.of[s.microbatches > 1 ? kLast : kFirst][Action::backward];
   }
@@ -399,19 +400,15 @@ Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
         tasks = tasks_of(schedule, durations(schedule, {}));
       }
       auto task = tasks.begin();
-      for (int stage = 0; stage < s.stages; stage++)
+      for (int stage = 0; stage < s.stages; stage++) {
         for (const Action& a : schedule.actions[stage])
           (task++)->duration =
               a.kind == Action::exchange
                   ? exchange - exposed
                   : times_of(stage, a.chunk).of[which(a.microbatch, m)][a.kind] + exposed;
-      const std::vector<Span> spans = run(tasks);
-      auto span = spans.begin();
-      double end = 0;
-      for (int stage = 0; stage < s.stages; stage++)
-        for (size_t i = 0; i < schedule.actions[stage].size(); i++)
-          end = std::max(end, (span++)->end + tails[stage]);
-      return end;
+        (task - 1)->duration += tails[stage];
+      }
+      return std::ranges::max(run(tasks), {}, &Span::end).end;
     });
   };
 
@@ -426,7 +423,7 @@ Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
     const auto idle = [&](double pipeline) { return std::max(0.0, pipeline - busiest) / share; };
     result.bubble = idle(bound);
     if (result.computing + result.bubble + result.optimizer < limit)
-      result.bubble = idle(pipeline() + late);
+      result.bubble = idle(pipeline()) + late;
   }
   result.seconds = result.computing + result.bubble + result.optimizer;
   return result;

@@ -7,8 +7,8 @@
 //           and what is kept come from theory/; nothing of it is counted again here.
 // work      A product takes what its machine reaches (machine.h). Everything else is bound by
 //           memory: a profile says how often software reads or writes each kind of activation.
-// not here  an exchange of a pipeline that stands in the queue behind a gather; stragglers; the
-//           host
+// not here  an exchange of a pipeline that stands in the queue behind a sum, or behind a gather but
+//           for those of a step's beginning; stragglers; the host
 // test      tests/test_plan.cpp: held against published tables
 #pragma once
 #include <valarray>
