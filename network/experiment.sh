@@ -61,12 +61,13 @@ links="fast 1gbit 300mbit 100mbit 1ms"
 rate_of() { case $1 in fast) echo 0 ;; 1ms) echo 1gbit 1000 ;; *) echo "$1" ;; esac; }
 clean() {
   local link
-  trap '' INT TERM HUP # make passes on to it what the terminal has sent to all
+  trap '' INT TERM HUP
   for link in $links; do LAB=$own-$link $nodes down; done
   rm -rf "$dir"
 }
 trap clean EXIT
-trap 'exit 130' INT TERM HUP
+# make passes on to it what all have been sent: a second signal would end what cleans up
+trap "trap '' INT TERM HUP; exit 130" INT TERM HUP
 for link in $links; do
   # shellcheck disable=SC2046
   if ! LAB=$own-$link $nodes up 2 $(rate_of "$link") >"$dir/up" 2>&1; then
