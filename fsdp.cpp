@@ -318,7 +318,7 @@ void Fsdp::begin_step(int microbatches) {
     if (shards_gradients()) u.fresh = true;
     else u.begin_gradients();
   }
-  if (!follows || reshards() || options_.prefetch == 0) return;
+  if (!follows || reshards() || options_.prefetch == 0) return;  // see fsdp.h
   for (auto& [number, u] : units_) start_unshard(u);
 }
 

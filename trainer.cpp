@@ -40,7 +40,7 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
     for (const ModelPart& part : pieces_[c])
       uses_[&part] = fsdp.add_use(part.params, part.backward, c, name_of(part));
   fsdp.follows = mesh["pp"].rank > 0;
-  // in a split backward they follow the weight gradients
+  // where the backward is split, sums follow the weight gradients
   fsdp.sums_last = fsdp.follows && !pipeline.schedule().row->splits_backward;
 
   // Embedding and head are tied. On one rank each has a gradient of its own; where gradients live

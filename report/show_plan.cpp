@@ -187,10 +187,11 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
     least = std::min(least, d.memory);
     const bool fits = d.memory <= cluster.memory;
     Json seconds;
+    const double* next = std::begin(d.seconds);
     text += format("\n%4d %11.3f", int(tp), d.seconds.sum() * 1e3);
     for (const char* part : {"weights", "cache", "kernels", "sums", "stages"}) {
-      seconds[part] = d.seconds[seconds.size()];
-      text += format(" %9.3f", double(seconds[part]) * 1e3);
+      seconds[part] = *next;
+      text += format(" %9.3f", *next++ * 1e3);
     }
     if (fits)
       rows.push_back({{"tp", tp},

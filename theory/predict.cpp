@@ -365,7 +365,7 @@ Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
   // which end behind its last backward; where that is split, its last weight gradients may wait
   const double count[] = {1, std::max(0.0, s.microbatches - 2.0), 1};  // the last may be the first
   std::vector<double> tails(s.stages);
-  double busiest = 0, bound = 0, before = 0, begins = 0, late = 0;
+  double busiest = 0, bound = 0, forwards = 0, backwards = 0, late = 0;
   for (int stage = 0; stage < s.stages; stage++) {
     double busy = 0, gathers = 0, optimizer = 0;
     for (int chunk = 0; chunk < s.chunks; chunk++) {
@@ -378,13 +378,12 @@ Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
     }
     result.optimizer = std::max(result.optimizer, optimizer);
     busiest = std::max(busiest, busy + tails[stage]);
-    bound = std::max(bound, before + busy);
-    late = std::max(late, gathers - begins);
+    bound = std::max(bound, forwards + busy + backwards);
+    late = std::max(late, gathers - forwards);
     if (busiest > limit) break;  // other stages do not matter
     const ChunkTimes& first = times_of(stage, 0);
-    begins += first.of[kFirst][Action::forward];
-    before += first.of[kFirst][Action::forward] +
-              first.of[s.microbatches > 1 ? kLast : kFirst][Action::backward];
+    forwards += first.of[kFirst][Action::forward];
+    backwards += first.of[s.microbatches > 1 ? kLast : kFirst][Action::backward];
   }
 
   const auto pipeline = [&] {
