@@ -319,7 +319,8 @@ void Fsdp::begin_step(int microbatches) {
     else u.begin_gradients();
   }
   if (!follows || reshards() || options_.prefetch == 0) return;  // see fsdp.h
-  for (auto& [number, u] : units_) start_unshard(u);
+  for (const Use& use : uses_)                                   // in the order of their first uses
+    for (Unit* u : use.units) start_unshard(*u);
 }
 
 void Fsdp::finish_backward() {

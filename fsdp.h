@@ -66,10 +66,10 @@ class Fsdp {
   // over the step, and are scattered once at its end.
   bool shards_gradients() const { return axis_.size > 1 && options_.zero >= 2; }
 
-  // On the one queue of a pipeline's stage, each collective stands before what another stage waits
-  // for. follows: does this rank's forward follow another's? Then units that stay whole are
-  // gathered when the step begins (unless prefetch is 0), while it waits. sums_last: are gradients
-  // that stay whole summed behind the step's last exchange?
+  // A stage of a pipeline has one queue: a gather or sum that was issued before an exchange delays
+  // the stage that waits for that exchange. follows: does this rank's forward follow another's?
+  // Then units that stay whole are gathered when the step begins (unless prefetch is 0), while it
+  // waits. sums_last: are gradients that stay whole summed behind the step's last exchange?
   bool follows = false, sums_last = false;
 
   // Called before a unit's gradients leave this rank: other strategies add up what they left in

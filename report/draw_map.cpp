@@ -9,10 +9,8 @@
 namespace {
 
 // Sizes of GPT-3 (Brown et al., 2020) and of Megatron-LM (Narayanan et al., 2021).
-const ModelSize kModels[] = {{12, 768, 12, 2048, 51200},   {24, 2048, 16, 2048, 51200},
-                             {32, 4096, 32, 2048, 51200},  {40, 5120, 40, 2048, 51200},
-                             {48, 7168, 56, 2048, 51200},  {80, 8192, 64, 2048, 51200},
-                             {96, 12288, 96, 2048, 51200}, {128, 25600, 160, 2048, 51200}};
+const ModelSize kModels[] = {{12, 768, 12},  {24, 2048, 16}, {32, 4096, 32},  {40, 5120, 40},
+                             {48, 7168, 56}, {80, 8192, 64}, {96, 12288, 96}, {128, 25600, 160}};
 const int64_t kDevices[] = {1, 2, 4, 8, 16, 64, 256, 1024, 4096}, kTp[] = {1, 2, 4, 8, 16, 32};
 constexpr int64_t kBatch = 2048, kOfNode = 8;
 
@@ -74,7 +72,9 @@ template <class CellOf> void draw_table(Svg& svg, double left, double top, const
   for (const ModelSize& model : kModels) {
     y -= kHigh;
     x = kLeft;
-    const GptConfig config{model, Dtype::bf16};
+    GptConfig config{model, Dtype::bf16};
+    config.context = 2048;
+    config.vocab = 51200;
     const double billions = double(parameter_count(config)) / 1e9;
     svg.text(x - 8, y + 21, "text-anchor='end'",
              format(billions < 10 ? "%.1f B" : "%.0f B", billions));

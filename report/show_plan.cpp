@@ -244,8 +244,9 @@ void show(PlanOptions& o) {
     printf("model    %s: %.4g B parameters in %s\n", to_string(m).c_str(),
            double(parameter_count(config)) / 1e9, name_of(config.dtype));
     std::string missing;
-    for (const char* size : {"layers", "width", "heads", "context", "vocab"})
-      if (!o.given.count("model") && !o.given.count(size)) missing += sentence(" --", size);
+    for (const SizeOption& size : kSizes)
+      if (!o.given.count("model") && !o.given.count(size.name))
+        missing += sentence(" --", size.name);
     if (!missing.empty()) printf("         not given, and as in tiny:%s\n", missing.c_str());
     printf("cluster  %d x %d devices, %s, %.4g GiB each\n", int(o.nodes), int(o.devices),
            cluster.name.c_str(), cluster.memory / kGib);

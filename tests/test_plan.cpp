@@ -422,6 +422,19 @@ TEST(no_bound_is_above_the_step) {
     }
 }
 
+TEST(every_parameter_is_updated_once) {
+  // most are positions, whose unit the head uses, too, and tokens, which both ends use
+  const GptConfig config{{2, 64, 4, 4096, 4096}, Dtype::f32};
+  Machine machine = read_machine("a100-80g");
+  machine.launch = 0;
+  const Profile& profile = profile_named("threefold");
+  Job job{config, {}, {}};
+  job.microbatch = job.batch;
+  const double seconds = Predictor({machine, profile, 1, 1}, config).step(job).optimizer;
+  const double parameters = seconds * machine.copy / profile.optimizer_bytes;
+  CHECK_LE(close(4 * parameters, double(account(job).memory[int(Memory::parameters)])), 1e-12);
+}
+
 TEST(what_stages_gather_and_sum_does_not_add_up) {
   const GptConfig config{{8, 256, 4, 8, 256}, Dtype::f32};
   Machine machine = read_machine("a100-80g");

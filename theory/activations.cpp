@@ -5,18 +5,15 @@
 // of all rows, of this rank's part of the width.
 Kept TheoryOfRank::kept(const ModelPart& part) const {
   const GptConfig& c = config;
-  const int64_t slice = activation, whole = by_rows ? tp.size * slice : slice,
+  const int64_t slice = activation,
                 statistics = 2 * S * g;  // of a layernorm's rows: mean, reciprocal deviation
   if (part.kind == ModelPart::embedding) return {0, 0};  // tokens alone, which are no activations
   if (part.kind == ModelPart::head) {                    // x, layernorm, logits
-    const int64_t logits = R * gpt.tp.padded_part(c.vocab) * e;
+    const int64_t logits = R * V * e;
     return {2 * slice + statistics + logits, whole + logits};
   }
-  const int64_t kv = gpt.tp.part(c.kv()).size(), heads = kv * (c.heads / c.kv()),
-                of_head = R * (c.width / c.heads) * e,
-                hidden = R * gpt.tp.part(c.hidden()).size() * e;
   // queries, keys, values and what attention makes of them; before and after gelu
-  const int64_t by_columns = 2 * (heads + kv) * of_head + 2 * hidden;
+  const int64_t by_columns = 2 * R * ((heads + kv) * D + F) * e;
   // probabilities, or one number a row
   const bool keeps_probabilities = c.attention == AttentionKind::plain && !gpt.cp.splits(c.context);
   const int64_t attention = R * heads * (keeps_probabilities ? c.context * e : g);

@@ -29,17 +29,28 @@ class RankWork : public TheoryOfChunk {
         cluster(cluster),
         free_axes(free_axes),
         follows(follows) {
-    for (const ModelPart& part : pieces[0])
-      add_uses(part, part.kind == ModelPart::block ? chunk.blocks : 1);
+    const auto all = units_of(params_of(pieces));
+    for (const ModelPart& part : pieces[0]) {
+      const int first = uses.size(), times = part.kind == ModelPart::block ? chunk.blocks : 1;
+      uses.resize(first + times, Use{&part});
+      for (const auto& [number, params] : units_of(part.params)) {
+        const double elements = padded_unit(all.at(number), fsdp.size);
+        for (int i = 0; i < times; i++)
+          uses[first + i].units.push_back(
+              &units.try_emplace(number + i, Unit{elements, first + i}).first->second);
+      }
+    }
   }
 
   ChunkTimes run(int microbatches) {
-    ChunkTimes times;
-    if (follows && !reshards && profile.overlaps && options.fsdp.prefetch > 0)
-      for (auto& [key, unit] : units) {
-        unit.gathered = true;
-        times.gathers += over_fsdp.seconds(Collective::all_gather, unit.elements * e);
-      }
+    ChunkTimes times{.sent = double(activation)};
+    const bool ahead = follows && !reshards && profile.overlaps && options.fsdp.prefetch > 0;
+    for (auto& [key, unit] : units) {
+      unit.gathered = ahead;
+      if (ahead) times.gathers += over_fsdp.seconds(Collective::all_gather, unit.elements * e);
+      const double bytes = unit.elements / fsdp.size * profile.optimizer_bytes;
+      times.optimizer += move_seconds(cluster, bytes, 4);
+    }
     const int n = std::min(microbatches, 3);
     for (int i = 0; i < n; i++) {
       double* phases = times.of[which(i, n)];
@@ -53,39 +64,21 @@ class RankWork : public TheoryOfChunk {
     }
     end_step();
     times.tail = end_phase();
-    double elements = 0;
-    for (const auto& [key, unit] : units) elements += unit.elements;
-    times.optimizer =
-        move_seconds(cluster, elements / fsdp.size * profile.optimizer_bytes, 4 * units.size());
-    times.sent = activation;
     return times;
   }
 
  private:
   struct Unit {
-    double elements = 0;
+    double elements;
+    int first_use;  // in whose backward, the last of all, its gradient is complete
     bool gathered = false;
     double arrived = 0, reduced = 0;  // when
-    int uses = 0, done = 0;
   };
   struct Use {
     const ModelPart* part;
     std::vector<Unit*> units = {};
     double put_off = 0;  // seconds of weight gradients
   };
-  void add_uses(const ModelPart& part, int64_t number_of) {
-    const size_t first = uses.size();
-    uses.resize(first + number_of, Use{&part});
-    for (const auto& [number, params] : units_of(part.params)) {
-      const int64_t padded = padded_unit(params, fsdp.size);
-      for (int64_t i = 0; i < number_of; i++) {
-        Unit& u = units[number + i];
-        u.elements = padded;
-        u.uses++;
-        uses[first + i].units.push_back(&u);
-      }
-    }
-  }
 
   // ---- issuing to the two queues: when it ends
   double send(const Link& over, Collective c, double bytes) {
@@ -114,34 +107,30 @@ class RankWork : public TheoryOfChunk {
     else compute(seconds);
   }
   // rows of width C over tp: their sum, or all of them where a rank has a slice
-  double tp_send(Collective c) {
-    return send(over_tp, c, by_rows ? tp.size * activation : activation);
+  double tp_sum() {
+    return send(over_tp, by_rows ? Collective::reduce_scatter : Collective::all_reduce, whole);
   }
-  double tp_sum() { return tp_send(by_rows ? Collective::reduce_scatter : Collective::all_reduce); }
-  double tp_gather() { return by_rows ? tp_send(Collective::all_gather) : 0; }
+  double tp_gather() { return by_rows ? send(over_tp, Collective::all_gather, whole) : 0; }
 
   // ---- blocks, head, embedding
   void attention(bool backward) {
-    const double T = config.context, batch = B * heads;
-    const bool splits_sequence = gpt.cp.splits(config.context);
-    const Passes& passes = backward ? profile.backward : profile.forward;
-    const bool whole = profile.stores_scores || config.attention == AttentionKind::plain;
-    if (whole && !splits_sequence) {
-      if (backward && profile.stores_scores && config.attention == AttentionKind::flash &&
-          !config.recompute)
-        attention(false);  // selective recomputation
-      const double both = product(T, T, D, batch) + product(T, D, T, batch);
-      compute((backward ? 2 : 1) * both + move(passes.scores * batch * T * T, 2));
-      return;
+    const double T = config.context, batch = B * heads, n = cp.size;
+    const bool flash = config.attention == AttentionKind::flash;
+    double computing = 0;
+    if (n == 1 && (profile.stores_scores || !flash)) {
+      if (backward && flash && !config.recompute) attention(false);  // selective recomputation
+      const double scores = (backward ? profile.backward : profile.forward).scores;
+      computing = (backward ? 2 : 1) * (product(T, T, D, batch) + product(T, D, T, batch)) +
+                  move(scores * batch * T * T, 2);
+    } else {
+      // the causal mask leaves half of 2 products forward and 5 backward, of 2 operations each
+      const double rate = cluster.products.back().second * profile.flash_share / cluster.slower(e);
+      computing =
+          (backward ? 5 : 2) * R * T * channels / rate + cluster.launch * (backward ? 3 : 1);
     }
-    // the causal mask leaves half of 2 products forward and 5 backward, of 2 operations each
-    const double operations = (backward ? 5 : 2) * R * T * channels,
-                 rate = cluster.products.back().second * profile.flash_share / cluster.slower(e);
-    const double computing = operations / rate + cluster.launch * (backward ? 3 : 1);
-    if (!splits_sequence) return compute(computing);
     // while keys and values of the next rank travel, those that are here are attended to
-    const double n = cp.size, travels = 2 * R * kv_channels * (backward ? e + g : e) * (n - 1);
-    const double arrives = send(over_cp, Collective::send, travels);
+    const double travels = 2 * R * kv_channels * (backward ? e + g : e) * (n - 1),
+                 arrives = send(over_cp, Collective::send, travels);
     compute(computing * (n - 1) / n);
     wait_for(arrives);
     compute(computing / n);
@@ -248,24 +237,21 @@ class RankWork : public TheoryOfChunk {
   void reduce_gradients(int use) {
     compute(uses[use].put_off);
     for (Unit* u : uses[use].units) {
-      if (++u->done < u->uses) continue;
-      u->done = 0;
-      if (!shards_gradients && !is_last) continue;
-      if (sums_at_end && is_last) continue;
+      if (u->first_use != use || (is_last ? sums_at_end : !shards_gradients)) continue;
       u->reduced = sum_of(*u);
-      in_flight.push_back(u);
-      const size_t behind = options.fsdp.prefetch == 0 ? 0 : shards_gradients ? 1 : units.size();
-      while (in_flight.size() > behind) finish_reduce();
+      if (shards_gradients) finish_reduce();  // of the one before
+      summing = u;
+      if (options.fsdp.prefetch == 0) finish_reduce();
     }
   }
   void finish_reduce() {
-    const Unit& u = *in_flight.front();
-    in_flight.pop_front();
-    wait_for(u.reduced);
-    compute(shards_gradients ? move_seconds(cluster, 3 * u.elements / fsdp.size * g, 1) : 0);
+    const Unit* u = std::exchange(summing, nullptr);
+    if (!u) return;
+    wait_for(u->reduced);
+    compute(shards_gradients ? move_seconds(cluster, 3 * u->elements / fsdp.size * g, 1) : 0);
   }
   void end_step() {
-    while (!in_flight.empty()) finish_reduce();
+    finish_reduce();
     for (const auto& [key, unit] : units)
       if (sums_at_end) wait_for(sum_of(unit));
   }
@@ -284,15 +270,12 @@ class RankWork : public TheoryOfChunk {
              sums_at_end = !profile.overlaps || (follows && !splits && !shards_gradients);
   bool is_last = false;
   Link over_tp = link("tp", tp.size, 1), over_cp = link("cp", cp.size, tp.size),
-       over_fsdp =
-           link(mesh["fsdp"].size > 1 ? AxisName("fsdp") : AxisName("cp"), fsdp.size, tp.size),
+       over_fsdp = link("fsdp", fsdp.size, tp.size),
        over_copies = link("replicate", mesh["replicate"].size, int64_t(fsdp.size) * tp.size);
-  double C = config.width, D = C / config.heads, F = gpt.tp.part(config.hidden()).size(),
-         V = gpt.tp.padded_part(config.vocab), kv = gpt.tp.part(config.kv()).size(),
-         heads = kv * (config.heads / config.kv()), channels = heads * D, kv_channels = kv * D;
+  double channels = heads * D, kv_channels = kv * D;
   std::map<int, Unit> units;
   std::vector<Use> uses;
-  std::deque<Unit*> in_flight;
+  const Unit* summing = nullptr;  // the last whose sum nobody has waited for: sums end in order
   Issue issue;
   double awaited = 0;            // when it ends
   double began = 0, beside = 0;  // the phase; what travels from then on and was not waited for
@@ -386,13 +369,25 @@ Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
     backwards += first.of[s.microbatches > 1 ? kLast : kFirst][Action::backward];
   }
 
-  const auto pipeline = [&] {
+  result.computing = busiest;
+  result.seconds = busiest + result.optimizer;
+  if (s.stages == 1) return result;
+
+  // Where a stage idles, those of its node that share its processor compute. Approximately: two
+  // stages alone on one processor are never idle, and are here.
+  const int64_t ranks = job.layout.ranks() / s.stages,
+                on_node = cluster.spread ? ceil_div(ranks, cluster.nodes) : ranks,
+                stages = std::max<int64_t>(1, cluster.devices / on_node);
+  const double share = std::min<double>(stages, cluster.sharing);
+  const auto idle = [&](double pipeline) { return std::max(0.0, pipeline - busiest) / share; };
+  result.bubble = idle(bound);
+  if (result.seconds + result.bubble < limit) {
     // where nothing overlaps, a computation first takes what comes, and then hands on its result
     const double exchange = free_axes > AxisName("pp").index
                                 ? 0
                                 : exchange_seconds(cluster, job, times.begin()->second.sent),
                  exposed = cluster.profile.overlaps ? 0 : exchange;
-    return extended_makespan(s, [&](int m) {
+    const auto makespan = [&](int m) {
       auto& [schedule, tasks] = pipelines_[{s.row, s.stages, m, s.chunks}];
       if (tasks.empty()) {
         schedule = make_schedule(s.row->name, s.stages, m, s.chunks);
@@ -408,23 +403,10 @@ Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
         (task - 1)->duration += tails[stage];
       }
       return std::ranges::max(run(tasks), {}, &Span::end).end;
-    });
-  };
-
-  result.computing = busiest;
-  if (s.stages > 1) {
-    // Where a stage idles, those of its node that share its processor compute. Approximately: two
-    // stages alone on one processor are never idle, and are here.
-    const int64_t ranks = job.layout.ranks() / s.stages,
-                  on_node = cluster.spread ? ceil_div(ranks, cluster.nodes) : ranks,
-                  stages = std::max<int64_t>(1, cluster.devices / on_node);
-    const double share = std::min<double>(stages, cluster.sharing);
-    const auto idle = [&](double pipeline) { return std::max(0.0, pipeline - busiest) / share; };
-    result.bubble = idle(bound);
-    if (result.computing + result.bubble + result.optimizer < limit)
-      result.bubble = idle(pipeline()) + late;
+    };
+    result.bubble = idle(extended_makespan(s, makespan)) + late;
   }
-  result.seconds = result.computing + result.bubble + result.optimizer;
+  result.seconds += result.bubble;
   return result;
 }
 

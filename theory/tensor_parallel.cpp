@@ -17,12 +17,11 @@ SplitMatrices split_matrices(const ModelPart& part) {
 }
 
 void TheoryOfRank::add_tensor_parallel() {
-  const int64_t rows = by_rows ? tp.size * activation : activation;  // bytes; padded to n slices
   const auto sums = [&](Traffic purpose, int64_t calls) {
-    enter(tp, by_rows ? Collective::reduce_scatter : Collective::all_reduce, purpose, calls, rows);
+    enter(tp, by_rows ? Collective::reduce_scatter : Collective::all_reduce, purpose, calls, whole);
   };
   const auto gathers = [&](Traffic purpose, int64_t calls) {
-    if (by_rows) enter(tp, Collective::all_gather, purpose, calls, rows);
+    if (by_rows) enter(tp, Collective::all_gather, purpose, calls, whole);
   };
   const auto all_reduce = [&](Traffic purpose, int64_t calls, int64_t bytes) {
     enter(tp, Collective::all_reduce, purpose, calls, bytes);

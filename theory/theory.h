@@ -63,7 +63,12 @@ struct TheoryOfRank {
   int64_t e = size_of(config.dtype), g = size_of(master_dtype(config.dtype));
   int64_t m = schedule.microbatches, B = options.microbatch,
           R = B * gpt.cp.part(config.context).rows(), S = by_rows ? ceil_div(R, tp.size) : R;
-  int64_t activation = S * config.width * e;  // bytes of an activation of width C on this rank
+  // channels, and of a head; of this rank: of the MLP, of the vocabulary; heads of keys, of queries
+  int64_t C = config.width, D = C / config.heads, F = gpt.tp.part(config.hidden()).size(),
+          V = gpt.tp.padded_part(config.vocab), kv = gpt.tp.part(config.kv()).size(),
+          heads = kv * (config.heads / config.kv());
+  // bytes of an activation of width C on this rank, and of all rows of it (tp.size slices)
+  int64_t activation = S * C * e, whole = by_rows ? tp.size * activation : activation;
 
   Theory sum = {};
 };
