@@ -318,8 +318,8 @@ void Fsdp::begin_step(int microbatches) {
     if (shards_gradients()) u.fresh = true;
     else u.begin_gradients();
   }
-  if (!follows || reshards() || options_.prefetch == 0) return;  // see fsdp.h
-  for (const Use& use : uses_)                                   // in the order of their first uses
+  if (!follows || reshards() || options_.prefetch == 0) return;
+  for (const Use& use : uses_)  // in the order of their first uses; see fsdp.h
     for (Unit* u : use.units) start_unshard(*u);
 }
 
