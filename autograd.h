@@ -71,7 +71,7 @@ struct Param {
 // What the backward of a part of the model needs of its parameters.
 enum class Backward {
   unshards,  // their values: FSDP gathers them again (a block)
-  keeps,     // their values, mostly at once: its backward comes first (the head)
+  keeps,     // their values: its backward mostly comes next, so they stay (the head)
   nothing,   // only a place for gradients (the embedding)
 };
 
