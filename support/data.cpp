@@ -1,6 +1,8 @@
 // data.cpp: see data.h.
 #include "support/data.h"
 
+#include <sys/resource.h>
+
 #include <algorithm>
 #include <filesystem>
 #include <set>
@@ -45,15 +47,16 @@ const ShardFormat* shard_format(const MappedFile& file) {
 }
 
 Dataset::Part Dataset::open_part(const std::string& path) {
-  const MappedFile file(path);
-  const int64_t bytes = file.view.size();
-  const ShardFormat* format = shard_format(file);
+  const auto file = std::make_shared<const OpenFile>(path, OpenFile::kToRead);
+  const MappedFile mapped(path, *file);
+  const int64_t bytes = mapped.view.size();
+  const ShardFormat* format = shard_format(mapped);
   if (!format) {
     REQUIRE(!path.ends_with(".bin"), path, " is no token shard in llm.c's format");
-    return {file, 0, 1, 0, bytes};
+    return {path, file, 0, 1, 0, bytes};
   }
   int32_t header[3] = {};
-  file.view.copy(reinterpret_cast<char*>(header), sizeof header);
+  mapped.view.copy(reinterpret_cast<char*>(header), sizeof header);
   const auto [magic, version, promised] = header;
   const int64_t end = kShardHeader + promised * format->width;
   REQUIRE(version == format->version, path, " is a token shard of version ", version,
@@ -61,7 +64,15 @@ Dataset::Part Dataset::open_part(const std::string& path) {
   REQUIRE(promised > 0, path, " holds no tokens: its header says ", promised);
   REQUIRE(bytes == end, path, " promises ", promised, " tokens, which take ", end,
           " bytes, but has ", bytes, " bytes");
-  return {file, kShardHeader, format->width, 0, promised};
+  return {path, file, kShardHeader, format->width, 0, promised};
+}
+
+// Shards come in thousands, and a shell lets a process have 1024 files open unless it asks.
+static void open_many_files() {
+  rlimit files;
+  if (getrlimit(RLIMIT_NOFILE, &files)) return;
+  files.rlim_cur = files.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &files);
 }
 
 Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, int64_t vocab) {
@@ -74,6 +85,7 @@ Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, in
   d.from_ = files.empty() ? sentence("the ", d.paths.size(), " sources and docs of this project")
             : d.paths.size() == 1 ? d.paths[0]
                                   : sentence(d.paths.size(), " files");
+  open_many_files();
   std::set<fs::path> seen;
   d.context_ = context;
   d.vocab_ = vocab;
@@ -83,7 +95,7 @@ Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, in
     d.parts_.push_back(open_part(path));
     Part &part = d.parts_.back(), &first = d.parts_.front();
     REQUIRE(part.width == first.width, "--data mixes tokens of ", 8 * first.width, " bits (",
-            first.file.path, ") and ", 8 * part.width, " bits (", path, ")");
+            first.path, ") and ", 8 * part.width, " bits (", path, ")");
     part.first = d.tokens_;
     d.tokens_ += part.count;
     d.read(part.first, std::min(part.count, kCheckedAtOpening));
@@ -100,15 +112,18 @@ std::vector<int> Dataset::read(int64_t first, int64_t count) const {
   std::vector<int> tokens;
   tokens.reserve(count);
   auto part = std::ranges::upper_bound(parts_, first, {}, &Part::first) - 1;
-  part->file.check();
-  for (int64_t n = first; n < first + count; n++) {
-    if (n == part->first + part->count) (++part)->file.check();
-    const int64_t position = n - part->first;
-    uint32_t token = 0;  // little-endian, as is every machine with a GPU
-    memcpy(&token, part->file.view.data() + part->offset + position * part->width, part->width);
-    REQUIRE(token < vocab_, part->file.path, " has token ", token, " at position ", position,
-            ", outside the vocabulary of ", vocab_, " (--vocab)");
-    tokens.push_back(token);
+  for (const int64_t end = first + count; first < end; first = (part++)->end()) {
+    const int64_t start = first - part->first;  // in this file
+    std::string bytes((std::min(end, part->end()) - first) * part->width, 0);
+    read_at(*part->file, part->path, part->offset + start * part->width, bytes.size(),
+            bytes.data());
+    for (size_t at = 0; at < bytes.size(); at += part->width) {
+      uint32_t token = 0;  // little-endian, as is every machine with a GPU
+      bytes.copy(reinterpret_cast<char*>(&token), part->width, at);
+      REQUIRE(token < vocab_, part->path, " has token ", token, " at position ",
+              start + at / part->width, ", outside the vocabulary of ", vocab_, " (--vocab)");
+      tokens.push_back(token);
+    }
   }
   return tokens;
 }

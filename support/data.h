@@ -1,6 +1,6 @@
 // data.h: the tokens to train on, and which of them each step sees.
-// idea      files are mapped into memory and read as one row of tokens. Where a sequence starts is
-//           a function of (seed, step, number of the sequence in the global batch) alone, so every
+// idea      files stay open and are read as one row of tokens. Where a sequence starts is a
+//           function of (seed, step, number of the sequence in the global batch) alone, so every
 //           layout of ranks trains on the same batch without a word between ranks
 // formats   text, whose bytes are the tokens; llm.c's .bin shards: 256 int32 {magic, version,
 //           number of tokens, 0...}, then the tokens: uint16 (magic 20240520, version 1) or uint32
@@ -8,9 +8,8 @@
 // split     the last 10 % of the tokens, at least one sequence, are never trained on
 // checks    the first million tokens of each file when it is opened, and every token when it is
 //           used: a shard outside the vocabulary fails at the start, and shards of many gigabytes
-//           are not read through first
-//           A file that has become shorter is refused before it is read on; one that becomes so
-//           during a read still ends the process
+//           are not read through first. A file that has become shorter is refused when what is
+//           gone is wanted; another file of its name does not matter
 // not here  tokenizers (inference/text_shards.h makes shards of texts), shuffled epochs
 // test      tests/test_support.cpp
 #pragma once
@@ -42,9 +41,11 @@ class Dataset {
 
  private:
   struct Part {
-    MappedFile file;
+    std::string path;
+    std::shared_ptr<const OpenFile> file;
     int64_t offset, width;  // bytes before the first token, bytes a token
     int64_t first, count;   // number of its first token in the whole row, tokens
+    int64_t end() const { return first + count; }
   };
   static Part open_part(const std::string& path);
   std::vector<int> read(int64_t first, int64_t count) const;

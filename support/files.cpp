@@ -9,8 +9,7 @@
 
 // ---- reading
 
-MappedFile::MappedFile(const std::string& name) : path(name) {
-  const OpenFile file(path, O_RDONLY | O_NONBLOCK);  // a pipe that nobody writes to must not block
+MappedFile::MappedFile(const std::string& name, const OpenFile& file) : path(name) {
   struct stat status;
   SYSTEM_CHECK(fstat(file.fd, &status) == 0, path, " cannot be examined");
   REQUIRE(!S_ISDIR(status.st_mode), path, " is a directory: name the files in it");
@@ -21,13 +20,15 @@ MappedFile::MappedFile(const std::string& name) : path(name) {
   SYSTEM_CHECK(mapped != MAP_FAILED, path, " cannot be mapped into memory");
   map = {mapped, [=](void* at) { munmap(at, bytes); }};
   view = {static_cast<const char*>(mapped), bytes};
-  inode = status.st_ino;
 }
 
-void MappedFile::check() const {
-  struct stat now;  // another file of that name does not matter
-  REQUIRE(stat(path.c_str(), &now) || now.st_ino != inode || size_t(now.st_size) >= view.size(),
-          path, " has become shorter while it was read");
+void read_at(const OpenFile& file, const std::string& path, int64_t at, int64_t bytes, char* to) {
+  for (int64_t done = 0; done < bytes;) {
+    const ssize_t n = pread(file.fd, to + done, bytes - done, at + done);
+    SYSTEM_CHECK(n >= 0, path, " cannot be read");
+    REQUIRE(n > 0, path, " has become shorter while it was read");
+    done += n;
+  }
 }
 
 bool is_there(const std::string& path) {

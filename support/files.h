@@ -17,6 +17,7 @@
 inline std::atomic<int64_t> bytes_moved = 0;
 
 struct OpenFile {
+  static constexpr int kToRead = O_RDONLY | O_NONBLOCK;  // does not wait for a pipe's writer
   OpenFile(const std::string& path, int flags) : fd(open(path.c_str(), flags | O_CLOEXEC, 0666)) {
     SYSTEM_CHECK(fd >= 0, path, " cannot be opened");
   }
@@ -26,14 +27,19 @@ struct OpenFile {
   const int fd;
 };
 
-struct MappedFile {  // the bytes of a regular file that is not empty
-  explicit MappedFile(const std::string& path);
-  void check() const;  // an Error where it has become shorter: reading on would end the process
+// The bytes of a regular file that is not empty. If others make it shorter meanwhile, looking at
+// what is gone ends the process; read_at says so instead.
+struct MappedFile {
+  explicit MappedFile(const std::string& path)
+      : MappedFile(path, OpenFile(path, OpenFile::kToRead)) {}
+  MappedFile(const std::string& path, const OpenFile& file);
   std::string path;
   std::string_view view;
-  uint64_t inode;
   std::shared_ptr<void> map;
 };
+
+// Puts bytes [at, at + bytes) of the file there.
+void read_at(const OpenFile& file, const std::string& path, int64_t at, int64_t bytes, char* to);
 
 bool is_there(const std::string& path);  // an Error where the system does not say
 // An error of the disk is an Error here, where a map of the file would end the process.

@@ -1,6 +1,7 @@
 // test_support.cpp: the plumbing: philox.h, options, data, metrics. No device, one rank; files live
 // in a temporary directory.
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -446,11 +447,23 @@ TEST(a_file_that_has_become_shorter_is_not_read_on) {
   d.sequence(1, 0, 5);
   fs::resize_file(file, 5000);
   CHECK_SAYS(d.sequence(1, 0, 5), "a has become shorter while it was read");
-  fs::remove(file);  // what is mapped stays
+  fs::remove(file);  // what is open stays
   std::ofstream(file) << "another";
   const Dataset one = Dataset::open({dir.write("b", std::string(100'000, 'b'))}, 10, 256);
   fs::rename(file, dir.path + "/b");
   one.sequence(1, 0, 5);
+}
+
+TEST(more_files_are_read_than_a_shell_lets_be_open) {
+  const TemporaryDirectory dir;
+  rlimit before;
+  CHECK_EQ(getrlimit(RLIMIT_NOFILE, &before), 0);
+  const rlimit few = {64, before.rlim_max};
+  CHECK_EQ(setrlimit(RLIMIT_NOFILE, &few), 0);
+  std::vector<std::string> files;
+  for (int i = 0; i < 100; i++) files.push_back(dir.write(std::to_string(i), "a text of it"));
+  CHECK_EQ(Dataset::open(files, 10, 256).sequence(1, 0, 5).size(), 11u);
+  CHECK_EQ(setrlimit(RLIMIT_NOFILE, &before), 0);
 }
 
 TEST(token_shards_of_both_widths_are_read) {
