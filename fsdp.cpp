@@ -337,12 +337,14 @@ void Fsdp::end_step() {
 
 // ---- together with the other strategies
 //
-// zero bubble   A pipeline may put weight gradients off (Tape::weight_gradient). A unit's
-//               reduce-scatter is then queued behind its use's weight gradients, on the same list.
-//               By the time they run, the reduce-scatter of an earlier micro-batch may have freed
-//               the whole gradient: before_backward allocates it again, on the list before this
-//               use's weight gradients. Those that were not put off (of layernorms) may all be in
-//               the earlier buffer: nobody writes theirs in this one.
+// zero bubble   A pipeline may put weight gradients off (Tape::weight_gradient). Of a use whose
+//               input gradients are b and whose weight gradients are w,
+//                 now        enter_backward · b3 b2 b1 · reshard_after_use
+//                 put off    enter_backward · w3 w2 w1 · reduce_gradients
+//               So a unit's reduce-scatter is queued behind its weight gradients. In between, that
+//               of an earlier micro-batch may have freed the whole gradient, and the second
+//               enter_backward allocates it again. Gradients that are not put off (of layernorms)
+//               may all be in the earlier buffer: nobody writes theirs in this one.
 // sequence parallelism   leaves gradients that are partial sums over the tp axis, and
 // tied weights           leave two gradients of one parameter on one rank: complete_gradients adds
 //                        both up before they leave the rank.

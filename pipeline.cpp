@@ -60,6 +60,8 @@
 // leaves its result in the outbox.
 void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, Dtype dtype,
                        const std::function<Tensor(size_t action, Tensor x)>& compute) {
+  // Room for what an exchange receives is taken as soon as the exchange before it was issued. Taken
+  // later, it might be what the computations between them gave back, and have to wait for them.
   const auto prepare_next = [&](size_t i) {  // the first exchange from action i on
     while (i < actions.size() && actions[i].kind != Action::exchange) i++;
     if (i < actions.size()) prepare_room(actions[i].transfers, shape, dtype);
@@ -139,8 +141,8 @@ void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const 
 
 // ---- between stages
 
-// Allocates what the next exchange receives, and marks the place: the exchange waits for what was
-// queued up to here, which may use this memory, and not for what is computed from here on.
+// The exchange waits for what was queued on the compute stream up to here, which may use this
+// memory, and not for what is computed from here on.
 void Pipeline::prepare_room(const std::vector<Transfer>& transfers, const Shape& shape,
                             Dtype dtype) {
   for (const Transfer& t : transfers)

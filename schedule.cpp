@@ -84,21 +84,27 @@ const ScheduleRow& schedule_row(std::string_view name) {
   return row_named(kRows, "schedule", name);
 }
 
-// What a stage computes, in order. A code is a letter of Phases, with or without a digit. Without
-// one, codes take the chunks in turn: p micro-batches walk through chunk 0, then through chunk 1,
-// ...; then the next p; backwards begin with the last chunk.
+// A stage's n-th computation of a kind, where the chunks take turns: p micro-batches walk through
+// chunk 0, then through chunk 1, ...; then the next p. Backwards begin with the last chunk. With
+// two stages and two chunks, micro-batch and chunk of the forwards: 0 0, 1 0, 0 1, 1 1, 2 0, 3 0,
+// 2 1, 3 1, ...; of the backwards: 0 1, 1 1, 0 0, 1 0, 2 1, ...
+static Action in_turn(Action::Kind kind, int n, int p, int V) {
+  const int round = n / (p * V), turn = n % (p * V) / p;
+  return {kind, round * p + n % p, kind == Action::forward ? turn : V - 1 - turn};
+}
+
+// What a stage computes, in order. A code is a letter of Phases, with or without a digit.
 std::vector<Action> computations(const Schedule& s, int stage) {
-  const int p = s.stages, V = s.chunks;
   std::vector<Action> order;
   std::map<std::string, int> done;  // of each code
-  for (const auto& [times, codes] : s.row->phases(p, s.microbatches, V, stage))
+  for (const auto& [times, codes] : s.row->phases(s.stages, s.microbatches, s.chunks, stage))
     for (int k = 0; k < times; k++) {
       std::istringstream each(codes);
       for (std::string code; each >> code;) {
-        const int n = done[code]++, round = n / (p * V), turn = n % (p * V) / p;
+        const int n = done[code]++;
         const auto kind = Action::Kind(std::string("FGBW").find(code[0]));  // in their order
-        Action a{kind, round * p + n % p, kind == Action::forward ? turn : V - 1 - turn};
-        if (code.size() > 1) a = {kind, n, code[1] - '0'};
+        const Action a =
+            code.size() > 1 ? Action{kind, n, code[1] - '0'} : in_turn(kind, n, s.stages, s.chunks);
         if (a.microbatch < s.microbatches) order.push_back(a);
       }
     }

@@ -55,12 +55,27 @@ static void check_weights(int64_t step, const Job& job, Trainer& trainer, const 
   });
 }
 
-// A signal to any rank, or an error of its own, ends the work of all after one and the same step;
-// collective.
+// A signal to any rank, or an error of its own, ends the work of all after one and the same step.
+// So neither is acted on where it comes: an error is kept, and all ranks ask each other for both at
+// the same places. Collective.
 static bool stopped(const std::string& error = "") {
   int mine = signal_came() || !error.empty(), any = 0;
   MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, Finished());
   return any != 0;
+}
+
+// Of at most 32 sequences; none where the work ends. They are read before any of them is computed
+// with: who cannot read must not leave the others in a collective.
+static std::optional<double> held_out_loss(const Dataset& data, Trainer& trainer, Watch& watch,
+                                           std::string& error) {
+  std::vector<std::vector<int>> sequences(std::min<int64_t>(data.held_out_sequences(), 32));
+  for (size_t s = 0; s < sequences.size() && error.empty(); s++)
+    error = error_of([&] { sequences[s] = data.held_out(s); });
+  if (stopped(error)) return {};
+  return trainer.evaluate(sequences.size(), [&](int64_t s) {
+    watch.progress();
+    return sequences[s];
+  });
 }
 
 // ---- a sample
@@ -138,17 +153,9 @@ static void train(const Options& o, const TrainingData& training, const Job& job
         });
     }
     if (o.eval_every && (step % o.eval_every == 0 || step == o.steps)) {
-      // read beforehand: who cannot must not leave the others in a collective
-      std::vector<std::vector<int>> held_out(std::min<int64_t>(data.held_out_sequences(), 32));
-      for (size_t s = 0; s < held_out.size() && error.empty(); s++)
-        error = error_of([&] { held_out[s] = data.held_out(s); });
-      if (!stopped(error)) {
-        record.held_out_loss = trainer.evaluate(held_out.size(), [&](int64_t s) {
-          watch.progress();
-          return held_out[s];
-        });
+      record.held_out_loss = held_out_loss(data, trainer, watch, error);
+      if (record.held_out_loss)
         progress.say(step, format("held-out loss %.4f", *record.held_out_loss));
-      }
     }
     if (error.empty()) error = error_of([&] { metrics.step(record); });
     ends = stopped(error);

@@ -10,8 +10,11 @@
 #   RANKS=2   only the layouts of so many ranks (2: one a node, 4: two a node)
 # The cells of a layout take turns over the links, so that what else the machine does meets all
 # alike; the fast one, with which the others are compared, is the first and the last, and the faster
-# of both counts. Writes build/network/cells.tsv: ranks a node, link, layout, ms, predicted ms,
-# bytes that rank 0 sends a step by its ledger, and by the count of its node's device, options.
+# of both counts. Then the planner's first choice is held against the rest over 1 Gbit/s: it, and
+# all that take at most a quarter longer than the fastest, are measured three times more in turns
+# (in the file the link is called "again"), and the fastest of all four counts.
+# Writes build/network/cells.tsv: ranks a node, link, layout, ms, predicted ms, bytes that rank 0
+# sends a step by its ledger, and by the count of its node's device, options.
 set -u
 cd "$(dirname "$0")/.."
 . tests/lib.sh
@@ -162,7 +165,7 @@ train() {
   ledger=$(grep -o '"traffic".*' "$metrics" | tr '{' '\n' | grep '"rank":0,' \
     | grep -o '"bytes":[0-9]*' | awk -F: -v n="$steps" '{ s += $2 } END { printf "%.0f", s / n }')
 }
-# cell LINK RANKS NAME OPTIONS: appends a line to $dir/cells
+# cell LINK RANKS NAME OPTIONS: appends a line to $dir/cells, as over the link $as where that is set
 cell() {
   local link=$1 ranks=$2 name=$3 ms ledger wire seconds
   shift 3
@@ -180,7 +183,7 @@ cell() {
     failed=1
     return
   fi
-  printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "$((ranks / 2))" "$link" "$name" "$ms" \
+  printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "$((ranks / 2))" "${as:-$link}" "$name" "$ms" \
     "$(awk -v s="$seconds" 'BEGIN { printf "%.1f", 1000 * s }')" "$ledger" "$wire" "$*" \
     >>"$dir/cells"
   printf ' %s %s ms' "$link" "$ms"
@@ -195,6 +198,15 @@ fastest() {
       line[cell] = $0
     }
     END { for (i = 1; i <= n; i++) print line[order[i]] }' "$1"
+}
+
+# may_be_fastest NAME: over 1 Gbit/s
+may_be_fastest() {
+  awk -F '\t' -v name="$1" -v ranks="$((ranks / 2))" '$1 == ranks && $2 == "1gbit" {
+      if (!best || $4 < best) best = $4
+      if ($3 == name) own = $4
+    }
+    END { exit name != "first-choice" && own > 1.25 * best }' "$out/cells.tsv"
 }
 
 # ---- other questions
@@ -287,19 +299,24 @@ for ranks in ${RANKS:-2 4}; do
   calibrate "$ranks" $over || give_up
   # shellcheck disable=SC2086
   first=$(predict 1gbit "$ranks" $model --top 1 | sed -n 's/.*"options": "\(.*\)",/\1/p' | head -1)
-  while IFS=$'\t' read -r name options; do
-    [ $# = 0 ] || [[ " $* " == *" $name "* ]] || continue
-    printf '  %s rank%s a node  %-15s' "$((ranks / 2))" "$([ "$ranks" = 2 ] || echo s)" "$name"
-    for link in $over fast; do
-      # shellcheck disable=SC2086
-      cell $link "$ranks" "$name" $options
-    done
-    echo
-    fastest "$dir/cells" >$out/cells.tsv
-  done < <(
+  {
     layouts "$ranks"
     printf 'first-choice\t%s\n' "$first"
-  )
+  } >"$dir/layouts"
+  for turn in 1 again again again; do
+    as=${turn#1}
+    while IFS=$'\t' read -r name options; do
+      [ $# = 0 ] || [[ " $* " == *" $name "* ]] || continue
+      [ -z "$as" ] || may_be_fastest "$name" || continue
+      printf '  %s rank%s a node  %-15s' "$((ranks / 2))" "$([ "$ranks" = 2 ] || echo s)" "$name"
+      for link in $([ -z "$as" ] && echo "$over fast" || echo 1gbit); do
+        # shellcheck disable=SC2086
+        cell $link "$ranks" "$name" $options
+      done
+      echo
+      fastest "$dir/cells" >$out/cells.tsv
+    done <"$dir/layouts"
+  done
 done
 awk -f network/table.awk $out/cells.tsv | tee $out/table.txt
 echo "all of it took $((SECONDS - began)) s"

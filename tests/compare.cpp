@@ -578,7 +578,8 @@ std::string network() {
   }
   std::string s;
   for (const auto& [link, all] : charts)
-    if (link != "fast") s += bars("A step over " + link, "times slower", {"measured"}, all);
+    if (link != "fast" && link != "again")
+      s += bars("A step over " + link, "times slower", {"measured"}, all);
   if (s.empty()) return s;
   std::ostringstream text;
   text << table.rdbuf();
