@@ -99,8 +99,8 @@ void Job::abort(const std::string& why) const {
   const bool first = !explained || !explained->exchange(true);
   if (first) fprintf(stderr, "rank %d: %s\n", rank, why.c_str());
   // mpiexec passes the words on before it hears of the end; the others do not end the job before
-  // that
-  usleep(first ? 300'000 : 1'000'000);
+  // that, and those of other nodes can say where they stand, too
+  usleep(first && local_size == size ? 300'000 : 1'000'000);
   MPI_Abort(MPI_COMM_WORLD, 1);
   _exit(1);
 }

@@ -61,8 +61,8 @@ class Watch {
     mine_->at_files = true;
     work();
     barrier();  // nobody goes on to wait elsewhere for a rank that is still at it
+    progress();  // first: the thread must not see that this is over, and an old time
     mine_->at_files = false;
-    progress();
   }
 
  private:

@@ -84,12 +84,7 @@ while :; do
     "$dir/killed.jsonl" $resumed >"$dir/out" 2>"$dir/err" &
   job=$! resumed=--resume
   if [ $kills -lt 10 ]; then
-    for _ in $( # until it is training
-      seq 200
-    ); do
-      grep -q '^step' "$dir/out" 2>/dev/null && break
-      sleep 0.02
-    done
+    until grep -q '^step' "$dir/out" || ! kill -0 $job 2>/dev/null; do sleep 0.02; done
     sleep "0.$((RANDOM % 4))$((RANDOM % 10))"
     victim=$(rank_pids "$dir/killed" | sed -n "$((RANDOM % 2 + 1))p")
     if [ -n "$victim" ] && kill -KILL "$victim" 2>/dev/null; then kills=$((kills + 1)); fi
@@ -99,8 +94,12 @@ while :; do
   fi
   wait $job
   # ended, and not by a kill: by the status, and by what is printed at the end
-  grep -q "give more --steps" "$dir/err" && break
-  grep -q '^step 300/300' "$dir/out" && grep -q '^speed' "$dir/out" && break
+  if grep -q "give more --steps" "$dir/err" \
+    || { grep -q '^step 300/300' "$dir/out" && grep -q '^speed' "$dir/out"; }; then
+    [ $kills -ge 10 ] && break
+    rm -rf "$dir/killed" "$dir/killed.jsonl" # the kills came too late: once more from the start
+    resumed=""
+  fi
   [ $kills -gt 30 ] && break
 done
 check killed_runs_resume_to_the_uninterrupted_weights \
@@ -114,21 +113,23 @@ check metrics_of_resumed_runs_have_every_step_once \
 
 for how in "TERM mpiexec" "INT mpiexec" "TERM rank"; do
   name=${how// /_to_}
-  rm -rf "$dir/stop" "$dir/stop.jsonl"
-  $MPIEXEC -n 2 $train $small --fsdp 2 --checkpoint "$dir/stop" --metrics "$dir/stop.jsonl" \
-    >"$dir/out" 2>"$dir/err" &
-  job=$!
-  for _ in $(seq 300); do
-    [ "$(grep -c '"step"' "$dir/stop.jsonl" 2>/dev/null)" -ge 5 ] 2>/dev/null && break
-    sleep 0.02
+  for _ in 1 2 3; do # a signal that comes too late stops nothing
+    rm -rf "$dir/stop" "$dir/stop.jsonl"
+    $MPIEXEC -n 2 $train $small --fsdp 2 --checkpoint "$dir/stop" --metrics "$dir/stop.jsonl" \
+      >"$dir/out" 2>"$dir/err" &
+    job=$!
+    until [ "$(grep -cs '"step"' "$dir/stop.jsonl")" -ge 5 ] || ! kill -0 $job 2>/dev/null; do
+      sleep 0.02
+    done
+    case $how in
+      *mpiexec) kill -${how% *} $job ;;
+      *) kill -TERM "$(rank_pids "$dir/stop" | tail -1)" ;;
+    esac
+    wait $job
+    status=$?
+    stopped=$(sed -n 's/^step \([0-9]*\).*stopped by a signal.*/\1/p' "$dir/out")
+    [ -z "$stopped" ] && grep -q '^step 300/300' "$dir/out" || break
   done
-  case $how in
-    *mpiexec) kill -${how% *} $job ;;
-    *) kill -TERM "$(rank_pids "$dir/stop" | tail -1)" ;;
-  esac
-  wait $job
-  status=$?
-  stopped=$(sed -n 's/^step \([0-9]*\).*stopped by a signal.*/\1/p' "$dir/out")
   $MPIEXEC -n 2 $train $small --fsdp 2 --checkpoint "$dir/stop" --resume >"$dir/out2" 2>&1
   check "a_run_stopped_by_SIG${name}_is_saved_and_resumes" \
     "[ $status = 0 ] && [ -n '$stopped' ] && [ '${stopped:-300}' -lt 300 ] &&

@@ -176,8 +176,17 @@ check a_trace_that_does_not_fit_costs_nothing_else \
     grep -q "^executed" "$dir/out" &&
     grep -q "^{\"summary\":true,.*\"pipeline\"" "$dir/m.jsonl"' \
   "" "status $status: $(head -c 300 "$dir/err")"
-timeout -s TERM 2 $train $shape --steps 100000 --trace "$dir/late.json" --trace-steps 99999-100000 \
-  >"$dir/out" 2>"$dir/err"
+# ends_at TEXT COMMAND...: sends it a signal once it has printed that; its status
+ends_at() {
+  local text=$1 job
+  shift
+  "$@" >"$dir/out" 2>"$dir/err" &
+  job=$!
+  until grep -qs -- "$text" "$dir/out" || ! kill -0 $job 2>/dev/null; do sleep 0.1; done
+  kill -TERM $job
+  wait $job
+}
+ends_at '^step ' $train $shape --steps 100000 --trace "$dir/late.json" --trace-steps 99999-100000
 check a_trace_whose_steps_never_came_stays_empty \
   '[ -e "$dir/late.json" ] && [ ! -s "$dir/late.json" ] &&
     grep -q "nothing is written to" "$dir/out"' "" \
@@ -320,8 +329,7 @@ status=$?
 check data_that_becomes_shorter_costs_no_training \
   "[ $status = 1 ] && grep -q 'has become shorter while it was read: stopped after step' $dir/err &&
    build/cpu/checkpoint verify $dir/shrunk >/dev/null" "" "status $status: $(cat "$dir/err")"
-timeout -s TERM 10 $train $little --steps 2 --sample 100000000 --checkpoint "$dir/long" \
-  >"$dir/out" 2>"$dir/err"
+ends_at 'a sample' $train $little --steps 2 --sample 100000000 --checkpoint "$dir/long"
 check a_signal_ends_the_sample \
   "grep -q 'a sample' $dir/out && grep -q '^speed' $dir/out && [ ! -e $dir/long/lock ]" "" \
   "$(tail -c 300 "$dir/err")"

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "tests/cpu_kernels.h"
+#include "tests/standstill.h"
 
 #if defined(CPU_FAST) || defined(CPU_FAITHFUL)
 #define CPU_STAND_IN
@@ -19,9 +20,6 @@
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#include <chrono>
-#include <thread>
 #endif
 
 // ---- helpers
@@ -541,8 +539,7 @@ TEST(a_queued_stream_runs_behind_the_host_and_in_order) {
   CUDA_CHECK(cudaEventCreate(&done));
   static std::vector<int> order;
   order.clear();
-  CUDA_CHECK(cudaLaunchHostFunc(
-      stream, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }, nullptr));
+  Standstill standstill(stream);
   static int numbers[50];
   for (int i = 0; i < 50; i++) {
     numbers[i] = i;
@@ -552,6 +549,7 @@ TEST(a_queued_stream_runs_behind_the_host_and_in_order) {
   CUDA_CHECK(cudaEventRecord(done, stream));
   CHECK_EQ(cudaStreamQuery(stream), cudaErrorNotReady, "the host is ahead");
   CHECK_EQ(cudaEventQuery(done), cudaErrorNotReady);
+  standstill.go();
   CUDA_CHECK(cudaEventSynchronize(done));
   CHECK_EQ(order.size(), 50u, "the host has waited");
   for (int i = 0; i < 50; i++) CHECK_EQ(order[size_t(i)], i);
@@ -591,20 +589,20 @@ TEST(memory_freed_in_a_stream_goes_to_others_only_when_the_stream_is_there) {
   cudaEvent_t first_free;
   CUDA_CHECK(cudaEventCreate(&first_free));
   CUDA_CHECK(cudaMallocAsync(&a, bytes, one));
-  CUDA_CHECK(cudaLaunchHostFunc(
-      one, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }, nullptr));
+  Standstill before_first(one);
   CUDA_CHECK(cudaFreeAsync(a, one));
   CUDA_CHECK(cudaMallocAsync(&b, bytes, other));
   CHECK(b != a, "the first stream has not come to its free");
   CUDA_CHECK(cudaMallocAsync(&c, bytes, one));
   CHECK(c == a, "the stream that freed it may have it at once");
   CUDA_CHECK(cudaEventRecord(first_free, one));
-  CUDA_CHECK(cudaLaunchHostFunc(
-      one, [](void*) { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }, nullptr));
+  Standstill before_second(one);
   CUDA_CHECK(cudaFreeAsync(c, one));
+  before_first.go();
   CUDA_CHECK(cudaEventSynchronize(first_free));
   CUDA_CHECK(cudaMallocAsync(&d, bytes, other));
   CHECK(d != a, "the first free is done, the second is not");
+  before_second.go();
   CUDA_CHECK(cudaStreamSynchronize(one));
   CUDA_CHECK(cudaMallocAsync(&e, bytes, other));
   CHECK(e == a, "now any stream may have it");

@@ -166,6 +166,14 @@ started() {
     sleep 0.05
   done
 }
+# steps_on N: until so many steps more than $before are in the metrics, 20 s at most; $after
+steps_on() {
+  for _ in $(seq 400); do
+    after=$(wc -l <"$dir/m.jsonl")
+    [ "$after" -ge $((before + $1)) ] && return
+    sleep 0.05
+  done
+}
 # the_child: of $job, of which it is the only one
 the_child() { tr -d ' ' <"/proc/$job/task/$job/children"; }
 saved="[ \$status = 0 ] && grep -q 'stopped by a signal; --resume goes on' $dir/out &&
@@ -200,13 +208,12 @@ started nohup $train $run
 child=$(the_child)
 kill -HUP "$child"
 before=$(wc -l <"$dir/m.jsonl")
-sleep 1
-after=$(wc -l <"$dir/m.jsonl")
+steps_on 3
 kill -TERM "$child"
 wait $job
 status=$?
 check what_nohup_ignores_stays_ignored "[ $after -gt $((before + 2)) ] && $saved" \
-  "$((after - before)) steps in the second after SIGHUP"
+  "$((after - before)) steps after SIGHUP"
 rm -rf "$dir/c"
 OMP_NUM_THREADS=1 timeout 100 $train $run --checkpoint "$dir/c" 2>"$dir/err" | head -1 >"$dir/out"
 status=${PIPESTATUS[0]}
@@ -251,8 +258,7 @@ kill -STOP $ranks
 sleep 4
 before=$(wc -l <"$dir/m.jsonl")
 kill -CONT $ranks
-sleep 1
-after=$(wc -l <"$dir/m.jsonl")
+steps_on 1
 kill -TERM ${ranks%% *}
 wait $job
 status=$?

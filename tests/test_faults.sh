@@ -209,8 +209,7 @@ check a_step_without_resume_is_refused "[ $? = 1 ] && grep -q 'give both' $dir/e
 rm -rf "$dir/c"
 $train $small --steps 100000 --save-every 1 --checkpoint "$dir/c" >"$dir/first" 2>&1 &
 job=$!
-for _ in $(seq 200); do
-  grep -qs 'checkpoint saved' "$dir/first" && break
+until grep -qs 'checkpoint saved' "$dir/first" || ! kill -0 $job 2>/dev/null; do
   sleep 0.05
 done
 one --steps 9 --resume --checkpoint "$dir/c"

@@ -125,11 +125,17 @@ check its_sample_is_text "grep -q 'the' <(sed -n '/a sample/,\$p' $dir/out | tai
   "$(sed -n '/a sample/,$p' "$dir/out")"
 cp "$shard" "$dir/kept.bin"
 rm "$shard"
-flock "$shard.partial" sleep 2 &
-sleep 0.5
 cp -r "$dir/run-two" "$dir/run-three"
+exec 8>"$shard.partial"
+flock 8
 $train --checkpoint "$dir/run-three" --resume --data "$dir/my.txt" --batch 2 --steps 3 \
-  >"$dir/out" 2>"$dir/err"
+  >"$dir/out" 2>"$dir/err" 8>&- &
+job=$!
+until grep -qs 'by another process: waiting' "$dir/out" || ! kill -0 $job 2>/dev/null; do
+  sleep 0.1
+done
+exec 8>&-
+wait $job
 status=$?
 check a_shard_that_another_process_writes_is_waited_for \
   "[ $status = 0 ] && cmp $shard $dir/kept.bin && grep -q 'by another process: waiting' $dir/out" \

@@ -101,11 +101,11 @@ check a_stopped_rank_is_named_on_every_other_node "[ $said = 2 ] && [ $(status s
 check its_node_says_that_it_does_not_run \
   "! grep -q 'rank [01]: .*DOES NOT RUN' '$dir/stopped'"
 
-run whole 3 --steps 8 --fsdp 3
-run lost 3 --steps 8 --fsdp 3 --checkpoint "$dir/c" --save-every 2 &
+run whole 3 --steps 40 --fsdp 3
+run lost 3 --steps 40 --fsdp 3 --checkpoint "$dir/c" --save-every 2 &
 until_step lost 4 && ip netns pids "$LAB-2" | xargs -r kill -9
 wait $!
-run resumed 3 --steps 8 --fsdp 3 --checkpoint "$dir/c" --resume
+run resumed 3 --steps 40 --fsdp 3 --checkpoint "$dir/c" --resume
 same=$(diff <(losses "$dir/whole.jsonl" | tail -1) <(losses "$dir/resumed.jsonl" | tail -1) \
   && echo yes)
 check a_lost_node_ends_the_job_and_resume_goes_on "[ $(status lost) != 0 ] && [ '$same' = yes ]" \
@@ -120,7 +120,7 @@ check a_pulled_cable_is_named "grep -q 'rank 2, on another node, DOES NOT ANSWER
   "the job ended $took s after it, status $(status cut)" "$(tail -2 "$dir/cut")"
 $nodes link 3 up
 
-run slow 3 --steps 12 --fsdp 3 &
+run slow 3 --steps 30 --fsdp 3 &
 until_step slow 1
 slow=$(rank_on 3) # it is slow enough: where cores are few it shares one with rank 0
 while kill -STOP "$slow" 2>/dev/null; do # it runs for a quarter of the time

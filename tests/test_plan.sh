@@ -137,7 +137,7 @@ for run in range(40):
     metrics = f"{sys.argv[1]}/{run}.jsonl"
     start = [os.environ.get("MPIEXEC", "mpiexec"), "-n", str(ranks), "build/cpu/train_gpt"]
     done = subprocess.run(start + ["--steps", "1", "--metrics", metrics] + words,
-                          capture_output=True, text=True, timeout=100)
+                          capture_output=True, text=True, timeout=300)
     planned = subprocess.run(["build/cpu/plan", "--layout", "--json", "--devices", str(ranks)]
                              + words, capture_output=True, text=True)
     if done.returncode or planned.returncode:

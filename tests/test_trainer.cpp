@@ -1,13 +1,11 @@
 // test_trainer.cpp: a step as its host sees it: which sequences it reads and when, that it waits
 // for the device at the end alone, and what a profile says that the step was made of. What a step
 // computes is test_parity's, and each strategy's own test.
-#include <atomic>
-#include <chrono>
 #include <set>
-#include <thread>
 
 #include "report/profile.h"
 #include "tests/parity.h"
+#include "tests/standstill.h"
 
 namespace {
 
@@ -64,30 +62,6 @@ template <class Visit> void each_setting(Visit visit) {
 
 // ---- a device that stands still
 
-// What comes on the compute stream behind it waits until go(), ten seconds at most.
-class Standstill {
- public:
-  Standstill() { CUDA_CHECK(cudaLaunchHostFunc(device().compute, stand, &state_)); }
-  ~Standstill() {
-    go();
-    synchronize();
-  }
-  void go() { state_.go = true; }
-  bool stands() const { return !state_.ended; }
-
- private:
-  struct State {
-    std::atomic<bool> go = false, ended = false;
-  };
-  static void stand(void* p) {
-    State& s = *static_cast<State*>(p);
-    for (int i = 0; i < 10000 && !s.go; i++)
-      std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    s.ended = true;
-  }
-  State state_;
-};
-
 // Streams that run by themselves, as a GPU's do: with no GPU the stand-in's queues.
 struct Queues {
   Queues() {
@@ -132,7 +106,7 @@ TEST(the_host_goes_through_a_step_while_the_device_stands_still_and_waits_once) 
       const int64_t before = host_waits();
       bool stands;
       {
-        Standstill device_stands_still;
+        Standstill device_stands_still(device().compute);
         trainer.gradients(batch);
         trainer.update(kLearningRate);
         batch = read(step + 1);

@@ -55,7 +55,7 @@ fuzz:  ## make fuzz [SECONDS=60]   libFuzzer on everything that reads files of o
 	@tests/fuzz.sh $(SECONDS)
 
 MUTATED := kernels autograd trainer fsdp tensor_parallel context_parallel pipeline schedule comm \
-           golden trace
+           golden trace plan
 mutants:  ## make mutants             one-line faults that the suite must catch
 	@$(MAKE) -s --no-print-directory BACKEND=cpu $(MUTATED:%=build/cpu/tests/test_%)
 	@tests/mutants.sh
