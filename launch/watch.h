@@ -60,7 +60,7 @@ class Watch {
   template <class Work> void at_files(const Work& work) {
     mine_->at_files = true;
     work();
-    barrier();  // nobody goes on to wait elsewhere for a rank that is still at it
+    barrier();   // nobody goes on to wait elsewhere for a rank that is still at it
     progress();  // first: the thread must not see that this is over, and an old time
     mine_->at_files = false;
   }
