@@ -77,7 +77,7 @@ same_weights() {
 }
 $MPIEXEC -n 2 $train $small --fsdp 2 --checkpoint "$dir/whole" --metrics "$dir/whole.jsonl" \
   >"$dir/out" 2>&1 || fail an_uninterrupted_run "$(tail -2 "$dir/out")"
-RANDOM=7 kills=0 saves=0 resumed=""
+RANDOM=7 kills=0 saves=0 runs=0 resumed=""
 while :; do
   : >"$dir/out"
   $MPIEXEC -n 2 $train $small --fsdp 2 --checkpoint "$dir/killed" --save-every 1 --metrics \
@@ -100,7 +100,7 @@ while :; do
     rm -rf "$dir/killed" "$dir/killed.jsonl" # the kills came too late: once more from the start
     resumed=""
   fi
-  [ $kills -gt 30 ] && break
+  [ $((runs += 1)) -gt 40 ] && break
 done
 check killed_runs_resume_to_the_uninterrupted_weights \
   "[ $kills -ge 10 ] && same_weights $dir/whole $dir/killed" \
@@ -118,17 +118,18 @@ for how in "TERM mpiexec" "INT mpiexec" "TERM rank"; do
     $MPIEXEC -n 2 $train $small --fsdp 2 --checkpoint "$dir/stop" --metrics "$dir/stop.jsonl" \
       >"$dir/out" 2>"$dir/err" &
     job=$!
-    until [ "$(grep -cs '"step"' "$dir/stop.jsonl")" -ge 5 ] || ! kill -0 $job 2>/dev/null; do
+    until [ "$(grep -s '"step"' "$dir/stop.jsonl" | wc -l)" -ge 5 ] \
+      || ! kill -0 $job 2>/dev/null; do
       sleep 0.02
     done
-    case $how in
-      *mpiexec) kill -${how% *} $job ;;
-      *) kill -TERM "$(rank_pids "$dir/stop" | tail -1)" ;;
-    esac
+    whom=$job
+    [ "${how#* }" = mpiexec ] || whom=$(rank_pids "$dir/stop" | tail -1)
+    before=$(wc -l <"$dir/stop.jsonl")
+    kill -${how% *} $whom
     wait $job
     status=$?
     stopped=$(sed -n 's/^step \([0-9]*\).*stopped by a signal.*/\1/p' "$dir/out")
-    [ -z "$stopped" ] && grep -q '^step 300/300' "$dir/out" || break
+    [ -z "$stopped" ] && [ "$before" -ge 250 ] || break
   done
   $MPIEXEC -n 2 $train $small --fsdp 2 --checkpoint "$dir/stop" --resume >"$dir/out2" 2>&1
   check "a_run_stopped_by_SIG${name}_is_saved_and_resumes" \

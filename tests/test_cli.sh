@@ -176,10 +176,11 @@ check a_trace_that_does_not_fit_costs_nothing_else \
     grep -q "^executed" "$dir/out" &&
     grep -q "^{\"summary\":true,.*\"pipeline\"" "$dir/m.jsonl"' \
   "" "status $status: $(head -c 300 "$dir/err")"
-# ends_at TEXT COMMAND...: sends it a signal once it has printed that; its status
+# ends_at TEXT COMMAND...: sends it a signal once it has printed that
 ends_at() {
   local text=$1 job
   shift
+  : >"$dir/out"
   "$@" >"$dir/out" 2>"$dir/err" &
   job=$!
   until grep -qs -- "$text" "$dir/out" || ! kill -0 $job 2>/dev/null; do sleep 0.1; done
@@ -322,7 +323,9 @@ check metrics_that_cannot_be_written_cost_no_training \
 head -c 3000000 /dev/urandom >"$dir/shrinks"
 $train ${little% --data*} --data "$dir/shrinks" --steps 100000000 --checkpoint "$dir/shrunk" \
   >"$dir/out" 2>"$dir/err" &
-until [ -e "$dir/shrunk/lock" ] && grep -q '^step 1/' "$dir/out"; do sleep 0.1; done
+until { [ -e "$dir/shrunk/lock" ] && grep -q '^step 1/' "$dir/out"; } || ! kill -0 $!; do
+  sleep 0.1
+done
 : >"$dir/shrinks"
 wait $!
 status=$?

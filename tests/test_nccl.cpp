@@ -763,6 +763,10 @@ TEST(a_stopped_rank_is_named) {
   const int stopped = pass(getpid(), 1, 0);
   if (c.rank == 1) raise(SIGSTOP);
   if (c.rank == 0) {
+    const struct Resumes {
+      int pid;
+      ~Resumes() { kill(pid, SIGCONT); }
+    } resumes{stopped};
     const auto stands = [&] {
       return read_file(sentence("/proc/", stopped, "/stat")).find(") T ") != std::string::npos;
     };
@@ -770,7 +774,6 @@ TEST(a_stopped_rank_is_named) {
     const double start = MPI_Wtime();
     const Said said = say(c.comm, all_reduce(c, x.data, 8));
     const double took = MPI_Wtime() - start;
-    kill(stopped, SIGCONT);
     must_say(c, said,
              {"rank 1 has completed all_reduce #1 (7 f32 sum)", "(its process is stopped)"});
     measured("after ", took, " s with a watch of 0.6 s");
