@@ -141,8 +141,8 @@ void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const 
 
 // ---- between stages
 
-// The exchange waits for what was queued on the compute stream up to here, which may use this
-// memory, and not for what is computed from here on.
+// Allocates what the next exchange receives. That exchange waits for what was queued on the compute
+// stream up to here, which may use this memory, and not for what is computed from here on.
 void Pipeline::prepare_room(const std::vector<Transfer>& transfers, const Shape& shape,
                             Dtype dtype) {
   for (const Transfer& t : transfers)

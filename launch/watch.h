@@ -61,7 +61,7 @@ class Watch {
     mine_->at_files = true;
     work();
     barrier();   // nobody goes on to wait elsewhere for a rank that is still at it
-    progress();  // first: the thread must not see that this is over, and an old time
+    progress();  // before the flag falls: the thread would find the time of before the work
     mine_->at_files = false;
   }
 

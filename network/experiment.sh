@@ -303,19 +303,20 @@ for ranks in ${RANKS:-2 4}; do
     layouts "$ranks"
     printf 'first-choice\t%s\n' "$first"
   } >"$dir/layouts"
-  for turn in 1 again again again; do
-    as=${turn#1}
+  turn="$over fast"
+  for as in "" again again again; do
     while IFS=$'\t' read -r name options; do
       [ $# = 0 ] || [[ " $* " == *" $name "* ]] || continue
       [ -z "$as" ] || may_be_fastest "$name" || continue
       printf '  %s rank%s a node  %-15s' "$((ranks / 2))" "$([ "$ranks" = 2 ] || echo s)" "$name"
-      for link in $([ -z "$as" ] && echo "$over fast" || echo 1gbit); do
+      for link in $turn; do
         # shellcheck disable=SC2086
         cell $link "$ranks" "$name" $options
       done
       echo
       fastest "$dir/cells" >$out/cells.tsv
     done <"$dir/layouts"
+    turn=1gbit
   done
 done
 awk -f network/table.awk $out/cells.tsv | tee $out/table.txt

@@ -1,7 +1,7 @@
 # table.awk: of build/network/cells.tsv: how many times slower a step is than over the fast link,
 # and how far the predictions are off. experiment.sh prints it, make compare's report shows it.
-#   fields   1 ranks a node, 2 link, 3 layout, 4 ms, 5 predicted ms, 6 bytes by the ledger,
-#            7 by the node's device, 8 options
+#   fields   1 ranks a node, 2 link (again: 1gbit once more), 3 layout, 4 ms, 5 predicted ms,
+#            6 bytes by the ledger, 7 by the node's device, 8 options
 BEGIN { FS = "\t" }
 {
   ms[$1, $2, $3] = $4

@@ -38,7 +38,7 @@ struct MappedFile {
   std::shared_ptr<void> map;
 };
 
-// Puts bytes [at, at + bytes) of the file there.
+// Puts bytes [at, at + bytes) of the file there; an Error where the file or the disk lacks some.
 void read_at(const OpenFile& file, const std::string& path, int64_t at, int64_t bytes, char* to);
 
 bool is_there(const std::string& path);  // an Error where the system does not say

@@ -323,7 +323,8 @@ check metrics_that_cannot_be_written_cost_no_training \
 head -c 3000000 /dev/urandom >"$dir/shrinks"
 $train ${little% --data*} --data "$dir/shrinks" --steps 100000000 --checkpoint "$dir/shrunk" \
   >"$dir/out" 2>"$dir/err" &
-until { [ -e "$dir/shrunk/lock" ] && grep -q '^step 1/' "$dir/out"; } || ! kill -0 $!; do
+until { [ -e "$dir/shrunk/lock" ] && grep -q '^step 1/' "$dir/out"; } \
+  || ! kill -0 $! 2>/dev/null; do
   sleep 0.1
 done
 : >"$dir/shrinks"

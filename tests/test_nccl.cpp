@@ -10,7 +10,6 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-#include <chrono>
 #include <csignal>
 #include <map>
 #include <memory>
@@ -734,7 +733,7 @@ TEST(a_message_in_another_order_than_a_collective_is_found_as_a_deadlock) {
 TEST(a_missing_rank_is_found_and_the_report_says_where_everyone_stands) {
   need(3);
   const Together together;
-  Watch watch(60);
+  const Watch usual(60);  // until all are here, and again at the end
   Comm c(3);
   Array<float> x(64);
   if (c.comm) {
@@ -755,7 +754,7 @@ TEST(a_missing_rank_is_found_and_the_report_says_where_everyone_stands) {
 TEST(a_stopped_rank_is_named) {
   need(2);
   const Together together;
-  Watch watch(60);
+  const Watch usual(60);  // until all are here, and again at the end
   Comm c(2);
   Array<float> x(64);
   if (c.comm) NCCL_CHECK(all_reduce(c, x.data, 7));
