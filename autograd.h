@@ -35,8 +35,9 @@ struct Param {
   // no elements of the parameter
   int64_t padding = 0;
   int64_t largest_slice = 0;  // where it is split: elements of the largest rank's slice
-  float std = 0, mean = 0;  // initial values: normal(0, std), or the constant `mean` when std is 0
-  bool decay = false;       // weight decay: matrices only
+  // initial values: normal(0, deviation), or the constant `mean` when that is 0
+  float deviation = 0, mean = 0;
+  bool decay = false;  // weight decay: matrices only
   // in this rank's part of the norm: false where another rank that holds the same values counts
   // them
   bool counted = true;

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <set>
 
 // ---- time
 
@@ -112,11 +113,13 @@ static Axis open_axis(const Mesh& m, size_t slowest, size_t fastest) {
   if (axis.size == 1) return axis;
   const int first = m.rank - axis.rank * stride;  // of this line of the grid
   for (int r = 0; r < axis.size; r++) axis.members.push_back(first + r * stride);
-  if (m.world.comm) NCCL_CHECK(ncclCommSplit(m.world.comm, first, axis.rank, &axis.comm, nullptr));
+  if (axis.size == m.size) axis.comm = m.world.comm;
+  else if (m.world.comm)
+    NCCL_CHECK(ncclCommSplit(m.world.comm, first, axis.rank, &axis.comm, nullptr));
   return axis;
 }
 
-Mesh open_mesh(const Layout& layout) {
+Mesh open_mesh(const Layout& layout, const std::function<void()>& got_on) {
   int rank, ranks;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &ranks);
@@ -133,8 +136,12 @@ Mesh open_mesh(const Layout& layout) {
   if (rank == 0) NCCL_CHECK(ncclGetUniqueId(&id));
   MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, Finished());
   NCCL_CHECK(ncclCommInitRank(&m.world.comm, ranks, id, rank));
+  got_on();
   for (int r = 0; r < ranks; r++) m.world.members.push_back(r);
-  for (size_t a = 0; a < kAxes.size(); a++) m.axes[a] = open_axis(m, a, a);
+  for (size_t a = 0; a < kAxes.size(); a++) {
+    m.axes[a] = open_axis(m, a, a);
+    got_on();
+  }
   join(m, "fsdp", "cp");  // what FSDP shards over: now, so that it is checked and watched, too
   return m;
 }
@@ -151,8 +158,9 @@ Axis join(Mesh& m, AxisName slowest, AxisName fastest) {
 
 void close_mesh(Mesh& m) {
   if (m.stream) CUDA_CHECK(cudaStreamSynchronize(m.stream));
+  std::set<ncclComm_t> comms;
   for (const Axis& axis : m.every_axis())
-    if (axis.comm) NCCL_CHECK(ncclCommDestroy(axis.comm));
+    if (axis.comm && comms.insert(axis.comm).second) NCCL_CHECK(ncclCommDestroy(axis.comm));
   if (m.stream) CUDA_CHECK(cudaStreamDestroy(m.stream));
   m = Mesh(m.layout, m.rank);
 }

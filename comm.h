@@ -102,8 +102,10 @@ struct Mesh {
   cudaStream_t stream = nullptr;                     // the one communication queue
 };
 // Collective. The communicators are split from the world's in the same order everywhere, those of
-// the axes and that of fsdp and cp joined.
-Mesh open_mesh(const Layout& layout);
+// the axes and that of fsdp and cp joined; an axis that has all ranks uses the world's. `got_on` is
+// called behind each: on many GPUs one may take a minute.
+Mesh open_mesh(
+    const Layout& layout, const std::function<void()>& got_on = [] {});
 // Collective. Two axes, or more, that are neighbours in kAxes as one: join(mesh, "fsdp", "tp") has
 // fsdp * tp ranks, which it numbers slow axis first. It has a communicator of its own, unless all
 // but one of the axes have size 1: then it is that one. A second call returns the same; of a mesh

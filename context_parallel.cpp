@@ -139,8 +139,8 @@ void ContextParallel::backward(const Problem& p, const Tensor& dqkv, const Tenso
       all.push_back({sum, before});
     }
     start_exchange(all);
+    // dq adds up over the rounds; the kernels then add to dkv, too, which begins at 0
     if (round) fill(dkv, 0);
-    // dq adds up over the rounds
     if (p.kind == AttentionKind::plain)
       attention_plain_backward(dq, dkv, dout, out, lse, {}, qkv, kv, p.B, p.H, queries, keys,
                                round > 0);

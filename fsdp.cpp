@@ -250,8 +250,8 @@ void Fsdp::reduce_gradients(int use) {
   for (Unit* u : uses_[use].units) {
     if (++u->uses_done < u->uses_per_microbatch) continue;  // another use will add to this gradient
     u->uses_done = 0;
-    u->microbatches_done++;
-    if (!shards_gradients() && (sums_last || u->microbatches_done < microbatches_)) continue;
+    u->sums_done++;
+    if (!shards_gradients() && (sums_last || u->sums_done < microbatches_)) continue;
     start_reduce(*u);
   }
 }
@@ -292,7 +292,7 @@ void Fsdp::finish_reduce() {
   else add(u.shard_grad, u.shard_grad, mine);
   u.whole_grad = Tensor();
   u.bind(&Param::grad, {});
-  if (u.microbatches_done == microbatches_) {
+  if (u.sums_done == microbatches_) {
     make_wait(stream_, device().compute);  // this rank's shard must be complete
     sum_over_copies(u);
   }
@@ -314,7 +314,7 @@ void Fsdp::sum_over_copies(Unit& u) {
 void Fsdp::begin_step(int microbatches) {
   microbatches_ = microbatches;
   for (auto& [number, u] : units_) {
-    u.microbatches_done = 0;
+    u.sums_done = 0;
     if (shards_gradients()) u.fresh = true;
     else u.begin_gradients();
   }

@@ -96,9 +96,10 @@ class Fsdp {
     bool fresh = false;
     Event arrived, reduced;
     // When is a gradient complete? The token embedding's unit has 2 uses, at both ends of the
-    // model. In each micro-batch's backward the head's use makes uses_done 1, then the embedding's
-    // makes it 2: uses_done starts again at 0, and microbatches_done is one more.
-    int uses_per_microbatch = 0, uses_done = 0, microbatches_done = 0;
+    // model: the head's backward makes uses_done 1, the embedding's makes it 2, uses_done starts
+    // again at 0, and sums_done is one more. (Under zbv the two may be of different micro-batches;
+    // a step's sums are as many as its micro-batches, and have all uses in them.)
+    int uses_per_microbatch = 0, uses_done = 0, sums_done = 0;
     // Each parameter's value or gradient becomes its part of a whole buffer, or nothing.
     void bind(Tensor Param::*what, const Tensor& buffer);
     void begin_gradients();  // the parameters' become fresh

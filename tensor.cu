@@ -69,10 +69,9 @@ Device& open_device(int ordinal, int64_t memory_limit_bytes) {
   d->is_gpu = properties.major > 0;
   d->block_memory = properties.sharedMemPerBlockOptin;
   CUDA_CHECK(cudaStreamCreateWithFlags(&d->compute, cudaStreamNonBlocking));
-  cudaMemPool_t pool;
   uint64_t keep_all = UINT64_MAX;
-  CUDA_CHECK(cudaDeviceGetDefaultMemPool(&pool, ordinal));
-  CUDA_CHECK(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep_all));
+  CUDA_CHECK(cudaDeviceGetDefaultMemPool(&d->pool, ordinal));
+  CUDA_CHECK(cudaMemPoolSetAttribute(d->pool, cudaMemPoolAttrReleaseThreshold, &keep_all));
   CUBLAS_CHECK(cublasCreate(&d->blas));
   CUBLAS_CHECK(cublasSetStream(d->blas, d->compute));
   opened = std::move(d);
@@ -164,6 +163,22 @@ std::string describe_memory(const MemoryUse& m) {
   return s + sentence("  all: ", mib(m.total), " now, ", mib(m.total_peak), " at the peak\n");
 }
 
+// Null: it does not fit.
+static void* allocate(Device& d, int64_t bytes) {
+  void* data = nullptr;
+  cudaError_t status = cudaMallocAsync(&data, bytes, d.compute);
+  if (status == cudaErrorMemoryAllocation) {
+    // Blocks that were freed make a larger one only when the device is past their last use.
+    cudaGetLastError();  // forget it: the next launch asks for the last error
+    synchronize();
+    CUDA_CHECK(cudaMemPoolTrimTo(d.pool, 0));
+    status = cudaMallocAsync(&data, bytes, d.compute);
+  }
+  if (status == cudaErrorMemoryAllocation) return cudaGetLastError(), nullptr;
+  CUDA_CHECK(status);
+  return data;
+}
+
 Buffer::Buffer(int64_t bytes, Memory category) : bytes(bytes), category(category) {
   Device& d = device();
   const auto refuse = [&](const std::string& limit) {
@@ -173,13 +188,8 @@ Buffer::Buffer(int64_t bytes, Memory category) : bytes(bytes), category(category
   if (d.memory_limit && d.memory.total + bytes > d.memory_limit)
     refuse(sentence("under --device-memory ", mib(d.memory_limit)));
   if (bytes) {
-    const cudaError_t status = cudaMallocAsync(&data, bytes, d.compute);
-    if (status == cudaErrorMemoryAllocation) {
-      // forget it: the program may go on, and the next launch asks for the last error
-      cudaGetLastError();
-      refuse(sentence("in what ", d.name, " has left"));
-    }
-    CUDA_CHECK(status);
+    data = allocate(d, bytes);
+    if (!data) refuse(sentence("in what ", d.name, " has left"));
   }
   MemoryUse& m = d.memory;
   const int i = int(category);
@@ -336,14 +346,14 @@ std::vector<double> download(const Tensor& x) {
   return values;
 }
 
-void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float std, const Slice& slice,
-                 int64_t first) {
+void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float deviation,
+                 const Slice& slice, int64_t first) {
   OP("fill_random", bytes_of(x));
   const int64_t n = x.numel();
   ASSERT(first + n <= slice.outer * (slice.end - slice.begin) * slice.inner);
   if (!n) return;
   // the deviation of a sum of eight uniform 16-bit integers
-  const float scale = std / sqrtf(8 * (65536.0f * 65536.0f - 1) / 12);
+  const float scale = deviation / sqrtf(8 * (65536.0f * 65536.0f - 1) / 12);
   DISPATCH(x.dtype(), random_kernel<T><<<tiles(n), kThreads, 0, device().compute>>>(
                           x.data<T>(), seed, parameter, scale, slice, first, n));
 }

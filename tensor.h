@@ -46,9 +46,22 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 std::string to_string(const Shape& shape);  // "(2, 3)"
 
+// ---- what a rank owns of something that is split
+
+// [begin, end)
+struct Range {
+  int64_t begin = 0, end = 0;
+  int64_t size() const { return end - begin; }
+};
+// A parameter, seen as (outer, split, inner), of which a rank has [begin, end) of the middle dim.
+// (4,3,8) split in two by its last dim: outer 12, split 8, inner 1, and rank 1 has [4, 8).
+struct Slice {
+  int64_t outer = 1, split = 1, inner = 1, begin = 0, end = 1;
+};
+
 // ---- streams
 
-// of the recorder: a rank has one stream beside the compute stream
+// of the recorder, which notes what --trace shows: a rank has one stream beside the compute stream
 Recorder::Queue queue_of(cudaStream_t stream);
 
 class Event {  // a place in a stream that another stream can wait for
@@ -106,6 +119,7 @@ struct Device {
   cudaStream_t compute = nullptr;
   Event place;  // for make_wait
   cublasHandle_t blas = nullptr;
+  cudaMemPool_t pool = nullptr;
   int64_t memory_limit = 0;  // bytes; 0: no cap of our own
   MemoryUse memory;
 };
@@ -232,17 +246,8 @@ void download(const Tensor& x, void* host);     // waits; the bytes as they are
 // Initial weights. Element i of the *global* parameter depends on (seed, parameter, i) alone, so
 // that every layout starts from the same bits: Philox-4x32-10 (Salmon et al., "Parallel random
 // numbers: as easy as 1, 2, 3", SC 2011) yields 128 bits, and the sum of their eight 16-bit halves,
-// centred and scaled to deviation `std`, is close to normal (Irwin-Hall, tails end at 4.9 std). The
-// sum is an integer and one product rounds it to f32, so the bits are the same on every machine,
-// too. A rank owns rows [begin, end) of the middle dim of a parameter seen as (outer, split,
-// inner); x is the elements of that, in order, from `first` on.
-struct Slice {
-  int64_t outer = 1, split = 1, inner = 1, begin = 0, end = 1;
-};
-// [begin, end)
-struct Range {
-  int64_t begin = 0, end = 0;
-  int64_t size() const { return end - begin; }
-};
-void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float std, const Slice& slice,
-                 int64_t first = 0);
+// centred and scaled to the deviation, is close to normal (Irwin-Hall, tails end at 4.9
+// deviations). The sum is an integer and one product rounds it to f32, so the bits are the same on
+// every machine, too. x is the elements of this rank's slice, in order, from `first` on.
+void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float deviation,
+                 const Slice& slice, int64_t first = 0);

@@ -217,6 +217,7 @@ int main(int argc, char** argv) {
     if (!o.checkpoint.empty() && job.rank == 0) make_directory(o.checkpoint);
     data.open(o, job);
     auto given = values_of(train_options(o));
+    // nodes may have the data in different places: `meet` compares what is in it
     std::erase_if(given, [](const auto& option) { return option.first == "--data"; });
     return given;
   };

@@ -189,6 +189,7 @@ static void write_manifest(const std::string& path, const CheckpointInfo& info,
   json manifest = info;
   manifest["format"] = kFormat;
   manifest["keep"] = info.keep;
+  manifest["bytes"] = info.bytes;
   manifest["ranks"] = ranks;
   manifest["checksum"] = checksum(text_of(manifest));  // of all else
   write_file(path + "/manifest.json", text_of(manifest) + "\n");
@@ -302,6 +303,7 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
     expect(checksum(text_of(m)) == was, file, " is damaged: it does not have its checksum");
     info = m;
     info.keep = m.value("keep", int64_t(0));
+    info.bytes = m.value("bytes", info.model.vocab == 256);
     for (const Saved& saved : m.at("ranks").get<std::vector<Saved>>()) {
       tensors.insert(saved.tensors.begin(), saved.tensors.end());
       for (const WrittenFile& f : saved.files) {

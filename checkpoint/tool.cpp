@@ -81,8 +81,12 @@ static const json kThisModel = json::parse(R"({
   "scale_attn_by_inverse_layer_idx": false,
   "add_cross_attention": false})");
 
+// Of tokens that are bytes, where the vocabulary does not say so.
+constexpr const char *kTokens = "tokens", *kBytes = "bytes";
+
 // end: the token that ends a text; -1: none
-static json config_of(const ModelSize& m, int end) {
+static json config_of(const CheckpointInfo& info, int end) {
+  const ModelSize& m = info.model;
   json config = kThisModel;
   config["architectures"] = {"GPT2LMHeadModel"};
   config["torch_dtype"] = "float32";
@@ -90,6 +94,7 @@ static json config_of(const ModelSize& m, int end) {
   config["n_ctx"] = m.context;
   for (const char* key : {"bos_token_id", "eos_token_id"})
     config[key] = end < 0 ? json() : json(end);
+  if (info.bytes) config[kTokens] = kBytes;
   return config;
 }
 
@@ -105,18 +110,19 @@ static void export_weights(const std::string& path, const std::string& dir) {
   const std::string home = home_of(path);
   const Tokenizer tokenizer(home, c.info.model.vocab);
   // without a tokenizer, numbers of GPT-2's are what so large a vocabulary holds
-  const bool gpt2 = tokenizer.key() == 0 && c.info.model.vocab >= 50257;
+  const bool gpt2 = tokenizer.key() == 0 && !c.info.bytes && c.info.model.vocab >= 50257;
   make_directory(dir);
   copy_tokenizer(home, dir);
   const WrittenFile w = write_safetensors(dir + "/model.safetensors", arrays);
   write_file(dir + "/config.json",
-             config_of(c.info.model, gpt2 ? 50256 : tokenizer.end_of_text()).dump(2) + "\n");
+             config_of(c.info, gpt2 ? 50256 : tokenizer.end_of_text()).dump(2) + "\n");
   printf("%s/model.safetensors: %zu tensors, %.1f MB, from %s\n", dir.c_str(), arrays.size(),
          w.bytes / 1e6, c.path.c_str());
 }
 
-static ModelSize read_config(const std::string& path) {
-  ModelSize m;
+static CheckpointInfo read_config(const std::string& path) {
+  CheckpointInfo info;
+  ModelSize& m = info.model;
   read_json(path, read_file(path), [&](json config) {
     const json& kind = config["model_type"];
     REQUIRE(kind.is_null() || kind == "gpt2", "its model_type is ", kind,
@@ -133,8 +139,9 @@ static ModelSize read_config(const std::string& path) {
     for (const auto& [key, value] : expected.items())
       REQUIRE(config[key].is_null() || config[key] == value, key, " is ", config[key],
               "; this model has ", value);
+    info.bytes = config[kTokens] == kBytes;
   });
-  return m;
+  return info;
 }
 
 // The weights in `dir`: of one file, or of the parts that an index names.
@@ -165,8 +172,10 @@ static StoredArrays read_weights(const std::string& dir) {
 
 static void import_weights(const std::string& dir, const std::string& path) {
   REQUIRE(checkpoints_in(path).empty(), path, " holds checkpoints already: give another directory");
-  const ModelSize m = read_config(dir + "/config.json");
-  const Tokenizer readable(dir, m.vocab);  // or an Error, before anything is written
+  CheckpointInfo info = read_config(dir + "/config.json");
+  info.data = "imported from " + dir;
+  const Tokenizer readable(dir, info.model.vocab);  // or an Error, before anything is written
+  info.bytes &= readable.key() == 0;
   StoredArrays all = read_weights(dir);
   // one matrix, tied: under both names, or one of them
   if (const auto head = all.extract("lm_head.weight"); !head.empty()) {
@@ -174,7 +183,7 @@ static void import_weights(const std::string& dir, const std::string& path) {
     REQUIRE(all.insert({"wte.weight", mine}).first->second.bytes == mine.bytes, mine.file.path,
             ": lm_head.weight is not wte.weight; the head of this model is its embedding");
   }
-  Gpt gpt(GptConfig{m});  // names and shapes only
+  Gpt gpt(GptConfig{info.model});  // names and shapes only
   std::vector<NamedArray> arrays;
   for (const Param* p : gpt.params()) {
     const auto found = all.extract(p->name);
@@ -198,7 +207,7 @@ static void import_weights(const std::string& dir, const std::string& path) {
   make_directory(path);
   const DirectoryLock lock(path);
   copy_tokenizer(dir, path);
-  write_whole_checkpoint(path, {0, m, {}, Dtype::f32, 0, "", "imported from " + dir}, arrays);
+  write_whole_checkpoint(path, info, arrays);
   describe(Checkpoint(newest_path(path)));
 }
 

@@ -32,9 +32,8 @@ int64_t resume_training(const Options& o, const Dataset& data, const Job& job, T
   const std::string model = to_string(saved.model), mine = to_string(o.model);
   REQUIRE(model == mine, c->path, " holds a model of ", model, ", and this one has ", mine,
           ": give --model and its sizes as it was trained");
-  REQUIRE(o.model.vocab == 256 || !data.is_text() ||
-              saved.data.find(", text:") != std::string::npos,
-          c->path, " was not trained on bytes last (", saved.data,
+  REQUIRE(o.model.vocab == 256 || !data.is_text() || saved.bytes, c->path,
+          " was not trained on bytes last (", saved.data,
           "), so they are not its tokens: give --tokenizer DIR");
   REQUIRE(saved.step < o.steps, c->path, " has ", saved.step,
           " steps already: give more --steps than that");
@@ -52,8 +51,8 @@ std::string save_training(const Options& o, const Dataset& data, int64_t step, c
   const Stopwatch saving;
   const GptConfig& config = trainer.gpt.config;
   const Dtype dtype = master_dtype(config.dtype);
-  const CheckpointInfo info{step,      o.model,         o.layout, dtype, uint64_t(o.seed),
-                            o.command, data.describe(), o.keep};
+  const CheckpointInfo info{step,      o.model,         o.layout, dtype,         uint64_t(o.seed),
+                            o.command, data.describe(), o.keep,   data.is_text()};
   const std::vector<std::string> removed =
       save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards());
   return format("checkpoint saved: %.1f MB in %.2f s",

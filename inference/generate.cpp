@@ -182,7 +182,8 @@ int main(int argc, char** argv) {
     resolve(o, checkpoint);
     check_ranks(o.layout, job.size);
     if (checkpoint) checkpoint->verify("weights-", job.rank, job.size);
-    tokenizer.emplace(checkpoint ? home_of(o.checkpoint) : "", o.model.vocab);
+    if (checkpoint) tokenizer.emplace(home_of(o.checkpoint), o.model.vocab, checkpoint->info.bytes);
+    else tokenizer.emplace("", o.model.vocab);
     if (job.rank == 0) prompts = encode_prompts(o, *tokenizer);
     auto given = values_of(table(o));
     if (checkpoint)

@@ -66,10 +66,11 @@ static std::string to_bytes(const std::string& written) {
 
 static const std::string kEndOfText = "<|endoftext|>";
 
-Tokenizer::Tokenizer(const std::string& directory, int64_t vocab) : vocab_(vocab) {
+Tokenizer::Tokenizer(const std::string& directory, int64_t vocab, bool bytes) : vocab_(vocab) {
   const std::string base = directory + "/", one = base + kTokenizerFiles[0];
   if (!has_tokenizer(directory)) {
-    for (int b = 0; b < 256 && vocab == 256; b++) add(b, std::string(1, char(b)));
+    if (bytes || vocab == 256)
+      for (int b = 0; b < std::min<int64_t>(vocab, 256); b++) add(b, std::string(1, char(b)));
   } else if (is_there(one)) {
     const std::string text = read_file(one);
     key_ = checksum(text);

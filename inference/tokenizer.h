@@ -1,7 +1,8 @@
 // tokenizer.h: text to tokens and back.
 // idea      GPT-2's byte-level byte-pair encoding, from tokenizer.json, or vocab.json and
-//           merges.txt, beside a checkpoint. Without those files a vocabulary of 256 is the bytes,
-//           which no pair merges, and of any other a text is the numbers of its tokens.
+//           merges.txt, beside a checkpoint. Without those files tokens are the bytes, which no
+//           pair merges, where the model was trained on them or its vocabulary is 256; else a text
+//           is the numbers of its tokens.
 // cost      n log n for a word of n bytes: an ordered set of the pairs that could be merged next
 // source    Radford et al., "Language models are unsupervised multitask learners", 2019, section
 //           2.2 (bytes, pairs inside words); Sennrich et al., "Neural machine translation of rare
@@ -23,8 +24,8 @@ inline constexpr std::array kTokenizerFiles = {"tokenizer.json", "vocab.json", "
 class Tokenizer {
  public:
   // directory: where kTokenizerFiles may be; empty: nowhere. vocab: of the model, which may be
-  // larger; 0: as large as it takes
-  Tokenizer(const std::string& directory, int64_t vocab);
+  // larger; 0: as large as it takes. bytes: without files, whatever the vocabulary
+  Tokenizer(const std::string& directory, int64_t vocab, bool bytes = false);
   std::vector<int> encode(std::string_view text) const;  // an Error names what has no token
   // the same, word by word: take(its tokens, where it ends in the text)
   using Take = std::function<void(const std::vector<int>& tokens, size_t end)>;

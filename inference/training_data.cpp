@@ -21,7 +21,7 @@ void TrainingData::find_tokenizer(Options& o) {
 
 void TrainingData::open(Options& o, const Job& job) {
   if (directory_.empty() || job.rank == 0) read(o, job);
-  if (directory_.empty()) tokenizer.emplace("", tokens->is_text() ? 256 : o.model.vocab);
+  if (directory_.empty()) tokenizer.emplace("", o.model.vocab, tokens->is_text());
 }
 
 void TrainingData::meet(Options& o, const Job& job) {

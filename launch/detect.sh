@@ -94,6 +94,8 @@ for capability in $capabilities; do
   grep -qx "compute_$arch" <<<"$known" || unknown=yes
   gencode="${gencode:-} -gencode arch=compute_$arch,code=sm_$arch"
 done
+# For others, which a home on several machines may meet, the driver compiles.
+gencode="${gencode:-} -gencode arch=compute_80,code=compute_80"
 [ -z "${unknown:-}" ] || gencode=""
 
 # ---- NCCL: NCCL_HOME, the usual places, conda, the HPC SDK, pip

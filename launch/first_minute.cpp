@@ -2,7 +2,9 @@
 #include "launch/first_minute.h"
 
 // Every rank of the axis contributes 1 + its rank, n times, and to sums, which are to be exact in
-// f32, one of 1 to 8: what must come out is known.
+// f32, one of 1 to 8: what must come out is known. NCCL keeps memory for each pair of ranks that
+// has ever exchanged something, half a GB on eight H100s (NVIDIA/nccl issue 1685): so only the axes
+// that train with exchanges try them.
 static void check_axis(const Axis& axis, cudaStream_t stream) {
   if (axis.size == 1) return;
   const int n = axis.size;
@@ -37,6 +39,7 @@ static void check_axis(const Axis& axis, cudaStream_t stream) {
   expect("all-gather", values);
   NCCL_CHECK(ncclBroadcast(send, receive, n, ncclFloat32, n - 1, axis.comm, stream));
   expect("broadcast", std::vector<double>(n, values.back()));
+  if (axis.name != "pp" && axis.name != "cp") return;
   // facing pairs, both directions of each
   std::vector<double> received;
   NCCL_CHECK(ncclGroupStart());

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <climits>
 #include <nlohmann/json.hpp>
 
 std::string host_name() {
@@ -15,6 +16,8 @@ std::string host_name() {
 std::vector<std::string> gather_text(const std::string& mine) {
   int ranks = 1;
   MPI_Comm_size(MPI_COMM_WORLD, &ranks);
+  REQUIRE(mine.size() <= INT_MAX, "a rank has ", mine.size(),
+          " bytes to tell the others, and 2 GiB are the most: trace fewer steps");
   const int length = mine.size();
   std::vector<int> lengths(ranks);
   MPI_Iallgather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, MPI_COMM_WORLD, Finished());

@@ -45,7 +45,7 @@ int run_program(const char* name, const char* usage, int argc, char** argv, Opti
     setenv("THREEFOLD_TIMEOUT", sentence(o.timeout + 10).c_str(), 0);
     {
       Watch watch(job, o.timeout);
-      Mesh mesh = open_mesh(o.layout);
+      Mesh mesh = open_mesh(o.layout, [&] { watch.progress(); });
       watch.observe(mesh);
       check_mesh(mesh);
       watch.step(0);

@@ -111,9 +111,9 @@ void Watch::look() {
 
 bool Watch::is_stuck(int64_t now) const {
   if (!mine_->at_files) {
-    // Opening and checking the mesh takes seconds, and a cluster that is set up wrong hangs there:
-    // a tenth of the time, though a minute at least, has to do.
-    const int64_t opening = std::min(timeout_ms_, std::max<int64_t>(timeout_ms_ / 10, 60000));
+    // Opening a communicator takes seconds, and a cluster that is set up wrong hangs there: a tenth
+    // of the time has to do, though two minutes at least, since a driver may compile first.
+    const int64_t opening = std::min(timeout_ms_, std::max<int64_t>(timeout_ms_ / 10, 120000));
     return now - mine_->progress_ms >= (mine_->step < 0 ? opening : timeout_ms_);
   }
   int64_t progress = 0;

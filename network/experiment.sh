@@ -8,13 +8,16 @@
 #   network/experiment.sh decode         the time a token of build/generate --tp 2
 #   STEPS=5   steps of a run, of which the first does not count
 #   RANKS=2   only the layouts of so many ranks (2: one a node, 4: two a node)
-# The cells of a layout take turns over the links, so that what else the machine does meets all
-# alike; the fast one, with which the others are compared, is the first and the last, and the faster
-# of both counts. Then the planner's first choice is held against the rest over 1 Gbit/s: it, and
-# all that take at most a quarter longer than the fastest, are measured three times more in turns
-# (in the file the link is called "again"), and the fastest of all four counts.
+# The cells of a layout take turns over the links; the fast one, with which the others are compared,
+# is the first and the last, and the mean of both counts. Others may use the hardware: so before
+# and behind a layout's cells ranks train alone, and what these take longer than is predicted of
+# them is how much slower the machine is then, for its predictions, too. Then the planner's first
+# choice is held against the rest over 1 Gbit/s: it, and all that take at most a quarter longer than
+# the fastest, are measured three times more in turns (in the file the link is called "again"), and
+# the fastest of all four counts.
 # Writes build/network/cells.tsv: ranks a node, link, layout, ms, predicted ms, bytes that rank 0
-# sends a step by its ledger, and by the count of its node's device, options.
+# sends a step by its ledger, and by the count of its node's device, options, and how many times
+# slower the machine was than when it was calibrated.
 set -u
 cd "$(dirname "$0")/.."
 . tests/lib.sh
@@ -80,7 +83,7 @@ for link in $links; do
 done
 mkdir -p $out
 rm -f $out/failed-*
-model="--model tiny --layers 8 --width 192 --batch 12 --dtype f32"
+shape="--model tiny --layers 8 --width 192 --dtype f32" model="$shape --batch 12"
 
 # in_lab LINK COMMAND...: nodes.sh run; in the background, so that a signal need not wait for it
 in_lab() {
@@ -102,9 +105,14 @@ on_both() {
   }
 }
 
-# of the numbers of a file
+# of the numbers that are read
 median() {
-  sort -n "$1" | awk '{ x[NR] = $1 } END { print (x[int((NR + 1) / 2)] + x[int(NR / 2 + 1)]) / 2 }'
+  sort -n | awk '{ x[NR] = $1 } END { print (x[int((NR + 1) / 2)] + x[int(NR / 2 + 1)]) / 2 }'
+}
+# median_step METRICS...: ms; the first of each does not count
+median_step() {
+  local file
+  for file in "$@"; do sed -n 's/.*"step_ms":\([0-9.]*\).*/\1/p' "$file" | tail -n +2; done | median
 }
 
 # ends with what the last command in the lab has said
@@ -131,12 +139,36 @@ calibrate() {
     sed -n 's/^short/between/p' "$dir/out" >"$out/short-$link-$ranks.txt"
   done
 }
-# predict LINK RANKS OPTIONS: seconds
+# predict MACHINE RANKS OPTIONS: what build/plan says of layouts of so many ranks
 predict() {
-  build/cpu/plan --machine "$(machine "$1" "$2")" --profile threefold-cpu --nodes 2 \
-    --devices $(($2 / 2)) --json "${@:3}"
+  build/cpu/plan --machine "$1" --profile threefold-cpu --nodes 2 --devices $(($2 / 2)) --json \
+    "${@:3}"
 }
 number() { sed -n "s/.*\"$1\": *\([0-9.e+-]*\).*/\1/p" | head -1; }
+
+# slower FILE TIMES: this machine, so many times slower
+slower() {
+  awk -v times="$2" '/^(peak|f32|copy|read) / { $2 /= times }
+    /^product / { $3 /= times }
+    /^launch / { $2 *= times }
+    { print }' "$1"
+}
+
+# alone RANKS: each rank trains its part of the batch by itself, all of them at once. Appends to
+# $dir/alone how many times as long a step takes as is predicted from the calibration.
+alone() {
+  local options="$shape --batch $((12 / $1))" predicted ranks i
+  # shellcheck disable=SC2086
+  predicted=$(build/cpu/plan --machine "$(machine fast "$1")" --profile threefold-cpu --devices 1 \
+    --layout --json $options | number step_seconds)
+  ranks=$(for i in $(seq $(($1 / 2))); do
+    printf ' build/cpu/train_gpt --seed 1 --data README.md --steps %s --metrics %s %s &' \
+      "$steps" "$dir/rank.\$\$.$i" "$options"
+  done)
+  rm -f "$dir"/rank.*
+  on_both bash -c "'$ranks wait'" || return
+  median_step "$dir"/rank.* | awk -v s="$predicted" '{ print $1 / 1000 / s }' >>"$dir/alone"
+}
 
 # ---- a cell
 
@@ -160,44 +192,43 @@ train() {
   done
   # the program looks at the last update with one more forward and backward
   wire=$((($($nodes sent 1) - before) / (steps + 1)))
-  sed -n 's/.*"step_ms":\([0-9.]*\).*/\1/p' "$metrics" | tail -n +2 >"$dir/steps"
-  ms=$(printf '%.1f' "$(median "$dir/steps")")
+  ms=$(printf '%.1f' "$(median_step "$metrics")")
   ledger=$(grep -o '"traffic".*' "$metrics" | tr '{' '\n' | grep '"rank":0,' \
     | grep -o '"bytes":[0-9]*' | awk -F: -v n="$steps" '{ s += $2 } END { printf "%.0f", s / n }')
 }
-# cell LINK RANKS NAME OPTIONS: appends a line to $dir/cells, as over the link $as where that is set
+# cell LINK RANKS NAME OPTIONS: appends link, ms, ledger and wire to $dir/row
 cell() {
-  local link=$1 ranks=$2 name=$3 ms ledger wire seconds
+  local link=$1 over=${1/again/1gbit} ranks=$2 name=$3 ms ledger wire
   shift 3
   # shellcheck disable=SC2086
-  if ! train "$link" "$ranks" "$@" $model; then
-    cat "$dir/out" "$dir/err" >"$out/failed-$ranks-$link-$name.txt"
-    printf ' FAILED over %s (%s)' "$link" "$out/failed-$ranks-$link-$name.txt"
+  if ! train "$over" "$ranks" "$@" $model; then
+    cat "$dir/out" "$dir/err" >"$out/failed-$ranks-$over-$name.txt"
+    printf ' FAILED over %s (%s)' "$over" "$out/failed-$ranks-$over-$name.txt"
     failed=1
     return
   fi
-  # shellcheck disable=SC2086
-  seconds=$(predict "$link" "$ranks" --layout $model "$@" | number step_seconds)
-  if [ -z "$seconds" ]; then
-    printf ' FAILED: no prediction'
-    failed=1
-    return
-  fi
-  printf '%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n' "$((ranks / 2))" "${as:-$link}" "$name" "$ms" \
-    "$(awk -v s="$seconds" 'BEGIN { printf "%.1f", 1000 * s }')" "$ledger" "$wire" "$*" \
-    >>"$dir/cells"
-  printf ' %s %s ms' "$link" "$ms"
+  echo "$link $ms $ledger $wire" >>"$dir/row"
+  printf ' %s %s ms' "$over" "$ms"
 }
-
-# fastest FILE: of each cell its fastest line
-fastest() {
-  awk -F '\t' '{ cell = $1 FS $2 FS $3 }
-    !(cell in ms) { order[++n] = cell }
-    !(cell in ms) || $4 < ms[cell] {
-      ms[cell] = $4
-      line[cell] = $0
-    }
-    END { for (i = 1; i <= n; i++) print line[order[i]] }' "$1"
+# predicted RANKS NAME OPTIONS: the row as lines of cells.tsv, with what is predicted for a machine
+# as slow as it was around it
+predicted() {
+  local ranks=$1 name=$2 times link ms ledger wire seconds
+  shift 2
+  times=$(tail -2 "$dir/alone" | awk '{ sum += $1 } END { print sum / NR }')
+  # of a link's two cells, the mean
+  awk '{ ms[$1] += $2; n[$1]++; sent[$1] = $3 " " $4 }
+    !($1 in order) { order[$1] = ++links; link[links] = $1 }
+    END { for (i = 1; i <= links; i++) print link[i], ms[link[i]] / n[link[i]], sent[link[i]] }' \
+    "$dir/row" >"$dir/means"
+  while read -r link ms ledger wire; do
+    slower "$(machine "${link/again/1gbit}" "$ranks")" "$times" >"$dir/slower"
+    # shellcheck disable=SC2086
+    seconds=$(predict "$dir/slower" "$ranks" --layout $model "$@" | number step_seconds)
+    [ -n "$seconds" ] || return
+    printf '%s\t%s\t%s\t%.1f\t%s\t%s\t%s\t%s\t%s\n' "$((ranks / 2))" "$link" "$name" "$ms" \
+      "$(awk -v s="$seconds" 'BEGIN { printf "%.1f", 1000 * s }')" "$ledger" "$wire" "$*" "$times"
+  done <"$dir/means"
 }
 
 # may_be_fastest NAME: over 1 Gbit/s
@@ -262,7 +293,7 @@ decode() {
       token "$dir/err" "$dir/out" >>"$dir/tokens-$link"
     done
   done
-  narrow=$(median "$dir/alone-32") wide=$(median "$dir/alone-512")
+  narrow=$(median <"$dir/alone-32") wide=$(median <"$dir/alone-512")
   weights=$(sed -n 's/^memory *\([0-9.]*\) MiB.*/\1/p' "$dir/node.1") # of the last, the whole
   printf '%-8s %10s %10s\n' link measured predicted
   for link in $links; do
@@ -277,7 +308,7 @@ decode() {
     # shellcheck disable=SC2086
     predicted=$(build/cpu/plan --machine "$dir/short" --nodes 2 --devices 1 --decode --json $model \
       --tp 2 | number token_seconds)
-    printf '%-8s %7.2f ms %7.2f ms\n' "$link" "$(median "$dir/tokens-$link")" \
+    printf '%-8s %7.2f ms %7.2f ms\n' "$link" "$(median <"$dir/tokens-$link")" \
       "$(awk -v s="$predicted" 'BEGIN { print 1000 * s }')"
   done
 }
@@ -291,32 +322,34 @@ case ${1:-} in
     exit
     ;;
 esac
-: >"$dir/cells"
+: >$out/cells.tsv
 for ranks in ${RANKS:-2 4}; do
   over=$links
   [ "$ranks" = 2 ] || over="fast 1gbit 1ms"
   # shellcheck disable=SC2086
-  calibrate "$ranks" $over || give_up
+  calibrate "$ranks" $over && alone "$ranks" || give_up
   # shellcheck disable=SC2086
-  first=$(predict 1gbit "$ranks" $model --top 1 | sed -n 's/.*"options": "\(.*\)",/\1/p' | head -1)
+  first=$(predict "$(machine 1gbit "$ranks")" "$ranks" $model --top 1 \
+    | sed -n 's/.*"options": "\(.*\)",/\1/p' | head -1)
   {
     layouts "$ranks"
     printf 'first-choice\t%s\n' "$first"
   } >"$dir/layouts"
-  turn="$over fast"
-  for as in "" again again again; do
+  for turn in "$over fast" again again again; do
     while IFS=$'\t' read -r name options; do
       [ $# = 0 ] || [[ " $* " == *" $name "* ]] || continue
-      [ -z "$as" ] || may_be_fastest "$name" || continue
+      [ "$turn" != again ] || may_be_fastest "$name" || continue
       printf '  %s rank%s a node  %-15s' "$((ranks / 2))" "$([ "$ranks" = 2 ] || echo s)" "$name"
+      : >"$dir/row"
       for link in $turn; do
         # shellcheck disable=SC2086
         cell $link "$ranks" "$name" $options
       done
+      if [ "$turn" != again ]; then alone "$ranks" || give_up; fi
+      # shellcheck disable=SC2086
+      predicted "$ranks" "$name" $options >>$out/cells.tsv || give_up
       echo
-      fastest "$dir/cells" >$out/cells.tsv
     done <"$dir/layouts"
-    turn=1gbit
   done
 done
 awk -f network/table.awk $out/cells.tsv | tee $out/table.txt

@@ -81,7 +81,7 @@ OptionTable table(PlanOptions& o) {
 // ---- what is said of a layout
 
 // The options of train_gpt that make it, where they are not its defaults.
-Json options_of(const Job& job) {
+Json options_of(const TrainingJob& job) {
   const int64_t shards = job.layout["fsdp"] * job.layout["cp"];
   Json options;
   const auto say = [&](bool matters, const char* name, const Json& value) {

@@ -128,9 +128,9 @@ END
 if [ "$gpus" -gt 1 ]; then
   layouts NCCL $built/train_gpt "$gpus"
   for test in $strategies; do
-    step "$test, $gpus ranks" 120 bash -c 'run "$@"' - "$gpus" "$built/tests/$test"
+    step "$test, $gpus ranks" 300 bash -c 'run "$@"' - "$gpus" "$built/tests/$test"
   done
-  step "test_parity, $gpus ranks" 120 bash -c 'run "$@"' - "$gpus" "$built/tests/test_parity" first
+  step "test_parity, $gpus ranks" 300 bash -c 'run "$@"' - "$gpus" "$built/tests/test_parity" first
 elif [ "$gpus" = 1 ]; then
   # NCCL takes ranks that share a GPU if it believes them on other hosts: it goes through sockets
   cat >"$dir/as_host" <<END

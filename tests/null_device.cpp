@@ -2,7 +2,7 @@
 // succeeds at once and is counted. Linked with the objects of the CUDA build
 // (build/cuda/null/train_gpt) it shows, with no GPU, what the host asks of a device, and how long
 // it takes for that by itself. Results are 0. THREEFOLD_CALLS=file says where the counts go: a line
-// a call, count and name.
+// a call, count and name. THREEFOLD_FULL=N: the Nth allocation fails; N-: all from it on.
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
 
@@ -15,19 +15,23 @@
 
 namespace {
 
-struct Counts {
-  std::map<std::string, long> calls;
-  ~Counts() {
+// never destroyed: what is static elsewhere still frees memory at the end
+std::map<std::string, long>& calls() {
+  static auto& all = *new std::map<std::string, long>;
+  return all;
+}
+struct Writer {
+  ~Writer() {
     const char* path = getenv("THREEFOLD_CALLS");
     FILE* file = path ? fopen(path, "w") : nullptr;
     if (!file) return;
-    for (const auto& [name, count] : calls) fprintf(file, "%ld %s\n", count, name.c_str());
+    for (const auto& [name, count] : calls()) fprintf(file, "%ld %s\n", count, name.c_str());
     fclose(file);
   }
 };
 long& calls_of(const char* name) {
-  static Counts counts;
-  return counts.calls[name];
+  static const Writer at_the_end;
+  return calls()[name];
 }
 std::set<const void*>& pinned() {
   static auto& all = *new std::set<const void*>;
@@ -136,6 +140,10 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) {
 
 cudaError_t cudaMallocAsync(void** data, size_t bytes, cudaStream_t) {
   COUNT("cudaMallocAsync");
+  static const char* full = getenv("THREEFOLD_FULL");
+  const long from = full ? atol(full) : 0;
+  if (full && (strchr(full, '-') ? calls_ >= from : calls_ == from))
+    return cudaErrorMemoryAllocation;
   static size_t next = size_t(1) << 46;
   *data = reinterpret_cast<void*>(next);
   next += (bytes + 511) / 512 * 512;
@@ -144,6 +152,7 @@ cudaError_t cudaMallocAsync(void** data, size_t bytes, cudaStream_t) {
 NOTHING(cudaFreeAsync, void*, cudaStream_t)
 NOTHING(cudaDeviceGetDefaultMemPool, cudaMemPool_t*, int)
 NOTHING(cudaMemPoolSetAttribute, cudaMemPool_t, cudaMemPoolAttr, void*)
+NOTHING(cudaMemPoolTrimTo, cudaMemPool_t, size_t)
 cudaError_t cudaMallocHost(void** data, size_t bytes) {
   COUNT("cudaMallocHost");
   *data = malloc(bytes);

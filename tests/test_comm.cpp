@@ -30,7 +30,7 @@ TEST(open_mesh_places_ranks_slowest_axis_first) {
     for (const Axis& axis : m.every_axis())
       for (const Call kind :
            {Call::all_reduce, Call::all_gather, Call::reduce_scatter, Call::broadcast, Call::send})
-        if (axis.comm)
+        if (axis.comm && (kind != Call::send || axis.name == "pp" || axis.name == "cp"))
           CHECK(nccl_referee::traffic(axis.comm, kind).calls > 0, "kind ", int(kind), " on ",
                 axis.name, " of ", to_string(l));
     int rank = 0, stride = m.size;  // between neighbours on the axis
@@ -46,7 +46,7 @@ TEST(open_mesh_places_ranks_slowest_axis_first) {
     close_mesh(m);
     CHECK(!m.world.comm && !m.stream);
   }
-  measured(layouts.size(), " layouts, and check_mesh tries every kind of call on every axis");
+  measured(layouts.size(), " layouts, and check_mesh tries what each axis is used for");
 }
 
 // The ranks of joined axes are numbered slow axis first, and are those that differ from this one in
@@ -137,6 +137,7 @@ TEST(the_ledger_enters_exactly_what_was_sent) {
   if (n == 1) skip("one rank sends nothing");
   std::vector<Layout> layouts = {Layout{{"replicate", n / 2}, {"fsdp", 2}},
                                  Layout{{"fsdp", n / 2}, {"tp", 2}}};
+  if (n % 2) layouts = {Layout{{"fsdp", n}}};
   if (n == 8) layouts.push_back({{"replicate", 2}, {"fsdp", 2}, {"tp", 2}});
   int64_t calls = 0, bytes = 0;
   for (const Layout& layout : layouts)
@@ -168,9 +169,11 @@ TEST(the_ledger_enters_exactly_what_was_sent) {
                                                {Collective::broadcast, Call::broadcast},
                                                {Collective::send, Call::send}}) {
           Ledger::Row entered;
-          for (const auto& [key, row] : ledger.rows)
-            if (std::get<0>(key) == axis.name && std::get<1>(key) == collective)
-              entered.calls += row.calls, entered.numerator += row.numerator;
+          for (const Axis& same : m.every_axis())  // an axis of all ranks has the world's
+            for (const auto& [key, row] : ledger.rows)
+              if (same.comm == axis.comm && std::get<0>(key) == same.name &&
+                  std::get<1>(key) == collective)
+                entered.calls += row.calls, entered.numerator += row.numerator;
           const nccl_referee::Traffic sent = nccl_referee::traffic(axis.comm, call);
           const std::string what =
               sentence(name_of(collective), " on ", axis.name, " of ", to_string(layout));

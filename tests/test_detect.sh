@@ -44,7 +44,7 @@ detects() {
   fi
 }
 detects a_gpu_is_taken_and_built_for cuda \
-  "GPU_GENCODE := -gencode arch=compute_89,code=sm_89"
+  "GPU_GENCODE := -gencode arch=compute_89,code=sm_89 -gencode arch=compute_80,code=compute_80"
 detects an_unknown_gpu_is_built_for_by_the_default cuda "GPU_GENCODE :=" \
   PROBE='capability 12.0\ngpus 1\n'
 check so_it_is 'grep -qx "GPU_GENCODE :=" "$dir/out"'

@@ -173,8 +173,19 @@ says another_tokenizer_than_the_checkpoints_is_refused "is not the one in" \
   --checkpoint "$dir/run-two" --resume --tokenizer "$dir/one"
 says a_directory_without_a_tokenizer_is_refused "has neither tokenizer.json nor vocab.json" \
   $size --tokenizer "$dir/plain"
+cp -r "$dir/head" "$dir/numbers"
+sed -i '/"tokens": "bytes"/d' "$dir/numbers/config.json"
+$tool import "$dir/numbers" "$dir/in-numbers" >"$dir/out" 2>&1
 says bytes_for_a_model_of_other_tokens_are_refused "was not trained on bytes" \
-  --checkpoint "$dir/in-head" --resume
+  --checkpoint "$dir/in-numbers" --resume
+for of in c in-head; do
+  check "text_continues_a_model_that_was_trained_on_bytes ($of)" \
+    "timeout 60 $generate --checkpoint $dir/$of --prompt hello --tokens 3 >$dir/out 2>$dir/err" \
+    "" "$(cat "$dir/err")"
+  check "and_trains_it_on ($of)" \
+    "timeout 60 $train --batch 2 --steps 2 --data $dir/my.txt --checkpoint $dir/$of --resume \
+      >$dir/out 2>$dir/err" "" "$(cat "$dir/err")"
+done
 cp -r "$dir/run-two" "$dir/moved"
 rm "$dir"/moved/{vocab.json,merges.txt}
 says and_for_one_that_went_on_from_them_without_its_tokenizer "was not trained on bytes" \

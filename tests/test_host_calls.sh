@@ -38,6 +38,17 @@ cp "$dir/step" "$dir/gpt2"
 checks four_micro_batches_are_four_uploads_and_one_wait 4 $gpt2 --microbatch 4
 checks activations_that_are_recomputed_wait_for_nothing 1 $gpt2 --recompute --attention plain
 checks own_products_wait_for_nothing 2 --model tiny --dtype bf16 --matmul own --microbatch 8
+
+# full WHEN: an allocation fails; what the host then did, to $dir/full
+full() {
+  THREEFOLD_FULL=$1 THREEFOLD_CALLS=$dir/full timeout 120 mpiexec -n 1 \
+    build/cuda/null/train_gpt --model tiny --steps 2 --metrics "$dir/m.jsonl" >"$dir/out" 2>&1
+}
+check an_allocation_that_fails_once_is_tried_again_when_the_device_is_idle \
+  "full 300 && grep -qx '1 cudaMemPoolTrimTo' $dir/full" "" "$(tail -1 "$dir/out")"
+check one_that_fails_again_is_refused_in_a_sentence \
+  "! full 300- && grep -q 'out of device memory: .* in what .* has left' $dir/out" "" \
+  "$(tail -1 "$dir/out")"
 sed 's/^/     /' "$dir/gpt2"
 THREEFOLD_CALLS=/dev/null build/cuda/null/train_gpt $gpt2 --steps 40 --metrics "$dir/m.jsonl" \
   >"$dir/out" 2>&1

@@ -205,7 +205,7 @@ double step_seconds(const Row& r) {
   config.recompute = r.full;
   config.attention = r.full ? AttentionKind::plain : AttentionKind::flash;
   config.sequence_parallel = !r.full;
-  Job job{config, {}, {{"pp", r.pp}, {"tp", r.tp}}};
+  TrainingJob job{config, {}, {{"pp", r.pp}, {"tp", r.tp}}};
   job.layout[r.zero3 ? AxisName("fsdp") : AxisName("replicate")] = r.gpus / (r.tp * r.pp);
   job.batch = r.batch;
   job.microbatch = r.microbatch;
@@ -411,7 +411,7 @@ TEST(no_bound_is_above_the_step) {
         for (const int64_t batch : {8, 16, 64})
           for (const int64_t pp : {8, 4})
             for (const int zero : {1, 3}) {
-              Job job{config, {}, {{"pp", pp}, {"fsdp", 8 / pp}}};
+              TrainingJob job{config, {}, {{"pp", pp}, {"fsdp", 8 / pp}}};
               job.batch = batch;
               job.microbatch = 1;
               job.fsdp.zero = zero;
@@ -427,8 +427,8 @@ TEST(every_parameter_is_updated_once) {
   const GptConfig config{{2, 64, 4, 4096, 4096}, Dtype::f32};
   Machine machine = read_machine("a100-80g");
   machine.launch = 0;
-  const Profile& profile = profile_named("threefold");
-  Job job{config, {}, {}};
+  const SoftwareProfile& profile = profile_named("threefold");
+  TrainingJob job{config, {}, {}};
   job.microbatch = job.batch;
   const double seconds = Predictor({machine, profile, 1, 1}, config).step(job).optimizer;
   const double parameters = seconds * machine.copy / profile.optimizer_bytes;
@@ -443,7 +443,7 @@ TEST(what_stages_gather_and_sum_does_not_add_up) {
   for (const auto& [schedule, most] : {std::pair{"gpipe", 1.05},
                                        {"1f1b", 1.05},
                                        {"interleaved", 1.3}}) {  // stage 0: at each chunk's use
-    Job job{config, {}, {{"pp", 4}, {"fsdp", 2}}};
+    TrainingJob job{config, {}, {{"pp", 4}, {"fsdp", 2}}};
     job.batch = 8;
     job.microbatch = 1;
     job.schedule = schedule;
@@ -473,7 +473,7 @@ TEST(idle_stages_lend_their_processor_on_their_node_alone) {
   const GptConfig config{{8, 256, 4, 128, 256}, Dtype::f32};
   Machine machine = read_machine("h100");
   machine.between = machine.inside;
-  Job job{config, {}, {{"pp", 2}}};
+  TrainingJob job{config, {}, {{"pp", 2}}};
   job.batch = 4;
   job.microbatch = 1;
   job.schedule = "1f1b";
@@ -493,7 +493,7 @@ TEST(a_round_among_many_takes_one_message_where_they_send_directly) {
   const Machine machine = read_machine("h100");
   const double latency = machine.inside.latency, bytes = 1e-6;
   for (const bool direct : {false, true}) {
-    Profile profile{};
+    SoftwareProfile profile{};
     profile.direct = direct;
     const Link link = link_of({machine, profile, 1, 8}, 8, 1);
     const double seconds = link.seconds(Collective::all_reduce, bytes);

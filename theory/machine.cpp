@@ -259,7 +259,7 @@ Machine measure_machine(int64_t ranks) {
 // slice of an activation to the next stage, where the slices are gathered. Its optimizer reads and
 // writes gradients in 16 bits, a copy in 32, master weights and two moments.
 static constexpr Passes kForward{13, 6, 4, 2, 3, 16}, kBackward{13, 3, 4, 3, 0, 14};
-static const Profile kProfiles[] = {
+static const SoftwareProfile kProfiles[] = {
     {"threefold", kForward, kBackward, false, true, 0, 39, 0.6, false},
     {"threefold-cpu", kForward, kBackward, false, true, 0, 28, 0.26, true},
     {"megatron-2021",
@@ -275,7 +275,7 @@ static const Profile kProfiles[] = {
 
 std::vector<std::string> profile_names() { return names_of(kProfiles); }
 
-const Profile& profile_named(const std::string& name) {
+const SoftwareProfile& profile_named(const std::string& name) {
   return row_named(kProfiles, "profile", name);
 }
 

@@ -39,7 +39,7 @@
 struct Link {
   double bandwidth = 0, latency = 0;  // bytes/s that a device sends; seconds
   int64_t ranks = 1, nodes = 1;       // of the group; that its ranks are on
-  bool direct = false;                // Profile's
+  bool direct = false;                // SoftwareProfile's
   // of a collective on a buffer of so many bytes: the ledger's bytes, in one round or, of an
   // all-reduce, in two
   double seconds(Collective collective, double bytes) const;
@@ -73,7 +73,7 @@ struct Passes {
   double rows, columns, hidden, scores, logits, kernels;
 };
 // What software does with the hardware.
-struct Profile {
+struct SoftwareProfile {
   const char* name;
   Passes forward, backward;
   bool stores_scores;  // attention as whole matrices, with plain products
@@ -85,12 +85,12 @@ struct Profile {
   double flash_share;      // of a large product's rate
   bool direct;             // in collectives each rank sends to every other; else in a ring
 };
-const Profile& profile_named(const std::string& name);
+const SoftwareProfile& profile_named(const std::string& name);
 std::vector<std::string> profile_names();
 
 // So many of a machine; its memory is what a rank may have.
 struct Cluster : Machine {
-  Profile profile;
+  SoftwareProfile profile;
   int64_t nodes = 1, devices = 1;  // of a node
   bool spread = false;             // rank r is on node r mod nodes; else the first are on node 0
 };

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <set>
 
-Account account(const Job& job) {
+Account account(const TrainingJob& job) {
   Account result;
   const int64_t ranks = job.layout.ranks(), pp = job.layout["pp"];
   for (int stage = 0; stage < pp; stage++) {
@@ -47,7 +47,7 @@ class Search : Predictor {
 
   Plan run(int64_t top) {
     const int64_t ranks = cluster.nodes * cluster.devices;
-    Job job = wanted;
+    TrainingJob job = wanted;
     job.layout = {};
     job.fsdp.zero = 1;
     for (const int64_t tp : sizes("tp", ranks, std::min(wanted.kv(), wanted.vocab)))
@@ -77,7 +77,7 @@ class Search : Predictor {
     return all;
   }
 
-  void for_schedules(Job job, int64_t data) {
+  void for_schedules(TrainingJob job, int64_t data) {
     const int pp = job.layout["pp"], m = job.batch / data / job.microbatch;
     for (const std::string& name :
          pp == 1 ? std::vector<std::string>{"1f1b"} : those(schedule_names(), wanted.schedule)) {
@@ -95,7 +95,7 @@ class Search : Predictor {
     }
   }
 
-  void for_shards(Job job, const Schedule& s, int64_t data) {
+  void for_shards(TrainingJob job, const Schedule& s, int64_t data) {
     const auto chunks = chunks_of(s);
     const bool splits = s.row->splits_backward;
     // by what a stage has: the most that its backwards keep; and the bound of the step's time
@@ -143,14 +143,14 @@ class Search : Predictor {
 
   // ---- what theory says, asked once for each kind
   // of a chunk (predict.h): that of one with one block, and a block's for each more
-  std::valarray<double> cost_of(const Job& job, const ChunkKind& c, bool splits) {
+  std::valarray<double> cost_of(const TrainingJob& job, const ChunkKind& c, bool splits) {
     auto& of_one = costs[{splits, c.embedding, c.head}];
     if (of_one.size() == 0) of_one = chunk_costs(job, {1, c.embedding, c.head});
     if (c.blocks == 1) return of_one;
     return of_one + double(c.blocks - 1) * cost_of(job, {1, false, false}, splits);
   }
   // bytes between steps, and of whole units
-  int64_t held(const Job& job, const ChunkKind& kind, bool splits) {
+  int64_t held(const TrainingJob& job, const ChunkKind& kind, bool splits) {
     const auto& [zero, reshard, prefetch] = job.fsdp;
     int64_t& bytes = held_[{job.layout["tp"], job.layout["fsdp"] * job.layout["cp"], zero, reshard,
                             splits, kind}];

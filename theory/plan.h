@@ -24,13 +24,13 @@ struct Account {
   std::array<int64_t, kMemoryCategories> memory{};  // gather and activations: at the peak, at most
   std::map<std::string, int64_t> sent;
 };
-Account account(const Job& job);
+Account account(const TrainingJob& job);
 
 // What is fixed by the user: 0 or empty where all are tried.
-struct Wanted : Job {
+struct Wanted : TrainingJob {
   std::vector<bool> reshard{true, false}, by_rows{false, true}, recomputes{false, true};  // tried
 };
-struct Planned : Job, Prediction {
+struct Planned : TrainingJob, Prediction {
   int64_t memory = 0;  // bytes of the fullest rank
 };
 struct Plan {

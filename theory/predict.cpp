@@ -23,7 +23,7 @@ class RankWork : public TheoryOfChunk {
  public:
   // Of a model of one block, which is used as often as the chunk has blocks. What is sent over the
   // first `free_axes` of kAxes takes no time. For `follows` see Fsdp.
-  RankWork(const Cluster& cluster, const Job& job, const ChunkKind& chunk, size_t free_axes,
+  RankWork(const Cluster& cluster, const TrainingJob& job, const ChunkKind& chunk, size_t free_axes,
            bool follows)
       : TheoryOfChunk(job, {1, chunk.embedding, chunk.head}),
         cluster(cluster),
@@ -262,7 +262,7 @@ class RankWork : public TheoryOfChunk {
   }
 
   const Cluster& cluster;
-  const Profile& profile = cluster.profile;
+  const SoftwareProfile& profile = cluster.profile;
   const size_t free_axes;
   const bool follows;
   const bool splits = schedule.row->splits_backward,
@@ -294,13 +294,13 @@ static GptConfig of_blocks(GptConfig config, int64_t blocks) {
   return config;
 }
 
-TheoryOfChunk::TheoryOfChunk(const Job& job, const ChunkKind& chunk)
+TheoryOfChunk::TheoryOfChunk(const TrainingJob& job, const ChunkKind& chunk)
     : TheoryOfRank{of_blocks(job, chunk.blocks), job, last_of_stage(job.layout),
                    Schedule{&schedule_row(job.schedule)}} {
   pieces = {gpt.parts().subspan(!chunk.embedding, chunk.blocks + chunk.embedding + chunk.head)};
 }
 
-std::valarray<double> Predictor::chunk_costs(const Job& job, const ChunkKind& chunk) {
+std::valarray<double> Predictor::chunk_costs(const TrainingJob& job, const ChunkKind& chunk) {
   RankWork work(cluster, job, chunk, 0, false);
   const ChunkTimes times = work.run(3);
   const double* middle = times.of[kMiddle];
@@ -323,7 +323,7 @@ std::vector<std::vector<ChunkKind>> Predictor::chunks_of(const Schedule& s) cons
 }
 
 // Of an activation between two stages, over one card.
-static double exchange_seconds(const Cluster& c, const Job& job, double bytes) {
+static double exchange_seconds(const Cluster& c, const TrainingJob& job, double bytes) {
   const int64_t pp = job.layout["pp"], tp = job.layout["tp"], stride = job.layout.ranks() / pp;
   const bool leaves = pp * stride > c.devices && !c.spread;
   const Link link = link_of(c, 2, leaves ? std::max(stride, c.devices) : stride);
@@ -332,7 +332,7 @@ static double exchange_seconds(const Cluster& c, const Job& job, double bytes) {
          link_of(c, tp, 1).seconds(Collective::all_gather, bytes);
 }
 
-Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
+Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axes) {
   const Schedule s = outline_of(job, job.layout);
   const auto kinds = chunks_of(s);
   std::map<std::pair<bool, ChunkKind>, ChunkTimes> times;
@@ -410,7 +410,7 @@ Prediction Predictor::step(const Job& job, double limit, size_t free_axes) {
   return result;
 }
 
-Prediction Predictor::predict(const Job& job) {
+Prediction Predictor::predict(const TrainingJob& job) {
   Prediction result = step(job);
   double left = result.seconds;
   for (size_t axis = 0; axis < kAxes.size(); axis++) {

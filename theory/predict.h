@@ -16,7 +16,7 @@
 #include "theory/machine.h"
 #include "theory/theory.h"
 
-struct Job : GptConfig, TrainerOptions {
+struct TrainingJob : GptConfig, TrainerOptions {
   Layout layout;
 };
 // What a chunk of a stage has of the model.
@@ -28,7 +28,7 @@ struct ChunkKind {
 // Of the last rank of a stage that has this chunk alone, of a model of as many blocks: all blocks
 // of a model are alike.
 struct TheoryOfChunk : TheoryOfRank {
-  TheoryOfChunk(const Job& job, const ChunkKind& chunk);
+  TheoryOfChunk(const TrainingJob& job, const ChunkKind& chunk);
 };
 // Of a step. What an axis is waited for is what the step gains where its collectives take no time,
 // those of the first of kAxes first (pp's with the gathers over tp behind them); the other parts
@@ -42,14 +42,14 @@ class Predictor {
  public:
   Predictor(const Cluster& cluster, const ModelSize& model)
       : cluster(cluster), gpt_(GptConfig{model}) {}
-  Prediction predict(const Job& job);
+  Prediction predict(const TrainingJob& job);
   // The same without `waiting`, where what is sent over so many of the first of kAxes takes no
   // time. Where it takes longer than the limit for certain, its pipeline is not run: a bound.
-  Prediction step(const Job& job, double limit = INFINITY, size_t free_axes = 0);
+  Prediction step(const TrainingJob& job, double limit = INFINITY, size_t free_axes = 0);
   // of a chunk of one block and a micro-batch in the middle of a step: seconds of its forward,
   // backward (or input gradients, where it is split) and weight gradients; bytes kept from its
   // forward and input gradients on
-  std::valarray<double> chunk_costs(const Job& job, const ChunkKind& chunk);
+  std::valarray<double> chunk_costs(const TrainingJob& job, const ChunkKind& chunk);
   // of each stage
   std::vector<std::vector<ChunkKind>> chunks_of(const Schedule& outline) const;
 
