@@ -130,7 +130,7 @@ Tensor as_matrix(const Tensor& w) { return w.view({w.dim(0), w.numel() / w.dim(0
 
 void weight_backward(Param& w, bool transposed, const Tensor& x, const Tensor& dy) {
   const Tensor dw = as_matrix(w.grad_of(transposed));
-  const double beta = w.adds(transposed);
+  const double beta = w.next_writer_adds(transposed);
   if (transposed) product(dw, dy, true, x, false, beta);  // dw += dy^T x
   else product(dw, x, true, dy, false, beta);             // dw += x^T dy
 }
@@ -155,7 +155,8 @@ static Tensor value_of(const Param* bias) { return bias ? bias->value : Tensor()
 
 // The backward of a bias, from the gradient of what it was added to
 static void bias_gradient(Tape& tape, Param* bias, const Tensor& dy) {
-  if (bias) tape.weight_gradient([bias, dy] { bias_backward(bias->grad, dy, bias->adds()); });
+  if (bias)
+    tape.weight_gradient([bias, dy] { bias_backward(bias->grad, dy, bias->next_writer_adds()); });
 }
 
 Var add_bias(Tape& tape, const Var& x, Param& bias) {
@@ -177,8 +178,8 @@ static void push_layernorm(Tape& tape, const Var& x, const Var& y, const Tensor&
     // The gradient that x already has joins in the same pass.
     const Tensor dy = take(dy_slot), residual = std::move(*dx);
     const Tensor d = residual.empty() ? like(x) : writable(residual);
-    const bool adds = gain.adds();
-    ASSERT(bias.adds() == adds);
+    const bool adds = gain.next_writer_adds(), bias_adds = bias.next_writer_adds();
+    ASSERT(adds == bias_adds);
     layernorm_backward(d, gain.grad, bias.grad, dy, residual, x, mean, rstd, gain.value, adds);
     *dx = d;
   });
@@ -269,7 +270,7 @@ void cross_entropy(Tape& tape, Var logits, const Tensor& targets, int64_t V, dou
 
 // ---- activation checkpointing
 
-Var checkpoint(Tape& tape, const Var& x, const std::function<Var(Tape&, const Var&)>& f) {
+Var recompute(Tape& tape, const Var& x, const std::function<Var(Tape&, const Var&)>& f) {
   if (!tape.recording()) return f(tape, x);
   Tape forget(false);
   Var y = f(forget, x);

@@ -52,14 +52,14 @@ struct Param {
   Tensor& grad_of(bool transposed) {
     return transposed && !grad_of_head.empty() ? grad_of_head : grad;
   }
-  // Asked by each writer of a gradient: whether it adds to it. The first one of a fresh one does
-  // not.
-  bool adds(bool transposed = false) {
+  // Each writer of a gradient asks once: the first one of a fresh gradient overwrites it, and those
+  // behind it add.
+  bool next_writer_adds(bool transposed = false) {
     bool& is_fresh = transposed && !grad_of_head.empty() ? fresh_of_head : fresh;
     return !std::exchange(is_fresh, false);
   }
   void clear_if_fresh() {
-    if (!adds()) fill(grad, 0);
+    if (!next_writer_adds()) fill(grad, 0);
   }
   Shape local_shape() const;  // the slice's, with padding
   // elements that this rank owns, and where they are in its value or gradient: without padding
@@ -168,4 +168,4 @@ void cross_entropy(Tape& tape, Var logits, const Tensor& targets, int64_t V, dou
                    const Tensor& total);
 // Activation checkpointing: runs `f` without recording, keeps only x, and replays f on a fresh tape
 // when its gradient is needed (Chen et al., "Training deep nets with sublinear memory cost", 2016).
-Var checkpoint(Tape& tape, const Var& x, const std::function<Var(Tape&, const Var&)>& f);
+Var recompute(Tape& tape, const Var& x, const std::function<Var(Tape&, const Var&)>& f);

@@ -107,9 +107,9 @@ struct Mesh {
 Mesh open_mesh(
     const Layout& layout, const std::function<void()>& got_on = [] {});
 // Collective. Two axes, or more, that are neighbours in kAxes as one: join(mesh, "fsdp", "tp") has
-// fsdp * tp ranks, which it numbers slow axis first. It has a communicator of its own, unless all
-// but one of the axes have size 1: then it is that one. A second call returns the same; of a mesh
-// that is not open it has no communicator.
+// fsdp * tp ranks, which it numbers slow axis first. Where all but one of the axes have size 1 it
+// is that one; else it has a communicator of its own or, with all ranks, the world's. A second call
+// returns the same; of a mesh that is not open it has no communicator.
 Axis join(Mesh& mesh, AxisName slowest, AxisName fastest);
 void close_mesh(Mesh& mesh);  // before MPI_Finalize and before the device closes
 

@@ -159,7 +159,7 @@ Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& toke
     const Var mlp = tp.row_linear(tape, hidden, R, b.mlp_c_proj_weight);
     return add(tape, sum, mlp, &b.mlp_c_proj_bias);
   };
-  return config.recompute ? checkpoint(tape, x, block) : block(tape, x);
+  return config.recompute ? recompute(tape, x, block) : block(tape, x);
 }
 
 // ---- sizes

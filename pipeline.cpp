@@ -29,9 +29,6 @@
 // not here  stages on different numbers of ranks, activations kept on the host
 // test      tests/test_pipeline.cpp
 //
-//   Live      a micro-batch on a chunk, from its forward to the end of its backward (split: of its
-//             weight gradient)
-//   Parcel    an activation or a gradient, and the event at which it is computed, has come or left
 //   outbox_   parcels that were computed here, until the compute stream waits for their departure
 //   inbox_    parcels that came, or the memory for those that the next exchange receives
 //

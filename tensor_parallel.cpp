@@ -250,8 +250,9 @@ Tensor TensorParallel::whole_logits(const Tensor& logits, int64_t vocab) {
   }
   const Tensor whole({m, vocab}, logits.dtype(), Memory::workspace);
   for (int64_t r = 0; r < n; r++) {  // without the padding
-    const int64_t begin = vocab * r / n, end = vocab * (r + 1) / n;
-    copy_columns(whole, begin, all.part(r * logits.numel(), logits.shape()), 0, end - begin);
+    const Range theirs = part_of(r, vocab);
+    copy_columns(whole, theirs.begin, all.part(r * logits.numel(), logits.shape()), 0,
+                 theirs.size());
   }
   return whole;
 }

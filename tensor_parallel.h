@@ -26,13 +26,14 @@ class TensorParallel {
       : axis_(axis), stream_(stream), slices_rows_(sequence_parallel && axis.size > 1) {}
 
   // ---- who owns what. Nothing has to divide: parts differ by one.
-  Range part(int64_t n) const {
-    return {n * axis_.rank / axis_.size, n * (axis_.rank + 1) / axis_.size};
+  Range part(int64_t n) const { return part_of(axis_.rank, n); }
+  Range part_of(int64_t rank, int64_t n) const {
+    return {n * rank / axis_.size, n * (rank + 1) / axis_.size};
   }
   // What each part takes in memory, where rows that long are to begin at aligned addresses, as fast
   // products need: the largest part, padded. Nothing but products sees the padding.
   int64_t padded_part(int64_t n) const {
-    const int64_t most = (n + axis_.size - 1) / axis_.size;
+    const int64_t most = ceil_div(n, axis_.size);
     return round_up(most, most < 1024 ? 8 : 128);
   }
   // p, whose dim number `dim` is cut into so many equal parts, of which a rank owns some
@@ -45,9 +46,7 @@ class TensorParallel {
   // The rows that an activation of width C holds here: all of them or, under sequence parallelism,
   // this rank's slice, ceil(rows / n) of them. The last slices end in padding: numbers without
   // meaning (biases are added there), whose gradients are 0.
-  int64_t slice(int64_t rows) const {
-    return slices_rows_ ? (rows + axis_.size - 1) / axis_.size : rows;
-  }
+  int64_t slice(int64_t rows) const { return slices_rows_ ? ceil_div(rows, axis_.size) : rows; }
 
   // ---- layers on the tape. `rows` is R = B*T of this micro-batch. x and the results of embedding
   // and row_linear hold slice(R) rows of width C. What column_linear and head return holds all R

@@ -6,7 +6,7 @@
 #   network/experiment.sh [LAYOUT]...    only these layouts (names of the table)
 #   network/experiment.sh crossover      below and above R = 4.5 C rows: who loses more, FSDP or TP
 #   network/experiment.sh decode         the time a token of build/generate --tp 2
-#   STEPS=5   steps of a run, of which the first does not count
+#   STEPS=4   steps of a run, of which the first does not count
 #   RANKS=2   only the layouts of so many ranks (2: one a node, 4: two a node)
 # The cells of a layout take turns over the links; the fast one, with which the others are compared,
 # is the first and the last, and the mean of both counts. Others may use the hardware: so before
@@ -21,7 +21,7 @@
 set -u
 cd "$(dirname "$0")/.."
 . tests/lib.sh
-steps=${STEPS:-5} failed=0
+steps=${STEPS:-4} failed=0
 [[ $steps =~ ^[1-9][0-9]*$ ]] && [ "$steps" -gt 1 ] || {
   echo "network/experiment.sh: STEPS is '$steps', expected 2 or more: the first does not count" >&2
   exit 1

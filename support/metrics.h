@@ -1,8 +1,7 @@
 // metrics.h: what a run reports while it trains: a JSON object per step for programs, a line of
 // progress for people.
-// idea      numbers are written with the digits that say exactly which double they were: equal runs
-//           write equal text
-//           The file of --trace is one such line.
+// idea      Numbers are written with the digits that say exactly which double they were: equal runs
+//           write equal text. The file of --trace is one such line.
 // cost      one write per line
 // not here  averaging over ranks: one rank reports for all
 // test      tests/test_support.cpp

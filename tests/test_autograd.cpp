@@ -289,7 +289,7 @@ TEST(gradient_of_a_value_used_twice) {
   });
 }
 
-TEST(gradient_of_checkpoint) {
+TEST(gradient_of_recompute) {
   Param w = random_param("w", {6, 6}, 2), gain = random_param("gain", {6}, 3),
         bias = random_param("bias", {6}, 4);
   const auto f = [&](Tape& tape, const Var& x) {
@@ -297,7 +297,7 @@ TEST(gradient_of_checkpoint) {
   };
   check_gradients({random_tensor({5, 6}, 1)}, {&w, &gain, &bias},
                   [&](Tape& tape, const std::vector<Var>& x) {
-                    const Var twice = checkpoint(tape, checkpoint(tape, x[0], f), f);
+                    const Var twice = recompute(tape, recompute(tape, x[0], f), f);
                     return weigh(tape, add(tape, twice, x[0]), 5);
                   });
 }
@@ -309,7 +309,7 @@ static std::unique_ptr<WholeGpt> random_gpt(GptConfig config) {
   auto gpt = std::make_unique<WholeGpt>(config, 1);
   for (Param* p : gpt->params()) {
     std::vector<double> values = noise(p->numel(), 100 + p->id);
-    for (double& v : values) v = 0.4 * v + (p->std == 0 ? p->mean : 0);
+    for (double& v : values) v = 0.4 * v + (p->deviation == 0 ? p->mean : 0);
     const Tensor exact({p->numel()}, Dtype::f64, Memory::workspace);
     upload(exact, values.data());
     cast(p->own(p->value), exact);
