@@ -56,6 +56,11 @@ int device_count() {
   return count;
 }
 
+// The pool gives back to the driver what is freed beyond that, whenever the host waits.
+static void keep_freed(Device& d, uint64_t bytes) {
+  CUDA_CHECK(cudaMemPoolSetAttribute(d.pool, cudaMemPoolAttrReleaseThreshold, &bytes));
+}
+
 Device& open_device(int ordinal, int64_t memory_limit_bytes) {
   ASSERT(!opened, "the device is open already");
   const int count = device_count();
@@ -69,9 +74,8 @@ Device& open_device(int ordinal, int64_t memory_limit_bytes) {
   d->is_gpu = properties.major > 0;
   d->block_memory = properties.sharedMemPerBlockOptin;
   CUDA_CHECK(cudaStreamCreateWithFlags(&d->compute, cudaStreamNonBlocking));
-  uint64_t keep_all = UINT64_MAX;
   CUDA_CHECK(cudaDeviceGetDefaultMemPool(&d->pool, ordinal));
-  CUDA_CHECK(cudaMemPoolSetAttribute(d->pool, cudaMemPoolAttrReleaseThreshold, &keep_all));
+  keep_freed(*d, UINT64_MAX);
   CUBLAS_CHECK(cublasCreate(&d->blas));
   CUBLAS_CHECK(cublasSetStream(d->blas, d->compute));
   opened = std::move(d);
@@ -170,8 +174,9 @@ static void* allocate(Device& d, int64_t bytes) {
   if (status == cudaErrorMemoryAllocation) {
     // Blocks that were freed make a larger one only when the device is past their last use.
     cudaGetLastError();  // forget it: the next launch asks for the last error
+    keep_freed(d, 0);
     synchronize();
-    CUDA_CHECK(cudaMemPoolTrimTo(d.pool, 0));
+    keep_freed(d, UINT64_MAX);
     status = cudaMallocAsync(&data, bytes, d.compute);
   }
   if (status == cudaErrorMemoryAllocation) return cudaGetLastError(), nullptr;

@@ -303,7 +303,8 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
     expect(checksum(text_of(m)) == was, file, " is damaged: it does not have its checksum");
     info = m;
     info.keep = m.value("keep", int64_t(0));
-    info.bytes = m.value("bytes", info.model.vocab == 256);
+    // a manifest without it names a text in what it says for people
+    info.bytes = m.value("bytes", info.data.find(", text:") != info.data.npos);
     for (const Saved& saved : m.at("ranks").get<std::vector<Saved>>()) {
       tensors.insert(saved.tensors.begin(), saved.tensors.end());
       for (const WrittenFile& f : saved.files) {

@@ -115,9 +115,10 @@ median_step() {
   for file in "$@"; do sed -n 's/.*"step_ms":\([0-9.]*\).*/\1/p' "$file" | tail -n +2; done | median
 }
 
-# ends with what the last command in the lab has said
+# ends with what the last commands have said
 give_up() {
-  cat "$dir/err" 2>/dev/null
+  echo "network/experiment.sh: this cannot go on:"
+  tail -n 5 "$dir"/{out,err,node.?} 2>/dev/null
   exit 1
 }
 

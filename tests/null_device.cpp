@@ -152,7 +152,6 @@ cudaError_t cudaMallocAsync(void** data, size_t bytes, cudaStream_t) {
 NOTHING(cudaFreeAsync, void*, cudaStream_t)
 NOTHING(cudaDeviceGetDefaultMemPool, cudaMemPool_t*, int)
 NOTHING(cudaMemPoolSetAttribute, cudaMemPool_t, cudaMemPoolAttr, void*)
-NOTHING(cudaMemPoolTrimTo, cudaMemPool_t, size_t)
 cudaError_t cudaMallocHost(void** data, size_t bytes) {
   COUNT("cudaMallocHost");
   *data = malloc(bytes);

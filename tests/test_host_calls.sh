@@ -45,7 +45,7 @@ full() {
     build/cuda/null/train_gpt --model tiny --steps 2 --metrics "$dir/m.jsonl" >"$dir/out" 2>&1
 }
 check an_allocation_that_fails_once_is_tried_again_when_the_device_is_idle \
-  "full 300 && grep -qx '1 cudaMemPoolTrimTo' $dir/full" "" "$(tail -1 "$dir/out")"
+  "full 300 && grep -qx '3 cudaMemPoolSetAttribute' $dir/full" "" "$(tail -1 "$dir/out")"
 check one_that_fails_again_is_refused_in_a_sentence \
   "! full 300- && grep -q 'out of device memory: .* in what .* has left' $dir/out" "" \
   "$(tail -1 "$dir/out")"
