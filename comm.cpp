@@ -143,6 +143,7 @@ Mesh open_mesh(const Layout& layout, const std::function<void()>& got_on) {
     got_on();
   }
   join(m, "fsdp", "cp");  // what FSDP shards over: now, so that it is checked and watched, too
+  got_on();
   return m;
 }
 

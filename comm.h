@@ -36,18 +36,19 @@ struct AxisKind {
   bool splits_batch;     // each rank computes with its own sequences
   bool splits_sequence;  // each rank computes with its own pieces of every sequence
   bool splits_model;     // each rank updates its own part of the parameters; else it holds a copy
+  bool exchanges;        // neighbours send to each other, besides collectives
   const char *letter, *help;  // of the option --name
 };
 constexpr std::array kAxes = std::to_array<AxisKind>({
     // slowest to fastest
-    {"pp", false, false, true, "P", "pipeline parallelism: the layers are cut into P stages"},
-    {"replicate", true, false, false, "R",
+    {"pp", false, false, true, true, "P", "pipeline parallelism: the layers are cut into P stages"},
+    {"replicate", true, false, false, false, "R",
      "data parallelism: copies of the model, gradients summed over them"},
-    {"fsdp", true, false, true, "S",
+    {"fsdp", true, false, true, false, "S",
      "fully sharded data parallelism: each rank owns 1/S of every layer"},
-    {"cp", false, true, true, "C",
+    {"cp", false, true, true, true, "C",
      "context parallelism: each rank has 1/C of every sequence, and of every layer as with fsdp"},
-    {"tp", false, false, true, "T",
+    {"tp", false, false, true, false, "T",
      "tensor parallelism: each layer's weights are split over T ranks"},
 });
 

@@ -1,7 +1,7 @@
 // tensor.cu: memory, the device, and the kernels that move, fill and initialise.
-// idea      cudaMallocAsync takes memory from a stream-ordered pool that never gives it back to the
-//           system while we run: a plain cudaMalloc or cudaFree inside a step would stop the whole
-//           device.
+// idea      cudaMallocAsync takes memory from a stream-ordered pool, which gives it back to the
+//           driver only where an allocation fails: a plain cudaMalloc or cudaFree inside a step
+//           would stop the whole device.
 // not here  the ops: kernels/ has one file for each
 // test      tests/test_tensor.cpp
 #include "tensor.h"

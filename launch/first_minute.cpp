@@ -1,11 +1,13 @@
 // first_minute.cpp: see first_minute.h.
 #include "launch/first_minute.h"
 
+#include <algorithm>
+
 // Every rank of the axis contributes 1 + its rank, n times, and to sums, which are to be exact in
 // f32, one of 1 to 8: what must come out is known. NCCL keeps memory for each pair of ranks that
 // has ever exchanged something, half a GB on eight H100s (NVIDIA/nccl issue 1685): so only the axes
 // that train with exchanges try them.
-static void check_axis(const Axis& axis, cudaStream_t stream) {
+static void check_axis(const Axis& axis, bool exchanges, cudaStream_t stream) {
   if (axis.size == 1) return;
   const int n = axis.size;
   const Tensor mine({n}, Dtype::f32, Memory::workspace), all({n}, Dtype::f32, Memory::workspace);
@@ -39,7 +41,7 @@ static void check_axis(const Axis& axis, cudaStream_t stream) {
   expect("all-gather", values);
   NCCL_CHECK(ncclBroadcast(send, receive, n, ncclFloat32, n - 1, axis.comm, stream));
   expect("broadcast", std::vector<double>(n, values.back()));
-  if (axis.name != "pp" && axis.name != "cp") return;
+  if (!exchanges) return;
   // facing pairs, both directions of each
   std::vector<double> received;
   NCCL_CHECK(ncclGroupStart());
@@ -52,6 +54,11 @@ static void check_axis(const Axis& axis, cudaStream_t stream) {
   expect("send and receive", received);
 }
 
+bool exchanges(const Axis& axis) {
+  const auto kind = std::ranges::find(kAxes, axis.name, &AxisKind::name);
+  return kind != kAxes.end() && kind->exchanges;  // the world and joined axes do not
+}
+
 void check_mesh(const Mesh& mesh) {
-  for (const Axis& axis : mesh.every_axis()) check_axis(axis, mesh.stream);
+  for (const Axis& axis : mesh.every_axis()) check_axis(axis, exchanges(axis), mesh.stream);
 }

@@ -6,3 +6,4 @@
 #include "comm.h"
 
 void check_mesh(const Mesh& mesh);
+bool exchanges(const Axis& axis);  // whether its neighbours send to each other
