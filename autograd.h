@@ -69,11 +69,11 @@ struct Param {
   void initialise(const Tensor& x, uint64_t seed, int64_t first) const;
 };
 
-// What the backward of a part of the model needs of its parameters.
-enum class Backward {
-  unshards,  // their values: FSDP gathers them again (a block)
-  keeps,     // their values: its backward mostly comes next, so they stay (the head)
-  nothing,   // only a place for gradients (the embedding)
+// What the backward of a part of the model reads of its parameters.
+enum class BackwardReads {
+  values,          // a block's
+  values_at_once,  // the head's, since its backward mostly follows its forward directly
+  nothing,         // the embedding's, whose parameters only need a place for gradients
 };
 
 // A tied parameter is used at both ends of the model: by the embedding and, transposed, by the

@@ -42,12 +42,13 @@ void Fsdp::before_forward(int use) {
 }
 
 void Fsdp::after_forward(const Tape& tape, int use) {
-  const bool backward_is_next = tape.recording() && uses_[use].backward == Backward::keeps;
+  const bool backward_is_next =
+      tape.recording() && uses_[use].backward_reads == BackwardReads::values_at_once;
   if (!backward_is_next) reshard_after_use(use);
 }
 
 void Fsdp::before_backward(Tape& tape, int use) {
-  if (uses_[use].backward != Backward::nothing) unshard(use, -1);
+  if (uses_[use].backward_reads != BackwardReads::nothing) unshard(use, -1);
   enter_backward("backward", use);
   if (!tape.deferred) return;
   tape.weight_gradient([this, use] {  // zero bubble: see the end of this file
@@ -156,9 +157,9 @@ void Fsdp::add_units(const std::vector<Param*>& all, uint64_t seed, std::string 
   }
 }
 
-int Fsdp::add_use(const std::vector<Param*>& params, Backward backward, int group,
+int Fsdp::add_use(const std::vector<Param*>& params, BackwardReads backward_reads, int group,
                   const std::string& name) {
-  Use& use = uses_.emplace_back(Use{name, {}, backward, group});
+  Use& use = uses_.emplace_back(Use{name, {}, backward_reads, group});
   for (const auto& [number, of_unit] : units_of(params)) {
     use.units.push_back(&units_.at(number));
     use.units.back()->uses_per_microbatch++;
@@ -187,7 +188,7 @@ void Fsdp::unshard(int use, int direction) {
   for (int k = 1; k <= options_.prefetch; k++) {
     const int next = use + k * direction;
     if (next < 0 || next >= int(uses_.size()) || uses_[next].group != uses_[use].group) break;
-    if (direction < 0 && uses_[next].backward != Backward::unshards) continue;
+    if (direction < 0 && uses_[next].backward_reads != BackwardReads::values) continue;
     for (Unit* u : uses_[next].units) start_unshard(*u);
   }
   for (Unit* u : uses_[use].units) finish_unshard(*u);

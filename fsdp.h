@@ -6,9 +6,8 @@
 //           whole buffer, which is freed afterwards (resharded). Other axes hold copies of the
 //           shards: gradients are summed over them. With n = 1 this is plain data parallelism.
 // use       fsdp.add_units(params, seed, name_of_unit);  // set-up: the model is born sharded.
-//           // What a use's backward needs of the parameters is autograd.h's Backward: here, their
-//           // values once more.
-//           int use = fsdp.add_use(layer_params, Backward::unshards, group, name);
+//           // Its backward reads the parameters' values again: they are unsharded once more.
+//           int use = fsdp.add_use(layer_params, BackwardReads::values, group, name);
 //           fsdp.begin_step(microbatches);
 //           Var y = fsdp.run(tape, use, [&] { return layer(tape, x); });  // for each layer,
 //           tape.backward();                                              // for each micro-batch
@@ -44,7 +43,7 @@ class Fsdp {
   void add_units(const std::vector<Param*>& params, uint64_t seed, std::string (*name)(int unit));
   // A use computes with the units of these parameters. Uses are unsharded ahead within a group
   // only: the uses of a pipeline's chunk, which run directly after each other.
-  int add_use(const std::vector<Param*>& params, Backward backward, int group,
+  int add_use(const std::vector<Param*>& params, BackwardReads backward_reads, int group,
               const std::string& name);
   // What this rank updates: its piece of each parameter, padding left out.
   std::vector<Shard> optimizer_shards() const;
@@ -108,7 +107,7 @@ class Fsdp {
   struct Use {
     std::string name;
     std::vector<Unit*> units;
-    Backward backward;
+    BackwardReads backward_reads;
     int group;
   };
   void before_forward(int use);

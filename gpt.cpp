@@ -62,10 +62,11 @@ Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication, const
   ln_f_weight = tp.whole_with_partial_gradient(make("ln_f.weight", {g.width}, 0, 1));
   ln_f_bias = tp.whole_with_partial_gradient(make("ln_f.bias", {g.width}, 0));
 
-  parts_.push_back({ModelPart::embedding, {&wte, &wpe}, Backward::nothing});
+  parts_.push_back({ModelPart::embedding, {&wte, &wpe}, BackwardReads::nothing});
   for (int64_t l = 0; l < g.layers; l++)
-    parts_.push_back({ModelPart::block, blocks_[l].params(), Backward::unshards, l});
-  parts_.push_back({ModelPart::head, {&ln_f_weight, &ln_f_bias, &wte}, Backward::keeps});
+    parts_.push_back({ModelPart::block, blocks_[l].params(), BackwardReads::values, l});
+  parts_.push_back(
+      {ModelPart::head, {&ln_f_weight, &ln_f_bias, &wte}, BackwardReads::values_at_once});
 
   uint32_t id = 0;
   for (Param* p : params()) p->id = id++;

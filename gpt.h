@@ -34,9 +34,9 @@ struct GptConfig : ModelSize {
 
 struct ModelPart {
   enum Kind { embedding, block, head } kind;
-  std::vector<Param*> params;  // the token embedding is in two lists: embedding and head are tied
-  Backward backward;           // what its backward needs of them
-  int64_t layer = -1;          // of a block
+  std::vector<Param*> params;    // the token embedding is in two lists: embedding and head are tied
+  BackwardReads backward_reads;  // of them
+  int64_t layer = -1;            // of a block
 };
 // parts that follow each other: what a pipeline cuts the model into
 using ModelPiece = std::span<const ModelPart>;

@@ -38,7 +38,7 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
   fsdp.add_units(params_of(pieces_), options.seed, name_of_unit);
   for (int c = 0; c < int(pieces_.size()); c++)
     for (const ModelPart& part : pieces_[c])
-      uses_[&part] = fsdp.add_use(part.params, part.backward, c, name_of(part));
+      uses_[&part] = fsdp.add_use(part.params, part.backward_reads, c, name_of(part));
   fsdp.follows = mesh["pp"].rank > 0;
   // where the backward is split, sums follow the weight gradients
   fsdp.sums_last = fsdp.follows && !pipeline.schedule().row->splits_backward;

@@ -139,6 +139,15 @@ calibrate() {
     } >"$(machine "$link" "$ranks")"
     sed -n 's/^short/between/p' "$dir/out" >"$out/short-$link-$ranks.txt"
   done
+  # inside a node all is the same, whatever joins it to others
+  local files rate latency
+  files=$(for link in "${@:2}"; do machine "$link" "$ranks"; done)
+  # shellcheck disable=SC2086
+  {
+    rate=$(sed -n 's/^inside //p' $files | cut -d ' ' -f 1 | median)
+    latency=$(sed -n 's/^inside //p' $files | cut -d ' ' -f 2 | median)
+    sed -i "s/^inside .* : measured/inside $rate $latency : measured, the median/" $files
+  }
 }
 # predict MACHINE RANKS OPTIONS: what build/plan says of layouts of so many ranks
 predict() {

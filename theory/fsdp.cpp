@@ -10,7 +10,7 @@ void TheoryOfRank::add_fsdp() {
     for (const ModelPart& part : piece) {
       blocks += part.kind == ModelPart::block;
       for (const auto& [unit, params] : units_of(part.params))
-        gathers[unit] += part.backward == Backward::unshards ? 2 : 1;
+        gathers[unit] += part.backward_reads == BackwardReads::values ? 2 : 1;
     }
   // tied: each of its two uses has a gradient of its own
   if (has_embedding(pieces[0]) && has_head(pieces.back()) && !shards_gradients)

@@ -204,7 +204,7 @@ class RankWork : public TheoryOfChunk {
     for (int k = 0; k <= options.fsdp.prefetch; k++) {
       const int next = use + k * direction;
       if (next < 0 || next >= int(uses.size())) break;
-      if (direction < 0 && uses[next].part->backward != Backward::unshards) continue;
+      if (direction < 0 && uses[next].part->backward_reads != BackwardReads::values) continue;
       for (Unit* u : uses[next].units)
         if (!std::exchange(u->gathered, true))
           u->arrived = send(over_fsdp, Collective::all_gather, u->elements * e);
@@ -218,10 +218,10 @@ class RankWork : public TheoryOfChunk {
   void forward(int use) {
     unshard(use, +1);
     part_forward(uses[use].part->kind);
-    if (uses[use].part->backward != Backward::keeps) reshard(use);
+    if (uses[use].part->backward_reads != BackwardReads::values_at_once) reshard(use);
   }
   void backward(int use) {
-    if (uses[use].part->backward != Backward::nothing) unshard(use, -1);
+    if (uses[use].part->backward_reads != BackwardReads::nothing) unshard(use, -1);
     part_backward(uses[use].part->kind);
     uses[use].put_off = std::exchange(put_off, 0);
     if (!splits) reduce_gradients(use);
