@@ -144,8 +144,8 @@ struct Tokens {
 // c = op(a) op(b) + beta c, of whole matrices: what the linear layers are made of
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta);
 Tensor as_matrix(const Tensor& w);  // (K,3,C) is (K,3C)
-// The gradient of w in linear() below, from its input x and its output's gradient dy: added to that
-// which is there
+// The gradient of w in linear() below, from its input x and its output's gradient dy: w's becomes
+// it, if it is fresh, or has it added
 void weight_backward(Param& w, bool transposed, const Tensor& x, const Tensor& dy);
 // Those of embedding(), which scatters rows
 void embedding_backward(Param& wte, Param& wpe, const Tensor& dx, const Tokens& tokens);

@@ -86,7 +86,7 @@ Mesh::Mesh(const Layout& l, int rank)
   }
 }
 
-std::vector<Axis> Mesh::that(bool AxisKind::*splits, bool is) const {
+std::vector<Axis> Mesh::axes_where(bool AxisKind::*splits, bool is) const {
   std::vector<Axis> some;
   for (size_t a = 0; a < kAxes.size(); a++)
     if (kAxes[a].*splits == is) some.push_back(axes[a]);

@@ -8,8 +8,9 @@
 //           rank's place on an axis and its communicator, `layout["fsdp"]` the axis's size, and a
 //           name that is not in the list does not compile.
 // queue     A rank issues all its NCCL calls, of all axes, on `mesh.stream`, from one thread, in an
-//           order that the layout alone decides. CUDA does not promise that two streams make
-//           progress independently, so two communicators in flight could wait for each other.
+//           order that options and its place decide, never timing. CUDA does not promise that two
+//           streams make progress independently, so two communicators in flight could wait for each
+//           other.
 // ledger    One line before each NCCL call enters what a bandwidth-optimal algorithm sends per rank
 //           (n ranks, buffer of W bytes): all-gather and reduce-scatter (n-1)/n W, all-reduce
 //           2(n-1)/n W, send W. These are algorithm bytes, not wire bytes.
@@ -91,8 +92,8 @@ struct Mesh {
   explicit Mesh(const Layout& layout = {}, int rank = 0);
   Axis& operator[](AxisName axis) { return axes[axis.index]; }
   const Axis& operator[](AxisName axis) const { return axes[axis.index]; }
-  // the axes of which that is said in kAxes, slowest to fastest: mesh.that(&AxisKind::splits_batch)
-  std::vector<Axis> that(bool AxisKind::*splits, bool is = true) const;
+  // those of which kAxes says so, slowest to fastest: mesh.axes_where(&AxisKind::splits_batch)
+  std::vector<Axis> axes_where(bool AxisKind::*splits, bool is = true) const;
   std::vector<Axis> every_axis() const;  // the world, the axes, those that were joined
 
   Layout layout;
@@ -136,8 +137,9 @@ class Finished {
 
 // ---- time
 
-// A block that begins with `const Timed timed(queue);` is timed as one op (tensor.h) on the queue,
-// waiting for other ranks included. The ledger's lines in it name it; without one it only receives.
+// From `const Timed timed(queue);` to the end of its block the queue is timed as one op (tensor.h),
+// waiting for other ranks included. The ledger's lines in the block name it; one without any only
+// receives.
 class Timed {
  public:
   explicit Timed(cudaStream_t queue, const char* function = __builtin_FUNCTION());
@@ -159,9 +161,18 @@ const char* name_of(Collective c);
 // What a rank of n sends with a bandwidth-optimal algorithm, in n-ths of the buffer.
 int64_t parts_sent(Collective c, int64_t n);
 // Rows of their own, so that formulas stay pure. embedding: with the head; recompute: forwards
-// replayed; again: what sequence parallelism gathers a second time; partial: gradients that it
-// leaves in parts.
-enum class Traffic { training, embedding, loss, recompute, again, partial, norm, evaluation };
+// replayed; gathered_again, partial_gradients: what sequence parallelism gathers a second time, and
+// the sums of what it leaves in parts.
+enum class Traffic {
+  training,
+  embedding,
+  loss,
+  recompute,
+  gathered_again,
+  partial_gradients,
+  norm,
+  evaluation
+};
 const char* name_of(Traffic t);
 
 class Ledger {

@@ -251,8 +251,8 @@ void Fsdp::reduce_gradients(int use) {
   for (Unit* u : uses_[use].units) {
     if (++u->uses_done < u->uses_per_microbatch) continue;  // another use will add to this gradient
     u->uses_done = 0;
-    u->sums_done++;
-    if (!shards_gradients() && (sums_last || u->sums_done < microbatches_)) continue;
+    u->gradients_done++;
+    if (!shards_gradients() && (sums_at_end || u->gradients_done < microbatches_)) continue;
     start_reduce(*u);
   }
 }
@@ -277,8 +277,9 @@ void Fsdp::start_reduce(Unit& u) {
   in_flight_.push_back(&u);
   // Sharded gradients are freed when summed, and two of them are enough: one is computed while one
   // is summed. Others stay, and nothing waits for their sums before the step's end.
-  const size_t behind = options_.prefetch == 0 ? 0 : shards_gradients() ? 1 : units_.size();
-  while (in_flight_.size() > behind) finish_reduce();
+  size_t run_on = shards_gradients() ? 1 : units_.size();
+  if (options_.prefetch == 0) run_on = 0;
+  while (in_flight_.size() > run_on) finish_reduce();
 }
 
 void Fsdp::finish_reduce() {
@@ -289,11 +290,11 @@ void Fsdp::finish_reduce() {
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!shards_gradients()) return;
   const Tensor mine = u.shard_of(u.whole_grad);
-  if (std::exchange(u.fresh, false)) copy(u.shard_grad, mine);
+  if (std::exchange(u.shard_grad_fresh, false)) copy(u.shard_grad, mine);
   else add(u.shard_grad, u.shard_grad, mine);
   u.whole_grad = Tensor();
   u.bind(&Param::grad, {});
-  if (u.sums_done == microbatches_) {
+  if (u.gradients_done == microbatches_) {
     make_wait(stream_, device().compute);  // this rank's shard must be complete
     sum_over_copies(u);
   }
@@ -315,24 +316,25 @@ void Fsdp::sum_over_copies(Unit& u) {
 void Fsdp::begin_step(int microbatches) {
   microbatches_ = microbatches;
   for (auto& [number, u] : units_) {
-    u.sums_done = 0;
-    if (shards_gradients()) u.fresh = true;
+    u.gradients_done = 0;
+    if (shards_gradients()) u.shard_grad_fresh = true;
     else u.begin_gradients();
   }
-  if (!follows || reshards() || options_.prefetch == 0) return;
+  if (!gathers_at_begin || reshards() || options_.prefetch == 0) return;
   for (const Use& use : uses_)  // in the order of their first uses; see fsdp.h
     for (Unit* u : use.units) start_unshard(*u);
 }
 
 void Fsdp::finish_backward() {
-  if (sums_last && !shards_gradients())
-    for (auto& [number, u] : units_) start_reduce(u);
+  for (auto& [number, u] : units_) {
+    ASSERT(u.gradients_done == microbatches_ && u.uses_done == 0, u.name, " is left unfinished");
+    if (sums_at_end && !shards_gradients()) start_reduce(u);
+  }
   while (!in_flight_.empty()) finish_reduce();
   make_wait(device().compute, stream_);  // the optimizer reads what the last collectives wrote
 }
 
 void Fsdp::end_step() {
-  // the optimizer has changed the shards: gather them anew
   for (auto& [number, u] : units_) reshard(u);
 }
 
@@ -345,7 +347,8 @@ void Fsdp::end_step() {
 //               So a unit's reduce-scatter is queued behind its weight gradients. In between, that
 //               of an earlier micro-batch may have freed the whole gradient, and the second
 //               enter_backward allocates it again. Gradients that are not put off (of layernorms)
-//               may all be in the earlier buffer: nobody writes theirs in this one.
+//               may all be in the earlier buffer; in this one they are still fresh, and
+//               start_reduce clears them.
 // sequence parallelism   leaves gradients that are partial sums over the tp axis, and
 // tied weights           leave two gradients of one parameter on one rank: complete_gradients adds
 //                        both up before they leave the rank.

@@ -1,10 +1,11 @@
 // fsdp.h: Fully Sharded Data Parallelism (ZeRO stages 1, 2 and 3), plain data parallelism, and the
 // two combined.
 //
-// idea      Each of the n ranks of an axis owns 1/n of every unit (a transformer block, or the
-//           embeddings): its shard. To compute with a unit it is unsharded: all-gathered into a
-//           whole buffer, which is freed afterwards (resharded). Other axes hold copies of the
-//           shards: gradients are summed over them. With n = 1 this is plain data parallelism.
+// idea      Each of the n ranks of an axis owns 1/n of every unit (a transformer block; the token
+//           embedding; what is left): its shard. To compute with a unit it is unsharded:
+//           all-gathered into a whole buffer, which is freed afterwards (resharded). Other axes
+//           hold copies of the shards: gradients are summed over them. With n = 1 this is plain
+//           data parallelism.
 // use       fsdp.add_units(params, seed, name_of_unit);  // set-up: the model is born sharded.
 //           // Its backward reads the parameters' values again: they are unsharded once more.
 //           int use = fsdp.add_use(layer_params, BackwardReads::values, group, name);
@@ -54,7 +55,7 @@ class Fsdp {
   // the tape.
   Var run(Tape& tape, int use, const std::function<Var()>& f);
   void finish_backward();  // after the last micro-batch: the shards' gradients are complete
-  void end_step();  // after the optimizer: frees whole parameters, or marks them as out of date
+  void end_step();  // whenever shards have changed: frees whole parameters, or marks them as old
   // by Param::unit; after finish_backward their shard_grad is this rank's part of the gradient
   const auto& units() const { return units_; }
 
@@ -65,11 +66,10 @@ class Fsdp {
   // over the step, and are scattered once at its end.
   bool shards_gradients() const { return axis_.size > 1 && options_.zero >= 2; }
 
-  // A stage of a pipeline has one queue: a gather or sum that was issued before an exchange delays
-  // the stage that waits for that exchange. follows: does this rank's forward follow another's?
-  // Then units that stay whole are gathered when the step begins (unless prefetch is 0), while it
-  // waits. sums_last: are gradients that stay whole summed behind the step's last exchange?
-  bool follows = false, sums_last = false;
+  // A stage of a pipeline has one queue: a gather or a sum that is issued before an exchange delays
+  // the stage that waits for that exchange. So units that stay whole can be gathered in begin_step
+  // (not with prefetch 0), and gradients that stay whole be summed in finish_backward.
+  bool gathers_at_begin = false, sums_at_end = false;
 
   // Called before a unit's gradients leave this rank: other strategies add up what they left in
   // parts.
@@ -92,13 +92,13 @@ class Fsdp {
     bool gathered = false;  // `whole` is up to date, or will be once `arrived` is reached
     bool reducing = false;  // from start_reduce to finish_reduce
     // no micro-batch's sum is in `shard_grad` yet, if gradients are sharded
-    bool fresh = false;
+    bool shard_grad_fresh = false;
     Event arrived, reduced;
     // When is a gradient complete? The token embedding's unit has 2 uses, at both ends of the
     // model: the head's backward makes uses_done 1, the embedding's makes it 2, uses_done starts
-    // again at 0, and sums_done is one more. (Under zbv the two may be of different micro-batches;
-    // a step's sums are as many as its micro-batches, and have all uses in them.)
-    int uses_per_microbatch = 0, uses_done = 0, sums_done = 0;
+    // again at 0, and gradients_done is one more. (Under zbv the two may be of different
+    // micro-batches; in a step there are as many sums as micro-batches, with all uses in them.)
+    int uses_per_microbatch = 0, uses_done = 0, gradients_done = 0;
     // Each parameter's value or gradient becomes its part of a whole buffer, or nothing.
     void bind(Tensor Param::*what, const Tensor& buffer);
     void begin_gradients();  // the parameters' become fresh

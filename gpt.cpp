@@ -23,12 +23,13 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   const float deviation = 0.02f, residual = 0.02f / std::sqrt(2.0f * g.layers);
   const std::string h = "h." + std::to_string(layer) + ".";
   const int64_t F = g.hidden();
-  // of what sees only this rank's rows; the others are split by columns or by rows
+  // Layernorms, and biases that are added behind a sum, are whole on each rank, which under
+  // sequence parallelism sees only its own rows; all others are split by columns or by rows.
   const auto vector = [&](const char* name, float value) {
     return tp.whole_with_partial_gradient(make(h + name, {C}, 0, value));
   };
-  const auto split = [&](const char* name, Shape shape, float deviation, int dim, int64_t parts) {
-    return tp.split(make(h + name, std::move(shape), deviation), dim, parts);
+  const auto split = [&](const char* name, Shape shape, float spread, int dim, int64_t parts) {
+    return tp.split(make(h + name, std::move(shape), spread), dim, parts);
   };
   return {
       .ln_1_weight = vector("ln_1.weight", 1),
@@ -71,7 +72,8 @@ Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication, const
   uint32_t id = 0;
   for (Param* p : params()) p->id = id++;
   for (const ModelPart& part : parts_)
-    for (Param* p : part.params) p->unit = kFirstBlock + part.layer;
+    for (Param* p : part.params)
+      p->unit = part.kind == ModelPart::block ? kFirstBlock + int(part.layer) : kRoot;
   wte.unit = kTied;
 }
 

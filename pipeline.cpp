@@ -21,11 +21,12 @@
 //           sent
 // bubble    how long a stage idles: schedule.h has the formulas. report/report.cpp prints what the
 //           simulator makes of the times that this executor measured.
-// overlap   A computation waits for what it needs. An exchange waits for what it sends; one that
-//           receives waits for the computations before the previous exchange, too, but not (unless
-//           it sends their result) for those between the two. One queue carries the collectives of
-//           all axes: where a collective of another axis waits, exchanges behind it do, too. So
-//           Fsdp gathers and sums what it can before the first exchange and behind the last.
+// overlap   A computation waits for what it needs. An exchange waits for what it sends; the memory
+//           that it receives into was allocated when the exchange before it had just been issued,
+//           so for that it waits only for computations from before that one. One queue carries the
+//           collectives of all axes: where a collective of another axis waits, exchanges behind it
+//           do, too. So Fsdp gathers and sums what it can before the first exchange and behind the
+//           last.
 // not here  stages on different numbers of ranks, activations kept on the host
 // test      tests/test_pipeline.cpp
 //
@@ -36,7 +37,7 @@
 //                                             the exchange before
 //     prepare_room  ---- room is free ---+
 //     forward                            |
-//     put_in_outbox ---- computed -------+-->  exchange: waits for both, then sends and receives
+//     hand_over     ---- computed -------+-->  exchange: waits for both, then sends and receives
 //     more computations                              |
 //     receive  <---- has come, has left -------------+
 //     backward
@@ -71,12 +72,13 @@ void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, D
       prepare_next(i + 1);
       continue;
     }
-    const auto input = transfer_of(schedule_, axis_.rank, a, false),
-               output = transfer_of(schedule_, axis_.rank, a, true);
+    const auto input = input_of(schedule_, axis_.rank, a),
+               output = output_of(schedule_, axis_.rank, a);
     Tensor result = compute(i, input ? receive(*input) : Tensor());
-    if (output) put_in_outbox(*output, std::move(result));
+    if (output) hand_over(*output, std::move(result));
   }
   release_sent(exchanges_);
+  ASSERT(inbox_.empty() && outbox_.empty(), "a parcel is left");
   recorder.microbatch = -1;
 }
 
@@ -126,6 +128,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
     }
     return result;
   });
+  ASSERT(lives.empty(), "a micro-batch is left without its backward");
 }
 
 void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute) {
@@ -151,7 +154,7 @@ void Pipeline::prepare_room(const std::vector<Transfer>& transfers, const Shape&
 }
 
 // Where the result stays on this stage, it has come already.
-void Pipeline::put_in_outbox(const Transfer& t, Tensor x) {
+void Pipeline::hand_over(const Transfer& t, Tensor x) {
   const bool stays = t.peer == axis_.rank;
   Parcel& parcel = stays ? inbox_[other_end(schedule_, axis_.rank, t)] : outbox_[t];
   parcel = {std::move(x), std::make_shared<Event>()};
@@ -223,7 +226,7 @@ void Pipeline::sum_tied(const Tensor& gradient) {
   const int peer = axis_.size - 1 - axis_.rank;
   const Transfer mine{true, Transfer::gradient, peer, -1, -1},
       theirs{false, Transfer::gradient, peer, -1, -1};  // of no micro-batch and no chunk
-  put_in_outbox(mine, gradient);
+  hand_over(mine, gradient);
   prepare_room({theirs}, gradient.shape(), gradient.dtype());
   exchange({mine, theirs});
   const Tensor other = receive(theirs);

@@ -62,8 +62,8 @@ class Pipeline {
     std::deque<std::function<void()>> later;
     int64_t bytes = 0;  // activations that the tape keeps, or what is put off
   };
-  // An activation or a gradient, and the event at which it has been computed or, once its exchange
-  // was issued, has come or left. None yet where there is only memory for it (prepare_room).
+  // An activation or a gradient between stages. event: none while there is only memory for it
+  // (prepare_room); then the end of its computation; once its exchange was issued, that one's end.
   struct Parcel {
     Tensor x;
     std::shared_ptr<Event> event;
@@ -72,7 +72,7 @@ class Pipeline {
   void execute(const std::vector<Action>& actions, const Shape& shape, Dtype dtype,
                const std::function<Tensor(size_t action, Tensor x)>& compute);
   void prepare_room(const std::vector<Transfer>& transfers, const Shape& shape, Dtype dtype);
-  void put_in_outbox(const Transfer& transfer, Tensor x);
+  void hand_over(const Transfer& transfer, Tensor x);
   void exchange(const std::vector<Transfer>& transfers);
   Tensor receive(const Transfer& transfer);
   void release_sent(int64_t last);

@@ -133,13 +133,20 @@ Transfer other_end(const Schedule& s, int stage, const Transfer& t) {
   return {!t.send, t.payload, stage, t.microbatch, other_position(s, stage, t) / s.stages};
 }
 
-std::optional<Transfer> transfer_of(const Schedule& s, int stage, const Action& a, bool send) {
+static std::optional<Transfer> transfer_of(const Schedule& s, int stage, const Action& a,
+                                           bool send) {
   Transfer t{send, a.kind == Action::forward ? Transfer::activation : Transfer::gradient, 0,
              a.microbatch, a.chunk};
   const int other = other_position(s, stage, t);
   if (a.kind == Action::weight_gradient || other < 0 || other >= s.positions()) return {};
   t.peer = s.stage_of(other);
   return t;
+}
+std::optional<Transfer> input_of(const Schedule& s, int stage, const Action& a) {
+  return transfer_of(s, stage, a, false);
+}
+std::optional<Transfer> output_of(const Schedule& s, int stage, const Action& a) {
+  return transfer_of(s, stage, a, true);
 }
 
 // ---- the one rule that places transfers
@@ -173,7 +180,7 @@ static void place_transfers(Schedule& s) {
       if (started[stage] == lists[stage].size()) continue;
       const Action& a = lists[stage][started[stage]];
       double start = idle_from[stage];
-      if (const auto input = transfer_of(s, stage, a, false)) {
+      if (const auto input = input_of(s, stage, a)) {
         const auto there = came[stage].find(*input);
         if (there == came[stage].end()) continue;
         start = std::max(start, there->second);
@@ -183,7 +190,7 @@ static void place_transfers(Schedule& s) {
       started[stage]++;
       const double end = idle_from[stage] = start + (a.kind == Action::backward ? 2 : 1);
       last = std::max(last, int(end));
-      if (const auto sent = transfer_of(s, stage, a, true)) {
+      if (const auto sent = output_of(s, stage, a)) {
         const Transfer received = other_end(s, stage, *sent);
         came[sent->peer][received] = end + (sent->peer != stage) * kMoment;
         if (sent->peer == stage) continue;  // in memory
@@ -229,8 +236,9 @@ Schedule forwards_of(Schedule s, int microbatches) {
 // ---- in words
 
 const char* name_of(Action::Kind kind) {
-  return (const char*[]){"forward", "backward", "input gradient", "weight gradient",
-                         "exchange"}[kind];
+  static const char* names[] = {"forward", "backward", "input gradient", "weight gradient",
+                                "exchange"};
+  return names[kind];
 }
 
 std::string to_string(const Transfer& t) {

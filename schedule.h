@@ -145,12 +145,12 @@ Schedule forwards_of(Schedule schedule, int microbatches);
 // What a stage computes, in order: its list without exchanges. Of the schedule it needs no actions.
 std::vector<Action> computations(const Schedule& s, int stage);
 
-// How a computation's input comes to its stage, or how its result leaves (send): its position plus
-// or minus one gives the peer, which is the stage itself where it hands over in memory (the bottom
+// How a computation's input comes to its stage, and how its result leaves: its position plus or
+// minus one gives the peer, which is the stage itself where it hands over in memory (the bottom
 // of the V, or one stage alone); that is no exchange. Nothing at the ends of the model and for
 // weight gradients.
-std::optional<Transfer> transfer_of(const Schedule& s, int stage, const Action& computation,
-                                    bool send);
+std::optional<Transfer> input_of(const Schedule& s, int stage, const Action& computation);
+std::optional<Transfer> output_of(const Schedule& s, int stage, const Action& computation);
 // The same transfer as the stage at its other end sees it.
 Transfer other_end(const Schedule& s, int stage, const Transfer& transfer);
 

@@ -149,9 +149,9 @@ Recorder::Queue queue_of(cudaStream_t stream) {
   return stream == device().compute ? Recorder::compute : Recorder::communication;
 }
 
-void make_wait(cudaStream_t stream, cudaStream_t other) {
-  device().place.record(other);
-  device().place.make_wait(stream);
+void make_wait(cudaStream_t waiter, cudaStream_t awaited) {
+  device().place.record(awaited);
+  device().place.make_wait(waiter);
 }
 
 // ---- memory
@@ -218,10 +218,10 @@ Buffer::~Buffer() {
 // ---- tensors
 
 Tensor::Tensor(Shape shape, Dtype dtype, Memory category)
-    : shape_(std::move(shape)), dtype_(dtype) {
-  buffer_ = std::make_shared<Buffer>(numel() * size_of(dtype), category);
-  data_ = buffer_->data;
-}
+    : buffer_(std::make_shared<Buffer>(elements(shape) * size_of(dtype), category)),
+      data_(buffer_->data),
+      shape_(std::move(shape)),
+      dtype_(dtype) {}
 
 Tensor Tensor::view(Shape shape) const {
   ASSERT(elements(shape) == numel(), "cannot see ", to_string(shape_), " as ", to_string(shape));

@@ -61,7 +61,7 @@ struct Slice {
 
 // ---- streams
 
-// of the recorder, which notes what --trace shows: a rank has one stream beside the compute stream
+// Which of the recorder's two queues (--trace) a stream is: all but the compute stream communicate.
 Recorder::Queue queue_of(cudaStream_t stream);
 
 class Event {  // a place in a stream that another stream can wait for
@@ -97,7 +97,7 @@ struct TimedWork {
   Event begin{true}, end{true};
   double seconds() const { return end.seconds_since(begin); }
 };
-void make_wait(cudaStream_t stream, cudaStream_t other);  // for everything that is in `other` now
+void make_wait(cudaStream_t waiter, cudaStream_t awaited);  // for all that is in `awaited` now
 
 // ---- memory
 
@@ -141,7 +141,7 @@ struct Buffer {  // a block of device memory; allocated and freed in the order o
   void* data = nullptr;
   int64_t bytes = 0;
   Memory category;
-  // of activations, if they are one's
+  // that an activation belongs to; -1: to none
   const int microbatch = category == Memory::activations ? recorder.microbatch : -1;
 };
 
@@ -154,14 +154,14 @@ class Tensor {
   bool empty() const { return !buffer_; }
   const Shape& shape() const { return shape_; }
   int64_t dim(int i) const { return shape_[i]; }
-  int64_t numel() const { return elements(shape_); }
-  int64_t bytes() const { return empty() ? 0 : numel() * size_of(dtype_); }
+  int64_t numel() const { return empty() ? 0 : elements(shape_); }
+  int64_t bytes() const { return numel() * size_of(dtype_); }
   Dtype dtype() const { return dtype_; }
-  void* raw() const { return data_; }
-  template <class T> T* data() const {  // of an empty one: null
+  void* raw() const { return empty() ? nullptr : data_; }  // data() alike
+  template <class T> T* data() const {
     ASSERT(empty() || dtype_ == DtypeOf<T>::value, "asked a tensor of ", name_of(dtype_), " for ",
            name_of(DtypeOf<T>::value));
-    return static_cast<T*>(data_);
+    return static_cast<T*>(raw());
   }
   Tensor view(Shape shape) const;                         // the same elements in another shape
   Tensor part(int64_t first_element, Shape shape) const;  // consecutive elements; shares the memory
@@ -182,7 +182,7 @@ class Tensor {
 
 struct Work {
   std::string name;
-  // At least, whoever does it: read and written in memory, or sent to other ranks; and the
+  // Lower bounds: bytes that are read and written in memory, or sent to other ranks, and the
   // floating-point operations of products.
   double bytes = 0, flops = 0;
 };

@@ -98,7 +98,7 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
     const Tensor dy = take(dy_slot);
     Tensor all_x;
     {  // sequence parallelism saved a slice: it is gathered again during the next product
-      const Purpose purpose(Traffic::again);
+      const Purpose purpose(Traffic::gathered_again);
       all_x = start_gather(x, R);
     }
     const Tensor partial = for_partial_sums(R, x.dim(1), x.dtype());  // of dx
@@ -191,7 +191,7 @@ void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets
 // Under sequence parallelism a layernorm, or a bias after a sum, sees this rank's rows only.
 void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
   if (!slices_rows_) return;
-  const Purpose purpose(Traffic::partial);
+  const Purpose purpose(Traffic::partial_gradients);
   make_wait(stream_, device().compute);  // the gradients must have been computed
   const Timed timed(stream_);
   NCCL_CHECK(ncclGroupStart());

@@ -30,7 +30,7 @@ std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int 
 Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
     : options(o),
       gpt(config, mesh["tp"], mesh.stream, mesh["cp"]),
-      fsdp(join(mesh, "fsdp", "cp"), mesh.that(&AxisKind::splits_model, false), mesh.stream,
+      fsdp(join(mesh, "fsdp", "cp"), mesh.axes_where(&AxisKind::splits_model, false), mesh.stream,
            config.dtype, options.fsdp),
       pipeline(mesh["pp"], mesh.stream, schedule_of(options, mesh.layout)),
       mesh_(mesh),
@@ -39,13 +39,15 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
   for (int c = 0; c < int(pieces_.size()); c++)
     for (const ModelPart& part : pieces_[c])
       uses_[&part] = fsdp.add_use(part.params, part.backward_reads, c, name_of(part));
-  fsdp.follows = mesh["pp"].rank > 0;
-  // where the backward is split, sums follow the weight gradients
-  fsdp.sums_last = fsdp.follows && !pipeline.schedule().row->splits_backward;
+  // A later stage first waits for an activation, and an earlier one at the end for its gradient.
+  // Where the backward is split, sums follow the weight gradients, for which nobody waits.
+  fsdp.gathers_at_begin = mesh["pp"].rank > 0;
+  fsdp.sums_at_end = mesh["pp"].rank > 0 && !pipeline.schedule().row->splits_backward;
 
-  // Embedding and head are tied. On one rank each has a gradient of its own; where gradients live
-  // for one micro-batch only, they share it. On two ranks each has a copy of the parameter: the
-  // gradients are exchanged, and the first counts it in the norm and saves it.
+  // Embedding and head are tied. Where one rank has both, each has a gradient of its own, which are
+  // added once a step; or they share one, which lives for a micro-batch only (ZeRO-2 and 3). Where
+  // two ranks have them, each has a copy of the parameter, they exchange their gradients, and the
+  // copy with the embedding counts in the norm and is saved.
   const bool first = has_embedding(pieces_[0]), last = has_head(pieces_.back());
   if (first && last && !fsdp.shards_gradients()) separate_uses(gpt.tied());
   gpt.tied().counted = first;
@@ -55,14 +57,9 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
     for (Param* p : params) join_uses(*p);
     gpt.tp.sum_partial_gradients(params);
   };
-  optimizer_ =
-      std::make_unique<Optimizer>(fsdp.optimizer_shards(), gpt.params().size(), options.clip,
-                                  options.weight_decay, [this](const Tensor& squares) {
-                                    // in one call, after which all ranks have the same bits
-                                    if (mesh_["replicate"].rank)
-                                      fill(squares, 0);  // copies count once
-                                    sum_over({mesh_.world}, squares, Traffic::norm, mesh_.stream);
-                                  });
+  optimizer_ = std::make_unique<Optimizer>(fsdp.optimizer_shards(), gpt.params().size(),
+                                           options.clip, options.weight_decay,
+                                           [this](const Tensor& squares) { sum_squares(squares); });
   results_ = Tensor({2}, Dtype::f64, Memory::workspace);
   total_ = results_.part(0, {1});
 }
@@ -111,7 +108,8 @@ Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tok
 
 int64_t Trainer::first_sequence(int64_t i, int64_t count) const {
   int64_t turn = i;  // of all ranks' micro-batches
-  for (const Axis& axis : mesh_.that(&AxisKind::splits_batch)) turn = turn * axis.size + axis.rank;
+  for (const Axis& axis : mesh_.axes_where(&AxisKind::splits_batch))
+    turn = turn * axis.size + axis.rank;
   return turn * count;
 }
 
@@ -128,6 +126,8 @@ Tokens Trainer::read(int64_t first, int64_t count, int64_t length,
   for (int64_t s = first; s < first + count && (embeds || predicts); s++) {
     const std::vector<int> tokens = sequence(s);
     ASSERT(int64_t(tokens.size()) == length + 1);
+    for (const int token : tokens)
+      ASSERT(0 <= token && token < gpt.config.vocab, "there is no token ", token);
     for (const Range& piece : {places.low, places.high}) {
       const auto begin = tokens.begin() + piece.begin, end = tokens.begin() + piece.end;
       if (embeds) inputs.insert(inputs.end(), begin, end);
@@ -140,10 +140,17 @@ Tokens Trainer::read(int64_t first, int64_t count, int64_t length,
 
 // Each rank has its sequences', or its pieces', part of the loss, if its stage has the head.
 void Trainer::sum_loss() {
-  std::vector<Axis> axes = mesh_.that(&AxisKind::splits_batch);
-  for (const Axis& axis : mesh_.that(&AxisKind::splits_sequence)) axes.push_back(axis);
+  std::vector<Axis> axes = mesh_.axes_where(&AxisKind::splits_batch);
+  for (const Axis& axis : mesh_.axes_where(&AxisKind::splits_sequence)) axes.push_back(axis);
   axes.push_back(mesh_["pp"]);
   sum_over(axes, total_, Traffic::loss, mesh_.stream);
+}
+
+// Of the norm, in one call, after which all ranks have the same bits. Copies count once.
+void Trainer::sum_squares(const Tensor& squares) {
+  for (const Axis& copies : mesh_.axes_where(&AxisKind::splits_model, false))
+    if (copies.rank) fill(squares, 0);
+  sum_over({mesh_.world}, squares, Traffic::norm, mesh_.stream);
 }
 
 void Trainer::update(double lr) {

@@ -76,6 +76,7 @@ class Trainer {
   int64_t first_sequence(int64_t i, int64_t count) const;
   Tokens read(int64_t first, int64_t count, int64_t length, const Sequences& sequence) const;
   void sum_loss();
+  void sum_squares(const Tensor& squares);
   // of `count` sequences on this rank
   Shape activation(int64_t count, int64_t length) const {
     return {gpt.tp.slice(count * gpt.cp.part(length).rows()), gpt.config.width};
@@ -86,5 +87,6 @@ class Trainer {
   std::map<const ModelPart*, int> uses_;  // FSDP's number of each part
   bool exchanges_tied_ = false;           // the token embedding is on another rank, too
   std::unique_ptr<Optimizer> optimizer_;
-  Tensor results_, total_;  // f64: (2); (1), its first, the loss
+  Tensor results_;  // (2) f64: loss and norm
+  Tensor total_;    // (1): its first, the loss
 };

@@ -38,6 +38,7 @@ int64_t resume_training(const Options& o, const Dataset& data, const Job& job, T
   REQUIRE(saved.step < o.steps, c->path, " has ", saved.step,
           " steps already: give more --steps than that");
   resume(*c, trainer.optimizer());
+  trainer.fsdp.end_step();  // shards have changed
   say(sentence(c->path, ", saved on ", to_string(saved.layout)));
   if (!imported && saved.data != data.describe())
     say(sentence("it was trained on ", saved.data, ", and is now on ", data.describe()));

@@ -181,8 +181,8 @@ struct UpdatePiece {
 };
 constexpr int kPieceSize = 1 << 14;  // elements, at most
 struct UpdateTable {
-  Tensor pieces;  // (n, sizeof(UpdatePiece) / 4) i32, on the device
-  Dtype compute;  // of what computes: bf16, or acc
+  Tensor pieces;               // (n, sizeof(UpdatePiece) / 4) i32, on the device
+  Dtype compute = Dtype::f32;  // of what computes: bf16, or acc
   int64_t elements = 0;
   int64_t size() const { return pieces.dim(0); }
   const UpdatePiece* data() const { return static_cast<const UpdatePiece*>(pieces.raw()); }

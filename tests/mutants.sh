@@ -319,9 +319,9 @@ mutant faults a_part_of_a_trace_hides_a_wait \
 mutant faults a_trace_forgets_that_a_unit_is_freed \
   fsdp.cpp '/recorder.resharded/d' 4 immediate test_trace
 mutant faults a_later_stage_gathers_when_it_needs_a_unit \
-  fsdp.cpp 's/if \(!follows .. reshards/if (follows || reshards/' 4 immediate test_trace
+  fsdp.cpp 's/if \(!gathers_at_begin/if (gathers_at_begin/' 4 immediate test_trace
 mutant faults sums_stand_before_the_last_exchange \
-  trainer.cpp 's/sums_last = .*/sums_last = false;/' 4 immediate test_trace
+  trainer.cpp 's/sums_at_end = .*/sums_at_end = false;/' 4 immediate test_trace
 mutant faults a_trace_forgets_what_a_micro_batch_frees \
   support/recorder.cpp 's/(to_string\(of\),) bytes/\1 std::abs(bytes)/' 4 immediate test_trace
 

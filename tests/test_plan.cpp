@@ -72,7 +72,7 @@ TEST(the_simulators_times_are_the_earliest_that_a_schedule_allows) {
           const Action& a = s.at(stage, int(i));
           double& queue = free[a.kind == Action::exchange];
           double start = queue;
-          if (const auto input = transfer_of(s, stage, a, false);
+          if (const auto input = input_of(s, stage, a);
               a.kind != Action::exchange && input && input->peer != stage)
             start = std::max(start, moves.at({stage, *input}).end);
           for (const Transfer& x : a.transfers)

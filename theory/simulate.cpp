@@ -39,7 +39,7 @@ static std::vector<Action> needs_of(const Schedule& s, int stage, const Action& 
   if (a.kind != Action::forward)
     needs.push_back({a.kind == Action::weight_gradient ? Action::input_gradient : Action::forward,
                      a.microbatch, a.chunk});
-  if (const auto t = transfer_of(s, stage, a, false))
+  if (const auto t = input_of(s, stage, a))
     needs.push_back(t->peer != stage
                         ? exchange_of(*t)
                         : Action{parts[0].kind, t->microbatch, other_end(s, stage, *t).chunk});
@@ -101,9 +101,8 @@ static std::string wrong_part(const Schedule& s) {
         for (const auto kind : {Action::forward, Action::input_gradient, Action::weight_gradient}) {
           const Action a{kind, m, c};
           missing.insert(a);
-          for (const bool send : {false, true})
-            if (const auto t = transfer_of(s, stage, a, send); t && t->peer != stage)
-              missing.insert(exchange_of(*t));
+          for (const auto& t : {input_of(s, stage, a), output_of(s, stage, a)})
+            if (t && t->peer != stage) missing.insert(exchange_of(*t));
         }
     for (int i = 0; i < int(s.actions[stage].size()); i++)
       for (const Action& part : parts_of(s.at(stage, i)))

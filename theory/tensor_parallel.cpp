@@ -33,14 +33,14 @@ void TheoryOfRank::add_tensor_parallel() {
       const auto [by_inputs, by_outputs] = split_matrices(part);
       sums(purpose, m * (by_inputs + by_outputs));
       gathers(purpose, m * (by_inputs + by_outputs));
-      gathers(Traffic::again, m * by_outputs);  // of slices that were saved as inputs
-      if (is_block && config.recompute) {       // the forward once more
+      gathers(Traffic::gathered_again, m * by_outputs);  // of slices that were saved as inputs
+      if (is_block && config.recompute) {                // the forward once more
         sums(Traffic::recompute, m * by_inputs);
         gathers(Traffic::recompute, m * by_outputs);
       }
       for (const Param* p : part.params)
         if (p->partial)  // a rank's gradient is of its rows: summed before it leaves the rank
-          all_reduce(Traffic::partial, shards_gradients ? m : 1, p->numel() * g);
+          all_reduce(Traffic::partial_gradients, shards_gradients ? m : 1, p->numel() * g);
       if (part.kind != ModelPart::head) continue;
       all_reduce(Traffic::loss, m, R * g);      // maxima
       all_reduce(Traffic::loss, m, 2 * R * g);  // sums of exponentials, targets' logits

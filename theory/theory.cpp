@@ -17,7 +17,7 @@ Theory theory(const GptConfig& config, const Layout& layout, int rank,
   // a sum of squares for each parameter, over all ranks; the loss, of which ranks have the part of
   // their tokens, and one stage all
   sum_in_f64({t.mesh.world}, Traffic::norm, t.gpt.params().size());
-  sum_in_f64(t.mesh.that(&AxisKind::splits_batch), Traffic::loss, 1);
+  sum_in_f64(t.mesh.axes_where(&AxisKind::splits_batch), Traffic::loss, 1);
   sum_in_f64({t.cp, t.pp}, Traffic::loss, 1);
   return t.sum;
 }
