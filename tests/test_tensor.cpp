@@ -198,6 +198,12 @@ TEST(empty_tensors_are_allowed) {
   fill_random(a, 1, 2, 0.1f, {1, 4, 4, 2, 2});
   CHECK_EQ(download(a).size(), 0u);
   CHECK_EQ(a.bytes(), 0);
+  Tensor there({2}, Dtype::f32, Memory::data), nothing;
+  const Tensor moved = std::move(there);
+  for (const Tensor& t : {there, nothing}) {  // NOLINT: what is left of it
+    CHECK_EQ(t.numel(), 0);
+    CHECK(t.empty() && !t.raw() && !t.data<float>());
+  }
   measured("fill, cast, add, fill_random, download");
 }
 

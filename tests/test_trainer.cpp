@@ -194,6 +194,28 @@ TEST(every_sequence_is_read_once_and_uploaded_with_its_micro_batch_where_the_mod
 
 // ---- the profile
 
+TEST(a_batch_that_does_not_fit_is_refused) {
+  const GptConfig config = kConfig;
+  TrainerOptions options;
+  options.microbatch = 1;
+  options.batch = job().size * 2;
+  Mesh mesh = open_mesh({{"fsdp", job().size}});
+  Trainer trainer(mesh, config, options);
+  const auto all = [&](int last) {
+    return [&, last](int64_t) {
+      std::vector<int> tokens(config.context + 1);
+      tokens.back() = last;
+      return tokens;
+    };
+  };
+  CHECK_SAYS(trainer.read(all(int(config.vocab))), "no token 32");
+  CHECK_SAYS(trainer.read(all(-1)), "no token -1");
+  CHECK_EQ(trainer.read(all(int(config.vocab) - 1)).size(), 2u);
+  trainer.fsdp.begin_step(2);
+  CHECK_SAYS(trainer.fsdp.finish_backward(), "unfinished");
+  close_mesh(mesh);
+}
+
 TEST(a_profile_has_every_op_of_a_step_and_no_more_time_than_the_step) {
   double share = 1;
   each_setting([&](Mesh& mesh, const GptConfig& config, const TrainerOptions& options,
