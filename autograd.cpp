@@ -76,18 +76,19 @@ Tensor take(const std::shared_ptr<Tensor>& grad) {
 
 // ---- embedding
 
-Tokens::Tokens(int64_t B, int64_t length, const Positions& places, std::vector<int> in,
+Tokens::Tokens(int64_t B, int64_t T, const Positions& places, std::vector<int> in,
                std::vector<int> out, Range vocabulary)
-    : B(B), T(places.rows()), length(length), places(places) {
+    : B(B), T(T), places(places) {
+  const int64_t here = places.rows();
   for (std::vector<int>* tokens : {&in, &out}) {
-    ASSERT(tokens->empty() || int64_t(tokens->size()) == B * T);
+    ASSERT(tokens->empty() || int64_t(tokens->size()) == rows());
     for (int& t : *tokens)
       t = t >= vocabulary.begin && t < vocabulary.end ? t - vocabulary.begin : -1;
   }
   const std::vector<int> sorted = sort_rows(in);
   std::vector<int> at, all;
-  for (int64_t row = 0; T < length && row < int64_t(in.size()); row++)
-    at.push_back(places[row % T]);
+  for (int64_t row = 0; here < T && row < int64_t(in.size()); row++)
+    at.push_back(places[row % here]);
   for (const auto& part : {std::span<const int>(in), {out}, {sorted}, {at}})
     all.insert(all.end(), part.begin(), part.end());
   if (all.empty()) return;
@@ -105,7 +106,7 @@ Tokens::Tokens(int64_t B, int64_t length, const Positions& places, std::vector<i
 }
 
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
-  Var x{activation({tokens.B * tokens.T, wte.value.dim(1)}, wte.value.dtype())};
+  Var x{activation({tokens.rows(), wte.value.dim(1)}, wte.value.dtype())};
   embedding_forward(x.value, tokens.inputs, wte.value, wpe.value, tokens.T, tokens.positions);
   tape.push([tokens, &wte, &wpe, dx = x.grad] { embedding_backward(wte, wpe, take(dx), tokens); });
   return x;

@@ -122,23 +122,23 @@ enum class AttentionKind { plain, flash };
 
 // Tokens of one micro-batch, on the device and sorted for the embedding's backward.
 struct Tokens {
-  int64_t B = 0, T = 0;    // T of each sequence are on this rank
-  int64_t length = 0;      // of a whole sequence
-  Positions places;        // of the T tokens in it
+  int64_t B = 0, T = 0;    // sequences, and how long they are
+  Positions places;        // which tokens of each sequence are on this rank
   Tensor inputs, targets;  // (R) i32
   Tensor order;            // rows sorted by input token: see sort_rows
-  Tensor positions;        // (R) i32, of every row; empty: row % T
+  Tensor positions;        // (R) i32, of every row; empty: all tokens are here, and it is row % T
   int64_t only_row = -1;   // the head makes logits of this row alone; -1: of every row
   Tokens() = default;
-  // B sequences of `length` tokens, of which those at `places` are here, in one upload. Tokens
-  // outside this rank's part of the vocabulary become -1, the others count from its begin. Inputs,
-  // which the embedding reads, or targets, which the loss does, may be left out.
-  Tokens(int64_t B, int64_t length, const Positions& places, std::vector<int> inputs,
+  // In one upload. Tokens outside this rank's part of the vocabulary become -1, the others count
+  // from its begin. Inputs, which the embedding reads, or targets, which the loss does, may be left
+  // out.
+  Tokens(int64_t B, int64_t T, const Positions& places, std::vector<int> inputs,
          std::vector<int> targets, Range vocabulary);
   // all of their tokens
   Tokens(int64_t B, int64_t T, std::vector<int> inputs, std::vector<int> targets,
          Range vocabulary = {0, INT32_MAX})
       : Tokens(B, T, {{0, T}}, std::move(inputs), std::move(targets), vocabulary) {}
+  int64_t rows() const { return B * places.rows(); }  // R
 };
 
 // c = op(a) op(b) + beta c, of whole matrices: what the linear layers are made of

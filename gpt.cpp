@@ -138,7 +138,7 @@ std::vector<ModelPiece> Gpt::pieces(int positions) const {
 Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& tokens,
              const Attend& attend) {
   ASSERT(config.kv() == config.heads && config.hidden() == 4 * config.width);
-  const int64_t B = tokens.B, T = tokens.length, R = B * tokens.T, H = tp.part(config.heads).size(),
+  const int64_t B = tokens.B, T = tokens.T, R = tokens.rows(), H = tp.part(config.heads).size(),
                 row = tokens.only_row;
   if (part.kind == ModelPart::embedding) return tp.embedding(tape, tokens, wte, wpe);
 

@@ -149,7 +149,7 @@ Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w) {
 Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
   if (axis_.size == 1) return ::embedding(tape, tokens, wte, wpe);
   const Purpose purpose(Traffic::embedding);
-  const int64_t R = tokens.B * tokens.T, C = wte.value.dim(1);
+  const int64_t R = tokens.rows(), C = wte.value.dim(1);
   const Tensor partial = for_partial_sums(R, C, wte.value.dtype());
   // The token's owner writes its row of wte plus the position; the other ranks write zeros.
   embedding_forward(partial.part(0, {R, C}), tokens.inputs, wte.value, wpe.value, tokens.T,

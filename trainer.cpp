@@ -100,7 +100,7 @@ Var Trainer::forward(Tape& tape, int chunk, Var x, const Tokens& tokens) {
 Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale) {
   Var y = forward(tape, chunk, x, tokens);
   if (!has_head(pieces_[chunk])) return y;
-  scale /= gpt.cp.copies(tokens.length);
+  scale /= gpt.cp.copies(tokens.T);
   recorder.enter("forward", "loss");
   gpt.tp.cross_entropy(tape, std::move(y), tokens.targets, gpt.config.vocab, scale, total_);
   return {};
@@ -214,7 +214,7 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
     and_target.push_back(0);
     return and_target;
   });
-  batch.only_row = batch.T - 1;
+  batch.only_row = batch.rows() - 1;
   Tensor next({1, V}, gpt.config.dtype, Memory::workspace);
   fill(next, 0);  // what a rank has that does not have the head
   pipeline.forward(activation(1, n), gpt.config.dtype, 1,

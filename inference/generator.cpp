@@ -26,7 +26,7 @@ Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int
 
 // Through this stage. On the last one logits come out: of tokens.only_row, or of every row.
 Generator::Logits Generator::forward(const Tokens& tokens, const Gpt::Attend& attend) {
-  const int64_t rows = tokens.B * tokens.T, V = gpt.config.vocab;
+  const int64_t rows = tokens.rows(), V = gpt.config.vocab;
   Logits logits;
   pipeline_.forward({rows, gpt.config.width}, gpt.config.dtype, 1,
                     [&](Tape& tape, int, Var x, int) {

@@ -178,8 +178,8 @@ TEST(every_sequence_is_read_once_and_uploaded_with_its_micro_batch_where_the_mod
     CHECK_EQ(std::set<int64_t>(read.begin(), read.end()).size(), read.size(), name);
     CHECK_EQ(int64_t(batch.size()), schedule.microbatches, name);
     for (const Tokens& tokens : batch) {
-      CHECK_EQ(tokens.length, config.context);
-      const int64_t rows = tokens.B * tokens.T;
+      CHECK_EQ(tokens.T, config.context);
+      const int64_t rows = tokens.rows();
       CHECK_EQ(tokens.inputs.empty() ? 0 : tokens.inputs.numel(), first ? rows : 0, name);
       CHECK_EQ(tokens.targets.empty() ? 0 : tokens.targets.numel(), last ? rows : 0, name);
       if (!first || !last) continue;
