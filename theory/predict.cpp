@@ -19,7 +19,7 @@ struct ChunkTimes {
   double sent = 0;       // bytes of an activation
 };
 
-class RankWork : public TheoryOfChunk {
+class RankWork : public TheoryOfChunk, Issue {
  public:
   // Of a model of one block, which is used as often as the chunk has blocks. What is sent over the
   // first `free_axes` of kAxes takes no time. For `follows` see Fsdp.
@@ -80,21 +80,15 @@ class RankWork : public TheoryOfChunk {
     double put_off = 0;  // seconds of weight gradients
   };
 
-  // ---- issuing to the two queues: when it ends
+  // ---- issuing to the two queues
+  // when it ends
   double send(const Link& over, Collective c, double bytes) {
-    if (over.ranks == 1) return 0;
-    const double seconds = over.seconds(c, bytes);
-    beside += seconds;
-    return issue.communicate(seconds);
+    return over.ranks == 1 ? 0 : communicate(over.seconds(c, bytes));
   }
-  void wait_for(double sent) { awaited = std::max(awaited, sent); }  // the next computation
-  void compute(double seconds) { beside -= issue.compute(seconds, awaited); }
+  // of a phase: how long it took, and longer where something travelled beside computations
   double end_phase() {
-    compute(0);
-    const double hidden = beside - issue.left(), took = issue.computed() - began;
-    began = issue.computed();
-    beside = issue.left();
-    return took + (1 - cluster.overlap) * hidden;
+    const double now = computed() + (1 - cluster.overlap) * overlapped();
+    return now - std::exchange(began, now);
   }
   double product(double m, double n, double k, double batch = 1) const {
     return product_seconds(cluster, m, n, k, batch, e);
@@ -276,10 +270,8 @@ class RankWork : public TheoryOfChunk {
   std::map<int, Unit> units;
   std::vector<Use> uses;
   const Unit* summing = nullptr;  // the last whose sum nobody has waited for: sums end in order
-  Issue issue;
-  double awaited = 0;            // when it ends
-  double began = 0, beside = 0;  // the phase; what travels from then on and was not waited for
-  double put_off = 0;            // of this use
+  double began = 0;               // the phase
+  double put_off = 0;             // of this use
 };
 
 }  // namespace
