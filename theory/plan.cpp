@@ -55,7 +55,6 @@ class Search : Predictor {
         for (const int64_t b : those(divisors(wanted.batch), wanted.microbatch))
           for (const bool by_rows : tp == 1 ? std::vector{false} : wanted.by_rows)
             for (const bool recompute : wanted.recomputes) {
-              costs.clear();
               job.layout["cp"] = cp;
               job.layout["tp"] = tp;
               job.microbatch = b;
@@ -97,30 +96,25 @@ class Search : Predictor {
 
   void for_shards(TrainingJob job, const Schedule& s, int64_t data) {
     const auto chunks = chunks_of(s);
-    const bool splits = s.row->splits_backward;
-    // by what a stage has: the most that its backwards keep; and the bound of the step's time
-    std::map<ChunkKind, int64_t> activations;
-    double bound = 0, before = 0, busiest = 0;
+    const TheoryOfChunk each(job, {1, 1, 1});  // of the kinds of parts
+    std::map<ChunkKind, int64_t> activations;  // by what a stage has, the most that they keep
     for (int stage = 0; stage < s.stages; stage++) {
-      ChunkKind all{0, false, false};
+      ChunkKind all{};
       std::vector<Kept> bytes;
-      double busy = 0;
       for (const ChunkKind& c : chunks[stage]) {
-        all.blocks += c.blocks;
-        all.embedding |= c.embedding;
-        all.head |= c.head;
-        const auto cost = cost_of(job, c, splits);
-        bytes.push_back({int64_t(cost[3]), int64_t(cost[4])});
-        busy += cost[0] + cost[1] + cost[2];
+        std::ranges::transform(all, c, all.begin(), std::plus());
+        Kept& sum = bytes.emplace_back(Kept{0, 0});
+        for (const ModelPart& part : each.pieces[0]) {
+          const auto [forward, input_gradient] = each.kept(part);
+          sum.forward += c[part.kind] * forward;
+          sum.input_gradient += c[part.kind] * input_gradient;
+        }
       }
       int64_t& most = activations[all];
       most = std::max(most, peak(s, stage, bytes));
-      busiest = std::max(busiest, s.microbatches * busy);
-      bound = std::max(bound, before + s.microbatches * busy);
-      const auto first = cost_of(job, chunks[stage][0], splits);
-      before += first[0] + (splits ? 0 : first[1]);
     }
-    bound = busiest + (bound - busiest) / cluster.sharing;
+    job.layout["fsdp"] = data;  // the largest, with which the optimizer is fastest
+    const double bound = step(job, 0, AxisName("cp").index).seconds;
     for (const int64_t fsdp : sizes("fsdp", data, data)) {
       job.layout["fsdp"] = fsdp;
       job.layout["replicate"] = data / fsdp;
@@ -131,7 +125,7 @@ class Search : Predictor {
           job.fsdp = {zero, reshard, wanted.fsdp.prefetch};
           Planned p{job, {bound}};
           for (const auto& [kind, kept] : activations)
-            p.memory = std::max(p.memory, kept + held(job, kind, splits));
+            p.memory = std::max(p.memory, kept + held(job, kind));
           result.layouts++;
           const bool fits = p.memory <= cluster.memory;
           result.fitting += fits;
@@ -142,18 +136,11 @@ class Search : Predictor {
   }
 
   // ---- what theory says, asked once for each kind
-  // of a chunk (predict.h): that of one with one block, and a block's for each more
-  std::valarray<double> cost_of(const TrainingJob& job, const ChunkKind& c, bool splits) {
-    auto& of_one = costs[{splits, c.embedding, c.head}];
-    if (of_one.size() == 0) of_one = chunk_costs(job, {1, c.embedding, c.head});
-    if (c.blocks == 1) return of_one;
-    return of_one + double(c.blocks - 1) * cost_of(job, {1, false, false}, splits);
-  }
   // bytes between steps, and of whole units
-  int64_t held(const TrainingJob& job, const ChunkKind& kind, bool splits) {
+  int64_t held(const TrainingJob& job, const ChunkKind& kind) {
     const auto& [zero, reshard, prefetch] = job.fsdp;
     int64_t& bytes = held_[{job.layout["tp"], job.layout["fsdp"] * job.layout["cp"], zero, reshard,
-                            splits, kind}];
+                            schedule_row(job.schedule).splits_backward, kind}];
     if (bytes > 0) return bytes;
     TheoryOfChunk t(job, kind);
     t.add_fsdp();
@@ -194,7 +181,6 @@ class Search : Predictor {
   const Wanted& wanted;
   std::vector<Planned> candidates;
   Plan result;
-  std::map<std::array<bool, 3>, std::valarray<double>> costs;  // splits, embedding, head
   std::map<std::tuple<int64_t, int64_t, int, bool, bool, ChunkKind>, int64_t> held_;
   std::map<std::tuple<const char*, int, int, int>, Schedule> schedules_;
 };

@@ -2,6 +2,7 @@
 #include "theory/predict.h"
 
 #include <algorithm>
+#include <numeric>
 
 // ---- a rank's part of one micro-batch, as it is issued
 
@@ -25,13 +26,13 @@ class RankWork : public TheoryOfChunk, Issue {
   // first `free_axes` of kAxes takes no time. For `follows` see Fsdp.
   RankWork(const Cluster& cluster, const TrainingJob& job, const ChunkKind& chunk, size_t free_axes,
            bool follows)
-      : TheoryOfChunk(job, {1, chunk.embedding, chunk.head}),
+      : TheoryOfChunk(job, {chunk[0], 1, chunk[2]}),
         cluster(cluster),
         free_axes(free_axes),
         follows(follows) {
     const auto all = units_of(params_of(pieces));
     for (const ModelPart& part : pieces[0]) {
-      const int first = uses.size(), times = part.kind == ModelPart::block ? chunk.blocks : 1;
+      const int first = uses.size(), times = chunk[part.kind];
       uses.resize(first + times, Use{&part});
       for (const auto& [number, params] : units_of(part.params)) {
         const double elements = padded_unit(all.at(number), fsdp.size);
@@ -287,18 +288,10 @@ static GptConfig of_blocks(GptConfig config, int64_t blocks) {
 }
 
 TheoryOfChunk::TheoryOfChunk(const TrainingJob& job, const ChunkKind& chunk)
-    : TheoryOfRank{of_blocks(job, chunk.blocks), job, last_of_stage(job.layout),
+    : TheoryOfRank{of_blocks(job, chunk[ModelPart::block]), job, last_of_stage(job.layout),
                    Schedule{&schedule_row(job.schedule)}} {
-  pieces = {gpt.parts().subspan(!chunk.embedding, chunk.blocks + chunk.embedding + chunk.head)};
-}
-
-std::valarray<double> Predictor::chunk_costs(const TrainingJob& job, const ChunkKind& chunk) {
-  RankWork work(cluster, job, chunk, 0, false);
-  const ChunkTimes times = work.run(3);
-  const double* middle = times.of[kMiddle];
-  const Kept kept = work.kept_of(work.pieces[0]);
-  return {middle[Action::forward], middle[Action::backward] + middle[Action::input_gradient],
-          middle[Action::weight_gradient], double(kept.forward), double(kept.input_gradient)};
+  pieces = {
+      gpt.parts().subspan(!chunk[ModelPart::embedding], std::reduce(chunk.begin(), chunk.end()))};
 }
 
 // ---- the step
@@ -307,9 +300,8 @@ std::vector<std::vector<ChunkKind>> Predictor::chunks_of(const Schedule& s) cons
   std::vector<std::vector<ChunkKind>> kinds(s.stages);
   int position = 0;
   for (const ModelPiece& piece : gpt_.pieces(s.positions())) {
-    const bool embedding = has_embedding(piece), head = has_head(piece);
-    kinds[s.stage_of(position++)].push_back(
-        {int64_t(piece.size()) - embedding - head, embedding, head});
+    ChunkKind& kind = kinds[s.stage_of(position++)].emplace_back();
+    for (const ModelPart& part : piece) kind[part.kind]++;
   }
   return kinds;
 }
@@ -355,7 +347,6 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
     busiest = std::max(busiest, busy + tails[stage]);
     bound = std::max(bound, forwards + busy + backwards);
     late = std::max(late, gathers - forwards);
-    if (busiest > limit) break;  // other stages do not matter
     const ChunkTimes& first = times_of(stage, 0);
     forwards += first.of[kFirst][Action::forward];
     backwards += first.of[s.microbatches > 1 ? kLast : kFirst][Action::backward];
