@@ -62,8 +62,8 @@ class Search : Predictor {
               job.recompute = recompute;
               for (const int64_t pp : sizes("pp", ranks / tp / cp, wanted.layers)) {
                 job.layout["pp"] = pp;
-                const int64_t data = ranks / tp / cp / pp;
-                if (job.batch % (data * b) == 0) for_schedules(job, data);
+                job.layout["fsdp"] = ranks / tp / cp / pp;
+                if (job.batch % (job.layout["fsdp"] * b) == 0) for_schedules(job);
               }
             }
     return fastest(top);
@@ -76,28 +76,29 @@ class Search : Predictor {
     return all;
   }
 
-  void for_schedules(TrainingJob job, int64_t data) {
-    const int pp = job.layout["pp"], m = job.batch / data / job.microbatch;
+  void for_schedules(TrainingJob job) {
+    const int pp = job.layout["pp"];
     for (const std::string& name :
          pp == 1 ? std::vector<std::string>{"1f1b"} : those(schedule_names(), wanted.schedule)) {
       const ScheduleRow& row = schedule_row(name);
-      if (m % row.divisor(pp)) continue;
       const int asked = pp > 1 ? wanted.chunks : 0;
       std::vector<int> chunks = those({row.chunks()}, asked);
       if (row.place == Place::ring) chunks = asked ? std::vector{asked} : std::vector{2, 3, 4};
       for (const int V : chunks) {
-        if (pp * V > wanted.layers || pp * V * int64_t(m) > kMostForwards) continue;
         job.schedule = name;
         job.chunks = V;
-        for_shards(job, Schedule{&row, pp, m, V}, data);
+        const Schedule s = outline_of(job, job.layout);
+        if (s.microbatches % row.divisor(pp) == 0 && s.positions() <= wanted.layers &&
+            int64_t(s.positions()) * s.microbatches <= kMostForwards)
+          for_shards(job, s);
       }
     }
   }
 
-  void for_shards(TrainingJob job, const Schedule& s, int64_t data) {
+  void for_shards(TrainingJob job, const Schedule& s) {
     const auto chunks = chunks_of(s);
-    const TheoryOfChunk each(job, {1, 1, 1});  // of the kinds of parts
-    std::map<ChunkKind, int64_t> activations;  // by what a stage has, the most that they keep
+    const TheoryOfChunk each(job, {1, 1, 1});           // of the kinds of parts
+    std::vector<std::pair<ChunkKind, int64_t>> stages;  // what each has, and its activations
     for (int stage = 0; stage < s.stages; stage++) {
       ChunkKind all{};
       std::vector<Kept> bytes;
@@ -110,11 +111,11 @@ class Search : Predictor {
           sum.input_gradient += c[part.kind] * input_gradient;
         }
       }
-      int64_t& most = activations[all];
-      most = std::max(most, peak(s, stage, bytes));
+      stages.push_back({all, peak(s, stage, bytes)});
     }
-    job.layout["fsdp"] = data;  // the largest, with which the optimizer is fastest
+    // nothing else takes time to send, and the optimizer's state has the most shards
     const double bound = step(job, 0, AxisName("cp").index).seconds;
+    const int64_t data = job.layout["fsdp"];
     for (const int64_t fsdp : sizes("fsdp", data, data)) {
       job.layout["fsdp"] = fsdp;
       job.layout["replicate"] = data / fsdp;
@@ -124,7 +125,7 @@ class Search : Predictor {
         for (const bool reshard : zero < 3 ? std::vector{true} : wanted.reshard) {
           job.fsdp = {zero, reshard, wanted.fsdp.prefetch};
           Planned p{job, {bound}};
-          for (const auto& [kind, kept] : activations)
+          for (const auto& [kind, kept] : stages)
             p.memory = std::max(p.memory, kept + held(job, kind));
           result.layouts++;
           const bool fits = p.memory <= cluster.memory;

@@ -12,20 +12,19 @@ enum { kFirst, kMiddle, kLast };  // micro-batches of a step
 int which(int microbatch, int of) {
   return microbatch == 0 ? kFirst : microbatch == of - 1 ? kLast : kMiddle;
 }
-struct ChunkTimes {
+
+// How long the rank takes that TheoryOfChunk is of, in a step.
+class RankWork : public TheoryOfChunk, Issue {
+ public:
   double of[3][4] = {};  // which micro-batch, Action::Kind
   double gathers = 0;    // of the step, while the first activation is on its way
   double tail = 0;       // behind the last backward: sums of gradients
   double optimizer = 0;  // then
-  double sent = 0;       // bytes of an activation
-};
 
-class RankWork : public TheoryOfChunk, Issue {
- public:
   // Of a model of one block, which is used as often as the chunk has blocks. What is sent over the
   // first `free_axes` of kAxes takes no time. For `follows` see Fsdp.
   RankWork(const Cluster& cluster, const TrainingJob& job, const ChunkKind& chunk, size_t free_axes,
-           bool follows)
+           bool follows, int microbatches)
       : TheoryOfChunk(job, {chunk[0], 1, chunk[2]}),
         cluster(cluster),
         free_axes(free_axes),
@@ -41,20 +40,16 @@ class RankWork : public TheoryOfChunk, Issue {
               &units.try_emplace(number + i, Unit{elements, first + i}).first->second);
       }
     }
-  }
-
-  ChunkTimes run(int microbatches) {
-    ChunkTimes times{.sent = double(activation)};
     const bool ahead = follows && !reshards && profile.overlaps && options.fsdp.prefetch > 0;
     for (auto& [key, unit] : units) {
       unit.gathered = ahead;
-      if (ahead) times.gathers += over_fsdp.seconds(Collective::all_gather, unit.elements * e);
+      if (ahead) gathers += over_fsdp.seconds(Collective::all_gather, unit.elements * e);
       const double bytes = unit.elements / fsdp.size * profile.optimizer_bytes;
-      times.optimizer += move_seconds(cluster, bytes, 4);
+      optimizer += move_seconds(cluster, bytes, 4);
     }
     const int n = std::min(microbatches, 3);
     for (int i = 0; i < n; i++) {
-      double* phases = times.of[which(i, n)];
+      double* phases = of[which(i, n)];
       is_last = i == n - 1;
       for (size_t u = 0; u < uses.size(); u++) forward(u);
       phases[Action::forward] = end_phase();
@@ -64,8 +59,7 @@ class RankWork : public TheoryOfChunk, Issue {
       phases[Action::weight_gradient] = end_phase();
     }
     end_step();
-    times.tail = end_phase();
-    return times;
+    tail = end_phase();
   }
 
  private:
@@ -176,22 +170,22 @@ class RankWork : public TheoryOfChunk, Issue {
     if (kind == ModelPart::embedding) {
       compute(move(2 * R * C, 1));
       wait_for(tp_sum());
-      return;
+    } else {
+      wait_for(tp_gather());
+      compute(move(2 * S * C, 1) + product(R, V, C) + move(profile.forward.logits * R * V, 4));
+      wait_for(send(over_tp, Collective::all_reduce, 3 * R * g));
     }
-    wait_for(tp_gather());
-    compute(move(2 * S * C, 1) + product(R, V, C) + move(profile.forward.logits * R * V, 4));
-    wait_for(send(over_tp, Collective::all_reduce, 3 * R * g));
   }
   void part_backward(ModelPart::Kind kind) {
     if (kind == ModelPart::block) return block_backward();
     if (kind == ModelPart::embedding) {
       wait_for(tp_gather());
       compute(move(3 * R * C, 1));
-      return;
+    } else {
+      compute(move(profile.backward.logits * R * V, 2));
+      column_backward(V);
+      compute(move(4 * S * C, 1));
     }
-    compute(move(profile.backward.logits * R * V, 2));
-    column_backward(V);
-    compute(move(4 * S * C, 1));
   }
 
   // ---- FSDP around them: the names are those of fsdp.cpp
@@ -199,7 +193,7 @@ class RankWork : public TheoryOfChunk, Issue {
     for (int k = 0; k <= options.fsdp.prefetch; k++) {
       const int next = use + k * direction;
       if (next < 0 || next >= int(uses.size())) break;
-      if (direction < 0 && uses[next].part->backward != Backward::unshards) continue;
+      if (direction < 0 && uses[next].part->backward == Backward::nothing) continue;
       for (Unit* u : uses[next].units)
         if (!std::exchange(u->gathered, true))
           u->arrived = send(over_fsdp, Collective::all_gather, u->elements * e);
@@ -216,7 +210,7 @@ class RankWork : public TheoryOfChunk, Issue {
     if (uses[use].part->backward != Backward::keeps) reshard(use);
   }
   void backward(int use) {
-    if (uses[use].part->backward != Backward::nothing) unshard(use, -1);
+    unshard(use, -1);
     part_backward(uses[use].part->kind);
     uses[use].put_off = std::exchange(put_off, 0);
     if (!splits) reduce_gradients(use);
@@ -243,7 +237,7 @@ class RankWork : public TheoryOfChunk, Issue {
     const Unit* u = std::exchange(summing, nullptr);
     if (!u) return;
     wait_for(u->reduced);
-    compute(shards_gradients ? move_seconds(cluster, 3 * u->elements / fsdp.size * g, 1) : 0);
+    if (shards_gradients) compute(move_seconds(cluster, 3 * u->elements / fsdp.size * g, 1));
   }
   void end_step() {
     finish_reduce();
@@ -319,13 +313,11 @@ static double exchange_seconds(const Cluster& c, const TrainingJob& job, double 
 Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axes) {
   const Schedule s = outline_of(job, job.layout);
   const auto kinds = chunks_of(s);
-  std::map<std::pair<bool, ChunkKind>, ChunkTimes> times;
-  const auto times_of = [&](int stage, int chunk) -> const ChunkTimes& {
-    const auto [at, is_new] = times.try_emplace({stage > 0, kinds[stage][chunk]});
-    if (is_new)
-      at->second =
-          RankWork(cluster, job, kinds[stage][chunk], free_axes, stage > 0).run(s.microbatches);
-    return at->second;
+  std::map<std::pair<bool, ChunkKind>, RankWork> works;
+  const auto work_of = [&](int stage, int chunk) -> const RankWork& {
+    const std::pair key(stage > 0, kinds[stage][chunk]);
+    return works.try_emplace(key, cluster, job, key.second, free_axes, key.first, s.microbatches)
+        .first->second;
   };
   Prediction result;
   // the busiest stage, and a bound: a stage begins behind the first forward of those before it,
@@ -336,18 +328,18 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
   for (int stage = 0; stage < s.stages; stage++) {
     double busy = 0, gathers = 0, optimizer = 0;
     for (int chunk = 0; chunk < s.chunks; chunk++) {
-      const ChunkTimes& t = times_of(stage, chunk);
-      tails[stage] += t.tail;
-      gathers += t.gathers;
-      optimizer += t.optimizer;
+      const RankWork& work = work_of(stage, chunk);
+      tails[stage] += work.tail;
+      gathers += work.gathers;
+      optimizer += work.optimizer;
       for (const int which : {kFirst, kMiddle, kLast})
-        for (const double seconds : t.of[which]) busy += count[which] * seconds;
+        for (const double seconds : work.of[which]) busy += count[which] * seconds;
     }
     result.optimizer = std::max(result.optimizer, optimizer);
     busiest = std::max(busiest, busy + tails[stage]);
     bound = std::max(bound, forwards + busy + backwards);
     late = std::max(late, gathers - forwards);
-    const ChunkTimes& first = times_of(stage, 0);
+    const RankWork& first = work_of(stage, 0);
     forwards += first.of[kFirst][Action::forward];
     backwards += first.of[s.microbatches > 1 ? kLast : kFirst][Action::backward];
   }
@@ -368,7 +360,7 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
     // where nothing overlaps, a computation first takes what comes, and then hands on its result
     const double exchange = free_axes > AxisName("pp").index
                                 ? 0
-                                : exchange_seconds(cluster, job, times.begin()->second.sent),
+                                : exchange_seconds(cluster, job, works.begin()->second.activation),
                  exposed = cluster.profile.overlaps ? 0 : exchange;
     const auto makespan = [&](int m) {
       auto& [schedule, tasks] = pipelines_[{s.row, s.stages, m, s.chunks}];
@@ -382,7 +374,7 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
           (task++)->duration =
               a.kind == Action::exchange
                   ? exchange - exposed
-                  : times_of(stage, a.chunk).of[which(a.microbatch, m)][a.kind] + exposed;
+                  : work_of(stage, a.chunk).of[which(a.microbatch, m)][a.kind] + exposed;
         (task - 1)->duration += tails[stage];
       }
       return std::ranges::max(run(tasks), {}, &Span::end).end;
