@@ -186,7 +186,7 @@ TEST(tasks_that_wait_for_each_other_are_refused) {
                                   {1, Queue::compute, 1, -1, {0}}};
   CHECK_SAYS(run(crossed), "wait for each");
   CHECK_EQ(run(crossed, true)[0].start, 0);
-  CHECK_EQ(run(crossed, true)[3].start, -1);
+  CHECK_EQ(run(crossed, true)[3].start, INFINITY);
 }
 
 // ---- against published tables
