@@ -89,7 +89,7 @@ Machine read_machine(const std::string& name) {
   return parse_machine(name, read_file(name));
 }
 
-constexpr double kTera = 1e12, kGiga = 1e9, kMicro = 1e-6, kGiB = 1024.0 * 1024 * 1024;
+constexpr double kTera = 1e12, kGiga = 1e9, kMicro = 1e-6;
 
 Machine parse_machine(const std::string& name, const std::string& text) {
   Machine m;
@@ -227,10 +227,8 @@ Machine measure_machine(int64_t ranks) {
        << " : measured now\nsharing " << 1 / share << " : measured now\noverlap 1 : not measured\n";
   Machine like;  // has the same links
   if (gpu) {
-    int ordinal = 0;
     cudaDeviceProp properties;
-    CUDA_CHECK(cudaGetDevice(&ordinal));
-    CUDA_CHECK(cudaGetDeviceProperties(&properties, ordinal));
+    CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
     text << "multiprocessors " << properties.multiProcessorCount << " : the driver's\nmemory "
          << properties.totalGlobalMem / kGiB << " : the driver's\n";
     like = read_machine(links_of(device().name));

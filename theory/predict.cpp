@@ -344,7 +344,6 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
     backwards += first.of[s.microbatches > 1 ? kLast : kFirst][Action::backward];
   }
 
-  result.computing = busiest;
   result.seconds = busiest + result.optimizer;
   if (s.stages == 1) return result;
 
