@@ -317,7 +317,7 @@ void show(PlanOptions& o) {
 int main(int argc, char** argv) {
   try {
     PlanOptions o, defaults;
-    for (int64_t& size : o.layout.sizes) size = 0;
+    o.layout.sizes.fill(0);
     o.given = parse(argc, argv, table(o));
     if (o.help)
       printf("%s", help_text("usage: build/plan [options]\n"

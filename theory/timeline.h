@@ -26,7 +26,7 @@ struct Span {
 };
 
 // Of each task; that of what ranks do together begins where its rank has come to it. Where tasks
-// wait for each other there is an Error, or, if they may, what never begins or ends does so at infinity.
+// wait for each other there is an Error, or, if they may, what never begins or ends is infinite.
 std::vector<Span> run(const std::vector<Task>& tasks, bool may_wait = false);
 
 // The same of one rank alone: its tasks wait for earlier ones, so each has its times at once.
