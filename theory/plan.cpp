@@ -96,20 +96,14 @@ class Search : Predictor {
   }
 
   void for_shards(TrainingJob job, const Schedule& s) {
-    const auto chunks = chunks_of(s);
-    const TheoryOfChunk each(job, {1, 1, 1});           // of the kinds of parts
+    const TheoryOfChunk any(job, {1, 1, 1});            // says what parts of all kinds keep
     std::vector<std::pair<ChunkKind, int64_t>> stages;  // what each has, and its activations
     for (int stage = 0; stage < s.stages; stage++) {
       ChunkKind all{};
       std::vector<Kept> bytes;
-      for (const ChunkKind& c : chunks[stage]) {
-        std::ranges::transform(all, c, all.begin(), std::plus());
-        Kept& sum = bytes.emplace_back(Kept{0, 0});
-        for (const ModelPart& part : each.pieces[0]) {
-          const auto [forward, input_gradient] = each.kept(part);
-          sum.forward += c[part.kind] * forward;
-          sum.input_gradient += c[part.kind] * input_gradient;
-        }
+      for (const ModelPiece& piece : pieces_of(gpt, s, stage)) {
+        for (const ModelPart& part : piece) all[part.kind]++;
+        bytes.push_back(any.kept_of(piece));
       }
       stages.push_back({all, peak(s, stage, bytes)});
     }
@@ -128,9 +122,7 @@ class Search : Predictor {
           for (const auto& [kind, kept] : stages)
             p.memory = std::max(p.memory, kept + held(job, kind));
           result.layouts++;
-          const bool fits = p.memory <= cluster.memory;
-          result.fitting += fits;
-          if (fits) candidates.push_back(p);
+          if (p.memory <= cluster.memory) candidates.push_back(p);
           else if (!result.smallest || p.memory < result.smallest->memory) result.smallest = p;
         }
     }
@@ -164,6 +156,7 @@ class Search : Predictor {
 
   // from the lowest bound on
   Plan fastest(int64_t top) {
+    result.fitting = candidates.size();
     std::ranges::stable_sort(candidates, {}, &Planned::seconds);
     auto& best = result.fastest;
     for (Planned& p : candidates) {

@@ -290,16 +290,6 @@ TheoryOfChunk::TheoryOfChunk(const TrainingJob& job, const ChunkKind& chunk)
 
 // ---- the step
 
-std::vector<std::vector<ChunkKind>> Predictor::chunks_of(const Schedule& s) const {
-  std::vector<std::vector<ChunkKind>> kinds(s.stages);
-  int position = 0;
-  for (const ModelPiece& piece : gpt_.pieces(s.positions())) {
-    ChunkKind& kind = kinds[s.stage_of(position++)].emplace_back();
-    for (const ModelPart& part : piece) kind[part.kind]++;
-  }
-  return kinds;
-}
-
 // Of an activation between two stages, over one card.
 static double exchange_seconds(const Cluster& c, const TrainingJob& job, double bytes) {
   const int64_t pp = job.layout["pp"], tp = job.layout["tp"], stride = job.layout.ranks() / pp;
@@ -312,11 +302,14 @@ static double exchange_seconds(const Cluster& c, const TrainingJob& job, double 
 
 Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axes) {
   const Schedule s = outline_of(job, job.layout);
-  const auto kinds = chunks_of(s);
+  const std::vector<ModelPiece> pieces = gpt.pieces(s.positions());
   std::map<std::pair<bool, ChunkKind>, RankWork> works;
   const auto work_of = [&](int stage, int chunk) -> const RankWork& {
-    const std::pair key(stage > 0, kinds[stage][chunk]);
-    return works.try_emplace(key, cluster, job, key.second, free_axes, key.first, s.microbatches)
+    const ModelPiece piece = pieces[s.position(stage, chunk)];
+    const bool follows = stage > 0, embedding = has_embedding(piece), head = has_head(piece);
+    const ChunkKind kind{embedding, int64_t(piece.size()) - embedding - head, head};
+    return works
+        .try_emplace({follows, kind}, cluster, job, kind, free_axes, follows, s.microbatches)
         .first->second;
   };
   Prediction result;

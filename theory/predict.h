@@ -37,21 +37,19 @@ struct Prediction {
 class Predictor {
  public:
   Predictor(const Cluster& cluster, const ModelSize& model)
-      : cluster(cluster), gpt_(GptConfig{model}) {}
+      : cluster(cluster), gpt(GptConfig{model}) {}
   Prediction predict(const TrainingJob& job);
   // The same without `waiting`, where what is sent over so many of the first of kAxes takes no
   // time. Where it takes as long as the limit for certain, its pipeline is not run: a bound.
   Prediction step(const TrainingJob& job, double limit = INFINITY, size_t free_axes = 0);
-  // of each stage
-  std::vector<std::vector<ChunkKind>> chunks_of(const Schedule& outline) const;
 
   const Cluster cluster;
+  const Gpt gpt;  // its pieces
 
  private:
   // with their tasks, which are in the order of the actions and of any durations
   std::map<std::tuple<const ScheduleRow*, int, int, int>, std::pair<Schedule, std::vector<Task>>>
       pipelines_;
-  Gpt gpt_;  // its pieces
 };
 
 // How long one more token of each of `sequences` takes that have `length` tokens in the cache:
