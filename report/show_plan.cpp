@@ -131,7 +131,7 @@ Json json_of(const Cluster& cluster, const Planned& p) {
           {"mfu", tokens * flops_per_token(p) / p.layout.ranks() / peak},
           {"seconds", seconds},
           {"memory_stage", a.stage},
-          {"memory_rank", p.layout.ranks() / p.layout["pp"] * (a.stage + 1) - 1},
+          {"memory_rank", a.rank},
           {"memory", memory},
           {"memory_bytes", a.bytes},
           {"sent_bytes", a.sent}};

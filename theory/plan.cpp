@@ -9,13 +9,13 @@ Account account(const TrainingJob& job) {
   Account result;
   const int64_t ranks = job.layout.ranks(), pp = job.layout["pp"];
   for (int stage = 0; stage < pp; stage++) {
-    // the last rank of a stage has the largest part of everything
-    const Theory t = theory(job, job.layout, ranks / pp * (stage + 1) - 1, job);
+    const int rank = ranks / pp * (stage + 1) - 1;  // its last has the largest part of everything
+    const Theory t = theory(job, job.layout, rank, job);
     auto memory = t.persistent;
     memory[int(Memory::gather)] = t.gather_bound;
     memory[int(Memory::activations)] = t.activations;
     const int64_t bytes = std::reduce(memory.begin(), memory.end());
-    if (bytes > result.bytes) result = {stage, bytes, memory, result.sent};
+    if (bytes > result.bytes) result = {stage, rank, bytes, memory, result.sent};
     std::map<std::string, int64_t> sent;
     for (const auto& [key, row] : t.step.rows) sent[std::get<0>(key)] += row.bytes();
     for (const auto& [axis, most] : sent) result.sent[axis] = std::max(result.sent[axis], most);
@@ -167,8 +167,8 @@ class Search : Predictor {
       best.insert(std::ranges::upper_bound(best, p.seconds, {}, &Planned::seconds), p);
       if (int64_t(best.size()) > top) best.pop_back();
     }
-    for (Planned& p : best) static_cast<Prediction&>(p) = predict(p);
-    if (result.smallest) static_cast<Prediction&>(*result.smallest) = predict(*result.smallest);
+    for (Planned& p : best) p = predict(p);
+    if (result.smallest) *result.smallest = predict(*result.smallest);
     return result;
   }
 

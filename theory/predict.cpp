@@ -62,6 +62,18 @@ class RankWork : public TheoryOfChunk, Issue {
     tail = end_phase();
   }
 
+  // of an activation between two stages, over one card
+  double exchange_seconds() const {
+    if (free_axes > AxisName("pp").index) return 0;
+    const int64_t ranks = mesh.size;  // of a stage
+    const bool leaves = cluster.nodes > 1 && !cluster.spread;
+    const Link link = link_of(cluster, 2, leaves ? std::max(ranks, cluster.devices) : ranks);
+    const double bytes = activation;
+    if (profile.overlaps || by_rows) return link.seconds(Collective::send, bytes);
+    return link.seconds(Collective::send, bytes / tp.size) +
+           over_tp.seconds(Collective::all_gather, bytes);
+  }
+
  private:
   struct Unit {
     double elements;
@@ -290,16 +302,6 @@ TheoryOfChunk::TheoryOfChunk(const TrainingJob& job, const ChunkKind& chunk)
 
 // ---- the step
 
-// Of an activation between two stages, over one card.
-static double exchange_seconds(const Cluster& c, const TrainingJob& job, double bytes) {
-  const int64_t pp = job.layout["pp"], tp = job.layout["tp"], stride = job.layout.ranks() / pp;
-  const bool leaves = pp * stride > c.devices && !c.spread;
-  const Link link = link_of(c, 2, leaves ? std::max(stride, c.devices) : stride);
-  if (c.profile.overlaps || job.sequence_parallel) return link.seconds(Collective::send, bytes);
-  return link.seconds(Collective::send, bytes / tp) +
-         link_of(c, tp, 1).seconds(Collective::all_gather, bytes);
-}
-
 Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axes) {
   const Schedule s = outline_of(job, job.layout);
   const std::vector<ModelPiece> pieces = gpt.pieces(s.positions());
@@ -338,21 +340,16 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
   }
 
   result.seconds = busiest + result.optimizer;
-  if (s.stages == 1) return result;
-
   // Where a stage idles, those of its node that share its processor compute. Approximately: two
   // stages alone on one processor are never idle, and are here.
   const int64_t ranks = job.layout.ranks() / s.stages,
-                on_node = cluster.spread ? ceil_div(ranks, cluster.nodes) : ranks,
-                stages = std::max<int64_t>(1, cluster.devices / on_node);
-  const double share = std::min<double>(stages, cluster.sharing);
+                on_node = cluster.spread ? ceil_div(ranks, cluster.nodes) : ranks;
+  const double share = std::clamp<double>(cluster.devices / on_node, 1, cluster.sharing);
   const auto idle = [&](double pipeline) { return std::max(0.0, pipeline - busiest) / share; };
   result.bubble = idle(bound);
-  if (result.seconds + result.bubble < limit) {
+  if (s.stages > 1 && result.seconds + result.bubble < limit) {
     // where nothing overlaps, a computation first takes what comes, and then hands on its result
-    const double exchange = free_axes > AxisName("pp").index
-                                ? 0
-                                : exchange_seconds(cluster, job, works.begin()->second.activation),
+    const double exchange = works.begin()->second.exchange_seconds(),
                  exposed = cluster.profile.overlaps ? 0 : exchange;
     const auto makespan = [&](int m) {
       auto& [schedule, tasks] = pipelines_[{s.row, s.stages, m, s.chunks}];
@@ -395,15 +392,13 @@ Prediction Predictor::predict(const TrainingJob& job) {
 
 DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& config,
                                   const Layout& layout, int64_t sequences, int64_t length) {
-  const Mesh mesh(layout, layout.ranks() - 1);
-  const SizedGpt gpt(config, mesh["tp"]);
-  const double e = size_of(config.dtype), row = sequences * e, L = config.layers, C = config.width,
-               kv = gpt.tp.part(config.kv()).size() * C / config.heads;
-  const double position = 2 * kv * L * row;  // of the cache
+  const TheoryOfChunk t({config, {}, layout}, {1, config.layers, 1});
+  const double C = t.C, L = config.layers, row = sequences * t.e,
+               position = 2 * t.kv * t.D * L * row;  // of the cache
   double weights = 0, sums = 0;
-  for (const Param* p : gpt.params()) weights += p->numel() * e;
-  for (const ModelPart& part : gpt.parts()) sums += split_matrices(part).by_inputs;
-  const int tp = mesh["tp"].size, pp = mesh["pp"].size;
+  for (const Param* p : t.gpt.params()) weights += p->numel() * t.e;
+  for (const ModelPart& part : t.gpt.parts()) sums += split_matrices(part).by_inputs;
+  const int64_t tp = layout["tp"], pp = layout["pp"];
   const Link link = link_of(cluster, tp, 1), to_next = link_of(cluster, pp, tp);
   constexpr double kKernels = 13;  // of a block: 4 products, their biases, 2 norms, attention, ...
   return {{weights / cluster.read, position * length / cluster.read,
