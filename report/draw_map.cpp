@@ -54,7 +54,7 @@ Cell decoding(const Cluster& cluster, const GptConfig& config, int64_t tp) {
   if (tp > config.heads) return {};
   const DecodePrediction d = predict_decoding(cluster, config, {{"tp", tp}}, 1, 1024);
   if (d.memory > cluster.memory) return {};
-  return {"fill='#eee'", format("%.3g GiB a rank", d.memory / (1 << 30)),
+  return {"fill='#eee'", format("%.3g GiB a rank", d.memory / kGiB),
           format("%.3g", 1e3 * d.seconds.sum())};
 }
 

@@ -131,13 +131,11 @@ Json json_of(const Cluster& cluster, const Planned& p) {
           {"mfu", tokens * flops_per_token(p) / p.layout.ranks() / peak},
           {"seconds", seconds},
           {"memory_stage", a.stage},
-          {"memory_rank", p.layout.ranks() / p.layout["pp"] * (a.stage + 1) - 1},
+          {"memory_rank", a.rank},
           {"memory", memory},
           {"memory_bytes", a.bytes},
           {"sent_bytes", a.sent}};
 }
-
-constexpr double kGib = 1 << 30;
 
 // The parts of a whole that are not nothing, each with its share.
 void print_parts(const Json& parts, double unit, const char* unit_name) {
@@ -149,15 +147,12 @@ void print_parts(const Json& parts, double unit, const char* unit_name) {
              100 * double(part) / all);
 }
 
-void explain_memory(const Cluster& cluster, const Json& layout) {
+void explain(const Cluster& cluster, const Json& layout, bool memory_alone) {
   const std::string options = layout["options"];
   printf("layout   %s\nmemory   %.4g GiB of %.4g on stage %d\n", options.c_str(),
-         double(layout["memory_bytes"]) / kGib, cluster.memory / kGib, int(layout["memory_stage"]));
-  print_parts(layout["memory"], kGib, "GiB");
-}
-
-void explain(const Cluster& cluster, const Json& layout) {
-  explain_memory(cluster, layout);
+         double(layout["memory_bytes"]) / kGiB, cluster.memory / kGiB, int(layout["memory_stage"]));
+  print_parts(layout["memory"], kGiB, "GiB");
+  if (memory_alone) return;
   if (!layout["sent_bytes"].empty()) printf("sent     in a step, by axis\n");
   print_parts(layout["sent_bytes"], 1e6, "MB");
   printf("step     %.4g s, %.4g tokens/s, MFU %.1f %%; what binds is first\n",
@@ -170,8 +165,8 @@ void explain(const Cluster& cluster, const Json& layout) {
 
 void check_fits(const Cluster& cluster, double needed) {
   REQUIRE(needed <= cluster.memory,
-          format("does not fit: a rank needs %.4g GiB, and a device has %.4g", needed / kGib,
-                 cluster.memory / kGib));
+          format("does not fit: a rank needs %.4g GiB, and a device has %.4g", needed / kGiB,
+                 cluster.memory / kGiB));
 }
 
 void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& config) {
@@ -199,7 +194,7 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
                       {"token_seconds", d.seconds.sum()},
                       {"seconds", seconds},
                       {"memory_bytes", d.memory}});
-    text += format(" %9.4g%s", d.memory / kGib, fits ? "" : "  does not fit");
+    text += format(" %9.4g%s", d.memory / kGiB, fits ? "" : "  does not fit");
   }
   REQUIRE(least < INFINITY, "no --tp is possible: it must divide the ", devices,
           " devices and be at most ", most, " (with --pp ", pp, "; --kv-heads, --vocab)");
@@ -249,7 +244,7 @@ void show(PlanOptions& o) {
         missing += sentence(" --", size.name);
     if (!missing.empty()) printf("         not given, and as in tiny:%s\n", missing.c_str());
     printf("cluster  %d x %d devices, %s, %.4g GiB each\n", int(o.nodes), int(o.devices),
-           cluster.name.c_str(), cluster.memory / kGib);
+           cluster.name.c_str(), cluster.memory / kGiB);
     if (o.machine == "this") printf("%s\n", cluster.text.c_str());
   }
   if (o.decode) return decode(o, cluster, config);
@@ -285,7 +280,7 @@ void show(PlanOptions& o) {
     const Json& row = fastest.emplace_back(json_of(cluster, p));
     const double percent = 100 / p.seconds;
     table += format("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  ", p.seconds,
-                    double(row["tokens_per_second"]), 100 * double(row["mfu"]), p.memory / kGib,
+                    double(row["tokens_per_second"]), 100 * double(row["mfu"]), p.memory / kGiB,
                     percent * p.computing, percent * p.bubble,
                     percent * std::reduce(p.waiting.begin(), p.waiting.end())) +
              std::string(row["options"]) + "\n";
@@ -307,11 +302,11 @@ void show(PlanOptions& o) {
       if (searches)
         printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n%s\n",
                table.c_str());
-      explain(cluster, fastest[0]);
+      explain(cluster, fastest[0], false);
     }
     if (found.smallest) {
       if (searches) printf("\nof those that do not fit, the smallest\n");
-      (searches ? explain_memory : explain)(cluster, smallest);
+      explain(cluster, smallest, searches);
     }
   }
   if (found.fitting == 0) check_fits(cluster, found.smallest->memory);
@@ -322,7 +317,7 @@ void show(PlanOptions& o) {
 int main(int argc, char** argv) {
   try {
     PlanOptions o, defaults;
-    for (int64_t& size : o.layout.sizes) size = 0;
+    o.layout.sizes.fill(0);
     o.given = parse(argc, argv, table(o));
     if (o.help)
       printf("%s", help_text("usage: build/plan [options]\n"

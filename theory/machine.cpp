@@ -1,13 +1,12 @@
 // machine.cpp: see machine.h.
 #include "theory/machine.h"
 
-#include <sched.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <numeric>
 #include <set>
 #include <sstream>
-#include <thread>
 
 #include "autograd.h"
 #include "support/files.h"
@@ -89,7 +88,7 @@ Machine read_machine(const std::string& name) {
   return parse_machine(name, read_file(name));
 }
 
-constexpr double kTera = 1e12, kGiga = 1e9, kMicro = 1e-6, kGiB = 1024.0 * 1024 * 1024;
+constexpr double kTera = 1e12, kGiga = 1e9, kMicro = 1e-6;
 
 Machine parse_machine(const std::string& name, const std::string& text) {
   Machine m;
@@ -187,20 +186,13 @@ std::string links_of(const std::string& gpu) {
   return "rtx4090";  // through host memory, as most cards
 }
 
-// that this process may use
-static int cores() {
-  cpu_set_t set;
-  return sched_getaffinity(0, sizeof set, &set) ? std::thread::hardware_concurrency()
-                                                : CPU_COUNT(&set);
-}
-
 Machine measure_machine(int64_t ranks) {
   // the device opens as that of one of so many ranks: a team of threads for each
   setenv("MPI_LOCALNRANKS", std::to_string(ranks).c_str(), true);
   const bool gpu = device().is_gpu;
   const Dtype dtype = gpu ? Dtype::bf16 : Dtype::f32;
   const int64_t rows = gpu ? 8192 : 1024;
-  const double share = gpu ? 1 : std::min(1.0, double(cores()) / ranks);
+  const double share = gpu ? 1 : std::min(1.0, double(omp_get_num_procs()) / ranks);
   const auto rate_of = [&](Dtype dtype, int64_t inner) {
     return share * 2 * rows * rows * inner / seconds_of_product(dtype, rows, rows, inner);
   };
@@ -227,10 +219,8 @@ Machine measure_machine(int64_t ranks) {
        << " : measured now\nsharing " << 1 / share << " : measured now\noverlap 1 : not measured\n";
   Machine like;  // has the same links
   if (gpu) {
-    int ordinal = 0;
     cudaDeviceProp properties;
-    CUDA_CHECK(cudaGetDevice(&ordinal));
-    CUDA_CHECK(cudaGetDeviceProperties(&properties, ordinal));
+    CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
     text << "multiprocessors " << properties.multiProcessorCount << " : the driver's\nmemory "
          << properties.totalGlobalMem / kGiB << " : the driver's\n";
     like = read_machine(links_of(device().name));

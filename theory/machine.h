@@ -35,6 +35,8 @@
 
 #include "comm.h"
 
+inline constexpr double kGiB = 1 << 30;
+
 // Between the ranks of a group.
 struct Link {
   double bandwidth = 0, latency = 0;  // bytes/s that a device sends; seconds

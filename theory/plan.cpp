@@ -9,13 +9,13 @@ Account account(const TrainingJob& job) {
   Account result;
   const int64_t ranks = job.layout.ranks(), pp = job.layout["pp"];
   for (int stage = 0; stage < pp; stage++) {
-    // the last rank of a stage has the largest part of everything
-    const Theory t = theory(job, job.layout, ranks / pp * (stage + 1) - 1, job);
+    const int rank = ranks / pp * (stage + 1) - 1;  // its last has the largest part of everything
+    const Theory t = theory(job, job.layout, rank, job);
     auto memory = t.persistent;
     memory[int(Memory::gather)] = t.gather_bound;
     memory[int(Memory::activations)] = t.activations;
     const int64_t bytes = std::reduce(memory.begin(), memory.end());
-    if (bytes > result.bytes) result = {stage, bytes, memory, result.sent};
+    if (bytes > result.bytes) result = {stage, rank, bytes, memory, result.sent};
     std::map<std::string, int64_t> sent;
     for (const auto& [key, row] : t.step.rows) sent[std::get<0>(key)] += row.bytes();
     for (const auto& [axis, most] : sent) result.sent[axis] = std::max(result.sent[axis], most);
@@ -55,7 +55,6 @@ class Search : Predictor {
         for (const int64_t b : those(divisors(wanted.batch), wanted.microbatch))
           for (const bool by_rows : tp == 1 ? std::vector{false} : wanted.by_rows)
             for (const bool recompute : wanted.recomputes) {
-              costs.clear();
               job.layout["cp"] = cp;
               job.layout["tp"] = tp;
               job.microbatch = b;
@@ -63,8 +62,8 @@ class Search : Predictor {
               job.recompute = recompute;
               for (const int64_t pp : sizes("pp", ranks / tp / cp, wanted.layers)) {
                 job.layout["pp"] = pp;
-                const int64_t data = ranks / tp / cp / pp;
-                if (job.batch % (data * b) == 0) for_schedules(job, data);
+                job.layout["fsdp"] = ranks / tp / cp / pp;
+                if (job.batch % (job.layout["fsdp"] * b) == 0) for_schedules(job);
               }
             }
     return fastest(top);
@@ -77,50 +76,40 @@ class Search : Predictor {
     return all;
   }
 
-  void for_schedules(TrainingJob job, int64_t data) {
-    const int pp = job.layout["pp"], m = job.batch / data / job.microbatch;
+  void for_schedules(TrainingJob job) {
+    const int pp = job.layout["pp"];
     for (const std::string& name :
          pp == 1 ? std::vector<std::string>{"1f1b"} : those(schedule_names(), wanted.schedule)) {
       const ScheduleRow& row = schedule_row(name);
-      if (m % row.divisor(pp)) continue;
       const int asked = pp > 1 ? wanted.chunks : 0;
       std::vector<int> chunks = those({row.chunks()}, asked);
       if (row.place == Place::ring) chunks = asked ? std::vector{asked} : std::vector{2, 3, 4};
       for (const int V : chunks) {
-        if (pp * V > wanted.layers || pp * V * int64_t(m) > kMostForwards) continue;
         job.schedule = name;
         job.chunks = V;
-        for_shards(job, Schedule{&row, pp, m, V}, data);
+        const Schedule s = outline_of(job, job.layout);
+        if (s.microbatches % row.divisor(pp) == 0 && s.positions() <= wanted.layers &&
+            int64_t(s.positions()) * s.microbatches <= kMostForwards)
+          for_shards(job, s);
       }
     }
   }
 
-  void for_shards(TrainingJob job, const Schedule& s, int64_t data) {
-    const auto chunks = chunks_of(s);
-    const bool splits = s.row->splits_backward;
-    // by what a stage has: the most that its backwards keep; and the bound of the step's time
-    std::map<ChunkKind, int64_t> activations;
-    double bound = 0, before = 0, busiest = 0;
+  void for_shards(TrainingJob job, const Schedule& s) {
+    const TheoryOfChunk any(job, {1, 1, 1});            // says what parts of all kinds keep
+    std::vector<std::pair<ChunkKind, int64_t>> stages;  // what each has, and its activations
     for (int stage = 0; stage < s.stages; stage++) {
-      ChunkKind all{0, false, false};
+      ChunkKind all{};
       std::vector<Kept> bytes;
-      double busy = 0;
-      for (const ChunkKind& c : chunks[stage]) {
-        all.blocks += c.blocks;
-        all.embedding |= c.embedding;
-        all.head |= c.head;
-        const auto cost = cost_of(job, c, splits);
-        bytes.push_back({int64_t(cost[3]), int64_t(cost[4])});
-        busy += cost[0] + cost[1] + cost[2];
+      for (const ModelPiece& piece : pieces_of(gpt, s, stage)) {
+        for (const ModelPart& part : piece) all[part.kind]++;
+        bytes.push_back(any.kept_of(piece));
       }
-      int64_t& most = activations[all];
-      most = std::max(most, peak(s, stage, bytes));
-      busiest = std::max(busiest, s.microbatches * busy);
-      bound = std::max(bound, before + s.microbatches * busy);
-      const auto first = cost_of(job, chunks[stage][0], splits);
-      before += first[0] + (splits ? 0 : first[1]);
+      stages.push_back({all, peak(s, stage, bytes)});
     }
-    bound = busiest + (bound - busiest) / cluster.sharing;
+    // nothing else takes time to send, and the optimizer's state has the most shards
+    const double bound = step(job, 0, AxisName("cp").index).seconds;
+    const int64_t data = job.layout["fsdp"];
     for (const int64_t fsdp : sizes("fsdp", data, data)) {
       job.layout["fsdp"] = fsdp;
       job.layout["replicate"] = data / fsdp;
@@ -130,30 +119,21 @@ class Search : Predictor {
         for (const bool reshard : zero < 3 ? std::vector{true} : wanted.reshard) {
           job.fsdp = {zero, reshard, wanted.fsdp.prefetch};
           Planned p{job, {bound}};
-          for (const auto& [kind, kept] : activations)
-            p.memory = std::max(p.memory, kept + held(job, kind, splits));
+          for (const auto& [kind, kept] : stages)
+            p.memory = std::max(p.memory, kept + held(job, kind));
           result.layouts++;
-          const bool fits = p.memory <= cluster.memory;
-          result.fitting += fits;
-          if (fits) candidates.push_back(p);
+          if (p.memory <= cluster.memory) candidates.push_back(p);
           else if (!result.smallest || p.memory < result.smallest->memory) result.smallest = p;
         }
     }
   }
 
   // ---- what theory says, asked once for each kind
-  // of a chunk (predict.h): that of one with one block, and a block's for each more
-  std::valarray<double> cost_of(const TrainingJob& job, const ChunkKind& c, bool splits) {
-    auto& of_one = costs[{splits, c.embedding, c.head}];
-    if (of_one.size() == 0) of_one = chunk_costs(job, {1, c.embedding, c.head});
-    if (c.blocks == 1) return of_one;
-    return of_one + double(c.blocks - 1) * cost_of(job, {1, false, false}, splits);
-  }
   // bytes between steps, and of whole units
-  int64_t held(const TrainingJob& job, const ChunkKind& kind, bool splits) {
+  int64_t held(const TrainingJob& job, const ChunkKind& kind) {
     const auto& [zero, reshard, prefetch] = job.fsdp;
     int64_t& bytes = held_[{job.layout["tp"], job.layout["fsdp"] * job.layout["cp"], zero, reshard,
-                            splits, kind}];
+                            schedule_row(job.schedule).splits_backward, kind}];
     if (bytes > 0) return bytes;
     TheoryOfChunk t(job, kind);
     t.add_fsdp();
@@ -176,6 +156,7 @@ class Search : Predictor {
 
   // from the lowest bound on
   Plan fastest(int64_t top) {
+    result.fitting = candidates.size();
     std::ranges::stable_sort(candidates, {}, &Planned::seconds);
     auto& best = result.fastest;
     for (Planned& p : candidates) {
@@ -186,15 +167,14 @@ class Search : Predictor {
       best.insert(std::ranges::upper_bound(best, p.seconds, {}, &Planned::seconds), p);
       if (int64_t(best.size()) > top) best.pop_back();
     }
-    for (Planned& p : best) static_cast<Prediction&>(p) = predict(p);
-    if (result.smallest) static_cast<Prediction&>(*result.smallest) = predict(*result.smallest);
+    for (Planned& p : best) p = predict(p);
+    if (result.smallest) *result.smallest = predict(*result.smallest);
     return result;
   }
 
   const Wanted& wanted;
   std::vector<Planned> candidates;
   Plan result;
-  std::map<std::array<bool, 3>, std::valarray<double>> costs;  // splits, embedding, head
   std::map<std::tuple<int64_t, int64_t, int, bool, bool, ChunkKind>, int64_t> held_;
   std::map<std::tuple<const char*, int, int, int>, Schedule> schedules_;
 };

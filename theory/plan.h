@@ -19,7 +19,7 @@
 
 // Exactly, by theory/: the fullest rank of all, and what a rank sends in a step at most, by axis.
 struct Account {
-  int stage = 0;
+  int stage = 0, rank = 0;
   int64_t bytes = 0;                                // in all
   std::array<int64_t, kMemoryCategories> memory{};  // gather and activations: at the peak, at most
   std::map<std::string, int64_t> sent;
@@ -31,6 +31,7 @@ struct Wanted : TrainingJob {
   std::vector<bool> reshard{true, false}, by_rows{false, true}, recomputes{false, true};  // tried
 };
 struct Planned : TrainingJob, Prediction {
+  using Prediction::operator=;
   int64_t memory = 0;  // bytes of the fullest rank
 };
 struct Plan {

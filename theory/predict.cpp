@@ -2,6 +2,7 @@
 #include "theory/predict.h"
 
 #include <algorithm>
+#include <numeric>
 
 // ---- a rank's part of one micro-batch, as it is issued
 
@@ -11,27 +12,26 @@ enum { kFirst, kMiddle, kLast };  // micro-batches of a step
 int which(int microbatch, int of) {
   return microbatch == 0 ? kFirst : microbatch == of - 1 ? kLast : kMiddle;
 }
-struct ChunkTimes {
+
+// How long the rank takes that TheoryOfChunk is of, in a step.
+class RankWork : public TheoryOfChunk, Issue {
+ public:
   double of[3][4] = {};  // which micro-batch, Action::Kind
   double gathers = 0;    // of the step, while the first activation is on its way
   double tail = 0;       // behind the last backward: sums of gradients
   double optimizer = 0;  // then
-  double sent = 0;       // bytes of an activation
-};
 
-class RankWork : public TheoryOfChunk {
- public:
   // Of a model of one block, which is used as often as the chunk has blocks. What is sent over the
   // first `free_axes` of kAxes takes no time. For `follows` see Fsdp.
   RankWork(const Cluster& cluster, const TrainingJob& job, const ChunkKind& chunk, size_t free_axes,
-           bool follows)
-      : TheoryOfChunk(job, {1, chunk.embedding, chunk.head}),
+           bool follows, int microbatches)
+      : TheoryOfChunk(job, {chunk[0], 1, chunk[2]}),
         cluster(cluster),
         free_axes(free_axes),
         follows(follows) {
     const auto all = units_of(params_of(pieces));
     for (const ModelPart& part : pieces[0]) {
-      const int first = uses.size(), times = part.kind == ModelPart::block ? chunk.blocks : 1;
+      const int first = uses.size(), times = chunk[part.kind];
       uses.resize(first + times, Use{&part});
       for (const auto& [number, params] : units_of(part.params)) {
         const double elements = padded_unit(all.at(number), fsdp.size);
@@ -40,20 +40,16 @@ class RankWork : public TheoryOfChunk {
               &units.try_emplace(number + i, Unit{elements, first + i}).first->second);
       }
     }
-  }
-
-  ChunkTimes run(int microbatches) {
-    ChunkTimes times{.sent = double(activation)};
     const bool ahead = follows && !reshards && profile.overlaps && options.fsdp.prefetch > 0;
     for (auto& [key, unit] : units) {
       unit.gathered = ahead;
-      if (ahead) times.gathers += over_fsdp.seconds(Collective::all_gather, unit.elements * e);
+      if (ahead) gathers += over_fsdp.seconds(Collective::all_gather, unit.elements * e);
       const double bytes = unit.elements / fsdp.size * profile.optimizer_bytes;
-      times.optimizer += move_seconds(cluster, bytes, 4);
+      optimizer += move_seconds(cluster, bytes, 4);
     }
     const int n = std::min(microbatches, 3);
     for (int i = 0; i < n; i++) {
-      double* phases = times.of[which(i, n)];
+      double* phases = of[which(i, n)];
       is_last = i == n - 1;
       for (size_t u = 0; u < uses.size(); u++) forward(u);
       phases[Action::forward] = end_phase();
@@ -63,8 +59,19 @@ class RankWork : public TheoryOfChunk {
       phases[Action::weight_gradient] = end_phase();
     }
     end_step();
-    times.tail = end_phase();
-    return times;
+    tail = end_phase();
+  }
+
+  // of an activation between two stages, over one card
+  double exchange_seconds() const {
+    if (free_axes > AxisName("pp").index) return 0;
+    const int64_t ranks = mesh.size;  // of a stage
+    const bool leaves = cluster.nodes > 1 && !cluster.spread;
+    const Link link = link_of(cluster, 2, leaves ? std::max(ranks, cluster.devices) : ranks);
+    const double bytes = activation;
+    if (profile.overlaps || by_rows) return link.seconds(Collective::send, bytes);
+    return link.seconds(Collective::send, bytes / tp.size) +
+           over_tp.seconds(Collective::all_gather, bytes);
   }
 
  private:
@@ -80,21 +87,15 @@ class RankWork : public TheoryOfChunk {
     double put_off = 0;  // seconds of weight gradients
   };
 
-  // ---- issuing to the two queues: when it ends
+  // ---- issuing to the two queues
+  // when it ends
   double send(const Link& over, Collective c, double bytes) {
-    if (over.ranks == 1) return 0;
-    const double seconds = over.seconds(c, bytes);
-    beside += seconds;
-    return issue.communicate(seconds);
+    return over.ranks == 1 ? 0 : communicate(over.seconds(c, bytes));
   }
-  void wait_for(double sent) { awaited = std::max(awaited, sent); }  // the next computation
-  void compute(double seconds) { beside -= issue.compute(seconds, awaited); }
+  // of a phase: how long it took, and longer where something travelled beside computations
   double end_phase() {
-    compute(0);
-    const double hidden = beside - issue.left(), took = issue.computed() - began;
-    began = issue.computed();
-    beside = issue.left();
-    return took + (1 - cluster.overlap) * hidden;
+    const double now = computed() + (1 - cluster.overlap) * overlapped();
+    return now - std::exchange(began, now);
   }
   double product(double m, double n, double k, double batch = 1) const {
     return product_seconds(cluster, m, n, k, batch, e);
@@ -181,22 +182,22 @@ class RankWork : public TheoryOfChunk {
     if (kind == ModelPart::embedding) {
       compute(move(2 * R * C, 1));
       wait_for(tp_sum());
-      return;
+    } else {
+      wait_for(tp_gather());
+      compute(move(2 * S * C, 1) + product(R, V, C) + move(profile.forward.logits * R * V, 4));
+      wait_for(send(over_tp, Collective::all_reduce, 3 * R * g));
     }
-    wait_for(tp_gather());
-    compute(move(2 * S * C, 1) + product(R, V, C) + move(profile.forward.logits * R * V, 4));
-    wait_for(send(over_tp, Collective::all_reduce, 3 * R * g));
   }
   void part_backward(ModelPart::Kind kind) {
     if (kind == ModelPart::block) return block_backward();
     if (kind == ModelPart::embedding) {
       wait_for(tp_gather());
       compute(move(3 * R * C, 1));
-      return;
+    } else {
+      compute(move(profile.backward.logits * R * V, 2));
+      column_backward(V);
+      compute(move(4 * S * C, 1));
     }
-    compute(move(profile.backward.logits * R * V, 2));
-    column_backward(V);
-    compute(move(4 * S * C, 1));
   }
 
   // ---- FSDP around them: the names are those of fsdp.cpp
@@ -204,7 +205,7 @@ class RankWork : public TheoryOfChunk {
     for (int k = 0; k <= options.fsdp.prefetch; k++) {
       const int next = use + k * direction;
       if (next < 0 || next >= int(uses.size())) break;
-      if (direction < 0 && uses[next].part->backward_reads != BackwardReads::values) continue;
+      if (direction < 0 && uses[next].part->backward_reads == BackwardReads::nothing) continue;
       for (Unit* u : uses[next].units)
         if (!std::exchange(u->gathered, true))
           u->arrived = send(over_fsdp, Collective::all_gather, u->elements * e);
@@ -221,7 +222,7 @@ class RankWork : public TheoryOfChunk {
     if (uses[use].part->backward_reads != BackwardReads::values_at_once) reshard(use);
   }
   void backward(int use) {
-    if (uses[use].part->backward_reads != BackwardReads::nothing) unshard(use, -1);
+    unshard(use, -1);
     part_backward(uses[use].part->kind);
     uses[use].put_off = std::exchange(put_off, 0);
     if (!splits) reduce_gradients(use);
@@ -248,7 +249,7 @@ class RankWork : public TheoryOfChunk {
     const Unit* u = std::exchange(summing, nullptr);
     if (!u) return;
     wait_for(u->reduced);
-    compute(shards_gradients ? move_seconds(cluster, 3 * u->elements / fsdp.size * g, 1) : 0);
+    if (shards_gradients) compute(move_seconds(cluster, 3 * u->elements / fsdp.size * g, 1));
   }
   void end_step() {
     finish_reduce();
@@ -276,10 +277,8 @@ class RankWork : public TheoryOfChunk {
   std::map<int, Unit> units;
   std::vector<Use> uses;
   const Unit* summing = nullptr;  // the last whose sum nobody has waited for: sums end in order
-  Issue issue;
-  double awaited = 0;            // when it ends
-  double began = 0, beside = 0;  // the phase; what travels from then on and was not waited for
-  double put_off = 0;            // of this use
+  double began = 0;               // the phase
+  double put_off = 0;             // of this use
 };
 
 }  // namespace
@@ -295,53 +294,25 @@ static GptConfig of_blocks(GptConfig config, int64_t blocks) {
 }
 
 TheoryOfChunk::TheoryOfChunk(const TrainingJob& job, const ChunkKind& chunk)
-    : TheoryOfRank{of_blocks(job, chunk.blocks), job, last_of_stage(job.layout),
+    : TheoryOfRank{of_blocks(job, chunk[ModelPart::block]), job, last_of_stage(job.layout),
                    Schedule{&schedule_row(job.schedule)}} {
-  pieces = {gpt.parts().subspan(!chunk.embedding, chunk.blocks + chunk.embedding + chunk.head)};
-}
-
-std::valarray<double> Predictor::chunk_costs(const TrainingJob& job, const ChunkKind& chunk) {
-  RankWork work(cluster, job, chunk, 0, false);
-  const ChunkTimes times = work.run(3);
-  const double* middle = times.of[kMiddle];
-  const Kept kept = work.kept_of(work.pieces[0]);
-  return {middle[Action::forward], middle[Action::backward] + middle[Action::input_gradient],
-          middle[Action::weight_gradient], double(kept.forward), double(kept.input_gradient)};
+  pieces = {
+      gpt.parts().subspan(!chunk[ModelPart::embedding], std::reduce(chunk.begin(), chunk.end()))};
 }
 
 // ---- the step
 
-std::vector<std::vector<ChunkKind>> Predictor::chunks_of(const Schedule& s) const {
-  std::vector<std::vector<ChunkKind>> kinds(s.stages);
-  int position = 0;
-  for (const ModelPiece& piece : gpt_.pieces(s.positions())) {
-    const bool embedding = has_embedding(piece), head = has_head(piece);
-    kinds[s.stage_of(position++)].push_back(
-        {int64_t(piece.size()) - embedding - head, embedding, head});
-  }
-  return kinds;
-}
-
-// Of an activation between two stages, over one card.
-static double exchange_seconds(const Cluster& c, const TrainingJob& job, double bytes) {
-  const int64_t pp = job.layout["pp"], tp = job.layout["tp"], stride = job.layout.ranks() / pp;
-  const bool leaves = pp * stride > c.devices && !c.spread;
-  const Link link = link_of(c, 2, leaves ? std::max(stride, c.devices) : stride);
-  if (c.profile.overlaps || job.sequence_parallel) return link.seconds(Collective::send, bytes);
-  return link.seconds(Collective::send, bytes / tp) +
-         link_of(c, tp, 1).seconds(Collective::all_gather, bytes);
-}
-
 Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axes) {
   const Schedule s = outline_of(job, job.layout);
-  const auto kinds = chunks_of(s);
-  std::map<std::pair<bool, ChunkKind>, ChunkTimes> times;
-  const auto times_of = [&](int stage, int chunk) -> const ChunkTimes& {
-    const auto [at, is_new] = times.try_emplace({stage > 0, kinds[stage][chunk]});
-    if (is_new)
-      at->second =
-          RankWork(cluster, job, kinds[stage][chunk], free_axes, stage > 0).run(s.microbatches);
-    return at->second;
+  const std::vector<ModelPiece> pieces = gpt.pieces(s.positions());
+  std::map<std::pair<bool, ChunkKind>, RankWork> works;
+  const auto work_of = [&](int stage, int chunk) -> const RankWork& {
+    const ModelPiece piece = pieces[s.position(stage, chunk)];
+    const bool follows = stage > 0, embedding = has_embedding(piece), head = has_head(piece);
+    const ChunkKind kind{embedding, int64_t(piece.size()) - embedding - head, head};
+    return works
+        .try_emplace({follows, kind}, cluster, job, kind, free_axes, follows, s.microbatches)
+        .first->second;
   };
   Prediction result;
   // the busiest stage, and a bound: a stage begins behind the first forward of those before it,
@@ -352,40 +323,33 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
   for (int stage = 0; stage < s.stages; stage++) {
     double busy = 0, gathers = 0, optimizer = 0;
     for (int chunk = 0; chunk < s.chunks; chunk++) {
-      const ChunkTimes& t = times_of(stage, chunk);
-      tails[stage] += t.tail;
-      gathers += t.gathers;
-      optimizer += t.optimizer;
+      const RankWork& work = work_of(stage, chunk);
+      tails[stage] += work.tail;
+      gathers += work.gathers;
+      optimizer += work.optimizer;
       for (const int which : {kFirst, kMiddle, kLast})
-        for (const double seconds : t.of[which]) busy += count[which] * seconds;
+        for (const double seconds : work.of[which]) busy += count[which] * seconds;
     }
     result.optimizer = std::max(result.optimizer, optimizer);
     busiest = std::max(busiest, busy + tails[stage]);
     bound = std::max(bound, forwards + busy + backwards);
     late = std::max(late, gathers - forwards);
-    if (busiest > limit) break;  // other stages do not matter
-    const ChunkTimes& first = times_of(stage, 0);
+    const RankWork& first = work_of(stage, 0);
     forwards += first.of[kFirst][Action::forward];
     backwards += first.of[s.microbatches > 1 ? kLast : kFirst][Action::backward];
   }
 
-  result.computing = busiest;
   result.seconds = busiest + result.optimizer;
-  if (s.stages == 1) return result;
-
   // Where a stage idles, those of its node that share its processor compute. Approximately: two
   // stages alone on one processor are never idle, and are here.
   const int64_t ranks = job.layout.ranks() / s.stages,
-                on_node = cluster.spread ? ceil_div(ranks, cluster.nodes) : ranks,
-                stages = std::max<int64_t>(1, cluster.devices / on_node);
-  const double share = std::min<double>(stages, cluster.sharing);
+                on_node = cluster.spread ? ceil_div(ranks, cluster.nodes) : ranks;
+  const double share = std::clamp<double>(cluster.devices / on_node, 1, cluster.sharing);
   const auto idle = [&](double pipeline) { return std::max(0.0, pipeline - busiest) / share; };
   result.bubble = idle(bound);
-  if (result.seconds + result.bubble < limit) {
+  if (s.stages > 1 && result.seconds + result.bubble < limit) {
     // where nothing overlaps, a computation first takes what comes, and then hands on its result
-    const double exchange = free_axes > AxisName("pp").index
-                                ? 0
-                                : exchange_seconds(cluster, job, times.begin()->second.sent),
+    const double exchange = works.begin()->second.exchange_seconds(),
                  exposed = cluster.profile.overlaps ? 0 : exchange;
     const auto makespan = [&](int m) {
       auto& [schedule, tasks] = pipelines_[{s.row, s.stages, m, s.chunks}];
@@ -399,7 +363,7 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
           (task++)->duration =
               a.kind == Action::exchange
                   ? exchange - exposed
-                  : times_of(stage, a.chunk).of[which(a.microbatch, m)][a.kind] + exposed;
+                  : work_of(stage, a.chunk).of[which(a.microbatch, m)][a.kind] + exposed;
         (task - 1)->duration += tails[stage];
       }
       return std::ranges::max(run(tasks), {}, &Span::end).end;
@@ -428,15 +392,13 @@ Prediction Predictor::predict(const TrainingJob& job) {
 
 DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& config,
                                   const Layout& layout, int64_t sequences, int64_t length) {
-  const Mesh mesh(layout, layout.ranks() - 1);
-  const SizedGpt gpt(config, mesh["tp"]);
-  const double e = size_of(config.dtype), row = sequences * e, L = config.layers, C = config.width,
-               kv = gpt.tp.part(config.kv()).size() * C / config.heads;
-  const double position = 2 * kv * L * row;  // of the cache
+  const TheoryOfChunk t({config, {}, layout}, {1, config.layers, 1});
+  const double C = t.C, L = config.layers, row = sequences * t.e,
+               position = 2 * t.kv * t.D * L * row;  // of the cache
   double weights = 0, sums = 0;
-  for (const Param* p : gpt.params()) weights += p->numel() * e;
-  for (const ModelPart& part : gpt.parts()) sums += split_matrices(part).by_inputs;
-  const int tp = mesh["tp"].size, pp = mesh["pp"].size;
+  for (const Param* p : t.gpt.params()) weights += p->numel() * t.e;
+  for (const ModelPart& part : t.gpt.parts()) sums += split_matrices(part).by_inputs;
+  const int64_t tp = layout["tp"], pp = layout["pp"];
   const Link link = link_of(cluster, tp, 1), to_next = link_of(cluster, pp, tp);
   constexpr double kKernels = 13;  // of a block: 4 products, their biases, 2 norms, attention, ...
   return {{weights / cluster.read, position * length / cluster.read,

@@ -19,12 +19,8 @@
 struct TrainingJob : GptConfig, TrainerOptions {
   Layout layout;
 };
-// What a chunk of a stage has of the model.
-struct ChunkKind {
-  int64_t blocks;
-  bool embedding, head;
-  auto operator<=>(const ChunkKind&) const = default;
-};
+// How many parts of each ModelPart::Kind a chunk of a stage has.
+using ChunkKind = std::array<int64_t, 3>;
 // Of the last rank of a stage that has this chunk alone, of a model of as many blocks: all blocks
 // of a model are alike.
 struct TheoryOfChunk : TheoryOfRank {
@@ -41,25 +37,19 @@ struct Prediction {
 class Predictor {
  public:
   Predictor(const Cluster& cluster, const ModelSize& model)
-      : cluster(cluster), gpt_(GptConfig{model}) {}
+      : cluster(cluster), gpt(GptConfig{model}) {}
   Prediction predict(const TrainingJob& job);
   // The same without `waiting`, where what is sent over so many of the first of kAxes takes no
-  // time. Where it takes longer than the limit for certain, its pipeline is not run: a bound.
+  // time. Where it takes as long as the limit for certain, its pipeline is not run: a bound.
   Prediction step(const TrainingJob& job, double limit = INFINITY, size_t free_axes = 0);
-  // of a chunk of one block and a micro-batch in the middle of a step: seconds of its forward,
-  // backward (or input gradients, where it is split) and weight gradients; bytes kept from its
-  // forward and input gradients on
-  std::valarray<double> chunk_costs(const TrainingJob& job, const ChunkKind& chunk);
-  // of each stage
-  std::vector<std::vector<ChunkKind>> chunks_of(const Schedule& outline) const;
 
   const Cluster cluster;
+  const Gpt gpt;  // its pieces
 
  private:
   // with their tasks, which are in the order of the actions and of any durations
   std::map<std::tuple<const ScheduleRow*, int, int, int>, std::pair<Schedule, std::vector<Task>>>
       pipelines_;
-  Gpt gpt_;  // its pieces
 };
 
 // How long one more token of each of `sequences` takes that have `length` tokens in the cache:

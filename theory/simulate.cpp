@@ -137,7 +137,7 @@ static std::string deadlock(const Schedule& s) {
   std::string stuck;
   int stage = 0;
   for (const auto& spans : by_stage(s, run(tasks_of(s, durations(s, {}), true), true))) {
-    const auto waits = std::ranges::find_if(spans, [](const Span& x) { return x.end < 0; });
+    const auto waits = std::ranges::find_if(spans, [](const Span& x) { return x.end == INFINITY; });
     if (waits != spans.end())
       stuck +=
           (stuck.empty() ? "deadlock: " : "; ") + place(s, stage, waits - spans.begin()) + " waits";

@@ -26,7 +26,7 @@ struct Span {
 };
 
 // Of each task; that of what ranks do together begins where its rank has come to it. Where tasks
-// wait for each other there is an Error, or, if they may, what never begins or ends is below 0.
+// wait for each other there is an Error, or, if they may, what never begins or ends is infinite.
 std::vector<Span> run(const std::vector<Task>& tasks, bool may_wait = false);
 
 // The same of one rank alone: its tasks wait for earlier ones, so each has its times at once.
@@ -34,18 +34,19 @@ class Issue {
  public:
   // Waits for all that was issued to the compute queue so far. Returns when it ends.
   double communicate(double duration) {
+    busy_ += duration;
     return communicated_ = std::max(communicated_, computed_) + duration;
   }
-  // Waits for a communication that ends then. Returns how long.
-  double compute(double duration, double communicated) {
-    const double begins = std::max(communicated, computed_), waited = begins - computed_;
-    computed_ = begins + duration;
-    return waited;
+  void compute(double duration) {
+    busy_ += duration;
+    computed_ += duration;
   }
+  // The next computation waits for a communication that ends then.
+  void wait_for(double communicated) { computed_ = std::max(computed_, communicated); }
   double computed() const { return computed_; }  // when the last computation ends
-  // how long communication goes on behind it
-  double left() const { return std::max(0.0, communicated_ - computed_); }
+  // how long both queues were busy at once: one of them always is
+  double overlapped() const { return busy_ - std::max(computed_, communicated_); }
 
  private:
-  double computed_ = 0, communicated_ = 0;
+  double computed_ = 0, communicated_ = 0, busy_ = 0;
 };
