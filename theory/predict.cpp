@@ -204,7 +204,7 @@ class RankWork : public TheoryOfChunk, Issue {
   void unshard(int use, int direction) {
     for (int k = 0; k <= options.fsdp.prefetch; k++) {
       const int next = use + k * direction;
-      if (next < 0 || next >= int(uses.size())) break;
+      if (next < 0 || next >= std::ssize(uses)) break;
       if (direction < 0 && uses[next].part->backward == Backward::nothing) continue;
       for (Unit* u : uses[next].units)
         if (!std::exchange(u->gathered, true))
@@ -352,7 +352,7 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
     const double exchange = works.begin()->second.exchange_seconds(),
                  exposed = cluster.profile.overlaps ? 0 : exchange;
     const auto makespan = [&](int m) {
-      auto& [schedule, tasks] = pipelines_[{s.row, s.stages, m, s.chunks}];
+      auto& [schedule, tasks] = pipelines_[to_string(Schedule{s.row, s.stages, m, s.chunks})];
       if (tasks.empty()) {
         schedule = make_schedule(s.row->name, s.stages, m, s.chunks);
         tasks = tasks_of(schedule, durations(schedule, {}));
