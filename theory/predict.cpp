@@ -68,10 +68,9 @@ class RankWork : public TheoryOfChunk, Issue {
     const int64_t ranks = mesh.size;  // of a stage
     const bool leaves = cluster.nodes > 1 && !cluster.spread;
     const Link link = link_of(cluster, 2, leaves ? std::max(ranks, cluster.devices) : ranks);
-    const double bytes = activation;
-    if (profile.overlaps || by_rows) return link.seconds(Collective::send, bytes);
-    return link.seconds(Collective::send, bytes / tp.size) +
-           over_tp.seconds(Collective::all_gather, bytes);
+    const double parts = profile.overlaps || by_rows ? 1 : tp.size;
+    return link.seconds(Collective::send, activation / parts) +
+           (parts > 1 ? over_tp.seconds(Collective::all_gather, activation) : 0);
   }
 
  private:
