@@ -221,16 +221,12 @@ int main(int argc, char** argv) {
   const bool help = is("--help", 1) || is("help", 1);
   int status = 0;
   signal(SIGXFSZ, SIG_IGN);  // a file that may not grow is an error of write(), with a sentence
-  try {
+  const int failed = run_main("checkpoint", [&] {
     if (is("info", 2)) status = each_step(words[1], describe);
     else if (is("verify", 2)) status = each_step(words[1], check);
     else if (is("export", 3)) export_weights(words[1], words[2]);
     else if (is("import", 3)) import_weights(words[1], words[2]);
     else fputs(kUsage, help ? stdout : stderr), status = !help;
-    check_printed();
-    return status;
-  } catch (const std::exception& e) {
-    fprintf(stderr, "checkpoint: %s\n", words_of(e).c_str());
-    return 1;
-  }
+  });
+  return failed || status;
 }

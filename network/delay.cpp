@@ -22,8 +22,7 @@
 #include <system_error>
 #include <vector>
 
-using Clock = std::chrono::steady_clock;
-using std::chrono::microseconds, std::chrono::nanoseconds;
+using namespace std::chrono;
 
 struct Packet {
   int port;  // its file
@@ -53,21 +52,21 @@ int main(int argc, char** argv) {
       ports.push_back({open_port(ports.size()), POLLIN, 0});
     const microseconds delay(std::stol(argv[2]));
     const double mbit = std::stod(argv[3]);
-    std::vector<Clock::time_point> wire_free(ports.size());
-    std::multimap<Clock::time_point, Packet> underway;  // by when they arrive
+    std::vector<steady_clock::time_point> wire_free(ports.size());
+    std::multimap<steady_clock::time_point, Packet> underway;  // by when they arrive
     char buffer[kHeader + 65600];
     while (true) {
       // what is due is handed over; a device that is full or down loses it
-      auto next = Clock::now() + std::chrono::milliseconds(999);
+      auto next = steady_clock::now() + 999ms;
       for (; !underway.empty(); underway.erase(underway.begin())) {
         const auto& [due, packet] = *underway.begin();
         next = std::min(next, due);
-        if (due > Clock::now()) break;
+        if (due > steady_clock::now()) break;
         (void)!write(packet.port, packet.bytes.data(), packet.bytes.size());
       }
       // a timer is late by up to 100 us: what is due sooner is waited for by asking
-      const auto wait = next - Clock::now();
-      const timespec time{0, wait > microseconds(100) ? wait.count() : 0};
+      const auto wait = next - steady_clock::now();
+      const timespec time{0, wait > 100us ? wait.count() : 0};
       ppoll(ports.data(), ports.size(), &time, nullptr);
       // packets go from their ports on the wire to others
       for (const pollfd& from : ports)
@@ -78,7 +77,7 @@ int main(int argc, char** argv) {
           const size_t to = uint8_t(buffer[kAddress]) % 254;
           if (to >= ports.size()) continue;
           auto& wire = wire_free[to];
-          wire = std::max(wire, Clock::now());
+          wire = std::max(wire, steady_clock::now());
           if (mbit > 0) wire += nanoseconds(int64_t(double(bytes - kHeader) * 8000 / mbit));
           underway.emplace(wire + delay, Packet{ports[to].fd, {buffer, buffer + bytes}});
         }

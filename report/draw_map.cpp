@@ -2,7 +2,6 @@
 #include "report/draw_map.h"
 
 #include <algorithm>
-#include <span>
 
 #include "report/svg.h"
 
@@ -11,7 +10,7 @@ namespace {
 // Sizes of GPT-3 (Brown et al., 2020) and of Megatron-LM (Narayanan et al., 2021).
 const ModelSize kModels[] = {{12, 768, 12},  {24, 2048, 16}, {32, 4096, 32},  {40, 5120, 40},
                              {48, 7168, 56}, {80, 8192, 64}, {96, 12288, 96}, {128, 25600, 160}};
-const int64_t kDevices[] = {1, 2, 4, 8, 16, 64, 256, 1024, 4096}, kTp[] = {1, 2, 4, 8, 16, 32};
+const std::vector<int64_t> kDevices{1, 2, 4, 8, 16, 64, 256, 1024, 4096}, kTp{1, 2, 4, 8, 16, 32};
 constexpr int64_t kBatch = 2048, kOfNode = 8;
 
 // The simplest first: how many ranks of each axis (0: as many as is best), and the stage of ZeRO
@@ -63,7 +62,7 @@ constexpr double kLeft = 70, kWide = 56, kHigh = 34, kTop = 70, kPanel = 604,
 
 // A row for each model, the largest above, and a column for each number, of what: the cells.
 template <class CellOf> void draw_table(Svg& svg, double left, double top, const std::string& title,
-                                        std::span<const int64_t> numbers, const char* what,
+                                        const std::vector<int64_t>& numbers, const char* what,
                                         const CellOf& cell_of) {
   const char* middle = "text-anchor='middle'";
   svg.out << "<g transform='translate(" << left << " " << top << ")'>\n";

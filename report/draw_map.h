@@ -3,7 +3,7 @@
 // idea      For each size of model and number of devices, every kind of layout is planned by
 //           itself. A cell shows the simplest kind whose best layout is at most 3 % slower than the
 //           fastest of all. A line shows above which size one device does not hold a training.
-// cost      Three minutes of one core: docs/when_to_use_what.svg is one; no test draws it.
+// cost      Four minutes of one core: docs/when_to_use_what.svg is one; no test draws it.
 #pragma once
 #include "theory/plan.h"
 

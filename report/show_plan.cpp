@@ -315,7 +315,7 @@ void show(PlanOptions& o) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
+  return run_main("plan", [&] {
     PlanOptions o, defaults;
     o.layout.sizes.fill(0);
     o.given = parse(argc, argv, table(o));
@@ -334,11 +334,5 @@ int main(int argc, char** argv) {
         write(draw_map(cluster_of(o), 1.25e9));
       });
     }
-    check_printed();
-  } catch (const std::exception& e) {
-    fflush(stdout);  // what it has said before that
-    fprintf(stderr, "plan: %s\n", words_of(e).c_str());
-    return 1;
-  }
-  return 0;
+  });
 }

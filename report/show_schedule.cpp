@@ -136,7 +136,7 @@ void show_all() {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
+  return run_main("show_schedule", [&] {
     const ShowOptions o = parse_words(argc, argv);
     ShowOptions defaults;
     if (o.help)
@@ -146,10 +146,5 @@ int main(int argc, char** argv) {
                        .c_str());
     else if (o.name == "all") show_all();
     else show(o);
-    check_printed();
-  } catch (const std::exception& e) {
-    fprintf(stderr, "show_schedule: %s\n", words_of(e).c_str());
-    return 1;
-  }
-  return 0;
+  });
 }

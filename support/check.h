@@ -109,6 +109,17 @@ inline void check_printed() {
           "what was printed could not be written to the standard output");
 }
 
+// A main of one process: what is wrong is said behind the program's name, and its status is 1.
+template <class Work> int run_main(const char* name, const Work& work) {
+  const std::string error = error_of([&] {
+    work();
+    check_printed();
+  });
+  fflush(stdout);  // what it has said before that
+  if (!error.empty()) fprintf(stderr, "%s: %s\n", name, error.c_str());
+  return !error.empty();
+}
+
 // For libraries whose functions return a status; `words` may read it, as status_.
 #define STATUS_CHECK(text, call, success, words)                                      \
   do {                                                                                \

@@ -119,9 +119,7 @@ Machine parse_machine(const std::string& name, const std::string& text) {
   int number = 0;
   for (std::string line; std::getline(lines, line);) {
     const std::string place = sentence("machine ", name, ", line ", ++number, ": ");
-    line = line.substr(0, line.find('#'));
-    const size_t colon = line.find(':');
-    std::istringstream words(line.substr(0, colon));
+    std::istringstream words(line.substr(0, line.find('#')));
     std::string fact, more;
     if (!(words >> fact)) continue;
     int count = 0;
@@ -133,9 +131,9 @@ Machine parse_machine(const std::string& name, const std::string& text) {
       *where *= unit;
     }
     REQUIRE(count > 0, place, "'", fact, "' is no fact of a machine");
-    REQUIRE(!(words >> more), place, "'", more, "' is too much");
-    REQUIRE(colon != line.npos && line.find_first_not_of(" \t", colon + 1) != line.npos, place,
-            fact, " needs a source: a colon, and where it comes from");
+    REQUIRE(!(words >> more) || more[0] == ':', place, "'", more, "' is too much");
+    REQUIRE(more.size() > 1 || words >> more, place, fact,
+            " needs a source: a colon, and where it comes from");
     REQUIRE(seen.insert(fact).second || fact == "product", place, fact, " stands twice");
     if (fact != "product") continue;
     REQUIRE(m.products.empty() || inner > m.products.back().first, place,
@@ -155,10 +153,9 @@ Machine parse_machine(const std::string& name, const std::string& text) {
 
 // ---- this machine
 
-static double best_of_three(const std::function<void()>& work) {
-  work();
+static double best_of_four(const std::function<void()>& work) {
   double best = INFINITY;
-  for (int i = 0; i < 3; i++) {
+  for (int i = 0; i < 4; i++) {
     const Stopwatch watch;
     work();
     synchronize();
@@ -177,7 +174,7 @@ static Tensor filled(Dtype dtype, int64_t rows, int64_t columns) {
 static double seconds_of_product(Dtype dtype, int64_t rows, int64_t columns, int64_t inner) {
   const Tensor a = filled(dtype, rows, inner), b = filled(dtype, inner, columns),
                c = filled(dtype, rows, columns);
-  return best_of_three([&] { product(c, a, false, b, false, 0); });
+  return best_of_four([&] { product(c, a, false, b, false, 0); });
 }
 
 std::string links_of(const std::string& gpu) {
@@ -206,11 +203,11 @@ Machine measure_machine(int64_t ranks) {
   }
   const double f32 = gpu ? rate_of(Dtype::f32, 1024) : peak;
   const Tensor from = filled(dtype, rows, 2 * rows), to = filled(dtype, rows, 2 * rows);
-  const double copying = share * 2 * from.bytes() / best_of_three([&] { copy(to, from); });
+  const double copying = share * 2 * from.bytes() / best_of_four([&] { copy(to, from); });
   const int64_t columns = 16'384, matrix = rows * columns * size_of(dtype);
   const double reading = share * matrix / seconds_of_product(dtype, 1, columns, rows);
   const Tensor one = filled(dtype, 1, 16), other = filled(dtype, 1, 16);
-  const double thousand = best_of_three([&] {
+  const double thousand = best_of_four([&] {
     for (int i = 0; i < 1000; i++) copy(other, one);
   });
   text << "peak " << peak / kTera << " : measured now\nf32 " << f32 / kTera
@@ -310,9 +307,9 @@ Link link_of(const Cluster& c, int64_t n, int64_t stride) {
   // nodes that a group is on, and how many of it are on each
   const int64_t nodes = std::min(n, c.spread ? c.nodes / std::gcd(stride, c.nodes)
                                              : ceil_div(n * stride, c.devices)),
-                here = std::clamp<int64_t>(n / nodes, 1, n);
+                here = n / nodes;
   if (nodes == 1) return {in.bandwidth, in.latency, n, 1, c.profile.direct};
-  const double cards = c.profile.direct ? (n - 1.0) / std::max<int64_t>(n - here, 1) : here;
+  const double cards = c.profile.direct ? (n - 1.0) / (n - here) : here;
   return {std::min(in.bandwidth, cards * out.bandwidth), out.latency, n, nodes, c.profile.direct};
 }
 

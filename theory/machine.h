@@ -56,7 +56,7 @@ struct Machine {
   double sharing = 1, overlap = 1;
   std::string text;  // that it was read from
   // than products of bf16, in a dtype of so many bytes
-  double slower(int64_t bytes) const { return bytes == 2 || f32 == peak ? 1 : peak / f32; }
+  double slower(int64_t bytes) const { return bytes == 2 ? 1 : peak / f32; }
 };
 std::vector<std::string> machine_names();
 // A built-in machine, or that of a file; an Error names the line that is wrong.

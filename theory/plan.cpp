@@ -160,12 +160,12 @@ class Search : Predictor {
     std::ranges::stable_sort(candidates, {}, &Planned::seconds);
     auto& best = result.fastest;
     for (Planned& p : candidates) {
-      const double limit = int64_t(best.size()) < top ? INFINITY : best.back().seconds;
+      const double limit = std::ssize(best) < top ? INFINITY : best.back().seconds;
       if (limit <= p.seconds) break;
       p.seconds = step(p, limit).seconds;
       result.predicted++;
       best.insert(std::ranges::upper_bound(best, p.seconds, {}, &Planned::seconds), p);
-      if (int64_t(best.size()) > top) best.pop_back();
+      if (std::ssize(best) > top) best.pop_back();
     }
     for (Planned& p : best) p = predict(p);
     if (result.smallest) *result.smallest = predict(*result.smallest);

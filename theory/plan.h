@@ -31,8 +31,8 @@ struct Wanted : TrainingJob {
   std::vector<bool> reshard{true, false}, by_rows{false, true}, recomputes{false, true};  // tried
 };
 struct Planned : TrainingJob, Prediction {
-  using Prediction::operator=;
-  int64_t memory = 0;  // bytes of the fullest rank
+  using Prediction::operator=;  // of this part alone
+  int64_t memory = 0;           // bytes of the fullest rank
 };
 struct Plan {
   std::vector<Planned> fastest;

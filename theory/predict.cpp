@@ -22,7 +22,8 @@ class RankWork : public TheoryOfChunk, Issue {
   double optimizer = 0;  // then
 
   // Of a model of one block, which is used as often as the chunk has blocks. What is sent over the
-  // first `free_axes` of kAxes takes no time. For `follows` see Fsdp.
+  // first `free_axes` of kAxes takes no time. follows: the stage is not a pipeline's first, and
+  // gathers at the begin and sums at the end (fsdp.h).
   RankWork(const Cluster& cluster, const TrainingJob& job, const ChunkKind& chunk, size_t free_axes,
            bool follows, int microbatches)
       : TheoryOfChunk(job, {chunk[0], 1, chunk[2]}),
@@ -68,10 +69,9 @@ class RankWork : public TheoryOfChunk, Issue {
     const int64_t ranks = mesh.size;  // of a stage
     const bool leaves = cluster.nodes > 1 && !cluster.spread;
     const Link link = link_of(cluster, 2, leaves ? std::max(ranks, cluster.devices) : ranks);
-    const double bytes = activation;
-    if (profile.overlaps || by_rows) return link.seconds(Collective::send, bytes);
-    return link.seconds(Collective::send, bytes / tp.size) +
-           over_tp.seconds(Collective::all_gather, bytes);
+    const double parts = profile.overlaps || by_rows ? 1 : tp.size;
+    return link.seconds(Collective::send, activation / parts) +
+           (parts > 1 ? over_tp.seconds(Collective::all_gather, activation) : 0);
   }
 
  private:
@@ -204,7 +204,7 @@ class RankWork : public TheoryOfChunk, Issue {
   void unshard(int use, int direction) {
     for (int k = 0; k <= options.fsdp.prefetch; k++) {
       const int next = use + k * direction;
-      if (next < 0 || next >= int(uses.size())) break;
+      if (next < 0 || next >= std::ssize(uses)) break;
       if (direction < 0 && uses[next].part->backward_reads == BackwardReads::nothing) continue;
       for (Unit* u : uses[next].units)
         if (!std::exchange(u->gathered, true))
@@ -352,7 +352,7 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
     const double exchange = works.begin()->second.exchange_seconds(),
                  exposed = cluster.profile.overlaps ? 0 : exchange;
     const auto makespan = [&](int m) {
-      auto& [schedule, tasks] = pipelines_[{s.row, s.stages, m, s.chunks}];
+      auto& [schedule, tasks] = pipelines_[to_string(Schedule{s.row, s.stages, m, s.chunks})];
       if (tasks.empty()) {
         schedule = make_schedule(s.row->name, s.stages, m, s.chunks);
         tasks = tasks_of(schedule, durations(schedule, {}));

@@ -47,9 +47,8 @@ class Predictor {
   const Gpt gpt;  // its pieces
 
  private:
-  // with their tasks, which are in the order of the actions and of any durations
-  std::map<std::tuple<const ScheduleRow*, int, int, int>, std::pair<Schedule, std::vector<Task>>>
-      pipelines_;
+  // by their to_string; with their tasks, which are in the order of the actions, of any durations
+  std::map<std::string, std::pair<Schedule, std::vector<Task>>> pipelines_;
 };
 
 // How long one more token of each of `sequences` takes that have `length` tokens in the cache:
