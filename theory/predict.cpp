@@ -13,44 +13,52 @@ int which(int microbatch, int of) {
   return microbatch == 0 ? kFirst : microbatch == of - 1 ? kLast : kMiddle;
 }
 
-// How long the rank takes that TheoryOfChunk is of, in a step.
-class RankWork : public TheoryOfChunk, Issue {
- public:
+// How long a chunk takes.
+struct ChunkTimes {
   double of[3][4] = {};  // which micro-batch, Action::Kind
   double gathers = 0;    // of the step, while the first activation is on its way
   double tail = 0;       // behind the last backward: sums of gradients
   double optimizer = 0;  // then
+};
 
-  // Of a model of one block, which is used as often as the chunk has blocks. What is sent over the
-  // first `free_axes` of kAxes takes no time. follows: the stage is not a pipeline's first, and
-  // gathers at the begin and sums at the end (fsdp.h).
-  RankWork(const Cluster& cluster, const TrainingJob& job, const ChunkKind& chunk, size_t free_axes,
-           bool follows, int microbatches)
-      : TheoryOfChunk(job, {chunk[0], 1, chunk[2]}),
-        cluster(cluster),
-        free_axes(free_axes),
-        follows(follows) {
+class RankWork : TheoryOfChunk, Issue {
+ public:
+  // What is sent over the first `free_axes` of kAxes takes no time.
+  RankWork(const Cluster& cluster, const TrainingJob& job, size_t free_axes)
+      : TheoryOfChunk(job, {1, 1, 1}), cluster(cluster), free_axes(free_axes) {}
+
+  // Of a chunk, the only one of its rank. later: its stage is not a pipeline's first, and gathers
+  // at the begin and sums at the end (fsdp.h).
+  ChunkTimes run(const ChunkKind& chunk, bool later, int microbatches) {
+    ChunkTimes times;
+    static_cast<Issue&>(*this) = {};
+    began = 0;
+    units.clear();
+    uses.clear();
+    sums_at_end = !profile.overlaps || (later && !splits && !shards_gradients);
+    pieces = {gpt.parts().subspan(!chunk[ModelPart::embedding],
+                                  1 + chunk[ModelPart::embedding] + chunk[ModelPart::head])};
     const auto all = units_of(params_of(pieces));
     for (const ModelPart& part : pieces[0]) {
-      const int first = uses.size(), times = chunk[part.kind];
-      uses.resize(first + times, Use{&part});
+      const int first = uses.size(), count = chunk[part.kind];
+      uses.resize(first + count, Use{&part});
       for (const auto& [number, params] : units_of(part.params)) {
         const double elements = padded_unit(all.at(number), fsdp.size);
-        for (int i = 0; i < times; i++)
+        for (int i = 0; i < count; i++)
           uses[first + i].units.push_back(
               &units.try_emplace(number + i, Unit{elements, first + i}).first->second);
       }
     }
-    const bool ahead = follows && !reshards && profile.overlaps && options.fsdp.prefetch > 0;
+    const bool ahead = later && !reshards && profile.overlaps && options.fsdp.prefetch > 0;
     for (auto& [key, unit] : units) {
       unit.gathered = ahead;
-      if (ahead) gathers += over_fsdp.seconds(Collective::all_gather, unit.elements * e);
+      if (ahead) times.gathers += over_fsdp.seconds(Collective::all_gather, unit.elements * e);
       const double bytes = unit.elements / fsdp.size * profile.optimizer_bytes;
-      optimizer += move_seconds(cluster, bytes, 4);
+      times.optimizer += move_seconds(cluster, bytes, 4);
     }
     const int n = std::min(microbatches, 3);
     for (int i = 0; i < n; i++) {
-      double* phases = of[which(i, n)];
+      double* phases = times.of[which(i, n)];
       is_last = i == n - 1;
       for (size_t u = 0; u < uses.size(); u++) forward(u);
       phases[Action::forward] = end_phase();
@@ -60,7 +68,8 @@ class RankWork : public TheoryOfChunk, Issue {
       phases[Action::weight_gradient] = end_phase();
     }
     end_step();
-    tail = end_phase();
+    times.tail = end_phase();
+    return times;
   }
 
   // of an activation between two stages, over one card
@@ -97,8 +106,11 @@ class RankWork : public TheoryOfChunk, Issue {
     const double now = computed() + (1 - cluster.overlap) * overlapped();
     return now - std::exchange(began, now);
   }
-  double product(double m, double n, double k, double batch = 1) const {
-    return product_seconds(cluster, m, n, k, batch, e);
+  // of which there are few, again and again
+  double product(double m, double n, double k, double batch = 1) {
+    const auto [known, is_new] = products.try_emplace({m, n, k, batch});
+    if (is_new) known->second = product_seconds(cluster, m, n, k, batch, e);
+    return known->second;
   }
   double move(double numbers, double kernels) const {
     return move_seconds(cluster, numbers * e, kernels);
@@ -265,15 +277,14 @@ class RankWork : public TheoryOfChunk, Issue {
   const Cluster& cluster;
   const SoftwareProfile& profile = cluster.profile;
   const size_t free_axes;
-  const bool follows;
   const bool splits = schedule.row->splits_backward,
-             reshards = shards_parameters && options.fsdp.reshard,
-             sums_at_end = !profile.overlaps || (follows && !splits && !shards_gradients);
-  bool is_last = false;
+             reshards = shards_parameters && options.fsdp.reshard;
+  bool is_last = false, sums_at_end = false;
   Link over_tp = link("tp", tp.size, 1), over_cp = link("cp", cp.size, tp.size),
        over_fsdp = link("fsdp", fsdp.size, tp.size),
        over_copies = link("replicate", mesh["replicate"].size, int64_t(fsdp.size) * tp.size);
   double channels = heads * D, kv_channels = kv * D;
+  std::map<std::array<double, 4>, double> products;
   std::map<int, Unit> units;
   std::vector<Use> uses;
   const Unit* summing = nullptr;  // the last whose sum nobody has waited for: sums end in order
@@ -305,14 +316,15 @@ TheoryOfChunk::TheoryOfChunk(const TrainingJob& job, const ChunkKind& chunk)
 Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axes) {
   const Schedule s = outline_of(job, job.layout);
   const std::vector<ModelPiece> pieces = gpt.pieces(s.positions());
-  std::map<std::pair<bool, ChunkKind>, RankWork> works;
-  const auto work_of = [&](int stage, int chunk) -> const RankWork& {
+  RankWork work(cluster, job, free_axes);
+  std::map<std::pair<bool, ChunkKind>, ChunkTimes> times;
+  const auto times_of = [&](int stage, int chunk) -> const ChunkTimes& {
     const ModelPiece piece = pieces[s.position(stage, chunk)];
-    const bool follows = stage > 0, embedding = has_embedding(piece), head = has_head(piece);
+    const bool later = stage > 0, embedding = has_embedding(piece), head = has_head(piece);
     const ChunkKind kind{embedding, int64_t(piece.size()) - embedding - head, head};
-    return works
-        .try_emplace({follows, kind}, cluster, job, kind, free_axes, follows, s.microbatches)
-        .first->second;
+    const auto [known, is_new] = times.try_emplace({later, kind});
+    if (is_new) known->second = work.run(kind, later, s.microbatches);
+    return known->second;
   };
   Prediction result;
   // the busiest stage, and a bound: a stage begins behind the first forward of those before it,
@@ -323,18 +335,18 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
   for (int stage = 0; stage < s.stages; stage++) {
     double busy = 0, gathers = 0, optimizer = 0;
     for (int chunk = 0; chunk < s.chunks; chunk++) {
-      const RankWork& work = work_of(stage, chunk);
-      tails[stage] += work.tail;
-      gathers += work.gathers;
-      optimizer += work.optimizer;
+      const ChunkTimes& t = times_of(stage, chunk);
+      tails[stage] += t.tail;
+      gathers += t.gathers;
+      optimizer += t.optimizer;
       for (const int which : {kFirst, kMiddle, kLast})
-        for (const double seconds : work.of[which]) busy += count[which] * seconds;
+        for (const double seconds : t.of[which]) busy += count[which] * seconds;
     }
     result.optimizer = std::max(result.optimizer, optimizer);
     busiest = std::max(busiest, busy + tails[stage]);
     bound = std::max(bound, forwards + busy + backwards);
     late = std::max(late, gathers - forwards);
-    const RankWork& first = work_of(stage, 0);
+    const ChunkTimes& first = times_of(stage, 0);
     forwards += first.of[kFirst][Action::forward];
     backwards += first.of[s.microbatches > 1 ? kLast : kFirst][Action::backward];
   }
@@ -349,7 +361,7 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
   result.bubble = idle(bound);
   if (s.stages > 1 && result.seconds + result.bubble < limit) {
     // where nothing overlaps, a computation first takes what comes, and then hands on its result
-    const double exchange = works.begin()->second.exchange_seconds(),
+    const double exchange = work.exchange_seconds(),
                  exposed = cluster.profile.overlaps ? 0 : exchange;
     const auto makespan = [&](int m) {
       auto& [schedule, tasks] = pipelines_[to_string(Schedule{s.row, s.stages, m, s.chunks})];
@@ -363,7 +375,7 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
           (task++)->duration =
               a.kind == Action::exchange
                   ? exchange - exposed
-                  : work_of(stage, a.chunk).of[which(a.microbatch, m)][a.kind] + exposed;
+                  : times_of(stage, a.chunk).of[which(a.microbatch, m)][a.kind] + exposed;
         (task - 1)->duration += tails[stage];
       }
       return std::ranges::max(run(tasks), {}, &Span::end).end;
