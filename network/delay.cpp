@@ -16,11 +16,9 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <cstdio>
 #include <map>
-#include <string>
-#include <system_error>
-#include <vector>
+
+#include "support/check.h"
 
 using namespace std::chrono;
 
@@ -38,15 +36,15 @@ static int open_port(size_t number) {
   request.ifr_flags = IFF_TUN | IFF_NO_PI | IFF_VNET_HDR;
   ("port" + std::to_string(number)).copy(request.ifr_name, IFNAMSIZ - 1);
   const int file = open("/dev/net/tun", O_RDWR | O_NONBLOCK);
-  if (file < 0 || ioctl(file, TUNSETIFF, &request) ||
-      ioctl(file, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6))
-    throw std::system_error(errno, std::generic_category(), "a TUN device cannot be made");
+  SYSTEM_CHECK(file >= 0 && !ioctl(file, TUNSETIFF, &request) &&
+                   !ioctl(file, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4 | TUN_F_TSO6),
+               "a TUN device cannot be made");
   return file;
 }
 
 int main(int argc, char** argv) {
   if (argc != 4) return fputs("usage: build/delay PORTS MICROSECONDS MBIT\n", stderr), 1;
-  try {
+  return run_main("build/delay", [&] {
     std::vector<pollfd> ports;
     while (ports.size() < std::stoul(argv[1]))
       ports.push_back({open_port(ports.size()), POLLIN, 0});
@@ -82,7 +80,5 @@ int main(int argc, char** argv) {
           underway.emplace(wire + delay, Packet{ports[to].fd, {buffer, buffer + bytes}});
         }
     }
-  } catch (const std::exception& e) {
-    return fprintf(stderr, "build/delay: %s\n", e.what()), 1;
-  }
+  });
 }

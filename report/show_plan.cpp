@@ -11,7 +11,6 @@
 // test      tests/test_plan.sh
 #include <cstdio>
 #include <nlohmann/json.hpp>
-#include <numeric>
 
 #include "launch/options.h"
 #include "report/draw_map.h"
@@ -281,8 +280,7 @@ void show(PlanOptions& o) {
     const double percent = 100 / p.seconds;
     table += format("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  ", p.seconds,
                     double(row["tokens_per_second"]), 100 * double(row["mfu"]), p.memory / kGiB,
-                    percent * p.computing, percent * p.bubble,
-                    percent * std::reduce(p.waiting.begin(), p.waiting.end())) +
+                    percent * p.computing, percent * p.bubble, percent * total(p.waiting)) +
              std::string(row["options"]) + "\n";
   }
   const Json smallest = found.smallest ? json_of(cluster, *found.smallest) : Json();

@@ -2,7 +2,6 @@
 #include "theory/plan.h"
 
 #include <algorithm>
-#include <numeric>
 #include <set>
 
 Account account(const TrainingJob& job) {
@@ -14,7 +13,7 @@ Account account(const TrainingJob& job) {
     auto memory = t.persistent;
     memory[int(Memory::gather)] = t.gather_bound;
     memory[int(Memory::activations)] = t.activations;
-    const int64_t bytes = std::reduce(memory.begin(), memory.end());
+    const int64_t bytes = total(memory);
     if (bytes > result.bytes) result = {stage, rank, bytes, memory, result.sent};
     std::map<std::string, int64_t> sent;
     for (const auto& [key, row] : t.step.rows) sent[std::get<0>(key)] += row.bytes();
@@ -137,8 +136,7 @@ class Search : Predictor {
     if (bytes > 0) return bytes;
     TheoryOfChunk t(job, kind);
     t.add_fsdp();
-    return bytes =
-               std::reduce(t.sum.persistent.begin(), t.sum.persistent.end(), t.sum.gather_bound);
+    return bytes = total(t.sum.persistent) + t.sum.gather_bound;
   }
   // the most that is live at once on a stage
   int64_t peak(Schedule s, int stage, const std::vector<Kept>& bytes) {

@@ -2,7 +2,6 @@
 #include "theory/predict.h"
 
 #include <algorithm>
-#include <numeric>
 
 // ---- a rank's part of one micro-batch, as it is issued
 
@@ -307,8 +306,7 @@ static GptConfig of_blocks(GptConfig config, int64_t blocks) {
 TheoryOfChunk::TheoryOfChunk(const TrainingJob& job, const ChunkKind& chunk)
     : TheoryOfRank{of_blocks(job, chunk[ModelPart::block]), job, last_of_stage(job.layout),
                    Schedule{&schedule_row(job.schedule)}} {
-  pieces = {
-      gpt.parts().subspan(!chunk[ModelPart::embedding], std::reduce(chunk.begin(), chunk.end()))};
+  pieces = {gpt.parts().subspan(!chunk[ModelPart::embedding], total(chunk))};
 }
 
 // ---- the step

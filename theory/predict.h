@@ -11,10 +11,16 @@
 //           for those of a step's beginning; stragglers; the host
 // test      tests/test_plan.cpp: held against published tables
 #pragma once
+#include <numeric>
 #include <valarray>
 
 #include "theory/machine.h"
 #include "theory/theory.h"
+
+// the sum of all
+template <class Numbers> auto total(const Numbers& numbers) {
+  return std::reduce(numbers.begin(), numbers.end());
+}
 
 struct TrainingJob : GptConfig, TrainerOptions {
   Layout layout;
