@@ -106,8 +106,8 @@ class Search : Predictor {
       }
       stages.push_back({all, peak(s, stage, bytes)});
     }
-    // nothing else takes time to send, and the optimizer's state has the most shards
-    const double bound = step(job, 0, AxisName("cp").index).seconds;
+    const TrainingJob most_shards = job;
+    const size_t before = candidates.size();
     const int64_t data = job.layout["fsdp"];
     for (const int64_t fsdp : sizes("fsdp", data, data)) {
       job.layout["fsdp"] = fsdp;
@@ -117,7 +117,7 @@ class Search : Predictor {
       for (const int zero : shards ? those({1, 2, 3}, wanted.fsdp.zero) : std::vector{1})
         for (const bool reshard : zero < 3 ? std::vector{true} : wanted.reshard) {
           job.fsdp = {zero, reshard, wanted.fsdp.prefetch};
-          Planned p{job, {bound}};
+          Planned p{job};
           for (const auto& [kind, kept] : stages)
             p.memory = std::max(p.memory, kept + held(job, kind));
           result.layouts++;
@@ -125,6 +125,10 @@ class Search : Predictor {
           else if (!result.smallest || p.memory < result.smallest->memory) result.smallest = p;
         }
     }
+    if (candidates.size() == before) return;
+    // nothing but tp and cp takes time to send, and the optimizer's state has the most shards
+    const double bound = step(most_shards, 0, AxisName("cp").index).seconds;
+    for (size_t i = before; i < candidates.size(); i++) candidates[i].seconds = bound;
   }
 
   // ---- what theory says, asked once for each kind
