@@ -79,7 +79,7 @@ OptionTable table(PlanOptions& o) {
 
 // ---- what is said of a layout
 
-// The options of train_gpt that make it, where they are not its defaults.
+// The options of train_gpt that make it: those that matter.
 Json options_of(const TrainingJob& job) {
   const int64_t shards = job.layout["fsdp"] * job.layout["cp"];
   Json options;
@@ -152,7 +152,7 @@ void explain(const Cluster& cluster, const Json& layout, bool memory_alone) {
          double(layout["memory_bytes"]) / kGiB, cluster.memory / kGiB, int(layout["memory_stage"]));
   print_parts(layout["memory"], kGiB, "GiB");
   if (memory_alone) return;
-  if (!layout["sent_bytes"].empty()) printf("sent     in a step, by axis\n");
+  if (!layout["sent_bytes"].empty()) printf("sent     in a step by a rank, by axis, at most\n");
   print_parts(layout["sent_bytes"], 1e6, "MB");
   printf("step     %.4g s, %.4g tokens/s, MFU %.1f %%; what binds is first\n",
          double(layout["step_seconds"]), double(layout["tokens_per_second"]),
@@ -175,7 +175,7 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
   Json rows = Json::array();
   std::string text = "  tp  ms a token   weights     cache   kernels      sums    stages       GiB";
   for (int64_t tp = 1; tp <= most; tp++) {
-    if (devices % tp || (o.layout["tp"] > 0 && o.layout["tp"] != tp)) continue;
+    if (devices % (tp * pp) || (o.layout["tp"] > 0 && o.layout["tp"] != tp)) continue;
     const DecodePrediction d = predict_decoding(cluster, config, {{"pp", pp}, {"tp", tp}},
                                                 o.sequences, config.context / 2);
     least = std::min(least, d.memory);
@@ -195,8 +195,8 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
                       {"memory_bytes", d.memory}});
     text += format(" %9.4g%s", d.memory / kGiB, fits ? "" : "  does not fit");
   }
-  REQUIRE(least < INFINITY, "no --tp is possible: it must divide the ", devices,
-          " devices and be at most ", most, " (with --pp ", pp, "; --kv-heads, --vocab)");
+  REQUIRE(least < INFINITY, "no --tp is possible: times --pp, it must divide the ", devices,
+          " devices, and be at most ", most, " (with --pp ", pp, "; --kv-heads, --vocab)");
   printf("%s\n", (o.json ? Json{{"decode", rows}}.dump(1) : text).c_str());
   check_fits(cluster, least);
 }
@@ -226,12 +226,11 @@ void show(PlanOptions& o) {
   const ModelSize& m = o.model;
   REQUIRE(m.heads % m.kv() == 0, "--kv-heads ", m.kv(), " does not divide the ", m.heads, " heads");
   const double scores = o.attention == "flash" ? 0 : double(m.context) * m.heads;  // whole ones
-  REQUIRE(
-      double(std::max<int64_t>(o.batch, 1024)) * m.context *
-              ((m.width + scores) * m.layers + m.vocab) <
-          1e17,
-      "so many tokens in so large a model are too many bytes to count: make them fewer, or give "
-      "--attention flash");
+  REQUIRE(double(std::max<int64_t>(o.batch, 1024)) * m.context *
+                  ((m.width + scores) * m.layers + m.vocab) <
+              1e17,
+          "so many tokens in so large a model are too many bytes to count: make them fewer",
+          scores > 0 ? ", or give --attention flash" : "");
   const Cluster cluster = cluster_of(o);
   const GptConfig config = model_config(o);
   if (!o.json) {
@@ -242,6 +241,9 @@ void show(PlanOptions& o) {
       if (!o.given.count("model") && !o.given.count(size.name))
         missing += sentence(" --", size.name);
     if (!missing.empty()) printf("         not given, and as in tiny:%s\n", missing.c_str());
+    if (!o.decode && !o.given.count("batch"))
+      printf("batch    %lld sequences, as for one device: --batch says another\n",
+             (long long)named.batch);
     printf("cluster  %d x %d devices, %s, %.4g GiB each\n", int(o.nodes), int(o.devices),
            cluster.name.c_str(), cluster.memory / kGiB);
     if (o.machine == "this") printf("%s\n", cluster.text.c_str());

@@ -449,11 +449,63 @@ TEST(what_stages_gather_and_sum_does_not_add_up) {
     job.microbatch = 1;
     job.schedule = schedule;
     job.fsdp.zero = 1;
-    const double times =
-        Predictor(cluster, config).step(job).seconds * 1e6 / double(account(job).sent.at("fsdp"));
+    // what embedding and head add up is sent when all else is done, a shard of it by each rank
+    const double tied = 4 * double(config.vocab * config.width) / 2,
+                 times = Predictor(cluster, config).step(job).seconds * 1e6 /
+                         (tied + double(account(job).sent.at("fsdp")));
     CHECK(1 <= times && times < most, schedule, ": ", times);
     measured(schedule, " ", times, " times what one stage sends; ");
   }
+}
+
+TEST(what_embedding_and_head_add_up_takes_time_where_they_are_apart) {
+  const GptConfig config{{4, 64, 4, 8, 50000}, Dtype::f32};
+  Machine machine = read_machine("a100-80g");
+  const Cluster slow{[&] {
+                       machine.inside = {1e6, 0};
+                       return machine;
+                     }(),
+                     profile_named("threefold"), 1, 2};
+  TrainingJob job{config, {}, {{"pp", 2}}};
+  const double tied = 4 * double(config.vocab * config.width) / 1e6;
+  for (const char* schedule : {"1f1b", "zb", "zbv"}) {
+    job.schedule = schedule;
+    const Prediction p = Predictor(slow, config).predict(job);
+    const double rest =
+        p.waiting[AxisName("pp").index] - (schedule == std::string("zbv") ? 0 : tied);
+    CHECK(0 <= rest && rest < 0.1 * tied, schedule, ": ", rest, " of ", tied);
+  }
+}
+
+TEST(context_parallel_attention_costs_what_it_does) {
+  GptConfig config{{4, 1024, 16, 4096, 256}, Dtype::bf16};
+  const auto seconds = [&](int64_t cp, AttentionKind kind) {
+    config.attention = kind;
+    const Cluster cluster{read_machine("h100"), profile_named("threefold"), 1, 2};
+    TrainingJob job{config, {}, {{"fsdp", 2 / cp}, {"cp", cp}}};
+    job.batch = 8;
+    job.microbatch = 4 * cp;  // as many tokens a rank
+    return Predictor(cluster, config).step(job).seconds;
+  };
+  for (const AttentionKind kind : {AttentionKind::flash, AttentionKind::plain})
+    CHECK(seconds(2, kind) > seconds(1, kind));
+  CHECK(seconds(2, AttentionKind::plain) > 1.2 * seconds(2, AttentionKind::flash));
+}
+
+TEST(the_fullest_rank_is_that_of_the_longest_pieces) {
+  int differ = 0;
+  for (const int64_t context : {35, 37, 48, 63})
+    for (const int64_t cp : {1, 2, 3, 4}) {
+      TrainingJob job{{{4, 64, 4, context, 256}}, {}, {{"pp", 2}, {"cp", cp}, {"tp", 2}}};
+      job.microbatch = 1;
+      int64_t most = 0;
+      for (int rank = 0; rank < job.layout.ranks(); rank++)
+        most = std::max(most, theory(job, job.layout, rank, job).activations);
+      const Account found = account(job);
+      CHECK_EQ(found.memory[int(Memory::activations)], most, context, " over ", cp);
+      differ += found.rank % int(job.layout.ranks() / 2) != job.layout.ranks() / 2 - 1;
+    }
+  CHECK_LE(1, differ);
 }
 
 TEST(large_clusters_are_planned) {
@@ -488,6 +540,33 @@ TEST(idle_stages_lend_their_processor_on_their_node_alone) {
   CHECK_EQ(bubble(2, 2, 1), apart);
   CHECK_LE(close(bubble(2, 1, 2), apart / 2), 1e-12);
   CHECK_EQ(bubble(1, 1, 2), apart);
+}
+
+TEST(a_link_is_that_of_the_group_on_most_nodes) {
+  int apart = 0;
+  for (const int64_t devices : {1, 2, 3, 4, 6, 8})
+    for (const int64_t nodes : {1, 2, 3, 4, 6})
+      for (const bool spread : {false, true})
+        for (int64_t n = 2; n <= devices * nodes; n++)
+          for (int64_t stride = 1; n * stride <= devices * nodes; stride++) {
+            const int64_t ranks = devices * nodes;
+            if (ranks % (n * stride)) continue;
+            size_t most = 0;
+            for (int64_t first = 0; first < ranks; first++) {
+              if (first / stride % n) continue;  // it is not the first of its group
+              std::set<int64_t> on;
+              for (int64_t i = 0; i < n; i++) {
+                const int64_t rank = first + i * stride;
+                on.insert(spread ? rank % nodes : rank / devices);
+              }
+              most = std::max(most, on.size());
+            }
+            const Cluster cluster{read_machine("h100"), {}, nodes, devices, spread};
+            CHECK_EQ(link_of(cluster, n, stride).nodes, int64_t(most), n, " ranks, ", stride,
+                     " apart, on ", nodes, " x ", devices);
+            apart += n * stride % devices && devices % (n * stride);
+          }
+  measured(apart, " whose groups do not all lie alike");
 }
 
 TEST(a_round_among_many_takes_one_message_where_they_send_directly) {
@@ -590,6 +669,7 @@ between 0.1 50 : a
              "number 2 of inside must be there, and from 0 to 1e+09");
   CHECK_SAYS(with("product 512", "product 32"), "ascending order");
   CHECK_SAYS(with("product 512 0.9", "product 512 1.1"), "product 512 is above the peak of 1");
+  CHECK_SAYS(with("peak 1", "peak 0.95"), "f32 is above the peak of 0.95");
   CHECK_SAYS(read_machine("no such file"), "there is no machine and no file 'no such file'");
 }
 

@@ -145,6 +145,7 @@ Machine parse_machine(const std::string& name, const std::string& text) {
     REQUIRE(seen.count(fact.name) || *fact.where > 0, "machine ", name, " does not say its ",
             fact.name);
   REQUIRE(m.products.size() >= 2, "machine ", name, " needs the rates of two products at least");
+  REQUIRE(m.f32 <= m.peak, "machine ", name, ": f32 is above the peak of ", m.peak / kTera);
   for (const auto& [k, reached] : m.products)
     REQUIRE(reached <= m.peak, "machine ", name, ": product ", k, " is above the peak of ",
             m.peak / kTera);
@@ -304,9 +305,14 @@ double move_seconds(const Machine& m, double bytes, double kernels) {
 
 Link link_of(const Cluster& c, int64_t n, int64_t stride) {
   const Link &in = c.inside, &out = c.between;
-  // nodes that a group is on, and how many of it are on each
-  const int64_t nodes = std::min(n, c.spread ? c.nodes / std::gcd(stride, c.nodes)
-                                             : ceil_div(n * stride, c.devices)),
+  // The group that is on most nodes, and how many of it are on each. Groups begin on ranks that are
+  // each a multiple of `step` behind a node's first, or up to a stride further: this one on the
+  // last of these.
+  const int64_t step = std::gcd(n * stride, c.devices),
+                first = c.devices - step + std::min(stride, step) - 1,
+                nodes = std::min({n, c.nodes,
+                                  c.spread ? c.nodes / std::gcd(stride, c.nodes)
+                                           : (first + (n - 1) * stride) / c.devices + 1}),
                 here = n / nodes;
   if (nodes == 1) return {in.bandwidth, in.latency, n, 1, c.profile.direct};
   const double cards = c.profile.direct ? (n - 1.0) / (n - here) : here;

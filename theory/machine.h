@@ -24,7 +24,7 @@
 //           each rate above being a rank's when all compute; where some wait, the others are
 //           faster. overlap: what share of the time is hidden that something travels beside a
 //           computation; the rest slows it down. read: GB/s at which a product of one row reads its
-//           matrix. Where they are left out, the first two are 1, and reading is as fast as copying
+//           matrix. Where these three are left out, sharing and overlap are 1, and read is as copy
 // rounds    A round waits once for each doubling of the ranks. A ring (all-gather, reduce-scatter)
 //           that goes over more nodes than that waits once for each hop between two of them, as in
 //           NCCL's own model (src/graph/tuning.cc), which adds the hops inside: left out here.
@@ -109,7 +109,8 @@ double product_seconds(const Machine& machine, double m, double n, double k, dou
 // `kernels` that read and write so many bytes together
 double move_seconds(const Machine& machine, double bytes, double kernels);
 
-// The link of n ranks whose neighbours are `stride` ranks apart. Ranks of one group that share a
-// node send over as many of its network cards at the same time; where each rank sends to every
-// other directly, only what is for other nodes goes over a card.
+// The link of n ranks whose neighbours are `stride` ranks apart: of all such groups, of that which
+// is on most nodes, since the others wait for it. Ranks of one group that share a node send over as
+// many of its network cards at the same time; where each rank sends to every other directly, only
+// what is for other nodes goes over a card.
 Link link_of(const Cluster& cluster, int64_t n, int64_t stride);

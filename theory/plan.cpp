@@ -8,7 +8,7 @@ Account account(const TrainingJob& job) {
   Account result;
   const int64_t ranks = job.layout.ranks(), pp = job.layout["pp"];
   for (int stage = 0; stage < pp; stage++) {
-    const int rank = ranks / pp * (stage + 1) - 1;  // its last has the largest part of everything
+    const int rank = ranks / pp * stage + fullest_rank(job);
     const Theory t = theory(job, job.layout, rank, job);
     auto memory = t.persistent;
     memory[int(Memory::gather)] = t.gather_bound;

@@ -71,15 +71,17 @@ class RankWork : TheoryOfChunk, Issue {
     return times;
   }
 
-  // of an activation between two stages, over one card
+  // of an activation between two stages
   double exchange_seconds() const {
     if (free_axes > AxisName("pp").index) return 0;
-    const int64_t ranks = mesh.size;  // of a stage
-    const bool leaves = cluster.nodes > 1 && !cluster.spread;
-    const Link link = link_of(cluster, 2, leaves ? std::max(ranks, cluster.devices) : ranks);
     const double parts = profile.overlaps || by_rows ? 1 : tp.size;
-    return link.seconds(Collective::send, activation / parts) +
+    return between_stages(1).seconds(Collective::send, activation / parts) +
            (parts > 1 ? over_tp.seconds(Collective::all_gather, activation) : 0);
+  }
+  // of the tied embedding's gradient, between the first stage and the last of so many
+  double tied_seconds(int64_t stages) const {
+    const double elements = padded_unit(units_of(gpt.params()).at(kTied), fsdp.size) / fsdp.size;
+    return between_stages(stages - 1).seconds(Collective::send, elements * gradient);
   }
 
  private:
@@ -126,26 +128,34 @@ class RankWork : TheoryOfChunk, Issue {
 
   // ---- blocks, head, embedding
   void attention(bool backward) {
-    const double T = config.context, batch = B * heads, n = cp.size;
+    // in each of n rounds all queries meet the keys of as many tokens
+    const double n = cp.size, T = config.context / n, batch = B * heads;
     const bool flash = config.attention == AttentionKind::flash;
     double computing = 0;
-    if (n == 1 && (profile.stores_scores || !flash)) {
+    if (profile.stores_scores || !flash) {
       if (backward && flash && !config.recompute) attention(false);  // selective recomputation
       const double scores = (backward ? profile.backward : profile.forward).scores;
-      computing = (backward ? 2 : 1) * (product(T, T, D, batch) + product(T, D, T, batch)) +
-                  move(scores * batch * T * T, 2);
+      computing = n * ((backward ? 2 : 1) * (product(T, T, D, batch) + product(T, D, T, batch)) +
+                       move(scores * batch * T * T, 2));
     } else {
       // the causal mask leaves half of 2 products forward and 5 backward, of 2 operations each
       const double rate = cluster.products.back().second * profile.flash_share / cluster.slower(e);
-      computing =
-          (backward ? 5 : 2) * R * T * channels / rate + cluster.launch * (backward ? 3 : 1);
+      computing = (backward ? 5 : 2) * R * config.context * channels / rate +
+                  n * cluster.launch * (backward ? 3 : 1);
     }
-    // while keys and values of the next rank travel, those that are here are attended to
-    const double travels = 2 * R * kv_channels * (backward ? e + g : e) * (n - 1),
-                 arrives = send(over_cp, Collective::send, travels);
-    compute(computing * (n - 1) / n);
+    if (n == 1) return compute(computing);
+    // While keys and values of the next rank travel, and gradients of the last, those that are here
+    // are attended to; the last gradients come home alone. Results of rounds are merged and added.
+    const double queries = R * channels, keys = 2 * R * kv_channels,
+                 merged = backward
+                              ? (n - 1) * (4 * keys + 2 * queries) * g + (queries + keys) * (g + e)
+                              : (n - 1) * 3 * queries * g + queries * (g + e),
+                 arrives = send(over_cp, Collective::send,
+                                keys * ((n - 1) * e + (backward ? (n - 2) * g : 0)));
+    compute(computing * (n - 1) / n + move_seconds(cluster, 2 * keys * e + merged, 3 * n));
     wait_for(arrives);
     compute(computing / n);
+    if (backward) wait_for(send(over_cp, Collective::send, keys * g));
   }
   void block_forward() {
     const Passes& p = profile.forward;
@@ -241,7 +251,7 @@ class RankWork : TheoryOfChunk, Issue {
   }
   // over its shards, and in the last micro-batch over copies
   double sum_of(const Unit& u) {
-    const double bytes = u.elements * (profile.gradient_bytes > 0 ? profile.gradient_bytes : g);
+    const double bytes = u.elements * gradient;
     const double sum = send(over_fsdp, Collective::reduce_scatter, bytes);
     return is_last ? std::max(sum, send(over_copies, Collective::all_reduce, bytes / fsdp.size))
                    : sum;
@@ -268,6 +278,12 @@ class RankWork : TheoryOfChunk, Issue {
       if (sums_at_end) wait_for(sum_of(unit));
   }
 
+  // between ranks of stages so far apart, over one card
+  Link between_stages(int64_t apart) const {
+    const int64_t ranks = mesh.size * apart;
+    const bool leaves = cluster.nodes > 1 && !cluster.spread;
+    return link("pp", 2, leaves ? std::max(ranks, cluster.devices) : ranks);
+  }
   // of n ranks, whose collectives are those of an axis
   Link link(AxisName axis, int64_t n, int64_t stride) const {
     return link_of(cluster, axis.index < free_axes ? 1 : n, stride);
@@ -283,6 +299,8 @@ class RankWork : TheoryOfChunk, Issue {
        over_fsdp = link("fsdp", fsdp.size, tp.size),
        over_copies = link("replicate", mesh["replicate"].size, int64_t(fsdp.size) * tp.size);
   double channels = heads * D, kv_channels = kv * D;
+  // bytes on the wire
+  double gradient = profile.gradient_bytes > 0 ? profile.gradient_bytes : g;
   std::map<std::array<double, 4>, double> products;
   std::map<int, Unit> units;
   std::vector<Use> uses;
@@ -293,10 +311,21 @@ class RankWork : TheoryOfChunk, Issue {
 
 }  // namespace
 
-// The last rank has the largest part of everything.
-static Mesh last_of_stage(Layout layout) {
-  layout["pp"] = 1;
-  return Mesh(layout, layout.ranks() - 1);
+int64_t fullest_rank(const TrainingJob& job) {
+  const Layout& l = job.layout;
+  const auto rows = [&](int64_t rank) {
+    return ContextParallel({"cp", int(l["cp"])}, nullptr).part_of(int(rank), job.context).rows();
+  };
+  int64_t fullest = l["cp"] - 1;
+  for (int64_t r = 0; r < l["cp"] && job.context % (2 * l["cp"]); r++)
+    if (rows(r) > rows(fullest)) fullest = r;
+  return l.ranks() / l["pp"] - 1 - (l["cp"] - 1 - fullest) * l["tp"];
+}
+
+static Mesh fullest_of_stage(const TrainingJob& job) {
+  Layout stage = job.layout;
+  stage["pp"] = 1;
+  return Mesh(stage, fullest_rank(job));
 }
 static GptConfig of_blocks(GptConfig config, int64_t blocks) {
   config.layers = blocks;
@@ -304,7 +333,7 @@ static GptConfig of_blocks(GptConfig config, int64_t blocks) {
 }
 
 TheoryOfChunk::TheoryOfChunk(const TrainingJob& job, const ChunkKind& chunk)
-    : TheoryOfRank{of_blocks(job, chunk[ModelPart::block]), job, last_of_stage(job.layout),
+    : TheoryOfRank{of_blocks(job, chunk[ModelPart::block]), job, fullest_of_stage(job),
                    Schedule{&schedule_row(job.schedule)}} {
   pieces = {gpt.parts().subspan(!chunk[ModelPart::embedding], total(chunk))};
 }
@@ -349,7 +378,9 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
     backwards += first.of[s.microbatches > 1 ? kLast : kFirst][Action::backward];
   }
 
-  result.seconds = busiest + result.optimizer;
+  // embedding and head add up their gradients when all else is done
+  const bool is_apart = s.stage_of(0) != s.stage_of(s.positions() - 1);
+  result.seconds = busiest + result.optimizer + (is_apart ? work.tied_seconds(s.stages) : 0);
   // Where a stage idles, those of its node that share its processor compute. Approximately: two
   // stages alone on one processor are never idle, and are here.
   const int64_t ranks = job.layout.ranks() / s.stages,
@@ -404,18 +435,25 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
                                   const Layout& layout, int64_t sequences, int64_t length) {
   const TheoryOfChunk t({config, {}, layout}, {1, config.layers, 1});
   const double C = t.C, L = config.layers, row = sequences * t.e,
-               position = 2 * t.kv * t.D * L * row;  // of the cache
-  double weights = 0, sums = 0;
-  for (const Param* p : t.gpt.params()) weights += p->numel() * t.e;
+               position = 2 * t.kv * t.D * L * row;             // of the cache
+  double numbers = -C * config.context, sums = 0, fullest = 0;  // positions: a token reads a row
+  for (const Param* p : t.gpt.params()) numbers += p->numel();
   for (const ModelPart& part : t.gpt.parts()) sums += split_matrices(part).by_inputs;
   const int64_t tp = layout["tp"], pp = layout["pp"];
   const Link link = link_of(cluster, tp, 1), to_next = link_of(cluster, pp, tp);
   constexpr double kKernels = 13;  // of a block: 4 products, their biases, 2 norms, attention, ...
-  return {{weights / cluster.read, position * length / cluster.read,
-           (L * kKernels + 6) * cluster.launch,
+  for (const ModelPiece& piece : t.gpt.pieces(pp)) {
+    double held =
+        position / L * config.context * (piece.size() - has_embedding(piece) - has_head(piece));
+    for (const Param* p : params_of({piece})) held += p->numel() * t.e;
+    fullest = std::max(fullest, held);
+  }
+  const double rate = cluster.products.back().second / cluster.slower(t.e);
+  return {{std::max(numbers * t.e / cluster.read, 2 * numbers * sequences / rate),
+           position * length / cluster.read, (L * kKernels + 6) * cluster.launch,
            sums * link.seconds(Collective::all_reduce, row * C) +
                link.seconds(Collective::all_gather, row * config.vocab),
            (pp - 1) * to_next.seconds(Collective::send, row * C) +
                to_next.seconds(Collective::broadcast, sequences * 4)},
-          (weights + position * config.context) / pp};
+          fullest};
 }

@@ -27,8 +27,11 @@ struct TrainingJob : GptConfig, TrainerOptions {
 };
 // How many parts of each ModelPart::Kind a chunk of a stage has.
 using ChunkKind = std::array<int64_t, 3>;
-// Of the last rank of a stage that has this chunk alone, of a model of as many blocks: all blocks
-// of a model are alike.
+// Of a stage: the last has the largest part of everything but the sequence; along cp it is the one
+// with the largest part of that.
+int64_t fullest_rank(const TrainingJob& job);
+// Of the fullest rank of a stage that has this chunk alone, of a model of as many blocks: all of a
+// model's blocks are alike.
 struct TheoryOfChunk : TheoryOfRank {
   TheoryOfChunk(const TrainingJob& job, const ChunkKind& chunk);
 };
@@ -58,10 +61,11 @@ class Predictor {
 };
 
 // How long one more token of each of `sequences` takes that have `length` tokens in the cache:
-// weights and cache are read once, each sum over tp waits, and the stages come one after the other.
+// weights and cache are read once (weights multiply meanwhile, which of many sequences takes
+// longer), each sum over tp waits, and the stages come one after the other.
 struct DecodePrediction {
   std::valarray<double> seconds;  // of weights, cache, kernels, sums, stages
-  double memory;  // bytes of a rank, on average over the stages, when the cache is full
+  double memory;                  // bytes of the fullest stage's rank, when the cache is full
 };
 DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& config,
                                   const Layout& layout, int64_t sequences, int64_t length);
