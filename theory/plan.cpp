@@ -117,7 +117,7 @@ class Search : Predictor {
       for (const int zero : shards ? those({1, 2, 3}, wanted.fsdp.zero) : std::vector{1})
         for (const bool reshard : zero < 3 ? std::vector{true} : wanted.reshard) {
           job.fsdp = {zero, reshard, wanted.fsdp.prefetch};
-          Planned p{job};
+          Planned p{job, {}};
           for (const auto& [kind, kept] : stages)
             p.memory = std::max(p.memory, kept + held(job, kind));
           result.layouts++;
