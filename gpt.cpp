@@ -20,7 +20,7 @@ static Param make(std::string name, Shape shape, float deviation, float mean = 0
 
 static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t layer) {
   const int64_t C = g.width;
-  const float deviation = 0.02f, residual = 0.02f / std::sqrt(2.0f * g.layers);
+  const float usual = 0.02f, residual = 0.02f / std::sqrt(2.0f * g.layers);
   const std::string h = "h." + std::to_string(layer) + ".";
   const int64_t F = g.hidden();
   // Layernorms, and biases that are added behind a sum, are whole on each rank, which under
@@ -28,19 +28,19 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   const auto vector = [&](const char* name, float value) {
     return tp.whole_with_partial_gradient(make(h + name, {C}, 0, value));
   };
-  const auto split = [&](const char* name, Shape shape, float spread, int dim, int64_t parts) {
-    return tp.split(make(h + name, std::move(shape), spread), dim, parts);
+  const auto split = [&](const char* name, Shape shape, float deviation, int dim, int64_t parts) {
+    return tp.split(make(h + name, std::move(shape), deviation), dim, parts);
   };
   return {
       .ln_1_weight = vector("ln_1.weight", 1),
       .ln_1_bias = vector("ln_1.bias", 0),
-      .c_attn_weight = split("attn.c_attn.weight", {C, 3, C}, deviation, 2, g.heads),
+      .c_attn_weight = split("attn.c_attn.weight", {C, 3, C}, usual, 2, g.heads),
       .c_attn_bias = split("attn.c_attn.bias", {3, C}, 0, 1, g.heads),
       .attn_c_proj_weight = split("attn.c_proj.weight", {C, C}, residual, 0, g.heads),
       .attn_c_proj_bias = vector("attn.c_proj.bias", 0),
       .ln_2_weight = vector("ln_2.weight", 1),
       .ln_2_bias = vector("ln_2.bias", 0),
-      .c_fc_weight = split("mlp.c_fc.weight", {C, F}, deviation, 1, F),
+      .c_fc_weight = split("mlp.c_fc.weight", {C, F}, usual, 1, F),
       .c_fc_bias = split("mlp.c_fc.bias", {F}, 0, 0, F),
       .mlp_c_proj_weight = split("mlp.c_proj.weight", {F, C}, residual, 0, F),
       .mlp_c_proj_bias = vector("mlp.c_proj.bias", 0),

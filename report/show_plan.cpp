@@ -201,6 +201,21 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
   check_fits(cluster, least);
 }
 
+// Which options are given, and have no meaning in any of these layouts.
+std::string without_use(const PlanOptions& o, const Json& layouts) {
+  std::string text;
+  for (const auto& [option, needed] : {std::pair{"zero", "zero"},
+                                       {"reshard-after-forward", "zero"},
+                                       {"schedule", "pp"},
+                                       {"chunks", "pp"},
+                                       {"sequence-parallel", "tp"}}) {
+    bool used = !o.given.count(option);
+    for (const Json& row : layouts) used |= row["layout"].contains(needed);
+    if (!used) text += sentence("--", option, " has no use in these layouts\n");
+  }
+  return text;
+}
+
 Cluster cluster_of(const PlanOptions& o) {
   Cluster cluster{o.machine == "this" ? measure_machine(o.devices) : read_machine(o.machine),
                   profile_named(o.profile), o.nodes, o.devices, o.spread};
@@ -300,8 +315,8 @@ void show(PlanOptions& o) {
              (long long)wanted.batch, (long long)found.fitting);
     if (found.fitting > 0) {
       if (searches)
-        printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n%s\n",
-               table.c_str());
+        printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n%s%s\n",
+               table.c_str(), without_use(o, fastest).c_str());
       explain(cluster, fastest[0], false);
     }
     if (found.smallest) {

@@ -187,6 +187,10 @@ check sizes_that_are_not_given_are_named \
   "$plan --width 256 --heads 4 --top 1 | grep -q 'as in tiny: --layers --context --vocab$' &&
     ! $plan --model gpt2 --top 1 | grep -q 'as in tiny'"
 
+check an_option_without_use_is_said \
+  "$plan --tp 8 --heads 8 --zero 3 | grep -qx -- '--zero has no use in these layouts' &&
+    ! $plan --fsdp 8 --zero 3 --batch 8 | grep -q 'no use'"
+
 # the context is full with a prompt of one byte and 127 tokens
 for axes in "--tp 2" "--pp 2 --tp 1 --vocab 5000"; do # the fullest stage is the first
   model="--model tiny --dtype f32 --layers 8 $axes"

@@ -17,7 +17,8 @@
 
 #include "theory/predict.h"
 
-// Exactly, by theory/: the fullest rank of all, and what a rank sends in a step at most, by axis.
+// Exactly, by theory/: the fullest rank of all; and, by axis, the most that the fullest rank of a
+// stage sends in a step.
 struct Account {
   int stage = 0, rank = 0;
   int64_t bytes = 0;                                // in all
