@@ -246,13 +246,13 @@ Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, Atten
   // plain: probabilities; flash: the log of each row's sum of exponentials
   const Tensor saved =
       plain ? activation({B, H, T, T}, dtype) : activation({B, H, T}, master_dtype(dtype));
-  const Positions all{{0, T}};
-  if (plain) attention_plain_forward(y.value, {}, saved, qkv.value, qkv.value, B, H, all, all);
-  else attention_flash_forward(y.value, saved, qkv.value, qkv.value, B, H, all, all);
-  tape.push([=, qkv = qkv.value, out = y.value, dqkv = qkv.grad, dy = y.grad] {
-    Tensor d = like(qkv);
-    if (plain) attention_plain_backward(d, d, take(dy), out, {}, saved, qkv, qkv, B, H, all, all);
-    else attention_flash_backward(d, d, take(dy), out, saved, qkv, qkv, B, H, all, all);
+  const AttentionInputs in = whole_sequences(qkv.value, B, T, H);
+  if (plain) attention_plain_forward(y.value, {}, saved, in);
+  else attention_flash_forward(y.value, saved, in);
+  tape.push([=, out = y.value, dqkv = qkv.grad, dy = y.grad] {
+    Tensor d = like(in.q);
+    if (plain) attention_plain_backward(d, d, take(dy), out, {}, saved, in);
+    else attention_flash_backward(d, d, take(dy), out, saved, in);
     accumulate(dqkv, std::move(d));
   });
   return y;

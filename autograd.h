@@ -31,7 +31,7 @@ struct Param {
   // what this rank owns: [begin, end) of dim number `dim` of `shape`, seen as (outer, split, inner)
   int dim = 0;
   Slice slice;
-  // rows of zeros in memory behind the slice's, for fast products (TensorParallel::padded_part):
+  // rows of zeros in memory after the slice's, for fast products (TensorParallel::padded_part):
   // no elements of the parameter
   int64_t padding = 0;
   int64_t largest_slice = 0;  // where it is split: elements of the largest rank's slice
@@ -53,7 +53,7 @@ struct Param {
     return transposed && !grad_of_head.empty() ? grad_of_head : grad;
   }
   // Each writer of a gradient asks once: the first one of a fresh gradient overwrites it, and those
-  // behind it add.
+  // after it add.
   bool next_writer_adds(bool transposed = false) {
     bool& is_fresh = transposed && !grad_of_head.empty() ? fresh_of_head : fresh;
     return !std::exchange(is_fresh, false);

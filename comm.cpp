@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <set>
 
+#include "support/op_times.h"
+
 // ---- time
 
 Timed::Timed(cudaStream_t queue, const char* function)

@@ -105,7 +105,7 @@ struct Mesh {
 };
 // Collective. The communicators are split from the world's in the same order everywhere, those of
 // the axes and that of fsdp and cp joined; an axis that has all ranks uses the world's. `got_on` is
-// called behind each: on many GPUs one may take a minute.
+// called after each: on many GPUs one may take a minute.
 Mesh open_mesh(
     const Layout& layout, const std::function<void()>& got_on = [] {});
 // Collective. Two axes, or more, that are neighbours in kAxes as one: join(mesh, "fsdp", "tp") has
@@ -137,9 +137,9 @@ class Finished {
 
 // ---- time
 
-// From `const Timed timed(queue);` to the end of its block the queue is timed as one op (tensor.h),
-// waiting for other ranks included. The ledger's lines in the block name it; one without any only
-// receives.
+// From `const Timed timed(queue);` to the end of its block the queue is timed as one op, waiting
+// for other ranks included (op_times.h). The ledger's lines in the block name it; one without any
+// only receives.
 class Timed {
  public:
   explicit Timed(cudaStream_t queue, const char* function = __builtin_FUNCTION());

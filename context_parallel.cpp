@@ -31,7 +31,7 @@ Positions ContextParallel::part_of(int rank, int64_t T) const {
   return {piece(rank), piece(pieces - 1 - rank)};
 }
 
-// ---- communication: on the one queue, behind what was computed. What is sent must be kept until
+// ---- communication: on the one queue, after what was computed. What is sent must be kept until
 // finish().
 
 void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
@@ -103,9 +103,9 @@ void ContextParallel::forward(const Problem& p, const Tensor& out, const Tensor&
       start_exchange({{kv, next}});
     }
     const Tensor &o = round ? part_out : sum, &l = round ? part_lse : lse;
-    if (p.kind == AttentionKind::plain)
-      attention_plain_forward(o, l, {}, qkv, kv, p.B, p.H, queries, keys);
-    else attention_flash_forward(o, l, qkv, kv, p.B, p.H, queries, keys);
+    const AttentionInputs in{qkv, kv, p.B, p.H, queries, keys};
+    if (p.kind == AttentionKind::plain) attention_plain_forward(o, l, {}, in);
+    else attention_flash_forward(o, l, in);
     if (round) merge_attention(sum, lse, part_out, part_lse);
     finish();
     kv = next;
@@ -141,12 +141,10 @@ void ContextParallel::backward(const Problem& p, const Tensor& dqkv, const Tenso
     start_exchange(all);
     // dq adds up over the rounds; the kernels then add to dkv, too, which begins at 0
     if (round) fill(dkv, 0);
+    const AttentionInputs in{qkv, kv, p.B, p.H, queries, keys};
     if (p.kind == AttentionKind::plain)
-      attention_plain_backward(dq, dkv, dout, out, lse, {}, qkv, kv, p.B, p.H, queries, keys,
-                               round > 0);
-    else
-      attention_flash_backward(dq, dkv, dout, out, lse, qkv, kv, p.B, p.H, queries, keys,
-                               round > 0);
+      attention_plain_backward(dq, dkv, dout, out, lse, {}, in, round > 0);
+    else attention_flash_backward(dq, dkv, dout, out, lse, in, round > 0);
     finish();
     if (round > 1) add(dkv, dkv, before);
     kv = next;

@@ -227,7 +227,7 @@ void Fsdp::reshard(Unit& u) {
   if (!shards_parameters()) return;  // the buffer stays; the other ranks' parts of it are old
   recorder.resharded(u.name);
   u.bind(&Param::value, {});
-  // returned to the pool in the order of the compute stream, behind the last kernel that reads it
+  // returned to the pool in the order of the compute stream, after the last kernel that reads it
   u.whole = Tensor();
 }
 
@@ -344,7 +344,7 @@ void Fsdp::end_step() {
 //               input gradients are b and whose weight gradients are w,
 //                 now        enter_backward · b3 b2 b1 · reshard_after_use
 //                 put off    enter_backward · w3 w2 w1 · reduce_gradients
-//               So a unit's reduce-scatter is queued behind its weight gradients. In between, that
+//               So a unit's reduce-scatter is queued after its weight gradients. In between, that
 //               of an earlier micro-batch may have freed the whole gradient, and the second
 //               enter_backward allocates it again. Gradients that are not put off (of layernorms)
 //               may all be in the earlier buffer; in this one they are still fresh, and

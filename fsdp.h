@@ -29,7 +29,7 @@
 struct FsdpOptions {
   int zero = 3;         // 1: optimizer state is sharded; 2: and gradients; 3: and parameters
   bool reshard = true;  // ZeRO-3: after the forward, and unshard again for the backward
-  int prefetch = 1;     // uses unsharded ahead; above 0 sums of gradients run on behind, too
+  int prefetch = 1;     // uses unsharded ahead; above 0 sums of gradients overlap, too
 };
 
 class Fsdp {

@@ -23,7 +23,7 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   const float usual = 0.02f, residual = 0.02f / std::sqrt(2.0f * g.layers);
   const std::string h = "h." + std::to_string(layer) + ".";
   const int64_t F = g.hidden();
-  // Layernorms, and biases that are added behind a sum, are whole on each rank, which under
+  // Layernorms, and biases that are added after a sum, are whole on each rank, which under
   // sequence parallelism sees only its own rows; all others are split by columns or by rows.
   const auto vector = [&](const char* name, float value) {
     return tp.whole_with_partial_gradient(make(h + name, {C}, 0, value));

@@ -25,7 +25,7 @@
 //           that it receives into was allocated when the exchange before it had just been issued,
 //           so for that it waits only for computations from before that one. One queue carries the
 //           collectives of all axes: where a collective of another axis waits, exchanges behind it
-//           do, too. So Fsdp gathers and sums what it can before the first exchange and behind the
+//           do, too. So Fsdp gathers and sums what it can before the first exchange and after the
 //           last.
 // not here  stages on different numbers of ranks, activations kept on the host
 // test      tests/test_pipeline.cpp
@@ -43,7 +43,7 @@
 //     backward
 //
 //           The pool hands out memory in the order of the compute stream (Buffer in tensor.h): who
-//           gets a block there may use it at once on the compute stream, behind its earlier users.
+//           gets a block there may use it at once on the compute stream, after its earlier users.
 //           The communication queue is not in that order. So what it writes waits for the earlier
 //           users (room is free), and what it reads is kept until the compute stream waits for its
 //           departure (release_sent).

@@ -57,7 +57,7 @@ class Pipeline {
   struct Live {
     Tape tape;
     Var in, out;
-    // its weight gradients, where the schedule puts them off, and what FSDP does behind them; that
+    // its weight gradients, where the schedule puts them off, and what FSDP does after them; that
     // of a linear layer keeps the layer's input and its output's gradient
     std::deque<std::function<void()>> later;
     int64_t bytes = 0;  // activations that the tape keeps, or what is put off

@@ -18,20 +18,20 @@
 static double idle_of_whole_backwards(int p, int, const Times& t) { return (p - 1) * t.all(); }
 
 static const ScheduleRow kRows[] = {
-    {"gpipe", Place::line, false,
+    {"gpipe", Placement::line, false,
      [](int, int m, int, int) -> Phases {
        return {{m, "F"}, {m, "G"}};
      },
      idle_of_whole_backwards, [](int, int m, int, int) { return m; }},
 
-    {"1f1b", Place::line, false,
+    {"1f1b", Placement::line, false,
      [](int p, int m, int, int s) -> Phases {
        return {{p - 1 - s, "F"},  // one for each later stage
                {m, "F G"}};
      },
      idle_of_whole_backwards, [](int p, int m, int, int s) { return std::min(p - s, m); }},
 
-    {"interleaved", Place::ring, false,
+    {"interleaved", Placement::ring, false,
      [](int p, int m, int V, int s) -> Phases {
        // p of each chunk but the last; then one for each hop to the last stage and back
        return {{(V - 1) * p + 2 * (p - 1 - s), "F"}, {V * m, "F G"}};
@@ -43,7 +43,7 @@ static const ScheduleRow kRows[] = {
     // forwards shorter than stage 0's, and it puts its weight gradients off by as many
     // micro-batches. So all stages hold p micro-batches, and the later ones have work left for the
     // end.
-    {"zb", Place::line, true,
+    {"zb", Placement::line, true,
      [](int p, int m, int, int s) -> Phases {
        return {{p - 1 - s, "F"}, {s, "F B"}, {m, "F B W"}};
      },
@@ -53,7 +53,7 @@ static const ScheduleRow kRows[] = {
      },
      [](int p, int m, int, int) { return std::min(p, m); }},
 
-    {"zbv", Place::vee, true,
+    {"zbv", Placement::vee, true,
      [](int p, int m, int, int s) -> Phases {
        return {
            // until the first micro-batch has been at the bottom and comes up again
@@ -115,7 +115,7 @@ std::vector<Action> computations(const Schedule& s, int stage) {
 
 // The stage of a chunk's i-th position; and the other way round, since the map is its own inverse.
 static int in_chunk(const Schedule& s, int chunk, int i) {
-  return s.row->place == Place::vee && chunk % 2 ? s.stages - 1 - i : i;
+  return s.row->placement == Placement::vee && chunk % 2 ? s.stages - 1 - i : i;
 }
 int Schedule::position(int stage, int chunk) const {
   return chunk * stages + in_chunk(*this, chunk, stage);
@@ -211,7 +211,7 @@ Schedule make_schedule(const std::string& name, int p, int m, int V) {
   REQUIRE(std::min({p, m, V}) >= 1,
           "a pipeline needs at least one stage, micro-batch and chunk, not ", p, ", ", m, " and ",
           V);
-  REQUIRE(V == row.chunks() || row.place == Place::ring, "schedule ", name, " has ",
+  REQUIRE(V == row.chunks() || row.placement == Placement::ring, "schedule ", name, " has ",
           row.chunks() == 1 ? "one chunk" : "two chunks", " a stage, not ", V);
   REQUIRE(m % row.divisor(p) == 0, name, " needs a number of micro-batches that its ", p,
           " stages divide, not ", m);

@@ -92,14 +92,14 @@ struct Times {
 };
 
 // Where the model's positions are: position v is chunk v / p of its stage.
-enum class Place {
+enum class Placement {
   line,  // one chunk a stage
   ring,  // any number of chunks: position v is on stage v mod p; p micro-batches at a time
   vee,   // two chunks: down the stages and up again; the last stage has both at the bottom
 };
 
 // How often, and which computations: F is a forward, G a whole backward, B an input gradient and W
-// a weight gradient, each of the next micro-batch; a digit behind it says of which chunk. 1f1b on
+// a weight gradient, each of the next micro-batch; a digit after it says of which chunk. 1f1b on
 // stage 2 of 4: {{1, "F"}, {m, "F G"}}, so F of micro-batch 0, then F of 1 and G of 0, F of 2 and G
 // of 1, ...; what comes after the last micro-batch is left out.
 using Phases = std::vector<std::pair<int, const char*>>;
@@ -120,7 +120,7 @@ struct Schedule {
 // else asks which schedule it is; only defaults name one.
 struct ScheduleRow {
   const char* name;
-  Place place;
+  Placement placement;
   bool splits_backward;
   Phases (*phases)(int p, int m, int V, int s);  // of a stage's computations
   // How long each stage idles if sends are free; see above for the times that this holds for.
@@ -129,9 +129,9 @@ struct ScheduleRow {
   int (*live)(int p, int m, int V, int s);
 
   // of a stage, where no number is asked for
-  int chunks() const { return place == Place::line ? 1 : 2; }
+  int chunks() const { return placement == Placement::line ? 1 : 2; }
   // The number of micro-batches must be a multiple of this.
-  int divisor(int stages) const { return place == Place::ring ? stages : 1; }
+  int divisor(int stages) const { return placement == Placement::ring ? stages : 1; }
 };
 const ScheduleRow& schedule_row(std::string_view name);  // or a sentence that lists the names
 std::vector<std::string> schedule_names();

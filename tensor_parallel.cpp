@@ -20,7 +20,7 @@
 // test      tests/test_tensor_parallel.cpp
 #include "tensor_parallel.h"
 
-// ---- communication: all of it goes on the one queue, behind what was computed. It is started, and
+// ---- communication: all of it goes on the one queue, after what was computed. It is started, and
 // finish() lets the computation wait for it. Whatever is sent must be kept until then.
 
 void TensorParallel::all_gather(const Tensor& mine, const Tensor& all) {
@@ -43,7 +43,7 @@ void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
 Tensor TensorParallel::start_gather(const Tensor& x, int64_t R) {
   if (!slices_rows_) return x;
   const int64_t C = x.dim(1);
-  const Tensor all({slice(R) * axis_.size, C}, x.dtype(), Memory::activations);
+  const Tensor all({rows_here(R) * axis_.size, C}, x.dtype(), Memory::activations);
   all_gather(x, all);
   return all.part(0, {R, C});  // without the padding
 }
@@ -77,7 +77,7 @@ void TensorParallel::finish() {
 // Room for R rows and, under sequence parallelism, for padding, which is 0: NCCL has no unequal
 // reduce-scatter.
 Tensor TensorParallel::for_partial_sums(int64_t R, int64_t width, Dtype dtype) const {
-  const int64_t padded = slices_rows_ ? slice(R) * axis_.size : R;
+  const int64_t padded = slices_rows_ ? rows_here(R) * axis_.size : R;
   const Tensor x({padded, width}, dtype, Memory::activations);
   if (padded > R) fill(x.part(R * width, {padded - R, width}), 0);
   return x;

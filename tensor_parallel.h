@@ -46,11 +46,11 @@ class TensorParallel {
   // The rows that an activation of width C holds here: all of them or, under sequence parallelism,
   // this rank's slice, ceil(rows / n) of them. The last slices end in padding: numbers without
   // meaning (biases are added there), whose gradients are 0.
-  int64_t slice(int64_t rows) const { return slices_rows_ ? ceil_div(rows, axis_.size) : rows; }
+  int64_t rows_here(int64_t rows) const { return slices_rows_ ? ceil_div(rows, axis_.size) : rows; }
 
   // ---- layers on the tape. `rows` is R = B*T of this micro-batch. x and the results of embedding
-  // and row_linear hold slice(R) rows of width C. What column_linear and head return holds all R
-  // rows of this rank's part of the width, which head pads.
+  // and row_linear hold rows_here(R) rows of width C. What column_linear and head return holds all
+  // R rows of this rank's part of the width, which head pads.
   Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
   // Biases are left to the op that reads the result, as in linear(): a row-parallel layer's is
   // added once, after the sum.

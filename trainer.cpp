@@ -5,6 +5,8 @@
 #include <cmath>
 #include <utility>
 
+#include "support/op_times.h"
+
 // ---- composition
 
 Schedule outline_of(const TrainerOptions& o, const Layout& l) {

@@ -79,7 +79,7 @@ class Trainer {
   void sum_squares(const Tensor& squares);
   // of `count` sequences on this rank
   Shape activation(int64_t count, int64_t length) const {
-    return {gpt.tp.slice(count * gpt.cp.part(length).rows()), gpt.config.width};
+    return {gpt.tp.rows_here(count * gpt.cp.part(length).rows()), gpt.config.width};
   }
 
   Mesh& mesh_;

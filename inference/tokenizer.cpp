@@ -17,7 +17,7 @@ using nlohmann::json;
 
 constexpr char32_t kNoCodePoint = 0x110000;
 
-// The code point that begins at `at`, which moves behind it. A byte that begins none is
+// The code point that begins at `at`, which moves past it. A byte that begins none is
 // kNoCodePoint, and `at` moves by that byte alone.
 static char32_t next_code_point(std::string_view text, size_t& at) {
   constexpr char32_t kLeast[] = {0, 0x80, 0x800, 0x10000};  // what needs so many bytes more

@@ -96,12 +96,12 @@ struct Parts {
 
 // The floating-point operations of one of attention's products, over the pairs that are seen; out
 // (B,queries,H,D)
-inline double flops_of_product(const Tensor& out, const Positions& queries, const Positions& keys) {
+inline double flops_of_product(const Tensor& out, const AttentionInputs& in) {
   int64_t pairs = 0;
-  for (int64_t row = 0; row < queries.rows(); row++)
-    for (const Range& piece : {keys.low, keys.high})
-      pairs += std::clamp<int64_t>(queries[row] + 1 - piece.begin, 0, piece.size());
-  return 2.0 * pairs * out.numel() / std::max<int64_t>(queries.rows(), 1);
+  for (int64_t row = 0; row < in.queries.rows(); row++)
+    for (const Range& piece : {in.keys.low, in.keys.high})
+      pairs += std::clamp<int64_t>(in.queries[row] + 1 - piece.begin, 0, piece.size());
+  return 2.0 * pairs * out.numel() / std::max<int64_t>(in.queries.rows(), 1);
 }
 
 // (B,H,queries) acc: the sum over d of dout * out, both (B,queries,H,D)

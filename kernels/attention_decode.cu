@@ -6,7 +6,7 @@
 //           the end the warps' parts are brought to one maximum and added up, first to last. The
 //           new token's own key and value come from qkv and are put into the cache for the tokens
 //           after it.
-// layout    cache (B,2,H,S,D): the keys of one head lie one behind the other
+// layout    cache (B,2,H,S,D): the keys of one head lie one after the other
 // cost      reads the cache of the positions so far once; 4 D flops and an exponential a position
 //           and head
 // not here  splitting one long cache over blocks ("flash decoding"); heads wider than 256

@@ -372,20 +372,26 @@ template <class T, int kD> void backward(unsigned heads, Sizes n, Gradients d, R
 template <class T> Rows<const T> read(const Parts& x, int64_t part) {
   return {x.tensor.data<T>() + part * x.H * x.D, x.ld(), int(x.rows)};
 }
+template <class T> Inputs<T> inputs(const Parts& q, const Parts& kv) {
+  return {read<T>(q, 0), read<T>(kv, kv.parts - 2), read<T>(kv, kv.parts - 1)};
+}
 Results write(const Parts& x, Dtype dtype, int64_t part, bool add) {
   const bool wide = x.tensor.dtype() == master_dtype(dtype);
   ASSERT(wide || x.tensor.dtype() == dtype, name_of(x.tensor.dtype()));
   return {x.begin(part), x.ld(), int(x.rows), wide, add};
 }
 
-Sizes sizes_of(const Tensor& out, const Tensor& lse, int64_t B, int64_t H, const Positions& queries,
-               const Positions& keys) {
-  Sizes n{
-      .H = int(H), .D = 0, .packs = false, .queries = places_of(queries), .keys = places_of(keys)};
+Sizes sizes_of(const Tensor& out, const Tensor& lse, const AttentionInputs& in) {
+  const int64_t B = in.B, H = in.H;
+  Sizes n{.H = int(H),
+          .D = 0,
+          .packs = false,
+          .queries = places_of(in.queries),
+          .keys = places_of(in.keys)};
   const int64_t T = n.queries.rows, D = out.numel() / (B * T * H);
   ASSERT(out.numel() == B * T * H * D && lse.numel() == B * H * T, to_string(out.shape()), ", ",
          to_string(lse.shape()), " with B = ", B, ", T = ", T, ", H = ", H);
-  REQUIRE(B * H <= INT_MAX / ceil_div(std::max(T, keys.rows()), 16),
+  REQUIRE(B * H <= INT_MAX / ceil_div(std::max(T, in.keys.rows()), 16),
           "flash attention takes at most 2^31 tiles, and ", B, " sequences of ", T, " tokens with ",
           H, " heads have more: give a smaller --microbatch");
   REQUIRE(D <= 128, "flash attention holds heads of at most 128 elements, these have ", D,
@@ -408,54 +414,50 @@ Tensor flash::delta_of(const Tensor& dout, const Tensor& out, int64_t B, const S
   return delta;
 }
 
-void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& q,
-                             const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
-                             const Positions& keys) {
-  OP("attention_flash_forward", 0, 2 * flops_of_product(out, queries, keys));
+void attention_flash_forward(const Tensor& out, const Tensor& lse, const AttentionInputs& in) {
+  OP("attention_flash_forward", 0, 2 * flops_of_product(out, in));
   if (!out.numel()) return;
-  Sizes n = sizes_of(out, lse, B, H, queries, keys);
-  n.packs = in_packs(n.D, {&out, &q, &kv});
-  const Dtype dtype = q.dtype();
-  const Parts qs(q, B, n.queries, n), kvs(kv, B, n.keys, n);
-  const Results to = write(Parts(out, B, n.queries, n), dtype, 0, false);
-  const unsigned heads = B * H;
+  Sizes n = sizes_of(out, lse, in);
+  n.packs = in_packs(n.D, {&out, &in.q, &in.kv});
+  const Dtype dtype = in.q.dtype();
+  const Parts qs(in.q, in.B, n.queries, n), kvs(in.kv, in.B, n.keys, n);
+  const Results to = write(Parts(out, in.B, n.queries, n), dtype, 0, false);
+  const unsigned heads = in.B * in.H;
   const auto launch = [&]<class T>(T) {
-    const Inputs<T> in{read<T>(qs, 0), read<T>(kvs, kvs.parts - 2), read<T>(kvs, kvs.parts - 1)};
     acc_t<T>* l = lse.data<acc_t<T>>();
 #ifndef CPU_FAST
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
-      if (n.packs) return mma_forward(heads, n, to, l, in);
+      if (n.packs) return mma_forward(heads, n, to, l, inputs<T>(qs, kvs));
 #endif
-    DISPATCH_WIDTH(n.D, forward<T, kD>(heads, n, to, l, in));
+    DISPATCH_WIDTH(n.D, forward<T, kD>(heads, n, to, l, inputs<T>(qs, kvs)));
   };
   DISPATCH(dtype, launch(T()));
 }
 
 void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
-                              const Tensor& out, const Tensor& lse, const Tensor& q,
-                              const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
-                              const Positions& keys, bool add) {
-  OP("attention_flash_backward", 0, 5 * flops_of_product(out, queries, keys));
+                              const Tensor& out, const Tensor& lse, const AttentionInputs& in,
+                              bool add) {
+  OP("attention_flash_backward", 0, 5 * flops_of_product(out, in));
   if (!out.numel()) return;
-  Sizes n = sizes_of(out, lse, B, H, queries, keys);
+  Sizes n = sizes_of(out, lse, in);
   ASSERT(dout.numel() == out.numel());
-  n.packs = in_packs(n.D, {&dq, &dkv, &dout, &q, &kv});
-  const Dtype dtype = q.dtype();
-  const Parts qs(q, B, n.queries, n), kvs(kv, B, n.keys, n), dqs(dq, B, n.queries, n),
+  n.packs = in_packs(n.D, {&dq, &dkv, &dout, &in.q, &in.kv});
+  const int64_t B = in.B;
+  const Dtype dtype = in.q.dtype();
+  const Parts qs(in.q, B, n.queries, n), kvs(in.kv, B, n.keys, n), dqs(dq, B, n.queries, n),
       dkvs(dkv, B, n.keys, n), dys(dout, B, n.queries, n);
   ASSERT(dkvs.parts >= 2);
   const Gradients d{write(dqs, dtype, 0, add), write(dkvs, dtype, dkvs.parts - 2, add),
                     write(dkvs, dtype, dkvs.parts - 1, add)};
   const Tensor delta = delta_of(dout, out, B, n);
-  const unsigned heads = B * H;
+  const unsigned heads = B * in.H;
   const auto launch = [&]<class T>(T) {
-    const Inputs<T> in{read<T>(qs, 0), read<T>(kvs, kvs.parts - 2), read<T>(kvs, kvs.parts - 1)};
     const acc_t<T>*l = lse.data<acc_t<T>>(), *de = delta.data<acc_t<T>>();
 #ifndef CPU_FAST
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
-      if (n.packs) return mma_backward(heads, n, d, read<T>(dys, 0), l, de, in);
+      if (n.packs) return mma_backward(heads, n, d, read<T>(dys, 0), l, de, inputs<T>(qs, kvs));
 #endif
-    DISPATCH_WIDTH(n.D, backward<T, kD>(heads, n, d, read<T>(dys, 0), l, de, in));
+    DISPATCH_WIDTH(n.D, backward<T, kD>(heads, n, d, read<T>(dys, 0), l, de, inputs<T>(qs, kvs)));
   };
   DISPATCH(dtype, launch(T()));
 }

@@ -7,7 +7,7 @@
 //           lanes that share it. Shared memory holds tiles of q, k, v and dout, and in
 //           attention_backward_kv the queries' lse and delta.
 // flow      Two buffers: while one tile is multiplied, the next one travels to the other. One
-//           barrier a tile: behind it, the tile is there, and nobody reads the other buffer.
+//           barrier a tile: after it, the tile is there, and nobody reads the other buffer.
 // cost      as in attention_flash.cu; the backward kernels compute the scores again
 // order     each sum runs over tiles from first to last, in one lane
 // memory    at most 70 KiB of shared memory a block, D 64: 45 KiB

@@ -81,15 +81,15 @@ struct Problem {
   int64_t Tq, Tk;
   unsigned rows;  // of a sequence's scores
   double scale;
-  Problem(const Tensor& out, int64_t B, int64_t H, const Positions& queries, const Positions& keys)
-      : n{.H = int(H),
-          .D = int(out.numel() / (B * queries.rows() * H)),
+  Problem(const Tensor& out, const AttentionInputs& in)
+      : n{.H = int(in.H),
+          .D = int(out.numel() / (in.B * in.queries.rows() * in.H)),
           .packs = false,
-          .queries = places_of(queries),
-          .keys = places_of(keys)},
+          .queries = places_of(in.queries),
+          .keys = places_of(in.keys)},
         Tq(n.queries.rows),
         Tk(n.keys.rows),
-        rows(H * Tq),
+        rows(n.H * Tq),
         scale(1 / std::sqrt(n.D)) {}
   int64_t scores() const { return n.H * Tq * Tk; }  // of a sequence
   // (H,Tq,Tk)
@@ -107,16 +107,17 @@ struct Problem {
 }  // namespace
 
 void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor& probabilities,
-                             const Tensor& q, const Tensor& kv, int64_t B, int64_t H,
-                             const Positions& queries, const Positions& keys) {
-  OP("attention_plain_forward", 0, 2 * flops_of_product(out, queries, keys));
+                             const AttentionInputs& in) {
+  OP("attention_plain_forward", 0, 2 * flops_of_product(out, in));
   if (!out.numel()) return;
-  const Problem x(out, B, H, queries, keys);
-  const Dtype dtype = q.dtype();
+  const Problem x(out, in);
+  const int64_t B = in.B, H = in.H;
+  const Dtype dtype = in.q.dtype();
   const bool keeps = !probabilities.empty();
   ASSERT(!keeps || probabilities.numel() == B * x.scores(), to_string(probabilities.shape()),
          " with B = ", B, ", H = ", H, ", T = ", x.Tq);
-  const Heads y(out, B, x.n.queries, x.n), qs(q, B, x.n.queries, x.n), kvs(kv, B, x.n.keys, x.n);
+  const Heads y(out, B, x.n.queries, x.n), qs(in.q, B, x.n.queries, x.n),
+      kvs(in.kv, B, x.n.keys, x.n);
   const Tensor one = keeps ? Tensor() : Tensor({H, x.Tq, x.Tk}, dtype, Memory::workspace);
   for (int64_t b = 0; b < B; b++) {
     const Tensor p = keeps ? x.of(probabilities, b) : one;
@@ -130,16 +131,15 @@ void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor&
 
 void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
                               const Tensor& out, const Tensor& lse, const Tensor& probabilities,
-                              const Tensor& q, const Tensor& kv, int64_t B, int64_t H,
-                              const Positions& queries, const Positions& keys, bool add) {
-  OP("attention_plain_backward", 0,
-     (probabilities.empty() ? 5 : 4) * flops_of_product(out, queries, keys));
+                              const AttentionInputs& in, bool add) {
+  OP("attention_plain_backward", 0, (probabilities.empty() ? 5 : 4) * flops_of_product(out, in));
   if (!out.numel()) return;
-  const Problem x(out, B, H, queries, keys);
-  const Dtype dtype = q.dtype(), to = dq.dtype();
+  const Problem x(out, in);
+  const int64_t B = in.B, H = in.H;
+  const Dtype dtype = in.q.dtype(), to = dq.dtype();
   ASSERT(dkv.dtype() == to && dout.numel() == out.numel());
-  const Heads qs(q, B, x.n.queries, x.n), kvs(kv, B, x.n.keys, x.n), dqs(dq, B, x.n.queries, x.n),
-      dkvs(dkv, B, x.n.keys, x.n), dy(dout, B, x.n.queries, x.n);
+  const Heads qs(in.q, B, x.n.queries, x.n), kvs(in.kv, B, x.n.keys, x.n),
+      dqs(dq, B, x.n.queries, x.n), dkvs(dkv, B, x.n.keys, x.n), dy(dout, B, x.n.queries, x.n);
   const Tensor delta = delta_of(dout, out, B, x.n);
   const Tensor ds({H, x.Tq, x.Tk}, dtype, Memory::workspace);  // the gradient of probabilities, too
   const bool kept = !probabilities.empty();

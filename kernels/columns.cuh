@@ -24,7 +24,7 @@ __device__ __forceinline__ void for_columns(int width, F f) {
   for (int i = threadIdx.x * N; i < width; i += kThreads * N) f(i, Width<N>());
 }
 
-// The same for any width: packs, and single columns behind them
+// The same for any width: packs, and single columns after them
 template <int kThreads, int N, bool kBackwards, class F>
 __device__ __forceinline__ void for_ragged_columns(int width, F f) {
   const int packs = width / N, i = threadIdx.x;

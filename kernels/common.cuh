@@ -18,6 +18,7 @@
 #include <type_traits>
 
 #include "kernels/kernels.h"
+#include "support/op_times.h"
 
 #ifdef __CUDACC__
 // cpu/cuda/fast.h: 1, cpu/faithful/faithful.h: 32
@@ -116,7 +117,7 @@ template <int N, class T> __device__ __forceinline__ Pack<T, N> load_pack(const 
 template <int N, class T> __device__ __forceinline__ void store_pack(T* p, Pack<T, N> x) {
   *reinterpret_cast<Pack<T, N>*>(p) = x;
 }
-// The first `inside` elements at p, zeros behind them; packs: p begins at a multiple of 16 bytes
+// The first `inside` elements at p, zeros after them; packs: p begins at a multiple of 16 bytes
 template <int N, class T>
 __device__ __forceinline__ Pack<T, N> load_run(const T* p, int inside, bool packs) {
   if (packs && inside >= N) return load_pack<N>(p);

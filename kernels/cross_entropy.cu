@@ -41,7 +41,7 @@ template <int N, class T> __device__ __forceinline__ Two<acc_t<T>> row_softmax(c
 }
 
 // Of a row x (V) whose maximum and sum of exponentials are `all`: the loss, and with kGradient x =
-// (softmax - onehot) * scale, and 0 behind it up to the next row, at x + ld
+// (softmax - onehot) * scale, and 0 after it up to the next row, at x + ld
 template <int N, bool kGradient, class T>
 __device__ __forceinline__ void finish_row(acc_t<T>* loss, T* x, int V, int ld, int target,
                                            acc_t<T> target_logit, Two<acc_t<T>> all,

@@ -56,7 +56,7 @@ template <class W, class A> __device__ __forceinline__ void move_sum(A* to, A* s
 
 // dwte (V,C) += the runs that lie within this block's segment of `order`; parts (segments,2,C) +=
 // [0] this segment's part of a run that began before it, [1] of a run that begins in it and goes on
-// behind it. Reads RC of dx.
+// after it. Reads RC of dx.
 template <class T, int N> __global__ void __launch_bounds__(256)
     segment_kernel(acc_t<T>* dwte, acc_t<T>* parts, const T* dx, const int* tokens,
                    const int* order, int R, int C) {
@@ -80,7 +80,7 @@ template <class T, int N> __global__ void __launch_bounds__(256)
   });
 }
 
-// dwte += the runs that cross the border behind this block's segment and begin in it: their parts
+// dwte += the runs that cross the border after this block's segment and begin in it: their parts
 // in the order of the segments
 template <class A, int N> __global__ void __launch_bounds__(256)
     crossing_kernel(A* dwte, const A* parts, const int* tokens, const int* order, int R, int C) {

@@ -95,36 +95,39 @@ std::vector<int> sort_rows(const std::vector<int>& tokens);
 
 // ---- attention_plain.cu, attention_flash.cu
 // Causal attention; scale 1/sqrt(D). Queries may come from one tensor, keys and values from
-// another, each with the positions of its rows. A query sees the keys whose position is not after
-// its own: all, some or none.
+// another. A query sees the keys whose position is not after its own: all, some or none.
+struct AttentionInputs {
+  Tensor q;   // (B,Tq,H,D), or the first part of (B,Tq,3,H,D)
+  Tensor kv;  // (B,Tk,2,H,D), or the last two parts of (B,Tk,3,H,D)
+  int64_t B, H;
+  Positions queries, keys;  // of Tq and Tk rows
+};
+// qkv (B,T,3,H,D): all tokens of whole sequences
+inline AttentionInputs whole_sequences(const Tensor& qkv, int64_t B, int64_t T, int64_t H) {
+  return {qkv, qkv, B, H, {{0, T}}, {{0, T}}};
+}
 
-// q (B,Tq,H,D), or the first part of (B,Tq,3,H,D); kv (B,Tk,2,H,D), or the last two parts of
-// (B,Tk,3,H,D). out (B,Tq,H,D) of q's dtype or acc; lse (B,H,Tq) acc: the logarithm of each row's
-// sum of exponentials, which the backward needs, and who merges results over several sets of keys.
-// A row that sees no key has out 0 and as lse the lowest number there is.
+// out (B,Tq,H,D) of q's dtype or acc; lse (B,H,Tq) acc: the logarithm of each row's sum of
+// exponentials, which the backward needs, and who merges results over several sets of keys. A row
+// that sees no key has out 0 and as lse the lowest number there is.
 
 // plain: batched matrix products and a softmax kernel; probabilities (B,H,Tq,Tk) of q's dtype.
 // These, where nobody keeps them, or lse may be empty.
 void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor& probabilities,
-                             const Tensor& q, const Tensor& kv, int64_t B, int64_t H,
-                             const Positions& queries, const Positions& keys);
+                             const AttentionInputs& in);
 // as the flash form's; `probabilities` that are empty are computed again, from lse
 void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
                               const Tensor& out, const Tensor& lse, const Tensor& probabilities,
-                              const Tensor& q, const Tensor& kv, int64_t B, int64_t H,
-                              const Positions& queries, const Positions& keys, bool add = false);
+                              const AttentionInputs& in, bool add = false);
 // flash: tiles of scores never leave the chip (Dao et al., "FlashAttention", 2022, algorithms 1 and
 // 4)
-void attention_flash_forward(const Tensor& out, const Tensor& lse, const Tensor& q,
-                             const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
-                             const Positions& keys);
+void attention_flash_forward(const Tensor& out, const Tensor& lse, const AttentionInputs& in);
 // dq as q may be, and dkv as kv, of their dtype or acc: written, or with `add` added to what is
 // there. out and lse may be merged from this and other keys: then this is these keys' part of dq,
 // and all that these queries give to dk and dv.
 void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
-                              const Tensor& out, const Tensor& lse, const Tensor& q,
-                              const Tensor& kv, int64_t B, int64_t H, const Positions& queries,
-                              const Positions& keys, bool add = false);
+                              const Tensor& out, const Tensor& lse, const AttentionInputs& in,
+                              bool add = false);
 
 // ---- attention_merge.cu   attention over several sets of keys, one after the other
 
@@ -151,7 +154,7 @@ void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t 
 
 // losses (R) = -log softmax(logits (R,V))[targets (R)] * scale; with `gradient`, logits become
 // their own gradient, (softmax - onehot) * scale. Rows of logits may be longer than V: what stands
-// behind column V is not read, and its gradient is 0.
+// after column V is not read, and its gradient is 0.
 void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, int64_t V,
                    double scale, bool gradient);
 // The same where this rank holds V of the vocabulary's columns, in three steps; a target of -1 is

@@ -22,7 +22,7 @@
 //           of matrix i / 8 begins. It can transpose each, so that operands may lie either way.
 //           Rows of a tile are padded by 16 bytes: eight of them lie in different banks.
 // copies    cp.async brings 16 bytes from memory to shared memory, while its thread goes on, until
-//           the thread waits. Others see them after a barrier behind that wait.
+//           the thread waits. Others see them after that wait and a barrier.
 // CPU       FAITHFUL: cpu/faithful/mma.h has these instructions for fibers; FAST has no warps
 // test      tests/test_cpu.cpp, tests/test_matmul.cpp, tests/test_attention.cpp
 #pragma once
@@ -68,7 +68,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const unsigned (&a)[4], unsig
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-// kBytes (4 or 16) at `to` = the first `bytes` at `from`, zeros behind them
+// kBytes (4 or 16) at `to` = the first `bytes` at `from`, zeros after them
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
   const unsigned at = unsigned(__cvta_generic_to_shared(to));

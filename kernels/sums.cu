@@ -33,7 +33,7 @@ template <class T, int N> __global__ void __launch_bounds__(256)
   if (threadIdx.x == 0) out[blockIdx.x] = add ? out[blockIdx.x] + sum : sum;
 }
 
-// sums[piece] = sum of the squares of what the pointer `of` bytes behind a piece's begin points to;
+// sums[piece] = sum of the squares of what the pointer `of` bytes after a piece's begin points to;
 // one block a piece
 template <class A> __global__ void __launch_bounds__(256)
     squares_kernel(double* sums, const UpdatePiece* pieces, size_t of) {

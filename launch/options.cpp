@@ -165,7 +165,7 @@ OptionTable train_options(Options& o) {
            {"reshard-after-forward", "", choice(&o.reshard, {"yes", "no"}),
             "ZeRO-3: free whole parameters after the forward, and gather them again"},
            {"prefetch", "K", whole(&o.prefetch, 0, 1000),
-            "layers gathered ahead while others compute; above 0 gradients are summed behind"},
+            "layers gathered ahead while others compute; above 0 gradients are summed meanwhile"},
            {"sequence-parallel", "", flag(&o.sequence_parallel),
             "with tp: activations between the split layers are split by tokens, too"},
            {"schedule", "", choice(&o.schedule, schedule_names()),

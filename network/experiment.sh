@@ -10,7 +10,7 @@
 #   RANKS=2   only the layouts of so many ranks (2: one a node, 4: two a node)
 # The cells of a layout take turns over the links; the fast one, with which the others are compared,
 # is the first and the last, and the mean of both counts. Others may use the hardware: so before
-# and behind a layout's cells each rank trains alone, and if that takes 1.3 times as long as is
+# and after a layout's cells each rank trains alone, and if that takes 1.3 times as long as is
 # predicted of it, the predictions of this layout are for a machine that is 1.3 times slower. Then
 # the planner's first choice is held against the rest over 1 Gbit/s: it, and all that take at most a
 # quarter longer than the fastest, are measured three times more in turns (in the file the link is

@@ -93,7 +93,7 @@ Json options_of(const TrainingJob& job) {
   say(shards > 1, "zero", job.fsdp.zero);
   say(shards > 1 && !job.fsdp.reshard, "reshard-after-forward", "no");
   say(job.layout["pp"] > 1, "schedule", job.schedule);
-  say(schedule_row(job.schedule).place == Place::ring, "chunks", job.chunks);
+  say(schedule_row(job.schedule).placement == Placement::ring, "chunks", job.chunks);
   say(true, "microbatch", job.microbatch);
   say(job.sequence_parallel, "sequence-parallel", true);
   say(job.recompute, "recompute", true);

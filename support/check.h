@@ -109,7 +109,7 @@ inline void check_printed() {
           "what was printed could not be written to the standard output");
 }
 
-// A main of one process: what is wrong is said behind the program's name, and its status is 1.
+// A main of one process: what is wrong is said after the program's name, and its status is 1.
 template <class Work> int run_main(const char* name, const Work& work) {
   const std::string error = error_of([&] {
     work();

@@ -27,7 +27,7 @@ void put_aside(const std::string& path, const std::string& what);
 class JsonLines {  // JSON lines; what JSON cannot say, infinities and NaN, is null
  public:
   // path empty: nothing is written. One that cannot be written fails here, before training. A run
-  // that resumes after some steps goes on behind the last of those, and one that begins at step 1
+  // that resumes after some steps goes on after the last of those, and one that begins at step 1
   // begins anew; a file with more than that is put aside whole. what: it is called so then.
   explicit JsonLines(const std::string& path, int64_t resumed = 0,
                      const std::string& what = "metrics");

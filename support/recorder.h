@@ -1,9 +1,9 @@
 // recorder.h: what a traced step is made of, in the order in which the host issued it (--trace).
 //
-// idea      tensor.h puts an event before and one behind each op and each block of collectives:
+// idea      op_times.h puts an event before and one after each op and each block of collectives:
 //           such a piece of work has a number. What else a trace says of it is noted here: the part
 //           of the model that it belongs to, what it waits for in the rank's other queue, what the
-//           ledger counts for it, which units are resharded behind it, and what changes beside it
+//           ledger counts for it, which units are resharded after it, and what changes beside it
 //           in memory. report/trace.h makes a file of it when all is done.
 // order     The host allocates and frees in the order of the compute stream (Buffer in tensor.h).
 //           So a change of memory stands at the op before it, however far the host is ahead.
@@ -35,7 +35,7 @@ class Recorder {
     std::string name;  // of an op
     // where `args` has the part that begins with it, or the collectives in it; -1: nowhere
     int args = -1;
-    std::vector<std::string> resharded = {};  // units, behind the last op so far
+    std::vector<std::string> resharded = {};  // units, after the last op so far
     // in processor seconds of the issuing thread; where report/trace.h measures, in seconds by the
     // first rank's clock
     double begin = 0, end = 0;

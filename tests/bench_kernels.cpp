@@ -18,9 +18,9 @@
 #include <omp.h>
 #endif
 
+#include "kernels/kernels.h"
 #include "optimizer.h"
 #include "tests/test.h"
-#include "tests/whole_sequence.h"
 
 constexpr int64_t kB = 1, kT = 1024, kR = kB * kT, kC = 768, kH = 12, kV = 50257,
                   kWeights = 40'000'000;
@@ -295,23 +295,31 @@ static std::vector<Row> product_rows(Dtype d) {
   const auto qkv = [=] { return random({kR, 3 * kC}, d); };
   rows.push_back({"attention_plain_forward", 0, 2 * half, [=] {
                     auto x = qkv(), out = random({kR, kC}, d), p = random({kB, kH, kT, kT}, d);
-                    return [=] { attention_plain_forward(out, p, x, kB, kT, kH); };
+                    return [=] {
+                      attention_plain_forward(out, {}, p, whole_sequences(x, kB, kT, kH));
+                    };
                   }});
   rows.push_back(
       {"attention_plain_backward", 0, 4 * half, [=] {
          auto x = qkv(), out = random({kR, kC}, d), p = random({kB, kH, kT, kT}, d), dx = qkv();
-         attention_plain_forward(out, p, x, kB, kT, kH);
-         return [=] { attention_plain_backward(dx, out, out, p, x, kB, kT, kH); };
+         attention_plain_forward(out, {}, p, whole_sequences(x, kB, kT, kH));
+         return [=] {
+           attention_plain_backward(dx, dx, out, out, {}, p, whole_sequences(x, kB, kT, kH));
+         };
        }});
   rows.push_back({"attention_flash_forward", 0, 2 * half, [=] {
                     auto x = qkv(), out = random({kR, kC}, d), lse = random({kB, kH, kT}, acc);
-                    return [=] { attention_flash_forward(out, lse, x, kB, kT, kH); };
+                    return
+                        [=] { attention_flash_forward(out, lse, whole_sequences(x, kB, kT, kH)); };
                   }});
   rows.push_back({"attention_flash_backward", 0, 5 * half, [=] {
                     auto x = qkv(), out = random({kR, kC}, d), lse = random({kB, kH, kT}, acc),
                          dx = qkv(), dout = random({kR, kC}, d);
-                    attention_flash_forward(out, lse, x, kB, kT, kH);
-                    return [=] { attention_flash_backward(dx, dout, out, lse, x, kB, kT, kH); };
+                    attention_flash_forward(out, lse, whole_sequences(x, kB, kT, kH));
+                    return [=] {
+                      attention_flash_backward(dx, dx, dout, out, lse,
+                                               whole_sequences(x, kB, kT, kH));
+                    };
                   }});
 
   // context parallelism: what a rank of a ring of 4 has to attend to in all its rounds, forward;
@@ -332,7 +340,7 @@ static std::vector<Row> product_rows(Dtype d) {
                              out = random({kR / 4, kC}, acc), lse = random({kB, kH, kT / 4}, acc);
                         return [=] {
                           for (int r = 0; r < 4; r++)
-                            attention_flash_forward(out, lse, q, kv, kB, kH, of(rank), of(r));
+                            attention_flash_forward(out, lse, {q, kv, kB, kH, of(rank), of(r)});
                         };
                       }});
     }

@@ -5,13 +5,13 @@
 //       inside 2.1 14 : measured      GB/s that a rank sends, and us of an all-gather
 //       between 0.06 90 : measured    (all ranks of a node send to their neighbours at once)
 //       overlap 0.7 : measured        of what travels beside computing, what costs no time
-//       short 0.2 22 : measured       as between, but of short messages behind products of one row:
+//       short 0.2 22 : measured       as between, but of short messages after products of one row:
 //                                     what decoding sends
 //   network/nodes.sh run -n 3 build/cpu/tests/bench_links all_reduce 1179648 20
 //       so many calls on a buffer of so many bytes; prints what rank 0 sends by the ledger
 //
 // idea      An all-reduce on 2 ranks sends its buffer's bytes in two rounds. Two sizes give the
-//           latency of a round and the rate. A call is timed as a step has it, behind products and
+//           latency of a round and the rate. A call is timed as a step has it, after products and
 //           before products: turns of both, less the same products alone.
 #include <algorithm>
 #include <cstdio>
@@ -33,7 +33,7 @@ static void call(ncclComm_t comm, int ranks, Collective collective, const Tensor
 }
 
 // So many turns of some products, each of so many rows and the next matrix, and an all-reduce of so
-// many bytes (0: none) behind them; or beside them.
+// many bytes (0: none) after them; or beside them.
 struct Turns {
   int count, products, rows;
   size_t bytes = 0;

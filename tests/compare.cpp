@@ -230,7 +230,7 @@ std::string html(const Table& t) {
 
 const char* const kColours[] = {"c0", "c1", "c2", "c3", "c4", "c5", "c6"};
 
-// Three names a row, each behind a square of its colour; 17 high a row.
+// Three names a row, each after a square of its colour; 17 high a row.
 std::string legend(const std::vector<std::string>& names) {
   std::ostringstream svg;
   for (size_t i = 0; i < names.size(); i++)

@@ -155,10 +155,11 @@ TEST(context_parallelism_in_thirty_lines_equals_one_rank) {
   const Tensor kv = product(x, A), probabilities({H, T, T}, f64, Memory::activations);
   Step whole{{}, Tensor(x.shape(), f64, Memory::activations), {}, {}};
   const Tensor o(x.shape(), f64, Memory::activations), dkv(kv.shape(), f64, Memory::activations);
-  attention_plain_forward(o, {}, probabilities, x, kv, 1, H, all, all);
+  const AttentionInputs in{x, kv, 1, H, all, all};
+  attention_plain_forward(o, {}, probabilities, in);
   whole.y = product(o, B);
-  attention_plain_backward(whole.dx, dkv, product(whole.y, transposed(B)), o, {}, probabilities, x,
-                           kv, 1, H, all, all);
+  attention_plain_backward(whole.dx, dkv, product(whole.y, transposed(B)), o, {}, probabilities,
+                           in);
   add(whole.dx, whole.dx, product(dkv, transposed(A)));
   whole.da = product(transposed(x), dkv);
   whole.db = product(transposed(o), whole.y);

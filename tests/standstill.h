@@ -7,7 +7,7 @@
 
 #include "support/check.h"
 
-// What comes on the stream behind it waits until go(), ten seconds at most.
+// What comes on the stream after it waits until go(), ten seconds at most.
 class Standstill {
  public:
   explicit Standstill(cudaStream_t stream) {

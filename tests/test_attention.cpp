@@ -10,7 +10,6 @@
 //   enters delta): u (1 + |score| / 2).
 #include "kernels/kernels.h"
 #include "tests/tensors.h"
-#include "tests/whole_sequence.h"
 
 using Values = std::vector<double>;
 
@@ -134,12 +133,13 @@ static Attention run(const Case& c, const Inputs& in, bool flash) {
   const auto once = [&] {
     const Tensor out = unwritten(out_shape, c.dtype), dqkv = unwritten(in.qkv.shape(), c.dtype);
     const Tensor kept = unwritten(kept_shape, flash ? master_dtype(c.dtype) : c.dtype);
+    const AttentionInputs all = whole_sequences(in.qkv, c.B, c.T, c.H);
     if (flash) {
-      attention_flash_forward(out, kept, in.qkv, c.B, c.T, c.H);
-      attention_flash_backward(dqkv, in.dout, out, kept, in.qkv, c.B, c.T, c.H);
+      attention_flash_forward(out, kept, all);
+      attention_flash_backward(dqkv, dqkv, in.dout, out, kept, all);
     } else {
-      attention_plain_forward(out, kept, in.qkv, c.B, c.T, c.H);
-      attention_plain_backward(dqkv, in.dout, out, kept, in.qkv, c.B, c.T, c.H);
+      attention_plain_forward(out, {}, kept, all);
+      attention_plain_backward(dqkv, dqkv, in.dout, out, {}, kept, all);
     }
     Values together;
     for (const Tensor& t : {out, kept, dqkv})
@@ -259,14 +259,16 @@ static void check_pieces(bool flash, Dtype dtype, int64_t T, int64_t D, const Po
   const auto forward = [=](const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& kv,
                            const Positions& keys) {
     const Tensor p = unwritten({B, H, Tq, keys.rows()}, dtype);
-    if (flash) attention_flash_forward(o, lse, q, kv, B, H, queries, keys);
-    else attention_plain_forward(o, lse, p, q, kv, B, H, queries, keys);
+    const AttentionInputs in{q, kv, B, H, queries, keys};
+    if (flash) attention_flash_forward(o, lse, in);
+    else attention_plain_forward(o, lse, p, in);
   };
   const auto backward = [=](const Tensor& dq, const Tensor& dkv, const Tensor& dout,
                             const Tensor& o, const Tensor& lse, const Tensor& q, const Tensor& kv,
                             const Positions& keys, bool add) {
-    if (flash) attention_flash_backward(dq, dkv, dout, o, lse, q, kv, B, H, queries, keys, add);
-    else attention_plain_backward(dq, dkv, dout, o, lse, {}, q, kv, B, H, queries, keys, add);
+    const AttentionInputs in{q, kv, B, H, queries, keys};
+    if (flash) attention_flash_backward(dq, dkv, dout, o, lse, in, add);
+    else attention_plain_backward(dq, dkv, dout, o, lse, {}, in, add);
   };
   // (not where oneDNN stands in for cuBLAS: its bits depend on the number of threads)
   const auto run = [=](auto once) {
@@ -449,9 +451,9 @@ TEST(a_query_sees_no_later_key) {
 TEST(wrong_arguments_are_refused) {
   const Tensor qkv({1, 4, 3, 1, 160}, Dtype::f32, Memory::data),
       out({1, 4, 1, 160}, Dtype::f32, Memory::data), lse({1, 1, 4}, Dtype::f32, Memory::data);
-  CHECK_SAYS(attention_flash_forward(out, lse, qkv, 1, 4, 1), "128");
-  CHECK_SAYS(attention_flash_forward(out, lse, qkv, 1, 5, 1), "T = 5");
-  CHECK_SAYS(attention_plain_forward(out, lse, qkv, 1, 4, 1), "(1, 1, 4)");
+  CHECK_SAYS(attention_flash_forward(out, lse, whole_sequences(qkv, 1, 4, 1)), "128");
+  CHECK_SAYS(attention_flash_forward(out, lse, whole_sequences(qkv, 1, 5, 1)), "T = 5");
+  CHECK_SAYS(attention_plain_forward(out, {}, lse, whole_sequences(qkv, 1, 4, 1)), "(1, 1, 4)");
   measured("D over 128, shapes that disagree");
 }
 

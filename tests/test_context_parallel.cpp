@@ -146,8 +146,9 @@ static Attended work_of(const Positions& queries, const std::vector<Positions>& 
   for (const Positions& keys : sets) {
     const Tensor kv({1, keys.rows(), 2, H, D}, Dtype::f64, Memory::data);
     fill(kv, 1);
-    if (flash) attention_flash_forward(out, lse, q, kv, 1, H, queries, keys);
-    else attention_plain_forward(out, lse, {}, q, kv, 1, H, queries, keys);
+    const AttentionInputs in{q, kv, 1, H, queries, keys};
+    if (flash) attention_flash_forward(out, lse, in);
+    else attention_plain_forward(out, lse, {}, in);
     for (const double x : download(lse)) pairs += std::exp(x);
   }
 #ifdef CPU_FAST

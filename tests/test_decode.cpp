@@ -7,7 +7,6 @@
 //           2^-8 more.
 #include "kernels/kernels.h"
 #include "tests/tensors.h"
-#include "tests/whole_sequence.h"
 
 namespace {
 
@@ -153,7 +152,7 @@ TEST(a_prompt_in_the_cache_and_one_more_token_equal_attention_over_all) {
     const int64_t T = 37, H = 2, D = 24, S = 50, row = 3 * H * D;
     const Tensor all = random_tensor({T, row}, dtype, 5), out({T, H * D}, dtype, Memory::data),
                  p({1, H, T, T}, dtype, Memory::data);
-    attention_plain_forward(out, p, all, 1, T, H);
+    attention_plain_forward(out, {}, p, whole_sequences(all, 1, T, H));
     const Values whole = download(out), expected(whole.end() - H * D, whole.end());
     const Tensor cache({2, 2, H, S, D}, dtype, Memory::data), one({2, H * D}, dtype, Memory::data),
         two({2, row}, dtype, Memory::data);

@@ -68,7 +68,7 @@ for fault in "open 13 Permission denied" "open 116 Stale file handle" "open 12 C
 done
 check an_error_while_reading_is_not_called_damage "[ $said = $tries ]" "$said errors" "of $tries"
 fresh
-# behind what is read when a file is opened and compared
+# after what is read when a file is opened and compared
 two_with_fault FAULT_PATH="$dir/text" FAULT_CALL=read FAULT_AT=90 FAULT_ERRNO=5 FAULT_RANK=1 -- \
   --steps 100 --resume --checkpoint "$dir/c"
 check a_disk_error_in_the_data_costs_no_training "[ $? != 0 ] && whole $dir/c &&

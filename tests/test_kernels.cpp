@@ -2,7 +2,7 @@
 // plain loops in double precision.
 //
 // inputs    numbers that the dtype holds exactly, so that the reference sees what the kernel sees;
-//           parts of tensors at even and odd addresses, with guards before and behind them that
+//           parts of tensors at even and odd addresses, with guards before and after them that
 //           must survive
 // measure   largest difference / largest magnitude of that output in the reference
 // bounds    f64 1e-13: some hundred roundings of 1e-16; f32 2e-6: some tens of 6e-8; bf16: the f32
@@ -47,7 +47,7 @@ static Values tokens_below(int64_t n, int64_t V) {
 
 // ---- arrays on the device: values between guards, at addresses that the case chooses
 
-// Where the arrays of a case begin: all at multiples of 256 bytes; each some elements behind one;
+// Where the arrays of a case begin: all at multiples of 256 bytes; each some elements after one;
 // all but one. (A kernel that looks at the alignment of all its arguments but one fails in the
 // last.)
 enum class Addresses { aligned, odd, one_odd };
@@ -590,7 +590,7 @@ TEST(rows_are_sorted_by_token_and_keep_their_order) {
 
 // ---- cross-entropy
 
-// Rows of logits x (R,V) with padding behind each, of which the kernels must know nothing: a number
+// Rows of logits x (R,V) with padding after each, of which the kernels must know nothing: a number
 // that would be every maximum, and NaN.
 static Values padded(const Values& x, int64_t V, int64_t ld) {
   Values all;

@@ -55,7 +55,7 @@ bool takes_multiples(const Layout& l, const Setting& s) {
   static const std::vector<bool> rings = [] {  // looked up once, not for every setting
     std::vector<bool> of;
     for (const std::string& name : kSchedules)
-      of.push_back(schedule_row(name).place == Place::ring);
+      of.push_back(schedule_row(name).placement == Placement::ring);
     return of;
   }();
   return l["pp"] > 1 && rings[size_t(s[schedule])];

@@ -13,7 +13,9 @@ const GptConfig kConfig = [] {  // 17 layers: no number of stages from 2 to 8 di
   return g;
 }();
 
-bool is_ring(const std::string& schedule) { return schedule_row(schedule).place == Place::ring; }
+bool is_ring(const std::string& schedule) {
+  return schedule_row(schedule).placement == Placement::ring;
+}
 bool takes(const std::string& schedule, int chunks) {
   return is_ring(schedule) || schedule_row(schedule).chunks() == chunks;
 }

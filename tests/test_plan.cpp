@@ -22,7 +22,7 @@ void for_schedules(int most_stages, int most_microbatches,
         const ScheduleRow& row = schedule_row(name);
         const int of = (m + row.divisor(p) - 1) / row.divisor(p) * row.divisor(p);
         if (of <= most_microbatches)
-          for (const int V : row.place == Place::ring ? std::vector{2, 3} : std::vector{0})
+          for (const int V : row.placement == Placement::ring ? std::vector{2, 3} : std::vector{0})
             f(make_schedule(name, p, of, V));
       }
 }
@@ -130,7 +130,7 @@ TEST(a_schedule_extends_to_any_number_of_micro_batches) {
 }
 
 TEST(a_collective_begins_with_its_last_rank) {
-  // rank 0 computes 1, rank 1 computes 3; then both sum, and rank 0 goes on behind it
+  // rank 0 computes 1, rank 1 computes 3; then both sum, and rank 0 goes on after it
   const std::vector<Task> tasks{
       {0, Queue::compute, 1}, {0, Queue::communication, 2, 0, {4}}, {0, Queue::compute, 1, 1},
       {1, Queue::compute, 3}, {1, Queue::communication, 2, 3, {1}}, {1, Queue::compute, 1}};

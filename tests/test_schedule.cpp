@@ -20,7 +20,7 @@ namespace {
 // The numbers of chunks to try.
 std::vector<int> chunks_of(const std::string& name) {
   const ScheduleRow& row = schedule_row(name);
-  return row.place == Place::ring ? std::vector{1, 2, 3, 4} : std::vector{row.chunks()};
+  return row.placement == Placement::ring ? std::vector{1, 2, 3, 4} : std::vector{row.chunks()};
 }
 
 // Calls f(name, p, m, V) for all that is allowed.
@@ -29,7 +29,7 @@ void for_all(const std::function<void(const std::string&, int, int, int)>& f) {
     for (int p = 1; p <= 8; p++)
       for (int m = 1; m <= 32; m++)
         for (int V : chunks_of(name))
-          if (schedule_row(name).place != Place::ring || m % p == 0) f(name, p, m, V);
+          if (schedule_row(name).placement != Placement::ring || m % p == 0) f(name, p, m, V);
 }
 
 std::string label(const Schedule& s) {
@@ -224,8 +224,9 @@ TEST(the_checker_accepts_every_schedule) {
   });
   int expected = 0;
   for (const std::string& name : schedule_names())
-    expected +=
-        schedule_row(name).place == Place::ring ? 4 * (32 + 16 + 10 + 8 + 6 + 5 + 4 + 4) : 8 * 32;
+    expected += schedule_row(name).placement == Placement::ring
+                    ? 4 * (32 + 16 + 10 + 8 + 6 + 5 + 4 + 4)
+                    : 8 * 32;
   CHECK_EQ(schedules, expected);
   measured(schedules, " schedules, ", actions, " actions");
 }
@@ -351,7 +352,7 @@ TEST(each_cut_carries_each_micro_batch_once_each_way) {
         for (const Transfer& t : a.transfers)
           if (t.send) sends[{t.payload, s.position(stage, t.chunk)}]++;
     // the middle cut of a V lies inside the last stage
-    const int cuts = p == 1 ? 0 : s.row->place == Place::vee ? 2 * p - 2 : p * V - 1;
+    const int cuts = p == 1 ? 0 : s.row->placement == Placement::vee ? 2 * p - 2 : p * V - 1;
     CHECK_EQ(int(sends.size()), 2 * cuts, label(s));
     for (const auto& [from, count] : sends) {
       CHECK_EQ(count, m, label(s));
@@ -732,7 +733,7 @@ TEST(forwards_alone_keep_the_line_full) {
         const int V = s.chunks, each = m * V;
         for (int stage = 0; stage < p; stage++) CHECK_EQ(t.busy[stage], each, label(s));
         // a ring has whole rounds
-        const bool ring = s.row->place == Place::ring;
+        const bool ring = s.row->placement == Placement::ring;
         const int most = ring ? (m + p - 1) / p * p * V + p - 1 : each + V * (p - 1);
         CHECK_LE(t.makespan, most, label(s));
       }

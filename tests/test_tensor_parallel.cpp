@@ -189,7 +189,7 @@ TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
   measured(settings, " settings, ", bytes, " bytes on rank 0");
 }
 
-// ---- padding behind each rank's part of the vocabulary
+// ---- padding after each rank's part of the vocabulary
 
 namespace {
 

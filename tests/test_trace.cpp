@@ -9,6 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "support/op_times.h"
 #include "tests/parity.h"
 
 namespace {
@@ -218,7 +219,7 @@ void check_units(const Json& file, const std::string& name) {
 }
 
 // Where parameters and gradients stay whole, later stages gather before their first exchange of a
-// step and sum behind the last one, but for that of the tied gradient.
+// step and sum after the last one, but for that of the tied gradient.
 void check_what_stands_before_exchanges(const Json& file, const Mesh& mesh,
                                         const std::string& name) {
   if (mesh["pp"].size == 1 || mesh["fsdp"].size == 1 ||

@@ -18,7 +18,7 @@ Kept TheoryOfRank::kept(const ModelPart& part) const {
   const bool keeps_probabilities = c.attention == AttentionKind::plain && !gpt.cp.splits(c.context);
   const int64_t attention = R * heads * (keeps_probabilities ? c.context * e : g);
   // x, the sum and two layernorms; with recompute x alone. Put off: inputs of products, and whole
-  // gradients of their outputs; by rows the biases behind sums keep slices of these, too.
+  // gradients of their outputs; by rows the biases after sums keep slices of these, too.
   return {c.recompute ? slice : 4 * slice + 2 * statistics + by_columns + attention,
           4 * whole + 2 * by_rows * slice + by_columns};
 }

@@ -1,4 +1,4 @@
-// theory/inference.cpp: what decoding sends. Tensor parallelism sums a row a sequence behind every
+// theory/inference.cpp: what decoding sends. Tensor parallelism sums a row a sequence after every
 // matrix that is split by its inputs, and gathers the logits; a pipeline sends the row on.
 #include "theory/theory.h"
 

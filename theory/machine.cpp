@@ -306,7 +306,7 @@ double move_seconds(const Machine& m, double bytes, double kernels) {
 Link link_of(const Cluster& c, int64_t n, int64_t stride) {
   const Link &in = c.inside, &out = c.between;
   // The group that is on most nodes, and how many of it are on each. Groups begin on ranks that are
-  // each a multiple of `step` behind a node's first, or up to a stride further: this one on the
+  // each a multiple of `step` after a node's first, or up to a stride further: this one on the
   // last of these.
   const int64_t step = std::gcd(n * stride, c.devices),
                 first = c.devices - step + std::min(stride, step) - 1,

@@ -1,7 +1,7 @@
 // machine.h: what a prediction knows of the hardware, rates, each with its source, and of software.
 //
 // format    A machine is a text, a line a fact: a name, its numbers, and after a colon where they
-//           come from. What stands behind # is a comment. The built-in machines are such texts, too
+//           come from. What stands after # is a comment. The built-in machines are such texts, too
 //           (machine.cpp), and a measured one can be written by hand or by a program:
 //             peak 312              : data sheet
 //             f32 19.5              : data sheet
@@ -79,7 +79,7 @@ struct SoftwareProfile {
   const char* name;
   Passes forward, backward;
   bool stores_scores;  // attention as whole matrices, with plain products
-  // tp: a backward's sum travels beside the weight gradient; sums of gradients run behind the
+  // tp: a backward's sum travels beside the weight gradient; sums of gradients run beside the
   // backward; exchanges between stages, where each tp rank then sends all that it has
   bool overlaps;
   double gradient_bytes;   // on the wire; 0: those of the master dtype

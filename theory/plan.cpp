@@ -82,7 +82,8 @@ class Search : Predictor {
       const ScheduleRow& row = schedule_row(name);
       const int asked = pp > 1 ? wanted.chunks : 0;
       std::vector<int> chunks = those({row.chunks()}, asked);
-      if (row.place == Place::ring) chunks = asked ? std::vector{asked} : std::vector{2, 3, 4};
+      if (row.placement == Placement::ring)
+        chunks = asked ? std::vector{asked} : std::vector{2, 3, 4};
       for (const int V : chunks) {
         job.schedule = name;
         job.chunks = V;

@@ -16,7 +16,7 @@ int which(int microbatch, int of) {
 struct ChunkTimes {
   double of[3][4] = {};  // which micro-batch, Action::Kind
   double gathers = 0;    // of the step, while the first activation is on its way
-  double tail = 0;       // behind the last backward: sums of gradients
+  double tail = 0;       // after the last backward: sums of gradients
   double optimizer = 0;  // then
 };
 
@@ -354,8 +354,8 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
     return known->second;
   };
   Prediction result;
-  // the busiest stage, and a bound: a stage begins behind the first forward of those before it,
-  // which end behind its last backward; where that is split, its last weight gradients may wait
+  // the busiest stage, and a bound: a stage begins after the first forward of those before it,
+  // which end after its last backward; where that is split, its last weight gradients may wait
   const double count[] = {1, std::max(0.0, s.microbatches - 2.0), 1};  // the last may be the first
   std::vector<double> tails(s.stages);
   double busiest = 0, bound = 0, forwards = 0, backwards = 0, late = 0;

@@ -36,7 +36,7 @@ struct TheoryOfChunk : TheoryOfRank {
   TheoryOfChunk(const TrainingJob& job, const ChunkKind& chunk);
 };
 // Of a step. What an axis is waited for is what the step gains where its collectives take no time,
-// those of the first of kAxes first (pp's with the gathers over tp behind them); the other parts
+// those of the first of kAxes first (pp's with the gathers over tp after them); the other parts
 // are of what is left. So all parts together are the step.
 struct Prediction {
   double seconds = 0, computing = 0, bubble = 0, optimizer = 0;

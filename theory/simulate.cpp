@@ -185,7 +185,8 @@ Timeline simulate(const Schedule& s, const Durations& durations) {
 double extended_makespan(const Schedule& s, const std::function<double(int m)>& of) {
   const int step = s.row->divisor(s.stages);
   // found by running all up to 16 stages; a ring of few stages settles late
-  const int steady = s.row->place == Place::ring ? std::max(28, 3 * s.stages) : 2 * s.stages;
+  const int steady =
+      s.row->placement == Placement::ring ? std::max(28, 3 * s.stages) : 2 * s.stages;
   for (int first = (steady + step - 1) / step * step;; first *= 2) {
     const int rest = s.microbatches - (first + 2 * step);
     if (rest <= 0) return of(s.microbatches);

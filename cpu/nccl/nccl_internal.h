@@ -36,7 +36,7 @@
 //           nothing here may rely on it. In a group the collectives run one after another in the
 //           order of the calls, then all sends and receives together. Ranks that disagree wait for
 //           each other; the watch finds them.
-// sums      One element after another, from the rank behind a piece's owner round to the owner;
+// sums      One element after another, from the rank after a piece's owner round to the owner;
 //           all-reduces that fit into a record, and reduce, in ascending rank. The same whatever
 //           the transport and the timing; bf16 and avg sum in f32.
 // failure   Sticky for the communicator: the peers are told, and later calls return the error at
