@@ -76,10 +76,10 @@ Tensor take(const std::shared_ptr<Tensor>& grad) {
 
 // ---- embedding
 
-Tokens::Tokens(int64_t B, int64_t T, const Positions& places, std::vector<int> in,
+Tokens::Tokens(int64_t B, int64_t T, const Positions& positions, std::vector<int> in,
                std::vector<int> out, Range vocabulary)
-    : B(B), T(T), places(places) {
-  const int64_t here = places.rows();
+    : B(B), T(T), positions(positions) {
+  const int64_t here = positions.rows();
   for (std::vector<int>* tokens : {&in, &out}) {
     ASSERT(tokens->empty() || int64_t(tokens->size()) == rows());
     for (int& t : *tokens)
@@ -88,7 +88,7 @@ Tokens::Tokens(int64_t B, int64_t T, const Positions& places, std::vector<int> i
   const std::vector<int> sorted = sort_rows(in);
   std::vector<int> at, all;
   for (int64_t row = 0; here < T && row < int64_t(in.size()); row++)
-    at.push_back(places[row % here]);
+    at.push_back(positions[row % here]);
   for (const auto& part : {std::span<const int>(in), {out}, {sorted}, {at}})
     all.insert(all.end(), part.begin(), part.end());
   if (all.empty()) return;
@@ -102,19 +102,19 @@ Tokens::Tokens(int64_t B, int64_t T, const Positions& places, std::vector<int> i
   inputs = next(in);
   targets = next(out);
   order = next(sorted);
-  if (!at.empty()) positions = next(at);
+  if (!at.empty()) position_of_row = next(at);
 }
 
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
   Var x{activation({tokens.rows(), wte.value.dim(1)}, wte.value.dtype())};
-  embedding_forward(x.value, tokens.inputs, wte.value, wpe.value, tokens.T, tokens.positions);
+  embedding_forward(x.value, tokens.inputs, wte.value, wpe.value, tokens.T, tokens.position_of_row);
   tape.push([tokens, &wte, &wpe, dx = x.grad] { embedding_backward(wte, wpe, take(dx), tokens); });
   return x;
 }
 
 void embedding_backward(Param& wte, Param& wpe, const Tensor& dx, const Tokens& tokens) {
   for (Param* p : {&wte, &wpe}) p->clear_if_fresh();  // not every row is written
-  embedding_backward(wte.grad, wpe.grad, dx, tokens.inputs, tokens.order, tokens.places);
+  embedding_backward(wte.grad, wpe.grad, dx, tokens.inputs, tokens.order, tokens.positions);
 }
 
 // ---- matrix products
@@ -130,8 +130,9 @@ void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb
 Tensor as_matrix(const Tensor& w) { return w.view({w.dim(0), w.numel() / w.dim(0)}); }
 
 void weight_backward(Param& w, bool transposed, const Tensor& x, const Tensor& dy) {
-  const Tensor dw = as_matrix(w.grad_of(transposed));
-  const double beta = w.next_writer_adds(transposed);
+  const bool by_head = transposed;  // no other layer uses a weight so
+  const Tensor dw = as_matrix(w.grad_of(by_head));
+  const double beta = w.begin_write(by_head);
   if (transposed) product(dw, dy, true, x, false, beta);  // dw += dy^T x
   else product(dw, x, true, dy, false, beta);             // dw += x^T dy
 }
@@ -157,11 +158,12 @@ static Tensor value_of(const Param* bias) { return bias ? bias->value : Tensor()
 // The backward of a bias, from the gradient of what it was added to
 static void bias_gradient(Tape& tape, Param* bias, const Tensor& dy) {
   if (bias)
-    tape.weight_gradient([bias, dy] { bias_backward(bias->grad, dy, bias->next_writer_adds()); });
+    tape.weight_gradient([bias, dy] { bias_backward(bias->grad, dy, bias->begin_write()); });
 }
 
 Var add_bias(Tape& tape, const Var& x, Param& bias) {
   add_bias(x.value, bias.value);
+  // the result is x, in place: its gradient stays where it is
   tape.push([&tape, &bias, dx = x.grad] { bias_gradient(tape, &bias, *dx); });
   return x;
 }
@@ -179,7 +181,7 @@ static void push_layernorm(Tape& tape, const Var& x, const Var& y, const Tensor&
     // The gradient that x already has joins in the same pass.
     const Tensor dy = take(dy_slot), residual = std::move(*dx);
     const Tensor d = residual.empty() ? like(x) : writable(residual);
-    const bool adds = gain.next_writer_adds(), bias_adds = bias.next_writer_adds();
+    const bool adds = gain.begin_write(), bias_adds = bias.begin_write();
     ASSERT(adds == bias_adds);
     layernorm_backward(d, gain.grad, bias.grad, dy, residual, x, mean, rstd, gain.value, adds);
     *dx = d;

@@ -26,8 +26,17 @@
 // it: FSDP moves the data.
 struct Param {
   std::string name;  // GPT-2's Hugging Face name
-  uint32_t id = 0;   // keys the random generator, with the global element index
   Shape shape;       // global
+  Tensor value;      // compute dtype, the local shape
+  Tensor grad;       // master dtype
+  // Fresh: what its memory holds does not count, since it was just allocated or a step begins.
+  bool fresh = false;
+  uint32_t id = 0;  // keys the random generator, with the global element index
+  // initial values: normal(0, deviation), or the constant `mean` when that is 0
+  float deviation = 0, mean = 0;
+  bool decay = false;  // weight decay: matrices only
+
+  // ---- of the strategies
   // what this rank owns: [begin, end) of dim number `dim` of `shape`, seen as (outer, split, inner)
   int dim = 0;
   Slice slice;
@@ -35,31 +44,24 @@ struct Param {
   // no elements of the parameter
   int64_t padding = 0;
   int64_t largest_slice = 0;  // where it is split: elements of the largest rank's slice
-  // initial values: normal(0, deviation), or the constant `mean` when that is 0
-  float deviation = 0, mean = 0;
-  bool decay = false;  // weight decay: matrices only
   // in this rank's part of the norm: false where another rank that holds the same values counts
   // them
   bool counted = true;
   // each rank of the tp axis has only its rows' part of the gradient; the parts are to be summed
   bool partial = false;
   int unit = 0;         // FSDP shards the parameters of one unit together
-  Tensor value;         // compute dtype, the local shape
-  Tensor grad;          // master dtype
   Tensor grad_of_head;  // of a tied parameter, where its uses are kept apart: see separate_uses
-  // Fresh: its memory holds no numbers yet, as when it was allocated or a step begins.
-  bool fresh = false, fresh_of_head = false;
-  Tensor& grad_of(bool transposed) {
-    return transposed && !grad_of_head.empty() ? grad_of_head : grad;
-  }
-  // Each writer of a gradient asks once: the first one of a fresh gradient overwrites it, and those
-  // after it add.
-  bool next_writer_adds(bool transposed = false) {
-    bool& is_fresh = transposed && !grad_of_head.empty() ? fresh_of_head : fresh;
+  bool fresh_of_head = false;
+
+  Tensor& grad_of(bool by_head) { return by_head && !grad_of_head.empty() ? grad_of_head : grad; }
+  // Each writer of a gradient calls this once. Whether it must add to what is there: the first one
+  // overwrites a fresh gradient, which then is fresh no longer.
+  bool begin_write(bool by_head = false) {
+    bool& is_fresh = by_head && !grad_of_head.empty() ? fresh_of_head : fresh;
     return !std::exchange(is_fresh, false);
   }
   void clear_if_fresh() {
-    if (!next_writer_adds()) fill(grad, 0);
+    if (!begin_write()) fill(grad, 0);
   }
   Shape local_shape() const;  // the slice's, with padding
   // elements that this rank owns, and where they are in its value or gradient: without padding
@@ -71,9 +73,9 @@ struct Param {
 
 // What the backward of a part of the model reads of its parameters.
 enum class BackwardReads {
-  values,          // a block's
-  values_at_once,  // the head's, since its backward mostly follows its forward directly
-  nothing,         // the embedding's, whose parameters only need a place for gradients
+  values,       // a block's
+  values_kept,  // the head's: kept whole after its forward, which its backward mostly follows
+  nothing,      // the embedding's, whose parameters only need a place for gradients
 };
 
 // A tied parameter is used at both ends of the model: by the embedding and, transposed, by the
@@ -123,22 +125,22 @@ enum class AttentionKind { plain, flash };
 // Tokens of one micro-batch, on the device and sorted for the embedding's backward.
 struct Tokens {
   int64_t B = 0, T = 0;    // sequences, and how long they are
-  Positions places;        // which tokens of each sequence are on this rank
+  Positions positions;     // which tokens of each sequence are on this rank
   Tensor inputs, targets;  // (R) i32
   Tensor order;            // rows sorted by input token: see sort_rows
-  Tensor positions;        // (R) i32, of every row; empty: all tokens are here, and it is row % T
+  Tensor position_of_row;  // (R) i32; empty: all tokens are here, and it is row % T
   int64_t only_row = -1;   // the head makes logits of this row alone; -1: of every row
   Tokens() = default;
   // In one upload. Tokens outside this rank's part of the vocabulary become -1, the others count
   // from its begin. Inputs, which the embedding reads, or targets, which the loss does, may be left
   // out.
-  Tokens(int64_t B, int64_t T, const Positions& places, std::vector<int> inputs,
+  Tokens(int64_t B, int64_t T, const Positions& positions, std::vector<int> inputs,
          std::vector<int> targets, Range vocabulary);
   // all of their tokens
   Tokens(int64_t B, int64_t T, std::vector<int> inputs, std::vector<int> targets,
          Range vocabulary = {0, INT32_MAX})
       : Tokens(B, T, {{0, T}}, std::move(inputs), std::move(targets), vocabulary) {}
-  int64_t rows() const { return B * places.rows(); }  // R
+  int64_t rows() const { return B * positions.rows(); }  // R
 };
 
 // c = op(a) op(b) + beta c, of whole matrices: what the linear layers are made of

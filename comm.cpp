@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <set>
 
-#include "support/op_times.h"
+#include "kernels/op_times.h"
 
 // ---- time
 

@@ -160,9 +160,9 @@ enum class Collective { all_reduce, all_gather, reduce_scatter, broadcast, send 
 const char* name_of(Collective c);
 // What a rank of n sends with a bandwidth-optimal algorithm, in n-ths of the buffer.
 int64_t parts_sent(Collective c, int64_t n);
-// Rows of their own, so that formulas stay pure. embedding: with the head; recompute: forwards
-// replayed; gathered_again, partial_gradients: what sequence parallelism gathers a second time, and
-// the sums of what it leaves in parts.
+// Each purpose has rows of its own, so that a formula is compared with one number. embedding: with
+// the head; recompute: forwards replayed; gathered_again, partial_gradients: what sequence
+// parallelism gathers a second time, and the sums of what it leaves in parts.
 enum class Traffic {
   training,
   embedding,

@@ -43,7 +43,7 @@ void Fsdp::before_forward(int use) {
 
 void Fsdp::after_forward(const Tape& tape, int use) {
   const bool backward_is_next =
-      tape.recording() && uses_[use].backward_reads == BackwardReads::values_at_once;
+      tape.recording() && uses_[use].backward_reads == BackwardReads::values_kept;
   if (!backward_is_next) reshard_after_use(use);
 }
 
@@ -57,7 +57,8 @@ void Fsdp::before_backward(Tape& tape, int use) {
 }
 
 void Fsdp::after_backward(Tape& tape, int use) {
-  // runs now or, under zero bubble, after this use's weight gradients, which read no weights
+  // Runs now or, under zero bubble, after this use's weight gradients. These are made of inputs and
+  // of outputs' gradients, so the weights themselves are freed now all the same.
   tape.weight_gradient([this, use] { reduce_gradients(use); });
   reshard_after_use(use);
 }
@@ -167,8 +168,8 @@ int Fsdp::add_use(const std::vector<Param*>& params, BackwardReads backward_read
   return uses_.size() - 1;
 }
 
-std::vector<Shard> Fsdp::optimizer_shards() const {
-  std::vector<Shard> shards;
+std::vector<ParamShard> Fsdp::param_shards() const {
+  std::vector<ParamShard> shards;
   for (const auto& [number, u] : units_)
     for_pieces(u, [&, &u = u](Param& p, int64_t first, int64_t count, int64_t at) {
       const auto piece = [&](const Tensor& x) { return x.part(at, {count}); };
@@ -181,8 +182,8 @@ std::vector<Shard> Fsdp::optimizer_shards() const {
 
 // ---- parameters: unshard and reshard
 
-// Unshards a use's units and sees to it that the next uses in this direction are on their way,
-// those of which the backward needs no values left out.
+// Unshards a use's units, and starts the gathers of the next `prefetch` uses in this direction. In
+// the backward those of blocks alone: the embedding's needs no values, and the head's is the first.
 void Fsdp::unshard(int use, int direction) {
   for (Unit* u : uses_[use].units) start_unshard(*u);
   for (int k = 1; k <= options_.prefetch; k++) {
@@ -264,7 +265,8 @@ void Fsdp::start_reduce(Unit& u) {
   if (complete_gradients) complete_gradients(u.params);
   make_wait(stream_, device().compute);  // the gradients must have been computed
   if (axis_.size > 1) {
-    // in place; without sharded gradients this is shard_grad
+    // In place: the sum is written over this rank's part of what it sends. Without sharded
+    // gradients that part is shard_grad itself; with them finish_reduce adds it to shard_grad.
     const Tensor mine = u.shard_of(u.whole_grad);
     const Timed timed(stream_);
     ledger.reduce_scatter(axis_, u.whole_grad.bytes());

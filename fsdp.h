@@ -47,7 +47,7 @@ class Fsdp {
   int add_use(const std::vector<Param*>& params, BackwardReads backward_reads, int group,
               const std::string& name);
   // What this rank updates: its piece of each parameter, padding left out.
-  std::vector<Shard> optimizer_shards() const;
+  std::vector<ParamShard> param_shards() const;
 
   // ---- a step
   void begin_step(int microbatches);

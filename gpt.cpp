@@ -66,8 +66,7 @@ Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication, const
   parts_.push_back({ModelPart::embedding, {&wte, &wpe}, BackwardReads::nothing});
   for (int64_t l = 0; l < g.layers; l++)
     parts_.push_back({ModelPart::block, blocks_[l].params(), BackwardReads::values, l});
-  parts_.push_back(
-      {ModelPart::head, {&ln_f_weight, &ln_f_bias, &wte}, BackwardReads::values_at_once});
+  parts_.push_back({ModelPart::head, {&ln_f_weight, &ln_f_bias, &wte}, BackwardReads::values_kept});
 
   uint32_t id = 0;
   for (Param* p : params()) p->id = id++;
@@ -121,7 +120,8 @@ static double weights_of_layer(const GptConfig& g) {
 }
 
 std::vector<ModelPiece> Gpt::pieces(int positions) const {
-  // what the head costs: a layer's attention is 6 C T of its 6 (12 C C + C T): see flops_per_token
+  // For how many layers the head counts: for a token it costs 6 V C operations, and a layer
+  // 6 (12 C C + C T), its attention included (flops_per_token).
   const double C = config.width,
                head_in_layers = config.vocab * C / (weights_of_layer(config) + C * config.context);
   std::vector<ModelPiece> all;

@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <cmath>
 
-UpdateTable update_table(const std::vector<Shard>& shards) {
+UpdateTable update_table(const std::vector<ParamShard>& shards) {
   std::vector<UpdatePiece> pieces;
   UpdateTable table;
-  for (const Shard& s : shards) {
+  for (const ParamShard& s : shards) {
     const int64_t n = s.weights.numel(), count = ceil_div(n, kPieceSize);
     table.elements += n;
     table.compute = (s.compute.empty() ? s.weights : s.compute).dtype();
@@ -31,7 +31,7 @@ UpdateTable update_table(const std::vector<Shard>& shards) {
   return table;
 }
 
-Optimizer::Optimizer(std::vector<Shard> shards, int64_t parameters, double clip,
+Optimizer::Optimizer(std::vector<ParamShard> shards, int64_t parameters, double clip,
                      double weight_decay, Sum sum)
     : shards_(std::move(shards)),
       table_(update_table(shards_)),

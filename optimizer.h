@@ -1,5 +1,5 @@
 // optimizer.h: AdamW over a list of shards, with the global gradient norm and clipping.
-// idea      a shard is what this rank updates: its piece of a parameter (Fsdp::optimizer_shards).
+// idea      a shard is what this rank updates: its piece of a parameter (Fsdp::param_shards).
 //           Master weights and moments are f32 (f64 in proofs) whatever dtype computes; for
 //           f32 and f64 the master weights are the weights themselves.
 // order     norm, clip factor and update stay on the device: no step waits for the host. The update
@@ -10,7 +10,7 @@
 #pragma once
 #include "autograd.h"
 
-struct Shard {
+struct ParamShard {
   Tensor weights;   // master dtype
   Tensor compute;   // the weights that compute, when their dtype differs; else empty
   Tensor gradient;  // master dtype
@@ -21,7 +21,7 @@ struct Shard {
 };
 
 // One line for each kPieceSize elements of each shard.
-UpdateTable update_table(const std::vector<Shard>& shards);
+UpdateTable update_table(const std::vector<ParamShard>& shards);
 
 class Optimizer {
  public:
@@ -29,20 +29,20 @@ class Optimizer {
   using Sum = std::function<void(const Tensor& squares)>;
   // clip: the largest global norm that an update may see; 0 for none. `parameters`: how many there
   // are in all. On one rank there is nothing to sum.
-  Optimizer(std::vector<Shard> shards, int64_t parameters, double clip, double weight_decay,
+  Optimizer(std::vector<ParamShard> shards, int64_t parameters, double clip, double weight_decay,
             Sum sum = {});
   void step(double lr);
   void measure();                               // the norm alone, of the gradients that are there
   const Tensor& norm() const { return norm_; }  // (1) f64: of the last gradients, before clipping
   // whether every weight and moment that counts on this rank is a number; waits for the device
   bool finite() const;
-  const std::vector<Shard>& shards() const { return shards_; }
+  const std::vector<ParamShard>& shards() const { return shards_; }
   int64_t steps() const { return steps_; }
   // weights, m and v are as `steps` steps left them
   void resume_after(int64_t steps) { steps_ = steps; }
 
  private:
-  std::vector<Shard> shards_;
+  std::vector<ParamShard> shards_;
   UpdateTable table_;                    // where they are
   Tensor squares_, norm_, clip_factor_;  // f64: (parameters), (1), (1)
   double clip_, weight_decay_;

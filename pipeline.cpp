@@ -57,7 +57,7 @@
 // Executes a list: an exchange moves parcels; a computation takes its input from the inbox and
 // leaves its result in the outbox.
 void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, Dtype dtype,
-                       const std::function<Tensor(size_t action, Tensor x)>& compute) {
+                       const std::function<Tensor(size_t action, Tensor x)>& perform) {
   // Room for what an exchange receives is taken as soon as the exchange before it was issued. Taken
   // later, it might be what the computations between them gave back, and have to wait for them.
   const auto prepare_next = [&](size_t i) {  // the first exchange from action i on
@@ -74,7 +74,7 @@ void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, D
     }
     const auto input = input_of(schedule_, axis_.rank, a),
                output = output_of(schedule_, axis_.rank, a);
-    Tensor result = compute(i, input ? receive(*input) : Tensor());
+    Tensor result = perform(i, input ? receive(*input) : Tensor());
     if (output) hand_over(*output, std::move(result));
   }
   release_sent(exchanges_);
@@ -84,8 +84,8 @@ void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, D
 
 void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   const std::vector<Action>& actions = schedule_.actions[axis_.rank];
-  const int64_t& held = device().memory.now[int(Memory::activations)];  // moves on
-  // by micro-batch and chunk; a map: tapes hold references to themselves
+  const int64_t& held = device().memory.now[int(Memory::activations)];  // changes as ops run
+  // by micro-batch and chunk; a map, whose elements never move: closures hold references to them
   std::map<std::pair<int, int>, Live> lives;
   int64_t kept = 0;  // by all that are live
   most_live_ = most_live_bytes_ = 0;

@@ -113,15 +113,16 @@ std::vector<Action> computations(const Schedule& s, int stage) {
 
 // ---- where positions are, and what travels between them; from here on s is the schedule
 
-// The stage of a chunk's i-th position; and the other way round, since the map is its own inverse.
-static int in_chunk(const Schedule& s, int chunk, int i) {
+// The stage of a chunk's i-th position, and the other way round. zbv comes back up: in its odd
+// chunks position i is on stage p - 1 - i.
+static int mirrored_if_odd(const Schedule& s, int chunk, int i) {
   return s.row->placement == Placement::vee && chunk % 2 ? s.stages - 1 - i : i;
 }
 int Schedule::position(int stage, int chunk) const {
-  return chunk * stages + in_chunk(*this, chunk, stage);
+  return chunk * stages + mirrored_if_odd(*this, chunk, stage);
 }
 int Schedule::stage_of(int position) const {
-  return in_chunk(*this, position / stages, position % stages);
+  return mirrored_if_odd(*this, position / stages, position % stages);
 }
 
 // The position at the other end: activations are sent forward, gradients back.
@@ -158,7 +159,7 @@ constexpr double kMoment = 1.0 / (1 << 30);
 // From computations alone to all actions. Tick by tick: first what was computed by now is sent, in
 // the order in which it was; then stages start what they have the input for.
 static void place_transfers(Schedule& s) {
-  struct Meeting {
+  struct PlannedExchange {
     double when = 0;
     std::map<int, std::vector<Transfer>> of;  // by stage
   };
@@ -168,12 +169,13 @@ static void place_transfers(Schedule& s) {
   std::vector<std::map<Transfer, double>> came(s.stages);  // [stage]: inputs, and when
   // By tick and {lower stage, higher stage}. Two sends that face each other are one exchange, when
   // both results are there.
-  std::map<int, std::map<std::pair<int, int>, Meeting>> meetings;
+  std::map<int, std::map<std::pair<int, int>, PlannedExchange>> exchanges;
   for (int tick = 0, last = 0; tick <= last; tick++) {
-    std::multimap<double, Meeting> in_order;
-    for (const auto& [stages, meeting] : meetings[tick]) in_order.insert({meeting.when, meeting});
-    for (const auto& [when, meeting] : in_order)
-      for (const auto& [stage, transfers] : meeting.of)
+    std::multimap<double, PlannedExchange> in_order;
+    for (const auto& [stages, exchange] : exchanges[tick])
+      in_order.insert({exchange.when, exchange});
+    for (const auto& [when, exchange] : in_order)
+      for (const auto& [stage, transfers] : exchange.of)
         s.actions[stage].push_back({Action::exchange, -1, -1, transfers});
 
     for (int stage = 0; stage < s.stages; stage++) {
@@ -194,10 +196,10 @@ static void place_transfers(Schedule& s) {
         const Transfer received = other_end(s, stage, *sent);
         came[sent->peer][received] = end + (sent->peer != stage) * kMoment;
         if (sent->peer == stage) continue;  // in memory
-        Meeting& meeting = meetings[int(end)][std::minmax({stage, sent->peer})];
-        meeting.when = std::max(meeting.when, end);
-        meeting.of[stage].push_back(*sent);
-        meeting.of[sent->peer].push_back(received);
+        PlannedExchange& exchange = exchanges[int(end)][std::minmax({stage, sent->peer})];
+        exchange.when = std::max(exchange.when, end);
+        exchange.of[stage].push_back(*sent);
+        exchange.of[sent->peer].push_back(received);
       }
     }
   }

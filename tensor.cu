@@ -117,6 +117,30 @@ void close_device() {
   opened.reset();
 }
 
+// ---- what a step is made of: kernels/op_times.h
+
+OpTimes op_times;
+
+void OpTimes::start(What what) {
+  what_ = what;
+  count_ = 0;
+}
+
+void OpTimes::begin(cudaStream_t stream, bool collective, Work work) {
+  if (count_ == ops_.size()) ops_.emplace_back();
+  open_ = &ops_[count_++];
+  open_->work = std::move(work);
+  open_->collective = collective;
+  if (recorder.on) recorder.begin(queue_of(stream), open_->work.name);
+  open_->begin.record(stream);
+}
+
+void OpTimes::end(cudaStream_t stream) {
+  error_of([&] { open_->end.record(stream); });  // the next call says what is wrong
+  if (recorder.on) recorder.end();
+  open_ = nullptr;
+}
+
 // ---- streams
 
 void synchronize() { CUDA_CHECK(cudaStreamSynchronize(device().compute)); }

@@ -153,7 +153,7 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
   const Tensor partial = for_partial_sums(R, C, wte.value.dtype());
   // The token's owner writes its row of wte plus the position; the other ranks write zeros.
   embedding_forward(partial.part(0, {R, C}), tokens.inputs, wte.value, wpe.value, tokens.T,
-                    tokens.positions);
+                    tokens.position_of_row);
   Var x{start_sum(partial)};
   finish();
   tape.push([this, tokens, R, &wte, &wpe, dx = x.grad] {

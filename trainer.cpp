@@ -5,7 +5,7 @@
 #include <cmath>
 #include <utility>
 
-#include "support/op_times.h"
+#include "kernels/op_times.h"
 
 // ---- composition
 
@@ -59,8 +59,8 @@ Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
     for (Param* p : params) join_uses(*p);
     gpt.tp.sum_partial_gradients(params);
   };
-  optimizer_ = std::make_unique<Optimizer>(fsdp.optimizer_shards(), gpt.params().size(),
-                                           options.clip, options.weight_decay,
+  optimizer_ = std::make_unique<Optimizer>(fsdp.param_shards(), gpt.params().size(), options.clip,
+                                           options.weight_decay,
                                            [this](const Tensor& squares) { sum_squares(squares); });
   results_ = Tensor({2}, Dtype::f64, Memory::workspace);
   total_ = results_.part(0, {1});
@@ -120,23 +120,23 @@ int64_t Trainer::first_sequence(int64_t i, int64_t count) const {
 Tokens Trainer::read(int64_t first, int64_t count, int64_t length,
                      const Sequences& sequence) const {
   const bool embeds = has_embedding(pieces_[0]), predicts = has_head(pieces_.back());
-  const Positions places = gpt.cp.part(length);
+  const Positions positions = gpt.cp.part(length);
   std::vector<int> inputs, targets;
-  // at once: what does not fit is refused before it is read
-  if (embeds) inputs.reserve(count * places.rows());
-  if (predicts) targets.reserve(count * places.rows());
+  // in one allocation: what does not fit is refused before it is read
+  if (embeds) inputs.reserve(count * positions.rows());
+  if (predicts) targets.reserve(count * positions.rows());
   for (int64_t s = first; s < first + count && (embeds || predicts); s++) {
     const std::vector<int> tokens = sequence(s);
     ASSERT(int64_t(tokens.size()) == length + 1);
     for (const int token : tokens)
       ASSERT(0 <= token && token < gpt.config.vocab, "there is no token ", token);
-    for (const Range& piece : {places.low, places.high}) {
+    for (const Range& piece : {positions.low, positions.high}) {
       const auto begin = tokens.begin() + piece.begin, end = tokens.begin() + piece.end;
       if (embeds) inputs.insert(inputs.end(), begin, end);
       if (predicts) targets.insert(targets.end(), begin + 1, end + 1);
     }
   }
-  return Tokens(count, length, places, std::move(inputs), std::move(targets),
+  return Tokens(count, length, positions, std::move(inputs), std::move(targets),
                 gpt.tp.part(gpt.config.vocab));
 }
 

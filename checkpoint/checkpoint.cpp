@@ -222,13 +222,13 @@ void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info,
 
 std::vector<std::string> save_checkpoint(const std::string& dir, const CheckpointInfo& info,
                                          const Job& job, const Mesh& mesh,
-                                         const std::vector<Shard>& shards) {
+                                         const std::vector<ParamShard>& shards) {
   const std::string path = dir + "/" + step_name(info.step);
   Saved saved;
   saved.rank = job.rank;
   bool copy = false;  // another rank saves it
   for (const Axis& axis : mesh.axes_where(&AxisKind::splits_model, false)) copy |= axis.rank != 0;
-  for (const Shard& s : shards) {
+  for (const ParamShard& s : shards) {
     if (copy || !s.param->counted) continue;
     const std::string& name = s.param->name;
     const Shape shape = file_shape(*s.param), here{s.weights.numel()};
@@ -433,7 +433,7 @@ void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part 
 }
 
 void resume(const Checkpoint& checkpoint, Optimizer& optimizer) {
-  for (const Shard& s : optimizer.shards()) {
+  for (const ParamShard& s : optimizer.shards()) {
     load(checkpoint, *s.param, s.first, Part::weights, s.weights);
     if (!s.compute.empty()) cast(s.compute, s.weights);
     if (!checkpoint.has_moments) continue;

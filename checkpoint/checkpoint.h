@@ -83,7 +83,7 @@ class Checkpoint {
 // it fails nothing is left of it, and older ones stay.
 std::vector<std::string> save_checkpoint(const std::string& dir, const CheckpointInfo& info,
                                          const Job& job, const Mesh& mesh,
-                                         const std::vector<Shard>& shards);
+                                         const std::vector<ParamShard>& shards);
 // The newest checkpoint in `dir` whose files are whole. Each that is passed over is said; a damaged
 // one is renamed to damaged-step-... Nothing if there never was one; an Error if none is whole, or
 // if one cannot be read. With a step that one alone, or an Error.

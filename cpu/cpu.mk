@@ -20,8 +20,8 @@ else ifeq ($(BACKEND),sanitize)
 else ifeq ($(BACKEND),faithful)
   CXXFLAGS += -DCPU_FAITHFUL
   KERNEL_FAST :=
-  SOURCES  := $(filter %.cu autograd.cpp gpt.cpp optimizer.cpp comm.cpp tensor_parallel.cpp \
-                context_parallel.cpp support/recorder.cpp support/op_times.cpp, $(SOURCES))
+  SOURCES  := $(filter %.cu autograd.cpp gpt.cpp optimizer.cpp comm.cpp \
+                tensor_parallel.cpp context_parallel.cpp support/recorder.cpp, $(SOURCES))
   SOURCES  += cpu/faithful/faithful.cpp
 else ifneq ($(filter-out cuda,$(BACKEND)),)
   $(error BACKEND is '$(BACKEND)', expected cpu or cuda)

@@ -56,12 +56,12 @@ Generator::Logits Generator::prefill(int64_t sequence, const std::vector<int>& p
 Generator::Logits Generator::decode(const std::vector<int>& tokens) {
   for (const int length : lengths_) ASSERT(length > 0 && length < room_);
   Tokens batch(sequences_, 1, tokens, tokens, gpt.tp.part(gpt.config.vocab));
-  batch.positions = Tensor({sequences_}, Dtype::i32, Memory::data);
-  upload(batch.positions, lengths_.data());
+  batch.position_of_row = Tensor({sequences_}, Dtype::i32, Memory::data);
+  upload(batch.position_of_row, lengths_.data());
   for (int& length : lengths_) length++;
   return forward(batch, [&](Tape&, int64_t layer, const Var& qkv) {
     const Tensor out({sequences_, qkv.value.dim(1) / 3}, qkv.value.dtype(), Memory::activations);
-    attention_decode(out, caches_.at(layer), qkv.value, batch.positions, heads_);
+    attention_decode(out, caches_.at(layer), qkv.value, batch.position_of_row, heads_);
     return Var{out};
   });
 }

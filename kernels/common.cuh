@@ -18,7 +18,7 @@
 #include <type_traits>
 
 #include "kernels/kernels.h"
-#include "support/op_times.h"
+#include "kernels/op_times.h"
 
 #ifdef __CUDACC__
 // cpu/cuda/fast.h: 1, cpu/faithful/faithful.h: 32

@@ -12,7 +12,7 @@
 #pragma once
 #include <map>
 
-#include "support/op_times.h"
+#include "kernels/op_times.h"
 #include "support/stopwatch.h"
 #include "trainer.h"
 

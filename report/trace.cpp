@@ -6,7 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "launch/job.h"
-#include "support/op_times.h"
+#include "kernels/op_times.h"
 
 using Json = nlohmann::json;
 

@@ -1,7 +1,7 @@
 // trace.h: what every rank computed, sent and held in some steps, as a file in Chrome's trace
 // format (Perfetto opens it): --trace. docs/tracing.md says what each row is.
 //
-// idea      support/recorder.h has a step's works in the order of issue, and support/op_times.h
+// idea      support/recorder.h has a step's works in the order of issue, and kernels/op_times.h
 //           their times. The first rank gathers those of all ranks, joins the ends of each
 //           collective, and makes the file's events of them.
 // matching  Ranks that share a communicator call it in one order. So the k-th collective of some

@@ -197,9 +197,9 @@ static std::vector<Row> elementwise_rows(Dtype d) {
   };
 }
 
-static Shard one_parameter(Dtype d) {
+static ParamShard one_parameter(Dtype d) {
   static const Param param;
-  Shard s;
+  ParamShard s;
   for (Tensor* x : {&s.weights, &s.m, &s.v, &s.gradient})
     *x = constant({kWeights}, master_dtype(d), x == &s.weights ? 1 : 0.1);
   if (d == Dtype::bf16) s.compute = constant({kWeights}, d, 1);

@@ -39,19 +39,19 @@ class WholeGpt : public Gpt {
   void finish_gradients() { join_uses(tied()); }  // once a step
 
   Optimizer optimizer(double clip, double weight_decay) {  // each parameter one shard
-    std::vector<Shard> shards;
+    std::vector<ParamShard> shards;
     for (Param* p : params()) {
       const auto zeros = [&] {
         Tensor t(p->shape, p->grad.dtype(), Memory::optimizer);
         fill(t, 0);
         return t;
       };
-      Shard s{.weights = p->own(p->value),
-              .compute = {},
-              .gradient = p->own(p->grad),
-              .m = zeros(),
-              .v = zeros(),
-              .param = p};
+      ParamShard s{.weights = p->own(p->value),
+                   .compute = {},
+                   .gradient = p->own(p->grad),
+                   .m = zeros(),
+                   .v = zeros(),
+                   .param = p};
       if (p->value.dtype() != p->grad.dtype()) {
         s.compute = s.weights, s.weights = zeros();
         cast(s.weights, s.compute);

@@ -99,7 +99,7 @@ inline std::vector<double> whole_model(Mesh& mesh, Trainer& trainer, WholeOf wha
   for (Param* p : trainer.gpt.params()) starts.push_back(all), all += elements(p->shape);
   // this rank's part; what tp ranks must have the same; by stage
   std::vector<double> mine(size_t(all), 0.0), copies(size_t(all), 0.0), first, last;
-  for (const Shard& shard : trainer.optimizer().shards()) {
+  for (const ParamShard& shard : trainer.optimizer().shards()) {
     const Slice& s = shard.param->slice;
     const int64_t n = s.end - s.begin;
     const std::vector<double> values = download(what == WholeOf::gradients ? shard.gradient
@@ -139,7 +139,7 @@ inline std::vector<double> whole_model(Mesh& mesh, Trainer& trainer, WholeOf wha
 // compiled for finite numbers may take NaN for 0.)
 constexpr double kSpoiled = 1e30;
 inline void spoil_gradients(Trainer& trainer) {
-  for (const Shard& s : trainer.optimizer().shards()) fill(s.gradient, kSpoiled);
+  for (const ParamShard& s : trainer.optimizer().shards()) fill(s.gradient, kSpoiled);
   for (const Param* p : trainer.gpt.params())
     for (const Tensor& x : {p->grad, p->grad_of_head})
       if (!x.empty()) fill(x, kSpoiled);
@@ -147,7 +147,7 @@ inline void spoil_gradients(Trainer& trainer) {
 // Nor does anything but numbers leave it, in padding either.
 inline void expect_numbers(Trainer& trainer) {
   std::set<int> units;
-  for (const Shard& s : trainer.optimizer().shards()) units.insert(s.param->unit);
+  for (const ParamShard& s : trainer.optimizer().shards()) units.insert(s.param->unit);
   for (int unit : units)
     for (double x : download(trainer.fsdp.units().at(unit).shard_grad))
       CHECK(std::abs(x) < kSpoiled / 2, "a gradient of unit ", unit, " is ", x);

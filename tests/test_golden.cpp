@@ -146,7 +146,7 @@ static Run train(const How& how) {
     run.norms.push_back(download(optimizer.norm())[0]);
   }
   // the master weights, when the model computes in bf16
-  for (const Shard& s : optimizer.shards()) {
+  for (const ParamShard& s : optimizer.shards()) {
     const std::vector<double> values = download(s.weights);
     run.weights.insert(run.weights.end(), values.begin(), values.end());
   }

@@ -769,8 +769,8 @@ struct Updated {
         compute(Array::blank(int64_t(start[0].size()), compute)) {
     param.id = uint32_t(id), param.decay = decay, param.counted = counted;
   }
-  Shard shard() const {
-    Shard s;
+  ParamShard shard() const {
+    ParamShard s;
     s.weights = weights, s.m = m, s.v = v, s.gradient = gradient, s.param = &param;
     if (compute.dtype != Dtype::i32) s.compute = compute;
     return s;
@@ -815,7 +815,7 @@ TEST(adamw_takes_the_steps_of_the_paper) {
         compute == Dtype::i32 ? dtype : compute,
         [&, dtype = dtype, compute = compute] {
           std::deque<Updated> parameters;
-          std::vector<Shard> shards;
+          std::vector<ParamShard> shards;
           for (size_t p = 0; p < sizes.size(); p++)
             shards.push_back(
                 parameters.emplace_back(int(p), p % 2, true, start[p], dtype, compute).shard());
@@ -892,9 +892,9 @@ TEST(wrong_shapes_and_dtypes_are_refused) {
   CHECK_SAYS(cross_entropy(r, a, i.part(0, {2}), 4, 1, true), "does not hold");
   const Param p;
   const auto shard = [&](const Tensor& weights, const Tensor& gradient) {
-    Shard s;
+    ParamShard s;
     s.weights = s.m = s.v = weights, s.gradient = gradient, s.param = &p;
-    return std::vector<Shard>{s};
+    return std::vector<ParamShard>{s};
   };
   CHECK_SAYS(update_table(shard(a, b)), "does not hold");
   CHECK_SAYS(update_table(shard(a, c)), "does not hold");

@@ -133,7 +133,7 @@ TEST(what_all_tp_ranks_hold_gets_the_same_bits_everywhere) {
     Trainer trainer(mesh, config, options);
     trainer.gradients(trainer.read([&](int64_t s) { return sequence(1, s, config); }));
     std::vector<double> mine;
-    for (const Shard& shard : trainer.optimizer().shards()) {
+    for (const ParamShard& shard : trainer.optimizer().shards()) {
       const Slice& s = shard.param->slice;
       if (s.end - s.begin == s.split) append(mine, download(shard.gradient));
     }

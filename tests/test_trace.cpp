@@ -9,7 +9,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
-#include "support/op_times.h"
+#include "kernels/op_times.h"
 #include "tests/parity.h"
 
 namespace {

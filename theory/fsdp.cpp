@@ -31,10 +31,12 @@ void TheoryOfRank::add_fsdp() {
     else block = P;
   }
 
-  // For a while whole: gradients of both ends and of two blocks, or of all where weight gradients
-  // are put off; parameters of both ends, of a block and those that are gathered ahead.
-  const int64_t two = schedule.row->splits_backward ? std::max<int64_t>(blocks, 2) : 2;
-  if (shards_gradients) sum.gather_bound += (ends + two * block) * g;
+  // For a while whole: gradients of both ends, of a block and of the one before, whose sum runs on,
+  // or of all where weight gradients are put off; parameters of both ends, of a block and those
+  // that are gathered ahead.
+  const int64_t summed = options.fsdp.prefetch > 0 ? 2 : 1,
+                of_blocks = schedule.row->splits_backward ? std::max(blocks, summed) : summed;
+  if (shards_gradients) sum.gather_bound += (ends + of_blocks * block) * g;
   const int64_t whole = reshards ? std::min<int64_t>(blocks, 1 + options.fsdp.prefetch) : blocks;
   if (shards_parameters) sum.gather_bound += (ends + whole * block) * e;
 }

@@ -240,7 +240,7 @@ class RankWork : TheoryOfChunk, Issue {
   void forward(int use) {
     unshard(use, +1);
     part_forward(uses[use].part->kind);
-    if (uses[use].part->backward_reads != BackwardReads::values_at_once) reshard(use);
+    if (uses[use].part->backward_reads != BackwardReads::values_kept) reshard(use);
   }
   void backward(int use) {
     unshard(use, -1);
