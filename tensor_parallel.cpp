@@ -10,7 +10,7 @@
 //           gradients of the column-parallel layers). The embedding has 1 forward, the head 1
 //           backward; the loss sends three numbers a row. Under sequence parallelism a reduce-
 //           scatter and an all-gather, which together send as much, stand in place of each all-
-//           reduce, and the slices that were saved are gathered again in the backward: 2 a block, 1
+//           reduce, and the shares that were saved are gathered again in the backward: 2 a block, 1
 //           for the head.
 // memory    1/n of weights, gradients and optimizer state. Activations of a block, in R*C: 4 + 12/n
 //           and 1/n of the attention's own; under sequence parallelism all of it 1/n.
@@ -41,7 +41,7 @@ void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
 
 // All R rows of x. Without sequence parallelism x has them: nothing is sent or waited for.
 Tensor TensorParallel::start_gather(const Tensor& x, int64_t R) {
-  if (!slices_rows_) return x;
+  if (!splits_rows_) return x;
   const int64_t C = x.dim(1);
   const Tensor all({rows_here(R) * axis_.size, C}, x.dtype(), Memory::activations);
   all_gather(x, all);
@@ -50,13 +50,13 @@ Tensor TensorParallel::start_gather(const Tensor& x, int64_t R) {
 
 Tensor TensorParallel::gather(const Tensor& x, int64_t R) {
   const Tensor all = start_gather(x, R);
-  if (slices_rows_) finish();
+  if (splits_rows_) finish();
   return all;
 }
 
-// The sum over ranks: in place or, under sequence parallelism, of this rank's slice of the rows.
+// The sum over ranks: in place or, under sequence parallelism, of this rank's share of the rows.
 Tensor TensorParallel::start_sum(const Tensor& partial) {
-  if (!slices_rows_) {
+  if (!splits_rows_) {
     all_reduce(partial);
     return partial;
   }
@@ -77,7 +77,7 @@ void TensorParallel::finish() {
 // Room for R rows and, under sequence parallelism, for padding, which is 0: NCCL has no unequal
 // reduce-scatter.
 Tensor TensorParallel::for_partial_sums(int64_t R, int64_t width, Dtype dtype) const {
-  const int64_t padded = slices_rows_ ? rows_here(R) * axis_.size : R;
+  const int64_t padded = splits_rows_ ? rows_here(R) * axis_.size : R;
   const Tensor x({padded, width}, dtype, Memory::activations);
   if (padded > R) fill(x.part(R * width, {padded - R, width}), 0);
   return x;
@@ -97,13 +97,13 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
   tape.push([this, &tape, R, &w, transposed, serves, x = x.value, dx = x.grad, dy_slot = y.grad] {
     const Tensor dy = take(dy_slot);
     Tensor all_x;
-    {  // sequence parallelism saved a slice: it is gathered again during the next product
+    {  // sequence parallelism saved a share: it is gathered again during the next product
       const Purpose purpose(Traffic::gathered_again);
       all_x = start_gather(x, R);
     }
     const Tensor partial = for_partial_sums(R, x.dim(1), x.dtype());  // of dx
     product(partial.part(0, {R, x.dim(1)}), dy, false, as_matrix(w.value), !transposed, 0);
-    if (slices_rows_) finish();  // the product below reads all_x
+    if (splits_rows_) finish();  // the product below reads all_x
     const Purpose purpose(serves);
     Tensor sum = start_sum(partial);  // it travels while the weight gradient is computed
     tape.weight_gradient(
@@ -190,7 +190,7 @@ void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets
 
 // Under sequence parallelism a layernorm, or a bias after a sum, sees this rank's rows only.
 void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
-  if (!slices_rows_) return;
+  if (!splits_rows_) return;
   const Purpose purpose(Traffic::partial_gradients);
   make_wait(stream_, device().compute);  // the gradients must have been computed
   const Timed timed(stream_);
@@ -224,7 +224,7 @@ Param TensorParallel::whole(Param p) const {
 }
 
 Param TensorParallel::whole_with_partial_gradient(Param p) const {
-  p.partial = slices_rows_;
+  p.partial = splits_rows_;
   return whole(std::move(p));
 }
 
@@ -234,7 +234,7 @@ Tensor TensorParallel::one_row(const Tensor& x, int64_t R, int64_t row) {
   const int64_t C = x.dim(1);
   const Tensor one = gather(x, R).part(row * C, {1, C});
   // ceil(1 / n) = 1: the first rank has the row, the others padding
-  if (!slices_rows_ || axis_.rank == 0) return one;
+  if (!splits_rows_ || axis_.rank == 0) return one;
   const Tensor padding({1, C}, x.dtype(), Memory::activations);
   fill(padding, 0);
   return padding;

@@ -5,7 +5,7 @@
 //           inputs. In this order the activation between the two never leaves its rank, and only
 //           the second one's results, partial sums, are added up over the ranks.
 // sequence parallelism   Between such pairs the rows (tokens) of the activations are split over the
-//           ranks, too: each has a slice of them. Every sum becomes a reduce-scatter, and every use
+//           ranks, too: each has a share of them. Every sum becomes a reduce-scatter, and every use
 //           of all rows an all-gather.
 // use       TensorParallel tp(axis, stream, sequence_parallel);
 //           Param w = tp.split(p, 1, heads);         // set-up: what this rank owns
@@ -23,7 +23,7 @@
 class TensorParallel {
  public:
   TensorParallel(const Axis& axis, cudaStream_t stream, bool sequence_parallel)
-      : axis_(axis), stream_(stream), slices_rows_(sequence_parallel && axis.size > 1) {}
+      : axis_(axis), stream_(stream), splits_rows_(sequence_parallel && axis.size > 1) {}
 
   // ---- who owns what. Nothing has to divide: parts differ by one.
   Range part(int64_t n) const { return part_of(axis_.rank, n); }
@@ -40,13 +40,13 @@ class TensorParallel {
   Param split(Param p, int dim, int64_t parts) const;
   // p, of which every rank owns all; only rank 0's copy counts in the gradient's norm
   Param whole(Param p) const;
-  // the same for what sees only this rank's slice of the rows: its gradient is a partial sum
+  // the same for what sees only this rank's share of the rows: its gradient is a partial sum
   Param whole_with_partial_gradient(Param p) const;
 
   // The rows that an activation of width C holds here: all of them or, under sequence parallelism,
-  // this rank's slice, ceil(rows / n) of them. The last slices end in padding: numbers without
+  // this rank's share, ceil(rows / n) of them. The last shares end in padding: numbers without
   // meaning (biases are added there), whose gradients are 0.
-  int64_t rows_here(int64_t rows) const { return slices_rows_ ? ceil_div(rows, axis_.size) : rows; }
+  int64_t rows_here(int64_t rows) const { return splits_rows_ ? ceil_div(rows, axis_.size) : rows; }
 
   // ---- layers on the tape. `rows` is R = B*T of this micro-batch. x and the results of embedding
   // and row_linear hold rows_here(R) rows of width C. What column_linear and head return holds all
@@ -83,5 +83,5 @@ class TensorParallel {
 
   Axis axis_;
   cudaStream_t stream_;
-  bool slices_rows_;  // sequence parallelism
+  bool splits_rows_;  // sequence parallelism
 };

@@ -185,7 +185,7 @@ mutant faults tp_ranks_have_other_owners_for_what_all_hold \
   fsdp.cpp 's/, p->largest_slice\)/, int64_t(0))/' \
   6 immediate test_tensor_parallel what_all_tp_ranks_hold
 mutant faults gradients_stay_in_parts \
-  tensor_parallel.cpp 's/^  if \(!slices_rows_\) return;$/  (void)params; return;/' \
+  tensor_parallel.cpp 's/^  if \(!splits_rows_\) return;$/  (void)params; return;/' \
   2 immediate test_tensor_parallel $parity_tp
 mutant faults the_targets_logit_is_not_summed \
   tensor_parallel.cpp 's/parts.part\(R, \{2, R\}\)/parts.part(R, {R})/' \

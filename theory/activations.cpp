@@ -5,12 +5,12 @@
 // of all rows, of this rank's part of the width.
 Kept TheoryOfRank::kept(const ModelPart& part) const {
   const GptConfig& c = config;
-  const int64_t slice = activation,
+  const int64_t share = activation,
                 statistics = 2 * S * g;  // of a layernorm's rows: mean, reciprocal deviation
   if (part.kind == ModelPart::embedding) return {0, 0};  // tokens alone, which are no activations
   if (part.kind == ModelPart::head) {                    // x, layernorm, logits
     const int64_t logits = R * V * e;
-    return {2 * slice + statistics + logits, whole + logits};
+    return {2 * share + statistics + logits, whole + logits};
   }
   // queries, keys, values and what attention makes of them; before and after gelu
   const int64_t by_columns = 2 * R * ((heads + kv) * D + F) * e;
@@ -18,9 +18,9 @@ Kept TheoryOfRank::kept(const ModelPart& part) const {
   const bool keeps_probabilities = c.attention == AttentionKind::plain && !gpt.cp.splits(c.context);
   const int64_t attention = R * heads * (keeps_probabilities ? c.context * e : g);
   // x, the sum and two layernorms; with recompute x alone. Put off: inputs of products, and whole
-  // gradients of their outputs; by rows the biases after sums keep slices of these, too.
-  return {c.recompute ? slice : 4 * slice + 2 * statistics + by_columns + attention,
-          4 * whole + 2 * by_rows * slice + by_columns};
+  // gradients of their outputs; by rows the biases after sums keep shares of these, too.
+  return {c.recompute ? share : 4 * share + 2 * statistics + by_columns + attention,
+          4 * whole + 2 * by_rows * share + by_columns};
 }
 
 Kept TheoryOfRank::kept_of(ModelPiece piece) const {

@@ -244,7 +244,7 @@ Machine measure_machine(int64_t ranks) {
 // megatron-2021: the kernels of Megatron-LM's transformer layer of 2021, with its fused softmax,
 // bias + GELU and bias + dropout + add, and one byte a number for a dropout's mask. Where attention
 // is "flash", it is computed again in the backward (selective recomputation). A tp rank sends its
-// slice of an activation to the next stage, where the slices are gathered. Its optimizer reads and
+// share of an activation to the next stage, where the shares are gathered. Its optimizer reads and
 // writes gradients in 16 bits, a copy in 32, master weights and two moments.
 static constexpr Passes kForward{13, 6, 4, 2, 3, 16}, kBackward{13, 3, 4, 3, 0, 14};
 static const SoftwareProfile kProfiles[] = {

@@ -120,7 +120,7 @@ class RankWork : TheoryOfChunk, Issue {
     if (splits) put_off += seconds;
     else compute(seconds);
   }
-  // rows of width C over tp: their sum, or all of them where a rank has a slice
+  // rows of width C over tp: their sum, or all of them where a rank has a share
   double tp_sum() {
     return send(over_tp, by_rows ? Collective::reduce_scatter : Collective::all_reduce, whole);
   }
@@ -171,7 +171,7 @@ class RankWork : TheoryOfChunk, Issue {
   }
   // of a matrix split by its outputs, n of them on this rank
   void column_backward(double n) {
-    const double saved = tp_gather();  // of the slice that was
+    const double saved = tp_gather();  // of the share that was
     compute(product(R, C, n));
     wait_for(saved);
     const double sum = tp_sum();

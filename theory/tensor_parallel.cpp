@@ -33,7 +33,7 @@ void TheoryOfRank::add_tensor_parallel() {
       const auto [by_inputs, by_outputs] = split_matrices(part);
       sums(purpose, m * (by_inputs + by_outputs));
       gathers(purpose, m * (by_inputs + by_outputs));
-      gathers(Traffic::gathered_again, m * by_outputs);  // of slices that were saved as inputs
+      gathers(Traffic::gathered_again, m * by_outputs);  // of shares that were saved as inputs
       if (is_block && config.recompute) {                // the forward once more
         sums(Traffic::recompute, m * by_inputs);
         gathers(Traffic::recompute, m * by_outputs);
