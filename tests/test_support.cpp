@@ -966,6 +966,45 @@ TEST(sampling_follows_the_probabilities_and_its_cuts) {
   measured("80000 draws, shares within ", worst);
 }
 
+// What pick does, with all tokens sorted.
+static int pick_from_sorted(const std::vector<double>& logits, const Sampling& how, int64_t i) {
+  const double most = *std::ranges::max_element(logits);
+  std::vector<double> p, sums;
+  for (const double l : logits) p.push_back(std::exp((l - most) / how.temperature));
+  std::vector<int> order(p.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::ranges::stable_sort(order, std::greater{}, [&](int v) { return p[size_t(v)]; });
+  for (double sum = 0; const int v : order) sums.push_back(sum += p[size_t(v)]);
+  const auto last = std::ranges::lower_bound(sums, how.top_p * sums.back());
+  const double u = philox(uint32_t(i), 0, 0, 1, uint32_t(how.seed), 0).v[0] / 4294967296.0;
+  return order[size_t(std::upper_bound(sums.begin(), last, u * *last) - sums.begin())];
+}
+
+TEST(top_p_picks_what_sorting_all_tokens_would) {
+  constexpr size_t V = 5000;
+  std::map<std::string, std::vector<double>> all;
+  for (size_t v = 0; v < V; v++) {
+    const Philox4 r = philox(uint32_t(v), 0, 0, 2, 7, 0);
+    const double normal = std::sqrt(-2 * std::log((r.v[0] + 1.0) / 4294967297.0)) *
+                          std::cos(2 * M_PI * r.v[1] / 4294967296.0);
+    all["flat"].push_back(0.02 * normal);
+    all["as a model's"].push_back(2 * normal);
+    all["peaked"].push_back(8 * normal);
+    all["all equal"].push_back(3);
+    all["of four values"].push_back(double(r.v[2] % 4));
+    all["ties at the border of 64"].push_back(v % 50 == 0 ? 9 : 0);
+    all["only few of any weight"].push_back(v % 100 == 3 ? normal : -1e300);
+  }
+  int picks = 0;
+  for (const auto& [name, logits] : all)
+    for (const double top_p : {1e-9, 0.02, 0.25, 0.5, 0.9, 0.99, 0.99999, 1 - 1e-15})
+      for (int i = 0; i < 12; i++, picks++) {
+        const Sampling how{.temperature = i % 2 ? 1 : 0.7, .top_p = top_p, .seed = 3};
+        CHECK_EQ(pick(logits, how, i), pick_from_sorted(logits, how, i), name, ", ", top_p);
+      }
+  measured(picks, " picks among ", V, " tokens");
+}
+
 TEST(no_token_comes_from_logits_that_are_not_finite) {
   for (const double poor : {double(NAN), double(INFINITY), -double(INFINITY)})
     for (const double temperature : {0.0, 1.0})
