@@ -26,7 +26,11 @@ start() {
   export OMP_NUM_THREADS=$((THREADS > ranks ? THREADS / ranks : 1))
   [ "$BACKEND" = cuda ] || export OMP_WAIT_POLICY=passive
   echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $MPIEXEC -n $ranks$(printf ' %q' "$@")"
-  $MPIEXEC -n "$ranks" "$@"
+  # mpiexec reads the standard input even where no rank does, and may die of a long one
+  local word reads=no
+  for word in "$@"; do [ "$word" != - ] || reads=yes; done
+  if [ $reads = yes ]; then $MPIEXEC -n "$ranks" "$@"
+  else $MPIEXEC -n "$ranks" "$@" </dev/null; fi
 }
 # default OPTION VALUE: adds it to the command, unless ARGS has the option
 default() {
@@ -64,19 +68,22 @@ if [ "$what" = generate ]; then
   [ -n "${NP:-}" ] || ranks=$((ranks > 1 ? 2 : 1))
   checkpoint=${CHECKPOINT:-build/generate-model}
   manifests=("$checkpoint"/manifest.json "$checkpoint"/step-*/manifest.json)
-  training=$checkpoint/training # is there until the model is trained
-  if [ -e "$training" ] || ! ls "${manifests[@]}" 2>/dev/null | grep -q .; then
+  # an empty file, there until the model that was begun here is trained
+  unfinished=$checkpoint/.make-generate-unfinished
+  is_unfinished() { [ -f "$unfinished" ] && [ ! -L "$unfinished" ] && [ ! -s "$unfinished" ]; }
+  if is_unfinished || ! ls "${manifests[@]}" 2>/dev/null | grep -q .; then
     heads=4 # of the default models: as many ranks can share them
     [ "$BACKEND" != cuda ] || heads=6
     [ "$ranks" -le "$heads" ] || [[ ${TRAIN_ARGS:-} =~ --(model|heads) ]] \
       || refuse "NP is $ranks, but the model that would be trained first has $heads heads"
-    if [ -e "$training" ]; then echo "make generate: training the model in $checkpoint further"
+    if is_unfinished; then echo "make generate: training the model in $checkpoint further"
     else echo "make generate: no model in $checkpoint yet: training one"; fi
-    mkdir -p -- "$checkpoint" && touch -- "$training" || exit
+    mkdir -p -- "$checkpoint" && touch -- "$unfinished" || exit
+    is_unfinished || refuse "$unfinished is in the way: it is not the empty file of that name"
     trap 'refuse "the next call goes on with what has been saved in $checkpoint"' INT
     ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" "$0" run || exit
     trap - INT
-    rm -- "$training"
+    rm -- "$unfinished"
   fi
   start "$ranks" build/generate --checkpoint "$checkpoint" --prompt "${PROMPT:-// tensor}" \
     --tp "$ranks" "${args[@]}"

@@ -347,6 +347,25 @@ NP=4 MPIEXEC='echo mpiexec' make -o built BACKEND=cpu generate CHECKPOINT="$dir/
   ARGS="--tokens 7" PROMPT='`"' >"$dir/out" 2>&1
 said="mpiexec -n 4 build/generate --checkpoint $dir/made --prompt \`\" --tp 4 --tokens 7"
 check make_generate_takes_NP_and_ARGS 'grep -qxF -- "$said" "$dir/out"' "" "$(tail -3 "$dir/out")"
+# a stand-in for mpiexec, which reads the standard input whether or not a rank does
+printf '#!/bin/sh\ncat >>"$EATEN"\n' >"$dir/reads"
+chmod +x "$dir/reads"
+for ARGS in "--tokens 7" "--prompt-file -"; do
+  printf 'one\ntwo\n' | while read -r PROMPT; do
+    EATEN="$dir/eaten" MPIEXEC="$dir/reads" make -o built BACKEND=cpu NP=1 generate \
+      CHECKPOINT="$dir/made" PROMPT="$PROMPT" ARGS="$ARGS" >"$dir/out" 2>&1
+    echo "$PROMPT" >>"$dir/prompts"
+  done
+done
+check make_generate_leaves_the_standard_input_unless_it_is_the_prompt \
+  '[ "$(tr "\n" " " <"$dir/prompts")" = "one two one " ] && [ "$(cat "$dir/eaten")" = two ]' "" \
+  "$(cat "$dir/prompts" "$dir/out")"
+echo mine | tee "$dir/made/training" >"$dir/made/.make-generate-unfinished"
+MPIEXEC='echo mpiexec' make -o built BACKEND=cpu generate CHECKPOINT="$dir/made" >"$dir/out" 2>&1
+check a_finished_model_is_only_read \
+  "! grep -q train_gpt $dir/out && grep -q build/generate $dir/out &&
+   [ \$(cat $dir/made/training $dir/made/.make-generate-unfinished | grep -c mine) = 2 ]" "" \
+  "$(cat "$dir/out")"
 for name in "a b.txt" "it's.txt" 'two " $HOME `ls` # %.txt'; do
   echo text >"$dir/$name"
   MPIEXEC='echo mpiexec' make -o built BACKEND=cpu run STRATEGY=fsdp NP=2 DATA="$dir/$name" \
@@ -385,7 +404,8 @@ for call in 1 2; do
     CHECKPOINT="$dir/half" >"$dir/out" 2>&1
   status=$?
   check half_a_model_is_trained_on_first_$call '[ $status != 0 ] &&
-    grep -q "training" "$dir/out" && ! grep -q continues "$dir/out"'
+    grep -q "training" "$dir/out" && ! grep -q continues "$dir/out" &&
+    [ -f "$dir/half/.make-generate-unfinished" ]'
 done
 make -o built BACKEND=cpu THREADS=two run >"$dir/out" 2>&1
 status=$?
