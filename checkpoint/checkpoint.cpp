@@ -8,6 +8,8 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "support/json.h"
+
 namespace fs = std::filesystem;
 using nlohmann::json;
 
@@ -105,8 +107,11 @@ std::string newest_path(const std::string& path) {
   return steps[0];
 }
 
-std::string home_of(const std::string& path) {
-  return is_complete(path) ? fs::canonical(path).parent_path().string() : path;
+std::string home_of(const std::string& path, bool (*has_it)(const std::string& dir)) {
+  if (!is_complete(path)) return path;
+  // of a link: beside the link, or where it leads
+  const fs::path beside = fs::absolute(fs::path(path) / "").parent_path().parent_path();
+  return has_it(beside) ? beside : fs::canonical(path).parent_path();
 }
 
 void make_directory(const std::string& dir) {
@@ -324,7 +329,7 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
       }
     }
   } catch (const json::exception& e) {
-    throw Damaged(sentence(file, " is damaged: ", e.what()));
+    throw Damaged(sentence(file, " is damaged: ", without_prefix(e.what())));
   }
   for (auto& [name, runs] : runs_) std::ranges::sort(runs, {}, &Run::begin);
   const std::string name = fs::canonical(path).filename();

@@ -121,8 +121,9 @@ std::vector<std::string> checkpoints_in(const std::string& dir, const Say& unfin
 void make_directory(const std::string& dir);
 // `path` itself if it is a checkpoint, else the newest complete one in it, whose files are not read
 std::string newest_path(const std::string& path);
-// The run's directory, where a tokenizer may be: `path` itself, or what one step lies in
-std::string home_of(const std::string& path);
+// The run's directory: `path` itself, or what one step lies in. Of a step that is a link, that is
+// the link's directory, if has_it (what is looked for) says so, else that of the step itself.
+std::string home_of(const std::string& path, bool (*has_it)(const std::string& dir));
 // A checkpoint of whole tensors without moments, written by one process: from imported weights.
 void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info,
                             const std::vector<NamedArray>& weights);

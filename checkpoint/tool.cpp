@@ -107,7 +107,7 @@ static void export_weights(const std::string& path, const std::string& dir) {
     arrays.push_back({name, shape, Dtype::f32,
                       [&c, whole](void* to) { c.read(whole, Part::weights, Dtype::f32, to); }});
   }
-  const std::string home = home_of(path);
+  const std::string home = home_of(path, has_tokenizer);
   const Tokenizer tokenizer(home, c.info.model.vocab);
   // without a tokenizer, numbers of GPT-2's are what so large a vocabulary holds
   const bool gpt2 = tokenizer.key() == 0 && !c.info.bytes && c.info.model.vocab >= 50257;

@@ -182,8 +182,8 @@ int main(int argc, char** argv) {
     resolve(o, checkpoint);
     check_ranks(o.layout, job.size);
     if (checkpoint) checkpoint->verify("weights-", job.rank, job.size);
-    if (checkpoint) tokenizer.emplace(home_of(o.checkpoint), o.model.vocab, checkpoint->info.bytes);
-    else tokenizer.emplace("", o.model.vocab);
+    const std::string home = checkpoint ? home_of(o.checkpoint, has_tokenizer) : "";
+    tokenizer.emplace(home, o.model.vocab, checkpoint && checkpoint->info.bytes);
     if (job.rank == 0) prompts = encode_prompts(o, *tokenizer);
     auto given = values_of(table(o));
     if (checkpoint)

@@ -12,6 +12,11 @@ inline int64_t whole_number(const nlohmann::json& n, int64_t most = INT64_MAX) {
   return n;
 }
 
+// What nlohmann says of a fault, without its "[json.exception....] ".
+inline std::string without_prefix(const std::string& error) {
+  return error.substr(error.starts_with("[json.") ? error.find("] ") + 2 : 0);
+}
+
 // Calls read(what the text of a file holds): an object, in which and below which no name stands
 // twice. What is wrong becomes a sentence about the file.
 template <class Read> void read_json(const std::string& path, std::string_view text, Read read) {
@@ -31,7 +36,5 @@ template <class Read> void read_json(const std::string& path, std::string_view t
     REQUIRE(json.is_object(), "it is no object of names");
     read(json);
   });
-  // without nlohmann's "[json.exception....] "
-  const size_t begin = error.starts_with("[json.") ? error.find("] ") + 2 : 0;
-  REQUIRE(error.empty(), path, " is damaged, or of another kind: ", error.substr(begin));
+  REQUIRE(error.empty(), path, " is damaged, or of another kind: ", without_prefix(error));
 }

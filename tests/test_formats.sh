@@ -91,8 +91,15 @@ ln -s "../archive/$step" "$dir/run-two/$step"
 $tool export "$dir/run-two" "$dir/linked" >"$dir/out" 2>"$dir/err"
 check the_tokenizer_is_that_of_the_directory_that_was_named \
   "cmp $dir/two/vocab.json $dir/linked/vocab.json" "" "$(cat "$dir/err")"
+$tool export "$dir/run-two/$step" "$dir/beside" >"$dir/out" 2>"$dir/err"
+check the_tokenizer_beside_a_link_is_found_if_the_link_is_named \
+  "cmp $dir/two/vocab.json $dir/beside/vocab.json" "" "$(cat "$dir/err")"
 rm "$dir/run-two/$step"
 mv "$dir/archive/$step" "$dir/run-two"
+ln -s "$dir/run-two/$step" "$dir/archive/last"
+$tool export "$dir/archive/last" "$dir/there" >"$dir/out" 2>"$dir/err"
+check else_the_tokenizer_where_the_link_leads \
+  "cmp $dir/two/vocab.json $dir/there/vocab.json" "" "$(cat "$dir/err")"
 cp -r "$dir/plain" "$dir/unnamed"
 sed -i '/n_positions/d' "$dir/unnamed/config.json"
 refuses what_a_config_lacks_is_said "of another kind: key 'n_positions' not found" "$dir/unnamed"
