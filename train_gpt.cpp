@@ -181,8 +181,9 @@ class Run {
     const int64_t T = o.model.context;
     std::vector<int> tokens = data.tokens->held_out(0);
     tokens.resize(std::min<int64_t>(T / 2 + 1, 48));
+    Screen screen(job.prints_to_terminal());
     const auto add = [&](int token) {
-      if (job.speaks) show(data.tokenizer->decode(token));
+      if (job.speaks) screen.show(data.tokenizer->decode(token));
     };
     if (job.speaks) printf("\n--- a sample: held-out text up to the bar, then the model's own\n");
     for (int token : tokens) add(token);

@@ -19,7 +19,8 @@
 
 struct GenerateOptions : CommonOptions {
   std::vector<std::string> prompts, files;
-  int64_t tokens = 100, top_k = 0;
+  int64_t tokens = 0;  // 0: 100, or what has room
+  int64_t top_k = 0;
   double temperature = 0.8, top_p = 1;
 };
 
@@ -36,11 +37,12 @@ static OptionTable table(GenerateOptions& o) {
       model,
       {"Text",
        {
-           {"prompt", "TEXT...", list(&o.prompts),
+           {"prompt", "TEXT...", list(&o.prompts, " (--prompt-file takes any text)"),
             "what to continue; several are continued together"},
            {"prompt-file", "FILE...", list(&o.files),
-            "the same from files, whatever they begin with; - is standard input"},
-           {"tokens", "N", whole(&o.tokens), "how many to add to each"},
+            "the same from files; - is standard input, under mpiexec of at most 64 KiB"},
+           {"tokens", "N", whole(&o.tokens), "how many to add to each",
+            "100, or what the context has room for"},
            {"temperature", "X", real(&o.temperature),
             "below 1: likelier tokens more often; 0: always the likeliest"},
            {"top-k", "K", whole(&o.top_k, 0), "only the K likeliest; 0: all"},
@@ -61,16 +63,33 @@ static void resolve(GenerateOptions& o, std::optional<Checkpoint>& checkpoint) {
     o.model = checkpoint->info.model;
   }
   resolve_common(o, device().is_gpu);
+  const int64_t channels = o.model.width / o.model.heads;
+  REQUIRE(channels <= 256, "heads of ", channels,
+          " channels are too wide for the attention of new tokens, which takes at most 256: ",
+          checkpoint ? "build/generate cannot decode this checkpoint's model"
+                     : "give more --heads");
   check_common(o);
   REQUIRE(o.top_p <= 1, "--top-p ", o.top_p, " is above 1: it is a probability");
-  const int64_t channels = o.model.width / o.model.heads;
-  REQUIRE(
-      channels <= 256, "heads of ", channels,
-      " channels are too wide for the attention of new tokens, which takes at most 256: give more "
-      "--heads");
+  for (const char* cut : {"top-k", "top-p"})
+    REQUIRE(o.temperature > 0 || !o.given.count(cut), "--", cut,
+            " limits what is drawn from, and --temperature 0 always takes the likeliest: leave out "
+            "one of them");
 }
 
 // ---- prompts: read by rank 0, which alone has the standard input
+
+// How many tokens each of them gets: what was asked for, which must fit, or as many as fit.
+static int64_t tokens_to_add(const GenerateOptions& o,
+                             const std::vector<std::vector<int>>& prompts) {
+  const auto longest = std::ranges::max_element(prompts, {}, &std::vector<int>::size);
+  const std::string name =
+      sentence("prompt ", longest - prompts.begin() + 1, " of ", longest->size(), " tokens");
+  const int64_t T = o.model.context, room = T - int64_t(longest->size());
+  REQUIRE(room > 0, name, " leaves no room for a new one in the model's context of ", T);
+  REQUIRE(o.tokens <= room, name, " and --tokens ", o.tokens,
+          " more do not fit the model's context of ", T, ": give --tokens ", room, " or less");
+  return o.tokens > 0 ? o.tokens : std::min<int64_t>(100, room);
+}
 
 static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
                                                     const Tokenizer& tokenizer) {
@@ -90,19 +109,18 @@ static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
             bytes / std::max<int64_t>(longest, 1),
             " tokens, which leave no room for a new one in the model's context of ", T);
     prompts.push_back(tokenizer.encode(text));
-    const int64_t n = prompts.back().size();
-    REQUIRE(n > 0, name, " is empty: a text is continued from its last token");
-    REQUIRE(n + o.tokens <= T, name, " of ", n, " tokens and --tokens ", o.tokens,
-            " more do not fit the model's context of ", T);
+    REQUIRE(!prompts.back().empty(), name, " is empty: a text is continued from its last token");
   }
+  tokens_to_add(o, prompts);  // or an Error, before the mesh is opened
   return prompts;
 }
 
 // ---- output
 
-// seconds: of each token; the first one's with the prompts
+// seconds: of each token; the first one's with the prompts. decoded: tokens after the first, of
+// those sequences that had not ended
 static void print_statistics(const GptConfig& config, const Mesh& mesh, std::vector<double> seconds,
-                             size_t sequences) {
+                             size_t sequences, int64_t decoded) {
   fprintf(stderr, "\nfirst token after %.1f ms\n", seconds[0] * 1e3);
   seconds.erase(seconds.begin());
   if (seconds.empty()) return;
@@ -110,7 +128,7 @@ static void print_statistics(const GptConfig& config, const Mesh& mesh, std::vec
   std::ranges::sort(seconds);
   fprintf(stderr, "each token    median %.2f ms, 99th percentile %.2f ms, %.1f tokens/s\n",
           seconds[n / 2] * 1e3, seconds[n * 99 / 100] * 1e3,
-          n * sequences / std::reduce(seconds.begin(), seconds.end()));
+          decoded / std::reduce(seconds.begin(), seconds.end()));
   const auto mib = [](Memory category) { return device().memory.now[int(category)] / 1048576.0; };
   fprintf(stderr, "memory        %.1f MiB of weights, %.1f MiB of keys and values\n",
           mib(Memory::parameters), mib(Memory::cache));
@@ -126,17 +144,19 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
                      const std::optional<Checkpoint>& checkpoint, const Tokenizer& tokenizer,
                      const std::vector<std::vector<int>>& prompts, Watch& watch) {
   const size_t B = prompts.size();
+  const int64_t tokens = tokens_to_add(o, prompts);
   size_t longest = 0;
   for (const auto& p : prompts) longest = std::max(longest, p.size());
-  Generator generator(mesh, model_config(o), B, longest + o.tokens);
+  Generator generator(mesh, model_config(o), B, longest + tokens);
   if (checkpoint) watch.at_files([&] { generator.load_weights(*checkpoint); });
   else generator.initialise(o.seed);
 
   // the first is shown as it is made; the others, made beside it, after it
+  Screen screen(job.prints_to_terminal());
   std::vector<std::string> texts(B);
   const auto add = [&](size_t b, int token) {
     texts[b] += tokenizer.decode(token);
-    if (job.speaks && b == 0) show(tokenizer.decode(token));
+    if (job.speaks && b == 0) screen.show(tokenizer.decode(token));
   };
   for (size_t b = 0; b < B; b++)
     for (const int token : prompts[b]) add(b, token);
@@ -146,7 +166,8 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
   std::vector<double> seconds;  // of each token
   std::vector<bool> ended(B, false);
   std::vector<int> next(B);
-  for (int64_t made = 0; made < o.tokens && std::ranges::count(ended, false) > 0; made++) {
+  int64_t decoded = 0;
+  for (int64_t made = 0; made < tokens && std::ranges::count(ended, false) > 0; made++) {
     const Stopwatch token;
     Generator::Logits logits;
     for (size_t b = 0; made == 0 && b < B; b++) {
@@ -159,6 +180,7 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
       next[b] = pick(logits[b], how, prompts[b].size() + made, b);
     next = generator.share(next);
     if (made == 0) ledger.rows.clear();  // from here on it is of decoding
+    else decoded += std::ranges::count(ended, false);
     seconds.push_back(token.seconds());
     for (size_t b = 0; b < B; b++) {
       ended[b] = ended[b] || next[b] == tokenizer.end_of_text();
@@ -166,9 +188,9 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
     }
   }
   if (!job.speaks) return;
-  for (size_t b = 1; b < B; b++) show(sentence("\n\n--- ", b + 1, "\n", texts[b]));
-  show("\n");
-  print_statistics(generator.gpt.config, mesh, seconds, B);
+  for (size_t b = 1; b < B; b++) screen.show(sentence("\n\n--- ", b + 1, "\n", texts[b]));
+  screen.show("\n");
+  print_statistics(generator.gpt.config, mesh, seconds, B, decoded);
 }
 
 // ---- main

@@ -313,7 +313,25 @@ void copy_tokenizer(const std::string& from, const std::string& to) {
   }
 }
 
-void show(const std::string& bytes) {
-  for (const unsigned char c : bytes) putchar(iscntrl(c) && c != '\n' && c != '\t' ? '?' : c);
+// ---- printing
+
+std::string Screen::printed(const std::string& bytes) {
+  if (!is_terminal_) return bytes;
+  constexpr unsigned char kFirst = 0xc2;  // of U+0080 to U+00BF
+  std::string text;
+  for (const unsigned char c : bytes) {
+    const bool in_second_block = begun_ && c >= 0x80 && c < 0xa0;
+    if (begun_ && !in_second_block) text += char(kFirst);
+    begun_ = c == kFirst;
+    if (begun_) continue;
+    const bool is_control = in_second_block || (iscntrl(c) && c != '\n' && c != '\t');
+    text += is_control ? '?' : char(c);
+  }
+  return text;
+}
+
+void Screen::show(const std::string& bytes) {
+  const std::string text = printed(bytes);
+  fwrite(text.data(), 1, text.size(), stdout);
   check_printed();  // a reader that has left ends the work
 }

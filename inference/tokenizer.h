@@ -61,5 +61,19 @@ bool has_tokenizer(const std::string& directory);  // one of the first three
 // The files in `from`, or none if it is empty, go to `to`, where others of these names are put
 // aside; in one directory they stay.
 void copy_tokenizer(const std::string& from, const std::string& to);
-// What a terminal may see of a text: no control characters.
-void show(const std::string& bytes);
+
+// Prints a text as it comes, piece by piece. To a terminal goes a '?' for each control character,
+// those of Unicode's second block (U+0080 to U+009F), too, but not for the ends of lines and tabs;
+// elsewhere every byte goes as it is.
+class Screen {
+ public:
+  explicit Screen(bool is_terminal) : is_terminal_(is_terminal) {}
+  // an Error once the reader has left
+  void show(const std::string& bytes);
+  // what is printed of the next piece; of a character in two pieces all comes with the second
+  std::string printed(const std::string& bytes);
+
+ private:
+  const bool is_terminal_;
+  bool begun_ = false;  // the first byte of U+0080 to U+00BF waits for the second
+};

@@ -53,13 +53,19 @@ Job::Job(int* argc, char*** argv) {
   if (provided < MPI_THREAD_MULTIPLE) abort("this MPI lets only one thread of a rank call it");
 }
 
-// Launchers tell their processes how many there are. If that is more than our world, mpiexec is
-// another MPI's.
+// Launchers tell their processes how many there are, and each its number.
+static const char* const kLaunchers[][2] = {{"PMI_SIZE", "PMI_RANK"},
+                                            {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
+                                            {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}};
+
+bool Job::prints_to_terminal() const {
+  return isatty(STDOUT_FILENO) ||
+         std::ranges::any_of(kLaunchers, [](auto& names) { return getenv(names[0]) != nullptr; });
+}
+
+// If there are more processes than our world has, mpiexec is another MPI's.
 void Job::check_launcher() {
-  static const char* variables[][2] = {{"PMI_SIZE", "PMI_RANK"},
-                                       {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
-                                       {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}};
-  for (const auto& [tasks, task] : variables) {
+  for (const auto& [tasks, task] : kLaunchers) {
     const char *told = getenv(tasks), *number = getenv(task);
     if (!told) continue;
     if (size > 1 || atoi(told) < 2) return;

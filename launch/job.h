@@ -22,6 +22,8 @@ class Job {
   // among the ranks of this node: local_rank is the CUDA device
   int local_rank = 0, local_size = 1;
   MPI_Comm node;  // these ranks
+  // Whether what is printed may be read on a terminal: mpiexec, which passes it on, may have one.
+  bool prints_to_terminal() const;
   // what concerns all ranks is said by rank 0; of n worlds of one, by the launcher's first
   bool speaks = true;
   // Every rank calls it with its own error or "": each learns whether all are well, and the first

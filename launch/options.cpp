@@ -114,7 +114,7 @@ void check_common(const CommonOptions& o, int64_t chunks) {
   REQUIRE(o.attention != "flash" || m.width / m.heads <= 128,
           "--attention flash takes heads of at most 128 channels, and a width of ", m.width,
           " with ", m.heads, " heads makes them ", m.width / m.heads,
-          " wide: give --attention plain or more --heads");
+          " wide: give --attention plain", o.checkpoint.empty() ? " or more --heads" : "");
   REQUIRE(tp <= std::min(m.heads, m.vocab), "--tp ", tp,
           " has more ranks than there are attention heads (", m.heads,
           ") or tokens in the vocabulary (", m.vocab, ") for them to share");
@@ -347,8 +347,8 @@ Takes range(Range* field) {
           }};
 }
 
-Takes list(std::vector<std::string>* field) {
-  return {"one or more words, none of them empty or beginning with --",
+Takes list(std::vector<std::string>* field, const std::string& instead) {
+  return {"one or more words, none of them empty or beginning with --" + instead,
           [=] { return join(*field, " "); },
           [=](const auto& word) {
             field->push_back(word);

@@ -28,7 +28,8 @@ Takes real(double* field, bool zero = true);  // finite and never negative; zero
 Takes choice(std::string* field, const std::vector<std::string>& names);
 Takes text(std::string* field);
 Takes range(Range* field);  // its end is the last one
-Takes list(std::vector<std::string>* field);
+// instead: what takes other words, too
+Takes list(std::vector<std::string>* field, const std::string& instead = "");
 
 struct Option {
   std::string name;  // without the dashes

@@ -224,7 +224,8 @@ generate=build/cpu/generate
 model="--layers 3 --width 48 --heads 4 --context 64 --dtype f64"
 export OMP_NUM_THREADS=1
 for how in "--temperature 0" "--temperature 1 --seed 9" "--top-k 5 --top-p 0.9"; do
-  $generate $model $how --prompt "Once upon" "a time" --tokens 40 >"$dir/one" 2>"$dir/err"
+  $MPIEXEC -n 1 $generate $model $how --prompt "Once upon" "a time" --tokens 40 >"$dir/one" \
+    2>"$dir/err"
   same=0
   for layout in "2 --tp 2" "3 --tp 3" "4 --tp 4" "2 --pp 2" "4 --tp 2 --pp 2"; do
     OMP_WAIT_POLICY=passive $MPIEXEC -n ${layout%% *} $generate ${layout#* } $model $how --prompt \
@@ -255,9 +256,14 @@ refuses an_empty_prompt_is_refused "prompt 1 is empty" $model --prompt-file /dev
 refuses a_prompt_longer_than_the_context_is_refused \
   "at least 100 tokens, which leave no room for a new one" $model --prompt \
   "$(printf '%100s' x)"
-refuses more_tokens_than_the_context_are_refused \
-  "prompt 1 of 5 tokens and --tokens 100 more do not fit the model's context of 64" $model \
-  --prompt hello --tokens 100
+refuses more_tokens_than_the_context_are_refused "prompt 2 of 5 tokens and --tokens 100 more do \
+not fit the model's context of 64: give --tokens 59" \
+  $model --prompt hi hello --tokens 100
+check without_tokens_as_many_are_made_as_fit \
+  "[ \$($generate $model --prompt $(printf '%60s' x | tr ' ' x) 2>$dir/err | wc -c) -gt 61 ]" "" \
+  "$(cat "$dir/err")"
+refuses a_prompt_that_fills_the_context_is_refused "prompt 1 of 4 tokens leaves no room for a new" \
+  --layers 1 --width 8 --heads 1 --vocab 1000 --context 4 --prompt "1 2 3 4"
 refuses a_missing_checkpoint_is_refused "nowhere does not exist" --checkpoint "$dir/nowhere" \
   --prompt x
 mkdir "$dir/none"
@@ -271,8 +277,23 @@ refuses a_directory_is_no_prompt "$dir cannot be read: Is a directory" $model --
 refuses a_prompt_that_looks_like_an_option_is_refused "none of them empty or beginning with --" \
   $model --prompt \
   "-- select"
-refuses heads_too_wide_for_decoding_are_refused "heads of 512 channels are too wide" --attention \
-  plain --width 512 --heads 1 --prompt x
+refuses and_told_what_takes_it "(--prompt-file takes any text)" $model --prompt "-- select"
+refuses heads_too_wide_for_decoding_are_refused "which takes at most 256: give more --heads" \
+  --width 512 --heads 1 --prompt x
+for width in 512 160; do
+  build/cpu/train_gpt --attention plain --width $width --heads 1 --layers 1 --context 8 --batch 1 \
+    --steps 1 --data README.md --checkpoint "$dir/wide-$width" >"$dir/out" 2>&1
+done
+refuses a_checkpoint_with_such_heads_is_not_decoded \
+  "at most 256: build/generate cannot decode this checkpoint's model" --checkpoint \
+  "$dir/wide-512" --prompt x
+refuses and_one_that_plain_attention_takes_is_told_so "160 wide: give --attention plain" \
+  --checkpoint "$dir/wide-160" --prompt x
+check and_not_to_give_more_heads "! grep -q 'more --heads' $dir/err"
+for cut in "--top-k 5" "--top-p 0.9"; do
+  refuses "no_cut_beside_the_likeliest: $cut" "--temperature 0 always takes the likeliest" $model --prompt x \
+    --temperature 0 $cut
+done
 refuses more_tp_ranks_than_tokens_are_refused \
   "--tp 5 has more ranks than there are attention heads (6) or tokens in the vocabulary (4)" \
   --width 48 --heads 6 --vocab 4 --tp 5 --prompt 1

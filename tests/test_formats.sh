@@ -167,6 +167,19 @@ check a_fresh_model_takes_a_tokenizer_and_its_vocabulary \
   "grep -q 'vocabulary 260:' $dir/out && cmp $dir/one/tokenizer.json $dir/fresh/tokenizer.json &&
    $generate --checkpoint $dir/fresh --prompt ' the' --tokens 4 >$dir/out 2>$dir/err" "" \
   "$(cat "$dir/err")"
+# a model that repeats what it has read: its second text ends at once
+end="<|endoftext|>"
+{ printf ' the%.0s' $(seq 60) && printf "$end%.0s" $(seq 60); } >"$dir/repeats.txt"
+$train $size --batch 8 --steps 60 --lr 1e-2 --tokenizer "$dir/one" --data "$dir/repeats.txt" \
+  --checkpoint "$dir/repeats" >"$dir/out" 2>&1
+$generate --checkpoint "$dir/repeats" --prompt " the the" $end$end --tokens 2 --temperature 0 \
+  >"$dir/out" 2>"$dir/err"
+made=$(sed -n 's/each token *median \([0-9.]*\) ms.* \([0-9.]*\) tokens.*/\1 \2/p' "$dir/err" \
+  | awk '{ print $1 * $2 / 1000 }')
+check only_the_tokens_of_texts_that_have_not_ended_count \
+  "grep -q '^ the the the the$' $dir/out && grep -qxF '$end$end' $dir/out &&
+   awk 'BEGIN { exit !($made > 0.8 && $made < 1.2) }'" "$made of 2 tokens" \
+  "$made: $(cat "$dir/out" "$dir/err")"
 says() { # NAME 'what is said' OPTIONS...
   local name=$1 part=$2
   shift 2

@@ -1013,6 +1013,16 @@ TEST(no_token_comes_from_logits_that_are_not_finite) {
                    "logits at position 5 are not all finite");
 }
 
+TEST(a_terminal_shows_no_control_characters_and_a_file_gets_every_byte) {
+  const std::string bytes("a\r\0\x1b[2J\x7f\t\n \xc2\x9b \xc3\x9b \xe2\x80\x94 \xc2\xa0 \x9b", 25);
+  CHECK_EQ(Screen(false).printed(bytes), bytes);
+  CHECK_EQ(Screen(true).printed(bytes), "a???[2J?\t\n ? \xc3\x9b \xe2\x80\x94 \xc2\xa0 \x9b");
+  Screen screen(true);  // also where a token is one byte
+  std::string shown;
+  for (const char c : bytes + "\xc2\xc2\x85\xc2\n") shown += screen.printed(std::string(1, c));
+  CHECK_EQ(shown, Screen(true).printed(bytes) + "\xc2?\xc2\n");
+}
+
 static const char kPairs[] =
     R"({"l":0,"o":1,"w":2,"lo":3,"low":4,"\u0120":5,"\u0120low":6,"\u010a":7,"'":8,"s":9,)"
     R"("'s":10,"<|endoftext|>":11})";
