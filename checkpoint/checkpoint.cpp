@@ -195,6 +195,7 @@ static void write_manifest(const std::string& path, const CheckpointInfo& info,
   manifest["format"] = kFormat;
   manifest["keep"] = info.keep;
   manifest["bytes"] = info.bytes;
+  manifest["end_of_text"] = info.end_of_text;
   manifest["ranks"] = ranks;
   manifest["checksum"] = checksum(text_of(manifest));  // of all else
   write_file(path + "/manifest.json", text_of(manifest) + "\n");
@@ -310,6 +311,7 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
     info.keep = m.value("keep", int64_t(0));
     // a manifest without it names a text in what it says for people
     info.bytes = m.value("bytes", info.data.find(", text:") != info.data.npos);
+    info.end_of_text = m.value("end_of_text", int64_t(-1));
     for (const Saved& saved : m.at("ranks").get<std::vector<Saved>>()) {
       tensors.insert(saved.tensors.begin(), saved.tensors.end());
       for (const WrittenFile& f : saved.files) {

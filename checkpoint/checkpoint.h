@@ -34,7 +34,8 @@ struct CheckpointInfo {
   std::string options, data = {};  // for people: the command line, the data
   // The newest so many are kept of those that were saved under such a number; 0: it stays.
   int64_t keep = 0;
-  bool bytes = false;  // a text's were its last tokens (Tokenizer)
+  bool bytes = false;        // a text's were its last tokens (Tokenizer)
+  int64_t end_of_text = -1;  // the token that an imported config.json names; -1: none
 };
 
 // The proof that a checkpoint is not as it was written. Any other Error proves nothing: a disk or a

@@ -108,14 +108,14 @@ static void export_weights(const std::string& path, const std::string& dir) {
                       [&c, whole](void* to) { c.read(whole, Part::weights, Dtype::f32, to); }});
   }
   const std::string home = home_of(path, has_tokenizer);
-  const Tokenizer tokenizer(home, c.info.model.vocab);
+  const Tokenizer tokenizer(home, c.info.model.vocab, false, c.info.end_of_text);
+  int end = tokenizer.end_of_text();
   // without a tokenizer, numbers of GPT-2's are what so large a vocabulary holds
-  const bool gpt2 = tokenizer.key() == 0 && !c.info.bytes && c.info.model.vocab >= 50257;
+  if (end < 0 && tokenizer.key() == 0 && !c.info.bytes && c.info.model.vocab >= 50257) end = 50256;
   make_directory(dir);
   copy_tokenizer(home, dir);
   const WrittenFile w = write_safetensors(dir + "/model.safetensors", arrays);
-  write_file(dir + "/config.json",
-             config_of(c.info, gpt2 ? 50256 : tokenizer.end_of_text()).dump(2) + "\n");
+  write_file(dir + "/config.json", config_of(c.info, end).dump(2) + "\n");
   printf("%s/model.safetensors: %zu tensors, %.1f MB, from %s\n", dir.c_str(), arrays.size(),
          w.bytes / 1e6, c.path.c_str());
 }
@@ -140,6 +140,11 @@ static CheckpointInfo read_config(const std::string& path) {
       REQUIRE(config[key].is_null() || config[key] == value, key, " is ", config[key],
               "; this model has ", value);
     info.bytes = config[kTokens] == kBytes;
+    const json& end = config["eos_token_id"];
+    REQUIRE(end.is_null() || end.is_number_unsigned(), "eos_token_id is ", end,
+            "; a text of this model ends with one token, or none");
+    // a small model often keeps GPT-2's, 50256, which its vocabulary does not have
+    if (!end.is_null() && end < m.vocab) info.end_of_text = end;
   });
   return info;
 }

@@ -7,7 +7,9 @@ void take_sizes(Options& o) {
   const ModelSize& m = o.model;
   const bool told = !o.model_name.empty() || m.layers + m.width + m.heads + m.context + m.vocab > 0;
   for (const std::string& path : checkpoints_in(o.checkpoint)) try {
-      const ModelSize saved = Checkpoint(path).info.model;
+      const CheckpointInfo info = Checkpoint(path).info;
+      const ModelSize& saved = info.model;
+      o.end_of_text = info.end_of_text;
       if (!told) {
         o.model_name = nearest_model(saved);
         o.model = saved;
@@ -52,8 +54,8 @@ std::string save_training(const Options& o, const Dataset& data, int64_t step, c
   const Stopwatch saving;
   const GptConfig& config = trainer.gpt.config;
   const Dtype dtype = master_dtype(config.dtype);
-  const CheckpointInfo info{step,      o.model,         o.layout, dtype,         uint64_t(o.seed),
-                            o.command, data.describe(), o.keep,   data.is_text()};
+  const CheckpointInfo info{step,      o.model,         o.layout, dtype,          uint64_t(o.seed),
+                            o.command, data.describe(), o.keep,   data.is_text(), o.end_of_text};
   const std::vector<std::string> removed =
       save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards());
   return format("checkpoint saved: %.1f MB in %.2f s",

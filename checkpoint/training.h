@@ -6,7 +6,7 @@
 #include "support/data.h"
 
 // Before options are resolved: the sizes that --resume is not told are the checkpoint's, all of
-// them or that of the vocabulary alone.
+// them or that of the vocabulary alone. So is the token that ends a text.
 void take_sizes(Options& options);
 
 // ---- collective

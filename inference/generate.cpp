@@ -205,7 +205,8 @@ int main(int argc, char** argv) {
     check_ranks(o.layout, job.size);
     if (checkpoint) checkpoint->verify("weights-", job.rank, job.size);
     const std::string home = checkpoint ? home_of(o.checkpoint, has_tokenizer) : "";
-    tokenizer.emplace(home, o.model.vocab, checkpoint && checkpoint->info.bytes);
+    const CheckpointInfo info = checkpoint ? checkpoint->info : CheckpointInfo{};
+    tokenizer.emplace(home, o.model.vocab, info.bytes, info.end_of_text);
     if (job.rank == 0) prompts = encode_prompts(o, *tokenizer);
     auto given = values_of(table(o));
     if (checkpoint)

@@ -66,7 +66,8 @@ static std::string to_bytes(const std::string& written) {
 
 static const std::string kEndOfText = "<|endoftext|>";
 
-Tokenizer::Tokenizer(const std::string& directory, int64_t vocab, bool bytes) : vocab_(vocab) {
+Tokenizer::Tokenizer(const std::string& directory, int64_t vocab, bool bytes, int64_t end)
+    : vocab_(vocab), end_(end) {
   const std::string base = directory + "/", one = base + kTokenizerFiles[0];
   if (!has_tokenizer(directory)) {
     if (bytes || vocab == 256)
@@ -96,7 +97,8 @@ Tokenizer::Tokenizer(const std::string& directory, int64_t vocab, bool bytes) : 
       read_model(model);
     });
   }
-  if (const auto end = tokens_.find(kEndOfText); end != tokens_.end()) end_ = end->second;
+  if (const auto found = tokens_.find(kEndOfText); end < 0 && found != tokens_.end())
+    end_ = found->second;
   std::ranges::sort(special_, std::greater{}, [&](int t) { return texts_[t].size(); });
 }
 

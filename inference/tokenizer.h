@@ -24,8 +24,9 @@ inline constexpr std::array kTokenizerFiles = {"tokenizer.json", "vocab.json", "
 class Tokenizer {
  public:
   // directory: where kTokenizerFiles may be; empty: nowhere. vocab: of the model, which may be
-  // larger; 0: as large as it takes. bytes: without files, whatever the vocabulary
-  Tokenizer(const std::string& directory, int64_t vocab, bool bytes = false);
+  // larger; 0: as large as it takes. bytes: without files, whatever the vocabulary. end: the token
+  // that ends a text; -1: <|endoftext|>, if the files have it
+  Tokenizer(const std::string& directory, int64_t vocab, bool bytes = false, int64_t end = -1);
   std::vector<int> encode(std::string_view text) const;  // an Error names what has no token
   // the same, word by word: take(its tokens, where it ends in the text)
   using Take = std::function<void(const std::vector<int>& tokens, size_t end)>;
@@ -50,7 +51,7 @@ class Tokenizer {
   };
   int64_t vocab_, longest_ = 0;
   uint64_t key_ = 0;
-  int end_ = -1;
+  int end_;
   std::vector<std::string> texts_;               // by number; none: tokens are written as numbers
   std::unordered_map<std::string, int> tokens_;  // by their bytes
   std::map<std::pair<int, int>, Merge> merges_;  // by the two tokens

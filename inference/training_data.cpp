@@ -13,7 +13,8 @@ void TrainingData::find_tokenizer(Options& o) {
   const bool kept = has_tokenizer(o.checkpoint) && !checkpoints_in(o.checkpoint).empty();
   directory_ = kept ? o.checkpoint : given;
   if (directory_.empty()) return;
-  tokenizer.emplace(directory_, o.model.vocab);
+  if (!kept) o.end_of_text = -1;  // of numbers that have had no text until now
+  tokenizer.emplace(directory_, o.model.vocab, false, o.end_of_text);
   REQUIRE(given.empty() || tokenizer->key() == Tokenizer(given, 0).key(), "--tokenizer ", given,
           " is not the one in ", o.checkpoint, ": leave it out");
   if (o.model.vocab == 0) o.model.vocab = tokenizer->size();
@@ -21,7 +22,7 @@ void TrainingData::find_tokenizer(Options& o) {
 
 void TrainingData::open(Options& o, const Job& job) {
   if (directory_.empty() || job.rank == 0) read(o, job);
-  if (directory_.empty()) tokenizer.emplace("", o.model.vocab, tokens->is_text());
+  if (directory_.empty()) tokenizer.emplace("", o.model.vocab, tokens->is_text(), o.end_of_text);
 }
 
 void TrainingData::meet(Options& o, const Job& job) {

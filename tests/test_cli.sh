@@ -291,8 +291,8 @@ refuses and_one_that_plain_attention_takes_is_told_so "160 wide: give --attentio
   --checkpoint "$dir/wide-160" --prompt x
 check and_not_to_give_more_heads "! grep -q 'more --heads' $dir/err"
 for cut in "--top-k 5" "--top-p 0.9"; do
-  refuses "no_cut_beside_the_likeliest: $cut" "--temperature 0 always takes the likeliest" $model --prompt x \
-    --temperature 0 $cut
+  refuses "no_cut_beside_the_likeliest: $cut" "--temperature 0 always takes the likeliest" $model \
+    --prompt x --temperature 0 $cut
 done
 refuses more_tp_ranks_than_tokens_are_refused \
   "--tp 5 has more ranks than there are attention heads (6) or tokens in the vocabulary (4)" \

@@ -180,6 +180,27 @@ check only_the_tokens_of_texts_that_have_not_ended_count \
   "grep -q '^ the the the the$' $dir/out && grep -qxF '$end$end' $dir/out &&
    awk 'BEGIN { exit !($made > 0.8 && $made < 1.2) }'" "$made of 2 tokens" \
   "$made: $(cat "$dir/out" "$dir/err")"
+# the same model, whose texts end with " the"
+$tool export "$dir/repeats" "$dir/ends" >"$dir/out" 2>&1
+sed -i 's/"eos_token_id": 259/"eos_token_id": 258/' "$dir/ends/config.json"
+$tool import "$dir/ends" "$dir/in-ends" >"$dir/out" 2>&1
+$generate --checkpoint "$dir/in-ends" --prompt " the the" --tokens 5 --temperature 0 >"$dir/text" \
+  2>"$dir/err"
+$train --checkpoint "$dir/in-ends" --resume --data "$dir/repeats.txt" --batch 2 --steps 1 \
+  >>"$dir/out" 2>&1
+$tool export "$dir/in-ends" "$dir/trained" >>"$dir/out" 2>&1
+check the_token_that_ends_a_text_is_the_configs_and_stays_it_in_training \
+  "[ '$(cat "$dir/text")' = ' the the' ] && [ -e $dir/in-ends/step-00000001 ] &&
+   grep -q '\"eos_token_id\": 258' $dir/trained/config.json" "" "$(cat "$dir/text" "$dir/out")"
+cp -r "$dir/ends" "$dir/beyond"
+sed -i 's/"eos_token_id": 258/"eos_token_id": 50256/' "$dir/beyond/config.json"
+$tool import "$dir/beyond" "$dir/in-beyond" >"$dir/out" 2>&1
+$tool export "$dir/in-beyond" "$dir/again" >>"$dir/out" 2>&1
+check an_end_of_text_that_the_vocabulary_does_not_have_is_the_tokenizers \
+  "grep -q '\"eos_token_id\": 259' $dir/again/config.json" "" "$(cat "$dir/out")"
+sed -i 's/"eos_token_id": 50256/"eos_token_id": [258, 259]/' "$dir/beyond/config.json"
+refuses texts_that_end_with_one_of_several_tokens_are_refused "eos_token_id is [258,259]" \
+  "$dir/beyond"
 says() { # NAME 'what is said' OPTIONS...
   local name=$1 part=$2
   shift 2
