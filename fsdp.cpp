@@ -183,7 +183,7 @@ std::vector<ParamShard> Fsdp::param_shards() const {
 // ---- parameters: unshard and reshard
 
 // Unshards a use's units, and starts the gathers of the next `prefetch` uses in this direction. In
-// the backward those of blocks alone: the embedding's needs no values, and the head's is the first.
+// the backward those of blocks alone: the embedding needs no values, and nothing precedes the head.
 void Fsdp::unshard(int use, int direction) {
   for (Unit* u : uses_[use].units) start_unshard(*u);
   for (int k = 1; k <= options_.prefetch; k++) {
