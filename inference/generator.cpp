@@ -33,9 +33,9 @@ Generator::Logits Generator::forward(const Tokens& tokens, const Gpt::Attend& at
                       for (const ModelPart& part : piece_)
                         x = gpt.run(tape, part, x, tokens, attend);
                       if (!has_head(piece_)) return x;
-                      const Tensor all = gpt.tp.whole_logits(x.value, V);
-                      for (int64_t row = 0; row < all.dim(0); row++)
-                        logits.push_back(download(all.part(row * V, {V})));
+                      const std::vector<double> all = download(gpt.tp.whole_logits(x.value, V));
+                      for (auto row = all.begin(); row < all.end(); row += V)
+                        logits.emplace_back(row, row + V);
                       return Var{};
                     });
   return logits;

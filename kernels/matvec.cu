@@ -84,8 +84,8 @@ template <int N, int kM, class T> __global__ void __launch_bounds__(256)
     const T* const xr = x + r * K;
     A sum = 0;
     for (int64_t k = lane * N; k < K; k += kWarp * N) {
-      const auto p = load_pack<N>(of + k);
-      for (int j = 0; j < N; j++) sum += A(load(xr[k + j])) * A(load(p[j]));
+      const auto p = load_pack<N>(of + k), q = load_pack<N>(xr + k);
+      for (int j = 0; j < N; j++) sum += A(load(q[j])) * A(load(p[j]));
     }
     const A all = reduce_lanes<Sum<A>>(sum);
     if (lane == 0) y[r * rows + row] = store<T>(all);
@@ -95,14 +95,14 @@ template <int N, int kM, class T> __global__ void __launch_bounds__(256)
 template <int kM> void launch(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed) {
   const int64_t K = x.dim(1), columns = y.dim(1);
   const int m = x.dim(0);
-  const bool packs = in_packs(w.dim(1), {&w});
   if (transposed) {
-    DISPATCH_PACKS(w.dtype(), packs,
+    // (a warp of one thread, FAST's, reads rows from begin to end: no packs)
+    DISPATCH_PACKS(w.dtype(), kWarp > 1 && in_packs(K, {&w, &x}),
                    rows_kernel<N, kM, T>
                    <<<ceil_div(columns, kThreads / kWarp), kThreads, 0, device().compute>>>(
                        y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m));
   } else {
-    DISPATCH_PACKS(w.dtype(), packs,
+    DISPATCH_PACKS(w.dtype(), in_packs(columns, {&w}),
                    const unsigned blocks = ceil_div(columns, kProductLanes * kColumns<N>);
                    columns_kernel<N, kM, false, T, T><<<blocks, kThreads, 0, device().compute>>>(
                        y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m, false));

@@ -85,7 +85,8 @@ for backend in "$@"; do
   [ "$backend" = ptx ] && programs="${kernels#test_cpu }"
   targets=$(printf "$built/tests/%s " $programs)
   [ "$backend" = cpu ] && targets="$targets programs build/cpu/tests/test_checkpoint"
-  [ "$backend" = ptx ] && targets="$targets $built/train_gpt build/cuda/null/train_gpt"
+  [ "$backend" = ptx ] && targets="$targets $built/train_gpt build/cuda/null/train_gpt \
+      build/cuda/null/generate"
   make --no-print-directory -j"$cores" BACKEND="${backend/ptx/cuda}" $targets || {
     echo "FAIL the $backend build"
     failed=$((failed + 1))

@@ -8,16 +8,20 @@ cd "$(dirname "$0")/.."
 . tests/lib.sh
 export OMP_NUM_THREADS=1
 
-# step OPTIONS...: a line a call, count and name, to $dir/step
+# difference SHORT LONG: what the longer run has more of, a line a call, count and name, to $dir/step
+difference() {
+  awk '{ n = $1; $1 = ""; sub(/^ /, "") }
+    NR == FNR { before[$0] = n; next }
+    n != before[$0] { print n - before[$0], $0 }' "$dir/$1" "$dir/$2" >"$dir/step"
+}
+# step OPTIONS...: of a step
 step() {
   local steps
   for steps in 3 4; do
     THREEFOLD_CALLS=$dir/$steps timeout 120 build/cuda/null/train_gpt "$@" --steps $steps \
       --metrics "$dir/m.jsonl" >"$dir/out" 2>&1 || fail "$*" "$(tail -1 "$dir/out")"
   done
-  awk '{ n = $1; $1 = ""; sub(/^ /, "") }
-    NR == FNR { before[$0] = n; next }
-    n != before[$0] { print n - before[$0], $0 }' "$dir/3" "$dir/4" >"$dir/step"
+  difference 3 4
 }
 calls() { awk -v pattern="$1" '$0 ~ pattern { n += $1 } END { print n + 0 }' "$dir/step"; }
 
@@ -38,6 +42,16 @@ cp "$dir/step" "$dir/gpt2"
 checks four_micro_batches_are_four_uploads_and_one_wait 4 $gpt2 --microbatch 4
 checks activations_that_are_recomputed_wait_for_nothing 1 $gpt2 --recompute --attention plain
 checks own_products_wait_for_nothing 2 --model tiny --dtype bf16 --matmul own --microbatch 8
+
+# a token of eight texts: their logits come in one piece
+for tokens in 4 5; do
+  THREEFOLD_CALLS=$dir/$tokens timeout 120 build/cuda/null/generate --model tiny \
+    --prompt $(seq 8) --temperature 0 --tokens $tokens >"$dir/out" 2>&1 \
+    || fail generate "$(tail -1 "$dir/out")"
+done
+difference 4 5
+check a_token_of_eight_texts_waits_once '[ "$(calls "$waits")" = 1 ]' \
+  "$(calls kernel) kernels, $(calls '') calls in all" "$(tr '\n' ',' <"$dir/step")"
 
 # full WHEN: an allocation fails; what the host then did, to $dir/full
 full() {
