@@ -144,7 +144,7 @@ static CheckpointInfo read_config(const std::string& path) {
     REQUIRE(end.is_null() || end.is_number_unsigned(), "eos_token_id is ", end,
             "; a text of this model ends with one token, or none");
     // a small model often keeps GPT-2's, 50256, which its vocabulary does not have
-    if (!end.is_null() && end < m.vocab) info.end_of_text = end;
+    if (!end.is_null() && end.get<uint64_t>() < uint64_t(m.vocab)) info.end_of_text = end;
   });
   return info;
 }

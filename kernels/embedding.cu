@@ -62,7 +62,7 @@ template <class T, int N> __global__ void __launch_bounds__(256)
                    const int* order, int R, int C) {
   const int begin = blockIdx.x * kSegment, end = R - begin < kSegment ? R : begin + kSegment;
   const int before = begin ? tokens[order[begin - 1]] : -1,
-            behind = end < R ? tokens[order[end]] : -1;
+            after = end < R ? tokens[order[end]] : -1;
   acc_t<T>* const part = parts + int64_t(blockIdx.x) * 2 * C;
   for_columns<kThreads, N>(C, [=](int i, auto n) {
     acc_t<T> sum[kColumns<N>] = {};
@@ -72,7 +72,7 @@ template <class T, int N> __global__ void __launch_bounds__(256)
       const int row = order[j], token = tokens[row], next = j + 1 < end ? tokens[order[j + 1]] : -1;
       add_row(sum, dx + int64_t(row) * C + i, n);
       if (token == next) continue;
-      const bool goes_on = j + 1 == end && token == behind;
+      const bool goes_on = j + 1 == end && token == after;
       acc_t<T>* const to = from_before ? part : goes_on ? part + C : dwte + int64_t(token) * C;
       move_sum(to + i, sum, n);
       from_before = false;

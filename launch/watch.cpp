@@ -7,8 +7,8 @@
 #include <csignal>
 #include <set>
 
-#include "support/files.h"
 #include "kernels/op_times.h"
+#include "support/files.h"
 
 static int64_t now_ms() {  // CLOCK_MONOTONIC, the same clock in every process of a node
   return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::milliseconds(1);

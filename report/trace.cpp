@@ -5,8 +5,8 @@
 #include <cmath>
 #include <nlohmann/json.hpp>
 
-#include "launch/job.h"
 #include "kernels/op_times.h"
+#include "launch/job.h"
 
 using Json = nlohmann::json;
 

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 . tests/lib.sh
 export OMP_NUM_THREADS=1
 
-# difference SHORT LONG: what the longer run has more of: a line a call, count and name, in $dir/step
+# difference SHORT LONG: what the longer run has more of, a line a call, to $dir/step
 difference() {
   awk '{ n = $1; $1 = ""; sub(/^ /, "") }
     NR == FNR { before[$0] = n; next }

@@ -974,6 +974,7 @@ static int pick_from_sorted(const std::vector<double>& logits, const Sampling& h
   std::vector<int> order(p.size());
   std::iota(order.begin(), order.end(), 0);
   std::ranges::stable_sort(order, std::greater{}, [&](int v) { return p[size_t(v)]; });
+  if (how.top_k > 0) order.resize(std::min(order.size(), size_t(how.top_k)));
   for (double sum = 0; const int v : order) sums.push_back(sum += p[size_t(v)]);
   const auto last = std::ranges::lower_bound(sums, how.top_p * sums.back());
   const double u = philox(uint32_t(i), 0, 0, 1, uint32_t(how.seed), 0).v[0] / 4294967296.0;
@@ -981,9 +982,8 @@ static int pick_from_sorted(const std::vector<double>& logits, const Sampling& h
 }
 
 TEST(top_p_picks_what_sorting_all_tokens_would) {
-  constexpr size_t V = 5000;
   std::map<std::string, std::vector<double>> all;
-  for (size_t v = 0; v < V; v++) {
+  for (size_t v = 0; v < 5000; v++) {
     const Philox4 r = philox(uint32_t(v), 0, 0, 2, 7, 0);
     const double normal = std::sqrt(-2 * std::log((r.v[0] + 1.0) / 4294967297.0)) *
                           std::cos(2 * M_PI * r.v[1] / 4294967296.0);
@@ -996,13 +996,19 @@ TEST(top_p_picks_what_sorting_all_tokens_would) {
     all["only few of any weight"].push_back(v % 100 == 3 ? normal : -1e300);
   }
   int picks = 0;
-  for (const auto& [name, logits] : all)
-    for (const double top_p : {1e-9, 0.02, 0.25, 0.5, 0.9, 0.99, 0.99999, 1 - 1e-15})
-      for (int i = 0; i < 12; i++, picks++) {
-        const Sampling how{.temperature = i % 2 ? 1 : 0.7, .top_p = top_p, .seed = 3};
-        CHECK_EQ(pick(logits, how, i), pick_from_sorted(logits, how, i), name, ", ", top_p);
-      }
-  measured(picks, " picks among ", V, " tokens");
+  for (auto& [name, logits] : all)
+    for (const size_t V : {5000, 257, 256, 255, 63, 1}) {
+      logits.resize(V);
+      for (const double top_p : {1e-9, 0.02, 0.25, 0.5, 0.9, 0.99, 0.99999, 1 - 1e-15})
+        for (int i = 0; i < 12; i++, picks++) {
+          const int64_t top_k = i % 4 < 3 ? 0 : 70;
+          const Sampling how{
+              .temperature = i % 2 ? 1 : 0.7, .top_k = top_k, .top_p = top_p, .seed = 3};
+          CHECK_EQ(pick(logits, how, i), pick_from_sorted(logits, how, i), name, ", ", V,
+                   " tokens, ", top_p, ", ", top_k);
+        }
+    }
+  measured(picks, " picks among 1 to 5000 tokens");
 }
 
 TEST(no_token_comes_from_logits_that_are_not_finite) {

@@ -120,7 +120,7 @@ TEST(units_are_laid_out_alike_on_all_tp_ranks) {
 }
 
 // Each tp rank sums the gradients of layernorms and of some biases with other ranks, in a sum that
-// begins behind the element's owner: the owners must be the same, though slices of heads differ.
+// begins after the element's owner: the owners must be the same, though slices of heads differ.
 TEST(what_all_tp_ranks_hold_gets_the_same_bits_everywhere) {
   if (job().size % 2 || job().size < 6) return skip("6 ranks tell, or 8");
   GptConfig config{8, 192, 3, 1, 16};
