@@ -74,7 +74,7 @@ struct Param {
 // What the backward of a part of the model reads of its parameters.
 enum class BackwardReads {
   values,       // a block's
-  values_kept,  // the head's: kept whole after its forward, which its backward mostly follows
+  values_kept,  // the head's: kept whole, since its backward mostly follows its forward directly
   nothing,      // the embedding's, whose parameters only need a place for gradients
 };
 

@@ -145,8 +145,7 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
                      const std::vector<std::vector<int>>& prompts, Watch& watch) {
   const size_t B = prompts.size();
   const int64_t tokens = tokens_to_add(o, prompts);
-  size_t longest = 0;
-  for (const auto& p : prompts) longest = std::max(longest, p.size());
+  const size_t longest = std::ranges::max(prompts, {}, &std::vector<int>::size).size();
   Generator generator(mesh, model_config(o), B, longest + tokens);
   if (checkpoint) watch.at_files([&] { generator.load_weights(*checkpoint); });
   else generator.initialise(o.seed);

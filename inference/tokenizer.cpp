@@ -322,11 +322,11 @@ std::string Screen::printed(const std::string& bytes) {
   constexpr unsigned char kFirst = 0xc2;  // of U+0080 to U+00BF
   std::string text;
   for (const unsigned char c : bytes) {
-    const bool in_second_block = begun_ && c >= 0x80 && c < 0xa0;
-    if (begun_ && !in_second_block) text += char(kFirst);
+    const bool is_c1 = begun_ && c >= 0x80 && c < 0xa0;
+    if (begun_ && !is_c1) text += char(kFirst);
     begun_ = c == kFirst;
     if (begun_) continue;
-    const bool is_control = in_second_block || (iscntrl(c) && c != '\n' && c != '\t');
+    const bool is_control = is_c1 || (iscntrl(c) && c != '\n' && c != '\t');
     text += is_control ? '?' : char(c);
   }
   return text;

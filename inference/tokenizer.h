@@ -64,8 +64,8 @@ bool has_tokenizer(const std::string& directory);  // one of the first three
 void copy_tokenizer(const std::string& from, const std::string& to);
 
 // Prints a text as it comes, piece by piece. To a terminal goes a '?' for each control character,
-// those of Unicode's second block (U+0080 to U+009F), too, but not for the ends of lines and tabs;
-// elsewhere every byte goes as it is.
+// the C1 controls (U+0080 to U+009F), too, but not for the ends of lines and tabs; elsewhere every
+// byte goes as it is.
 class Screen {
  public:
   explicit Screen(bool is_terminal) : is_terminal_(is_terminal) {}

@@ -31,9 +31,9 @@ void TheoryOfRank::add_fsdp() {
     else block = P;
   }
 
-  // For a while whole: gradients of both ends, of a block and of the one before, whose sum runs on,
-  // or of all where weight gradients are put off; parameters of both ends, of a block and those
-  // that are gathered ahead.
+  // For a while whole: gradients of both ends, of a block and, unless prefetch is 0, of the one
+  // before, whose sum runs on, or of all where weight gradients are put off; parameters of both
+  // ends, of a block and those that are gathered ahead.
   const int64_t summed = options.fsdp.prefetch > 0 ? 2 : 1,
                 of_blocks = schedule.row->splits_backward ? std::max(blocks, summed) : summed;
   if (shards_gradients) sum.gather_bound += (ends + of_blocks * block) * g;
