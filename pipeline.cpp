@@ -43,10 +43,10 @@
 //     backward
 //
 //           The pool hands out memory in the order of the compute stream (Buffer in tensor.h): who
-//           gets a block there may use it at once on the compute stream, after its earlier users.
-//           The communication queue is not in that order. So what it writes waits for the earlier
-//           users (room is free), and what it reads is kept until the compute stream waits for its
-//           departure (release_sent).
+//           gets a block there may use it on the compute stream without a wait, since its earlier
+//           users stand before. The communication queue is not in that order. So what it writes
+//           waits for the earlier users (room is free), and what it reads is kept until the compute
+//           stream waits for its departure (release_sent).
 #include "pipeline.h"
 
 #include <algorithm>

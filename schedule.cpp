@@ -13,7 +13,7 @@
 
 #include "support/check.h"
 
-// ---- the table: stage s of p, m micro-batches, V chunks
+// ---- the table: stage s of p, m micro-batches, v chunks
 
 static double idle_of_whole_backwards(int p, int, const Times& t) { return (p - 1) * t.all(); }
 
@@ -32,15 +32,15 @@ static const ScheduleRow kRows[] = {
      idle_of_whole_backwards, [](int p, int m, int, int s) { return std::min(p - s, m); }},
 
     {"interleaved", Placement::ring, false,
-     [](int p, int m, int V, int s) -> Phases {
+     [](int p, int m, int v, int s) -> Phases {
        // p of each chunk but the last; then one for each hop to the last stage and back
-       return {{(V - 1) * p + 2 * (p - 1 - s), "F"}, {V * m, "F G"}};
+       return {{(v - 1) * p + 2 * (p - 1 - s), "F"}, {v * m, "F G"}};
      },
      idle_of_whole_backwards,
-     [](int p, int m, int V, int s) { return std::min((V - 1) * p + 2 * (p - 1 - s) + 1, V * m); }},
+     [](int p, int m, int v, int s) { return std::min((v - 1) * p + 2 * (p - 1 - s) + 1, v * m); }},
 
-    // ZB-H1 is 1F1B whose backwards pass on the input gradient at once. The warm-up of stage s is s
-    // forwards shorter than stage 0's, and it puts its weight gradients off by as many
+    // ZB-H1 is 1F1B whose backwards pass on the input gradient immediately. The warm-up of stage s
+    // is s forwards shorter than stage 0's, and it puts its weight gradients off by as many
     // micro-batches. So all stages hold p micro-batches, and the later ones have work left for the
     // end.
     {"zb", Placement::line, true,
@@ -88,9 +88,9 @@ const ScheduleRow& schedule_row(std::string_view name) {
 // chunk 0, then through chunk 1, ...; then the next p. Backwards begin with the last chunk. With
 // two stages and two chunks, micro-batch and chunk of the forwards: 0 0, 1 0, 0 1, 1 1, 2 0, 3 0,
 // 2 1, 3 1, ...; of the backwards: 0 1, 1 1, 0 0, 1 0, 2 1, ...
-static Action in_turn(Action::Kind kind, int n, int p, int V) {
-  const int round = n / (p * V), turn = n % (p * V) / p;
-  return {kind, round * p + n % p, kind == Action::forward ? turn : V - 1 - turn};
+static Action in_turn(Action::Kind kind, int n, int p, int v) {
+  const int round = n / (p * v), turn = n % (p * v) / p;
+  return {kind, round * p + n % p, kind == Action::forward ? turn : v - 1 - turn};
 }
 
 // What a stage computes, in order. A code is a letter of Phases, with or without a digit.
@@ -207,19 +207,19 @@ static void place_transfers(Schedule& s) {
     ASSERT(started[stage] == lists[stage].size(), s.row->name, " waits for itself");
 }
 
-Schedule make_schedule(const std::string& name, int p, int m, int V) {
+Schedule make_schedule(const std::string& name, int p, int m, int v) {
   const ScheduleRow& row = schedule_row(name);
-  if (V == 0) V = row.chunks();
-  REQUIRE(std::min({p, m, V}) >= 1,
+  if (v == 0) v = row.chunks();
+  REQUIRE(std::min({p, m, v}) >= 1,
           "a pipeline needs at least one stage, micro-batch and chunk, not ", p, ", ", m, " and ",
-          V);
-  REQUIRE(V == row.chunks() || row.placement == Placement::ring, "schedule ", name, " has ",
-          row.chunks() == 1 ? "one chunk" : "two chunks", " a stage, not ", V);
+          v);
+  REQUIRE(v == row.chunks() || row.placement == Placement::ring, "schedule ", name, " has ",
+          row.chunks() == 1 ? "one chunk" : "two chunks", " a stage, not ", v);
   REQUIRE(m % row.divisor(p) == 0, name, " needs a number of micro-batches that its ", p,
           " stages divide, not ", m);
-  REQUIRE(int64_t(p) * m <= kMostForwards / V, p, " stages, ", m, " micro-batches and ", V,
+  REQUIRE(int64_t(p) * m <= kMostForwards / v, p, " stages, ", m, " micro-batches and ", v,
           " chunks make more than a million forwards");
-  Schedule s{&row, p, m, V};
+  Schedule s{&row, p, m, v};
   for (int stage = 0; stage < p; stage++) s.actions.push_back(computations(s, stage));
   place_transfers(s);
   return s;

@@ -1,7 +1,7 @@
 // schedule.h: a pipeline schedule is data: what every stage does, in order. Others check, simulate
 // (theory/simulate.h), draw and execute it.
 //
-// idea      The model is cut into p*V pieces, V chunks a stage; a piece's number is its position in
+// idea      The model is cut into p*v pieces, v chunks a stage; a piece's number is its position in
 //           the model. A schedule is one row of a table (schedules()) and, for so many stages and
 //           micro-batches, one list of actions for each stage, which pipeline.cpp executes.
 // backward  One action, or two: the input gradient (what the previous stage waits for) now and the
@@ -21,22 +21,22 @@
 //           `check` (theory/simulate.h) proves it for a schedule that is given to it. The tests
 //           and build/show_schedule call it; a training run does not.
 //
-// cost      p stages, m micro-batches, V chunks a stage, s this stage (0 first); times of a chunk,
+// cost      p stages, m micro-batches, v chunks a stage, s this stage (0 first); times of a chunk,
 //           F = B = W = 1 and free sends. A micro-batch is live on a chunk from its forward to the
 //           end of its backward (split: of its weight gradient); counted in chunks of this stage:
 //                        idle time    share of the time   live on stage s
 //           gpipe        3(p-1)       (p-1) / (m+p-1)     m
 //           1f1b         3(p-1)       (p-1) / (m+p-1)     min(p-s, m)
-//           interleaved  3(p-1)       (p-1) / (Vm+p-1)    min(2(p-s-1) + (V-1)p + 1, Vm)
+//           interleaved  3(p-1)       (p-1) / (vm+p-1)    min(2(p-s-1) + (v-1)p + 1, vm)
 //           zb           p-1 (a)      (p-1) / (3m+p-1)    min(p, m)
 //           zbv          p-1 (b)      (p-1) / (6m+p-1)    min(2m, m+1+s, 2p)
-//           (a) for m >= p, else 2p-1-m     (b) for 2m >= 3p-1, else 2(2p-1-m); V is 2
+//           (a) for m >= p, else 2p-1-m     (b) for 2m >= 3p-1, else 2(2p-1-m); v is 2
 //           For other F, B, W: (p-1)(F+B+W) where a backward is one action (interleaved: if B+W <=
 //           2F); zb (p-1) max(F, B, F+B-W) for m >= p; zbv (p-1) max(B, 2(B-W)) for m >= 2p, if B
 //           is the longest of the three.
 //           A send is one activation or gradient between two stages: S C elements, C the width and
 //           S the rows that a rank holds (all R of a micro-batch; with sequence parallelism R/tp,
-//           rounded up). For p > 1 there are 2 m in all at each of the pV - 1 cuts; zbv's middle
+//           rounded up). For p > 1 there are 2 m in all at each of the pv - 1 cuts; zbv's middle
 //           cut lies inside the last stage and sends nothing.
 //
 // sources   GPipe (Huang et al., 2019); 1F1B (Narayanan et al., "PipeDream", SOSP 2019; its
@@ -91,10 +91,10 @@ struct Times {
   bool operator==(const Times&) const = default;
 };
 
-// Where the model's positions are: position v is chunk v / p of its stage.
+// Where the model's positions are: position i is chunk i / p of its stage.
 enum class Placement {
   line,  // one chunk a stage
-  ring,  // any number of chunks: position v is on stage v mod p; p micro-batches at a time
+  ring,  // any number of chunks: position i is on stage i mod p; p micro-batches at a time
   vee,   // two chunks: down the stages and up again; the last stage has both at the bottom
 };
 
@@ -107,7 +107,7 @@ using Phases = std::vector<std::pair<int, const char*>>;
 struct ScheduleRow;
 struct Schedule {
   const ScheduleRow* row = nullptr;
-  int stages = 1, microbatches = 1, chunks = 1;   // p, m, V
+  int stages = 1, microbatches = 1, chunks = 1;   // p, m, v
   std::vector<std::vector<Action>> actions = {};  // actions[s]: what stage s does, in order
   int positions() const { return stages * chunks; }
   // where a stage's chunk is in the model; position 0 holds the first layers
@@ -122,11 +122,11 @@ struct ScheduleRow {
   const char* name;
   Placement placement;
   bool splits_backward;
-  Phases (*phases)(int p, int m, int V, int s);  // of a stage's computations
+  Phases (*phases)(int p, int m, int v, int s);  // of a stage's computations
   // How long each stage idles if sends are free; see above for the times that this holds for.
   double (*idle)(int p, int m, const Times& t);
   // the most pairs of micro-batch and chunk that are live at once on stage s
-  int (*live)(int p, int m, int V, int s);
+  int (*live)(int p, int m, int v, int s);
 
   // of a stage, where no number is asked for
   int chunks() const { return placement == Placement::line ? 1 : 2; }

@@ -16,7 +16,7 @@
 //           and 1/n of the attention's own; under sequence parallelism all of it 1/n.
 // overlap   In the backward an input gradient travels while the weight gradient's product is
 //           computed; not under zero bubble, which computes that product later.
-// not here  overlap in the forward, where the next op needs the sum at once
+// not here  overlap in the forward, where the next op needs the sum immediately
 // test      tests/test_tensor_parallel.cpp
 #include "tensor_parallel.h"
 

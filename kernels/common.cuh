@@ -201,7 +201,7 @@ template <class Op, class V> __device__ __forceinline__ V block_reduce(V v) {
   __syncthreads();
   v = lane < warps ? part[lane] : Op::identity;
   v = reduce_lanes<Op>(v);
-  __syncthreads();  // `part` may be reused at once
+  __syncthreads();  // `part` may be reused immediately
   return v;
 }
 

@@ -170,7 +170,7 @@ OptionTable train_options(Options& o) {
             "with tp: activations between the split layers are split by tokens, too"},
            {"schedule", "", choice(&o.schedule, schedule_names()),
             "with pp: in which order a stage computes its micro-batches"},
-           {"chunks", "V", whole(&o.chunks, 1, 1000),
+           {"chunks", "N", whole(&o.chunks, 1, 1000),
             "with interleaved: pieces of the model that a stage has", "2"},
        }},
       {"Checkpoints",

@@ -6,7 +6,7 @@
 //           handlers run on whichever thread they hit. One thread of ours fetches them. What was
 //           ignored when the program started (nohup) stays ignored.
 // meaning   Where somebody listens, a signal sets a flag. TERM or INT once more, a second later,
-//           ends the process at once, as does any signal that nobody listens for.
+//           ends the process immediately, as does any signal that nobody listens for.
 // test      tests/test_environment.sh, tests/test_checkpoint.sh
 #pragma once
 

@@ -4,7 +4,7 @@
 // idea      Each port is a TUN device: what a node sends can be read from its port, and what is
 //           written to it arrives there. A packet goes to the port that the last byte of its
 //           address names (254: 0). First it passes that port's wire, which carries one packet
-//           at a time at MBIT (0: at once); it arrives MICROSECONDS later.
+//           at a time at MBIT (0: immediately); it arrives MICROSECONDS later.
 // cost      it adds 20 to 30 microseconds of its own
 // not here  loss, jitter, anything but IPv4
 // test      tests/test_network.sh

@@ -254,7 +254,7 @@ may_be_fastest() {
 
 # block OPTIONS: bytes that rank 0 sends for a block, and ms that a step loses for it. A block is
 # what a model of 8 layers has more than one of 4, and lost is what a step takes longer over a slow
-# link than over the fast one. Streams run at once, so that nothing overlaps.
+# link than over the fast one. Streams run immediately, so that nothing overlaps.
 block() {
   local link=100mbit l over figures=()
   for l in 4 8; do

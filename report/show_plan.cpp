@@ -223,12 +223,8 @@ Cluster cluster_of(const PlanOptions& o) {
   return cluster;
 }
 
-void show(PlanOptions& o) {
-  PlanOptions named = o;  // what train_gpt takes, where nothing is said
-  for (int64_t& size : named.layout.sizes) size = std::max<int64_t>(size, 1);
-  resolve(named, true);
-  if (o.layout_only) o = named;
-  resolve_common(o, true);
+// Bad options get a sentence. Of those that are given, some have a meaning with others alone.
+void check_asked(const PlanOptions& o) {
   check_meaning(o, {{{"sequences"}, o.decode, "is about inference: give --decode"},
                     {{"spread"}, o.nodes > 1, "is about several nodes: give --nodes"},
                     {{"top"}, !o.layout_only, "is about a search, which --layout leaves out"},
@@ -246,35 +242,91 @@ void show(PlanOptions& o) {
               1e17,
           "so many tokens in so large a model are too many bytes to count: make them fewer",
           scores > 0 ? ", or give --attention flash" : "");
-  const Cluster cluster = cluster_of(o);
-  const GptConfig config = model_config(o);
-  if (!o.json) {
-    printf("model    %s: %.4g B parameters in %s\n", to_string(m).c_str(),
-           double(parameter_count(config)) / 1e9, name_of(config.dtype));
-    std::string missing;
-    for (const SizeOption& size : kSizes)
-      if (!o.given.count("model") && !o.given.count(size.name))
-        missing += sentence(" --", size.name);
-    if (!missing.empty()) printf("         not given, and as in tiny:%s\n", missing.c_str());
-    if (!o.decode && !o.given.count("batch"))
-      printf("batch    %lld sequences, as for one device: --batch says another\n",
-             (long long)named.batch);
-    printf("cluster  %d x %d devices, %s, %.4g GiB each\n", int(o.nodes), int(o.devices),
-           cluster.name.c_str(), cluster.memory / kGiB);
-    if (o.machine == "this") printf("%s\n", cluster.text.c_str());
-  }
-  if (o.decode) return decode(o, cluster, config);
+}
 
-  if (o.given.count("schedule"))
-    make_schedule(o.schedule, 1, 1, o.chunks);  // or it has other chunks
+void print_asked(const PlanOptions& o, const Cluster& cluster, const GptConfig& config,
+                 int64_t batch) {
+  printf("model    %s: %.4g B parameters in %s\n", to_string(o.model).c_str(),
+         double(parameter_count(config)) / 1e9, name_of(config.dtype));
+  std::string missing;
+  for (const SizeOption& size : kSizes)
+    if (!o.given.count("model") && !o.given.count(size.name)) missing += sentence(" --", size.name);
+  if (!missing.empty()) printf("         not given, and as in tiny:%s\n", missing.c_str());
+  if (!o.decode && !o.given.count("batch"))
+    printf("batch    %lld sequences, as for one device: --batch says another\n", (long long)batch);
+  printf("cluster  %d x %d devices, %s, %.4g GiB each\n", int(o.nodes), int(o.devices),
+         cluster.name.c_str(), cluster.memory / kGiB);
+  if (o.machine == "this") printf("%s\n", cluster.text.c_str());
+}
+
+// What is given is fixed; with --layout all is.
+Wanted wanted_of(const PlanOptions& o, const GptConfig& config, int64_t batch) {
   Wanted wanted{{config, trainer_options(o), o.layout}};
-  wanted.batch = named.batch;
+  wanted.batch = batch;
   const auto is_fixed = [&](const char* option) { return o.layout_only || o.given.count(option); };
   if (!is_fixed("zero")) wanted.fsdp.zero = 0;
   if (!is_fixed("schedule")) wanted.schedule.clear();
   if (is_fixed("reshard-after-forward")) wanted.reshard = {wanted.fsdp.reshard};
   if (is_fixed("sequence-parallel")) wanted.by_rows = {wanted.sequence_parallel};
   if (is_fixed("recompute")) wanted.recomputes = {wanted.recompute};
+  return wanted;
+}
+
+// The fastest layouts, each a line, and the first of them in full; of those that do not fit, the
+// smallest. Where one layout was asked for, it alone.
+void print_plan(const PlanOptions& o, const Cluster& cluster, const Wanted& wanted,
+                const Plan& found) {
+  Json fastest = Json::array();
+  std::string table;
+  for (const Planned& p : found.fastest) {
+    const Json& row = fastest.emplace_back(json_of(cluster, p));
+    const double percent = 100 / p.seconds;
+    table += format("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  ", p.seconds,
+                    double(row["tokens_per_second"]), 100 * double(row["mfu"]), p.memory / kGiB,
+                    percent * p.computing, percent * p.bubble, percent * total(p.waiting)) +
+             std::string(row["options"]) + "\n";
+  }
+  const Json smallest = found.smallest ? json_of(cluster, *found.smallest) : Json();
+  if (o.json) {
+    printf("%s\n", Json{{"layouts", found.layouts},
+                        {"fitting", found.fitting},
+                        {"fastest", fastest},
+                        {"smallest_that_does_not_fit", smallest}}
+                       .dump(1)
+                       .c_str());
+    return;
+  }
+  const bool searches = !o.layout_only;
+  if (searches)
+    printf("layouts  %lld of a batch of %lld, %lld fit in memory\n", (long long)found.layouts,
+           (long long)wanted.batch, (long long)found.fitting);
+  if (found.fitting > 0) {
+    if (searches)
+      printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n%s%s\n",
+             table.c_str(), without_use(o, fastest).c_str());
+    explain(cluster, fastest[0], false);
+  }
+  if (found.smallest) {
+    if (searches) printf("\nof those that do not fit, the smallest\n");
+    explain(cluster, smallest, searches);
+  }
+}
+
+void show(PlanOptions& o) {
+  PlanOptions named = o;  // what train_gpt takes, where nothing is said
+  for (int64_t& size : named.layout.sizes) size = std::max<int64_t>(size, 1);
+  resolve(named, true);
+  if (o.layout_only) o = named;
+  resolve_common(o, true);
+  check_asked(o);
+  const Cluster cluster = cluster_of(o);
+  const GptConfig config = model_config(o);
+  if (!o.json) print_asked(o, cluster, config, named.batch);
+  if (o.decode) return decode(o, cluster, config);
+
+  if (o.given.count("schedule"))
+    make_schedule(o.schedule, 1, 1, o.chunks);  // or it has other chunks
+  const Wanted wanted = wanted_of(o, config, named.batch);
   const int64_t devices = o.nodes * o.devices;
   if (o.layout_only) {
     REQUIRE(o.layout.ranks() == devices, to_string(o.layout), " has ", o.layout.ranks(),
@@ -287,43 +339,10 @@ void show(PlanOptions& o) {
           wanted.batch,
           " must divide by the ranks that share it, and each one's part by --microbatch, into a "
           "number of micro-batches that --schedule takes; --tp is at most ",
-          m.kv(), ", --cp at most half of the context of ", m.context,
-          ", --pp times --chunks at most ", m.layers, ", and a schedule has at most ",
+          wanted.kv(), ", --cp at most half of the context of ", wanted.context,
+          ", --pp times --chunks at most ", wanted.layers, ", and a schedule has at most ",
           kMostForwards, " forwards");
-  Json fastest = Json::array();
-  std::string table;
-  for (const Planned& p : found.fastest) {
-    const Json& row = fastest.emplace_back(json_of(cluster, p));
-    const double percent = 100 / p.seconds;
-    table += format("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  ", p.seconds,
-                    double(row["tokens_per_second"]), 100 * double(row["mfu"]), p.memory / kGiB,
-                    percent * p.computing, percent * p.bubble, percent * total(p.waiting)) +
-             std::string(row["options"]) + "\n";
-  }
-  const Json smallest = found.smallest ? json_of(cluster, *found.smallest) : Json();
-  if (o.json)
-    printf("%s\n", Json{{"layouts", found.layouts},
-                        {"fitting", found.fitting},
-                        {"fastest", fastest},
-                        {"smallest_that_does_not_fit", smallest}}
-                       .dump(1)
-                       .c_str());
-  else {
-    const bool searches = !o.layout_only;
-    if (searches)
-      printf("layouts  %lld of a batch of %lld, %lld fit in memory\n", (long long)found.layouts,
-             (long long)wanted.batch, (long long)found.fitting);
-    if (found.fitting > 0) {
-      if (searches)
-        printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n%s%s\n",
-               table.c_str(), without_use(o, fastest).c_str());
-      explain(cluster, fastest[0], false);
-    }
-    if (found.smallest) {
-      if (searches) printf("\nof those that do not fit, the smallest\n");
-      explain(cluster, smallest, searches);
-    }
-  }
+  print_plan(o, cluster, wanted, found);
   if (found.fitting == 0) check_fits(cluster, found.smallest->memory);
 }
 

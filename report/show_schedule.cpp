@@ -44,7 +44,7 @@ OptionTable table(ShowOptions& o) {
        {
            {"stages", "P", whole(&o.stages, 1, 10'000), "stages"},
            {"microbatches", "M", whole(&o.microbatches, 1, 1'000'000), "micro-batches of a step"},
-           {"chunks", "V", whole(&o.chunks, 1, 1000), "with interleaved: chunks a stage", "2"},
+           {"chunks", "N", whole(&o.chunks, 1, 1000), "with interleaved: chunks a stage", "2"},
            {"times", "F,B,W,SEND", four_times(o.times),
             "of one chunk: forward, input gradient, weight gradient, transfer"},
            {"svg", "FILE", text(&o.svg), "draw the timeline there, too", "none"},

@@ -231,7 +231,7 @@ live=live_micro_batches accepts=checker_accepts
 mutant faults the_warm_up_is_one_forward_longer \
   schedule.cpp 's/\{p - 1 - s, "F"\},  /{p - s, "F"},  /' 1 immediate test_schedule $live
 mutant faults the_warm_up_over_chunks_is_one_forward_longer \
-  schedule.cpp 's/\{\(V - 1\)/{1 + (V - 1)/' 1 immediate test_schedule $live
+  schedule.cpp 's/\{\(v - 1\)/{1 + (v - 1)/' 1 immediate test_schedule $live
 mutant faults weight_gradients_are_put_off_by_one_more \
   schedule.cpp 's/\{s, "F B"\}/{s + 1, "F B"}/' 1 immediate test_schedule $live
 mutant faults the_last_weight_gradients_are_left_out \

@@ -1,5 +1,5 @@
 // null_device.cpp: CUDA's runtime and cuBLAS for a device that computes nothing. Every call
-// succeeds at once and is counted. Linked with the objects of the CUDA build
+// succeeds immediately and is counted. Linked with the objects of the CUDA build
 // (build/cuda/null/train_gpt) it shows, with no GPU, what the host asks of a device, and how long
 // it takes for that by itself. Results are 0. THREEFOLD_CALLS=file says where the counts go: a line
 // a call, count and name. THREEFOLD_FULL=N: the Nth allocation fails; N-: all from it on.

@@ -1,5 +1,5 @@
 // ptx_extra.cpp: the calls of the CUDA runtime that we use and a PTX runner may lack. Weak: a
-// runtime that has them wins. Streams run at once there.
+// runtime that has them wins. Streams run immediately there.
 #include <cuda_runtime.h>
 
 #define WEAK __attribute__((weak))

@@ -594,7 +594,7 @@ TEST(memory_freed_in_a_stream_goes_to_others_only_when_the_stream_is_there) {
   CUDA_CHECK(cudaMallocAsync(&b, bytes, other));
   CHECK(b != a, "the first stream has not come to its free");
   CUDA_CHECK(cudaMallocAsync(&c, bytes, one));
-  CHECK(c == a, "the stream that freed it may have it at once");
+  CHECK(c == a, "the stream that freed it may have it immediately");
   CUDA_CHECK(cudaEventRecord(first_free, one));
   Standstill before_second(one);
   CUDA_CHECK(cudaFreeAsync(c, one));

@@ -167,7 +167,7 @@ check a_fresh_model_takes_a_tokenizer_and_its_vocabulary \
   "grep -q 'vocabulary 260:' $dir/out && cmp $dir/one/tokenizer.json $dir/fresh/tokenizer.json &&
    $generate --checkpoint $dir/fresh --prompt ' the' --tokens 4 >$dir/out 2>$dir/err" "" \
   "$(cat "$dir/err")"
-# a model that repeats what it has read: its second text ends at once
+# a model that repeats what it has read: its second text ends immediately
 end="<|endoftext|>"
 { printf ' the%.0s' $(seq 60) && printf "$end%.0s" $(seq 60); } >"$dir/repeats.txt"
 $train $size --batch 8 --steps 60 --lr 1e-2 --tokenizer "$dir/one" --data "$dir/repeats.txt" \

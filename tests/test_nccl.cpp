@@ -607,7 +607,8 @@ struct Said {
   ncclResult_t result = ncclSuccess;
   std::string sentence;
 };
-// The error of a call: at once where streams run at once, from the communicator where they do not.
+// The error of a call: from the call where streams run immediately, else from the
+// communicator.
 Said say(ncclComm_t comm, ncclResult_t result) {
   if (result != ncclSuccess) return {result, ncclGetLastError(nullptr)};
   CUDA_CHECK(cudaDeviceSynchronize());

@@ -23,17 +23,17 @@ std::vector<int> chunks_of(const std::string& name) {
   return row.placement == Placement::ring ? std::vector{1, 2, 3, 4} : std::vector{row.chunks()};
 }
 
-// Calls f(name, p, m, V) for all that is allowed.
+// Calls f(name, p, m, v) for all that is allowed.
 void for_all(const std::function<void(const std::string&, int, int, int)>& f) {
   for (const std::string& name : schedule_names())
     for (int p = 1; p <= 8; p++)
       for (int m = 1; m <= 32; m++)
-        for (int V : chunks_of(name))
-          if (schedule_row(name).placement != Placement::ring || m % p == 0) f(name, p, m, V);
+        for (int v : chunks_of(name))
+          if (schedule_row(name).placement != Placement::ring || m % p == 0) f(name, p, m, v);
 }
 
 std::string label(const Schedule& s) {
-  return sentence(s.row->name, " p=", s.stages, " m=", s.microbatches, " V=", s.chunks);
+  return sentence(s.row->name, " p=", s.stages, " m=", s.microbatches, " v=", s.chunks);
 }
 
 int64_t whole(double x) {
@@ -47,8 +47,8 @@ std::vector<Schedule> some() {
   for (int p : {2, 3, 4})
     for (int m : {p, 2 * p + (p == 3 ? 3 : 0)}) {
       for (const std::string& name : schedule_names())
-        for (int V : chunks_of(name))
-          if (V <= 3) all.push_back(make_schedule(name, p, m, V));
+        for (int v : chunks_of(name))
+          if (v <= 3) all.push_back(make_schedule(name, p, m, v));
     }
   return all;
 }
@@ -95,17 +95,17 @@ struct Interpreter {
     while (i < int(s.actions[stage].size()) && s.at(stage, i).kind == Action::exchange) i++;
     if (i == int(s.actions[stage].size())) return false;
     const Action& a = s.at(stage, i);
-    const int v = s.position(stage, a.chunk), last = s.positions() - 1, m = a.microbatch;
+    const int at = s.position(stage, a.chunk), last = s.positions() - 1, m = a.microbatch;
     if (a.kind == Action::forward) {
-      if (v > 0 && !available(stage, {Transfer::activation, m, v - 1})) return false;
-      made[stage].insert({Transfer::activation, m, v});
+      if (at > 0 && !available(stage, {Transfer::activation, m, at - 1})) return false;
+      made[stage].insert({Transfer::activation, m, at});
     } else if (a.kind == Action::weight_gradient) {
-      if (!made[stage].count({Transfer::gradient, m, v}))
+      if (!made[stage].count({Transfer::gradient, m, at}))
         wrong = "weight gradient without its input gradient";
     } else {
-      if (!made[stage].count({Transfer::activation, m, v})) wrong = "backward without forward";
-      if (v < last && !available(stage, {Transfer::gradient, m, v + 1})) return false;
-      made[stage].insert({Transfer::gradient, m, v});
+      if (!made[stage].count({Transfer::activation, m, at})) wrong = "backward without forward";
+      if (at < last && !available(stage, {Transfer::gradient, m, at + 1})) return false;
+      made[stage].insert({Transfer::gradient, m, at});
       input_order[stage][a.chunk].push_back(m);
     }
     if (a.kind == Action::backward || a.kind == Action::weight_gradient)
@@ -189,8 +189,8 @@ double makespan_without_queues(const Schedule& s, const Times& times) {
       for (; next[stage] < s.actions[stage].size(); next[stage]++, moved = true) {
         const Action& a = s.actions[stage][next[stage]];
         if (a.kind == Action::exchange) continue;
-        const int forward = a.kind == Action::forward, v = s.position(stage, a.chunk),
-                  from = v + (forward ? -1 : 1);
+        const int forward = a.kind == Action::forward, at = s.position(stage, a.chunk),
+                  from = at + (forward ? -1 : 1);
         double start = now[stage];
         if (a.kind != Action::weight_gradient && from >= 0 && from < s.positions()) {
           if (!done.count({forward, a.microbatch, from})) break;
@@ -198,14 +198,14 @@ double makespan_without_queues(const Schedule& s, const Times& times) {
                                       (s.stage_of(from) != stage ? times.send : 0));
         }
         now[stage] = start + d[stage][next[stage]];
-        if (a.kind != Action::weight_gradient) done[{forward, a.microbatch, v}] = now[stage];
+        if (a.kind != Action::weight_gradient) done[{forward, a.microbatch, at}] = now[stage];
       }
   }
   return *std::max_element(now.begin(), now.end());
 }
 
-std::string marks(const std::string& name, int p, int m, int V = 0) {
-  const Schedule s = make_schedule(name, p, m, V);
+std::string marks(const std::string& name, int p, int m, int v = 0) {
+  const Schedule s = make_schedule(name, p, m, v);
   return draw_text(s, simulate(s, durations(s, {})), 1);
 }
 
@@ -216,8 +216,8 @@ std::string marks(const std::string& name, int p, int m, int V = 0) {
 TEST(the_checker_accepts_every_schedule) {
   int schedules = 0;
   int64_t actions = 0;
-  for_all([&](const std::string& name, int p, int m, int V) {
-    const Schedule s = make_schedule(name, p, m, V);
+  for_all([&](const std::string& name, int p, int m, int v) {
+    const Schedule s = make_schedule(name, p, m, v);
     CHECK_EQ(check(s), "", label(s));
     schedules++;
     for (const auto& list : s.actions) actions += list.size();
@@ -233,9 +233,9 @@ TEST(the_checker_accepts_every_schedule) {
 
 TEST(every_schedule_runs_on_two_queues_a_stage) {
   int runs = 0;
-  for_all([&](const std::string& name, int p, int m, int V) {
+  for_all([&](const std::string& name, int p, int m, int v) {
     if (m > 12 && m % 8) return;
-    const Schedule s = make_schedule(name, p, m, V);
+    const Schedule s = make_schedule(name, p, m, v);
     CHECK_EQ(interpret(s, ++runs), "", label(s));
   });
   measured(runs, " schedules, stages in random order");
@@ -243,20 +243,20 @@ TEST(every_schedule_runs_on_two_queues_a_stage) {
 
 TEST(bubbles_equal_the_formulas) {
   int cases = 0;
-  for_all([&](const std::string& name, int p, int m, int V) {
-    const Schedule s = make_schedule(name, p, m, V);
+  for_all([&](const std::string& name, int p, int m, int v) {
+    const Schedule s = make_schedule(name, p, m, v);
     const Timeline t = simulate(s, durations(s, {}));
-    // times of a chunk: all of a stage's work is 3 m V
+    // times of a chunk: all of a stage's work is 3 m v
     const int64_t idle = name == "zb"    ? p - 1 + std::max(p - m, 0)
                          : name == "zbv" ? std::max(p - 1, 2 * (2 * p - 1 - m))
                                          : 3 * (p - 1);
-    CHECK_EQ(whole(t.makespan), 3 * m * V + idle, label(s));
-    for (int stage = 0; stage < p; stage++) CHECK_EQ(whole(t.busy[stage]), 3 * m * V, label(s));
+    CHECK_EQ(whole(t.makespan), 3 * m * v + idle, label(s));
+    for (int stage = 0; stage < p; stage++) CHECK_EQ(whole(t.busy[stage]), 3 * m * v, label(s));
     CHECK_EQ(whole(s.row->idle(p, m, {})), idle, label(s));
     // the textbook's shares, as cross products
-    const int64_t all = 3 * m * V + idle;
+    const int64_t all = 3 * m * v + idle;
     if (name == "gpipe" || name == "1f1b") CHECK_EQ(idle * (m + p - 1), all * (p - 1), label(s));
-    if (name == "interleaved") CHECK_EQ(idle * (V * m + p - 1), all * (p - 1), label(s));
+    if (name == "interleaved") CHECK_EQ(idle * (v * m + p - 1), all * (p - 1), label(s));
     CHECK_LE(std::fabs(t.bubble() - theoretical_bubble(s)), 1e-15);
     cases++;
   });
@@ -307,12 +307,12 @@ TEST(bubbles_equal_the_formulas_for_other_times) {
   const Times all[] = {{10, 10, 8, 0}, {10, 12, 5, 0}, {8, 12, 10, 0}, {6, 12, 10, 0},
                        {10, 8, 12, 0}, {20, 10, 5, 0}, {3, 4, 20, 0}};
   for (const Times& times : all)
-    for_all([&](const std::string& name, int p, int m, int V) {
+    for_all([&](const std::string& name, int p, int m, int v) {
       const double F = times.forward, B = times.input_gradient, W = times.weight_gradient;
       if (name == "zbv" && (m < 2 * p || std::max(F, W) > B)) return;
       if ((name == "zb" && m < p) || (name == "interleaved" && B + W > 2 * F) || (m > 8 && m % 8))
         return;
-      const Schedule s = make_schedule(name, p, m, V);
+      const Schedule s = make_schedule(name, p, m, v);
       const Timeline t = simulate(s, durations(s, times));
       const double idle = (p - 1) * (name == "zb"    ? std::max({F, B, F + B - W})
                                      : name == "zbv" ? std::max(B, 2 * (B - W))
@@ -326,16 +326,16 @@ TEST(bubbles_equal_the_formulas_for_other_times) {
 
 TEST(live_micro_batches_equal_the_formulas) {
   int cases = 0;
-  for_all([&](const std::string& name, int p, int m, int V) {
-    const Schedule s = make_schedule(name, p, m, V);
+  for_all([&](const std::string& name, int p, int m, int v) {
+    const Schedule s = make_schedule(name, p, m, v);
     for (int stage = 0; stage < p; stage++) {
       int64_t expected = m;
       if (name == "1f1b") expected = std::min(p - stage, m);
       if (name == "zb") expected = std::min(p, m);
       if (name == "zbv") expected = std::min({2 * m, m + 1 + stage, 2 * p});
-      if (name == "interleaved") expected = std::min(2 * (p - stage - 1) + (V - 1) * p + 1, V * m);
+      if (name == "interleaved") expected = std::min(2 * (p - stage - 1) + (v - 1) * p + 1, v * m);
       CHECK_EQ(peak_live(s, stage), expected, label(s), " stage ", stage);
-      CHECK_EQ(s.row->live(p, m, V, stage), expected, label(s), " stage ", stage);
+      CHECK_EQ(s.row->live(p, m, v, stage), expected, label(s), " stage ", stage);
       cases++;
     }
   });
@@ -344,15 +344,15 @@ TEST(live_micro_batches_equal_the_formulas) {
 
 TEST(each_cut_carries_each_micro_batch_once_each_way) {
   int64_t transfers = 0;
-  for_all([&](const std::string& name, int p, int m, int V) {
-    const Schedule s = make_schedule(name, p, m, V);
+  for_all([&](const std::string& name, int p, int m, int v) {
+    const Schedule s = make_schedule(name, p, m, v);
     std::map<std::pair<int, int>, int> sends;  // {payload, position that sends}
     for (int stage = 0; stage < p; stage++)
       for (const Action& a : s.actions[stage])
         for (const Transfer& t : a.transfers)
           if (t.send) sends[{t.payload, s.position(stage, t.chunk)}]++;
     // the middle cut of a V lies inside the last stage
-    const int cuts = p == 1 ? 0 : s.row->placement == Placement::vee ? 2 * p - 2 : p * V - 1;
+    const int cuts = p == 1 ? 0 : s.row->placement == Placement::vee ? 2 * p - 2 : p * v - 1;
     CHECK_EQ(int(sends.size()), 2 * cuts, label(s));
     for (const auto& [from, count] : sends) {
       CHECK_EQ(count, m, label(s));
@@ -364,9 +364,9 @@ TEST(each_cut_carries_each_micro_batch_once_each_way) {
 
 TEST(facing_sends_share_a_group) {
   int groups = 0;
-  for_all([&](const std::string& name, int p, int m, int V) {
+  for_all([&](const std::string& name, int p, int m, int v) {
     if (m > 12 && m % 8) return;
-    const Schedule s = make_schedule(name, p, m, V);
+    const Schedule s = make_schedule(name, p, m, v);
     const Timeline t = simulate(s, durations(s, {}));
     // {stage, payload, micro-batch, chunk}: when
     std::map<std::array<int, 4>, double> made;
@@ -441,7 +441,7 @@ TEST(a_doubled_action_is_rejected) {
   for (const Schedule& s : some())
     for (int stage = 0; stage < s.stages; stage++)
       for (size_t i = 0; i < s.actions[stage].size(); i++)
-        for (size_t to : {i, s.actions[stage].size()}) {  // at once, and at the end
+        for (size_t to : {i, s.actions[stage].size()}) {  // immediately, and at the end
           Schedule broken = s;
           const Action again = s.actions[stage][i];
           broken.actions[stage].insert(broken.actions[stage].begin() + to, again);
@@ -664,8 +664,8 @@ TEST(what_the_checker_accepts_runs) {
 }
 
 TEST(one_stage_hands_over_in_memory) {
-  for (int V = 1; V <= 4; V++) {
-    const Schedule s = make_schedule("interleaved", 1, 5, V);
+  for (int v = 1; v <= 4; v++) {
+    const Schedule s = make_schedule("interleaved", 1, 5, v);
     for (const Action& a : s.actions[0]) CHECK(a.kind != Action::exchange);
     CHECK_EQ(simulate(s, durations(s, {})).bubble(), 0.0);
   }
@@ -730,11 +730,11 @@ TEST(forwards_alone_keep_the_line_full) {
       for (int m = 1; m <= 4 * p; m++, tried++) {
         const Schedule s = forwards_of(whole, m);
         const Timeline t = simulate(s, durations(s, {}));
-        const int V = s.chunks, each = m * V;
+        const int v = s.chunks, each = m * v;
         for (int stage = 0; stage < p; stage++) CHECK_EQ(t.busy[stage], each, label(s));
         // a ring has whole rounds
         const bool ring = s.row->placement == Placement::ring;
-        const int most = ring ? (m + p - 1) / p * p * V + p - 1 : each + V * (p - 1);
+        const int most = ring ? (m + p - 1) / p * p * v + p - 1 : each + v * (p - 1);
         CHECK_LE(t.makespan, most, label(s));
       }
     }
@@ -747,9 +747,9 @@ TEST(the_one_queue_costs_next_to_nothing) {
   const auto worst_of = [](const std::vector<Times>& all, const std::set<std::string>& names) {
     double worst = 0;
     for (const Times& times : all)
-      for_all([&](const std::string& name, int p, int m, int V) {
+      for_all([&](const std::string& name, int p, int m, int v) {
         if (!names.count(name) || p == 1 || (m > 6 && m % 8)) return;
-        const Schedule s = make_schedule(name, p, m, V);
+        const Schedule s = make_schedule(name, p, m, v);
         worst = std::max(worst, simulate(s, durations(s, times)).makespan /
                                         makespan_without_queues(s, times) -
                                     1);

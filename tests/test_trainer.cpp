@@ -90,7 +90,7 @@ int64_t host_waits() {
 
 TEST(the_host_goes_through_a_step_while_the_device_stands_still_and_waits_once) {
   const Queues queues;
-  if (getenv("PTXRUN_RACE")) skip("a PTX runner's streams run at once");
+  if (getenv("PTXRUN_RACE")) skip("a PTX runner's streams run immediately");
   if (device().is_gpu && nccl_referee::watch && job().size > 1)
     skip("with COMM=mpi the host waits where two streams communicate (cpu/nccl/nccl.cpp)");
   int count = 0;

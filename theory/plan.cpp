@@ -84,9 +84,9 @@ class Search : Predictor {
       std::vector<int> chunks = those({row.chunks()}, asked);
       if (row.placement == Placement::ring)
         chunks = asked ? std::vector{asked} : std::vector{2, 3, 4};
-      for (const int V : chunks) {
+      for (const int v : chunks) {
         job.schedule = name;
-        job.chunks = V;
+        job.chunks = v;
         const Schedule s = outline_of(job, job.layout);
         if (s.microbatches % row.divisor(pp) == 0 && s.positions() <= wanted.layers &&
             int64_t(s.positions()) * s.microbatches <= kMostForwards)

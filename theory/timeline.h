@@ -29,7 +29,7 @@ struct Span {
 // wait for each other there is an Error, or, if they may, what never begins or ends is infinite.
 std::vector<Span> run(const std::vector<Task>& tasks, bool may_wait = false);
 
-// The same of one rank alone: its tasks wait for earlier ones, so each has its times at once.
+// The same of one rank alone: its tasks wait for earlier ones, so times are known when issued.
 class Issue {
  public:
   // Waits for all that was issued to the compute queue so far. Returns when it ends.

@@ -3,7 +3,7 @@
 //
 // idea      a kernel is a plain function that is called once for each block (FAST: one thread a
 //           block, blocks on OpenMP threads) or once for each thread (FAITHFUL: every thread a
-//           fiber); device memory is host memory; a stream runs its work at once. -DCPU_FAST or
+//           fiber); device memory is host memory; a stream runs its work immediately. -DCPU_FAST or
 //           -DCPU_FAITHFUL chooses the form. launch.sed rewrites `kernel<<<...>>>(...)` to
 //           `cpu::launch(kernel, ...)(...)`.
 // stricter  the null stream waits for no other stream; asynchronous copies read pageable host
@@ -205,10 +205,10 @@ cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t pool, cudaMemPoolAttr attribut
 
 namespace cpu {
 
-// How streams run. Immediate: in the caller, at once. Queued: each stream is a queue that a thread
-// of its own works off, so that communication overlaps with computation (THREEFOLD_STREAMS=queued);
-// with random delays drawn from a seed a forgotten wait between two streams shows
-// (THREEFOLD_STREAMS=queued:SEED or these functions).
+// How streams run. Immediate: in the caller, before a call returns. Queued: each stream is a queue
+// that a thread of its own works off, so that communication overlaps with computation
+// (THREEFOLD_STREAMS=queued); with random delays drawn from a seed a forgotten wait between two
+// streams shows (THREEFOLD_STREAMS=queued:SEED or these functions).
 void queue_streams(unsigned seed);
 void run_streams_at_once();
 extern bool streams_are_queued;
@@ -217,7 +217,7 @@ inline std::atomic<int64_t> host_waits = 0;
 
 // The one way for work that touches device memory to enter a stream.
 void enqueue(cudaStream_t stream, std::function<void()> work);
-// the same, and costs nothing when streams run at once
+// the same, and costs nothing when streams run immediately
 template <class Work> void submit(cudaStream_t stream, Work&& work) {
   if (streams_are_queued) enqueue(stream, std::forward<Work>(work));
   else work();

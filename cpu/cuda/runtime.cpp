@@ -4,7 +4,7 @@
 // memory    one reserved range; a free block goes on a list of its size (eight sizes an octave, so
 //           at most 1/8 is wasted) and is handed out again in the order of the stream that freed
 //           it, or to any stream once that stream has come to the place of the free
-// streams   at once in the caller, or queued: see cuda_runtime.h
+// streams   immediately in the caller, or queued: see cuda_runtime.h
 // test      tests/test_cpu.cpp
 #include <cuda_runtime.h>
 #include <omp.h>

@@ -2,8 +2,8 @@
 // as a task.
 //
 // idea      when its stream has come to a task, it meets its peers, moves data and is done: the
-//           protocol stands in nccl_internal.h. Streams that run at once return the error from the
-//           call itself; others keep it for ncclCommGetAsyncError.
+//           protocol stands in nccl_internal.h. Streams that run immediately return the error from
+//           the call itself; others keep it for ncclCommGetAsyncError.
 // CUDA      without -DCPU_FAST or -DCPU_FAITHFUL device memory is copied to pinned host memory
 //           before, and back after, in the stream
 // test      tests/test_nccl.cpp, tests/bench_nccl.cpp

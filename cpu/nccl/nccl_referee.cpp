@@ -330,7 +330,7 @@ void look_around(Task& task, const std::function<bool()>& ready, double since, d
 
 // Spins a little where every rank has a core of its own, yields a few times, then sleeps: what we
 // wait for may need our core. Who yields to a computation comes back milliseconds later, who sleeps
-// comes back at once: so a yield that took long was the last.
+// comes back immediately: so a yield that took long was the last.
 void wait_until(Task& task, const std::function<bool()>& ready) {
   bool messages = false;  // MPI has no doorbell
   for (const auto& comm : task.comms) messages |= !comm->shares;
