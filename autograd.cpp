@@ -39,7 +39,7 @@ void Tape::push(std::function<void()> backward) {
   if (recording_) entries_.push_back(std::move(backward));
 }
 
-void Tape::weight_gradient(std::function<void()> work) {
+void Tape::run_or_defer(std::function<void()> work) {
   if (deferred) deferred->push_back(std::move(work));
   else work();
 }
@@ -121,7 +121,7 @@ void embedding_backward(Param& wte, Param& wpe, const Tensor& dx, const Tokens& 
 
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta) {
   const int64_t m = c.dim(0), n = c.dim(1), k = ta ? a.dim(0) : a.dim(1);
-  // decoding
+  // few rows, as in decoding
   if (m <= kMatvecRows && !ta && beta == 0 && a.dtype() == c.dtype()) return matvec(c, a, b, tb);
   matmul(a.dtype(), c.dtype(), m, n, k, {a.raw(), a.dim(1), ta}, {b.raw(), b.dim(1), tb},
          {c.raw(), n}, 1, beta);
@@ -146,7 +146,7 @@ Var linear(Tape& tape, const Var& x, Param& w, bool transposed) {
     Tensor d = like(x);
     product(d, dy, false, as_matrix(w.value), !transposed, 0);  // dx = dy w^T, or dy w
     accumulate(dx, std::move(d));
-    tape.weight_gradient([&w, transposed, x, dy] { weight_backward(w, transposed, x, dy); });
+    tape.run_or_defer([&w, transposed, x, dy] { weight_backward(w, transposed, x, dy); });
   });
   return y;
 }
@@ -157,8 +157,7 @@ static Tensor value_of(const Param* bias) { return bias ? bias->value : Tensor()
 
 // The backward of a bias, from the gradient of what it was added to
 static void bias_gradient(Tape& tape, Param* bias, const Tensor& dy) {
-  if (bias)
-    tape.weight_gradient([bias, dy] { bias_backward(bias->grad, dy, bias->begin_write()); });
+  if (bias) tape.run_or_defer([bias, dy] { bias_backward(bias->grad, dy, bias->begin_write()); });
 }
 
 Var add_bias(Tape& tape, const Var& x, Param& bias) {
@@ -280,7 +279,7 @@ Var recompute(Tape& tape, const Var& x, const std::function<Var(Tape&, const Var
   y.grad = std::make_shared<Tensor>();
   tape.push([&tape, f, x = x.value, dx = x.grad, dy = y.grad] {
     Tape replay;
-    replay.replaying = true;
+    replay.recomputing = true;
     replay.deferred = tape.deferred;
     Var leaf{x};
     Var again = f(replay, leaf);

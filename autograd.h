@@ -6,8 +6,8 @@
 //           the tape is a valid order.
 // gradients of activations belong to a Var and are summed when it is used twice; those of
 //           parameters belong to the Param and are `+=`, so that micro-batches, and a weight used
-//           in two places, add up. The first writer of a fresh one overwrites it: nobody has to
-//           clear it, or read it.
+//           in two places, add up. The first writer of a fresh one overwrites it, so that it is
+//           not cleared and read first; but an embedding, which writes some rows, clears it.
 // in place  a bias is added to what its product wrote, and the loss turns logits into their
 //           gradient: nobody else needs what was there
 // not here  second derivatives
@@ -104,13 +104,16 @@ class Tape {
  public:
   explicit Tape(bool recording = true) : recording_(recording) {}
   bool recording() const { return recording_; }
-  bool replaying = false;  // of a checkpoint: runs a forward for the second time
+  bool recomputing = false;  // runs a forward for the second time: see recompute
   void push(std::function<void()> backward);
-  // Inside a backward closure: the part that computes a parameter's gradient. Runs now, or waits on
-  // `deferred` (zero-bubble pipelines fill their bubbles with it).
-  void weight_gradient(std::function<void()> work);
+  // Inside a backward closure: runs work now or, where there is a list, puts it there. It is what
+  // the backward of earlier layers does not need: gradients of linear layers' weights and biases,
+  // and what FSDP does after these. Zero-bubble pipelines fill their bubbles with it.
+  void run_or_defer(std::function<void()> work);
   std::deque<std::function<void()>>* deferred = nullptr;
-  void backward();  // replay and empty the tape; gradients of the outputs must have been put first
+  // runs the closures, last to first, and empties the tape; gradients of the outputs must have been
+  // put first
+  void backward();
   size_t size() const { return entries_.size(); }
 
  private:
@@ -146,10 +149,10 @@ struct Tokens {
 // c = op(a) op(b) + beta c, of whole matrices: what the linear layers are made of
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta);
 Tensor as_matrix(const Tensor& w);  // (K,3,C) is (K,3C)
-// The gradient of w in linear() below, from its input x and its output's gradient dy: w's becomes
-// it, if it is fresh, or has it added
+// Adds linear()'s gradient of w (x: its input, dy: its output's gradient) to w.grad, or overwrites
+// one that is fresh.
 void weight_backward(Param& w, bool transposed, const Tensor& x, const Tensor& dy);
-// Those of embedding(), which scatters rows
+// The same for wte and wpe in embedding().
 void embedding_backward(Param& wte, Param& wpe, const Tensor& dx, const Tokens& tokens);
 
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);

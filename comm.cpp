@@ -131,7 +131,7 @@ Mesh open_mesh(const Layout& layout, const std::function<void()>& got_on) {
   // a collective would otherwise wait until the second has no block left to start.
   int lowest, highest;
   CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
-  CUDA_CHECK(cudaStreamCreateWithPriority(&m.stream, cudaStreamNonBlocking, highest));
+  CUDA_CHECK(cudaStreamCreateWithPriority(&m.queue, cudaStreamNonBlocking, highest));
   if (ranks == 1) return m;
 
   ncclUniqueId id;
@@ -160,11 +160,11 @@ Axis join(Mesh& m, AxisName slowest, AxisName fastest) {
 }
 
 void close_mesh(Mesh& m) {
-  if (m.stream) CUDA_CHECK(cudaStreamSynchronize(m.stream));
+  if (m.queue) CUDA_CHECK(cudaStreamSynchronize(m.queue));
   std::set<ncclComm_t> comms;
   for (const Axis& axis : m.every_axis())
     if (axis.comm && comms.insert(axis.comm).second) NCCL_CHECK(ncclCommDestroy(axis.comm));
-  if (m.stream) CUDA_CHECK(cudaStreamDestroy(m.stream));
+  if (m.queue) CUDA_CHECK(cudaStreamDestroy(m.queue));
   m = Mesh(m.layout, m.rank);
 }
 

@@ -7,13 +7,13 @@
 // axes      kAxes is the one list of them; everything else iterates over it. `mesh["fsdp"]` is this
 //           rank's place on an axis and its communicator, `layout["fsdp"]` the axis's size, and a
 //           name that is not in the list does not compile.
-// queue     A rank issues all its NCCL calls, of all axes, on `mesh.stream`, from one thread, in an
+// queue     A rank issues all its NCCL calls, of all axes, on `mesh.queue`, from one thread, in an
 //           order that options and its place decide, never timing. CUDA does not promise that two
 //           streams make progress independently, so two communicators in flight could wait for each
 //           other.
-// ledger    One line before each NCCL call enters what a bandwidth-optimal algorithm sends per rank
-//           (n ranks, buffer of W bytes): all-gather and reduce-scatter (n-1)/n W, all-reduce
-//           2(n-1)/n W, send W. These are algorithm bytes, not wire bytes.
+// ledger    One line before each collective or send of a step enters what a bandwidth-optimal
+//           algorithm sends per rank (n ranks, buffer of W bytes): all-gather and reduce-scatter
+//           (n-1)/n W, all-reduce 2(n-1)/n W, send W. These are algorithm bytes, not wire bytes.
 // test      tests/test_comm.cpp
 #pragma once
 #include <cuda_runtime.h>
@@ -42,15 +42,15 @@ struct AxisKind {
 };
 constexpr std::array kAxes = std::to_array<AxisKind>({
     // slowest to fastest
-    {"pp", false, false, true, true, "P", "pipeline parallelism: the layers are cut into P stages"},
-    {"replicate", true, false, false, false, "R",
+    {"pp", false, false, true, true, "N", "pipeline parallelism: the layers are cut into N stages"},
+    {"replicate", true, false, false, false, "N",
      "data parallelism: copies of the model, gradients summed over them"},
-    {"fsdp", true, false, true, false, "S",
-     "fully sharded data parallelism: each rank owns 1/S of every layer"},
-    {"cp", false, true, true, true, "C",
-     "context parallelism: each rank has 1/C of every sequence, and of every layer as with fsdp"},
-    {"tp", false, false, true, false, "T",
-     "tensor parallelism: each layer's weights are split over T ranks"},
+    {"fsdp", true, false, true, false, "N",
+     "fully sharded data parallelism: each rank owns 1/N of every layer"},
+    {"cp", false, true, true, true, "N",
+     "context parallelism: each rank has 1/N of every sequence, and of every layer as with fsdp"},
+    {"tp", false, false, true, false, "N",
+     "tensor parallelism: each layer's weights are split over N ranks"},
 });
 
 struct AxisName {
@@ -101,7 +101,7 @@ struct Mesh {
   std::array<Axis, kAxes.size()> axes;
   Axis world;                                        // every rank
   std::map<std::pair<size_t, size_t>, Axis> joined;  // by their ends: see join
-  cudaStream_t stream = nullptr;                     // the one communication queue
+  cudaStream_t queue = nullptr;                      // the one of communication
 };
 // Collective. The communicators are split from the world's in the same order everywhere, those of
 // the axes and that of fsdp and cp joined; an axis that has all ranks uses the world's. `got_on` is
@@ -177,8 +177,8 @@ const char* name_of(Traffic t);
 
 class Ledger {
  public:
-  // One line before each NCCL call. Bytes are those of the whole buffer: of all ranks together
-  // where each has a part of it.
+  // One line before each collective or send. Bytes are those of the whole buffer: of all ranks
+  // together where each has a part of it.
   void all_reduce(const Axis& axis, int64_t bytes) { enter(axis, Collective::all_reduce, bytes); }
   void all_gather(const Axis& axis, int64_t bytes) { enter(axis, Collective::all_gather, bytes); }
   void reduce_scatter(const Axis& axis, int64_t bytes) {
@@ -218,4 +218,4 @@ class Purpose {
 };
 
 // Sums x over the ranks of one axis after the other, in place: the loss, the norm.
-void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic purpose, cudaStream_t queue);
+void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic serves, cudaStream_t queue);

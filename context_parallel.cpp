@@ -37,8 +37,8 @@ Positions ContextParallel::part_of(int rank, int64_t T) const {
 void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
   if (all.empty()) return;
   const int next = (axis_.rank + 1) % axis_.size, before = source(1);
-  make_wait(stream_, device().compute);  // what is sent must be there, and room for what comes
-  const Timed timed(stream_);
+  make_wait(queue_, device().compute);  // what is sent must be there, and room for what comes
+  const Timed timed(queue_);
   NCCL_CHECK(ncclGroupStart());
   for (const auto& [x, room] : all) {
     const ncclDataType_t type = nccl_type(x.dtype());
@@ -46,14 +46,14 @@ void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
       recorder.travel(axis_.name, axis_.members, send, "keys, values or gradients",
                       axis_.members[send ? next : before], (send ? x : room).bytes());
     ledger.send(axis_, x.bytes());
-    NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, next, axis_.comm, stream_));
-    NCCL_CHECK(ncclRecv(room.raw(), room.numel(), type, before, axis_.comm, stream_));
+    NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, next, axis_.comm, queue_));
+    NCCL_CHECK(ncclRecv(room.raw(), room.numel(), type, before, axis_.comm, queue_));
   }
   NCCL_CHECK(ncclGroupEnd());
 }
 
 void ContextParallel::finish() const {
-  make_wait(device().compute, stream_);  // what was sent must have left, and what comes be here
+  make_wait(device().compute, queue_);  // what was sent must have left, and what comes be here
 }
 
 // ---- attention
@@ -76,7 +76,7 @@ Var ContextParallel::attention(Tape& tape, const Var& qkv, int64_t B, int64_t T,
   Var y{Tensor({qkv.value.dim(0), p.C}, p.dtype, Memory::activations)};
   const Tensor lse({B, H, part(T).rows()}, p.master, Memory::activations);
   {
-    const Purpose purpose(tape.replaying ? Traffic::recompute : Traffic::training);
+    const Purpose purpose(tape.recomputing ? Traffic::recompute : Traffic::training);
     forward(p, y.value, lse, qkv.value);
   }
   tape.push([=, this, qkv = qkv.value, out = y.value, dqkv = qkv.grad, dy_slot = y.grad] {

@@ -51,7 +51,7 @@ void Fsdp::before_backward(Tape& tape, int use) {
   if (uses_[use].backward_reads != BackwardReads::nothing) unshard(use, -1);
   enter_backward("backward", use);
   if (!tape.deferred) return;
-  tape.weight_gradient([this, use] {  // zero bubble: see the end of this file
+  tape.run_or_defer([this, use] {  // zero bubble: see the end of this file
     enter_backward("weight gradient", use);
   });
 }
@@ -59,7 +59,7 @@ void Fsdp::before_backward(Tape& tape, int use) {
 void Fsdp::after_backward(Tape& tape, int use) {
   // Runs now or, under zero bubble, after this use's weight gradients. These are made of inputs and
   // of outputs' gradients, so the weights themselves are freed now all the same.
-  tape.weight_gradient([this, use] { reduce_gradients(use); });
+  tape.run_or_defer([this, use] { reduce_gradients(use); });
   reshard_after_use(use);
 }
 
@@ -99,9 +99,9 @@ template <class Unit, class Work> static void for_pieces(const Unit& u, Work wor
   }
 }
 
-Fsdp::Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t stream, Dtype dtype,
+Fsdp::Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t queue, Dtype dtype,
            const FsdpOptions& options)
-    : axis_(axis), copies_(copies), stream_(stream), dtype_(dtype), options_(options) {}
+    : axis_(axis), copies_(copies), queue_(queue), dtype_(dtype), options_(options) {}
 
 void Fsdp::Unit::bind(Tensor Param::*what, const Tensor& buffer) {
   for (size_t i = 0; i < params.size(); i++)
@@ -203,12 +203,12 @@ void Fsdp::start_unshard(Unit& u) {
   recorder.enter("gather", u.name);
   // kernels that used this memory before must have finished, and the optimizer must have written
   // the shard that is sent
-  make_wait(stream_, device().compute);
-  const Timed timed(stream_);
+  make_wait(queue_, device().compute);
+  const Timed timed(queue_);
   ledger.all_gather(axis_, u.whole.bytes());
   NCCL_CHECK(ncclAllGather(u.shard.raw(), u.whole.raw(), u.shard_size, nccl_type(dtype_),
-                           axis_.comm, stream_));
-  u.arrived.record(stream_);
+                           axis_.comm, queue_));
+  u.arrived.record(queue_);
 }
 
 void Fsdp::finish_unshard(Unit& u) {
@@ -232,8 +232,9 @@ void Fsdp::reshard(Unit& u) {
   u.whole = Tensor();
 }
 
-// ---- gradients: a whole buffer that the backward adds to, then this rank's shard of the sum. None
-// is cleared: the first writer of a fresh one overwrites it.
+// ---- gradients: a whole buffer that the backward adds to, then this rank's shard of the sum. The
+// first writer of a fresh one overwrites it; only those of an embedding, which scatters rows, and
+// those that zero bubble left without a writer are cleared.
 
 void Fsdp::enter_backward(const char* pass, int use) {
   for (Unit* u : uses_[use].units)
@@ -263,18 +264,18 @@ void Fsdp::start_reduce(Unit& u) {
   recorder.enter("complete", u.name);
   for (Param* p : u.params) p->clear_if_fresh();  // zero bubble may leave some without a writer
   if (complete_gradients) complete_gradients(u.params);
-  make_wait(stream_, device().compute);  // the gradients must have been computed
+  make_wait(queue_, device().compute);  // the gradients must have been computed
   if (axis_.size > 1) {
     // In place: the sum is written over this rank's part of what it sends. Without sharded
     // gradients that part is shard_grad itself; with them finish_reduce adds it to shard_grad.
     const Tensor mine = u.shard_of(u.whole_grad);
-    const Timed timed(stream_);
+    const Timed timed(queue_);
     ledger.reduce_scatter(axis_, u.whole_grad.bytes());
     NCCL_CHECK(ncclReduceScatter(u.whole_grad.raw(), mine.raw(), u.shard_size,
-                                 nccl_type(mine.dtype()), ncclSum, axis_.comm, stream_));
+                                 nccl_type(mine.dtype()), ncclSum, axis_.comm, queue_));
   }
   if (!shards_gradients()) sum_over_copies(u);
-  u.reduced.record(stream_);
+  u.reduced.record(queue_);
   u.reducing = true;
   in_flight_.push_back(&u);
   // Sharded gradients are freed when summed, and two of them are enough: one is computed while one
@@ -297,7 +298,7 @@ void Fsdp::finish_reduce() {
   u.whole_grad = Tensor();
   u.bind(&Param::grad, {});
   if (u.gradients_done == microbatches_) {
-    make_wait(stream_, device().compute);  // this rank's shard must be complete
+    make_wait(queue_, device().compute);  // this rank's shard must be complete
     sum_over_copies(u);
   }
 }
@@ -306,10 +307,10 @@ void Fsdp::finish_reduce() {
 void Fsdp::sum_over_copies(Unit& u) {
   for (const Axis& copies : copies_) {
     if (copies.size == 1) continue;
-    const Timed timed(stream_);
+    const Timed timed(queue_);
     ledger.all_reduce(copies, u.shard_grad.bytes());
     NCCL_CHECK(ncclAllReduce(u.shard_grad.raw(), u.shard_grad.raw(), u.shard_size,
-                             nccl_type(u.shard_grad.dtype()), ncclSum, copies.comm, stream_));
+                             nccl_type(u.shard_grad.dtype()), ncclSum, copies.comm, queue_));
   }
 }
 
@@ -333,7 +334,7 @@ void Fsdp::finish_backward() {
     if (sums_at_end && !shards_gradients()) start_reduce(u);
   }
   while (!in_flight_.empty()) finish_reduce();
-  make_wait(device().compute, stream_);  // the optimizer reads what the last collectives wrote
+  make_wait(device().compute, queue_);  // the optimizer reads what the last collectives wrote
 }
 
 void Fsdp::end_step() {
@@ -342,7 +343,7 @@ void Fsdp::end_step() {
 
 // ---- together with the other strategies
 //
-// zero bubble   A pipeline may put weight gradients off (Tape::weight_gradient). Of a use whose
+// zero bubble   A pipeline may put weight gradients off (Tape::run_or_defer). Of a use whose
 //               input gradients are b and whose weight gradients are w,
 //                 now        enter_backward · b3 b2 b1 · reshard_after_use
 //                 put off    enter_backward · w3 w2 w1 · reduce_gradients

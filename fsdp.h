@@ -3,9 +3,9 @@
 //
 // idea      Each of the n ranks of an axis owns 1/n of every unit (a transformer block; the token
 //           embedding; what is left): its shard. To compute with a unit it is unsharded:
-//           all-gathered into a whole buffer, which is freed afterwards (resharded). Other axes
-//           hold copies of the shards: gradients are summed over them. With n = 1 this is plain
-//           data parallelism.
+//           all-gathered into a whole buffer, which is freed afterwards (resharded). On the
+//           axes `copies` other ranks hold copies of the shards: gradients are summed over them.
+//           With n = 1 this is plain data parallelism.
 // use       fsdp.add_units(params, seed, name_of_unit);  // set-up: the model is born sharded.
 //           // Its backward reads the parameters' values again: they are unsharded once more.
 //           int use = fsdp.add_use(layer_params, BackwardReads::values, group, name);
@@ -35,7 +35,7 @@ struct FsdpOptions {
 class Fsdp {
  public:
   // axis: over which units are sharded. copies: axes whose ranks hold the same shard.
-  Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t stream, Dtype dtype,
+  Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t queue, Dtype dtype,
        const FsdpOptions& options);
 
   // ---- set-up: all units, then their uses in forward order
@@ -130,7 +130,7 @@ class Fsdp {
 
   Axis axis_;
   std::vector<Axis> copies_;
-  cudaStream_t stream_;
+  cudaStream_t queue_;
   Dtype dtype_;
   FsdpOptions options_;
   std::map<int, Unit> units_;  // by Param::unit; a map: uses hold pointers

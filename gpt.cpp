@@ -53,8 +53,8 @@ std::vector<Param*> Block::params() {
           &c_fc_weight,        &c_fc_bias,        &mlp_c_proj_weight, &mlp_c_proj_bias};
 }
 
-Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t communication, const Axis& cp)
-    : config(g), tp(axis, communication, g.sequence_parallel), cp(cp, communication) {
+Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t queue, const Axis& cp)
+    : config(g), tp(axis, queue, g.sequence_parallel), cp(cp, queue) {
   ASSERT(g.width % g.heads == 0 && axis.size <= g.heads && axis.size <= g.vocab);
   wte = tp.split(make("wte.weight", {g.vocab, g.width}, 0.02f), 0, g.vocab);
   wte.padding = tp.padded_part(g.vocab) - tp.part(g.vocab).size();
@@ -99,15 +99,15 @@ std::vector<Param*> params_of(const std::vector<ModelPiece>& pieces) {
   return all;
 }
 
-std::vector<Range> split_layers(int64_t layers, double head, int positions) {
+std::vector<Range> split_layers(int64_t layers, double head_in_layers, int positions) {
   REQUIRE(layers >= positions, layers, " layers cannot be cut into ", positions,
           " pieces (stages x chunks): each needs a layer");
-  const double each = (layers + head) / positions;
+  const double each = (layers + head_in_layers) / positions;
   std::vector<Range> ranges;
   int64_t end = 0;
-  for (int v = 0; v < positions; v++) {
-    const int64_t begin = end, later = positions - 1 - v;
-    end = std::clamp(std::lround(each * (v + 1)), begin + 1, layers - later);
+  for (int i = 0; i < positions; i++) {
+    const int64_t begin = end, later = positions - 1 - i;
+    end = std::clamp(std::lround(each * (i + 1)), begin + 1, layers - later);
     ranges.push_back({begin, end});
   }
   return ranges;

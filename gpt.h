@@ -69,12 +69,12 @@ class Gpt {
  public:
   // Declares the parameters, this tp rank's part of each; FSDP gives them memory. Without an axis:
   // all of each, on one rank.
-  explicit Gpt(const GptConfig& config, const Axis& tp = {}, cudaStream_t communication = nullptr,
+  explicit Gpt(const GptConfig& config, const Axis& tp = {}, cudaStream_t queue = nullptr,
                const Axis& cp = {});
   Gpt(const Gpt&) = delete;
 
   ModelPiece parts() const { return parts_; }
-  std::vector<ModelPiece> pieces(int positions) const;  // the model cut into so many, equal in work
+  std::vector<ModelPiece> pieces(int positions) const;  // so many, of about equal work
   std::vector<Param*> params() const { return params_of({parts_}); }
   Param& tied() { return wte; }  // by both ends
 

@@ -110,10 +110,12 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
         measure(i, [&] { live.tape.backward(); });
         result = std::move(*live.in.grad);
         break;
-      default:  // weight_gradient
+      case Action::weight_gradient:
         measure(i, [&] {
           for (; !live.later.empty(); live.later.pop_front()) live.later.front()();
         });
+        break;
+      case Action::exchange: break;  // execute's
     }
     if (a.kind == Action::backward || a.kind == Action::weight_gradient) {
       kept -= live.bytes;
@@ -164,11 +166,12 @@ void Pipeline::hand_over(const Transfer& t, Tensor x) {
 // All transfers of an exchange are one NCCL group: a facing pair goes both ways at once, and cannot
 // deadlock in whichever order its ends are listed (sum_tied).
 void Pipeline::exchange(const std::vector<Transfer>& transfers) {
-  for (const Transfer& t : transfers)
-    if (t.send) outbox_.at(t).event->make_wait(stream_);  // it must have been computed
-    else room_is_free_.make_wait(stream_);  // who used the memory before must be done with it
+  for (const Transfer& t : transfers) {
+    if (t.send) outbox_.at(t).event->make_wait(queue_);  // it must have been computed
+    else room_is_free_.make_wait(queue_);  // who used the memory before must be done with it
+  }
 
-  const Timed timed(stream_);
+  const Timed timed(queue_);
   const auto done = std::make_shared<Event>();
   exchanges_++;
   NCCL_CHECK(ncclGroupStart());
@@ -182,15 +185,15 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
     const ncclDataType_t type = nccl_type(x.dtype());
     if (t.send) {
       ledger.send(axis_, x.bytes());
-      NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, t.peer, axis_.comm, stream_));
+      NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, t.peer, axis_.comm, queue_));
     } else {
-      NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, t.peer, axis_.comm, stream_));
+      NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, t.peer, axis_.comm, queue_));
     }
     parcel.event = done;
     parcel.moved_by = exchanges_;
   }
   NCCL_CHECK(ncclGroupEnd());
-  done->record(stream_);
+  done->record(queue_);
   // A stage that runs ahead of its peers keeps what four exchanges sent, at most (a bound, not a
   // tuned number). This wait cannot deadlock: schedules are safe when each action waits for all
   // actions before it.

@@ -26,8 +26,8 @@ class Pipeline {
   // the logits' gradient in its place during the forward, and the tape begins there.
   using Compute = std::function<Var(Tape& tape, int chunk, const Var& x, int microbatch)>;
 
-  Pipeline(const Axis& axis, cudaStream_t communication, Schedule schedule)
-      : axis_(axis), stream_(communication), schedule_(std::move(schedule)) {}
+  Pipeline(const Axis& axis, cudaStream_t queue, Schedule schedule)
+      : axis_(axis), queue_(queue), schedule_(std::move(schedule)) {}
   const Schedule& schedule() const { return schedule_; }
 
   // A step: the whole schedule, forward and backward. Activations between stages have this shape,
@@ -43,9 +43,10 @@ class Pipeline {
 
   // the next run: without a GPU the host then waits for each computation, and nothing overlaps
   bool measures = false;
-  // Of the last run that was measured: how long each computation of this stage took by itself (on a
-  // GPU by events, else in processor time, since ranks may share cores). Exchanges count as 0, and
-  // waiting is not measured. Waits for the device.
+  // Of the last run that was measured: how long each computation of this stage took by itself. On a
+  // GPU by events, with what it waits there for collectives of other axes (ZeRO-3, tp, cp); else in
+  // processor time, since ranks may share cores. Exchanges count as 0, and waiting for other stages
+  // is not measured. Waits for the device.
   std::vector<double> milliseconds() const;
   // Of the last run: the most that was kept for backwards at once.
   int64_t most_live() const { return most_live_; }  // pairs of micro-batch and chunk
@@ -79,7 +80,7 @@ class Pipeline {
   void measure(size_t action, const std::function<void()>& work);
 
   const Axis axis_;
-  cudaStream_t stream_;  // of communication
+  cudaStream_t queue_;  // of communication
   Schedule schedule_;
   std::map<Transfer, Parcel> outbox_, inbox_;
   // recorded when the next exchange's receive buffers were allocated: their memory's earlier users

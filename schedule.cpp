@@ -225,11 +225,11 @@ Schedule make_schedule(const std::string& name, int p, int m, int v) {
   return s;
 }
 
-Schedule forwards_of(Schedule s, int microbatches) {
-  s.microbatches = microbatches;
+Schedule forwards_of(const Schedule& of, int microbatches) {
+  Schedule s{of.row, of.stages, microbatches, of.chunks};
   for (int stage = 0; stage < s.stages; stage++) {
-    s.actions[stage] = computations(s, stage);
-    std::erase_if(s.actions[stage], [](const Action& a) { return a.kind != Action::forward; });
+    std::vector<Action>& actions = s.actions.emplace_back(computations(s, stage));
+    std::erase_if(actions, [](const Action& a) { return a.kind != Action::forward; });
   }
   place_transfers(s);
   return s;

@@ -17,7 +17,8 @@
 //           then the computations that start at it. The earliest unfinished event of that order
 //           waits only for earlier ones, so it can always proceed: nothing deadlocks, not with one
 //           communication queue a stage, not when every action blocks its stage. Collectives of the
-//           other axes join ranks that run the same list, so they keep to that order, too.
+//           other axes join ranks that run the same list, so they keep to that order, too; those
+//           that join stages (tied gradient, loss, norm) come after all lists.
 //           `check` (theory/simulate.h) proves it for a schedule that is given to it. The tests
 //           and build/show_schedule call it; a training run does not.
 //
@@ -140,7 +141,7 @@ constexpr int64_t kMostForwards = 1'000'000;  // of a schedule, on all stages
 // Refuses what a schedule does not allow with a sentence. chunks 0: as many as the row says.
 Schedule make_schedule(const std::string& name, int stages, int microbatches, int chunks = 0);
 // Its forwards alone, of any number of micro-batches: for evaluation and sampling.
-Schedule forwards_of(Schedule schedule, int microbatches);
+Schedule forwards_of(const Schedule& schedule, int microbatches);
 
 // What a stage computes, in order: its list without exchanges. Of the schedule it needs no actions.
 std::vector<Action> computations(const Schedule& s, int stage);

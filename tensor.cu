@@ -84,7 +84,8 @@ Device& open_device(int ordinal, int64_t memory_limit_bytes) {
 
 Device& device() { return opened ? *opened : open_device(0, 0); }
 
-// Pinned host memory, which copies read and write while the host goes on.
+// Pinned host memory, which copies read and write while the host goes on. Allocating it may make
+// the device wait, so it is kept: the first steps allocate it, later ones do not.
 struct Staged {
   void* data = nullptr;
   Event free;  // once it is reached another copy may use the memory
@@ -358,7 +359,7 @@ void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float devia
   ASSERT(first + n <= slice.outer * (slice.end - slice.begin) * slice.inner);
   if (!n) return;
   // the deviation of a sum of eight uniform 16-bit integers
-  const float scale = deviation / sqrtf(8 * (65536.0f * 65536.0f - 1) / 12);
+  const float scale = deviation / sqrtf(8 * 65536.0f * 65536.0f / 12);
   DISPATCH(x.dtype(), random_kernel<T><<<tiles(n), kThreads, 0, device().compute>>>(
                           x.data<T>(), seed, parameter, scale, slice, first, n));
 }

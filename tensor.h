@@ -1,7 +1,7 @@
 // tensor.h: shaped, typed device memory, and the one device and compute stream that a rank uses.
 //
-// legend    B batch, T time (context), C channels (width), H heads, D = C/H, V vocabulary, R = B*T
-//           rows
+// legend    B sequences of T tokens (the context), R = B*T rows; C the width, H heads, D = C/H; V
+//           the vocabulary
 // idea      a Tensor owns its memory through a counted reference: copies and views share it, the
 //           last one returns it to the stream-ordered pool. Kernels take raw pointers. All tensors
 //           are dense and row-major.
@@ -121,15 +121,16 @@ struct Device {
   int64_t memory_limit = 0;  // bytes; 0: no cap of our own
   MemoryUse memory;
 };
+int device_count();
 // Opens the device on first use. `open_device` chooses which and caps its memory; call it once,
 // before anything else.
-int device_count();
 Device& device();
 Device& open_device(int ordinal, int64_t memory_limit_bytes);
 // returns streams and handles; every Tensor must be gone
 void close_device();
-void synchronize();                               // host waits for the compute stream
-std::string describe_memory(const MemoryUse& m);  // one line a category: now and peak, in MiB
+void synchronize();  // host waits for the compute stream
+std::string describe_memory(
+    const MemoryUse& m);  // a line a category, in MiB: now, and when all were most
 
 struct Buffer {  // a block of device memory; allocated and freed in the order of the compute stream
   Buffer(int64_t bytes, Memory category);
@@ -178,8 +179,8 @@ class Tensor {
 void fill(const Tensor& x, double value);
 void copy(const Tensor& to, const Tensor& from);  // same dtype and number of elements
 void cast(const Tensor& to, const Tensor& from);  // f32, bf16, f64, any to any
-// returns when `host` may be reused; without waiting for the device, as long as uploads of at most
-// 64 MiB are on their way
+// returns when `host` may be reused; without waiting for the device, as long as the uploads of its
+// size, rounded up to a power of 2, that are on their way have at most 64 MiB
 void upload(const Tensor& to, const void* host);
 std::vector<double> download(const Tensor& x);  // waits; any dtype, widened
 void download(const Tensor& x, void* host);     // waits; the bytes as they are

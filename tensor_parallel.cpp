@@ -5,38 +5,44 @@
 //   on two ranks     |                                                     +--> y    the sum is an
 //                    +---> [ w's columns 1 ] --> gelu --> [ w's rows 1 ] --+         all-reduce
 //
-// traffic   Each collective carries R*C elements of the compute dtype. A block has, for each micro-
-//           batch, 2 all-reduces forward (the row-parallel results) and 2 backward (the input
+// traffic   Collectives of layers carry R*C elements of the compute dtype. A block has, for each
+//           micro-batch, 2 all-reduces forward (the row-parallel results) and 2 backward (the input
 //           gradients of the column-parallel layers). The embedding has 1 forward, the head 1
 //           backward; the loss sends three numbers a row. Under sequence parallelism a reduce-
 //           scatter and an all-gather, which together send as much, stand in place of each all-
 //           reduce, and the shares that were saved are gathered again in the backward: 2 a block, 1
 //           for the head.
 // memory    1/n of weights, gradients and optimizer state. Activations of a block, in R*C: 4 + 12/n
-//           and 1/n of the attention's own; under sequence parallelism all of it 1/n.
+//           and 1/n of the attention's own; under sequence parallelism all of it 1/n, but with
+//           zero bubble: what is put off keeps rows that were gathered, 4 + 14/n a block until its
+//           weight gradients have been computed.
 // overlap   In the backward an input gradient travels while the weight gradient's product is
-//           computed; not under zero bubble, which computes that product later.
+//           computed; not under zero bubble, which computes that product later. There is one queue:
+//           a block's first sum stands behind the gather that FSDP has started ahead (--prefetch),
+//           and sums of the backward stand behind its reduce-scatters, too.
 // not here  overlap in the forward, where the next op needs the sum immediately
 // test      tests/test_tensor_parallel.cpp
 #include "tensor_parallel.h"
+
+#include <algorithm>
 
 // ---- communication: all of it goes on the one queue, after what was computed. It is started, and
 // finish() lets the computation wait for it. Whatever is sent must be kept until then.
 
 void TensorParallel::all_gather(const Tensor& mine, const Tensor& all) {
-  make_wait(stream_, device().compute);  // this rank's part must have been computed
-  const Timed timed(stream_);
+  make_wait(queue_, device().compute);  // this rank's part must have been computed
+  const Timed timed(queue_);
   ledger.all_gather(axis_, all.bytes());
   NCCL_CHECK(ncclAllGather(mine.raw(), all.raw(), mine.numel(), nccl_type(all.dtype()), axis_.comm,
-                           stream_));
+                           queue_));
 }
 
 void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
-  make_wait(stream_, device().compute);  // x must have been computed
-  const Timed timed(stream_);
+  make_wait(queue_, device().compute);  // x must have been computed
+  const Timed timed(queue_);
   ledger.all_reduce(axis_, x.bytes());
   NCCL_CHECK(
-      ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), op, axis_.comm, stream_));
+      ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), op, axis_.comm, queue_));
 }
 
 // All R rows of x. Without sequence parallelism x has them: nothing is sent or waited for.
@@ -62,16 +68,16 @@ Tensor TensorParallel::start_sum(const Tensor& partial) {
   }
   const Tensor sum({partial.dim(0) / axis_.size, partial.dim(1)}, partial.dtype(),
                    Memory::activations);
-  make_wait(stream_, device().compute);  // the partial sums must have been computed
-  const Timed timed(stream_);
+  make_wait(queue_, device().compute);  // the partial sums must have been computed
+  const Timed timed(queue_);
   ledger.reduce_scatter(axis_, partial.bytes());
   NCCL_CHECK(ncclReduceScatter(partial.raw(), sum.raw(), sum.numel(), nccl_type(sum.dtype()),
-                               ncclSum, axis_.comm, stream_));
+                               ncclSum, axis_.comm, queue_));
   return sum;
 }
 
 void TensorParallel::finish() {
-  make_wait(device().compute, stream_);  // what was sent must have arrived
+  make_wait(device().compute, queue_);  // what was sent must have arrived
 }
 
 // Room for R rows and, under sequence parallelism, for padding, which is 0: NCCL has no unequal
@@ -88,7 +94,7 @@ Tensor TensorParallel::for_partial_sums(int64_t R, int64_t width, Dtype dtype) c
 Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool transposed,
                            Traffic serves) {
   if (axis_.size == 1) return linear(tape, x, w, transposed);
-  const Purpose purpose(tape.replaying ? Traffic::recompute : serves);
+  const Purpose purpose(tape.recomputing ? Traffic::recompute : serves);
   const Tensor matrix = as_matrix(w.value);
   Var y{Tensor({R, matrix.dim(transposed ? 0 : 1)}, x.value.dtype(), Memory::activations)};
   const Tensor all_x = gather(x.value, R);
@@ -106,8 +112,7 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
     if (splits_rows_) finish();  // the product below reads all_x
     const Purpose purpose(serves);
     Tensor sum = start_sum(partial);  // it travels while the weight gradient is computed
-    tape.weight_gradient(
-        [&w, transposed, all_x, dy] { weight_backward(w, transposed, all_x, dy); });
+    tape.run_or_defer([&w, transposed, all_x, dy] { weight_backward(w, transposed, all_x, dy); });
     finish();
     accumulate(dx, std::move(sum));
   });
@@ -127,7 +132,7 @@ Var TensorParallel::head(Tape& tape, const Var& x, int64_t R, Param& wte) {
 
 Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w) {
   if (axis_.size == 1) return linear(tape, x, w);
-  const Purpose purpose(tape.replaying ? Traffic::recompute : Traffic::training);
+  const Purpose purpose(tape.recomputing ? Traffic::recompute : Traffic::training);
   const int64_t N = w.value.dim(1);
   const Tensor partial = for_partial_sums(R, N, x.value.dtype());
   product(partial.part(0, {R, N}), x.value, false, w.value, false, 0);
@@ -139,7 +144,7 @@ Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w) {
     Tensor d({R, x.dim(1)}, x.dtype(), Memory::activations);  // its part of the width: whole
     product(d, all_dy, false, w.value, true, 0);
     accumulate(dx, std::move(d));
-    tape.weight_gradient([&w, x, all_dy] { weight_backward(w, false, x, all_dy); });
+    tape.run_or_defer([&w, x, all_dy] { weight_backward(w, false, x, all_dy); });
   });
   return y;
 }
@@ -190,16 +195,16 @@ void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets
 
 // Under sequence parallelism a layernorm, or a bias after a sum, sees this rank's rows only.
 void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
-  if (!splits_rows_) return;
+  if (!splits_rows_ || std::ranges::none_of(params, &Param::partial)) return;
   const Purpose purpose(Traffic::partial_gradients);
-  make_wait(stream_, device().compute);  // the gradients must have been computed
-  const Timed timed(stream_);
+  make_wait(queue_, device().compute);  // the gradients must have been computed
+  const Timed timed(queue_);
   NCCL_CHECK(ncclGroupStart());
   for (const Param* p : params) {
     if (!p->partial) continue;
     ledger.all_reduce(axis_, p->grad.bytes());
     NCCL_CHECK(ncclAllReduce(p->grad.raw(), p->grad.raw(), p->grad.numel(),
-                             nccl_type(p->grad.dtype()), ncclSum, axis_.comm, stream_));
+                             nccl_type(p->grad.dtype()), ncclSum, axis_.comm, queue_));
   }
   NCCL_CHECK(ncclGroupEnd());
 }

@@ -7,7 +7,7 @@
 // sequence parallelism   Between such pairs the rows (tokens) of the activations are split over the
 //           ranks, too: each has a share of them. Every sum becomes a reduce-scatter, and every use
 //           of all rows an all-gather.
-// use       TensorParallel tp(axis, stream, sequence_parallel);
+// use       TensorParallel tp(axis, queue, sequence_parallel);
 //           Param w = tp.split(p, 1, heads);         // set-up: what this rank owns
 //           Var h = tp.column_linear(tape, x, rows, w);      // a pair of layers
 //           Var y = tp.row_linear(tape, gelu(tape, h, &b), rows, w2);
@@ -22,8 +22,8 @@
 
 class TensorParallel {
  public:
-  TensorParallel(const Axis& axis, cudaStream_t stream, bool sequence_parallel)
-      : axis_(axis), stream_(stream), splits_rows_(sequence_parallel && axis.size > 1) {}
+  TensorParallel(const Axis& axis, cudaStream_t queue, bool sequence_parallel)
+      : axis_(axis), queue_(queue), splits_rows_(sequence_parallel && axis.size > 1) {}
 
   // ---- who owns what. Nothing has to divide: parts differ by one.
   Range part(int64_t n) const { return part_of(axis_.rank, n); }
@@ -31,7 +31,8 @@ class TensorParallel {
     return {n * rank / axis_.size, n * (rank + 1) / axis_.size};
   }
   // What each part takes in memory, where rows that long are to begin at aligned addresses, as fast
-  // products need: the largest part, padded. Nothing but products sees the padding.
+  // products need: the largest part, padded. Products read the padding; the loss makes its gradient
+  // 0.
   int64_t padded_part(int64_t n) const {
     const int64_t most = ceil_div(n, axis_.size);
     return round_up(most, most < 1024 ? 8 : 128);
@@ -48,40 +49,40 @@ class TensorParallel {
   // meaning (biases are added there), whose gradients are 0.
   int64_t rows_here(int64_t rows) const { return splits_rows_ ? ceil_div(rows, axis_.size) : rows; }
 
-  // ---- layers on the tape. `rows` is R = B*T of this micro-batch. x and the results of embedding
+  // ---- layers on the tape. R = B*T are this micro-batch's. x and the results of embedding
   // and row_linear hold rows_here(R) rows of width C. What column_linear and head return holds all
   // R rows of this rank's part of the width, which head pads.
   Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);
   // Biases are left to the op that reads the result, as in linear(): a row-parallel layer's is
   // added once, after the sum.
-  Var column_linear(Tape& tape, const Var& x, int64_t rows, Param& w);
-  Var row_linear(Tape& tape, const Var& x, int64_t rows, Param& w);
+  Var column_linear(Tape& tape, const Var& x, int64_t R, Param& w);
+  Var row_linear(Tape& tape, const Var& x, int64_t R, Param& w);
   // logits of this rank's part of the vocabulary
-  Var head(Tape& tape, const Var& x, int64_t rows, Param& wte);
+  Var head(Tape& tape, const Var& x, int64_t R, Param& wte);
   // total (1) f64 += scale * the sum of all rows' losses, on every rank
   void cross_entropy(Tape& tape, Var logits, const Tensor& targets, int64_t vocab, double scale,
                      const Tensor& total);
 
   // ---- a step
-  void sum_partial_gradients(const std::vector<Param*>& params);  // on the communication stream
+  void sum_partial_gradients(const std::vector<Param*>& params);  // on the queue
 
   // ---- sampling
   // row `row` of x as a batch of one row, distributed as layers expect it
-  Tensor one_row(const Tensor& x, int64_t rows, int64_t row);
+  Tensor one_row(const Tensor& x, int64_t R, int64_t row);
   // (m,V) from every rank's part of m rows
   Tensor whole_logits(const Tensor& logits, int64_t vocab);
 
  private:
   void all_gather(const Tensor& mine, const Tensor& all);
   void all_reduce(const Tensor& x, ncclRedOp_t op = ncclSum);
-  Tensor start_gather(const Tensor& x, int64_t rows);
-  Tensor gather(const Tensor& x, int64_t rows);
+  Tensor start_gather(const Tensor& x, int64_t R);
+  Tensor gather(const Tensor& x, int64_t R);
   Tensor start_sum(const Tensor& partial);
   void finish();
-  Tensor for_partial_sums(int64_t rows, int64_t width, Dtype dtype) const;
-  Var column(Tape& tape, const Var& x, int64_t rows, Param& w, bool transposed, Traffic purpose);
+  Tensor for_partial_sums(int64_t R, int64_t width, Dtype dtype) const;
+  Var column(Tape& tape, const Var& x, int64_t R, Param& w, bool transposed, Traffic serves);
 
   Axis axis_;
-  cudaStream_t stream_;
+  cudaStream_t queue_;
   bool splits_rows_;  // sequence parallelism
 };

@@ -120,7 +120,7 @@ class Run {
     trainer.gradients(batch);
     trainer.update(lr);
     profile.host_reads();
-    error = error_of([&] { batch = read_batch(step + 1); });
+    if (step < o.steps) error = error_of([&] { batch = read_batch(step + 1); });
     profile.host_waits();
     const auto [loss, norm] = trainer.results();
     op_times.stop();

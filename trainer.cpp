@@ -1,4 +1,5 @@
-// trainer.cpp: see trainer.h. The parts' forwards are in gpt.cpp; a backward is the tape's replay.
+// trainer.cpp: see trainer.h. The parts' forwards are in gpt.cpp; a backward is the tape, from its
+// end.
 #include "trainer.h"
 
 #include <algorithm>
@@ -31,10 +32,10 @@ std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int 
 
 Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
     : options(o),
-      gpt(config, mesh["tp"], mesh.stream, mesh["cp"]),
-      fsdp(join(mesh, "fsdp", "cp"), mesh.axes_where(&AxisKind::splits_model, false), mesh.stream,
+      gpt(config, mesh["tp"], mesh.queue, mesh["cp"]),
+      fsdp(join(mesh, "fsdp", "cp"), mesh.axes_where(&AxisKind::splits_model, false), mesh.queue,
            config.dtype, options.fsdp),
-      pipeline(mesh["pp"], mesh.stream, schedule_of(options, mesh.layout)),
+      pipeline(mesh["pp"], mesh.queue, schedule_of(options, mesh.layout)),
       mesh_(mesh),
       pieces_(pieces_of(gpt, pipeline.schedule(), mesh["pp"].rank)) {
   fsdp.add_units(params_of(pieces_), options.seed, name_of_unit);
@@ -145,14 +146,14 @@ void Trainer::sum_loss() {
   std::vector<Axis> axes = mesh_.axes_where(&AxisKind::splits_batch);
   for (const Axis& axis : mesh_.axes_where(&AxisKind::splits_sequence)) axes.push_back(axis);
   axes.push_back(mesh_["pp"]);
-  sum_over(axes, total_, Traffic::loss, mesh_.stream);
+  sum_over(axes, total_, Traffic::loss, mesh_.queue);
 }
 
 // Of the norm, in one call, after which all ranks have the same bits. Copies count once.
 void Trainer::sum_squares(const Tensor& squares) {
   for (const Axis& copies : mesh_.axes_where(&AxisKind::splits_model, false))
     if (copies.rank) fill(squares, 0);
-  sum_over({mesh_.world}, squares, Traffic::norm, mesh_.stream);
+  sum_over({mesh_.world}, squares, Traffic::norm, mesh_.queue);
 }
 
 void Trainer::update(double lr) {
@@ -176,7 +177,8 @@ bool Trainer::can_go_on(const Batch& batch) {
   fsdp.end_step();
   ledger.rows = rows;
   pipeline.measures = measured;
-  return std::isfinite(loss()) && std::isfinite(norm()) && optimizer_->finite();
+  const auto [loss, norm] = results();
+  return std::isfinite(loss) && std::isfinite(norm) && optimizer_->finite();
 }
 
 // ---- forward only
@@ -227,6 +229,6 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
                      if (gpt.cp.has_last(n)) next = whole;
                      return Var{};
                    });
-  sum_over({mesh_["cp"], mesh_["pp"]}, next, Traffic::evaluation, mesh_.stream);
+  sum_over({mesh_["cp"], mesh_["pp"]}, next, Traffic::evaluation, mesh_.queue);
   return download(next);
 }

@@ -4,10 +4,10 @@
 // ---- set-up
 
 Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int64_t room)
-    : gpt(config, mesh["tp"], mesh.stream),
+    : gpt(config, mesh["tp"], mesh.queue),
       mesh_(mesh),
       piece_(gpt.pieces(mesh["pp"].size)[mesh["pp"].rank]),
-      pipeline_(mesh["pp"], mesh.stream, make_schedule("gpipe", mesh["pp"].size, 1)),
+      pipeline_(mesh["pp"], mesh.queue, make_schedule("gpipe", mesh["pp"].size, 1)),
       lengths_(sequences),
       sequences_(sequences),
       room_(room),
@@ -45,7 +45,7 @@ Generator::Logits Generator::prefill(int64_t sequence, const std::vector<int>& p
   const int64_t n = prompt.size();
   ASSERT(n > 0 && n <= room_);
   lengths_[sequence] = n;
-  Tokens tokens(1, n, prompt, prompt, gpt.tp.part(gpt.config.vocab));
+  Tokens tokens(1, n, prompt, {}, gpt.tp.part(gpt.config.vocab));
   tokens.only_row = n - 1;
   return forward(tokens, [=, this](Tape& tape, int64_t layer, const Var& qkv) {
     append_to_cache(caches_.at(layer), qkv.value, sequence, 0, heads_);
@@ -55,7 +55,7 @@ Generator::Logits Generator::prefill(int64_t sequence, const std::vector<int>& p
 
 Generator::Logits Generator::decode(const std::vector<int>& tokens) {
   for (const int length : lengths_) ASSERT(length > 0 && length < room_);
-  Tokens batch(sequences_, 1, tokens, tokens, gpt.tp.part(gpt.config.vocab));
+  Tokens batch(sequences_, 1, tokens, {}, gpt.tp.part(gpt.config.vocab));
   batch.position_of_row = Tensor({sequences_}, Dtype::i32, Memory::data);
   upload(batch.position_of_row, lengths_.data());
   for (int& length : lengths_) length++;
@@ -72,12 +72,12 @@ std::vector<int> Generator::share(std::vector<int> picked) {
   picked.resize(sequences_);
   const Tensor tokens({sequences_}, Dtype::i32, Memory::data);
   upload(tokens, picked.data());
-  make_wait(mesh_.stream, device().compute);  // the tokens must be on the device
-  const Timed timed(mesh_.stream);
+  make_wait(mesh_.queue, device().compute);  // the tokens must be on the device
+  const Timed timed(mesh_.queue);
   ledger.broadcast(pp, tokens.bytes());
   NCCL_CHECK(ncclBroadcast(tokens.raw(), tokens.raw(), sequences_, ncclInt32, pp.size - 1, pp.comm,
-                           mesh_.stream));
-  make_wait(device().compute, mesh_.stream);  // they must have arrived
+                           mesh_.queue));
+  make_wait(device().compute, mesh_.queue);  // they must have arrived
   download(tokens, picked.data());
   return picked;
 }

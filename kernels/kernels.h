@@ -1,8 +1,7 @@
 // kernels.h: every kernel of Threefold as one host function: shapes, what it reads and writes, what
 // it sums and in which order.
 //
-// legend    B batch, T time, C channels, H heads, D = C/H, V vocabulary, R = B*T rows; `=` writes,
-//           `+=` adds to what is there
+// legend    that of tensor.h; `=` writes, `+=` adds to what is there
 // types     activations and weights are T in {f32, bf16, f64}; sums run in acc(T) = f64 for f64,
 //           else f32; gradients of parameters, statistics of rows and losses are acc(T)
 // order     no float atomics: every sum has an order that shapes, dtypes and alignment alone

@@ -60,5 +60,5 @@ bool exchanges(const Axis& axis) {
 }
 
 void check_mesh(const Mesh& mesh) {
-  for (const Axis& axis : mesh.every_axis()) check_axis(axis, exchanges(axis), mesh.stream);
+  for (const Axis& axis : mesh.every_axis()) check_axis(axis, exchanges(axis), mesh.queue);
 }

@@ -275,7 +275,7 @@ crossover() {
   measure "FSDP, whatever R is     " --batch 8 --fsdp 2 || return
   for batch in 4 8 12; do
     measure "TP, R = $((batch / 2)) C            " --batch $batch --tp 2 || return
-    measure "TP by rows, R = $((batch / 2)) C    " --batch $batch --tp 2 --sequence-parallel \
+    measure "TP + SP, R = $((batch / 2)) C       " --batch $batch --tp 2 --sequence-parallel \
       || return
   done
 }

@@ -86,8 +86,8 @@ inline std::vector<double> sum_over(Mesh& mesh, const Axis& axis, const std::vec
   upload(t, mine.data());
   synchronize();
   NCCL_CHECK(
-      ncclAllReduce(t.raw(), t.raw(), mine.size(), ncclFloat64, ncclSum, axis.comm, mesh.stream));
-  CUDA_CHECK(cudaStreamSynchronize(mesh.stream));
+      ncclAllReduce(t.raw(), t.raw(), mine.size(), ncclFloat64, ncclSum, axis.comm, mesh.queue));
+  CUDA_CHECK(cudaStreamSynchronize(mesh.queue));
   return download(t);
 }
 

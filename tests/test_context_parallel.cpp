@@ -64,8 +64,8 @@ template <class Work> void each_setting(const Layout& layout, Work work) {
     work(g, o,
          sentence(to_string(layout), ", length ", s.length,
                   s.attention == plain ? " plain" : " flash", s.recompute ? " recompute" : "",
-                  g.sequence_parallel ? " by rows" : "", " zero ", s.fsdp.zero, " prefetch ",
-                  s.fsdp.prefetch, " ", s.schedule, " ", m, " micro-batches"));
+                  g.sequence_parallel ? " sequence parallel" : "", " zero ", s.fsdp.zero,
+                  " prefetch ", s.fsdp.prefetch, " ", s.schedule, " ", m, " micro-batches"));
   }
 }
 

@@ -76,7 +76,7 @@ Texts continue_all(Mesh& mesh, const GptConfig& config,
 
 Mesh alone() {  // a mesh of this rank alone
   Mesh mesh;
-  CUDA_CHECK(cudaStreamCreateWithFlags(&mesh.stream, cudaStreamNonBlocking));
+  CUDA_CHECK(cudaStreamCreateWithFlags(&mesh.queue, cudaStreamNonBlocking));
   return mesh;
 }
 

@@ -89,8 +89,8 @@ std::string name_of(const Layout& l, const Setting& s) {
   const TrainerOptions o = options_of(l, s);
   return sentence(to_string(l), ", zero ", o.fsdp.zero, o.fsdp.reshard ? "" : " without reshard",
                   ", prefetch ", o.fsdp.prefetch, ", ", o.schedule, ", ", microbatches_of(l, s),
-                  " micro-batches", s[rows] ? ", by rows" : "", s[recompute] ? ", recompute" : "",
-                  s[attention] ? ", flash" : "");
+                  " micro-batches", s[rows] ? ", sequence parallel" : "",
+                  s[recompute] ? ", recompute" : "", s[attention] ? ", flash" : "");
 }
 
 // ---- the covering set

@@ -57,13 +57,14 @@ template <class Work> void each_setting(const Layout& layout, int64_t per_rank, 
 }
 
 std::string name_of(const Layout& l, const Setting& s) {
-  return sentence(to_string(l), s.by_rows ? " by rows" : "", s.recompute ? " recompute" : "",
+  return sentence(to_string(l), s.by_rows ? " sequence parallel" : "",
+                  s.recompute ? " recompute" : "",
                   s.attention == AttentionKind::plain ? " plain" : " flash", " micro-batch ",
                   s.microbatch, " zero ", s.fsdp.zero, s.fsdp.reshard ? " reshard" : " keep",
                   " prefetch ", s.fsdp.prefetch);
 }
 
-// The largest relative difference of a loss, over layouts, by rows and not; on one layout with
+// The largest relative difference of a loss, over layouts, sequence parallel or not; on one with
 // flash attention.
 double curve(GptConfig config, int steps) {
   config.attention = AttentionKind::plain;

@@ -254,7 +254,7 @@ std::vector<Strategy> strategies(int n) {
             {"hybrid", {{"replicate", 2}, {"fsdp", 2}, {"cp", 2}}}};
   std::vector<Strategy> all{{"replicate", {{"replicate", n}}},
                             {"tp", {{"tp", n}}},
-                            {"tp by rows", {{"tp", n}}, "1f1b", {}, true},
+                            {"tp, sequence parallel", {{"tp", n}}, "1f1b", {}, true},
                             {"cp", {{"cp", n}}}};
   for (int zero = 1; zero <= 3; zero++)
     all.push_back({sentence("ZeRO-", zero), {{"fsdp", n}}, "1f1b", {zero}});

@@ -18,7 +18,8 @@ Kept TheoryOfRank::kept(const ModelPart& part) const {
   const bool keeps_probabilities = c.attention == AttentionKind::plain && !gpt.cp.splits(c.context);
   const int64_t attention = R * heads * (keeps_probabilities ? c.context * e : g);
   // x, the sum and two layernorms; with recompute x alone. Put off: inputs of products, and whole
-  // gradients of their outputs; by rows the biases after sums keep shares of these, too.
+  // gradients of their outputs; with sequence parallelism biases after sums keep shares of these,
+  // too.
   return {c.recompute ? share : 4 * share + 2 * statistics + by_columns + attention,
           4 * whole + 2 * by_rows * share + by_columns};
 }

@@ -26,13 +26,15 @@ static std::vector<Action> parts_of(const Action& a) {
 // The parts that this stage must have done before it begins with an action.
 static std::vector<Action> needs_of(const Schedule& s, int stage, const Action& a) {
   std::vector<Action> needs;
-  for (const Transfer& t : a.transfers) {
-    const bool activates = t.payload == Transfer::activation;
-    if (t.send)
-      needs.push_back(
-          {activates ? Action::forward : Action::input_gradient, t.microbatch, t.chunk});
+  if (a.kind == Action::exchange) {
+    for (const Transfer& t : a.transfers) {
+      const bool activates = t.payload == Transfer::activation;
+      if (t.send)
+        needs.push_back(
+            {activates ? Action::forward : Action::input_gradient, t.microbatch, t.chunk});
+    }
+    return needs;
   }
-  if (a.kind == Action::exchange) return needs;
   const auto parts = parts_of(a);
   for (const auto& [kind, m, c, transfers] : parts)
     if (m > 0) needs.push_back({kind, m - 1, c});  // sums are made in ascending order
