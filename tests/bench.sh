@@ -8,7 +8,7 @@
 # Compared in one run, medians of the steps after the first; speed is never asserted in tests.
 set -u
 cd "$(dirname "$0")/.."
-only=${ONLY:-} steps=${STEPS:-3} cores=$(nproc)
+only=${ONLY:-} steps=${STEPS:-3}
 program=$(readlink build/train_gpt)
 backend=${program%%/*} built=build/${program%/*}/tests
 . tests/lib.sh

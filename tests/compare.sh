@@ -10,7 +10,7 @@
 set -u
 cd "$(dirname "$0")/.."
 . tests/lib.sh
-only=${ONLY:-} steps=${STEPS:-20} cores=$(env -u OMP_NUM_THREADS nproc)
+only=${ONLY:-} steps=${STEPS:-20}
 trap 'exit 130' INT TERM # a job that is interrupted saves, and ends well
 program=$(readlink build/train_gpt) backend=${program%%/*}
 refuse() {

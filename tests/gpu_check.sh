@@ -8,7 +8,7 @@
 set -u
 cd "$(dirname "$0")/.."
 . tests/lib.sh
-cores=$(nproc) limit=$((${MINUTES:-15} * 60)) logs=build/gpu-check report=build/gpu-check.txt
+limit=$((${MINUTES:-15} * 60)) logs=build/gpu-check report=build/gpu-check.txt
 left_out=0
 rm -rf "$logs"
 mkdir -p "$logs"

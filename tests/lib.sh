@@ -1,6 +1,7 @@
 # lib.sh: what the scripts share. Each sources it from the project's root.
 MPICXX=${MPICXX:-$(command -v mpicxx.mpich || echo mpicxx)}
 MPIEXEC=${MPIEXEC:-${MPICXX/mpicxx/mpiexec}} # of the same MPI
+cores=$(env -u OMP_NUM_THREADS nproc)        # nproc obeys that variable
 dir=$(mktemp -d)                             # removed at the end
 trap "rm -rf '$dir'" EXIT
 passed=0 failed=0 skipped=0

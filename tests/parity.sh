@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
   exit 1
 }
 . tests/lib.sh
-cores=$(nproc) failed=0 began=$SECONDS equal="" skipped=""
+failed=0 began=$SECONDS equal="" skipped=""
 log=$dir/log
 echo "every mesh of up to 8 ranks against one rank in f64: largest relative difference over all" \
   "settings, 5 steps each"

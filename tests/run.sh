@@ -26,7 +26,6 @@ comm="test_comm"
 trace="test_trace"
 # under mpiexec -n 8
 referee="test_nccl"
-cores=$(nproc)
 skipped=0
 export OMP_WAIT_POLICY=passive # two tests share the processors
 
