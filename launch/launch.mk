@@ -15,7 +15,8 @@ build/detected.mk: launch/detect.sh \
 # ---- packages
 
 # what is missing is installed first; then the tools are looked for again
-PROBE = launch/packages.sh probe $(BACKEND) $(COMM) '$(LINK)' '$(LIBS) $(LIBS_NCCL)'
+PROBE = launch/packages.sh probe $(BACKEND) $(COMM) \
+  '$(LINK) $(if $(filter cuda,$(BACKEND)),$(NCCL_FLAGS))' '$(LIBS) $(LIBS_NCCL)'
 $(B)/packages: launch/packages.sh
 	@$(PROBE) >/dev/null 2>&1 || $(MAKE) --no-print-directory deps || { $(PROBE); exit 1; }
 	@touch $@

@@ -16,7 +16,7 @@ cat >"$dir/nvcc/bin/nvcc" <<'END'
 case "$*" in
   --version) echo "Cuda compilation tools, release $VERSION, V$VERSION.1" ;;
   --list-gpu-arch) printf 'compute_80\ncompute_89\ncompute_90\n' ;;
-  *nccl.cu*) [[ "$*" == *"$NCCL"* ]] || exit 1 ;;&
+  *nccl.cu* | *cuda/probe.cpp*) [[ "$*" == *"$NCCL"* ]] || exit 1 ;;&
   *.cu*)
     [[ "$*" =~ -o\ ([^ ]+) ]]
     printf '#!/usr/bin/env bash\nprintf "%s"\n' "$PROBE" >"${BASH_REMATCH[1]}"
@@ -27,7 +27,8 @@ END
 printf '#!/bin/sh\n' >"$dir/bin/nvidia-smi"
 chmod +x "$dir/bin/nvidia-smi" "$dir/nvcc/bin/nvcc"
 # No nvcc of this machine: a PATH with the tools that the script needs, and no more.
-for tool in bash cat sed grep awk sort mkdir rm ls head dirname realpath printf env chmod tr; do
+for tool in bash cat sed grep awk sort mkdir rm ls head dirname realpath printf env chmod tr sh mv \
+  make touch find nproc id; do
   ln -s "$(command -v $tool)" "$dir/bin/$tool"
 done
 
@@ -58,6 +59,14 @@ detects nccl_home_is_taken cuda "-Xlinker -rpath=$dir/nccl/lib" NCCL="-I$dir/ncc
 detects a_conda_environment_is_looked_at cuda "-I$dir/nccl/include" NCCL="-I$dir/nccl/include" \
   CONDA_PREFIX="$dir/nccl"
 detects a_wrong_nccl_home_is_said cpu "NCCL_HOME is /nowhere" NCCL=absent NCCL_HOME=/nowhere
+# what a program of the build is compiled with finds that NCCL, too
+mkdir "$dir"/{cpu,network,tests}
+cp Makefile "$dir"
+cp -r launch "$dir"
+for part in cpu/cpu.mk network/network.mk tests/tests.mk; do cp $part "$dir/$part"; done
+env -i PATH="$dir/bin" VERSION=12.4 NCCL="-I$dir/nccl/include" PROBE='capability 8.9\ngpus 1\n' \
+  make -C "$dir" CUDA_HOME="$dir/nvcc" NCCL_HOME="$dir/nccl" build/cuda/ready >"$dir/out" 2>&1
+check the_build_looks_for_nccl_there "[ -e $dir/build/cuda/ready ]" "" "$(tail -3 "$dir/out")"
 mv "$dir/nvcc" "$dir/away"
 detects a_missing_compiler_is_said cpu "nvidia-smi is here, but $dir/nvcc/bin/nvcc is not"
 mv "$dir/away" "$dir/nvcc"
