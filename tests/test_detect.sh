@@ -67,6 +67,10 @@ for part in cpu/cpu.mk network/network.mk tests/tests.mk; do cp $part "$dir/$par
 env -i PATH="$dir/bin" VERSION=12.4 NCCL="-I$dir/nccl/include" PROBE='capability 8.9\ngpus 1\n' \
   make -C "$dir" CUDA_HOME="$dir/nvcc" NCCL_HOME="$dir/nccl" build/cuda/ready >"$dir/out" 2>&1
 check the_build_looks_for_nccl_there "[ -e $dir/build/cuda/ready ]" "" "$(tail -3 "$dir/out")"
+mkdir -p "$dir/build/portable/etc/cron.d"
+check whole_systems_in_build_are_passed_over \
+  "env -i PATH='$dir/bin' make -C $dir BACKEND=cpu -n clean >$dir/out 2>&1" "" \
+  "$(tail -1 "$dir/out")"
 mv "$dir/nvcc" "$dir/away"
 detects a_missing_compiler_is_said cpu "nvidia-smi is here, but $dir/nvcc/bin/nvcc is not"
 mv "$dir/away" "$dir/nvcc"
