@@ -74,7 +74,7 @@ EOF
 rm -f "$work/probe"
 "$nvcc" -gencode arch=compute_80,code=compute_80 "$work/probe.cu" -o "$work/probe" $libraries \
   >"$work/log" 2>&1 || found cpu "$nvcc does not compile a small program ($work/log)"
-"$work/probe" >"$work/gpus" 2>&1
+"$work/probe" >"$work/gpus" 2>&1 || echo "error the probe ended with status $?" >>"$work/gpus"
 error=$(sed -n 's/^error //p' "$work/gpus" | head -1)
 if [ -n "$error" ] || grep -qx 'gpus 0' "$work/gpus"; then
   # with no sign of a GPU, a compiler alone is no reason for a warning

@@ -19,7 +19,7 @@ case "$*" in
   *nccl.cu* | *cuda/probe.cpp*) [[ "$*" == *"$NCCL"* ]] || exit 1 ;;&
   *.cu*)
     [[ "$*" =~ -o\ ([^ ]+) ]]
-    printf '#!/usr/bin/env bash\nprintf "%s"\n' "$PROBE" >"${BASH_REMATCH[1]}"
+    printf '#!/usr/bin/env bash\nprintf "%s"\n%s\n' "$PROBE" "${THEN:-}" >"${BASH_REMATCH[1]}"
     chmod +x "${BASH_REMATCH[1]}"
     ;;
 esac
@@ -52,6 +52,8 @@ check so_it_is 'grep -qx "GPU_GENCODE :=" "$dir/out"'
 detects an_old_gpu_is_refused cpu "capability 7.5, and 8.0" PROBE='capability 7.5\ngpus 1\n'
 detects a_kernel_that_does_not_run_is_said cpu "no kernel image" \
   PROBE='capability 8.0\nerror no kernel image\ngpus 1\n'
+detects a_crash_is_no_gpu cpu "the probe ended with status 139" PROBE='capability 8.9\n' \
+  THEN='kill -SEGV $$'
 detects cuda_11_is_refused cpu "of CUDA 11, which has no C++20" VERSION=11.8
 detects a_missing_nccl_is_said cpu "NCCL 2.18 or newer is not found" NCCL=nowhere
 detects nccl_home_is_taken cuda "-Xlinker -rpath=$dir/nccl/lib" NCCL="-I$dir/nccl/include" \
