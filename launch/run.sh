@@ -32,12 +32,14 @@ start() {
   if [ $reads = yes ]; then $MPIEXEC -n "$ranks" "$@"
   else $MPIEXEC -n "$ranks" "$@" </dev/null; fi
 }
-# default OPTION VALUE: adds it to the command, unless ARGS has the option
-default() {
+# has OPTION: whether ARGS has it
+has() {
   local given
   for given in "${args[@]}"; do [ "$given" != "$1" ] || return 0; done
-  command+=("$1" "$2")
+  return 1
 }
+# default OPTION VALUE: adds it to the command, unless ARGS has the option
+default() { has "$1" || command+=("$1" "$2"); }
 
 # ---- ranks: one a GPU; without GPUs one a core, to look at four, and for 3d eight
 
@@ -53,7 +55,8 @@ else
 fi
 # what the default models can be cut into
 case $strategy in tp | tp-rows | pp)
-  if [ -z "${NP:-}" ] && [ "$ranks" -gt 4 ] && ! [[ ${ARGS:-} =~ --(model|heads|layers) ]]; then
+  if [ -z "${NP:-}" ] && [ "$ranks" -gt 4 ] \
+    && ! has --model && ! has --heads && ! has --layers; then
     echo "make $what: on 4 of $ranks ranks, which divide the default model; NP=$ranks takes all"
     ranks=4
   fi
@@ -80,9 +83,19 @@ if [ "$what" = generate ]; then
     else echo "make generate: no model in $checkpoint yet: training one"; fi
     mkdir -p -- "$checkpoint" && touch -- "$unfinished" || exit
     is_unfinished || refuse "$unfinished is in the way: it is not the empty file of that name"
+    log=$(mktemp)
+    trap 'rm -f "$log"' EXIT
     trap 'refuse "the next call goes on with what has been saved in $checkpoint"' INT
-    ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" "$0" run || exit
+    {
+      sample=0 ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" "$0" run \
+        2>&1 >&3 | tee -i "$log" >&2
+      status=${PIPESTATUS[0]}
+    } 3>&1
     trap - INT
+    if [ "$status" != 0 ]; then # perhaps since a signal came between its last step and here
+      grep -q 'give more --steps than that' "$log" || exit "$status"
+      echo "make generate: the model in $checkpoint has all of its steps"
+    fi
     rm -- "$unfinished"
   fi
   start "$ranks" build/generate --checkpoint "$checkpoint" --prompt "${PROMPT:-// tensor}" \
@@ -118,7 +131,7 @@ elif [ -n "${DATA:-}" ]; then
   command+=(--data $DATA)
 fi
 if [ "$what" = replay ]; then
-  [[ " ${ARGS:-} " != *" --trace "* ]] \
+  ! has --trace \
     || refuse "the replay has a --trace of its own; PAGE=file.html says where"
   # short sequences, so that activations do not dwarf the weights
   page=${PAGE:-build/replay.html}
@@ -143,17 +156,17 @@ if [ "$what" = replay ]; then
 fi
 if [ "$BACKEND" = cuda ]; then
   default --model char
-elif [[ " ${ARGS:-} " != *" --model "* ]]; then
+elif ! has --model; then
   # enough for its sample to look like what it read, and a minute or two on two cores
   command+=(--model tiny)
   default --steps 850
   default --lr 4e-3
 fi
-default --sample 400
+default --sample "${sample:-400}" # none for `make generate`
 default --eval-every 100
 # a page of it, unless its files are wanted elsewhere; for `make generate` a checkpoint is enough
 page=build/run.html
-if [[ " ${ARGS:-} " == *" --"@(metrics|trace|checkpoint)" "* ]]; then
+if has --metrics || has --trace || has --checkpoint; then
   page=
 else
   rm -f build/run.{json,jsonl}.new # the last run's stay until this one has a page

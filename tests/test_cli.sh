@@ -399,6 +399,14 @@ make -o built BACKEND=cpu run ARGS="--steps 5 --checkpoint it's" >"$dir/out" 2>&
 status=$?
 check words_with_half_a_quote_are_refused \
   '[ $status != 0 ] && grep -q "ARGS is no list of words" "$dir/out"' "" "$(tail -1 "$dir/out")"
+MPIEXEC='echo mpiexec' make -o built BACKEND=cpu run NP=1 ARGS=$'--steps 3\t--trace own.json' \
+  >"$dir/out" 2>&1
+check options_are_known_whatever_is_between_them \
+  '[ "$(grep -o -e --trace "$dir/out" | wc -l)" = 2 ]' "printed and started" "$(cat "$dir/out")"
+MPIEXEC='echo mpiexec' make -o built BACKEND=cpu replay NP=1 ARGS="--data '/x --trace y'" \
+  PAGE="$dir/none.html" >"$dir/out" 2>&1
+check a_name_that_looks_like_an_option_is_none 'grep -q "^mpiexec" "$dir/out"' "" \
+  "$(cat "$dir/out")"
 make -o built BACKEND=cpu run NP=two >"$dir/out" 2>&1
 status=$?
 check a_number_of_ranks_that_is_none_is_refused \
@@ -428,6 +436,24 @@ for call in 1 2; do
     grep -q "training" "$dir/out" && ! grep -q continues "$dir/out" &&
     [ -f "$dir/half/.make-generate-unfinished" ]'
 done
+# and one in which it has all of its steps
+cat >"$dir/trained" <<'EOF'
+#!/bin/sh
+case "$*" in
+  *"train_gpt"*"--sample 0"*)
+    echo "step-00000850 has 850 steps already: give more --steps than that" >&2
+    exit 1
+    ;;
+  *train_gpt*) exit 1 ;;
+  *) echo continues ;;
+esac
+EOF
+chmod +x "$dir/trained"
+MPIEXEC="$dir/trained" make -o built BACKEND=cpu generate CHECKPOINT="$dir/half" >"$dir/out" 2>&1
+status=$?
+check a_model_that_has_all_of_its_steps_is_trained '[ $status = 0 ] &&
+  grep -q continues "$dir/out" && [ ! -e "$dir/half/.make-generate-unfinished" ]' "" \
+  "status $status: $(tail -3 "$dir/out")"
 make -o built BACKEND=cpu THREADS=two run >"$dir/out" 2>&1
 status=$?
 check a_number_of_threads_that_is_none_is_refused \
