@@ -297,7 +297,8 @@ template <class... Parts> static void expect(bool condition, const Parts&... par
 Checkpoint::Checkpoint(const std::string& p) : path(p) {
   const std::string file = path + "/manifest.json", text = read_file(file);
   try {
-    json m = json::parse(text, [&](int, json::parse_event_t, const json& value) {
+    json m = json::parse(text, [&](int depth, json::parse_event_t, const json& value) {
+      expect(depth <= kDeepest, file, " is damaged: it is nested more than ", kDeepest, " deep");
       expect(!value.is_number_float(), file, " is damaged: ", value, " is no whole number");
       return true;
     });

@@ -17,6 +17,8 @@ inline std::string without_prefix(const std::string& error) {
   return error.substr(error.starts_with("[json.") ? error.find("] ") + 2 : 0);
 }
 
+constexpr int kDeepest = 100;  // since nlohmann recurses; real files are nested about 5 deep
+
 // Calls read(what the text of a file holds): an object, in which and below which no name stands
 // twice. What is wrong becomes a sentence about the file.
 template <class Read> void read_json(const std::string& path, std::string_view text, Read read) {
@@ -26,7 +28,8 @@ template <class Read> void read_json(const std::string& path, std::string_view t
     REQUIRE(text.find('\0') == text.npos, "a zero byte stands in it");
     REQUIRE(!text.starts_with("\xef\xbb\xbf"), "it begins with a byte-order mark");  // passed over
     std::vector<std::set<std::string>> names;  // of the objects around
-    const auto json = nlohmann::json::parse(text, [&](int, Event event, const auto& name) {
+    const auto json = nlohmann::json::parse(text, [&](int depth, Event event, const auto& name) {
+      REQUIRE(depth <= kDeepest, "it is nested more than ", kDeepest, " deep");
       if (event == Event::object_start) names.emplace_back();
       if (event == Event::object_end) names.pop_back();
       REQUIRE(event != Event::key || names.back().insert(name).second, "the name ", name,

@@ -286,6 +286,16 @@ not_imported weights_that_are_no_numbers_are_refused "not finite" nan
 mkdir "$dir/llama"
 sed 's/"gpt2"/"llama"/; /n_layer/d' "$dir/plain/config.json" >"$dir/llama/config.json"
 not_imported a_model_of_another_kind_is_named 'its model_type is "llama"' llama
+mkdir "$dir/deep" "$dir/deep-manifest"
+cp "$dir"/plain/* "$dir/deep"
+printf '[%.0s' $(seq 66000) | sed 's/^/{"n_layer":/' >"$dir/deep/config.json"
+not_imported a_config_that_is_nested_deeply_is_refused "nested more than 100 deep" deep
+printf '[%.0s' $(seq 200000) | sed 's/^/{"ranks":/' >"$dir/deep-manifest/manifest.json"
+$tool verify "$dir/deep-manifest" >"$dir/out" 2>&1
+status=$?
+check a_manifest_that_is_nested_deeply_is_refused \
+  "[ $status = 1 ] && grep -q 'manifest.json is damaged: it is nested more' $dir/out" "" \
+  "status $status: $(cat "$dir/out")"
 mkdir "$dir/bin"
 cp "$dir/plain/config.json" "$dir/bin"
 not_imported weights_of_another_kind_get_a_hint "save_pretrained" bin
