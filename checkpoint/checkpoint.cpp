@@ -148,7 +148,7 @@ static bool is_ours(const fs::path& path) {
 }
 
 // Ready for a new checkpoint: an empty directory for it; unfinished ones are removed, as far as
-// they can be examined. A directory of that name with other things in it is set aside.
+// they can be examined. What else has that name is set aside; of a link only the link goes.
 static void make_place(const std::string& dir, const std::string& path) {
   error_of([&] {
     checkpoints_in(dir, [](auto& old) {
@@ -157,7 +157,8 @@ static void make_place(const std::string& dir, const std::string& path) {
       });
     });
   });
-  if (fs::is_directory(path) && !fs::is_symlink(path) && !is_ours(path))
+  const fs::file_status is = fs::symlink_status(path);
+  if (fs::exists(is) && !fs::is_symlink(is) && !(fs::is_directory(is) && is_ours(path)))
     rename_step(path, "others-", [](const std::string&) {});
   REQUIRE(remove_checkpoint(path), path, " is in the way and cannot be removed");
   make_directory(path);

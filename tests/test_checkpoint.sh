@@ -347,7 +347,12 @@ check what_is_in_the_way_of_a_save_is_kept \
       >$dir/out 2>&1 && grep -qx mine $dir/others/others-step-00000004/notes.txt &&
     grep -qx mine $dir/linked/notes.txt && [ -e $dir/others/step-00000005/manifest.json ]" \
   "" "$(tail -1 "$dir/out")"
-rm -rf "$dir"/others/step-0000000[345]
+echo mine >"$dir/others/step-00000006"
+check so_is_a_file_in_the_way \
+  "$train $small --steps 6 --keep 0 --checkpoint $dir/others --resume >$dir/out 2>&1 &&
+    grep -qx mine $dir/others/others-step-00000006 &&
+    [ -e $dir/others/step-00000006/manifest.json ]" "" "$(tail -1 "$dir/out")"
+rm -rf "$dir"/others/step-0000000[3456]
 check later_steps_stay_until_training_goes_on \
   "! $train $small --steps 3 --checkpoint $dir/others --resume --resume-step 1 \
       --trace /nowhere/t >$dir/out 2>&1 && [ -e $dir/others/step-00000002 ] &&
