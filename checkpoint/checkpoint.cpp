@@ -368,8 +368,8 @@ void Checkpoint::read(const Piece& piece, Part part, Dtype dtype, void* to) cons
   const auto found = runs_.find(piece.tensor);
   REQUIRE(found != runs_.end(), path, " has no tensor ", piece.tensor);
   for_runs(piece, [&](int64_t begin, int64_t at, int64_t count) {
-    auto run = std::ranges::upper_bound(found->second, begin, {}, &Run::begin);
     while (count > 0) {
+      const auto run = std::ranges::upper_bound(found->second, begin, {}, &Run::begin);
       REQUIRE(run != found->second.begin() && begin < run[-1].begin + run[-1].count, path,
               " lacks element ", begin, " of ", piece.tensor);
       const Run& from = run[-1];
@@ -380,7 +380,7 @@ void Checkpoint::read(const Piece& piece, Part part, Dtype dtype, void* to) cons
       const auto array = file.find(piece.tensor + suffix(part));
       REQUIRE(array != file.end(), name, " has no tensor ", piece.tensor);
       array->second.read(from.at + skip, n, dtype, static_cast<char*>(to) + at * size_of(dtype));
-      begin += n, at += n, count -= n, ++run;
+      begin += n, at += n, count -= n;
     }
   });
 }
