@@ -102,6 +102,13 @@ status=$?
 check a_library_that_multiplies_wrongly_is_refused \
   "[ $status = 1 ] && [ ! -s $dir/none.jsonl ] &&
     grep -q '^train_gpt: this machine multiplies matrices wrongly' $dir/err"
+# and one that refuses them, on a queue's thread, too
+refuses=$(faults refuses 'extern "C" int dnnl_sgemm(...) { return 2; }
+  extern "C" int dnnl_primitive_execute(...) { return 2; }')
+LD_PRELOAD=$refuses THREEFOLD_STREAMS=queued:1 $train $work >"$dir/out" 2>"$dir/err"
+status=$?
+check a_queued_product_that_is_refused_ends_the_run \
+  "[ $status = 1 ] && grep -q '^oneDNN has refused a product' $dir/err"
 # with 16 KiB LLVM's runtime crashes by itself, where it looks up its own functions
 for stack in $(ldd $train | grep -q libomp || echo OMP_STACKSIZE=16k) OMP_STACKSIZE={20,64}k; do
   env OMP_NUM_THREADS=2 $stack $train $small --steps 1 >"$dir/out" 2>"$dir/err"

@@ -13,6 +13,7 @@
 #include <omp.h>
 #include <oneapi/dnnl/dnnl.h>
 #include <oneapi/dnnl/dnnl.hpp>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -370,7 +371,12 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
 #if defined(CPU_FAST) || defined(CPU_FAITHFUL)
   bool ok = true;
   if (!cpu::streams_are_queued) ok = products(p);
-  else cpu::enqueue(handle->stream, [p] { products(p); });
+  else
+    cpu::enqueue(handle->stream, [p] {
+      if (products(p)) return;
+      fputs("oneDNN has refused a product that was queued\n", stderr);
+      _exit(1);
+    });
   return ok ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 #else
   return products(p) ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;

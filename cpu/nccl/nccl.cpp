@@ -106,14 +106,19 @@ void run(Task& task) {
     std::unique_lock lock(order_mutex);
     order_changed.wait(lock, [&] { return running_ticket == task.ticket; });
   }
-  try {
-    run_calls(task);
-  } catch (const Failure& failure) {
+  const auto failed = [&](const Failure& failure) {
     task.result = failure.code;
     my_status().state = 3;
     set_last_error(failure.sentence);
     for (const auto& comm : task.comms) set_failed(*comm, failure);
     abandon(task);
+  };
+  try {
+    run_calls(task);
+  } catch (const Failure& failure) {
+    failed(failure);
+  } catch (const std::exception& e) {
+    failed({ncclSystemError, e.what()});
   }
   for (Op& op : task.ops)
     if (!kCuda && op.staged_send)
