@@ -39,7 +39,7 @@ int run_program(const char* name, const char* usage, int argc, char** argv, Opti
     }
     if (o.help) {
       check_printed();
-      return 0;
+      return job.leave(0);
     }
     // of NCCL's stand-in: the watch speaks first
     setenv("THREEFOLD_TIMEOUT", sentence(o.timeout + 10).c_str(), 0);
