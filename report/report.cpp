@@ -110,15 +110,17 @@ static std::string communication_line(std::vector<double> shares) {
       100 * least, 100 * most);
 }
 
-// Names the rank that computes longest, if that is half as long again as the middle one of them.
-static std::string straggler_line(const std::vector<double>& computing, const Json& hosts) {
+// Names the rank whose communication queue is idle longest, since in theirs the others wait for it:
+// if that is half as long again as for the middle one of them, and by a tenth of the step.
+static std::string straggler_line(const std::vector<double>& computing, double step_ms,
+                                  const Json& hosts) {
   std::vector<double> sorted = computing;
   std::ranges::sort(sorted);
   const double most = sorted.back(), middle = sorted[(sorted.size() - 1) / 2];
-  if (most < 1.5 * middle) return "";
+  if (most < 1.5 * middle || most - middle < 0.1 * step_ms) return "";
   const size_t slow = std::ranges::find(computing, most) - computing.begin();
   return format(
-      "  the others wait for rank %zu on %s: of a step it computes for %.1f ms, the "
+      "  the others wait for rank %zu on %s: it does not communicate for %.1f ms of a step, the "
       "middle one of all ranks for %.1f\n",
       slow, hosts[slow].get<std::string>().c_str(), most, middle);
 }
@@ -206,7 +208,7 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps
   std::string text = memory_table(m, t, trainer.pipeline.most_live_bytes()) +
                      traffic_table(mine["traffic"], steps) +
                      communication_line(summary["communication_share"]) +
-                     straggler_line(summary["computing_ms"], summary["hosts"]);
+                     straggler_line(summary["computing_ms"], time.ms, summary["hosts"]);
   if (pipelined) {
     const size_t pipelines = took.size() / trainer.pipeline.schedule().stages;
     Durations stages;  // stage t of the first pipeline is rank t * pipelines
