@@ -1,6 +1,7 @@
 // signals.cpp: see signals.h.
 #include "launch/signals.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -19,6 +20,9 @@ static sigset_t fetched;  // those that were not ignored
 constexpr int kMeaningEnd[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU};
 
 static void before_libraries() {
+  // a standard stream that is closed would become whatever a library opens first
+  for (int fd = 0; fd < 3; fd++)
+    if (fcntl(fd, F_GETFD) < 0) open("/dev/null", O_RDWR);
   sigemptyset(&fetched);
   for (const int signal : kMeaningEnd) {
     struct sigaction before = {};

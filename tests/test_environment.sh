@@ -232,9 +232,15 @@ status=${PIPESTATUS[0]}
 check a_text_that_nobody_reads_ends_with_a_sentence \
   "[ $status = 1 ] && grep -q 'could not be written to the standard output' $dir/err"
 
+OMP_NUM_THREADS=1 timeout 60 $train $small --steps 1 --metrics "$dir/closed.jsonl" \
+  >&- 2>"$dir/err"
+status=$?
+check a_run_whose_output_is_closed_trains \
+  "[ $status = 0 ] && [ \$(grep -c '\"step\"' $dir/closed.jsonl) = 1 ] && [ ! -s $dir/err ]"
+
 # ---- the watch: slow is not stuck
 
-two="mpiexec -n 2 $train $small --fsdp 2"
+two="$MPIEXEC -n 2 $train $small --fsdp 2"
 slow=$(faults slow '#include <dlfcn.h>
 #include <unistd.h>
 extern "C" int fsync(int fd) { sleep(3); return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd); }')
