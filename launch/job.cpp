@@ -49,6 +49,8 @@ Job::Job(int* argc, char*** argv) {
   MPI_Comm_rank(node, &local_rank);
   MPI_Comm_size(node, &local_size);
   speaks = rank == 0;
+  // for cpu/cuda/runtime.cpp, where another launcher than MPICH's mpiexec does not say it
+  if (local_size > 1) setenv("MPI_LOCALNRANKS", sentence(local_size).c_str(), 0);
   // the watch's thread asks other nodes while a rank waits for its peers
   if (provided < MPI_THREAD_MULTIPLE) abort("this MPI lets only one thread of a rank call it");
 }
@@ -82,7 +84,7 @@ Job::~Job() {
 }
 
 int Job::leave(int status) const {
-  if (local_size == size || !getenv("MPI_LOCALNRANKS")) return status;
+  if (local_size == size || !by_mpiexec_) return status;
   fflush(nullptr);
   MPI_Request everybody;
   MPI_Ibarrier(MPI_COMM_WORLD, &everybody);

@@ -4,6 +4,7 @@
 #include <mpi.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <nlohmann/json_fwd.hpp>
 
 #include "comm.h"
@@ -33,6 +34,9 @@ class Job {
   // has explained the end already.
   [[noreturn]] void abort(const std::string& why) const;
   std::atomic<bool>* explained = nullptr;  // shared by the ranks of this node once there is a Watch
+
+ private:
+  const bool by_mpiexec_ = getenv("MPI_LOCALNRANKS");  // of MPICH, and no other launcher
 };
 
 inline void barrier() { MPI_Ibarrier(MPI_COMM_WORLD, Finished()); }

@@ -71,6 +71,14 @@ same losses_stay_with_queued_streams_and_a_thread_limit env OMP_NUM_THREADS=2 OM
 same losses_stay_on_one_core taskset -c 0 env OMP_NUM_THREADS=2
 same losses_stay_with_far_too_many_threads env OMP_NUM_THREADS=1000000 OMP_WAIT_POLICY=passive
 
+$MPIEXEC -n 2 env -u OMP_NUM_THREADS -u MPI_LOCALNRANKS $train $small --fsdp 2 --steps 1 \
+  >"$dir/out" 2>"$dir/err"
+threads=$((cores > 1 ? cores / 2 : 1))
+check ranks_share_the_cores_whoever_started_them \
+  "grep -qE '^device .*, $threads threads?(,|$)' $dir/out" "$(sed -n 's/^device *//p' "$dir/out")" \
+  "$(grep '^device' "$dir/out") $(head -c 300 "$dir/err")"
+unset threads
+
 # in_group KIND FILE VALUE COMMAND...: under a limit of a control group, version 1 or 2
 in_group() {
   local kind=$1 file=$2 value=$3 group=/sys/fs/cgroup/$1/threefold-test-$$
