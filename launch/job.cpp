@@ -74,7 +74,8 @@ void Job::check_launcher() {
     speaks = !number || atoi(number) == 0;
     throw Error(sentence("the launcher started ", told, " processes (", tasks,
                          "), but each sees a world of 1 rank: this mpiexec belongs to "
-                         "another MPI than the one that the program was built with (MPICH)"));
+                         "another MPI than the one that the program was built with (MPICH); if one "
+                         "rank is meant, start it with mpiexec -n 1"));
   }
 }
 
