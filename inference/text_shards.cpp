@@ -1,6 +1,9 @@
 // text_shards.cpp: see text_shards.h.
 #include "inference/text_shards.h"
 
+#include <sys/stat.h>
+#include <unistd.h>
+
 #include <filesystem>
 #include <utility>
 
@@ -31,21 +34,35 @@ static std::string encode_files(const std::vector<MappedFile>& texts, const std:
   return shard;
 }
 
+// one more where encode_files makes other tokens of a text: those that are kept are not taken then
+constexpr int kEncoding = 1;
+
+// A directory that nobody else can write into; "" where there can be none of its name.
+static fs::path place_of_ours() {
+  std::error_code error;
+  fs::path place = fs::temp_directory_path(error);
+  if (error) place = "/tmp";
+  place /= sentence("threefold-", geteuid());
+  mkdir(place.c_str(), 0700);
+  struct stat is;
+  const bool ours = lstat(place.c_str(), &is) == 0 && S_ISDIR(is.st_mode) &&
+                    is.st_uid == geteuid() && !(is.st_mode & 022);
+  return ours ? place : "";
+}
+
 // The shard of some texts, made where there is none. name: where it lies and how it begins
 static std::string shard_of(const std::vector<std::string>& paths, const fs::path& name,
                             const Tokenizer& tokenizer, const std::string& directory,
                             const Say& say) {
   std::vector<MappedFile> texts;
-  std::string key = sentence(tokenizer.key(), " ", tokenizer.size());
+  std::string key = sentence(kEncoding, " ", tokenizer.key(), " ", tokenizer.size());
   for (const std::string& path : paths)
     key += sentence(" ", checksum(texts.emplace_back(path).view));
   const std::string file =
       sentence(name.filename().string().substr(0, 200), ".", checksum(key), ".bin");
-  std::error_code error;
-  fs::path last = fs::temp_directory_path(error);
-  if (error) last = "/tmp";
-  const fs::path places[] = {name.parent_path(), directory.empty() ? last : fs::path(directory),
-                             last};
+  std::vector<fs::path> places{name.parent_path()};
+  if (!directory.empty()) places.push_back(directory);
+  if (const fs::path ours = place_of_ours(); !ours.empty()) places.push_back(ours);
   std::string shard;
   const Stopwatch waited;
   for (bool said = false;; usleep(50000)) {

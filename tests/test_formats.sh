@@ -147,6 +147,14 @@ status=$?
 check a_shard_that_another_process_writes_is_waited_for \
   "[ $status = 0 ] && cmp $shard $dir/kept.bin && grep -q 'by another process: waiting' $dir/out" \
   "" "status $status: $(cat "$dir/err") $(grep '^tokens' "$dir/out")"
+mkdir "$dir/tmp"
+head -c "$(stat -c %s "$shard")" /dev/zero >"$dir/tmp/${shard##*/}"
+rm "$shard"
+TMPDIR=$dir/tmp $train --checkpoint "$dir/run-three" --resume --data "$dir/my.txt" --batch 2 \
+  --steps 4 >"$dir/out" 2>"$dir/err"
+status=$?
+check a_shard_that_anybody_can_have_made_is_not_taken \
+  "[ $status = 0 ] && cmp $shard $dir/kept.bin" "" "status $status: $(cat "$dir/err")"
 printf '%s\0' "$(cat "$dir/my.txt")" | $make encode "$dir/two" | tr ' ' '\n' | grep -c . >"$dir/n"
 tokens=$(($(stat -c %s "$shard") / 2 - 512))
 check the_shard_has_the_texts_tokens "[ $tokens = $(($(cat "$dir/n") + 1)) ]" "$tokens, the last \
