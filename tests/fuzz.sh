@@ -5,6 +5,7 @@
 # build/fuzz/found. `tests/fuzz.sh keep` reduces it to the few inputs of tests/corpus.
 set -u
 cd "$(dirname "$0")/.."
+. tests/lib.sh
 here="checkpoint/safetensors.cpp checkpoint/checkpoint.cpp inference/tokenizer.cpp
       launch/options.cpp support/data.cpp support/files.cpp tests/fuzz.cpp"
 targets="safetensors manifest vocabulary tokenizer_json shard options"
@@ -22,10 +23,10 @@ for source in $here; do
   object=$dir/obj/$(basename "$source").o
   [ -f "$object" ] && [ -z "$(find "$source" ./*.h */*.h -newer "$object")" ] && continue
   # shellcheck disable=SC2086
-  env MPICH_CXX=clang++ mpicxx $flags -c "$source" -o "$object" || exit 1
+  env MPICH_CXX=clang++ $MPICXX $flags -c "$source" -o "$object" || exit 1
 done
 # shellcheck disable=SC2086
-env MPICH_CXX=clang++ mpicxx -fsanitize=fuzzer,address,undefined $dir/obj/*.o $objects \
+env MPICH_CXX=clang++ $MPICXX -fsanitize=fuzzer,address,undefined $dir/obj/*.o $objects \
   -o $dir/fuzz -ldnnl -lxxhash -lgomp || exit 1
 
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=1

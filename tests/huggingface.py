@@ -10,7 +10,7 @@ files encodes them as transformers' GPT-2 tokenizer does (build/generate's, seen
 output).
 """
 
-import glob, json, os, subprocess, sys, tempfile
+import glob, json, os, shutil, subprocess, sys, tempfile
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
@@ -45,7 +45,7 @@ def ours(directory, tokens):
 with tempfile.TemporaryDirectory() as d:
     tokens = [12, 200, 7, 99, 31, 0, 255, 64]
     run(
-        "mpiexec",
+        os.environ.get("MPIEXEC") or shutil.which("mpiexec.mpich") or "mpiexec",
         "-n",
         4,
         "build/cpu/train_gpt",

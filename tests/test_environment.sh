@@ -136,7 +136,7 @@ for limit in "-v 8000000" "-v 1000000" "-d 4000000" "-d 500000"; do
     "[ $status = 0 ] && grep -q '^device .* MiB under ulimit ${limit% *}$' $dir/out" \
     "$(sed -n 's/^device *//p' "$dir/out")" "status $status: $(head -c 300 "$dir/err")"
 done
-under -v 8000000 mpiexec -n 2 $train $small --fsdp 2 --steps 1
+under -v 8000000 $MPIEXEC -n 2 $train $small --fsdp 2 --steps 1
 status=$?
 check ranks_share_what_ulimit_leaves "[ $status = 0 ]" "$(sed -n 's/^device *//p' "$dir/out")"
 under -v 1000000 $train --layers 48 --width 1024 --heads 16 --steps 1
@@ -212,7 +212,7 @@ done
 check none_of_them_can_interrupt_a_thread "[ -n '$open' ] && [ $free -le 1 ]" \
   "$(tr '\n\t' '  ' <<<"$open")" "$open"
 for signal in USR1 HUP XCPU; do
-  started mpiexec -n 2 $train $run --fsdp 2
+  started $MPIEXEC -n 2 $train $run --fsdp 2
   kill -$signal "$(rank_pids "$dir/c" 1)"
   wait $job
   status=$?
@@ -304,7 +304,7 @@ check a_rank_that_stops_in_a_save_is_named \
 
 # differ NAME 'sentence' OPTIONS-OF-RANK-0 OPTIONS-OF-RANK-1
 differ() {
-  timeout 60 mpiexec -n 1 $train $small --replicate 2 --steps 3 $3 : -n 1 $train $small \
+  timeout 60 $MPIEXEC -n 1 $train $small --replicate 2 --steps 3 $3 : -n 1 $train $small \
     --replicate 2 --steps 3 $4 >"$dir/out" 2>"$dir/err"
   status=$?
   check "$1" \
@@ -330,19 +330,19 @@ printf X | dd of="$dir/b/text.md" bs=1 seek=5000 conv=notrunc 2>/dev/null
 differ a_stale_copy_of_the_data_is_refused "the data is 1 file of " "--data $dir/a/text.md" \
   "--data $dir/b/text.md"
 cp "$dir/a/text.md" "$dir/b/text.md"
-timeout 60 mpiexec -n 1 $train $small --replicate 2 --steps 1 --data "$dir/a/text.md" : -n 1 \
+timeout 60 $MPIEXEC -n 1 $train $small --replicate 2 --steps 1 --data "$dir/a/text.md" : -n 1 \
   $train $small --replicate 2 --steps 1 --data "$dir/b/text.md" >"$dir/out" 2>"$dir/err"
 status=$?
 check equal_data_may_lie_elsewhere "[ $status = 0 ]"
 cp $train "$dir/train_gpt"
 printf x >>"$dir/train_gpt"
-timeout 60 mpiexec -n 1 $train $shape --replicate 3 --batch 6 --steps 1 --data README.md : -n 2 \
+timeout 60 $MPIEXEC -n 1 $train $shape --replicate 3 --batch 6 --steps 1 --data README.md : -n 2 \
   "$dir/train_gpt" $shape --replicate 3 --batch 6 --steps 1 --data README.md >"$dir/out" \
   2>"$dir/err"
 status=$?
 check another_build_is_refused \
   "[ $status != 0 ] && grep -q 'the program is .* on ranks 1 and 2' $dir/err"
-timeout 60 mpiexec -n 1 build/cpu/generate $shape --tp 2 --prompt x --tokens 2 --temperature 1 : \
+timeout 60 $MPIEXEC -n 1 build/cpu/generate $shape --tp 2 --prompt x --tokens 2 --temperature 1 : \
   -n 1 build/cpu/generate $shape --tp 2 --prompt x --tokens 2 --temperature 2 >"$dir/out" \
   2>"$dir/err"
 status=$?

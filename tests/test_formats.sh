@@ -5,21 +5,8 @@ set -u
 cd "$(dirname "$0")/.."
 train=build/cpu/train_gpt tool=build/cpu/checkpoint generate=build/cpu/generate
 make=build/cpu/tests/test_support
-dir=$(mktemp -d)
-trap 'rm -rf "$dir"' EXIT
-passed=0 failed=0
+. tests/lib.sh
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-ok() {
-  echo "ok   $1  ${2:-}"
-  passed=$((passed + 1))
-}
-fail() {
-  echo "FAIL $1  ${2:-}"
-  failed=$((failed + 1))
-}
-check() { # check NAME CONDITION [ON SUCCESS] [ON FAILURE]
-  if eval "$2"; then ok "$1" "${3:-}"; else fail "$1" "${4:-}"; fi
-}
 
 # ---- a model with a vocabulary of 304 of which a tokenizer has 260, as Hugging Face has it
 
@@ -121,7 +108,7 @@ for i in 1 2 3 4 5 6 7 8; do
   echo "the other $i<|endoftext|> the end, and then the"
 done >"$dir/my.txt"
 loss() { grep -o '^loss .*' "$dir/out"; }
-mpiexec -n 2 $train --checkpoint "$dir/run-two" --resume --data "$dir/my.txt" --batch 2 --steps 2 \
+$MPIEXEC -n 2 $train --checkpoint "$dir/run-two" --resume --data "$dir/my.txt" --batch 2 --steps 2 \
   --fsdp 2 --sample 5 >"$dir/out" 2>"$dir/err"
 status=$? shard=$(ls "$dir"/my.txt.*.bin) text=$(loss)
 check an_imported_model_is_trained_on_text_by_one_command \
@@ -160,7 +147,7 @@ tokens=$(($(stat -c %s "$shard") / 2 - 512))
 check the_shard_has_the_texts_tokens "[ $tokens = $(($(cat "$dir/n") + 1)) ]" "$tokens, the last \
 one a new line" "$tokens and $(cat "$dir/n")"
 $tool import "$dir/two" "$dir/run-shard" >"$dir/out" 2>&1
-mpiexec -n 2 $train --checkpoint "$dir/run-shard" --resume --data "$shard" --batch 2 --steps 2 \
+$MPIEXEC -n 2 $train --checkpoint "$dir/run-shard" --resume --data "$shard" --batch 2 --steps 2 \
   --fsdp 2 >"$dir/out" 2>"$dir/err"
 check and_so_it_is_on_the_shard_itself "[ '$(loss)' = '$text' ]" "" "$(loss), $text"
 # told the model's sizes, but not that its vocabulary is larger than the tokenizer's
@@ -308,5 +295,4 @@ mkdir "$dir/bin"
 cp "$dir/plain/config.json" "$dir/bin"
 not_imported weights_of_another_kind_get_a_hint "save_pretrained" bin
 
-echo "$passed passed, $failed failed"
-[ $failed -eq 0 ]
+sums_up

@@ -55,7 +55,7 @@ check a_token_of_eight_texts_waits_once '[ "$(calls "$waits")" = 1 ]' \
 
 # full WHEN: an allocation fails; what the host then did, to $dir/full
 full() {
-  THREEFOLD_FULL=$1 THREEFOLD_CALLS=$dir/full timeout 120 mpiexec -n 1 \
+  THREEFOLD_FULL=$1 THREEFOLD_CALLS=$dir/full timeout 120 $MPIEXEC -n 1 \
     build/cuda/null/train_gpt --model tiny --steps 2 --metrics "$dir/m.jsonl" >"$dir/out" 2>&1
 }
 check an_allocation_that_fails_once_is_tried_again_when_the_device_is_idle \
