@@ -24,7 +24,7 @@ struct ShowOptions {
 
 // "F,B,W,SEND"
 Takes four_times(Times& t) {
-  return {"four numbers F,B,W,SEND: the first three above 0, SEND at least 0, their sum below 1e9",
+  return {"four numbers F,B,W,SEND: the first three from 1e-9, SEND from 0, their sum below 1e9",
           [&t] {
             return sentence(t.forward, ",", t.input_gradient, ",", t.weight_gradient, ",", t.send);
           },
@@ -33,7 +33,7 @@ Takes four_times(Times& t) {
             const int read = sscanf(word.c_str(), "%lf,%lf,%lf,%lf%n", &t.forward,
                                     &t.input_gradient, &t.weight_gradient, &t.send, &used);
             return read == 4 && used == int(word.size()) && t.send >= 0 &&
-                   std::min({t.forward, t.input_gradient, t.weight_gradient}) > 0 &&
+                   std::min({t.forward, t.input_gradient, t.weight_gradient}) >= 1e-9 &&
                    t.all() + t.send < 1e9;
           }};
 }

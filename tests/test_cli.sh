@@ -499,7 +499,9 @@ refuses stages_given_twice_are_refused "--stages is given twice" 1f1b --stages 3
 refuses an_empty_svg_is_refused "--svg takes a name, not ''" 1f1b --svg ""
 refuses no_stages_are_refused "--stages takes a whole number from 1 to" zb --stages 0
 refuses times_that_are_no_numbers_are_refused \
-  "--times takes four numbers F,B,W,SEND: the first three above 0" zb --times 1,2
+  "--times takes four numbers F,B,W,SEND: the first three from 1e-9" zb --times 1,2
+refuses times_that_cannot_be_drawn_are_refused "the first three from 1e-9" zb \
+  --times 1e-310,1e-310,1e-310,0
 refuses options_of_all_schedules_are_refused "--svg is about one schedule" \
   all --svg "$dir/all.svg" --stages 3
 $train all >"$dir/out" 2>&1
