@@ -15,6 +15,7 @@
 #include "launch/options.h"
 #include "report/draw_map.h"
 #include "support/files.h"
+#include "support/metrics.h"
 #include "theory/plan.h"
 
 using Json = nlohmann::ordered_json;
@@ -365,7 +366,9 @@ int main(int argc, char** argv) {
         REQUIRE(name == "map" || name == "machine" || name == "profile", "--", name,
                 " would do nothing: --map draws models and clusters of its own");
       write_file(o.map, [&](const Write& write) {  // which must be possible: it takes minutes
-        write(draw_map(cluster_of(o), 1.25e9));
+        const std::string map = draw_map(cluster_of(o), 1.25e9);
+        put_aside(o.map, "drawings");
+        write(map);
       });
     }
   });

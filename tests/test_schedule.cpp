@@ -13,6 +13,7 @@
 #include <random>
 #include <set>
 
+#include "report/svg.h"
 #include "tests/test.h"
 
 namespace {
@@ -818,6 +819,13 @@ TEST(the_axis_of_a_drawing_has_three_digits) {
   const std::string text =
       draw_text(s, simulate(s, durations(s, {0.1234567, 0.1234567, 0.1234567, 0})), 0.1234567 / 3);
   CHECK_EQ(text.substr(0, text.find('\n')), "time      0         0.412     0.823     1.23");
+}
+
+TEST(words_in_an_svg_may_have_any_signs) {
+  Svg svg(1, 1, "", "a<b");
+  svg.text(0, 0, "", "R&D ", 1.5);
+  CHECK(svg.out.str().find("<title>a&lt;b</title>") != std::string::npos);
+  CHECK(svg.out.str().find(">R&amp;D 1.5</text>") != std::string::npos);
 }
 
 TEST(the_svg_is_whole_and_stands_alone) {
