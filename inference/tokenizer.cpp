@@ -152,10 +152,12 @@ void Tokenizer::read_tokenizer_json(const json& file) {
 }
 
 void Tokenizer::read_model(const json& model) {
+  std::unordered_map<std::string, int> special;
+  for (const int t : special_) special[texts_[t]] = t;
   for (const auto& [written, number] : model.at("vocab").items()) {
-    const auto added = std::ranges::find(special_, written, [&](int t) { return texts_[t]; });
-    if (added == special_.end()) add(whole_number(number, kLargest), to_bytes(written));
-    else REQUIRE(number == *added, "it has two numbers of '", written, "'");
+    const auto added = special.find(written);
+    if (added == special.end()) add(whole_number(number, kLargest), to_bytes(written));
+    else REQUIRE(number == added->second, "it has two numbers of '", written, "'");
   }
   REQUIRE(size() > 0, "its vocabulary is empty");
   const json& merges = model.at("merges");
