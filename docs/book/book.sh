@@ -13,6 +13,12 @@ for tool in pandoc ctags highlight python3; do
     exit 1
   }
 done
+# whose lists of words a filter can walk
+pandoc --version | awk -F'[ .]' 'NR == 1 { exit !($2 > 2 || ($2 == 2 && $3 >= 17)) }' \
+  || {
+    echo "make book: $(pandoc --version | head -1) is too old: pandoc 2.17 or newer is needed"
+    exit 1
+  }
 out=build/book
 rm -rf $out
 mkdir -p $out/source
