@@ -78,13 +78,14 @@ up() {
     done
   else
     make -s --no-print-directory BACKEND=cpu build/delay
-    local mbit=0
+    local mbit=0 first="" said=build/delay-$lab.log
     [ "$rate" = 0 ] || mbit=$(bits "$rate")e-6
-    ip netns exec "$switch" chrt -f 10 build/delay $((n + 1)) "$delay" $mbit \
-      </dev/null >/dev/null 2>&1 &
+    ! chrt -f 10 true 2>/dev/null || first="chrt -f 10" # without it delays vary more
+    ip netns exec "$switch" $first build/delay $((n + 1)) "$delay" $mbit \
+      </dev/null >/dev/null 2>"$said" &
     for i in $(seq 100); do
       ip -n "$switch" link show "port$n" >/dev/null 2>&1 && break
-      [ "$i" -lt 100 ] || refuse "build/delay made no devices: is there a /dev/net/tun?"
+      [ "$i" -lt 100 ] || refuse "build/delay made no devices: $(cat "$said")"
       sleep 0.05
     done
     ip -n "$switch" link set port0 name hub mtu $mtu
