@@ -61,8 +61,9 @@ using Say = std::function<void(const std::string&)>;  // to those who wait
 struct BusyError : Error {  // another process is writing the file
   using Error::Error;
 };
-// Writes a file that is there whole or not at all, and waits until the disk has it. `fill` writes
-// one piece after the other. A link of that name is replaced, and what it points to stays.
+// Writes a file that is there whole or not at all, and waits until the disk has its bytes (who
+// needs its name there, too, syncs the directory). `fill` writes one piece after the other. A link
+// of that name is replaced, and what it points to stays.
 using Write = std::function<void(std::string_view piece)>;
 WrittenFile write_file(const std::string& path, const std::function<void(const Write&)>& fill);
 WrittenFile write_file(const std::string& path, std::string_view text);
