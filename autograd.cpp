@@ -263,6 +263,8 @@ Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, Atten
 
 void cross_entropy(Tape& tape, Var logits, const Tensor& targets, int64_t V, double scale,
                    const Tensor& total) {
+  ASSERT(!tape.recording() || !logits.value.shared(),
+         "a backward reads logits that become their gradient");
   const Tensor losses = row_statistics(logits.value);
   cross_entropy(losses, logits.value, targets, V, scale, tape.recording());
   // the same memory: the gradient is ready before the backward starts

@@ -173,6 +173,8 @@ void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets
                                    double scale, const Tensor& total) {
   if (axis_.size == 1)
     return ::cross_entropy(tape, std::move(logits), targets, vocab, scale, total);
+  ASSERT(!tape.recording() || !logits.value.shared(),
+         "a backward reads logits that become their gradient");
   const Purpose purpose(Traffic::loss);
   const int64_t R = targets.numel(), V = part(vocab).size();
   const Dtype acc = master_dtype(logits.value.dtype());

@@ -378,7 +378,7 @@ void Checkpoint::read(const Piece& piece, Part part, Dtype dtype, void* to) cons
       StoredArrays& file = open_[name];
       if (file.empty()) file = open_safetensors(name);
       const auto array = file.find(piece.tensor + suffix(part));
-      REQUIRE(array != file.end(), name, " has no tensor ", piece.tensor);
+      REQUIRE(array != file.end(), name, " has no tensor ", piece.tensor, suffix(part));
       array->second.read(from.at + skip, n, dtype, static_cast<char*>(to) + at * size_of(dtype));
       begin += n, at += n, count -= n;
     }
@@ -432,6 +432,10 @@ void put_later_aside(const std::string& dir, int64_t step, const Job& job, const
 
 void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part part,
           const Tensor& to) {
+  const auto saved = checkpoint.tensors.find(param.name);
+  REQUIRE(saved == checkpoint.tensors.end() || saved->second == file_shape(param), checkpoint.path,
+          ": ", param.name, " is ", to_string(saved->second), " there, and this model's is ",
+          to_string(file_shape(param)));
   const Dtype dtype = master_dtype(to.dtype());
   std::vector<char> host(to.numel() * size_of(dtype));
   checkpoint.read({param.name, param.slice, first, to.numel()}, part, dtype, host.data());

@@ -111,10 +111,18 @@ template <class T, int N> struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16
   __device__ T& operator[](int i) { return v[i]; }
   __device__ const T& operator[](int i) const { return v[i]; }
 };
+// A GPU traps at an address that is no multiple of a pack; x86 does not mind, so FAITHFUL looks.
+template <int N, class T> __device__ __forceinline__ void check_address([[maybe_unused]] T* p) {
+#ifdef CPU_FAITHFUL
+  ASSERT(reinterpret_cast<uintptr_t>(p) % alignof(Pack<T, N>) == 0, "a pack at an odd address");
+#endif
+}
 template <int N, class T> __device__ __forceinline__ Pack<T, N> load_pack(const T* p) {
+  check_address<N>(p);
   return *reinterpret_cast<const Pack<T, N>*>(p);
 }
 template <int N, class T> __device__ __forceinline__ void store_pack(T* p, Pack<T, N> x) {
+  check_address<N>(p);
   *reinterpret_cast<Pack<T, N>*>(p) = x;
 }
 // The first `inside` elements at p, zeros after them; packs: p begins at a multiple of 16 bytes

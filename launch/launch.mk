@@ -34,7 +34,7 @@ export override PROMPT := $(value PROMPT)
 export override CHECKPOINT := $(value CHECKPOINT)
 export override TRAIN_ARGS := $(value TRAIN_ARGS)
 export override PAGE := $(value PAGE)
-## make run [DATA=file] [STRATEGY=serial|replicate|zero1|fsdp|cp|tp|tp-rows|pp|3d] [NP=ranks]
+## make run [DATA=file] [STRATEGY=serial|replicate|zero1|fsdp|cp|tp|tp-sequence|pp|3d] [NP=ranks]
 ##          [ARGS=options]  train a GPT and print a sample of what it learned
 ## make replay [STRATEGY=fsdp] [NP=4] [PAGE=build/replay.html] [ARGS=options]
 ##                          a step of all ranks to look at, event by event

@@ -54,7 +54,7 @@ else
   [ "$strategy" != 3d ] || ranks=8
 fi
 # what the default models can be cut into
-case $strategy in tp | tp-rows | pp)
+case $strategy in tp | tp-sequence | pp)
   if [ -z "${NP:-}" ] && [ "$ranks" -gt 4 ] \
     && ! has --model && ! has --heads && ! has --layers; then
     echo "make $what: on 4 of $ranks ranks, which divide the default model; NP=$ranks takes all"
@@ -113,15 +113,15 @@ case $strategy in
     ;;
   replicate | fsdp | cp | tp | pp) command+=("--$strategy" "$ranks") ;;
   zero1) command+=(--fsdp "$ranks" --zero 1) ;;
-  tp-rows) command+=(--tp "$ranks" --sequence-parallel) ;;
+  tp-sequence) command+=(--tp "$ranks" --sequence-parallel) ;;
   3d)
     [ $((ranks % 4)) = 0 ] || refuse "STRATEGY=3d is pp 2 x fsdp NP/4 x tp 2, but NP is $ranks:" \
       "choose a multiple of 4"
     command+=(--pp 2 --fsdp $((ranks / 4)) --tp 2 --sequence-parallel)
     ;;
   *)
-    refuse "STRATEGY is '$strategy', expected serial, replicate, zero1, fsdp, cp, tp, tp-rows, pp" \
-      "or 3d"
+    refuse "STRATEGY is '$strategy', expected serial, replicate, zero1, fsdp, cp, tp," \
+      "tp-sequence, pp or 3d"
     ;;
 esac
 # DATA is one file, whatever its name, or several whose names have no spaces.

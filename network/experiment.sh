@@ -39,7 +39,7 @@ layouts() {
   row zero3 --fsdp "$n"
   row zero3-wait --fsdp "$n" --prefetch 0
   row tp --tp "$n"
-  row tp-rows --tp "$n" --sequence-parallel
+  row tp-sequence --tp "$n" --sequence-parallel
   row 1f1b --pp "$n" --schedule 1f1b $micro
   row zb --pp "$n" --schedule zb $micro
   row zbv --pp "$n" --schedule zbv $micro

@@ -12,7 +12,7 @@ command -v chromium >/dev/null || command -v google-chrome >/dev/null || {
   exit 0
 }
 mkdir -p $out
-for strategy in ${STRATEGIES:-serial replicate zero1 fsdp cp tp tp-rows pp 3d}; do
+for strategy in ${STRATEGIES:-serial replicate zero1 fsdp cp tp tp-sequence pp 3d}; do
   NP='' STRATEGY=$strategy PAGE=$out/$strategy.html \
     launch/run.sh replay >"$out/$strategy.txt" 2>&1 || {
     tail -3 "$out/$strategy.txt"

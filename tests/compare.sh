@@ -42,7 +42,7 @@ jobs() {
     job fsdp-zero3 "$np" --fsdp "$np"
     job cp "$np" --cp "$np"
     job tp "$np" --tp "$np"
-    job tp-rows "$np" --tp "$np" --sequence-parallel
+    job tp-sequence "$np" --tp "$np" --sequence-parallel
     job pp-gpipe "$np" --pp "$np" --schedule gpipe $micro
     job pp-1f1b "$np" --pp "$np" --schedule 1f1b $micro
     job pp-interleaved "$np" --pp "$np" --schedule interleaved $micro

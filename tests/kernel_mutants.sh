@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # kernel_mutants.sh: faults in the kernels that multiply in tensor cores: each barrier and each wait
-# for copies taken out, a number in another lane, a mask off by one; and padding that the loss reads
-# or leaves. In FAITHFUL a test must fail, or the stand-in report it; unchanged, the test must have
-# passed before.
+# for copies taken out, a number in another lane, a mask off by one; padding that the loss reads or
+# leaves; and packs at an address that nobody has looked at. In FAITHFUL a test must fail, or the
+# stand-in report it; unchanged, the test must have passed before.
 #   tests/kernel_mutants.sh [NAME]
 # The fault is put into a copy of its file (a header is found there before the real one); the
 # kernels are compiled from there and linked into the test in the real ones' place.
@@ -54,6 +54,8 @@ attention="kernels/attention_mma.cu kernels/attention_mma.cu test_attention any_
 product="kernels/matmul.cu kernels/matmul.cu test_matmul own_bf16_equals"
 loss="kernels/cross_entropy.cu kernels/cross_entropy.cu test_kernels cross_entropy_gives"
 parts="kernels/cross_entropy.cu kernels/cross_entropy.cu test_kernels cross_entropy_in_parts"
+norm="kernels/layernorm.cu kernels/layernorm.cu test_kernels layernorm_backward"
+biases="kernels/elementwise.cu kernels/elementwise.cu test_kernels a_bias_is_added"
 lanes="kernels/mma.cuh kernels/attention_mma.cu test_attention any_pieces"
 lanes_of_product="kernels/mma.cuh kernels/matmul.cu test_matmul own_bf16_equals"
 drop() { echo "/ $1\(/,/^}/{/$2/d}"; }  # what matches is deleted from that kernel
@@ -77,6 +79,8 @@ mutant an_operand_is_not_transposed $lanes_of_product 's/ldmatrix<true>\(a/ldmat
 mutant the_softmax_reads_padding $loss 's/(row_softmax<N>)\(x, V\), scale/\1(x, ld), scale/'
 mutant a_part_s_softmax_reads_padding $parts 's/(all = row_softmax<N>)\(x, V\)/\1(x, ld)/'
 mutant the_gradient_of_padding_stays $loss '/x\[i\] = store<T>\(A\(0\)\)/d'
+mutant a_gain_is_read_in_packs_unseen $norm 's/, &gain\}\), *$/}),/'
+mutant a_bias_is_read_in_packs_unseen $biases 's/, &bias\}\)/})/'
 
 echo "$passed passed, $failed failed"
 [ $failed -eq 0 ]

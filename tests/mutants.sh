@@ -185,7 +185,7 @@ mutant faults tp_ranks_have_other_owners_for_what_all_hold \
   fsdp.cpp 's/, p->largest_slice\)/, int64_t(0))/' \
   6 immediate test_tensor_parallel what_all_tp_ranks_hold
 mutant faults gradients_stay_in_parts \
-  tensor_parallel.cpp 's/^  if \(!splits_rows_\) return;$/  (void)params; return;/' \
+  tensor_parallel.cpp 's/^  if \(!splits_rows_ \|\| .*\) return;$/  (void)params; return;/' \
   2 immediate test_tensor_parallel $parity_tp
 mutant faults the_targets_logit_is_not_summed \
   tensor_parallel.cpp 's/parts.part\(R, \{2, R\}\)/parts.part(R, {R})/' \
@@ -243,7 +243,7 @@ mutant faults the_v_keeps_one_chunk_more \
 mutant faults the_v_puts_no_weight_gradients_off_at_the_end \
   schedule.cpp 's/"B0 B1"/"B0 B1 W1"/' 1 immediate test_schedule bubbles_equal
 mutant faults transfers_are_placed_a_tick_late \
-  schedule.cpp 's/meetings\[int\(end\)\]/meetings[int(end) + 1]/' \
+  schedule.cpp 's/exchanges\[int\(end\)\]/exchanges[int(end) + 1]/' \
   1 immediate test_schedule $accepts
 mutant faults computations_come_before_the_transfers_of_their_tick \
   schedule.cpp 's/start >= tick \+ 1/start >= tick + 2/' \

@@ -242,6 +242,9 @@ template <class Check> int64_t equals_theory(Mesh& mesh, const GptConfig& config
   device().memory.peak = before.now;
   ledger.rows.clear();
   Trainer trainer(mesh, config, options);
+  int64_t parameters = 0;
+  for (const Param* p : trainer.gpt.params()) parameters += elements(p->shape);
+  CHECK_EQ(parameters, parameter_count(config), name);
   for (int step = 1; step <= 2; step++) {
     trainer.gradients(trainer.read([&](int64_t s) { return sequence(step, s, config); }));
     trainer.update(kLearningRate);

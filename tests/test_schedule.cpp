@@ -222,6 +222,10 @@ TEST(the_checker_accepts_every_schedule) {
     CHECK_EQ(check(s), "", label(s));
     schedules++;
     for (const auto& list : s.actions) actions += list.size();
+    for_each_computation(s, [&](int, int, const Action& a) {
+      if (a.kind != Action::forward)
+        CHECK_EQ(a.kind == Action::backward, !s.row->splits_backward, label(s));
+    });
   });
   int expected = 0;
   for (const std::string& name : schedule_names())
