@@ -129,8 +129,8 @@ Device& open_device(int ordinal, int64_t memory_limit_bytes);
 // returns streams and handles; every Tensor must be gone
 void close_device();
 void synchronize();  // host waits for the compute stream
-std::string describe_memory(
-    const MemoryUse& m);  // a line a category, in MiB: now, and when all were most
+// a line a category, in MiB: now, and when all together were most
+std::string describe_memory(const MemoryUse& m);
 
 struct Buffer {  // a block of device memory; allocated and freed in the order of the compute stream
   Buffer(int64_t bytes, Memory category);

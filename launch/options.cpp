@@ -232,9 +232,14 @@ void resolve(Options& o, bool has_gpu) {
 }
 
 TrainerOptions trainer_options(const Options& o) {
-  return {o.batch,    o.microbatch,   uint64_t(o.seed),
-          o.clip,     o.weight_decay, {int(o.zero), o.reshard == "yes", int(o.prefetch)},
-          o.schedule, int(o.chunks)};
+  return {.batch = o.batch,
+          .microbatch = o.microbatch,
+          .seed = uint64_t(o.seed),
+          .clip = o.clip,
+          .weight_decay = o.weight_decay,
+          .fsdp = {int(o.zero), o.reshard == "yes", int(o.prefetch)},
+          .schedule = o.schedule,
+          .chunks = int(o.chunks)};
 }
 
 // A report overwrites nothing that is read, and no other report.

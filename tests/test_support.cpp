@@ -7,9 +7,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
+#include <iterator>
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -18,6 +20,7 @@
 #include "support/metrics.h"
 #include "launch/options.h"
 #include "support/philox.h"
+#include "checkpoint/checkpoint.h"
 #include "checkpoint/safetensors.h"
 #include "inference/sampling.h"
 #include "inference/text_shards.h"
@@ -94,75 +97,26 @@ static Options resolved(const std::vector<const char*>& words, bool has_gpu = fa
 }
 
 TEST(every_option_reaches_its_field) {
-  const std::vector<const char*> words = {"--model",
-                                          "char",
-                                          "--layers",
-                                          "1",
-                                          "--width",
-                                          "2",
-                                          "--heads",
-                                          "3",
-                                          "--context",
-                                          "4",
-                                          "--vocab",
-                                          "5",
-                                          "--data",
-                                          "a",
-                                          "b",
-                                          "--tokenizer",
-                                          "pairs",
-                                          "--steps",
-                                          "6",
-                                          "--batch",
-                                          "7",
-                                          "--microbatch",
-                                          "8",
-                                          "--lr",
-                                          "0.5",
-                                          "--min-lr",
-                                          "1e-3",
-                                          "--warmup",
-                                          "9",
-                                          "--weight-decay",
-                                          "0",
-                                          "--clip",
-                                          "2.5",
-                                          "--seed",
-                                          "9223372036854775807",
-                                          "--dtype",
-                                          "f64",
-                                          "--matmul",
-                                          "own",
-                                          "--attention",
-                                          "flash",
-                                          "--recompute",
-                                          "--device-memory",
-                                          "10",
-                                          "--eval-every",
-                                          "11",
-                                          "--sample",
-                                          "12",
-                                          "--metrics",
-                                          "m.jsonl",
-                                          "--replicate",
-                                          "13",
-                                          "--fsdp",
-                                          "14",
-                                          "--zero",
-                                          "2",
-                                          "--reshard-after-forward",
-                                          "no",
-                                          "--prefetch",
-                                          "15",
-                                          "--timeout",
-                                          "16",
-                                          "--tp",
-                                          "18",
-                                          "--sequence-parallel",
-                                          "--resume-step",
-                                          "19",
-                                          "--help"};
+  std::istringstream text(
+      "--model char --layers 1 --width 2 --heads 3 --context 4 --vocab 5 --data a b --tokenizer "
+      "pairs --steps 6 --batch 7 --microbatch 8 --lr 0.5 --min-lr 1e-3 --warmup 9 --weight-decay 0 "
+      "--clip 2.5 --seed 9223372036854775807 --dtype f64 --matmul own --attention flash "
+      "--recompute --device-memory 10 --eval-every 11 --sample 12 --metrics m.jsonl --replicate 13 "
+      "--fsdp 14 --zero 2 --reshard-after-forward no --prefetch 15 --timeout 16 --tp 18 "
+      "--sequence-parallel --resume-step 19 --pp 20 --cp 21 --schedule zb --chunks 22 --checkpoint "
+      "saved --save-every 23 --keep 24 --resume --trace t.json --trace-steps 25-26 --profile "
+      "--help");
+  const std::vector<std::string> all(std::istream_iterator<std::string>(text), {});
+  std::vector<const char*> words;
+  for (const std::string& word : all) words.push_back(word.c_str());
   const Options o = parsed(words);
+  int options = 0;
+  Options bound;
+  for (const OptionGroup& group : train_options(bound))
+    for (const Option& option : group.options) {
+      CHECK_EQ(std::ranges::count(all, "--" + option.name), 1, option.name);
+      options++;
+    }
   const ModelSize& m = o.model;
   CHECK(o.model_name == "char" && m.layers == 1 && m.width == 2 && m.heads == 3 && m.context == 4 &&
         m.vocab == 5);
@@ -176,12 +130,18 @@ TEST(every_option_reaches_its_field) {
   CHECK(o.layout["replicate"] == 13 && o.layout["fsdp"] == 14 && o.zero == 2 && o.reshard == "no" &&
         o.prefetch == 15 && o.timeout == 16 && o.layout["tp"] == 18 && o.sequence_parallel &&
         o.resume_step == 19);
+  CHECK(o.layout["pp"] == 20 && o.layout["cp"] == 21 && o.schedule == "zb" && o.chunks == 22 &&
+        o.checkpoint == "saved" && o.save_every == 23 && o.keep == 24 && o.resume &&
+        o.trace == "t.json" && o.traced.begin == 25 && o.traced.end == 26 && o.profile);
+  const TrainerOptions trains = trainer_options(o);
+  CHECK(trains.batch == 7 && trains.microbatch == 8 && trains.seed == INT64_MAX &&
+        trains.clip == 2.5 && trains.weight_decay == 0 && trains.fsdp.zero == 2 &&
+        !trains.fsdp.reshard && trains.fsdp.prefetch == 15 && trains.schedule == "zb" &&
+        trains.chunks == 22);
   const Options none = parsed({});
   CHECK(none.model_name.empty() && none.data.empty() && !none.recompute && !none.help &&
         none.seed == 1337 && none.matmul == "cublas");
-  measured(std::count_if(words.begin(), words.end(),
-                         [](const char* word) { return word[0] == '-'; }),
-           " options");
+  measured(options, " options");
 }
 
 TEST(presets_are_the_published_sizes_and_options_override_them) {
@@ -937,6 +897,29 @@ TEST(damaged_safetensors_are_refused) {
   std::ofstream(path, std::ios::binary) << "123";
   CHECK_SAYS(open_safetensors(path), "and 0 follow");
   CHECK_SAYS(open_safetensors(dir.path + "/none"), "cannot be opened");
+}
+
+TEST(a_checkpoint_is_loaded_into_a_model_of_its_shapes_alone) {
+  const TemporaryDirectory directory;
+  const Shape shape{2, 3};
+  CheckpointInfo info;
+  info.model = resolved({}).model;
+  write_whole_checkpoint(directory.path, info,
+                         {{"w", shape, Dtype::f32, [](void* to) { memset(to, 0, 24); }}});
+  const Checkpoint checkpoint(directory.path + "/step-00000000");
+  Param w;
+  w.name = "w";
+  for (const int64_t rows : {2, 1}) {
+    w.shape = {rows, 3};
+    w.slice = {1, rows, 3, 0, rows};
+    const Tensor x(w.shape, Dtype::f32, Memory::workspace);
+    fill(x, 1);
+    if (rows == 2) load(checkpoint, w, 0, Part::weights, x);
+    else
+      CHECK_SAYS(load(checkpoint, w, 0, Part::weights, x),
+                 "w is (2, 3) there, and this model's is (1, 3)");
+    CHECK_EQ(download(x)[0], rows == 2 ? 0 : 1);
+  }
 }
 
 // ---- sampling and tokens
