@@ -280,14 +280,14 @@ Var recompute(Tape& tape, const Var& x, const std::function<Var(Tape&, const Var
   Var y = f(forget, x);
   y.grad = std::make_shared<Tensor>();
   tape.push([&tape, f, x = x.value, dx = x.grad, dy = y.grad] {
-    Tape replay;
-    replay.recomputing = true;
-    replay.deferred = tape.deferred;
+    Tape second;
+    second.recomputing = true;
+    second.deferred = tape.deferred;
     Var leaf{x};
-    Var again = f(replay, leaf);
+    Var again = f(second, leaf);
     *again.grad = take(dy);
     again.value = Tensor();  // only its gradient matters from here on
-    replay.backward();
+    second.backward();
     accumulate(dx, take(leaf.grad));
   });
   return y;

@@ -171,6 +171,7 @@ Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, Atten
 // when recording, they become their gradient in place.
 void cross_entropy(Tape& tape, Var logits, const Tensor& targets, int64_t V, double scale,
                    const Tensor& total);
-// Activation checkpointing: runs `f` without recording, keeps only x, and replays f on a fresh tape
-// when its gradient is needed (Chen et al., "Training deep nets with sublinear memory cost", 2016).
+// Activation checkpointing: runs `f` without recording, keeps only x, and runs f again on a fresh
+// tape when its gradient is needed (Chen et al., "Training deep nets with sublinear memory cost",
+// 2016).
 Var recompute(Tape& tape, const Var& x, const std::function<Var(Tape&, const Var&)>& f);

@@ -38,18 +38,18 @@ struct AxisKind {
   bool splits_sequence;  // each rank computes with its own pieces of every sequence
   bool splits_model;     // each rank updates its own part of the parameters; else it holds a copy
   bool exchanges;        // neighbours send to each other, besides collectives
-  const char *letter, *help;  // of the option --name
+  const char* help;      // of the option --name N
 };
 constexpr std::array kAxes = std::to_array<AxisKind>({
     // slowest to fastest
-    {"pp", false, false, true, true, "N", "pipeline parallelism: the layers are cut into N stages"},
-    {"replicate", true, false, false, false, "N",
+    {"pp", false, false, true, true, "pipeline parallelism: the layers are cut into N stages"},
+    {"replicate", true, false, false, false,
      "data parallelism: copies of the model, gradients summed over them"},
-    {"fsdp", true, false, true, false, "N",
+    {"fsdp", true, false, true, false,
      "fully sharded data parallelism: each rank owns 1/N of every layer"},
-    {"cp", false, true, true, true, "N",
+    {"cp", false, true, true, true,
      "context parallelism: each rank has 1/N of every sequence, and of every layer as with fsdp"},
-    {"tp", false, false, true, false, "N",
+    {"tp", false, false, true, false,
      "tensor parallelism: each layer's weights are split over N ranks"},
 });
 
@@ -161,8 +161,8 @@ const char* name_of(Collective c);
 // What a rank of n sends with a bandwidth-optimal algorithm, in n-ths of the buffer.
 int64_t parts_sent(Collective c, int64_t n);
 // Each purpose has rows of its own, so that a formula is compared with one number. embedding: with
-// the head; recompute: forwards replayed; gathered_again, partial_gradients: what sequence
-// parallelism gathers a second time, and the sums of what it leaves in parts.
+// the head; recompute: forwards that are run again; gathered_again, partial_gradients: what
+// sequence parallelism gathers a second time, and the sums of what it leaves in parts.
 enum class Traffic {
   training,
   embedding,

@@ -25,7 +25,7 @@ UpdateTable update_table(const std::vector<ParamShard>& shards);
 
 class Optimizer {
  public:
-  // Adds up the vector of per-parameter squares over all ranks, so that each has those of all.
+  // Adds up the vector of per-parameter squares over all ranks: each has some.
   using Sum = std::function<void(const Tensor& squares)>;
   // clip: the largest global norm that an update may see; 0 for none. `parameters`: how many there
   // are in all. On one rank there is nothing to sum.

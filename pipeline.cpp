@@ -115,7 +115,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
           for (; !live.later.empty(); live.later.pop_front()) live.later.front()();
         });
         break;
-      case Action::exchange: break;  // execute's
+      case Action::exchange: break;  // execute() has done it
     }
     if (a.kind == Action::backward || a.kind == Action::weight_gradient) {
       kept -= live.bytes;

@@ -44,9 +44,9 @@ class Pipeline {
   // the next run: without a GPU the host then waits for each computation, and nothing overlaps
   bool measures = false;
   // Of the last run that was measured: how long each computation of this stage took by itself. On a
-  // GPU by events, with what it waits there for collectives of other axes (ZeRO-3, tp, cp); else in
-  // processor time, since ranks may share cores. Exchanges count as 0, and waiting for other stages
-  // is not measured. Waits for the device.
+  // GPU that is the time between two events, which includes waits for collectives of other axes
+  // (ZeRO-3, tp, cp); else it is processor time, since ranks may share cores. Exchanges count as 0,
+  // and waiting for other stages is not measured. Waits for the device.
   std::vector<double> milliseconds() const;
   // Of the last run: the most that was kept for backwards at once.
   int64_t most_live() const { return most_live_; }  // pairs of micro-batch and chunk

@@ -17,9 +17,9 @@
 //           then the computations that start at it. The earliest unfinished event of that order
 //           waits only for earlier ones, so it can always proceed: nothing deadlocks, not with one
 //           communication queue a stage, not when every action blocks its stage. Collectives of the
-//           other axes join ranks that run the same list, so they keep to that order, too; those
+//           other axes join ranks that run the same list, so they keep to that order, too. Those
 //           that join stages (tied gradient, loss, norm) come after all lists.
-//           `check` (theory/simulate.h) proves it for a schedule that is given to it. The tests
+//           `check` (theory/simulate.h) proves of a schedule that it cannot deadlock. The tests
 //           and build/show_schedule call it; a training run does not.
 //
 // cost      p stages, m micro-batches, v chunks a stage, s this stage (0 first); times of a chunk,

@@ -9,8 +9,8 @@
 //           of all rows an all-gather.
 // use       TensorParallel tp(axis, queue, sequence_parallel);
 //           Param w = tp.split(p, 1, heads);         // set-up: what this rank owns
-//           Var h = tp.column_linear(tape, x, rows, w);      // a pair of layers
-//           Var y = tp.row_linear(tape, gelu(tape, h, &b), rows, w2);
+//           Var h = tp.column_linear(tape, x, R, w);         // a pair of layers
+//           Var y = tp.row_linear(tape, gelu(tape, h, &b), R, w2);
 //           tp.sum_partial_gradients(params);    // before gradients leave the rank
 // source    Shoeybi et al., "Megatron-LM: Training multi-billion parameter language models using
 //           model parallelism", 2019, section 3; Korthikanti et al., "Reducing activation
@@ -49,7 +49,7 @@ class TensorParallel {
   // meaning (biases are added there), whose gradients are 0.
   int64_t rows_here(int64_t rows) const { return splits_rows_ ? ceil_div(rows, axis_.size) : rows; }
 
-  // ---- layers on the tape. R = B*T are this micro-batch's. x and the results of embedding
+  // ---- layers on the tape, for R = B*T rows of a micro-batch. x and the results of embedding
   // and row_linear hold rows_here(R) rows of width C. What column_linear and head return holds all
   // R rows of this rank's part of the width, which head pads.
   Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);

@@ -1,5 +1,5 @@
-// trainer.cpp: see trainer.h. The parts' forwards are in gpt.cpp; a backward is the tape, from its
-// end.
+// trainer.cpp: see trainer.h. The parts' forwards are in gpt.cpp; a backward is the tape, run from
+// its end.
 #include "trainer.h"
 
 #include <algorithm>

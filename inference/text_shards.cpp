@@ -37,17 +37,11 @@ static std::string encode_files(const std::vector<MappedFile>& texts, const std:
 // one more where encode_files makes other tokens of a text: those that are kept are not taken then
 constexpr int kEncoding = 1;
 
-// A directory that nobody else can write into; "" where there can be none of its name.
-static fs::path place_of_ours() {
-  std::error_code error;
-  fs::path place = fs::temp_directory_path(error);
-  if (error) place = "/tmp";
-  place /= sentence("threefold-", geteuid());
-  mkdir(place.c_str(), 0700);
+// Whether this is a directory into which nobody else can write
+static bool is_ours_alone(const fs::path& place) {
   struct stat is;
-  const bool ours = lstat(place.c_str(), &is) == 0 && S_ISDIR(is.st_mode) &&
-                    is.st_uid == geteuid() && !(is.st_mode & 022);
-  return ours ? place : "";
+  return lstat(place.c_str(), &is) == 0 && S_ISDIR(is.st_mode) && is.st_uid == geteuid() &&
+         !(is.st_mode & 022);
 }
 
 // The shard of some texts, made where there is none. name: where it lies and how it begins
@@ -60,19 +54,26 @@ static std::string shard_of(const std::vector<std::string>& paths, const fs::pat
     key += sentence(" ", checksum(texts.emplace_back(path).view));
   const std::string file =
       sentence(name.filename().string().substr(0, 200), ".", checksum(key), ".bin");
-  std::vector<fs::path> places{name.parent_path()};
-  if (!directory.empty()) places.push_back(directory);
-  if (const fs::path ours = place_of_ours(); !ours.empty()) places.push_back(ours);
+  std::error_code error;
+  fs::path last = fs::temp_directory_path(error);
+  if (error) last = "/tmp";
+  last /= sentence("threefold-", geteuid());
+  std::vector<fs::path> places{name.parent_path(), last};
+  if (!directory.empty()) places.insert(places.begin() + 1, directory);
   std::string shard;
   const Stopwatch waited;
   for (bool said = false;; usleep(50000)) {
     for (const fs::path& place : places)
-      if (is_there(place / file)) return place / file;
+      if (is_there(place / file) && (place != last || is_ours_alone(last))) return place / file;
     if (shard.empty()) shard = encode_files(texts, name, tokenizer, say);
     std::string why;
     bool is_coming = false;  // another process is writing the same
     for (const fs::path& place : places) {
       try {
+        if (place == last) {
+          mkdir(last.c_str(), 0700);
+          REQUIRE(is_ours_alone(last), last.string(), " is no directory of yours alone");
+        }
         write_file(place / file, shard);
         say(sentence(name.string(), " is encoded and kept as ", (place / file).string()));
         return place / file;

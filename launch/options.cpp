@@ -51,8 +51,7 @@ OptionGroup mesh_options(Layout& layout, bool has_batch) {
   for (size_t a = 0; a < kAxes.size(); a++) {
     const AxisKind& axis = kAxes[a];
     if ((axis.splits_batch || axis.splits_sequence) && !has_batch) continue;
-    group.options.push_back(
-        {axis.name, axis.letter, whole(&layout.sizes[a], 1, 50'000), axis.help});
+    group.options.push_back({axis.name, "N", whole(&layout.sizes[a], 1, 50'000), axis.help});
   }
   return group;
 }

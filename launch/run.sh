@@ -87,8 +87,8 @@ if [ "$what" = generate ]; then
     trap 'rm -f "$log"' EXIT
     trap 'refuse "the next call goes on with what has been saved in $checkpoint"' INT
     {
-      sample=0 ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" "$0" run \
-        2>&1 >&3 | tee -i "$log" >&2
+      DEFAULT_SAMPLE=0 ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" \
+        "$0" run 2>&1 >&3 | tee -i "$log" >&2
       status=${PIPESTATUS[0]}
     } 3>&1
     trap - INT
@@ -162,7 +162,7 @@ elif ! has --model; then
   default --steps 850
   default --lr 4e-3
 fi
-default --sample "${sample:-400}" # none for `make generate`
+default --sample "${DEFAULT_SAMPLE:-400}" # none for `make generate`
 default --eval-every 100
 # a page of it, unless its files are wanted elsewhere; for `make generate` a checkpoint is enough
 page=build/run.html

@@ -85,9 +85,10 @@ up() {
       </dev/null >/dev/null 2>"$said" &
     for i in $(seq 100); do
       ip -n "$switch" link show "port$n" >/dev/null 2>&1 && break
-      [ "$i" -lt 100 ] || refuse "build/delay made no devices: $(cat "$said")"
+      [ "$i" -lt 100 ] || refuse "build/delay made no devices: $(cat "$said" && rm "$said")"
       sleep 0.05
     done
+    rm "$said"
     ip -n "$switch" link set port0 name hub mtu $mtu
     for i in $(seq "$n"); do
       ip -n "$switch" link set "port$i" netns "$lab-$i" name eth0

@@ -112,13 +112,13 @@ static std::string communication_line(std::vector<double> shares) {
 
 // Names the rank whose communication queue is idle longest, since in theirs the others wait for it:
 // if that is half as long again as for the middle one of them, and by a tenth of the step.
-static std::string straggler_line(const std::vector<double>& computing, double step_ms,
+static std::string straggler_line(const std::vector<double>& idle, double step_ms,
                                   const Json& hosts) {
-  std::vector<double> sorted = computing;
+  std::vector<double> sorted = idle;
   std::ranges::sort(sorted);
   const double most = sorted.back(), middle = sorted[(sorted.size() - 1) / 2];
   if (most < 1.5 * middle || most - middle < 0.1 * step_ms) return "";
-  const size_t slow = std::ranges::find(computing, most) - computing.begin();
+  const size_t slow = std::ranges::find(idle, most) - idle.begin();
   return format(
       "  the others wait for rank %zu on %s: it does not communicate for %.1f ms of a step, the "
       "middle one of all ranks for %.1f\n",
@@ -187,7 +187,7 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps
   const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.pipeline.most_live_bytes())},
                   {"traffic", traffic_json(mesh.rank, t, steps)},
                   {"communication_share", time.communicating / time.ms},
-                  {"computing_ms", time.ms - time.communicating},
+                  {"queue_idle_ms", time.ms - time.communicating},
                   {"hosts", host_name()},
                   {"took", pipelined ? trainer.pipeline.milliseconds() : std::vector<double>{}}};
   const std::vector<std::string> texts = gather_text(mine.dump());
@@ -208,7 +208,7 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps
   std::string text = memory_table(m, t, trainer.pipeline.most_live_bytes()) +
                      traffic_table(mine["traffic"], steps) +
                      communication_line(summary["communication_share"]) +
-                     straggler_line(summary["computing_ms"], time.ms, summary["hosts"]);
+                     straggler_line(summary["queue_idle_ms"], time.ms, summary["hosts"]);
   if (pipelined) {
     const size_t pipelines = took.size() / trainer.pipeline.schedule().stages;
     Durations stages;  // stage t of the first pipeline is rank t * pipelines

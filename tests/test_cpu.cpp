@@ -93,7 +93,7 @@ std::string run_in_child(void (*body)(), int* status) {
 
 struct QueuedStreams {  // for the length of a scope
   explicit QueuedStreams(unsigned seed) { cpu::queue_streams(seed); }
-  ~QueuedStreams() { cpu::run_streams_at_once(); }
+  ~QueuedStreams() { cpu::run_streams_immediately(); }
 };
 #endif
 

@@ -27,7 +27,9 @@ using nccl_referee::Call;
 
 #if defined(CPU_FAST) || defined(CPU_FAITHFUL)
 constexpr bool kCpu = true;
-void queue_streams(uint64_t seed) { seed ? cpu::queue_streams(seed) : cpu::run_streams_at_once(); }
+void queue_streams(uint64_t seed) {
+  seed ? cpu::queue_streams(seed) : cpu::run_streams_immediately();
+}
 #else
 constexpr bool kCpu = false;
 void queue_streams(uint64_t) {}

@@ -24,7 +24,7 @@ struct Setting {
 std::vector<Setting> settings() {
   const int64_t n = job().size, half = n / 2;
   std::vector<Setting> all;
-  const auto add = [&](const Layout& layout, const char* schedule = "1f1b", int zero = 3) {
+  const auto add = [&](const Layout& layout, const std::string& schedule = "1f1b", int zero = 3) {
     if (layout.ranks() != n || layout["pp"] > kConfig.layers / 2 || layout["tp"] > kConfig.heads)
       return;
     Setting s{layout, {}, layout["tp"] > 1};
@@ -39,8 +39,7 @@ std::vector<Setting> settings() {
   for (int zero : {1, 2, 3}) add({{"fsdp", n}}, "1f1b", zero);
   add({{"tp", n}});
   add({{"cp", n}});
-  for (const char* schedule : {"gpipe", "1f1b", "interleaved", "zb", "zbv"})
-    add({{"pp", n}}, schedule);
+  for (const std::string& schedule : schedule_names()) add({{"pp", n}}, schedule);
   add({{"pp", 2}, {"fsdp", half}}, "zbv");
   add({{"pp", 2}, {"tp", half}});
   add({{"fsdp", 2}, {"cp", half}});
@@ -72,7 +71,7 @@ struct Queues {
   }
   ~Queues() {
 #ifdef CPU_FAST
-    if (!was_) cpu::run_streams_at_once();
+    if (!was_) cpu::run_streams_immediately();
 #endif
   }
   bool was_ = true;

@@ -210,7 +210,7 @@ namespace cpu {
 // (THREEFOLD_STREAMS=queued); with random delays drawn from a seed a forgotten wait between two
 // streams shows (THREEFOLD_STREAMS=queued:SEED or these functions).
 void queue_streams(unsigned seed);
-void run_streams_at_once();
+void run_streams_immediately();
 extern bool streams_are_queued;
 // Calls that made the host wait for the device, so far: how tests see where a program does.
 inline std::atomic<int64_t> host_waits = 0;

@@ -373,7 +373,7 @@ void cpu::queue_streams(unsigned seed) {
   streams_are_queued = true;
   poison_memory(true);
 }
-void cpu::run_streams_at_once() {
+void cpu::run_streams_immediately() {
   cudaDeviceSynchronize();
   streams_are_queued = false;
 }
