@@ -424,6 +424,40 @@ TEST(no_bound_is_above_the_step) {
     }
 }
 
+// On a machine where nothing but products takes time. flops_per_token counts half of the scores, for
+// the causal mask, and 6 products of them; flash attention has 7 of a half, plain attention 6 whole
+// ones.
+TEST(every_product_of_a_step_is_predicted_once) {
+  Cluster cluster{parse_machine("products alone",
+                                "peak 1 : -\nf32 1 : -\nproduct 1 1 : -\nproduct 2 1 : -\n"
+                                "multiprocessors 0 : -\ncopy 1e9 : -\nmemory 80 : -\n"
+                                "launch 0 : -\ninside 1e9 0 : -\nbetween 1e9 0 : -\n"),
+                  profile_named("threefold"), 1, 8};
+  cluster.profile.flash_share = 1;
+  for (const Layout& layout : {Layout{}, Layout{{"tp", 4}}, Layout{{"cp", 4}}, Layout{{"fsdp", 4}},
+                               Layout{{"fsdp", 2}, {"cp", 2}, {"tp", 2}}})
+    for (const AttentionKind attention : {AttentionKind::plain, AttentionKind::flash})
+      for (const bool recompute : {false, true}) {
+        GptConfig config{{6, 512, 8, 256, 4096, 4, 1024}, Dtype::bf16, attention};
+        config.recompute = recompute;
+        TrainingJob job{config, {}, layout};
+        job.batch = 16;
+        job.microbatch = 2;
+        const double of_scores = 6.0 * config.layers * config.width * config.context,
+                     weights = flops_per_token(config) - of_scores,
+                     in_head = 6.0 * config.width * config.vocab,
+                     scores = (attention == AttentionKind::flash ? 7 : 12) * of_scores / 6,
+                     again = recompute
+                                 ? (weights - in_head) / 3 +
+                                       (attention == AttentionKind::flash ? 2 : 4) * of_scores / 6
+                                 : 0,
+                     expected = (weights + scores + again) * double(job.batch * config.context),
+                     predicted = Predictor(cluster, config).step(job).seconds * 1e12 *
+                                 double(layout.ranks());
+        CHECK_LE(close(predicted, expected), 1e-6, to_string(layout));
+      }
+}
+
 TEST(every_parameter_is_updated_once) {
   // most are positions, whose unit the head uses, too, and tokens, which both ends use
   const GptConfig config{{2, 64, 4, 4096, 4096}, Dtype::f32};
