@@ -192,8 +192,8 @@ class Run {
       watch.progress();
       const std::vector<int> window(tokens.end() - std::min<int64_t>(tokens.size(), T),
                                     tokens.end());
-      int token =
-          pick(trainer.next_logits(window), {.temperature = 0.8, .seed = uint64_t(o.seed)}, i);
+      std::vector<double> logits = trainer.next_logits(window);
+      int token = pick(logits, {.temperature = 0.8, .seed = uint64_t(o.seed)}, i);
       // copies of the model may differ by a rounding, and all must go on with one token
       MPI_Ibcast(&token, 1, MPI_INT, 0, MPI_COMM_WORLD, Finished());
       tokens.push_back(token);

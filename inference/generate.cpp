@@ -143,7 +143,7 @@ static void print_statistics(const GptConfig& config, const Mesh& mesh, std::vec
 static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
                      const std::optional<Checkpoint>& checkpoint, const Tokenizer& tokenizer,
                      const std::vector<std::vector<int>>& prompts, Watch& watch) {
-  const size_t B = prompts.size();
+  const size_t B = prompts.size(), V = o.model.vocab;
   const int64_t tokens = tokens_to_add(o, prompts);
   const size_t longest = std::ranges::max(prompts, {}, &std::vector<int>::size).size();
   Generator generator(mesh, model_config(o), B, longest + tokens);
@@ -171,12 +171,13 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
     Generator::Logits logits;
     for (size_t b = 0; made == 0 && b < B; b++) {
       watch.progress();
-      for (auto& row : generator.prefill(b, prompts[b])) logits.push_back(row);
+      const Generator::Logits row = generator.prefill(b, prompts[b]);
+      logits.insert(logits.end(), row.begin(), row.end());
     }
     watch.progress();
     if (made > 0) logits = generator.decode(next);
-    for (size_t b = 0; b < logits.size(); b++)
-      next[b] = pick(logits[b], how, prompts[b].size() + made, b);
+    for (size_t b = 0; b < logits.size() / V; b++)
+      next[b] = pick({&logits[b * V], V}, how, prompts[b].size() + made, b);
     next = generator.share(next);
     if (made == 0) ledger.rows.clear();  // from here on it is of decoding
     else decoded += std::ranges::count(ended, false);

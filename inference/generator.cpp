@@ -26,16 +26,13 @@ Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int
 
 // Through this stage. On the last one logits come out: of tokens.only_row, or of every row.
 Generator::Logits Generator::forward(const Tokens& tokens, const Gpt::Attend& attend) {
-  const int64_t rows = tokens.rows(), V = gpt.config.vocab;
   Logits logits;
-  pipeline_.forward({rows, gpt.config.width}, gpt.config.dtype, 1,
+  pipeline_.forward({tokens.rows(), gpt.config.width}, gpt.config.dtype, 1,
                     [&](Tape& tape, int, Var x, int) {
                       for (const ModelPart& part : piece_)
                         x = gpt.run(tape, part, x, tokens, attend);
                       if (!has_head(piece_)) return x;
-                      const std::vector<double> all = download(gpt.tp.whole_logits(x.value, V));
-                      for (auto row = all.begin(); row < all.end(); row += V)
-                        logits.emplace_back(row, row + V);
+                      logits = download(gpt.tp.whole_logits(x.value, gpt.config.vocab));
                       return Var{};
                     });
   return logits;

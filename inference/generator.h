@@ -31,8 +31,8 @@ class Generator {
     for (Param* p : params()) load(checkpoint, *p, 0, Part::weights, p->own(p->value));
   }
 
-  // (V) a sequence on the last stage; empty on the others
-  using Logits = std::vector<std::vector<double>>;
+  // (sequences,V) on the last stage, prefill's of one; empty on the others
+  using Logits = std::vector<double>;
   // the sequence starts anew; after the last token of the prompt
   Logits prefill(int64_t sequence, const std::vector<int>& prompt);
   // one new token of each sequence

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <vector>
 
 #include "support/check.h"
 #include "support/philox.h"
@@ -13,7 +14,7 @@ namespace {
 
 // Tokens in an order, and the sums of their probabilities up to each.
 struct Ranking {
-  explicit Ranking(const std::vector<double>& all) : p(all), order(all.size()) {
+  explicit Ranking(std::span<const double> all) : p(all), order(all.size()) {
     std::iota(order.begin(), order.end(), 0);
   }
   // The first `count` are the likeliest, in order, equals by number. Returns their sum.
@@ -22,15 +23,12 @@ struct Ranking {
     const auto begin = order.begin() + sums.size(), end = order.begin() + count;
     std::nth_element(begin, end, order.end(), comes_first);
     std::sort(begin, end, comes_first);
-    return add_up(count);
-  }
-  double add_up(size_t count) {
     double sum = sums.empty() ? 0 : sums.back();
     for (size_t i = sums.size(); i < count; i++) sums.push_back(sum += p[order[i]]);
     return sum;
   }
 
-  const std::vector<double>& p;
+  std::span<const double> p;
   std::vector<int> order;    // sorted as far as there are sums
   std::vector<double> sums;  // of the first one, the first two, ...
 };
@@ -58,26 +56,30 @@ double sort_up_to(double top_p, Ranking& ranking) {
 
 }  // namespace
 
-int pick(const std::vector<double>& logits, const Sampling& how, int64_t position,
-         int64_t sequence) {
+int pick(std::span<double> logits, const Sampling& how, int64_t position, int64_t sequence) {
   bool finite = true;  // without a branch, which would keep the loop from being vectorized
   for (const double l : logits) finite &= std::abs(l) <= std::numeric_limits<double>::max();
   REQUIRE(finite, "the model's logits at position ", position,
           " are not all finite numbers: its weights are damaged, or too large for this --dtype");
   const int likeliest = std::ranges::max_element(logits) - logits.begin();
+  const double most = logits[likeliest];
   if (how.temperature == 0 || how.top_k == 1) return likeliest;
-  std::vector<double> p(logits.size());
-  for (size_t v = 0; v < p.size(); v++)
-    p[v] = std::exp((logits[v] - logits[likeliest]) / how.temperature);
+  const std::span<double> p = logits;
+  for (double& l : p) l = std::exp((l - most) / how.temperature);
+  const Philox4 r = philox(position, position >> 32, sequence, 1, how.seed, how.seed >> 32);
+  const double u = r.v[0] / 4294967296.0;
+  if (how.top_k == 0 && how.top_p >= 1) {
+    const double share = u * std::accumulate(p.begin(), p.end(), 0.0);
+    double sum = 0;
+    size_t v = 0;
+    while ((sum += p[v]) <= share) v++;
+    return int(v);
+  }
   Ranking ranking(p);
-  double total;
-  if (how.top_k > 0) total = ranking.sort(std::min(p.size(), size_t(how.top_k)));
-  else if (how.top_p < 1) total = sort_up_to(how.top_p, ranking);
-  else total = ranking.add_up(p.size());  // in any order
+  const double total = how.top_k > 0 ? ranking.sort(std::min(p.size(), size_t(how.top_k)))
+                                     : sort_up_to(how.top_p, ranking);
   const std::vector<double>& sums = ranking.sums;
   // the first that reaches top_p
   const auto last = std::lower_bound(sums.begin(), sums.end() - 1, how.top_p * total);
-  const Philox4 r = philox(position, position >> 32, sequence, 1, how.seed, how.seed >> 32);
-  const double u = r.v[0] / 4294967296.0;
   return ranking.order[std::upper_bound(sums.begin(), last, u * *last) - sums.begin()];
 }

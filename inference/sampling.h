@@ -4,7 +4,7 @@
 // test      tests/test_support.cpp
 #pragma once
 #include <cstdint>
-#include <vector>
+#include <span>
 
 struct Sampling {
   double temperature = 1;  // 0: the likeliest token
@@ -14,6 +14,6 @@ struct Sampling {
 };
 // A token with the probabilities of softmax(logits / temperature), cut to top_k and top_p. The
 // random number depends on (seed, position, sequence) alone, so every layout picks the same, and
-// every batch in which the text has the same place.
-int pick(const std::vector<double>& logits, const Sampling& how, int64_t position,
-         int64_t sequence = 0);
+// every batch in which the text has the same place. Probabilities are written over the logits, so
+// that a large vocabulary needs no more memory for each token.
+int pick(std::span<double> logits, const Sampling& how, int64_t position, int64_t sequence = 0);

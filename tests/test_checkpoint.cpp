@@ -97,8 +97,7 @@ void print_logits(const std::string& dir, const std::vector<int>& tokens) {
   {
     Generator generator(mesh, config, 1, config.context);
     generator.load_weights(c);
-    const Generator::Logits logits = generator.prefill(0, tokens);
-    for (const double l : logits[0]) printf("%.17g\n", l);
+    for (const double l : generator.prefill(0, tokens)) printf("%.17g\n", l);
   }
   close_mesh(mesh);
 }

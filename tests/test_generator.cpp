@@ -54,18 +54,21 @@ struct Texts {
 Texts continue_all(Mesh& mesh, const GptConfig& config,
                    const std::vector<std::vector<int>>& prompts, const Sampling& how, int64_t count,
                    Gpt* whole) {
-  const size_t B = prompts.size();
+  const size_t B = prompts.size(), V = size_t(config.vocab);
   Generator generator(mesh, config, int64_t(B), config.context);
   generator.initialise(7);
   Texts t{prompts};
   Generator::Logits logits;
-  for (size_t b = 0; b < B; b++)
-    for (auto& row : generator.prefill(int64_t(b), prompts[b])) logits.push_back(row);
+  for (size_t b = 0; b < B; b++) {
+    const Generator::Logits row = generator.prefill(int64_t(b), prompts[b]);
+    logits.insert(logits.end(), row.begin(), row.end());
+  }
   for (int64_t i = 0; i < count; i++) {
     std::vector<int> next(B);
-    for (size_t b = 0; b < logits.size(); b++) {
-      if (whole) t.worst = std::max(t.worst, apart(logits[b], without_cache(*whole, t.tokens[b])));
-      next[b] = pick(logits[b], how, int64_t(t.tokens[b].size()), int64_t(b));
+    for (size_t b = 0; b < logits.size() / V; b++) {
+      std::vector<double> row(&logits[b * V], &logits[b * V] + V);
+      if (whole) t.worst = std::max(t.worst, apart(row, without_cache(*whole, t.tokens[b])));
+      next[b] = pick(row, how, int64_t(t.tokens[b].size()), int64_t(b));
     }
     next = generator.share(next);
     for (size_t b = 0; b < B; b++) t.tokens[b].push_back(next[b]);

@@ -424,9 +424,9 @@ TEST(no_bound_is_above_the_step) {
     }
 }
 
-// On a machine where nothing but products takes time. flops_per_token counts half of the scores, for
-// the causal mask, and 6 products of them; flash attention has 7 of a half, plain attention 6 whole
-// ones.
+// On a machine where nothing but products takes time. flops_per_token counts half of the scores,
+// for the causal mask, and 6 products of them; flash attention has 7 of a half, plain attention 6
+// whole ones.
 TEST(every_product_of_a_step_is_predicted_once) {
   Cluster cluster{parse_machine("products alone",
                                 "peak 1 : -\nf32 1 : -\nproduct 1 1 : -\nproduct 2 1 : -\n"

@@ -924,11 +924,15 @@ TEST(a_checkpoint_is_loaded_into_a_model_of_its_shapes_alone) {
 
 // ---- sampling and tokens
 
+static int picked(std::vector<double> logits, const Sampling& how, int64_t position) {
+  return pick(logits, how, position);
+}
+
 TEST(sampling_follows_the_probabilities_and_its_cuts) {
   const std::vector<double> logits = {std::log(0.5), std::log(0.1), std::log(0.3), std::log(0.1)};
   const auto counts = [&](const Sampling& how) {
     std::vector<double> share(4);
-    for (int i = 0; i < 20000; i++) share[size_t(pick(logits, how, i))] += 1.0 / 20000;
+    for (int i = 0; i < 20000; i++) share[size_t(picked(logits, how, i))] += 1.0 / 20000;
     return share;
   };
   const std::vector<double> all = counts({}), cold = counts({.temperature = 0.5}),
@@ -944,8 +948,8 @@ TEST(sampling_follows_the_probabilities_and_its_cuts) {
   CHECK_LE(worst, 0.015);  // four deviations of 20000 draws
   CHECK(two[1] == 0 && two[3] == 0 && likely[1] == 0 && likely[3] == 0);
   for (int i = 0; i < 50; i++)
-    CHECK(pick(logits, {.temperature = 0}, i) == 0 && pick(logits, {.top_k = 1}, i) == 0 &&
-          pick(logits, {.top_p = 0.4}, i) == 0);
+    CHECK(picked(logits, {.temperature = 0}, i) == 0 && picked(logits, {.top_k = 1}, i) == 0 &&
+          picked(logits, {.top_p = 0.4}, i) == 0);
   measured("80000 draws, shares within ", worst);
 }
 
@@ -987,7 +991,7 @@ TEST(top_p_picks_what_sorting_all_tokens_would) {
           const int64_t top_k = i % 4 < 3 ? 0 : 70;
           const Sampling how{
               .temperature = i % 2 ? 1 : 0.7, .top_k = top_k, .top_p = top_p, .seed = 3};
-          CHECK_EQ(pick(logits, how, i), pick_from_sorted(logits, how, i), name, ", ", V,
+          CHECK_EQ(picked(logits, how, i), pick_from_sorted(logits, how, i), name, ", ", V,
                    " tokens, ", top_p, ", ", top_k);
         }
     }
@@ -998,7 +1002,7 @@ TEST(no_token_comes_from_logits_that_are_not_finite) {
   for (const double poor : {double(NAN), double(INFINITY), -double(INFINITY)})
     for (const double temperature : {0.0, 1.0})
       for (const int64_t top_k : {0, 1, 2})
-        CHECK_SAYS(pick({1, poor, 2}, {.temperature = temperature, .top_k = top_k}, 5),
+        CHECK_SAYS(picked({1, poor, 2}, {.temperature = temperature, .top_k = top_k}, 5),
                    "logits at position 5 are not all finite");
 }
 
