@@ -252,8 +252,10 @@ Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, Atten
   else attention_flash_forward(y.value, saved, in);
   tape.push([=, out = y.value, dqkv = qkv.grad, dy = y.grad] {
     Tensor d = like(in.q);
-    if (plain) attention_plain_backward(d, d, take(dy), out, {}, saved, in);
-    else attention_flash_backward(d, d, take(dy), out, saved, in);
+    const Tensor dout = take(dy), delta({B, H, T}, master_dtype(dtype), Memory::workspace);
+    attention_delta(delta, dout, out);
+    if (plain) attention_plain_backward(d, d, dout, delta, {}, saved, in);
+    else attention_flash_backward(d, d, dout, delta, saved, in);
     accumulate(dqkv, std::move(d));
   });
   return y;

@@ -122,6 +122,8 @@ void ContextParallel::backward(const Problem& p, const Tensor& dqkv, const Tenso
   const Positions queries = part(p.T);
   const Tensor dq = p.rows(queries, 1, p.master);
   const Tensor own = p.rows(queries, 2, p.master);  // of its keys and values, by its own queries
+  const Tensor delta(lse.shape(), p.master, Memory::workspace);
+  attention_delta(delta, dout, out);
   Tensor kv = p.rows(queries, 2, p.dtype);
   copy_columns(kv, 0, qkv, p.C, 2 * p.C);
   Tensor sum;  // gradients of the last round's keys, by the ranks so far
@@ -139,12 +141,10 @@ void ContextParallel::backward(const Problem& p, const Tensor& dqkv, const Tenso
       all.push_back({sum, before});
     }
     start_exchange(all);
-    // dq adds up over the rounds; the kernels then add to dkv, too, which begins at 0
-    if (round) fill(dkv, 0);
     const AttentionInputs in{qkv, kv, p.B, p.H, queries, keys};
     if (p.kind == AttentionKind::plain)
-      attention_plain_backward(dq, dkv, dout, out, lse, {}, in, round > 0);
-    else attention_flash_backward(dq, dkv, dout, out, lse, in, round > 0);
+      attention_plain_backward(dq, dkv, dout, delta, lse, {}, in, round > 0);
+    else attention_flash_backward(dq, dkv, dout, delta, lse, in, round > 0);
     finish();
     if (round > 1) add(dkv, dkv, before);
     kv = next;

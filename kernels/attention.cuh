@@ -40,15 +40,24 @@ struct Places {
   }
 };
 
+// A block's head and tile are found in blockIdx.x alone, since gridDim.y, of which there are 65535,
+// could count neither. Blocks begin in the order of their numbers, and those with the longest walks
+// are the first tiles; so tile 0 of all heads comes first, then tile 1 of all, and no long walk
+// begins when the others end. But that goes on in groups of heads: keys and values of a whole
+// micro-batch would not stay in the L2 cache until the next tile reads them again.
 struct Sizes {
   int H, D;
   bool packs;  // rows begin at multiples of 16 bytes
   Places queries, keys;
-  // blocks of a head, one after the other: gridDim.y, of which there are 65535, could not count all
-  // heads, nor all tiles
-  unsigned tiles = 0;
-  __device__ unsigned tile() const { return blockIdx.x % tiles; }
-  __device__ unsigned head() const { return blockIdx.x / tiles; }
+  unsigned heads = 0, group = 0, tiles = 0;  // of all sequences; heads of a group; tiles of a head
+  unsigned blocks() const { return heads * tiles; }
+  __device__ unsigned first_head() const { return blockIdx.x / (group * tiles) * group; }
+  __device__ unsigned in_group() const { return blockIdx.x - first_head() * tiles; }
+  __device__ unsigned beside() const {  // heads of this group: the last one may have fewer
+    return first_head() + group < heads ? group : heads - first_head();
+  }
+  __device__ unsigned tile() const { return in_group() / beside(); }
+  __device__ unsigned head() const { return first_head() + in_group() % beside(); }
   // This block's head of a tensor; and the first of its rows in (B,H,queries)
   template <class T> __device__ Rows<T> of_head(Rows<T> x) const {
     x.data += int64_t(head() / H) * x.rows * x.ld + int64_t(head() % H) * D;
@@ -104,14 +113,11 @@ inline double flops_of_product(const Tensor& out, const AttentionInputs& in) {
   return 2.0 * pairs * out.numel() / std::max<int64_t>(in.queries.rows(), 1);
 }
 
-// (B,H,queries) acc: the sum over d of dout * out, both (B,queries,H,D)
-Tensor delta_of(const Tensor& dout, const Tensor& out, int64_t B, const Sizes& n);
-
 // Arguments of attention in tensor cores (attention_mma.cu). It takes bf16 with `packs`, which a D
 // of whole packs has.
 using Bf16Rows = Rows<const __nv_bfloat16>;
-void mma_forward(unsigned heads, Sizes n, Results out, float* lse, Inputs<__nv_bfloat16> in);
-void mma_backward(unsigned heads, Sizes n, Gradients d, Bf16Rows dout, const float* lse,
-                  const float* delta, Inputs<__nv_bfloat16> in);
+void mma_forward(Sizes n, Results out, float* lse, Inputs<__nv_bfloat16> in);
+void mma_backward(Sizes n, Gradients d, Bf16Rows dout, const float* lse, const float* delta,
+                  Inputs<__nv_bfloat16> in);
 
 }  // namespace flash

@@ -191,20 +191,19 @@ constexpr int kDeltaLanes = block_threads(8), kDeltaRows = kProductThreads / kDe
 // delta (B,H,queries) = sum over d of dout * out, both (B,queries,H,D); kDeltaLanes threads own a
 // row; reads both once; any D
 template <class T, int N> __global__ void __launch_bounds__(256)
-    flash_delta(acc_t<T>* delta, const T* dout, const T* out, Sizes n, int64_t rows) {
+    flash_delta(acc_t<T>* delta, const T* dout, const T* out, int H, int queries, int D,
+                int64_t rows) {
   const int lane = threadIdx.x % kDeltaLanes;
   const int64_t row = int64_t(blockIdx.x) * kDeltaRows + threadIdx.x / kDeltaLanes;  // of (B,T,H)
-  const int D = row < rows ? n.D : 0;
+  const int columns = row < rows ? D : 0;
   acc_t<T> sum = 0;
-  for (int d = lane * N; d < D; d += kDeltaLanes * N) {
-    const auto p = load_pack<N>(dout + row * n.D + d), q = load_pack<N>(out + row * n.D + d);
+  for (int d = lane * N; d < columns; d += kDeltaLanes * N) {
+    const auto p = load_pack<N>(dout + row * D + d), q = load_pack<N>(out + row * D + d);
     for (int k = 0; k < N; k++) sum += load(p[k]) * load(q[k]);
   }
   sum = reduce_lanes<Sum<acc_t<T>>, kDeltaLanes>(sum);
   if (row >= rows || lane) return;
-  const int64_t queries = n.queries.rows, h = row % n.H, t = row / n.H % queries,
-                b = row / n.H / queries;
-  delta[(b * n.H + h) * queries + t] = sum;
+  delta[(row / H / queries * H + row % H) * queries + row / H % queries] = sum;
 }
 
 // lse and delta of a tile's queries, and how many keys each sees; beyond the last query zeros,
@@ -326,19 +325,18 @@ template <class T, int kD> __global__ void __launch_bounds__(256, 2)
 
 // ---- launches
 
-template <class T, int kD>
-void forward(unsigned heads, Sizes n, Results out, acc_t<T>* lse, Inputs<T> in) {
+template <class T, int kD> void forward(Sizes n, Results out, acc_t<T>* lse, Inputs<T> in) {
   using S = Tiles<T, kD>;
   n.tiles = ceil_div(n.queries.rows, S::kTile);
   const size_t bytes = forward_bytes<S>();
   allow_shared(flash_forward<T, kD>, bytes);
   flash_forward<T, kD>
-      <<<heads * n.tiles, S::kThreads, bytes, device().compute>>>(out, lse, in, n,
-                                                                  acc_t<T>(1 / std::sqrt(n.D)));
+      <<<n.blocks(), S::kThreads, bytes, device().compute>>>(out, lse, in, n,
+                                                             acc_t<T>(1 / std::sqrt(n.D)));
   LAUNCHED();
 }
 
-template <class T, int kD> void backward(unsigned heads, Sizes n, Gradients d, Rows<const T> dout,
+template <class T, int kD> void backward(Sizes n, Gradients d, Rows<const T> dout,
                                          const acc_t<T>* lse, const acc_t<T>* delta, Inputs<T> in) {
   using S = Tiles<T, kD>;
   constexpr size_t bytes = backward_bytes<S>();
@@ -348,8 +346,8 @@ template <class T, int kD> void backward(unsigned heads, Sizes n, Gradients d, R
     n.tiles = ceil_div(owns_keys ? n.keys.rows : n.queries.rows, S::kTile);
     if (!n.tiles) continue;
     allow_shared(kernel, bytes);
-    kernel<<<heads * n.tiles, S::kThreads, bytes, device().compute>>>(d, dout, lse, delta, in, n,
-                                                                      acc_t<T>(1 / std::sqrt(n.D)));
+    kernel<<<n.blocks(), S::kThreads, bytes, device().compute>>>(d, dout, lse, delta, in, n,
+                                                                 acc_t<T>(1 / std::sqrt(n.D)));
     LAUNCHED();
   }
 }
@@ -381,13 +379,18 @@ Results write(const Parts& x, Dtype dtype, int64_t part, bool add) {
   return {x.begin(part), x.ld(), int(x.rows), wide, add};
 }
 
+// heads whose tiles are computed together; one thread takes head after head
+constexpr unsigned kGroup = kWarp == 1 ? 1 : 32;
+
 Sizes sizes_of(const Tensor& out, const Tensor& lse, const AttentionInputs& in) {
   const int64_t B = in.B, H = in.H;
   Sizes n{.H = int(H),
           .D = 0,
           .packs = false,
           .queries = places_of(in.queries),
-          .keys = places_of(in.keys)};
+          .keys = places_of(in.keys),
+          .heads = unsigned(B * H)};
+  n.group = ceil_div(n.heads, ceil_div(n.heads, kGroup));
   const int64_t T = n.queries.rows, D = out.numel() / (B * T * H);
   ASSERT(out.numel() == B * T * H * D && lse.numel() == B * H * T, to_string(out.shape()), ", ",
          to_string(lse.shape()), " with B = ", B, ", T = ", T, ", H = ", H);
@@ -404,14 +407,16 @@ Sizes sizes_of(const Tensor& out, const Tensor& lse, const AttentionInputs& in) 
 
 // ---- host functions
 
-Tensor flash::delta_of(const Tensor& dout, const Tensor& out, int64_t B, const Sizes& n) {
-  const Tensor delta({B, n.H, n.queries.rows}, master_dtype(out.dtype()), Memory::workspace);
-  const int64_t rows = delta.numel();
+void attention_delta(const Tensor& delta, const Tensor& dout, const Tensor& out) {
+  OP("attention_delta", bytes_of(delta, dout, out));
+  const int64_t H = delta.dim(1), queries = delta.dim(2), rows = delta.numel();
+  if (!rows) return;
+  const int64_t D = out.numel() / rows;
+  ASSERT(dout.numel() == rows * D && out.numel() == rows * D, to_string(delta.shape()));
   const unsigned blocks = ceil_div(rows, kDeltaRows);
-  DISPATCH_PACKS(out.dtype(), in_packs(n.D, {&dout, &out}),
+  DISPATCH_PACKS(out.dtype(), in_packs(D, {&dout, &out}),
                  flash_delta<T, N><<<blocks, kProductThreads, 0, device().compute>>>(
-                     delta.data<A>(), dout.data<T>(), out.data<T>(), n, rows));
-  return delta;
+                     delta.data<A>(), dout.data<T>(), out.data<T>(), H, queries, D, rows));
 }
 
 void attention_flash_forward(const Tensor& out, const Tensor& lse, const AttentionInputs& in) {
@@ -422,42 +427,39 @@ void attention_flash_forward(const Tensor& out, const Tensor& lse, const Attenti
   const Dtype dtype = in.q.dtype();
   const Parts qs(in.q, in.B, n.queries, n), kvs(in.kv, in.B, n.keys, n);
   const Results to = write(Parts(out, in.B, n.queries, n), dtype, 0, false);
-  const unsigned heads = in.B * in.H;
   const auto launch = [&]<class T>(T) {
     acc_t<T>* l = lse.data<acc_t<T>>();
 #ifndef CPU_FAST
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
-      if (n.packs) return mma_forward(heads, n, to, l, inputs<T>(qs, kvs));
+      if (n.packs) return mma_forward(n, to, l, inputs<T>(qs, kvs));
 #endif
-    DISPATCH_WIDTH(n.D, forward<T, kD>(heads, n, to, l, inputs<T>(qs, kvs)));
+    DISPATCH_WIDTH(n.D, forward<T, kD>(n, to, l, inputs<T>(qs, kvs)));
   };
   DISPATCH(dtype, launch(T()));
 }
 
 void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
-                              const Tensor& out, const Tensor& lse, const AttentionInputs& in,
-                              bool add) {
-  OP("attention_flash_backward", 0, 5 * flops_of_product(out, in));
-  if (!out.numel()) return;
-  Sizes n = sizes_of(out, lse, in);
-  ASSERT(dout.numel() == out.numel());
+                              const Tensor& delta, const Tensor& lse, const AttentionInputs& in,
+                              bool add_dq) {
+  OP("attention_flash_backward", 0, 5 * flops_of_product(dout, in));
+  if (!dout.numel()) return fill(dkv, 0);  // no query sees a key
+  Sizes n = sizes_of(dout, lse, in);
+  ASSERT(delta.numel() == lse.numel());
   n.packs = in_packs(n.D, {&dq, &dkv, &dout, &in.q, &in.kv});
   const int64_t B = in.B;
   const Dtype dtype = in.q.dtype();
   const Parts qs(in.q, B, n.queries, n), kvs(in.kv, B, n.keys, n), dqs(dq, B, n.queries, n),
       dkvs(dkv, B, n.keys, n), dys(dout, B, n.queries, n);
   ASSERT(dkvs.parts >= 2);
-  const Gradients d{write(dqs, dtype, 0, add), write(dkvs, dtype, dkvs.parts - 2, add),
-                    write(dkvs, dtype, dkvs.parts - 1, add)};
-  const Tensor delta = delta_of(dout, out, B, n);
-  const unsigned heads = B * in.H;
+  const Gradients d{write(dqs, dtype, 0, add_dq), write(dkvs, dtype, dkvs.parts - 2, false),
+                    write(dkvs, dtype, dkvs.parts - 1, false)};
   const auto launch = [&]<class T>(T) {
     const acc_t<T>*l = lse.data<acc_t<T>>(), *de = delta.data<acc_t<T>>();
 #ifndef CPU_FAST
     if constexpr (std::is_same_v<T, __nv_bfloat16>)
-      if (n.packs) return mma_backward(heads, n, d, read<T>(dys, 0), l, de, inputs<T>(qs, kvs));
+      if (n.packs) return mma_backward(n, d, read<T>(dys, 0), l, de, inputs<T>(qs, kvs));
 #endif
-    DISPATCH_WIDTH(n.D, backward<T, kD>(heads, n, d, read<T>(dys, 0), l, de, inputs<T>(qs, kvs)));
+    DISPATCH_WIDTH(n.D, backward<T, kD>(n, d, read<T>(dys, 0), l, de, inputs<T>(qs, kvs)));
   };
   DISPATCH(dtype, launch(T()));
 }

@@ -35,7 +35,8 @@ template <class A> __global__ void __launch_bounds__(256)
 
 // Grid (rows, pieces of a row); reads and writes the columns once
 template <class T, class U> __global__ void __launch_bounds__(256)
-    columns_kernel(T* to, int64_t to_ld, const U* from, int64_t from_ld, int columns) {
+    columns_kernel(T* __restrict__ to, int64_t to_ld, const U* __restrict__ from, int64_t from_ld,
+                   int columns) {
   to += blockIdx.x * to_ld;
   from += blockIdx.x * from_ld;
   const int first = blockIdx.y * kPiece, left = columns - first;

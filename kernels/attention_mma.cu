@@ -22,7 +22,6 @@ using namespace flash;
 namespace {
 
 constexpr int kThreads = 128, kOwn = 64;
-constexpr float kLog2E = 1.44269504f;  // exp(x) = 2^(x log2(e))
 
 // Tiles of kRows rows; kD: D, or more and filled with zeros. kStep rows of the others at a time
 template <int kD, int kRows> struct Shape {
@@ -290,18 +289,18 @@ template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlock
 
 // ---- launches
 
-template <int kD> void forward(unsigned heads, Sizes n, Results out, float* lse, Inputs<bf16> in) {
+template <int kD> void forward(Sizes n, Results out, float* lse, Inputs<bf16> in) {
   constexpr int kBytes = kForwardBytes<ForwardShape<kD>>;
   n.tiles = ceil_div(n.queries.rows, kOwn);
   allow_shared(attention_forward<kD, kBytes>, kBytes);
   attention_forward<kD, kBytes>
-      <<<heads * n.tiles, kThreads, kBytes, device().compute>>>(out, lse, in, n,
-                                                                1 / std::sqrt(float(n.D)));
+      <<<n.blocks(), kThreads, kBytes, device().compute>>>(out, lse, in, n,
+                                                           1 / std::sqrt(float(n.D)));
   LAUNCHED();
 }
 
-template <int kD> void backward(unsigned heads, Sizes n, Gradients d, Bf16Rows dout,
-                                const float* lse, const float* delta, Inputs<bf16> in) {
+template <int kD> void backward(Sizes n, Gradients d, Bf16Rows dout, const float* lse,
+                                const float* delta, Inputs<bf16> in) {
   constexpr int kBytes = kBackwardBytes<BackwardShape<kD>>;
   for (const bool owns_keys : {false, true}) {
     const auto kernel =
@@ -309,8 +308,8 @@ template <int kD> void backward(unsigned heads, Sizes n, Gradients d, Bf16Rows d
     n.tiles = ceil_div(owns_keys ? n.keys.rows : n.queries.rows, kOwn);
     if (!n.tiles) continue;
     allow_shared(kernel, kBytes);
-    kernel<<<heads * n.tiles, kThreads, kBytes, device().compute>>>(d, dout, lse, delta, in, n,
-                                                                    1 / std::sqrt(float(n.D)));
+    kernel<<<n.blocks(), kThreads, kBytes, device().compute>>>(d, dout, lse, delta, in, n,
+                                                               1 / std::sqrt(float(n.D)));
     LAUNCHED();
   }
 }
@@ -319,20 +318,20 @@ template <int kD> void backward(unsigned heads, Sizes n, Gradients d, Bf16Rows d
 
 // ---- for attention_flash.cu
 
-void flash::mma_forward(unsigned heads, Sizes n, Results out, float* lse, Inputs<bf16> in) {
+void flash::mma_forward(Sizes n, Results out, float* lse, Inputs<bf16> in) {
   const auto launch = n.D <= 16   ? forward<16>
                       : n.D <= 32 ? forward<32>
                       : n.D <= 64 ? forward<64>
                                   : forward<128>;
-  launch(heads, n, out, lse, in);
+  launch(n, out, lse, in);
 }
 
-void flash::mma_backward(unsigned heads, Sizes n, Gradients d, Bf16Rows dout, const float* lse,
-                         const float* delta, Inputs<bf16> in) {
+void flash::mma_backward(Sizes n, Gradients d, Bf16Rows dout, const float* lse, const float* delta,
+                         Inputs<bf16> in) {
   const auto launch = n.D <= 16   ? backward<16>
                       : n.D <= 32 ? backward<32>
                       : n.D <= 64 ? backward<64>
                                   : backward<128>;
-  launch(heads, n, d, dout, lse, delta, in);
+  launch(n, d, dout, lse, delta, in);
 }
 #endif

@@ -130,17 +130,16 @@ void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor&
 }
 
 void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
-                              const Tensor& out, const Tensor& lse, const Tensor& probabilities,
-                              const AttentionInputs& in, bool add) {
-  OP("attention_plain_backward", 0, (probabilities.empty() ? 5 : 4) * flops_of_product(out, in));
-  if (!out.numel()) return;
-  const Problem x(out, in);
+                              const Tensor& delta, const Tensor& lse, const Tensor& probabilities,
+                              const AttentionInputs& in, bool add_dq) {
+  OP("attention_plain_backward", 0, (probabilities.empty() ? 5 : 4) * flops_of_product(dout, in));
+  if (!dout.numel()) return fill(dkv, 0);  // no query sees a key
+  const Problem x(dout, in);
   const int64_t B = in.B, H = in.H;
   const Dtype dtype = in.q.dtype(), to = dq.dtype();
-  ASSERT(dkv.dtype() == to && dout.numel() == out.numel());
+  ASSERT(dkv.dtype() == to && delta.numel() == B * x.rows);
   const Heads qs(in.q, B, x.n.queries, x.n), kvs(in.kv, B, x.n.keys, x.n),
       dqs(dq, B, x.n.queries, x.n), dkvs(dkv, B, x.n.keys, x.n), dy(dout, B, x.n.queries, x.n);
-  const Tensor delta = delta_of(dout, out, B, x.n);
   const Tensor ds({H, x.Tq, x.Tk}, dtype, Memory::workspace);  // the gradient of probabilities, too
   const bool kept = !probabilities.empty();
   const Tensor again = kept ? Tensor() : Tensor(ds.shape(), dtype, Memory::workspace);
@@ -151,11 +150,11 @@ void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
       DISPATCH(dtype, softmax_again<T><<<x.rows, kThreads, 0, device().compute>>>(
                           p.data<T>(), x.rows_of(lse, b).data<A>(), x.n));
     }
-    matmul(dtype, to, x.Tk, x.n.D, x.Tq, x.matrix(p, true), dy.first(b), dkvs.values(b), 1, add, H);
+    matmul(dtype, to, x.Tk, x.n.D, x.Tq, x.matrix(p, true), dy.first(b), dkvs.values(b), 1, 0, H);
     x.multiply(ds, dy.first(b), kvs.values(b, true), 1);
     DISPATCH(dtype, causal_softmax_backward<T><<<x.rows, kThreads, 0, device().compute>>>(
                         ds.data<T>(), p.data<T>(), x.rows_of(delta, b).data<A>(), x.Tk, x.scale));
-    matmul(dtype, to, x.Tq, x.n.D, x.Tk, x.matrix(ds), kvs.keys(b), dqs.first(b), 1, add, H);
-    matmul(dtype, to, x.Tk, x.n.D, x.Tq, x.matrix(ds, true), qs.first(b), dkvs.keys(b), 1, add, H);
+    matmul(dtype, to, x.Tq, x.n.D, x.Tk, x.matrix(ds), kvs.keys(b), dqs.first(b), 1, add_dq, H);
+    matmul(dtype, to, x.Tk, x.n.D, x.Tq, x.matrix(ds, true), qs.first(b), dkvs.keys(b), 1, 0, H);
   }
 }

@@ -100,6 +100,18 @@ __device__ __forceinline__ double log_of(double x) { return log(x); }
 __device__ __forceinline__ float sqrt_of(float x) { return sqrtf(x); }
 __device__ __forceinline__ double sqrt_of(double x) { return sqrt(x); }
 
+// 2^x by one instruction, within 2 units in the last place; expf takes eight
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDACC__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+constexpr float kLog2E = 1.44269504f;  // exp(x) = 2^(x log2(e))
+
 // ---- packs
 // Neighbours that a thread moves at once: 16 bytes on a GPU; one element in FAST, where loops over
 // packs vectorize by themselves.

@@ -16,6 +16,13 @@ namespace {
 
 constexpr int kThreads = block_threads(1024), kRescaleThreads = block_threads(256);
 
+// exp for logits of T: with two of them for each number that is read, it must not take longer than
+// memory does. Where numbers have 8 bits the instruction that approximates is exact enough.
+template <class T> __device__ __forceinline__ acc_t<T> exp_for(acc_t<T> x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) return power_of_two(x * kLog2E);
+  else return exp_of(x);
+}
+
 // (maximum, sum of exp(x - maximum)) of two sets of x, of both
 template <class A> struct SoftmaxSum {
   static constexpr Two<A> identity{Max<A>::identity, 0};
@@ -33,7 +40,7 @@ template <int N, class T> __device__ __forceinline__ Two<acc_t<T>> row_softmax(c
   for_ragged_columns<kThreads, N, false>(V, [&](int i, auto n) {
     A top = mine.a, sum = 0;
     read_columns(x + i, n, [&](int, A v) { top = Max<A>::combine(top, v); });
-    read_columns(x + i, n, [&](int, A v) { sum += exp_of(v - top); });
+    read_columns(x + i, n, [&](int, A v) { sum += exp_for<T>(v - top); });
     if (top > mine.a) mine.b *= exp_of(mine.a - top), mine.a = top;
     mine.b += sum;
   });
@@ -52,7 +59,7 @@ __device__ __forceinline__ void finish_row(acc_t<T>* loss, T* x, int V, int ld, 
   if constexpr (kGradient) {
     for_ragged_columns<kThreads, N, true>(V, [&](int i, auto n) {
       change_columns(x + i, n, [&](int k, A v) {
-        return exp_of(v - all.a) * factor - (i + k == target ? scale : A(0));
+        return exp_for<T>(v - all.a) * factor - (i + k == target ? scale : A(0));
       });
     });
     for (int i = V + int(threadIdx.x); i < ld; i += kThreads) x[i] = store<T>(A(0));

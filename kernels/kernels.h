@@ -116,17 +116,20 @@ void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor&
                              const AttentionInputs& in);
 // as the flash form's; `probabilities` that are empty are computed again, from lse
 void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
-                              const Tensor& out, const Tensor& lse, const Tensor& probabilities,
-                              const AttentionInputs& in, bool add = false);
+                              const Tensor& delta, const Tensor& lse, const Tensor& probabilities,
+                              const AttentionInputs& in, bool add_dq = false);
 // flash: tiles of scores never leave the chip (Dao et al., "FlashAttention", 2022, algorithms 1 and
 // 4)
 void attention_flash_forward(const Tensor& out, const Tensor& lse, const AttentionInputs& in);
-// dq as q may be, and dkv as kv, of their dtype or acc: written, or with `add` added to what is
-// there. out and lse may be merged from this and other keys: then this is these keys' part of dq,
-// and all that these queries give to dk and dv.
+// dq as q may be, and dkv as kv, of their dtype or acc: written, or dq with `add_dq` added to what
+// is there. delta and lse may be of out merged from this and other keys: then this is these keys'
+// part of dq, and all that these queries give to dk and dv.
 void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
-                              const Tensor& out, const Tensor& lse, const AttentionInputs& in,
-                              bool add = false);
+                              const Tensor& delta, const Tensor& lse, const AttentionInputs& in,
+                              bool add_dq = false);
+// Before either: delta (B,H,Tq) acc = the sum over d of dout * out, both (B,Tq,H,D). It is the mean
+// of dout's products with the values, which the softmax's backward takes off each of them.
+void attention_delta(const Tensor& delta, const Tensor& dout, const Tensor& out);
 
 // ---- attention_merge.cu   attention over several sets of keys, one after the other
 

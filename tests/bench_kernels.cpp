@@ -302,9 +302,10 @@ static std::vector<Row> product_rows(Dtype d) {
   rows.push_back(
       {"attention_plain_backward", 0, 4 * half, [=] {
          auto x = qkv(), out = random({kR, kC}, d), p = random({kB, kH, kT, kT}, d), dx = qkv();
+         auto delta = random({kB, kH, kT}, acc);
          attention_plain_forward(out, {}, p, whole_sequences(x, kB, kT, kH));
          return [=] {
-           attention_plain_backward(dx, dx, out, out, {}, p, whole_sequences(x, kB, kT, kH));
+           attention_plain_backward(dx, dx, out, delta, {}, p, whole_sequences(x, kB, kT, kH));
          };
        }});
   rows.push_back({"attention_flash_forward", 0, 2 * half, [=] {
@@ -314,10 +315,11 @@ static std::vector<Row> product_rows(Dtype d) {
                   }});
   rows.push_back({"attention_flash_backward", 0, 5 * half, [=] {
                     auto x = qkv(), out = random({kR, kC}, d), lse = random({kB, kH, kT}, acc),
-                         dx = qkv(), dout = random({kR, kC}, d);
+                         dx = qkv(), dout = random({kR, kC}, d), delta = random({kB, kH, kT}, acc);
                     attention_flash_forward(out, lse, whole_sequences(x, kB, kT, kH));
                     return [=] {
-                      attention_flash_backward(dx, dx, dout, out, lse,
+                      attention_delta(delta, dout, out);
+                      attention_flash_backward(dx, dx, dout, delta, lse,
                                                whole_sequences(x, kB, kT, kH));
                     };
                   }});

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # kernel_mutants.sh: faults in the kernels that multiply in tensor cores: each barrier and each wait
-# for copies taken out, a number in another lane, a mask off by one; padding that the loss reads or
-# leaves; and packs at an address that nobody has looked at. In FAITHFUL a test must fail, or the
-# stand-in report it; unchanged, the test must have passed before.
+# for copies taken out, a number in another lane, a mask off by one, a head left out; padding that
+# the loss reads or leaves; and packs at an address that nobody has looked at. In FAITHFUL a test
+# must fail, or the stand-in report it; unchanged, the test must have passed before.
 #   tests/kernel_mutants.sh [NAME]
 # The fault is put into a copy of its file (a header is found there before the real one); the
 # kernels are compiled from there and linked into the test in the real ones' place.
@@ -51,6 +51,7 @@ mutant() {
 }
 
 attention="kernels/attention_mma.cu kernels/attention_mma.cu test_attention any_pieces"
+order="kernels/attention.cuh kernels/attention_mma.cu test_attention every_head_of_many"
 product="kernels/matmul.cu kernels/matmul.cu test_matmul own_bf16_equals"
 loss="kernels/cross_entropy.cu kernels/cross_entropy.cu test_kernels cross_entropy_gives"
 parts="kernels/cross_entropy.cu kernels/cross_entropy.cu test_kernels cross_entropy_in_parts"
@@ -70,6 +71,7 @@ mutant the_product_has_no_barrier $product "$(drop matmul_tensor $barrier)"
 mutant a_slice_is_read_too_early $product 's/(wait_for_copies<kBuffers) - 2/\1 - 1/'
 mutant a_buffer_is_filled_too_early $product 's/buffer \+ kBuffers - 1\) %/buffer + kBuffers) %/'
 mutant the_last_band_is_taken_for_a_whole_one $product 's/rest < kBand \? rest : kBand/kBand/'
+mutant the_last_group_has_as_many_heads $order 's/(first_head\(\) \+ group) < heads/\1 > 0/'
 mutant a_query_sees_a_key_too_many $attention 's/(strip_column\(j, e\)) >= seen/\1 > seen/'
 mutant a_key_is_seen_too_late $attention 's/(strip_column\(j, e\)) < seen_from/\1 <= seen_from/'
 mutant earlier_sums_are_not_rescaled $attention 's/ x \*= factor\[e \/ 2\];/;/'

@@ -158,8 +158,9 @@ TEST(context_parallelism_in_thirty_lines_equals_one_rank) {
   const AttentionInputs in{x, kv, 1, H, all, all};
   attention_plain_forward(o, {}, probabilities, in);
   whole.y = product(o, B);
-  attention_plain_backward(whole.dx, dkv, product(whole.y, transposed(B)), o, {}, probabilities,
-                           in);
+  const Tensor d_o = product(whole.y, transposed(B)), delta({1, H, T}, f64, Memory::workspace);
+  attention_delta(delta, d_o, o);
+  attention_plain_backward(whole.dx, dkv, d_o, delta, {}, probabilities, in);
   add(whole.dx, whole.dx, product(dkv, transposed(A)));
   whole.da = product(transposed(x), dkv);
   whole.db = product(transposed(o), whole.y);

@@ -148,11 +148,11 @@ class RankWork : TheoryOfChunk, Issue {
     // are attended to; the last gradients come home alone. Results of rounds are merged and added.
     const double queries = R * channels, keys = 2 * R * kv_channels,
                  merged = backward
-                              ? (n - 1) * (4 * keys + 2 * queries) * g + (queries + keys) * (g + e)
+                              ? (n - 1) * (3 * keys + 2 * queries) * g + (queries + keys) * (g + e)
                               : (n - 1) * 3 * queries * g + queries * (g + e),
                  arrives = send(over_cp, Collective::send,
                                 keys * ((n - 1) * e + (backward ? (n - 2) * g : 0)));
-    compute(computing * (n - 1) / n + move_seconds(cluster, 2 * keys * e + merged, 3 * n));
+    compute(computing * (n - 1) / n + move_seconds(cluster, 2 * keys * e + merged, n + 2));
     wait_for(arrives);
     compute(computing / n);
     if (backward) wait_for(send(over_cp, Collective::send, keys * g));

@@ -101,8 +101,6 @@ template <int kOpen> void wait_for_copies() {
       memcpy(to, from, read);
     }
 }
-
-inline float power_of_two(float x) { return exp2f(x); }
 inline unsigned pair(float a, float b) {
   return __bfloat16_as_ushort(__float2bfloat16(a)) |
          unsigned(__bfloat16_as_ushort(__float2bfloat16(b))) << 16;
