@@ -31,7 +31,7 @@ class Generator {
     for (Param* p : params()) load(checkpoint, *p, 0, Part::weights, p->own(p->value));
   }
 
-  // (sequences,V) on the last stage, prefill's of one; empty on the others
+  // (sequences,V) on the last stage, after prefill one row; empty on the others
   using Logits = std::vector<double>;
   // the sequence starts anew; after the last token of the prompt
   Logits prefill(int64_t sequence, const std::vector<int>& prompt);

@@ -43,21 +43,23 @@ struct Places {
 // A block's head and tile are found in blockIdx.x alone, since gridDim.y, of which there are 65535,
 // could count neither. Blocks begin in the order of their numbers, and those with the longest walks
 // are the first tiles; so tile 0 of all heads comes first, then tile 1 of all, and no long walk
-// begins when the others end. But that goes on in groups of heads: keys and values of a whole
+// begins when the others end. This order is kept within groups of heads: keys and values of a whole
 // micro-batch would not stay in the L2 cache until the next tile reads them again.
 struct Sizes {
   int H, D;
   bool packs;  // rows begin at multiples of 16 bytes
   Places queries, keys;
-  unsigned heads = 0, group = 0, tiles = 0;  // of all sequences; heads of a group; tiles of a head
+  unsigned heads = 0, group_heads = 0, tiles = 0;  // of all sequences; of a group; of a head
   unsigned blocks() const { return heads * tiles; }
-  __device__ unsigned first_head() const { return blockIdx.x / (group * tiles) * group; }
-  __device__ unsigned in_group() const { return blockIdx.x - first_head() * tiles; }
-  __device__ unsigned beside() const {  // heads of this group: the last one may have fewer
-    return first_head() + group < heads ? group : heads - first_head();
+  __device__ unsigned first_head() const {  // of this block's group
+    return blockIdx.x / (group_heads * tiles) * group_heads;
   }
-  __device__ unsigned tile() const { return in_group() / beside(); }
-  __device__ unsigned head() const { return first_head() + in_group() % beside(); }
+  __device__ unsigned heads_here() const {  // in it: the last group may have fewer
+    return first_head() + group_heads < heads ? group_heads : heads - first_head();
+  }
+  __device__ unsigned block_of_group() const { return blockIdx.x - first_head() * tiles; }
+  __device__ unsigned tile() const { return block_of_group() / heads_here(); }
+  __device__ unsigned head() const { return first_head() + block_of_group() % heads_here(); }
   // This block's head of a tensor; and the first of its rows in (B,H,queries)
   template <class T> __device__ Rows<T> of_head(Rows<T> x) const {
     x.data += int64_t(head() / H) * x.rows * x.ld + int64_t(head() % H) * D;

@@ -11,13 +11,13 @@
 //           so many, perhaps all or none.
 // backward  with delta = sum over d of dout * out: ds = p (dp - delta), dq = ds k, dk = ds^T q, dv
 //           = p^T dout. Two kernels, since nothing is added atomically: one owns queries and sums
-//           dq, one owns keys and sums dk and dv; each computes its tiles of p again. lse, out and
-//           dout may come from more keys than these: gradients then are these keys' part.
+//           dq, one owns keys and sums dk and dv; each computes its tiles of p again. lse and
+//           delta may be of more keys than these: gradients then are these keys' part.
 // forms     f32 and f64, and whatever runs on a CPU: here, in registers (block_product.cuh). bf16
 //           on a GPU: in tensor cores (attention_mma.cu), if rows begin at multiples of 16 bytes.
 // cost      products of (tile, tile, D) for each pair of tiles on or below the diagonal: forward 2,
-//           backward 7; plain: 2 and 4 for all pairs. Memory: lse, and as much for delta while the
-//           backward runs
+//           backward 7; plain: 2 and 4 for all pairs. Memory: lse, and in the backward as much for
+//           delta, which is the caller's
 // tiles     64 by 64; fewer where D or the type is wide, so that a block needs at most 85 KiB of
 //           shared memory, of which workstation cards give it 99
 // not here  dropout, windows
@@ -379,8 +379,10 @@ Results write(const Parts& x, Dtype dtype, int64_t part, bool add) {
   return {x.begin(part), x.ld(), int(x.rows), wide, add};
 }
 
-// heads whose tiles are computed together; one thread takes head after head
-constexpr unsigned kGroup = kWarp == 1 ? 1 : 32;
+// Heads of a group: as many as have 16 MiB of keys and values, and at most 32; in FAST one
+int64_t most_heads(int64_t bytes_of_head) {
+  return kWarp == 1 ? 1 : std::clamp<int64_t>((16 << 20) / bytes_of_head, 1, 32);
+}
 
 Sizes sizes_of(const Tensor& out, const Tensor& lse, const AttentionInputs& in) {
   const int64_t B = in.B, H = in.H;
@@ -388,9 +390,7 @@ Sizes sizes_of(const Tensor& out, const Tensor& lse, const AttentionInputs& in) 
           .D = 0,
           .packs = false,
           .queries = places_of(in.queries),
-          .keys = places_of(in.keys),
-          .heads = unsigned(B * H)};
-  n.group = ceil_div(n.heads, ceil_div(n.heads, kGroup));
+          .keys = places_of(in.keys)};
   const int64_t T = n.queries.rows, D = out.numel() / (B * T * H);
   ASSERT(out.numel() == B * T * H * D && lse.numel() == B * H * T, to_string(out.shape()), ", ",
          to_string(lse.shape()), " with B = ", B, ", T = ", T, ", H = ", H);
@@ -400,6 +400,9 @@ Sizes sizes_of(const Tensor& out, const Tensor& lse, const AttentionInputs& in) 
   REQUIRE(D <= 128, "flash attention holds heads of at most 128 elements, these have ", D,
           ": use plain attention");
   n.D = D;
+  n.heads = B * H;
+  const int64_t bytes = 2 * std::max<int64_t>(n.keys.rows, 1) * D * size_of(in.q.dtype());
+  n.group_heads = ceil_div(n.heads, ceil_div(n.heads, most_heads(bytes)));  // all alike
   return n;
 }
 

@@ -16,10 +16,10 @@ namespace {
 
 constexpr int kThreads = block_threads(1024), kRescaleThreads = block_threads(256);
 
-// exp for logits of T: with two of them for each number that is read, it must not take longer than
-// memory does. Where numbers have 8 bits the instruction that approximates is exact enough.
+// exp for logits of T. A GPU reads a logit of bf16 twice, with an exponential each time: expf's
+// instructions would take nearly as long as memory does, and of their bits 8 count.
 template <class T> __device__ __forceinline__ acc_t<T> exp_for(acc_t<T> x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return power_of_two(x * kLog2E);
+  if constexpr (kWarp > 1 && std::is_same_v<T, __nv_bfloat16>) return power_of_two(x * kLog2E);
   else return exp_of(x);
 }
 

@@ -71,7 +71,7 @@ mutant the_product_has_no_barrier $product "$(drop matmul_tensor $barrier)"
 mutant a_slice_is_read_too_early $product 's/(wait_for_copies<kBuffers) - 2/\1 - 1/'
 mutant a_buffer_is_filled_too_early $product 's/buffer \+ kBuffers - 1\) %/buffer + kBuffers) %/'
 mutant the_last_band_is_taken_for_a_whole_one $product 's/rest < kBand \? rest : kBand/kBand/'
-mutant the_last_group_has_as_many_heads $order 's/(first_head\(\) \+ group) < heads/\1 > 0/'
+mutant the_last_group_has_as_many_heads $order 's/(first_head\(\) \+ group_heads) < heads/\1 > 0/'
 mutant a_query_sees_a_key_too_many $attention 's/(strip_column\(j, e\)) >= seen/\1 > seen/'
 mutant a_key_is_seen_too_late $attention 's/(strip_column\(j, e\)) < seen_from/\1 <= seen_from/'
 mutant earlier_sums_are_not_rescaled $attention 's/ x \*= factor\[e \/ 2\];/;/'

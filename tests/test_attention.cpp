@@ -228,15 +228,17 @@ TEST(every_head_of_many_gets_its_tiles) {
 }
 
 TEST(keys_that_no_query_sees_get_no_gradient) {
-  for (const bool flash : {true, false}) {
-    const Tensor none({1, 0, 2, 8}, Dtype::f32, Memory::workspace),
-        statistics({1, 2, 0}, Dtype::f32, Memory::workspace),
-        kv = random_tensor({1, 5, 2, 2, 8}, Dtype::f32, 1), dkv = unwritten(kv.shape(), Dtype::f32);
-    const AttentionInputs in{none, kv, 1, 2, {}, {{0, 5}}};
-    if (flash) attention_flash_backward(none, dkv, none, statistics, statistics, in);
-    else attention_plain_backward(none, dkv, none, statistics, statistics, {}, in);
-    CHECK(download(dkv) == Values(dkv.numel()));
-  }
+  for (const Dtype dtype : {Dtype::f32, Dtype::bf16})
+    for (const bool flash : {true, false}) {
+      const Tensor none({1, 0, 2, 8}, dtype, Memory::workspace),
+          statistics({1, 2, 0}, master_dtype(dtype), Memory::workspace),
+          kv = random_tensor({1, 5, 2, 2, 8}, dtype, 1), dkv = unwritten(kv.shape(), dtype);
+      const AttentionInputs in{none, kv, 1, 2, {}, {{0, 5}}};
+      attention_delta(statistics, none, none);
+      if (flash) attention_flash_backward(none, dkv, none, statistics, statistics, in);
+      else attention_plain_backward(none, dkv, none, statistics, statistics, {}, in);
+      CHECK(download(dkv) == Values(dkv.numel()));
+    }
 }
 
 static double largest_difference(const Values& a, const Values& b) {

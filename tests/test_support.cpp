@@ -960,7 +960,8 @@ static int pick_from_sorted(const std::vector<double>& logits, const Sampling& h
   for (const double l : logits) p.push_back(std::exp((l - most) / how.temperature));
   std::vector<int> order(p.size());
   std::iota(order.begin(), order.end(), 0);
-  std::ranges::stable_sort(order, std::greater{}, [&](int v) { return p[size_t(v)]; });
+  if (how.top_k > 0 || how.top_p < 1)  // else in the order of tokens
+    std::ranges::stable_sort(order, std::greater{}, [&](int v) { return p[size_t(v)]; });
   if (how.top_k > 0) order.resize(std::min(order.size(), size_t(how.top_k)));
   for (double sum = 0; const int v : order) sums.push_back(sum += p[size_t(v)]);
   const auto last = std::ranges::lower_bound(sums, how.top_p * sums.back());
@@ -986,7 +987,7 @@ TEST(top_p_picks_what_sorting_all_tokens_would) {
   for (auto& [name, logits] : all)
     for (const size_t V : {5000, 257, 256, 255, 63, 1}) {
       logits.resize(V);
-      for (const double top_p : {1e-9, 0.02, 0.25, 0.5, 0.9, 0.99, 0.99999, 1 - 1e-15})
+      for (const double top_p : {1e-9, 0.02, 0.25, 0.5, 0.9, 0.99, 0.99999, 1 - 1e-15, 1.0})
         for (int i = 0; i < 12; i++, picks++) {
           const int64_t top_k = i % 4 < 3 ? 0 : 70;
           const Sampling how{

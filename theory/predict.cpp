@@ -141,7 +141,7 @@ class RankWork : TheoryOfChunk, Issue {
       // the causal mask leaves half of 2 products forward and 5 backward, of 2 operations each
       const double rate = cluster.products.back().second * profile.flash_share / cluster.slower(e);
       computing = (backward ? 5 : 2) * R * config.context * channels / rate +
-                  n * cluster.launch * (backward ? 3 : 1);
+                  cluster.launch * (backward ? 2 * n + 1 : n);
     }
     if (n == 1) return compute(computing);
     // While keys and values of the next rank travel, and gradients of the last, those that are here
@@ -152,7 +152,8 @@ class RankWork : TheoryOfChunk, Issue {
                               : (n - 1) * 3 * queries * g + queries * (g + e),
                  arrives = send(over_cp, Collective::send,
                                 keys * ((n - 1) * e + (backward ? (n - 2) * g : 0)));
-    compute(computing * (n - 1) / n + move_seconds(cluster, 2 * keys * e + merged, n + 2));
+    compute(computing * (n - 1) / n +
+            move_seconds(cluster, 2 * keys * e + merged, n + 1 + backward));
     wait_for(arrives);
     compute(computing / n);
     if (backward) wait_for(send(over_cp, Collective::send, keys * g));
