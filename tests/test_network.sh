@@ -178,8 +178,10 @@ under_way() {
 for signal in INT TERM; do
   interrupted experiment make -s BACKEND=cpu network
   comes=early
-  for i in $(seq 1200); do
+  # links are calibrated in less than a minute, but others may use the machine
+  for i in $(seq 4000); do
     under_way $signal && comes="under way" && break
+    kill -0 $job 2>/dev/null || break
     sleep 0.1
   done
   check make_network_is_under_way_when_${signal}_comes "[ '$comes' = 'under way' ]" "" \
