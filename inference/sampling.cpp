@@ -68,7 +68,7 @@ int pick(std::span<double> logits, const Sampling& how, int64_t position, int64_
   for (double& l : p) l = std::exp((l - most) / how.temperature);
   const Philox4 r = philox(position, position >> 32, sequence, 1, how.seed, how.seed >> 32);
   const double u = r.v[0] / 4294967296.0;
-  if (how.top_k == 0 && how.top_p >= 1) {
+  if (how.top_k == 0 && how.top_p >= 1) {  // no cut: tokens need no ranking
     const double share = u * std::accumulate(p.begin(), p.end(), 0.0);
     double sum = 0;
     size_t v = 0;

@@ -14,6 +14,6 @@ struct Sampling {
 };
 // A token with the probabilities of softmax(logits / temperature), cut to top_k and top_p. The
 // random number depends on (seed, position, sequence) alone, so every layout picks the same, and
-// every batch in which the text has the same place. The logits are used up: without cuts, a draw
-// from a large vocabulary needs no memory of its own.
+// every batch in which the text has the same place. The logits are overwritten, so that
+// without cuts a draw needs no memory of its own.
 int pick(std::span<double> logits, const Sampling& how, int64_t position, int64_t sequence = 0);

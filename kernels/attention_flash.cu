@@ -191,8 +191,8 @@ constexpr int kDeltaLanes = block_threads(8), kDeltaRows = kProductThreads / kDe
 // delta (B,H,queries) = sum over d of dout * out, both (B,queries,H,D); kDeltaLanes threads own a
 // row; reads both once; any D
 template <class T, int N> __global__ void __launch_bounds__(256)
-    flash_delta(acc_t<T>* delta, const T* dout, const T* out, int H, int queries, int D,
-                int64_t rows) {
+    delta_kernel(acc_t<T>* delta, const T* dout, const T* out, int H, int queries, int D,
+                 int64_t rows) {
   const int lane = threadIdx.x % kDeltaLanes;
   const int64_t row = int64_t(blockIdx.x) * kDeltaRows + threadIdx.x / kDeltaLanes;  // of (B,T,H)
   const int columns = row < rows ? D : 0;
@@ -402,7 +402,7 @@ Sizes sizes_of(const Tensor& out, const Tensor& lse, const AttentionInputs& in) 
   n.D = D;
   n.heads = B * H;
   const int64_t bytes = 2 * std::max<int64_t>(n.keys.rows, 1) * D * size_of(in.q.dtype());
-  n.group_heads = ceil_div(n.heads, ceil_div(n.heads, most_heads(bytes)));  // all alike
+  n.group_heads = ceil_div(n.heads, ceil_div(n.heads, most_heads(bytes)));  // of like sizes
   return n;
 }
 
@@ -418,7 +418,7 @@ void attention_delta(const Tensor& delta, const Tensor& dout, const Tensor& out)
   ASSERT(dout.numel() == rows * D && out.numel() == rows * D, to_string(delta.shape()));
   const unsigned blocks = ceil_div(rows, kDeltaRows);
   DISPATCH_PACKS(out.dtype(), in_packs(D, {&dout, &out}),
-                 flash_delta<T, N><<<blocks, kProductThreads, 0, device().compute>>>(
+                 delta_kernel<T, N><<<blocks, kProductThreads, 0, device().compute>>>(
                      delta.data<A>(), dout.data<T>(), out.data<T>(), H, queries, D, rows));
 }
 

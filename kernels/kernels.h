@@ -128,7 +128,8 @@ void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
                               const Tensor& delta, const Tensor& lse, const AttentionInputs& in,
                               bool add_dq = false);
 // Before either: delta (B,H,Tq) acc = the sum over d of dout * out, both (B,Tq,H,D). It is the mean
-// of dout's products with the values, which the softmax's backward takes off each of them.
+// of dout's products with the values, by their probabilities, which the softmax's backward takes
+// off each of these products.
 void attention_delta(const Tensor& delta, const Tensor& dout, const Tensor& out);
 
 // ---- attention_merge.cu   attention over several sets of keys, one after the other

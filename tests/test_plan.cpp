@@ -443,14 +443,11 @@ TEST(every_product_of_a_step_is_predicted_once) {
         TrainingJob job{config, {}, layout};
         job.batch = 16;
         job.microbatch = 2;
-        const double of_scores = 6.0 * config.layers * config.width * config.context,
-                     weights = flops_per_token(config) - of_scores,
-                     in_head = 6.0 * config.width * config.vocab,
-                     scores = (attention == AttentionKind::flash ? 7 : 12) * of_scores / 6,
-                     again = recompute
-                                 ? (weights - in_head) / 3 +
-                                       (attention == AttentionKind::flash ? 2 : 4) * of_scores / 6
-                                 : 0,
+        const bool flash = attention == AttentionKind::flash;
+        const double half = double(config.layers * config.width * config.context),  // of the scores
+            weights = flops_per_token(config) - 6 * half,
+                     in_head = 6.0 * config.width * config.vocab, scores = (flash ? 7 : 12) * half,
+                     again = recompute ? (weights - in_head) / 3 + (flash ? 2 : 4) * half : 0,
                      expected = (weights + scores + again) * double(job.batch * config.context),
                      predicted = Predictor(cluster, config).step(job).seconds * 1e12 *
                                  double(layout.ranks());
