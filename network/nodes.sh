@@ -35,7 +35,7 @@ refuse() {
   exit 1
 }
 is_up() { [ -e "/run/netns/$switch" ]; }
-nodes() { ip netns list | grep -cE "^$lab-[0-9]+( |$)"; }
+nodes() { ls /run/netns | grep -cE "^$lab-[0-9]+$"; }
 
 # shape NAMESPACE DEVICE RATE: a burst of 100 us, or of two frames, else short messages would pass
 # at once; the queue is longer than any socket's buffer and so never drops
@@ -106,7 +106,7 @@ up() {
 
 down() {
   local name
-  for name in $(ip netns list | grep -oE "^$lab-([0-9]+|switch)"); do
+  for name in $(ls /run/netns | grep -E "^$lab-([0-9]+|switch)$"); do
     ip netns pids "$name" | xargs -r kill -9 2>/dev/null || true
     ip netns del "$name" || true
   done
