@@ -122,7 +122,8 @@ void embedding_backward(Param& wte, Param& wpe, const Tensor& dx, const Tokens& 
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta) {
   const int64_t m = c.dim(0), n = c.dim(1), k = ta ? a.dim(0) : a.dim(1);
   // few rows, as in decoding
-  if (m <= kMatvecRows && !ta && beta == 0 && a.dtype() == c.dtype()) return matvec(c, a, b, tb);
+  if (m <= kMatvecRows && !ta && beta == 0 && (tb || a.dtype() == c.dtype()))
+    return matvec(c, a, b, tb);
   matmul(a.dtype(), c.dtype(), m, n, k, {a.raw(), a.dim(1), ta}, {b.raw(), b.dim(1), tb},
          {c.raw(), n}, 1, beta);
 }

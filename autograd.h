@@ -132,7 +132,9 @@ struct Tokens {
   Tensor inputs, targets;  // (R) i32
   Tensor order;            // rows sorted by input token: see sort_rows
   Tensor position_of_row;  // (R) i32; empty: all tokens are here, and it is row % T
-  int64_t only_row = -1;   // the head makes logits of this row alone; -1: of every row
+  // The head makes logits to pick a token from: whole, in the master dtype, and of each sequence's
+  // last row alone. Of one sequence, or of one token each.
+  bool last_rows = false;
   Tokens() = default;
   // In one upload. Tokens outside this rank's part of the vocabulary become -1, the others count
   // from its begin. Inputs, which the embedding reads, or targets, which the loss does, may be left

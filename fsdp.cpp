@@ -66,8 +66,9 @@ void Fsdp::after_backward(Tape& tape, int use) {
 // ---- set-up: parameters are born as shards
 
 // Where each parameter starts in the flat unit, and where that ends. The same on all tp ranks,
-// though their slices may differ: so what all of them hold has the same owner everywhere, and NCCL,
-// whose order of adding depends on owner and place, leaves all with the same bits.
+// though their slices may differ: so what all of them hold has the same owner everywhere. That
+// leaves all with the same bits, since NCCL's order of adding depends on owner and place, where it
+// adds in rings, and orders those of these groups alike (docs/tensor_parallel.md).
 static std::vector<int64_t> offsets_in_unit(const std::vector<Param*>& params, int64_t shards) {
   std::vector<int64_t> offsets;
   int64_t end = 0;
@@ -134,10 +135,13 @@ void Fsdp::add_units(const std::vector<Param*>& all, uint64_t seed, std::string 
       u.whole = Tensor({u.padded}, dtype_, Memory::parameters);
       u.shard = u.shard_of(u.whole);
     }
-    fill(u.shard, 0);  // the padding stays 0
+    if (dtype_ != master) u.master = Tensor({u.shard_size}, master, Memory::optimizer);
+    const Tensor& born = u.master.empty() ? u.shard : u.master;
+    fill(born, 0);  // the padding stays 0
     for_pieces(u, [&](Param& p, int64_t first, int64_t count, int64_t at) {
-      p.initialise(u.shard.part(at, {count}), seed, first);
+      p.initialise(born.part(at, {count}), seed, first);
     });
+    if (!u.master.empty()) cast(u.shard, u.master);
 
     if (shards_gradients()) {
       u.shard_grad = Tensor({u.shard_size}, master, Memory::gradients);
@@ -147,10 +151,6 @@ void Fsdp::add_units(const std::vector<Param*>& all, uint64_t seed, std::string 
       u.bind(&Param::grad, u.whole_grad);
     }
 
-    if (dtype_ != master) {
-      u.master = Tensor({u.shard_size}, master, Memory::optimizer);
-      cast(u.master, u.shard);
-    }
     u.m = Tensor({u.shard_size}, master, Memory::optimizer);
     u.v = Tensor({u.shard_size}, master, Memory::optimizer);
     fill(u.m, 0);

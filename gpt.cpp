@@ -138,14 +138,15 @@ std::vector<ModelPiece> Gpt::pieces(int positions) const {
 Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& tokens,
              const Attend& attend) {
   ASSERT(config.kv() == config.heads && config.hidden() == 4 * config.width);
-  const int64_t B = tokens.B, T = tokens.T, R = tokens.rows(), H = tp.part(config.heads).size(),
-                row = tokens.only_row;
+  const int64_t B = tokens.B, T = tokens.T, R = tokens.rows(), H = tp.part(config.heads).size();
   if (part.kind == ModelPart::embedding) return tp.embedding(tape, tokens, wte, wpe);
 
   if (part.kind == ModelPart::head) {
-    const Var rows = row < 0 ? x : Var{tp.one_row(x.value, R, row)};
-    const Var normed = layernorm(tape, rows, ln_f_weight, ln_f_bias);
-    return tp.head(tape, normed, row < 0 ? R : 1, wte);
+    if (!tokens.last_rows) return tp.head(tape, layernorm(tape, x, ln_f_weight, ln_f_bias), R, wte);
+    ASSERT(B == 1 || T == 1);
+    const Var last = T == 1 ? x : Var{tp.one_row(x.value, R, R - 1)};
+    const Var normed = layernorm(tape, last, ln_f_weight, ln_f_bias);
+    return Var{tp.next_logits(normed.value, B, wte, config.vocab)};
   }
 
   Block& b = blocks_[part.layer];

@@ -6,8 +6,8 @@
 //           rank are plain ones. Training, sampling, theory and the other strategies go through the
 //           list.
 // source    Radford et al., "Language models are unsupervised multitask learners", 2019; initial
-//           values as in its released code: normal(0, 0.02), positions 0.01, the two projections
-//           into the residual stream scaled by 1/sqrt(2 layers)
+//           values as in its released code: normal(0, 0.02), positions 0.01; the two projections
+//           into the residual stream scaled by 1/sqrt(2 layers), as that paper says
 // test      tests/test_golden.cpp (PyTorch), tests/test_autograd.cpp (finite differences)
 #pragma once
 #include <span>

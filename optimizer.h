@@ -51,5 +51,5 @@ class Optimizer {
 };
 
 // Linear warm-up from 0 over `warmup` steps, then half a cosine from `lr` to `min_lr` at the last
-// step. step counts from 1.
+// step, if any is left. step counts from 1.
 double learning_rate(int64_t step, int64_t steps, int64_t warmup, double lr, double min_lr);

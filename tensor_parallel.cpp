@@ -247,15 +247,18 @@ Tensor TensorParallel::one_row(const Tensor& x, int64_t R, int64_t row) {
   return padding;
 }
 
-Tensor TensorParallel::whole_logits(const Tensor& logits, int64_t vocab) {
-  const int64_t m = logits.dim(0), n = axis_.size;
+Tensor TensorParallel::next_logits(const Tensor& x, int64_t R, const Param& wte, int64_t vocab) {
+  const int64_t n = axis_.size, padded = wte.value.dim(0);
+  const Dtype dtype = master_dtype(x.dtype());
+  const Tensor logits({R, padded}, dtype, Memory::workspace);  // of its part of the vocabulary
+  product(logits, gather(x, R), false, wte.value, true, 0);
   Tensor all = logits;
   if (n > 1) {
-    all = Tensor({n, m, logits.dim(1)}, logits.dtype(), Memory::workspace);
+    all = Tensor({n, R, padded}, dtype, Memory::workspace);
     all_gather(logits, all);
     finish();
   }
-  const Tensor whole({m, vocab}, logits.dtype(), Memory::workspace);
+  const Tensor whole({R, vocab}, dtype, Memory::workspace);
   for (int64_t r = 0; r < n; r++) {  // without the padding
     const Range theirs = part_of(r, vocab);
     copy_columns(whole, theirs.begin, all.part(r * logits.numel(), logits.shape()), 0,

@@ -69,8 +69,8 @@ class TensorParallel {
   // ---- sampling
   // row `row` of x as a batch of one row, distributed as layers expect it
   Tensor one_row(const Tensor& x, int64_t R, int64_t row);
-  // (m,V) from every rank's part of m rows
-  Tensor whole_logits(const Tensor& logits, int64_t vocab);
+  // logits (R,V) in the master dtype, so that nearly equal ones stay apart; whole on every rank
+  Tensor next_logits(const Tensor& x, int64_t R, const Param& wte, int64_t vocab);
 
  private:
   void all_gather(const Tensor& mine, const Tensor& all);

@@ -161,11 +161,10 @@ class Run {
     return any != 0;
   }
 
-  // Of at most 32 sequences; none where the work ends. They are read before any of them is computed
-  // with: who cannot read must not leave the others in a collective.
+  // None where the work ends. All sequences are read before any is computed with: who cannot read
+  // must not leave the others in a collective.
   std::optional<double> held_out_loss() {
-    std::vector<std::vector<int>> sequences(
-        std::min<int64_t>(data.tokens->held_out_sequences(), 32));
+    std::vector<std::vector<int>> sequences(data.tokens->held_out_sequences());
     for (size_t s = 0; s < sequences.size() && error.empty(); s++)
       error = error_of([&] { sequences[s] = data.tokens->held_out(s); });
     if (stopped()) return {};

@@ -218,15 +218,14 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
     and_target.push_back(0);
     return and_target;
   });
-  batch.only_row = batch.rows() - 1;
-  Tensor next({1, V}, gpt.config.dtype, Memory::workspace);
+  batch.last_rows = true;
+  Tensor next({1, V}, master_dtype(gpt.config.dtype), Memory::workspace);
   fill(next, 0);  // what a rank has that does not have the head
   pipeline.forward(activation(1, n), gpt.config.dtype, 1,
                    [&](Tape& tape, int chunk, const Var& x, int) {
                      const Var y = forward(tape, chunk, x, batch);
                      if (!has_head(pieces_[chunk])) return y;
-                     const Tensor whole = gpt.tp.whole_logits(y.value, V);
-                     if (gpt.cp.has_last(n)) next = whole;
+                     if (gpt.cp.has_last(n)) next = y.value;
                      return Var{};
                    });
   sum_over({mesh_["cp"], mesh_["pp"]}, next, Traffic::evaluation, mesh_.queue);

@@ -47,7 +47,7 @@ static OptionTable table(GenerateOptions& o) {
             "below 1: likelier tokens more often; 0: always the likeliest"},
            {"top-k", "K", whole(&o.top_k, 0), "only the K likeliest; 0: all"},
            {"top-p", "P", real(&o.top_p, false),
-            "only the likeliest that together reach this probability"},
+            "only the likeliest that together reach this probability (of what --top-k leaves)"},
        }},
       computing_options(o),
       mesh_options(o.layout, false),

@@ -24,15 +24,16 @@ Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int
 
 // ---- forward
 
-// Through this stage. On the last one logits come out: of tokens.only_row, or of every row.
-Generator::Logits Generator::forward(const Tokens& tokens, const Gpt::Attend& attend) {
+// Through this stage. On the last one logits come out, of each sequence's last token.
+Generator::Logits Generator::forward(Tokens tokens, const Gpt::Attend& attend) {
   Logits logits;
+  tokens.last_rows = true;
   pipeline_.forward({tokens.rows(), gpt.config.width}, gpt.config.dtype, 1,
                     [&](Tape& tape, int, Var x, int) {
                       for (const ModelPart& part : piece_)
                         x = gpt.run(tape, part, x, tokens, attend);
                       if (!has_head(piece_)) return x;
-                      logits = download(gpt.tp.whole_logits(x.value, gpt.config.vocab));
+                      logits = download(x.value);
                       return Var{};
                     });
   return logits;
@@ -42,8 +43,7 @@ Generator::Logits Generator::prefill(int64_t sequence, const std::vector<int>& p
   const int64_t n = prompt.size();
   ASSERT(n > 0 && n <= room_);
   lengths_[sequence] = n;
-  Tokens tokens(1, n, prompt, {}, gpt.tp.part(gpt.config.vocab));
-  tokens.only_row = n - 1;
+  const Tokens tokens(1, n, prompt, {}, gpt.tp.part(gpt.config.vocab));
   return forward(tokens, [=, this](Tape& tape, int64_t layer, const Var& qkv) {
     append_to_cache(caches_.at(layer), qkv.value, sequence, 0, heads_);
     return attention(tape, qkv, 1, n, heads_, gpt.config.attention);

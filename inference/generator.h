@@ -43,7 +43,7 @@ class Generator {
   Gpt gpt;
 
  private:
-  Logits forward(const Tokens& tokens, const Gpt::Attend& attend);
+  Logits forward(Tokens tokens, const Gpt::Attend& attend);
   std::vector<Param*> params() const { return params_of({piece_}); }  // of this stage
 
   Mesh& mesh_;

@@ -9,7 +9,7 @@
 struct Sampling {
   double temperature = 1;  // 0: the likeliest token
   int64_t top_k = 0;       // among the k likeliest; 0: all
-  double top_p = 1;        // among the likeliest whose probabilities together reach p
+  double top_p = 1;        // among the likeliest whose probabilities, of the top_k, reach p
   uint64_t seed = 1337;
 };
 // A token with the probabilities of softmax(logits / temperature), cut to top_k and top_p. The

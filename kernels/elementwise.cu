@@ -54,7 +54,7 @@ template <class A> struct Gelu {
     constexpr A a = A(1.5957691216057307117597842397375), b = A(a * 0.044715),
                 most = sizeof(A) == 8 ? A(600) : A(60);
     const A square = x * x, u = -x * (a + b * square);
-    e = exp_of(u < most ? u : most);  // no overflow, not even of e times x^3
+    e = exp_of(u < most ? u : most);  // no overflow, not even of e times x^3: x is below 0
     s = 1 / (1 + e);
     slope = a + 3 * b * square;
   }

@@ -34,8 +34,8 @@ void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matr
 // ---- matvec.cu   a few rows times a whole matrix: bound by reading the weights once
 
 constexpr int64_t kMatvecRows = 8;
-// y (m,N) = x (m,K) w, w (K,N) or, transposed, (N,K); m at most kMatvecRows. All of one dtype; sums
-// in acc(T)
+// y (m,N) = x (m,K) w, w (K,N) or, transposed, (N,K); m at most kMatvecRows. All of one dtype, or y
+// of a transposed product in acc; sums in acc
 void matvec(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed);
 // dbias (N) += column sums of dy (R,N): ones times dy. Without `add`, `=`: dbias is not read.
 void bias_backward(const Tensor& dbias, const Tensor& dy, bool add = true);
@@ -110,8 +110,9 @@ inline AttentionInputs whole_sequences(const Tensor& qkv, int64_t B, int64_t T, 
 // exponentials, which the backward needs, and who merges results over several sets of keys. A row
 // that sees no key has out 0 and as lse the lowest number there is.
 
-// plain: batched matrix products and a softmax kernel; probabilities (B,H,Tq,Tk) of q's dtype.
-// These, where nobody keeps them, or lse may be empty.
+// plain: batched matrix products and a softmax kernel; probabilities (B,H,Tq,Tk) of q's dtype, to
+// which scores are rounded, too: in bf16 the flash form, which keeps them in acc, is more exact.
+// Probabilities, where nobody keeps them, or lse may be empty.
 void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor& probabilities,
                              const AttentionInputs& in);
 // as the flash form's; `probabilities` that are empty are computed again, from lse
@@ -173,7 +174,8 @@ void cross_entropy_parts(const Tensor& losses, const Tensor& logits, const Tenso
                          bool gradient);
 
 // ---- adamw.cu
-// Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2
+// Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2; but decay is
+// multiplied by the learning rate, as PyTorch has it
 
 // A line of the optimizer's table: neighbouring elements of one parameter, which a block updates.
 struct UpdatePiece {

@@ -73,8 +73,8 @@ template <int N, int kM, bool kSums, class Y, class T> __global__ void __launch_
 
 // y (m,N) = x (m,K) w^T, w (N,K), m <= kM; a warp owns a row of w, which is read from memory once
 // and from a cache m - 1 times
-template <int N, int kM, class T> __global__ void __launch_bounds__(256)
-    rows_kernel(T* y, const T* x, const T* w, int64_t K, int64_t rows, int m) {
+template <int N, int kM, class Y, class T> __global__ void __launch_bounds__(256)
+    rows_kernel(Y* y, const T* x, const T* w, int64_t K, int64_t rows, int m) {
   using A = acc_t<T>;
   const int lane = threadIdx.x % kWarp;
   const int64_t row = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
@@ -88,7 +88,7 @@ template <int N, int kM, class T> __global__ void __launch_bounds__(256)
       for (int j = 0; j < N; j++) sum += A(load(q[j])) * A(load(p[j]));
     }
     const A all = reduce_lanes<Sum<A>>(sum);
-    if (lane == 0) y[r * rows + row] = store<T>(all);
+    if (lane == 0) y[r * rows + row] = store<Y>(all);
   }
 }
 
@@ -97,10 +97,15 @@ template <int kM> void launch(const Tensor& y, const Tensor& x, const Tensor& w,
   const int m = x.dim(0);
   if (transposed) {
     // (a warp of one thread, FAST's, reads rows from begin to end: no packs)
-    DISPATCH_PACKS(w.dtype(), kWarp > 1 && in_packs(K, {&w, &x}),
-                   rows_kernel<N, kM, T>
-                   <<<ceil_div(columns, kThreads / kWarp), kThreads, 0, device().compute>>>(
-                       y.data<T>(), x.data<T>(), w.data<T>(), K, columns, m));
+    DISPATCH_PACKS(
+        w.dtype(), kWarp > 1 && in_packs(K, {&w, &x}),
+        const auto to =
+            [&]<class Y>(Y* y) {
+              rows_kernel<N, kM, Y, T>
+                  <<<ceil_div(columns, kThreads / kWarp), kThreads, 0, device().compute>>>(
+                      y, x.data<T>(), w.data<T>(), K, columns, m);
+            };
+        y.dtype() == w.dtype() ? to(y.data<T>()) : to(y.data<acc_t<T>>()));
   } else {
     DISPATCH_PACKS(w.dtype(), in_packs(columns, {&w}),
                    const unsigned blocks = ceil_div(columns, kProductLanes * kColumns<N>);
@@ -117,7 +122,7 @@ void matvec(const Tensor& y, const Tensor& x, const Tensor& w, bool transposed) 
   OP("matvec", bytes_of(y, x, w));
   const int64_t m = x.dim(0);
   ASSERT(m >= 1 && m <= kMatvecRows && y.dim(0) == m && x.dim(1) == w.dim(transposed ? 1 : 0) &&
-             y.dim(1) == w.dim(transposed ? 0 : 1),
+             y.dim(1) == w.dim(transposed ? 0 : 1) && (transposed || y.dtype() == w.dtype()),
          to_string(y.shape()), " = ", to_string(x.shape()), " ", to_string(w.shape()));
   if (m == 1) launch<1>(y, x, w, transposed);
   else if (m <= 4) launch<4>(y, x, w, transposed);

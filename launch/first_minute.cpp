@@ -3,51 +3,54 @@
 
 #include <algorithm>
 
-// Every rank of the axis contributes 1 + its rank, n times, and to sums, which are to be exact in
-// f32, one of 1 to 8: what must come out is known. NCCL keeps memory for each pair of ranks that
-// has ever exchanged something, half a GB on eight H100s (NVIDIA/nccl issue 1685): so only the axes
-// that train with exchanges try them.
-static void check_axis(const Axis& axis, bool exchanges, cudaStream_t stream) {
-  if (axis.size == 1) return;
+// Every rank of the axis contributes n times `each` elements of 1 + its rank, and to sums, which
+// are to be exact in f32, of one of 1 to 8: what must come out is known. NCCL keeps memory for each
+// pair of ranks that has ever exchanged something, half a GB on eight H100s (NVIDIA/nccl issue
+// 1685): so only the axes that train with exchanges try them.
+static void check_axis(const Axis& axis, int64_t each, cudaStream_t stream) {
   const int n = axis.size;
-  const Tensor mine({n}, Dtype::f32, Memory::workspace), all({n}, Dtype::f32, Memory::workspace);
+  const Tensor mine({n * each}, Dtype::f32, Memory::workspace),
+      all({n * each}, Dtype::f32, Memory::workspace);
   float *send = mine.data<float>(), *receive = all.data<float>();
   const auto contribute = [&](double value) {
     fill(mine, value);
     make_wait(stream, device().compute);
   };
-  const auto expect = [&](const char* what, std::vector<double> expected) {
+  // each of these so many times
+  const auto expect = [&](const char* what, const std::vector<float>& expected) {
     make_wait(device().compute, stream);
-    std::vector<double> got = download(all);
-    got.resize(expected.size());
-    REQUIRE(got == expected, "the first ", what, " on axis ", axis.name, " (rank ", axis.rank,
-            " of ", n, ") gave ", got[0], "... where ", expected[0],
-            "... was expected: check that no two ranks use one GPU, and GPU peer access "
-            "(NCCL_P2P_DISABLE=1 avoids it)");
+    std::vector<float> got(expected.size() * each);
+    download(all.part(0, {int64_t(got.size())}), got.data());
+    for (size_t i = 0; i < got.size(); i++)
+      REQUIRE(got[i] == expected[i / each], "the first ", what, " on axis ", axis.name, " (rank ",
+              axis.rank, " of ", n, ") gave ", got[i], " where ", expected[i / each],
+              " was expected: check that no two ranks use one GPU, and GPU peer access "
+              "(NCCL_P2P_DISABLE=1 avoids it)");
   };
-  double sum = 0;
-  std::vector<double> values;
+  float sum = 0;
+  std::vector<float> values;
   for (int rank = 0; rank < n; rank++) {
     sum += 1 + rank % 8;
     values.push_back(1 + rank);
   }
   contribute(1 + axis.rank % 8);
-  NCCL_CHECK(ncclAllReduce(send, receive, n, ncclFloat32, ncclSum, axis.comm, stream));
-  expect("all-reduce", std::vector<double>(n, sum));
-  NCCL_CHECK(ncclReduceScatter(send, receive, 1, ncclFloat32, ncclSum, axis.comm, stream));
+  NCCL_CHECK(ncclAllReduce(send, receive, n * each, ncclFloat32, ncclSum, axis.comm, stream));
+  expect("all-reduce", std::vector<float>(n, sum));
+  NCCL_CHECK(ncclReduceScatter(send, receive, each, ncclFloat32, ncclSum, axis.comm, stream));
   expect("reduce-scatter", {sum});
   contribute(1 + axis.rank);
-  NCCL_CHECK(ncclAllGather(send, receive, 1, ncclFloat32, axis.comm, stream));
+  NCCL_CHECK(ncclAllGather(send, receive, each, ncclFloat32, axis.comm, stream));
   expect("all-gather", values);
-  NCCL_CHECK(ncclBroadcast(send, receive, n, ncclFloat32, n - 1, axis.comm, stream));
-  expect("broadcast", std::vector<double>(n, values.back()));
-  if (!exchanges) return;
+  NCCL_CHECK(ncclBroadcast(send, receive, n * each, ncclFloat32, n - 1, axis.comm, stream));
+  expect("broadcast", std::vector<float>(n, values.back()));
+  if (!exchanges(axis)) return;
   // facing pairs, both directions of each
-  std::vector<double> received;
+  std::vector<float> received;
   NCCL_CHECK(ncclGroupStart());
   for (const int neighbour : {(axis.rank + 1) % n, (axis.rank + n - 1) % n}) {
-    NCCL_CHECK(ncclSend(send, 1, ncclFloat32, neighbour, axis.comm, stream));
-    NCCL_CHECK(ncclRecv(receive + received.size(), 1, ncclFloat32, neighbour, axis.comm, stream));
+    NCCL_CHECK(ncclSend(send, each, ncclFloat32, neighbour, axis.comm, stream));
+    NCCL_CHECK(ncclRecv(receive + received.size() * each, each, ncclFloat32, neighbour, axis.comm,
+                        stream));
     received.push_back(1 + neighbour);
   }
   NCCL_CHECK(ncclGroupEnd());
@@ -60,5 +63,23 @@ bool exchanges(const Axis& axis) {
 }
 
 void check_mesh(const Mesh& mesh) {
-  for (const Axis& axis : mesh.every_axis()) check_axis(axis, exchanges(axis), mesh.queue);
+  const int64_t large = (device().is_gpu ? 16 << 20 : 256 << 10) / sizeof(float);
+  for (const Axis& axis : mesh.every_axis())
+    for (const int64_t each : {int64_t(1), ceil_div(large, axis.size)})
+      if (axis.size > 1) check_axis(axis, each, mesh.queue);
+}
+
+std::string advice_on_nodes(const Mesh& mesh, const Job& job) {
+  const int tp = mesh["tp"].size;
+  if (job.local_size == job.size || tp == 1) return "";
+  int node = job.rank;  // its first rank
+  MPI_Ibcast(&node, 1, MPI_INT, 0, job.node, Finished());
+  const std::vector<std::string> nodes = gather_text(std::to_string(node));
+  bool apart = false;
+  for (int r = 0; r < job.size; r++) apart |= nodes[r] != nodes[r - r % tp];
+  if (!apart || job.local_size % tp) return "";
+  return sentence("ranks of --tp ", tp, " are on several nodes, though a node has ", job.local_size,
+                  " ranks: every layer's sums cross the network; number the ranks node by node "
+                  "(mpiexec -ppn ",
+                  job.local_size, ", srun -m block)");
 }

@@ -65,8 +65,8 @@ OptionGroup computing_options(CommonOptions& o) {
           {"matmul", "", choice(&o.matmul, {"cublas", "own"}),
            "who multiplies matrices: cuBLAS or the kernels of this project"},
           {"attention", "", choice(&o.attention, {"plain", "flash"}),
-           "whole score matrices, or tiles of them with an online softmax (in build/generate: of "
-           "prompts)"},
+           "whole score matrices, or tiles of them with an online softmax, in bf16 more exact (in "
+           "build/generate: of prompts)"},
           {"seed", "N", whole(&o.seed, 0, INT64_MAX),
            "decides what is random: initial weights, batches, samples"},
           {"device-memory", "MiB", whole(&o.device_memory),
@@ -189,7 +189,7 @@ OptionTable train_options(Options& o) {
       {"Reports",
        {
            {"eval-every", "K", whole(&o.eval_every, 0),
-            "report the loss on the held-out tenth of the data every K steps; 0: never"},
+            "report the loss on sequences spread over the held-out tenth every K steps; 0: never"},
            {"sample", "K", whole(&o.sample, 0),
             "print K tokens that the trained model continues with"},
            {"metrics", "FILE.jsonl", text(&o.metrics),

@@ -48,6 +48,8 @@ int run_program(const char* name, const char* usage, int argc, char** argv, Opti
       Mesh mesh = open_mesh(o.layout, [&] { watch.progress(); });
       watch.observe(mesh);
       check_mesh(mesh);
+      const std::string advice = advice_on_nodes(mesh, job);
+      if (job.speaks && !advice.empty()) fprintf(stderr, "%s: %s\n", name, advice.c_str());
       watch.step(0);
       work(job, mesh, watch);
       watch.observe(Mesh());

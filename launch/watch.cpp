@@ -78,6 +78,7 @@ void Watch::progress() { mine_->progress_ms = now_ms(); }
 void Watch::observe(const Mesh& m) {
   std::lock_guard lock(mutex_);
   observed_ = m.every_axis();
+  mine_->stage = m["pp"].rank;
 }
 
 // ---- a hang, or an error that no call returns
@@ -137,31 +138,38 @@ void Watch::ask_nccl() {
   }
 }
 
+using Entered = std::map<int, std::set<int64_t>>;  // by stage: how many collectives
+static const char* is_behind(const std::set<int64_t>& entered, int64_t mine) {
+  return entered.size() > 1 && mine == *entered.begin() ? "; behind the others of its stage" : "";
+}
+
 std::string Watch::report() const {
   const int64_t now = now_ms();
   std::string s = sentence("no progress for ", (now - mine_->progress_ms) / 1000,
                            " s (--timeout); where the ranks of ", host_name(),
                            " stand, by what they have issued:");
-  std::set<int64_t> entered;
-  for (const WatchRecord& r : records_) entered.insert(r.collectives);
+  Entered entered;
+  for (const WatchRecord& r : records_) entered[r.stage].insert(r.collectives);
   for (const WatchRecord& r : records_) {
     s += sentence("\n  rank ", r.rank, ": ", place_of(r));
     if (now - std::max<int64_t>(r.heartbeat_ms, woke_ms_) > 1500)
       s += sentence("; DOES NOT RUN since ", (now - r.heartbeat_ms) / 1000,
                     " s: stopped, or its process ", r.pid, " is stuck");
     else if (r.finished) s += "; has finished";
-    else if (r.collectives == *entered.begin() && entered.size() > 1) s += "; behind the others";
+    else s += is_behind(entered[r.stage], r.collectives);
   }
   if (mine_->step >= 0) return s;
   return s +
          "\nThe mesh could not be opened or checked. Look at the network interface "
          "(NCCL_SOCKET_IFNAME), a firewall between nodes, the size of /dev/shm in a container, "
-         "and GPU peer access (NCCL_P2P_DISABLE=1 avoids it).";
+         "and GPU peer access (NCCL_P2P_DISABLE=1 avoids it). All of it has a tenth of --timeout, "
+         "and two minutes at least.";
 }
 
 // ---- other nodes
 
 struct Standing {
+  int stage;
   int64_t collectives;
   char where[192];
 };
@@ -188,27 +196,29 @@ static bool receive(void* to, size_t bytes, int tag, MPI_Comm comm, int& from) {
 void Watch::answer() {
   int from;
   while (asking_ != MPI_COMM_NULL && receive(nullptr, 0, kQuestion, asking_, from)) {
-    Standing mine{mine_->collectives, ""};
+    Standing mine{mine_->stage, mine_->collectives, ""};
     sentence("rank ", job_.rank, " on ", host_name(), ": ", place_of(*mine_))
         .copy(mine.where, sizeof mine.where - 1);
     send(&mine, sizeof mine, from, kAnswer, asking_);
   }
 }
 
-// Who does not answer, and who of the others is furthest behind
+// Who does not answer, and who of each stage is furthest behind
 std::string Watch::ask_other_nodes() {
   std::set<int> silent;
   for (int r = 0; r < job_.size; r++) silent.insert(r);
   for (const WatchRecord& r : records_) silent.erase(r.rank);
   for (const int r : silent) send(nullptr, 0, r, kQuestion, asking_);
-  std::multimap<int64_t, std::string> answers;  // by collectives
+  std::vector<Standing> answers;
+  Entered entered;
   Standing of;
   int from;
   for (const double end = MPI_Wtime() + kPatience; !silent.empty() && MPI_Wtime() < end;
        usleep(10000)) {
     answer();
     while (receive(&of, sizeof of, kAnswer, asking_, from)) {
-      answers.insert({of.collectives, of.where});
+      answers.push_back(of);
+      entered[of.stage].insert(of.collectives);
       silent.erase(from);
     }
   }
@@ -217,9 +227,9 @@ std::string Watch::ask_other_nodes() {
     s += sentence("\n  rank ", r,
                   ", on another node, DOES NOT ANSWER: stopped, or its node or "
                   "cable is gone");
-  for (const auto& [collectives, where] : answers)
-    if (collectives == answers.begin()->first)
-      s += "\n  " + where + (collectives < answers.rbegin()->first ? "; behind the others" : "");
+  for (const Standing& a : answers)
+    if (const auto& all = entered[a.stage]; a.collectives == *all.begin())
+      s += sentence("\n  ", a.where, is_behind(all, a.collectives));
   return s;
 }
 

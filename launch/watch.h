@@ -27,7 +27,7 @@
 #include "launch/job.h"
 
 struct WatchRecord {
-  std::atomic<int> rank, pid;
+  std::atomic<int> rank, pid, stage;  // (of the pipeline)
   // on the node's monotonic clock: the watch thread ran; the rank got on
   std::atomic<int64_t> heartbeat_ms, progress_ms;
   // begun, -1 until the mesh is checked; entered so far
@@ -49,7 +49,8 @@ class Watch {
   // collective; hooks itself into the ledger and the job
   Watch(Job& job, int64_t timeout_seconds);
   ~Watch();
-  // asks its communicators for errors from now on; an empty one before close_mesh
+  // Asks its communicators for errors from now on; an empty one before close_mesh. The ranks of one
+  // stage enter the same collectives: who is behind is told from how many.
   void observe(const Mesh& mesh);
   void step(int64_t step) {  // this rank begins a step; 0 when the mesh is checked
     mine_->step = step;

@@ -139,8 +139,9 @@ std::vector<int> Dataset::sequence(int64_t step, int64_t index, uint64_t seed) c
 }
 
 std::vector<int> Dataset::held_out(int64_t i) const {
-  ASSERT(i >= 0 && i < held_out_sequences());
-  return read(train_ + i * context_, context_ + 1);
+  const int64_t n = held_out_sequences();
+  ASSERT(i >= 0 && i < n);
+  return read(train_ + i * all_held_out() / n * context_, context_ + 1);
 }
 
 std::string Dataset::describe() const {

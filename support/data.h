@@ -32,9 +32,10 @@ class Dataset {
 
   // index: in the global batch of the step
   std::vector<int> sequence(int64_t step, int64_t index, uint64_t seed) const;
-  // consecutive; each starts with the token that the one before ended with
+  // of the tenth that is not trained on; more than kMostHeldOut are spread evenly over it
+  static constexpr int64_t kMostHeldOut = 32;
   std::vector<int> held_out(int64_t i) const;
-  int64_t held_out_sequences() const { return (tokens_ - train_ - 1) / context_; }
+  int64_t held_out_sequences() const { return std::min(all_held_out(), kMostHeldOut); }
   bool is_text() const { return parts_[0].width == 1; }
   std::string describe() const;
   std::vector<std::string> paths;  // of its files
@@ -49,6 +50,8 @@ class Dataset {
   };
   static Part open_part(const std::string& path);
   std::vector<int> read(int64_t first, int64_t count) const;
+  // each would start with the token that the one before ended with
+  int64_t all_held_out() const { return (tokens_ - train_ - 1) / context_; }
 
   std::string from_;  // for people
   std::vector<Part> parts_;

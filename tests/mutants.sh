@@ -302,6 +302,12 @@ mutant faults the_padding_of_a_part_of_the_vocabulary_is_in_the_softmax \
 mutant faults padding_is_among_the_logits_that_are_sampled \
   tensor_parallel.cpp 's/^  Tensor all = logits;/  if (n == 1) return logits;\n&/' \
   1 immediate test_tensor_parallel held_out
+mutant faults logits_that_are_sampled_are_rounded \
+  tensor_parallel.cpp 's/dtype = master_dtype\(x.dtype\(\)\)/dtype = x.dtype()/' \
+  1 immediate test_generator f32_and_bf16
+mutant faults masters_begin_as_the_weights_that_compute \
+  fsdp.cpp 's/born = .*/born = u.shard;/; s/cast\(u.shard, u.master\)/cast(u.master, u.shard)/' \
+  1 immediate test_tensor_parallel initial_weights
 mutant faults padding_is_saved_and_in_the_norm \
   fsdp.cpp 's/u.params\[i\]->numel\(\)\)/elements(u.params[i]->local_shape()))/' \
   2 immediate test_tensor_parallel padded_vocabularies

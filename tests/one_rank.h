@@ -3,7 +3,7 @@
 #include "gpt.h"
 #include "optimizer.h"
 
-// logits, with padding, of every row or of tokens.only_row
+// logits: with padding, or of the last rows
 inline Var padded_logits(Gpt& gpt, Tape& tape, const Tokens& tokens) {
   Var x;
   for (const ModelPart& part : gpt.parts()) x = gpt.run(tape, part, x, tokens);
@@ -11,12 +11,16 @@ inline Var padded_logits(Gpt& gpt, Tape& tape, const Tokens& tokens) {
 }
 inline std::vector<double> logits(Gpt& gpt, const Tokens& tokens) {
   Tape tape(false);
-  return download(gpt.tp.whole_logits(padded_logits(gpt, tape, tokens).value, gpt.config.vocab));
+  const Tensor made = padded_logits(gpt, tape, tokens).value;
+  if (tokens.last_rows) return download(made);
+  const Tensor whole({made.dim(0), gpt.config.vocab}, made.dtype(), Memory::workspace);
+  copy_columns(whole, 0, made, 0, gpt.config.vocab);
+  return download(whole);
 }
 
 class WholeGpt : public Gpt {
  public:
-  WholeGpt(const GptConfig& g, uint64_t seed) : Gpt(g) {
+  WholeGpt(const GptConfig& g, uint64_t seed) : Gpt(g), seed(seed) {
     for (Param* p : params()) {
       p->value = Tensor(p->local_shape(), g.dtype, Memory::parameters);
       p->grad = Tensor(p->local_shape(), master_dtype(g.dtype), Memory::gradients);
@@ -54,10 +58,12 @@ class WholeGpt : public Gpt {
                    .param = p};
       if (p->value.dtype() != p->grad.dtype()) {
         s.compute = s.weights, s.weights = zeros();
-        cast(s.weights, s.compute);
+        p->initialise(s.weights, seed, 0);
       }
       shards.push_back(std::move(s));
     }
     return Optimizer(std::move(shards), int64_t(params().size()), clip, weight_decay);
   }
+
+  const uint64_t seed;
 };

@@ -92,7 +92,7 @@ inline std::vector<double> sum_over(Mesh& mesh, const Axis& axis, const std::vec
 }
 
 // Gradients or weights of every parameter in its global shape, from what each rank updates of it.
-enum class WholeOf { gradients, weights };
+enum class WholeOf { gradients, weights, masters };
 inline std::vector<double> whole_model(Mesh& mesh, Trainer& trainer, WholeOf what) {
   std::vector<int64_t> starts;  // of each parameter, by its id, all in a row
   int64_t all = 0;
@@ -102,9 +102,10 @@ inline std::vector<double> whole_model(Mesh& mesh, Trainer& trainer, WholeOf wha
   for (const ParamShard& shard : trainer.optimizer().shards()) {
     const Slice& s = shard.param->slice;
     const int64_t n = s.end - s.begin;
-    const std::vector<double> values = download(what == WholeOf::gradients ? shard.gradient
-                                                : shard.compute.empty()    ? shard.weights
-                                                                           : shard.compute);
+    const std::vector<double> values =
+        download(what == WholeOf::gradients                          ? shard.gradient
+                 : what == WholeOf::masters || shard.compute.empty() ? shard.weights
+                                                                     : shard.compute);
     for (size_t k = 0; k < values.size(); k++) {
       const int64_t i = shard.first + int64_t(k), inner = i % s.inner, middle = i / s.inner % n,
                     outer = i / s.inner / n;

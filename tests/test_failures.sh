@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 train=build/cpu/train_gpt
 . tests/lib.sh
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-long="--model tiny --layers 2 --width 32 --heads 2 --context 32 --batch 12 --steps 1000000"
+long="--model tiny --layers 3 --width 32 --heads 2 --context 32 --batch 12 --steps 1000000"
 
 # strikes NAME RANK SIGNAL SECONDS 'part of the message' ARGS...: starts 3 ranks, sends SIGNAL to
 # one when training is under way
@@ -65,6 +65,10 @@ for rank in 0 2; do
   strikes "a_stopped_rank_${rank}_is_named" $rank STOP 8 "rank $rank: .*DOES NOT RUN" --fsdp 3 \
     --timeout 3
 done
+# stages enter different numbers of collectives: none of them is behind for that
+strikes a_stopped_stage_is_named 1 STOP 8 "rank 1: .*DOES NOT RUN" --pp 3 --microbatch 1 --timeout 3
+check other_stages_are_not_said_to_be_behind "! grep behind '$dir/err'" "" \
+  "$(grep behind "$dir/err")"
 
 says a_loss_that_is_not_finite_on_every_rank_is_said_once "at step 2 the loss is" 3 \
   ${long/1000000/9} --replicate 3 --lr 1e30 --clip 0

@@ -105,8 +105,8 @@ template <class T> T value(int rank, size_t i) {
   if constexpr (std::is_integral_v<T>) return T(v * 1234567);
   else return T(float(v) * 0.37f);
 }
-// Element i of the reduction over n ranks, which begins with rank `first` and goes round; bf16 in
-// f32.
+// Element i of the reduction over n ranks, which begins with rank `first` and goes round: each sum
+// is rounded to T.
 template <class T> T reduced(int n, size_t i, ncclRedOp_t op, int first) {
   using Wide = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, float, T>;
   using Whole = std::conditional_t<std::is_integral_v<Wide>, uint64_t, Wide>;  // integers wrap
@@ -117,6 +117,7 @@ template <class T> T reduced(int n, size_t i, ncclRedOp_t op, int first) {
     else if (op == ncclMax) sum = std::max(sum, x);
     else if (op == ncclMin) sum = std::min(sum, x);
     else sum = Wide(Whole(sum) + Whole(x));
+    sum = Wide(T(sum));
   }
   return T(op == ncclAvg ? Wide(sum / Wide(n)) : sum);
 }

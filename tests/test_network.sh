@@ -63,6 +63,9 @@ check the_wire_carries_the_bytes_of_the_ledger "at_most $wire $((ledger * 11 / 1
 run shared 6 --steps 2 --tp 2 --pp 1 --fsdp 3
 run spread 6 --spread --steps 2 --tp 2 --fsdp 3 2>/dev/null
 check ranks_are_placed_in_blocks_or_spread "[ $(status shared) = 0 ]" "" "$(tail -1 "$dir/shared")"
+check tp_over_nodes_that_have_room_for_it_is_said \
+  "grep -q 'ranks of --tp 2 are on several nodes, though a node has 2 ranks' $dir/spread &&
+    ! grep -q 'are on several nodes' $dir/shared" "" "$(grep several "$dir/shared" "$dir/spread")"
 
 make -s --no-print-directory BACKEND=cpu build/cpu/tests/bench_links
 # Twenty calls of 1 MiB, or of 4, more than two on 2, 3 and 4 nodes: what starts a job is on the

@@ -455,6 +455,10 @@ TEST(the_last_tenth_is_held_out_and_never_trained_on) {
     }
   CHECK(lowest == 0 && highest == 899, "10,000 draws of 893 starts reach both ends");
   CHECK(d.held_out(0)[0] == 900 && d.held_out_sequences() == 14 && d.held_out(13).back() == 998);
+  // there are 99 sequences of one token: 32 of them, evenly spread, stand for all
+  const Dataset many = Dataset::open({file}, 1, 1000);
+  CHECK_EQ(many.held_out_sequences(), 32);
+  for (int i = 0; i < 32; i++) CHECK_EQ(many.held_out(i)[0], 900 + i * 99 / 32);
   // a tenth is less than one sequence: one sequence is held out
   const Dataset small = Dataset::open({file}, 499, 1000);
   CHECK(small.held_out(0)[0] == 500 && small.held_out_sequences() == 1);
@@ -580,9 +584,8 @@ TEST(a_token_outside_the_vocabulary_is_refused_with_its_place) {
   late[(1 << 20) + 990] = 300;
   const std::string first = dir.write("ok.bin", shard<uint16_t>({1, 2, 3})),
                     second = dir.write("late.bin", shard(late));
-  const Dataset d = Dataset::open({first, second}, 10, 256);
-  CHECK_SAYS(for (int64_t i = 0; i < d.held_out_sequences(); i++) d.held_out(i),
-             second + " has token 300 at position 1049566, outside");
+  const Dataset d = Dataset::open({first, second}, 104'950, 256);  // one sequence is held out
+  CHECK_SAYS(d.held_out(0), second + " has token 300 at position 1049566, outside");
 }
 
 TEST(without_data_the_projects_own_sources_are_read) {

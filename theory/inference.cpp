@@ -10,7 +10,8 @@ int64_t decoding_bytes(const GptConfig& config, const Layout& layout, int pp_ran
   const ModelPiece piece = gpt.pieces(pp.size)[pp_rank];
   const int64_t n = tp.size, row = sequences * size_of(config.dtype),
                 activation = row * config.width,
-                logits = row * n * gpt.tp.padded_part(config.vocab);
+                logits = sequences * size_of(master_dtype(config.dtype)) * n *
+                         gpt.tp.padded_part(config.vocab);
   Ledger sent;
   for (const ModelPart& part : piece)
     sent.enter(tp, Collective::all_reduce, activation, steps * split_matrices(part).by_inputs);

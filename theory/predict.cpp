@@ -453,7 +453,7 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
   return {{std::max(numbers * t.e / cluster.read, 2 * numbers * sequences / rate),
            position * length / cluster.read, (L * kKernels + 6) * cluster.launch,
            sums * link.seconds(Collective::all_reduce, row * C) +
-               link.seconds(Collective::all_gather, row * config.vocab),
+               link.seconds(Collective::all_gather, sequences * t.g * config.vocab),
            (pp - 1) * to_next.seconds(Collective::send, row * C) +
                to_next.seconds(Collective::broadcast, sequences * 4)},
           fullest};

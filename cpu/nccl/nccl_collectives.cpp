@@ -94,7 +94,7 @@ void fold(char* to, const std::vector<const char*>& from, size_t count, Fold op,
       for (size_t q = 1; q < from.size(); q++) {
         const T* x = reinterpret_cast<const T*>(from[q]) + begin;
 #pragma omp simd
-        for (size_t i = 0; i < m; i++) sum[i] = op(sum[i], Wide(widen(x[i])));
+        for (size_t i = 0; i < m; i++) sum[i] = widen(narrow<T>(op(sum[i], Wide(widen(x[i])))));
       }
       if (divide_by > 1)
         for (size_t i = 0; i < m; i++) sum[i] = Wide(sum[i] / Wide(divide_by));

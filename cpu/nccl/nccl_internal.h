@@ -38,7 +38,7 @@
 //           each other; the watch finds them.
 // sums      One element after another, from the rank after a piece's owner round to the owner;
 //           all-reduces that fit into a record, and reduce, in ascending rank. The same whatever
-//           the transport and the timing; bf16 and avg sum in f32.
+//           the transport and the timing; each sum of bf16 is rounded to it, as in NCCL's rings.
 // failure   Sticky for the communicator: the peers are told, and later calls return the error at
 //           once.
 #pragma once
