@@ -132,8 +132,8 @@ struct Tokens {
   Tensor inputs, targets;  // (R) i32
   Tensor order;            // rows sorted by input token: see sort_rows
   Tensor position_of_row;  // (R) i32; empty: all tokens are here, and it is row % T
-  // The head makes logits to pick a token from: whole, in the master dtype, and of each sequence's
-  // last row alone. Of one sequence, or of one token each.
+  // The head makes only what each sequence's next token is picked from: logits of its last row,
+  // over the whole vocabulary, in the master dtype. Of one sequence, or of one-token sequences.
   bool last_rows = false;
   Tokens() = default;
   // In one upload. Tokens outside this rank's part of the vocabulary become -1, the others count

@@ -144,7 +144,7 @@ Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& toke
   if (part.kind == ModelPart::head) {
     if (!tokens.last_rows) return tp.head(tape, layernorm(tape, x, ln_f_weight, ln_f_bias), R, wte);
     ASSERT(B == 1 || T == 1);
-    const Var last = T == 1 ? x : Var{tp.one_row(x.value, R, R - 1)};
+    const Var last = T == 1 ? x : Var{tp.last_row(x.value, R)};
     const Var normed = layernorm(tape, last, ln_f_weight, ln_f_bias);
     return Var{tp.next_logits(normed.value, B, wte, config.vocab)};
   }

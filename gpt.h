@@ -79,8 +79,9 @@ class Gpt {
   Param& tied() { return wte; }  // by both ends
 
   // The embedding makes x (R,C) from tokens, a block x from x, the head logits from x: (R, this
-  // rank's part of V, padded). `attend`: another attention for a block, from qkv (R, 3 x this
-  // rank's heads x D) to (R, this rank's heads x D); the generator attends to a cache.
+  // rank's part of V, padded), or with tokens.last_rows (B,V). `attend`: another attention for a
+  // block, from qkv (R, 3 x this rank's heads x D) to (R, this rank's heads x D); the generator
+  // attends to a cache.
   using Attend = std::function<Var(Tape& tape, int64_t layer, const Var& qkv)>;
   Var run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& tokens,
           const Attend& attend = {});

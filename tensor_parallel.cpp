@@ -237,9 +237,9 @@ Param TensorParallel::whole_with_partial_gradient(Param p) const {
 
 // ---- sampling
 
-Tensor TensorParallel::one_row(const Tensor& x, int64_t R, int64_t row) {
+Tensor TensorParallel::last_row(const Tensor& x, int64_t R) {
   const int64_t C = x.dim(1);
-  const Tensor one = gather(x, R).part(row * C, {1, C});
+  const Tensor one = gather(x, R).part((R - 1) * C, {1, C});
   // ceil(1 / n) = 1: the first rank has the row, the others padding
   if (!splits_rows_ || axis_.rank == 0) return one;
   const Tensor padding({1, C}, x.dtype(), Memory::activations);

@@ -67,8 +67,8 @@ class TensorParallel {
   void sum_partial_gradients(const std::vector<Param*>& params);  // on the queue
 
   // ---- sampling
-  // row `row` of x as a batch of one row, distributed as layers expect it
-  Tensor one_row(const Tensor& x, int64_t R, int64_t row);
+  // the last row of x as a batch of one row, distributed as layers expect it
+  Tensor last_row(const Tensor& x, int64_t R);
   // logits (R,V) in the master dtype, so that nearly equal ones stay apart; whole on every rank
   Tensor next_logits(const Tensor& x, int64_t R, const Param& wte, int64_t vocab);
 

@@ -2,6 +2,7 @@
 #include "launch/first_minute.h"
 
 #include <algorithm>
+#include <set>
 
 // Every rank of the axis contributes n times `each` elements of 1 + its rank, and to sums, which
 // are to be exact in f32, of one of 1 to 8: what must come out is known. NCCL keeps memory for each
@@ -63,10 +64,18 @@ bool exchanges(const Axis& axis) {
 }
 
 void check_mesh(const Mesh& mesh) {
-  const int64_t large = (device().is_gpu ? 16 << 20 : 256 << 10) / sizeof(float);
-  for (const Axis& axis : mesh.every_axis())
-    for (const int64_t each : {int64_t(1), ceil_div(large, axis.size)})
-      if (axis.size > 1) check_axis(axis, each, mesh.queue);
+  Device& d = device();
+  // without a GPU, what NCCL's stand-in does not send with its record
+  int64_t large = (d.is_gpu ? 16 << 20 : 256 << 10) / sizeof(float);
+  if (d.memory_limit) large = std::min<int64_t>(large, d.memory_limit / 64);
+  for (const Axis& axis : mesh.every_axis()) {
+    if (axis.size == 1) continue;
+    check_axis(axis, 1, mesh.queue);
+    if (axis.name != mesh.world.name) check_axis(axis, ceil_div(large, axis.size), mesh.queue);
+  }
+  // of what is trained, from here on
+  d.memory.peak = d.memory.at_peak = d.memory.now;
+  d.memory.total_peak = d.memory.total;
 }
 
 std::string advice_on_nodes(const Mesh& mesh, const Job& job) {
@@ -76,8 +85,13 @@ std::string advice_on_nodes(const Mesh& mesh, const Job& job) {
   MPI_Ibcast(&node, 1, MPI_INT, 0, job.node, Finished());
   const std::vector<std::string> nodes = gather_text(std::to_string(node));
   bool apart = false;
-  for (int r = 0; r < job.size; r++) apart |= nodes[r] != nodes[r - r % tp];
-  if (!apart || job.local_size % tp) return "";
+  size_t blocks = 1;  // of ranks on one node
+  for (int r = 0; r < job.size; r++) {
+    apart |= nodes[r] != nodes[r - r % tp];
+    blocks += r > 0 && nodes[r] != nodes[r - 1];
+  }
+  const bool in_turn = blocks > std::set(nodes.begin(), nodes.end()).size();
+  if (!apart || !in_turn || job.local_size < tp) return "";
   return sentence("ranks of --tp ", tp, " are on several nodes, though a node has ", job.local_size,
                   " ranks: every layer's sums cross the network; number the ranks node by node "
                   "(mpiexec -ppn ",

@@ -43,9 +43,10 @@ int run_program(const char* name, const char* usage, int argc, char** argv, Opti
     }
     // of NCCL's stand-in: the watch speaks first
     setenv("THREEFOLD_TIMEOUT", sentence(o.timeout + 10).c_str(), 0);
-    // A switch that adds (NVLS) does so in an order of its own, where the copies on tp ranks of what
+    // A switch that adds (NVLS) does so in an order of its own, but the copies on tp ranks of what
     // all of them hold must get the same bits (docs/tensor_parallel.md).
-    if (o.layout["tp"] > 1 && o.layout["fsdp"] * o.layout["cp"] > 2)
+    if (o.layout["tp"] > 1 &&
+        std::max(o.layout["fsdp"] * o.layout["cp"], o.layout["replicate"]) > 2)
       setenv("NCCL_NVLS_ENABLE", "0", 0);
     {
       Watch watch(job, o.timeout);

@@ -78,7 +78,7 @@ void Watch::progress() { mine_->progress_ms = now_ms(); }
 void Watch::observe(const Mesh& m) {
   std::lock_guard lock(mutex_);
   observed_ = m.every_axis();
-  mine_->stage = m["pp"].rank;
+  if (m.size > 1) mine_->stage = m["pp"].rank;
 }
 
 // ---- a hang, or an error that no call returns
@@ -143,27 +143,33 @@ static const char* is_behind(const std::set<int64_t>& entered, int64_t mine) {
   return entered.size() > 1 && mine == *entered.begin() ? "; behind the others of its stage" : "";
 }
 
-std::string Watch::report() const {
-  const int64_t now = now_ms();
-  std::string s = sentence("no progress for ", (now - mine_->progress_ms) / 1000,
-                           " s (--timeout); where the ranks of ", host_name(),
-                           " stand, by what they have issued:");
+std::string standings(std::span<const WatchRecord> records, int64_t now, int64_t woke) {
   Entered entered;
-  for (const WatchRecord& r : records_) entered[r.stage].insert(r.collectives);
-  for (const WatchRecord& r : records_) {
+  for (const WatchRecord& r : records) entered[r.stage].insert(r.collectives);
+  std::string s;
+  for (const WatchRecord& r : records) {
     s += sentence("\n  rank ", r.rank, ": ", place_of(r));
-    if (now - std::max<int64_t>(r.heartbeat_ms, woke_ms_) > 1500)
+    if (now - std::max<int64_t>(r.heartbeat_ms, woke) > 1500)
       s += sentence("; DOES NOT RUN since ", (now - r.heartbeat_ms) / 1000,
                     " s: stopped, or its process ", r.pid, " is stuck");
     else if (r.finished) s += "; has finished";
     else s += is_behind(entered[r.stage], r.collectives);
   }
+  return s;
+}
+
+std::string Watch::report() const {
+  const int64_t now = now_ms();
+  const std::string s =
+      sentence("no progress for ", (now - mine_->progress_ms) / 1000,
+               " s (--timeout); where the ranks of ", host_name(),
+               " stand, by what they have issued:", standings(records_, now, woke_ms_));
   if (mine_->step >= 0) return s;
   return s +
          "\nThe mesh could not be opened or checked. Look at the network interface "
          "(NCCL_SOCKET_IFNAME), a firewall between nodes, the size of /dev/shm in a container, "
-         "and GPU peer access (NCCL_P2P_DISABLE=1 avoids it). All of it has a tenth of --timeout, "
-         "and two minutes at least.";
+         "and GPU peer access (NCCL_P2P_DISABLE=1 avoids it). To open a communicator there is a "
+         "tenth of --timeout, or two minutes of it if that is longer.";
 }
 
 // ---- other nodes

@@ -44,6 +44,10 @@ struct WatchRecord {
   std::atomic<bool> asked, explained;
 };
 
+// A line for each rank of a node: where it stands, whether it runs (on the node's clock; `woke`:
+// when the watch itself last came back), and whether it is behind others of its stage.
+std::string standings(std::span<const WatchRecord> records, int64_t now, int64_t woke);
+
 class Watch {
  public:
   // collective; hooks itself into the ledger and the job

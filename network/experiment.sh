@@ -8,7 +8,7 @@
 #   network/experiment.sh decode         the time a token of build/generate --tp 2
 #   STEPS=4   steps of a run, of which the first does not count
 #   RANKS=2   only the layouts of so many ranks (2: one a node, 4: two a node)
-#   LAB=3f    names the nodes of each link: 3f-fast-1 (default: 3f and the process's number)
+#   LAB=3f    with what the names of its nodes begin
 # The cells of a layout take turns over the links; the fast one, with which the others are compared,
 # is the first and the last, and the mean of both counts. Others may use the hardware: so before
 # and after a layout's cells each rank trains alone, and if that takes 1.3 times as long as is
@@ -63,7 +63,7 @@ done
 
 # a thread a rank, and one for what travels beside it
 export OMP_NUM_THREADS=1 THREEFOLD_STREAMS=queued
-nodes=network/nodes.sh own=${LAB:-3f$$} out=build/network
+nodes=network/nodes.sh own=${LAB:-3f}-$$ out=build/network
 links="fast 1gbit 300mbit 100mbit 1ms"
 rate_of() { case $1 in fast) echo 0 ;; 1ms) echo 1gbit 1000 ;; *) echo "$1" ;; esac; }
 clean() {

@@ -106,7 +106,7 @@ up() {
 
 down() {
   local name
-  for name in $(ls /run/netns | grep -E "^$lab-([0-9]+|switch)$"); do
+  for name in $(ls /run/netns 2>/dev/null | grep -E "^$lab-([0-9]+|switch)$"); do
     ip netns pids "$name" | xargs -r kill -9 2>/dev/null || true
     ip netns del "$name" || true
   done

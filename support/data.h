@@ -50,7 +50,8 @@ class Dataset {
   };
   static Part open_part(const std::string& path);
   std::vector<int> read(int64_t first, int64_t count) const;
-  // each would start with the token that the one before ended with
+  // how many sequences the held-out part has, each of which starts with the last token of the one
+  // before
   int64_t all_held_out() const { return (tokens_ - train_ - 1) / context_; }
 
   std::string from_;  // for people

@@ -38,6 +38,7 @@ inline int run_mpi_tests(int argc, char** argv) {
   Job job(&argc, &argv);
   job.check_launcher();
   the_job() = &job;
+  setenv("NCCL_NVLS_ENABLE", "0", 0);  // sums in one order: launch/program.h
   open_device(job.local_rank % device_count(), 0);
   const bool crowded =
       device().is_gpu && job.local_size > device_count() && nccl_referee::watch == nullptr;

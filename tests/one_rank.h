@@ -1,5 +1,8 @@
 // one_rank.h: the whole model on one rank without any strategy: what every layout is compared with.
 #pragma once
+#include <algorithm>
+#include <bit>
+
 #include "gpt.h"
 #include "optimizer.h"
 
@@ -16,6 +19,13 @@ inline std::vector<double> logits(Gpt& gpt, const Tokens& tokens) {
   const Tensor whole({made.dim(0), gpt.config.vocab}, made.dtype(), Memory::workspace);
   copy_columns(whole, 0, made, 0, gpt.config.vocab);
   return download(whole);
+}
+
+// whether all of these f32 numbers are bf16 ones
+inline bool are_bf16(const std::vector<double>& values) {
+  return std::ranges::all_of(values, [](double x) {
+    return (std::bit_cast<uint32_t>(float(x)) & 0xffff) == 0;
+  });
 }
 
 class WholeGpt : public Gpt {

@@ -61,8 +61,11 @@ check three_nodes_train_to_the_losses_of_one_rank "at_most $worst 1e-12" "within
 check the_wire_carries_the_bytes_of_the_ledger "at_most $wire $((ledger * 11 / 10))" \
   "$wire bytes for $ledger" "$wire bytes for $ledger"
 run shared 6 --steps 2 --tp 2 --pp 1 --fsdp 3
-run spread 6 --spread --steps 2 --tp 2 --fsdp 3 2>/dev/null
-check ranks_are_placed_in_blocks_or_spread "[ $(status shared) = 0 ]" "" "$(tail -1 "$dir/shared")"
+timeout -k 5 60 $nodes run -n 6 --spread $train --steps 2 --tp 2 --fsdp 3 \
+  --metrics "$dir/spread.jsonl" >"$dir/spread" 2>&1 </dev/null
+worst=$(worst 2 "$dir/shared.jsonl" "$dir/spread.jsonl")
+check ranks_are_placed_in_blocks_or_spread "at_most $worst 1e-12" "within $worst" \
+  "$(tail -1 "$dir/shared") $(tail -1 "$dir/spread")"
 check tp_over_nodes_that_have_room_for_it_is_said \
   "grep -q 'ranks of --tp 2 are on several nodes, though a node has 2 ranks' $dir/spread &&
     ! grep -q 'are on several nodes' $dir/shared" "" "$(grep several "$dir/shared" "$dir/spread")"
@@ -165,7 +168,7 @@ for wrong in "up 4 fast" "up 1" "up 2 0 long" "up 2"; do
 done
 $nodes down
 # labs: the namespaces of this test, and of the `make network` that it starts, which takes LAB over
-labs() { ls /run/netns | grep "^$LAB-"; }
+labs() { ls /run/netns 2>/dev/null | grep "^$LAB-"; }
 check nothing_is_left_behind "! labs >/dev/null" "" "$(labs)"
 if [ ! -c /dev/net/tun ]; then
   skip "links that are far away" "there is no /dev/net/tun"

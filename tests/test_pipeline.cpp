@@ -196,6 +196,20 @@ TEST(held_out_loss_and_next_token_are_the_same_in_every_layout) {
   measured("relative difference ", worst);
 }
 
+TEST(a_next_token_is_picked_from_f32_logits_where_the_model_is_bf16) {
+  GptConfig config = kConfig;
+  config.dtype = Dtype::bf16;
+  config.context = 16;
+  for (const Layout& layout : {Layout{{"pp", job().size}}, Layout{{"cp", job().size}}}) {
+    Mesh mesh = open_mesh(layout);
+    TrainerOptions options;
+    options.microbatch = options.batch = 1;
+    Trainer trainer(mesh, config, options);
+    CHECK(!are_bf16(trainer.next_logits(std::vector<int>(16, 3))), to_string(layout));
+    close_mesh(mesh);
+  }
+}
+
 TEST(layers_are_cut_evenly_with_the_head_weighed_in) {
   const auto sizes = [](int64_t layers, double head, int positions) {
     std::vector<int64_t> s;

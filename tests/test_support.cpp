@@ -19,6 +19,7 @@
 #include "support/data.h"
 #include "support/metrics.h"
 #include "launch/options.h"
+#include "launch/watch.h"
 #include "support/philox.h"
 #include "checkpoint/checkpoint.h"
 #include "checkpoint/safetensors.h"
@@ -439,6 +440,25 @@ TEST(token_shards_of_both_widths_are_read) {
   CHECK(Dataset::open({file}, 50, 128256).held_out(0)[3] == 101803);
   CHECK_EQ(Dataset::open({file}, 50, 128256).describe(),
            file + ", token shards: 1800 tokens to train on, 200 held out");
+}
+
+TEST(a_rank_is_behind_ranks_of_its_stage_alone) {
+  std::vector<WatchRecord> records(5);
+  for (int i = 0; i < 5; i++) {
+    records[i].rank = i, records[i].stage = i / 3, records[i].heartbeat_ms = 9000;
+    records[i].collectives = i == 1 ? 7 : i < 3 ? 9 : 2;
+  }
+  const auto said_of = [&](int rank) {  // its line
+    const std::string all = standings(records, 10'000, 0) + "\n";
+    const size_t begin = all.find(sentence("rank ", rank, ": "));
+    return all.substr(begin, all.find('\n', begin) - begin);
+  };
+  const auto is_behind = [&](int rank) {
+    return said_of(rank).find("behind") != std::string::npos;
+  };
+  for (int rank = 0; rank < 5; rank++) CHECK_EQ(is_behind(rank), rank == 1, said_of(rank));
+  records[1].heartbeat_ms = 2000;
+  CHECK(said_of(1).find("DOES NOT RUN since 8 s") != std::string::npos, said_of(1));
 }
 
 TEST(the_last_tenth_is_held_out_and_never_trained_on) {
