@@ -277,6 +277,8 @@ mutant faults joined_axes_number_the_fast_axis_first \
   4 immediate test_comm joined
 mutant faults the_first_minute_expects_another_sum \
   launch/first_minute.cpp 's/sum \+= 1 \+ rank/sum += 2 + rank/' 2 immediate test_comm $mesh
+mutant faults the_report_compares_ranks_of_all_stages \
+  launch/watch.cpp 's/entered\[r.stage\]/entered[0]/' 1 immediate test_support a_rank_is_behind
 mutant faults the_ledger_enters_twice_the_bytes \
   comm.cpp 's/row.numerator \+= numerator/row.numerator += 2 * numerator/' \
   2 immediate test_comm $ledger
