@@ -32,7 +32,8 @@ class Dataset {
 
   // index: in the global batch of the step
   std::vector<int> sequence(int64_t step, int64_t index, uint64_t seed) const;
-  // of the tenth that is not trained on; more than kMostHeldOut are spread evenly over it
+  // Of the tenth that is not trained on. Where it has more than kMostHeldOut sequences, so many of
+  // them, spread evenly over it, stand for all.
   static constexpr int64_t kMostHeldOut = 32;
   std::vector<int> held_out(int64_t i) const;
   int64_t held_out_sequences() const { return std::min(all_held_out(), kMostHeldOut); }

@@ -6,7 +6,7 @@
 #include "gpt.h"
 #include "optimizer.h"
 
-// logits: with padding, or of the last rows
+// logits of every row, with padding
 inline Var padded_logits(Gpt& gpt, Tape& tape, const Tokens& tokens) {
   Var x;
   for (const ModelPart& part : gpt.parts()) x = gpt.run(tape, part, x, tokens);
@@ -15,7 +15,6 @@ inline Var padded_logits(Gpt& gpt, Tape& tape, const Tokens& tokens) {
 inline std::vector<double> logits(Gpt& gpt, const Tokens& tokens) {
   Tape tape(false);
   const Tensor made = padded_logits(gpt, tape, tokens).value;
-  if (tokens.last_rows) return download(made);
   const Tensor whole({made.dim(0), gpt.config.vocab}, made.dtype(), Memory::workspace);
   copy_columns(whole, 0, made, 0, gpt.config.vocab);
   return download(whole);
