@@ -103,7 +103,10 @@ std::string newest_path(const std::string& path) {
   REQUIRE(is_there(path), path, " does not exist");
   const std::vector<std::string> steps = checkpoints_in(path);
   REQUIRE(!steps.empty(), path,
-          " holds no checkpoint: neither a manifest.json nor a directory step-... with one");
+          " holds no checkpoint: neither a manifest.json nor a directory step-... with one",
+          is_there(path + "/config.json")
+              ? " (of Hugging Face's files build/checkpoint import makes one)"
+              : "");
   return steps[0];
 }
 
@@ -348,8 +351,8 @@ void Checkpoint::verify(const std::string& names, int rank, int ranks) const {
     const std::string name = path + "/" + f.name;
     expect(is_there(name), name, " is missing");
     const WrittenFile now = measure(name);
-    expect(now.bytes == f.bytes && now.checksum == f.checksum, name, " is damaged: it has ",
-           now.bytes, " bytes of ", f.bytes, ", or its checksum is not the manifest's");
+    expect(now.bytes == f.bytes, name, " is damaged: it has ", now.bytes, " bytes of ", f.bytes);
+    expect(now.checksum == f.checksum, name, " is damaged: its checksum is not the manifest's");
   }
   for (const auto& [name, shape] : tensors) {
     int64_t next = 0;
@@ -364,6 +367,18 @@ void Checkpoint::verify(const std::string& names, int rank, int ranks) const {
   }
 }
 
+const StoredArrays& Checkpoint::file_of(int rank, Part part) const {
+  const std::string name = file_name(rank, part);
+  StoredArrays& file = open_[name];
+  if (file.empty()) file = open_safetensors(path + "/" + name);
+  return file;
+}
+
+void Checkpoint::open_weights() const {
+  for (const auto& [tensor, runs] : runs_)
+    for (const Run& run : runs) file_of(run.rank, Part::weights);
+}
+
 void Checkpoint::read(const Piece& piece, Part part, Dtype dtype, void* to) const {
   const auto found = runs_.find(piece.tensor);
   REQUIRE(found != runs_.end(), path, " has no tensor ", piece.tensor);
@@ -374,11 +389,10 @@ void Checkpoint::read(const Piece& piece, Part part, Dtype dtype, void* to) cons
               " lacks element ", begin, " of ", piece.tensor);
       const Run& from = run[-1];
       const int64_t skip = begin - from.begin, n = std::min(count, from.count - skip);
-      const std::string name = path + "/" + file_name(from.rank, part);
-      StoredArrays& file = open_[name];
-      if (file.empty()) file = open_safetensors(name);
+      const StoredArrays& file = file_of(from.rank, part);
       const auto array = file.find(piece.tensor + suffix(part));
-      REQUIRE(array != file.end(), name, " has no tensor ", piece.tensor, suffix(part));
+      REQUIRE(array != file.end(), path, "/", file_name(from.rank, part), " has no tensor ",
+              piece.tensor, suffix(part));
       array->second.read(from.at + skip, n, dtype, static_cast<char*>(to) + at * size_of(dtype));
       begin += n, at += n, count -= n;
     }

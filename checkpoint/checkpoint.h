@@ -66,6 +66,8 @@ class Checkpoint {
   // every element once. Ranks share the files out.
   void verify(const std::string& names = "", int rank = 0, int ranks = 1) const;
   void read(const Piece& piece, Part part, Dtype dtype, void* to) const;  // f32 or f64
+  // They can be read from now on even where the checkpoint is removed.
+  void open_weights() const;
 
  private:
   // of a tensor: elements [begin, begin + count) are in that rank's file from `at` on
@@ -75,7 +77,8 @@ class Checkpoint {
     int64_t at;
   };
   std::map<std::string, std::vector<Run>> runs_;
-  mutable std::map<std::string, StoredArrays> open_;  // by path
+  const StoredArrays& file_of(int rank, Part part) const;
+  mutable std::map<std::string, StoredArrays> open_;  // by name
 };
 
 // ---- ranks; all of these are collective, and throw on every rank what went wrong on one

@@ -12,6 +12,7 @@
 #include "inference/tokenizer.h"
 #include "launch/options.h"
 #include "support/json.h"
+#include "support/metrics.h"
 
 namespace fs = std::filesystem;
 using nlohmann::json;
@@ -22,7 +23,8 @@ static const char kUsage[] =
     "       build/checkpoint verify PATH        read every file of every step and compare with\n"
     "                                           the manifests\n"
     "       build/checkpoint export PATH DIR    write DIR/model.safetensors and config.json,\n"
-    "                                           which Hugging Face's GPT-2 opens\n"
+    "                                           which Hugging Face's GPT-2 opens; what is\n"
+    "                                           there of these names becomes NAME.1\n"
     "       build/checkpoint import DIR PATH    the other way round: a checkpoint at step 0 that\n"
     "                                           --resume and build/generate take; DIR holds\n"
     "                                           model.safetensors (or its parts and\n"
@@ -90,6 +92,7 @@ static json config_of(const CheckpointInfo& info, int end) {
   json config = kThisModel;
   config["architectures"] = {"GPT2LMHeadModel"};
   config["torch_dtype"] = "float32";
+  for (const char* key : {"attn_pdrop", "embd_pdrop", "resid_pdrop"}) config[key] = 0;  // dropout
   for (const SizeOption& s : kSizes) config[s.hugging_face] = m.*s.member;
   config["n_ctx"] = m.context;
   for (const char* key : {"bos_token_id", "eos_token_id"})
@@ -114,10 +117,12 @@ static void export_weights(const std::string& path, const std::string& dir) {
   if (end < 0 && tokenizer.key() == 0 && !c.info.bytes && c.info.model.vocab >= 50257) end = 50256;
   make_directory(dir);
   copy_tokenizer(home, dir);
-  const WrittenFile w = write_safetensors(dir + "/model.safetensors", arrays);
-  write_file(dir + "/config.json", config_of(c.info, end).dump(2) + "\n");
-  printf("%s/model.safetensors: %zu tensors, %.1f MB, from %s\n", dir.c_str(), arrays.size(),
-         w.bytes / 1e6, c.path.c_str());
+  const std::string weights = dir + "/model.safetensors", config = dir + "/config.json";
+  for (const std::string& file : {weights, config}) put_aside(file, "files");
+  const WrittenFile w = write_safetensors(weights, arrays);
+  write_file(config, config_of(c.info, end).dump(2) + "\n");
+  printf("%s: %zu tensors, %.1f MB, from %s\n", weights.c_str(), arrays.size(), w.bytes / 1e6,
+         c.path.c_str());
 }
 
 static CheckpointInfo read_config(const std::string& path) {

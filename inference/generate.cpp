@@ -22,6 +22,7 @@ struct GenerateOptions : CommonOptions {
   int64_t tokens = 0;  // 0: 100, or what has room
   int64_t top_k = 0;
   double temperature = 0.8, top_p = 1;
+  bool raw = false;
 };
 
 static OptionTable table(GenerateOptions& o) {
@@ -40,7 +41,8 @@ static OptionTable table(GenerateOptions& o) {
            {"prompt", "TEXT...", list(&o.prompts, " (--prompt-file takes any text)"),
             "what to continue; several are continued together"},
            {"prompt-file", "FILE...", list(&o.files),
-            "the same from files; - is standard input, under mpiexec of at most 64 KiB"},
+            "the same from files, without the end of their last line; - is standard input, under "
+            "mpiexec of at most 64 KiB"},
            {"tokens", "N", whole(&o.tokens), "how many to add to each",
             "100, or what the context has room for"},
            {"temperature", "X", real(&o.temperature),
@@ -48,6 +50,7 @@ static OptionTable table(GenerateOptions& o) {
            {"top-k", "K", whole(&o.top_k, 0), "only the K likeliest; 0: all"},
            {"top-p", "P", real(&o.top_p, false),
             "only the likeliest that together reach this probability (of what --top-k leaves)"},
+           {"raw", "", flag(&o.raw), "control characters, too, even to a terminal"},
        }},
       computing_options(o),
       mesh_options(o.layout, false),
@@ -70,22 +73,22 @@ static void resolve(GenerateOptions& o, std::optional<Checkpoint>& checkpoint) {
                      : "give more --heads");
   check_common(o);
   REQUIRE(o.top_p <= 1, "--top-p ", o.top_p, " is above 1: it is a probability");
-  for (const char* cut : {"top-k", "top-p"})
-    REQUIRE(o.temperature > 0 || !o.given.count(cut), "--", cut,
-            " limits what is drawn from, and --temperature 0 always takes the likeliest: leave out "
-            "one of them");
+  REQUIRE(o.temperature > 0 || (o.top_k == 0 && o.top_p == 1),
+          "--top-k and --top-p limit what is drawn from, and --temperature 0 always takes the "
+          "likeliest: leave out one of them");
 }
 
 // ---- prompts: read by rank 0, which alone has the standard input
 
-// How many tokens each of them gets: what was asked for, which must fit, or as many as fit.
+// How many tokens each of them gets: what was asked for, which must fit, or as many as fit. The
+// last one is not read again, and takes no place of the context.
 static int64_t tokens_to_add(const GenerateOptions& o,
                              const std::vector<std::vector<int>>& prompts) {
   const auto longest = std::ranges::max_element(prompts, {}, &std::vector<int>::size);
   const std::string name =
       sentence("prompt ", longest - prompts.begin() + 1, " of ", longest->size(), " tokens");
-  const int64_t T = o.model.context, room = T - int64_t(longest->size());
-  REQUIRE(room > 0, name, " leaves no room for a new one in the model's context of ", T);
+  const int64_t T = o.model.context, room = T - int64_t(longest->size()) + 1;
+  REQUIRE(room > 0, name, " is longer than the model's context of ", T);
   REQUIRE(o.tokens <= room, name, " and --tokens ", o.tokens,
           " more do not fit the model's context of ", T, ": give --tokens ", room, " or less");
   return o.tokens > 0 ? o.tokens : std::min<int64_t>(100, room);
@@ -94,9 +97,11 @@ static int64_t tokens_to_add(const GenerateOptions& o,
 static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
                                                     const Tokenizer& tokenizer) {
   std::vector<std::string> texts = o.prompts;
-  for (const std::string& name : o.files)
-    texts.push_back(name == "-" ? std::string(std::istreambuf_iterator<char>(std::cin), {})
-                                : read_file(name));
+  for (const std::string& name : o.files) {
+    std::string& text = texts.emplace_back(
+        name == "-" ? std::string(std::istreambuf_iterator<char>(std::cin), {}) : read_file(name));
+    if (text.ends_with('\n')) text.pop_back();
+  }
   REQUIRE(!texts.empty(),
           "there is nothing to continue: give --prompt TEXT or --prompt-file FILE (- is standard "
           "input)");
@@ -105,9 +110,9 @@ static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
   for (const std::string& text : texts) {
     const std::string name = sentence("prompt ", prompts.size() + 1);
     const int64_t bytes = text.size();
-    REQUIRE(longest == 0 || bytes < T * longest, name, " has ", bytes, " bytes, at least ",
-            bytes / std::max<int64_t>(longest, 1),
-            " tokens, which leave no room for a new one in the model's context of ", T);
+    REQUIRE(longest == 0 || bytes <= T * longest, name, " has ", bytes, " bytes, at least ",
+            ceil_div(bytes, std::max<int64_t>(longest, 1)),
+            " tokens, and is longer than the model's context of ", T);
     prompts.push_back(tokenizer.encode(text));
     REQUIRE(!prompts.back().empty(), name, " is empty: a text is continued from its last token");
   }
@@ -144,14 +149,21 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
                      const std::optional<Checkpoint>& checkpoint, const Tokenizer& tokenizer,
                      const std::vector<std::vector<int>>& prompts, Watch& watch) {
   const size_t B = prompts.size(), V = o.model.vocab;
+  // of those that have a text: a vocabulary may be padded
+  const size_t drawn = tokenizer.size() > 0 ? tokenizer.size() : V;
   const int64_t tokens = tokens_to_add(o, prompts);
   const size_t longest = std::ranges::max(prompts, {}, &std::vector<int>::size).size();
-  Generator generator(mesh, model_config(o), B, longest + tokens);
+  Generator generator(mesh, model_config(o), B, longest + tokens - 1);
   if (checkpoint) watch.at_files([&] { generator.load_weights(*checkpoint); });
   else generator.initialise(o.seed);
 
+  if (job.speaks)
+    fprintf(stderr, "model         %s: %s in %s\n\n",
+            checkpoint ? checkpoint->path.c_str() : "untrained (--checkpoint has a trained one)",
+            to_string(o.model).c_str(), name_of(generator.gpt.config.dtype));
+
   // the first is shown as it is made; the others, made beside it, after it
-  Screen screen(job.prints_to_terminal());
+  Screen screen(!o.raw && job.prints_to_terminal());
   std::vector<std::string> texts(B);
   const auto add = [&](size_t b, int token) {
     texts[b] += tokenizer.decode(token);
@@ -177,7 +189,7 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
     watch.progress();
     if (made > 0) logits = generator.decode(next);
     for (size_t b = 0; b < logits.size() / V; b++)
-      next[b] = pick({&logits[b * V], V}, how, prompts[b].size() + made, b);
+      next[b] = pick({&logits[b * V], drawn}, how, prompts[b].size() + made, b);
     next = generator.share(next);
     if (made == 0) ledger.rows.clear();  // from here on it is of decoding
     else decoded += std::ranges::count(ended, false);
@@ -203,7 +215,10 @@ int main(int argc, char** argv) {
   const auto prepare = [&](const Job& job) {
     resolve(o, checkpoint);
     check_ranks(o.layout, job.size);
-    if (checkpoint) checkpoint->verify("weights-", job.rank, job.size);
+    if (checkpoint) {
+      checkpoint->open_weights();  // which a run that saves meanwhile may remove
+      checkpoint->verify("weights-", job.rank, job.size);
+    }
     const std::string home = checkpoint ? home_of(o.checkpoint, has_tokenizer) : "";
     const CheckpointInfo info = checkpoint ? checkpoint->info : CheckpointInfo{};
     tokenizer.emplace(home, o.model.vocab, info.bytes, info.end_of_text);

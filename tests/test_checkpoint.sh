@@ -72,6 +72,7 @@ check data_of_any_name_is_saved_and_resumed \
 shape="--model tiny --heads 2 --context 32 --batch 8"
 small="$shape --layers 2 --width 64 --steps 300"
 same_weights() {
+  rm -rf "$dir/a" "$dir/b"
   $tool export "$1" "$dir/a" >/dev/null && $tool export "$2" "$dir/b" >/dev/null \
     && cmp -s "$dir/a/model.safetensors" "$dir/b/model.safetensors"
 }
@@ -330,8 +331,12 @@ export_to_a_full_disk() (
   $tool export "$dir/d" "$dir/hf" >"$dir/out" 2>"$dir/err"
 )
 check a_full_disk_leaves_the_export_before "! export_to_a_full_disk &&
-    grep -q 'cannot be written' $dir/err && cmp $dir/before $dir/hf/model.safetensors &&
+    grep -q 'cannot be written' $dir/err && cmp $dir/before $dir/hf/model.safetensors.1 &&
     [ \$(ls $dir/hf | wc -l) = 4 ]" "" "$(cat "$dir/err") $(ls "$dir/hf")"
+check and_the_next_one_is_whole "$tool export $dir/d $dir/hf >$dir/out 2>&1 &&
+    cmp $dir/before $dir/hf/model.safetensors && $tool export $dir/d $dir/hf >$dir/out &&
+    cmp $dir/before $dir/hf/model.safetensors.2 && cmp $dir/before $dir/hf/model.safetensors &&
+    grep -q 'hf/model.safetensors.2 now' $dir/out" "" "$(cat "$dir/out")"
 mkdir -p "$dir/others/step-00000009"
 echo mine >"$dir/others/step-00000009/model.pt"
 small="--model tiny --layers 1 --width 16 --heads 1 --context 16 --batch 2 --data README.md"

@@ -243,7 +243,7 @@ for how in "--temperature 0" "--temperature 1 --seed 9" "--top-k 5 --top-p 0.9";
   fi
 done
 from() { $generate $model --temperature 0 --tokens 20 "$@" 2>/dev/null || echo "failed: $*"; }
-printf 'Once upon' >"$dir/prompt.txt"
+printf 'Once upon\n' >"$dir/prompt.txt" # without the end of its last line
 if [[ "$(from --prompt 'Once upon')" = "Once upon"?* ]] \
   && [ "$(from --prompt 'Once upon')" = "$(from --prompt-file "$dir/prompt.txt")" ] \
   && [ "$(from --prompt 'Once upon')" = "$(from --prompt-file - <"$dir/prompt.txt")" ]; then
@@ -256,21 +256,29 @@ train=$generate
 refuses no_prompt_is_refused "there is nothing to continue" $model
 refuses an_empty_prompt_is_refused "prompt 1 is empty" $model --prompt-file /dev/null
 refuses a_prompt_longer_than_the_context_is_refused \
-  "at least 100 tokens, which leave no room for a new one" $model --prompt \
+  "at least 100 tokens, and is longer than the model's context of 64" $model --prompt \
   "$(printf '%100s' x)"
 refuses more_tokens_than_the_context_are_refused "prompt 2 of 5 tokens and --tokens 100 more do \
-not fit the model's context of 64: give --tokens 59" \
+not fit the model's context of 64: give --tokens 60" \
   $model --prompt hi hello --tokens 100
 check without_tokens_as_many_are_made_as_fit \
   "[ \$($generate $model --prompt $(printf '%60s' x | tr ' ' x) 2>$dir/err | wc -c) -gt 61 ]" "" \
   "$(cat "$dir/err")"
-refuses a_prompt_that_fills_the_context_is_refused "prompt 1 of 4 tokens leaves no room for a new" \
-  --layers 1 --width 8 --heads 1 --vocab 1000 --context 4 --prompt "1 2 3 4"
+full="--layers 1 --width 8 --heads 1 --vocab 1000 --context 4 --prompt"
+refuses numbers_longer_than_the_context_are_refused \
+  "prompt 1 of 5 tokens is longer than the model's context of 4" $full "1 2 3 4 5"
+check a_prompt_that_fills_the_context_gets_its_next_token \
+  "[ \"\$($generate $full '1 2 3 4' 2>$dir/err | wc -w)\" = 5 ] &&
+    [ \"\$($generate $full '1 2 3' --tokens 2 2>$dir/err | wc -w)\" = 5 ] &&
+    grep -q 'untrained.*1 layers, width 8' $dir/err" "" "$(cat "$dir/err")"
 refuses a_missing_checkpoint_is_refused "nowhere does not exist" --checkpoint "$dir/nowhere" \
   --prompt x
 mkdir "$dir/none"
 refuses a_directory_without_checkpoint_is_refused "none holds no checkpoint" --checkpoint \
   "$dir/none" --prompt x
+touch "$dir/none/config.json"
+refuses hugging_faces_files_are_told_from_a_checkpoint "build/checkpoint import makes one" \
+  --checkpoint "$dir/none" --prompt x
 refuses sizes_beside_a_checkpoint_are_refused "sizes are the checkpoint's" --checkpoint \
   "$dir/none" --layers 3 --prompt x
 refuses a_model_beside_a_checkpoint_is_refused "leave out --model" --checkpoint "$dir/none" \
@@ -296,6 +304,14 @@ for cut in "--top-k 5" "--top-p 0.9"; do
   refuses "no_cut_beside_the_likeliest: $cut" "--temperature 0 always takes the likeliest" $model \
     --prompt x --temperature 0 $cut
 done
+check cuts_that_cut_nothing_do_no_harm \
+  "$generate $model --prompt x --temperature 0 --top-k 0 --top-p 1 >$dir/out 2>$dir/err" "" \
+  "$(cat "$dir/err")"
+raw() { $MPIEXEC -n 1 $generate $model --tokens 1 --prompt-file "$dir/controls" "$@" 2>"$dir/err"; }
+printf 'a\r\033[1mb' >"$dir/controls"
+check control_characters_are_shown_as_marks_or_as_they_are \
+  "[[ \"\$(raw)\" = a??\[1mb* ]] && [[ \"\$(raw --raw)\" = \"\$(cat $dir/controls)\"* ]]" "" \
+  "$(cat "$dir/err")"
 refuses more_tp_ranks_than_tokens_are_refused \
   "--tp 5 has more ranks than there are attention heads (6) or tokens in the vocabulary (4)" \
   --width 48 --heads 6 --vocab 4 --tp 5 --prompt 1

@@ -71,6 +71,14 @@ for form in one two; do
   check "a_prompt_is_byte_pairs_and_end_of_text_is_one_$form" \
     "grep -q 'prompt 1 of 3 tokens and --tokens 99' $dir/err" "" "$(cat "$dir/err")"
 done
+short=0
+for seed in 1 2 3 4 5 6; do
+  bytes=$($generate --checkpoint "$dir/run-two" --prompt " the" --tokens 15 --seed $seed \
+    --temperature 5 2>"$dir/err" | wc -c)
+  [ "$bytes" -ge 20 ] || short=$((short + 1))
+done
+check tokens_without_a_text_are_not_drawn "[ $short = 0 ]" "6 times 15, of 260 of 304" \
+  "$short of 6 texts are too short: $(cat "$dir/err")"
 mkdir "$dir/archive"
 step=$(basename "$dir"/run-two/step-*)
 mv "$dir/run-two/$step" "$dir/archive"
