@@ -27,7 +27,9 @@
 //           collectives of all axes: where a collective of another axis waits, exchanges behind it
 //           do, too. So Fsdp gathers and sums what it can before the first exchange and after the
 //           last.
-// not here  stages on different numbers of ranks, activations kept on the host
+// not here  stages on different numbers of ranks, activations kept on the host; and each tp rank
+//           sends all of an activation that it holds, where Megatron-LM sends 1/tp and gathers it
+//           (with sequence parallelism it holds 1/tp)
 // test      tests/test_pipeline.cpp
 //
 //   outbox_   parcels that were computed here, until the compute stream waits for their departure

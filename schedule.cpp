@@ -7,6 +7,7 @@
 #include "schedule.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 #include <sstream>
 #include <utility>
@@ -16,6 +17,9 @@
 // ---- the table: stage s of p, m micro-batches, v chunks
 
 static double idle_of_whole_backwards(int p, int, const Times& t) { return (p - 1) * t.all(); }
+static bool are_equal(const Times& t) {
+  return t.forward == t.input_gradient && t.input_gradient == t.weight_gradient;
+}
 
 static const ScheduleRow kRows[] = {
     {"gpipe", Placement::line, false,
@@ -36,7 +40,10 @@ static const ScheduleRow kRows[] = {
        // p of each chunk but the last; then one for each hop to the last stage and back
        return {{(v - 1) * p + 2 * (p - 1 - s), "F"}, {v * m, "F G"}};
      },
-     idle_of_whole_backwards,
+     [](int p, int, const Times& t) {
+       const bool holds = t.input_gradient + t.weight_gradient <= 2 * t.forward;
+       return holds ? (p - 1) * t.all() : NAN;
+     },
      [](int p, int m, int v, int s) { return std::min((v - 1) * p + 2 * (p - 1 - s) + 1, v * m); }},
 
     // ZB-H1 is 1F1B whose backwards pass on the input gradient immediately. The warm-up of stage s
@@ -49,6 +56,7 @@ static const ScheduleRow kRows[] = {
      },
      [](int p, int m, const Times& t) {
        const double F = t.forward, B = t.input_gradient, W = t.weight_gradient;
+       if (m < p && !are_equal(t)) return double(NAN);
        return std::max((p - 1) * std::max(F, B), (p - 1) * (F + B) - (std::min(m, p) - 1) * W);
      },
      [](int p, int m, int, int) { return std::min(p, m); }},
@@ -70,7 +78,9 @@ static const ScheduleRow kRows[] = {
        };
      },
      [](int p, int m, const Times& t) {
-       const double B = t.input_gradient, W = t.weight_gradient;
+       const double F = t.forward, B = t.input_gradient, W = t.weight_gradient;
+       const bool holds = m >= 2 * p && B >= std::max(F, W) && (B <= F + W || p <= 2);
+       if (!holds && !are_equal(t)) return double(NAN);
        return std::max((p - 1) * std::max(B, 2 * (B - W)), 2 * (2 * p - 1 - m) * B);
      },
      [](int p, int m, int, int s) {

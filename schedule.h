@@ -12,7 +12,9 @@
 //           2) and a tiny transfer delay. A result that ends at time t is sent at tick floor(t);
 //           results of one tick are sent in the order in which they ended. Two sends that face each
 //           other in one tick are one exchange (one NCCL group); so an exchange has one transfer,
-//           or two between the same two stages.
+//           or two between the same two stages. Where times differ much, a result may wait behind
+//           one that ends late: interleaved of 8 stages and 16 micro-batches with F, B, W = 1, 3, 3
+//           takes 5 % longer than in the order of its own times; gpipe, 1f1b and zb lose nothing.
 // safety    All stages' lists are cut from one global order of events: the exchanges of a tick,
 //           then the computations that start at it. The earliest unfinished event of that order
 //           waits only for earlier ones, so it can always proceed: nothing deadlocks, not with one
@@ -34,7 +36,7 @@
 //           (a) for m >= p, else 2p-1-m     (b) for 2m >= 3p-1, else 2(2p-1-m); v is 2
 //           For other F, B, W: (p-1)(F+B+W) where a backward is one action (interleaved: if B+W <=
 //           2F); zb (p-1) max(F, B, F+B-W) for m >= p; zbv (p-1) max(B, 2(B-W)) for m >= 2p, if B
-//           is the longest of the three.
+//           is the longest of the three and, for p > 2, at most F+W. Otherwise there is no formula.
 //           A send is one activation or gradient between two stages: S C elements, C the width and
 //           S the rows that a rank holds (all R of a micro-batch; with sequence parallelism R/tp,
 //           rounded up). For p > 1 there are 2 m in all at each of the pv - 1 cuts; zbv's middle
@@ -124,7 +126,7 @@ struct ScheduleRow {
   Placement placement;
   bool splits_backward;
   Phases (*phases)(int p, int m, int v, int s);  // of a stage's computations
-  // How long each stage idles if sends are free; see above for the times that this holds for.
+  // How long each stage idles if sends are free; NaN for times that no formula above holds for.
   double (*idle)(int p, int m, const Times& t);
   // the most pairs of micro-batch and chunk that are live at once on stage s
   int (*live)(int p, int m, int v, int s);

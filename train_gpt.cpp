@@ -16,12 +16,14 @@
 // What a training has at hand, and its steps. Every rank calls the same functions.
 class Run {
  public:
-  Run(const Options& options, const TrainingData& data, const Job& job, Mesh& mesh, Watch& watch)
+  Run(const Options& options, const TrainingData& data, const Job& job, Mesh& mesh, Watch& watch,
+      std::optional<DirectoryLock>& lock)
       : o(options),
         data(data),
         job(job),
         mesh(mesh),
         watch(watch),
+        lock(lock),
         trainer(mesh, model_config(o), trainer_options(o)),
         resumed(o.resume ? resume() : 0),
         metrics(job.speaks ? o.metrics : "", resumed),
@@ -64,8 +66,7 @@ class Run {
       if (last || saves) check_weights(step);
       if (saves) {
         at_work = "a checkpoint that is saved";
-        watch.at_files(
-            [&] { progress.say(step, save_training(o, *data.tokens, step, job, mesh, trainer)); });
+        watch.at_files([&] { progress.say(step, save(step)); });
       }
     }
     if (step < o.steps && error.empty()) {
@@ -87,6 +88,15 @@ class Run {
     at_work = "the checkpoint that is resumed";
     watch.at_files([&] { step = resume_training(o, *data.tokens, job, trainer); });
     return step;
+  }
+
+  std::string save(int64_t step) {
+    on_first_rank(job, [&] {
+      if (lock->is_held()) return;  // else the directory is gone, or another run's
+      make_directory(o.checkpoint);
+      lock.emplace(o.checkpoint);
+    });
+    return save_training(o, *data.tokens, step, job, mesh, trainer);
   }
 
   void report(int64_t step, double first_loss, double loss) {
@@ -207,6 +217,7 @@ class Run {
   const Job& job;
   Mesh& mesh;
   Watch& watch;
+  std::optional<DirectoryLock>& lock;  // rank 0's
   Trainer trainer;
   const int64_t resumed;  // the step that it goes on from
   JsonLines metrics;
@@ -271,7 +282,7 @@ int main(int argc, char** argv) {
     watch.at_files([&] { data.meet(o, job); });
     if (job.speaks) print_setup(o, *data.tokens);
     at_work = "the model";
-    Run(o, data, job, mesh, watch).train();
+    Run(o, data, job, mesh, watch, lock).train();
   };
   const char* usage =
       "usage: build/train_gpt [options]\n"

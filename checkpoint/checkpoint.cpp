@@ -81,20 +81,31 @@ static std::string last_name(const std::string& path) { return fs::path(path).fi
 
 static bool is_complete(const std::string& path) { return is_there(path + "/manifest.json"); }
 
-std::vector<std::string> checkpoints_in(const std::string& dir, const Say& unfinished) {
+std::vector<std::string> checkpoints_in(const std::string& dir, const PassedOver& passed_over) {
   std::vector<std::string> paths, complete;
   std::error_code error;
   for (fs::directory_iterator i(dir, error), end; !error && i != end; i.increment(error)) {
     const std::string name = i->path().filename(), path = dir + "/" + name;
-    if (is_step_name(name) && is_there(path + "/")) paths.push_back(path);
+    if (is_step_name(name)) paths.push_back(path);
   }
   const bool is_none =
       error == std::errc::no_such_file_or_directory || error == std::errc::not_a_directory;
   REQUIRE(!error || is_none, dir, " cannot be listed: ", error.message());
   std::ranges::sort(paths, std::greater{}, [](auto& p) { return std::pair(p.size(), p); });
-  for (const std::string& path : paths)
-    if (is_complete(path)) complete.push_back(path);
-    else if (unfinished) unfinished(path);
+  for (const std::string& path : paths) {
+    std::string why = path + " is not complete: its saving, or its removal, did not end";
+    try {
+      if (!is_there(path + "/")) continue;
+      if (is_complete(path)) {
+        complete.push_back(path);
+        continue;
+      }
+    } catch (const Error& e) {
+      if (complete.empty()) throw;
+      why = e.what();
+    }
+    if (passed_over) passed_over(path, why);
+  }
   return complete;
 }
 
@@ -154,9 +165,9 @@ static bool is_ours(const fs::path& path) {
 // they can be examined. What else has that name is set aside; of a link only the link goes.
 static void make_place(const std::string& dir, const std::string& path) {
   error_of([&] {
-    checkpoints_in(dir, [](auto& old) {
+    checkpoints_in(dir, [](auto& old, auto&) {
       error_of([&] {
-        if (!fs::is_symlink(old) && is_ours(old)) remove_checkpoint(old);
+        if (!fs::is_symlink(old) && !is_complete(old) && is_ours(old)) remove_checkpoint(old);
       });
     });
   });
@@ -169,14 +180,20 @@ static void make_place(const std::string& dir, const std::string& path) {
 
 // The newest `keep` stay of those that were saved under such a number.
 static std::vector<std::string> remove_old(const std::string& dir, int64_t keep) {
-  std::vector<std::string> steps, removed;
+  std::vector<std::string> steps, said;
   error_of([&] { steps = checkpoints_in(dir); });  // what was saved stays saved
   for (const std::string& old : steps) {
     bool counts = false;  // what cannot be read stays, as does what lies behind a link
     error_of([&] { counts = !fs::is_symlink(old) && Checkpoint(old).info.keep > 0; });
-    if (counts && --keep < 0 && remove_checkpoint(old)) removed.push_back(last_name(old));
+    if (!counts || --keep >= 0) continue;
+    bool ours = false;
+    error_of([&] { ours = is_ours(old); });
+    const std::string name = last_name(old);
+    said.push_back(!ours                    ? name + " stays, since it has other files, too"
+                   : remove_checkpoint(old) ? "removed " + name
+                                            : name + " cannot be removed");
   }
-  return removed;
+  return said;
 }
 
 // ---- writing
@@ -262,6 +279,25 @@ std::vector<std::string> save_checkpoint(const std::string& dir, const Checkpoin
   }
   if (job.rank != 0 || info.keep == 0) return {};
   return remove_old(dir, info.keep);
+}
+
+std::string copies_that_differ(const std::vector<ParamShard>& shards) {
+  std::map<std::string, uint64_t> mine;
+  for (const ParamShard& s : shards) {
+    std::string bytes(s.weights.bytes(), 0);
+    download(s.weights, bytes.data());
+    const Slice& slice = s.param->slice;
+    mine[sentence(s.param->name, " (of ", slice.begin, " to ", slice.end, " of ", slice.split,
+                  ", from element ", s.first, " on)")] = checksum(bytes);
+  }
+  std::map<std::string, std::pair<uint64_t, size_t>> known;  // and whose it is
+  const std::vector<json> all = gather(mine);
+  for (size_t rank = 0; rank < all.size(); rank++)
+    for (const auto& [piece, sum] : all[rank].get<decltype(mine)>()) {
+      const auto [first, other] = known.try_emplace(piece, sum, rank).first->second;
+      if (first != sum) return sentence(piece, " on rank ", other, " and on rank ", rank);
+    }
+  return "";
 }
 
 // ---- one run in a directory
@@ -404,9 +440,7 @@ std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& j
   std::optional<Checkpoint> found;
   std::vector<std::string> steps, damaged;
   on_first_rank(job, [&] {
-    steps = checkpoints_in(dir, [&](const std::string& path) {
-      say("passed over: " + path + " is not complete: its saving did not end");
-    });
+    steps = checkpoints_in(dir, [&](auto&, auto& why) { say("passed over: " + why); });
   });
   steps = gather(steps)[0];  // what rank 0 sees, since all ranks must look at the same
   for (const std::string& path : steps) {

@@ -13,7 +13,8 @@
 // whole     or not at all: the manifest is written last and renamed into place. A directory without
 //           one is no checkpoint.
 // removed   is what a run itself has begun and not ended, and what --keep N is about: checkpoints
-//           that were saved under a --keep above 0. Links are never followed.
+//           that were saved under a --keep above 0 and hold no other files. Links are never
+//           followed.
 // cost      weights and moments once: 12 bytes a parameter (f64: 24)
 // not here  copies on several file systems: DIR must be one that all nodes see
 // test      tests/test_checkpoint.cpp, tests/test_checkpoint.sh
@@ -83,11 +84,14 @@ class Checkpoint {
 
 // ---- ranks; all of these are collective, and throw on every rank what went wrong on one
 
-// Writes the checkpoint of info.step, then removes what info.keep says; rank 0 learns which. Where
-// it fails nothing is left of it, and older ones stay.
+// Writes the checkpoint of info.step, then removes what info.keep says; rank 0 learns which, in
+// words. Where it fails nothing is left of it, and older ones stay.
 std::vector<std::string> save_checkpoint(const std::string& dir, const CheckpointInfo& info,
                                          const Job& job, const Mesh& mesh,
                                          const std::vector<ParamShard>& shards);
+// Weights of which several ranks have a copy must have the same bits on all of them: the first that
+// do not, and two of those ranks, in words; "" if there are none.
+std::string copies_that_differ(const std::vector<ParamShard>& shards);
 // The newest checkpoint in `dir` whose files are whole. Each that is passed over is said; a damaged
 // one is renamed to damaged-step-... Nothing if there never was one; an Error if none is whole, or
 // if one cannot be read. With a step that one alone, or an Error.
@@ -110,17 +114,22 @@ class DirectoryLock {
  public:
   explicit DirectoryLock(const std::string& dir);
   ~DirectoryLock() {
-    if (file_->is_at(path_)) unlink(path_.c_str());
+    if (is_held()) unlink(path_.c_str());
   }
   DirectoryLock(const DirectoryLock&) = delete;
+  // or the file was removed or moved away, and perhaps another run has one there
+  bool is_held() const { return file_->is_at(path_); }
 
  private:
   const std::string path_;
   std::optional<OpenFile> file_;
 };
 
-// Paths of complete ones, newest first. Calls unfinished(path) with each whose saving did not end.
-std::vector<std::string> checkpoints_in(const std::string& dir, const Say& unfinished = {});
+// Paths of complete ones, newest first. Calls passed_over(path, why) with each whose saving did not
+// end. So it does with one that cannot be examined, if it is older than a complete one; a newer one
+// is an Error.
+using PassedOver = std::function<void(const std::string& path, const std::string& why)>;
+std::vector<std::string> checkpoints_in(const std::string& dir, const PassedOver& = {});
 // unless it is there; an Error where nothing can be written
 void make_directory(const std::string& dir);
 // `path` itself if it is a checkpoint, else the newest complete one in it, whose files are not read

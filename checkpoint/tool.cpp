@@ -12,7 +12,6 @@
 #include "inference/tokenizer.h"
 #include "launch/options.h"
 #include "support/json.h"
-#include "support/metrics.h"
 
 namespace fs = std::filesystem;
 using nlohmann::json;
@@ -23,8 +22,8 @@ static const char kUsage[] =
     "       build/checkpoint verify PATH        read every file of every step and compare with\n"
     "                                           the manifests\n"
     "       build/checkpoint export PATH DIR    write DIR/model.safetensors and config.json,\n"
-    "                                           which Hugging Face's GPT-2 opens; what is\n"
-    "                                           there of these names becomes NAME.1\n"
+    "                                           which Hugging Face's GPT-2 opens, in place\n"
+    "                                           of an earlier export of this model only\n"
     "       build/checkpoint import DIR PATH    the other way round: a checkpoint at step 0 that\n"
     "                                           --resume and build/generate take; DIR holds\n"
     "                                           model.safetensors (or its parts and\n"
@@ -57,8 +56,8 @@ static void check(const Checkpoint& c) {
 // Does `work` with each step, and says what is wrong with those that are not whole: status 1.
 static int each_step(const std::string& path, void (*work)(const Checkpoint&)) {
   int status = 0;
-  std::vector<std::string> steps = checkpoints_in(path, [&](const std::string& step) {
-    printf("%s is not complete: its saving did not end\n", step.c_str());
+  std::vector<std::string> steps = checkpoints_in(path, [&](auto&, auto& why) {
+    printf("%s\n", why.c_str());
     status = 1;
   });
   if (steps.empty()) steps = {newest_path(path)};
@@ -115,12 +114,16 @@ static void export_weights(const std::string& path, const std::string& dir) {
   int end = tokenizer.end_of_text();
   // without a tokenizer, numbers of GPT-2's are what so large a vocabulary holds
   if (end < 0 && tokenizer.key() == 0 && !c.info.bytes && c.info.model.vocab >= 50257) end = 50256;
+  const std::string weights = dir + "/model.safetensors", config = dir + "/config.json",
+                    text = config_of(c.info, end).dump(2) + "\n";
+  for (const std::string& file : {config, weights})
+    REQUIRE(!is_there(file) || (is_there(config) && read_file(config) == text), file,
+            " is there, and is not of an export of this model: give another directory");
   make_directory(dir);
   copy_tokenizer(home, dir);
-  const std::string weights = dir + "/model.safetensors", config = dir + "/config.json";
-  for (const std::string& file : {weights, config}) put_aside(file, "files");
+  // first: a directory with this very text in it has an earlier export, or one that did not end
+  write_file(config, text);
   const WrittenFile w = write_safetensors(weights, arrays);
-  write_file(config, config_of(c.info, end).dump(2) + "\n");
   printf("%s: %zu tensors, %.1f MB, from %s\n", weights.c_str(), arrays.size(), w.bytes / 1e6,
          c.path.c_str());
 }

@@ -20,6 +20,11 @@ void take_sizes(Options& o) {
     }
 }
 
+// Says another thing of other files, even of the same names and sizes.
+static std::string in_full(const Dataset& data) {
+  return sentence(data.describe(), " (", data.content, ")");
+}
+
 int64_t resume_training(const Options& o, const Dataset& data, const Job& job, Trainer& trainer) {
   const auto say = [&](const std::string& text) {
     if (job.speaks) printf("resume   %s\n", text.c_str());
@@ -42,8 +47,10 @@ int64_t resume_training(const Options& o, const Dataset& data, const Job& job, T
   resume(*c, trainer.optimizer());
   trainer.fsdp.end_step();  // shards have changed
   say(sentence(c->path, ", saved on ", to_string(saved.layout)));
-  if (!imported && saved.data != data.describe())
-    say(sentence("it was trained on ", saved.data, ", and is now on ", data.describe()));
+  if (const std::string now = in_full(data); !imported && saved.data != now)
+    say(sentence("it was trained on ", saved.data, ", and is now on ", now));
+  if (!imported && saved.options != o.command && saved.options + " --resume" != o.command)
+    say("it was trained with the options " + saved.options);
   if (!imported && saved.seed != uint64_t(o.seed))
     say(sentence("it was trained with --seed ", saved.seed, ", so batches differ from here on"));
   return saved.step;
@@ -54,11 +61,14 @@ std::string save_training(const Options& o, const Dataset& data, int64_t step, c
   const Stopwatch saving;
   const GptConfig& config = trainer.gpt.config;
   const Dtype dtype = master_dtype(config.dtype);
-  const CheckpointInfo info{step,      o.model,         o.layout, dtype,          uint64_t(o.seed),
-                            o.command, data.describe(), o.keep,   data.is_text(), o.end_of_text};
+  const CheckpointInfo info{step,      o.model,       o.layout, dtype,          uint64_t(o.seed),
+                            o.command, in_full(data), o.keep,   data.is_text(), o.end_of_text};
+  const std::string differ = copies_that_differ(trainer.optimizer().shards());
   const std::vector<std::string> removed =
       save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards());
   return format("checkpoint saved: %.1f MB in %.2f s",
                 parameter_count(config) * 3 * size_of(dtype) / 1e6, saving.seconds()) +
-         (removed.empty() ? "" : "; removed " + join(removed, ", "));
+         (removed.empty() ? "" : "; " + join(removed, ", ")) +
+         (differ.empty() ? ""
+                         : "; copies of weights differ, and a device may be faulty: " + differ);
 }

@@ -169,14 +169,15 @@ page=build/run.html
 if has --metrics || has --trace || has --checkpoint; then
   page=
 else
-  rm -f build/run.{json,jsonl}.new # the last run's stay until this one has a page
-  command+=(--metrics build/run.jsonl.new --trace build/run.json.new)
+  new=build/run.$$ # that of this run alone: the last run's stay until this one has a page
+  trap 'rm -f "$new".json "$new".jsonl' EXIT
+  command+=(--metrics $new.jsonl --trace $new.json)
 fi
 start "$ranks" "${command[@]}" "${args[@]}" || exit
 [ -n "$page" ] || exit 0
-[ -s build/run.json.new ] || {
+[ -s $new.json ] || {
   echo "this run has no page, since it has ended before its last step"
   exit
 }
-for file in build/run.{json,jsonl}; do mv $file.new $file; done
+for kind in json jsonl; do mv $new.$kind build/run.$kind; done
 report/replay.sh build/run.json $page build/run.jsonl && echo "look at it: $page"

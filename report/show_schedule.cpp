@@ -95,8 +95,12 @@ void show(const ShowOptions& o) {
       "checked   accepted: complete, in order, no deadlock (%zu actions, %zu transfers, %zu facing "
       "pairs grouped)\n",
       actions, transfers / 2, groups / 2);
-  printf("bubble    %.2f %% simulated, %.2f %% by formula%s\n", 100 * t.bubble(),
-         100 * theoretical_bubble(s, o.times), o.times.send > 0 ? " (of free sends)" : "");
+  const double share = 100 * theoretical_bubble(s, o.times);
+  const std::string by_formula = std::isnan(share)
+                                     ? "no formula holds for these times"
+                                     : sentence(format("%.2f %% by formula", share),
+                                                o.times.send > 0 ? " (of free sends)" : "");
+  printf("bubble    %.2f %% simulated, %s\n", 100 * t.bubble(), by_formula.c_str());
   std::string walked, formula;
   for (int stage = 0; stage < s.stages; stage++) {
     const double live = s.row->live(s.stages, s.microbatches, s.chunks, stage);

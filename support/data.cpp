@@ -104,6 +104,7 @@ Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, in
   REQUIRE(d.tokens_ >= 2 * length, "--data: a context of ", context, " needs at least ", 2 * length,
           " tokens, ", length, " to train on and ", length, " held out; there are ", d.tokens_);
   d.train_ = d.tokens_ - std::max(d.tokens_ / 10, length);
+  d.content = content_of(d.paths);
   return d;
 }
 

@@ -40,6 +40,7 @@ class Dataset {
   bool is_text() const { return parts_[0].width == 1; }
   std::string describe() const;
   std::vector<std::string> paths;  // of its files
+  std::string content;             // content_of them, when they were opened
 
  private:
   struct Part {

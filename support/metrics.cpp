@@ -42,8 +42,10 @@ JsonLines::JsonLines(const std::string& path, int64_t resumed, const std::string
                                                             : !line.starts_with("{\"summary\":"))
         break;
     if (kept < text.size()) {
-      put_aside(path, what);
-      write_file(path, text.substr(0, kept));
+      write_file(path, [&](const Write& write) {
+        write(std::string_view(text).substr(0, kept));
+        put_aside(path, what);  // once what is kept of it is written beside
+      });
     }
   }
   // what is printed and what is written here may go to one file

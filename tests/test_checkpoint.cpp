@@ -4,6 +4,8 @@
 //   more and writes DIR/a/losses mpiexec -n N test_checkpoint resume SETTING DIR/a DIR/b...
 //   resumes from each and compares its next 5 losses with DIR/a/losses test_checkpoint logits DIR
 //   TOKEN...                         the logits after these tokens, one a line, in f64
+//   mpiexec -n N test_checkpoint differ SETTING PARAMETER   changes one number of it on the last
+//   rank, and prints which copies differ before and after
 // SETTING: pp=2,fsdp=2,schedule=zb,dtype=f64: axes, zero, schedule, chunks, by_rows (sequence
 // parallelism) and dtype; of what is left out the default
 #include <fstream>
@@ -90,6 +92,22 @@ void resume_from(const std::vector<std::string>& dirs, const Setting& s) {
   close_mesh(mesh);
 }
 
+void differ(const Setting& s, const std::string& name) {
+  Mesh mesh = open_mesh(s.layout);
+  {
+    Trainer trainer(mesh, s.config, s.options);
+    train(trainer, s.config, 1, 2);
+    const auto& shards = trainer.optimizer().shards();
+    const std::string before = copies_that_differ(shards);
+    for (const ParamShard& shard : shards)
+      if (job().rank == job().size - 1 && shard.param->name == name)
+        fill(shard.weights.part(0, {1}), 5);
+    const std::string after = copies_that_differ(shards);
+    if (job().rank == 0) printf("before: %s\nafter: %s\n", before.c_str(), after.c_str());
+  }
+  close_mesh(mesh);
+}
+
 void print_logits(const std::string& dir, const std::vector<int>& tokens) {
   const Checkpoint c(newest_path(dir));
   const GptConfig config{c.info.model, Dtype::f64};
@@ -114,6 +132,7 @@ int main(int argc, char** argv) {
     if (words[0] == "save") save(words[1], parse_setting(words[2]));
     else if (words[0] == "resume")
       resume_from({words.begin() + 2, words.end()}, parse_setting(words[1]));
+    else if (words[0] == "differ") differ(parse_setting(words[1]), words[2]);
     else if (words[0] == "logits") {
       std::vector<int> tokens;
       for (size_t i = 2; i < words.size(); i++) tokens.push_back(std::stoi(words[i]));

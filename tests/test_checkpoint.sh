@@ -14,7 +14,7 @@ settings="pp=1 replicate=2 fsdp=3,zero=1 fsdp=4 tp=3,by_rows=1 pp=2,tp=2,schedul
 settings="$settings replicate=2,fsdp=3,zero=2"
 settings="$settings pp=2,fsdp=2,tp=2,schedule=interleaved,chunks=2,by_rows=1"
 ranks() { # of a setting: the product of its axes
-  tr , '\n' <<<"$1" | grep -vE '^(zero|schedule|chunks|by_rows)=' \
+  tr , '\n' <<<"$1" | grep -vE '^(zero|schedule|chunks|by_rows|dtype)=' \
     | awk -F= 'BEGIN { n = 1 } { n *= $2 } END { print n }'
 }
 for dtype in f64 bf16; do
@@ -44,6 +44,20 @@ for dtype in f64 bf16; do
   check resuming_in_the_same_layout_gives_the_same_bits_$dtype "[ $same = 8 ]" "8 layouts" \
     "$same of 8"
 done
+
+# ---- copies
+
+differ() { # SETTING PARAMETER 'what differs, with places'
+  $MPIEXEC -n "$(ranks "$1")" build/cpu/tests/test_checkpoint differ "$1" "$2" >"$dir/out" \
+    2>"$dir/err"
+  check "copies_that_differ_are_named_$1" \
+    "grep -qx 'before: ' $dir/out && grep -qx 'after: $3' $dir/out" \
+    "$(sed -n 's/after: //p' "$dir/out")" "$(cat "$dir/out" "$dir/err")"
+}
+differ replicate=3,fsdp=2 h.0.mlp.c_fc.weight "h.0.mlp.c_fc.weight (.*) on rank 1 and on rank 5"
+differ tp=3 h.1.ln_1.weight "h.1.ln_1.weight (.*) on rank 0 and on rank 2"
+differ pp=2,tp=2,by_rows=1 wte.weight "wte.weight (of .*) on rank 1 and on rank 3"
+differ fsdp=2,tp=2,dtype=bf16 h.0.attn.c_attn.weight "" # of which there are no copies
 
 # ---- size
 
@@ -331,12 +345,19 @@ export_to_a_full_disk() (
   $tool export "$dir/d" "$dir/hf" >"$dir/out" 2>"$dir/err"
 )
 check a_full_disk_leaves_the_export_before "! export_to_a_full_disk &&
-    grep -q 'cannot be written' $dir/err && cmp $dir/before $dir/hf/model.safetensors.1 &&
+    grep -q 'cannot be written' $dir/err && cmp $dir/before $dir/hf/model.safetensors &&
     [ \$(ls $dir/hf | wc -l) = 4 ]" "" "$(cat "$dir/err") $(ls "$dir/hf")"
-check and_the_next_one_is_whole "$tool export $dir/d $dir/hf >$dir/out 2>&1 &&
-    cmp $dir/before $dir/hf/model.safetensors && $tool export $dir/d $dir/hf >$dir/out &&
-    cmp $dir/before $dir/hf/model.safetensors.2 && cmp $dir/before $dir/hf/model.safetensors &&
-    grep -q 'hf/model.safetensors.2 now' $dir/out" "" "$(cat "$dir/out")"
+check and_the_next_takes_its_place "rm $dir/hf/model.safetensors &&
+    $tool export $dir/d $dir/hf >$dir/out && cmp $dir/before $dir/hf/model.safetensors" "" \
+  "$(cat "$dir/out")"
+cp -r "$dir/hf" "$dir/theirs"
+sed -i 's/"n_ctx"/"n_special": 0, &/' "$dir/theirs/config.json"
+cp -r "$dir/theirs" "$dir/kept"
+check an_export_replaces_no_other_weights \
+  "! $tool export $dir/d $dir/theirs 2>$dir/err && grep -q 'theirs/config.json is there, and is' \
+    $dir/err && diff -r $dir/theirs $dir/kept && rm $dir/theirs/config.json &&
+    ! $tool export $dir/d $dir/theirs 2>$dir/err && grep -q 'theirs/model.safetensors is there' \
+    $dir/err" "" "$(cat "$dir/err")"
 mkdir -p "$dir/others/step-00000009"
 echo mine >"$dir/others/step-00000009/model.pt"
 small="--model tiny --layers 1 --width 16 --heads 1 --context 16 --batch 2 --data README.md"

@@ -182,7 +182,36 @@ check what_was_saved_with_keep_0_stays \
   grep -q 'saved: .*; removed step-00000008$' $dir/out" "and every other removal is said" \
   "$(steps_in "$dir/c")"
 
+rm -rf "$dir/k"
+one --steps 6 --save-every 1 --keep 2 --checkpoint "$dir/k"
+echo mine >"$dir/k/step-00000005/notes"
+ln -s step-00000001 "$dir/k/step-00000001"
+one --steps 8 --save-every 1 --keep 2 --resume --checkpoint "$dir/k"
+check what_has_other_files_stays_and_what_cannot_be_examined_stops_nothing "[ $? = 0 ] &&
+  [ '$(steps_in "$dir/k")' = 'step-00000001 step-00000005 step-00000007 step-00000008' ] &&
+  grep -q 'saved: .*; removed step-00000006, step-00000005 stays, since it has other f' $dir/out &&
+  grep -q 'passed over: .*step-00000001/ cannot be examined: Too many levels' $dir/out &&
+  ! $tool verify $dir/k >$dir/said && grep -q '00001/ cannot be examined' $dir/said &&
+  [ \$(grep -c whole $dir/said) = 3 ]" "" "$(steps_in "$dir/k"): $(cat "$dir/err" "$dir/out")"
+ln -s step-00000009 "$dir/k/step-00000009"
+one --steps 9 --resume --checkpoint "$dir/k"
+check but_of_the_newest_it_is_refused \
+  "[ $? = 1 ] && grep -q 'step-00000009/ cannot be examined' $dir/err" "" "$(cat "$dir/err")"
+
 # ---- where to go on
+
+fresh
+one --steps 5 --resume --checkpoint "$dir/c" --lr 0.5
+check other_options_are_said \
+  "grep -q '^resume .*with the options .*--lr 0.001 .*--steps 4' $dir/out" "" "$(cat "$dir/out")"
+check the_same_data_is_no_news "! grep -q 'is now on' $dir/out" "" "$(cat "$dir/out")"
+cp "$dir/text" "$dir/same"
+tr a-y b-z <"$dir/same" >"$dir/text"
+one --steps 7 --resume --checkpoint "$dir/c"
+check another_text_of_the_same_size_is_said \
+  "grep -q '^resume .*trained on .*/text, text: .*is now on .*/text, text: ' $dir/out" "" \
+  "$(cat "$dir/out")"
+cp "$dir/same" "$dir/text"
 
 fresh
 two --steps 5 --resume --resume-step 2 --checkpoint "$dir/c" --metrics "$dir/m.jsonl" --eval-every 2
@@ -223,6 +252,33 @@ check a_killed_run_leaves_its_lock "[ \"\$(cat $dir/c/lock)\" = '$(uname -n) $jo
 newest=$(steps_in "$dir/c" | grep -o 'step-[0-9]*' | tail -1)
 one --steps $((10#${newest#step-} + 2)) --resume --checkpoint "$dir/c"
 check which_the_next_takes_over "[ $? = 0 ] && [ ! -e $dir/c/lock ]" "" "$(cat "$dir/err")"
+# run_until_it_saves: in $dir/c, on one rank, for a long time; its next save is a while later
+run_until_it_saves() {
+  rm -rf "$dir/c"
+  $train $small --steps 1000000 --save-every 500 --checkpoint "$dir/c" >"$dir/first" 2>"$dir/err" &
+  job=$!
+  until grep -qs 'checkpoint saved' "$dir/first" || ! kill -0 $job 2>/dev/null; do sleep 0.02; done
+}
+run_until_it_saves
+mv "$dir/c" "$dir/moved"
+until ls "$dir"/c/step-*/manifest.json >"$dir/out" 2>&1 || ! kill -0 $job 2>/dev/null; do
+  sleep 0.05
+done
+check a_run_whose_directory_is_gone_makes_it_again \
+  "[ \"\$(cat $dir/c/lock)\" = '$(uname -n) $job' ] && whole $dir/moved" "" "$(cat "$dir/err")"
+kill -KILL $job
+wait $job 2>/dev/null
+run_until_it_saves
+rm "$dir/c/lock"
+exec 8>"$dir/c/lock"
+flock 8
+echo "elsewhere 77" >&8
+before=$(steps_in "$dir/c")
+wait $job
+check a_run_whose_directory_is_anothers_saves_no_more "[ $? = 1 ] && whole $dir/c &&
+  [ '$(steps_in "$dir/c")' = '$before' ] && grep -q 'in use by process 77 on elsewhere' $dir/err" \
+  "" "$(steps_in "$dir/c"), $before: $(cat "$dir/err")"
+exec 8>&-
 fresh
 echo "elsewhere 1234" >"$dir/c/lock"
 cp -r "$dir/c" "$dir/locked"
@@ -278,7 +334,7 @@ echo x >"$dir/in/step-00000000/weights-0.safetensors.partial"
 check what_a_killed_import_left_is_replaced "$tool import $dir/hf $dir/in >/dev/null &&
   whole $dir/in &&
   [ ! -e $dir/in/step-00000000/weights-0.safetensors.partial ]"
-for name in model.safetensors vocab.json config.json; do
+for name in model.safetensors vocab.json; do
   echo mine >"$dir/mine.$name"
   ln -sf "$dir/mine.$name" "$dir/hf/$name"
 done

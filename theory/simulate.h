@@ -61,5 +61,5 @@ struct Kept {
 // The most that is live at once on a stage, by chunk; without `kept` it is counted.
 int64_t peak_live(const Schedule& schedule, int stage, std::vector<Kept> kept = {});
 
-// The row's idle time as a share of the time.
+// The row's idle time as a share of the time; NaN where it has no formula.
 double theoretical_bubble(const Schedule& schedule, const Times& times = {});
