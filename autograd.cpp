@@ -76,6 +76,8 @@ Tensor take(const std::shared_ptr<Tensor>& grad) {
 
 // ---- embedding
 
+// One upload holds, one after the other, inputs, targets, rows sorted by input token and, where
+// sequences are split over ranks, the position of each row.
 Tokens::Tokens(int64_t B, int64_t T, const Positions& positions, std::vector<int> in,
                std::vector<int> out, Range vocabulary)
     : B(B), T(T), positions(positions) {
@@ -131,9 +133,9 @@ void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb
 Tensor as_matrix(const Tensor& w) { return w.view({w.dim(0), w.numel() / w.dim(0)}); }
 
 void weight_backward(Param& w, bool transposed, const Tensor& x, const Tensor& dy) {
-  const bool by_head = transposed;  // no other layer uses a weight so
+  const bool by_head = transposed;  // only the head uses a weight transposed
   const Tensor dw = as_matrix(w.grad_of(by_head));
-  const double beta = w.begin_write(by_head);
+  const double beta = w.begin_write(by_head);  // 1 adds to what is there, 0 overwrites a fresh one
   if (transposed) product(dw, dy, true, x, false, beta);  // dw += dy^T x
   else product(dw, x, true, dy, false, beta);             // dw += x^T dy
 }
@@ -249,12 +251,13 @@ Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, Atten
   const Tensor saved =
       plain ? activation({B, H, T, T}, dtype) : activation({B, H, T}, master_dtype(dtype));
   const AttentionInputs in = whole_sequences(qkv.value, B, T, H);
-  if (plain) attention_plain_forward(y.value, {}, saved, in);
+  if (plain) attention_plain_forward(y.value, {}, saved, in);  // {}: probabilities need no lse
   else attention_flash_forward(y.value, saved, in);
   tape.push([=, out = y.value, dqkv = qkv.grad, dy = y.grad] {
     Tensor d = like(in.q);
     const Tensor dout = take(dy), delta({B, H, T}, master_dtype(dtype), Memory::workspace);
     attention_delta(delta, dout, out);
+    // d (B,T,3,H,D) has the gradients of queries, and those of keys and values
     if (plain) attention_plain_backward(d, d, dout, delta, {}, saved, in);
     else attention_flash_backward(d, d, dout, delta, saved, in);
     accumulate(dqkv, std::move(d));

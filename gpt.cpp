@@ -126,7 +126,8 @@ std::vector<ModelPiece> Gpt::pieces(int positions) const {
                head_in_layers = config.vocab * C / (weights_of_layer(config) + C * config.context);
   std::vector<ModelPiece> all;
   for (const Range& r : split_layers(config.layers, head_in_layers, positions)) {
-    // the embedding goes with the first layer, the head with the last
+    // Part 0 is the embedding, so layer l is part l + 1. The embedding goes with the first layer,
+    // the head with the last.
     const bool first = r.begin == 0, last = r.end == config.layers;
     all.push_back(parts().subspan(first ? 0 : r.begin + 1, r.size() + first + last));
   }

@@ -239,6 +239,9 @@ Tensor Tensor::part(int64_t first, Shape shape) const {
 }
 
 // ---- kernels
+// for_tile calls a function for each element of a block's tile; acc_t<T> is the type in which
+// numbers of type T are computed with: float for bf16, else T itself. On the host side DISPATCH
+// launches the kernel for a tensor's dtype, and OP names the op and its bytes for --profile.
 
 namespace {
 

@@ -167,7 +167,7 @@ class Run {
   // both at the same places.
   bool stopped() const {
     int mine = signal_came() || !error.empty(), any = 0;
-    MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, Finished());
+    MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, Finished());  // it waits here
     return any != 0;
   }
 
@@ -228,7 +228,8 @@ class Run {
   std::string error;  // of data or metrics: what was trained is saved all the same
 };
 
-// ---- main
+// ---- main: run_program (launch/program.h) calls `prepare` on every rank, compares what it
+// returns, opens the mesh and calls `work`
 
 // --checkpoint must be one directory on all nodes. What one of them makes in it, others may see
 // half a minute later.

@@ -17,16 +17,41 @@ static double mib(int64_t bytes) { return bytes / 1048576.0; }
 
 // ---- the setup
 
+// What each stage of a pipeline holds of the model; layers count from 1.
+static std::string cuts_of(const Options& o) {
+  const Schedule s = outline_of(trainer_options(o), o.layout);
+  const Gpt gpt(model_config(o));  // names and shapes only
+  std::vector<std::string> stages;
+  for (int stage = 0; stage < s.stages; stage++) {
+    std::vector<std::string> chunks;
+    for (const ModelPiece& piece : pieces_of(gpt, s, stage)) {
+      std::vector<std::string> parts;
+      int64_t first = 0, last = 0;
+      for (const ModelPart& part : piece)
+        if (part.kind == ModelPart::block) last = part.layer + 1, first = first ? first : last;
+      if (has_embedding(piece)) parts.push_back("embedding");
+      parts.push_back(first == last ? sentence("layer ", last)
+                                    : sentence("layers ", first, "-", last));
+      if (has_head(piece)) parts.push_back("head");
+      chunks.push_back(join(parts, ", "));
+    }
+    stages.push_back(sentence(stage, ": ", join(chunks, "; ")));
+  }
+  return "stages   " + join(stages, " | ") + "\n";
+}
+
 void print_setup(const Options& o, const Dataset& data) {
   const GptConfig g = model_config(o);
   const int64_t ranks = o.layout.ranks();
+  const bool is_small = ranks > 1 && ranks <= 16;
   const std::string text =
       sentence("model    ", o.model_name, ": ", to_string(g), ": ",
                format("%.2f", parameter_count(g) / 1e6), " M parameters in ", name_of(g.dtype),
                "\ndevice   ", device().name, "\nranks    ", to_string(o.layout), "\n",
-               ranks > 1 && ranks <= 16 ? draw(o.layout) : "", "data     ", data.describe(),
-               "\nsteps    ", o.steps, " of ", o.batch, " sequences (", o.batch * g.context,
-               " tokens), micro-batches of ", o.microbatch, "\n\n");
+               is_small ? draw(o.layout) : "", is_small && o.layout["pp"] > 1 ? cuts_of(o) : "",
+               "data     ", data.describe(), "\nsteps    ", o.steps, " of ", o.batch,
+               " sequences (", o.batch * g.context, " tokens), micro-batches of ", o.microbatch,
+               "\n\n");
   printf("%s", text.c_str());
   fflush(stdout);
 }
