@@ -33,6 +33,7 @@ class Run {
   }
 
   void train() {
+    if (resumed == o.steps) return;  // there is nothing left to do
     const std::string steps = sentence("a step in micro-batches of ", o.microbatch,
                                        " sequences of ", o.model.context, " tokens");
     double first_loss = 0, loss = 0;

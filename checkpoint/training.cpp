@@ -42,8 +42,12 @@ int64_t resume_training(const Options& o, const Dataset& data, const Job& job, T
   REQUIRE(o.model.vocab == 256 || !data.is_text() || saved.bytes, c->path,
           " was not trained on bytes last (", saved.data,
           "), so they are not its tokens: give --tokenizer DIR");
-  REQUIRE(saved.step < o.steps, c->path, " has ", saved.step,
+  REQUIRE(saved.step <= o.steps, c->path, " has ", saved.step,
           " steps already: give more --steps than that");
+  if (saved.step == o.steps) {
+    say(sentence(c->path, " has all of the ", o.steps, " steps: give more --steps to go on"));
+    return saved.step;
+  }
   resume(*c, trainer.optimizer());
   trainer.fsdp.end_step();  // shards have changed
   say(sentence(c->path, ", saved on ", to_string(saved.layout)));

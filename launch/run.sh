@@ -83,19 +83,10 @@ if [ "$what" = generate ]; then
     else echo "make generate: no model in $checkpoint yet: training one"; fi
     mkdir -p -- "$checkpoint" && touch -- "$unfinished" || exit
     is_unfinished || refuse "$unfinished is in the way: it is not the empty file of that name"
-    log=$(mktemp)
-    trap 'rm -f "$log"' EXIT
     trap 'refuse "the next call goes on with what has been saved in $checkpoint"' INT
-    {
-      DEFAULT_SAMPLE=0 ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" \
-        "$0" run 2>&1 >&3 | tee -i "$log" >&2
-      status=${PIPESTATUS[0]}
-    } 3>&1
+    DEFAULT_SAMPLE=0 ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" \
+      "$0" run || exit
     trap - INT
-    if [ "$status" != 0 ]; then # perhaps since a signal came between its last step and here
-      grep -q 'give more --steps than that' "$log" || exit "$status"
-      echo "make generate: the model in $checkpoint has all of its steps"
-    fi
     rm -- "$unfinished"
   fi
   start "$ranks" build/generate --checkpoint "$checkpoint" --prompt "${PROMPT:-// tensor}" \

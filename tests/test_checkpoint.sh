@@ -109,7 +109,7 @@ while :; do
   fi
   wait $job
   # ended, and not by a kill: by the status, and by what is printed at the end
-  if grep -q "give more --steps" "$dir/err" \
+  if grep -q "give more --steps" "$dir/out" \
     || { grep -q '^step 300/300' "$dir/out" && grep -q '^speed' "$dir/out"; }; then
     [ $kills -ge 10 ] && break
     rm -rf "$dir/killed" "$dir/killed.jsonl" # the kills came too late: once more from the start
@@ -289,8 +289,13 @@ refuses another_width_is_refused \
   --fsdp 2 --checkpoint "$dir/d" --resume
 refuses another_number_of_layers_is_refused "holds a model of 2 layers, width 64" --layers 3 \
   --width 64 --fsdp 2 --checkpoint "$dir/d" --resume
-refuses steps_that_are_done_are_refused "has 20 steps already" --layers 2 --width 64 --steps 20 \
-  --fsdp 2 --checkpoint "$dir/d" --resume
+refuses more_steps_than_are_asked_for_are_refused "has 20 steps already" --layers 2 --width 64 \
+  --steps 19 --fsdp 2 --checkpoint "$dir/d" --resume
+$MPIEXEC -n 2 $train $shape --layers 2 --width 64 --steps 20 --tp 2 --checkpoint "$dir/d" \
+  --resume >"$dir/out" 2>"$dir/err"
+check a_run_that_is_done_has_nothing_left_to_do "[ $? = 0 ] && ! grep -q '^step [0-9]' $dir/out &&
+  grep -q '^resume .*step-00000020 has all of the 20 steps' $dir/out && diff -r $dir/good $dir/d" \
+  "" "$(cat "$dir/out" "$dir/err")"
 refuses a_directory_in_use_is_refused "holds checkpoints already" --fsdp 2 --checkpoint "$dir/d"
 refuses keep_without_a_directory_is_refused "give --checkpoint DIR" --fsdp 2 --keep 5
 refuses resume_without_a_directory_is_refused "give --checkpoint DIR" --fsdp 2 --resume
