@@ -41,7 +41,7 @@ static const ScheduleRow kRows[] = {
        return {{(v - 1) * p + 2 * (p - 1 - s), "F"}, {v * m, "F G"}};
      },
      [](int p, int, const Times& t) {
-       const bool holds = t.input_gradient + t.weight_gradient <= 2 * t.forward;
+       const bool holds = p == 1 || t.input_gradient + t.weight_gradient <= 2 * t.forward;
        return holds ? (p - 1) * t.all() : NAN;
      },
      [](int p, int m, int v, int s) { return std::min((v - 1) * p + 2 * (p - 1 - s) + 1, v * m); }},
@@ -79,7 +79,7 @@ static const ScheduleRow kRows[] = {
      },
      [](int p, int m, const Times& t) {
        const double F = t.forward, B = t.input_gradient, W = t.weight_gradient;
-       const bool holds = m >= 2 * p && B >= std::max(F, W) && (B <= F + W || p <= 2);
+       const bool holds = p == 1 || (m >= 2 * p && B >= std::max(F, W) && (B <= F + W || p == 2));
        if (!holds && !are_equal(t)) return double(NAN);
        return std::max((p - 1) * std::max(B, 2 * (B - W)), 2 * (2 * p - 1 - m) * B);
      },

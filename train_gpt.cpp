@@ -26,6 +26,7 @@ class Run {
         lock(lock),
         trainer(mesh, model_config(o), trainer_options(o)),
         resumed(o.resume ? resume() : 0),
+        saved(resumed),
         metrics(job.speaks ? o.metrics : "", resumed),
         progress(o.steps, job.speaks ? stdout : nullptr, isatty(fileno(stdout))) {
     if (!o.trace.empty()) trace.emplace(job.speaks ? o.trace : "", mesh, trainer);
@@ -93,11 +94,17 @@ class Run {
 
   std::string save(int64_t step) {
     on_first_rank(job, [&] {
-      if (lock->is_held()) return;  // else the directory is gone, or another run's
+      if (lock->is_held()) return;
+      // The directory, or the lock in it, is gone. Another run may be there now, or have been.
       make_directory(o.checkpoint);
       lock.emplace(o.checkpoint);
+      const auto there = checkpoints_in(o.checkpoint);
+      REQUIRE(there.empty() || Checkpoint(there[0]).info.step == saved, o.checkpoint,
+              " has checkpoints of another run by now: nothing more is saved there");
     });
-    return save_training(o, *data.tokens, step, job, mesh, trainer);
+    const std::string said = save_training(o, *data.tokens, step, job, mesh, trainer);
+    saved = step;
+    return said;
   }
 
   void report(int64_t step, double first_loss, double loss) {
@@ -203,8 +210,9 @@ class Run {
       const std::vector<int> window(tokens.end() - std::min<int64_t>(tokens.size(), T),
                                     tokens.end());
       std::vector<double> logits = trainer.next_logits(window);
+      logits.resize(data.tokenizer->drawn());
       int token = pick(logits, {.temperature = 0.8, .seed = uint64_t(o.seed)}, i);
-      // copies of the model may differ by a rounding, and all must go on with one token
+      // should two ranks' logits differ in a last bit, all still go on with one token
       MPI_Ibcast(&token, 1, MPI_INT, 0, MPI_COMM_WORLD, Finished());
       tokens.push_back(token);
       if (stopped() || tokens.back() == data.tokenizer->end_of_text()) break;
@@ -221,6 +229,7 @@ class Run {
   std::optional<DirectoryLock>& lock;  // rank 0's
   Trainer trainer;
   const int64_t resumed;  // the step that it goes on from
+  int64_t saved;          // the last step that was, or this one
   JsonLines metrics;
   std::optional<Trace> trace;
   Progress progress;

@@ -181,7 +181,9 @@ static void make_place(const std::string& dir, const std::string& path) {
 // The newest `keep` stay of those that were saved under such a number.
 static std::vector<std::string> remove_old(const std::string& dir, int64_t keep) {
   std::vector<std::string> steps, said;
-  error_of([&] { steps = checkpoints_in(dir); });  // what was saved stays saved
+  // what was saved stays saved
+  const std::string error = error_of([&] { steps = checkpoints_in(dir); });
+  if (!error.empty()) said.push_back("nothing older is removed: " + error);
   for (const std::string& old : steps) {
     bool counts = false;  // what cannot be read stays, as does what lies behind a link
     error_of([&] { counts = !fs::is_symlink(old) && Checkpoint(old).info.keep > 0; });
@@ -281,21 +283,23 @@ std::vector<std::string> save_checkpoint(const std::string& dir, const Checkpoin
   return remove_old(dir, info.keep);
 }
 
-std::string copies_that_differ(const std::vector<ParamShard>& shards) {
+std::string copies_that_differ(const Mesh& mesh, const std::vector<ParamShard>& shards) {
+  if (mesh["replicate"].size * mesh["tp"].size * mesh["pp"].size == 1) return "";  // nobody has any
   std::map<std::string, uint64_t> mine;
   for (const ParamShard& s : shards) {
     std::string bytes(s.weights.bytes(), 0);
     download(s.weights, bytes.data());
     const Slice& slice = s.param->slice;
-    mine[sentence(s.param->name, " (of ", slice.begin, " to ", slice.end, " of ", slice.split,
-                  ", from element ", s.first, " on)")] = checksum(bytes);
+    const bool is_whole = slice.end - slice.begin == slice.split;
+    mine[sentence(s.param->name, is_whole ? "" : sentence(" (slices from ", slice.begin, " on)"),
+                  ", elements from ", s.first, " on")] = checksum(bytes);
   }
   std::map<std::string, std::pair<uint64_t, size_t>> known;  // and whose it is
   const std::vector<json> all = gather(mine);
-  for (size_t rank = 0; rank < all.size(); rank++)
+  for (size_t rank = 0; mesh.rank == 0 && rank < all.size(); rank++)
     for (const auto& [piece, sum] : all[rank].get<decltype(mine)>()) {
       const auto [first, other] = known.try_emplace(piece, sum, rank).first->second;
-      if (first != sum) return sentence(piece, " on rank ", other, " and on rank ", rank);
+      if (first != sum) return sentence(piece, ", on ranks ", other, " and ", rank);
     }
   return "";
 }

@@ -89,9 +89,9 @@ class Checkpoint {
 std::vector<std::string> save_checkpoint(const std::string& dir, const CheckpointInfo& info,
                                          const Job& job, const Mesh& mesh,
                                          const std::vector<ParamShard>& shards);
-// Weights of which several ranks have a copy must have the same bits on all of them: the first that
-// do not, and two of those ranks, in words; "" if there are none.
-std::string copies_that_differ(const std::vector<ParamShard>& shards);
+// Weights of which several ranks have a copy should have the same bits on all of them: rank 0
+// learns the first that do not, and two of those ranks, in words.
+std::string copies_that_differ(const Mesh& mesh, const std::vector<ParamShard>& shards);
 // The newest checkpoint in `dir` whose files are whole. Each that is passed over is said; a damaged
 // one is renamed to damaged-step-... Nothing if there never was one; an Error if none is whole, or
 // if one cannot be read. With a step that one alone, or an Error.
@@ -126,8 +126,8 @@ class DirectoryLock {
 };
 
 // Paths of complete ones, newest first. Calls passed_over(path, why) with each whose saving did not
-// end. So it does with one that cannot be examined, if it is older than a complete one; a newer one
-// is an Error.
+// end, and with each that cannot be examined, if it is older than a complete one; a newer one is an
+// Error.
 using PassedOver = std::function<void(const std::string& path, const std::string& why)>;
 std::vector<std::string> checkpoints_in(const std::string& dir, const PassedOver& = {});
 // unless it is there; an Error where nothing can be written

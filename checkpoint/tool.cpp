@@ -22,8 +22,9 @@ static const char kUsage[] =
     "       build/checkpoint verify PATH        read every file of every step and compare with\n"
     "                                           the manifests\n"
     "       build/checkpoint export PATH DIR    write DIR/model.safetensors and config.json,\n"
-    "                                           which Hugging Face's GPT-2 opens, in place\n"
-    "                                           of an earlier export of this model only\n"
+    "                                           which Hugging Face's GPT-2 opens; DIR is\n"
+    "                                           new, empty, or of an earlier export of a\n"
+    "                                           model of these sizes\n"
     "       build/checkpoint import DIR PATH    the other way round: a checkpoint at step 0 that\n"
     "                                           --resume and build/generate take; DIR holds\n"
     "                                           model.safetensors (or its parts and\n"
@@ -116,13 +117,12 @@ static void export_weights(const std::string& path, const std::string& dir) {
   if (end < 0 && tokenizer.key() == 0 && !c.info.bytes && c.info.model.vocab >= 50257) end = 50256;
   const std::string weights = dir + "/model.safetensors", config = dir + "/config.json",
                     text = config_of(c.info, end).dump(2) + "\n";
-  for (const std::string& file : {config, weights})
-    REQUIRE(!is_there(file) || (is_there(config) && read_file(config) == text), file,
-            " is there, and is not of an export of this model: give another directory");
   make_directory(dir);
-  copy_tokenizer(home, dir);
-  // first: a directory with this very text in it has an earlier export, or one that did not end
+  // an earlier export, or one that did not end, has this very text in it
+  REQUIRE(fs::is_empty(dir) || (is_there(config) && read_file(config) == text), dir,
+          " has other files than those of an export of such a model: give another directory");
   write_file(config, text);
+  copy_tokenizer(home, dir);
   const WrittenFile w = write_safetensors(weights, arrays);
   printf("%s: %zu tensors, %.1f MB, from %s\n", weights.c_str(), arrays.size(), w.bytes / 1e6,
          c.path.c_str());

@@ -51,7 +51,9 @@ int64_t resume_training(const Options& o, const Dataset& data, const Job& job, T
   resume(*c, trainer.optimizer());
   trainer.fsdp.end_step();  // shards have changed
   say(sentence(c->path, ", saved on ", to_string(saved.layout)));
-  if (const std::string now = in_full(data); !imported && saved.data != now)
+  const bool is_digested = saved.data.find(" digest ") != saved.data.npos;  // older ones are not
+  if (const std::string now = is_digested ? in_full(data) : data.describe();
+      !imported && saved.data != now)
     say(sentence("it was trained on ", saved.data, ", and is now on ", now));
   if (!imported && saved.options != o.command && saved.options + " --resume" != o.command)
     say("it was trained with the options " + saved.options);
@@ -65,14 +67,18 @@ std::string save_training(const Options& o, const Dataset& data, int64_t step, c
   const Stopwatch saving;
   const GptConfig& config = trainer.gpt.config;
   const Dtype dtype = master_dtype(config.dtype);
-  const CheckpointInfo info{step,      o.model,       o.layout, dtype,          uint64_t(o.seed),
-                            o.command, in_full(data), o.keep,   data.is_text(), o.end_of_text};
-  const std::string differ = copies_that_differ(trainer.optimizer().shards());
+  const std::string differ = copies_that_differ(mesh, trainer.optimizer().shards());
+  CheckpointInfo info{step,      o.model,       o.layout, dtype,          uint64_t(o.seed),
+                      o.command, in_full(data), o.keep,   data.is_text(), o.end_of_text};
+  if (!differ.empty()) info.keep = 0;
   const std::vector<std::string> removed =
       save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards());
   return format("checkpoint saved: %.1f MB in %.2f s",
                 parameter_count(config) * 3 * size_of(dtype) / 1e6, saving.seconds()) +
          (removed.empty() ? "" : "; " + join(removed, ", ")) +
-         (differ.empty() ? ""
-                         : "; copies of weights differ, and a device may be faulty: " + differ);
+         (differ.empty()
+              ? ""
+              : "; nothing older is removed, since copies of a weight differ (a device is "
+                "faulty, or sums were added in another order): " +
+                    differ);
 }

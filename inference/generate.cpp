@@ -100,7 +100,8 @@ static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
   for (const std::string& name : o.files) {
     std::string& text = texts.emplace_back(
         name == "-" ? std::string(std::istreambuf_iterator<char>(std::cin), {}) : read_file(name));
-    if (text.ends_with('\n')) text.pop_back();
+    for (const char end : {'\n', '\r'})
+      if (text.ends_with(end)) text.pop_back();
   }
   REQUIRE(!texts.empty(),
           "there is nothing to continue: give --prompt TEXT or --prompt-file FILE (- is standard "
@@ -149,8 +150,6 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
                      const std::optional<Checkpoint>& checkpoint, const Tokenizer& tokenizer,
                      const std::vector<std::vector<int>>& prompts, Watch& watch) {
   const size_t B = prompts.size(), V = o.model.vocab;
-  // of those that have a text: a vocabulary may be padded
-  const size_t drawn = tokenizer.size() > 0 ? tokenizer.size() : V;
   const int64_t tokens = tokens_to_add(o, prompts);
   const size_t longest = std::ranges::max(prompts, {}, &std::vector<int>::size).size();
   Generator generator(mesh, model_config(o), B, longest + tokens - 1);
@@ -189,7 +188,7 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
     watch.progress();
     if (made > 0) logits = generator.decode(next);
     for (size_t b = 0; b < logits.size() / V; b++)
-      next[b] = pick({&logits[b * V], drawn}, how, prompts[b].size() + made, b);
+      next[b] = pick({&logits[b * V], size_t(tokenizer.drawn())}, how, prompts[b].size() + made, b);
     next = generator.share(next);
     if (made == 0) ledger.rows.clear();  // from here on it is of decoding
     else decoded += std::ranges::count(ended, false);
@@ -216,8 +215,8 @@ int main(int argc, char** argv) {
     resolve(o, checkpoint);
     check_ranks(o.layout, job.size);
     if (checkpoint) {
-      checkpoint->open_weights();  // which a run that saves meanwhile may remove
       checkpoint->verify("weights-", job.rank, job.size);
+      checkpoint->open_weights();  // from here on a run that saves may remove it
     }
     const std::string home = checkpoint ? home_of(o.checkpoint, has_tokenizer) : "";
     const CheckpointInfo info = checkpoint ? checkpoint->info : CheckpointInfo{};

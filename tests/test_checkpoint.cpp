@@ -1,11 +1,13 @@
 // test_checkpoint.cpp: what is saved in one layout goes on in any other as if nothing had happened.
 // tests/test_checkpoint.sh runs it:
-//   mpiexec -n N test_checkpoint save DIR/a SETTING             trains 5 steps, saves, trains 5
-//   more and writes DIR/a/losses mpiexec -n N test_checkpoint resume SETTING DIR/a DIR/b...
-//   resumes from each and compares its next 5 losses with DIR/a/losses test_checkpoint logits DIR
-//   TOKEN...                         the logits after these tokens, one a line, in f64
-//   mpiexec -n N test_checkpoint differ SETTING PARAMETER   changes one number of it on the last
-//   rank, and prints which copies differ before and after
+//   mpiexec -n N test_checkpoint save DIR/a SETTING
+//       trains 5 steps, saves, trains 5 more and writes DIR/a/losses
+//   mpiexec -n N test_checkpoint resume SETTING DIR/a DIR/b...
+//       resumes from each and compares its next 5 losses with DIR/a/losses
+//   mpiexec -n N test_checkpoint differ SETTING PARAMETER
+//       changes one number of it on the last rank, and prints which copies differ before and after
+//   test_checkpoint logits DIR TOKEN...
+//       the logits after these tokens, one a line, in f64
 // SETTING: pp=2,fsdp=2,schedule=zb,dtype=f64: axes, zero, schedule, chunks, by_rows (sequence
 // parallelism) and dtype; of what is left out the default
 #include <fstream>
@@ -98,11 +100,11 @@ void differ(const Setting& s, const std::string& name) {
     Trainer trainer(mesh, s.config, s.options);
     train(trainer, s.config, 1, 2);
     const auto& shards = trainer.optimizer().shards();
-    const std::string before = copies_that_differ(shards);
+    const std::string before = copies_that_differ(mesh, shards);
     for (const ParamShard& shard : shards)
       if (job().rank == job().size - 1 && shard.param->name == name)
         fill(shard.weights.part(0, {1}), 5);
-    const std::string after = copies_that_differ(shards);
+    const std::string after = copies_that_differ(mesh, shards);
     if (job().rank == 0) printf("before: %s\nafter: %s\n", before.c_str(), after.c_str());
   }
   close_mesh(mesh);

@@ -198,6 +198,17 @@ one --steps 9 --resume --checkpoint "$dir/k"
 check but_of_the_newest_it_is_refused \
   "[ $? = 1 ] && grep -q 'step-00000009/ cannot be examined' $dir/err" "" "$(cat "$dir/err")"
 
+rm "$dir/k/step-00000009"
+one --steps 9 --resume --checkpoint "$dir/k" --metrics "$dir/k.jsonl"
+cp "$dir/k.jsonl" "$dir/before.k"
+printf '{"step":12}\n' >>"$dir/k.jsonl"
+cp "$dir/k.jsonl" "$dir/whole.k"
+with_fault FAULT_PATH=k.jsonl.partial FAULT_CALL=write FAULT_AT=1 FAULT_ERRNO=28 -- \
+  $train $small --steps 10 --resume --checkpoint "$dir/k" --metrics "$dir/k.jsonl" \
+  >"$dir/out" 2>"$dir/err"
+check metrics_that_cannot_be_cut_stay "[ $? = 1 ] && cmp $dir/k.jsonl $dir/whole.k &&
+  [ ! -e $dir/k.jsonl.1 ]" "" "$(cat "$dir/out" "$dir/err")"
+
 # ---- where to go on
 
 fresh
@@ -252,10 +263,10 @@ check a_killed_run_leaves_its_lock "[ \"\$(cat $dir/c/lock)\" = '$(uname -n) $jo
 newest=$(steps_in "$dir/c" | grep -o 'step-[0-9]*' | tail -1)
 one --steps $((10#${newest#step-} + 2)) --resume --checkpoint "$dir/c"
 check which_the_next_takes_over "[ $? = 0 ] && [ ! -e $dir/c/lock ]" "" "$(cat "$dir/err")"
-# run_until_it_saves: in $dir/c, on one rank, for a long time; its next save is a while later
+# run_until_it_saves: in $dir/c, on one rank; its next saves are each a few seconds later
 run_until_it_saves() {
-  rm -rf "$dir/c"
-  $train $small --steps 1000000 --save-every 500 --checkpoint "$dir/c" >"$dir/first" 2>"$dir/err" &
+  rm -rf "$dir/c" "$dir/first"
+  $train $small --steps 12000 --save-every 2000 --checkpoint "$dir/c" >"$dir/first" 2>"$dir/err" &
   job=$!
   until grep -qs 'checkpoint saved' "$dir/first" || ! kill -0 $job 2>/dev/null; do sleep 0.02; done
 }
@@ -269,9 +280,16 @@ check a_run_whose_directory_is_gone_makes_it_again \
 kill -KILL $job
 wait $job 2>/dev/null
 run_until_it_saves
+mv "$dir/c" "$dir/moved-too"
+cp -r "$dir/base" "$dir/c" # of another run that has been there, and ended
+wait $job
+check and_touches_nothing_of_a_run_that_has_been_there \
+  "[ $? = 1 ] && diff -r $dir/base $dir/c && whole $dir/moved-too &&
+    grep -q 'has checkpoints of another run by now' $dir/err" "" "$(cat "$dir/err")"
+run_until_it_saves
 rm "$dir/c/lock"
 exec 8>"$dir/c/lock"
-flock 8
+flock -w 5 8 || fail a_lock_that_was_removed "is held"
 echo "elsewhere 77" >&8
 before=$(steps_in "$dir/c")
 wait $job
