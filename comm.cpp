@@ -75,7 +75,8 @@ void check_ranks(const Layout& l, int ranks) {
     REQUIRE(size > 0, "every axis needs at least one rank: ", to_string(l));
   REQUIRE(l.ranks() == ranks, to_string(l), " needs ", l.ranks(),
           l.ranks() == 1 ? " rank" : " ranks", ", but mpiexec started ", ranks, ": mpiexec -n ",
-          l.ranks(), l.ranks() == 1 ? sentence(", or --tp ", ranks) : "");
+          l.ranks(),
+          l.ranks() == 1 ? sentence(", or name an axis for them, as in --tp ", ranks) : "");
 }
 
 // ---- the mesh

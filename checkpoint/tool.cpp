@@ -239,7 +239,11 @@ int main(int argc, char** argv) {
     else if (is("verify", 2)) status = each_step(words[1], check);
     else if (is("export", 3)) export_weights(words[1], words[2]);
     else if (is("import", 3)) import_weights(words[1], words[2]);
-    else fputs(kUsage, help ? stdout : stderr), status = !help;
+    else {
+      if (!help && !words.empty())
+        fprintf(stderr, "checkpoint: '%s' is none of these:\n", join(words, " ").c_str());
+      fputs(kUsage, help ? stdout : stderr), status = !help;
+    }
   });
   return failed || status;
 }

@@ -127,7 +127,7 @@ static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
 // those sequences that had not ended
 static void print_statistics(const GptConfig& config, const Mesh& mesh, std::vector<double> seconds,
                              size_t sequences, int64_t decoded) {
-  fprintf(stderr, "\nfirst token after %.1f ms\n", seconds[0] * 1e3);
+  fprintf(stderr, "first token after %.1f ms\n", seconds[0] * 1e3);
   seconds.erase(seconds.begin());
   if (seconds.empty()) return;
   const size_t n = seconds.size();
@@ -155,11 +155,6 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
   Generator generator(mesh, model_config(o), B, longest + tokens - 1);
   if (checkpoint) watch.at_files([&] { generator.load_weights(*checkpoint); });
   else generator.initialise(o.seed);
-
-  if (job.speaks)
-    fprintf(stderr, "model         %s: %s in %s\n\n",
-            checkpoint ? checkpoint->path.c_str() : "untrained (--checkpoint has a trained one)",
-            to_string(o.model).c_str(), name_of(generator.gpt.config.dtype));
 
   // the first is shown as it is made; the others, made beside it, after it
   Screen screen(!o.raw && job.prints_to_terminal());
@@ -201,6 +196,9 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
   if (!job.speaks) return;
   for (size_t b = 1; b < B; b++) screen.show(sentence("\n\n--- ", b + 1, "\n", texts[b]));
   screen.show("\n");
+  fprintf(stderr, "\nmodel         %s: %s in %s\n",
+          checkpoint ? checkpoint->path.c_str() : "untrained (--checkpoint has a trained one)",
+          to_string(o.model).c_str(), name_of(generator.gpt.config.dtype));
   print_statistics(generator.gpt.config, mesh, seconds, B, decoded);
 }
 

@@ -65,8 +65,8 @@ OptionGroup computing_options(CommonOptions& o) {
           {"matmul", "", choice(&o.matmul, {"cublas", "own"}),
            "who multiplies matrices: cuBLAS or the kernels of this project"},
           {"attention", "", choice(&o.attention, {"plain", "flash"}),
-           "whole score matrices, or tiles of them with an online softmax, in bf16 more exact (in "
-           "build/generate: of prompts)"},
+           "plain: whole matrices of scores; flash: tiles of them with an online softmax, which is "
+           "more exact in bf16 (build/generate: for prompts alone)"},
           {"seed", "N", whole(&o.seed, 0, INT64_MAX),
            "decides what is random: initial weights, batches, samples"},
           {"device-memory", "MiB", whole(&o.device_memory),
@@ -160,7 +160,7 @@ OptionTable train_options(Options& o) {
       {"Strategies: what the ranks of an axis share",
        {
            {"zero", "STAGE", whole(&o.zero, 1, 3),
-            "what fsdp and cp shard: optimizer state, and gradients, and parameters"},
+            "what fsdp and cp shard: 1: optimizer state, 2: gradients, too, 3: and parameters"},
            {"reshard-after-forward", "", choice(&o.reshard, {"yes", "no"}),
             "ZeRO-3: free whole parameters after the forward, and gather them again"},
            {"prefetch", "K", whole(&o.prefetch, 0, 1000),
@@ -177,9 +177,11 @@ OptionTable train_options(Options& o) {
            {"checkpoint", "DIR", text(&o.checkpoint),
             "save weights and optimizer state here at the end, and when a signal ends the run",
             "none"},
-           {"save-every", "K", whole(&o.save_every, 0), "and every K steps; 0: only then"},
+           {"save-every", "K", whole(&o.save_every, 0),
+            "save every K steps, too; 0: at the end alone"},
            {"keep", "N", whole(&o.keep, 0),
-            "remove all but the newest N checkpoints of those saved with an N above 0; 0: none"},
+            "remove all but the newest N checkpoints of those saved with an N above 0; 0: remove "
+            "none"},
            {"resume", "", flag(&o.resume),
             "go on from the newest complete checkpoint, in this or any other layout"},
            {"resume-step", "N", whole(&o.resume_step, 0),
@@ -284,6 +286,8 @@ void check_meaning(const Options& o, std::vector<Rule> rules) {
 void check(const Options& o) {
   const int64_t pp = o.layout["pp"], cp = o.layout["cp"], ranks = o.layout.data_ranks();
   check_common(o, pp > 1 ? o.chunks : 1);
+  REQUIRE(o.batch % ranks == 0, "a batch of ", o.batch, " does not divide by the ", ranks,
+          " data-parallel ranks: give --batch ", round_up(o.batch, ranks));
   REQUIRE(o.batch % (o.microbatch * ranks) == 0, "a batch of ", o.batch,
           " does not divide into micro-batches of ", o.microbatch, " on ", ranks,
           " data-parallel ranks: change --batch or --microbatch");

@@ -25,7 +25,8 @@ start() {
   shift
   export OMP_NUM_THREADS=$((THREADS > ranks ? THREADS / ranks : 1))
   [ "$BACKEND" = cuda ] || export OMP_WAIT_POLICY=passive
-  echo "OMP_NUM_THREADS=$OMP_NUM_THREADS $MPIEXEC -n $ranks$(printf ' %q' "$@")"
+  echo "OMP_NUM_THREADS=$OMP_NUM_THREADS ${OMP_WAIT_POLICY:+OMP_WAIT_POLICY=$OMP_WAIT_POLICY }"\
+"$MPIEXEC -n $ranks$(printf ' %q' "$@")"
   # mpiexec reads the standard input even where no rank does, and may die of a long one
   local word reads=no
   for word in "$@"; do [ "$word" != - ] || reads=yes; done
@@ -40,6 +41,20 @@ has() {
 }
 # default OPTION VALUE: adds it to the command, unless ARGS has the option
 default() { has "$1" || command+=("$1" "$2"); }
+
+# what make's variables say, ARGS cannot say again
+for word in "${args[@]}"; do
+  case $what$word in
+    generate--tp) refuse "--tp comes from NP" ;;
+    generate--prompt) refuse "--prompt comes from PROMPT" ;;
+    generate--checkpoint) refuse "--checkpoint comes from CHECKPOINT" ;;
+    run--pp | run--replicate | run--fsdp | run--cp | run--tp | replay--pp | replay--replicate | \
+      replay--fsdp | replay--cp | replay--tp)
+      refuse "$word comes from STRATEGY and NP; for another layout start build/train_gpt itself," \
+        "with mpiexec"
+      ;;
+  esac
+done
 
 # ---- ranks: one a GPU; without GPUs one a core, to look at four, and for 3d eight
 
@@ -119,6 +134,9 @@ esac
 if [ -e "${DATA:-}" ]; then
   command+=(--data "$DATA")
 elif [ -n "${DATA:-}" ]; then
+  for file in $DATA; do
+    [ -e "$file" ] || refuse "DATA is '$DATA', and there is no file '$file' in $PWD"
+  done
   command+=(--data $DATA)
 fi
 if [ "$what" = replay ]; then

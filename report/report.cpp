@@ -113,15 +113,16 @@ static std::string traffic_table(const Json& rows, int64_t steps) {
   std::string s = "\ntraffic of rank 0, per step    calls         bytes     predicted   purpose\n";
   for (const Json& r : rows) {
     const std::string axis = r["axis"], collective = r["collective"], purpose = r["purpose"];
-    const double calls = r["calls"], bytes = r["bytes"],
-                 predicted = r.value("predicted_bytes", -1.0);
+    const double predicted = r.value("predicted_bytes", -1.0), calls = r["calls"],
+                 bytes = r["bytes"];
     const bool is_predicted = predicted >= 0,
                differs = is_predicted && (bytes != predicted || r["calls"] != r["predicted_calls"]);
     s += format("  %-9s %-15s ", axis.c_str(), collective.c_str()) +
-         format(is_predicted ? "%6.0f" : "%6.2g", calls / steps) +
-         format(" %13.0f ", bytes / steps) +
-         (is_predicted ? format("%13.0f", predicted / steps) : format("%13s", "-")) +
-         format("   %s%s\n", purpose.c_str(), differs ? "   DIFFERS" : "");
+         (is_predicted ? format("%6.0f %13.0f %13.0f   %s", calls / steps, bytes / steps,
+                                predicted / steps, purpose.c_str())
+                       : format("%6.0f %13.0f %13s   %s, in all steps", calls, bytes, "-",
+                                purpose.c_str())) +
+         (differs ? "   DIFFERS\n" : "\n");
   }
   return s;
 }

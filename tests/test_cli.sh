@@ -432,6 +432,17 @@ check a_number_of_ranks_that_is_none_is_refused \
 make -o built BACKEND=cpu run STRATEGY=serial NP=2 >"$dir/out" 2>&1
 status=$?
 check serial_is_one_rank '[ $status != 0 ] && grep -q "serial is one rank, but NP is 2" "$dir/out"'
+said=0
+for call in "run ARGS=--fsdp" "generate ARGS=--tp" "generate ARGS=--prompt" "replay ARGS=--pp"; do
+  make -o built BACKEND=cpu MPIEXEC=true $call >"$dir/out" 2>&1
+  grep -q -- "make ${call%% *}: --[a-z]* comes from [A-Z]" "$dir/out" && said=$((said + 1))
+done
+check what_makes_variables_say_args_cannot_say_again "[ $said = 4 ]" "" \
+  "$said of 4: $(cat "$dir/out")"
+make -o built BACKEND=cpu run DATA="$dir/no such text" >"$dir/out" 2>&1
+status=$?
+check data_that_is_not_there_is_named_with_its_place \
+  '[ $status != 0 ] && grep -q "no file .$dir/no. in $PWD" "$dir/out"' "" "$(cat "$dir/out")"
 make -o built BACKEND=cpu generate CHECKPOINT="$dir/none" NP=8 >"$dir/out" 2>&1
 status=$?
 check more_ranks_than_heads_train_nothing \

@@ -103,7 +103,9 @@ TEST(layouts_that_do_not_fit_the_world_are_refused) {
       check_ranks(Layout{{"replicate", 3}, {"fsdp", 2}}, 4),
       "pp 1 x replicate 3 x fsdp 2 x cp 1 x tp 1 needs 6 ranks, but mpiexec started 4: mpiexec -n "
       "6");
-  CHECK_SAYS(check_ranks({}, 2), "needs 1 rank, but mpiexec started 2: mpiexec -n 1, or --tp 2");
+  CHECK_SAYS(
+      check_ranks({}, 2),
+      "needs 1 rank, but mpiexec started 2: mpiexec -n 1, or name an axis for them, as in --tp 2");
   CHECK_SAYS(check_ranks(Layout{{"pp", 65536}, {"fsdp", 65536}}, 1),
              "needs 4294967296 ranks, but mpiexec started 1");
   CHECK_SAYS(check_ranks(Layout{{"fsdp", 0}, {"tp", 2}}, 2), "every axis needs at least one rank");

@@ -12,6 +12,7 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
 size="--layers 2 --width 16 --heads 2 --context 16 --vocab 304"
 mkdir "$dir/one" "$dir/two" "$dir/hf"
+: >"$dir/err"
 $make vocabulary "$dir"
 $train $size --batch 2 --steps 1 --checkpoint "$dir/c" --data README.md >"$dir/out" 2>&1
 $tool export "$dir/c" "$dir/plain" >"$dir/out" 2>&1

@@ -197,7 +197,7 @@ TEST(unset_micro_batches_are_the_largest_that_fit_the_batch_and_the_schedule) {
   CHECK_EQ(resolved({"--pp", "2", "--batch", "3"}).microbatch, 1);
   CHECK_EQ(resolved({"--pp", "2", "--fsdp", "3", "--batch", "36"}).microbatch, 3);
   CHECK_SAYS(resolved({"--fsdp", "2", "--batch", "11"}),
-             "a batch of 11 does not divide into micro-batches of 1 on 2 data-parallel ranks");
+             "a batch of 11 does not divide by the 2 data-parallel ranks: give --batch 12");
 }
 
 TEST(reports_overwrite_neither_the_training_data_nor_each_other) {
