@@ -108,8 +108,8 @@ void load(const Checkpoint& checkpoint, const Param& param, int64_t first, Part 
 // ---- one process
 
 // Holds DIR/lock while it lives, so that no other run saves there; an Error names who holds it.
-// What a dead process of this host has left is taken over. Whether one of another host is dead
-// cannot be seen from here: such a lock is never taken.
+// What a dead process of this machine has left is taken over, from another container, too. Whether
+// one of another machine is dead cannot be seen from here: such a lock is never taken.
 class DirectoryLock {
  public:
   explicit DirectoryLock(const std::string& dir);
