@@ -7,8 +7,6 @@
 // test      tests/test_autograd.cpp, tests/test_golden.cpp
 #include "autograd.h"
 
-#include <span>
-
 // ---- parameters
 
 Shape Param::local_shape() const {
@@ -23,14 +21,15 @@ void Param::initialise(const Tensor& x, uint64_t seed, int64_t first) const {
 }
 
 void separate_uses(Param& p) {
-  p.grad_of_head = Tensor(p.local_shape(), p.grad.dtype(), Memory::gradients);
-  p.fresh_of_head = true;
+  p.head_use = std::make_shared<Param>();
+  p.head_use->grad = Tensor(p.local_shape(), p.grad.dtype(), Memory::gradients);
+  p.head_use->fresh = true;
 }
 
 void join_uses(Param& p) {
-  if (p.grad_of_head.empty()) return;
-  add(p.grad, p.grad, p.grad_of_head);
-  p.fresh_of_head = true;
+  if (!p.head_use) return;
+  add(p.grad, p.grad, p.head_use->grad);
+  p.head_use->fresh = true;
 }
 
 // ---- the tape
@@ -91,15 +90,16 @@ Tokens::Tokens(int64_t B, int64_t T, const Positions& positions, std::vector<int
   std::vector<int> at, all;
   for (int64_t row = 0; here < T && row < int64_t(in.size()); row++)
     at.push_back(positions[row % here]);
-  for (const auto& part : {std::span<const int>(in), {out}, {sorted}, {at}})
-    all.insert(all.end(), part.begin(), part.end());
+  for (const std::vector<int>* part :
+       std::initializer_list<const std::vector<int>*>{&in, &out, &sorted, &at})
+    all.insert(all.end(), part->begin(), part->end());
   if (all.empty()) return;
   const Tensor whole({int64_t(all.size())}, Dtype::i32, Memory::data);
   upload(whole, all.data());
   int64_t begin = 0;
   const auto next = [&](const std::vector<int>& part) {
-    begin += part.size();
-    return whole.part(begin - int64_t(part.size()), {int64_t(part.size())});
+    const int64_t size = part.size();
+    return whole.part(std::exchange(begin, begin + size), {size});
   };
   inputs = next(in);
   targets = next(out);
@@ -133,9 +133,9 @@ void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb
 Tensor as_matrix(const Tensor& w) { return w.view({w.dim(0), w.numel() / w.dim(0)}); }
 
 void weight_backward(Param& w, bool transposed, const Tensor& x, const Tensor& dy) {
-  const bool by_head = transposed;  // only the head uses a weight transposed
-  const Tensor dw = as_matrix(w.grad_of(by_head));
-  const double beta = w.begin_write(by_head);  // 1 adds to what is there, 0 overwrites a fresh one
+  Param& use = transposed && w.head_use ? *w.head_use : w;  // only the head transposes a weight
+  const Tensor dw = as_matrix(use.grad);
+  const double beta = use.begin_write();  // 1 adds to what is there, 0 overwrites a fresh one
   if (transposed) product(dw, dy, true, x, false, beta);  // dw += dy^T x
   else product(dw, x, true, dy, false, beta);             // dw += x^T dy
 }

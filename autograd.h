@@ -49,17 +49,14 @@ struct Param {
   bool counted = true;
   // each rank of the tp axis has only its rows' part of the gradient; the parts are to be summed
   bool partial = false;
-  int unit = 0;         // FSDP shards the parameters of one unit together
-  Tensor grad_of_head;  // of a tied parameter, where its uses are kept apart: see separate_uses
-  bool fresh_of_head = false;
+  int unit = 0;  // FSDP shards the parameters of one unit together
+  // Stands in the head for a tied parameter whose uses are kept apart (separate_uses): only its
+  // gradient counts.
+  std::shared_ptr<Param> head_use;
 
-  Tensor& grad_of(bool by_head) { return by_head && !grad_of_head.empty() ? grad_of_head : grad; }
   // Each writer of a gradient calls this once. Whether it must add to what is there: the first one
   // overwrites a fresh gradient, which then is fresh no longer.
-  bool begin_write(bool by_head = false) {
-    bool& is_fresh = by_head && !grad_of_head.empty() ? fresh_of_head : fresh;
-    return !std::exchange(is_fresh, false);
-  }
+  bool begin_write() { return !std::exchange(fresh, false); }
   void clear_if_fresh() {
     if (!begin_write()) fill(grad, 0);
   }
@@ -83,7 +80,7 @@ enum class BackwardReads {
 // all micro-batches. Where one rank has both uses, the head's gets a gradient of its own, so that
 // the sums have the same order and the same bits.
 void separate_uses(Param& p);
-void join_uses(Param& p);  // once a step: grad += grad_of_head, which is then fresh
+void join_uses(Param& p);  // once a step: the head's gradient is added, and then fresh
 
 // ---- the tape
 

@@ -89,10 +89,10 @@ Mesh::Mesh(const Layout& l, int rank)
   }
 }
 
-std::vector<Axis> Mesh::axes_where(bool AxisKind::*splits, bool is) const {
+std::vector<Axis> Mesh::axes_where(bool AxisKind::*holds) const {
   std::vector<Axis> some;
   for (size_t a = 0; a < kAxes.size(); a++)
-    if (kAxes[a].*splits == is) some.push_back(axes[a]);
+    if (kAxes[a].*holds) some.push_back(axes[a]);
   return some;
 }
 

@@ -13,7 +13,8 @@
 //           other.
 // ledger    One line before each collective or send of a step enters what a bandwidth-optimal
 //           algorithm sends per rank (n ranks, buffer of W bytes): all-gather and reduce-scatter
-//           (n-1)/n W, all-reduce 2(n-1)/n W, send W. These are algorithm bytes, not wire bytes.
+//           (n-1)/n W, all-reduce 2(n-1)/n W, send and broadcast W. These are algorithm bytes, not
+//           wire bytes.
 // test      tests/test_comm.cpp
 #pragma once
 #include <cuda_runtime.h>
@@ -36,20 +37,20 @@ struct AxisKind {
   const char* name;
   bool splits_batch;     // each rank computes with its own sequences
   bool splits_sequence;  // each rank computes with its own pieces of every sequence
-  bool splits_model;     // each rank updates its own part of the parameters; else it holds a copy
+  bool copies_model;     // each rank updates a copy of the parameters; else its own part of them
   bool exchanges;        // neighbours send to each other, besides collectives
   const char* help;      // of the option --name N
 };
 constexpr std::array kAxes = std::to_array<AxisKind>({
     // slowest to fastest
-    {"pp", false, false, true, true, "pipeline parallelism: the layers are cut into N stages"},
-    {"replicate", true, false, false, false,
+    {"pp", false, false, false, true, "pipeline parallelism: the layers are cut into N stages"},
+    {"replicate", true, false, true, false,
      "data parallelism: copies of the model, gradients summed over them"},
-    {"fsdp", true, false, true, false,
+    {"fsdp", true, false, false, false,
      "fully sharded data parallelism: each rank owns 1/N of every layer"},
-    {"cp", false, true, true, true,
+    {"cp", false, true, false, true,
      "context parallelism: each rank has 1/N of every sequence, and of every layer as with fsdp"},
-    {"tp", false, false, true, false,
+    {"tp", false, false, false, false,
      "tensor parallelism: each layer's weights are split over N ranks"},
 });
 
@@ -93,7 +94,7 @@ struct Mesh {
   Axis& operator[](AxisName axis) { return axes[axis.index]; }
   const Axis& operator[](AxisName axis) const { return axes[axis.index]; }
   // those of which kAxes says so, slowest to fastest: mesh.axes_where(&AxisKind::splits_batch)
-  std::vector<Axis> axes_where(bool AxisKind::*splits, bool is = true) const;
+  std::vector<Axis> axes_where(bool AxisKind::*holds) const;
   std::vector<Axis> every_axis() const;  // the world, the axes, those that were joined
 
   Layout layout;

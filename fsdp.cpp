@@ -50,10 +50,8 @@ void Fsdp::after_forward(const Tape& tape, int use) {
 void Fsdp::before_backward(Tape& tape, int use) {
   if (uses_[use].backward_reads != BackwardReads::nothing) unshard(use, -1);
   enter_backward("backward", use);
-  if (!tape.deferred) return;
-  tape.run_or_defer([this, use] {  // zero bubble: see the end of this file
-    enter_backward("weight gradient", use);
-  });
+  if (tape.deferred)  // zero bubble: see the end of this file
+    tape.run_or_defer([this, use] { enter_backward("weight gradient", use); });
 }
 
 void Fsdp::after_backward(Tape& tape, int use) {

@@ -55,15 +55,15 @@ class Fsdp {
   // the tape.
   Var run(Tape& tape, int use, const std::function<Var()>& f);
   void finish_backward();  // after the last micro-batch: the shards' gradients are complete
-  void end_step();  // whenever shards have changed: frees whole parameters, or marks them as old
-  // by Param::unit; after finish_backward their shard_grad is this rank's part of the gradient
+  void end_step();         // and after evaluations: frees whole parameters, or marks them as old
+  // By Param::unit. After finish_backward a unit's shard_grad is this rank's part of its gradient.
   const auto& units() const { return units_; }
 
   // ---- the two questions that tell DDP and the ZeRO stages apart
   // Are whole parameters there only while a use needs them?
   bool shards_parameters() const { return axis_.size > 1 && options_.zero == 3; }
-  // Are whole gradients, too, and are they scattered after every micro-batch? If not, they add up
-  // over the step, and are scattered once at its end.
+  // Are whole gradients there only while a use needs them, and scattered after every micro-batch?
+  // If not, they add up over the step, and are scattered once at its end.
   bool shards_gradients() const { return axis_.size > 1 && options_.zero >= 2; }
 
   // A stage of a pipeline has one queue: a gather or a sum that is issued before an exchange delays
@@ -99,7 +99,7 @@ class Fsdp {
     // again at 0, and gradients_done is one more. (Under zbv the two may be of different
     // micro-batches; in a step there are as many sums as micro-batches, with all uses in them.)
     int uses_per_microbatch = 0, uses_done = 0, gradients_done = 0;
-    // Each parameter's value or gradient becomes its part of a whole buffer, or nothing.
+    // Each parameter's value or gradient becomes a view of the buffer, or empty if that is.
     void bind(Tensor Param::*what, const Tensor& buffer);
     void begin_gradients();  // the parameters' become fresh
     Tensor shard_of(const Tensor& buffer) const { return buffer.part(begin, {shard_size}); }

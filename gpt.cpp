@@ -136,19 +136,24 @@ std::vector<ModelPiece> Gpt::pieces(int positions) const {
 
 // ---- the forward
 
+// The head for each sequence's last row alone: what the next token is picked from.
+Var Gpt::next_logits(Tape& tape, const Var& x, const Tokens& tokens) {
+  ASSERT(tokens.B == 1 || tokens.T == 1);
+  const Var last = tokens.T == 1 ? x : Var{tp.last_row(x.value, tokens.rows())},
+            normed = layernorm(tape, last, ln_f_weight, ln_f_bias);
+  return Var{tp.next_logits(normed.value, tokens.B, wte, config.vocab)};
+}
+
 Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& tokens,
              const Attend& attend) {
   ASSERT(config.kv() == config.heads && config.hidden() == 4 * config.width);
+  ASSERT(tokens.T <= config.context);
   const int64_t B = tokens.B, T = tokens.T, R = tokens.rows(), H = tp.part(config.heads).size();
   if (part.kind == ModelPart::embedding) return tp.embedding(tape, tokens, wte, wpe);
 
-  if (part.kind == ModelPart::head) {
-    if (!tokens.last_rows) return tp.head(tape, layernorm(tape, x, ln_f_weight, ln_f_bias), R, wte);
-    ASSERT(B == 1 || T == 1);
-    const Var last = T == 1 ? x : Var{tp.last_row(x.value, R)};
-    const Var normed = layernorm(tape, last, ln_f_weight, ln_f_bias);
-    return Var{tp.next_logits(normed.value, B, wte, config.vocab)};
-  }
+  if (part.kind == ModelPart::head)
+    return tokens.last_rows ? next_logits(tape, x, tokens)
+                            : tp.head(tape, layernorm(tape, x, ln_f_weight, ln_f_bias), R, wte);
 
   Block& b = blocks_[part.layer];
   const auto block = [=, this, &b, layer = part.layer](Tape& tape, const Var& x) {

@@ -49,8 +49,8 @@ enum { kTied, kRoot, kFirstBlock };
 std::string name_of_unit(int unit);
 std::string name_of(const ModelPart& part);
 
-// Layers of each position of the model: as even as it goes when the head counts for as many layers
-// as it costs. At least one each.
+// The layers of each position of the model, at least one. The head counts as so many layers, and
+// the work is as even as it goes.
 std::vector<Range> split_layers(int64_t layers, double head_in_layers, int positions);
 
 // ---- the model
@@ -91,6 +91,7 @@ class Gpt {
   ContextParallel cp;
 
  private:
+  Var next_logits(Tape& tape, const Var& x, const Tokens& tokens);
   Param wte, wpe, ln_f_weight, ln_f_bias;
   std::vector<Block> blocks_;
   std::vector<ModelPart> parts_;
@@ -99,7 +100,7 @@ class Gpt {
 // ---- sizes
 
 int64_t parameter_count(const GptConfig& config);
-// Products of a training step per token, forward and backward: 6 per weight that multiplies, and
-// the causal attention's (Chowdhery et al., "PaLM", 2022, appendix B, with half the scores for the
-// causal mask). Counted in floating-point operations.
+// Floating-point operations of a training step per token: 6 for each weight that multiplies (2
+// forward, 4 backward), and those of attention (Chowdhery et al., "PaLM", 2022, appendix B; the
+// causal mask halves the scores).
 double flops_per_token(const GptConfig& config);

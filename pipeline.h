@@ -63,8 +63,8 @@ class Pipeline {
     std::deque<std::function<void()>> later;
     int64_t bytes = 0;  // activations that the tape keeps, or what is put off
   };
-  // An activation or a gradient between stages. event: none while there is only memory for it
-  // (prepare_room); then the end of its computation; once its exchange was issued, that one's end.
+  // An activation or a gradient between stages. event: first none (only its memory is there), then
+  // the end of the computation that makes it, then the end of the exchange that moves it.
   struct Parcel {
     Tensor x;
     std::shared_ptr<Event> event;

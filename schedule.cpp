@@ -112,7 +112,9 @@ std::vector<Action> computations(const Schedule& s, int stage) {
       std::istringstream each(codes);
       for (std::string code; each >> code;) {
         const int n = done[code]++;
-        const auto kind = Action::Kind(std::string("FGBW").find(code[0]));  // in their order
+        const size_t letter = std::string("FGBW").find(code[0]);  // in the order of Kind
+        ASSERT(letter < 4 && (code.size() == 1 || code[1] - '0' < s.chunks), code);
+        const auto kind = Action::Kind(letter);
         const Action a =
             code.size() > 1 ? Action{kind, n, code[1] - '0'} : in_turn(kind, n, s.stages, s.chunks);
         if (a.microbatch < s.microbatches) order.push_back(a);
@@ -181,10 +183,10 @@ static void place_transfers(Schedule& s) {
   // both results are there.
   std::map<int, std::map<std::pair<int, int>, PlannedExchange>> exchanges;
   for (int tick = 0, last = 0; tick <= last; tick++) {
-    std::multimap<double, PlannedExchange> in_order;
-    for (const auto& [stages, exchange] : exchanges[tick])
-      in_order.insert({exchange.when, exchange});
-    for (const auto& [when, exchange] : in_order)
+    std::vector<PlannedExchange> in_order;
+    for (const auto& [stages, exchange] : exchanges[tick]) in_order.push_back(exchange);
+    std::ranges::stable_sort(in_order, {}, &PlannedExchange::when);
+    for (const PlannedExchange& exchange : in_order)
       for (const auto& [stage, transfers] : exchange.of)
         s.actions[stage].push_back({Action::exchange, -1, -1, transfers});
 

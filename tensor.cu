@@ -31,6 +31,7 @@ const char* name_of(Dtype dtype) {
 const char* name_of(Memory category) {
   static const char* names[] = {"parameters",     "gradients", "optimizer", "activations",
                                 "gather buffers", "workspace", "data",      "keys and values"};
+  static_assert(std::size(names) == kMemoryCategories);
   return names[int(category)];
 }
 

@@ -100,7 +100,7 @@ void make_wait(cudaStream_t waiter, cudaStream_t awaited);  // for all that is i
 // ---- memory
 
 enum class Memory { parameters, gradients, optimizer, activations, gather, workspace, data, cache };
-constexpr int kMemoryCategories = 8;
+constexpr int kMemoryCategories = int(Memory::cache) + 1;
 const char* name_of(Memory category);
 
 struct MemoryUse {  // bytes as requested
@@ -179,8 +179,8 @@ class Tensor {
 void fill(const Tensor& x, double value);
 void copy(const Tensor& to, const Tensor& from);  // same dtype and number of elements
 void cast(const Tensor& to, const Tensor& from);  // f32, bf16, f64, any to any
-// returns when `host` may be reused; without waiting for the device, as long as the uploads of its
-// size, rounded up to a power of 2, that are on their way have at most 64 MiB
+// Returns when `host` may be reused. It waits for the device only where 64 MiB of earlier uploads
+// of about this size (up to the same power of 2) are still on their way.
 void upload(const Tensor& to, const void* host);
 std::vector<double> download(const Tensor& x);  // waits; any dtype, widened
 void download(const Tensor& x, void* host);     // waits; the bytes as they are

@@ -30,9 +30,9 @@ class TensorParallel {
   Range part_of(int64_t rank, int64_t n) const {
     return {n * rank / axis_.size, n * (rank + 1) / axis_.size};
   }
-  // What each part takes in memory, where rows that long are to begin at aligned addresses, as fast
-  // products need: the largest part, padded. Products read the padding; the loss makes its gradient
-  // 0.
+  // Rows that a part takes in memory: as many on every rank, and padded so that each row of logits
+  // begins at an aligned address, as fast products need. Products make logits of the padding, too;
+  // the loss sets their gradient to 0.
   int64_t padded_part(int64_t n) const {
     const int64_t most = ceil_div(n, axis_.size);
     return round_up(most, most < 1024 ? 8 : 128);

@@ -33,7 +33,7 @@ std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int 
 Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
     : options(o),
       gpt(config, mesh["tp"], mesh.queue, mesh["cp"]),
-      fsdp(join(mesh, "fsdp", "cp"), mesh.axes_where(&AxisKind::splits_model, false), mesh.queue,
+      fsdp(join(mesh, "fsdp", "cp"), mesh.axes_where(&AxisKind::copies_model), mesh.queue,
            config.dtype, options.fsdp),
       pipeline(mesh["pp"], mesh.queue, schedule_of(options, mesh.layout)),
       mesh_(mesh),
@@ -151,7 +151,7 @@ void Trainer::sum_loss() {
 
 // Of the norm, in one call, after which all ranks have the same bits. Copies count once.
 void Trainer::sum_squares(const Tensor& squares) {
-  for (const Axis& copies : mesh_.axes_where(&AxisKind::splits_model, false))
+  for (const Axis& copies : mesh_.axes_where(&AxisKind::copies_model))
     if (copies.rank) fill(squares, 0);
   sum_over({mesh_.world}, squares, Traffic::norm, mesh_.queue);
 }

@@ -256,7 +256,7 @@ std::vector<std::string> save_checkpoint(const std::string& dir, const Checkpoin
   Saved saved;
   saved.rank = job.rank;
   bool copy = false;  // another rank saves it
-  for (const Axis& axis : mesh.axes_where(&AxisKind::splits_model, false)) copy |= axis.rank != 0;
+  for (const Axis& axis : mesh.axes_where(&AxisKind::copies_model)) copy |= axis.rank != 0;
   for (const ParamShard& s : shards) {
     if (copy || !s.param->counted) continue;
     const std::string& name = s.param->name;

@@ -153,12 +153,12 @@ mutant faults the_slope_of_gelu_forgets_its_bias \
 mutant faults a_bias_in_a_sum_has_no_gradient \
   autograd.cpp '/^    bias_gradient\(tape, bias, dy\);/d' 1 immediate test_autograd gradient_of_gelu
 mutant faults the_first_writer_of_a_gradient_adds \
-  autograd.cpp 's/beta = (w.begin_write\(by_head\))/beta = (\1, 1)/' \
+  autograd.cpp 's/beta = (use.begin_write\(\))/beta = (\1, 1)/' \
   2 immediate test_fsdp $parity
 mutant faults a_gradient_stays_fresh \
   autograd.cpp 's/dy, bias->begin_write\(\)/dy, !bias->fresh/' 2 immediate test_fsdp $parity
 mutant faults a_head_s_gradient_is_not_fresh_again \
-  autograd.cpp '/^  add\(p.grad, p.grad/,/fresh_of_head/{/fresh_of_head/d}' \
+  autograd.cpp '/^  add\(p.grad, p.grad/,/fresh/{/fresh/d}' \
   2 immediate test_fsdp $parity
 mutant faults embeddings_are_added_to_what_was_there \
   autograd.cpp '/clear_if_fresh/d' 2 immediate test_fsdp $parity

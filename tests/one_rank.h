@@ -42,7 +42,7 @@ class WholeGpt : public Gpt {
 
   void zero_gradients() {
     for (Param* p : params()) fill(p->grad, 0);
-    fill(tied().grad_of_head, 0);
+    fill(tied().head_use->grad, 0);
   }
   // total (1) f64 += scale * sum of the losses of one micro-batch; the tape can then run backward
   void loss(Tape& tape, const Tokens& tokens, double scale, const Tensor& total) {

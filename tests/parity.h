@@ -142,8 +142,8 @@ constexpr double kSpoiled = 1e30;
 inline void spoil_gradients(Trainer& trainer) {
   for (const ParamShard& s : trainer.optimizer().shards()) fill(s.gradient, kSpoiled);
   for (const Param* p : trainer.gpt.params())
-    for (const Tensor& x : {p->grad, p->grad_of_head})
-      if (!x.empty()) fill(x, kSpoiled);
+    for (const Param* use : {p, static_cast<const Param*>(p->head_use.get())})
+      if (use && !use->grad.empty()) fill(use->grad, kSpoiled);
 }
 // Nor does anything but numbers leave it, in padding either.
 inline void expect_numbers(Trainer& trainer) {

@@ -439,7 +439,7 @@ TEST(the_first_writer_overwrites_a_fresh_gradient_and_the_next_adds) {
   const Tokens tokens(1, 3, {4, 0, 4}, {1, 2, 3});  // not every row of wte and wpe
   const auto gradients = [&](bool fresh, bool separate, int uses) {
     for (Param* p : params) fill(p->grad, fresh ? 1e30 : 0), p->fresh = fresh;
-    if (separate) separate_uses(wte), fill(wte.grad_of_head, 1e30);
+    if (separate) separate_uses(wte), fill(wte.head_use->grad, 1e30);
     const Tensor total({1}, Dtype::f64, Memory::workspace);
     for (int i = 0; i < uses; i++) {
       Tape tape;
@@ -449,7 +449,7 @@ TEST(the_first_writer_overwrites_a_fresh_gradient_and_the_next_adds) {
       tape.backward();
     }
     join_uses(wte);
-    wte.grad_of_head = Tensor();
+    wte.head_use.reset();
     std::vector<double> all;
     for (Param* p : params)
       for (double v : download(p->grad)) all.push_back(v);

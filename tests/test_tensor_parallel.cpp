@@ -301,7 +301,7 @@ TEST(padding_stays_0_and_nothing_depends_on_it) {
       };
       for (int step = 1; step <= 3; step++) {
         trainer.gradients(trainer.read(batch));
-        for (const Tensor& x : {wte.value, wte.grad, wte.grad_of_head})
+        for (const Tensor& x : {wte.value, wte.grad, wte.head_use->grad})
           for (const double v : download(end(wte, x))) CHECK_EQ(v, 0, "padding in step ", step);
         if (poison) fill(end(wte, wte.grad), NAN);
         trainer.update(kLearningRate);

@@ -21,7 +21,7 @@ void TheoryOfRank::add_fsdp() {
     const int64_t P = padded_unit(params, fsdp.size), shard = P / fsdp.size;
     enter(fsdp, Collective::all_gather, Traffic::training, reshards ? gathers[unit] * m : 1, P * e);
     enter(fsdp, Collective::reduce_scatter, Traffic::training, shards_gradients ? m : 1, P * g);
-    for (const Axis& copies : mesh.axes_where(&AxisKind::splits_model, false))
+    for (const Axis& copies : mesh.axes_where(&AxisKind::copies_model))
       enter(copies, Collective::all_reduce, Traffic::training, 1, shard * g);
     sum.persistent[int(Memory::parameters)] += (shards_parameters ? shard : P) * e;
     gradients += (shards_gradients ? shard : P) * g;
