@@ -26,10 +26,10 @@ class Run {
         lock(lock),
         trainer(mesh, model_config(o), trainer_options(o)),
         resumed(o.resume ? resume() : 0),
-        saved(resumed),
-        metrics(job.speaks ? o.metrics : "", resumed),
+        metrics(job.speaks && resumed < o.steps ? o.metrics : "", resumed),
         progress(o.steps, job.speaks ? stdout : nullptr, isatty(fileno(stdout))) {
-    if (!o.trace.empty()) trace.emplace(job.speaks ? o.trace : "", mesh, trainer);
+    if (!o.trace.empty() && resumed < o.steps)
+      trace.emplace(job.speaks ? o.trace : "", mesh, trainer);
     listen_for_signals();
   }
 
@@ -88,7 +88,10 @@ class Run {
   int64_t resume() {
     int64_t step = 0;
     at_work = "the checkpoint that is resumed";
-    watch.at_files([&] { step = resume_training(o, *data.tokens, job, trainer); });
+    watch.at_files([&] {
+      step = resume_training(o, *data.tokens, job, trainer);
+      if (step > 0) remember(step);
+    });
     return step;
   }
 
@@ -99,12 +102,19 @@ class Run {
       make_directory(o.checkpoint);
       lock.emplace(o.checkpoint);
       const auto there = checkpoints_in(o.checkpoint);
-      REQUIRE(there.empty() || Checkpoint(there[0]).info.step == saved, o.checkpoint,
+      REQUIRE(there.empty() || read_file(there[0] + "/manifest.json") == manifest, o.checkpoint,
               " has checkpoints of another run by now: nothing more is saved there");
     });
     const std::string said = save_training(o, *data.tokens, step, job, mesh, trainer);
-    saved = step;
+    remember(step);
     return said;
+  }
+
+  // Its number alone does not tell a checkpoint from that of another run.
+  void remember(int64_t step) {
+    on_first_rank(job, [&] {
+      manifest = read_file(checkpoint_path(o.checkpoint, step) + "/manifest.json");
+    });
   }
 
   void report(int64_t step, double first_loss, double loss) {
@@ -210,7 +220,7 @@ class Run {
       const std::vector<int> window(tokens.end() - std::min<int64_t>(tokens.size(), T),
                                     tokens.end());
       std::vector<double> logits = trainer.next_logits(window);
-      logits.resize(data.tokenizer->drawn());
+      data.tokenizer->silence(logits);
       int token = pick(logits, {.temperature = 0.8, .seed = uint64_t(o.seed)}, i);
       // should two ranks' logits differ in a last bit, all still go on with one token
       MPI_Ibcast(&token, 1, MPI_INT, 0, MPI_COMM_WORLD, Finished());
@@ -228,8 +238,8 @@ class Run {
   Watch& watch;
   std::optional<DirectoryLock>& lock;  // rank 0's
   Trainer trainer;
+  std::string manifest;   // rank 0's, of the last checkpoint that was saved or resumed
   const int64_t resumed;  // the step that it goes on from
-  int64_t saved;          // the last step that was, or this one
   JsonLines metrics;
   std::optional<Trace> trace;
   Progress progress;

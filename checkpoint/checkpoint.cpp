@@ -74,6 +74,9 @@ static std::string file_name(int rank, Part part) {
 
 // "step-" and at least 8 digits. What else a user keeps beside the checkpoints is none.
 static std::string step_name(int64_t step) { return format("step-%08ld", step); }
+std::string checkpoint_path(const std::string& dir, int64_t step) {
+  return dir + "/" + step_name(step);
+}
 static bool is_step_name(const std::string& name) {
   return name.starts_with("step-") && name == step_name(atoll(name.c_str() + 5));
 }
@@ -232,7 +235,7 @@ static void write_manifest(const std::string& path, const CheckpointInfo& info,
 
 void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info,
                             const std::vector<NamedArray>& weights) {
-  const std::string path = dir + "/" + step_name(info.step);
+  const std::string path = checkpoint_path(dir, info.step);
   make_place(dir, path);
   Saved saved;
   saved.arrays[file_name(0, Part::weights)] = weights;
@@ -252,7 +255,7 @@ void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info,
 std::vector<std::string> save_checkpoint(const std::string& dir, const CheckpointInfo& info,
                                          const Job& job, const Mesh& mesh,
                                          const std::vector<ParamShard>& shards) {
-  const std::string path = dir + "/" + step_name(info.step);
+  const std::string path = checkpoint_path(dir, info.step);
   Saved saved;
   saved.rank = job.rank;
   bool copy = false;  // another rank saves it
@@ -279,6 +282,12 @@ std::vector<std::string> save_checkpoint(const std::string& dir, const Checkpoin
     barrier();  // whoever ends the job does it after that
     throw;
   }
+  const std::string differ = copies_that_differ(mesh, shards);
+  if (!differ.empty())
+    return {
+        "nothing older is removed, since copies of a weight differ (a device is faulty, or sums "
+        "were added in another order): " +
+        differ};
   if (job.rank != 0 || info.keep == 0) return {};
   return remove_old(dir, info.keep);
 }

@@ -84,13 +84,14 @@ class Checkpoint {
 
 // ---- ranks; all of these are collective, and throw on every rank what went wrong on one
 
-// Writes the checkpoint of info.step, then removes what info.keep says; rank 0 learns which, in
-// words. Where it fails nothing is left of it, and older ones stay.
+// Writes the checkpoint of info.step, then removes what info.keep says, but nothing where copies
+// differ; rank 0 learns what it did, in words. Where it fails nothing is left of it, and older ones
+// stay.
 std::vector<std::string> save_checkpoint(const std::string& dir, const CheckpointInfo& info,
                                          const Job& job, const Mesh& mesh,
                                          const std::vector<ParamShard>& shards);
 // Weights of which several ranks have a copy should have the same bits on all of them: rank 0
-// learns the first that do not, and two of those ranks, in words.
+// learns the first that do not, and two of those ranks, in words; else and elsewhere it is "".
 std::string copies_that_differ(const Mesh& mesh, const std::vector<ParamShard>& shards);
 // The newest checkpoint in `dir` whose files are whole. Each that is passed over is said; a damaged
 // one is renamed to damaged-step-... Nothing if there never was one; an Error if none is whole, or
@@ -132,6 +133,7 @@ using PassedOver = std::function<void(const std::string& path, const std::string
 std::vector<std::string> checkpoints_in(const std::string& dir, const PassedOver& = {});
 // unless it is there; an Error where nothing can be written
 void make_directory(const std::string& dir);
+std::string checkpoint_path(const std::string& dir, int64_t step);
 // `path` itself if it is a checkpoint, else the newest complete one in it, whose files are not read
 std::string newest_path(const std::string& path);
 // The run's directory: `path` itself, or what one step lies in. Of a step that is a link, that is

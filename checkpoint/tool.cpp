@@ -24,7 +24,7 @@ static const char kUsage[] =
     "       build/checkpoint export PATH DIR    write DIR/model.safetensors and config.json,\n"
     "                                           which Hugging Face's GPT-2 opens; DIR is\n"
     "                                           new, empty, or of an earlier export of a\n"
-    "                                           model of these sizes\n"
+    "                                           model with the same config.json\n"
     "       build/checkpoint import DIR PATH    the other way round: a checkpoint at step 0 that\n"
     "                                           --resume and build/generate take; DIR holds\n"
     "                                           model.safetensors (or its parts and\n"
@@ -118,8 +118,11 @@ static void export_weights(const std::string& path, const std::string& dir) {
   const std::string weights = dir + "/model.safetensors", config = dir + "/config.json",
                     text = config_of(c.info, end).dump(2) + "\n";
   make_directory(dir);
-  // an earlier export, or one that did not end, has this very text in it
-  REQUIRE(fs::is_empty(dir) || (is_there(config) && read_file(config) == text), dir,
+  // An earlier export has this very text in it, and one that was killed at first only part of it.
+  const bool is_new = std::all_of(fs::directory_iterator(dir), {}, [&](const auto& entry) {
+    return entry.path() == config + ".partial";
+  });
+  REQUIRE(is_new || (is_there(config) && read_file(config) == text), dir,
           " has other files than those of an export of such a model: give another directory");
   write_file(config, text);
   copy_tokenizer(home, dir);

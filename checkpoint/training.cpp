@@ -67,18 +67,11 @@ std::string save_training(const Options& o, const Dataset& data, int64_t step, c
   const Stopwatch saving;
   const GptConfig& config = trainer.gpt.config;
   const Dtype dtype = master_dtype(config.dtype);
-  const std::string differ = copies_that_differ(mesh, trainer.optimizer().shards());
-  CheckpointInfo info{step,      o.model,       o.layout, dtype,          uint64_t(o.seed),
-                      o.command, in_full(data), o.keep,   data.is_text(), o.end_of_text};
-  if (!differ.empty()) info.keep = 0;
-  const std::vector<std::string> removed =
+  const CheckpointInfo info{step,      o.model,       o.layout, dtype,          uint64_t(o.seed),
+                            o.command, in_full(data), o.keep,   data.is_text(), o.end_of_text};
+  const std::vector<std::string> said =
       save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards());
   return format("checkpoint saved: %.1f MB in %.2f s",
                 parameter_count(config) * 3 * size_of(dtype) / 1e6, saving.seconds()) +
-         (removed.empty() ? "" : "; " + join(removed, ", ")) +
-         (differ.empty()
-              ? ""
-              : "; nothing older is removed, since copies of a weight differ (a device is "
-                "faulty, or sums were added in another order): " +
-                    differ);
+         (said.empty() ? "" : "; " + join(said, ", "));
 }

@@ -182,8 +182,11 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
     }
     watch.progress();
     if (made > 0) logits = generator.decode(next);
-    for (size_t b = 0; b < logits.size() / V; b++)
-      next[b] = pick({&logits[b * V], size_t(tokenizer.drawn())}, how, prompts[b].size() + made, b);
+    for (size_t b = 0; b < logits.size() / V; b++) {
+      const std::span of_text{&logits[b * V], V};
+      tokenizer.silence(of_text);
+      next[b] = pick(of_text, how, prompts[b].size() + made, b);
+    }
     next = generator.share(next);
     if (made == 0) ledger.rows.clear();  // from here on it is of decoding
     else decoded += std::ranges::count(ended, false);

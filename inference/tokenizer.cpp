@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <filesystem>
+#include <limits>
 #include <set>
 #include <span>
 
@@ -295,6 +296,12 @@ std::vector<int> Tokenizer::encode(std::string_view text) const {
 std::string Tokenizer::decode(int token) const {
   if (texts_.empty()) return std::to_string(token) + " ";
   return size_t(token) < texts_.size() ? texts_[token] : "";
+}
+
+void Tokenizer::silence(std::span<double> logits) const {
+  if (texts_.empty()) return;
+  for (size_t token = texts_.size(); token < logits.size(); token++)
+    if (int(token) != end_) logits[token] = std::numeric_limits<double>::lowest();
 }
 
 bool has_tokenizer(const std::string& directory) {

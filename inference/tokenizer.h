@@ -13,6 +13,7 @@
 #include <array>
 #include <map>
 #include <nlohmann/json_fwd.hpp>
+#include <span>
 #include <unordered_map>
 
 #include "support/files.h"
@@ -36,8 +37,9 @@ class Tokenizer {
   int end_of_text() const { return end_; }  // -1: there is none
   uint64_t key() const { return key_; }     // a checksum of its files; 0: there are none
   int64_t size() const { return texts_.size(); }
-  // a model's vocabulary may be padded: the numbers below this one are drawn from
-  int64_t drawn() const { return texts_.empty() ? vocab_ : std::max<int64_t>(size(), end_ + 1); }
+  // A model's vocabulary may be padded: numbers beyond those that have a text are not to be drawn,
+  // but for that which ends a text.
+  void silence(std::span<double> logits) const;
   int64_t longest() const { return longest_; }  // bytes of the longest token; 0: they are numbers
 
  private:

@@ -287,7 +287,7 @@ void check(const Options& o) {
   const int64_t pp = o.layout["pp"], cp = o.layout["cp"], ranks = o.layout.data_ranks();
   check_common(o, pp > 1 ? o.chunks : 1);
   REQUIRE(o.batch % ranks == 0, "a batch of ", o.batch, " does not divide by the ", ranks,
-          " data-parallel ranks: give --batch ", round_up(o.batch, ranks));
+          " data-parallel ranks: give --batch ", round_up(o.batch, o.microbatch * ranks));
   REQUIRE(o.batch % (o.microbatch * ranks) == 0, "a batch of ", o.batch,
           " does not divide into micro-batches of ", o.microbatch, " on ", ranks,
           " data-parallel ranks: change --batch or --microbatch");

@@ -48,6 +48,7 @@ for word in "${args[@]}"; do
     generate--tp) refuse "--tp comes from NP" ;;
     generate--prompt) refuse "--prompt comes from PROMPT" ;;
     generate--checkpoint) refuse "--checkpoint comes from CHECKPOINT" ;;
+    run--data | replay--data) [ -z "${DATA:-}" ] || refuse "--data comes from DATA" ;;
     run--pp | run--replicate | run--fsdp | run--cp | run--tp | replay--pp | replay--replicate | \
       replay--fsdp | replay--cp | replay--tp)
       refuse "$word comes from STRATEGY and NP; for another layout start build/train_gpt itself," \
@@ -100,7 +101,8 @@ if [ "$what" = generate ]; then
     is_unfinished || refuse "$unfinished is in the way: it is not the empty file of that name"
     trap 'refuse "the next call goes on with what has been saved in $checkpoint"' INT
     DEFAULT_SAMPLE=0 ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" \
-      "$0" run || exit
+      "$0" run || refuse "the model in $checkpoint is not trained to its end: call again with the" \
+      "same TRAIN_ARGS, or remove $unfinished to take it as it is"
     trap - INT
     rm -- "$unfinished"
   fi

@@ -4,8 +4,9 @@
 //       trains 5 steps, saves, trains 5 more and writes DIR/a/losses
 //   mpiexec -n N test_checkpoint resume SETTING DIR/a DIR/b...
 //       resumes from each and compares its next 5 losses with DIR/a/losses
-//   mpiexec -n N test_checkpoint differ SETTING PARAMETER
-//       changes one number of it on the last rank, and prints which copies differ before and after
+//   mpiexec -n N test_checkpoint differ DIR SETTING PARAMETER
+//       saves three steps with keep 1, the last after one number of the parameter was changed on
+//       the last rank, and prints what each save says
 //   test_checkpoint logits DIR TOKEN...
 //       the logits after these tokens, one a line, in f64
 // SETTING: pp=2,fsdp=2,schedule=zb,dtype=f64: axes, zero, schedule, chunks, by_rows (sequence
@@ -94,18 +95,22 @@ void resume_from(const std::vector<std::string>& dirs, const Setting& s) {
   close_mesh(mesh);
 }
 
-void differ(const Setting& s, const std::string& name) {
+void differ(const std::string& dir, const Setting& s, const std::string& name) {
   Mesh mesh = open_mesh(s.layout);
   {
     Trainer trainer(mesh, s.config, s.options);
-    train(trainer, s.config, 1, 2);
     const auto& shards = trainer.optimizer().shards();
-    const std::string before = copies_that_differ(mesh, shards);
-    for (const ParamShard& shard : shards)
-      if (job().rank == job().size - 1 && shard.param->name == name)
-        fill(shard.weights.part(0, {1}), 5);
-    const std::string after = copies_that_differ(mesh, shards);
-    if (job().rank == 0) printf("before: %s\nafter: %s\n", before.c_str(), after.c_str());
+    on_first_rank(job(), [&] { make_directory(dir); });
+    for (int step = 1; step <= 3; step++) {
+      train(trainer, s.config, step, step);
+      for (const ParamShard& shard : shards)
+        if (step == 3 && job().rank == job().size - 1 && shard.param->name == name)
+          fill(shard.weights.part(0, {1}), 5);
+      CheckpointInfo info{step, s.config, s.layout, master_dtype(s.config.dtype), 1337, ""};
+      info.keep = 1;
+      const std::string said = join(save_checkpoint(dir, info, job(), mesh, shards), "; ");
+      if (job().rank == 0) printf("%s\n", said.c_str());
+    }
   }
   close_mesh(mesh);
 }
@@ -134,7 +139,7 @@ int main(int argc, char** argv) {
     if (words[0] == "save") save(words[1], parse_setting(words[2]));
     else if (words[0] == "resume")
       resume_from({words.begin() + 2, words.end()}, parse_setting(words[1]));
-    else if (words[0] == "differ") differ(parse_setting(words[1]), words[2]);
+    else if (words[0] == "differ") differ(words[1], parse_setting(words[2]), words[3]);
     else if (words[0] == "logits") {
       std::vector<int> tokens;
       for (size_t i = 2; i < words.size(); i++) tokens.push_back(std::stoi(words[i]));

@@ -48,11 +48,17 @@ done
 # ---- copies
 
 differ() { # SETTING PARAMETER 'what differs, with places'
-  $MPIEXEC -n "$(ranks "$1")" build/cpu/tests/test_checkpoint differ "$1" "$2" >"$dir/out" \
-    2>"$dir/err"
+  rm -rf "$dir/copies"
+  $MPIEXEC -n "$(ranks "$1")" build/cpu/tests/test_checkpoint differ "$dir/copies" "$1" "$2" \
+    >"$dir/out" 2>"$dir/err"
+  # of three steps with --keep 1, the last with copies that differ
+  local said="nothing older is removed, since copies of a weight differ (.*): $3" left="00002 00003"
+  [ -n "$3" ] || said="removed step-00000002" left=00003
   check "copies_that_differ_are_named_$1" \
-    "grep -qx 'before: ' $dir/out && grep -qx 'after: $3' $dir/out" \
-    "$(sed -n 's/after: //p' "$dir/out")" "$(cat "$dir/out" "$dir/err")"
+    "sed -n 2p $dir/out | grep -qx 'removed step-00000001' &&
+    sed -n 3p $dir/out | grep -qx '$said' &&
+    [ '$(cd "$dir/copies" && echo step-*)' = '$(printf 'step-000%s\n' $left | paste -sd' ')' ]" \
+    "$(sed -n 3p "$dir/out")" "$(cat "$dir/out" "$dir/err")"
 }
 differ replicate=3,fsdp=2 h.0.mlp.c_fc.weight "h.0.mlp.c_fc.weight, elements .*, on ranks 1 and 5"
 differ tp=3 h.1.ln_1.weight "h.1.ln_1.weight, .*, on ranks 0 and 2"
@@ -291,9 +297,11 @@ refuses another_number_of_layers_is_refused "holds a model of 2 layers, width 64
   --width 64 --fsdp 2 --checkpoint "$dir/d" --resume
 refuses more_steps_than_are_asked_for_are_refused "has 20 steps already" --layers 2 --width 64 \
   --steps 19 --fsdp 2 --checkpoint "$dir/d" --resume
+echo mine | tee "$dir/t.json" >"$dir/t.jsonl"
 $MPIEXEC -n 2 $train $shape --layers 2 --width 64 --steps 20 --tp 2 --checkpoint "$dir/d" \
-  --resume >"$dir/out" 2>"$dir/err"
-check a_run_that_is_done_has_nothing_left_to_do "[ $? = 0 ] && ! grep -q '^step [0-9]' $dir/out &&
+  --resume --trace "$dir/t.json" --metrics "$dir/t.jsonl" >"$dir/out" 2>"$dir/err"
+check a_run_that_is_done_has_nothing_left_to_do "[ $? = 0 ] &&
+  [ \"\$(cat $dir/t.json $dir/t.jsonl | sort -u)\" = mine ] && ! grep -q '^step [0-9]' $dir/out &&
   grep -q '^resume .*step-00000020 has all of the 20 steps' $dir/out && diff -r $dir/good $dir/d" \
   "" "$(cat "$dir/out" "$dir/err")"
 refuses a_directory_in_use_is_refused "holds checkpoints already" --fsdp 2 --checkpoint "$dir/d"

@@ -246,7 +246,8 @@ from() { $generate $model --temperature 0 --tokens 20 "$@" 2>/dev/null || echo "
 printf 'Once upon\n' >"$dir/prompt.txt" # without the end of its last line
 if [[ "$(from --prompt 'Once upon')" = "Once upon"?* ]] \
   && [ "$(from --prompt 'Once upon')" = "$(from --prompt-file "$dir/prompt.txt")" ] \
-  && [ "$(from --prompt 'Once upon')" = "$(from --prompt-file - <"$dir/prompt.txt")" ]; then
+  && [ "$(from --prompt 'Once upon')" = "$(from --prompt-file - <"$dir/prompt.txt")" ] \
+  && [ "$(from --prompt 'Once upon')" = "$(printf 'Once upon\r\n' | from --prompt-file -)" ]; then
   ok a_prompt_comes_from_words_a_file_or_standard_input
 else
   fail a_prompt_comes_from_words_a_file_or_standard_input
@@ -465,7 +466,7 @@ for call in 1 2; do
     grep -q "training" "$dir/out" && ! grep -q continues "$dir/out" &&
     [ -f "$dir/half/.make-generate-unfinished" ]'
 done
-# and one in which it has all of its steps
+# and one that trains it to its end
 cat >"$dir/trained" <<'EOF'
 #!/bin/sh
 case "$*" in
@@ -477,7 +478,7 @@ EOF
 chmod +x "$dir/trained"
 MPIEXEC="$dir/trained" make -o built BACKEND=cpu generate CHECKPOINT="$dir/half" >"$dir/out" 2>&1
 status=$?
-check a_model_that_has_all_of_its_steps_is_trained '[ $status = 0 ] &&
+check a_model_that_was_trained_further_is_used '[ $status = 0 ] &&
   grep -q continues "$dir/out" && [ ! -e "$dir/half/.make-generate-unfinished" ]' "" \
   "status $status: $(tail -3 "$dir/out")"
 make -o built BACKEND=cpu THREADS=two run >"$dir/out" 2>&1

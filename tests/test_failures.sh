@@ -80,8 +80,8 @@ fi
 says what_does_not_fit_on_any_rank_is_said_once "out of device memory" 3 ${long/1000000/9} \
   --replicate 3 --device-memory 1
 says a_mesh_that_does_not_match_is_refused_once "mpiexec started 2" 2 --fsdp 3
-says a_batch_that_does_not_divide_over_ranks_is_refused_once "micro-batch" 2 --replicate 2 --batch \
-  7 --microbatch 1
+says a_batch_that_does_not_divide_over_ranks_is_refused_once "give --batch 8" 2 --replicate 2 \
+  --batch 7 --microbatch 1
 says zero_4_is_refused "--zero" 1 --zero 4
 says a_negative_prefetch_is_refused "--prefetch" 1 --prefetch -1
 says a_missing_file_is_said_once "nowhere.txt" 3 --replicate 3 --batch 12 --data "$dir/nowhere.txt"
