@@ -316,7 +316,7 @@ std::string copies_that_differ(const Mesh& mesh, const std::vector<ParamShard>& 
 // ---- one run in a directory
 
 // Which start of which machine this is: containers with names of their own share it.
-static std::string running_kernel() {
+static std::string boot_id() {
   std::string id;
   error_of([&] { std::istringstream(read_file("/proc/sys/kernel/random/boot_id")) >> id; });
   return id;
@@ -326,11 +326,11 @@ DirectoryLock::DirectoryLock(const std::string& dir) : path_(dir + "/lock") {
   for (int tries = 0;; tries++) {
     file_.emplace(path_, O_RDWR | O_CREAT | O_NOFOLLOW);
     const int error = flock(file_->fd, LOCK_EX | LOCK_NB) == 0 ? 0 : errno;
-    std::string host, kernel;
+    std::string host, boot;
     pid_t process = 0;
     std::istringstream words(read_file(sentence("/proc/self/fd/", file_->fd)));
     const bool named = bool(words >> host >> process), is_host = host == host_name(),
-               local = !named || is_host || (words >> kernel && kernel == running_kernel());
+               local = !named || is_host || (words >> boot && boot == boot_id());
     const bool held = !file_->is_at(path_) ||  // removed meanwhile, by who held it
                       error == EWOULDBLOCK ||
                       // a file system without locks leaves what the file says
@@ -341,7 +341,7 @@ DirectoryLock::DirectoryLock(const std::string& dir) : path_(dir + "/lock") {
             ": wait for its end, or if that run has ended, remove this file");
     usleep(100'000);  // it may be dying
   }
-  const std::string me = sentence(host_name(), " ", getpid(), " ", running_kernel(), "\n");
+  const std::string me = sentence(host_name(), " ", getpid(), " ", boot_id(), "\n");
   SYSTEM_CHECK(ftruncate(file_->fd, 0) == 0 &&
                    pwrite(file_->fd, me.data(), me.size(), 0) == ssize_t(me.size()) &&
                    (fsync(file_->fd) == 0 || errno == EINVAL),  // other nodes read it

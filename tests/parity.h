@@ -141,9 +141,10 @@ inline std::vector<double> whole_model(Mesh& mesh, Trainer& trainer, WholeOf wha
 constexpr double kSpoiled = 1e30;
 inline void spoil_gradients(Trainer& trainer) {
   for (const ParamShard& s : trainer.optimizer().shards()) fill(s.gradient, kSpoiled);
-  for (const Param* p : trainer.gpt.params())
-    for (const Param* use : {p, static_cast<const Param*>(p->head_use.get())})
-      if (use && !use->grad.empty()) fill(use->grad, kSpoiled);
+  for (const Param* p : trainer.gpt.params()) {
+    if (!p->grad.empty()) fill(p->grad, kSpoiled);
+    if (p->head_use) fill(p->head_use->grad, kSpoiled);
+  }
 }
 // Nor does anything but numbers leave it, in padding either.
 inline void expect_numbers(Trainer& trainer) {
