@@ -56,7 +56,7 @@ class Fsdp {
   Var run(Tape& tape, int use, const std::function<Var()>& f);
   void finish_backward();  // after the last micro-batch: the shards' gradients are complete
   // After an update, a load of shards or an evaluation: frees whole parameters, or marks them as
-  // old.
+  // out of date.
   void end_step();
   // By Param::unit. After finish_backward a unit's shard_grad is this rank's part of its gradient.
   const auto& units() const { return units_; }

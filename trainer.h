@@ -45,8 +45,8 @@ class Trainer {
   Batch read(const Sequences& batch) const;
   void gradients(const Batch& batch);
   void update(double lr);
-  // Whether weights and moments are finite numbers, and loss and gradients of a batch with them: an
-  // update can end training without a word in its own loss. Counts no traffic.
+  // Whether weights and moments are finite numbers, and so are the loss and the gradients that they
+  // give for a batch: a bad update does not show in the loss of its own step. Counts no traffic.
   bool can_go_on(const Batch& batch);
   struct Results {
     double loss, norm;

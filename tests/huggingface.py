@@ -150,7 +150,7 @@ with tempfile.TemporaryDirectory() as d:
                 "--prompt-file",
                 "-",
             ],
-            input=text.encode(),
+            input=f"{text}\n".encode(),  # generate leaves out the end of the last line
             capture_output=True,
             check=True,
         ).stdout.decode("utf-8", "replace")
