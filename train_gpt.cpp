@@ -34,7 +34,11 @@ class Run {
   }
 
   void train() {
-    if (resumed == o.steps) return;  // there is nothing left to do
+    if (o.resume && o.eval_every) held_out_loss(resumed);
+    if (resumed == o.steps) {  // there is nothing left to train
+      if (o.sample && !stopped()) print_sample();
+      return collectively(job, [&] { REQUIRE(error.empty(), error); });
+    }
     const std::string steps = sentence("a step in micro-batches of ", o.microbatch,
                                        " sequences of ", o.model.context, " tokens");
     double first_loss = 0, loss = 0;
@@ -55,11 +59,8 @@ class Run {
                             [&](const std::string& text) { progress.say(step, text); });
           });
       }
-      if (o.eval_every && (step % o.eval_every == 0 || step == o.steps)) {
-        record.held_out_loss = held_out_loss();
-        if (record.held_out_loss)
-          progress.say(step, format("held-out loss %.4f", *record.held_out_loss));
-      }
+      if (o.eval_every && (step % o.eval_every == 0 || step == o.steps))
+        record.held_out_loss = held_out_loss(step);
       if (error.empty()) error = error_of([&] { metrics.step(record); });
       ends = stopped();
       last = ends || step == o.steps;
@@ -189,17 +190,19 @@ class Run {
     return any != 0;
   }
 
-  // None where the work ends. All sequences are read before any is computed with: who cannot read
-  // must not leave the others in a collective.
-  std::optional<double> held_out_loss() {
+  // Says it. None where the work ends. All sequences are read before any is computed with: who
+  // cannot read must not leave the others in a collective.
+  std::optional<double> held_out_loss(int64_t step) {
     std::vector<std::vector<int>> sequences(data.tokens->held_out_sequences());
     for (size_t s = 0; s < sequences.size() && error.empty(); s++)
       error = error_of([&] { sequences[s] = data.tokens->held_out(s); });
     if (stopped()) return {};
-    return trainer.evaluate(sequences.size(), [&](int64_t s) {
+    const double loss = trainer.evaluate(sequences.size(), [&](int64_t s) {
       watch.progress();
       return sequences[s];
     });
+    progress.say(step, format("held-out loss %.4f", loss));
+    return loss;
   }
 
   // ---- a sample
@@ -225,8 +228,12 @@ class Run {
       // should two ranks' logits differ in a last bit, all still go on with one token
       MPI_Ibcast(&token, 1, MPI_INT, 0, MPI_COMM_WORLD, Finished());
       tokens.push_back(token);
-      if (stopped() || tokens.back() == data.tokenizer->end_of_text()) break;
-      add(tokens.back());
+      if (stopped()) break;
+      if (token == data.tokenizer->end_of_text()) {
+        if (job.speaks) printf("\n--- here the model ended the text");
+        break;
+      }
+      add(token);
     }
     if (job.speaks) printf("\n---\n");
   }
@@ -279,6 +286,9 @@ int main(int argc, char** argv) {
             "--checkpoint: ", o.checkpoint,
             " is one step of a run: give the run's directory, and --resume-step");
     if (o.resume) take_sizes(o);
+    REQUIRE(!is_there(o.checkpoint + "/model.safetensors") || !checkpoints_in(o.checkpoint).empty(),
+            "--checkpoint: ", o.checkpoint,
+            " holds Hugging Face's files: build/checkpoint import makes a checkpoint of them");
     data.find_tokenizer(o);
     resolve(o, device().is_gpu);
     check_ranks(o.layout, job.size);

@@ -201,6 +201,11 @@ static std::vector<std::string> remove_old(const std::string& dir, int64_t keep)
   return said;
 }
 
+void Checkpoint::check_tokenizer(uint64_t key) const {
+  REQUIRE(key == 0 || info.tokenizer == 0 || key == info.tokenizer, path,
+          " was saved with another tokenizer than is there now: its tokens stand for other texts");
+}
+
 // ---- writing
 
 static const char kFormat[] = "threefold checkpoint, version 3";
@@ -222,6 +227,7 @@ static void write_manifest(const std::string& path, const CheckpointInfo& info,
   manifest["keep"] = info.keep;
   manifest["bytes"] = info.bytes;
   manifest["end_of_text"] = info.end_of_text;
+  manifest["tokenizer"] = info.tokenizer;
   manifest["ranks"] = ranks;
   manifest["checksum"] = checksum(text_of(manifest));  // of all else
   write_file(path + "/manifest.json", text_of(manifest) + "\n");
@@ -373,6 +379,7 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
     // a manifest without it names a text in what it says for people
     info.bytes = m.value("bytes", info.data.find(", text:") != info.data.npos);
     info.end_of_text = m.value("end_of_text", int64_t(-1));
+    info.tokenizer = m.value("tokenizer", uint64_t(0));
     for (const Saved& saved : m.at("ranks").get<std::vector<Saved>>()) {
       tensors.insert(saved.tensors.begin(), saved.tensors.end());
       for (const WrittenFile& f : saved.files) {

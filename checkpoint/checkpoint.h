@@ -37,6 +37,7 @@ struct CheckpointInfo {
   int64_t keep = 0;
   bool bytes = false;        // a text's were its last tokens (Tokenizer)
   int64_t end_of_text = -1;  // the token that an imported config.json names; -1: none
+  uint64_t tokenizer = 0;    // Tokenizer::key() of its texts'; 0: none, or not known
 };
 
 // The proof that a checkpoint is not as it was written. Any other Error proves nothing: a disk or a
@@ -67,6 +68,8 @@ class Checkpoint {
   // every element once. Ranks share the files out.
   void verify(const std::string& names = "", int rank = 0, int ranks = 1) const;
   void read(const Piece& piece, Part part, Dtype dtype, void* to) const;  // f32 or f64
+  // An Error if texts have other tokens now than those that it was trained on.
+  void check_tokenizer(uint64_t key) const;
   // They can be read from now on even where the checkpoint is removed.
   void open_weights() const;
 

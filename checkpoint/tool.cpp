@@ -32,6 +32,10 @@ static const char kUsage[] =
     "                                           perhaps tokenizer.json, or vocab.json and\n"
     "                                           merges.txt\n";
 
+static Tokenizer tokenizer_of(const std::string& path, const CheckpointInfo& info) {
+  return {home_of(path, has_tokenizer), info.model.vocab, false, info.end_of_text};
+}
+
 // ---- info, verify
 
 static void describe(const Checkpoint& c) {
@@ -51,6 +55,7 @@ static void describe(const Checkpoint& c) {
 
 static void check(const Checkpoint& c) {
   c.verify();
+  c.check_tokenizer(tokenizer_of(c.path, c.info).key());
   printf("%s: whole, %zu files, %zu tensors\n", c.path.c_str(), c.files.size(), c.tensors.size());
 }
 
@@ -110,8 +115,8 @@ static void export_weights(const std::string& path, const std::string& dir) {
     arrays.push_back({name, shape, Dtype::f32,
                       [&c, whole](void* to) { c.read(whole, Part::weights, Dtype::f32, to); }});
   }
-  const std::string home = home_of(path, has_tokenizer);
-  const Tokenizer tokenizer(home, c.info.model.vocab, false, c.info.end_of_text);
+  const Tokenizer tokenizer = tokenizer_of(path, c.info);
+  c.check_tokenizer(tokenizer.key());
   int end = tokenizer.end_of_text();
   // without a tokenizer, numbers of GPT-2's are what so large a vocabulary holds
   if (end < 0 && tokenizer.key() == 0 && !c.info.bytes && c.info.model.vocab >= 50257) end = 50256;
@@ -125,7 +130,7 @@ static void export_weights(const std::string& path, const std::string& dir) {
   REQUIRE(is_new || (is_there(config) && read_file(config) == text), dir,
           " has other files than those of an export of such a model: give another directory");
   write_file(config, text);
-  copy_tokenizer(home, dir);
+  copy_tokenizer(home_of(path, has_tokenizer), dir);
   const WrittenFile w = write_safetensors(weights, arrays);
   printf("%s: %zu tensors, %.1f MB, from %s\n", weights.c_str(), arrays.size(), w.bytes / 1e6,
          c.path.c_str());
@@ -191,7 +196,8 @@ static void import_weights(const std::string& dir, const std::string& path) {
   CheckpointInfo info = read_config(dir + "/config.json");
   info.data = "imported from " + dir;
   const Tokenizer readable(dir, info.model.vocab);  // or an Error, before anything is written
-  info.bytes &= readable.key() == 0;
+  info.tokenizer = readable.key();
+  info.bytes &= info.tokenizer == 0;
   StoredArrays all = read_weights(dir);
   // one matrix, tied: under both names, or one of them
   if (const auto head = all.extract("lm_head.weight"); !head.empty()) {

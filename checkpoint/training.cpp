@@ -4,23 +4,22 @@
 #include "support/stopwatch.h"
 
 void take_sizes(Options& o) {
-  const ModelSize& m = o.model;
-  const bool told = !o.model_name.empty() || m.layers + m.width + m.heads + m.context + m.vocab > 0;
+  const bool is_named = !o.model_name.empty();
   for (const std::string& path : checkpoints_in(o.checkpoint)) try {
       const CheckpointInfo info = Checkpoint(path).info;
-      const ModelSize& saved = info.model;
       o.end_of_text = info.end_of_text;
-      if (!told) {
-        o.model_name = nearest_model(saved);
-        o.model = saved;
+      if (!is_named) o.model_name = nearest_model(info.model);
+      for (const SizeOption& size : kSizes) {
+        int64_t& mine = o.model.*size.member;
+        if (mine == 0 && (!is_named || size.member == &ModelSize::vocab))
+          mine = info.model.*size.member;
       }
-      if (m.vocab == 0) o.model.vocab = saved.vocab;
       return;
     } catch (const Damaged&) {  // then those of the one before
     }
 }
 
-// Says another thing of other files, even of the same names and sizes.
+// Says another thing of other files, even of the same names and sizes (content_of).
 static std::string in_full(const Dataset& data) {
   return sentence(data.describe(), " (", data.content, ")");
 }
@@ -38,23 +37,25 @@ int64_t resume_training(const Options& o, const Dataset& data, const Job& job, T
   const bool imported = saved.step == 0;
   const std::string model = to_string(saved.model), mine = to_string(o.model);
   REQUIRE(model == mine, c->path, " holds a model of ", model, ", and this one has ", mine,
-          ": give --model and its sizes as it was trained");
+          ": leave out --model and its sizes");
+  REQUIRE(!saved.bytes || o.tokenizer_key == 0, c->path,
+          " was trained on bytes last, and not on a tokenizer's tokens: leave it out");
+  c->check_tokenizer(o.tokenizer_key);
   REQUIRE(o.model.vocab == 256 || !data.is_text() || saved.bytes, c->path,
           " was not trained on bytes last (", saved.data,
           "), so they are not its tokens: give --tokenizer DIR");
   REQUIRE(saved.step <= o.steps, c->path, " has ", saved.step,
           " steps already: give more --steps than that");
-  if (saved.step == o.steps) {
+  if (saved.step == o.steps)
     say(sentence(c->path, " has all of the ", o.steps, " steps: give more --steps to go on"));
-    return saved.step;
-  }
   resume(*c, trainer.optimizer());
   trainer.fsdp.end_step();  // shards have changed
   say(sentence(c->path, ", saved on ", to_string(saved.layout)));
   const bool is_digested = saved.data.find(" digest ") != saved.data.npos;  // older ones are not
-  if (const std::string now = is_digested ? in_full(data) : data.describe();
-      !imported && saved.data != now)
-    say(sentence("it was trained on ", saved.data, ", and is now on ", now));
+  const std::string now = is_digested ? in_full(data) : data.describe();
+  if (!imported && !saved.data.ends_with(is_digested ? "(" + data.content + ")" : now))
+    say(sentence("it was trained on ", saved.data, ", and is now on ", now,
+                 ": what is held out now may have been trained on"));
   if (!imported && saved.options != o.command && saved.options + " --resume" != o.command)
     say("it was trained with the options " + saved.options);
   if (!imported && saved.seed != uint64_t(o.seed))
@@ -67,8 +68,10 @@ std::string save_training(const Options& o, const Dataset& data, int64_t step, c
   const Stopwatch saving;
   const GptConfig& config = trainer.gpt.config;
   const Dtype dtype = master_dtype(config.dtype);
-  const CheckpointInfo info{step,      o.model,       o.layout, dtype,          uint64_t(o.seed),
-                            o.command, in_full(data), o.keep,   data.is_text(), o.end_of_text};
+  const CheckpointInfo info{step,          o.model,          o.layout,
+                            dtype,         uint64_t(o.seed), o.command,
+                            in_full(data), o.keep,           data.is_text(),
+                            o.end_of_text, o.tokenizer_key};
   const std::vector<std::string> said =
       save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards());
   return format("checkpoint saved: %.1f MB in %.2f s",

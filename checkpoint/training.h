@@ -11,8 +11,7 @@ void take_sizes(Options& options);
 
 // ---- collective
 
-// How many steps the newest complete checkpoint had, now in the trainer (unless it has them all); 0
-// if there is none.
+// How many steps the newest complete checkpoint had, now in the trainer; 0 if there is none.
 int64_t resume_training(const Options& options, const Dataset& data, const Job& job,
                         Trainer& trainer);
 // says what was saved

@@ -202,6 +202,8 @@ static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
   fprintf(stderr, "\nmodel         %s: %s in %s\n",
           checkpoint ? checkpoint->path.c_str() : "untrained (--checkpoint has a trained one)",
           to_string(o.model).c_str(), name_of(generator.gpt.config.dtype));
+  if (const auto n = std::ranges::count(ended, true))
+    fprintf(stderr, "ended         %ld of %zu texts, by a token of their own\n", long(n), B);
   print_statistics(generator.gpt.config, mesh, seconds, B, decoded);
 }
 
@@ -222,6 +224,7 @@ int main(int argc, char** argv) {
     const std::string home = checkpoint ? home_of(o.checkpoint, has_tokenizer) : "";
     const CheckpointInfo info = checkpoint ? checkpoint->info : CheckpointInfo{};
     tokenizer.emplace(home, o.model.vocab, info.bytes, info.end_of_text);
+    if (checkpoint) checkpoint->check_tokenizer(tokenizer->key());
     if (job.rank == 0) prompts = encode_prompts(o, *tokenizer);
     auto given = values_of(table(o));
     if (checkpoint)

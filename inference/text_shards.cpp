@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <filesystem>
 #include <utility>
 
@@ -44,6 +45,11 @@ static bool is_ours_alone(const fs::path& place) {
          !(is.st_mode & 022);
 }
 
+// Whether it can be read: nobody may look after such files.
+static bool is_whole(const std::string& shard, const Tokenizer& tokenizer) {
+  return is_there(shard) && error_of([&] { Dataset::open({shard}, 1, tokenizer.size()); }).empty();
+}
+
 // The shard of some texts, made where there is none. name: where it lies and how it begins
 static std::string shard_of(const std::vector<std::string>& paths, const fs::path& name,
                             const Tokenizer& tokenizer, const std::string& directory,
@@ -64,7 +70,8 @@ static std::string shard_of(const std::vector<std::string>& paths, const fs::pat
   const Stopwatch waited;
   for (bool said = false;; usleep(50000)) {
     for (const fs::path& place : places)
-      if (is_there(place / file) && (place != last || is_ours_alone(last))) return place / file;
+      if ((place != last || is_ours_alone(last)) && is_whole(place / file, tokenizer))
+        return place / file;
     if (shard.empty()) shard = encode_files(texts, name, tokenizer, say);
     std::string why;
     bool is_coming = false;  // another process is writing the same
@@ -98,6 +105,15 @@ std::vector<std::string> token_shards(const std::vector<std::string>& files,
     return {shard_of(project_files(root), root + "/build/sources", tokenizer, directory, say)};
   std::vector<std::string> shards;
   for (const std::string& file : files) {
+    // texts/* has the shards of these texts, too, and perhaps older ones
+    const auto is_of = [&](const std::string& other) {
+      return file.starts_with(other + ".") && file.ends_with(".bin") &&
+             file.find_first_not_of("0123456789", other.size() + 1) == file.size() - 4;
+    };
+    if (const auto other = std::ranges::find_if(files, is_of); other != files.end()) {
+      say(sentence(file, " is left out: it was made of ", *other, ", which is given, too"));
+      continue;
+    }
     const bool text = !file.ends_with(".bin") && !shard_format(MappedFile(file));
     shards.push_back(text ? shard_of({file}, file, tokenizer, directory, say) : file);
   }

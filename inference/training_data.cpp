@@ -9,14 +9,17 @@ void TrainingData::find_tokenizer(Options& o) {
   const std::string& given = o.tokenizer;
   REQUIRE(given.empty() || has_tokenizer(given), "--tokenizer: ", given,
           " has neither tokenizer.json nor vocab.json and merges.txt");
-  // the checkpoints have it from an earlier --tokenizer, or from an import
-  const bool kept = has_tokenizer(o.checkpoint) && !checkpoints_in(o.checkpoint).empty();
+  // The checkpoints have it from an earlier --tokenizer, or from an import. It may also have been
+  // put there by hand, or by a run that saved nothing: then another can be given.
+  const bool kept =
+      has_tokenizer(o.checkpoint) && (given.empty() || !checkpoints_in(o.checkpoint).empty());
   directory_ = kept ? o.checkpoint : given;
   if (directory_.empty()) return;
   if (!kept) o.end_of_text = -1;  // of numbers that have had no text until now
   tokenizer.emplace(directory_, o.model.vocab, false, o.end_of_text);
   REQUIRE(given.empty() || tokenizer->key() == Tokenizer(given, 0).key(), "--tokenizer ", given,
           " is not the one in ", o.checkpoint, ": leave it out");
+  o.tokenizer_key = tokenizer->key();
   if (o.model.vocab == 0) o.model.vocab = tokenizer->size();
 }
 

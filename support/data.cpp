@@ -91,7 +91,9 @@ Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, in
   d.vocab_ = vocab;
   for (const std::string& path : d.paths) {
     if (std::error_code none; !seen.insert(fs::weakly_canonical(path, none)).second)
-      d.from_ += sentence(" (", path, " is given more than once, and counts as often)");
+      d.from_ += sentence(" (", path,
+                          " is given more than once, and counts as often: what is held out may be "
+                          "trained on)");
     d.parts_.push_back(open_part(path));
     Part &part = d.parts_.back(), &first = d.parts_.front();
     REQUIRE(part.width == first.width, "--data mixes tokens of ", 8 * first.width, " bits (",

@@ -386,8 +386,8 @@ TEST(text_bytes_are_tokens_and_files_are_read_as_one) {
   for (const std::string& again : {files[1], dir.path + "/./b", dir.path + "/link"})
     CHECK_EQ(Dataset::open({files[1], again}, 10, 256).describe(),
              "2 files (" + again +
-                 " is given more than once, and counts as often), text: 692 tokens to train on, "
-                 "76 held out");
+                 " is given more than once, and counts as often: what is held out may be trained "
+                 "on), text: 692 tokens to train on, 76 held out");
 }
 
 TEST(an_open_file_knows_whether_it_is_still_at_its_place) {
