@@ -10,6 +10,7 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
 # ---- a model with a vocabulary of 304 of which a tokenizer has 260, as Hugging Face has it
 
+small="--layers 2 --width 16 --heads 2 --context 16 --batch 2"
 size="--layers 2 --width 16 --heads 2 --context 16 --vocab 304"
 mkdir "$dir/one" "$dir/two" "$dir/hf"
 : >"$dir/err"
@@ -175,13 +176,16 @@ check a_fresh_model_takes_a_tokenizer_and_its_vocabulary \
 end="<|endoftext|>"
 { printf ' the%.0s' $(seq 60) && printf "$end%.0s" $(seq 60); } >"$dir/repeats.txt"
 $train $size --batch 8 --steps 60 --lr 1e-2 --tokenizer "$dir/one" --data "$dir/repeats.txt" \
-  --checkpoint "$dir/repeats" >"$dir/out" 2>&1
+  --checkpoint "$dir/repeats" --sample 3 >"$dir/out" 2>&1
+check a_sample_says_where_the_model_ends_the_text \
+  "grep -q '^--- here the model ended the text$' $dir/out" "" "$(tail -3 "$dir/out")"
 $generate --checkpoint "$dir/repeats" --prompt " the the" $end$end --tokens 2 --temperature 0 \
   >"$dir/out" 2>"$dir/err"
 made=$(sed -n 's/each token *median \([0-9.]*\) ms.* \([0-9.]*\) tokens.*/\1 \2/p' "$dir/err" \
   | awk '{ print $1 * $2 / 1000 }')
 check only_the_tokens_of_texts_that_have_not_ended_count \
   "grep -q '^ the the the the$' $dir/out && grep -qxF '$end$end' $dir/out &&
+   grep -q '^ended  *1 of 2 texts' $dir/err &&
    awk 'BEGIN { exit !($made > 0.8 && $made < 1.2) }'" "$made of 2 tokens" \
   "$made: $(cat "$dir/out" "$dir/err")"
 # the same model, whose texts end with " the"
@@ -235,6 +239,41 @@ cp -r "$dir/run-two" "$dir/moved"
 rm "$dir"/moved/{vocab.json,merges.txt}
 says and_for_one_that_went_on_from_them_without_its_tokenizer "was not trained on bytes" \
   --checkpoint "$dir/moved" --resume
+
+# ---- files that were exchanged, damaged, or put somewhere by hand
+
+truncate -s -2 "$shard"
+$train --checkpoint "$dir/run-two" --resume --data "$dir/my.txt" --batch 2 --steps 3 --eval-every 9 \
+  >"$dir/out" 2>"$dir/err"
+check a_damaged_shard_is_made_again "[ $? = 0 ] && cmp $shard $dir/kept.bin" "" "$(cat "$dir/err")"
+check a_run_that_is_done_is_evaluated \
+  "grep -q '^step 3/3  held-out loss [0-9]' $dir/out && [ ! -e $dir/run-two/step-00000004 ]" "" \
+  "$(cat "$dir/out")"
+$train --checkpoint "$dir/run-two" --resume --data "$dir"/my.txt* --batch 2 --steps 4 \
+  --eval-every 9 >"$dir/out" 2>"$dir/err"
+check a_shard_of_a_text_that_is_given_is_left_out \
+  "[ $? = 0 ] && grep -q '^tokens .*.bin is left out: it was made of .*my.txt,' $dir/out &&
+   ! grep -q 'is now on' $dir/out" "" "$(cat "$dir/out" "$dir/err")"
+check a_checkpoint_that_is_resumed_is_evaluated_first \
+  "grep -A1 '^step 3/4  held-out loss [0-9]' $dir/out | grep -q '^step 4/4  loss'" "" \
+  "$(cat "$dir/out")"
+mkdir "$dir/by-hand"
+cp "$dir/one/tokenizer.json" "$dir/by-hand"
+$train $small --steps 1 --data "$dir/my.txt" --checkpoint "$dir/by-hand" >"$dir/out" 2>"$dir/err"
+check a_tokenizer_without_checkpoints_is_used_too \
+  "[ $? = 0 ] && grep -q 'vocabulary 260:' $dir/out && [ ! -e $dir/by-hand/tokenizer.json.1 ]" "" \
+  "$(cat "$dir/out" "$dir/err")"
+sed -i '1s/^/ /' "$dir/by-hand/tokenizer.json"
+check the_tokenizer_of_a_checkpoint_cannot_be_exchanged \
+  "! $generate --checkpoint $dir/by-hand --prompt the >$dir/out 2>$dir/err &&
+   grep -q 'was saved with another tokenizer' $dir/err && ! $tool verify $dir/by-hand >$dir/out &&
+   grep -q 'was saved with another tokenizer' $dir/out" "" "$(cat "$dir/out" "$dir/err")"
+says and_training_does_not_go_on_with_another "was saved with another tokenizer" \
+  --checkpoint "$dir/by-hand" --resume
+says byte_pairs_for_a_model_of_bytes_are_refused "was trained on bytes last" \
+  --checkpoint "$dir/c" --resume --tokenizer "$dir/one"
+says weights_that_were_not_imported_are_refused "build/checkpoint import makes a checkpoint" \
+  --checkpoint "$dir/one" --resume
 
 # ---- tokenizers of others
 
