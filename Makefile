@@ -22,7 +22,7 @@ ifeq ($(filter nccl mpi,$(COMM)),)
 endif
 # MPICH, though another MPI may be there; looked for at each use, since `make deps` may come first
 MPICXX  ?= $(or $(shell command -v mpicxx.mpich 2>/dev/null),mpicxx)
-MPIEXEC ?= $(subst mpicxx,mpiexec,$(MPICXX))
+MPIEXEC ?= $(if $(findstring mpicxx,$(MPICXX)),$(subst mpicxx,mpiexec,$(MPICXX)),mpiexec)
 
 include launch/launch.mk
 

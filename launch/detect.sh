@@ -37,7 +37,7 @@ EOF
   exit
 }
 
-# ---- the compiler, the GPUs
+# ---- the compiler
 
 driver=$(command -v nvidia-smi || ls /dev/nvidiactl /dev/dxg 2>/dev/null | head -1)
 [ -n "$nvcc$driver" ] || found cpu
@@ -47,8 +47,47 @@ version=$("$nvcc" --version | sed -n 's/.*release \([0-9]*\).*/\1/p')
 [ "${version:-0}" -ge 12 ] || found cpu "$nvcc is of CUDA ${version:-unknown}, which has no C++20: \
 install CUDA 12 or newer, or give CUDA_HOME"
 
+# ---- NCCL: NCCL_HOME, the usual places, conda, the HPC SDK, pip; also where no GPU is, for a build
+# that runs elsewhere
+
+# has_nccl [DIR]: sets nccl_flags and nccl_libs if a program compiles, links and runs with it
+has_nccl() {
+  nccl_flags="" nccl_libs="-lnccl"
+  if [ $# -gt 0 ]; then
+    local lib
+    for lib in "$1"/lib "$1"/lib64; do
+      [ -e "$lib/libnccl.so.2" ] && break
+    done
+    nccl_flags="-I$1/include"
+    nccl_libs="-L$lib -l:libnccl.so.2 -Xlinker -rpath=$lib"
+  fi
+  echo '#include <nccl.h>
+    int main() { int v; return ncclGetVersion(&v) || v < 21800; }' >"$work/nccl.cu"
+  "$nvcc" $nccl_flags "$work/nccl.cu" -o "$work/nccl" $libraries $nccl_libs >"$work/nccl.log" 2>&1 \
+    && "$work/nccl" >>"$work/nccl.log" 2>&1
+}
+if [ -n "${NCCL_HOME:-}" ]; then
+  has_nccl "$NCCL_HOME" || no_nccl="NCCL_HOME is $NCCL_HOME, and no program builds and runs with \
+the NCCL there (2.18 or newer is needed; see $work/nccl.log)"
+else
+  places=$(ls -d ${CONDA_PREFIX:-} ${NVHPC_ROOT:+$NVHPC_ROOT/comm_libs/nccl} \
+    /opt/nvidia/hpc_sdk/*/*/comm_libs/nccl 2>/dev/null)
+  pip=$(python3 -c 'import nvidia.nccl; print(list(nvidia.nccl.__path__)[0])' 2>/dev/null)
+  has_nccl || {
+    for place in $places $pip; do
+      has_nccl "$place" && break
+      place=""
+    done
+    [ -n "${place:-}" ] || no_nccl="the GPUs and CUDA work, but NCCL 2.18 or newer is not found: \
+install libnccl-dev, or give NCCL_HOME (make BACKEND=cuda COMM=mpi does without)"
+  }
+fi
+[ -z "${no_nccl:-}" ] || nccl_flags="" nccl_libs=""
+
+# ---- the GPUs
+
 cat >"$work/probe.cu" <<'EOF'
-// Prints what the GPUs are and whether a kernel runs on each. Built for compute_80, the oldest.
+// Prints what the GPUs are and whether a kernel runs on each.
 #include <cuda_runtime.h>
 #include <cstdio>
 __global__ void answer(int* to) { *to = 42; }
@@ -65,15 +104,19 @@ int main() {
     if (major < 8) continue;
     cudaMalloc(&memory, sizeof(int));
     answer<<<1, 1>>>(memory);
-    error = cudaMemcpy(&got, memory, sizeof(int), cudaMemcpyDeviceToHost);
+    error = cudaGetLastError();
+    if (error == cudaSuccess)
+      error = cudaMemcpy(&got, memory, sizeof(int), cudaMemcpyDeviceToHost);
     if (error != cudaSuccess || got != 42) printf("error %s\n", cudaGetErrorString(error));
   }
   printf("gpus %d\n", gpus);
 }
 EOF
 rm -f "$work/probe"
-"$nvcc" -gencode arch=compute_80,code=compute_80 "$work/probe.cu" -o "$work/probe" $libraries \
-  >"$work/log" 2>&1 || found cpu "$nvcc does not compile a small program ($work/log)"
+# A driver that is older than the toolkit runs machine code, but compiles none from PTX.
+"$nvcc" -gencode arch=compute_80,code=[compute_80,sm_80] -gencode arch=compute_90,code=sm_90 \
+  "$work/probe.cu" -o "$work/probe" $libraries >"$work/log" 2>&1 \
+  || found cpu "$nvcc does not compile a small program ($work/log)"
 "$work/probe" >"$work/gpus" 2>&1 || echo "error the probe ended with status $?" >>"$work/gpus"
 error=$(sed -n 's/^error //p' "$work/gpus" | head -1)
 if [ -n "$error" ] || grep -qx 'gpus 0' "$work/gpus"; then
@@ -98,38 +141,5 @@ done
 gencode="${gencode:-} -gencode arch=compute_80,code=compute_80"
 [ -z "${unknown:-}" ] || gencode=""
 
-# ---- NCCL: NCCL_HOME, the usual places, conda, the HPC SDK, pip
-
-# has_nccl [DIR]: sets nccl_flags and nccl_libs if a program compiles, links and runs with it
-has_nccl() {
-  nccl_flags="" nccl_libs="-lnccl"
-  if [ $# -gt 0 ]; then
-    local lib
-    for lib in "$1"/lib "$1"/lib64; do
-      [ -e "$lib/libnccl.so.2" ] && break
-    done
-    nccl_flags="-I$1/include"
-    nccl_libs="-L$lib -l:libnccl.so.2 -Xlinker -rpath=$lib"
-  fi
-  echo '#include <nccl.h>
-    int main() { int v; return ncclGetVersion(&v) || v < 21800; }' >"$work/nccl.cu"
-  "$nvcc" $nccl_flags "$work/nccl.cu" -o "$work/nccl" $libraries $nccl_libs >"$work/log" 2>&1 \
-    && "$work/nccl" >>"$work/log" 2>&1
-}
-if [ -n "${NCCL_HOME:-}" ]; then
-  has_nccl "$NCCL_HOME" || found cpu "NCCL_HOME is $NCCL_HOME, and no program builds and runs with \
-the NCCL there (2.18 or newer is needed; see $work/log)"
-else
-  places=$(ls -d ${CONDA_PREFIX:-} ${NVHPC_ROOT:+$NVHPC_ROOT/comm_libs/nccl} \
-    /opt/nvidia/hpc_sdk/*/*/comm_libs/nccl 2>/dev/null)
-  pip=$(python3 -c 'import nvidia.nccl; print(list(nvidia.nccl.__path__)[0])' 2>/dev/null)
-  has_nccl || {
-    for place in $places $pip; do
-      has_nccl "$place" && break
-      place=""
-    done
-    [ -n "${place:-}" ] || found cpu "the GPUs and CUDA work, but NCCL 2.18 or newer is not found: \
-install libnccl-dev, or give NCCL_HOME (make BACKEND=cuda COMM=mpi does without)"
-  }
-fi
+[ -z "${no_nccl:-}" ] || found cpu "$no_nccl"
 found cuda

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <climits>
 #include <nlohmann/json.hpp>
+#include <thread>
 
 std::string host_name() {
   char name[256] = "";
@@ -55,27 +56,34 @@ Job::Job(int* argc, char*** argv) {
   if (provided < MPI_THREAD_MULTIPLE) abort("this MPI lets only one thread of a rank call it");
 }
 
-// Launchers tell their processes how many there are, and each its number.
-static const char* const kLaunchers[][2] = {{"PMI_SIZE", "PMI_RANK"},
-                                            {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"},
-                                            {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID"}};
+// Launchers tell their processes how many there are, and each its number. Where each is a world of
+// its own, they do not speak with the MPI that the program was built with.
+static constexpr struct {
+  const char *tasks, *task, *why;
+} kLaunchers[] = {
+    {"PMI_SIZE", "PMI_RANK",
+     "this mpiexec belongs to another MPI than the program, which was built with MPICH, or to an "
+     "MPICH that is broken, as Ubuntu 24.04's package 4.2.0-5build3 is"},
+    {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK",
+     "this mpiexec belongs to Open MPI, and the program was built with MPICH"},
+    {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID",
+     "srun did not connect them: give it --mpi=pmi2 (srun --mpi=list says what there is)"}};
 
 bool Job::prints_to_terminal() const {
-  return isatty(STDOUT_FILENO) ||
-         std::ranges::any_of(kLaunchers, [](auto& names) { return getenv(names[0]) != nullptr; });
+  return isatty(STDOUT_FILENO) || std::ranges::any_of(kLaunchers, [](auto& launcher) {
+           return getenv(launcher.tasks) != nullptr;
+         });
 }
 
-// If there are more processes than our world has, mpiexec is another MPI's.
 void Job::check_launcher() {
-  for (const auto& [tasks, task] : kLaunchers) {
+  for (const auto& [tasks, task, why] : kLaunchers) {
     const char *told = getenv(tasks), *number = getenv(task);
     if (!told) continue;
     if (size > 1 || atoi(told) < 2) return;
     speaks = !number || atoi(number) == 0;
     throw Error(sentence("the launcher started ", told, " processes (", tasks,
-                         "), but each sees a world of 1 rank: this mpiexec belongs to "
-                         "another MPI than the one that the program was built with (MPICH); if one "
-                         "rank is meant, start it with mpiexec -n 1"));
+                         "), but each sees a world of 1 rank: ", why,
+                         "; if one rank is meant, start it with mpiexec -n 1"));
   }
 }
 
@@ -85,8 +93,16 @@ Job::~Job() {
 }
 
 int Job::leave(int status) const {
-  if (local_size == size || !by_mpiexec_) return status;
+  if (local_size == size) return status;
   fflush(nullptr);
+  if (!by_mpiexec_) {
+    barrier();
+    std::thread([status] {
+      sleep(30);
+      _exit(status);
+    }).detach();
+    return status;
+  }
   MPI_Request everybody;
   MPI_Ibarrier(MPI_COMM_WORLD, &everybody);
   // After the barrier what it has sent must still go out, and mpiexec passes on what was printed

@@ -77,7 +77,8 @@ export MPIEXEC cores
 # ---- build
 
 kernels="test_golden test_tensor test_kernels test_matmul test_attention test_decode test_autograd"
-strategies="test_trainer test_fsdp test_tensor_parallel test_pipeline test_generator"
+strategies="test_trainer test_fsdp test_tensor_parallel test_pipeline test_context_parallel \
+test_generator"
 programs="build"
 [ $backend = cuda ] || programs=build/cuda/ptx/train_gpt
 programs="$programs $(printf "$built/tests/%s " $kernels $strategies test_parity)"
@@ -119,6 +120,7 @@ layouts() {
 2 --fsdp 2 --zero 1
 2 --fsdp 2
 2 --tp 2 --sequence-parallel
+2 --cp 2
 2 --pp 2 --schedule 1f1b --microbatch 2
 2 --pp 2 --schedule zbv --microbatch 2
 4 --pp 2 --tp 2
@@ -184,6 +186,11 @@ else
     done
   fi
   for ((n = 2; n <= gpus; n *= 2)); do
+    for axis in replicate fsdp tp cp pp; do
+      step "gpt2, T 1024, bf16, --$axis $n" 60 bash -c 'run "$@"' - $n $built/train_gpt \
+        --model gpt2 --steps 12 --dtype bf16 --batch $((16 * n)) --$axis $n $profile \
+        && shows '^(speed|  all)|%'
+    done
     step "NCCL, $n ranks" 60 bash -c 'run "$@"' - $n $built/tests/bench_nccl && shows MiB
   done
 fi

@@ -39,14 +39,15 @@ read_objects "$@" | c++filt | awk '
     }
     threads = kernel ~ /^matmul/ ? 256 : 128
     match(kernel, /[0-9]+>$/)
-    memory = shared[chip, name] - (chip == "sm_80" ? 0 : 1024)  # sm_90 counts those of the system
+    memory = shared[chip, name] - (substr(chip, 4) < 90 ? 0 : 1024)  # the system's
     if (RSTART) memory += substr(kernel, RSTART, RLENGTH - 1)
     registers = up(regs[chip, name] * 32, 256) * threads / 32
-    blocks = least(int(65536 / registers), int(2048 / threads))
-    blocks = least(blocks, int((chip == "sm_80" ? 164 : 228) / (memory / 1024 + 1)))
+    blocks = least(int(65536 / registers), int(most_threads[chip] / threads))
+    blocks = least(blocks, int(most_shared[chip] / (memory / 1024 + 1)))
+    if (!(chip in most_threads)) blocks = "-"
     sub(/, [0-9]+>$/, ">", kernel)
     rows++
-    printf "| `%s` | %s | %d / %d | %.1f | %d | %d | %d |\n", kernel, chip, products, all,
+    printf "| `%s` | %s | %d / %d | %.1f | %d | %d | %s |\n", kernel, chip, products, all,
            all / products, regs[chip, name], memory, blocks
     if (spills || stack[chip, name]) { print "FAIL  it spills registers"; bad = 1 }
     if (generic) { print "FAIL  it has " generic " generic loads and stores"; bad = 1 }
@@ -79,6 +80,14 @@ read_objects "$@" | c++filt | awk '
     }
   }
   BEGIN {
+    # of a multiprocessor: threads, KiB of shared memory (CUDA programming guide, "Compute
+    # capabilities")
+    split("80 2048 164 86 1536 100 87 1536 164 89 1536 100 90 2048 228 100 2048 228 120 1536 100",
+          known, " ")
+    for (i = 1; i in known; i += 3) {
+      most_threads["sm_" known[i]] = known[i + 1]
+      most_shared["sm_" known[i]] = known[i + 2]
+    }
     print "| kernel | chip | HMMA / all in loops | all per HMMA | registers | shared | blocks |"
     print "|---|---|---|---|---|---|---|"
   }

@@ -79,4 +79,6 @@ mv "$dir/away" "$dir/nvcc"
 rm "$dir/bin/nvidia-smi"
 detects a_compiler_without_gpus_is_no_reason_for_a_warning cpu "WHY :=" PROBE='gpus 0\n'
 check nothing_is_said "[ ! -s $dir/err ] || [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]"
+detects nccl_home_is_taken_for_gpus_elsewhere cpu "NCCL_FLAGS := -I$dir/nccl/include" \
+  PROBE='gpus 0\n' NCCL="-I$dir/nccl/include" NCCL_HOME="$dir/nccl"
 sums_up

@@ -243,8 +243,8 @@ says and_for_one_that_went_on_from_them_without_its_tokenizer "was not trained o
 # ---- files that were exchanged, damaged, or put somewhere by hand
 
 truncate -s -2 "$shard"
-$train --checkpoint "$dir/run-two" --resume --data "$dir/my.txt" --batch 2 --steps 3 --eval-every 9 \
-  >"$dir/out" 2>"$dir/err"
+$train --checkpoint "$dir/run-two" --resume --data "$dir/my.txt" --batch 2 --steps 3 \
+  --eval-every 9 >"$dir/out" 2>"$dir/err"
 check a_damaged_shard_is_made_again "[ $? = 0 ] && cmp $shard $dir/kept.bin" "" "$(cat "$dir/err")"
 check a_run_that_is_done_is_evaluated \
   "grep -q '^step 3/3  held-out loss [0-9]' $dir/out && [ ! -e $dir/run-two/step-00000004 ]" "" \

@@ -215,17 +215,17 @@ Machine measure_machine(int64_t ranks) {
        << " : measured now\ncopy " << copying / kGiga << " : measured now\nread " << reading / kGiga
        << " : measured now\nlaunch " << thousand / 1000 / share / kMicro
        << " : measured now\nsharing " << 1 / share << " : measured now\noverlap 1 : not measured\n";
+  cudaDeviceProp properties;
+  CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
   Machine like;  // has the same links
   if (gpu) {
-    cudaDeviceProp properties;
-    CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
     text << "multiprocessors " << properties.multiProcessorCount << " : the driver's\nmemory "
          << properties.totalGlobalMem / kGiB << " : the driver's\n";
     like = read_machine(links_of(device().name));
   } else {
-    const double memory = double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGE_SIZE));
-    text << "multiprocessors 0 : not counted\nmemory " << memory / double(ranks) / kGiB
-         << " : the host's, shared by all ranks\n";
+    text << "multiprocessors 0 : not counted\nmemory "
+         << double(properties.totalGlobalMem) / double(ranks) / kGiB
+         << " : what this process may have, shared by all ranks\n";
     like.inside = like.between = {copying / 2, 10e-6 / share};
   }
   for (const auto& [name, link] : {std::pair{"inside ", like.inside}, {"between ", like.between}})
