@@ -105,7 +105,7 @@ Tokenizer::Tokenizer(const std::string& directory, int64_t vocab, bool bytes, in
 
 void Tokenizer::add(int64_t token, const std::string& text) {
   REQUIRE(vocab_ == 0 || token < vocab_, "it has token ", token, ", outside the vocabulary of ",
-          vocab_);
+          vocab_, " (--vocab)");
   if (size() <= token) texts_.resize(token + 1);
   std::string& place = texts_[token];
   REQUIRE(!text.empty() && place.empty() && tokens_.emplace(text, token).second, "it has token ",

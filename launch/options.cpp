@@ -132,7 +132,8 @@ OptionTable train_options(Options& o) {
       model_options(o),
       {"Data",
        {
-           {"data", "FILE...", list(&o.data), "plain text or llm.c's .bin token shards",
+           {"data", "FILE...", list(&o.data),
+            "plain text or llm.c's .bin token shards; the last tenth of all is held out",
             "this project's sources"},
            {"tokenizer", "DIR", text(&o.tokenizer),
             "what encodes texts: tokenizer.json, or vocab.json and merges.txt, of byte pairs",
@@ -140,7 +141,9 @@ OptionTable train_options(Options& o) {
        }},
       {"Training",
        {
-           {"steps", "N", whole(&o.steps), "optimizer steps", by_model(tiny.steps)},
+           {"steps", "N", whole(&o.steps),
+            "optimizer steps, each on sequences from random places of the data",
+            by_model(tiny.steps)},
            {"batch", "B", whole(&o.batch), "sequences per optimizer step, over all ranks",
             by_model(tiny.batch)},
            {"microbatch", "B", whole(&o.microbatch, 1, 100'000'000),
