@@ -236,7 +236,8 @@ void Fsdp::reshard(Unit& u) {
 
 void Fsdp::enter_backward(const char* pass, int use) {
   for (Unit* u : uses_[use].units)
-    while (u->reducing) finish_reduce();  // the previous micro-batch's sum still uses the buffer
+    // the previous micro-batch's sum still uses the buffer
+    while (std::ranges::count(in_flight_, u)) finish_reduce();
   recorder.enter(pass, uses_[use].name);
   for (Unit* u : uses_[use].units) {
     if (!u->whole_grad.empty()) continue;
@@ -274,7 +275,6 @@ void Fsdp::start_reduce(Unit& u) {
   }
   if (!shards_gradients()) sum_over_copies(u);
   u.reduced.record(queue_);
-  u.reducing = true;
   in_flight_.push_back(&u);
   // Sharded gradients are freed when summed, and two of them are enough: one is computed while one
   // is summed. Others stay, and nothing waits for their sums before the step's end.
@@ -286,12 +286,11 @@ void Fsdp::start_reduce(Unit& u) {
 void Fsdp::finish_reduce() {
   Unit& u = *in_flight_.front();
   in_flight_.pop_front();
-  u.reducing = false;
   recorder.enter("sum", u.name);
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!shards_gradients()) return;
   const Tensor mine = u.shard_of(u.whole_grad);
-  if (std::exchange(u.shard_grad_fresh, false)) copy(u.shard_grad, mine);
+  if (u.gradients_done == 1) copy(u.shard_grad, mine);
   else add(u.shard_grad, u.shard_grad, mine);
   u.whole_grad = Tensor();
   u.bind(&Param::grad, {});
@@ -318,8 +317,7 @@ void Fsdp::begin_step(int microbatches) {
   microbatches_ = microbatches;
   for (auto& [number, u] : units_) {
     u.gradients_done = 0;
-    if (shards_gradients()) u.shard_grad_fresh = true;
-    else u.begin_gradients();
+    if (!shards_gradients()) u.begin_gradients();
   }
   if (!gathers_at_begin || reshards() || options_.prefetch == 0) return;
   for (const Use& use : uses_)  // in the order of their first uses; see fsdp.h

@@ -163,7 +163,7 @@ mutant faults a_head_s_gradient_is_not_fresh_again \
 mutant faults embeddings_are_added_to_what_was_there \
   autograd.cpp '/clear_if_fresh/d' 2 immediate test_fsdp $parity
 mutant faults the_first_micro_batch_is_added_to_the_last_step_s_sum \
-  fsdp.cpp 's/if \(std::exchange\(u.shard_grad_fresh, false\)\) copy.*/if (false) {}/' \
+  fsdp.cpp 's/if \(u.gradients_done == 1\) copy.*/if (false) {}/' \
   2 immediate test_fsdp $parity
 mutant faults what_nobody_wrote_is_summed \
   fsdp.cpp '/clear_if_fresh/d' 4 queued test_pipeline $parity_pp
