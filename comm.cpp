@@ -247,7 +247,7 @@ void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic serves, cu
   for (const Axis& axis : axes) {
     if (axis.size == 1) continue;
     const Timed timed(queue);
-    ledger.all_reduce(axis, x.bytes());
+    ledger.enter(axis, Collective::all_reduce, x.bytes());
     NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), ncclSum, axis.comm,
                              queue));
   }

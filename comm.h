@@ -180,13 +180,6 @@ class Ledger {
  public:
   // One line before each collective or send. Bytes are those of the whole buffer: of all ranks
   // together where each has a part of it.
-  void all_reduce(const Axis& axis, int64_t bytes) { enter(axis, Collective::all_reduce, bytes); }
-  void all_gather(const Axis& axis, int64_t bytes) { enter(axis, Collective::all_gather, bytes); }
-  void reduce_scatter(const Axis& axis, int64_t bytes) {
-    enter(axis, Collective::reduce_scatter, bytes);
-  }
-  void broadcast(const Axis& axis, int64_t bytes) { enter(axis, Collective::broadcast, bytes); }
-  void send(const Axis& axis, int64_t bytes) { enter(axis, Collective::send, bytes); }
   void enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls = 1);
 
   struct Row {  // bytes sent by this rank = numerator / n

@@ -45,7 +45,7 @@ void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
     for (const bool send : {false, true})
       recorder.travel(axis_.name, axis_.members, send, "keys, values or gradients",
                       axis_.members[send ? next : before], (send ? x : room).bytes());
-    ledger.send(axis_, x.bytes());
+    ledger.enter(axis_, Collective::send, x.bytes());
     NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, next, axis_.comm, queue_));
     NCCL_CHECK(ncclRecv(room.raw(), room.numel(), type, before, axis_.comm, queue_));
   }

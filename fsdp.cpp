@@ -203,7 +203,7 @@ void Fsdp::start_unshard(Unit& u) {
   // the shard that is sent
   make_wait(queue_, device().compute);
   const Timed timed(queue_);
-  ledger.all_gather(axis_, u.whole.bytes());
+  ledger.enter(axis_, Collective::all_gather, u.whole.bytes());
   NCCL_CHECK(ncclAllGather(u.shard.raw(), u.whole.raw(), u.shard_size, nccl_type(dtype_),
                            axis_.comm, queue_));
   u.arrived.record(queue_);
@@ -269,7 +269,7 @@ void Fsdp::start_reduce(Unit& u) {
     // gradients that part is shard_grad itself; with them finish_reduce adds it to shard_grad.
     const Tensor mine = u.shard_of(u.whole_grad);
     const Timed timed(queue_);
-    ledger.reduce_scatter(axis_, u.whole_grad.bytes());
+    ledger.enter(axis_, Collective::reduce_scatter, u.whole_grad.bytes());
     NCCL_CHECK(ncclReduceScatter(u.whole_grad.raw(), mine.raw(), u.shard_size,
                                  nccl_type(mine.dtype()), ncclSum, axis_.comm, queue_));
   }
@@ -305,7 +305,7 @@ void Fsdp::sum_over_copies(Unit& u) {
   for (const Axis& copies : copies_) {
     if (copies.size == 1) continue;
     const Timed timed(queue_);
-    ledger.all_reduce(copies, u.shard_grad.bytes());
+    ledger.enter(copies, Collective::all_reduce, u.shard_grad.bytes());
     NCCL_CHECK(ncclAllReduce(u.shard_grad.raw(), u.shard_grad.raw(), u.shard_size,
                              nccl_type(u.shard_grad.dtype()), ncclSum, copies.comm, queue_));
   }

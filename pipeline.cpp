@@ -186,7 +186,7 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
                     name_of(t.payload), axis_.members[t.peer], x.bytes());
     const ncclDataType_t type = nccl_type(x.dtype());
     if (t.send) {
-      ledger.send(axis_, x.bytes());
+      ledger.enter(axis_, Collective::send, x.bytes());
       NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, t.peer, axis_.comm, queue_));
     } else {
       NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, t.peer, axis_.comm, queue_));

@@ -32,7 +32,7 @@
 void TensorParallel::all_gather(const Tensor& mine, const Tensor& all) {
   make_wait(queue_, device().compute);  // this rank's part must have been computed
   const Timed timed(queue_);
-  ledger.all_gather(axis_, all.bytes());
+  ledger.enter(axis_, Collective::all_gather, all.bytes());
   NCCL_CHECK(ncclAllGather(mine.raw(), all.raw(), mine.numel(), nccl_type(all.dtype()), axis_.comm,
                            queue_));
 }
@@ -40,7 +40,7 @@ void TensorParallel::all_gather(const Tensor& mine, const Tensor& all) {
 void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
   make_wait(queue_, device().compute);  // x must have been computed
   const Timed timed(queue_);
-  ledger.all_reduce(axis_, x.bytes());
+  ledger.enter(axis_, Collective::all_reduce, x.bytes());
   NCCL_CHECK(
       ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), op, axis_.comm, queue_));
 }
@@ -70,7 +70,7 @@ Tensor TensorParallel::start_sum(const Tensor& partial) {
                    Memory::activations);
   make_wait(queue_, device().compute);  // the partial sums must have been computed
   const Timed timed(queue_);
-  ledger.reduce_scatter(axis_, partial.bytes());
+  ledger.enter(axis_, Collective::reduce_scatter, partial.bytes());
   NCCL_CHECK(ncclReduceScatter(partial.raw(), sum.raw(), sum.numel(), nccl_type(sum.dtype()),
                                ncclSum, axis_.comm, queue_));
   return sum;
@@ -204,7 +204,7 @@ void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
   NCCL_CHECK(ncclGroupStart());
   for (const Param* p : params) {
     if (!p->partial) continue;
-    ledger.all_reduce(axis_, p->grad.bytes());
+    ledger.enter(axis_, Collective::all_reduce, p->grad.bytes());
     NCCL_CHECK(ncclAllReduce(p->grad.raw(), p->grad.raw(), p->grad.numel(),
                              nccl_type(p->grad.dtype()), ncclSum, axis_.comm, queue_));
   }

@@ -71,7 +71,7 @@ std::vector<int> Generator::share(std::vector<int> picked) {
   upload(tokens, picked.data());
   make_wait(mesh_.queue, device().compute);  // the tokens must be on the device
   const Timed timed(mesh_.queue);
-  ledger.broadcast(pp, tokens.bytes());
+  ledger.enter(pp, Collective::broadcast, tokens.bytes());
   NCCL_CHECK(ncclBroadcast(tokens.raw(), tokens.raw(), sequences_, ncclInt32, pp.size - 1, pp.comm,
                            mesh_.queue));
   make_wait(device().compute, mesh_.queue);  // they must have arrived
