@@ -198,11 +198,12 @@ class Ledger {
 };
 extern Ledger ledger;
 
-// what is entered while it lives serves `purpose`; all of an evaluation is evaluation
+// What is entered while it lives serves `purpose`; all of an evaluation is evaluation, and all of a
+// forward that is run again recompute.
 class Purpose {
  public:
   explicit Purpose(Traffic purpose) : before_(ledger.purpose) {
-    if (before_ != Traffic::evaluation) ledger.purpose = purpose;
+    if (before_ != Traffic::evaluation && before_ != Traffic::recompute) ledger.purpose = purpose;
   }
   ~Purpose() { ledger.purpose = before_; }
   Purpose(const Purpose&) = delete;

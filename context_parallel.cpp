@@ -75,10 +75,7 @@ Var ContextParallel::attention(Tape& tape, const Var& qkv, int64_t B, int64_t T,
   const Problem p{B, T, H, qkv.value.dim(1) / 3, kind, qkv.value.dtype()};
   Var y{Tensor({qkv.value.dim(0), p.C}, p.dtype, Memory::activations)};
   const Tensor lse({B, H, part(T).rows()}, p.master, Memory::activations);
-  {
-    const Purpose purpose(tape.recomputing ? Traffic::recompute : Traffic::training);
-    forward(p, y.value, lse, qkv.value);
-  }
+  forward(p, y.value, lse, qkv.value);
   tape.push([=, this, qkv = qkv.value, out = y.value, dqkv = qkv.grad, dy_slot = y.grad] {
     Tensor d(qkv.shape(), p.dtype, Memory::activations);
     backward(p, d, take(dy_slot), out, lse, qkv);

@@ -94,7 +94,7 @@ Tensor TensorParallel::for_partial_sums(int64_t R, int64_t width, Dtype dtype) c
 Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool transposed,
                            Traffic serves) {
   if (axis_.size == 1) return linear(tape, x, w, transposed);
-  const Purpose purpose(tape.recomputing ? Traffic::recompute : serves);
+  const Purpose purpose(serves);
   const Tensor matrix = as_matrix(w.value);
   Var y{Tensor({R, matrix.dim(transposed ? 0 : 1)}, x.value.dtype(), Memory::activations)};
   const Tensor all_x = gather(x.value, R);
@@ -132,7 +132,6 @@ Var TensorParallel::head(Tape& tape, const Var& x, int64_t R, Param& wte) {
 
 Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w) {
   if (axis_.size == 1) return linear(tape, x, w);
-  const Purpose purpose(tape.recomputing ? Traffic::recompute : Traffic::training);
   const int64_t N = w.value.dim(1);
   const Tensor partial = for_partial_sums(R, N, x.value.dtype());
   product(partial.part(0, {R, N}), x.value, false, w.value, false, 0);
