@@ -150,7 +150,7 @@ void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const 
 void Pipeline::prepare_room(const std::vector<Transfer>& transfers, const Shape& shape,
                             Dtype dtype) {
   for (const Transfer& t : transfers)
-    if (!t.send) {
+    if (t.to == axis_.rank) {
       recorder.microbatch = t.microbatch;
       inbox_[t].x = Tensor(shape, dtype, Memory::activations);
     }
@@ -159,8 +159,7 @@ void Pipeline::prepare_room(const std::vector<Transfer>& transfers, const Shape&
 
 // Where the result stays on this stage, it has come already.
 void Pipeline::hand_over(const Transfer& t, Tensor x) {
-  const bool stays = t.peer == axis_.rank;
-  Parcel& parcel = stays ? inbox_[other_end(schedule_, axis_.rank, t)] : outbox_[t];
+  Parcel& parcel = (t.to == axis_.rank ? inbox_ : outbox_)[t];
   parcel = {std::move(x), std::make_shared<Event>()};
   parcel.event->record(device().compute);
 }
@@ -169,7 +168,7 @@ void Pipeline::hand_over(const Transfer& t, Tensor x) {
 // deadlock in whichever order its ends are listed (sum_tied).
 void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   for (const Transfer& t : transfers) {
-    if (t.send) outbox_.at(t).event->make_wait(queue_);  // it must have been computed
+    if (t.from == axis_.rank) outbox_.at(t).event->make_wait(queue_);  // it must have been computed
     else room_is_free_.make_wait(queue_);  // who used the memory before must be done with it
   }
 
@@ -178,18 +177,20 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   exchanges_++;
   NCCL_CHECK(ncclGroupStart());
   for (const Transfer& t : transfers) {
-    Parcel& parcel = (t.send ? outbox_ : inbox_).at(t);
+    const bool send = t.from == axis_.rank;
+    const int peer = send ? t.to : t.from;
+    Parcel& parcel = (send ? outbox_ : inbox_).at(t);
     const Tensor& x = parcel.x;
     recorder.microbatch = t.microbatch;
-    const auto [low, high] = std::minmax(axis_.rank, t.peer);
-    recorder.travel(axis_.name, {axis_.members[low], axis_.members[high]}, t.send,
-                    name_of(t.payload), axis_.members[t.peer], x.bytes());
+    const auto [low, high] = std::minmax(t.from, t.to);
+    recorder.travel(axis_.name, {axis_.members[low], axis_.members[high]}, send, name_of(t.payload),
+                    axis_.members[peer], x.bytes());
     const ncclDataType_t type = nccl_type(x.dtype());
-    if (t.send) {
+    if (send) {
       ledger.enter(axis_, Collective::send, x.bytes());
-      NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, t.peer, axis_.comm, queue_));
+      NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, peer, axis_.comm, queue_));
     } else {
-      NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, t.peer, axis_.comm, queue_));
+      NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, peer, axis_.comm, queue_));
     }
     parcel.event = done;
     parcel.moved_by = exchanges_;
@@ -228,9 +229,9 @@ void Pipeline::release_sent(int64_t last) {
 void Pipeline::sum_tied(const Tensor& gradient) {
   const Purpose purpose(Traffic::embedding);
   recorder.enter("tied gradient");
-  const int peer = axis_.size - 1 - axis_.rank;
-  const Transfer mine{true, Transfer::gradient, peer, -1, -1},
-      theirs{false, Transfer::gradient, peer, -1, -1};  // of no micro-batch and no chunk
+  const int here = axis_.rank, peer = axis_.size - 1 - here;
+  const Transfer mine{Transfer::gradient, here, peer, -1, -1},
+      theirs{Transfer::gradient, peer, here, -1, -1};  // of no micro-batch and no chunk
   hand_over(mine, gradient);
   prepare_room({theirs}, gradient.shape(), gradient.dtype());
   exchange({mine, theirs});
