@@ -117,12 +117,14 @@ static Axis open_axis(const Mesh& m, size_t slowest, size_t fastest) {
   const int first = m.rank - axis.rank * stride;  // of this line of the grid
   for (int r = 0; r < axis.size; r++) axis.members.push_back(first + r * stride);
   if (axis.size == m.size) axis.comm = m.world.comm;
-  else if (m.world.comm)
+  else if (m.world.comm) {
     NCCL_CHECK(ncclCommSplit(m.world.comm, first, axis.rank, &axis.comm, nullptr));
+    op_times.begun++;  // on many GPUs it may take a minute: the watch sees that this rank got on
+  }
   return axis;
 }
 
-Mesh open_mesh(const Layout& layout, const std::function<void()>& got_on) {
+Mesh open_mesh(const Layout& layout) {
   int rank, ranks;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &ranks);
@@ -139,14 +141,10 @@ Mesh open_mesh(const Layout& layout, const std::function<void()>& got_on) {
   if (rank == 0) NCCL_CHECK(ncclGetUniqueId(&id));
   MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, Finished());
   NCCL_CHECK(ncclCommInitRank(&m.world.comm, ranks, id, rank));
-  got_on();
+  op_times.begun++;
   for (int r = 0; r < ranks; r++) m.world.members.push_back(r);
-  for (size_t a = 0; a < kAxes.size(); a++) {
-    m.axes[a] = open_axis(m, a, a);
-    got_on();
-  }
+  for (size_t a = 0; a < kAxes.size(); a++) m.axes[a] = open_axis(m, a, a);
   join(m, "fsdp", "cp");  // what FSDP shards over: now, so that it is checked and watched, too
-  got_on();
   return m;
 }
 

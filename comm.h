@@ -105,10 +105,8 @@ struct Mesh {
   cudaStream_t queue = nullptr;                      // the one of communication
 };
 // Collective. The communicators are split from the world's in the same order everywhere, those of
-// the axes and that of fsdp and cp joined; an axis that has all ranks uses the world's. `got_on` is
-// called after each: on many GPUs one may take a minute.
-Mesh open_mesh(
-    const Layout& layout, const std::function<void()>& got_on = [] {});
+// the axes and that of fsdp and cp joined; an axis that has all ranks uses the world's.
+Mesh open_mesh(const Layout& layout);
 // Collective. Two axes, or more, that are neighbours in kAxes as one: join(mesh, "fsdp", "tp") has
 // fsdp * tp ranks, which it numbers slow axis first. Where all but one of the axes have size 1 it
 // is that one; else it has a communicator of its own or, with all ranks, the world's. A second call
