@@ -98,27 +98,27 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
     recorder.microbatch = a.microbatch;
     const int64_t before = held - x.bytes();
     Tensor result;
-    switch (a.kind) {
-      case Action::forward:
-        live.in.value = std::move(x);
-        measure(i, [&] { live.out = compute(live.tape, a.chunk, live.in, a.microbatch); });
-        live.in.value = Tensor();  // what needs it for the backward is on the tape, and holds it
-        result = std::move(live.out.value);
-        break;
-      case Action::backward:
-      case Action::input_gradient:
-        if (a.kind == Action::input_gradient) live.tape.deferred = &live.later;
-        *live.out.grad = std::move(x);  // at the last position empty, and nothing reads it
-        measure(i, [&] { live.tape.backward(); });
-        result = std::move(*live.in.grad);
-        break;
-      case Action::weight_gradient:
-        measure(i, [&] {
+    measure(i, [&] {
+      switch (a.kind) {
+        case Action::forward:
+          live.in.value = std::move(x);
+          live.out = compute(live.tape, a.chunk, live.in, a.microbatch);
+          live.in.value = Tensor();  // what needs it for the backward is on the tape, and holds it
+          result = std::move(live.out.value);
+          break;
+        case Action::backward:
+        case Action::input_gradient:
+          if (a.kind == Action::input_gradient) live.tape.deferred = &live.later;
+          *live.out.grad = std::move(x);  // at the last position empty, and nothing reads it
+          live.tape.backward();
+          result = std::move(*live.in.grad);
+          break;
+        case Action::weight_gradient:
           for (; !live.later.empty(); live.later.pop_front()) live.later.front()();
-        });
-        break;
-      case Action::exchange: break;  // execute() has done it
-    }
+          break;
+        case Action::exchange: break;  // execute() has done it
+      }
+    });
     if (a.kind == Action::backward || a.kind == Action::weight_gradient) {
       kept -= live.bytes;
       lives.erase({a.microbatch, a.chunk});
