@@ -81,29 +81,7 @@ void check_ranks(const Layout& l, int ranks) {
 
 // ---- the mesh
 
-Mesh::Mesh(const Layout& l, int rank)
-    : layout(l), rank(rank), size(l.ranks()), world{"world", size, rank} {
-  for (size_t a = kAxes.size(); a-- > 0; rank /= axes[a].size) {  // the fastest first
-    const int n = l.sizes[a];
-    axes[a] = {kAxes[a].name, n, rank % n};
-  }
-}
-
-std::vector<Axis> Mesh::axes_where(bool AxisKind::*holds) const {
-  std::vector<Axis> some;
-  for (size_t a = 0; a < kAxes.size(); a++)
-    if (kAxes[a].*holds) some.push_back(axes[a]);
-  return some;
-}
-
-std::vector<Axis> Mesh::every_axis() const {
-  std::vector<Axis> all{world};
-  all.insert(all.end(), axes.begin(), axes.end());
-  for (const auto& [ends, axis] : joined) all.push_back(axis);
-  return all;
-}
-
-// These axes, neighbours in kAxes, as one, with its communicator.
+// These axes, neighbours in kAxes, as one, with its communicator once the world has one.
 static Axis open_axis(const Mesh& m, size_t slowest, size_t fastest) {
   Axis axis;
   int stride = 1;  // between neighbours on the axis
@@ -122,6 +100,36 @@ static Axis open_axis(const Mesh& m, size_t slowest, size_t fastest) {
     op_times.begun++;  // on many GPUs it may take a minute: the watch sees that this rank got on
   }
   return axis;
+}
+
+static Axis shards_of(const Mesh& m) {
+  const AxisName fsdp = "fsdp", cp = "cp";
+  if (m[cp].size == 1) return m[fsdp];
+  if (m[fsdp].size == 1) return m[cp];
+  return open_axis(m, fsdp.index, cp.index);
+}
+
+Mesh::Mesh(const Layout& l, int rank)
+    : layout(l), rank(rank), size(l.ranks()), world{"world", size, rank} {
+  for (size_t a = kAxes.size(); a-- > 0; rank /= axes[a].size) {  // the fastest first
+    const int n = l.sizes[a];
+    axes[a] = {kAxes[a].name, n, rank % n};
+  }
+  shards = shards_of(*this);
+}
+
+std::vector<Axis> Mesh::axes_where(bool AxisKind::*holds) const {
+  std::vector<Axis> some;
+  for (size_t a = 0; a < kAxes.size(); a++)
+    if (kAxes[a].*holds) some.push_back(axes[a]);
+  return some;
+}
+
+std::vector<Axis> Mesh::every_axis() const {
+  std::vector<Axis> all{world};
+  all.insert(all.end(), axes.begin(), axes.end());
+  if ((*this)["fsdp"].size > 1 && (*this)["cp"].size > 1) all.push_back(shards);
+  return all;
 }
 
 Mesh open_mesh(const Layout& layout) {
@@ -144,18 +152,8 @@ Mesh open_mesh(const Layout& layout) {
   op_times.begun++;
   for (int r = 0; r < ranks; r++) m.world.members.push_back(r);
   for (size_t a = 0; a < kAxes.size(); a++) m.axes[a] = open_axis(m, a, a);
-  join(m, "fsdp", "cp");  // what FSDP shards over: now, so that it is checked and watched, too
+  m.shards = shards_of(m);
   return m;
-}
-
-Axis join(Mesh& m, AxisName slowest, AxisName fastest) {
-  int all = 1;
-  for (size_t a = slowest.index; a <= fastest.index; a++) all *= m.axes[a].size;
-  for (size_t a = slowest.index; a <= fastest.index; a++)
-    if (m.axes[a].size == all) return m.axes[a];
-  const auto [axis, is_new] = m.joined.try_emplace({slowest.index, fastest.index});
-  if (is_new) axis->second = open_axis(m, slowest.index, fastest.index);
-  return axis->second;
 }
 
 void close_mesh(Mesh& m) {

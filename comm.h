@@ -91,27 +91,22 @@ struct Axis {
 struct Mesh {
   // where `rank` is on each axis, still without communicators
   explicit Mesh(const Layout& layout = {}, int rank = 0);
-  Axis& operator[](AxisName axis) { return axes[axis.index]; }
   const Axis& operator[](AxisName axis) const { return axes[axis.index]; }
   // those of which kAxes says so, slowest to fastest: mesh.axes_where(&AxisKind::splits_batch)
   std::vector<Axis> axes_where(bool AxisKind::*holds) const;
-  std::vector<Axis> every_axis() const;  // the world, the axes, those that were joined
+  // the world, the axes, and `shards` where it is not one of them
+  std::vector<Axis> every_axis() const;
 
   Layout layout;
   int rank = 0, size = 1;
   std::array<Axis, kAxes.size()> axes;
-  Axis world;                                        // every rank
-  std::map<std::pair<size_t, size_t>, Axis> joined;  // by their ends: see join
-  cudaStream_t queue = nullptr;                      // the one of communication
+  Axis world;                    // every rank
+  Axis shards;                   // what FSDP shards over: fsdp and cp as one axis
+  cudaStream_t queue = nullptr;  // the one of communication
 };
-// Collective. The communicators are split from the world's in the same order everywhere, those of
-// the axes and that of fsdp and cp joined; an axis that has all ranks uses the world's.
+// Collective. The communicators are split from the world's in the same order everywhere; an axis
+// that has all ranks uses the world's.
 Mesh open_mesh(const Layout& layout);
-// Collective. Two axes, or more, that are neighbours in kAxes as one: join(mesh, "fsdp", "tp") has
-// fsdp * tp ranks, which it numbers slow axis first. Where all but one of the axes have size 1 it
-// is that one; else it has a communicator of its own or, with all ranks, the world's. A second call
-// returns the same; of a mesh that is not open it has no communicator.
-Axis join(Mesh& mesh, AxisName slowest, AxisName fastest);
 void close_mesh(Mesh& mesh);  // before MPI_Finalize and before the device closes
 
 // ---- NCCL

@@ -13,8 +13,8 @@
 //           A block sends, for each micro-batch, 2 (n-1)/n A forward, and backward as much, and
 //           2 (n-1)/n A gradients in the master dtype. All of it goes to the next rank.
 // memory    activations fall to 1/n. Beside its own keys and values a rank holds those of the
-//           present round and the next. FSDP shards over this axis, too (trainer.cpp joins the two
-//           axes): what it shards falls with it.
+//           present round and the next. FSDP shards over this axis, too (Mesh::shards: the two axes
+//           as one): what it shards falls with it.
 // overlap   Keys and values of the next round, and sums of gradients so far, travel while attention
 //           runs on those that are there. The last sums travel home when nothing is left to do. One
 //           queue carries the collectives of all axes: keys stand behind FSDP's gathers.

@@ -33,8 +33,8 @@ std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int 
 Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
     : options(o),
       gpt(config, mesh["tp"], mesh.queue, mesh["cp"]),
-      fsdp(join(mesh, "fsdp", "cp"), mesh.axes_where(&AxisKind::copies_model), mesh.queue,
-           config.dtype, options.fsdp),
+      fsdp(mesh.shards, mesh.axes_where(&AxisKind::copies_model), mesh.queue, config.dtype,
+           options.fsdp),
       pipeline(mesh["pp"], mesh.queue, schedule_of(options, mesh.layout)),
       mesh_(mesh),
       pieces_(pieces_of(gpt, pipeline.schedule(), mesh["pp"].rank)) {

@@ -234,7 +234,7 @@ void Trace::write() {
     }
   }
   std::string title = list_axes("training", mesh_, &Axis::size);
-  if (join(mesh_, "fsdp", "cp").size > 1) title += sentence(", ZeRO-", trainer_.options.fsdp.zero);
+  if (mesh_.shards.size > 1) title += sentence(", ZeRO-", trainer_.options.fsdp.zero);
   if (mesh_["pp"].size > 1) title += sentence(", ", trainer_.pipeline.schedule().row->name);
   file_.line({{"traceEvents", std::move(events)},
               {"threefold",

@@ -115,7 +115,7 @@ inline std::vector<double> whole_model(Mesh& mesh, Trainer& trainer, WholeOf wha
       copies[to] = values[k];
     }
   }
-  const Axis shards = join(mesh, "fsdp", "cp");
+  const Axis shards = mesh.shards;
   mine = sum_over(mesh, shards, mine), copies = sum_over(mesh, shards, copies);
   mine = sum_over(mesh, mesh["tp"], mine);
   for (size_t i = 0; i < mine.size(); i++)
