@@ -58,13 +58,13 @@
 
 // Executes a list: an exchange moves parcels; a computation takes its input from the inbox and
 // leaves its result in the outbox.
-void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, Dtype dtype,
+void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape,
                        const std::function<Tensor(size_t action, Tensor x)>& perform) {
   // Room for what an exchange receives is taken as soon as the exchange before it was issued. Taken
   // later, it might be what the computations between them gave back, and have to wait for them.
   const auto prepare_next = [&](size_t i) {  // the first exchange from action i on
     while (i < actions.size() && actions[i].kind != Action::exchange) i++;
-    if (i < actions.size()) prepare_room(actions[i].transfers, shape, dtype);
+    if (i < actions.size()) prepare_room(actions[i].transfers, shape, dtype_);
   };
   prepare_next(0);
   for (size_t i = 0; i < actions.size(); i++) {
@@ -84,7 +84,7 @@ void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, D
   recorder.microbatch = -1;
 }
 
-void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
+void Pipeline::run(const Shape& shape, const Compute& compute) {
   const std::vector<Action>& actions = schedule_.actions[axis_.rank];
   const int64_t& held = device().memory.now[int(Memory::activations)];  // changes as ops run
   // by micro-batch and chunk; a map, whose elements never move: closures hold references to them
@@ -92,7 +92,7 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   int64_t kept = 0;  // by all that are live
   most_live_ = most_live_bytes_ = 0;
   if (measures) milliseconds_.assign(actions.size(), 0);
-  execute(actions, shape, dtype, [&](size_t i, Tensor x) {
+  execute(actions, shape, [&](size_t i, Tensor x) {
     const Action& a = actions[i];
     Live& live = lives[{a.microbatch, a.chunk}];
     recorder.microbatch = a.microbatch;
@@ -135,9 +135,9 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   ASSERT(lives.empty(), "a micro-batch is left without its backward");
 }
 
-void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute) {
+void Pipeline::forward(const Shape& shape, int microbatches, const Compute& compute) {
   const auto actions = forwards_of(schedule_, microbatches).actions[axis_.rank];
-  execute(actions, shape, dtype, [&](size_t i, Tensor x) {
+  execute(actions, shape, [&](size_t i, Tensor x) {
     Tape tape(false);
     return compute(tape, actions[i].chunk, Var{std::move(x)}, actions[i].microbatch).value;
   });
