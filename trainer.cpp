@@ -102,7 +102,8 @@ Var Trainer::forward(Tape& tape, int chunk, Var x, const Tokens& tokens) {
 Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale) {
   Var y = forward(tape, chunk, x, tokens);
   if (!has_head(pieces_[chunk])) return y;
-  scale /= gpt.cp.copies(tokens.T);  // too short to split: all ranks of cp have the whole loss
+  // too short to split: all ranks of cp have the whole loss
+  if (!gpt.cp.splits(tokens.T)) scale /= mesh_["cp"].size;
   recorder.enter("forward", "loss");
   gpt.tp.cross_entropy(tape, std::move(y), tokens.targets, gpt.config.vocab, scale, total_);
   return {};
