@@ -71,7 +71,7 @@ static std::vector<int64_t> offsets_in_unit(const std::vector<Param*>& params, i
   std::vector<int64_t> offsets;
   int64_t end = 0;
   for (const Param* p : params) {
-    offsets.push_back(round_up(end, kUnitAlignment));
+    offsets.push_back(round_up(end, 128));  // at least 256 bytes in every dtype
     end = offsets.back() + std::max(elements(p->local_shape()), p->largest_slice);
   }
   offsets.push_back(round_up(end, 16 * shards));

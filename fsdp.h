@@ -140,7 +140,5 @@ class Fsdp {
 
 // How a unit is laid out; theory/ counts with the same sizes.
 std::map<int, std::vector<Param*>> units_of(const std::vector<Param*>& params);
-// elements: each parameter starts at a multiple of (at least) 256 bytes in every dtype
-constexpr int64_t kUnitAlignment = 128;
 // elements; shards are multiples of 16 elements
 int64_t padded_unit(const std::vector<Param*>& params, int64_t shards);
