@@ -224,6 +224,7 @@ void Fsdp::reshard(Unit& u) {
   if (!u.gathered) return;
   u.gathered = false;
   if (!shards_parameters()) return;  // the buffer stays; the other ranks' parts of it are old
+  ASSERT(!u.params[0]->value.empty(), u.name, " was gathered, and nothing waited for it");
   recorder.resharded(u.name);
   u.bind(&Param::value, {});
   // returned to the pool in the order of the compute stream, after the last kernel that reads it
