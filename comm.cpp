@@ -24,7 +24,7 @@ Timed::~Timed() {
   if (timed_) op_times.end(queue_);
 }
 
-double communicated() {
+double seconds_communicating() {
   double seconds = 0;
   op_times.each([&](const OpTimes::Op& op) {
     if (op.collective) seconds += op.seconds();
@@ -147,7 +147,7 @@ Mesh open_mesh(const Layout& layout) {
 
   ncclUniqueId id;
   if (rank == 0) NCCL_CHECK(ncclGetUniqueId(&id));
-  MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, Finished());
+  MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, UntilDone());
   NCCL_CHECK(ncclCommInitRank(&m.world.comm, ranks, id, rank));
   op_times.begun++;
   for (int r = 0; r < ranks; r++) m.world.members.push_back(r);
@@ -185,7 +185,7 @@ ncclDataType_t nccl_type(Dtype dtype) {
 
 // Ranks may outnumber cores, and whoever we wait for needs ours: it yields, and where that takes
 // long it sleeps, for no longer than it has waited.
-Finished::~Finished() {
+UntilDone::~UntilDone() {
   for (int turn = 0, done = 0; !done; turn++) {
     MPI_Test(&request_, &done, MPI_STATUS_IGNORE);
     if (turn < 100) sched_yield();

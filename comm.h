@@ -116,13 +116,13 @@ std::string nccl_error(ncclResult_t status);  // NCCL's own last sentence where 
 ncclDataType_t nccl_type(Dtype dtype);
 
 // Host-side MPI without a spinning core: the last argument of a non-blocking call,
-// MPI_Ibarrier(MPI_COMM_WORLD, Finished()). At the end of the statement it waits for the call,
+// MPI_Ibarrier(MPI_COMM_WORLD, UntilDone()). At the end of the statement it waits for the call,
 // yielding between tests.
-class Finished {
+class UntilDone {
  public:
-  Finished() = default;
-  ~Finished();
-  Finished(const Finished&) = delete;
+  UntilDone() = default;
+  ~UntilDone();
+  UntilDone(const UntilDone&) = delete;
   operator MPI_Request*() { return &request_; }
 
  private:
@@ -146,7 +146,7 @@ class Timed {
 };
 // How long the queue was busy in all blocks that were timed, in seconds; the host has waited for
 // them.
-double communicated();
+double seconds_communicating();
 
 // ---- the ledger
 

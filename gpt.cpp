@@ -7,14 +7,14 @@
 
 // ---- parameters
 
-static Param make(std::string name, Shape shape, float deviation, float mean = 0) {
+static Param make(std::string name, Shape shape, float deviation, float constant = 0) {
   Param p;
   p.name = std::move(name);
   p.slice = {1, shape[0], elements(shape) / shape[0], 0, shape[0]};
   p.decay = shape.size() > 1 && deviation > 0;
   p.shape = std::move(shape);
   p.deviation = deviation;
-  p.mean = mean;
+  p.constant = constant;
   return p;
 }
 

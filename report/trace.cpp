@@ -20,7 +20,7 @@ static double clock_ahead(const Mesh& mesh) {
     const double begin = MPI_Wtime();
     barrier();
     double first = MPI_Wtime();
-    MPI_Ibcast(&first, 1, MPI_DOUBLE, 0, MPI_COMM_WORLD, Finished());
+    MPI_Ibcast(&first, 1, MPI_DOUBLE, 0, MPI_COMM_WORLD, UntilDone());
     const double end = MPI_Wtime();
     if (end - begin >= fastest) continue;
     fastest = end - begin;
