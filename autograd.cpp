@@ -17,7 +17,7 @@ Shape Param::local_shape() const {
 
 void Param::initialise(const Tensor& x, uint64_t seed, int64_t first) const {
   if (deviation > 0) fill_random(x, seed, id, deviation, slice, first);
-  else fill(x, mean);
+  else fill(x, constant);
 }
 
 void separate_uses(Param& p) {

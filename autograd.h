@@ -32,8 +32,8 @@ struct Param {
   // Fresh: what its memory holds does not count, since it was just allocated or a step begins.
   bool fresh = false;
   uint32_t id = 0;  // keys the random generator, with the global element index
-  // initial values: normal(0, deviation), or the constant `mean` when that is 0
-  float deviation = 0, mean = 0;
+  // initial values: normal(0, deviation), or `constant` when that is 0
+  float deviation = 0, constant = 0;
   bool decay = false;  // weight decay: matrices only
 
   // ---- of the strategies

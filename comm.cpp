@@ -24,7 +24,7 @@ Timed::~Timed() {
   if (timed_) op_times.end(queue_);
 }
 
-double communicated() {
+double seconds_communicating() {
   double seconds = 0;
   op_times.each([&](const OpTimes::Op& op) {
     if (op.collective) seconds += op.seconds();
@@ -81,29 +81,7 @@ void check_ranks(const Layout& l, int ranks) {
 
 // ---- the mesh
 
-Mesh::Mesh(const Layout& l, int rank)
-    : layout(l), rank(rank), size(l.ranks()), world{"world", size, rank} {
-  for (size_t a = kAxes.size(); a-- > 0; rank /= axes[a].size) {  // the fastest first
-    const int n = l.sizes[a];
-    axes[a] = {kAxes[a].name, n, rank % n};
-  }
-}
-
-std::vector<Axis> Mesh::axes_where(bool AxisKind::*holds) const {
-  std::vector<Axis> some;
-  for (size_t a = 0; a < kAxes.size(); a++)
-    if (kAxes[a].*holds) some.push_back(axes[a]);
-  return some;
-}
-
-std::vector<Axis> Mesh::every_axis() const {
-  std::vector<Axis> all{world};
-  all.insert(all.end(), axes.begin(), axes.end());
-  for (const auto& [ends, axis] : joined) all.push_back(axis);
-  return all;
-}
-
-// These axes, neighbours in kAxes, as one, with its communicator.
+// These axes, neighbours in kAxes, as one, with its communicator once the world has one.
 static Axis open_axis(const Mesh& m, size_t slowest, size_t fastest) {
   Axis axis;
   int stride = 1;  // between neighbours on the axis
@@ -117,12 +95,44 @@ static Axis open_axis(const Mesh& m, size_t slowest, size_t fastest) {
   const int first = m.rank - axis.rank * stride;  // of this line of the grid
   for (int r = 0; r < axis.size; r++) axis.members.push_back(first + r * stride);
   if (axis.size == m.size) axis.comm = m.world.comm;
-  else if (m.world.comm)
+  else if (m.world.comm) {
     NCCL_CHECK(ncclCommSplit(m.world.comm, first, axis.rank, &axis.comm, nullptr));
+    op_times.begun++;  // on many GPUs it may take a minute: the watch sees that this rank got on
+  }
   return axis;
 }
 
-Mesh open_mesh(const Layout& layout, const std::function<void()>& got_on) {
+static Axis shards_of(const Mesh& m) {
+  const AxisName fsdp = "fsdp", cp = "cp";
+  if (m[cp].size == 1) return m[fsdp];
+  if (m[fsdp].size == 1) return m[cp];
+  return open_axis(m, fsdp.index, cp.index);
+}
+
+Mesh::Mesh(const Layout& l, int rank)
+    : layout(l), rank(rank), size(l.ranks()), world{"world", size, rank} {
+  for (size_t a = kAxes.size(); a-- > 0; rank /= axes[a].size) {  // the fastest first
+    const int n = l.sizes[a];
+    axes[a] = {kAxes[a].name, n, rank % n};
+  }
+  shards = shards_of(*this);
+}
+
+std::vector<Axis> Mesh::axes_where(bool AxisKind::*holds) const {
+  std::vector<Axis> some;
+  for (size_t a = 0; a < kAxes.size(); a++)
+    if (kAxes[a].*holds) some.push_back(axes[a]);
+  return some;
+}
+
+std::vector<Axis> Mesh::every_axis() const {
+  std::vector<Axis> all{world};
+  all.insert(all.end(), axes.begin(), axes.end());
+  if ((*this)["fsdp"].size > 1 && (*this)["cp"].size > 1) all.push_back(shards);
+  return all;
+}
+
+Mesh open_mesh(const Layout& layout) {
   int rank, ranks;
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &ranks);
@@ -137,27 +147,13 @@ Mesh open_mesh(const Layout& layout, const std::function<void()>& got_on) {
 
   ncclUniqueId id;
   if (rank == 0) NCCL_CHECK(ncclGetUniqueId(&id));
-  MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, Finished());
+  MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, UntilDone());
   NCCL_CHECK(ncclCommInitRank(&m.world.comm, ranks, id, rank));
-  got_on();
+  op_times.begun++;
   for (int r = 0; r < ranks; r++) m.world.members.push_back(r);
-  for (size_t a = 0; a < kAxes.size(); a++) {
-    m.axes[a] = open_axis(m, a, a);
-    got_on();
-  }
-  join(m, "fsdp", "cp");  // what FSDP shards over: now, so that it is checked and watched, too
-  got_on();
+  for (size_t a = 0; a < kAxes.size(); a++) m.axes[a] = open_axis(m, a, a);
+  m.shards = shards_of(m);
   return m;
-}
-
-Axis join(Mesh& m, AxisName slowest, AxisName fastest) {
-  int all = 1;
-  for (size_t a = slowest.index; a <= fastest.index; a++) all *= m.axes[a].size;
-  for (size_t a = slowest.index; a <= fastest.index; a++)
-    if (m.axes[a].size == all) return m.axes[a];
-  const auto [axis, is_new] = m.joined.try_emplace({slowest.index, fastest.index});
-  if (is_new) axis->second = open_axis(m, slowest.index, fastest.index);
-  return axis->second;
 }
 
 void close_mesh(Mesh& m) {
@@ -189,7 +185,7 @@ ncclDataType_t nccl_type(Dtype dtype) {
 
 // Ranks may outnumber cores, and whoever we wait for needs ours: it yields, and where that takes
 // long it sleeps, for no longer than it has waited.
-Finished::~Finished() {
+UntilDone::~UntilDone() {
   for (int turn = 0, done = 0; !done; turn++) {
     MPI_Test(&request_, &done, MPI_STATUS_IGNORE);
     if (turn < 100) sched_yield();
@@ -247,7 +243,7 @@ void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic serves, cu
   for (const Axis& axis : axes) {
     if (axis.size == 1) continue;
     const Timed timed(queue);
-    ledger.all_reduce(axis, x.bytes());
+    ledger.enter(axis, Collective::all_reduce, x.bytes());
     NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), ncclSum, axis.comm,
                              queue));
   }

@@ -91,29 +91,22 @@ struct Axis {
 struct Mesh {
   // where `rank` is on each axis, still without communicators
   explicit Mesh(const Layout& layout = {}, int rank = 0);
-  Axis& operator[](AxisName axis) { return axes[axis.index]; }
   const Axis& operator[](AxisName axis) const { return axes[axis.index]; }
   // those of which kAxes says so, slowest to fastest: mesh.axes_where(&AxisKind::splits_batch)
   std::vector<Axis> axes_where(bool AxisKind::*holds) const;
-  std::vector<Axis> every_axis() const;  // the world, the axes, those that were joined
+  // the world, the axes, and `shards` where it is not one of them
+  std::vector<Axis> every_axis() const;
 
   Layout layout;
   int rank = 0, size = 1;
   std::array<Axis, kAxes.size()> axes;
-  Axis world;                                        // every rank
-  std::map<std::pair<size_t, size_t>, Axis> joined;  // by their ends: see join
-  cudaStream_t queue = nullptr;                      // the one of communication
+  Axis world;                    // every rank
+  Axis shards;                   // what FSDP shards over: fsdp and cp as one axis
+  cudaStream_t queue = nullptr;  // the one of communication
 };
-// Collective. The communicators are split from the world's in the same order everywhere, those of
-// the axes and that of fsdp and cp joined; an axis that has all ranks uses the world's. `got_on` is
-// called after each: on many GPUs one may take a minute.
-Mesh open_mesh(
-    const Layout& layout, const std::function<void()>& got_on = [] {});
-// Collective. Two axes, or more, that are neighbours in kAxes as one: join(mesh, "fsdp", "tp") has
-// fsdp * tp ranks, which it numbers slow axis first. Where all but one of the axes have size 1 it
-// is that one; else it has a communicator of its own or, with all ranks, the world's. A second call
-// returns the same; of a mesh that is not open it has no communicator.
-Axis join(Mesh& mesh, AxisName slowest, AxisName fastest);
+// Collective. The communicators are split from the world's in the same order everywhere; an axis
+// that has all ranks uses the world's.
+Mesh open_mesh(const Layout& layout);
 void close_mesh(Mesh& mesh);  // before MPI_Finalize and before the device closes
 
 // ---- NCCL
@@ -123,13 +116,13 @@ std::string nccl_error(ncclResult_t status);  // NCCL's own last sentence where 
 ncclDataType_t nccl_type(Dtype dtype);
 
 // Host-side MPI without a spinning core: the last argument of a non-blocking call,
-// MPI_Ibarrier(MPI_COMM_WORLD, Finished()). At the end of the statement it waits for the call,
+// MPI_Ibarrier(MPI_COMM_WORLD, UntilDone()). At the end of the statement it waits for the call,
 // yielding between tests.
-class Finished {
+class UntilDone {
  public:
-  Finished() = default;
-  ~Finished();
-  Finished(const Finished&) = delete;
+  UntilDone() = default;
+  ~UntilDone();
+  UntilDone(const UntilDone&) = delete;
   operator MPI_Request*() { return &request_; }
 
  private:
@@ -153,7 +146,7 @@ class Timed {
 };
 // How long the queue was busy in all blocks that were timed, in seconds; the host has waited for
 // them.
-double communicated();
+double seconds_communicating();
 
 // ---- the ledger
 
@@ -180,13 +173,6 @@ class Ledger {
  public:
   // One line before each collective or send. Bytes are those of the whole buffer: of all ranks
   // together where each has a part of it.
-  void all_reduce(const Axis& axis, int64_t bytes) { enter(axis, Collective::all_reduce, bytes); }
-  void all_gather(const Axis& axis, int64_t bytes) { enter(axis, Collective::all_gather, bytes); }
-  void reduce_scatter(const Axis& axis, int64_t bytes) {
-    enter(axis, Collective::reduce_scatter, bytes);
-  }
-  void broadcast(const Axis& axis, int64_t bytes) { enter(axis, Collective::broadcast, bytes); }
-  void send(const Axis& axis, int64_t bytes) { enter(axis, Collective::send, bytes); }
   void enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls = 1);
 
   struct Row {  // bytes sent by this rank = numerator / n
@@ -205,11 +191,12 @@ class Ledger {
 };
 extern Ledger ledger;
 
-// what is entered while it lives serves `purpose`; all of an evaluation is evaluation
+// What is entered while it lives serves `purpose`; all of an evaluation is evaluation, and all of a
+// forward that is run again recompute.
 class Purpose {
  public:
   explicit Purpose(Traffic purpose) : before_(ledger.purpose) {
-    if (before_ != Traffic::evaluation) ledger.purpose = purpose;
+    if (before_ != Traffic::evaluation && before_ != Traffic::recompute) ledger.purpose = purpose;
   }
   ~Purpose() { ledger.purpose = before_; }
   Purpose(const Purpose&) = delete;

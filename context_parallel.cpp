@@ -13,8 +13,8 @@
 //           A block sends, for each micro-batch, 2 (n-1)/n A forward, and backward as much, and
 //           2 (n-1)/n A gradients in the master dtype. All of it goes to the next rank.
 // memory    activations fall to 1/n. Beside its own keys and values a rank holds those of the
-//           present round and the next. FSDP shards over this axis, too (trainer.cpp joins the two
-//           axes): what it shards falls with it.
+//           present round and the next. FSDP shards over this axis, too (Mesh::shards: the two axes
+//           as one): what it shards falls with it.
 // overlap   Keys and values of the next round, and sums of gradients so far, travel while attention
 //           runs on those that are there. The last sums travel home when nothing is left to do. One
 //           queue carries the collectives of all axes: keys stand behind FSDP's gathers.
@@ -45,7 +45,7 @@ void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
     for (const bool send : {false, true})
       recorder.travel(axis_.name, axis_.members, send, "keys, values or gradients",
                       axis_.members[send ? next : before], (send ? x : room).bytes());
-    ledger.send(axis_, x.bytes());
+    ledger.enter(axis_, Collective::send, x.bytes());
     NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, next, axis_.comm, queue_));
     NCCL_CHECK(ncclRecv(room.raw(), room.numel(), type, before, axis_.comm, queue_));
   }
@@ -75,10 +75,7 @@ Var ContextParallel::attention(Tape& tape, const Var& qkv, int64_t B, int64_t T,
   const Problem p{B, T, H, qkv.value.dim(1) / 3, kind, qkv.value.dtype()};
   Var y{Tensor({qkv.value.dim(0), p.C}, p.dtype, Memory::activations)};
   const Tensor lse({B, H, part(T).rows()}, p.master, Memory::activations);
-  {
-    const Purpose purpose(tape.recomputing ? Traffic::recompute : Traffic::training);
-    forward(p, y.value, lse, qkv.value);
-  }
+  forward(p, y.value, lse, qkv.value);
   tape.push([=, this, qkv = qkv.value, out = y.value, dqkv = qkv.grad, dy_slot = y.grad] {
     Tensor d(qkv.shape(), p.dtype, Memory::activations);
     backward(p, d, take(dy_slot), out, lse, qkv);

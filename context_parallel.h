@@ -30,9 +30,8 @@ class ContextParallel {
   Positions part(int64_t length) const { return part_of(axis_.rank, length); }
   Positions part_of(int rank, int64_t length) const;
   // A sequence of fewer tokens than pieces is not split: every rank has all of it, and the same
-  // results; `copies` are how many ranks have each.
+  // results.
   bool splits(int64_t length) const { return axis_.size > 1 && length >= 2 * axis_.size; }
-  int64_t copies(int64_t length) const { return splits(length) ? 1 : axis_.size; }
   // Whether this rank speaks for the last token of a sequence: one rank does, and it is the last of
   // that rank's tokens.
   bool has_last(int64_t length) const {

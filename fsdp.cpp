@@ -71,7 +71,7 @@ static std::vector<int64_t> offsets_in_unit(const std::vector<Param*>& params, i
   std::vector<int64_t> offsets;
   int64_t end = 0;
   for (const Param* p : params) {
-    offsets.push_back(round_up(end, kUnitAlignment));
+    offsets.push_back(round_up(end, 128));  // at least 256 bytes in every dtype
     end = offsets.back() + std::max(elements(p->local_shape()), p->largest_slice);
   }
   offsets.push_back(round_up(end, 16 * shards));
@@ -203,7 +203,7 @@ void Fsdp::start_unshard(Unit& u) {
   // the shard that is sent
   make_wait(queue_, device().compute);
   const Timed timed(queue_);
-  ledger.all_gather(axis_, u.whole.bytes());
+  ledger.enter(axis_, Collective::all_gather, u.whole.bytes());
   NCCL_CHECK(ncclAllGather(u.shard.raw(), u.whole.raw(), u.shard_size, nccl_type(dtype_),
                            axis_.comm, queue_));
   u.arrived.record(queue_);
@@ -224,6 +224,7 @@ void Fsdp::reshard(Unit& u) {
   if (!u.gathered) return;
   u.gathered = false;
   if (!shards_parameters()) return;  // the buffer stays; the other ranks' parts of it are old
+  ASSERT(!u.params[0]->value.empty(), u.name, " was gathered, and nothing waited for it");
   recorder.resharded(u.name);
   u.bind(&Param::value, {});
   // returned to the pool in the order of the compute stream, after the last kernel that reads it
@@ -236,7 +237,8 @@ void Fsdp::reshard(Unit& u) {
 
 void Fsdp::enter_backward(const char* pass, int use) {
   for (Unit* u : uses_[use].units)
-    while (u->reducing) finish_reduce();  // the previous micro-batch's sum still uses the buffer
+    // the previous micro-batch's sum still uses the buffer
+    while (std::ranges::count(in_flight_, u)) finish_reduce();
   recorder.enter(pass, uses_[use].name);
   for (Unit* u : uses_[use].units) {
     if (!u->whole_grad.empty()) continue;
@@ -268,13 +270,12 @@ void Fsdp::start_reduce(Unit& u) {
     // gradients that part is shard_grad itself; with them finish_reduce adds it to shard_grad.
     const Tensor mine = u.shard_of(u.whole_grad);
     const Timed timed(queue_);
-    ledger.reduce_scatter(axis_, u.whole_grad.bytes());
+    ledger.enter(axis_, Collective::reduce_scatter, u.whole_grad.bytes());
     NCCL_CHECK(ncclReduceScatter(u.whole_grad.raw(), mine.raw(), u.shard_size,
                                  nccl_type(mine.dtype()), ncclSum, axis_.comm, queue_));
   }
   if (!shards_gradients()) sum_over_copies(u);
   u.reduced.record(queue_);
-  u.reducing = true;
   in_flight_.push_back(&u);
   // Sharded gradients are freed when summed, and two of them are enough: one is computed while one
   // is summed. Others stay, and nothing waits for their sums before the step's end.
@@ -286,12 +287,11 @@ void Fsdp::start_reduce(Unit& u) {
 void Fsdp::finish_reduce() {
   Unit& u = *in_flight_.front();
   in_flight_.pop_front();
-  u.reducing = false;
   recorder.enter("sum", u.name);
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!shards_gradients()) return;
   const Tensor mine = u.shard_of(u.whole_grad);
-  if (std::exchange(u.shard_grad_fresh, false)) copy(u.shard_grad, mine);
+  if (u.gradients_done == 1) copy(u.shard_grad, mine);
   else add(u.shard_grad, u.shard_grad, mine);
   u.whole_grad = Tensor();
   u.bind(&Param::grad, {});
@@ -306,7 +306,7 @@ void Fsdp::sum_over_copies(Unit& u) {
   for (const Axis& copies : copies_) {
     if (copies.size == 1) continue;
     const Timed timed(queue_);
-    ledger.all_reduce(copies, u.shard_grad.bytes());
+    ledger.enter(copies, Collective::all_reduce, u.shard_grad.bytes());
     NCCL_CHECK(ncclAllReduce(u.shard_grad.raw(), u.shard_grad.raw(), u.shard_size,
                              nccl_type(u.shard_grad.dtype()), ncclSum, copies.comm, queue_));
   }
@@ -318,8 +318,7 @@ void Fsdp::begin_step(int microbatches) {
   microbatches_ = microbatches;
   for (auto& [number, u] : units_) {
     u.gradients_done = 0;
-    if (shards_gradients()) u.shard_grad_fresh = true;
-    else u.begin_gradients();
+    if (!shards_gradients()) u.begin_gradients();
   }
   if (!gathers_at_begin || reshards() || options_.prefetch == 0) return;
   for (const Use& use : uses_)  // in the order of their first uses; see fsdp.h

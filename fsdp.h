@@ -92,9 +92,6 @@ class Fsdp {
     Tensor master;          // master weights of the shard when the compute dtype is bf16
     Tensor m, v;            // Adam's moments of the shard
     bool gathered = false;  // `whole` is up to date, or will be once `arrived` is reached
-    bool reducing = false;  // from start_reduce to finish_reduce
-    // no micro-batch's sum is in `shard_grad` yet, if gradients are sharded
-    bool shard_grad_fresh = false;
     Event arrived, reduced;
     // When is a gradient complete? The token embedding's unit has 2 uses, at both ends of the
     // model: the head's backward makes uses_done 1, the embedding's makes it 2, uses_done starts
@@ -143,7 +140,5 @@ class Fsdp {
 
 // How a unit is laid out; theory/ counts with the same sizes.
 std::map<int, std::vector<Param*>> units_of(const std::vector<Param*>& params);
-// elements: each parameter starts at a multiple of (at least) 256 bytes in every dtype
-constexpr int64_t kUnitAlignment = 128;
 // elements; shards are multiples of 16 elements
 int64_t padded_unit(const std::vector<Param*>& params, int64_t shards);

@@ -7,14 +7,14 @@
 
 // ---- parameters
 
-static Param make(std::string name, Shape shape, float deviation, float mean = 0) {
+static Param make(std::string name, Shape shape, float deviation, float constant = 0) {
   Param p;
   p.name = std::move(name);
   p.slice = {1, shape[0], elements(shape) / shape[0], 0, shape[0]};
   p.decay = shape.size() > 1 && deviation > 0;
   p.shape = std::move(shape);
   p.deviation = deviation;
-  p.mean = mean;
+  p.constant = constant;
   return p;
 }
 
@@ -157,6 +157,7 @@ Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& toke
 
   Block& b = blocks_[part.layer];
   const auto block = [=, this, &b, layer = part.layer](Tape& tape, const Var& x) {
+    const Purpose purpose(tape.recomputing ? Traffic::recompute : Traffic::training);
     const Var normed = layernorm(tape, x, b.ln_1_weight, b.ln_1_bias);
     const Var qkv =
         add_bias(tape, tp.column_linear(tape, normed, R, b.c_attn_weight), b.c_attn_bias);

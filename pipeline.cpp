@@ -58,13 +58,13 @@
 
 // Executes a list: an exchange moves parcels; a computation takes its input from the inbox and
 // leaves its result in the outbox.
-void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, Dtype dtype,
+void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape,
                        const std::function<Tensor(size_t action, Tensor x)>& perform) {
   // Room for what an exchange receives is taken as soon as the exchange before it was issued. Taken
   // later, it might be what the computations between them gave back, and have to wait for them.
   const auto prepare_next = [&](size_t i) {  // the first exchange from action i on
     while (i < actions.size() && actions[i].kind != Action::exchange) i++;
-    if (i < actions.size()) prepare_room(actions[i].transfers, shape, dtype);
+    if (i < actions.size()) prepare_room(actions[i].transfers, shape, dtype_);
   };
   prepare_next(0);
   for (size_t i = 0; i < actions.size(); i++) {
@@ -84,7 +84,7 @@ void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape, D
   recorder.microbatch = -1;
 }
 
-void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
+void Pipeline::run(const Shape& shape, const Compute& compute) {
   const std::vector<Action>& actions = schedule_.actions[axis_.rank];
   const int64_t& held = device().memory.now[int(Memory::activations)];  // changes as ops run
   // by micro-batch and chunk; a map, whose elements never move: closures hold references to them
@@ -92,33 +92,33 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   int64_t kept = 0;  // by all that are live
   most_live_ = most_live_bytes_ = 0;
   if (measures) milliseconds_.assign(actions.size(), 0);
-  execute(actions, shape, dtype, [&](size_t i, Tensor x) {
+  execute(actions, shape, [&](size_t i, Tensor x) {
     const Action& a = actions[i];
     Live& live = lives[{a.microbatch, a.chunk}];
     recorder.microbatch = a.microbatch;
     const int64_t before = held - x.bytes();
     Tensor result;
-    switch (a.kind) {
-      case Action::forward:
-        live.in.value = std::move(x);
-        measure(i, [&] { live.out = compute(live.tape, a.chunk, live.in, a.microbatch); });
-        live.in.value = Tensor();  // what needs it for the backward is on the tape, and holds it
-        result = std::move(live.out.value);
-        break;
-      case Action::backward:
-      case Action::input_gradient:
-        if (a.kind == Action::input_gradient) live.tape.deferred = &live.later;
-        *live.out.grad = std::move(x);  // at the last position empty, and nothing reads it
-        measure(i, [&] { live.tape.backward(); });
-        result = std::move(*live.in.grad);
-        break;
-      case Action::weight_gradient:
-        measure(i, [&] {
+    measure(i, [&] {
+      switch (a.kind) {
+        case Action::forward:
+          live.in.value = std::move(x);
+          live.out = compute(live.tape, a.chunk, live.in, a.microbatch);
+          live.in.value = Tensor();  // what needs it for the backward is on the tape, and holds it
+          result = std::move(live.out.value);
+          break;
+        case Action::backward:
+        case Action::input_gradient:
+          if (a.kind == Action::input_gradient) live.tape.deferred = &live.later;
+          *live.out.grad = std::move(x);  // at the last position empty, and nothing reads it
+          live.tape.backward();
+          result = std::move(*live.in.grad);
+          break;
+        case Action::weight_gradient:
           for (; !live.later.empty(); live.later.pop_front()) live.later.front()();
-        });
-        break;
-      case Action::exchange: break;  // execute() has done it
-    }
+          break;
+        case Action::exchange: break;  // execute() has done it
+      }
+    });
     if (a.kind == Action::backward || a.kind == Action::weight_gradient) {
       kept -= live.bytes;
       lives.erase({a.microbatch, a.chunk});
@@ -135,9 +135,9 @@ void Pipeline::run(const Shape& shape, Dtype dtype, const Compute& compute) {
   ASSERT(lives.empty(), "a micro-batch is left without its backward");
 }
 
-void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute) {
+void Pipeline::forward(const Shape& shape, int microbatches, const Compute& compute) {
   const auto actions = forwards_of(schedule_, microbatches).actions[axis_.rank];
-  execute(actions, shape, dtype, [&](size_t i, Tensor x) {
+  execute(actions, shape, [&](size_t i, Tensor x) {
     Tape tape(false);
     return compute(tape, actions[i].chunk, Var{std::move(x)}, actions[i].microbatch).value;
   });
@@ -150,7 +150,7 @@ void Pipeline::forward(const Shape& shape, Dtype dtype, int microbatches, const 
 void Pipeline::prepare_room(const std::vector<Transfer>& transfers, const Shape& shape,
                             Dtype dtype) {
   for (const Transfer& t : transfers)
-    if (!t.send) {
+    if (t.to == axis_.rank) {
       recorder.microbatch = t.microbatch;
       inbox_[t].x = Tensor(shape, dtype, Memory::activations);
     }
@@ -159,8 +159,7 @@ void Pipeline::prepare_room(const std::vector<Transfer>& transfers, const Shape&
 
 // Where the result stays on this stage, it has come already.
 void Pipeline::hand_over(const Transfer& t, Tensor x) {
-  const bool stays = t.peer == axis_.rank;
-  Parcel& parcel = stays ? inbox_[other_end(schedule_, axis_.rank, t)] : outbox_[t];
+  Parcel& parcel = (t.to == axis_.rank ? inbox_ : outbox_)[t];
   parcel = {std::move(x), std::make_shared<Event>()};
   parcel.event->record(device().compute);
 }
@@ -169,7 +168,7 @@ void Pipeline::hand_over(const Transfer& t, Tensor x) {
 // deadlock in whichever order its ends are listed (sum_tied).
 void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   for (const Transfer& t : transfers) {
-    if (t.send) outbox_.at(t).event->make_wait(queue_);  // it must have been computed
+    if (t.from == axis_.rank) outbox_.at(t).event->make_wait(queue_);  // it must have been computed
     else room_is_free_.make_wait(queue_);  // who used the memory before must be done with it
   }
 
@@ -178,18 +177,20 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   exchanges_++;
   NCCL_CHECK(ncclGroupStart());
   for (const Transfer& t : transfers) {
-    Parcel& parcel = (t.send ? outbox_ : inbox_).at(t);
+    const bool send = t.from == axis_.rank;
+    const int peer = send ? t.to : t.from;
+    Parcel& parcel = (send ? outbox_ : inbox_).at(t);
     const Tensor& x = parcel.x;
     recorder.microbatch = t.microbatch;
-    const auto [low, high] = std::minmax(axis_.rank, t.peer);
-    recorder.travel(axis_.name, {axis_.members[low], axis_.members[high]}, t.send,
-                    name_of(t.payload), axis_.members[t.peer], x.bytes());
+    const auto [low, high] = std::minmax(t.from, t.to);
+    recorder.travel(axis_.name, {axis_.members[low], axis_.members[high]}, send, name_of(t.payload),
+                    axis_.members[peer], x.bytes());
     const ncclDataType_t type = nccl_type(x.dtype());
-    if (t.send) {
-      ledger.send(axis_, x.bytes());
-      NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, t.peer, axis_.comm, queue_));
+    if (send) {
+      ledger.enter(axis_, Collective::send, x.bytes());
+      NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, peer, axis_.comm, queue_));
     } else {
-      NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, t.peer, axis_.comm, queue_));
+      NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, peer, axis_.comm, queue_));
     }
     parcel.event = done;
     parcel.moved_by = exchanges_;
@@ -228,9 +229,9 @@ void Pipeline::release_sent(int64_t last) {
 void Pipeline::sum_tied(const Tensor& gradient) {
   const Purpose purpose(Traffic::embedding);
   recorder.enter("tied gradient");
-  const int peer = axis_.size - 1 - axis_.rank;
-  const Transfer mine{true, Transfer::gradient, peer, -1, -1},
-      theirs{false, Transfer::gradient, peer, -1, -1};  // of no micro-batch and no chunk
+  const int here = axis_.rank, peer = axis_.size - 1 - here;
+  const Transfer mine{Transfer::gradient, here, peer, -1, -1},
+      theirs{Transfer::gradient, peer, here, -1, -1};  // of no micro-batch and no chunk
   hand_over(mine, gradient);
   prepare_room({theirs}, gradient.shape(), gradient.dtype());
   exchange({mine, theirs});

@@ -26,15 +26,15 @@ class Pipeline {
   // the logits' gradient in its place during the forward, and the tape begins there.
   using Compute = std::function<Var(Tape& tape, int chunk, const Var& x, int microbatch)>;
 
-  Pipeline(const Axis& axis, cudaStream_t queue, Schedule schedule)
-      : axis_(axis), queue_(queue), schedule_(std::move(schedule)) {}
+  Pipeline(const Axis& axis, cudaStream_t queue, Dtype dtype, Schedule schedule)
+      : axis_(axis), queue_(queue), dtype_(dtype), schedule_(std::move(schedule)) {}
   const Schedule& schedule() const { return schedule_; }
 
   // A step: the whole schedule, forward and backward. Activations between stages have this shape,
-  // (S, C), and dtype.
-  void run(const Shape& shape, Dtype dtype, const Compute& compute);
+  // (S, C).
+  void run(const Shape& shape, const Compute& compute);
   // Evaluation and sampling: the schedule's forwards alone.
-  void forward(const Shape& shape, Dtype dtype, int microbatches, const Compute& compute);
+  void forward(const Shape& shape, int microbatches, const Compute& compute);
   // Once a step, after the gradients were reduced over the other axes, on the stages of the first
   // and the last piece where these are two: this rank's shard of the token embedding's gradient.
   // One has the embedding's part, the other the head's, and both get the sum. So both optimizers
@@ -70,7 +70,7 @@ class Pipeline {
     std::shared_ptr<Event> event;
     int64_t moved_by = 0;  // number of the exchange, from 1 on; 0: none yet
   };
-  void execute(const std::vector<Action>& actions, const Shape& shape, Dtype dtype,
+  void execute(const std::vector<Action>& actions, const Shape& shape,
                const std::function<Tensor(size_t action, Tensor x)>& perform);
   void prepare_room(const std::vector<Transfer>& transfers, const Shape& shape, Dtype dtype);
   void hand_over(const Transfer& transfer, Tensor x);
@@ -81,6 +81,7 @@ class Pipeline {
 
   const Axis axis_;
   cudaStream_t queue_;  // of communication
+  const Dtype dtype_;   // of activations between stages
   Schedule schedule_;
   std::map<Transfer, Parcel> outbox_, inbox_;
   // recorded when the next exchange's receive buffers were allocated: their memory's earlier users

@@ -137,23 +137,17 @@ int Schedule::stage_of(int position) const {
   return mirrored_if_odd(*this, position / stages, position % stages);
 }
 
-// The position at the other end: activations are sent forward, gradients back.
-static int other_position(const Schedule& s, int stage, const Transfer& t) {
-  return s.position(stage, t.chunk) + ((t.payload == Transfer::activation) == t.send ? 1 : -1);
-}
-
-Transfer other_end(const Schedule& s, int stage, const Transfer& t) {
-  return {!t.send, t.payload, stage, t.microbatch, other_position(s, stage, t) / s.stages};
-}
-
+// Activations go to the next position, gradients back.
 static std::optional<Transfer> transfer_of(const Schedule& s, int stage, const Action& a,
                                            bool send) {
-  Transfer t{send, a.kind == Action::forward ? Transfer::activation : Transfer::gradient, 0,
-             a.microbatch, a.chunk};
-  const int other = other_position(s, stage, t);
-  if (a.kind == Action::weight_gradient || other < 0 || other >= s.positions()) return {};
-  t.peer = s.stage_of(other);
-  return t;
+  const bool forward = a.kind == Action::forward;
+  const int here = s.position(stage, a.chunk), step = forward ? 1 : -1;
+  const int from = send ? here : here - step, to = from + step;  // positions
+  if (a.kind == Action::weight_gradient || std::min(from, to) < 0 ||
+      std::max(from, to) == s.positions())
+    return {};
+  return Transfer{forward ? Transfer::activation : Transfer::gradient, s.stage_of(from),
+                  s.stage_of(to), a.microbatch, from / s.stages};
 }
 std::optional<Transfer> input_of(const Schedule& s, int stage, const Action& a) {
   return transfer_of(s, stage, a, false);
@@ -173,12 +167,12 @@ constexpr double kMoment = 1.0 / (1 << 30);
 static void place_transfers(Schedule& s) {
   struct PlannedExchange {
     double when = 0;
-    std::map<int, std::vector<Transfer>> of;  // by stage
+    std::vector<Transfer> transfers;  // between the same two stages
   };
   const auto lists = std::exchange(s.actions, std::vector<std::vector<Action>>(s.stages));
   std::vector<size_t> started(s.stages);
   std::vector<double> idle_from(s.stages);
-  std::vector<std::map<Transfer, double>> came(s.stages);  // [stage]: inputs, and when
+  std::map<Transfer, double> came;  // when
   // By tick and {lower stage, higher stage}. Two sends that face each other are one exchange, when
   // both results are there.
   std::map<int, std::map<std::pair<int, int>, PlannedExchange>> exchanges;
@@ -187,16 +181,16 @@ static void place_transfers(Schedule& s) {
     for (const auto& [stages, exchange] : exchanges[tick]) in_order.push_back(exchange);
     std::ranges::stable_sort(in_order, {}, &PlannedExchange::when);
     for (const PlannedExchange& exchange : in_order)
-      for (const auto& [stage, transfers] : exchange.of)
-        s.actions[stage].push_back({Action::exchange, -1, -1, transfers});
+      for (const int stage : {exchange.transfers[0].from, exchange.transfers[0].to})
+        s.actions[stage].push_back({Action::exchange, -1, -1, exchange.transfers});
 
     for (int stage = 0; stage < s.stages; stage++) {
       if (started[stage] == lists[stage].size()) continue;
       const Action& a = lists[stage][started[stage]];
       double start = idle_from[stage];
       if (const auto input = input_of(s, stage, a)) {
-        const auto there = came[stage].find(*input);
-        if (there == came[stage].end()) continue;
+        const auto there = came.find(*input);
+        if (there == came.end()) continue;
         start = std::max(start, there->second);
       }
       if (start >= tick + 1) continue;
@@ -205,13 +199,11 @@ static void place_transfers(Schedule& s) {
       const double end = idle_from[stage] = start + (a.kind == Action::backward ? 2 : 1);
       last = std::max(last, int(end));
       if (const auto sent = output_of(s, stage, a)) {
-        const Transfer received = other_end(s, stage, *sent);
-        came[sent->peer][received] = end + (sent->peer != stage) * kMoment;
-        if (sent->peer == stage) continue;  // in memory
-        PlannedExchange& exchange = exchanges[int(end)][std::minmax({stage, sent->peer})];
+        came[*sent] = end + (sent->to != stage) * kMoment;
+        if (sent->to == stage) continue;  // in memory
+        PlannedExchange& exchange = exchanges[int(end)][std::minmax({stage, sent->to})];
         exchange.when = std::max(exchange.when, end);
-        exchange.of[stage].push_back(*sent);
-        exchange.of[sent->peer].push_back(received);
+        exchange.transfers.push_back(*sent);
       }
     }
   }
@@ -256,8 +248,8 @@ const char* name_of(Action::Kind kind) {
 }
 
 std::string to_string(const Transfer& t) {
-  return sentence(t.send ? "send " : "receive ", name_of(t.payload), " of micro-batch ",
-                  t.microbatch, ", chunk ", t.chunk, t.send ? " to " : " from ", "stage ", t.peer);
+  return sentence(name_of(t.payload), " of micro-batch ", t.microbatch, ", chunk ", t.chunk,
+                  ", from stage ", t.from, " to stage ", t.to);
 }
 
 std::string to_string(const Action& a) {

@@ -59,17 +59,14 @@
 
 // ---- the data
 
-// One end of one transfer, as the stage that holds this end sees it. Two stages, one micro-batch:
-// stage 0 has {send, activation, peer 1, ...}, stage 1 {receive, activation, peer 0, ...}; later
-// stage 1 sends the gradient and stage 0 receives it.
+// What one position hands to the next, or back. Both stages list the same Transfer: one sends it,
+// the other receives it. Where they are one stage it stays in memory, and is in no list.
 struct Transfer {
   enum Payload { activation, gradient };
-  bool send;        // or receive
   Payload payload;  // activations travel to the next position, their gradients back
-  int peer;         // the stage at the other end
+  int from, to;     // stages
   int microbatch;
-  // of this stage: the one that computed what is sent, or that will use what is received
-  int chunk;
+  int chunk;  // of `from`: the one that computes it
   auto operator<=>(const Transfer&) const = default;
 };
 
@@ -116,7 +113,6 @@ struct Schedule {
   // where a stage's chunk is in the model; position 0 holds the first layers
   int position(int stage, int chunk) const;
   int stage_of(int position) const;
-  const Action& at(int stage, int index) const { return actions[stage][index]; }
 };
 
 // A row of the table: what makes a schedule, for any number of stages and micro-batches. Nothing
@@ -148,14 +144,11 @@ Schedule forwards_of(const Schedule& schedule, int microbatches);
 // What a stage computes, in order: its list without exchanges. Of the schedule it needs no actions.
 std::vector<Action> computations(const Schedule& s, int stage);
 
-// How a computation's input comes to its stage, and how its result leaves: its position plus or
-// minus one gives the peer, which is the stage itself where it hands over in memory (the bottom
-// of the V, or one stage alone); that is no exchange. Nothing at the ends of the model and for
-// weight gradients.
+// How a computation's input comes to its stage, and how its result leaves: from the position before
+// or to the next one. Where that is on the same stage (the bottom of the V, or one stage alone) it
+// is no exchange. Nothing at the ends of the model and for weight gradients.
 std::optional<Transfer> input_of(const Schedule& s, int stage, const Action& computation);
 std::optional<Transfer> output_of(const Schedule& s, int stage, const Action& computation);
-// The same transfer as the stage at its other end sees it.
-Transfer other_end(const Schedule& s, int stage, const Transfer& transfer);
 
 // Calls f(stage, index, action) for each.
 template <class F> void for_each_computation(const Schedule& s, const F& f) {
@@ -170,6 +163,6 @@ const char* name_of(Action::Kind kind);
 inline const char* name_of(Transfer::Payload payload) {
   return payload == Transfer::activation ? "activation" : "gradient";
 }
-std::string to_string(const Transfer& transfer);  // "send activation of micro-batch 3, ..."
+std::string to_string(const Transfer& transfer);  // "activation of micro-batch 3, ..."
 std::string to_string(const Action& action);      // "forward of micro-batch 3, chunk 0"
 std::string to_string(const Schedule& schedule);  // "1f1b, 4 stages, 8 micro-batches"

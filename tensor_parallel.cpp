@@ -32,7 +32,7 @@
 void TensorParallel::all_gather(const Tensor& mine, const Tensor& all) {
   make_wait(queue_, device().compute);  // this rank's part must have been computed
   const Timed timed(queue_);
-  ledger.all_gather(axis_, all.bytes());
+  ledger.enter(axis_, Collective::all_gather, all.bytes());
   NCCL_CHECK(ncclAllGather(mine.raw(), all.raw(), mine.numel(), nccl_type(all.dtype()), axis_.comm,
                            queue_));
 }
@@ -40,7 +40,7 @@ void TensorParallel::all_gather(const Tensor& mine, const Tensor& all) {
 void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
   make_wait(queue_, device().compute);  // x must have been computed
   const Timed timed(queue_);
-  ledger.all_reduce(axis_, x.bytes());
+  ledger.enter(axis_, Collective::all_reduce, x.bytes());
   NCCL_CHECK(
       ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), op, axis_.comm, queue_));
 }
@@ -70,7 +70,7 @@ Tensor TensorParallel::start_sum(const Tensor& partial) {
                    Memory::activations);
   make_wait(queue_, device().compute);  // the partial sums must have been computed
   const Timed timed(queue_);
-  ledger.reduce_scatter(axis_, partial.bytes());
+  ledger.enter(axis_, Collective::reduce_scatter, partial.bytes());
   NCCL_CHECK(ncclReduceScatter(partial.raw(), sum.raw(), sum.numel(), nccl_type(sum.dtype()),
                                ncclSum, axis_.comm, queue_));
   return sum;
@@ -94,7 +94,7 @@ Tensor TensorParallel::for_partial_sums(int64_t R, int64_t width, Dtype dtype) c
 Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool transposed,
                            Traffic serves) {
   if (axis_.size == 1) return linear(tape, x, w, transposed);
-  const Purpose purpose(tape.recomputing ? Traffic::recompute : serves);
+  const Purpose purpose(serves);
   const Tensor matrix = as_matrix(w.value);
   Var y{Tensor({R, matrix.dim(transposed ? 0 : 1)}, x.value.dtype(), Memory::activations)};
   const Tensor all_x = gather(x.value, R);
@@ -132,7 +132,6 @@ Var TensorParallel::head(Tape& tape, const Var& x, int64_t R, Param& wte) {
 
 Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w) {
   if (axis_.size == 1) return linear(tape, x, w);
-  const Purpose purpose(tape.recomputing ? Traffic::recompute : Traffic::training);
   const int64_t N = w.value.dim(1);
   const Tensor partial = for_partial_sums(R, N, x.value.dtype());
   product(partial.part(0, {R, N}), x.value, false, w.value, false, 0);
@@ -204,7 +203,7 @@ void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
   NCCL_CHECK(ncclGroupStart());
   for (const Param* p : params) {
     if (!p->partial) continue;
-    ledger.all_reduce(axis_, p->grad.bytes());
+    ledger.enter(axis_, Collective::all_reduce, p->grad.bytes());
     NCCL_CHECK(ncclAllReduce(p->grad.raw(), p->grad.raw(), p->grad.numel(),
                              nccl_type(p->grad.dtype()), ncclSum, axis_.comm, queue_));
   }

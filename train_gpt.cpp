@@ -157,7 +157,7 @@ class Run {
             " and the gradient norm ", norm,
             ": training stops here; a smaller --lr or a longer --warmup may help");
     const StepRecord record =
-        progress.end_step(step, loss, norm, lr, o.batch * o.model.context, communicated());
+        progress.end_step(step, loss, norm, lr, o.batch * o.model.context, seconds_communicating());
     if (o.profile) profile.end_step(record.step_ms * 1e-3);
     if (is_traced) trace->end_step();
     return record;
@@ -186,7 +186,7 @@ class Run {
   // both at the same places.
   bool stopped() const {
     int mine = signal_came() || !error.empty(), any = 0;
-    MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, Finished());  // it waits here
+    MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, UntilDone());  // it waits here
     return any != 0;
   }
 
@@ -226,7 +226,7 @@ class Run {
       data.tokenizer->silence(logits);
       int token = pick(logits, {.temperature = 0.8, .seed = uint64_t(o.seed)}, i);
       // should two ranks' logits differ in a last bit, all still go on with one token
-      MPI_Ibcast(&token, 1, MPI_INT, 0, MPI_COMM_WORLD, Finished());
+      MPI_Ibcast(&token, 1, MPI_INT, 0, MPI_COMM_WORLD, UntilDone());
       tokens.push_back(token);
       if (stopped()) break;
       if (token == data.tokenizer->end_of_text()) {

@@ -33,9 +33,9 @@ std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int 
 Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
     : options(o),
       gpt(config, mesh["tp"], mesh.queue, mesh["cp"]),
-      fsdp(join(mesh, "fsdp", "cp"), mesh.axes_where(&AxisKind::copies_model), mesh.queue,
-           config.dtype, options.fsdp),
-      pipeline(mesh["pp"], mesh.queue, schedule_of(options, mesh.layout)),
+      fsdp(mesh.shards, mesh.axes_where(&AxisKind::copies_model), mesh.queue, config.dtype,
+           options.fsdp),
+      pipeline(mesh["pp"], mesh.queue, config.dtype, schedule_of(options, mesh.layout)),
       mesh_(mesh),
       pieces_(pieces_of(gpt, pipeline.schedule(), mesh["pp"].rank)) {
   fsdp.add_units(params_of(pieces_), options.seed, name_of_unit);
@@ -84,10 +84,9 @@ void Trainer::gradients(const Batch& batch) {
   recorder.enter("begin");
   fill(total_, 0);
   fsdp.begin_step(pipeline.schedule().microbatches);
-  pipeline.run(activation(b, T), gpt.config.dtype,
-               [&](Tape& tape, int chunk, const Var& x, int microbatch) {
-                 return forward_loss(tape, chunk, x, batch[microbatch], 1.0 / (options.batch * T));
-               });
+  pipeline.run(activation(b, T), [&](Tape& tape, int chunk, const Var& x, int microbatch) {
+    return forward_loss(tape, chunk, x, batch[microbatch], 1.0 / (options.batch * T));
+  });
   fsdp.finish_backward();
   if (exchanges_tied_) pipeline.sum_tied(fsdp.units().at(kTied).shard_grad);
   recorder.enter("loss");
@@ -103,7 +102,8 @@ Var Trainer::forward(Tape& tape, int chunk, Var x, const Tokens& tokens) {
 Var Trainer::forward_loss(Tape& tape, int chunk, const Var& x, const Tokens& tokens, double scale) {
   Var y = forward(tape, chunk, x, tokens);
   if (!has_head(pieces_[chunk])) return y;
-  scale /= gpt.cp.copies(tokens.T);  // too short to split: all ranks of cp have the whole loss
+  // too short to split: all ranks of cp have the whole loss
+  if (!gpt.cp.splits(tokens.T)) scale /= mesh_["cp"].size;
   recorder.enter("forward", "loss");
   gpt.tp.cross_entropy(tape, std::move(y), tokens.targets, gpt.config.vocab, scale, total_);
   return {};
@@ -198,10 +198,9 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
       batch.push_back(read(std::min(mine, sequences - count), count, T, held_out));
       scales.push_back(mine < sequences ? 1.0 / (sequences * T) : 0.0);
     }
-    pipeline.forward(activation(count, T), gpt.config.dtype, times,
-                     [&](Tape& tape, int chunk, const Var& x, int i) {
-                       return forward_loss(tape, chunk, x, batch[i], scales[i]);
-                     });
+    pipeline.forward(activation(count, T), times, [&](Tape& tape, int chunk, const Var& x, int i) {
+      return forward_loss(tape, chunk, x, batch[i], scales[i]);
+    });
   };
   add(0, b, rounds);  // whole rounds first, then one sequence a rank
   add(rounds * round, 1, ceil_div(sequences - rounds * round, ranks));
@@ -221,13 +220,12 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
   batch.last_rows = true;
   Tensor next({1, V}, master_dtype(gpt.config.dtype), Memory::workspace);
   fill(next, 0);  // what a rank has that does not have the head
-  pipeline.forward(activation(1, n), gpt.config.dtype, 1,
-                   [&](Tape& tape, int chunk, const Var& x, int) {
-                     const Var y = forward(tape, chunk, x, batch);
-                     if (!has_head(pieces_[chunk])) return y;
-                     if (gpt.cp.has_last(n)) next = y.value;
-                     return Var{};
-                   });
+  pipeline.forward(activation(1, n), 1, [&](Tape& tape, int chunk, const Var& x, int) {
+    const Var y = forward(tape, chunk, x, batch);
+    if (!has_head(pieces_[chunk])) return y;
+    if (gpt.cp.has_last(n)) next = y.value;
+    return Var{};
+  });
   sum_over({mesh_["cp"], mesh_["pp"]}, next, Traffic::evaluation, mesh_.queue);
   return download(next);
 }

@@ -7,7 +7,7 @@ Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int
     : gpt(config, mesh["tp"], mesh.queue),
       mesh_(mesh),
       piece_(gpt.pieces(mesh["pp"].size)[mesh["pp"].rank]),
-      pipeline_(mesh["pp"], mesh.queue, make_schedule("gpipe", mesh["pp"].size, 1)),
+      pipeline_(mesh["pp"], mesh.queue, config.dtype, make_schedule("gpipe", mesh["pp"].size, 1)),
       lengths_(sequences),
       sequences_(sequences),
       room_(room),
@@ -28,14 +28,12 @@ Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int
 Generator::Logits Generator::forward(Tokens tokens, const Gpt::Attend& attend) {
   Logits logits;
   tokens.last_rows = true;
-  pipeline_.forward({tokens.rows(), gpt.config.width}, gpt.config.dtype, 1,
-                    [&](Tape& tape, int, Var x, int) {
-                      for (const ModelPart& part : piece_)
-                        x = gpt.run(tape, part, x, tokens, attend);
-                      if (!has_head(piece_)) return x;
-                      logits = download(x.value);
-                      return Var{};
-                    });
+  pipeline_.forward({tokens.rows(), gpt.config.width}, 1, [&](Tape& tape, int, Var x, int) {
+    for (const ModelPart& part : piece_) x = gpt.run(tape, part, x, tokens, attend);
+    if (!has_head(piece_)) return x;
+    logits = download(x.value);
+    return Var{};
+  });
   return logits;
 }
 
@@ -71,7 +69,7 @@ std::vector<int> Generator::share(std::vector<int> picked) {
   upload(tokens, picked.data());
   make_wait(mesh_.queue, device().compute);  // the tokens must be on the device
   const Timed timed(mesh_.queue);
-  ledger.broadcast(pp, tokens.bytes());
+  ledger.enter(pp, Collective::broadcast, tokens.bytes());
   NCCL_CHECK(ncclBroadcast(tokens.raw(), tokens.raw(), sequences_, ncclInt32, pp.size - 1, pp.comm,
                            mesh_.queue));
   make_wait(device().compute, mesh_.queue);  // they must have arrived

@@ -82,7 +82,7 @@ std::string advice_on_nodes(const Mesh& mesh, const Job& job) {
   const int tp = mesh["tp"].size;
   if (job.local_size == job.size || tp == 1) return "";
   int node = job.rank;  // its first rank
-  MPI_Ibcast(&node, 1, MPI_INT, 0, job.node, Finished());
+  MPI_Ibcast(&node, 1, MPI_INT, 0, job.node, UntilDone());
   const std::vector<std::string> nodes = gather_text(std::to_string(node));
   bool apart = false;
   size_t blocks = 1;  // of ranks on one node

@@ -21,12 +21,12 @@ std::vector<std::string> gather_text(const std::string& mine) {
           " bytes to tell the others, and 2 GiB are the most: trace fewer steps");
   const int length = mine.size();
   std::vector<int> lengths(ranks);
-  MPI_Iallgather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, MPI_COMM_WORLD, Finished());
+  MPI_Iallgather(&length, 1, MPI_INT, lengths.data(), 1, MPI_INT, MPI_COMM_WORLD, UntilDone());
   const int longest = *std::ranges::max_element(lengths);
   std::string padded = mine, all(size_t(longest) * ranks, ' ');
   padded.resize(longest);
   MPI_Iallgather(padded.data(), longest, MPI_CHAR, all.data(), longest, MPI_CHAR, MPI_COMM_WORLD,
-                 Finished());
+                 UntilDone());
   std::vector<std::string> texts;
   for (const int bytes : lengths) texts.push_back(all.substr(texts.size() * longest, bytes));
   return texts;

@@ -40,7 +40,7 @@ class Job {
   const bool by_mpiexec_ = getenv("MPI_LOCALNRANKS");  // of MPICH, and no other launcher
 };
 
-inline void barrier() { MPI_Ibarrier(MPI_COMM_WORLD, Finished()); }
+inline void barrier() { MPI_Ibarrier(MPI_COMM_WORLD, UntilDone()); }
 std::string host_name();
 std::vector<std::string> gather_text(const std::string& mine);  // of all ranks, on every rank
 std::vector<nlohmann::json> gather(const nlohmann::json& mine);

@@ -50,7 +50,7 @@ int run_program(const char* name, const char* usage, int argc, char** argv, Opti
       setenv("NCCL_NVLS_ENABLE", "0", 0);
     {
       Watch watch(job, o.timeout);
-      Mesh mesh = open_mesh(o.layout, [&] { watch.progress(); });
+      Mesh mesh = open_mesh(o.layout);
       watch.observe(mesh);
       check_mesh(mesh);
       const std::string advice = advice_on_nodes(mesh, job);

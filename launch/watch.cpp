@@ -29,13 +29,13 @@ static std::string place_of(const WatchRecord& r) {  // "step 13, all_reduce #18
 static void* share(const Job& job, size_t bytes) {
   char name[] = "/dev/shm/threefold-watch-XXXXXX";  // in memory
   int fd = job.local_rank == 0 ? mkstemp(name) : -1;
-  MPI_Ibcast(name, sizeof name, MPI_CHAR, 0, job.node, Finished());
+  MPI_Ibcast(name, sizeof name, MPI_CHAR, 0, job.node, UntilDone());
   if (job.local_rank > 0) fd = open(name, O_RDWR);
   if (fd >= 0) errno = posix_fallocate(fd, 0, bytes);
   SYSTEM_CHECK(errno == 0, "the watch's records cannot be shared in ", name);
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   SYSTEM_CHECK(memory != MAP_FAILED, "the watch's records cannot be mapped");
-  MPI_Ibarrier(job.node, Finished());
+  MPI_Ibarrier(job.node, UntilDone());
   if (job.local_rank == 0) unlink(name);  // nobody opens it any more
   close(fd);
   return memory;

@@ -20,7 +20,7 @@ static double clock_ahead(const Mesh& mesh) {
     const double begin = MPI_Wtime();
     barrier();
     double first = MPI_Wtime();
-    MPI_Ibcast(&first, 1, MPI_DOUBLE, 0, MPI_COMM_WORLD, Finished());
+    MPI_Ibcast(&first, 1, MPI_DOUBLE, 0, MPI_COMM_WORLD, UntilDone());
     const double end = MPI_Wtime();
     if (end - begin >= fastest) continue;
     fastest = end - begin;
@@ -234,7 +234,7 @@ void Trace::write() {
     }
   }
   std::string title = list_axes("training", mesh_, &Axis::size);
-  if (join(mesh_, "fsdp", "cp").size > 1) title += sentence(", ZeRO-", trainer_.options.fsdp.zero);
+  if (mesh_.shards.size > 1) title += sentence(", ZeRO-", trainer_.options.fsdp.zero);
   if (mesh_["pp"].size > 1) title += sentence(", ", trainer_.pipeline.schedule().row->name);
   file_.line({{"traceEvents", std::move(events)},
               {"threefold",

@@ -80,7 +80,7 @@ class Pair {
     }
     synchronize();
     double mine = MPI_Wtime() - start, slowest = 0;
-    MPI_Iallreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, Finished());
+    MPI_Iallreduce(&mine, &slowest, 1, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD, UntilDone());
     return slowest;
   }
   // What a turn of `more` takes longer than one of `less`, which take turns themselves, so that
@@ -137,7 +137,7 @@ int main(int argc, char** argv) {
     {
       ncclUniqueId id;
       if (!job.rank) NCCL_CHECK(ncclGetUniqueId(&id));
-      MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, Finished());
+      MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, UntilDone());
       ncclComm_t world;
       NCCL_CHECK(ncclCommInitRank(&world, job.size, id, job.rank));
       const size_t bytes = argc == 4 ? std::stoul(argv[2]) : 4 << 20;

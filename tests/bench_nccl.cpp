@@ -42,7 +42,7 @@ std::vector<double> times_of(size_t bytes, const std::vector<std::function<void(
       mine.push_back((MPI_Wtime() - start) / row);
     }
   MPI_Iallreduce(mine.data(), slowest.data(), count, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD,
-                 Finished());
+                 UntilDone());
   for (size_t k = 0; k < calls.size(); k++) {
     std::vector<double> times;
     for (int i = 0; i < repetitions; i++) times.push_back(slowest[i * calls.size() + k]);

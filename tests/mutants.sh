@@ -104,7 +104,7 @@ mutant waits a_layer_does_not_wait_for_the_partial_sums \
 mutant waits a_layer_does_not_wait_for_the_sum \
   tensor_parallel.cpp '/what was sent must have arrived/d' 2 queued test_tensor_parallel $parity_tp
 mutant waits a_stage_sends_before_it_has_computed \
-  pipeline.cpp 's/^    if \(t.send\) outbox_.at.*/    if (t.send) {}/' \
+  pipeline.cpp 's/^    if \(t.from == .*\) outbox_.at.*/    if (t.from == axis_.rank) {}/' \
   2 queued test_pipeline $parity_pp
 mutant waits a_stage_computes_before_its_input_has_arrived \
   pipeline.cpp '/it must have arrived/d' 2 queued test_pipeline $parity_pp
@@ -163,7 +163,7 @@ mutant faults a_head_s_gradient_is_not_fresh_again \
 mutant faults embeddings_are_added_to_what_was_there \
   autograd.cpp '/clear_if_fresh/d' 2 immediate test_fsdp $parity
 mutant faults the_first_micro_batch_is_added_to_the_last_step_s_sum \
-  fsdp.cpp 's/if \(std::exchange\(u.shard_grad_fresh, false\)\) copy.*/if (false) {}/' \
+  fsdp.cpp 's/if \(u.gradients_done == 1\) copy.*/if (false) {}/' \
   2 immediate test_fsdp $parity
 mutant faults what_nobody_wrote_is_summed \
   fsdp.cpp '/clear_if_fresh/d' 4 queued test_pipeline $parity_pp
@@ -249,7 +249,7 @@ mutant faults computations_come_before_the_transfers_of_their_tick \
   schedule.cpp 's/start >= tick \+ 1/start >= tick + 2/' \
   1 immediate test_schedule $accepts
 mutant faults a_transfer_takes_no_moment \
-  schedule.cpp 's/ \+ \(sent->peer != stage\) \* kMoment//' 1 immediate test_schedule
+  schedule.cpp 's/ \+ \(sent->to != stage\) \* kMoment//' 1 immediate test_schedule
 
 # The engine that checks and simulates them, and its tasks.
 earliest=the_earliest
@@ -260,7 +260,7 @@ mutant faults what_ranks_do_together_begins_with_the_first \
   theory/timeline.cpp 's/(start = std::)max(\(start, spans\[other\])/\1min\2/' \
   1 immediate test_plan $earliest
 mutant faults a_send_does_not_wait_for_what_it_sends \
-  theory/simulate.cpp 's/if \(t.send\)$/if (false)/' 1 immediate test_plan $earliest
+  theory/simulate.cpp 's/if \(t.from == stage\) needs.*/;/' 1 immediate test_plan $earliest
 mutant faults gradients_may_be_summed_in_any_order \
   theory/simulate.cpp '/sums are made in ascending order/d' 1 immediate test_schedule
 

@@ -40,9 +40,9 @@ template <class Work> Run from_rank_0(Work work) {
   on_first_rank(job(), [&] { run = work(); });
   for (std::vector<double>* values : {&run.losses, &run.norms, &run.gradients, &run.weights}) {
     int64_t size = int64_t(values->size());
-    MPI_Ibcast(&size, 1, MPI_INT64_T, 0, MPI_COMM_WORLD, Finished());
+    MPI_Ibcast(&size, 1, MPI_INT64_T, 0, MPI_COMM_WORLD, UntilDone());
     values->resize(size_t(size));
-    MPI_Ibcast(values->data(), int(size), MPI_DOUBLE, 0, MPI_COMM_WORLD, Finished());
+    MPI_Ibcast(values->data(), int(size), MPI_DOUBLE, 0, MPI_COMM_WORLD, UntilDone());
   }
   return run;
 }
@@ -115,7 +115,7 @@ inline std::vector<double> whole_model(Mesh& mesh, Trainer& trainer, WholeOf wha
       copies[to] = values[k];
     }
   }
-  const Axis shards = join(mesh, "fsdp", "cp");
+  const Axis shards = mesh.shards;
   mine = sum_over(mesh, shards, mine), copies = sum_over(mesh, shards, copies);
   mine = sum_over(mesh, mesh["tp"], mine);
   for (size_t i = 0; i < mine.size(); i++)

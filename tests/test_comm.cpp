@@ -49,53 +49,48 @@ TEST(open_mesh_places_ranks_slowest_axis_first) {
   measured(layouts.size(), " layouts, and check_mesh tries what each axis is used for");
 }
 
-// The ranks of joined axes are numbered slow axis first, and are those that differ from this one in
-// the joined places only; a reduce-scatter and an all-gather over them give what the world's
+// The ranks of fsdp and cp joined are numbered slow axis first, and are those that differ from this
+// one in the two places only; a reduce-scatter and an all-gather over them give what the world's
 // numbers of the ranks say that they must.
 TEST(joined_axes_number_their_ranks_slow_axis_first) {
   int joined = 0;
-  const auto check = [&](Mesh& m, AxisName slowest, AxisName fastest) {
-    const Axis axis = join(m, slowest, fastest);
-    int size = 1, rank = 0, stride = 1;
-    for (size_t a = slowest.index; a < kAxes.size(); a++)
-      if (a > fastest.index) stride *= m.axes[a].size;
-      else size *= m.axes[a].size, rank = rank * m.axes[a].size + m.axes[a].rank;
-    CHECK_EQ(axis.size, size, axis.name);
-    CHECK_EQ(axis.rank, rank, axis.name);
-    if (size == 1) return;
-    const std::vector<double> ranks = gather_ranks(m, axis);
-    for (int i = 0; i < size; i++)
-      CHECK_EQ(ranks[size_t(i)], m.rank + (i - rank) * stride, axis.name);
-    // element i of rank r is r i; of the sum, rank i has element i
-    std::vector<double> mine;
-    double expected = 0;
-    for (int i = 0; i < size; i++) mine.push_back(m.rank * i), expected += ranks[size_t(i)] * rank;
-    const Tensor all({size}, Dtype::f64, Memory::workspace),
-        sum({1}, Dtype::f64, Memory::workspace);
-    upload(all, mine.data());
-    synchronize();
-    NCCL_CHECK(
-        ncclReduceScatter(all.raw(), sum.raw(), 1, ncclFloat64, ncclSum, axis.comm, m.queue));
-    CUDA_CHECK(cudaStreamSynchronize(m.queue));
-    CHECK_EQ(download(sum)[0], expected, axis.name);
-    joined++;
-  };
   for (const Layout& l : layouts_of(job().size)) {
     Mesh m = open_mesh(l);
-    // what FSDP shards over is there from the first minute on: the checks and the watch see it
-    CHECK_EQ(m.joined.size(), size_t(l["fsdp"] > 1 && l["cp"] > 1), to_string(l));
-    check(m, "pp", "replicate");
-    check(m, "replicate", "fsdp");
-    check(m, "fsdp", "cp");
-    check(m, "fsdp", "tp");
-    check(m, "pp", "tp");
-    check_mesh(m);  // tries the joined axes, too
-    if (l["fsdp"] > 1 && l["replicate"] > 1)
-      CHECK_EQ(join(m, "replicate", "fsdp").name, "replicate x fsdp");
-    CHECK_EQ(join(m, "fsdp", "fsdp").name, "fsdp");
+    const Axis &axis = m.shards, &fsdp = m["fsdp"], &cp = m["cp"];
+    const bool both = fsdp.size > 1 && cp.size > 1;
+    CHECK_EQ(axis.name, both ? "fsdp x cp" : cp.size > 1 ? "cp" : "fsdp");
+    // the checks and the watch see it from the first minute on
+    CHECK_EQ(m.every_axis().size(), 1 + kAxes.size() + both, to_string(l));
+    CHECK_EQ(axis.size, fsdp.size * cp.size, axis.name);
+    const int rank = fsdp.rank * cp.size + cp.rank;
+    CHECK_EQ(axis.rank, rank, axis.name);
+    // the same place without communicators
+    const Axis closed = Mesh(l, m.rank).shards;
+    CHECK(closed.name == axis.name && closed.size == axis.size && closed.rank == rank);
+    CHECK(!closed.comm);
+    if (axis.size > 1) {
+      const std::vector<double> ranks = gather_ranks(m, axis);
+      for (int i = 0; i < axis.size; i++)
+        CHECK_EQ(ranks[size_t(i)], m.rank + (i - rank) * m["tp"].size, axis.name);
+      // element i of rank r is r i; of the sum, rank i has element i
+      std::vector<double> mine;
+      double expected = 0;
+      for (int i = 0; i < axis.size; i++)
+        mine.push_back(m.rank * i), expected += ranks[size_t(i)] * rank;
+      const Tensor all({axis.size}, Dtype::f64, Memory::workspace),
+          sum({1}, Dtype::f64, Memory::workspace);
+      upload(all, mine.data());
+      synchronize();
+      NCCL_CHECK(
+          ncclReduceScatter(all.raw(), sum.raw(), 1, ncclFloat64, ncclSum, axis.comm, m.queue));
+      CUDA_CHECK(cudaStreamSynchronize(m.queue));
+      CHECK_EQ(download(sum)[0], expected, axis.name);
+      joined += both;
+    }
+    check_mesh(m);  // tries it, too
     close_mesh(m);
   }
-  measured(joined, " joined axes of more than one rank");
+  measured(joined, " axes joined of two");
 }
 
 TEST(layouts_that_do_not_fit_the_world_are_refused) {

@@ -52,7 +52,7 @@ struct Watch {
 ncclComm_t new_world(bool shared_memory) {
   ncclUniqueId id;
   if (!job().rank) NCCL_CHECK(ncclGetUniqueId(&id));
-  MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, Finished());
+  MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, UntilDone());
   ncclComm_t comm;
   nccl_referee::use_shared_memory(shared_memory);
   NCCL_CHECK(ncclCommInitRank(&comm, job().size, id, job().rank));
@@ -381,7 +381,7 @@ TEST(sums_have_the_same_bits_on_every_rank_whatever_the_transport) {
   for (const size_t count : {small, large}) {
     const std::vector<float> all = reduce_all(true, count);
     std::vector<float> of_first = all;
-    MPI_Ibcast(of_first.data(), int(count), MPI_FLOAT, 0, MPI_COMM_WORLD, Finished());
+    MPI_Ibcast(of_first.data(), int(count), MPI_FLOAT, 0, MPI_COMM_WORLD, UntilDone());
     expect_same(all, of_first, "all-reduce");
     expect_same(reduce_all(false, count), all, "all-reduce over MPI");
   }
@@ -789,7 +789,7 @@ TEST(a_rank_that_is_missing_at_the_start_is_named) {
   const Watch shorter(0.6);
   ncclUniqueId id;
   if (!job().rank) NCCL_CHECK(ncclGetUniqueId(&id));
-  MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, Finished());
+  MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, UntilDone());
   ncclComm_t comm;
   if (job().rank == 0) {
     const ncclResult_t result = ncclCommInitRank(&comm, job().size, id, 0);
@@ -1020,7 +1020,7 @@ TEST(the_stand_in_counts_the_bytes_of_the_formulas) {
     CHECK_EQ(traffic(c.comm, Call::all_reduce).n, n);
     // What all ranks read in an all-reduce adds up to what all send.
     int64_t copied = traffic(c.comm, Call::all_reduce).copied, sum = 0;
-    MPI_Iallreduce(&copied, &sum, 1, MPI_INT64_T, MPI_SUM, MPI_COMM_WORLD, Finished());
+    MPI_Iallreduce(&copied, &sum, 1, MPI_INT64_T, MPI_SUM, MPI_COMM_WORLD, UntilDone());
     CHECK_EQ(sum, 2 * (n - 1) * count * each);
   }
   measured("all-gather, reduce-scatter, all-reduce, send, exactly");

@@ -60,7 +60,7 @@ TEST(the_simulators_times_are_the_earliest_that_a_schedule_allows) {
       std::map<std::pair<int, Transfer>, Span> moves;
       for (int stage = 0; stage < s.stages; stage++)
         for (size_t i = 0; i < spans[stage].size(); i++) {
-          const Action& a = s.at(stage, int(i));
+          const Action& a = s.actions[stage][i];
           const Span span = spans[stage][i];
           for (const Transfer& transfer : a.transfers) moves[{stage, transfer}] = span;
           if (a.kind != Action::exchange && a.kind != Action::weight_gradient)
@@ -69,19 +69,19 @@ TEST(the_simulators_times_are_the_earliest_that_a_schedule_allows) {
       for (int stage = 0; stage < s.stages; stage++) {
         double free[2] = {};  // of both queues
         for (size_t i = 0; i < spans[stage].size(); i++) {
-          const Action& a = s.at(stage, int(i));
+          const Action& a = s.actions[stage][i];
           double& queue = free[a.kind == Action::exchange];
           double start = queue;
           if (const auto input = input_of(s, stage, a);
-              a.kind != Action::exchange && input && input->peer != stage)
+              a.kind != Action::exchange && input && input->from != stage)
             start = std::max(start, moves.at({stage, *input}).end);
           for (const Transfer& x : a.transfers)
-            if (x.send)
+            if (x.from == stage)
               start = std::max(start, made.at({stage, x.payload == Transfer::activation,
                                                x.microbatch, x.chunk}));
           double both = start;
           for (const Transfer& x : a.transfers)
-            both = std::max(both, moves.at({x.peer, other_end(s, stage, x)}).start);
+            both = std::max(both, moves.at({x.from == stage ? x.to : x.from, x}).start);
           const Span span{start, both + durations[stage][i]};
           moved |= span.start > spans[stage][i].start || span.end > spans[stage][i].end;
           spans[stage][i] = span;

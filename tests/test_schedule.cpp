@@ -93,9 +93,9 @@ struct Interpreter {
 
   bool compute(int stage) {
     int& i = computing[stage];
-    while (i < int(s.actions[stage].size()) && s.at(stage, i).kind == Action::exchange) i++;
+    while (i < int(s.actions[stage].size()) && s.actions[stage][i].kind == Action::exchange) i++;
     if (i == int(s.actions[stage].size())) return false;
-    const Action& a = s.at(stage, i);
+    const Action& a = s.actions[stage][i];
     const int at = s.position(stage, a.chunk), last = s.positions() - 1, m = a.microbatch;
     if (a.kind == Action::forward) {
       if (at > 0 && !available(stage, {Transfer::activation, m, at - 1})) return false;
@@ -117,20 +117,21 @@ struct Interpreter {
 
   bool exchange(int stage) {
     int& i = exchanging[stage];
-    while (i < int(s.actions[stage].size()) && s.at(stage, i).kind != Action::exchange) i++;
+    while (i < int(s.actions[stage].size()) && s.actions[stage][i].kind != Action::exchange) i++;
     if (i == int(s.actions[stage].size())) return false;
     if (const auto now = open.find({stage, i}); now != open.end()) {
       if (now->second > 0) return false;
       i++;
       return true;
     }
-    for (const Transfer& t : s.at(stage, i).transfers)
-      if (t.send && !made[stage].count({t.payload, t.microbatch, s.position(stage, t.chunk)}))
+    for (const Transfer& t : s.actions[stage][i].transfers)
+      if (t.from == stage &&
+          !made[stage].count({t.payload, t.microbatch, s.position(stage, t.chunk)}))
         return false;
-    open[{stage, i}] = int(s.at(stage, i).transfers.size());
-    for (const Transfer& t : s.at(stage, i).transfers) {
-      const std::pair<int, int> pair = t.send ? std::pair{stage, t.peer} : std::pair{t.peer, stage};
-      (t.send ? sent : received)[pair].push_back({stage, i, t});
+    open[{stage, i}] = int(s.actions[stage][i].transfers.size());
+    for (const Transfer& t : s.actions[stage][i].transfers) {
+      const std::pair<int, int> pair{t.from, t.to};
+      (t.from == stage ? sent : received)[pair].push_back({stage, i, t});
       size_t& k = met[pair];
       for (; k < std::min(sent[pair].size(), received[pair].size()); k++)
         meet(sent[pair][k], received[pair][k]);
@@ -139,13 +140,9 @@ struct Interpreter {
   }
 
   void meet(const End& from, const End& to) {
-    const int sent_by = s.position(from.stage, from.transfer.chunk);
-    has[to.stage].insert({from.transfer.payload, from.transfer.microbatch, sent_by});
-    const int expected = s.position(to.stage, to.transfer.chunk) +
-                         (to.transfer.payload == Transfer::activation ? -1 : 1);
-    if (from.transfer.payload != to.transfer.payload ||
-        from.transfer.microbatch != to.transfer.microbatch || sent_by != expected)
-      wrong = "a receive got what another one should get";
+    const Transfer& t = from.transfer;
+    has[to.stage].insert({t.payload, t.microbatch, s.position(from.stage, t.chunk)});
+    if (t != to.transfer) wrong = "a receive got what another one should get";
     open[{from.stage, from.index}]--;
     open[{to.stage, to.index}]--;
   }
@@ -361,7 +358,7 @@ TEST(each_cut_carries_each_micro_batch_once_each_way) {
     for (int stage = 0; stage < p; stage++)
       for (const Action& a : s.actions[stage])
         for (const Transfer& t : a.transfers)
-          if (t.send) sends[{t.payload, s.position(stage, t.chunk)}]++;
+          if (t.from == stage) sends[{t.payload, s.position(stage, t.chunk)}]++;
     // the middle cut of a V lies inside the last stage
     const int cuts = p == 1 ? 0 : s.row->placement == Placement::vee ? 2 * p - 2 : p * v - 1;
     CHECK_EQ(int(sends.size()), 2 * cuts, label(s));
@@ -393,16 +390,16 @@ TEST(facing_sends_share_a_group) {
     for (int stage = 0; stage < p; stage++)
       for (const Action& a : s.actions[stage])
         for (const Transfer& transfer : a.transfers) {
-          if (!transfer.send) continue;
-          const auto both = std::minmax(stage, transfer.peer);
+          if (transfer.from != stage) continue;
+          const auto both = std::minmax(stage, transfer.to);
           const double when =
               made.at({stage, transfer.payload, transfer.microbatch, transfer.chunk});
           CHECK_LE(int(a.transfers.size()), 2, label(s));
           if (a.transfers.size() == 1)
             CHECK_EQ((++alone[{when, {both.first, both.second}}]), 1, label(s), " time ", when);
           if (a.transfers.size() == 1) continue;
-          CHECK(a.transfers[0].send != a.transfers[1].send &&
-                    a.transfers[0].peer == a.transfers[1].peer,
+          CHECK(a.transfers[0].from == a.transfers[1].to &&
+                    a.transfers[0].to == a.transfers[1].from,
                 label(s));
           groups++;
         }
@@ -441,7 +438,7 @@ TEST(a_missing_action_is_rejected) {
       for (size_t i = 0; i < s.actions[stage].size(); i++, mutants++) {
         Schedule broken = s;
         broken.actions[stage].erase(broken.actions[stage].begin() + i);
-        CHECK(check(broken) != "", label(s), " without ", to_string(s.at(stage, int(i))),
+        CHECK(check(broken) != "", label(s), " without ", to_string(s.actions[stage][i]),
               " on stage ", stage);
       }
   measured(mutants, " mutants, each action of ", some().size(), " schedules in turn");
@@ -483,9 +480,10 @@ TEST(a_send_without_its_receive_is_rejected) {
           for (int change = 0; change < 4; change++) {  // there, but not the right one
             broken = s;
             Transfer& t = broken.actions[stage][i].transfers[k];
-            if (change == 0) t.peer = (t.peer + 1) % s.stages;
+            int& peer = t.from == stage ? t.to : t.from;
+            if (change == 0) peer = (peer + 1) % s.stages;
             if (change == 1) t.microbatch = (t.microbatch + 1) % s.microbatches;
-            if (change == 2) t.send = !t.send;
+            if (change == 2) std::swap(t.from, t.to);
             if (change == 3) t.chunk++;
             CHECK(check(broken) != "", label(s), " change ", change);
             mutants++;
@@ -515,8 +513,7 @@ TEST(a_swapped_pair_is_rejected) {
             rejected(s, stage, i, j);
           // two transfers with the same stage in the same direction
           if (a.transfers.size() == 1 && b.transfers.size() == 1 &&
-              a.transfers[0].peer == b.transfers[0].peer &&
-              a.transfers[0].send == b.transfers[0].send)
+              a.transfers[0].from == b.transfers[0].from && a.transfers[0].to == b.transfers[0].to)
             rejected(s, stage, i, j);
           // what is sent and its computation, a computation and what it receives
           const auto belongs = [](const Transfer& t, const Action& c) {
@@ -525,9 +522,9 @@ TEST(a_swapped_pair_is_rejected) {
                    (c.kind == Action::forward) == (t.payload == Transfer::activation);
           };
           for (const Transfer& t : b.transfers)
-            if (t.send && belongs(t, a)) rejected(s, stage, i, j);
+            if (t.from == stage && belongs(t, a)) rejected(s, stage, i, j);
           for (const Transfer& t : a.transfers)
-            if (!t.send && belongs(t, b)) rejected(s, stage, i, j);
+            if (b.kind != Action::exchange && input_of(s, stage, b) == t) rejected(s, stage, i, j);
         }
     }
   Schedule early = make_schedule("1f1b", 2, 4);
@@ -547,8 +544,9 @@ TEST(receives_in_another_order_than_the_sends_are_rejected) {
     for (int stage = 0; stage < s.stages; stage++)
       for (size_t i = 0; i < s.actions[stage].size(); i++)
         for (size_t j = i + 1; j < s.actions[stage].size(); j++) {
-          const auto &a = s.at(stage, int(i)).transfers, &b = s.at(stage, int(j)).transfers;
-          if (a.size() != 1 || b.size() != 1 || a[0].send || b[0].send || a[0].peer != b[0].peer)
+          const auto &a = s.actions[stage][i].transfers, &b = s.actions[stage][j].transfers;
+          if (a.size() != 1 || b.size() != 1 || a[0].to != stage || b[0].to != stage ||
+              a[0].from != b[0].from)
             continue;
           Schedule broken = s;
           std::swap(broken.actions[stage][i], broken.actions[stage][j]);
@@ -567,11 +565,14 @@ TEST(a_facing_pair_ungrouped_is_rejected) {
     for (int stage = 0; stage < s.stages; stage++)
       for (size_t i = 0; i < s.actions[stage].size(); i++) {
         const Action& group = s.actions[stage][i];
-        if (group.transfers.size() < 2 || group.transfers[0].peer < stage) continue;
-        const int peer = group.transfers[0].peer;
+        if (group.transfers.size() < 2) continue;
+        const Transfer& one = group.transfers[0];
+        const int peer = one.from == stage ? one.to : one.from;
+        if (peer < stage) continue;
         // the group on the other side: the one that comes after as many exchanges between the two
         const auto with = [](const Action& a, int other) {
-          return a.kind == Action::exchange && a.transfers[0].peer == other;
+          return a.kind == Action::exchange &&
+                 (a.transfers[0].from == other || a.transfers[0].to == other);
         };
         int count = 0;
         for (size_t k = 0; k < i; k++) count += with(s.actions[stage][k], peer);
@@ -583,7 +584,7 @@ TEST(a_facing_pair_ungrouped_is_rejected) {
           for (const auto& [where, index] : {std::pair{stage, i}, std::pair{peer, facing}}) {
             auto& list = broken.actions[where];
             Transfer first = list[index].transfers[0], second = list[index].transfers[1];
-            if (first.send != send_first) std::swap(first, second);
+            if ((first.from == where) != send_first) std::swap(first, second);
             list[index].transfers = {first};
             list.insert(list.begin() + index + 1, {Action::exchange, -1, -1, {second}});
           }
@@ -604,27 +605,27 @@ TEST(a_ring_of_ungrouped_sends_is_rejected) {
   const auto forward = [&](int stage, int m, int c) {
     s.actions[stage].push_back({Action::forward, m, c});
   };
-  const auto move = [&](int stage, bool send, Transfer::Payload what, int m, int c) {
-    const int step = (what == Transfer::activation) == send ? 1 : 2;
-    s.actions[stage].push_back(
-        {Action::exchange, -1, -1, {{send, what, (stage + step) % 3, m, c}}});
+  const auto move = [&](int stage, Transfer::Payload what, int m, int from) {  // a position
+    const int to = from + (what == Transfer::activation ? 1 : -1);
+    s.actions[stage].push_back({Action::exchange, -1, -1, {{what, from % 3, to % 3, m, from / 3}}});
   };
   for (int stage = 0; stage < 3; stage++) {
     for (int m = 0; m < 3; m++) {
-      if (stage > 0) move(stage, false, Transfer::activation, m, 0);
+      if (stage > 0) move(stage, Transfer::activation, m, stage - 1);
       forward(stage, m, 0);
-      move(stage, true, Transfer::activation, m, 0);
+      move(stage, Transfer::activation, m, stage);
     }
     for (int m = 0; m < 3; m++) {
-      move(stage, false, Transfer::activation, m, 1);
+      move(stage, Transfer::activation, m, stage + 2);
       forward(stage, m, 1);
-      if (stage < 2) move(stage, true, Transfer::activation, m, 1);
+      if (stage < 2) move(stage, Transfer::activation, m, stage + 3);
     }
     for (int c : {1, 0})
       for (int m = 0; m < 3; m++) {
-        if (stage < 2 || c == 0) move(stage, false, Transfer::gradient, m, c);
+        const int here = 3 * c + stage;
+        if (here < 5) move(stage, Transfer::gradient, m, here + 1);
         s.actions[stage].push_back({Action::backward, m, c});
-        if (stage > 0 || c == 1) move(stage, true, Transfer::gradient, m, c);
+        if (here > 0) move(stage, Transfer::gradient, m, here);
       }
   }
   CHECK(check(s).find("deadlock: stage 0") == 0, check(s));

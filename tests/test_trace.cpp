@@ -23,7 +23,7 @@ Json traced(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, 
             MemoryUse& memory) {
   char path[] = "/tmp/trace-XXXXXX";
   if (mesh.rank == 0) close(mkstemp(path));
-  MPI_Ibcast(path, sizeof path, MPI_CHAR, 0, MPI_COMM_WORLD, Finished());
+  MPI_Ibcast(path, sizeof path, MPI_CHAR, 0, MPI_COMM_WORLD, UntilDone());
   Trainer trainer(mesh, config, options);
   recorder = {};
   Trace trace(mesh.rank ? "" : path, mesh, trainer, rebuilds);

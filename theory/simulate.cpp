@@ -12,6 +12,10 @@
 // ---- parts: what a stage does, transfer by transfer and gradient by gradient
 
 static Action exchange_of(const Transfer& t) { return {Action::exchange, -1, -1, {t}}; }
+static Action maker_of(const Transfer& t) {
+  const bool activates = t.payload == Transfer::activation;
+  return {activates ? Action::forward : Action::input_gradient, t.microbatch, t.chunk};
+}
 
 static std::vector<Action> parts_of(const Action& a) {
   if (a.kind == Action::backward)
@@ -27,24 +31,17 @@ static std::vector<Action> parts_of(const Action& a) {
 static std::vector<Action> needs_of(const Schedule& s, int stage, const Action& a) {
   std::vector<Action> needs;
   if (a.kind == Action::exchange) {
-    for (const Transfer& t : a.transfers) {
-      const bool activates = t.payload == Transfer::activation;
-      if (t.send)
-        needs.push_back(
-            {activates ? Action::forward : Action::input_gradient, t.microbatch, t.chunk});
-    }
+    for (const Transfer& t : a.transfers)
+      if (t.from == stage) needs.push_back(maker_of(t));
     return needs;
   }
-  const auto parts = parts_of(a);
-  for (const auto& [kind, m, c, transfers] : parts)
+  for (const auto& [kind, m, c, transfers] : parts_of(a))
     if (m > 0) needs.push_back({kind, m - 1, c});  // sums are made in ascending order
   if (a.kind != Action::forward)
     needs.push_back({a.kind == Action::weight_gradient ? Action::input_gradient : Action::forward,
                      a.microbatch, a.chunk});
   if (const auto t = input_of(s, stage, a))
-    needs.push_back(t->peer != stage
-                        ? exchange_of(*t)
-                        : Action{parts[0].kind, t->microbatch, other_end(s, stage, *t).chunk});
+    needs.push_back(t->from == stage ? maker_of(*t) : exchange_of(*t));
   return needs;
 }
 
@@ -55,7 +52,7 @@ std::vector<Task> tasks_of(const Schedule& s, const Durations& durations, bool o
   std::vector<std::map<Action, int>> does(s.stages);  // [stage]: which task does a part
   for (int stage = 0; stage < s.stages; stage++)
     for (size_t i = 0; i < s.actions[stage].size(); i++) {
-      const Action& a = s.at(stage, i);
+      const Action& a = s.actions[stage][i];
       for (const Action& part : parts_of(a)) does[stage][part] = tasks.size();
       const bool exchanges = a.kind == Action::exchange && !one_queue;
       tasks.push_back(
@@ -71,7 +68,7 @@ std::vector<Task> tasks_of(const Schedule& s, const Durations& durations, bool o
           task->after = std::max(task->after, number);
       }
       for (const Transfer& t : a.transfers)
-        task->with.push_back(does[t.peer].at(exchange_of(other_end(s, stage, t))));
+        task->with.push_back(does[t.from == stage ? t.to : t.from].at(exchange_of(t)));
       task++;
     }
   return tasks;
@@ -91,7 +88,8 @@ static Spans by_stage(const Schedule& s, const std::vector<Span>& spans) {
 // ---- the rules of the checker: each returns what is wrong, or nothing
 
 static std::string place(const Schedule& s, int stage, int index) {
-  return sentence("stage ", stage, ", action ", index, " (", to_string(s.at(stage, index)), ")");
+  return sentence("stage ", stage, ", action ", index, " (", to_string(s.actions[stage][index]),
+                  ")");
 }
 
 // Every part of a step is there once, and no other.
@@ -104,10 +102,10 @@ static std::string wrong_part(const Schedule& s) {
           const Action a{kind, m, c};
           missing.insert(a);
           for (const auto& t : {input_of(s, stage, a), output_of(s, stage, a)})
-            if (t && t->peer != stage) missing.insert(exchange_of(*t));
+            if (t && t->from != t->to) missing.insert(exchange_of(*t));
         }
     for (int i = 0; i < int(s.actions[stage].size()); i++)
-      for (const Action& part : parts_of(s.at(stage, i)))
+      for (const Action& part : parts_of(s.actions[stage][i]))
         if (!missing.erase(part))
           return place(s, stage, i) + " comes twice or is not part of this step.";
     for (const Action& part : missing)
@@ -118,13 +116,12 @@ static std::string wrong_part(const Schedule& s) {
 
 // Between two stages NCCL knows transfers only by their order.
 static std::string wrong_order(const Schedule& s) {
-  // {from, to}: as the receiver sees them; as many, by wrong_part
+  // {from, to}: as many, by wrong_part
   std::map<std::pair<int, int>, std::vector<Transfer>> sent, received;
   for (int stage = 0; stage < s.stages; stage++)
     for (const Action& a : s.actions[stage])
       for (const Transfer& t : a.transfers)
-        if (t.send) sent[{stage, t.peer}].push_back(other_end(s, stage, t));
-        else received[{t.peer, stage}].push_back(t);
+        (t.from == stage ? sent : received)[{t.from, t.to}].push_back(t);
   for (const auto& [pair, sends] : sent) {
     const auto [meant, meets] = std::mismatch(sends.begin(), sends.end(), received[pair].begin());
     if (meant != sends.end())

@@ -53,7 +53,7 @@ struct TheoryOfRank {
   TrainerOptions options;
   Mesh mesh;  // sizes only: nothing is opened
   Schedule schedule;
-  const Axis &pp = mesh["pp"], fsdp = join(mesh, "fsdp", "cp"), &cp = mesh["cp"], &tp = mesh["tp"];
+  const Axis &pp = mesh["pp"], &fsdp = mesh.shards, &cp = mesh["cp"], &tp = mesh["tp"];
   SizedGpt gpt{config, tp, cp};  // nor allocated
   std::vector<ModelPiece> pieces = pieces_of(gpt, schedule, pp.rank);
   bool shards_gradients = fsdp.size > 1 && options.fsdp.zero >= 2,
