@@ -12,16 +12,15 @@
 
 // ---- time
 
-Timed::Timed(cudaStream_t queue, const char* function)
-    : queue_(queue), timed_(op_times.times(OpTimes::collectives)) {
+Timed::Timed(const char* function) : timed_(op_times.times(OpTimes::collectives)) {
   if (!timed_) return;
-  op_times.begin(queue, true, {"receive"});
+  op_times.begin(device().communication, true, {"receive"});
   recorder.function = function;
   recorder.purpose = name_of(ledger.purpose);
 }
 
 Timed::~Timed() {
-  if (timed_) op_times.end(queue_);
+  if (timed_) op_times.end(device().communication);
 }
 
 double seconds_communicating() {
@@ -138,11 +137,6 @@ Mesh open_mesh(const Layout& layout) {
   MPI_Comm_size(MPI_COMM_WORLD, &ranks);
   check_ranks(layout, ranks);
   Mesh m(layout, rank);
-  // What others wait for goes first: between two kernels of the compute stream that fill the device
-  // a collective would otherwise wait until the second has no block left to start.
-  int lowest, highest;
-  CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
-  CUDA_CHECK(cudaStreamCreateWithPriority(&m.queue, cudaStreamNonBlocking, highest));
   if (ranks == 1) return m;
 
   ncclUniqueId id;
@@ -157,11 +151,10 @@ Mesh open_mesh(const Layout& layout) {
 }
 
 void close_mesh(Mesh& m) {
-  if (m.queue) CUDA_CHECK(cudaStreamSynchronize(m.queue));
+  CUDA_CHECK(cudaStreamSynchronize(device().communication));
   std::set<ncclComm_t> comms;
   for (const Axis& axis : m.every_axis())
     if (axis.comm && comms.insert(axis.comm).second) NCCL_CHECK(ncclCommDestroy(axis.comm));
-  if (m.queue) CUDA_CHECK(cudaStreamDestroy(m.queue));
   m = Mesh(m.layout, m.rank);
 }
 
@@ -237,15 +230,15 @@ void Ledger::enter(const Axis& axis, Collective c, int64_t bytes, int64_t calls)
   if (on_enter) on_enter(axis, c);
 }
 
-void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic serves, cudaStream_t queue) {
+void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic serves) {
   const Purpose purpose(serves);
-  make_wait(queue, device().compute);  // x must have been computed
+  communicate_after_compute();  // x must have been computed
   for (const Axis& axis : axes) {
     if (axis.size == 1) continue;
-    const Timed timed(queue);
+    const Timed timed;
     ledger.enter(axis, Collective::all_reduce, x.bytes());
     NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), ncclSum, axis.comm,
-                             queue));
+                             device().communication));
   }
-  make_wait(device().compute, queue);  // the sum must have arrived
+  compute_after_communication();  // the sum must have arrived
 }

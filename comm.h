@@ -7,10 +7,10 @@
 // axes      kAxes is the one list of them; everything else iterates over it. `mesh["fsdp"]` is this
 //           rank's place on an axis and its communicator, `layout["fsdp"]` the axis's size, and a
 //           name that is not in the list does not compile.
-// queue     A rank issues all its NCCL calls, of all axes, on `mesh.queue`, from one thread, in an
-//           order that options and its place decide, never timing. CUDA does not promise that two
-//           streams make progress independently, so two communicators in flight could wait for each
-//           other.
+// stream    A rank issues all its NCCL calls, of all axes, on `device().communication`, from one
+//           thread, in an order that options and its place decide, never timing. CUDA does not
+//           promise that two streams make progress independently, so two communicators in flight
+//           could wait for each other.
 // ledger    One line before each collective or send of a step enters what a bandwidth-optimal
 //           algorithm sends per rank (n ranks, buffer of W bytes): all-gather and reduce-scatter
 //           (n-1)/n W, all-reduce 2(n-1)/n W, send and broadcast W. These are algorithm bytes, not
@@ -100,9 +100,8 @@ struct Mesh {
   Layout layout;
   int rank = 0, size = 1;
   std::array<Axis, kAxes.size()> axes;
-  Axis world;                    // every rank
-  Axis shards;                   // what FSDP shards over: fsdp and cp as one axis
-  cudaStream_t queue = nullptr;  // the one of communication
+  Axis world;   // every rank
+  Axis shards;  // what FSDP shards over: fsdp and cp as one axis
 };
 // Collective. The communicators are split from the world's in the same order everywhere; an axis
 // that has all ranks uses the world's.
@@ -131,21 +130,20 @@ class UntilDone {
 
 // ---- time
 
-// From `const Timed timed(queue);` to the end of its block the queue is timed as one op, waiting
-// for other ranks included (op_times.h). The ledger's lines in the block name it; one without any
-// only receives.
+// From `const Timed timed;` to the end of its block the communication stream is timed as one op,
+// waiting for other ranks included (op_times.h). The ledger's lines in the block name it; one
+// without any only receives.
 class Timed {
  public:
-  explicit Timed(cudaStream_t queue, const char* function = __builtin_FUNCTION());
+  explicit Timed(const char* function = __builtin_FUNCTION());
   ~Timed();
   Timed(const Timed&) = delete;
 
  private:
-  cudaStream_t queue_;
   bool timed_;
 };
-// How long the queue was busy in all blocks that were timed, in seconds; the host has waited for
-// them.
+// How long the communication stream was busy in all blocks that were timed, in seconds; the host
+// has waited for them.
 double seconds_communicating();
 
 // ---- the ledger
@@ -206,4 +204,4 @@ class Purpose {
 };
 
 // Sums x over the ranks of one axis after the other, in place: the loss, the norm.
-void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic serves, cudaStream_t queue);
+void sum_over(const std::vector<Axis>& axes, const Tensor& x, Traffic serves);

@@ -17,7 +17,7 @@
 //           as one): what it shards falls with it.
 // overlap   Keys and values of the next round, and sums of gradients so far, travel while attention
 //           runs on those that are there. The last sums travel home when nothing is left to do. One
-//           queue carries the collectives of all axes: keys stand behind FSDP's gathers.
+//           stream carries the collectives of all axes: keys stand behind FSDP's gathers.
 // not here  more than one ring, heads exchanged for tokens (all-to-all)
 // test      tests/test_context_parallel.cpp
 #include "context_parallel.h"
@@ -31,14 +31,14 @@ Positions ContextParallel::part_of(int rank, int64_t T) const {
   return {piece(rank), piece(pieces - 1 - rank)};
 }
 
-// ---- communication: on the one queue, after what was computed. What is sent must be kept until
+// ---- communication: on the one stream, after what was computed. What is sent must be kept until
 // finish().
 
 void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
   if (all.empty()) return;
   const int next = (axis_.rank + 1) % axis_.size, before = source(1);
-  make_wait(queue_, device().compute);  // what is sent must be there, and room for what comes
-  const Timed timed(queue_);
+  communicate_after_compute();  // what is sent must be there, and room for what comes
+  const Timed timed;
   NCCL_CHECK(ncclGroupStart());
   for (const auto& [x, room] : all) {
     const ncclDataType_t type = nccl_type(x.dtype());
@@ -46,14 +46,15 @@ void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
       recorder.travel(axis_.name, axis_.members, send, "keys, values or gradients",
                       axis_.members[send ? next : before], (send ? x : room).bytes());
     ledger.enter(axis_, Collective::send, x.bytes());
-    NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, next, axis_.comm, queue_));
-    NCCL_CHECK(ncclRecv(room.raw(), room.numel(), type, before, axis_.comm, queue_));
+    NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, next, axis_.comm, device().communication));
+    NCCL_CHECK(
+        ncclRecv(room.raw(), room.numel(), type, before, axis_.comm, device().communication));
   }
   NCCL_CHECK(ncclGroupEnd());
 }
 
 void ContextParallel::finish() const {
-  make_wait(device().compute, queue_);  // what was sent must have left, and what comes be here
+  compute_after_communication();  // what was sent must have left, and what comes be here
 }
 
 // ---- attention

@@ -8,7 +8,7 @@
 // zigzag    Under the causal mask a late query sees more keys than an early one. So the sequence
 //           is cut into 2n pieces, and rank r has the pieces r and 2n-1-r, an early and a late
 //           one: then all ranks have the same work.
-// use       ContextParallel cp(axis, queue);
+// use       ContextParallel cp(axis);
 //           Positions mine = cp.part(T);      // which tokens of a sequence this rank reads
 //           Var heads = cp.attention(tape, qkv, B, T, H, kind);
 // source    Liu et al., "Ring attention with blockwise transformers for near-infinite context",
@@ -22,7 +22,7 @@
 
 class ContextParallel {
  public:
-  ContextParallel(const Axis& axis, cudaStream_t queue) : axis_(axis), queue_(queue) {}
+  explicit ContextParallel(const Axis& axis) : axis_(axis) {}
 
   // ---- who has what
   // Where this rank's tokens of a sequence of so many are. Nothing has to divide: pieces differ by
@@ -55,5 +55,4 @@ class ContextParallel {
   int source(int round) const { return (axis_.rank - round + axis_.size) % axis_.size; }
 
   Axis axis_;
-  cudaStream_t queue_;
 };

@@ -98,9 +98,9 @@ template <class Unit, class Work> static void for_pieces(const Unit& u, Work wor
   }
 }
 
-Fsdp::Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t queue, Dtype dtype,
+Fsdp::Fsdp(const Axis& axis, const std::vector<Axis>& copies, Dtype dtype,
            const FsdpOptions& options)
-    : axis_(axis), copies_(copies), queue_(queue), dtype_(dtype), options_(options) {}
+    : axis_(axis), copies_(copies), dtype_(dtype), options_(options) {}
 
 void Fsdp::Unit::bind(Tensor Param::*what, const Tensor& buffer) {
   for (size_t i = 0; i < params.size(); i++)
@@ -201,12 +201,12 @@ void Fsdp::start_unshard(Unit& u) {
   recorder.enter("gather", u.name);
   // kernels that used this memory before must have finished, and the optimizer must have written
   // the shard that is sent
-  make_wait(queue_, device().compute);
-  const Timed timed(queue_);
+  communicate_after_compute();
+  const Timed timed;
   ledger.enter(axis_, Collective::all_gather, u.whole.bytes());
   NCCL_CHECK(ncclAllGather(u.shard.raw(), u.whole.raw(), u.shard_size, nccl_type(dtype_),
-                           axis_.comm, queue_));
-  u.arrived.record(queue_);
+                           axis_.comm, device().communication));
+  u.arrived.record(device().communication);
 }
 
 void Fsdp::finish_unshard(Unit& u) {
@@ -264,18 +264,19 @@ void Fsdp::start_reduce(Unit& u) {
   recorder.enter("complete", u.name);
   for (Param* p : u.params) p->clear_if_fresh();  // zero bubble may leave some without a writer
   if (complete_gradients) complete_gradients(u.params);
-  make_wait(queue_, device().compute);  // the gradients must have been computed
+  communicate_after_compute();  // the gradients must have been computed
   if (axis_.size > 1) {
     // In place: the sum is written over this rank's part of what it sends. Without sharded
     // gradients that part is shard_grad itself; with them finish_reduce adds it to shard_grad.
     const Tensor mine = u.shard_of(u.whole_grad);
-    const Timed timed(queue_);
+    const Timed timed;
     ledger.enter(axis_, Collective::reduce_scatter, u.whole_grad.bytes());
     NCCL_CHECK(ncclReduceScatter(u.whole_grad.raw(), mine.raw(), u.shard_size,
-                                 nccl_type(mine.dtype()), ncclSum, axis_.comm, queue_));
+                                 nccl_type(mine.dtype()), ncclSum, axis_.comm,
+                                 device().communication));
   }
   if (!shards_gradients()) sum_over_copies(u);
-  u.reduced.record(queue_);
+  u.reduced.record(device().communication);
   in_flight_.push_back(&u);
   // Sharded gradients are freed when summed, and two of them are enough: one is computed while one
   // is summed. Others stay, and nothing waits for their sums before the step's end.
@@ -296,7 +297,7 @@ void Fsdp::finish_reduce() {
   u.whole_grad = Tensor();
   u.bind(&Param::grad, {});
   if (u.gradients_done == microbatches_) {
-    make_wait(queue_, device().compute);  // this rank's shard must be complete
+    communicate_after_compute();  // this rank's shard must be complete
     sum_over_copies(u);
   }
 }
@@ -305,10 +306,11 @@ void Fsdp::finish_reduce() {
 void Fsdp::sum_over_copies(Unit& u) {
   for (const Axis& copies : copies_) {
     if (copies.size == 1) continue;
-    const Timed timed(queue_);
+    const Timed timed;
     ledger.enter(copies, Collective::all_reduce, u.shard_grad.bytes());
     NCCL_CHECK(ncclAllReduce(u.shard_grad.raw(), u.shard_grad.raw(), u.shard_size,
-                             nccl_type(u.shard_grad.dtype()), ncclSum, copies.comm, queue_));
+                             nccl_type(u.shard_grad.dtype()), ncclSum, copies.comm,
+                             device().communication));
   }
 }
 
@@ -331,7 +333,7 @@ void Fsdp::finish_backward() {
     if (sums_at_end && !shards_gradients()) start_reduce(u);
   }
   while (!in_flight_.empty()) finish_reduce();
-  make_wait(device().compute, queue_);  // the optimizer reads what the last collectives wrote
+  compute_after_communication();  // the optimizer reads what the last collectives wrote
 }
 
 void Fsdp::end_step() {

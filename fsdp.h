@@ -35,8 +35,7 @@ struct FsdpOptions {
 class Fsdp {
  public:
   // axis: over which units are sharded. copies: axes whose ranks hold the same shard.
-  Fsdp(const Axis& axis, const std::vector<Axis>& copies, cudaStream_t queue, Dtype dtype,
-       const FsdpOptions& options);
+  Fsdp(const Axis& axis, const std::vector<Axis>& copies, Dtype dtype, const FsdpOptions& options);
 
   // ---- set-up: all units, then their uses in forward order
   // Parameters of one Param::unit make a unit. Allocates this rank's shards with initial values.
@@ -68,9 +67,10 @@ class Fsdp {
   // If not, they add up over the step, and are scattered once at its end.
   bool shards_gradients() const { return axis_.size > 1 && options_.zero >= 2; }
 
-  // A stage of a pipeline has one queue: a gather or a sum that is issued before an exchange delays
-  // the stage that waits for that exchange. So units that stay whole can be gathered in begin_step
-  // (not with prefetch 0), and gradients that stay whole be summed in finish_backward.
+  // A stage of a pipeline has one communication stream: a gather or a sum that is issued before an
+  // exchange delays the stage that waits for that exchange. So units that stay whole can be
+  // gathered in begin_step (not with prefetch 0), and gradients that stay whole be summed in
+  // finish_backward.
   bool gathers_at_begin = false, sums_at_end = false;
 
   // Called before a unit's gradients leave this rank: other strategies add up what they left in
@@ -129,7 +129,6 @@ class Fsdp {
 
   Axis axis_;
   std::vector<Axis> copies_;
-  cudaStream_t queue_;
   Dtype dtype_;
   FsdpOptions options_;
   std::map<int, Unit> units_;  // by Param::unit; a map: uses hold pointers

@@ -53,8 +53,8 @@ std::vector<Param*> Block::params() {
           &c_fc_weight,        &c_fc_bias,        &mlp_c_proj_weight, &mlp_c_proj_bias};
 }
 
-Gpt::Gpt(const GptConfig& g, const Axis& axis, cudaStream_t queue, const Axis& cp)
-    : config(g), tp(axis, queue, g.sequence_parallel), cp(cp, queue) {
+Gpt::Gpt(const GptConfig& g, const Axis& axis, const Axis& cp)
+    : config(g), tp(axis, g.sequence_parallel), cp(cp) {
   ASSERT(g.width % g.heads == 0 && axis.size <= g.heads && axis.size <= g.vocab);
   wte = tp.split(make("wte.weight", {g.vocab, g.width}, 0.02f), 0, g.vocab);
   wte.padding = tp.padded_part(g.vocab) - tp.part(g.vocab).size();

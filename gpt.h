@@ -69,8 +69,7 @@ class Gpt {
  public:
   // Declares the parameters, this tp rank's part of each; FSDP gives them memory. Without an axis:
   // all of each, on one rank.
-  explicit Gpt(const GptConfig& config, const Axis& tp = {}, cudaStream_t queue = nullptr,
-               const Axis& cp = {});
+  explicit Gpt(const GptConfig& config, const Axis& tp = {}, const Axis& cp = {});
   Gpt(const Gpt&) = delete;
 
   ModelPiece parts() const { return parts_; }

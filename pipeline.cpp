@@ -23,7 +23,7 @@
 //           simulator makes of the times that this executor measured.
 // overlap   A computation waits for what it needs. An exchange waits for what it sends; the memory
 //           that it receives into was allocated when the exchange before it had just been issued,
-//           so for that it waits only for computations from before that one. One queue carries the
+//           so for that it waits only for computations from before that one. One stream carries the
 //           collectives of all axes: where a collective of another axis waits, exchanges behind it
 //           do, too. So Fsdp gathers and sums what it can before the first exchange and after the
 //           last.
@@ -35,7 +35,7 @@
 //   outbox_   parcels that were computed here, until the compute stream waits for their departure
 //   inbox_    parcels that came, or the memory for those that the next exchange receives
 //
-//   the compute stream             the communication queue
+//   the compute stream             the communication stream
 //                                             the exchange before
 //     prepare_room  ---- room is free ---+
 //     forward                            |
@@ -46,7 +46,7 @@
 //
 //           The pool hands out memory in the order of the compute stream (Buffer in tensor.h): who
 //           gets a block there may use it on the compute stream without a wait, since its earlier
-//           users stand before. The communication queue is not in that order. So what it writes
+//           users stand before. The communication stream is not in that order. So what it writes
 //           waits for the earlier users (room is free), and what it reads is kept until the compute
 //           stream waits for its departure (release_sent).
 #include "pipeline.h"
@@ -168,11 +168,14 @@ void Pipeline::hand_over(const Transfer& t, Tensor x) {
 // deadlock in whichever order its ends are listed (sum_tied).
 void Pipeline::exchange(const std::vector<Transfer>& transfers) {
   for (const Transfer& t : transfers) {
-    if (t.from == axis_.rank) outbox_.at(t).event->make_wait(queue_);  // it must have been computed
-    else room_is_free_.make_wait(queue_);  // who used the memory before must be done with it
+    if (t.from == axis_.rank)
+      outbox_.at(t).event->make_wait(device().communication);  // it must have been computed
+    else
+      room_is_free_.make_wait(
+          device().communication);  // who used the memory before must be done with it
   }
 
-  const Timed timed(queue_);
+  const Timed timed;
   const auto done = std::make_shared<Event>();
   exchanges_++;
   NCCL_CHECK(ncclGroupStart());
@@ -188,15 +191,15 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
     const ncclDataType_t type = nccl_type(x.dtype());
     if (send) {
       ledger.enter(axis_, Collective::send, x.bytes());
-      NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, peer, axis_.comm, queue_));
+      NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, peer, axis_.comm, device().communication));
     } else {
-      NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, peer, axis_.comm, queue_));
+      NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, peer, axis_.comm, device().communication));
     }
     parcel.event = done;
     parcel.moved_by = exchanges_;
   }
   NCCL_CHECK(ncclGroupEnd());
-  done->record(queue_);
+  done->record(device().communication);
   // A stage that runs ahead of its peers keeps what four exchanges sent, at most (a bound, not a
   // tuned number). This wait cannot deadlock: schedules are safe when each action waits for all
   // actions before it.

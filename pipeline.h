@@ -26,8 +26,8 @@ class Pipeline {
   // the logits' gradient in its place during the forward, and the tape begins there.
   using Compute = std::function<Var(Tape& tape, int chunk, const Var& x, int microbatch)>;
 
-  Pipeline(const Axis& axis, cudaStream_t queue, Dtype dtype, Schedule schedule)
-      : axis_(axis), queue_(queue), dtype_(dtype), schedule_(std::move(schedule)) {}
+  Pipeline(const Axis& axis, Dtype dtype, Schedule schedule)
+      : axis_(axis), dtype_(dtype), schedule_(std::move(schedule)) {}
   const Schedule& schedule() const { return schedule_; }
 
   // A step: the whole schedule, forward and backward. Activations between stages have this shape,
@@ -80,8 +80,7 @@ class Pipeline {
   void measure(size_t action, const std::function<void()>& work);
 
   const Axis axis_;
-  cudaStream_t queue_;  // of communication
-  const Dtype dtype_;   // of activations between stages
+  const Dtype dtype_;  // of activations between stages
   Schedule schedule_;
   std::map<Transfer, Parcel> outbox_, inbox_;
   // recorded when the next exchange's receive buffers were allocated: their memory's earlier users

@@ -18,9 +18,9 @@
 // safety    All stages' lists are cut from one global order of events: the exchanges of a tick,
 //           then the computations that start at it. The earliest unfinished event of that order
 //           waits only for earlier ones, so it can always proceed: nothing deadlocks, not with one
-//           communication queue a stage, not when every action blocks its stage. Collectives of the
-//           other axes join ranks that run the same list, so they keep to that order, too. Those
-//           that join stages (tied gradient, loss, norm) come after all lists.
+//           communication stream a stage, not when every action blocks its stage. Collectives of
+//           the other axes join ranks that run the same list, so they keep to that order, too.
+//           Those that join stages (tied gradient, loss, norm) come after all lists.
 //           `check` (theory/simulate.h) proves of a schedule that it cannot deadlock. The tests
 //           and build/show_schedule call it; a training run does not.
 //
@@ -76,7 +76,7 @@ struct Action {
     backward,         // both gradients at once
     input_gradient,   // or in two parts: what travels to the previous position,
     weight_gradient,  // and what is added to this chunk's parameters
-    exchange,         // all of `transfers`, one or two, as one group on the communication queue
+    exchange,         // all of `transfers`, one or two, as one group on the communication stream
   };
   Kind kind;
   int microbatch = -1, chunk = -1;       // of a computation

@@ -75,6 +75,11 @@ Device& open_device(int ordinal, int64_t memory_limit_bytes) {
   d->is_gpu = properties.major > 0;
   d->block_memory = properties.sharedMemPerBlockOptin;
   CUDA_CHECK(cudaStreamCreateWithFlags(&d->compute, cudaStreamNonBlocking));
+  // What other ranks wait for goes first: between two kernels of the compute stream that fill the
+  // device a collective would otherwise wait until the second has no block left to start.
+  int lowest, highest;
+  CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
+  CUDA_CHECK(cudaStreamCreateWithPriority(&d->communication, cudaStreamNonBlocking, highest));
   CUDA_CHECK(cudaDeviceGetDefaultMemPool(&d->pool, ordinal));
   keep_freed(*d, UINT64_MAX);
   CUBLAS_CHECK(cublasCreate(&d->blas));
@@ -116,6 +121,7 @@ void close_device() {
   op_times.clear();
   cublasDestroy(opened->blas);
   cudaStreamDestroy(opened->compute);
+  cudaStreamDestroy(opened->communication);
   opened.reset();
 }
 
@@ -155,6 +161,8 @@ void make_wait(cudaStream_t waiter, cudaStream_t awaited) {
   device().mark.record(awaited);
   device().mark.make_wait(waiter);
 }
+void communicate_after_compute() { make_wait(device().communication, device().compute); }
+void compute_after_communication() { make_wait(device().compute, device().communication); }
 
 // ---- memory
 

@@ -1,4 +1,4 @@
-// tensor.h: shaped, typed device memory, and the one device and compute stream that a rank uses.
+// tensor.h: shaped, typed device memory, and the one device that a rank uses, with its streams.
 //
 // legend    B sequences of T tokens (the context), R = B*T rows; C the width, H heads, D = C/H; V
 //           the vocabulary
@@ -96,6 +96,9 @@ struct TimedWork {
   double seconds() const { return end.seconds_since(begin); }
 };
 void make_wait(cudaStream_t waiter, cudaStream_t awaited);  // for all that is in `awaited` now
+// What is issued from here on to the one stream waits for what was issued to the other before.
+void communicate_after_compute();
+void compute_after_communication();
 
 // ---- memory
 
@@ -109,12 +112,12 @@ struct MemoryUse {  // bytes as requested
   int64_t total = 0, total_peak = 0;
 };
 
-// The device of this rank. One compute stream: ops run in the order they are issued.
+// The device of this rank. On each of its two streams work runs in the order in which it is issued.
 struct Device {
   std::string name;
   bool is_gpu = false;
   int64_t block_memory = 0;  // bytes of shared memory that a block may ask for
-  cudaStream_t compute = nullptr;
+  cudaStream_t compute = nullptr, communication = nullptr;
   Event mark;  // for make_wait
   cublasHandle_t blas = nullptr;
   cudaMemPool_t pool = nullptr;

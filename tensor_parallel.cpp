@@ -17,32 +17,32 @@
 //           zero bubble: what is put off keeps rows that were gathered, 4 + 14/n a block until its
 //           weight gradients have been computed.
 // overlap   In the backward an input gradient travels while the weight gradient's product is
-//           computed; not under zero bubble, which computes that product later. There is one queue:
-//           a block's first sum stands behind the gather that FSDP has started ahead (--prefetch),
-//           and sums of the backward stand behind its reduce-scatters, too.
+//           computed; not under zero bubble, which computes that product later. One stream carries
+//           all of it: a block's first sum stands behind the gather that FSDP has started ahead
+//           (--prefetch), and sums of the backward stand behind its reduce-scatters, too.
 // not here  overlap in the forward, where the next op needs the sum immediately
 // test      tests/test_tensor_parallel.cpp
 #include "tensor_parallel.h"
 
 #include <algorithm>
 
-// ---- communication: all of it goes on the one queue, after what was computed. It is started, and
+// ---- communication: all of it goes on the one stream, after what was computed. It is started, and
 // finish() lets the computation wait for it. Whatever is sent must be kept until then.
 
 void TensorParallel::all_gather(const Tensor& mine, const Tensor& all) {
-  make_wait(queue_, device().compute);  // this rank's part must have been computed
-  const Timed timed(queue_);
+  communicate_after_compute();  // this rank's part must have been computed
+  const Timed timed;
   ledger.enter(axis_, Collective::all_gather, all.bytes());
   NCCL_CHECK(ncclAllGather(mine.raw(), all.raw(), mine.numel(), nccl_type(all.dtype()), axis_.comm,
-                           queue_));
+                           device().communication));
 }
 
 void TensorParallel::all_reduce(const Tensor& x, ncclRedOp_t op) {
-  make_wait(queue_, device().compute);  // x must have been computed
-  const Timed timed(queue_);
+  communicate_after_compute();  // x must have been computed
+  const Timed timed;
   ledger.enter(axis_, Collective::all_reduce, x.bytes());
-  NCCL_CHECK(
-      ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), op, axis_.comm, queue_));
+  NCCL_CHECK(ncclAllReduce(x.raw(), x.raw(), x.numel(), nccl_type(x.dtype()), op, axis_.comm,
+                           device().communication));
 }
 
 // All R rows of x. Without sequence parallelism x has them: nothing is sent or waited for.
@@ -68,16 +68,16 @@ Tensor TensorParallel::start_sum(const Tensor& partial) {
   }
   const Tensor sum({partial.dim(0) / axis_.size, partial.dim(1)}, partial.dtype(),
                    Memory::activations);
-  make_wait(queue_, device().compute);  // the partial sums must have been computed
-  const Timed timed(queue_);
+  communicate_after_compute();  // the partial sums must have been computed
+  const Timed timed;
   ledger.enter(axis_, Collective::reduce_scatter, partial.bytes());
   NCCL_CHECK(ncclReduceScatter(partial.raw(), sum.raw(), sum.numel(), nccl_type(sum.dtype()),
-                               ncclSum, axis_.comm, queue_));
+                               ncclSum, axis_.comm, device().communication));
   return sum;
 }
 
 void TensorParallel::finish() {
-  make_wait(device().compute, queue_);  // what was sent must have arrived
+  compute_after_communication();  // what was sent must have arrived
 }
 
 // Room for R rows and, under sequence parallelism, for padding, which is 0: NCCL has no unequal
@@ -198,14 +198,15 @@ void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets
 void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
   if (!splits_rows_ || std::ranges::none_of(params, &Param::partial)) return;
   const Purpose purpose(Traffic::partial_gradients);
-  make_wait(queue_, device().compute);  // the gradients must have been computed
-  const Timed timed(queue_);
+  communicate_after_compute();  // the gradients must have been computed
+  const Timed timed;
   NCCL_CHECK(ncclGroupStart());
   for (const Param* p : params) {
     if (!p->partial) continue;
     ledger.enter(axis_, Collective::all_reduce, p->grad.bytes());
     NCCL_CHECK(ncclAllReduce(p->grad.raw(), p->grad.raw(), p->grad.numel(),
-                             nccl_type(p->grad.dtype()), ncclSum, axis_.comm, queue_));
+                             nccl_type(p->grad.dtype()), ncclSum, axis_.comm,
+                             device().communication));
   }
   NCCL_CHECK(ncclGroupEnd());
 }

@@ -7,7 +7,7 @@
 // sequence parallelism   Between such pairs the rows (tokens) of the activations are split over the
 //           ranks, too: each has a share of them. Every sum becomes a reduce-scatter, and every use
 //           of all rows an all-gather.
-// use       TensorParallel tp(axis, queue, sequence_parallel);
+// use       TensorParallel tp(axis, sequence_parallel);
 //           Param w = tp.split(p, 1, heads);         // set-up: what this rank owns
 //           Var h = tp.column_linear(tape, x, R, w);         // a pair of layers
 //           Var y = tp.row_linear(tape, gelu(tape, h, &b), R, w2);
@@ -22,8 +22,8 @@
 
 class TensorParallel {
  public:
-  TensorParallel(const Axis& axis, cudaStream_t queue, bool sequence_parallel)
-      : axis_(axis), queue_(queue), splits_rows_(sequence_parallel && axis.size > 1) {}
+  TensorParallel(const Axis& axis, bool sequence_parallel)
+      : axis_(axis), splits_rows_(sequence_parallel && axis.size > 1) {}
 
   // ---- who owns what. Nothing has to divide: parts differ by one.
   Range part(int64_t n) const { return part_of(axis_.rank, n); }
@@ -64,7 +64,7 @@ class TensorParallel {
                      const Tensor& total);
 
   // ---- a step
-  void sum_partial_gradients(const std::vector<Param*>& params);  // on the queue
+  void sum_partial_gradients(const std::vector<Param*>& params);  // on the communication stream
 
   // ---- sampling
   // the last row of x as a batch of one row, distributed as layers expect it
@@ -83,6 +83,5 @@ class TensorParallel {
   Var column(Tape& tape, const Var& x, int64_t R, Param& w, bool transposed, Traffic serves);
 
   Axis axis_;
-  cudaStream_t queue_;
   bool splits_rows_;  // sequence parallelism
 };

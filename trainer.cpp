@@ -32,10 +32,9 @@ std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int 
 
 Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
     : options(o),
-      gpt(config, mesh["tp"], mesh.queue, mesh["cp"]),
-      fsdp(mesh.shards, mesh.axes_where(&AxisKind::copies_model), mesh.queue, config.dtype,
-           options.fsdp),
-      pipeline(mesh["pp"], mesh.queue, config.dtype, schedule_of(options, mesh.layout)),
+      gpt(config, mesh["tp"], mesh["cp"]),
+      fsdp(mesh.shards, mesh.axes_where(&AxisKind::copies_model), config.dtype, options.fsdp),
+      pipeline(mesh["pp"], config.dtype, schedule_of(options, mesh.layout)),
       mesh_(mesh),
       pieces_(pieces_of(gpt, pipeline.schedule(), mesh["pp"].rank)) {
   fsdp.add_units(params_of(pieces_), options.seed, name_of_unit);
@@ -146,14 +145,14 @@ void Trainer::sum_loss() {
   std::vector<Axis> axes = mesh_.axes_where(&AxisKind::splits_batch);
   for (const Axis& axis : mesh_.axes_where(&AxisKind::splits_sequence)) axes.push_back(axis);
   axes.push_back(mesh_["pp"]);
-  sum_over(axes, total_, Traffic::loss, mesh_.queue);
+  sum_over(axes, total_, Traffic::loss);
 }
 
 // Of the norm, in one call, after which all ranks have the same bits. Copies count once.
 void Trainer::sum_squares(const Tensor& squares) {
   for (const Axis& copies : mesh_.axes_where(&AxisKind::copies_model))
     if (copies.rank) fill(squares, 0);
-  sum_over({mesh_.world}, squares, Traffic::norm, mesh_.queue);
+  sum_over({mesh_.world}, squares, Traffic::norm);
 }
 
 void Trainer::update(double lr) {
@@ -226,6 +225,6 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
     if (gpt.cp.has_last(n)) next = y.value;
     return Var{};
   });
-  sum_over({mesh_["cp"], mesh_["pp"]}, next, Traffic::evaluation, mesh_.queue);
+  sum_over({mesh_["cp"], mesh_["pp"]}, next, Traffic::evaluation);
   return download(next);
 }

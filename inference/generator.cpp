@@ -4,10 +4,10 @@
 // ---- set-up
 
 Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int64_t room)
-    : gpt(config, mesh["tp"], mesh.queue),
+    : gpt(config, mesh["tp"]),
       mesh_(mesh),
       piece_(gpt.pieces(mesh["pp"].size)[mesh["pp"].rank]),
-      pipeline_(mesh["pp"], mesh.queue, config.dtype, make_schedule("gpipe", mesh["pp"].size, 1)),
+      pipeline_(mesh["pp"], config.dtype, make_schedule("gpipe", mesh["pp"].size, 1)),
       lengths_(sequences),
       sequences_(sequences),
       room_(room),
@@ -67,12 +67,12 @@ std::vector<int> Generator::share(std::vector<int> picked) {
   picked.resize(sequences_);
   const Tensor tokens({sequences_}, Dtype::i32, Memory::data);
   upload(tokens, picked.data());
-  make_wait(mesh_.queue, device().compute);  // the tokens must be on the device
-  const Timed timed(mesh_.queue);
+  communicate_after_compute();  // the tokens must be on the device
+  const Timed timed;
   ledger.enter(pp, Collective::broadcast, tokens.bytes());
   NCCL_CHECK(ncclBroadcast(tokens.raw(), tokens.raw(), sequences_, ncclInt32, pp.size - 1, pp.comm,
-                           mesh_.queue));
-  make_wait(device().compute, mesh_.queue);  // they must have arrived
+                           device().communication));
+  compute_after_communication();  // they must have arrived
   download(tokens, picked.data());
   return picked;
 }

@@ -2,7 +2,7 @@
 //
 // use       Each function that launches kernels says so in its first line,
 //           `OP("add", bytes_of(y, a, b));`, and each block of collectives,
-//           `const Timed timed(queue);` (comm.h).
+//           `const Timed timed;` (comm.h).
 // idea      Where these are timed, they have an event before and one after them. An op inside
 //           another is a part of that one. The functions are in tensor.cu.
 // test      tests/test_trainer.cpp

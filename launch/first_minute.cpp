@@ -8,18 +8,19 @@
 // are to be exact in f32, of one of 1 to 8: what must come out is known. NCCL keeps memory for each
 // pair of ranks that has ever exchanged something, half a GB on eight H100s (NVIDIA/nccl issue
 // 1685): so only the axes that train with exchanges try them.
-static void check_axis(const Axis& axis, int64_t each, cudaStream_t stream) {
+static void check_axis(const Axis& axis, int64_t each) {
+  const cudaStream_t stream = device().communication;
   const int n = axis.size;
   const Tensor mine({n * each}, Dtype::f32, Memory::workspace),
       all({n * each}, Dtype::f32, Memory::workspace);
   float *send = mine.data<float>(), *receive = all.data<float>();
   const auto contribute = [&](double value) {
     fill(mine, value);
-    make_wait(stream, device().compute);
+    communicate_after_compute();
   };
   // each of these so many times
   const auto expect = [&](const char* what, const std::vector<float>& expected) {
-    make_wait(device().compute, stream);
+    compute_after_communication();
     std::vector<float> got(expected.size() * each);
     download(all.part(0, {int64_t(got.size())}), got.data());
     for (size_t i = 0; i < got.size(); i++)
@@ -70,8 +71,8 @@ void check_mesh(const Mesh& mesh) {
   if (d.memory_limit) large = std::min<int64_t>(large, d.memory_limit / 64);
   for (const Axis& axis : mesh.every_axis()) {
     if (axis.size == 1) continue;
-    check_axis(axis, 1, mesh.queue);
-    if (axis.name != mesh.world.name) check_axis(axis, ceil_div(large, axis.size), mesh.queue);
+    check_axis(axis, 1);
+    if (axis.name != mesh.world.name) check_axis(axis, ceil_div(large, axis.size));
   }
   // of what is trained, from here on
   d.memory.peak = d.memory.at_peak = d.memory.now;

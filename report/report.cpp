@@ -127,7 +127,7 @@ static std::string traffic_table(const Json& rows, int64_t steps) {
   return s;
 }
 
-// The share of a step in which the communication queue was busy, by rank.
+// The share of a step in which the communication stream was busy, by rank.
 static std::string communication_line(std::vector<double> shares) {
   if (shares.size() == 1) return "";
   const auto [least, most] = std::ranges::minmax(shares);
@@ -136,8 +136,8 @@ static std::string communication_line(std::vector<double> shares) {
       100 * least, 100 * most);
 }
 
-// Names the rank whose communication queue is idle longest, since in theirs the others wait for it:
-// if that is half as long again as for the middle one of them, and by a tenth of the step.
+// Names the rank whose communication stream is idle longest, since in theirs the others wait for
+// it: if that is half as long again as for the middle one of them, and by a tenth of the step.
 static std::string straggler_line(const std::vector<double>& idle, double step_ms,
                                   const Json& hosts) {
   std::vector<double> sorted = idle;

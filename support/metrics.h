@@ -53,13 +53,13 @@ class Progress {
   ~Progress() { done(); }
   Progress(const Progress&) = delete;
   void start_step() { step_ = {}; }
-  // Prints, and times the step. communicated: how many seconds of it the communication queue was
+  // Prints, and times the step. communicated: how many seconds of it the communication stream was
   // busy.
   StepRecord end_step(int64_t step, double loss, double norm, double lr, int64_t tokens,
                       double communicated = 0);
   void say(int64_t step, const std::string& what);  // a line that stays
   void done();
-  // Speed, and a step's milliseconds, of which those in which the queue was busy; the first step,
+  // Speed, and a step's milliseconds, of which those in which that stream was busy; the first step,
   // which warms up, counts only if it is the only one.
   std::string summary(double flops_per_token) const;
   StepTime step_time() const {

@@ -85,9 +85,9 @@ inline std::vector<double> sum_over(Mesh& mesh, const Axis& axis, const std::vec
   const Tensor t({int64_t(mine.size())}, Dtype::f64, Memory::workspace);
   upload(t, mine.data());
   synchronize();
-  NCCL_CHECK(
-      ncclAllReduce(t.raw(), t.raw(), mine.size(), ncclFloat64, ncclSum, axis.comm, mesh.queue));
-  CUDA_CHECK(cudaStreamSynchronize(mesh.queue));
+  NCCL_CHECK(ncclAllReduce(t.raw(), t.raw(), mine.size(), ncclFloat64, ncclSum, axis.comm,
+                           device().communication));
+  CUDA_CHECK(cudaStreamSynchronize(device().communication));
   return download(t);
 }
 

@@ -15,8 +15,9 @@ std::vector<double> gather_ranks(const Mesh& m, const Axis& axis) {
       all({axis.size}, Dtype::f64, Memory::workspace);
   fill(mine, m.rank);
   synchronize();
-  NCCL_CHECK(ncclAllGather(mine.raw(), all.raw(), 1, ncclFloat64, axis.comm, m.queue));
-  CUDA_CHECK(cudaStreamSynchronize(m.queue));
+  NCCL_CHECK(
+      ncclAllGather(mine.raw(), all.raw(), 1, ncclFloat64, axis.comm, device().communication));
+  CUDA_CHECK(cudaStreamSynchronize(device().communication));
   return download(all);
 }
 
@@ -44,7 +45,7 @@ TEST(open_mesh_places_ranks_slowest_axis_first) {
     }
     CHECK_EQ(rank, m.rank, to_string(l));
     close_mesh(m);
-    CHECK(!m.world.comm && !m.queue);
+    CHECK(!m.world.comm);
   }
   measured(layouts.size(), " layouts, and check_mesh tries what each axis is used for");
 }
@@ -81,9 +82,9 @@ TEST(joined_axes_number_their_ranks_slow_axis_first) {
           sum({1}, Dtype::f64, Memory::workspace);
       upload(all, mine.data());
       synchronize();
-      NCCL_CHECK(
-          ncclReduceScatter(all.raw(), sum.raw(), 1, ncclFloat64, ncclSum, axis.comm, m.queue));
-      CUDA_CHECK(cudaStreamSynchronize(m.queue));
+      NCCL_CHECK(ncclReduceScatter(all.raw(), sum.raw(), 1, ncclFloat64, ncclSum, axis.comm,
+                                   device().communication));
+      CUDA_CHECK(cudaStreamSynchronize(device().communication));
       CHECK_EQ(download(sum)[0], expected, axis.name);
       joined += both;
     }
@@ -157,7 +158,7 @@ TEST(the_ledger_enters_exactly_what_was_sent) {
         trainer.evaluate(3, sequence);
         trainer.next_logits({1, 2, 3});
       }
-      CUDA_CHECK(cudaStreamSynchronize(m.queue));
+      CUDA_CHECK(cudaStreamSynchronize(device().communication));
       for (const Axis& axis : m.every_axis()) {
         if (!axis.comm) continue;
         for (const auto& [collective, call] : {std::pair{Collective::all_reduce, Call::all_reduce},

@@ -159,7 +159,7 @@ static Attended work_of(const Positions& queries, const std::vector<Positions>& 
 static std::vector<Positions> cut(int n, int64_t T, bool zigzag) {
   std::vector<Positions> all;
   for (int r = 0; r < n; r++)
-    all.push_back(zigzag ? ContextParallel(Axis{"cp", n, r}, nullptr).part(T)
+    all.push_back(zigzag ? ContextParallel(Axis{"cp", n, r}).part(T)
                          : Positions{{r * T / n, (r + 1) * T / n}});
   return all;
 }

@@ -77,12 +77,6 @@ Texts continue_all(Mesh& mesh, const GptConfig& config,
   return t;
 }
 
-Mesh alone() {  // a mesh of this rank alone
-  Mesh mesh;
-  CUDA_CHECK(cudaStreamCreateWithFlags(&mesh.queue, cudaStreamNonBlocking));
-  return mesh;
-}
-
 }  // namespace
 
 TEST(the_cache_and_every_layout_say_what_the_whole_model_says) {
@@ -106,7 +100,7 @@ TEST(the_cache_and_every_layout_say_what_the_whole_model_says) {
 }
 
 TEST(every_layout_picks_the_tokens_of_one_rank) {
-  Mesh one = alone();
+  Mesh one;  // of this rank alone
   size_t different = 0;
   for (const Sampling& how : {Sampling{.temperature = 0}, Sampling{.temperature = 1},
                               Sampling{.temperature = 1.3, .top_k = 9, .top_p = 0.8, .seed = 5}}) {
@@ -127,7 +121,7 @@ TEST(every_layout_picks_the_tokens_of_one_rank) {
 }
 
 TEST(texts_in_a_batch_are_what_they_are_alone) {
-  Mesh one = alone();
+  Mesh one;
   const Texts together = continue_all(one, kConfig, kPrompts, {.temperature = 0}, 20, nullptr);
   for (size_t b = 0; b < kPrompts.size(); b++)
     CHECK(continue_all(one, kConfig, {kPrompts[b]}, {.temperature = 0}, 20, nullptr).tokens[0] ==

@@ -113,7 +113,6 @@ TEST(every_schedule_has_the_bits_of_one_rank_in_f32_over_20_steps) {
   Setting s{Layout{{"pp", pp}}, "1f1b", 1, m, {}, false, false};
   const Run reference = from_rank_0([&] {
     Mesh alone;
-    CUDA_CHECK(cudaStreamCreateWithFlags(&alone.queue, cudaStreamNonBlocking));
     const Run run = curve_of(alone, config, s.options(batch), 20);
     close_mesh(alone);
     return run;

@@ -110,7 +110,7 @@ TEST(units_are_laid_out_alike_on_all_tp_ranks) {
       GptConfig config{8, 16 * heads, heads, 1, 50257};
       std::set<std::vector<int64_t>> sizes;  // of the units
       for (int rank = 0; rank < tp; rank++) {
-        Gpt gpt(config, Axis{"tp", tp, rank}, nullptr);
+        Gpt gpt(config, Axis{"tp", tp, rank});
         std::vector<int64_t> of_rank;
         for (const auto& [number, params] : units_of(gpt.params()))
           of_rank.push_back(padded_unit(params, 8));

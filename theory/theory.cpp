@@ -22,8 +22,7 @@ Theory theory(const GptConfig& config, const Layout& layout, int rank,
   return t.sum;
 }
 
-SizedGpt::SizedGpt(const GptConfig& g, const Axis& axis, const Axis& cp)
-    : Gpt(g, axis, nullptr, cp) {
+SizedGpt::SizedGpt(const GptConfig& g, const Axis& axis, const Axis& cp) : Gpt(g, axis, cp) {
   if (g.kv() == g.heads) return;
   const int64_t D = g.width / g.heads, queries = g.heads / g.kv() * D, group = queries + 2 * D;
   const auto split = [&](Param& p, Shape shape, int dim) {
