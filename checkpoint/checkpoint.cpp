@@ -203,7 +203,8 @@ static std::vector<std::string> remove_old(const std::string& dir, int64_t keep)
 
 void Checkpoint::check_tokenizer(uint64_t key) const {
   REQUIRE(key == 0 || info.tokenizer == 0 || key == info.tokenizer, path,
-          " was saved with another tokenizer than is there now: its tokens stand for other texts");
+          " was saved with other tokenizer files than those there now, so its tokens may stand for "
+          "other texts: put the old files back");
 }
 
 // ---- writing

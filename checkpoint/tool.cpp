@@ -55,7 +55,7 @@ static void describe(const Checkpoint& c) {
 
 static void check(const Checkpoint& c) {
   c.verify();
-  c.check_tokenizer(tokenizer_of(c.path, c.info).key());
+  if (c.info.tokenizer) c.check_tokenizer(tokenizer_of(c.path, c.info).key());
   printf("%s: whole, %zu files, %zu tensors\n", c.path.c_str(), c.files.size(), c.tensors.size());
 }
 

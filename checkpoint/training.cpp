@@ -8,6 +8,7 @@ void take_sizes(Options& o) {
   for (const std::string& path : checkpoints_in(o.checkpoint)) try {
       const CheckpointInfo info = Checkpoint(path).info;
       o.end_of_text = info.end_of_text;
+      o.tokenizer_key = info.tokenizer;
       if (!is_named) o.model_name = nearest_model(info.model);
       for (const SizeOption& size : kSizes) {
         int64_t& mine = o.model.*size.member;
@@ -38,8 +39,11 @@ int64_t resume_training(const Options& o, const Dataset& data, const Job& job, T
   const std::string model = to_string(saved.model), mine = to_string(o.model);
   REQUIRE(model == mine, c->path, " holds a model of ", model, ", and this one has ", mine,
           ": leave out --model and its sizes");
-  REQUIRE(!saved.bytes || o.tokenizer_key == 0, c->path,
-          " was trained on bytes last, and not on a tokenizer's tokens: leave it out");
+  REQUIRE(
+      !saved.bytes || o.tokenizer_key == 0, c->path,
+      " was trained on bytes last, and a tokenizer's tokens are others: leave out --tokenizer, and "
+      "remove a tokenizer's files from ",
+      o.checkpoint);
   c->check_tokenizer(o.tokenizer_key);
   REQUIRE(o.model.vocab == 256 || !data.is_text() || saved.bytes, c->path,
           " was not trained on bytes last (", saved.data,
@@ -68,10 +72,17 @@ std::string save_training(const Options& o, const Dataset& data, int64_t step, c
   const Stopwatch saving;
   const GptConfig& config = trainer.gpt.config;
   const Dtype dtype = master_dtype(config.dtype);
-  const CheckpointInfo info{step,          o.model,          o.layout,
-                            dtype,         uint64_t(o.seed), o.command,
-                            in_full(data), o.keep,           data.is_text(),
-                            o.end_of_text, o.tokenizer_key};
+  const CheckpointInfo info{step,
+                            o.model,
+                            o.layout,
+                            dtype,
+                            uint64_t(o.seed),
+                            o.command,
+                            in_full(data),
+                            o.keep,
+                            data.is_text(),
+                            o.end_of_text,
+                            data.is_text() ? 0 : o.tokenizer_key};
   const std::vector<std::string> said =
       save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards());
   return format("checkpoint saved: %.1f MB in %.2f s",

@@ -45,9 +45,9 @@ static bool is_ours_alone(const fs::path& place) {
          !(is.st_mode & 022);
 }
 
-// Whether it can be read: nobody may look after such files.
-static bool is_whole(const std::string& shard, const Tokenizer& tokenizer) {
-  return is_there(shard) && error_of([&] { Dataset::open({shard}, 1, tokenizer.size()); }).empty();
+// Nobody may look after such files.
+static bool is_whole(const std::string& shard) {
+  return is_there(shard) && error_of([&] { Dataset::check_file(shard); }).empty();
 }
 
 // The shard of some texts, made where there is none. name: where it lies and how it begins
@@ -70,8 +70,7 @@ static std::string shard_of(const std::vector<std::string>& paths, const fs::pat
   const Stopwatch waited;
   for (bool said = false;; usleep(50000)) {
     for (const fs::path& place : places)
-      if ((place != last || is_ours_alone(last)) && is_whole(place / file, tokenizer))
-        return place / file;
+      if ((place != last || is_ours_alone(last)) && is_whole(place / file)) return place / file;
     if (shard.empty()) shard = encode_files(texts, name, tokenizer, say);
     std::string why;
     bool is_coming = false;  // another process is writing the same
@@ -105,13 +104,13 @@ std::vector<std::string> token_shards(const std::vector<std::string>& files,
     return {shard_of(project_files(root), root + "/build/sources", tokenizer, directory, say)};
   std::vector<std::string> shards;
   for (const std::string& file : files) {
-    // texts/* has the shards of these texts, too, and perhaps older ones
+    // texts/* has the shards of these texts, too, and perhaps older ones; few checksums are short
     const auto is_of = [&](const std::string& other) {
-      return file.starts_with(other + ".") && file.ends_with(".bin") &&
-             file.find_first_not_of("0123456789", other.size() + 1) == file.size() - 4;
+      const size_t key = other.size() + 1, end = file.find_first_not_of("0123456789", key);
+      return file.starts_with(other + ".") && end >= key + 15 && file.substr(end) == ".bin";
     };
     if (const auto other = std::ranges::find_if(files, is_of); other != files.end()) {
-      say(sentence(file, " is left out: it was made of ", *other, ", which is given, too"));
+      say(sentence(file, " is left out: its name says that it has the tokens of ", *other));
       continue;
     }
     const bool text = !file.ends_with(".bin") && !shard_format(MappedFile(file));

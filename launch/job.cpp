@@ -62,7 +62,7 @@ static constexpr struct {
   const char *tasks, *task, *why;
 } kLaunchers[] = {
     {"PMI_SIZE", "PMI_RANK",
-     "this mpiexec belongs to another MPI than the program, which was built with MPICH, or to an "
+     "the launcher belongs to another MPI than the program, which was built with MPICH, or to an "
      "MPICH that is broken, as Ubuntu 24.04's package 4.2.0-5build3 is"},
     {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK",
      "this mpiexec belongs to Open MPI, and the program was built with MPICH"},
@@ -83,7 +83,7 @@ void Job::check_launcher() {
     speaks = !number || atoi(number) == 0;
     throw Error(sentence("the launcher started ", told, " processes (", tasks,
                          "), but each sees a world of 1 rank: ", why,
-                         "; if one rank is meant, start it with mpiexec -n 1"));
+                         "; if one rank is meant, start one"));
   }
 }
 

@@ -194,8 +194,8 @@ OptionTable train_options(Options& o) {
       {"Reports",
        {
            {"eval-every", "K", whole(&o.eval_every, 0),
-            "report the loss on sequences spread over the held-out tenth every K steps, and of a "
-            "checkpoint that is resumed; 0: never"},
+            "report the loss on sequences spread over the held-out tenth every K steps, and with "
+            "--resume before the first; 0: never"},
            {"sample", "K", whole(&o.sample, 0),
             "print K tokens that the trained model continues with"},
            {"metrics", "FILE.jsonl", text(&o.metrics),

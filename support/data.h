@@ -30,6 +30,8 @@ class Dataset {
   // tokens.
   static Dataset open(const std::vector<std::string>& files, int64_t context, int64_t vocab);
 
+  static void check_file(const std::string& path);  // an Error where a shard is not whole
+
   // index: in the global batch of the step
   std::vector<int> sequence(int64_t step, int64_t index, uint64_t seed) const;
   // Of the tenth that is not trained on. Where it has more than kMostHeldOut sequences, so many of

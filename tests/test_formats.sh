@@ -243,16 +243,17 @@ says and_for_one_that_went_on_from_them_without_its_tokenizer "was not trained o
 # ---- files that were exchanged, damaged, or put somewhere by hand
 
 truncate -s -2 "$shard"
+cp -r "$dir/run-two" "$dir/done"
 $train --checkpoint "$dir/run-two" --resume --data "$dir/my.txt" --batch 2 --steps 3 \
   --eval-every 9 >"$dir/out" 2>"$dir/err"
 check a_damaged_shard_is_made_again "[ $? = 0 ] && cmp $shard $dir/kept.bin" "" "$(cat "$dir/err")"
 check a_run_that_is_done_is_evaluated \
-  "grep -q '^step 3/3  held-out loss [0-9]' $dir/out && [ ! -e $dir/run-two/step-00000004 ]" "" \
+  "grep -q '^step 3/3  held-out loss [0-9]' $dir/out && diff -r $dir/run-two $dir/done" "" \
   "$(cat "$dir/out")"
 $train --checkpoint "$dir/run-two" --resume --data "$dir"/my.txt* --batch 2 --steps 4 \
   --eval-every 9 >"$dir/out" 2>"$dir/err"
 check a_shard_of_a_text_that_is_given_is_left_out \
-  "[ $? = 0 ] && grep -q '^tokens .*.bin is left out: it was made of .*my.txt,' $dir/out &&
+  "[ $? = 0 ] && grep -q '^tokens .*.bin is left out: its name says .*my.txt\$' $dir/out &&
    ! grep -q 'is now on' $dir/out" "" "$(cat "$dir/out" "$dir/err")"
 check a_checkpoint_that_is_resumed_is_evaluated_first \
   "grep -A1 '^step 3/4  held-out loss [0-9]' $dir/out | grep -q '^step 4/4  loss'" "" \
@@ -266,12 +267,21 @@ check a_tokenizer_without_checkpoints_is_used_too \
 sed -i '1s/^/ /' "$dir/by-hand/tokenizer.json"
 check the_tokenizer_of_a_checkpoint_cannot_be_exchanged \
   "! $generate --checkpoint $dir/by-hand --prompt the >$dir/out 2>$dir/err &&
-   grep -q 'was saved with another tokenizer' $dir/err && ! $tool verify $dir/by-hand >$dir/out &&
-   grep -q 'was saved with another tokenizer' $dir/out" "" "$(cat "$dir/out" "$dir/err")"
-says and_training_does_not_go_on_with_another "was saved with another tokenizer" \
+   grep -q 'was saved with other tokenizer files' $dir/err &&
+   ! $tool verify $dir/by-hand >$dir/out &&
+   grep -q 'was saved with other tokenizer files' $dir/out" "" "$(cat "$dir/out" "$dir/err")"
+says and_training_does_not_go_on_with_them "was saved with other tokenizer files" \
   --checkpoint "$dir/by-hand" --resume
 says byte_pairs_for_a_model_of_bytes_are_refused "was trained on bytes last" \
   --checkpoint "$dir/c" --resume --tokenizer "$dir/one"
+# the first million tokens of a file are checked when it is opened
+head -c 1024 "$shard" >"$dir/bad.bin"
+head -c 2400000 /dev/zero >>"$dir/bad.bin"
+head -c 200000 /dev/zero | tr '\0' '\377' >>"$dir/bad.bin"
+printf '\040\326\023\000' | dd of="$dir/bad.bin" bs=1 seek=8 conv=notrunc status=none
+says what_cannot_be_read_for_the_first_evaluation_ends_a_run "outside the vocabulary of 304" \
+  --checkpoint "$dir/run-two" --resume --eval-every 9 --data "$dir/bad.bin"
+check before_it_trains "[ ! -e $dir/run-two/step-00000005 ] && [ ! -e $dir/run-two/step-00000009 ]"
 says weights_that_were_not_imported_are_refused "build/checkpoint import makes a checkpoint" \
   --checkpoint "$dir/one" --resume
 
