@@ -86,25 +86,21 @@ Tokens::Tokens(int64_t B, int64_t T, const Positions& positions, std::vector<int
     for (int& t : *tokens)
       t = t >= vocabulary.begin && t < vocabulary.end ? t - vocabulary.begin : -1;
   }
-  const std::vector<int> sorted = sort_rows(in);
   std::vector<int> at, all;
   for (int64_t row = 0; here < T && row < int64_t(in.size()); row++)
     at.push_back(positions[row % here]);
-  for (const std::vector<int>* part :
-       std::initializer_list<const std::vector<int>*>{&in, &out, &sorted, &at})
-    all.insert(all.end(), part->begin(), part->end());
+  const std::pair<Tensor*, std::vector<int>> parts[] = {
+      {&inputs, in}, {&targets, out}, {&order, sort_rows(in)}, {&position_of_row, at}};
+  for (const auto& [tensor, part] : parts) all.insert(all.end(), part.begin(), part.end());
   if (all.empty()) return;
   const Tensor whole({int64_t(all.size())}, Dtype::i32, Memory::data);
   upload(whole, all.data());
   int64_t begin = 0;
-  const auto next = [&](const std::vector<int>& part) {
+  for (const auto& [tensor, part] : parts) {
     const int64_t size = part.size();
-    return whole.part(std::exchange(begin, begin + size), {size});
-  };
-  inputs = next(in);
-  targets = next(out);
-  order = next(sorted);
-  if (!at.empty()) position_of_row = next(at);
+    if (size) *tensor = whole.part(begin, {size});
+    begin += size;
+  }
 }
 
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
@@ -130,14 +126,16 @@ void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb
          {c.raw(), n}, 1, beta);
 }
 
-Tensor as_matrix(const Tensor& w) { return w.view({w.dim(0), w.numel() / w.dim(0)}); }
+Tensor as_matrix(const Tensor& w) { return w.part(0, {w.dim(0), w.numel() / w.dim(0)}); }
 
-void weight_backward(Param& w, bool transposed, const Tensor& x, const Tensor& dy) {
-  Param& use = transposed && w.head_use ? *w.head_use : w;  // only the head transposes a weight
-  const Tensor dw = as_matrix(use.grad);
-  const double beta = use.begin_write();  // 1 adds to what is there, 0 overwrites a fresh one
-  if (transposed) product(dw, dy, true, x, false, beta);  // dw += dy^T x
-  else product(dw, x, true, dy, false, beta);             // dw += x^T dy
+void weight_gradient(Tape& tape, Param& w, bool transposed, const Tensor& x, const Tensor& dy) {
+  tape.run_or_defer([&w, transposed, x, dy] {
+    Param& use = transposed && w.head_use ? *w.head_use : w;  // only the head transposes a weight
+    const Tensor dw = as_matrix(use.grad);
+    const double beta = use.begin_write();  // 1 adds to what is there, 0 overwrites a fresh one
+    if (transposed) product(dw, dy, true, x, false, beta);  // dw += dy^T x
+    else product(dw, x, true, dy, false, beta);             // dw += x^T dy
+  });
 }
 
 Var linear(Tape& tape, const Var& x, Param& w, bool transposed) {
@@ -149,7 +147,7 @@ Var linear(Tape& tape, const Var& x, Param& w, bool transposed) {
     Tensor d = like(x);
     product(d, dy, false, as_matrix(w.value), !transposed, 0);  // dx = dy w^T, or dy w
     accumulate(dx, std::move(d));
-    tape.run_or_defer([&w, transposed, x, dy] { weight_backward(w, transposed, x, dy); });
+    weight_gradient(tape, w, transposed, x, dy);
   });
   return y;
 }

@@ -43,14 +43,14 @@ Optimizer::Optimizer(std::vector<ParamShard> shards, int64_t parameters, double 
   clip_factor_ = Tensor({1}, Dtype::f64, Memory::workspace);
 }
 
-void Optimizer::measure() {
+void Optimizer::measure_norm() {
   sum_of_squares(squares_, table_);
   if (sum_) sum_(squares_);
   norm_and_clip(norm_, clip_factor_, squares_, clip_);
 }
 
 void Optimizer::step(double lr) {
-  measure();
+  measure_norm();
   adamw(table_, clip_factor_, {.lr = lr, .weight_decay = weight_decay_, .step = ++steps_});
 }
 

@@ -32,7 +32,7 @@ class Optimizer {
   Optimizer(std::vector<ParamShard> shards, int64_t parameters, double clip, double weight_decay,
             Sum sum = {});
   void step(double lr);
-  void measure();                               // the norm alone, of the gradients that are there
+  void measure_norm();                          // alone, of the gradients that are there
   const Tensor& norm() const { return norm_; }  // (1) f64: of the last gradients, before clipping
   // whether every weight and moment that counts on this rank is a number; waits for the device
   bool finite() const;

@@ -1,4 +1,4 @@
-// tensor.cu: memory, the device, and the kernels that move, fill and initialise.
+// tensor.cu: memory, the device, and the kernels that move and fill.
 // idea      cudaMallocAsync takes memory from a stream-ordered pool, which gives it back to the
 //           driver only where an allocation fails: a plain cudaMalloc or cudaFree inside a step
 //           would stop the whole device.
@@ -11,7 +11,6 @@
 #include <map>
 
 #include "kernels/tiles.cuh"
-#include "support/philox.h"
 
 // ---- types
 
@@ -125,30 +124,6 @@ void close_device() {
   opened.reset();
 }
 
-// ---- what a step is made of: kernels/op_times.h
-
-OpTimes op_times;
-
-void OpTimes::start(What what) {
-  what_ = what;
-  count_ = 0;
-}
-
-void OpTimes::begin(cudaStream_t stream, bool collective, Work work) {
-  if (count_ == ops_.size()) ops_.emplace_back();
-  open_ = &ops_[count_++];
-  open_->work = std::move(work);
-  open_->collective = collective;
-  if (recorder.on) recorder.begin(queue_of(stream), open_->work.name);
-  open_->begin.record(stream);
-}
-
-void OpTimes::end(cudaStream_t stream) {
-  error_of([&] { open_->end.record(stream); });  // the next call says what is wrong
-  if (recorder.on) recorder.end();
-  open_ = nullptr;
-}
-
 // ---- streams
 
 void synchronize() { CUDA_CHECK(cudaStreamSynchronize(device().compute)); }
@@ -233,11 +208,6 @@ Tensor::Tensor(Shape shape, Dtype dtype, Memory category)
       shape_(std::move(shape)),
       dtype_(dtype) {}
 
-Tensor Tensor::view(Shape shape) const {
-  ASSERT(elements(shape) == numel(), "cannot see ", to_string(shape_), " as ", to_string(shape));
-  return part(0, std::move(shape));
-}
-
 Tensor Tensor::part(int64_t first, Shape shape) const {
   ASSERT(first >= 0 && first + elements(shape) <= numel(), to_string(shape), " at ", first,
          " is not inside ", to_string(shape_));
@@ -268,23 +238,6 @@ template <class T, class U> __global__ void __launch_bounds__(256)
     cast_kernel(T* __restrict__ y, const U* __restrict__ x, int64_t n) {
   for_tile<kThreads, 1>(n, [=](int64_t i, auto) {
     y[i] = store<T>(static_cast<acc_t<T>>(load(x[i])));
-  });
-}
-
-// x (n), the elements of (outer, end - begin, inner) from `start` on: element g of the whole
-// parameter has the value that (seed, parameter, g) gives
-template <class T> __global__ void __launch_bounds__(256)
-    random_kernel(T* __restrict__ x, uint64_t seed, uint32_t parameter, float scale, Slice s,
-                  int64_t start, int64_t n) {
-  const int64_t width = (s.end - s.begin) * s.inner;
-  for_tile<kThreads, 1>(n, [=](int64_t i, auto) {
-    const int64_t own = start + i,
-                  g = own / width * s.split * s.inner + s.begin * s.inner + own % width;
-    const Philox4 r = philox(g, g >> 32, parameter, 0, seed, seed >> 32);
-    int sum = 0;
-    for (int k = 0; k < 4; k++) sum += int(r.v[k] & 0xffff) + int(r.v[k] >> 16);
-    // eight halves of mean 0xffff / 2
-    x[i] = store<T>(static_cast<acc_t<T>>(float(sum - 4 * 0xffff) * scale));
   });
 }
 
@@ -362,16 +315,4 @@ std::vector<double> download(const Tensor& x) {
   std::vector<double> values;
   DISPATCH(x.dtype(), values = download_wide<T>(x));
   return values;
-}
-
-void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float deviation,
-                 const Slice& slice, int64_t first) {
-  OP("fill_random", bytes_of(x));
-  const int64_t n = x.numel();
-  ASSERT(first + n <= slice.outer * (slice.end - slice.begin) * slice.inner);
-  if (!n) return;
-  // the deviation of a sum of eight uniform 16-bit integers
-  const float scale = deviation / sqrtf(8 * 65536.0f * 65536.0f / 12);
-  DISPATCH(x.dtype(), random_kernel<T><<<tiles(n), kThreads, 0, device().compute>>>(
-                          x.data<T>(), seed, parameter, scale, slice, first, n));
 }

@@ -165,7 +165,6 @@ class Tensor {
            name_of(DtypeOf<T>::value));
     return static_cast<T*>(raw());
   }
-  Tensor view(Shape shape) const;                         // the same elements in another shape
   Tensor part(int64_t first_element, Shape shape) const;  // consecutive elements; shares the memory
   // somebody else may read it: do not write in place
   bool shared() const { return buffer_.use_count() > 1; }
@@ -187,12 +186,3 @@ void cast(const Tensor& to, const Tensor& from);  // f32, bf16, f64, any to any
 void upload(const Tensor& to, const void* host);
 std::vector<double> download(const Tensor& x);  // waits; any dtype, widened
 void download(const Tensor& x, void* host);     // waits; the bytes as they are
-
-// Initial weights. Element i of the *global* parameter depends on (seed, parameter, i) alone, so
-// that every layout starts from the same bits: Philox-4x32-10 (Salmon et al., "Parallel random
-// numbers: as easy as 1, 2, 3", SC 2011) yields 128 bits, and the sum of their eight 16-bit halves,
-// centred and scaled to the deviation, is close to normal (Irwin-Hall, tails end at 4.9
-// deviations). The sum is an integer and one product rounds it to f32, so the bits are the same on
-// every machine, too. x is the elements of this rank's slice, in order, from `first` on.
-void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float deviation,
-                 const Slice& slice, int64_t first = 0);

@@ -112,7 +112,7 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
     if (splits_rows_) finish();  // the product below reads all_x
     const Purpose purpose(serves);
     Tensor sum = start_sum(partial);  // it travels while the weight gradient is computed
-    tape.run_or_defer([&w, transposed, all_x, dy] { weight_backward(w, transposed, all_x, dy); });
+    weight_gradient(tape, w, transposed, all_x, dy);
     finish();
     accumulate(dx, std::move(sum));
   });
@@ -143,7 +143,7 @@ Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w) {
     Tensor d({R, x.dim(1)}, x.dtype(), Memory::activations);  // its part of the width: whole
     product(d, all_dy, false, w.value, true, 0);
     accumulate(dx, std::move(d));
-    tape.run_or_defer([&w, x, all_dy] { weight_backward(w, false, x, all_dy); });
+    weight_gradient(tape, w, false, x, all_dy);
   });
   return y;
 }

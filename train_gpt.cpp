@@ -14,111 +14,107 @@
 #include "report/trace.h"
 
 // What a training has at hand, and its steps. Every rank calls the same functions.
-class Run {
- public:
-  Run(const Options& options, const TrainingData& data, const Job& job, Mesh& mesh, Watch& watch,
-      std::optional<DirectoryLock>& lock)
-      : o(options),
-        data(data),
-        job(job),
-        mesh(mesh),
-        watch(watch),
-        lock(lock),
-        trainer(mesh, model_config(o), trainer_options(o)),
-        resumed(o.resume ? resume() : 0),
-        metrics(job.speaks && resumed < o.steps ? o.metrics : "", resumed),
-        progress(o.steps, job.speaks ? stdout : nullptr, isatty(fileno(stdout))) {
+struct Run {
+  const Options& o;
+  const TrainingData& data;
+  const Job& job;
+  Mesh& mesh;
+  Watch& watch;
+  std::optional<DirectoryLock>& lock;  // rank 0's
+  Trainer trainer{mesh, model_config(o), trainer_options(o)};
+  std::string manifest = {};  // rank 0's, of the last checkpoint that was saved or resumed
+  const int64_t resumed = o.resume ? resume() : 0;  // the step that it goes on from
+  JsonLines metrics{job.speaks && resumed < o.steps ? o.metrics : "", resumed};
+  Progress progress{o.steps, job.speaks ? stdout : nullptr, isatty(fileno(stdout)) != 0};
+  std::optional<Trace> trace = {};
+  Profile profile = {};
+  int64_t step = resumed;  // the last that was begun
+  Batch batch = {};        // of the next step
+  std::string error = {};  // of data or metrics: what was trained is saved all the same
+
+  void train() {
     if (!o.trace.empty() && resumed < o.steps)
       trace.emplace(job.speaks ? o.trace : "", mesh, trainer);
     listen_for_signals();
-  }
-
-  void train() {
-    if (o.resume && o.eval_every) held_out_loss(resumed);
+    if (o.resume && o.eval_every) held_out_loss();
+    collectively(job, [&] { REQUIRE(error.empty(), error); });
     if (resumed == o.steps) {  // there is nothing left to train
       if (o.sample && !stopped()) print_sample();
-      return collectively(job, [&] { REQUIRE(error.empty(), error); });
+      return;
     }
-    const std::string steps = sentence("a step in micro-batches of ", o.microbatch,
-                                       " sequences of ", o.model.context, " tokens");
     double first_loss = 0, loss = 0;
-    int64_t step = resumed;
     bool ends = false;  // by a signal or an error, on all ranks
-    at_work = steps;
-    batch = read_batch(step + 1);
-    for (bool last = false; !last;) {
-      at_work = steps;
-      step++;
-      StepRecord record = train_step(step);
+    while (!ends && step < o.steps) {
+      StepRecord record = train_step();
       loss = record.loss;
       if (step == resumed + 1) {
         first_loss = loss;
         if (o.resume_step >= 0)  // now that training goes on
           watch.at_files([&] {
             put_later_aside(o.checkpoint, resumed, job,
-                            [&](const std::string& text) { progress.say(step, text); });
+                            [&](const std::string& text) { say(text); });
           });
       }
-      if (o.eval_every && (step % o.eval_every == 0 || step == o.steps))
-        record.held_out_loss = held_out_loss(step);
+      if (o.eval_every && is_turn(o.eval_every)) record.held_out_loss = held_out_loss();
       if (error.empty()) error = error_of([&] { metrics.step(record); });
       ends = stopped();
-      last = ends || step == o.steps;
-      const bool due = last || (o.save_every && step % o.save_every == 0),
-                 saves = due && !o.checkpoint.empty();
-      if (last || saves) check_weights(step);
-      if (saves) {
-        at_work = "a checkpoint that is saved";
-        watch.at_files([&] { progress.say(step, save(step)); });
+      if (ends || is_turn(o.save_every)) {
+        check_weights();
+        if (!o.checkpoint.empty()) save();
       }
     }
-    if (step < o.steps && error.empty()) {
-      progress.say(step, o.checkpoint.empty()
-                             ? "stopped by a signal; without --checkpoint nothing is saved"
-                             : "stopped by a signal; --resume goes on from here");
-    }
+    if (step < o.steps && error.empty())
+      say(o.checkpoint.empty() ? "stopped by a signal; without --checkpoint nothing is saved"
+                               : "stopped by a signal; --resume goes on from here");
     if (trace && trace->empty())
-      progress.say(step, sentence("nothing is written to ", o.trace, ": none of steps ",
-                                  o.traced.begin, " to ", o.traced.end, " was trained"));
+      say(sentence("nothing is written to ", o.trace, ": none of steps ", o.traced.begin, " to ",
+                   o.traced.end, " was trained"));
     progress.done();
-    if (o.sample && step == o.steps && !ends) print_sample();
-    report(step, first_loss, loss);
+    if (o.sample && !ends) print_sample();
+    report(first_loss, loss);
   }
 
  private:
+  void say(const std::string& text) { progress.say(step, text); }
+  // Every so many steps, and after the last one. 0: then alone
+  bool is_turn(int64_t every) const { return step == o.steps || (every && step % every == 0); }
+
   int64_t resume() {
-    int64_t step = 0;
+    std::optional<int64_t> from;
     at_work = "the checkpoint that is resumed";
     watch.at_files([&] {
-      step = resume_training(o, *data.tokens, job, trainer);
-      if (step > 0) remember(step);
+      from = resume_training(o, *data.tokens, job, trainer);
+      if (from) remember(*from);
     });
-    return step;
+    return from.value_or(0);
   }
 
-  std::string save(int64_t step) {
-    on_first_rank(job, [&] {
-      if (lock->is_held()) return;
-      // The directory, or the lock in it, is gone. Another run may be there now, or have been.
-      make_directory(o.checkpoint);
-      lock.emplace(o.checkpoint);
-      const auto there = checkpoints_in(o.checkpoint);
-      REQUIRE(there.empty() || read_file(there[0] + "/manifest.json") == manifest, o.checkpoint,
-              " has checkpoints of another run by now: nothing more is saved there");
+  void save() {
+    at_work = "a checkpoint that is saved";
+    watch.at_files([&] {
+      on_first_rank(job, [&] {
+        if (lock->is_held()) return;
+        // The directory, or the lock in it, is gone. Another run may be there now, or have been.
+        make_directory(o.checkpoint);
+        lock.emplace(o.checkpoint);
+        const auto there = checkpoints_in(o.checkpoint);
+        REQUIRE(there.empty() || read_file(there[0] + "/manifest.json") == manifest, o.checkpoint,
+                " has checkpoints of another run by now: nothing more is saved there");
+      });
+      const std::string said = save_training(o, *data.tokens, step, job, mesh, trainer);
+      remember(step);
+      say(said);
     });
-    const std::string said = save_training(o, *data.tokens, step, job, mesh, trainer);
-    remember(step);
-    return said;
   }
 
   // Its number alone does not tell a checkpoint from that of another run.
-  void remember(int64_t step) {
+  void remember(int64_t saved) {
     on_first_rank(job, [&] {
-      manifest = read_file(checkpoint_path(o.checkpoint, step) + "/manifest.json");
+      manifest = read_file(checkpoint_path(o.checkpoint, saved) + "/manifest.json");
     });
   }
 
-  void report(int64_t step, double first_loss, double loss) {
+  void report(double first_loss, double loss) {
     if (job.speaks)
       printf("\nloss     %.4f at step %ld, %.4f at step %ld\nspeed    %s\n", first_loss,
              resumed + 1, loss, step,
@@ -137,7 +133,11 @@ class Run {
   // ---- a step
 
   // The next one's batch is read while the device computes.
-  StepRecord train_step(int64_t step) {
+  StepRecord train_step() {
+    step++;
+    at_work = sentence("a step in micro-batches of ", o.microbatch, " sequences of ",
+                       o.model.context, " tokens");
+    if (batch.empty()) batch = read_batch(step);
     const bool is_traced = trace && o.traced.begin <= step && step <= o.traced.end;
     if (is_traced) trace->begin_step();
     progress.start_step();
@@ -163,15 +163,15 @@ class Run {
     return record;
   }
 
-  Batch read_batch(int64_t step) const {
+  Batch read_batch(int64_t number) const {
     return trainer.read([&](int64_t s) {
       watch.progress();
-      return data.tokens->sequence(step, s, o.seed);
+      return data.tokens->sequence(number, s, o.seed);
     });
   }
 
   // The loss of a step is from before its update: what that made is looked at here.
-  void check_weights(int64_t step) {
+  void check_weights() {
     const bool fine = trainer.can_go_on(batch);
     collectively(job, [&] {
       REQUIRE(
@@ -192,7 +192,8 @@ class Run {
 
   // Says it. None where the work ends. All sequences are read before any is computed with: who
   // cannot read must not leave the others in a collective.
-  std::optional<double> held_out_loss(int64_t step) {
+  std::optional<double> held_out_loss() {
+    at_work = "the held-out loss";
     std::vector<std::vector<int>> sequences(data.tokens->held_out_sequences());
     for (size_t s = 0; s < sequences.size() && error.empty(); s++)
       error = error_of([&] { sequences[s] = data.tokens->held_out(s); });
@@ -201,7 +202,7 @@ class Run {
       watch.progress();
       return sequences[s];
     });
-    progress.say(step, format("held-out loss %.4f", loss));
+    say(format("held-out loss %.4f", loss));
     return loss;
   }
 
@@ -237,22 +238,6 @@ class Run {
     }
     if (job.speaks) printf("\n---\n");
   }
-
-  const Options& o;
-  const TrainingData& data;
-  const Job& job;
-  Mesh& mesh;
-  Watch& watch;
-  std::optional<DirectoryLock>& lock;  // rank 0's
-  Trainer trainer;
-  std::string manifest;   // rank 0's, of the last checkpoint that was saved or resumed
-  const int64_t resumed;  // the step that it goes on from
-  JsonLines metrics;
-  std::optional<Trace> trace;
-  Progress progress;
-  Profile profile;
-  Batch batch;        // of the next step
-  std::string error;  // of data or metrics: what was trained is saved all the same
 };
 
 // ---- main: run_program (launch/program.h) calls `prepare` on every rank, compares what it
@@ -286,7 +271,8 @@ int main(int argc, char** argv) {
             "--checkpoint: ", o.checkpoint,
             " is one step of a run: give the run's directory, and --resume-step");
     if (o.resume) take_sizes(o);
-    REQUIRE(!is_there(o.checkpoint + "/model.safetensors") || !checkpoints_in(o.checkpoint).empty(),
+    REQUIRE(o.checkpoint.empty() || !is_there(o.checkpoint + "/model.safetensors") ||
+                !checkpoints_in(o.checkpoint).empty(),
             "--checkpoint: ", o.checkpoint,
             " holds Hugging Face's files: build/checkpoint import makes a checkpoint of them");
     data.find_tokenizer(o);
@@ -313,7 +299,7 @@ int main(int argc, char** argv) {
     watch.at_files([&] { data.meet(o, job); });
     if (job.speaks) print_setup(o, *data.tokens);
     at_work = "the model";
-    Run(o, data, job, mesh, watch, lock).train();
+    Run{o, data, job, mesh, watch, lock}.train();
   };
   const char* usage =
       "usage: build/train_gpt [options]\n"

@@ -172,7 +172,7 @@ bool Trainer::can_go_on(const Batch& batch) {
   const auto rows = ledger.rows;
   const bool measured = std::exchange(pipeline.measures, false);
   gradients(batch);
-  optimizer_->measure();
+  optimizer_->measure_norm();
   fsdp.end_step();
   ledger.rows = rows;
   pipeline.measures = measured;
@@ -184,28 +184,24 @@ bool Trainer::can_go_on(const Batch& batch) {
 
 double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
   const Purpose purpose(Traffic::evaluation);
-  const int64_t T = gpt.config.context, b = options.microbatch, ranks = mesh_.layout.data_ranks(),
-                round = b * ranks, rounds = sequences / round;
+  const int64_t T = gpt.config.context, ranks = mesh_.layout.data_ranks();
+  // Micro-batches of one size, of which there is a whole number. A rank that has none left repeats
+  // the last one with weight 0: all ranks run the same collectives.
+  int64_t count = std::min(options.microbatch, ceil_div(sequences, ranks));
+  while (sequences % count) count--;
   fill(total_, 0);
-  // Micro-batches of `count` sequences from `first` on, `times` on each rank. A rank that has none
-  // left repeats one with weight 0: all ranks run the same collectives.
-  const auto add = [&](int64_t first, int64_t count, int64_t times) {
-    Batch batch;
-    std::vector<double> scales;
-    for (int64_t i = 0; i < times; i++) {
-      const int64_t mine = first + first_sequence(i, count);
-      batch.push_back(read(std::min(mine, sequences - count), count, T, held_out));
-      scales.push_back(mine < sequences ? 1.0 / (sequences * T) : 0.0);
-    }
-    pipeline.forward(activation(count, T), times, [&](Tape& tape, int chunk, const Var& x, int i) {
-      return forward_loss(tape, chunk, x, batch[i], scales[i]);
-    });
-  };
-  add(0, b, rounds);  // whole rounds first, then one sequence a rank
-  add(rounds * round, 1, ceil_div(sequences - rounds * round, ranks));
+  Batch batch;
+  for (int64_t i = 0; i < ceil_div(sequences, count * ranks); i++)
+    batch.push_back(
+        read(std::min(first_sequence(i, count), sequences - count), count, T, held_out));
+  pipeline.forward(
+      activation(count, T), batch.size(), [&](Tape& tape, int chunk, const Var& x, int i) {
+        const bool counts = first_sequence(i, count) < sequences;
+        return forward_loss(tape, chunk, x, batch[i], counts ? 1.0 / (sequences * T) : 0);
+      });
   sum_loss();
   fsdp.end_step();
-  return loss();
+  return download(total_)[0];
 }
 
 std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {

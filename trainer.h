@@ -51,12 +51,10 @@ class Trainer {
   struct Results {
     double loss, norm;
   };
-  Results results() const;  // as loss() and norm(), with one wait for the device
-  // of the last gradients(), over the whole batch; waits for the device
-  double loss() const { return download(total_)[0]; }
+  // The loss of the last gradients(), over the whole batch, and the norm of the last update's
+  // gradients, before clipping. Waits for the device.
+  Results results() const;
   Optimizer& optimizer() { return *optimizer_; }  // its shards are what this rank saves and resumes
-  // of the last update's gradients, before clipping; waits for the device
-  double norm() const { return download(optimizer_->norm())[0]; }
 
   // mean loss, the same in every layout
   double evaluate(int64_t sequences, const Sequences& held_out);

@@ -25,14 +25,15 @@ static std::string in_full(const Dataset& data) {
   return sentence(data.describe(), " (", data.content, ")");
 }
 
-int64_t resume_training(const Options& o, const Dataset& data, const Job& job, Trainer& trainer) {
+std::optional<int64_t> resume_training(const Options& o, const Dataset& data, const Job& job,
+                                       Trainer& trainer) {
   const auto say = [&](const std::string& text) {
     if (job.speaks) printf("resume   %s\n", text.c_str());
   };
   const std::optional<Checkpoint> c = newest_checkpoint(o.checkpoint, job, say, o.resume_step);
   if (!c) {
     say("there is no checkpoint in " + o.checkpoint + ": starting at step 1");
-    return 0;
+    return {};
   }
   const CheckpointInfo& saved = c->info;
   const bool imported = saved.step == 0;

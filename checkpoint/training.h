@@ -11,9 +11,10 @@ void take_sizes(Options& options);
 
 // ---- collective
 
-// How many steps the newest complete checkpoint had, now in the trainer; 0 if there is none.
-int64_t resume_training(const Options& options, const Dataset& data, const Job& job,
-                        Trainer& trainer);
+// How many steps the newest complete checkpoint had, now in the trainer. None if there is none; an
+// imported one had 0.
+std::optional<int64_t> resume_training(const Options& options, const Dataset& data, const Job& job,
+                                       Trainer& trainer);
 // says what was saved
 std::string save_training(const Options& options, const Dataset& data, int64_t step, const Job& job,
                           const Mesh& mesh, Trainer& trainer);

@@ -214,3 +214,14 @@ void sum_of_squares(const Tensor& squares, const UpdateTable& table,
 // norm (1) f64 = sqrt(sum of squares (n), first to last); clip (1) f64 = min(1, limit / norm), or 1
 // when limit is 0
 void norm_and_clip(const Tensor& norm, const Tensor& clip, const Tensor& squares, double limit);
+
+// ---- fill_random.cu
+
+// Initial weights. Element i of the *global* parameter depends on (seed, parameter, i) alone, so
+// that every layout starts from the same bits: Philox-4x32-10 (Salmon et al., "Parallel random
+// numbers: as easy as 1, 2, 3", SC 2011) yields 128 bits, and the sum of their eight 16-bit halves,
+// centred and scaled to the deviation, is close to normal (Irwin-Hall, tails end at 4.9
+// deviations). The sum is an integer and one product rounds it to f32, so the bits are the same on
+// every machine, too. x is the elements of this rank's slice, in order, from `first` on.
+void fill_random(const Tensor& x, uint64_t seed, uint32_t parameter, float deviation,
+                 const Slice& slice, int64_t first = 0);

@@ -4,7 +4,7 @@
 //           `OP("add", bytes_of(y, a, b));`, and each block of collectives,
 //           `const Timed timed;` (comm.h).
 // idea      Where these are timed, they have an event before and one after them. An op inside
-//           another is a part of that one. The functions are in tensor.cu.
+//           another is a part of that one.
 // test      tests/test_trainer.cpp
 #pragma once
 #include <atomic>

@@ -163,10 +163,11 @@ inline Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions&
     spoil_gradients(trainer);
     trainer.gradients(trainer.read([&](int64_t s) { return sequence(step, s, config); }));
     expect_numbers(trainer);
-    run.losses.push_back(trainer.loss());
     append(run.gradients, whole_model(mesh, trainer, WholeOf::gradients));
     trainer.update(kLearningRate);
-    run.norms.push_back(trainer.norm());
+    const auto [loss, norm] = trainer.results();
+    run.losses.push_back(loss);
+    run.norms.push_back(norm);
   }
   run.weights = whole_model(mesh, trainer, WholeOf::weights);
   return run;
@@ -179,8 +180,9 @@ inline Run curve_of(Mesh& mesh, const GptConfig& config, const TrainerOptions& o
   for (int step = 1; step <= steps; step++) {
     trainer.gradients(trainer.read([&](int64_t s) { return sequence(step, s, config); }));
     trainer.update(kLearningRate);
-    run.losses.push_back(trainer.loss());
-    run.norms.push_back(trainer.norm());
+    const auto [loss, norm] = trainer.results();
+    run.losses.push_back(loss);
+    run.norms.push_back(norm);
   }
   return run;
 }

@@ -49,7 +49,7 @@ std::vector<double> train(Trainer& trainer, const GptConfig& config, int first, 
   for (int step = first; step <= last; step++) {
     trainer.gradients(trainer.read([&](int64_t i) { return sequence(step, i, config); }));
     trainer.update(kLearningRate);
-    losses.push_back(trainer.loss());
+    losses.push_back(trainer.results().loss);
   }
   return losses;
 }

@@ -289,6 +289,16 @@ wait $job
 check and_touches_nothing_of_a_run_that_has_been_there \
   "[ $? = 1 ] && diff -r $dir/other-too $dir/c && whole $dir/moved-too &&
     grep -q 'has checkpoints of another run by now' $dir/err" "" "$(cat "$dir/err")"
+rm -rf "$dir/c"
+$tool export "$dir/base" "$dir/exported" >/dev/null
+$tool import "$dir/exported" "$dir/c" >/dev/null
+$train $small --steps 1000 --resume --checkpoint "$dir/c" >"$dir/first" 2>"$dir/err" &
+job=$!
+until grep -qs '^resume ' "$dir/first" || ! kill -0 $job 2>/dev/null; do sleep 0.02; done
+rm "$dir/c/lock"
+wait $job
+check but_what_it_goes_on_from_is_its_own_if_imported_too \
+  "[ $? = 0 ] && whole $dir/c/step-00001000" "" "$(cat "$dir/err")"
 run_until_it_saves
 rm "$dir/c/lock"
 exec 8>"$dir/c/lock"

@@ -85,7 +85,7 @@ struct Array {
   }
   static Array blank(int64_t n, Dtype dtype) { return Array(Values(n, kSentinel), dtype); }
   Array& shaped(Shape shape) {
-    tensor = tensor.view(std::move(shape));
+    tensor = tensor.part(0, std::move(shape));
     return *this;
   }
 

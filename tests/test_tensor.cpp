@@ -80,7 +80,7 @@ TEST(views_and_parts_share_memory) {
     const std::vector<double> host = rounded(numbers(24, 1), dtype);
     const Tensor t = from_host(host, dtype);
     CHECK(!t.shared());
-    const Tensor view = t.view({4, 6}), part = view.part(6, {2, 3});
+    const Tensor view = t.part(0, {4, 6}), part = view.part(6, {2, 3});
     CHECK(t.shared() && view.shared() && part.shared());
     CHECK_EQ(view.raw(), t.raw());
     CHECK_EQ(static_cast<char*>(part.raw()) - static_cast<char*>(t.raw()), 6 * size_of(dtype));
@@ -91,7 +91,7 @@ TEST(views_and_parts_share_memory) {
     expect_equal(t, expected, "the whole after its part was filled");
   }
   const Tensor t({24}, Dtype::f32, Memory::data);
-  CHECK_SAYS(t.view({5, 5}), "cannot see (24) as (5, 5)");
+  CHECK_SAYS(t.part(0, {5, 5}), "(5, 5) at 0 is not inside (24)");
   CHECK_SAYS(t.part(20, {5}), "(5) at 20 is not inside (24)");
   CHECK_SAYS(t.part(-1, {5}), "is not inside");
   measured("f32, bf16, f64");
@@ -310,7 +310,7 @@ TEST(memory_is_counted_to_the_byte_by_category) {
       CHECK_EQ(m.total - before.total, 30 + 56 + 4000);
       CHECK_EQ(grown(Memory::workspace), 4000);
     }
-    const Tensor view = a.view({15}), part = b.part(1, {2});  // these share what they look at
+    const Tensor view = a.part(0, {15}), part = b.part(1, {2});  // these share what they look at
     CHECK_EQ(grown(Memory::parameters), 30);
     CHECK_EQ(grown(Memory::gradients), 56);
     CHECK_EQ(grown(Memory::workspace), 0);

@@ -143,8 +143,6 @@ TEST(a_batch_that_is_read_ahead_trains_to_the_same_bits) {
         trainer.update(kLearningRate);
         if (ahead) batch = trainer.read(of(step + 1));
         const auto [loss, norm] = trainer.results();
-        CHECK_EQ(loss, trainer.loss());
-        CHECK_EQ(norm, trainer.norm());
         values.insert(values.end(), {loss, norm});
         // what reads other sequences comes between
         if (step == 2) values.push_back(trainer.evaluate(3, of(0)));
