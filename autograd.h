@@ -149,7 +149,7 @@ struct Tokens {
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta);
 Tensor as_matrix(const Tensor& w);  // (K,3,C) is (K,3C)
 // Adds linear()'s gradient of w (x: its input, dy: its output's gradient) to w.grad, or overwrites
-// one that is fresh.
+// one that is fresh; now, or deferred.
 void weight_gradient(Tape& tape, Param& w, bool transposed, const Tensor& x, const Tensor& dy);
 // The same for wte and wpe in embedding().
 void embedding_backward(Param& wte, Param& wpe, const Tensor& dx, const Tokens& tokens);

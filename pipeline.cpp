@@ -167,12 +167,10 @@ void Pipeline::hand_over(const Transfer& t, Tensor x) {
 // All transfers of an exchange are one NCCL group: a facing pair goes both ways at once, and cannot
 // deadlock in whichever order its ends are listed (sum_tied).
 void Pipeline::exchange(const std::vector<Transfer>& transfers) {
+  const cudaStream_t stream = device().communication;
   for (const Transfer& t : transfers) {
-    if (t.from == axis_.rank)
-      outbox_.at(t).event->make_wait(device().communication);  // it must have been computed
-    else
-      room_is_free_.make_wait(
-          device().communication);  // who used the memory before must be done with it
+    if (t.from == axis_.rank) outbox_.at(t).event->make_wait(stream);  // it must have been computed
+    else room_is_free_.make_wait(stream);  // who used the memory before must be done with it
   }
 
   const Timed timed;
@@ -191,15 +189,15 @@ void Pipeline::exchange(const std::vector<Transfer>& transfers) {
     const ncclDataType_t type = nccl_type(x.dtype());
     if (send) {
       ledger.enter(axis_, Collective::send, x.bytes());
-      NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, peer, axis_.comm, device().communication));
+      NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, peer, axis_.comm, stream));
     } else {
-      NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, peer, axis_.comm, device().communication));
+      NCCL_CHECK(ncclRecv(x.raw(), x.numel(), type, peer, axis_.comm, stream));
     }
     parcel.event = done;
     parcel.moved_by = exchanges_;
   }
   NCCL_CHECK(ncclGroupEnd());
-  done->record(device().communication);
+  done->record(stream);
   // A stage that runs ahead of its peers keeps what four exchanges sent, at most (a bound, not a
   // tuned number). This wait cannot deadlock: schedules are safe when each action waits for all
   // actions before it.
