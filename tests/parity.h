@@ -80,7 +80,7 @@ inline Run one_rank(const GptConfig& config, int64_t batch, int steps) {
 }
 
 // The sum over an axis of what each rank has, in f64.
-inline std::vector<double> sum_over(Mesh& mesh, const Axis& axis, const std::vector<double>& mine) {
+inline std::vector<double> sum_over(const Axis& axis, const std::vector<double>& mine) {
   if (axis.size == 1) return mine;
   const Tensor t({int64_t(mine.size())}, Dtype::f64, Memory::workspace);
   upload(t, mine.data());
@@ -116,8 +116,8 @@ inline std::vector<double> whole_model(Mesh& mesh, Trainer& trainer, WholeOf wha
     }
   }
   const Axis shards = mesh.shards;
-  mine = sum_over(mesh, shards, mine), copies = sum_over(mesh, shards, copies);
-  mine = sum_over(mesh, mesh["tp"], mine);
+  mine = sum_over(shards, mine), copies = sum_over(shards, copies);
+  mine = sum_over(mesh["tp"], mine);
   for (size_t i = 0; i < mine.size(); i++)
     if (copies[i] != 0)
       CHECK_EQ(copies[i], mine[i], "element ", i, " of the model differs between tp ranks");
@@ -129,8 +129,8 @@ inline std::vector<double> whole_model(Mesh& mesh, Trainer& trainer, WholeOf wha
   if (mesh["pp"].rank != 0) std::fill(first.begin(), first.begin() + long(tied), 0.0);
   last.resize(tied);
   if (mesh["pp"].rank == 0) std::fill(last.begin(), last.end(), 0.0);
-  first = sum_over(mesh, mesh["pp"], first);
-  if (tied) last = sum_over(mesh, mesh["pp"], last);
+  first = sum_over(mesh["pp"], first);
+  if (tied) last = sum_over(mesh["pp"], last);
   CHECK(std::equal(last.begin(), last.end(), first.begin()),
         "the token embedding is not the same on the first and the last stage");
   return first;

@@ -317,7 +317,7 @@ static std::unique_ptr<WholeGpt> random_gpt(GptConfig config) {
   auto gpt = std::make_unique<WholeGpt>(config, 1);
   for (Param* p : gpt->params()) {
     std::vector<double> values = noise(p->numel(), 100 + p->id);
-    for (double& v : values) v = 0.4 * v + (p->deviation == 0 ? p->mean : 0);
+    for (double& v : values) v = 0.4 * v + (p->deviation == 0 ? p->constant : 0);
     const Tensor exact({p->numel()}, Dtype::f64, Memory::workspace);
     upload(exact, values.data());
     cast(p->own(p->value), exact);
