@@ -279,9 +279,12 @@ head -c 1024 "$shard" >"$dir/bad.bin"
 head -c 2400000 /dev/zero >>"$dir/bad.bin"
 head -c 200000 /dev/zero | tr '\0' '\377' >>"$dir/bad.bin"
 printf '\040\326\023\000' | dd of="$dir/bad.bin" bs=1 seek=8 conv=notrunc status=none
-says what_cannot_be_read_for_the_first_evaluation_ends_a_run "outside the vocabulary of 304" \
-  --checkpoint "$dir/run-two" --resume --eval-every 9 --data "$dir/bad.bin"
-check before_it_trains "[ ! -e $dir/run-two/step-00000005 ] && [ ! -e $dir/run-two/step-00000009 ]"
+$train --checkpoint "$dir/run-two" --resume --data "$dir/bad.bin" --batch 2 --steps 9 \
+  --eval-every 9 >"$dir/out" 2>"$dir/err"
+check a_first_evaluation_that_cannot_be_read_ends_a_run_before_it_trains \
+  "[ $? = 1 ] && grep -q 'outside the vocabulary of 304' $dir/err &&
+   ! grep -q '^step 5/9' $dir/out && [ ! -e $dir/run-two/step-00000005 ]" "" \
+  "$(cat "$dir/out" "$dir/err")"
 says weights_that_were_not_imported_are_refused "build/checkpoint import makes a checkpoint" \
   --checkpoint "$dir/one" --resume
 
