@@ -285,7 +285,6 @@ Var recompute(Tape& tape, const Var& x, const std::function<Var(Tape&, const Var
   y.grad = std::make_shared<Tensor>();
   tape.push([&tape, f, x = x.value, dx = x.grad, dy = y.grad] {
     Tape second;
-    second.recomputing = true;
     second.deferred = tape.deferred;
     Var leaf{x};
     Var again = f(second, leaf);

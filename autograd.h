@@ -101,7 +101,6 @@ class Tape {
  public:
   explicit Tape(bool recording = true) : recording_(recording) {}
   bool recording() const { return recording_; }
-  bool recomputing = false;  // runs a forward for the second time: see recompute
   void push(std::function<void()> backward);
   // Inside a backward closure: runs work now or, where there is a list, puts it there. It is what
   // the backward of earlier layers does not need: gradients of linear layers' weights and biases,
@@ -151,7 +150,7 @@ Tensor as_matrix(const Tensor& w);  // (K,3,C) is (K,3C)
 // Adds linear()'s gradient of w (x: its input, dy: its output's gradient) to w.grad, or overwrites
 // one that is fresh; now, or deferred.
 void weight_gradient(Tape& tape, Param& w, bool transposed, const Tensor& x, const Tensor& dy);
-// The same for wte and wpe in embedding().
+// Adds embedding()'s gradients to those of wte and wpe, now; clears a fresh one first.
 void embedding_backward(Param& wte, Param& wpe, const Tensor& dx, const Tokens& tokens);
 
 Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe);

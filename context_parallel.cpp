@@ -37,6 +37,7 @@ Positions ContextParallel::part_of(int rank, int64_t T) const {
 void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
   if (all.empty()) return;
   const int next = (axis_.rank + 1) % axis_.size, before = source(1);
+  const cudaStream_t stream = device().communication;
   communicate_after_compute();  // what is sent must be there, and room for what comes
   const Timed timed;
   NCCL_CHECK(ncclGroupStart());
@@ -46,9 +47,8 @@ void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
       recorder.travel(axis_.name, axis_.members, send, "keys, values or gradients",
                       axis_.members[send ? next : before], (send ? x : room).bytes());
     ledger.enter(axis_, Collective::send, x.bytes());
-    NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, next, axis_.comm, device().communication));
-    NCCL_CHECK(
-        ncclRecv(room.raw(), room.numel(), type, before, axis_.comm, device().communication));
+    NCCL_CHECK(ncclSend(x.raw(), x.numel(), type, next, axis_.comm, stream));
+    NCCL_CHECK(ncclRecv(room.raw(), room.numel(), type, before, axis_.comm, stream));
   }
   NCCL_CHECK(ncclGroupEnd());
 }

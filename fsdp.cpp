@@ -236,8 +236,8 @@ void Fsdp::reshard(Unit& u) {
 // those that zero bubble left without a writer are cleared.
 
 void Fsdp::enter_backward(const char* pass, int use) {
+  // the previous micro-batch's sum still uses the buffer
   for (Unit* u : uses_[use].units)
-    // the previous micro-batch's sum still uses the buffer
     while (std::ranges::count(in_flight_, u)) finish_reduce();
   recorder.enter(pass, uses_[use].name);
   for (Unit* u : uses_[use].units) {
@@ -292,6 +292,7 @@ void Fsdp::finish_reduce() {
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!shards_gradients()) return;
   const Tensor mine = u.shard_of(u.whole_grad);
+  // the next micro-batch's, of this unit, is not counted yet: its enter_backward comes here first
   if (u.gradients_done == 1) copy(u.shard_grad, mine);
   else add(u.shard_grad, u.shard_grad, mine);
   u.whole_grad = Tensor();

@@ -157,7 +157,9 @@ Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& toke
 
   Block& b = blocks_[part.layer];
   const auto block = [=, this, &b, layer = part.layer](Tape& tape, const Var& x) {
-    const Purpose purpose(tape.recomputing ? Traffic::recompute : Traffic::training);
+    // recompute() records its second run alone
+    const bool again = config.recompute && tape.recording();
+    const Purpose purpose(again ? Traffic::recompute : Traffic::training);
     const Var normed = layernorm(tape, x, b.ln_1_weight, b.ln_1_bias);
     const Var qkv =
         add_bias(tape, tp.column_linear(tape, normed, R, b.c_attn_weight), b.c_attn_bias);

@@ -144,9 +144,10 @@ Schedule forwards_of(const Schedule& schedule, int microbatches);
 // What a stage computes, in order: its list without exchanges. Of the schedule it needs no actions.
 std::vector<Action> computations(const Schedule& s, int stage);
 
-// How a computation's input comes to its stage, and how its result leaves: from the position before
-// or to the next one. Where that is on the same stage (the bottom of the V, or one stage alone) it
-// is no exchange. Nothing at the ends of the model and for weight gradients.
+// How a computation's input comes to its stage, and how its result leaves: activations from the
+// position before and to the next one, gradients the other way round. Where that is on the same
+// stage (the bottom of the V, or one stage alone) it is no exchange. Nothing at the ends of the
+// model and for weight gradients.
 std::optional<Transfer> input_of(const Schedule& s, int stage, const Action& computation);
 std::optional<Transfer> output_of(const Schedule& s, int stage, const Action& computation);
 

@@ -18,7 +18,7 @@ struct Run {
   const Options& o;
   const TrainingData& data;
   const Job& job;
-  Mesh& mesh;
+  const Mesh& mesh;
   Watch& watch;
   std::optional<DirectoryLock>& lock;  // rank 0's
   Trainer trainer{mesh, model_config(o), trainer_options(o)};
@@ -63,20 +63,20 @@ struct Run {
         if (!o.checkpoint.empty()) save();
       }
     }
-    if (step < o.steps && error.empty())
-      say(o.checkpoint.empty() ? "stopped by a signal; without --checkpoint nothing is saved"
-                               : "stopped by a signal; --resume goes on from here");
     if (trace && trace->empty())
       say(sentence("nothing is written to ", o.trace, ": none of steps ", o.traced.begin, " to ",
                    o.traced.end, " was trained"));
     progress.done();
     if (o.sample && !ends) print_sample();
-    report(first_loss, loss);
+    report(first_loss, loss);  // ends here if a rank had an error
+    if (step < o.steps)
+      say(o.checkpoint.empty() ? "stopped by a signal; without --checkpoint nothing is saved"
+                               : "stopped by a signal; --resume goes on from here");
   }
 
  private:
   void say(const std::string& text) { progress.say(step, text); }
-  // Every so many steps, and after the last one. 0: then alone
+  // every so many steps (0: never), and after the last one
   bool is_turn(int64_t every) const { return step == o.steps || (every && step % every == 0); }
 
   int64_t resume() {
@@ -172,6 +172,7 @@ struct Run {
 
   // The loss of a step is from before its update: what that made is looked at here.
   void check_weights() {
+    at_work = "the check of the weights";
     const bool fine = trainer.can_go_on(batch);
     collectively(job, [&] {
       REQUIRE(
@@ -209,6 +210,7 @@ struct Run {
   // ---- a sample
 
   void print_sample() {
+    at_work = "a sample";
     const int64_t T = o.model.context;
     std::vector<int> tokens = data.tokens->held_out(0);
     tokens.resize(std::min<int64_t>(T / 2 + 1, 48));
@@ -287,7 +289,7 @@ int main(int argc, char** argv) {
     std::erase_if(given, [](const auto& option) { return option.first == "--data"; });
     return given;
   };
-  const auto work = [&](const Job& job, Mesh& mesh, Watch& watch) {
+  const auto work = [&](const Job& job, const Mesh& mesh, Watch& watch) {
     std::optional<DirectoryLock> lock;
     watch.at_files([&] {
       on_first_rank(job, [&] {

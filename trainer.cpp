@@ -30,7 +30,7 @@ std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int 
   return of_stage;
 }
 
-Trainer::Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
+Trainer::Trainer(const Mesh& mesh, const GptConfig& config, const TrainerOptions& o)
     : options(o),
       gpt(config, mesh["tp"], mesh["cp"]),
       fsdp(mesh.shards, mesh.axes_where(&AxisKind::copies_model), config.dtype, options.fsdp),

@@ -41,7 +41,7 @@ using Batch = std::vector<Tokens>;
 
 class Trainer {
  public:
-  Trainer(Mesh& mesh, const GptConfig& config, const TrainerOptions& options);
+  Trainer(const Mesh& mesh, const GptConfig& config, const TrainerOptions& options);
   Batch read(const Sequences& batch) const;
   void gradients(const Batch& batch);
   void update(double lr);
@@ -51,8 +51,8 @@ class Trainer {
   struct Results {
     double loss, norm;
   };
-  // The loss of the last gradients(), over the whole batch, and the norm of the last update's
-  // gradients, before clipping. Waits for the device.
+  // Of the last gradients(): the loss over the whole batch, and the norm before clipping, which
+  // update() measures. Waits for the device.
   Results results() const;
   Optimizer& optimizer() { return *optimizer_; }  // its shards are what this rank saves and resumes
 
@@ -80,7 +80,7 @@ class Trainer {
     return {gpt.tp.rows_here(count * gpt.cp.part(length).rows()), gpt.config.width};
   }
 
-  Mesh& mesh_;
+  const Mesh& mesh_;
   std::vector<ModelPiece> pieces_;        // by chunk
   std::map<const ModelPart*, int> uses_;  // FSDP's number of each part
   bool exchanges_tied_ = false;           // the token embedding is on another rank, too

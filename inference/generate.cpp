@@ -146,7 +146,7 @@ static void print_statistics(const GptConfig& config, const Mesh& mesh, std::vec
 
 // ---- generation
 
-static void generate(const GenerateOptions& o, const Job& job, Mesh& mesh,
+static void generate(const GenerateOptions& o, const Job& job, const Mesh& mesh,
                      const std::optional<Checkpoint>& checkpoint, const Tokenizer& tokenizer,
                      const std::vector<std::vector<int>>& prompts, Watch& watch) {
   const size_t B = prompts.size(), V = o.model.vocab;
@@ -232,7 +232,7 @@ int main(int argc, char** argv) {
     given.emplace_back("the tokenizer's checksum", sentence(tokenizer->key()));
     return given;
   };
-  const auto work = [&](const Job& job, Mesh& mesh, Watch& watch) {
+  const auto work = [&](const Job& job, const Mesh& mesh, Watch& watch) {
     prompts = gather(prompts)[0];  // the first rank's
     generate(o, job, mesh, checkpoint, *tokenizer, prompts, watch);
   };

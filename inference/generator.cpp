@@ -3,7 +3,7 @@
 
 // ---- set-up
 
-Generator::Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int64_t room)
+Generator::Generator(const Mesh& mesh, const GptConfig& config, int64_t sequences, int64_t room)
     : gpt(config, mesh["tp"]),
       mesh_(mesh),
       piece_(gpt.pieces(mesh["pp"].size)[mesh["pp"].rank]),

@@ -23,7 +23,7 @@ class Generator {
  public:
   // `sequences` at once, each with room for `room` tokens, prompt included. Weights are
   // uninitialised until one of the two below.
-  Generator(Mesh& mesh, const GptConfig& config, int64_t sequences, int64_t room);
+  Generator(const Mesh& mesh, const GptConfig& config, int64_t sequences, int64_t room);
   void initialise(uint64_t seed) {
     for (Param* p : params()) p->initialise(p->own(p->value), seed, 0);
   }
@@ -46,7 +46,7 @@ class Generator {
   Logits forward(Tokens tokens, const Gpt::Attend& attend);
   std::vector<Param*> params() const { return params_of({piece_}); }  // of this stage
 
-  Mesh& mesh_;
+  const Mesh& mesh_;
   ModelPiece piece_;                  // this stage's parts
   Pipeline pipeline_;                 // carries activations between stages
   std::map<int64_t, Tensor> caches_;  // of this stage's layers: see append_to_cache

@@ -1,5 +1,5 @@
 // op_times.cu: see op_times.h.
-// idea      a step's ops take the events of the step before again: only the first one makes any
+// idea      a step's ops take the events of the steps before again, and make only those that lack
 #include "kernels/op_times.h"
 
 OpTimes op_times;

@@ -1,10 +1,10 @@
 // profile.h: where a step's time goes, op by op (--profile).
 //
-// idea      What tensor.h calls an op has an event before it and one after it; here they are added
-//           up by name. Beside them: what the op takes at least, how fast that was done, and how
-//           fast this machine copies and multiplies.
+// idea      What kernels/op_times.h calls an op has an event before it and one after it; here they
+//           are added up by name. Beside them: what the op takes at least, how fast that was done,
+//           and how fast this machine copies and multiplies.
 // exact     Rows are what the streams did: each op but those inside another, in every step but the
-//           first, which warms up. Where a rank has one queue for computing, its rows cannot
+//           first, which warms up. A rank has one compute stream, so its rows cannot
 //           overlap, and what is left of the step is in no row. On a GPU collectives run beside the
 //           kernels; with no GPU everything runs in turn, and is timed by the clock.
 // cost      two events an op; without --profile a branch

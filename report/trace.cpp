@@ -31,7 +31,7 @@ static double clock_ahead(const Mesh& mesh) {
 
 // ---- a step
 
-Trace::Trace(const std::string& path, Mesh& mesh, const Trainer& trainer, bool rebuilds)
+Trace::Trace(const std::string& path, const Mesh& mesh, const Trainer& trainer, bool rebuilds)
     : file_(path, 0, "traces"), mesh_(mesh), trainer_(trainer), rebuilds_(rebuilds) {}
 
 void Trace::begin_step() {

@@ -27,7 +27,7 @@
 class Trace {
  public:
   // Collective. The file is created where `path` is not empty; one that is there is put aside.
-  Trace(const std::string& path, Mesh& mesh, const Trainer& trainer,
+  Trace(const std::string& path, const Mesh& mesh, const Trainer& trainer,
         bool rebuilds = !device().is_gpu && !getenv("THREEFOLD_STREAMS"));
   void begin_step();  // collective
   void end_step();    // the host has waited for the step
@@ -37,7 +37,7 @@ class Trace {
 
  private:
   JsonLines file_;
-  Mesh& mesh_;
+  const Mesh& mesh_;
   const Trainer& trainer_;
   const bool rebuilds_;
   Event origin_{true};  // of times, which get coarser with the distance: 1 us after 10 s

@@ -1,7 +1,7 @@
 // predict.h: how long a training step takes on a cluster, and where the time goes.
 //
 // idea      One rank of each kind of stage is issued as the code issues it: products and kernels on
-//           the compute queue, collectives of all axes on the communication queue (timeline.h).
+//           the compute stream, collectives of all axes on the communication stream (timeline.h).
 //           From the first, a middle and the last micro-batch come the times of a stage's
 //           computations, waiting included, and the schedule makes the step of them. Bytes, units
 //           and what is kept come from theory/; nothing of it is counted again here.
