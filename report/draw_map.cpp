@@ -20,9 +20,9 @@ struct Kind {
   int fsdp, tp, pp, zero;
 };
 const Kind kKinds[] = {
-    {"copies", "fill='#dbe7f3'", 1, 1, 1, 0},  {"ZeRO-1", "fill='#a9ceff'", 0, 1, 1, 1},
-    {"ZeRO-3", "fill='#5f9be0'", 0, 1, 1, 3},  {"with PP", "fill='#96deb8'", 0, 1, 0, 0},
-    {"with TP", "fill='#ffcf94'", 0, 0, 1, 0}, {"TP and PP", "fill='#e58f73'", 0, 0, 0, 0}};
+    {"copies", "fill='#dbe7f3'", 1, 1, 1, 0}, {"ZeRO-1", "fill='#a9ceff'", 0, 1, 1, 1},
+    {"ZeRO-3", "fill='#5f9be0'", 0, 1, 1, 3}, {"PP", "fill='#96deb8'", 0, 1, 0, 0},
+    {"TP", "fill='#ffcf94'", 0, 0, 1, 0},     {"TP, PP", "fill='#e58f73'", 0, 0, 0, 0}};
 
 struct Cell {
   std::string colour, title, text = "";  // no colour: nothing fits
@@ -42,8 +42,10 @@ Cell best_kind(const Cluster& cluster, const GptConfig& config) {
     for (const Planned& best : plan(cluster, wanted, 1).fastest) {
       fastest = std::min(fastest, best.seconds);
       if (best.seconds <= 1.03 * fastest)
-        cell = {kind->colour, sentence(kind->name, ": ", to_string(best.layout),
-                                       format(", %.3g s a step", best.seconds))};
+        cell = {kind->colour,
+                sentence(kind->name, ": ", to_string(best.layout),
+                         format(", %.3g s a step", best.seconds)),
+                kind->name};
     }
   }
   return cell;
@@ -78,6 +80,7 @@ template <class CellOf> void draw_table(Svg& svg, double left, double top, const
     svg.text(x - 8, y + 21, "text-anchor='end'",
              format(billions < 10 ? "%.1f B" : "%.0f B", billions));
     for (const int64_t number : numbers) {
+      if (&model == kModels) svg.text(x + kWide / 2, kBottom + 16, middle, number);
       if (const Cell cell = cell_of(config, number); !cell.colour.empty()) {
         if (number == 1) wall = y;
         svg.out << "<g><title>" << cell.title << "</title>";
@@ -90,11 +93,6 @@ template <class CellOf> void draw_table(Svg& svg, double left, double top, const
   }
   svg.box(kLeft, wall - 1, x - kLeft, 1, "");
   svg.text((kLeft + x) / 2, kBottom + 34, middle, what, " (one holds what is below the line)");
-  x = kLeft + kWide / 2;
-  for (const int64_t number : numbers) {
-    svg.text(x, kBottom + 16, middle, number);
-    x += kWide;
-  }
   svg.out << "</g>\n";
 }
 
@@ -103,13 +101,7 @@ template <class CellOf> void draw_table(Svg& svg, double left, double top, const
 std::string draw_map(Cluster cluster, double slow) {
   Svg svg(2 * kPanel, 2 * kHeight, "font-family='sans-serif' font-size='12'", "When to use what");
   svg.box(0, 0, 2 * kPanel, 2 * kHeight, "fill='#fff'");
-  double x = kLeft;
-  for (const Kind& kind : kKinds) {
-    svg.box(x, 34, 16, 16, kind.colour);
-    svg.text(x + 22, 47, "", kind.name);
-    x += 130;
-  }
-  svg.text(x, 47, "", "white: nothing fits");
+  svg.text(kLeft, 47, "", "white: nothing fits");
   cluster.nodes = 4;
   cluster.devices = kOfNode;
   draw_table(

@@ -21,12 +21,13 @@ struct {
   const char* colour;
   char mark;
 } const kLooks[] = {{"class='f'", '0'}, {"class='b'", 'a'}, {"class='b'", 'a'}, {"class='w'", 'A'}};
-// Colours of a light page, and of a dark one.
+// Colours of a light page, and of a dark one; the numbers differ, too.
 const char* kStyle = R"(<style>
 .schedule{font:11px sans-serif} .schedule .head{font-size:15px}
 .schedule .mid{text-anchor:middle}
 .schedule text{fill:#1f2328} .schedule .paper{fill:#fff} .schedule g rect{stroke:#fff}
 .schedule .line{fill:#8c959f}
+.schedule .b+text{text-decoration:underline} .schedule .w+text{font-style:italic}
 .schedule .f{fill:#a9ceff} .schedule .b{fill:#96deb8} .schedule .w{fill:#ffcf94}
 @media (prefers-color-scheme:dark){
 .schedule text{fill:#f0f3f6} .schedule .paper{fill:#0d1117} .schedule g rect{stroke:#0d1117}

@@ -181,7 +181,7 @@ function draw_timeline(events, rank) {
     '<wbr>', trace.stages > 1 ? a.microbatch < 0 ? '' : a.microbatch : a.part || a.for || name);
   const row = category =>
     tag('div class="track"', events.filter(e => e.cat === category).map(bar));
-  return tag('div class="rank"', tag('b', rank), row('part'), row('collective'));
+  return tag('div class="rank" aria-hidden="true"', tag('b', rank), row('part'), row('collective'));
 }
 
 // ---- controls
@@ -196,7 +196,8 @@ function show(time, which) {
   const now = state(t), e = moments[index];
   const name = e.args.function ?? kFunctions[e.args.pass ?? e.name];
   const [place, address] = functions[name] ?? [];
-  by_id('ranks').innerHTML = now.map(draw_rank).join('') + tag('svg id="travel"');
+  by_id('ranks').innerHTML =
+    now.map(draw_rank).join('') + tag('svg id="travel" aria-hidden="true"');
   by_id('travel').innerHTML = now.flatMap(draw_travel).join('');
   by_id('clock').textContent = `${milliseconds(t)} of ${milliseconds(trace.end)}`;
   by_id('timeline').style.setProperty('--at', t / trace.end);
@@ -279,7 +280,7 @@ document.body.insertAdjacentHTML('beforeend', [
   tag('h1', document.title),
   tag('footer', trace.clock === 'rebuilt' ? kRebuilt : ''),
   tag('p id="says"'),
-  tag('nav',
+  tag('nav aria-label="replay"',
     Object.entries(kControls).map(([key, [says]]) =>
       tag(`button id="${says}" title="${key}" onclick="kControls[title][1]()"`, says)),
     tag('label', 'speed ',

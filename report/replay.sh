@@ -46,12 +46,12 @@ data() { printf '<script type="application/json" id="%s">%s</script>\n' "$1" "$2
   echo '</style><body>'
   data functions "{$(functions)}"
   echo '<script type="application/json" id="trace">'
-  sed 's/</\\u003c/g' "$trace" # no name can end the script
+  sed 's/</\&lt;/g' "$trace" # no name is markup
   echo '</script><script>'
   cat report/replay.js
   if [ -n "$metrics" ]; then
     echo '</script>'
-    data metrics "[$(paste -sd, "$metrics" | sed 's/</\\u003c/g')]"
+    data metrics "[$(paste -sd, "$metrics" | sed 's/</\&lt;/g')]"
     echo '<script>'
     cat report/run.js
   fi

@@ -19,9 +19,9 @@ document.body.insertAdjacentHTML('afterbegin', [
     ' (nats a token). Below, the last step, played.'),
   tag(`svg id="loss" preserveAspectRatio="none"
     viewBox="${first.step} ${-high} ${steps.length} ${high - low}"`,
-    draw_loss('forward', 'loss'), draw_loss('gradients', 'held_out_loss')),
+    draw_loss('weights', 'loss'), draw_loss('gradients', 'held_out_loss')),
   tag('p', 'Step ', first.step, ' to ', last.step, ', from ', low.toFixed(2), ' (bottom) to ',
-    high.toFixed(2), ' (top): ', draw_key('forward', 'loss of a step'),
+    high.toFixed(2), ' (top): ', draw_key('weights', 'loss of a step'),
     draw_key('gradients', 'held-out')),
   tag('pre', metrics.at(-1).text),  // memory and traffic beside their formulas
 ].join(''));

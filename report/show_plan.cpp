@@ -114,12 +114,11 @@ Json json_of(const Cluster& cluster, const Planned& p) {
   const Account a = account(p);
   const double tokens = double(p.batch * p.context) / p.seconds,
                peak = p.dtype == Dtype::bf16 ? cluster.peak : cluster.f32;
-  std::vector<std::pair<double, std::string>> parts{{p.computing, "computing"},
-                                                    {p.bubble, "bubble"},
-                                                    {p.optimizer, "optimizer"}};
+  std::multimap<double, std::string, std::greater<>> parts{{p.computing, "computing"},
+                                                           {p.bubble, "bubble"},
+                                                           {p.optimizer, "optimizer"}};
   for (size_t axis = 0; axis < kAxes.size(); axis++)
-    parts.push_back({p.waiting[axis], sentence("waiting for ", kAxes[axis].name)});
-  std::ranges::sort(parts, std::greater<>());
+    parts.emplace(p.waiting[axis], sentence("waiting for ", kAxes[axis].name));
   Json seconds, memory;
   for (const auto& [time, name] : parts) seconds[name] = time;
   for (int i = 0; i < kMemoryCategories; i++) memory[name_of(Memory(i))] = a.memory[i];
@@ -198,7 +197,7 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
   }
   REQUIRE(least < INFINITY, "no --tp is possible: times --pp, it must divide the ", devices,
           " devices, and be at most ", most, " (with --pp ", pp, "; --kv-heads, --vocab)");
-  printf("%s\n", (o.json ? Json{{"decode", rows}}.dump(1) : text).c_str());
+  puts((o.json ? Json{{"decode", rows}}.dump(1) : text).c_str());
   check_fits(cluster, least);
 }
 
@@ -245,8 +244,7 @@ void check_asked(const PlanOptions& o) {
           scores > 0 ? ", or give --attention flash" : "");
 }
 
-void print_asked(const PlanOptions& o, const Cluster& cluster, const GptConfig& config,
-                 int64_t batch) {
+void print_asked(const PlanOptions& o, const Cluster& cluster, const GptConfig& config) {
   printf("model    %s: %.4g B parameters in %s\n", to_string(o.model).c_str(),
          double(parameter_count(config)) / 1e9, name_of(config.dtype));
   std::string missing;
@@ -254,16 +252,15 @@ void print_asked(const PlanOptions& o, const Cluster& cluster, const GptConfig& 
     if (!o.given.count("model") && !o.given.count(size.name)) missing += sentence(" --", size.name);
   if (!missing.empty()) printf("         not given, and as in tiny:%s\n", missing.c_str());
   if (!o.decode && !o.given.count("batch"))
-    printf("batch    %lld sequences, as for one device: --batch says another\n", (long long)batch);
+    printf("batch    %ld sequences, as for one device: --batch says another\n", o.batch);
   printf("cluster  %d x %d devices, %s, %.4g GiB each\n", int(o.nodes), int(o.devices),
          cluster.name.c_str(), cluster.memory / kGiB);
-  if (o.machine == "this") printf("%s\n", cluster.text.c_str());
+  if (o.machine == "this") puts(cluster.text.c_str());
 }
 
 // What is given is fixed; with --layout all is.
-Wanted wanted_of(const PlanOptions& o, const GptConfig& config, int64_t batch) {
+Wanted wanted_of(const PlanOptions& o, const GptConfig& config) {
   Wanted wanted{{config, trainer_options(o), o.layout}};
-  wanted.batch = batch;
   const auto is_fixed = [&](const char* option) { return o.layout_only || o.given.count(option); };
   if (!is_fixed("zero")) wanted.fsdp.zero = 0;
   if (!is_fixed("schedule")) wanted.schedule.clear();
@@ -275,8 +272,7 @@ Wanted wanted_of(const PlanOptions& o, const GptConfig& config, int64_t batch) {
 
 // The fastest layouts, each a line, and the first of them in full; of those that do not fit, the
 // smallest. Where one layout was asked for, it alone.
-void print_plan(const PlanOptions& o, const Cluster& cluster, const Wanted& wanted,
-                const Plan& found) {
+void print_plan(const PlanOptions& o, const Cluster& cluster, const Plan& found) {
   Json fastest = Json::array();
   std::string table;
   for (const Planned& p : found.fastest) {
@@ -289,18 +285,18 @@ void print_plan(const PlanOptions& o, const Cluster& cluster, const Wanted& want
   }
   const Json smallest = found.smallest ? json_of(cluster, *found.smallest) : Json();
   if (o.json) {
-    printf("%s\n", Json{{"layouts", found.layouts},
-                        {"fitting", found.fitting},
-                        {"fastest", fastest},
-                        {"smallest_that_does_not_fit", smallest}}
-                       .dump(1)
-                       .c_str());
+    puts(Json{{"layouts", found.layouts},
+              {"fitting", found.fitting},
+              {"fastest", fastest},
+              {"smallest_that_does_not_fit", smallest}}
+             .dump(1)
+             .c_str());
     return;
   }
   const bool searches = !o.layout_only;
   if (searches)
-    printf("layouts  %lld of a batch of %lld, %lld fit in memory\n", (long long)found.layouts,
-           (long long)wanted.batch, (long long)found.fitting);
+    printf("layouts  %ld of a batch of %ld, %ld fit in memory\n", found.layouts, o.batch,
+           found.fitting);
   if (found.fitting > 0) {
     if (searches)
       printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n%s%s\n",
@@ -318,32 +314,31 @@ void show(PlanOptions& o) {
   for (int64_t& size : named.layout.sizes) size = std::max<int64_t>(size, 1);
   resolve(named, true);
   if (o.layout_only) o = named;
+  o.batch = named.batch;
   resolve_common(o, true);
   check_asked(o);
   const Cluster cluster = cluster_of(o);
   const GptConfig config = model_config(o);
-  if (!o.json) print_asked(o, cluster, config, named.batch);
+  if (!o.json) print_asked(o, cluster, config);
   if (o.decode) return decode(o, cluster, config);
 
   if (o.given.count("schedule"))
     make_schedule(o.schedule, 1, 1, o.chunks);  // or it has other chunks
-  const Wanted wanted = wanted_of(o, config, named.batch);
   const int64_t devices = o.nodes * o.devices;
   if (o.layout_only) {
     REQUIRE(o.layout.ranks() == devices, to_string(o.layout), " has ", o.layout.ranks(),
             " ranks, and --nodes ", o.nodes, " with --devices ", o.devices, " have ", devices);
     check(o);
   }
-  const Plan found = plan(cluster, wanted, o.top);
+  const Plan found = plan(cluster, wanted_of(o, config), o.top);
   REQUIRE(found.layouts > 0, "no layout of ", devices,
-          " devices is what the options ask for: axes divide the devices; the batch of ",
-          wanted.batch,
+          " devices is what the options ask for: axes divide the devices; the batch of ", o.batch,
           " must divide by the ranks that share it, and each one's part by --microbatch, into a "
           "number of micro-batches that --schedule takes; --tp is at most ",
-          wanted.kv(), ", --cp at most half of the context of ", wanted.context,
-          ", --pp times --chunks at most ", wanted.layers, ", and a schedule has at most ",
+          config.kv(), ", --cp at most half of the context of ", config.context,
+          ", --pp times --chunks at most ", config.layers, ", and a schedule has at most ",
           kMostForwards, " forwards");
-  print_plan(o, cluster, wanted, found);
+  print_plan(o, cluster, found);
   if (found.fitting == 0) check_fits(cluster, found.smallest->memory);
 }
 

@@ -156,7 +156,7 @@ ends what_does_not_fit_says_what_holds_the_memory "out of device memory" --devic
 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=0 refuses another_mpis_launcher_is_refused \
   "the launcher started 4 processes" $small
 SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=0 refuses one_rank_among_several_tasks_is_told_how_to_start \
-  "if one rank is meant, start it with mpiexec -n 1" $small
+  "if one rank is meant, start one" $small
 OMPI_COMM_WORLD_SIZE=4 OMPI_COMM_WORLD_RANK=2 $train $small >"$dir/out" 2>&1
 status=$?
 check another_mpis_launcher_is_refused_once '[ $status != 0 ] && [ ! -s "$dir/out" ]' "" \

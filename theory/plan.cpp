@@ -45,12 +45,14 @@ class Search : Predictor {
       : Predictor(cluster, wanted), wanted(wanted) {}
 
   Plan run(int64_t top) {
-    const int64_t ranks = cluster.nodes * cluster.devices;
+    const int64_t ranks = cluster.nodes * cluster.devices,
+                  most_tp = std::min(wanted.kv(), wanted.vocab),
+                  most_cp = std::max<int64_t>(wanted.context / 2, 1);
     TrainingJob job = wanted;
     job.layout = {};
     job.fsdp.zero = 1;
-    for (const int64_t tp : sizes("tp", ranks, std::min(wanted.kv(), wanted.vocab)))
-      for (const int64_t cp : sizes("cp", ranks / tp, std::max<int64_t>(wanted.context / 2, 1)))
+    for (const int64_t tp : sizes("tp", ranks))
+      for (const int64_t cp : sizes("cp", ranks / tp))
         for (const int64_t b : those(divisors(wanted.batch), wanted.microbatch))
           for (const bool by_rows : tp == 1 ? std::vector{false} : wanted.by_rows)
             for (const bool recompute : wanted.recomputes) {
@@ -59,20 +61,19 @@ class Search : Predictor {
               job.microbatch = b;
               job.sequence_parallel = by_rows;
               job.recompute = recompute;
-              for (const int64_t pp : sizes("pp", ranks / tp / cp, wanted.layers)) {
+              for (const int64_t pp : sizes("pp", ranks / tp / cp)) {
                 job.layout["pp"] = pp;
                 job.layout["fsdp"] = ranks / tp / cp / pp;
-                if (job.batch % (job.layout["fsdp"] * b) == 0) for_schedules(job);
+                if (job.batch % (job.layout["fsdp"] * b) == 0 && cp <= most_cp && tp <= most_tp)
+                  for_schedules(job);
               }
             }
     return fastest(top);
   }
 
  private:
-  std::vector<int64_t> sizes(AxisName axis, int64_t of, int64_t most) const {
-    std::vector<int64_t> all = those(divisors(of), wanted.layout[axis]);
-    std::erase_if(all, [=](int64_t d) { return d > most; });
-    return all;
+  std::vector<int64_t> sizes(AxisName axis, int64_t of) const {
+    return those(divisors(of), wanted.layout[axis]);
   }
 
   void for_schedules(TrainingJob job) {
@@ -110,7 +111,7 @@ class Search : Predictor {
     const TrainingJob most_shards = job;
     const size_t before = candidates.size();
     const int64_t data = job.layout["fsdp"];
-    for (const int64_t fsdp : sizes("fsdp", data, data)) {
+    for (const int64_t fsdp : sizes("fsdp", data)) {
       job.layout["fsdp"] = fsdp;
       job.layout["replicate"] = data / fsdp;
       if (those({data / fsdp}, wanted.layout["replicate"]).empty()) continue;
