@@ -39,7 +39,7 @@ read_objects "$@" | c++filt | awk '
     }
     threads = kernel ~ /^matmul/ ? 256 : 128
     match(kernel, /[0-9]+>$/)
-    memory = shared[chip, name] - (substr(chip, 4) + 0 < 90 ? 0 : 1024)  # the system's
+    memory = shared[chip, name] - (substr(chip, 4) + 0 < 90 ? 0 : 1024)  # of the system
     if (RSTART) memory += substr(kernel, RSTART, RLENGTH - 1)
     registers = up(regs[chip, name] * 32, 256) * threads / 32
     blocks = least(int(65536 / registers), int(most_threads[chip] / threads))
