@@ -203,7 +203,7 @@ static void generate(const GenerateOptions& o, const Job& job, const Mesh& mesh,
           checkpoint ? checkpoint->path.c_str() : "untrained (--checkpoint has a trained one)",
           to_string(o.model).c_str(), name_of(generator.gpt.config.dtype));
   if (const auto n = std::ranges::count(ended, true))
-    fprintf(stderr, "ended         %ld of %zu texts, by a token of their own\n", long(n), B);
+    fprintf(stderr, "ended         %ld of %zu texts, by the token that ends one\n", long(n), B);
   print_statistics(generator.gpt.config, mesh, seconds, B, decoded);
 }
 

@@ -107,7 +107,8 @@ std::vector<std::string> token_shards(const std::vector<std::string>& files,
     // texts/* has the shards of these texts, too, and perhaps older ones; few checksums are short
     const auto is_of = [&](const std::string& other) {
       const size_t key = other.size() + 1, end = file.find_first_not_of("0123456789", key);
-      return file.starts_with(other + ".") && end >= key + 15 && file.substr(end) == ".bin";
+      return file.starts_with(other + ".") && file.ends_with(".bin") && end == file.size() - 4 &&
+             end >= key + 15;
     };
     if (const auto other = std::ranges::find_if(files, is_of); other != files.end()) {
       say(sentence(file, " is left out: its name says that it has the tokens of ", *other));

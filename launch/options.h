@@ -105,9 +105,9 @@ void check_common(const CommonOptions& options, int64_t chunks = 1);
 // ---- the options of train_gpt
 
 struct Options : CommonOptions {
-  std::string tokenizer;          // directory; empty: the checkpoint's, if it has one
-  int64_t end_of_text = -1;       // of the checkpoint's; -1: the tokenizer's
-  uint64_t tokenizer_key = 0;     // Tokenizer::key() of the one that is found; 0: none is
+  std::string tokenizer;       // directory; empty: the checkpoint's, if it has one
+  int64_t end_of_text = -1;    // of the checkpoint's; -1: the tokenizer's
+  uint64_t tokenizer_key = 0;  // Tokenizer::key(), or the checkpoint's where none is found; 0: none
   std::vector<std::string> data;  // empty: the project's own sources and docs
   int64_t steps = 0;
   int64_t batch = 0;       // sequences per optimizer step

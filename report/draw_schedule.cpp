@@ -21,7 +21,7 @@ struct {
   const char* colour;
   char mark;
 } const kLooks[] = {{"class='f'", '0'}, {"class='b'", 'a'}, {"class='b'", 'a'}, {"class='w'", 'A'}};
-// Colours of a light page, and of a dark one; the numbers differ, too.
+// Colours of a light page, and of a dark one; the numbers' look says the same.
 const char* kStyle = R"(<style>
 .schedule{font:11px sans-serif} .schedule .head{font-size:15px}
 .schedule .mid{text-anchor:middle}

@@ -255,6 +255,12 @@ $train --checkpoint "$dir/run-two" --resume --data "$dir"/my.txt* --batch 2 --st
 check a_shard_of_a_text_that_is_given_is_left_out \
   "[ $? = 0 ] && grep -q '^tokens .*.bin is left out: its name says .*my.txt\$' $dir/out &&
    ! grep -q 'is now on' $dir/out" "" "$(cat "$dir/out" "$dir/err")"
+cp "$dir/my.txt" "$dir/log"
+cp "$dir/my.txt" "$dir/log.20260101"
+$train $small --steps 1 --tokenizer "$dir/one" --data "$dir/log" "$dir/log.20260101" >"$dir/more" \
+  2>"$dir/err"
+check a_text_whose_name_ends_in_digits_is_no_shard \
+  "[ $? = 0 ] && grep -q '^data  *2 files' $dir/more" "" "$(cat "$dir/more" "$dir/err")"
 check a_checkpoint_that_is_resumed_is_evaluated_first \
   "grep -A1 '^step 3/4  held-out loss [0-9]' $dir/out | grep -q '^step 4/4  loss'" "" \
   "$(cat "$dir/out")"
