@@ -75,7 +75,7 @@ void check_ranks(const Layout& l, int ranks) {
   REQUIRE(l.ranks() == ranks, to_string(l), " needs ", l.ranks(),
           l.ranks() == 1 ? " rank" : " ranks", ", but mpiexec started ", ranks, ": mpiexec -n ",
           l.ranks(),
-          l.ranks() == 1 ? sentence(", or name an axis for them, as in --tp ", ranks) : "");
+          l.ranks() == 1 ? sentence(", or name axes whose sizes multiply to ", ranks) : "");
 }
 
 // ---- the mesh

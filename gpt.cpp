@@ -103,13 +103,17 @@ std::vector<Range> split_layers(int64_t layers, double head_in_layers, int posit
   REQUIRE(layers >= positions, layers, " layers cannot be cut into ", positions,
           " pieces (stages x chunks): each needs a layer");
   const double each = (layers + head_in_layers) / positions;
+  const int64_t others = positions - 1;
+  int64_t last = std::clamp(int64_t(each - head_in_layers), 1L, layers - others);
+  if (others > 0 && last + 1 + head_in_layers < ceil_div(layers - last, others)) last++;
   std::vector<Range> ranges;
   int64_t end = 0;
-  for (int i = 0; i < positions; i++) {
-    const int64_t begin = end, later = positions - 1 - i;
-    end = std::clamp(std::lround(each * (i + 1)), begin + 1, layers - later);
+  for (int i = 0; i < others; i++) {
+    const int64_t begin = end;
+    end += (layers - last) / others + (i < (layers - last) % others);
     ranges.push_back({begin, end});
   }
+  ranges.push_back({end, layers});
   return ranges;
 }
 

@@ -49,8 +49,9 @@ enum { kTied, kRoot, kFirstBlock };
 std::string name_of_unit(int unit);
 std::string name_of(const ModelPart& part);
 
-// The layers of each position of the model, at least one. The head counts as so many layers, and
-// the work is as even as it goes.
+// The layers of each position of the model, at least one. The head counts as so many layers of the
+// last, and the work is as even as it goes: the first positions have one more, so that a stage with
+// several of them, in a ring or down and up again, has at most one layer more than another.
 std::vector<Range> split_layers(int64_t layers, double head_in_layers, int positions);
 
 // ---- the model

@@ -5,6 +5,9 @@
 // order     norm, clip factor and update stay on the device: no step waits for the host. The update
 //           is one launch over a table of all shards, which is uploaded once; their memory stays
 //           where it is.
+// AdamW     Loshchilov and Hutter, 2019: beta 0.9 and 0.95, epsilon 1e-8 (kernels/kernels.h), both
+//           moments corrected. Matrices and both embeddings decay, times the learning rate; gains
+//           and biases do not (gpt.cpp).
 // cost      memory a parameter: f32 m + v 8 bytes; bf16 m + v + master 12 bytes
 // test      tests/test_golden.cpp (three steps against PyTorch)
 #pragma once

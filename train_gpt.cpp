@@ -39,6 +39,9 @@ struct Run {
     if (o.resume && o.eval_every) held_out_loss();
     collectively(job, [&] { REQUIRE(error.empty(), error); });
     if (resumed == o.steps) {  // there is nothing left to train
+      for (const auto& [option, file] : {std::pair{"--metrics", o.metrics}, {"--trace", o.trace}})
+        if (job.speaks && !file.empty())
+          printf("resume   nothing is written to %s %s\n", option, file.c_str());
       if (o.sample && !stopped()) print_sample();
       return;
     }
@@ -56,7 +59,8 @@ struct Run {
           });
       }
       if (o.eval_every && is_turn(o.eval_every)) record.held_out_loss = held_out_loss();
-      if (error.empty()) error = error_of([&] { metrics.step(record); });
+      const std::string unwritten = error_of([&] { metrics.step(record); });
+      if (error.empty()) error = unwritten;
       ends = stopped();
       if (ends || is_turn(o.save_every)) {
         check_weights();
@@ -123,7 +127,7 @@ struct Run {
     compare_with_theory(mesh, trainer, step - resumed, progress.step_time(),
                         error.empty() ? metrics : none);
     if (o.profile) profile.print(trainer, job.speaks);
-    if (trace && !trace->empty()) watch.at_files([&] { trace->write(); });
+    if (trace && !trace->empty()) write_trace();
     collectively(job, [&] {
       REQUIRE(error.empty(), error, ": stopped after step ", step,
               o.checkpoint.empty() ? "" : ", which is saved");
@@ -160,7 +164,16 @@ struct Run {
         progress.end_step(step, loss, norm, lr, o.batch * o.model.context, seconds_communicating());
     if (o.profile) profile.end_step(record.step_ms * 1e-3);
     if (is_traced) trace->end_step();
+    if (is_traced && step == o.traced.end && step < o.steps) write_trace();  // what follows may die
     return record;
+  }
+
+  void write_trace() {
+    watch.at_files([&] {
+      const std::string unwritten = error_of([&] { trace->write(); });
+      if (error.empty()) error = unwritten;
+    });
+    trace.reset();
   }
 
   Batch read_batch(int64_t number) const {

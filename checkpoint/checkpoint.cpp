@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "launch/options.h"
 #include "support/json.h"
 
 namespace fs = std::filesystem;
@@ -381,9 +382,15 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
     info.bytes = m.value("bytes", info.data.find(", text:") != info.data.npos);
     info.end_of_text = m.value("end_of_text", int64_t(-1));
     info.tokenizer = m.value("tokenizer", uint64_t(0));
+    for (const SizeOption& size : kSizes)
+      expect(0 < info.model.*size.member && info.model.*size.member <= size.most, file,
+             " is damaged: its model is ", to_string(info.model));
+    expect(info.step >= 0, file, " is damaged: its step is ", info.step);
+    int64_t pieces = 0;  // of tensors, each contiguous: in what memory holds
     for (const Saved& saved : m.at("ranks").get<std::vector<Saved>>()) {
       tensors.insert(saved.tensors.begin(), saved.tensors.end());
       for (const WrittenFile& f : saved.files) {
+        expect(f.name == last_name(f.name), file, " is damaged: it names ", f.name);
         files.push_back(f);
         has_moments |= f.name == file_name(saved.rank, Part::m);
       }
@@ -395,6 +402,7 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
                file, " is damaged: ", tensor, " has a piece outside of it");
         std::vector<Run>& runs = runs_[tensor];
         for_runs(piece, [&](int64_t begin, int64_t at, int64_t count) {
+          expect(++pieces <= 100'000'000, file, " is damaged: ", tensor, " is in too many pieces");
           runs.push_back({begin, count, saved.rank, at});
         });
       }
@@ -402,6 +410,7 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
   } catch (const json::exception& e) {
     throw Damaged(sentence(file, " is damaged: ", without_prefix(e.what())));
   }
+  expect(!tensors.empty(), file, " is damaged: it has no tensors");
   for (auto& [name, runs] : runs_) std::ranges::sort(runs, {}, &Run::begin);
   const std::string name = fs::canonical(path).filename();
   REQUIRE(!is_step_name(name) || name == step_name(info.step), path,

@@ -50,7 +50,7 @@ static void describe(const Checkpoint& c) {
                to_string(i.layout), "\n  files    ", c.files.size(),
                format(", %.1f MB", bytes / 1e6), "\n  options  ", i.options, "\n  data     ",
                i.data);
-  puts(text.c_str());
+  puts(printable(text).c_str());
 }
 
 static void check(const Checkpoint& c) {
@@ -70,7 +70,7 @@ static int each_step(const std::string& path, void (*work)(const Checkpoint&)) {
   for (const std::string& step : steps) try {
       work(Checkpoint(step));
     } catch (const std::exception& e) {
-      printf("%s\n", e.what());
+      puts(printable(words_of(e)).c_str());
       status = 1;
     }
   return status;

@@ -98,8 +98,9 @@ static std::vector<std::vector<int>> encode_prompts(const GenerateOptions& o,
                                                     const Tokenizer& tokenizer) {
   std::vector<std::string> texts = o.prompts;
   for (const std::string& name : o.files) {
-    std::string& text = texts.emplace_back(
-        name == "-" ? std::string(std::istreambuf_iterator<char>(std::cin), {}) : read_file(name));
+    std::string& text =
+        texts.emplace_back(name == "-" ? std::string(std::istreambuf_iterator<char>(std::cin), {})
+                                       : read_file(name, true));
     for (const char end : {'\n', '\r'})
       if (text.ends_with(end)) text.pop_back();
   }

@@ -197,8 +197,9 @@ void Tokenizer::read_model(const json& model) {
 // 'll 'd), or a run of letters, numbers or other signs with the space before it; of several spaces
 // the last one belongs to what follows.
 static size_t word_end(std::string_view text, size_t at) {
-  for (const std::string_view suffix : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})
-    if (text.substr(at).starts_with(suffix)) return at + suffix.size();
+  if (text[at] == '\'')
+    for (const std::string_view suffix : {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"})
+      if (text.substr(at).starts_with(suffix)) return at + suffix.size();
   size_t end = at + (text[at] == ' ' && at + 1 < text.size()), last = at;
   for (std::optional<Sign> sign; end < text.size();) {
     size_t next = end;

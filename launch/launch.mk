@@ -4,6 +4,9 @@
 
 # ---- which backend: CUDA where a kernel runs on a GPU, else the CPU (BACKEND=cpu|cuda overrides)
 
+hash := \#
+$(if $(findstring $(hash),$(CUDA_HOME)$(NCCL_HOME))$(findstring ',$(CUDA_HOME)$(NCCL_HOME)),\
+  $(error CUDA_HOME and NCCL_HOME may have no $(hash) and no ' in them))
 -include build/detected.mk
 BACKEND ?= $(or $(DETECTED),cpu)
 B := build/$(BACKEND)

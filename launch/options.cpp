@@ -118,7 +118,7 @@ void check_common(const CommonOptions& o, int64_t chunks) {
           " has more ranks than there are attention heads (", m.heads,
           ") or tokens in the vocabulary (", m.vocab, ") for them to share");
   REQUIRE(pp * chunks <= m.layers, m.layers, " layers cannot be cut into ", pp,
-          " stages: each needs at least ", chunks, " (--layers, --pp, --chunks)");
+          " stages: each needs at least ", chunks, chunks > 1 ? ", one a chunk" : "");
 }
 
 // ---- train_gpt: options, defaults, contradictions
@@ -152,8 +152,9 @@ OptionTable train_options(Options& o) {
            {"lr", "X", real(&o.lr, false), "highest learning rate", by_model(tiny.lr)},
            {"min-lr", "X", real(&o.min_lr), "learning rate at the end", "a tenth of --lr"},
            {"warmup", "N", whole(&o.warmup, 0), "steps until the learning rate is at its highest",
-            "5% of --steps, at most 100"},
-           {"weight-decay", "X", real(&o.weight_decay), "AdamW's weight decay"},
+            "5% of --steps, rounded down, at most 100"},
+           {"weight-decay", "X", real(&o.weight_decay),
+            "AdamW's weight decay, times the learning rate: of all but gains and biases"},
            {"clip", "X", real(&o.clip), "largest norm of the gradient; 0: no limit"},
            {"recompute", "", flag(&o.recompute),
             "keep only the input of each block and run its forward again in the backward"},
@@ -199,8 +200,8 @@ OptionTable train_options(Options& o) {
            {"sample", "K", whole(&o.sample, 0),
             "print K tokens that the trained model continues with"},
            {"metrics", "FILE.jsonl", text(&o.metrics),
-            "write one JSON object per step to this file; an earlier run's is renamed to "
-            "FILE.jsonl.1",
+            "write one JSON object per step to this file, of that step alone; an earlier run's is "
+            "renamed to FILE.jsonl.1",
             "none"},
            {"profile", "", flag(&o.profile),
             "print where a step's time goes: each kernel and collective, beside what the machine "
@@ -289,9 +290,11 @@ void check_meaning(const Options& o, std::vector<Rule> rules) {
 
 void check(const Options& o) {
   const int64_t pp = o.layout["pp"], cp = o.layout["cp"], ranks = o.layout.data_ranks();
+  if (pp > 1) make_schedule(o.schedule, 1, 1, o.chunks);  // or it has other chunks
   check_common(o, pp > 1 ? o.chunks : 1);
   REQUIRE(o.batch % ranks == 0, "a batch of ", o.batch, " does not divide by the ", ranks,
-          " data-parallel ranks: give --batch ", round_up(o.batch, o.microbatch * ranks));
+          " data-parallel ranks: give --batch ",
+          round_up(o.batch, o.microbatch * ranks * schedule_row(o.schedule).divisor(pp)));
   REQUIRE(o.batch % (o.microbatch * ranks) == 0, "a batch of ", o.batch,
           " does not divide into micro-batches of ", o.microbatch, " on ", ranks,
           " data-parallel ranks: change --batch or --microbatch");

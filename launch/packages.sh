@@ -60,7 +60,7 @@ install() {
     fi
   fi
   log=$(mktemp)
-  exec 9>"${TMPDIR:-/tmp}/threefold-deps.$(id -u).lock"
+  exec 9</var/lib/dpkg # which nobody else can put in our way
   ! command -v flock >/dev/null || flock 9
   echo "make deps: installing $packages"
   $sudo apt-get update -qq >"$log" 2>&1 || echo "E: apt-get update failed" >>"$log"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # run.sh: `make run`, `make replay` and `make generate`. What was given to make comes through the
-# environment, so that no sign in a name means anything.
+# environment, so that no sign in a name means anything; ARGS and TRAIN_ARGS are the shell's words.
 #   launch/run.sh run        BACKEND MPIEXEC THREADS, and perhaps DATA STRATEGY NP ARGS
 #   launch/run.sh replay     the same, and perhaps PAGE
 #   launch/run.sh generate   the same, and perhaps PROMPT CHECKPOINT TRAIN_ARGS

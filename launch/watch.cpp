@@ -32,6 +32,7 @@ static void* share(const Job& job, size_t bytes) {
   MPI_Ibcast(name, sizeof name, MPI_CHAR, 0, job.node, UntilDone());
   if (job.local_rank > 0) fd = open(name, O_RDWR);
   if (fd >= 0) errno = posix_fallocate(fd, 0, bytes);
+  if (errno && fd >= 0 && job.local_rank == 0) unlink(name);
   SYSTEM_CHECK(errno == 0, "the watch's records cannot be shared in ", name);
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   SYSTEM_CHECK(memory != MAP_FAILED, "the watch's records cannot be mapped");

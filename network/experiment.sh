@@ -86,7 +86,8 @@ mkdir -p $out
 rm -f $out/failed-*
 shape="--model tiny --layers 8 --width 192 --dtype f32" model="$shape --batch 12"
 
-# in_lab LINK COMMAND...: nodes.sh run; in the background, so that a signal need not wait for it
+# in_lab LINK COMMAND...: nodes.sh run; in the background, so that a signal need not wait for it.
+# MPICH over TCP sometimes fails in MPI_Finalize: who calls this tries it twice.
 in_lab() {
   export LAB=$own-$1
   timeout -k 5 300 $nodes run "${@:2}" >"$dir/out" 2>"$dir/err" </dev/null &
@@ -119,7 +120,7 @@ median_step() {
 # ends with what the last commands have said
 give_up() {
   echo "network/experiment.sh: this cannot go on:"
-  tail -n 5 "$dir"/{out,err,node.?} 2>/dev/null
+  tail -n 12 "$dir"/{out,err,node.?} 2>/dev/null
   exit 1
 }
 
@@ -133,7 +134,8 @@ calibrate() {
   on_both build/cpu/plan --machine this --devices $((ranks / 2)) --layout --fsdp $((ranks / 2)) \
     || return
   for link in "${@:2}"; do
-    in_lab "$link" -n "$ranks" build/cpu/tests/bench_links || return
+    in_lab "$link" -n "$ranks" build/cpu/tests/bench_links \
+      || in_lab "$link" -n "$ranks" build/cpu/tests/bench_links || return
     {
       grep ' : ' "$dir/node.1" | grep -vE "^($measured)"
       grep -v ^short "$dir/out"
@@ -193,7 +195,7 @@ train() {
     shift
   fi
   export LAB=$own-$link
-  for attempt in 1 2; do # (MPICH over TCP sometimes fails in MPI_Finalize)
+  for attempt in 1 2; do
     rm -f "$metrics"
     before=$($nodes sent 1)
     # shellcheck disable=SC2086
@@ -300,7 +302,8 @@ decode() {
     done
     for link in $links; do
       # shellcheck disable=SC2086
-      in_lab "$link" -n 2 build/cpu/generate $model --tp 2 $text || give_up
+      in_lab "$link" -n 2 build/cpu/generate $model --tp 2 $text \
+        || in_lab "$link" -n 2 build/cpu/generate $model --tp 2 $text || give_up
       token "$dir/err" "$dir/out" >>"$dir/tokens-$link"
     done
   done

@@ -34,6 +34,7 @@ refuse() {
   echo "network/nodes.sh: $*" >&2
   exit 1
 }
+[[ $lab =~ ^[A-Za-z0-9_-]+$ ]] || refuse "LAB is '$lab', expected letters, digits, - and _"
 is_up() { [ -e "/run/netns/$switch" ]; }
 nodes() { ls /run/netns | grep -cE "^$lab-[0-9]+$"; }
 

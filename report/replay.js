@@ -12,7 +12,10 @@
 // step to, and the end
 
 const by_id = id => document.getElementById(id);
-const read = id => JSON.parse(by_id(id).textContent);
+// No name of a trace is markup.
+const read = id => JSON.parse(by_id(id).textContent, (name, x) =>
+  /[<"&]/.test(name) ? undefined :
+  typeof x === 'string' ? x.replace(/[<"&]/g, sign => `&#${sign.charCodeAt()};`) : x);
 const {threefold, traceEvents} = read('trace');
 const functions = read('functions');  // each one's place and a link to it
 const trace = {...threefold, ranks: threefold.units.map(() => []), end: 0};

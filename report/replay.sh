@@ -2,7 +2,7 @@
 # replay.sh: a trace as a page that plays it: one file that needs no network.
 #   report/replay.sh TRACE.json PAGE.html [METRICS.jsonl]
 # With metrics, what --metrics wrote of the same run stands above it (run.js): `make run`.
-set -eu
+set -euC
 refuse() {
   echo "report/replay.sh: $*" >&2
   exit 1
@@ -23,9 +23,10 @@ trap 'rm -f "$page.$$"' EXIT
 # book, if there is one: "Fsdp::reshard":["fsdp.cpp:200","book/source/fsdp.cpp.html#200-210"]
 functions() {
   local name file line sources address comma=""
-  sources=$(realpath -ms --relative-to="$(dirname "$page")" .)
+  sources=$(realpath -ms --relative-to="$(dirname "$page")" . \
+    | sed 's/%/%25/g; s/"/%22/g; s/#/%23/g; s/?/%3f/g; s/</%3c/g; s/\\/%5c/g')
   grep -ohE '"function": ?"[^"]+"|[A-Z][a-z]+::[a-z_]+' "$trace" report/replay.js \
-    | sed 's/.*"\(.*\)"/\1/' | sort -u | while read -r name; do
+    | sed 's/.*"\(.*\)"/\1/' | grep -x '[A-Za-z0-9_:]*' | sort -u | while read -r name; do
     IFS=: read -r file line _ < <(grep -nE "^[^ /].*\b$name\(.*[^;]$" -- *.cpp) || continue
     address=$sources/$file
     [ ! -e "build/book/source/$file.html" ] \
@@ -46,12 +47,12 @@ data() { printf '<script type="application/json" id="%s">%s</script>\n' "$1" "$2
   echo '</style><body>'
   data functions "{$(functions)}"
   echo '<script type="application/json" id="trace">'
-  sed 's/</\&lt;/g' "$trace" # no name is markup
+  sed 's/</\\u003c/g' "$trace" # nor ends the script
   echo '</script><script>'
   cat report/replay.js
   if [ -n "$metrics" ]; then
     echo '</script>'
-    data metrics "[$(paste -sd, "$metrics" | sed 's/</\&lt;/g')]"
+    data metrics "[$(paste -sd, "$metrics" | sed 's/</\\u003c/g')]"
     echo '<script>'
     cat report/run.js
   fi

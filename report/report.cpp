@@ -229,7 +229,7 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps
   const Durations took = by_rank["took"];
   by_rank.erase("took");
   by_rank["traffic"] = traffic;  // in one list
-  Json summary{{"summary", true}, {"layout", layout}};
+  Json summary{{"summary", true}, {"steps", steps}, {"layout", layout}};
   summary.update(by_rank);
   std::string text = memory_table(m, t, trainer.pipeline.most_live_bytes()) +
                      traffic_table(mine["traffic"], steps) +

@@ -14,8 +14,8 @@ const draw_loss = (name, member) => tag(`polyline class="${name}" points="${
 
 document.body.insertAdjacentHTML('afterbegin', [
   tag('h1', 'A run'),
-  tag('p', 'Loss ', last.loss.toFixed(2), ' after step ', last.step,
-    held_out ? `, ${held_out} on text that it has not read` : '',
+  tag('p', 'Loss ', last.loss.toFixed(2), ' at step ', last.step,
+    held_out ? `, then ${held_out} on text that it has not read` : '',
     ' (nats a token). Below, the last step, played.'),
   tag(`svg id="loss" preserveAspectRatio="none"
     viewBox="${first.step} ${-high} ${steps.length} ${high - low}"`,

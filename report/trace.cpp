@@ -82,10 +82,6 @@ struct Joined {
   std::vector<std::vector<int>> sources;  // the sends that each task receives, in their order
   int64_t start(int i) const { return llround(spans[i].start * 1e9) + shift[tasks[i].rank]; }
   int64_t end(int i) const { return llround(spans[i].end * 1e9) + shift[tasks[i].rank]; }
-  // Those that a collective waits for: in a ring of sends only the ones that it receives.
-  const std::vector<int>& needs(int task) const {
-    return sources[task].empty() ? tasks[task].with : sources[task];
-  }
 };
 
 Joined join_works(const std::vector<Json>& ranks) {
@@ -111,10 +107,12 @@ Joined join_works(const std::vector<Json>& ranks) {
     for (const int i : members) least = std::min(least, all.tasks[i].duration);
     for (const int i : members) {
       all.tasks[i].duration = least;
-      all.tasks[i].with = members;
+      all.args[i]["id"] = members[0];
       for (const Json& received : all.args[i]["receives"])
         for (const int j : members)
           if (received["from"] == all.tasks[j].rank) all.sources[i].push_back(j);
+      // in a ring of sends a rank waits only for those that it receives
+      all.tasks[i].with = all.sources[i].empty() ? members : all.sources[i];
     }
   }
   return all;
@@ -129,9 +127,9 @@ void align(Joined& all) {
        pass++)
     for (size_t i = 0; i < all.tasks.size(); i++) {
       // what only sends may end before those that it needs begin
-      if (all.sources[i].empty() && !all.needs(i).empty() && !all.args[i]["sends"].empty())
-        continue;
-      for (const int j : all.needs(i))
+      const std::vector<int>& needs = all.tasks[i].with;
+      if (all.sources[i].empty() && !needs.empty() && !all.args[i]["sends"].empty()) continue;
+      for (const int j : needs)
         all.shift[all.tasks[j].rank] += std::min<int64_t>(0, all.end(i) - all.start(j));
     }
   int64_t first = INT64_MAX;
@@ -204,16 +202,15 @@ void Trace::write() {
           add("X", "part", part["name"], rank, w.queue, begin, end, part);
         }
         for (; next <= all.tasks[task].after; next++)
-          if (!all.needs(next).empty()) add_arrow("use", next, task);
+          if (!all.tasks[next].with.empty()) add_arrow("use", next, task);
         events[bar]["dur"] = (end - bar_begin) / 1e3;
         computed = end;
         add("X", "op", w.name, rank, w.queue, begin, end);
       } else if (w.args >= 0) {
         int64_t last = begin;  // when the last of the ranks that it needs has come
-        for (const int i : all.needs(task)) last = std::max(last, all.start(i));
+        for (const int i : all.tasks[task].with) last = std::max(last, all.start(i));
         // a send may end before it is received, and has waited for nobody then
         const int64_t moves = last > end ? begin : last;
-        args["id"] = all.tasks[task].with[0];
         args["waited_us"] = (moves - begin) / 1e3;
         for (const int i : all.sources[task]) add_arrow("send", i, task);
         add("X", "collective", args["name"], rank, w.queue, begin, end, args);

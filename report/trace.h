@@ -32,7 +32,7 @@ class Trace {
   void begin_step();  // collective
   void end_step();    // the host has waited for the step
   bool empty() const { return timed_ == 0; }
-  // Collective; throws where the file cannot be written.
+  // Collective, once; throws where the file cannot be written.
   void write();
 
  private:

@@ -1,6 +1,7 @@
 // check.h: what to say when something is wrong. Every failure is one sentence in an Error; main
 // prints it and exits non-zero.
 #pragma once
+#include <cctype>
 #include <cerrno>
 #include <charconv>
 #include <cstdarg>
@@ -76,6 +77,13 @@ template <class Work> std::string error_of(const Work& work) {
   return "";
 }
 
+// A name of others in it can move no cursor, nor end the text.
+inline std::string printable(std::string text) {
+  for (char& c : text)
+    if (iscntrl(static_cast<unsigned char>(c)) && c != '\n' && c != '\t') c = '?';
+  return text;
+}
+
 // For the user: REQUIRE(width % heads == 0, "--width ", width, " does not divide by --heads ",
 // heads). Alive in every build.
 #define REQUIRE(condition, ...)                           \
@@ -116,7 +124,7 @@ template <class Work> int run_main(const char* name, const Work& work) {
     check_printed();
   });
   fflush(stdout);  // what it has said before that
-  if (!error.empty()) fprintf(stderr, "%s: %s\n", name, error.c_str());
+  if (!error.empty()) fprintf(stderr, "%s: %s\n", name, printable(error).c_str());
   return !error.empty();
 }
 

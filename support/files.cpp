@@ -9,12 +9,19 @@
 
 // ---- reading
 
-MappedFile::MappedFile(const std::string& name, const OpenFile& file) : path(name) {
+// How long a file is; an Error where it has no end (a device) or, unless that is wanted, where its
+// writer may never come (a pipe).
+static size_t size_of(const OpenFile& file, const std::string& path, bool may_be_pipe = false) {
   struct stat status;
   SYSTEM_CHECK(fstat(file.fd, &status) == 0, path, " cannot be examined");
-  REQUIRE(!S_ISDIR(status.st_mode), path, " is a directory: name the files in it");
-  REQUIRE(S_ISREG(status.st_mode), path, " is not a regular file");
-  const size_t bytes = status.st_size;
+  REQUIRE(!S_ISDIR(status.st_mode), path, " is a directory: name a file in it");
+  REQUIRE(S_ISREG(status.st_mode) || (may_be_pipe && S_ISFIFO(status.st_mode)), path,
+          " is not a regular file");
+  return status.st_size;
+}
+
+MappedFile::MappedFile(const std::string& name, const OpenFile& file) : path(name) {
+  const size_t bytes = size_of(file, path);
   REQUIRE(bytes > 0, path, " is empty");
   void* mapped = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, file.fd, 0);
   SYSTEM_CHECK(mapped != MAP_FAILED, path, " cannot be mapped into memory");
@@ -40,8 +47,10 @@ bool is_there(const std::string& path) {
 }
 
 // Calls take(block) with what is in a file, one block after the other.
-template <class Take> static void for_blocks(const std::string& path, Take take) {
-  const OpenFile file(path, O_RDONLY);
+template <class Take>
+static void for_blocks(const std::string& path, Take take, bool may_be_pipe = false) {
+  const OpenFile file(path, may_be_pipe ? O_RDONLY : OpenFile::kToRead);
+  size_of(file, path, may_be_pipe);
   std::vector<char> block(1 << 20);
   while (true) {
     const ssize_t n = read(file.fd, block.data(), block.size());
@@ -52,9 +61,10 @@ template <class Take> static void for_blocks(const std::string& path, Take take)
   }
 }
 
-std::string read_file(const std::string& path) {
+std::string read_file(const std::string& path, bool may_be_pipe) {
   std::string text;
-  for_blocks(path, [&](std::string_view block) { text += block; });
+  for_blocks(
+      path, [&](std::string_view block) { text += block; }, may_be_pipe);
   return text;
 }
 

@@ -43,7 +43,7 @@ void read_at(const OpenFile& file, const std::string& path, int64_t at, int64_t 
 
 bool is_there(const std::string& path);  // an Error where the system does not say
 // An error of the disk is an Error here, where a map of the file would end the process.
-std::string read_file(const std::string& path);
+std::string read_file(const std::string& path, bool may_be_pipe = false);
 
 uint64_t checksum(std::string_view bytes);  // XXH3, 64 bits: of a whole file it is WrittenFile's
 // name: without the directory

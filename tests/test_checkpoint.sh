@@ -433,6 +433,12 @@ for change in n_head\":2/n_head\":{0,3} n_embd\":64/n_embd\":0 n_layer\":2/n_lay
 done
 check what_this_model_is_not_is_refused "[ $refused = 10 ]" "10 changes of config.json" \
   "$refused of 10"
+for end in mkfifo "ln -s /dev/zero"; do
+  rm "$dir/hf2/config.json"
+  $end "$dir/hf2/config.json"
+  check "what_has_no_end_is_refused: $end" "! timeout 20 $tool import $dir/hf2 $dir/back2 \
+    2>$dir/err && grep -q 'config.json is not a regular file' $dir/err" "" "$(cat "$dir/err")"
+done
 sed -i 's/"n_embd": 64/"n_embd": 32/' "$dir/hf/config.json"
 check an_import_that_contradicts_its_config_is_refused \
   "! $tool import $dir/hf $dir/back2 2>$dir/err &&

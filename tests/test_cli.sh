@@ -194,6 +194,13 @@ check a_trace_whose_steps_never_came_stays_empty \
   '[ -e "$dir/late.json" ] && [ ! -s "$dir/late.json" ] &&
     grep -q "nothing is written to" "$dir/out"' "" \
   "$(ls "$dir") $(tail -1 "$dir/out")"
+$train $shape --steps 100000 --trace "$dir/early.json" --trace-steps 2-2 >"$dir/out" 2>&1 &
+until [ -s "$dir/early.json" ] || ! kill -0 $! 2>/dev/null; do sleep 0.1; done
+sleep 0.3
+kill -KILL $!
+wait $! 2>/dev/null
+check a_trace_is_there_once_its_steps_are_done \
+  "[ $? = 137 ] && tail -c 3 $dir/early.json | grep -q '}}'" "" "$(tail -1 "$dir/out")"
 refuses metrics_over_the_data_are_refused \
   "--metrics $dir/good.txt would overwrite a file of the training data" $small --data \
   "$dir/good.txt" --metrics "$dir/good.txt"
@@ -255,7 +262,10 @@ fi
 
 train=$generate
 refuses no_prompt_is_refused "there is nothing to continue" $model
-refuses an_empty_prompt_is_refused "prompt 1 is empty" $model --prompt-file /dev/null
+: >"$dir/empty"
+refuses an_empty_prompt_is_refused "prompt 1 is empty" $model --prompt-file "$dir/empty"
+refuses a_prompt_without_end_is_refused "/dev/zero is not a regular file" $model --prompt-file \
+  /dev/zero
 refuses a_prompt_longer_than_the_context_is_refused \
   "at least 100 tokens, and is longer than the model's context of 64" $model --prompt \
   "$(printf '%100s' x)"
@@ -284,7 +294,7 @@ refuses sizes_beside_a_checkpoint_are_refused "sizes are the checkpoint's" --che
   "$dir/none" --layers 3 --prompt x
 refuses a_model_beside_a_checkpoint_is_refused "leave out --model" --checkpoint "$dir/none" \
   --model gpt2 --prompt x
-refuses a_directory_is_no_prompt "$dir cannot be read: Is a directory" $model --prompt-file "$dir"
+refuses a_directory_is_no_prompt "$dir is a directory: name a file in it" $model --prompt-file "$dir"
 refuses a_prompt_that_looks_like_an_option_is_refused "none of them empty or beginning with --" \
   $model --prompt \
   "-- select"
@@ -340,6 +350,11 @@ $train $little --steps 5 --resume --resume-step 2 --checkpoint "$dir/run" \
 check metrics_of_steps_that_come_again_are_put_aside \
   "cmp $dir/was.jsonl $dir/run.jsonl.1 && [ \$(grep -c step\\\" $dir/run.jsonl) = 5 ]" "" \
   "$(tail -1 "$dir/out")"
+$train $little --steps 5 --resume --checkpoint "$dir/run" --metrics "$dir/none.jsonl" \
+  --trace "$dir/none.json" >"$dir/out" 2>&1
+check a_finished_run_says_that_it_writes_nothing \
+  "[ \$(grep -c 'nothing is written to --[mt].* $dir/none.json' $dir/out) = 2 ]" "" \
+  "$(tail -2 "$dir/out")"
 printf 'my notes\n' >"$dir/notes"
 $train $little --steps 6 --resume --checkpoint "$dir/run" --metrics "$dir/notes" >"$dir/out" 2>&1
 check what_is_no_metrics_is_put_aside "[ '$(cat "$dir/notes.1")' = 'my notes' ]" "" \
@@ -362,7 +377,7 @@ check metrics_that_cannot_be_written_cost_no_training \
    build/cpu/checkpoint verify $dir/full >/dev/null" "" "status $status: $(cat "$dir/err")"
 head -c 3000000 /dev/urandom >"$dir/shrinks"
 $train ${little% --data*} --data "$dir/shrinks" --steps 100000000 --checkpoint "$dir/shrunk" \
-  >"$dir/out" 2>"$dir/err" &
+  --metrics "$dir/shrunk.jsonl" >"$dir/out" 2>"$dir/err" &
 until { [ -e "$dir/shrunk/lock" ] && grep -q '^step 1/' "$dir/out"; } \
   || ! kill -0 $! 2>/dev/null; do
   sleep 0.1
@@ -373,6 +388,9 @@ status=$?
 check data_that_becomes_shorter_costs_no_training \
   "[ $status = 1 ] && grep -q 'has become shorter while it was read: stopped after step' $dir/err &&
    build/cpu/checkpoint verify $dir/shrunk >/dev/null" "" "status $status: $(cat "$dir/err")"
+check and_its_last_step_is_in_the_metrics \
+  "tail -1 $dir/shrunk.jsonl | grep -q \"^{.step.:\$(sed -n 's/.*after step \([0-9]*\),.*/\1/p' \
+    "$dir/err"),\"" "" "$(tail -1 "$dir/shrunk.jsonl" | cut -c1-40) $(cat "$dir/err")"
 ends_at 'a sample' $train $little --steps 2 --sample 100000000 --checkpoint "$dir/long"
 check a_signal_ends_the_sample \
   "grep -q 'a sample' $dir/out && grep -q '^speed' $dir/out && [ ! -e $dir/long/lock ]" "" \

@@ -101,7 +101,7 @@ TEST(layouts_that_do_not_fit_the_world_are_refused) {
       "6");
   CHECK_SAYS(
       check_ranks({}, 2),
-      "needs 1 rank, but mpiexec started 2: mpiexec -n 1, or name an axis for them, as in --tp 2");
+      "needs 1 rank, but mpiexec started 2: mpiexec -n 1, or name axes whose sizes multiply to 2");
   CHECK_SAYS(check_ranks(Layout{{"pp", 65536}, {"fsdp", 65536}}, 1),
              "needs 4294967296 ranks, but mpiexec started 1");
   CHECK_SAYS(check_ranks(Layout{{"fsdp", 0}, {"tp", 2}}, 2), "every axis needs at least one rank");

@@ -69,6 +69,13 @@ for part in cpu/cpu.mk network/network.mk tests/tests.mk; do cp $part "$dir/$par
 env -i PATH="$dir/bin" VERSION=12.4 NCCL="-I$dir/nccl/include" PROBE='capability 8.9\ngpus 1\n' \
   make -C "$dir" CUDA_HOME="$dir/nvcc" NCCL_HOME="$dir/nccl" build/cuda/ready >"$dir/out" 2>&1
 check the_build_looks_for_nccl_there "[ -e $dir/build/cuda/ready ]" "" "$(tail -3 "$dir/out")"
+for sign in '#' "'"; do
+  export CUDA_HOME=/tmp/a$sign
+  check "no_directory_with_a_sign_of_make_or_the_shell: $sign" \
+    "! timeout 20 env PATH='$dir/bin' make -C $dir help >$dir/out 2>&1 &&
+    grep -q 'CUDA_HOME and NCCL_HOME may have no' $dir/out" "" "$(tail -1 "$dir/out")"
+done
+unset CUDA_HOME
 mkdir -p "$dir/build/portable/etc/cron.d"
 check whole_systems_in_build_are_passed_over \
   "env -i PATH='$dir/bin' make -C $dir BACKEND=cpu -n clean >$dir/out 2>&1" "" \

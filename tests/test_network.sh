@@ -24,6 +24,8 @@ run() {
   echo "$? $(awk -v a="$began" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }')" \
     >"$dir/status.$name"
 }
+check a_lab_is_no_pattern \
+  "! LAB='.*' $nodes down 2>$dir/err && grep -q 'expected letters' $dir/err" "" "$(cat "$dir/err")"
 status() { cut -d' ' -f1 "$dir/status.$1"; }
 # rank_on NODE: the process of the rank that runs there
 rank_on() {

@@ -219,6 +219,19 @@ TEST(layers_are_cut_evenly_with_the_head_weighed_in) {
   CHECK(sizes(12, 3, 3) == (std::vector<int64_t>{5, 5, 2}));
   CHECK(sizes(30, 0, 3) == (std::vector<int64_t>{10, 10, 10}));
   CHECK(sizes(4, 10, 4) == (std::vector<int64_t>{1, 1, 1, 1}));
+  CHECK(sizes(30, 0.5, 24) ==  // not two of two on every fourth stage of eight
+        (std::vector<int64_t>{2, 2, 2, 2, 2, 2, 1, 1, 1, 1, 1, 1,
+                              1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}));
+  for (const auto& [name, chunks] : {std::pair{"interleaved", 3}, {"zbv", 2}})
+    for (int p = 2; p <= 8; p++)
+      for (int64_t layers = chunks * p; layers <= 3 * chunks * p; layers++) {
+        const Schedule s = make_schedule(name, p, p, chunks);
+        const std::vector<int64_t> of = sizes(layers, 0, s.positions());
+        std::vector<int64_t> stages(p);
+        for (int i = 0; i < s.positions(); i++) stages[s.stage_of(i)] += of[i];
+        CHECK_LE(std::ranges::max(stages) - std::ranges::min(stages), 1, name, ", ", p, " stages, ",
+                 layers, " layers: ", to_string(stages));
+      }
   for (int p = 1; p <= 17; p++) {
     int64_t sum = 0;
     for (int64_t n : sizes(17, 1.5, p)) {

@@ -200,6 +200,7 @@ struct Row {
   bool full;  // recomputation; else sequence parallelism, and attention alone is computed again
   double published;
   bool zero3 = false;  // over all data ranks; else each has a copy
+  const char* profile = "megatron-2021";
 };
 
 double step_seconds(const Row& r) {
@@ -213,8 +214,8 @@ double step_seconds(const Row& r) {
   job.microbatch = r.microbatch;
   job.schedule = r.chunks > 1 ? "interleaved" : "1f1b";
   job.chunks = int(r.chunks);
-  Predictor predictor(
-      {read_machine("a100-80g"), profile_named("megatron-2021"), (r.gpus + 7) / 8, 8}, config);
+  Predictor predictor({read_machine("a100-80g"), profile_named(r.profile), (r.gpus + 7) / 8, 8},
+                      config);
   return predictor.predict(job).seconds;
 }
 
@@ -321,6 +322,23 @@ TEST(published_rows_that_nothing_was_fitted_on_are_predicted) {
       {"175B", 96, 12288, 96, 512, 1, 1, 1, 512, 1, true, 173, true},
       {"175B", 96, 12288, 96, 192, 1, 1, 1, 384, 2, true, 186, true},
       {"175B", 96, 12288, 96, 512, 1, 1, 1, 1024, 2, true, 186, true},
+  };
+  const auto [mean, worst] = sizes_of(points_of(rows));
+  measured(mean, " points on average, ", worst, " at most");
+  CHECK_LE(mean, 2.0);
+  CHECK_LE(worst, 4.0);
+}
+
+// Table 2 again, its ZeRO-3 rows: how fast DeepSpeed sends shards is fitted on the second of them.
+TEST(zero_3_of_deepspeed_is_predicted_from_one_of_its_rows) {
+  const char* profile = "deepspeed-2021";
+  const std::vector<Row> rows{
+      {"175B", 96, 12288, 96, 384, 1, 1, 1, 1536, 4, true, 144, true, profile},
+      {"175B", 96, 12288, 96, 768, 1, 1, 1, 1536, 2, true, 88, true, profile},
+      {"175B", 96, 12288, 96, 1536, 1, 1, 1, 1536, 1, true, 44, true, profile},
+      {"530B", 105, 20480, 128, 640, 1, 1, 1, 2560, 4, true, 138, true, profile},
+      {"530B", 105, 20480, 128, 1120, 1, 1, 1, 2240, 2, true, 98, true, profile},
+      {"530B", 105, 20480, 128, 2240, 1, 1, 1, 2240, 1, true, 48, true, profile},
   };
   const auto [mean, worst] = sizes_of(points_of(rows));
   measured(mean, " points on average, ", worst, " at most");

@@ -25,6 +25,11 @@ refuses kv_heads_that_do_not_divide "does not divide the" --heads 8 --kv-heads 3
 refuses ranks_of_a_layout "and --nodes 1 with --devices 8 have 8" --layout --tp 4
 refuses a_layout_of_fewer_heads_than_ranks "--tp is at most 2" --layout --model gpt2 --tp 4 \
   --devices 4 --kv-heads 2
+refuses a_batch_that_the_schedule_takes_is_named "give --batch 12" --layout --pp 2 --replicate 3 \
+  --devices 6 --batch 8 --schedule interleaved --layers 4
+refuses chunks_of_a_layout "schedule gpipe has one chunk a stage, not 3" --layout --pp 2 \
+  --devices 2 --layers 4 --schedule gpipe --chunks 3
+refuses a_machine_without_end "/dev/zero is not a regular file" --machine /dev/zero
 refuses a_batch_of_a_layout "a batch of 3 does not divide" --layout --fsdp 8 --batch 3
 refuses micro_batches_of_a_layout "that --schedule takes" --layout --pp 2 --devices 2 --batch 6 \
   --microbatch 2 --schedule interleaved
@@ -54,6 +59,14 @@ refuses a_map_of_a_model "--model would do nothing: --map draws models" \
   --map "$dir/map.svg" --model gpt2
 
 # ---- what is asked for is tried
+wide="--layout --devices 1 --layers 2 --width 640 --heads 4"
+refuses wide_heads_of_this_codes_flash_attention "heads of at most 128 channels" $wide
+check heads_are_as_wide_as_software_of_others_takes_them \
+  "$plan $wide --profile megatron-2021 >$dir/out 2>$dir/err &&
+    grep -q 'about times alone' $dir/out" "" "$(cat "$dir/err")"
+check a_machine_may_come_from_a_pipe \
+  "$plan --layout --devices 1 --machine <(sed -n '/^peak 312/,/^between/p' theory/machine.cpp) \
+    >$dir/out 2>$dir/err" "" "$(cat "$dir/err")"
 check chunks_beyond_those_that_are_tried_by_themselves \
   "$plan --model gpt2 --schedule interleaved --pp 2 --chunks 6 --top 1 | grep -q -- '--chunks 6'"
 check chunks_are_not_those_of_another_schedule \

@@ -534,7 +534,7 @@ TEST(files_that_cannot_be_read_are_refused) {
   CHECK_SAYS(open("loop"), "loop cannot be opened: Too many levels of symbolic links");
   dir.write("empty", "");
   CHECK_SAYS(open("empty"), "empty is empty");
-  CHECK_SAYS(open(""), "is a directory: name the files in it");
+  CHECK_SAYS(open(""), "is a directory: name a file in it");
   CHECK(mkfifo((dir.path + "/pipe").c_str(), 0600) == 0);
   CHECK_SAYS(open("pipe"), "pipe is not a regular file");
   dir.write("closed", "abc");
@@ -943,6 +943,26 @@ TEST(a_checkpoint_is_loaded_into_a_model_of_its_shapes_alone) {
                  "w is (2, 3) there, and this model's is (1, 3)");
     CHECK_EQ(download(x)[0], rows == 2 ? 0 : 1);
   }
+}
+
+TEST(a_manifest_of_a_model_that_cannot_be_is_damaged) {
+  const auto opened = [](const std::function<void(CheckpointInfo&, Shape&)>& change) {
+    const TemporaryDirectory directory;
+    CheckpointInfo info;
+    Shape shape{2, 3};
+    info.model = resolved({}).model;
+    change(info, shape);
+    write_whole_checkpoint(directory.path, info, {{"w", shape, Dtype::f32, [](void*) {}}});
+    Checkpoint(checkpoint_path(directory.path, info.step));
+  };
+  opened([](auto&, auto&) {});
+  CHECK_SAYS(opened([](auto& info, auto&) { info.model.heads = -1; }), "-1 heads");
+  CHECK_SAYS(opened([](auto& info, auto&) { info.model.heads = 0; }), "its model is");
+  CHECK_SAYS(opened([](auto& info, auto&) { info.model.layers = 1LL << 40; }), "its model is");
+}
+
+TEST(words_of_others_move_no_cursor) {
+  CHECK_EQ(printable("a\x1b[2J\n\tb\x7f \xc3\x9b"), "a?[2J\n\tb? \xc3\x9b");
 }
 
 // ---- sampling and tokens

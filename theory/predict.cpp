@@ -287,7 +287,10 @@ class RankWork : TheoryOfChunk, Issue {
   }
   // of n ranks, whose collectives are those of an axis
   Link link(AxisName axis, int64_t n, int64_t stride) const {
-    return link_of(cluster, axis.index < free_axes ? 1 : n, stride);
+    Link link = link_of(cluster, axis.index < free_axes ? 1 : n, stride);
+    if (axis.index == AxisName("fsdp").index)
+      link.bandwidth = std::min(link.bandwidth, profile.fsdp_bandwidth);
+    return link;
   }
 
   const Cluster& cluster;
