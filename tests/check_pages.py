@@ -301,6 +301,10 @@ def check_replay(browser, page, name, path):
     wanted = 'every rank' if trace.about['stages'] > 1 else next(
         e['args']['name'] for e in trace.events if e['name'] == 'process_name')
     check(f'{name}: follows {wanted}', [] if follows == wanted else [follows])
+    said = trace.about['title'] in browser.evaluate(
+        '[...document.querySelectorAll("h1")].at(-1).textContent')
+    marked = browser.evaluate('document.images.length')
+    check(f'{name}: no name is markup', [] if said and not marked else [f'{said}, {marked}'])
     browser.evaluate('document.getElementById("watch").selectedIndex = 0; follow()')
 
     browser.click('#play')

@@ -21,6 +21,12 @@ for strategy in ${STRATEGIES:-serial replicate zero1 fsdp cp tp tp-sequence pp 3
   }
   pages+=("$out/$strategy.html")
 done
+# a name in a trace is no markup, however it is written
+name='\\u003cimg src=\\"x\\"\\u003e'
+sed "s#\"title\":\"#&$name<b>\&amp;#" "${pages[0]%.html}.json" >$out/markup.json
+rm -f $out/markup.html
+report/replay.sh $out/markup.json $out/markup.html || exit
+pages+=($out/markup.html)
 for page in build/run.html build/report.html build/book/*.html; do
   [ ! -e "$page" ] || pages+=("$page")
 done
