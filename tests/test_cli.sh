@@ -294,7 +294,8 @@ refuses sizes_beside_a_checkpoint_are_refused "sizes are the checkpoint's" --che
   "$dir/none" --layers 3 --prompt x
 refuses a_model_beside_a_checkpoint_is_refused "leave out --model" --checkpoint "$dir/none" \
   --model gpt2 --prompt x
-refuses a_directory_is_no_prompt "$dir is a directory: name a file in it" $model --prompt-file "$dir"
+refuses a_directory_is_no_prompt "$dir is a directory: name a file in it" $model \
+  --prompt-file "$dir"
 refuses a_prompt_that_looks_like_an_option_is_refused "none of them empty or beginning with --" \
   $model --prompt \
   "-- select"
