@@ -118,7 +118,9 @@ void embedding_backward(Param& wte, Param& wpe, const Tensor& dx, const Tokens& 
 // ---- matrix products
 
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta) {
-  const int64_t m = c.dim(0), n = c.dim(1), k = ta ? a.dim(0) : a.dim(1);
+  const int64_t m = c.dim(0), n = c.dim(1), k = a.dim(!ta);
+  ASSERT(a.dim(ta) == m && b.dim(tb) == k && b.dim(!tb) == n && b.dtype() == a.dtype(),
+         to_string(a.shape()), " times ", to_string(b.shape()), " is not ", to_string(c.shape()));
   // few rows, as in decoding
   if (m <= kMatvecRows && !ta && beta == 0 && (tb || a.dtype() == c.dtype()))
     return matvec(c, a, b, tb);

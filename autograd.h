@@ -31,7 +31,8 @@ struct Param {
   Tensor grad;       // master dtype
   // Fresh: what its memory holds does not count, since it was just allocated or a step begins.
   bool fresh = false;
-  uint32_t id = 0;  // keys the random generator, with the global element index
+  // keys the random generator, with the global element index, and the norm: 0, 1, ..., each once
+  uint32_t id = 0;
   // initial values: normal(0, deviation), or `constant` when that is 0
   float deviation = 0, constant = 0;
   bool decay = false;  // weight decay: matrices only
@@ -107,8 +108,8 @@ class Tape {
   // and what FSDP does after these. Zero-bubble pipelines fill their bubbles with it.
   void run_or_defer(std::function<void()> work);
   std::deque<std::function<void()>>* deferred = nullptr;
-  // runs the closures, last to first, and empties the tape; gradients of the outputs must have been
-  // put first
+  // runs the closures, last to first, and empties the tape, so that a second call does nothing;
+  // gradients of the outputs must have been put first
   void backward();
   size_t size() const { return entries_.size(); }
 

@@ -38,6 +38,8 @@ Optimizer::Optimizer(std::vector<ParamShard> shards, int64_t parameters, double 
       clip_(clip),
       weight_decay_(weight_decay),
       sum_(std::move(sum)) {
+  for (const ParamShard& s : shards_)
+    ASSERT(s.param->id < parameters, s.param->name, " is number ", s.param->id);
   squares_ = Tensor({parameters}, Dtype::f64, Memory::workspace);
   norm_ = Tensor({1}, Dtype::f64, Memory::workspace);
   clip_factor_ = Tensor({1}, Dtype::f64, Memory::workspace);

@@ -37,6 +37,7 @@ const char* name_of(Memory category) {
 int64_t elements(const Shape& shape) {
   int64_t n = 1;
   for (int64_t d : shape) n *= d;
+  ASSERT(n >= 0, "no tensor is ", to_string(shape));
   return n;
 }
 

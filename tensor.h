@@ -155,7 +155,7 @@ class Tensor {
   Tensor(Shape shape, Dtype dtype, Memory category);  // uninitialised
   bool empty() const { return !buffer_; }
   const Shape& shape() const { return shape_; }
-  int64_t dim(int i) const { return shape_[i]; }
+  int64_t dim(int i) const { return shape_.at(i); }
   int64_t numel() const { return empty() ? 0 : elements(shape_); }
   int64_t bytes() const { return numel() * size_of(dtype_); }
   Dtype dtype() const { return dtype_; }

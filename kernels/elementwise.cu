@@ -85,7 +85,8 @@ void combine(const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& bi
                        y.data<T>(), a.data<T>(), b.data<T>(), n, f));
   } else {
     const int64_t columns = bias.numel();
-    ASSERT(n % columns == 0);
+    ASSERT(n % columns == 0 && (y.shape().size() == 1 || y.shape().back() == columns), "a bias ",
+           to_string(bias.shape()), " of rows ", to_string(y.shape()));
     DISPATCH_PACKS(y.dtype(), in_packs(columns, {&y, &a, &b, &bias}),
                    const unsigned threads = row_threads(columns / N, kThreads);
                    rows_kernel<T, N, F><<<n / columns, threads, 0, device().compute>>>(

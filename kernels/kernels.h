@@ -158,7 +158,7 @@ void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t 
 
 // losses (R) = -log softmax(logits (R,V))[targets (R)] * scale; with `gradient`, logits become
 // their own gradient, (softmax - onehot) * scale. Rows of logits may be longer than V: what stands
-// after column V is not read, and its gradient is 0.
+// after column V is not read, and its gradient is 0. Targets are from 0 to V - 1: nobody checks.
 void cross_entropy(const Tensor& losses, const Tensor& logits, const Tensor& targets, int64_t V,
                    double scale, bool gradient);
 // The same where this rank holds V of the vocabulary's columns, in three steps; a target of -1 is

@@ -16,9 +16,11 @@
 #ifdef CPU_FAST
 // elements of a tensor that are checked one by one; layers of the whole GPT
 constexpr int64_t kElements = 40, kLayers = 2;
+constexpr int kSteps = 200;  // of the model of one's own
 #else
 // where every thread of a kernel is simulated, time is short
 constexpr int64_t kElements = 1, kLayers = 1;
+constexpr int kSteps = 3;
 #endif
 
 static std::vector<double> noise(int64_t n, unsigned seed) {
@@ -564,6 +566,71 @@ TEST(a_gradient_that_was_never_computed_is_named) {
   const Var y = gelu(tape, Var{random_tensor({4, 6}, 1)});
   CHECK_SAYS(tape.backward(), "was not computed before it was needed");
   measured("a sentence");
+}
+
+// ---- what a reader builds with it: docs/tensors_and_autograd.md shows these lines
+
+static Param own_param(const std::string& name, const Shape& shape, uint32_t id, float deviation) {
+  Param p;
+  p.name = name, p.shape = shape, p.id = id, p.deviation = deviation;
+  p.slice = {1, shape[0], elements(shape) / shape[0], 0, shape[0]};  // this rank owns all of it
+  p.value = Tensor(shape, Dtype::f32, Memory::parameters);
+  p.grad = Tensor(shape, Dtype::f32, Memory::gradients);
+  p.initialise(p.value, 1, 0);
+  return p;
+}
+static Tensor zeros(const Shape& shape) {
+  const Tensor x(shape, Dtype::f32, Memory::optimizer);
+  fill(x, 0);
+  return x;
+}
+
+TEST(a_model_of_ones_own_learns) {
+  const int64_t R = 256, hidden = 32;
+  Param w1 = own_param("w1", {2, hidden}, 0, 0.5), b1 = own_param("b1", {hidden}, 1, 0),
+        w2 = own_param("w2", {hidden, 2}, 2, 0.2), b2 = own_param("b2", {2}, 3, 0);
+  const std::vector<Param*> params{&w1, &b1, &w2, &b2};
+  std::vector<ParamShard> shards;
+  for (Param* p : params)
+    shards.push_back({p->value, {}, p->grad, zeros(p->shape), zeros(p->shape), p});
+  Optimizer optimizer(shards, std::ssize(params), 1, 0);  // clips the norm at 1, no weight decay
+
+  const Tensor x({R, 2}, Dtype::f32, Memory::data), targets({R}, Dtype::i32, Memory::data),
+      loss({1}, Dtype::f64, Memory::workspace);
+  std::vector<double> losses;
+  for (int step = 0; step < kSteps; step++) {
+    std::vector<float> points;
+    std::vector<int> classes;  // do both coordinates have one sign?
+    for (const double coordinate : noise(2 * R, step)) points.push_back(coordinate);
+    for (int64_t i = 0; i < R; i++) classes.push_back(points[2 * i] * points[2 * i + 1] > 0);
+    upload(x, points.data());
+    upload(targets, classes.data());
+    fill(loss, 0);
+    for (Param* p : params) p->fresh = true;  // its gradient is written, and not added to
+    Tape tape;
+    const Var h = gelu(tape, linear(tape, Var{x}, w1), &b1);
+    Var logits = add_bias(tape, linear(tape, h, w2), b2);
+    cross_entropy(tape, std::move(logits), targets, 2, 1.0 / R, loss);
+    tape.backward();
+    optimizer.step(0.02);
+    losses.push_back(download(loss)[0]);
+  }
+  CHECK_LE(losses.back(), kSteps > 100 ? 0.15 : losses[0]);
+  measured("the loss falls from ", losses[0], " to ", losses.back(), " in ", kSteps, " steps");
+}
+
+TEST(what_does_not_fit_is_refused) {
+  Tape tape;
+  Param w = random_param("w", {5, 3}, 2), bias = random_param("bias", {3}, 3);
+  for (const int64_t rows : {4, 20}) {  // a kernel of its own for few
+    CHECK_SAYS(linear(tape, Var{random_tensor({rows, 4}, 1)}, w), "4) times (5, 3) is not");
+    CHECK_SAYS(add(tape, Var{random_tensor({rows, 6}, 1)}, Var{random_tensor({rows, 6}, 1)}, &bias),
+               "a bias (3) of rows");
+  }
+  CHECK_SAYS(Tensor({2, -4}, Dtype::f32, Memory::workspace), "no tensor is (2, -4)");
+  w.id = 1;
+  CHECK_SAYS(Optimizer({{.weights = w.value, .gradient = w.grad, .param = &w}}, 1, 0, 0),
+             "w is number 1");
 }
 
 int main(int argc, char** argv) { return run_tests(argc, argv); }
