@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <set>
 
 // ---- parameters
@@ -99,21 +100,29 @@ std::vector<Param*> params_of(const std::vector<ModelPiece>& pieces) {
   return all;
 }
 
-std::vector<Range> split_layers(int64_t layers, double head_in_layers, int positions) {
+std::vector<Range> split_layers(int64_t layers, double head_in_layers,
+                                const std::vector<int>& stages) {
+  const int64_t positions = std::ssize(stages);
   REQUIRE(layers >= positions, layers, " layers cannot be cut into ", positions,
           " pieces (stages x chunks): each needs a layer");
-  const double each = (layers + head_in_layers) / positions;
-  const int64_t others = positions - 1;
-  int64_t last = std::clamp(int64_t(each - head_in_layers), 1L, layers - others);
-  if (others > 0 && last + 1 + head_in_layers < ceil_div(layers - last, others)) last++;
+  std::vector<double> work(positions, 1), of_stage(positions);  // in layers
+  work.back() += head_in_layers;
+  for (int i = 0; i < positions; i++) of_stage[stages[i]] += work[i];
+  for (int64_t left = layers - positions; left > 0; left--) {
+    int least = 0;
+    for (int i = 1; i < positions; i++)
+      if (std::pair(of_stage[stages[i]], work[i]) < std::pair(of_stage[stages[least]], work[least]))
+        least = i;
+    work[least]++;
+    of_stage[stages[least]]++;
+  }
   std::vector<Range> ranges;
   int64_t end = 0;
-  for (int i = 0; i < others; i++) {
+  for (int i = 0; i < positions; i++) {
     const int64_t begin = end;
-    end += (layers - last) / others + (i < (layers - last) % others);
+    end = i < positions - 1 ? begin + int64_t(work[i]) : layers;
     ranges.push_back({begin, end});
   }
-  ranges.push_back({end, layers});
   return ranges;
 }
 
@@ -123,13 +132,19 @@ static double weights_of_layer(const GptConfig& g) {
   return C * (2 * C + 2 * C * g.kv() / g.heads + 2.0 * g.hidden());
 }
 
-std::vector<ModelPiece> Gpt::pieces(int positions) const {
+std::vector<ModelPiece> Gpt::pieces(int stages) const {
+  std::vector<int> each(stages);
+  std::iota(each.begin(), each.end(), 0);
+  return pieces(each);
+}
+
+std::vector<ModelPiece> Gpt::pieces(const std::vector<int>& stages) const {
   // For how many layers the head counts: for a token it costs 6 V C operations, and a layer
   // 6 (12 C C + C T), its attention included (flops_per_token).
   const double C = config.width,
                head_in_layers = config.vocab * C / (weights_of_layer(config) + C * config.context);
   std::vector<ModelPiece> all;
-  for (const Range& r : split_layers(config.layers, head_in_layers, positions)) {
+  for (const Range& r : split_layers(config.layers, head_in_layers, stages)) {
     // Part 0 is the embedding, so layer l is part l + 1. The embedding goes with the first layer,
     // the head with the last.
     const bool first = r.begin == 0, last = r.end == config.layers;

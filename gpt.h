@@ -49,10 +49,11 @@ enum { kTied, kRoot, kFirstBlock };
 std::string name_of_unit(int unit);
 std::string name_of(const ModelPart& part);
 
-// The layers of each position of the model, at least one. The head counts as so many layers of the
-// last, and the work is as even as it goes: the first positions have one more, so that a stage with
-// several of them, in a ring or down and up again, has at most one layer more than another.
-std::vector<Range> split_layers(int64_t layers, double head_in_layers, int positions);
+// The layers of each position of the model, at least one; position i is on stage stages[i]. The
+// head counts as so many layers of the last. Each further layer goes to the stage that has least to
+// do, and there to the position that has.
+std::vector<Range> split_layers(int64_t layers, double head_in_layers,
+                                const std::vector<int>& stages);
 
 // ---- the model
 
@@ -74,7 +75,9 @@ class Gpt {
   Gpt(const Gpt&) = delete;
 
   ModelPiece parts() const { return parts_; }
-  std::vector<ModelPiece> pieces(int positions) const;  // so many, of about equal work
+  // of each position, on these stages, which have about equal work; or of stages with one each
+  std::vector<ModelPiece> pieces(const std::vector<int>& stages) const;
+  std::vector<ModelPiece> pieces(int stages) const;
   std::vector<Param*> params() const { return params_of({parts_}); }
   Param& tied() { return wte; }  // by both ends
 

@@ -136,6 +136,11 @@ int Schedule::position(int stage, int chunk) const {
 int Schedule::stage_of(int position) const {
   return mirrored_if_odd(*this, position / stages, position % stages);
 }
+std::vector<int> Schedule::stages_of_positions() const {
+  std::vector<int> all;
+  for (int i = 0; i < positions(); i++) all.push_back(stage_of(i));
+  return all;
+}
 
 // Activations go to the next position, gradients back.
 static std::optional<Transfer> transfer_of(const Schedule& s, int stage, const Action& a,

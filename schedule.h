@@ -113,6 +113,7 @@ struct Schedule {
   // where a stage's chunk is in the model; position 0 holds the first layers
   int position(int stage, int chunk) const;
   int stage_of(int position) const;
+  std::vector<int> stages_of_positions() const;
 };
 
 // A row of the table: what makes a schedule, for any number of stages and micro-batches. Nothing

@@ -30,7 +30,8 @@ struct Run {
   Profile profile = {};
   int64_t step = resumed;  // the last that was begun
   Batch batch = {};        // of the next step
-  std::string error = {};  // of data or metrics: what was trained is saved all the same
+  std::string error = {};  // of data, metrics or trace: what was trained is saved all the same
+  bool has_metrics = true;
 
   void train() {
     if (!o.trace.empty() && resumed < o.steps)
@@ -61,6 +62,7 @@ struct Run {
       if (o.eval_every && is_turn(o.eval_every)) record.held_out_loss = held_out_loss();
       const std::string unwritten = error_of([&] { metrics.step(record); });
       if (error.empty()) error = unwritten;
+      has_metrics = unwritten.empty();
       ends = stopped();
       if (ends || is_turn(o.save_every)) {
         check_weights();
@@ -125,7 +127,7 @@ struct Run {
              progress.summary(flops_per_token(trainer.gpt.config)).c_str());
     JsonLines none("");
     compare_with_theory(mesh, trainer, step - resumed, progress.step_time(),
-                        error.empty() ? metrics : none);
+                        has_metrics ? metrics : none);
     if (o.profile) profile.print(trainer, job.speaks);
     if (trace && !trace->empty()) write_trace();
     collectively(job, [&] {
@@ -169,8 +171,9 @@ struct Run {
   }
 
   void write_trace() {
+    at_work = "a trace that is written";
     watch.at_files([&] {
-      const std::string unwritten = error_of([&] { trace->write(); });
+      const std::string unwritten = trace->write();
       if (error.empty()) error = unwritten;
     });
     trace.reset();

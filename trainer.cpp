@@ -24,7 +24,7 @@ Schedule schedule_of(const TrainerOptions& o, const Layout& l) {
 }
 
 std::vector<ModelPiece> pieces_of(const Gpt& gpt, const Schedule& schedule, int stage) {
-  const std::vector<ModelPiece> all = gpt.pieces(schedule.positions());
+  const std::vector<ModelPiece> all = gpt.pieces(schedule.stages_of_positions());
   std::vector<ModelPiece> of_stage;
   for (int c = 0; c < schedule.chunks; c++) of_stage.push_back(all[schedule.position(stage, c)]);
   return of_stage;

@@ -28,7 +28,7 @@ static std::string in_full(const Dataset& data) {
 std::optional<int64_t> resume_training(const Options& o, const Dataset& data, const Job& job,
                                        Trainer& trainer) {
   const auto say = [&](const std::string& text) {
-    if (job.speaks) printf("resume   %s\n", text.c_str());
+    if (job.speaks) printf("resume   %s\n", printable(text).c_str());
   };
   const std::optional<Checkpoint> c = newest_checkpoint(o.checkpoint, job, say, o.resume_step);
   if (!c) {

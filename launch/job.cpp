@@ -125,7 +125,7 @@ std::string Job::agree(const std::string& error) const {
 
 void Job::abort(const std::string& why) const {
   const bool first = !explained || !explained->exchange(true);
-  if (first) fprintf(stderr, "rank %d: %s\n", rank, why.c_str());
+  if (first) fprintf(stderr, "rank %d: %s\n", rank, printable(why).c_str());
   // mpiexec passes the words on before it hears of the end; the others do not end the job before
   // that, and those of other nodes can say where they stand, too
   usleep(first && local_size == size ? 300'000 : 1'000'000);

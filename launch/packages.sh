@@ -60,8 +60,8 @@ install() {
     fi
   fi
   log=$(mktemp)
-  exec 9</var/lib/dpkg # which nobody else can put in our way
-  ! command -v flock >/dev/null || flock 9
+  # one `make deps` at a time, by a file that nobody else can put in our way
+  ! command -v flock >/dev/null || { exec 9</var/lib/dpkg && flock -w 600 9; }
   echo "make deps: installing $packages"
   $sudo apt-get update -qq >"$log" 2>&1 || echo "E: apt-get update failed" >>"$log"
   if ! $sudo env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 \

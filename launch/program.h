@@ -34,7 +34,7 @@ int run_program(const char* name, const char* usage, int argc, char** argv, Opti
     }));
     if (error.empty()) error = differences(given);
     if (!error.empty()) {
-      if (job.speaks) fprintf(stderr, "%s: %s\n", name, error.c_str());
+      if (job.speaks) fprintf(stderr, "%s: %s\n", name, printable(error).c_str());
       return job.leave(1);
     }
     if (o.help) {

@@ -93,6 +93,7 @@ in_lab() {
   timeout -k 5 300 $nodes run "${@:2}" >"$dir/out" 2>"$dir/err" </dev/null &
   wait $!
 }
+in_lab_twice() { in_lab "$@" || in_lab "$@"; }
 
 # on_both COMMAND...: on both nodes at the same time, since cores share memory's bandwidth; what
 # node i says is in $dir/node.i
@@ -134,8 +135,7 @@ calibrate() {
   on_both build/cpu/plan --machine this --devices $((ranks / 2)) --layout --fsdp $((ranks / 2)) \
     || return
   for link in "${@:2}"; do
-    in_lab "$link" -n "$ranks" build/cpu/tests/bench_links \
-      || in_lab "$link" -n "$ranks" build/cpu/tests/bench_links || return
+    in_lab_twice "$link" -n "$ranks" build/cpu/tests/bench_links || return
     {
       grep ' : ' "$dir/node.1" | grep -vE "^($measured)"
       grep -v ^short "$dir/out"
@@ -302,8 +302,7 @@ decode() {
     done
     for link in $links; do
       # shellcheck disable=SC2086
-      in_lab "$link" -n 2 build/cpu/generate $model --tp 2 $text \
-        || in_lab "$link" -n 2 build/cpu/generate $model --tp 2 $text || give_up
+      in_lab_twice "$link" -n 2 build/cpu/generate $model --tp 2 $text || give_up
       token "$dir/err" "$dir/out" >>"$dir/tokens-$link"
     done
   done

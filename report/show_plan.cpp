@@ -227,7 +227,7 @@ Cluster cluster_of(const PlanOptions& o) {
 }
 
 // Bad options get a sentence. Of those that are given, some have a meaning with others alone.
-void check_asked(const PlanOptions& o) {
+void check_asked(const PlanOptions& o, const Options& checked) {
   check_meaning(o, {{{"sequences"}, o.decode, "is about inference: give --decode"},
                     {{"spread"}, o.nodes > 1, "is about several nodes: give --nodes"},
                     {{"top"}, !o.layout_only, "is about a search, which --layout leaves out"},
@@ -236,7 +236,7 @@ void check_asked(const PlanOptions& o) {
                       "sequence-parallel", "recompute", "layout", "top"},
                      !o.decode,
                      "is about training, and --decode about inference: leave one of them out"}});
-  check_common(o);
+  check_common(checked);
   const ModelSize& m = o.model;
   REQUIRE(m.heads % m.kv() == 0, "--kv-heads ", m.kv(), " does not divide the ", m.heads, " heads");
   const double scores = o.attention == "flash" ? 0 : double(m.context) * m.heads;  // whole ones
@@ -323,7 +323,7 @@ void show(PlanOptions& o) {
   resolve_common(o, true);
   PlanOptions checked = o;  // a limit of our kernel is none of software that stores scores
   if (profile_named(o.profile).stores_scores) checked.attention = "plain";
-  check_asked(checked);
+  check_asked(o, checked);
   const Cluster cluster = cluster_of(o);
   const GptConfig config = model_config(o);
   if (!o.json) print_asked(o, cluster, config);

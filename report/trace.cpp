@@ -139,7 +139,7 @@ void align(Joined& all) {
 
 }  // namespace
 
-void Trace::write() {
+std::string Trace::write() {
   Json units;
   for (const auto& [number, unit] : trainer_.fsdp.units())
     units.push_back({{"name", unit.name},
@@ -152,7 +152,7 @@ void Trace::write() {
                              {"works", recorder.works},
                              {"args", recorder.args},
                              {"changes", changes}});
-  if (mesh_.rank) return;
+  if (mesh_.rank) return "";
   Joined all = join_works(ranks);
   if (rebuilds_) all.spans = run(all.tasks);
   else align(all);
@@ -233,11 +233,13 @@ void Trace::write() {
   std::string title = list_axes("training", mesh_, &Axis::size);
   if (mesh_.shards.size > 1) title += sentence(", ZeRO-", trainer_.options.fsdp.zero);
   if (mesh_["pp"].size > 1) title += sentence(", ", trainer_.pipeline.schedule().row->name);
-  file_.line({{"traceEvents", std::move(events)},
-              {"threefold",
-               {{"title", title},
-                {"stages", mesh_["pp"].size},
-                {"clock", rebuilds_ ? "rebuilt" : "measured"},
-                {"units", units_of_ranks},
-                {"shards_parameters", trainer_.fsdp.shards_parameters()}}}});
+  return error_of([&] {
+    file_.line({{"traceEvents", std::move(events)},
+                {"threefold",
+                 {{"title", title},
+                  {"stages", mesh_["pp"].size},
+                  {"clock", rebuilds_ ? "rebuilt" : "measured"},
+                  {"units", units_of_ranks},
+                  {"shards_parameters", trainer_.fsdp.shards_parameters()}}}});
+  });
 }

@@ -32,8 +32,8 @@ class Trace {
   void begin_step();  // collective
   void end_step();    // the host has waited for the step
   bool empty() const { return timed_ == 0; }
-  // Collective, once; throws where the file cannot be written.
-  void write();
+  // Collective, once. Returns what is wrong where the file cannot be written, else "".
+  std::string write();
 
  private:
   JsonLines file_;

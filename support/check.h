@@ -79,8 +79,12 @@ template <class Work> std::string error_of(const Work& work) {
 
 // A name of others in it can move no cursor, nor end the text.
 inline std::string printable(std::string text) {
-  for (char& c : text)
-    if (iscntrl(static_cast<unsigned char>(c)) && c != '\n' && c != '\t') c = '?';
+  for (size_t i = 0; i < text.size(); i++) {
+    const unsigned char c = text[i], next = text.c_str()[i + 1];
+    const bool is_c1 = c == 0xc2 && 0x80 <= next && next < 0xa0;  // U+0080 to U+009F
+    if (is_c1) text.erase(i, 1);
+    if (is_c1 || (iscntrl(c) && c != '\n' && c != '\t')) text[i] = '?';
+  }
   return text;
 }
 

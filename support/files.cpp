@@ -9,19 +9,20 @@
 
 // ---- reading
 
-// How long a file is; an Error where it has no end (a device) or, unless that is wanted, where its
-// writer may never come (a pipe).
-static size_t size_of(const OpenFile& file, const std::string& path, bool may_be_pipe = false) {
+// An Error where a file has no end (a device) or, unless that is wanted, where its writer may never
+// come (a pipe).
+static struct stat examine(const OpenFile& file, const std::string& path,
+                           bool may_be_pipe = false) {
   struct stat status;
   SYSTEM_CHECK(fstat(file.fd, &status) == 0, path, " cannot be examined");
   REQUIRE(!S_ISDIR(status.st_mode), path, " is a directory: name a file in it");
   REQUIRE(S_ISREG(status.st_mode) || (may_be_pipe && S_ISFIFO(status.st_mode)), path,
           " is not a regular file");
-  return status.st_size;
+  return status;
 }
 
 MappedFile::MappedFile(const std::string& name, const OpenFile& file) : path(name) {
-  const size_t bytes = size_of(file, path);
+  const size_t bytes = examine(file, path).st_size;
   REQUIRE(bytes > 0, path, " is empty");
   void* mapped = mmap(nullptr, bytes, PROT_READ, MAP_PRIVATE, file.fd, 0);
   SYSTEM_CHECK(mapped != MAP_FAILED, path, " cannot be mapped into memory");
@@ -50,7 +51,7 @@ bool is_there(const std::string& path) {
 template <class Take>
 static void for_blocks(const std::string& path, Take take, bool may_be_pipe = false) {
   const OpenFile file(path, may_be_pipe ? O_RDONLY : OpenFile::kToRead);
-  size_of(file, path, may_be_pipe);
+  examine(file, path, may_be_pipe);
   std::vector<char> block(1 << 20);
   while (true) {
     const ssize_t n = read(file.fd, block.data(), block.size());

@@ -629,8 +629,7 @@ TEST(what_does_not_fit_is_refused) {
   }
   CHECK_SAYS(Tensor({2, -4}, Dtype::f32, Memory::workspace), "no tensor is (2, -4)");
   w.id = 1;
-  CHECK_SAYS(Optimizer({{.weights = w.value, .gradient = w.grad, .param = &w}}, 1, 0, 0),
-             "w is number 1");
+  CHECK_SAYS(Optimizer({{w.value, {}, w.grad, w.value, w.value, &w}}, 1, 0, 0), "w is number 1");
 }
 
 int main(int argc, char** argv) { return run_tests(argc, argv); }

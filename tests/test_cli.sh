@@ -195,8 +195,9 @@ check a_trace_whose_steps_never_came_stays_empty \
     grep -q "nothing is written to" "$dir/out"' "" \
   "$(ls "$dir") $(tail -1 "$dir/out")"
 $train $shape --steps 100000 --trace "$dir/early.json" --trace-steps 2-2 >"$dir/out" 2>&1 &
-until [ -s "$dir/early.json" ] || ! kill -0 $! 2>/dev/null; do sleep 0.1; done
-sleep 0.3
+until tail -c 3 "$dir/early.json" 2>/dev/null | grep -q '}}' || ! kill -0 $! 2>/dev/null; do
+  sleep 0.1
+done
 kill -KILL $!
 wait $! 2>/dev/null
 check a_trace_is_there_once_its_steps_are_done \

@@ -64,6 +64,9 @@ refuses wide_heads_of_this_codes_flash_attention "heads of at most 128 channels"
 check heads_are_as_wide_as_software_of_others_takes_them \
   "$plan $wide --profile megatron-2021 >$dir/out 2>$dir/err &&
     grep -q 'about times alone' $dir/out" "" "$(cat "$dir/err")"
+check and_a_long_context_is_not_taken_for_whole_scores \
+  "$plan --profile megatron-2021 --layers 96 --width 12288 --heads 96 --context 131072 --devices 8 \
+    --nodes 8 --layout --tp 64 --batch 1 2>&1 | grep -q 'a rank needs'" "" ""
 check a_machine_may_come_from_a_pipe \
   "$plan --layout --devices 1 --machine <(sed -n '/^peak 312/,/^between/p' theory/machine.cpp) \
     >$dir/out 2>$dir/err" "" "$(cat "$dir/err")"

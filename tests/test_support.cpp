@@ -946,23 +946,38 @@ TEST(a_checkpoint_is_loaded_into_a_model_of_its_shapes_alone) {
 }
 
 TEST(a_manifest_of_a_model_that_cannot_be_is_damaged) {
-  const auto opened = [](const std::function<void(CheckpointInfo&, Shape&)>& change) {
+  using Json = nlohmann::json;
+  const auto opened = [](const std::function<void(Json&)>& change) {
     const TemporaryDirectory directory;
     CheckpointInfo info;
-    Shape shape{2, 3};
     info.model = resolved({}).model;
-    change(info, shape);
-    write_whole_checkpoint(directory.path, info, {{"w", shape, Dtype::f32, [](void*) {}}});
-    Checkpoint(checkpoint_path(directory.path, info.step));
+    write_whole_checkpoint(directory.path, info, {{"w", {2, 3}, Dtype::f32, [](void*) {}}});
+    const std::string path = checkpoint_path(directory.path, 0), file = path + "/manifest.json";
+    Json manifest = Json::parse(read_file(file));
+    change(manifest);
+    manifest.erase("checksum");
+    manifest["checksum"] = checksum(manifest.dump());
+    write_file(file, manifest.dump());
+    Checkpoint(path).verify();
   };
-  opened([](auto&, auto&) {});
-  CHECK_SAYS(opened([](auto& info, auto&) { info.model.heads = -1; }), "-1 heads");
-  CHECK_SAYS(opened([](auto& info, auto&) { info.model.heads = 0; }), "its model is");
-  CHECK_SAYS(opened([](auto& info, auto&) { info.model.layers = 1LL << 40; }), "its model is");
+  opened([](Json&) {});
+  CHECK_SAYS(opened([](Json& m) { m["model"]["heads"] = -1; }), "-1 heads");
+  CHECK_SAYS(opened([](Json& m) { m["model"]["heads"] = 0; }), "its model is");
+  CHECK_SAYS(opened([](Json& m) { m["model"]["layers"] = 1LL << 40; }), "its model is");
+  CHECK_SAYS(opened([](Json& m) { m["step"] = -5; }), "its step is -5");
+  CHECK_SAYS(opened([](Json& m) { m["ranks"][0]["files"][0]["name"] = "../x"; }), "it names ../x");
+  CHECK_SAYS(opened([](Json& m) { m["ranks"][0]["tensors"] = Json::object(); }), "no tensors");
+  CHECK_SAYS(opened([](Json& m) {
+               m["ranks"][0]["pieces"][0]["slice"] = {
+                   {"outer", 1LL << 40}, {"split", 2}, {"inner", 1}, {"begin", 0}, {"end", 1}};
+               m["ranks"][0]["pieces"][0]["count"] = 1LL << 40;
+             }),
+             "more than 300 million pieces");
 }
 
 TEST(words_of_others_move_no_cursor) {
-  CHECK_EQ(printable("a\x1b[2J\n\tb\x7f \xc3\x9b"), "a?[2J\n\tb? \xc3\x9b");
+  CHECK_EQ(printable("a\x1b[2J\n\tb\x7f \xc3\x9b \xc2\x9b\x31m\xc2\xa0\xc2"),
+           "a?[2J\n\tb? \xc3\x9b ?1m\xc2\xa0\xc2");
 }
 
 // ---- sampling and tokens

@@ -39,7 +39,7 @@ Json traced(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, 
     else trainer.evaluate(options.batch, [&](int64_t s) { return sequence(0, s, config); });
   }
   memory = device().memory;
-  trace.write();
+  CHECK_EQ(trace.write(), "");
   barrier();
   std::ifstream in(path);
   const std::string text{std::istreambuf_iterator<char>(in), {}};

@@ -346,7 +346,7 @@ TheoryOfChunk::TheoryOfChunk(const TrainingJob& job, const ChunkKind& chunk)
 
 Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axes) {
   const Schedule s = outline_of(job, job.layout);
-  const std::vector<ModelPiece> pieces = gpt.pieces(s.positions());
+  const std::vector<ModelPiece> pieces = gpt.pieces(s.stages_of_positions());
   RankWork work(cluster, job, free_axes);
   std::map<std::pair<bool, ChunkKind>, ChunkTimes> times;
   const auto times_of = [&](int stage, int chunk) -> const ChunkTimes& {
