@@ -390,9 +390,10 @@ status=$?
 check data_that_becomes_shorter_costs_no_training \
   "[ $status = 1 ] && grep -q 'has become shorter while it was read: stopped after step' $dir/err &&
    build/cpu/checkpoint verify $dir/shrunk >/dev/null" "" "status $status: $(cat "$dir/err")"
+stopped=$(sed -n 's/.*after step \([0-9]*\),.*/\1/p' "$dir/err")
 check and_its_last_step_is_in_the_metrics \
-  "tail -1 $dir/shrunk.jsonl | grep -q \"^{.step.:\$(sed -n 's/.*after step \([0-9]*\),.*/\1/p' \
-    "$dir/err"),\"" "" "$(tail -1 "$dir/shrunk.jsonl" | cut -c1-40) $(cat "$dir/err")"
+  "grep '^{.step' $dir/shrunk.jsonl | tail -1 | grep -q '^{.step.:$stopped,'" "" "$(cat "$dir/err")"
+check and_so_is_the_summary "tail -1 $dir/shrunk.jsonl | grep -q '^{.summary'"
 ends_at 'a sample' $train $little --steps 2 --sample 100000000 --checkpoint "$dir/long"
 check a_signal_ends_the_sample \
   "grep -q 'a sample' $dir/out && grep -q '^speed' $dir/out && [ ! -e $dir/long/lock ]" "" \
