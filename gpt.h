@@ -75,7 +75,8 @@ class Gpt {
   Gpt(const Gpt&) = delete;
 
   ModelPiece parts() const { return parts_; }
-  // of each position, on these stages, which have about equal work; or of stages with one each
+  // Of each position, where position i is on stage stages[i]: the stages have about equal work. Or
+  // of so many stages with a position each.
   std::vector<ModelPiece> pieces(const std::vector<int>& stages) const;
   std::vector<ModelPiece> pieces(int stages) const;
   std::vector<Param*> params() const { return params_of({parts_}); }

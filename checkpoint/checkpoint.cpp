@@ -386,7 +386,7 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
       expect(0 < info.model.*size.member && info.model.*size.member <= size.most, file,
              " is damaged: its model is ", to_string(info.model));
     expect(info.step >= 0, file, " is damaged: its step is ", info.step);
-    int64_t pieces = 0;  // at most: 32 bytes each
+    int64_t pieces = 0;  // contiguous ones, at most; memory has 32 bytes of each
     for (const Saved& saved : m.at("ranks").get<std::vector<Saved>>()) {
       tensors.insert(saved.tensors.begin(), saved.tensors.end());
       for (const WrittenFile& f : saved.files) {

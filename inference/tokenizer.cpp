@@ -329,17 +329,11 @@ void copy_tokenizer(const std::string& from, const std::string& to) {
 
 std::string Screen::printed(const std::string& bytes) {
   if (!is_terminal_) return bytes;
-  constexpr unsigned char kFirst = 0xc2;  // of U+0080 to U+00BF
-  std::string text;
-  for (const unsigned char c : bytes) {
-    const bool is_c1 = begun_ && c >= 0x80 && c < 0xa0;
-    if (begun_ && !is_c1) text += char(kFirst);
-    begun_ = c == kFirst;
-    if (begun_) continue;
-    const bool is_control = is_c1 || (iscntrl(c) && c != '\n' && c != '\t');
-    text += is_control ? '?' : char(c);
-  }
-  return text;
+  std::string text = begun_ + bytes;
+  const bool begins = text.ends_with('\xc2');
+  begun_ = text.substr(text.size() - begins);
+  text.resize(text.size() - begins);
+  return printable(text);
 }
 
 void Screen::show(const std::string& bytes) {

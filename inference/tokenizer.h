@@ -67,9 +67,7 @@ bool has_tokenizer(const std::string& directory);  // one of the first three
 // aside; in one directory they stay.
 void copy_tokenizer(const std::string& from, const std::string& to);
 
-// Prints a text as it comes, piece by piece. To a terminal goes a '?' for each control character,
-// the C1 controls (U+0080 to U+009F), too, but not for the ends of lines and tabs; elsewhere every
-// byte goes as it is.
+// Prints a text as it comes, piece by piece: to a terminal what is printable, elsewhere every byte.
 class Screen {
  public:
   explicit Screen(bool is_terminal) : is_terminal_(is_terminal) {}
@@ -80,5 +78,5 @@ class Screen {
 
  private:
   const bool is_terminal_;
-  bool begun_ = false;  // the first byte of U+0080 to U+00BF waits for the second
+  std::string begun_;  // the first byte of U+0080 to U+00BF, which waits for the second
 };

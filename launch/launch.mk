@@ -4,6 +4,7 @@
 
 # ---- which backend: CUDA where a kernel runs on a GPU, else the CPU (BACKEND=cpu|cuda overrides)
 
+# in a path these signs would end a line of make, or a word of the shell
 hash := \#
 $(if $(findstring $(hash),$(CUDA_HOME)$(NCCL_HOME))$(findstring ',$(CUDA_HOME)$(NCCL_HOME)),\
   $(error CUDA_HOME and NCCL_HOME may have no $(hash) and no ' in them))

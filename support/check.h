@@ -77,11 +77,12 @@ template <class Work> std::string error_of(const Work& work) {
   return "";
 }
 
-// A name of others in it can move no cursor, nor end the text.
+// A text of others for a terminal: a '?' for each control character, the C1 controls (U+0080 to
+// U+009F), too, but not for the ends of lines and tabs.
 inline std::string printable(std::string text) {
   for (size_t i = 0; i < text.size(); i++) {
     const unsigned char c = text[i], next = text.c_str()[i + 1];
-    const bool is_c1 = c == 0xc2 && 0x80 <= next && next < 0xa0;  // U+0080 to U+009F
+    const bool is_c1 = c == 0xc2 && 0x80 <= next && next < 0xa0;
     if (is_c1) text.erase(i, 1);
     if (is_c1 || (iscntrl(c) && c != '\n' && c != '\t')) text[i] = '?';
   }

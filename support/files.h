@@ -42,7 +42,8 @@ struct MappedFile {
 void read_at(const OpenFile& file, const std::string& path, int64_t at, int64_t bytes, char* to);
 
 bool is_there(const std::string& path);  // an Error where the system does not say
-// An error of the disk is an Error here, where a map of the file would end the process.
+// An error of the disk is an Error here, where a map of the file would end the process. So is what
+// is no regular file, and might have no end; a pipe that the user names may be read.
 std::string read_file(const std::string& path, bool may_be_pipe = false);
 
 uint64_t checksum(std::string_view bytes);  // XXH3, 64 bits: of a whole file it is WrittenFile's

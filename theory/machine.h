@@ -86,7 +86,7 @@ struct SoftwareProfile {
   double optimizer_bytes;  // read and written a parameter of the shard, in all
   double flash_share;      // of a large product's rate
   bool direct;             // in collectives each rank sends to every other; else in a ring
-  double fsdp_bandwidth = INFINITY;  // bytes/s that a device sends at most where it has a shard
+  double fsdp_bandwidth = INFINITY;  // bytes/s that a device sends over fsdp at most
 };
 const SoftwareProfile& profile_named(const std::string& name);
 std::vector<std::string> profile_names();
