@@ -73,48 +73,6 @@ Tensor take(const std::shared_ptr<Tensor>& grad) {
   return std::move(*grad);
 }
 
-// ---- embedding
-
-// One upload holds, one after the other, inputs, targets, rows sorted by input token and, where
-// sequences are split over ranks, the position of each row.
-Tokens::Tokens(int64_t B, int64_t T, const Positions& positions, std::vector<int> in,
-               std::vector<int> out, Range vocabulary)
-    : B(B), T(T), positions(positions) {
-  const int64_t here = positions.rows();
-  for (std::vector<int>* tokens : {&in, &out}) {
-    ASSERT(tokens->empty() || int64_t(tokens->size()) == rows());
-    for (int& t : *tokens)
-      t = t >= vocabulary.begin && t < vocabulary.end ? t - vocabulary.begin : -1;
-  }
-  std::vector<int> at, all;
-  for (int64_t row = 0; here < T && row < int64_t(in.size()); row++)
-    at.push_back(positions[row % here]);
-  const std::pair<Tensor*, std::vector<int>> parts[] = {
-      {&inputs, in}, {&targets, out}, {&order, sort_rows(in)}, {&position_of_row, at}};
-  for (const auto& [tensor, part] : parts) all.insert(all.end(), part.begin(), part.end());
-  if (all.empty()) return;
-  const Tensor whole({int64_t(all.size())}, Dtype::i32, Memory::data);
-  upload(whole, all.data());
-  int64_t begin = 0;
-  for (const auto& [tensor, part] : parts) {
-    const int64_t size = part.size();
-    if (size) *tensor = whole.part(begin, {size});
-    begin += size;
-  }
-}
-
-Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
-  Var x{activation({tokens.rows(), wte.value.dim(1)}, wte.value.dtype())};
-  embedding_forward(x.value, tokens.inputs, wte.value, wpe.value, tokens.T, tokens.position_of_row);
-  tape.push([tokens, &wte, &wpe, dx = x.grad] { embedding_backward(wte, wpe, take(dx), tokens); });
-  return x;
-}
-
-void embedding_backward(Param& wte, Param& wpe, const Tensor& dx, const Tokens& tokens) {
-  for (Param* p : {&wte, &wpe}) p->clear_if_fresh();  // not every row is written
-  embedding_backward(wte.grad, wpe.grad, dx, tokens.inputs, tokens.order, tokens.positions);
-}
-
 // ---- matrix products
 
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta) {
@@ -128,11 +86,12 @@ void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb
          {c.raw(), n}, 1, beta);
 }
 
-Tensor as_matrix(const Tensor& w) { return w.part(0, {w.dim(0), w.numel() / w.dim(0)}); }
+Tensor as_matrix(const Tensor& w) { return w.view(0, {w.dim(0), w.numel() / w.dim(0)}); }
 
 void weight_gradient(Tape& tape, Param& w, bool transposed, const Tensor& x, const Tensor& dy) {
   tape.run_or_defer([&w, transposed, x, dy] {
-    Param& use = transposed && w.head_use ? *w.head_use : w;  // only the head transposes a weight
+    // only the head transposes a weight; its gradient may be kept apart (separate_uses)
+    Param& use = transposed && w.head_use ? *w.head_use : w;
     const Tensor dw = as_matrix(use.grad);
     const double beta = use.begin_write();  // 1 adds to what is there, 0 overwrites a fresh one
     if (transposed) product(dw, dy, true, x, false, beta);  // dw += dy^T x
@@ -152,6 +111,48 @@ Var linear(Tape& tape, const Var& x, Param& w, bool transposed) {
     weight_gradient(tape, w, transposed, x, dy);
   });
   return y;
+}
+
+// ---- embedding
+
+// One upload holds, one after the other, inputs, targets, rows sorted by input token and, where
+// sequences are split over ranks, the position of each row.
+Tokens::Tokens(int64_t B, int64_t T, const Positions& positions, std::vector<int> in,
+               std::vector<int> out, Range vocabulary)
+    : B(B), T(T), positions(positions) {
+  const int64_t here = positions.rows();
+  for (std::vector<int>* tokens : {&in, &out}) {
+    ASSERT(tokens->empty() || int64_t(tokens->size()) == rows());
+    for (int& t : *tokens)
+      t = t >= vocabulary.begin && t < vocabulary.end ? t - vocabulary.begin : -1;
+  }
+  std::vector<int> at, all;
+  if (here < T)
+    for (size_t row = 0; row < in.size(); row++) at.push_back(positions[row % here]);
+  const std::pair<Tensor*, std::vector<int>> parts[] = {
+      {&inputs, in}, {&targets, out}, {&order, sort_rows(in)}, {&position_of_row, at}};
+  for (const auto& [tensor, part] : parts) all.insert(all.end(), part.begin(), part.end());
+  if (all.empty()) return;
+  const Tensor whole({int64_t(all.size())}, Dtype::i32, Memory::data);
+  upload(whole, all.data());
+  int64_t begin = 0;
+  for (const auto& [tensor, part] : parts) {
+    const int64_t size = part.size();
+    if (size) *tensor = whole.view(begin, {size});
+    begin += size;
+  }
+}
+
+Var embedding(Tape& tape, const Tokens& tokens, Param& wte, Param& wpe) {
+  Var x{activation({tokens.rows(), wte.value.dim(1)}, wte.value.dtype())};
+  embedding_forward(x.value, tokens.inputs, wte.value, wpe.value, tokens.T, tokens.position_of_row);
+  tape.push([tokens, &wte, &wpe, dx = x.grad] { embedding_backward(wte, wpe, take(dx), tokens); });
+  return x;
+}
+
+void embedding_backward(Param& wte, Param& wpe, const Tensor& dx, const Tokens& tokens) {
+  for (Param* p : {&wte, &wpe}) p->clear_if_fresh();  // not every row is written
+  embedding_backward(wte.grad, wpe.grad, dx, tokens.inputs, tokens.order, tokens.positions);
 }
 
 // ---- biases

@@ -37,7 +37,8 @@ struct Param {
   float deviation = 0, constant = 0;
   bool decay = false;  // weight decay: matrices only
 
-  // ---- of the strategies
+  // ---- of the strategies: set by TensorParallel's `split` and `whole`, by Gpt (padding, unit) and,
+  // where two stages have the tied embedding, by Trainer (counted)
   // what this rank owns: [begin, end) of dim number `dim` of `shape`, seen as (outer, split, inner)
   int dim = 0;
   Slice slice;
@@ -64,7 +65,7 @@ struct Param {
   Shape local_shape() const;  // the slice's, with padding
   // elements that this rank owns, and where they are in its value or gradient: without padding
   int64_t numel() const { return slice.outer * (slice.end - slice.begin) * slice.inner; }
-  Tensor own(const Tensor& x) const { return x.part(0, {numel()}); }
+  Tensor own(const Tensor& x) const { return x.view(0, {numel()}); }
   // Initial values of the elements [first, first + x.numel()) of what this rank owns.
   void initialise(const Tensor& x, uint64_t seed, int64_t first) const;
 };
@@ -95,7 +96,8 @@ struct Var {
 // g becomes, or is added to, the gradient of an activation. Never writes into memory that others
 // read.
 void accumulate(const std::shared_ptr<Tensor>& grad, Tensor g);
-// Takes the gradient of an op's output: after this nobody else holds it.
+// Takes the gradient of an op's output out of its slot, which is then empty. Other slots and
+// deferred work may hold the same memory: only what `shared` denies is written in place.
 Tensor take(const std::shared_ptr<Tensor>& grad);
 
 class Tape {

@@ -110,9 +110,10 @@ static Axis shards_of(const Mesh& m) {
 
 Mesh::Mesh(const Layout& l, int rank)
     : layout(l), rank(rank), size(l.ranks()), world{"world", size, rank} {
-  for (size_t a = kAxes.size(); a-- > 0; rank /= axes[a].size) {  // the fastest first
+  int slower = rank;  // its place among what is left, from the fastest axis on
+  for (size_t a = kAxes.size(); a-- > 0; slower /= axes[a].size) {
     const int n = l.sizes[a];
-    axes[a] = {kAxes[a].name, n, rank % n};
+    axes[a] = {kAxes[a].name, n, slower % n};
   }
   shards = shards_of(*this);
 }

@@ -34,7 +34,7 @@ Positions ContextParallel::part_of(int rank, int64_t T) const {
 // ---- communication: on the one stream, after what was computed. What is sent must be kept until
 // finish().
 
-void ContextParallel::start_exchange(const std::vector<Travel>& all) const {
+void ContextParallel::start_exchange(const std::vector<Shift>& all) const {
   if (all.empty()) return;
   const int next = (axis_.rank + 1) % axis_.size, before = source(1);
   const cudaStream_t stream = device().communication;
@@ -59,21 +59,21 @@ void ContextParallel::finish() const {
 
 // ---- attention
 
-struct ContextParallel::Problem {
+struct ContextParallel::Sizes {
   int64_t B, T, H, C;  // C: width of H heads
   AttentionKind kind;
   Dtype dtype;
   Dtype master = master_dtype(dtype);
-  // (rows, columns C) of the tokens of one rank
-  Tensor rows(const Positions& of, int64_t columns, Dtype type) const {
-    return Tensor({B * of.rows(), columns * C}, type, Memory::workspace);
+  // for the tokens of one rank, a row each: (rows, width C)
+  Tensor room(const Positions& of, int64_t width, Dtype type) const {
+    return Tensor({B * of.rows(), width * C}, type, Memory::workspace);
   }
 };
 
 Var ContextParallel::attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H,
                                AttentionKind kind) {
   if (!splits(T)) return ::attention(tape, qkv, B, T, H, kind);
-  const Problem p{B, T, H, qkv.value.dim(1) / 3, kind, qkv.value.dtype()};
+  const Sizes p{B, T, H, qkv.value.dim(1) / 3, kind, qkv.value.dtype()};
   Var y{Tensor({qkv.value.dim(0), p.C}, p.dtype, Memory::activations)};
   const Tensor lse({B, H, part(T).rows()}, p.master, Memory::activations);
   forward(p, y.value, lse, qkv.value);
@@ -85,21 +85,22 @@ Var ContextParallel::attention(Tape& tape, const Var& qkv, int64_t B, int64_t T,
   return y;
 }
 
-void ContextParallel::forward(const Problem& p, const Tensor& out, const Tensor& lse,
+void ContextParallel::forward(const Sizes& p, const Tensor& out, const Tensor& lse,
                               const Tensor& qkv) const {
   const Positions queries = part(p.T);
   // over the keys so far; and of one round
-  const Tensor sum = p.rows(queries, 1, p.master), part_out = p.rows(queries, 1, p.master),
+  const Tensor sum = p.room(queries, 1, p.master), part_out = p.room(queries, 1, p.master),
                part_lse(lse.shape(), p.master, Memory::workspace);
-  Tensor kv = p.rows(queries, 2, p.dtype);  // of this round
+  Tensor kv = p.room(queries, 2, p.dtype);  // of this round
   copy_columns(kv, 0, qkv, p.C, 2 * p.C);
   for (int round = 0; round < axis_.size; round++) {
     const Positions keys = part_of(source(round), p.T);
     Tensor next;
     if (round + 1 < axis_.size) {
-      next = p.rows(part_of(source(round + 1), p.T), 2, p.dtype);
+      next = p.room(part_of(source(round + 1), p.T), 2, p.dtype);
       start_exchange({{kv, next}});
     }
+    // the first round's result is the sum so far; later ones are merged into it
     const Tensor &o = round ? part_out : sum, &l = round ? part_lse : lse;
     const AttentionInputs in{qkv, kv, p.B, p.H, queries, keys};
     if (p.kind == AttentionKind::plain) attention_plain_forward(o, l, {}, in);
@@ -114,28 +115,30 @@ void ContextParallel::forward(const Problem& p, const Tensor& out, const Tensor&
 // In round i, rank r computes the gradients of the keys and values of rank r - i, as far as its own
 // queries make them. Those of its own keys (round 0) stay here. To those of another rank it adds
 // what the ranks between them have made, which come from the rank before, and sends the sum on: it
-// follows its keys round the ring, one round behind, and comes home after the last.
-void ContextParallel::backward(const Problem& p, const Tensor& dqkv, const Tensor& dout,
+// follows its keys round the ring, one round behind, and comes home after the last. What a round
+// makes is only added up, since lse and delta are of all keys: exp(score - lse) is the probability
+// itself.
+void ContextParallel::backward(const Sizes& p, const Tensor& dqkv, const Tensor& dout,
                                const Tensor& out, const Tensor& lse, const Tensor& qkv) const {
   const Positions queries = part(p.T);
-  const Tensor dq = p.rows(queries, 1, p.master);
-  const Tensor own = p.rows(queries, 2, p.master);  // of its keys and values, by its own queries
+  const Tensor dq = p.room(queries, 1, p.master);
+  const Tensor own = p.room(queries, 2, p.master);  // of its keys and values, by its own queries
   const Tensor delta(lse.shape(), p.master, Memory::workspace);
   attention_delta(delta, dout, out);
-  Tensor kv = p.rows(queries, 2, p.dtype);
+  Tensor kv = p.room(queries, 2, p.dtype);
   copy_columns(kv, 0, qkv, p.C, 2 * p.C);
   Tensor sum;  // gradients of the last round's keys, by the ranks so far
   for (int round = 0; round < axis_.size; round++) {
     const Positions keys = part_of(source(round), p.T);
-    const Tensor dkv = round ? p.rows(keys, 2, p.master) : own;
-    std::vector<Travel> all;
+    const Tensor dkv = round ? p.room(keys, 2, p.master) : own;
+    std::vector<Shift> all;
     Tensor next, before;  // keys and values of the next round; gradients of this one's
     if (round + 1 < axis_.size) {
-      next = p.rows(part_of(source(round + 1), p.T), 2, p.dtype);
+      next = p.room(part_of(source(round + 1), p.T), 2, p.dtype);
       all.push_back({kv, next});
     }
     if (round > 1) {
-      before = p.rows(keys, 2, p.master);
+      before = p.room(keys, 2, p.master);
       all.push_back({sum, before});
     }
     start_exchange(all);
@@ -148,7 +151,7 @@ void ContextParallel::backward(const Problem& p, const Tensor& dqkv, const Tenso
     kv = next;
     sum = dkv;
   }
-  const Tensor others = p.rows(queries, 2, p.master);  // the same by the queries of others
+  const Tensor others = p.room(queries, 2, p.master);  // the same by the queries of others
   start_exchange({{sum, others}});
   finish();
   add(own, own, others);

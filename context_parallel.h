@@ -43,14 +43,14 @@ class ContextParallel {
   Var attention(Tape& tape, const Var& qkv, int64_t B, int64_t T, int64_t H, AttentionKind kind);
 
  private:
-  struct Problem;  // the sizes of an attention
-  void forward(const Problem& p, const Tensor& out, const Tensor& lse, const Tensor& qkv) const;
-  void backward(const Problem& p, const Tensor& dqkv, const Tensor& dout, const Tensor& out,
+  struct Sizes;  // the sizes of an attention
+  void forward(const Sizes& p, const Tensor& out, const Tensor& lse, const Tensor& qkv) const;
+  void backward(const Sizes& p, const Tensor& dqkv, const Tensor& dout, const Tensor& out,
                 const Tensor& lse, const Tensor& qkv) const;
-  struct Travel {
+  struct Shift {
     Tensor x, room;  // x goes to the next rank, and what the rank before sends fills the room
   };
-  void start_exchange(const std::vector<Travel>& all) const;
+  void start_exchange(const std::vector<Shift>& all) const;
   void finish() const;
   int source(int round) const { return (axis_.rank - round + axis_.size) % axis_.size; }
 

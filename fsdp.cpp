@@ -51,7 +51,7 @@ void Fsdp::before_backward(Tape& tape, int use) {
   if (uses_[use].backward_reads != BackwardReads::nothing) unshard(use, -1);
   enter_backward("backward", use);
   if (tape.deferred)  // zero bubble: see the end of this file
-    tape.run_or_defer([this, use] { enter_backward("weight gradient", use); });
+    tape.deferred->push_back([this, use] { enter_backward("weight gradient", use); });
 }
 
 void Fsdp::after_backward(Tape& tape, int use) {
@@ -105,14 +105,14 @@ Fsdp::Fsdp(const Axis& axis, const std::vector<Axis>& copies, Dtype dtype,
 void Fsdp::Unit::bind(Tensor Param::*what, const Tensor& buffer) {
   for (size_t i = 0; i < params.size(); i++)
     params[i]->*what =
-        buffer.empty() ? Tensor() : buffer.part(offsets[i], params[i]->local_shape());
+        buffer.empty() ? Tensor() : buffer.view(offsets[i], params[i]->local_shape());
 }
 
 void Fsdp::Unit::begin_gradients() {
   for (size_t i = 0; i < params.size(); i++) {
     params[i]->fresh = true;
     const int64_t end = offsets[i] + elements(params[i]->local_shape());
-    fill(whole_grad.part(end, {offsets[i + 1] - end}), 0);  // no writer clears the padding
+    fill(whole_grad.view(end, {offsets[i + 1] - end}), 0);  // no writer clears the padding
   }
 }
 
@@ -137,7 +137,7 @@ void Fsdp::add_units(const std::vector<Param*>& all, uint64_t seed, std::string 
     const Tensor& born = u.master.empty() ? u.shard : u.master;
     fill(born, 0);  // the padding stays 0
     for_pieces(u, [&](Param& p, int64_t first, int64_t count, int64_t at) {
-      p.initialise(born.part(at, {count}), seed, first);
+      p.initialise(born.view(at, {count}), seed, first);
     });
     if (!u.master.empty()) cast(u.shard, u.master);
 
@@ -170,7 +170,7 @@ std::vector<ParamShard> Fsdp::param_shards() const {
   std::vector<ParamShard> shards;
   for (const auto& [number, u] : units_)
     for_pieces(u, [&, &u = u](Param& p, int64_t first, int64_t count, int64_t at) {
-      const auto piece = [&](const Tensor& x) { return x.part(at, {count}); };
+      const auto piece = [&](const Tensor& x) { return x.view(at, {count}); };
       const bool same = u.master.empty();  // the weights that compute are the master weights
       shards.push_back({piece(same ? u.shard : u.master), same ? Tensor() : piece(u.shard),
                         piece(u.shard_grad), piece(u.m), piece(u.v), &p, first});
@@ -236,7 +236,7 @@ void Fsdp::reshard(Unit& u) {
 // those that zero bubble left without a writer are cleared.
 
 void Fsdp::enter_backward(const char* pass, int use) {
-  // the previous micro-batch's sum still uses the buffer
+  // The previous micro-batch's sum still uses the buffer; those before it end earlier anyway.
   for (Unit* u : uses_[use].units)
     while (std::ranges::count(in_flight_, u)) finish_reduce();
   recorder.enter(pass, uses_[use].name);
@@ -269,6 +269,7 @@ void Fsdp::start_reduce(Unit& u) {
     // In place: the sum is written over this rank's part of what it sends. Without sharded
     // gradients that part is shard_grad itself; with them finish_reduce adds it to shard_grad.
     const Tensor mine = u.shard_of(u.whole_grad);
+    // A sum, not a mean: the loss is divided by all tokens of the step, on all ranks (trainer.h).
     const Timed timed;
     ledger.enter(axis_, Collective::reduce_scatter, u.whole_grad.bytes());
     NCCL_CHECK(ncclReduceScatter(u.whole_grad.raw(), mine.raw(), u.shard_size,
@@ -280,9 +281,9 @@ void Fsdp::start_reduce(Unit& u) {
   in_flight_.push_back(&u);
   // Sharded gradients are freed when summed, and two of them are enough: one is computed while one
   // is summed. Others stay, and nothing waits for their sums before the step's end.
-  size_t run_on = shards_gradients() ? 1 : units_.size();
-  if (options_.prefetch == 0) run_on = 0;
-  while (in_flight_.size() > run_on) finish_reduce();
+  size_t may_travel = shards_gradients() ? 1 : units_.size();
+  if (options_.prefetch == 0) may_travel = 0;
+  while (in_flight_.size() > may_travel) finish_reduce();
 }
 
 void Fsdp::finish_reduce() {

@@ -101,7 +101,7 @@ class Fsdp {
     // Each parameter's value or gradient becomes a view of the buffer, or empty if that is.
     void bind(Tensor Param::*what, const Tensor& buffer);
     void begin_gradients();  // the parameters' become fresh
-    Tensor shard_of(const Tensor& buffer) const { return buffer.part(begin, {shard_size}); }
+    Tensor shard_of(const Tensor& buffer) const { return buffer.view(begin, {shard_size}); }
   };
   struct Use {
     std::string name;

@@ -12,7 +12,7 @@ static Param make(std::string name, Shape shape, float deviation, float constant
   Param p;
   p.name = std::move(name);
   p.slice = {1, shape[0], elements(shape) / shape[0], 0, shape[0]};
-  p.decay = shape.size() > 1 && deviation > 0;
+  p.decay = shape.size() > 1 && deviation > 0;  // a matrix: c_attn's bias, of (3,C), starts at 0
   p.shape = std::move(shape);
   p.deviation = deviation;
   p.constant = constant;
@@ -26,25 +26,25 @@ static Block make_block(const GptConfig& g, const TensorParallel& tp, int64_t la
   const int64_t F = g.hidden();
   // Layernorms, and biases that are added after a sum, are whole on each rank, which under
   // sequence parallelism sees only its own rows; all others are split by columns or by rows.
-  const auto vector = [&](const char* name, float value) {
+  const auto on_all = [&](const char* name, float value) {
     return tp.whole_with_partial_gradient(make(h + name, {C}, 0, value));
   };
   const auto split = [&](const char* name, Shape shape, float deviation, int dim, int64_t parts) {
     return tp.split(make(h + name, std::move(shape), deviation), dim, parts);
   };
   return {
-      .ln_1_weight = vector("ln_1.weight", 1),
-      .ln_1_bias = vector("ln_1.bias", 0),
+      .ln_1_weight = on_all("ln_1.weight", 1),
+      .ln_1_bias = on_all("ln_1.bias", 0),
       .c_attn_weight = split("attn.c_attn.weight", {C, 3, C}, usual, 2, g.heads),
       .c_attn_bias = split("attn.c_attn.bias", {3, C}, 0, 1, g.heads),
       .attn_c_proj_weight = split("attn.c_proj.weight", {C, C}, residual, 0, g.heads),
-      .attn_c_proj_bias = vector("attn.c_proj.bias", 0),
-      .ln_2_weight = vector("ln_2.weight", 1),
-      .ln_2_bias = vector("ln_2.bias", 0),
+      .attn_c_proj_bias = on_all("attn.c_proj.bias", 0),
+      .ln_2_weight = on_all("ln_2.weight", 1),
+      .ln_2_bias = on_all("ln_2.bias", 0),
       .c_fc_weight = split("mlp.c_fc.weight", {C, F}, usual, 1, F),
       .c_fc_bias = split("mlp.c_fc.bias", {F}, 0, 0, F),
       .mlp_c_proj_weight = split("mlp.c_proj.weight", {F, C}, residual, 0, F),
-      .mlp_c_proj_bias = vector("mlp.c_proj.bias", 0),
+      .mlp_c_proj_bias = on_all("mlp.c_proj.bias", 0),
   };
 }
 
@@ -73,15 +73,56 @@ Gpt::Gpt(const GptConfig& g, const Axis& axis, const Axis& cp)
   for (Param* p : params()) p->id = id++;
   for (const ModelPart& part : parts_)
     for (Param* p : part.params)
-      p->unit = part.kind == ModelPart::block ? kFirstBlock + int(part.layer) : kRoot;
+      p->unit = part.kind == ModelPart::block ? kFirstBlock + int(part.layer) : kEnds;
   wte.unit = kTied;
+}
+
+// ---- the forward
+
+// The head for each sequence's last row alone: what the next token is picked from.
+Var Gpt::next_logits(Tape& tape, const Var& x, const Tokens& tokens) {
+  ASSERT(tokens.B == 1 || tokens.T == 1);
+  const Var last = tokens.T == 1 ? x : Var{tp.last_row(x.value, tokens.rows())},
+            normed = layernorm(tape, last, ln_f_weight, ln_f_bias);
+  return Var{tp.next_logits(normed.value, tokens.B, wte, config.vocab)};
+}
+
+Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& tokens,
+             const Attend& attend) {
+  ASSERT(config.kv() == config.heads && config.hidden() == 4 * config.width);
+  ASSERT(tokens.T <= config.context);
+  const int64_t B = tokens.B, T = tokens.T, R = tokens.rows(), H = tp.part(config.heads).size();
+  if (part.kind == ModelPart::embedding) return tp.embedding(tape, tokens, wte, wpe);
+
+  if (part.kind == ModelPart::head)
+    return tokens.last_rows ? next_logits(tape, x, tokens)
+                            : tp.head(tape, layernorm(tape, x, ln_f_weight, ln_f_bias), R, wte);
+
+  Block& b = blocks_[part.layer];
+  const auto block = [=, this, &b, layer = part.layer](Tape& tape, const Var& x) {
+    // With recompute only the run in the backward is recorded: what it sends is sent once more.
+    const bool again = config.recompute && tape.recording();
+    const Purpose purpose(again ? Traffic::recompute : Traffic::training);
+    const Var normed = layernorm(tape, x, b.ln_1_weight, b.ln_1_bias);
+    const Var qkv =
+        add_bias(tape, tp.column_linear(tape, normed, R, b.c_attn_weight), b.c_attn_bias);
+    const Var heads =
+        attend ? attend(tape, layer, qkv) : cp.attention(tape, qkv, B, T, H, config.attention);
+    const Var attended = tp.row_linear(tape, heads, R, b.attn_c_proj_weight);
+    const auto [sum, normed_2] =
+        add_layernorm(tape, x, attended, b.attn_c_proj_bias, b.ln_2_weight, b.ln_2_bias);
+    const Var hidden = gelu(tape, tp.column_linear(tape, normed_2, R, b.c_fc_weight), &b.c_fc_bias);
+    const Var mlp = tp.row_linear(tape, hidden, R, b.mlp_c_proj_weight);
+    return add(tape, sum, mlp, &b.mlp_c_proj_bias);
+  };
+  return config.recompute ? recompute(tape, x, block) : block(tape, x);
 }
 
 // ---- lists of parts
 
 std::string name_of_unit(int unit) {
   if (unit == kTied) return "token embedding";
-  if (unit == kRoot) return "positions and last layernorm";
+  if (unit == kEnds) return "positions and last layernorm";
   return sentence("block ", unit - kFirstBlock);
 }
 
@@ -151,47 +192,6 @@ std::vector<ModelPiece> Gpt::pieces(const std::vector<int>& stages) const {
     all.push_back(parts().subspan(first ? 0 : r.begin + 1, r.size() + first + last));
   }
   return all;
-}
-
-// ---- the forward
-
-// The head for each sequence's last row alone: what the next token is picked from.
-Var Gpt::next_logits(Tape& tape, const Var& x, const Tokens& tokens) {
-  ASSERT(tokens.B == 1 || tokens.T == 1);
-  const Var last = tokens.T == 1 ? x : Var{tp.last_row(x.value, tokens.rows())},
-            normed = layernorm(tape, last, ln_f_weight, ln_f_bias);
-  return Var{tp.next_logits(normed.value, tokens.B, wte, config.vocab)};
-}
-
-Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& tokens,
-             const Attend& attend) {
-  ASSERT(config.kv() == config.heads && config.hidden() == 4 * config.width);
-  ASSERT(tokens.T <= config.context);
-  const int64_t B = tokens.B, T = tokens.T, R = tokens.rows(), H = tp.part(config.heads).size();
-  if (part.kind == ModelPart::embedding) return tp.embedding(tape, tokens, wte, wpe);
-
-  if (part.kind == ModelPart::head)
-    return tokens.last_rows ? next_logits(tape, x, tokens)
-                            : tp.head(tape, layernorm(tape, x, ln_f_weight, ln_f_bias), R, wte);
-
-  Block& b = blocks_[part.layer];
-  const auto block = [=, this, &b, layer = part.layer](Tape& tape, const Var& x) {
-    // recompute() records its second run alone
-    const bool again = config.recompute && tape.recording();
-    const Purpose purpose(again ? Traffic::recompute : Traffic::training);
-    const Var normed = layernorm(tape, x, b.ln_1_weight, b.ln_1_bias);
-    const Var qkv =
-        add_bias(tape, tp.column_linear(tape, normed, R, b.c_attn_weight), b.c_attn_bias);
-    const Var heads =
-        attend ? attend(tape, layer, qkv) : cp.attention(tape, qkv, B, T, H, config.attention);
-    const Var attended = tp.row_linear(tape, heads, R, b.attn_c_proj_weight);
-    const auto [sum, normed_2] =
-        add_layernorm(tape, x, attended, b.attn_c_proj_bias, b.ln_2_weight, b.ln_2_bias);
-    const Var hidden = gelu(tape, tp.column_linear(tape, normed_2, R, b.c_fc_weight), &b.c_fc_bias);
-    const Var mlp = tp.row_linear(tape, hidden, R, b.mlp_c_proj_weight);
-    return add(tape, sum, mlp, &b.mlp_c_proj_bias);
-  };
-  return config.recompute ? recompute(tape, x, block) : block(tape, x);
 }
 
 // ---- sizes

@@ -45,15 +45,9 @@ inline bool has_head(ModelPiece piece) { return piece.back().kind == ModelPart::
 // each parameter of the pieces once, in order
 std::vector<Param*> params_of(const std::vector<ModelPiece>& pieces);
 // FSDP's units: the token embedding, which is tied; the rest of both ends; each block
-enum { kTied, kRoot, kFirstBlock };
+enum { kTied, kEnds, kFirstBlock };
 std::string name_of_unit(int unit);
 std::string name_of(const ModelPart& part);
-
-// The layers of each position of the model, at least one; position i is on stage stages[i]. The
-// head counts as so many layers of the last. Each further layer goes to the stage that has least to
-// do, and there to the position that has.
-std::vector<Range> split_layers(int64_t layers, double head_in_layers,
-                                const std::vector<int>& stages);
 
 // ---- the model
 
@@ -103,6 +97,11 @@ class Gpt {
 
 // ---- sizes
 
+// The layers of each position of the model, at least one; position i is on stage stages[i]. The
+// head counts as so many layers of the last. Each further layer goes to the stage that has least to
+// do, and there to the position that has.
+std::vector<Range> split_layers(int64_t layers, double head_in_layers,
+                                const std::vector<int>& stages);
 int64_t parameter_count(const GptConfig& config);
 // Floating-point operations of a training step per token: 6 for each weight that multiplies (2
 // forward, 4 backward), and those of attention (Chowdhery et al., "PaLM", 2022, appendix B; the

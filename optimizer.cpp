@@ -16,7 +16,7 @@ UpdateTable update_table(const std::vector<ParamShard>& shards) {
     for (int64_t i = 0; i < count; i++) {
       const int64_t first = i * kPieceSize, size = std::min<int64_t>(n - first, kPieceSize);
       const auto at = [&](const Tensor& x) {
-        void* const address = x.empty() ? nullptr : x.part(first, {size}).raw();
+        void* const address = x.empty() ? nullptr : x.view(first, {size}).raw();
         ASSERT(uintptr_t(address) % 16 == 0);
         return address;
       };

@@ -84,6 +84,28 @@ void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape,
   recorder.microbatch = -1;
 }
 
+// What a stage computes in an action, from what came, x. Returns what is passed on.
+Tensor Pipeline::perform(const Action& a, Live& live, Tensor x, const Compute& compute) {
+  switch (a.kind) {
+    case Action::forward:
+      live.in.value = std::move(x);
+      live.out = compute(live.tape, a.chunk, live.in, a.microbatch);
+      live.in.value = Tensor();  // what needs it for the backward is on the tape, and holds it
+      return std::move(live.out.value);
+    case Action::backward:
+    case Action::input_gradient:
+      if (a.kind == Action::input_gradient) live.tape.deferred = &live.later;
+      *live.out.grad = std::move(x);  // at the last position empty, and nothing reads it
+      live.tape.backward();
+      return std::move(*live.in.grad);
+    case Action::weight_gradient:
+      for (; !live.later.empty(); live.later.pop_front()) live.later.front()();
+      break;
+    case Action::exchange: break;  // execute() has done it
+  }
+  return {};
+}
+
 void Pipeline::run(const Shape& shape, const Compute& compute) {
   const std::vector<Action>& actions = schedule_.actions[axis_.rank];
   const int64_t& held = device().memory.now[int(Memory::activations)];  // changes as ops run
@@ -98,27 +120,7 @@ void Pipeline::run(const Shape& shape, const Compute& compute) {
     recorder.microbatch = a.microbatch;
     const int64_t before = held - x.bytes();
     Tensor result;
-    measure(i, [&] {
-      switch (a.kind) {
-        case Action::forward:
-          live.in.value = std::move(x);
-          live.out = compute(live.tape, a.chunk, live.in, a.microbatch);
-          live.in.value = Tensor();  // what needs it for the backward is on the tape, and holds it
-          result = std::move(live.out.value);
-          break;
-        case Action::backward:
-        case Action::input_gradient:
-          if (a.kind == Action::input_gradient) live.tape.deferred = &live.later;
-          *live.out.grad = std::move(x);  // at the last position empty, and nothing reads it
-          live.tape.backward();
-          result = std::move(*live.in.grad);
-          break;
-        case Action::weight_gradient:
-          for (; !live.later.empty(); live.later.pop_front()) live.later.front()();
-          break;
-        case Action::exchange: break;  // execute() has done it
-      }
-    });
+    measure(i, [&] { result = perform(a, live, std::move(x), compute); });
     if (a.kind == Action::backward || a.kind == Action::weight_gradient) {
       kept -= live.bytes;
       lives.erase({a.microbatch, a.chunk});

@@ -2,7 +2,7 @@
 // micro-batches flow through them.
 //
 // idea      What a stage does, and in which order, is a value: a Schedule (schedule.h). Here it is
-//           executed: `execute` is the loop over the list, `run` has the switch over what is
+//           executed: `execute` is the loop over the list, `perform` the switch over what is
 //           computed. Every micro-batch has a tape of its own on every chunk, which lives from its
 //           forward to the end of its backward. With one stage (pp = 1) the same code runs 1f1b
 //           without an exchange.
@@ -72,6 +72,7 @@ class Pipeline {
   };
   void execute(const std::vector<Action>& actions, const Shape& shape,
                const std::function<Tensor(size_t action, Tensor x)>& perform);
+  Tensor perform(const Action& a, Live& live, Tensor x, const Compute& compute);
   void prepare_room(const std::vector<Transfer>& transfers, const Shape& shape, Dtype dtype);
   void hand_over(const Transfer& transfer, Tensor x);
   void exchange(const std::vector<Transfer>& transfers);

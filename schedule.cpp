@@ -167,8 +167,12 @@ std::optional<Transfer> output_of(const Schedule& s, int stage, const Action& a)
 // power of two, so that sums stay exact.
 constexpr double kMoment = 1.0 / (1 << 30);
 
-// From computations alone to all actions. Tick by tick: first what was computed by now is sent, in
-// the order in which it was; then stages start what they have the input for.
+// From computations alone to all actions. NCCL matches sends and receives by their order alone, and
+// a stream waits in each: if every stage sent when it is done and received when it needs, two
+// neighbours could wait for each other. So both get their order here, from times of one tick for
+// each computation; in a step these may differ, and the order holds. Tick by tick: first what was
+// computed by now is sent, in the order in which it was; then stages start what they have the input
+// for.
 static void place_transfers(Schedule& s) {
   struct PlannedExchange {
     double when = 0;

@@ -209,7 +209,7 @@ Tensor::Tensor(Shape shape, Dtype dtype, Memory category)
       shape_(std::move(shape)),
       dtype_(dtype) {}
 
-Tensor Tensor::part(int64_t first, Shape shape) const {
+Tensor Tensor::view(int64_t first, Shape shape) const {
   ASSERT(first >= 0 && first + elements(shape) <= numel(), to_string(shape), " at ", first,
          " is not inside ", to_string(shape_));
   Tensor t = *this;

@@ -57,6 +57,60 @@ struct Slice {
   int64_t outer = 1, split = 1, inner = 1, begin = 0, end = 1;
 };
 
+// ---- memory
+
+enum class Memory { parameters, gradients, optimizer, activations, gather, workspace, data, cache };
+constexpr int kMemoryCategories = int(Memory::cache) + 1;
+const char* name_of(Memory category);
+
+struct MemoryUse {  // bytes as requested
+  // at_peak: what each held when the total was highest
+  std::array<int64_t, kMemoryCategories> now{}, peak{}, at_peak{};
+  int64_t total = 0, total_peak = 0;
+};
+
+struct Buffer {  // a block of device memory; allocated and freed in the order of the compute stream
+  Buffer(int64_t bytes, Memory category);
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  void* data = nullptr;
+  int64_t bytes = 0;
+  Memory category;
+  // that an activation belongs to; -1: to none
+  const int microbatch = category == Memory::activations ? recorder.microbatch : -1;
+};
+
+// ---- tensors
+
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(Shape shape, Dtype dtype, Memory category);  // uninitialised
+  bool empty() const { return !buffer_; }
+  const Shape& shape() const { return shape_; }
+  int64_t dim(int i) const { return shape_.at(i); }
+  int64_t numel() const { return empty() ? 0 : elements(shape_); }
+  int64_t bytes() const { return numel() * size_of(dtype_); }
+  Dtype dtype() const { return dtype_; }
+  void* raw() const { return empty() ? nullptr : data_; }  // data() alike
+  template <class T> T* data() const {
+    ASSERT(empty() || dtype_ == DtypeOf<T>::value, "asked a tensor of ", name_of(dtype_), " for ",
+           name_of(DtypeOf<T>::value));
+    return static_cast<T*>(raw());
+  }
+  // of consecutive elements, from this one on; shares the memory
+  Tensor view(int64_t first_element, Shape shape) const;
+  // somebody else may read it: do not write in place
+  bool shared() const { return buffer_.use_count() > 1; }
+
+ private:
+  std::shared_ptr<Buffer> buffer_;
+  void* data_ = nullptr;
+  Shape shape_;
+  Dtype dtype_ = Dtype::f32;
+};
+
 // ---- streams
 
 // Which of the recorder's two queues (--trace) a stream is: all but the compute stream communicate.
@@ -100,17 +154,7 @@ void make_wait(cudaStream_t waiter, cudaStream_t awaited);  // for all that is i
 void communicate_after_compute();
 void compute_after_communication();
 
-// ---- memory
-
-enum class Memory { parameters, gradients, optimizer, activations, gather, workspace, data, cache };
-constexpr int kMemoryCategories = int(Memory::cache) + 1;
-const char* name_of(Memory category);
-
-struct MemoryUse {  // bytes as requested
-  // at_peak: what each held when the total was highest
-  std::array<int64_t, kMemoryCategories> now{}, peak{}, at_peak{};
-  int64_t total = 0, total_peak = 0;
-};
+// ---- the device
 
 // The device of this rank. On each of its two streams work runs in the order in which it is issued.
 struct Device {
@@ -134,47 +178,6 @@ void close_device();
 void synchronize();  // host waits for the compute stream
 // a line a category, in MiB: now, and when all together were most
 std::string describe_memory(const MemoryUse& m);
-
-struct Buffer {  // a block of device memory; allocated and freed in the order of the compute stream
-  Buffer(int64_t bytes, Memory category);
-  ~Buffer();
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  void* data = nullptr;
-  int64_t bytes = 0;
-  Memory category;
-  // that an activation belongs to; -1: to none
-  const int microbatch = category == Memory::activations ? recorder.microbatch : -1;
-};
-
-// ---- tensors
-
-class Tensor {
- public:
-  Tensor() = default;
-  Tensor(Shape shape, Dtype dtype, Memory category);  // uninitialised
-  bool empty() const { return !buffer_; }
-  const Shape& shape() const { return shape_; }
-  int64_t dim(int i) const { return shape_.at(i); }
-  int64_t numel() const { return empty() ? 0 : elements(shape_); }
-  int64_t bytes() const { return numel() * size_of(dtype_); }
-  Dtype dtype() const { return dtype_; }
-  void* raw() const { return empty() ? nullptr : data_; }  // data() alike
-  template <class T> T* data() const {
-    ASSERT(empty() || dtype_ == DtypeOf<T>::value, "asked a tensor of ", name_of(dtype_), " for ",
-           name_of(DtypeOf<T>::value));
-    return static_cast<T*>(raw());
-  }
-  Tensor part(int64_t first_element, Shape shape) const;  // consecutive elements; shares the memory
-  // somebody else may read it: do not write in place
-  bool shared() const { return buffer_.use_count() > 1; }
-
- private:
-  std::shared_ptr<Buffer> buffer_;
-  void* data_ = nullptr;
-  Shape shape_;
-  Dtype dtype_ = Dtype::f32;
-};
 
 // ---- moving and filling; asynchronous on the compute stream unless said otherwise
 

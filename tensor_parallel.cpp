@@ -51,7 +51,7 @@ Tensor TensorParallel::start_gather(const Tensor& x, int64_t R) {
   const int64_t C = x.dim(1);
   const Tensor all({rows_here(R) * axis_.size, C}, x.dtype(), Memory::activations);
   all_gather(x, all);
-  return all.part(0, {R, C});  // without the padding
+  return all.view(0, {R, C});  // without the padding
 }
 
 Tensor TensorParallel::gather(const Tensor& x, int64_t R) {
@@ -85,7 +85,7 @@ void TensorParallel::finish() {
 Tensor TensorParallel::for_partial_sums(int64_t R, int64_t width, Dtype dtype) const {
   const int64_t padded = splits_rows_ ? rows_here(R) * axis_.size : R;
   const Tensor x({padded, width}, dtype, Memory::activations);
-  if (padded > R) fill(x.part(R * width, {padded - R, width}), 0);
+  if (padded > R) fill(x.view(R * width, {padded - R, width}), 0);
   return x;
 }
 
@@ -108,7 +108,7 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
       all_x = start_gather(x, R);
     }
     const Tensor partial = for_partial_sums(R, x.dim(1), x.dtype());  // of dx
-    product(partial.part(0, {R, x.dim(1)}), dy, false, as_matrix(w.value), !transposed, 0);
+    product(partial.view(0, {R, x.dim(1)}), dy, false, as_matrix(w.value), !transposed, 0);
     if (splits_rows_) finish();  // the product below reads all_x
     const Purpose purpose(serves);
     Tensor sum = start_sum(partial);  // it travels while the weight gradient is computed
@@ -134,7 +134,7 @@ Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w) {
   if (axis_.size == 1) return linear(tape, x, w);
   const int64_t N = w.value.dim(1);
   const Tensor partial = for_partial_sums(R, N, x.value.dtype());
-  product(partial.part(0, {R, N}), x.value, false, w.value, false, 0);
+  product(partial.view(0, {R, N}), x.value, false, w.value, false, 0);
   Var y{start_sum(partial)};
   finish();
 
@@ -156,7 +156,7 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
   const int64_t R = tokens.rows(), C = wte.value.dim(1);
   const Tensor partial = for_partial_sums(R, C, wte.value.dtype());
   // The token's owner writes its row of wte plus the position; the other ranks write zeros.
-  embedding_forward(partial.part(0, {R, C}), tokens.inputs, wte.value, wpe.value, tokens.T,
+  embedding_forward(partial.view(0, {R, C}), tokens.inputs, wte.value, wpe.value, tokens.T,
                     tokens.position_of_row);
   Var x{start_sum(partial)};
   finish();
@@ -181,11 +181,11 @@ void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets
       losses({R}, acc, Memory::activations);
   // of each row, over this rank's columns: maximum, sum of exponentials, target's logit
   softmax_parts(parts, logits.value, targets, V);
-  copy(top, parts.part(0, {R}));  // the rescaling needs this rank's maximum and that of all
+  copy(top, parts.view(0, {R}));  // the rescaling needs this rank's maximum and that of all
   all_reduce(top, ncclMax);
   finish();
   softmax_rescale(parts, top);
-  all_reduce(parts.part(R, {2, R}));
+  all_reduce(parts.view(R, {2, R}));
   finish();
   cross_entropy_parts(losses, logits.value, targets, V, top, parts, scale, tape.recording());
   if (tape.recording()) *logits.grad = std::move(logits.value);  // overwritten by their gradient
@@ -239,7 +239,7 @@ Param TensorParallel::whole_with_partial_gradient(Param p) const {
 
 Tensor TensorParallel::last_row(const Tensor& x, int64_t R) {
   const int64_t C = x.dim(1);
-  const Tensor one = gather(x, R).part((R - 1) * C, {1, C});
+  const Tensor one = gather(x, R).view((R - 1) * C, {1, C});
   // ceil(1 / n) = 1: the first rank has the row, the others padding
   if (!splits_rows_ || axis_.rank == 0) return one;
   const Tensor padding({1, C}, x.dtype(), Memory::activations);
@@ -261,7 +261,7 @@ Tensor TensorParallel::next_logits(const Tensor& x, int64_t R, const Param& wte,
   const Tensor whole({R, vocab}, dtype, Memory::workspace);
   for (int64_t r = 0; r < n; r++) {  // without the padding
     const Range theirs = part_of(r, vocab);
-    copy_columns(whole, theirs.begin, all.part(r * logits.numel(), logits.shape()), 0,
+    copy_columns(whole, theirs.begin, all.view(r * logits.numel(), logits.shape()), 0,
                  theirs.size());
   }
   return whole;

@@ -13,7 +13,8 @@
 #include "report/report.h"
 #include "report/trace.h"
 
-// What a training has at hand, and its steps. Every rank calls the same functions.
+// What a training has at hand, and its steps. Every rank calls the same functions. Members are made
+// in this order: resume() needs those before it, and what comes after it needs to know the step.
 struct Run {
   const Options& o;
   const TrainingData& data;

@@ -63,7 +63,7 @@ Trainer::Trainer(const Mesh& mesh, const GptConfig& config, const TrainerOptions
                                            options.weight_decay,
                                            [this](const Tensor& squares) { sum_squares(squares); });
   results_ = Tensor({2}, Dtype::f64, Memory::workspace);
-  total_ = results_.part(0, {1});
+  total_ = results_.view(0, {1});
 }
 
 // ---- a step
@@ -163,7 +163,7 @@ void Trainer::update(double lr) {
 
 Trainer::Results Trainer::results() const {
   recorder.enter("results");
-  copy(results_.part(1, {1}), optimizer_->norm());
+  copy(results_.view(1, {1}), optimizer_->norm());
   const std::vector<double> both = download(results_);
   return {both[0], both[1]};
 }

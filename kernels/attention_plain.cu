@@ -96,8 +96,8 @@ struct Problem {
   Matrix matrix(const Tensor& scores, bool transposed = false) const {
     return {scores.raw(), Tk, transposed, Tq * Tk};
   }
-  Tensor of(const Tensor& all, int64_t b) const { return all.part(b * scores(), {n.H, Tq, Tk}); }
-  Tensor rows_of(const Tensor& all, int64_t b) const { return all.part(b * rows, {rows}); }
+  Tensor of(const Tensor& all, int64_t b) const { return all.view(b * scores(), {n.H, Tq, Tk}); }
+  Tensor rows_of(const Tensor& all, int64_t b) const { return all.view(b * rows, {rows}); }
   // s (H,Tq,Tk) = a b^T * factor, of queries and keys
   void multiply(const Tensor& s, Matrix a, Matrix b_transposed, double factor) const {
     matmul(s.dtype(), s.dtype(), Tq, Tk, n.D, a, b_transposed, matrix(s), factor, 0, n.H);

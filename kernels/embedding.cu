@@ -130,15 +130,15 @@ void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx
   ASSERT(dx.numel() == R * C && sorted_rows <= R && (!R || R % positions == 0));
   if (!R) return;
   // dx (sequences, positions C): the positions of a sequence are the columns
-  if (places.high.size() == 0) bias_backward(dwpe.part(places.low.begin * C, {positions * C}), dx);
+  if (places.high.size() == 0) bias_backward(dwpe.view(places.low.begin * C, {positions * C}), dx);
   else {
     const Tensor sums({positions * C}, dwpe.dtype(), Memory::workspace);
     fill(sums, 0);
     bias_backward(sums, dx);
     int64_t row = 0;
     for (const Range& piece : {places.low, places.high}) {
-      const Tensor to = dwpe.part(piece.begin * C, {piece.size() * C});
-      add(to, to, sums.part(row * C, to.shape()));
+      const Tensor to = dwpe.view(piece.begin * C, {piece.size() * C});
+      add(to, to, sums.view(row * C, to.shape()));
       row += piece.size();
     }
   }

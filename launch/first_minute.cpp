@@ -22,7 +22,7 @@ static void check_axis(const Axis& axis, int64_t each) {
   const auto expect = [&](const char* what, const std::vector<float>& expected) {
     compute_after_communication();
     std::vector<float> got(expected.size() * each);
-    download(all.part(0, {int64_t(got.size())}), got.data());
+    download(all.view(0, {int64_t(got.size())}), got.data());
     for (size_t i = 0; i < got.size(); i++)
       REQUIRE(got[i] == expected[i / each], "the first ", what, " on axis ", axis.name, " (rank ",
               axis.rank, " of ", n, ") gave ", got[i], " where ", expected[i / each],

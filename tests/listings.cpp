@@ -67,9 +67,9 @@ static Tensor random_matrix(int64_t rows, int64_t columns, unsigned seed) {
 }
 // the part of this rank: rows, elements in order, or columns
 static Tensor rows(const Tensor& x) {
-  return x.part(rank * x.numel() / n, {x.dim(0) / n, x.dim(1)});
+  return x.view(rank * x.numel() / n, {x.dim(0) / n, x.dim(1)});
 }
-static Tensor shard(const Tensor& x) { return x.part(rank * x.numel() / n, {x.numel() / n}); }
+static Tensor shard(const Tensor& x) { return x.view(rank * x.numel() / n, {x.numel() / n}); }
 static Tensor columns(const Tensor& x) {
   Tensor part({x.dim(0), x.dim(1) / n}, f64, Memory::data);
   copy_columns(part, 0, x, rank * part.dim(1), part.dim(1));

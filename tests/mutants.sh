@@ -121,7 +121,7 @@ mutant faults the_reduce_scatter_is_dropped \
 mutant faults the_all_reduce_over_copies_is_dropped \
   fsdp.cpp '/NCCL_CHECK\(ncclAllReduce\(u.shard_grad.raw/,/;$/d' 2 immediate test_fsdp $parity
 mutant faults the_shards_are_swapped \
-  fsdp.cpp 's/(mine = u).shard_of\(u.whole_grad\)/\1.whole_grad.part(0, {u.shard_size})/' \
+  fsdp.cpp 's/(mine = u).shard_of\(u.whole_grad\)/\1.whole_grad.view(0, {u.shard_size})/' \
   2 immediate test_fsdp $parity
 mutant faults the_loss_is_scaled_twice \
   trainer.cpp 's/1.0 \/ \(options.batch/2.0 \/ (options.batch/' \
@@ -188,7 +188,7 @@ mutant faults gradients_stay_in_parts \
   tensor_parallel.cpp 's/^  if \(!splits_rows_ \|\| .*\) return;$/  (void)params; return;/' \
   2 immediate test_tensor_parallel $parity_tp
 mutant faults the_targets_logit_is_not_summed \
-  tensor_parallel.cpp 's/parts.part\(R, \{2, R\}\)/parts.part(R, {R})/' \
+  tensor_parallel.cpp 's/parts.view\(R, \{2, R\}\)/parts.view(R, {R})/' \
   2 immediate test_tensor_parallel $parity_tp
 
 mutant faults a_piece_begins_a_token_late \
@@ -270,7 +270,7 @@ mutant faults ranks_of_other_lines_talk \
 mutant faults the_color_of_fsdp_forgets_tp \
   comm.cpp 's/m.rank - axis.rank \* stride/m.rank - axis.rank/' 4 immediate test_comm $mesh
 mutant faults the_ranks_of_an_axis_are_swapped \
-  comm.cpp 's/rank % n\}/n - 1 - rank % n}/' 2 immediate test_comm $mesh
+  comm.cpp 's/slower % n\}/n - 1 - slower % n}/' 2 immediate test_comm $mesh
 mutant faults joined_axes_number_the_fast_axis_first \
   comm.cpp \
   's/axis.rank = axis.rank \* (m.axes\[a\]).size \+ m.*rank/axis.rank += axis.size * \1.rank/' \

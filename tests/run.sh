@@ -15,9 +15,8 @@ kernels="$kernels test_golden"
 # plain C++
 alone="test_support test_schedule test_plan"
 # under mpiexec -n 1, 2, 3, 4, 8
-ranks="test_fsdp test_tensor_parallel test_context_parallel test_pipeline"
-# under mpiexec -n 1, 2, 3, 4
-few="test_generator test_trainer"
+ranks="test_fsdp test_tensor_parallel test_context_parallel test_pipeline test_trainer"
+ranks="$ranks test_generator"
 # a sample under mpiexec -n 4, 8; `make parity` runs all
 parity="test_parity"
 # under mpiexec -n 1, 2, 4, 8
@@ -79,8 +78,8 @@ for backend in "$@"; do
   [ "$backend-${COMM:-}" = cuda-mpi ] && built=build/cuda/comm-mpi
   [ "$backend" = ptx ] && built=build/cuda/ptx
   programs="$kernels"
-  [ "$backend" = cpu ] && programs="$kernels $alone $comm $ranks $few $parity $trace $referee"
-  [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks $few $parity"
+  [ "$backend" = cpu ] && programs="$kernels $alone $comm $ranks $parity $trace $referee"
+  [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks $parity"
   [ "$backend" = ptx ] && programs="${kernels#test_cpu }"
   targets=$(printf "$built/tests/%s " $programs)
   [ "$backend" = cpu ] && targets="$targets programs build/cpu/tests/test_checkpoint"
@@ -95,7 +94,6 @@ for backend in "$@"; do
     filter=""
     sizes=""
     [[ " $ranks " == *" $p "* ]] && sizes="1 2 3 4 8"
-    [[ " $few " == *" $p "* ]] && sizes="1 2 3 4"
     case $p in
       $comm) sizes="1 2 4 8" ;;
       $trace) sizes="1 4 8" ;;

@@ -105,7 +105,7 @@ void differ(const std::string& dir, const Setting& s, const std::string& name) {
       train(trainer, s.config, step, step);
       for (const ParamShard& shard : shards)
         if (step == 3 && job().rank == job().size - 1 && shard.param->name == name)
-          fill(shard.weights.part(0, {1}), 5);
+          fill(shard.weights.view(0, {1}), 5);
       CheckpointInfo info{step, s.config, s.layout, master_dtype(s.config.dtype), 1337, ""};
       info.keep = 1;
       const std::string said = join(save_checkpoint(dir, info, job(), mesh, shards), "; ");

@@ -563,6 +563,25 @@ TEST(a_queued_stream_runs_behind_the_host_and_in_order) {
 #endif
 }
 
+TEST(events_without_a_clock_are_not_timed) {
+  cudaEvent_t begin, end;
+  CUDA_CHECK(cudaEventCreate(&begin));
+  for (const unsigned flags : {cudaEventDefault, cudaEventDisableTiming}) {
+    CUDA_CHECK(cudaEventCreateWithFlags(&end, flags));
+    for (cudaEvent_t event : {begin, end}) {
+      CUDA_CHECK(cudaEventRecord(event));
+      CUDA_CHECK(cudaEventSynchronize(event));
+    }
+    float ms = -1;
+    CHECK_EQ(cudaEventElapsedTime(&ms, begin, end),
+             flags == cudaEventDefault ? cudaSuccess : cudaErrorInvalidResourceHandle);
+    CHECK_EQ(ms >= 0, flags == cudaEventDefault);
+    cudaGetLastError();
+    CUDA_CHECK(cudaEventDestroy(end));
+  }
+  CUDA_CHECK(cudaEventDestroy(begin));
+}
+
 TEST(a_forgotten_event_wait_gives_a_wrong_answer_for_some_seed) {
 #ifdef CPU_STAND_IN
   int seeds = 10, right = 0, wrong_seeds = 0;

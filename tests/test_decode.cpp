@@ -96,7 +96,7 @@ TEST(a_few_rows_times_a_matrix_equal_plain_sums) {
           if (m > 2 && K * N > 20000) continue;
           const unsigned seed = unsigned(cases);
           const int64_t odd = cases % 2;  // x may begin anywhere
-          const Tensor x = random_tensor({odd + m * K}, dtype, seed).part(odd, {m, K}),
+          const Tensor x = random_tensor({odd + m * K}, dtype, seed).view(odd, {m, K}),
                        w = random_tensor(transposed ? Shape{N, K} : Shape{K, N}, dtype, seed + 1);
           const Dtype result = transposed && m % 2 ? master_dtype(dtype) : dtype;
           const Tensor y({m, N}, result, Memory::data);
@@ -160,10 +160,10 @@ TEST(a_prompt_in_the_cache_and_one_more_token_equal_attention_over_all) {
         two({2, row}, dtype, Memory::data);
     fill(cache, kNaN);
     // in two pieces, for the second sequence
-    append_to_cache(cache, all.part(0, {20, row}), 1, 0, H);
-    append_to_cache(cache, all.part(20 * row, {T - 1 - 20, row}), 1, 20, H);
+    append_to_cache(cache, all.view(0, {20, row}), 1, 0, H);
+    append_to_cache(cache, all.view(20 * row, {T - 1 - 20, row}), 1, 20, H);
     fill(two, 1);
-    copy(two.part(row, {row}), all.part((T - 1) * row, {row}));
+    copy(two.view(row, {row}), all.view((T - 1) * row, {row}));
     attention_decode(one, cache, two, integers({0, int(T - 1)}), H);
     const Values got = download(one);
     const double d = relative_difference({got.end() - H * D, got.end()}, expected),

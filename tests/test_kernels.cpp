@@ -81,11 +81,11 @@ struct Array {
       cast(whole, exact);
       synchronize();
     }
-    tensor = whole.part(first, {n});
+    tensor = whole.view(first, {n});
   }
   static Array blank(int64_t n, Dtype dtype) { return Array(Values(n, kSentinel), dtype); }
   Array& shaped(Shape shape) {
-    tensor = tensor.part(0, std::move(shape));
+    tensor = tensor.view(0, std::move(shape));
     return *this;
   }
 
@@ -889,7 +889,7 @@ TEST(wrong_shapes_and_dtypes_are_refused) {
   CHECK_SAYS(layernorm_forward(a, r, r, a, b, b), "does not hold");
   CHECK_SAYS(layernorm_backward(a, b, b, a, c, a, r, r, b), "does not hold");
   CHECK_SAYS(cross_entropy(a, a, r, 3, 1, true), "does not hold");
-  CHECK_SAYS(cross_entropy(r, a, i.part(0, {2}), 4, 1, true), "does not hold");
+  CHECK_SAYS(cross_entropy(r, a, i.view(0, {2}), 4, 1, true), "does not hold");
   const Param p;
   const auto shard = [&](const Tensor& weights, const Tensor& gradient) {
     ParamShard s;
@@ -898,7 +898,7 @@ TEST(wrong_shapes_and_dtypes_are_refused) {
   };
   CHECK_SAYS(update_table(shard(a, b)), "does not hold");
   CHECK_SAYS(update_table(shard(a, c)), "does not hold");
-  CHECK_SAYS(update_table(shard(a.part(1, {5}), b)), "does not hold");  // at an odd address
+  CHECK_SAYS(update_table(shard(a.view(1, {5}), b)), "does not hold");  // at an odd address
   measured("14 calls");
 }
 

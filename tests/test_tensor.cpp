@@ -80,7 +80,7 @@ TEST(views_and_parts_share_memory) {
     const std::vector<double> host = rounded(numbers(24, 1), dtype);
     const Tensor t = from_host(host, dtype);
     CHECK(!t.shared());
-    const Tensor view = t.part(0, {4, 6}), part = view.part(6, {2, 3});
+    const Tensor view = t.view(0, {4, 6}), part = view.view(6, {2, 3});
     CHECK(t.shared() && view.shared() && part.shared());
     CHECK_EQ(view.raw(), t.raw());
     CHECK_EQ(static_cast<char*>(part.raw()) - static_cast<char*>(t.raw()), 6 * size_of(dtype));
@@ -91,9 +91,9 @@ TEST(views_and_parts_share_memory) {
     expect_equal(t, expected, "the whole after its part was filled");
   }
   const Tensor t({24}, Dtype::f32, Memory::data);
-  CHECK_SAYS(t.part(0, {5, 5}), "(5, 5) at 0 is not inside (24)");
-  CHECK_SAYS(t.part(20, {5}), "(5) at 20 is not inside (24)");
-  CHECK_SAYS(t.part(-1, {5}), "is not inside");
+  CHECK_SAYS(t.view(0, {5, 5}), "(5, 5) at 0 is not inside (24)");
+  CHECK_SAYS(t.view(20, {5}), "(5) at 20 is not inside (24)");
+  CHECK_SAYS(t.view(-1, {5}), "is not inside");
   measured("f32, bf16, f64");
 }
 
@@ -101,7 +101,7 @@ TEST(a_part_keeps_the_memory_alive) {
   Tensor part;
   {
     const Tensor whole = from_host({1, 2, 3, 4}, Dtype::f64);
-    part = whole.part(2, {2});
+    part = whole.view(2, {2});
   }
   CHECK(!part.shared());
   expect_equal(part, {3, 4}, "a part of a tensor that is gone");
@@ -116,7 +116,7 @@ TEST(fill_equals_a_loop) {
       for (double value : {0.0, -1.75, 0.1, 1e-30}) {
         const Tensor around({n + 2}, dtype, Memory::data);
         fill(around, 5);
-        fill(around.part(1, {n}), value);
+        fill(around.view(1, {n}), value);
         std::vector<double> expected(n + 2, rounded(value, dtype));
         expected[0] = expected[n + 1] = 5;  // no neighbour is touched
         expect_equal(around, expected, "fill");
@@ -159,7 +159,7 @@ TEST(copy_equals_a_loop) {
       const std::vector<double> host = rounded(numbers(n, 5), dtype);
       const Tensor x = from_host(host, dtype), around({n + 2}, dtype, Memory::data);
       fill(around, 9);
-      copy(around.part(1, {n}), x);
+      copy(around.view(1, {n}), x);
       std::vector<double> expected(n + 2, 9);
       std::copy(host.begin(), host.end(), expected.begin() + 1);
       expect_equal(around, expected, "copy");
@@ -310,7 +310,7 @@ TEST(memory_is_counted_to_the_byte_by_category) {
       CHECK_EQ(m.total - before.total, 30 + 56 + 4000);
       CHECK_EQ(grown(Memory::workspace), 4000);
     }
-    const Tensor view = a.part(0, {15}), part = b.part(1, {2});  // these share what they look at
+    const Tensor view = a.view(0, {15}), part = b.view(1, {2});  // these share what they look at
     CHECK_EQ(grown(Memory::parameters), 30);
     CHECK_EQ(grown(Memory::gradients), 56);
     CHECK_EQ(grown(Memory::workspace), 0);

@@ -29,7 +29,9 @@ std::vector<Setting> settings() {
       return;
     Setting s{layout, {}, layout["tp"] > 1};
     s.options.microbatch = 1;
-    s.options.batch = layout.data_ranks() * 2 * layout["pp"];
+    // 2 micro-batches a stage. Of long rings one: a GPU takes about 1000 launches ahead of it, then
+    // the host waits.
+    s.options.batch = layout.data_ranks() * (layout["cp"] > 2 ? 1 : 2) * layout["pp"];
     s.options.schedule = schedule;
     s.options.fsdp.zero = zero;
     all.push_back(s);

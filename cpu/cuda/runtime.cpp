@@ -325,6 +325,7 @@ struct CUstream_st {
 };
 struct CUevent_st {
   std::shared_ptr<Moment> moment;  // null: never recorded
+  bool is_timed = true;
 };
 
 namespace {
@@ -436,8 +437,10 @@ cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void*
 // ---- events
 
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return *event = new CUevent_st, cudaSuccess; }
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  return cudaEventCreate(event);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+  cudaEventCreate(event);
+  (*event)->is_timed = !(flags & cudaEventDisableTiming);
+  return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
@@ -454,7 +457,8 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
   return !event->moment || event->moment->reached() ? cudaSuccess : cudaErrorNotReady;
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
-  if (!start->moment || !end->moment) return fail(cudaErrorInvalidResourceHandle);
+  if (!start->is_timed || !end->is_timed || !start->moment || !end->moment)
+    return fail(cudaErrorInvalidResourceHandle);
   if (!start->moment->reached() || !end->moment->reached()) return fail(cudaErrorNotReady);
   *milliseconds =
       std::chrono::duration<float, std::milli>(end->moment->time() - start->moment->time()).count();
