@@ -110,6 +110,37 @@ TEST(bytes_sent_and_memory_held_equal_the_formulas_exactly) {
   measured(settings, " settings, ", bytes, " bytes on rank 0");
 }
 
+// docs/choosing.md follows h.0.mlp.c_fc.weight[100][300] of `tiny` over --fsdp 2 --tp 2.
+TEST(one_weight_has_one_owner_where_the_offsets_say) {
+  const GptConfig tiny{{4, 128, 4, 128, 256}};
+  Gpt whole(tiny);
+  int owners = 0;
+  for (const int tp : {0, 1})
+    for (const int rank : {0, 1}) {
+      Gpt gpt(tiny, Axis{"tp", 2, tp});
+      Fsdp fsdp(Axis{"fsdp", 2, rank}, {}, Dtype::f32, {});
+      fsdp.add_units(gpt.params(), 7, name_of_unit);
+      for (const ParamShard& piece : fsdp.param_shards()) {
+        const Param& p = *piece.param;
+        const int64_t row = 100, column = 300 - p.slice.begin, columns = p.local_shape().back(),
+                      element = row * columns + column, here = element - piece.first;
+        if (p.name != "h.0.mlp.c_fc.weight" || column < 0 || column >= columns || here < 0 ||
+            here >= piece.weights.numel())
+          continue;
+        owners++;
+        const Tensor& shard = fsdp.units().at(p.unit).shard;
+        CHECK(tp == 1 && rank == 1);
+        CHECK_EQ(element, 25644);
+        CHECK_EQ(shard.numel(), 49792);
+        CHECK_EQ(piece.weights.data<float>() - shard.data<float>() + here, 9516);
+        const Tensor one({1}, Dtype::f32, Memory::workspace);
+        whole.params()[p.id]->initialise(one, 7, 100 * 512 + 300);
+        CHECK_EQ(download(piece.weights.view(here, {1}))[0], download(one)[0]);
+      }
+    }
+  CHECK_EQ(owners, 1);
+}
+
 // Rounding differs with the order of summation, and 50 steps of Adam spread it: the curve stays
 // together, not its last bits.
 TEST(the_f32_curve_of_50_steps_equals_one_rank_within_1e_4) {
