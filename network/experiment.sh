@@ -14,8 +14,8 @@
 # and after a layout's cells each rank trains alone, and if that takes 1.3 times as long as is
 # predicted of it, the predictions of this layout are for a machine that is 1.3 times slower. Then
 # the planner's first choice is held against the rest over 1 Gbit/s: it, and all that take at most a
-# quarter longer than the fastest, are measured three times more in turns (in the file the link is
-# called "again", and there is no prediction), and the fastest of all four counts.
+# quarter longer than the fastest, are measured three times more, alternating (in the file the link
+# is called "again", and there is no prediction), and the fastest of all four counts.
 # Writes build/network/cells.tsv: ranks a node, link, layout, ms, predicted ms, bytes that rank 0
 # sends a step by its ledger, and by the count of its node's device, options, and how many times
 # slower the machine is taken to be than when it was calibrated.
@@ -167,7 +167,7 @@ slower() {
     { print }' "$1"
 }
 
-# alone RANKS: each rank trains its part of the batch by itself, all of them at once. Appends to
+# alone RANKS: each rank trains its part of the batch by itself, all of them together. Appends to
 # $dir/alone how many times as long a step takes as is predicted from the calibration.
 alone() {
   local options="$shape --batch $((12 / $1))" predicted ranks i
@@ -255,9 +255,9 @@ may_be_fastest() {
 
 # ---- other questions
 
-# block OPTIONS: bytes that rank 0 sends for a block, and ms that a step loses for it. A block is
-# what a model of 8 layers has more than one of 4, and lost is what a step takes longer over a slow
-# link than over the fast one. Streams run immediately, so that nothing overlaps.
+# block OPTIONS: bytes that rank 0 sends for a block, and ms that a step loses for it: a quarter of
+# the difference between a model of 8 layers and one of 4. Lost is what a step takes longer over a
+# slow link than over the fast one. Streams run immediately, so that nothing overlaps.
 block() {
   local link=100mbit l over figures=()
   for l in 4 8; do

@@ -17,7 +17,7 @@ $2 == "again" && ($1, $2, $3) in ms && ms[$1, $2, $3] < $4 { next }
   layout[n] = $3
 }
 function abs(x) { return x < 0 ? -x : x }
-# over 1 Gbit/s, in one turn or more
+# over 1 Gbit/s, in one repetition or more
 function took(i,   once, again) {
   once = ms[ranks[i], "1gbit", layout[i]]
   again = ms[ranks[i], "again", layout[i]]
