@@ -151,6 +151,28 @@ TEST(bytes_sent_and_live_activations_equal_the_formulas_exactly) {
   measured(settings, " settings, ", bytes, " bytes on rank 0");
 }
 
+// However far a stage runs ahead, activations that it has sent stay for four exchanges at most.
+TEST(what_was_sent_is_freed_however_many_micro_batches_there_are) {
+  if (job().size == 1) return skip("no pipeline");
+  GptConfig config = kConfig;
+  config.layers = 3 * job().size;
+  Mesh mesh = open_mesh({{"pp", job().size}});
+  const auto not_kept = [&](int m) {  // bytes of activations at the most, without those on tapes
+    Setting s{Layout{{"pp", job().size}}, "gpipe", 1, m, {}, false, false};
+    Trainer trainer(mesh, config, s.options(m));
+    MemoryUse& memory = device().memory;
+    const int64_t before = memory.now[int(Memory::activations)];
+    memory.peak = memory.now;
+    trainer.gradients(trainer.read([&](int64_t s) { return sequence(1, s, config); }));
+    trainer.results();
+    return memory.peak[int(Memory::activations)] - before - trainer.pipeline.most_live_bytes();
+  };
+  const int64_t few = not_kept(8), many = not_kept(16);
+  CHECK_EQ(few, many);
+  close_mesh(mesh);
+  measured(few, " bytes of activations beside those that are kept for backwards");
+}
+
 TEST(two_hundred_random_runs_end) {
   if (job().size == 1) return skip("no pipeline");
   GptConfig config{9, 8, 2, 3, 11};

@@ -312,4 +312,85 @@ TEST(a_trace_of_every_strategy_nests_pairs_and_adds_up) {
            " arrows");
 }
 
+// ---- overlap
+
+// How many ops the host issues after each collective of a step and before the first that waits for
+// it; by operation and axis.
+std::map<std::string, std::vector<int>> ops_beside(const Layout& layout, GptConfig config,
+                                                   const TrainerOptions& options) {
+  Mesh mesh = open_mesh(layout);
+  std::map<std::string, std::vector<int>> beside;
+  {
+    Trainer trainer(mesh, config, options);
+    const Batch batch = trainer.read([&](int64_t s) { return sequence(1, s, config); });
+    recorder = {};
+    recorder.on = true;
+    op_times.start(OpTimes::everything);
+    trainer.gradients(batch);
+    op_times.stop();
+    recorder.on = false;
+    const auto& works = recorder.works;
+    for (int i = 0; i < std::ssize(works); i++) {
+      if (works[i].queue == Recorder::compute) continue;
+      int ops = 0;
+      for (int j = i + 1; j < std::ssize(works) && works[j].after < i; j++)
+        ops += works[j].queue == Recorder::compute;
+      const Json& args = recorder.args.at(works[i].args);
+      beside[args["op"].get<std::string>() + " " + args["axis"].get<std::string>()].push_back(ops);
+    }
+  }
+  close_mesh(mesh);
+  return beside;
+}
+
+TEST(what_travels_has_ops_beside_it) {
+  const int n = job().size, layers = 3, m = 8;
+  if (n == 1 || n == 8) skip("with 2 or 4 ranks");
+  int travels = 0;
+  for (const Strategy& s : strategies(n))
+    for (const int prefetch : {0, 1}) {
+      const bool staged = s.layout["pp"] > 1;
+      if (staged && s.layout["fsdp"] > 1) continue;
+      GptConfig config = kConfig;
+      config.layers = staged ? 8 : layers;
+      config.sequence_parallel = s.by_rows;
+      TrainerOptions options;
+      options.microbatch = 1;
+      options.batch = (staged ? m : 1) * s.layout.data_ranks();
+      options.schedule = s.schedule;
+      options.fsdp = s.fsdp;
+      options.fsdp.prefetch = prefetch;
+      const auto beside = ops_beside(s.layout, config, options);
+      // how many of them have at least so many ops beside them
+      const auto count = [&](const char* what, int ops) {
+        const auto found = beside.find(what);
+        return found == beside.end()
+                   ? 0
+                   : std::ranges::count_if(found->second, [&](int k) { return k >= ops; });
+      };
+      const std::string name = sentence(s.name, ", prefetch ", prefetch);
+      // while a block computes, its neighbour's weights and gradients travel
+      const int gathers = s.layout["fsdp"] == 1 ? 0
+                          : s.fsdp.zero == 3    ? 2 * (layers - 1)
+                                                : layers - 1;
+      const char* sum = s.layout["fsdp"] > 1 ? "reduce_scatter fsdp" : "all_reduce replicate";
+      if (s.layout.data_ranks() > 1) {
+        CHECK_LE(prefetch ? gathers : 0, count("all_gather fsdp", 10), name);
+        CHECK_LE(prefetch ? layers - 1 : 0, count(sum, 10), name);
+        if (prefetch == 0) CHECK_EQ(count("all_gather fsdp", 1) + count(sum, 1), 0, name);
+      }
+      // in the backward an input gradient's sum has the weight gradient beside it
+      if (s.layout["tp"] > 1)
+        CHECK_EQ(count(s.by_rows ? "reduce_scatter tp" : "all_reduce tp", 1), 2 * layers + 1, name);
+      // all keys and gradients travel beside attention, but for the gradients that come home
+      if (s.layout["cp"] > 1)
+        CHECK_EQ(count("exchange cp", 1), 2 * layers * (n - 1) + layers * (n > 2), name);
+      // warming up, the first stage sends while it computes the next forward
+      if (staged && job().rank == 0)
+        CHECK_LE(s.schedule == "gpipe" ? m - 1 : n - 1, count("exchange pp", 1), name);
+      for (const auto& [what, ops] : beside) travels += ops.size();
+    }
+  measured(travels, " collectives and exchanges of rank 0");
+}
+
 int main(int argc, char** argv) { return run_mpi_tests(argc, argv); }
