@@ -92,6 +92,9 @@ parity_pp=every_schedule_equals parity_cp=context_parallelism_equals
 
 mutant waits compute_does_not_wait_for_the_gather \
   fsdp.cpp '/ u.arrived.make_wait/d' 2 queued test_fsdp $parity
+mutant waits a_shard_is_sent_before_the_optimizer_has_written_it \
+  fsdp.cpp '/the shard that is sent/,/Timed/{/communicate_after_compute/d}' \
+  2 queued test_fsdp $parity
 mutant waits reduce_does_not_wait_for_the_gradients \
   fsdp.cpp '/the gradients must have been computed/d' 2 queued test_fsdp $parity
 mutant waits a_shard_does_not_wait_for_its_sum \
@@ -110,6 +113,9 @@ mutant waits a_stage_computes_before_its_input_has_arrived \
   pipeline.cpp '/it must have arrived/d' 2 queued test_pipeline $parity_pp
 mutant waits what_is_being_sent_is_overwritten \
   pipeline.cpp '/if \(lets_go\) parcel.event->make_wait/d' 2 queued test_pipeline $parity_pp
+
+mutant waits a_stage_receives_into_memory_that_is_still_read \
+  pipeline.cpp 's/else room_is_free_.make_wait.*/else {}/' 4 queued test_pipeline $parity_pp
 
 mutant waits a_ring_sends_before_it_has_computed \
   context_parallel.cpp '/what is sent must be there/d' 3 queued test_context_parallel $parity_cp
@@ -315,6 +321,24 @@ mutant faults padding_is_saved_and_in_the_norm \
   2 immediate test_tensor_parallel padded_vocabularies
 mutant faults rows_of_padding_are_not_cleared \
   tensor_parallel.cpp '/if \(padded > R\) fill/d' 2 queued test_tensor_parallel $parity_tp
+
+# The result is the same, but nothing overlaps.
+travels=what_travels_has_ops_beside_it
+mutant faults no_unit_is_gathered_ahead \
+  fsdp.cpp 's/k <= options_.prefetch/k < options_.prefetch/' 4 immediate test_trace $travels
+mutant faults each_sum_of_gradients_is_awaited \
+  fsdp.cpp 's/if \(options_.prefetch == 0\) may/may/' 4 immediate test_trace $travels
+mutant faults the_weight_gradient_waits_for_the_input_gradient_s_sum \
+  tensor_parallel.cpp 's/sum = start_sum\(partial\);.*/&\n    finish();/' \
+  4 immediate test_trace $travels
+mutant faults attention_waits_for_the_next_keys \
+  context_parallel.cpp 's/start_exchange\(\{\{kv, next\}\}\);/&\n      finish();/' \
+  4 immediate test_trace $travels
+mutant faults a_stage_computes_nothing_while_it_sends \
+  pipeline.cpp 's/^ +exchange\(a.transfers\);/&\n      compute_after_communication();/' \
+  4 immediate test_trace $travels
+mutant faults what_was_sent_is_kept_to_the_end_of_the_step \
+  pipeline.cpp 's/^  release_sent\(exchanges_ - 4\);//' 2 immediate test_pipeline what_was_sent
 
 mutant faults a_trace_counts_the_last_call_of_a_group_alone \
   support/recorder.cpp 's/\(\) \+= bytes/() = bytes/' 4 immediate test_trace

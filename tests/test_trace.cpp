@@ -369,25 +369,29 @@ TEST(what_travels_has_ops_beside_it) {
                    : std::ranges::count_if(found->second, [&](int k) { return k >= ops; });
       };
       const std::string name = sentence(s.name, ", prefetch ", prefetch);
-      // while a block computes, its neighbour's weights and gradients travel
-      const int gathers = s.layout["fsdp"] == 1 ? 0
-                          : s.fsdp.zero == 3    ? 2 * (layers - 1)
-                                                : layers - 1;
-      const char* sum = s.layout["fsdp"] > 1 ? "reduce_scatter fsdp" : "all_reduce replicate";
-      if (s.layout.data_ranks() > 1) {
-        CHECK_LE(prefetch ? gathers : 0, count("all_gather fsdp", 10), name);
-        CHECK_LE(prefetch ? layers - 1 : 0, count(sum, 10), name);
-        if (prefetch == 0) CHECK_EQ(count("all_gather fsdp", 1) + count(sum, 1), 0, name);
-      }
-      // in the backward an input gradient's sum has the weight gradient beside it
-      if (s.layout["tp"] > 1)
-        CHECK_EQ(count(s.by_rows ? "reduce_scatter tp" : "all_reduce tp", 1), 2 * layers + 1, name);
-      // all keys and gradients travel beside attention, but for the gradients that come home
-      if (s.layout["cp"] > 1)
-        CHECK_EQ(count("exchange cp", 1), 2 * layers * (n - 1) + layers * (n > 2), name);
-      // warming up, the first stage sends while it computes the next forward
-      if (staged && job().rank == 0)
-        CHECK_LE(s.schedule == "gpipe" ? m - 1 : n - 1, count("exchange pp", 1), name);
+      const std::string wrong = job().agree(error_of([&] {
+        // while a block computes, its neighbour's weights and gradients travel
+        const int gathers = s.layout["fsdp"] == 1 ? 0
+                            : s.fsdp.zero == 3    ? 2 * (layers - 1)
+                                                  : layers - 1;
+        const char* sum = s.layout["fsdp"] > 1 ? "reduce_scatter fsdp" : "all_reduce replicate";
+        if (s.layout.data_ranks() > 1) {
+          CHECK_LE(prefetch ? gathers : 0, count("all_gather fsdp", 10), name);
+          CHECK_LE(prefetch ? layers - 1 : 0, count(sum, 10), name);
+          if (prefetch == 0) CHECK_EQ(count("all_gather fsdp", 1) + count(sum, 1), 0, name);
+        }
+        // in the backward an input gradient's sum has the weight gradient beside it
+        if (s.layout["tp"] > 1)
+          CHECK_EQ(count(s.by_rows ? "reduce_scatter tp" : "all_reduce tp", 1), 2 * layers + 1,
+                   name);
+        // all keys and gradients travel beside attention, but for the gradients that come home
+        if (s.layout["cp"] > 1)
+          CHECK_EQ(count("exchange cp", 1), 2 * layers * (n - 1) + layers * (n > 2), name);
+        // warming up, the first stage sends while it computes the next forward
+        if (staged && job().rank == 0)
+          CHECK_LE(s.schedule == "gpipe" ? m - 1 : n - 1, count("exchange pp", 1), name);
+      }));
+      CHECK(wrong.empty(), wrong);
       for (const auto& [what, ops] : beside) travels += ops.size();
     }
   measured(travels, " collectives and exchanges of rank 0");
