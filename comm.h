@@ -35,23 +35,30 @@
 
 struct AxisKind {
   const char* name;
-  bool splits_batch;     // each rank computes with its own sequences
-  bool splits_sequence;  // each rank computes with its own pieces of every sequence
-  bool copies_model;     // each rank updates a copy of the parameters; else its own part of them
-  bool exchanges;        // neighbours send to each other, besides collectives
-  const char* help;      // of the option --name N
+  bool splits_batch = false;     // each rank computes with its own sequences
+  bool splits_sequence = false;  // each rank computes with its own pieces of every sequence
+  bool copies_model = false;     // each rank updates a copy of the parameters; else its own part
+  bool exchanges = false;        // neighbours send to each other, besides collectives
+  const char* help;              // of the option --name N
 };
 constexpr std::array kAxes = std::to_array<AxisKind>({
     // slowest to fastest
-    {"pp", false, false, false, true, "pipeline parallelism: the layers are cut into N stages"},
-    {"replicate", true, false, true, false,
-     "data parallelism: copies of the model, gradients summed over them"},
-    {"fsdp", true, false, false, false,
-     "fully sharded data parallelism: each rank owns 1/N of every layer"},
-    {"cp", false, true, false, true,
-     "context parallelism: each rank has 1/N of every sequence, and of every layer as with fsdp"},
-    {"tp", false, false, false, false,
-     "tensor parallelism: each layer's weights are split over N ranks"},
+    {.name = "pp",
+     .exchanges = true,
+     .help = "pipeline parallelism: the layers are cut into N stages"},
+    {.name = "replicate",
+     .splits_batch = true,
+     .copies_model = true,
+     .help = "data parallelism: copies of the model, gradients summed over them"},
+    {.name = "fsdp",
+     .splits_batch = true,
+     .help = "fully sharded data parallelism: each rank owns 1/N of every layer"},
+    {.name = "cp",
+     .splits_sequence = true,
+     .exchanges = true,
+     .help = "context parallelism: each rank has 1/N of every sequence, and of every layer as with "
+             "fsdp"},
+    {.name = "tp", .help = "tensor parallelism: each layer's weights are split over N ranks"},
 });
 
 struct AxisName {

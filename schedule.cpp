@@ -22,47 +22,65 @@ static bool are_equal(const Times& t) {
 }
 
 static const ScheduleRow kRows[] = {
-    {"gpipe", Placement::line, false,
-     [](int, int m, int, int) -> Phases {
+    {.name = "gpipe",
+     .placement = Placement::line,
+     .splits_backward = false,
+     .phases = [](int, int m, int, int) -> Phases {
        return {{m, "F"}, {m, "G"}};
      },
-     idle_of_whole_backwards, [](int, int m, int, int) { return m; }},
+     .idle = idle_of_whole_backwards,
+     .live = [](int, int m, int, int) { return m; }},
 
-    {"1f1b", Placement::line, false,
-     [](int p, int m, int, int s) -> Phases {
+    {.name = "1f1b",
+     .placement = Placement::line,
+     .splits_backward = false,
+     .phases = [](int p, int m, int, int s) -> Phases {
        return {{p - 1 - s, "F"},  // one for each later stage
                {m, "F G"}};
      },
-     idle_of_whole_backwards, [](int p, int m, int, int s) { return std::min(p - s, m); }},
+     .idle = idle_of_whole_backwards,
+     .live = [](int p, int m, int, int s) { return std::min(p - s, m); }},
 
-    {"interleaved", Placement::ring, false,
-     [](int p, int m, int v, int s) -> Phases {
+    {.name = "interleaved",
+     .placement = Placement::ring,
+     .splits_backward = false,
+     .phases = [](int p, int m, int v, int s) -> Phases {
        // p of each chunk but the last; then one for each hop to the last stage and back
        return {{(v - 1) * p + 2 * (p - 1 - s), "F"}, {v * m, "F G"}};
      },
-     [](int p, int, const Times& t) {
-       const bool holds = p == 1 || t.input_gradient + t.weight_gradient <= 2 * t.forward;
-       return holds ? (p - 1) * t.all() : NAN;
-     },
-     [](int p, int m, int v, int s) { return std::min((v - 1) * p + 2 * (p - 1 - s) + 1, v * m); }},
+     .idle =
+         [](int p, int, const Times& t) {
+           const bool holds = p == 1 || t.input_gradient + t.weight_gradient <= 2 * t.forward;
+           return holds ? (p - 1) * t.all() : NAN;
+         },
+     .live =
+         [](int p, int m, int v, int s) {
+           // the warm-up's, and one
+           return std::min((v - 1) * p + 2 * (p - 1 - s) + 1, v * m);
+         }},
 
     // ZB-H1 is 1F1B whose backwards pass on the input gradient immediately. The warm-up of stage s
     // is s forwards shorter than stage 0's, and it puts its weight gradients off by as many
     // micro-batches. So all stages hold p micro-batches, and the later ones have work left for the
     // end.
-    {"zb", Placement::line, true,
-     [](int p, int m, int, int s) -> Phases {
+    {.name = "zb",
+     .placement = Placement::line,
+     .splits_backward = true,
+     .phases = [](int p, int m, int, int s) -> Phases {
        return {{p - 1 - s, "F"}, {s, "F B"}, {m, "F B W"}};
      },
-     [](int p, int m, const Times& t) {
-       const double F = t.forward, B = t.input_gradient, W = t.weight_gradient;
-       if (m < p && !are_equal(t)) return double(NAN);
-       return std::max((p - 1) * std::max(F, B), (p - 1) * (F + B) - (std::min(m, p) - 1) * W);
-     },
-     [](int p, int m, int, int) { return std::min(p, m); }},
+     .idle =
+         [](int p, int m, const Times& t) {
+           const double F = t.forward, B = t.input_gradient, W = t.weight_gradient;
+           if (m < p && !are_equal(t)) return double(NAN);
+           return std::max((p - 1) * std::max(F, B), (p - 1) * (F + B) - (std::min(m, p) - 1) * W);
+         },
+     .live = [](int p, int m, int, int) { return std::min(p, m); }},
 
-    {"zbv", Placement::vee, true,
-     [](int p, int m, int, int s) -> Phases {
+    {.name = "zbv",
+     .placement = Placement::vee,
+     .splits_backward = true,
+     .phases = [](int p, int m, int, int s) -> Phases {
        return {
            // until the first micro-batch has been at the bottom and comes up again
            {2 * (p - s) - 1, "F0"},
@@ -77,15 +95,18 @@ static const ScheduleRow kRows[] = {
            {s, "W1 W0"},
        };
      },
-     [](int p, int m, const Times& t) {
-       const double F = t.forward, B = t.input_gradient, W = t.weight_gradient;
-       const bool holds = p == 1 || (m >= 2 * p && B >= std::max(F, W) && (B <= F + W || p == 2));
-       if (!holds && !are_equal(t)) return double(NAN);
-       return std::max((p - 1) * std::max(B, 2 * (B - W)), 2 * (2 * p - 1 - m) * B);
-     },
-     [](int p, int m, int, int s) {
-       return std::min({2 * m, m + 1 + s, 2 * p});
-     }},
+     .idle =
+         [](int p, int m, const Times& t) {
+           const double F = t.forward, B = t.input_gradient, W = t.weight_gradient;
+           const bool holds =
+               p == 1 || (m >= 2 * p && B >= std::max(F, W) && (B <= F + W || p == 2));
+           if (!holds && !are_equal(t)) return double(NAN);
+           return std::max((p - 1) * std::max(B, 2 * (B - W)), 2 * (2 * p - 1 - m) * B);
+         },
+     .live =
+         [](int p, int m, int, int s) {
+           return std::min({2 * m, m + 1 + s, 2 * p});
+         }},
 };
 
 std::vector<std::string> schedule_names() { return names_of(kRows); }
