@@ -191,7 +191,7 @@ inline double relative(const std::vector<double>& a, const std::vector<double>& 
   CHECK_EQ(a.size(), b.size());
   double d = 0, largest = 0;
   for (size_t i = 0; i < a.size(); i++) {
-    d = a[i] == a[i] ? std::max(d, std::abs(a[i] - b[i])) : INFINITY;
+    d = worst_of(d, std::abs(a[i] - b[i]));
     largest = std::max(largest, std::abs(b[i]));
   }
   return d / largest;
@@ -275,31 +275,34 @@ template <class Check> int64_t equals_theory(Mesh& mesh, const GptConfig& config
   return bytes;
 }
 
-// The mean loss of 7 held-out sequences and the logits after a prompt, by one rank.
+// The mean loss of so many held-out sequences and the logits after a prompt, by one rank. Of 7, a
+// prime, every micro-batch has one sequence; of 24 as many as the options say.
 struct HeldOut {
+  int64_t sequences;
   std::vector<int> prompt;
   double loss;
   std::vector<double> logits;
 };
-inline HeldOut held_out(const GptConfig& config, std::vector<int> prompt) {
+inline HeldOut held_out(const GptConfig& config, int64_t sequences, std::vector<int> prompt) {
   WholeGpt gpt(config, 1337);
   const Tensor total({1}, Dtype::f64, Memory::workspace);
   fill(total, 0);
-  for (int64_t s = 0; s < 7; s++) {
+  for (int64_t s = 0; s < sequences; s++) {
     const auto t = sequence(0, s, config);
     Tape tape(false);
     gpt.loss(tape, Tokens(1, config.context, {t.begin(), t.end() - 1}, {t.begin() + 1, t.end()}),
-             1.0 / double(7 * config.context), total);
+             1.0 / double(sequences * config.context), total);
   }
   const Tokens tokens(1, int64_t(prompt.size()), prompt, prompt);
   const std::vector<double> all = logits(gpt, tokens);
-  return {prompt, download(total)[0], {all.end() - config.vocab, all.end()}};
+  return {sequences, prompt, download(total)[0], {all.end() - config.vocab, all.end()}};
 }
 // How far a layout's are from these, at most.
 inline double difference(Mesh& mesh, const GptConfig& config, const TrainerOptions& options,
                          const HeldOut& expected) {
   Trainer trainer(mesh, config, options);
-  const double loss = trainer.evaluate(7, [&](int64_t s) { return sequence(0, s, config); });
-  return std::max(std::abs(loss - expected.loss) / expected.loss,
+  const double loss =
+      trainer.evaluate(expected.sequences, [&](int64_t s) { return sequence(0, s, config); });
+  return std::max(relative({loss}, {expected.loss}),
                   relative(trainer.next_logits(expected.prompt), expected.logits));
 }

@@ -48,8 +48,7 @@ inline double relative_difference(const std::vector<double>& got,
   CHECK_EQ(got.size(), expected.size());
   double difference = 0, magnitude = 0;
   for (size_t i = 0; i < got.size(); i++) {
-    const double d = std::abs(got[i] - expected[i]);
-    difference = std::isnan(d) ? std::numeric_limits<double>::infinity() : std::max(difference, d);
+    difference = worst_of(difference, std::abs(got[i] - expected[i]));
     magnitude = std::max(magnitude, std::abs(expected[i]));
   }
   return difference == 0 ? 0 : difference / magnitude;

@@ -4,6 +4,7 @@
 //   TEST(gelu_equals_reference) { ...; CHECK_LE(difference, 1e-6); measured("max|d| = ",
 //   difference); } int main() { return run_tests(); }
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -49,6 +50,10 @@ template <class... Parts> void measured(const Parts&... parts) {
   std::ostringstream out;  // six digits are enough here
   (out << ... << parts);
   test::note += out.str();
+}
+// The larger of the two; a NaN counts as infinite (std::max(worst, NaN) is worst).
+inline double worst_of(double worst, double d) {
+  return std::isnan(d) ? INFINITY : std::max(worst, d);
 }
 [[noreturn]] inline void skip(const std::string& why) { throw test::Skip{why}; }
 

@@ -243,7 +243,7 @@ TEST(keys_that_no_query_sees_get_no_gradient) {
 
 static double largest_difference(const Values& a, const Values& b) {
   double most = 0;
-  for (size_t i = 0; i < a.size(); i++) most = std::max(most, std::abs(a[i] - b[i]));
+  for (size_t i = 0; i < a.size(); i++) most = worst_of(most, std::abs(a[i] - b[i]));
   return most;
 }
 // of the whole: the root of the sum of squares

@@ -70,7 +70,8 @@ struct Worst {  // the largest differences, and the largest gradient
   double element = 0, direction = 0, gradient = 0;
   std::string name;
   void see(double& worst, double d, const std::string& where) {
-    if (!(d <= worst)) worst = d, name = where;
+    const double larger = worst_of(worst, d);
+    if (larger > worst) worst = larger, name = where;
   }
 };
 

@@ -278,7 +278,7 @@ TEST(a_warp_adds_up_in_every_form) {
   for (int w = 0; w < warps; w++) {
     double sum = 0;
     for (int i = 0; i < 32; i++) sum += x[size_t(w * 32 + i)];
-    worst = std::max(worst, std::abs(sums[size_t(w)] - sum));
+    worst = worst_of(worst, std::abs(sums[size_t(w)] - sum));
   }
   CHECK_LE(worst, 1e-14);
   measured("max|d| = ", worst);
@@ -346,7 +346,7 @@ TEST(tensor_cores_equal_a_plain_product) {
         for (int k = 0; k < 16; k++)
           sum += double(float(a[size_t(a_by_rows ? i * 16 + k : k * 16 + i)])) *
                  double(float(b[size_t(b_by_rows ? k * 16 + j : j * 16 + k)]));
-        worst = std::max(worst, std::abs(double(c[size_t(i * 16 + j)]) - (3 * (1 + sum) + sum)));
+        worst = worst_of(worst, std::abs(double(c[size_t(i * 16 + j)]) - (3 * (1 + sum) + sum)));
       }
   }
   CHECK_LE(worst, 1e-5);
@@ -487,8 +487,8 @@ TEST(exp_tanh_and_log_are_accurate_in_kernels) {
         return f == 0 ? std::exp(v) : f == 1 ? std::tanh(v) : std::log(v);
       };
       const long double want = exact(x[size_t(i)]), want64 = exact(t[size_t(i)]);
-      worst = std::max(worst, double(std::abs((y[size_t(f * n + i)] - want) / want)));
-      worst64 = std::max(worst64, double(std::abs((z[size_t(f * n + i)] - want64) / want64)));
+      worst = worst_of(worst, double(std::abs((y[size_t(f * n + i)] - want) / want)));
+      worst64 = worst_of(worst64, double(std::abs((z[size_t(f * n + i)] - want64) / want64)));
     }
   CHECK_LE(worst, 4.1 * 1.2e-7);
   CHECK_LE(worst64, 4.1 * 2.3e-16);
@@ -708,7 +708,7 @@ template <class In, class Out> double product_error(cublasHandle_t blas, const P
     const double rounding = std::is_same_v<Out, __nv_bfloat16> ? std::abs(want) / 256 : 0;
     const double error =
         (std::abs(double(got[size_t(at)]) - want) - rounding) / std::max(terms, 1e-300);
-    worst = error <= worst ? worst : error;  // NaN wins
+    worst = worst_of(worst, error);
   }
   return worst;
 }

@@ -39,7 +39,7 @@ double apart(const std::vector<double>& a, const std::vector<double>& b) {
   CHECK_EQ(a.size(), b.size());
   double difference = 0, size = 0;
   for (size_t i = 0; i < a.size(); i++) {
-    difference = a[i] == a[i] ? std::max(difference, std::abs(a[i] - b[i])) : INFINITY;
+    difference = worst_of(difference, std::abs(a[i] - b[i]));
     size = std::max(size, std::abs(b[i]));
   }
   return difference / size;

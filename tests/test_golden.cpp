@@ -341,4 +341,22 @@ TEST(micro_batches_add_up_to_one_batch) {
   CHECK_LE(weights, 1e-12, worst_name(whole, micro.weights, whole.weights));
 }
 
+// ---- the learning rate
+
+TEST(the_learning_rate_rises_in_a_line_and_falls_along_half_a_cosine) {
+  const auto rate = [](int64_t step, int64_t steps, int64_t warmup) {
+    return learning_rate(step, steps, warmup, 1, 0.1);
+  };
+  CHECK_EQ(rate(1, 100, 10), 0.1);
+  CHECK_EQ(rate(5, 100, 10), 0.5);
+  CHECK_EQ(rate(10, 100, 10), 1);
+  CHECK_LE(std::abs(rate(55, 100, 10) - 0.55), 1e-15);
+  CHECK_LE(std::abs(rate(40, 100, 10) - 0.775), 1e-15);  // a third of the way: cos is 1/2
+  CHECK_EQ(rate(100, 100, 10), 0.1);
+  for (int64_t step = 11; step <= 100; step++)
+    CHECK(rate(step, 100, 10) < rate(step - 1, 100, 10), "at step ", step);
+  CHECK_EQ(rate(5, 5, 5), 1);
+  CHECK(rate(1, 10, 0) < 1);
+}
+
 int main(int argc, char** argv) { return run_tests(argc, argv); }

@@ -121,7 +121,7 @@ static double difference(const Values& a, const Values& b) {
   double largest = 0, d = 0;
   for (size_t i = 0; i < a.size(); i++) {
     largest = std::max(largest, std::abs(b[i]));
-    if (!(std::abs(a[i] - b[i]) <= d)) d = std::abs(a[i] - b[i]);  // a NaN stays
+    d = worst_of(d, std::abs(a[i] - b[i]));
   }
   return largest > 0 ? d / largest : d;
 }
@@ -258,7 +258,7 @@ TEST(gelu_of_large_negative_numbers_keeps_its_digits) {
   for (size_t i = 0; i < x.size(); i++) {
     const double u = std::sqrt(2 / M_PI) * (x[i] + 0.044715 * x[i] * x[i] * x[i]),
                  exact = x[i] / (1 + std::exp(-2 * u));
-    d = std::max(d, std::abs(y[i] / exact - 1));
+    d = worst_of(d, std::abs(y[i] / exact - 1));
   }
   // 2u is at most 17 there and off by a few units of 6e-8 * 17, which exp turns into a relative
   // error

@@ -168,7 +168,7 @@ TEST(a_rank_alone_has_its_times_as_it_issues) {
   const std::vector<Span> spans = run(tasks);
   double worst = 0, overlapped = 0;
   for (size_t i = 0; i < tasks.size(); i++) {
-    worst = std::max(worst, close(spans[i].end, ends[i]));
+    worst = worst_of(worst, close(spans[i].end, ends[i]));
     for (size_t j = 0; j < tasks.size() && tasks[i].queue == Queue::compute; j++)
       if (tasks[j].queue == Queue::communication)
         overlapped += std::max(0.0, std::min(spans[i].end, spans[j].end) -
@@ -240,7 +240,7 @@ std::pair<double, double> sizes_of(const std::vector<double>& errors) {
   double sum = 0, worst = 0;
   for (const double e : errors) {
     sum += std::abs(e);
-    worst = std::max(worst, std::abs(e));
+    worst = worst_of(worst, std::abs(e));
   }
   return {sum / double(errors.size()), worst};
 }
@@ -409,7 +409,7 @@ TEST(the_search_finds_what_trying_all_finds) {
         CHECK(w >= 0);
         parts += w;
       }
-      sum = std::max(sum, close(parts, p.seconds));
+      sum = worst_of(sum, close(parts, p.seconds));
     }
     predicted += five.predicted;
     tried += all.predicted;
@@ -568,6 +568,34 @@ TEST(large_clusters_are_planned) {
   CHECK(found.fastest[0].layout["tp"] > 1 && found.fastest[0].layout["pp"] > 1);
   measured(found.layouts, " layouts of 16384 devices, ", found.predicted, " predicted in ",
            double(clock() - begin) / CLOCKS_PER_SEC, " s of a processor");
+}
+
+// ---- inference
+
+// Two stages of two ranks each. A rank reads half of each matrix and of the embedding, and of a
+// block's biases and norms 9.5 C numbers.
+TEST(a_new_token_takes_the_time_of_its_weights_cache_kernels_sums_and_stages) {
+  constexpr double C = 8, L = 2, V = 256, S = 3, length = 5, latency = 10, bandwidth = 100;
+  Machine machine;
+  machine.peak = 4e6, machine.f32 = 1e6, machine.products = {{64, 1e6}, {128, 2e6}};
+  machine.launch = 3, machine.read = 1000, machine.inside = {bandwidth, latency};
+  const auto seconds = [&](Dtype dtype, int64_t sequences) {
+    return predict_decoding({machine, {}, 1, 4}, {{2, 8, 2, 16, 256}, dtype},
+                            {{"tp", 2}, {"pp", 2}}, sequences, int64_t(length))
+        .seconds;
+  };
+  const double numbers = V / 2 * C + L * (6 * C * C + 9.5 * C) + 2 * C, row = S * C * 2,
+               sum = 2 * latency + row / bandwidth;
+  const double expected[] = {
+      numbers * 2 / 1000,
+      L * length * row / 1000,  // half of each key and value
+      (13 * L + 6) * 3,
+      (2 * L + 1) * sum + latency + S * V / 2 * 4 / bandwidth,   // and the logits, in f32
+      latency + row / bandwidth + latency + S * 4 / bandwidth};  // and the new tokens
+  const std::valarray<double> got = seconds(Dtype::bf16, int64_t(S));
+  for (size_t i = 0; i < 5; i++) CHECK_LE(close(got[i], expected[i]), 1e-12, "part ", i);
+  // many rows: the product takes longer than reading, in f32 at a quarter of the rate
+  CHECK_LE(close(seconds(Dtype::f32, 10'000)[0], 2 * numbers * 10'000 / 0.5e6), 1e-12);
 }
 
 // ---- machines

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstring>
 #include <filesystem>
@@ -15,6 +16,7 @@
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "support/data.h"
 #include "support/metrics.h"
@@ -139,6 +141,15 @@ TEST(every_option_reaches_its_field) {
         trains.clip == 2.5 && trains.weight_decay == 0 && trains.fsdp.zero == 2 &&
         !trains.fsdp.reshard && trains.fsdp.prefetch == 15 && trains.schedule == "zb" &&
         trains.chunks == 22);
+  const GptConfig all_set = model_config(o),
+                  others = model_config(parsed({"--dtype", "bf16", "--attention", "plain"}));
+  CHECK(all_set.layers == 1 && all_set.width == 2 && all_set.heads == 3 && all_set.context == 4 &&
+        all_set.vocab == 5 && all_set.dtype == Dtype::f64 &&
+        all_set.attention == AttentionKind::flash && all_set.recompute &&
+        all_set.sequence_parallel);
+  CHECK(others.dtype == Dtype::bf16 && others.attention == AttentionKind::plain &&
+        !others.recompute && !others.sequence_parallel);
+  CHECK(model_config(parsed({"--dtype", "f32"})).dtype == Dtype::f32);
   const Options none = parsed({});
   CHECK(none.model_name.empty() && none.data.empty() && !none.recompute && !none.help &&
         none.seed == 1337 && none.matmul == "cublas");
@@ -1009,6 +1020,25 @@ TEST(sampling_follows_the_probabilities_and_its_cuts) {
     CHECK(picked(logits, {.temperature = 0}, i) == 0 && picked(logits, {.top_k = 1}, i) == 0 &&
           picked(logits, {.top_p = 0.4}, i) == 0);
   measured("80000 draws, shares within ", worst);
+}
+
+TEST(draws_differ_by_seed_position_and_sequence) {
+  constexpr int64_t kHigh = int64_t(1) << 32;  // both halves of a number count
+  std::set<std::vector<int>> different;
+  for (const auto& [seed, first, sequence] : {std::array<int64_t, 3>{7, 0, 0},
+                                              {8, 0, 0},
+                                              {7 + kHigh, 0, 0},
+                                              {7, 20, 0},
+                                              {7, kHigh, 0},
+                                              {7, 0, 1}}) {
+    std::vector<int> draws;
+    for (int64_t i = first; i < first + 20; i++) {
+      std::vector<double> even(8);
+      draws.push_back(pick(even, {.seed = uint64_t(seed)}, i, sequence));
+    }
+    different.insert(draws);
+  }
+  CHECK_EQ(different.size(), 6u);
 }
 
 // What pick does, with all tokens sorted.

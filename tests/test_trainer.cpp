@@ -1,9 +1,14 @@
 // test_trainer.cpp: a step as its host sees it: which sequences it reads and when, that it waits
-// for the device at the end alone, and what a profile says that the step was made of. What a step
+// for the device at the end alone, and what a profile and the report say of it. What a step
 // computes is test_parity's, and each strategy's own test.
+#include <unistd.h>
+
+#include <fstream>
+#include <nlohmann/json.hpp>
 #include <set>
 
 #include "report/profile.h"
+#include "report/report.h"
 #include "tests/parity.h"
 #include "tests/standstill.h"
 
@@ -219,7 +224,26 @@ TEST(every_sequence_is_read_once_and_uploaded_with_its_micro_batch_where_the_mod
   measured(uploads, " micro-batches of rank 0 in one upload each");
 }
 
-// ---- the profile
+// ---- what is refused
+
+TEST(training_does_not_go_on_with_moments_that_are_not_finite) {
+  each_setting([&](Mesh& mesh, const GptConfig& config, const TrainerOptions& options,
+                   const std::string& name) {
+    Trainer trainer(mesh, config, options);
+    const Batch batch = trainer.read([&](int64_t s) { return sequence(1, s, config); });
+    CHECK(trainer.can_go_on(batch), name);
+    // of a parameter that counts on this rank: of copies one does
+    const ParamShard shard =
+        *std::ranges::find_if(trainer.optimizer().shards(),
+                              [](const ParamShard& s) { return s.param->counted; });
+    for (const Tensor& moment : {shard.m, shard.v}) {
+      fill(moment, INFINITY);
+      CHECK(!trainer.can_go_on(batch), name);
+      fill(moment, 0);
+    }
+    CHECK(trainer.can_go_on(batch), name);
+  });
+}
 
 TEST(a_batch_that_does_not_fit_is_refused) {
   const GptConfig config = kConfig;
@@ -242,6 +266,8 @@ TEST(a_batch_that_does_not_fit_is_refused) {
   CHECK_SAYS(trainer.fsdp.finish_backward(), "unfinished");
   close_mesh(mesh);
 }
+
+// ---- the profile and the report
 
 TEST(a_profile_has_every_op_of_a_step_and_no_more_time_than_the_step) {
   double share = 1;
@@ -313,6 +339,56 @@ TEST(nothing_is_timed_that_is_not_asked_for) {
   add(x, x, x);
   synchronize();
   CHECK_EQ(count(), 2);
+}
+
+TEST(a_report_has_the_bubbles_of_what_was_timed_and_shows_bytes_that_differ) {
+  const int64_t n = job().size, stages = n % 2 ? n : 2;
+  TrainerOptions options;
+  options.microbatch = 1, options.batch = 4 * n / stages;
+  Mesh mesh = open_mesh({{"pp", stages}, {"fsdp", n / stages}});
+  ledger.rows.clear();
+  Trainer trainer(mesh, kConfig, options);
+  trainer.pipeline.measures = true;
+  trainer.gradients(trainer.read([&](int64_t s) { return sequence(1, s, kConfig); }));
+  trainer.update(kLearningRate);
+  const std::string path = sentence("/tmp/report-", getpid(), ".jsonl");
+  nlohmann::json pipeline;
+  bool differs[2]{};
+  for (const bool one_more_byte : {false, true}) {
+    for (auto& [key, row] : ledger.rows) row.numerator += one_more_byte * row.n;
+    {
+      JsonLines metrics(mesh.rank ? "" : path);
+      FILE* const out = std::exchange(stdout, fopen("/dev/null", "w"));
+      compare_with_theory(mesh, trainer, 1, {.ms = 1}, metrics);
+      fclose(std::exchange(stdout, out));
+    }
+    if (mesh.rank) continue;
+    std::ifstream file(path);
+    const nlohmann::json summary = nlohmann::json::parse(file);
+    unlink(path.c_str());
+    const std::string text = summary["text"];
+    differs[one_more_byte] = text.find("DIFFERS") != std::string::npos;
+    pipeline = summary["pipeline"];
+  }
+  close_mesh(mesh);
+  if (mesh.rank) return;
+  CHECK(!differs[false] && differs[true] == (n > 1));
+  // executed: as timed; predicted: each computation takes the mean of its kind on its stage
+  const Schedule& schedule = trainer.pipeline.schedule();
+  const Durations took = pipeline["took_ms"];
+  Durations means;
+  for (size_t stage = 0; stage < took.size(); stage++) {
+    const std::vector<Action>& actions = schedule.actions[stage];
+    means.emplace_back(actions.size());
+    for (size_t i = 0; i < actions.size(); i++)
+      for (size_t j = 0; j < actions.size(); j++)
+        if (actions[i].kind == actions[j].kind)
+          means[stage][i] += took[stage][j] / schedule.microbatches;
+  }
+  const double bubble = pipeline["bubble"], predicted = pipeline["predicted_bubble"];
+  CHECK_EQ(bubble, simulate(schedule, took).bubble());
+  CHECK_LE(std::abs(predicted - simulate(schedule, means).bubble()), 1e-12);
+  measured(stages, " stages: bubble ", bubble, ", predicted ", predicted);
 }
 
 int main(int argc, char** argv) { return run_mpi_tests(argc, argv); }
