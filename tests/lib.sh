@@ -28,21 +28,32 @@ check() {
 }
 # sums_up: the closing line, and the script's exit status
 sums_up() {
-  [ $skipped = 0 ] || local more=", $skipped skipped"
-  echo "$passed passed, $failed failed${more:-}"
+  local more=""
+  [ $skipped = 0 ] || more=", $skipped skipped"
+  echo "$passed passed, $failed failed$more"
   [ $failed -eq 0 ]
 }
 
 # losses FILE: the loss of each step in a metrics file
 losses() { sed -n 's/.*"loss":\([^,]*\),.*/\1/p' "$1"; }
-# worst STEPS FILE FILE: the largest relative difference of their losses; 1 unless both have STEPS
+# worst STEPS FILE FILE: the largest relative difference of their losses; 1 unless both have STEPS,
+# all of them numbers
 worst() {
   paste <(losses "$2") <(losses "$3") | awk -v steps="$1" '
-    { d = ($1 - $2) / $1; if (d < 0) d = -d; if (d > worst) worst = d; if (NF == 2) rows++ }
+    /^[-+.0-9e]+\t[-+.0-9e]+$/ {
+      d = ($1 - $2) / $1
+      if (d < 0) d = -d
+      if (d > worst) worst = d
+      rows++
+    }
     END { print rows == steps && rows == NR ? worst + 0 : 1 }'
 }
-# at_most NUMBER BOUND
-at_most() { awk -v number="$1" -v bound="$2" 'BEGIN { exit !(number + 0 <= bound + 0) }'; }
+# at_most NUMBER BOUND: neither of them below 0; nothing, nan and inf are no numbers
+at_most() {
+  local number='^[0-9.]+(e[-+]?[0-9]+)?$'
+  [[ ${1:-} =~ $number && ${2:-} =~ $number ]] \
+    && awk -v number="$1" -v bound="$2" 'BEGIN { exit !(number + 0 <= bound + 0) }'
+}
 
 # rank_pids WORD [RANK]: the ranks (or that rank) of the jobs that have this word on their command
 # line. A rank has threads, which the helper process that it starts has not.

@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 kernels="test_cpu test_tensor test_kernels test_matmul test_attention test_decode test_autograd"
 kernels="$kernels test_golden"
 # plain C++
-alone="test_support test_schedule test_plan"
+alone="test_support test_schedule test_plan test_fuzz"
 # under mpiexec -n 1, 2, 3, 4, 8
 ranks="test_fsdp test_tensor_parallel test_context_parallel test_pipeline test_trainer"
 ranks="$ranks test_generator"
@@ -46,7 +46,7 @@ conduct() {
     echo "FAIL $label  $1" >>"$log"
     failed=$((failed + 1))
   }
-  sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed' "$log" | tail -1)
+  sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed(, [0-9]+ skipped)?$' "$log" | tail -1)
   read -r passed failed skipped <<<"$(tr -dc '0-9 ' <<<"$sum") 0 0 0"
   if grep -q '^fakecudart:' "$log"; then problem "the PTX runner reports a race or an error"; fi
   if [ -z "$sum" ]; then
@@ -136,6 +136,11 @@ lanes
 while read -r -a sum; do
   passed=$((passed + sum[0])) failed=$((failed + sum[1])) skipped=$((skipped + sum[2]))
 done <"$dir/sums"
+ended=$(wc -l <"$dir/sums")
+if [ "$ended" -ne ${#labels[@]} ]; then
+  echo "FAIL ${#labels[@]} tests were started, and $ended ended"
+  failed=$((failed + 1))
+fi
 if [ $skipped -gt 0 ]; then
   echo "$passed passed, $failed failed, $skipped skipped"
 else

@@ -24,9 +24,14 @@ ends() {
 refuses() { alone=yes ends "$@"; }
 # losses_and_norms FILE: of each step in a metrics file
 losses_and_norms() { sed -n 's/.*"loss":\([^,]*\),"grad_norm":\([^,]*\).*/\1 \2/p' "$1"; }
-# same_losses: whether a.jsonl and b.jsonl have the same losses and norms, to the last digit
+# measured FILE COMMAND...: its metrics, and none where the command fails
+measured() {
+  rm -f "$dir/$1.jsonl"
+  "${@:2}" --metrics "$dir/$1.jsonl" >"$dir/out" 2>&1 || rm -f "$dir/$1.jsonl"
+}
+# same_losses: whether a.jsonl and b.jsonl have the same 12 losses and norms, to the last digit
 same_losses() {
-  [ -s "$dir/a.jsonl" ] \
+  [ "$(losses_and_norms "$dir/a.jsonl" | grep -cE '^[-+.0-9e]+ [-+.0-9e]+$')" = 12 ] \
     && [ "$(losses_and_norms "$dir/a.jsonl")" = "$(losses_and_norms "$dir/b.jsonl")" ]
 }
 shape="--model tiny --layers 2 --width 32 --heads 2 --context 32 --batch 8"
@@ -34,31 +39,53 @@ small="$shape --steps 12"
 
 # ---- what it does
 
-$train $shape --metrics "$dir/a.jsonl" --steps 60 --lr 3e-3 >"$dir/out" 2>&1
+measured a $train $shape --steps 60 --lr 3e-3
 first=$(losses "$dir/a.jsonl" | head -1)
 last=$(losses "$dir/a.jsonl" | tail -1)
-if awk "BEGIN { exit !($first > 5 && $last < 0.75 * $first) }"; then
+if at_most 5 "$first" && at_most "$last" "$(awk "BEGIN { print 0.75 * $first }")"; then
   ok the_loss_falls_on_real_text "$first to $last in 60 steps"
 else
   fail the_loss_falls_on_real_text "$first to $last: $(tail -3 "$dir/out")"
 fi
 
 for dtype in f32 bf16 f64; do
-  $train $small --dtype $dtype --metrics "$dir/a.jsonl" >/dev/null 2>&1
-  $train $small --dtype $dtype --metrics "$dir/b.jsonl" >/dev/null 2>&1
-  if same_losses; then
-    ok two_runs_give_identical_losses_$dtype "$(losses "$dir/a.jsonl" | wc -l) steps"
-  else
-    fail two_runs_give_identical_losses_$dtype
-  fi
+  measured a $train $small --dtype $dtype
+  measured b $train $small --dtype $dtype
+  check two_runs_give_identical_losses_$dtype same_losses "12 steps" "$(tail -1 "$dir/out")"
 done
+
+measured a $train $small --warmup 3 --lr 0.001 --min-lr 0.0001
+# a line to the highest in 3 steps, then half a wave of the cosine in 9
+rates="0.33333 0.66667 1.00000 0.97286 0.89472 0.77500 0.62814 0.47186 0.32500 0.20528 0.12714"
+rates="$rates 0.10000"
+made=$(sed -n 's/.*"lr":\([^,]*\),.*/\1/p' "$dir/a.jsonl" | awk '{ printf "%.5f\n", 1000 * $1 }')
+check the_learning_rate_rises_and_falls_as_documented '[ "$(echo $made)" = "$rates" ]' "" \
+  "$(echo $made)"
+
+# A text that repeats "ab"; of its last 2000 bytes, which are held out, all do, the first half of
+# the sequences that are read, or none: the others repeat "cd"
+held=() trained=()
+for same in 2000 992 0; do
+  perl -e '($n) = @ARGV; print "ab" x (9000 + $n / 2), "cd" x (1000 - $n / 2)' $same >"$dir/text"
+  measured a $train $shape --data "$dir/text" --steps 60 --lr 1e-2 --eval-every 60
+  trained+=("$(losses "$dir/a.jsonl" | tail -1)")
+  held+=("$(sed -n 's/^step 60.*held-out loss //p' "$dir/out")")
+done
+check the_held_out_loss_is_that_of_the_last_tenth \
+  'at_most "${trained[2]}" 1 && at_most "${held[0]}" 1 && at_most 4 "${held[2]}"' \
+  "training ${trained[2]}, held out ${held[0]} of the same, ${held[2]} of another" \
+  "training ${trained[*]}, held out ${held[*]}"
+apart=$(awk "BEGIN { d = 2 * ${held[1]} - ${held[0]} - ${held[2]}; print(d < 0 ? -d : d) }")
+check and_the_mean_of_all_its_sequences 'at_most "$apart" 4e-4' \
+  "${held[1]} between them" "${held[*]}"
+
 # profiled NAME RANKS OPTIONS...: --profile changes no bit; its rows add up to its sums (of rounded
 # numbers, within a unit of each), those and what is in no row to the step, and names are once there
 profiled() {
   local name=$1 ranks=$2 text
   shift 2
-  $MPIEXEC -n $ranks $train $small "$@" --metrics "$dir/a.jsonl" >/dev/null 2>&1
-  $MPIEXEC -n $ranks $train $small "$@" --metrics "$dir/b.jsonl" --profile >"$dir/out" 2>&1
+  measured a $MPIEXEC -n $ranks $train $small "$@"
+  measured b $MPIEXEC -n $ranks $train $small "$@" --profile
   text=$(sed -n '/^profile of rank/,$p' "$dir/out" | awk '
     /^  the step/ { step = $(NF - 1) }
     /^op, / { inside = 1; next }
@@ -89,17 +116,13 @@ OMP_NUM_THREADS=1 profiled a_profile_of_four_ranks_adds_up 4 --pp 2 --fsdp 2
 OMP_NUM_THREADS=1 profiled a_profile_of_split_layers_adds_up 2 --tp 2 --sequence-parallel
 
 for matmul in cublas own; do for attention in plain flash; do
-  $train $small --matmul $matmul --attention $attention --metrics "$dir/a.jsonl" >/dev/null 2>&1
-  $train $small --matmul $matmul --attention $attention --recompute --metrics "$dir/b.jsonl" \
-    >/dev/null 2>&1
-  if same_losses; then
-    ok recompute_gives_the_same_bits_${matmul}_$attention "$(losses "$dir/a.jsonl" | tail -1)"
-  else
-    fail recompute_gives_the_same_bits_${matmul}_$attention
-  fi
+  measured a $train $small --matmul $matmul --attention $attention
+  measured b $train $small --matmul $matmul --attention $attention --recompute
+  check recompute_gives_the_same_bits_${matmul}_$attention same_losses \
+    "$(losses "$dir/a.jsonl" | tail -1)" "$(tail -1 "$dir/out")"
 done; done
-$train $small --dtype f64 --metrics "$dir/a.jsonl" >/dev/null 2>&1
-$train $small --dtype f64 --microbatch 2 --metrics "$dir/b.jsonl" >/dev/null 2>&1
+measured a $train $small --dtype f64
+measured b $train $small --dtype f64 --microbatch 2
 worst=$(worst 12 "$dir/a.jsonl" "$dir/b.jsonl")
 if at_most "$worst" 1e-12; then
   ok four_micro_batches_equal_one_batch_f64 \
