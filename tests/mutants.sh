@@ -322,6 +322,15 @@ mutant faults padding_is_saved_and_in_the_norm \
 mutant faults rows_of_padding_are_not_cleared \
   tensor_parallel.cpp '/if \(padded > R\) fill/d' 2 queued test_tensor_parallel $parity_tp
 
+mutant faults a_micro_batch_of_held_out_text_overlaps_the_next \
+  trainer.cpp 's/std::min\(first_sequence\(i, count\)/std::min(first_sequence(i, 1)/' \
+  2 immediate test_fsdp held_out
+mutant faults moments_may_be_infinite \
+  trainer.cpp 's/ && optimizer_->finite\(\)//' 2 immediate test_trainer moments
+mutant faults the_learning_rate_stays \
+  optimizer.cpp 's/return min_lr \+.*/(void)progress, (void)min_lr; return lr;/' \
+  1 immediate test_golden the_learning_rate
+
 # The result is the same, but nothing overlaps.
 travels=what_travels_has_ops_beside_it
 mutant faults no_unit_is_gathered_ahead \
