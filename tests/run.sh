@@ -15,8 +15,8 @@ kernels="$kernels test_golden"
 # plain C++
 alone="test_support test_schedule test_plan test_fuzz"
 # under mpiexec -n 1, 2, 3, 4, 8
-ranks="test_fsdp test_tensor_parallel test_context_parallel test_pipeline test_trainer"
-ranks="$ranks test_generator"
+strategies="test_fsdp test_tensor_parallel test_context_parallel test_pipeline"
+ranks="$strategies test_trainer test_generator"
 # a sample under mpiexec -n 4, 8; `make parity` runs all
 parity="test_parity"
 # under mpiexec -n 1, 2, 4, 8
@@ -113,7 +113,7 @@ for backend in "$@"; do
     && run "what the host asks of the device" tests/test_host_calls.sh
   [ "$backend" = cpu ] || continue
   # on 2 ranks `mutants.sh waits` runs them
-  for test in $ranks; do
+  for test in $strategies; do
     run "cpu/$test, 4 ranks, queued streams" env THREEFOLD_STREAMS=queued:4 THREEFOLD_REFEREE=1 \
       OMP_NUM_THREADS=1 $MPIEXEC -n 4 build/cpu/tests/$test one_rank_in_f64
   done
