@@ -136,9 +136,7 @@ Machine parse_machine(const std::string& name, const std::string& text) {
             " needs a source: a colon, and where it comes from");
     REQUIRE(seen.insert(fact).second || fact == "product", place, fact, " stands twice");
     if (fact != "product") continue;
-    REQUIRE(m.products.empty() || inner > m.products.back().first, place,
-            "products come in ascending order of their inner dim");
-    m.products.emplace_back(inner, rate);
+    REQUIRE(m.products.emplace(inner, rate).second, place, "product ", inner, " stands twice");
   }
   if (m.read == 0) m.read = m.copy;
   for (const Fact& fact : facts)
@@ -268,11 +266,11 @@ const SoftwareProfile& profile_named(const std::string& name) {
 // FLOP/s by the inner dim: between two that were measured, and below them, the time is a line.
 static double rate_at(const Machine& m, double k) {
   const auto& p = m.products;
-  if (k >= p.back().first) return p.back().second;
-  size_t high = 1;
-  while (p[high].first < k) high++;
-  const auto [low_k, low_rate] = p[high - 1];
-  const auto [high_k, high_rate] = p[high];
+  auto high = p.lower_bound(k);
+  if (high == p.end()) return p.rbegin()->second;
+  if (high == p.begin()) high++;
+  const auto [low_k, low_rate] = *std::prev(high);
+  const auto [high_k, high_rate] = *high;
   const double low = low_k / low_rate,
                time = std::lerp(low, high_k / high_rate, (k - low_k) / (high_k - low_k));
   return k / std::max(time, std::min(k, low_k) / low_rate);

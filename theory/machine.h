@@ -49,7 +49,7 @@ struct Link {
 struct Machine {
   std::string name;
   double peak = 0, f32 = 0;                                      // FLOP/s
-  std::vector<std::pair<double, double>> products;               // inner dim, FLOP/s reached
+  std::map<double, double> products;                             // inner dim: FLOP/s reached
   double multiprocessors = 0, copy = 0, memory = 0, launch = 0;  // -, bytes/s, bytes, seconds
   double read = 0;                                               // bytes/s
   Link inside, between;

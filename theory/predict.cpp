@@ -139,7 +139,8 @@ class RankWork : TheoryOfChunk, Issue {
                        move(scores * batch * T * T, 2));
     } else {
       // the causal mask leaves half of 2 products forward and 5 backward, of 2 operations each
-      const double rate = cluster.products.back().second * profile.flash_share / cluster.slower(e);
+      const double rate =
+          cluster.products.rbegin()->second * profile.flash_share / cluster.slower(e);
       computing = (backward ? 5 : 2) * R * config.context * channels / rate +
                   cluster.launch * (backward ? 2 * n + 1 : n);
     }
@@ -452,7 +453,7 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
     for (const Param* p : params_of({piece})) held += p->numel() * t.e;
     fullest = std::max(fullest, held);
   }
-  const double rate = cluster.products.back().second / cluster.slower(t.e);
+  const double rate = cluster.products.rbegin()->second / cluster.slower(t.e);
   return {{std::max(numbers * t.e / cluster.read, 2 * numbers * sequences / rate),
            position * length / cluster.read, (L * kKernels + 6) * cluster.launch,
            sums * link.seconds(Collective::all_reduce, row * C) +
