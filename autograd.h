@@ -37,8 +37,8 @@ struct Param {
   float deviation = 0, constant = 0;
   bool decay = false;  // weight decay: matrices only
 
-  // ---- of the strategies: set by TensorParallel's `split` and `whole`, by Gpt (padding, unit)
-  // and, where two stages have the tied embedding, by Trainer (counted)
+  // ---- of the strategies: set by TensorParallel, by Gpt (padding, unit) and, of the tied
+  // embedding, by Trainer (counted, head_use)
   // what this rank owns: [begin, end) of dim number `dim` of `shape`, seen as (outer, split, inner)
   int dim = 0;
   Slice slice;

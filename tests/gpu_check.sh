@@ -3,7 +3,7 @@
 # it is there, in at most 15 minutes (with several GPUs 40). Each step has a limit and a log of its
 # own; one that fails is noted, and the next one runs.
 #   LIBCUDART=dir   with no GPU: the same steps under a PTX runner (tests/run.sh), with small models
-#   MINUTES=60      for all of it; what no time is left for is left out
+#   MINUTES=60      for all of it in place of these; what no time is left for is left out
 # build/gpu-check.txt is what to read and to attach to a report; build/gpu-check/ has the logs.
 set -u
 cd "$(dirname "$0")/.."

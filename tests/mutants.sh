@@ -346,6 +346,7 @@ mutant faults attention_waits_for_the_next_keys \
 mutant faults a_stage_computes_nothing_while_it_sends \
   pipeline.cpp 's/^ +exchange\(a.transfers\);/&\n      compute_after_communication();/' \
   4 immediate test_trace $travels
+# The same, and memory grows with the micro-batches.
 mutant faults what_was_sent_is_kept_to_the_end_of_the_step \
   pipeline.cpp 's/^  release_sent\(exchanges_ - 4\);//' 2 immediate test_pipeline what_was_sent
 

@@ -138,7 +138,7 @@ while read -r -a sum; do
 done <"$dir/sums"
 ended=$(wc -l <"$dir/sums")
 if [ "$ended" -ne ${#labels[@]} ]; then
-  echo "FAIL ${#labels[@]} tests were started, and $ended ended"
+  echo "FAIL ${#labels[@]} tests were to run, and $ended ended"
   failed=$((failed + 1))
 fi
 if [ $skipped -gt 0 ]; then

@@ -108,8 +108,8 @@ check a_stopped_rank_is_named_on_every_other_node "[ $said = 2 ] && [ $(status s
   "after $(cut -d' ' -f2 "$dir/status.stopped") s in all" "$said times, $(tail -2 "$dir/stopped")"
 # each of the two other nodes says where its own rank stands, and where the other node's does
 check the_ranks_that_wait_are_said_to_run \
-  "[ \$(grep -c '^  rank [01]: step .* (fsdp)$' $dir/stopped) = 2 ] &&
-    [ \$(grep -c '^  rank [01] on node[12]: step .* (fsdp)$' $dir/stopped) = 2 ]" "" \
+  "[ \$(grep -c '^  rank [01]: step .* ([a-z]*)$' $dir/stopped) = 2 ] &&
+    [ \$(grep -c '^  rank [01] on node[12]: step .* ([a-z]*)$' $dir/stopped) = 2 ]" "" \
   "$(grep '^  rank' "$dir/stopped")"
 
 run whole 3 --steps 40 --fsdp 3

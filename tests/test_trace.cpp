@@ -333,8 +333,11 @@ std::map<std::string, std::vector<int>> ops_beside(const Layout& layout, GptConf
     for (int i = 0; i < std::ssize(works); i++) {
       if (works[i].queue == Recorder::compute) continue;
       int ops = 0;
-      for (int j = i + 1; j < std::ssize(works) && works[j].after < i; j++)
-        ops += works[j].queue == Recorder::compute;
+      for (int j = i + 1; j < std::ssize(works); j++) {
+        if (works[j].queue != Recorder::compute) continue;
+        if (works[j].after >= i) break;
+        ops++;
+      }
       const Json& args = recorder.args.at(works[i].args);
       beside[args["op"].get<std::string>() + " " + args["axis"].get<std::string>()].push_back(ops);
     }

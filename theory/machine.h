@@ -17,10 +17,11 @@
 //             overlap 0.8           : measured ...
 //             read 8                : measured ...
 // units     peak and f32: TFLOP/s of bf16 and f32 products. product: an inner dim, and the TFLOP/s
-//           that a large bf16 product of it reaches; at least two lines. multiprocessors: tiles go
-//           over them in waves; 0: not counted. copy: GB/s read and written together. memory: GiB.
-//           launch: us from one kernel to the next. inside and between (of nodes): GB/s that a
-//           device sends in a collective, and us of a round (below). sharing: ranks to a processor,
+//           that a large bf16 product of it reaches; at least two lines, in any order.
+//           multiprocessors: tiles go over them in waves; 0: not counted. copy: GB/s read and
+//           written together. memory: GiB. launch: us from one kernel to the next. inside and
+//           between (of nodes): GB/s that a device sends in a collective, and us of a round
+//           (below). sharing: ranks to a processor,
 //           each rate above being a rank's when all compute; where some wait, the others are
 //           faster. overlap: what share of the time is hidden that something travels beside a
 //           computation; the rest slows it down. read: GB/s at which a product of one row reads its
@@ -32,6 +33,7 @@
 // test      tests/test_plan.cpp
 #pragma once
 #include <cmath>
+#include <map>
 
 #include "comm.h"
 
