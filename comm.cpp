@@ -110,7 +110,7 @@ static Axis shards_of(const Mesh& m) {
 
 Mesh::Mesh(const Layout& l, int rank)
     : layout(l), rank(rank), size(l.ranks()), world{"world", size, rank} {
-  int slower = rank;  // its place among what is left, from the fastest axis on
+  int slower = rank;  // its place on the axes that are left, which are the slower ones
   for (size_t a = kAxes.size(); a-- > 0; slower /= axes[a].size) {
     const int n = l.sizes[a];
     axes[a] = {kAxes[a].name, n, slower % n};

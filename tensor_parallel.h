@@ -73,11 +73,11 @@ class TensorParallel {
   Tensor next_logits(const Tensor& x, int64_t R, const Param& wte, int64_t vocab);
 
  private:
-  // start_gather and start_sum are Megatron-LM's conjugate operators, each the other's backward:
-  // f and g (identity and all-reduce) or, under sequence parallelism, g and its conjugate
-  // (all-gather and reduce-scatter).
   void all_gather(const Tensor& mine, const Tensor& all);
   void all_reduce(const Tensor& x, ncclRedOp_t op = ncclSum);
+  // This and start_sum are Megatron-LM's conjugate operators, each the other's backward: f and g
+  // (identity and all-reduce) or, under sequence parallelism, g and its conjugate (all-gather and
+  // reduce-scatter).
   Tensor start_gather(const Tensor& x, int64_t R);
   Tensor gather(const Tensor& x, int64_t R);
   Tensor start_sum(const Tensor& partial);
