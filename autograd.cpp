@@ -62,6 +62,7 @@ void accumulate(const std::shared_ptr<Tensor>& grad, Tensor g) {
   if (grad->empty()) {
     *grad = std::move(g);
   } else {
+    // where nobody else reads: over the slot's tensor, else over g, else into a new one
     const Tensor sum = grad->shared() ? writable(g) : *grad;
     add(sum, *grad, g);
     *grad = sum;
@@ -75,15 +76,14 @@ Tensor take(const std::shared_ptr<Tensor>& grad) {
 
 // ---- matrix products
 
-void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta) {
+void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, bool add) {
   const int64_t m = c.dim(0), n = c.dim(1), k = a.dim(!ta);
   ASSERT(a.dim(ta) == m && b.dim(tb) == k && b.dim(!tb) == n && b.dtype() == a.dtype(),
          to_string(a.shape()), " times ", to_string(b.shape()), " is not ", to_string(c.shape()));
   // few rows, as in decoding
-  if (m <= kMatvecRows && !ta && beta == 0 && (tb || a.dtype() == c.dtype()))
-    return matvec(c, a, b, tb);
+  if (m <= kMatvecRows && !ta && !add && (tb || a.dtype() == c.dtype())) return matvec(c, a, b, tb);
   matmul(a.dtype(), c.dtype(), m, n, k, {a.raw(), a.dim(1), ta}, {b.raw(), b.dim(1), tb},
-         {c.raw(), n}, 1, beta);
+         {c.raw(), n}, 1, add);
 }
 
 Tensor as_matrix(const Tensor& w) { return w.view(0, {w.dim(0), w.numel() / w.dim(0)}); }
@@ -93,20 +93,20 @@ void weight_gradient(Tape& tape, Param& w, bool transposed, const Tensor& x, con
     // only the head transposes a weight; its gradient may be kept apart (separate_uses)
     Param& use = transposed && w.head_use ? *w.head_use : w;
     const Tensor dw = as_matrix(use.grad);
-    const double beta = use.begin_write();  // 1 adds to what is there, 0 overwrites a fresh one
-    if (transposed) product(dw, dy, true, x, false, beta);  // dw += dy^T x
-    else product(dw, x, true, dy, false, beta);             // dw += x^T dy
+    const bool adds = use.begin_write();  // to what is there; else overwrites a fresh one
+    if (transposed) product(dw, dy, true, x, false, adds);  // dw += dy^T x
+    else product(dw, x, true, dy, false, adds);             // dw += x^T dy
   });
 }
 
 Var linear(Tape& tape, const Var& x, Param& w, bool transposed) {
   const Tensor matrix = as_matrix(w.value);
   Var y{activation({x.value.dim(0), matrix.dim(transposed ? 0 : 1)}, x.value.dtype())};
-  product(y.value, x.value, false, matrix, transposed, 0);
+  product(y.value, x.value, false, matrix, transposed);
   tape.push([&tape, &w, transposed, x = x.value, dx = x.grad, dy_slot = y.grad] {
     const Tensor dy = take(dy_slot);
     Tensor d = like(x);
-    product(d, dy, false, as_matrix(w.value), !transposed, 0);  // dx = dy w^T, or dy w
+    product(d, dy, false, as_matrix(w.value), !transposed);  // dx = dy w^T, or dy w
     accumulate(dx, std::move(d));
     weight_gradient(tape, w, transposed, x, dy);
   });
@@ -285,6 +285,7 @@ Var recompute(Tape& tape, const Var& x, const std::function<Var(Tape&, const Var
   if (!tape.recording()) return f(tape, x);
   Tape forget(false);
   Var y = f(forget, x);
+  // f's result may share another's slot, as add_bias's does, and here it needs its own
   y.grad = std::make_shared<Tensor>();
   tape.push([&tape, f, x = x.value, dx = x.grad, dy = y.grad] {
     Tape second;

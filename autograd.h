@@ -97,7 +97,7 @@ struct Var {
 // read.
 void accumulate(const std::shared_ptr<Tensor>& grad, Tensor g);
 // Takes the gradient of an op's output out of its slot, which is then empty. Other slots and
-// deferred work may hold the same memory: only what `shared` denies is written in place.
+// deferred work may hold the same memory: a closure writes in place only where `shared` is false.
 Tensor take(const std::shared_ptr<Tensor>& grad);
 
 class Tape {
@@ -147,8 +147,9 @@ struct Tokens {
   int64_t rows() const { return B * positions.rows(); }  // R
 };
 
-// c = op(a) op(b) + beta c, of whole matrices: what the linear layers are made of
-void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, double beta);
+// c = op(a) op(b), or with `add` c += op(a) op(b), of whole matrices: what the linear layers are
+// made of. ta, tb: of the transposed matrix.
+void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, bool add = false);
 Tensor as_matrix(const Tensor& w);  // (K,3,C) is (K,3C)
 // Adds linear()'s gradient of w (x: its input, dy: its output's gradient) to w.grad, or overwrites
 // one that is fresh; now, or deferred.

@@ -95,6 +95,7 @@ static Axis open_axis(const Mesh& m, size_t slowest, size_t fastest) {
   for (int r = 0; r < axis.size; r++) axis.members.push_back(first + r * stride);
   if (axis.size == m.size) axis.comm = m.world.comm;
   else if (m.world.comm) {
+    // ranks that give the same number form a communicator, in the order of axis.rank
     NCCL_CHECK(ncclCommSplit(m.world.comm, first, axis.rank, &axis.comm, nullptr));
     op_times.begun++;  // on many GPUs it may take a minute: the watch sees that this rank got on
   }

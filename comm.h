@@ -1,12 +1,13 @@
 // comm.h: ranks that talk: the axes of the mesh, its NCCL communicators, and the ledger of what was
 // sent.
 //
-// idea      Rank r sits at one place of a grid pp x replicate x fsdp x cp x tp (slowest to
-//           fastest). Along each axis it shares a communicator with the ranks that differ from it
-//           in that place only. The strategies call NCCL on these communicators themselves.
-// axes      kAxes is the one list of them; everything else iterates over it. `mesh["fsdp"]` is this
-//           rank's place on an axis and its communicator, `layout["fsdp"]` the axis's size, and a
-//           name that is not in the list does not compile.
+// idea      Rank r sits at one place of a grid pp x replicate x fsdp x cp x tp. Neighbours on tp
+//           have neighbouring numbers, those on pp are furthest apart. Along each axis a rank
+//           shares a communicator with the ranks that differ from it in that place only. The
+//           strategies call NCCL on these communicators themselves.
+// axes      kAxes is the one list of them, over which options, ledger and reports iterate.
+//           `mesh["fsdp"]` is this rank's place on an axis and its communicator, `layout["fsdp"]`
+//           the axis's size, and a name that is not in the list does not compile.
 // stream    A rank issues all its NCCL calls, of all axes, on `device().communication`, from one
 //           thread, in an order that options and its place decide, never timing. CUDA does not
 //           promise that two streams make progress independently, so two communicators in flight

@@ -32,7 +32,7 @@ Positions ContextParallel::part_of(int rank, int64_t T) const {
 }
 
 // ---- communication: on the one stream, after what was computed. What is sent must be kept until
-// finish().
+// the computation waits for the stream.
 
 void ContextParallel::start_exchange(const std::vector<Shift>& all) const {
   if (all.empty()) return;
@@ -53,10 +53,6 @@ void ContextParallel::start_exchange(const std::vector<Shift>& all) const {
   NCCL_CHECK(ncclGroupEnd());
 }
 
-void ContextParallel::finish() const {
-  compute_after_communication();  // what was sent must have left, and what comes be here
-}
-
 // ---- attention
 
 struct ContextParallel::Sizes {
@@ -64,9 +60,9 @@ struct ContextParallel::Sizes {
   AttentionKind kind;
   Dtype dtype;
   Dtype master = master_dtype(dtype);
-  // for the tokens of one rank, a row each: (rows, width C)
-  Tensor room(const Positions& of, int64_t width, Dtype type) const {
-    return Tensor({B * of.rows(), width * C}, type, Memory::workspace);
+  // a row for each token of one rank, of `times` C numbers
+  Tensor room(const Positions& of, int64_t times, Dtype type) const {
+    return Tensor({B * of.rows(), times * C}, type, Memory::workspace);
   }
 };
 
@@ -106,7 +102,7 @@ void ContextParallel::forward(const Sizes& p, const Tensor& out, const Tensor& l
     if (p.kind == AttentionKind::plain) attention_plain_forward(o, l, {}, in);
     else attention_flash_forward(o, l, in);
     if (round) merge_attention(sum, lse, part_out, part_lse);
-    finish();
+    compute_after_communication();  // kv must have left, and next be here
     kv = next;
   }
   cast(out, sum);
@@ -146,14 +142,14 @@ void ContextParallel::backward(const Sizes& p, const Tensor& dqkv, const Tensor&
     if (p.kind == AttentionKind::plain)
       attention_plain_backward(dq, dkv, dout, delta, lse, {}, in, round > 0);
     else attention_flash_backward(dq, dkv, dout, delta, lse, in, round > 0);
-    finish();
+    compute_after_communication();  // what was sent must have left, and what comes be here
     if (round > 1) add(dkv, dkv, before);
     kv = next;
     sum = dkv;
   }
   const Tensor others = p.room(queries, 2, p.master);  // the same by the queries of others
   start_exchange({{sum, others}});
-  finish();
+  compute_after_communication();  // others must be here
   add(own, own, others);
   copy_columns(dqkv, 0, dq, 0, p.C);
   copy_columns(dqkv, p.C, own, 0, 2 * p.C);

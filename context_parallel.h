@@ -51,7 +51,6 @@ class ContextParallel {
     Tensor x, room;  // x goes to the next rank, and what the rank before sends fills the room
   };
   void start_exchange(const std::vector<Shift>& all) const;
-  void finish() const;
   int source(int round) const { return (axis_.rank - round + axis_.size) % axis_.size; }
 
   Axis axis_;

@@ -63,10 +63,10 @@ void Fsdp::after_backward(Tape& tape, int use) {
 
 // ---- set-up: parameters are born as shards
 
-// Where each parameter starts in the flat unit, and where that ends. The same on all tp ranks,
-// though their slices may differ: so what all of them hold has the same owner everywhere. That
-// leaves all with the same bits, since NCCL's order of adding depends on owner and place, where it
-// adds in rings, and orders those of these groups alike (docs/tensor_parallel.md).
+// Where each parameter starts in the flat unit, and where that ends: the same on all tp ranks, even
+// where their slices differ in size. So what all tp ranks hold whole has the same owner in each of
+// their FSDP groups, and gets the same bits, since the order in which a ring adds depends on the
+// owner. (NCCL must order the rings of these groups alike: docs/tensor_parallel.md.)
 static std::vector<int64_t> offsets_in_unit(const std::vector<Param*>& params, int64_t shards) {
   std::vector<int64_t> offsets;
   int64_t end = 0;
@@ -156,9 +156,9 @@ void Fsdp::add_units(const std::vector<Param*>& all, uint64_t seed, std::string 
   }
 }
 
-int Fsdp::add_use(const std::vector<Param*>& params, BackwardReads backward_reads, int group,
+int Fsdp::add_use(const std::vector<Param*>& params, BackwardReads backward_reads, int chunk,
                   const std::string& name) {
-  Use& use = uses_.emplace_back(Use{name, {}, backward_reads, group});
+  Use& use = uses_.emplace_back(Use{name, {}, backward_reads, chunk});
   for (const auto& [number, of_unit] : units_of(params)) {
     use.units.push_back(&units_.at(number));
     use.units.back()->uses_per_microbatch++;
@@ -186,7 +186,7 @@ void Fsdp::unshard(int use, int direction) {
   for (Unit* u : uses_[use].units) start_unshard(*u);
   for (int k = 1; k <= options_.prefetch; k++) {
     const int next = use + k * direction;
-    if (next < 0 || next >= int(uses_.size()) || uses_[next].group != uses_[use].group) break;
+    if (next < 0 || next >= int(uses_.size()) || uses_[next].chunk != uses_[use].chunk) break;
     if (direction < 0 && uses_[next].backward_reads != BackwardReads::values) continue;
     for (Unit* u : uses_[next].units) start_unshard(*u);
   }
@@ -236,7 +236,8 @@ void Fsdp::reshard(Unit& u) {
 // those that zero bubble left without a writer are cleared.
 
 void Fsdp::enter_backward(const char* pass, int use) {
-  // The previous micro-batch's sum still uses the buffer; those before it end earlier anyway.
+  // A sum of the micro-batch before may still use this buffer. Sums that were queued before it end
+  // before it, so that finishing these costs no wait of their own.
   for (Unit* u : uses_[use].units)
     while (std::ranges::count(in_flight_, u)) finish_reduce();
   recorder.enter(pass, uses_[use].name);
@@ -254,6 +255,8 @@ void Fsdp::reduce_gradients(int use) {
     if (++u->uses_done < u->uses_per_microbatch) continue;  // another use will add to this gradient
     u->uses_done = 0;
     u->gradients_done++;
+    // Whole gradients add up over the step: their sum comes after its last micro-batch or, later
+    // still, in finish_backward.
     if (!shards_gradients() && (sums_at_end || u->gradients_done < microbatches_)) continue;
     start_reduce(*u);
   }
@@ -293,7 +296,8 @@ void Fsdp::finish_reduce() {
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!shards_gradients()) return;
   const Tensor mine = u.shard_of(u.whole_grad);
-  // the next micro-batch's, of this unit, is not counted yet: its enter_backward comes here first
+  // gradients_done still says whose sum this is: the unit's next micro-batch comes here, in
+  // enter_backward, before it counts
   if (u.gradients_done == 1) copy(u.shard_grad, mine);
   else add(u.shard_grad, u.shard_grad, mine);
   u.whole_grad = Tensor();

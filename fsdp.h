@@ -41,9 +41,9 @@ class Fsdp {
   // Parameters of one Param::unit make a unit. Allocates this rank's shards with initial values.
   // Names, of units and uses, are for traces.
   void add_units(const std::vector<Param*>& params, uint64_t seed, std::string (*name)(int unit));
-  // A use computes with the units of these parameters. Uses are unsharded ahead within a group
-  // only: the uses of a pipeline's chunk, which run directly after each other.
-  int add_use(const std::vector<Param*>& params, BackwardReads backward_reads, int group,
+  // A use computes with the units of these parameters. Uses are unsharded ahead within a pipeline's
+  // chunk only, whose uses run directly after each other.
+  int add_use(const std::vector<Param*>& params, BackwardReads backward_reads, int chunk,
               const std::string& name);
   // What this rank updates: its piece of each parameter, padding left out.
   std::vector<ParamShard> param_shards() const;
@@ -87,7 +87,7 @@ class Fsdp {
     // In the compute dtype. If parameters are sharded, the shard has a buffer of its own and the
     // whole is there only in use; else the whole is always there and the shard is a view of it.
     Tensor whole, shard;
-    // In the master dtype (f32; f64 in proofs). The same, if gradients are sharded.
+    // In the master dtype (f32; f64 in the tests). The same, if gradients are sharded.
     Tensor whole_grad, shard_grad;
     Tensor master;          // master weights of the shard when the compute dtype is bf16
     Tensor m, v;            // Adam's moments of the shard
@@ -107,7 +107,7 @@ class Fsdp {
     std::string name;
     std::vector<Unit*> units;
     BackwardReads backward_reads;
-    int group;
+    int chunk;
   };
   void before_forward(int use);
   void after_forward(const Tape& tape, int use);

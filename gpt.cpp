@@ -100,7 +100,8 @@ Var Gpt::run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& toke
 
   Block& b = blocks_[part.layer];
   const auto block = [=, this, &b, layer = part.layer](Tape& tape, const Var& x) {
-    // With recompute only the run in the backward is recorded: what it sends is sent once more.
+    // With recompute a block runs twice: in the forward unrecorded, in the backward recorded. What
+    // the second run sends has an entry of its own in the ledger.
     const bool again = config.recompute && tape.recording();
     const Purpose purpose(again ? Traffic::recompute : Traffic::training);
     const Var normed = layernorm(tape, x, b.ln_1_weight, b.ln_1_bias);

@@ -69,8 +69,8 @@ class Gpt {
   Gpt(const Gpt&) = delete;
 
   ModelPiece parts() const { return parts_; }
-  // Of each position, where position i is on stage stages[i]: the stages have about equal work. Or
-  // of so many stages with a position each.
+  // The model cut into pieces, one for each position (0: the first layers). Position i is on stage
+  // stages[i], and all stages have about equal work. Or so many stages of one piece each.
   std::vector<ModelPiece> pieces(const std::vector<int>& stages) const;
   std::vector<ModelPiece> pieces(int stages) const;
   std::vector<Param*> params() const { return params_of({parts_}); }
@@ -97,9 +97,9 @@ class Gpt {
 
 // ---- sizes
 
-// The layers of each position of the model, at least one; position i is on stage stages[i]. The
-// head counts as so many layers of the last. Each further layer goes to the stage that has least to
-// do, and there to the position that has.
+// Which layers each position has, at least one. The head counts as head_in_layers layers of the
+// last position. Each further layer goes to the stage with least work and, of its positions, to the
+// one with least.
 std::vector<Range> split_layers(int64_t layers, double head_in_layers,
                                 const std::vector<int>& stages);
 int64_t parameter_count(const GptConfig& config);

@@ -1,13 +1,14 @@
 // optimizer.h: AdamW over a list of shards, with the global gradient norm and clipping.
 // idea      a shard is what this rank updates: its piece of a parameter (Fsdp::param_shards).
-//           Master weights and moments are f32 (f64 in proofs) whatever dtype computes; for
-//           f32 and f64 the master weights are the weights themselves.
+//           Master weights and moments are f32 (f64 in the tests) whatever dtype computes;
+//           for f32 and f64 the master weights are the weights themselves.
 // order     norm, clip factor and update stay on the device: no step waits for the host. The update
 //           is one launch over a table of all shards, which is uploaded once; their memory stays
 //           where it is.
-// AdamW     Loshchilov and Hutter, 2019: beta 0.9 and 0.95, epsilon 1e-8 (kernels/kernels.h), both
-//           moments corrected. Matrices and both embeddings decay, times the learning rate; gains
-//           and biases do not (gpt.cpp).
+// AdamW     Loshchilov and Hutter, 2019, with beta1 = 0.9, beta2 = 0.95, epsilon = 1e-8:
+//             g = clip * gradient, m = beta1 m + (1 - beta1) g, v = beta2 v + (1 - beta2) g^2,
+//             w -= lr (m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + epsilon) + decay w)
+//           Matrices and both embeddings decay; gains and biases do not (gpt.cpp).
 // cost      memory a parameter: f32 m + v 8 bytes; bf16 m + v + master 12 bytes
 // test      tests/test_golden.cpp (three steps against PyTorch)
 #pragma once

@@ -59,7 +59,7 @@
 // Executes a list: an exchange moves parcels; a computation takes its input from the inbox and
 // leaves its result in the outbox.
 void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape,
-                       const std::function<Tensor(size_t action, Tensor x)>& perform) {
+                       const std::function<Tensor(size_t action, Tensor x)>& compute) {
   // Room for what an exchange receives is taken as soon as the exchange before it was issued. Taken
   // later, it might be what the computations between them gave back, and have to wait for them.
   const auto prepare_next = [&](size_t i) {  // the first exchange from action i on
@@ -76,7 +76,7 @@ void Pipeline::execute(const std::vector<Action>& actions, const Shape& shape,
     }
     const auto input = input_of(schedule_, axis_.rank, a),
                output = output_of(schedule_, axis_.rank, a);
-    Tensor result = perform(i, input ? receive(*input) : Tensor());
+    Tensor result = compute(i, input ? receive(*input) : Tensor());
     if (output) hand_over(*output, std::move(result));
   }
   release_sent(exchanges_);
@@ -118,6 +118,8 @@ void Pipeline::run(const Shape& shape, const Compute& compute) {
     const Action& a = actions[i];
     Live& live = lives[{a.microbatch, a.chunk}];
     recorder.microbatch = a.microbatch;
+    // What this action adds to what is kept: what is held after it, less what was held before. x
+    // came from outside and may be kept, so it counts; the result is passed on, so it does not.
     const int64_t before = held - x.bytes();
     Tensor result;
     measure(i, [&] { result = perform(a, live, std::move(x), compute); });
@@ -125,7 +127,6 @@ void Pipeline::run(const Shape& shape, const Compute& compute) {
       kept -= live.bytes;
       lives.erase({a.microbatch, a.chunk});
     } else {
-      // what was made, and what came, less what is passed on
       const int64_t more = held - before - result.bytes();
       live.bytes += more;
       kept += more;

@@ -71,7 +71,7 @@ class Pipeline {
     int64_t moved_by = 0;  // number of the exchange, from 1 on; 0: none yet
   };
   void execute(const std::vector<Action>& actions, const Shape& shape,
-               const std::function<Tensor(size_t action, Tensor x)>& perform);
+               const std::function<Tensor(size_t action, Tensor x)>& compute);
   Tensor perform(const Action& a, Live& live, Tensor x, const Compute& compute);
   void prepare_room(const std::vector<Transfer>& transfers, const Shape& shape, Dtype dtype);
   void hand_over(const Transfer& transfer, Tensor x);

@@ -77,7 +77,7 @@ struct Buffer {  // a block of device memory; allocated and freed in the order o
   void* data = nullptr;
   int64_t bytes = 0;
   Memory category;
-  // that an activation belongs to; -1: to none
+  // for --trace: that an activation belongs to; -1: none
   const int microbatch = category == Memory::activations ? recorder.microbatch : -1;
 };
 
@@ -93,7 +93,7 @@ class Tensor {
   int64_t numel() const { return empty() ? 0 : elements(shape_); }
   int64_t bytes() const { return numel() * size_of(dtype_); }
   Dtype dtype() const { return dtype_; }
-  void* raw() const { return empty() ? nullptr : data_; }  // data() alike
+  void* raw() const { return empty() ? nullptr : data_; }  // of an empty one null, as data()
   template <class T> T* data() const {
     ASSERT(empty() || dtype_ == DtypeOf<T>::value, "asked a tensor of ", name_of(dtype_), " for ",
            name_of(DtypeOf<T>::value));
@@ -162,7 +162,9 @@ struct Device {
   bool is_gpu = false;
   int64_t block_memory = 0;  // bytes of shared memory that a block may ask for
   cudaStream_t compute = nullptr, communication = nullptr;
-  Event mark;  // for make_wait
+  // for make_wait. One serves all waits: each is for what was recorded when it was issued, whatever
+  // is recorded later.
+  Event mark;
   cublasHandle_t blas = nullptr;
   cudaMemPool_t pool = nullptr;
   int64_t memory_limit = 0;  // bytes; 0: no cap of our own

@@ -14,8 +14,8 @@
 //           for the head.
 // memory    1/n of weights, gradients and optimizer state. Activations of a block, in R*C: 4 + 12/n
 //           and 1/n of the attention's own; under sequence parallelism all of it 1/n, but with
-//           zero bubble: what is put off keeps rows that were gathered, 4 + 14/n a block until its
-//           weight gradients have been computed.
+//           zero bubble: until its weight gradients are computed, a block keeps 4 + 14/n, since
+//           what is put off needs rows that were gathered (and two biases their shares).
 // overlap   In the backward an input gradient travels while the weight gradient's product is
 //           computed; not under zero bubble, which computes that product later. One stream carries
 //           all of it: a block's first sum stands behind the gather that FSDP has started ahead
@@ -26,8 +26,8 @@
 
 #include <algorithm>
 
-// ---- communication: all of it goes on the one stream, after what was computed. It is started, and
-// finish() lets the computation wait for it. Whatever is sent must be kept until then.
+// ---- communication: all of it goes on the one stream, after what was computed. It is only started
+// here. Whatever is sent must be kept until the computation waits for the stream.
 
 void TensorParallel::all_gather(const Tensor& mine, const Tensor& all) {
   communicate_after_compute();  // this rank's part must have been computed
@@ -56,7 +56,7 @@ Tensor TensorParallel::start_gather(const Tensor& x, int64_t R) {
 
 Tensor TensorParallel::gather(const Tensor& x, int64_t R) {
   const Tensor all = start_gather(x, R);
-  if (splits_rows_) finish();
+  if (splits_rows_) compute_after_communication();  // the other ranks' rows must have come
   return all;
 }
 
@@ -74,10 +74,6 @@ Tensor TensorParallel::start_sum(const Tensor& partial) {
   NCCL_CHECK(ncclReduceScatter(partial.raw(), sum.raw(), sum.numel(), nccl_type(sum.dtype()),
                                ncclSum, axis_.comm, device().communication));
   return sum;
-}
-
-void TensorParallel::finish() {
-  compute_after_communication();  // what was sent must have arrived
 }
 
 // Room for R rows and, under sequence parallelism, for padding, which is 0: NCCL has no unequal
@@ -98,7 +94,7 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
   const Tensor matrix = as_matrix(w.value);
   Var y{Tensor({R, matrix.dim(transposed ? 0 : 1)}, x.value.dtype(), Memory::activations)};
   const Tensor all_x = gather(x.value, R);
-  product(y.value, all_x, false, matrix, transposed, 0);
+  product(y.value, all_x, false, matrix, transposed);
 
   tape.push([this, &tape, R, &w, transposed, serves, x = x.value, dx = x.grad, dy_slot = y.grad] {
     const Tensor dy = take(dy_slot);
@@ -108,12 +104,12 @@ Var TensorParallel::column(Tape& tape, const Var& x, int64_t R, Param& w, bool t
       all_x = start_gather(x, R);
     }
     const Tensor partial = for_partial_sums(R, x.dim(1), x.dtype());  // of dx
-    product(partial.view(0, {R, x.dim(1)}), dy, false, as_matrix(w.value), !transposed, 0);
-    if (splits_rows_) finish();  // the product below reads all_x
+    product(partial.view(0, {R, x.dim(1)}), dy, false, as_matrix(w.value), !transposed);
+    if (splits_rows_) compute_after_communication();  // the product below reads all_x
     const Purpose purpose(serves);
     Tensor sum = start_sum(partial);  // it travels while the weight gradient is computed
     weight_gradient(tape, w, transposed, all_x, dy);
-    finish();
+    compute_after_communication();  // the sum must have arrived
     accumulate(dx, std::move(sum));
   });
   return y;
@@ -134,14 +130,14 @@ Var TensorParallel::row_linear(Tape& tape, const Var& x, int64_t R, Param& w) {
   if (axis_.size == 1) return linear(tape, x, w);
   const int64_t N = w.value.dim(1);
   const Tensor partial = for_partial_sums(R, N, x.value.dtype());
-  product(partial.view(0, {R, N}), x.value, false, w.value, false, 0);
+  product(partial.view(0, {R, N}), x.value, false, w.value, false);
   Var y{start_sum(partial)};
-  finish();
+  compute_after_communication();  // the next op reads the sum
 
   tape.push([this, &tape, R, &w, x = x.value, dx = x.grad, dy_slot = y.grad] {
     const Tensor all_dy = gather(take(dy_slot), R);
     Tensor d({R, x.dim(1)}, x.dtype(), Memory::activations);  // its part of the width: whole
-    product(d, all_dy, false, w.value, true, 0);
+    product(d, all_dy, false, w.value, true);
     accumulate(dx, std::move(d));
     weight_gradient(tape, w, false, x, all_dy);
   });
@@ -159,7 +155,7 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
   embedding_forward(partial.view(0, {R, C}), tokens.inputs, wte.value, wpe.value, tokens.T,
                     tokens.position_of_row);
   Var x{start_sum(partial)};
-  finish();
+  compute_after_communication();  // the next op reads the sum
   tape.push([this, tokens, R, &wte, &wpe, dx = x.grad] {
     const Purpose purpose(Traffic::embedding);
     // of its rows of wte; of all of wpe, on every rank
@@ -183,10 +179,10 @@ void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets
   softmax_parts(parts, logits.value, targets, V);
   copy(top, parts.view(0, {R}));  // the rescaling needs this rank's maximum and that of all
   all_reduce(top, ncclMax);
-  finish();
+  compute_after_communication();  // each row's maximum of all ranks
   softmax_rescale(parts, top);
   all_reduce(parts.view(R, {2, R}));
-  finish();
+  compute_after_communication();  // both sums over all ranks
   cross_entropy_parts(losses, logits.value, targets, V, top, parts, scale, tape.recording());
   if (tape.recording()) *logits.grad = std::move(logits.value);  // overwritten by their gradient
   add_sum(total, losses);
@@ -251,12 +247,12 @@ Tensor TensorParallel::next_logits(const Tensor& x, int64_t R, const Param& wte,
   const int64_t n = axis_.size, padded = wte.value.dim(0);
   const Dtype dtype = master_dtype(x.dtype());
   const Tensor logits({R, padded}, dtype, Memory::workspace);  // of its part of the vocabulary
-  product(logits, gather(x, R), false, wte.value, true, 0);
+  product(logits, gather(x, R), false, wte.value, true);
   Tensor all = logits;
   if (n > 1) {
     all = Tensor({n, R, padded}, dtype, Memory::workspace);
     all_gather(logits, all);
-    finish();
+    compute_after_communication();  // the other ranks' parts must have come
   }
   const Tensor whole({R, vocab}, dtype, Memory::workspace);
   for (int64_t r = 0; r < n; r++) {  // without the padding

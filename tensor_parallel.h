@@ -75,13 +75,12 @@ class TensorParallel {
  private:
   void all_gather(const Tensor& mine, const Tensor& all);
   void all_reduce(const Tensor& x, ncclRedOp_t op = ncclSum);
-  // This and start_sum are Megatron-LM's conjugate operators, each the other's backward: f and g
-  // (identity and all-reduce) or, under sequence parallelism, g and its conjugate (all-gather and
-  // reduce-scatter).
+  // This and start_sum are each the other's backward, Megatron-LM's conjugate operators: f and g of
+  // the paper of 2019 (identity, all-reduce) or, under sequence parallelism, g and g-bar of that of
+  // 2023 (all-gather, reduce-scatter).
   Tensor start_gather(const Tensor& x, int64_t R);
   Tensor gather(const Tensor& x, int64_t R);
   Tensor start_sum(const Tensor& partial);
-  void finish();
   Tensor for_partial_sums(int64_t R, int64_t width, Dtype dtype) const;
   Var column(Tape& tape, const Var& x, int64_t R, Param& w, bool transposed, Traffic serves);
 

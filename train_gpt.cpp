@@ -30,7 +30,7 @@ struct Run {
   std::optional<Trace> trace = {};
   Profile profile = {};
   int64_t step = resumed;  // the last that was begun
-  Batch batch = {};        // of the next step
+  Batch batch = {};        // of this step; once that is queued, of the next one
   std::string error = {};  // of data, metrics or trace: what was trained is saved all the same
   bool has_metrics = true;
 
@@ -150,6 +150,7 @@ struct Run {
     progress.start_step();
     watch.step(step);
     const double lr = learning_rate(step, o.steps, o.warmup, o.lr, o.min_lr);
+    // of the last step alone: with no GPU nothing overlaps in it
     trainer.pipeline.measures = mesh["pp"].size > 1 && step == o.steps;
     op_times.start(o.profile || is_traced ? OpTimes::everything : OpTimes::collectives);
     profile.host_begins();
@@ -204,12 +205,12 @@ struct Run {
   // both at the same places.
   bool stopped() const {
     int mine = signal_came() || !error.empty(), any = 0;
-    MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, UntilDone());  // it waits here
+    MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, UntilDone());  // waits here
     return any != 0;
   }
 
-  // Says it. None where the work ends. All sequences are read before any is computed with: who
-  // cannot read must not leave the others in a collective.
+  // Computes and prints the loss on held-out text; nothing where the run is to end. A rank reads
+  // all sequences first: one that cannot read must not leave the others in a collective.
   std::optional<double> held_out_loss() {
     at_work = "the held-out loss";
     std::vector<std::vector<int>> sequences(data.tokens->held_out_sequences());

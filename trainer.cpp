@@ -200,7 +200,7 @@ double Trainer::evaluate(int64_t sequences, const Sequences& held_out) {
         return forward_loss(tape, chunk, x, batch[i], counts ? 1.0 / (sequences * T) : 0);
       });
   sum_loss();
-  fsdp.end_step();
+  fsdp.end_step();  // the next step gathers, as every step does, and the ledger counts it
   return download(total_)[0];
 }
 
@@ -213,6 +213,7 @@ std::vector<double> Trainer::next_logits(const std::vector<int>& tokens) {
     return and_target;
   });
   batch.last_rows = true;
+  // without an end_step after it: for the next token the weights are the same
   Tensor next({1, V}, master_dtype(gpt.config.dtype), Memory::workspace);
   fill(next, 0);  // what a rank has that does not have the head
   pipeline.forward(activation(1, n), 1, [&](Tape& tape, int chunk, const Var& x, int) {

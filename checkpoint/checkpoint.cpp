@@ -260,6 +260,31 @@ void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info,
   }
 }
 
+// Weights of which several ranks have a copy should have the same bits on all of them: rank 0
+// learns the first that do not, and two of those ranks, in words; else and elsewhere it is "".
+static std::string copies_that_differ(const Mesh& mesh, const std::vector<ParamShard>& shards) {
+  int64_t copies = mesh["tp"].size * mesh["pp"].size;  // of something; 1: nobody has any
+  for (const Axis& axis : mesh.axes_where(&AxisKind::copies_model)) copies *= axis.size;
+  if (copies == 1) return "";
+  std::map<std::string, uint64_t> mine;
+  for (const ParamShard& s : shards) {
+    std::string bytes(s.weights.bytes(), 0);
+    download(s.weights, bytes.data());
+    const Slice& slice = s.param->slice;
+    const bool is_whole = slice.end - slice.begin == slice.split;
+    mine[sentence(s.param->name, is_whole ? "" : sentence(" (slices from ", slice.begin, " on)"),
+                  ", elements from ", s.first, " on")] = checksum(bytes);
+  }
+  std::map<std::string, std::pair<uint64_t, size_t>> known;  // and whose it is
+  const std::vector<json> all = gather(mine);
+  for (size_t rank = 0; mesh.rank == 0 && rank < all.size(); rank++)
+    for (const auto& [piece, sum] : all[rank].get<decltype(mine)>()) {
+      const auto [first, other] = known.try_emplace(piece, sum, rank).first->second;
+      if (first != sum) return sentence(piece, ", on ranks ", other, " and ", rank);
+    }
+  return "";
+}
+
 std::vector<std::string> save_checkpoint(const std::string& dir, const CheckpointInfo& info,
                                          const Job& job, const Mesh& mesh,
                                          const std::vector<ParamShard>& shards) {
@@ -298,27 +323,6 @@ std::vector<std::string> save_checkpoint(const std::string& dir, const Checkpoin
         differ};
   if (job.rank != 0 || info.keep == 0) return {};
   return remove_old(dir, info.keep);
-}
-
-std::string copies_that_differ(const Mesh& mesh, const std::vector<ParamShard>& shards) {
-  if (mesh["replicate"].size * mesh["tp"].size * mesh["pp"].size == 1) return "";  // nobody has any
-  std::map<std::string, uint64_t> mine;
-  for (const ParamShard& s : shards) {
-    std::string bytes(s.weights.bytes(), 0);
-    download(s.weights, bytes.data());
-    const Slice& slice = s.param->slice;
-    const bool is_whole = slice.end - slice.begin == slice.split;
-    mine[sentence(s.param->name, is_whole ? "" : sentence(" (slices from ", slice.begin, " on)"),
-                  ", elements from ", s.first, " on")] = checksum(bytes);
-  }
-  std::map<std::string, std::pair<uint64_t, size_t>> known;  // and whose it is
-  const std::vector<json> all = gather(mine);
-  for (size_t rank = 0; mesh.rank == 0 && rank < all.size(); rank++)
-    for (const auto& [piece, sum] : all[rank].get<decltype(mine)>()) {
-      const auto [first, other] = known.try_emplace(piece, sum, rank).first->second;
-      if (first != sum) return sentence(piece, ", on ranks ", other, " and ", rank);
-    }
-  return "";
 }
 
 // ---- one run in a directory

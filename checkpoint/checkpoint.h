@@ -93,9 +93,6 @@ class Checkpoint {
 std::vector<std::string> save_checkpoint(const std::string& dir, const CheckpointInfo& info,
                                          const Job& job, const Mesh& mesh,
                                          const std::vector<ParamShard>& shards);
-// Weights of which several ranks have a copy should have the same bits on all of them: rank 0
-// learns the first that do not, and two of those ranks, in words; else and elsewhere it is "".
-std::string copies_that_differ(const Mesh& mesh, const std::vector<ParamShard>& shards);
 // The newest checkpoint in `dir` whose files are whole. Each that is passed over is said; a damaged
 // one is renamed to damaged-step-... Nothing if there never was one; an Error if none is whole, or
 // if one cannot be read. With a step that one alone, or an Error.

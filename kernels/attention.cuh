@@ -46,8 +46,8 @@ struct Places {
 // begins when the others end. This order is kept within groups of heads: keys and values of a whole
 // micro-batch would not stay in the L2 cache until the next tile reads them again.
 struct Sizes {
-  int H, D;
-  bool packs;  // rows begin at multiples of 16 bytes
+  int H = 0, D = 0;
+  bool packs = false;  // rows begin at multiples of 16 bytes
   Places queries, keys;
   unsigned heads = 0, group_heads = 0, tiles = 0;  // of all sequences; of a group; of a head
   unsigned blocks() const { return heads * tiles; }

@@ -386,11 +386,7 @@ int64_t most_heads(int64_t bytes_of_head) {
 
 Sizes sizes_of(const Tensor& out, const Tensor& lse, const AttentionInputs& in) {
   const int64_t B = in.B, H = in.H;
-  Sizes n{.H = int(H),
-          .D = 0,
-          .packs = false,
-          .queries = places_of(in.queries),
-          .keys = places_of(in.keys)};
+  Sizes n{.H = int(H), .queries = places_of(in.queries), .keys = places_of(in.keys)};
   const int64_t T = n.queries.rows, D = out.numel() / (B * T * H);
   ASSERT(out.numel() == B * T * H * D && lse.numel() == B * H * T, to_string(out.shape()), ", ",
          to_string(lse.shape()), " with B = ", B, ", T = ", T, ", H = ", H);

@@ -84,7 +84,6 @@ struct Problem {
   Problem(const Tensor& out, const AttentionInputs& in)
       : n{.H = int(in.H),
           .D = int(out.numel() / (in.B * in.queries.rows() * in.H)),
-          .packs = false,
           .queries = places_of(in.queries),
           .keys = places_of(in.keys)},
         Tq(n.queries.rows),
@@ -100,7 +99,7 @@ struct Problem {
   Tensor rows_of(const Tensor& all, int64_t b) const { return all.view(b * rows, {rows}); }
   // s (H,Tq,Tk) = a b^T * factor, of queries and keys
   void multiply(const Tensor& s, Matrix a, Matrix b_transposed, double factor) const {
-    matmul(s.dtype(), s.dtype(), Tq, Tk, n.D, a, b_transposed, matrix(s), factor, 0, n.H);
+    matmul(s.dtype(), s.dtype(), Tq, Tk, n.D, a, b_transposed, matrix(s), factor, false, n.H);
   }
 };
 
@@ -125,7 +124,8 @@ void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor&
     const Tensor sums = lse.empty() ? lse : x.rows_of(lse, b);
     DISPATCH(dtype, causal_softmax<T>
              <<<x.rows, kThreads, 0, device().compute>>>(p.data<T>(), sums.data<A>(), x.n));
-    matmul(dtype, out.dtype(), x.Tq, x.n.D, x.Tk, x.matrix(p), kvs.values(b), y.first(b), 1, 0, H);
+    matmul(dtype, out.dtype(), x.Tq, x.n.D, x.Tk, x.matrix(p), kvs.values(b), y.first(b), 1, false,
+           H);
   }
 }
 
@@ -150,11 +150,13 @@ void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
       DISPATCH(dtype, softmax_again<T><<<x.rows, kThreads, 0, device().compute>>>(
                           p.data<T>(), x.rows_of(lse, b).data<A>(), x.n));
     }
-    matmul(dtype, to, x.Tk, x.n.D, x.Tq, x.matrix(p, true), dy.first(b), dkvs.values(b), 1, 0, H);
+    matmul(dtype, to, x.Tk, x.n.D, x.Tq, x.matrix(p, true), dy.first(b), dkvs.values(b), 1, false,
+           H);
     x.multiply(ds, dy.first(b), kvs.values(b, true), 1);
     DISPATCH(dtype, causal_softmax_backward<T><<<x.rows, kThreads, 0, device().compute>>>(
                         ds.data<T>(), p.data<T>(), x.rows_of(delta, b).data<A>(), x.Tk, x.scale));
     matmul(dtype, to, x.Tq, x.n.D, x.Tk, x.matrix(ds), kvs.keys(b), dqs.first(b), 1, add_dq, H);
-    matmul(dtype, to, x.Tk, x.n.D, x.Tq, x.matrix(ds, true), qs.first(b), dkvs.keys(b), 1, 0, H);
+    matmul(dtype, to, x.Tk, x.n.D, x.Tq, x.matrix(ds, true), qs.first(b), dkvs.keys(b), 1, false,
+           H);
   }
 }

@@ -24,12 +24,12 @@ struct Matrix {  // a row-major matrix inside a tensor, or `batch` of them `stri
   bool transposed = false;  // use it as its transpose
   int64_t stride = 0;       // elements from one matrix of the batch to the next
 };
-// c (m,n) = a (m,k) b (k,n) * alpha + c * beta, for each of `batch`. a and b are of dtype `in`, c
-// of dtype `out`: equal, or in = bf16 and out = f32. Sums in acc(in), except that cuBLAS may cut a
-// long one into parts and add these in bf16, where c is bf16. beta is 0 (c is not read, may be
-// uninitialised) or 1.
+// c (m,n) = alpha a (m,k) b (k,n), for each of `batch`; with `add` c += that, else c is not read
+// and may be uninitialised. a and b are of dtype `in`, c of dtype `out`: equal, or in = bf16 and
+// out = f32. Sums in acc(in), except that cuBLAS may cut a long one into parts and add these in
+// bf16, where c is bf16.
 void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix c,
-            double alpha = 1, double beta = 0, int64_t batch = 1);
+            double alpha = 1, bool add = false, int64_t batch = 1);
 
 // ---- matvec.cu   a few rows times a whole matrix: bound by reading the weights once
 

@@ -1,4 +1,4 @@
-// matmul.cu: c (m,n) = alpha a (m,k) b (k,n) + beta c, by cuBLAS or by two kernels of our own.
+// matmul.cu: c (m,n) = or += alpha a (m,k) b (k,n), by cuBLAS or by two kernels of our own.
 //
 // idea      a block owns a tile of c and walks along k: it brings a slice of a's rows and of b's
 //           columns to shared memory and multiplies them there, so that each number read from
@@ -142,8 +142,8 @@ template <class T, class U> __global__ void __launch_bounds__(256, 2)
     A *tile_a = tiles[k0 / S::kK % 2][0], *tile_b = tiles[k0 / S::kK % 2][1];
     from_a.put_transposed(tile_a, S::kLd);
     from_b.put_transposed(tile_b, S::kLd);
-    // the slices are complete; the other buffer was last read before the barrier of the previous
-    // turn
+    // the slices are complete; the other buffer was last read before the previous iteration's
+    // barrier
     __syncthreads();
     from_a.fetch(k0 + S::kK);
     from_b.fetch(k0 + S::kK);
@@ -289,8 +289,8 @@ template <class U, bool kPacks> void launch_tensor(int64_t m, int64_t n, int64_t
 
 template <class T, class U> void own_matmul(int64_t m, int64_t n, int64_t k, const Matrix& a,
                                             const Matrix& b, const Matrix& c, double alpha,
-                                            double beta, int64_t batch) {
-  const Result<U> to{static_cast<U*>(c.data), c.ld, c.stride, aligned<U>(c), beta != 0};
+                                            bool add, int64_t batch) {
+  const Result<U> to{static_cast<U*>(c.data), c.ld, c.stride, aligned<U>(c), add};
 #ifndef CPU_FAST
   if constexpr (std::is_same_v<T, bf16>) {
     const Operand<T> rows = rows_of<T>(a), columns = columns_of<T>(b);
@@ -311,9 +311,10 @@ cudaDataType_t type_of(Dtype dtype) {
 // cuBLAS counts in columns: to it our matrices are their transposes, and c^T = b^T a^T.
 // CUBLAS_COMPUTE_32F allows no TF32.
 void cublas_matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, const Matrix& a,
-                   const Matrix& b, const Matrix& c, double alpha, double beta, int64_t batch) {
+                   const Matrix& b, const Matrix& c, double alpha, bool add, int64_t batch) {
   const bool f64 = in == Dtype::f64;
-  const float alpha32 = float(alpha), beta32 = float(beta);
+  const double beta = add;
+  const float alpha32 = float(alpha), beta32 = add;
   const void *alpha_ = f64 ? static_cast<const void*>(&alpha) : &alpha32,
              *beta_ = f64 ? static_cast<const void*>(&beta) : &beta32;
   const auto op = [](const Matrix& x) { return x.transposed ? CUBLAS_OP_T : CUBLAS_OP_N; };
@@ -335,11 +336,10 @@ void cublas_matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, const M
 // ---- the one entry
 
 void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix c,
-            double alpha, double beta, int64_t batch) {
+            double alpha, bool add, int64_t batch) {
   OP(sentence("matmul ", m, " x ", n, " x ", k), 0, 2.0 * double(m * n) * double(k * batch));
   ASSERT(in != Dtype::i32 && (in == out || (in == Dtype::bf16 && out == Dtype::f32)), name_of(in),
          " to ", name_of(out));
-  ASSERT(beta == 0 || beta == 1, "beta = ", beta);
   ASSERT(m >= 0 && n >= 0 && k >= 0 && batch >= 0 && m <= INT_MAX && n <= INT_MAX && k <= INT_MAX,
          m, " x ", n, " x ", k, " x ", batch);
   ASSERT(a.ld >= (a.transposed ? m : k) && b.ld >= (b.transposed ? k : n) && c.ld >= n &&
@@ -348,10 +348,10 @@ void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matr
   ASSERT(a.ld <= INT_MAX && b.ld <= INT_MAX && c.ld <= INT_MAX);
   if (m == 0 || n == 0 || batch == 0) return;
   if (matmul_backend == MatmulBackend::cublas)
-    return cublas_matmul(in, out, m, n, k, a, b, c, alpha, beta, batch);
+    return cublas_matmul(in, out, m, n, k, a, b, c, alpha, add, batch);
   REQUIRE(batch < 65536 && m <= 65535 * 64, "--matmul own multiplies at most 65535 matrices of ",
           65535 * 64, " rows, not ", batch, " of ", m,
           ": give --matmul cublas or a smaller --microbatch");
-  DISPATCH(in, out == in ? own_matmul<T, T>(m, n, k, a, b, c, alpha, beta, batch)
-                         : own_matmul<T, acc_t<T>>(m, n, k, a, b, c, alpha, beta, batch));
+  DISPATCH(in, out == in ? own_matmul<T, T>(m, n, k, a, b, c, alpha, add, batch)
+                         : own_matmul<T, acc_t<T>>(m, n, k, a, b, c, alpha, add, batch));
 }

@@ -12,6 +12,7 @@ const ModelSize kModels[] = {{12, 768, 12},  {24, 2048, 16}, {32, 4096, 32},  {4
                              {48, 7168, 56}, {80, 8192, 64}, {96, 12288, 96}, {128, 25600, 160}};
 const std::vector<int64_t> kDevices{1, 2, 4, 8, 16, 64, 256, 1024, 4096}, kTp{1, 2, 4, 8, 16, 32};
 constexpr int64_t kBatch = 2048, kOfNode = 8;
+constexpr double kSlow = 1.25e9;  // bytes/s: 10 Gbit/s
 
 // The simplest first: how many ranks of each axis (0: as many as is best), and the stage of ZeRO
 // (0: any). The last has all layouts of the others.
@@ -98,7 +99,7 @@ template <class CellOf> void draw_table(Svg& svg, double left, double top, const
 
 }  // namespace
 
-std::string draw_map(Cluster cluster, double slow) {
+std::string draw_map(Cluster cluster) {
   Svg svg(2 * kPanel, 2 * kHeight, "font-family='sans-serif' font-size='12'", "When to use what");
   svg.box(0, 0, 2 * kPanel, 2 * kHeight, "fill='#fff'");
   svg.text(kLeft, 47, "", "white: nothing fits");
@@ -118,7 +119,7 @@ std::string draw_map(Cluster cluster, double slow) {
                  cluster.nodes = devices / cluster.devices;
                  return best_kind(cluster, config);
                });
-    cluster.between.bandwidth = slow;
+    cluster.between.bandwidth = kSlow;
   }
   return svg.out.str() + "</svg>\n";
 }

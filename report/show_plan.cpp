@@ -368,7 +368,7 @@ int main(int argc, char** argv) {
         REQUIRE(name == "map" || name == "machine" || name == "profile", "--", name,
                 " would do nothing: --map draws models and clusters of its own");
       write_file(o.map, [&](const Write& write) {  // which must be possible: it takes minutes
-        const std::string map = draw_map(cluster_of(o), 1.25e9);
+        const std::string map = draw_map(cluster_of(o));
         put_aside(o.map, "drawings");
         write(map);
       });

@@ -112,9 +112,8 @@ void show(const ShowOptions& o) {
   if (o.actions) print_lists(s);
   if (o.svg.empty()) return;
   put_aside(o.svg, "drawings");
-  std::ofstream file(o.svg);
-  file << draw_svg(s, t, to_string(s), units ? "forwards of one chunk" : "the unit of --times");
-  REQUIRE(file.flush().good(), "cannot write ", o.svg);
+  write_file(o.svg,
+             draw_svg(s, t, to_string(s), units ? "forwards of one chunk" : "the unit of --times"));
   printf("drawn     %s\n", o.svg.c_str());
 }
 

@@ -270,7 +270,7 @@ static std::vector<Row> product_rows(Dtype d) {
   const Dtype acc = master_dtype(d);
   std::vector<Row> rows;
   const auto product = [&](const std::string& name, int64_t m, int64_t n, int64_t k,
-                           bool a_transposed, bool b_transposed, Dtype out, double beta) {
+                           bool a_transposed, bool b_transposed, Dtype out, bool add) {
     for (MatmulBackend backend : {MatmulBackend::cublas, MatmulBackend::own})
       rows.push_back({sentence("matmul ", backend == MatmulBackend::own ? "own " : "cublas ", name),
                       0, 2.0 * double(m) * double(n) * double(k),
@@ -280,15 +280,15 @@ static std::vector<Row> product_rows(Dtype d) {
                             B{b.raw(), b_transposed ? k : n, b_transposed}, C{c.raw(), n};
                         return [=, keep = std::vector{a, b, c}] {
                           matmul_backend = backend;
-                          matmul(d, out, m, n, k, A, B, C, 1, beta);
+                          matmul(d, out, m, n, k, A, B, C, 1, add);
                           matmul_backend = MatmulBackend::cublas;
                         };
                       },
                       backend == MatmulBackend::cublas});
   };
-  product("forward (R,C)(C,4C)", kR, 4 * kC, kC, false, false, d, 0);
-  product("input gradient (R,4C)(4C,C)", kR, kC, 4 * kC, false, true, d, 0);
-  product("weight gradient (C,R)(R,4C)", kC, 4 * kC, kR, true, false, acc, 1);
+  product("forward (R,C)(C,4C)", kR, 4 * kC, kC, false, false, d, false);
+  product("input gradient (R,4C)(4C,C)", kR, kC, 4 * kC, false, true, d, false);
+  product("weight gradient (C,R)(R,4C)", kC, 4 * kC, kR, true, false, acc, true);
 
   // multiply-adds of one product, half of them masked: 2/2
   const double half = double(kB * kH) * double(kT) * double(kT) * double(kC / kH);

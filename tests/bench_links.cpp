@@ -71,7 +71,7 @@ class Pair {
     for (int turn = 0; turn < turns.count; turn++) {
       if (turns.beside) call(comm_, 2, Collective::all_reduce, x_, turns.bytes, other_);
       for (int k = 0; k < turns.products; k++, next_++)
-        product(c, a, false, b_[next_ % kMatrices], false, 0);
+        product(c, a, false, b_[next_ % kMatrices], false);
       if (!turns.beside && turns.bytes) {
         make_wait(other_, compute);
         call(comm_, 2, Collective::all_reduce, x_, turns.bytes, other_);

@@ -27,18 +27,8 @@ struct Job {
   Json summary;
 };
 
-std::vector<std::string> names_of_axes() {
-  std::vector<std::string> names;
-  for (const AxisKind& axis : kAxes) names.push_back(axis.name);
-  return names;
-}
 const char* const kPersistent[] = {"parameters", "gradients", "optimizer"};
 
-std::string format(const char* pattern, auto... values) {
-  char text[400];
-  snprintf(text, sizeof text, pattern, values...);
-  return text;
-}
 double mib(double bytes) { return bytes / 1048576; }
 
 // ---- reading
@@ -170,7 +160,7 @@ std::vector<Table> tables(const std::vector<Job>& jobs) {
        "differ from formula"},
       {}};
   Table traffic{"Sent by the busiest rank per step, MiB", {"strategy"}, {}};
-  std::vector<std::string> axes = names_of_axes();
+  std::vector<std::string> axes = names_of(kAxes);
   axes.push_back("world");  // the norm's sum
   std::vector<std::string> columns = axes;
   columns.insert(columns.end(), {"all", "by formula", "calls"});
@@ -605,7 +595,7 @@ std::string report(const std::vector<Job>& jobs, const std::vector<Table>& all,
     if (j.ranks == 1) continue;
     bar = {j.name, {}, {}};
     const Sent got = sent(j, busiest(j)), formula = sent(j, busiest(j), "predicted_bytes");
-    for (const std::string& axis : names_of_axes()) {
+    for (const std::string& axis : names_of(kAxes)) {
       bar.parts.push_back(got.axis.count(axis) ? mib(got.axis.at(axis)) : 0);
       bar.predicted.push_back(formula.axis.count(axis) ? mib(formula.axis.at(axis)) : 0);
     }
@@ -642,7 +632,7 @@ std::string report(const std::vector<Job>& jobs, const std::vector<Table>& all,
               "MiB", categories, memory) +
           (traffic.empty() ? ""
                            : bars("Sent by the busiest rank per step, by mesh axis", "MiB per step",
-                                  names_of_axes(), traffic)) +
+                                  names_of(kAxes), traffic)) +
           "</div>");
   section("pipelines", "Pipelines as they ran", timelines(jobs));
   section("network", "Over slow links", network());
@@ -684,11 +674,10 @@ int run(const std::string& dir, const std::string& path) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  try {
+  int status = 0;
+  const int failed = run_main("compare", [&] {
     REQUIRE(argc == 3, "usage: compare DIR REPORT.html");
-    return run(argv[1], argv[2]);
-  } catch (const std::exception& e) {
-    fprintf(stderr, "compare: %s\n", e.what());
-    return 1;
-  }
+    status = run(argv[1], argv[2]);
+  });
+  return failed || status;
 }

@@ -105,7 +105,7 @@ mutant waits a_layer_does_not_wait_for_the_partial_sums \
   tensor_parallel.cpp '/(x|the partial sums) must have been computed/d' \
   2 queued test_tensor_parallel $parity_tp
 mutant waits a_layer_does_not_wait_for_the_sum \
-  tensor_parallel.cpp '/what was sent must have arrived/d' 2 queued test_tensor_parallel $parity_tp
+  tensor_parallel.cpp '/compute_after_communication/d' 2 queued test_tensor_parallel $parity_tp
 mutant waits a_stage_sends_before_it_has_computed \
   pipeline.cpp 's/^    if \(t.from == .*\) outbox_.at.*/    if (t.from == axis_.rank) {}/' \
   2 queued test_pipeline $parity_pp
@@ -120,7 +120,7 @@ mutant waits a_stage_receives_into_memory_that_is_still_read \
 mutant waits a_ring_sends_before_it_has_computed \
   context_parallel.cpp '/what is sent must be there/d' 3 queued test_context_parallel $parity_cp
 mutant waits a_rank_attends_before_the_keys_have_come \
-  context_parallel.cpp '/what was sent must have left/d' 3 queued test_context_parallel $parity_cp
+  context_parallel.cpp '/compute_after_communication/d' 3 queued test_context_parallel $parity_cp
 
 mutant faults the_reduce_scatter_is_dropped \
   fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/,/;$/d' 2 immediate test_fsdp $parity
@@ -159,7 +159,7 @@ mutant faults the_slope_of_gelu_forgets_its_bias \
 mutant faults a_bias_in_a_sum_has_no_gradient \
   autograd.cpp '/^    bias_gradient\(tape, bias, dy\);/d' 1 immediate test_autograd gradient_of_gelu
 mutant faults the_first_writer_of_a_gradient_adds \
-  autograd.cpp 's/beta = (use.begin_write\(\))/beta = (\1, 1)/' \
+  autograd.cpp 's/adds = (use.begin_write\(\))/adds = (\1, true)/' \
   2 immediate test_fsdp $parity
 mutant faults a_gradient_stays_fresh \
   autograd.cpp 's/dy, bias->begin_write\(\)/dy, !bias->fresh/' 2 immediate test_fsdp $parity
@@ -338,10 +338,11 @@ mutant faults no_unit_is_gathered_ahead \
 mutant faults each_sum_of_gradients_is_awaited \
   fsdp.cpp 's/if \(options_.prefetch == 0\) may/may/' 4 immediate test_trace $travels
 mutant faults the_weight_gradient_waits_for_the_input_gradient_s_sum \
-  tensor_parallel.cpp 's/sum = start_sum\(partial\);.*/&\n    finish();/' \
+  tensor_parallel.cpp 's/sum = start_sum\(partial\);.*/&\n    compute_after_communication();/' \
   4 immediate test_trace $travels
 mutant faults attention_waits_for_the_next_keys \
-  context_parallel.cpp 's/start_exchange\(\{\{kv, next\}\}\);/&\n      finish();/' \
+  context_parallel.cpp \
+  's/start_exchange\(\{\{kv, next\}\}\);/&\n      compute_after_communication();/' \
   4 immediate test_trace $travels
 mutant faults a_stage_computes_nothing_while_it_sends \
   pipeline.cpp 's/^ +exchange\(a.transfers\);/&\n      compute_after_communication();/' \

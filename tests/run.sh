@@ -25,7 +25,6 @@ comm="test_comm"
 trace="test_trace"
 # under mpiexec -n 8
 referee="test_nccl"
-skipped=0
 export OMP_WAIT_POLICY=passive # two tests share the processors
 
 # run LABEL COMMAND...: for the lanes
@@ -141,9 +140,4 @@ if [ "$ended" -ne ${#labels[@]} ]; then
   echo "FAIL ${#labels[@]} tests were to run, and $ended ended"
   failed=$((failed + 1))
 fi
-if [ $skipped -gt 0 ]; then
-  echo "$passed passed, $failed failed, $skipped skipped"
-else
-  echo "$passed passed, $failed failed"
-fi
-[ $failed -eq 0 ]
+sums_up

@@ -14,7 +14,8 @@ struct Case {
   Dtype in = Dtype::f32, out = Dtype::f32;
   int64_t m = 1, n = 1, k = 1;
   bool ta = false, tb = false;
-  double alpha = 1, beta = 0;
+  double alpha = 1;
+  bool add = false;
   int64_t batch = 1;
   int64_t wider = 0;   // ld beyond the width
   int64_t offset = 0;  // elements from the start of the memory to the first matrix
@@ -22,7 +23,7 @@ struct Case {
 
 static double bound(const Case& p) {
   const double u = p.in == Dtype::f64 ? 0x1p-53 : 0x1p-24;
-  const bool twice = p.beta != 0 && device().is_gpu && matmul_backend == MatmulBackend::cublas;
+  const bool twice = p.add && device().is_gpu && matmul_backend == MatmulBackend::cublas;
   return 4 * u * std::sqrt(double(p.k)) + 4 * u +
          (p.out == Dtype::bf16 ? twice ? 0x1p-7 : 0x1p-8 : 0);
 }
@@ -52,12 +53,12 @@ static double difference(const Case& p, unsigned seed = 1) {
   for (int64_t z = 0; z < p.batch; z++)
     for (int64_t i = 0; i < p.m; i++)
       for (int64_t j = 0; j < p.n; j++)
-        if (p.beta == 0) before[c.at(p, z, i, j)] = kNaN;  // must not be read
+        if (!p.add) before[c.at(p, z, i, j)] = kNaN;  // must not be read
   const Tensor start = tensor_of(before, c.memory.shape(), p.out);
 
   const auto run = [&] {
     copy(c.memory, start);
-    matmul(p.in, p.out, p.m, p.n, p.k, a.matrix, b.matrix, c.matrix, p.alpha, p.beta, p.batch);
+    matmul(p.in, p.out, p.m, p.n, p.k, a.matrix, b.matrix, c.matrix, p.alpha, p.add, p.batch);
     return download(c.memory);
   };
   const std::vector<double> after =
@@ -71,7 +72,7 @@ static double difference(const Case& p, unsigned seed = 1) {
         for (int64_t l = 0; l < p.k; l++)
           sum += a.values[a.at(p, z, i, l)] * b.values[b.at(p, z, l, j)];
         const size_t at = c.at(p, z, i, j);
-        expected.push_back(p.alpha * sum + (p.beta == 0 ? 0 : c.values[at]));
+        expected.push_back(p.alpha * sum + (p.add ? c.values[at] : 0));
         got.push_back(after[at]);
         untouched[at] = around[at] = 0;
       }
@@ -83,7 +84,7 @@ static void check(const Case& p, double& worst) {
   const double d = difference(p);
   CHECK_LE(d, bound(p), name_of(p.in), " to ", name_of(p.out), ", m = ", p.m, ", n = ", p.n,
            ", k = ", p.k, p.ta ? ", a transposed" : "", p.tb ? ", b transposed" : "",
-           ", alpha = ", p.alpha, ", beta = ", p.beta, ", batch = ", p.batch, ", ld + ", p.wider,
+           ", alpha = ", p.alpha, p.add ? ", added" : "", ", batch = ", p.batch, ", ld + ", p.wider,
            ", offset ", p.offset);
   worst = std::max(worst, d / bound(p));
 }
@@ -112,8 +113,8 @@ static void sweep(MatmulBackend backend, Dtype in, Dtype out) {
   for (const auto& [m, n, k] : sizes())
     for (int t = 0; t < 4; t++, cases++) {
       const int variant = cases % 3;  // alone, added to c, scaled in a wider memory
-      check({in, out, m, n, k, t / 2 == 1, t % 2 == 1, variant == 2 ? -0.5 : 1.0,
-             variant == 1 ? 1.0 : 0.0, 1, variant == 2 ? 8 : 0, 0},
+      check({in, out, m, n, k, t / 2 == 1, t % 2 == 1, variant == 2 ? -0.5 : 1.0, variant == 1, 1,
+             variant == 2 ? 8 : 0, 0},
             worst);
     }
   measured(cases, " products, largest error ", worst, " of the bound");
@@ -135,8 +136,8 @@ TEST(batches_and_unaligned_memory_are_right_in_both) {
     matmul_backend = backend;
     for (Dtype in : {Dtype::f32, Dtype::f64, Dtype::bf16})
       for (int t = 0; t < 4; t++) {
-        check({in, in, 33, 20, 17, t / 2 == 1, t % 2 == 1, 0.25, 1, 3, 8, 0}, worst);
-        check({in, in, 20, 36, 40, t / 2 == 1, t % 2 == 1, 1, 0, 2, 3, 1}, worst);
+        check({in, in, 33, 20, 17, t / 2 == 1, t % 2 == 1, 0.25, true, 3, 8, 0}, worst);
+        check({in, in, 20, 36, 40, t / 2 == 1, t % 2 == 1, 1, false, 2, 3, 1}, worst);
       }
   }
   measured("48 products, largest error ", worst, " of the bound");
@@ -162,9 +163,8 @@ TEST(wrong_arguments_are_refused) {
   const Matrix m{x.raw(), 4};
   CHECK_SAYS(matmul(Dtype::f32, Dtype::bf16, 4, 4, 4, m, m, m), "f32 to bf16");
   CHECK_SAYS(matmul(Dtype::i32, Dtype::i32, 4, 4, 4, m, m, m), "i32");
-  CHECK_SAYS(matmul(Dtype::f32, Dtype::f32, 4, 4, 4, m, m, m, 1, 0.5), "beta");
   CHECK_SAYS(matmul(Dtype::f32, Dtype::f32, 4, 4, 5, m, m, m), "ld");
-  measured("dtypes, beta, ld");
+  measured("dtypes, ld");
 }
 
 int main(int argc, char** argv) {

@@ -173,7 +173,7 @@ static Tensor filled(Dtype dtype, int64_t rows, int64_t columns) {
 static double seconds_of_product(Dtype dtype, int64_t rows, int64_t columns, int64_t inner) {
   const Tensor a = filled(dtype, rows, inner), b = filled(dtype, inner, columns),
                c = filled(dtype, rows, columns);
-  return best_of_four([&] { product(c, a, false, b, false, 0); });
+  return best_of_four([&] { product(c, a, false, b, false); });
 }
 
 std::string links_of(const std::string& gpu) {

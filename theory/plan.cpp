@@ -150,7 +150,7 @@ class Search : Predictor {
       return s.row->live(s.stages, s.microbatches, 1, stage) * bytes[0].forward;
     // beyond 4 p micro-batches no more are live at once
     s.microbatches = std::min(s.microbatches, 4 * s.stages);
-    auto& few = schedules_[{s.row->name, s.stages, s.microbatches, s.chunks}];
+    auto& few = schedules_[to_string(s)];
     if (few.actions.empty()) {
       few = s;
       for (int i = 0; i < s.stages; i++) few.actions.push_back(computations(s, i));
@@ -180,7 +180,7 @@ class Search : Predictor {
   std::vector<Planned> candidates;
   Plan result;
   std::map<std::tuple<int64_t, int64_t, int, bool, bool, ChunkKind>, int64_t> held_;
-  std::map<std::tuple<const char*, int, int, int>, Schedule> schedules_;
+  std::map<std::string, Schedule> schedules_;  // by their to_string
 };
 
 }  // namespace

@@ -318,9 +318,8 @@ class RankWork : TheoryOfChunk, Issue {
 
 int64_t fullest_rank(const TrainingJob& job) {
   const Layout& l = job.layout;
-  const auto rows = [&](int64_t rank) {
-    return ContextParallel({"cp", int(l["cp"])}).part_of(int(rank), job.context).rows();
-  };
+  const ContextParallel cp({"cp", int(l["cp"])});
+  const auto rows = [&](int64_t rank) { return cp.part_of(int(rank), job.context).rows(); };
   int64_t fullest = l["cp"] - 1;
   for (int64_t r = 0; r < l["cp"] && job.context % (2 * l["cp"]); r++)
     if (rows(r) > rows(fullest)) fullest = r;
