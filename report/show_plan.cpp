@@ -149,12 +149,11 @@ void print_parts(const Json& parts, double unit, const char* unit_name) {
              100 * double(part) / all);
 }
 
-void explain(const Cluster& cluster, const Json& layout, bool memory_alone) {
+void explain(const Cluster& cluster, const Json& layout) {
   const std::string options = layout["options"];
   printf("layout   %s\nmemory   %.4g GiB of %.4g on stage %d\n", options.c_str(),
          double(layout["memory_bytes"]) / kGiB, cluster.memory / kGiB, int(layout["memory_stage"]));
   print_parts(layout["memory"], kGiB, "GiB");
-  if (memory_alone) return;
   if (!layout["sent_bytes"].empty()) printf("sent     in a step by a rank, by axis, at most\n");
   print_parts(layout["sent_bytes"], 1e6, "MB");
   printf("step     %.4g s, %.4g tokens/s, MFU %.1f %%; what binds is first\n",
@@ -233,7 +232,7 @@ void check_asked(const PlanOptions& o, const Options& checked) {
                     {{"top"}, !o.layout_only, "is about a search, which --layout leaves out"},
                     {{"replicate", "fsdp", "cp", "batch", "microbatch", "zero",
                       "reshard-after-forward", "prefetch", "schedule", "chunks",
-                      "sequence-parallel", "recompute", "layout", "top"},
+                      "sequence-parallel", "recompute", "attention", "layout", "top"},
                      !o.decode,
                      "is about training, and --decode about inference: leave one of them out"}});
   check_common(checked);
@@ -275,20 +274,21 @@ Wanted wanted_of(const PlanOptions& o, const GptConfig& config) {
   return wanted;
 }
 
-// The fastest layouts, each a line, and the first of them in full; of those that do not fit, the
-// smallest. Where one layout was asked for, it alone.
+// The fastest layouts, each a line, and the first of them in full; where none fits, the smallest.
+// Where one layout was asked for, it alone.
 void print_plan(const PlanOptions& o, const Cluster& cluster, const Plan& found) {
   Json fastest = Json::array();
   std::string table;
   for (const Planned& p : found.fastest) {
     const Json& row = fastest.emplace_back(json_of(cluster, p));
     const double percent = 100 / p.seconds;
-    table += format("%9.4g %11.4g %4.1f%% %5.1f %7.1f%% %5.1f%% %5.1f%%  ", p.seconds,
+    table += format("%9.4g %11.4g %4.1f%% %5.3g %7.1f%% %5.1f%% %5.1f%%  ", p.seconds,
                     double(row["tokens_per_second"]), 100 * double(row["mfu"]), p.memory / kGiB,
-                    percent * p.computing, percent * p.bubble, percent * total(p.waiting)) +
+                    percent * (p.computing + p.optimizer), percent * p.bubble,
+                    percent * total(p.waiting)) +
              std::string(row["options"]) + "\n";
   }
-  const Json smallest = found.smallest ? json_of(cluster, *found.smallest) : Json();
+  const Json smallest = found.fitting == 0 ? json_of(cluster, *found.smallest) : Json();
   if (o.json) {
     puts(Json{{"layouts", found.layouts},
               {"fitting", found.fitting},
@@ -298,20 +298,15 @@ void print_plan(const PlanOptions& o, const Cluster& cluster, const Plan& found)
              .c_str());
     return;
   }
-  const bool searches = !o.layout_only;
-  if (searches)
-    printf("layouts  %ld of a batch of %ld, %ld fit in memory\n", found.layouts, o.batch,
+  if (!o.layout_only) {
+    printf("layouts  %ld of a batch of %ld, %ld fit in memory\n\n", found.layouts, o.batch,
            found.fitting);
-  if (found.fitting > 0) {
-    if (searches)
-      printf("\n  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n%s%s\n",
+    if (found.fitting == 0) puts("of those that do not fit, the smallest");
+    else
+      printf("  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n%s%s\n",
              table.c_str(), without_use(o, fastest).c_str());
-    explain(cluster, fastest[0], false);
   }
-  if (found.smallest) {
-    if (searches) printf("\nof those that do not fit, the smallest\n");
-    explain(cluster, smallest, searches);
-  }
+  explain(cluster, found.fitting > 0 ? fastest[0] : smallest);
 }
 
 void show(PlanOptions& o) {

@@ -473,6 +473,74 @@ TEST(every_product_of_a_step_is_predicted_once) {
       }
 }
 
+// On a machine where nothing but the latency of links takes time, 1 ms for each doubling of the
+// ranks: a step waits for each collective that the ledger has, and an all-reduce has two rounds.
+// Left out are a step's sums of losses and squares.
+TEST(every_collective_of_a_step_waits_once) {
+  const Machine machine = parse_machine(
+      "latency alone",
+      "peak 1e9 : -\nf32 1e9 : -\nproduct 1 1e9 : -\nproduct 2 1e9 : -\nmultiprocessors 0 : -\n"
+      "copy 1e9 : -\nmemory 80 : -\nlaunch 0 : -\ninside 1e9 1000 : -\nbetween 1e9 1000 : -\n");
+  GptConfig config{{4, 64, 4, 64, 256}, Dtype::f32};
+  for (const char* profile : {"threefold", "threefold-cpu"})
+    for (const Layout& layout : {Layout{{"tp", 2}}, Layout{{"fsdp", 2}}, Layout{{"replicate", 2}},
+                                 Layout{{"tp", 2}, {"fsdp", 2}}, Layout{{"cp", 2}}})
+      for (const bool by_rows : {false, true})
+        for (const int zero : {1, 2, 3})
+          for (const bool recompute : {false, true}) {
+            const bool direct = profile_named(profile).direct;
+            config.sequence_parallel = by_rows, config.recompute = recompute;
+            TrainingJob job{config, {}, layout};
+            job.batch = 4, job.microbatch = 2, job.fsdp.zero = zero;
+            double expected = 0;
+            const Ledger ledger = theory(job, layout, int(layout.ranks()) - 1, job).step;
+            for (const auto& [key, row] : ledger.rows) {
+              const auto& [axis, collective, purpose] = key;
+              if (purpose == Traffic::norm || (purpose == Traffic::loss && axis != "tp")) continue;
+              // NCCL merges the partial gradients of a unit, which are six in a block
+              const bool merged = purpose == Traffic::partial_gradients && !direct;
+              const double units = 1 + double(config.layers),
+                           partial = 2 + 6 * double(config.layers);
+              expected += double(row.calls) * (collective == Collective::all_reduce ? 2e-3 : 1e-3) *
+                          (merged ? units / partial : 1);
+            }
+            const double seconds =
+                Predictor({machine, profile_named(profile), 1, 4}, config).step(job).seconds;
+            CHECK_LE(close(seconds, expected), 1e-3, profile, " ", to_string(layout), " zero ",
+                     zero, by_rows ? " by rows" : "", recompute ? " recompute" : "");
+          }
+}
+
+// Round a ring one rank of a node sends to the next node, over one card, however many it has; and
+// each of a ring's rounds waits.
+TEST(keys_go_over_one_card_of_each_node) {
+  Machine machine = read_machine("h100");
+  machine.peak = machine.f32 = machine.copy = 1e24;  // nothing to compute beside what travels
+  machine.products = {{1, 1e24}, {2, 1e24}};
+  machine.launch = 0;
+  const GptConfig config{{2, 256, 4, 1024, 256}, Dtype::f32};
+  for (const int64_t devices : {1, 2, 4})
+    for (const double latency : {0.0, 1e-3}) {
+      machine.inside.latency = 0;
+      machine.between = {1e9, latency};
+      const int64_t n = 2 * devices;
+      TrainingJob job{config, {}, {{"cp", n}}};
+      job.batch = job.microbatch = 1;
+      double expected = double(config.layers * (2 * n - 1)) * latency;  // rounds of the ring
+      for (const auto& [key, row] : theory(job, job.layout, fullest_rank(job), job).step.rows) {
+        const auto& [axis, collective, purpose] = key;
+        if (collective == Collective::send) expected += double(row.bytes()) / 1e9;
+        else if (collective != Collective::all_reduce)  // FSDP's, by all cards
+          expected += double(row.bytes()) / 1e9 / double(devices) +
+                      double(row.calls) * std::log2(double(n)) * latency;
+      }
+      const double seconds = Predictor({machine, profile_named("threefold"), 2, devices}, config)
+                                 .predict(job)
+                                 .waiting[AxisName("cp").index];
+      CHECK_LE(close(seconds, expected), 1e-6, n, " ranks");
+    }
+}
+
 TEST(every_parameter_is_updated_once) {
   // most are positions, whose unit the head uses, too, and tokens, which both ends use
   const GptConfig config{{2, 64, 4, 4096, 4096}, Dtype::f32};
@@ -484,23 +552,39 @@ TEST(every_parameter_is_updated_once) {
   const double seconds = Predictor({machine, profile, 1, 1}, config).step(job).optimizer;
   const double parameters = seconds * machine.copy / profile.optimizer_bytes;
   CHECK_LE(close(4 * parameters, double(account(job).memory[int(Memory::parameters)])), 1e-12);
+  // both ends of zbv are on one stage, whose chunks do not both update them
+  job.layout = {{"pp", 2}};
+  job.batch = 4, job.microbatch = 1;
+  const auto of = [&](const char* schedule, int64_t layers) {
+    GptConfig deep = config;
+    deep.layers = layers;
+    static_cast<GptConfig&>(job) = deep;
+    job.schedule = schedule;
+    return Predictor({machine, profile, 1, 2}, deep).step(job).optimizer;
+  };
+  CHECK_LE(of("zbv", 4), 1.2 * of("1f1b", 2), "one more block on its first stage");
 }
 
 TEST(what_stages_gather_and_sum_does_not_add_up) {
-  const GptConfig config{{8, 256, 4, 8, 256}, Dtype::f32};
   Machine machine = read_machine("a100-80g");
   machine.inside = {1e6, 0};  // nothing else takes as long
   const Cluster cluster{machine, profile_named("threefold"), 1, 8};
-  for (const auto& [schedule, most] : {std::pair{"gpipe", 1.05},
-                                       {"1f1b", 1.05},
-                                       {"interleaved", 1.3}}) {  // stage 0: at each chunk's use
+  constexpr int large = 20'000;  // a vocabulary: both ends of zbv are on one stage
+  for (const auto& [schedule, vocab, most] :
+       {std::tuple{"gpipe", 256, 1.05},
+        {"1f1b", 256, 1.05},
+        {"interleaved", 256, 1.3},
+        {"zbv", 256, 1.3},
+        {"zbv", large, 1.05}}) {  // 1.3: stage 0 at each chunk's use
+    const GptConfig config{{8, 256, 4, 8, vocab}, Dtype::f32};
     TrainingJob job{config, {}, {{"pp", 4}, {"fsdp", 2}}};
     job.batch = 8;
     job.microbatch = 1;
     job.schedule = schedule;
     job.fsdp.zero = 1;
     // what embedding and head add up is sent when all else is done, a shard of it by each rank
-    const double tied = 4 * double(config.vocab * config.width) / 2,
+    const bool apart = schedule != std::string("zbv");
+    const double tied = apart * 4 * double(config.vocab * config.width) / 2,
                  times = Predictor(cluster, config).step(job).seconds * 1e6 /
                          (tied + double(account(job).sent.at("fsdp")));
     CHECK(1 <= times && times < most, schedule, ": ", times);

@@ -168,6 +168,10 @@ for run in range(40):
                          f"{plan['memory'][what]}")
     if measured["kept_activations"]["bytes"] != plan["memory"]["activations"]:
         wrong.append(f"activations of {' '.join(words)}")
+    activation = int(words[words.index("--microbatch") + 1]) * 32 * 48 * 4  # of width C
+    if measured.get("activations", {}).get("at_peak", 0) > (
+            plan["memory"]["activations"] + plan["memory"]["workspace"] + 8 * activation):
+        wrong.append(f"activations at the peak of {' '.join(words)}")
     if measured.get("gather", {}).get("at_peak", 0) > plan["memory"].get("gather", 0):
         wrong.append(f"gather buffers of {' '.join(words)}")
 for line in wrong:

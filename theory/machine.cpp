@@ -249,8 +249,8 @@ Machine measure_machine(int64_t ranks) {
 static constexpr Passes kForward{13, 6, 4, 2, 3, 16}, kBackward{13, 3, 4, 3, 0, 14},
     kMegatronForward{11, 2, 2, 4.5, 11, 12}, kMegatronBackward{21, 11, 4, 5.5, 7, 20};
 static const SoftwareProfile kProfiles[] = {
-    {"threefold", kForward, kBackward, false, true, 0, 39, 0.6, false},
-    {"threefold-cpu", kForward, kBackward, false, true, 0, 28, 0.26, true},
+    {"threefold", kForward, kBackward, false, true, 0, 34, 0.6, false},
+    {"threefold-cpu", kForward, kBackward, false, true, 0, 32, 0.26, true},
     {"megatron-2021", kMegatronForward, kMegatronBackward, true, false, 2, 52, 0.6, false},
     {"deepspeed-2021", kMegatronForward, kMegatronBackward, true, false, 2, 52, 0.6, false, 16e9},
 };
@@ -310,7 +310,8 @@ Link link_of(const Cluster& c, int64_t n, int64_t stride) {
                 here = n / nodes;
   if (nodes == 1) return {in.bandwidth, in.latency, n, 1, c.profile.direct};
   const double cards = c.profile.direct ? (n - 1.0) / (n - here) : here;
-  return {std::min(in.bandwidth, cards * out.bandwidth), out.latency, n, nodes, c.profile.direct};
+  return {std::min(in.bandwidth, cards * out.bandwidth), std::max(in.latency, out.latency), n,
+          nodes, c.profile.direct};
 }
 
 double Link::seconds(Collective c, double bytes) const {

@@ -1,31 +1,21 @@
 // machine.h: what a prediction knows of the hardware, rates, each with its source, and of software.
 //
 // format    A machine is a text, a line a fact: a name, its numbers, and after a colon where they
-//           come from. What stands after # is a comment. The built-in machines are such texts, too
-//           (machine.cpp), and a measured one can be written by hand or by a program:
-//             peak 312              : data sheet
-//             f32 19.5              : data sheet
-//             product 128 96.8      : measured ...
-//             product 8192 236      : measured ...
-//             multiprocessors 108   : data sheet
-//             copy 1733             : measured ...
-//             memory 80             : data sheet
-//             launch 4              : measured ...
-//             inside 232.5 1.65     : measured ...
-//             between 24 3.5        : measured ...
+//           come from. What stands after # is a comment. The built-in machines are such texts
+//           (kMachines in machine.cpp), and a measured one can be written by hand or by a program,
+//           with lines that those do not need, as well:
 //             sharing 2             : two ranks a core
 //             overlap 0.8           : measured ...
-//             read 8                : measured ...
 // units     peak and f32: TFLOP/s of bf16 and f32 products. product: an inner dim, and the TFLOP/s
 //           that a large bf16 product of it reaches; at least two lines, in any order.
 //           multiprocessors: tiles go over them in waves; 0: not counted. copy: GB/s read and
 //           written together. memory: GiB. launch: us from one kernel to the next. inside and
 //           between (of nodes): GB/s that a device sends in a collective, and us of a round
-//           (below). sharing: ranks to a processor,
-//           each rate above being a rank's when all compute; where some wait, the others are
-//           faster. overlap: what share of the time is hidden that something travels beside a
-//           computation; the rest slows it down. read: GB/s at which a product of one row reads its
-//           matrix. Where these three are left out, sharing and overlap are 1, and read is as copy
+//           (below). sharing: ranks to a processor, each rate above being a rank's when all
+//           compute; where some wait, the others are faster. overlap: what share of the time is
+//           hidden that something travels beside a computation; the rest slows it down. read: GB/s
+//           at which a product of one row reads its matrix. Where these three are left out, sharing
+//           and overlap are 1, and read is as copy.
 // rounds    A round waits once for each doubling of the ranks. A ring (all-gather, reduce-scatter)
 //           that goes over more nodes than that waits once for each hop between two of them, as in
 //           NCCL's own model (src/graph/tuning.cc), which adds the hops inside: left out here.

@@ -13,6 +13,7 @@ Account account(const TrainingJob& job) {
     auto memory = t.persistent;
     memory[int(Memory::gather)] = t.gather_bound;
     memory[int(Memory::activations)] = t.activations;
+    memory[int(Memory::workspace)] = t.recomputed;
     const int64_t bytes = total(memory);
     if (bytes > result.bytes) result = {stage, rank, bytes, memory, result.sent};
     std::map<std::string, int64_t> sent;
@@ -106,7 +107,8 @@ class Search : Predictor {
         for (const ModelPart& part : piece) all[part.kind]++;
         bytes.push_back(any.kept_of(piece));
       }
-      stages.push_back({all, peak(s, stage, bytes)});
+      const int64_t again = job.recompute ? any.kept_by_block() - any.activation : 0;
+      stages.push_back({all, peak(s, stage, bytes) + again});
     }
     const TrainingJob most_shards = job;
     const size_t before = candidates.size();
@@ -172,7 +174,7 @@ class Search : Predictor {
       if (std::ssize(best) > top) best.pop_back();
     }
     for (Planned& p : best) p = predict(p);
-    if (result.smallest) *result.smallest = predict(*result.smallest);
+    if (best.empty() && result.smallest) *result.smallest = predict(*result.smallest);
     return result;
   }
 

@@ -2,8 +2,8 @@
 //
 // memory    What a rank keeps for backwards is proportional to the number of its live
 //           micro-batches. So the formulas of theory/ are asked once for each kind of stage, and
-//           all layouts follow. Memory is what the code here holds, whatever the profile; workspace
-//           is not counted.
+//           all layouts follow. Memory is what the code here holds, whatever the profile; of its
+//           workspace what a block keeps that runs again (--recompute), and nothing else.
 // time      Every layout that fits gets a bound from below: no stage waits for anything but tp and
 //           cp, and the busiest one idles only while the first micro-batch comes and, where
 //           backwards are not split, the last goes. In the order of their bounds layouts are
@@ -21,8 +21,9 @@
 // stage sends in a step.
 struct Account {
   int stage = 0, rank = 0;
-  int64_t bytes = 0;                                // in all
-  std::array<int64_t, kMemoryCategories> memory{};  // gather and activations: at the peak, at most
+  int64_t bytes = 0;  // in all
+  std::array<int64_t, kMemoryCategories>
+      memory{};  // gather and activations: at the peak, at most; workspace: of recompute
   std::map<std::string, int64_t> sent;
 };
 Account account(const TrainingJob& job);

@@ -27,8 +27,9 @@ class RankWork : TheoryOfChunk, Issue {
       : TheoryOfChunk(job, {1, 1, 1}), cluster(cluster), free_axes(free_axes) {}
 
   // Of a chunk, the only one of its rank. later: its stage is not a pipeline's first, and gathers
-  // at the begin and sums at the end (fsdp.h).
-  ChunkTimes run(const ChunkKind& chunk, bool later, int microbatches) {
+  // at the begin and sums at the end (fsdp.h). has_ends: its stage's first chunk is the embedding's,
+  // and sums and updates the units of both ends.
+  ChunkTimes run(const ChunkKind& chunk, bool later, bool has_ends, int microbatches) {
     ChunkTimes times;
     static_cast<Issue&>(*this) = {};
     began = 0;
@@ -43,17 +44,26 @@ class RankWork : TheoryOfChunk, Issue {
       uses.resize(first + count, Use{&part});
       for (const auto& [number, params] : units_of(part.params)) {
         const double elements = padded_unit(all.at(number), fsdp.size);
+        double bytes = 0, calls = 0;  // of gradients that are partial: a group
+        for (const Param* p : all.at(number))
+          if (p->partial) bytes += p->numel() * g, calls++;
+        if (!profile.direct) calls = std::min(calls, 1.0);  // as NCCL merges it
         for (int i = 0; i < count; i++)
           uses[first + i].units.push_back(
-              &units.try_emplace(number + i, Unit{elements, first + i}).first->second);
+              &units.try_emplace(number + i, Unit{elements, first + i, bytes, calls})
+                   .first->second);
       }
     }
     const bool ahead = later && !reshards && profile.overlaps && options.fsdp.prefetch > 0;
     for (auto& [key, unit] : units) {
       unit.gathered = ahead;
       if (ahead) times.gathers += over_fsdp.seconds(Collective::all_gather, unit.elements * e);
-      const double bytes = unit.elements / fsdp.size * profile.optimizer_bytes;
-      times.optimizer += move_seconds(cluster, bytes, 4);
+      if (has_ends && key < kFirstBlock) {
+        unit.gathered = !reshards;
+        unit.first_use = -1;  // in no backward here
+      } else {
+        times.optimizer += unit.elements / fsdp.size * profile.optimizer_bytes / cluster.copy;
+      }
     }
     const int n = std::min(microbatches, 3);
     for (int i = 0; i < n; i++) {
@@ -88,6 +98,7 @@ class RankWork : TheoryOfChunk, Issue {
   struct Unit {
     double elements;
     int first_use;  // in whose backward, the last of all, its gradient is complete
+    double partial_bytes, partial_calls;
     bool gathered = false;
     double arrived = 0, reduced = 0;  // when
   };
@@ -99,8 +110,8 @@ class RankWork : TheoryOfChunk, Issue {
 
   // ---- issuing to the two queues
   // when it ends
-  double send(const Link& over, Collective c, double bytes) {
-    return over.ranks == 1 ? 0 : communicate(over.seconds(c, bytes));
+  double send(const Link& over, Collective c, double bytes, double calls = 1) {
+    return over.ranks == 1 || calls == 0 ? 0 : communicate(calls * over.seconds(c, bytes / calls));
   }
   // of a phase: how long it took, and longer where something travelled beside computations
   double end_phase() {
@@ -152,7 +163,7 @@ class RankWork : TheoryOfChunk, Issue {
                               ? (n - 1) * (3 * keys + 2 * queries) * g + (queries + keys) * (g + e)
                               : (n - 1) * 3 * queries * g + queries * (g + e),
                  arrives = send(over_cp, Collective::send,
-                                keys * ((n - 1) * e + (backward ? (n - 2) * g : 0)));
+                                keys * ((n - 1) * e + (backward ? (n - 2) * g : 0)), n - 1);
     compute(computing * (n - 1) / n +
             move_seconds(cluster, 2 * keys * e + merged, n + 1 + backward));
     wait_for(arrives);
@@ -208,7 +219,8 @@ class RankWork : TheoryOfChunk, Issue {
     } else {
       wait_for(tp_gather());
       compute(move(2 * S * C, 1) + product(R, V, C) + move(profile.forward.logits * R * V, 4));
-      wait_for(send(over_tp, Collective::all_reduce, 3 * R * g));
+      wait_for(send(over_tp, Collective::all_reduce, R * g));      // maxima
+      wait_for(send(over_tp, Collective::all_reduce, 2 * R * g));  // sums, targets' logits
     }
   }
   void part_backward(ModelPart::Kind kind) {
@@ -254,9 +266,11 @@ class RankWork : TheoryOfChunk, Issue {
   // over its shards, and in the last micro-batch over copies
   double sum_of(const Unit& u) {
     const double bytes = u.elements * gradient;
-    const double sum = send(over_fsdp, Collective::reduce_scatter, bytes);
-    return is_last ? std::max(sum, send(over_copies, Collective::all_reduce, bytes / fsdp.size))
-                   : sum;
+    double ends = send(over_tp, Collective::all_reduce, u.partial_bytes, u.partial_calls);
+    ends = std::max(ends, send(over_fsdp, Collective::reduce_scatter, bytes));
+    if (is_last)
+      ends = std::max(ends, send(over_copies, Collective::all_reduce, bytes / fsdp.size));
+    return ends;
   }
   void reduce_gradients(int use) {
     compute(uses[use].put_off);
@@ -277,7 +291,7 @@ class RankWork : TheoryOfChunk, Issue {
   void end_step() {
     finish_reduce();
     for (const auto& [key, unit] : units)
-      if (sums_at_end) wait_for(sum_of(unit));
+      if (sums_at_end && unit.first_use >= 0) wait_for(sum_of(unit));
   }
 
   // between ranks of stages so far apart, over one card
@@ -289,6 +303,9 @@ class RankWork : TheoryOfChunk, Issue {
   // of n ranks, whose collectives are those of an axis
   Link link(AxisName axis, int64_t n, int64_t stride) const {
     Link link = link_of(cluster, axis.index < free_axes ? 1 : n, stride);
+    if (axis.index == AxisName("cp").index &&
+        link.nodes > 1)  // one rank of a node sends to the next
+      link.bandwidth = std::min(cluster.inside.bandwidth, cluster.between.bandwidth);
     if (axis.index == AxisName("fsdp").index)
       link.bandwidth = std::min(link.bandwidth, profile.fsdp_bandwidth);
     return link;
@@ -348,13 +365,14 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
   const Schedule s = outline_of(job, job.layout);
   const std::vector<ModelPiece> pieces = gpt.pieces(s.stages_of_positions());
   RankWork work(cluster, job, free_axes);
-  std::map<std::pair<bool, ChunkKind>, ChunkTimes> times;
+  std::map<std::tuple<bool, bool, ChunkKind>, ChunkTimes> times;
   const auto times_of = [&](int stage, int chunk) -> const ChunkTimes& {
     const ModelPiece piece = pieces[s.position(stage, chunk)];
     const bool later = stage > 0, embedding = has_embedding(piece), head = has_head(piece);
     const ChunkKind kind{embedding, int64_t(piece.size()) - embedding - head, head};
-    const auto [known, is_new] = times.try_emplace({later, kind});
-    if (is_new) known->second = work.run(kind, later, s.microbatches);
+    const bool has_ends = head && !embedding && stage == s.stage_of(0);
+    const auto [known, is_new] = times.try_emplace({later, has_ends, kind});
+    if (is_new) known->second = work.run(kind, later, has_ends, s.microbatches);
     return known->second;
   };
   Prediction result;
@@ -373,7 +391,8 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
       for (const int which : {kFirst, kMiddle, kLast})
         for (const double seconds : t.of[which]) busy += count[which] * seconds;
     }
-    result.optimizer = std::max(result.optimizer, optimizer);
+    // squares, their norm, and the update, each of all parameters
+    result.optimizer = std::max(result.optimizer, optimizer + 3 * cluster.launch);
     busiest = std::max(busiest, busy + tails[stage]);
     bound = std::max(bound, forwards + busy + backwards);
     late = std::max(late, gathers - forwards);

@@ -8,7 +8,8 @@
 // work      A product takes what its machine reaches (machine.h). Everything else is bound by
 //           memory: a profile says how often software reads or writes each kind of activation.
 // not here  an exchange of a pipeline that stands in the queue behind a sum, or behind a gather but
-//           for those of a step's beginning; stragglers; the host
+//           for those of a step's beginning; a step's sums of losses and squares; stragglers; the
+//           host
 // test      tests/test_plan.cpp: held against published tables
 #pragma once
 #include <numeric>

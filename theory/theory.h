@@ -18,8 +18,9 @@ struct Theory {
   std::array<int64_t, kMemoryCategories> persistent{};
   // bytes of units' whole buffers in use at any time, at most
   int64_t gather_bound = 0;
-  // bytes kept for backwards at once: of one micro-batch, or of a pipeline's live ones
-  int64_t activations = 0;
+  // bytes kept for backwards at once: of one micro-batch, or of a pipeline's live ones; and what a
+  // block that runs again keeps besides, until its backward has run
+  int64_t activations = 0, recomputed = 0;
 };
 // Of a rank of the job.
 Theory theory(const GptConfig& config, const Layout& layout, int rank,
@@ -48,6 +49,7 @@ struct TheoryOfRank {
              int64_t bytes);
   Kept kept(const ModelPart& part) const;  // of a micro-batch
   Kept kept_of(ModelPiece piece) const;
+  int64_t kept_by_block() const;  // where nothing is recomputed
 
   GptConfig config;
   TrainerOptions options;
@@ -69,6 +71,8 @@ struct TheoryOfRank {
           heads = kv * (config.heads / config.kv());
   // bytes of an activation of width C on this rank, and of all rows of it (tp.size slices)
   int64_t activation = S * C * e, whole = by_rows ? tp.size * activation : activation;
+  // of a layernorm's rows, mean and reciprocal deviation; of the tensors of a block that tp splits
+  int64_t statistics = 2 * S * g, by_columns = 2 * R * ((heads + kv) * D + F) * e;
 
   Theory sum = {};
 };
