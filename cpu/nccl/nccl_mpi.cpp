@@ -282,7 +282,6 @@ void open_link(ncclComm& comm) {
   MPI_Comm_size(MPI_COMM_WORLD, &world_size);
   if (comm.size == world_size) comm.name = "world";
   comm.description = describe(comm);
-  cudaGetDevice(&comm.device);
   used_id(comm.id);
 }
 
