@@ -312,7 +312,7 @@ cublasStatus_t check(const Product& p, cudaDataType b_type, cublasComputeType_t 
   if (p.lda < std::max<int64_t>(1, rows_a) || p.ldb < std::max<int64_t>(1, rows_b) ||
       p.ldc < std::max<int64_t>(1, p.m))
     return CUBLAS_STATUS_INVALID_VALUE;
-  const bool f64 = compute == CUBLAS_COMPUTE_64F || compute == CUBLAS_COMPUTE_64F_PEDANTIC;
+  const bool f64 = compute == CUBLAS_COMPUTE_64F;
   const bool known = p.in == CUDA_R_64F    ? f64 && p.out == CUDA_R_64F
                      : p.in == CUDA_R_32F  ? !f64 && p.out == CUDA_R_32F
                      : p.in == CUDA_R_16BF ? !f64 && (p.out == CUDA_R_32F || p.out == CUDA_R_16BF)
@@ -329,11 +329,6 @@ cublasStatus_t cublasDestroy(cublasHandle_t handle) { return delete handle, CUBL
 cublasStatus_t cublasSetStream(cublasHandle_t handle, cudaStream_t stream) {
   return handle->stream = stream, CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasGetStream(cublasHandle_t handle, cudaStream_t* stream) {
-  return *stream = handle->stream, CUBLAS_STATUS_SUCCESS;
-}
-cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t) { return CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasSetWorkspace(cublasHandle_t, void*, size_t) { return CUBLAS_STATUS_SUCCESS; }
 
 cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation_t op_a,
                                           cublasOperation_t op_b, int m, int n, int k,
