@@ -576,7 +576,7 @@ Pool& pool() {
   return pool;
 }
 
-bool share_memory = getenv("THREEFOLD_SHARE_MEMORY") != nullptr;
+bool share_memory = false;
 
 cpu::Arena reserve() {
   size_t size = std::max(kLargePage, room().bytes / kLargePage * kLargePage);

@@ -21,8 +21,7 @@ constexpr int block_threads(int threads) { return threads; }
 namespace cpu {
 
 enum class Order { forward, reverse, random };
-// also THREEFOLD_ORDER=forward|reverse|random:SEED; takes effect with the next launch
-void run_in_order(Order order, uint64_t seed = 1);
+void run_in_order(Order order, uint64_t seed = 1);  // from the next launch on
 
 extern uint3 thread_index, block_index;  // of the running fiber
 extern dim3 block_shape, grid_shape;

@@ -41,7 +41,7 @@ void name(ncclComm_t comm, const char* name);
 void watch(double seconds);
 // THREEFOLD_REFEREE=1: receive buffers start as NaN, send buffers are checksummed
 void strict(bool on);
-// for communicators made by ncclCommInitRank from now on; THREEFOLD_NCCL=mpi: off
+// for communicators made by ncclCommInitRank from now on
 void use_shared_memory(bool on);
 // each rank's last call, from memory that outlives a stopped or killed rank
 std::string where_ranks_stand(ncclComm_t comm);
