@@ -24,7 +24,7 @@ cudaError_t launch_with(dim3 grid, dim3 block, size_t shared_bytes);
 
 // Not in FAST, where a warp has one lane and shared memory is a local variable.
 void read_fresh_shared_memory(float* y, int blocks);  // y (blocks,2,64): dynamic and static
-constexpr int kShuffles = 8;
+constexpr int kShuffles = 31;
 // (kShuffles,64): see the kernel; two warps
 void shuffles(float* y, double* z, const float* x, const double* t);
 // 16 x 16, bf16
@@ -38,7 +38,7 @@ enum class Mistake {
   barrier_not_reached,
   two_barriers,
   shuffle_not_reached,
-  two_shuffles,
+  two_primitives,
   beyond_shared_memory
 };
 void make_mistake(Mistake mistake);  // FAITHFUL; says on stderr in which line

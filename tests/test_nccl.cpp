@@ -15,7 +15,6 @@
 #include <memory>
 #include <random>
 #include <set>
-#include <thread>
 
 #include "cpu/nccl/nccl_referee.h"
 #include "support/files.h"
@@ -71,7 +70,7 @@ struct Comm {
   explicit Comm(int n, bool shared_memory = true) {
     NCCL_CHECK(ncclCommSplit(world(shared_memory), job().rank < n ? 0 : NCCL_SPLIT_NOCOLOR,
                              job().rank, &comm, nullptr));
-    if (comm) NCCL_CHECK(ncclCommUserRank(comm, &rank));
+    if (comm) rank = job().rank;
   }
   ~Comm() {
     if (comm) ncclCommDestroy(comm);
@@ -92,10 +91,7 @@ struct Stream {
 constexpr size_t kPeriod = 251;
 
 template <class T> constexpr ncclDataType_t dtype_of();
-template <> constexpr ncclDataType_t dtype_of<int8_t>() { return ncclInt8; }
-template <> constexpr ncclDataType_t dtype_of<uint8_t>() { return ncclUint8; }
 template <> constexpr ncclDataType_t dtype_of<int32_t>() { return ncclInt32; }
-template <> constexpr ncclDataType_t dtype_of<int64_t>() { return ncclInt64; }
 template <> constexpr ncclDataType_t dtype_of<float>() { return ncclFloat32; }
 template <> constexpr ncclDataType_t dtype_of<double>() { return ncclFloat64; }
 template <> constexpr ncclDataType_t dtype_of<__nv_bfloat16>() { return ncclBfloat16; }
@@ -109,17 +105,13 @@ template <class T> T value(int rank, size_t i) {
 // is rounded to T.
 template <class T> T reduced(int n, size_t i, ncclRedOp_t op, int first) {
   using Wide = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, float, T>;
-  using Whole = std::conditional_t<std::is_integral_v<Wide>, uint64_t, Wide>;  // integers wrap
   Wide sum = Wide(value<T>(first, i));
   for (int r = 1; r < n; r++) {
     const Wide x = Wide(value<T>((first + r) % n, i));
-    if (op == ncclProd) sum = Wide(Whole(sum) * Whole(x));
-    else if (op == ncclMax) sum = std::max(sum, x);
-    else if (op == ncclMin) sum = std::min(sum, x);
-    else sum = Wide(Whole(sum) + Whole(x));
+    sum = op == ncclMax ? std::max(sum, x) : sum + x;
     sum = Wide(T(sum));
   }
-  return T(op == ncclAvg ? Wide(sum / Wide(n)) : sum);
+  return T(sum);
 }
 // Elements first, first + 1, ... of something that repeats: by the tile into device memory and out
 // of it.
@@ -238,30 +230,22 @@ template <class T> void check_reductions(const Case& c, ncclRedOp_t op) {
   CUDA_CHECK(cudaStreamSynchronize(c.stream));
   reductions<T>(c.n, c.me * c.count, c.count, op, c.me)
       .expect(to, name_of<T>("reduce-scatter", c, op));
-
-  const int root = c.n / 2;
-  values<T>(c.me, 0, c.count).write(send.data);
-  to = c.in_place ? send.data : recv.data;
-  NCCL_CHECK(ncclReduce(send.data, to, c.count, dtype_of<T>(), op, root, c.comm, c.stream));
-  CUDA_CHECK(cudaStreamSynchronize(c.stream));
-  if (c.me == root) reductions<T>(c.n, 0, c.count, op).expect(to, name_of<T>("reduce", c, op));
 }
 
-constexpr ncclRedOp_t kOps[] = {ncclSum, ncclProd, ncclMax, ncclMin, ncclAvg};
+constexpr ncclRedOp_t kOps[] = {ncclSum, ncclMax};
 
 // Every call for one dtype; the large counts with one op each, the small ones with all.
 template <class T>
 int check_dtype(ncclComm_t comm, int n, const std::vector<size_t>& counts, cudaStream_t stream) {
-  int me, cases = 0;
-  NCCL_CHECK(ncclCommUserRank(comm, &me));
+  int cases = 0;
   for (size_t count : counts)
     for (bool in_place : {false, true}) {
-      const Case c{comm, n, me, count, in_place, stream};
+      const Case c{comm, n, job().rank, count, in_place, stream};
       check_all_gather<T>(c);
       check_broadcast<T>(c);
       for (ncclRedOp_t op : kOps)
-        if (count < 100 || op == (in_place ? ncclAvg : ncclSum))
-          check_reductions<T>(c, op), cases += 3;
+        if (count < 100 || op == (in_place ? ncclMax : ncclSum))
+          check_reductions<T>(c, op), cases += 2;
       cases += 2;
     }
   return cases;
@@ -331,8 +315,7 @@ TEST(collectives_equal_a_plain_reference_in_every_dtype_on_1_to_n_ranks) {
   // what training sends
   int cases =
       check_sizes<float, __nv_bfloat16>(sizes, {0, 1, 3, kCpu ? 1000003u : 10007u}, true, s.stream);
-  cases += check_sizes<int8_t, uint8_t, int32_t, int64_t, double>(
-      sizes, {0, 1, 3, kCpu ? 100003u : 10007u}, true, s.stream);
+  cases += check_sizes<int32_t, double>(sizes, {0, 1, 3, kCpu ? 100003u : 10007u}, true, s.stream);
   measured(cases, " cases on rank 0, every bit equal");
 }
 
@@ -400,10 +383,8 @@ TEST(sums_have_the_same_bits_on_every_rank_whatever_the_transport) {
 
 namespace {
 // Everyone sends two messages of different sizes to everyone, itself included, in one group.
-void exchange_with_all(ncclComm_t comm, cudaStream_t stream) {
-  int n, me;
-  NCCL_CHECK(ncclCommCount(comm, &n));
-  NCCL_CHECK(ncclCommUserRank(comm, &me));
+void exchange_with_all(ncclComm_t comm, int n, cudaStream_t stream) {
+  const int me = job().rank;
   const auto count = [n](int from, int to, int k) {
     return size_t((from * n + to) % 5 * 4001 + k * 3);
   };
@@ -429,10 +410,10 @@ TEST(a_group_sends_to_itself_and_to_all_in_both_directions) {
   for (bool shared : {true, false})
     for (int n = 1; n <= job().size; n += shared ? 1 : 3) {
       Comm c(n, shared);
-      if (c.comm) exchange_with_all(c.comm, nullptr);
+      if (c.comm) exchange_with_all(c.comm, n, nullptr);
       const Queued queued(uint64_t(n) + 1);
       const Stream s;
-      if (c.comm) exchange_with_all(c.comm, s.stream);
+      if (c.comm) exchange_with_all(c.comm, n, s.stream);
     }
   measured("two messages for each ordered pair of 1..", job().size, " ranks, both transports");
 }
@@ -519,9 +500,9 @@ class Program {
 
   void collective() {
     const Known& k = comms_[draw(int(comms_.size()))];
-    const int n = int(k.ranks.size()), kind = draw(5), root = draw(n);
+    const int n = int(k.ranks.size()), kind = draw(4), root = draw(n);
     const size_t count = draw_count();
-    const ncclRedOp_t op = kOps[draw(4)];
+    const ncclRedOp_t op = kOps[draw(2)];
     calls++;
     if (!k.comm) return;
     const int me = int(std::find(k.ranks.begin(), k.ranks.end(), job().rank) - k.ranks.begin());
@@ -541,10 +522,6 @@ class Program {
     if (kind == 3)
       NCCL_CHECK(ncclBroadcast(send, awaiting(values<int32_t>(root, 0, count)), count, ncclInt32,
                                root, k.comm, stream_));
-    if (kind == 4) {
-      int32_t* to = me == root ? awaiting(reductions<int32_t>(n, 0, count, op)) : nullptr;
-      NCCL_CHECK(ncclReduce(send, to, count, ncclInt32, op, root, k.comm, stream_));
-    }
   }
 
   const std::vector<Known>& comms_;
@@ -667,9 +644,9 @@ TEST(another_dtype_is_reported_with_both_calls) {
 TEST(another_reduction_is_reported_with_both_calls) {
   both_say(
       [](const Comm& c, float* x) {
-        return all_reduce(c, x, 50000, ncclFloat, c.rank ? ncclMax : ncclAvg);
+        return all_reduce(c, x, 50000, ncclFloat, c.rank ? ncclMax : ncclSum);
       },
-      {"rank 1 called all_reduce #1 (50000 f32 max), rank 0 called all_reduce #1 (50000 f32 avg)"});
+      {"rank 1 called all_reduce #1 (50000 f32 max), rank 0 called all_reduce #1 (50000 f32 sum)"});
 }
 TEST(another_root_is_reported_with_both_calls) {
   both_say(
@@ -869,14 +846,19 @@ TEST(host_memory_null_buffers_and_bad_ranks_are_refused) {
   CHECK_EQ(ncclAllReduce(x.data, x.data, 8, ncclFloat, ncclSum, nullptr, nullptr),
            ncclInvalidArgument);
   refused(
-      [&](ncclComm_t c) { return ncclAllReduce(x.data, x.data, 8, ncclHalf, ncclSum, c, nullptr); },
+      [&](ncclComm_t c) {
+        const ncclDataType_t half = ncclDataType_t(6);
+        return ncclAllReduce(x.data, x.data, 8, half, ncclSum, c, nullptr);
+      },
       "does not know dtype 6");
   refused(
       [&](ncclComm_t c) {
-        return ncclAllReduce(x.data, x.data, 8, ncclFloat, ncclNumOps, c, nullptr);
+        const ncclRedOp_t min = ncclRedOp_t(3);
+        return ncclAllReduce(x.data, x.data, 8, ncclFloat, min, c, nullptr);
       },
-      "does not know reduction 5");
+      "does not know reduction 3");
   CHECK_EQ(ncclGroupEnd(), ncclInvalidUsage);
+  CHECK_EQ(std::string(ncclGetErrorString(ncclInvalidUsage)), "invalid usage");
 }
 
 TEST(a_failure_in_a_queued_stream_is_kept_and_told_to_the_peers) {
@@ -1037,52 +1019,15 @@ TEST(split_orders_by_key_and_leaves_out_those_without_a_color) {
     CHECK(part == nullptr);
     return;
   }
-  const int last = n > 1 ? n - 2 : 0, members = (last - me % 2) / 2 + 1;
-  int count, rank, device;
-  NCCL_CHECK(ncclCommCount(part, &count));
-  NCCL_CHECK(ncclCommUserRank(part, &rank));
-  NCCL_CHECK(ncclCommCuDevice(part, &device));
-  CHECK_EQ(count, members);
-  CHECK_EQ(rank, members - 1 - me / 2);
-  NCCL_CHECK(ncclCommFinalize(part));
+  std::vector<float> ranks;  // of those with my color, the last first
+  for (int q = n > 1 ? n - 2 : 0; q >= 0; q--)
+    if (q % 2 == me % 2) ranks.push_back(float(q));
+  const Array<float> mine(std::vector<float>{float(me)}), all(ranks.size());
+  NCCL_CHECK(ncclAllGather(mine.data, all.data, 1, ncclFloat, part, nullptr));
+  CUDA_CHECK(cudaStreamSynchronize(nullptr));
+  CHECK(all.read() == ranks);
   NCCL_CHECK(ncclCommDestroy(part));
   CHECK_EQ(ncclCommDestroy(part), ncclInvalidArgument);
-}
-
-TEST(abort_from_another_thread_ends_a_wait_and_the_peers_hear_of_it) {
-  need(3);
-  const Together together;
-  if (!kCpu) skip("calls do not wait on the host on this backend");
-  Comm c(3);
-  Array<float> x(8);
-  if (c.comm && c.rank < 2) {
-    const ncclComm_t comm = c.comm;
-    std::thread aborter;
-    if (c.rank == 0)
-      aborter = std::thread([comm] {
-        until_it_waits(comm);
-        ncclCommAbort(comm);
-      });
-    const Said said = say(c.comm, all_reduce(c, x.data, 8));
-    if (aborter.joinable()) aborter.join();
-    if (c.rank == 0) c.comm = nullptr;  // Abort destroyed it
-    CHECK(said.sentence.find("rank 0 aborted") != std::string::npos, "said '", said.sentence, "'");
-  }
-}
-
-TEST(versions_names_and_configurations_are_those_of_nccl) {
-  int version;
-  NCCL_CHECK(ncclGetVersion(&version));
-  CHECK(version >= 21800, "NCCL ", version);
-  CHECK_EQ(std::string(ncclGetErrorString(ncclInvalidUsage)), "invalid usage");
-  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-  config.blocking = 1;
-  ncclComm_t same;
-  NCCL_CHECK(ncclCommSplit(world(), 0, job().rank, &same, &config));
-  ncclResult_t error = ncclInternalError;
-  NCCL_CHECK(ncclCommGetAsyncError(same, &error));
-  CHECK_EQ(error, ncclSuccess);
-  NCCL_CHECK(ncclCommDestroy(same));
 }
 
 int main(int argc, char** argv) { return run_mpi_tests(argc, argv); }

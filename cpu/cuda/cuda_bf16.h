@@ -18,8 +18,6 @@ struct __attribute__((may_alias)) __nv_bfloat16 {
 struct __attribute__((may_alias, aligned(4))) __nv_bfloat162 {
   __nv_bfloat16 x, y;
 };
-using nv_bfloat16 = __nv_bfloat16;
-using nv_bfloat162 = __nv_bfloat162;
 
 inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.bits; }
 inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) {
@@ -36,7 +34,6 @@ inline __nv_bfloat16 __float2bfloat16(float x) {
   return __ushort_as_bfloat16(
       static_cast<unsigned short>((u & 0x7fffffff) > 0x7f800000 ? 0x7fff : rounded));
 }
-inline __nv_bfloat16 __float2bfloat16_rn(float x) { return __float2bfloat16(x); }
 // Rounded once: the step through float rounds to odd.
 inline __nv_bfloat16 __double2bfloat16(double x) {
   const float nearest = static_cast<float>(x);
@@ -55,9 +52,3 @@ inline __nv_bfloat16::operator double() const { return __bfloat162float(*this); 
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {__float2bfloat16(x), __float2bfloat16(y)};
 }
-inline __nv_bfloat162 __float22bfloat162_rn(float2 v) { return __floats2bfloat162_rn(v.x, v.y); }
-inline float2 __bfloat1622float2(__nv_bfloat162 v) {
-  return {__bfloat162float(v.x), __bfloat162float(v.y)};
-}
-inline float __low2float(__nv_bfloat162 v) { return __bfloat162float(v.x); }
-inline float __high2float(__nv_bfloat162 v) { return __bfloat162float(v.y); }

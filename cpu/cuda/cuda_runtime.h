@@ -29,7 +29,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))  // write `__shared__ __align__(16) float x[64];`
@@ -42,26 +41,10 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// Vector types may alias: kernels read arrays of other types through them.
-#define CPU_VECTOR_TYPE(name, bytes, ...)                  \
-  struct __attribute__((may_alias, aligned(bytes))) name { \
-    __VA_ARGS__;                                           \
-  }
-CPU_VECTOR_TYPE(float2, 8, float x, y);
-CPU_VECTOR_TYPE(float4, 16, float x, y, z, w);
-CPU_VECTOR_TYPE(double2, 16, double x, y);
-CPU_VECTOR_TYPE(int2, 8, int x, y);
-CPU_VECTOR_TYPE(int4, 16, int x, y, z, w);
-CPU_VECTOR_TYPE(uint2, 8, unsigned x, y);
-CPU_VECTOR_TYPE(uint4, 16, unsigned x, y, z, w);
-#undef CPU_VECTOR_TYPE
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline double2 make_double2(double x, double y) { return {x, y}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+// May alias: kernels read arrays of other types through it.
+struct __attribute__((may_alias, aligned(16))) float4 {
+  float x, y, z, w;
+};
 
 // glibc offers these in SIMD form, but declares so only under the whole of -ffast-math. Kernels are
 // compiled with less than that (-ffinite-math-only is the part that shows), and need them: without,
@@ -83,9 +66,7 @@ CPU_SIMD_FORM double tanh(double) noexcept;
 #undef CPU_SIMD_FORM
 #endif
 
-namespace cpu {  // macros, not functions: newer C libraries have rsqrt of their own
-inline float rsqrt_f32(float x) { return 1.0f / std::sqrt(x); }
-inline double rsqrt_f64(double x) { return 1.0 / std::sqrt(x); }
+namespace cpu {
 template <class To, class From> inline To bits_as(From from) {
   static_assert(sizeof(To) == sizeof(From));
   To to;
@@ -93,18 +74,6 @@ template <class To, class From> inline To bits_as(From from) {
   return to;
 }
 }  // namespace cpu
-#define rsqrtf(x) cpu::rsqrt_f32(x)
-#define rsqrt(x) cpu::rsqrt_f64(x)
-#define __expf(x) expf(x)
-#define __logf(x) logf(x)
-inline float __fdividef(float a, float b) { return a / b; }
-template <class T> inline T __ldg(const T* p) { return *p; }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
-// Integers only: a sum of floats must not depend on who comes first.
-inline int atomicAdd(int* p, int x) { return __atomic_fetch_add(p, x, __ATOMIC_RELAXED); }
-inline unsigned atomicAdd(unsigned* p, unsigned x) {
-  return __atomic_fetch_add(p, x, __ATOMIC_RELAXED);
-}
 
 // ---- errors
 
@@ -126,8 +95,8 @@ cudaError_t cudaPeekAtLastError();
 
 struct cudaDeviceProp {
   char name[256];
-  size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin;
-  int major, minor, warpSize, maxThreadsPerBlock, multiProcessorCount;
+  size_t totalGlobalMem, sharedMemPerBlockOptin;
+  int major, minor, multiProcessorCount;
 };
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaSetDevice(int device);
@@ -147,8 +116,7 @@ cudaError_t cudaFuncSetAttribute(R (*kernel)(P...), cudaFuncAttribute attribute,
 using cudaStream_t = struct CUstream_st*;
 using cudaEvent_t = struct CUevent_st*;
 using cudaHostFn_t = void (*)(void*);
-constexpr unsigned cudaStreamDefault = 0, cudaStreamNonBlocking = 1;
-constexpr unsigned cudaEventDefault = 0, cudaEventBlockingSync = 1, cudaEventDisableTiming = 2;
+constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDefault = 0, cudaEventDisableTiming = 2;
 cudaError_t cudaStreamCreate(cudaStream_t* stream);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int priority);
@@ -169,11 +137,9 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEve
 // ---- memory
 
 enum cudaMemcpyKind {
-  cudaMemcpyHostToHost,
-  cudaMemcpyHostToDevice,
+  cudaMemcpyHostToDevice = 1,
   cudaMemcpyDeviceToHost,
-  cudaMemcpyDeviceToDevice,
-  cudaMemcpyDefault
+  cudaMemcpyDeviceToDevice
 };
 using cudaMemPool_t = struct CUmemPool_st*;
 enum cudaMemPoolAttr { cudaMemPoolAttrReleaseThreshold = 4 };
@@ -197,7 +163,6 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
                             cudaStream_t stream = nullptr);
 cudaError_t cudaMemset(void* data, int value, size_t bytes);
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream = nullptr);
-cudaError_t cudaMemGetInfo(size_t* free, size_t* total);
 cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int device);
 cudaError_t cudaMemPoolSetAttribute(cudaMemPool_t pool, cudaMemPoolAttr attribute, void* value);
 
@@ -243,8 +208,6 @@ struct PoolCounts {
   int64_t allocations, reuses;
 };
 PoolCounts pool_counts();
-
-void copy_bytes(void* to, const void* from, size_t bytes);  // all cores where it pays
 
 // False, and the error is set, where CUDA would refuse the launch.
 bool legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared);

@@ -109,11 +109,4 @@ template <class... P> Launch<P...> launch(void (*kernel)(P...), dim3 grid, dim3 
 
 inline void __syncthreads() {}
 inline void __syncwarp(unsigned = ~0u) {}
-inline void __threadfence_block() {}
-template <class T> inline T __shfl_sync(unsigned, T value, int, int = 1) { return value; }
-template <class T> inline T __shfl_xor_sync(unsigned, T value, int, int = 1) { return value; }
-template <class T> inline T __shfl_down_sync(unsigned, T value, unsigned, int = 1) { return value; }
-template <class T> inline T __shfl_up_sync(unsigned, T value, unsigned, int = 1) { return value; }
-inline unsigned __ballot_sync(unsigned, int predicate) { return predicate != 0; }
-inline int __any_sync(unsigned, int predicate) { return predicate != 0; }
-inline int __all_sync(unsigned, int predicate) { return predicate != 0; }
+template <class T> inline T __shfl_xor_sync(unsigned, T value, int) { return value; }

@@ -155,11 +155,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   snprintf(p->name, sizeof p->name, "CPU, FAITHFUL form");
 #endif
   p->totalGlobalMem = room().bytes;
-  p->sharedMemPerBlock = kSharedBytes;
   p->sharedMemPerBlockOptin = kSharedBytesOptIn;
   p->major = 0;  // no compute capability: not a GPU
-  p->warpSize = kWarp;
-  p->maxThreadsPerBlock = 1024;
   p->multiProcessorCount = kMultiprocessors;
   return cudaSuccess;
 }
@@ -579,7 +576,7 @@ Pool& pool() {
   return pool;
 }
 
-bool share_memory = getenv("THREEFOLD_SHARE_MEMORY") != nullptr;
+bool share_memory = false;
 
 cpu::Arena reserve() {
   size_t size = std::max(kLargePage, room().bytes / kLargePage * kLargePage);
@@ -639,11 +636,6 @@ cudaError_t cudaMallocHost(void** data, size_t bytes) {
   return *data ? cudaSuccess : fail(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaFreeHost(void* data) { return free(data), cudaSuccess; }
-cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
-  *total = cpu::arena().size;
-  *free = *total - cpu::pool_counts().in_use;
-  return cudaSuccess;
-}
 cudaError_t cudaDeviceGetDefaultMemPool(cudaMemPool_t* pool, int) {
   return *pool = nullptr, cudaSuccess;
 }
@@ -667,14 +659,13 @@ template <class Part> void in_parts(size_t bytes, Part part) {
 }
 }  // namespace
 
-void cpu::copy_bytes(void* to, const void* from, size_t bytes) {
-  in_parts(bytes, [=](size_t begin, size_t end) {
-    memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, end - begin);
-  });
-}
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t stream) {
-  cpu::submit(stream, [=] { cpu::copy_bytes(to, from, bytes); });
+  cpu::submit(stream, [=] {
+    in_parts(bytes, [=](size_t begin, size_t end) {
+      memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, end - begin);
+    });
+  });
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {

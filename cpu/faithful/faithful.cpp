@@ -168,17 +168,6 @@ class SharedVariables {
 Order order = Order::forward;
 std::mt19937_64 random_bits;
 
-struct OrderFromEnvironment {
-  OrderFromEnvironment() {
-    const std::string value = getenv("THREEFOLD_ORDER") ? getenv("THREEFOLD_ORDER") : "";
-    const auto colon = value.find(':');
-    if (value == "reverse") order = Order::reverse;
-    if (value.substr(0, 6) == "random") order = Order::random;
-    random_bits.seed(colon == std::string::npos ? 1
-                                                : strtoull(value.c_str() + colon + 1, nullptr, 10));
-  }
-} order_from_environment;
-
 int warp_order[kMaxWarps];  // the warp that is first, second, ...
 int place_of[kMaxWarps];    // of a warp in that order
 unsigned ready_places;      // a bit for each place whose warp has a lane that can run

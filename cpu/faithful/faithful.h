@@ -21,8 +21,7 @@ constexpr int block_threads(int threads) { return threads; }
 namespace cpu {
 
 enum class Order { forward, reverse, random };
-// also THREEFOLD_ORDER=forward|reverse|random:SEED; takes effect with the next launch
-void run_in_order(Order order, uint64_t seed = 1);
+void run_in_order(Order order, uint64_t seed = 1);  // from the next launch on
 
 extern uint3 thread_index, block_index;  // of the running fiber
 extern dim3 block_shape, grid_shape;
@@ -43,19 +42,6 @@ extern int running_thread;  // in its block
 inline int warp_index() { return int(unsigned(running_thread) / 32); }
 inline int lane_index() { return int(unsigned(running_thread) % 32); }
 int lanes_in_warp();  // fewer than 32 in a block's last warp, perhaps
-
-template <class T> T shuffle(unsigned mask, T value, int from, Site site) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
-  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
-  const uint64_t* values = exchange_in_warp(mask, bits_as<Bits>(value), site);
-  return from < 0 || from >= lanes_in_warp() ? value : bits_as<T>(static_cast<Bits>(values[from]));
-}
-inline unsigned ballot(unsigned mask, bool predicate, Site site) {
-  const uint64_t* values = exchange_in_warp(mask, predicate, site);
-  unsigned bits = 0;
-  for (int lane = 0; lane < lanes_in_warp(); lane++) bits |= unsigned(values[lane]) << lane;
-  return bits;
-}
 
 template <class... P> struct Launch {
   void (*kernel)(P...);
@@ -91,36 +77,12 @@ inline void __syncthreads(CPU_PLACE) { cpu::wait_for_block({"__syncthreads", fil
 inline void __syncwarp(unsigned mask = ~0u, CPU_PLACE) {
   cpu::exchange_in_warp(mask, 0, {"__syncwarp", file, line});
 }
-inline void __threadfence_block() {}
-
-// `width` cuts the warp into segments; a lane beyond its segment is answered with its own value, as
-// in CUDA.
-template <class T> T __shfl_sync(unsigned mask, T value, int lane, int width = 32, CPU_PLACE) {
-  const int segment = cpu::lane_index() / width * width;
-  return cpu::shuffle(mask, value, segment + (lane & (width - 1)), {"__shfl_sync", file, line});
-}
-template <class T> T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, CPU_PLACE) {
-  const int from = cpu::lane_index() ^ lanes, segment_end = (cpu::lane_index() / width + 1) * width;
-  return cpu::shuffle(mask, value, from < segment_end ? from : -1, {"__shfl_xor_sync", file, line});
-}
-template <class T>
-T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32, CPU_PLACE) {
-  const int from = cpu::lane_index() + int(by),
-            segment_end = (cpu::lane_index() / width + 1) * width;
-  return cpu::shuffle(mask, value, from < segment_end ? from : -1,
-                      {"__shfl_down_sync", file, line});
-}
-template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32, CPU_PLACE) {
-  const int from = cpu::lane_index() - int(by), segment = cpu::lane_index() / width * width;
-  return cpu::shuffle(mask, value, from >= segment ? from : -1, {"__shfl_up_sync", file, line});
-}
-inline unsigned __ballot_sync(unsigned mask, int predicate, CPU_PLACE) {
-  return cpu::ballot(mask, predicate != 0, {"__ballot_sync", file, line});
-}
-inline int __any_sync(unsigned mask, int predicate, CPU_PLACE) {
-  return cpu::ballot(mask, predicate != 0, {"__any_sync", file, line}) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, CPU_PLACE) {
-  return cpu::ballot(mask, predicate == 0, {"__all_sync", file, line}) == 0;
+// a lane that a shorter last warp of the block does not have is answered with the asker's value
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int lanes, CPU_PLACE) {
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+  static_assert(sizeof(T) == sizeof(Bits));
+  const int from = cpu::lane_index() ^ lanes;
+  const uint64_t* values =
+      cpu::exchange_in_warp(mask, cpu::bits_as<Bits>(value), {"__shfl_xor_sync", file, line});
+  return from < cpu::lanes_in_warp() ? cpu::bits_as<T>(static_cast<Bits>(values[from])) : value;
 }

@@ -321,7 +321,7 @@ struct Arguments {
 Op make_op(const Arguments& a, const std::shared_ptr<ncclComm>& comm) {
   const size_t each = size_of(a.dtype), n = size_t(comm->size), bytes = a.count * each;
   if (!each) fail(ncclInvalidArgument, "this NCCL stand-in does not know dtype ", a.dtype);
-  if (a.op < ncclSum || a.op > ncclAvg)
+  if (a.op != ncclSum && a.op != ncclMax)
     fail(ncclInvalidArgument, "this NCCL stand-in does not know reduction ", a.op);
   if (a.count >> 44) fail(ncclInvalidArgument, "a count of ", a.count, " elements");
   Op op;
@@ -338,9 +338,6 @@ Op make_op(const Arguments& a, const std::shared_ptr<ncclComm>& comm) {
     case Call::reduce_scatter: op.send_bytes = payload = n * bytes; break;
     case Call::broadcast:
       if (comm->rank != a.peer) op.send_bytes = 0;
-      break;
-    case Call::reduce:
-      if (comm->rank != a.peer) op.recv_bytes = 0;
       break;
     case Call::send: op.recv_bytes = 0; break;
     case Call::recv: op.send_bytes = 0; break;
@@ -377,9 +374,9 @@ std::shared_ptr<ncclComm> split(const std::shared_ptr<ncclComm>& parent, int col
   Choice mine{color, key, next_id(), new_desk(parent->size)};
   std::vector<Choice> all(parent->size);
   std::vector<Op> ops;
-  ops.push_back(
-      make_op({Call::split, &mine, all.data(), sizeof mine, ncclInt8, 0, -1, parent.get(), nullptr},
-              parent));
+  ops.push_back(make_op({Call::split, &mine, all.data(), sizeof mine / 4, ncclInt32, 0, -1,
+                         parent.get(), nullptr},
+                        parent));
   const ncclResult_t result = issue(std::move(ops), true);
   if (result != ncclSuccess) require_healthy(*parent);
   if (color == NCCL_SPLIT_NOCOLOR) return nullptr;
@@ -401,11 +398,6 @@ std::shared_ptr<ncclComm> split(const std::shared_ptr<ncclComm>& parent, int col
   }
   open_link(*child);
   return child;
-}
-
-void check_config(const ncclConfig_t* config) {
-  if (config && config->magic != 0xcafebeef)
-    fail(ncclInvalidArgument, "the ncclConfig_t does not begin as NCCL_CONFIG_INITIALIZER");
 }
 
 void flush(ncclComm& comm) {
@@ -431,16 +423,12 @@ void set_last_error(const std::string& text) {
 
 using namespace nccl;
 
-ncclResult_t ncclGetVersion(int* version) { return *version = NCCL_VERSION_CODE, ncclSuccess; }
-
 ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
   return enter([&] { return make_id(id), ncclSuccess; });
 }
 
-ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int nranks, ncclUniqueId id, int rank,
-                                    ncclConfig_t* config) {
+ncclResult_t ncclCommInitRank(ncclComm_t* comm, int nranks, ncclUniqueId id, int rank) {
   return enter([&] {
-    check_config(config);
     if (nranks < 1 || rank < 0 || rank >= nranks)
       fail(ncclInvalidArgument, "ncclCommInitRank: rank ", rank, " of ", nranks);
     *comm = keep(meet_by_id(nranks, id, rank));
@@ -448,16 +436,11 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int nranks, ncclUniqueId i
   });
 }
 
-ncclResult_t ncclCommInitRank(ncclComm_t* comm, int nranks, ncclUniqueId id, int rank) {
-  return ncclCommInitRankConfig(comm, nranks, id, rank, nullptr);
-}
-
 ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* newcomm,
-                           ncclConfig_t* config) {
+                           ncclConfig_t*) {
   std::shared_ptr<ncclComm> parent;
   return enter(
       [&] {
-        check_config(config);
         parent = find(comm);
         const auto child = split(parent, color, key);
         *newcomm = child ? keep(child) : nullptr;
@@ -466,33 +449,10 @@ ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* newc
       &parent);
 }
 
-ncclResult_t ncclCommFinalize(ncclComm_t comm) {
-  return enter([&] { return flush(*find(comm)), ncclSuccess; });
-}
-
 ncclResult_t ncclCommDestroy(ncclComm_t comm) {
   return enter([&] { return flush(*find(comm)), forget(comm), ncclSuccess; });
 }
 
-ncclResult_t ncclCommAbort(ncclComm_t comm) {
-  return enter([&] {
-    const auto live = find(comm);
-    live->aborted = true;
-    set_failed(*live, {ncclInternalError,
-                       sentence("rank ", live->world(live->rank), " aborted ", live->description)});
-    return forget(comm), ncclSuccess;
-  });
-}
-
-ncclResult_t ncclCommCount(const ncclComm_t comm, int* count) {
-  return enter([&] { return *count = find(comm)->size, ncclSuccess; });
-}
-ncclResult_t ncclCommUserRank(const ncclComm_t comm, int* rank) {
-  return enter([&] { return *rank = find(comm)->rank, ncclSuccess; });
-}
-ncclResult_t ncclCommCuDevice(const ncclComm_t comm, int* device) {
-  return enter([&] { return *device = find(comm)->device, ncclSuccess; });
-}
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* error) {
   return enter([&] { return *error = find(comm)->error, ncclSuccess; });
 }
@@ -538,10 +498,6 @@ ncclResult_t ncclReduceScatter(const void* send, void* recv, size_t count, ncclD
 ncclResult_t ncclBroadcast(const void* send, void* recv, size_t count, ncclDataType_t dtype,
                            int root, ncclComm_t comm, cudaStream_t s) {
   return call({Call::broadcast, send, recv, count, dtype, 0, root, comm, s});
-}
-ncclResult_t ncclReduce(const void* send, void* recv, size_t count, ncclDataType_t dtype,
-                        ncclRedOp_t op, int root, ncclComm_t comm, cudaStream_t s) {
-  return call({Call::reduce, send, recv, count, dtype, op, root, comm, s});
 }
 ncclResult_t ncclSend(const void* send, size_t count, ncclDataType_t dtype, int peer,
                       ncclComm_t comm, cudaStream_t s) {

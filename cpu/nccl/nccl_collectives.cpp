@@ -5,8 +5,8 @@
 //           what I need, sum, wait until the others have read. Sends and receives of a group
 //           advance together, a step at a time.
 // cost      a rank reads: all-gather and reduce-scatter (n-1) slices; all-reduce both, or n-1 whole
-//           buffers when they fit into a record; broadcast W; reduce n-1 times W at the root. A
-//           reduction reads each element once and writes each result once.
+//           buffers when they fit into a record; broadcast W. A reduction reads each element once
+//           and writes each result once.
 // test      tests/test_nccl.cpp
 #include <sched.h>
 
@@ -74,14 +74,9 @@ requires std::is_same_v<T, Bf16> Bf16 narrow(float x) {
   return {uint16_t(nan ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
-template <class T> auto wrapping(T x) {  // integers wrap around
-  if constexpr (std::is_integral_v<T>) return std::make_unsigned_t<T>(x);
-  else return x;
-}
-
 // to[i] = from[0][i] op from[1][i] op ...; `to` may be one of `from`.
 template <class T, class Fold>
-void fold(char* to, const std::vector<const char*>& from, size_t count, Fold op, int divide_by) {
+void fold(char* to, const std::vector<const char*>& from, size_t count, Fold op) {
   using Wide = decltype(widen(T{}));
   in_parts(count, sizeof(T) * from.size(), [&](size_t begin, size_t end) {
     constexpr size_t kBlock = 1024;
@@ -96,8 +91,6 @@ void fold(char* to, const std::vector<const char*>& from, size_t count, Fold op,
 #pragma omp simd
         for (size_t i = 0; i < m; i++) sum[i] = widen(narrow<T>(op(sum[i], Wide(widen(x[i])))));
       }
-      if (divide_by > 1)
-        for (size_t i = 0; i < m; i++) sum[i] = Wide(sum[i] / Wide(divide_by));
       T* out = reinterpret_cast<T*>(to) + begin;
 #pragma omp simd
       for (size_t i = 0; i < m; i++) out[i] = narrow<T>(sum[i]);
@@ -105,37 +98,19 @@ void fold(char* to, const std::vector<const char*>& from, size_t count, Fold op,
   });
 }
 
-template <class T> void fold(char* to, const std::vector<const char*>& from, size_t count, int op) {
-  switch (op) {
-    case ncclProd:
-      return fold<T>(
-          to, from, count, [](auto a, auto b) { return decltype(a)(wrapping(a) * wrapping(b)); },
-          1);
-    case ncclMax:
-      return fold<T>(
-          to, from, count, [](auto a, auto b) { return a < b ? b : a; }, 1);
-    case ncclMin:
-      return fold<T>(
-          to, from, count, [](auto a, auto b) { return b < a ? b : a; }, 1);
-    default:
-      return fold<T>(
-          to, from, count, [](auto a, auto b) { return decltype(a)(wrapping(a) + wrapping(b)); },
-          op == ncclAvg ? int(from.size()) : 1);
-  }
+template <class T>
+void reduce(char* to, const std::vector<const char*>& from, size_t count, int op) {
+  if (op == ncclMax) fold<T>(to, from, count, [](auto a, auto b) { return a < b ? b : a; });
+  else fold<T>(to, from, count, [](auto a, auto b) { return a + b; });
 }
 
 void reduce(const Op& call, char* to, const std::vector<const char*>& from, size_t count) {
   const int op = call.record.op;
   switch (call.record.dtype) {
-    case ncclInt8: return fold<int8_t>(to, from, count, op);
-    case ncclUint8: return fold<uint8_t>(to, from, count, op);
-    case ncclInt32: return fold<int32_t>(to, from, count, op);
-    case ncclUint32: return fold<uint32_t>(to, from, count, op);
-    case ncclInt64: return fold<int64_t>(to, from, count, op);
-    case ncclUint64: return fold<uint64_t>(to, from, count, op);
-    case ncclFloat32: return fold<float>(to, from, count, op);
-    case ncclFloat64: return fold<double>(to, from, count, op);
-    case ncclBfloat16: return fold<Bf16>(to, from, count, op);
+    case ncclInt32: return reduce<int32_t>(to, from, count, op);
+    case ncclFloat32: return reduce<float>(to, from, count, op);
+    case ncclFloat64: return reduce<double>(to, from, count, op);
+    case ncclBfloat16: return reduce<Bf16>(to, from, count, op);
   }
 }
 
@@ -249,17 +224,6 @@ void broadcast(Task& task, Op& op) {
   finish_phase(task, op);
 }
 
-void reduce_to_root(Task& task, Op& op) {
-  const size_t bytes = op.send_bytes;
-  if (op.comm->rank == op.record.peer) {
-    const auto from = gather_sources(task, op, 0, bytes, [](int) { return Bytes{0, 0}; });
-    reduce(op, op.recv, from, op.record.count);
-  } else {
-    op.comm->link->offer(op, op.record.peer, op.send, bytes);
-  }
-  finish_phase(task, op);
-}
-
 }  // namespace
 
 void run_collective(Task& task, Op& op) {
@@ -270,8 +234,7 @@ void run_collective(Task& task, Op& op) {
     case Call::split: return all_gather(task, op);
     case Call::reduce_scatter: return reduce_scatter(task, op);
     case Call::all_reduce: return all_reduce(task, op);
-    case Call::broadcast: return broadcast(task, op);
-    default: return reduce_to_root(task, op);
+    default: return broadcast(task, op);
   }
 }
 

@@ -37,8 +37,8 @@
 //           order of the calls, then all sends and receives together. Ranks that disagree wait for
 //           each other; the watch finds them.
 // sums      One element after another, from the rank after a piece's owner round to the owner;
-//           all-reduces that fit into a record, and reduce, in ascending rank. The same whatever
-//           the transport and the timing; each sum of bf16 is rounded to it, as in NCCL's rings.
+//           all-reduces that fit into a record in ascending rank. The same whatever the transport
+//           and the timing; each sum of bf16 is rounded to it, as in NCCL's rings.
 // failure   Sticky for the communicator: the peers are told, and later calls return the error at
 //           once.
 #pragma once
@@ -177,7 +177,7 @@ std::unique_ptr<Link> mpi_link(ncclComm& comm);
 }  // namespace nccl
 
 struct ncclComm : std::enable_shared_from_this<ncclComm> {
-  int rank = 0, size = 1, device = 0;
+  int rank = 0, size = 1;
   // differs between the communicators that a process belongs to
   uint32_t id = 0;
   bool may_share = false;  // ranks of one node can map each other's memory
@@ -187,7 +187,6 @@ struct ncclComm : std::enable_shared_from_this<ncclComm> {
   std::unique_ptr<nccl::Link> link;
 
   std::atomic<ncclResult_t> error{ncclSuccess};
-  std::atomic<bool> aborted{false};
   std::string why;  // of the error; guarded by `mutex`
   std::mutex mutex;
   std::condition_variable idle;

@@ -13,7 +13,6 @@
 #include <sched.h>
 #include <unistd.h>
 
-#include <cstdlib>
 #include <cstring>
 
 #include "nccl_internal.h"
@@ -133,10 +132,7 @@ class MpiLink final : public Link {
 // ---- birth of a communicator
 
 std::atomic<uint32_t> ids{0};
-std::atomic<bool> share_setting{[] {
-  const char* transport = getenv("THREEFOLD_NCCL");
-  return !transport || strcmp(transport, "mpi");
-}()};
+std::atomic<bool> share_setting{true};
 
 struct Id {
   char magic[16];
@@ -282,7 +278,6 @@ void open_link(ncclComm& comm) {
   MPI_Comm_size(MPI_COMM_WORLD, &world_size);
   if (comm.size == world_size) comm.name = "world";
   comm.description = describe(comm);
-  cudaGetDevice(&comm.device);
   used_id(comm.id);
 }
 

@@ -40,25 +40,21 @@ double watch_seconds() {
 
 size_t size_of(int dtype) {
   switch (dtype) {
-    case ncclInt8:
-    case ncclUint8: return 1;
     case ncclBfloat16: return 2;
     case ncclInt32:
-    case ncclUint32:
     case ncclFloat32: return 4;
-    case ncclInt64:
-    case ncclUint64:
     case ncclFloat64: return 8;
     default: return 0;
   }
 }
 namespace {
-const char* call_names[] = {"no call", "all_reduce", "all_gather", "reduce_scatter", "broadcast",
-                            "reduce",  "send",       "recv",       "split"};
-const char* dtype_names[] = {"i8", "u8", "i32", "u32", "i64", "u64", "f16", "f32", "f64", "bf16"};
-const char* op_names[] = {"sum", "prod", "max", "min", "avg"};
-bool reduces(Call c) {
-  return c == Call::all_reduce || c == Call::reduce_scatter || c == Call::reduce;
+const char* call_names[] = {"no call",   "all_reduce", "all_gather", "reduce_scatter",
+                            "broadcast", "send",       "recv",       "split"};
+const char* name_of(int dtype) {
+  return dtype == ncclInt32     ? "i32"
+         : dtype == ncclFloat32 ? "f32"
+         : dtype == ncclFloat64 ? "f64"
+                                : "bf16";
 }
 
 std::string words(const Record& r, int peer_world) {
@@ -66,10 +62,10 @@ std::string words(const Record& r, int peer_world) {
   if (r.call == Call::split) return s;
   if (r.call == Call::send) s += sentence(" to rank ", peer_world);
   if (r.call == Call::recv) s += sentence(" from rank ", peer_world);
-  s += sentence(" (", r.count, " ", dtype_names[r.dtype]);
-  if (reduces(r.call)) s += sentence(" ", op_names[r.op]);
+  s += sentence(" (", r.count, " ", name_of(r.dtype));
+  if (r.call == Call::all_reduce || r.call == Call::reduce_scatter)
+    s += r.op == ncclMax ? " max" : " sum";
   if (r.call == Call::broadcast) s += sentence(" from rank ", peer_world);
-  if (r.call == Call::reduce) s += sentence(" to rank ", peer_world);
   s += ")";
   if (r.group_size > 1)
     s += sentence(" as collective ", r.group_index + 1, " of ", r.group_size, " in its group");
@@ -106,7 +102,7 @@ template <class... Parts>
 void check_arguments(const Op& op) {
   const Record& r = op.record;
   if (r.peer < -1 || r.peer >= op.comm->size ||
-      (r.peer < 0 && (!op.collective() || r.call == Call::broadcast || r.call == Call::reduce)))
+      (r.peer < 0 && (!op.collective() || r.call == Call::broadcast)))
     refuse(ncclInvalidArgument, op, "there is no rank ", r.peer, " among its ", op.comm->size);
   const auto check_buffer = [&](const char* p, size_t bytes, const char* which) {
     if (!bytes) return;
@@ -239,7 +235,6 @@ void count_traffic(Op& op) {
     case Call::all_gather:
     case Call::reduce_scatter: numerator = (n - 1) * n * bytes; break;
     case Call::broadcast:
-    case Call::reduce:
     case Call::send: numerator = n * bytes; break;
     default: break;
   }
@@ -302,8 +297,6 @@ void look_around(Task& task, const std::function<bool()>& ready, double since, d
                               : why);
   };
   for (const auto& comm : task.comms) {
-    if (comm->aborted)
-      fail(ncclInternalError, "rank ", comm->world(comm->rank), " aborted ", comm->description);
     for (int q = 0; q < comm->size; q++)
       if (const std::string why = q == comm->rank ? "" : comm->link->peer_gave_up(q);
           !why.empty()) {

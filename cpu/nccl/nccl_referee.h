@@ -17,16 +17,15 @@ enum class Call : int32_t {
   all_gather,
   reduce_scatter,
   broadcast,
-  reduce,
   send,
   recv,
   split
 };
-constexpr int kCalls = 9;
+constexpr int kCalls = 8;
 
 // What completed calls of one kind sent. By the bandwidth-optimal convention (n ranks, buffer of W
 // bytes) a rank sends numerator / n bytes: all-gather and reduce-scatter (n-1)/n W, all-reduce
-// 2(n-1)/n W, broadcast, reduce and send W. `copied` is counted where the copies are made: bytes
+// 2(n-1)/n W, broadcast and send W. `copied` is counted where the copies are made: bytes
 // that this rank read from its peers. It equals numerator / n for all-gather and reduce-scatter,
 // and the sum over the receivers equals that of the senders for point-to-point calls.
 struct Traffic {
@@ -42,7 +41,7 @@ void name(ncclComm_t comm, const char* name);
 void watch(double seconds);
 // THREEFOLD_REFEREE=1: receive buffers start as NaN, send buffers are checksummed
 void strict(bool on);
-// for communicators made by ncclCommInitRank from now on; THREEFOLD_NCCL=mpi: off
+// for communicators made by ncclCommInitRank from now on
 void use_shared_memory(bool on);
 // each rank's last call, from memory that outlives a stopped or killed rank
 std::string where_ranks_stand(ncclComm_t comm);

@@ -139,17 +139,13 @@ const Peer* find_peer(int world) {
 #if defined(CPU_FAST) || defined(CPU_FAITHFUL)
 cpu::Arena my_arena() { return cpu::arena(); }
 // Peers can map device memory only if it is shared from the first allocation on, so it is when a
-// launcher started more than one process. (Both ways: the runtime may be initialised before this
-// file or after it.) THREEFOLD_NCCL=staged leaves it alone, for tests.
+// launcher started more than one process.
 [[maybe_unused]] const bool shares_device_memory = [] {
   bool several = false;
   for (const char* name : {"PMI_SIZE", "SLURM_NTASKS"})
     several |= getenv(name) && atoi(getenv(name)) > 1;
-  const char* transport = getenv("THREEFOLD_NCCL");
-  if (!several || (transport && !strcmp(transport, "staged"))) return false;
-  setenv("THREEFOLD_SHARE_MEMORY", "1", 1);
-  cpu::share_device_memory();
-  return true;
+  if (several) cpu::share_device_memory();
+  return several;
 }();
 #else
 struct NoArena {
