@@ -27,8 +27,8 @@ class RankWork : TheoryOfChunk, Issue {
       : TheoryOfChunk(job, {1, 1, 1}), cluster(cluster), free_axes(free_axes) {}
 
   // Of a chunk, the only one of its rank. later: its stage is not a pipeline's first, and gathers
-  // at the begin and sums at the end (fsdp.h). has_ends: its stage's first chunk is the embedding's,
-  // and sums and updates the units of both ends.
+  // at the begin and sums at the end (fsdp.h). has_ends: its stage's first chunk is the
+  // embedding's, and sums and updates the units of both ends.
   ChunkTimes run(const ChunkKind& chunk, bool later, bool has_ends, int microbatches) {
     ChunkTimes times;
     static_cast<Issue&>(*this) = {};
