@@ -113,7 +113,8 @@ void show(const ShowOptions& o) {
   if (o.svg.empty()) return;
   put_aside(o.svg, "drawings");
   std::ofstream file(o.svg);
-  file << draw_svg(s, t, to_string(s), units ? "forwards of one chunk" : "the unit of --times");
+  file << draw_svg(s, t, to_string(s) + (units ? "" : times),
+                   units ? "forwards of one chunk" : "the unit of --times");
   REQUIRE(file.flush().good(), "cannot write ", o.svg);
   printf("drawn     %s\n", o.svg.c_str());
 }
