@@ -486,7 +486,7 @@ def check_run(browser, name):
 def check_menu(browser, name):
     wrong = []
     for leave, what in (lambda: browser.press('Escape'), 'Escape'), (
-            lambda: browser.evaluate('document.querySelector("main a, [rel=next]").focus()'),
+            lambda: browser.evaluate('document.querySelector("#pane summary").focus()'),
             'the focus elsewhere'):
         browser.evaluate('document.querySelector("header details").open = true;'
                          'document.querySelector("header nav a").focus({preventScroll: true})')
