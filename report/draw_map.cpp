@@ -26,7 +26,7 @@ const Kind kKinds[] = {
     {"TP", "fill='#ffcf94'", 0, 0, 1, 0},     {"TP, PP", "fill='#e58f73'", 0, 0, 0, 0}};
 
 struct Cell {
-  std::string colour, title, text = "";  // no colour: nothing fits
+  std::string colour, title, text = "";  // no colour: white
 };
 
 Cell best_kind(const Cluster& cluster, const GptConfig& config) {
@@ -70,6 +70,7 @@ template <class CellOf> void draw_table(Svg& svg, double left, double top, const
   const char* middle = "text-anchor='middle'";
   svg.out << "<g transform='translate(" << left << " " << top << ")'>\n";
   svg.text(kLeft, 20, "font-size='15'", title);
+  svg.text(2, kTop - 8, "", "parameters");
   double x = kLeft, y = kBottom, wall = kBottom;
   for (const ModelSize& model : kModels) {
     y -= kHigh;
@@ -102,7 +103,7 @@ template <class CellOf> void draw_table(Svg& svg, double left, double top, const
 std::string draw_map(Cluster cluster) {
   Svg svg(2 * kPanel, 2 * kHeight, "font-family='sans-serif' font-size='12'", "When to use what");
   svg.box(0, 0, 2 * kPanel, 2 * kHeight, "fill='#fff'");
-  svg.text(kLeft, 47, "", "white: nothing fits");
+  svg.text(kLeft, 47, "", "white: nothing fits, or more ranks than heads");
   cluster.nodes = 4;
   cluster.devices = kOfNode;
   draw_table(
@@ -119,7 +120,7 @@ std::string draw_map(Cluster cluster) {
                  cluster.nodes = devices / cluster.devices;
                  return best_kind(cluster, config);
                });
-    cluster.between.bandwidth = kSlow;
+    cluster.between.bandwidth = std::min(kSlow, cluster.between.bandwidth);
   }
   return svg.out.str() + "</svg>\n";
 }

@@ -7,7 +7,7 @@
 #pragma once
 #include "theory/plan.h"
 
-// One map for each speed of the links between nodes: that of the cluster, and 10 Gbit/s; below them
-// the time per token of inference by tp. How many nodes and devices the cluster has does not
-// matter.
+// One map for each speed of the links between nodes: that of the cluster, and at most 10 Gbit/s;
+// below them the time per token of inference by tp. How many nodes and devices the cluster has does
+// not matter.
 std::string draw_map(Cluster cluster);

@@ -25,12 +25,12 @@ struct {
 const char* kStyle = R"(<style>
 .schedule{font:11px sans-serif} .schedule .head{font-size:15px}
 .schedule .mid{text-anchor:middle}
-.schedule text{fill:#1f2328} .schedule .paper{fill:#fff} .schedule g rect{stroke:#fff}
+.schedule text{fill:#1f2328} .schedule .paper{fill:#fff}
 .schedule .line{fill:#8c959f}
 .schedule .b+text{text-decoration:underline} .schedule .w+text{font-style:italic}
 .schedule .f{fill:#a9ceff} .schedule .b{fill:#96deb8} .schedule .w{fill:#ffcf94}
 @media (prefers-color-scheme:dark){
-.schedule text{fill:#f0f3f6} .schedule .paper{fill:#0d1117} .schedule g rect{stroke:#0d1117}
+.schedule text{fill:#f0f3f6} .schedule .paper{fill:#0d1117}
 .schedule .line{fill:#656d76}
 .schedule .f{fill:#1f5fa8} .schedule .b{fill:#1d7248} .schedule .w{fill:#94550a}
 }
@@ -100,7 +100,7 @@ std::string draw_svg(const Schedule& s, const Timeline& t, const std::string& ti
     const auto [start, end] = t.spans[stage][i];
     const double from = left + start * scale, wide = (end - start) * scale, y = top + row * stage;
     svg.out << "<g><title>" << to_string(a) << ": " << start << " to " << end << "</title>";
-    svg.box(from, y + 2, wide, row - 4,
+    svg.box(from, y + 2, std::max(wide - 1, 0.75 * wide), row - 4,
             sentence(kLooks[a.kind].colour, " fill-opacity='", 1 - 0.7 * a.chunk / s.chunks, "'"));
     if (wide >= 14) svg.text(from + wide / 2, y + 19, middle, a.microbatch);
     svg.out << "</g>\n";

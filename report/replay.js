@@ -68,7 +68,8 @@ function size(bytes) {
   return +bytes.toPrecision(3) + [' bytes', ' KiB', ' MiB', ' GiB'][k];
 }
 
-const milliseconds = us => (us / 1000).toPrecision(3) + ' ms';
+const duration = us =>
+  us >= 1e6 ? +(us / 1e6).toPrecision(3) + ' s' : +(us / 1e3).toPrecision(3) + ' ms';
 
 const kVerbs = {
   all_gather: 'gathers', reduce_scatter: 'sums and scatters', all_reduce: 'sums',
@@ -84,15 +85,18 @@ const of = ({microbatch: m}) => m >= 0 ? ` of micro-batch ${m}` : '';
 const computing = ({args: a}) =>
   (kVerbs[a.pass] ?? `computes the ${a.pass}`) + (a.part && ` of ${a.part}`);
 
-// What a rank does in a collective: "gathers weights of block 3 (fsdp, 96 KiB)".
+// What a rank does in a collective: "gathers weights of block 3 (fsdp, 96 KiB)". Parcels that have
+// the same words are said together.
 function travelling({args: a}) {
-  const cost = bytes => ` (${a.axis}, ${size(bytes)})`;
-  const moves = (verb, way) => parcel =>
-    `${verb} the ${parcel.payload}${of(parcel)} ${way} rank ${parcel[way]}` + cost(parcel.bytes);
+  const bytes = {};  // by what is said of them
+  const add = (words, more) => bytes[words] = (bytes[words] ?? 0) + more;
+  const move = (verb, way) => parcel =>
+    add(`${verb} the ${parcel.payload}${of(parcel)} ${way} rank ${parcel[way]}`, parcel.bytes);
   if (a.op !== 'exchange')
-    return `${kVerbs[a.op]} ${carries(a)} of ${a.for}`.replace('communication of ', '') +
-      cost(a.bytes);
-  return [...a.sends.map(moves('sends', 'to')), ...a.receives.map(moves('receives', 'from'))]
+    add(`${kVerbs[a.op]} ${carries(a)} of ${a.for}`.replace('communication of ', ''), a.bytes);
+  a.sends.forEach(move('sends', 'to'));
+  a.receives.forEach(move('receives', 'from'));
+  return Object.keys(bytes).map(words => `${words} (${a.axis}, ${size(bytes[words])})`)
     .join(' and ');
 }
 
@@ -107,7 +111,7 @@ function sentence(e) {
     e.cat === 'unit' ? `reshards ${a.unit}` :
     travelling(e) + (part ? ` while it ${computing(part)}` : '');
   return `Rank ${e.pid} ${what}` +
-    (a.waited_us > 0 ? `, ${milliseconds(a.waited_us)} of it waiting for others.` : '.');
+    (a.waited_us > 0 ? `, ${duration(a.waited_us)} of it waiting for others.` : '.');
 }
 
 // who computes a part, or reshards
@@ -158,6 +162,7 @@ function draw_rank({part: [part], collective, units, memory, activations}, rank)
 }
 
 // Between two ranks, a line; on it, what travels: it waits at its end until every rank is there.
+// Lines that pass other ranks are shifted, those of a group like each other and unlike the next's.
 function draw_travel({collective}, rank) {
   const boxes = by_id('ranks').children;
   return collective.flatMap(({ts, dur, args: a}) => {
@@ -166,7 +171,10 @@ function draw_travel({collective}, rank) {
       a.ranks.filter((other, i) => Math.abs(i - at) === 1);
     const way = Math.max(0, (t - ts - a.waited_us) / (dur - a.waited_us));
     return others.map(other => {
-      const path = `path d="M${x} ${y}H${boxes[other].offsetLeft}V${boxes[other].offsetTop}"`;
+      const shift = Math.abs(other - rank) > 1 ? 4 + 4 * (Math.min(rank, other) % 4) : 0;
+      const end = boxes[other];
+      const path = `path transform="translate(${shift} ${shift})"
+        d="M${x} ${y}H${end.offsetLeft}V${end.offsetTop}"`;
       return tag(path) +
         tag(`${path} class="parcel ${carries(a)}" pathLength="100"
           stroke-dashoffset="${-96 * way}"`);
@@ -178,7 +186,7 @@ function draw_travel({collective}, rank) {
 // the micro-batch.
 function draw_timeline(events, rank) {
   const bar = ({name, ts, dur, args: a}) => tag(
-    `i class="${a.pass ?? 'moves ' + carries(a)}" title="${name}, ${milliseconds(dur)}"
+    `i class="${a.pass ?? 'moves ' + carries(a)}" title="${name}, ${duration(dur)}"
       style="left: ${100 * ts / trace.end}%; width: ${100 * dur / trace.end}%;
       --waits: ${100 * a.waited_us / dur}%"`,
     '<wbr>', trace.stages > 1 ? a.microbatch < 0 ? '' : a.microbatch : a.part || a.for || name);
@@ -189,7 +197,7 @@ function draw_timeline(events, rank) {
 
 // ---- controls
 
-let t = 0, moments, index, playing = false, timer;
+let t = 0, moments, index, playing = false, timer, said;
 const still = matchMedia('(prefers-reduced-motion: reduce)');  // then nothing glides
 
 // which: the event to speak of, where several happen at the same time.
@@ -202,11 +210,16 @@ function show(time, which) {
   by_id('ranks').innerHTML =
     now.map(draw_rank).join('') + tag('svg id="travel" aria-hidden="true"');
   by_id('travel').innerHTML = now.flatMap(draw_travel).join('');
-  by_id('clock').textContent = `${milliseconds(t)} of ${milliseconds(trace.end)}`;
+  by_id('clock').textContent = `${duration(t)} of ${duration(trace.end)}`;
   by_id('timeline').style.setProperty('--at', t / trace.end);
   by_id('time').value = t;
-  by_id('says').innerHTML = tag('span id="sentence"', sentence(e)) + ' ' +
-    (place ? tag(`a href="${address}"`, name, ', ', place) : '');
+  by_id('time').ariaValueText = by_id('clock').textContent;
+  // the same sentence is not read out again, and the link stays, as it may have the focus
+  const words = sentence(e);
+  if (words !== said) by_id('sentence').innerHTML = said = words;
+  by_id('link').hidden = !place;
+  by_id('link').href = address;
+  by_id('link').textContent = `${name}, ${place}`;
 }
 
 // Steps go through the events of the chosen rank, or of all.
@@ -221,7 +234,8 @@ function step(by) {
   play(false);
   const next = moments[index + by];
   if (next) show(next.ts, index + by);
-  else show(by * trace.end);  // one of the ends
+  else if (by > 0) show(trace.end);
+  else show(0, 0);
 }
 
 function jump(pass) {
@@ -231,18 +245,20 @@ function jump(pass) {
 
 function play(on = !playing) {
   playing = on;
-  by_id('play').textContent = on ? 'pause' : 'play';
+  document.querySelector('[data-key=" "]').textContent = on ? 'pause' : 'play';
+  by_id('sentence').ariaLive = on ? 'off' : 'polite';  // whether a change is read out
   clearTimeout(timer);
   if (on && t >= trace.end) show(0);
-  if (on) tick();
+  if (on) tick(performance.now());
 }
 
-// At speed 1, a trace takes half a minute.
-function tick() {
-  const speed = by_id('speed').value;
-  show(still.matches ? moments[index + 1]?.ts ?? trace.end : t + speed * trace.end / 1500);
+// At speed 1, a trace takes half a minute, however long a picture takes.
+function tick(before) {
+  const speed = by_id('speed').value, now = performance.now();
+  show(still.matches ? moments[index + 1]?.ts ?? trace.end :
+    t + speed * trace.end * (now - before) / 30e3);
   if (t >= trace.end) play(false);
-  else timer = setTimeout(tick, still.matches ? 1000 / speed : 20);
+  else timer = setTimeout(tick, still.matches ? 1000 / speed : 20, now);
 }
 
 // by key: the button's words, and what it does
@@ -271,10 +287,10 @@ const kRebuilt = 'The clock is rebuilt: ranks may share processors and take turn
 const kLegend = 'A box is a rank. Its bars are bytes, all on one scale; "/ 4" is drawn at a ' +
   'quarter. An outline is a whole unit, what is filled is here: dark the shard of the rank, ' +
   'light what it gathered (with ZeRO-3 into a buffer that has the shard once more), striped what ' +
-  'is on its way; an orange line: its gradient is being summed. Numbers in activations, and ' +
-  'those of a pipeline in the timeline, are micro-batches. A line between boxes is a whole ' +
-  'collective, whatever its algorithm. What travels is pale while it waits for the last rank. ' +
-  'The full width of a bar is ';
+  'is on its way, pale what is out of date; an orange line: its gradient is being summed. ' +
+  'Numbers in activations, and those of a pipeline in the timeline, are micro-batches. A line ' +
+  'between boxes is a whole collective, whatever its algorithm. In the timeline, what travels is ' +
+  'pale while it waits for the last rank. The full width of a bar is ';
 document.title = `Replay: ${trace.title}`;
 const kKeys = ['weights', 'gradients', 'optimizer', 'activations', 'forward', 'backward',
   'weight gradient', 'other', 'communication'];
@@ -282,15 +298,16 @@ const draw_key = (colour, words) => tag(`b class="key ${colour}"`, '■') + ` ${
 document.body.insertAdjacentHTML('beforeend', [
   tag('h1', document.title),
   tag('footer', trace.clock === 'rebuilt' ? kRebuilt : ''),
-  tag('p id="says"'),
   tag('nav aria-label="replay"',
     Object.entries(kControls).map(([key, [says]]) =>
-      tag(`button id="${says}" title="${key}" onclick="kControls[title][1]()"`, says)),
+      tag(`button data-key="${key}" onclick="kControls[dataset.key][1]()"
+        title="${key.replace(' ', 'space')}"`, says)),
     tag('label', 'speed ',
       tag('select id="speed"', '<option>0.25<option selected>1<option>4')),
     tag('label', 'follow ', tag('select id="watch" onchange="follow()"',
-      ['every rank', ...names].map(name => tag('option', name)))),
-    tag('small id="clock"')),
+      ['every rank', ...names].map(name => tag('option', name))))),
+  tag('p id="says"', tag('small id="clock"'), ' ', tag('span id="sentence" aria-live="polite"'),
+    ' ', tag('a id="link"')),
   tag('div id="ranks"'),
   tag('p', kKeys.map(name => draw_key(name, name))),
   tag('div id="timeline"',

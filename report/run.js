@@ -9,16 +9,21 @@ const losses = steps.flatMap(s => [s.loss, s.held_out_loss ?? s.loss]);
 const low = Math.min(...losses), high = Math.max(...losses);
 const held_out = steps.findLast(s => s.held_out_loss)?.held_out_loss.toFixed(2);
 
-const draw_loss = (name, member) => tag(`polyline class="${name}" points="${
-  steps.filter(s => s[member]).map(s => [s.step, -s[member]]).join(' ')}"`);
+// A point alone is a line to itself.
+function draw_loss(name, member) {
+  const points = steps.filter(s => s[member]).map(s => [s.step, -s[member]]);
+  return tag(`polyline class="${name}" points="${[...points, points.at(-1)].join(' ')}"`);
+}
 
+document.title = document.title.replace('Replay', 'A run');
 document.body.insertAdjacentHTML('afterbegin', [
   tag('h1', 'A run'),
   tag('p', 'Loss ', last.loss.toFixed(2), ' at step ', last.step,
     held_out ? `, then ${held_out} on text that it has not read` : '',
     ' (nats a token). Below, the last step, played.'),
-  tag(`svg id="loss" preserveAspectRatio="none"
-    viewBox="${first.step} ${-high} ${steps.length} ${high - low}"`,
+  tag(`svg id="loss" role="img" aria-label="loss by step" preserveAspectRatio="none"
+    viewBox="${first.step} ${-high} ${Math.max(1, last.step - first.step)} ${
+      Math.max(1e-6, high - low)}"`,
     draw_loss('weights', 'loss'), draw_loss('gradients', 'held_out_loss')),
   tag('p', 'Step ', first.step, ' to ', last.step, ', from ', low.toFixed(2), ' (bottom) to ',
     high.toFixed(2), ' (top): ', draw_key('weights', 'loss of a step'),

@@ -112,8 +112,8 @@ void show(const ShowOptions& o) {
   if (o.actions) print_lists(s);
   if (o.svg.empty()) return;
   put_aside(o.svg, "drawings");
-  write_file(o.svg,
-             draw_svg(s, t, to_string(s), units ? "forwards of one chunk" : "the unit of --times"));
+  write_file(o.svg, draw_svg(s, t, to_string(s) + (units ? "" : times),
+                             units ? "forwards of one chunk" : "the unit of --times"));
   printf("drawn     %s\n", o.svg.c_str());
 }
 

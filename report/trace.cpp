@@ -60,7 +60,7 @@ void Trace::end_step() {
 
 // ---- all ranks
 
-// What it is of, and its part in each axis with more than one rank: "training, fsdp 4, tp 2".
+// What it is of, and its part in each axis with more than one rank: "rank 3, fsdp 1, tp 1".
 static std::string list_axes(std::string all, const Mesh& mesh, int Axis::*number) {
   for (const Axis& axis : mesh.axes)
     if (axis.size > 1) all += sentence(", ", axis.name, " ", axis.*number);
@@ -230,9 +230,17 @@ std::string Trace::write() {
       add("C", "", change[0][1], rank, 0, time, time, bytes);
     }
   }
-  std::string title = list_axes("training", mesh_, &Axis::size);
-  if (mesh_.shards.size > 1) title += sentence(", ZeRO-", trainer_.options.fsdp.zero);
-  if (mesh_["pp"].size > 1) title += sentence(", ", trainer_.pipeline.schedule().row->name);
+  const GptConfig& model = trainer_.gpt.config;
+  const FsdpOptions& fsdp = trainer_.options.fsdp;
+  const Schedule& schedule = trainer_.pipeline.schedule();
+  std::string title =
+      list_axes(sentence("training of ", model.layers, " layers of width ", model.width), mesh_,
+                &Axis::size);
+  if (model.sequence_parallel && mesh_["tp"].size > 1) title += ", sequence parallel";
+  if (mesh_.shards.size > 1) title += sentence(", ZeRO-", fsdp.zero);
+  if (mesh_.shards.size > 1 && fsdp.prefetch != 1) title += sentence(", prefetch ", fsdp.prefetch);
+  if (mesh_["pp"].size > 1) title += sentence(", ", schedule.row->name);
+  if (schedule.microbatches > 1) title += sentence(", ", schedule.microbatches, " micro-batches");
   return error_of([&] {
     file_.line({{"traceEvents", std::move(events)},
                 {"threefold",

@@ -6,7 +6,7 @@ and drives them as a person would.
 
 A page that holds a trace is a replay: it is played, stepped, moved by keys, and at 20 random
 moments what it says and draws is compared with the trace, which is read and added up here, in
-Python. Of any page: no error of a script, no overflow at 360, 768 and 1440 pixels, light and dark,
+Python. Of any page: no error of a script, no overflow at 320, 768 and 1440 pixels, light and dark,
 and it prints.
 Chromium is spoken to over a pair of pipes, in its DevTools protocol."""
 import base64
@@ -89,7 +89,8 @@ class Browser:
             pass
 
     def evaluate(self, script):
-        answer = self.call('Runtime.evaluate', expression=script, returnByValue=True)
+        answer = self.call('Runtime.evaluate', expression=script, returnByValue=True,
+                           awaitPromise=True)
         if 'exceptionDetails' in answer:
             self.errors.append(str(answer['exceptionDetails']))
         return answer['result'].get('value')
@@ -116,10 +117,12 @@ class Browser:
         self.call('Emulation.setEmulatedMedia', media=media, features=[
             {'name': name.replace('_', '-'), 'value': value} for name, value in features.items()])
 
-    def screenshot(self, path):
-        box = self.call('Page.getLayoutMetrics')['cssContentSize']
-        data = self.call('Page.captureScreenshot', captureBeyondViewport=True,
+    def picture(self, box):
+        return self.call('Page.captureScreenshot', captureBeyondViewport=True,
                          clip={**box, 'height': min(box['height'], 4000), 'scale': 1})['data']
+
+    def screenshot(self, path):
+        data = self.picture(self.call('Page.getLayoutMetrics')['cssContentSize'])
         with open(path, 'wb') as file:
             file.write(base64.b64decode(data))
 
@@ -224,12 +227,15 @@ def wrong_sentence(trace, said, t):
         for parcel in parcels:
             of = f" of micro-batch {parcel['microbatch']}" if parcel['microbatch'] >= 0 else ''
             way = 'to' if 'to' in parcel else 'from'
-            wanted.append(f"the {parcel['payload']}{of} {way} rank {parcel[way]}")
+            wanted.append(f"the {parcel['payload']}{of} {way} rank {parcel[way]} (")
+            if said.count(wanted[-1]) > 1:
+                wrong.append(f'"{said}" says twice "{wanted[-1]}"')
         if a['op'] != 'exchange':
             wanted.append(f" of {a['for']} (" if a['purpose'] not in ('loss', 'norm') else a['for'])
         elif sum(p['bytes'] for p in a['sends']) != a['bytes']:
             wrong.append(f'{a}: the bytes sent do not add up')
-        if not about(said, parcels[0]['bytes'] if parcels else a['bytes']):
+        sizes = [parcel['bytes'] for parcel in parcels if parcel == parcels[0]]
+        if not about(said, sum(sizes) if parcels else a['bytes']):
             wrong.append(f'"{said}": {a["bytes"]} bytes')
     return wrong + [f'"{said}" lacks "{words}"' for words in wanted if words not in said]
 
@@ -294,6 +300,58 @@ def wrong_drawing(trace, cards, t):
     return wrong
 
 
+# At any moment: numbers are seen whole or not at all, and lines between boxes lie on no words, and
+# on each other only where they have an end in common.
+MESS = '''(() => {
+  const wrong = [], box = e => e.getBoundingClientRect(), words = document.createRange();
+  const all = selector => [...document.querySelectorAll(selector)];
+  for (const piece of all('.bytes i')) {
+    words.selectNodeContents(piece);
+    if (box(words).right > box(piece).right + 1 && box(words).top < box(piece).bottom - 1)
+      wrong.push(`micro-batch ${piece.textContent} is cut off`);
+  }
+  const lines = all('#travel path:not(.parcel)').map(box).filter(line => line.height < 4);
+  const meet = (one, other) => one.left < other.right - 1 && other.left < one.right - 1 &&
+    one.top < other.bottom + 1 && other.top < one.bottom + 1;
+  for (const line of lines) {
+    for (const e of all('.lane, .computes, .row'))
+      if (meet(line, box(e))) wrong.push(`a line crosses '${e.className} ${e.textContent}'`);
+    if (lines.some(other => meet(line, other) &&
+        Math.abs(line.left - other.left) > 1 && Math.abs(line.right - other.right) > 1))
+      wrong.push('a line lies on another one');
+  }
+  return wrong;
+})()'''
+
+# In a picture of the timeline, the bars of 0.3 to 1 pixels, and those that are not seen: that
+# have the page's colour, or that of a track without a bar.
+UNSEEN = '''(async data => {
+  const image = new Image(), page = document.getElementById('timeline').getBoundingClientRect();
+  image.src = 'data:image/png;base64,' + data;
+  await image.decode();
+  const canvas = new OffscreenCanvas(image.width, image.height).getContext('2d');
+  const empty = ['body', '.track'].map(selector => {
+    canvas.fillStyle = getComputedStyle(document.querySelector(selector)).backgroundColor;
+    canvas.fillRect(0, 0, 1, 1);
+    return canvas.getImageData(0, 0, 1, 1).data;
+  });
+  canvas.drawImage(image, 0, 0);
+  const is_empty = pixel =>
+    empty.some(colour => colour.every((value, i) => Math.abs(value - pixel[i]) < 8));
+  let thin = 0, unseen = 0;
+  for (const bar of document.querySelectorAll('.track i')) {
+    const {left, width, bottom} = bar.getBoundingClientRect();
+    if (width < 0.3 || width > 1) continue;
+    const x = Math.floor(left - page.left), y = Math.round(bottom - page.top) - 2;
+    thin++;
+    unseen += [x, x + 1].every(x => is_empty(canvas.getImageData(x, y, 1, 1).data));
+  }
+  return [thin, unseen];
+})'''
+
+PLAY = '[data-key=" "]'
+
+
 def check_replay(browser, page, name, path):
     trace = Trace(page)
     now = 'document.getElementById("clock").textContent'
@@ -307,13 +365,26 @@ def check_replay(browser, page, name, path):
     check(f'{name}: no name is markup', [] if said and not marked else [f'{said}, {marked}'])
     browser.evaluate('document.getElementById("watch").selectedIndex = 0; follow()')
 
-    browser.click('#play')
-    time.sleep(0.5)
-    browser.click('#play')
+    browser.click(PLAY)
+    began = browser.evaluate('performance.now()')
+    time.sleep(1)
+    live = [browser.evaluate('document.getElementById("sentence").ariaLive')]
+    took = browser.evaluate('performance.now()') - began
+    browser.click(PLAY)
+    live.append(browser.evaluate('document.getElementById("sentence").ariaLive'))
     played = browser.evaluate('t')
     time.sleep(0.3)
     check(f'{name}: plays and pauses',
           [] if 0 < played == browser.evaluate('t') else [f'{played}, {browser.evaluate(now)}'])
+    seconds = 30 * played / trace.end
+    check(f'{name}: plays a trace in half a minute',
+          [] if seconds > 0.6 * took / 1000 else [f'of {took / 1000} s it played {seconds}'])
+    told = browser.evaluate(f'document.getElementById("time").ariaValueText === {now}')
+    check(f'{name}: read out is the moment, and sentences only while it does not play',
+          [] if live == ['off', 'polite'] and told else [f'{live}, {told}'])
+    browser.evaluate('document.getElementById("link").focus(); step(1); step(1)')
+    focus = browser.evaluate('document.activeElement.id')
+    check(f'{name}: the link keeps the focus', [] if focus == 'link' else [focus])
 
     wrong = []
     browser.evaluate('document.activeElement.blur()')
@@ -325,6 +396,10 @@ def check_replay(browser, page, name, path):
         browser.press(key)
         if browser.evaluate(script) != value:
             wrong.append(f'{key}: {script} is {browser.evaluate(script)}, not {value}')
+    browser.evaluate('show(0, 0)')
+    browser.press('ArrowLeft')
+    if browser.evaluate('index || t'):
+        wrong.append('ArrowLeft leads away from the beginning')
     for key in 'f', 'b', 'o':
         browser.press(key, key)
         wanted = {'f': 'forward', 'b': 'backward', 'o': 'optimizer'}[key]
@@ -342,14 +417,22 @@ def check_replay(browser, page, name, path):
     moments = random.Random(name)
     times = [moments.uniform(0, trace.end) for _ in range(10)]
     times += [e['ts'] for e in moments.sample(trace.told, 10)]
-    said, drawn = [], []
+    said, drawn, mess = [], [], []
     for t in times:
         browser.evaluate(f'show({t!r})')
         said += wrong_sentence(
             trace, browser.evaluate('document.getElementById("sentence").textContent'), t)
         drawn += wrong_drawing(trace, browser.evaluate(READ), t)
+        mess += [f't {t}: {what}' for what in browser.evaluate(MESS)]
     check(f'{name}: the sentence is what the trace says', said, f'{len(times)} moments')
     check(f'{name}: the drawing is what the trace says, to scale', drawn, f'{len(times)} moments')
+    check(f'{name}: nothing lies on words, and no number is cut off', mess)
+
+    browser.evaluate('show(0)')
+    box = browser.evaluate('(({x, y, width, height}) => ({x, y: y + scrollY, width, height}))'
+                           '(document.getElementById("timeline").getBoundingClientRect())')
+    thin, unseen = browser.evaluate(f'{UNSEEN}({browser.picture(box)!r})')
+    check(f'{name}: thin bars are seen', [f'{unseen} of {thin} are not'] if unseen else [], thin)
 
     grey = browser.evaluate('document.querySelectorAll(".track .communication").length')
     numbers = sum(e.get('cat') == 'collective' and e['args']['purpose'] in ('loss', 'norm')
@@ -372,13 +455,45 @@ def check_replay(browser, page, name, path):
     browser.media(prefers_reduced_motion='reduce')
     browser.evaluate('show(0)')
     before = browser.evaluate('index')
-    browser.click('#play')
+    browser.click(PLAY)
     time.sleep(1.5)
-    browser.click('#play')
+    browser.click(PLAY)
     check(f'{name}: with reduced motion it goes from event to event',
           [] if browser.evaluate(f'index > {before} && t === moments[index].ts')
           else [browser.evaluate(now)])
+    colours = '''[...document.querySelectorAll('.shard, .key, .track i')].map(e =>
+        getComputedStyle(e).color + getComputedStyle(e).backgroundColor).join()'''
     browser.media()
+    wanted = browser.evaluate(colours)
+    browser.media(forced_colors='active')
+    check(f'{name}: forced colours leave what stands for something',
+          [] if browser.evaluate(colours) == wanted else ['they change it'])
+    browser.media()
+
+
+def check_run(browser, name):
+    wrong = browser.evaluate('''(() => {
+      const [curve] = document.querySelectorAll('#loss polyline');
+      const points = curve.getAttribute('points').split(' '), box = e => e.getBoundingClientRect();
+      const short = box(curve.parentElement).right - box(curve).right;
+      return [points.length < 2 && 'the curve is a point, which is not drawn',
+        new Set(points).size > 1 && short > 9 && `the curve ends ${short} px before the edge`,
+        !document.title.startsWith('A run') && document.title].filter(x => x);
+    })()''')
+    check(f'{name}: the loss is drawn from edge to edge, the title says that it is a run', wrong)
+
+
+def check_menu(browser, name):
+    wrong = []
+    for leave, what in (lambda: browser.press('Escape'), 'Escape'), (
+            lambda: browser.evaluate('document.querySelector("#pane summary").focus()'),
+            'the focus elsewhere'):
+        browser.evaluate('document.querySelector("header details").open = true;'
+                         'document.querySelector("header nav a").focus({preventScroll: true})')
+        leave()
+        if browser.evaluate('document.querySelector("header [open]")?.tagName'):
+            wrong.append(f'{what} leaves it open')
+    check(f'{name}: a menu closes', wrong)
 
 
 OVERFLOW = '''[...document.querySelectorAll('body *')].filter(e => {
@@ -400,8 +515,12 @@ def check_page(browser, path, screenshots):
     if is_replay:
         check_replay(browser, page, name, path)
         browser.evaluate('show(trace.end * 0.6)')
+    if 'id="metrics"' in page:
+        check_run(browser, name)
+    if 'class="book"' in page:
+        check_menu(browser, name)
     wrong, papers = [], set()
-    for width in 360, 768, 1440:
+    for width in 320, 768, 1440:
         browser.size(width)
         for scheme in 'light', 'dark':
             browser.media(prefers_color_scheme=scheme)
@@ -411,10 +530,12 @@ def check_page(browser, path, screenshots):
             browser.screenshot(f'{screenshots}/{name}-{width}-{scheme}.png')
     if len(papers) != 2:
         wrong.append(f'light and dark have the same paper: {papers}')
-    check(f'{name}: no overflow at 360, 768, 1440, light and dark', wrong)
+    check(f'{name}: no overflow at 320, 768, 1440, light and dark', wrong)
     browser.media('print')
     wrong = browser.evaluate("""[...document.querySelectorAll('.book > header, #pane, button')]
         .filter(e => e.getClientRects().length).map(e => `${e.tagName} is on paper`)""")
+    if is_replay and not browser.evaluate('document.getElementById("clock").offsetHeight'):
+        wrong.append('the moment is not on paper')
     data = base64.b64decode(browser.call('Page.printToPDF', printBackground=True)['data'])
     browser.media()
     with open(f'{screenshots}/{name}.pdf', 'wb') as file:

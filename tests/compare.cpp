@@ -356,7 +356,7 @@ std::string curves(const std::vector<Job>& jobs) {
 }
 
 std::string link(const Job& j) {
-  return j.replay.empty() ? "" : " <a href='" + j.replay + "'>replay</a>";
+  return j.replay.empty() ? "" : " <a href='" + j.replay + "'>replay of " + j.name + "</a>";
 }
 
 // All pipelines on one scale of time: a shorter step is a shorter drawing.
@@ -502,17 +502,16 @@ std::string promises(const std::vector<Job>& jobs, const std::map<std::string, d
 }
 
 const char* const kStyle = R"(<style>
-:root { --paper:#fff; --ink:#1c1e21; --soft:#5c6670; --grid:#dde1e6; --c0:#2f6fb7;
-  --c1:#d9822b; --c2:#3f9142; --c3:#8e5bb5; --c4:#c0392b; --c5:#7a7f87; --c6:#12868c;
+:root { --paper:#fff; --ink:#1c1e21; --soft:#5c6670; --grid:#dde1e6; --c0:#0072b2;
+  --c1:#d55e00; --c2:#cc79a7; --c3:#009e73; --c4:#e69f00; --c5:#555555; --c6:#56b4e9;
   color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --paper:#15181c; --ink:#e7e9ec; --soft:#a3acb5;
-  --grid:#343a41; --c0:#6aa7ea; --c1:#f0a658; --c2:#75c079; --c3:#bb92dd; --c4:#ec7b6e;
-  --c5:#a7adb5; --c6:#56c2c7; } }
+  --grid:#343a41; --c5:#aaa; } }
 body { margin:0 auto; padding:1rem; max-width:1240px; background:var(--paper);
   color:var(--ink); font:16px/1.5 system-ui,sans-serif; }
 h1 { font-size:1.6rem; margin:.2em 0; } h2 { font-size:1.2rem; margin:2em 0 .5em; }
 p, li { max-width:70ch; } pre { overflow-x:auto; }
-nav a { display:inline-block; margin-right:1em; padding:.4em 0; } a { color:var(--c0); }
+nav a { display:inline-block; margin-right:1em; padding:.4em 0; }
 .cards { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));
   gap:1.5rem; }
 figure { margin:0; min-width:0; }

@@ -294,6 +294,9 @@ TEST(a_trace_of_every_strategy_nests_pairs_and_adds_up) {
         check_sums(file, mesh, memory, name);
         if (mesh.rank) return;
         CHECK_EQ(file["threefold"]["clock"], rebuilds ? "rebuilt" : "measured", name);
+        const std::string title = file["threefold"]["title"];
+        CHECK_EQ(title.find("sequence parallel") != title.npos, s.by_rows, name, ": ", title);
+        CHECK(title.find(staged ? "4 micro-batches" : "2 micro-batches") != title.npos, title);
         CHECK_EQ(std::ranges::count(all, "read a batch", [](const Json& e) { return e["name"]; }),
                  2 * mesh.size, name, ": two steps of each rank");
         check_bars(all, rebuilds, name);
