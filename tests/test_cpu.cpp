@@ -563,6 +563,31 @@ TEST(a_queued_stream_runs_behind_the_host_and_in_order) {
 #endif
 }
 
+TEST(a_stream_takes_no_more_cores_than_the_share_of_its_rank) {
+#ifdef CPU_STAND_IN
+  const int cores = omp_get_num_procs();
+  if (cores == 1 || getenv("OMP_NUM_THREADS")) skip("one core, or OMP_NUM_THREADS is set");
+  const char* set = getenv("MPI_LOCALNRANKS");
+  const std::string before = set ? set : "";
+  setenv("MPI_LOCALNRANKS", std::to_string(cores).c_str(), 1);
+  static int threads;
+  {
+    QueuedStreams queued(1);
+    cudaStream_t stream;
+    CUDA_CHECK(cudaStreamCreate(&stream));
+    CUDA_CHECK(cudaLaunchHostFunc(
+        stream, [](void*) { threads = omp_get_max_threads(); }, nullptr));
+    CUDA_CHECK(cudaStreamDestroy(stream));
+  }
+  if (set) setenv("MPI_LOCALNRANKS", before.c_str(), 1);
+  else unsetenv("MPI_LOCALNRANKS");
+  CHECK_EQ(threads, 1, "of ", cores, " cores that so many ranks share");
+  measured("one thread for each of ", cores, " ranks");
+#else
+  skip("the CPU stand-in's own");
+#endif
+}
+
 TEST(events_without_a_clock_are_not_timed) {
   cudaEvent_t begin, end;
   CUDA_CHECK(cudaEventCreate(&begin));

@@ -134,10 +134,6 @@ cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSu
 cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= kDevices) return fail(cudaErrorInvalidDevice);
   current_device = device;
-  // Ranks share the cores: without OMP_NUM_THREADS each would start a thread for every one of them.
-  // (MPICH's mpiexec tells how many ranks this node has.)
-  if (const char* ranks = getenv("MPI_LOCALNRANKS"); ranks && !getenv("OMP_NUM_THREADS"))
-    omp_set_num_threads(std::max(1, omp_get_num_procs() / std::max(1, atoi(ranks))));
   const size_t stack = cpu::settle_team();
   REQUIRE(stack >= kLeastStack, "a thread has a stack of ", stack >> 10,
           " KiB here, and the kernels need ", kLeastStack >> 10,
