@@ -131,7 +131,11 @@ TEST(freed_memory_is_handed_out_again_and_holds_nan) {
   const cpu::PoolCounts before = cpu::pool_counts();
   float *a = nullptr, *b = nullptr;
   CUDA_CHECK(cudaMalloc(&a, 100000));
+#ifdef CPU_FAITHFUL
+  CHECK_EQ(reinterpret_cast<uintptr_t>(a + 25000) % 4096, 0u, "it ends at a page's end");
+#else
   CHECK_EQ(reinterpret_cast<uintptr_t>(a) % 256, 0u);
+#endif
   CHECK(std::isnan(a[0]) && std::isnan(a[24999]));
   CHECK_LE(cpu::pool_counts().in_use - before.in_use, 112500u, "at most an eighth is wasted");
   a[0] = 1;
@@ -157,7 +161,8 @@ TEST(freed_memory_is_handed_out_again_and_holds_nan) {
 TEST(wrong_uses_of_memory_are_errors) {
 #ifdef CPU_STAND_IN
   void* data = nullptr;
-  CHECK_EQ(cudaMalloc(&data, cpu::arena().size + 1), cudaErrorMemoryAllocation);
+  for (const size_t bytes : {cpu::arena().size + 1, SIZE_MAX / 2 + 2, SIZE_MAX})
+    CHECK_EQ(cudaMalloc(&data, bytes), cudaErrorMemoryAllocation);
   CHECK_EQ(cudaGetLastError(), cudaErrorMemoryAllocation);
   CHECK_EQ(cudaGetLastError(), cudaSuccess);
   int not_ours = 0;
@@ -169,6 +174,56 @@ TEST(wrong_uses_of_memory_are_errors) {
   measured("too much, foreign, freed twice");
 #else
   skip("the CPU stand-in's own");
+#endif
+}
+
+TEST(what_touches_memory_beside_a_block_is_caught) {
+#if defined(CPU_FAITHFUL) || defined(__SANITIZE_ADDRESS__)
+  struct Case {
+    void (*body)();
+    const char* faithful_says = nullptr;  // null: SIGSEGV
+  };
+  static float* x;
+  CUDA_CHECK(cudaMalloc(&x, 1000 * sizeof(float)));
+  int caught = 0;
+  for (const Case& c : {
+           Case{[] { add_and_wait(x, 1001, 1, nullptr); }},
+           Case{[] {
+                  float* small;
+                  CUDA_CHECK(cudaMalloc(&small, 7 * sizeof(float)));
+                  small[7] = 0;
+                  CUDA_CHECK(cudaFree(small));
+                },
+                "a write beside a block of 28 bytes, at 28 from its start"},
+           Case{[] {
+                  x[-1] = 0;
+                  CUDA_CHECK(cudaFree(x));
+                },
+                "a write beside a block of 4000 bytes, at -4 from its start"},
+#ifdef __SANITIZE_ADDRESS__
+           Case{[] {
+             CUDA_CHECK(cudaFree(x));
+             add_and_wait(x, 1, 1, nullptr);
+           }},
+           Case{[] { memset(x + 990, 0, 11 * sizeof(float)); }},
+#endif
+       }) {
+    int status = 0;
+    const std::string said = run_in_child(c.body, &status);
+#ifdef CPU_FAITHFUL
+    const int signal = c.faithful_says ? SIGABRT : SIGSEGV;
+    const std::string says = c.faithful_says ? c.faithful_says : "";
+    CHECK(WIFSIGNALED(status) && WTERMSIG(status) == signal, "case ", caught, " said: ", said);
+#else
+    const std::string says = "AddressSanitizer: use-after-poison";
+#endif
+    CHECK(said.find(says) != std::string::npos, "case ", caught, " said: ", said);
+    caught++;
+  }
+  CUDA_CHECK(cudaFree(x));
+  measured(caught, " mistakes");
+#else
+  skip("blocks have guards in the FAITHFUL form and under AddressSanitizer only");
 #endif
 }
 

@@ -237,7 +237,9 @@ void share_device_memory();
 // Fills memory with NaN (0xff) when it is first handed out and when it is freed. On in FAITHFUL,
 // and with queued streams that have a seed.
 void poison_memory(bool on);
-// bytes, as rounded; carved: taken from the arena so far
+// Whether these bytes lie in one block of device memory that is in use.
+bool in_one_block(const void* data, size_t bytes);
+// bytes, with what rounding and guards add; carved: taken from the arena so far
 struct PoolCounts {
   size_t in_use, peak, carved;
   int64_t allocations, reuses;
