@@ -227,6 +227,43 @@ TEST(what_touches_memory_beside_a_block_is_caught) {
 #endif
 }
 
+TEST(copies_and_fills_of_memory_that_is_elsewhere_are_refused) {
+#ifdef CPU_STAND_IN
+  DeviceArray<char> a(1000), b(1000);
+  char host[2000] = {};
+  struct Copy {
+    void *to, *from;
+    cudaMemcpyKind right;
+  };
+  int refused = 0;
+  for (const Copy& copy :
+       {Copy{a.data, b.data, cudaMemcpyDeviceToDevice}, Copy{a.data, host, cudaMemcpyHostToDevice},
+        Copy{host, a.data, cudaMemcpyDeviceToHost}, Copy{host, host + 1000, cudaMemcpyHostToHost}})
+    for (const cudaMemcpyKind kind : {cudaMemcpyHostToHost, cudaMemcpyHostToDevice,
+                                      cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice}) {
+      const bool right = kind == copy.right;
+      CHECK_EQ(cudaMemcpy(copy.to, copy.from, 1000, kind),
+               right ? cudaSuccess : cudaErrorInvalidValue);
+      CHECK_EQ(cudaGetLastError(), right ? cudaSuccess : cudaErrorInvalidValue);
+      refused += !right;
+    }
+  CHECK_EQ(cudaMemcpy(host, a.data, 1001, cudaMemcpyDeviceToHost), cudaErrorInvalidValue);
+  CHECK_EQ(cudaMemcpy(a.data + 1, host, 1000, cudaMemcpyHostToDevice), cudaErrorInvalidValue);
+  CHECK_EQ(cudaMemset(a.data, 0, 1001), cudaErrorInvalidValue);
+  CHECK_EQ(cudaMemset(host, 0, 1), cudaErrorInvalidValue);
+  char* freed;
+  CUDA_CHECK(cudaMalloc(&freed, 1000));
+  CUDA_CHECK(cudaFree(freed));
+  CHECK_EQ(cudaMemset(freed, 0, 1), cudaErrorInvalidValue);
+  cudaGetLastError();
+  CUDA_CHECK(cudaMemcpy(nullptr, nullptr, 0, cudaMemcpyDeviceToHost));
+  CUDA_CHECK(cudaMemcpy(host, a.data, 1000, cudaMemcpyDefault));
+  measured(refused + 5, " refused");
+#else
+  skip("the CPU stand-in's own");
+#endif
+}
+
 TEST(big_copies_and_fills_reach_every_byte) {
   const size_t bytes = (9 << 20) + 77;
   std::vector<unsigned char> host(bytes);
@@ -603,7 +640,9 @@ TEST(a_queued_stream_runs_behind_the_host_and_in_order) {
   }
   CUDA_CHECK(cudaEventRecord(done, stream));
   CHECK_EQ(cudaStreamQuery(stream), cudaErrorNotReady, "the host is ahead");
+  CHECK_EQ(cudaGetLastError(), cudaErrorNotReady, "which the next launch would have reported");
   CHECK_EQ(cudaEventQuery(done), cudaErrorNotReady);
+  CHECK_EQ(cudaGetLastError(), cudaErrorNotReady);
   standstill.go();
   CUDA_CHECK(cudaEventSynchronize(done));
   CHECK_EQ(order.size(), 50u, "the host has waited");
@@ -613,6 +652,54 @@ TEST(a_queued_stream_runs_behind_the_host_and_in_order) {
   CUDA_CHECK(cudaStreamDestroy(stream));
   CUDA_CHECK(cudaEventDestroy(done));
   measured("50 calls in order");
+#else
+  skip("the CPU stand-in's own");
+#endif
+}
+
+TEST(destroyed_streams_and_null_events_are_refused) {
+#ifdef CPU_STAND_IN
+  const auto refused = [](cudaError_t error) {
+    CHECK_EQ(error, cudaErrorInvalidResourceHandle);
+    CHECK_EQ(cudaGetLastError(), cudaErrorInvalidResourceHandle);
+  };
+  DeviceArray<float> x(std::vector<float>(64, 0.0f));
+  void* block = nullptr;
+  cudaStream_t stream;
+  cudaEvent_t event;
+  float ms = 0;
+  CUDA_CHECK(cudaEventCreate(&event));
+  for (const bool queued : {false, true}) {
+    if (queued) cpu::queue_streams(1);
+    CUDA_CHECK(cudaStreamCreate(&stream));
+    add_and_wait(x.data, 64, 1, stream);
+    CUDA_CHECK(cudaStreamDestroy(stream));  // what is in it is done
+    refused(cudaStreamDestroy(stream));
+    refused(cudaStreamSynchronize(stream));
+    refused(cudaStreamQuery(stream));
+    refused(cudaStreamWaitEvent(stream, event));
+    refused(cudaLaunchHostFunc(
+        stream, [](void*) {}, nullptr));
+    refused(cudaEventRecord(event, stream));
+    refused(cudaMallocAsync(&block, 4, stream));
+    refused(cudaFreeAsync(x.data, stream));
+    refused(cudaMemsetAsync(x.data, 0, 4, stream));
+    refused(cudaMemcpyAsync(x.data, x.data + 1, 4, cudaMemcpyDeviceToDevice, stream));
+    add_and_wait(x.data, 64, 1, stream);
+    CHECK_EQ(cudaGetLastError(), cudaErrorInvalidResourceHandle, "a launch");
+    if (queued) cpu::run_streams_immediately();
+  }
+  CHECK(x.download() == std::vector<float>(64, 2.0f), "one launch of two");
+  refused(cudaStreamDestroy(nullptr));
+  refused(cudaStreamWaitEvent(nullptr, nullptr));
+  refused(cudaEventRecord(nullptr));
+  refused(cudaEventSynchronize(nullptr));
+  refused(cudaEventQuery(nullptr));
+  refused(cudaEventElapsedTime(&ms, nullptr, event));
+  refused(cudaEventElapsedTime(&ms, event, nullptr));
+  refused(cudaEventDestroy(nullptr));
+  CUDA_CHECK(cudaEventDestroy(event));
+  measured("11 calls with a destroyed stream, 8 with a null handle");
 #else
   skip("the CPU stand-in's own");
 #endif

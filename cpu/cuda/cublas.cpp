@@ -369,6 +369,7 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
   const cublasStatus_t status = check(p, b_type, compute);
   if (status != CUBLAS_STATUS_SUCCESS || m == 0 || n == 0 || batch == 0) return status;
 #if defined(CPU_FAST) || defined(CPU_FAITHFUL)
+  if (!cpu::is_stream(handle->stream)) return CUBLAS_STATUS_EXECUTION_FAILED;
   bool ok = true;
   if (!cpu::streams_are_queued) ok = products(p);
   else

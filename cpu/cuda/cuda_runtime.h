@@ -215,6 +215,8 @@ extern bool streams_are_queued;
 // Calls that made the host wait for the device, so far: how tests see where a program does.
 inline std::atomic<int64_t> host_waits = 0;
 
+bool is_stream(cudaStream_t stream);  // that was created and not destroyed, or null
+
 // The one way for work that touches device memory to enter a stream.
 void enqueue(cudaStream_t stream, std::function<void()> work);
 // the same, and costs nothing when streams run immediately
@@ -249,7 +251,8 @@ PoolCounts pool_counts();
 void copy_bytes(void* to, const void* from, size_t bytes);  // all cores where it pays
 
 // False, and the error is set, where CUDA would refuse the launch.
-bool legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared);
+bool legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared,
+                  cudaStream_t stream);
 
 }  // namespace cpu
 

@@ -174,13 +174,18 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   return cudaSuccess;
 }
 
-bool cpu::legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared) {
+bool cpu::legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared,
+                       cudaStream_t stream) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   const bool legal_grid = grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 65535 &&
                           grid.z >= 1 && grid.z <= 65535;
   const bool legal_block = threads >= 1 && threads <= 1024 && block.z <= 64;
   if (!legal_grid || !legal_block) {
     last_error = cudaErrorInvalidConfiguration;
+    return false;
+  }
+  if (!is_stream(stream)) {
+    last_error = cudaErrorInvalidResourceHandle;
     return false;
   }
   if (dynamic_shared <= kSharedBytes - kStaticBytes) return true;
@@ -342,6 +347,10 @@ struct Streams {  // all there are; the null stream is the first
     all.back()->queue.seed(streams_seed * 1000003 + seeds++);
     return all.back().get();
   }
+  auto find(cudaStream_t stream) {  // under `mutex`
+    return std::find_if(all.begin(), all.end(),
+                        [=](const auto& one) { return one.get() == stream; });
+  }
   void seed() {
     std::lock_guard lock(mutex);
     seeds = 0;
@@ -353,6 +362,14 @@ Streams& streams() {
   return streams;
 }
 CUstream_st& of(cudaStream_t stream) { return stream ? *stream : *streams().all.front(); }
+
+// The error of a call whose handles these are.
+cudaError_t check(cudaStream_t stream) {
+  return cpu::is_stream(stream) ? cudaSuccess : fail(cudaErrorInvalidResourceHandle);
+}
+cudaError_t check(cudaEvent_t event) {
+  return event ? cudaSuccess : fail(cudaErrorInvalidResourceHandle);
+}
 
 bool streams_from_environment() {
   const char* value = getenv("THREEFOLD_STREAMS");
@@ -379,6 +396,11 @@ void cpu::run_streams_immediately() {
   cudaDeviceSynchronize();
   streams_are_queued = false;
 }
+bool cpu::is_stream(cudaStream_t stream) {
+  if (!stream) return true;
+  std::lock_guard lock(streams().mutex);
+  return streams().find(stream) != streams().all.end();
+}
 void cpu::enqueue(cudaStream_t stream, std::function<void()> work) {
   if (streams_are_queued) of(stream).queue.push(std::move(work));
   else work();
@@ -397,22 +419,26 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   return *least = 0, *greatest = -5, cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  cudaStreamSynchronize(stream);
+  std::unique_ptr<CUstream_st> last;  // whose destructor waits, when nobody can use it any more
   auto& s = streams();
   std::lock_guard lock(s.mutex);
-  const auto found = std::find_if(s.all.begin(), s.all.end(),
-                                  [=](const auto& one) { return one.get() == stream; });
+  const auto found = s.find(stream);
   if (!stream || found == s.all.end()) return fail(cudaErrorInvalidResourceHandle);
+  last = std::move(*found);
   s.all.erase(found);
+  cpu::host_waits++;
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (const cudaError_t error = check(stream)) return error;
   cpu::host_waits++;
   if (cpu::streams_are_queued) of(stream).queue.drain();
   return cudaSuccess;
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
-  return !cpu::streams_are_queued || of(stream).queue.idle() ? cudaSuccess : cudaErrorNotReady;
+  if (const cudaError_t error = check(stream)) return error;
+  return !cpu::streams_are_queued || of(stream).queue.idle() ? cudaSuccess
+                                                             : fail(cudaErrorNotReady);
 }
 cudaError_t cudaDeviceSynchronize() {
   cpu::host_waits++;
@@ -426,11 +452,14 @@ cudaError_t cudaDeviceSynchronize() {
   return cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (const cudaError_t error = check(stream)) return error;
+  if (const cudaError_t error = check(event)) return error;
   if (cpu::streams_are_queued && event->moment)
     cpu::enqueue(stream, [moment = event->moment] { moment->wait(); });
   return cudaSuccess;
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* argument) {
+  if (const cudaError_t error = check(stream)) return error;
   cpu::submit(stream, [=] { function(argument); });
   return cudaSuccess;
 }
@@ -443,22 +472,29 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
   (*event)->is_timed = !(flags & cudaEventDisableTiming);
   return cudaSuccess;
 }
-cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  if (const cudaError_t error = check(event)) return error;
+  return delete event, cudaSuccess;
+}
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (const cudaError_t error = check(stream)) return error;
+  if (const cudaError_t error = check(event)) return error;
   event->moment = std::make_shared<Moment>();
   cpu::submit(stream, [moment = event->moment] { moment->reach(); });
   return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (const cudaError_t error = check(event)) return error;
   cpu::host_waits++;
   if (event->moment) event->moment->wait();
   return cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
-  return !event->moment || event->moment->reached() ? cudaSuccess : cudaErrorNotReady;
+  if (const cudaError_t error = check(event)) return error;
+  return !event->moment || event->moment->reached() ? cudaSuccess : fail(cudaErrorNotReady);
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
-  if (!start->is_timed || !end->is_timed || !start->moment || !end->moment)
+  if (!start || !end || !start->is_timed || !end->is_timed || !start->moment || !end->moment)
     return fail(cudaErrorInvalidResourceHandle);
   if (!start->moment->reached() || !end->moment->reached()) return fail(cudaErrorNotReady);
   *milliseconds =
@@ -701,10 +737,12 @@ bool cpu::in_one_block(const void* data, size_t bytes) {
 }
 
 cudaError_t cudaMallocAsync(void** data, size_t bytes, cudaStream_t stream) {
+  if (const cudaError_t error = check(stream)) return error;
   *data = bytes ? pool().take(bytes, &of(stream)) : nullptr;
   return *data || !bytes ? cudaSuccess : fail(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaFreeAsync(void* data, cudaStream_t stream) {
+  if (const cudaError_t error = check(stream)) return error;
   if (!data) return cudaSuccess;
   CUstream_st* owner = cpu::streams_are_queued ? &of(stream) : nullptr;
   const Pool::Free free = pool().give_back(data, owner);
@@ -751,6 +789,20 @@ template <class Part> void in_parts(size_t bytes, Part part) {
     part(begin, thread + 1 == threads ? bytes : std::min(bytes, begin + share));
   }
 }
+
+// Device memory within a block, host memory anywhere else.
+bool is_memory_of(bool device, const void* data, size_t bytes) {
+  const cpu::Arena& arena = cpu::arena();
+  const bool inside = data >= arena.base && data < arena.base + arena.size;
+  return device ? cpu::in_one_block(data, bytes) : !inside;
+}
+bool legal_copy(const void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  if (kind == cudaMemcpyDefault || !bytes) return true;
+  return is_memory_of(kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice, to,
+                      bytes) &&
+         is_memory_of(kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice, from,
+                      bytes);
+}
 }  // namespace
 
 void cpu::copy_bytes(void* to, const void* from, size_t bytes) {
@@ -758,16 +810,20 @@ void cpu::copy_bytes(void* to, const void* from, size_t bytes) {
     memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, end - begin);
   });
 }
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream) {
+  if (const cudaError_t error = check(stream)) return error;
+  if (!legal_copy(to, from, bytes, kind)) return fail(cudaErrorInvalidValue);
   cpu::submit(stream, [=] { cpu::copy_bytes(to, from, bytes); });
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-  cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+  if (const cudaError_t error = cudaMemcpyAsync(to, from, bytes, kind, nullptr)) return error;
   return cudaStreamSynchronize(nullptr);
 }
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  if (const cudaError_t error = check(stream)) return error;
+  if (bytes && !is_memory_of(true, data, bytes)) return fail(cudaErrorInvalidValue);
   cpu::submit(stream, [=] {
     in_parts(bytes, [=](size_t begin, size_t end) {
       memset(static_cast<char*>(data) + begin, value, end - begin);
@@ -776,6 +832,6 @@ cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t st
   return cudaSuccess;
 }
 cudaError_t cudaMemset(void* data, int value, size_t bytes) {
-  cudaMemsetAsync(data, value, bytes, nullptr);
+  if (const cudaError_t error = cudaMemsetAsync(data, value, bytes, nullptr)) return error;
   return cudaStreamSynchronize(nullptr);
 }
