@@ -508,7 +508,9 @@ TEST(threads_that_wait_in_vain_are_reported_with_their_line) {
         Case{Mistake::shuffle_not_reached,
              "deadlock, a thread does not reach a warp primitive: __shfl_xor_sync", "thread 7"},
         Case{Mistake::two_shuffles, "lanes wait at different warp primitives", "thread 10"},
-        Case{Mistake::beyond_shared_memory, "a write beyond dynamic shared memory",
+        Case{Mistake::beyond_shared_memory, "a write beside dynamic shared memory",
+             "block (0,0,0)"},
+        Case{Mistake::before_shared_memory, "a write beside dynamic shared memory",
              "block (0,0,0)"}}) {
     mistake = c.mistake;
     int status = 0;
@@ -939,6 +941,34 @@ TEST(products_of_bf16_round_ties_to_even_and_keep_nan) {
   for (const auto x : multiply()) CHECK(std::isnan(float(x)));
   CUBLAS_CHECK(cublasDestroy(blas));
   measured(n, " products, and NaN");
+}
+
+TEST(an_empty_product_that_scales_bf16_and_a_product_on_a_dead_stream_are_refused) {
+#ifdef CPU_STAND_IN
+  DeviceArray<__nv_bfloat16> c(std::vector<__nv_bfloat16>{__nv_bfloat16(3.0f)});
+  cublasHandle_t blas;
+  CUBLAS_CHECK(cublasCreate(&blas));
+  const float alpha = 1;
+  const auto scale = [&](float beta) {
+    return cublasGemmEx(blas, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 0, &alpha, c.data, CUDA_R_16BF, 1,
+                        c.data, CUDA_R_16BF, 1, &beta, c.data, CUDA_R_16BF, 1, CUBLAS_COMPUTE_32F,
+                        CUBLAS_GEMM_DEFAULT);
+  };
+  CHECK_EQ(scale(0.5f), CUBLAS_STATUS_NOT_SUPPORTED);
+  CHECK_EQ(scale(1), CUBLAS_STATUS_SUCCESS);
+  CHECK_EQ(float(c.download()[0]), 3.0f);
+  CHECK_EQ(scale(0), CUBLAS_STATUS_SUCCESS);
+  CHECK_EQ(float(c.download()[0]), 0.0f);
+  cudaStream_t stream;
+  CUDA_CHECK(cudaStreamCreate(&stream));
+  CUBLAS_CHECK(cublasSetStream(blas, stream));
+  CHECK_EQ(scale(0), CUBLAS_STATUS_SUCCESS);
+  CUDA_CHECK(cudaStreamDestroy(stream));
+  CHECK_EQ(scale(0), CUBLAS_STATUS_EXECUTION_FAILED);
+  CUBLAS_CHECK(cublasDestroy(blas));
+#else
+  skip("the CPU stand-in's own");
+#endif
 }
 
 TEST(sums_in_f64_do_not_depend_on_the_number_of_threads) {

@@ -317,6 +317,8 @@ cublasStatus_t check(const Product& p, cudaDataType b_type, cublasComputeType_t 
                      : p.in == CUDA_R_32F  ? !f64 && p.out == CUDA_R_32F
                      : p.in == CUDA_R_16BF ? !f64 && (p.out == CUDA_R_32F || p.out == CUDA_R_16BF)
                                            : false;
+  if (p.k == 0 && p.out == CUDA_R_16BF && p.beta != 0 && p.beta != 1)  // scale() lacks it
+    return CUBLAS_STATUS_NOT_SUPPORTED;
   return known && b_type == p.in ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 
