@@ -134,7 +134,11 @@ class Event {  // a place in a stream that another stream can wait for
     if (recorder.on) recorder.wait(queue_of(stream), behind_);
   }
   void synchronize() const { CUDA_CHECK(cudaEventSynchronize(event_)); }
-  bool reached() const { return cudaEventQuery(event_) == cudaSuccess; }
+  bool reached() const {
+    const cudaError_t status = cudaEventQuery(event_);
+    if (status == cudaErrorNotReady) cudaGetLastError();  // or the next launch would report it
+    return status == cudaSuccess;
+  }
   double seconds_since(const Event& earlier) const {  // both timed, and reached
     float ms = 0;
     CUDA_CHECK(cudaEventElapsedTime(&ms, earlier.event_, event_));

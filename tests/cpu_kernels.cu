@@ -176,7 +176,7 @@ __global__ void mistake_kernel(Mistake mistake) {
     if (i < 10) row[0] = __shfl_xor_sync(~0u, 1.0f, 1);
     else __syncwarp();
   } else {
-    row[i + 1] = 1;
+    row[mistake == Mistake::before_shared_memory ? i - 1 : i + 1] = 1;
   }
 }
 #endif

@@ -39,6 +39,7 @@ enum class Mistake {
   two_barriers,
   shuffle_not_reached,
   two_primitives,
-  beyond_shared_memory
+  beyond_shared_memory,
+  before_shared_memory
 };
 void make_mistake(Mistake mistake);  // FAITHFUL; says on stderr in which line

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 \
   OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 . tests/lib.sh
-alone="test_support test_schedule test_tensor test_golden"
+alone="test_cpu test_support test_schedule test_tensor test_golden"
 ranks="test_comm test_parity test_generator" # of the parity matrix one setting a mesh
 targets=""
 for t in $alone $ranks; do targets="$targets build/sanitize/tests/$t"; done

@@ -131,7 +131,11 @@ TEST(freed_memory_is_handed_out_again_and_holds_nan) {
   const cpu::PoolCounts before = cpu::pool_counts();
   float *a = nullptr, *b = nullptr;
   CUDA_CHECK(cudaMalloc(&a, 100000));
+#ifdef CPU_FAITHFUL
+  CHECK_EQ(reinterpret_cast<uintptr_t>(a + 25000) % 4096, 0u, "it ends at a page's end");
+#else
   CHECK_EQ(reinterpret_cast<uintptr_t>(a) % 256, 0u);
+#endif
   CHECK(std::isnan(a[0]) && std::isnan(a[24999]));
   CHECK_LE(cpu::pool_counts().in_use - before.in_use, 112500u, "at most an eighth is wasted");
   a[0] = 1;
@@ -157,7 +161,8 @@ TEST(freed_memory_is_handed_out_again_and_holds_nan) {
 TEST(wrong_uses_of_memory_are_errors) {
 #ifdef CPU_STAND_IN
   void* data = nullptr;
-  CHECK_EQ(cudaMalloc(&data, cpu::arena().size + 1), cudaErrorMemoryAllocation);
+  for (const size_t bytes : {cpu::arena().size + 1, SIZE_MAX / 2 + 2, SIZE_MAX})
+    CHECK_EQ(cudaMalloc(&data, bytes), cudaErrorMemoryAllocation);
   CHECK_EQ(cudaGetLastError(), cudaErrorMemoryAllocation);
   CHECK_EQ(cudaGetLastError(), cudaSuccess);
   int not_ours = 0;
@@ -167,6 +172,93 @@ TEST(wrong_uses_of_memory_are_errors) {
   CHECK_EQ(cudaFree(data), cudaErrorInvalidValue, "freed twice");
   cudaGetLastError();
   measured("too much, foreign, freed twice");
+#else
+  skip("the CPU stand-in's own");
+#endif
+}
+
+TEST(what_touches_memory_beside_a_block_is_caught) {
+#if defined(CPU_FAITHFUL) || defined(__SANITIZE_ADDRESS__)
+  struct Case {
+    void (*body)();
+    const char* faithful_says = nullptr;  // null: SIGSEGV
+  };
+  static float* x;
+  CUDA_CHECK(cudaMalloc(&x, 1000 * sizeof(float)));
+  int caught = 0;
+  for (const Case& c : {
+           Case{[] { add_and_wait(x, 1001, 1, nullptr); }},
+           Case{[] {
+                  float* small;
+                  CUDA_CHECK(cudaMalloc(&small, 7 * sizeof(float)));
+                  small[7] = 0;
+                  CUDA_CHECK(cudaFree(small));
+                },
+                "a write beside a block of 28 bytes, at 28 from its start"},
+           Case{[] {
+                  x[-1] = 0;
+                  CUDA_CHECK(cudaFree(x));
+                },
+                "a write beside a block of 4000 bytes, at -4 from its start"},
+#ifdef __SANITIZE_ADDRESS__
+           Case{[] {
+             CUDA_CHECK(cudaFree(x));
+             add_and_wait(x, 1, 1, nullptr);
+           }},
+           Case{[] { memset(x + 990, 0, 11 * sizeof(float)); }},
+#endif
+       }) {
+    int status = 0;
+    const std::string said = run_in_child(c.body, &status);
+#ifdef CPU_FAITHFUL
+    const int signal = c.faithful_says ? SIGABRT : SIGSEGV;
+    const std::string says = c.faithful_says ? c.faithful_says : "";
+    CHECK(WIFSIGNALED(status) && WTERMSIG(status) == signal, "case ", caught, " said: ", said);
+#else
+    const std::string says = "AddressSanitizer: use-after-poison";
+#endif
+    CHECK(said.find(says) != std::string::npos, "case ", caught, " said: ", said);
+    caught++;
+  }
+  CUDA_CHECK(cudaFree(x));
+  measured(caught, " mistakes");
+#else
+  skip("blocks have guards in the FAITHFUL form and under AddressSanitizer only");
+#endif
+}
+
+TEST(copies_and_fills_of_memory_that_is_elsewhere_are_refused) {
+#ifdef CPU_STAND_IN
+  DeviceArray<char> a(1000), b(1000);
+  char host[2000] = {};
+  struct Copy {
+    void *to, *from;
+    cudaMemcpyKind right;
+  };
+  int refused = 0;
+  for (const Copy& copy :
+       {Copy{a.data, b.data, cudaMemcpyDeviceToDevice}, Copy{a.data, host, cudaMemcpyHostToDevice},
+        Copy{host, a.data, cudaMemcpyDeviceToHost}, Copy{host, host + 1000, cudaMemcpyHostToHost}})
+    for (const cudaMemcpyKind kind : {cudaMemcpyHostToHost, cudaMemcpyHostToDevice,
+                                      cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice}) {
+      const bool right = kind == copy.right;
+      CHECK_EQ(cudaMemcpy(copy.to, copy.from, 1000, kind),
+               right ? cudaSuccess : cudaErrorInvalidValue);
+      CHECK_EQ(cudaGetLastError(), right ? cudaSuccess : cudaErrorInvalidValue);
+      refused += !right;
+    }
+  CHECK_EQ(cudaMemcpy(host, a.data, 1001, cudaMemcpyDeviceToHost), cudaErrorInvalidValue);
+  CHECK_EQ(cudaMemcpy(a.data + 1, host, 1000, cudaMemcpyHostToDevice), cudaErrorInvalidValue);
+  CHECK_EQ(cudaMemset(a.data, 0, 1001), cudaErrorInvalidValue);
+  CHECK_EQ(cudaMemset(host, 0, 1), cudaErrorInvalidValue);
+  char* freed;
+  CUDA_CHECK(cudaMalloc(&freed, 1000));
+  CUDA_CHECK(cudaFree(freed));
+  CHECK_EQ(cudaMemset(freed, 0, 1), cudaErrorInvalidValue);
+  cudaGetLastError();
+  CUDA_CHECK(cudaMemcpy(nullptr, nullptr, 0, cudaMemcpyDeviceToHost));
+  CUDA_CHECK(cudaMemcpy(host, a.data, 1000, cudaMemcpyDefault));
+  measured(refused + 5, " refused");
 #else
   skip("the CPU stand-in's own");
 #endif
@@ -400,7 +492,9 @@ TEST(threads_that_wait_in_vain_are_reported_with_their_line) {
         Case{Mistake::shuffle_not_reached,
              "deadlock, a thread does not reach a warp primitive: __shfl_xor_sync", "thread 7"},
         Case{Mistake::two_primitives, "lanes wait at different warp primitives", "thread 10"},
-        Case{Mistake::beyond_shared_memory, "a write beyond dynamic shared memory",
+        Case{Mistake::beyond_shared_memory, "a write beside dynamic shared memory",
+             "block (0,0,0)"},
+        Case{Mistake::before_shared_memory, "a write beside dynamic shared memory",
              "block (0,0,0)"}}) {
     mistake = c.mistake;
     int status = 0;
@@ -532,7 +626,9 @@ TEST(a_queued_stream_runs_behind_the_host_and_in_order) {
   }
   CUDA_CHECK(cudaEventRecord(done, stream));
   CHECK_EQ(cudaStreamQuery(stream), cudaErrorNotReady, "the host is ahead");
+  CHECK_EQ(cudaGetLastError(), cudaErrorNotReady, "which the next launch would have reported");
   CHECK_EQ(cudaEventQuery(done), cudaErrorNotReady);
+  CHECK_EQ(cudaGetLastError(), cudaErrorNotReady);
   standstill.go();
   CUDA_CHECK(cudaEventSynchronize(done));
   CHECK_EQ(order.size(), 50u, "the host has waited");
@@ -542,6 +638,79 @@ TEST(a_queued_stream_runs_behind_the_host_and_in_order) {
   CUDA_CHECK(cudaStreamDestroy(stream));
   CUDA_CHECK(cudaEventDestroy(done));
   measured("50 calls in order");
+#else
+  skip("the CPU stand-in's own");
+#endif
+}
+
+TEST(destroyed_streams_and_null_events_are_refused) {
+#ifdef CPU_STAND_IN
+  const auto refused = [](cudaError_t error) {
+    CHECK_EQ(error, cudaErrorInvalidResourceHandle);
+    CHECK_EQ(cudaGetLastError(), cudaErrorInvalidResourceHandle);
+  };
+  DeviceArray<float> x(std::vector<float>(64, 0.0f));
+  void* block = nullptr;
+  cudaStream_t stream;
+  cudaEvent_t event;
+  float ms = 0;
+  CUDA_CHECK(cudaEventCreate(&event));
+  for (const bool queued : {false, true}) {
+    if (queued) cpu::queue_streams(1);
+    CUDA_CHECK(cudaStreamCreate(&stream));
+    add_and_wait(x.data, 64, 1, stream);
+    CUDA_CHECK(cudaStreamDestroy(stream));  // what is in it is done
+    refused(cudaStreamDestroy(stream));
+    refused(cudaStreamSynchronize(stream));
+    refused(cudaStreamQuery(stream));
+    refused(cudaStreamWaitEvent(stream, event));
+    refused(cudaLaunchHostFunc(
+        stream, [](void*) {}, nullptr));
+    refused(cudaEventRecord(event, stream));
+    refused(cudaMallocAsync(&block, 4, stream));
+    refused(cudaFreeAsync(x.data, stream));
+    refused(cudaMemsetAsync(x.data, 0, 4, stream));
+    refused(cudaMemcpyAsync(x.data, x.data + 1, 4, cudaMemcpyDeviceToDevice, stream));
+    add_and_wait(x.data, 64, 1, stream);
+    CHECK_EQ(cudaGetLastError(), cudaErrorInvalidResourceHandle, "a launch");
+    if (queued) cpu::run_streams_immediately();
+  }
+  CHECK(x.download() == std::vector<float>(64, 2.0f), "one launch of two");
+  refused(cudaStreamDestroy(nullptr));
+  refused(cudaStreamWaitEvent(nullptr, nullptr));
+  refused(cudaEventRecord(nullptr));
+  refused(cudaEventSynchronize(nullptr));
+  refused(cudaEventQuery(nullptr));
+  refused(cudaEventElapsedTime(&ms, nullptr, event));
+  refused(cudaEventElapsedTime(&ms, event, nullptr));
+  refused(cudaEventDestroy(nullptr));
+  CUDA_CHECK(cudaEventDestroy(event));
+  measured("11 calls with a destroyed stream, 8 with a null handle");
+#else
+  skip("the CPU stand-in's own");
+#endif
+}
+
+TEST(a_stream_takes_no_more_cores_than_the_share_of_its_rank) {
+#ifdef CPU_STAND_IN
+  const int cores = omp_get_num_procs();
+  if (cores == 1 || getenv("OMP_NUM_THREADS")) skip("one core, or OMP_NUM_THREADS is set");
+  const char* set = getenv("MPI_LOCALNRANKS");
+  const std::string before = set ? set : "";
+  setenv("MPI_LOCALNRANKS", std::to_string(cores).c_str(), 1);
+  static int threads;
+  {
+    QueuedStreams queued(1);
+    cudaStream_t stream;
+    CUDA_CHECK(cudaStreamCreate(&stream));
+    CUDA_CHECK(cudaLaunchHostFunc(
+        stream, [](void*) { threads = omp_get_max_threads(); }, nullptr));
+    CUDA_CHECK(cudaStreamDestroy(stream));
+  }
+  if (set) setenv("MPI_LOCALNRANKS", before.c_str(), 1);
+  else unsetenv("MPI_LOCALNRANKS");
+  CHECK_EQ(threads, 1, "of ", cores, " cores that so many ranks share");
+  measured("one thread for each of ", cores, " ranks");
 #else
   skip("the CPU stand-in's own");
 #endif
@@ -756,6 +925,34 @@ TEST(products_of_bf16_round_ties_to_even_and_keep_nan) {
   for (const auto x : multiply()) CHECK(std::isnan(float(x)));
   CUBLAS_CHECK(cublasDestroy(blas));
   measured(n, " products, and NaN");
+}
+
+TEST(an_empty_product_that_scales_bf16_and_a_product_on_a_dead_stream_are_refused) {
+#ifdef CPU_STAND_IN
+  DeviceArray<__nv_bfloat16> c(std::vector<__nv_bfloat16>{__nv_bfloat16(3.0f)});
+  cublasHandle_t blas;
+  CUBLAS_CHECK(cublasCreate(&blas));
+  const float alpha = 1;
+  const auto scale = [&](float beta) {
+    return cublasGemmEx(blas, CUBLAS_OP_N, CUBLAS_OP_N, 1, 1, 0, &alpha, c.data, CUDA_R_16BF, 1,
+                        c.data, CUDA_R_16BF, 1, &beta, c.data, CUDA_R_16BF, 1, CUBLAS_COMPUTE_32F,
+                        CUBLAS_GEMM_DEFAULT);
+  };
+  CHECK_EQ(scale(0.5f), CUBLAS_STATUS_NOT_SUPPORTED);
+  CHECK_EQ(scale(1), CUBLAS_STATUS_SUCCESS);
+  CHECK_EQ(float(c.download()[0]), 3.0f);
+  CHECK_EQ(scale(0), CUBLAS_STATUS_SUCCESS);
+  CHECK_EQ(float(c.download()[0]), 0.0f);
+  cudaStream_t stream;
+  CUDA_CHECK(cudaStreamCreate(&stream));
+  CUBLAS_CHECK(cublasSetStream(blas, stream));
+  CHECK_EQ(scale(0), CUBLAS_STATUS_SUCCESS);
+  CUDA_CHECK(cudaStreamDestroy(stream));
+  CHECK_EQ(scale(0), CUBLAS_STATUS_EXECUTION_FAILED);
+  CUBLAS_CHECK(cublasDestroy(blas));
+#else
+  skip("the CPU stand-in's own");
+#endif
 }
 
 TEST(sums_in_f64_do_not_depend_on_the_number_of_threads) {

@@ -861,6 +861,52 @@ TEST(host_memory_null_buffers_and_bad_ranks_are_refused) {
   CHECK_EQ(std::string(ncclGetErrorString(ncclInvalidUsage)), "invalid usage");
 }
 
+TEST(buffers_that_are_not_within_one_block_odd_addresses_and_dead_streams_are_refused) {
+  if (!kCpu) skip("the CPU knows where its device memory lies");
+  Array<float> x(8);
+  cudaStream_t dead;
+  CUDA_CHECK(cudaStreamCreate(&dead));
+  CUDA_CHECK(cudaStreamDestroy(dead));
+  const auto refused = [&](size_t skipped, size_t count, cudaStream_t stream,
+                           const std::string& part) {
+    Comm c(1);
+    char* const from = reinterpret_cast<char*>(x.data) + skipped;
+    if (c.comm)
+      must_say(c, say(c.comm, ncclAllReduce(from, from, count, ncclFloat, ncclSum, c.comm, stream)),
+               {part});
+  };
+  refused(0, 9, nullptr, "the send buffer of 36 bytes does not lie in one block");
+  refused(4, 8, nullptr, "does not lie in one block");
+  refused(2, 7, nullptr, "the send buffer does not begin at an element");
+  refused(0, 8, dead, "its stream was destroyed");
+}
+
+TEST(a_negative_color_is_refused) {
+  Comm c(1);
+  ncclComm_t part;
+  if (c.comm)
+    must_say(c, say(c.comm, ncclCommSplit(c.comm, -2, 0, &part, nullptr)), {"a color of -2"});
+}
+
+TEST(two_ranks_on_one_gpu_are_refused_with_what_to_do) {
+  if (!kCpu) skip("with COMM=mpi ranks share a GPU");
+  need(2);
+  const Together together;
+  const int mine = job().local_rank % device_count();
+  CUDA_CHECK(cudaSetDevice(0));
+  ncclUniqueId id;
+  if (!job().rank) NCCL_CHECK(ncclGetUniqueId(&id));
+  MPI_Ibcast(&id, sizeof id, MPI_BYTE, 0, MPI_COMM_WORLD, UntilDone());
+  ncclComm_t comm;
+  const ncclResult_t result = ncclCommInitRank(&comm, job().size, id, job().rank);
+  const std::string said = nccl_error(result);
+  CUDA_CHECK(cudaSetDevice(mine));
+  CHECK_EQ(result, ncclInvalidUsage);
+  for (const char* part : {"Duplicate GPU detected: rank ", " are both on device 0",
+                           "NCCL gives each rank a GPU of its own: start fewer ranks"})
+    CHECK(said.find(part) != std::string::npos, "said '", said, "'");
+}
+
 TEST(a_failure_in_a_queued_stream_is_kept_and_told_to_the_peers) {
   if (!kCpu) skip("streams are not queued on this backend");
   need(3);

@@ -5,6 +5,7 @@
 
 #include "support/philox.h"
 #include "kernels/kernels.h"
+#include "tests/standstill.h"
 #include "tests/tensors.h"
 
 // ---- the host's side
@@ -186,6 +187,24 @@ TEST(upload_takes_the_values_at_once) {
   std::fill(more.begin(), more.end(), -1);
   expect_equal(many, expected, "upload in pieces");
   measured(host.size(), " and ", more.size(), " i32");
+}
+
+TEST(an_event_that_is_not_reached_leaves_no_error_for_the_next_launch) {
+#if defined(CPU_FAST) || defined(CPU_FAITHFUL)
+  cpu::queue_streams(1);
+  bool reached;
+  {
+    Standstill standstill(device().compute);
+    Event event;
+    event.record(device().compute);
+    reached = event.reached();
+  }
+  cpu::run_streams_immediately();
+  CHECK(!reached);
+  CHECK_EQ(cudaGetLastError(), cudaSuccess);
+#else
+  skip("the CPU's streams can stand still on any machine");
+#endif
 }
 
 TEST(empty_tensors_are_allowed) {

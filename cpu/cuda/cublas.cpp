@@ -306,6 +306,8 @@ cublasStatus_t check(const Product& p, cudaDataType b_type, cublasComputeType_t 
                      : p.in == CUDA_R_32F  ? !f64 && p.out == CUDA_R_32F
                      : p.in == CUDA_R_16BF ? !f64 && (p.out == CUDA_R_32F || p.out == CUDA_R_16BF)
                                            : false;
+  if (p.k == 0 && p.out == CUDA_R_16BF && p.beta != 0 && p.beta != 1)  // scale() lacks it
+    return CUBLAS_STATUS_NOT_SUPPORTED;
   return known && b_type == p.in ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 
@@ -353,6 +355,7 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
   const cublasStatus_t status = check(p, b_type, compute);
   if (status != CUBLAS_STATUS_SUCCESS || m == 0 || n == 0 || batch == 0) return status;
 #if defined(CPU_FAST) || defined(CPU_FAITHFUL)
+  if (!cpu::is_stream(handle->stream)) return CUBLAS_STATUS_EXECUTION_FAILED;
   bool ok = true;
   if (!cpu::streams_are_queued) ok = products(p);
   else

@@ -180,6 +180,8 @@ extern bool streams_are_queued;
 // Calls that made the host wait for the device, so far: how tests see where a program does.
 inline std::atomic<int64_t> host_waits = 0;
 
+bool is_stream(cudaStream_t stream);  // that was created and not destroyed, or null
+
 // The one way for work that touches device memory to enter a stream.
 void enqueue(cudaStream_t stream, std::function<void()> work);
 // the same, and costs nothing when streams run immediately
@@ -202,7 +204,9 @@ void share_device_memory();
 // Fills memory with NaN (0xff) when it is first handed out and when it is freed. On in FAITHFUL,
 // and with queued streams that have a seed.
 void poison_memory(bool on);
-// bytes, as rounded; carved: taken from the arena so far
+// Whether these bytes lie in one block of device memory that is in use.
+bool in_one_block(const void* data, size_t bytes);
+// bytes, with what rounding and guards add; carved: taken from the arena so far
 struct PoolCounts {
   size_t in_use, peak, carved;
   int64_t allocations, reuses;
@@ -210,7 +214,8 @@ struct PoolCounts {
 PoolCounts pool_counts();
 
 // False, and the error is set, where CUDA would refuse the launch.
-bool legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared);
+bool legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared,
+                  cudaStream_t stream);
 
 }  // namespace cpu
 

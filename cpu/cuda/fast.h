@@ -97,7 +97,7 @@ template <class... P> struct Launch {
 template <class... P> Launch<P...> launch(void (*kernel)(P...), dim3 grid, dim3 block,
                                           size_t shared_bytes = 0, cudaStream_t stream = nullptr) {
   return {kernel, grid, shared_bytes, stream,
-          legal_launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes)};
+          legal_launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, stream)};
 }
 
 }  // namespace cpu

@@ -51,6 +51,10 @@ inline size_t settle_team() {
   static thread_local size_t smallest = 0;
   if (smallest) return smallest;
   smallest = stack_bytes();
+  // Ranks share the cores: without OMP_NUM_THREADS each thread that computes would start one for
+  // every core. (MPICH's mpiexec tells how many ranks this node has.)
+  if (const char* ranks = getenv("MPI_LOCALNRANKS"); ranks && !getenv("OMP_NUM_THREADS"))
+    omp_set_num_threads(std::max(1, omp_get_num_procs() / std::max(1, atoi(ranks))));
   omp_set_dynamic(0);
   const int most = std::max(64, omp_get_num_procs());  // more would only be waited for
   omp_set_num_threads(threads_to_be_had(std::min(omp_get_max_threads(), most)));

@@ -2,12 +2,16 @@
 // copies.
 //
 // memory    one reserved range; a free block goes on a list of its size (eight sizes an octave, so
-//           at most 1/8 is wasted) and is handed out again in the order of the stream that freed
-//           it, or to any stream once that stream has come to the place of the free
+//           that rounding wastes at most 1/8; what one size has freed, no other gets) and is handed
+//           out again in the order of the stream that freed it, or to any stream once that stream
+//           has come to the place of the free
 // streams   immediately in the caller, or queued: see cuda_runtime.h
 // test      tests/test_cpu.cpp
 #include <cuda_runtime.h>
 #include <omp.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -19,6 +23,7 @@
 #include <cstdlib>
 #include <deque>
 #include <fstream>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <random>
@@ -134,10 +139,6 @@ cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSu
 cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= kDevices) return fail(cudaErrorInvalidDevice);
   current_device = device;
-  // Ranks share the cores: without OMP_NUM_THREADS each would start a thread for every one of them.
-  // (MPICH's mpiexec tells how many ranks this node has.)
-  if (const char* ranks = getenv("MPI_LOCALNRANKS"); ranks && !getenv("OMP_NUM_THREADS"))
-    omp_set_num_threads(std::max(1, omp_get_num_procs() / std::max(1, atoi(ranks))));
   const size_t stack = cpu::settle_team();
   REQUIRE(stack >= kLeastStack, "a thread has a stack of ", stack >> 10,
           " KiB here, and the kernels need ", kLeastStack >> 10,
@@ -170,13 +171,18 @@ cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute
   return cudaSuccess;
 }
 
-bool cpu::legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared) {
+bool cpu::legal_launch(const void* kernel, dim3 grid, dim3 block, size_t dynamic_shared,
+                       cudaStream_t stream) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   const bool legal_grid = grid.x >= 1 && grid.x <= 0x7fffffff && grid.y >= 1 && grid.y <= 65535 &&
                           grid.z >= 1 && grid.z <= 65535;
   const bool legal_block = threads >= 1 && threads <= 1024 && block.z <= 64;
   if (!legal_grid || !legal_block) {
     last_error = cudaErrorInvalidConfiguration;
+    return false;
+  }
+  if (!is_stream(stream)) {
+    last_error = cudaErrorInvalidResourceHandle;
     return false;
   }
   if (dynamic_shared <= kSharedBytes - kStaticBytes) return true;
@@ -338,6 +344,10 @@ struct Streams {  // all there are; the null stream is the first
     all.back()->queue.seed(streams_seed * 1000003 + seeds++);
     return all.back().get();
   }
+  auto find(cudaStream_t stream) {  // under `mutex`
+    return std::find_if(all.begin(), all.end(),
+                        [=](const auto& one) { return one.get() == stream; });
+  }
   void seed() {
     std::lock_guard lock(mutex);
     seeds = 0;
@@ -349,6 +359,14 @@ Streams& streams() {
   return streams;
 }
 CUstream_st& of(cudaStream_t stream) { return stream ? *stream : *streams().all.front(); }
+
+// The error of a call whose handles these are.
+cudaError_t check(cudaStream_t stream) {
+  return cpu::is_stream(stream) ? cudaSuccess : fail(cudaErrorInvalidResourceHandle);
+}
+cudaError_t check(cudaEvent_t event) {
+  return event ? cudaSuccess : fail(cudaErrorInvalidResourceHandle);
+}
 
 bool streams_from_environment() {
   const char* value = getenv("THREEFOLD_STREAMS");
@@ -375,6 +393,11 @@ void cpu::run_streams_immediately() {
   cudaDeviceSynchronize();
   streams_are_queued = false;
 }
+bool cpu::is_stream(cudaStream_t stream) {
+  if (!stream) return true;
+  std::lock_guard lock(streams().mutex);
+  return streams().find(stream) != streams().all.end();
+}
 void cpu::enqueue(cudaStream_t stream, std::function<void()> work) {
   if (streams_are_queued) of(stream).queue.push(std::move(work));
   else work();
@@ -393,22 +416,26 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
   return *least = 0, *greatest = -5, cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-  cudaStreamSynchronize(stream);
+  std::unique_ptr<CUstream_st> last;  // whose destructor waits, when nobody can use it any more
   auto& s = streams();
   std::lock_guard lock(s.mutex);
-  const auto found = std::find_if(s.all.begin(), s.all.end(),
-                                  [=](const auto& one) { return one.get() == stream; });
+  const auto found = s.find(stream);
   if (!stream || found == s.all.end()) return fail(cudaErrorInvalidResourceHandle);
+  last = std::move(*found);
   s.all.erase(found);
+  cpu::host_waits++;
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (const cudaError_t error = check(stream)) return error;
   cpu::host_waits++;
   if (cpu::streams_are_queued) of(stream).queue.drain();
   return cudaSuccess;
 }
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
-  return !cpu::streams_are_queued || of(stream).queue.idle() ? cudaSuccess : cudaErrorNotReady;
+  if (const cudaError_t error = check(stream)) return error;
+  return !cpu::streams_are_queued || of(stream).queue.idle() ? cudaSuccess
+                                                             : fail(cudaErrorNotReady);
 }
 cudaError_t cudaDeviceSynchronize() {
   cpu::host_waits++;
@@ -422,11 +449,14 @@ cudaError_t cudaDeviceSynchronize() {
   return cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (const cudaError_t error = check(stream)) return error;
+  if (const cudaError_t error = check(event)) return error;
   if (cpu::streams_are_queued && event->moment)
     cpu::enqueue(stream, [moment = event->moment] { moment->wait(); });
   return cudaSuccess;
 }
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* argument) {
+  if (const cudaError_t error = check(stream)) return error;
   cpu::submit(stream, [=] { function(argument); });
   return cudaSuccess;
 }
@@ -439,22 +469,29 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
   (*event)->is_timed = !(flags & cudaEventDisableTiming);
   return cudaSuccess;
 }
-cudaError_t cudaEventDestroy(cudaEvent_t event) { return delete event, cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  if (const cudaError_t error = check(event)) return error;
+  return delete event, cudaSuccess;
+}
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  if (const cudaError_t error = check(stream)) return error;
+  if (const cudaError_t error = check(event)) return error;
   event->moment = std::make_shared<Moment>();
   cpu::submit(stream, [moment = event->moment] { moment->reach(); });
   return cudaSuccess;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  if (const cudaError_t error = check(event)) return error;
   cpu::host_waits++;
   if (event->moment) event->moment->wait();
   return cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
-  return !event->moment || event->moment->reached() ? cudaSuccess : cudaErrorNotReady;
+  if (const cudaError_t error = check(event)) return error;
+  return !event->moment || event->moment->reached() ? cudaSuccess : fail(cudaErrorNotReady);
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
-  if (!start->is_timed || !end->is_timed || !start->moment || !end->moment)
+  if (!start || !end || !start->is_timed || !end->is_timed || !start->moment || !end->moment)
     return fail(cudaErrorInvalidResourceHandle);
   if (!start->moment->reached() || !end->moment->reached()) return fail(cudaErrorNotReady);
   *milliseconds =
@@ -469,6 +506,12 @@ namespace {
 constexpr size_t kAlign = 256, kLargePage = 2 << 20;
 constexpr int kCollapse = 25;  // MADV_COLLAPSE, which older headers lack
 
+// A block lies in a room of the arena, which is handed out again to blocks of about its size.
+struct Block {
+  char *room, *data;
+  size_t room_bytes, bytes;  // bytes 0: no block of ours
+};
+
 // Eight sizes an octave.
 size_t rounded(size_t bytes) {
   size_t step = kAlign;
@@ -476,59 +519,120 @@ size_t rounded(size_t bytes) {
   return std::max(kAlign, (bytes + step - 1) / step * step);
 }
 
+// Whoever runs past a block is caught in the builds of tests. Under AddressSanitizer only blocks in
+// use may be touched, and between two of them there is a gap. In FAITHFUL a room ends with a page
+// that nobody may touch, and its block lies directly before it.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kGap = 256;
+void allow(const void* data, size_t bytes) { ASAN_UNPOISON_MEMORY_REGION(data, bytes); }
+void forbid(const void* data, size_t bytes) { ASAN_POISON_MEMORY_REGION(data, bytes); }
+#else
+constexpr size_t kGap = 0;
+void allow(const void*, size_t) {}
+void forbid(const void*, size_t) {}
+#endif
+#ifdef CPU_FAITHFUL
+constexpr size_t kVector = 16;         // bytes; what kernels load and store at a time
+constexpr int kMostGuards = 16 << 10;  // each costs two of the 65530 maps that a process may have
+size_t guard_bytes() {
+  static const size_t page = size_t(sysconf(_SC_PAGESIZE));
+  return page;
+}
+size_t room_for(size_t bytes) {
+  const size_t page = guard_bytes();
+  return (rounded(bytes) + page - 1) / page * page + page;
+}
+Block place(char* room, size_t room_bytes, size_t bytes) {
+  const size_t to_end = (bytes + kVector - 1) / kVector * kVector;
+  return {room, room + room_bytes - guard_bytes() - to_end, room_bytes, bytes};
+}
+// What lies beside the block in its room is NaN (0xff), as the free room was.
+void check_beside(const Block& block) {
+  const auto check = [&](const char* begin, const char* end) {
+    // at once: each byte is the next one's equal
+    if (begin == end || (*begin == char(0xff) && !memcmp(begin, begin + 1, end - begin - 1)))
+      return;
+    while (*begin == char(0xff)) begin++;
+    fprintf(stderr, "CUDA stand-in: a write beside a block of %zu bytes, at %td from its start\n",
+            block.bytes, begin - block.data);
+    abort();
+  };
+  check(block.room, block.data);
+  check(block.data + block.bytes, block.room + block.room_bytes - guard_bytes());
+}
+#else
+size_t guard_bytes() { return 0; }
+size_t room_for(size_t bytes) { return rounded(bytes + kGap); }
+Block place(char* room, size_t room_bytes, size_t bytes) { return {room, room, room_bytes, bytes}; }
+void check_beside(const Block&) {}
+#endif
+
 class Pool {
  public:
   // A block that is free everywhere or was freed in this stream; null when the arena is full.
   void* take(size_t bytes, CUstream_st* stream = nullptr) {
+    if (bytes > cpu::arena().size) return nullptr;
     std::lock_guard lock(mutex_);
-    bytes = rounded(bytes);
-    void* block = stream ? pop(freed_in_[stream][bytes]) : nullptr;
-    if (!block) block = pop(free_[bytes]);
-    if (block) counts_.reuses++;
-    else block = carve(bytes);
-    if (!block) return nullptr;
-    in_use_[block] = bytes;
+    const size_t room_bytes = room_for(bytes);
+    char* room = stream ? pop(freed_in_[stream][room_bytes]) : nullptr;
+    if (!room) room = pop(free_[room_bytes]);
+    if (room) counts_.reuses++;
+    else room = carve(room_bytes);
+    if (!room) return nullptr;
+    const Block block = place(room, room_bytes, bytes);
+    allow(block.data, bytes);
+    in_use_[block.data] = block;
     counts_.allocations++;
-    counts_.in_use += bytes;
+    counts_.in_use += room_bytes;
     counts_.peak = std::max(counts_.peak, counts_.in_use);
-    return block;
+    return block.data;
   }
   // Free everywhere; or, with a stream, for that stream alone (what it runs next comes after the
   // free) until `release`.
   struct Free {
-    void* block;
-    size_t bytes;
+    Block block;
     int64_t number;
-  };  // bytes 0: no block of ours
-  Free give_back(void* block, CUstream_st* stream = nullptr) {
+  };
+  Free give_back(void* data, CUstream_st* stream = nullptr) {
     std::lock_guard lock(mutex_);
-    const auto found = in_use_.find(block);
-    if (found == in_use_.end()) return {block, 0, 0};
-    const Free free{block, found->second, ++frees_};
+    const auto found = in_use_.find(static_cast<char*>(data));
+    if (found == in_use_.end()) return {};
+    const Free free{found->second, ++frees_};
     in_use_.erase(found);
-    counts_.in_use -= free.bytes;
-    if (poison_ && !stream) memset(block, 0xff, free.bytes);
-    (stream ? freed_in_[stream] : free_)[free.bytes].push_back(free);
+    counts_.in_use -= free.block.room_bytes;
+    if (!stream) {
+      wipe(free.block);
+      forbid(free.block.room, free.block.room_bytes);
+    }
+    (stream ? freed_in_[stream] : free_)[free.block.room_bytes].push_back(free);
     return free;
   }
-  // The stream has come to the place of the free. If it has not taken the block again since, any
+  // The stream has come to the place of the free. If it has not taken the room again since, any
   // stream may.
   void release(const Free& free, CUstream_st* stream) {
     std::lock_guard lock(mutex_);
-    if (poison_) memset(free.block, 0xff, free.bytes);
-    auto& list = freed_in_[stream][free.bytes];
+    wipe(free.block);
+    auto& list = freed_in_[stream][free.block.room_bytes];
     const auto found = std::find_if(list.begin(), list.end(),
                                     [&](const Free& f) { return f.number == free.number; });
     if (found == list.end()) return;
     list.erase(found);
-    free_[free.bytes].push_back(free);
+    forbid(free.block.room, free.block.room_bytes);
+    free_[free.block.room_bytes].push_back(free);
   }
   void poison(bool on) {
     std::lock_guard lock(mutex_);
     if (on && !poison_)
-      for (const auto& [bytes, list] : free_)
-        for (const Free& free : list) memset(free.block, 0xff, bytes);
+      for (const auto& [room_bytes, list] : free_)
+        for (const Free& free : list) fill(free.block.room, room_bytes);
     poison_ = on;
+  }
+  bool holds(const char* data, size_t bytes) {
+    std::lock_guard lock(mutex_);
+    auto found = in_use_.upper_bound(data);
+    if (found == in_use_.begin()) return false;
+    const Block& block = (--found)->second;
+    return bytes <= block.bytes && data - block.data <= ptrdiff_t(block.bytes - bytes);
   }
   cpu::PoolCounts counts() {
     std::lock_guard lock(mutex_);
@@ -537,34 +641,49 @@ class Pool {
 
  private:
   using Lists = std::unordered_map<size_t, std::vector<Free>>;
-  static void* pop(std::vector<Free>& list) {
+  static char* pop(std::vector<Free>& list) {
     if (list.empty()) return nullptr;
-    void* block = list.back().block;
+    char* room = list.back().block.room;
     list.pop_back();
-    return block;
+    return room;
   }
-  void* carve(size_t bytes) {
+  char* carve(size_t bytes) {
     const cpu::Arena& arena = cpu::arena();
     if (bytes > arena.size - counts_.carved) return nullptr;
-    char* block = arena.base + counts_.carved;
+    char* room = arena.base + counts_.carved;
     counts_.carved += bytes;
     // Memory that is shared gets large pages only on demand, and only where something lies.
     for (; arena.fd >= 0 && large_ < counts_.carved; large_ += kLargePage) {
       arena.base[large_] = 0;
       madvise(arena.base + large_, kLargePage, kCollapse);  // before Linux 6.1: no such advice
     }
-    if (poison_) memset(block, 0xff, bytes);
-    return block;
+#ifdef CPU_FAITHFUL
+    if (guards_++ < kMostGuards) mprotect(room + bytes - guard_bytes(), guard_bytes(), PROT_NONE);
+#endif
+    if (poison_) fill(room, bytes);
+    forbid(room, bytes);
+    return room;
+  }
+  static void fill(char* room, size_t bytes) {
+    allow(room, bytes);
+    memset(room, 0xff, bytes - guard_bytes());
+    forbid(room, bytes);
+  }
+  void wipe(const Block& block) {  // at its free
+    if (!poison_) return;
+    check_beside(block);
+    memset(block.data, 0xff, block.bytes);
   }
 
   std::mutex mutex_;
   Lists free_;                                        // for any stream
   std::unordered_map<CUstream_st*, Lists> freed_in_;  // for that stream alone
-  std::unordered_map<void*, size_t> in_use_;
+  std::map<const char*, Block> in_use_;               // by `data`
   int64_t frees_ = 0;
   cpu::PoolCounts counts_{};
   size_t large_ = 0;  // bytes of the arena that lie on large pages, if the system has them
 #ifdef CPU_FAITHFUL
+  int guards_ = 0;
   bool poison_ = true;
 #else
   bool poison_ = (cpu::streams_are_queued && streams_seed) || getenv("THREEFOLD_POISON");
@@ -610,16 +729,21 @@ const cpu::Arena& cpu::arena() {
 void cpu::share_device_memory() { share_memory = true; }
 void cpu::poison_memory(bool on) { pool().poison(on); }
 cpu::PoolCounts cpu::pool_counts() { return pool().counts(); }
+bool cpu::in_one_block(const void* data, size_t bytes) {
+  return pool().holds(static_cast<const char*>(data), bytes);
+}
 
 cudaError_t cudaMallocAsync(void** data, size_t bytes, cudaStream_t stream) {
+  if (const cudaError_t error = check(stream)) return error;
   *data = bytes ? pool().take(bytes, &of(stream)) : nullptr;
   return *data || !bytes ? cudaSuccess : fail(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaFreeAsync(void* data, cudaStream_t stream) {
+  if (const cudaError_t error = check(stream)) return error;
   if (!data) return cudaSuccess;
   CUstream_st* owner = cpu::streams_are_queued ? &of(stream) : nullptr;
   const Pool::Free free = pool().give_back(data, owner);
-  if (!free.bytes) return fail(cudaErrorInvalidValue);
+  if (!free.block.bytes) return fail(cudaErrorInvalidValue);
   if (owner) cpu::enqueue(stream, [=] { pool().release(free, owner); });
   return cudaSuccess;
 }
@@ -629,7 +753,7 @@ cudaError_t cudaMalloc(void** data, size_t bytes) {
 }
 cudaError_t cudaFree(void* data) {
   cudaDeviceSynchronize();
-  return !data || pool().give_back(data).bytes ? cudaSuccess : fail(cudaErrorInvalidValue);
+  return !data || pool().give_back(data).block.bytes ? cudaSuccess : fail(cudaErrorInvalidValue);
 }
 cudaError_t cudaMallocHost(void** data, size_t bytes) {
   *data = aligned_alloc(4096, std::max<size_t>(4096, (bytes + 4095) / 4096 * 4096));
@@ -657,10 +781,26 @@ template <class Part> void in_parts(size_t bytes, Part part) {
     part(begin, thread + 1 == threads ? bytes : std::min(bytes, begin + share));
   }
 }
+
+// Device memory within a block, host memory anywhere else.
+bool is_memory_of(bool device, const void* data, size_t bytes) {
+  const cpu::Arena& arena = cpu::arena();
+  const bool inside = data >= arena.base && data < arena.base + arena.size;
+  return device ? cpu::in_one_block(data, bytes) : !inside;
+}
+bool legal_copy(const void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  if (!bytes) return true;
+  return is_memory_of(kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice, to,
+                      bytes) &&
+         is_memory_of(kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice, from,
+                      bytes);
+}
 }  // namespace
 
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream) {
+  if (const cudaError_t error = check(stream)) return error;
+  if (!legal_copy(to, from, bytes, kind)) return fail(cudaErrorInvalidValue);
   cpu::submit(stream, [=] {
     in_parts(bytes, [=](size_t begin, size_t end) {
       memcpy(static_cast<char*>(to) + begin, static_cast<const char*>(from) + begin, end - begin);
@@ -669,10 +809,12 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return cudaSuccess;
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-  cudaMemcpyAsync(to, from, bytes, kind, nullptr);
+  if (const cudaError_t error = cudaMemcpyAsync(to, from, bytes, kind, nullptr)) return error;
   return cudaStreamSynchronize(nullptr);
 }
 cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  if (const cudaError_t error = check(stream)) return error;
+  if (bytes && !is_memory_of(true, data, bytes)) return fail(cudaErrorInvalidValue);
   cpu::submit(stream, [=] {
     in_parts(bytes, [=](size_t begin, size_t end) {
       memset(static_cast<char*>(data) + begin, value, end - begin);
@@ -681,6 +823,6 @@ cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t st
   return cudaSuccess;
 }
 cudaError_t cudaMemset(void* data, int value, size_t bytes) {
-  cudaMemsetAsync(data, value, bytes, nullptr);
+  if (const cudaError_t error = cudaMemsetAsync(data, value, bytes, nullptr)) return error;
   return cudaStreamSynchronize(nullptr);
 }

@@ -297,9 +297,10 @@ void cpu::run_grid(dim3 grid, dim3 block_dim, size_t shared_bytes,
     std::fill(shared.begin(), shared.end(), 0xff);
     variables.fill();
     run_block();
-    for (unsigned char* end = first + shared_bytes; end < shared.data() + shared.size(); end++)
-      if (*end != 0xff)
-        report_thread("a write beyond dynamic shared memory", {"the kernel", "the launch", 0}, 0);
+    const auto is_written = [](unsigned char byte) { return byte != 0xff; };
+    if (std::any_of(shared.data(), first, is_written) ||
+        std::any_of(first + shared_bytes, shared.data() + shared.size(), is_written))
+      report_thread("a write beside dynamic shared memory", {"the kernel", "the launch", 0}, 0);
   }
 }
 

@@ -4,8 +4,10 @@
 // least one of them (seldom in one alone: run all three, random with several seeds).
 //
 // reported  (with block, thread and line, then abort): a barrier or warp primitive that some thread
-//           does not reach, threads that wait in different lines, writes beyond dynamic shared
-//           memory
+//           does not reach, threads that wait in different lines, writes directly beside dynamic
+//           shared memory
+// memory    a block of device memory ends, to 16 bytes, at a page that nobody may touch: a kernel
+//           that runs past it ends with SIGSEGV. Writes beside a block are found when it is freed.
 // shared    memory holds NaN when a block starts
 // not here  masks that leave lanes out; kernels on two streams at a time (a launch runs alone); the
 //           limit of static shared memory (ptxas checks it)
@@ -59,9 +61,12 @@ template <class... P> struct Launch {
 };
 template <class... P> Launch<P...> launch(void (*kernel)(P...), dim3 grid, dim3 block,
                                           size_t shared_bytes = 0, cudaStream_t stream = nullptr) {
-  return {kernel, grid,
-          block,  shared_bytes,
-          stream, legal_launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes)};
+  return {kernel,
+          grid,
+          block,
+          shared_bytes,
+          stream,
+          legal_launch(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, stream)};
 }
 
 }  // namespace cpu

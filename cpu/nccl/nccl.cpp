@@ -21,8 +21,9 @@ namespace {
 
 // ---- a task, when its stream has come to it
 
-std::mutex order_mutex;  // which task runs: one at a time, in the order of issue
-std::condition_variable order_changed;
+// which task runs: one at a time, in the order of issue, also while the program exits
+std::mutex order_mutex;
+auto& order_changed = *new std::condition_variable;
 uint64_t running_ticket = 1, next_ticket = 1;
 
 void show_status(const Task& task, const Op& op, uint32_t state) {
@@ -292,7 +293,7 @@ thread_local struct {
 } group;
 
 std::mutex last_error_mutex;
-std::string last_error;
+auto& last_error = *new std::string;  // streams may outlast static destructors
 
 // Every entry: a Failure becomes its code, its sentence is kept, and the communicator that it
 // concerns gives up, so that peers do not wait.
@@ -371,6 +372,8 @@ struct Choice {
 std::shared_ptr<ncclComm> split(const std::shared_ptr<ncclComm>& parent, int color, int key) {
   if (!group.ops.empty())
     fail(ncclInvalidUsage, "ncclCommSplit inside a group that has calls in it");
+  if (color < 0 && color != NCCL_SPLIT_NOCOLOR)
+    fail(ncclInvalidArgument, "ncclCommSplit: a color of ", color);
   Choice mine{color, key, next_id(), new_desk(parent->size)};
   std::vector<Choice> all(parent->size);
   std::vector<Op> ops;

@@ -4,8 +4,9 @@
 // idea      the same names, types and meaning as the real nccl.h, over memory that the ranks of a
 //           node share and over MPI elsewhere. The CPU build includes this file; a CUDA build with
 //           COMM=mpi includes the real one and links the same sources: ranks share a GPU.
-// referee   stricter than NCCL: what could hang or corrupt a cluster fails here with a sentence.
-//           See nccl_internal.h for the protocol.
+// referee   stricter than NCCL in most: what could hang or corrupt a cluster fails here with a
+//           sentence. See nccl_internal.h for the protocol, and docs/without_a_gpu.md for what
+//           passes here and fails with NCCL.
 // limits    one device a process; the process that calls ncclGetUniqueId is a member; MPI is
 //           initialised first; tags from 1 << 20 up on MPI_COMM_WORLD belong to this stand-in;
 //           MPI_THREAD_MULTIPLE wherever MPI carries data of queued streams or of CUDA

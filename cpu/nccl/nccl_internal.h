@@ -166,7 +166,7 @@ class Link {
 struct Member {  // what the others must know about a rank to reach it
   // in the communicator, in MPI_COMM_WORLD
   int32_t rank = 0, world = 0;
-  int32_t pid = 0, region_fd = -1, arena_fd = -1;
+  int32_t pid = 0, region_fd = -1, arena_fd = -1, device = 0;
   // desk: offset of its records in its region
   uint64_t cookie = 0, node = 0, arena_bytes = 0, desk = 0;
 };

@@ -183,6 +183,15 @@ MPI_Status receive_from(int world, void* data, size_t bytes, int tag,
   return status;
 }
 
+// of those who came
+const Member* same_device(const ncclComm& comm, const std::vector<bool>& came, const Member& m) {
+  for (int r = 0; r < comm.size; r++)
+    if (const Member& other = comm.members[r];
+        came[r] && other.node == m.node && other.device == m.device)
+      return &other;
+  return nullptr;
+}
+
 // The rank that made the id: collects who comes, answers everyone, with a reason if the members do
 // not fit together.
 void host_birth(ncclComm& comm, const Hello& mine, int tag) {
@@ -197,6 +206,9 @@ void host_birth(ncclComm& comm, const Hello& mine, int tag) {
     else if (m.rank < 0 || m.rank >= comm.size || came[m.rank])
       why = sentence("rank ", m.world, " comes as number ", m.rank, " of ", comm.size,
                      m.rank < comm.size ? ", which is taken" : "");
+    else if (const Member* other = kCuda ? nullptr : same_device(comm, came, m))
+      why = sentence("Duplicate GPU detected: rank ", other->world, " and rank ", m.world,
+                     " are both on device ", m.device);
     else came[m.rank] = true, comm.members[m.rank] = m;
     if (!why.empty() && !answer.why[0])
       snprintf(answer.why, sizeof answer.why, "ncclCommInitRank: %s", why.c_str());

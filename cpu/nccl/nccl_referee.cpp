@@ -107,13 +107,21 @@ void check_arguments(const Op& op) {
   const auto check_buffer = [&](const char* p, size_t bytes, const char* which) {
     if (!bytes) return;
     if (!p) refuse(ncclInvalidArgument, op, "the ", which, " buffer is null");
+    if (reinterpret_cast<uintptr_t>(p) % size_of(r.dtype))
+      refuse(ncclInvalidArgument, op, "the ", which, " buffer does not begin at an element");
 #if defined(CPU_FAST) || defined(CPU_FAITHFUL)
     const cpu::Arena& arena = cpu::arena();
     if (p < arena.base || p + bytes > arena.base + arena.size)
       refuse(ncclInvalidArgument, op, "the ", which,
              " buffer is host memory; NCCL moves device memory");
+    if (!cpu::in_one_block(p, bytes))
+      refuse(ncclInvalidArgument, op, "the ", which, " buffer of ", bytes,
+             " bytes does not lie in one block of device memory that is in use");
 #endif
   };
+#if defined(CPU_FAST) || defined(CPU_FAITHFUL)
+  if (!cpu::is_stream(op.stream)) refuse(ncclInvalidArgument, op, "its stream was destroyed");
+#endif
   check_buffer(op.user_send, op.send_bytes, "send");
   check_buffer(op.user_recv, op.recv_bytes, "receive");
 }

@@ -115,7 +115,8 @@ struct Peer {
   char *region = nullptr, *arena = nullptr;
 };
 std::mutex peers_mutex;
-std::map<int, Peer> peers;  // by world rank; mapped once, kept
+// by world rank; mapped once, kept, also while the program exits
+auto& peers = *new std::map<int, Peer>;
 
 // bytes 0: the whole file
 char* map_of(int pid, int fd, size_t bytes) {
@@ -180,6 +181,7 @@ void describe_me(Member& me) {
   const auto arena = my_arena();
   me.pid = getpid(), me.region_fd = region().fd, me.cookie = region().shelf()->cookie;
   me.arena_fd = arena.fd, me.arena_bytes = arena.size;
+  cudaGetDevice(&me.device);
   utsname host{};
   uname(&host);
   char pids[64] = "";  // process numbers mean the same in one process namespace only
