@@ -150,10 +150,12 @@ status=$?
 check host_memory_that_runs_out_is_a_sentence \
   "[ $status = 1 ] &&
     grep -q '^rank 0: the memory of this machine.*: a step in micro-batches of 1000000000' $dir/err"
-under -s 32 $train $small --steps 1
-status=$?
-check a_stack_too_small_for_any_library_is_a_sentence \
-  "[ $status = 1 ] && grep -q '^a stack of 32 KiB (ulimit -s) is too small' $dir/err"
+for stack in 32 500; do
+  under -s $stack $train $small --steps 1
+  status=$?
+  check a_stack_of_${stack}_KiB_is_too_small_for_the_libraries \
+    "[ $status = 1 ] && grep -q '^a stack of $stack KiB (ulimit -s) is too small' $dir/err"
+done
 file=memory.limit_in_bytes
 [ -d /sys/fs/cgroup/memory ] || file=memory.max
 if in_group memory $file 800000000 true 2>/dev/null; then
@@ -213,12 +215,17 @@ check none_of_them_can_interrupt_a_thread "[ -n '$open' ] && [ $free -le 1 ]" \
   "$(tr '\n\t' '  ' <<<"$open")" "$open"
 for signal in USR1 HUP XCPU; do
   started $MPIEXEC -n 2 $train $run --fsdp 2
+  maps=$(cat "/proc/$(rank_pids "$dir/c" 1)/smaps")
   kill -$signal "$(rank_pids "$dir/c" 1)"
   wait $job
   status=$?
   check "SIG${signal}_to_one_rank_of_two_saves_and_ends_the_run" "$saved" "" \
     "status $status: $(tail -2 "$dir/out") $(cat "$dir/err")"
 done
+# of this rank and of the other: two each
+in_core=$(awk '/^[0-9a-f]+-/ { name = $0 } /^VmFlags/ && name ~ /threefold (device|nccl)/ {
+  print / dd/ ? "no" : "yes" }' <<<"$maps" | sort | uniq -c | xargs)
+check a_core_has_no_device_memory "[ '$in_core' = '4 no' ]" "" "in a core: $in_core"
 started nohup $train $run
 child=$(the_child)
 kill -HUP "$child"
