@@ -253,6 +253,14 @@ status=$?
 check a_run_whose_output_is_closed_trains \
   "[ $status = 0 ] && [ \$(grep -c '\"step\"' $dir/closed.jsonl) = 1 ] && [ ! -s $dir/err ]"
 
+for again in 1 2; do
+  UCX_TLS=tcp,self timeout -k 1 30 $MPIEXEC -n 8 $train ${small/batch 4/batch 8} --fsdp 8 \
+    --steps 1 >"$dir/out" 2>"$dir/err"
+  status=$?
+  check ranks_that_speak_over_tcp_end_$again "[ $status = 0 ] && grep -q '^speed' $dir/out" "" \
+    "status $status: $(head -c 300 "$dir/err")"
+done
+
 # ---- the watch: slow is not stuck
 
 two="$MPIEXEC -n 2 $train $small --fsdp 2"
