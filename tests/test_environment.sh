@@ -261,6 +261,31 @@ for again in 1 2; do
     "status $status: $(head -c 300 "$dir/err")"
 done
 
+# ---- a tree that cannot be written
+
+mkdir -p "$dir/tree/launch" "$dir/tree/build/cpu"
+cp launch/*.sh "$dir/tree/launch"
+chmod 755 "$dir"
+chmod 555 "$dir/tree/build" "$dir/tree/build/cpu"
+nobody() { setpriv --reuid=65534 --regid=65534 --clear-groups "$@"; }
+[ "$(id -u)" = 0 ] || nobody() { "$@"; }
+nobody "$dir/tree/launch/packages.sh" probe cpu nccl true >"$dir/out" 2>"$dir/err"
+status=$?
+check a_tree_that_cannot_be_written_is_said_and_no_lack_of_packages \
+  "[ $status = 2 ] && [ ! -s $dir/err ] && [ \$(wc -l <$dir/out) = 1 ] &&
+    grep -q 'tree/build/cpu cannot be written to' $dir/out"
+if nobody test -r Makefile && ! nobody test -w build/cpu; then
+  nobody make BACKEND=cpu -W launch/packages.sh build/cpu/packages >"$dir/out" 2>"$dir/err"
+  check so_nothing_is_installed_there "[ $? != 0 ] && ! grep -q deps $dir/out &&
+    grep -q 'nothing can be built here' $dir/out" "" "$(cat "$dir/out" "$dir/err")"
+else skip so_nothing_is_installed_there "everybody can write here"; fi
+nobody env BACKEND=cpu THREADS=1 NP=1 MPIEXEC="echo started" "$dir/tree/launch/run.sh" run \
+  >"$dir/out" 2>"$dir/err"
+status=$?
+check a_run_there_has_no_page "[ $status = 0 ] && grep -q '^started' $dir/out &&
+  ! grep -q -- '--metrics' $dir/out && grep -q 'build cannot be .* has no page' $dir/out"
+chmod 755 "$dir/tree/build" "$dir/tree/build/cpu"
+
 # ---- the watch: slow is not stuck
 
 two="$MPIEXEC -n 2 $train $small --fsdp 2"
