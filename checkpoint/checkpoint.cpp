@@ -166,7 +166,8 @@ static bool is_ours(const fs::path& path) {
 }
 
 // Ready for a new checkpoint: an empty directory for it; unfinished ones are removed, as far as
-// they can be examined. What else has that name is set aside; of a link only the link goes.
+// they can be examined. What else has that name is set aside, and so is what cannot be removed, as
+// another user's; of a link only the link goes.
 static void make_place(const std::string& dir, const std::string& path) {
   error_of([&] {
     checkpoints_in(dir, [](auto& old, auto&) {
@@ -176,9 +177,10 @@ static void make_place(const std::string& dir, const std::string& path) {
     });
   });
   const fs::file_status is = fs::symlink_status(path);
-  if (fs::exists(is) && !fs::is_symlink(is) && !(fs::is_directory(is) && is_ours(path)))
+  const bool is_others =
+      fs::exists(is) && !fs::is_symlink(is) && !(fs::is_directory(is) && is_ours(path));
+  if (is_others || !remove_checkpoint(path))
     rename_step(path, "others-", [](const std::string&) {});
-  REQUIRE(remove_checkpoint(path), path, " is in the way and cannot be removed");
   make_directory(path);
 }
 
@@ -335,15 +337,20 @@ static std::string boot_id() {
 }
 
 DirectoryLock::DirectoryLock(const std::string& dir) : path_(dir + "/lock") {
+  int error = 0;  // of flock
   for (int tries = 0;; tries++) {
-    file_.emplace(path_, O_RDWR | O_CREAT | O_NOFOLLOW);
-    const int error = flock(file_->fd, LOCK_EX | LOCK_NB) == 0 ? 0 : errno;
+    // another user's can be read, mostly
+    const bool is_others = access(path_.c_str(), W_OK) < 0 && errno == EACCES;
+    file_.emplace(path_, (is_others ? O_RDONLY : O_RDWR | O_CREAT) | O_NOFOLLOW);
+    error = flock(file_->fd, LOCK_EX | LOCK_NB) == 0 ? 0 : errno;
     std::string host, boot;
     pid_t process = 0;
     std::istringstream words(read_file(sentence("/proc/self/fd/", file_->fd)));
     const bool named = bool(words >> host >> process), is_host = host == host_name(),
-               local = !named || is_host || (words >> boot && boot == boot_id());
-    const bool held = !file_->is_at(path_) ||  // removed meanwhile, by who held it
+               is_boot = words >> boot && boot == boot_id();
+    // where files are not locked, another machine of that name may have written it
+    const bool local = !named || is_boot || (is_host && !error);
+    const bool held = is_others || !file_->is_at(path_) ||  // removed meanwhile, by who held it
                       error == EWOULDBLOCK ||
                       // a file system without locks leaves what the file says
                       (error && named && (!is_host || kill(process, 0) == 0 || errno == EPERM));
@@ -358,6 +365,11 @@ DirectoryLock::DirectoryLock(const std::string& dir) : path_(dir + "/lock") {
                    pwrite(file_->fd, me.data(), me.size(), 0) == ssize_t(me.size()) &&
                    (fsync(file_->fd) == 0 || errno == EINVAL),  // other nodes read it
                path_, " cannot be written");
+  if (!error) return;
+  // Without locks two that start together both write, and the first finds the other's line.
+  usleep(500'000);
+  REQUIRE(read_file(path_).starts_with(me), dir, " is in use by another process, says ", path_,
+          ": both have started at the same time, and this one ends");
 }
 
 // ---- reading

@@ -22,7 +22,8 @@ build/detected.mk: launch/detect.sh \
 PROBE = launch/packages.sh probe $(BACKEND) $(COMM) \
   '$(LINK) $(if $(filter cuda,$(BACKEND)),$(NCCL_FLAGS))' '$(LIBS) $(LIBS_NCCL)'
 $(B)/packages: launch/packages.sh
-	@$(PROBE) >/dev/null 2>&1 || $(MAKE) --no-print-directory deps || { $(PROBE); exit 1; }
+	@$(PROBE) >/dev/null 2>&1 || { [ $$? != 2 ] && $(MAKE) --no-print-directory deps; } || \
+	  { $(PROBE); exit 1; }
 	@touch $@
 $(B)/ready: Makefile cpu/cpu.mk $(B)/packages
 	@$(PROBE)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # packages.sh: what has to be installed.
 #   launch/packages.sh probe BACKEND COMM LINK LIBS   compiles and links a program with what the
-#                                                     backend needs; a sentence where that fails
+#                                                     backend needs; a sentence where that fails,
+#                                                     and status 2 where packages are no help
 #   launch/packages.sh install                        `make deps`
 set -u
 cd "$(dirname "$0")/.."
@@ -10,9 +11,9 @@ packages="mpich libmpich-dev libdnnl-dev nlohmann-json3-dev libxxhash-dev"
 # probe BACKEND COMM LINK LIBS
 probe() {
   local dir=build/$1 headers="mpi.h nlohmann/json_fwd.hpp xxhash.h" call need
-  mkdir -p "$dir" || {
-    echo "make: nothing can be built here, since build/ cannot be written (above)"
-    return 1
+  mkdir -p "$dir" 2>/dev/null && [ -w "$dir" ] || {
+    echo "make: nothing can be built here, since $PWD/$dir cannot be written to"
+    return 2
   }
   if [ "$1" = cuda ]; then
     headers="$headers cublas_v2.h"

@@ -179,6 +179,9 @@ default --eval-every 100
 page=build/run.html
 if has --metrics || has --trace || has --checkpoint; then
   page=
+elif [ ! -w build ]; then
+  echo "make run: $PWD/build cannot be written to, so this run has no page"
+  page=
 else
   new=build/run.$$ # that of this run alone: the last run's stay until this one has a page
   trap 'rm -f "$new".json "$new".jsonl' EXIT

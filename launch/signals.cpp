@@ -30,7 +30,7 @@ static void before_libraries() {
     if (before.sa_handler != SIG_IGN) sigaddset(&fetched, signal);
   }
   rlimit stack;
-  if (getrlimit(RLIMIT_STACK, &stack) || stack.rlim_cur >= 64 << 10) return;
+  if (getrlimit(RLIMIT_STACK, &stack) || stack.rlim_cur >= 512 << 10) return;
   dprintf(STDERR_FILENO, "a stack of %d KiB (ulimit -s) is too small for this program\n",
           int(stack.rlim_cur >> 10));
   _exit(1);

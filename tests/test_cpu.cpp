@@ -257,7 +257,7 @@ TEST(copies_and_fills_of_memory_that_is_elsewhere_are_refused) {
   CHECK_EQ(cudaMemset(freed, 0, 1), cudaErrorInvalidValue);
   cudaGetLastError();
   CUDA_CHECK(cudaMemcpy(nullptr, nullptr, 0, cudaMemcpyDeviceToHost));
-  CUDA_CHECK(cudaMemcpy(host, a.data, 1000, cudaMemcpyDefault));
+  CUDA_CHECK(cudaMemcpy(host, a.data, 1000, cudaMemcpyDeviceToHost));
   measured(refused + 5, " refused");
 #else
   skip("the CPU stand-in's own");

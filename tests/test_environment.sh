@@ -150,10 +150,12 @@ status=$?
 check host_memory_that_runs_out_is_a_sentence \
   "[ $status = 1 ] &&
     grep -q '^rank 0: the memory of this machine.*: a step in micro-batches of 1000000000' $dir/err"
-under -s 32 $train $small --steps 1
-status=$?
-check a_stack_too_small_for_any_library_is_a_sentence \
-  "[ $status = 1 ] && grep -q '^a stack of 32 KiB (ulimit -s) is too small' $dir/err"
+for stack in 32 500; do
+  under -s $stack $train $small --steps 1
+  status=$?
+  check a_stack_of_${stack}_KiB_is_too_small_for_the_libraries \
+    "[ $status = 1 ] && grep -q '^a stack of $stack KiB (ulimit -s) is too small' $dir/err"
+done
 file=memory.limit_in_bytes
 [ -d /sys/fs/cgroup/memory ] || file=memory.max
 if in_group memory $file 800000000 true 2>/dev/null; then
@@ -213,12 +215,17 @@ check none_of_them_can_interrupt_a_thread "[ -n '$open' ] && [ $free -le 1 ]" \
   "$(tr '\n\t' '  ' <<<"$open")" "$open"
 for signal in USR1 HUP XCPU; do
   started $MPIEXEC -n 2 $train $run --fsdp 2
+  maps=$(cat "/proc/$(rank_pids "$dir/c" 1)/smaps")
   kill -$signal "$(rank_pids "$dir/c" 1)"
   wait $job
   status=$?
   check "SIG${signal}_to_one_rank_of_two_saves_and_ends_the_run" "$saved" "" \
     "status $status: $(tail -2 "$dir/out") $(cat "$dir/err")"
 done
+# of this rank and of the other: two each
+in_core=$(awk '/^[0-9a-f]+-/ { name = $0 } /^VmFlags/ && name ~ /threefold (device|nccl)/ {
+  print / dd/ ? "no" : "yes" }' <<<"$maps" | sort | uniq -c | xargs)
+check a_core_has_no_device_memory "[ '$in_core' = '4 no' ]" "" "in a core: $in_core"
 started nohup $train $run
 child=$(the_child)
 kill -HUP "$child"
@@ -245,6 +252,39 @@ OMP_NUM_THREADS=1 timeout 60 $train $small --steps 1 --metrics "$dir/closed.json
 status=$?
 check a_run_whose_output_is_closed_trains \
   "[ $status = 0 ] && [ \$(grep -c '\"step\"' $dir/closed.jsonl) = 1 ] && [ ! -s $dir/err ]"
+
+for again in 1 2; do
+  UCX_TLS=tcp,self timeout -k 1 30 $MPIEXEC -n 8 $train ${small/batch 4/batch 8} --fsdp 8 \
+    --steps 1 >"$dir/out" 2>"$dir/err"
+  status=$?
+  check ranks_that_speak_over_tcp_end_$again "[ $status = 0 ] && grep -q '^speed' $dir/out" "" \
+    "status $status: $(head -c 300 "$dir/err")"
+done
+
+# ---- a tree that cannot be written
+
+mkdir -p "$dir/tree/launch" "$dir/tree/build/cpu"
+cp launch/*.sh "$dir/tree/launch"
+chmod 755 "$dir"
+chmod 555 "$dir/tree/build" "$dir/tree/build/cpu"
+nobody() { setpriv --reuid=65534 --regid=65534 --clear-groups "$@"; }
+[ "$(id -u)" = 0 ] || nobody() { "$@"; }
+nobody "$dir/tree/launch/packages.sh" probe cpu nccl true >"$dir/out" 2>"$dir/err"
+status=$?
+check a_tree_that_cannot_be_written_is_said_and_no_lack_of_packages \
+  "[ $status = 2 ] && [ ! -s $dir/err ] && [ \$(wc -l <$dir/out) = 1 ] &&
+    grep -q 'tree/build/cpu cannot be written to' $dir/out"
+if nobody test -r Makefile && ! nobody test -w build/cpu; then
+  nobody make BACKEND=cpu -W launch/packages.sh build/cpu/packages >"$dir/out" 2>"$dir/err"
+  check so_nothing_is_installed_there "[ $? != 0 ] && ! grep -q deps $dir/out &&
+    grep -q 'nothing can be built here' $dir/out" "" "$(cat "$dir/out" "$dir/err")"
+else skip so_nothing_is_installed_there "everybody can write here"; fi
+nobody env BACKEND=cpu THREADS=1 NP=1 MPIEXEC="echo started" "$dir/tree/launch/run.sh" run \
+  >"$dir/out" 2>"$dir/err"
+status=$?
+check a_run_there_has_no_page "[ $status = 0 ] && grep -q '^started' $dir/out &&
+  ! grep -q -- '--metrics' $dir/out && grep -q 'build cannot be .* has no page' $dir/out"
+chmod 755 "$dir/tree/build" "$dir/tree/build/cpu"
 
 # ---- the watch: slow is not stuck
 

@@ -95,6 +95,17 @@ check a_directory_without_rights_is_said \
   "[ $? = 1 ] && grep -q 'c.* cannot be .*: Permission denied' $dir/err" \
   "$(sed "s#$dir/##" "$dir/err")" "$(cat "$dir/err")"
 fresh
+mkdir "$dir/c/step-00000005"
+echo mine >"$dir/c/step-00000005/weights-0.safetensors"
+chown -R 65534 "$dir/c"
+chown -R 0 "$dir/c/step-00000005"
+chmod 555 "$dir/c/step-00000005"
+nobody $train $small --steps 5 --resume --checkpoint "$dir/c" >"$dir/out" 2>"$dir/err"
+check what_cannot_be_removed_does_not_stop_a_save \
+  "[ $? = 0 ] && grep -qx mine $dir/c/others-step-00000005/weights-0.safetensors &&
+    whole $dir/c/step-00000005" "" "$(cat "$dir/err")"
+chmod 755 "$dir"/c/*step-00000005
+fresh
 sed -i 's/checkpoint, version [0-9]*/checkpoint, version 99/' "$last/manifest.json"
 one --steps 5 --resume --checkpoint "$dir/c"
 check another_format_is_not_called_damage \
@@ -324,6 +335,46 @@ echo "container 1234 $kernel" >"$dir/c/lock"
 one --steps 5 --resume --checkpoint "$dir/c"
 check but_that_of_a_dead_container_of_this_one_is "[ $? = 0 ] && [ ! -e $dir/c/lock ]" "" \
   "$(cat "$dir/err")"
+fresh
+echo "$(uname -n) 99999999 $kernel" >"$dir/c/lock"
+chown -R 65534 "$dir/c"
+chown 0 "$dir/c/lock"
+chmod 444 "$dir/c/lock"
+nobody $train $small --steps 9 --resume --checkpoint "$dir/c" >"$dir/out" 2>"$dir/err"
+check a_lock_of_another_user_is_read_and_left "[ $? = 1 ] && [ -e $dir/c/lock ] &&
+  grep -q 'by process 99999999 on $(uname -n), says .* remove this file' $dir/err" "" \
+  "$(cat "$dir/err")"
+# a file system without locks; with OTHER another machine writes into the lock after this one
+g++ -w -shared -fPIC -x c++ - -o "$dir/noflock.so" <<<'#include <dlfcn.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+extern "C" int flock(int, int) { return errno = ENOLCK, -1; }
+extern "C" int fsync(int fd) {
+  char link[64], name[4096] = "";
+  sprintf(link, "/proc/self/fd/%d", fd);
+  readlink(link, name, sizeof name - 1);
+  if (getenv("OTHER") && strstr(name, "/c/lock")) pwrite(fd, "elsewhere 7 x\n", 14, 0);
+  return 0;
+}'
+fresh
+echo "$(uname -n) 99999999 $kernel" >"$dir/c/lock"
+LD_PRELOAD=$dir/noflock.so one --steps 5 --resume --checkpoint "$dir/c"
+check without_locks_too_that_of_a_dead_process_is_taken "[ $? = 0 ] && [ ! -e $dir/c/lock ]" "" \
+  "$(cat "$dir/err")"
+echo "$(uname -n) 99999999 another-machine" >"$dir/c/lock"
+LD_PRELOAD=$dir/noflock.so one --steps 9 --resume --checkpoint "$dir/c"
+check but_not_that_of_another_machine_of_the_same_name \
+  "[ $? = 1 ] && grep -q 'by process 99999999 on $(uname -n), says' $dir/err" "" \
+  "$(cat "$dir/err")"
+rm "$dir/c/lock"
+OTHER=yes LD_PRELOAD=$dir/noflock.so one --steps 9 --resume --checkpoint "$dir/c"
+check of_two_that_start_together_without_locks_one_ends \
+  "[ $? = 1 ] && grep -q 'both have started at the same time' $dir/err && [ -e $dir/c/lock ]" "" \
+  "$(cat "$dir/err")"
+fresh
 echo mine >"$dir/file"
 ln -sf "$dir/file" "$dir/c/lock"
 one --steps 9 --resume --checkpoint "$dir/c"

@@ -718,6 +718,7 @@ cpu::Arena reserve() {
   }
   if (base == MAP_FAILED) return {-1, nullptr, 0};
   madvise(base, size, MADV_HUGEPAGE);
+  madvise(base, size, MADV_DONTDUMP);  // a core of every rank would fill the node
   return {fd, static_cast<char*>(base), size};
 }
 }  // namespace

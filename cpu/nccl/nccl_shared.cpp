@@ -56,6 +56,7 @@ class Region {
       fail(ncclSystemError, "mmap of ", kLeast >> 20,
            " MiB of address space failed: ", strerror(errno));
     base = static_cast<char*>(memory);
+    madvise(base, bytes, MADV_DONTDUMP);
     std::random_device random;
     shelf()->cookie = uint64_t(random()) << 32 | random();
     shelf()->status.peer_world = -1;
@@ -128,6 +129,7 @@ char* map_of(int pid, int fd, size_t bytes) {
     memory = mmap(nullptr, size_t(about.st_size), PROT_READ | PROT_WRITE,
                   MAP_SHARED | MAP_NORESERVE, opened, 0);
   close(opened);
+  if (memory != MAP_FAILED) madvise(memory, size_t(about.st_size), MADV_DONTDUMP);
   return memory == MAP_FAILED ? nullptr : static_cast<char*>(memory);
 }
 
