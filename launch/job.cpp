@@ -107,20 +107,22 @@ int Job::leave(int status) const {
   }
   MPI_Request everybody;
   MPI_Ibarrier(MPI_COMM_WORLD, &everybody);
-  // After the barrier what it has sent must still go out, and mpiexec passes on what was printed
-  // before it hears of the end.
+  // After that barrier what it has sent must still go out. Then mpiexec's own barrier, and its end,
+  // are what MPI_Finalize, too, asks for: who ends without a word takes the others along.
+  const char* told = getenv("PMI_FD");
+  pollfd mpiexec{told ? atoi(told) : -1, POLLIN, 0};
   double end = MPI_Wtime() + 60;
-  for (int met = 0, any = 0; MPI_Wtime() < end; usleep(1000)) {
+  for (int met = 0, any = 0; MPI_Wtime() < end && poll(&mpiexec, 1, 1) < 1;) {
     MPI_Iprobe(MPI_ANY_SOURCE, MPI_ANY_TAG, MPI_COMM_WORLD, &any, MPI_STATUS_IGNORE);
     if (met) continue;
     MPI_Test(&everybody, &met, MPI_STATUS_IGNORE);
-    if (met) end = MPI_Wtime() + 0.5;
+    if (!met) continue;
+    if (told) dprintf(mpiexec.fd, "cmd=barrier_in\n");
+    else end = MPI_Wtime() + 0.5;
   }
-  // What MPI_Finalize says to mpiexec, which otherwise kills those that are a moment later.
-  if (const char* mpiexec = getenv("PMI_FD")) {
-    pollfd answer{atoi(mpiexec), POLLIN, 0};
-    dprintf(answer.fd, "cmd=finalize\n");
-    poll(&answer, 1, 5000);
+  if (char answer[64]; mpiexec.revents & POLLIN && read(mpiexec.fd, answer, sizeof answer) > 0) {
+    dprintf(mpiexec.fd, "cmd=finalize\n");
+    poll(&mpiexec, 1, 5000);
   }
   _exit(status);
 }

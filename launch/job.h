@@ -16,9 +16,8 @@ class Job {
   // The end of a program, collective: its status. Where ranks may speak over TCP (on several nodes,
   // or with UCX_TLS set), those that MPICH's mpiexec started end here, without MPI_Finalize: MPICH
   // 4.0 often waits in it for ever, since a rank that has closed its connections no longer answers
-  // those that still close theirs. This costs half a second. Other launchers may take it for a
-  // failure: under them MPI_Finalize is called, and the process ends after half a minute if it has
-  // not returned.
+  // those that still close theirs. Other launchers may take that for a failure: under them
+  // MPI_Finalize is called, and the process ends after half a minute if it has not returned.
   int leave(int status) const;
   // an Error when mpiexec belongs to another MPI and started n worlds of one rank
   void check_launcher();
