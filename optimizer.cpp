@@ -20,7 +20,7 @@ UpdateTable update_table(const std::vector<ParamShard>& shards) {
         ASSERT(uintptr_t(address) % 16 == 0);
         return address;
       };
-      // its first piece says how many follow it in the norm; 0: not the first, or not counted
+      // the first says how many pieces it has in the norm; 0: not the first, or not counted
       const bool counts = i == 0 && s.param->counted;
       pieces.push_back({at(s.weights), at(s.m), at(s.v), at(s.gradient), at(s.compute), int(size),
                         int(s.param->id), s.param->decay, counts ? int(count) : 0});

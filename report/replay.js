@@ -17,7 +17,8 @@ const read = id => JSON.parse(by_id(id).textContent, (name, x) =>
   /[<"&]/.test(name) ? undefined :
   typeof x === 'string' ? x.replace(/[<"&]/g, sign => `&#${sign.charCodeAt()};`) : x);
 const {threefold, traceEvents} = read('trace');
-const functions = read('functions');  // each one's place and a link to it
+// each one's place and a link to it: they never become markup
+const functions = JSON.parse(by_id('functions').textContent);
 const trace = {...threefold, ranks: threefold.units.map(() => []), end: 0};
 const names = [];  // of the ranks: "rank 3, pp 1, tp 1"
 const most = {};  // that a rank ever has of each category of memory
@@ -171,7 +172,7 @@ function draw_travel({collective}, rank) {
       a.ranks.filter((other, i) => Math.abs(i - at) === 1);
     const way = Math.max(0, (t - ts - a.waited_us) / (dur - a.waited_us));
     return others.map(other => {
-      const shift = Math.abs(other - rank) > 1 ? 4 + 4 * (Math.min(rank, other) % 4) : 0;
+      const shift = Math.abs(other - rank) > 1 ? 3 + 3 * (Math.min(...a.ranks) % 8) : 0;
       const end = boxes[other];
       const path = `path transform="translate(${shift} ${shift})"
         d="M${x} ${y}H${end.offsetLeft}V${end.offsetTop}"`;

@@ -282,7 +282,7 @@ void print_plan(const PlanOptions& o, const Cluster& cluster, const Plan& found)
   for (const Planned& p : found.fastest) {
     const Json& row = fastest.emplace_back(json_of(cluster, p));
     const double percent = 100 / p.seconds;
-    table += format("%9.4g %11.4g %4.1f%% %5.3g %7.1f%% %5.1f%% %5.1f%%  ", p.seconds,
+    table += format("%9.4g %11.4g %4.1f%% %6.3g %7.1f%% %5.1f%% %5.1f%%  ", p.seconds,
                     double(row["tokens_per_second"]), 100 * double(row["mfu"]), p.memory / kGiB,
                     percent * (p.computing + p.optimizer), percent * p.bubble,
                     percent * total(p.waiting)) +
@@ -301,9 +301,9 @@ void print_plan(const PlanOptions& o, const Cluster& cluster, const Plan& found)
   if (!o.layout_only) {
     printf("layouts  %ld of a batch of %ld, %ld fit in memory\n\n", found.layouts, o.batch,
            found.fitting);
-    if (found.fitting == 0) puts("of those that do not fit, the smallest");
+    if (found.fitting == 0) puts("none; the smallest of them, if it did");
     else
-      printf("  step, s    tokens/s   MFU   GiB  compute bubble  waits  layout\n%s%s\n",
+      printf("  step, s    tokens/s   MFU    GiB  compute bubble  waits  layout\n%s%s\n",
              table.c_str(), without_use(o, fastest).c_str());
   }
   explain(cluster, found.fitting > 0 ? fastest[0] : smallest);

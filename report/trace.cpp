@@ -60,7 +60,8 @@ void Trace::end_step() {
 
 // ---- all ranks
 
-// What it is of, and its part in each axis with more than one rank: "rank 3, fsdp 1, tp 1".
+// What it is of, and of each axis with more than one rank the place or the size: "rank 3, fsdp 1,
+// tp 1", "training of ..., fsdp 4, tp 2".
 static std::string list_axes(std::string all, const Mesh& mesh, int Axis::*number) {
   for (const Axis& axis : mesh.axes)
     if (axis.size > 1) all += sentence(", ", axis.name, " ", axis.*number);
@@ -239,6 +240,7 @@ std::string Trace::write() {
   if (model.sequence_parallel && mesh_["tp"].size > 1) title += ", sequence parallel";
   if (mesh_.shards.size > 1) title += sentence(", ZeRO-", fsdp.zero);
   if (mesh_.shards.size > 1 && fsdp.prefetch != 1) title += sentence(", prefetch ", fsdp.prefetch);
+  if (model.recompute) title += ", recompute";
   if (mesh_["pp"].size > 1) title += sentence(", ", schedule.row->name);
   if (schedule.microbatches > 1) title += sentence(", ", schedule.microbatches, " micro-batches");
   return error_of([&] {

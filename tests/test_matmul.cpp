@@ -1,5 +1,5 @@
 // test_matmul.cpp: both matmuls against sums in double precision: dtypes, transposes, odd sizes,
-// ld, batches, alpha, beta.
+// ld, batches, alpha, adding to c.
 //
 // Numbers are drawn from a normal distribution, so a sum of k products has a magnitude of sqrt(k)
 // and a largest element of about four times that. Rounding: k additions, each off by at most u

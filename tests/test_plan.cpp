@@ -429,15 +429,19 @@ TEST(no_bound_is_above_the_step) {
       Predictor predictor(cluster, config);
       for (const std::string& name : schedule_names())
         for (const int64_t batch : {8, 16, 64})
-          for (const int64_t pp : {8, 4})
-            for (const int zero : {1, 3}) {
+          for (const int64_t pp : {8, 4, 2})
+            for (const int zero : {1, 2, 3}) {
               TrainingJob job{config, {}, {{"pp", pp}, {"fsdp", 8 / pp}}};
+              if (pp == 2) job.layout = {{"pp", 2}, {"fsdp", 2}, {"tp", 2}};
+              job.sequence_parallel = pp == 2;
               job.batch = batch;
               job.microbatch = 1;
               job.fsdp.zero = zero;
               job.schedule = name;
               const double seconds = predictor.step(job).seconds;
               CHECK_EQ(predictor.step(job, 1.00001 * seconds).seconds, seconds, name);
+              job.fsdp.zero = 1;  // the search's bound for all stages of ZeRO
+              CHECK_LE(predictor.step(job, 0, AxisName("cp").index).seconds, seconds, name);
             }
     }
 }

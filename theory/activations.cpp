@@ -1,18 +1,18 @@
 // theory/activations.cpp: what the parts of the model keep for their backwards.
 #include "theory/theory.h"
 
-// Slice: an activation of width C, of the rows that this rank has; whole: of all rows. By columns:
-// of all rows, of this rank's part of the width.
+// activation: of width C, of the rows that this rank has; whole: of all rows; by columns: of all
+// rows, of this rank's part of the width.
 Kept TheoryOfRank::kept(const ModelPart& part) const {
-  const int64_t share = activation;
   if (part.kind == ModelPart::embedding) return {0, 0};  // tokens alone, which are no activations
   if (part.kind == ModelPart::head) {                    // x, layernorm, logits
     const int64_t logits = R * V * e;
-    return {2 * share + statistics + logits, whole + logits};
+    return {2 * activation + statistics + logits, whole + logits};
   }
   // With recompute x alone. Put off: inputs of products, and whole gradients of their outputs; with
   // sequence parallelism biases after sums keep shares of these, too.
-  return {config.recompute ? share : kept_by_block(), 4 * whole + 2 * by_rows * share + by_columns};
+  return {config.recompute ? activation : kept_by_block(),
+          4 * whole + 2 * by_rows * activation + by_columns};
 }
 
 // x, the sum and two layernorms; queries, keys, values and what attention makes of them; before and

@@ -84,7 +84,7 @@ Machine read_machine(const std::string& name) {
   for (const auto& [known, card, text] : kMachines)
     if (name == known) return parse_machine(name, text);
   REQUIRE(is_there(name), "there is no machine and no file '", name, "': choose one of ",
-          join(machine_names(), ", "), ", this, or give a file of such facts (theory/machine.h)");
+          join(machine_names(), ", "), ", this, or give a file of facts (theory/machine.h)");
   return parse_machine(name, read_file(name, true));
 }
 

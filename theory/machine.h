@@ -2,8 +2,9 @@
 //
 // format    A machine is a text, a line a fact: a name, its numbers, and after a colon where they
 //           come from. What stands after # is a comment. The built-in machines are such texts
-//           (kMachines in machine.cpp), and a measured one can be written by hand or by a program,
-//           with lines that those do not need, as well:
+//           (kMachines in machine.cpp): to write another one, copy one of them. One that was
+//           measured may have more lines:
+//             read 2207             : measured ...
 //             sharing 2             : two ranks a core
 //             overlap 0.8           : measured ...
 // units     peak and f32: TFLOP/s of bf16 and f32 products. product: an inner dim, and the TFLOP/s

@@ -22,8 +22,8 @@
 struct Account {
   int stage = 0, rank = 0;
   int64_t bytes = 0;  // in all
-  std::array<int64_t, kMemoryCategories>
-      memory{};  // gather and activations: at the peak, at most; workspace: of recompute
+  // gather and activations: at the peak, at most; workspace: what recompute needs
+  std::array<int64_t, kMemoryCategories> memory{};
   std::map<std::string, int64_t> sent;
 };
 Account account(const TrainingJob& job);

@@ -27,9 +27,9 @@ class RankWork : TheoryOfChunk, Issue {
       : TheoryOfChunk(job, {1, 1, 1}), cluster(cluster), free_axes(free_axes) {}
 
   // Of a chunk, the only one of its rank. later: its stage is not a pipeline's first, and gathers
-  // at the begin and sums at the end (fsdp.h). has_ends: its stage's first chunk is the
-  // embedding's, and sums and updates the units of both ends.
-  ChunkTimes run(const ChunkKind& chunk, bool later, bool has_ends, int microbatches) {
+  // at the begin and sums at the end (fsdp.h). folded: embedding and head are two chunks of one
+  // stage; the embedding's sums and updates the units of both.
+  ChunkTimes run(const ChunkKind& chunk, bool later, bool folded, int microbatches) {
     ChunkTimes times;
     static_cast<Issue&>(*this) = {};
     began = 0;
@@ -38,7 +38,7 @@ class RankWork : TheoryOfChunk, Issue {
     sums_at_end = !profile.overlaps || (later && !splits && !shards_gradients);
     pieces = {gpt.parts().subspan(!chunk[ModelPart::embedding],
                                   1 + chunk[ModelPart::embedding] + chunk[ModelPart::head])};
-    const auto all = units_of(params_of(pieces));
+    const auto all = units_of(folded ? gpt.params() : params_of(pieces));
     for (const ModelPart& part : pieces[0]) {
       const int first = uses.size(), count = chunk[part.kind];
       uses.resize(first + count, Use{&part});
@@ -46,7 +46,7 @@ class RankWork : TheoryOfChunk, Issue {
         const double elements = padded_unit(all.at(number), fsdp.size);
         double bytes = 0, calls = 0;  // of gradients that are partial: a group
         for (const Param* p : all.at(number))
-          if (p->partial) bytes += p->numel() * g, calls++;
+          if (p->partial) bytes += p->numel() * gradient, calls++;
         if (!profile.direct) calls = std::min(calls, 1.0);  // as NCCL merges it
         for (int i = 0; i < count; i++)
           uses[first + i].units.push_back(
@@ -58,7 +58,7 @@ class RankWork : TheoryOfChunk, Issue {
     for (auto& [key, unit] : units) {
       unit.gathered = ahead;
       if (ahead) times.gathers += over_fsdp.seconds(Collective::all_gather, unit.elements * e);
-      if (has_ends && key < kFirstBlock) {
+      if (folded && chunk[ModelPart::head] && key < kFirstBlock) {
         unit.gathered = !reshards;
         unit.first_use = -1;  // in no backward here
       } else {
@@ -303,8 +303,9 @@ class RankWork : TheoryOfChunk, Issue {
   // of n ranks, whose collectives are those of an axis
   Link link(AxisName axis, int64_t n, int64_t stride) const {
     Link link = link_of(cluster, axis.index < free_axes ? 1 : n, stride);
-    if (axis.index == AxisName("cp").index &&
-        link.nodes > 1)  // one rank of a node sends to the next
+    // round a ring one rank of a node sends to the next node, over one card
+    const bool is_ring = axis.index == AxisName("cp").index;
+    if (is_ring && link.nodes > 1)
       link.bandwidth = std::min(cluster.inside.bandwidth, cluster.between.bandwidth);
     if (axis.index == AxisName("fsdp").index)
       link.bandwidth = std::min(link.bandwidth, profile.fsdp_bandwidth);
@@ -370,9 +371,9 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
     const ModelPiece piece = pieces[s.position(stage, chunk)];
     const bool later = stage > 0, embedding = has_embedding(piece), head = has_head(piece);
     const ChunkKind kind{embedding, int64_t(piece.size()) - embedding - head, head};
-    const bool has_ends = head && !embedding && stage == s.stage_of(0);
-    const auto [known, is_new] = times.try_emplace({later, has_ends, kind});
-    if (is_new) known->second = work.run(kind, later, has_ends, s.microbatches);
+    const bool folded = embedding != head && s.stage_of(0) == s.stage_of(s.positions() - 1);
+    const auto [known, is_new] = times.try_emplace({later, folded, kind});
+    if (is_new) known->second = work.run(kind, later, folded, s.microbatches);
     return known->second;
   };
   Prediction result;
@@ -391,8 +392,8 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
       for (const int which : {kFirst, kMiddle, kLast})
         for (const double seconds : t.of[which]) busy += count[which] * seconds;
     }
-    // squares, their norm, and the update, each of all parameters
-    result.optimizer = std::max(result.optimizer, optimizer + 3 * cluster.launch);
+    // squares (cleared, of pieces, of parameters), their norm, and the update
+    result.optimizer = std::max(result.optimizer, optimizer + 5 * cluster.launch);
     busiest = std::max(busiest, busy + tails[stage]);
     bound = std::max(bound, forwards + busy + backwards);
     late = std::max(late, gathers - forwards);

@@ -71,7 +71,8 @@ struct TheoryOfRank {
           heads = kv * (config.heads / config.kv());
   // bytes of an activation of width C on this rank, and of all rows of it (tp.size slices)
   int64_t activation = S * C * e, whole = by_rows ? tp.size * activation : activation;
-  // of a layernorm's rows, mean and reciprocal deviation; of the tensors of a block that tp splits
+  // bytes of a layernorm's mean and reciprocal deviation, of all its rows; of a block's tensors
+  // that tp splits
   int64_t statistics = 2 * S * g, by_columns = 2 * R * ((heads + kv) * D + F) * e;
 
   Theory sum = {};
