@@ -492,7 +492,6 @@ TEST(every_collective_of_a_step_waits_once) {
       for (const bool by_rows : {false, true})
         for (const int zero : {1, 2, 3})
           for (const bool recompute : {false, true}) {
-            const bool direct = profile_named(profile).direct;
             config.sequence_parallel = by_rows, config.recompute = recompute;
             TrainingJob job{config, {}, layout};
             job.batch = 4, job.microbatch = 2, job.fsdp.zero = zero;
@@ -501,8 +500,8 @@ TEST(every_collective_of_a_step_waits_once) {
             for (const auto& [key, row] : ledger.rows) {
               const auto& [axis, collective, purpose] = key;
               if (purpose == Traffic::norm || (purpose == Traffic::loss && axis != "tp")) continue;
-              // NCCL merges the partial gradients of a unit, which are six in a block
-              const bool merged = purpose == Traffic::partial_gradients && !direct;
+              // the partial gradients of a unit, six in a block, are one group
+              const bool merged = purpose == Traffic::partial_gradients;
               const double units = 1 + double(config.layers),
                            partial = 2 + 6 * double(config.layers);
               expected += double(row.calls) * (collective == Collective::all_reduce ? 2e-3 : 1e-3) *

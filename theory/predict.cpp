@@ -44,14 +44,11 @@ class RankWork : TheoryOfChunk, Issue {
       uses.resize(first + count, Use{&part});
       for (const auto& [number, params] : units_of(part.params)) {
         const double elements = padded_unit(all.at(number), fsdp.size);
-        double bytes = 0, calls = 0;  // of gradients that are partial: a group
-        for (const Param* p : all.at(number))
-          if (p->partial) bytes += p->numel() * gradient, calls++;
-        if (!profile.direct) calls = std::min(calls, 1.0);  // as NCCL merges it
+        double partial = 0;  // bytes of gradients that tp sums, in one group
+        for (const Param* p : all.at(number)) partial += p->partial * p->numel() * gradient;
         for (int i = 0; i < count; i++)
           uses[first + i].units.push_back(
-              &units.try_emplace(number + i, Unit{elements, first + i, bytes, calls})
-                   .first->second);
+              &units.try_emplace(number + i, Unit{elements, first + i, partial}).first->second);
       }
     }
     const bool ahead = later && !reshards && profile.overlaps && options.fsdp.prefetch > 0;
@@ -97,8 +94,8 @@ class RankWork : TheoryOfChunk, Issue {
  private:
   struct Unit {
     double elements;
-    int first_use;  // in whose backward, the last of all, its gradient is complete
-    double partial_bytes, partial_calls;
+    int first_use;   // in whose backward, the last of all, its gradient is complete
+    double partial;  // bytes
     bool gathered = false;
     double arrived = 0, reduced = 0;  // when
   };
@@ -111,7 +108,7 @@ class RankWork : TheoryOfChunk, Issue {
   // ---- issuing to the two queues
   // when it ends
   double send(const Link& over, Collective c, double bytes, double calls = 1) {
-    return over.ranks == 1 || calls == 0 ? 0 : communicate(calls * over.seconds(c, bytes / calls));
+    return over.ranks == 1 || bytes == 0 ? 0 : communicate(calls * over.seconds(c, bytes / calls));
   }
   // of a phase: how long it took, and longer where something travelled beside computations
   double end_phase() {
@@ -266,7 +263,7 @@ class RankWork : TheoryOfChunk, Issue {
   // over its shards, and in the last micro-batch over copies
   double sum_of(const Unit& u) {
     const double bytes = u.elements * gradient;
-    double ends = send(over_tp, Collective::all_reduce, u.partial_bytes, u.partial_calls);
+    double ends = send(over_tp, Collective::all_reduce, u.partial);
     ends = std::max(ends, send(over_fsdp, Collective::reduce_scatter, bytes));
     if (is_last)
       ends = std::max(ends, send(over_copies, Collective::all_reduce, bytes / fsdp.size));
