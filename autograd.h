@@ -148,7 +148,7 @@ struct Tokens {
 };
 
 // c = op(a) op(b), or with `add` c += op(a) op(b), of whole matrices: what the linear layers are
-// made of. ta, tb: of the transposed matrix.
+// made of. ta, tb: whether op transposes.
 void product(const Tensor& c, const Tensor& a, bool ta, const Tensor& b, bool tb, bool add = false);
 Tensor as_matrix(const Tensor& w);  // (K,3,C) is (K,3C)
 // Adds linear()'s gradient of w (x: its input, dy: its output's gradient) to w.grad, or overwrites

@@ -77,7 +77,7 @@ struct Buffer {  // a block of device memory; allocated and freed in the order o
   void* data = nullptr;
   int64_t bytes = 0;
   Memory category;
-  // for --trace: that an activation belongs to; -1: none
+  // for --trace: the one that an activation belongs to; -1: none
   const int microbatch = category == Memory::activations ? recorder.microbatch : -1;
 };
 

@@ -301,7 +301,7 @@ void print_plan(const PlanOptions& o, const Cluster& cluster, const Plan& found)
   if (!o.layout_only) {
     printf("layouts  %ld of a batch of %ld, %ld fit in memory\n\n", found.layouts, o.batch,
            found.fitting);
-    if (found.fitting == 0) puts("none; the smallest of them, if it did");
+    if (found.fitting == 0) puts("the one that needs least memory, as if it fitted");
     else
       printf("  step, s    tokens/s   MFU    GiB  compute bubble  waits  layout\n%s%s\n",
              table.c_str(), without_use(o, fastest).c_str());
