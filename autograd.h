@@ -46,8 +46,8 @@ struct Param {
   // no elements of the parameter
   int64_t padding = 0;
   int64_t largest_slice = 0;  // where it is split: elements of the largest rank's slice
-  // in this rank's part of the norm: false where another rank that holds the same values counts
-  // them
+  // in this rank's part of the norm, in what it saves, and in Optimizer::finite: false where
+  // another rank that holds the same values counts them
   bool counted = true;
   // each rank of the tp axis has only its rows' part of the gradient; the parts are to be summed
   bool partial = false;
@@ -122,7 +122,7 @@ class Tape {
 
 // ---- differentiable ops; shapes in the legend of tensor.h
 
-enum class AttentionKind { plain, flash };
+enum class AttentionKind { plain, flash };  // how it is computed: results differ by rounding
 
 // Tokens of one micro-batch, on the device and sorted for the embedding's backward.
 struct Tokens {

@@ -102,6 +102,12 @@ static Axis open_axis(const Mesh& m, size_t slowest, size_t fastest) {
   return axis;
 }
 
+// Gradients are summed over these two, and over copies: no other axis may share out the tokens.
+static_assert(std::ranges::all_of(kAxes, [](const AxisKind& a) {
+  const std::string_view name = a.name;
+  return name == "fsdp" || name == "cp" || a.copies_model || !(a.splits_batch || a.splits_sequence);
+}));
+static_assert(AxisName("cp").index == AxisName("fsdp").index + 1);
 static Axis shards_of(const Mesh& m) {
   const AxisName fsdp = "fsdp", cp = "cp";
   if (m[cp].size == 1) return m[fsdp];

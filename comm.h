@@ -158,7 +158,7 @@ double seconds_communicating();
 
 enum class Collective { all_reduce, all_gather, reduce_scatter, broadcast, send };
 const char* name_of(Collective c);
-// What a rank of n sends with a bandwidth-optimal algorithm, in n-ths of the buffer.
+// What a rank of n sends with a bandwidth-optimal algorithm, in n-ths of the buffer (n: all of it).
 int64_t parts_sent(Collective c, int64_t n);
 // Each purpose has rows of its own, so that a formula is compared with one number. embedding: with
 // the head; recompute: forwards that are run again; gathered_again, partial_gradients: what

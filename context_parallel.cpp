@@ -123,7 +123,7 @@ void ContextParallel::backward(const Sizes& p, const Tensor& dqkv, const Tensor&
   attention_delta(delta, dout, out);
   Tensor kv = p.room(queries, 2, p.dtype);
   copy_columns(kv, 0, qkv, p.C, 2 * p.C);
-  Tensor sum;  // gradients of the last round's keys, by the ranks so far
+  Tensor sum;  // gradients of the last round's keys, by the ranks so far; round 0's stay here
   for (int round = 0; round < axis_.size; round++) {
     const Positions keys = part_of(source(round), p.T);
     const Tensor dkv = round ? p.room(keys, 2, p.master) : own;

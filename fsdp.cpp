@@ -181,7 +181,7 @@ std::vector<ParamShard> Fsdp::param_shards() const {
 // ---- parameters: unshard and reshard
 
 // Unshards a use's units, and starts the gathers of the next `prefetch` uses in this direction. In
-// the backward those of blocks alone: the embedding needs no values, and nothing precedes the head.
+// the backward those of blocks alone: the embedding needs no values, and the head's are kept.
 void Fsdp::unshard(int use, int direction) {
   for (Unit* u : uses_[use].units) start_unshard(*u);
   for (int k = 1; k <= options_.prefetch; k++) {
@@ -282,8 +282,8 @@ void Fsdp::start_reduce(Unit& u) {
   if (!shards_gradients()) sum_over_copies(u);
   u.reduced.record(device().communication);
   in_flight_.push_back(&u);
-  // Sharded gradients are freed when summed, and two of them are enough: one is computed while one
-  // is summed. Others stay, and nothing waits for their sums before the step's end.
+  // Sharded gradients: one may travel while the next is computed, so no more than two are whole.
+  // Those that stay whole may all travel until the step's end.
   size_t may_travel = shards_gradients() ? 1 : units_.size();
   if (options_.prefetch == 0) may_travel = 0;
   while (in_flight_.size() > may_travel) finish_reduce();
@@ -296,8 +296,8 @@ void Fsdp::finish_reduce() {
   u.reduced.make_wait(device().compute);  // the sum must have arrived
   if (!shards_gradients()) return;
   const Tensor mine = u.shard_of(u.whole_grad);
-  // gradients_done still says whose sum this is: the unit's next micro-batch comes here, in
-  // enter_backward, before it counts
+  // gradients_done is as start_reduce left it: in its next micro-batch the unit finishes this sum,
+  // in enter_backward, before it counts
   if (u.gradients_done == 1) copy(u.shard_grad, mine);
   else add(u.shard_grad, u.shard_grad, mine);
   u.whole_grad = Tensor();

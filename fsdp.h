@@ -8,7 +8,7 @@
 //           With n = 1 this is plain data parallelism.
 // use       fsdp.add_units(params, seed, name_of_unit);  // set-up: the model is born sharded.
 //           // Its backward reads the parameters' values again: they are unsharded once more.
-//           int use = fsdp.add_use(layer_params, BackwardReads::values, group, name);
+//           int use = fsdp.add_use(layer_params, BackwardReads::values, chunk, name);
 //           fsdp.begin_step(microbatches);
 //           Var y = fsdp.run(tape, use, [&] { return layer(tape, x); });  // for each layer,
 //           tape.backward();                                              // for each micro-batch
@@ -17,6 +17,7 @@
 // source    Rajbhandari et al., "ZeRO: Memory optimizations toward training trillion parameter
 //           models", SC 2020, sections 5 and 7; Zhao et al., "PyTorch FSDP", VLDB 2023 (units, flat
 //           parameters, prefetch)
+// not here  units that are sharded over different axes, as the experts of a mixture would be
 // test      tests/test_fsdp.cpp
 #pragma once
 #include <deque>
@@ -87,7 +88,8 @@ class Fsdp {
     // In the compute dtype. If parameters are sharded, the shard has a buffer of its own and the
     // whole is there only in use; else the whole is always there and the shard is a view of it.
     Tensor whole, shard;
-    // In the master dtype (f32; f64 in the tests). The same, if gradients are sharded.
+    // In the master dtype (f32; f64 in the tests). If gradients are sharded, the whole is there
+    // only in use; else always, and shard_grad is a view of it.
     Tensor whole_grad, shard_grad;
     Tensor master;          // master weights of the shard when the compute dtype is bf16
     Tensor m, v;            // Adam's moments of the shard

@@ -69,6 +69,8 @@ Gpt::Gpt(const GptConfig& g, const Axis& axis, const Axis& cp)
     parts_.push_back({ModelPart::block, blocks_[l].params(), BackwardReads::values, l});
   parts_.push_back({ModelPart::head, {&ln_f_weight, &ln_f_bias, &wte}, BackwardReads::values_kept});
 
+  // All ranks declare all parameters in the same order, whichever they hold: initial values and the
+  // squares of the norm go by the number.
   uint32_t id = 0;
   for (Param* p : params()) p->id = id++;
   for (const ModelPart& part : parts_)

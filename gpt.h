@@ -5,9 +5,10 @@
 //           written once on tensor_parallel's layers and context_parallel's attention, which on one
 //           rank are plain ones. Training, sampling, theory and the other strategies go through the
 //           list.
+// not here  dropout; terms of the loss that a part of the model adds
 // source    Radford et al., "Language models are unsupervised multitask learners", 2019; initial
 //           values as in its released code: normal(0, 0.02), positions 0.01; the two projections
-//           into the residual stream scaled by 1/sqrt(2 layers), as that paper says
+//           into the residual stream scaled by 1/sqrt(2 layers), as that paper is usually read
 // test      tests/test_golden.cpp (PyTorch), tests/test_autograd.cpp (finite differences)
 #pragma once
 #include <span>
@@ -79,7 +80,7 @@ class Gpt {
   // The embedding makes x (R,C) from tokens, a block x from x, the head logits from x: (R, this
   // rank's part of V, padded), or with tokens.last_rows (B,V). `attend`: another attention for a
   // block, from qkv (R, 3 x this rank's heads x D) to (R, this rank's heads x D); the generator
-  // attends to a cache.
+  // attends to a cache. It must see the same keys: nothing of ContextParallel is asked then.
   using Attend = std::function<Var(Tape& tape, int64_t layer, const Var& qkv)>;
   Var run(Tape& tape, const ModelPart& part, const Var& x, const Tokens& tokens,
           const Attend& attend = {});

@@ -10,6 +10,7 @@
 //             w -= lr (m / (1 - beta1^step) / (sqrt(v / (1 - beta2^step)) + epsilon) + decay w)
 //           Matrices and both embeddings decay; gains and biases do not (gpt.cpp).
 // cost      memory a parameter: f32 m + v 8 bytes; bf16 m + v + master 12 bytes
+// not here  updates that need whole matrices (Muon): a shard may begin and end within a row
 // test      tests/test_golden.cpp (three steps against PyTorch)
 #pragma once
 #include "autograd.h"

@@ -192,7 +192,7 @@ void TensorParallel::cross_entropy(Tape& tape, Var logits, const Tensor& targets
 
 // Under sequence parallelism a layernorm, or a bias after a sum, sees this rank's rows only.
 void TensorParallel::sum_partial_gradients(const std::vector<Param*>& params) {
-  if (!splits_rows_ || std::ranges::none_of(params, &Param::partial)) return;
+  if (std::ranges::none_of(params, &Param::partial)) return;
   const Purpose purpose(Traffic::partial_gradients);
   communicate_after_compute();  // the gradients must have been computed
   const Timed timed;

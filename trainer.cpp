@@ -41,8 +41,9 @@ Trainer::Trainer(const Mesh& mesh, const GptConfig& config, const TrainerOptions
   for (int c = 0; c < int(pieces_.size()); c++)
     for (const ModelPart& part : pieces_[c])
       uses_[&part] = fsdp.add_use(part.params, part.backward_reads, c, name_of(part));
-  // A later stage first waits for an activation, and an earlier one at the end for its gradient.
-  // Where the backward is split, sums follow the weight gradients, for which nobody waits.
+  // A stage after the first begins by waiting for an activation: it gathers meanwhile. At its end
+  // the stage before waits for its last gradient, which sums would delay: they come after it. Where
+  // the backward is split, sums follow the weight gradients, for which nobody waits.
   fsdp.gathers_at_begin = mesh["pp"].rank > 0;
   fsdp.sums_at_end = mesh["pp"].rank > 0 && !pipeline.schedule().row->splits_backward;
 

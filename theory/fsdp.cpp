@@ -18,9 +18,10 @@ void TheoryOfRank::add_fsdp() {
 
   int64_t ends = 0, block = 0;  // elements of the units of embedding and head; of a block's
   for (const auto& [unit, params] : units_of(params_of(pieces))) {
-    const int64_t P = padded_unit(params, fsdp.size), shard = P / fsdp.size;
-    enter(fsdp, Collective::all_gather, Traffic::training, reshards ? gathers[unit] * m : 1, P * e);
-    enter(fsdp, Collective::reduce_scatter, Traffic::training, shards_gradients ? m : 1, P * g);
+    const int64_t P = padded_unit(params, shards.size), shard = P / shards.size;
+    enter(shards, Collective::all_gather, Traffic::training, reshards ? gathers[unit] * m : 1,
+          P * e);
+    enter(shards, Collective::reduce_scatter, Traffic::training, shards_gradients ? m : 1, P * g);
     for (const Axis& copies : mesh.axes_where(&AxisKind::copies_model))
       enter(copies, Collective::all_reduce, Traffic::training, 1, shard * g);
     sum.persistent[int(Memory::parameters)] += (shards_parameters ? shard : P) * e;

@@ -237,6 +237,8 @@ Machine measure_machine(int64_t ranks) {
 
 // threefold: the kernels' reads and writes as docs/gpu.md lists them; flash attention by tensor
 // cores as FlashAttention-2 reaches it on an A100 (Dao, 2023: half to three quarters of the peak).
+// Its optimizer: weight, gradient and moments read and three written, 28 bytes, 2 of bf16's copy,
+// and the gradient once more for the norm.
 // threefold-cpu: the same on the stand-ins for a GPU and NCCL (cpu/); --profile shows attention at
 // 24 % of a product (backward) and 32 % (forward).
 // megatron-2021: the kernels of Megatron-LM's transformer layer of 2021, with its fused softmax,

@@ -13,6 +13,6 @@ void TheoryOfRank::add_pipeline() {
   }
   // embedding and head are on two ranks: each sends its shard of the unit that both have
   if (has_embedding(pieces[0]) == has_head(pieces.back())) return;
-  const int64_t P = padded_unit(units_of(params_of(pieces))[kTied], fsdp.size);
-  enter(pp, Collective::send, Traffic::embedding, 1, P / fsdp.size * g);
+  const int64_t P = padded_unit(units_of(params_of(pieces))[kTied], shards.size);
+  enter(pp, Collective::send, Traffic::embedding, 1, P / shards.size * g);
 }

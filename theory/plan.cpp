@@ -136,7 +136,7 @@ class Search : Predictor {
   }
 
   // ---- what theory says, asked once for each kind
-  // bytes between steps, and of whole units
+  // bytes between steps, and of whole units: kept by all that they depend on and that is tried
   int64_t held(const TrainingJob& job, const ChunkKind& kind) {
     const auto& [zero, reshard, prefetch] = job.fsdp;
     int64_t& bytes = held_[{job.layout["tp"], job.layout["fsdp"] * job.layout["cp"], zero, reshard,

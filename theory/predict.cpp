@@ -43,7 +43,7 @@ class RankWork : TheoryOfChunk, Issue {
       const int first = uses.size(), count = chunk[part.kind];
       uses.resize(first + count, Use{&part});
       for (const auto& [number, params] : units_of(part.params)) {
-        const double elements = padded_unit(all.at(number), fsdp.size);
+        const double elements = padded_unit(all.at(number), shards.size);
         double partial = 0;  // bytes of gradients that tp sums, in one group
         for (const Param* p : all.at(number)) partial += p->partial * p->numel() * gradient;
         for (int i = 0; i < count; i++)
@@ -59,7 +59,7 @@ class RankWork : TheoryOfChunk, Issue {
         unit.gathered = !reshards;
         unit.first_use = -1;  // in no backward here
       } else {
-        times.optimizer += unit.elements / fsdp.size * profile.optimizer_bytes / cluster.copy;
+        times.optimizer += unit.elements / shards.size * profile.optimizer_bytes / cluster.copy;
       }
     }
     const int n = std::min(microbatches, 3);
@@ -87,7 +87,8 @@ class RankWork : TheoryOfChunk, Issue {
   }
   // of the tied embedding's gradient, between the first stage and the last of so many
   double tied_seconds(int64_t stages) const {
-    const double elements = padded_unit(units_of(gpt.params()).at(kTied), fsdp.size) / fsdp.size;
+    const double elements =
+        padded_unit(units_of(gpt.params()).at(kTied), shards.size) / shards.size;
     return between_stages(stages - 1).seconds(Collective::send, elements * gradient);
   }
 
@@ -266,7 +267,7 @@ class RankWork : TheoryOfChunk, Issue {
     double ends = send(over_tp, Collective::all_reduce, u.partial);
     ends = std::max(ends, send(over_fsdp, Collective::reduce_scatter, bytes));
     if (is_last)
-      ends = std::max(ends, send(over_copies, Collective::all_reduce, bytes / fsdp.size));
+      ends = std::max(ends, send(over_copies, Collective::all_reduce, bytes / shards.size));
     return ends;
   }
   void reduce_gradients(int use) {
@@ -283,7 +284,7 @@ class RankWork : TheoryOfChunk, Issue {
     const Unit* u = std::exchange(summing, nullptr);
     if (!u) return;
     wait_for(u->reduced);
-    if (shards_gradients) compute(move_seconds(cluster, 3 * u->elements / fsdp.size * g, 1));
+    if (shards_gradients) compute(move_seconds(cluster, 3 * u->elements / shards.size * g, 1));
   }
   void end_step() {
     finish_reduce();
@@ -316,8 +317,8 @@ class RankWork : TheoryOfChunk, Issue {
              reshards = shards_parameters && options.fsdp.reshard;
   bool is_last = false, sums_at_end = false;
   Link over_tp = link("tp", tp.size, 1), over_cp = link("cp", cp.size, tp.size),
-       over_fsdp = link("fsdp", fsdp.size, tp.size),
-       over_copies = link("replicate", mesh["replicate"].size, int64_t(fsdp.size) * tp.size);
+       over_fsdp = link("fsdp", shards.size, tp.size),
+       over_copies = link("replicate", mesh["replicate"].size, int64_t(shards.size) * tp.size);
   double channels = heads * D, kv_channels = kv * D;
   // bytes on the wire
   double gradient = profile.gradient_bytes > 0 ? profile.gradient_bytes : g;

@@ -18,7 +18,8 @@ Theory theory(const GptConfig& config, const Layout& layout, int rank,
   // their tokens, and one stage all
   sum_in_f64({t.mesh.world}, Traffic::norm, t.gpt.params().size());
   sum_in_f64(t.mesh.axes_where(&AxisKind::splits_batch), Traffic::loss, 1);
-  sum_in_f64({t.cp, t.pp}, Traffic::loss, 1);
+  sum_in_f64(t.mesh.axes_where(&AxisKind::splits_sequence), Traffic::loss, 1);
+  sum_in_f64({t.pp}, Traffic::loss, 1);
   return t.sum;
 }
 
@@ -30,7 +31,8 @@ SizedGpt::SizedGpt(const GptConfig& g, const Axis& axis, const Axis& cp) : Gpt(g
     p = tp.split(p, dim, g.kv());
   };
   for (const ModelPart& block : parts().subspan(1, g.layers)) {
-    ASSERT(block.params[2]->name.ends_with("attn.c_attn.weight"));
+    ASSERT(block.params[2]->name.ends_with("attn.c_attn.weight") &&
+           block.params[4]->name.ends_with("attn.c_proj.weight"));
     split(*block.params[2], {g.width, g.kv(), group}, 1);  // c_attn's weight and bias
     split(*block.params[3], {g.kv(), group}, 0);
     split(*block.params[4], {g.width, g.width}, 0);  // the projection

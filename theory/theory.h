@@ -1,5 +1,5 @@
 // theory.h: what the textbook says a layout sends and holds, from configuration and mesh alone;
-// never from the buffers.
+// never from the buffers. So no strategy may send what depends on the data.
 // idea      the program prints these numbers beside the ones it measured, and a test fails if they
 //           differ by a byte. A file a strategy (fsdp.cpp, tensor_parallel.cpp, pipeline.cpp,
 //           context_parallel.cpp) adds its own, counting over the parts of the model that the rank
@@ -55,11 +55,11 @@ struct TheoryOfRank {
   TrainerOptions options;
   Mesh mesh;  // sizes only: nothing is opened
   Schedule schedule;
-  const Axis &pp = mesh["pp"], &fsdp = mesh.shards, &cp = mesh["cp"], &tp = mesh["tp"];
+  const Axis &pp = mesh["pp"], &shards = mesh.shards, &cp = mesh["cp"], &tp = mesh["tp"];
   SizedGpt gpt{config, tp, cp};  // nor allocated
   std::vector<ModelPiece> pieces = pieces_of(gpt, schedule, pp.rank);
-  bool shards_gradients = fsdp.size > 1 && options.fsdp.zero >= 2,
-       shards_parameters = fsdp.size > 1 && options.fsdp.zero == 3,
+  bool shards_gradients = shards.size > 1 && options.fsdp.zero >= 2,
+       shards_parameters = shards.size > 1 && options.fsdp.zero == 3,
        by_rows = config.sequence_parallel && tp.size > 1;
   // bytes of an element: of what computes; of gradients, master weights and moments
   int64_t e = size_of(config.dtype), g = size_of(master_dtype(config.dtype));
