@@ -45,12 +45,14 @@ static const ScheduleRow kRows[] = {
      .placement = Placement::ring,
      .splits_backward = false,
      .phases = [](int p, int m, int v, int s) -> Phases {
-       // p of each chunk but the last; then one for each hop to the last stage and back
+       // p of each chunk but the last; then one for each hop to the last stage and back: half of
+       // these would do if transfers took no time
        return {{(v - 1) * p + 2 * (p - 1 - s), "F"}, {v * m, "F G"}};
      },
      .idle =
          [](int p, int, const Times& t) {
-           const bool holds = p == 1 || t.input_gradient + t.weight_gradient <= 2 * t.forward;
+           const double F = t.forward, G = t.input_gradient + t.weight_gradient;
+           const bool holds = p == 1 || (F <= 2 * G && G <= 2 * F);
            return holds ? (p - 1) * t.all() : NAN;
          },
      .live =
@@ -191,7 +193,7 @@ constexpr double kMoment = 1.0 / (1 << 30);
 // From computations alone to all actions. NCCL matches sends and receives by their order alone, and
 // a stream waits in each: if every stage sent when it is done and received when it needs, two
 // neighbours could wait for each other. So both get their order here, from times of one tick for
-// each computation; in a step these may differ, and the order holds. Tick by tick: first what was
+// F, B and W each; in a step these may differ, and the order holds. Tick by tick: first what was
 // computed by now is sent, in the order in which it was; then stages start what they have the input
 // for.
 static void place_transfers(Schedule& s) {

@@ -12,9 +12,10 @@
 //           2) and a tiny transfer delay. A result that ends at time t is sent at tick floor(t);
 //           results of one tick are sent in the order in which they ended. Two sends that face each
 //           other in one tick are one exchange (one NCCL group); so an exchange has one transfer,
-//           or two between the same two stages. Where times differ much, a result may wait behind
-//           one that ends late: interleaved of 8 stages and 16 micro-batches with F, B, W = 1, 3, 3
-//           takes 5 % longer than in the order of its own times; gpipe, 1f1b and zb lose nothing.
+//           or two between the same two stages. Where times differ much, a finished
+//           result may wait for an unfinished one before it: interleaved of 8 stages and 16
+//           micro-batches with F, B, W = 1, 3, 3 takes 5 % longer than in the order of its own
+//           times; gpipe, 1f1b and zb lose nothing where all stages take equally long.
 // safety    All stages' lists are cut from one global order of events: the exchanges of a tick,
 //           then the computations that start at it. The earliest unfinished event of that order
 //           waits only for earlier ones, so it can always proceed: nothing deadlocks, not with one
@@ -24,8 +25,9 @@
 //           `check` (theory/simulate.h) proves of a schedule that it cannot deadlock. The tests
 //           and build/show_schedule call it; a training run does not.
 //
-// cost      p stages, m micro-batches, v chunks a stage, s this stage (0 first); times of a chunk,
-//           F = B = W = 1 and free sends. A micro-batch is live on a chunk from its forward to the
+// cost      p stages that take equally long, m micro-batches (interleaved: a multiple of p), v
+//           chunks a stage, s this stage (0 first); times of a chunk, F = B = W = 1 and free sends.
+//           A micro-batch is live on a chunk from its forward to the
 //           end of its backward (split: of its weight gradient); counted in chunks of this stage:
 //                        idle time    share of the time   live on stage s
 //           gpipe        3(p-1)       (p-1) / (m+p-1)     m
@@ -34,9 +36,11 @@
 //           zb           p-1 (a)      (p-1) / (3m+p-1)    min(p, m)
 //           zbv          p-1 (b)      (p-1) / (6m+p-1)    min(2m, m+1+s, 2p)
 //           (a) for m >= p, else 2p-1-m     (b) for 2m >= 3p-1, else 2(2p-1-m); v is 2
-//           For other F, B, W: (p-1)(F+B+W) where a backward is one action (interleaved: if B+W <=
-//           2F); zb (p-1) max(F, B, F+B-W) for m >= p; zbv (p-1) max(B, 2(B-W)) for m >= 2p, if B
-//           is the longest of the three and, for p > 2, at most F+W. Otherwise there is no formula.
+//           For other F, B, W: (p-1)(F+B+W) where a backward is one action (interleaved: if F/2 <=
+//           B+W <= 2F, since exchanges keep the order that they have for F = B = W); zb (p-1)
+//           max(F, B, F+B-W) for m >= p (the paper's is the last of these); zbv (p-1) max(B,
+//           2(B-W)) for m >= 2p, if B is the longest of the three and, for p > 2, at most F+W.
+//           Otherwise there is no formula.
 //           A send is one activation or gradient between two stages: S C elements, C the width and
 //           S the rows that a rank holds (all R of a micro-batch; with sequence parallelism R/tp,
 //           rounded up). For p > 1 there are 2 m in all at each of the pv - 1 cuts; zbv's middle
@@ -47,7 +51,7 @@
 //           (Narayanan et al., "Efficient large-scale language model training on GPU clusters using
 //           Megatron-LM", SC 2021); zb is ZB-H1 (Qi et al., "Zero bubble pipeline parallelism",
 //           2023) and zbv is ZB-V (the same, and "Pipeline parallelism with controllable memory",
-//           2024)
+//           2024), as a list for F = B = W, which they adapt to measured times
 // not here  ZB-H2, uneven chunks a stage, schedules found by search
 // test      tests/test_schedule.cpp; build/show_schedule draws any of them
 #pragma once

@@ -43,7 +43,8 @@ Trainer::Trainer(const Mesh& mesh, const GptConfig& config, const TrainerOptions
       uses_[&part] = fsdp.add_use(part.params, part.backward_reads, c, name_of(part));
   // A stage after the first begins by waiting for an activation: it gathers meanwhile. At its end
   // the stage before waits for its last gradient, which sums would delay: they come after it. Where
-  // the backward is split, sums follow the weight gradients, for which nobody waits.
+  // the backward is split, sums follow the weight gradients, for which nobody waits. (Later chunks
+  // of stage 0 gain nothing by this: fsdp.md.)
   fsdp.gathers_at_begin = mesh["pp"].rank > 0;
   fsdp.sums_at_end = mesh["pp"].rank > 0 && !pipeline.schedule().row->splits_backward;
 

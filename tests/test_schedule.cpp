@@ -307,7 +307,8 @@ TEST(zbv_idles_for_half_of_zb) {
 TEST(bubbles_equal_the_formulas_for_other_times) {
   int cases = 0;
   const Times all[] = {{10, 10, 8, 0}, {10, 12, 5, 0}, {8, 12, 10, 0}, {6, 12, 10, 0},
-                       {10, 8, 12, 0}, {20, 10, 5, 0}, {3, 4, 20, 0},  {4, 12, 3, 0}};
+                       {10, 8, 12, 0}, {20, 10, 5, 0}, {3, 4, 20, 0},  {4, 12, 3, 0},
+                       {20, 4, 4, 0},  {20, 5, 5, 0}};
   for (const Times& times : all)
     for_all([&](const std::string& name, int p, int m, int v) {
       const double F = times.forward, B = times.input_gradient, W = times.weight_gradient;
@@ -316,7 +317,8 @@ TEST(bubbles_equal_the_formulas_for_other_times) {
       const bool holds =
           p == 1 ||
           (name == "zbv" ? m >= 2 * p && std::max(F, W) <= B && (B <= F + W || p == 2)
-                         : !(name == "zb" && m < p) && !(name == "interleaved" && B + W > 2 * F));
+                         : !(name == "zb" && m < p) &&
+                               !(name == "interleaved" && (B + W > 2 * F || F > 2 * (B + W))));
       if (!holds) {
         CHECK(std::isnan(s.row->idle(p, m, times)), label(s));
         return;
@@ -398,6 +400,9 @@ TEST(facing_sends_share_a_group) {
           if (a.transfers.size() == 1)
             CHECK_EQ((++alone[{when, {both.first, both.second}}]), 1, label(s), " time ", when);
           if (a.transfers.size() == 1) continue;
+          const Transfer& other = a.transfers[&transfer == &a.transfers[0]];
+          CHECK_EQ(made.at({other.from, other.payload, other.microbatch, other.chunk}), when,
+                   label(s));
           CHECK(a.transfers[0].from == a.transfers[1].to &&
                     a.transfers[0].to == a.transfers[1].from,
                 label(s));
