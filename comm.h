@@ -38,7 +38,7 @@ struct AxisKind {
   const char* name;
   bool splits_batch = false;     // each rank computes with its own sequences
   bool splits_sequence = false;  // each rank computes with its own pieces of every sequence
-  bool copies_model = false;     // each rank updates a copy of the parameters; else its own part
+  bool copies_model = false;     // each rank updates a copy of all that its neighbours update
   bool exchanges = false;        // neighbours send to each other, besides collectives
   const char* help;              // of the option --name N
 };

@@ -12,9 +12,10 @@
 //           Positions mine = cp.part(T);      // which tokens of a sequence this rank reads
 //           Var heads = cp.attention(tape, qkv, B, T, H, kind);
 // source    Liu et al., "Ring attention with blockwise transformers for near-infinite context",
-//           2023; the zigzag: as ring-flash-attention and TransformerEngine cut a sequence, 2024;
-//           Grattafiori et al., "The Llama 3 herd of models", 2024, section 3.3.2, use it with an
-//           all-gather
+//           2023; the causal mask's uneven work: Brandon et al., "Striped attention", 2023; the
+//           zigzag: as ring-flash-attention and TransformerEngine cut a sequence, 2024; Grattafiori
+//           et al., "The Llama 3 herd of models", 2024, section 3.3.2, use it with an all-gather,
+//           for fewer heads of keys than of queries and for masks of documents
 // test      tests/test_context_parallel.cpp
 #pragma once
 #include "autograd.h"

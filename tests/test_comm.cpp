@@ -134,9 +134,12 @@ TEST(the_ledger_enters_exactly_what_was_sent) {
   const int n = job().size;
   if (n == 1) skip("one rank sends nothing");
   std::vector<Layout> layouts = {Layout{{"replicate", n / 2}, {"fsdp", 2}},
-                                 Layout{{"fsdp", n / 2}, {"tp", 2}}};
-  if (n % 2) layouts = {Layout{{"fsdp", n}}};
+                                 Layout{{"fsdp", n / 2}, {"tp", 2}},
+                                 Layout{{"fsdp", n / 2}, {"cp", 2}},
+                                 Layout{{"pp", 2}, {"fsdp", n / 2}}};
+  if (n % 2) layouts = {Layout{{"fsdp", n}}, Layout{{"cp", n}}};
   if (n == 8) layouts.push_back({{"replicate", 2}, {"fsdp", 2}, {"tp", 2}});
+  if (n == 8) layouts.push_back({{"pp", 2}, {"fsdp", 2}, {"cp", 2}});
   int64_t calls = 0, bytes = 0;
   for (const Layout& layout : layouts)
     for (bool by_rows : {false, true}) {
