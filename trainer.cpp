@@ -142,15 +142,14 @@ Tokens Trainer::read(int64_t first, int64_t count, int64_t length,
                 gpt.tp.part(gpt.config.vocab));
 }
 
-// Each rank has its sequences', or its pieces', part of the loss, if its stage has the head.
+// In one call, after which all ranks have the same bits. A rank has its sequences', or its pieces',
+// part of the loss, if its stage has the head; what tp ranks hold alike counts once.
 void Trainer::sum_loss() {
-  std::vector<Axis> axes = mesh_.axes_where(&AxisKind::splits_batch);
-  for (const Axis& axis : mesh_.axes_where(&AxisKind::splits_sequence)) axes.push_back(axis);
-  axes.push_back(mesh_["pp"]);
-  sum_over(axes, total_, Traffic::loss);
+  if (mesh_["tp"].rank) fill(total_, 0);
+  sum_over({mesh_.world}, total_, Traffic::loss);
 }
 
-// Of the norm, in one call, after which all ranks have the same bits. Copies count once.
+// Of the norm, in the same way. Copies count once.
 void Trainer::sum_squares(const Tensor& squares) {
   for (const Axis& copies : mesh_.axes_where(&AxisKind::copies_model))
     if (copies.rank) fill(squares, 0);

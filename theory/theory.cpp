@@ -11,15 +11,12 @@ Theory theory(const GptConfig& config, const Layout& layout, int rank,
   t.add_tensor_parallel();
   t.add_pipeline();
   t.add_activations();
-  const auto sum_in_f64 = [&](const std::vector<Axis>& axes, Traffic purpose, int64_t numbers) {
-    for (const Axis& axis : axes) t.enter(axis, Collective::all_reduce, purpose, 1, numbers * 8);
+  // in f64, over all ranks: a sum of squares for each parameter, and the loss
+  const auto sum = [&](Traffic purpose, int64_t numbers) {
+    t.enter(t.mesh.world, Collective::all_reduce, purpose, 1, numbers * 8);
   };
-  // a sum of squares for each parameter, over all ranks; the loss, of which ranks have the part of
-  // their tokens, and one stage all
-  sum_in_f64({t.mesh.world}, Traffic::norm, t.gpt.params().size());
-  sum_in_f64(t.mesh.axes_where(&AxisKind::splits_batch), Traffic::loss, 1);
-  sum_in_f64(t.mesh.axes_where(&AxisKind::splits_sequence), Traffic::loss, 1);
-  sum_in_f64({t.pp}, Traffic::loss, 1);
+  sum(Traffic::norm, t.gpt.params().size());
+  sum(Traffic::loss, 1);
   return t.sum;
 }
 
