@@ -272,12 +272,12 @@ nobody() { setpriv --reuid=65534 --regid=65534 --clear-groups "$@"; }
 nobody "$dir/tree/launch/packages.sh" probe cpu nccl true >"$dir/out" 2>"$dir/err"
 status=$?
 check a_tree_that_cannot_be_written_is_said_and_no_lack_of_packages \
-  "[ $status = 2 ] && [ ! -s $dir/err ] && [ \$(wc -l <$dir/out) = 1 ] &&
-    grep -q 'tree/build/cpu cannot be written to' $dir/out"
+  "[ $status = 2 ] && [ ! -s $dir/out ] && [ \$(wc -l <$dir/err) = 1 ] &&
+    grep -q 'tree/build/cpu cannot be written to' $dir/err"
 if nobody test -r Makefile && ! nobody test -w build/cpu; then
   nobody make BACKEND=cpu -W launch/packages.sh build/cpu/packages >"$dir/out" 2>"$dir/err"
   check so_nothing_is_installed_there "[ $? != 0 ] && ! grep -q deps $dir/out &&
-    grep -q 'nothing can be built here' $dir/out" "" "$(cat "$dir/out" "$dir/err")"
+    grep -q 'nothing can be built here' $dir/err" "" "$(cat "$dir/out" "$dir/err")"
 else skip so_nothing_is_installed_there "everybody can write here"; fi
 nobody env BACKEND=cpu THREADS=1 NP=1 MPIEXEC="echo started" "$dir/tree/launch/run.sh" run \
   >"$dir/out" 2>"$dir/err"
