@@ -204,7 +204,7 @@ struct Run {
   // step. So neither is acted on where it comes: an error is kept, and all ranks ask each other for
   // both at the same places.
   bool stopped() const {
-    int mine = signal_came() || !error.empty(), any = 0;
+    int mine = look_for_end() || !error.empty(), any = 0;
     MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, UntilDone());  // waits here
     return any != 0;
   }

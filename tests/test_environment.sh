@@ -236,6 +236,46 @@ wait $job
 status=$?
 check what_nohup_ignores_stays_ignored "[ $after -gt $((before + 2)) ] && $saved" \
   "$((after - before)) steps after SIGHUP"
+# build/generate has nothing to save
+for signal in TERM INT; do
+  : >"$dir/out"
+  OMP_NUM_THREADS=1 timeout --foreground 100 env --default-signal=$signal build/cpu/generate \
+    --layers 1 --width 16 --heads 1 --context 300000 --tokens 290000 --prompt x >"$dir/out" \
+    2>"$dir/err" &
+  job=$!
+  until [ -s "$dir/out" ] || ! kill -0 $job 2>/dev/null; do sleep 0.05; done
+  kill -$signal "$(the_child)"
+  wait $job
+  status=$?
+  sleep 0.3
+  check "SIG${signal}_ends_generate_and_is_named" "[ $status = $((128 + $(kill -l $signal))) ] &&
+    [ \$(wc -l <$dir/err) = 1 ] &&
+    grep -q '^rank 0 .* was ended by signal $(kill -l $signal) ' $dir/err" "$(cat "$dir/err")" \
+    "status $status: $(cat "$dir/err")"
+done
+# a save that takes 3 s
+slow=$(faults once '#include <unistd.h>
+#include <cstdlib>
+extern "C" int fsync(int) {
+  if (unlink(getenv("SLOW")) == 0) sleep(3);
+  return 0;
+}')
+for pause in 0.3 1.5; do
+  started env SLOW="$dir/slow" LD_PRELOAD="$slow" $train $run
+  touch "$dir/slow"
+  child=$(the_child)
+  kill -TERM "$child"
+  sleep $pause
+  kill -TERM "$child"
+  wait $job
+  status=$?
+  sleep 0.3
+  [ $pause != 0.3 ] || check a_second_TERM_at_once_is_the_same_one "$saved"
+done
+check a_second_TERM_later_ends_the_run \
+  "[ $status = 143 ] && grep -q 'was ended by signal 15' $dir/err &&
+    ! ls $dir/c/step-*/manifest.json 2>/dev/null" "$(cat "$dir/err")" \
+  "status $status: $(cat "$dir/err")"
 rm -rf "$dir/c"
 OMP_NUM_THREADS=1 timeout 100 $train $run --checkpoint "$dir/c" 2>"$dir/err" | head -1 >"$dir/out"
 status=${PIPESTATUS[0]}
@@ -253,6 +293,10 @@ status=$?
 check a_run_whose_output_is_closed_trains \
   "[ $status = 0 ] && [ \$(grep -c '\"step\"' $dir/closed.jsonl) = 1 ] && [ ! -s $dir/err ]"
 
+# as under another launcher than MPICH's mpiexec: half a minute, meanwhile others go on
+UCX_TLS=tcp,self timeout -k 1 60 $MPIEXEC -n 4 env -u MPI_LOCALNRANKS OMP_NUM_THREADS=1 \
+  $train $small --fsdp 4 --steps 1 >"$dir/other" 2>&1 &
+other=$!
 for again in 1 2; do
   UCX_TLS=tcp,self timeout -k 1 30 $MPIEXEC -n 8 $train ${small/batch 4/batch 8} --fsdp 8 \
     --steps 1 >"$dir/out" 2>"$dir/err"
@@ -388,5 +432,10 @@ timeout 60 $MPIEXEC -n 1 build/cpu/generate $shape --tp 2 --prompt x --tokens 2 
 status=$?
 check generate_compares_its_options_too \
   "[ $status != 0 ] && grep -q -- '--temperature is 1 on rank 0, 2 on rank 1' $dir/err"
+
+wait $other
+status=$?
+check ranks_of_another_launcher_end "[ $status = 0 ] && grep -q '^speed' $dir/other" "" \
+  "status $status: $(tail -3 "$dir/other")"
 
 sums_up
