@@ -333,6 +333,21 @@ chmod 755 "$dir/tree/build" "$dir/tree/build/cpu"
 # ---- the watch: slow is not stuck
 
 two="$MPIEXEC -n 2 $train $small --fsdp 2"
+full=$(faults full '#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+extern "C" int posix_fallocate(int fd, long at, long n) {
+  const char* r = getenv("PMI_RANK");
+  if (r && !strcmp(r, "1")) return ENOSPC;
+  return ((int (*)(int, long, long))dlsym(RTLD_NEXT, "posix_fallocate"))(fd, at, n);
+}')
+LD_PRELOAD=$full timeout 60 $two --steps 1 >"$dir/out" 2>"$dir/err"
+status=$?
+records=$(sed -n "s|^rank .: the watch.s records.*\(/dev/shm.*\): No space.*|\1|p" "$dir/err" \
+  | head -1)
+check a_rank_that_cannot_share_its_record_leaves_none \
+  "[ $status != 0 ] && [[ '$records' = /dev/shm/*[^X] ]] && [ ! -e '$records' ]"
 slow=$(faults slow '#include <dlfcn.h>
 #include <unistd.h>
 extern "C" int fsync(int fd) { sleep(3); return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd); }')
