@@ -155,7 +155,8 @@ TEST(f32_and_bf16_stay_near_f64) {
     GptConfig config = kConfig;
     config.dtype = dtype;
     const double worst = continue_all(mesh, config, kPrompts, {.temperature = 0}, 10, &whole).worst;
-    collectively(job(), [&] { CHECK_LE(worst, bound, name_of(dtype)); });
+    collectively(job(),
+                 [&, dtype = dtype, bound = bound] { CHECK_LE(worst, bound, name_of(dtype)); });
     Generator generator(mesh, config, 1, 20);
     generator.initialise(7);
     const std::vector<double> logits = generator.prefill(0, {1, 2, 3});
