@@ -204,7 +204,7 @@ struct Run {
   // step. So neither is acted on where it comes: an error is kept, and all ranks ask each other for
   // both at the same places.
   bool stopped() const {
-    int mine = signal_came() || !error.empty(), any = 0;
+    int mine = look_for_end() || !error.empty(), any = 0;
     MPI_Iallreduce(&mine, &any, 1, MPI_INT, MPI_MAX, MPI_COMM_WORLD, UntilDone());  // waits here
     return any != 0;
   }
@@ -233,12 +233,12 @@ struct Run {
     std::vector<int> tokens = data.tokens->held_out(0);
     tokens.resize(std::min<int64_t>(T / 2 + 1, 48));
     Screen screen(job.prints_to_terminal());
-    const auto add = [&](int token) {
-      if (job.speaks) screen.show(data.tokenizer->decode(token));
+    const auto show = [&](const std::string& text) {
+      if (job.speaks) screen.show(text);
     };
-    if (job.speaks) printf("\n--- a sample: held-out text up to the bar, then the model's own\n");
-    for (int token : tokens) add(token);
-    if (job.speaks) printf("|");
+    show("\n--- a sample: held-out text up to the bar, then the model's own\n");
+    for (int token : tokens) show(data.tokenizer->decode(token));
+    show("|");
     for (int64_t i = 0; i < o.sample; i++) {
       watch.progress();
       const std::vector<int> window(tokens.end() - std::min<int64_t>(tokens.size(), T),
@@ -251,12 +251,12 @@ struct Run {
       tokens.push_back(token);
       if (stopped()) break;
       if (token == data.tokenizer->end_of_text()) {
-        if (job.speaks) printf("\n--- here the model ended the text");
+        show("\n--- here the model ended the text");
         break;
       }
-      add(token);
+      show(data.tokenizer->decode(token));
     }
-    if (job.speaks) printf("\n---\n");
+    show("\n---\n");
   }
 };
 

@@ -161,8 +161,9 @@ static void generate(const GenerateOptions& o, const Job& job, const Mesh& mesh,
   Screen screen(!o.raw && job.prints_to_terminal());
   std::vector<std::string> texts(B);
   const auto add = [&](size_t b, int token) {
-    texts[b] += tokenizer.decode(token);
-    if (job.speaks && b == 0) screen.show(tokenizer.decode(token));
+    const std::string text = tokenizer.decode(token);
+    if (b > 0) texts[b] += text;
+    else if (job.speaks) screen.show(text);
   };
   for (size_t b = 0; b < B; b++)
     for (const int token : prompts[b]) add(b, token);
@@ -176,13 +177,14 @@ static void generate(const GenerateOptions& o, const Job& job, const Mesh& mesh,
   for (int64_t made = 0; made < tokens && std::ranges::count(ended, false) > 0; made++) {
     const Stopwatch token;
     Generator::Logits logits;
-    for (size_t b = 0; made == 0 && b < B; b++) {
-      watch.progress();
-      const Generator::Logits row = generator.prefill(b, prompts[b]);
-      logits.insert(logits.end(), row.begin(), row.end());
-    }
     watch.progress();
     if (made > 0) logits = generator.decode(next);
+    else
+      for (size_t b = 0; b < B; b++) {
+        const Generator::Logits row = generator.prefill(b, prompts[b]);
+        logits.insert(logits.end(), row.begin(), row.end());
+        watch.progress();
+      }
     for (size_t b = 0; b < logits.size() / V; b++) {
       const std::span of_text{&logits[b * V], V};
       tokenizer.silence(of_text);

@@ -9,7 +9,7 @@
 // pp        splits the layers: the model fits, but a token still passes through all stages, one
 //           after the other
 // cost      a token of one sequence reads all weights once and the cache once: bound by memory, not
-//           by arithmetic. Cache: 2 C elements a layer and position (C/tp on each rank)
+//           by arithmetic. Cache: 2 C elements a layer and position (2 C/tp on each rank)
 // not here  continuous batching, pages, speculation; FSDP: gathering all weights for each token
 //           would cost more than computing it
 // test      tests/test_generator.cpp

@@ -59,13 +59,15 @@ double sort_up_to(double top_p, Ranking& ranking) {
 int pick(std::span<double> logits, const Sampling& how, int64_t position, int64_t sequence) {
   bool finite = true;  // without a branch, which would keep the loop from being vectorized
   for (const double l : logits) finite &= std::abs(l) <= std::numeric_limits<double>::max();
-  REQUIRE(finite, "the model's logits at position ", position,
-          " are not all finite numbers: its weights are damaged, or too large for this --dtype");
+  REQUIRE(
+      finite,
+      "the model's logits are not all finite numbers: its weights are damaged, or too large for "
+      "this --dtype");
   const int likeliest = std::ranges::max_element(logits) - logits.begin();
   const double most = logits[likeliest];
   if (how.temperature == 0 || how.top_k == 1) return likeliest;
   const std::span<double> p = logits;
-  for (double& l : p) l = std::exp((l - most) / how.temperature);
+  for (double& l : p) l = l == kNever ? 0 : std::exp((l - most) / how.temperature);
   const Philox4 r = philox(position, position >> 32, sequence, 1, how.seed, how.seed >> 32);
   const double u = r.v[0] / 4294967296.0;
   if (how.top_k == 0 && how.top_p >= 1) {  // no cut: tokens need no ranking

@@ -4,7 +4,11 @@
 // test      tests/test_support.cpp
 #pragma once
 #include <cstdint>
+#include <limits>
 #include <span>
+
+// the logit of a token that is not to be drawn, whatever the temperature
+inline constexpr double kNever = std::numeric_limits<double>::lowest();
 
 struct Sampling {
   double temperature = 1;  // 0: the likeliest token

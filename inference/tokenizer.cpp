@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <bit>
 #include <filesystem>
-#include <limits>
 #include <set>
 #include <span>
 
+#include "inference/sampling.h"
 #include "inference/unicode_table.h"
 #include "support/json.h"
 #include "support/metrics.h"
@@ -69,7 +69,7 @@ static const std::string kEndOfText = "<|endoftext|>";
 
 Tokenizer::Tokenizer(const std::string& directory, int64_t vocab, bool bytes, int64_t end)
     : vocab_(vocab), end_(end) {
-  const std::string base = directory + "/", one = base + kTokenizerFiles[0];
+  const std::string base = directory + "/", one = base + kTokenizerJson;
   if (!has_tokenizer(directory)) {
     if (bytes || vocab == 256)
       for (int b = 0; b < std::min<int64_t>(vocab, 256); b++) add(b, std::string(1, char(b)));
@@ -78,10 +78,8 @@ Tokenizer::Tokenizer(const std::string& directory, int64_t vocab, bool bytes, in
     key_ = checksum(text);
     read_json(one, text, [&](const json& file) { read_tokenizer_json(file); });
   } else {
-    const std::string words = read_file(base + kTokenizerFiles[1]),
-                      merges = read_file(base + kTokenizerFiles[2]),
-                      more = base + kTokenizerFiles[3],
-                      added = is_there(more) ? read_file(more) : "";
+    const std::string words = read_file(base + kVocab), merges = read_file(base + kMerges),
+                      more = base + kAddedTokens, added = is_there(more) ? read_file(more) : "";
     key_ = checksum(words + merges + added);
     if (!added.empty())
       read_json(more, added, [&](const json& tokens) {
@@ -301,8 +299,10 @@ std::string Tokenizer::decode(int token) const {
 
 void Tokenizer::silence(std::span<double> logits) const {
   if (texts_.empty()) return;
-  for (size_t token = texts_.size(); token < logits.size(); token++)
-    if (int(token) != end_) logits[token] = std::numeric_limits<double>::lowest();
+  for (size_t token = 0; token < logits.size(); token++) {
+    const bool has_text = token < texts_.size() && !texts_[token].empty();
+    if (!has_text && int(token) != end_) logits[token] = kNever;
+  }
 }
 
 bool has_tokenizer(const std::string& directory) {
@@ -320,7 +320,7 @@ void copy_tokenizer(const std::string& from, const std::string& to) {
                is_same =
                    brings && is_there(to / name) && read_file(from / name) == read_file(to / name);
     if (is_same) continue;
-    put_aside(to / name, "files");
+    put_aside(to / name, "tokenizer files");
     if (brings) write_file(to / name, read_file(from / name));
   }
 }

@@ -7,7 +7,8 @@
 // source    Radford et al., "Language models are unsupervised multitask learners", 2019, section
 //           2.2 (bytes, pairs inside words); Sennrich et al., "Neural machine translation of rare
 //           words with subword units", 2016 (merging pairs); unicode_table.h (letters, numbers)
-// not here  tokenizers of other kinds: a tokenizer.json that asks for anything else is refused
+// not here  tokenizers of other kinds: a tokenizer.json that asks for anything else is refused;
+//           its truncation and padding, which are about batches of texts, are not looked at
 // test      tests/test_support.cpp; tests/byte_pairs.py compares with Hugging Face's library
 #pragma once
 #include <array>
@@ -19,8 +20,9 @@
 #include "support/files.h"
 
 // The files that a tokenizer may be read from.
-inline constexpr std::array kTokenizerFiles = {"tokenizer.json", "vocab.json", "merges.txt",
-                                               "added_tokens.json"};
+inline constexpr char kTokenizerJson[] = "tokenizer.json", kVocab[] = "vocab.json",
+                      kMerges[] = "merges.txt", kAddedTokens[] = "added_tokens.json";
+inline constexpr std::array kTokenizerFiles = {kTokenizerJson, kVocab, kMerges, kAddedTokens};
 
 class Tokenizer {
  public:
@@ -37,7 +39,7 @@ class Tokenizer {
   int end_of_text() const { return end_; }  // -1: there is none
   uint64_t key() const { return key_; }     // a checksum of its files; 0: there are none
   int64_t size() const { return texts_.size(); }
-  // A model's vocabulary may be padded: numbers beyond those that have a text are not to be drawn,
+  // A model's vocabulary may be padded, or have holes: numbers without a text are not to be drawn,
   // but for that which ends a text.
   void silence(std::span<double> logits) const;
   int64_t longest() const { return longest_; }  // bytes of the longest token; 0: they are numbers

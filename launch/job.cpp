@@ -108,7 +108,8 @@ int Job::leave(int status) const {
   MPI_Request everybody;
   MPI_Ibarrier(MPI_COMM_WORLD, &everybody);
   // After that barrier what it has sent must still go out. Then mpiexec's own barrier, and its end,
-  // are what MPI_Finalize, too, asks for: who ends without a word takes the others along.
+  // in the words of PMI-1, are what MPI_Finalize, too, asks for: who ends without a word takes the
+  // others along.
   const char* told = getenv("PMI_FD");
   pollfd mpiexec{told ? atoi(told) : -1, POLLIN, 0};
   double end = MPI_Wtime() + 60;

@@ -38,7 +38,9 @@ class Job {
   std::atomic<bool>* explained = nullptr;  // shared by the ranks of this node once there is a Watch
 
  private:
-  const bool by_mpiexec_ = getenv("MPI_LOCALNRANKS");  // of MPICH, and no other launcher
+  // MPICH's, and no other launcher; and they speak PMI-1, as both do unless this variable has them
+  // speak another (from MPICH 4.1 on)
+  const bool by_mpiexec_ = getenv("MPI_LOCALNRANKS") && !getenv("MPIR_CVAR_PMI_VERSION");
 };
 
 inline void barrier() { MPI_Ibarrier(MPI_COMM_WORLD, UntilDone()); }

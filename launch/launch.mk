@@ -32,10 +32,12 @@ $(B)/ready: Makefile cpu/cpu.mk $(B)/packages
 # ---- commands
 
 .PHONY: run replay generate deps detect look-again
-# to launch/run.sh through the environment, where no sign in a name means anything
+# to launch/run.sh through the environment, where no sign in a name means anything; not a PROMPT
+# that was there before, which may be zsh's
+export override PROMPT := $(if $(filter environment%,$(origin PROMPT)),,$(value PROMPT))
+export WHY
 export override DATA := $(value DATA)
 export override ARGS := $(value ARGS)
-export override PROMPT := $(value PROMPT)
 export override CHECKPOINT := $(value CHECKPOINT)
 export override TRAIN_ARGS := $(value TRAIN_ARGS)
 export override PAGE := $(value PAGE)
@@ -44,9 +46,10 @@ export override PAGE := $(value PAGE)
 ## make replay [STRATEGY=fsdp] [NP=4] [PAGE=build/replay.html] [ARGS=options]
 ##                          a step of all ranks to look at, event by event
 ## make generate [PROMPT=text] [CHECKPOINT=dir] [NP=ranks] [ARGS=options] [TRAIN_ARGS=options]
-##                          continue a text with a model (trains one first where there is none)
+##                          continue a text with a model (trains one first where there is none);
+##                          all of these may be in the environment, but for PROMPT
 run replay generate: built
-	@BACKEND=$(BACKEND) THREADS=$(THREADS) MPIEXEC='$(MPIEXEC)' WHY='$(WHY)' launch/run.sh $@
+	@BACKEND=$(BACKEND) THREADS=$(THREADS) MPIEXEC='$(MPIEXEC)' launch/run.sh $@
 
 deps:  ## make deps                install what is missing (MPICH, oneDNN, nlohmann/json, xxHash)
 	@launch/packages.sh install

@@ -97,12 +97,12 @@ std::string to_string(const ModelSize& m) {
 }
 
 GptConfig model_config(const CommonOptions& o) {
-  return {o.model,
-          o.dtype == "f64"    ? Dtype::f64
-          : o.dtype == "bf16" ? Dtype::bf16
-                              : Dtype::f32,
-          o.attention == "flash" ? AttentionKind::flash : AttentionKind::plain, o.recompute,
-          o.sequence_parallel};
+  GptConfig config{o.model};
+  config.dtype = o.dtype == "f64" ? Dtype::f64 : o.dtype == "bf16" ? Dtype::bf16 : Dtype::f32;
+  config.attention = o.attention == "flash" ? AttentionKind::flash : AttentionKind::plain;
+  config.recompute = o.recompute;
+  config.sequence_parallel = o.sequence_parallel;
+  return config;
 }
 
 void check_common(const CommonOptions& o, int64_t chunks) {
@@ -226,9 +226,11 @@ void resolve(Options& o, bool has_gpu) {
   if (o.batch == 0) o.batch = round_up(preset.batch, parts);
   // the largest that divides the batch, into a number of micro-batches that the schedule takes
   if (o.microbatch == 0) {
-    const auto fits = [&](int64_t b) { return o.batch % (b * ranks * schedule.divisor(pp)) == 0; };
-    o.microbatch = std::max<int64_t>(1, o.batch / parts);
-    while (o.microbatch > 1 && !fits(o.microbatch)) o.microbatch--;
+    const int64_t each = ranks * schedule.divisor(pp), n = o.batch % each ? 1 : o.batch / each;
+    o.microbatch = 1;
+    for (int64_t d = 1; d * d <= n; d++)
+      for (const int64_t b : {d, n / d})  // which divide n, if one does
+        if (n % d == 0 && b <= o.batch / parts) o.microbatch = std::max(o.microbatch, b);
   }
   if (ranks * o.layout["cp"] == 1) o.prefetch = 0;
   if (o.lr == 0) o.lr = preset.lr;
@@ -243,7 +245,7 @@ TrainerOptions trainer_options(const Options& o) {
           .seed = uint64_t(o.seed),
           .clip = o.clip,
           .weight_decay = o.weight_decay,
-          .fsdp = {int(o.zero), o.reshard == "yes", int(o.prefetch)},
+          .fsdp = {.zero = int(o.zero), .reshard = o.reshard == "yes", .prefetch = int(o.prefetch)},
           .schedule = o.schedule,
           .chunks = int(o.chunks)};
 }

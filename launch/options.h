@@ -2,8 +2,9 @@
 // means; one parser serves any table.
 // idea      a row binds a name to a field of a struct; parsing, --help and every error sentence are
 //           read off the rows
-// adding    an option is one field in Options and one row in the table of options.cpp; a rule
-//           between options is a line in check()
+// adding    an option is one field in Options and one row in the table of options.cpp, and one line
+//           in model_config or trainer_options if the model or the trainer reads it; a rule between
+//           options is a line in check()
 // not here  --name=value, abbreviations, configuration files
 // test      tests/test_support.cpp
 #pragma once

@@ -12,7 +12,7 @@ packages="mpich libmpich-dev libdnnl-dev nlohmann-json3-dev libxxhash-dev"
 probe() {
   local dir=build/$1 headers="mpi.h nlohmann/json_fwd.hpp xxhash.h" call need
   mkdir -p "$dir" 2>/dev/null && [ -w "$dir" ] || {
-    echo "make: nothing can be built here, since $PWD/$dir cannot be written to"
+    echo "make: nothing can be built here, since $PWD/$dir cannot be written to" >&2
     return 2
   }
   if [ "$1" = cuda ]; then
@@ -37,9 +37,11 @@ probe() {
     echo "int main() { MPI_Init(0, 0); $call return bad + (version < 0); }"
   } >"$dir/probe.cpp"
   $3 "$dir/probe.cpp" -o "$dir/probe" $4 2>"$dir/probe.log" || {
-    cat "$dir/probe.log"
-    echo "make: the $1 backend needs MPICH, nlohmann/json, xxHash and $need, and a program that" \
-      "uses them does not compile (above)"
+    {
+      cat "$dir/probe.log"
+      echo "make: the $1 backend needs MPICH, nlohmann/json, xxHash and $need, and a program that" \
+        "uses them does not compile (above)"
+    } >&2
     return 1
   }
 }
@@ -48,7 +50,7 @@ probe() {
 install() {
   if ! command -v apt-get >/dev/null; then
     echo "make deps: install MPICH, oneDNN, nlohmann/json and xxHash with this system's package" \
-      "manager (on Debian and Ubuntu: $packages)"
+      "manager (on Debian and Ubuntu: $packages)" >&2
     return 1
   fi
   local sudo="" log
@@ -56,7 +58,7 @@ install() {
     sudo=sudo
     if ! command -v sudo >/dev/null || ! { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
       echo "make deps: packages are missing; as root run:" \
-        "apt-get update && apt-get install -y $packages"
+        "apt-get update && apt-get install -y $packages" >&2
       return 1
     fi
   fi
@@ -67,8 +69,8 @@ install() {
   $sudo apt-get update -qq >"$log" 2>&1 || echo "E: apt-get update failed" >>"$log"
   if ! $sudo env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 \
     install -y -qq --no-install-recommends $packages >>"$log" 2>&1 9>&-; then
-    tail -5 "$log"
-    echo "make deps: the packages could not be installed (above; all of it is in $log)"
+    tail -5 "$log" >&2
+    echo "make deps: the packages could not be installed (above; all of it is in $log)" >&2
     return 1
   fi
   rm -f "$log"
@@ -78,7 +80,7 @@ case ${1:-} in
   probe) probe "${@:2}" ;;
   install) install ;;
   *)
-    echo "usage: launch/packages.sh probe BACKEND COMM LINK LIBS, or launch/packages.sh install"
+    echo "usage: launch/packages.sh probe BACKEND COMM LINK LIBS, or launch/packages.sh install" >&2
     exit 1
     ;;
 esac

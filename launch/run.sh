@@ -7,16 +7,17 @@
 set -u
 cd "$(dirname "$0")/.."
 refuse() {
-  echo "make $what: $*"
+  echo "make $what: $*" >&2
   exit 1
 }
 what=$1 default=replicate
 [ "$what" != replay ] || default=fsdp
 strategy=${STRATEGY:-$default}
-# words, as a shell reads them
-bash -nc "args=(${ARGS:-})" 2>/dev/null \
-  || refuse "ARGS is no list of words, as a shell reads them: ${ARGS:-}"
-eval "args=(${ARGS:-})"
+for name in ARGS TRAIN_ARGS; do
+  bash -nc "args=(${!name:-})" 2>/dev/null \
+    || refuse "$name is no list of words, as a shell reads them: ${!name}"
+done
+eval "args=(${ARGS:-}) train_args=(${TRAIN_ARGS:-})"
 [ -z "${WHY:-}" ] || [ "$BACKEND" != cpu ] || echo "no GPU is used: $WHY"
 
 # start RANKS PROGRAM ARGS...
@@ -29,7 +30,11 @@ start() {
 "$MPIEXEC -n $ranks$(printf ' %q' "$@")"
   # mpiexec reads the standard input even where no rank does, and may die of a long one
   local word reads=no
-  for word in "$@"; do [ "$word" != - ] || reads=yes; done
+  for word in "$@"; do
+    [ "$word" != : ] || refuse "to mpiexec the word ':' is the end of a program's options: give" \
+      "another name, or a text in a file, with ARGS=\"--prompt-file FILE\""
+    [ "$word" != - ] || reads=yes
+  done
   if [ $reads = yes ]; then $MPIEXEC -n "$ranks" "$@"
   else $MPIEXEC -n "$ranks" "$@" </dev/null; fi
 }
@@ -42,19 +47,18 @@ has() {
 # default OPTION VALUE: adds it to the command, unless ARGS has the option
 default() { has "$1" || command+=("$1" "$2"); }
 
-# what make's variables say, ARGS cannot say again
-for word in "${args[@]}"; do
-  case $what$word in
+# what make's variables say, ARGS and TRAIN_ARGS cannot say again
+for word in "${args[@]/#/$what}" "${train_args[@]/#/train}"; do
+  case $word in
     generate--tp) refuse "--tp comes from NP" ;;
     generate--prompt) refuse "--prompt comes from PROMPT" ;;
-    generate--checkpoint) refuse "--checkpoint comes from CHECKPOINT" ;;
-    run--data | replay--data) [ -z "${DATA:-}" ] || refuse "--data comes from DATA" ;;
-    run--pp | run--replicate | run--fsdp | run--cp | run--tp | replay--pp | replay--replicate | \
-      replay--fsdp | replay--cp | replay--tp)
-      refuse "$word comes from STRATEGY and NP; for another layout start build/train_gpt itself," \
-        "with mpiexec"
-      ;;
+    generate--checkpoint | train--checkpoint) refuse "--checkpoint comes from CHECKPOINT" ;;
+    train--resume) refuse "--resume is among the options already" ;;
+    *--data) [ -z "${DATA:-}" ] || refuse "--data comes from DATA" ;;
   esac
+  [[ ! $word =~ ^(run|replay|train)--(pp|replicate|fsdp|cp|tp)$ ]] \
+    || refuse "--${BASH_REMATCH[2]} comes from STRATEGY and NP; for another layout start" \
+      "build/train_gpt itself, with mpiexec"
 done
 
 # ---- ranks: one a GPU; without GPUs one a core, to look at four, and for 3d eight
@@ -71,9 +75,9 @@ else
 fi
 # what the default models can be cut into
 case $strategy in tp | tp-sequence | pp)
-  if [ -z "${NP:-}" ] && [ "$ranks" -gt 4 ] \
+  if [ -z "${NP:-}" ] && [ "$ranks" -gt 4 ] && [ "$what" != generate ] \
     && ! has --model && ! has --heads && ! has --layers; then
-    echo "make $what: on 4 of $ranks ranks, which divide the default model; NP=$ranks takes all"
+    echo "make $what: on 4 of $ranks ranks, which divide the default model"
     ranks=4
   fi
   ;;
@@ -86,27 +90,41 @@ esac
 if [ "$what" = generate ]; then
   [ -n "${NP:-}" ] || ranks=$((ranks > 1 ? 2 : 1))
   checkpoint=${CHECKPOINT:-build/generate-model}
-  manifests=("$checkpoint"/manifest.json "$checkpoint"/step-*/manifest.json)
+  has_model() {
+    local manifest
+    for manifest in "$checkpoint"/manifest.json "$checkpoint"/step-*/manifest.json; do
+      [ ! -e "$manifest" ] || return 0
+    done
+    return 1
+  }
   # an empty file, there until the model that was begun here is trained
   unfinished=$checkpoint/.make-generate-unfinished
   is_unfinished() { [ -f "$unfinished" ] && [ ! -L "$unfinished" ] && [ ! -s "$unfinished" ]; }
-  if is_unfinished || ! ls "${manifests[@]}" 2>/dev/null | grep -q .; then
+  if is_unfinished || ! has_model; then
     heads=4 # of the default models: as many ranks can share them
     [ "$BACKEND" != cuda ] || heads=6
     [ "$ranks" -le "$heads" ] || [[ ${TRAIN_ARGS:-} =~ --(model|heads) ]] \
       || refuse "NP is $ranks, but the model that would be trained first has $heads heads"
-    if is_unfinished; then echo "make generate: training the model in $checkpoint further"
+    if has_model; then echo "make generate: training the model in $checkpoint further"
     else echo "make generate: no model in $checkpoint yet: training one"; fi
     mkdir -p -- "$checkpoint" && touch -- "$unfinished" || exit
     is_unfinished || refuse "$unfinished is in the way: it is not the empty file of that name"
     trap 'refuse "the next call goes on with what has been saved in $checkpoint"' INT
     DEFAULT_SAMPLE=0 ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" \
-      "$0" run || refuse "the model in $checkpoint is not trained to its end: call again with the" \
-      "same TRAIN_ARGS, or remove $unfinished to take it as it is"
+      launch/run.sh run || {
+      has_model || {
+        rm -- "$unfinished"
+        refuse "no model was trained (above)"
+      }
+      refuse "the model in $checkpoint is not trained to its end: call again with the same" \
+        "TRAIN_ARGS, or remove $unfinished to take it as it is"
+    }
     trap - INT
     rm -- "$unfinished"
   fi
-  start "$ranks" build/generate --checkpoint "$checkpoint" --prompt "${PROMPT:-// tensor}" \
+  prompt=${PROMPT:-}
+  has --prompt-file || prompt=${prompt:-// tensor}
+  start "$ranks" build/generate --checkpoint "$checkpoint" ${prompt:+--prompt "$prompt"} \
     --tp "$ranks" "${args[@]}"
   exit
 fi

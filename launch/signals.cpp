@@ -6,7 +6,6 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <csignal>
 #include <optional>
 #include <thread>
@@ -54,6 +53,7 @@ static std::atomic<bool> listens = false, has_come = false;
       has_come = true;
       continue;
     }
+    if (std::atomic<int>* const place = ended_by) *place = signal;
     std::signal(signal, SIG_DFL);
     pthread_sigmask(SIG_UNBLOCK, &fetched, nullptr);
     raise(signal);
@@ -77,7 +77,7 @@ void fetch_signals() {
 
 void listen_for_signals() { listens = true; }
 
-bool signal_came() {
+bool look_for_end() {
   pollfd output{STDOUT_FILENO, 0, 0};
   if (poll(&output, 1, 0) == 1 && (output.revents & (POLLERR | POLLHUP)) &&
       freopen("/dev/null", "w", stdout)) {

@@ -9,9 +9,12 @@
 //           ends the process immediately, as does any signal that nobody listens for.
 // test      tests/test_environment.sh, tests/test_checkpoint.sh
 #pragma once
+#include <atomic>
 
 void fetch_signals();       // from then on; before MPI_Init
 void listen_for_signals();  // from then on they are asked for
-// A signal has come to this process, or whoever reads its output has left (`| head -1`): then
-// what is printed from now on goes nowhere.
-bool signal_came();
+// Whether a signal has come to this process, or whoever reads its output has left (`| head -1`):
+// then it says so, and what is printed from now on goes nowhere.
+bool look_for_end();
+// where the number of the signal that ends the process is left: in the watch's record
+inline std::atomic<std::atomic<int>*> ended_by = nullptr;

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "kernels/op_times.h"
+#include "launch/signals.h"
 #include "support/files.h"
 
 static int64_t now_ms() {  // CLOCK_MONOTONIC, the same clock in every process of a node
@@ -28,16 +29,24 @@ static std::string place_of(const WatchRecord& r) {  // "step 13, all_reduce #18
 // where a node has one rank only.)
 static void* share(const Job& job, size_t bytes) {
   char name[] = "/dev/shm/threefold-watch-XXXXXX";  // in memory
-  int fd = job.local_rank == 0 ? mkstemp(name) : -1;
+  int fd = -1;
+  void* memory = nullptr;
+  std::string error = error_of([&] {
+    if (job.local_rank == 0) fd = mkstemp(name);
+    SYSTEM_CHECK(fd >= 0 || job.local_rank > 0, "the watch's records cannot be shared in ", name);
+  });
   MPI_Ibcast(name, sizeof name, MPI_CHAR, 0, job.node, UntilDone());
-  if (job.local_rank > 0) fd = open(name, O_RDWR);
-  if (fd >= 0) errno = posix_fallocate(fd, 0, bytes);
-  if (errno && fd >= 0 && job.local_rank == 0) unlink(name);
-  SYSTEM_CHECK(errno == 0, "the watch's records cannot be shared in ", name);
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  SYSTEM_CHECK(memory != MAP_FAILED, "the watch's records cannot be mapped");
-  MPI_Ibarrier(job.node, UntilDone());
+  if (error.empty())
+    error = error_of([&] {
+      if (job.local_rank > 0) fd = open(name, O_RDWR);
+      if (fd >= 0) errno = posix_fallocate(fd, 0, bytes);
+      SYSTEM_CHECK(fd >= 0 && errno == 0, "the watch's records cannot be shared in ", name);
+      memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+      SYSTEM_CHECK(memory != MAP_FAILED, "the watch's records cannot be mapped");
+    });
+  error = job.agree(error);               // every rank has opened it, or knows why not
   if (job.local_rank == 0) unlink(name);  // nobody opens it any more
+  REQUIRE(error.empty(), error);
   close(fd);
   return memory;
 }
@@ -56,6 +65,7 @@ Watch::Watch(Job& job, int64_t timeout_seconds) : job_(job), timeout_ms_(timeout
   barrier();  // every record is filled in
   // the records stay mapped: the job may end after the watch
   job.explained = &records_[0].explained;
+  ended_by = &mine_->ended_by;
   if (job.local_rank == 0) start_child();
   ledger.on_enter = [this](const Axis& axis, Collective c) {
     strncpy(mine_->axis, axis.name.c_str(), sizeof mine_->axis - 1);
@@ -232,8 +242,8 @@ std::string Watch::ask_other_nodes() {
   std::string s;
   for (const int r : silent)
     s += sentence("\n  rank ", r,
-                  ", on another node, DOES NOT ANSWER: stopped, or its node or "
-                  "cable is gone");
+                  ", on another node, DOES NOT ANSWER: stopped, or its node or cable is gone, or "
+                  "it has finished");
   for (const Standing& a : answers)
     if (const auto& all = entered[a.stage]; a.collectives == *all.begin())
       s += sentence("\n  ", a.where, is_behind(all, a.collectives));
@@ -269,10 +279,12 @@ void Watch::start_child() {
     const WatchRecord& r = *static_cast<WatchRecord*>(event.data.ptr);
     if (r.finished) continue;
     if (records_[0].explained.exchange(true)) break;
-    dprintf(2,
-            "rank %d on %s (process %d) ended without finishing: killed, or it crashed; last seen: "
-            "%s\n",
-            r.rank.load(), host_name().c_str(), r.pid.load(), place_of(r).c_str());
+    const int signal = r.ended_by;
+    const std::string how =
+        signal ? sentence("was ended by signal ", signal, " (", strsignal(signal), ")")
+               : "ended without finishing: killed, or it crashed";
+    dprintf(2, "rank %d on %s (process %d) %s; last seen: %s\n", r.rank.load(), host_name().c_str(),
+            r.pid.load(), how.c_str(), place_of(r).c_str());
     kill(parent, SIGKILL);  // should mpiexec have been told not to clean up
     break;
   }

@@ -16,7 +16,7 @@
 //           `timeout`.
 // nodes     Records of other nodes cannot be read. Before a node reports, its first stuck rank asks
 //           the ranks of all others, whose threads answer where they stand: who does not answer is
-//           stopped, or its node or cable is gone.
+//           stopped, its node or cable is gone, or it has finished.
 // cost      one thread that wakes ten times a second; a record is written at each ledger line
 // test      tests/test_failures.sh, tests/test_network.sh
 #pragma once
@@ -37,6 +37,7 @@ struct WatchRecord {
   // said goodbye: may exit, or idle without being reported
   std::atomic<bool> finished;
   std::atomic<bool> at_files;  // a checkpoint's, the data, a trace
+  std::atomic<int> ended_by;   // a signal that nobody listened for; 0: none
   // the reading end of a pipe that nobody but this rank can write
   std::atomic<int> lifeline;
   // of the first rank's record: a rank of this node asks the other nodes; why the job ends has been

@@ -444,6 +444,38 @@ done
 check make_generate_leaves_the_standard_input_unless_it_is_the_prompt \
   '[ "$(tr "\n" " " <"$dir/prompts")" = "one two one " ] && [ "$(cat "$dir/eaten")" = two ]' "" \
   "$(cat "$dir/prompts" "$dir/out")"
+MPIEXEC='echo mpiexec' make -o built BACKEND=cpu NP=1 generate CHECKPOINT="$dir/made" \
+  ARGS="--prompt-file my.txt" >"$dir/out" 2>&1
+said="mpiexec -n 1 build/generate --checkpoint $dir/made --tp 1 --prompt-file my.txt"
+check make_generate_continues_a_file_alone 'grep -qxF -- "$said" "$dir/out"' "" \
+  "$(tail -3 "$dir/out")"
+PROMPT="the shell's" MPIEXEC='echo mpiexec' make -o built BACKEND=cpu NP=1 generate \
+  CHECKPOINT="$dir/made" >"$dir/out" 2>&1
+check make_generate_takes_no_PROMPT_of_the_environment \
+  'grep -q -- "^mpiexec .* --prompt // tensor --tp" "$dir/out"' "" "$(tail -3 "$dir/out")"
+MPIEXEC=true make -o built BACKEND=cpu NP=1 generate CHECKPOINT="$dir/made" PROMPT=: \
+  >"$dir/out" 2>"$dir/err"
+status=$?
+check a_colon_would_end_mpiexecs_words \
+  '[ $status != 0 ] && grep -q "word .:. is the end of .*--prompt-file FILE" "$dir/err"' "" \
+  "status $status: $(cat "$dir/out" "$dir/err")"
+MPIEXEC=true make -o built BACKEND=cpu NP=1 generate CHECKPOINT="$dir/made" \
+  WHY="it's there" >"$dir/out" 2>&1
+check a_reason_may_have_a_quote 'grep -qx "no GPU is used: it.s there" "$dir/out"' "" \
+  "$(tail -3 "$dir/out")"
+# with eight cores, of which tp would take four
+printf '#!/bin/sh\necho 8\n' >"$dir/nproc"
+chmod +x "$dir/nproc"
+PATH=$dir:$PATH MPIEXEC='echo mpiexec' make -o built BACKEND=cpu STRATEGY=tp generate \
+  CHECKPOINT="$dir/made" >"$dir/out" 2>&1
+check make_generate_has_ranks_of_its_own \
+  'grep -q "^mpiexec -n 2 " "$dir/out" && ! grep -q "on 4 of 8" "$dir/out"' "" \
+  "$(tail -3 "$dir/out")"
+PATH=$dir:$PATH MPIEXEC='echo mpiexec' make -o built BACKEND=cpu STRATEGY=tp run >"$dir/out" 2>&1
+check make_run_takes_as_many_as_divide_the_model \
+  'grep -q "^mpiexec -n 4 " "$dir/out" && grep -q "on 4 of 8" "$dir/out"' "" \
+  "$(tail -3 "$dir/out")"
+rm "$dir/nproc"
 echo mine | tee "$dir/made/training" >"$dir/made/.make-generate-unfinished"
 MPIEXEC='echo mpiexec' make -o built BACKEND=cpu generate CHECKPOINT="$dir/made" >"$dir/out" 2>&1
 check a_finished_model_is_only_read \
@@ -492,6 +524,21 @@ make -o built BACKEND=cpu generate CHECKPOINT="$dir/none" NP=8 >"$dir/out" 2>&1
 status=$?
 check more_ranks_than_heads_train_nothing \
   '[ $status != 0 ] && grep -q "NP is 8, but the model that would be trained" "$dir/out"'
+# what is wrong in the options of training is named before anything is made; and of a training that
+# ends at once nothing stays
+for given in "it's" "--tp 2" "--checkpoint x" "--resume"; do
+  make -o built BACKEND=cpu MPIEXEC=true generate CHECKPOINT="$dir/never" TRAIN_ARGS="$given" \
+    >"$dir/out" 2>"$dir/err"
+  status=$?
+  check "a_mistake_in_TRAIN_ARGS_makes_nothing: $given" \
+    '[ $status != 0 ] && [ ! -e "$dir/never" ] && grep -q "^make generate: " "$dir/err" &&
+      ! grep -q "^make run\| ARGS" "$dir/err"' "" "$(cat "$dir/out" "$dir/err")"
+done
+make -o built BACKEND=cpu MPIEXEC=false generate CHECKPOINT="$dir/never" >"$dir/out" 2>"$dir/err"
+status=$?
+check a_training_that_makes_no_model_leaves_none_to_take '[ $status != 0 ] &&
+  grep -q "no model was trained" "$dir/err" && ! grep -q "as it is" "$dir/err" &&
+  [ -z "$(ls -A "$dir/never")" ]' "" "$(cat "$dir/out" "$dir/err")"
 # a stand-in for mpiexec: Ctrl-C while it trains, which ends well then, as train_gpt does
 cat >"$dir/interrupted" <<'EOF'
 #!/bin/sh

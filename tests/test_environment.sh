@@ -236,6 +236,46 @@ wait $job
 status=$?
 check what_nohup_ignores_stays_ignored "[ $after -gt $((before + 2)) ] && $saved" \
   "$((after - before)) steps after SIGHUP"
+# build/generate has nothing to save
+for signal in TERM INT; do
+  : >"$dir/out"
+  OMP_NUM_THREADS=1 timeout --foreground 100 env --default-signal=$signal build/cpu/generate \
+    --layers 1 --width 16 --heads 1 --context 300000 --tokens 290000 --prompt x >"$dir/out" \
+    2>"$dir/err" &
+  job=$!
+  until [ -s "$dir/out" ] || ! kill -0 $job 2>/dev/null; do sleep 0.05; done
+  kill -$signal "$(the_child)"
+  wait $job
+  status=$?
+  sleep 0.3
+  check "SIG${signal}_ends_generate_and_is_named" "[ $status = $((128 + $(kill -l $signal))) ] &&
+    [ \$(wc -l <$dir/err) = 1 ] &&
+    grep -q '^rank 0 .* was ended by signal $(kill -l $signal) ' $dir/err" "$(cat "$dir/err")" \
+    "status $status: $(cat "$dir/err")"
+done
+# a save that takes 3 s
+slow=$(faults once '#include <unistd.h>
+#include <cstdlib>
+extern "C" int fsync(int) {
+  if (unlink(getenv("SLOW")) == 0) sleep(3);
+  return 0;
+}')
+for pause in 0.3 1.5; do
+  started env SLOW="$dir/slow" LD_PRELOAD="$slow" $train $run
+  touch "$dir/slow"
+  child=$(the_child)
+  kill -TERM "$child"
+  sleep $pause
+  kill -TERM "$child"
+  wait $job
+  status=$?
+  sleep 0.3
+  [ $pause != 0.3 ] || check a_second_TERM_at_once_is_the_same_one "$saved"
+done
+check a_second_TERM_later_ends_the_run \
+  "[ $status = 143 ] && grep -q 'was ended by signal 15' $dir/err &&
+    ! ls $dir/c/step-*/manifest.json 2>/dev/null" "$(cat "$dir/err")" \
+  "status $status: $(cat "$dir/err")"
 rm -rf "$dir/c"
 OMP_NUM_THREADS=1 timeout 100 $train $run --checkpoint "$dir/c" 2>"$dir/err" | head -1 >"$dir/out"
 status=${PIPESTATUS[0]}
@@ -253,6 +293,10 @@ status=$?
 check a_run_whose_output_is_closed_trains \
   "[ $status = 0 ] && [ \$(grep -c '\"step\"' $dir/closed.jsonl) = 1 ] && [ ! -s $dir/err ]"
 
+# as under another launcher than MPICH's mpiexec: half a minute, meanwhile others go on
+UCX_TLS=tcp,self timeout -k 1 60 $MPIEXEC -n 4 env -u MPI_LOCALNRANKS OMP_NUM_THREADS=1 \
+  $train $small --fsdp 4 --steps 1 >"$dir/other" 2>&1 &
+other=$!
 for again in 1 2; do
   UCX_TLS=tcp,self timeout -k 1 30 $MPIEXEC -n 8 $train ${small/batch 4/batch 8} --fsdp 8 \
     --steps 1 >"$dir/out" 2>"$dir/err"
@@ -272,12 +316,12 @@ nobody() { setpriv --reuid=65534 --regid=65534 --clear-groups "$@"; }
 nobody "$dir/tree/launch/packages.sh" probe cpu nccl true >"$dir/out" 2>"$dir/err"
 status=$?
 check a_tree_that_cannot_be_written_is_said_and_no_lack_of_packages \
-  "[ $status = 2 ] && [ ! -s $dir/err ] && [ \$(wc -l <$dir/out) = 1 ] &&
-    grep -q 'tree/build/cpu cannot be written to' $dir/out"
+  "[ $status = 2 ] && [ ! -s $dir/out ] && [ \$(wc -l <$dir/err) = 1 ] &&
+    grep -q 'tree/build/cpu cannot be written to' $dir/err"
 if nobody test -r Makefile && ! nobody test -w build/cpu; then
   nobody make BACKEND=cpu -W launch/packages.sh build/cpu/packages >"$dir/out" 2>"$dir/err"
   check so_nothing_is_installed_there "[ $? != 0 ] && ! grep -q deps $dir/out &&
-    grep -q 'nothing can be built here' $dir/out" "" "$(cat "$dir/out" "$dir/err")"
+    grep -q 'nothing can be built here' $dir/err" "" "$(cat "$dir/out" "$dir/err")"
 else skip so_nothing_is_installed_there "everybody can write here"; fi
 nobody env BACKEND=cpu THREADS=1 NP=1 MPIEXEC="echo started" "$dir/tree/launch/run.sh" run \
   >"$dir/out" 2>"$dir/err"
@@ -289,6 +333,21 @@ chmod 755 "$dir/tree/build" "$dir/tree/build/cpu"
 # ---- the watch: slow is not stuck
 
 two="$MPIEXEC -n 2 $train $small --fsdp 2"
+full=$(faults full '#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+extern "C" int posix_fallocate(int fd, long at, long n) {
+  const char* r = getenv("PMI_RANK");
+  if (r && !strcmp(r, "1")) return ENOSPC;
+  return ((int (*)(int, long, long))dlsym(RTLD_NEXT, "posix_fallocate"))(fd, at, n);
+}')
+LD_PRELOAD=$full timeout 60 $two --steps 1 >"$dir/out" 2>"$dir/err"
+status=$?
+records=$(sed -n "s|^rank .: the watch.s records.*\(/dev/shm.*\): No space.*|\1|p" "$dir/err" \
+  | head -1)
+check a_rank_that_cannot_share_its_record_leaves_none \
+  "[ $status != 0 ] && [[ '$records' = /dev/shm/*[^X] ]] && [ ! -e '$records' ]"
 slow=$(faults slow '#include <dlfcn.h>
 #include <unistd.h>
 extern "C" int fsync(int fd) { sleep(3); return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd); }')
@@ -388,5 +447,10 @@ timeout 60 $MPIEXEC -n 1 build/cpu/generate $shape --tp 2 --prompt x --tokens 2 
 status=$?
 check generate_compares_its_options_too \
   "[ $status != 0 ] && grep -q -- '--temperature is 1 on rank 0, 2 on rank 1' $dir/err"
+
+wait $other
+status=$?
+check ranks_of_another_launcher_end "[ $status = 0 ] && grep -q '^speed' $dir/other" "" \
+  "status $status: $(tail -3 "$dir/other")"
 
 sums_up

@@ -131,6 +131,22 @@ TEST(texts_in_a_batch_are_what_they_are_alone) {
   close_mesh(one);
 }
 
+TEST(a_sequence_that_starts_anew_forgets_what_it_was) {
+  Mesh one;
+  Generator generator(one, kConfig, 2, 20);
+  generator.initialise(7);
+  const auto logits = [&](const std::vector<int>& first) {
+    generator.prefill(0, first);
+    generator.prefill(1, kPrompts[0]);
+    return generator.decode({4, 4});
+  };
+  const Generator::Logits fresh = logits(kPrompts[1]);
+  logits(kPrompts[2]);  // longer
+  CHECK(logits(kPrompts[1]) == fresh);
+  CHECK_SAYS(generator.prefill(0, {}), "n > 0");
+  close_mesh(one);
+}
+
 TEST(f32_and_bf16_stay_near_f64) {
   Mesh mesh = open_mesh(layouts()[0]);
   WholeGpt whole(kConfig, 7);
@@ -139,7 +155,8 @@ TEST(f32_and_bf16_stay_near_f64) {
     GptConfig config = kConfig;
     config.dtype = dtype;
     const double worst = continue_all(mesh, config, kPrompts, {.temperature = 0}, 10, &whole).worst;
-    collectively(job(), [&] { CHECK_LE(worst, bound, name_of(dtype)); });
+    collectively(job(),
+                 [&, dtype = dtype, bound = bound] { CHECK_LE(worst, bound, name_of(dtype)); });
     Generator generator(mesh, config, 1, 20);
     generator.initialise(7);
     const std::vector<double> logits = generator.prefill(0, {1, 2, 3});

@@ -1092,7 +1092,7 @@ TEST(no_token_comes_from_logits_that_are_not_finite) {
     for (const double temperature : {0.0, 1.0})
       for (const int64_t top_k : {0, 1, 2})
         CHECK_SAYS(picked({1, poor, 2}, {.temperature = temperature, .top_k = top_k}, 5),
-                   "logits at position 5 are not all finite");
+                   "the model's logits are not all finite numbers");
 }
 
 TEST(a_terminal_shows_no_control_characters_and_a_file_gets_every_byte) {
@@ -1130,6 +1130,32 @@ TEST(tokens_are_bytes_pairs_or_numbers) {
   CHECK_SAYS(pairs.encode("x"), "the vocabulary has no token for 'x'");
   CHECK_SAYS(Tokenizer(dir.path, 5), "outside the vocabulary of 5");
   CHECK_EQ(Tokenizer(dir.path, 50304).end_of_text(), 11, "a padded vocabulary");
+}
+
+TEST(numbers_without_a_text_are_never_drawn) {
+  const TemporaryDirectory dir;
+  dir.write("vocab.json", R"({"a":0,"b":3})");
+  dir.write("merges.txt", "#version: 0.2\n");
+  const Tokenizer holes(dir.path, 9, false, 6);  // 1 and 2 have no text, and 4 to 8; 6 ends one
+  const Tokenizer numbers(dir.path + "/nowhere", 9);
+  const auto counts = [](const Tokenizer& t, const Sampling& how) {
+    std::vector<int> drawn(9);
+    for (int64_t i = 0; i < 3000; i++) {
+      std::vector<double> logits(9, 2);
+      t.silence(logits);
+      drawn[size_t(pick(logits, how, i))]++;
+    }
+    return drawn;
+  };
+  for (const Sampling& how : {Sampling{},
+                              {.temperature = 1e308},
+                              {.temperature = 1e308, .top_k = 7},
+                              {.temperature = 1e308, .top_p = 0.99}}) {
+    const std::vector<int> drawn = counts(holes, how);
+    CHECK_EQ(drawn[0] + drawn[3] + drawn[6], 3000, how.temperature);
+    CHECK(std::min({drawn[0], drawn[3], drawn[6]}) > 800, how.temperature);
+  }
+  CHECK(std::ranges::min(counts(numbers, {})) > 0, "without a tokenizer all are tokens");
 }
 
 TEST(a_text_may_be_spelled_as_a_byte_is_written) {
@@ -1287,6 +1313,37 @@ TEST(words_are_cut_by_unicodes_properties) {
   CHECK_EQ(words("we'll don't 'S"), "we|'ll| don|'t| '|S");
   CHECK_EQ(words("a  \n b"), "a|  \n| b");
   CHECK_EQ(words("a  "), "a|  ");
+  // as Python's regex cuts them by GPT-2's pattern
+  for (const std::string cut : {"it|'s| 2|'s| we|'ve| I|'m| he|'d",
+                                "they|'re| you|'ll| '|twas| rock|'|n|'|roll",
+                                "'t|is| '|d|'d",
+                                "''|s| '|s|'s",
+                                "...'|s",
+                                "DON|'|T",
+                                "don|\u2019|t",
+                                "a|'",
+                                "x| '|s",
+                                "a|\r|\n|b",
+                                "a| \r\n\r\n| b",
+                                "a|\t|\t|b",
+                                "\n\n\n",
+                                "a|\v|\f|b",
+                                "\x1c|x",
+                                "\u00a0| b",
+                                "\u3000|\u4e2d",
+                                "\u2028|a",
+                                "x|=|1|;|y|+=|22",
+                                " | if| (|a|)| | {",
+                                "3|.|14| 1|,|000",
+                                "a| 1|b|2| c|_|d",
+                                "-| --| ---",
+                                "hello| | world|!!|  ",
+                                "e|\u0301|t\u00e9",
+                                "\U0001f600| \U0001f600\U0001f600"}) {
+    std::string text = cut;
+    std::erase(text, '|');
+    CHECK_EQ(words(text), cut);
+  }
   // damaged UTF-8: a byte is a sign by itself and takes nothing along
   CHECK_EQ(words("a\xc3"), "a|\xc3");
   CHECK_EQ(words("a\xc3"
