@@ -11,7 +11,7 @@ alone="test_cpu test_support test_schedule test_tensor test_golden"
 ranks="test_comm test_parity test_generator" # of the parity matrix one setting a mesh
 targets=""
 for t in $alone $ranks; do targets="$targets build/sanitize/tests/$t"; done
-make --no-print-directory -j"$(nproc)" BACKEND=sanitize build/sanitize/train_gpt $targets || exit 1
+make --no-print-directory -j"$cores" BACKEND=sanitize build/sanitize/train_gpt $targets || exit 1
 log=$dir/log
 failed=0
 run() {

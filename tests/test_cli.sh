@@ -388,8 +388,8 @@ check metrics_that_cannot_be_written_cost_no_training \
   "[ $status = 1 ] && grep -q 'stopped after step 1, which is saved' $dir/err &&
    build/cpu/checkpoint verify $dir/full >/dev/null" "" "status $status: $(cat "$dir/err")"
 head -c 3000000 /dev/urandom >"$dir/shrinks"
-timeout 60 $train ${little% --data*} --data "$dir/shrinks" --steps 100000000 --checkpoint "$dir/shrunk" \
-  --metrics "$dir/shrunk.jsonl" >"$dir/out" 2>"$dir/err" &
+timeout 60 $train ${little% --data*} --data "$dir/shrinks" --steps 100000000 \
+  --checkpoint "$dir/shrunk" --metrics "$dir/shrunk.jsonl" >"$dir/out" 2>"$dir/err" &
 until { [ -e "$dir/shrunk/lock" ] && grep -q '^step 1/' "$dir/out"; } \
   || ! kill -0 $! 2>/dev/null; do
   sleep 0.1

@@ -58,7 +58,8 @@ for rank in 0 2; do
     --timeout 3
 done
 # stages enter different numbers of collectives: none of them is behind for that
-strikes a_stopped_stage_is_named 1 STOP 25 "rank 1: .*DOES NOT RUN" --pp 3 --microbatch 1 --timeout 3
+strikes a_stopped_stage_is_named 1 STOP 25 "rank 1: .*DOES NOT RUN" --pp 3 --microbatch 1 \
+  --timeout 3
 check other_stages_are_not_said_to_be_behind "! grep behind '$dir/err'" "" \
   "$(grep behind "$dir/err")"
 
