@@ -88,6 +88,7 @@ $(B)/comm-mpi/%: $$(main) $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
 # of this backend: others may have whole systems in build/ (make check-portable)
 -include $(shell find $(B) -type f -name '*.d' 2>/dev/null)
 .SECONDARY:
+.DELETE_ON_ERROR:
 
 # ---- targets
 
