@@ -70,6 +70,7 @@ $(B)/obj/%.cu.o: %.cu | $(B)/ready
 	@$(NVCC) $(NVCCFLAGS) $(GENCODE) -Xptxas -v -MMD -MP -c $< -o $@ 2>$(@:.o=.ptxas) || \
 	  { cat $(@:.o=.ptxas); exit 1; }
 endif
+# (after `|`: an edit of this file alone compiles nothing again; other flags begin with make clean)
 $(B)/obj/%.cpp.o: %.cpp | $(B)/ready
 	@mkdir -p $(@D)
 	@echo "  $(BACKEND)  $<"

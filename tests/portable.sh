@@ -99,11 +99,11 @@ on_arm64() {
 }
 
 on_clang() {
-  command -v clang++ >/dev/null && [ -e /usr/lib/llvm-*/lib/libomp.so ] \
-    || apt-get install -y -qq --no-install-recommends clang libomp-dev
+  command -v clang++ >/dev/null && ls /usr/lib/llvm-*/lib/libomp.so >/dev/null 2>&1 \
+    || apt-get install -y -qq --no-install-recommends clang libomp-dev || return
   local copy=$place/clang
   copy_to "$copy"
-  export MPICH_CXX=clang++
+  local -x MPICH_CXX=clang++
   step clang_builds clang-build make -C "$copy" BACKEND=cpu -j"$cores" build || return
   OMP_NUM_THREADS=2 "$copy/build/cpu/train_gpt" --steps 1 --layers 1 >"$logs/clang-train" 2>&1
   check clang_takes_the_threads_that_are_there "grep -q '^device.*2 threads' $logs/clang-train" \

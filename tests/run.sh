@@ -27,13 +27,15 @@ trace="test_trace"
 referee="test_nccl"
 export OMP_WAIT_POLICY=passive # two tests share the processors
 
-# Ctrl-C ends them, too: a lane ignores it, and timeout puts its test into a group of its own
-end_lanes() {
-  local lane
-  for lane in $(jobs -p); do kill "$lane" $(cat "/proc/$lane/task/$lane/children"); done
-  rm -rf "$dir"
+# Ctrl-C ends them, too: a lane ignores it, and timeout puts what it starts into a group of its own
+with_children() { # with_children PROCESS...: these, and all that they have started
+  local process
+  for process in "$@"; do
+    echo "$process"
+    with_children $(cat "/proc/$process/task/$process/children")
+  done
 }
-trap 'end_lanes 2>/dev/null' EXIT
+trap 'kill $(with_children $(jobs -p)) 2>/dev/null; rm -rf "$dir"' EXIT
 
 # run LABEL COMMAND...: for the lanes
 labels=() commands=()
@@ -55,7 +57,7 @@ conduct() {
     failed=$((failed + 1))
   }
   sum=$(grep -aE "$closing" "$log" | tail -1)
-  read -r passed failed skipped <<<"$(tr -dc '0-9 ' <<<"$sum") 0 0 0"
+  read -r passed failed skipped _ <<<"$(tr -dc '0-9 ' <<<"$sum") 0 0 0"
   if grep -aq '^fakecudart:' "$log"; then problem "the PTX runner reports a race or an error"; fi
   if [ -z "$sum" ]; then
     problem "ended with status $status and no closing line"

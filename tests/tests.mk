@@ -101,7 +101,8 @@ gpu-check:
 ## make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)
 cuda:
 	@$(MAKE) --no-print-directory BACKEND=cuda cuda-build check-spills sass
-cuda-build: $(PROGRAMS:%=$(B)/%) $(CUDA_TESTS:%=$(B)/tests/%) $(B)/comm-mpi/train_gpt
+cuda-build: $(PROGRAMS:%=$(B)/%) $(B)/comm-mpi/train_gpt \
+            $(patsubst %,$(B)/tests/%,$(CUDA_TESTS) $(BENCHES) compare)
 # ptxas spills registers, or keeps an array out of them, in no kernel but those for f64, which are
 # for proofs. Of chips after sm_90 this is only said: nobody has tuned for them here.
 check-spills: cuda-build
