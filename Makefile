@@ -8,6 +8,12 @@
 MAKEFLAGS += -r# no rules but those below
 .DEFAULT_GOAL := help
 
+# A misspelled variable would do nothing. Known is what a makefile or a script names, in capitals,
+# and what others' makefiles take.
+$(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(if $(shell \
+  { echo CC CXX CPPFLAGS CFLAGS LDFLAGS SHELL V; cat Makefile */*.mk */*.sh; } | \
+    grep -ow '[A-Z_0-9]*' | grep -xm1 '$v'),,$(error there is no variable $v: make lists them))))
+
 # ---- knobs
 
 THREADS ?= $(shell env -u OMP_NUM_THREADS nproc)

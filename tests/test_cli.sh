@@ -465,6 +465,10 @@ check a_number_of_ranks_that_is_none_is_refused \
 make -o built BACKEND=cpu run STRATEGY=serial NP=2 >"$dir/out" 2>&1
 status=$?
 check serial_is_one_rank '[ $status != 0 ] && grep -q "serial is one rank, but NP is 2" "$dir/out"'
+make -o built BACKEND=cpu run strategy=fsdp >"$dir/out" 2>&1
+status=$?
+check a_variable_that_is_none_is_refused \
+  '[ $status != 0 ] && grep -q "there is no variable strategy" "$dir/out"'
 said=0
 for call in "run ARGS=--fsdp" "generate ARGS=--tp" "generate ARGS=--prompt" "replay ARGS=--pp"; do
   make -o built BACKEND=cpu MPIEXEC=true $call >"$dir/out" 2>&1
