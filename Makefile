@@ -8,6 +8,12 @@
 MAKEFLAGS += -r# no rules but those below
 .DEFAULT_GOAL := help
 
+# A misspelled variable would do nothing. Known is what a makefile or a script names, in capitals,
+# and what others' makefiles take.
+$(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(if $(shell \
+  { echo CC CXX CPPFLAGS CFLAGS LDFLAGS SHELL V; cat Makefile */*.mk */*.sh; } | \
+    grep -ow '[A-Z_0-9]*' | grep -xm1 '$v'),,$(error there is no variable $v: make lists them))))
+
 # ---- knobs
 
 THREADS ?= $(shell env -u OMP_NUM_THREADS nproc)
@@ -70,6 +76,7 @@ $(B)/obj/%.cu.o: %.cu | $(B)/ready
 	@$(NVCC) $(NVCCFLAGS) $(GENCODE) -Xptxas -v -MMD -MP -c $< -o $@ 2>$(@:.o=.ptxas) || \
 	  { cat $(@:.o=.ptxas); exit 1; }
 endif
+# (after `|`: an edit of this file alone compiles nothing again; other flags begin with make clean)
 $(B)/obj/%.cpp.o: %.cpp | $(B)/ready
 	@mkdir -p $(@D)
 	@echo "  $(BACKEND)  $<"
@@ -88,6 +95,7 @@ $(B)/comm-mpi/%: $$(main) $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
 # of this backend: others may have whole systems in build/ (make check-portable)
 -include $(shell find $(B) -type f -name '*.d' 2>/dev/null)
 .SECONDARY:
+.DELETE_ON_ERROR:
 
 # ---- targets
 

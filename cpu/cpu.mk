@@ -43,5 +43,4 @@ $(B)/obj/%.cu.o: $(B)/gen/%.cu.cpp | $(B)/ready
 	@mkdir -p $(@D)
 	@echo "  $(BACKEND)  $*.cu"
 	@$(MPICXX) $(CXXFLAGS) $(KERNEL_FAST) -MMD -MP -c $< -o $@
-.PRECIOUS: $(B)/gen/%.cu.cpp
 endif

@@ -108,10 +108,6 @@ on_both() {
   }
 }
 
-# of the numbers that are read
-median() {
-  sort -n | awk '{ x[NR] = $1 } END { print (x[int((NR + 1) / 2)] + x[int(NR / 2 + 1)]) / 2 }'
-}
 # median_step METRICS...: ms; the first of each does not count
 median_step() {
   local file

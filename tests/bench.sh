@@ -9,6 +9,14 @@
 set -u
 cd "$(dirname "$0")/.."
 only=${ONLY:-} steps=${STEPS:-3}
+case $only in
+  "" | kernels | collectives | training | inference | checkpoint | pytorch) ;;
+  *)
+    echo "make bench: ONLY is '$only', expected kernels, collectives, training, inference," \
+      "checkpoint or pytorch"
+    exit 1
+    ;;
+esac
 program=$(readlink build/train_gpt)
 backend=${program%%/*} built=build/${program%/*}/tests
 . tests/lib.sh
@@ -35,11 +43,6 @@ if wants collectives; then
   done
 fi
 
-median() {
-  sort -g | awk '
-    { a[NR] = $1 }
-    END { print NR % 2 ? a[(NR + 1) / 2] : (a[NR / 2] + a[NR / 2 + 1]) / 2 }'
-}
 # step_ms LABEL THREADS RANKS ARGS...: the median time of a step, in ms
 step_ms() {
   local label=$1 threads=$2 ranks=$3

@@ -19,20 +19,18 @@
 #              in README's table are right
 #   references each of these words leads to lines of the sources that contain it
 #              (docs/book/references.py, which the book follows as well)
+# `tests/check_docs.sh names` looks up names and references alone, in seconds.
 set -u
 cd "$(dirname "$0")/.."
 root=$PWD
 pages="README.md docs/*.md"
 . tests/lib.sh
 work=$dir
-ok() {
-  passed=$((passed + 1))
-  [ $# -eq 0 ] || echo "ok   $*"
-}
-fail() {
-  failed=$((failed + 1))
-  echo "FAIL $*"
-}
+# holds SENTENCE COMMAND...: counts in silence; where the command fails, SENTENCE says what is wrong
+holds() { if "${@:2}"; then passed=$((passed + 1)); else fail "$1"; fi; }
+# has WORD FILE: whether it is one of its lines
+has() { grep -qxF -- "$1" "$2"; }
+is_a_file() { [ -n "$(find . -path ./build -prune -o -path "*/$1" -print -quit)" ]; }
 
 # ---- names
 
@@ -47,46 +45,26 @@ for page in $pages; do
   awk '/^ *```/ { inside = !inside; next } !inside' "$page" >"$work/text"
   while read -r name; do
     for part in ${name//[:()]/ }; do
-      if grep -qxF -- "$part" "$work/words"; then
-        ok
-      else
-        fail "$page names \`$name\`, but no source has $part"
-      fi
+      holds "$page names \`$name\`, but no source has $part" has "$part" "$work/words"
     done
   done < <(grep -oE '`[A-Za-z_][A-Za-z0-9_]*(::[A-Za-z0-9_]+)*(\(\))?`' "$work/text" \
     | tr -d '`' | sort -u | grep '[A-Z_:(]')
   while read -r file; do
-    found=$(find . -path ./build -prune -o -name "$(basename "$file")" -print)
-    if [ -e "$file" ] || [ -n "$found" ]; then
-      ok
-    else
-      fail "$page names the file $file, which is not there"
-    fi
+    holds "$page names the file $file, which is not there" is_a_file "$file"
   done < <(grep -oE '`[A-Za-z0-9_/]+\.(cpp|cu|cuh|h|sh|py|md)`' "$work/text" | tr -d '`' | sort -u)
   while read -r option; do
-    if grep -qxF -- "$option" "$work/options"; then
-      ok
-    else
-      fail "$page names the option $option, which no program has"
-    fi
+    holds "$page names the option $option, which no program has" has "$option" "$work/options"
   done < <(grep -oE -- '`[^`]*--[a-z][a-z-]+' "$work/text" | grep -oE -- '--[a-z][a-z-]+' | sort -u)
   while read -r link; do
-    if [ -e "$(dirname "$page")/${link%%#*}" ]; then
-      ok
-    else
-      fail "$page links to $link, which is not there"
-    fi
+    holds "$page links to $link, which is not there" [ -e "$(dirname "$page")/${link%%#*}" ]
   done < <(grep -oE '\]\([^)]+\)' "$work/text" | sed 's/^](//; s/)$//' \
     | grep -vE '^(https?:|#)' | sort -u)
 done
 while IFS='|' read -r _ _ files lines _; do
   file=$(sed -n 's/.*(\([a-z_]*\.cpp\)).*/\1/p' <<<"${files%%,*}")
   [ -n "$file" ] && [ -n "${lines// /}" ] || continue
-  if [ "$(wc -l <"$file")" = "${lines// /}" ]; then
-    ok
-  else
-    fail "README.md says that $file has ${lines// /} lines, it has $(wc -l <"$file")"
-  fi
+  holds "README.md says that $file has ${lines// /} lines, it has $(wc -l <"$file")" \
+    [ "$(wc -l <"$file")" = "${lines// /}" ]
 done < <(grep -E '^\|.*\]\([a-z_]*\.cpp\)' README.md)
 echo "names    $passed functions, files, options, links and line counts looked up, $failed wrong"
 
@@ -96,16 +74,16 @@ if command -v ctags >/dev/null && command -v python3 >/dev/null; then
   docs/book/references.py >"$work/references" || fail "docs/book/references.py ended with status $?"
   while IFS=$'\t' read -r page name file first last; do
     word=${name%%[(<]*}
-    if [ -z "$file" ]; then
-      fail "$page names \`$name\`, which no line of the sources has"
-    elif [ "$last" != 0 ] && ! sed -n "$first,${last}p" "$file" | grep -qw -- "${word##*::}"; then
-      fail "$page names \`$name\`, which is not in $file, lines $first to $last"
-    else
-      ok
-    fi
+    holds "$page names \`$name\`, which no line of the sources has" [ -n "$file" ]
+    [ "${last:-0}" = 0 ] || holds "$page names \`$name\`, not in $file, lines $first to $last" \
+      grep -qw -- "${word##*::}" <(sed -n "$first,${last}p" "$file")
   done <"$work/references"
 else
-  echo "SKIP references: there is no ctags or no python3 (on Debian: universal-ctags, python3)"
+  skip references "there is no ctags or no python3 (on Debian: universal-ctags, python3)"
+fi
+if [ "${1:-}" = names ]; then
+  sums_up
+  exit
 fi
 
 # ---- listings
@@ -115,7 +93,7 @@ lines() { sed 's/^ *//' "$@" | sort -u; }
 listing='^docs/(fsdp|tensor_parallel|pipeline|context_parallel)\.md$'
 awk '/^ *```/ { inside = /```cpp/; next } inside' $(ls $pages | grep -vE "$listing") | lines \
   | comm -23 - <(lines $(ls $code | grep -E '\.(h|cuh?|cpp)$')) >"$work/out"
-if [ -s "$work/out" ]; then fail "lines that no source has: $(head -3 "$work/out")"; else ok; fi
+holds "lines that no source has: $(head -3 "$work/out")" [ ! -s "$work/out" ]
 
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 if make -s --no-print-directory BACKEND=cpu build/cpu/tests/listings >"$work/out" 2>&1; then
@@ -210,6 +188,10 @@ for page in $pages; do
   rm -rf "$work"/expected.* "$place"
   mkdir "$place"
   ln -s "$root"/* "$place"
+  rm "$place/build" # what commands write there is not the user's
+  mkdir "$place/build"
+  (cd build && ls | grep -v '\.') | sed "s#.*#$root/build/&#" | xargs -d '\n' ln -st "$place/build"
+  cp build/detected.mk "$place/build"
   cp README.md "$place/my.txt" # a fresh directory for each page
   last=0
   while IFS=$'\t' read -r block at command expected; do
@@ -229,12 +211,10 @@ for page in $pages; do
     (cd "$place" && timeout 600 bash -c "$actual") >"$work/out" 2>&1 </dev/null
     status=$?
     cat "$work/out" >>"$work/block"
-    refuses=0
-    [[ $command == *refuses* ]] && refuses=1
-    if [ $((status != 0)) != $refuses ]; then
+    if [[ $command == *refuses* ]]; then a_refusal $status; else [ $status = 0 ]; fi || {
       fail "$page:$at  $bare  ended with status $status: $(tail -1 "$work/out")"
       continue
-    fi
+    }
     if [ "$expected" != - ]; then
       lost=$(missing "$expected" "$work/block")
       lines_compared=$((lines_compared + $(grep -c . "$expected")))
@@ -243,8 +223,8 @@ for page in $pages; do
         continue
       fi
     fi
-    ok "$page:$at  $bare"
+    ok "$page:$at" "$bare"
   done < <(extract "$page")
 done
-echo "commands $lines_compared lines of output compared"
+check output_is_compared "[ $lines_compared != 0 ]" "$lines_compared lines"
 sums_up

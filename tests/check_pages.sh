@@ -30,4 +30,4 @@ pages+=($out/markup.html)
 for page in build/run.html build/report.html build/book/*.html; do
   [ ! -e "$page" ] || pages+=("$page")
 done
-python3 tests/check_pages.py $out "${pages[@]}"
+timeout 1800 python3 tests/check_pages.py $out "${pages[@]}"

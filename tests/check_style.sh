@@ -10,6 +10,11 @@
 set -u
 cd "$(dirname "$0")/.."
 . tests/lib.sh
+git rev-parse --is-inside-work-tree >"$dir/out" 2>"$dir/err" || {
+  fail check-style "git says which files are the project's: $(cat "$dir/err")"
+  sums_up
+  exit
+}
 code=$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 scripts=$(git ls-files '*.sh' '*.awk' '*.py' '*.mk' '*.js' '*.css' '*.html' Makefile .ci/run)
 folders="checkpoint cpu docs inference kernels launch network report support tests theory"
@@ -19,9 +24,9 @@ main_line="$main_line tensor_parallel"
 # found NAME FILE: passes when FILE, a list of what is wrong, is empty
 found() { check "$1" "[ ! -s '$2' ]" "$3" "$(wc -l <"$2") of them: $(head -40 "$2")"; }
 
-# Columns are characters, whatever the locale: bytes that continue a character do not count.
+# Columns are characters: bytes that continue a character do not count.
 for file in $code $scripts; do
-  LC_ALL=C awk -v file="$file" '
+  awk -v file="$file" '
     { line = $0; gsub(/[\200-\277]/, "", line) }
     length(line) > 100 { print file ":" FNR ": " length(line) " columns" }' "$file"
 done >"$dir/wide"
@@ -36,7 +41,7 @@ if [ "$version" = "$wanted" ]; then
   done >"$dir/unformatted"
   found sources_are_what_clang_format_makes_of_them "$dir/unformatted" "version $version"
 else
-  echo "SKIP sources_are_what_clang_format_makes_of_them" \
+  skip sources_are_what_clang_format_makes_of_them \
     "clang-format is version ${version:-unknown (or not there)}, .clang-format is for $wanted"
 fi
 

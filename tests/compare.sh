@@ -85,12 +85,10 @@ while IFS=$'\t' read -r name ranks options; do
   printf '%s\t%s\t%s\n' "$name" "$ranks" "$options" >>$dir/jobs.txt
   command="mpiexec -n $ranks $program $common $options on $data"
   due "$name" "$command" || continue
-  threads=$((cores / ranks))
-  [ $threads -gt 0 ] || threads=1
   printf '  %-15s mpiexec -n %s build/train_gpt %s ' "$name" "$ranks" "$options"
   rm -f "$dir/$name.command" "$dir/$name."{jsonl,json,html}
   start=$SECONDS
-  OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive $MPIEXEC -n "$ranks" \
+  OMP_NUM_THREADS=$(threads "$ranks") OMP_WAIT_POLICY=passive $MPIEXEC -n "$ranks" \
     build/train_gpt $common $options --metrics "$dir/$name.jsonl" \
     --trace "$dir/$name.json" >"$dir/$name.out" 2>&1 </dev/null || {
     echo "FAILED"

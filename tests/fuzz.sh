@@ -19,9 +19,10 @@ for o in $(make -s BACKEND=cpu print-objects); do
 done
 compile=$(make -s BACKEND=cpu print-compile)
 flags="${compile#* } -O1 -g1 -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all"
+headers=$(find . -path ./build -prune -o \( -name '*.h' -o -name '*.cuh' \) -print)
 for source in $here; do
   object=$dir/obj/$(basename "$source").o
-  [ -f "$object" ] && [ -z "$(find "$source" ./*.h */*.h -newer "$object")" ] && continue
+  [ -f "$object" ] && [ -z "$(find "$source" $headers -newer "$object")" ] && continue
   # shellcheck disable=SC2086
   env MPICH_CXX=clang++ $MPICXX $flags -c "$source" -o "$object" || exit 1
 done
@@ -32,9 +33,12 @@ env MPICH_CXX=clang++ $MPICXX -fsanitize=fuzzer,address,undefined $dir/obj/*.o $
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 OMP_NUM_THREADS=1
 if [ "${1:-}" = keep ]; then
   for t in $targets; do
-    mkdir -p $dir/small && rm -f $dir/small/*
+    mkdir -p $dir/small $dir/corpus/$t && rm -f $dir/small/*
     FUZZ_TARGET=$t $dir/fuzz -merge=1 -max_len=1200 $dir/small tests/corpus/$t $dir/corpus/$t \
-      2>/dev/null
+      2>$dir/$t.log || {
+      tail -3 $dir/$t.log
+      exit 1
+    }
     rm -rf tests/corpus/$t && mkdir tests/corpus/$t
     # the smallest ones, 14 kB a target
     find $dir/small -type f -printf '%s %p\n' | sort -n \

@@ -69,11 +69,10 @@ shows() {
   grep -aE "$1" "$(ls -t "$logs"/*.log | head -1)" | sed 's/^/            /' | tee -a "$report"
 }
 run() { # run RANKS PROGRAM ARGS...
-  local threads=$((cores / $1))
-  OMP_NUM_THREADS=$((threads ? threads : 1)) OMP_WAIT_POLICY=passive $MPIEXEC -n "$@"
+  OMP_NUM_THREADS=$(threads "$1") OMP_WAIT_POLICY=passive $MPIEXEC -n "$@"
 }
-export -f run
-export MPIEXEC cores
+export -f run threads
+export cores
 
 # ---- build
 

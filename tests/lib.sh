@@ -1,8 +1,9 @@
 # lib.sh: what the scripts share. Each sources it from the project's root.
 MPICXX=${MPICXX:-$(command -v mpicxx.mpich || echo mpicxx)}
-MPIEXEC=${MPIEXEC:-${MPICXX/mpicxx/mpiexec}} # of the same MPI
-cores=$(env -u OMP_NUM_THREADS nproc)        # nproc obeys that variable
-dir=$(mktemp -d)                             # removed at the end
+export MPIEXEC=${MPIEXEC:-${MPICXX/mpicxx/mpiexec}} # of the same MPI
+export LC_ALL=C # numbers have a point, and columns are bytes
+cores=$(env -u OMP_NUM_THREADS nproc) # nproc obeys that variable
+dir=$(mktemp -d)                      # removed at the end
 trap "rm -rf '$dir'" EXIT
 passed=0 failed=0 skipped=0
 
@@ -18,22 +19,46 @@ skip() {
   echo "SKIP $1  ${2:-}"
   skipped=$((skipped + 1))
 }
-# check NAME CONDITION [ON SUCCESS] [ON FAILURE]
+# check NAME CONDITION [ON SUCCESS] [ON FAILURE, else what was said]
 check() {
   if eval "$2"; then
     ok "$1" "${3:-}"
   else
-    fail "$1" "${4:-}"
+    fail "$1" "${4:-$(head -c 300 "$dir/err" 2>/dev/null)}"
+  fi
+}
+# a_refusal STATUS: a program ended by itself and not well: no success, no signal, no time limit
+a_refusal() { [ "$1" -ge 1 ] && [ "$1" -le 123 ]; }
+# refused NAME PART COMMAND...: it does, and says PART on the standard error once; with alone=yes
+# nothing else there, and no step is taken
+refused() {
+  local name=$1 part=$2 status step
+  shift 2
+  timeout 60 "$@" >"$dir/out" 2>"$dir/err"
+  status=$?
+  step=$(grep -m1 '^step *[0-9]*/' "$dir/out")
+  if a_refusal $status && [ "$(grep -cF -- "$part" "$dir/err")" = 1 ] \
+    && [[ -z ${alone:-} || ($(wc -l <"$dir/err") = 1 && -z $step) ]]; then
+    ok "$name" "$(grep -F -- "$part" "$dir/err" | cut -c1-150)"
+  else
+    fail "$name" "status $status: $(head -c 300 "$dir/err") $step"
   fi
 }
 # sums_up: the closing line, and the script's exit status
 sums_up() {
   local more=""
+  [ $((passed + failed + skipped)) != 0 ] || fail "${0##*/}" "nothing was checked"
   [ $skipped = 0 ] || more=", $skipped skipped"
   echo "$passed passed, $failed failed$more"
   [ $failed -eq 0 ]
 }
 
+# threads RANKS: a rank's share of the cores
+threads() { echo $(($1 < cores ? cores / $1 : 1)); }
+# median: of the numbers that are read
+median() {
+  sort -g | awk '{ x[NR] = $1 } END { print (x[int((NR + 1) / 2)] + x[int(NR / 2 + 1)]) / 2 }'
+}
 # losses FILE: the loss of each step in a metrics file
 losses() { sed -n 's/.*"loss":\([^,]*\),.*/\1/p' "$1"; }
 # worst STEPS FILE FILE: the largest relative difference of their losses; 1 unless both have STEPS,

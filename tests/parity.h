@@ -155,36 +155,28 @@ inline void expect_numbers(Trainer& trainer) {
       CHECK(std::abs(x) < kSpoiled / 2, "a gradient of unit ", unit, " is ", x);
 }
 
-inline Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions& options,
-                      int steps) {
+inline Run many_ranks(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, int steps,
+                      bool curve_alone = false) {
   Trainer trainer(mesh, config, options);
   Run run;
   for (int step = 1; step <= steps; step++) {
-    spoil_gradients(trainer);
+    if (!curve_alone) spoil_gradients(trainer);
     trainer.gradients(trainer.read([&](int64_t s) { return sequence(step, s, config); }));
-    expect_numbers(trainer);
-    append(run.gradients, whole_model(mesh, trainer, WholeOf::gradients));
+    if (!curve_alone) {
+      expect_numbers(trainer);
+      append(run.gradients, whole_model(mesh, trainer, WholeOf::gradients));
+    }
     trainer.update(kLearningRate);
     const auto [loss, norm] = trainer.results();
     run.losses.push_back(loss);
     run.norms.push_back(norm);
   }
-  run.weights = whole_model(mesh, trainer, WholeOf::weights);
+  if (!curve_alone) run.weights = whole_model(mesh, trainer, WholeOf::weights);
   return run;
 }
-
 // Losses and norms alone: a long curve needs no gradients.
 inline Run curve_of(Mesh& mesh, const GptConfig& config, const TrainerOptions& options, int steps) {
-  Trainer trainer(mesh, config, options);
-  Run run;
-  for (int step = 1; step <= steps; step++) {
-    trainer.gradients(trainer.read([&](int64_t s) { return sequence(step, s, config); }));
-    trainer.update(kLearningRate);
-    const auto [loss, norm] = trainer.results();
-    run.losses.push_back(loss);
-    run.norms.push_back(norm);
-  }
-  return run;
+  return many_ranks(mesh, config, options, steps, true);
 }
 
 inline double relative(const std::vector<double>& a, const std::vector<double>& b) {
@@ -211,13 +203,15 @@ inline Difference compare(const Run& a, const Run& b) {
           relative(a.norms, b.norms), relative(a.weights, b.weights)};
 }
 
-// Settings against one rank in f64, kSteps steps each.
+// Settings against one rank in f64, so many steps each.
 class Parity {
  public:
-  Parity(const GptConfig& config, int64_t batch) : reference_(one_rank(config, batch, kSteps)) {}
+  Parity(const GptConfig& config, int64_t batch)
+      : Parity(one_rank(config, batch, kSteps), kSteps) {}
+  Parity(const Run& reference, int steps) : reference_(reference), steps_(steps) {}
   void check(Mesh& mesh, const GptConfig& config, const TrainerOptions& options,
              const std::string& name) {
-    const Difference d = compare(many_ranks(mesh, config, options, kSteps), reference_);
+    const Difference d = compare(many_ranks(mesh, config, options, steps_), reference_);
     CHECK_LE(d.worst(), 1e-12, name, ": loss ", d.loss, " gradients ", d.gradients, " norm ",
              d.norm, " weights ", d.weights);
     worst_.widen(d);
@@ -226,12 +220,14 @@ class Parity {
   int settings() const { return settings_; }
   const Difference& worst() const { return worst_; }
   void report() const {
+    CHECK(settings_ > 0);
     measured(settings_, " settings: loss ", worst_.loss, ", gradients ", worst_.gradients,
              ", norm ", worst_.norm, ", weights ", worst_.weights);
   }
 
  private:
   Run reference_;
+  int steps_;
   Difference worst_;
   int settings_ = 0;
 };

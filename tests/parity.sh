@@ -16,10 +16,8 @@ echo "every mesh of up to 8 ranks against one rank in f64: largest relative diff
   "settings, 5 steps each"
 echo "  ranks  settings       loss gradients     norm  weights   mesh"
 for n in 1 2 3 4 5 6 7 8; do
-  threads=$((cores / n))
-  [ $threads -gt 0 ] || threads=1
-  OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=passive $MPIEXEC -n $n "build/$1/tests/test_parity" \
-    whole >"$log" 2>&1
+  OMP_NUM_THREADS=$(threads $n) OMP_WAIT_POLICY=passive \
+    $MPIEXEC -n $n "build/$1/tests/test_parity" whole >"$log" 2>&1
   status=$?
   grep -E '^  |^(FAIL|SKIP)' "$log"
   sed -n 's/^ok  *whole[a-z0-9_]*  /ok    /p' "$log"

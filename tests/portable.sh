@@ -72,7 +72,7 @@ on_arm64() {
   [ -e "$place/arm64/usr/lib/aarch64-linux-gnu/libdnnl.so" ] || inside "$place/arm64" "cd /tmp &&
     apt-get download libmpich-dev:arm64 libdnnl-dev:arm64 libxxhash-dev:arm64 &&
     for p in *_arm64.deb; do dpkg -x \$p /; done" || return
-  local cross="MPICH_CXX=aarch64-linux-gnu-g++ make MARCH=armv8-a -j$(nproc)"
+  local cross="MPICH_CXX=aarch64-linux-gnu-g++ make MARCH=armv8-a -j$cores"
   local options="--model tiny --dtype f64 --steps 3 --batch 2 --data README.md"
   local run="OMP_NUM_THREADS=1 mpiexec -n 2 qemu-aarch64 build/cpu/train_gpt"
   step arm64_builds arm64-build inside "$place/arm64" "$cross BACKEND=cpu build/cpu/train_gpt" \
@@ -99,12 +99,12 @@ on_arm64() {
 }
 
 on_clang() {
-  command -v clang++ >/dev/null && [ -e /usr/lib/llvm-*/lib/libomp.so ] \
-    || apt-get install -y -qq --no-install-recommends clang libomp-dev
+  command -v clang++ >/dev/null && ls /usr/lib/llvm-*/lib/libomp.so >/dev/null 2>&1 \
+    || apt-get install -y -qq --no-install-recommends clang libomp-dev || return
   local copy=$place/clang
   copy_to "$copy"
-  export MPICH_CXX=clang++
-  step clang_builds clang-build make -C "$copy" BACKEND=cpu -j"$(nproc)" build || return
+  local -x MPICH_CXX=clang++
+  step clang_builds clang-build make -C "$copy" BACKEND=cpu -j"$cores" build || return
   OMP_NUM_THREADS=2 "$copy/build/cpu/train_gpt" --steps 1 --layers 1 >"$logs/clang-train" 2>&1
   check clang_takes_the_threads_that_are_there "grep -q '^device.*2 threads' $logs/clang-train" \
     "$(grep '^device' "$logs/clang-train")" "$(tail -1 "$logs/clang-train")"

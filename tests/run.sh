@@ -27,6 +27,16 @@ trace="test_trace"
 referee="test_nccl"
 export OMP_WAIT_POLICY=passive # two tests share the processors
 
+# Ctrl-C ends them, too: a lane ignores it, and timeout puts what it starts into a group of its own
+with_children() { # with_children PROCESS...: these, and all that they have started
+  local process
+  for process in "$@"; do
+    echo "$process"
+    with_children $(cat "/proc/$process/task/$process/children")
+  done
+}
+trap 'kill $(with_children $(jobs -p)) 2>/dev/null; rm -rf "$dir"' EXIT
+
 # run LABEL COMMAND...: for the lanes
 labels=() commands=()
 run() {
@@ -35,6 +45,7 @@ run() {
   commands+=("$(printf '%q ' "$@")")
 }
 
+closing='^[0-9]+ passed, [0-9]+ failed(, [0-9]+ skipped)?$'
 # conduct NUMBER: runs that test, then shows its lines in one piece; its sums go to $dir/sums
 conduct() {
   local label=${labels[$1]} log=$dir/log.$1 status sum passed=0 failed=0 skipped=0
@@ -45,16 +56,18 @@ conduct() {
     echo "FAIL $label  $1" >>"$log"
     failed=$((failed + 1))
   }
-  sum=$(grep -E '^[0-9]+ passed, [0-9]+ failed(, [0-9]+ skipped)?$' "$log" | tail -1)
-  read -r passed failed skipped <<<"$(tr -dc '0-9 ' <<<"$sum") 0 0 0"
-  if grep -q '^fakecudart:' "$log"; then problem "the PTX runner reports a race or an error"; fi
+  sum=$(grep -aE "$closing" "$log" | tail -1)
+  read -r passed failed skipped _ <<<"$(tr -dc '0-9 ' <<<"$sum") 0 0 0"
+  if grep -aq '^fakecudart:' "$log"; then problem "the PTX runner reports a race or an error"; fi
   if [ -z "$sum" ]; then
     problem "ended with status $status and no closing line"
+  elif [ $((passed + failed + skipped)) = 0 ]; then
+    problem "checked nothing"
   elif [ "$status" -ne 0 ] && [ "$failed" -eq 0 ]; then
     problem "ended with status $status"
   fi
   flock "$dir/sums" cat - "$log.time" <<<"== $label
-$(grep -v ' passed, .* failed' "$log")"
+$(grep -avE "$closing" "$log")"
   echo "$passed $failed $skipped" >>"$dir/sums"
 }
 
@@ -81,7 +94,9 @@ for backend in "$@"; do
   [ "$backend" = cuda ] && programs="${kernels#test_cpu } $ranks $parity"
   [ "$backend" = ptx ] && programs="${kernels#test_cpu }"
   targets=$(printf "$built/tests/%s " $programs)
-  [ "$backend" = cpu ] && targets="$targets programs build/cpu/tests/test_checkpoint"
+  # the last are not run: they compile
+  [ "$backend" = cpu ] && targets="$targets programs build/cpu/tests/test_checkpoint \
+      $(printf 'build/cpu/tests/%s ' compare listings bench_kernels bench_links bench_nccl)"
   [ "$backend" = ptx ] && targets="$targets $built/train_gpt build/cuda/null/train_gpt \
       build/cuda/null/generate"
   make --no-print-directory -j"$cores" BACKEND="${backend/ptx/cuda}" $targets || {
@@ -101,9 +116,7 @@ for backend in "$@"; do
     esac
     [ -n "$sizes" ] || run "$backend/$p" "$built/tests/$p"
     for n in $sizes; do
-      threads=$((cores / n))
-      [ $threads -gt 0 ] || threads=1
-      run "$backend/$p, $n ranks" env OMP_NUM_THREADS=$threads \
+      run "$backend/$p, $n ranks" env OMP_NUM_THREADS="$(threads "$n")" \
         $MPIEXEC -n "$n" "$built/tests/$p" $filter
     done
   done

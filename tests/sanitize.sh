@@ -11,18 +11,16 @@ alone="test_cpu test_support test_schedule test_tensor test_golden"
 ranks="test_comm test_parity test_generator" # of the parity matrix one setting a mesh
 targets=""
 for t in $alone $ranks; do targets="$targets build/sanitize/tests/$t"; done
-make --no-print-directory -j"$(nproc)" BACKEND=sanitize build/sanitize/train_gpt $targets || exit 1
+make --no-print-directory -j"$cores" BACKEND=sanitize build/sanitize/train_gpt $targets || exit 1
 log=$dir/log
-failed=0
 run() {
   local label=$1
   shift
   if timeout 900 "$@" >"$log" 2>&1 && ! grep -qE 'runtime error|AddressSanitizer' "$log"; then
-    echo "ok   $label  $(tail -1 "$log")"
+    ok "$label" "$(tail -1 "$log")"
   else
-    echo "FAIL $label"
+    fail "$label"
     grep -m5 -E 'runtime error|AddressSanitizer|^FAIL' "$log" || tail -5 "$log"
-    failed=1
   fi
 }
 for t in $alone; do run "$t" build/sanitize/tests/$t; done
@@ -36,5 +34,4 @@ for layout in "--replicate 2" "--fsdp 2" "--tp 2 --sequence-parallel" "--pp 2 --
   run "train_gpt $layout" $MPIEXEC -n 2 build/sanitize/train_gpt $small $layout --sample 20 \
     --checkpoint "$dir/${layout//[ -]/}"
 done
-[ $failed = 0 ] && echo "the sanitizers are silent"
-exit $failed
+sums_up

@@ -8,11 +8,15 @@ cd "$(dirname "$0")/.."
 export LAB=3f$$ OMP_NUM_THREADS=1
 nodes=network/nodes.sh
 if ! reason=$($nodes up 4 2>&1 >/dev/null); then
-  skip "several nodes on one machine" "$(tail -1 <<<"$reason")"
+  reason=$(tail -1 <<<"$reason")
+  # also what kernels and containers say that cannot do it
+  cannot='only root|needs iproute2|not permitted|not supported|denied|nknown device|kind is unknown'
+  if grep -qE "$cannot" <<<"$reason"; then skip "several nodes on one machine" "$reason"
+  else fail "several nodes on one machine" "$reason"; fi
   sums_up
   exit
 fi
-trap "$nodes down; rm -rf '$dir'" EXIT
+trap '[ -z "${job:-}" ] || kill -- -"$job" 2>/dev/null; $nodes down; rm -rf "$dir"' EXIT
 train="build/cpu/train_gpt --layers 2 --batch 6 --microbatch 1 --dtype f64 --data README.md"
 
 # run NAME RANKS OPTIONS: status.NAME has its status and seconds; to_end at most 60 s
@@ -25,7 +29,7 @@ run() {
     >"$dir/status.$name"
 }
 check a_lab_is_no_pattern \
-  "! LAB='.*' $nodes down 2>$dir/err && grep -q 'expected letters' $dir/err" "" "$(cat "$dir/err")"
+  "! LAB='.*' $nodes down 2>$dir/err && grep -q 'expected letters' $dir/err"
 status() { cut -d' ' -f1 "$dir/status.$1"; }
 # rank_on NODE: the process of the rank that runs there
 rank_on() {
@@ -60,7 +64,8 @@ done
 worst=$(worst 3 "$dir/alone.jsonl" "$dir/fsdp.jsonl")
 check three_nodes_train_to_the_losses_of_one_rank "at_most $worst 1e-12" "within $worst" \
   "$worst: $(tail -1 "$dir/fsdp")"
-check the_wire_carries_the_bytes_of_the_ledger "at_most $wire $((ledger * 11 / 10))" \
+check the_wire_carries_the_bytes_of_the_ledger \
+  "at_most $wire $((ledger * 11 / 10)) && at_most $((ledger * 99 / 100)) $wire" \
   "$wire bytes for $ledger" "$wire bytes for $ledger"
 run shared 6 --steps 2 --tp 2 --pp 1 --fsdp 3
 timeout -k 5 60 $nodes run -n 6 --spread $train --steps 2 --tp 2 --fsdp 3 \
@@ -163,9 +168,10 @@ none_left() {
 on_nodes() { for i in 1 2 3 4; do ip netns pids "$LAB-$i"; done; }
 rm -f "$dir/ended.jsonl"
 interrupted ended $nodes run -n 3 $train --fsdp 3 --steps 100000 --metrics "$dir/ended.jsonl"
-until_step ended 2
+until_step ended 2 && steps=yes || steps=no
 kill -INT -- -$job
-check after_ctrl_c_of_mpiexec_no_process_is_left_on_the_nodes "none_left on_nodes" "" "$(on_nodes)"
+check after_ctrl_c_of_mpiexec_no_process_is_left_on_the_nodes \
+  "[ $steps = yes ] && none_left on_nodes" "" "$(tail -1 "$dir/ended") $(on_nodes)"
 
 for wrong in "up 4 fast" "up 1" "up 2 0 long" "up 2"; do
   $nodes $wrong >"$dir/wrong" 2>&1
@@ -200,6 +206,7 @@ for signal in INT TERM; do
   kill -$signal -- -$job
   check make_network_that_is_ended_by_${signal}_leaves_nothing "none_left labs" "" \
     "$(tail -1 "$dir/experiment"); $(labs)"
+  kill -KILL -- -$job 2>/dev/null
 done
 $nodes up 2 1gbit 2000
 run late 2 --steps 3 --tp 2

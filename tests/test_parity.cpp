@@ -178,27 +178,25 @@ void run_matrix(size_t settings_a_mesh, int steps) {
     if (l.ranks() != job().size) continue;
     const Reference& reference = reference_of(references, l, steps);
     Mesh mesh = open_mesh(l);
-    Difference of_mesh;
+    Parity parity(reference.run, steps);
     for (const Setting& s : cell.settings) {
       if (&s == &cell.settings[0]) {
         Trainer trainer(mesh, config_of(l, s), options_of(l, s));
         CHECK(whole_model(mesh, trainer, WholeOf::weights) == reference.initial, name_of(l, s),
               ": initial weights differ from one rank's");
       }
-      const Difference d =
-          compare(many_ranks(mesh, config_of(l, s), options_of(l, s), steps), reference.run);
-      CHECK_LE(d.worst(), 1e-12, name_of(l, s), ": loss ", d.loss, " gradients ", d.gradients,
-               " norm ", d.norm, " weights ", d.weights);
-      of_mesh.widen(d);
+      parity.check(mesh, config_of(l, s), options_of(l, s), name_of(l, s));
     }
     close_mesh(mesh);
+    const Difference& of_mesh = parity.worst();
     worst.widen(of_mesh);
-    settings += int(cell.settings.size());
+    settings += parity.settings();
     if (job().speaks)
       printf("  %5d %9zu   %8.1e %9.1e %8.1e %8.1e   %s\n", job().size, cell.settings.size(),
              of_mesh.loss, of_mesh.gradients, of_mesh.norm, of_mesh.weights, to_string(l).c_str()),
           fflush(stdout);
   }
+  CHECK(settings > 0);
   measured(settings, " settings: loss ", worst.loss, ", gradients ", worst.gradients, ", norm ",
            worst.norm, ", weights ", worst.weights, "; the same initial bits");
 }

@@ -50,6 +50,7 @@ struct Setting {
 // turns. ZeRO stages, prefetch, recompute and slices of rows take turns, too.
 template <class Work> void each_setting(Work work) {
   const int n = job().size;
+  if (n == 1) skip("no pipeline");
   int turn = 0;
   for (int pp = n; pp >= 2; pp--) {
     if (n % pp) continue;

@@ -54,10 +54,9 @@ SECONDS ?= 60
 fuzz:  ## make fuzz [SECONDS=60]   libFuzzer on everything that reads files of others (needs clang)
 	@tests/fuzz.sh $(SECONDS)
 
-MUTATED := kernels autograd trainer fsdp tensor_parallel context_parallel pipeline schedule comm \
-           golden trace plan
 mutants:  ## make mutants             one-line faults that the suite must catch
-	@$(MAKE) -s --no-print-directory BACKEND=cpu $(MUTATED:%=build/cpu/tests/test_%)
+	@$(MAKE) -s --no-print-directory BACKEND=cpu \
+	  $$(grep -oE '\btest_[a-z_]+' tests/mutants.sh | sort -u | sed 's,^,build/cpu/tests/,')
 	@tests/mutants.sh
 	@tests/kernel_mutants.sh
 
@@ -66,7 +65,8 @@ parity: $(B)/tests/test_parity
 	@tests/parity.sh $(BACKEND)
 
 ## make compare [ONLY=pp]   all strategies side by side: tables and build/report.html
-compare: built $(B)/tests/compare
+compare: built
+	@$(MAKE) --no-print-directory $(B)/tests/compare
 	@tests/compare.sh
 
 sanitize:  ## make sanitize            small tests under Address- and UndefinedBehaviorSanitizer
@@ -101,7 +101,8 @@ gpu-check:
 ## make cuda                compile and link everything with nvcc, cuBLAS and NCCL (needs no GPU)
 cuda:
 	@$(MAKE) --no-print-directory BACKEND=cuda cuda-build check-spills sass
-cuda-build: $(PROGRAMS:%=$(B)/%) $(CUDA_TESTS:%=$(B)/tests/%) $(B)/comm-mpi/train_gpt
+cuda-build: $(PROGRAMS:%=$(B)/%) $(B)/comm-mpi/train_gpt \
+            $(patsubst %,$(B)/tests/%,$(CUDA_TESTS) $(BENCHES) compare)
 # ptxas spills registers, or keeps an array out of them, in no kernel but those for f64, which are
 # for proofs. Of chips after sm_90 this is only said: nobody has tuned for them here.
 check-spills: cuda-build
@@ -114,7 +115,7 @@ check-spills: cuda-build
 	  END { \
 	    print kernels " kernels compiled for " built_for \
 	      "; spills or stack frames outside f64: " (bad ? "yes" : "none"); \
-	    exit bad > 0 \
+	    exit bad > 0 || !kernels \
 	  }'
 # the machine code of the kernels that multiply in tensor cores
 sass: cuda-build
