@@ -2,7 +2,8 @@
 # kernel_mutants.sh: faults in the kernels: barriers and waits for copies taken out, a number in
 # another lane, a mask off by one, a head left out; a maximum that is not taken off; padding that
 # the loss reads or leaves; and packs at an address that nobody has looked at. In FAITHFUL a test
-# must fail, or the stand-in report it; unchanged, the test must have passed before.
+# must fail, or the stand-in or a check in the kernel say what is wrong; unchanged, the test must
+# have passed before.
 #   tests/kernel_mutants.sh [NAME]      those with NAME in their name; all without
 # The fault is put into a copy of its file (a header is found there before the real one); the
 # kernels are compiled from there and linked into the test in the real ones' place.
@@ -43,7 +44,7 @@ mutant() {
   unchanged "$test" "$filter" || { echo "FAIL $name  $test $filter fails unchanged"; return; }
   { timeout 600 "$place/test" "$filter" >"$place/out" 2>&1; } 2>/dev/null
   local status=$? said
-  said=$(grep -m1 -E '^(FAIL|CUDA stand-in)' "$place/out" | cut -c1-120)
+  said=$(grep -m1 -E '^(FAIL|CUDA stand-in|  what\(\):)' "$place/out" | cut -c1-120)
   if [ $status -eq 0 ]; then
     echo "FAIL $name  lives: $test passed with it"
   elif [ -z "$said" ]; then
