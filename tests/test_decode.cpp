@@ -163,11 +163,9 @@ TEST(scores_of_hundreds_overflow_nothing) {
     const Decoded expected = decode(download(cache), download(qkv), {3, 100}, H, S, D);
     attention_decode(out, cache, qkv, integers({3, 100}), H);
     const double d = relative_difference(download(out), expected.out),
-                 most = bound(dtype, 0) + expected.largest_score *
-                                              (bound(dtype == Dtype::bf16 ? Dtype::f32 : dtype, D) -
-                                               bound(dtype == Dtype::bf16 ? Dtype::f32 : dtype, 0));
+                 score = expected.largest_score, most = bound(dtype, double(D) * score * score);
     CHECK_LE(d, most, name_of(dtype));
-    worst = std::max(worst, d / most), least_score = std::min(least_score, expected.largest_score);
+    worst = std::max(worst, d / most), least_score = std::min(least_score, score);
   }
   CHECK_LE(200, least_score);
   measured("scores up to ", least_score, ": at most ", worst, " of the bound");
