@@ -9,8 +9,10 @@ UpdateTable update_table(const std::vector<ParamShard>& shards) {
   UpdateTable table;
   for (const ParamShard& s : shards) {
     const int64_t n = s.weights.numel(), count = ceil_div(n, kPieceSize);
+    const Dtype compute = (s.compute.empty() ? s.weights : s.compute).dtype();
+    ASSERT(pieces.empty() || compute == table.compute, "shards of two dtypes");
     table.elements += n;
-    table.compute = (s.compute.empty() ? s.weights : s.compute).dtype();
+    table.compute = compute;
     for (const Tensor* x : {&s.m, &s.v, &s.gradient})
       ASSERT(x->numel() == n && x->dtype() == s.weights.dtype());
     for (int64_t i = 0; i < count; i++) {

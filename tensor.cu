@@ -194,7 +194,7 @@ Buffer::Buffer(int64_t bytes, Memory category) : bytes(bytes), category(category
 }
 
 Buffer::~Buffer() {
-  if (!opened) return;  // the device was closed: its pool went with it
+  if (!opened) return;  // the device was closed: this stays until the process ends
   opened->memory.now[int(category)] -= bytes;
   opened->memory.total -= bytes;
   recorder.allocated(name_of(category), microbatch, -bytes);

@@ -189,7 +189,8 @@ std::string describe_memory(const MemoryUse& m);
 
 void fill(const Tensor& x, double value);
 void copy(const Tensor& to, const Tensor& from);  // same dtype and number of elements
-void cast(const Tensor& to, const Tensor& from);  // f32, bf16, f64, any to any
+// f32, bf16, f64, any to any; f64 to bf16 by way of f32
+void cast(const Tensor& to, const Tensor& from);
 // Returns when `host` may be reused. It waits for the device only where 64 MiB of earlier uploads
 // of about this size (up to the same power of 2) are still on their way.
 void upload(const Tensor& to, const void* host);

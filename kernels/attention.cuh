@@ -13,7 +13,7 @@ template <class T> struct Rows {
   int64_t ld;
   int rows;
 };
-// The same to write: of T, or with `wide` of what sums run in; `add`: to what is there
+// The same to write: of T, or with `wide` of what sums run in, and then with `add` to what is there
 struct Results {
   void* data;
   int64_t ld;

@@ -104,11 +104,13 @@ template <class T> __global__ void __launch_bounds__(128)
 
 void attention_decode(const Tensor& out, const Tensor& cache, const Tensor& qkv,
                       const Tensor& lengths, int64_t H) {
-  OP("attention_decode", bytes_of(out, qkv));  // and the cache as far as it is filled
+  // not the cache: how far it is filled, the device knows
+  OP("attention_decode", bytes_of(out, qkv));
   const int64_t B = cache.dim(0), S = cache.dim(3), D = cache.dim(4);
   REQUIRE(D <= kMaxD, "decoding takes heads of at most ", kMaxD, " channels, not ", D);
   ASSERT(cache.dim(2) == H && qkv.numel() == B * 3 * H * D && out.numel() == B * H * D &&
          lengths.numel() == B);
+  if (!out.numel()) return;
   DISPATCH(cache.dtype(), const auto kernel = D <= 64    ? decode_kernel<T, 64>
                                               : D <= 128 ? decode_kernel<T, 128>
                                                          : decode_kernel<T, kMaxD>;
@@ -121,6 +123,7 @@ void append_to_cache(const Tensor& cache, const Tensor& qkv, int64_t b, int64_t 
   OP("append_to_cache", bytes_of(qkv) * 4 / 3);
   const int64_t S = cache.dim(3), D = cache.dim(4), T_ = qkv.numel() / (3 * H * D);
   ASSERT(b < cache.dim(0) && first + T_ <= S && cache.dim(2) == H);
+  if (!T_) return;
   DISPATCH(cache.dtype(), append_kernel<T><<<T_ * 2 * H, kCopyThreads, 0, device().compute>>>(
                               cache.data<T>() + b * 2 * H * S * D, qkv.data<T>(), H, S, D, first));
 }

@@ -375,7 +375,7 @@ template <class T> Inputs<T> inputs(const Parts& q, const Parts& kv) {
 }
 Results write(const Parts& x, Dtype dtype, int64_t part, bool add) {
   const bool wide = x.tensor.dtype() == master_dtype(dtype);
-  ASSERT(wide || x.tensor.dtype() == dtype, name_of(x.tensor.dtype()));
+  ASSERT(wide || (x.tensor.dtype() == dtype && !add), name_of(x.tensor.dtype()));
   return {x.begin(part), x.ld(), int(x.rows), wide, add};
 }
 
@@ -390,6 +390,7 @@ Sizes sizes_of(const Tensor& out, const Tensor& lse, const AttentionInputs& in) 
   const int64_t T = n.queries.rows, D = out.numel() / (B * T * H);
   ASSERT(out.numel() == B * T * H * D && lse.numel() == B * H * T, to_string(out.shape()), ", ",
          to_string(lse.shape()), " with B = ", B, ", T = ", T, ", H = ", H);
+  ASSERT(n.keys.rows > 0, "queries without a key");
   REQUIRE(B * H <= INT_MAX / ceil_div(std::max(T, in.keys.rows()), 16),
           "flash attention takes at most 2^31 tiles, and ", B, " sequences of ", T, " tokens with ",
           H, " heads have more: give a smaller --microbatch");
@@ -397,7 +398,7 @@ Sizes sizes_of(const Tensor& out, const Tensor& lse, const AttentionInputs& in) 
           ": use plain attention");
   n.D = D;
   n.heads = B * H;
-  const int64_t bytes = 2 * std::max<int64_t>(n.keys.rows, 1) * D * size_of(in.q.dtype());
+  const int64_t bytes = 2 * int64_t(n.keys.rows) * D * size_of(in.q.dtype());
   n.group_heads = ceil_div(n.heads, ceil_div(n.heads, most_heads(bytes)));  // of like sizes
   return n;
 }
@@ -440,6 +441,7 @@ void attention_flash_forward(const Tensor& out, const Tensor& lse, const Attenti
 void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
                               const Tensor& delta, const Tensor& lse, const AttentionInputs& in,
                               bool add_dq) {
+  // the kernels make 7: both compute scores, and dout v^T
   OP("attention_flash_backward", 0, 5 * flops_of_product(dout, in));
   if (!dout.numel()) return fill(dkv, 0);  // no query sees a key
   Sizes n = sizes_of(dout, lse, in);

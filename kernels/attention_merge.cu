@@ -35,8 +35,8 @@ template <class A> __global__ void __launch_bounds__(256)
 
 // Grid (rows, pieces of a row); reads and writes the columns once
 template <class T, class U> __global__ void __launch_bounds__(256)
-    columns_kernel(T* __restrict__ to, int64_t to_ld, const U* __restrict__ from, int64_t from_ld,
-                   int columns) {
+    copy_columns_kernel(T* __restrict__ to, int64_t to_ld, const U* __restrict__ from,
+                        int64_t from_ld, int columns) {
   to += blockIdx.x * to_ld;
   from += blockIdx.x * from_ld;
   const int first = blockIdx.y * kPiece, left = columns - first;
@@ -52,6 +52,7 @@ void merge_attention(const Tensor& out, const Tensor& lse, const Tensor& part,
                      const Tensor& part_lse) {
   OP("merge_attention", bytes_of(out, out, lse, lse, part, part_lse));
   const int64_t H = lse.dim(1), T_ = lse.dim(2), rows = lse.numel();
+  if (!rows) return;
   ASSERT(part.numel() == out.numel() && part_lse.numel() == rows && out.numel() % rows == 0);
   const unsigned blocks = ceil_div(rows, kRows);
   const int D = out.numel() / rows;
@@ -68,9 +69,9 @@ void copy_columns(const Tensor& to, int64_t to_first, const Tensor& from, int64_
   if (!rows || !columns) return;
   const auto launch = [&]<class T, class U>(T* target, const U* source) {
     const dim3 grid(rows, ceil_div(columns, kPiece));
-    columns_kernel<T, U><<<grid, kThreads, 0, device().compute>>>(target + to_first, to_ld,
-                                                                  source + from_first, from_ld,
-                                                                  columns);
+    copy_columns_kernel<T, U><<<grid, kThreads, 0, device().compute>>>(target + to_first, to_ld,
+                                                                       source + from_first, from_ld,
+                                                                       columns);
   };
   DISPATCH(to.dtype(), if (from.dtype() == to.dtype()) launch(to.data<T>(), from.data<T>());
            else launch(to.data<T>(), from.data<A>()));

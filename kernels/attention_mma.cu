@@ -4,12 +4,13 @@
 //           of the rows, and no warp needs another's sums. The product q k^T leaves a warp's
 //           scores in the very lanes where the product with v needs them (mma.cuh), so scores and
 //           probabilities stay in registers, and a row's maximum and sum are taken over the four
-//           lanes that share it. Shared memory holds tiles of q, k, v and dout, and in
+//           lanes that share it (a quad). Shared memory holds tiles of q, k, v and dout, and in
 //           attention_backward_kv the queries' lse and delta.
 // flow      Two buffers: while one tile is multiplied, the next one travels to the other. One
 //           barrier a tile: after it, the tile is there, and nobody reads the other buffer.
 // cost      as in attention_flash.cu; the backward kernels compute the scores again
-// order     each sum runs over tiles from first to last, in one lane
+// order     each sum runs over tiles from first to last, in one lane; that of a row's exponentials
+//           in the four that share it, which are added up at the end
 // memory    at most 70 KiB of shared memory a block, D 64: 45 KiB
 // not here  32 rows a warp, wgmma and TMA (sm_90): what the best kernels for one chip do on top
 // test      tests/test_attention.cpp
@@ -35,7 +36,8 @@ template <class S>
 constexpr int kBackwardBytes = (2 * S::kOwnSize + 4 * S::kSize) * 2 + 4 * S::kStep * 4;
 static_assert(kForwardBytes<ForwardShape<128>> <= 99 << 10 &&
               kBackwardBytes<BackwardShape<128>> <= 99 << 10);
-// Blocks that a multiprocessor is to hold: as far as nvcc does without spilling registers
+// Blocks whose registers a multiprocessor is to hold, as far as nvcc does without spilling; where D
+// is wide, shared memory allows fewer (docs/gpu.md)
 template <int kD> constexpr int kBlocks = kD <= 64 ? 4 : 3;
 
 // Begins to bring rows first, first + 1, ... of x to a tile; zeros beyond the last row and D
@@ -86,7 +88,6 @@ template <int kD> __device__ __forceinline__ void write(const Results& x, int fi
         store_pack<2>(p, Pack<float, 2>{a, b});
       } else {
         bf16* p = static_cast<bf16*>(x.data) + to;
-        if (x.add) a += load(p[0]), b += load(p[1]);
         *reinterpret_cast<unsigned*>(p) = pair(a, b);
       }
     }
@@ -96,7 +97,8 @@ template <int kD> __device__ __forceinline__ void write(const Results& x, int fi
 // ---- forward
 
 // out, lse (B,H,queries); block (head, tile): 64 queries; reads q once, and k and v as far as the
-// tile sees them; D <= kD, a multiple of 8
+// tile sees them; D <= kD, a multiple of 8. kBytes of shared memory: for tests/sass.sh, which
+// reads it in the name
 template <int kD, int kBytes> __global__ void __launch_bounds__(kThreads, kBlocks<kD>)
     attention_forward(Results out, float* lse, Inputs<bf16> in, Sizes n, float scale) {
   using S = ForwardShape<kD>;

@@ -18,7 +18,7 @@ constexpr int kThreads = block_threads(128);
 
 // s (H,queries,keys) becomes probabilities: softmax over the first keys of a row, those that its
 // query sees, zero beyond; lse (H,queries), if there is one: the logarithm of its sum; one block
-// a row; reads it twice, writes it once
+// a row; reads it three times, writes it once
 template <class T> __global__ void __launch_bounds__(128)
     causal_softmax(T* __restrict__ s, acc_t<T>* lse, Sizes n) {
   using A = acc_t<T>;
@@ -89,7 +89,9 @@ struct Problem {
         Tq(n.queries.rows),
         Tk(n.keys.rows),
         rows(n.H * Tq),
-        scale(1 / std::sqrt(n.D)) {}
+        scale(1 / std::sqrt(n.D)) {
+    ASSERT(Tk > 0, "queries without a key");
+  }
   int64_t scores() const { return n.H * Tq * Tk; }  // of a sequence
   // (H,Tq,Tk)
   Matrix matrix(const Tensor& scores, bool transposed = false) const {

@@ -5,11 +5,11 @@
 // block has one thread, kWarp is 1, barriers and shuffles vanish and loops vectorize; on the CPU in
 // FAITHFUL form, where every thread of a block is a fiber. So:
 //   a block owns a row or a contiguous tile and its threads stride through it;  no literal 32 in
-//   lane arithmetic, only kWarp; the threads of a block are a constant, block_threads(256), so that
-//   values stay in registers; a loop whose turns touch different elements, perhaps in place, is
-//   marked INDEPENDENT: g++ cannot know it, and would not vectorize; what one thread must do in
-//   another way is behind a name: <columns.cuh> and <block_product.cuh> are kernels/'s, in FAST
-//   those in cpu/.
+//   lane arithmetic, only kWarp; the threads of a block are a constant, block_threads(256), where
+//   values stay in registers from turn to turn, else as many as a row needs (row_threads); a loop
+//   whose turns touch different elements, perhaps in place, is marked INDEPENDENT: g++ cannot know
+//   it, and would not vectorize; what one thread must do in another way is behind a name:
+//   <columns.cuh> and <block_product.cuh> are kernels/'s, in FAST those in cpu/.
 #pragma once
 #include <cfloat>
 #include <climits>
@@ -46,14 +46,16 @@ constexpr int block_threads(int threads) { return threads; }  // cpu/cuda/fast.h
 // DISPATCH(x.dtype(), kernel<T><<<...>>>(x.data<T>())): the statement with T = float, double or
 // __nv_bfloat16, and A = acc_t<T>. A tensor of another dtype is refused by its data<T>(): no kernel
 // is handed one.
-#define DISPATCH(dtype_, ...)                                          \
-  switch (dtype_) {                                                    \
-    DISPATCH_CASE(f32, float, __VA_ARGS__)                             \
-    DISPATCH_CASE(bf16, __nv_bfloat16, __VA_ARGS__)                    \
-    DISPATCH_CASE(f64, double, __VA_ARGS__)                            \
-    default: throw Error(sentence("no kernel for ", name_of(dtype_))); \
-  }                                                                    \
-  LAUNCHED()
+#define DISPATCH(dtype_, ...)                                            \
+  do {                                                                   \
+    switch (dtype_) {                                                    \
+      DISPATCH_CASE(f32, float, __VA_ARGS__)                             \
+      DISPATCH_CASE(bf16, __nv_bfloat16, __VA_ARGS__)                    \
+      DISPATCH_CASE(f64, double, __VA_ARGS__)                            \
+      default: throw Error(sentence("no kernel for ", name_of(dtype_))); \
+    }                                                                    \
+    LAUNCHED();                                                          \
+  } while (0)
 #define DISPATCH_CASE(dtype_, T_, ...)   \
   case Dtype::dtype_: {                  \
     using T = T_;                        \
@@ -87,7 +89,7 @@ template <> __device__ __forceinline__ __nv_bfloat16 store<__nv_bfloat16, float>
   return __float2bfloat16(x);
 }
 
-// Before a launch whose blocks share more than 48 KiB
+// Before a launch whose blocks share more than 48 KiB (dynamic shared memory)
 template <class K> void allow_shared(K kernel, size_t bytes) {
   CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
 }
@@ -113,8 +115,8 @@ __device__ __forceinline__ float power_of_two(float x) {
 constexpr float kLog2E = 1.44269504f;  // exp(x) = 2^(x log2(e))
 
 // ---- packs
-// Neighbours that a thread moves at once: 16 bytes on a GPU; one element in FAST, where loops over
-// packs vectorize by themselves.
+// Neighbours that a thread moves at once (a vectorized access): 16 bytes on a GPU; one element in
+// FAST, where loops over packs vectorize by themselves.
 
 template <class T> constexpr int kPack = kWarp == 1 ? 1 : 16 / int(sizeof(T));
 

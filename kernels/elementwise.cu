@@ -25,7 +25,7 @@ template <class T, int N, class F> __global__ void __launch_bounds__(256)
 
 // y (R,N) = f(a (R,N), b (R,N) + bias (N)); one block a row; y may be a or b
 template <class T, int N, class F> __global__ void __launch_bounds__(256)
-    rows_kernel(T* y, const T* a, const T* b, const T* bias, int columns, F f) {
+    combine_rows_kernel(T* y, const T* a, const T* b, const T* bias, int columns, F f) {
   const int64_t row = int64_t(blockIdx.x) * columns;
   y += row, a += row, b += row;
   for_row<N>(columns, [=](int i) {
@@ -48,13 +48,13 @@ struct Second {
 // and small values keep all their digits, because nothing is subtracted from 1.
 
 template <class A> struct Gelu {
+  A x;      // at most 9 from 0: nothing overflows, and beyond s is 0 or 1 to all digits
   A e, s;   // exp(-2u), and s = 1 / (1 + e); then 1 - s = e s
   A slope;  // d(2u)/dx
-  __device__ __forceinline__ explicit Gelu(A x) {
-    constexpr A a = A(1.5957691216057307117597842397375), b = A(a * 0.044715),
-                most = sizeof(A) == 8 ? A(600) : A(60);
-    const A square = x * x, u = -x * (a + b * square);
-    e = exp_of(u < most ? u : most);  // no overflow, not even of e times x^3: x is below 0
+  __device__ __forceinline__ explicit Gelu(A at) : x(at < -9 ? A(-9) : at > 9 ? A(9) : at) {
+    constexpr A a = A(1.5957691216057307117597842397375), b = A(a * 0.044715);
+    const A square = x * x;
+    e = exp_of(-x * (a + b * square));
     s = 1 / (1 + e);
     slope = a + 3 * b * square;
   }
@@ -62,13 +62,14 @@ template <class A> struct Gelu {
 
 struct GeluForward {
   template <class A> __device__ __forceinline__ A operator()(A, A x) const {
-    return x * Gelu<A>(x).s;
+    const Gelu<A> g(x);
+    return (x > g.x ? x : g.x) * g.s;
   }
 };
 struct GeluBackward {
   template <class A> __device__ __forceinline__ A operator()(A dy, A x) const {
     const Gelu<A> g(x);
-    return dy * g.s * (1 + x * g.slope * (g.e * g.s));
+    return dy * g.s * (1 + g.x * g.slope * (g.e * g.s));
   }
 };
 
@@ -89,7 +90,7 @@ void combine(const Tensor& y, const Tensor& a, const Tensor& b, const Tensor& bi
            to_string(bias.shape()), " of rows ", to_string(y.shape()));
     DISPATCH_PACKS(y.dtype(), in_packs(columns, {&y, &a, &b, &bias}),
                    const unsigned threads = row_threads(columns / N, kThreads);
-                   rows_kernel<T, N, F><<<n / columns, threads, 0, device().compute>>>(
+                   combine_rows_kernel<T, N, F><<<n / columns, threads, 0, device().compute>>>(
                        y.data<T>(), a.data<T>(), b.data<T>(), bias.data<T>(), columns, f));
   }
 }

@@ -124,7 +124,7 @@ std::vector<int> sort_rows(const std::vector<int>& tokens) {
 
 void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx,
                         const Tensor& tokens, const Tensor& order, const Positions& places) {
-  OP("embedding_backward", bytes_of(dx));
+  OP("embedding_backward", bytes_of(dx));  // once; the rows of dwte depend on the tokens
   const int64_t C = dwte.dim(1), R = tokens.numel(), sorted_rows = order.numel(),
                 positions = std::min(places.rows(), R);
   ASSERT(dx.numel() == R * C && sorted_rows <= R && (!R || R % positions == 0));
@@ -133,8 +133,7 @@ void embedding_backward(const Tensor& dwte, const Tensor& dwpe, const Tensor& dx
   if (places.high.size() == 0) bias_backward(dwpe.view(places.low.begin * C, {positions * C}), dx);
   else {
     const Tensor sums({positions * C}, dwpe.dtype(), Memory::workspace);
-    fill(sums, 0);
-    bias_backward(sums, dx);
+    bias_backward(sums, dx, false);
     int64_t row = 0;
     for (const Range& piece : {places.low, places.high}) {
       const Tensor to = dwpe.view(piece.begin * C, {piece.size() * C});

@@ -4,8 +4,9 @@
 // legend    that of tensor.h; `=` writes, `+=` adds to what is there
 // types     activations and weights are T in {f32, bf16, f64}; sums run in acc(T) = f64 for f64,
 //           else f32; gradients of parameters, statistics of rows and losses are acc(T)
-// order     no float atomics: every sum has an order that shapes, dtypes and alignment alone
-//           decide, so results have the same bits for any number of threads
+// order     no float atomics: in one build, shapes, dtypes and alignment alone decide the order of
+//           every sum of our own kernels (in embedding_backward tokens, too), so results have the
+//           same bits for any number of threads. cuBLAS and oneDNN have orders of their own.
 // one source, three ways to run it: docs/kernels.md
 // test      tests/test_kernels.cpp, tests/test_matmul.cpp, tests/test_attention.cpp
 #pragma once
@@ -26,8 +27,8 @@ struct Matrix {  // a row-major matrix inside a tensor, or `batch` of them `stri
 };
 // c (m,n) = alpha a (m,k) b (k,n), for each of `batch`; with `add` c += that, else c is not read
 // and may be uninitialised. a and b are of dtype `in`, c of dtype `out`: equal, or in = bf16 and
-// out = f32. Sums in acc(in), except that cuBLAS may cut a long one into parts and add these in
-// bf16, where c is bf16.
+// out = f32. Sums in acc(in), except that where c is bf16 cuBLAS may cut a long one into parts and
+// add these in bf16, and with `add` round the product before it is added.
 void matmul(Dtype in, Dtype out, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix c,
             double alpha = 1, bool add = false, int64_t batch = 1);
 
@@ -52,7 +53,7 @@ void add_layernorm_forward(const Tensor& sum, const Tensor& y, const Tensor& mea
                            const Tensor& rstd, const Tensor& x, const Tensor& h,
                            const Tensor& h_bias, const Tensor& gain, const Tensor& bias);
 // dx (R,C) = residual + d layernorm / dx;  dgain, dbias (C) +=
-// residual (R,C) may be empty (0), and may be dx itself (in place); `add`: see bias_backward
+// residual (R,C) may be empty (0); dx may be residual or dy (in place); `add`: see bias_backward
 void layernorm_backward(const Tensor& dx, const Tensor& dgain, const Tensor& dbias,
                         const Tensor& dy, const Tensor& residual, const Tensor& x,
                         const Tensor& mean, const Tensor& rstd, const Tensor& gain,
@@ -94,7 +95,8 @@ std::vector<int> sort_rows(const std::vector<int>& tokens);
 
 // ---- attention_plain.cu, attention_flash.cu
 // Causal attention; scale 1/sqrt(D). Queries may come from one tensor, keys and values from
-// another. A query sees the keys whose position is not after its own: all, some or none.
+// another. A query sees the keys whose position is not after its own: all, some or none of them;
+// where there are queries there is a key.
 struct AttentionInputs {
   Tensor q;   // (B,Tq,H,D), or the first part of (B,Tq,3,H,D)
   Tensor kv;  // (B,Tk,2,H,D), or the last two parts of (B,Tk,3,H,D)
@@ -111,8 +113,9 @@ inline AttentionInputs whole_sequences(const Tensor& qkv, int64_t B, int64_t T, 
 // that sees no key has out 0 and as lse the lowest number there is.
 
 // plain: batched matrix products and a softmax kernel; probabilities (B,H,Tq,Tk) of q's dtype, to
-// which scores are rounded, too: in bf16 the flash form, which keeps them in acc, is more exact.
-// Probabilities, where nobody keeps them, or lse may be empty.
+// which scores are rounded, too. In bf16 the flash form is more exact: its scores are acc, and of
+// probabilities and gradients of scores tensor cores round what they multiply. Probabilities, where
+// nobody keeps them, or lse may be empty.
 void attention_plain_forward(const Tensor& out, const Tensor& lse, const Tensor& probabilities,
                              const AttentionInputs& in);
 // as the flash form's; `probabilities` that are empty are computed again, from lse
@@ -122,9 +125,9 @@ void attention_plain_backward(const Tensor& dq, const Tensor& dkv, const Tensor&
 // flash: tiles of scores never leave the chip (Dao et al., "FlashAttention", 2022, algorithms 1 and
 // 4)
 void attention_flash_forward(const Tensor& out, const Tensor& lse, const AttentionInputs& in);
-// dq as q may be, and dkv as kv, of their dtype or acc: written, or dq with `add_dq` added to what
-// is there. delta and lse may be of out merged from this and other keys: then this is these keys'
-// part of dq, and all that these queries give to dk and dv.
+// dq as q may be, and dkv as kv, of their dtype or acc: written, or with `add_dq` a dq of acc added
+// to what is there. delta and lse may be of out merged from this and other keys: then this is these
+// keys' part of dq, and all that these queries give to dk and dv.
 void attention_flash_backward(const Tensor& dq, const Tensor& dkv, const Tensor& dout,
                               const Tensor& delta, const Tensor& lse, const AttentionInputs& in,
                               bool add_dq = false);
@@ -147,7 +150,8 @@ void copy_columns(const Tensor& to, int64_t to_first, const Tensor& from, int64_
 // ---- attention_decode.cu   one new token a sequence, over the keys and values of all before it
 
 // cache (B,2,H,S,D): position lengths[b] of sequence b = key and value of qkv (B,3,H,D); then
-// out (B,H,D) = softmax(q k^T / sqrt(D)) v over positions 0 .. lengths[b]. lengths (B) i32.
+// out (B,H,D) = softmax(q k^T / sqrt(D)) v over positions 0 .. lengths[b]. lengths (B) i32, from 0
+// to S - 1: nobody checks.
 void attention_decode(const Tensor& out, const Tensor& cache, const Tensor& qkv,
                       const Tensor& lengths, int64_t H);
 // cache (B,2,H,S,D), sequence b, positions first .. first+T-1 = keys and values of qkv (T,3,H,D):
@@ -212,7 +216,7 @@ void add_sum(const Tensor& total, const Tensor& x);  // total (1) f64 += sum of 
 void sum_of_squares(const Tensor& squares, const UpdateTable& table,
                     size_t of = offsetof(UpdatePiece, gradient));
 // norm (1) f64 = sqrt(sum of squares (n), first to last); clip (1) f64 = min(1, limit / norm), or 1
-// when limit is 0
+// when limit is 0. Of a norm that is no number clip is 1, of an infinite one 0: the trainer stops.
 void norm_and_clip(const Tensor& norm, const Tensor& clip, const Tensor& squares, double limit);
 
 // ---- fill_random.cu

@@ -1,11 +1,11 @@
 // matmul.cu: c (m,n) = or += alpha a (m,k) b (k,n), by cuBLAS or by two kernels of our own.
 //
-// idea      a block owns a tile of c and walks along k: it brings a slice of a's rows and of b's
-//           columns to shared memory and multiplies them there, so that each number read from
+// idea      a block owns a tile of c and walks along k: it brings a slice (k-tile) of a's rows and
+//           of b's columns to shared memory and multiplies them there, so that each number from
 //           memory is used a hundred times. f32 and f64 multiply in registers (block_product.cuh),
 //           bf16 in tensor cores. While a slice is multiplied, the loads of the next one are under
 //           way.
-// cost      2 m n k operations; a is read n / 128 times, b m / 128 times
+// cost      2 m n k operations; a is read n / 128 times, b m / 128 times (f64: 64)
 // order     own: each element of c is summed over k from first to last by one thread (bf16 on a
 //           GPU: by one warp)
 // measured  f32, the three products of a GPT-2 layer (R = 1024, C = 768, 4C = 3072) on two CPU
@@ -170,16 +170,16 @@ template <class T, class U> void launch_simt(int64_t m, int64_t n, int64_t k, Op
 
 #ifndef CPU_FAST
 constexpr int kX = 128, kK = 32;  // a slice: kX vectors by kK of their elements
-constexpr int kBuffers = 4;       // of slices: one is multiplied, three are on their way
+constexpr int kBuffers = 4;       // of slices: one is multiplied, three on their way (stages)
 constexpr int kSlice = kX * kK;
 constexpr int kTensorBytes = kBuffers * 2 * kSlice * 2;
 // Rows of tiles of c in a band, which blocks take column by column: what runs at a time then
 // shares rows of a and columns of b in the second-level cache; along a wide c, each row would read
-// all of b again.
+// all of b again. (A threadblock swizzle.)
 constexpr int kBand = 8;
 
 // Where a run of eight elements lies in a slice, whose vectors run along k or not. Runs that
-// ldmatrix reads together, of eight vectors or at eight k, lie in different banks.
+// ldmatrix reads together, of eight vectors or at eight k, lie in different banks (a swizzle).
 template <bool kAlongK> __device__ __forceinline__ int place(int x, int k) {
   return kAlongK ? x * kK + (k / 8 ^ x / 2 % 4) * 8 : k * kX + (x / 8 ^ k % 8) * 8;
 }
@@ -219,8 +219,9 @@ template <bool kAlongK, bool kPacks> struct Slices {
 };
 
 // c (m,n) = alpha a b + c * add, batch blockIdx.z; a block owns 128 x 128 of c, each of its 8 warps
-// 64 x 32 as 4 strips. Reads a n / 128 and b m / 128 times; any m, n, k
-template <class U, bool kARuns, bool kBRuns, bool kPacks, int kBytes>  // along k
+// 64 x 32 as 4 strips. Reads a n / 128 and b m / 128 times; any m, n, k. kARuns, kBRuns: they run
+// along k; kBytes of shared memory: for tests/sass.sh, which reads it in the name
+template <class U, bool kARuns, bool kBRuns, bool kPacks, int kBytes>
 __global__ void __launch_bounds__(kProductThreads, 2)
     matmul_tensor(Operand<bf16> a, Operand<bf16> b, Result<U> c, int m, int n, int k, float alpha) {
   extern __shared__ __align__(128) char shared[];

@@ -20,7 +20,8 @@
 //           and no number changes its lane (`as_left`). Attention lives on that.
 // loads     ldmatrix brings four matrices of 8 x 8 from shared memory; lane i says where row i % 8
 //           of matrix i / 8 begins. It can transpose each, so that operands may lie either way.
-//           Rows of a tile are padded by 16 bytes: eight of them lie in different banks.
+//           Eight rows must lie in different banks: attention pads its tiles' rows by 16 bytes,
+//           matmul.cu orders the runs of a row anew (`place`).
 // copies    cp.async brings 16 bytes from memory to shared memory, while its thread goes on, until
 //           the thread waits. Others see them after that wait and a barrier.
 // CPU       FAITHFUL: cpu/faithful/mma.h has these instructions for fibers; FAST has no warps
@@ -35,6 +36,7 @@ using bf16 = __nv_bfloat16;
 
 namespace {
 
+// (the field's A, B and accumulator fragments)
 struct Left {
   unsigned v[4];
 };  // a (16,16)
@@ -80,7 +82,7 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes
                  "n"(kBytes)
                  : "memory");
 }
-// The copies since the last call are a group.
+// The copies since the last call are a group (commit group).
 __device__ __forceinline__ void close_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

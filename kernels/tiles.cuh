@@ -1,5 +1,5 @@
-// tiles.cuh: the loop of every elementwise kernel. A block owns kTile consecutive elements and
-// moves them in packs.
+// tiles.cuh: the loop of elementwise kernels that need no rows (others have for_row). A block owns
+// kTile consecutive elements and moves them in packs.
 #pragma once
 #include "kernels/common.cuh"
 

@@ -300,6 +300,11 @@ mutant faults the_norm_is_that_of_this_rank \
 mutant faults the_norm_is_that_of_the_last_parameter \
   optimizer.cpp 's/int\(s.param->id\)/0/' \
   1 immediate test_golden f64_equals_pytorch
+lose='for (const ParamShard\& s : shards_)\n    if (!s.compute.empty()) cast(s.weights, s.compute);'
+mutant faults masters_keep_the_bits_of_bf16_alone \
+  optimizer.cpp "s/^  adamw\\(table_.*/&\\n  $lose/" 1 immediate test_golden bf16_equals
+mutant faults a_bf16_run_has_the_norm_of_its_rank \
+  trainer.cpp 's/\{mesh_.world\}, squares/{mesh_["tp"]}, squares/' 2 immediate test_fsdp bf16_curve
 mutant faults vectors_decay_like_matrices \
   optimizer.cpp 's/s.param->decay,/true,/' 1 immediate test_golden f64_equals_pytorch
 mutant faults a_parameter_counts_with_its_first_piece_alone \

@@ -448,6 +448,95 @@ TEST(scores_of_hundreds_overflow_nothing) {
            worst.backward, " (backward) of the bound");
 }
 
+// In bf16, too, where scores stay f32: their roundings show in lse. `out`: u for its own rounding
+// and u for that of the probabilities. Gradients: as much, and the same again for what delta has of
+// the rounding of out.
+TEST(scores_of_hundreds_overflow_nothing_in_bf16) {
+  double out = 0, lse = 0, gradients = 0;
+  for (int64_t D : {32, 64, 31}) {
+    const Case c{Dtype::bf16, 1, 150, 2, D, 10};
+    const Inputs in(c);
+    const Attention expected = reference(c, download(in.qkv), download(in.dout)),
+                    got = run(c, in, true);
+    const double score = expected.largest_score;
+    CHECK_LE(200, score);
+    out = std::max(out, relative_difference(got.out, expected.out));
+    lse = std::max(lse, largest_difference(got.lse, expected.lse) / score);
+    gradients = std::max(gradients, relative_difference(got.dqkv, expected.dqkv));
+  }
+  measured("out off by ", out, ", lse by ", lse, " of the largest score, gradients by ", gradients);
+  CHECK_LE(out, 0x1p-7);
+  CHECK_LE(lse, 1e-6);
+  CHECK_LE(gradients, 0x1p-6);
+}
+
+TEST(results_whose_weights_are_e_to_the_300_are_merged) {
+  for (const Dtype acc : {Dtype::f32, Dtype::f64}) {
+    const int64_t T = 3, H = 2, D = 5;
+    const double none = acc == Dtype::f32 ? std::numeric_limits<float>::lowest()
+                                          : std::numeric_limits<double>::lowest();
+    const Values a_lse = {300, 301, -300, -302, none, 7},
+                 b_lse = {301, -400, -299, -302, 310, none};
+    const Shape shape{1, T, H, D};
+    const Tensor a = random_tensor(shape, acc, 1), b = random_tensor(shape, acc, 2),
+                 lse = tensor_of(a_lse, {1, H, T}, acc), more = tensor_of(b_lse, {1, H, T}, acc);
+    Values out = download(a), both(6), other = download(b);
+    for (int64_t h = 0; h < H; h++)
+      for (int64_t t = 0; t < T; t++) {
+        const size_t i = size_t(h * T + t);
+        const double most = std::max(a_lse[i], b_lse[i]), of_a = std::exp(a_lse[i] - most),
+                     of_b = std::exp(b_lse[i] - most);
+        both[i] = most + std::log(of_a + of_b);
+        for (int64_t d = 0; d < D; d++) {
+          double& x = out[size_t((t * H + h) * D + d)];
+          x = (of_a * x + of_b * other[size_t((t * H + h) * D + d)]) / (of_a + of_b);
+        }
+      }
+    merge_attention(a, lse, b, more);
+    // weights are exp of differences of numbers of 300, which are rounded
+    const double bound = 1000 * (acc == Dtype::f32 ? 0x1p-24 : 0x1p-53);
+    CHECK_LE(relative_difference(download(a), out), bound, name_of(acc));
+    CHECK_LE(relative_difference(download(lse), both), bound, name_of(acc));
+  }
+  measured("12 rows");
+}
+
+// Rows of whole packs at an address that is none: what looks at the addresses of all its arguments
+// but one would read or write that one in packs.
+TEST(rows_at_odd_addresses_have_the_same_results) {
+  double worst = 0;
+  const int64_t B = 1, T = 40, H = 2, D = 16;
+  const Positions all{{0, T}};
+  for (const Dtype dtype : {Dtype::f32, Dtype::bf16})
+    for (int odd = 0; odd < 6; odd++) {
+      auto place = [&, i = 0](const Tensor& x) mutable {
+        const int64_t first = i++ == odd;
+        const Tensor t = Tensor({first + x.numel()}, dtype, Memory::data).view(first, x.shape());
+        copy(t, x);
+        return t;
+      };
+      const Tensor q = place(random_tensor({B, T, H, D}, dtype, 1)),
+                   kv = place(random_tensor({B, T, 2, H, D}, dtype, 2)),
+                   dout = place(random_tensor({B, T, H, D}, dtype, 3)),
+                   out = place(unwritten({B, T, H, D}, dtype)), dq = place(out), dkv = place(kv),
+                   lse = unwritten({B, H, T}, master_dtype(dtype));
+      const AttentionInputs in{q, kv, B, H, all, all};
+      attention_flash_forward(out, lse, in);
+      attention_flash_backward(dq, dkv, dout, delta_of(dout, out, B, T, H), lse, in);
+      const Values pairs = download(kv);
+      const Attention expected = reference(B, H, D, download(q), part_of(pairs, 2, 0, H * D),
+                                           part_of(pairs, 2, 1, H * D), download(dout), all, all);
+      for (const double d :
+           {relative_difference(download(out), expected.out),
+            relative_difference(download(dq), expected.dq),
+            relative_difference(download(dkv), packed({expected.dk, expected.dv}, H * D))}) {
+        CHECK_LE(d, dtype == Dtype::f32 ? 1e-5 : 0x1p-7, name_of(dtype), ", argument ", odd);
+        worst = std::max(worst, d);
+      }
+    }
+  measured("6 arguments, f32 and bf16: off by ", worst);
+}
+
 TEST(flash_equals_plain) {
   double worst = 0;
   for (auto [T, D] : {std::pair<int64_t, int64_t>{100, 64}, {65, 31}, {128, 48}}) {
@@ -484,7 +573,21 @@ TEST(wrong_arguments_are_refused) {
   CHECK_SAYS(attention_flash_forward(out, lse, whole_sequences(qkv, 1, 4, 1)), "128");
   CHECK_SAYS(attention_flash_forward(out, lse, whole_sequences(qkv, 1, 5, 1)), "T = 5");
   CHECK_SAYS(attention_plain_forward(out, {}, lse, whole_sequences(qkv, 1, 4, 1)), "(1, 1, 4)");
-  measured("D over 128, shapes that disagree");
+  const auto refuses = [&](const Positions& queries, const Positions& keys, const char* why) {
+    const Tensor kv({1, keys.rows(), 2, 1, 160}, Dtype::f32, Memory::data);
+    const AttentionInputs in{out, kv, 1, 1, queries, keys};
+    CHECK_SAYS(attention_flash_forward(out, lse, in), why);
+    CHECK_SAYS(attention_plain_forward(out, {}, {}, in), why);
+  };
+  refuses({{0, 4}}, {}, "queries without a key");
+  refuses({{2, 4}, {0, 2}}, {{0, 4}}, "must ascend");
+  refuses({{0, 4}}, {{2, 4}, {0, 2}}, "must ascend");
+  const Tensor small({1, 4, 1, 8}, Dtype::bf16, Memory::data),
+      pairs({1, 4, 2, 1, 8}, Dtype::bf16, Memory::data);
+  CHECK_SAYS(attention_flash_backward(small, pairs, small, lse, lse,
+                                      {small, pairs, 1, 1, {{0, 4}}, {{0, 4}}}, true),
+             "bf16");
+  measured("D over 128, shapes that disagree, no key, pieces out of order, bf16 added to");
 }
 
 int main(int argc, char** argv) {

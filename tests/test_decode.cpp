@@ -31,11 +31,12 @@ Values product(const Values& x, const Values& w, int64_t m, int64_t K, int64_t N
 // One new token a sequence: cache (B,2,H,S,D) is read up to lengths[b] and written there.
 struct Decoded {
   Values out, cache;
+  double largest_score = 0;
 };
 Decoded decode(const Values& cache, const Values& qkv, const std::vector<int>& lengths, int64_t H,
                int64_t S, int64_t D) {
   const int64_t B = int64_t(lengths.size());
-  Decoded r{Values(size_t(B * H * D)), cache};
+  Decoded r{Values(size_t(B * H * D)), cache, 0};
   for (int64_t b = 0; b < B; b++)
     for (int64_t h = 0; h < H; h++) {
       const auto key = [&](int64_t part, int64_t t, int64_t d) {
@@ -53,6 +54,7 @@ Decoded decode(const Values& cache, const Values& qkv, const std::vector<int>& l
         for (int64_t d = 0; d < D; d++)
           p[size_t(t)] += now(0, d) * r.cache[key(0, t, d)] / std::sqrt(double(D));
         most = std::max(most, p[size_t(t)]);
+        r.largest_score = std::max(r.largest_score, std::abs(p[size_t(t)]));
       }
       for (double& x : p) sum += x = std::exp(x - most);
       for (int64_t t = 0; t <= T; t++)
@@ -95,9 +97,10 @@ TEST(a_few_rows_times_a_matrix_equal_plain_sums) {
         for (int64_t m : {1, 2, 3, 5, 8}) {
           if (m > 2 && K * N > 20000) continue;
           const unsigned seed = unsigned(cases);
-          const int64_t odd = cases % 2;  // x may begin anywhere
+          const int64_t odd = cases % 2, w_odd = cases / 2 % 2;  // both may begin anywhere
           const Tensor x = random_tensor({odd + m * K}, dtype, seed).view(odd, {m, K}),
-                       w = random_tensor(transposed ? Shape{N, K} : Shape{K, N}, dtype, seed + 1);
+                       w = random_tensor({w_odd + K * N}, dtype, seed + 1)
+                               .view(w_odd, transposed ? Shape{N, K} : Shape{K, N});
           const Dtype result = transposed && m % 2 ? master_dtype(dtype) : dtype;
           const Tensor y({m, N}, result, Memory::data);
           const Values got = in_every_order([&] {
@@ -146,6 +149,38 @@ TEST(a_new_token_attends_to_the_cache_and_joins_it) {
         cases++;
       }
   measured(cases, " cases, at most ", worst, " of the bound");
+}
+
+// exp overflows f32 at 89; a score is a sum of D products, and its rounding a relative error of its
+// probability: see test_attention.cpp.
+TEST(scores_of_hundreds_overflow_nothing) {
+  double worst = 0, least_score = INFINITY;
+  for (const Dtype dtype : kDtypes) {
+    const int64_t H = 2, S = 101, D = 64;
+    const Tensor cache = random_tensor({2, 2, H, S, D}, dtype, 1, 10),
+                 qkv = random_tensor({2, 3 * H * D}, dtype, 2, 10),
+                 out({2, H * D}, dtype, Memory::data);
+    const Decoded expected = decode(download(cache), download(qkv), {3, 100}, H, S, D);
+    attention_decode(out, cache, qkv, integers({3, 100}), H);
+    const double d = relative_difference(download(out), expected.out),
+                 score = expected.largest_score, most = bound(dtype, double(D) * score * score);
+    CHECK_LE(d, most, name_of(dtype));
+    worst = std::max(worst, d / most), least_score = std::min(least_score, score);
+  }
+  CHECK_LE(200, least_score);
+  measured("scores up to ", least_score, ": at most ", worst, " of the bound");
+}
+
+TEST(too_wide_heads_are_refused_and_nothing_takes_no_time) {
+  const Tensor cache({1, 2, 1, 4, 257}, Dtype::f32, Memory::data),
+      qkv({1, 3 * 257}, Dtype::f32, Memory::data), none({0, 257}, Dtype::f32, Memory::data);
+  CHECK_SAYS(attention_decode(qkv, cache, qkv, integers({0}), 1), "at most 256 channels, not 257");
+  fill(cache, 7);
+  append_to_cache(cache, none, 0, 0, 1);
+  attention_decode(none, Tensor({0, 2, 1, 4, 16}, Dtype::f32, Memory::data), none, integers({}), 1);
+  merge_attention(none, Tensor({1, 1, 0}, Dtype::f32, Memory::data), none,
+                  Tensor({1, 1, 0}, Dtype::f32, Memory::data));
+  CHECK(download(cache) == Values(size_t(cache.numel()), 7.0));
 }
 
 TEST(a_prompt_in_the_cache_and_one_more_token_equal_attention_over_all) {

@@ -266,6 +266,27 @@ TEST(gelu_of_large_negative_numbers_keeps_its_digits) {
   measured("max|d|/|y| = ", d, " for x from -5 to -1");
 }
 
+// Neither exp nor x^3 may overflow: each value by itself.
+TEST(gelu_far_out_is_0_or_x_and_its_slope_0_or_1) {
+  for (Dtype dtype : {Dtype::f32, Dtype::bf16, Dtype::f64}) {
+    Values x;
+    for (double far : {10., 30., 1e9, 2e13, 1e26})
+      for (double sign : {1., -1.}) x.push_back(rounded(sign * far, dtype));
+    const int64_t n = int64_t(x.size());
+    const Array X(x, dtype), ONES(Values(n, 1), dtype), Y = Array::blank(n, dtype),
+                                                        DX = Array::blank(n, dtype);
+    gelu_forward(Y, X);
+    gelu_backward(DX, ONES, X);
+    const Values y = Y.values(), dx = DX.values();
+    for (int64_t i = 0; i < n; i++) {
+      CHECK_LE(std::abs(y[i] - std::max(x[i], 0.)), x[i] > 0 ? 0 : 1e-20, name_of(dtype), " of ",
+               x[i]);
+      CHECK_LE(std::abs(dx[i] - (x[i] > 0)), x[i] > 0 ? 0 : 1e-20, name_of(dtype), " at ", x[i]);
+    }
+  }
+  measured("10 numbers up to 1e26");
+}
+
 TEST(a_bias_is_added_to_every_row_alone_and_inside_gelu_and_add) {
   for_dtypes([](Dtype dtype) {
     for (int64_t R : {1, 5})
@@ -394,6 +415,31 @@ TEST(layernorm_forward_normalises_each_row_and_adds_the_residual_before) {
   });
 }
 
+// The mean of squares less the square of the mean would lose the variance. The mean is off by some
+// roundings of 300, which beside the deviation of 1/sqrt(3) is the error of y.
+TEST(layernorm_of_rows_far_from_0_keeps_their_deviation) {
+  worst.clear();
+  state = 1;
+  for (Dtype dtype : {Dtype::f32, Dtype::f64})
+    for_addresses([&] {
+      const int64_t R = 3, C = 1000;
+      const Values x = numbers(R * C, dtype, 1, 300), gain(C, 1), bias(C, 0);
+      const Norm n = layernorm(x, gain, bias);
+      verify("layernorm far from 0", dtype,
+             [&] {
+               const Array X(x, dtype), G(gain, dtype), B(bias, dtype),
+                   Y = Array::blank(R * C, dtype), M = Array::blank(R, dtype),
+                   S = Array::blank(R, dtype);
+               layernorm_forward(Y, M, S, X, G, B);
+               return Outputs{Y.values(), M.values(), S.values()};
+             },
+             {{"y", n.y, bound(dtype) * 300},
+              {"mean", n.mean, bound(dtype)},
+              {"rstd", n.rstd, bound(dtype)}});
+    });
+  report();
+}
+
 TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) {
   for_dtypes([](Dtype dtype) {
     const Dtype acc = master_dtype(dtype);
@@ -404,6 +450,9 @@ TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) 
                                {3, 128},
                                {many, 1000},
                                {1, 6144},
+#ifdef CPU_FAST
+                               {9000, 8},  // more rows than the most chunks have by eights
+#endif
                                {1, 7000}}) {
       // 6144: in f32 the sums take 48 KiB, what a block has without asking, and the reduction needs
       // some, too
@@ -413,7 +462,8 @@ TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) 
       for (double& m : n.mean) m = rounded(m, acc);
       for (double& s : n.rstd) s = rounded(s, acc);
       const Values dgain_before = numbers(C, acc, 10), dbias_before = numbers(C, acc, 10);
-      Values dx(R * C), dx_more(R * C), dgain = dgain_before, dbias = dbias_before;
+      Values dx(R * C), dx_more(R * C), dgain = dgain_before, dbias = dbias_before,
+                                        dgain_alone(size_t(C), 0.0), dbias_alone = dgain_alone;
       for (int64_t r = 0; r < R; r++) {
         double a = 0, b = 0;
         const auto xhat = [&, C = C](int64_t i) { return (x[r * C + i] - n.mean[r]) * n.rstd[r]; };
@@ -421,8 +471,8 @@ TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) 
           const double d = dy[r * C + i];
           a += gain[i] * d / C;
           b += gain[i] * d * xhat(i) / C;
-          dgain[i] += d * xhat(i);
-          dbias[i] += d;
+          dgain[i] += d * xhat(i), dgain_alone[i] += d * xhat(i);
+          dbias[i] += d, dbias_alone[i] += d;
         }
         for (int64_t i = 0; i < C; i++) {
           // of one channel: exactly, however this is compiled
@@ -432,19 +482,24 @@ TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) 
       }
       // C = 1: dx is 0, and the rounding of gain dy, at most 2, is multiplied by rstd = 316
       const double slack = C > 1 ? 0 : 2 * 316 * std::ldexp(1, acc == Dtype::f64 ? -53 : -24);
+      // The terms of its only sum may cancel (R numbers of at most 1).
+      const double lonely = C > 1 ? 1 : std::max(1.0, R / std::abs(dbias_alone[0]) / 16);
       verify(sentence("layernorm_backward (", R, ", ", C, ")"), dtype,
              [&, R = R, C = C] {
                const Array X(x, dtype), DY(dy, dtype), MORE(more, dtype), G(gain, dtype),
                    M(n.mean, acc), S(n.rstd, acc),
                    DX = Array::blank(R * C, dtype), DX2 = Array::blank(R * C, dtype),
                    DG(dgain_before, acc), DB(dbias_before, acc), DG2(dgain_before, acc),
-                   DB2(dbias_before, acc), DG3(dgain_before, acc), DB3(dbias_before, acc);
+                   DB2(dbias_before, acc), DG3(dgain_before, acc), DB3(dbias_before, acc),
+                   FRESH_G(Values(size_t(C), kNaN), acc), FRESH_B(Values(size_t(C), kNaN), acc);
+               layernorm_backward(DX, FRESH_G, FRESH_B, DY, Tensor(), X, M, S, G, false);
                layernorm_backward(DX, DG, DB, DY, Tensor(), X, M, S, G);
                layernorm_backward(DX2, DG2, DB2, DY, MORE, X, M, S, G);
                layernorm_backward(MORE, DG3, DB3, DY, MORE, X, M, S, G);    // dx is the residual
                layernorm_backward(DY, DG3, DB3, DY, Tensor(), X, M, S, G);  // dx is dy
-               return Outputs{DX.values(),  DG.values(),  DB.values(),   DX2.values(),
-                              DG2.values(), DB2.values(), MORE.values(), DY.values()};
+               return Outputs{DX.values(),      DG.values(),     DB.values(),   DX2.values(),
+                              DG2.values(),     DB2.values(),    MORE.values(), DY.values(),
+                              FRESH_G.values(), FRESH_B.values()};
              },
              {{"dx", dx, bound(dtype) + slack},
               {"dgain", dgain, bound(acc)},
@@ -453,7 +508,9 @@ TEST(layernorm_backward_is_the_derivative_and_adds_to_its_parameters_gradients) 
               {"dgain with residual", dgain, bound(acc)},
               {"dbias with residual", dbias, bound(acc)},
               {"dx in place of the residual", dx_more, bound(dtype) + slack},
-              {"dx in place of dy", dx, bound(dtype) + slack}});
+              {"dx in place of dy", dx, bound(dtype) + slack},
+              {"fresh dgain", dgain_alone, bound(acc) * lonely},
+              {"fresh dbias", dbias_alone, bound(acc) * lonely}});
     }
   });
 }
@@ -610,6 +667,25 @@ static Values unpadded(const Values& all, int64_t V, int64_t ld, bool cleared) {
   return x;
 }
 
+struct Losses {
+  Values losses, gradient;
+};
+static Losses losses_of(const Values& x, const Values& targets, double scale) {
+  const int64_t R = int64_t(targets.size()), V = int64_t(x.size()) / R;
+  Losses all{Values(R), Values(R * V)};
+  for (int64_t r = 0; r < R; r++) {
+    const double m = *std::max_element(&x[r * V], &x[r * V] + V);
+    const int64_t target = int64_t(targets[r]);
+    long double exact = 0;
+    for (int64_t i = 0; i < V; i++) exact += std::exp(x[r * V + i] - m);
+    const double sum = double(exact);
+    all.losses[r] = (std::log(sum) + m - x[r * V + target]) * scale;
+    for (int64_t i = 0; i < V; i++)
+      all.gradient[r * V + i] = (std::exp(x[r * V + i] - m) / sum - (i == target)) * scale;
+  }
+  return all;
+}
+
 TEST(cross_entropy_gives_the_loss_and_turns_logits_into_their_gradient) {
   for_dtypes([](Dtype dtype) {
     const Dtype acc = master_dtype(dtype);
@@ -624,16 +700,7 @@ TEST(cross_entropy_gives_the_loss_and_turns_logits_into_their_gradient) {
       const int64_t R = V == 257 ? 5 : 2;
       const double scale = 1.0 / 64;
       const Values x = numbers(R * V, dtype, 6, 10), t = tokens_below(R, V);
-      Values losses(R), dx(R * V);
-      for (int64_t r = 0; r < R; r++) {
-        const double m = *std::max_element(&x[r * V], &x[r * V] + V);
-        long double exact = 0;
-        for (int64_t i = 0; i < V; i++) exact += std::exp(x[r * V + i] - m);
-        const double sum = double(exact);
-        losses[r] = (std::log(sum) + m - x[r * V + int64_t(t[r])]) * scale;
-        for (int64_t i = 0; i < V; i++)
-          dx[r * V + i] = (std::exp(x[r * V + i] - m) / sum - (i == int64_t(t[r]))) * scale;
-      }
+      const auto [losses, dx] = losses_of(x, t, scale);
       const auto at_targets = [&, V = V](Values g) {  // much larger than the others: measured apart
         Values some(R);
         for (int64_t r = 0; r < R; r++) std::swap(some[r], g[r * V + int64_t(t[r])]);
@@ -663,70 +730,65 @@ TEST(cross_entropy_gives_the_loss_and_turns_logits_into_their_gradient) {
   });
 }
 
-// Ranks that hold unequal parts of the vocabulary: what they exchange is computed here.
+// Three ranks that hold unequal parts of the vocabulary: what they exchange is computed here.
+// Returns losses, losses without a gradient, the gradient.
+static Outputs in_parts(const Values& x, const Values& t, Dtype dtype, double scale) {
+  const Dtype acc = master_dtype(dtype);
+  const int64_t R = int64_t(t.size()), V = int64_t(x.size()) / R, cuts[] = {0, V / 3, V - 1, V};
+  struct Rank {
+    Array logits, targets, parts;
+    int64_t begin, n, ld;
+  };
+  std::vector<Rank> ranks;
+  Values top(R, -1e300), sums(2 * R, 0.0);
+  for (int k = 0; k < 3; k++) {
+    const int64_t begin = cuts[k], n = cuts[k + 1] - begin, ld = round_up(n, 8) + 8 * k;
+    Values logits, targets;
+    for (int64_t r = 0; r < R; r++) {
+      logits.insert(logits.end(), &x[r * V + begin], &x[r * V + begin] + n);
+      const int64_t target = int64_t(t[r]) - begin;
+      targets.push_back(target >= 0 && target < n ? double(target) : -1);
+    }
+    Rank& rank =
+        ranks.emplace_back(Rank{Array(padded(logits, n, ld), dtype), Array(targets, Dtype::i32),
+                                Array::blank(3 * R, acc), begin, n, ld});
+    softmax_parts(rank.parts, rank.logits, rank.targets, n);
+    const Values parts = rank.parts.values();
+    for (int64_t r = 0; r < R; r++) top[r] = std::max(top[r], parts[r]);
+  }
+  const Array TOP(top, acc);
+  for (Rank& rank : ranks) {
+    softmax_rescale(rank.parts, TOP);
+    const Values parts = rank.parts.values();
+    for (int64_t i = 0; i < 2 * R; i++) sums[i] += parts[R + i];
+  }
+  Values gradient(R * V), loss, without;
+  for (Rank& rank : ranks) {
+    Values parts = rank.parts.values();
+    std::copy(sums.begin(), sums.end(), parts.begin() + R);
+    const Array PARTS(parts, acc), L = Array::blank(R, acc), L2 = Array::blank(R, acc);
+    cross_entropy_parts(L2, rank.logits, rank.targets, rank.n, TOP, PARTS, scale, false);
+    cross_entropy_parts(L, rank.logits, rank.targets, rank.n, TOP, PARTS, scale, true);
+    loss = L.values(), without = L2.values();
+    const Values g = unpadded(rank.logits.values(), rank.n, rank.ld, true);
+    for (int64_t i = 0; i < R * rank.n; i++)
+      gradient[i / rank.n * V + rank.begin + i % rank.n] = g[i];
+  }
+  return Outputs{loss, without, gradient};
+}
+
 TEST(cross_entropy_in_parts_equals_the_whole) {
   for_dtypes([](Dtype dtype) {
     const Dtype acc = master_dtype(dtype);
     for (int64_t V : {3, 257, 1000, 4111}) {
-      const int64_t R = 3, cuts[] = {0, V / 3, V - 1, V};
+      const int64_t R = 3;
       const double scale = 1.0 / 64;
       const Values x = numbers(R * V, dtype, 6, 10), t = tokens_below(R, V);
-      Values losses(R), dx(R * V);
-      for (int64_t r = 0; r < R; r++) {
-        const double m = *std::max_element(&x[r * V], &x[r * V] + V);
-        double sum = 0;
-        for (int64_t i = 0; i < V; i++) sum += std::exp(x[r * V + i] - m);
-        losses[r] = (std::log(sum) + m - x[r * V + int64_t(t[r])]) * scale;
-        for (int64_t i = 0; i < V; i++)
-          dx[r * V + i] = (std::exp(x[r * V + i] - m) / sum - (i == int64_t(t[r]))) * scale;
-      }
+      const auto [losses, dx] = losses_of(x, t, scale);
       const double loss_bound =
           bound(acc) * std::max(1.0, scale / *std::max_element(losses.begin(), losses.end()));
       verify(sentence("cross_entropy in parts (", R, ", ", V, ")"), dtype,
-             [&] {
-               struct Rank {
-                 Array logits, targets, parts;
-                 int64_t begin, n, ld;
-               };
-               std::vector<Rank> ranks;
-               Values top(R, -1e300), sums(2 * R, 0.0);
-               for (int k = 0; k < 3; k++) {
-                 const int64_t begin = cuts[k], n = cuts[k + 1] - begin,
-                               ld = round_up(n, 8) + 8 * k;
-                 Values logits, targets;
-                 for (int64_t r = 0; r < R; r++) {
-                   logits.insert(logits.end(), &x[r * V + begin], &x[r * V + begin] + n);
-                   const int64_t target = int64_t(t[r]) - begin;
-                   targets.push_back(target >= 0 && target < n ? double(target) : -1);
-                 }
-                 Rank& rank = ranks.emplace_back(Rank{Array(padded(logits, n, ld), dtype),
-                                                      Array(targets, Dtype::i32),
-                                                      Array::blank(3 * R, acc), begin, n, ld});
-                 softmax_parts(rank.parts, rank.logits, rank.targets, n);
-                 const Values parts = rank.parts.values();
-                 for (int64_t r = 0; r < R; r++) top[r] = std::max(top[r], parts[r]);
-               }
-               const Array TOP(top, acc);
-               for (Rank& rank : ranks) {
-                 softmax_rescale(rank.parts, TOP);
-                 const Values parts = rank.parts.values();
-                 for (int64_t i = 0; i < 2 * R; i++) sums[i] += parts[R + i];
-               }
-               Values gradient(R * V), loss, without;
-               for (Rank& rank : ranks) {
-                 Values parts = rank.parts.values();
-                 std::copy(sums.begin(), sums.end(), parts.begin() + R);
-                 const Array PARTS(parts, acc), L = Array::blank(R, acc), L2 = Array::blank(R, acc);
-                 cross_entropy_parts(L2, rank.logits, rank.targets, rank.n, TOP, PARTS, scale,
-                                     false);
-                 cross_entropy_parts(L, rank.logits, rank.targets, rank.n, TOP, PARTS, scale, true);
-                 loss = L.values(), without = L2.values();
-                 const Values g = unpadded(rank.logits.values(), rank.n, rank.ld, true);
-                 for (int64_t i = 0; i < R * rank.n; i++)
-                   gradient[i / rank.n * V + rank.begin + i % rank.n] = g[i];
-               }
-               return Outputs{loss, without, gradient};
-             },
+             [&] { return in_parts(x, t, dtype, scale); },
              {{"losses", losses, loss_bound},
               {"losses without gradient", losses, loss_bound},
               {"gradient", dx, bound(dtype)}});
@@ -734,13 +796,47 @@ TEST(cross_entropy_in_parts_equals_the_whole) {
   });
 }
 
+// Where the row's maximum has to be taken off: exp overflows f32 at 89, and gives nothing at -104.
+TEST(cross_entropy_of_large_equal_and_infinite_logits) {
+  for_dtypes([](Dtype dtype) {
+    const int64_t V = 301, ld = 304;
+    const double scale = 1.0 / 64;
+    Values x;
+    const auto row = [&](double deviation, double center) {
+      const Values more = numbers(V, dtype, deviation, center);
+      x.insert(x.end(), more.begin(), more.end());
+    };
+    row(100, 300), row(100, -300), row(0, 300), row(6, 10), row(6, 10);
+    for (int64_t i = 0; i < V; i += 3) x[size_t(3 * V + i)] = -INFINITY;
+    for (int64_t i = 0; i < V; i++)
+      if (i != 100) x[size_t(4 * V + i)] = -INFINITY;
+    const Values t = {5, 0, 100, 100, 100};
+    const auto [losses, dx] = losses_of(x, t, scale);
+    verify("cross_entropy", dtype,
+           [&] {
+             const Array X(padded(x, V, ld), dtype), TARGETS(t, Dtype::i32),
+                 L = Array::blank(5, master_dtype(dtype));
+             cross_entropy(L, X, TARGETS, V, scale, true);
+             Outputs all = in_parts(x, t, dtype, scale);
+             all.push_back(L.values());
+             all.push_back(unpadded(X.values(), V, ld, true));
+             return all;
+           },
+           {{"losses in parts", losses, bound(master_dtype(dtype))},
+            {"losses without gradient", losses, bound(master_dtype(dtype))},
+            {"gradient in parts", dx, bound(dtype)},
+            {"losses", losses, bound(master_dtype(dtype))},
+            {"gradient", dx, bound(dtype)}});
+  });
+}
+
 TEST(add_sum_adds_in_f64) {
   worst.clear();
   state = 1;
   for (Dtype dtype : {Dtype::f32, Dtype::f64})
-    for (int64_t n : {1, 33, 1000, 5000}) {
+    for (int64_t n : {1, 33, 1000, 5000, (1 << 16) + 1, 3 * (1 << 16) + 17}) {  // chunks: 2^16
       const Values x = numbers(n, dtype);
-      double total = 1e6;
+      long double total = 1e6;
       for (double v : x) total += v;
       verify(sentence("add_sum ", n), dtype,
              [&] {
@@ -748,7 +844,7 @@ TEST(add_sum_adds_in_f64) {
                add_sum(TOTAL, X);
                return Outputs{TOTAL.values()};
              },
-             {{"total", {total}, bound(Dtype::f64)}});
+             {{"total", {double(total)}, bound(Dtype::f64)}});
     }
   report();
 }
@@ -788,6 +884,7 @@ TEST(adamw_takes_the_steps_of_the_paper) {
                                        {Dtype::f64, Dtype::f64}}) {
     const AdamW options{.lr = 0.01, .weight_decay = 0.1};
     const double clip = 0.37;
+    const int64_t steps[] = {1, 2, 1000, (int64_t(1) << 31) + 1};
     std::vector<std::vector<Values>> start;
     std::vector<Expected> expected;
     for (size_t p = 0; p < sizes.size(); p++) {
@@ -796,7 +893,7 @@ TEST(adamw_takes_the_steps_of_the_paper) {
       Values w = numbers(n, dtype), m = numbers(n, dtype, 0.1), v = numbers(n, dtype, 0.1, 0.1);
       const Values g = numbers(n, dtype, 3);
       start.push_back({w, m, v, g});
-      for (int step = 1; step <= 3; step++)
+      for (int64_t step : steps)
         for (int64_t i = 0; i < n; i++) {
           m[i] = options.beta1 * m[i] + (1 - options.beta1) * g[i] * clip;
           v[i] = options.beta2 * v[i] + (1 - options.beta2) * g[i] * clip * g[i] * clip;
@@ -821,7 +918,7 @@ TEST(adamw_takes_the_steps_of_the_paper) {
                 parameters.emplace_back(int(p), p % 2, true, start[p], dtype, compute).shard());
           const Array CLIP({clip}, Dtype::f64);
           const UpdateTable table = update_table(shards);
-          for (int step = 1; step <= 3; step++) {
+          for (int64_t step : steps) {
             AdamW now = options;
             now.step = step;
             adamw(table, CLIP, now);
@@ -873,6 +970,18 @@ TEST(sums_of_squares_and_the_clipping_factor_are_f64) {
   report();
 }
 
+#ifndef CPU_FAST  // whose compiler may take every number for finite
+TEST(the_clipping_factor_of_a_norm_that_is_not_finite) {
+  for (const double square : {double(INFINITY), kNaN}) {
+    const Array S({1, square}, Dtype::f64), NORM({0}, Dtype::f64), CLIP({7}, Dtype::f64);
+    norm_and_clip(NORM, CLIP, S, 1);
+    CHECK(!std::isfinite(NORM.values()[0]));
+    CHECK_EQ(CLIP.values()[0], std::isnan(square) ? 1 : 0);
+  }
+  measured("0 of infinity, 1 of NaN");
+}
+#endif
+
 // ---- contracts
 
 TEST(wrong_shapes_and_dtypes_are_refused) {
@@ -899,7 +1008,11 @@ TEST(wrong_shapes_and_dtypes_are_refused) {
   CHECK_SAYS(update_table(shard(a, b)), "does not hold");
   CHECK_SAYS(update_table(shard(a, c)), "does not hold");
   CHECK_SAYS(update_table(shard(a.view(1, {5}), b)), "does not hold");  // at an odd address
-  measured("14 calls");
+  std::vector<ParamShard> two = shard(a, a);
+  two.push_back(two[0]);
+  two[1].compute = c;
+  CHECK_SAYS(update_table(two), "shards of two dtypes");
+  measured("15 calls");
 }
 
 // ---- the same bits for any number of threads

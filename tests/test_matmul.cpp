@@ -164,7 +164,11 @@ TEST(wrong_arguments_are_refused) {
   CHECK_SAYS(matmul(Dtype::f32, Dtype::bf16, 4, 4, 4, m, m, m), "f32 to bf16");
   CHECK_SAYS(matmul(Dtype::i32, Dtype::i32, 4, 4, 4, m, m, m), "i32");
   CHECK_SAYS(matmul(Dtype::f32, Dtype::f32, 4, 4, 5, m, m, m), "ld");
-  measured("dtypes, ld");
+  matmul_backend = MatmulBackend::own;
+  CHECK_SAYS(matmul(Dtype::f32, Dtype::f32, 1, 1, 1, m, m, m, 1, false, 65536), "not 65536 of 1");
+  CHECK_SAYS(matmul(Dtype::f32, Dtype::f32, 65535 * 64 + 1, 1, 1, m, m, m), "not 1 of 4194241");
+  matmul_backend = MatmulBackend::cublas;
+  measured("dtypes, ld, more than a grid has");
 }
 
 int main(int argc, char** argv) {

@@ -64,12 +64,12 @@ std::string name_of(const Layout& l, const Setting& s) {
                   " prefetch ", s.fsdp.prefetch);
 }
 
-// The largest relative difference of a loss, over layouts, sequence parallel or not; on one with
-// flash attention.
-double curve(GptConfig config, int steps) {
+// The largest relative differences of a loss and of a norm, over layouts, sequence parallel or not;
+// on one with flash attention.
+Difference curve(GptConfig config, int steps) {
   config.attention = AttentionKind::plain;
   const Run reference = one_rank(config, 24, steps);
-  double worst = 0;
+  Difference worst;
   each_layout([&](const Layout& layout) {
     Mesh mesh = open_mesh(layout);
     for (bool by_rows : {false, true}) {
@@ -78,12 +78,13 @@ double curve(GptConfig config, int steps) {
           by_rows && layout["tp"] == job().size ? AttentionKind::flash : AttentionKind::plain;
       TrainerOptions options;
       options.batch = 24, options.microbatch = 24 / (layout.data_ranks());
-      worst = std::max(worst,
-                       relative(curve_of(mesh, config, options, steps).losses, reference.losses));
+      const Run run = curve_of(mesh, config, options, steps);
+      worst.widen(
+          {relative(run.losses, reference.losses), 0, relative(run.norms, reference.norms)});
     }
     close_mesh(mesh);
   });
-  measured("largest relative difference of the loss ", worst);
+  measured("largest relative difference of the loss ", worst.loss, ", of the norm ", worst.norm);
   return worst;
 }
 
@@ -353,18 +354,24 @@ TEST(no_rank_ever_holds_the_logits_of_the_whole_vocabulary) {
   measured("activations at their peak are ", largest_share, " of full logits at most");
 }
 
-TEST(the_f32_curve_of_50_steps_equals_one_rank_within_1e_4) {
+// 6e-8 an operation, which a mean over hundreds of tokens averages out and 50 steps of Adam spread.
+// Measured: losses within 1e-8, norms within 1e-6.
+TEST(the_f32_curve_of_50_steps_equals_one_rank_within_1e_6) {
   if (job().size > 4) return skip("1 to 4 ranks tell");
-  CHECK_LE(curve({2, 40, 10, 16, 61}, 50), 1e-4);
+  const Difference d = curve({2, 40, 10, 16, 61}, 50);
+  CHECK_LE(d.loss, 1e-6);
+  CHECK_LE(d.norm, 1e-5);
 }
 
-// bf16 keeps 8 bits. A row-parallel result is the sum of n partial sums, each rounded to 2^-9
-// relative before they are added, where one rank rounds once; a residual stream of 2 layers
-// collects 4 such sums. Averaged over the tokens of a batch these errors cancel: the loss stays
-// within a rounding, 2^-8, of one rank's.
+// bf16 keeps 8 bits. A row-parallel result is the sum of n partial sums, each rounded by up to 2^-8
+// of it before they are added, where one rank rounds once; a residual stream of 2 layers collects 4
+// such sums. Averaged over the tokens of a batch these errors cancel: the loss stays within a
+// rounding, 2^-8, of one rank's. The norm averages over fewer: 2 %, some times what is measured.
 TEST(the_bf16_curve_of_20_steps_equals_one_rank_within_2_to_the_minus_8) {
   if (job().size > 4) return skip("1 to 4 ranks tell");
-  CHECK_LE(curve({{2, 40, 10, 16, 61}, Dtype::bf16}, 20), std::ldexp(1, -8));
+  const Difference d = curve({{2, 40, 10, 16, 61}, Dtype::bf16}, 20);
+  CHECK_LE(d.loss, std::ldexp(1, -8));
+  CHECK_LE(d.norm, 0.02);
 }
 
 TEST(held_out_loss_and_next_token_are_the_same_in_every_layout) {
