@@ -7,6 +7,8 @@
 //   mpiexec -n N test_checkpoint differ DIR SETTING PARAMETER
 //       saves three steps with keep 1, the last after one number of the parameter was changed on
 //       the last rank, and prints what each save says
+//   test_checkpoint later DIR STEP
+//       puts checkpoints of later steps aside
 //   test_checkpoint logits DIR TOKEN...
 //       the logits after these tokens, one a line, in f64
 // SETTING: pp=2,fsdp=2,schedule=zb,dtype=f64: axes, zero, schedule, chunks, by_rows (sequence
@@ -140,6 +142,8 @@ int main(int argc, char** argv) {
     else if (words[0] == "resume")
       resume_from({words.begin() + 2, words.end()}, parse_setting(words[1]));
     else if (words[0] == "differ") differ(words[1], parse_setting(words[2]), words[3]);
+    else if (words[0] == "later")
+      put_later_aside(words[1], std::stoi(words[2]), job, [](const std::string&) {});
     else if (words[0] == "logits") {
       std::vector<int> tokens;
       for (size_t i = 2; i < words.size(); i++) tokens.push_back(std::stoi(words[i]));
