@@ -387,9 +387,9 @@ check what_is_in_the_way_of_a_save_is_kept \
     grep -qx mine $dir/linked/notes.txt && [ -e $dir/others/step-00000005/manifest.json ]" \
   "" "$(tail -1 "$dir/out")"
 rm -r "$dir/others/others-step-00000004"
-for n in 6 7 8 9; do cp -r "$dir/others/step-00000005" "$dir/others/step-0000000$n"; done
+for n in 06 07 08 10; do cp -r "$dir/others/step-00000005" "$dir/others/step-000000$n"; done
 mv "$dir"/others/step-00000006/manifest.json{,.off}
-rm "$dir"/others/step-0000000[789]/manifest.json
+rm "$dir"/others/step-000000{07,08,10}/manifest.json
 echo mine >"$dir/others/step-00000007/weights-best.pt"
 mkdir "$dir/others/step-00000008/weights-0.safetensors.partial"
 cp -r "$dir/others" "$dir/kept-too"
@@ -398,10 +398,10 @@ check only_a_checkpoints_own_files_are_removed_and_that_is_said \
     diff -r $dir/kept-too/step-00000006 $dir/others/others-step-00000006 &&
     diff -r $dir/kept-too/step-00000007 $dir/others/step-00000007 &&
     diff -r $dir/kept-too/step-00000008 $dir/others/step-00000008 &&
-    [ ! -e $dir/others/step-00000009 ] &&
-    grep -q 'removed step-00000009, which had no manifest.json' $dir/out &&
+    [ ! -e $dir/others/step-00000010 ] &&
+    grep -q 'removed step-00000010, which had no manifest.json' $dir/out &&
     grep -q 'step-00000006 is now .*others-step-00000006' $dir/out" "" "$(tail -3 "$dir/out")"
-rm -r "$dir"/others/*step-0000000[6789]
+rm -r "$dir"/others/{others-step-00000006,step-0000000[678]}
 echo mine >"$dir/others/step-00000006"
 check so_is_a_file_in_the_way \
   "$train $small --steps 6 --keep 0 --checkpoint $dir/others --resume >$dir/out 2>&1 &&
@@ -409,7 +409,7 @@ check so_is_a_file_in_the_way \
     [ -e $dir/others/step-00000006/manifest.json ]" "" "$(tail -1 "$dir/out")"
 rm -rf "$dir"/others/step-0000000[3456]
 cp -r "$dir/others" "$dir/gone"
-for n in 0 1; do mv "$dir/gone/step-0000000$((n + 1))" "$dir/gone/step-0000000$((n * 2 + 1))"; done
+mv "$dir/gone/step-00000002" "$dir/gone/step-00000003"
 build/cpu/tests/test_checkpoint later "$dir/gone" 2 >"$dir/out" 2>&1
 check of_a_step_that_is_gone_only_later_ones_are_put_aside \
   "[ -e $dir/gone/step-00000001 ] && [ -e $dir/gone/later-step-00000003 ]" "" "$(cat "$dir/out")"
