@@ -303,6 +303,14 @@ static std::string copies_that_differ(const Mesh& mesh, const std::vector<ParamS
   return "";
 }
 
+// What the ranks have shared out wrongly would else show at the next --resume.
+static void verify_partition(const Checkpoint& saved) {
+  const Gpt gpt(GptConfig{saved.info.model});  // names and shapes only
+  for (const Param* p : gpt.params())
+    REQUIRE(saved.tensors.count(p->name), saved.path, ": no rank has saved ", p->name);
+  saved.verify_pieces();
+}
+
 std::vector<std::string> save_checkpoint(const std::string& dir, const CheckpointInfo& info,
                                          const Job& job, const Mesh& mesh,
                                          const std::vector<ParamShard>& shards) {
@@ -332,7 +340,7 @@ std::vector<std::string> save_checkpoint(const std::string& dir, const Checkpoin
     const std::vector<json> ranks = gather(saved);
     on_first_rank(job, [&] {
       write_manifest(path, info, ranks);
-      Checkpoint(path).verify_pieces();  // else a wrong partition would show at the next --resume
+      verify_partition(Checkpoint(path));
     });
   } catch (...) {
     if (job.rank == 0) remove_checkpoint(path);

@@ -65,6 +65,17 @@ differ tp=3 h.1.ln_1.weight "h.1.ln_1.weight, .*, on ranks 0 and 2"
 differ pp=2,tp=2,by_rows=1 wte.weight "wte.weight (slices .*), elements .*, on ranks 1 and 3"
 differ fsdp=2,tp=2,dtype=bf16 h.0.attn.c_attn.weight "" # of which there are no copies
 
+mkdir "$dir/partial"
+leaves_out() { # PARAMETER 'what is said'
+  $MPIEXEC -n 2 build/cpu/tests/test_checkpoint lacks "$dir/partial" fsdp=2 "$1" >"$dir/out" \
+    2>"$dir/err"
+  check "a_partition_that_leaves_out_some_of_$1_is_not_saved" \
+    "[ $? != 0 ] && [ -z '$(ls "$dir/partial")' ] && grep -q '$2' $dir/err" "" \
+    "$(cat "$dir/out" "$dir/err")"
+}
+leaves_out h.6.mlp.c_fc.weight "h.6.mlp.c_fc.weight of shape (20, 80) ends after 464 elements"
+leaves_out h.6.mlp.c_proj.bias "no rank has saved h.6.mlp.c_proj.bias"
+
 # ---- size
 
 $MPIEXEC -n 8 $train --model tiny --layers 4 --width 256 --heads 4 --context 32 --batch 8 --pp 2 \
