@@ -228,6 +228,18 @@ static void remove_old(const std::string& dir, int64_t keep, std::vector<std::st
   }
 }
 
+std::string Checkpoint::describe() const {
+  double parameters = 0, bytes = 0;
+  for (const auto& [name, shape] : tensors) parameters += checked_elements(shape);
+  for (const WrittenFile& f : files) bytes += f.bytes;
+  return sentence(path, "\n  step     ", info.step, "\n  model    ", to_string(info.model),
+                  format(": %.2f M parameters in ", parameters / 1e6), name_of(info.dtype),
+                  has_moments ? " and their moments" : ", without moments", "\n  layout   ",
+                  to_string(info.layout), "\n  files    ", files.size(),
+                  format(", %.1f MB", bytes / 1e6), "\n  options  ", info.options, "\n  data     ",
+                  info.data);
+}
+
 void Checkpoint::check_tokenizer(uint64_t key) const {
   REQUIRE(key == 0 || info.tokenizer == 0 || key == info.tokenizer, path,
           " was saved with other tokenizer files than those there now, so its tokens may stand for "

@@ -63,7 +63,8 @@ class Checkpoint {
   CheckpointInfo info;
   std::map<std::string, Shape> tensors;  // as in Hugging Face's files: vectors and matrices
   std::vector<WrittenFile> files;
-  bool has_moments = false;  // imported weights have none
+  bool has_moments = false;      // imported weights have none
+  std::string describe() const;  // for people, in several lines
   // Damaged unless the files whose names begin so are as they were written, and the pieces hold
   // every element once. Ranks share the files out.
   void verify(const std::string& names = "", int rank = 0, int ranks = 1) const;

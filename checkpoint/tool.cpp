@@ -43,20 +43,7 @@ static Tokenizer tokenizer_of(const std::string& path, const Checkpoint& c) {
 
 // ---- info, verify
 
-static void describe(const Checkpoint& c) {
-  double parameters = 0, bytes = 0;
-  for (const auto& [name, shape] : c.tensors) parameters += checked_elements(shape);
-  for (const WrittenFile& f : c.files) bytes += f.bytes;
-  const CheckpointInfo& i = c.info;
-  const std::string text =
-      sentence(c.path, "\n  step     ", i.step, "\n  model    ", to_string(i.model),
-               format(": %.2f M parameters in ", parameters / 1e6), name_of(i.dtype),
-               c.has_moments ? " and their moments" : ", without moments", "\n  layout   ",
-               to_string(i.layout), "\n  files    ", c.files.size(),
-               format(", %.1f MB", bytes / 1e6), "\n  options  ", i.options, "\n  data     ",
-               i.data);
-  puts(printable(text).c_str());
-}
+static void describe(const Checkpoint& c) { puts(printable(c.describe()).c_str()); }
 
 static void check(const Checkpoint& c) {
   c.verify();
