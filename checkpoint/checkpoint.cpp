@@ -7,6 +7,7 @@
 #include <csignal>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <regex>
 
 #include "launch/options.h"
 #include "support/json.h"
@@ -23,18 +24,19 @@ struct Saved {
   std::map<std::string, std::vector<NamedArray>> arrays = {};  // by file; in no manifest
 };
 
-// ---- what a manifest says of these: both directions
+// ---- what a manifest says of these: both directions. Who adds a field names it here and raises
+// kFormat's version: a manifest without it is then of another format.
 
 NLOHMANN_JSON_SERIALIZE_ENUM(Dtype, {{Dtype::f32, "f32"}, {Dtype::f64, "f64"}})
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(ModelSize, layers, width, heads, context, vocab)
 static void to_json(json& j, const Layout& layout) {
   for (size_t a = 0; a < kAxes.size(); a++) j[kAxes[a].name] = layout.sizes[a];
 }
-// an axis that a manifest does not know had one rank
 static void from_json(const json& j, Layout& layout) {
-  for (size_t a = 0; a < kAxes.size(); a++) layout.sizes[a] = j.value(kAxes[a].name, int64_t(1));
+  for (size_t a = 0; a < kAxes.size(); a++) j.at(kAxes[a].name).get_to(layout.sizes[a]);
 }
-NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(CheckpointInfo, step, model, layout, dtype, seed, options, data)
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(CheckpointInfo, step, model, layout, dtype, seed, options, data,
+                                   keep, bytes, end_of_text, tokenizer)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(WrittenFile, name, bytes, checksum)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Slice, outer, split, inner, begin, end)
 NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Piece, tensor, slice, first, count)
@@ -65,7 +67,12 @@ template <class Work> static void for_runs(const Piece& p, Work work) {
 }
 
 static const char* suffix(Part part) {
-  return part == Part::weights ? "" : part == Part::m ? ".m" : ".v";
+  switch (part) {
+    case Part::weights: return "";
+    case Part::m: return ".m";
+    case Part::v: return ".v";
+  }
+  ASSERT(false);
 }
 static std::string file_name(int rank, Part part) {
   return sentence(part == Part::weights ? "weights-" : "optimizer-", rank, ".safetensors");
@@ -78,8 +85,9 @@ static std::string step_name(int64_t step) { return format("step-%08ld", step); 
 std::string checkpoint_path(const std::string& dir, int64_t step) {
   return dir + "/" + step_name(step);
 }
+static int64_t step_of(const std::string& name) { return atoll(name.c_str() + 5); }
 static bool is_step_name(const std::string& name) {
-  return name.starts_with("step-") && name == step_name(atoll(name.c_str() + 5));
+  return name.starts_with("step-") && name == step_name(step_of(name));
 }
 static std::string last_name(const std::string& path) { return fs::path(path).filename(); }
 
@@ -87,14 +95,9 @@ static bool is_complete(const std::string& path) { return is_there(path + "/mani
 
 std::vector<std::string> checkpoints_in(const std::string& dir, const PassedOver& passed_over) {
   std::vector<std::string> paths, complete;
-  std::error_code error;
-  for (fs::directory_iterator i(dir, error), end; !error && i != end; i.increment(error)) {
-    const std::string name = i->path().filename(), path = dir + "/" + name;
-    if (is_step_name(name)) paths.push_back(path);
-  }
-  const bool is_none =
-      error == std::errc::no_such_file_or_directory || error == std::errc::not_a_directory;
-  REQUIRE(!error || is_none, dir, " cannot be listed: ", error.message());
+  if (!is_there(dir) || !is_there(dir + "/")) return {};  // a file is none
+  for (const std::string& name : names_in(dir))
+    if (is_step_name(name)) paths.push_back(dir + "/" + name);
   std::ranges::sort(paths, std::greater{}, [](auto& p) { return std::pair(p.size(), p); });
   for (const std::string& path : paths) {
     std::string why = path + " is not complete: its saving, or its removal, did not end";
@@ -125,17 +128,29 @@ std::string newest_path(const std::string& path) {
   return steps[0];
 }
 
+// its own name, where links lead to it
+static fs::path real_path(const std::string& path) {
+  std::error_code error;
+  const fs::path real = fs::canonical(path, error);
+  REQUIRE(!error, path, " cannot be examined: ", error.message());
+  return real;
+}
+
 std::string home_of(const std::string& path, bool (*has_it)(const std::string& dir)) {
   if (!is_complete(path)) return path;
   // of a link: beside the link, or where it leads
   const fs::path beside = fs::absolute(fs::path(path) / "").parent_path().parent_path();
-  return has_it(beside) ? beside : fs::canonical(path).parent_path();
+  return has_it(beside) ? beside : real_path(path).parent_path();
 }
 
 void make_directory(const std::string& dir) {
   std::error_code error;
+  std::vector<std::string> parents;  // of what is new
+  for (fs::path p = fs::absolute(dir, error); !p.empty() && !is_there(p); p = p.parent_path())
+    parents.push_back(p.parent_path());
   fs::create_directories(dir, error);
   REQUIRE(!error, dir, " cannot be created: ", error.message());
+  for (const std::string& parent : parents) sync_directory(parent);
   SYSTEM_CHECK(access(dir.c_str(), W_OK) == 0, dir, " cannot be written to");
 }
 
@@ -156,37 +171,47 @@ static void rename_step(const std::string& path, const std::string& prefix, cons
   say(sentence(path, " is now ", kept));
 }
 
-// Whether all that is in a directory is a checkpoint's.
-static bool is_ours(const fs::path& path) {
-  return std::all_of(fs::directory_iterator(path), {}, [](const fs::directory_entry& entry) {
-    const std::string name = entry.path().filename();
-    return name.starts_with("weights-") || name.starts_with("optimizer-") ||
-           name.starts_with("manifest.json");
+// Whether a directory has a checkpoint's files alone, be they finished or not.
+static bool is_ours(const std::string& path) {
+  static const std::regex kOurs(
+      R"((manifest\.json|(weights|optimizer)-[0-9]+\.safetensors)(\.partial)?)");
+  std::error_code none;
+  return std::ranges::all_of(names_in(path), [&](const std::string& name) {
+    return std::regex_match(name, kOurs) &&
+           fs::is_regular_file(fs::symlink_status(path + "/" + name, none));
   });
 }
 
 // Ready for a new checkpoint: an empty directory for it; unfinished ones are removed, as far as
-// they can be examined. What else has that name is set aside, and so is what cannot be removed, as
-// another user's; of a link only the link goes.
-static void make_place(const std::string& dir, const std::string& path) {
+// they can be examined, and so is a copy to which the manifest did not come: each is said. What
+// else has that name is set aside, and so is what cannot be removed, as another user's; of a link
+// only the link goes.
+static void make_place(const std::string& dir, const std::string& path, const Say& say) {
+  const auto remove = [&](const std::string& old) {
+    const bool removed = remove_checkpoint(old);
+    say(sentence(removed ? "removed " : "cannot remove ", last_name(old),
+                 ", which had no manifest.json"));
+    return removed;
+  };
   error_of([&] {
-    checkpoints_in(dir, [](auto& old, auto&) {
+    checkpoints_in(dir, [&](auto& old, auto&) {
       error_of([&] {
-        if (!fs::is_symlink(old) && !is_complete(old) && is_ours(old)) remove_checkpoint(old);
+        if (old != path && !fs::is_symlink(old) && !is_complete(old) && is_ours(old)) remove(old);
       });
     });
   });
-  const fs::file_status is = fs::symlink_status(path);
-  const bool is_others =
-      fs::exists(is) && !fs::is_symlink(is) && !(fs::is_directory(is) && is_ours(path));
-  if (is_others || !remove_checkpoint(path))
-    rename_step(path, "others-", [](const std::string&) {});
+  std::error_code none;
+  const fs::file_status is = fs::symlink_status(path, none);
+  const bool is_link = fs::is_symlink(is),
+             is_old = fs::is_directory(is) && !is_complete(path) && is_ours(path);
+  if (is_link ? !remove_checkpoint(path) : fs::exists(is) && !(is_old && remove(path)))
+    rename_step(path, "others-", say);
   make_directory(path);
 }
 
 // The newest `keep` stay of those that were saved under such a number.
-static std::vector<std::string> remove_old(const std::string& dir, int64_t keep) {
-  std::vector<std::string> steps, said;
+static void remove_old(const std::string& dir, int64_t keep, std::vector<std::string>& said) {
+  std::vector<std::string> steps;
   // what was saved stays saved
   const std::string error = error_of([&] { steps = checkpoints_in(dir); });
   if (!error.empty()) said.push_back("nothing older is removed: " + error);
@@ -201,7 +226,18 @@ static std::vector<std::string> remove_old(const std::string& dir, int64_t keep)
                    : remove_checkpoint(old) ? "removed " + name
                                             : name + " cannot be removed");
   }
-  return said;
+}
+
+std::string Checkpoint::describe() const {
+  double parameters = 0, bytes = 0;
+  for (const auto& [name, shape] : tensors) parameters += checked_elements(shape);
+  for (const WrittenFile& f : files) bytes += f.bytes;
+  return sentence(path, "\n  step     ", info.step, "\n  model    ", to_string(info.model),
+                  format(": %.2f M parameters in ", parameters / 1e6), name_of(info.dtype),
+                  has_moments ? " and their moments" : ", without moments", "\n  layout   ",
+                  to_string(info.layout), "\n  files    ", files.size(),
+                  format(", %.1f MB", bytes / 1e6), "\n  options  ", info.options, "\n  data     ",
+                  info.data);
 }
 
 void Checkpoint::check_tokenizer(uint64_t key) const {
@@ -212,7 +248,7 @@ void Checkpoint::check_tokenizer(uint64_t key) const {
 
 // ---- writing
 
-static const char kFormat[] = "threefold checkpoint, version 3";
+static const char kFormat[] = "threefold checkpoint, version 4";
 
 static void write_files(const std::string& path, Saved& saved) {
   for (const auto& [name, arrays] : saved.arrays)
@@ -228,25 +264,17 @@ static void write_manifest(const std::string& path, const CheckpointInfo& info,
                            const std::vector<json>& ranks) {
   json manifest = info;
   manifest["format"] = kFormat;
-  manifest["keep"] = info.keep;
-  manifest["bytes"] = info.bytes;
-  manifest["end_of_text"] = info.end_of_text;
-  manifest["tokenizer"] = info.tokenizer;
   manifest["ranks"] = ranks;
   manifest["checksum"] = checksum(text_of(manifest));  // of all else
   write_file(path + "/manifest.json", text_of(manifest) + "\n");
-  // the renames, too, must be on disk, and the name of the directory
-  for (const std::string& name : {path, fs::path(path).parent_path().string()}) {
-    const OpenFile directory(name, O_RDONLY);
-    SYSTEM_CHECK(fsync(directory.fd) == 0 || errno == EINVAL, name,
-                 " cannot be written to the disk");
-  }
+  sync_directory(path);  // for the renames, too
+  sync_directory(fs::path(path).parent_path());
 }
 
 void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info,
-                            const std::vector<NamedArray>& weights) {
+                            const std::vector<NamedArray>& weights, const Say& say) {
   const std::string path = checkpoint_path(dir, info.step);
-  make_place(dir, path);
+  make_place(dir, path, say);
   Saved saved;
   saved.arrays[file_name(0, Part::weights)] = weights;
   for (const NamedArray& w : weights) {
@@ -287,6 +315,14 @@ static std::string copies_that_differ(const Mesh& mesh, const std::vector<ParamS
   return "";
 }
 
+// What the ranks have shared out wrongly would else show at the next --resume.
+static void verify_partition(const Checkpoint& saved) {
+  const Gpt gpt(GptConfig{saved.info.model});  // names and shapes only
+  for (const Param* p : gpt.params())
+    REQUIRE(saved.tensors.count(p->name), saved.path, ": no rank has saved ", p->name);
+  saved.verify_pieces();
+}
+
 std::vector<std::string> save_checkpoint(const std::string& dir, const CheckpointInfo& info,
                                          const Job& job, const Mesh& mesh,
                                          const std::vector<ParamShard>& shards) {
@@ -307,11 +343,17 @@ std::vector<std::string> save_checkpoint(const std::string& dir, const Checkpoin
           {name + suffix(part), x.numel() == elements(shape) ? shape : here, x.dtype(),
            [x = x](void* to) { download(x, to); }});
   }
-  on_first_rank(job, [&] { make_place(dir, path); });
+  std::vector<std::string> said;
+  on_first_rank(job, [&] {
+    make_place(dir, path, [&](const std::string& what) { said.push_back(what); });
+  });
   try {
     collectively(job, [&] { write_files(path, saved); });
     const std::vector<json> ranks = gather(saved);
-    on_first_rank(job, [&] { write_manifest(path, info, ranks); });
+    on_first_rank(job, [&] {
+      write_manifest(path, info, ranks);
+      verify_partition(Checkpoint(path));
+    });
   } catch (...) {
     if (job.rank == 0) remove_checkpoint(path);
     barrier();  // whoever ends the job does it after that
@@ -319,12 +361,12 @@ std::vector<std::string> save_checkpoint(const std::string& dir, const Checkpoin
   }
   const std::string differ = copies_that_differ(mesh, shards);
   if (!differ.empty())
-    return {
+    said.push_back(
         "nothing older is removed, since copies of a weight differ (a device is faulty, or sums "
         "were added in another order): " +
-        differ};
-  if (job.rank != 0 || info.keep == 0) return {};
-  return remove_old(dir, info.keep);
+        differ);
+  else if (job.rank == 0 && info.keep > 0) remove_old(dir, info.keep, said);
+  return said;
 }
 
 // ---- one run in a directory
@@ -345,7 +387,9 @@ DirectoryLock::DirectoryLock(const std::string& dir) : path_(dir + "/lock") {
     error = flock(file_->fd, LOCK_EX | LOCK_NB) == 0 ? 0 : errno;
     std::string host, boot;
     pid_t process = 0;
-    std::istringstream words(read_file(sentence("/proc/self/fd/", file_->fd)));
+    char text[300] = "";
+    SYSTEM_CHECK(pread(file_->fd, text, sizeof text - 1, 0) >= 0, path_, " cannot be read");
+    std::istringstream words(text);
     const bool named = bool(words >> host >> process), is_host = host == host_name(),
                is_boot = words >> boot && boot == boot_id();
     // where files are not locked, another machine of that name may have written it
@@ -393,17 +437,13 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
     m.erase("checksum");
     expect(checksum(text_of(m)) == was, file, " is damaged: it does not have its checksum");
     info = m;
-    info.keep = m.value("keep", int64_t(0));
-    // a manifest without it names a text in what it says for people
-    info.bytes = m.value("bytes", info.data.find(", text:") != info.data.npos);
-    info.end_of_text = m.value("end_of_text", int64_t(-1));
-    info.tokenizer = m.value("tokenizer", uint64_t(0));
     for (const SizeOption& size : kSizes)
       expect(0 < info.model.*size.member && info.model.*size.member <= size.most, file,
              " is damaged: its model is ", to_string(info.model));
     expect(info.step >= 0, file, " is damaged: its step is ", info.step);
     int64_t pieces = 0;  // contiguous ones, at most; memory has 32 bytes of each
-    for (const Saved& saved : m.at("ranks").get<std::vector<Saved>>()) {
+    const std::vector<Saved> ranks = m.at("ranks");
+    for (const Saved& saved : ranks) {
       tensors.insert(saved.tensors.begin(), saved.tensors.end());
       for (const WrittenFile& f : saved.files) {
         expect(f.name == last_name(f.name), file, " is damaged: it names ", f.name);
@@ -417,19 +457,26 @@ Checkpoint::Checkpoint(const std::string& p) : path(p) {
                    0 <= held && held <= all / s.split * (s.end - s.begin) - first,
                file, " is damaged: ", tensor, " has a piece outside of it");
         pieces += s.end - s.begin == s.split ? 1 : held / ((s.end - s.begin) * s.inner) + 2;
-        REQUIRE(pieces <= 300'000'000, file, " has more than 300 million pieces of tensors");
+        REQUIRE(pieces <= 50'000'000, file, " has more than 50 million pieces of tensors");
         std::vector<Run>& runs = runs_[tensor];
         for_runs(piece, [&](int64_t begin, int64_t at, int64_t count) {
           runs.push_back({begin, count, saved.rank, at});
         });
       }
     }
+    for (const Saved& saved : ranks)
+      for (const Part part : {Part::weights, Part::m}) {
+        const std::string name = file_name(saved.rank, part);
+        const bool is_named = std::ranges::count(saved.files, name, &WrittenFile::name) == 1;
+        expect(is_named || saved.pieces.empty() || (part == Part::m && !has_moments), file,
+               " is damaged: it does not name ", name);
+      }
   } catch (const json::exception& e) {
     throw Damaged(sentence(file, " is damaged: ", without_prefix(e.what())));
   }
   expect(!tensors.empty(), file, " is damaged: it has no tensors");
   for (auto& [name, runs] : runs_) std::ranges::sort(runs, {}, &Run::begin);
-  const std::string name = fs::canonical(path).filename();
+  const std::string name = real_path(path).filename();
   REQUIRE(!is_step_name(name) || name == step_name(info.step), path,
           " holds another step than its name says: ", info.step);
 }
@@ -444,6 +491,10 @@ void Checkpoint::verify(const std::string& names, int rank, int ranks) const {
     expect(now.bytes == f.bytes, name, " is damaged: it has ", now.bytes, " bytes of ", f.bytes);
     expect(now.checksum == f.checksum, name, " is damaged: its checksum is not the manifest's");
   }
+  verify_pieces();
+}
+
+void Checkpoint::verify_pieces() const {
   for (const auto& [name, shape] : tensors) {
     int64_t next = 0;
     if (const auto runs = runs_.find(name); runs != runs_.end())
@@ -526,7 +577,7 @@ std::optional<Checkpoint> newest_checkpoint(const std::string& dir, const Job& j
 void put_later_aside(const std::string& dir, int64_t step, const Job& job, const Say& say) {
   on_first_rank(job, [&] {
     for (const std::string& path : checkpoints_in(dir)) {
-      if (last_name(path) == step_name(step)) break;
+      if (step_of(last_name(path)) <= step) break;
       rename_step(path, "later-", say);
     }
   });

@@ -13,8 +13,8 @@
 // whole     or not at all: the manifest is written last and renamed into place. A directory without
 //           one is no checkpoint.
 // removed   is what a run itself has begun and not ended, and what --keep N is about: checkpoints
-//           that were saved under a --keep above 0 and hold no other files. Links are never
-//           followed.
+//           that were saved under a --keep above 0 and hold no other files. What is removed is
+//           said. Links are never followed.
 // cost      weights and moments once: 12 bytes a parameter (f64: 24)
 // not here  copies on several file systems: DIR must be one that all nodes see
 // test      tests/test_checkpoint.cpp, tests/test_checkpoint.sh
@@ -63,10 +63,12 @@ class Checkpoint {
   CheckpointInfo info;
   std::map<std::string, Shape> tensors;  // as in Hugging Face's files: vectors and matrices
   std::vector<WrittenFile> files;
-  bool has_moments = false;  // imported weights have none
+  bool has_moments = false;      // imported weights have none
+  std::string describe() const;  // for people, in several lines
   // Damaged unless the files whose names begin so are as they were written, and the pieces hold
   // every element once. Ranks share the files out.
   void verify(const std::string& names = "", int rank = 0, int ranks = 1) const;
+  void verify_pieces() const;
   void read(const Piece& piece, Part part, Dtype dtype, void* to) const;  // f32 or f64
   // An Error if texts have other tokens now than those that it was trained on.
   void check_tokenizer(uint64_t key) const;
@@ -88,8 +90,8 @@ class Checkpoint {
 // ---- ranks; all of these are collective, and throw on every rank what went wrong on one
 
 // Writes the checkpoint of info.step, then removes what info.keep says, but nothing where copies
-// differ; rank 0 learns what it did, in words. Where it fails nothing is left of it, and older ones
-// stay.
+// differ; rank 0 learns what was removed, in words. Where it fails nothing is left of it, and older
+// ones stay.
 std::vector<std::string> save_checkpoint(const std::string& dir, const CheckpointInfo& info,
                                          const Job& job, const Mesh& mesh,
                                          const std::vector<ParamShard>& shards);
@@ -140,6 +142,7 @@ std::string newest_path(const std::string& path);
 // the link's directory, if has_it (what is looked for) says so, else that of the step itself.
 std::string home_of(const std::string& path, bool (*has_it)(const std::string& dir));
 // A checkpoint of whole tensors without moments, written by one process: from imported weights.
+// Says what it removes.
 void write_whole_checkpoint(const std::string& dir, const CheckpointInfo& info,
-                            const std::vector<NamedArray>& weights);
+                            const std::vector<NamedArray>& weights, const Say& say);
 Shape file_shape(const Param& param);  // in files: a weight (C,3,C) is (C,3C), a bias (3,C) is (3C)

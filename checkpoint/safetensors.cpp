@@ -47,7 +47,8 @@ static int64_t bits_of(const std::string& dtype) {
   constexpr std::string_view kKnown =
       " F64 F32 F16 BF16 BOOL U8 I8 U16 I16 U32 I32 U64 I64 C64 F8_E5M2 F8_E4M3 F8_E8M0 "
       "F8_E4M3FNUZ F8_E5M2FNUZ F6_E2M3 F6_E3M2 F4 ";
-  REQUIRE(kKnown.find(" " + dtype + " ") != kKnown.npos, "there is no dtype ", dtype);
+  REQUIRE(dtype.find(' ') == dtype.npos && kKnown.find(" " + dtype + " ") != kKnown.npos,
+          "there is no dtype ", dtype);
   return dtype == "BOOL" ? 8 : atoll(dtype.c_str() + dtype.find_first_of("123468"));
 }
 
@@ -64,10 +65,11 @@ static std::vector<int64_t> whole_numbers(const nlohmann::json& list) {
   return numbers;
 }
 
-static void read_header(const nlohmann::json& header, const MappedFile& file, std::string_view data,
-                        StoredArrays& arrays) {
+// data: where it begins in the file, and how many bytes it has. in: of the file
+static void read_header(const nlohmann::json& header, int64_t data, int64_t bytes,
+                        const StoredArray& in, StoredArrays& arrays) {
   // begins and ends
-  std::multiset<std::pair<int64_t, int64_t>> places{{int64_t(data.size()), INT64_MAX}};
+  std::multiset<std::pair<int64_t, int64_t>> places{{bytes, INT64_MAX}};
   for (const auto& [name, value] : header.items()) {
     if (name == "__metadata__") {
       if (!value.is_null()) value.get<std::map<std::string, std::string>>();
@@ -76,15 +78,16 @@ static void read_header(const nlohmann::json& header, const MappedFile& file, st
     const auto place = whole_numbers(value.at("data_offsets"));
     REQUIRE(place.size() == 2, name, " has ", place.size(), " data_offsets, expected 2");
     const int64_t begin = place[0], end = place[1];
-    StoredArray a{file, value.at("dtype"), whole_numbers(value.at("shape")), {}};
+    StoredArray a = in;
+    a.dtype = value.at("dtype");
+    a.shape = whole_numbers(value.at("shape"));
     Shape in_bits = a.shape;
     in_bits.push_back(bits_of(a.dtype));
     const int64_t bits = checked_elements(in_bits);
     REQUIRE(bits % 8 == 0 && bits / 8 == end - begin, name, " of shape ", to_string(a.shape),
             " in ", a.dtype, " does not take bytes ", begin, " to ", end);
     places.insert({begin, end});
-    if (end <= int64_t(data.size()))
-      a.bytes = data.substr(begin, end - begin);  // else refused below
+    if (end <= bytes) a.begin = data + begin, a.end = data + end;  // else refused below
     arrays.insert({name, a});
   }
   int64_t next = 0;
@@ -97,16 +100,20 @@ static void read_header(const nlohmann::json& header, const MappedFile& file, st
 
 StoredArrays open_safetensors(const std::string& path) {
   constexpr uint64_t kLongest = 100'000'000;
-  const MappedFile file(path);
+  open_many_files();  // one a rank that has saved
+  const auto file = std::make_shared<const OpenFile>(path, OpenFile::kToRead);
   uint64_t length = 0;
-  const uint64_t bytes = file.view.copy(reinterpret_cast<char*>(&length), sizeof length);
-  const std::string_view rest = file.view.substr(bytes);
-  REQUIRE(bytes == sizeof length && length <= std::min(kLongest, rest.size()), path,
+  const uint64_t size = MappedFile(path, *file).view.size(), has = std::min(size, sizeof length);
+  read_at(*file, path, 0, has, reinterpret_cast<char*>(&length));
+  const uint64_t rest = size - has;
+  REQUIRE(has == sizeof length && length <= std::min(kLongest, rest), path,
           " is truncated, or no safetensors file: its header would have ", length, " bytes, and ",
-          rest.size(), " follow");
+          rest, " follow");
+  std::string text(length, 0);
+  read_at(*file, path, has, length, text.data());
   StoredArrays arrays;
-  read_json(path, rest.substr(0, length), [&](const nlohmann::json& header) {
-    read_header(header, file, rest.substr(length), arrays);
+  read_json(path, text, [&](const nlohmann::json& header) {
+    read_header(header, has + length, rest - length, {path, {}, {}, file, 0, 0}, arrays);
   });
   return arrays;
 }
@@ -124,26 +131,35 @@ template <class T> static T take(const char* p) {
   return value;
 }
 
-static double element(const char* p, const std::string& dtype) {
-  if (dtype == "F64") return take<double>(p);
-  if (dtype == "F32") return take<float>(p);
-  const uint16_t bits = take<uint16_t>(p);
-  return dtype == "F16" ? from_half(bits) : std::bit_cast<float>(uint32_t(bits) << 16);
+static float from_bf16(uint16_t bits) { return std::bit_cast<float>(uint32_t(bits) << 16); }
+
+// how an element is read
+static const std::map<std::string, double (*)(const char*)> kReadable = {
+    {"F64", [](const char* p) { return take<double>(p); }},
+    {"F32", [](const char* p) { return double(take<float>(p)); }},
+    {"F16", [](const char* p) { return double(from_half(take<uint16_t>(p))); }},
+    {"BF16", [](const char* p) { return double(from_bf16(take<uint16_t>(p))); }}};
+
+std::string StoredArray::bytes() const {
+  std::string all(end - begin, 0);
+  read_at(*file, path, begin, all.size(), all.data());
+  return all;
 }
 
 void StoredArray::read(int64_t first, int64_t count, Dtype as, void* to) const {
-  const bool readable = dtype == "F64" || dtype == "F32" || dtype.ends_with("F16");
-  REQUIRE(readable, file.path, " has a tensor in ", dtype, "; F64, F32, F16 and BF16 can be read");
+  const auto readable = kReadable.find(dtype);
+  REQUIRE(readable != kReadable.end(), path, " has a tensor in ", dtype,
+          "; F64, F32, F16 and BF16 can be read");
   ASSERT(first >= 0 && first + count <= elements(shape));
-  const int64_t size = bits_of(dtype) / 8;
-  const char* from = bytes.data() + first * size;
-  bytes_moved += count * size;
-  if (dtype == safetensors_name(as)) {
-    memcpy(to, from, count * size);
-    return;
-  }
+  const int64_t size = bits_of(dtype) / 8, at = begin + first * size;
+  if (dtype == safetensors_name(as))
+    return read_at(*file, path, at, count * size, static_cast<char*>(to));
+  constexpr int64_t kBlock = 1 << 20;
+  std::string block(std::min(count, kBlock) * size, 0);
   for (int64_t i = 0; i < count; i++) {
-    const double x = element(from + i * size, dtype);
+    if (i % kBlock == 0)
+      read_at(*file, path, at + i * size, std::min(count - i, kBlock) * size, block.data());
+    const double x = readable->second(block.data() + i % kBlock * size);
     if (as == Dtype::f64) static_cast<double*>(to)[i] = x;
     else static_cast<float*>(to)[i] = x;
   }

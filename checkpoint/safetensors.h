@@ -21,11 +21,13 @@ WrittenFile write_safetensors(const std::string& path, const std::vector<NamedAr
 // -1 where 64 bits do not hold it
 int64_t checked_elements(const Shape& shape);
 
+// Its file stays open, and can be read where the file has been removed since.
 struct StoredArray {
-  MappedFile file;  // that it is in
-  std::string dtype;
+  std::string path, dtype;
   Shape shape;
-  std::string_view bytes;
+  std::shared_ptr<const OpenFile> file;
+  int64_t begin, end;         // its bytes in the file
+  std::string bytes() const;  // all of them
   // Elements [first, first + count) as f32 or f64, rounded where need be.
   void read(int64_t first, int64_t count, Dtype as, void* to) const;
 };

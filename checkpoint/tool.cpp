@@ -32,38 +32,33 @@ static const char kUsage[] =
     "                                           perhaps tokenizer.json, or vocab.json and\n"
     "                                           merges.txt\n";
 
-static Tokenizer tokenizer_of(const std::string& path, const CheckpointInfo& info) {
-  return {home_of(path, has_tokenizer), info.model.vocab, false, info.end_of_text};
+// An Error where its files are others than they were; says so where they are gone.
+static Tokenizer tokenizer_of(const std::string& path, const Checkpoint& c) {
+  const Tokenizer now(home_of(path, has_tokenizer), c.info.model.vocab, false, c.info.end_of_text);
+  c.check_tokenizer(now.key());
+  if (c.info.tokenizer && now.key() == 0)
+    puts(printable(c.path + " was saved with a tokenizer, whose files are gone").c_str());
+  return now;
 }
 
 // ---- info, verify
 
-static void describe(const Checkpoint& c) {
-  int64_t parameters = 0, bytes = 0;
-  for (const auto& [name, shape] : c.tensors) parameters += elements(shape);
-  for (const WrittenFile& f : c.files) bytes += f.bytes;
-  const CheckpointInfo& i = c.info;
-  const std::string text =
-      sentence(c.path, "\n  step     ", i.step, "\n  model    ", to_string(i.model),
-               format(": %.2f M parameters in ", parameters / 1e6), name_of(i.dtype),
-               c.has_moments ? " and their moments" : ", without moments", "\n  layout   ",
-               to_string(i.layout), "\n  files    ", c.files.size(),
-               format(", %.1f MB", bytes / 1e6), "\n  options  ", i.options, "\n  data     ",
-               i.data);
-  puts(printable(text).c_str());
-}
+static void describe(const Checkpoint& c) { puts(printable(c.describe()).c_str()); }
 
 static void check(const Checkpoint& c) {
   c.verify();
-  if (c.info.tokenizer) c.check_tokenizer(tokenizer_of(c.path, c.info).key());
-  printf("%s: whole, %zu files, %zu tensors\n", c.path.c_str(), c.files.size(), c.tensors.size());
+  if (c.info.tokenizer) tokenizer_of(c.path, c);
+  const std::string text =
+      sentence(c.path, ": whole, ", c.files.size(), " files, ", c.tensors.size(), " tensors");
+  puts(printable(text).c_str());
 }
 
 // Does `work` with each step, and says what is wrong with those that are not whole: status 1.
 static int each_step(const std::string& path, void (*work)(const Checkpoint&)) {
+  at_work = "the checkpoints in " + path;
   int status = 0;
   std::vector<std::string> steps = checkpoints_in(path, [&](auto&, auto& why) {
-    printf("%s\n", why.c_str());
+    puts(printable(why).c_str());
     status = 1;
   });
   if (steps.empty()) steps = {newest_path(path)};
@@ -107,16 +102,17 @@ static json config_of(const CheckpointInfo& info, int end) {
 }
 
 static void export_weights(const std::string& path, const std::string& dir) {
+  at_work = "the export of " + path;
   const Checkpoint c(newest_path(path));
   c.verify("weights-");
+  c.open_weights();  // from here on a run that saves may remove it
   std::vector<NamedArray> arrays;
   for (const auto& [name, shape] : c.tensors) {
     const Piece whole = whole_tensor(name, shape);
     arrays.push_back({name, shape, Dtype::f32,
                       [&c, whole](void* to) { c.read(whole, Part::weights, Dtype::f32, to); }});
   }
-  const Tokenizer tokenizer = tokenizer_of(path, c.info);
-  c.check_tokenizer(tokenizer.key());
+  const Tokenizer tokenizer = tokenizer_of(path, c);
   int end = tokenizer.end_of_text();
   // without a tokenizer, numbers of GPT-2's are what so large a vocabulary holds
   if (end < 0 && tokenizer.key() == 0 && !c.info.bytes && c.info.model.vocab >= 50257) end = 50256;
@@ -124,16 +120,18 @@ static void export_weights(const std::string& path, const std::string& dir) {
                     text = config_of(c.info, end).dump(2) + "\n";
   make_directory(dir);
   // An earlier export has this very text in it, and one that was killed at first only part of it.
-  const bool is_new = std::all_of(fs::directory_iterator(dir), {}, [&](const auto& entry) {
-    return entry.path() == config + ".partial";
+  const bool is_new = std::ranges::all_of(names_in(dir), [](const std::string& name) {
+    return name == "config.json.partial";
   });
   REQUIRE(is_new || (is_there(config) && read_file(config) == text), dir,
           " has other files than those of an export of such a model: give another directory");
   write_file(config, text);
-  copy_tokenizer(home_of(path, has_tokenizer), dir);
   const WrittenFile w = write_safetensors(weights, arrays);
-  printf("%s: %zu tensors, %.1f MB, from %s\n", weights.c_str(), arrays.size(), w.bytes / 1e6,
-         c.path.c_str());
+  copy_tokenizer(home_of(path, has_tokenizer), dir);
+  sync_directory(dir);
+  const std::string said = sentence(weights, ": ", arrays.size(), " tensors, ",
+                                    format("%.1f", w.bytes / 1e6), " MB, from ", c.path);
+  puts(printable(said).c_str());
 }
 
 static CheckpointInfo read_config(const std::string& path) {
@@ -184,7 +182,7 @@ static StoredArrays read_weights(const std::string& dir) {
     REQUIRE(part == part.filename(), index, " names a file of another directory, ", part);
     for (const auto& [name, array] : open_safetensors(fs::path(dir) / part)) {
       const std::string short_name = name.substr(name.starts_with("transformer.") ? 12 : 0);
-      REQUIRE(all.insert({short_name, array}).second, array.file.path, " has ", name,
+      REQUIRE(all.insert({short_name, array}).second, array.path, " has ", name,
               ", which is there already");
     }
   }
@@ -192,7 +190,12 @@ static StoredArrays read_weights(const std::string& dir) {
 }
 
 static void import_weights(const std::string& dir, const std::string& path) {
-  REQUIRE(checkpoints_in(path).empty(), path, " holds checkpoints already: give another directory");
+  at_work = "the import of " + dir;
+  const auto check_empty = [&] {
+    REQUIRE(checkpoints_in(path).empty(), path,
+            " holds checkpoints already: give another directory");
+  };
+  check_empty();
   CheckpointInfo info = read_config(dir + "/config.json");
   info.data = "imported from " + dir;
   const Tokenizer readable(dir, info.model.vocab);  // or an Error, before anything is written
@@ -202,7 +205,7 @@ static void import_weights(const std::string& dir, const std::string& path) {
   // one matrix, tied: under both names, or one of them
   if (const auto head = all.extract("lm_head.weight"); !head.empty()) {
     const StoredArray& mine = head.mapped();
-    REQUIRE(all.insert({"wte.weight", mine}).first->second.bytes == mine.bytes, mine.file.path,
+    REQUIRE(all.insert({"wte.weight", mine}).first->second.bytes() == mine.bytes(), mine.path,
             ": lm_head.weight is not wte.weight; the head of this model is its embedding");
   }
   Gpt gpt(GptConfig{info.model});  // names and shapes only
@@ -212,24 +215,26 @@ static void import_weights(const std::string& dir, const std::string& path) {
     REQUIRE(!found.empty(), dir, " has no tensor ", p->name);
     const StoredArray& from = found.mapped();
     const Shape shape = file_shape(*p);
-    REQUIRE(from.shape == shape, from.file.path, ": ", p->name, " is of shape ",
-            to_string(from.shape), "; by config.json it should be ", to_string(shape));
+    REQUIRE(from.shape == shape, from.path, ": ", p->name, " is of shape ", to_string(from.shape),
+            "; by config.json it should be ", to_string(shape));
     arrays.push_back(
         {p->name, shape, Dtype::f32, [from](void* to) {
            const int64_t n = elements(from.shape);
            from.read(0, n, Dtype::f32, to);
            const std::span numbers(static_cast<const float*>(to), n);
            REQUIRE(std::ranges::all_of(numbers, [](float x) { return std::isfinite(x); }),
-                   from.file.path, " has weights that are not finite");
+                   from.path, " has weights that are not finite");
          }});
   }
   for (const auto& [name, left] : all)  // causal masks may be there, too
-    REQUIRE(name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias"), left.file.path,
+    REQUIRE(name.ends_with(".attn.bias") || name.ends_with(".attn.masked_bias"), left.path,
             ": the model of config.json has no ", name);
   make_directory(path);
   const DirectoryLock lock(path);
+  check_empty();  // another import may have been here
   copy_tokenizer(dir, path);
-  write_whole_checkpoint(path, info, arrays);
+  write_whole_checkpoint(path, info, arrays,
+                         [](const std::string& text) { puts(printable(text).c_str()); });
   describe(Checkpoint(newest_path(path)));
 }
 

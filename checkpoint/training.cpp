@@ -46,6 +46,10 @@ std::optional<int64_t> resume_training(const Options& o, const Dataset& data, co
       "remove a tokenizer's files from ",
       o.checkpoint);
   c->check_tokenizer(o.tokenizer_key);
+  std::set<std::string> names;
+  for (const Param* p : trainer.gpt.params()) names.insert(p->name);
+  for (const auto& [name, shape] : c->tensors)
+    REQUIRE(names.count(name), c->path, " has a tensor that this model lacks: ", name);
   REQUIRE(o.model.vocab == 256 || !data.is_text() || saved.bytes, c->path,
           " was not trained on bytes last (", saved.data,
           "), so they are not its tokens: give --tokenizer DIR");
@@ -56,10 +60,8 @@ std::optional<int64_t> resume_training(const Options& o, const Dataset& data, co
   resume(*c, trainer.optimizer());
   trainer.fsdp.end_step();  // shards have changed
   say(sentence(c->path, ", saved on ", to_string(saved.layout)));
-  const bool is_digested = saved.data.find(" digest ") != saved.data.npos;  // older ones are not
-  const std::string now = is_digested ? in_full(data) : data.describe();
-  if (!imported && !saved.data.ends_with(is_digested ? "(" + data.content + ")" : now))
-    say(sentence("it was trained on ", saved.data, ", and is now on ", now,
+  if (!imported && !saved.data.ends_with("(" + data.content + ")"))
+    say(sentence("it was trained on ", saved.data, ", and is now on ", in_full(data),
                  ": what is held out now may have been trained on"));
   if (!imported && saved.options != o.command && saved.options + " --resume" != o.command)
     say("it was trained with the options " + saved.options);
@@ -73,17 +75,17 @@ std::string save_training(const Options& o, const Dataset& data, int64_t step, c
   const Stopwatch saving;
   const GptConfig& config = trainer.gpt.config;
   const Dtype dtype = master_dtype(config.dtype);
-  const CheckpointInfo info{step,
-                            o.model,
-                            o.layout,
-                            dtype,
-                            uint64_t(o.seed),
-                            o.command,
-                            in_full(data),
-                            o.keep,
-                            data.is_text(),
-                            o.end_of_text,
-                            data.is_text() ? 0 : o.tokenizer_key};
+  const CheckpointInfo info{.step = step,
+                            .model = o.model,
+                            .layout = o.layout,
+                            .dtype = dtype,
+                            .seed = uint64_t(o.seed),
+                            .options = o.command,
+                            .data = in_full(data),
+                            .keep = o.keep,
+                            .bytes = data.is_text(),
+                            .end_of_text = o.end_of_text,
+                            .tokenizer = data.is_text() ? 0 : o.tokenizer_key};
   const std::vector<std::string> said =
       save_checkpoint(o.checkpoint, info, job, mesh, trainer.optimizer().shards());
   return format("checkpoint saved: %.1f MB in %.2f s",

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 #include <filesystem>
-#include <utility>
+#include <optional>
 
 #include "support/data.h"
 #include "support/stopwatch.h"
@@ -25,6 +25,7 @@ static std::string encode_files(const std::vector<MappedFile>& texts, const std:
       for (const int token : tokens)
         shard.append(reinterpret_cast<const char*>(&token), kind.width);
       if (end < looks) return;
+      bytes_moved += end + 65536 - looks;
       looks = end + 65536;
       if (said.seconds() < 3) return;
       said = {};
@@ -49,21 +50,31 @@ static bool is_ours_alone(const fs::path& place) {
          !(is.st_mode & 022);
 }
 
-// Nobody may look after such files.
-static bool is_whole(const std::string& shard) {
-  return is_there(shard) && error_of([&] { Dataset::check_file(shard); }).empty();
+// Nobody may look after such files; and a shard beside a text may be anybody's.
+static bool can_be_taken(const std::string& shard, const std::string& text) {
+  struct stat is, of;
+  return stat(shard.c_str(), &is) == 0 && stat(text.c_str(), &of) == 0 &&
+         (is.st_uid == geteuid() || is.st_uid == of.st_uid) &&
+         error_of([&] { Dataset::check_file(shard); }).empty();
+}
+
+// What the shard's name begins with: some of the text's. A name can have 255 bytes.
+static std::string stem_of(const std::string& text) {
+  return text.substr(0, text.rfind('/') + 1 + 200);
 }
 
 // The shard of some texts, made where there is none. name: where it lies and how it begins
 static std::string shard_of(const std::vector<std::string>& paths, const fs::path& name,
                             const Tokenizer& tokenizer, const std::string& directory,
                             const Say& say) {
-  std::vector<MappedFile> texts;
-  std::string key = sentence(kEncoding, " ", tokenizer.key(), " ", tokenizer.size());
-  for (const std::string& path : paths)
-    key += sentence(" ", checksum(texts.emplace_back(path).view));
+  const auto key = [&] {
+    std::string text = sentence(kEncoding, " ", tokenizer.key(), " ", tokenizer.size());
+    for (const std::string& path : paths) text += sentence(" ", measure(path).checksum);
+    return checksum(text);
+  };
+  const uint64_t known = key();
   const std::string file =
-      sentence(name.filename().string().substr(0, 200), ".", checksum(key), ".bin");
+      sentence(fs::path(stem_of(name)).filename().string(), ".", known, ".bin");
   std::error_code error;
   fs::path last = fs::temp_directory_path(error);
   if (error) last = "/tmp";
@@ -71,11 +82,16 @@ static std::string shard_of(const std::vector<std::string>& paths, const fs::pat
   std::vector<fs::path> places{name.parent_path(), last};
   if (!directory.empty()) places.insert(places.begin() + 1, directory);
   std::string shard;
-  const Stopwatch waited;
-  for (bool said = false;; usleep(50000)) {
+  std::optional<Stopwatch> waited;  // for another process
+  for (;; usleep(50000)) {
     for (const fs::path& place : places)
-      if ((place != last || is_ours_alone(last)) && is_whole(place / file)) return place / file;
-    if (shard.empty()) shard = encode_files(texts, name, tokenizer, say);
+      if ((place != last || is_ours_alone(last)) && can_be_taken(place / file, paths[0]))
+        return place / file;
+    if (shard.empty()) {
+      shard = encode_files({paths.begin(), paths.end()}, name, tokenizer, say);
+      REQUIRE(key() == known, name.string(), " was changed while it was encoded: start again");
+      continue;  // by now another process may have written it
+    }
     std::string why;
     bool is_coming = false;  // another process is writing the same
     for (const fs::path& place : places) {
@@ -93,10 +109,12 @@ static std::string shard_of(const std::vector<std::string>& paths, const fs::pat
         if (is_coming) break;
       }
     }
-    REQUIRE(is_coming && waited.seconds() < 600, "the tokens of ", name.string(), " have no place",
-            why);
-    if (!std::exchange(said, true))
+    if (is_coming && !waited) {
+      waited.emplace();
       say(sentence(name.string(), " is encoded by another process: waiting for its tokens"));
+    }
+    REQUIRE(is_coming && waited->seconds() < 600, "the tokens of ", name.string(), " have no place",
+            why);
   }
 }
 
@@ -108,11 +126,13 @@ std::vector<std::string> token_shards(const std::vector<std::string>& files,
     return {shard_of(project_files(root), root + "/build/sources", tokenizer, directory, say)};
   std::vector<std::string> shards;
   for (const std::string& file : files) {
-    // texts/* has the shards of these texts, too, and perhaps older ones; few checksums are short
+    // texts/* names the shards of these texts, too, and perhaps older ones, and what a process that
+    // was killed has left of one; few checksums are short
     const auto is_of = [&](const std::string& other) {
-      const size_t key = other.size() + 1, end = file.find_first_not_of("0123456789", key);
-      return file.starts_with(other + ".") && file.ends_with(".bin") && end == file.size() - 4 &&
-             end >= key + 15;
+      const std::string stem = stem_of(other) + ".";
+      const size_t end = file.find_first_not_of("0123456789", stem.size());
+      return file.starts_with(stem) && end != file.npos && end >= stem.size() + 15 &&
+             (file.substr(end) == ".bin" || file.substr(end) == ".bin.partial");
     };
     if (const auto other = std::ranges::find_if(files, is_of); other != files.end()) {
       say(sentence(file, " is left out: its name says that it has the tokens of ", *other));

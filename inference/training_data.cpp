@@ -40,7 +40,7 @@ void TrainingData::meet(Options& o, const Job& job) {
 void TrainingData::read(Options& o, const Job& job) {
   const auto say = [&](const std::string& text) {
     if (!job.speaks) return;
-    printf("tokens   %s\n", text.c_str());
+    printf("tokens   %s\n", printable(text).c_str());
     fflush(stdout);
   };
   if (!directory_.empty()) o.data = token_shards(o.data, *tokenizer, o.checkpoint, say);

@@ -2,6 +2,7 @@
 //
 // idea      Every rank first looks for its files by itself, before there is a mesh. Texts for byte
 //           pairs are encoded by one rank; when all have met, the others find what it has written.
+//           To find it, every rank reads each text once at every start, for its checksum.
 // test      tests/test_formats.sh
 #pragma once
 #include <optional>

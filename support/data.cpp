@@ -1,8 +1,6 @@
 // data.cpp: see data.h.
 #include "support/data.h"
 
-#include <sys/resource.h>
-
 #include <algorithm>
 #include <filesystem>
 #include <set>
@@ -69,14 +67,6 @@ Dataset::Part Dataset::open_part(const std::string& path) {
 
 void Dataset::check_file(const std::string& path) { open_part(path); }
 
-// Shards come in thousands, and a shell lets a process have 1024 files open unless it asks.
-static void open_many_files() {
-  rlimit files;
-  if (getrlimit(RLIMIT_NOFILE, &files)) return;
-  files.rlim_cur = files.rlim_max;
-  setrlimit(RLIMIT_NOFILE, &files);
-}
-
 Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, int64_t vocab) {
   constexpr int64_t kCheckedAtOpening = 1 << 20;
   Dataset d;
@@ -87,7 +77,7 @@ Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, in
   d.from_ = files.empty() ? sentence("the ", d.paths.size(), " sources and docs of this project")
             : d.paths.size() == 1 ? d.paths[0]
                                   : sentence(d.paths.size(), " files");
-  open_many_files();
+  open_many_files();  // shards come in thousands
   std::set<fs::path> seen;
   d.context_ = context;
   d.vocab_ = vocab;

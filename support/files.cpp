@@ -3,8 +3,10 @@
 
 #include <sys/file.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 
+#include <filesystem>
 #include <xxhash.h>
 
 // ---- reading
@@ -47,6 +49,23 @@ bool is_there(const std::string& path) {
   return false;
 }
 
+std::vector<std::string> names_in(const std::string& directory) {
+  std::vector<std::string> names;
+  std::error_code error;
+  for (std::filesystem::directory_iterator i(directory, error), end; !error && i != end;
+       i.increment(error))
+    names.push_back(i->path().filename());
+  REQUIRE(!error, directory, " cannot be listed: ", error.message());
+  return names;
+}
+
+void open_many_files() {
+  rlimit files;
+  if (getrlimit(RLIMIT_NOFILE, &files)) return;
+  files.rlim_cur = files.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &files);
+}
+
 // Calls take(block) with what is in a file, one block after the other.
 template <class Take>
 static void for_blocks(const std::string& path, Take take, bool may_be_pipe = false) {
@@ -65,7 +84,12 @@ static void for_blocks(const std::string& path, Take take, bool may_be_pipe = fa
 std::string read_file(const std::string& path, bool may_be_pipe) {
   std::string text;
   for_blocks(
-      path, [&](std::string_view block) { text += block; }, may_be_pipe);
+      path,
+      [&](std::string_view block) {
+        text += block;
+        REQUIRE(text.size() <= kLongestText, path, " has more than ", kLongestText, " bytes");
+      },
+      may_be_pipe);
   return text;
 }
 
@@ -133,11 +157,12 @@ WrittenFile write_file(const std::string& path, const std::function<void(const W
   struct stat old;
   REQUIRE(stat(path.c_str(), &old) || S_ISREG(old.st_mode), path,
           " is no file that can be written anew");
-  const OpenFile file(beside, O_WRONLY | O_CREAT | O_NOFOLLOW);
+  const OpenFile file(beside, O_WRONLY | O_CREAT | O_NOFOLLOW | O_NONBLOCK);
   const bool is_free = flock(file.fd, LOCK_EX | LOCK_NB) == 0 || errno != EWOULDBLOCK;
   // who held it has perhaps just renamed it: then it is the finished file
   if (!is_free || !file.is_at(beside))
     throw BusyError(path + " is being written by another process");
+  REQUIRE(examine(file, beside).st_nlink == 1, beside, " has another name, too: remove it");
   Checksum sum;
   sum.file.name = path.substr(path.rfind('/') + 1);
   const auto check = [&](bool done) { SYSTEM_CHECK(done, path, " cannot be written"); };
@@ -161,9 +186,13 @@ WrittenFile write_file(const std::string& path, const std::function<void(const W
         ahead = 0;
       }
     });
-    check(fsync(file.fd) == 0 && rename(beside.c_str(), path.c_str()) == 0);
+    check(fsync(file.fd) == 0);
+    // where a file system has no locks
+    REQUIRE(file.is_at(beside) && examine(file, beside).st_size == sum.file.bytes, path,
+            " cannot be written: another process has written to ", beside, " or removed it");
+    check(rename(beside.c_str(), path.c_str()) == 0);
   } catch (...) {
-    unlink(beside.c_str());
+    if (file.is_at(beside)) unlink(beside.c_str());
     throw;
   }
   return sum.end();
@@ -171,4 +200,9 @@ WrittenFile write_file(const std::string& path, const std::function<void(const W
 
 WrittenFile write_file(const std::string& path, std::string_view text) {
   return write_file(path, [&](const Write& write) { write(text); });
+}
+
+void sync_directory(const std::string& path) {
+  const OpenFile directory(path, O_RDONLY);
+  SYSTEM_CHECK(fsync(directory.fd) == 0 || errno == EINVAL, path, " cannot be written to the disk");
 }

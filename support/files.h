@@ -27,8 +27,8 @@ struct OpenFile {
   const int fd;
 };
 
-// The bytes of a regular file that is not empty. If others make it shorter meanwhile, looking at
-// what is gone ends the process; read_at says so instead.
+// The bytes of a regular file that is not empty. If others make it shorter meanwhile, or the disk
+// fails, looking at what is gone ends the process; read_at says so instead.
 struct MappedFile {
   explicit MappedFile(const std::string& path)
       : MappedFile(path, OpenFile(path, OpenFile::kToRead)) {}
@@ -42,8 +42,11 @@ struct MappedFile {
 void read_at(const OpenFile& file, const std::string& path, int64_t at, int64_t bytes, char* to);
 
 bool is_there(const std::string& path);  // an Error where the system does not say
+std::vector<std::string> names_in(const std::string& directory);
 // An error of the disk is an Error here, where a map of the file would end the process. So is what
-// is no regular file, and might have no end; a pipe that the user names may be read.
+// is no regular file, and might have no end (a pipe that the user names may be read), and what is
+// longer than any file that is read so.
+constexpr size_t kLongestText = 1 << 30;
 std::string read_file(const std::string& path, bool may_be_pipe = false);
 
 uint64_t checksum(std::string_view bytes);  // XXH3, 64 bits: of a whole file it is WrittenFile's
@@ -54,7 +57,8 @@ struct WrittenFile {
   uint64_t checksum = 0;
 };
 WrittenFile measure(const std::string& path);  // reads it to its end; what it is now
-// A digest of files for comparing copies of them: their sizes, and pieces all over them.
+// A digest of files for comparing copies of them: their sizes, and 4096 pieces of 16 KiB of all of
+// them together, or 64 of each where they are more than 64; all bytes of those that have no more.
 std::string content_of(const std::vector<std::string>& paths);
 
 using Say = std::function<void(const std::string&)>;  // to those who wait
@@ -68,3 +72,5 @@ struct BusyError : Error {  // another process is writing the file
 using Write = std::function<void(std::string_view piece)>;
 WrittenFile write_file(const std::string& path, const std::function<void(const Write&)>& fill);
 WrittenFile write_file(const std::string& path, std::string_view text);
+void sync_directory(const std::string& path);  // the names in it are on the disk after that
+void open_many_files();  // a shell lets a process have 1024 open, unless the process asks for more

@@ -23,7 +23,11 @@ constexpr int kDeepest = 100;  // since nlohmann recurses; real files are nested
 // twice. What is wrong becomes a sentence about the file.
 template <class Read> void read_json(const std::string& path, std::string_view text, Read read) {
   using Event = nlohmann::json::parse_event_t;
-  const std::string error = error_of([&] {
+  const auto damaged = [&](const std::string& why) {  // which may hold any name of the file
+    return Error(sentence(path, " is damaged, or of another kind: ", why.substr(0, 400),
+                          why.size() > 400 ? " ..." : ""));
+  };
+  try {
     // where nlohmann stops reading
     REQUIRE(text.find('\0') == text.npos, "a zero byte stands in it");
     REQUIRE(!text.starts_with("\xef\xbb\xbf"), "it begins with a byte-order mark");  // passed over
@@ -38,6 +42,9 @@ template <class Read> void read_json(const std::string& path, std::string_view t
     });
     REQUIRE(json.is_object(), "it is no object of names");
     read(json);
-  });
-  REQUIRE(error.empty(), path, " is damaged, or of another kind: ", without_prefix(error));
+  } catch (const Error& e) {
+    throw damaged(e.what());
+  } catch (const nlohmann::json::exception& e) {
+    throw damaged(without_prefix(e.what()));
+  }
 }

@@ -23,7 +23,7 @@ void put_aside(const std::string& path, const std::string& what) {
     aside = sentence(path, ".", n);
   SYSTEM_CHECK(rename(path.c_str(), aside.c_str()) == 0, path,
                " of an earlier run cannot be renamed");
-  printf("%-8s of an earlier run are in %s now\n", what.c_str(), aside.c_str());
+  printf("%-8s of an earlier run are in %s now\n", what.c_str(), printable(aside).c_str());
 }
 
 JsonLines::JsonLines(const std::string& path, int64_t resumed, const std::string& what)
@@ -109,7 +109,8 @@ void Progress::show(const std::string& text) {
 }
 
 void Progress::say(int64_t step, const std::string& what) {
-  show(sentence(line_open_ ? "\r\033[K" : "", "step ", step, "/", steps_, "  ", what, "\n"));
+  show(sentence(line_open_ ? "\r\033[K" : "", "step ", step, "/", steps_, "  ", printable(what),
+                "\n"));
   line_open_ = false;
 }
 

@@ -4,7 +4,8 @@
 //   FAULT_PATH=text                  which files
 //   FAULT_CALL=name, FAULT_RANK=r    only calls of this name, only in this rank's process
 //   FAULT_LOG=file                   each such call appends "name path" there
-//   FAULT_AT=n FAULT_ERRNO=e         the n-th of them fails with this errno
+//   FAULT_AT=n FAULT_ERRNO=e         the n-th of them fails with this errno; with 0 a read or a
+//                                    write moves only half of the bytes
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -58,6 +59,12 @@ bool fails(const char* name, int fd) {
   return fails(name, path);
 }
 
+// of a read or a write of so many bytes: how many it may move; -1: it fails
+ssize_t allowed(const char* name, int fd, size_t bytes) {
+  if (!fails(name, fd)) return bytes;
+  return errno ? -1 : (bytes + 1) / 2;
+}
+
 }  // namespace
 
 extern "C" {
@@ -79,20 +86,20 @@ int open64(const char* path, int flags, ...) {
   return next<int (*)(const char*, int, ...)>("open64")(path, flags, mode);
 }
 ssize_t read(int fd, void* to, size_t bytes) {
-  if (fails("read", fd)) return -1;
-  return next<ssize_t (*)(int, void*, size_t)>("read")(fd, to, bytes);
+  const ssize_t n = allowed("read", fd, bytes);
+  return n < 0 ? n : next<ssize_t (*)(int, void*, size_t)>("read")(fd, to, n);
 }
 ssize_t pread(int fd, void* to, size_t bytes, off_t at) {
-  if (fails("read", fd)) return -1;
-  return next<ssize_t (*)(int, void*, size_t, off_t)>("pread")(fd, to, bytes, at);
+  const ssize_t n = allowed("read", fd, bytes);
+  return n < 0 ? n : next<ssize_t (*)(int, void*, size_t, off_t)>("pread")(fd, to, n, at);
 }
 ssize_t write(int fd, const void* from, size_t bytes) {
-  if (fails("write", fd)) return -1;
-  return next<ssize_t (*)(int, const void*, size_t)>("write")(fd, from, bytes);
+  const ssize_t n = allowed("write", fd, bytes);
+  return n < 0 ? n : next<ssize_t (*)(int, const void*, size_t)>("write")(fd, from, n);
 }
 ssize_t pwrite(int fd, const void* from, size_t bytes, off_t at) {
-  if (fails("write", fd)) return -1;
-  return next<ssize_t (*)(int, const void*, size_t, off_t)>("pwrite")(fd, from, bytes, at);
+  const ssize_t n = allowed("write", fd, bytes);
+  return n < 0 ? n : next<ssize_t (*)(int, const void*, size_t, off_t)>("pwrite")(fd, from, n, at);
 }
 int fsync(int fd) {
   if (fails("fsync", fd)) return -1;

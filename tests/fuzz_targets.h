@@ -65,6 +65,7 @@ inline void manifest(const std::string& bytes) {
   const auto replace = nlohmann::json::error_handler_t::replace;
   write("c/manifest.json", json.is_discarded() ? bytes : json.dump(-1, ' ', false, replace));
   const Checkpoint checkpoint(directory() + "/c");
+  checkpoint.describe();
   checkpoint.verify("optimizer-");
   std::vector<float> values(16);
   for (const auto& [name, shape] : checkpoint.tensors)

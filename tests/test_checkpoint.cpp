@@ -7,6 +7,10 @@
 //   mpiexec -n N test_checkpoint differ DIR SETTING PARAMETER
 //       saves three steps with keep 1, the last after one number of the parameter was changed on
 //       the last rank, and prints what each save says
+//   mpiexec -n N test_checkpoint lacks DIR SETTING PARAMETER
+//       saves all but what the last rank has of the parameter
+//   test_checkpoint later DIR STEP
+//       puts checkpoints of later steps aside
 //   test_checkpoint logits DIR TOKEN...
 //       the logits after these tokens, one a line, in f64
 // SETTING: pp=2,fsdp=2,schedule=zb,dtype=f64: axes, zero, schedule, chunks, by_rows (sequence
@@ -115,6 +119,19 @@ void differ(const std::string& dir, const Setting& s, const std::string& name) {
   close_mesh(mesh);
 }
 
+void lacks(const std::string& dir, const Setting& s, const std::string& name) {
+  Mesh mesh = open_mesh(s.layout);
+  {
+    Trainer trainer(mesh, s.config, s.options);
+    std::vector<ParamShard> shards = trainer.optimizer().shards();
+    if (job().rank == job().size - 1)
+      std::erase_if(shards, [&](const ParamShard& shard) { return shard.param->name == name; });
+    save_checkpoint(dir, {5, s.config, s.layout, master_dtype(s.config.dtype), 1337, "", ""}, job(),
+                    mesh, shards);
+  }
+  close_mesh(mesh);
+}
+
 void print_logits(const std::string& dir, const std::vector<int>& tokens) {
   const Checkpoint c(newest_path(dir));
   const GptConfig config{c.info.model, Dtype::f64};
@@ -140,6 +157,9 @@ int main(int argc, char** argv) {
     else if (words[0] == "resume")
       resume_from({words.begin() + 2, words.end()}, parse_setting(words[1]));
     else if (words[0] == "differ") differ(words[1], parse_setting(words[2]), words[3]);
+    else if (words[0] == "lacks") lacks(words[1], parse_setting(words[2]), words[3]);
+    else if (words[0] == "later")
+      put_later_aside(words[1], std::stoi(words[2]), job, [](const std::string&) {});
     else if (words[0] == "logits") {
       std::vector<int> tokens;
       for (size_t i = 2; i < words.size(); i++) tokens.push_back(std::stoi(words[i]));

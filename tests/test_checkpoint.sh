@@ -65,6 +65,17 @@ differ tp=3 h.1.ln_1.weight "h.1.ln_1.weight, .*, on ranks 0 and 2"
 differ pp=2,tp=2,by_rows=1 wte.weight "wte.weight (slices .*), elements .*, on ranks 1 and 3"
 differ fsdp=2,tp=2,dtype=bf16 h.0.attn.c_attn.weight "" # of which there are no copies
 
+mkdir "$dir/partial"
+leaves_out() { # PARAMETER 'what is said'
+  $MPIEXEC -n 2 build/cpu/tests/test_checkpoint lacks "$dir/partial" fsdp=2 "$1" >"$dir/out" \
+    2>"$dir/err"
+  check "a_partition_that_leaves_out_some_of_$1_is_not_saved" \
+    "[ $? != 0 ] && [ -z '$(ls "$dir/partial")' ] && grep -q '$2' $dir/err" "" \
+    "$(cat "$dir/out" "$dir/err")"
+}
+leaves_out h.6.mlp.c_fc.weight "h.6.mlp.c_fc.weight of shape (20, 80) ends after 464 elements"
+leaves_out h.6.mlp.c_proj.bias "no rank has saved h.6.mlp.c_proj.bias"
+
 # ---- size
 
 $MPIEXEC -n 8 $train --model tiny --layers 4 --width 256 --heads 4 --context 32 --batch 8 --pp 2 \
@@ -386,12 +397,33 @@ check what_is_in_the_way_of_a_save_is_kept \
       >$dir/out 2>&1 && grep -qx mine $dir/others/others-step-00000004/notes.txt &&
     grep -qx mine $dir/linked/notes.txt && [ -e $dir/others/step-00000005/manifest.json ]" \
   "" "$(tail -1 "$dir/out")"
+rm -r "$dir/others/others-step-00000004"
+for n in 06 07 08 10; do cp -r "$dir/others/step-00000005" "$dir/others/step-000000$n"; done
+mv "$dir"/others/step-00000006/manifest.json{,.off}
+rm "$dir"/others/step-000000{07,08,10}/manifest.json
+echo mine >"$dir/others/step-00000007/weights-best.pt"
+mkdir "$dir/others/step-00000008/weights-0.safetensors.partial"
+cp -r "$dir/others" "$dir/kept-too"
+check only_a_checkpoints_own_files_are_removed_and_that_is_said \
+  "$train $small --steps 6 --keep 0 --checkpoint $dir/others --resume >$dir/out 2>&1 &&
+    diff -r $dir/kept-too/step-00000006 $dir/others/others-step-00000006 &&
+    diff -r $dir/kept-too/step-00000007 $dir/others/step-00000007 &&
+    diff -r $dir/kept-too/step-00000008 $dir/others/step-00000008 &&
+    [ ! -e $dir/others/step-00000010 ] &&
+    grep -q 'removed step-00000010, which had no manifest.json' $dir/out &&
+    grep -q 'step-00000006 is now .*others-step-00000006' $dir/out" "" "$(tail -3 "$dir/out")"
+rm -r "$dir"/others/{others-step-00000006,step-0000000[678]}
 echo mine >"$dir/others/step-00000006"
 check so_is_a_file_in_the_way \
   "$train $small --steps 6 --keep 0 --checkpoint $dir/others --resume >$dir/out 2>&1 &&
     grep -qx mine $dir/others/others-step-00000006 &&
     [ -e $dir/others/step-00000006/manifest.json ]" "" "$(tail -1 "$dir/out")"
 rm -rf "$dir"/others/step-0000000[3456]
+cp -r "$dir/others" "$dir/gone"
+mv "$dir/gone/step-00000002" "$dir/gone/step-00000003"
+build/cpu/tests/test_checkpoint later "$dir/gone" 2 >"$dir/out" 2>&1
+check of_a_step_that_is_gone_only_later_ones_are_put_aside \
+  "[ -e $dir/gone/step-00000001 ] && [ -e $dir/gone/later-step-00000003 ]" "" "$(cat "$dir/out")"
 check later_steps_stay_until_training_goes_on \
   "! $train $small --steps 3 --checkpoint $dir/others --resume --resume-step 1 \
       --trace /nowhere/t >$dir/out 2>&1 && [ -e $dir/others/step-00000002 ] &&

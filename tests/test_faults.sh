@@ -444,6 +444,96 @@ check what_another_process_writes_is_not_touched "! $tool export $dir/base $dir/
   grep -q 'model.safetensors is being written by another process' $dir/err" "" "$(cat "$dir/err")"
 exec 7>&-
 
+rm -rf "$dir/in"
+for what in import export generate; do
+  case $what in
+    import) command=("$tool" import "$dir/hf" "$dir/in") file=hf/model.safetensors ;;
+    export) command=("$tool" export "$dir/base" "$dir/hf") file=step-00000004/weights-1 ;;
+    generate) command=("$generate" --checkpoint "$dir/base" --prompt x --tokens 3)
+      file=step-00000004/weights-1 ;;
+  esac
+  : >"$dir/log"
+  with_fault FAULT_PATH=$file FAULT_CALL=read FAULT_LOG="$dir/log" -- "${command[@]}" \
+    >"$dir/out" 2>"$dir/err" || fail "$what" "$(cat "$dir/err")"
+  [ $what != import ] || rm -r "$dir/in"
+  with_fault FAULT_PATH=$file FAULT_CALL=read FAULT_AT="$(wc -l <"$dir/log")" FAULT_ERRNO=5 -- \
+    "${command[@]}" >"$dir/out" 2>"$dir/err"
+  check "a_disk_that_cannot_read_weights_is_a_sentence_of_$what" \
+    "[ $? = 1 ] && [ \$(wc -l <$dir/log) -gt 5 ] &&
+      grep -q '$file.* cannot be read: Input/output error' $dir/err" "" "$(cat "$dir/err")"
+  with_fault FAULT_PATH=$file FAULT_CALL=read FAULT_AT="$(wc -l <"$dir/log")" FAULT_ERRNO=0 -- \
+    "${command[@]}" >"$dir/out" 2>"$dir/err"
+  check "but_a_read_of_less_goes_on_in_$what" "[ $? = 0 ]" "" "$(cat "$dir/err")"
+done
+check and_the_weights_are_the_same "$tool export $dir/in $dir/hf-again >$dir/out &&
+  cmp $dir/hf/model.safetensors $dir/hf-again/model.safetensors" "" "$(cat "$dir/out")"
+fresh
+with_fault FAULT_PATH=c/lock FAULT_CALL=read FAULT_AT=1 FAULT_ERRNO=5 -- \
+  $train $small --steps 9 --resume --checkpoint "$dir/c" >"$dir/out" 2>"$dir/err"
+check a_lock_that_cannot_be_read_is_named \
+  "[ $? = 1 ] && grep -q '$dir/c/lock cannot be read: Input/output error' $dir/err" "" \
+  "$(cat "$dir/err")"
+# the first looks for checkpoints, and then waits for the lock while they come
+rm -rf "$dir/in"
+mkdir "$dir/in"
+exec 7>"$dir/in/lock"
+flock 7
+$tool import "$dir/hf" "$dir/in" >"$dir/out" 2>"$dir/err" 7>&- &
+job=$!
+until ls -l /proc/$job/fd 2>/dev/null | grep -q 'in/lock' || ! kill -0 $job 2>/dev/null; do
+  sleep 0.01
+done
+cp -r "$dir/base/step-00000004" "$dir/in"
+exec 7>&-
+wait $job
+check of_two_imports_at_the_same_time_one_ends "[ $? = 1 ] && [ ! -e $dir/in/step-00000000 ] &&
+  grep -q 'in holds checkpoints already' $dir/err" "" "$(cat "$dir/err")"
+
+# ---- a power cut: the order in which a save, an import and an export ask the disk for things
+
+rm -rf "$dir/p" "$dir/log"
+mkdir "$dir/p"
+with_fault FAULT_PATH="$dir/p" FAULT_LOG="$dir/log" -- $MPIEXEC -n 2 $train $small --fsdp 2 \
+  --steps 2 --save-every 1 --keep 1 --checkpoint "$dir/p/new/c" >"$dir/out" 2>"$dir/err" \
+  || fail a_run_that_is_listened_to "$(cat "$dir/err")"
+with_fault FAULT_PATH="$dir/p" FAULT_LOG="$dir/log" -- $tool import "$dir/hf" "$dir/p/in" \
+  >>"$dir/out" 2>"$dir/err" || fail an_import_that_is_listened_to "$(cat "$dir/err")"
+with_fault FAULT_PATH="$dir/p" FAULT_LOG="$dir/log" -- $tool export "$dir/base" "$dir/p/hf" \
+  >>"$dir/out" 2>"$dir/err" || fail an_export_that_is_listened_to "$(cat "$dir/err")"
+# of each line the call and the path, below $dir/p
+sed "s#$dir/p/*##" "$dir/log" | awk '
+  function directory(path) { sub(/\/?[^\/]*$/, "", path); return path }
+  function bad(what) { print what; failed = 1 }
+  $1 == "write" { synced[$2] = 0 }
+  $1 == "fsync" {
+    synced[$2] = 1
+    for (path in waiting) if (waiting[path] == $2) delete waiting[path]
+  }
+  $1 == "rename" && $2 !~ /lock/ {
+    if (!synced[$2 ".partial"]) bad($2 " has its name before its bytes")
+    if (done[directory($2)]) bad($2 " comes after the manifest")
+    done[directory($2)] = $2 ~ /manifest.json$/
+    waiting[$2] = directory($2)
+    renames++
+    if (!done[directory($2)]) next
+    waiting[directory($2)] = directory(directory($2))
+    manifests++
+  }
+  $1 == "unlink" && $2 ~ /step-00000001\/manifest.json$/ {
+    for (path in waiting) bad("step 1 is removed before the disk has the name of " path)
+    first = 1
+  }
+  $1 == "unlink" && $2 ~ /step-00000001/ && !first { bad($2 " goes before the manifest") }
+  END {
+    for (path in waiting) bad("the name of " path " is not on the disk at the end")
+    print renames + 0, manifests + 0, first + 0
+    exit failed
+  }' >"$dir/order"
+check names_come_after_bytes_manifests_last_and_directories_are_synced \
+  "[ $? = 0 ] && [ '$(tail -1 "$dir/order")' = '14 3 1' ] &&
+    grep -q '^fsync $dir/p/new\$' $dir/log && grep -q '^fsync $dir/p/*\$' $dir/log" \
+  "renames, manifests, removals: $(tail -1 "$dir/order")" "$(cat "$dir/order")"
+
 # ---- random faults: one call of a run fails
 
 two $flat --steps 6 --checkpoint "$dir/whole" || fail the_run_without_faults "$(cat "$dir/err")"
@@ -491,6 +581,7 @@ for ((i = 0; i < faults; i++)); do
   pick=$(for n in $lines; do sed -n "${n}s/^$call .*/$n/p" "$dir/log"; done | shuf -n 1 \
     --random-source=<(yes $RANDOM))
   errno=${errnos[RANDOM % ${#errnos[@]}]}
+  case $call in read | write) [ $((RANDOM % 2)) = 0 ] || errno=0 ;; esac # it moves less
   run_once "$kind" FAULT_RANK=$rank FAULT_AT="$pick" FAULT_ERRNO="$errno"
   status=$?
   what="$kind: $(sed -n "${pick}p" "$dir/log" | sed "s#$dir/x/##") fails with $errno"

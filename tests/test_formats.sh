@@ -237,6 +237,10 @@ for of in c in-head; do
 done
 cp -r "$dir/run-two" "$dir/moved"
 rm "$dir"/moved/{vocab.json,merges.txt}
+check a_tokenizer_that_is_gone_is_said \
+  "$tool verify $dir/moved >$dir/out && grep -q 'tokenizer, whose files are gone' $dir/out &&
+   $tool export $dir/moved $dir/out-moved >$dir/out && grep -q 'whose files are gone' $dir/out" "" \
+  "$(cat "$dir/out")"
 says and_for_one_that_went_on_from_them_without_its_tokenizer "was not trained on bytes" \
   --checkpoint "$dir/moved" --resume
 

@@ -17,8 +17,10 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <thread>
 
 #include "support/data.h"
+#include "support/json.h"
 #include "support/metrics.h"
 #include "launch/options.h"
 #include "launch/watch.h"
@@ -410,6 +412,28 @@ TEST(an_open_file_knows_whether_it_is_still_at_its_place) {
   CHECK(!file.is_at(place) && file.is_at(moved));
   const OpenFile other(place, O_WRONLY | O_CREAT);
   CHECK(!file.is_at(place), "another file has its name");
+}
+
+TEST(what_another_process_does_to_a_file_that_is_written_is_noticed) {
+  const TemporaryDirectory dir;
+  const std::string place = dir.path + "/x", beside = place + ".partial",
+                    mine = dir.write("mine", "kept");
+  const auto written = [&](const auto& meanwhile) {
+    write_file(place, [&](const Write& write) {
+      write("it");
+      meanwhile();
+    });
+  };
+  const char* said = "another process has written to";
+  CHECK_SAYS(written([&] { fs::rename(beside, mine + "2"); }), said);
+  CHECK_SAYS(written([&] { std::ofstream(beside, std::ios::app) << "more"; }), said);
+  CHECK(!is_there(place) && !is_there(beside));
+  fs::create_hard_link(mine, beside);
+  CHECK_SAYS(write_file(place, "it"), "x.partial has another name, too");
+  CHECK_EQ(contents(mine), "kept");
+  fs::remove(beside);
+  CHECK_EQ(mkfifo(beside.c_str(), 0600), 0);
+  CHECK_SAYS(write_file(place, "it"), "x.partial cannot be opened");  // and waits for no reader
 }
 
 TEST(a_file_that_has_become_shorter_is_not_read_on) {
@@ -904,6 +928,7 @@ TEST(safetensors_are_refused_where_others_refuse_them) {
       {one + "," + one, "the name \"a\" stands twice"},
       {one + R"(,"__metadata__":{"x":1})", "is damaged, or of another kind"},
       {R"("a":{"dtype":"F33","shape":[2],"data_offsets":[0,8]})", "there is no dtype F33"},
+      {R"("a":{"dtype":"F32 F16","shape":[2],"data_offsets":[0,8]})", "there is no dtype F32 F16"},
       {R"("a":{"dtype":"F4","shape":[1],"data_offsets":[0,8]})", "does not take bytes 0 to 8"},
       {R"("a":{"dtype":"F32","shape":[2]})", "is damaged, or of another kind"},
       {R"("a":7)", "is damaged, or of another kind"}};
@@ -933,13 +958,29 @@ TEST(damaged_safetensors_are_refused) {
   CHECK_SAYS(open_safetensors(dir.path + "/none"), "cannot be opened");
 }
 
+TEST(memory_that_is_not_there_is_no_damage_of_a_file) {
+  const auto read = [](auto what) {
+    read_json("x.json", R"({"a":1})", [&](const nlohmann::json&) { what(); });
+  };
+  bool passes = false;
+  try {
+    read([] { throw std::bad_alloc(); });
+  } catch (const std::bad_alloc&) {
+    passes = true;
+  }
+  CHECK(passes);
+  CHECK_SAYS(read([] { throw Error("its a is 1"); }), "x.json is damaged, or of another kind: its");
+  const std::string said = error_of([&] { read([] { throw Error(std::string(9000, 'a')); }); });
+  CHECK(said.size() < 500 && said.ends_with("aa ..."), said);
+}
+
 TEST(a_checkpoint_is_loaded_into_a_model_of_its_shapes_alone) {
   const TemporaryDirectory directory;
   const Shape shape{2, 3};
   CheckpointInfo info;
   info.model = resolved({}).model;
   write_whole_checkpoint(directory.path, info,
-                         {{"w", shape, Dtype::f32, [](void* to) { memset(to, 0, 24); }}});
+                         {{"w", shape, Dtype::f32, [](void* to) { memset(to, 0, 24); }}}, {});
   const Checkpoint checkpoint(directory.path + "/step-00000000");
   Param w;
   w.name = "w";
@@ -962,7 +1003,7 @@ TEST(a_manifest_of_a_model_that_cannot_be_is_damaged) {
     const TemporaryDirectory directory;
     CheckpointInfo info;
     info.model = resolved({}).model;
-    write_whole_checkpoint(directory.path, info, {{"w", {2, 3}, Dtype::f32, [](void*) {}}});
+    write_whole_checkpoint(directory.path, info, {{"w", {2, 3}, Dtype::f32, [](void*) {}}}, {});
     const std::string path = checkpoint_path(directory.path, 0), file = path + "/manifest.json";
     Json manifest = Json::parse(read_file(file));
     change(manifest);
@@ -977,13 +1018,16 @@ TEST(a_manifest_of_a_model_that_cannot_be_is_damaged) {
   CHECK_SAYS(opened([](Json& m) { m["model"]["layers"] = 1LL << 40; }), "its model is");
   CHECK_SAYS(opened([](Json& m) { m["step"] = -5; }), "its step is -5");
   CHECK_SAYS(opened([](Json& m) { m["ranks"][0]["files"][0]["name"] = "../x"; }), "it names ../x");
+  CHECK_SAYS(opened([](Json& m) { m["ranks"][0]["files"] = Json::array(); }),
+             "it does not name weights-0.safetensors");
+  CHECK_SAYS(opened([](Json& m) { m.erase("keep"); }), "key 'keep' not found");
   CHECK_SAYS(opened([](Json& m) { m["ranks"][0]["tensors"] = Json::object(); }), "no tensors");
   CHECK_SAYS(opened([](Json& m) {
                m["ranks"][0]["pieces"][0]["slice"] = {
                    {"outer", 1LL << 40}, {"split", 2}, {"inner", 1}, {"begin", 0}, {"end", 1}};
                m["ranks"][0]["pieces"][0]["count"] = 1LL << 40;
              }),
-             "more than 300 million pieces");
+             "more than 50 million pieces");
 }
 
 TEST(words_of_others_move_no_cursor) {
@@ -1413,6 +1457,25 @@ TEST(texts_become_shards_that_are_made_once) {
   CHECK(token_shards({a}, t, "", say)[0] == shards[0] && said.size() == 1, "it is there already");
   const Dataset data = Dataset::open(shards, 2, 12);
   CHECK_EQ(data.sequence(0, 0, 1).size(), 3u);
+  // texts/* names shards, too, and what is left of one
+  const std::string partial = shards[0] + ".partial";
+  fs::copy_file(shards[0], partial);
+  CHECK(token_shards({a, shards[0], partial}, t, "", say).size() == 1);
+  fs::remove(partial);
+  const std::string name = dir.write(std::string(240, 'x') + ".txt", "low"),
+                    of = token_shards({name}, t, "", say)[0];
+  CHECK(token_shards({name, of}, t, "", say).size() == 1, "a long name is cut in its shard's");
+  // a shard of another user's is not taken
+  if (geteuid() == 0) {
+    std::ofstream(shards[0], std::ios::in).seekp(1024) << "\1";
+    CHECK_EQ(chown(shards[0].c_str(), 65534, 65534), 0);
+    CHECK_EQ(contents(token_shards({a}, t, "", say)[0]), shard<uint16_t>({4, 6, 10, 7, 11, 4}));
+    CHECK_EQ(chown(a.c_str(), 65534, 65534), 0);
+    CHECK_EQ(chown(shards[0].c_str(), 65534, 65534), 0);
+    said.clear();
+    token_shards({a}, t, "", say);
+    CHECK(said.empty(), "the text's owner may have made it");
+  }
   // another text or another vocabulary: another shard
   dir.write("a.txt", "low low\n");
   const auto after = token_shards({a}, t, "", say);
@@ -1442,6 +1505,39 @@ TEST(texts_become_shards_that_are_made_once) {
   CHECK_EQ(error, "");
   const std::string there = dir.path + "/other/" + fs::path(after[0]).filename().string();
   CHECK(placed == (std::vector<std::string>{there, there}), placed[0]);
+}
+
+TEST(a_text_that_changes_while_it_is_encoded_has_no_shard) {
+  const TemporaryDirectory dir;
+  dir.write("v/vocab.json", kPairs);
+  dir.write("v/merges.txt", "l o\nlo w\n\u0120 low\n' s\n");
+  const Tokenizer t(dir.path + "/v", 12);
+  std::string words;
+  while (words.size() < 1 << 20) words += "low low\n";
+  const std::string text = dir.write("a.txt", words);
+  std::string shard;
+  int kept = 0;
+  // meanwhile: while the text is encoded, and after its checksum is taken
+  const auto encode = [&](const std::function<void()>& meanwhile) {
+    const int64_t read = bytes_moved + int64_t(words.size());
+    std::thread other([&] {
+      while (bytes_moved <= read) usleep(100);
+      meanwhile();
+    });
+    const auto say = [&](const std::string& said) { kept += said.find(" kept as ") != said.npos; };
+    const std::string error = error_of([&] { shard = token_shards({text}, t, "", say)[0]; });
+    other.join();
+    return error;
+  };
+  CHECK_EQ(encode([] {}), "");
+  CHECK(kept == 1 && shard.starts_with(text));
+  fs::rename(shard, dir.path + "/other");
+  CHECK_EQ(encode([&] { fs::copy_file(dir.path + "/other", shard); }), "");
+  CHECK(kept == 1, "another process had it first, and its shard is taken");
+  fs::remove(shard);
+  CHECK_SAYS(throw Error(encode([&] { std::ofstream(text, std::ios::in) << 'w'; })),
+             "a.txt was changed while it was encoded");
+  CHECK(!is_there(shard));
 }
 
 // test_support encode DIR: the tokens of each text that the standard input has, a line each; a text
