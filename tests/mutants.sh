@@ -122,6 +122,24 @@ mutant waits a_ring_sends_before_it_has_computed \
 mutant waits a_rank_attends_before_the_keys_have_come \
   context_parallel.cpp '/compute_after_communication/d' 3 queued test_context_parallel $parity_cp
 
+# each_wait FILE RANKS TEST FILTER COMMENT...: without the wait that has this comment
+each_wait() {
+  local comment
+  for comment in "${@:5}"; do
+    mutant faults "no_wait_because_${comment// /_}" "$1" "/wait|communic/{/$comment/d}" "$2" queued \
+      "$3" "$4"
+  done
+}
+each_wait tensor_parallel.cpp 2 test_tensor_parallel $parity_tp "part must have been computed" \
+  "x must have been computed" "partial sums must have been computed" "rows must have come" \
+  "product below reads all_x" "the sum must have arrived" "next op reads the sum" \
+  "maximum of all ranks" "both sums over all ranks" "gradients must have been computed"
+each_wait context_parallel.cpp 3 test_context_parallel $parity_cp "kv must have left" \
+  "what was sent must have left" "others must be here"
+each_wait fsdp.cpp 4 test_fsdp $parity "shard must be complete"
+mutant faults a_stage_keeps_eight_parcels \
+  pipeline.cpp 's/exchanges_ - 4/exchanges_ - 8/' 2 immediate test_pipeline what_was_sent
+
 mutant faults the_reduce_scatter_is_dropped \
   fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/,/;$/d' 2 immediate test_fsdp $parity
 mutant faults the_all_reduce_over_copies_is_dropped \
