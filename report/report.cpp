@@ -49,7 +49,7 @@ void print_setup(const Options& o, const Dataset& data) {
                format("%.2f", parameter_count(g) / 1e6), " M parameters in ", name_of(g.dtype),
                "\ndevice   ", device().name, "\nranks    ", to_string(o.layout), "\n",
                is_small ? draw(o.layout) : "", is_small && o.layout["pp"] > 1 ? cuts_of(o) : "",
-               "data     ", data.describe(), "\nsteps    ", o.steps, " of ", o.batch,
+               "data     ", printable(data.describe()), "\nsteps    ", o.steps, " of ", o.batch,
                " sequences (", o.batch * g.context, " tokens), micro-batches of ", o.microbatch,
                "\n\n");
   printf("%s", text.c_str());

@@ -140,6 +140,23 @@ each_wait fsdp.cpp 4 test_fsdp $parity "shard must be complete"
 mutant faults a_stage_keeps_eight_parcels \
   pipeline.cpp 's/exchanges_ - 4/exchanges_ - 8/' 2 immediate test_pipeline what_was_sent
 
+# of_files NAME FILE SED FILTER
+of_files() { mutant faults "$1" "$2" "$3" 1 immediate test_support "$4"; }
+of_files two_dtypes_are_one checkpoint/safetensors.cpp \
+  "s/dtype.find\(' '\) == dtype.npos && //" safetensors_are_refused
+of_files another_writer_s_file_is_renamed support/files.cpp \
+  's/file.is_at\(beside\) && examine/examine/' what_another
+of_files a_cut_file_is_renamed support/files.cpp \
+  's/ && examine\(file, beside\).st_size == sum.file.bytes//' what_another
+of_files a_file_of_two_names_is_written support/files.cpp \
+  's/examine\(file, beside\).st_nlink == 1/true/' what_another
+of_files a_manifest_may_name_any_file checkpoint/checkpoint.cpp \
+  's/expect\(is_named/expect(true || is_named/' a_manifest_of
+of_files a_text_may_change_while_it_is_encoded inference/text_shards.cpp \
+  's/key\(\) == known/true/' a_text_that_changes
+of_files another_s_tokens_are_encoded_again inference/text_shards.cpp 's/^      continue;  .*//' \
+  a_text_that_changes
+
 mutant faults the_reduce_scatter_is_dropped \
   fsdp.cpp '/NCCL_CHECK\(ncclReduceScatter/,/;$/d' 2 immediate test_fsdp $parity
 mutant faults the_all_reduce_over_copies_is_dropped \
