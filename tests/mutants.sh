@@ -126,8 +126,8 @@ mutant waits a_rank_attends_before_the_keys_have_come \
 each_wait() {
   local comment
   for comment in "${@:5}"; do
-    mutant faults "no_wait_because_${comment// /_}" "$1" "/wait|communic/{/$comment/d}" "$2" queued \
-      "$3" "$4"
+    mutant faults "no_wait_because_${comment// /_}" "$1" "/wait|communic/{/$comment/d}" \
+      "$2" queued "$3" "$4"
   done
 }
 each_wait tensor_parallel.cpp 2 test_tensor_parallel $parity_tp "part must have been computed" \
