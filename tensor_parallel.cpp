@@ -155,7 +155,7 @@ Var TensorParallel::embedding(Tape& tape, const Tokens& tokens, Param& wte, Para
   embedding_forward(partial.view(0, {R, C}), tokens.inputs, wte.value, wpe.value, tokens.T,
                     tokens.position_of_row);
   Var x{start_sum(partial)};
-  compute_after_communication();  // the next op reads the sum
+  compute_after_communication();  // the first block reads the sum
   tape.push([this, tokens, R, &wte, &wpe, dx = x.grad] {
     const Purpose purpose(Traffic::embedding);
     // of its rows of wte; of all of wpe, on every rank

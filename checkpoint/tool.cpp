@@ -205,7 +205,8 @@ static void import_weights(const std::string& dir, const std::string& path) {
   // one matrix, tied: under both names, or one of them
   if (const auto head = all.extract("lm_head.weight"); !head.empty()) {
     const StoredArray& mine = head.mapped();
-    REQUIRE(all.insert({"wte.weight", mine}).first->second.bytes() == mine.bytes(), mine.path,
+    const auto [wte, is_alone] = all.insert({"wte.weight", mine});
+    REQUIRE(is_alone || wte->second.bytes() == mine.bytes(), mine.path,
             ": lm_head.weight is not wte.weight; the head of this model is its embedding");
   }
   Gpt gpt(GptConfig{info.model});  // names and shapes only

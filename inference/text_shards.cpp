@@ -20,13 +20,13 @@ static std::string encode_files(const std::vector<MappedFile>& texts, const std:
   std::string shard(kShardHeader, '\0');
   Stopwatch said;
   for (const MappedFile& text : texts) {
-    size_t looks = 0;  // where it next looks at the clock
+    size_t moved = 0;  // of its bytes, as far as was said
     tokenizer.encode(text.view, [&](const std::vector<int>& tokens, size_t end) {
       for (const int token : tokens)
         shard.append(reinterpret_cast<const char*>(&token), kind.width);
-      if (end < looks) return;
-      bytes_moved += end + 65536 - looks;
-      looks = end + 65536;
+      if (end < moved + 65536) return;
+      bytes_moved += end - moved;
+      moved = end;
       if (said.seconds() < 3) return;
       said = {};
       say(sentence(text.path, ": ", end, " of ", text.view.size(), " bytes are encoded"));
@@ -50,11 +50,15 @@ static bool is_ours_alone(const fs::path& place) {
          !(is.st_mode & 022);
 }
 
-// Nobody may look after such files; and a shard beside a text may be anybody's.
-static bool can_be_taken(const std::string& shard, const std::string& text) {
+// A shard beside a text may be anybody's: this user's count, and those of the text's owner.
+static bool is_strangers(const std::string& shard, const std::string& text) {
   struct stat is, of;
-  return stat(shard.c_str(), &is) == 0 && stat(text.c_str(), &of) == 0 &&
-         (is.st_uid == geteuid() || is.st_uid == of.st_uid) &&
+  return stat(shard.c_str(), &is) == 0 && stat(text.c_str(), &of) == 0 && is.st_uid != geteuid() &&
+         is.st_uid != of.st_uid;
+}
+// Nobody may look after such files.
+static bool can_be_taken(const std::string& shard, const std::string& text) {
+  return is_there(shard) && !is_strangers(shard, text) &&
          error_of([&] { Dataset::check_file(shard); }).empty();
 }
 
@@ -100,6 +104,8 @@ static std::string shard_of(const std::vector<std::string>& paths, const fs::pat
           mkdir(last.c_str(), 0700);
           REQUIRE(is_ours_alone(last), last.string(), " is no directory of yours alone");
         }
+        REQUIRE(!is_strangers(place / file, paths[0]), (place / file).string(),
+                " is another user's");
         write_file(place / file, shard);
         say(sentence(name.string(), " is encoded and kept as ", (place / file).string()));
         return place / file;

@@ -13,6 +13,7 @@ refuse() {
 what=$1 default=replicate
 [ "$what" != replay ] || default=fsdp
 strategy=${STRATEGY:-$default}
+[ "$what" = generate ] || TRAIN_ARGS=
 for name in ARGS TRAIN_ARGS; do
   bash -nc "args=(${!name:-})" 2>/dev/null \
     || refuse "$name is no list of words, as a shell reads them: ${!name}"
@@ -30,11 +31,7 @@ start() {
 "$MPIEXEC -n $ranks$(printf ' %q' "$@")"
   # mpiexec reads the standard input even where no rank does, and may die of a long one
   local word reads=no
-  for word in "$@"; do
-    [ "$word" != : ] || refuse "to mpiexec the word ':' is the end of a program's options: give" \
-      "another name, or a text in a file, with ARGS=\"--prompt-file FILE\""
-    [ "$word" != - ] || reads=yes
-  done
+  for word in "$@"; do [ "$word" != - ] || reads=yes; done
   if [ $reads = yes ]; then $MPIEXEC -n "$ranks" "$@"
   else $MPIEXEC -n "$ranks" "$@" </dev/null; fi
 }
@@ -47,6 +44,10 @@ has() {
 # default OPTION VALUE: adds it to the command, unless ARGS has the option
 default() { has "$1" || command+=("$1" "$2"); }
 
+for word in "${args[@]}" "${train_args[@]}" "${DATA:-}" "${PROMPT:-}" "${CHECKPOINT:-}"; do
+  [ "$word" != : ] || refuse "to mpiexec the word ':' is the end of a program's options: give" \
+    "another name, or a text in a file, with ARGS=\"--prompt-file FILE\""
+done
 # what make's variables say, ARGS and TRAIN_ARGS cannot say again
 for word in "${args[@]/#/$what}" "${train_args[@]/#/train}"; do
   case $word in
@@ -54,7 +55,7 @@ for word in "${args[@]/#/$what}" "${train_args[@]/#/train}"; do
     generate--prompt) refuse "--prompt comes from PROMPT" ;;
     generate--checkpoint | train--checkpoint) refuse "--checkpoint comes from CHECKPOINT" ;;
     train--resume) refuse "--resume is among the options already" ;;
-    *--data) [ -z "${DATA:-}" ] || refuse "--data comes from DATA" ;;
+    run--data | replay--data | train--data) [ -z "${DATA:-}" ] || refuse "--data comes from DATA" ;;
   esac
   [[ ! $word =~ ^(run|replay|train)--(pp|replicate|fsdp|cp|tp)$ ]] \
     || refuse "--${BASH_REMATCH[2]} comes from STRATEGY and NP; for another layout start" \

@@ -45,9 +45,10 @@ bool is_there(const std::string& path);  // an Error where the system does not s
 std::vector<std::string> names_in(const std::string& directory);
 // An error of the disk is an Error here, where a map of the file would end the process. So is what
 // is no regular file, and might have no end (a pipe that the user names may be read), and what is
-// longer than any file that is read so.
+// longer than any file of others that is read so.
 constexpr size_t kLongestText = 1 << 30;
-std::string read_file(const std::string& path, bool may_be_pipe = false);
+std::string read_file(const std::string& path, bool may_be_pipe = false,
+                      size_t longest = kLongestText);
 
 uint64_t checksum(std::string_view bytes);  // XXH3, 64 bits: of a whole file it is WrittenFile's
 // name: without the directory

@@ -32,7 +32,7 @@ JsonLines::JsonLines(const std::string& path, int64_t resumed, const std::string
   std::error_code none;
   if (resumed == 0) put_aside(path, what);
   else if (fs::is_regular_file(path, none) && !is_device(path)) {
-    const std::string text = read_file(path);
+    const std::string text = read_file(path, false, SIZE_MAX);
     std::istringstream lines(text);
     size_t kept = 0;
     int64_t step;

@@ -13,7 +13,7 @@ case $only in
   "" | kernels | collectives | training | inference | checkpoint | pytorch) ;;
   *)
     echo "make bench: ONLY is '$only', expected kernels, collectives, training, inference," \
-      "checkpoint or pytorch"
+      "checkpoint or pytorch" >&2
     exit 1
     ;;
 esac

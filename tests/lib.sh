@@ -27,8 +27,9 @@ check() {
     fail "$1" "${4:-$(head -c 300 "$dir/err" 2>/dev/null)}"
   fi
 }
-# a_refusal STATUS: a program ended by itself and not well: no success, no signal, no time limit
-a_refusal() { [ "$1" -ge 1 ] && [ "$1" -le 123 ]; }
+# a_refusal STATUS: a program (1), or make (2), ended by itself and not well. MPICH's mpiexec ends
+# with a signal's number where one killed a rank.
+a_refusal() { [ "$1" = 1 ] || [ "$1" = 2 ]; }
 # refused NAME PART COMMAND...: it does, and says PART on the standard error once; with alone=yes
 # nothing else there, and no step is taken
 refused() {

@@ -32,7 +32,7 @@ with_children() { # with_children PROCESS...: these, and all that they have star
   local process
   for process in "$@"; do
     echo "$process"
-    with_children $(cat "/proc/$process/task/$process/children")
+    with_children $(cat "/proc/$process/task/$process/children" 2>/dev/null)
   done
 }
 trap 'kill $(with_children $(jobs -p)) 2>/dev/null; rm -rf "$dir"' EXIT

@@ -211,7 +211,7 @@ timeout 60 $train $shape --steps 100000 --trace "$dir/early.json" --trace-steps 
 until tail -c 3 "$dir/early.json" 2>/dev/null | grep -q '}}' || ! kill -0 $! 2>/dev/null; do
   sleep 0.1
 done
-kill -KILL $(cat /proc/$!/task/$!/children)
+kill -KILL $(cat /proc/$!/task/$!/children 2>/dev/null) 2>/dev/null
 wait $! 2>/dev/null
 check a_trace_is_there_once_its_steps_are_done \
   "[ $? = 137 ] && tail -c 3 $dir/early.json | grep -q '}}'" "" "$(tail -1 "$dir/out")"
