@@ -11,6 +11,7 @@
 #include "report/report.h"
 #include "tests/parity.h"
 #include "tests/standstill.h"
+#include "theory/machine.h"
 
 namespace {
 
@@ -322,6 +323,42 @@ TEST(a_profile_has_every_op_of_a_step_and_no_more_time_than_the_step) {
     }
   });
   measured("named ops are ", format("%.1f", 100 * share), "% of a step, at least");
+}
+
+// Numbers that a block reads and writes beside its products and its attention, in activations of
+// width C; and in the head those of the logits.
+TEST(the_planner_counts_the_passes_that_kernels_make) {
+  if (job().size > 1) return skip("one rank tells");
+  const auto bytes_of_ops = [](int64_t layers) {
+    const GptConfig config{{layers, 256, 4, 64, 2048}, Dtype::f32};
+    Mesh mesh = open_mesh({});
+    TrainerOptions options;
+    options.batch = options.microbatch = 8;
+    Trainer trainer(mesh, config, options);
+    Profile profile;
+    profile.host_begins();
+    op_times.start(OpTimes::everything);
+    trainer.gradients(trainer.read([&](int64_t s) { return sequence(1, s, config); }));
+    op_times.stop();
+    trainer.results();
+    profile.end_step(1);
+    close_mesh(mesh);
+    std::map<std::string, double> bytes;
+    for (const auto& [op, row] : profile.rows())
+      if (op.starts_with("cross_entropy")) bytes["logits"] += row.work.bytes;
+      else if (!op.starts_with("attention"))
+        bytes[op.ends_with("_backward") ? "backward" : "forward"] += row.work.bytes;
+    return bytes;
+  };
+  const auto one = bytes_of_ops(1), two = bytes_of_ops(2);
+  const SoftwareProfile& p = profile_named("threefold");
+  for (const auto& [name, passes] : {std::pair{"forward", p.forward}, {"backward", p.backward}}) {
+    const double rows = (two.at(name) - one.at(name)) / (8 * 64 * 256 * 4);
+    CHECK_EQ(std::round(10 * rows) / 10, passes.rows + passes.columns + 4 * passes.hidden, name);
+    measured(name, " ", rows, "; ");
+  }
+  const double logits = one.at("logits") / (8 * 64 * 2048 * 4);
+  CHECK_EQ(std::round(10 * logits) / 10, p.forward.logits + p.backward.logits);
 }
 
 TEST(nothing_is_timed_that_is_not_asked_for) {

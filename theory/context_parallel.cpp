@@ -5,14 +5,11 @@
 void TheoryOfRank::add_context_parallel() {
   const int64_t T = config.context;
   if (!gpt.cp.splits(T)) return;
-  int64_t blocks = 0;
-  for (const ModelPiece& piece : pieces)
-    for (const ModelPart& part : piece) blocks += part.kind == ModelPart::block;
   for (int rank = 0; rank < cp.size; rank++) {
     const int64_t elements =
         2 * B * gpt.cp.part_of(rank, T).rows() * kv * D;  // of its keys and values
     const auto send = [&](Traffic purpose, int64_t times, int64_t bytes) {
-      enter(cp, Collective::send, purpose, times * m * blocks, bytes);
+      enter(cp, Collective::send, purpose, times * m * blocks(), bytes);
     };
     // all but the next rank's, which go no further: forward and backward
     if (rank != (cp.rank + 1) % cp.size) {

@@ -5,13 +5,10 @@ void TheoryOfRank::add_fsdp() {
   const bool reshards = shards_parameters && options.fsdp.reshard;
   int64_t& gradients = sum.persistent[int(Memory::gradients)];
   std::map<int, int64_t> gathers;  // of each unit in a micro-batch, where it is resharded
-  int64_t blocks = 0;
   for (const ModelPiece& piece : pieces)
-    for (const ModelPart& part : piece) {
-      blocks += part.kind == ModelPart::block;
+    for (const ModelPart& part : piece)
       for (const auto& [unit, params] : units_of(part.params))
         gathers[unit] += part.backward_reads == BackwardReads::values ? 2 : 1;
-    }
   // tied: each of its two uses has a gradient of its own
   if (has_embedding(pieces[0]) && has_head(pieces.back()) && !shards_gradients)
     gradients += elements(gpt.tied().local_shape()) * g;
@@ -36,8 +33,9 @@ void TheoryOfRank::add_fsdp() {
   // before, whose sum runs on, or of all where weight gradients are put off; parameters of both
   // ends, of a block and those that are gathered ahead.
   const int64_t summed = options.fsdp.prefetch > 0 ? 2 : 1,
-                of_blocks = schedule.row->splits_backward ? std::max(blocks, summed) : summed;
+                of_blocks = schedule.row->splits_backward ? std::max(blocks(), summed) : summed;
   if (shards_gradients) sum.gather_bound += (ends + of_blocks * block) * g;
-  const int64_t whole = reshards ? std::min<int64_t>(blocks, 1 + options.fsdp.prefetch) : blocks;
-  if (shards_parameters) sum.gather_bound += (ends + whole * block) * e;
+  const int64_t ahead = 1 + options.fsdp.prefetch,
+                gathered = reshards ? std::min(blocks(), ahead) : blocks();
+  if (shards_parameters) sum.gather_bound += (ends + gathered * block) * e;
 }

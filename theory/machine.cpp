@@ -58,7 +58,7 @@ product 1024 727    : as H100
 product 4096 818    : as H100
 multiprocessors 132 : NVIDIA, H200 SXM data sheet
 copy 4080           : 85 % of the data sheet's 4800
-read 3169           : as H100's share of its copy
+read 3168           : as H100's share of its copy
 memory 141          : NVIDIA, H200 SXM data sheet
 launch 4            : as A100
 inside 360 1.65     : as H100
@@ -235,10 +235,10 @@ Machine measure_machine(int64_t ranks) {
 
 // ---- what software does
 
-// threefold: the kernels' reads and writes as docs/gpu.md lists them; flash attention by tensor
-// cores as FlashAttention-2 reaches it on an A100 (Dao, 2023: half to three quarters of the peak).
-// Its optimizer: weight, gradient and moments read and three written, 28 bytes, 2 of bf16's copy,
-// and the gradient once more for the norm.
+// threefold: what its kernels say that they read and write (over tp the logits once more), and the
+// launches of docs/gpu.md; flash attention as bf16 reaches it on an H100, measured there, too. Its
+// optimizer: weight, gradient and moments read and three written, 28 bytes, 2 of bf16's copy, and
+// the gradient once more for the norm.
 // threefold-cpu: the same on the stand-ins for a GPU and NCCL (cpu/); --profile shows attention at
 // 24 % of a product (backward) and 32 % (forward).
 // megatron-2021: the kernels of Megatron-LM's transformer layer of 2021, with its fused softmax,
@@ -248,10 +248,10 @@ Machine measure_machine(int64_t ranks) {
 // writes gradients in 16 bits, a copy in 32, master weights and two moments.
 // deepspeed-2021: the same layers with DeepSpeed's ZeRO-3, whose shards travel at 16 GB/s a device:
 // fitted on the second row of Narayanan's table 2 (175 B on 768 GPUs), which waits for them alone.
-static constexpr Passes kForward{13, 6, 4, 2, 3, 16}, kBackward{13, 3, 4, 3, 0, 14},
+static constexpr Passes kForward{9, 6, 2, 2, 2, 5}, kBackward{10, 3, 4, 3, 0, 19},
     kMegatronForward{11, 2, 2, 4.5, 11, 12}, kMegatronBackward{21, 11, 4, 5.5, 7, 20};
 static const SoftwareProfile kProfiles[] = {
-    {"threefold", kForward, kBackward, false, true, 0, 34, 0.6, false},
+    {"threefold", kForward, kBackward, false, true, 0, 34, 0.2, false},
     {"threefold-cpu", kForward, kBackward, false, true, 0, 32, 0.26, true},
     {"megatron-2021", kMegatronForward, kMegatronBackward, true, false, 2, 52, 0.6, false},
     {"deepspeed-2021", kMegatronForward, kMegatronBackward, true, false, 2, 52, 0.6, false, 16e9},
@@ -265,7 +265,8 @@ const SoftwareProfile& profile_named(const std::string& name) {
 
 // ---- one piece of work
 
-// FLOP/s by the inner dim: between two that were measured, and below them, the time is a line.
+// FLOP/s by the inner dim: between two that were measured, and below them, the time is a line;
+// above the last the rate is the last's, and below the first at most the first's.
 static double rate_at(const Machine& m, double k) {
   const auto& p = m.products;
   auto high = p.lower_bound(k);

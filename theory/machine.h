@@ -63,7 +63,8 @@ Machine measure_machine(int64_t ranks);
 
 // Numbers of the compute dtype read or written in a block, for each number in: an activation of
 // width C of this rank's rows; one of its part of the width, of all rows; one between the MLP's
-// products; the scores. In the head: the logits.
+// products; the scores. In the head: the logits. kernels: launches besides those of products and
+// attention.
 struct Passes {
   double rows, columns, hidden, scores, logits, kernels;
 };

@@ -107,8 +107,7 @@ class Search : Predictor {
         for (const ModelPart& part : piece) all[part.kind]++;
         bytes.push_back(any.kept_of(piece));
       }
-      const int64_t again = job.recompute ? any.kept_by_block() - any.activation : 0;
-      stages.push_back({all, peak(s, stage, bytes) + again});
+      stages.push_back({all, peak(s, stage, bytes) + any.recomputed()});
     }
     const TrainingJob most_shards = job;
     const size_t before = candidates.size();
@@ -150,7 +149,7 @@ class Search : Predictor {
   int64_t peak(Schedule s, int stage, const std::vector<Kept>& bytes) {
     if (s.chunks == 1 && !s.row->splits_backward)
       return s.row->live(s.stages, s.microbatches, 1, stage) * bytes[0].forward;
-    // beyond 4 p micro-batches no more are live at once
+    // of those that are left (gpipe is not) beyond 4 p micro-batches no more are live at once
     s.microbatches = std::min(s.microbatches, 4 * s.stages);
     auto& few = schedules_[to_string(s)];
     if (few.actions.empty()) {

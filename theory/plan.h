@@ -1,9 +1,9 @@
 // plan.h: all layouts of a cluster for a model, those that fit in memory, and the fastest of them.
 //
-// memory    What a rank keeps for backwards is proportional to the number of its live
-//           micro-batches. So the formulas of theory/ are asked once for each kind of stage, and
-//           all layouts follow. Memory is what the code here holds, whatever the profile; of its
-//           workspace what a block keeps that runs again (--recompute), and nothing else.
+// memory    A part of the model keeps the same bytes for every micro-batch, and the schedule says
+//           how many are live. So the formulas of theory/ are asked once for each kind of stage,
+//           and all layouts follow. Memory is what the code here holds, whatever the profile; of
+//           its workspace what a block keeps that runs again (--recompute), and nothing else.
 // time      Every layout that fits gets a bound from below: no stage waits for anything but tp and
 //           cp, and the busiest one idles only while the first micro-batch comes and, where
 //           backwards are not split, the last goes. In the order of their bounds layouts are
@@ -17,12 +17,12 @@
 
 #include "theory/predict.h"
 
-// Exactly, by theory/: the fullest rank of all; and, by axis, the most that the fullest rank of a
+// By theory/: the fullest rank of all; and, by axis, the most that the fullest rank of a
 // stage sends in a step.
 struct Account {
   int stage = 0, rank = 0;
   int64_t bytes = 0;  // in all
-  // gather and activations: at the peak, at most; workspace: what recompute needs
+  // exactly, but for gather, a bound; activations: at the peak; workspace: what recompute needs
   std::array<int64_t, kMemoryCategories> memory{};
   std::map<std::string, int64_t> sent;
 };
@@ -38,7 +38,7 @@ struct Planned : TrainingJob, Prediction {
 };
 struct Plan {
   std::vector<Planned> fastest;
-  int64_t layouts = 0, fitting = 0, predicted = 0;  // how many there are; of these; of these
+  int64_t layouts = 0, fitting = 0, predicted = 0;  // how many there are; that fit; of these
   // of what does not fit, the layout that needs least
   std::optional<Planned> smallest;
 };

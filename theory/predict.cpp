@@ -423,10 +423,10 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
       auto task = tasks.begin();
       for (int stage = 0; stage < s.stages; stage++) {
         for (const Action& a : schedule.actions[stage])
-          (task++)->duration =
-              a.kind == Action::exchange
-                  ? exchange - exposed
-                  : times_of(stage, a.chunk).of[which(a.microbatch, m)][a.kind] + exposed;
+          (task++)->duration = a.kind == Action::exchange
+                                   ? exchange - exposed
+                                   : times_of(stage, a.chunk).of[which(a.microbatch, m)][a.kind] +
+                                         (a.kind == Action::weight_gradient ? 0 : exposed);
         (task - 1)->duration += tails[stage];
       }
       return std::ranges::max(run(tasks), {}, &Span::end).end;
@@ -463,11 +463,11 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
   for (const ModelPart& part : t.gpt.parts()) sums += split_matrices(part).by_inputs;
   const int64_t tp = layout["tp"], pp = layout["pp"];
   const Link link = link_of(cluster, tp, 1), to_next = link_of(cluster, pp, tp);
-  constexpr double kKernels = 13;  // of a block: 4 products, their biases, 2 norms, attention, ...
+  constexpr double kKernels = 10;  // of a block: 4 products, 2 norms, attention, gelu, a bias, add
   for (const ModelPiece& piece : t.gpt.pieces(pp)) {
     double held =
         position / L * config.context * (piece.size() - has_embedding(piece) - has_head(piece));
-    for (const Param* p : params_of({piece})) held += p->numel() * t.e;
+    for (const Param* p : params_of({piece})) held += elements(p->local_shape()) * t.e;
     fullest = std::max(fullest, held);
   }
   const double rate = cluster.products.rbegin()->second / cluster.slower(t.e);

@@ -43,7 +43,7 @@ struct Prediction {
   double seconds = 0, computing = 0, bubble = 0, optimizer = 0;
   std::array<double, kAxes.size()> waiting{};
 };
-// The times of pipelines are kept: the next prediction with so many stages is faster.
+// Schedules are kept: the next prediction with as many stages and micro-batches is faster.
 class Predictor {
  public:
   Predictor(const Cluster& cluster, const ModelSize& model)

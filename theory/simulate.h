@@ -14,11 +14,11 @@
 // ---- the checker
 
 // Empty, or a sentence that says what is wrong and where: every micro-batch once forward and once
-// backward on each chunk, in an order that respects dependencies and sums gradients in ascending
-// order; every transfer that this needs once, after what it sends and before what uses it; the
-// receives of each pair of stages in the order of the sends; no deadlock, even when each action
-// blocks its stage and a send waits for its receive. An executor that overlaps transfers with
-// computation waits for less: it is safe, too.
+// backward on each chunk, each kind in ascending order of micro-batches (so gradients are summed in
+// it) and all in an order that respects dependencies; every transfer that this needs once, after
+// what it sends and before what uses it; the receives of each pair of stages in the order of the
+// sends; no deadlock, even when each action blocks its stage and a send waits for its receive. An
+// executor that overlaps transfers with computation waits for less: it is safe, too.
 std::string check(const Schedule& schedule);
 
 // ---- the simulator
@@ -56,9 +56,9 @@ double extended_makespan(const Schedule& outline, const std::function<double(int
 // split from its input gradient to its weight gradient.
 struct Kept {
   int64_t forward = 1, input_gradient = 1;
-  auto operator<=>(const Kept&) const = default;
 };
-// The most that is live at once on a stage, by chunk; without `kept` it is counted.
+// The most that is live at once on a stage, of chunks that keep so much; without `kept` pairs of
+// micro-batch and chunk are counted.
 int64_t peak_live(const Schedule& schedule, int stage, std::vector<Kept> kept = {});
 
 // The row's idle time as a share of the time; NaN where it has no formula.

@@ -36,6 +36,13 @@ SizedGpt::SizedGpt(const GptConfig& g, const Axis& axis, const Axis& cp) : Gpt(g
   }
 }
 
+int64_t TheoryOfRank::blocks() const {
+  int64_t count = 0;
+  for (const ModelPiece& piece : pieces)
+    count += piece.size() - has_embedding(piece) - has_head(piece);
+  return count;
+}
+
 void TheoryOfRank::enter(const Axis& axis, Collective collective, Traffic purpose, int64_t calls,
                          int64_t bytes) {
   if (axis.size == 1 || calls == 0) return;

@@ -1,9 +1,9 @@
 // theory.h: what the textbook says a layout sends and holds, from configuration and mesh alone;
 // never from the buffers. So no strategy may send what depends on the data.
 // idea      the program prints these numbers beside the ones it measured, and a test fails if they
-//           differ by a byte. A file a strategy (fsdp.cpp, tensor_parallel.cpp, pipeline.cpp,
-//           context_parallel.cpp) adds its own, counting over the parts of the model that the rank
-//           has.
+//           differ by a byte. Each strategy has a file here (fsdp.cpp, tensor_parallel.cpp,
+//           pipeline.cpp, context_parallel.cpp), which counts over the parts of the model that the
+//           rank has.
 // symbols   P elements of a padded unit; n ranks on the axis that a file is about; m micro-batches
 //           a step of B sequences; R = B T rows, S of them on a rank
 // test      tests/test_fsdp.cpp, tests/test_tensor_parallel.cpp, tests/test_pipeline.cpp,
@@ -30,8 +30,8 @@ Theory theory(const GptConfig& config, const Layout& layout, int rank,
 int64_t decoding_bytes(const GptConfig& config, const Layout& layout, int pp_rank,
                        int64_t sequences, int64_t steps);
 
-// The parameters of a model in which so many heads of queries share keys and values, for counting:
-// Gpt runs none.
+// The parameters of a model that may have fewer heads of keys and values than of queries, for
+// counting: Gpt runs none.
 struct SizedGpt : Gpt {
   explicit SizedGpt(const GptConfig& config, const Axis& tp = {}, const Axis& cp = {});
 };
@@ -47,9 +47,10 @@ struct TheoryOfRank {
   void add_activations();
   void enter(const Axis& axis, Collective collective, Traffic purpose, int64_t calls,
              int64_t bytes);
-  Kept kept(const ModelPart& part) const;  // of a micro-batch
+  Kept kept(const ModelPart& part) const;  // of a micro-batch, where nothing is recomputed
   Kept kept_of(ModelPiece piece) const;
-  int64_t kept_by_block() const;  // where nothing is recomputed
+  int64_t recomputed() const;  // what a block that runs again keeps besides
+  int64_t blocks() const;
 
   GptConfig config;
   TrainerOptions options;
@@ -71,9 +72,6 @@ struct TheoryOfRank {
           heads = kv * (config.heads / config.kv());
   // bytes of an activation of width C on this rank, and of all rows of it (tp.size slices)
   int64_t activation = S * C * e, whole = by_rows ? tp.size * activation : activation;
-  // bytes of a layernorm's mean and reciprocal deviation, of all its rows; of a block's tensors
-  // that tp splits
-  int64_t statistics = 2 * S * g, by_columns = 2 * R * ((heads + kv) * D + F) * e;
 
   Theory sum = {};
 };

@@ -5,7 +5,7 @@
 //           in the order in which they were issued. So what a task of one queue waits for is one
 //           task of the other: the latest of those that it needs. What ranks do together begins
 //           when the last of them has reached it.
-// cost      O(tasks)
+// cost      O(tasks + p queues), where the longest chain of queues that wait for each other has p
 // test      tests/test_plan.cpp
 #pragma once
 #include <algorithm>
@@ -18,7 +18,8 @@ struct Task {
   int rank = 0;
   Queue queue = Queue::compute;
   double duration = 0;
-  int after = -1;              // a task of the rank's other queue; -1: waits for nothing
+  int after = -1;              // a task of the rank's other queue (or a later one of this one,
+                               // which never begins); -1: waits for nothing
   std::vector<int> with = {};  // tasks that must be reached, too; it may be among them
 };
 struct Span {
