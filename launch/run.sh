@@ -177,7 +177,7 @@ if [ "$what" = replay ]; then
   default --batch $sequences
   default --steps 3
   start "$ranks" "${command[@]}" "${args[@]}" || exit
-  [ -s "$new" ] || refuse "the run has ended before its last step, which is played"
+  [ -s "$new" ] || refuse "the run has ended before the step that is traced"
   # where PAGE says, a file of that name may be anybody's
   mv ${PAGE:+--backup=numbered} "$new" "$trace" || exit
   report/replay.sh "$trace" "$page" || exit
@@ -209,7 +209,7 @@ fi
 start "$ranks" "${command[@]}" "${args[@]}" || exit
 [ -n "$page" ] || exit 0
 [ -s $new.json ] || {
-  echo "this run has no page, since it has ended before its last step"
+  echo "this run has no page, since it has ended before the step that is traced"
   exit
 }
 for kind in json jsonl; do mv $new.$kind build/run.$kind; done

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # experiment.sh: `make network`: what each strategy asks of the network, predicted and measured. The
-# same model in each layout over two nodes (nodes.sh) whose link is fast, or 1 Gbit/s, or slower, or
-# far; then a table of how many times slower a step is than over the fast link, beside what
-# build/plan predicts from a calibration of links and machine.
+# same model in each layout of the list below, over two nodes (nodes.sh) whose link is fast, or
+# 1 Gbit/s, or slower, or far; then a table of how many times slower a step is than over the fast
+# link, beside what build/plan predicts from a calibration of links and machine.
 #   network/experiment.sh [LAYOUT]...    only these layouts (names of the table)
 #   network/experiment.sh crossover      below and above R = 4.5 C rows: who loses more, FSDP or TP
 #   network/experiment.sh decode         the time a token of build/generate --tp 2
@@ -17,8 +17,9 @@
 # quarter longer than the fastest, are measured three times more, alternating (in the file the link
 # is called "again", and there is no prediction), and the fastest of all four counts.
 # Writes build/network/cells.tsv: ranks a node, link, layout, ms, predicted ms, bytes that rank 0
-# sends a step by its ledger, and by the count of its node's device, options, and how many times
-# slower the machine is taken to be than when it was calibrated.
+# sends a step by its ledger, and by the count of its node's interface, options, and how many times
+# slower the machine is taken to be than when it was calibrated. Until all is measured the file is
+# cells.new; then that of an earlier run is kept as cells.tsv.~1~.
 set -u
 cd "$(dirname "$0")/.."
 . tests/lib.sh
@@ -27,6 +28,12 @@ steps=${STEPS:-4} failed=0
   echo "network/experiment.sh: STEPS is '$steps', expected 2 or more: the first does not count" >&2
   exit 1
 }
+for ranks in ${RANKS:-2 4}; do
+  [[ $ranks = [24] ]] || {
+    echo "network/experiment.sh: RANKS is '$RANKS', expected 2, 4 or both" >&2
+    exit 1
+  }
+done
 
 # ---- the layouts
 
@@ -63,7 +70,7 @@ done
 
 # a thread a rank, and one for what travels beside it
 export OMP_NUM_THREADS=1 THREEFOLD_STREAMS=queued
-nodes=network/nodes.sh own=${LAB:-3f}-$$ out=build/network
+nodes=network/nodes.sh own=${LAB:-3f}-$$ out=build/network cells=build/network/cells.new
 links="fast 1gbit 300mbit 100mbit 1ms"
 rate_of() { case $1 in fast) echo 0 ;; 1ms) echo 1gbit 1000 ;; *) echo "$1" ;; esac; }
 clean() {
@@ -78,7 +85,12 @@ trap "trap '' INT TERM HUP; exit 130" INT TERM HUP
 for link in $links; do
   # shellcheck disable=SC2046
   if ! LAB=$own-$link $nodes up 2 $(rate_of "$link") >"$dir/up" 2>&1; then
-    echo "SKIP make network: $(tail -1 "$dir/up")"
+    reason=$(tail -1 "$dir/up")
+    grep -qE "$no_nodes_here" <<<"$reason" || {
+      echo "network/experiment.sh: $reason" >&2
+      exit 1
+    }
+    echo "SKIP make network: $reason"
     exit 0
   fi
 done
@@ -90,7 +102,7 @@ shape="--model tiny --layers 8 --width 192 --dtype f32" model="$shape --batch 12
 # MPICH over TCP sometimes fails in MPI_Finalize: who calls this tries it twice.
 in_lab() {
   export LAB=$own-$1
-  timeout -k 5 300 $nodes run "${@:2}" >"$dir/out" 2>"$dir/err" </dev/null &
+  timeout -k 5 $((300 + 10 * steps)) $nodes run "${@:2}" >"$dir/out" 2>"$dir/err" </dev/null &
   wait $!
 }
 in_lab_twice() { in_lab "$@" || in_lab "$@"; }
@@ -171,18 +183,18 @@ alone() {
   predicted=$(build/cpu/plan --machine "$(machine fast "$1")" --profile threefold-cpu --devices 1 \
     --layout --json $options | number step_seconds)
   ranks=$(for i in $(seq $(($1 / 2))); do
-    printf ' build/cpu/train_gpt --seed 1 --data README.md --steps %s --metrics %s %s &' \
-      "$steps" "$dir/rank.\$\$.$i" "$options"
+    printf ' build/cpu/train_gpt --seed 1 --data README.md --steps %s --metrics %s %s & %s;' \
+      "$steps" "$dir/rank.\$\$.$i" "$options" 'all+=" $!"'
   done)
   rm -f "$dir"/rank.*
-  on_both bash -c "'$ranks wait'" || return
+  on_both bash -c "'$ranks for rank in \$all; do wait \$rank || exit; done'" || return
   median_step "$dir"/rank.* | awk -v s="$predicted" '{ print $1 / 1000 / s }' >>"$dir/alone"
 }
 
 # ---- a cell
 
 # train LINK RANKS OPTIONS: sets ms (the median of the steps but the first), ledger and wire (bytes
-# a step that rank 0 sends, by its ledger and by the device of its node)
+# a step that rank 0 sends, by its ledger and by its node's interface)
 train() {
   local link=$1 ranks=$2 spread="" before attempt metrics=$dir/metrics.jsonl
   shift 2
@@ -225,11 +237,16 @@ predicted() {
   local ranks=$1 name=$2 times link ms ledger wire seconds
   shift 2
   times=$(tail -2 "$dir/alone" | awk '{ sum += $1 } END { print sum / NR }')
-  # of a link's two cells, the mean
-  awk '{ ms[$1] += $2; n[$1]++; sent[$1] = $3 " " $4 }
+  # of a link's two cells, the mean; the fast link first, by which make compare divides the others
+  awk 'BEGIN { link[1] = "fast"; links = order["fast"] = 1 }
+    { ms[$1] += $2; n[$1]++; sent[$1] = $3 " " $4 }
     !($1 in order) { order[$1] = ++links; link[links] = $1 }
-    END { for (i = 1; i <= links; i++) print link[i], ms[link[i]] / n[link[i]], sent[link[i]] }' \
-    "$dir/row" >"$dir/means"
+    END {
+      for (i = 1; i <= links; i++) {
+        l = link[i]
+        if (n[l]) print l, ms[l] / n[l], sent[l]
+      }
+    }' "$dir/row" >"$dir/means"
   while read -r link ms ledger wire; do
     slower "$(machine "$link" "$ranks")" "$times" >"$dir/slower"
     # shellcheck disable=SC2086
@@ -246,7 +263,7 @@ may_be_fastest() {
       if (!best || $4 < best) best = $4
       if ($3 == name) own = $4
     }
-    END { exit !own || (name != "first-choice" && own > 1.25 * best) }' "$out/cells.tsv"
+    END { exit !own || (name != "first-choice" && own > 1.25 * best) }' "$cells"
 }
 
 # ---- other questions
@@ -271,7 +288,7 @@ crossover() {
   local batch
   measure() { printf '%s' "$1" && block "${@:2}" && echo; }
   echo "a block of width 256, f32, over 100 Mbit/s: sent and lost"
-  measure "FSDP, whatever R is     " --batch 8 --fsdp 2 || return
+  measure "FSDP, whatever R is    " --batch 8 --fsdp 2 || return
   for batch in 4 8 12; do
     measure "TP, R = $((batch / 2)) C            " --batch $batch --tp 2 || return
     measure "TP + SP, R = $((batch / 2)) C       " --batch $batch --tp 2 --sequence-parallel \
@@ -331,7 +348,7 @@ case ${1:-} in
     exit
     ;;
 esac
-: >$out/cells.tsv
+: >$cells
 for ranks in ${RANKS:-2 4}; do
   over=$links
   [ "$ranks" = 2 ] || over="fast 1gbit 1ms"
@@ -356,15 +373,16 @@ for ranks in ${RANKS:-2 4}; do
       done
       if [ "$turn" = again ]; then
         awk -v OFS='\t' -v ranks="$((ranks / 2))" -v name="$name" -v options="$options" \
-          '{ print ranks, $1, name, $2, "-", $3, $4, options, "-" }' "$dir/row" >>$out/cells.tsv
+          '{ print ranks, $1, name, $2, "-", $3, $4, options, "-" }' "$dir/row" >>$cells
       else
         # shellcheck disable=SC2086
-        alone "$ranks" && predicted "$ranks" "$name" $options >>$out/cells.tsv || give_up
+        alone "$ranks" && predicted "$ranks" "$name" $options >>$cells || give_up
       fi
       echo
     done <"$dir/layouts"
   done
 done
+mv --backup=numbered $cells $out/cells.tsv
 awk -f network/table.awk $out/cells.tsv | tee $out/table.txt
 echo "all of it took $((SECONDS - began)) s"
 [ $failed = 0 ]

@@ -6,8 +6,8 @@
 #                                         mpiexec over all nodes: the first R/N ranks on node 1, or
 #                                         with --spread each next rank on the next node
 #   network/nodes.sh on NODE COMMAND...   runs a command on a node
-#   network/nodes.sh link NODE up|down    plugs or pulls a node's cable
-#   network/nodes.sh sent NODE            bytes that it has sent so far, by the count of its device
+#   network/nodes.sh cable NODE up|down   plugs or pulls a node's cable
+#   network/nodes.sh sent NODE            bytes that it has sent so far, by its interface's count
 #   network/nodes.sh down                 ends what runs there and removes everything
 # LAB names the nodes (default: 3f), so that several labs can be up at once.
 #
@@ -38,7 +38,7 @@ refuse() {
 is_up() { [ -e "/run/netns/$switch" ]; }
 nodes() { ls /run/netns | grep -cE "^$lab-[0-9]+$"; }
 
-# shape NAMESPACE DEVICE RATE: a burst of 100 us, or of two frames, else short messages would pass
+# shape NAMESPACE INTERFACE RATE: a burst of 100 us, but at least two frames: shorter messages pass
 # at once; the queue is longer than any socket's buffer and so never drops
 shape() {
   [ "$3" = 0 ] && return
@@ -54,14 +54,15 @@ bits() {
 }
 
 up() {
-  local n=$1 rate=${2:-0} delay=${3:-0} i
+  local n=${1:-} rate=${2:-0} delay=${3:-0} i
   [ "$(id -u)" = 0 ] || refuse "only root may make namespaces"
   command -v ip >/dev/null && command -v tc >/dev/null || refuse "needs iproute2 (ip and tc)"
   [[ $n =~ ^[2-9]$ ]] || refuse "'$n' is no number of nodes from 2 to 9"
   [[ $delay =~ ^[0-9]+$ ]] || refuse "'$delay' is no number of microseconds"
   [ "$rate" = 0 ] || bits "$rate" >/dev/null
   is_up && refuse "a lab named $lab is up: LAB=$lab network/nodes.sh down ends it"
-  trap 'status=$?; [ $status = 0 ] || down; exit $status' EXIT
+  is_made=no # a signal ends this with the status of what came before it, which may be 0
+  trap '[ $is_made = yes ] || down || true' EXIT
   ip netns add "$switch"
   ip -n "$switch" link set lo up
   # mpiexec gives a lost node up in seconds, not in a quarter of an hour
@@ -86,7 +87,7 @@ up() {
       </dev/null >/dev/null 2>"$said" &
     for i in $(seq 100); do
       ip -n "$switch" link show "port$n" >/dev/null 2>&1 && break
-      [ "$i" -lt 100 ] || refuse "build/delay made no devices: $(cat "$said" && rm "$said")"
+      [ "$i" -lt 100 ] || refuse "build/delay made no interfaces: $(cat "$said")"
       sleep 0.05
     done
     rm "$said"
@@ -103,14 +104,23 @@ up() {
     ip -n "$lab-$i" link set eth0 up
     shape "$lab-$i" eth0 "$rate"
   done
+  is_made=yes
 }
 
 down() {
-  local name
+  local name status=0
   for name in $(ls /run/netns 2>/dev/null | grep -E "^$lab-([0-9]+|switch)$"); do
     ip netns pids "$name" | xargs -r kill -9 2>/dev/null || true
-    ip netns del "$name" || true
+    ip netns del "$name" || status=1
   done
+  rm -f "build/delay-$lab.log"
+  return $status
+}
+
+# a_node NUMBER: that is up, or a refusal
+a_node() {
+  is_up || refuse "no lab named $lab is up"
+  [[ $1 =~ ^[1-9]$ && -e /run/netns/$lab-$1 ]] || refuse "'$1' is no node of the lab named $lab"
 }
 
 # cores NODE: those that are its own: "0,1"
@@ -128,7 +138,7 @@ cores() {
 on() {
   local node=$1
   shift
-  is_up || refuse "no lab named $lab is up"
+  a_node "$node"
   exec taskset -c "$(cores "$node")" \
     ip netns exec "$lab-$node" unshare --uts --ipc --mount bash -c \
     "hostname node$node && mount -t tmpfs tmpfs /dev/shm && exec $*"
@@ -136,7 +146,8 @@ on() {
 
 run() {
   local ranks n each
-  [ "${1:-}" = -n ] && [ $# -ge 3 ] || refuse "usage: network/nodes.sh run -n RANKS COMMAND..."
+  [ "${1:-}" = -n ] && [ $# -ge 3 ] \
+    || refuse "usage: network/nodes.sh run -n RANKS [--spread] COMMAND..."
   is_up || refuse "no lab named $lab is up"
   ranks=$2 n=$(nodes)
   shift 2
@@ -154,9 +165,16 @@ case ${1:-} in
   up) up "${@:2}" ;;
   down) down ;;
   run) run "${@:2}" ;;
-  on) on "$2" "${*:3}" ;;
-  link) ip -n "$lab-$2" link set eth0 "$3" ;;
-  sent) ip netns exec "$lab-$2" cat /sys/class/net/eth0/statistics/tx_bytes ;;
+  on) on "${2:-}" "${*:3}" ;;
+  cable)
+    a_node "${2:-}"
+    [[ ${3:-} =~ ^(up|down)$ ]] || refuse "usage: network/nodes.sh cable NODE up|down"
+    ip -n "$lab-$2" link set eth0 "$3"
+    ;;
+  sent)
+    a_node "${2:-}"
+    ip netns exec "$lab-$2" cat /sys/class/net/eth0/statistics/tx_bytes
+    ;;
   $net.*) on "${1##*.}" "${*:2}" ;; # mpiexec: HOST COMMAND...
   *)
     sed -n '2,11s/^# \{0,1\}//p' "$self"

@@ -1,8 +1,8 @@
 # table.awk: of build/network/cells.tsv: how many times slower a step is than over the fast link,
 # and how far the predictions are off. experiment.sh prints it, make compare's report shows it.
 #   fields   1 ranks a node, 2 link (again: 1gbit once more), 3 layout, 4 ms, 5 predicted ms,
-#            6 bytes by the ledger, 7 by the node's device, 8 options, 9 how many times slower the
-#            machine was
+#            6 bytes by the ledger of rank 0, 7 by its node's interface, 8 options, 9 how many times
+#            slower the machine was
 BEGIN { FS = "\t" }
 $2 == "again" && ($1, $2, $3) in ms && ms[$1, $2, $3] < $4 { next }
 {
@@ -28,11 +28,12 @@ END {
   printf "%-6s %-15s %17s", "a node", "layout", "fast, ms"
   links = split("1gbit 300mbit 100mbit 1ms", link, " ")
   for (j = 1; j <= links; j++) printf " %13s", link[j]
-  print "   MB a step: ledger of rank 0, its device"
+  print "   MB a step: ledger of rank 0, its node's interface"
   for (i = 1; i <= n; i++) {
     fast = ms[ranks[i], "fast", layout[i]]
     fast_predicted = predicted[ranks[i], "fast", layout[i]]
-    printf "%-6s %-15s %17s", ranks[i], layout[i], sprintf("%.0f (%.0f)", fast, fast_predicted)
+    printf "%-6s %-15s %17s", ranks[i], layout[i],
+      fast == "" ? "-" : sprintf("%.0f (%.0f)", fast, fast_predicted)
     for (j = 1; j <= links; j++) {
       x = ms[ranks[i], link[j], layout[i]]
       if (x == "" || fast == "") {

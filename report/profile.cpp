@@ -49,7 +49,7 @@ Profile::Machine Profile::measure(Dtype dtype) {
   const Device& d = device();
   const int64_t room = d.memory_limit ? d.memory_limit - d.memory.total : INT64_MAX,
                 elements = std::min<int64_t>(32 << 20, room / 8);
-  Machine machine{0, 0, d.is_gpu ? 8192 : 1024};
+  Machine machine{0, 0, d.is_gpu ? 8192 : 1024, elements * int64_t(sizeof(float))};
   while (3 * machine.width * machine.width * size_of(dtype) > room) machine.width /= 2;
   {
     const Tensor from({elements}, Dtype::f32, Memory::workspace),
@@ -112,10 +112,11 @@ std::string Profile::table(const Machine& machine, Dtype dtype) const {
               beside ? "launches" : "computes", all_.launched * 1e3 / steps,
               (all_.read - all_.launched) * 1e3 / steps, (all_.seconds - all_.read) * 1e3 / steps);
   return s + format(
-                 "  a copy of 128 MiB: %.4g GB/s, read and written; a product of %lld x %lld x"
+                 "  a copy of %.4g MiB: %.4g GB/s, read and written; a product of %lld x %lld x"
                  " %lld in %s: %.4g GFLOP/s\n",
-                 machine.copied * 1e-9, (long long)machine.width, (long long)machine.width,
-                 (long long)machine.width, name_of(dtype), machine.multiplied * 1e-9);
+                 double(machine.bytes) / (1 << 20), machine.copied * 1e-9, (long long)machine.width,
+                 (long long)machine.width, (long long)machine.width, name_of(dtype),
+                 machine.multiplied * 1e-9);
 }
 
 void Profile::print(const Trainer& trainer, bool prints) const {

@@ -4,9 +4,10 @@
 //           are added up by name. Beside them: what the op takes at least, how fast that was done,
 //           and how fast this machine copies and multiplies.
 // exact     Rows are what the streams did: each op but those inside another, in every step but the
-//           first, which warms up. A rank has one compute stream, so its rows cannot
-//           overlap, and what is left of the step is in no row. On a GPU collectives run beside the
-//           kernels; with no GPU everything runs in turn, and is timed by the clock.
+//           first, which warms up and counts only if it is the only one. A rank has one compute
+//           stream, so its rows cannot overlap, and what is left of the step is in no row. On a GPU
+//           collectives run beside the kernels; with no GPU everything runs in turn, and is timed
+//           by the clock.
 // cost      two events an op; without --profile a branch
 // test      tests/test_trainer.cpp, tests/test_cli.sh
 #pragma once
@@ -41,7 +42,7 @@ class Profile {
  private:
   struct Machine {
     double copied, multiplied;  // bytes, operations a second
-    int64_t width;              // of the product
+    int64_t width, bytes;       // of the product, of the copy
   };
   static Machine measure(Dtype dtype);
   std::string table(const Machine& machine, Dtype dtype) const;

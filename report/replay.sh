@@ -13,11 +13,12 @@ cd "$(dirname "$0")/.."
 # one line: two runs that name one file add one each
 [[ $(head -c 15 "$trace")$(tail -c 3 "$trace") = '{"traceEvents":}}' && $(wc -l <"$trace") = 1 ]] \
   || refuse "$1 is no trace, or not one alone: --trace writes it"
-[ -z "$metrics" ] || [ -r "$metrics" ] || refuse "$3 cannot be read"
+[ -z "$metrics" ] || {
+  [[ $(tail -n 1 -- "$metrics") = '{"summary":'*'}' ]] && grep -q '^{"step":' -- "$metrics"
+} || refuse "$3 is no metrics of a run that has ended: --metrics writes them"
 [ ! -d "$page" ] || refuse "$2 is a directory"
 [ ! -e "$page" ] || grep -q '<title>Replay' "$page" \
   || refuse "$2 is there already, and is no replay that a new one may replace"
-trap 'rm -f "$page.$$"' EXIT
 
 # where each function that the trace or the script names is defined, and a link to its lines in the
 # book, if there is one: "Fsdp::reshard":["fsdp.cpp:200","book/source/fsdp.cpp.html#200-210"]
@@ -40,6 +41,7 @@ functions() {
 data() { printf '<script type="application/json" id="%s">%s</script>\n' "$1" "$2"; }
 
 {
+  trap 'rm -f "$page.$$"' EXIT # not before: it may have been there
   echo '<!doctype html><html lang="en"><meta charset="utf-8">'
   echo '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Replay</title>'
   echo '<style>'

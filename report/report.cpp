@@ -1,6 +1,6 @@
 // report.cpp: see report.h.
-// idea      every rank sends rank 0 its allocator's and its ledger's numbers; theory.cpp says what
-//           they should be
+// idea      every rank gathers the allocator's and the ledger's numbers of all, and rank 0 reports
+//           them; theory.cpp says what they should be
 #include "report/report.h"
 
 #include <algorithm>
@@ -213,7 +213,7 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps
   const Json mine{{"memory", memory_json(mesh.rank, m, t, trainer.pipeline.most_live_bytes())},
                   {"traffic", traffic_json(mesh.rank, t, steps)},
                   {"communication_share", time.communicating / time.ms},
-                  {"queue_idle_ms", time.ms - time.communicating},
+                  {"not_communicating_ms", time.ms - time.communicating},
                   {"hosts", host_name()},
                   {"took", pipelined ? trainer.pipeline.milliseconds() : std::vector<double>{}}};
   const std::vector<std::string> texts = gather_text(mine.dump());
@@ -234,7 +234,7 @@ void compare_with_theory(const Mesh& mesh, const Trainer& trainer, int64_t steps
   std::string text = memory_table(m, t, trainer.pipeline.most_live_bytes()) +
                      traffic_table(mine["traffic"], steps) +
                      communication_line(summary["communication_share"]) +
-                     straggler_line(summary["queue_idle_ms"], time.ms, summary["hosts"]);
+                     straggler_line(summary["not_communicating_ms"], time.ms, summary["hosts"]);
   if (pipelined) {
     const size_t pipelines = took.size() / trainer.pipeline.schedule().stages;
     Durations stages;  // stage t of the first pipeline is rank t * pipelines

@@ -1,12 +1,14 @@
-// run.js: what `make run` shows above the replay of its last step: the loss, step by step, and what
-// a rank held and sent beside the formulas, from the file that --metrics writes.
+// run.js: what `make run` shows above the replay of what was traced: the loss, step by step, and
+// what a rank held and sent beside the formulas, from the file that --metrics writes.
 // test      tests/check_pages.py
 'use strict';
 
 const metrics = read('metrics');
 const steps = metrics.filter(line => line.step), first = steps[0], last = steps.at(-1);
 const losses = steps.flatMap(s => [s.loss, s.held_out_loss ?? s.loss]);
-const low = Math.min(...losses), high = Math.max(...losses);
+// Math.min(...losses) would fail: of a long run they are too many arguments
+const low = losses.reduce((a, b) => Math.min(a, b));
+const high = losses.reduce((a, b) => Math.max(a, b));
 const held_out = steps.findLast(s => s.held_out_loss)?.held_out_loss.toFixed(2);
 
 // A point alone is a line to itself.
@@ -20,7 +22,7 @@ document.body.insertAdjacentHTML('afterbegin', [
   tag('h1', 'A run'),
   tag('p', 'Loss ', last.loss.toFixed(2), ' at step ', last.step,
     held_out ? `, then ${held_out} on text that it has not read` : '',
-    ' (nats a token). Below, the last step, played.'),
+    ' (nats a token). Below, what was traced of the run, played.'),
   tag(`svg id="loss" role="img" aria-label="loss by step" preserveAspectRatio="none"
     viewBox="${first.step} ${-high} ${Math.max(1, last.step - first.step)} ${
       Math.max(1e-6, high - low)}"`,

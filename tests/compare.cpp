@@ -560,6 +560,7 @@ std::string network() {
       fast[0][name] = ms;
       fast[1][name] = predicted;
     }
+    if (!fast[0].count(name)) continue;  // its cells over the fast link failed
     auto chart =
         std::find_if(charts.begin(), charts.end(), [&](const auto& c) { return c.first == link; });
     if (chart == charts.end()) chart = charts.insert(chart, {link, {}});

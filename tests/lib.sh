@@ -96,3 +96,7 @@ rank_pids() {
 # status_counts: whether mpiexec's exit status can be trusted. MPICH 4.2's is 0 in about half of the
 # jobs of which a rank was killed, whatever program it runs: there only what is printed tells.
 status_counts() { ! "$MPIEXEC" --version 2>/dev/null | grep -qE '^ *Version: +4\.2'; }
+
+# what nodes.sh, kernels and containers say where there can be no nodes: all else is a fault
+no_nodes_here='only root|needs iproute2|not permitted|not supported|denied|nknown device'
+no_nodes_here+='|kind is unknown|TUN device cannot be made: No such'

@@ -103,6 +103,9 @@ profiled a_profile_adds_up_to_the_step 1
 profiled a_profile_of_one_micro_batch_at_a_time_adds_up 1 --microbatch 1 --recompute
 OMP_NUM_THREADS=1 profiled a_profile_of_four_ranks_adds_up 4 --pp 2 --fsdp 2
 OMP_NUM_THREADS=1 profiled a_profile_of_split_layers_adds_up 2 --tp 2 --sequence-parallel
+$train $small --profile --device-memory 60 >"$dir/out" 2>"$dir/err"
+check a_profile_copies_what_there_is_room_for_and_says_so \
+  "grep -qE '^  a copy of [1-9][0-9.]* MiB' $dir/out && ! grep -q 'a copy of 128 MiB' $dir/out"
 
 for matmul in cublas own; do for attention in plain flash; do
   measured a $train $small --matmul $matmul --attention $attention
@@ -593,6 +596,18 @@ for text in '{"traceEvents":[],"threefold":{}}' '{"traceEvents":' '{}' ''; do
   esac
   rm -f "$dir"/it*
 done
+echo '{"traceEvents":[],"threefold":{}}' >"$dir/traced.json"
+for line in '' '{"step":1,"loss":2}' '{"summary":true}'; do
+  echo "$line" >"$dir/half.jsonl"
+  refused "what_is_no_metrics_has_no_page: '$line'" "is no metrics of a run that has ended" \
+    report/replay.sh "$dir/traced.json" "$dir/page.html" "$dir/half.jsonl"
+done
+# shellcheck disable=SC2016 # its number stays that of the script
+refused a_replay_removes_only_what_it_wrote "cannot overwrite" \
+  bash -c 'echo mine >"$1.$$" && exec report/replay.sh "$0" "$1"' "$dir/traced.json" \
+  "$dir/page.html"
+check and_so_it_stays "grep -q mine $dir/page.html.*"
+rm -f "$dir"/page.html*
 make -o built BACKEND=cpu replay STRATEGY=zero9 >"$dir/out" 2>&1
 status=$?
 check a_strategy_that_is_none_is_refused '[ $status != 0 ] &&

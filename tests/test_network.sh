@@ -9,9 +9,7 @@ export LAB=3f$$ OMP_NUM_THREADS=1
 nodes=network/nodes.sh
 if ! reason=$($nodes up 4 2>&1 >/dev/null); then
   reason=$(tail -1 <<<"$reason")
-  # also what kernels and containers say that cannot do it
-  cannot='only root|needs iproute2|not permitted|not supported|denied|nknown device|kind is unknown'
-  if grep -qE "$cannot" <<<"$reason"; then skip "several nodes on one machine" "$reason"
+  if grep -qE "$no_nodes_here" <<<"$reason"; then skip "several nodes on one machine" "$reason"
   else fail "several nodes on one machine" "$reason"; fi
   sums_up
   exit
@@ -129,12 +127,12 @@ check a_lost_node_ends_the_job_and_resume_goes_on "[ $(status lost) != 0 ] && [ 
   "status $(status lost); $(tail -1 "$dir/resumed")"
 
 run cut 3 $long &
-until_step cut 2 && $nodes link 3 down && pulled=$EPOCHREALTIME
+until_step cut 2 && $nodes cable 3 down && pulled=$EPOCHREALTIME
 wait $!
 took=$(awk -v a="$pulled" -v b="$EPOCHREALTIME" 'BEGIN { printf "%.1f", b - a }')
 check a_pulled_cable_is_named "grep -q 'rank 2, on another node, DOES NOT ANSWER' '$dir/cut'" \
   "the job ended $took s after it, status $(status cut)" "$(tail -2 "$dir/cut")"
-$nodes link 3 up
+$nodes cable 3 up
 
 run slow 3 --steps 30 --fsdp 3 &
 until_step slow 1
@@ -173,14 +171,46 @@ kill -INT -- -$job
 check after_ctrl_c_of_mpiexec_no_process_is_left_on_the_nodes \
   "[ $steps = yes ] && none_left on_nodes" "" "$(tail -1 "$dir/ended") $(on_nodes)"
 
-for wrong in "up 4 fast" "up 1" "up 2 0 long" "up 2"; do
+for wrong in "up 4 fast" "up 1" "up 2 0 long" "up 2" up on "sent 9" "cable 2" "cable 9 up"; do
   $nodes $wrong >"$dir/wrong" 2>&1
-  check "refused: nodes.sh $wrong" "[ $? = 1 ]" "$(tail -1 "$dir/wrong")" "$(cat "$dir/wrong")"
+  check "refused: nodes.sh $wrong" "[ $? = 1 ] && ! grep -q unbound '$dir/wrong'" \
+    "$(tail -1 "$dir/wrong")" "$(cat "$dir/wrong")"
 done
+# stand_in NAME LINE: a command that PATH="$dir/bin:$PATH" finds first
+stand_in() {
+  rm -rf "$dir/bin"
+  mkdir "$dir/bin"
+  printf '#!/bin/sh\n%s\n' "$2" >"$dir/bin/$1"
+  chmod +x "$dir/bin/$1"
+}
+stand_in ip "exit 1"
+PATH=$dir/bin:$PATH $nodes down
+check nodes_that_cannot_be_removed_are_a_failure "[ $? = 1 ]"
 $nodes down
 # labs: the namespaces of this test, and of the `make network` that it starts, which takes LAB over
 labs() { ls /run/netns 2>/dev/null | grep "^$LAB-"; }
 check nothing_is_left_behind "! labs >/dev/null" "" "$(labs)"
+stand_in sysctl "kill \$PPID"
+{ PATH=$dir/bin:$PATH $nodes up 2; } 2>/dev/null # nor that it was ended
+check a_signal_leaves_no_half_a_lab "[ $? = 143 ] && ! labs >/dev/null" "" "$(labs)"
+
+# ---- make network
+
+stand_in tc "echo tc has failed >&2; exit 1"
+PATH=$dir/bin:$PATH refused make_network_is_skipped_only_where_it_cannot_be "tc has failed" \
+  network/experiment.sh
+RANKS=3 refused ranks_that_no_layout_has "RANKS is '3'" network/experiment.sh
+printf '1\t100mbit\ttp\t9\t9\t1\t1\t-\t1\n' >"$dir/cells.tsv"
+check where_the_fast_link_has_failed_nothing_is_divided_by_it \
+  "awk -f network/table.awk $dir/cells.tsv | grep -q '^1 *tp *-  *-'"
+make -s --no-print-directory BACKEND=cpu build/cpu/tests/compare
+mkdir -p "$dir/build/network"
+cp "$dir/cells.tsv" "$dir/build/network"
+cp "$dir/alone.jsonl" "$dir/serial.jsonl"
+printf 'serial\t1\t\n' >"$dir/jobs.txt"
+compare=$PWD/build/cpu/tests/compare
+(cd "$dir" && timeout 30 "$compare" . report.html >out 2>&1)
+check nor_does_make_compare "[ $? = 0 ]" "" "$(tail -1 "$dir/out")"
 if [ ! -c /dev/net/tun ]; then
   skip "links that are far away" "there is no /dev/net/tun"
   sums_up
