@@ -292,13 +292,8 @@ check another_text_is_said \
 # ---- what cannot be saved or resumed: a sentence, and what was there stays
 
 refuses() { # NAME 'what is said' ARGS...
-  local name=$1 part=$2
-  shift 2
-  if timeout 60 $MPIEXEC -n 2 $train $shape "$@" >"$dir/out" 2>"$dir/err"; then
-    fail "$name" "exit status 0"
-  elif [ "$(grep -cF -- "$part" "$dir/err")" != 1 ] || grep -q '^step [0-9]' "$dir/out"; then
-    fail "$name" "said: $(head -c 300 "$dir/err")"
-  else ok "$name" "$(grep -F -- "$part" "$dir/err" | sed "s#$dir/##g" | cut -c1-150)"; fi
+  refused "$1" "$2" $MPIEXEC -n 2 $train $shape "${@:3}"
+  ! grep '^step *[0-9]*/' "$dir/out" || fail "$1" "a step was taken"
 }
 fresh
 refuses another_width_is_refused \

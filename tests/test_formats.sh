@@ -31,11 +31,8 @@ imports() { # CHANGE: it is imported as what it was
     && cmp -s "$dir/back-$1/model.safetensors" "$dir/plain/model.safetensors"
 }
 refuses() { # NAME 'what is said' DIRECTORY
-  if $tool import "$3" "$dir/in-$1" >"$dir/out" 2>"$dir/err" || [ -e "$dir/in-$1" ]; then
-    fail "$1" "was imported"
-  elif grep -qF -- "$2" "$dir/err"; then
-    ok "$1" "$(sed "s#$dir/##g" "$dir/err" | cut -c1-140)"
-  else fail "$1" "$(cat "$dir/err")"; fi
+  alone=yes refused "$1" "$2" $tool import "$3" "$dir/in-$1"
+  [ ! -e "$dir/in-$1" ] || fail "$1" "was imported"
 }
 check a_tied_matrix_under_the_heads_name_is_imported "imports head" "" "$(cat "$dir/err")"
 check a_tied_matrix_under_both_names_is_imported "imports both" "" "$(cat "$dir/err")"
@@ -120,7 +117,7 @@ done >"$dir/my.txt"
 loss() { grep -o '^loss .*' "$dir/out"; }
 $MPIEXEC -n 2 $train --checkpoint "$dir/run-two" --resume --data "$dir/my.txt" --batch 2 --steps 2 \
   --fsdp 2 --sample 5 >"$dir/out" 2>"$dir/err"
-status=$? shard=$(ls "$dir"/my.txt.*.bin) text=$(loss)
+status=$? shard=$(ls "$dir"/my.txt.*.bin || echo "$dir/none") text=$(loss)
 check an_imported_model_is_trained_on_text_by_one_command \
   "[ $status = 0 ] && [ -f '$shard' ] && grep -q '^model .* 2 layers, width 16' $dir/out &&
    [ \$(grep -c '^tokens .*my.txt is encoded and kept as' $dir/out) = 1 ]" "$text" \
@@ -210,13 +207,7 @@ sed -i 's/"eos_token_id": 50256/"eos_token_id": [258, 259]/' "$dir/beyond/config
 refuses texts_that_end_with_one_of_several_tokens_are_refused "eos_token_id is [258,259]" \
   "$dir/beyond"
 says() { # NAME 'what is said' OPTIONS...
-  local name=$1 part=$2
-  shift 2
-  if timeout 60 $train --batch 2 --steps 9 --data "$dir/my.txt" "$@" >"$dir/out" 2>"$dir/err"; then
-    fail "$name" "status 0"
-  elif grep -qF -- "$part" "$dir/err"; then
-    ok "$name" "$(sed "s#$dir/##g" "$dir/err" | head -c 140)"
-  else fail "$name" "$(cat "$dir/err")"; fi
+  refused "$1" "$2" $train --batch 2 --steps 9 --data "$dir/my.txt" "${@:3}"
 }
 says another_tokenizer_than_the_checkpoints_is_refused "is not the one in" \
   --checkpoint "$dir/run-two" --resume --tokenizer "$dir/one"
