@@ -12,7 +12,7 @@ unset OMP_NUM_THREADS
 export OMP_WAIT_POLICY=passive
 # faults NAME SOURCE: a library of C functions that takes the place of others; its path
 faults() {
-  echo "$2" | g++ -w -shared -fPIC -x c++ - -o "$dir/$1.so" -ldl
+  echo "$2" | $MPICXX -w -shared -fPIC -x c++ - -o "$dir/$1.so" -ldl
   echo "$dir/$1.so"
 }
 shape="--layers 2 --width 16 --heads 2 --context 16" \
@@ -328,7 +328,14 @@ nobody env BACKEND=cpu THREADS=1 NP=1 MPIEXEC="echo started" "$dir/tree/launch/r
 status=$?
 check a_run_there_has_no_page "[ $status = 0 ] && grep -q '^started' $dir/out &&
   ! grep -q -- '--metrics' $dir/out && grep -q 'build cannot be .* has no page' $dir/out"
-chmod 755 "$dir/tree/build" "$dir/tree/build/cpu"
+printf '#!/bin/sh\necho Available; echo tmpfs 65536 0 65536 0%% /dev/shm\n' >"$dir/df"
+chmod 755 "$dir/df" "$dir/tree/build" "$dir/tree/build/cpu"
+for ranks in 8 16; do
+  PATH=$dir:$PATH BACKEND=cpu THREADS=1 NP=$ranks MPIEXEC="echo started" "$dir/tree/launch/run.sh" \
+    run >"$dir/out" 2>"$dir/err"
+  check "little_shared_memory_is_said_with_${ranks}_ranks" "grep -q '^started' $dir/out &&
+    [ \$(grep -c '/dev/shm has 65536 KiB' $dir/err) = $((ranks / 16)) ]"
+done
 
 # ---- the watch: slow is not stuck
 
