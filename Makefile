@@ -8,11 +8,18 @@
 MAKEFLAGS += -r# no rules but those below
 .DEFAULT_GOAL := help
 
+ifneq ($(shell uname -s),Linux)
+  $(error Threefold runs on Linux alone: elsewhere use a Linux container (--shm-size=1g) or WSL 2)
+endif
 # A misspelled variable would do nothing. Known is what a makefile or a script names, in capitals,
-# and what others' makefiles take.
+# and what packagers give to every make.
 $(foreach v,$(.VARIABLES),$(if $(findstring command line,$(origin $v)),$(if $(shell \
-  { echo CC CXX CPPFLAGS CFLAGS LDFLAGS SHELL V; cat Makefile */*.mk */*.sh; } | \
+  { echo INSTALL SHELL; cat Makefile */*.mk */*.sh; } | \
     grep -ow '[A-Z_0-9]*' | grep -xm1 '$v'),,$(error there is no variable $v: make lists them))))
+# these would do nothing, too, or take the place of the project's own
+$(foreach v,CC CXX CPPFLAGS CFLAGS CXXFLAGS LDFLAGS,$(if $(findstring command line,$(origin $v)),\
+  $(error $v cannot be given: MPICH_CXX=clang++ make chooses the compiler, OPTIMIZE= and MARCH= \
+    its flags)))
 
 # ---- knobs
 
@@ -23,6 +30,7 @@ endif
 WERROR  ?=# -Werror (as .ci/run has it): another compiler's warnings do not stop a user
 OPTIMIZE ?= -O1 -g1# of what is no kernel: -O2 compiles longer and runs no faster
 COMM    ?= nccl
+Q        = $(if $(filter-out 0,$(V) $(VERBOSE)),,@)
 ifeq ($(filter nccl mpi,$(COMM)),)
   $(error COMM is '$(COMM)', expected nccl or mpi)
 endif
@@ -59,7 +67,7 @@ ifneq ($(GPU_GENCODE),)
   GENCODE := $(GPU_GENCODE)
 endif
 ifeq ($(BACKEND),cuda)
-  CXXFLAGS += -I$(CUDA)/include $(NCCL_FLAGS) $(if $(filter mpi,$(COMM)),-idirafter cpu/nccl)
+  CXXFLAGS += -I$(CUDA_INCLUDE) $(NCCL_FLAGS) $(if $(filter mpi,$(COMM)),-idirafter cpu/nccl)
   LIBS      = $(CUDA_LIBS) -lcublas -lxxhash -Xcompiler -fopenmp
   LIBS_NCCL = $(NCCL_LIBS)
   LINK      = $(NVCC) -ccbin $(MPICXX)
@@ -73,14 +81,14 @@ ifeq ($(STANDIN),)
 $(B)/obj/%.cu.o: %.cu | $(B)/ready
 	@mkdir -p $(@D)
 	@echo "  $(BACKEND)  $<"
-	@$(NVCC) $(NVCCFLAGS) $(GENCODE) -Xptxas -v -MMD -MP -c $< -o $@ 2>$(@:.o=.ptxas) || \
+	$(Q)$(NVCC) $(NVCCFLAGS) $(GENCODE) -Xptxas -v -MMD -MP -c $< -o $@ 2>$(@:.o=.ptxas) || \
 	  { cat $(@:.o=.ptxas); exit 1; }
 endif
 # (after `|`: an edit of this file alone compiles nothing again; other flags begin with make clean)
 $(B)/obj/%.cpp.o: %.cpp | $(B)/ready
 	@mkdir -p $(@D)
 	@echo "  $(BACKEND)  $<"
-	@$(MPICXX) $(CXXFLAGS) -MMD -MP -c $< -o $@
+	$(Q)$(MPICXX) $(CXXFLAGS) -MMD -MP -c $< -o $@
 
 # with COMM=mpi ranks share a GPU; cpu/nccl stages through host memory in place of NCCL
 WHERE := $(if $(filter cuda-mpi,$(BACKEND)-$(COMM)),/comm-mpi)
@@ -88,10 +96,10 @@ main   = $(B)/obj/$(or $(main_$*),$*.cpp).o# of the program $*
 .SECONDEXPANSION:
 $(patsubst %,$(B)/%,$(PROGRAMS) $(basename $(wildcard tests/*.cpp))): $(B)/%: $$(main) $(OBJECTS)
 	@mkdir -p $(@D)
-	@$(LINK) $^ -o $@ $(LIBS) $(LIBS_NCCL)
+	$(Q)$(LINK) $^ -o $@ $(LIBS) $(LIBS_NCCL)
 $(B)/comm-mpi/%: $$(main) $(OBJECTS) $(NCCL_CPU:%=$(B)/obj/%.o)
 	@mkdir -p $(@D)
-	@$(LINK) $^ -o $@ $(LIBS)
+	$(Q)$(LINK) $^ -o $@ $(LIBS)
 # of this backend: others may have whole systems in build/ (make check-portable)
 -include $(shell find $(B) -type f -name '*.d' 2>/dev/null)
 .SECONDARY:
@@ -111,7 +119,7 @@ build: programs  ## make build               compile the programs into build/
 	  ln -sfn $(BACKEND)$(WHERE)/$$p build/$$p || exit 1; done
 $(PROGRAMS:%=build/%): build  # make build/plan, after an edit
 built:  # for those who type no -j
-	@$(MAKE) --no-print-directory -j$(THREADS) build
+	@$(MAKE) --no-print-directory $(if $(filter -j%,$(MAKEFLAGS)),,-j$(THREADS)) build
 
 book:  ## make book                docs/ beside the code: build/book/index.html
 	@docs/book/book.sh
@@ -123,4 +131,5 @@ clean:  ## make clean               remove build/
 	rm -rf build
 
 ## BACKEND=cpu|cuda         overrides the backend that was found
+## V=1                      shows the commands that compile and link
 ## COMM=mpi                 with BACKEND=cuda: ranks share GPUs, host memory in place of NCCL

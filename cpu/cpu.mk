@@ -42,5 +42,5 @@ $(B)/gen/%.cu.cpp: %.cu cpu/cuda/launch.sed | $(B)/ready
 $(B)/obj/%.cu.o: $(B)/gen/%.cu.cpp | $(B)/ready
 	@mkdir -p $(@D)
 	@echo "  $(BACKEND)  $*.cu"
-	@$(MPICXX) $(CXXFLAGS) $(KERNEL_FAST) -MMD -MP -c $< -o $@
+	$(Q)$(MPICXX) $(CXXFLAGS) $(KERNEL_FAST) -MMD -MP -c $< -o $@
 endif

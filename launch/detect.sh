@@ -2,7 +2,8 @@
 # detect.sh: which backend this machine can run, found by compiling a probe and running it. What it
 # prints, the Makefile includes as build/detected.mk. Where it takes the CPU although there are
 # signs of a GPU, WHY is a sentence, and standard error has it, too.
-#   launch/detect.sh        CUDA_HOME and NCCL_HOME say where they are, if not in the usual places
+#   launch/detect.sh        CUDA_HOME and NCCL_HOME say where they are, if not in the usual places;
+#                           MPICXX is the compiler of the host's code
 #   launch/detect.sh gpus   how many GPUs a program may use now; CUDA_VISIBLE_DEVICES counts, a
 #                           line of MIG does not
 set -u
@@ -15,10 +16,19 @@ if [ "${1:-}" = gpus ]; then
 fi
 mkdir -p "$work"
 nvcc=${CUDA_HOME:+$CUDA_HOME/bin/nvcc}
-nvcc=${nvcc:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
+nvcc=${nvcc:-$(command -v nvcc || ls /{opt,usr/local}/cuda/bin/nvcc 2>/dev/null | tail -1)}
 [ -x "$nvcc" ] || nvcc=""
 cuda=${CUDA_HOME:-$(realpath "${nvcc:-/usr/bin/nvcc}" | sed 's#/bin/nvcc$##')}
-libraries="-L$cuda/lib64 -Xlinker -rpath=$cuda/lib64"
+# conda has them elsewhere
+for include in "$cuda"/{include,targets/*-linux/include,include}; do
+  [ -e "$include/cuda_runtime.h" ] && break
+done
+for lib in "$cuda"/{lib64,lib,targets/*-linux/lib,lib64}; do
+  [ -e "$lib/libcublas.so" ] && break
+done
+libraries="-L$lib -Xlinker -rpath=$lib"
+# the same as in the build, though nvcc may have another of its own
+host=$(command -v "${MPICXX:-}") ccbin=${host:+-ccbin $host}
 
 # found BACKEND [WHY]
 found() {
@@ -29,6 +39,7 @@ WHY := ${2:-}
 LOOKED_IN := ${CUDA_HOME:-}:${NCCL_HOME:-}
 NVCC ?= ${nvcc:-nvcc}
 CUDA := $cuda
+CUDA_INCLUDE := $include
 CUDA_LIBS := $libraries
 NCCL_FLAGS := ${nccl_flags:-}
 NCCL_LIBS := ${nccl_libs:--lnccl}
@@ -39,7 +50,9 @@ EOF
 
 # ---- the compiler
 
-driver=$(command -v nvidia-smi || ls /dev/nvidiactl /dev/dxg 2>/dev/null | head -1)
+# on WSL 2 /dev/dxg is there for everybody's GPU, this library for NVIDIA's alone
+driver=$(command -v nvidia-smi \
+  || ls /dev/nvidiactl /usr/lib/wsl/lib/libcuda.so.1 2>/dev/null | head -1)
 [ -n "$nvcc$driver" ] || found cpu
 [ -n "$nvcc" ] || found cpu "$driver is here, but ${CUDA_HOME:+$CUDA_HOME/bin/}nvcc is not: \
 install the CUDA Toolkit, or give its CUDA_HOME"
@@ -63,8 +76,8 @@ has_nccl() {
   fi
   echo '#include <nccl.h>
     int main() { int v; return ncclGetVersion(&v) || v < 21800; }' >"$work/nccl.cu"
-  "$nvcc" $nccl_flags "$work/nccl.cu" -o "$work/nccl" $libraries $nccl_libs >"$work/nccl.log" 2>&1 \
-    && "$work/nccl" >>"$work/nccl.log" 2>&1
+  "$nvcc" $ccbin $nccl_flags "$work/nccl.cu" -o "$work/nccl" $libraries $nccl_libs \
+    >"$work/nccl.log" 2>&1 && "$work/nccl" >>"$work/nccl.log" 2>&1
 }
 if [ -n "${NCCL_HOME:-}" ]; then
   has_nccl "$NCCL_HOME" || no_nccl="NCCL_HOME is $NCCL_HOME, and no program builds and runs with \
@@ -79,7 +92,8 @@ else
       place=""
     done
     [ -n "${place:-}" ] || no_nccl="the GPUs and CUDA work, but NCCL 2.18 or newer is not found: \
-install libnccl-dev, or give NCCL_HOME (make BACKEND=cuda COMM=mpi does without)"
+install libnccl-dev (Arch: nccl; or with pip for the python3 in PATH nvidia-nccl-cu12, -cu13 for \
+CUDA 13), or give NCCL_HOME (make BACKEND=cuda COMM=mpi run does without)"
   }
 fi
 [ -z "${no_nccl:-}" ] || nccl_flags="" nccl_libs=""
@@ -114,9 +128,11 @@ int main() {
 EOF
 rm -f "$work/probe"
 # A driver that is older than the toolkit runs machine code, but compiles none from PTX.
-"$nvcc" -gencode arch=compute_80,code=[compute_80,sm_80] -gencode arch=compute_90,code=sm_90 \
-  "$work/probe.cu" -o "$work/probe" $libraries >"$work/log" 2>&1 \
-  || found cpu "$nvcc does not compile a small program ($work/log)"
+"$nvcc" $ccbin -gencode arch=compute_80,code=[compute_80,sm_80] \
+  -gencode arch=compute_90,code=sm_90 "$work/probe.cu" -o "$work/probe" $libraries \
+  >"$work/log" 2>&1 \
+  || found cpu "$nvcc does not compile a small program${host:+ with $host} ($work/log): if that \
+compiler is too new for it, MPICH_CXX=g++-13 make detect, and so at each make"
 "$work/probe" >"$work/gpus" 2>&1 || echo "error the probe ended with status $?" >>"$work/gpus"
 error=$(sed -n 's/^error //p' "$work/gpus" | head -1)
 if [ -n "$error" ] || grep -qx 'gpus 0' "$work/gpus"; then

@@ -64,7 +64,7 @@ static constexpr struct {
 } kLaunchers[] = {
     {"PMI_SIZE", "PMI_RANK",
      "the launcher belongs to another MPI than the program, which was built with MPICH, or to an "
-     "MPICH that is broken, as Ubuntu 24.04's package 4.2.0-5build3 is"},
+     "MPICH that is broken, as Ubuntu 24.04's package 4.2.0-5build3 is (README.md, Where it runs)"},
     {"OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK",
      "this mpiexec belongs to Open MPI, and the program was built with MPICH"},
     {"SLURM_STEP_NUM_TASKS", "SLURM_PROCID",

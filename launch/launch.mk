@@ -6,15 +6,18 @@
 
 # in a path these signs would end a line of make, or a word of the shell
 hash := \#
-$(if $(findstring $(hash),$(CUDA_HOME)$(NCCL_HOME))$(findstring ',$(CUDA_HOME)$(NCCL_HOME)),\
-  $(error CUDA_HOME and NCCL_HOME may have no $(hash) and no ' in them))
+$(if $(findstring $(hash),$(CUDA_HOME)$(NCCL_HOME))$(findstring ',$(CUDA_HOME)$(NCCL_HOME))$(word \
+  2,$(CUDA_HOME))$(word 2,$(NCCL_HOME)),\
+  $(error CUDA_HOME and NCCL_HOME may have no $(hash), no ' and no space in them))
 -include build/detected.mk
 BACKEND ?= $(or $(DETECTED),cpu)
 B := build/$(BACKEND)
+# also where a CUDA that was found is there no more
 build/detected.mk: launch/detect.sh \
-    $(if $(filter-out $(CUDA_HOME):$(NCCL_HOME),$(LOOKED_IN)),look-again)
+    $(if $(filter-out $(CUDA_HOME):$(NCCL_HOME),$(LOOKED_IN)),look-again) \
+    $(if $(filter cuda,$(DETECTED)),$(if $(MAKE_RESTARTS)$(wildcard $(CUDA)/bin/nvcc),,look-again))
 	@mkdir -p build 2>/dev/null && [ -w build ] || exit 0; \
-	  CUDA_HOME='$(CUDA_HOME)' NCCL_HOME='$(NCCL_HOME)' $< >$@.new && mv $@.new $@
+	  CUDA_HOME='$(CUDA_HOME)' NCCL_HOME='$(NCCL_HOME)' MPICXX='$(MPICXX)' $< >$@.new && mv $@.new $@
 
 # ---- packages
 

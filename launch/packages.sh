@@ -27,12 +27,15 @@ probe() {
   else
     headers="$headers oneapi/dnnl/dnnl.h"
     call="int bad = dnnl_version() == 0, version = 0;"
-    need="oneDNN, and with clang OpenMP (libomp-dev)"
+    need="oneDNN with OpenMP, and with clang OpenMP (libomp-dev)"
   fi
   {
     printf '#include <%s>\n' $headers
     echo "#ifndef MPICH_VERSION"
     echo "#error this MPI is not MPICH"
+    echo "#endif"
+    echo "#if defined DNNL_RUNTIME_OMP && DNNL_CPU_THREADING_RUNTIME != DNNL_RUNTIME_OMP"
+    echo "#error this oneDNN was not built with OpenMP, by which ranks share the cores"
     echo "#endif"
     echo "int main() { MPI_Init(0, 0); $call return bad + (version < 0); }"
   } >"$dir/probe.cpp"
@@ -50,7 +53,9 @@ probe() {
 install() {
   if ! command -v apt-get >/dev/null; then
     echo "make deps: install MPICH, oneDNN, nlohmann/json and xxHash with this system's package" \
-      "manager (on Debian and Ubuntu: $packages)" >&2
+      "manager (Debian, Ubuntu: $packages; Fedora: gcc-c++ mpich-devel onednn-devel json-devel" \
+      "xxhash-devel, then module load mpi/mpich-x86_64), or without root (README.md, Where it" \
+      "runs); where MPICH's mpicxx is not in PATH, give MPICXX=/path/mpicxx" >&2
     return 1
   fi
   local sudo="" log
@@ -58,9 +63,10 @@ install() {
     sudo=sudo
     if ! command -v sudo >/dev/null || ! { sudo -n true 2>/dev/null || [ -t 0 ]; }; then
       echo "make deps: packages are missing; as root run:" \
-        "apt-get update && apt-get install -y $packages" >&2
+        "apt-get update && apt-get install -y $packages; without root: README.md, Where it runs" >&2
       return 1
     fi
+    sudo true || return 1 # what it says about a password must not go into the log
   fi
   log=$(mktemp)
   # one `make deps` at a time, by a file that nobody else can put in our way
@@ -70,10 +76,17 @@ install() {
   if ! $sudo env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 \
     install -y -qq --no-install-recommends $packages >>"$log" 2>&1 9>&-; then
     tail -5 "$log" >&2
-    echo "make deps: the packages could not be installed (above; all of it is in $log)" >&2
+    echo "make deps: the packages could not be installed (above; all of it is in $log); without" \
+      "root: README.md, Where it runs" >&2
     return 1
   fi
   rm -f "$log"
+  # its programs compile and link
+  case $(dpkg-query -W -f '${Version}' mpich 2>/dev/null) in 4.2.0-5build3*)
+    echo "make deps: with this MPICH of Ubuntu 24.04 every rank is a world of its own, so only" \
+      "one rank works (make run STRATEGY=serial); another MPICH: README.md, Where it runs" >&2
+    ;;
+  esac
 }
 
 case ${1:-} in

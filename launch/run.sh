@@ -29,6 +29,12 @@ start() {
   [ "$BACKEND" = cuda ] || export OMP_WAIT_POLICY=passive
   echo "OMP_NUM_THREADS=$OMP_NUM_THREADS ${OMP_WAIT_POLICY:+OMP_WAIT_POLICY=$OMP_WAIT_POLICY }"\
 "$MPIEXEC -n $ranks$(printf ' %q' "$@")"
+  # a container may have little: Docker 64 MiB
+  local shared need=$((ranks * 5000))
+  shared=$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 { print $4 }')
+  [ "${shared:-$need}" -ge $need ] \
+    || echo "make $what: /dev/shm has $shared KiB, and each of the $ranks ranks may need 5000:" \
+      "start a container with --shm-size=1g" >&2
   # mpiexec reads the standard input even where no rank does, and may die of a long one
   local word reads=no
   for word in "$@"; do [ "$word" != - ] || reads=yes; done

@@ -12,7 +12,7 @@ unset OMP_NUM_THREADS
 export OMP_WAIT_POLICY=passive
 # faults NAME SOURCE: a library of C functions that takes the place of others; its path
 faults() {
-  echo "$2" | g++ -w -shared -fPIC -x c++ - -o "$dir/$1.so" -ldl
+  echo "$2" | $MPICXX -w -shared -fPIC -x c++ - -o "$dir/$1.so" -ldl
   echo "$dir/$1.so"
 }
 shape="--layers 2 --width 16 --heads 2 --context 16" \
@@ -329,6 +329,24 @@ status=$?
 check a_run_there_has_no_page "[ $status = 0 ] && grep -q '^started' $dir/out &&
   ! grep -q -- '--metrics' $dir/out && grep -q 'build cannot be .* has no page' $dir/out"
 chmod 755 "$dir/tree/build" "$dir/tree/build/cpu"
+mkdir -p "$dir/tbb/oneapi/dnnl"
+cat >"$dir/tbb/oneapi/dnnl/dnnl.h" <<'END'
+#include_next <oneapi/dnnl/dnnl.h>
+#undef DNNL_CPU_THREADING_RUNTIME
+#define DNNL_CPU_THREADING_RUNTIME DNNL_RUNTIME_TBB
+END
+CPATH=$dir/tbb "$dir/tree/launch/packages.sh" probe cpu nccl "$MPICXX" "-ldnnl -lxxhash -fopenmp" \
+  2>"$dir/err"
+check a_onednn_without_openmp_is_refused \
+  "[ $? = 1 ] && grep -q 'error this oneDNN was not built with OpenMP' $dir/err"
+printf '#!/bin/sh\necho Available; echo tmpfs 65536 0 65536 0%% /dev/shm\n' >"$dir/df"
+chmod 755 "$dir/df"
+for ranks in 8 16; do
+  PATH=$dir:$PATH BACKEND=cpu THREADS=1 NP=$ranks MPIEXEC="echo started" "$dir/tree/launch/run.sh" \
+    run >"$dir/out" 2>"$dir/err"
+  check "little_shared_memory_is_said_with_${ranks}_ranks" "grep -q '^started' $dir/out &&
+    [ \$(grep -c '/dev/shm has 65536 KiB' $dir/err) = $((ranks / 16)) ]"
+done
 
 # ---- the watch: slow is not stuck
 

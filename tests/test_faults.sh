@@ -346,7 +346,7 @@ check a_lock_of_another_user_is_read_and_left "[ $? = 1 ] && [ -e $dir/c/lock ] 
   grep -q 'by process 99999999 on $(uname -n), says .* remove this file' $dir/err" "" \
   "$(cat "$dir/err")"
 # a file system without locks; with OTHER another machine writes into the lock after this one
-g++ -w -shared -fPIC -x c++ - -o "$dir/noflock.so" <<<'#include <dlfcn.h>
+$MPICXX -w -shared -fPIC -x c++ - -o "$dir/noflock.so" <<<'#include <dlfcn.h>
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>

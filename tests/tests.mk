@@ -9,7 +9,7 @@ $(B)/obj/tests/%: private CXXFLAGS += -O1# compiling takes longer than running, 
 $(B)/tests/test_cpu: $(B)/obj/tests/cpu_kernels.cu.o
 $(B)/tests/libfaults.so: tests/faults.cpp
 	@mkdir -p $(@D)
-	@$(MPICXX) -std=c++20 -shared -fPIC -O1 -Wall -Wextra $< -o $@ -ldl
+	$(Q)$(MPICXX) -std=c++20 -shared -fPIC -O1 -Wall -Wextra $< -o $@ -ldl
 
 # the listings of the strategies' pages, each the first C++ block of its page
 LISTINGS := $(patsubst %,$(B)/gen/%.listing,fsdp tensor_parallel pipeline context_parallel)
@@ -26,13 +26,13 @@ PTX_CPU := cpu/cuda/cublas.cpp tests/ptx_extra.cpp $(NCCL_CPU)
 $(B)/obj/cpu/cuda/cublas.cpp.o: private CXXFLAGS += -fopenmp
 $(B)/ptx/%: $$(main) $(OBJECTS) $(PTX_CPU:%=$(B)/obj/%.o)
 	@mkdir -p $(@D)
-	@$(LINK) $^ -o $@ -cudart none -L$(LIBCUDART) -lfakecudart -Xlinker -rpath=$(LIBCUDART) \
+	$(Q)$(LINK) $^ -o $@ -cudart none -L$(LIBCUDART) -lfakecudart -Xlinker -rpath=$(LIBCUDART) \
 	  -ldnnl -lxxhash -Xcompiler -fopenmp
 
 # The same with a device that computes nothing, to count what the host asks of it.
 $(B)/null/%: $$(main) $(OBJECTS) $(B)/obj/tests/null_device.cpp.o
 	@mkdir -p $(@D)
-	@$(LINK) $^ -o $@ -cudart none $(CUDA_LIBS) -lxxhash $(LIBS_NCCL) -Xcompiler -fopenmp
+	$(Q)$(LINK) $^ -o $@ -cudart none $(CUDA_LIBS) -lxxhash $(LIBS_NCCL) -Xcompiler -fopenmp
 
 # what tests/mutants.sh compiles and links with
 print-compile: ; @echo '$(MPICXX) $(CXXFLAGS)'
