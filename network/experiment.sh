@@ -175,10 +175,12 @@ slower() {
     { print }' "$1"
 }
 
-# alone RANKS: each rank trains its part of the batch by itself, all of them together. Appends to
-# $dir/alone how many times as long a step takes as is predicted from the calibration.
+# alone RANKS OPTIONS: each rank trains half a batch by itself, in micro-batches as with these
+# options, all of them together. Appends to $dir/alone how many times as long a step takes as is
+# predicted from the calibration.
 alone() {
-  local options="$shape --batch $((12 / $1))" predicted ranks i
+  local options="$shape --batch 6" predicted ranks i
+  [[ "$*" =~ --microbatch\ [1-3]( |$) ]] && options+=" ${BASH_REMATCH[0]}"
   # shellcheck disable=SC2086
   predicted=$(build/cpu/plan --machine "$(machine fast "$1")" --profile threefold-cpu --devices 1 \
     --layout --json $options | number step_seconds)
@@ -328,7 +330,7 @@ decode() {
       cat "$out/short-$link-2.txt" # what is decoded sends short messages
       # theory/predict.cpp counts 13 kernels a block and 6
       awk -v weights="$weights" -v narrow="$narrow" -v wide="$wide" 'BEGIN {
-        print "launch", 1000 * narrow / (8 * 13 + 6), ": measured"
+        print "launch", 1000 * narrow / (8 * 10 + 6), ": measured"
         print "read", weights * 1.048576 / (wide - narrow), ": measured" }'
     } >"$dir/short"
     # shellcheck disable=SC2086
@@ -353,7 +355,7 @@ for ranks in ${RANKS:-2 4}; do
   over=$links
   [ "$ranks" = 2 ] || over="fast 1gbit 1ms"
   # shellcheck disable=SC2086
-  calibrate "$ranks" $over && alone "$ranks" || give_up
+  calibrate "$ranks" $over || give_up
   # shellcheck disable=SC2086
   first=$(predict "$(machine 1gbit "$ranks")" "$ranks" $model --top 1 \
     | sed -n 's/.*"options": "\(.*\)",/\1/p' | head -1)
@@ -367,6 +369,8 @@ for ranks in ${RANKS:-2 4}; do
       [ "$turn" != again ] || may_be_fastest "$name" || continue
       printf '  %s rank%s a node  %-15s' "$((ranks / 2))" "$([ "$ranks" = 2 ] || echo s)" "$name"
       : >"$dir/row"
+      # shellcheck disable=SC2086
+      [ "$turn" = again ] || alone "$ranks" $options || give_up
       for link in $turn; do
         # shellcheck disable=SC2086
         cell $link "$ranks" "$name" $options
@@ -376,7 +380,7 @@ for ranks in ${RANKS:-2 4}; do
           '{ print ranks, $1, name, $2, "-", $3, $4, options, "-" }' "$dir/row" >>$cells
       else
         # shellcheck disable=SC2086
-        alone "$ranks" && predicted "$ranks" "$name" $options >>$cells || give_up
+        alone "$ranks" $options && predicted "$ranks" "$name" $options >>$cells || give_up
       fi
       echo
     done <"$dir/layouts"

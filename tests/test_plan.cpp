@@ -531,11 +531,33 @@ TEST(a_weight_gradient_waits_for_no_exchange) {
   CHECK_LE(waited("zb"), 1.1 * waited("1f1b"));
 }
 
+// Computations of a pipeline take longer where its exchanges go on beside them, by what `overlap`
+// does not hide: of the time in which a stage does both at once.
+TEST(exchanges_slow_the_computations_beside_them) {
+  Machine machine = read_machine("a100-80g");
+  const GptConfig config{{8, 512, 8, 256, 256}, Dtype::bf16};
+  const auto seconds = [&](double bandwidth, double overlap) {
+    machine.inside = {bandwidth, 0};
+    machine.overlap = overlap;
+    TrainingJob job{config, {}, {{"pp", 2}}};
+    job.batch = 32, job.microbatch = 1, job.schedule = "zbv";
+    return Predictor({machine, profile_named("threefold"), 1, 2}, config).step(job).seconds;
+  };
+  CHECK_EQ(seconds(1e15, 0), seconds(1e15, 1));
+  const double hidden = seconds(2e9, 1), half = seconds(2e9, 0.5), seen = seconds(2e9, 0),
+               sent = 4 * 32 * 512 * 256 * 2 / 2e9;  // both ways, twice
+  CHECK(hidden < half && half < seen, hidden, " ", half, " ", seen, " ", sent);
+  CHECK_LE(seen - hidden, sent);
+  CHECK_LE(0.5 * sent, seen - hidden);
+  measured(100 * (seen - hidden) / sent, " % of what is sent");
+}
+
 // Round a ring one rank of a node sends to the next node, over one card, however many it has; and
 // each of a ring's rounds waits.
 TEST(keys_go_over_one_card_of_each_node) {
   Machine machine = read_machine("h100");
-  machine.peak = machine.f32 = machine.copy = 1e24;  // nothing to compute beside what travels
+  machine.peak = machine.f32 = machine.copy = machine.read =
+      1e24;  // nothing to compute beside what travels
   machine.products = {{1, 1e24}, {2, 1e24}};
   machine.launch = 0;
   const GptConfig config{{2, 256, 4, 1024, 256}, Dtype::f32};
@@ -792,7 +814,7 @@ TEST(a_cpu_moves_matrices_besides_multiplying_them) {
   m.f32 = m.peak;
   const double n = m.products.rbegin()->first,
                computing = 2 * n * n * n / m.products.rbegin()->second,
-               moving = 3 * n * n * 4 / m.copy;
+               moving = 3 * n * n * 4 / m.read;
   CHECK_LE(close(product_seconds(m, n, n, n, 1, 4), computing + moving), 1e-12);
 }
 

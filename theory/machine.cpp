@@ -285,7 +285,7 @@ double product_seconds(const Machine& m, double rows, double columns, double k, 
   static constexpr double kTiles[][3] = {
       {256, 128, 1}, {128, 256, 1}, {128, 128, 0.9}, {64, 128, 0.7}, {128, 64, 0.7}};
   const double rate = rate_at(m, k) / m.slower(bytes),
-               moving = batch * (rows * k + k * columns + rows * columns) * bytes / m.copy;
+               moving = batch * (rows * k + k * columns + rows * columns) * bytes / m.read;
   if (m.multiprocessors == 0) return 2 * batch * rows * columns * k / rate + moving + m.launch;
   double computing = INFINITY;
   for (const auto& [high, wide, reaches] : kTiles) {

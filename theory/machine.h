@@ -15,8 +15,8 @@
 //           (below). sharing: ranks to a processor, each rate above being a rank's when all
 //           compute; where some wait, the others are faster. overlap: what share of the time is
 //           hidden that something travels beside a computation; the rest slows it down. read: GB/s
-//           at which a product of one row reads its matrix. Where these three are left out, sharing
-//           and overlap are 1, and read is as copy.
+//           at which a product of one row reads its matrix, and others theirs. Where these three
+//           are left out, sharing and overlap are 1, and read is as copy.
 // rounds    A round waits once for each doubling of the ranks. A ring (all-gather, reduce-scatter)
 //           that goes over more nodes than that waits once for each hop between two of them, as in
 //           NCCL's own model (src/graph/tuning.cc), which adds the hops inside: left out here.

@@ -429,7 +429,18 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
                                          (a.kind == Action::weight_gradient ? 0 : exposed);
         (task - 1)->duration += tails[stage];
       }
-      return std::ranges::max(run(tasks), {}, &Span::end).end;
+      const auto end = [&] { return std::ranges::max(run(tasks), {}, &Span::end).end; };
+      if (cluster.overlap == 1) return end();
+      // computations of a stage take longer where it does both at once
+      std::vector<double> both(s.stages, -end()), computing(s.stages);
+      for (const Task& t : tasks) {
+        both[t.rank] += t.duration;
+        if (t.queue == Queue::compute) computing[t.rank] += t.duration;
+      }
+      for (Task& t : tasks)
+        if (t.queue == Queue::compute && both[t.rank] > 0)
+          t.duration *= 1 + (1 - cluster.overlap) * both[t.rank] / computing[t.rank];
+      return end();
     };
     result.bubble = idle(extended_makespan(s, makespan)) + late;
   }
