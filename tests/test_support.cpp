@@ -37,8 +37,14 @@ namespace fs = std::filesystem;
 
 struct TemporaryDirectory {
   std::string path = "/tmp/test_support.XXXXXX";
-  TemporaryDirectory() { CHECK(mkdtemp(path.data()) != nullptr); }
-  ~TemporaryDirectory() { fs::remove_all(path); }
+  TemporaryDirectory() {
+    CHECK(mkdtemp(path.data()) != nullptr);
+    setenv("TMPDIR", path.c_str(), 1);  // or the next run would find what this one left in /tmp
+  }
+  ~TemporaryDirectory() {
+    unsetenv("TMPDIR");
+    fs::remove_all(path);
+  }
   std::string write(const std::string& name, const std::string& bytes) const {
     const fs::path file = fs::path(path) / name;
     fs::create_directories(file.parent_path());
