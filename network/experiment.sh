@@ -176,8 +176,8 @@ slower() {
 }
 
 # alone RANKS OPTIONS: each rank trains half a batch by itself, in micro-batches as with these
-# options, all of them together. Appends to $dir/alone how many times as long a step takes as is
-# predicted from the calibration.
+# options where they divide it, all of them together. Appends to $dir/alone how many times as long a
+# step takes as is predicted from the calibration.
 alone() {
   local options="$shape --batch 6" predicted ranks i
   [[ "$*" =~ --microbatch\ [1-3]( |$) ]] && options+=" ${BASH_REMATCH[0]}"
@@ -328,7 +328,7 @@ decode() {
     {
       grep -vE '^(between|launch|read)' "$(machine "$link" 2)"
       cat "$out/short-$link-2.txt" # what is decoded sends short messages
-      # theory/predict.cpp counts 13 kernels a block and 6
+      # theory/predict.cpp counts 10 kernels a block and 6
       awk -v weights="$weights" -v narrow="$narrow" -v wide="$wide" 'BEGIN {
         print "launch", 1000 * narrow / (8 * 10 + 6), ": measured"
         print "read", weights * 1.048576 / (wide - narrow), ": measured" }'

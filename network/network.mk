@@ -4,7 +4,7 @@
 .PHONY: network
 build/delay: network/delay.cpp support/check.h
 	@mkdir -p $(@D)
-	@$(MPICXX) $(filter-out -I%,$(CXXFLAGS)) -I. $< -o $@
+	$(Q)$(MPICXX) $(filter-out -I%,$(CXXFLAGS)) -I. $< -o $@
 ## make network             the strategies over links made slow, predicted and measured (root)
 network:
 	@$(MAKE) -s --no-print-directory BACKEND=cpu programs build/delay build/cpu/tests/bench_links

@@ -335,8 +335,8 @@ cat >"$dir/tbb/oneapi/dnnl/dnnl.h" <<'END'
 #undef DNNL_CPU_THREADING_RUNTIME
 #define DNNL_CPU_THREADING_RUNTIME DNNL_RUNTIME_TBB
 END
-CPATH=$dir/tbb "$dir/tree/launch/packages.sh" probe cpu nccl "$MPICXX" "-ldnnl -lxxhash -fopenmp" \
-  2>"$dir/err"
+CPATH=$dir/tbb${CPATH:+:$CPATH} "$dir/tree/launch/packages.sh" probe cpu nccl "$MPICXX" \
+  "-ldnnl -lxxhash -fopenmp" 2>"$dir/err"
 check a_onednn_without_openmp_is_refused \
   "[ $? = 1 ] && grep -q 'error this oneDNN was not built with OpenMP' $dir/err"
 printf '#!/bin/sh\necho Available; echo tmpfs 65536 0 65536 0%% /dev/shm\n' >"$dir/df"

@@ -13,6 +13,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <optional>
 #include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -39,12 +40,15 @@ struct TemporaryDirectory {
   std::string path = "/tmp/test_support.XXXXXX";
   TemporaryDirectory() {
     CHECK(mkdtemp(path.data()) != nullptr);
+    if (const char* set = getenv("TMPDIR")) before = set;
     setenv("TMPDIR", path.c_str(), 1);  // or the next run would find what this one left in /tmp
   }
   ~TemporaryDirectory() {
-    unsetenv("TMPDIR");
+    if (before) setenv("TMPDIR", before->c_str(), 1);
+    else unsetenv("TMPDIR");
     fs::remove_all(path);
   }
+  std::optional<std::string> before;
   std::string write(const std::string& name, const std::string& bytes) const {
     const fs::path file = fs::path(path) / name;
     fs::create_directories(file.parent_path());

@@ -360,6 +360,25 @@ TheoryOfChunk::TheoryOfChunk(const TrainingJob& job, const ChunkKind& chunk)
 
 // ---- the step
 
+// Computations last longer by such a share of the time in which their rank also exchanges.
+static void slow_down(std::vector<Task>& tasks, double share) {
+  const std::vector<Span> spans = run(tasks);
+  std::map<int, std::vector<Span>> exchanges;  // of each rank, in order, once both ends have come
+  for (size_t i = 0; i < tasks.size(); i++)
+    if (tasks[i].queue == Queue::communication)
+      exchanges[tasks[i].rank].push_back({spans[i].end - tasks[i].duration, spans[i].end});
+  std::map<int, size_t> next;  // of each rank: the first that does not end before
+  for (size_t i = 0; i < tasks.size(); i++) {
+    if (tasks[i].queue != Queue::compute) continue;
+    const auto& of_rank = exchanges[tasks[i].rank];
+    size_t& e = next[tasks[i].rank];
+    while (e < of_rank.size() && of_rank[e].end <= spans[i].start) e++;
+    for (size_t k = e; k < of_rank.size() && of_rank[k].start < spans[i].end; k++)
+      tasks[i].duration += share * (std::min(of_rank[k].end, spans[i].end) -
+                                    std::max(of_rank[k].start, spans[i].start));
+  }
+}
+
 Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axes) {
   const Schedule s = outline_of(job, job.layout);
   const std::vector<ModelPiece> pieces = gpt.pieces(s.stages_of_positions());
@@ -414,6 +433,7 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
     // where nothing overlaps, a computation first takes what comes, and then hands on its result
     const double exchange = work.exchange_seconds(),
                  exposed = cluster.profile.overlaps ? 0 : exchange;
+    bool slows = false;
     const auto makespan = [&](int m) {
       auto& [schedule, tasks] = pipelines_[to_string(Schedule{s.row, s.stages, m, s.chunks})];
       if (tasks.empty()) {
@@ -429,20 +449,13 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
                                          (a.kind == Action::weight_gradient ? 0 : exposed);
         (task - 1)->duration += tails[stage];
       }
-      const auto end = [&] { return std::ranges::max(run(tasks), {}, &Span::end).end; };
-      if (cluster.overlap == 1) return end();
-      // computations of a stage take longer where it does both at once
-      std::vector<double> both(s.stages, -end()), computing(s.stages);
-      for (const Task& t : tasks) {
-        both[t.rank] += t.duration;
-        if (t.queue == Queue::compute) computing[t.rank] += t.duration;
-      }
-      for (Task& t : tasks)
-        if (t.queue == Queue::compute && both[t.rank] > 0)
-          t.duration *= 1 + (1 - cluster.overlap) * both[t.rank] / computing[t.rank];
-      return end();
+      if (slows) slow_down(tasks, 1 - cluster.overlap);
+      return std::ranges::max(run(tasks), {}, &Span::end).end;
     };
-    result.bubble = idle(extended_makespan(s, makespan)) + late;
+    const double fast = extended_makespan(s, makespan);
+    result.bubble = idle(fast) + late;
+    slows = cluster.overlap < 1;
+    if (slows) result.seconds += extended_makespan(s, makespan) - fast;  // no stage idles for it
   }
   result.seconds += result.bubble;
   return result;
