@@ -148,7 +148,7 @@ calibrate() {
       grep ' : ' "$dir/node.1" | grep -vE "^($measured)"
       grep -v ^short "$dir/out"
     } >"$(machine "$link" "$ranks")"
-    sed -n 's/^short/between/p' "$dir/out" >"$out/short-$link-$ranks.txt"
+    sed -n 's/^short //p' "$dir/out" >"$out/short-$link-$ranks.txt"
   done
   # inside a node all is the same, whatever joins it to others
   local files rate latency
@@ -300,44 +300,54 @@ crossover() {
 
 # The time a token takes with tp 2 over each link, measured and predicted. How fast weights are read
 # and kernels are started is what decoding without tp shows, on both nodes at once: a model with
-# hardly any weights, and this one.
+# hardly any weights, and one with half of the layers. It has as many weights as a rank of tp has,
+# so as large a part of them stays in the processor's cache.
 decode() {
-  local link turn width weights shape="--model tiny --layers 8 --heads 8 --dtype f32"
-  local model="$shape --width 512" text="--prompt Once --tokens 100" narrow wide predicted
+  local link turn weights shape="--model tiny --heads 8 --dtype f32"
+  local model="$shape --layers 8 --width 512" text="--prompt Once --tokens 100"
+  local narrow half predicted wire
   unset THREEFOLD_STREAMS
   out=$dir
   # shellcheck disable=SC2086
   calibrate 2 $links || give_up
   token() { sed -n 's/.*median \([0-9.]*\) ms.*/\1/p' "$@"; }
   for turn in 1 2 3 4 5; do
-    for width in 32 512; do
-      # shellcheck disable=SC2086
-      on_both build/cpu/generate $shape --width $width $text || exit
-      token "$dir"/node.? >>"$dir/alone-$width"
-    done
+    # shellcheck disable=SC2086
+    on_both build/cpu/generate $shape --layers 8 --width 32 $text || exit
+    token "$dir"/node.? >>"$dir/alone-narrow"
+    # shellcheck disable=SC2086
+    on_both build/cpu/generate $shape --layers 4 --width 512 $text || exit
+    token "$dir"/node.? >>"$dir/alone-half"
     for link in $links; do
       # shellcheck disable=SC2086
       in_lab_twice "$link" -n 2 build/cpu/generate $model --tp 2 $text || give_up
       token "$dir/err" "$dir/out" >>"$dir/tokens-$link"
     done
   done
-  narrow=$(median <"$dir/alone-32") wide=$(median <"$dir/alone-512")
-  weights=$(sed -n 's/^memory *\([0-9.]*\) MiB.*/\1/p' "$dir/node.1") # of the last, the whole
+  narrow=$(median <"$dir/alone-narrow") half=$(median <"$dir/alone-half")
+  weights=$(sed -n 's/^memory *\([0-9.]*\) MiB.*/\1/p' "$dir/node.1") # of the last, with half
   printf '%-8s %10s %10s\n' link measured predicted
-  for link in $links; do
+  # over RATE LATENCY: what build/plan says of decoding over such a link
+  over() {
     {
       grep -vE '^(between|launch|read)' "$(machine "$link" 2)"
-      cat "$out/short-$link-2.txt" # what is decoded sends short messages
+      echo "between $1 $2 : measured"
       # theory/predict.cpp counts 10 kernels a block and 6
-      awk -v weights="$weights" -v narrow="$narrow" -v wide="$wide" 'BEGIN {
-        print "launch", 1000 * narrow / (8 * 10 + 6), ": measured"
-        print "read", weights * 1.048576 / (wide - narrow), ": measured" }'
+      awk -v weights="$weights" -v narrow="$narrow" -v half="$half" 'BEGIN {
+        launch = narrow / (8 * 10 + 6)
+        print "launch", 1000 * launch, ": measured"
+        print "read", weights * 1.048576 / (half - launch * (4 * 10 + 6)), ": measured" }'
     } >"$dir/short"
     # shellcheck disable=SC2086
-    predicted=$(build/cpu/plan --machine "$dir/short" --nodes 2 --devices 1 --decode --json $model \
-      --tp 2 | number token_seconds)
+    build/cpu/plan --machine "$dir/short" --nodes 2 --devices 1 --decode --json $model --tp 2
+  }
+  for link in $links; do
+    # A token bucket lets what is short pass at once, whatever its rate, until it is empty: so a
+    # token takes as long as with a link that only delays, or as what it sends takes at that rate.
+    predicted=$(over 1e6 "$(cut -d ' ' -f 1 "$out/short-$link-2.txt")" | number token_seconds)
+    wire=$(over "$(sed -n 's/^between \([^ ]*\) .*/\1/p' "$(machine "$link" 2)")" 0 | number sums)
     printf '%-8s %7.2f ms %7.2f ms\n' "$link" "$(median <"$dir/tokens-$link")" \
-      "$(awk -v s="$predicted" 'BEGIN { print 1000 * s }')"
+      "$(awk -v s="$predicted" -v wire="$wire" 'BEGIN { print 1000 * (s > wire ? s : wire) }')"
   done
 }
 
