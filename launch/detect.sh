@@ -131,8 +131,8 @@ rm -f "$work/probe"
 "$nvcc" $ccbin -gencode arch=compute_80,code=[compute_80,sm_80] \
   -gencode arch=compute_90,code=sm_90 "$work/probe.cu" -o "$work/probe" $libraries \
   >"$work/log" 2>&1 \
-  || found cpu "$nvcc does not compile a small program${host:+ with $host} ($work/log): if that \
-compiler is too new for it, MPICH_CXX=g++-13 make detect, and so at each make"
+  || found cpu "$nvcc does not compile a small program${host:+ with $host} ($work/log): if the \
+host's compiler is too new for it, MPICH_CXX=g++-13 make detect, and so at each make"
 "$work/probe" >"$work/gpus" 2>&1 || echo "error the probe ended with status $?" >>"$work/gpus"
 error=$(sed -n 's/^error //p' "$work/gpus" | head -1)
 if [ -n "$error" ] || grep -qx 'gpus 0' "$work/gpus"; then

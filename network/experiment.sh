@@ -332,11 +332,11 @@ decode() {
     {
       grep -vE '^(between|launch|read)' "$(machine "$link" 2)"
       echo "between $1 $2 : measured"
-      # theory/predict.cpp counts 10 kernels a block and 6
+      # theory/predict.cpp counts 10 kernels a block and 4
       awk -v weights="$weights" -v narrow="$narrow" -v half="$half" 'BEGIN {
-        launch = narrow / (8 * 10 + 6)
+        launch = narrow / (8 * 10 + 4)
         print "launch", 1000 * launch, ": measured"
-        print "read", weights * 1.048576 / (half - launch * (4 * 10 + 6)), ": measured" }'
+        print "read", weights * 1.048576 / (half - launch * (4 * 10 + 4)), ": measured" }'
     } >"$dir/short"
     # shellcheck disable=SC2086
     build/cpu/plan --machine "$dir/short" --nodes 2 --devices 1 --decode --json $model --tp 2

@@ -53,6 +53,28 @@ difference 4 5
 check a_token_of_eight_texts_waits_once '[ "$(calls "$waits")" = 1 ]' \
   "$(calls kernel) kernels, $(calls '') calls in all" "$(tr '\n' ',' <"$dir/step")"
 
+# What the planner counts (theory/): kernels of a block beside its products, 5 forward and 19
+# backward, and of flash attention 1 and 3; of a new token 10 a block, products among them, and 4.
+for layers in 1 2; do
+  step --model tiny --layers $layers --dtype bf16
+  cp "$dir/step" "$dir/layers-$layers"
+done
+difference layers-1 layers-2
+check a_block_starts_as_many_kernels_as_the_planner_counts \
+  '[ "$(calls "a kernel") $(calls cublas)" = "28 12" ]' "28, and 12 products" \
+  "$(tr '\n' ',' <"$dir/step")"
+for layers in 1 2; do
+  for tokens in 4 5; do
+    THREEFOLD_CALLS=$dir/$tokens timeout 120 build/cuda/null/generate --model tiny \
+      --layers $layers --prompt 1 --temperature 0 --tokens $tokens >"$dir/out" 2>&1 \
+      || fail generate "$(tail -1 "$dir/out")"
+  done
+  difference 4 5
+  check "a_token_of_${layers}_blocks_starts_as_many_kernels_as_the_planner_counts" \
+    '[ "$(calls "kernel|cublas")" = $((10 * layers + 4)) ]' "$((10 * layers + 4))" \
+    "$(tr '\n' ',' <"$dir/step")"
+done
+
 # full WHEN: an allocation fails; what the host then did, to $dir/full
 full() {
   THREEFOLD_FULL=$1 THREEFOLD_CALLS=$dir/full timeout 120 $MPIEXEC -n 1 \

@@ -723,7 +723,7 @@ TEST(a_new_token_takes_the_time_of_its_weights_cache_kernels_sums_and_stages) {
   const double expected[] = {
       numbers * 2 / 1000,
       L * length * row / 1000,  // half of each key and value
-      (10 * L + 6) * 3,
+      (10 * L + 4) * 3,
       (2 * L + 1) * sum + latency + S * V / 2 * 4 / bandwidth,   // and the logits, in f32
       latency + row / bandwidth + latency + S * 4 / bandwidth};  // and the new tokens
   const std::valarray<double> got = seconds(Dtype::bf16, int64_t(S));

@@ -487,7 +487,8 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
   for (const ModelPart& part : t.gpt.parts()) sums += split_matrices(part).by_inputs;
   const int64_t tp = layout["tp"], pp = layout["pp"];
   const Link link = link_of(cluster, tp, 1), to_next = link_of(cluster, pp, tp);
-  constexpr double kKernels = 10;  // of a block: 4 products, 2 norms, attention, gelu, a bias, add
+  // of a block: 4 products, 2 norms, attention, gelu, a bias, add; and beside them
+  constexpr double kKernels = 10, kOthers = 4;
   for (const ModelPiece& piece : t.gpt.pieces(pp)) {
     double held =
         position / L * config.context * (piece.size() - has_embedding(piece) - has_head(piece));
@@ -496,7 +497,7 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
   }
   const double rate = cluster.products.rbegin()->second / cluster.slower(t.e);
   return {{std::max(numbers * t.e / cluster.read, 2 * numbers * sequences / rate),
-           position * length / cluster.read, (L * kKernels + 6) * cluster.launch,
+           position * length / cluster.read, (L * kKernels + kOthers) * cluster.launch,
            sums * link.seconds(Collective::all_reduce, row * C) +
                link.seconds(Collective::all_gather, sequences * t.g * config.vocab),
            (pp - 1) * to_next.seconds(Collective::send, row * C) +
