@@ -135,6 +135,7 @@ each_wait tensor_parallel.cpp 2 test_tensor_parallel $parity_tp "part must have 
   "product below reads all_x" "the sum must have arrived" "next op reads the sum" \
   "first block reads the sum" \
   "maximum of all ranks" "both sums over all ranks" "gradients must have been computed"
+each_wait tensor_parallel.cpp 2 test_generator the_cache_and_every "parts must have come"
 each_wait context_parallel.cpp 3 test_context_parallel $parity_cp "kv must have left" \
   "what was sent must have left" "others must be here"
 each_wait fsdp.cpp 4 test_fsdp $parity "shard must be complete"
