@@ -112,8 +112,9 @@ std::string draw_map(Cluster cluster) {
       kTp, "ranks of tp",
       [&](const GptConfig& config, int64_t tp) { return decoding(cluster, config, tp); });
   for (const double left : {0.0, kPanel}) {
-    const std::string title = sentence(cluster.name, ", ", kOfNode, " a node; between nodes ",
-                                       cluster.between.bandwidth / 1e9, " GB/s a device");
+    const std::string machine = cluster.name.substr(cluster.name.rfind('/') + 1),  // of a path
+        title = sentence(machine, ", ", kOfNode, " a node; between nodes ",
+                         cluster.between.bandwidth / 1e9, " GB/s a device");
     draw_table(svg, left, 0, title, kDevices, "devices",
                [&](const GptConfig& config, int64_t devices) {
                  cluster.devices = std::min(devices, kOfNode);

@@ -28,7 +28,7 @@ const char* kStyle = R"(<style>
 .schedule text{fill:#1f2328} .schedule .paper{fill:#fff}
 .schedule .line{fill:#8c959f}
 .schedule .b+text{text-decoration:underline} .schedule .w+text{font-style:italic}
-.schedule .f{fill:#a9ceff} .schedule .b{fill:#96deb8} .schedule .w{fill:#ffcf94}
+.schedule .f{fill:#a9ceff} .schedule .b{fill:#5fbf8f} .schedule .w{fill:#ffcf94}
 @media (prefers-color-scheme:dark){
 .schedule text{fill:#f0f3f6} .schedule .paper{fill:#0d1117}
 .schedule .line{fill:#656d76}

@@ -140,13 +140,18 @@ const parts = name => 2 ** Math.max(0, Math.ceil(Math.log2(most[name] / scale)))
 const tag = (opening, ...inside) =>
   `<${opening}>${inside.flat().join('')}</${opening.split(' ')[0]}>`;
 
+const kStates = {reshard: 'its shard', here: 'whole', old: 'whole, out of date but for the shard',
+  moves: 'on its way'};
+
 // A rank: what it computes, which collectives it is in, and its bars of memory.
 function draw_rank({part: [part], collective, units, memory, activations}, rank) {
   const row = (name, bar) => tag('div class="row"', tag(`span title="${name}"`, name), bar);
   const lane = collective.map(
     e => travelling(e) + (t < e.ts + e.args.waited_us ? ', waits' : ''));
   const weights = trace.units[rank].map(({name, bytes, shard_bytes}) => row(name, tag(
-    `div class="unit weights" style="${width(bytes)}"
+    `div class="unit weights" style="${width(bytes)}" role="img"
+      title="${size(bytes)}: ${kStates[units[name].weights]}${
+        units[name].gradients === 'moves' ? ', its gradient is being summed' : ''}"
       data-weights="${units[name].weights}" data-gradients="${units[name].gradients}"`,
     tag('i class="part"'), tag(`i class="shard" style="width: ${100 * shard_bytes / bytes}%"`))));
   const pieces = Object.entries(activations).filter(([, bytes]) => bytes > 0).map(
@@ -154,7 +159,8 @@ function draw_rank({part: [part], collective, units, memory, activations}, rank)
       tag(`i style="width: ${100 * bytes / memory.activations}%"`, microbatch));
   const others = categories.map(name => row(
     parts(name) > 1 ? `${name} / ${parts(name)}` : name,
-    tag(`div class="bytes ${name}" style="${width(memory[name] / parts(name))}"`,
+    tag(`div class="bytes ${name}" style="${width(memory[name] / parts(name))}" role="img"
+      title="${size(memory[name])}"`,
       name === 'activations' ? pieces : '')));
   return tag('section class="device"', tag('h2', names[rank]),
     tag(`div class="computes ${part?.args.pass ?? 'waits'}"`, part?.name ?? 'waits'),
@@ -274,7 +280,8 @@ const kControls = {
 
 addEventListener('keydown', e => {
   const control = kControls[e.key], at = e.target.tagName;
-  if (!control || e.ctrlKey || e.metaKey || e.altKey || at === 'SELECT') return;
+  if (!control || e.ctrlKey || e.metaKey || e.altKey || e.shiftKey ||
+      at === 'SELECT' || at === 'PRE') return;
   if (e.key === ' ' && at === 'BUTTON') return;  // which it presses
   e.preventDefault();
   control[1]();
@@ -311,10 +318,9 @@ document.body.insertAdjacentHTML('beforeend', [
     ' ', tag('a id="link"')),
   tag('div id="ranks"'),
   tag('p', kKeys.map(name => draw_key(name, name))),
-  tag('div id="timeline"',
-    `<input id="time" type="range" max="${trace.end}" step="any" aria-label="time"
-      oninput="show(value)">`,
-    trace.ranks.map(draw_timeline)),
+  `<input id="time" type="range" max="${trace.end}" step="any" aria-label="time"
+    oninput="show(value)">`,
+  tag('div id="timeline"', trace.ranks.map(draw_timeline)),
   tag('footer', kLegend, size(scale), '.'),
 ].join(''));
 by_id('watch').selectedIndex = trace.stages > 1 ? 0 : 1;  // else all ranks do the same

@@ -46,7 +46,7 @@ data() { printf '<script type="application/json" id="%s">%s</script>\n' "$1" "$2
   echo '<meta name="viewport" content="width=device-width, initial-scale=1"><title>Replay</title>'
   echo '<style>'
   cat report/page.css
-  echo '</style><body>'
+  echo '</style><body><noscript><p>This page is drawn by a script: allow JavaScript.</noscript>'
   data functions "{$(functions)}"
   echo '<script type="application/json" id="trace">'
   sed 's/</\\u003c/g' "$trace" # nor ends the script

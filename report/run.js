@@ -29,6 +29,6 @@ document.body.insertAdjacentHTML('afterbegin', [
     draw_loss('weights', 'loss'), draw_loss('gradients', 'held_out_loss')),
   tag('p', 'Step ', first.step, ' to ', last.step, ', from ', low.toFixed(2), ' (bottom) to ',
     high.toFixed(2), ' (top): ', draw_key('weights', 'loss of a step'),
-    draw_key('gradients', 'held-out')),
+    held_out ? draw_key('gradients', 'held-out') : ''),
   tag('pre', metrics.at(-1).text),  // memory and traffic beside their formulas
 ].join(''));

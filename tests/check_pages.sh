@@ -12,8 +12,11 @@ command -v chromium >/dev/null || command -v google-chrome >/dev/null || {
   exit 0
 }
 mkdir -p $out
-for strategy in ${STRATEGIES:-serial replicate zero1 fsdp cp tp tp-sequence pp 3d}; do
-  NP='' STRATEGY=$strategy PAGE=$out/$strategy.html \
+# many: of which 64 micro-batches live at once
+for strategy in ${STRATEGIES:-serial replicate zero1 fsdp cp tp tp-sequence pp 3d many}; do
+  ranks='' options=''
+  [ "$strategy" != many ] || ranks=4 options="--schedule gpipe --batch 64 --microbatch 1"
+  NP=$ranks STRATEGY=${strategy/many/pp} PAGE=$out/$strategy.html ARGS=$options \
     launch/run.sh replay >"$out/$strategy.txt" 2>&1 || {
     tail -3 "$out/$strategy.txt"
     echo "check-pages: no replay of $strategy"

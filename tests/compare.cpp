@@ -256,7 +256,7 @@ std::string bars(const std::string& title, const std::string& unit,
       for (double v : *values) sum += v;
       most = std::max(most, sum);
     }
-  const double left = 92, wide = 190, row = 31, top = 44, bottom = top + row * double(all.size()),
+  const double left = 108, wide = 174, row = 31, top = 44, bottom = top + row * double(all.size()),
                step = round_step(most / 3);
   std::ostringstream svg;
   svg << legend(parts);
@@ -539,7 +539,8 @@ tbody th, td { white-space:nowrap; } .words tbody th, .words td { white-space:no
 code { font-size:.9em; overflow-wrap:anywhere; }
 @media print { body { max-width:none; font-size:11px; } nav { display:none; }
   h2 { break-after:avoid; } figure, table, .scroll { break-inside:avoid; }
-  .scroll { overflow:visible; } .cards { grid-template-columns:1fr 1fr; }
+  pre { white-space:pre-wrap; } .scroll { overflow:visible; }
+  .cards { grid-template-columns:1fr 1fr; }
   figcaption { font-size:11px; } table { font-size:10px; } .words td { min-width:0; }
   th, td { white-space:normal; padding:.2em .5em; } .scroll svg { width:100%; height:auto; } }
 </style>
