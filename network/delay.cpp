@@ -76,7 +76,7 @@ int main(int argc, char** argv) {
           if (to >= ports.size()) continue;
           auto& wire = wire_free[to];
           wire = std::max(wire, steady_clock::now());
-          if (mbit > 0) wire += nanoseconds(int64_t(double(bytes - kHeader) * 8000 / mbit));
+          if (mbit > 0) wire += nanoseconds(int64_t((bytes - kHeader) * 8000 / mbit));
           underway.emplace(wire + delay, Packet{ports[to].fd, {buffer, buffer + bytes}});
         }
     }

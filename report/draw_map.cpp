@@ -78,7 +78,7 @@ template <class CellOf> void draw_table(Svg& svg, double left, double top, const
     GptConfig config{model, Dtype::bf16};
     config.context = 2048;
     config.vocab = 51200;
-    const double billions = double(parameter_count(config)) / 1e9;
+    const double billions = parameter_count(config) / 1e9;
     svg.text(x - 8, y + 21, "text-anchor='end'",
              format(billions < 10 ? "%.1f B" : "%.0f B", billions));
     for (const int64_t number : numbers) {

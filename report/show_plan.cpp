@@ -115,7 +115,7 @@ std::string command_line_of(const Json& options) {
 // Numbers that programs read: seconds and bytes. The parts of a step are the longest first.
 Json json_of(const Cluster& cluster, const Planned& p) {
   const Account a = account(p);
-  const double tokens = double(p.batch * p.context) / p.seconds,
+  const double tokens = p.batch * p.context / p.seconds,
                peak = p.dtype == Dtype::bf16 ? cluster.peak : cluster.f32;
   std::multimap<double, std::string, std::greater<>> parts{{p.computing, "computing"},
                                                            {p.bubble, "bubble"},
@@ -135,7 +135,7 @@ Json json_of(const Cluster& cluster, const Planned& p) {
           {"memory_stage", a.stage},
           {"memory_rank", a.rank},
           {"memory", memory},
-          {"memory_bytes", a.bytes},
+          {"memory_bytes", p.memory},
           {"sent_bytes", a.sent}};
 }
 
@@ -184,7 +184,7 @@ void decode(const PlanOptions& o, const Cluster& cluster, const GptConfig& confi
     const bool fits = d.memory <= cluster.memory;
     Json seconds;
     const double* next = std::begin(d.seconds);
-    text += format("\n%4d %11.3f", int(tp), d.seconds.sum() * 1e3);
+    text += format("\n%4ld %11.3f", tp, d.seconds.sum() * 1e3);
     for (const char* part : {"weights", "cache", "kernels", "sums", "stages"}) {
       seconds[part] = *next;
       text += format(" %9.3f", *next++ * 1e3);
@@ -221,12 +221,12 @@ std::string without_use(const PlanOptions& o, const Json& layouts) {
 Cluster cluster_of(const PlanOptions& o) {
   Cluster cluster{o.machine == "this" ? measure_machine(o.devices) : read_machine(o.machine),
                   profile_named(o.profile), o.nodes, o.devices, o.spread};
-  cluster.memory = o.memory > 0 ? double(o.memory << 20) : 0.92 * cluster.memory;
+  cluster.memory = o.memory > 0 ? o.memory << 20 : 0.92 * cluster.memory;
   return cluster;
 }
 
 // Bad options get a sentence. Of those that are given, some have a meaning with others alone.
-void check_asked(const PlanOptions& o, const Options& checked) {
+void check_asked(const PlanOptions& o) {
   check_meaning(o, {{{"sequences"}, o.decode, "is about inference: give --decode"},
                     {{"spread"}, o.nodes > 1, "is about several nodes: give --nodes"},
                     {{"top"}, !o.layout_only, "is about a search, which --layout leaves out"},
@@ -235,12 +235,10 @@ void check_asked(const PlanOptions& o, const Options& checked) {
                       "sequence-parallel", "recompute", "attention", "layout", "top"},
                      !o.decode,
                      "is about training, and --decode about inference: leave one of them out"}});
-  check_common(checked);
   const ModelSize& m = o.model;
   REQUIRE(m.heads % m.kv() == 0, "--kv-heads ", m.kv(), " does not divide the ", m.heads, " heads");
-  const double scores = o.attention == "flash" ? 0 : double(m.context) * m.heads;  // whole ones
-  REQUIRE(double(std::max<int64_t>(o.batch, 1024)) * m.context *
-                  ((m.width + scores) * m.layers + m.vocab) <
+  const double scores = o.attention == "flash" ? 0 : m.context * m.heads;  // whole ones
+  REQUIRE(std::max<int64_t>(o.batch, 1024) * m.context * ((m.width + scores) * m.layers + m.vocab) <
               1e17,
           "so many tokens in so large a model are too many bytes to count: make them fewer",
           scores > 0 ? ", or give --attention flash" : "");
@@ -248,14 +246,14 @@ void check_asked(const PlanOptions& o, const Options& checked) {
 
 void print_asked(const PlanOptions& o, const Cluster& cluster, const GptConfig& config) {
   printf("model    %s: %.4g B parameters in %s\n", to_string(o.model).c_str(),
-         double(parameter_count(config)) / 1e9, name_of(config.dtype));
+         parameter_count(config) / 1e9, name_of(config.dtype));
   std::string missing;
   for (const SizeOption& size : kSizes)
     if (!o.given.count("model") && !o.given.count(size.name)) missing += sentence(" --", size.name);
   if (!missing.empty()) printf("         not given, and as in tiny:%s\n", missing.c_str());
   if (!o.decode && !o.given.count("batch"))
     printf("batch    %ld sequences, as for one device: --batch says another\n", o.batch);
-  printf("cluster  %d x %d devices, %s, %.4g GiB each\n", int(o.nodes), int(o.devices),
+  printf("cluster  %ld x %ld devices, %s, %.4g GiB each\n", o.nodes, o.devices,
          cluster.name.c_str(), cluster.memory / kGiB);
   if (o.machine == "this") puts(cluster.text.c_str());
   if (cluster.profile.stores_scores)
@@ -318,7 +316,8 @@ void show(PlanOptions& o) {
   resolve_common(o, true);
   PlanOptions checked = o;  // a limit of our kernel is none of software that stores scores
   if (profile_named(o.profile).stores_scores) checked.attention = "plain";
-  check_asked(o, checked);
+  check_common(checked);
+  check_asked(o);
   const Cluster cluster = cluster_of(o);
   const GptConfig config = model_config(o);
   if (!o.json) print_asked(o, cluster, config);

@@ -375,8 +375,8 @@ TEST(the_searchs_memory_is_that_of_the_formulas) {
   std::set<std::string> schedules;
   for (const Planned& p : found.fastest) {
     const Account a = account(p);
-    CHECK_EQ(a.bytes, p.memory, to_string(p.layout), " zero ", p.fsdp.zero, " ", p.schedule, " ",
-             p.chunks);
+    CHECK_EQ(total(a.memory), p.memory, to_string(p.layout), " zero ", p.fsdp.zero, " ", p.schedule,
+             " ", p.chunks);
     if (p.layout["pp"] > 1) schedules.insert(p.schedule);
   }
   CHECK_EQ(schedules.size(), schedule_names().size());

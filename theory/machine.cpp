@@ -134,9 +134,11 @@ Machine parse_machine(const std::string& name, const std::string& text) {
     REQUIRE(!(words >> more) || more[0] == ':', place, "'", more, "' is too much");
     REQUIRE(more.size() > 1 || words >> more, place, fact,
             " needs a source: a colon, and where it comes from");
-    REQUIRE(seen.insert(fact).second || fact == "product", place, fact, " stands twice");
-    if (fact != "product") continue;
-    REQUIRE(m.products.emplace(inner, rate).second, place, "product ", inner, " stands twice");
+    if (fact == "product") {
+      fact = sentence("product ", inner);
+      m.products[inner] = rate;
+    }
+    REQUIRE(seen.insert(fact).second, place, fact, " stands twice");
   }
   if (m.read == 0) m.read = m.copy;
   for (const Fact& fact : facts)
@@ -221,8 +223,7 @@ Machine measure_machine(int64_t ranks) {
          << properties.totalGlobalMem / kGiB << " : the driver's\n";
     like = read_machine(links_of(device().name));
   } else {
-    text << "multiprocessors 0 : not counted\nmemory "
-         << double(properties.totalGlobalMem) / double(ranks) / kGiB
+    text << "multiprocessors 0 : not counted\nmemory " << properties.totalGlobalMem / kGiB / ranks
          << " : what this process may have, shared by all ranks\n";
     like.inside = like.between = {copying / 2, 10e-6 / share};
   }

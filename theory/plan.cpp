@@ -14,8 +14,7 @@ Account account(const TrainingJob& job) {
     memory[int(Memory::gather)] = t.gather_bound;
     memory[int(Memory::activations)] = t.activations;
     memory[int(Memory::workspace)] = t.recomputed;
-    const int64_t bytes = total(memory);
-    if (bytes > result.bytes) result = {stage, rank, bytes, memory, result.sent};
+    if (total(memory) > total(result.memory)) result = {stage, rank, memory, result.sent};
     std::map<std::string, int64_t> sent;
     for (const auto& [key, row] : t.step.rows) sent[std::get<0>(key)] += row.bytes();
     for (const auto& [axis, most] : sent) result.sent[axis] = std::max(result.sent[axis], most);
@@ -98,19 +97,21 @@ class Search : Predictor {
   }
 
   void for_shards(TrainingJob job, const Schedule& s) {
-    const TheoryOfChunk any(job, {1, 1, 1});            // says what parts of all kinds keep
-    std::vector<std::pair<ChunkKind, int64_t>> stages;  // what each has, and its activations
+    const TheoryOfChunk any(job, {1, 1, 1});  // says what parts of all kinds keep
+    const std::vector<ModelPiece> pieces = gpt.pieces(s.stages_of_positions());
+    std::map<ChunkKind, int64_t> most;  // activations of the stages that have such parts
     for (int stage = 0; stage < s.stages; stage++) {
       ChunkKind all{};
       std::vector<Kept> bytes;
-      for (const ModelPiece& piece : pieces_of(gpt, s, stage)) {
+      for (int chunk = 0; chunk < s.chunks; chunk++) {
+        const ModelPiece& piece = pieces[s.position(stage, chunk)];
         for (const ModelPart& part : piece) all[part.kind]++;
         bytes.push_back(any.kept_of(piece));
       }
-      stages.push_back({all, peak(s, stage, bytes) + any.recomputed()});
+      most[all] = std::max(most[all], peak(s, stage, bytes) + any.recomputed());
     }
     const TrainingJob most_shards = job;
-    const size_t before = candidates.size();
+    double bound = 0;  // of all that follow, found for the first that fits
     const int64_t data = job.layout["fsdp"];
     for (const int64_t fsdp : sizes("fsdp", data)) {
       job.layout["fsdp"] = fsdp;
@@ -121,17 +122,19 @@ class Search : Predictor {
         for (const bool reshard : zero < 3 ? std::vector{true} : wanted.reshard) {
           job.fsdp = {zero, reshard, wanted.fsdp.prefetch};
           Planned p{job, {}};
-          for (const auto& [kind, kept] : stages)
+          for (const auto& [kind, kept] : most)
             p.memory = std::max(p.memory, kept + held(job, kind));
           result.layouts++;
-          if (p.memory <= cluster.memory) candidates.push_back(p);
-          else if (!result.smallest || p.memory < result.smallest->memory) result.smallest = p;
+          if (p.memory <= cluster.memory) {
+            // nothing but tp and cp takes time to send, and the optimizer's state has most shards
+            if (bound == 0) bound = step(most_shards, 0, AxisName("cp").index).seconds;
+            p.seconds = bound;
+            candidates.push_back(p);
+          } else if (!result.smallest || p.memory < result.smallest->memory) {
+            result.smallest = p;
+          }
         }
     }
-    if (candidates.size() == before) return;
-    // nothing but tp and cp takes time to send, and the optimizer's state has the most shards
-    const double bound = step(most_shards, 0, AxisName("cp").index).seconds;
-    for (size_t i = before; i < candidates.size(); i++) candidates[i].seconds = bound;
   }
 
   // ---- what theory says, asked once for each kind

@@ -21,7 +21,6 @@
 // stage sends in a step.
 struct Account {
   int stage = 0, rank = 0;
-  int64_t bytes = 0;  // in all
   // exactly, but for gather, a bound; activations: at the peak; workspace: what recompute needs
   std::array<int64_t, kMemoryCategories> memory{};
   std::map<std::string, int64_t> sent;

@@ -22,22 +22,20 @@ struct ChunkTimes {
 
 class RankWork : TheoryOfChunk, Issue {
  public:
-  // What is sent over the first `free_axes` of kAxes takes no time.
-  RankWork(const Cluster& cluster, const TrainingJob& job, size_t free_axes)
-      : TheoryOfChunk(job, {1, 1, 1}), cluster(cluster), free_axes(free_axes) {}
+  // Of a chunk, the only one of its rank. What is sent over the first `free_axes` of kAxes takes no
+  // time.
+  RankWork(const Cluster& cluster, const TrainingJob& job, size_t free_axes, ChunkKind chunk)
+      : TheoryOfChunk(job, {chunk[ModelPart::embedding], 1, chunk[ModelPart::head]}),
+        cluster(cluster),
+        free_axes(free_axes),
+        chunk(chunk) {}
 
-  // Of a chunk, the only one of its rank. later: its stage is not a pipeline's first, and gathers
-  // at the begin and sums at the end (fsdp.h). folded: embedding and head are two chunks of one
-  // stage; the embedding's sums and updates the units of both.
-  ChunkTimes run(const ChunkKind& chunk, bool later, bool folded, int microbatches) {
+  // To be called once. later: its stage is not a pipeline's first, and gathers at the begin and
+  // sums at the end (fsdp.h). folded: embedding and head are two chunks of one stage; the
+  // embedding's sums and updates the units of both.
+  ChunkTimes run(bool later, bool folded, int microbatches) {
     ChunkTimes times;
-    static_cast<Issue&>(*this) = {};
-    began = 0;
-    units.clear();
-    uses.clear();
     sums_at_end = !profile.overlaps || (later && !splits && !shards_gradients);
-    pieces = {gpt.parts().subspan(!chunk[ModelPart::embedding],
-                                  1 + chunk[ModelPart::embedding] + chunk[ModelPart::head])};
     const auto all = units_of(folded ? gpt.params() : params_of(pieces));
     for (const ModelPart& part : pieces[0]) {
       const int first = uses.size(), count = chunk[part.kind];
@@ -73,7 +71,9 @@ class RankWork : TheoryOfChunk, Issue {
       for (size_t u = uses.size(); splits && u-- > 0;) reduce_gradients(u);
       phases[Action::weight_gradient] = end_phase();
     }
-    end_step();
+    finish_reduce();
+    for (const auto& [key, unit] : units)
+      if (sums_at_end && unit.first_use >= 0) wait_for(sum_of(unit));
     times.tail = end_phase();
     return times;
   }
@@ -118,9 +118,9 @@ class RankWork : TheoryOfChunk, Issue {
   }
   // of which there are few, again and again
   double product(double m, double n, double k, double batch = 1) {
-    const auto [known, is_new] = products.try_emplace({m, n, k, batch});
-    if (is_new) known->second = product_seconds(cluster, m, n, k, batch, e);
-    return known->second;
+    double& seconds = products[{m, n, k, batch}];
+    if (seconds == 0) seconds = product_seconds(cluster, m, n, k, batch, e);
+    return seconds;
   }
   double move(double numbers, double kernels) const {
     return move_seconds(cluster, numbers * e, kernels);
@@ -186,7 +186,7 @@ class RankWork : TheoryOfChunk, Issue {
     compute(product(R, C, n));
     wait_for(saved);
     const double sum = tp_sum();
-    if (!profile.overlaps || splits) wait_for(sum);
+    if (!profile.overlaps) wait_for(sum);
     weight(product(C, n, R));
     wait_for(sum);
   }
@@ -261,14 +261,12 @@ class RankWork : TheoryOfChunk, Issue {
     if (!splits) reduce_gradients(use);
     reshard(use);
   }
-  // over its shards, and in the last micro-batch over copies
+  // over its shards, and in the last micro-batch over copies, one after the other
   double sum_of(const Unit& u) {
     const double bytes = u.elements * gradient;
-    double ends = send(over_tp, Collective::all_reduce, u.partial);
-    ends = std::max(ends, send(over_fsdp, Collective::reduce_scatter, bytes));
-    if (is_last)
-      ends = std::max(ends, send(over_copies, Collective::all_reduce, bytes / shards.size));
-    return ends;
+    return std::max({send(over_tp, Collective::all_reduce, u.partial),
+                     send(over_fsdp, Collective::reduce_scatter, bytes),
+                     is_last ? send(over_copies, Collective::all_reduce, bytes / shards.size) : 0});
   }
   void reduce_gradients(int use) {
     compute(uses[use].put_off);
@@ -286,17 +284,11 @@ class RankWork : TheoryOfChunk, Issue {
     wait_for(u->reduced);
     if (shards_gradients) compute(move_seconds(cluster, 3 * u->elements / shards.size * g, 1));
   }
-  void end_step() {
-    finish_reduce();
-    for (const auto& [key, unit] : units)
-      if (sums_at_end && unit.first_use >= 0) wait_for(sum_of(unit));
-  }
 
   // between ranks of stages so far apart, over one card
   Link between_stages(int64_t apart) const {
-    const int64_t ranks = mesh.size * apart;
-    const bool leaves = cluster.nodes > 1 && !cluster.spread;
-    return link("pp", 2, leaves ? std::max(ranks, cluster.devices) : ranks);
+    const int64_t ranks = mesh.size / pp.size * apart;
+    return link("pp", 2, cluster.spread ? ranks : std::max(ranks, cluster.devices));
   }
   // of n ranks, whose collectives are those of an axis
   Link link(AxisName axis, int64_t n, int64_t stride) const {
@@ -313,6 +305,7 @@ class RankWork : TheoryOfChunk, Issue {
   const Cluster& cluster;
   const SoftwareProfile& profile = cluster.profile;
   const size_t free_axes;
+  const ChunkKind chunk;
   const bool splits = schedule.row->splits_backward,
              reshards = shards_parameters && options.fsdp.reshard;
   bool is_last = false, sums_at_end = false;
@@ -333,28 +326,24 @@ class RankWork : TheoryOfChunk, Issue {
 }  // namespace
 
 int64_t fullest_rank(const TrainingJob& job) {
-  const Layout& l = job.layout;
-  const ContextParallel cp({"cp", int(l["cp"])});
-  const auto rows = [&](int64_t rank) { return cp.part_of(int(rank), job.context).rows(); };
-  int64_t fullest = l["cp"] - 1;
-  for (int64_t r = 0; r < l["cp"] && job.context % (2 * l["cp"]); r++)
-    if (rows(r) > rows(fullest)) fullest = r;
-  return l.ranks() / l["pp"] - 1 - (l["cp"] - 1 - fullest) * l["tp"];
+  const int cp = job.layout["cp"];
+  const ContextParallel axis({"cp", cp});
+  int fullest = cp - 1;
+  for (int r = 0; r < cp && job.context % (2 * cp); r++)
+    if (axis.part_of(r, job.context).rows() > axis.part_of(fullest, job.context).rows())
+      fullest = r;
+  const int64_t last = job.layout.ranks() / job.layout["pp"] - 1;
+  return last - (cp - 1 - fullest) * job.layout["tp"];
 }
 
-static Mesh fullest_of_stage(const TrainingJob& job) {
-  Layout stage = job.layout;
-  stage["pp"] = 1;
-  return Mesh(stage, fullest_rank(job));
-}
 static GptConfig of_blocks(GptConfig config, int64_t blocks) {
   config.layers = blocks;
   return config;
 }
 
 TheoryOfChunk::TheoryOfChunk(const TrainingJob& job, const ChunkKind& chunk)
-    : TheoryOfRank{of_blocks(job, chunk[ModelPart::block]), job, fullest_of_stage(job),
-                   Schedule{&schedule_row(job.schedule)}} {
+    : TheoryOfRank{of_blocks(job, chunk[ModelPart::block]), job,
+                   Mesh(job.layout, fullest_rank(job)), Schedule{&schedule_row(job.schedule)}} {
   pieces = {gpt.parts().subspan(!chunk[ModelPart::embedding], total(chunk))};
 }
 
@@ -367,42 +356,41 @@ static void slow_down(std::vector<Task>& tasks, double share) {
   for (size_t i = 0; i < tasks.size(); i++)
     if (tasks[i].queue == Queue::communication)
       exchanges[tasks[i].rank].push_back({spans[i].end - tasks[i].duration, spans[i].end});
-  std::map<int, size_t> next;  // of each rank: the first that does not end before
   for (size_t i = 0; i < tasks.size(); i++) {
     if (tasks[i].queue != Queue::compute) continue;
     const auto& of_rank = exchanges[tasks[i].rank];
-    size_t& e = next[tasks[i].rank];
-    while (e < of_rank.size() && of_rank[e].end <= spans[i].start) e++;
-    for (size_t k = e; k < of_rank.size() && of_rank[k].start < spans[i].end; k++)
-      tasks[i].duration += share * (std::min(of_rank[k].end, spans[i].end) -
-                                    std::max(of_rank[k].start, spans[i].start));
+    auto beside = std::ranges::upper_bound(of_rank, spans[i].start, {}, &Span::end);
+    for (; beside != of_rank.end() && beside->start < spans[i].end; beside++)
+      tasks[i].duration +=
+          share * (std::min(beside->end, spans[i].end) - std::max(beside->start, spans[i].start));
   }
 }
 
 Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axes) {
   const Schedule s = outline_of(job, job.layout);
-  const std::vector<ModelPiece> pieces = gpt.pieces(s.stages_of_positions());
-  RankWork work(cluster, job, free_axes);
-  std::map<std::tuple<bool, bool, ChunkKind>, ChunkTimes> times;
-  const auto times_of = [&](int stage, int chunk) -> const ChunkTimes& {
-    const ModelPiece piece = pieces[s.position(stage, chunk)];
-    const bool later = stage > 0, embedding = has_embedding(piece), head = has_head(piece);
-    const ChunkKind kind{embedding, int64_t(piece.size()) - embedding - head, head};
-    const bool folded = embedding != head && s.stage_of(0) == s.stage_of(s.positions() - 1);
-    const auto [known, is_new] = times.try_emplace({later, folded, kind});
-    if (is_new) known->second = work.run(kind, later, folded, s.microbatches);
-    return known->second;
-  };
+  const bool ends_meet = s.stage_of(0) == s.stage_of(s.positions() - 1);
+  std::map<std::tuple<bool, bool, ChunkKind>, ChunkTimes> known;
+  std::vector<ChunkTimes> times;  // [position]
+  for (const ModelPiece& piece : gpt.pieces(s.stages_of_positions())) {
+    ChunkKind kind{};
+    for (const ModelPart& part : piece) kind[part.kind]++;
+    const bool later = s.stage_of(times.size()) > 0,
+               folded = ends_meet && has_embedding(piece) != has_head(piece);
+    const auto [of_kind, is_new] = known.try_emplace({later, folded, kind});
+    if (is_new)
+      of_kind->second = RankWork(cluster, job, free_axes, kind).run(later, folded, s.microbatches);
+    times.push_back(of_kind->second);
+  }
   Prediction result;
   // the busiest stage, and a bound: a stage begins after the first forward of those before it,
   // which end after its last backward; where that is split, its last weight gradients may wait
-  const double count[] = {1, std::max(0.0, s.microbatches - 2.0), 1};  // the last may be the first
+  const double count[] = {1, s.microbatches - 2.0, 1};  // those that are not there take no time
   std::vector<double> tails(s.stages);
   double busiest = 0, bound = 0, forwards = 0, backwards = 0, late = 0;
   for (int stage = 0; stage < s.stages; stage++) {
     double busy = 0, gathers = 0, optimizer = 0;
     for (int chunk = 0; chunk < s.chunks; chunk++) {
-      const ChunkTimes& t = times_of(stage, chunk);
+      const ChunkTimes& t = times[s.position(stage, chunk)];
       tails[stage] += t.tail;
       gathers += t.gathers;
       optimizer += t.optimizer;
@@ -414,14 +402,14 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
     busiest = std::max(busiest, busy + tails[stage]);
     bound = std::max(bound, forwards + busy + backwards);
     late = std::max(late, gathers - forwards);
-    const ChunkTimes& first = times_of(stage, 0);
+    const ChunkTimes& first = times[s.position(stage, 0)];
     forwards += first.of[kFirst][Action::forward];
     backwards += first.of[s.microbatches > 1 ? kLast : kFirst][Action::backward];
   }
 
   // embedding and head add up their gradients when all else is done
-  const bool is_apart = s.stage_of(0) != s.stage_of(s.positions() - 1);
-  result.seconds = busiest + result.optimizer + (is_apart ? work.tied_seconds(s.stages) : 0);
+  const auto any = [&] { return RankWork(cluster, job, free_axes, {1, 1, 1}); };
+  result.seconds = busiest + result.optimizer + (ends_meet ? 0 : any().tied_seconds(s.stages));
   // Where a stage idles, those of its node that share its processor compute. Approximately: two
   // stages alone on one processor are never idle, and are here.
   const int64_t ranks = job.layout.ranks() / s.stages,
@@ -431,7 +419,7 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
   result.bubble = idle(bound);
   if (s.stages > 1 && result.seconds + result.bubble < limit) {
     // where nothing overlaps, a computation first takes what comes, and then hands on its result
-    const double exchange = work.exchange_seconds(),
+    const double exchange = any().exchange_seconds(),
                  exposed = cluster.profile.overlaps ? 0 : exchange;
     bool slows = false;
     const auto makespan = [&](int m) {
@@ -443,10 +431,11 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
       auto task = tasks.begin();
       for (int stage = 0; stage < s.stages; stage++) {
         for (const Action& a : schedule.actions[stage])
-          (task++)->duration = a.kind == Action::exchange
-                                   ? exchange - exposed
-                                   : times_of(stage, a.chunk).of[which(a.microbatch, m)][a.kind] +
-                                         (a.kind == Action::weight_gradient ? 0 : exposed);
+          (task++)->duration =
+              a.kind == Action::exchange
+                  ? exchange - exposed
+                  : times[s.position(stage, a.chunk)].of[which(a.microbatch, m)][a.kind] +
+                        (a.kind == Action::weight_gradient ? 0 : exposed);
         (task - 1)->duration += tails[stage];
       }
       if (slows) slow_down(tasks, 1 - cluster.overlap);
@@ -479,9 +468,9 @@ Prediction Predictor::predict(const TrainingJob& job) {
 
 DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& config,
                                   const Layout& layout, int64_t sequences, int64_t length) {
-  const TheoryOfChunk t({config, {}, layout}, {1, config.layers, 1});
+  TheoryOfChunk t({config, {}, layout}, {1, config.layers, 1});
   const double C = t.C, L = config.layers, row = sequences * t.e,
-               position = 2 * t.kv * t.D * L * row;             // of the cache
+               position = 2 * t.kv * t.D * row;                 // of a block's cache
   double numbers = -C * config.context, sums = 0, fullest = 0;  // positions: a token reads a row
   for (const Param* p : t.gpt.params()) numbers += p->numel();
   for (const ModelPart& part : t.gpt.parts()) sums += split_matrices(part).by_inputs;
@@ -490,14 +479,14 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
   // of a block: 4 products, 2 norms, attention, gelu, a bias, add; and beside them
   constexpr double kKernels = 10, kOthers = 4;
   for (const ModelPiece& piece : t.gpt.pieces(pp)) {
-    double held =
-        position / L * config.context * (piece.size() - has_embedding(piece) - has_head(piece));
-    for (const Param* p : params_of({piece})) held += elements(p->local_shape()) * t.e;
+    t.pieces = {piece};
+    double held = position * config.context * t.blocks();
+    for (const Param* p : params_of(t.pieces)) held += elements(p->local_shape()) * t.e;
     fullest = std::max(fullest, held);
   }
   const double rate = cluster.products.rbegin()->second / cluster.slower(t.e);
   return {{std::max(numbers * t.e / cluster.read, 2 * numbers * sequences / rate),
-           position * length / cluster.read, (L * kKernels + kOthers) * cluster.launch,
+           position * L * length / cluster.read, (L * kKernels + kOthers) * cluster.launch,
            sums * link.seconds(Collective::all_reduce, row * C) +
                link.seconds(Collective::all_gather, sequences * t.g * config.vocab),
            (pp - 1) * to_next.seconds(Collective::send, row * C) +
