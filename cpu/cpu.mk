@@ -23,7 +23,7 @@ else ifeq ($(BACKEND),faithful)
   SOURCES  := $(filter %.cu autograd.cpp gpt.cpp optimizer.cpp comm.cpp \
                 tensor_parallel.cpp context_parallel.cpp support/recorder.cpp, $(SOURCES))
   SOURCES  += cpu/faithful/faithful.cpp
-else ifneq ($(filter-out cuda,$(BACKEND)),)
+else ifneq ($(BACKEND),cuda)
   $(error BACKEND is '$(BACKEND)', expected cpu or cuda)
 endif
 LINK ?= $(MPICXX)

@@ -12,12 +12,14 @@ $(if $(findstring $(hash),$(CUDA_HOME)$(NCCL_HOME))$(findstring ',$(CUDA_HOME)$(
 -include build/detected.mk
 BACKEND ?= $(or $(DETECTED),cpu)
 B := build/$(BACKEND)
-# also where a CUDA that was found is there no more
-build/detected.mk: launch/detect.sh \
+# Also where a CUDA that was found is there no more. Once in a call of make, which starts anew when
+# this has been made: a date in the future would go on being newer.
+build/detected.mk: $(if $(MAKE_RESTARTS),,launch/detect.sh \
     $(if $(filter-out $(CUDA_HOME):$(NCCL_HOME),$(LOOKED_IN)),look-again) \
-    $(if $(filter cuda,$(DETECTED)),$(if $(MAKE_RESTARTS)$(wildcard $(CUDA)/bin/nvcc),,look-again))
+    $(if $(filter cuda,$(DETECTED)),$(if $(wildcard $(CUDA)/bin/nvcc),,look-again)))
 	@mkdir -p build 2>/dev/null && [ -w build ] || exit 0; \
-	  CUDA_HOME='$(CUDA_HOME)' NCCL_HOME='$(NCCL_HOME)' MPICXX='$(MPICXX)' $< >$@.new && mv $@.new $@
+	  CUDA_HOME='$(CUDA_HOME)' NCCL_HOME='$(NCCL_HOME)' MPICXX='$(MPICXX)' \
+	  launch/detect.sh >$@.new && mv $@.new $@
 
 # ---- packages
 

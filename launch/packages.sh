@@ -68,7 +68,7 @@ install() {
     fi
     sudo true || return 1 # what it says about a password must not go into the log
   fi
-  log=$(mktemp)
+  log=$(mktemp) || return
   # one `make deps` at a time, by a file that nobody else can put in our way
   ! command -v flock >/dev/null || { exec 9</var/lib/dpkg && flock -w 600 9; }
   echo "make deps: installing $packages"

@@ -119,8 +119,8 @@ if [ "$what" = generate ]; then
     trap 'refuse "the next call goes on with what has been saved in $checkpoint"' INT
     DEFAULT_SAMPLE=0 ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" \
       launch/run.sh run || {
-      has_model || {
-        rm -- "$unfinished"
+      has_model || { # a lock: another call trains it
+        [ -e "$checkpoint/lock" ] || rm -- "$unfinished"
         refuse "no model was trained (above)"
       }
       refuse "the model in $checkpoint is not trained to its end: call again with the same" \
@@ -218,5 +218,5 @@ start "$ranks" "${command[@]}" "${args[@]}" || exit
   echo "this run has no page, since it has ended before the step that is traced"
   exit
 }
-for kind in json jsonl; do mv $new.$kind build/run.$kind; done
+for kind in json jsonl; do mv -f $new.$kind build/run.$kind || exit; done
 report/replay.sh build/run.json $page build/run.jsonl && echo "look at it: $page"

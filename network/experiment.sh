@@ -300,12 +300,12 @@ crossover() {
 
 # The time a token takes with tp 2 over each link, measured and predicted. How fast weights are read
 # and kernels are started is what decoding without tp shows, on both nodes at once: a model with
-# hardly any weights, and one with half of the layers. It has as many weights as a rank of tp has,
-# so as large a part of them stays in the processor's cache.
+# hardly any weights, and one with half of the layers. The latter has as many weights as a rank of
+# tp has, so as large a part of them stays in the processor's cache.
 decode() {
   local link turn weights shape="--model tiny --heads 8 --dtype f32"
   local model="$shape --layers 8 --width 512" text="--prompt Once --tokens 100"
-  local narrow half predicted wire
+  local narrow half launch read latency rate delayed sending
   unset THREEFOLD_STREAMS
   out=$dir
   # shellcheck disable=SC2086
@@ -327,27 +327,32 @@ decode() {
   narrow=$(median <"$dir/alone-narrow") half=$(median <"$dir/alone-half")
   weights=$(sed -n 's/^memory *\([0-9.]*\) MiB.*/\1/p' "$dir/node.1") # of the last, with half
   printf '%-8s %10s %10s\n' link measured predicted
-  # over RATE LATENCY: what build/plan says of decoding over such a link
-  over() {
+  # decoding MODEL FACT...: what build/plan says of it, of a machine with these facts
+  decoding() {
     {
-      grep -vE '^(between|launch|read)' "$(machine "$link" 2)"
-      echo "between $1 $2 : measured"
-      # theory/predict.cpp counts 10 kernels a block and 4
-      awk -v weights="$weights" -v narrow="$narrow" -v half="$half" 'BEGIN {
-        launch = narrow / (8 * 10 + 4)
-        print "launch", 1000 * launch, ": measured"
-        print "read", weights * 1.048576 / (half - launch * (4 * 10 + 4)), ": measured" }'
-    } >"$dir/short"
+      grep -vE '^(between|launch|read)' "$(machine fast 2)"
+      printf '%s : measured\n' "${@:2}"
+    } >"$dir/facts"
     # shellcheck disable=SC2086
-    build/cpu/plan --machine "$dir/short" --nodes 2 --devices 1 --decode --json $model --tp 2
+    build/cpu/plan --machine "$dir/facts" --nodes 2 --devices 1 --decode --json --tp 2 $1
   }
+  # kernels LAYERS: how many a token starts: the seconds that they take where each takes one
+  kernels() { decoding "$shape --layers $1" "between 1 0" "read 1" "launch 1e6" | number kernels; }
+  # decoding_over RATE LATENCY: of the whole model over such a link
+  decoding_over() { decoding "$model" "between $1 $2" "launch $launch" "read $read"; }
+  read -r launch read < <(awk -v weights="$weights" -v narrow="$narrow" -v half="$half" \
+    -v of_8="$(kernels 8)" -v of_4="$(kernels 4)" 'BEGIN {
+      launch = narrow / of_8
+      print 1000 * launch, weights * 1.048576 / (half - launch * of_4) }')
   for link in $links; do
     # A token bucket lets what is short pass at once, whatever its rate, until it is empty: so a
     # token takes as long as with a link that only delays, or as what it sends takes at that rate.
-    predicted=$(over 1e6 "$(cut -d ' ' -f 1 "$out/short-$link-2.txt")" | number token_seconds)
-    wire=$(over "$(sed -n 's/^between \([^ ]*\) .*/\1/p' "$(machine "$link" 2)")" 0 | number sums)
+    latency=$(cut -d ' ' -f 1 "$out/short-$link-2.txt")
+    rate=$(sed -n 's/^between \([^ ]*\) .*/\1/p' "$(machine "$link" 2)")
+    delayed=$(decoding_over 1e6 "$latency" | number token_seconds)
+    sending=$(decoding_over "$rate" 0 | number sums)
     printf '%-8s %7.2f ms %7.2f ms\n' "$link" "$(median <"$dir/tokens-$link")" \
-      "$(awk -v s="$predicted" -v wire="$wire" 'BEGIN { print 1000 * (s > wire ? s : wire) }')"
+      "$(awk -v a="$delayed" -v b="$sending" 'BEGIN { print 1000 * (a > b ? a : b) }')"
   done
 }
 

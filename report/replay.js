@@ -45,8 +45,10 @@ function state(t) {
   return trace.ranks.map((events, rank) => {
     const now = {part: [], collective: [], units: {}, memory: {}, activations: {}};
     // A whole unit that is not freed is old, but for the rank's own shard, until it is gathered.
-    for (const {name} of trace.units[rank])
-      now.units[name] = {weights: trace.shards_parameters ? 'reshard' : 'old', gradients: 'here'};
+    for (const {name, bytes, shard_bytes} of trace.units[rank]) {
+      const begins = trace.shards_parameters ? 'reshard' : shard_bytes < bytes ? 'old' : 'here';
+      now.units[name] = {weights: begins, gradients: 'here'};
+    }
     for (const e of events) {
       if (e.ts > t) break;
       const a = e.args, lasts = t < e.ts + e.dur;

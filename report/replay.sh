@@ -3,6 +3,7 @@
 #   report/replay.sh TRACE.json PAGE.html [METRICS.jsonl]
 # With metrics, what --metrics wrote of the same run stands above it (run.js): `make run`.
 set -euC
+export LC_ALL=C # where [A-Z] are these letters
 refuse() {
   echo "report/replay.sh: $*" >&2
   exit 1
@@ -14,7 +15,7 @@ cd "$(dirname "$0")/.."
 [[ $(head -c 15 "$trace")$(tail -c 3 "$trace") = '{"traceEvents":}}' && $(wc -l <"$trace") = 1 ]] \
   || refuse "$1 is no trace, or not one alone: --trace writes it"
 [ -z "$metrics" ] || {
-  [[ $(tail -n 1 -- "$metrics") = '{"summary":'*'}' ]] && grep -q '^{"step":' -- "$metrics"
+  [[ $(tail -n 1 -- "$metrics") = '{"summary":'*'}' ]] && grep -q -e '^{"step":' -- "$metrics"
 } || refuse "$3 is no metrics of a run that has ended: --metrics writes them"
 [ ! -d "$page" ] || refuse "$2 is a directory"
 [ ! -e "$page" ] || grep -q '<title>Replay' "$page" \
@@ -28,7 +29,7 @@ functions() {
     | sed 's/%/%25/g; s/"/%22/g; s/#/%23/g; s/?/%3f/g; s/</%3c/g; s/\\/%5c/g')
   grep -ohE '"function": ?"[^"]+"|[A-Z][a-z]+::[a-z_]+' "$trace" report/replay.js \
     | sed 's/.*"\(.*\)"/\1/' | grep -x '[A-Za-z0-9_:]*' | sort -u | while read -r name; do
-    IFS=: read -r file line _ < <(grep -nE "^[^ /].*\b$name\(.*[^;]$" -- *.cpp) || continue
+    IFS=: read -r file line _ < <(grep -nE -e "^[^ /].*\b$name\(.*[^;]$" -- *.cpp) || continue
     address=$sources/$file
     [ ! -e "build/book/source/$file.html" ] \
       || address=$sources/build/book/source/$file.html#$line-$(
@@ -60,4 +61,4 @@ data() { printf '<script type="application/json" id="%s">%s</script>\n' "$1" "$2
   fi
   echo '</script></html>'
 } >"$page.$$"
-mv "$page.$$" "$page"
+mv -f "$page.$$" "$page"

@@ -13,9 +13,10 @@ namespace fs = std::filesystem;
 
 std::string project_root() {
   std::error_code error;
-  for (fs::path p = fs::read_symlink("/proc/self/exe", error).parent_path(); p.has_relative_path();
-       p = p.parent_path())
-    if (fs::exists(p / "train_gpt.cpp", error)) return p;
+  // build/ may be a link to another disk: then where make runs
+  for (fs::path p : {fs::read_symlink("/proc/self/exe", error), fs::current_path(error) / "build"})
+    while ((p = p.parent_path()).has_relative_path())
+      if (fs::exists(p / "train_gpt.cpp", error)) return p;
   return "";
 }
 

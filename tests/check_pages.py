@@ -153,8 +153,10 @@ class Trace:
         return self.counter(rank, t, 'memory')
 
     def units(self, rank, t):
-        less = 'reshard' if self.about['shards_parameters'] else 'old'
-        states = {unit['name']: [less, 'here'] for unit in self.about['units'][rank]}
+        def begins(unit):
+            return ('reshard' if self.about['shards_parameters'] else
+                    'old' if unit['shard_bytes'] < unit['bytes'] else 'here')
+        states = {unit['name']: [begins(unit), 'here'] for unit in self.about['units'][rank]}
         for e in sorted(self.until(rank, t, cat='unit') + self.until(rank, t, cat='collective'),
                         key=lambda e: e['ts']):
             a = e['args']
@@ -249,7 +251,7 @@ READ = '''[...document.querySelectorAll('.device')].map(card => {
     lane: card.querySelector('.lane').textContent,
     units: [...card.querySelectorAll('.unit')].map(bar => ({
       unit: label(bar), weights: bar.dataset.weights, gradient: bar.dataset.gradients,
-      outline: wide(bar), part: wide(bar.querySelector('.part')),
+      says: bar.title, outline: wide(bar), part: wide(bar.querySelector('.part')),
       shard: wide(bar.querySelector('.shard'))})),
     rows: [...card.querySelectorAll('.bytes')].map(bar => ({
       name: label(bar).split(' / ')[0], wide: wide(bar), label: label(bar),
@@ -285,6 +287,12 @@ def wrong_drawing(trace, cards, t):
             state, gradient = units[unit['name']]
             if (bar['weights'], bar['gradient']) != (state, gradient):
                 wrong.append(f't {t}: rank {rank} {unit["name"]}: {bar}, not {state} {gradient}')
+            words = {'reshard': ': its shard', 'here': ': whole', 'moves': ': on its way',
+                     'old': ': whole, out of date'}[state]
+            if words not in bar['says'] or ('out of' in bar['says']) != (state == 'old'):
+                wrong.append(f't {t}: rank {rank} {unit["name"]} is {state}: "{bar["says"]}"')
+            if ('summed' in bar['says']) != (gradient == 'moves'):
+                wrong.append(f't {t}: rank {rank} {unit["name"]}: "{bar["says"]}", {gradient}')
             to_scale(f'rank {rank} {unit["name"]}', bar['outline'], unit['bytes'])
             to_scale(f'the shard of {unit["name"]}', bar['shard'], unit['shard_bytes'])
             to_scale(f'what is here of {unit["name"]}', max(bar['part'], bar['shard']),

@@ -12,7 +12,7 @@ command -v chromium >/dev/null || command -v google-chrome >/dev/null || {
   exit 0
 }
 mkdir -p $out
-# many: of which 64 micro-batches live at once
+# many: a pipeline in which 64 micro-batches live at once
 for strategy in ${STRATEGIES:-serial replicate zero1 fsdp cp tp tp-sequence pp 3d many}; do
   ranks='' options=''
   [ "$strategy" != many ] || ranks=4 options="--schedule gpipe --batch 64 --microbatch 1"

@@ -3,7 +3,12 @@ MPICXX=${MPICXX:-$(command -v mpicxx.mpich || echo mpicxx)}
 export MPIEXEC=${MPIEXEC:-${MPICXX/mpicxx/mpiexec}} # of the same MPI
 export LC_ALL=C # numbers have a point, and columns are bytes
 cores=$(env -u OMP_NUM_THREADS nproc) # nproc obeys that variable
-dir=$(mktemp -d)                      # removed at the end
+dir=$(mktemp -d) || exit              # removed at the end
+[[ $dir =~ ^[A-Za-z0-9/._-]+$ ]] || {
+  echo "${0##*/}: the tests work in TMPDIR, whose name may have no spaces and no odd signs"
+  rmdir "$dir"
+  exit 1
+}
 trap "rm -rf '$dir'" EXIT
 passed=0 failed=0 skipped=0
 

@@ -4,6 +4,7 @@
 # neither long names nor wrapped lines count. What a script made (inference/unicode_table.h) is left
 # out.
 set -u
+export LC_ALL=C
 cd "$(dirname "$0")/.."
 tokens() {
   local string='"(\\.|[^"\\])*"' character="'(\\\\.|[^'\\\\])*'" word='[A-Za-z_][A-Za-z_0-9]*'

@@ -552,6 +552,12 @@ for call in 1 2; do
     grep -q "training" "$dir/out" && ! grep -q continues "$dir/out" &&
     [ -f "$dir/half/.make-generate-unfinished" ]'
 done
+# where another call trains it, the mark that it is unfinished stays
+mkdir -p "$dir/busy"
+touch "$dir/busy/lock" "$dir/busy/.make-generate-unfinished"
+MPIEXEC=false make -o built BACKEND=cpu generate CHECKPOINT="$dir/busy" >"$dir/out" 2>&1
+check a_model_that_another_call_trains_stays_unfinished \
+  "[ $? != 0 ] && [ -f $dir/busy/.make-generate-unfinished ]" "" "$(tail -1 "$dir/out")"
 # and one that trains it to its end
 cat >"$dir/trained" <<'EOF'
 #!/bin/sh

@@ -108,6 +108,16 @@ check V_shows_commands "grep -q '^: -std=c++20 -shared ' $dir/out"
 makes CXXFLAGS=-g -n clean
 check flags_that_would_take_the_place_of_the_projects_are_refused \
   "[ $status = 2 ] && grep -q 'CXXFLAGS cannot be given: MPICH_CXX=' $dir/err"
+makes BACKEND= -n clean
+check no_backend_is_none "[ $status = 2 ] && grep -q \"BACKEND is '', expected\" $dir/err"
+touch -d '1 hour' "$dir/launch/detect.sh"
+check a_date_in_the_future_is_no_reason_to_look_for_ever \
+  "timeout 20 env -i PATH='$dir/bin' make -C $dir -n clean >$dir/out 2>&1"
+touch "$dir/launch/detect.sh"
+mkdir -p "$dir/home/launch"
+rm "$dir/build/detected.mk"
+env -i PATH="$dir/bin" CDPATH="$dir/home" make -C "$dir" -n clean >"$dir/out" 2>&1
+check no_script_follows_CDPATH "[ $? = 0 ] && [ ! -e $dir/home/build ]" "" "$(tail -1 "$dir/out")"
 makes -j2 -n built
 check a_number_of_jobs_is_taken_without_a_warning \
   "grep -q -- '--no-print-directory  build' $dir/out && ! grep -q 'forced in submake' $dir/err"

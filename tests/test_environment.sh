@@ -339,6 +339,15 @@ CPATH=$dir/tbb${CPATH:+:$CPATH} "$dir/tree/launch/packages.sh" probe cpu nccl "$
   "-ldnnl -lxxhash -fopenmp" 2>"$dir/err"
 check a_onednn_without_openmp_is_refused \
   "[ $? = 1 ] && grep -q 'error this oneDNN was not built with OpenMP' $dir/err"
+cp build/cpu/train_gpt "$dir/elsewhere" # as through a build/ that is a link to another disk
+"$dir/elsewhere" $shape --steps 1 >"$dir/out" 2>"$dir/err"
+check the_sources_are_found_where_make_runs "[ $? = 0 ]"
+if unshare -m mount -t tmpfs -o ro none /dev/shm 2>"$dir/err"; then
+  unshare -m sh -c "mount -t tmpfs -o ro none /dev/shm; build/cpu/train_gpt $shape --steps 1" \
+    >"$dir/out" 2>"$dir/err"
+  check shared_memory_that_cannot_be_written_is_named \
+    "[ $? != 0 ] && grep -q '^/dev/shm cannot be written to' $dir/err"
+else skip shared_memory_that_cannot_be_written_is_named "$(cat "$dir/err")"; fi
 printf '#!/bin/sh\necho Available; echo tmpfs 65536 0 65536 0%% /dev/shm\n' >"$dir/df"
 chmod 755 "$dir/df"
 for ranks in 8 16; do

@@ -357,6 +357,9 @@ TEST(the_planner_counts_the_passes_that_kernels_make) {
     CHECK_EQ(std::round(10 * rows) / 10, passes.rows + passes.columns + 4 * passes.hidden, name);
     measured(name, " ", rows, "; ");
   }
+  // with attention's 1 and 3 the 28 that tests/test_host_calls.sh counts
+  CHECK_EQ(p.forward.kernels, 5);
+  CHECK_EQ(p.backward.kernels, 19);
   const double logits = one.at("logits") / (8 * 64 * 2048 * 4);
   CHECK_EQ(std::round(10 * logits) / 10, p.forward.logits + p.backward.logits);
 }

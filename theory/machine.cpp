@@ -134,11 +134,10 @@ Machine parse_machine(const std::string& name, const std::string& text) {
     REQUIRE(!(words >> more) || more[0] == ':', place, "'", more, "' is too much");
     REQUIRE(more.size() > 1 || words >> more, place, fact,
             " needs a source: a colon, and where it comes from");
-    if (fact == "product") {
-      fact = sentence("product ", inner);
-      m.products[inner] = rate;
-    }
-    REQUIRE(seen.insert(fact).second, place, fact, " stands twice");
+    const bool is_product = fact == "product";
+    if (is_product) m.products[inner] = rate;
+    const std::string known = is_product ? sentence("product ", inner) : fact;
+    REQUIRE(seen.insert(known).second, place, known, " stands twice");
   }
   if (m.read == 0) m.read = m.copy;
   for (const Fact& fact : facts)

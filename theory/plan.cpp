@@ -105,7 +105,8 @@ class Search : Predictor {
       std::vector<Kept> bytes;
       for (int chunk = 0; chunk < s.chunks; chunk++) {
         const ModelPiece& piece = pieces[s.position(stage, chunk)];
-        for (const ModelPart& part : piece) all[part.kind]++;
+        const ChunkKind its = kind_of(piece);
+        std::ranges::transform(all, its, all.begin(), std::plus());
         bytes.push_back(any.kept_of(piece));
       }
       most[all] = std::max(most[all], peak(s, stage, bytes) + any.recomputed());

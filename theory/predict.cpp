@@ -22,8 +22,8 @@ struct ChunkTimes {
 
 class RankWork : TheoryOfChunk, Issue {
  public:
-  // Of a chunk, the only one of its rank. What is sent over the first `free_axes` of kAxes takes no
-  // time.
+  // Of a chunk, the only one of its rank; one block stands for all. What is sent over the first
+  // `free_axes` of kAxes takes no time.
   RankWork(const Cluster& cluster, const TrainingJob& job, size_t free_axes, ChunkKind chunk)
       : TheoryOfChunk(job, {chunk[ModelPart::embedding], 1, chunk[ModelPart::head]}),
         cluster(cluster),
@@ -261,12 +261,14 @@ class RankWork : TheoryOfChunk, Issue {
     if (!splits) reduce_gradients(use);
     reshard(use);
   }
-  // over its shards, and in the last micro-batch over copies, one after the other
+  // over its shards, and in the last micro-batch over copies
   double sum_of(const Unit& u) {
     const double bytes = u.elements * gradient;
-    return std::max({send(over_tp, Collective::all_reduce, u.partial),
-                     send(over_fsdp, Collective::reduce_scatter, bytes),
-                     is_last ? send(over_copies, Collective::all_reduce, bytes / shards.size) : 0});
+    double ends = send(over_tp, Collective::all_reduce, u.partial);
+    ends = std::max(ends, send(over_fsdp, Collective::reduce_scatter, bytes));
+    if (is_last)
+      ends = std::max(ends, send(over_copies, Collective::all_reduce, bytes / shards.size));
+    return ends;
   }
   void reduce_gradients(int use) {
     compute(uses[use].put_off);
@@ -325,6 +327,12 @@ class RankWork : TheoryOfChunk, Issue {
 
 }  // namespace
 
+ChunkKind kind_of(ModelPiece piece) {
+  ChunkKind parts{};
+  for (const ModelPart& part : piece) parts[part.kind]++;
+  return parts;
+}
+
 int64_t fullest_rank(const TrainingJob& job) {
   const int cp = job.layout["cp"];
   const ContextParallel axis({"cp", cp});
@@ -372,8 +380,7 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
   std::map<std::tuple<bool, bool, ChunkKind>, ChunkTimes> known;
   std::vector<ChunkTimes> times;  // [position]
   for (const ModelPiece& piece : gpt.pieces(s.stages_of_positions())) {
-    ChunkKind kind{};
-    for (const ModelPart& part : piece) kind[part.kind]++;
+    const ChunkKind kind = kind_of(piece);
     const bool later = s.stage_of(times.size()) > 0,
                folded = ends_meet && has_embedding(piece) != has_head(piece);
     const auto [of_kind, is_new] = known.try_emplace({later, folded, kind});
@@ -384,7 +391,7 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
   Prediction result;
   // the busiest stage, and a bound: a stage begins after the first forward of those before it,
   // which end after its last backward; where that is split, its last weight gradients may wait
-  const double count[] = {1, s.microbatches - 2.0, 1};  // those that are not there take no time
+  const double count[] = {1, std::max(0.0, s.microbatches - 2.0), 1};  // the last may be the first
   std::vector<double> tails(s.stages);
   double busiest = 0, bound = 0, forwards = 0, backwards = 0, late = 0;
   for (int stage = 0; stage < s.stages; stage++) {
@@ -468,7 +475,7 @@ Prediction Predictor::predict(const TrainingJob& job) {
 
 DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& config,
                                   const Layout& layout, int64_t sequences, int64_t length) {
-  TheoryOfChunk t({config, {}, layout}, {1, config.layers, 1});
+  const TheoryOfChunk t({config, {}, layout}, {1, config.layers, 1});
   const double C = t.C, L = config.layers, row = sequences * t.e,
                position = 2 * t.kv * t.D * row;                 // of a block's cache
   double numbers = -C * config.context, sums = 0, fullest = 0;  // positions: a token reads a row
@@ -476,12 +483,12 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
   for (const ModelPart& part : t.gpt.parts()) sums += split_matrices(part).by_inputs;
   const int64_t tp = layout["tp"], pp = layout["pp"];
   const Link link = link_of(cluster, tp, 1), to_next = link_of(cluster, pp, tp);
-  // of a block: 4 products, 2 norms, attention, gelu, a bias, add; and beside them
+  // of a block: 4 products, 2 norms, attention, gelu, a bias, add; and besides: embedding, norm,
+  // logits, these without padding
   constexpr double kKernels = 10, kOthers = 4;
   for (const ModelPiece& piece : t.gpt.pieces(pp)) {
-    t.pieces = {piece};
-    double held = position * config.context * t.blocks();
-    for (const Param* p : params_of(t.pieces)) held += elements(p->local_shape()) * t.e;
+    double held = position * config.context * kind_of(piece)[ModelPart::block];
+    for (const Param* p : params_of({piece})) held += elements(p->local_shape()) * t.e;
     fullest = std::max(fullest, held);
   }
   const double rate = cluster.products.rbegin()->second / cluster.slower(t.e);

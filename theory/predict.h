@@ -28,6 +28,7 @@ struct TrainingJob : GptConfig, TrainerOptions {
 };
 // How many parts of each ModelPart::Kind a chunk of a stage has.
 using ChunkKind = std::array<int64_t, 3>;
+ChunkKind kind_of(ModelPiece piece);
 // Of a stage: the last has the largest part of everything but the sequence; along cp it is the one
 // with the largest part of that.
 int64_t fullest_rank(const TrainingJob& job);

@@ -20,6 +20,10 @@ pandoc --version | awk -F'[ .]' 'NR == 1 { exit !($2 > 2 || ($2 == 2 && $3 >= 17
     exit 1
   }
 out=build/book
+mkdir -p $out && [ -w $out ] || {
+  echo "make book: $out cannot be written to"
+  exit 1
+}
 rm -rf $out
 mkdir -p $out/source
 cp report/page.css docs/book/book.js docs/*.svg $out
