@@ -6,7 +6,7 @@
 #   `##` begins what help shows
 
 MAKEFLAGS += -r# no rules but those below
-unexport CDPATH BASH_ENV# with which a script's `cd` leads elsewhere
+unexport CDPATH# in which a script's `cd launch/..` would look
 .DEFAULT_GOAL := help
 
 ifneq ($(shell uname -s),Linux)

@@ -44,6 +44,10 @@ std::vector<nlohmann::json> gather(const nlohmann::json& mine) {
 
 Job::Job(int* argc, char*** argv) {
   int provided;
+  const char* on_node = getenv("MPI_LOCALRANKID");  // of mpiexec
+  if ((!on_node || std::string(on_node) == "0") && access("/dev/shm", F_OK) == 0 &&
+      access("/dev/shm", W_OK))
+    fprintf(stderr, "/dev/shm cannot be written to, where ranks share memory: MPI may not start\n");
   MPI_Init_thread(argc, argv, MPI_THREAD_MULTIPLE, &provided);
   MPI_Comm_rank(MPI_COMM_WORLD, &rank);
   MPI_Comm_size(MPI_COMM_WORLD, &size);

@@ -12,14 +12,15 @@ $(if $(findstring $(hash),$(CUDA_HOME)$(NCCL_HOME))$(findstring ',$(CUDA_HOME)$(
 -include build/detected.mk
 BACKEND ?= $(or $(DETECTED),cpu)
 B := build/$(BACKEND)
-# Also where a CUDA that was found is there no more. Once in a call of make, which starts anew when
-# this has been made: a date in the future would go on being newer.
+# Also where a CUDA that was found is there no more. Not twice in one make, which starts anew when
+# this has been made. A script with a date in the future is not newer either.
 build/detected.mk: $(if $(MAKE_RESTARTS),,launch/detect.sh \
     $(if $(filter-out $(CUDA_HOME):$(NCCL_HOME),$(LOOKED_IN)),look-again) \
     $(if $(filter cuda,$(DETECTED)),$(if $(wildcard $(CUDA)/bin/nvcc),,look-again)))
 	@mkdir -p build 2>/dev/null && [ -w build ] || exit 0; \
 	  CUDA_HOME='$(CUDA_HOME)' NCCL_HOME='$(NCCL_HOME)' MPICXX='$(MPICXX)' \
-	  launch/detect.sh >$@.new && mv $@.new $@
+	  launch/detect.sh >$@.new && mv $@.new $@ && \
+	  { [ $@ -nt launch/detect.sh ] || touch -r launch/detect.sh $@; }
 
 # ---- packages
 

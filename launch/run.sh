@@ -114,13 +114,15 @@ if [ "$what" = generate ]; then
       || refuse "NP is $ranks, but the model that would be trained first has $heads heads"
     if has_model; then echo "make generate: training the model in $checkpoint further"
     else echo "make generate: no model in $checkpoint yet: training one"; fi
+    was_unfinished=
+    ! is_unfinished || was_unfinished=yes
     mkdir -p -- "$checkpoint" && touch -- "$unfinished" || exit
     is_unfinished || refuse "$unfinished is in the way: it is not the empty file of that name"
     trap 'refuse "the next call goes on with what has been saved in $checkpoint"' INT
     DEFAULT_SAMPLE=0 ARGS="--checkpoint $(printf %q "$checkpoint") --resume ${TRAIN_ARGS:-}" \
       launch/run.sh run || {
-      has_model || { # a lock: another call trains it
-        [ -e "$checkpoint/lock" ] || rm -- "$unfinished"
+      has_model || { # the mark may be that of another call, which trains it
+        [[ $was_unfinished && -e $checkpoint/lock ]] || rm -- "$unfinished"
         refuse "no model was trained (above)"
       }
       refuse "the model in $checkpoint is not trained to its end: call again with the same" \
@@ -185,7 +187,7 @@ if [ "$what" = replay ]; then
   start "$ranks" "${command[@]}" "${args[@]}" || exit
   [ -s "$new" ] || refuse "the run has ended before the step that is traced"
   # where PAGE says, a file of that name may be anybody's
-  mv ${PAGE:+--backup=numbered} "$new" "$trace" || exit
+  mv -f ${PAGE:+--backup=numbered} "$new" "$trace" || exit
   report/replay.sh "$trace" "$page" || exit
   echo "replay: $page"
   exit

@@ -28,10 +28,6 @@ static void before_libraries() {
     sigaction(signal, nullptr, &before);
     if (before.sa_handler != SIG_IGN) sigaddset(&fetched, signal);
   }
-  const char* rank = getenv("PMI_RANK");
-  if (access("/dev/shm", F_OK) == 0 && access("/dev/shm", W_OK) && (!rank || *rank == '0'))
-    dprintf(STDERR_FILENO,
-            "/dev/shm cannot be written to, where MPI shares memory between ranks\n");
   rlimit stack;
   if (getrlimit(RLIMIT_STACK, &stack) || stack.rlim_cur >= 512 << 10) return;
   dprintf(STDERR_FILENO, "a stack of %d KiB (ulimit -s) is too small for this program\n",

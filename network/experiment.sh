@@ -336,14 +336,14 @@ decode() {
     # shellcheck disable=SC2086
     build/cpu/plan --machine "$dir/facts" --nodes 2 --devices 1 --decode --json --tp 2 $1
   }
-  # kernels LAYERS: how many a token starts: the seconds that they take where each takes one
+  # kernels LAYERS: how many a token starts, by the seconds that they take where each takes one
   kernels() { decoding "$shape --layers $1" "between 1 0" "read 1" "launch 1e6" | number kernels; }
   # decoding_over RATE LATENCY: of the whole model over such a link
   decoding_over() { decoding "$model" "between $1 $2" "launch $launch" "read $read"; }
   read -r launch read < <(awk -v weights="$weights" -v narrow="$narrow" -v half="$half" \
     -v of_8="$(kernels 8)" -v of_4="$(kernels 4)" 'BEGIN {
       launch = narrow / of_8
-      print 1000 * launch, weights * 1.048576 / (half - launch * of_4) }')
+      print 1000 * launch, weights * 1.048576 / (half - launch * of_4) }') && [ "$read" ] || give_up
   for link in $links; do
     # A token bucket lets what is short pass at once, whatever its rate, until it is empty: so a
     # token takes as long as with a link that only delays, or as what it sends takes at that rate.
@@ -351,6 +351,7 @@ decode() {
     rate=$(sed -n 's/^between \([^ ]*\) .*/\1/p' "$(machine "$link" 2)")
     delayed=$(decoding_over 1e6 "$latency" | number token_seconds)
     sending=$(decoding_over "$rate" 0 | number sums)
+    [ "$delayed" ] && [ "$sending" ] || give_up
     printf '%-8s %7.2f ms %7.2f ms\n' "$link" "$(median <"$dir/tokens-$link")" \
       "$(awk -v a="$delayed" -v b="$sending" 'BEGIN { print 1000 * (a > b ? a : b) }')"
   done

@@ -73,8 +73,8 @@ Dataset Dataset::open(const std::vector<std::string>& files, int64_t context, in
   Dataset d;
   d.paths = files.empty() ? project_files(project_root()) : files;
   REQUIRE(!d.paths.empty(),
-          "no --data was given, and the sources of this project, the default, are not where the "
-          "program is");
+          "no --data was given, and the sources of this project, the default, are neither above "
+          "the program nor here");
   d.from_ = files.empty() ? sentence("the ", d.paths.size(), " sources and docs of this project")
             : d.paths.size() == 1 ? d.paths[0]
                                   : sentence(d.paths.size(), " files");

@@ -63,8 +63,8 @@ class Dataset {
   int64_t context_ = 0, vocab_ = 0, tokens_ = 0, train_ = 0;
 };
 
-// the nearest directory above the program, else above the current one, or this, that holds
-// train_gpt.cpp; empty: there is none
+// The nearest directory above the program that holds train_gpt.cpp; if there is none, the current
+// one or the nearest above it; empty: none of them.
 std::string project_root();
 // Sources and docs below `root`, sorted by name; nothing from build/ and hidden directories.
 std::vector<std::string> project_files(const std::string& root);

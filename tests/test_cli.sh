@@ -558,6 +558,10 @@ touch "$dir/busy/lock" "$dir/busy/.make-generate-unfinished"
 MPIEXEC=false make -o built BACKEND=cpu generate CHECKPOINT="$dir/busy" >"$dir/out" 2>&1
 check a_model_that_another_call_trains_stays_unfinished \
   "[ $? != 0 ] && [ -f $dir/busy/.make-generate-unfinished ]" "" "$(tail -1 "$dir/out")"
+rm "$dir/busy/.make-generate-unfinished"
+MPIEXEC=false make -o built BACKEND=cpu generate CHECKPOINT="$dir/busy" >"$dir/out" 2>&1
+check where_this_call_alone_made_the_mark_it_goes \
+  "[ $? != 0 ] && [ ! -e $dir/busy/.make-generate-unfinished ]" "" "$(tail -1 "$dir/out")"
 # and one that trains it to its end
 cat >"$dir/trained" <<'EOF'
 #!/bin/sh

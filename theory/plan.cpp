@@ -2,6 +2,7 @@
 #include "theory/plan.h"
 
 #include <algorithm>
+#include <functional>
 #include <set>
 
 Account account(const TrainingJob& job) {

@@ -391,7 +391,8 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
   Prediction result;
   // the busiest stage, and a bound: a stage begins after the first forward of those before it,
   // which end after its last backward; where that is split, its last weight gradients may wait
-  const double count[] = {1, std::max(0.0, s.microbatches - 2.0), 1};  // the last may be the first
+  const double count[] = {1, std::max(0.0, s.microbatches - 2.0),
+                          1};  // of a single one kFirst alone has times
   std::vector<double> tails(s.stages);
   double busiest = 0, bound = 0, forwards = 0, backwards = 0, late = 0;
   for (int stage = 0; stage < s.stages; stage++) {
@@ -483,8 +484,8 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
   for (const ModelPart& part : t.gpt.parts()) sums += split_matrices(part).by_inputs;
   const int64_t tp = layout["tp"], pp = layout["pp"];
   const Link link = link_of(cluster, tp, 1), to_next = link_of(cluster, pp, tp);
-  // of a block: 4 products, 2 norms, attention, gelu, a bias, add; and besides: embedding, norm,
-  // logits, these without padding
+  // of a block: 4 products, 2 norms, attention, gelu, a bias, add; and besides: embedding, last
+  // norm, logits, a copy of these without padding
   constexpr double kKernels = 10, kOthers = 4;
   for (const ModelPiece& piece : t.gpt.pieces(pp)) {
     double held = position * config.context * kind_of(piece)[ModelPart::block];

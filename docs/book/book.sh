@@ -20,8 +20,8 @@ pandoc --version | awk -F'[ .]' 'NR == 1 { exit !($2 > 2 || ($2 == 2 && $3 >= 17
     exit 1
   }
 out=build/book
-mkdir -p $out && [ -w $out ] || {
-  echo "make book: $out cannot be written to"
+mkdir -p $out && [ -w build ] && [ -w $out ] || {
+  echo "make book: build/ or $out cannot be written to"
   exit 1
 }
 rm -rf $out
