@@ -167,7 +167,7 @@ std::vector<const char*> gather_sources(Task& task, Op& op, size_t offset, size_
 // The order in which a ring of NCCL's adds what ends at this rank: from the next rank on, this one
 // last. What is summed by other owners so differs in its last bits, here, too.
 std::vector<const char*> in_ring(const Op& op, std::vector<const char*> from) {
-  std::ranges::rotate(from, from.begin() + (op.comm->rank + 1) % op.comm->size);
+  std::rotate(from.begin(), from.begin() + (op.comm->rank + 1) % op.comm->size, from.end());
   return from;
 }
 
