@@ -391,8 +391,8 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
   Prediction result;
   // the busiest stage, and a bound: a stage begins after the first forward of those before it,
   // which end after its last backward; where that is split, its last weight gradients may wait
-  const double count[] = {1, std::max(0.0, s.microbatches - 2.0),
-                          1};  // of a single one kFirst alone has times
+  // first, middle and last micro-batches; of a single one the last has no times
+  const double count[] = {1, std::max(0.0, s.microbatches - 2.0), 1};
   std::vector<double> tails(s.stages);
   double busiest = 0, bound = 0, forwards = 0, backwards = 0, late = 0;
   for (int stage = 0; stage < s.stages; stage++) {
