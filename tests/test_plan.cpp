@@ -591,6 +591,36 @@ TEST(keys_go_over_one_card_of_each_node) {
     }
 }
 
+TEST(only_stages_on_two_nodes_wait_for_what_is_between_nodes) {
+  Machine machine = read_machine("h100");
+  machine.peak = machine.f32 = machine.copy = machine.read = 1e24;
+  machine.products = {{1, 1e24}, {2, 1e24}};
+  machine.launch = 0;
+  machine.inside = {1e24, 0};
+  machine.between = {1e24, 1};
+  const GptConfig config{{4, 64, 4, 64, 256}, Dtype::f32};
+  struct {
+    int64_t nodes, devices, tp;
+    bool spread;
+    int between;  // cuts of three
+  } const cases[] = {{1, 4, 1, false, 0}, {4, 1, 1, false, 3}, {2, 2, 1, false, 1},
+                     {2, 3, 1, false, 1}, {2, 2, 1, true, 3},  {2, 4, 2, false, 1}};
+  for (const auto& [nodes, devices, tp, spread, between] : cases) {
+    const Cluster cluster{machine, profile_named("threefold"), nodes, devices, spread};
+    TrainingJob job{config, {}, {{"pp", 4}, {"tp", tp}}};
+    job.batch = job.microbatch = 1;
+    job.schedule = "1f1b";
+    // there and back, and once the tied embedding's gradient, from the last stage to the first
+    const double step = between ? 2 * between + 1 : 0;
+    CHECK_LE(std::abs(Predictor(cluster, config).step(job).seconds - step), 1e-6, nodes, " x ",
+             devices, " devices");
+    // there, and to all who must know the new token
+    const double token = between ? between + std::log2(4) : 0;
+    CHECK_LE(std::abs(predict_decoding(cluster, config, job.layout, 1, 1).seconds[4] - token), 1e-6,
+             nodes, " x ", devices, " devices");
+  }
+}
+
 TEST(every_parameter_is_updated_once) {
   // most are positions, whose unit the head uses, too, and tokens, which both ends use
   const GptConfig config{{2, 64, 4, 4096, 4096}, Dtype::f32};

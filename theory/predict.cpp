@@ -12,6 +12,15 @@ int which(int microbatch, int of) {
   return microbatch == 0 ? kFirst : microbatch == of - 1 ? kLast : kMiddle;
 }
 
+// Between the ranks of two stages, each of so many, over one card: a pair on two nodes counts.
+Link between_stages(const Cluster& c, int64_t ranks, int a, int b) {
+  const auto [from, to] = std::minmax(a, b);
+  if (!c.spread && from * ranks / c.devices == ((to + 1) * ranks - 1) / c.devices)
+    return {c.inside.bandwidth, c.inside.latency, 2, 1, c.profile.direct};
+  const int64_t apart = (to - from) * ranks;
+  return link_of(c, 2, c.spread ? apart : std::max(apart, c.devices));
+}
+
 // How long a chunk takes.
 struct ChunkTimes {
   double of[3][4] = {};  // which micro-batch, Action::Kind
@@ -79,17 +88,20 @@ class RankWork : TheoryOfChunk, Issue {
   }
 
   // of an activation between two stages
-  double exchange_seconds() const {
-    if (free_axes > AxisName("pp").index) return 0;
+  double exchange_seconds(int from, int to) const {
+    if (pp_is_free) return 0;
     const double parts = profile.overlaps || by_rows ? 1 : tp.size;
-    return between_stages(1).seconds(Collective::send, activation / parts) +
+    return between_stages(cluster, stage_ranks, from, to)
+               .seconds(Collective::send, activation / parts) +
            (parts > 1 ? over_tp.seconds(Collective::all_gather, activation) : 0);
   }
   // of the tied embedding's gradient, between the first stage and the last of so many
-  double tied_seconds(int64_t stages) const {
+  double tied_seconds(int stages) const {
+    if (pp_is_free) return 0;
     const double elements =
         padded_unit(units_of(gpt.params()).at(kTied), shards.size) / shards.size;
-    return between_stages(stages - 1).seconds(Collective::send, elements * gradient);
+    return between_stages(cluster, stage_ranks, 0, stages - 1)
+        .seconds(Collective::send, elements * gradient);
   }
 
  private:
@@ -287,11 +299,6 @@ class RankWork : TheoryOfChunk, Issue {
     if (shards_gradients) compute(move_seconds(cluster, 3 * u->elements / shards.size * g, 1));
   }
 
-  // between ranks of stages so far apart, over one card
-  Link between_stages(int64_t apart) const {
-    const int64_t ranks = mesh.size / pp.size * apart;
-    return link("pp", 2, cluster.spread ? ranks : std::max(ranks, cluster.devices));
-  }
   // of n ranks, whose collectives are those of an axis
   Link link(AxisName axis, int64_t n, int64_t stride) const {
     Link link = link_of(cluster, axis.index < free_axes ? 1 : n, stride);
@@ -307,6 +314,8 @@ class RankWork : TheoryOfChunk, Issue {
   const Cluster& cluster;
   const SoftwareProfile& profile = cluster.profile;
   const size_t free_axes;
+  const bool pp_is_free = free_axes > AxisName("pp").index;
+  const int64_t stage_ranks = mesh.size / pp.size;
   const ChunkKind chunk;
   const bool splits = schedule.row->splits_backward,
              reshards = shards_parameters && options.fsdp.reshard;
@@ -427,8 +436,14 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
   result.bubble = idle(bound);
   if (s.stages > 1 && result.seconds + result.bubble < limit) {
     // where nothing overlaps, a computation first takes what comes, and then hands on its result
-    const double exchange = any().exchange_seconds(),
-                 exposed = cluster.profile.overlaps ? 0 : exchange;
+    const RankWork work = any();
+    const double exposed = cluster.profile.overlaps ? 0 : work.exchange_seconds(0, s.stages - 1);
+    const auto exchange = [&](const Action& a) {
+      double longest = 0;
+      for (const Transfer& t : a.transfers)
+        longest = std::max(longest, work.exchange_seconds(t.from, t.to));
+      return std::max(0.0, longest - exposed);
+    };
     bool slows = false;
     const auto makespan = [&](int m) {
       auto& [schedule, tasks] = pipelines_[to_string(Schedule{s.row, s.stages, m, s.chunks})];
@@ -441,7 +456,7 @@ Prediction Predictor::step(const TrainingJob& job, double limit, size_t free_axe
         for (const Action& a : schedule.actions[stage])
           (task++)->duration =
               a.kind == Action::exchange
-                  ? exchange - exposed
+                  ? exchange(a)
                   : times[s.position(stage, a.chunk)].of[which(a.microbatch, m)][a.kind] +
                         (a.kind == Action::weight_gradient ? 0 : exposed);
         (task - 1)->duration += tails[stage];
@@ -483,7 +498,10 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
   for (const Param* p : t.gpt.params()) numbers += p->numel();
   for (const ModelPart& part : t.gpt.parts()) sums += split_matrices(part).by_inputs;
   const int64_t tp = layout["tp"], pp = layout["pp"];
-  const Link link = link_of(cluster, tp, 1), to_next = link_of(cluster, pp, tp);
+  const Link link = link_of(cluster, tp, 1);
+  double stages = link_of(cluster, pp, tp).seconds(Collective::broadcast, sequences * 4);
+  for (int stage = 1; stage < pp; stage++)
+    stages += between_stages(cluster, tp, stage - 1, stage).seconds(Collective::send, row * C);
   // of a block: 4 products, 2 norms, attention, gelu, a bias, add; and besides: embedding, last
   // norm, logits, a copy of these without padding
   constexpr double kKernels = 10, kOthers = 4;
@@ -497,7 +515,6 @@ DecodePrediction predict_decoding(const Cluster& cluster, const GptConfig& confi
            position * L * length / cluster.read, (L * kKernels + kOthers) * cluster.launch,
            sums * link.seconds(Collective::all_reduce, row * C) +
                link.seconds(Collective::all_gather, sequences * t.g * config.vocab),
-           (pp - 1) * to_next.seconds(Collective::send, row * C) +
-               to_next.seconds(Collective::broadcast, sequences * 4)},
+           stages},
           fullest};
 }
