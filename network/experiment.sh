@@ -37,7 +37,9 @@ done
 
 # ---- the layouts
 
-# layouts RANKS: NAME OPTIONS; mixed ones the right way round, and with ranks spread the wrong one
+# layouts RANKS: NAME OPTIONS; mixed ones the right way round, and with ranks spread the wrong one;
+# cp with one rank a node alone: of two only one at a time would send over the node's cable, and how
+# fast that is is not calibrated
 layouts() {
   local n=$1 micro="--microbatch 2"
   row() { printf '%s\t%s\n' "$1" "${*:2}"; }
@@ -51,7 +53,10 @@ layouts() {
   row 1f1b --pp "$n" --schedule 1f1b $micro
   row zb --pp "$n" --schedule zb $micro
   row zbv --pp "$n" --schedule zbv $micro
-  [ "$n" = 4 ] || return
+  if [ "$n" = 2 ]; then
+    row cp --cp 2
+    return
+  fi
   row pp-of-tp --pp 2 --tp 2 $micro
   row tp-of-pp --spread --pp 2 --tp 2 $micro
   row copies-of-fsdp --replicate 2 --fsdp 2
@@ -60,7 +65,7 @@ layouts() {
 
 for name in "$@"; do
   [[ $* = crossover || $* = decode ]] && break
-  { layouts 4 && echo first-choice; } | cut -f 1 | grep -qxF -- "$name" || {
+  { layouts 2 && layouts 4 && echo first-choice; } | cut -f 1 | grep -qxF -- "$name" || {
     echo "network/experiment.sh: there is no layout '$name'" >&2
     exit 1
   }

@@ -156,7 +156,10 @@ run() {
     shift
     each=1
   fi
-  exec ip netns exec "$switch" env UCX_TLS=tcp,self,sm UCX_NET_DEVICES=eth0 \
+  # what has up to 1 MiB is sent unasked: else sender and receiver first agree, which takes three
+  # ways over the link, and each of them looks only now and then while its core computes
+  exec ip netns exec "$switch" \
+    env UCX_TLS=tcp,self,sm UCX_NET_DEVICES=eth0 UCX_RNDV_THRESH="${UCX_RNDV_THRESH:-1m}" \
     "$MPIEXEC" -launcher rsh -launcher-exec "$self" -iface hub \
     -hosts "$(seq -s, -f "$net.%g" "$n")" -ppn "$each" -n "$ranks" "$@"
 }
