@@ -4,7 +4,8 @@
 #   loops      the innermost loops with tensor-core instructions: how many of these, and of all
 #   shared     bytes of shared memory a block; dynamic ones are the last number of a kernel's name
 #   blocks     a multiprocessor holds at a time, by registers, shared memory and threads
-# Fails where a kernel spills registers, or reads or writes shared memory by generic instructions.
+# Fails where a kernel reads or writes shared memory by generic instructions, or spills registers;
+# of chips after sm_90 the latter is only said, as by check-spills in tests.mk.
 #   tests/sass.sh OBJECT...      (`make cuda` runs it)
 set -u
 cuobjdump=$(command -v cuobjdump || ls "${CUDA_HOME:-/usr/local/cuda}/bin/cuobjdump" 2>/dev/null)
@@ -49,7 +50,11 @@ read_objects "$@" | c++filt | awk '
     rows++
     printf "| `%s` | %s | %d / %d | %.1f | %d | %d | %s |\n", kernel, chip, products, all,
            all / products, regs[chip, name], memory, blocks
-    if (spills || stack[chip, name]) { print "FAIL  it spills registers"; bad = 1 }
+    if (spills || stack[chip, name]) {
+      tuned = substr(chip, 4) + 0 <= 90
+      print (tuned ? "FAIL  " : "") "it spills registers"
+      bad += tuned
+    }
     if (generic) { print "FAIL  it has " generic " generic loads and stores"; bad = 1 }
   }
   function start() { n = loops = tensor = spills = generic = 0 }
